@@ -1,0 +1,4093 @@
+#!/usr/bin/env python3
+"""A personal cloud in one file: store, serve, version, restore and sync a person's files.
+
+    python3 cloudserver.py                  serve on this computer, data in ./cloud-data
+    python3 cloudserver.py --help           every command and setting
+
+The file reads bottom-up, like a house: a room uses only the rooms above it.
+
+     1  Vocabulary      Config Principal Node Change Preconditions     the values that cross rooms
+     2  Errors          ERRORS CloudError                              every refusal there is
+     3  Grammar         parse_* format_* E read_xml                    text to values and back
+     4  Blobs           ObjectDirectory Pieces cut                     the only code that opens data files
+     5  Database        Database Batch SCHEMA MIGRATIONS               two calls: read and write
+     6  Accounts        Accounts                                       who is asking
+     7  Operations      Cloud                                          every verb, behind every door
+     8  HTTP            Request Response route respond Handler         the only code that touches a socket
+    11  WebDAV          dav_*                                          RFC 4918
+    14  Service         CloudServer Janitor Supervisor                 start, stop, logs, background jobs
+    15  Command line    main                                           a function per command
+
+The path of a request:
+
+    socket > Handler.serve > Request > respond
+        1 identify    Accounts       who is asking?
+        2 find_route  ROUTES         which function?                    404 405
+        3 admit       Route.needs    may they knock?                    401 403
+        4 handler     rooms 9-13     words to values, one Cloud call, values to words
+              Cloud                  this principal, on this node?      403 404 409 412 423 507
+                  ObjectDirectory    bytes first, no lock held
+                  Database           then guards, rows and one journal line, in one batch
+        5 refuse      Route.refuse   how this dialect words a CloudError
+
+Legend, kept to everywhere:
+
+    who     a Principal, e.g. ann; ANONYMOUS if nobody    path   canonical segments: ("photos", "a.jpg"); the root is ()
+    node    a file or collection as it is now             chunk  SHA-256 in hex of stored bytes, a part of a file
+    home    the account whose tree a node hangs in        seq    number of a write; ETags and cursors are made of it
+    at      wall clock, ms since 1970: shown to people    due    steady clock, ms: never jumps, decides what expires
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import errno
+import getpass
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import mimetypes
+import os
+import re
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import struct
+import sys
+import tempfile
+import threading
+import time
+import unicodedata
+import zlib
+import xml.etree.ElementTree as ET
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timedelta, timezone
+from functools import lru_cache, partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence
+from urllib.parse import quote, unquote_to_bytes
+from xml.parsers import expat
+
+try:
+    import fcntl
+except ImportError:              # Windows
+    fcntl = None
+    import msvcrt
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("cloudserver")
+
+
+# ==== 1. Vocabulary ======================================================================
+#
+# Values that cross rooms.  All are immutable; a dict is for JSON alone.
+
+KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+SECOND, MINUTE, HOUR, DAY = 1_000, 60_000, 3_600_000, 86_400_000      # milliseconds
+
+INLINE_LIMIT = 64 * KiB         # chunks up to here live in their database row
+CHUNK_SIZE = 4 * MiB            # where the server cuts what it receives
+LARGE_CHUNK = 8 * MiB           # the same for bodies announced as larger than LARGE_BODY
+LARGE_BODY = 16 * GiB
+CHUNK_LIMIT = 16 * MiB          # no chunk is larger, whoever cut it
+NAME_LIMIT = 255                # bytes of UTF-8 in a name
+PATH_LIMIT = 4096               # bytes of UTF-8 in a path
+DEPTH_LIMIT = 128               # levels below the root
+COPY_LIMIT = 200_000            # nodes that one COPY may make
+XML_LIMIT = JSON_LIMIT = MiB    # bytes of a structured body
+PROPERTY_LIMIT = 64 * KiB       # bytes of one dead property; a node holds 16 times that
+
+FILE, COLLECTION = 0, 1         # Node.kind
+ID_EPOCH = 1_577_836_800_000    # ms since 1970: 2020, where the clock inside ids begins
+
+
+def option(default: Any, help: str, **how: Any) -> Any:
+    """A field of Config: `help` for people, `how` for argparse (metavar=, action=, type=)."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default, metadata={"help": help, **how})
+    return field(default=default, metadata={"help": help, **how})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting, once: command line, environment (CLOUDSERVER_PORT) and tests all read this class."""
+    data: Path = option(Path("cloud-data"), "directory that holds everything", metavar="DIR")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all", metavar="ADDRESS")
+    port: int = option(8765, "port to listen on; 0 picks a free one")
+    workers: int = option(0, "processes that answer; 0 takes one per core, at most 8")
+    tls_cert: Optional[Path] = option(None, "certificate chain, PEM; with it the server speaks HTTPS", metavar="FILE")
+    tls_key: Optional[Path] = option(None, "its private key, PEM", metavar="FILE")
+    behind_proxy: str = option("", "addresses of reverse proxies whose X-Forwarded-* count, e.g. 127.0.0.1,10.0.0.0/8",
+                               metavar="CIDR")
+    hostname: str = option("", "names clients may call this server by, besides its own and its addresses",
+                           metavar="NAMES")
+    plain_http: bool = option(False, "accept passwords over plain HTTP from other machines")
+    quota: str = option("", "quota of new accounts, e.g. 50G; empty is none", metavar="SIZE")
+    max_file: str = option("1T", "largest file", metavar="SIZE")
+    keep_days: int = option(30, "days that every version and everything deleted is kept")
+    history: str = option("", "most that versions and deleted files of one account may take; empty is no limit",
+                          metavar="SIZE")
+    low_water: str = option("1G", "free space below which writes are refused (or 2 % of the disk, if that is less)",
+                            metavar="SIZE")
+    max_connections: int = option(2000, "open connections per process")
+    access_log: str = option("", "file for the access log, combined format; - is standard output", metavar="FILE")
+    quiet: bool = option(False, "log warnings and errors only")
+    windows_names: str = option("allow", "what to do with names Windows cannot hold: allow or refuse", metavar="POLICY")
+
+
+class Principal(NamedTuple):
+    """Somebody who asks, and by what means they proved who they are."""
+    account: int = 0
+    name: str = ""
+    root: int = 0                # the collection that is "/" to them
+    admin: bool = False
+    means: str = ""              # "" nobody, "password", "token", "session", "local" (the command line)
+    device: str = ""             # id of the device row behind a token or a session
+    readonly: bool = False
+    scoped: bool = False         # root is not the root of the account
+    confirmed: int = 0           # due time until which the password counts as freshly given
+    refusal: Optional["CloudError"] = None    # why credentials that were sent do not count
+
+
+ANONYMOUS = Principal()
+
+
+class Node(NamedTuple):
+    """A file or collection as it was during [since, until); until is None now.  The order is that of NODE."""
+    node: int
+    home: int
+    since: int
+    until: int | None
+    parent: int | None           # None for the root of a home
+    name: str
+    kind: int
+    manifest: str | None         # what names its bytes; None for a collection
+    size: int                    # bytes; of a collection: of all live files below it
+    mtime: int                   # ms since 1970 as the client gave it, years 1 to 9999
+    media: str | None            # media type; None for a collection
+    rev: int                     # seq of the last change of content (file)
+    fate: str | None             # why it ended: replaced, moved, deleted; None while live
+    seq: int | None = None       # of a collection: seq of the last change anywhere below it
+    files: int | None = None     # of a collection: live files below it
+
+    @property
+    def is_collection(self) -> bool:
+        return self.kind == COLLECTION
+
+    @property
+    def etag(self) -> str:
+        """Strong validator without its quotes: differs whenever the content does, survives a move."""
+        return "%x-%x" % (self.seq if self.kind else self.rev, self.node)
+
+    @property
+    def created(self) -> int:
+        """ms since 1970: node ids are drawn from the clock (see new_id)."""
+        return (self.node >> 12) // 1000 + ID_EPOCH
+
+
+class Change(NamedTuple):
+    """One node leaves one state and takes another: the only thing any verb does to the tree.
+
+        before  after     verb
+        None    Node      create, copy, restore from the trash
+        Node    Node      overwrite, move, rename, set the time, restore a version
+        Node    None      delete
+
+    `left` and `joined` are the collections that contain it before and after, root first.
+    """
+    before: Node | None
+    after: Node | None
+    left: tuple[int, ...] = ()
+    joined: tuple[int, ...] = ()
+    fate: str = "replaced"       # what becomes of `before`
+
+
+@dataclass(frozen=True)
+class Preconditions:
+    """What a request demands of the present state (RFC 9110 s13, RFC 4918 s10.4); () and None demand nothing."""
+    if_match: tuple[str, ...] = ()                # entity tags without quotes; "*" is any
+    if_none_match: tuple[str, ...] = ()
+    unmodified_since: int | None = None           # ms since 1970
+    modified_since: int | None = None             # reads only
+    lists: tuple[tuple[tuple[str, ...] | None, tuple[tuple[bool, str, str], ...]], ...] = ()
+    #                                               If: (resource or None, ((wanted, "token" or "etag", value), ...))
+    tokens: frozenset[str] = frozenset()          # lock tokens submitted anywhere in If
+
+
+ANY = Preconditions()
+
+
+class Lock(NamedTuple):
+    """A write lock (RFC 4918 s6).  The order is that of the table's columns."""
+    token: str
+    home: int
+    node: int
+    account: int
+    deep: bool                   # Depth: infinity
+    exclusive: bool
+    owner: str                   # the client's XML, as it sent it
+    seconds: int                 # granted
+    due: int                     # ends then, steady ms
+
+
+# ==== 2. Errors ==========================================================================
+
+ERRORS = {  # kind: (HTTP status, WebDAV condition or None)
+    "bad-request": (400, None),
+    "bad-checksum": (400, None),                          # what arrived is not what was announced
+    "unauthenticated": (401, None),
+    "forbidden": (403, None),
+    "insecure": (403, None),                              # a password over plain HTTP
+    "cross-site": (403, None),                            # a foreign page drives the browser
+    "unconfirmed": (403, None),                           # wants the password once more
+    "infinite-depth": (403, "propfind-finite-depth"),     # RFC 4918 s9.1
+    "protected-property": (403, "cannot-modify-protected-property"),
+    "same-place": (403, None),                            # source and destination are one, or one holds the other
+    "bad-sync-token": (403, "valid-sync-token"),          # RFC 6578 s3.2
+    "not-found": (404, None),
+    "method-not-allowed": (405, None),
+    "timeout": (408, None),
+    "conflict": (409, None),
+    "no-parent": (409, None),                             # RFC 4918 s9.7.1
+    "exists": (409, "resource-must-be-null"),
+    "twin": (409, None),                                  # the same name in another Unicode form is there
+    "no-token": (409, "lock-token-matches-request-uri"),  # RFC 4918 s9.11.1
+    "offset": (409, None),                                # tus: the server stands elsewhere
+    "gone": (410, None),
+    "length-required": (411, None),
+    "precondition-failed": (412, None),
+    "too-large": (413, None),
+    "uri-too-long": (414, None),
+    "unsupported-media": (415, None),
+    "range-unsatisfiable": (416, None),
+    "expectation-failed": (417, None),
+    "misdirected": (421, None),                           # RFC 9110 s15.5.20
+    "unprocessable": (422, None),
+    "locked": (423, "lock-token-submitted"),              # RFC 4918 s11.3, s16
+    "lock-conflict": (423, "no-conflicting-lock"),
+    "throttled": (429, None),
+    "headers-too-large": (431, None),
+    "bad-upload-checksum": (460, None),                   # tus checksum extension
+    "internal": (500, None),
+    "not-implemented": (501, None),
+    "busy": (503, None),
+    "not-set-up": (503, None),
+    "read-only": (503, None),
+    "storage-failed": (503, None),
+    "http-version": (505, None),
+    "over-quota": (507, "quota-not-exceeded"),            # RFC 4331 s6
+    "disk-full": (507, "sufficient-disk-space"),
+    "too-many": (507, "number-of-matches-within-limits"),
+}
+
+
+class CloudError(Exception):
+    """A refusal the client may read: raise CloudError("locked", "held by ann", href="/a.txt").
+
+    `close` says that the connection cannot go on, because its framing is lost; the rest of `detail`
+    is for the dialects: retry_after (seconds), allow, size, missing.
+    """
+
+    def __init__(self, kind: str, message: str = "", *, close: bool = False, **detail: Any) -> None:
+        super().__init__(message or kind.replace("-", " "))
+        self.kind, self.detail, self.close = kind, detail, close
+        self.status, self.condition = ERRORS[kind]
+
+
+class Conflict(Exception):
+    """A guard of a batch did not hold: somebody was faster.  Read again and decide again."""
+
+
+# ==== 3. Grammar =========================================================================
+#
+# Text to values and back.  No file, clock or socket here; every function is total: it returns
+# a value or raises a CloudError.
+
+# ---- the head of a request (RFC 9112 s2-s5)
+
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE = re.compile(r"(%s) ([\x21\x22\x24-\x7e]+) HTTP/(\d)\.(\d)\r\n" % _TOKEN)
+_FIELD = re.compile(r"(?<=\n)(%s):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n" % _TOKEN)
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z.\-_]+)(?::\d{1,5})?")
+_LENGTH = re.compile(r"[0-9]{1,19}")
+
+METHODS = frozenset("GET HEAD PUT POST PATCH DELETE OPTIONS PROPFIND PROPPATCH MKCOL COPY MOVE LOCK UNLOCK REPORT "
+                    "SEARCH".split())
+LIST_FIELDS = frozenset("accept accept-charset accept-encoding accept-language cache-control connection cookie forwarded "
+                        "pragma prefer via x-forwarded-for".split())      # may come in several lines (RFC 9110 s5.3)
+LINE_LIMIT, HEAD_LIMIT, FIELD_LIMIT = 16 * KiB, 64 * KiB, 100
+
+
+class Head(NamedTuple):
+    """The first lines of a request, checked."""
+    method: str
+    target: str
+    minor: int                   # of HTTP/1.minor
+    fields: dict[str, str]       # names in lower case
+
+
+def refuse_head(kind: str, message: str) -> CloudError:
+    return CloudError(kind, message, close=True)
+
+
+def parse_head(head: bytes) -> Head:
+    """Read request line and fields, up to and with the empty line (security.md H1-H8, H16).
+
+    raises  CloudError, always with close: what follows on this connection cannot be trusted
+    """
+    text = head.decode("latin-1")
+    line = _REQUEST_LINE.match(text)
+    if not line:
+        raise refuse_head("bad-request", "malformed request line")
+    method, target, major, minor = line.groups()
+    if major != "1" or minor not in "01":
+        raise refuse_head("http-version", "this server speaks HTTP/1.1")
+    if line.end() > LINE_LIMIT:
+        raise refuse_head("uri-too-long", "request line over %d bytes" % LINE_LIMIT)
+    if method not in METHODS:
+        raise refuse_head("not-implemented", "unknown method")
+    found = _FIELD.findall(text, line.end() - 1)
+    if len(found) != text.count("\n", line.end()) - 1:       # each line is a field, or the empty one at the end
+        raise refuse_head("bad-request", "malformed header field")
+    values = {name.lower(): value.strip(" \t") for name, value in found}
+    if len(values) != len(found):
+        values = join_fields(found)
+    if len(found) > FIELD_LIMIT:
+        raise refuse_head("headers-too-large", "over %d header fields" % FIELD_LIMIT)
+    host = values.get("host")
+    if host is None and minor == "1" or host is not None and not _HOST.fullmatch(host):
+        raise refuse_head("bad-request", "missing or malformed Host")
+    return Head(method, target, int(minor), values)
+
+
+def join_fields(found: list[tuple[str, str]]) -> dict[str, str]:
+    """Merge repeated fields that are lists; refuse any other repetition (H16)."""
+    values: dict[str, str] = {}
+    for name, value in found:
+        name, value = name.lower(), value.strip(" \t")
+        if name in values and name not in LIST_FIELDS:
+            raise refuse_head("bad-request", "repeated header field")
+        separator = "; " if name == "cookie" else ", "
+        values[name] = values[name] + separator + value if name in values else value
+    return values
+
+
+def parse_framing(head: Head) -> int | None:
+    """How long is the body?  0 none, n bytes, None chunked (RFC 9112 s6; H9-H11)."""
+    length, coding = head.fields.get("content-length"), head.fields.get("transfer-encoding")
+    if coding is None:
+        if length is None:
+            return 0
+        if not _LENGTH.fullmatch(length):
+            raise refuse_head("bad-request", "malformed Content-Length")
+        return int(length)
+    if length is not None or head.minor == 0:
+        raise refuse_head("bad-request", "Transfer-Encoding does not go with that")
+    if coding.lower() != "chunked":
+        raise refuse_head("not-implemented", "only the chunked transfer coding is known")
+    return None
+
+
+# ---- paths and names (security.md P)
+
+_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_BAD_NAME = re.compile(r"[\x00-\x1f\x7f/\\]")
+_NONCHARACTER = re.compile("[\ufdd0-\ufdef\ufffe\uffff%s]" %
+                           "".join(chr(plane << 16 | low) for plane in range(1, 17) for low in (0xFFFE, 0xFFFF)))
+_WINDOWS = re.compile(r'(?i)(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?|.*[<>:"|?*].*|.*[. ]')
+_PLAIN = re.compile(r"[A-Za-z0-9_.~/\-]*")      # what quote() leaves alone
+
+
+def parse_target(target: str) -> tuple[str, tuple[str, ...], bool, str]:
+    """Split a request target: (authority or "", path, whether it ends in a slash, query).
+
+    Takes the origin form and the absolute form (RFC 9112 s3.2); percent-decoding happens here, once.
+    """
+    authority = ""
+    if target[0] != "/":
+        scheme, mark, rest = target.partition("://")
+        if not mark or scheme.lower() not in ("http", "https"):
+            raise CloudError("bad-request", "malformed request target")
+        authority, slash, rest = rest.partition("/")
+        if not _HOST.fullmatch(authority):
+            raise CloudError("bad-request", "malformed authority")
+        target = slash + rest or "/"
+    raw, _, query = target.partition("?")
+    path, slash = parse_path(raw)
+    return authority, path, slash, query
+
+
+def parse_path(raw: str) -> tuple[tuple[str, ...], bool]:
+    """Split an encoded path into decoded names; the bool tells a final slash.
+
+    raises  CloudError bad-request for names no node may have, uri-too-long for a path that is
+    """
+    parts = raw.split("/")
+    if parts[0]:
+        raise CloudError("bad-request", "a path begins with a slash")
+    slash = len(parts) > 1 and not parts[-1]
+    parts = parts[1:-1] if slash else parts[1:]
+    if "%" in raw:
+        if _ESCAPE.search(raw):
+            raise CloudError("bad-request", "malformed percent-encoding")
+        parts = [unquote_name(part) for part in parts]
+    return check_path(parts), slash
+
+
+def unquote_name(part: str) -> str:
+    try:
+        return unquote_to_bytes(part).decode("utf-8")
+    except UnicodeDecodeError:
+        raise CloudError("bad-request", "a name is not UTF-8") from None
+
+
+def check_path(names: Iterable[str]) -> tuple[str, ...]:
+    """The names of a path, each checked: what every door lets through to the operations (P3-P7, P12)."""
+    path = tuple(names)
+    for name in path:
+        check_name(name)
+    if sum(map(len, path)) + len(path) > 1024 and len("/".join(path).encode()) > PATH_LIMIT:
+        raise CloudError("uri-too-long", "path over %d bytes" % PATH_LIMIT)
+    return path
+
+
+def check_name(name: str) -> None:
+    """raises CloudError bad-request for a name that no node may have."""
+    if not name or name in (".", "..") or _BAD_NAME.search(name):
+        raise CloudError("bad-request", "a name may not be empty, . or .., or hold / \\ or control characters")
+    if not name.isascii():
+        if _NONCHARACTER.search(name):
+            raise CloudError("bad-request", "a name holds a Unicode non-character")
+        try:
+            size = len(name.encode("utf-8"))
+        except UnicodeEncodeError:
+            raise CloudError("bad-request", "a name is not UTF-8") from None
+    else:
+        size = len(name)
+    if size > NAME_LIMIT:
+        raise CloudError("bad-request", "name over %d bytes" % NAME_LIMIT)
+
+
+def is_windows_name(name: str) -> bool:
+    """Can Windows hold a file of this name?"""
+    return not _WINDOWS.fullmatch(name)
+
+
+def key_of(name: str) -> str:
+    """What names are compared by: their NFC form (P9)."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def split_path(text: str) -> tuple[str, ...]:
+    """A path as people and JSON write it, "photos/a.jpg", to its checked names; slashes at the ends are ignored."""
+    if not isinstance(text, str):
+        raise CloudError("bad-request", "a path must be a string")
+    text = text.strip("/")
+    return check_path(text.split("/")) if text else ()
+
+
+def format_path(path: Sequence[str]) -> str:
+    """("a", "b c") to "/a/b%20c"."""
+    text = "/" + "/".join(path)
+    return text if _PLAIN.fullmatch(text) else quote(text, safe="/~")
+
+
+def parse_query(query: str) -> dict[str, str]:
+    """Decode a query or a form; the last of equal names wins (P1)."""
+    return dict(parse_pairs(query))
+
+
+def parse_pairs(query: str) -> list[tuple[str, str]]:
+    """Decode a query or a form, in order.  raises CloudError bad-request for what is not UTF-8."""
+    pairs = []
+    for part in query.split("&") if query else ():
+        name, _, value = part.partition("=")
+        pairs.append((unquote_name(name.replace("+", " ")), unquote_name(value.replace("+", " "))))
+    return pairs
+
+
+# ---- times
+
+_EPOCH = datetime(1970, 1, 1)
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_HTTP_DATES = (
+    re.compile(r"\w{3}, (?P<d>\d\d) (?P<b>\w{3}) (?P<Y>\d{4}) (?P<H>\d\d):(?P<M>\d\d):(?P<S>\d\d) GMT"),
+    re.compile(r"\w{6,9}, (?P<d>\d\d)-(?P<b>\w{3})-(?P<y>\d\d) (?P<H>\d\d):(?P<M>\d\d):(?P<S>\d\d) GMT"),
+    re.compile(r"\w{3} (?P<b>\w{3}) (?P<d>[ \d]\d) (?P<H>\d\d):(?P<M>\d\d):(?P<S>\d\d) (?P<Y>\d{4})"))
+_ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?(Z|[+-]\d\d:?\d\d)?)?")
+MTIME_MIN = -62_135_596_800_000                  # year 1
+MTIME_MAX = 253_402_300_799_999                  # year 9999
+
+
+@lru_cache(maxsize=4096)
+def format_http_date(at: int) -> str:
+    """ms since 1970 to "Mon, 23 Nov 2026 13:00:00 GMT" (RFC 9110 s5.6.7)."""
+    moment = _EPOCH + timedelta(seconds=at // 1000)
+    return "%s, %02d %s %04d %02d:%02d:%02d GMT" % (
+        _DAYS[moment.weekday()], moment.day, _MONTHS[moment.month - 1], moment.year,
+        moment.hour, moment.minute, moment.second)
+
+
+def parse_http_date(text: str) -> int | None:
+    """The reverse, in all three forms of RFC 9110 s5.6.7; None for what is no date, which asks nothing."""
+    for form in _HTTP_DATES:
+        found = form.fullmatch(text)
+        if found:
+            part = found.groupdict()
+            year = int(part["Y"]) if "Y" in part else 1900 + int(part["y"]) + (100 if int(part["y"]) < 70 else 0)
+            try:
+                moment = datetime(year, _MONTHS.index(part["b"]) + 1, int(part["d"]),
+                                  int(part["H"]), int(part["M"]), min(int(part["S"]), 59))
+            except ValueError:
+                return None
+            return (moment - _EPOCH) // timedelta(milliseconds=1)
+    return None
+
+
+def format_time(at: int) -> str:
+    """ms since 1970 to "2026-11-23T13:00:00.000Z" (RFC 3339)."""
+    return (_EPOCH + timedelta(milliseconds=at)).isoformat(timespec="milliseconds") + "Z"
+
+
+def parse_time(value: Any) -> int:
+    """ms since 1970 of an RFC 3339 text (UTC where it names no zone) or of a number of ms.
+
+    raises  CloudError bad-request
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return check_mtime(value)
+    found = _ISO.fullmatch(value) if isinstance(value, str) else None
+    if found:
+        year, month, day, hour, minute, second, fraction, zone = found.groups(default="0")
+        try:
+            moment = datetime(int(year), int(month), int(day), int(hour), int(minute), int(second))
+            at = (moment - _EPOCH) // timedelta(milliseconds=1) + int((fraction + "000")[:3])
+        except (ValueError, OverflowError):
+            raise CloudError("bad-request", "no such time") from None
+        if zone not in ("0", "Z"):
+            minutes = int(zone[1:3]) * 60 + int(zone[-2:])
+            at -= minutes * MINUTE * (1 if zone[0] == "+" else -1)
+        return check_mtime(at)
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,15}", value):
+        return check_mtime(int(value))
+    raise CloudError("bad-request", "not a time")
+
+
+def check_mtime(at: int) -> int:
+    if not MTIME_MIN <= at <= MTIME_MAX:
+        raise CloudError("bad-request", "a time must be in the years 1 to 9999")
+    return at
+
+
+# ---- sizes
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.I)
+_UNITS = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB, "P": 1 << 50}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "10G", "1.5 MiB", "4096".  raises CloudError bad-request."""
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise CloudError("bad-request", "not a size: %r (write 500M, 10G, 2T)" % text)
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def format_size(size: float) -> str:
+    """1536 to "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024 or unit == "TiB":
+            return "%d %s" % (size, unit) if unit == "B" else "%.1f %s" % (size, unit)
+        size /= 1024
+    raise AssertionError
+
+
+# ---- conditions and ranges
+
+_ETAGS = re.compile(r'\s*(?:(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*(?:,\s*|$))')
+_RANGE = re.compile(r"(\d*)-(\d*)")
+RANGES_LIMIT = 8
+
+
+def parse_etags(text: str, *, weak: bool) -> tuple[str, ...]:
+    """Read an If-Match or If-None-Match field: ("*",) or tags without quotes (RFC 9110 s13.1).
+
+    weak    whether weak tags count; in If-Match they match nothing (s8.8.3.2)
+    """
+    if text.strip() == "*":
+        return ("*",)
+    tags, at = [], 0
+    while at < len(text):
+        found = _ETAGS.match(text, at)
+        if not found:
+            raise CloudError("bad-request", "malformed entity tag")
+        tags.append(found[2] if weak or not found[1] else "\x00")
+        at = found.end()
+    if not tags:
+        raise CloudError("bad-request", "malformed entity tag")
+    return tuple(tags)
+
+
+def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
+    """Read a Range field; return the half-open intervals of bytes it asks for.
+
+    text    raw field value, e.g. "bytes=0-499,-500"                      (RFC 9110 s14.1.2)
+    size    length of the file, bytes
+    return  [(start, stop), ...] with 0 <= start < stop <= size; None for a form we ignore, as s14.2
+            permits: another unit, more than 8 ranges, ranges that overlap
+    raises  CloudError range-unsatisfiable if no byte of any range exists
+    """
+    unit, mark, rest = text.partition("=")
+    if not mark or unit.strip().lower() != "bytes" or not rest.isascii():
+        return None
+    ranges = []
+    for part in rest.split(","):
+        found = _RANGE.fullmatch(part.strip())
+        if not found or found[0] == "-" or len(found[0]) > 40:
+            return None
+        if found[1]:
+            start, stop = int(found[1]), int(found[2]) + 1 if found[2] else size
+            if stop <= start and found[2]:
+                return None
+        else:
+            start, stop = max(0, size - int(found[2])), size
+        if start < min(stop, size):
+            ranges.append((start, min(stop, size)))
+    if not ranges:
+        raise CloudError("range-unsatisfiable", "the file has %d bytes" % size, size=size)
+    ordered = sorted(ranges)
+    if len(ranges) > RANGES_LIMIT or any(a[1] > b[0] for a, b in zip(ordered, ordered[1:])):
+        return None
+    return ranges
+
+
+# ---- fields of WebDAV (RFC 4918 s10)
+
+_IF_PART = re.compile(r'\s*(?:<([^<>"\s]{1,4096})>|(\()|(\))|(Not)(?=[\s<\[])|\[((?:W/)?"[^"\s]{0,256}")\])', re.I)
+
+
+def parse_depth(text: str | None, default: str) -> str:
+    """"0", "1" or "infinity"."""
+    depth = default if text is None else text.lower()
+    if depth not in ("0", "1", "infinity"):
+        raise CloudError("bad-request", "malformed Depth")
+    return depth
+
+
+def parse_timeout(text: str | None, most: int) -> int:
+    """Seconds asked for by a Timeout field, at most `most`; the first form we know counts (s10.7)."""
+    for part in (text or "Infinite").split(",")[:16]:
+        part = part.strip()
+        if part.lower() == "infinite":
+            return most
+        found = re.fullmatch(r"Second-(\d{1,10})", part, re.I)
+        if found:
+            return max(1, min(most, int(found[1])))
+    raise CloudError("bad-request", "malformed Timeout")
+
+
+def parse_overwrite(text: str | None) -> bool:
+    if text is None or text.upper() == "T":
+        return True
+    if text.upper() == "F":
+        return False
+    raise CloudError("bad-request", "malformed Overwrite")
+
+
+def parse_if(text: str) -> tuple[tuple[str | None, tuple[tuple[bool, str, str], ...]], ...]:
+    """Read an If field: lists of conditions, of which one must hold entirely (s10.4).
+
+    return  ((resource as written or None, ((wanted, "token" or "etag", value), ...)), ...)
+    """
+    lists, resource, current, wanted, at = [], None, None, True, 0
+    while text[at:].strip():
+        found = _IF_PART.match(text, at)
+        if not found:
+            raise CloudError("bad-request", "malformed If")
+        at = found.end()
+        uri, opened, closed, negated, etag = found.groups()
+        if current is None:                              # between lists
+            if opened:
+                current = []
+            elif uri:
+                resource = uri
+            else:
+                raise CloudError("bad-request", "malformed If")
+        elif closed and current and wanted:
+            lists.append((resource, tuple(current)))
+            current = None
+        elif negated and wanted:
+            wanted = False
+        elif uri or etag:
+            current.append((wanted, "token", uri) if uri else (wanted, "etag", etag.strip('"')))
+            wanted = True
+        else:
+            raise CloudError("bad-request", "malformed If")
+        if len(lists) > 100 or current is not None and len(current) > 100:
+            raise CloudError("bad-request", "If is too long")
+    if not lists or current is not None:
+        raise CloudError("bad-request", "malformed If")
+    return tuple(lists)
+
+
+# ---- other fields
+
+_CHECKSUMS = {"SHA1": "sha1", "MD5": "md5", "SHA256": "sha256", "SHA3-256": "sha3_256", "ADLER32": "adler32"}
+
+
+def parse_checksum(text: str) -> tuple[str, str]:
+    """"SHA1:0a4d..." to ("sha1", "0a4d..."), the form of OC-Checksum."""
+    kind, mark, value = text.partition(":")
+    name = _CHECKSUMS.get(kind.strip().upper())
+    if not mark or name is None or not re.fullmatch(r"[0-9A-Fa-f]{8,128}", value.strip()):
+        raise CloudError("bad-request", "unknown checksum")
+    return name, value.strip().lower()
+
+
+def parse_basic(text: str) -> tuple[str, str] | None:
+    """Name and password of an Authorization field's value after "Basic " (RFC 7617); None if malformed."""
+    try:
+        name, mark, password = base64.b64decode(text.strip(), validate=True).decode("utf-8").partition(":")
+    except ValueError:
+        return None
+    return (name, password) if mark else None
+
+
+def format_disposition(name: str, *, inline: bool = False) -> str:
+    """A Content-Disposition field that gives `name` safely (RFC 6266, RFC 8187; H23)."""
+    kind = "inline" if inline else "attachment"
+    if _PLAIN.fullmatch(name):
+        return '%s; filename="%s"' % (kind, name)
+    return "%s; filename*=UTF-8''%s" % (kind, quote(name, safe=""))
+
+
+def format_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """raises CloudError bad-request unless `body` is one JSON object."""
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=lambda name: None)
+    except (ValueError, RecursionError):
+        raise CloudError("bad-request", "the body is not JSON") from None
+    if not isinstance(value, dict):
+        raise CloudError("bad-request", "the body must be a JSON object")
+    return value
+
+
+# ---- XML: one reader, one writer
+
+XML_DEPTH, XML_ELEMENTS, XML_ATTRIBUTES = 64, 20_000, 256
+NAMESPACES = {"DAV:": "d", "http://owncloud.org/ns": "oc", "http://nextcloud.org/ns": "nc",
+              "http://sabredav.org/ns": "s"}
+
+
+class Markup(str):
+    """Text that is XML already; E leaves it as it is."""
+    __slots__ = ()
+
+
+def escape(text: str) -> str:
+    if "&" in text:
+        text = text.replace("&", "&amp;")
+    if "<" in text:
+        text = text.replace("<", "&lt;")
+    if ">" in text:
+        text = text.replace(">", "&gt;")
+    return text
+
+
+def E(tag: str, *content: str, **attributes: str) -> Markup:
+    """An element: E("d:href", "/a&b") is <d:href>/a&amp;b</d:href>.
+
+    tag      "d:href" with a prefix of NAMESPACES, or "{namespace}name" for any other
+    content  Markup goes in as it is, other text is escaped
+    """
+    opening = tag
+    if tag[0] == "{":
+        namespace, _, tag = tag[1:].rpartition("}")
+        prefix = NAMESPACES.get(namespace)
+        if prefix:
+            opening = tag = prefix + ":" + tag
+        else:
+            opening = '%s xmlns="%s"' % (tag, escape(namespace).replace('"', "&quot;"))
+    for name, value in attributes.items():
+        opening += ' %s="%s"' % (name.replace("_", ":"), escape(value).replace('"', "&quot;"))
+    inner = "".join([part if isinstance(part, Markup) else escape(part) for part in content])
+    return Markup("<%s>%s</%s>" % (opening, inner, tag) if inner else "<%s/>" % opening)
+
+
+def format_xml(root: Markup) -> bytes:
+    return b'<?xml version="1.0" encoding="utf-8"?>\n' + root.encode("utf-8")
+
+
+def read_xml(body: bytes) -> ET.Element:
+    """Parse a request body (security.md X1-X5); tags come as "{namespace}name".
+
+    raises  CloudError bad-request for a document type, bad nesting, or more than a request needs
+    """
+    builder, depth, count = ET.TreeBuilder(), 0, 0
+    parser = expat.ParserCreate(namespace_separator="}")
+    parser.buffer_text = True
+
+    def braced(name: str) -> str:
+        return "{" + name if "}" in name else name
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        nonlocal depth, count
+        depth, count = depth + 1, count + 1
+        if depth > XML_DEPTH or count > XML_ELEMENTS or len(attributes) > XML_ATTRIBUTES:
+            raise CloudError("bad-request", "the XML is too deep or too long")
+        builder.start(braced(tag), {braced(name): value for name, value in attributes.items()})
+
+    def end(tag: str) -> None:
+        nonlocal depth
+        depth -= 1
+        builder.end(braced(tag))
+
+    def doctype(*_: Any) -> None:
+        raise CloudError("bad-request", "a document type is not allowed")
+
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = builder.data, doctype
+    try:
+        parser.Parse(body, True)
+    except (expat.ExpatError, LookupError, ValueError):
+        raise CloudError("bad-request", "the body is not well-formed XML") from None
+    return builder.close()
+
+
+# ---- what kind of file is it?
+
+_MAGIC = (  # (offset, bytes, media type): enough to believe the name (W1)
+    (0, b"\x89PNG\r\n\x1a\n", "image/png"), (0, b"\xff\xd8\xff", "image/jpeg"), (0, b"GIF87a", "image/gif"),
+    (0, b"GIF89a", "image/gif"), (8, b"WEBP", "image/webp"), (4, b"ftypavif", "image/avif"),
+    (0, b"ID3", "audio/mpeg"), (0, b"\xff\xfb", "audio/mpeg"), (0, b"\xff\xf3", "audio/mpeg"),
+    (0, b"fLaC", "audio/flac"), (0, b"OggS", "audio/ogg"), (8, b"WAVE", "audio/wav"), (4, b"ftypM4A", "audio/mp4"),
+    (4, b"ftyp", "video/mp4"), (0, b"\x1aE\xdf\xa3", "video/webm"))
+_MEDIA = mimetypes.MimeTypes()   # the module's own table, not the system's: every machine says the same
+_MEDIA.encodings_map = {}        # a.gz is a gzip file, not an encoded something
+for _media, _suffixes in {
+        "image/webp": "webp", "image/avif": "avif", "image/heic": "heic heif", "audio/flac": "flac", "audio/mp4": "m4a",
+        "audio/ogg": "ogg oga opus", "audio/wav": "wav", "video/mp4": "m4v", "video/webm": "webm",
+        "video/x-matroska": "mkv", "text/markdown": "md markdown", "text/javascript": "js mjs", "text/csv": "csv",
+        "text/plain": "log ini conf", "application/yaml": "yaml yml", "application/toml": "toml",
+        "application/xml": "xml xsl", "application/gzip": "gz tgz", "application/zstd": "zst",
+        "application/x-7z-compressed": "7z", "application/vnd.rar": "rar", "application/epub+zip": "epub",
+        "application/vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
+        "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet": "xlsx",
+        "application/vnd.openxmlformats-officedocument.presentationml.presentation": "pptx",
+        "application/vnd.oasis.opendocument.text": "odt", "application/vnd.oasis.opendocument.spreadsheet": "ods"}.items():
+    for _suffix in _suffixes.split():
+        _MEDIA.add_type(_media, "." + _suffix)
+INLINE_MEDIA = frozenset(media for _, _, media in _MAGIC)        # a browser may show these from our origin
+
+
+@lru_cache(maxsize=512)
+def media_of_suffix(suffix: str) -> str:
+    """The media type a name's suffix claims; "" if it claims none."""
+    return _MEDIA.guess_type("x." + suffix)[0] or ""
+
+
+def media_type(name: str, head: bytes) -> str:
+    """The media type of a file, by its name; what a browser would show counts only if the first bytes agree."""
+    stem, dot, suffix = name.rpartition(".")
+    claimed = media_of_suffix(suffix.lower()) if dot else ""
+    if claimed and claimed not in INLINE_MEDIA:
+        return claimed
+    found = next((media for at, magic, media in _MAGIC if head.startswith(magic, at)), "")
+    moving = {claimed.partition("/")[0], found.partition("/")[0]} <= {"audio", "video"}
+    if claimed and claimed != found and not moving:
+        return "application/octet-stream"
+    return claimed or found or "application/octet-stream"
+
+
+# ==== 4. Blobs ===========================================================================
+#
+# Chunks of bytes.  1. A chunk is named by the SHA-256 of its bytes and never changes.  2. The object that
+# holds it is named HASH-RANDOM and the name is never used again, so a late delete cannot hit a new upload.
+# 3. put() returns when file and directory entry survive a loss of power; only then may a row name the object.
+
+EMPTY = hashlib.sha256(b"").hexdigest()
+BUFFERS = 3                     # chunks in memory per upload: one arrives, two are hashed and written
+VERIFIED_LIMIT = 20_000         # objects remembered as whole since the start
+
+
+class StoredChunk(NamedTuple):
+    """A chunk as its row tells it: inline bytes or the object that holds it."""
+    hash: str
+    size: int
+    data: bytes | None
+    object: str | None
+
+
+class FileSlice(NamedTuple):
+    """Bytes of an open file, for sendfile."""
+    file: BinaryIO
+    start: int
+    count: int
+
+
+@dataclass
+class Stored:
+    """Bytes that are durable and wait for a batch to refer to them."""
+    manifest: str                                # the hash of its only chunk, or "m" and a hash over the list
+    size: int
+    sha256: str                                  # of all its bytes
+    chunks: list[tuple[str, int]]                # (hash, size) in order
+    tag: str = ""                                # its new objects are named HASH-TAG
+    inline: bytes | None = None                  # the bytes themselves, if they go into the chunk's row
+    head: bytes = b""                            # the first bytes, to tell what it is
+    digests: dict[str, str] = field(default_factory=dict)    # others that were asked for: {"sha1": hex}
+
+
+def manifest_of(chunks: Sequence[tuple[str, int]]) -> str:
+    """The name of the content made of these chunks: equal names mean equal bytes.
+
+    A single chunk names its file.  Several are named by a hash over the list, marked "m" so that no
+    chunk's bytes can pass for somebody's list.
+    """
+    if len(chunks) == 1:
+        return chunks[0][0]
+    whole = hashlib.sha256()
+    for hash, size in chunks:
+        whole.update(b"%s %d\n" % (hash.encode(), size))
+    return "m" + whole.hexdigest()
+
+
+def sync_file(fd: int) -> None:
+    """Bring a file's bytes onto the medium; macOS wants to be told that it is meant (R5)."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable; Windows does so by itself."""
+    if os.name != "nt":
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+class ObjectDirectory:
+    """A blob store of four verbs, put, get, delete and list, over a directory: objects/ab/abcd...-RANDOM.
+
+    Names are made by the server alone, and no link is followed (P16).
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def create(self) -> None:
+        """Make the directories, durably."""
+        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for shard in range(256):
+            (self.home / ("%02x" % shard)).mkdir(mode=0o700, exist_ok=True)
+        sync_directory(self.home)
+        sync_directory(self.home.parent)
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        """Store an object durably.  raises OSError; then nothing of that name is there."""
+        shard = self.home / name[:2]
+        temporary = shard / ("." + name)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_EXTRA, 0o600)
+        try:
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(fd, view):]
+                sync_file(fd)
+            finally:
+                os.close(fd)
+            os.rename(temporary, shard / name)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        sync_directory(shard)
+
+    def get(self, name: str) -> BinaryIO:
+        """Open an object.  raises FileNotFoundError."""
+        return open(os.open(self.home / name[:2] / name, os.O_RDONLY | O_EXTRA), "rb", buffering=0)
+
+    def delete(self, name: str) -> None:
+        """Remove an object; one that is gone already is fine."""
+        try:
+            os.unlink(self.home / name[:2] / name)
+        except FileNotFoundError:
+            pass
+
+    def list(self, shard: str) -> Iterator[tuple[str, int, int]]:
+        """(name, bytes, ms since 1970 of its last change) of each object in one of the shards 00 to ff."""
+        with os.scandir(self.home / shard) as entries:
+            for entry in entries:
+                about = entry.stat(follow_symlinks=False)
+                yield entry.name, about.st_size, about.st_mtime_ns // 1_000_000
+
+
+O_EXTRA = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+class Body:
+    """Bytes on their way in.  The base class serves them from memory; HTTP reads them from a socket."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.length: int | None = len(data)      # None if not known beforehand
+        self._rest = memoryview(data)
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill some of `buffer`; 0 at the end.  raises CloudError if the rest will never come."""
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def read(self, limit: int) -> bytes:
+        """All of it.  raises CloudError too-large beyond `limit` bytes."""
+        if self.length is not None and self.length > limit:
+            raise CloudError("too-large", "the body may have %d bytes" % limit)
+        buffer = bytearray(limit + 1 if self.length is None else self.length)
+        count = fill(self, memoryview(buffer))
+        if count > limit:
+            raise CloudError("too-large", "the body may have %d bytes" % limit)
+        return bytes(buffer[:count])
+
+
+class FileBody(Body):
+    """The bytes of an open file."""
+
+    def __init__(self, file: BinaryIO, length: int | None = None) -> None:
+        self.length, self._file = length, file
+
+    def readinto(self, buffer: memoryview) -> int:
+        return self._file.readinto(buffer) or 0
+
+
+def fill(body: Body, view: memoryview) -> int:
+    """Read until `view` is full or the body ends; returns the bytes read."""
+    count = 0
+    while count < len(view):
+        more = body.readinto(view[count:])
+        if not more:
+            break
+        count += more
+    return count
+
+
+class Blobs:
+    """Bytes to chunks and back, over one store; the lane is where hashing and writing happen beside receiving."""
+
+    def __init__(self, store: ObjectDirectory) -> None:
+        self.store = store
+        self.lane = ThreadPoolExecutor(max_workers=4, thread_name_prefix="bytes")
+        self._verified: dict[str, tuple[int, int]] = {}      # object: (size, mtime) when its hash was right
+
+    def put(self, body: Body, known: Callable[[str], bool], digests: Iterable[str] = ()) -> Stored:
+        """Cut a body into chunks and make them durable.
+
+        known    tells of a hash whether the asking account refers to such a chunk already: those are not
+                 written again; that somebody else has one must make no difference (D3)
+        digests  names of further checksums to compute on the way: sha1, md5, sha3_256, adler32
+        raises   CloudError as the body does, disk-full, storage-failed
+        """
+        size = body.length
+        if size is not None and size <= INLINE_LIMIT:
+            return self._inline(body.read(INLINE_LIMIT), digests)
+        buffer = bytearray(CHUNK_SIZE if size is None or size > CHUNK_SIZE else size)
+        count = fill(body, memoryview(buffer))
+        if size is None and count <= INLINE_LIMIT:
+            return self._inline(bytes(buffer[:count]), digests)
+        return _Cutting(self, known, digests).run(body, buffer, count)
+
+    def _inline(self, data: bytes, digests: Iterable[str]) -> Stored:
+        hash = hashlib.sha256(data).hexdigest()
+        sums = {name: hexdigest_of(name, data) for name in digests}
+        return Stored(hash, len(data), hash, [(hash, len(data))], inline=data, head=data[:32], digests=sums)
+
+    def put_chunk(self, hash: str, data: bytes | memoryview, tag: str) -> str:
+        """Store one chunk as an object; returns its name.  raises CloudError"""
+        name = "%s-%s" % (hash, tag)
+        try:
+            self.store.put(name, data)
+        except OSError as error:
+            raise storage_error(error) from error
+        return name
+
+    def open(self, chunk: StoredChunk) -> BinaryIO:
+        """Open a chunk's object, its bytes checked once per start and after any change of the file (R25)."""
+        try:
+            file = self.store.get(chunk.object)
+        except OSError as error:
+            raise CloudError("storage-failed", "a part of the file cannot be read") from error
+        about = os.fstat(file.fileno())
+        seen = about.st_size, about.st_mtime_ns
+        if self._verified.get(chunk.object) != seen:
+            if hash_file(file) != chunk.hash:
+                file.close()
+                log.error("damaged chunk %s", chunk.hash)
+                raise CloudError("storage-failed", "a part of the file is damaged")
+            if len(self._verified) >= VERIFIED_LIMIT:
+                self._verified.clear()
+            self._verified[chunk.object] = seen
+        return file
+
+    def is_open(self, chunk: StoredChunk) -> bool:
+        """Would open() return at once?"""
+        return chunk.object in self._verified
+
+    def slices(self, chunks: Iterator[tuple[StoredChunk, int, int]]) -> Iterator[bytes | FileSlice]:
+        """Bytes to send for (chunk, start, stop) in turn; the next chunk is checked while one is sent."""
+        ahead: deque[tuple[StoredChunk, int, int, Any]] = deque()
+
+        def more() -> None:
+            for chunk, start, stop in chunks:
+                file = None
+                if chunk.data is None:
+                    file = self.open(chunk) if self.is_open(chunk) else self.lane.submit(self.open, chunk)
+                ahead.append((chunk, start, stop, file))
+                return
+
+        try:
+            more()
+            while ahead:
+                more()
+                chunk, start, stop, file = ahead.popleft()
+                if chunk.data is not None:
+                    if hashlib.sha256(chunk.data).hexdigest() != chunk.hash:
+                        log.error("damaged chunk %s", chunk.hash)
+                        raise CloudError("storage-failed", "a part of the file is damaged")
+                    yield chunk.data if stop - start == chunk.size else chunk.data[start:stop]
+                    continue
+                with (file.result() if isinstance(file, Future) else file) as opened:
+                    yield FileSlice(opened, start, stop - start)
+        finally:
+            for *_, file in ahead:
+                if isinstance(file, Future):
+                    file.add_done_callback(lambda done: None if done.exception() else done.result().close())
+                elif file is not None:
+                    file.close()
+
+    def read(self, chunk: StoredChunk) -> bytes:
+        """All bytes of a chunk, checked."""
+        return b"".join(read_slice(part) for part in self.slices(iter([(chunk, 0, chunk.size)])))
+
+
+class Content:
+    """The bytes of one version of a file, read in any range; nothing is opened before it is asked for."""
+
+    def __init__(self, blobs: Blobs, size: int, only: StoredChunk | None = None,
+                 more: Callable[[int], list[tuple[int, StoredChunk]]] | None = None) -> None:
+        """
+        only    the one chunk it consists of; or
+        more    a function from an offset to some chunks in order, the first of which holds that byte
+        """
+        self.blobs, self.size, self.only, self.more = blobs, size, only, more
+
+    def slices(self, start: int = 0, stop: int | None = None) -> Iterator[bytes | FileSlice]:
+        """The bytes of [start, stop) in pieces to send.  raises CloudError if one is missing or damaged"""
+        stop = self.size if stop is None else stop
+        if self.only is not None and self.only.data is not None:
+            return self.blobs.slices(iter([(self.only, start, stop)]) if start < stop else iter(()))
+        return self.blobs.slices(self._chunks(start, stop))
+
+    def _chunks(self, start: int, stop: int) -> Iterator[tuple[StoredChunk, int, int]]:
+        while start < stop:
+            some = [(0, self.only)] if self.only is not None else self.more(start)
+            for offset, chunk in some:
+                if offset >= stop:
+                    break
+                if not offset <= start < offset + chunk.size:
+                    raise CloudError("storage-failed", "a part of the file is missing")
+                end = min(stop, offset + chunk.size)
+                yield chunk, start - offset, end - offset
+                start = end
+            if not some:
+                raise CloudError("storage-failed", "a part of the file is missing")
+
+    def read(self, limit: int) -> bytes:
+        """The first bytes, at most `limit`."""
+        return b"".join(read_slice(part) for part in self.slices(0, min(limit, self.size)))
+
+
+class _Cutting:
+    """One upload larger than a row: receives into one buffer while others are hashed and written in the lane."""
+
+    def __init__(self, blobs: Blobs, known: Callable[[str], bool], digests: Iterable[str]) -> None:
+        self.blobs, self.known, self.tag = blobs, known, secrets.token_hex(8)
+        self.whole = hashlib.sha256()
+        self.digests = {name: new_digest(name) for name in digests}
+        self.chunks: list[tuple[str, int]] = []
+        self.written: set[str] = set()
+        self.flying: deque[tuple[Any, bytearray]] = deque()
+
+    def run(self, body: Body, buffer: bytearray, count: int) -> Stored:
+        """Take `count` bytes that are in `buffer`, then the rest of `body`."""
+        step = LARGE_CHUNK if (body.length or 0) > LARGE_BODY else CHUNK_SIZE
+        head = bytes(buffer[:32])
+        try:
+            while count:
+                view = memoryview(buffer)[:count]
+                self.flying.append((self.blobs.lane.submit(self._write, view), buffer))
+                for digest in (self.whole, *self.digests.values()):
+                    digest.update(view)
+                if count < len(buffer) or body.length == self._size(count):
+                    break
+                buffer = self._land() if len(self.flying) >= BUFFERS - 1 else bytearray(step)
+                count = fill(body, memoryview(buffer))
+            while self.flying:
+                self._land()
+        finally:
+            for future, _ in self.flying:              # after a failure: nobody may write into freed buffers
+                future.cancel() or future.exception()
+        size = sum(size for _, size in self.chunks)
+        sums = {name: digest.hexdigest() for name, digest in self.digests.items()}
+        return Stored(manifest_of(self.chunks), size, self.whole.hexdigest(), self.chunks, self.tag, head=head,
+                      digests=sums)
+
+    def _size(self, count: int) -> int:
+        return sum(size for _, size in self.chunks) + sum(len(buffer) for _, buffer in list(self.flying)[:-1]) + count
+
+    def _land(self) -> bytearray:
+        """Wait for the oldest chunk under way; returns its buffer for use again."""
+        future, buffer = self.flying.popleft()
+        self.chunks.append(future.result())
+        return buffer
+
+    def _write(self, view: memoryview) -> tuple[str, int]:
+        hash = hashlib.sha256(view).hexdigest()
+        if hash not in self.written and not self.known(hash):
+            self.written.add(hash)
+            self.blobs.put_chunk(hash, view, self.tag)
+        return hash, len(view)
+
+
+class _Adler32:
+    """zlib.adler32 with the face of a hash."""
+
+    def __init__(self) -> None:
+        self.value = 1
+
+    def update(self, data: bytes | memoryview) -> None:
+        self.value = zlib.adler32(data, self.value)
+
+    def hexdigest(self) -> str:
+        return "%08x" % self.value
+
+
+def new_digest(name: str) -> Any:
+    return _Adler32() if name == "adler32" else hashlib.new(name)
+
+
+def hexdigest_of(name: str, data: bytes) -> str:
+    digest = new_digest(name)
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def hash_file(file: BinaryIO) -> str:
+    """SHA-256 of all of an open file, in memory that does not grow with it."""
+    digest, buffer = hashlib.sha256(), bytearray(256 * KiB)
+    file.seek(0)
+    while True:
+        count = file.readinto(buffer)
+        if not count:
+            return digest.hexdigest()
+        digest.update(memoryview(buffer)[:count])
+
+
+def read_slice(part: bytes | FileSlice) -> bytes:
+    if isinstance(part, bytes):
+        return part
+    part.file.seek(part.start)
+    data = part.file.read(part.count)
+    if len(data) != part.count:
+        raise CloudError("storage-failed", "a part of the file is cut short")
+    return data
+
+
+def storage_error(error: OSError) -> CloudError:
+    """Word a failure of the disk (R18-R20)."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CloudError("disk-full", "the disk of the server is full")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return CloudError("read-only", "the data directory cannot be written")
+    log.error("storage: %s", error)
+    return CloudError("storage-failed", "the disk of the server fails")
+
+
+# ==== 5. Database ========================================================================
+#
+# Two calls, read and write, and no open transaction ever spans a round trip: what holds for SQLite here can
+# hold for a database behind a network.
+#
+# 1. A batch is guards, a journal line and a body.  Guards are SELECTs that return a reason where they fail; they
+#    run first, so a batch that conflicts has written nothing.
+# 2. Every batch with a journal line draws the next seq; inside its body (SELECT max(seq) FROM journal) is that seq.
+# 3. The caller who finds no commit under way commits for all who wait: one BEGIN, one fsync, then all are answered.
+# 4. Between processes a lock file queues commits, and checkpoints happen inside commits: the two never overlap.
+# 5. Ids and times come from the process as parameters, never from the database.
+
+SCHEMA = """
+CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE op (                       -- batches whose id a client chose: repeating one changes nothing
+    id TEXT PRIMARY KEY, seq INTEGER, digest TEXT NOT NULL, result TEXT, at INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE journal (                  -- one row per batch that changes a tree or an account
+    seq INTEGER PRIMARY KEY, at INTEGER NOT NULL,
+    home INTEGER NOT NULL, account INTEGER NOT NULL, device TEXT NOT NULL, action TEXT NOT NULL, detail TEXT NOT NULL);
+CREATE INDEX journal_home ON journal (home, seq);
+CREATE TABLE account (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL, key TEXT UNIQUE, root INTEGER NOT NULL, admin INTEGER NOT NULL,
+    quota INTEGER,                      -- bytes; NULL is none
+    password TEXT NOT NULL, created INTEGER NOT NULL,
+    removed INTEGER,                    -- due time of its end; key is NULL then
+    shape INTEGER NOT NULL DEFAULT 0);  -- raised when collections leave their places or locks appear: see Spot
+CREATE TABLE entry (                    -- the temporal tree: what a node was during [since, until)
+    home INTEGER NOT NULL, since INTEGER NOT NULL, node INTEGER NOT NULL, until INTEGER,
+    parent INTEGER, name TEXT NOT NULL, key TEXT NOT NULL, kind INTEGER NOT NULL,
+    manifest TEXT, size INTEGER NOT NULL, mtime INTEGER NOT NULL, media TEXT, rev INTEGER NOT NULL,
+    fate TEXT,                          -- why it ended
+    PRIMARY KEY (home, since, node)) WITHOUT ROWID;
+CREATE UNIQUE INDEX entry_name ON entry (parent, key) WHERE until IS NULL;
+CREATE UNIQUE INDEX entry_node ON entry (node) WHERE until IS NULL;
+CREATE INDEX entry_past ON entry (node, since) WHERE until IS NOT NULL;
+CREATE INDEX entry_past_parent ON entry (parent, until) WHERE until IS NOT NULL;
+CREATE INDEX entry_until ON entry (home, until) WHERE until IS NOT NULL;
+CREATE INDEX entry_deleted ON entry (home, until) WHERE fate = 'deleted';
+CREATE INDEX entry_manifest ON entry (manifest) WHERE manifest IS NOT NULL;
+CREATE TABLE collection (               -- sums over the live tree below; kept by every batch
+    node INTEGER PRIMARY KEY, seq INTEGER NOT NULL, size INTEGER NOT NULL, files INTEGER NOT NULL);
+CREATE TABLE manifest (                 -- content of more than one chunk
+    id TEXT PRIMARY KEY, size INTEGER NOT NULL, sha256 TEXT) WITHOUT ROWID;
+CREATE TABLE manifest_chunk (manifest TEXT NOT NULL, offset INTEGER NOT NULL, chunk TEXT NOT NULL,
+    PRIMARY KEY (manifest, offset)) WITHOUT ROWID;
+CREATE INDEX manifest_chunk_chunk ON manifest_chunk (chunk);
+CREATE TABLE digest (manifest TEXT NOT NULL, kind TEXT NOT NULL, value TEXT NOT NULL,
+    PRIMARY KEY (manifest, kind)) WITHOUT ROWID;
+CREATE TABLE chunk (
+    hash TEXT PRIMARY KEY, size INTEGER NOT NULL,
+    object TEXT,                        -- or its bytes in data
+    at INTEGER NOT NULL,                -- due time of its arrival
+    condemned INTEGER,                  -- due time at which the sweep found nobody referring to it
+    bad INTEGER,                        -- wall time at which its bytes were found damaged
+    data BLOB);
+CREATE INDEX chunk_condemned ON chunk (condemned) WHERE condemned IS NOT NULL;
+CREATE INDEX chunk_bad ON chunk (bad) WHERE bad IS NOT NULL;
+CREATE TABLE grave (object TEXT PRIMARY KEY, due INTEGER NOT NULL) WITHOUT ROWID;    -- objects to delete then
+CREATE TABLE property (node INTEGER NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL,
+    PRIMARY KEY (node, name)) WITHOUT ROWID;                                         -- dead properties, RFC 4918 s4
+CREATE TABLE pin (node INTEGER NOT NULL, since INTEGER NOT NULL, name TEXT NOT NULL,
+    PRIMARY KEY (node, since)) WITHOUT ROWID;                                        -- versions that stay
+CREATE TABLE lock (token TEXT PRIMARY KEY, home INTEGER NOT NULL, node INTEGER NOT NULL, account INTEGER NOT NULL,
+    deep INTEGER NOT NULL, exclusive INTEGER NOT NULL, owner TEXT NOT NULL, seconds INTEGER NOT NULL,
+    due INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX lock_home ON lock (home);
+CREATE TABLE upload (                   -- resumable uploads under way
+    id TEXT PRIMARY KEY, home INTEGER NOT NULL, account INTEGER NOT NULL, root INTEGER NOT NULL,
+    path TEXT NOT NULL, given TEXT NOT NULL, size INTEGER, mtime INTEGER, note TEXT NOT NULL,
+    received INTEGER NOT NULL, created INTEGER NOT NULL, due INTEGER NOT NULL, done TEXT) WITHOUT ROWID;
+CREATE INDEX upload_home ON upload (home);
+CREATE TABLE upload_chunk (upload TEXT NOT NULL, offset INTEGER NOT NULL, chunk TEXT NOT NULL, size INTEGER NOT NULL,
+    PRIMARY KEY (upload, offset)) WITHOUT ROWID;
+CREATE INDEX upload_chunk_chunk ON upload_chunk (chunk);
+CREATE TABLE device (                   -- sessions of the page and app passwords
+    id TEXT PRIMARY KEY, account INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
+    secret TEXT NOT NULL UNIQUE,        -- SHA-256 of the cookie or token
+    readonly INTEGER NOT NULL, node INTEGER,     -- the collection it is limited to
+    created INTEGER NOT NULL, used INTEGER, address TEXT NOT NULL,
+    confirmed INTEGER NOT NULL,         -- due time until which the password counts as just given
+    idle INTEGER, due INTEGER) WITHOUT ROWID;    -- due times of its end if unused, and at the latest
+CREATE INDEX device_account ON device (account);
+CREATE TABLE throttle (subject TEXT PRIMARY KEY, failures INTEGER NOT NULL, due INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE lease (name TEXT PRIMARY KEY, owner TEXT NOT NULL, fence INTEGER NOT NULL, due INTEGER NOT NULL) WITHOUT ROWID;
+"""
+
+MIGRATIONS: list[str] = []      # MIGRATIONS[0] leads from version 1 to 2
+
+GROUP_LIMIT = 64                # batches in one commit
+ATTEMPTS = 50                   # times a batch may find that somebody was faster
+
+
+class Clock:
+    """Two times.  wall() is shown to people and may jump; due() only ever runs forward at the pace of seconds.
+
+    What expires, is retained or swept goes by due(): a clock set ten years ahead ends nothing early, one
+    set back locks out nobody (R17).  due() continues from where the database says the last process
+    stopped, plus what the wall clock says has passed since, up to a day.
+    """
+
+    def __init__(self, wall: Callable[[], float] = time.time, steady: Callable[[], float] = time.monotonic) -> None:
+        self._wall, self._steady = wall, steady
+        self._offset = int(wall() * 1000) - int(steady() * 1000)
+
+    def wall(self) -> int:
+        return int(self._wall() * 1000)
+
+    def due(self) -> int:
+        return int(self._steady() * 1000) + self._offset
+
+    def resume(self, due: int, wall: int) -> None:
+        """Continue after a process that last stood at `due` when the wall clock said `wall`."""
+        passed = max(0, min(DAY, self.wall() - wall))
+        self._offset = due + passed - int(self._steady() * 1000)
+
+
+class FileLock:
+    """An exclusive lock on a file, between processes; the kernel lets go when its holder dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | O_EXTRA, 0o600)
+
+    def acquire(self, *, wait: bool = True) -> bool:
+        if fcntl is None:
+            return self._acquire_windows(wait)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        if fcntl is None:
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            msvcrt.locking(self._fd, msvcrt.LK_UNLCK, 1)
+        else:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _acquire_windows(self, wait: bool) -> bool:
+        while True:
+            try:
+                os.lseek(self._fd, 0, os.SEEK_SET)
+                msvcrt.locking(self._fd, msvcrt.LK_NBLCK, 1)
+                return True
+            except OSError:
+                if not wait:
+                    return False
+                time.sleep(0.005)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Statement(NamedTuple):
+    """One statement of a batch; with `many` its parameters are an iterable of rows."""
+    sql: str
+    params: Any = ()
+    many: bool = False
+
+
+class Line(NamedTuple):
+    """What a batch leaves in the journal."""
+    home: int
+    who: Principal
+    action: str
+    detail: dict[str, Any]
+
+
+@dataclass
+class Batch:
+    """Everything one write does, decided beforehand."""
+    body: list[Statement]
+    guards: list[Statement] = field(default_factory=list)
+    line: Line | None = None                     # None: no change of a tree, no seq is drawn
+    op: tuple[str, str] | None = None            # (id a client chose, digest of what it asked)
+    changes: Sequence[Change] = ()               # what its body does to the tree, for who asked
+    seq: int = 0                                 # set when it is committed
+
+
+class _Ticket:
+    """A batch in the queue and, in the end, what became of it."""
+    __slots__ = ("batch", "settled", "error")
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self.settled, self.error = batch, False, None
+
+
+class Database:
+    """SQLite with write-ahead log.  `read` and `write` may be called from any thread."""
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        """Open, making or migrating the file if need be.  raises CloudError, sqlite3.Error, OSError"""
+        self.path, self.clock = path, clock
+        self._lock = FileLock(path.parent / "write.lock")
+        self._idle: deque[sqlite3.Connection] = deque()      # connections for reading
+        self._queue: deque[_Ticket] = deque()
+        self._turn = threading.Lock()
+        self.broken = ""                                    # why nothing is written any more (R4)
+        self._last_id = 0
+        self._slot = secrets.randbelow(4096)
+        with self._locked():
+            self._writer = self._connect(writes=True)
+            self._migrate(self._writer)
+        self._resume_clock()
+
+    # ---- reading
+
+    def read(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows of one SELECT, as of the last commit.  raises CloudError"""
+        try:
+            db = self._idle.pop()
+        except IndexError:
+            db = self._connect()
+        try:
+            return db.execute(sql, params).fetchall()
+        except sqlite3.Error as error:
+            raise database_error(error) from error
+        finally:
+            self._idle.append(db)
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Callable[..., Iterator[tuple[Any, ...]]]]:
+        """Several SELECTs that see the same commit: with db.snapshot() as read: for row in read(sql, params)."""
+        db = self._idle.pop() if self._idle else self._connect()
+        try:
+            db.execute("BEGIN")
+            yield lambda sql, params=(): db.execute(sql, params)
+        except sqlite3.Error as error:
+            raise database_error(error) from error
+        finally:
+            db.execute("COMMIT")
+            self._idle.append(db)
+
+    # ---- writing
+
+    def write(self, attempt: Callable[[], Batch]) -> Batch:
+        """Commit what `attempt` decides; returns the batch with its seq.
+
+        attempt   reads, decides and returns a batch whose guards restate what it relied on; it is called
+                  again when a guard finds that somebody was faster
+        raises    what attempt raises; CloudError busy, disk-full, read-only, storage-failed
+        """
+        for count in range(ATTEMPTS):
+            batch = attempt()
+            try:
+                self._commit(batch)
+                return batch
+            except Conflict:
+                if count > 2:
+                    time.sleep(secrets.randbelow(count) / 1000)
+        raise CloudError("busy", "too many writers at one place", retry_after=1)
+
+    def run(self, *body: Statement) -> None:
+        """Commit statements that rely on nothing and change no tree."""
+        self.write(lambda: Batch(list(body)))
+
+    def new_id(self) -> int:
+        """A number for a node: microseconds since 2020, and a slot that differs between processes.
+
+        Ids of one process rise, so that rows which are made together lie together.
+        """
+        now = (self.clock.wall() - ID_EPOCH) * 1000
+        self._last_id = max(now, self._last_id + 1)
+        return self._last_id << 12 | self._slot
+
+    def lease(self, name: str, owner: str, life: int) -> int | None:
+        """Take or renew a lease for `life` ms; returns its fence, or None while somebody else holds it.
+
+        The fence rises with every new holder; a job's batches guard that it is still theirs.
+        """
+        def attempt() -> Batch:
+            now = self.clock.due()
+            rows = self.read("SELECT owner, fence, due FROM lease WHERE name = ?", (name,))
+            holder, fence, due = rows[0] if rows else ("", 0, 0)
+            if holder != owner and due > now:
+                raise Conflict
+            return Batch([Statement("INSERT OR REPLACE INTO lease VALUES (?, ?, ?, ?)",
+                                    (name, owner, fence + (holder != owner), now + life))],
+                         [Statement("SELECT 'lease' WHERE coalesce((SELECT fence FROM lease WHERE name = ?), 0) <> ?",
+                                    (name, fence))])
+        try:
+            return self.write(attempt).body[0].params[2]
+        except Conflict:
+            return None
+
+    def setting(self, name: str) -> str | None:
+        rows = self.read("SELECT value FROM setting WHERE name = ?", (name,))
+        return rows[0][0] if rows else None
+
+    def close(self) -> None:
+        with self._turn, self._locked():
+            for db in self._idle:
+                db.close()
+            self._writer.close()
+        self._lock.close()
+
+    # ---- committing (invariants 1 to 4)
+
+    def _commit(self, batch: Batch) -> None:
+        ticket = _Ticket(batch)
+        self._queue.append(ticket)
+        while not ticket.settled:
+            with self._turn:
+                if not ticket.settled:
+                    self._commit_group([self._queue.popleft() for _ in range(min(len(self._queue), GROUP_LIMIT))])
+        if ticket.error is not None:
+            raise ticket.error
+
+    def _commit_group(self, group: list[_Ticket]) -> None:
+        """One transaction for all; if a body fails, which is rare, one for each."""
+        try:
+            if self.broken:
+                raise CloudError("storage-failed", self.broken)
+            with self._locked():
+                self._transact(group)
+        except Exception as error:
+            if len(group) > 1 and isinstance(error, Conflict):
+                for ticket in group:
+                    ticket.error = None
+                    self._commit_group([ticket])
+                return
+            for ticket in group:
+                ticket.error = ticket.error or error
+        for ticket in group:
+            ticket.settled = True
+
+    def _transact(self, group: list[_Ticket]) -> None:
+        db = self._writer
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for ticket in group:
+                try:
+                    self._apply(db, ticket.batch)
+                except CloudError as refused:
+                    ticket.error = refused               # by a guard, before anything was written
+                except _Failed as failed:
+                    ticket.error = Conflict(str(failed))
+            db.execute("COMMIT")
+        except BaseException as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.IntegrityError):
+                raise Conflict(str(error)) from error    # a unique index guards too
+            if isinstance(error, sqlite3.Error):
+                refusal = database_error(error)
+                if refusal.kind == "storage-failed":
+                    self.broken = "a write failed; the server must be restarted and verified"
+                raise refusal from error
+            raise
+
+    def _apply(self, db: sqlite3.Connection, batch: Batch) -> None:
+        """raises _Failed or CloudError before, sqlite3.Error after the first change"""
+        if batch.op:
+            for seq, digest in db.execute("SELECT seq, digest FROM op WHERE id = ?", batch.op[:1]):
+                raise Replayed(seq, digest == batch.op[1])
+        for guard in batch.guards:
+            for (reason,) in db.execute(guard.sql, guard.params):
+                if reason is not None:
+                    raise _Failed(reason)
+        if batch.line:
+            home, who, action, detail = batch.line
+            batch.seq = db.execute(
+                "INSERT INTO journal (seq, at, home, account, device, action, detail) "
+                "SELECT max(seq) + 1, ?, ?, ?, ?, ?, ? FROM journal",
+                (self.clock.wall(), home, who.account, who.device, action,
+                 json.dumps(detail, ensure_ascii=False))).lastrowid
+        for sql, params, many in batch.body:
+            (db.executemany if many else db.execute)(sql, params)
+        if batch.op:
+            db.execute("INSERT INTO op (id, seq, digest, at) VALUES (?, ?, ?, ?)",
+                       (batch.op[0], batch.seq, batch.op[1], self.clock.due()))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    # ---- opening
+
+    def _connect(self, writes: bool = False) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False,
+                             cached_statements=256)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA fullfsync = 1")
+        db.execute("PRAGMA checkpoint_fullfsync = 1")
+        db.execute("PRAGMA mmap_size = 0")
+        db.execute("PRAGMA wal_autocheckpoint = %d" % (1000 if writes else 0))
+        db.execute("PRAGMA journal_size_limit = %d" % (64 * MiB))
+        return db
+
+    def _migrate(self, db: sqlite3.Connection) -> None:
+        """Bring the file to SCHEMA, all steps or none (PRAGMA user_version is the version reached)."""
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        current = 1 + len(MIGRATIONS)
+        if version > current:
+            raise CloudError("conflict", "the data was written by a newer version of this program; use that one")
+        if version == current:
+            return
+        if version:
+            self._copy_before_migration(db, version)
+        steps = MIGRATIONS[version - 1:] if version else [SCHEMA, self._first_rows()]
+        script = ";".join(["BEGIN IMMEDIATE", *steps, "PRAGMA user_version = %d" % current, "COMMIT"])
+        try:
+            db.executescript(script)
+        except sqlite3.Error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+    def _first_rows(self) -> str:
+        return """INSERT INTO journal VALUES (1, %d, 0, 0, '', 'create', '{}');
+            INSERT INTO setting VALUES ('epoch', '%s'), ('generation', '0')""" % (
+            self.clock.wall(), secrets.token_hex(8))
+
+    def _copy_before_migration(self, db: sqlite3.Connection, version: int) -> None:
+        """Keep the database as the older program left it, to go back to (R31)."""
+        copy = self.path.with_name("cloud-version-%d.db" % version)
+        if not copy.exists():
+            partial = copy.with_suffix(".partial")
+            partial.unlink(missing_ok=True)
+            db.execute("VACUUM INTO ?", (str(partial),))
+            os.replace(partial, copy)
+            sync_directory(self.path.parent)
+
+    def _resume_clock(self) -> None:
+        stood = self.setting("clock")
+        if stood:
+            self.clock.resume(*json.loads(stood))
+
+    def save_clock(self) -> None:
+        """Note where due() stands; the janitor does so every minute."""
+        self.run(Statement("INSERT OR REPLACE INTO setting VALUES ('clock', ?)",
+                           (json.dumps([self.clock.due(), self.clock.wall()]),)))
+
+
+class _Failed(Exception):
+    """A guard did not hold."""
+
+
+class Replayed(CloudError):
+    """A batch with this op id was committed before; `same` tells whether it asked for the same."""
+
+    def __init__(self, seq: int, same: bool) -> None:
+        super().__init__("conflict", "this operation id was used for something else")
+        self.seq, self.same = seq, same
+
+
+def database_error(error: sqlite3.Error) -> CloudError:
+    """Word a failure of SQLite (R4, R18-R20)."""
+    text = str(error)
+    if "full" in text:
+        return CloudError("disk-full", "the disk of the server is full")
+    if "readonly" in text or "read-only" in text:
+        return CloudError("read-only", "the data directory cannot be written")
+    if "locked" in text or "busy" in text:
+        return CloudError("busy", "the database is busy", retry_after=1)
+    if isinstance(error, (sqlite3.ProgrammingError, sqlite3.IntegrityError)) or "no such" in text:
+        log.error("database: %s", text)
+        return CloudError("internal")
+    log.error("database: %s", text)
+    return CloudError("storage-failed", "the database of the server fails")
+
+
+# ==== 6. Accounts ========================================================================
+#
+# Who is asking.  1. Nothing a second process needs lives in memory: sessions, tokens and throttles are rows.
+# 2. What is remembered in memory is keyed by a digest of the credential under a key of this process, and counts
+#    only while the row "generation" stands where it stood; every change of an account or device raises it.
+# 3. Secrets are stored as hashes: passwords by scrypt, random tokens of 160 bits and more by SHA-256.
+
+SCRYPT = (14, 8, 5)             # log2 N, r, p: 16 MiB and 0.15 s; stronger hashes found in rows are honoured
+PASSWORD_MIN, PASSWORD_MAX = 10, 1024          # bytes
+REMEMBER = 5 * MINUTE           # how long a verified credential is believed
+CONFIRMED = 10 * MINUTE         # how long a password counts as just given
+SESSION_IDLE, SESSION_LIFE = 14 * DAY, 90 * DAY
+USED_EVERY = 10 * MINUTE        # "last used" is written no more often
+WAIT_FIRST, WAIT_MOST = SECOND, 15 * MINUTE    # after a wrong password, doubling
+GLOBAL_FREE = 100               # wrong passwords in all before everybody waits
+TOKEN_MARK = "cs_"              # app passwords begin so and are never tried as passwords
+ACCOUNT_NAME = re.compile(r"[^\x00-\x20/\\:\x7f](?:[^\x00-\x1f/\\:\x7f]{0,62}[^\x00-\x20/\\:\x7f])?")
+BUMP = Statement("UPDATE setting SET value = CAST(value AS INTEGER) + 1 WHERE name = 'generation'")
+
+COMMON_PASSWORDS = frozenset("""
+    1234567890 12345678910 123456789a 0123456789 0987654321 9876543210 1111111111 0000000000 1122334455 1q2w3e4r5t
+    1q2w3e4r5t6y 1qaz2wsx3edc q1w2e3r4t5 q1w2e3r4t5y6 qwertyuiop qwerty12345 qwerty123456 qwertyuiop123 asdfghjkl1
+    asdfghjkl; zxcvbnm123 password12 password123 password1234 password12345 passw0rd123 p@ssw0rd123 p@ssword123
+    mypassword letmein123 letmein1234 welcome123 welcome1234 iloveyou12 iloveyou123 iloveyou1234 sunshine123
+    princess123 football123 baseball123 basketball superman123 batman12345 dragon12345 master12345 monkey12345
+    shadow12345 michael123 jennifer123 charlie123 administrator administrator1 changeme123 changeit123 default123
+    secret12345 test123456 testtest12 testtest123 testing1234 abc1234567 abcd123456 abcde12345 abcdef1234 abcdefghij
+    a123456789 aa12345678 a1b2c3d4e5 qazwsxedc123 qazwsxedcrfv 123qweasdzxc 1234qwerasdf qweasdzxc123 qwer1234asdf
+    google12345 facebook123 linkedin123 minecraft1 minecraft123 pokemon123 starwars123 liverpool1 liverpool123
+    manchester manchester1 chelsea123 arsenal123 barcelona1 barcelona123 realmadrid everton123 whatever123
+    computer123 internet123 samsung123 blink182182 metallica1 motorola123 elizabeth1 alexander1 stephanie1
+    christopher cheesecake strawberry butterfly1 chocolate1 chocolate123 babygirl123 jesuschrist jesus12345
+    trustno1trustno1 iloveyousomuch hello12345 hello123456 nextcloud123 owncloud123 cloudserver cloudserver1
+    correcthorsebatterystaple""".split())
+
+
+class Device(NamedTuple):
+    """A session or an app password, as its owner sees it.  The order is that of Accounts.devices."""
+    id: str
+    kind: str
+    name: str
+    readonly: bool
+    node: int | None
+    created: int
+    used: int | None
+    address: str
+
+
+class Account(NamedTuple):
+    """An account, as an administrator sees it.  The order is that of Accounts.list."""
+    id: int
+    name: str
+    admin: bool
+    quota: int | None
+    used: int                    # bytes of live files
+    files: int
+    created: int
+
+
+class Accounts:
+    """Who there is, and by what they prove it."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self.db, self.clock = db, clock
+        self._key = secrets.token_bytes(32)
+        self._remembered: dict[bytes, tuple[Principal, str, int]] = {}     # credential: (who, generation, due)
+        self._used: dict[str, tuple[int, str]] = {}          # device: when and whence, not yet written
+        self._hashing = threading.Semaphore(2)               # scrypt runs at a time (A5)
+        self._waiting = threading.Semaphore(16)
+        self._set_up = False
+
+    # ---- who is asking
+
+    def identify(self, authorization: str, cookie: str, address: str, *, secure: bool) -> Principal:
+        """Who sends these credentials?  ANONYMOUS for none; with a `refusal` for those that do not count.
+
+        authorization   value of the field, or ""
+        cookie          the session's cookie, or ""; counts only without Authorization
+        secure          whether nobody could listen: TLS, loopback, or a proxy that says so
+        """
+        credential = authorization or cookie
+        if not credential:
+            return ANONYMOUS
+        if len(credential) > 4 * KiB:
+            return ANONYMOUS._replace(refusal=CloudError("unauthenticated", "the credentials are too long"))
+        if not secure:
+            return ANONYMOUS._replace(refusal=CloudError(
+                "insecure", "passwords are not accepted over plain HTTP from another machine; use HTTPS"))
+        key = hashlib.blake2b(credential.encode("utf-8", "replace"), key=self._key, digest_size=16).digest()
+        generation = self._generation()
+        who, then, due = self._remembered.get(key, (None, "", 0))
+        if who is None or then != generation or due < self.clock.due():
+            try:
+                who = self._verify(authorization, cookie, address, key)
+            except CloudError as refused:
+                return ANONYMOUS._replace(refusal=refused)
+            if len(self._remembered) > 1000:
+                self._remembered.clear()
+            self._remembered[key] = who, generation, self.clock.due() + REMEMBER
+        if who.device:
+            self._used[who.device] = self.clock.wall(), address
+        return who
+
+    def _generation(self) -> str:
+        return self.db.read("SELECT value FROM setting WHERE name = 'generation'")[0][0]
+
+    def _verify(self, authorization: str, cookie: str, address: str, key: bytes) -> Principal:
+        if not authorization:
+            return self._by_secret(cookie, "session")
+        scheme, _, value = authorization.partition(" ")
+        if scheme.lower() == "bearer":
+            return self._by_secret(value.strip(), "token")
+        pair = parse_basic(value) if scheme.lower() == "basic" else None
+        if pair is None:
+            raise CloudError("unauthenticated", "malformed credentials")
+        if pair[1].startswith(TOKEN_MARK):
+            who = self._by_secret(pair[1], "token")
+            if key_of(who.name.casefold()) != key_of(pair[0].casefold()):
+                raise CloudError("unauthenticated", "wrong name or password")
+            return who
+        return self._by_password(*pair, address, key)
+
+    def _by_secret(self, secret: str, kind: str) -> Principal:
+        now = self.clock.due()
+        rows = self.db.read(
+            "SELECT a.id, a.name, coalesce(d.node, a.root), a.admin, d.id, d.readonly, d.node IS NOT NULL, d.confirmed "
+            "FROM device d JOIN account a ON a.id = d.account "
+            "WHERE d.secret = ? AND d.kind = ? AND a.removed IS NULL "
+            "AND coalesce(d.idle, ?) >= ? AND coalesce(d.due, ?) >= ?", (sha256_text(secret), kind, now, now, now, now))
+        if not rows:
+            raise CloudError("unauthenticated", "this session or token is not valid")
+        account, name, root, admin, device, readonly, scoped, confirmed = rows[0]
+        return Principal(account, name, root, bool(admin) and kind == "session", kind, device, bool(readonly),
+                         bool(scoped), confirmed)
+
+    def _by_password(self, name: str, password: str, address: str, key: bytes = b"") -> Principal:
+        """Check name and password, at the same cost whether or not there is such an account (A6)."""
+        subjects = ("account " + account_key(name), "address " + network_of(address), "global")
+        self._check_throttle(subjects)
+        if len(password.encode("utf-8", "replace")) > PASSWORD_MAX:
+            raise CloudError("unauthenticated", "wrong name or password")
+        rows = self.db.read("SELECT id, name, root, admin, password FROM account WHERE key = ?", (account_key(name),))
+        with self._scrypt_lane():
+            known = self._remembered.get(key)                # a request beside this one may have been first
+            if known and known[1] == self._generation():
+                return known[0]
+            right = check_password(password, rows[0][4] if rows else "")
+        if not right:
+            self._record_failure(subjects)
+            log.warning("login failed", extra={"account": name[:64], "address": address})
+            raise CloudError("unauthenticated", "wrong name or password")
+        if self.db.read("SELECT 1 FROM throttle WHERE subject IN (?, ?)", subjects[:2]):
+            self.db.run(Statement("DELETE FROM throttle WHERE subject IN (?, ?)", subjects[:2]))
+        account, name, root, admin, stored = rows[0]
+        if not stored.startswith("scrypt %d %d %d " % SCRYPT) and is_weaker(stored):
+            self.db.run(Statement("UPDATE account SET password = ? WHERE id = ? AND password = ?",
+                                  (hash_password(password), account, stored)))
+        return Principal(account, name, root, bool(admin), "password", confirmed=self.clock.due() + CONFIRMED)
+
+    @contextmanager
+    def _scrypt_lane(self) -> Iterator[None]:
+        """Two at a time, sixteen waiting, the rest is told to come again (A5)."""
+        if not self._waiting.acquire(blocking=False):
+            raise CloudError("busy", "too many logins at once", retry_after=2)
+        try:
+            with self._hashing:
+                yield
+        finally:
+            self._waiting.release()
+
+    # ---- throttling (A4)
+
+    def _check_throttle(self, subjects: tuple[str, str, str]) -> None:
+        now = self.clock.due()
+        rows = self.db.read("SELECT max(due) FROM throttle WHERE subject IN (?, ?, ?) AND due > ?", (*subjects, now))
+        if rows[0][0] is not None:
+            wait = (rows[0][0] - now + 999) // 1000
+            raise CloudError("throttled", "too many wrong passwords; wait %d s" % wait, retry_after=wait)
+
+    def _record_failure(self, subjects: tuple[str, str, str]) -> None:
+        """Double the wait of account and address; an hour of quiet forgets."""
+        now = self.clock.due()
+        rows = []
+        for subject in subjects:
+            seen = self.db.read("SELECT failures FROM throttle WHERE subject = ? AND due > ?", (subject, now - HOUR))
+            failures = (seen[0][0] if seen else 0) + 1
+            counted = failures - GLOBAL_FREE if subject == "global" else failures
+            wait = min(WAIT_MOST, WAIT_FIRST << min(counted - 1, 20)) if counted > 0 else 0
+            rows.append((subject, failures, now + wait))
+        self.db.run(Statement("INSERT OR REPLACE INTO throttle VALUES (?, ?, ?)", rows, many=True))
+
+    # ---- set-up
+
+    def is_set_up(self) -> bool:
+        self._set_up = self._set_up or bool(self.db.read("SELECT 1 FROM account LIMIT 1"))
+        return self._set_up
+
+    def new_setup_token(self) -> str:
+        """A token that opens /setup once; the one before it is void."""
+        token = secrets.token_urlsafe(16)
+        self.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('setup', ?)", (sha256_text(token),)))
+        return token
+
+    def claim(self, token: str, name: str, password: str, address: str) -> None:
+        """Make the first account, an administrator's.  raises CloudError forbidden for a wrong or used token"""
+        subjects = ("setup " + network_of(address), "address " + network_of(address), "global")
+        self._check_throttle(subjects)
+        stored = self.db.setting("setup")
+        if self.is_set_up() or not stored or not hmac.compare_digest(stored, sha256_text(token)):
+            self._record_failure(subjects)
+            raise CloudError("forbidden", "this setup link is not valid any more")
+        self.add(name, password, admin=True, first=True)
+
+    # ---- accounts
+
+    def add(self, name: str, password: str, *, admin: bool = False, quota: int | None = None, who: Principal = ANONYMOUS,
+            first: bool = False) -> int:
+        """Make an account and its empty tree; returns its id.
+
+        first    only if there is none yet; the setup token is used up
+        raises   CloudError bad-request for an unfit name or password, exists, forbidden
+        """
+        if not ACCOUNT_NAME.fullmatch(name) or name.startswith("."):
+            raise CloudError("bad-request", "a name has 1 to 64 characters, none of them / \\ : or a control character")
+        check_new_password(name, password)
+        stored, root = hash_password(password), self.db.new_id()
+
+        def attempt() -> Batch:
+            highest, clash = self.db.read("SELECT max(id), (SELECT 1 FROM account WHERE key = ?) FROM account",
+                                          (account_key(name),))[0]
+            if clash:
+                raise CloudError("exists", "there is an account of that name")
+            if first and highest:
+                raise CloudError("forbidden", "this setup link is not valid any more")
+            account, now = (highest or 0) + 1, self.clock.wall()
+            return Batch(line=Line(account, who, "account-add", {"name": name, "admin": admin}), body=[
+                Statement("INSERT INTO account (id, name, key, root, admin, quota, password, created) "
+                          "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                          (account, name, account_key(name), root, int(admin), quota, stored, now)),
+                Statement("INSERT INTO entry (home, since, node, name, key, kind, size, mtime, rev) "
+                          "SELECT ?, max(seq), ?, '', '', ?, 0, ?, max(seq) FROM journal", (account, root, COLLECTION, now)),
+                Statement("INSERT INTO collection SELECT ?, max(seq), 0, 0 FROM journal", (root,)),
+                Statement("DELETE FROM setting WHERE name = 'setup'"), BUMP])
+
+        return self.db.write(attempt).line.home
+
+    def list(self) -> list[Account]:
+        return [Account._make(row) for row in self.db.read(
+            "SELECT a.id, a.name, a.admin, a.quota, c.size, c.files, a.created FROM account a "
+            "JOIN collection c ON c.node = a.root WHERE a.removed IS NULL ORDER BY a.key")]
+
+    def get(self, name: str) -> Account:
+        """raises CloudError not-found"""
+        for account in self.list():
+            if account_key(account.name) == account_key(name):
+                return account
+        raise CloudError("not-found", "there is no account %s" % name)
+
+    def principal(self, name: str) -> Principal:
+        """An account as the command line acts for it.  raises CloudError not-found"""
+        account = self.get(name)
+        root = self.db.read("SELECT root FROM account WHERE id = ?", (account.id,))[0][0]
+        return Principal(account.id, account.name, root, account.admin, "local", confirmed=1 << 62)
+
+    def set_password(self, name: str, password: str, who: Principal = ANONYMOUS) -> None:
+        """Change a password; every session ends, and every token with it (A9)."""
+        account = self.get(name)
+        check_new_password(account.name, password)
+        self._change(account, who, "account-password",
+                     Statement("UPDATE account SET password = ? WHERE id = ?", (hash_password(password), account.id)),
+                     Statement("DELETE FROM device WHERE account = ?", (account.id,)))
+
+    def update(self, name: str, who: Principal, *, admin: bool | None = None, quota: int | None | bool = False) -> Account:
+        """Change rights or quota (None is no limit); what is not given stays."""
+        account = self.get(name)
+        if admin is False and account.admin and sum(other.admin for other in self.list()) < 2:
+            raise CloudError("conflict", "the last administrator must stay one")
+        if admin is not None:
+            self._change(account, who, "account-admin",
+                         Statement("UPDATE account SET admin = ? WHERE id = ?", (int(admin), account.id)))
+        if quota is not False:
+            self._change(account, who, "account-quota",
+                         Statement("UPDATE account SET quota = ? WHERE id = ?", (quota, account.id)))
+        return self.get(name)
+
+    def remove(self, name: str, who: Principal = ANONYMOUS) -> None:
+        """End an account at once; its files go after the days that history is kept."""
+        account = self.get(name)
+        if account.admin and sum(other.admin for other in self.list()) < 2 and len(self.list()) > 1:
+            raise CloudError("conflict", "make another account an administrator first")
+        self._change(account, who, "account-remove",
+                     Statement("UPDATE account SET key = NULL, removed = ? WHERE id = ?", (self.clock.due(), account.id)),
+                     Statement("DELETE FROM device WHERE account = ?", (account.id,)),
+                     Statement("DELETE FROM lock WHERE home = ?", (account.id,)))
+
+    def _change(self, account: Account, who: Principal, action: str, *body: Statement) -> None:
+        self.db.write(lambda: Batch([*body, BUMP], line=Line(account.id, who, action, {"name": account.name})))
+
+    # ---- sessions and app passwords
+
+    def log_in(self, name: str, password: str, address: str, agent: str) -> tuple[str, Principal]:
+        """Open a session; returns its cookie.  raises CloudError unauthenticated, throttled"""
+        who = self._by_password(name, password, address)
+        log.info("login", extra={"account": who.name, "address": address})
+        secret = secrets.token_urlsafe(32)
+        device = self._add_device(who, "session", agent[:100] or "browser", secret, address, idle=SESSION_IDLE,
+                                  life=SESSION_LIFE)
+        return secret, who._replace(means="session", device=device)
+
+    def add_token(self, who: Principal, name: str, *, readonly: bool = False, node: int | None = None,
+                  life: int | None = None) -> tuple[str, str]:
+        """Make an app password; returns (device id, the secret, which is shown this once)."""
+        if not name.strip() or len(name) > 100:
+            raise CloudError("bad-request", "give the device a name of 1 to 100 characters")
+        if len(self.devices(who)) >= 500:
+            raise CloudError("conflict", "this account has 500 devices; revoke some first")
+        secret = TOKEN_MARK + secrets.token_urlsafe(24)
+        return self._add_device(who, "token", name.strip(), secret, "", readonly, node, life=life), secret
+
+    def _add_device(self, who: Principal, kind: str, name: str, secret: str, address: str, readonly: bool = False,
+                    node: int | None = None, idle: int | None = None, life: int | None = None) -> str:
+        id, now = secrets.token_hex(8), self.clock.due()
+        row = (id, who.account, kind, name, sha256_text(secret), int(readonly), node, self.clock.wall(), address,
+               now + CONFIRMED if kind == "session" else 0, idle and now + idle, life and now + life)
+        self.db.write(lambda: Batch(line=Line(who.account, who, "device-add", {"name": name, "kind": kind}), body=[
+            Statement("INSERT INTO device (id, account, kind, name, secret, readonly, node, created, address, confirmed, "
+                      "idle, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)]))
+        return id
+
+    def devices(self, who: Principal) -> list[Device]:
+        return [Device._make(row) for row in self.db.read(
+            "SELECT id, kind, name, readonly, node, created, used, address FROM device WHERE account = ? "
+            "AND coalesce(idle, ?) >= ? AND coalesce(due, ?) >= ? ORDER BY created DESC",
+            (who.account, *[self.clock.due()] * 4))]
+
+    def revoke(self, who: Principal, id: str) -> None:
+        """End a session or token of the same account, at once.  raises CloudError not-found"""
+        for device in self.devices(who):
+            if device.id == id:
+                self.db.write(lambda: Batch(line=Line(who.account, who, "device-remove", {"name": device.name}), body=[
+                    Statement("DELETE FROM device WHERE id = ?", (id,)), BUMP]))
+                return
+        raise CloudError("not-found", "there is no such device")
+
+    def confirm(self, who: Principal, password: str, address: str) -> None:
+        """Take the password once more, for what needs it fresh (A16)."""
+        if who.means == "session":
+            self._by_password(who.name, password, address)
+            self.db.run(Statement("UPDATE device SET confirmed = ? WHERE id = ?",
+                                  (self.clock.due() + CONFIRMED, who.device)), BUMP)
+
+    def save_used(self) -> None:
+        """Write when and whence devices were last used; the janitor does so every minute."""
+        used, self._used = self._used, {}
+        old = {id: at or 0 for id, at in self.db.read("SELECT id, used FROM device")} if used else {}
+        rows = [(at, address, self.clock.due() + SESSION_IDLE, id) for id, (at, address) in used.items()
+                if at - old.get(id, at) >= USED_EVERY or not old.get(id, 1)]
+        if rows:
+            self.db.run(Statement("UPDATE device SET used = ?, address = ?, "
+                                  "idle = CASE WHEN idle IS NULL THEN NULL ELSE ? END WHERE id = ?", rows, many=True))
+
+
+def account_key(name: str) -> str:
+    """What account names are compared by."""
+    return unicodedata.normalize("NFC", name.casefold())
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def hash_password(password: str) -> str:
+    """"scrypt LOG2N R P SALT HASH" """
+    salt = secrets.token_bytes(16)
+    return "scrypt %d %d %d %s %s" % (*SCRYPT, salt.hex(), scrypt(password, salt, *SCRYPT).hex())
+
+
+def scrypt(password: str, salt: bytes, log2n: int, r: int, p: int) -> bytes:
+    return hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, n=1 << log2n, r=r, p=p, dklen=32,
+                          maxmem=(128 * r << log2n) + 64 * MiB)
+
+
+def check_password(password: str, stored: str) -> bool:
+    """Is it the password behind this hash?  An empty hash belongs to nobody and costs the same."""
+    _, log2n, r, p, salt, want = (stored or "scrypt %d %d %d 00 00" % SCRYPT).split(" ")
+    found = scrypt(password, bytes.fromhex(salt), int(log2n), int(r), int(p))
+    return hmac.compare_digest(found, bytes.fromhex(want))
+
+
+def is_weaker(stored: str) -> bool:
+    """Was this hash made with less work than hashes are made with now?"""
+    _, log2n, r, p, *_ = stored.split(" ")
+    return int(r) * int(p) << int(log2n) < SCRYPT[1] * SCRYPT[2] << SCRYPT[0]
+
+
+def check_new_password(name: str, password: str) -> None:
+    size = len(password.encode("utf-8", "replace"))
+    if not PASSWORD_MIN <= size <= PASSWORD_MAX:
+        raise CloudError("bad-request", "a password has %d to %d characters" % (PASSWORD_MIN, PASSWORD_MAX))
+    if password.lower() in COMMON_PASSWORDS or password.casefold() == name.casefold() or len(set(password)) < 4 \
+            or password.startswith(TOKEN_MARK):
+        raise CloudError("bad-request", "that password is too easy to guess")
+
+
+def network_of(address: str) -> str:
+    """What counts as one address for throttling: an IPv4 address, an IPv6 /64."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if parsed.version == 4:
+        return str(parsed)
+    if parsed.ipv4_mapped:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.ip_network((parsed, 64), strict=False))
+
+
+# ==== 7. Operations ======================================================================
+#
+# Every verb, behind every door.  1. A verb takes who, then what, then Preconditions.  2. It checks rights, stores
+# bytes, then commits one batch; nothing it decided on can have changed by then, because guards restate it.
+# 3. The tree changes only through _batch(), which turns Changes into rows, sums and one journal line.
+# 4. Sums: a collection's row counts the live files below it, and its seq is the last write anywhere below.
+# 5. account.shape is raised whenever a collection leaves its place or a lock appears; a batch that was decided
+#    at the same shape may rely on its path and on the locks it saw.
+
+NODE = ("e.node, e.home, e.since, e.until, e.parent, e.name, e.kind, e.manifest, coalesce(c.size, e.size), e.mtime, "
+        "e.media, e.rev, e.fate, c.seq, c.files")
+CHUNK = "h.hash, h.size, h.data, h.object"
+STRIDE = 24                     # names that one statement walks down
+LOCK_MOST = 24 * 3600           # seconds a lock may be granted for
+
+
+class Spot(NamedTuple):
+    """Where a path leads."""
+    home: int
+    shape: int
+    locked: bool                 # are there locks in this home at all?
+    quota: int | None
+    used: int                    # bytes live in the home
+    chain: tuple[int, ...]       # ids of what contains it, the root of the home first, as far as it exists
+    open: bool                   # is the last of chain a collection?
+    rest: tuple[str, ...]        # names below chain that do not exist; () if the node does
+    node: Node | None
+    chunk: StoredChunk | None = None
+
+    @property
+    def parent(self) -> int:
+        return self.chain[-1]
+
+
+@lru_cache(maxsize=2 * STRIDE + 2)
+def path_query(depth: int, content: bool) -> str:
+    """A SELECT from the start node and `depth` keys to everything Spot needs: one index search per name."""
+    names = ["p%d" % n for n in range(1, depth)] + ["e"]
+    joins, above = [], "?"
+    for name in names:
+        joins.append("LEFT JOIN entry %s ON %s.parent = %s AND %s.key = ? AND %s.until IS NULL"
+                     % (name, name, above, name, name))
+        above = name + ".node"
+    parents = "".join("p%d.node, " % n for n in range(1, depth))
+    return ("SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota, r.size, k.node, %s%s%s FROM account a "
+            "JOIN collection r ON r.node = a.root %s LEFT JOIN collection c ON c.node = e.node "
+            "LEFT JOIN collection k ON k.node = %s %s WHERE a.id = ?" % (
+                parents, NODE, ", " + CHUNK if content else "", " ".join(joins),
+                "p%d.node" % (depth - 1) if depth > 1 else "?",
+                "LEFT JOIN chunk h ON h.hash = e.manifest" if content else ""))
+
+
+class Cloud:
+    """The cloud of all accounts: what any door can do, it does by one call here."""
+
+    def __init__(self, config: Config, clock: Clock | None = None) -> None:
+        """Open the data directory, making it if need be.  raises CloudError, OSError, sqlite3.Error"""
+        self.config, self.clock = config, clock or Clock()
+        make_private_directory(config.data)
+        store = ObjectDirectory(config.data / "objects")
+        if not (config.data / "objects" / "ff").exists():
+            store.create()
+        self.blobs = Blobs(store)
+        self.db = Database(config.data / "cloud.db", self.clock)
+        self.accounts = Accounts(self.db, self.clock)
+        self.epoch = self.db.setting("epoch")
+        self._free: tuple[int, bool] = (0, True)         # until when the disk counts as free
+
+    def close(self) -> None:
+        self.blobs.lane.shutdown(wait=True)
+        self.db.close()
+
+    def health(self) -> str:
+        """"ok", "low" when the disk is almost full, "read-only" when nothing can be written."""
+        if self.db.broken:
+            return "read-only"
+        return "ok" if self._disk_has_room() else "low"
+
+    # ---- finding
+
+    def stat(self, who: Principal, path: tuple[str, ...]) -> Node:
+        """The node at a path.  raises CloudError not-found"""
+        return self._found(self._spot(who, path))
+
+    def open(self, who: Principal, path: tuple[str, ...]) -> tuple[Node, Content | None]:
+        """A file and its bytes; None in place of bytes for a collection.  raises CloudError not-found"""
+        spot = self._spot(who, path, content=True)
+        node = self._found(spot)
+        return node, None if node.kind else self._content(node, spot.chunk)
+
+    def children(self, who: Principal, path: tuple[str, ...]) -> tuple[Node, list[Node]]:
+        """A node and, if it is a collection, what it holds, in the order of names, both of one moment."""
+        node = self.stat(who, path)
+        with self.db.snapshot() as read:
+            fresh = list(read("SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
+                              "WHERE e.node = ? AND e.until IS NULL", (node.node,)))
+            if not fresh:
+                raise CloudError("not-found", "it was just deleted")
+            node = Node._make(fresh[0])
+            if not node.kind:
+                return node, []
+            return node, list(map(Node._make, read(
+                "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
+                "WHERE e.parent = ? AND e.until IS NULL ORDER BY e.key", (node.node,))))
+
+    def _found(self, spot: Spot) -> Node:
+        if spot.node is None:
+            raise CloudError("not-found", "there is nothing at this path")
+        return spot.node
+
+    def _content(self, node: Node, only: StoredChunk | None = None) -> Content:
+        """The bytes of a version; `only` is its chunk if it has one and the caller has read it."""
+        manifest = node.manifest
+        if manifest[0] != "m":
+            if only is None:
+                rows = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (manifest,))
+                only = StoredChunk._make(rows[0]) if rows else None
+            if only is None:
+                raise CloudError("storage-failed", "a part of the file is missing")
+            return Content(self.blobs, node.size, only)
+        return Content(self.blobs, node.size, more=lambda offset: [
+            (at, StoredChunk._make(chunk)) for at, *chunk in self.db.read(
+                "SELECT m.offset, " + CHUNK + " FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
+                "WHERE m.manifest = ? AND m.offset >= (SELECT max(offset) FROM manifest_chunk WHERE manifest = ? "
+                "AND offset <= ?) ORDER BY m.offset LIMIT 64", (manifest, manifest, offset))])
+
+    def _spot(self, who: Principal, path: tuple[str, ...], *, content: bool = False) -> Spot:
+        """Follow a path from the root of `who`.  raises CloudError forbidden for nobody"""
+        if not who.account:
+            raise CloudError("forbidden", "nobody is logged in")
+        if not path:
+            return self._root_spot(who)
+        above = self._above(who.root) + (who.root,) if who.scoped else (who.root,)
+        keys = [key_of(name) for name in path]
+        walked = 0
+        while len(keys) - walked > STRIDE:                   # far down: in several steps
+            ids = self._spot_row(above[-1], keys[walked:walked + STRIDE], who.account, False)
+            below = ids[5:4 + STRIDE] + ids[4 + STRIDE:5 + STRIDE]
+            there = next((n for n, id in enumerate(below) if id is None), STRIDE)
+            above += below[:there]
+            walked += there
+            if there < STRIDE:
+                break
+        depth = min(len(keys) - walked, STRIDE)
+        row = self._spot_row(above[-1], keys[walked:walked + depth], who.account, content)
+        parents, tail = row[5:4 + depth], row[4 + depth:]
+        there = next((n for n, id in enumerate(parents) if id is None), depth - 1)
+        chain, rest = above + parents[:there], path[walked + there:]
+        node = Node._make(tail[:15]) if tail[0] is not None else None
+        chunk = StoredChunk._make(tail[15:]) if content and tail[15] is not None else None
+        is_open = row[4] is not None if there == depth - 1 else self._is_collection(chain[-1])
+        return Spot(who.account, row[0], bool(row[1]), row[2], row[3], chain, is_open, () if node else rest, node, chunk)
+
+    def _spot_row(self, start: int, keys: Sequence[str], account: int, content: bool) -> tuple[Any, ...]:
+        params = (start, *keys, start, account) if len(keys) == 1 else (start, *keys, account)
+        rows = self.db.read(path_query(len(keys), content), params)
+        if not rows:
+            raise CloudError("forbidden", "this account does not exist any more")
+        return rows[0]
+
+    def _root_spot(self, who: Principal) -> Spot:
+        above = self._above(who.root) if who.scoped else ()
+        rows = self.db.read(
+            "SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota, r.size, " + NODE + " FROM account a "
+            "JOIN collection r ON r.node = a.root LEFT JOIN entry e ON e.node = ? AND e.until IS NULL "
+            "LEFT JOIN collection c ON c.node = e.node WHERE a.id = ?", (who.root, who.account))
+        if not rows or rows[0][4] is None:
+            raise CloudError("not-found", "the collection this device is limited to is gone")
+        shape, locked, quota, used, *node = rows[0]
+        return Spot(who.account, shape, bool(locked), quota, used, above, True, (), Node._make(node))
+
+    def _is_collection(self, node: int) -> bool:
+        return bool(self.db.read("SELECT 1 FROM collection WHERE node = ?", (node,)))
+
+    def _above(self, node: int) -> tuple[int, ...]:
+        """Ids of the collections that hold a node now, the root of its home first.
+
+        raises  CloudError not-found if it, or one of them, is not live
+        """
+        rows = self.db.read(
+            "WITH RECURSIVE up (node, parent, level) AS (SELECT node, parent, 0 FROM entry WHERE node = ? AND until IS NULL "
+            "UNION ALL SELECT e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.parent AND e.until IS NULL) "
+            "SELECT node, parent FROM up ORDER BY level", (node,))
+        if not rows or rows[-1][1] is not None:
+            raise CloudError("not-found", "there is nothing of that id")
+        return tuple(id for id, _ in reversed(rows))[:-1]
+
+    # ---- what must hold before a write
+
+    def _require(self, who: Principal) -> None:
+        if who.readonly:
+            raise CloudError("forbidden", "this device may only read")
+
+    def _admit(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> None:
+        """Check conditions and locks for a change of what is at a path, or of what shall be there."""
+        if given is not ANY:
+            self._check_conditions(who, spot, path, given)
+        if spot.locked:
+            self._check_locks(who, spot, given)
+
+    def _check_conditions(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> None:
+        node = spot.node
+        if given.if_match:
+            if node is None or not ("*" in given.if_match or node.etag in given.if_match):
+                raise CloudError("precondition-failed", "it has changed")
+        elif given.unmodified_since is not None and node and node.mtime // 1000 * 1000 > given.unmodified_since:
+            raise CloudError("precondition-failed", "it has changed")
+        if given.if_none_match and node is not None:
+            if "*" in given.if_none_match and path and node.name != path[-1]:
+                raise CloudError("twin", "the same name is there in another Unicode form")
+            if "*" in given.if_none_match or node.etag in given.if_none_match:
+                raise CloudError("precondition-failed", "it is there already")
+        if given.lists and not any(self._holds(who, path, *conditions) for conditions in given.lists):
+            raise CloudError("precondition-failed", "the If field does not hold")
+
+    def _holds(self, who: Principal, path: tuple[str, ...], other: tuple[str, ...] | None,
+               conditions: tuple[tuple[bool, str, str], ...]) -> bool:
+        """Does one list of an If field hold for its resource? (RFC 4918 s10.4.3)"""
+        spot = self._spot(who, path if other is None else other)
+        tokens = {lock.token for lock in self._covering(spot, self._locks(spot))} if spot.locked else set()
+        etag = spot.node.etag if spot.node else None
+        return all(wanted == (value in tokens if kind == "token" else value == etag) for wanted, kind, value in conditions)
+
+    def _locks(self, spot: Spot) -> list[Lock]:
+        return [Lock._make(row) for row in self.db.read("SELECT * FROM lock WHERE home = ? AND due > ?",
+                                                        (spot.home, self.clock.due()))]
+
+    def _covering(self, spot: Spot, locks: list[Lock]) -> list[Lock]:
+        """The locks that hold the node at a spot: its own, and deep ones from above."""
+        return [lock for lock in locks
+                if spot.node and lock.node == spot.node.node or lock.deep and lock.node in spot.chain]
+
+    def _check_locks(self, who: Principal, spot: Spot, given: Preconditions, *, below: bool = False,
+                     member: bool | None = None) -> None:
+        """Refuse unless the locks in the way are the caller's and were submitted (RFC 4918 s7).
+
+        below    what hangs below the node is affected too: delete, move, overwrite
+        member   the parent gains or loses a member; None means: if there is no node yet
+        """
+        locks = self._locks(spot)
+        held = self._covering(spot, locks)
+        if (spot.node is None if member is None else member) and spot.chain:
+            held += [lock for lock in locks if lock.node == spot.parent and not lock.deep]
+        if below and spot.node:
+            held += [lock for lock in locks if lock.node != spot.node.node and lock not in held
+                     and spot.node.node in self._above_or_none(lock.node)]
+        mine = {lock.token for lock in held if lock.account == who.account and lock.token in given.tokens}
+        shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
+        for lock in held:
+            if lock.token not in mine and (lock.exclusive or lock.node not in shared):
+                raise CloudError("locked", "it is locked", node=lock.node)
+
+    def _above_or_none(self, node: int) -> tuple[int, ...]:
+        try:
+            return self._above(node)
+        except CloudError:
+            return ()
+
+    def _check_space(self, spot: Spot, growth: int, size: int) -> None:
+        """Refuse what exceeds quota or disk.  `growth` of the live bytes, `size` to be stored; both in bytes."""
+        if size > parse_size(self.config.max_file):
+            raise CloudError("too-large", "files may have %s" % format_size(parse_size(self.config.max_file)))
+        if spot.quota is not None and growth > 0 and spot.used + self._reserved(spot.home) + growth > spot.quota:
+            raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, spot.quota - spot.used)))
+        if size and not self._disk_has_room():
+            raise CloudError("disk-full", "the disk of the server is almost full")
+
+    def _reserved(self, home: int) -> int:
+        return self.db.read("SELECT coalesce(sum(size), 0) FROM upload WHERE home = ? AND done IS NULL", (home,))[0][0]
+
+    def _disk_has_room(self) -> bool:
+        """Is there more free space than the low-water mark?  Looked up once a second (R18)."""
+        now = self.clock.due()
+        if now >= self._free[0]:
+            usage = shutil.disk_usage(self.config.data)
+            self._free = now + SECOND, usage.free >= min(parse_size(self.config.low_water), usage.total // 50)
+        return self._free[1]
+
+    # ---- writing
+
+    def write(self, who: Principal, path: tuple[str, ...], body: Body, given: Preconditions = ANY, *,
+              mtime: int | None = None, sums: dict[str, str] | None = None, parents: bool = False) -> tuple[Node, bool]:
+        """Make `body` the new content of the file at a path; returns the node it became and whether it is new.
+
+        mtime    ms since 1970; now if None
+        sums     checksums the bytes must have: {"sha1": hex}
+        parents  make missing collections on the way
+        raises   CloudError no-parent, conflict, precondition-failed, locked, over-quota, disk-full, bad-checksum
+
+        Bytes go first and hold no lock; one batch then only moves a pointer.  A crash between the two leaves
+        unreferenced chunks, which the sweep removes, and never a node without its bytes.
+        """
+        self._require(who)
+        spots = [self._spot_for_file(who, path, given, body.length or 0, parents)]   # before a byte is read
+        stored = self.blobs.put(body, partial(self._knows, spots[0].home), sums or ())
+        for kind, value in (sums or {}).items():
+            if stored.digests[kind] != value:
+                raise CloudError("bad-checksum", "what arrived does not have the checksum that was announced")
+        at = self.clock.wall() if mtime is None else mtime
+
+        def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
+            spot = spots.pop() if spots else self._spot_for_file(who, path, given, stored.size, parents)
+            change, made = self._put_change(spot, path, stored, at)
+            return self._batch(who, spot, "write", {"path": "/".join(path)}, [*made, change],
+                               self._store_rows(stored))
+
+        batch = self.db.write(attempt)
+        change = batch.changes[-1]
+        return change.after._replace(since=batch.seq, rev=batch.seq), change.before is None
+
+    def _spot_for_file(self, who: Principal, path: tuple[str, ...], given: Preconditions, size: int,
+                       parents: bool) -> Spot:
+        """Where a file of `size` bytes may be written, everything checked."""
+        spot = self._spot(who, path)
+        self._check_place(spot, path, parents)
+        if spot.node and spot.node.kind:
+            raise CloudError("conflict", "a collection is at this path")
+        self._admit(who, spot, path, given)
+        self._check_space(spot, size - (spot.node.size if spot.node else 0), size)
+        return spot
+
+    def _check_place(self, spot: Spot, path: tuple[str, ...], parents: bool = False) -> None:
+        """Refuse a path at which nothing can be."""
+        if not spot.open:
+            raise CloudError("conflict", "a file is in the way")
+        if spot.node is None:
+            if len(spot.rest) > 1 and not parents:
+                raise CloudError("no-parent", "the collection %s does not exist" % "/".join(path[:-1]))
+            if len(spot.chain) - 1 + len(spot.rest) > DEPTH_LIMIT:
+                raise CloudError("bad-request", "over %d levels deep" % DEPTH_LIMIT)
+            if self.config.windows_names == "refuse":
+                self._check_windows(spot, path)
+
+    def _check_windows(self, spot: Spot, path: tuple[str, ...]) -> None:
+        """Refuse names Windows cannot hold beside what is there (P11)."""
+        name = spot.rest[0]
+        if not all(map(is_windows_name, spot.rest)):
+            raise CloudError("conflict", "Windows cannot hold the name %s" % name)
+        for (other,) in self.db.read("SELECT name FROM entry WHERE parent = ? AND until IS NULL", (spot.parent,)):
+            if other.casefold() == name.casefold():
+                raise CloudError("conflict", "%s is there, and Windows cannot tell the two apart" % other)
+
+    def _put_change(self, spot: Spot, path: tuple[str, ...], stored: Stored, mtime: int) -> tuple[Change, list[Change]]:
+        """The change that puts stored bytes at a spot, and those that make the collections it lacks."""
+        made, chain = self._make_parents(spot)
+        if spot.node:
+            media = media_type(spot.node.name, stored.head)
+            after = spot.node._replace(manifest=stored.manifest, size=stored.size, mtime=mtime, media=media, rev=0)
+        else:
+            after = Node(self.db.new_id(), spot.home, 0, None, chain[-1], path[-1], FILE, stored.manifest, stored.size,
+                         mtime, media_type(path[-1], stored.head), 0, None)
+        return Change(spot.node, after, chain, chain), made
+
+    def _make_parents(self, spot: Spot) -> tuple[list[Change], tuple[int, ...]]:
+        """Changes that make the collections a spot lacks above its last name; and the chain with them."""
+        made, chain = [], spot.chain
+        for name in spot.rest[:-1]:
+            made.append(Change(None, self._new_collection(spot.home, chain[-1], name), (), chain))
+            chain += (made[-1].after.node,)
+        return made, chain
+
+    def _new_collection(self, home: int, parent: int, name: str) -> Node:
+        return Node(self.db.new_id(), home, 0, None, parent, name, COLLECTION, None, 0, self.clock.wall(), None, 0, None,
+                    0, 0)
+
+    def _knows(self, home: int, hash: str) -> bool:
+        """Does this home refer to a chunk already, so that telling its owner so betrays nothing? (D3)"""
+        return bool(self.db.read(
+            "SELECT 1 FROM chunk h WHERE h.hash = :hash AND h.bad IS NULL AND h.condemned IS NULL AND (EXISTS ("
+            "SELECT 1 FROM entry WHERE manifest = :hash AND home = :home) OR EXISTS ("
+            "SELECT 1 FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = :hash AND e.home = :home))",
+            {"hash": hash, "home": home}))
+
+    def _store_rows(self, stored: Stored) -> list[Statement]:
+        """Rows that make stored bytes known: the chunks, and the manifest if there are several."""
+        now = self.clock.due()
+        if stored.inline is not None:
+            rows = [(stored.manifest, stored.size, None, now, stored.inline)]
+        else:
+            rows = [(hash, size, "%s-%s" % (hash, stored.tag), now, None) for hash, size in dict(stored.chunks).items()]
+        body = [Statement("INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
+                          "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
+                          "object = CASE WHEN bad IS NULL THEN object ELSE excluded.object END, "
+                          "data = CASE WHEN bad IS NULL THEN data ELSE excluded.data END "
+                          "WHERE condemned IS NOT NULL OR bad IS NOT NULL", rows, many=True)]
+        if len(stored.chunks) > 1:
+            body += [Statement("INSERT OR IGNORE INTO manifest VALUES (?, ?, ?)",
+                               (stored.manifest, stored.size, stored.sha256)),
+                     Statement("INSERT OR IGNORE INTO manifest_chunk VALUES (?, ?, ?)",
+                               list(self._offsets(stored)), many=True)]
+        if stored.digests:
+            body.append(Statement("INSERT OR IGNORE INTO digest VALUES (?, ?, ?)",
+                                  [(stored.manifest, kind, value) for kind, value in stored.digests.items()], many=True))
+        return body
+
+    def _offsets(self, stored: Stored) -> Iterator[tuple[str, int, str]]:
+        offset = 0
+        for hash, size in stored.chunks:
+            yield stored.manifest, offset, hash
+            offset += size
+
+    def make_collection(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *,
+                        parents: bool = False) -> Node:
+        """Make an empty collection.  raises CloudError exists, no-parent, conflict, locked"""
+        self._require(who)
+
+        def attempt() -> Batch:
+            spot = self._spot(who, path)
+            self._check_place(spot, path, parents)
+            if spot.node:
+                raise CloudError("exists", "there is something at this path already")
+            self._admit(who, spot, path, given)
+            self._check_space(spot, 0, 1)
+            made, chain = self._make_parents(spot)
+            made.append(Change(None, self._new_collection(spot.home, chain[-1], path[-1]), (), chain))
+            return self._batch(who, spot, "make-collection", {"path": "/".join(path)}, made)
+
+        batch = self.db.write(attempt)
+        return batch.changes[-1].after._replace(since=batch.seq, rev=batch.seq, seq=batch.seq)
+
+    def delete(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY) -> int:
+        """Move a node to the trash; returns the seq.  raises CloudError not-found, forbidden, locked"""
+        self._require(who)
+
+        def attempt() -> Batch:
+            spot = self._spot(who, path)
+            node = self._found(spot)
+            self._admit_removal(who, spot, path, given)
+            return self._batch(who, spot, "delete", {"path": "/".join(path)}, [self._removal(node, spot)])
+
+        return self.db.write(attempt).seq
+
+    def _admit_removal(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> None:
+        if not path:
+            raise CloudError("forbidden", "the root stays where it is")
+        self._check_conditions(who, spot, path, given)
+        if spot.locked:
+            self._check_locks(who, spot, given, below=True, member=True)
+
+    def _removal(self, node: Node, spot: Spot) -> Change:
+        return Change(node, None, spot.chain, (), "deleted")
+
+    # ---- what the janitor does
+
+    def expire(self) -> None:
+        """Remove what has run out: locks, sessions, waits, finished operation ids."""
+        now = self.clock.due()
+        self.db.run(Statement("DELETE FROM lock WHERE due <= ?", (now,)),
+                    Statement("DELETE FROM device WHERE idle < ? OR due < ?", (now, now)),
+                    Statement("DELETE FROM throttle WHERE due < ?", (now - HOUR,)),
+                    Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)))
+
+    # ---- the one way into the tree
+
+    def _batch(self, who: Principal, spot: Spot, action: str, detail: dict[str, Any], changes: list[Change],
+               extra: Sequence[Statement] = ()) -> Batch:
+        """Turn changes, decided at a spot, into a batch (invariants 3 to 5)."""
+        guards = [Statement("SELECT 'shape' WHERE (SELECT shape FROM account WHERE id = ?) IS NOT ?",
+                            (spot.home, spot.shape))]
+        ends, begins, sums = [], [], {}
+        growth, loose = 0, False
+        for change in changes:
+            before, after = change.before, change.after
+            if before:
+                guards.append(Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry "
+                                        "WHERE home = ? AND since = ? AND node = ? AND until IS NULL)",
+                                        (before.home, before.since, before.node)))
+                ends.append((change.fate, before.home, before.since, before.node))
+                loose |= bool(before.kind) and (after is None or (after.parent, after.name) != (before.parent, before.name))
+                self._count(sums, change.left, -before.size, -(before.files if before.kind else 1))
+                growth -= before.size
+            if after:
+                begins.append((after.home, after.node, after.parent, after.name, key_of(after.name), after.kind,
+                               after.manifest, 0 if after.kind else after.size, after.mtime, after.media, after.rev or None))
+                self._count(sums, change.joined, after.size, after.files if after.kind else 1)
+                growth += after.size
+        if spot.quota is not None and growth > 0:
+            guards.append(Statement(
+                "SELECT 'quota' FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ? AND a.quota IS NOT NULL "
+                "AND r.size + ? + (SELECT coalesce(sum(size), 0) FROM upload WHERE home = a.id AND done IS NULL) > a.quota",
+                (spot.home, growth)))
+        body = [*extra]
+        if ends:
+            body.append(Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? "
+                                  "WHERE home = ? AND since = ? AND node = ?", ends, many=True))
+        if begins:
+            body.append(Statement(
+                "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
+                "SELECT ?, s, ?, ?, ?, ?, ?, ?, ?, ?, ?, coalesce(?, s) FROM (SELECT max(seq) AS s FROM journal)",
+                begins, many=True))
+        new = [(change.after.node,) for change in changes if change.after and change.after.kind and not change.before]
+        if new:
+            body.append(Statement("INSERT OR IGNORE INTO collection SELECT ?, max(seq), 0, 0 FROM journal", new, many=True))
+        body.append(Statement("UPDATE collection SET seq = (SELECT max(seq) FROM journal), size = size + ?, files = files + ? "
+                              "WHERE node = ?", [(*sum, node) for node, sum in sums.items()], many=True))
+        if loose:
+            body.append(Statement("UPDATE account SET shape = shape + 1 WHERE id = ?", (spot.home,)))
+        return Batch(body, guards, Line(spot.home, who, action, detail), changes=changes)
+
+    def _count(self, sums: dict[int, list[int]], chain: tuple[int, ...], size: int, files: int) -> None:
+        for node in chain:
+            sum = sums.setdefault(node, [0, 0])
+            sum[0] += size
+            sum[1] += files
+
+
+def make_private_directory(path: Path) -> None:
+    """Make a directory nobody else can read, or make an existing one so (K2).  raises CloudError"""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.name != "nt" and path.stat().st_mode & 0o077:
+            path.chmod(0o700)
+    except OSError as error:
+        raise CloudError("storage-failed", "cannot use the data directory %s: %s" % (path, error.strerror)) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise CloudError("read-only", "the data directory %s cannot be written" % path)
+
+
+# ==== 8. HTTP ============================================================================
+#
+# The only code that touches a socket.  1. One parser, one path function, one gate for every request.
+# 2. An answer is one send if it is small.  3. An unread body never becomes the next request: it is drained, up to
+# a limit, or the connection ends.  4. A framing error ends the connection.  5. A failure after the first byte of a
+# body cuts the connection: a part never looks whole.
+
+HEADER_TIME, IDLE_TIME, STALL_TIME, HANDSHAKE_TIME = 20, 75, 60, 10     # seconds (R34)
+BODY_WINDOW, BODY_RATE = 30, KiB        # a body brings at least this many bytes/s over each window, seconds
+TICK = 1                                # seconds a thread waits for a silent connection before it is parked
+DRAIN_LIMIT = 256 * KiB
+RECEIVE = 64 * KiB
+THREADS = 256                           # connections answered at a time, per process
+SILENT = (BlockingIOError, socket.timeout, ssl.SSLWantReadError, ssl.SSLWantWriteError)     # nothing came for a tick
+REASONS = {**{status.value: status.phrase for status in HTTPStatus}, 460: "Checksum Mismatch"}
+STATUS_LINES = {status: "HTTP/1.1 %d %s\r\n" % (status, reason) for status, reason in REASONS.items()}
+ALWAYS = "X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n"
+PRIVATE = "private, no-cache"
+SANDBOX = "sandbox; default-src 'none'"
+
+
+class Request:
+    """One request, parsed and checked; what a handler sees of HTTP."""
+    __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "who", "id",
+                 "values")
+
+    def __init__(self, method: str, path: tuple[str, ...], slash: bool, query: str, fields: dict[str, str], minor: int,
+                 body: Body, address: str, https: bool, safe: bool) -> None:
+        self.method, self.path, self.slash, self.query, self.fields = method, path, slash, query, fields
+        self.minor, self.body = minor, body
+        self.address = address           # of the client, seen through listed proxies
+        self.https = https               # did the client speak HTTPS?
+        self.safe = safe                 # may a password travel this way?
+        self.who = ANONYMOUS             # for the access log
+        self.id = ""                     # names the request in the log, if it fails
+        self.values: dict[str, Any] = {} # declared arguments of the route
+
+    def __getitem__(self, name: str) -> str | None:
+        """A header field by its name in lower case."""
+        return self.fields.get(name)
+
+    @property
+    def cookie(self) -> str:
+        """The session's cookie, or ""."""
+        wanted = "__Host-session" if self.https else "session"
+        for part in self.fields.get("cookie", "").split(";"):
+            name, _, value = part.strip().partition("=")
+            if name == wanted:
+                return value
+        return ""
+
+    def argument(self, name: str) -> str | None:
+        """A value of the query."""
+        return parse_query(self.query).get(name) if self.query else None
+
+
+class Response:
+    """One answer.  body: bytes, or pieces to send one after the other; length: of all pieces, None if unknown."""
+    __slots__ = ("status", "fields", "body", "length", "close")
+
+    def __init__(self, status: int = 200, body: bytes | Iterator[bytes | FileSlice] = b"",
+                 fields: dict[str, str] | None = None, *, length: int | None = None) -> None:
+        self.status, self.body, self.fields = status, body, fields if fields is not None else {}
+        self.length = len(body) if isinstance(body, bytes) else length
+        self.close = False
+
+
+class Route(NamedTuple):
+    """A row of the route table."""
+    method: str
+    pattern: str
+    handler: Callable[..., Response]
+    needs: str
+    refuse: Callable[[CloudError, Request], Response]
+    values: dict[str, str]               # declared arguments: {"path": "string", "parents?": "boolean"}
+    tail: str                            # the name of the last part, if it is a variable
+    many: bool                           # ... that takes all the rest of the path
+
+
+# ---- the table of routes, and the gate
+
+NEEDS = {  # what a route may demand of who knocks: (test, refusal)
+    "nothing": (lambda who, now: True, None),
+    "read": (lambda who, now: who.account, "unauthenticated"),
+    "write": (lambda who, now: not who.readonly, "forbidden"),
+    "account": (lambda who, now: who.means in ("password", "session"), "forbidden"),
+    "fresh": (lambda who, now: who.confirmed >= now, "unconfirmed"),
+    "admin": (lambda who, now: who.admin and who.means in ("password", "session"), "forbidden"),
+}
+DEMANDS = {need: ("read",) * (need != "nothing") + ("account",) * (need == "fresh") + (need,) for need in NEEDS}
+UNSAFE = METHODS - {"GET", "HEAD", "OPTIONS", "PROPFIND", "REPORT", "SEARCH"}
+ROUTES: dict[str, Any] = {}              # a tree: names to trees; "" holds {method: Route} of the place itself
+
+
+def route(methods: str, pattern: str, *, needs: str, refuse: Callable[[CloudError, Request], Response] | None = None,
+          **values: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    """Enter a handler in ROUTES.
+
+    pattern  "/a/b", "/a/<name>" or "/dav/<path>", whose last part takes the rest, decoded
+    values   declared arguments, of the query for GET, else of a JSON body; `name_` is optional
+    """
+    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
+        parts = pattern.strip("/").split("/") if pattern != "/" else []
+        tail = parts.pop()[1:-1] if parts and parts[-1].startswith("<") else ""
+        place = ROUTES
+        for part in parts:
+            place = place.setdefault(part, {})
+        key = "<path>" if tail == "path" else "<>" if tail else ""
+        for method in methods.split():
+            place.setdefault(key, {})[method] = Route(method, pattern, handler, needs, refuse or json_error, values, tail,
+                                                      tail == "path")
+        return handler
+    return enter
+
+
+def find_route(request: Request) -> tuple[Route, dict[str, Any]]:
+    """The route of a request and the variables in its path.  raises CloudError not-found, method-not-allowed"""
+    place, path, best = ROUTES, request.path, None
+    for depth in range(len(path) + 1):
+        if "<path>" in place:
+            best = place["<path>"], path[depth:]
+        if depth == len(path):
+            if "" in place:
+                best = place[""], None
+        elif "<>" in place and depth == len(path) - 1 and path[depth] not in place:
+            best = place["<>"], path[depth]
+            break
+        elif path[depth] in place:
+            place = place[path[depth]]
+            continue
+        break
+    if best is None:
+        raise CloudError("not-found", "there is nothing at this address")
+    methods, rest = best
+    found = methods.get(request.method) or (methods.get("GET") if request.method == "HEAD" else None)
+    if found is None:
+        allow = sorted({*methods, *(("HEAD",) if "GET" in methods else ()), "OPTIONS"})
+        if request.method == "OPTIONS":
+            return Route("OPTIONS", "", lambda cloud, who, request: Response(204, fields={"Allow": ", ".join(allow)}),
+                         "nothing", json_error, {}, "", False), {}
+        raise CloudError("method-not-allowed", "try %s" % ", ".join(allow), allow=", ".join(allow),
+                         refuse=next(iter(methods.values())).refuse)
+    return found, {found.tail: rest} if found.tail else {}
+
+
+def respond(cloud: Cloud, request: Request) -> Response:
+    """Answer one request.  Every request takes these steps, in this order, and no others."""
+    refuse = json_error
+    try:
+        who = request.who = cloud.accounts.identify(
+            request.fields.get("authorization", ""), request.cookie if "cookie" in request.fields else "",
+            request.address, secure=request.safe)
+        found, names = find_route(request)
+        refuse = found.refuse
+        admit(cloud, who, request, found)
+        if found.values:
+            request.values = read_values(request, found.values)
+        return found.handler(cloud, who, request, **names)
+    except CloudError as error:
+        return error.detail.get("refuse", refuse)(error, request)
+    except Exception:
+        request.id = secrets.token_hex(4)
+        log.exception("request %s: %s /%s", request.id, request.method, "/".join(request.path[:1]))
+        return refuse(CloudError("internal"), request)
+
+
+def admit(cloud: Cloud, who: Principal, request: Request, found: Route) -> None:
+    """May they knock here?  raises CloudError"""
+    if found.needs != "nothing":
+        if not who.account:
+            if not cloud.accounts.is_set_up() and found.pattern[:5] != "/dav/":
+                raise CloudError("not-set-up", "this server is not set up yet; open the link it printed when it started")
+            raise who.refusal or CloudError("unauthenticated", "log in first")
+        for need in DEMANDS[found.needs]:
+            test, refusal = NEEDS[need]
+            if not test(who, cloud.clock.due()):
+                raise CloudError(refusal, "give the password again" if refusal == "unconfirmed" else
+                                 "this is not allowed with these credentials")
+    if request.method in UNSAFE:
+        check_origin(who, request)
+
+
+def check_origin(who: Principal, request: Request) -> None:
+    """Refuse what a foreign page makes a browser send (B1)."""
+    origin, site = request["origin"], request["sec-fetch-site"]
+    own = origin is not None and origin.partition("://")[2] == request.fields.get("host")
+    if origin is not None and not own or site not in (None, "same-origin", "none"):
+        raise CloudError("cross-site", "this came from another site")
+    if who.means == "session" and not (request["x-requested-by"] and (own or site == "same-origin")):
+        raise CloudError("cross-site", "a browser must say where this came from")
+
+
+VALUE_TYPES: dict[str, Callable[[Any], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "boolean": lambda value: isinstance(value, bool),
+    "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+    "any": lambda value: True,
+}
+TEXT_VALUES = {"integer": lambda text: int(text) if re.fullmatch(r"-?\d{1,18}", text) else text,
+               "boolean": lambda text: {"1": True, "true": True, "0": False, "false": False}.get(text, text),
+               "array": lambda text: [text]}
+
+
+def read_values(request: Request, declared: dict[str, str]) -> dict[str, Any]:
+    """The arguments a route declares, of the right types and no others (A1)."""
+    if request.method in ("GET", "HEAD", "DELETE"):
+        values: dict[str, Any] = {}
+        for name, text in parse_pairs(request.query):
+            kind = declared.get(name, declared.get(name + "_", ""))
+            value = TEXT_VALUES.get(kind, str)(text)
+            values[name] = values[name] + value if kind == "array" and name in values else value
+    else:
+        values = parse_json(request.body.read(JSON_LIMIT) or b"{}")
+    for name, value in values.items():
+        kind = declared.get(name, declared.get(name + "_"))
+        if kind is None:
+            raise CloudError("bad-request", "unknown argument: %s" % name[:64])
+        if not VALUE_TYPES[kind](value) and not (value is None and name + "_" in declared):
+            raise CloudError("bad-request", "%s must be of type %s" % (name[:64], kind))
+    for name in declared:
+        if name[-1] == "_":
+            values.setdefault(name[:-1], None)
+        elif name not in values:
+            raise CloudError("bad-request", "missing argument: %s" % name)
+    return values
+
+
+# ---- answers that several doors give
+
+def json_response(value: Any, status: int = 200, **fields: str) -> Response:
+    return Response(status, format_json(value), {"Content-Type": "application/json; charset=utf-8",
+                                                 "Cache-Control": "no-store", **fields})
+
+
+def json_error(error: CloudError, request: Request) -> Response:
+    """A problem document (RFC 9457)."""
+    problem = {"type": "about:blank", "title": REASONS[error.status], "status": error.status, "code": error.kind,
+               "detail": str(error)}
+    for name in ("missing", "now", "offset"):
+        if name in error.detail:
+            problem[name] = error.detail[name]
+    if request.id:
+        problem["request"] = request.id
+    response = Response(error.status, format_json(problem), {
+        "Content-Type": "application/problem+json; charset=utf-8", "Cache-Control": "no-store", **error_fields(error)})
+    response.close = error.close
+    return response
+
+
+def error_fields(error: CloudError) -> dict[str, str]:
+    """Header fields that go with a refusal, whatever its dialect."""
+    fields = {}
+    if error.status == 401:
+        fields["WWW-Authenticate"] = 'Basic realm="cloudserver", charset="UTF-8"'
+    if "allow" in error.detail:
+        fields["Allow"] = error.detail["allow"]
+    if "retry_after" in error.detail:
+        fields["Retry-After"] = str(error.detail["retry_after"])
+    if error.kind == "range-unsatisfiable":
+        fields["Content-Range"] = "bytes */%d" % error.detail["size"]
+    return fields
+
+
+def read_conditions(request: Request) -> Preconditions:
+    """The conditions of RFC 9110 s13 in a request."""
+    fields = request.fields
+    if not ("if-match" in fields or "if-none-match" in fields or "if-unmodified-since" in fields
+            or "if-modified-since" in fields):
+        return ANY
+    return Preconditions(
+        parse_etags(fields["if-match"], weak=False) if "if-match" in fields else (),
+        parse_etags(fields["if-none-match"], weak=True) if "if-none-match" in fields else (),
+        parse_http_date(fields.get("if-unmodified-since", "")), parse_http_date(fields.get("if-modified-since", "")))
+
+
+def content_response(request: Request, node: Node, content: Content) -> Response:
+    """Serve a version of a file: conditions, ranges and safe headers (RFC 9110 s13, s14; W1)."""
+    etag = '"%s"' % node.etag
+    fields = {"ETag": etag, "Last-Modified": format_http_date(node.mtime), "Accept-Ranges": "bytes",
+              "Cache-Control": PRIVATE}
+    given = read_conditions(request)
+    if given is not ANY:
+        answer = unmet(given, node)
+        if answer == 304:
+            return Response(304, b"", fields)
+        if answer:
+            raise CloudError("precondition-failed", "it has changed")
+    media = node.media or "application/octet-stream"
+    plain = media.startswith("text/") and media != "text/html"
+    fields["Content-Type"] = "text/plain; charset=utf-8" if plain else media
+    fields["Content-Disposition"] = format_disposition(node.name, inline=plain or media in INLINE_MEDIA)
+    fields["Content-Security-Policy"] = SANDBOX
+    fields["Cross-Origin-Resource-Policy"] = "same-origin"
+    if "range" in request.fields and request.method == "GET" and may_range(request["if-range"], node):
+        ranges = parse_ranges(request["range"], node.size)
+        if ranges:
+            return range_response(fields, content, ranges)
+    if request.method == "HEAD":
+        return Response(200, iter(()), fields, length=node.size)
+    if content.only is not None and content.only.data is not None:
+        return Response(200, b"".join(content.slices()), fields)
+    return Response(200, content.slices(), fields, length=content.size)
+
+
+def unmet(given: Preconditions, node: Node) -> int:
+    """The status by which a read with these conditions is answered, or 0 if they hold (RFC 9110 s13.2.2)."""
+    if given.if_match:
+        if "*" not in given.if_match and node.etag not in given.if_match:
+            return 412
+    elif given.unmodified_since is not None and node.mtime // 1000 * 1000 > given.unmodified_since:
+        return 412
+    if given.if_none_match:
+        return 304 if "*" in given.if_none_match or node.etag in given.if_none_match else 0
+    return 304 if given.modified_since is not None and node.mtime // 1000 * 1000 <= given.modified_since else 0
+
+
+def may_range(validator: str | None, node: Node) -> bool:
+    """Does an If-Range field, if any, name this very version? (RFC 9110 s13.1.5)"""
+    if validator is None:
+        return True
+    if validator.startswith('"'):
+        return validator == '"%s"' % node.etag
+    return parse_http_date(validator) == node.mtime // 1000 * 1000
+
+
+def range_response(fields: dict[str, str], content: Content, ranges: list[tuple[int, int]]) -> Response:
+    """206 with one part, or several as multipart/byteranges (RFC 9110 s14.6)."""
+    if len(ranges) == 1:
+        start, stop = ranges[0]
+        fields["Content-Range"] = "bytes %d-%d/%d" % (start, stop - 1, content.size)
+        return Response(206, content.slices(start, stop), fields, length=stop - start)
+    boundary = secrets.token_hex(12)
+    heads = ["\r\n--%s\r\nContent-Type: %s\r\nContent-Range: bytes %d-%d/%d\r\n\r\n" % (
+        boundary, fields["Content-Type"], start, stop - 1, content.size) for start, stop in ranges]
+    end = ("\r\n--%s--\r\n" % boundary).encode()
+    length = sum(len(head) + stop - start for head, (start, stop) in zip(heads, ranges)) + len(end)
+
+    def parts() -> Iterator[bytes | FileSlice]:
+        for head, (start, stop) in zip(heads, ranges):
+            yield head.encode()
+            yield from content.slices(start, stop)
+        yield end
+
+    fields["Content-Type"] = "multipart/byteranges; boundary=" + boundary
+    return Response(206, parts(), fields, length=length)
+
+
+class Spool:
+    """An answer that is built before it is sent: in memory while small, else in a nameless file.
+
+    So a listing of any length is made at the speed of this machine under one snapshot, has a length, and fails
+    as a whole if it fails.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(MiB)
+
+    def write(self, text: str) -> None:
+        self._file.write(text.encode("utf-8"))
+
+    def response(self, status: int, fields: dict[str, str]) -> Response:
+        length = self._file.tell()
+        self._file.seek(0)
+        if length <= MiB:
+            return Response(status, self._file.read(), fields)
+        return Response(status, iter([FileSlice(self._file, 0, length)]), fields, length=length)
+
+
+# ---- where a request comes from
+
+_KNOWN_HOST = re.compile(r"\[[0-9a-f:.]+\]|\d{1,3}(?:\.\d{1,3}){3}|localhost")
+
+
+class Site:
+    """What the operator said about names and proxies, ready for use on every request."""
+
+    def __init__(self, config: Config) -> None:
+        self.proxies = [ipaddress.ip_network(text.strip(), strict=False)
+                        for text in config.behind_proxy.split(",") if text.strip()]
+        own = socket.gethostname().lower()
+        self.names = {own, own.partition(".")[0], own.partition(".")[0] + ".local",
+                      *(name.strip().lower() for name in config.hostname.split(",") if name.strip())}
+        self.plain_http = config.plain_http
+
+    def knows(self, host: str) -> bool:
+        """May a client call this server by that name?  Anything else may be a page that re-pointed its own (B3)."""
+        name = host.lower()
+        name = name if name[-1] == "]" else name.rpartition(":")[0] or name
+        return bool(_KNOWN_HOST.fullmatch(name)) or name.rstrip(".") in self.names
+
+    def locate(self, peer: str, tls: bool, fields: dict[str, str]) -> tuple[str, bool, bool]:
+        """(the client's address, whether it speaks HTTPS, whether a password may travel that way) (N4, N5)."""
+        if self.proxies and self._is_proxy(peer):
+            address = peer
+            for hop in reversed(fields.get("x-forwarded-for", "").split(",")):
+                hop = hop.strip().strip("[]")
+                if not _is_address(hop):
+                    break
+                address = hop
+                if not self._is_proxy(hop):
+                    break
+            return address, tls or fields.get("x-forwarded-proto", "").lower() == "https", True
+        return peer, tls, tls or self.plain_http or peer == "127.0.0.1" or ipaddress.ip_address(peer).is_loopback
+
+    def _is_proxy(self, address: str) -> bool:
+        parsed = ipaddress.ip_address(address)
+        return any(parsed in network for network in self.proxies)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+# ---- the connection
+
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;[\t\x20-\x7e\x80-\xff]*)?")
+_TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
+_BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\x00")
+
+
+class Disconnected(Exception):
+    """The peer went away, or is too slow to be waited for."""
+
+
+class RequestBody(Body):
+    """A body as it comes from the socket, by length or in chunks (RFC 9112 s6, s7)."""
+
+    def __init__(self, handler: "Handler", length: int | None, expect: bool) -> None:
+        self.length, self.handler = length, handler
+        self.expect = expect                     # 100 Continue is still to be sent
+        self.left = length or 0                  # bytes of the body, or of the present chunk
+        self.ended = length == 0
+        self.overhead = 0                        # bytes of chunk extensions and trailers seen
+
+    def readinto(self, buffer: memoryview) -> int:
+        if self.ended:
+            return 0
+        if self.expect:
+            self.expect = False
+            self.handler.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if not self.left and not self._next_chunk():
+            return 0
+        count = self.handler.receive_into(buffer[:self.left])
+        self.left -= count
+        if not self.left:
+            if self.length is not None:
+                self.ended = True
+            elif self.handler.receive_line(2):
+                raise refuse_head("bad-request", "malformed chunk")
+        return count
+
+    def _next_chunk(self) -> bool:
+        """Read a chunk's first line; False at the last chunk, whose trailers are read and dropped (H12)."""
+        found = _CHUNK_LINE.fullmatch(self.handler.receive_line(KiB))
+        if not found:
+            raise refuse_head("bad-request", "malformed chunk")
+        self._spend(found[2] or b"")
+        self.left = int(found[1], 16)
+        if self.left:
+            return True
+        while True:
+            line = self.handler.receive_line(4 * KiB)
+            if not line:
+                self.ended = True
+                return False
+            if not _TRAILER.fullmatch(line):
+                raise refuse_head("bad-request", "malformed trailers")
+            self._spend(line)
+
+    def _spend(self, line: bytes) -> None:
+        self.overhead += len(line)
+        if self.overhead > 16 * KiB:
+            raise refuse_head("bad-request", "too many chunk extensions or trailers")
+
+    def drain(self) -> bool:
+        """Read what nobody asked for; False if that cannot be done in bounds, so that the connection must end."""
+        if self.ended:
+            return True
+        if self.expect or self.length is not None and self.left > DRAIN_LIMIT:
+            return False
+        view, count = memoryview(bytearray(RECEIVE)), 0
+        try:
+            while count <= DRAIN_LIMIT and not self.ended:
+                count += self.readinto(view)
+        except CloudError:
+            return False
+        return self.ended
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection while it is active: moves bytes, and leaves what they mean to respond()."""
+    server: "CloudServer"
+
+    def setup(self) -> None:
+        self.sock: socket.socket = self.request
+        self.rest, self.at = b"", 0              # received and not yet used: rest[at:]
+        self.hurried, self.window, self.arrived = True, 0.0, 0       # of the body being received
+        self.parked = False                      # silent: the server shall watch it
+        peer = self.client_address[0].partition("%")[0]
+        self.peer = peer[7:] if peer.startswith("::ffff:") else peer
+
+    def finish(self) -> None:
+        pass
+
+    def handle(self) -> None:
+        try:
+            if self.server.tls and not isinstance(self.sock, ssl.SSLSocket):
+                self.sock.settimeout(HANDSHAKE_TIME)             # here, not where connections are accepted (N3)
+                self.request = self.sock = self.server.tls.wrap_socket(self.sock, server_side=True)
+                self.sock.settimeout(TICK)
+            while self.serve():
+                pass
+        except (Disconnected, OSError):
+            pass
+
+    def serve(self) -> bool:
+        """Answer one request; False when the connection is to end or is silent."""
+        request = None
+        try:
+            head = self._read_head()
+            if head is None:
+                return False
+            request = self._read_request(head)
+        except CloudError as error:              # nothing more of this connection can be trusted
+            response, keep = json_error(error, NO_REQUEST), False
+        else:
+            response = respond(self.server.cloud, request)
+            keep = (request.body.drain() and not response.close and not self.server.stopping and request.minor == 1
+                    and "close" not in request.fields.get("connection", "").lower())
+        began = time.monotonic()
+        try:
+            sent = self._send(request or NO_REQUEST, response, keep)
+        except CloudError:
+            sent, keep = 0, False                # what was sent so far is cut off
+            self.sock.close()
+        self.server.log_access(request or NO_REQUEST, response, sent, began)
+        if not keep:
+            self._linger()
+        return keep
+
+    # ---- receiving
+
+    def _read_head(self) -> bytes | None:
+        """The bytes up to and with the empty line; None at the end of the connection or of our patience."""
+        data, self.rest, self.at, late = self.rest[self.at:], b"", 0, 0.0
+        while True:
+            if data[:2] == b"\r\n":
+                data = data[2:]                  # at most one empty line before a request
+            end = data.find(b"\r\n\r\n")
+            if 0 <= end <= HEAD_LIMIT:
+                self.rest, self.at = data, end + 4
+                return data[:end + 4]
+            if data:
+                self._check_partial_head(data)
+                late = late or time.monotonic() + HEADER_TIME
+            try:
+                more = self.sock.recv(RECEIVE)
+            except SILENT:
+                if not data:
+                    self.parked = True
+                    return None
+                if time.monotonic() > late:
+                    raise refuse_head("timeout", "the request did not arrive in time") from None
+                continue
+            if not more:
+                return None
+            data = data + more if data else more
+
+    def _check_partial_head(self, data: bytes) -> None:
+        """Refuse early what cannot become a request (H5, H6)."""
+        if _BARE.search(data):
+            raise refuse_head("bad-request", "lines end in CRLF")
+        if data.find(b"\r\n", 0, LINE_LIMIT) < 0 and len(data) > LINE_LIMIT:
+            raise refuse_head("uri-too-long", "request line over %d bytes" % LINE_LIMIT)
+        if len(data) > HEAD_LIMIT:
+            raise refuse_head("headers-too-large", "header over %d bytes" % HEAD_LIMIT)
+
+    def _read_request(self, data: bytes) -> Request:
+        head = parse_head(data)
+        length = parse_framing(head)
+        expect = head.fields.get("expect")
+        if expect is not None and (expect.lower() != "100-continue" or head.minor == 0):
+            raise CloudError("expectation-failed", "only 100-continue can be expected")
+        if head.target == "*" and head.method == "OPTIONS":
+            authority, path, slash, query = "", (), True, ""
+        else:
+            authority, path, slash, query = parse_target(head.target)
+        if authority:
+            head.fields["host"] = authority
+        site = self.server.site
+        if not site.knows(head.fields.get("host", "localhost")):
+            raise CloudError("misdirected", "this server does not go by that name; see --hostname")
+        address, https, safe = site.locate(self.peer, self.server.tls is not None, head.fields)
+        self.hurried, self.window, self.arrived = False, time.monotonic(), 0
+        return Request(head.method, path, slash, query, head.fields, head.minor,
+                       RequestBody(self, length, expect is not None), address, https, safe)
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """Some bytes of a body, at least one.  raises CloudError if they will not come"""
+        ready = len(self.rest) - self.at
+        if ready:
+            count = min(ready, len(buffer))
+            buffer[:count] = memoryview(self.rest)[self.at:self.at + count]
+            self.at += count
+            return count
+        if not self.hurried:
+            self.hurried = True
+            if QUICKACK is not None:
+                self.sock.setsockopt(socket.IPPROTO_TCP, QUICKACK, 1)    # head and body came apart: Nagle waits for us
+        while True:
+            now = time.monotonic()
+            if now - self.window > BODY_WINDOW:
+                if self.arrived < BODY_WINDOW * BODY_RATE:
+                    raise refuse_head("timeout", "the body arrives too slowly")
+                self.window, self.arrived = now, 0
+            try:
+                count = self.sock.recv_into(buffer)
+            except SILENT:
+                continue
+            if not count:
+                raise refuse_head("bad-request", "the body ended early")
+            self.arrived += count
+            return count
+
+    def receive_line(self, limit: int) -> bytes:
+        """A line of a chunked body without its CRLF.  raises CloudError if it is longer than `limit`"""
+        while True:
+            end = self.rest.find(b"\r\n", self.at, self.at + limit + 2)
+            if end >= 0:
+                line, self.at = self.rest[self.at:end], end + 2
+                return line
+            if len(self.rest) - self.at > limit + 1:
+                raise refuse_head("bad-request", "malformed chunk")
+            left, self.rest, self.at = self.rest[self.at:], b"", 0
+            more = bytearray(RECEIVE)
+            count = self.receive_into(memoryview(more))
+            self.rest = left + bytes(more[:count])
+
+    # ---- sending
+
+    def _send(self, request: Request, response: Response, keep: bool) -> int:
+        """Send an answer; returns the bytes of its body.  raises CloudError if its making fails midway"""
+        chunked = response.length is None and request.minor == 1
+        head = format_head(response, chunked, keep and (response.length is not None or chunked))
+        body = response.body
+        if isinstance(body, bytes):
+            self.send_all(head if request.method == "HEAD" else head + body)
+            return len(body)
+        sent, pending = 0, head
+        for part in body if request.method != "HEAD" else ():
+            if isinstance(part, FileSlice) and not chunked:
+                self.send_all(pending)
+                pending = b""
+                sent += self._send_slice(part)
+                continue
+            for data in (part,) if isinstance(part, bytes) else self._read_slice(part):
+                sent += len(data)
+                self.send_all(pending + (b"%x\r\n%b\r\n" % (len(data), data) if chunked else data))
+                pending = b""
+        if response.length not in (None, sent) and request.method != "HEAD":
+            raise CloudError("storage-failed", "a part of the file is missing")
+        self.send_all(pending + (b"0\r\n\r\n" if chunked and request.method != "HEAD" else b""))
+        return sent
+
+    def send_all(self, data: bytes) -> None:
+        """raises Disconnected when the peer takes nothing for a minute"""
+        count = 0
+        try:
+            count = self.sock.send(data)
+        except SILENT:
+            pass
+        if count < len(data):
+            view, since = memoryview(data)[count:], time.monotonic()
+            while view:
+                try:
+                    view, since = view[self.sock.send(view):], time.monotonic()
+                except SILENT:
+                    self._check_stall(since)
+
+    def _check_stall(self, since: float) -> None:
+        if time.monotonic() - since > STALL_TIME:
+            raise Disconnected
+
+    def _send_slice(self, part: FileSlice) -> int:
+        if self.server.tls or not hasattr(os, "sendfile"):
+            return sum(self.send_all(data) or len(data) for data in self._read_slice(part))
+        out, file, start, left, since = self.sock.fileno(), part.file.fileno(), part.start, part.count, time.monotonic()
+        while left:
+            try:
+                count = os.sendfile(out, file, start, left)
+            except SILENT:
+                self._check_stall(since)
+                continue
+            if not count:
+                raise CloudError("storage-failed", "a part of the file is cut short")
+            start, left, since = start + count, left - count, time.monotonic()
+        return part.count
+
+    def _read_slice(self, part: FileSlice) -> Iterator[bytes]:
+        part.file.seek(part.start)
+        left = part.count
+        while left:
+            data = part.file.read(min(left, 256 * KiB))
+            if not data:
+                raise CloudError("storage-failed", "a part of the file is cut short")
+            left -= len(data)
+            yield data
+
+    def _linger(self) -> None:
+        """Let the peer read the answer before the connection goes: half-close, then discard for a while (H18)."""
+        until = time.monotonic() + 2
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+            while time.monotonic() < until and self.sock.recv(RECEIVE):
+                pass
+        except (OSError, *SILENT):
+            pass
+
+
+def format_head(response: Response, chunked: bool, keep: bool) -> bytes:
+    """Status line and fields, to the empty line (H21, H23)."""
+    lines = ["%s: %s\r\n" % item for item in response.fields.items()]
+    if chunked:
+        lines.append("Transfer-Encoding: chunked\r\n")
+    elif response.length is not None and response.status not in (204, 304):
+        lines.append("Content-Length: %d\r\n" % response.length)
+    if not keep:
+        lines.append("Connection: close\r\n")
+    text = "".join(lines)
+    if text.count("\n") != len(lines) or text.count("\r") != len(lines) or "\0" in text:
+        raise CloudError("internal", "a header field holds a line break")
+    now = int(time.time())
+    return (STATUS_LINES[response.status] + text + ALWAYS + date_line(now)).encode("latin-1")
+
+
+@lru_cache(maxsize=2)
+def date_line(second: int) -> str:
+    return "Date: %s\r\n\r\n" % format_http_date(second * 1000)
+
+
+QUICKACK = getattr(socket, "TCP_QUICKACK", None)
+NO_REQUEST = Request("GET", (), False, "", {}, 1, Body(), "-", False, False)
+
+
+@route("OPTIONS", "/", needs="nothing")
+def options(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What the server as a whole can do."""
+    return Response(204, fields={"Allow": ", ".join(sorted(METHODS))})
+
+
+@route("GET", "/healthz", needs="nothing")
+def health(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Is the server alive, and can it write?  "ok", "low" on disk, or "read-only" (N6)."""
+    state = cloud.health()
+    return Response(200 if state == "ok" else 503, state.encode() + b"\n", {"Content-Type": "text/plain; charset=utf-8",
+                                                                            "Cache-Control": "no-store"})
+
+
+# ==== 11. WebDAV =========================================================================
+
+DAV = "/dav/<path>"
+
+
+def dav_error(error: CloudError, request: Request) -> Response:
+    """A refusal as WebDAV words it (RFC 4918 s16), with the sentence for people."""
+    parts = [E("d:" + error.condition)] if error.condition else []
+    body = E("d:error", *parts, E("s:message", str(error)), xmlns_d="DAV:", xmlns_s="http://sabredav.org/ns")
+    response = Response(error.status, format_xml(body), {
+        "Content-Type": "application/xml; charset=utf-8", "Cache-Control": "no-store", **error_fields(error)})
+    response.close = error.close
+    return response
+
+
+@route("GET", DAV, needs="read", refuse=dav_error)
+def dav_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    node, content = cloud.open(who, path)
+    if content is None:
+        _, nodes = cloud.children(who, path)
+        text = "".join("%s%s\n" % (n.name, "/" * n.kind) for n in nodes)
+        return Response(200, text.encode(), {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": PRIVATE})
+    return content_response(request, node, content)
+
+
+@route("PUT", DAV, needs="write", refuse=dav_error)
+def dav_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Store a file.  ?parents=1 makes missing collections."""
+    fields = request.fields
+    if "content-range" in fields:
+        raise CloudError("bad-request", "partial writes go through /tus/")
+    node, new = cloud.write(who, path, request.body, read_conditions(request), parents=request.argument("parents") == "1")
+    return Response(201 if new else 204, b"", {"ETag": '"%s"' % node.etag, "Location": "/dav" + format_path(path)})
+
+
+@route("DELETE", DAV, needs="write", refuse=dav_error)
+def dav_delete(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    cloud.delete(who, path, read_conditions(request))
+    return Response(204)
+
+
+@route("MKCOL", DAV, needs="write", refuse=dav_error)
+def dav_mkcol(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    cloud.make_collection(who, path)
+    return Response(201)
+
+
+# ==== 14. Service ========================================================================
+#
+# One supervisor, several workers that share the listening socket.  1. The supervisor forks before any database is
+# opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
+# only under a lease, and each of their batches says by its guard that the lease still holds.
+
+STOP_TIME = 10                  # seconds that requests in flight get to finish
+LEASE = MINUTE
+
+
+class CloudServer(ThreadingHTTPServer):
+    """One process that serves: accepts connections, watches the silent ones, gives the others a thread."""
+    daemon_threads = True
+
+    def __init__(self, cloud: Cloud, listener: socket.socket, lifeline: int | None = None) -> None:
+        """
+        listener    bound and listening; shared with other workers
+        lifeline    a descriptor that reads end of file when the supervisor is gone
+        """
+        super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket, self.cloud, self.lifeline, self.site = listener, cloud, lifeline, Site(cloud.config)
+        self.tls = tls_context(cloud.config)
+        self.access_log = AccessLog(cloud.config.access_log) if cloud.config.access_log else None
+        self.stopping = False
+        self.pool = ThreadPoolExecutor(THREADS, "connection")
+        self.returned: deque[tuple[socket.socket, Any]] = deque()        # fell silent: to be watched again
+        self.parked: dict[socket.socket, tuple[Any, float]] = {}         # silent: (address, since when)
+        self.active: set[socket.socket] = set()
+        self.waker, self.wake = socket.socketpair()
+        for end in (self.waker, self.wake):
+            end.setblocking(False)
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Accept and watch until stop() is called or the supervisor is gone; then let requests finish."""
+        self.socket.setblocking(False)
+        with selectors.DefaultSelector() as self.selector:
+            for what in (self.socket, self.waker, *([] if self.lifeline is None else [self.lifeline])):
+                self.selector.register(what, selectors.EVENT_READ)
+            swept = time.monotonic()
+            while not self.stopping:
+                for key, _ in self.selector.select(poll_interval):
+                    self._notice(key.fileobj)
+                if time.monotonic() - swept > 1:
+                    swept = time.monotonic()
+                    self._close_idle(swept - IDLE_TIME)
+            self._close_idle(math.inf)
+        until = time.monotonic() + STOP_TIME
+        while self.active and time.monotonic() < until:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self.stopping = True
+        self._wake()
+
+    def _wake(self) -> None:
+        try:
+            self.wake.send(b".")
+        except BlockingIOError:
+            pass                                 # it is being woken already
+
+    def _notice(self, what: Any) -> None:
+        if what is self.socket:
+            self._accept()
+        elif what is self.waker:
+            self.waker.recv(4096)
+            while self.returned:
+                sock, address = self.returned.popleft()
+                self.parked[sock] = address, time.monotonic()
+                self.selector.register(sock, selectors.EVENT_READ)
+        elif what == self.lifeline:
+            self.stopping = True
+        else:
+            address, _ = self.parked.pop(what)
+            self.selector.unregister(what)
+            self._start(what, address)
+
+    def _accept(self) -> None:
+        try:
+            sock, address = self.socket.accept()
+        except BlockingIOError:
+            return                               # another process was faster
+        except OSError as error:                 # out of descriptors (R19)
+            log.error("accept: %s", error)
+            self._close_idle(math.inf)
+            time.sleep(0.05)
+            return
+        if len(self.parked) + len(self.active) >= self.cloud.config.max_connections:
+            for oldest in list(self.parked)[:1]:
+                self._unpark(oldest)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        set_patience(sock)
+        self._start(sock, address)
+
+    def _start(self, sock: socket.socket, address: Any) -> None:
+        self.active.add(sock)
+        self.pool.submit(self.process_request_thread, sock, address)
+
+    def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
+        """Serve a connection until it ends or falls silent; runs in a thread of the pool."""
+        handler = Handler.__new__(Handler)
+        handler.request, handler.parked = request, False
+        try:
+            handler.__init__(request, client_address, self)
+        except Exception:
+            log.exception("connection")
+        if handler.parked and not self.stopping:
+            self.returned.append((handler.request, client_address))
+            self.active.discard(request)
+            self._wake()
+        else:
+            handler.request.close()
+            self.active.discard(request)
+
+    def _close_idle(self, before: float) -> None:
+        for sock, (_, since) in list(self.parked.items()):
+            if since < before:
+                self._unpark(sock)
+
+    def _unpark(self, sock: socket.socket) -> None:
+        del self.parked[sock]
+        self.selector.unregister(sock)
+        sock.close()
+
+    def log_access(self, request: Request, response: Response, sent: int, began: float) -> None:
+        if self.access_log:
+            self.access_log.write(request, response, sent)
+
+
+def set_patience(sock: socket.socket) -> None:
+    """Make receive and send return after a tick.  The kernel's own limits spare a poll() before every call."""
+    if os.name == "nt":
+        sock.settimeout(TICK)
+        return
+    sock.setblocking(True)
+    limit = struct.pack("@ll", TICK, 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
+def tls_context(config: Config) -> ssl.SSLContext | None:
+    """raises CloudError for certificates that cannot be used"""
+    if not config.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key)
+    except (OSError, ValueError) as error:
+        raise CloudError("bad-request", "cannot use the certificate %s: %s" % (config.tls_cert, error)) from error
+    return context
+
+
+# ---- logs
+
+class AccessLog:
+    """Who asked for what, in the combined format; queries, which may hold secrets, are left out (L1, L4)."""
+    LIMIT, KEPT = 16 * MiB, 4
+
+    def __init__(self, target: str) -> None:
+        self.path = None if target == "-" else Path(target)
+        self._fd = 1
+        self._open()
+
+    def _open(self) -> None:
+        if self.path:
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def write(self, request: Request, response: Response, sent: int) -> None:
+        line = '%s - %s [%s] "%s %s HTTP/1.%d" %d %d "-" "%s"\n' % (
+            request.address, printable(request.who.name) or "-", time.strftime("%d/%b/%Y:%H:%M:%S %z"), request.method,
+            format_path(loggable(request.path)), request.minor, response.status, sent,
+            printable(request.fields.get("user-agent", "-")))
+        try:
+            os.write(self._fd, line.encode("utf-8", "replace"))      # one call, appended whole
+            if self.path and os.fstat(self._fd).st_size > self.LIMIT:
+                self._rotate()
+        except OSError:
+            pass                                 # failing to log never fails a request
+
+    def _rotate(self) -> None:
+        """Start a new file; another process may have done so already."""
+        if os.fstat(self._fd).st_ino == os.stat(self.path).st_ino:
+            for number in range(self.KEPT - 1, 0, -1):
+                older = self.path.with_name("%s.%d" % (self.path.name, number))
+                if older.exists():
+                    os.replace(older, self.path.with_name("%s.%d" % (self.path.name, number + 1)))
+            os.replace(self.path, self.path.with_name(self.path.name + ".1"))
+        os.close(self._fd)
+        self._open()
+
+
+def printable(text: str) -> str:
+    """Text that can neither start a line nor a terminal escape, at most 1 KiB of it (L2)."""
+    return "".join(c if c.isprintable() and c not in '"\\' else "?" for c in text[:1024])
+
+
+def loggable(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A path without what opens something: tokens of share links and uploads."""
+    return (path[0], "...", *path[2:]) if len(path) > 1 and path[0] in ("s", "tus") else path
+
+
+class JsonFormatter(logging.Formatter):
+    """One event, one line of JSON, control characters escaped (L2)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = {"at": format_time(int(record.created * 1000)), "level": record.levelname.lower(),
+                 "event": record.getMessage()[:1024]}
+        event.update((name, str(getattr(record, name))[:1024]) for name in ("account", "address") if hasattr(record, name))
+        if record.exc_info:
+            event["trace"] = self.formatException(record.exc_info)[-4096:]
+        return json.dumps(event)
+
+
+def start_logging(config: Config) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.WARNING if config.quiet else logging.INFO)
+
+
+# ---- what goes on in the background
+
+class Janitor(threading.Thread):
+    """Does what is due, beside requests, in one process at a time."""
+
+    def __init__(self, cloud: Cloud) -> None:
+        super().__init__(name="janitor", daemon=True)
+        self.cloud, self.owner, self.ended = cloud, secrets.token_hex(8), threading.Event()
+        self.next = {name: 0 for name in JOBS}
+
+    def run(self) -> None:
+        while not self.ended.wait(1):
+            for name, (every, alone, job) in JOBS.items():
+                if self.cloud.clock.due() >= self.next[name] and not self.ended.is_set():
+                    self.next[name] = self.cloud.clock.due() + every
+                    self._run(name, alone, job)
+
+    def _run(self, name: str, alone: bool, job: Callable[[Cloud], Any]) -> None:
+        try:
+            if not alone or self.cloud.db.lease("janitor", self.owner, LEASE):
+                job(self.cloud)
+        except CloudError as error:
+            log.warning("%s: %s", name, error)
+        except Exception:
+            log.exception(name)
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.join(STOP_TIME)
+
+
+JOBS: dict[str, tuple[int, bool, Callable[[Cloud], Any]]] = {  # name: (every ms, in one process only, what)
+    "devices": (MINUTE, False, lambda cloud: cloud.accounts.save_used()),
+    "clock": (MINUTE, True, lambda cloud: cloud.db.save_clock()),
+    "expire": (MINUTE, True, lambda cloud: cloud.expire()),
+}
+
+
+# ---- supervisor and workers
+
+def listen(config: Config) -> socket.socket:
+    """Bind the listening socket.  raises CloudError"""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        reason = "another program uses it" if getattr(error, "errno", 0) == errno.EADDRINUSE else error
+        raise CloudError("conflict", "cannot listen on %s port %d: %s" % (config.host, config.port, reason)) from error
+
+
+def serve(config: Config) -> int:
+    """Serve until told to stop; returns the exit code.  raises CloudError"""
+    for name in ("SIGTERM", "SIGINT"):           # until somebody takes over: nothing is under way yet
+        signal.signal(getattr(signal, name), lambda number, frame: sys.exit(0))
+    start_logging(config)
+    make_private_directory(config.data)
+    lock = FileLock(config.data / "serve.lock")
+    if not lock.acquire(wait=False):
+        raise CloudError("conflict", "another server runs on %s" % config.data)
+    listener = listen(config)
+    tls_context(config)                          # refuse a bad certificate before anything is forked
+    announce(config, listener)
+    workers = config.workers or min(8, os.cpu_count() or 1)
+    if workers == 1 or not hasattr(os, "fork"):
+        return work(config, listener)
+    return Supervisor(config, listener, workers).run()
+
+
+def announce(config: Config, listener: socket.socket) -> None:
+    """Make the database, and say where to find us; on the very first start, by what link to set up."""
+    host = {"127.0.0.1": "localhost", "0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(
+        config.host, "[%s]" % config.host if ":" in config.host else config.host)
+    url = "%s://%s:%d/" % ("https" if config.tls_cert else "http", host, listener.getsockname()[1])
+    cloud = Cloud(config)
+    try:
+        print("cloudserver serves %s at %s" % (config.data, url))
+        if not cloud.accounts.is_set_up():
+            print("Not set up yet. Open this link to make your account; it works once:\n\n    %ssetup#%s\n"
+                  % (url, cloud.accounts.new_setup_token()))
+    finally:
+        cloud.close()
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        log.warning("running as root; an account of its own would be safer")
+    sys.stdout.flush()
+
+
+def work(config: Config, listener: socket.socket, lifeline: int | None = None) -> int:
+    """Be a worker until told to stop; returns the exit code."""
+    cloud = Cloud(config)
+    server, janitor = CloudServer(cloud, listener, lifeline), Janitor(cloud)
+    for name in ("SIGTERM", "SIGINT"):
+        signal.signal(getattr(signal, name), lambda number, frame: os._exit(1) if server.stopping else server.stop())
+    janitor.start()
+    server.serve_forever()
+    janitor.stop()
+    cloud.accounts.save_used()
+    cloud.db.save_clock()
+    if server.active:
+        os._exit(0)                              # who did not finish in time would hold us for ever
+    cloud.close()
+    return 0
+
+
+class Supervisor:
+    """Forks the workers, replaces one that dies, and passes on the signal to stop."""
+
+    def __init__(self, config: Config, listener: socket.socket, count: int) -> None:
+        self.config, self.listener, self.count = config, listener, count
+        self.pids: dict[int, int] = {}           # pid: index
+        self.stopping = False
+        self.lifeline, self._end = os.pipe()     # only the supervisor keeps the writing end
+
+    def run(self) -> int:
+        for name in ("SIGTERM", "SIGINT"):
+            signal.signal(getattr(signal, name), self._stop)
+        for index in range(self.count):
+            self._fork(index)
+        while self.pids:
+            try:
+                pid, status = os.wait()
+            except InterruptedError:
+                continue
+            index = self.pids.pop(pid, None)
+            if index is not None and not self.stopping:
+                log.error("worker %d ended (status %d); starting another", index, status)
+                time.sleep(0.2)
+                self._fork(index)
+        return 0
+
+    def _fork(self, index: int) -> None:
+        signals = {signal.SIGTERM, signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)        # a child must never run our handler
+        pid = os.fork()
+        if pid:
+            self.pids[pid] = index
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            return
+        code = 1
+        try:
+            for number in signals:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            os.close(self._end)
+            keep_on_core(index)
+            code = work(self.config, self.listener, self.lifeline)
+        except BaseException:
+            log.exception("worker")
+        finally:
+            os._exit(code)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGTERM)
+        self.stopping = True
+
+
+def keep_on_core(index: int) -> None:
+    """Keep a worker on one core: its threads then never fight over the GIL across cores."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[index % len(cores)]})
+
+
+# ==== 15. Command line ===================================================================
+
+Arguments = argparse.Namespace
+COMMANDS: dict[str, tuple[Callable[[Config, Arguments], Optional[int]], tuple[Any, ...]]] = {}
+
+
+def command(name: str, *arguments: tuple[Any, ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a function in COMMANDS; `arguments` are those of add_argument: ("name", {"help": ...})."""
+    def enter(run: Callable[..., Any]) -> Callable[..., Any]:
+        COMMANDS[name] = run, arguments
+        return run
+    return enter
+
+
+@contextmanager
+def open_cloud(config: Config) -> Iterator[Cloud]:
+    """The cloud in the data directory, for a command that works beside a running server or without one."""
+    cloud = Cloud(config)
+    try:
+        yield cloud
+    finally:
+        cloud.close()
+
+
+@command("serve")
+def run_serve(config: Config, given: Arguments) -> int:
+    """serve files until stopped (this is what happens without a command)"""
+    return serve(config)
+
+
+@command("user add", ("name", {"help": "what they log in by"}),
+         ("--admin", {"action": "store_true", "help": "may manage accounts"}),
+         ("--password-stdin", {"action": "store_true", "help": "read the password from standard input"}))
+def run_user_add(config: Config, given: Arguments) -> None:
+    """make an account; --quota limits it"""
+    with open_cloud(config) as cloud:
+        cloud.accounts.add(given.name, read_password(given), admin=given.admin,
+                           quota=parse_size(config.quota) if config.quota else None)
+
+
+@command("user list")
+def run_user_list(config: Config, given: Arguments) -> None:
+    """list accounts, what they use and may use"""
+    with open_cloud(config) as cloud:
+        for account in cloud.accounts.list():
+            print("%-24s %-6s %10s of %-10s %8d files" % (
+                account.name, "admin" if account.admin else "", format_size(account.used),
+                "any" if account.quota is None else format_size(account.quota), account.files))
+
+
+@command("user passwd", ("name", {"help": "whose password"}),
+         ("--password-stdin", {"action": "store_true", "help": "read the password from standard input"}))
+def run_user_passwd(config: Config, given: Arguments) -> None:
+    """set a new password; ends every session and app password of the account"""
+    with open_cloud(config) as cloud:
+        cloud.accounts.get(given.name)
+        cloud.accounts.set_password(given.name, read_password(given))
+
+
+@command("user remove", ("name", {"help": "whose account"}), ("--yes", {"action": "store_true", "help": "do not ask"}))
+def run_user_remove(config: Config, given: Arguments) -> Optional[int]:
+    """end an account; its files go after --keep-days"""
+    with open_cloud(config) as cloud:
+        account = cloud.accounts.get(given.name)
+        if not given.yes and input("Remove %s and %d files? [y/N] " % (account.name, account.files)).lower() != "y":
+            return 1
+        cloud.accounts.remove(given.name)
+    return None
+
+
+def read_password(given: Arguments) -> str:
+    if given.password_stdin or not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\r\n")
+    password = getpass.getpass("Password for %s: " % given.name)
+    if getpass.getpass("Again: ") != password:
+        raise CloudError("bad-request", "the two are not the same")
+    return password
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, from COMMANDS and the fields of Config."""
+    parser = argparse.ArgumentParser(prog="cloudserver.py", description="A personal cloud in one file.",
+                                     epilog="Each command has its own --help.")
+    parser.add_argument("--version", action="version", version="cloudserver " + __version__)
+    groups = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
+    for name, (run, arguments) in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        if group not in groups:
+            inner = groups[""].add_parser(group, help="%s ..." % group)
+            groups[group] = inner.add_subparsers(metavar="COMMAND", required=True)
+        sub = groups[group].add_parser(last, help=run.__doc__, description=run.__doc__,
+                                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        for *flags, how in arguments:
+            sub.add_argument(*flags, **how)
+        for setting in fields(Config):
+            if name == "serve" or setting.name in ("data", "quota", "keep_days", "history"):
+                add_setting(sub, setting)
+    return parser
+
+
+def add_setting(parser: argparse.ArgumentParser, setting: Any) -> None:
+    """A field of Config as a flag, whose default the environment can change."""
+    how = dict(setting.metadata)
+    variable = "CLOUDSERVER_" + setting.name.upper()
+    default = os.environ.get(variable, setting.default)
+    how["help"] = "%s [%s]" % (how["help"].replace("%", "%%"), variable)
+    if isinstance(setting.default, bool):
+        parser.add_argument("--" + setting.name.replace("_", "-"), action="store_true", help=how["help"],
+                            default=str(default).lower() in ("1", "true", "yes"))
+        return
+    kind = int if isinstance(setting.default, int) else Path if "Path" in setting.type else str
+    parser.add_argument("--" + setting.name.replace("_", "-"), type=kind, default=default, **how)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 1 failed, 2 usage."""
+    os.umask(0o077)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
+        words.insert(0, "serve")
+    given = build_parser().parse_args(words)
+    try:
+        config = Config(**{setting.name: getattr(given, setting.name) for setting in fields(Config)
+                           if hasattr(given, setting.name)})
+        check_config(config)
+    except CloudError as error:
+        return complain(error, 2)
+    try:
+        return given.run(config, given) or 0
+    except (CloudError, OSError, sqlite3.Error) as error:
+        return complain(error, 1)
+    except KeyboardInterrupt:
+        return 1
+
+
+def check_config(config: Config) -> None:
+    """raises CloudError for a setting that makes no sense"""
+    for name in ("max_file", "low_water", "quota", "history"):
+        if getattr(config, name):
+            parse_size(getattr(config, name))
+    try:
+        Site(config)
+    except ValueError as error:
+        raise CloudError("bad-request", "--behind-proxy: %s" % error) from error
+    if not 0 <= config.port <= 65535 or config.workers < 0 or config.keep_days < 0 or config.max_connections < 1:
+        raise CloudError("bad-request", "--port, --workers, --keep-days or --max-connections is out of range")
+    if config.windows_names not in ("allow", "refuse"):
+        raise CloudError("bad-request", "--windows-names is allow or refuse")
+    if bool(config.tls_cert) != bool(config.tls_key):
+        raise CloudError("bad-request", "--tls-cert and --tls-key go together")
+
+
+def complain(error: Exception, code: int) -> int:
+    print("cloudserver: %s" % error, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1741 @@
+#!/usr/bin/env python3
+"""Tests of cloudserver.py, in the order of its rooms; then stories over real servers; then real clients.
+
+    python3 test_cloudserver.py                 all but the slow ones, under three minutes
+    python3 test_cloudserver.py -m slow         the slow ones: crash loops, large files, a million nodes
+    SEED=123 python3 test_cloudserver.py -k x   with the randomness of an earlier run
+
+Codes like H9 or R14 in names and comments are the numbered promises listed at the end of README.md.
+"""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+if __name__ == "__main__":
+    def run_pytest(python: str) -> int:
+        words = sys.argv[1:]
+        chosen = [] if any(word.startswith("-m") for word in words) else ["-m", "not slow"]
+        return subprocess.call([python, "-m", "pytest", "-p", "no:cacheprovider", "-q", *chosen, str(HERE / Path(__file__).name),
+                                *words], cwd=HERE)
+
+    def private_python() -> str:
+        """A Python that has pytest: this one, or one in a virtual environment made for it."""
+        try:
+            import pytest
+            return sys.executable
+        except ImportError:
+            pass
+        import shutil
+        import venv
+        home = HERE / ".venv"
+        python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        if subprocess.call([python, "-c", "import pytest"], stderr=subprocess.DEVNULL) if python.exists() else True:
+            try:
+                import ensurepip
+            except ImportError:                  # Debian keeps it in a package of its own
+                if not (shutil.which("apt-get") and os.geteuid() == 0):
+                    sys.exit("pytest is missing, and this Python cannot make a virtual environment: "
+                             "install python3-venv or python3-pytest")
+                subprocess.check_call(["apt-get", "install", "-y", "-q", "python3-venv"])
+            venv.create(home, with_pip=True, clear=True)
+            subprocess.check_call([python, "-m", "pip", "install", "-q", "pytest"])
+        return str(python)
+
+    sys.exit(run_pytest(private_python()))
+
+import ast
+import base64
+import hashlib
+import http.client
+import io
+import json
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import threading
+import time
+from functools import partial
+
+import pytest
+
+sys.path.insert(0, str(HERE))
+import cloudserver as cs
+from cloudserver import (ANY, Accounts, Batch, Body, Change, Clock, Cloud, CloudError, CloudServer, Config, Conflict, Database,
+                         MiB, KiB, Preconditions, Principal, Statement)
+
+SOURCE = (HERE / "cloudserver.py").read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+PASSWORD = "correct horse 9"
+cs.SCRYPT = (4, 8, 1)            # the real cost is tested once; everywhere else it would only take time
+
+
+# ==== fixtures and helpers ===============================================================
+
+@pytest.fixture
+def rng():
+    """Randomness that can be replayed: SEED=123 python3 test_cloudserver.py -k name."""
+    seed = int(os.environ.get("SEED") or random.SystemRandom().getrandbits(32))
+    print("SEED=%d" % seed)                      # pytest shows it when the test fails
+    return random.Random(seed)
+
+
+class FakeTime:
+    """A wall clock and a steady clock that move only when told to."""
+
+    def __init__(self):
+        self.wall, self.steady = 1_800_000_000.0, 5_000.0
+
+    def pass_(self, ms):
+        self.wall += ms / 1000
+        self.steady += ms / 1000
+
+    def clock(self):
+        return Clock(lambda: self.wall, lambda: self.steady)
+
+
+@pytest.fixture
+def fake():
+    return FakeTime()
+
+
+@pytest.fixture
+def make_cloud(tmp_path):
+    """Open clouds on a directory each: make_cloud(), make_cloud(config), make_cloud(clock=...)."""
+    clouds = []
+
+    def make(config=None, clock=None, name="data", **settings):
+        cloud = Cloud(config or Config(data=tmp_path / name, **settings), clock)
+        clouds.append(cloud)
+        return cloud
+
+    yield make
+    for cloud in clouds:
+        cloud.close()
+
+
+@pytest.fixture
+def cloud(make_cloud):
+    return make_cloud()
+
+
+def account(cloud, name="ann", **how):
+    """Make an account; returns its Principal."""
+    cloud.accounts.add(name, PASSWORD, **how)
+    return cloud.accounts.principal(name)
+
+
+@pytest.fixture
+def ann(cloud):
+    return account(cloud, admin=True)
+
+
+def put(cloud, who, path, data=b"x", given=ANY, **how):
+    """cloud.write with a path and bytes as people write them."""
+    data = data.encode() if isinstance(data, str) else data
+    return cloud.write(who, cs.split_path(path), Body(data), given, **how)[0]
+
+
+def get(cloud, who, path):
+    node, content = cloud.open(who, cs.split_path(path))
+    return content.read(1 << 40)
+
+
+def tree(cloud, who, path=()):
+    """Everything below a path: {"a/b": bytes, "a": None}."""
+    found = {}
+    for child in cloud.children(who, path)[1]:
+        below = (*path, child.name)
+        found["/".join(below)] = None if child.kind else get(cloud, who, "/".join(below))
+        if child.kind:
+            found.update(tree(cloud, who, below))
+    return found
+
+
+def outcome(function, *args, **kwargs):
+    """What a call returns, or the kind of the CloudError it raises."""
+    try:
+        return function(*args, **kwargs)
+    except CloudError as error:
+        return error.kind
+
+
+def audit(cloud):
+    """Check the sums and links that every batch must keep (invariant 4 of Operations)."""
+    db = cloud.db
+    live = db.read("SELECT node, parent, kind, size, home FROM entry WHERE until IS NULL")
+    parents = {node: parent for node, parent, *_ in live}
+    sums = {node: [0, 0] for node, _, kind, *_ in live if kind}
+    for node, parent, kind, size, home in live:
+        chain = []
+        while parent is not None and parent in parents:
+            chain.append(parent)
+            parent = parents[parent]
+        if parent is None and not kind:          # attached to a root
+            for above in chain:
+                sums[above][0] += size
+                sums[above][1] += 1
+    stored = {node: [size, files] for node, size, files in db.read("SELECT node, size, files FROM collection")}
+    reachable = {node for node in sums if attached(node, parents)}
+    assert {node: sums[node] for node in reachable} == {node: stored[node] for node in reachable}
+    (head,), = db.read("SELECT max(seq) FROM journal")
+    assert [seq for (seq,) in db.read("SELECT seq FROM journal ORDER BY seq")] == list(range(1, head + 1))
+    assert db.read("PRAGMA integrity_check") == [("ok",)]
+
+
+def attached(node, parents):
+    while node in parents:
+        if parents[node] is None:
+            return True
+        node = parents[node]
+    return False
+
+
+class Answer:
+    """One response: status, headers (names in lower case, joined), body."""
+
+    def __init__(self, response, body):
+        self.status, self.body = response.status, body
+        self.headers = {name.lower(): value for name, value in response.getheaders()}
+
+    def __repr__(self):
+        return "%d %r %r" % (self.status, self.headers, self.body[:300])
+
+    def json(self):
+        return json.loads(self.body)
+
+
+def basic(name="ann", password=PASSWORD):
+    return "Basic " + base64.b64encode(("%s:%s" % (name, password)).encode()).decode()
+
+
+def exchange(address, method, path, body=None, user="ann", **headers):
+    """One request on a connection of its own; If_Match= becomes If-Match:."""
+    connection = http.client.HTTPConnection(*address, timeout=30)
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    if user:
+        headers.setdefault("Authorization", basic(user))
+    if isinstance(body, (dict, list)):
+        body, headers["Content-Type"] = json.dumps(body), "application/json"
+    if isinstance(body, str):
+        body = body.encode()
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return Answer(response, response.read())
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def serve_cloud():
+    """Serve clouds in threads: address = serve_cloud(cloud)."""
+    servers = []
+
+    def serve(cloud):
+        listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        server = CloudServer(cloud, listener)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        servers.append((server, thread, listener))
+        return listener.getsockname()
+
+    yield serve
+    for server, thread, listener in servers:
+        server.stop()
+        thread.join(15)
+        listener.close()
+
+
+@pytest.fixture
+def address(cloud, ann, serve_cloud):
+    return serve_cloud(cloud)
+
+
+@pytest.fixture
+def call(address):
+    """Talk to a real server as ann: call("PUT", "/dav/a", b"x", If_Match='"e"').status"""
+    return partial(exchange, address)
+
+
+def raw(address, data, *, pieces=False, wait=5, half_close=False):
+    """Send bytes as they are; returns everything that comes back until the server closes or falls silent."""
+    with socket.create_connection(address, timeout=wait) as sock:
+        for part in ([bytes([b]) for b in data] if pieces else [data]):
+            sock.sendall(part)
+        if half_close:
+            sock.shutdown(socket.SHUT_WR)
+        received = b""
+        try:
+            while True:
+                more = sock.recv(65536)
+                if not more:
+                    return received
+                received += more
+        except (socket.timeout, ConnectionResetError):
+            return received
+
+
+def statuses(received):
+    """The status codes of pipelined answers."""
+    return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]
+
+
+# ==== the house ==========================================================================
+
+ROOMS = [(int(number), line, title.strip()) for line, text in enumerate(SOURCE.splitlines(), 1)
+         for number, title in re.findall(r"^# ==== (\d+)\. ([^=]+) =", text)]
+
+
+def room(line):
+    return max((number for number, start, _ in ROOMS if start <= line), default=0)
+
+
+def top_level():
+    """{name: room} of everything defined at the top level."""
+    home = {}
+    for node in TREE.body:
+        names = [node.name] if hasattr(node, "name") else [
+            name.id for target in getattr(node, "targets", [getattr(node, "target", None)]) if target is not None
+            for name in ast.walk(target) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
+        home.update((name, room(node.lineno)) for name in names)
+    return home
+
+
+def test_rooms_stand_in_order_and_match_the_contents():
+    assert [number for number, *_ in ROOMS] == sorted(number for number, *_ in ROOMS)
+    contents = re.findall(r"^ +(\d+)  (\S[^ ]*(?: [^ ]+)*)  ", ast.get_docstring(TREE, clean=False), re.M)
+    assert [(int(number), title) for number, title in contents] == [(number, title) for number, _, title in ROOMS]
+
+
+def test_rooms_use_only_rooms_above():
+    home = top_level()
+    annotations = {id(part) for node in ast.walk(TREE) for kind in ("annotation", "returns") if getattr(node, kind, None)
+                   for part in ast.walk(getattr(node, kind))}
+    assert not {"line %d: %s" % (node.lineno, node.id) for node in ast.walk(TREE) if isinstance(node, ast.Name)
+                and id(node) not in annotations and home.get(node.id, 0) > room(node.lineno)}
+
+
+def test_functions_stay_short():
+    lengths = sorted((node.end_lineno - node.lineno + 1, node.name) for node in ast.walk(TREE)
+                     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    assert lengths[-1][0] <= 60, lengths[-5:]
+    assert lengths[len(lengths) // 2][0] <= 12
+
+
+def test_every_kind_of_refusal_is_in_the_table():
+    raised = {node.args[0].value for node in ast.walk(TREE) if isinstance(node, ast.Call) and node.args
+              and getattr(node.func, "id", "") in ("CloudError", "refuse_head") and isinstance(node.args[0], ast.Constant)}
+    assert raised <= set(cs.ERRORS), raised - set(cs.ERRORS)
+
+
+def test_front_ends_stay_thin():
+    """Rooms 9 to 13 reach neither database nor blobs, and catch nothing."""
+    for node in ast.walk(TREE):
+        if 9 <= room(getattr(node, "lineno", 1)) <= 13:
+            assert not isinstance(node, ast.Try), node.lineno
+            assert getattr(node, "attr", "") not in ("db", "blobs"), node.lineno
+
+
+def test_no_dangerous_call_and_no_sql_from_values():
+    """K3: no eval, exec, pickle, shell; SQL text is made of literals and constants only."""
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Name):
+            assert node.id not in ("eval", "exec", "pickle", "random"), node.lineno
+        if isinstance(node, ast.Call):
+            assert not any(keyword.arg == "shell" for keyword in node.keywords), node.lineno
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+            assert not re.search(r"\b(SELECT|INSERT|UPDATE|DELETE) ", text), node.lineno
+            assert "<" not in text, node.lineno
+
+
+def test_the_file_needs_nothing_but_the_standard_library():
+    """K4"""
+    imported = {(node.module or "").partition(".")[0] if isinstance(node, ast.ImportFrom) else name.name.partition(".")[0]
+                for node in ast.walk(TREE) if isinstance(node, (ast.Import, ast.ImportFrom)) for name in node.names}
+    known = getattr(sys, "stdlib_module_names", None)
+    assert known is None or imported <= set(known) | {"msvcrt"}
+
+
+# ==== 3. Grammar =========================================================================
+
+HEAD = b"GET /a HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize("head, want", [
+    (HEAD + b"\r\n", ("GET", "/a", 1)),
+    (HEAD + b"X-A: \t b \t\r\n\r\n", ("GET", "/a", 1)),
+    (b"GET /a HTTP/1.0\r\n\r\n", ("GET", "/a", 0)),                           # 1.0 needs no Host
+    (b"get /a HTTP/1.1\r\nHost: a\r\n\r\n", "not-implemented"),               # H2
+    (b"TRACE /a HTTP/1.1\r\nHost: a\r\n\r\n", "not-implemented"),
+    (b"GET  /a HTTP/1.1\r\nHost: a\r\n\r\n", "bad-request"),                  # H1
+    (b"GET /a\r\n\r\n", "bad-request"),                                       # H3: HTTP/0.9
+    (b"GET /a HTTP/2.0\r\nHost: a\r\n\r\n", "http-version"),
+    (b"GET /a#b HTTP/1.1\r\nHost: a\r\n\r\n", "bad-request"),                 # H4
+    (b"GET /\xc3\xa4 HTTP/1.1\r\nHost: a\r\n\r\n", "bad-request"),
+    (b"GET /" + b"a" * 17000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", "uri-too-long"),     # H5
+    (HEAD + b"X: y\r\n" * 101 + b"\r\n", "bad-request"),
+    (HEAD + b"".join(b"X%d: y\r\n" % n for n in range(100)) + b"\r\n", "headers-too-large"),
+    (HEAD + b"A: b\nC: d\r\n\r\n", "bad-request"),                            # H6: bare LF
+    (HEAD + b"A: b\rC\r\n\r\n", "bad-request"),
+    (HEAD + b"A: \x00\r\n\r\n", "bad-request"),
+    (HEAD + b"A: \x1b[31m\r\n\r\n", "bad-request"),
+    (HEAD + b"A : b\r\n\r\n", "bad-request"),                                 # H7
+    (HEAD + b" A: b\r\n\r\n", "bad-request"),
+    (HEAD + b"A: b\r\n folded\r\n\r\n", "bad-request"),
+    (HEAD + b"no colon\r\n\r\n", "bad-request"),
+    (HEAD + b": b\r\n\r\n", "bad-request"),
+    (b"GET /a HTTP/1.1\r\n\r\n", "bad-request"),                              # H8: no Host
+    (HEAD + b"Host: localhost\r\n\r\n", "bad-request"),
+    (b"GET /a HTTP/1.1\r\nHost: a,b\r\n\r\n", "bad-request"),
+    (b"GET /a HTTP/1.1\r\nHost: u@a\r\n\r\n", "bad-request"),
+    (b"GET /a HTTP/1.1\r\nHost: \r\n\r\n", "bad-request"),
+    (HEAD + b"Range: bytes=0-1\r\nRange: bytes=0-1\r\n\r\n", "bad-request"),  # H16
+])
+def test_parse_head(head, want):
+    found = outcome(cs.parse_head, head)
+    assert found == want or found[:2] + found[2:3] == want
+
+
+def test_an_underscore_in_a_field_name_is_not_a_dash():
+    assert "content-length" not in cs.parse_head(HEAD + b"Content_Length: 5\r\n\r\n").fields      # H16
+
+
+def test_list_fields_may_be_repeated():
+    fields = cs.parse_head(HEAD + b"Accept: a\r\nAccept: b\r\nCookie: x=1\r\nCookie: y=2\r\n\r\n").fields
+    assert (fields["accept"], fields["cookie"]) == ("a, b", "x=1; y=2")
+
+
+@pytest.mark.parametrize("fields, minor, want", [
+    ({}, 1, 0), ({"content-length": "5"}, 1, 5), ({"transfer-encoding": "Chunked"}, 1, None),
+    *[({"content-length": bad}, 1, "bad-request") for bad in
+      ("", "+5", "-5", "5,5", "0x5", "5_0", " 5", "٥", "1" * 20, "5.0", "5e1")],                  # H9
+    ({"transfer-encoding": "gzip, chunked"}, 1, "not-implemented"),                               # H10
+    ({"transfer-encoding": "identity"}, 1, "not-implemented"),
+    ({"transfer-encoding": "chunked"}, 0, "bad-request"),
+    ({"transfer-encoding": "chunked", "content-length": "5"}, 1, "bad-request"),                  # H11
+])
+def test_parse_framing(fields, minor, want):
+    assert outcome(cs.parse_framing, cs.Head("PUT", "/", minor, fields)) == want
+
+
+@pytest.mark.parametrize("raw_path, want", [
+    ("/", ((), True)), ("/a/b", (("a", "b"), False)), ("/a/", (("a",), True)),
+    ("/a%20b/%C3%A4", (("a b", "ä"), False)), ("/a+b", (("a+b",), False)),                        # P1
+    ("/a%2520b", (("a%20b",), False)),
+    ("/%", "bad-request"), ("/%zz", "bad-request"), ("/%4", "bad-request"),                       # P2
+    ("/%ff", "bad-request"), ("/%c0%ae", "bad-request"), ("/%ed%a0%80", "bad-request"),           # P3
+    ("/%ef%bf%be", "bad-request"), ("/%f0%9f%bf%bf", "bad-request"),
+    ("/.", "bad-request"), ("/a/../b", "bad-request"), ("/%2e%2e/b", "bad-request"), ("/a//b", "bad-request"),   # P4
+    ("/a%2fb", "bad-request"),                                                                    # P5
+    ("/a%00", "bad-request"), ("/a%0a", "bad-request"), ("/a%7f", "bad-request"),                 # P6
+    ("/a\\b", "bad-request"), ("/a%5Cb", "bad-request"),                                          # P7
+    ("/con", (("con",), False)), ("/a:$DATA", (("a:$DATA",), False)),                             # P8
+    ("/.hidden", ((".hidden",), False)), ("/...", (("...",), False)),
+    ("/" + "a" * 255, (("a" * 255,), False)), ("/" + "a" * 256, "bad-request"),                   # P12
+    ("/" + "%C3%A4" * 128, "bad-request"), ("/" + "/".join(["a" * 250] * 17), "uri-too-long"),
+])
+def test_parse_path(raw_path, want):
+    assert outcome(cs.parse_path, raw_path) == want
+
+
+@pytest.mark.parametrize("target, want", [
+    ("/a?b=c?d", ("", ("a",), False, "b=c?d")),
+    ("http://h:1/a", ("h:1", ("a",), False, "")), ("http://h", ("h", (), True, "")),              # H4
+    ("h:443", "bad-request"), ("*", "bad-request"), ("ftp://h/a", "bad-request"), ("http://u@h/a", "bad-request"),
+])
+def test_parse_target(target, want):
+    assert outcome(cs.parse_target, target) == want
+
+
+def test_paths_survive_their_encoding(rng):
+    for _ in range(300):
+        path = tuple("".join(rng.choice("aä %#?&+;=é😀'\"<>|:*~.-_[]{}^`") for _ in range(rng.randint(1, 12))) + "x"
+                     for _ in range(rng.randint(1, 5)))
+        assert cs.parse_path(cs.format_path(path)) == (path, False)
+
+
+@pytest.mark.parametrize("header, size, want", [
+    ("bytes=0-499", 1000, [(0, 500)]), ("bytes=0-9999", 1000, [(0, 1000)]),       # stops at the end of the file
+    ("bytes=-100", 1000, [(900, 1000)]), ("bytes=-9999", 1000, [(0, 1000)]), ("bytes=5-", 1000, [(5, 1000)]),
+    ("bytes=0-0,-1", 1000, [(0, 1), (999, 1000)]), ("Bytes = 0-0", 1000, [(0, 1)]),
+    ("lines=1-2", 1000, None), ("bytes=a-b", 1000, None), ("bytes=5-2", 1000, None), ("bytes=-", 1000, None),
+    ("bytes=0-5,3-9", 1000, None), ("bytes=" + ",".join("%d-%d" % (n, n) for n in range(0, 18, 2)), 1000, None),  # H22
+    ("bytes=٠-٥", 1000, None), ("bytes=+1-5", 1000, None),
+    ("bytes=1000-", 1000, "range-unsatisfiable"), ("bytes=0-", 0, "range-unsatisfiable"), ("bytes=-0", 9, "range-unsatisfiable"),
+])
+def test_parse_ranges(header, size, want):
+    assert outcome(cs.parse_ranges, header, size) == want
+
+
+@pytest.mark.parametrize("text, weak, want", [
+    ("*", False, ("*",)), ('"a"', False, ("a",)), ('"a", "b"', False, ("a", "b")), ('W/"a"', True, ("a",)),
+    ('W/"a"', False, ("\x00",)), ("a", False, "bad-request"), ('"a" "b"', False, "bad-request"), ("", False, "bad-request"),
+    ('"a', False, "bad-request"), ('""', False, ("",)),
+])
+def test_parse_etags(text, weak, want):
+    assert outcome(cs.parse_etags, text, weak=weak) == want
+
+
+@pytest.mark.parametrize("text, want", [
+    ("(<urn:a>)", ((None, ((True, "token", "urn:a"),)),)),
+    ('(["e"])', ((None, ((True, "etag", "e"),)),)),
+    ("(Not <urn:a> [\"e\"])", ((None, ((False, "token", "urn:a"), (True, "etag", "e"))),)),
+    ("<http://h/x> (<urn:a>) (Not <DAV:no-lock>)", (("http://h/x", ((True, "token", "urn:a"),)),
+                                                    ("http://h/x", ((False, "token", "DAV:no-lock"),)))),
+    *[(bad, "bad-request") for bad in ("", "()", "(", "<urn:a>", "(<a>", "(Not)", "((<a>))", "(<a>) x", "(Not Not <a>)",
+                                       "(<a" + "a" * 5000 + ">)", "(<a>)" * 200)],
+])
+def test_parse_if(text, want):
+    assert outcome(cs.parse_if, text) == want
+
+
+@pytest.mark.parametrize("text, want", [("0", "0"), ("1", "1"), ("Infinity", "infinity"), (None, "1"), ("2", "bad-request"),
+                                        ("", "bad-request"), ("0, 1", "bad-request")])
+def test_parse_depth(text, want):
+    assert outcome(cs.parse_depth, text, "1") == want
+
+
+@pytest.mark.parametrize("text, want", [("Second-60", 60), ("Infinite", 100), ("Extend, Second-5", 5), ("Second-9999", 100),
+                                        (None, 100), ("Second-0", 1), ("never", "bad-request"), ("Second--1", "bad-request")])
+def test_parse_timeout(text, want):
+    assert outcome(cs.parse_timeout, text, 100) == want
+
+
+@pytest.mark.parametrize("text, want", [
+    ("Sun, 06 Nov 1994 08:49:37 GMT", 784111777000), ("Sunday, 06-Nov-94 08:49:37 GMT", 784111777000),
+    ("Sun Nov  6 08:49:37 1994", 784111777000), ("Thu, 01 Jan 1970 00:00:00 GMT", 0), ("yesterday", None),
+    ("Sun, 31 Feb 1994 08:49:37 GMT", None), ("Mon, 01 Jan 0001 00:00:00 GMT", cs.MTIME_MIN),
+])
+def test_parse_http_date(text, want):
+    assert cs.parse_http_date(text) == want
+
+
+@pytest.mark.parametrize("at", [0, 784111777000, -1000, cs.MTIME_MIN, 253402300799000])
+def test_http_dates_survive(at):
+    assert cs.parse_http_date(cs.format_http_date(at)) == at
+
+
+@pytest.mark.parametrize("value, want", [
+    ("2026-11-23T13:00:00Z", 1795438800000), ("2026-11-23T14:00:00.5+01:00", 1795438800500), ("2026-11-23", 1795392000000),
+    (5, 5), ("5", 5), (-5, -5), (True, "bad-request"), ("2026-13-01", "bad-request"), ("soon", "bad-request"),
+    (cs.MTIME_MAX + 1, "bad-request"), (None, "bad-request"), ("0001-01-01T00:00:00+05:00", "bad-request"),
+])
+def test_parse_time(value, want):
+    assert outcome(cs.parse_time, value) == want
+
+
+@pytest.mark.parametrize("text, want", [("10G", 10 << 30), ("1.5 MiB", 3 << 19), ("4096", 4096), ("2TB", 2 << 40),
+                                        ("ten", "bad-request"), ("-1", "bad-request"), ("", "bad-request")])
+def test_parse_size(text, want):
+    assert outcome(cs.parse_size, text) == want
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"<a>", b"<a></b>", b"<!DOCTYPE a><a/>", b"<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>", b"<a>&b;</a>",     # X1 X2 X5
+    b"<x:a/>", b"<a><![CDATA[</a>", b"\xff\xfe<\x00", b"<?xml version='1.0' encoding='no-such'?><a/>",
+    b"<a>" * 65 + b"</a>" * 65, b"<a>" + b"<b/>" * 20001 + b"</a>",                                               # X3
+    b"<a " + b" ".join(b"a%d=''" % n for n in range(257)) + b"/>", b"<a>\x01</a>",
+])
+def test_read_xml_refuses(body):
+    assert outcome(cs.read_xml, body) == "bad-request"
+
+
+def test_xml_survives_its_writer(rng):
+    """X6"""
+    for _ in range(100):
+        text = "".join(rng.choice("a<>&\"' ]]>ä😀\t") for _ in range(20))
+        namespace = "urn:" + "".join(rng.choice("a<>&\"'ä") for _ in range(5))
+        element = cs.read_xml(cs.format_xml(cs.E("{%s}x" % namespace, text, a=text.replace("\t", " "))))
+        assert (element.tag, element.text, element.get("a")) == ("{%s}x" % namespace, text, text.replace("\t", " "))
+
+
+@pytest.mark.parametrize("name, head, want", [
+    ("a.png", b"\x89PNG\r\n\x1a\n", "image/png"), ("a.png", b"<html>", "application/octet-stream"),      # W1
+    ("a", b"\x89PNG\r\n\x1a\n", "image/png"), ("a.html", b"\x89PNG\r\n\x1a\n", "text/html"), ("a.svg", b"", "image/svg+xml"),
+    ("a.jpg", b"\x89PNG\r\n\x1a\n", "application/octet-stream"), ("a.txt", b"", "text/plain"), ("a.tar.gz", b"", "application/gzip"),
+    ("a.m4a", b"\0\0\0 ftypM4A ", "audio/mp4"), ("a", b"", "application/octet-stream"), ("a.mp4", b"\0\0\0 ftypisom", "video/mp4"),
+    ("a.mp4", b"<script>", "application/octet-stream"),
+])
+def test_media_type(name, head, want):
+    assert cs.media_type(name, head) == want
+
+
+@pytest.mark.parametrize("name, want", [("a", True), ("con", False), ("CON.txt", False), ("a.", False), ("a ", False),
+                                        ("a:b", False), ("console", True), ("com1", False), ("a|b", False)])
+def test_windows_names(name, want):
+    assert cs.is_windows_name(name) is want
+
+
+@pytest.mark.parametrize("name", ["a.txt", 'a"b.txt', "a\u202eb", "ä;x", "😀", "a'b", "a%b"])
+def test_dispositions_hold_no_surprise(name):
+    """H23"""
+    text = cs.format_disposition(name)
+    assert text.isascii() and re.fullmatch(r"""attachment; filename(="[\w.~/-]+"|\*=UTF-8''[\w.%~-]+)""", text)
+
+
+# ==== 4. Blobs ===========================================================================
+
+@pytest.fixture
+def blobs(tmp_path):
+    store = cs.ObjectDirectory(tmp_path / "objects")
+    store.create()
+    return cs.Blobs(store)
+
+
+class Trickle(Body):
+    """Bytes that come in odd portions, of a length not known beforehand."""
+
+    def __init__(self, data, rng, length=None):
+        super().__init__(data)
+        self.length, self._rng = length, rng
+
+    def readinto(self, buffer):
+        return super().readinto(buffer[:self._rng.randint(1, 100_000)])
+
+
+@pytest.mark.parametrize("size", [0, 1, cs.INLINE_LIMIT, cs.INLINE_LIMIT + 1, cs.CHUNK_SIZE, cs.CHUNK_SIZE + 1,
+                                  3 * cs.CHUNK_SIZE + 17])
+@pytest.mark.parametrize("announced", [True, False])
+def test_what_is_put_comes_back(blobs, rng, size, announced):
+    data = rng.getrandbits(8 * size).to_bytes(size, "big") if size else b""
+    stored = blobs.put(Trickle(data, rng, size if announced else None), lambda hash: False, ["sha1", "md5", "adler32"])
+    assert (stored.size, stored.sha256) == (size, hashlib.sha256(data).hexdigest())
+    assert stored.digests == {"sha1": hashlib.sha1(data).hexdigest(), "md5": hashlib.md5(data).hexdigest(),
+                              "adler32": "%08x" % cs.zlib.adler32(data)}
+    back = stored.inline if stored.inline is not None else b"".join(
+        blobs.read(cs.StoredChunk(hash, count, None, "%s-%s" % (hash, stored.tag))) for hash, count in stored.chunks)
+    assert back == data
+    assert (stored.inline is not None) == (size <= cs.INLINE_LIMIT)
+
+
+def test_chunks_of_one_upload_that_are_equal_are_stored_once(blobs):
+    stored = blobs.put(Body(bytes(3 * cs.CHUNK_SIZE)), lambda hash: False)
+    assert len(stored.chunks) == 3 and len(list(blobs.store.list(stored.chunks[0][0][:2]))) == 1
+
+
+def test_known_chunks_are_not_written_again(blobs):
+    stored = blobs.put(Body(b"x" * cs.CHUNK_SIZE), lambda hash: True)
+    assert not list(blobs.store.list(stored.manifest[:2]))
+
+
+def test_a_damaged_object_is_never_served(blobs):
+    """R25"""
+    stored = blobs.put(Body(os.urandom(100_000)), lambda hash: False)
+    chunk = cs.StoredChunk(stored.manifest, stored.size, None, "%s-%s" % (stored.manifest, stored.tag))
+    path = blobs.store.home / chunk.hash[:2] / chunk.object
+    assert len(blobs.read(chunk)) == 100_000
+    damaged = bytearray(path.read_bytes())
+    damaged[5000] ^= 1
+    time.sleep(0.02)                             # so that the file's time changes
+    path.write_bytes(damaged)
+    assert outcome(blobs.read, chunk) == "storage-failed"
+
+
+def test_a_body_that_breaks_off_leaves_no_object(blobs, rng):
+    class Broken(Trickle):
+        def readinto(self, buffer):
+            count = super().readinto(buffer)
+            if not count:
+                raise CloudError("bad-request", "gone")
+            return count
+    assert outcome(blobs.put, Broken(bytes(9 * MiB), rng, 20 * MiB), lambda hash: False) == "bad-request"
+    blobs.lane.shutdown()
+    assert not [name for shard in range(256) for name, *_ in blobs.store.list("%02x" % shard) if name.startswith(".")]
+
+
+def test_a_full_disk_is_worded(blobs, monkeypatch):
+    """R18"""
+    monkeypatch.setattr(cs.os, "write", lambda fd, data: (_ for _ in ()).throw(OSError(cs.errno.ENOSPC, "full")))
+    assert outcome(blobs.put, Body(bytes(100_000)), lambda hash: False) == "disk-full"
+    monkeypatch.undo()
+    assert not list(blobs.store.list(hashlib.sha256(bytes(100_000)).hexdigest()[:2]))
+
+
+# ==== 5. Database ========================================================================
+
+@pytest.fixture
+def db(tmp_path):
+    database = Database(tmp_path / "cloud.db", Clock())
+    yield database
+    database.close()
+
+
+def set_batch(name, value, *guards, **how):
+    return Batch([Statement("INSERT OR REPLACE INTO setting VALUES (?, ?)", (name, value))], list(guards), **how)
+
+
+def line(action="test"):
+    return cs.Line(0, cs.ANONYMOUS, action, {})
+
+
+def test_a_batch_draws_the_next_seq(db):
+    first = db.write(lambda: set_batch("a", "1", line=line()))
+    second = db.write(lambda: set_batch("b", "2", line=line()))
+    assert (first.seq, second.seq) == (2, 3)     # 1 is the creation
+    assert db.write(lambda: set_batch("c", "3")).seq == 0
+    assert db.read("SELECT max(seq) FROM journal") == [(3,)]
+
+
+def test_a_guard_that_fails_lets_the_caller_decide_again(db):
+    tried = []
+
+    def attempt():
+        tried.append(len(tried))
+        return set_batch("a", str(len(tried)), Statement("SELECT 'no' WHERE ? < 3", (len(tried),)))
+
+    db.write(attempt)
+    assert db.setting("a") == "3" and len(tried) == 3
+
+
+def test_a_guard_that_never_holds_ends_in_busy(db, monkeypatch):
+    monkeypatch.setattr(cs, "ATTEMPTS", 3)
+    assert outcome(db.write, lambda: set_batch("a", "1", Statement("SELECT 'no'"))) == "busy"
+    assert db.setting("a") is None
+
+
+def test_batches_of_one_group_stand_and_fall_alone(db):
+    """A body that fails takes nothing else with it; a guard that fails neither."""
+    good = [cs._Ticket(set_batch("good%d" % n, "1", line=line())) for n in range(3)]
+    guard = cs._Ticket(set_batch("guarded", "1", Statement("SELECT 'no'")))
+    broken = cs._Ticket(Batch([*set_batch("half", "1").body, Statement("INSERT INTO setting VALUES ('good0', 'x')")], line=line()))
+    db._commit_group([good[0], guard, broken, *good[1:]])
+    assert [t.error is None for t in good] == [True] * 3
+    assert isinstance(guard.error, Conflict) and isinstance(broken.error, Conflict)
+    assert db.setting("half") is None and db.setting("guarded") is None and db.setting("good2") == "1"
+    assert sorted(t.batch.seq for t in good) == [2, 3, 4] and db.read("SELECT count(*) FROM journal") == [(4,)]
+
+
+def test_many_threads_share_commits_and_lose_nothing(db):
+    def work(k):
+        for n in range(25):
+            db.write(lambda: set_batch("%d-%d" % (k, n), "1", line=line()))
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert db.read("SELECT count(*) FROM setting WHERE name LIKE '%-%'") == [(200,)]
+    assert db.read("SELECT count(*), max(seq) FROM journal") == [(201, 201)]
+
+
+def test_two_processes_worth_of_databases_write_side_by_side(tmp_path, db):
+    other = Database(tmp_path / "cloud.db", Clock())
+
+    def work(database, k):
+        for n in range(50):
+            database.write(lambda: set_batch("%d-%d" % (k, n), "1", line=line()))
+    threads = [threading.Thread(target=work, args=(database, k)) for k, database in enumerate((db, other))]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert other.read("SELECT count(*), max(seq) FROM journal") == [(101, 101)]
+    other.close()
+
+
+def test_an_operation_id_counts_once(db):
+    """R12"""
+    db.write(lambda: set_batch("a", "1", line=line(), op=("id", "same")))
+    with pytest.raises(cs.Replayed) as again:
+        db.write(lambda: set_batch("a", "2", line=line(), op=("id", "same")))
+    assert (again.value.seq, again.value.same, db.setting("a")) == (2, True, "1")
+    with pytest.raises(cs.Replayed) as other:
+        db.write(lambda: set_batch("a", "2", line=line(), op=("id", "else")))
+    assert not other.value.same
+
+
+def test_ids_rise_and_differ_between_processes(db):
+    ids = [db.new_id() for _ in range(1000)]
+    assert ids == sorted(set(ids)) and max(ids) < 1 << 63
+    assert abs(cs.Node(ids[0], *[None] * 5, 0, *[None] * 6).created - time.time() * 1000) < 5000
+
+
+def test_a_lease_has_one_holder_and_a_rising_fence(tmp_path, fake):
+    db = Database(tmp_path / "cloud.db", fake.clock())
+    assert db.lease("job", "one", 1000) == 1
+    assert db.lease("job", "two", 1000) is None and db.lease("job", "one", 1000) == 1
+    fake.pass_(2000)
+    assert db.lease("job", "two", 1000) == 2 and db.lease("job", "one", 1000) is None
+    db.close()
+
+
+def test_a_newer_database_is_refused_politely(tmp_path):
+    """R31"""
+    Database(tmp_path / "cloud.db", Clock()).close()
+    with sqlite3.connect(tmp_path / "cloud.db") as raw_db:
+        raw_db.execute("PRAGMA user_version = 99")
+    with pytest.raises(CloudError, match="newer version"):
+        Database(tmp_path / "cloud.db", Clock())
+
+
+def test_a_migration_copies_first_and_is_all_or_nothing(tmp_path, monkeypatch):
+    """R31"""
+    Database(tmp_path / "cloud.db", Clock()).close()
+    monkeypatch.setattr(cs, "MIGRATIONS", ["CREATE TABLE extra (a); CREATE TABLE broken (", ])
+    with pytest.raises(sqlite3.Error):
+        Database(tmp_path / "cloud.db", Clock())
+    monkeypatch.setattr(cs, "MIGRATIONS", ["CREATE TABLE extra (a)"])
+    db = Database(tmp_path / "cloud.db", Clock())
+    assert db.read("PRAGMA user_version") == [(2,)] and db.read("SELECT * FROM extra") == []
+    db.close()
+    monkeypatch.setattr(cs, "MIGRATIONS", [])
+    kept = sqlite3.connect(tmp_path / "cloud-version-1.db")
+    assert kept.execute("PRAGMA user_version").fetchone() == (1,)
+    kept.close()
+
+
+def test_a_failed_commit_is_never_retried_into_success(db, monkeypatch):
+    """R4"""
+    class Failing:
+        in_transaction = False
+
+        def execute(self, sql, params=()):
+            if sql == "COMMIT":
+                raise sqlite3.OperationalError("disk I/O error")
+            return iter(())
+    real, db._writer = db._writer, Failing()
+    assert outcome(db.run, Statement("SELECT 1")) == "storage-failed"
+    db._writer = real
+    assert outcome(db.run, Statement("INSERT INTO setting VALUES ('a', '1')")) == "storage-failed"
+    assert db.setting("a") is None and db.broken
+
+
+def test_the_clock_for_deadlines_never_jumps(tmp_path, fake):
+    """R17: ten years forward or back end nothing early and nothing late."""
+    db = Database(tmp_path / "cloud.db", fake.clock())
+    start = db.clock.due()
+    for jump in (10 * 365 * 86400, -20 * 365 * 86400):
+        fake.wall += jump
+        fake.steady += 1
+        assert 0 < db.clock.due() - start <= 2000
+    db.save_clock()
+    stood = db.clock.due()
+    db.close()
+    fake.wall += 10 * 365 * 86400                # the machine comes up with a wrong clock
+    fake.steady = 3.0                            # and a new steady one
+    db = Database(tmp_path / "cloud.db", fake.clock())
+    assert stood <= db.clock.due() <= stood + cs.DAY
+    db.close()
+
+
+# ==== 6. Accounts ========================================================================
+
+def identify(cloud, authorization="", cookie="", address="127.0.0.1", secure=True):
+    return cloud.accounts.identify(authorization, cookie, address, secure=secure)
+
+
+def test_credentials_are_recognised(cloud, ann):
+    assert identify(cloud, basic()).name == "ann"
+    assert identify(cloud) is cs.ANONYMOUS
+    assert identify(cloud, basic("ANN")).name == "ann"
+
+
+@pytest.mark.parametrize("authorization", [
+    "Basic", "Basic !", "Basic " + base64.b64encode(b"no colon").decode(), "Basic " + base64.b64encode(b"\xff:x").decode(),
+    "Digest x", "Bearer", "Bearer x", basic(password="wrong password"), basic("nobody"), basic(password=PASSWORD.upper()),
+    basic(password=PASSWORD + "\0x"), basic(password="x" * 3000), "Basic " + "A" * 5000,
+])
+def test_bad_credentials_are_nobody(cloud, ann, authorization):
+    """A2"""
+    who = identify(cloud, authorization)
+    assert not who.account and who.refusal.kind == "unauthenticated"
+
+
+def test_unknown_users_cost_and_say_the_same(cloud, ann, monkeypatch):
+    """A6"""
+    hashed = []
+    monkeypatch.setattr(cs, "scrypt", lambda *args: hashed.append(args) or b"")
+    answers = {str(identify(cloud, basic(name), address=address).refusal)
+               for name, address in (("ann", "10.0.0.1"), ("bob", "10.0.0.2"))}
+    assert len(hashed) == 2 and len(answers) == 1
+
+
+def test_a_password_is_hashed_once_per_credential(cloud, ann, monkeypatch):
+    """A11"""
+    calls = []
+    real = cs.scrypt
+    monkeypatch.setattr(cs, "scrypt", lambda *args: calls.append(1) or real(*args))
+    for _ in range(5):
+        assert identify(cloud, basic()).account
+    assert len(calls) == 1
+
+
+def test_the_real_cost_of_a_password():
+    """A3, within the memory a request may take"""
+    log2n, r, p = 14, 8, 5
+    assert ast.literal_eval(next(node.value for node in TREE.body if isinstance(node, ast.Assign)
+                                 and getattr(node.targets[0], "id", "") == "SCRYPT")) == (log2n, r, p)
+    began = time.process_time()
+    assert len(cs.scrypt("x", b"salt", log2n, r, p)) == 32
+    assert time.process_time() - began > 0.02
+
+
+def test_hashes_made_with_less_work_are_made_anew(cloud, ann, monkeypatch):
+    """A3"""
+    before = cloud.db.read("SELECT password FROM account")
+    monkeypatch.setattr(cs, "SCRYPT", (5, 8, 1))
+    assert identify(cloud, basic()).account
+    after = cloud.db.read("SELECT password FROM account")
+    assert before != after and after[0][0].startswith("scrypt 5 8 1 ")
+
+
+@pytest.mark.parametrize("password", ["short", "1234567890", "aaaaaaaaaaaa", "password123", "x" * 1025, "annannannann"[:3]])
+def test_weak_passwords_are_refused(cloud, password):
+    """A3"""
+    assert outcome(cloud.accounts.add, "ann", password) == "bad-request"
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a:b", " a", "a ", "a\\b", "a\nb", "x" * 65, ".a"])
+def test_unfit_account_names_are_refused(cloud, name):
+    assert outcome(cloud.accounts.add, name, PASSWORD) == "bad-request"
+
+
+def test_two_accounts_never_share_a_name(cloud, ann):
+    assert outcome(cloud.accounts.add, "Ann", PASSWORD) == "exists"
+
+
+def test_wrong_passwords_wait_longer_each_time(make_cloud, fake):
+    """A4"""
+    cloud = make_cloud(clock=fake.clock())
+    account(cloud)
+    waits = []
+    for _ in range(5):
+        assert identify(cloud, basic(password="wrong one!")).refusal.kind == "unauthenticated"
+        refusal = identify(cloud, basic()).refusal
+        assert refusal.kind == "throttled"
+        waits.append(refusal.detail["retry_after"])
+        fake.pass_(waits[-1] * 1000)
+    assert waits == [1, 2, 4, 8, 16]
+    assert identify(cloud, basic()).account      # and the right one ends it
+    assert identify(cloud, basic(password="wrong one!")).refusal.kind == "unauthenticated"
+    assert identify(cloud, basic(password="wrong two!")).refusal.detail["retry_after"] == 1
+
+
+def test_throttling_is_shared_between_processes_and_spares_tokens(make_cloud, tmp_path):
+    """A4, C3"""
+    one = make_cloud()
+    who = account(one)
+    _, token = one.accounts.add_token(who, "laptop")
+    cookie, _ = one.accounts.log_in("ann", PASSWORD, "127.0.0.1", "x")
+    two = make_cloud(one.config)
+    for _ in range(4):
+        identify(one, basic(password="wrong one!"), address="10.1.1.1")
+    assert identify(two, basic(), address="10.2.2.2").refusal.kind == "throttled"       # the account
+    assert identify(two, basic("bob"), address="10.1.1.1").refusal.kind == "throttled"  # the address
+    assert identify(two, "Bearer " + token, address="10.1.1.1").account
+    assert identify(two, cookie=cookie, address="10.1.1.1").account
+
+
+@pytest.mark.parametrize("one, two, same", [("10.0.0.1", "10.0.0.2", False), ("2001:db8::1", "2001:db8::ffff", True),
+                                            ("2001:db8::1", "2001:db8:0:1::1", False), ("::ffff:10.0.0.1", "10.0.0.1", True)])
+def test_addresses_are_throttled_by_network(one, two, same):
+    """A4"""
+    assert (cs.network_of(one) == cs.network_of(two)) is same
+
+
+def test_setup_works_once(cloud):
+    """A15"""
+    assert not cloud.accounts.is_set_up()
+    old, token = cloud.accounts.new_setup_token(), cloud.accounts.new_setup_token()
+    assert len(base64.urlsafe_b64decode(token + "==")) == 16
+    assert outcome(cloud.accounts.claim, old, "eve", PASSWORD, "10.0.0.1") == "forbidden"
+    cloud.accounts.claim(token, "ann", PASSWORD, "127.0.0.1")
+    assert identify(cloud, basic()).admin
+    assert outcome(cloud.accounts.claim, token, "eve", PASSWORD, "127.0.0.2") == "forbidden"
+
+
+def test_sessions_live_in_rows_and_end_at_once(make_cloud):
+    """A7, A9"""
+    one = make_cloud()
+    account(one)
+    two = make_cloud(one.config)
+    cookie, who = one.accounts.log_in("ann", PASSWORD, "127.0.0.1", "Firefox")
+    assert identify(two, cookie=cookie).means == "session" and cookie not in str(one.db.read("SELECT * FROM device"))
+    one.accounts.revoke(who, who.device)
+    assert identify(two, cookie=cookie).refusal.kind == "unauthenticated"
+    assert identify(one, cookie=cookie).refusal.kind == "unauthenticated"
+
+
+@pytest.mark.parametrize("end", ["password", "remove"])
+def test_a_new_password_or_the_end_of_an_account_ends_everything(make_cloud, end):
+    """A9"""
+    one = make_cloud()
+    who = account(one)
+    account(one, "bob", admin=True)
+    two = make_cloud(one.config)
+    cookie, _ = one.accounts.log_in("ann", PASSWORD, "127.0.0.1", "")
+    _, token = one.accounts.add_token(who, "laptop")
+    assert identify(two, cookie=cookie).account and identify(two, "Bearer " + token).account and identify(two, basic()).account
+    if end == "password":
+        one.accounts.set_password("ann", "another horse 9")
+    else:
+        one.accounts.remove("ann")
+    assert not (identify(two, cookie=cookie).account or identify(two, "Bearer " + token).account or identify(two, basic()).account)
+
+
+def test_sessions_end_when_unused_and_after_ninety_days(make_cloud, fake):
+    """A9"""
+    cloud = make_cloud(clock=fake.clock())
+    account(cloud)
+    cookie, _ = cloud.accounts.log_in("ann", PASSWORD, "127.0.0.1", "")
+    for day in range(89):
+        fake.pass_(cs.DAY)
+        assert identify(cloud, cookie=cookie).account, day
+        cloud.accounts.save_used()
+    fake.pass_(2 * cs.DAY)
+    assert not identify(cloud, cookie=cookie).account
+    cookie, _ = cloud.accounts.log_in("ann", PASSWORD, "127.0.0.1", "")
+    fake.pass_(15 * cs.DAY)
+    assert not identify(cloud, cookie=cookie).account
+
+
+def test_app_passwords_are_named_shown_once_and_revoked_at_once(cloud, ann):
+    """A10"""
+    id, token = cloud.accounts.add_token(ann, "rclone on laptop")
+    for authorization in ("Bearer " + token, basic("ann", token)):
+        who = identify(cloud, authorization)
+        assert (who.name, who.means, who.admin, who.device) == ("ann", "token", False, id)
+    assert identify(cloud, basic("bob", token)).refusal.kind == "unauthenticated"
+    cloud.accounts.save_used()
+    device, = cloud.accounts.devices(ann)
+    assert device.name == "rclone on laptop" and device.used and token not in str(cloud.db.read("SELECT * FROM device"))
+    cloud.accounts.revoke(ann, id)
+    assert identify(cloud, "Bearer " + token).refusal.kind == "unauthenticated"
+
+
+def test_nobody_revokes_the_device_of_another(cloud, ann):
+    bob = account(cloud, "bob")
+    id, token = cloud.accounts.add_token(ann, "laptop")
+    assert outcome(cloud.accounts.revoke, bob, id) == "not-found" and identify(cloud, "Bearer " + token).account
+
+
+def test_passwords_do_not_travel_in_the_clear(cloud, ann):
+    """N5"""
+    assert identify(cloud, basic(), secure=False).refusal.kind == "insecure"
+
+
+def test_the_last_administrator_stays(cloud, ann):
+    assert outcome(cloud.accounts.update, "ann", ann, admin=False) == "conflict"
+    account(cloud, "bob")
+    assert outcome(cloud.accounts.remove, "ann") == "conflict"
+
+
+# ==== 7. Operations ======================================================================
+
+def test_a_file_comes_back_as_it_was_given(cloud, ann):
+    node, new = cloud.write(ann, ("a.txt",), Body(b"hello"), mtime=-5000)
+    assert new and (node.name, node.size, node.mtime, node.media) == ("a.txt", 5, -5000, "text/plain")
+    assert get(cloud, ann, "a.txt") == b"hello"
+    assert cloud.stat(ann, ("a.txt",)) == node
+    audit(cloud)
+
+
+def test_overwriting_keeps_the_node_and_changes_the_etag(cloud, ann):
+    one = put(cloud, ann, "a", b"1")
+    two, new = cloud.write(ann, ("a",), Body(b"22"))
+    assert not new and one.node == two.node and one.etag != two.etag and get(cloud, ann, "a") == b"22"
+    three = put(cloud, ann, "a", b"1")
+    assert three.etag not in (one.etag, two.etag)         # R14: never the etag of an earlier state
+    assert cloud.stat(ann, ()).size == 1
+    audit(cloud)
+
+
+def test_every_collection_above_a_change_gets_a_new_etag(cloud, ann):
+    for path in ("a", "a/b", "other"):
+        cloud.make_collection(ann, cs.split_path(path))
+    before = {path: cloud.stat(ann, cs.split_path(path)).etag for path in ("", "a", "a/b", "other")}
+    put(cloud, ann, "a/b/c", b"x")
+    after = {path: cloud.stat(ann, cs.split_path(path)).etag for path in ("", "a", "a/b", "other")}
+    assert {path for path in before if before[path] != after[path]} == {"", "a", "a/b"}
+    assert [cloud.stat(ann, cs.split_path(path)).size for path in ("", "a", "a/b", "other")] == [1, 1, 1, 0]
+
+
+def test_accounts_never_see_each_other(cloud, ann):
+    bob = account(cloud, "bob")
+    put(cloud, ann, "secret", b"x")
+    assert outcome(cloud.open, bob, ("secret",)) == "not-found" and tree(cloud, bob) == {}
+    put(cloud, bob, "secret", b"y")
+    assert get(cloud, ann, "secret") == b"x"
+
+
+def test_nobody_and_readers_change_nothing(cloud, ann):
+    assert outcome(put, cloud, cs.ANONYMOUS, "a") == "forbidden"
+    assert outcome(put, cloud, ann._replace(readonly=True), "a") == "forbidden"
+    assert outcome(cloud.delete, ann._replace(readonly=True), ("a",)) == "forbidden"
+    assert outcome(cloud.make_collection, ann._replace(readonly=True), ("a",)) == "forbidden"
+
+
+def test_a_device_limited_to_a_collection_sees_nothing_else(cloud, ann):
+    """A10"""
+    put(cloud, ann, "in/a", b"1", parents=True)
+    put(cloud, ann, "out", b"2")
+    _, token = cloud.accounts.add_token(ann, "camera", node=cloud.stat(ann, ("in",)).node)
+    who = identify(cloud, "Bearer " + token)
+    assert tree(cloud, who) == {"a": b"1"} and outcome(get, cloud, who, "out") == "not-found"
+    put(cloud, who, "sub/b", b"333", parents=True)
+    assert get(cloud, ann, "in/sub/b") == b"333" and cloud.stat(ann, ()).size == 5
+    audit(cloud)
+    cloud.delete(ann, ("in",))
+    assert outcome(put, cloud, who, "c") == "not-found" and outcome(cloud.children, who, ()) == "not-found"
+
+
+@pytest.mark.parametrize("path, want", [("no/such", "no-parent"), ("file/below", "conflict"), ("file/far/below", "conflict"),
+                                        ("dir", "conflict")])
+def test_where_no_file_can_be(cloud, ann, path, want):
+    put(cloud, ann, "file")
+    cloud.make_collection(ann, ("dir",))
+    assert outcome(put, cloud, ann, path) == want
+    assert tree(cloud, ann) == {"file": b"x", "dir": None}
+
+
+def test_missing_parents_are_made_on_demand(cloud, ann):
+    put(cloud, ann, "a/b/c", b"x", parents=True)
+    assert tree(cloud, ann) == {"a": None, "a/b": None, "a/b/c": b"x"}
+    assert len(cloud.db.read("SELECT 1 FROM journal WHERE action = 'write'")) == 1
+    audit(cloud)
+
+
+def test_names_are_kept_as_given_and_compared_by_form(cloud, ann):
+    """P9"""
+    nfd, nfc = "a\u0308", "\u00e4"
+    put(cloud, ann, nfd, b"1")
+    assert get(cloud, ann, nfc) == b"1" and list(tree(cloud, ann)) == [nfd]
+    put(cloud, ann, nfc, b"2")
+    assert tree(cloud, ann) == {nfd: b"2"}
+    assert outcome(put, cloud, ann, nfc, b"3", Preconditions(if_none_match=("*",))) == "twin"
+    put(cloud, ann, "A", b"4")
+    put(cloud, ann, "a", b"5")                   # P10: case is never folded
+    assert len(tree(cloud, ann)) == 3
+
+
+def test_depth_has_a_limit_and_deep_paths_work(cloud, ann):
+    """P13"""
+    path = tuple("d%d" % n for n in range(127))
+    put(cloud, ann, "/".join(path) + "/f", b"deep", parents=True)
+    assert get(cloud, ann, "/".join(path) + "/f") == b"deep"
+    assert outcome(put, cloud, ann, "/".join(path) + "/g/h", parents=True) == "bad-request"
+    for depth in (1, 23, 24, 25, 47, 48, 49, 96, 127):
+        assert cloud.stat(ann, path[:depth]).files == 1
+        assert outcome(cloud.stat, ann, path[:depth] + ("no",)) == "not-found"
+        assert outcome(put, cloud, ann, "/".join(path[:depth - 1] + ("no", "such"))) == "no-parent"
+    audit(cloud)
+
+
+CONDITIONS = [  # (what is there, conditions with E for its etag, outcome)
+    (True, {"if_match": ("E",)}, None), (True, {"if_match": ("*",)}, None), (True, {"if_match": ("other", "E")}, None),
+    (True, {"if_match": ("other",)}, "precondition-failed"), (False, {"if_match": ("*",)}, "precondition-failed"),
+    (False, {"if_match": ("E",)}, "precondition-failed"), (True, {"if_none_match": ("*",)}, "precondition-failed"),
+    (False, {"if_none_match": ("*",)}, None), (True, {"if_none_match": ("other",)}, None),
+    (True, {"if_none_match": ("E",)}, "precondition-failed"), (True, {"unmodified_since": 1000}, "precondition-failed"),
+    (True, {"unmodified_since": 5000}, None), (False, {"unmodified_since": 0}, None),
+    (True, {"lists": ((None, ((True, "etag", "E"),)),)}, None),
+    (True, {"lists": ((None, ((True, "etag", "no"),)),)}, "precondition-failed"),
+    (True, {"lists": ((None, ((True, "etag", "no"),)), (None, ((False, "etag", "no"),)))}, None),
+    (True, {"lists": ((None, ((True, "token", "urn:x"),)),)}, "precondition-failed"),
+    (True, {"lists": ((("else",), ((True, "etag", "no"),)),)}, "precondition-failed"),
+]
+
+
+@pytest.mark.parametrize("there, given, want", CONDITIONS)
+@pytest.mark.parametrize("verb", ["write", "delete"])
+def test_conditions(cloud, ann, there, given, want, verb):
+    """R14, RFC 9110 s13, RFC 4918 s10.4"""
+    etag = put(cloud, ann, "a", b"1", mtime=5999).etag if there else "none"
+    given = Preconditions(**{name: fill_etag(value, etag) for name, value in given.items()})
+    if verb == "delete":
+        if not there:
+            return
+        found = outcome(cloud.delete, ann, ("a",), given)
+    else:
+        found = outcome(put, cloud, ann, "a", b"2", given)
+    assert (found if isinstance(found, str) else None) == want
+    assert ("a" in tree(cloud, ann)) == (there if want or verb == "write" and there else verb == "write")
+    if want and there:
+        assert get(cloud, ann, "a") == b"1"
+
+
+def fill_etag(value, etag):
+    if isinstance(value, tuple):
+        return tuple(fill_etag(part, etag) for part in value)
+    return etag if value == "E" else value
+
+
+def test_of_many_racing_writers_one_wins(cloud, ann):
+    """R14: the condition is checked inside the commit."""
+    etag = put(cloud, ann, "a", b"0").etag
+    results = []
+
+    def race(n):
+        results.append(outcome(put, cloud, ann, "a", b"%d" % n, Preconditions(if_match=(etag,))))
+    threads = [threading.Thread(target=race, args=(n,)) for n in range(8)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert sorted(r if isinstance(r, str) else "won" for r in results) == ["precondition-failed"] * 7 + ["won"]
+
+
+def test_a_condition_is_checked_after_the_body_has_arrived(cloud, ann):
+    """R14: what happens while a body is on its way counts."""
+    etag = put(cloud, ann, "a", b"0").etag
+
+    class Slow(Body):
+        def readinto(self, buffer):
+            if not self.touched:
+                self.touched = True
+                put(cloud, ann, "a", b"meanwhile")
+            return super().readinto(buffer)
+    body = Slow(b"late")
+    body.touched = False
+    assert outcome(cloud.write, ann, ("a",), body, Preconditions(if_match=(etag,))) == "precondition-failed"
+    assert get(cloud, ann, "a") == b"meanwhile"
+
+
+def test_a_checksum_that_differs_changes_nothing(cloud, ann):
+    put(cloud, ann, "a", b"old")
+    assert outcome(put, cloud, ann, "a", b"new", sums={"sha1": "0" * 40}) == "bad-checksum"
+    assert get(cloud, ann, "a") == b"old"
+    put(cloud, ann, "a", b"new", sums={"sha1": hashlib.sha1(b"new").hexdigest()})
+
+
+def test_quota_holds_for_parallel_writers(cloud, ann):
+    """Q1"""
+    cloud.accounts.update("ann", ann, quota=1000)
+    results = []
+
+    def fill(n):
+        results.append(outcome(put, cloud, ann, "f%d" % n, bytes(300)))
+    threads = [threading.Thread(target=fill, args=(n,)) for n in range(8)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert sum(not isinstance(r, str) for r in results) == 3 and cloud.stat(ann, ()).size == 900
+    assert {r for r in results if isinstance(r, str)} == {"over-quota"}
+    put(cloud, ann, "f%d" % next(n for n in range(8) if "f%d" % n in tree(cloud, ann)), bytes(400))      # growth counts, not size
+    audit(cloud)
+
+
+def test_an_announced_length_over_quota_is_refused_before_it_is_read(cloud, ann):
+    """Q4"""
+    cloud.accounts.update("ann", ann, quota=1000)
+
+    class Unread(Body):
+        def readinto(self, buffer):
+            raise AssertionError("read")
+    body = Unread()
+    body.length = 5000
+    assert outcome(cloud.write, ann, ("a",), body) == "over-quota"
+
+
+def test_a_disk_almost_full_refuses_writes_and_serves_reads(make_cloud, monkeypatch):
+    """R18"""
+    cloud = make_cloud()
+    ann = account(cloud)
+    put(cloud, ann, "a", b"old")
+    usage = cs.shutil.disk_usage(cloud.config.data)
+    monkeypatch.setattr(cs.shutil, "disk_usage", lambda path: usage._replace(free=usage.total // 1000))
+    cloud._free = (0, True)
+    assert outcome(put, cloud, ann, "a", b"new") == "disk-full" and cloud.health() == "low"
+    assert get(cloud, ann, "a") == b"old"
+    cloud.delete(ann, ("a",))                    # deleting goes on
+    monkeypatch.undo()
+    cloud._free = (0, True)
+    put(cloud, ann, "a", b"new")                 # and room is room again
+
+
+def test_deleting_a_collection_is_one_row(cloud, ann):
+    for n in range(20):
+        put(cloud, ann, "d/f%d" % n, bytes(10), parents=True)
+    cloud.delete(ann, ("d",))
+    assert tree(cloud, ann) == {} and cloud.stat(ann, ()).size == 0
+    assert cloud.db.read("SELECT count(*) FROM entry WHERE until IS NOT NULL") == [(1,)]
+    audit(cloud)
+
+
+def test_the_root_cannot_be_deleted(cloud, ann):
+    assert outcome(cloud.delete, ann, ()) == "forbidden"
+
+
+def test_writers_into_a_collection_that_is_being_deleted_fail_cleanly(cloud, ann, rng):
+    """Nothing is ever written below what is gone."""
+    results = []
+
+    def write(n):
+        for k in range(10):
+            results.append(outcome(put, cloud, ann, "d/f%d-%d" % (n, k), b"x"))
+
+    def delete():
+        for _ in range(10):
+            outcome(cloud.make_collection, ann, ("d",))
+            outcome(cloud.delete, ann, ("d",))
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(3)] + [threading.Thread(target=delete)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert {r for r in results if isinstance(r, str)} <= {"no-parent"}
+    audit(cloud)
+
+
+def test_windows_names_are_refused_when_asked(make_cloud):
+    """P11"""
+    cloud = make_cloud(windows_names="refuse")
+    ann = account(cloud)
+    put(cloud, ann, "Name")
+    for name in ("con", "a.", "a ", "a:b", "NAME"):
+        assert outcome(put, cloud, ann, name) == "conflict", name
+    put(cloud, ann, "Name", b"again")
+
+
+# ==== 8. HTTP ============================================================================
+
+GET_ROOT = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def request_bytes(method, path, body=b"", *fields, user="ann"):
+    head = ["%s %s HTTP/1.1" % (method, path), "Host: localhost", *(["Authorization: " + basic(user)] if user else []), *fields]
+    if body and not any(f.lower().startswith(("content-length", "transfer-encoding")) for f in fields):
+        head.append("Content-Length: %d" % len(body))
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+def test_curl_like_round_trip(call):
+    made = call("PUT", "/dav/a%20b.txt", b"hello")
+    assert made.status == 201 and made.headers["etag"].startswith('"') and made.headers["location"] == "/dav/a%20b.txt"
+    got = call("GET", "/dav/a%20b.txt")
+    assert (got.status, got.body, got.headers["etag"]) == (200, b"hello", made.headers["etag"])
+    assert call("PUT", "/dav/a%20b.txt", b"hello").status == 204
+    assert call("DELETE", "/dav/a%20b.txt").status == 204
+    assert call("GET", "/dav/a%20b.txt").status == 404
+
+
+def test_a_request_may_come_byte_by_byte(address):
+    assert statuses(raw(address, request_bytes("PUT", "/dav/a", b"hello"), pieces=True, wait=1)) == [201]
+
+
+def test_pipelined_requests_are_answered_in_order(address):
+    """H15"""
+    received = raw(address, request_bytes("PUT", "/dav/a", b"one") + request_bytes("GET", "/dav/a") * 50
+                   + request_bytes("DELETE", "/dav/a") + request_bytes("GET", "/dav/a"), wait=1)
+    assert statuses(received) == [201] + [200] * 50 + [204, 404]
+    assert received.count(b"\r\n\r\none") == 50
+
+
+@pytest.mark.parametrize("data, want", [
+    (b"\r\n" + GET_ROOT, [200]), (b"\r\n\r\n" + GET_ROOT, [400]),                             # H1
+    (b"GET / HTTP/1.1\nHost: a\n\n", [400]), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [505]),    # H3 H6
+    (b"GET * HTTP/1.1\r\nHost: localhost\r\n\r\n", [400]), (b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", [204]),
+    (b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n", [501]),
+    (b"A" * 20000, [414]), (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20000, [431]),              # H5
+    (b"GET http://localhost/healthz HTTP/1.1\r\nHost: other.example\r\n\r\n", [200]),         # H4: absolute form wins
+    (b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n", [421]),                          # B3
+    (b"GET /healthz HTTP/1.1\r\nHost: 192.168.1.9:80\r\n\r\n", [200]),
+    (b"GET /healthz HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", [200]),
+    (GET_ROOT.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + GET_ROOT, [200]),      # H15 H18
+    (b"GET /healthz HTTP/1.0\r\n\r\n" + GET_ROOT, [200]),
+    (GET_ROOT.replace(b"GET", b"PUT").replace(b"\r\n\r\n", b"\r\nExpect: magic\r\n\r\n"), [417]),   # H17
+])
+def test_lines_on_the_wire(address, data, want):
+    assert statuses(raw(address, data, wait=1)) == want
+
+
+@pytest.mark.parametrize("framing, body", [
+    ("Content-Length: 5\r\nTransfer-Encoding: chunked", b"0\r\n\r\n"), ("Transfer-Encoding: chunked\r\nContent-Length: 5", b"0\r\n\r\n"),
+    ("Content-Length: 5\r\nContent-Length: 5", b"hello"), ("Content-Length: +5", b"hello"), ("Content-Length: 5, 5", b"hello"),
+    ("Transfer-Encoding: xchunked", b"0\r\n\r\n"), ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", b"0\r\n\r\n"),
+    ("Transfer-Encoding : chunked", b"0\r\n\r\n"), ("Transfer-Encoding: chunked", b"5 hello\r\n0\r\n\r\n"),
+    ("Transfer-Encoding: chunked", b"0x5\r\nhello\r\n0\r\n\r\n"), ("Transfer-Encoding: chunked", b"5\nhello\r\n0\r\n\r\n"),
+    ("Transfer-Encoding: chunked", b"5\r\nhelloX\r\n0\r\n\r\n"), ("Transfer-Encoding: chunked", b"-5\r\nhello\r\n0\r\n\r\n"),
+    ("Transfer-Encoding: chunked", b"11111111111111111\r\nhello\r\n0\r\n\r\n"),
+    ("Transfer-Encoding: chunked", b"5;" + b"a" * 2000 + b"\r\nhello\r\n0\r\n\r\n"),
+    ("Transfer-Encoding: chunked", b"1;aaaaaaaaaaaaaaaa" * 1 + b"\r\nh\r\n" + b"1;" + b"a" * 1000 + b"\r\nh\r\n" * 1
+     + (b"1;" + b"a" * 1000 + b"\r\nh\r\n") * 20 + b"0\r\n\r\n"),
+    ("Transfer-Encoding: chunked", b"5\r\nhello\r\n0\r\n" + b"A: b\r\n" * 5000 + b"\r\n"),
+    ("Transfer-Encoding: chunked", b"5\r\nhello\r\n0\r\nbad trailer\r\n\r\n"),
+])
+def test_framing_errors_have_no_effect_and_end_the_connection(address, call, framing, body):
+    """H9 to H13, H20: no smuggling"""
+    smuggled = request_bytes("PUT", "/dav/smuggled", b"x")
+    head = request_bytes("PUT", "/dav/a", b"", *framing.split("\r\n"))
+    codes = statuses(raw(address, head + body + smuggled, wait=2))
+    assert len(codes) == 1 and codes[0] in (400, 501)
+    assert call("GET", "/dav/a").status == 404 and call("GET", "/dav/smuggled").status == 404
+
+
+@pytest.mark.parametrize("body", [b"5\r\nhello\r\n0\r\n\r\n", b"1\r\nh\r\n4\r\nello\r\n0\r\n\r\n", b"05;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n",
+                                  b"A\r\n" + b"x" * 10 + b"\r\n0\r\n\r\n"])
+@pytest.mark.parametrize("pieces", [False, True])
+def test_chunked_bodies(address, call, body, pieces):
+    """H12"""
+    sent = request_bytes("PUT", "/dav/a", b"", "Transfer-Encoding: chunked") + body + GET_ROOT
+    assert statuses(raw(address, sent, pieces=pieces, wait=1)) == [201, 200]
+    assert call("GET", "/dav/a").body in (b"hello", b"x" * 10)
+
+
+@pytest.mark.parametrize("framing, body", [("Content-Length: 10", b"hello"), ("Transfer-Encoding: chunked", b"a\r\nhello"),
+                                           ("Transfer-Encoding: chunked", b"5\r\nhello\r\n"),
+                                           ("Content-Length: 9000000", bytes(5_000_000))])
+@pytest.mark.parametrize("half_close", [True, False])
+def test_a_body_that_ends_early_changes_nothing(address, call, framing, body, half_close):
+    """H20, R10"""
+    call("PUT", "/dav/a", b"old")
+    raw(address, request_bytes("PUT", "/dav/a", b"", framing) + body, wait=0.3, half_close=half_close)
+    assert call("GET", "/dav/a").body == b"old"
+
+
+@pytest.mark.parametrize("path, user", [("/dav/no/such", "ann"), ("/nowhere", "ann"), ("/dav/a", "")])
+def test_an_unread_body_never_becomes_a_request(address, call, path, user):
+    """H14"""
+    inner = request_bytes("PUT", "/dav/inner", b"x")
+    for size in (0, 100_000, 400_000):
+        body = inner + bytes(size)
+        received = raw(address, request_bytes("PUT", path, body, user=user) + GET_ROOT, wait=3)
+        assert statuses(received)[0] >= 400 and statuses(received)[1:] in ([], [200])
+        assert size < 300_000 or b"Connection: close" in received
+    assert call("GET", "/dav/inner").status == 404
+
+
+def test_expect_is_answered_only_when_the_write_would_go_on(address, call):
+    """H17"""
+    call("PUT", "/dav/a", b"old")
+    ok = raw(address, request_bytes("PUT", "/dav/b", b"hello", "Expect: 100-continue"), wait=1)
+    assert statuses(ok) == [100, 201]
+    for path, field in (("/dav/no/such", "X: y"), ("/dav/a", "If-None-Match: *"), ("/dav/a", 'If-Match: "no"')):
+        refused = raw(address, request_bytes("PUT", path, b"", "Expect: 100-continue", "Content-Length: 5", field), wait=3)
+        assert statuses(refused)[0] in (409, 412) and b"Connection: close" in refused
+
+
+def test_head_204_and_304_have_no_body(address, call):
+    """H21"""
+    etag = call("PUT", "/dav/a", b"hello").headers["etag"]
+    received = raw(address, request_bytes("HEAD", "/dav/a") + request_bytes("GET", "/dav/a", b"", "If-None-Match: " + etag)
+                   + request_bytes("PUT", "/dav/a", b"x") + request_bytes("HEAD", "/dav/no") + GET_ROOT, wait=1)
+    assert statuses(received) == [200, 304, 204, 404, 200]
+    assert received.count(b"Content-Length: 5\r\n") == 1 and b"hello" not in received
+
+
+RANGES = [  # (Range, If-Range with E or L, status, body)
+    ("bytes=0-4", None, 206, b"01234"), ("bytes=-5", None, 206, b"56789"), ("bytes=3-", None, 206, b"3456789"),
+    ("bytes=99-", None, 416, None), ("bytes=0-4", "E", 206, b"01234"), ("bytes=0-4", '"no"', 200, b"0123456789"),
+    ("bytes=0-4", "L", 206, b"01234"), ("bytes=0-4", "Mon, 01 Jan 2001 00:00:00 GMT", 200, b"0123456789"),
+    ("bytes=0-4", 'W/"x"', 200, b"0123456789"), ("chars=0-4", None, 200, b"0123456789"), ("bytes=0-5,2-3", None, 200, b"0123456789"),
+]
+
+
+@pytest.mark.parametrize("wanted, if_range, status, body", RANGES)
+def test_ranges(call, wanted, if_range, status, body):
+    """H22"""
+    call("PUT", "/dav/a", b"0123456789")
+    whole = call("GET", "/dav/a")
+    fields = {"If_Range": {"E": whole.headers["etag"], "L": whole.headers["last-modified"]}.get(if_range, if_range)} if if_range else {}
+    got = call("GET", "/dav/a", Range=wanted, **fields)
+    assert got.status == status and (body is None or got.body == body)
+    if status == 206:
+        assert got.headers["content-range"].endswith("/10") and got.headers["etag"] == whole.headers["etag"]
+    if status == 416:
+        assert got.headers["content-range"] == "bytes */10"
+
+
+def test_several_ranges_come_as_parts(call, rng):
+    data = bytes(rng.getrandbits(8) for _ in range(1000)) * 9000          # three chunks
+    assert call("PUT", "/dav/big", data).status == 201
+    got = call("GET", "/dav/big", Range="bytes=0-9,4194300-4194310,-7")
+    boundary = got.headers["content-type"].partition("boundary=")[2].encode()
+    parts = [part.partition(b"\r\n\r\n")[2][:-2] for part in got.body.split(b"--" + boundary)[1:-1]]
+    assert parts == [data[:10], data[4194300:4194311], data[-7:]] and int(got.headers["content-length"]) == len(got.body)
+
+
+def test_large_files_in_any_range(call, rng):
+    data = os.urandom(1000) * 10_000
+    assert call("PUT", "/dav/big", data).status == 201
+    assert call("GET", "/dav/big").body == data
+    for _ in range(20):
+        start = rng.randrange(len(data))
+        stop = rng.randrange(start, min(len(data), start + rng.choice((10, 5_000_000))))
+        assert call("GET", "/dav/big", Range="bytes=%d-%d" % (start, stop)).body == data[start:stop + 1]
+
+
+def test_answers_carry_the_headers_that_keep_content_harmless(call):
+    """W1, W2, W4, N6"""
+    call("PUT", "/dav/evil.html", b"<script>alert(1)</script>")
+    got = call("GET", "/dav/evil.html", Accept="text/html")
+    assert got.headers["content-disposition"] == 'attachment; filename="evil.html"'
+    assert got.headers["content-security-policy"] == "sandbox; default-src 'none'"
+    assert got.headers["cross-origin-resource-policy"] == "same-origin"
+    assert got.headers["cache-control"] == "private, no-cache" and "server" not in got.headers
+    call("PUT", "/dav/a.txt", b"<script>")
+    assert call("GET", "/dav/a.txt").headers["content-type"] == "text/plain; charset=utf-8"
+    for path in ("/dav/a.txt", "/dav/no", "/nowhere", "/healthz"):
+        answer = call("GET", path)
+        assert answer.headers["x-content-type-options"] == "nosniff" and "no-" in answer.headers["cache-control"]
+        assert "access-control-allow-origin" not in answer.headers                 # B2
+
+
+@pytest.mark.parametrize("fields, want", [
+    ({}, 201), ({"Origin": "http://evil.example"}, 403), ({"Sec_Fetch_Site": "cross-site"}, 403), ({"Origin": "null"}, 403),
+    ({"Sec_Fetch_Site": "same-site"}, 403), ({"Sec_Fetch_Site": "same-origin"}, 201),
+])
+def test_foreign_pages_cannot_write(call, fields, want):
+    """B1: for passwords too"""
+    assert call("PUT", "/dav/a", b"x", **fields).status == want
+
+
+def test_nobody_gets_nothing(call, cloud):
+    """A1: every route without credentials"""
+    public = 0
+
+    def walk(place):
+        for part, below in place.items():
+            if part in ("", "<>", "<path>"):
+                yield from below.values()
+            else:
+                yield from walk(below)
+
+    for route in walk(cs.ROUTES):
+        path = re.sub("<.*", "x", route.pattern)
+        answer = call(route.method, path, user=None)
+        if route.needs == "nothing":
+            public += 1
+            continue
+        assert answer.status == 401 and "basic" in answer.headers["www-authenticate"].lower(), route.pattern
+    assert public <= 12
+
+
+def test_a_server_not_set_up_says_so(make_cloud, serve_cloud):
+    """A15"""
+    address = serve_cloud(make_cloud())
+    assert exchange(address, "GET", "/dav/", user=None).status == 401
+    assert exchange(address, "GET", "/healthz", user=None).status == 200
+
+
+def test_unknown_methods_name_the_known(call):
+    answer = call("POST", "/healthz", b"")
+    assert answer.status == 405 and "GET" in answer.headers["allow"]
+
+
+def test_errors_can_be_read_and_betray_nothing(call, cloud, monkeypatch):
+    """H24"""
+    answer = call("GET", "/nowhere/<script>")
+    assert answer.status == 404 and b"script" not in answer.body
+    monkeypatch.setattr(cloud, "open", lambda *args, **how: 1 / 0)
+    answer = call("GET", "/dav/a")
+    assert answer.status == 500 and b"ZeroDivision" not in answer.body and b"Traceback" not in answer.body
+
+
+def test_proxies_are_believed_only_when_listed(make_cloud):
+    """N4"""
+    fields = {"x-forwarded-for": "6.6.6.6, 1.2.3.4, 10.0.0.2", "x-forwarded-proto": "https"}
+    site = cs.Site(Config(behind_proxy="10.0.0.0/8,127.0.0.1"))
+    assert site.locate("10.0.0.1", False, fields) == ("1.2.3.4", True, True)
+    assert site.locate("10.0.0.1", False, {}) == ("10.0.0.1", False, True)
+    assert site.locate("8.8.8.8", False, fields) == ("8.8.8.8", False, False)
+    assert cs.Site(Config()).locate("127.0.0.1", False, fields) == ("127.0.0.1", False, True)
+    assert cs.Site(Config(plain_http=True)).locate("8.8.8.8", False, {}) == ("8.8.8.8", False, True)
+
+
+def test_hosts_are_known_by_name(make_cloud):
+    """B3"""
+    site = cs.Site(Config(hostname="cloud.example, other.example"))
+    for host, want in (("cloud.example", True), ("CLOUD.example:80", True), ("localhost", True), ("127.0.0.1:1", True),
+                       ("[::1]", True), ("evil.example", False), ("cloud.example.evil.example", False),
+                       (socket.gethostname(), True), ("1.2.3.4.evil.example", False)):
+        assert site.knows(host) is want, host
+
+
+def test_silent_connections_are_parked_and_come_back(address):
+    """R32: a connection that says nothing holds no thread, and works when it speaks again."""
+    connections = [http.client.HTTPConnection(*address, timeout=10) for _ in range(50)]
+    for connection in connections:
+        connection.connect()
+    time.sleep(1.6)
+    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("connection")]
+    for connection in connections:
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().read() == b"ok\n"
+        connection.close()
+    assert len(names) <= 60
+
+
+def test_a_slow_head_is_given_up(address, monkeypatch):
+    """R34"""
+    monkeypatch.setattr(cs, "HEADER_TIME", 1)
+    began = time.monotonic()
+    assert statuses(raw(address, b"GET / HTTP/1.1\r\nHost: loc", wait=10)) == [408]
+    assert time.monotonic() - began < 6
+
+
+def test_a_body_that_trickles_is_given_up(address, call, monkeypatch):
+    """R34"""
+    monkeypatch.setattr(cs, "BODY_WINDOW", 1)
+    call("PUT", "/dav/a", b"old")
+    received = raw(address, request_bytes("PUT", "/dav/a", b"", "Content-Length: 500000") + b"x", wait=10)
+    assert statuses(received) == [408] and call("GET", "/dav/a").body == b"old"
+
+
+# ==== 15. Command line ===================================================================
+
+def run(*words, input=None, timeout=60, **how):
+    """Run the real program; returns the finished process."""
+    return subprocess.run([sys.executable, str(HERE / "cloudserver.py"), *map(str, words)], input=input, timeout=timeout,
+                          capture_output=True, text=True, **how)
+
+
+class Served:
+    """The real program, serving."""
+
+    def __init__(self, data, *words, env=None, program=None):
+        self.data = data
+        self.process = subprocess.Popen(
+            [*(program or [sys.executable, str(HERE / "cloudserver.py")]), "serve", "--data", str(data), "--port", "0",
+             *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        self.greeting = self.process.stdout.readline()
+        found = re.search(r"://\S*:(\d+)/", self.greeting)
+        assert found, self.greeting + self.process.stderr.read()
+        self.address = ("127.0.0.1", int(found[1]))
+
+    def call(self, *args, **how):
+        return exchange(self.address, *args, **how)
+
+    def stop(self, number=signal.SIGTERM):
+        """End it; returns the exit code."""
+        self.process.send_signal(number)
+        try:
+            return self.process.wait(30)
+        finally:
+            self.process.stdout.close()
+            self.process.stderr.close()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Start real servers: served = serve("--workers", 2)."""
+    started = []
+
+    def start(*words, data=None, user="ann", **how):
+        data = data or tmp_path / "served"
+        if user and not (data / "cloud.db").exists():
+            made = run("user", "add", user, "--admin", "--password-stdin", "--data", data, input=PASSWORD)
+            assert made.returncode == 0, made.stderr
+        started.append(Served(data, *words, **how))
+        return started[-1]
+
+    yield start
+    for served in started:
+        if served.process.poll() is None:
+            served.stop(signal.SIGKILL)
+
+
+def test_every_setting_is_a_flag_and_a_variable():
+    shown = run("serve", "--help").stdout
+    for setting in cs.fields(Config):
+        assert "--" + setting.name.replace("_", "-") in shown and "CLOUDSERVER_" + setting.name.upper() in re.sub(r"\s", "", shown)
+
+
+@pytest.mark.parametrize("words, code, says", [
+    (["--no-such-flag"], 2, "usage"), (["fly"], 2, "invalid choice"), (["--port", "x"], 2, "invalid int"),
+    (["--port", "70000"], 2, "out of range"), (["--behind-proxy", "x"], 2, "proxy"), (["--max-file", "huge"], 2, "not a size"),
+    (["--tls-cert", "x"], 2, "go together"), (["--tls-cert", "no", "--tls-key", "no"], 1, "certificate"),
+    (["--data", "/proc/no"], 1, "data directory"), (["user", "passwd", "nobody"], 1, "no account"),
+])
+def test_a_wrong_command_line_gets_one_clear_line(tmp_path, words, code, says):
+    words = words if "--data" in words or code == 2 else [*words, "--data", tmp_path / "d"]
+    done = run(*words, input="")
+    assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr
+    assert code == 2 or done.stderr.count("\n") == 1
+
+
+def test_the_environment_sets_defaults(tmp_path):
+    served = Served(tmp_path / "d", env={**os.environ, "CLOUDSERVER_WORKERS": "1", "CLOUDSERVER_QUIET": "1"})
+    assert served.stop() == 0
+
+
+def test_accounts_from_the_command_line(tmp_path):
+    data = ["--data", tmp_path / "d"]
+    assert run("user", "add", "ann", "--admin", "--password-stdin", *data, input=PASSWORD).returncode == 0
+    assert run("user", "add", "bob", "--quota", "10G", "--password-stdin", *data, input=PASSWORD).returncode == 0
+    assert "exists" not in run("user", "add", "bob", "--password-stdin", *data, input=PASSWORD).stdout
+    listed = run("user", "list", *data).stdout
+    assert re.search(r"ann +admin", listed) and "10.0 GiB" in listed
+    assert run("user", "passwd", "bob", "--password-stdin", *data, input="another horse 9").returncode == 0
+    assert run("user", "remove", "bob", *data, input="n").returncode == 1
+    assert run("user", "remove", "bob", "--yes", *data).returncode == 0
+    assert "bob" not in run("user", "list", *data).stdout
+
+
+# ==== 14. Service ========================================================================
+
+def test_first_start_prints_a_setup_link(serve):
+    served = serve(user=None)
+    lines = served.greeting + "".join(served.process.stdout.readline() for _ in range(3))
+    assert re.search(r"http://localhost:\d+/setup#[\w-]{22}\n", lines)
+    assert served.call("GET", "/dav/", user=None).status == 401
+    assert served.stop() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_serves_stops_and_keeps(serve, workers):
+    """R36"""
+    served = serve("--workers", workers)
+    assert served.call("PUT", "/dav/a", b"kept").status == 201
+    assert served.stop() == 0
+    served = serve("--workers", workers)
+    assert served.call("GET", "/dav/a").body == b"kept"
+    assert served.stop(signal.SIGINT) == 0
+
+
+def test_a_second_server_on_the_same_data_is_refused(serve):
+    """R21"""
+    served = serve()
+    second = run("serve", "--data", served.data, "--port", "0")
+    assert second.returncode == 1 and second.stderr.strip().endswith("another server runs on %s" % served.data)
+    assert run("user", "list", "--data", served.data).returncode == 0        # admin commands work beside it
+
+
+def test_a_port_in_use_is_refused_in_one_line(serve, tmp_path):
+    served = serve()
+    second = run("serve", "--data", tmp_path / "other", "--port", served.address[1])
+    assert second.returncode == 1 and "another program uses it" in second.stderr and second.stderr.count("\n") == 1
+
+
+def test_a_worker_that_dies_is_replaced(serve):
+    served = serve("--workers", 2)
+    children = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) == 2
+    os.kill(int(children[0]), signal.SIGKILL)
+    time.sleep(0.1)
+    for _ in range(20):
+        assert served.call("GET", "/healthz").status == 200
+    time.sleep(0.5)
+    again = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(again) == 2 and set(again) != set(children)
+
+
+def test_workers_end_with_their_supervisor(serve):
+    served = serve("--workers", 2)
+    children = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
+    served.stop(signal.SIGKILL)
+    for _ in range(50):
+        if not any(os.path.exists("/proc/%s" % pid) for pid in children):
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("a worker outlived its supervisor")
+
+
+def test_the_data_directory_is_private(serve):
+    """K2"""
+    served = serve()
+    assert served.data.stat().st_mode & 0o777 == 0o700
+    assert not [path for path in served.data.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
+
+
+def test_the_access_log_is_combined_and_keeps_secrets(serve, tmp_path):
+    """L1, L2, L4"""
+    log = tmp_path / "access.log"
+    served = serve("--access-log", log, "--workers", 1)
+    served.call("PUT", "/dav/a%20b?secret=1", b"hello", User_Agent="x\"y")
+    served.call("GET", "/dav/a%20b")
+    assert served.stop() == 0
+    lines = log.read_text().splitlines()
+    assert re.fullmatch(r'127\.0\.0\.1 - ann \[[^]]+\] "PUT /dav/a%20b HTTP/1\.1" 201 0 "-" "x\?y"', lines[0])
+    assert '"GET /dav/a%20b HTTP/1.1" 200 5' in lines[1] and "secret" not in log.read_text() and log.stat().st_mode & 0o077 == 0
