@@ -65,12 +65,13 @@ import tempfile
 import threading
 import time
 import unicodedata
+import uuid
 import zlib
 import xml.etree.ElementTree as ET
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -254,6 +255,8 @@ ERRORS = {  # kind: (HTTP status, WebDAV condition or None)
     "cross-site": (403, None),                            # a foreign page drives the browser
     "unconfirmed": (403, None),                           # wants the password once more
     "infinite-depth": (403, "propfind-finite-depth"),     # RFC 4918 s9.1
+    "no-such-report": (403, "supported-report"),          # RFC 3253 s3.6
+    "bad-resource-type": (403, "valid-resourcetype"),     # RFC 5689 s3.3
     "protected-property": (403, "cannot-modify-protected-property"),
     "same-place": (403, None),                            # source and destination are one, or one holds the other
     "bad-sync-token": (403, "valid-sync-token"),          # RFC 6578 s3.2
@@ -283,6 +286,7 @@ ERRORS = {  # kind: (HTTP status, WebDAV condition or None)
     "bad-upload-checksum": (460, None),                   # tus checksum extension
     "internal": (500, None),
     "not-implemented": (501, None),
+    "bad-gateway": (502, None),                           # a Destination on another server, RFC 4918 s9.8.5
     "busy": (503, None),
     "not-set-up": (503, None),
     "read-only": (503, None),
@@ -1566,6 +1570,11 @@ class Database:
             db.execute("COMMIT")
             self._idle.append(db)
 
+    def each(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> Iterator[tuple[Any, ...]]:
+        """The rows of one SELECT as they are asked for, all of one moment; not to be held longer than needed."""
+        with self.snapshot() as read:
+            yield from read(sql, params)
+
     # ---- writing
 
     def write(self, attempt: Callable[[], Batch]) -> Batch:
@@ -2269,6 +2278,61 @@ def path_query(depth: int, content: bool) -> str:
                 "LEFT JOIN chunk h ON h.hash = e.manifest" if content else ""))
 
 
+class Listing:
+    """A node and its children under one snapshot, for as long as that is held."""
+
+    def __init__(self, node: Node, read: Callable[..., Iterator[tuple[Any, ...]]], now: int) -> None:
+        self.node, self.read, self.now = node, read, now
+        self._locks: list[Lock] | None = None
+
+    def children(self) -> Iterator[Node]:
+        """In the order of names."""
+        return map(Node._make, self.read(
+            "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
+            "WHERE e.parent = ? AND e.until IS NULL ORDER BY e.key", (self.node.node,)))
+
+    def properties(self) -> dict[int, dict[str, str]]:
+        """Dead properties of the node and its children: {node: {"{namespace}name": XML}}."""
+        found: dict[int, dict[str, str]] = {}
+        for node, name, value in self.read(
+                "SELECT node, name, value FROM property WHERE node = ? UNION ALL SELECT p.node, p.name, p.value FROM entry e "
+                "JOIN property p ON p.node = e.node WHERE e.parent = ? AND e.until IS NULL", (self.node.node,) * 2):
+            found.setdefault(node, {})[name] = value
+        return found
+
+    def digests(self) -> dict[str, list[tuple[str, str]]]:
+        """Checksums of the file or of the children that are files: {manifest: [("sha1", hex), ...]}."""
+        found: dict[str, list[tuple[str, str]]] = {}
+        for manifest, kind, value in self.read(
+                "SELECT d.manifest, d.kind, d.value FROM digest d WHERE d.manifest = ? UNION SELECT d.manifest, d.kind, d.value "
+                "FROM entry e JOIN digest d ON d.manifest = e.manifest WHERE e.parent = ? AND e.until IS NULL",
+                (self.node.manifest, self.node.node)):
+            found.setdefault(manifest, []).append((kind, value))
+        return found
+
+    def locks(self, node: Node) -> list[Lock]:
+        """The locks that hold the node or one of its children."""
+        if self._locks is None:
+            self._locks = [Lock._make(row) for row in self.read("SELECT * FROM lock WHERE home = ? AND due > ?",
+                                                                (self.node.home, self.now))]
+            self._above = {id for id, _ in self.read(UP, (self.node.node,))} if self._locks else set()
+        return [lock for lock in self._locks if lock.node == node.node or lock.deep and lock.node in self._above]
+
+
+UP = (  # a live node and what holds it, upwards: (node, parent)
+    "WITH RECURSIVE up (node, parent, level) AS (SELECT node, parent, 0 FROM entry WHERE node = ? AND until IS NULL "
+    "UNION ALL SELECT e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.parent AND e.until IS NULL) "
+    "SELECT node, parent FROM up ORDER BY level")
+
+
+class Changed(NamedTuple):
+    """A node that a batch touched: where it is now and where it was, seen from a collection; None: out of sight."""
+    id: int
+    node: Node | None
+    path: tuple[str, ...] | None
+    was: tuple[str, ...] | None
+
+
 class Cloud:
     """The cloud of all accounts: what any door can do, it does by one call here."""
 
@@ -2284,6 +2348,8 @@ class Cloud:
         self.accounts = Accounts(self.db, self.clock)
         self.epoch = self.db.setting("epoch")
         self._free: tuple[int, bool] = (0, True)         # until when the disk counts as free
+        self._lanes: dict[int, int] = {}                 # long operations under way, by account
+        self._lanes_lock = threading.Lock()
 
     def close(self) -> None:
         self.blobs.lane.shutdown(wait=True)
@@ -2307,20 +2373,16 @@ class Cloud:
         node = self._found(spot)
         return node, None if node.kind else self._content(node, spot.chunk)
 
-    def children(self, who: Principal, path: tuple[str, ...]) -> tuple[Node, list[Node]]:
-        """A node and, if it is a collection, what it holds, in the order of names, both of one moment."""
+    @contextmanager
+    def listing(self, who: Principal, path: tuple[str, ...]) -> Iterator["Listing"]:
+        """A node and what it holds, all of one moment.  raises CloudError not-found"""
         node = self.stat(who, path)
         with self.db.snapshot() as read:
-            fresh = list(read("SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
-                              "WHERE e.node = ? AND e.until IS NULL", (node.node,)))
-            if not fresh:
+            rows = list(read("SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
+                             "WHERE e.node = ? AND e.until IS NULL", (node.node,)))
+            if not rows:
                 raise CloudError("not-found", "it was just deleted")
-            node = Node._make(fresh[0])
-            if not node.kind:
-                return node, []
-            return node, list(map(Node._make, read(
-                "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
-                "WHERE e.parent = ? AND e.until IS NULL ORDER BY e.key", (node.node,))))
+            yield Listing(Node._make(rows[0]), read, self.clock.due())
 
     def _found(self, spot: Spot) -> Node:
         if spot.node is None:
@@ -2396,13 +2458,66 @@ class Cloud:
 
         raises  CloudError not-found if it, or one of them, is not live
         """
-        rows = self.db.read(
-            "WITH RECURSIVE up (node, parent, level) AS (SELECT node, parent, 0 FROM entry WHERE node = ? AND until IS NULL "
-            "UNION ALL SELECT e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.parent AND e.until IS NULL) "
-            "SELECT node, parent FROM up ORDER BY level", (node,))
+        rows = self.db.read(UP, (node,))
         if not rows or rows[-1][1] is not None:
             raise CloudError("not-found", "there is nothing of that id")
         return tuple(id for id, _ in reversed(rows))[:-1]
+
+    def path_of(self, who: Principal, node: int) -> tuple[str, ...]:
+        """Where a live node is for `who`.  raises CloudError not-found if that is nowhere"""
+        rows = self.db.read(
+            "WITH RECURSIVE up (node, parent, name, level) AS (SELECT node, parent, name, 0 FROM entry WHERE node = ? "
+            "AND until IS NULL UNION ALL SELECT e.node, e.parent, e.name, level + 1 FROM up JOIN entry e "
+            "ON e.node = up.parent AND e.until IS NULL WHERE up.node <> ?) SELECT node, name FROM up ORDER BY level",
+            (node, who.root))
+        if not rows or rows[-1][0] != who.root:
+            raise CloudError("not-found", "there is nothing of that id")
+        return tuple(name for _, name in reversed(rows[:-1]))
+
+    def walk(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Node]]:
+        """Everything below a path, (path from there, node), collections before what they hold."""
+        pending = [((), self.stat(who, path))]
+        while pending:
+            above, node = pending.pop()
+            for child in map(Node._make, self.db.each(
+                    "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
+                    "WHERE e.parent = ? AND e.until IS NULL ORDER BY e.key", (node.node,))):
+                yield above + (child.name,), child
+                if child.kind:
+                    pending.append((above + (child.name,), child))
+
+    # ---- what changed
+
+    def changes(self, who: Principal, path: tuple[str, ...], since: int, limit: int = 10_000) -> tuple[int, list[Changed]]:
+        """What batches after `since` touched below a path; returns the seq reached and each node once.
+
+        A batch is never split, so there may be more than `limit`.
+        raises  CloudError gone if history does not reach back to `since`
+        """
+        top = self.stat(who, path)
+        with self.db.snapshot() as read:
+            (head,), = read("SELECT max(seq) FROM journal")
+            if not self.oldest_seq() <= since <= head:
+                raise CloudError("gone", "what happened since then is not known any more; read everything anew")
+            reached = min([head, *(seq for column in ("since", "until") for (seq,) in read(
+                "SELECT %s FROM entry WHERE home = ? AND %s > ? ORDER BY %s LIMIT 1 OFFSET ?" % ((column,) * 3),
+                (top.home, since, limit)))])
+            then, now = _Past(read, top, since), _Past(read, top, head)
+            ids = [id for (id,) in read(
+                "SELECT node FROM entry WHERE home = ? AND since > ? AND since <= ? "
+                "UNION SELECT node FROM entry WHERE home = ? AND until > ? AND until <= ?",
+                (top.home, since, reached) * 2)]
+            found = [Changed(id, now.node(id), now.path(id), then.path(id)) for id in ids if id != top.node]
+        return reached, sorted((c for c in found if c.path is not None or c.was is not None),
+                               key=lambda c: c.path or c.was)
+
+    def head(self) -> int:
+        """The newest seq."""
+        return self.db.read("SELECT max(seq) FROM journal")[0][0]
+
+    def oldest_seq(self) -> int:
+        """History before this seq may have been thinned out."""
+        return int(self.db.setting("oldest") or 1)
 
     # ---- what must hold before a write
 
@@ -2467,7 +2582,7 @@ class Cloud:
         shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
         for lock in held:
             if lock.token not in mine and (lock.exclusive or lock.node not in shared):
-                raise CloudError("locked", "it is locked", node=lock.node)
+                raise CloudError("locked", "it is locked", path=self.path_of(who, lock.node))
 
     def _above_or_none(self, node: int) -> tuple[int, ...]:
         try:
@@ -2619,8 +2734,8 @@ class Cloud:
             offset += size
 
     def make_collection(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *,
-                        parents: bool = False) -> Node:
-        """Make an empty collection.  raises CloudError exists, no-parent, conflict, locked"""
+                        parents: bool = False, properties: dict[str, str] | None = None) -> Node:
+        """Make an empty collection, with dead properties if some are given.  raises CloudError exists, no-parent, conflict, locked"""
         self._require(who)
 
         def attempt() -> Batch:
@@ -2631,8 +2746,10 @@ class Cloud:
             self._admit(who, spot, path, given)
             self._check_space(spot, 0, 1)
             made, chain = self._make_parents(spot)
-            made.append(Change(None, self._new_collection(spot.home, chain[-1], path[-1]), (), chain))
-            return self._batch(who, spot, "make-collection", {"path": "/".join(path)}, made)
+            node = self._new_collection(spot.home, chain[-1], path[-1])
+            self._check_properties(node, properties or {})
+            return self._batch(who, spot, "make-collection", {"path": "/".join(path)}, [*made, Change(None, node, (), chain)],
+                               self._property_rows(node, properties or {}))
 
         batch = self.db.write(attempt)
         return batch.changes[-1].after._replace(since=batch.seq, rev=batch.seq, seq=batch.seq)
@@ -2645,7 +2762,8 @@ class Cloud:
             spot = self._spot(who, path)
             node = self._found(spot)
             self._admit_removal(who, spot, path, given)
-            return self._batch(who, spot, "delete", {"path": "/".join(path)}, [self._removal(node, spot)])
+            return self._batch(who, spot, "delete", {"path": "/".join(path)}, [self._removal(node, spot)],
+                               self._drop_locks(spot, node))
 
         return self.db.write(attempt).seq
 
@@ -2658,6 +2776,205 @@ class Cloud:
 
     def _removal(self, node: Node, spot: Spot) -> Change:
         return Change(node, None, spot.chain, (), "deleted")
+
+    # ---- moving and copying
+
+    def move(self, who: Principal, source: tuple[str, ...], target: tuple[str, ...], given: Preconditions = ANY, *,
+             overwrite: bool = True) -> tuple[Node, bool]:
+        """Give a node another place and name; returns it and whether nothing was there before.
+
+        What was there goes to the trash.  Ids, versions and the ETags of files stay.
+        raises  CloudError same-place, precondition-failed if something is there and may not be overwritten
+        """
+        self._require(who)
+
+        def attempt() -> Batch:
+            here, there = self._spot(who, source), self._spot(who, target)
+            node = self._found(here)
+            self._admit_removal(who, here, source, given)
+            removal = self._clear(who, node, source, there, target, given, overwrite)
+            after = node._replace(parent=there.parent, name=target[-1])
+            return self._batch(who, here, "move", {"path": "/".join(source), "to": "/".join(target)},
+                               [*removal, Change(node, after, here.chain, there.chain, "moved")],
+                               self._drop_locks(here, node, *(change.before for change in removal)))
+
+        batch = self.db.write(attempt)
+        return batch.changes[-1].after._replace(since=batch.seq), len(batch.changes) == 1
+
+    def _clear(self, who: Principal, node: Node, source: tuple[str, ...], there: Spot, target: tuple[str, ...],
+               given: Preconditions, overwrite: bool) -> list[Change]:
+        """Check that a node may come to a place; the change that removes what is there, if anything."""
+        ours, theirs = list(map(key_of, source)), list(map(key_of, target))
+        if not target or source == target or ours[:len(theirs)] == theirs != ours or theirs[:len(ours)] == ours != theirs:
+            raise CloudError("same-place", "one of the two places is, or lies in, the other")
+        self._check_place(there, target)
+        if there.locked:
+            self._check_locks(who, there, given, below=True, member=True)
+        if there.node is None or there.node.node == node.node:           # nothing, or only another form of the name
+            return []
+        if not overwrite:
+            raise CloudError("precondition-failed", "there is something at the destination")
+        return [self._removal(there.node, there)]
+
+    def _drop_locks(self, spot: Spot, *nodes: Node) -> list[Statement]:
+        """Locks do not outlive the place of a node (RFC 4918 s7.5, s9.6.1)."""
+        if not spot.locked:
+            return []
+        gone = {node.node for node in nodes}
+        return [Statement("DELETE FROM lock WHERE token = ?", (lock.token,)) for lock in self._locks(spot)
+                if lock.node in gone or gone & set(self._above_or_none(lock.node))]
+
+    def copy(self, who: Principal, source: tuple[str, ...], target: tuple[str, ...], given: Preconditions = ANY, *,
+             overwrite: bool = True, deep: bool = True) -> tuple[Node, bool]:
+        """Make a second node with the same content; of a collection with all below it, unless `deep` is False.
+
+        No byte moves: the copies refer to the same manifests.  raises as move, over-quota, too-many
+        """
+        self._require(who)
+
+        def attempt() -> Batch:
+            here, there = self._spot(who, source), self._spot(who, target)
+            node = self._found(here)
+            self._check_conditions(who, here, source, given)
+            removal = self._clear(who, node, source, there, target, given, overwrite)
+            if there.node and there.node.node == node.node:
+                raise CloudError("same-place", "source and destination are one")
+            plan = CopyPlan(self.db, node, there.parent, target[-1], self.clock.wall(), deep)
+            self._check_space(there, plan.size - sum(change.before.size for change in removal), 1)
+            return self._batch(who, there, "copy", {"path": "/".join(source), "to": "/".join(target)},
+                               [*removal, Change(None, plan.top, (), there.chain)],
+                               [*plan.statements(), *self._drop_locks(there, *(change.before for change in removal))])
+
+        with self._heavy(who):
+            batch = self.db.write(attempt)
+        return batch.changes[-1].after._replace(since=batch.seq, rev=batch.seq), len(batch.changes) == 1
+
+    @contextmanager
+    def _heavy(self, who: Principal) -> Iterator[None]:
+        """A lane for long work: two at a time for each account (Q3)."""
+        with self._lanes_lock:
+            busy = self._lanes.get(who.account, 0)
+            if busy >= 2:
+                raise CloudError("busy", "two long operations of this account are under way already", retry_after=5)
+            self._lanes[who.account] = busy + 1
+        try:
+            yield
+        finally:
+            with self._lanes_lock:
+                self._lanes[who.account] -= 1
+
+    # ---- properties
+
+    def patch(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *,
+              properties: dict[str, str | None] | None = None, mtime: int | None = None) -> Node:
+        """Set or remove (None) dead properties, and the time of a node, in one step.
+
+        properties   {"{namespace}name": XML of the whole element}
+        """
+        self._require(who)
+
+        def attempt() -> Batch:
+            spot = self._spot(who, path)
+            node = self._found(spot)
+            self._admit(who, spot, path, given)
+            self._check_properties(node, properties or {})
+            changes = [] if mtime in (None, node.mtime) else [
+                Change(node, node._replace(mtime=mtime, rev=0), spot.chain, spot.chain)]
+            return self._batch(who, spot, "patch", {"path": "/".join(path)}, changes,
+                               self._property_rows(node, properties or {}))
+
+        self.db.write(attempt)
+        return self.stat(who, path)
+
+    def _property_rows(self, node: Node, properties: dict[str, str | None]) -> list[Statement]:
+        return [Statement("DELETE FROM property WHERE node = ? AND name = ?", (node.node, name)) if value is None else
+                Statement("INSERT OR REPLACE INTO property VALUES (?, ?, ?)", (node.node, name, value))
+                for name, value in properties.items()]
+
+    def _check_properties(self, node: Node, properties: dict[str, str | None]) -> None:
+        """raises CloudError too-large beyond what a node may hold (X4)"""
+        rows = dict(self.db.read("SELECT name, length(name) + length(value) FROM property WHERE node = ?", (node.node,)))
+        rows.update((name, len(name) + len(value or "")) for name, value in properties.items())
+        if any(size > PROPERTY_LIMIT for size in rows.values()) or sum(rows.values()) > 16 * PROPERTY_LIMIT:
+            raise CloudError("too-large", "properties may have %s each" % format_size(PROPERTY_LIMIT))
+
+    # ---- locks (RFC 4918 s6, s7)
+
+    def lock(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *, deep: bool, exclusive: bool,
+             owner: str, seconds: int) -> tuple[Lock, bool]:
+        """Lock a node, making an empty file if nothing is there; returns the lock and whether it is new.
+
+        raises  CloudError lock-conflict, no-parent, precondition-failed
+        """
+        self._require(who)
+        empty = self.blobs.put(Body(b""), lambda hash: False)
+
+        def attempt() -> Batch:
+            spot = self._spot(who, path)
+            self._check_place(spot, path)
+            self._check_conditions(who, spot, path, given)
+            if spot.locked:
+                self._check_lock_conflict(who, spot, exclusive, deep)
+            node, changes = spot.node, []
+            if node is None:
+                if spot.locked:
+                    self._check_locks(who, spot, given)
+                self._check_space(spot, 0, 1)
+                changes = [self._put_change(spot, path, empty, self.clock.wall())[0]]
+                node = changes[0].after
+            now = self.clock.due()
+            granted.append(Lock("urn:uuid:%s" % uuid.uuid4(), spot.home, node.node, who.account, deep, exclusive, owner,
+                                seconds, now + seconds * 1000))
+            return self._batch(who, spot, "lock", {"path": "/".join(path)}, changes, [
+                *(self._store_rows(empty) if changes else ()),
+                Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (spot.home, now)),
+                Statement("INSERT INTO lock VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", granted[-1]),
+                Statement("UPDATE account SET shape = shape + 1 WHERE id = ?", (spot.home,))])
+
+        granted: list[Lock] = []
+        batch = self.db.write(attempt)
+        return granted[-1], bool(batch.changes)
+
+    def _check_lock_conflict(self, who: Principal, spot: Spot, exclusive: bool, deep: bool) -> None:
+        locks = self._locks(spot)
+        near = self._covering(spot, locks)
+        if deep and spot.node:
+            near += [lock for lock in locks if spot.node.node in self._above_or_none(lock.node)]
+        for lock in near:
+            if exclusive or lock.exclusive:
+                raise CloudError("lock-conflict", "it is locked", path=self.path_of(who, lock.node))
+        if len(locks) >= 10_000:
+            raise CloudError("busy", "this account has 10000 locks")
+
+    def refresh(self, who: Principal, path: tuple[str, ...], tokens: frozenset[str], seconds: int) -> Lock:
+        """Start the time of a lock anew.  raises CloudError precondition-failed if none of the tokens holds the node"""
+        spot = self._spot(who, path)
+        for lock in self._covering(spot, self._locks(spot)):
+            if lock.token in tokens and lock.account == who.account:
+                fresh = lock._replace(seconds=seconds, due=self.clock.due() + seconds * 1000)
+                self.db.run(Statement("UPDATE lock SET seconds = ?, due = ? WHERE token = ?",
+                                      (fresh.seconds, fresh.due, fresh.token)))
+                return fresh
+        raise CloudError("precondition-failed", "there is no such lock on this")
+
+    def unlock(self, who: Principal, path: tuple[str, ...], token: str) -> None:
+        """End a lock.  raises CloudError no-token if it does not hold the node, forbidden if it is another's"""
+        self._require(who)
+        spot = self._spot(who, path)
+        self._found(spot)
+        for lock in self._covering(spot, self._locks(spot)):
+            if lock.token == token:
+                if lock.account != who.account and not who.admin:
+                    raise CloudError("forbidden", "this lock belongs to somebody else")
+                self.db.run(Statement("DELETE FROM lock WHERE token = ?", (token,)))
+                return
+        raise CloudError("no-token", "there is no such lock on this")
+
+    def quota(self, who: Principal) -> tuple[int, int | None]:
+        """(bytes used, bytes left): of the quota, or of the disk where there is none."""
+        spot = self._spot(who, ())
+        free = shutil.disk_usage(self.config.data).free
+        return spot.used, free if spot.quota is None else max(0, min(free, spot.quota - spot.used - self._reserved(spot.home)))
 
     # ---- what the janitor does
 
@@ -2723,6 +3040,127 @@ class Cloud:
             sum[1] += files
 
 
+class _Past:
+    """The tree below a collection as of a seq, node by node."""
+
+    def __init__(self, read: Callable[..., Iterator[tuple[Any, ...]]], top: Node, seq: int) -> None:
+        self.read, self.seq = read, seq
+        self._entries: dict[int, Node | None] = {}
+        self._paths: dict[int, tuple[str, ...] | None] = {top.node: ()}
+
+    def node(self, id: int) -> Node | None:
+        """The node as it was; None if it was not, or not any more."""
+        if id not in self._entries:
+            rows = list(self.read(
+                "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.node = :id "
+                "AND e.until IS NULL AND e.since <= :seq UNION ALL "
+                "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.node = :id "
+                "AND e.until > :seq AND e.since <= :seq", {"id": id, "seq": self.seq}))
+            self._entries[id] = Node._make(rows[0]) if rows else None
+        return self._entries[id]
+
+    def path(self, id: int) -> tuple[str, ...] | None:
+        """Where it was below the collection; None if elsewhere or nowhere."""
+        names, nodes = [], []
+        while id not in self._paths:
+            node = self.node(id)
+            nodes.append(id)
+            if node is None or node.parent is None:
+                self._paths[id] = None
+                break
+            names.append(node.name)
+            id = node.parent
+        path = self._paths[id]
+        for node_id in reversed(nodes):
+            if node_id not in self._paths:
+                path = self._paths[node_id] = None if path is None else path + (names[nodes.index(node_id)],)
+        return path
+
+
+CHILDREN_AT = (  # what a collection held as of a seq: :parent, :seq
+    "SELECT node, kind, name, key, manifest, size, mtime, media, rev, since FROM entry "
+    "WHERE parent = :parent AND until IS NULL AND since <= :seq "
+    "UNION ALL SELECT node, kind, name, key, manifest, size, mtime, media, rev, since FROM entry "
+    "WHERE parent = :parent AND until > :seq AND since <= :seq")
+
+
+class CopyPlan:
+    """The rows of a copy of a tree as of now.
+
+    Only the collections are held in memory; the files are read again, as of the same seq, while the batch runs.
+    """
+
+    def __init__(self, db: Database, node: Node, parent: int, name: str, now: int, deep: bool) -> None:
+        self.db, self.now = db, now
+        self.seq = db.read("SELECT max(seq) FROM journal")[0][0]
+        top = node._replace(node=db.new_id(), parent=parent, name=name, rev=0)
+        self.copies: dict[int, tuple[int, int]] = {}         # collection: (its copy, the parent of that)
+        self.sums: dict[int, list[int]] = {}                 # copy: [size, files]
+        self.ids = [(node.node, top.node)]                   # (node, copy), for properties
+        if node.kind:
+            self._measure(node.node, top.node, parent, deep)
+            size, files = self.sums[top.node]
+            top = top._replace(size=size, files=files)
+        self.top, self.size = top, top.size
+
+    def _measure(self, node: int, copy: int, parent: int, deep: bool) -> None:
+        """Find the collections below and sum up what they hold, without recursion."""
+        self.copies[node], self.sums[copy] = (copy, parent), [0, 0]
+        order, count = [node] if deep else [], 0
+        for above in order:
+            copy = self.copies[above][0]
+            for child, kind, *_, size, _, _, _, _ in self.db.each(CHILDREN_AT, {"parent": above, "seq": self.seq}):
+                count += 1
+                if kind:
+                    order.append(child)
+                    self.copies[child] = self.db.new_id(), copy
+                    self.sums[self.copies[child][0]] = [0, 0]
+                else:
+                    self.sums[copy][0] += size
+                    self.sums[copy][1] += 1
+            if count > COPY_LIMIT:
+                raise CloudError("too-many", "a copy may have %d files; copy parts" % COPY_LIMIT)
+        for node in reversed(order[1:]):
+            copy, parent = self.copies[node]
+            self.sums[parent][0] += self.sums[copy][0]
+            self.sums[parent][1] += self.sums[copy][1]
+        self.order = order
+
+    def statements(self) -> list[Statement]:
+        """All rows but the entry of the top, which is the Change the batch is about."""
+        body = [Statement("INSERT INTO collection SELECT ?, max(seq), ?, ? FROM journal",
+                          [(copy, *sums) for copy, sums in self.sums.items()], many=True)]
+        if self.copies and self.order:
+            body.append(Statement(
+                "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
+                "SELECT ?, s, ?, ?, ?, ?, ?, ?, ?, ?, ?, s FROM (SELECT max(seq) AS s FROM journal)",
+                Rows(self._entries), many=True))
+        if self.db.read("SELECT 1 FROM property LIMIT 1"):
+            body.append(Statement("INSERT OR IGNORE INTO property SELECT ?2, name, value FROM property WHERE node = ?1",
+                                  Rows(lambda: iter(self.ids)), many=True))
+        return body
+
+    def _entries(self) -> Iterator[tuple[Any, ...]]:
+        del self.ids[1:]
+        for above in self.order:
+            parent = self.copies[above][0]
+            for node, kind, name, key, manifest, size, mtime, media, _, _ in self.db.each(
+                    CHILDREN_AT, {"parent": above, "seq": self.seq}):
+                copy = self.copies[node][0] if kind else self.db.new_id()
+                self.ids.append((node, copy))
+                yield self.top.home, copy, parent, name, key, kind, manifest, size, mtime, media
+
+
+class Rows:
+    """Rows for many=True that are made anew each time a batch is tried."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.make()
+
+
 def make_private_directory(path: Path) -> None:
     """Make a directory nobody else can read, or make an existing one so (K2).  raises CloudError"""
     try:
@@ -2758,16 +3196,17 @@ SANDBOX = "sandbox; default-src 'none'"
 
 class Request:
     """One request, parsed and checked; what a handler sees of HTTP."""
-    __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "who", "id",
-                 "values")
+    __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "site", "who",
+                 "id", "values")
 
     def __init__(self, method: str, path: tuple[str, ...], slash: bool, query: str, fields: dict[str, str], minor: int,
-                 body: Body, address: str, https: bool, safe: bool) -> None:
+                 body: Body, address: str, https: bool, safe: bool, site: "Site | None" = None) -> None:
         self.method, self.path, self.slash, self.query, self.fields = method, path, slash, query, fields
         self.minor, self.body = minor, body
         self.address = address           # of the client, seen through listed proxies
         self.https = https               # did the client speak HTTPS?
         self.safe = safe                 # may a password travel this way?
+        self.site = site                 # knows the names of this server
         self.who = ANONYMOUS             # for the access log
         self.id = ""                     # names the request in the log, if it fails
         self.values: dict[str, Any] = {} # declared arguments of the route
@@ -3336,7 +3775,7 @@ class Handler(BaseHTTPRequestHandler):
         address, https, safe = site.locate(self.peer, self.server.tls is not None, head.fields)
         self.hurried, self.window, self.arrived = False, time.monotonic(), 0
         return Request(head.method, path, slash, query, head.fields, head.minor,
-                       RequestBody(self, length, expect is not None), address, https, safe)
+                       RequestBody(self, length, expect is not None), address, https, safe, site)
 
     def receive_into(self, buffer: memoryview) -> int:
         """Some bytes of a body, at least one.  raises CloudError if they will not come"""
@@ -3500,50 +3939,496 @@ def health(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 
 # ==== 11. WebDAV =========================================================================
+#
+# RFC 4918 classes 1, 2 and 3, with quotas (RFC 4331), extended MKCOL (RFC 5689) and sync-collection (RFC 6578).
+# A quirk of a client is a row or a few lines here, with the client named; the operations never learn of it.
 
 DAV = "/dav/<path>"
+CLASSES = "1, 2, 3, extended-mkcol"
+XML_TYPE = "application/xml; charset=utf-8"      # exactly so: ownCloud's client refuses any other spelling
+LOCK_DEFAULT = 3600                              # seconds, when a client names no Timeout
+ROOT_NAMESPACES = {"xmlns_" + prefix: namespace for namespace, prefix in NAMESPACES.items()}
 
 
 def dav_error(error: CloudError, request: Request) -> Response:
     """A refusal as WebDAV words it (RFC 4918 s16), with the sentence for people."""
-    parts = [E("d:" + error.condition)] if error.condition else []
-    body = E("d:error", *parts, E("s:message", str(error)), xmlns_d="DAV:", xmlns_s="http://sabredav.org/ns")
-    response = Response(error.status, format_xml(body), {
-        "Content-Type": "application/xml; charset=utf-8", "Cache-Control": "no-store", **error_fields(error)})
+    parts = []
+    if error.condition:
+        held = [E("d:href", dav_href(error.detail["path"]))] if "path" in error.detail else []
+        parts.append(E("d:" + error.condition, *held))
+    body = E("d:error", *parts, E("s:message", str(error)), **ROOT_NAMESPACES)
+    response = Response(error.status, format_xml(body) + b"\n", {"Content-Type": XML_TYPE, "Cache-Control": "no-store",
+                                                                 **error_fields(error)})
     response.close = error.close
     return response
 
 
-@route("GET", DAV, needs="read", refuse=dav_error)
+def dav_href(path: Sequence[str], collection: bool = False) -> str:
+    href = "/dav" + format_path(path)
+    return href + "/" if collection and path else href
+
+
+def dav_route(methods: str, needs: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    return route(methods, DAV, needs=needs, refuse=dav_error)
+
+
+# ---- what a request says
+
+def read_dav_conditions(request: Request) -> Preconditions:
+    """The conditions of a request, those of WebDAV's If field included (RFC 4918 s10.4)."""
+    given = read_conditions(request)
+    if "if" not in request.fields:
+        return given
+    lists = parse_if(request.fields["if"])
+    tokens = frozenset(value for _, conditions in lists for _, kind, value in conditions if kind == "token")
+    return replace(given, tokens=tokens, lists=tuple(
+        (None if resource is None else read_resource(request, resource), conditions) for resource, conditions in lists))
+
+
+def read_resource(request: Request, uri: str) -> tuple[str, ...]:
+    """The path that a URI in a field names.  raises CloudError bad-gateway for one on another server"""
+    authority, path, _, _ = parse_target(uri)
+    if authority and authority.lower() != request.fields["host"].lower() and not request.site.knows(authority):
+        raise CloudError("bad-gateway", "the destination is on another server")
+    if path[:1] != ("dav",):
+        raise CloudError("bad-gateway", "the destination is not in the files")
+    return path[1:]
+
+
+def read_destination(request: Request) -> tuple[str, ...]:
+    if "destination" not in request.fields:
+        raise CloudError("bad-request", "Destination is missing")
+    uri = request.fields["destination"]
+    return read_resource(request, uri if uri.isascii() else quote(uri.encode("latin-1"), safe="/:%?=&+~!$'()*,;@[]"))
+
+
+def read_body(request: Request) -> ET.Element | None:
+    """The XML of a request; None if it has no body."""
+    if "content-encoding" in request.fields and request.fields["content-encoding"].lower() != "identity":
+        raise CloudError("unsupported-media", "the body may not be encoded")
+    body = request.body.read(XML_LIMIT)
+    return read_xml(body) if body.strip() else None
+
+
+def read_mtime(request: Request) -> int | None:
+    """X-OC-Mtime, seconds since 1970 and perhaps a fraction: how ownCloud's, Nextcloud's and rclone's clients say it."""
+    text = request["x-oc-mtime"]
+    if text is None:
+        return None
+    if not re.fullmatch(r"-?\d{1,12}(\.\d{1,9})?", text):
+        raise CloudError("bad-request", "malformed X-OC-Mtime")
+    return check_mtime(int(float(text) * 1000))
+
+
+# ---- files
+
+@dav_route("GET", "read")
 def dav_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Fetch a file; of a collection, the names: one per line, as JSON, or to a browser as the page."""
     node, content = cloud.open(who, path)
-    if content is None:
-        _, nodes = cloud.children(who, path)
-        text = "".join("%s%s\n" % (n.name, "/" * n.kind) for n in nodes)
-        return Response(200, text.encode(), {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": PRIVATE})
-    return content_response(request, node, content)
+    if content is not None:
+        return content_response(request, node, content)
+    accept = request.fields.get("accept", "")
+    if "text/html" in accept and "mozilla" in request.fields.get("user-agent", "").lower():
+        return Response(303, b"", {"Location": "/files" + format_path(path), "Cache-Control": "no-store"})
+    spool = Spool()
+    with cloud.listing(who, path) as listing:
+        if "application/json" in accept:
+            rows = (json.dumps({"name": n.name, "kind": "collection" if n.kind else "file", "size": n.size,
+                                "mtime": format_time(n.mtime), "etag": n.etag}, ensure_ascii=False)
+                    for n in listing.children())
+            spool.write("[" + next(rows, ""))
+            for row in rows:
+                spool.write(",\n" + row)
+            spool.write("]\n")
+        else:
+            for n in listing.children():
+                spool.write(n.name + "/" * n.kind + "\n")
+    media = "application/json" if "application/json" in accept else "text/plain"
+    return spool.response(200, {"Content-Type": media + "; charset=utf-8", "ETag": format_etag(node),
+                                "Cache-Control": PRIVATE})
 
 
-@route("PUT", DAV, needs="write", refuse=dav_error)
+@dav_route("PUT", "write")
 def dav_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    """Store a file.  ?parents=1 makes missing collections."""
+    """Store a file.  ?parents=1 makes missing collections; X-OC-Mtime sets its time, OC-Checksum is verified."""
     fields = request.fields
     if "content-range" in fields:
-        raise CloudError("bad-request", "partial writes go through /tus/")
-    node, new = cloud.write(who, path, request.body, read_conditions(request), parents=request.argument("parents") == "1")
-    return Response(201 if new else 204, b"", {"ETag": '"%s"' % node.etag, "Location": "/dav" + format_path(path)})
+        raise CloudError("bad-request", "partial writes go through /tus/")           # RFC 9110 s14.4
+    if fields.get("content-encoding", "identity").lower() != "identity":
+        raise CloudError("unsupported-media", "the body may not be encoded")
+    if request.slash:
+        raise CloudError("conflict", "a file's address has no slash at its end")
+    sums = dict([parse_checksum(fields["oc-checksum"])]) if "oc-checksum" in fields else None
+    mtime = read_mtime(request)
+    node, new = cloud.write(who, path, request.body, read_dav_conditions(request), mtime=mtime, sums=sums,
+                            parents=bool(request.query) and request.argument("parents") == "1")
+    answer = {"ETag": format_etag(node), "OC-ETag": format_etag(node), "Location": dav_href(path)}
+    if mtime is not None:
+        answer["X-OC-MTime"] = "accepted"
+    return Response(201 if new else 204, b"", answer)
 
 
-@route("DELETE", DAV, needs="write", refuse=dav_error)
+@dav_route("DELETE", "write")
 def dav_delete(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    cloud.delete(who, path, read_conditions(request))
+    """Move a file or collection to the trash."""
+    if request["depth"] is not None and parse_depth(request["depth"], "") != "infinity" and request.slash:
+        raise CloudError("bad-request", "a collection goes with all below it")       # RFC 4918 s9.6.1
+    cloud.delete(who, path, read_dav_conditions(request))
     return Response(204)
 
 
-@route("MKCOL", DAV, needs="write", refuse=dav_error)
+def mkcol_error(error: CloudError, request: Request) -> Response:
+    """Something is there already: 405 (RFC 4918 s9.3.1)."""
+    if error.kind == "exists":
+        error = CloudError("method-not-allowed", str(error), allow=dav_allow(request.path[1:]))
+    return dav_error(error, request)
+
+
+@route("MKCOL", DAV, needs="write", refuse=mkcol_error)
 def dav_mkcol(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    cloud.make_collection(who, path)
-    return Response(201)
+    """Make a collection, with properties if the body sets some (RFC 5689)."""
+    if "content-type" in request.fields and "xml" not in request.fields["content-type"].lower():
+        raise CloudError("unsupported-media", "MKCOL does not know such a body")     # RFC 4918 s9.3
+    body, properties = read_body(request), {}
+    if body is not None:
+        if body.tag != "{DAV:}mkcol":
+            raise CloudError("unsupported-media", "MKCOL does not know such a body")
+        for prop in body.iterfind("{DAV:}set/{DAV:}prop/*"):
+            if prop.tag == "{DAV:}resourcetype":
+                if [kind.tag for kind in prop] != ["{DAV:}collection"]:
+                    raise CloudError("bad-resource-type", "only plain collections can be made")
+            else:
+                properties[prop.tag] = ET.tostring(prop, encoding="unicode").strip()
+    cloud.make_collection(who, path, read_dav_conditions(request), properties=properties)
+    return Response(201, b"", {"Location": dav_href(path, True)})
+
+
+@dav_route("MOVE COPY", "write")
+def dav_transfer(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """MOVE or COPY to Destination; Overwrite: F spares what is there."""
+    target, overwrite = read_destination(request), parse_overwrite(request["overwrite"])
+    depth = parse_depth(request["depth"], "infinity")
+    given = read_dav_conditions(request)
+    if request.method == "MOVE":
+        _, new = cloud.move(who, path, target, given, overwrite=overwrite)
+    elif depth == "1":
+        raise CloudError("bad-request", "Depth is 0 or infinity here")
+    else:
+        _, new = cloud.copy(who, path, target, given, overwrite=overwrite, deep=depth != "0")
+    return Response(201 if new else 204, b"", {"Location": dav_href(target)})
+
+
+@dav_route("OPTIONS", "nothing")
+def dav_options(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """What this address can do.  MS-Author-Via makes Windows treat it as WebDAV."""
+    return Response(204, b"", {"DAV": CLASSES, "Allow": dav_allow(path), "MS-Author-Via": "DAV"})
+
+
+def dav_allow(path: tuple[str, ...]) -> str:
+    return ("OPTIONS, GET, HEAD, PUT, DELETE, PROPFIND, PROPPATCH, MKCOL, COPY, MOVE, LOCK, UNLOCK, REPORT" if path else
+            "OPTIONS, GET, HEAD, PROPFIND, PROPPATCH, LOCK, UNLOCK, REPORT")
+
+
+# ---- properties
+
+class About:
+    """What live properties may need beside the node itself; fetched when first asked for."""
+
+    def __init__(self, cloud: Cloud, who: Principal, listing: Listing) -> None:
+        self.who, self.epoch, self.locks = who, cloud.epoch, listing.locks
+        self._fetch = {"quota": lambda: cloud.quota(who), "digests": listing.digests, "dead": listing.properties}
+
+    def __getattr__(self, name: str) -> Any:
+        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}"""
+        value = self.__dict__[name] = self._fetch[name]()
+        return value
+
+
+def format_etag(node: Node) -> str:
+    return '"%s"' % node.etag
+
+
+def format_sync_token(epoch: str, seq: int) -> str:
+    return "urn:cloudserver:sync:%s:%d" % (epoch, seq)
+
+
+CHECKSUM_NAMES = {"sha1": "SHA1", "md5": "MD5", "sha3_256": "SHA3-256", "adler32": "ADLER32"}
+
+
+def format_checksums(node: Node, about: About) -> Markup | None:
+    """SHA1:... MD5:... in one element, as ownCloud's and Nextcloud's clients and rclone read it."""
+    known = ["%s:%s" % (CHECKSUM_NAMES[kind], value) for kind, value in about.digests.get(node.manifest, ())
+             if kind in CHECKSUM_NAMES]
+    if node.manifest[0] != "m":
+        known.append("SHA256:" + node.manifest)
+    return E("oc:checksum", " ".join(known)) if known else None
+
+
+def format_lock(lock: Lock, who: Principal) -> Markup:
+    """An activelock element; the token is shown to its owner alone (A19)."""
+    token = [E("d:locktoken", E("d:href", lock.token))] if lock.account == who.account else []
+    return E("d:activelock", E("d:locktype", E("d:write")), E("d:lockscope", E("d:exclusive" if lock.exclusive else "d:shared")),
+             E("d:depth", "infinity" if lock.deep else "0"), Markup(lock.owner), E("d:timeout", "Second-%d" % lock.seconds),
+             *token)
+
+
+LOCK_ENTRIES = Markup("".join(E("d:lockentry", E("d:lockscope", E(scope)), E("d:locktype", E("d:write")))
+                              for scope in ("d:exclusive", "d:shared")))
+REPORTS = E("d:supported-report", E("d:report", E("d:sync-collection")))
+COLLECTION_TYPE = E("d:collection")
+
+PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {   # live ones (RFC 4918 s15), as XML; a new one is a row
+    "{DAV:}resourcetype": lambda node, about: COLLECTION_TYPE if node.kind else "",
+    "{DAV:}getcontentlength": lambda node, about: None if node.kind else str(node.size),
+    "{DAV:}getlastmodified": lambda node, about: format_http_date(node.mtime),
+    "{DAV:}getetag": lambda node, about: format_etag(node),
+    "{DAV:}getcontenttype": lambda node, about: None if node.kind else escape(node.media),
+    "{DAV:}creationdate": lambda node, about: format_time(node.created),
+    "{DAV:}displayname": lambda node, about: escape(node.name or "/"),
+    "{DAV:}supportedlock": lambda node, about: LOCK_ENTRIES,
+    "{DAV:}lockdiscovery": lambda node, about: "".join(format_lock(lock, about.who) for lock in about.locks(node)),
+    "{DAV:}quota-used-bytes": lambda node, about: str(about.quota[0]) if node.kind else None,          # RFC 4331
+    "{DAV:}quota-available-bytes": lambda node, about: str(about.quota[1]) if node.kind else None,
+    "{DAV:}supported-report-set": lambda node, about: REPORTS if node.kind else "",                    # RFC 3253 s3.1.5
+    "{DAV:}sync-token": lambda node, about: format_sync_token(about.epoch, node.seq) if node.kind else None,   # RFC 6578 s4
+    "{urn:schemas-microsoft-com:}Win32LastModifiedTime": lambda node, about: format_http_date(node.mtime),     # Windows
+    "{http://owncloud.org/ns}checksums": lambda node, about: None if node.kind else format_checksums(node, about),
+    "{http://owncloud.org/ns}size": lambda node, about: str(node.size),
+    "{http://owncloud.org/ns}fileid": lambda node, about: str(node.node),
+    "{http://owncloud.org/ns}id": lambda node, about: "%016x" % node.node,
+    "{http://owncloud.org/ns}permissions": lambda node, about: "RGDNVCK" if node.kind else "RGDNVW",
+}
+ALLPROP = tuple(PROPERTIES)[:9]                  # RFC 4918 s9.1: what RFC 4918 itself defines
+SETTABLE: dict[str, Callable[[str], Optional[int]]] = {  # live properties that set the time of a node, and how to read them
+    "{DAV:}getlastmodified": parse_http_date,                                                  # Nextcloud's clients
+    "{DAV:}lastmodified": lambda text: int(text) * 1000 if re.fullmatch(r"\d{1,11}", text) else None,          # rclone
+    "{urn:schemas-microsoft-com:}Win32LastModifiedTime": parse_http_date,                      # Windows
+}
+
+
+def property_reader(name: str) -> Callable[[Node, About], Optional[str]]:
+    """How to get a property of a node; a dead one comes as the element it was stored as."""
+    return PROPERTIES.get(name) or (lambda node, about: about.dead.get(node.node, {}).get(name))
+
+
+class Multistatus:
+    """Writes a 207 answer (RFC 4918 s13), a response at a time.
+
+    Which properties a node has decides on a shape; each shape is built by E once, and then only filled in.
+    """
+
+    def __init__(self, names: Sequence[str] = (), *, values: bool = True, complete: bool = True) -> None:
+        """
+        names      of the properties asked for
+        values     False: their names alone (propname)
+        complete   whether to tell of those a node lacks
+        """
+        self.names, self.values, self.complete = names, values, complete
+        self._shapes: dict[tuple[bool, ...], str] = {}
+        self._spool = Spool()
+        head, _, self._tail = E("d:multistatus", Markup("\0"), **ROOT_NAMESPACES).partition("\0")
+        self._spool.write(format_xml(Markup(head)).decode())
+
+    def add(self, href: str, values: Sequence[str | None]) -> None:
+        """A response with one value, or None, for each of the names; values are XML."""
+        present = tuple([value is not None for value in values])
+        shape = self._shapes.get(present) or self._shape(present)
+        if not self.values:
+            values = ()
+        self._spool.write(shape % (href, *[value for value in values if value is not None]))
+
+    def _shape(self, present: tuple[bool, ...]) -> str:
+        found = [self._slot(name) for name, here in zip(self.names, present) if here]
+        missing = [E(name) for name, here in zip(self.names, present) if not here] if self.complete else []
+        parts = [propstat(200, found)] if found or not missing else []
+        if missing:
+            parts.append(propstat(404, missing))         # last: iOS reads the first alone, ownCloud leaks an empty one
+        shape = E("d:response", E("d:href", Markup("\0")), *parts) + "\n"
+        return self._shapes.setdefault(present, shape.replace("%", "%%").replace("\0", "%s"))
+
+    def _slot(self, name: str) -> Markup:
+        if not self.values:
+            return E(name)
+        return E(name, Markup("\0")) if name in PROPERTIES else Markup("\0")
+
+    def add_part(self, *parts: Markup) -> None:
+        self._spool.write("".join(parts) + "\n")
+
+    def response(self) -> Response:
+        self._spool.write(self._tail + "\n")
+        return self._spool.response(207, {"Content-Type": XML_TYPE, "Cache-Control": PRIVATE})
+
+
+def propstat(status: int, properties: Iterable[Markup], *more: Markup) -> Markup:
+    return E("d:propstat", E("d:prop", *properties), E("d:status", "HTTP/1.1 %d %s" % (status, REASONS[status])), *more)
+
+
+def read_propfind(body: ET.Element | None) -> tuple[tuple[str, ...] | None, bool]:
+    """The names a PROPFIND asks for, None for all; and whether it wants values (RFC 4918 s14.20)."""
+    if body is None:
+        return None, True
+    kinds = [part.tag for part in body if part.tag in ("{DAV:}prop", "{DAV:}allprop", "{DAV:}propname")]
+    if body.tag != "{DAV:}propfind" or len(kinds) != 1:
+        raise CloudError("bad-request", "ask for prop, allprop or propname")
+    if kinds[0] == "{DAV:}prop":
+        return tuple(dict.fromkeys(part.tag for part in body.find("{DAV:}prop"))), True
+    return None, kinds[0] == "{DAV:}allprop"
+
+
+@dav_route("PROPFIND", "read")
+def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Properties of a node and, with Depth: 1, of what it holds."""
+    names, values = read_propfind(read_body(request))
+    depth = parse_depth(request["depth"], "infinity")
+    if depth == "infinity":
+        raise CloudError("infinite-depth", "ask for Depth 0 or 1")
+    with cloud.listing(who, path) as listing:
+        about, asked = About(cloud, who, listing), names is not None
+        if not asked:
+            names = ALLPROP + tuple(sorted({name for found in about.dead.values() for name in found}))
+        answer = Multistatus(names, values=values, complete=asked and not is_minimal(request))
+        readers = list(map(property_reader, names))
+        base = dav_href(path, bool(listing.node.kind))
+        answer.add(base, [read(listing.node, about) for read in readers])
+        for node in listing.children() if depth == "1" and listing.node.kind else ():
+            name = node.name if _PLAIN.fullmatch(node.name) else quote(node.name, safe="~")
+            answer.add(base + name + "/" * node.kind, [read(node, about) for read in readers])
+    return answer.response()
+
+
+def is_minimal(request: Request) -> bool:
+    """Does the client not want to hear of what is missing? (RFC 8144)"""
+    return "return=minimal" in request.fields.get("prefer", "") or request.fields.get("brief", "").lower() == "t"
+
+
+@dav_route("PROPPATCH", "write")
+def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Set and remove properties, all or none (RFC 4918 s9.2)."""
+    body = read_body(request)
+    if body is None or body.tag != "{DAV:}propertyupdate":
+        raise CloudError("bad-request", "this is not a propertyupdate")
+    properties: dict[str, str | None] = {}
+    mtime, verdicts = None, {}
+    for step in body:
+        for prop in step.iterfind("{DAV:}prop/*"):
+            if step.tag == "{DAV:}set" and prop.tag in SETTABLE:
+                mtime = SETTABLE[prop.tag]((prop.text or "").strip())
+                verdicts[prop.tag] = 200 if mtime is not None else 409
+            elif prop.tag in PROPERTIES:
+                verdicts[prop.tag] = 403
+            elif step.tag in ("{DAV:}set", "{DAV:}remove"):
+                properties[prop.tag] = ET.tostring(prop, encoding="unicode").strip() if step.tag == "{DAV:}set" else None
+                verdicts[prop.tag] = 200
+    if not verdicts:
+        raise CloudError("bad-request", "no property is named")
+    if set(verdicts.values()) == {200}:
+        node = cloud.patch(who, path, read_dav_conditions(request), properties=properties, mtime=mtime)
+    else:
+        node = cloud.stat(who, path)
+        verdicts = {name: 424 if verdict == 200 else verdict for name, verdict in verdicts.items()}
+    answer = Multistatus()
+    answer.add_part(E("d:response", E("d:href", dav_href(path, bool(node.kind))), *(
+        propstat(status, [E(name) for name, verdict in verdicts.items() if verdict == status],
+                 *([E("d:error", E("d:cannot-modify-protected-property"))] if status == 403 else []))
+        for status in sorted(set(verdicts.values())))))
+    return answer.response()
+
+
+# ---- locks (RFC 4918 s9.10, s9.11)
+
+@dav_route("LOCK", "write")
+def dav_lock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Take a write lock, or refresh one that If names.  Locking nothing makes an empty file."""
+    body, given, new = read_body(request), read_dav_conditions(request), False
+    seconds = parse_timeout(request["timeout"] or "Second-%d" % LOCK_DEFAULT, LOCK_MOST)
+    if body is None:
+        lock = cloud.refresh(who, path, given.tokens, seconds)
+    else:
+        depth = parse_depth(request["depth"], "infinity")
+        scope = [part.tag for part in body.iterfind("{DAV:}lockscope/*")]
+        kind = [part.tag for part in body.iterfind("{DAV:}locktype/*")]
+        owner = body.find("{DAV:}owner")
+        if (body.tag, kind, depth) not in (("{DAV:}lockinfo", ["{DAV:}write"], "0"), ("{DAV:}lockinfo", ["{DAV:}write"], "infinity")) \
+                or scope not in (["{DAV:}exclusive"], ["{DAV:}shared"]):
+            raise CloudError("bad-request", "only write locks, exclusive or shared, of Depth 0 or infinity are known")
+        text = "" if owner is None else ET.tostring(owner, encoding="unicode").strip()
+        if len(text) > 4 * KiB:
+            raise CloudError("bad-request", "the owner of a lock may have 4 KiB")
+        lock, new = cloud.lock(who, path, given, deep=depth == "infinity", exclusive=scope == ["{DAV:}exclusive"], owner=text,
+                               seconds=seconds)
+    answer = E("d:prop", E("d:lockdiscovery", format_lock(lock, who)), **ROOT_NAMESPACES)
+    return Response(201 if new else 200, format_xml(answer), {
+        "Content-Type": XML_TYPE, "Cache-Control": "no-store", **({"Lock-Token": "<%s>" % lock.token} if body is not None else {})})
+
+
+@dav_route("UNLOCK", "write")
+def dav_unlock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """End the lock that Lock-Token names."""
+    token = request.fields.get("lock-token", "")
+    if not re.fullmatch(r"<[^<>\s]{1,256}>", token):
+        raise CloudError("bad-request", "malformed Lock-Token")
+    cloud.unlock(who, path, token[1:-1])
+    return Response(204)
+
+
+# ---- what changed (RFC 6578)
+
+@dav_route("REPORT", "read")
+def dav_report(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """sync-collection: what changed below a collection since a token."""
+    body = read_body(request)
+    if body is None or body.tag != "{DAV:}sync-collection":
+        raise CloudError("no-such-report", "only sync-collection is known")
+    names = tuple(dict.fromkeys(part.tag for part in body.iterfind("{DAV:}prop/*")))
+    level = (body.findtext("{DAV:}sync-level") or request.fields.get("depth", "1")).strip().lower()
+    limit = (body.findtext("{DAV:}limit/{DAV:}nresults") or "10000").strip()
+    if level not in ("1", "infinite", "infinity") or not re.fullmatch(r"[1-9]\d{0,6}", limit):
+        raise CloudError("bad-request", "malformed sync-collection")
+    token = (body.findtext("{DAV:}sync-token") or "").strip()
+    with cloud.listing(who, path) as listing:
+        if not listing.node.kind:
+            raise CloudError("no-such-report", "only a collection can be synced")
+        about, answer = About(cloud, who, listing), Multistatus(names, complete=not is_minimal(request))
+    readers = list(map(property_reader, names))
+    reached, rows = sync_rows(cloud, who, path, read_sync_token(token, cloud.epoch), int(limit))
+    for below, node in rows:
+        if level == "1" and len(below) > 1:
+            continue
+        if node is None:
+            answer.add_part(E("d:response", E("d:href", dav_href(path + below)), E("d:status", "HTTP/1.1 404 Not Found")))
+        else:
+            answer.add(dav_href(path + below, bool(node.kind)), [read(node, about) for read in readers])
+    answer.add_part(E("d:sync-token", format_sync_token(cloud.epoch, reached)))
+    return answer.response()
+
+
+def read_sync_token(text: str, epoch: str) -> int | None:
+    """The seq in a sync token; None for the first sync.  raises CloudError bad-sync-token"""
+    if not text:
+        return None
+    found = re.fullmatch(r"urn:cloudserver:sync:([0-9a-f]+):(\d{1,18})", text)
+    if not found or found[1] != epoch:
+        raise CloudError("bad-sync-token", "this sync token is not one of this server")
+    return int(found[2])
+
+
+def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | None,
+              limit: int) -> tuple[int, Iterable[tuple[tuple[str, ...], Optional[Node]]]]:
+    """The seq reached and (path, node or None for gone) of what changed; everything if `since` is None."""
+    if since is None:
+        return cloud.head(), cloud.walk(who, path)
+    reached, changed = cloud.changes(who, path, since, limit)
+    rows: dict[tuple[str, ...], Optional[Node]] = {}
+    for change in changed:
+        if change.was is not None and change.was != change.path:
+            rows.setdefault(change.was, None)
+    for change in changed:
+        if change.path is not None:
+            rows[change.path] = change.node
+            if change.node.kind and change.was != change.path:           # it came with all that hangs below
+                rows.update((change.path + below, node) for below, node in cloud.walk(who, path + change.path))
+    return reached, rows.items()
 
 
 # ==== 14. Service ========================================================================

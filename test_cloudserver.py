@@ -151,7 +151,9 @@ def get(cloud, who, path):
 def tree(cloud, who, path=()):
     """Everything below a path: {"a/b": bytes, "a": None}."""
     found = {}
-    for child in cloud.children(who, path)[1]:
+    with cloud.listing(who, path) as listing:
+        children = list(listing.children())
+    for child in children:
         below = (*path, child.name)
         found["/".join(below)] = None if child.kind else get(cloud, who, "/".join(below))
         if child.kind:
@@ -1081,7 +1083,7 @@ def test_a_device_limited_to_a_collection_sees_nothing_else(cloud, ann):
     assert get(cloud, ann, "in/sub/b") == b"333" and cloud.stat(ann, ()).size == 5
     audit(cloud)
     cloud.delete(ann, ("in",))
-    assert outcome(put, cloud, who, "c") == "not-found" and outcome(cloud.children, who, ()) == "not-found"
+    assert outcome(put, cloud, who, "c") == "not-found" and outcome(cloud.stat, who, ()) == "not-found"
 
 
 @pytest.mark.parametrize("path, want", [("no/such", "no-parent"), ("file/below", "conflict"), ("file/far/below", "conflict"),
