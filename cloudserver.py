@@ -46,6 +46,7 @@ import getpass
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -77,7 +78,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, BinaryIO, Callable, Container, Iterable, Iterator, NamedTuple, Optional, Sequence
 from urllib.parse import quote, unquote_to_bytes
 from xml.parsers import expat
 
@@ -1085,6 +1086,20 @@ class FileBody(Body):
         return self._file.readinto(buffer) or 0
 
 
+def fill_what_comes(body: Body, view: memoryview) -> tuple[int, CloudError | None]:
+    """As fill, but a body that breaks off gives what came of it, and the error."""
+    count = 0
+    try:
+        while count < len(view):
+            more = body.readinto(view[count:])
+            if not more:
+                break
+            count += more
+    except CloudError as error:
+        return count, error
+    return count, None
+
+
 def fill(body: Body, view: memoryview) -> int:
     """Read until `view` is full or the body ends; returns the bytes read."""
     count = 0
@@ -1367,7 +1382,7 @@ CREATE TABLE entry (                    -- the temporal tree: what a node was du
     home INTEGER NOT NULL, since INTEGER NOT NULL, node INTEGER NOT NULL, until INTEGER,
     parent INTEGER, name TEXT NOT NULL, key TEXT NOT NULL, kind INTEGER NOT NULL,
     manifest TEXT, size INTEGER NOT NULL, mtime INTEGER NOT NULL, media TEXT, rev INTEGER NOT NULL,
-    fate TEXT,                          -- why it ended
+    fate TEXT,                          -- why it ended: replaced, moved, deleted; purged: deleted for good, to be swept
     PRIMARY KEY (home, since, node)) WITHOUT ROWID;
 CREATE UNIQUE INDEX entry_name ON entry (parent, key) WHERE until IS NULL;
 CREATE UNIQUE INDEX entry_node ON entry (node) WHERE until IS NULL;
@@ -1375,6 +1390,7 @@ CREATE INDEX entry_past ON entry (node, since) WHERE until IS NOT NULL;
 CREATE INDEX entry_past_parent ON entry (parent, until) WHERE until IS NOT NULL;
 CREATE INDEX entry_until ON entry (home, until) WHERE until IS NOT NULL;
 CREATE INDEX entry_deleted ON entry (home, until) WHERE fate = 'deleted';
+CREATE INDEX entry_purged ON entry (node) WHERE fate = 'purged';
 CREATE INDEX entry_manifest ON entry (manifest) WHERE manifest IS NOT NULL;
 CREATE TABLE collection (               -- sums over the live tree below; kept by every batch
     node INTEGER PRIMARY KEY, seq INTEGER NOT NULL, size INTEGER NOT NULL, files INTEGER NOT NULL);
@@ -1397,8 +1413,10 @@ CREATE INDEX chunk_bad ON chunk (bad) WHERE bad IS NOT NULL;
 CREATE TABLE grave (object TEXT PRIMARY KEY, due INTEGER NOT NULL) WITHOUT ROWID;    -- objects to delete then
 CREATE TABLE property (node INTEGER NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL,
     PRIMARY KEY (node, name)) WITHOUT ROWID;                                         -- dead properties, RFC 4918 s4
-CREATE TABLE pin (node INTEGER NOT NULL, since INTEGER NOT NULL, name TEXT NOT NULL,
-    PRIMARY KEY (node, since)) WITHOUT ROWID;                                        -- versions that stay
+CREATE TABLE pin (node INTEGER NOT NULL, rev INTEGER NOT NULL, name TEXT NOT NULL,
+    PRIMARY KEY (node, rev)) WITHOUT ROWID;                                          -- versions that stay
+CREATE TABLE age (due INTEGER PRIMARY KEY, seq INTEGER NOT NULL);                    -- the newest seq, every hour
+CREATE TABLE name_row (id INTEGER PRIMARY KEY, node INTEGER NOT NULL);               -- rows of the index of names
 CREATE TABLE lock (token TEXT PRIMARY KEY, home INTEGER NOT NULL, node INTEGER NOT NULL, account INTEGER NOT NULL,
     deep INTEGER NOT NULL, exclusive INTEGER NOT NULL, owner TEXT NOT NULL, seconds INTEGER NOT NULL,
     due INTEGER NOT NULL) WITHOUT ROWID;
@@ -2333,8 +2351,8 @@ class Changed(NamedTuple):
     was: tuple[str, ...] | None
 
 
-class Cloud:
-    """The cloud of all accounts: what any door can do, it does by one call here."""
+class Tree:
+    """The live tree: finding, writing, moving, properties, locks.  The ground floor of Cloud."""
 
     def __init__(self, config: Config, clock: Clock | None = None) -> None:
         """Open the data directory, making it if need be.  raises CloudError, OSError, sqlite3.Error"""
@@ -2485,39 +2503,6 @@ class Cloud:
                 yield above + (child.name,), child
                 if child.kind:
                     pending.append((above + (child.name,), child))
-
-    # ---- what changed
-
-    def changes(self, who: Principal, path: tuple[str, ...], since: int, limit: int = 10_000) -> tuple[int, list[Changed]]:
-        """What batches after `since` touched below a path; returns the seq reached and each node once.
-
-        A batch is never split, so there may be more than `limit`.
-        raises  CloudError gone if history does not reach back to `since`
-        """
-        top = self.stat(who, path)
-        with self.db.snapshot() as read:
-            (head,), = read("SELECT max(seq) FROM journal")
-            if not self.oldest_seq() <= since <= head:
-                raise CloudError("gone", "what happened since then is not known any more; read everything anew")
-            reached = min([head, *(seq for column in ("since", "until") for (seq,) in read(
-                "SELECT %s FROM entry WHERE home = ? AND %s > ? ORDER BY %s LIMIT 1 OFFSET ?" % ((column,) * 3),
-                (top.home, since, limit)))])
-            then, now = _Past(read, top, since), _Past(read, top, head)
-            ids = [id for (id,) in read(
-                "SELECT node FROM entry WHERE home = ? AND since > ? AND since <= ? "
-                "UNION SELECT node FROM entry WHERE home = ? AND until > ? AND until <= ?",
-                (top.home, since, reached) * 2)]
-            found = [Changed(id, now.node(id), now.path(id), then.path(id)) for id in ids if id != top.node]
-        return reached, sorted((c for c in found if c.path is not None or c.was is not None),
-                               key=lambda c: c.path or c.was)
-
-    def head(self) -> int:
-        """The newest seq."""
-        return self.db.read("SELECT max(seq) FROM journal")[0][0]
-
-    def oldest_seq(self) -> int:
-        """History before this seq may have been thinned out."""
-        return int(self.db.setting("oldest") or 1)
 
     # ---- what must hold before a write
 
@@ -2705,27 +2690,31 @@ class Cloud:
             "SELECT 1 FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = :hash AND e.home = :home))",
             {"hash": hash, "home": home}))
 
-    def _store_rows(self, stored: Stored) -> list[Statement]:
-        """Rows that make stored bytes known: the chunks, and the manifest if there are several."""
-        now = self.clock.due()
-        if stored.inline is not None:
-            rows = [(stored.manifest, stored.size, None, now, stored.inline)]
-        else:
-            rows = [(hash, size, "%s-%s" % (hash, stored.tag), now, None) for hash, size in dict(stored.chunks).items()]
-        body = [Statement("INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
-                          "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
-                          "object = CASE WHEN bad IS NULL THEN object ELSE excluded.object END, "
-                          "data = CASE WHEN bad IS NULL THEN data ELSE excluded.data END "
-                          "WHERE condemned IS NOT NULL OR bad IS NOT NULL", rows, many=True)]
+    def _store_rows(self, stored: Stored, *, new: bool = True) -> list[Statement]:
+        """Rows that make stored bytes known: the chunks, if they are new, and the manifest if there are several."""
+        body = []
+        if new:
+            body.append(Statement(
+                "INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
+                "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
+                "object = CASE WHEN bad IS NULL THEN object ELSE excluded.object END, "
+                "data = CASE WHEN bad IS NULL THEN data ELSE excluded.data END "
+                "WHERE condemned IS NOT NULL OR bad IS NOT NULL", self._chunk_rows(stored), many=True))
         if len(stored.chunks) > 1:
             body += [Statement("INSERT OR IGNORE INTO manifest VALUES (?, ?, ?)",
                                (stored.manifest, stored.size, stored.sha256)),
-                     Statement("INSERT OR IGNORE INTO manifest_chunk VALUES (?, ?, ?)",
-                               list(self._offsets(stored)), many=True)]
+                     Statement("INSERT OR IGNORE INTO manifest_chunk VALUES (?, ?, ?)", Rows(partial(self._offsets, stored)),
+                               many=True)]
         if stored.digests:
             body.append(Statement("INSERT OR IGNORE INTO digest VALUES (?, ?, ?)",
                                   [(stored.manifest, kind, value) for kind, value in stored.digests.items()], many=True))
         return body
+
+    def _chunk_rows(self, stored: Stored) -> list[tuple[Any, ...]]:
+        now = self.clock.due()
+        if stored.inline is not None:
+            return [(stored.manifest, stored.size, None, now, stored.inline)]
+        return [(hash, size, "%s-%s" % (hash, stored.tag), now, None) for hash, size in dict(stored.chunks).items()]
 
     def _offsets(self, stored: Stored) -> Iterator[tuple[str, int, str]]:
         offset = 0
@@ -2754,20 +2743,23 @@ class Cloud:
         batch = self.db.write(attempt)
         return batch.changes[-1].after._replace(since=batch.seq, rev=batch.seq, seq=batch.seq)
 
-    def delete(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY) -> int:
-        """Move a node to the trash; returns the seq.  raises CloudError not-found, forbidden, locked"""
+    def delete(self, who: Principal, *paths: tuple[str, ...], given: Preconditions = ANY) -> int:
+        """Move nodes to the trash, in one step; returns its seq.  raises CloudError not-found, forbidden, locked"""
         self._require(who)
 
         def attempt() -> Batch:
-            spot = self._spot(who, path)
-            node = self._found(spot)
-            self._admit_removal(who, spot, path, given)
-            return self._batch(who, spot, "delete", {"path": "/".join(path)}, [self._removal(node, spot)],
-                               self._drop_locks(spot, node))
+            spots = [(path, self._spot(who, path)) for path in outermost(paths)]
+            for path, spot in spots:
+                self._admit_removal(who, spot, path, given)
+            changes = [self._removal(self._found(spot), spot) for _, spot in spots]
+            return self._batch(who, spots[0][1], "delete", name_paths(paths), changes,
+                               self._drop_locks(spots[0][1], *(change.before for change in changes)))
 
         return self.db.write(attempt).seq
 
     def _admit_removal(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> None:
+        """What must hold for a node to leave its place."""
+        self._found(spot)
         if not path:
             raise CloudError("forbidden", "the root stays where it is")
         self._check_conditions(who, spot, path, given)
@@ -2779,42 +2771,77 @@ class Cloud:
 
     # ---- moving and copying
 
-    def move(self, who: Principal, source: tuple[str, ...], target: tuple[str, ...], given: Preconditions = ANY, *,
-             overwrite: bool = True) -> tuple[Node, bool]:
-        """Give a node another place and name; returns it and whether nothing was there before.
+    def move(self, who: Principal, *pairs: tuple[tuple[str, ...], tuple[str, ...]], given: Preconditions = ANY,
+             clash: str = "replace") -> list[tuple[Node, bool]]:
+        """Give nodes other places and names, in one step; returns each and whether nothing was there before.
 
-        What was there goes to the trash.  Ids, versions and the ETags of files stay.
-        raises  CloudError same-place, precondition-failed if something is there and may not be overwritten
+        pairs    (source, target) paths
+        clash    what to do if something is at a target: "replace" puts it into the trash, "keep" takes a free name
+                 like "a (2).txt", "refuse" raises
+        raises   CloudError not-found, no-parent, same-place, precondition-failed, locked
+
+        Ids, versions and the ETags of files stay.
         """
         self._require(who)
+        check_disjoint(pairs)
 
         def attempt() -> Batch:
-            here, there = self._spot(who, source), self._spot(who, target)
-            node = self._found(here)
-            self._admit_removal(who, here, source, given)
-            removal = self._clear(who, node, source, there, target, given, overwrite)
-            after = node._replace(parent=there.parent, name=target[-1])
-            return self._batch(who, here, "move", {"path": "/".join(source), "to": "/".join(target)},
-                               [*removal, Change(node, after, here.chain, there.chain, "moved")],
-                               self._drop_locks(here, node, *(change.before for change in removal)))
+            changes, spots, taken = [], [], set()
+            for source, target in pairs:
+                here = self._spot(who, source)
+                self._admit_removal(who, here, source, given)
+                there, target, removal = self._make_room(who, here.node, source, target, given, clash, taken)
+                after = here.node._replace(parent=there.parent, name=target[-1])
+                changes += [*removal, Change(here.node, after, here.chain, there.chain, "moved")]
+                spots.append(here)
+            return self._batch(who, spots[0], "move", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])},
+                               changes, self._drop_locks(spots[0], *(change.before for change in changes)))
 
-        batch = self.db.write(attempt)
-        return batch.changes[-1].after._replace(since=batch.seq), len(batch.changes) == 1
+        return self._arrivals(self.db.write(attempt))
 
-    def _clear(self, who: Principal, node: Node, source: tuple[str, ...], there: Spot, target: tuple[str, ...],
-               given: Preconditions, overwrite: bool) -> list[Change]:
-        """Check that a node may come to a place; the change that removes what is there, if anything."""
+    def _arrivals(self, batch: Batch) -> list[tuple[Node, bool]]:
+        """What a batch brought to new places, and whether each place was free."""
+        found, free = [], True
+        for change in batch.changes:
+            if change.after:
+                found.append((change.after._replace(since=batch.seq, rev=change.after.rev or batch.seq), free))
+            free = bool(change.after)
+        return found
+
+    def _make_room(self, who: Principal, node: Node, source: tuple[str, ...], target: tuple[str, ...], given: Preconditions,
+                   clash: str, taken: set[tuple[int, str]]) -> tuple[Spot, tuple[str, ...], list[Change]]:
+        """Check that a node may come to a place, or find one beside it; and the change that removes what is there.
+
+        taken    places that this batch has given away: (parent, key)
+        """
         ours, theirs = list(map(key_of, source)), list(map(key_of, target))
         if not target or source == target or ours[:len(theirs)] == theirs != ours or theirs[:len(ours)] == ours != theirs:
             raise CloudError("same-place", "one of the two places is, or lies in, the other")
+        there = self._spot(who, target)
         self._check_place(there, target)
+        other = there.node if there.node and there.node.node != node.node else None      # not just another form of the name
+        if clash == "keep" and (other or (there.parent, key_of(target[-1])) in taken):
+            target = target[:-1] + (self._free_name(there.parent, target[-1], taken),)
+            there, other = self._spot(who, target), None
+        taken.add((there.parent, key_of(target[-1])))
         if there.locked:
             self._check_locks(who, there, given, below=True, member=True)
-        if there.node is None or there.node.node == node.node:           # nothing, or only another form of the name
-            return []
-        if not overwrite:
+        if other and clash != "replace":
             raise CloudError("precondition-failed", "there is something at the destination")
-        return [self._removal(there.node, there)]
+        return there, target, [self._removal(other, there)] if other else []
+
+    def _free_name(self, parent: int, name: str, taken: Container[tuple[int, str]] = ()) -> str:
+        """A name like this one that nothing in a collection has: "a (2).txt"."""
+        stem, dot, suffix = name.rpartition(".")
+        if not stem or len(suffix) > 16:
+            stem, dot, suffix = name, "", ""
+        for count in range(2, 10_000):
+            mark = " (%d)%s%s" % (count, dot, suffix)
+            found = cut_text(stem, NAME_LIMIT - len(mark.encode())) + mark
+            if (parent, key_of(found)) not in taken and not self.db.read(
+                    "SELECT 1 FROM entry WHERE parent = ? AND key = ? AND until IS NULL", (parent, key_of(found))):
+                return found
+        raise CloudError("conflict", "there are 10000 of that name")
 
     def _drop_locks(self, spot: Spot, *nodes: Node) -> list[Statement]:
         """Locks do not outlive the place of a node (RFC 4918 s7.5, s9.6.1)."""
@@ -2824,30 +2851,32 @@ class Cloud:
         return [Statement("DELETE FROM lock WHERE token = ?", (lock.token,)) for lock in self._locks(spot)
                 if lock.node in gone or gone & set(self._above_or_none(lock.node))]
 
-    def copy(self, who: Principal, source: tuple[str, ...], target: tuple[str, ...], given: Preconditions = ANY, *,
-             overwrite: bool = True, deep: bool = True) -> tuple[Node, bool]:
-        """Make a second node with the same content; of a collection with all below it, unless `deep` is False.
+    def copy(self, who: Principal, *pairs: tuple[tuple[str, ...], tuple[str, ...]], given: Preconditions = ANY,
+             clash: str = "replace", deep: bool = True) -> list[tuple[Node, bool]]:
+        """Make second nodes with the same content; of a collection with all below it, unless `deep` is False.
 
-        No byte moves: the copies refer to the same manifests.  raises as move, over-quota, too-many
+        No byte moves: the copies refer to the same manifests.  Otherwise as move; raises also over-quota, too-many
         """
         self._require(who)
 
         def attempt() -> Batch:
-            here, there = self._spot(who, source), self._spot(who, target)
-            node = self._found(here)
-            self._check_conditions(who, here, source, given)
-            removal = self._clear(who, node, source, there, target, given, overwrite)
-            if there.node and there.node.node == node.node:
-                raise CloudError("same-place", "source and destination are one")
-            plan = CopyPlan(self.db, node, there.parent, target[-1], self.clock.wall(), deep)
-            self._check_space(there, plan.size - sum(change.before.size for change in removal), 1)
-            return self._batch(who, there, "copy", {"path": "/".join(source), "to": "/".join(target)},
-                               [*removal, Change(None, plan.top, (), there.chain)],
-                               [*plan.statements(), *self._drop_locks(there, *(change.before for change in removal))])
+            changes, extra, taken = [], [], set()
+            for source, target in pairs:
+                here = self._spot(who, source)
+                node = self._found(here)
+                self._check_conditions(who, here, source, given)
+                there, target, removal = self._make_room(who, node, source, target, given, clash, taken)
+                if there.node and there.node.node == node.node:
+                    raise CloudError("same-place", "source and destination are one")
+                plan = CopyPlan(self.db, node, there.parent, target[-1], self.clock.wall(), deep)
+                self._check_space(there, plan.size - sum(change.before.size for change in removal), 1)
+                changes += [*removal, Change(None, plan.top, (), there.chain)]
+                extra += [*plan.statements(), *self._drop_locks(there, *(change.before for change in removal))]
+            return self._batch(who, there, "copy", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])},
+                               changes, extra)
 
         with self._heavy(who):
-            batch = self.db.write(attempt)
-        return batch.changes[-1].after._replace(since=batch.seq, rev=batch.seq), len(batch.changes) == 1
+            return self._arrivals(self.db.write(attempt))
 
     @contextmanager
     def _heavy(self, who: Principal) -> Iterator[None]:
@@ -2976,25 +3005,18 @@ class Cloud:
         free = shutil.disk_usage(self.config.data).free
         return spot.used, free if spot.quota is None else max(0, min(free, spot.quota - spot.used - self._reserved(spot.home)))
 
-    # ---- what the janitor does
-
-    def expire(self) -> None:
-        """Remove what has run out: locks, sessions, waits, finished operation ids."""
-        now = self.clock.due()
-        self.db.run(Statement("DELETE FROM lock WHERE due <= ?", (now,)),
-                    Statement("DELETE FROM device WHERE idle < ? OR due < ?", (now, now)),
-                    Statement("DELETE FROM throttle WHERE due < ?", (now - HOUR,)),
-                    Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)))
-
     # ---- the one way into the tree
 
-    def _batch(self, who: Principal, spot: Spot, action: str, detail: dict[str, Any], changes: list[Change],
-               extra: Sequence[Statement] = ()) -> Batch:
-        """Turn changes, decided at a spot, into a batch (invariants 3 to 5)."""
+    def _batch(self, who: Principal, spot: Spot, action: str, detail: dict[str, Any], changes: Sequence[Change],
+               extra: Sequence[Statement] = (), credit: int = 0) -> Batch:
+        """Turn changes, decided at a spot, into a batch (invariants 3 to 5).
+
+        credit  bytes of growth that were reserved before
+        """
         guards = [Statement("SELECT 'shape' WHERE (SELECT shape FROM account WHERE id = ?) IS NOT ?",
                             (spot.home, spot.shape))]
         ends, begins, sums = [], [], {}
-        growth, loose = 0, False
+        growth, loose = -credit, False
         for change in changes:
             before, after = change.before, change.after
             if before:
@@ -3040,41 +3062,33 @@ class Cloud:
             sum[1] += files
 
 
-class _Past:
-    """The tree below a collection as of a seq, node by node."""
+def outermost(paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Paths without those that lie below another of them, each once."""
+    found: list[tuple[str, ...]] = []
+    for path in sorted(set(paths)):
+        if not found or path[:len(found[-1])] != found[-1]:
+            found.append(path)
+    if not found:
+        raise CloudError("bad-request", "nothing was named")
+    return found
 
-    def __init__(self, read: Callable[..., Iterator[tuple[Any, ...]]], top: Node, seq: int) -> None:
-        self.read, self.seq = read, seq
-        self._entries: dict[int, Node | None] = {}
-        self._paths: dict[int, tuple[str, ...] | None] = {top.node: ()}
 
-    def node(self, id: int) -> Node | None:
-        """The node as it was; None if it was not, or not any more."""
-        if id not in self._entries:
-            rows = list(self.read(
-                "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.node = :id "
-                "AND e.until IS NULL AND e.since <= :seq UNION ALL "
-                "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.node = :id "
-                "AND e.until > :seq AND e.since <= :seq", {"id": id, "seq": self.seq}))
-            self._entries[id] = Node._make(rows[0]) if rows else None
-        return self._entries[id]
+def check_disjoint(pairs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> None:
+    """Refuse moves in one step of which one lies in another's way."""
+    sources = [source for source, _ in pairs]
+    if len(outermost(sources)) != len(sources) or any(
+            target[:len(source)] == source for source in sources for _, target in pairs):
+        raise CloudError("same-place", "one of the places is, or lies in, another")
 
-    def path(self, id: int) -> tuple[str, ...] | None:
-        """Where it was below the collection; None if elsewhere or nowhere."""
-        names, nodes = [], []
-        while id not in self._paths:
-            node = self.node(id)
-            nodes.append(id)
-            if node is None or node.parent is None:
-                self._paths[id] = None
-                break
-            names.append(node.name)
-            id = node.parent
-        path = self._paths[id]
-        for node_id in reversed(nodes):
-            if node_id not in self._paths:
-                path = self._paths[node_id] = None if path is None else path + (names[nodes.index(node_id)],)
-        return path
+
+def name_paths(paths: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    """What the journal says of them."""
+    return {"path": "/".join(paths[0]), **({"count": len(paths)} if len(paths) > 1 else {})}
+
+
+def cut_text(text: str, size: int) -> str:
+    """The beginning of a text that fits into `size` bytes of UTF-8."""
+    return text.encode()[:size].decode("utf-8", "ignore")
 
 
 CHILDREN_AT = (  # what a collection held as of a seq: :parent, :seq
@@ -3171,6 +3185,739 @@ def make_private_directory(path: Path) -> None:
         raise CloudError("storage-failed", "cannot use the data directory %s: %s" % (path, error.strerror)) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise CloudError("read-only", "the data directory %s cannot be written" % path)
+
+
+# ---- what was
+
+class Version(NamedTuple):
+    """A content that a file had, or has."""
+    rev: int                     # names it: the seq of the batch that made it
+    at: int
+    size: int
+    mtime: int
+    manifest: str
+    account: str                 # by whom
+    device: str                  # with what
+    name: str | None             # pinned under this name
+
+
+class Trashed(NamedTuple):
+    """A deleted node that can be restored."""
+    node: Node
+    at: int                      # when it was deleted
+    account: str
+    path: tuple[str, ...]        # where it was
+
+
+class Step(NamedTuple):
+    """A line of the journal."""
+    seq: int
+    at: int
+    action: str
+    detail: dict[str, Any]
+    account: str
+    device: str
+    undoable: bool
+
+
+class _Past:
+    """The tree below a collection as of a seq, node by node."""
+
+    def __init__(self, read: Callable[..., Iterator[tuple[Any, ...]]], top: int, seq: int) -> None:
+        self.read, self.top, self.seq = read, top, seq
+        self._nodes: dict[int, Node | None] = {}
+        self._paths: dict[int, tuple[str, ...] | None] = {top: ()}
+
+    def node(self, id: int) -> Node | None:
+        """The node as it was; None if it was not, or not any more."""
+        if id not in self._nodes:
+            self._nodes[id] = next(self._rows("e.node = :id", {"id": id}), None)
+        return self._nodes[id]
+
+    def children(self, id: int) -> list[Node]:
+        """What a collection held, in the order of names."""
+        return sorted(self._rows("e.parent = :id", {"id": id}), key=lambda node: key_of(node.name))
+
+    def child(self, id: int, key: str) -> Node | None:
+        return next(self._rows("e.parent = :id AND e.key = :key", {"id": id, "key": key}), None)
+
+    def _rows(self, where: str, params: dict[str, Any]) -> Iterator[Node]:
+        return map(Node._make, self.read(
+            "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE " + where
+            + " AND e.until IS NULL AND e.since <= :seq UNION ALL "
+            "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE " + where
+            + " AND e.until > :seq AND e.since <= :seq", {**params, "seq": self.seq}))
+
+    def path(self, id: int) -> tuple[str, ...] | None:
+        """Where it was below the collection; None if elsewhere or nowhere."""
+        walked = []
+        while id not in self._paths:
+            walked.append(id)
+            node = self.node(id)
+            if node is None or node.parent is None:
+                self._paths[id] = None
+            else:
+                id = node.parent
+        for id in reversed(walked):
+            if id not in self._paths:
+                node = self.node(id)
+                above = self._paths[node.parent]
+                self._paths[id] = None if above is None else above + (node.name,)
+        return self._paths[walked[0] if walked else id]
+
+    def here(self, id: int) -> Node | None:
+        """The node if it was somewhere below the collection."""
+        return None if self.path(id) is None else self.node(id)
+
+
+class Reversal:
+    """Brings nodes back to states they had, in one batch, however many they are.
+
+    Each step is worked out on the tree as the steps before it leave it: `parents` says where nodes hang by then, so
+    that sums come out right when collections and what they hold are moved at once.  Only ids and numbers are kept
+    in memory; names and manifests are copied from row to row inside the database.
+    """
+
+    def __init__(self, read: Callable[..., Iterator[tuple[Any, ...]]], root: int) -> None:
+        self.read, self.root = read, root
+        self.parents: dict[int, int | None] = {}         # None: not live
+        self.sums: dict[int, list[int]] = {}
+        self.ends: list[tuple[str, int, int, int]] = []          # (fate, home, since, node)
+        self.begins: list[tuple[int, str | None, str | None, int, int, int, int]] = []
+        #                                                  (parent, name, key, fresh, home, since, node); name None: as it was
+        self.loose = False
+
+    def restore(self, then: Node, now: Node | None, parent: int, name: str | None = None) -> None:
+        """Bring a node back to `then`, below a live `parent`, under its name or another."""
+        if now:
+            self._end(now, "moved" if then.manifest == now.manifest else "replaced")
+        fresh = int(now is None or then.manifest != now.manifest or then.mtime != now.mtime)
+        self.begins.append((parent, name, name and key_of(name), fresh, then.home, then.since, then.node))
+        self.parents[then.node] = parent
+        self._count(then, +1)
+
+    def remove(self, now: Node) -> None:
+        """Put a live node into the trash."""
+        self._end(now, "deleted")
+        self.parents[now.node] = None
+
+    def _end(self, now: Node, fate: str) -> None:
+        self._count(now, -1)
+        self.ends.append((fate, now.home, now.since, now.node))
+        self.loose |= bool(now.kind)
+
+    def _count(self, node: Node, sign: int) -> None:
+        size, files = self.sums.get(node.node, (0, 0)) if node.kind else (0, 0)
+        size, files = node.size + size, (node.files if node.kind else 1) + files
+        for above in self.chain(node.node):
+            sum = self.sums.setdefault(above, [0, 0])
+            sum[0] += sign * size
+            sum[1] += sign * files
+
+    def chain(self, node: int) -> list[int]:
+        """What holds a node by now, upwards: to the root, or to what is deleted itself."""
+        found: list[int] = []
+        while node != self.root:
+            if node not in self.parents:
+                rows = list(self.read("SELECT parent FROM entry WHERE node = ? AND until IS NULL", (node,)))
+                self.parents[node] = rows[0][0] if rows else None
+            if self.parents[node] is None:
+                break
+            node = self.parents[node]
+            found.append(node)
+        return found
+
+    def lives(self, node: int) -> bool:
+        return node == self.root or self.root in self.chain(node)[-1:]
+
+    def statements(self) -> list[Statement]:
+        return [
+            Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? "
+                      "WHERE home = ? AND since = ? AND node = ?", self.ends, many=True),
+            Statement("INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
+                      "SELECT home, s, node, ?1, coalesce(?2, name), coalesce(?3, key), kind, manifest, size, mtime, media, "
+                      "CASE WHEN ?4 THEN s ELSE rev END FROM entry, (SELECT max(seq) AS s FROM journal) "
+                      "WHERE home = ?5 AND since = ?6 AND node = ?7", self.begins, many=True),
+            Statement("UPDATE collection SET seq = (SELECT max(seq) FROM journal), size = size + ?, files = files + ? "
+                      "WHERE node = ?", [(*sum, node) for node, sum in self.sums.items()], many=True)]
+
+
+class History(Tree):
+    """What was: versions, trash, any moment of any collection, undo, and the feed of changes.  The first floor of Cloud."""
+
+    def changes(self, who: Principal, path: tuple[str, ...], since: int, limit: int = 10_000) -> tuple[int, list[Changed]]:
+        """What batches after `since` touched below a path; returns the seq reached and each node once.
+
+        A batch is never split, so there may be more than `limit`.
+        raises  CloudError gone if history does not reach back to `since`
+        """
+        top = self.stat(who, path)
+        with self.db.snapshot() as read:
+            (head,), = read("SELECT max(seq) FROM journal")
+            if not self.oldest_seq() <= since <= head:
+                raise CloudError("gone", "what happened since then is not known any more; read everything anew")
+            reached = min([head, *(seq for column in ("since", "until") for (seq,) in read(
+                "SELECT %s FROM entry WHERE home = ? AND %s > ? ORDER BY %s LIMIT 1 OFFSET ?" % ((column,) * 3),
+                (top.home, since, limit)))])
+            then, now = _Past(read, top.node, since), _Past(read, top.node, head)
+            ids = [id for (id,) in read(
+                "SELECT node FROM entry WHERE home = ? AND since > ? AND since <= ? "
+                "UNION SELECT node FROM entry WHERE home = ? AND until > ? AND until <= ?",
+                (top.home, since, reached) * 2)]
+            found = [Changed(id, now.node(id), now.path(id), then.path(id)) for id in ids if id != top.node]
+        return reached, sorted((c for c in found if c.path is not None or c.was is not None),
+                               key=lambda c: c.path or c.was)
+
+    def head(self) -> int:
+        """The newest seq."""
+        return self.db.read("SELECT max(seq) FROM journal")[0][0]
+
+    def oldest_seq(self) -> int:
+        """History before this seq may have been thinned out."""
+        return int(self.db.setting("oldest") or 1)
+
+    def seq_at(self, at: int) -> int:
+        """The seq that was the newest at a time, ms since 1970."""
+        low, high = 1, self.head()
+        while low < high:                                # the journal's times rise, but for steps of the clock
+            middle = (low + high + 1) // 2
+            if self.db.read("SELECT at FROM journal WHERE seq = ?", (middle,))[0][0] <= at:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def journal_at(self, seq: int) -> int:
+        """When a batch was written, ms since 1970."""
+        rows = self.db.read("SELECT at FROM journal WHERE seq = ?", (seq,))
+        return rows[0][0] if rows else 0
+
+    # ---- a collection as it was
+
+    def past(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, list[Node]]:
+        """The node that was at a path as of a seq and what it held.  raises CloudError not-found, gone"""
+        with self.db.snapshot() as read:
+            self._check_reach(seq)
+            past = _Past(read, who.root, seq)
+            node = past.node(who.root)
+            for name in path:
+                node = past.child(node.node, key_of(name)) if node and node.kind else None
+            if node is None:
+                raise CloudError("not-found", "there was nothing at this path")
+            return node, past.children(node.node) if node.kind else []
+
+    def past_content(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, Content]:
+        """A file as it was at a path as of a seq."""
+        node, _ = self.past(who, path, seq)
+        if node.kind:
+            raise CloudError("conflict", "this was a collection")
+        return node, self._content(node)
+
+    def _check_reach(self, seq: int) -> None:
+        if seq < self.oldest_seq():
+            raise CloudError("gone", "history does not reach back that far")
+
+    # ---- versions
+
+    def versions(self, who: Principal, path: tuple[str, ...]) -> list[Version]:
+        """Every content a file had, the newest first."""
+        node = self.stat(who, path)
+        if node.kind:
+            raise CloudError("conflict", "a collection has no versions; ask for it as of a time")
+        rows = self.db.read(
+            "SELECT e.rev, j.at, e.size, e.mtime, e.manifest, a.name, coalesce(d.name, ''), p.name "
+            "FROM (SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NULL "
+            "UNION SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NOT NULL) e "
+            "LEFT JOIN journal j ON j.seq = e.rev LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device "
+            "LEFT JOIN pin p ON p.node = :node AND p.rev = e.rev ORDER BY e.rev DESC", {"node": node.node})
+        found = [Version._make(row) for row in rows]
+        return [version for version, older in itertools.zip_longest(found, found[1:])
+                if older is None or older.manifest != version.manifest or version.name]
+
+    def version(self, who: Principal, path: tuple[str, ...], rev: int) -> tuple[Node, Content]:
+        """A file as it was in one of its versions.  raises CloudError not-found"""
+        live = self.stat(who, path)
+        rows = self.db.read("SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.rev = :rev "
+                            "AND e.kind = 0 AND (e.node = :node AND e.until IS NULL OR e.node = :node AND e.until IS NOT NULL) "
+                            "ORDER BY e.since LIMIT 1", {"rev": rev, "node": live.node})
+        if not rows:
+            raise CloudError("not-found", "there is no such version")
+        node = Node._make(rows[0])._replace(name=live.name)
+        return node, self._content(node)
+
+    def restore_version(self, who: Principal, path: tuple[str, ...], rev: int, given: Preconditions = ANY) -> Node:
+        """Make an old content the present one; the present one becomes a version."""
+        self._require(who)
+
+        def attempt() -> Batch:
+            spot = self._spot(who, path)
+            node = self._found(spot)
+            self._admit(who, spot, path, given)
+            old, _ = self.version(who, path, rev)
+            self._check_space(spot, old.size - node.size, 1)
+            after = node._replace(manifest=old.manifest, size=old.size, mtime=old.mtime, media=old.media, rev=0)
+            return self._batch(who, spot, "restore-version", {"path": "/".join(path), "rev": rev},
+                               [Change(node, after, spot.chain, spot.chain)])
+
+        batch = self.db.write(attempt)
+        return batch.changes[0].after._replace(since=batch.seq, rev=batch.seq)
+
+    def pin(self, who: Principal, path: tuple[str, ...], rev: int, name: str | None) -> None:
+        """Keep a version for good under a name; None lets go of it."""
+        self._require(who)
+        node, _ = self.version(who, path, rev)
+        if name is not None and not 0 < len(name) <= 200:
+            raise CloudError("bad-request", "the name of a version has 1 to 200 characters")
+        if name is None:
+            self.db.run(Statement("DELETE FROM pin WHERE node = ? AND rev = ?", (node.node, rev)))
+        elif len(self.db.read("SELECT 1 FROM pin WHERE node = ?", (node.node,))) >= 1000:
+            raise CloudError("conflict", "1000 versions of this file are pinned already")
+        else:
+            self.db.run(Statement("INSERT OR REPLACE INTO pin VALUES (?, ?, ?)", (node.node, rev, name)))
+
+    # ---- trash
+
+    def trash(self, who: Principal, before: int = 1 << 62, limit: int = 1000) -> list[Trashed]:
+        """What was deleted and can be restored, the latest first; `before` is a seq to go on from."""
+        self._require_whole(who)
+        return self._trashed(who, "e.until < ? ", before, limit)
+
+    def _trashed(self, who: Principal, where: str, value: int, limit: int) -> list[Trashed]:
+        rows = self.db.read(
+            "SELECT j.at, coalesce(a.name, ''), " + NODE + " FROM entry e JOIN journal j ON j.seq = e.until "
+            "LEFT JOIN account a ON a.id = j.account LEFT JOIN collection c ON c.node = e.node "
+            "WHERE e.home = ? AND e.fate = 'deleted' AND " + where + self._LAST + "ORDER BY e.until DESC, e.node LIMIT ?",
+            (who.account, value, limit))
+        with self.db.snapshot() as read:
+            return [Trashed(node, at, account, (_Past(read, who.root, node.until - 1).path(node.parent) or ()) + (node.name,))
+                    for at, account, node in ((at, account, Node._make(columns)) for at, account, *columns in rows)]
+
+    _LAST = ("AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL) "       # it did not come back
+             "AND NOT EXISTS (SELECT 1 FROM entry p WHERE p.node = e.node AND p.since >= e.until AND p.until IS NOT NULL) ")
+
+    def restore(self, who: Principal, *nodes: int) -> tuple[int, list[tuple[str, ...]]]:
+        """Bring nodes back from the trash to where they were; returns the seq and where each is now.
+
+        Collections that are gone too are made anew; a name that is taken is changed.
+        raises  CloudError not-found if one is not in the trash
+        """
+        self._require(who)
+        self._require_whole(who)
+        items = sorted(self._find_trashed(who, nodes), key=lambda item: len(item.path))
+        for item in items:
+            if len(item.path) > 1 and item.node.parent not in nodes and self._path_or_none(who, item.node.parent) is None:
+                self._make_or_find(who, item.path[:-1])
+
+        def attempt() -> Batch:
+            with self.db.snapshot() as read:
+                (head,), = read("SELECT max(seq) FROM journal")
+                spot, taken = self._spot(who, ()), set()
+                plan = Reversal(read, who.root)
+                for item in items:
+                    if self._is_live(item.node.node):
+                        raise CloudError("conflict", "it is back already")
+                    parent = item.node.parent
+                    if not plan.lives(parent):
+                        there = self._spot(who, item.path)
+                        parent = there.parent if there.open and len(there.rest) < 2 else who.root
+                    plan.restore(item.node, None, parent, self._name_for(parent, item.node.name, taken, ()))
+                self._check_space(spot, plan.sums[who.root][0], 0)
+                return self._reversal_batch(who, spot, head, plan, "restore", name_paths([item.path for item in items]))
+
+        seq = self.db.write(attempt).seq
+        return seq, [self.path_of(who, item.node.node) for item in items]
+
+    def _find_trashed(self, who: Principal, nodes: Sequence[int]) -> list[Trashed]:
+        found = [item for node in dict.fromkeys(nodes) for item in self._trashed(who, "e.node = ? ", node, 1)]
+        if not nodes or len(found) < len(set(nodes)):
+            raise CloudError("not-found", "it is not in the trash")
+        return found
+
+    def _name_for(self, parent: int, name: str, taken: set[tuple[int, str]], freed: Container[tuple[int, str]]) -> str:
+        """The name, or one like it if something else has it; `taken` and `freed` are places (parent, key) of this batch."""
+        place = parent, key_of(name)
+        if place in taken or place not in freed and self.db.read(
+                "SELECT 1 FROM entry WHERE parent = ? AND key = ? AND until IS NULL", place):
+            name = self._free_name(parent, name, taken)
+        taken.add((parent, key_of(name)))
+        return name
+
+    def _make_or_find(self, who: Principal, path: tuple[str, ...]) -> None:
+        try:
+            self.make_collection(who, path, parents=True)
+        except CloudError as error:
+            if error.kind not in ("exists", "conflict"):
+                raise
+
+    def _is_live(self, node: int) -> bool:
+        return bool(self.db.read("SELECT 1 FROM entry WHERE node = ? AND until IS NULL", (node,)))
+
+    def empty_trash(self, who: Principal, *nodes: int) -> int:
+        """Give up deleted nodes for good, all of them if none is named; returns how many.
+
+        They vanish at once; their bytes follow when the sweep has been.
+        """
+        self._require(who)
+        self._require_whole(who)
+        chosen = [item.node for item in (self._find_trashed(who, nodes) if nodes else self.trash(who, limit=1 << 40))]
+        rows = [(node.home, node.since, node.node) for node in chosen]
+        self.db.write(lambda: Batch(
+            [Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND since = ? AND node = ? AND fate = 'deleted'", rows,
+                       many=True)],
+            line=Line(who.account, who, "empty-trash", {"count": len(rows)})))
+        return len(rows)
+
+    # ---- undo and restore to a moment
+
+    def undo(self, who: Principal, seq: int) -> tuple[int, int]:
+        """Take back what one batch did; returns (seq of doing so, nodes left as they are because they changed since).
+
+        raises  CloudError not-found if there is nothing to take back, gone if that is too long ago
+        """
+        self._require_whole(who)
+
+        def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
+            touched = [id for (id,) in now.read("SELECT node FROM entry WHERE home = :home AND since = :seq "
+                                                "UNION SELECT node FROM entry WHERE home = :home AND until = :seq",
+                                                {"home": who.account, "seq": seq})]
+            if not touched:
+                raise CloudError("not-found", "there is nothing of that number to take back")
+            later = {id for id in touched if list(now.read(
+                "SELECT 1 FROM entry WHERE node = :id AND until IS NULL AND since > :seq UNION ALL "
+                "SELECT 1 FROM entry WHERE node = :id AND until > :seq UNION ALL "
+                "SELECT 1 FROM entry WHERE parent = :id AND until IS NULL AND since > :seq", {"id": id, "seq": seq}))}
+            for id in [id for id in later if now.here(id)]:              # what holds them stays, too
+                while id is not None and id != now.top:
+                    later.add(id)
+                    id = now.node(id).parent
+            mine = [id for id in touched if id not in later and differs(then.here(id), now.here(id))]
+            return mine, len(touched) - len(mine)
+
+        return self._revert(who, (), seq - 1, choose, "undo", {"seq": seq})
+
+    def rewind(self, who: Principal, path: tuple[str, ...], seq: int, *, dry: bool = False) -> tuple[int, int]:
+        """Make a collection what it was as of a seq; returns (seq of doing so, nodes changed).  It can be undone.
+
+        dry     only count
+        """
+        def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
+            touched = (id for (id,) in now.read("SELECT node FROM entry WHERE home = :home AND since > :seq "
+                                                "UNION SELECT node FROM entry WHERE home = :home AND until > :seq",
+                                                {"home": who.account, "seq": seq}))
+            mine = [id for id in touched if id != now.top and differs(then.here(id), now.here(id))
+                    or now.node(id) and not then.here(id)]
+            return mine, sum(differs(then.here(id), now.here(id)) for id in mine)
+
+        if dry:
+            top = self.stat(who, path).node
+            self._check_reach(seq)
+            with self.db.snapshot() as read:
+                return 0, choose(_Past(read, top, seq), _Past(read, top, self.head()))[1]
+        return self._revert(who, path, seq, choose, "rewind", {"path": "/".join(path), "to": seq})
+
+    def _revert(self, who: Principal, path: tuple[str, ...], seq: int, choose: Callable[[_Past, _Past], tuple[list[int], int]],
+                action: str, detail: dict[str, Any]) -> tuple[int, int]:
+        """Bring the chosen nodes below a path back to what they were as of a seq."""
+        self._require(who)
+        self._check_reach(seq)
+        told = [0]
+
+        def attempt() -> Batch:
+            with self.db.snapshot() as read:
+                (head,), = read("SELECT max(seq) FROM journal")
+                spot = self._spot(who, path)
+                top = self._found(spot).node
+                if spot.locked:
+                    self._check_locks(who, spot, ANY, below=True)
+                then, now = _Past(read, top, seq), _Past(read, top, head)
+                chosen, told[0] = choose(then, now)
+                root = (*spot.chain, top)[0]
+                plan = self._plan_reversal(read, root, then, now, chosen)
+                self._check_space(spot, plan.sums.get(root, [0])[0], 0)
+                return self._reversal_batch(who, spot, head, plan, action, {**detail, "count": len(chosen)})
+
+        with self._heavy(who):
+            return self.db.write(attempt).seq, told[0]
+
+    def _plan_reversal(self, read: Callable[..., Iterator[tuple[Any, ...]]], root: int, then: _Past, now: _Past,
+                       chosen: list[int]) -> Reversal:
+        """First what must go, then what comes back or moves, from the top down."""
+        plan, freed, taken = Reversal(read, root), set(), set()
+        wanted = sorted((id for id in chosen if then.here(id)), key=lambda id: len(then.path(id)))
+        unwanted = set(chosen).difference(wanted)
+        for id in chosen:
+            node = now.node(id)
+            if node:
+                freed.add((node.parent, key_of(node.name)))
+        for id in unwanted:
+            node = now.here(id)
+            if node and node.parent not in unwanted:     # else it goes with what holds it
+                self._return_or_remove(plan, then, node)
+        for id in wanted:
+            old = then.node(id)
+            parent = old.parent if plan.lives(old.parent) else then.top
+            plan.restore(old, now.node(id), parent, self._name_for(parent, old.name, taken, freed))
+        for id in unwanted:
+            if not now.here(id) and plan.lives(id):      # it hung below what was deleted, and is back with that
+                plan.remove(now.node(id))
+        return plan
+
+    def _return_or_remove(self, plan: Reversal, then: _Past, node: Node) -> None:
+        """A node that was not below the collection: back to where it was, if that is still there, else to the trash."""
+        old = then.node(node.node)
+        if old and old.parent is not None and plan.lives(old.parent):
+            plan.restore(old, node, old.parent, self._name_for(old.parent, old.name, set(), ()))
+        else:
+            plan.remove(node)
+
+    def _reversal_batch(self, who: Principal, spot: Spot, head: int, plan: Reversal, action: str,
+                        detail: dict[str, Any]) -> Batch:
+        """The batch of a Reversal planned at `head`; nothing in the home may have changed since."""
+        batch = self._batch(who, spot, action, detail, [], plan.statements())
+        batch.guards.append(Statement("SELECT 'changed' FROM account a JOIN collection c ON c.node = a.root "
+                                      "WHERE a.id = ? AND c.seq > ?", (spot.home, head)))
+        if plan.loose:
+            batch.body.append(Statement("UPDATE account SET shape = shape + 1 WHERE id = ?", (spot.home,)))
+        return batch
+
+    def _require_whole(self, who: Principal) -> None:
+        if who.scoped:
+            raise CloudError("forbidden", "this device is limited to one collection")
+
+    # ---- activity and search
+
+    def activity(self, who: Principal, before: int = 1 << 62, limit: int = 100, action: str | None = None) -> list[Step]:
+        """The journal of the account, the latest first; `before` is a seq to go on from."""
+        self._require_whole(who)
+        rows = self.db.read(
+            "SELECT j.seq, j.at, j.action, j.detail, coalesce(a.name, ''), coalesce(d.name, ''), "
+            "EXISTS (SELECT 1 FROM entry WHERE home = j.home AND since = j.seq) "
+            "OR EXISTS (SELECT 1 FROM entry WHERE home = j.home AND until = j.seq) FROM journal j "
+            "LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device "
+            "WHERE j.home = ? AND j.seq < ? AND (? IS NULL OR j.action = ?) ORDER BY j.seq DESC LIMIT ?",
+            (who.account, before, action, action, limit))
+        return [Step(seq, at, action, json.loads(detail), account, device, bool(undoable) and seq > self.oldest_seq())
+                for seq, at, action, detail, account, device, undoable in rows]
+
+    def search(self, who: Principal, text: str, path: tuple[str, ...] = (), limit: int = 200) -> list[tuple[tuple[str, ...], Node]]:
+        """Nodes whose names hold all words of a text, in any case: (path, node), the latest changed first."""
+        words = [word.casefold() for word in key_of(text).split()][:8]
+        if not words:
+            return []
+        self.stat(who, path)
+        found, seen = [], set()
+        for id, name in self._candidates(who, words):
+            folded = name.casefold()
+            if id in seen or not all(word in folded for word in words):
+                continue
+            seen.add(id)
+            where = self._path_or_none(who, id)
+            if where is not None and where[:len(path)] == path and len(where) > len(path):
+                found.append((where, self._node(id)))
+                if len(found) >= limit:
+                    break
+        return found
+
+    def _candidates(self, who: Principal, words: list[str]) -> Iterator[tuple[int, str]]:
+        """(id, name) of live nodes of the account: those the index knows to fit, then all it has not seen yet."""
+        indexed = int(self.db.setting("indexed") or 0) if all(len(word) > 2 for word in words) else 0
+        yield from self.db.each("SELECT node, name FROM entry WHERE home = ? AND since > ? AND until IS NULL "
+                                "ORDER BY since DESC", (who.account, indexed))
+        if indexed:
+            query = " AND ".join('"%s"' % word.replace('"', '""') for word in words)
+            yield from self.db.each(
+                "SELECT e.node, e.name FROM name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e ON e.node = r.node "
+                "AND e.until IS NULL WHERE name_index MATCH ? AND e.home = ? ORDER BY i.rowid DESC", (query, who.account))
+
+    def _path_or_none(self, who: Principal, node: int) -> tuple[str, ...] | None:
+        try:
+            return self.path_of(who, node)
+        except CloudError:
+            return None
+
+    def _node(self, id: int) -> Node:
+        rows = self.db.read("SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
+                            "WHERE e.node = ? AND e.until IS NULL", (id,))
+        if not rows:
+            raise CloudError("not-found", "it was just deleted")
+        return Node._make(rows[0])
+
+
+def differs(then: Node | None, now: Node | None) -> bool:
+    """Would bringing a node back change anything?"""
+    if then is None or now is None:
+        return then is not now
+    return (then.parent, then.name, then.manifest, then.mtime) != (now.parent, now.name, now.manifest, now.mtime)
+
+
+class Upload(NamedTuple):
+    """A resumable upload.  The order is that of the table's columns."""
+    id: str
+    home: int
+    account: int
+    root: int                    # where its path begins
+    path: str                    # JSON
+    given: str                   # JSON: {"if_match": [...], "if_none_match": [...], "parents": bool}
+    size: int | None             # announced; None while that is deferred
+    mtime: int | None
+    note: str                    # what the client wants to hear again: tus metadata
+    received: int
+    created: int
+    due: int                     # forgotten then
+    done: str | None             # JSON of what it became
+
+
+UPLOAD_LIFE = DAY
+UPLOAD_LIMIT = 1000             # at a time, per account
+
+
+class Cloud(History):
+    """The cloud of all accounts: what any door can do, it does by one call here."""
+
+    # ---- resumable uploads: parts go straight into chunks, finishing moves a pointer
+
+    def create_upload(self, who: Principal, path: tuple[str, ...], size: int | None, given: Preconditions = ANY, *,
+                      mtime: int | None = None, parents: bool = False, note: str = "") -> Upload:
+        """Announce a file that will come in parts; everything that can be refused now is.
+
+        size    bytes; None if not known yet.  What is announced counts against the quota at once.
+        """
+        self._require(who)
+        self._spot_for_file(who, path, given, size or 0, parents)
+        if len(self.db.read("SELECT 1 FROM upload WHERE home = ? AND done IS NULL", (who.account,))) >= UPLOAD_LIMIT:
+            raise CloudError("conflict", "%d uploads are under way already" % UPLOAD_LIMIT)
+        now = self.clock.due()
+        upload = Upload(secrets.token_urlsafe(16), who.account, who.account, who.root, json.dumps(path),
+                        json.dumps({"if_match": given.if_match, "if_none_match": given.if_none_match, "parents": parents}),
+                        size, mtime, note, 0, now, now + UPLOAD_LIFE, None)
+        self.db.run(Statement("INSERT INTO upload VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", upload))
+        return self._finish_if_whole(who, upload)
+
+    def upload(self, who: Principal, id: str) -> Upload:
+        """Where an upload stands.  raises CloudError not-found for another's too, gone when it has expired"""
+        rows = self.db.read("SELECT * FROM upload WHERE id = ? AND account = ? AND root = ?", (id, who.account, who.root))
+        if not rows:
+            raise CloudError("not-found", "there is no such upload")
+        upload = Upload._make(rows[0])
+        if upload.due <= self.clock.due():
+            raise CloudError("gone", "this upload has expired")
+        return upload
+
+    def append(self, who: Principal, id: str, offset: int, body: Body, *, size: int | None = None,
+               checksum: tuple[str, bytes] | None = None) -> Upload:
+        """Take the next part of an upload; returns where it stands then.  What arrived before a break is kept.
+
+        offset    where the part begins; must be where the upload stands
+        size      announces the length of the whole, if that was deferred
+        checksum  (name, digest) the part must have; if it has not, none of it counts
+        raises    CloudError offset, too-large, bad-upload-checksum, and as write when it is whole
+        """
+        self._require(who)
+        upload = self._checked_part(who, self.upload(who, id), offset, body, size)
+        digest = new_digest(checksum[0]) if checksum else None
+        buffer = bytearray(CHUNK_SIZE if body.length is None else min(CHUNK_SIZE, body.length or 1))
+        broken = None
+        while broken is None and upload.done is None:
+            count, broken = fill_what_comes(body, memoryview(buffer))
+            if not count:
+                break
+            if digest:
+                digest.update(memoryview(buffer)[:count])
+            if upload.size is not None and upload.received + count > upload.size:
+                raise CloudError("too-large", "more came than was announced")
+            upload = self._append_chunk(upload, bytes(memoryview(buffer)[:count]))
+        if checksum and (broken or digest.digest() != checksum[1]):
+            self._cut_back(upload, offset)
+            raise broken or CloudError("bad-upload-checksum", "the part does not have the checksum that was announced")
+        if broken:
+            raise broken
+        return self._finish_if_whole(who, upload)
+
+    def _checked_part(self, who: Principal, upload: Upload, offset: int, body: Body, size: int | None) -> Upload:
+        if offset != upload.received:
+            raise CloudError("offset", "the upload stands at %d" % upload.received, offset=upload.received)
+        if size is not None and upload.size not in (None, size):
+            raise CloudError("bad-request", "the length was announced as %d" % upload.size)
+        if size is not None and upload.size is None:
+            self._check_space(self._spot(who, ()), size, size)
+            self.db.run(Statement("UPDATE upload SET size = ? WHERE id = ? AND size IS NULL", (size, upload.id)))
+            upload = upload._replace(size=size)
+        if body.length is not None and upload.size is not None and offset + body.length > upload.size:
+            raise CloudError("too-large", "more was sent than was announced")
+        self._check_space(self._spot(who, ()), 0, body.length or 1)
+        return upload
+
+    def _append_chunk(self, upload: Upload, data: bytes) -> Upload:
+        stored = self.blobs.put(Body(data), partial(self._knows, upload.home))
+        fresh = upload._replace(received=upload.received + stored.size, due=self.clock.due() + UPLOAD_LIFE)
+
+        def attempt() -> Batch:
+            return Batch([*self._store_rows(stored),
+                          Statement("INSERT INTO upload_chunk VALUES (?, ?, ?, ?)",
+                                    (upload.id, upload.received, stored.manifest, stored.size)),
+                          Statement("UPDATE upload SET received = ?, due = ? WHERE id = ?",
+                                    (fresh.received, fresh.due, upload.id))],
+                         self._upload_guards(upload))
+
+        self._write_upload(attempt)
+        return fresh
+
+    def _upload_guards(self, upload: Upload) -> list[Statement]:
+        return [Statement("SELECT 'upload' WHERE NOT EXISTS (SELECT 1 FROM upload WHERE id = ? AND received = ? "
+                          "AND done IS NULL)", (upload.id, upload.received))]
+
+    def _write_upload(self, attempt: Callable[[], Batch]) -> Batch:
+        """Commit once: if the upload does not stand where we left it, somebody else writes to it."""
+        tried = []
+
+        def once() -> Batch:
+            if tried:
+                raise CloudError("offset", "another request writes to this upload")
+            tried.append(1)
+            return attempt()
+        return self.db.write(once)
+
+    def _cut_back(self, upload: Upload, offset: int) -> None:
+        self.db.run(Statement("DELETE FROM upload_chunk WHERE upload = ? AND offset >= ?", (upload.id, offset)),
+                    Statement("UPDATE upload SET received = ? WHERE id = ? AND done IS NULL", (offset, upload.id)))
+
+    def _finish_if_whole(self, who: Principal, upload: Upload) -> Upload:
+        """When all has come: make it a file, in one batch."""
+        if upload.size != upload.received or upload.done:
+            return upload
+        path, how = check_path(json.loads(upload.path)), json.loads(upload.given)
+        given = Preconditions(tuple(how["if_match"]), tuple(how["if_none_match"]))
+        given = ANY if given == ANY else given
+        rows = self.db.read("SELECT u.chunk, u.size FROM upload_chunk u WHERE u.upload = ? ORDER BY u.offset", (upload.id,))
+        if not rows:
+            stored = self.blobs.put(Body(b""), lambda hash: False)
+        else:
+            manifest = manifest_of(rows)
+            only = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (rows[0][0],))
+            head = self.blobs.read(StoredChunk._make(only[0]))[:32]
+            stored = Stored(manifest, upload.size, manifest if len(rows) == 1 else None, rows, head=head)
+
+        def attempt() -> Batch:
+            spot = self._spot_for_file(who, path, given, 0, how["parents"])
+            at = self.clock.wall() if upload.mtime is None else upload.mtime
+            change, made = self._put_change(spot, path, stored, at)
+            batch = self._batch(who, spot, "write", {"path": "/".join(path)}, [*made, change], [
+                *self._store_rows(stored, new=not rows),
+                Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
+                Statement("UPDATE upload SET done = ? || (SELECT max(seq) FROM journal) || '}' WHERE id = ?",
+                          ('{"node": %d, "rev": ' % change.after.node, upload.id))], credit=upload.size)
+            batch.guards += self._upload_guards(upload)
+            return batch
+
+        batch = self.db.write(attempt)
+        return upload._replace(done=json.dumps({"node": batch.changes[-1].after.node, "rev": batch.seq}))
+
+    def drop_upload(self, who: Principal, id: str) -> None:
+        """Forget an upload; its chunks go with the sweep."""
+        self._require(who)
+        self.upload(who, id)
+        self.db.run(Statement("DELETE FROM upload_chunk WHERE upload = ?", (id,)),
+                    Statement("DELETE FROM upload WHERE id = ?", (id,)))
 
 
 # ==== 8. HTTP ============================================================================
@@ -4074,7 +4821,7 @@ def dav_delete(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
     """Move a file or collection to the trash."""
     if request["depth"] is not None and parse_depth(request["depth"], "") != "infinity" and request.slash:
         raise CloudError("bad-request", "a collection goes with all below it")       # RFC 4918 s9.6.1
-    cloud.delete(who, path, read_dav_conditions(request))
+    cloud.delete(who, path, given=read_dav_conditions(request))
     return Response(204)
 
 
@@ -4107,15 +4854,15 @@ def dav_mkcol(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
 @dav_route("MOVE COPY", "write")
 def dav_transfer(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """MOVE or COPY to Destination; Overwrite: F spares what is there."""
-    target, overwrite = read_destination(request), parse_overwrite(request["overwrite"])
+    target, clash = read_destination(request), "replace" if parse_overwrite(request["overwrite"]) else "refuse"
     depth = parse_depth(request["depth"], "infinity")
     given = read_dav_conditions(request)
+    if depth == "1" or depth == "0" and request.method == "MOVE":
+        raise CloudError("bad-request", "this cannot be done to that Depth")
     if request.method == "MOVE":
-        _, new = cloud.move(who, path, target, given, overwrite=overwrite)
-    elif depth == "1":
-        raise CloudError("bad-request", "Depth is 0 or infinity here")
+        (_, new), = cloud.move(who, (path, target), given=given, clash=clash)
     else:
-        _, new = cloud.copy(who, path, target, given, overwrite=overwrite, deep=depth != "0")
+        (_, new), = cloud.copy(who, (path, target), given=given, clash=clash, deep=depth != "0")
     return Response(201 if new else 204, b"", {"Location": dav_href(target)})
 
 

@@ -1152,7 +1152,7 @@ def test_conditions(cloud, ann, there, given, want, verb):
     if verb == "delete":
         if not there:
             return
-        found = outcome(cloud.delete, ann, ("a",), given)
+        found = outcome(cloud.delete, ann, ("a",), given=given)
     else:
         found = outcome(put, cloud, ann, "a", b"2", given)
     assert (found if isinstance(found, str) else None) == want
@@ -1287,6 +1287,591 @@ def test_windows_names_are_refused_when_asked(make_cloud):
     for name in ("con", "a.", "a ", "a:b", "NAME"):
         assert outcome(put, cloud, ann, name) == "conflict", name
     put(cloud, ann, "Name", b"again")
+
+
+def paths(*texts):
+    return tuple(cs.split_path(text) for text in texts)
+
+
+def move(cloud, who, source, target, **how):
+    return cloud.move(who, paths(source, target), **how)[0]
+
+
+def copy(cloud, who, source, target, **how):
+    return cloud.copy(who, paths(source, target), **how)[0]
+
+
+def test_a_move_keeps_id_etag_and_versions(cloud, ann):
+    put(cloud, ann, "a", b"1")
+    before = put(cloud, ann, "a", b"22")
+    cloud.make_collection(ann, ("d",))
+    node, free = move(cloud, ann, "a", "d/b")
+    assert free and (node.node, node.etag) == (before.node, before.etag) and cloud.stat(ann, ("d", "b")) == node
+    assert tree(cloud, ann) == {"d": None, "d/b": b"22"}
+    assert [v.size for v in cloud.versions(ann, ("d", "b"))] == [2, 1]
+    audit(cloud)
+
+
+def test_moving_a_collection_is_two_rows_whatever_it_holds(cloud, ann):
+    for n in range(30):
+        put(cloud, ann, "d/s/f%d" % n, bytes(n), parents=True)
+    before = cloud.db.read("SELECT count(*) FROM entry")[0][0]
+    cloud.make_collection(ann, ("e",))
+    move(cloud, ann, "d", "e/d")
+    assert cloud.db.read("SELECT count(*) FROM entry")[0][0] == before + 2
+    assert len(tree(cloud, ann)) == 33 and cloud.stat(ann, ("e",)).size == sum(range(30))
+    audit(cloud)
+
+
+def test_a_rename_to_another_form_of_the_name_is_a_rename(cloud, ann):
+    put(cloud, ann, "a\u0308", b"1")
+    move(cloud, ann, "a\u0308", "\u00e4")
+    move(cloud, ann, "\u00e4", "\u00c4")
+    assert tree(cloud, ann) == {"\u00c4": b"1"}
+
+
+@pytest.mark.parametrize("source, target, want", [
+    ("d", "d", "same-place"), ("d", "d/s/x", "same-place"), ("d/s", "d", "same-place"), ("d/s/f", "d", "same-place"),     # P18
+    ("no", "x", "not-found"), ("f", "no/x", "no-parent"), ("f", "g/x", "conflict"), ("", "x", "same-place"), ("f", "", "same-place"),
+])
+@pytest.mark.parametrize("verb", [move, copy])
+def test_moves_and_copies_that_cannot_be(cloud, ann, source, target, want, verb):
+    put(cloud, ann, "d/s/f", b"1", parents=True)
+    put(cloud, ann, "f", b"2")
+    put(cloud, ann, "g", b"3")
+    before = tree(cloud, ann)
+    assert outcome(verb, cloud, ann, source, target) == want
+    assert tree(cloud, ann) == before
+
+
+@pytest.mark.parametrize("verb", [move, copy])
+def test_what_is_at_the_destination(cloud, ann, verb):
+    put(cloud, ann, "a.txt", b"1")
+    put(cloud, ann, "b.txt", b"22")
+    assert outcome(verb, cloud, ann, "a.txt", "b.txt", clash="refuse") == "precondition-failed"
+    node, free = verb(cloud, ann, "a.txt", "b.txt", clash="keep")
+    assert free and node.name == "b (2).txt" and get(cloud, ann, "b.txt") == b"22"
+    node, free = verb(cloud, ann, "b (2).txt", "b.txt")
+    assert not free and get(cloud, ann, "b.txt") == b"1"
+    assert [item.path for item in cloud.trash(ann)] == [("b.txt",)]       # nothing is lost
+    audit(cloud)
+
+
+def test_many_things_move_in_one_step(cloud, ann):
+    for name in "abc":
+        put(cloud, ann, name)
+    put(cloud, ann, "d/a", b"there", parents=True)
+    seq = cloud.head()
+    cloud.move(ann, paths("a", "d/a"), paths("b", "d/b"), clash="keep")
+    assert cloud.head() == seq + 1 and sorted(tree(cloud, ann)) == ["c", "d", "d/a", "d/a (2)", "d/b"]
+    assert outcome(cloud.move, ann, paths("d/b", "x"), paths("no", "y")) == "not-found"
+    assert "d/b" in tree(cloud, ann)
+    assert outcome(cloud.move, ann, paths("d", "x"), paths("d/b", "y")) == "same-place"
+    cloud.delete(ann, *paths("d/a", "d/b", "c"))
+    assert sorted(tree(cloud, ann)) == ["d", "d/a (2)"]
+    audit(cloud)
+
+
+def test_a_copy_of_a_tree_moves_no_bytes(cloud, ann):
+    for n in range(5):
+        put(cloud, ann, "d/s%d/f" % n, b"%d" % n, parents=True, mtime=n * 1000)
+    cloud.patch(ann, ("d", "s1", "f"), properties={"{urn:x}a": "<a xmlns='urn:x'/>"})
+    chunks = cloud.db.read("SELECT count(*) FROM chunk")
+    copy(cloud, ann, "d", "e")
+    assert cloud.db.read("SELECT count(*) FROM chunk") == chunks
+    assert {path[2:]: data for path, data in tree(cloud, ann, ()).items() if path.startswith("e/")} == {
+        path[2:]: data for path, data in tree(cloud, ann, ()).items() if path.startswith("d/")}
+    assert cloud.stat(ann, ("e", "s3", "f")).mtime == 3000
+    with cloud.listing(ann, ("e", "s1")) as listing:
+        assert list(listing.properties().values()) == [{"{urn:x}a": "<a xmlns='urn:x'/>"}]
+    put(cloud, ann, "e/s1/f", b"changed")
+    assert get(cloud, ann, "d/s1/f") == b"1"
+    audit(cloud)
+    copy(cloud, ann, "d", "flat", deep=False)
+    assert tree(cloud, ann, ("flat",)) == {} and cloud.stat(ann, ("flat",)).size == 0
+    audit(cloud)
+
+
+def test_a_copy_has_its_limits(cloud, ann, monkeypatch):
+    """Q1, Q3"""
+    put(cloud, ann, "d/f", bytes(600), parents=True)
+    put(cloud, ann, "d/g", bytes(1))
+    monkeypatch.setattr(cs, "COPY_LIMIT", 1)
+    assert outcome(copy, cloud, ann, "d", "e") == "too-many"
+    monkeypatch.undo()
+    cloud.accounts.update("ann", ann, quota=1000)
+    assert outcome(copy, cloud, ann, "d", "e") == "over-quota"
+    cloud._lanes[ann.account] = 2
+    assert outcome(copy, cloud, ann, "d", "e") == "busy"
+
+
+def take_lock(cloud, who, path, **how):
+    return cloud.lock(who, cs.split_path(path), **{"deep": True, "exclusive": True, "owner": "", "seconds": 60, **how})[0]
+
+
+def holding(*locks):
+    return Preconditions(tokens=frozenset(lock.token for lock in locks))
+
+
+LOCKED = [  # (what is locked, deep, what is tried, outcome without the token)
+    ("d/f", False, lambda c, w, g: put(c, w, "d/f", b"2", g), "locked"),
+    ("d/f", False, lambda c, w, g: put(c, w, "d/other", b"2", g), None),
+    ("d", True, lambda c, w, g: put(c, w, "d/f", b"2", g), "locked"), ("d", False, lambda c, w, g: put(c, w, "d/f", b"2", g), None),
+    ("d", False, lambda c, w, g: put(c, w, "d/new", b"2", g), "locked"),                      # a member more
+    ("d", True, lambda c, w, g: put(c, w, "d/s/new", b"2", g), "locked"), ("d", False, lambda c, w, g: put(c, w, "d/s/new", b"2", g), None),
+    ("d/f", False, lambda c, w, g: c.delete(w, ("d", "f"), given=g), "locked"), ("d", False, lambda c, w, g: c.delete(w, ("d", "f"), given=g), "locked"),
+    ("d/s/x", False, lambda c, w, g: c.delete(w, ("d",), given=g), "locked"),                  # something below
+    ("d/f", False, lambda c, w, g: move(c, w, "d/f", "y", given=g), "locked"), ("d/f", False, lambda c, w, g: move(c, w, "z", "d/f", given=g), "locked"),
+    ("d/f", False, lambda c, w, g: copy(c, w, "d/f", "y", given=g), None), ("d", True, lambda c, w, g: copy(c, w, "z", "d/y", given=g), "locked"),
+    ("d/s/x", False, lambda c, w, g: move(c, w, "z", "d", given=g), "locked"),
+    ("d/f", False, lambda c, w, g: c.patch(w, ("d", "f"), g, mtime=5), "locked"),
+    ("d", False, lambda c, w, g: c.make_collection(w, ("d", "n"), g), "locked"),
+    ("d/f", False, lambda c, w, g: c.restore_version(w, ("d", "f"), c.stat(w, ("d", "f")).rev, g), "locked"),
+]
+
+
+@pytest.mark.parametrize("place, deep, tried, want", LOCKED)
+def test_locks_guard_writes(cloud, ann, place, deep, tried, want):
+    """RFC 4918 s7"""
+    put(cloud, ann, "d/f", b"1", parents=True)
+    put(cloud, ann, "d/s/x", b"1", parents=True)
+    put(cloud, ann, "z", b"z")
+    lock = take_lock(cloud, ann, place, deep=deep)
+    found = outcome(tried, cloud, ann, ANY)
+    assert (found if isinstance(found, str) else None) == want
+    if want:
+        stolen = holding(lock._replace(token="urn:uuid:no"))
+        assert outcome(tried, cloud, ann, stolen) == "locked"
+        assert not isinstance(outcome(tried, cloud, ann, holding(lock)), str)
+    audit(cloud)
+
+
+def test_a_lock_appearing_while_a_body_arrives_counts(cloud, ann):
+    """R14"""
+    put(cloud, ann, "a", b"0")
+
+    class Slow(Body):
+        def readinto(self, buffer):
+            if not getattr(self, "touched", False):
+                self.touched = True
+                take_lock(cloud, ann, "a")
+            return super().readinto(buffer)
+    assert outcome(cloud.write, ann, ("a",), Slow(b"late")) == "locked"
+
+
+def test_locks_conflict_or_are_shared(cloud, ann):
+    put(cloud, ann, "d/f", parents=True)
+    shared = take_lock(cloud, ann, "d/f", exclusive=False)
+    again = take_lock(cloud, ann, "d/f", exclusive=False)
+    assert outcome(take_lock, cloud, ann, "d/f") == "lock-conflict" and outcome(take_lock, cloud, ann, "d") == "lock-conflict"
+    assert outcome(put, cloud, ann, "d/f") == "locked"
+    put(cloud, ann, "d/f", b"2", holding(again))
+    cloud.unlock(ann, ("d", "f"), shared.token)
+    assert outcome(cloud.unlock, ann, ("d", "f"), shared.token) == "no-token"
+
+
+def test_locks_end_refresh_and_do_not_travel(make_cloud, fake):
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    put(cloud, ann, "a")
+    lock = take_lock(cloud, ann, "a", seconds=60)
+    fake.pass_(50_000)
+    assert cloud.refresh(ann, ("a",), frozenset([lock.token]), 60).due > lock.due
+    fake.pass_(50_000)
+    assert outcome(put, cloud, ann, "a") == "locked"
+    fake.pass_(20_000)
+    put(cloud, ann, "a")
+    assert outcome(cloud.refresh, ann, ("a",), frozenset([lock.token]), 60) == "precondition-failed"
+    lock = take_lock(cloud, ann, "a")
+    move(cloud, ann, "a", "b", given=holding(lock))
+    put(cloud, ann, "b")
+    lock = take_lock(cloud, ann, "b")
+    cloud.delete(ann, ("b",), given=holding(lock))
+    assert cloud.db.read("SELECT count(*) FROM lock") == [(0,)]
+
+
+def test_a_lock_on_nothing_makes_an_empty_file(cloud, ann):
+    """RFC 4918 s7.3"""
+    lock, new = cloud.lock(ann, ("a",), deep=False, exclusive=True, owner="", seconds=60)
+    assert new and get(cloud, ann, "a") == b"" and outcome(put, cloud, ann, "a") == "locked"
+    assert outcome(take_lock, cloud, ann, "no/a") == "no-parent"
+
+
+def test_if_lists_see_locks(cloud, ann):
+    etag = put(cloud, ann, "a").etag
+    lock = take_lock(cloud, ann, "a")
+    for wanted, kind, value, want in ((True, "token", lock.token, None), (True, "token", "urn:no", "precondition-failed"),
+                                      (False, "token", "urn:no", None), (True, "etag", etag, None)):
+        given = Preconditions(tokens=frozenset([lock.token]), lists=((None, ((wanted, kind, value),)),))
+        found = outcome(cloud.patch, ann, ("a",), given, mtime=cloud.stat(ann, ("a",)).mtime)
+        assert (found if isinstance(found, str) else None) == want
+
+
+# ---- history
+
+def test_versions_are_kept_and_restored(cloud, ann):
+    for n in range(4):
+        put(cloud, ann, "a", b"v%d" % n, mtime=n * 1000)
+    move(cloud, ann, "a", "b")
+    found = cloud.versions(ann, ("b",))
+    assert [v.mtime for v in found] == [3000, 2000, 1000, 0] and {v.account for v in found} == {"ann"}
+    node, content = cloud.version(ann, ("b",), found[2].rev)
+    assert content.read(100) == b"v1" and node.name == "b"
+    before = cloud.stat(ann, ("b",)).etag
+    restored = cloud.restore_version(ann, ("b",), found[3].rev)
+    assert get(cloud, ann, "b") == b"v0" and restored.mtime == 0 and restored.etag != before
+    assert len(cloud.versions(ann, ("b",))) == 5
+    cloud.pin(ann, ("b",), found[2].rev, "the good one")
+    assert [v.name for v in cloud.versions(ann, ("b",))] == [None, None, None, "the good one", None]
+    assert outcome(cloud.restore_version, ann, ("b",), 999) == "not-found"
+    audit(cloud)
+
+
+def test_trash_lists_and_restores(cloud, ann):
+    put(cloud, ann, "d/f", b"1", parents=True)
+    put(cloud, ann, "d/g", b"22")
+    cloud.delete(ann, ("d", "f"))
+    cloud.delete(ann, ("d",))
+    assert [item.path for item in cloud.trash(ann)] == [("d",), ("d", "f")]
+    f = cloud.trash(ann)[1].node
+    _, where = cloud.restore(ann, f.node)                # its collection is gone: made anew
+    assert where == [("d", "f")] and tree(cloud, ann) == {"d": None, "d/f": b"1"}
+    _, where = cloud.restore(ann, cloud.trash(ann)[0].node.node)
+    assert where == [("d (2)",)] and get(cloud, ann, "d (2)/g") == b"22" and cloud.trash(ann) == []
+    assert cloud.stat(ann, ("d", "f")).node == f.node
+    assert outcome(cloud.restore, ann, f.node) == "not-found"
+    audit(cloud)
+
+
+def test_many_come_back_in_one_step(cloud, ann):
+    for n in range(5):
+        put(cloud, ann, "d/f%d" % n, b"%d" % n, parents=True)
+    before = tree(cloud, ann)
+    cloud.delete(ann, *[("d", "f%d" % n) for n in range(5)])
+    cloud.delete(ann, ("d",))
+    seq, _ = cloud.restore(ann, *[item.node.node for item in cloud.trash(ann)])
+    assert tree(cloud, ann) == before and cloud.trash(ann) == []
+    audit(cloud)
+
+
+def test_emptying_the_trash_is_for_good(cloud, ann):
+    put(cloud, ann, "a")
+    put(cloud, ann, "b")
+    cloud.delete(ann, ("a",))
+    cloud.delete(ann, ("b",))
+    b, a = cloud.trash(ann)
+    assert cloud.empty_trash(ann, a.node.node) == 1
+    assert [item.path for item in cloud.trash(ann)] == [("b",)] and outcome(cloud.restore, ann, a.node.node) == "not-found"
+    assert cloud.empty_trash(ann) == 1 and cloud.trash(ann) == []
+
+
+def test_the_trash_of_another_is_out_of_reach(cloud, ann):
+    bob = account(cloud, "bob")
+    put(cloud, ann, "a")
+    cloud.delete(ann, ("a",))
+    item, = cloud.trash(ann)
+    assert cloud.trash(bob) == [] and outcome(cloud.restore, bob, item.node.node) == "not-found"
+    assert outcome(cloud.empty_trash, bob, item.node.node) == "not-found"
+    cloud.empty_trash(bob)
+    assert len(cloud.trash(ann)) == 1
+
+
+def past_tree(cloud, who, seq, path=()):
+    node, children = cloud.past(who, path, seq)
+    found = {}
+    for child in children:
+        below = (*path, child.name)
+        found["/".join(below)] = None if child.kind else cloud.past_content(who, below, seq)[1].read(1 << 30)
+        if child.kind:
+            found.update(past_tree(cloud, who, seq, below))
+    return found
+
+
+class Random:
+    """Random changes of a tree by every verb there is, beside a model that is a dict."""
+
+    def __init__(self, cloud, who, rng):
+        self.cloud, self.who, self.rng, self.model = cloud, who, rng, {}
+
+    def collections(self):
+        return [""] + [path for path, data in self.model.items() if data is None]
+
+    def some(self, kind=None):
+        chosen = [path for path, data in self.model.items() if kind is None or (data is None) == (kind == "collection")]
+        return self.rng.choice(chosen) if chosen else None
+
+    def fresh(self):
+        above = self.rng.choice(self.collections())
+        return (above + "/" if above else "") + self.rng.choice("abcdefgh")
+
+    def below(self, path):
+        return [other for other in self.model if other == path or other.startswith(path + "/")]
+
+    def step(self):
+        verb = self.rng.choice([self.put, self.put, self.put, self.overwrite, self.mkcol, self.move, self.move, self.copy, self.delete])
+        before = dict(self.model)
+        try:
+            verb()
+        except CloudError:
+            self.model = before
+        assert tree(self.cloud, self.who) == self.model, verb.__name__
+
+    def put(self):
+        path, data = self.fresh(), b"%d" % self.rng.getrandbits(40)
+        put(self.cloud, self.who, path, data)
+        self.model[path] = data
+
+    def overwrite(self):
+        path = self.some("file")
+        if path:
+            self.model[path] = b"%d" % self.rng.getrandbits(60)
+            put(self.cloud, self.who, path, self.model[path])
+
+    def mkcol(self):
+        path = self.fresh()
+        self.cloud.make_collection(self.who, cs.split_path(path))
+        self.model[path] = None
+
+    def transfer(self, verb, keep):
+        source, target = self.some(), self.fresh()
+        if source:
+            verb(self.cloud, self.who, source, target)
+            moved = {target + path[len(source):]: self.model[path] for path in self.below(source)}
+            for path in self.below(target) + ([] if keep else self.below(source)):
+                self.model.pop(path, None)
+            self.model.update(moved)
+
+    def move(self):
+        self.transfer(move, False)
+
+    def copy(self):
+        self.transfer(copy, True)
+
+    def delete(self):
+        path = self.some()
+        if path:
+            self.cloud.delete(self.who, cs.split_path(path))
+            for below in self.below(path):
+                del self.model[below]
+
+
+def test_random_changes_agree_with_a_model_at_every_moment(cloud, ann, rng):
+    """R11, R16, R37: the tree now, every tree before, what changed between any two, and going back to any of them."""
+    game, moments = Random(cloud, ann, rng), []
+    for _ in range(120):
+        game.step()
+        moments.append((cloud.head(), dict(game.model)))
+    audit(cloud)
+    for seq, model in rng.sample(moments, 25):
+        assert past_tree(cloud, ann, seq) == model
+        known = {path: None for path in model}
+        reached, changed = cloud.changes(ann, (), seq)
+        assert apply_changes(cloud, ann, model, changed) == game.model and reached == cloud.head()
+    for seq, model in rng.sample(moments, 15):
+        cloud.rewind(ann, (), seq)
+        assert tree(cloud, ann) == model
+        audit(cloud)
+        assert cloud.rewind(ann, (), seq, dry=True) == (0, 0)
+        for _ in range(rng.randint(0, 4)):
+            game.model = tree(cloud, ann)
+            game.step()
+            moments.append((cloud.head(), dict(game.model)))
+
+
+def apply_changes(cloud, who, model, changed):
+    """What a client that had `model` has after it was told of changes: {path: bytes or None}."""
+    gone = {change.was for change in changed if change.was is not None}
+    result = {path: data for path, data in model.items()
+              if not any(cs.split_path(path)[:len(was)] == was for was in gone)}
+    for change in changed:
+        if change.path is not None:
+            result["/".join(change.path)] = None if change.node.kind else get(cloud, who, "/".join(change.path))
+            if change.node.kind:
+                result.update({"/".join(change.path) + "/" + below: data
+                               for below, data in tree_at(cloud, who, change.path).items()})
+    return result
+
+
+def tree_at(cloud, who, path):
+    skip = len("/".join(path)) + 1
+    return {below[skip:]: data for below, data in tree(cloud, who, path).items()}
+
+
+def test_any_step_can_be_undone(cloud, ann, rng):
+    game = Random(cloud, ann, rng)
+    for _ in range(80):
+        before, seq = dict(game.model), cloud.head()
+        game.step()
+        if cloud.head() > seq:
+            _, left = cloud.undo(ann, cloud.head())
+            assert left == 0 and tree(cloud, ann) == before
+            cloud.undo(ann, cloud.head())                # and the undoing can be
+            assert tree(cloud, ann) == game.model
+    audit(cloud)
+
+
+def test_undo_leaves_what_changed_since(cloud, ann):
+    cloud.make_collection(ann, ("d",))
+    made = cloud.head()
+    put(cloud, ann, "d/f", b"later")
+    assert cloud.undo(ann, made)[1] == 1 and tree(cloud, ann) == {"d": None, "d/f": b"later"}
+    put(cloud, ann, "a", b"1")
+    put(cloud, ann, "a", b"2")
+    second = cloud.head()
+    put(cloud, ann, "a", b"3")
+    assert cloud.undo(ann, second)[1] == 1 and get(cloud, ann, "a") == b"3"
+    cloud.delete(ann, ("a",))
+    deleted = cloud.head()
+    put(cloud, ann, "a", b"another")
+    assert cloud.undo(ann, deleted) and get(cloud, ann, "a (2)") == b"3" and get(cloud, ann, "a") == b"another"
+    assert outcome(cloud.undo, ann, 999) == "not-found" and outcome(cloud.undo, account(cloud, "bob"), deleted) == "not-found"
+    audit(cloud)
+
+
+def test_rewinding_one_collection_spares_the_others(cloud, ann):
+    put(cloud, ann, "in/a", b"1", parents=True)
+    put(cloud, ann, "out/b", b"2", parents=True)
+    seq = cloud.head()
+    put(cloud, ann, "in/a", b"changed")
+    put(cloud, ann, "in/new", b"new")
+    put(cloud, ann, "out/b", b"changed")
+    move(cloud, ann, "out/b", "in/b")
+    assert cloud.rewind(ann, ("in",), seq, dry=True)[1] == 3
+    cloud.rewind(ann, ("in",), seq)
+    assert tree(cloud, ann) == {"in": None, "in/a": b"1", "out": None, "out/b": b"2"}
+    cloud.undo(ann, cloud.head())
+    assert tree(cloud, ann) == {"in": None, "in/a": b"changed", "in/b": b"changed", "in/new": b"new", "out": None}
+    audit(cloud)
+
+
+def test_changes_are_limited_by_whole_batches(cloud, ann):
+    start = cloud.head()
+    for n in range(10):
+        put(cloud, ann, "f%d" % n)
+    seen, seq = [], start
+    while seq < cloud.head():
+        seq, changed = cloud.changes(ann, (), seq, limit=3)
+        seen += [change.path[0] for change in changed]
+    assert seen == ["f%d" % n for n in range(10)]
+    assert outcome(cloud.changes, ann, (), 10_000) == "gone"
+
+
+def test_times_lead_to_moments(make_cloud, fake):
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    marks = []
+    for n in range(10):
+        fake.pass_(cs.MINUTE)
+        put(cloud, ann, "a", b"%d" % n)
+        marks.append((cloud.clock.wall(), cloud.head()))
+    for at, seq in marks:
+        assert cloud.seq_at(at) == cloud.seq_at(at + 1000) == seq
+    assert cloud.seq_at(0) == 1 and cloud.seq_at(1 << 50) == cloud.head()
+
+
+def test_activity_tells_who_did_what_with_what(cloud, ann):
+    _, token = cloud.accounts.add_token(ann, "laptop")
+    put(cloud, identify(cloud, "Bearer " + token), "a")
+    cloud.delete(ann, ("a",))
+    steps = cloud.activity(ann)
+    assert [(s.action, s.device, s.undoable) for s in steps[:3]] == [
+        ("delete", "", True), ("write", "laptop", True), ("device-add", "", False)]
+    assert steps[1].detail == {"path": "a"} and len(cloud.activity(ann, before=steps[1].seq, limit=1)) == 1
+    assert [s.action for s in cloud.activity(ann, action="write")] == ["write"]
+    assert all(s.account != "ann" for s in cloud.activity(account(cloud, "bob")) if s.action == "write")
+
+
+def test_search_finds_names_in_any_case_below_a_path(cloud, ann):
+    for path in ("Photos/Summer 2026/Über den Wolken.jpg", "Photos/winter.JPG", "docs/summer plan.txt", "x%y_z"):
+        put(cloud, ann, path, parents=True)
+    names = lambda text, path="": [where[-1] for where, _ in cloud.search(ann, text, cs.split_path(path))]
+    assert sorted(names("summer")) == ["Summer 2026", "summer plan.txt"] and names("ÜBER wolken") == ["Über den Wolken.jpg"]
+    assert names("jpg", "Photos") and not names("jpg", "docs") and names("%") == ["x%y_z"] and names("") == []
+    cloud.delete(ann, ("Photos",))
+    assert names("wolken") == [] and cloud.search(account(cloud, "bob"), "summer") == []
+
+
+# ---- resumable uploads
+
+def test_an_upload_in_parts_becomes_a_file(cloud, ann, rng):
+    data = os.urandom(9 * MiB + 5)
+    upload = cloud.create_upload(ann, ("big.bin",), len(data), mtime=1000)
+    at = 0
+    while at < len(data):
+        count = rng.choice((1, 70_000, 3 * MiB, 6 * MiB))
+        upload = cloud.append(ann, upload.id, at, Body(data[at:at + count]))
+        at += len(data[at:at + count])
+        assert upload.received == at and ("big.bin" in tree(cloud, ann)) == (at == len(data))      # R9
+    assert get(cloud, ann, "big.bin") == data and cloud.stat(ann, ("big.bin",)).mtime == 1000
+    assert json.loads(upload.done)["node"] == cloud.stat(ann, ("big.bin",)).node
+    assert cloud.db.read("SELECT count(*) FROM upload_chunk") == [(0,)]
+    audit(cloud)
+
+
+def test_an_upload_keeps_what_arrived_before_a_break(cloud, ann):
+    """R23"""
+    data = os.urandom(5 * MiB)
+
+    class Breaking(Body):
+        def readinto(self, buffer):
+            return super().readinto(buffer) or (_ for _ in ()).throw(CloudError("bad-request", "gone"))
+    upload = cloud.create_upload(ann, ("a",), len(data))
+    body = Breaking(data[:4_500_000])
+    body.length = len(data)
+    assert outcome(cloud.append, ann, upload.id, 0, body) == "bad-request"
+    assert cloud.upload(ann, upload.id).received == 4_500_000
+    assert outcome(cloud.append, ann, upload.id, 0, Body(b"x")) == "offset"
+    cloud.append(ann, upload.id, 4_500_000, Body(data[4_500_000:]))
+    assert get(cloud, ann, "a") == data
+
+
+def test_a_part_with_a_wrong_checksum_does_not_count(cloud, ann):
+    upload = cloud.create_upload(ann, ("a",), 6)
+    cloud.append(ann, upload.id, 0, Body(b"abc"), checksum=("sha1", hashlib.sha1(b"abc").digest()))
+    assert outcome(cloud.append, ann, upload.id, 3, Body(b"def"), checksum=("sha1", b"0" * 20)) == "bad-upload-checksum"
+    assert cloud.upload(ann, upload.id).received == 3
+    cloud.append(ann, upload.id, 3, Body(b"def"))
+    assert get(cloud, ann, "a") == b"abcdef"
+
+
+def test_uploads_have_their_limits(make_cloud, fake):
+    """R23, Q1, Q4"""
+    cloud = make_cloud(clock=fake.clock())
+    ann, bob = account(cloud, quota=1000), account(cloud, "bob")
+    assert outcome(cloud.create_upload, ann, ("a",), 1001) == "over-quota"
+    first = cloud.create_upload(ann, ("a",), 600)
+    assert outcome(cloud.create_upload, ann, ("b",), 600) == "over-quota"        # reserved
+    assert outcome(put, cloud, ann, "c", bytes(600)) == "over-quota"
+    assert outcome(cloud.append, ann, first.id, 0, Body(bytes(601))) == "too-large"
+    assert outcome(cloud.append, bob, first.id, 0, Body(bytes(6))) == "not-found"
+    assert outcome(cloud.create_upload, ann, ("no", "a"), 1) == "no-parent"
+    cloud.append(ann, first.id, 0, Body(bytes(600)))                             # the reservation is used, not added
+    assert cloud.stat(ann, ()).size == 600
+    second = cloud.create_upload(ann, ("b",), 10)
+    fake.pass_(cs.UPLOAD_LIFE + 1000)
+    assert outcome(cloud.append, ann, second.id, 0, Body(b"x")) == "gone"
+
+
+def test_an_upload_whose_place_is_taken_meanwhile_waits(cloud, ann):
+    upload = cloud.create_upload(ann, ("a",), 3, Preconditions(if_none_match=("*",)))
+    put(cloud, ann, "a", b"first")
+    assert outcome(cloud.append, ann, upload.id, 0, Body(b"abc")) == "precondition-failed"
+    assert get(cloud, ann, "a") == b"first"
+    cloud.delete(ann, ("a",))
+    cloud.append(ann, upload.id, 3, Body(b""))           # nothing more to send: tried again
+    assert get(cloud, ann, "a") == b"abc"
+
+
+def test_an_empty_upload_is_a_file_at_once(cloud, ann):
+    assert cloud.create_upload(ann, ("a",), 0).done and get(cloud, ann, "a") == b""
+
+
+def test_an_upload_may_learn_its_length_late(cloud, ann):
+    upload = cloud.create_upload(ann, ("a",), None)
+    cloud.append(ann, upload.id, 0, Body(b"abc"))
+    assert "a" not in tree(cloud, ann)
+    cloud.append(ann, upload.id, 3, Body(b"d"), size=4)
+    assert get(cloud, ann, "a") == b"abcd"
 
 
 # ==== 8. HTTP ============================================================================
