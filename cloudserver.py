@@ -14,7 +14,10 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      6  Accounts        Accounts                                       who is asking
      7  Operations      Cloud                                          every verb, behind every door
      8  HTTP            Request Response route respond Handler         the only code that touches a socket
+     9  JSON API        api_*                                          what the page and programs use
+    10  Transfer        tus_*                                          resumable uploads
     11  WebDAV          dav_*                                          RFC 4918
+    13  Web pages       PAGE web_page                                  the embedded page
     14  Service         CloudServer Janitor Supervisor                 start, stop, logs, background jobs
     15  Command line    main                                           a function per command
 
@@ -41,10 +44,13 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import errno
 import getpass
 import hashlib
 import hmac
+import inspect
+import io
 import ipaddress
 import itertools
 import json
@@ -67,8 +73,9 @@ import threading
 import time
 import unicodedata
 import uuid
-import zlib
 import xml.etree.ElementTree as ET
+import zipfile
+import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -772,6 +779,21 @@ def parse_basic(text: str) -> tuple[str, str] | None:
     return (name, password) if mark else None
 
 
+_METADATA = re.compile(r"([^\s,]+)(?: ([A-Za-z0-9+/=]*))?")
+
+
+def parse_metadata(text: str) -> dict[str, str]:
+    """Upload-Metadata: "path cGF0aA==,mtime MTAwMA==" to {"path": "path", ...}."""
+    found = {}
+    for part in text.split(",") if text else ():
+        pair = _METADATA.fullmatch(part.strip())
+        try:
+            found[pair[1]] = base64.b64decode(pair[2] or "", validate=True).decode("utf-8")
+        except (TypeError, ValueError):
+            raise CloudError("bad-request", "malformed Upload-Metadata") from None
+    return found
+
+
 def format_disposition(name: str, *, inline: bool = False) -> str:
     """A Content-Disposition field that gives `name` safely (RFC 6266, RFC 8187; H23)."""
     kind = "inline" if inline else "attachment"
@@ -1010,9 +1032,12 @@ class ObjectDirectory:
         sync_directory(self.home)
         sync_directory(self.home.parent)
 
+    def _shard(self, name: str) -> Path:
+        return self.home / name.lstrip(".")[:2]          # a file that is being written begins with a dot
+
     def put(self, name: str, data: bytes | memoryview) -> None:
         """Store an object durably.  raises OSError; then nothing of that name is there."""
-        shard = self.home / name[:2]
+        shard = self._shard(name)
         temporary = shard / ("." + name)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_EXTRA, 0o600)
         try:
@@ -1031,12 +1056,15 @@ class ObjectDirectory:
 
     def get(self, name: str) -> BinaryIO:
         """Open an object.  raises FileNotFoundError."""
-        return open(os.open(self.home / name[:2] / name, os.O_RDONLY | O_EXTRA), "rb", buffering=0)
+        return open(os.open(self._shard(name) / name, os.O_RDONLY | O_EXTRA), "rb", buffering=0)
+
+    def has(self, name: str) -> bool:
+        return (self._shard(name) / name).exists()
 
     def delete(self, name: str) -> None:
         """Remove an object; one that is gone already is fine."""
         try:
-            os.unlink(self.home / name[:2] / name)
+            os.unlink(self._shard(name) / name)
         except FileNotFoundError:
             pass
 
@@ -1333,13 +1361,19 @@ def hash_file(file: BinaryIO) -> str:
 
 
 def read_slice(part: bytes | FileSlice) -> bytes:
-    if isinstance(part, bytes):
-        return part
+    return part if isinstance(part, bytes) else b"".join(read_pieces(part, part.count))
+
+
+def read_pieces(part: FileSlice, step: int = 256 * KiB) -> Iterator[bytes]:
+    """The bytes of a slice, some at a time.  raises CloudError if the file is shorter"""
     part.file.seek(part.start)
-    data = part.file.read(part.count)
-    if len(data) != part.count:
-        raise CloudError("storage-failed", "a part of the file is cut short")
-    return data
+    left = part.count
+    while left:
+        data = part.file.read(min(left, step))
+        if not data:
+            raise CloudError("storage-failed", "a part of the file is cut short")
+        left -= len(data)
+        yield data
 
 
 def storage_error(error: OSError) -> CloudError:
@@ -1553,6 +1587,7 @@ class Database:
         self._queue: deque[_Ticket] = deque()
         self._turn = threading.Lock()
         self.broken = ""                                    # why nothing is written any more (R4)
+        self._index: bool | None = None                      # is there an index of names?
         self._last_id = 0
         self._slot = secrets.randbelow(4096)
         with self._locked():
@@ -1624,6 +1659,17 @@ class Database:
         now = (self.clock.wall() - ID_EPOCH) * 1000
         self._last_id = max(now, self._last_id + 1)
         return self._last_id << 12 | self._slot
+
+    def has_index(self) -> bool:
+        """Is there an index of names?  It is made on the first call, where SQLite can (FTS5, trigrams)."""
+        if self._index is None:
+            try:
+                self.run(Statement("CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', "
+                                   "tokenize = 'trigram')"))
+                self._index = True
+            except CloudError:
+                self._index = False
+        return self._index
 
     def lease(self, name: str, owner: str, life: int) -> int | None:
         """Take or renew a lease for `life` ms; returns its fence, or None while somebody else holds it.
@@ -2171,6 +2217,10 @@ class Accounts:
                 return
         raise CloudError("not-found", "there is no such device")
 
+    def check(self, who: Principal, password: str, address: str) -> None:
+        """Is it the password of the account?  raises CloudError unauthenticated, throttled"""
+        self._by_password(who.name, password, address)
+
     def confirm(self, who: Principal, password: str, address: str) -> None:
         """Take the password once more, for what needs it fresh (A16)."""
         if who.means == "session":
@@ -2309,6 +2359,13 @@ class Listing:
             "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
             "WHERE e.parent = ? AND e.until IS NULL ORDER BY e.key", (self.node.node,)))
 
+    def page(self, order: str, descending: bool, start: int, limit: int) -> Iterator[Node]:
+        """Some of the children; `order` is an expression of SORTS."""
+        direction = " DESC" if descending else ""
+        return map(Node._make, self.read(
+            "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.parent = ? AND e.until IS NULL "
+            "ORDER BY " + order + direction + ", e.key" + direction + " LIMIT ? OFFSET ?", (self.node.node, limit, start)))
+
     def properties(self) -> dict[int, dict[str, str]]:
         """Dead properties of the node and its children: {node: {"{namespace}name": XML}}."""
         found: dict[int, dict[str, str]] = {}
@@ -2407,17 +2464,23 @@ class Tree:
             raise CloudError("not-found", "there is nothing at this path")
         return spot.node
 
+    def find(self, who: Principal, path: tuple[str, ...]) -> Node | None:
+        """The node at a path, if there is one."""
+        return self._spot(who, path).node
+
     def _content(self, node: Node, only: StoredChunk | None = None) -> Content:
         """The bytes of a version; `only` is its chunk if it has one and the caller has read it."""
-        manifest = node.manifest
+        return self.content_of(node.manifest, node.size, only)
+
+    def content_of(self, manifest: str, size: int, only: StoredChunk | None = None) -> Content:
         if manifest[0] != "m":
             if only is None:
                 rows = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (manifest,))
                 only = StoredChunk._make(rows[0]) if rows else None
             if only is None:
                 raise CloudError("storage-failed", "a part of the file is missing")
-            return Content(self.blobs, node.size, only)
-        return Content(self.blobs, node.size, more=lambda offset: [
+            return Content(self.blobs, size, only)
+        return Content(self.blobs, size, more=lambda offset: [
             (at, StoredChunk._make(chunk)) for at, *chunk in self.db.read(
                 "SELECT m.offset, " + CHUNK + " FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
                 "WHERE m.manifest = ? AND m.offset >= (SELECT max(offset) FROM manifest_chunk WHERE manifest = ? "
@@ -3376,6 +3439,29 @@ class History(Tree):
         """History before this seq may have been thinned out."""
         return int(self.db.setting("oldest") or 1)
 
+    def walk_contents(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
+                      seq: int | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
+        """(path from there, node, bytes or None for a collection) of all below a path, as of now or of a seq.
+
+        names    only these members; a single file as `path` gives itself, with the path ()
+        """
+        seq = self.head() if seq is None else seq
+        first = [(name, self.past(who, path + name, seq)[0]) for name in names] or [((), self.past(who, path, seq)[0])]
+        return self._walk_past(first, seq)
+
+    def _walk_past(self, pending: list[tuple[tuple[str, ...], Node]], seq: int) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
+        pending.reverse()
+        while pending:
+            path, node = pending.pop()
+            if node.kind:
+                if path:
+                    yield path, node, None
+                with self.db.snapshot() as read:
+                    children = _Past(read, node.node, seq).children(node.node)
+                pending += [(path + (child.name,), child) for child in reversed(children)]
+            else:
+                yield path, node, self._content(node)
+
     def seq_at(self, at: int) -> int:
         """The seq that was the newest at a time, ms since 1970."""
         low, high = 1, self.head()
@@ -3774,6 +3860,15 @@ UPLOAD_LIMIT = 1000             # at a time, per account
 class Cloud(History):
     """The cloud of all accounts: what any door can do, it does by one call here."""
 
+    def numbers(self) -> dict[str, int]:
+        """How much there is, for an administrator."""
+        names = ("accounts", "seq", "uploads", "locks", "chunks", "bad_chunks")
+        counts = self.db.read("SELECT (SELECT count(*) FROM account WHERE removed IS NULL), (SELECT max(seq) FROM journal), "
+                              "(SELECT count(*) FROM upload WHERE done IS NULL), (SELECT count(*) FROM lock), "
+                              "(SELECT count(*) FROM chunk), (SELECT count(*) FROM chunk WHERE bad IS NOT NULL)")[0]
+        usage = shutil.disk_usage(self.config.data)
+        return {**dict(zip(names, counts)), "disk_free": usage.free, "disk_total": usage.total}
+
     # ---- resumable uploads: parts go straight into chunks, finishing moves a pointer
 
     def create_upload(self, who: Principal, path: tuple[str, ...], size: int | None, given: Preconditions = ANY, *,
@@ -4113,6 +4208,7 @@ def check_origin(who: Principal, request: Request) -> None:
         raise CloudError("cross-site", "a browser must say where this came from")
 
 
+IN_QUERY = ("GET", "HEAD", "PUT", "DELETE")      # methods whose declared arguments stand in the query
 VALUE_TYPES: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
@@ -4128,7 +4224,7 @@ TEXT_VALUES = {"integer": lambda text: int(text) if re.fullmatch(r"-?\d{1,18}", 
 
 def read_values(request: Request, declared: dict[str, str]) -> dict[str, Any]:
     """The arguments a route declares, of the right types and no others (A1)."""
-    if request.method in ("GET", "HEAD", "DELETE"):
+    if request.method in IN_QUERY:
         values: dict[str, Any] = {}
         for name, text in parse_pairs(request.query):
             kind = declared.get(name, declared.get(name + "_", ""))
@@ -4582,7 +4678,7 @@ class Handler(BaseHTTPRequestHandler):
                 pending = b""
                 sent += self._send_slice(part)
                 continue
-            for data in (part,) if isinstance(part, bytes) else self._read_slice(part):
+            for data in (part,) if isinstance(part, bytes) else read_pieces(part):
                 sent += len(data)
                 self.send_all(pending + (b"%x\r\n%b\r\n" % (len(data), data) if chunked else data))
                 pending = b""
@@ -4612,7 +4708,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_slice(self, part: FileSlice) -> int:
         if self.server.tls or not hasattr(os, "sendfile"):
-            return sum(self.send_all(data) or len(data) for data in self._read_slice(part))
+            return sum(self.send_all(data) or len(data) for data in read_pieces(part))
         out, file, start, left, since = self.sock.fileno(), part.file.fileno(), part.start, part.count, time.monotonic()
         while left:
             try:
@@ -4624,16 +4720,6 @@ class Handler(BaseHTTPRequestHandler):
                 raise CloudError("storage-failed", "a part of the file is cut short")
             start, left, since = start + count, left - count, time.monotonic()
         return part.count
-
-    def _read_slice(self, part: FileSlice) -> Iterator[bytes]:
-        part.file.seek(part.start)
-        left = part.count
-        while left:
-            data = part.file.read(min(left, 256 * KiB))
-            if not data:
-                raise CloudError("storage-failed", "a part of the file is cut short")
-            left -= len(data)
-            yield data
 
     def _linger(self) -> None:
         """Let the peer read the answer before the connection goes: half-close, then discard for a while (H18)."""
@@ -4683,6 +4769,598 @@ def health(cloud: Cloud, who: Principal, request: Request) -> Response:
     state = cloud.health()
     return Response(200 if state == "ok" else 503, state.encode() + b"\n", {"Content-Type": "text/plain; charset=utf-8",
                                                                             "Cache-Control": "no-store"})
+
+
+# ==== 9. JSON API ========================================================================
+#
+# /api/v1/: everything the page can do, and so can any program.  Paths are strings like "photos/a.jpg", "" is the root;
+# times go out as RFC 3339 and come in so or as ms since 1970; ids and versions are decimal strings.
+
+API = "/api/v1/"
+TEXT = "string"
+PAGE_LIMIT = 10_000             # entries in one answer
+SORTS = {"name": "e.key", "size": "coalesce(c.size, e.size)", "mtime": "e.mtime", "kind": "e.kind"}
+
+
+def api_node(node: Node, path: Sequence[str]) -> dict[str, Any]:
+    """A node as JSON tells it."""
+    about = {"path": "/".join(path), "name": node.name, "kind": "collection" if node.kind else "file", "size": node.size,
+             "mtime": format_time(node.mtime), "etag": node.etag, "node": str(node.node)}
+    if node.kind:
+        about["files"] = node.files
+    else:
+        about.update(media=node.media, version=str(node.rev))
+        if node.manifest[0] != "m":
+            about["sha256"] = node.manifest
+    return about
+
+
+def read_moment(cloud: Cloud, value: Any) -> int:
+    """The seq of a moment: a time, or "seq:123"."""
+    if isinstance(value, str) and re.fullmatch(r"seq:\d{1,18}", value):
+        return int(value[4:])
+    return cloud.seq_at(parse_time(value))
+
+
+def read_id(value: Any) -> int:
+    if isinstance(value, str) and re.fullmatch(r"\d{1,19}", value):
+        return int(value)
+    raise CloudError("bad-request", "an id is a string of digits")
+
+
+def read_limit(value: int | None, most: int = PAGE_LIMIT) -> int:
+    if value is not None and not 1 <= value <= most:
+        raise CloudError("bad-request", "limit is 1 to %d" % most)
+    return value or min(1000, most)
+
+
+@route("GET", "/api/v1", needs="nothing")
+def api_root(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What this is, and its limits."""
+    return json_response({
+        "name": "cloudserver", "set_up": cloud.accounts.is_set_up(), "openapi": API + "openapi.json",
+        "limits": {"file": parse_size(cloud.config.max_file), "name": NAME_LIMIT, "path": PATH_LIMIT, "depth": DEPTH_LIMIT,
+                   "chunk": CHUNK_LIMIT, "entries": PAGE_LIMIT, "copy": COPY_LIMIT}})
+
+
+# ---- setting up and logging in
+
+@route("POST", API + "setup", needs="nothing", token=TEXT, name=TEXT, password=TEXT)
+def api_setup(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Make the first account with the token of the setup link, and log in."""
+    check_safe(request)
+    values = request.values
+    cloud.accounts.claim(values["token"], values["name"], values["password"], request.address)
+    return api_login(cloud, who, request)
+
+
+@route("POST", API + "login", needs="nothing", name=TEXT, password=TEXT)
+def api_login(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Open a session; its cookie comes with the answer."""
+    check_safe(request)
+    values = request.values
+    secret, who = cloud.accounts.log_in(values["name"], values["password"], request.address,
+                                        request.fields.get("user-agent", ""))
+    return json_response(api_account_of(cloud, who), 200, **{"Set-Cookie": format_cookie(request, secret, SESSION_LIFE // 1000)})
+
+
+def check_safe(request: Request) -> None:
+    if not request.safe:
+        raise CloudError("insecure", "passwords are not accepted over plain HTTP from another machine; use HTTPS")
+
+
+def format_cookie(request: Request, secret: str, seconds: int) -> str:
+    """A8"""
+    name, secure = ("__Host-session", "; Secure") if request.https else ("session", "")
+    return "%s=%s; Path=/; Max-Age=%d; HttpOnly; SameSite=Lax%s" % (name, secret, seconds, secure)
+
+
+@route("POST", API + "logout", needs="read")
+def api_logout(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """End this session."""
+    if who.means == "session":
+        cloud.accounts.revoke(who, who.device)
+    return Response(204, b"", {"Set-Cookie": format_cookie(request, "", 0)})
+
+
+@route("POST", API + "confirm", needs="account", password=TEXT)
+def api_confirm(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Give the password once more, for what needs it fresh."""
+    cloud.accounts.confirm(who, request.values["password"], request.address)
+    return Response(204)
+
+
+@route("GET", API + "account", needs="read")
+def api_account(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Who is logged in, and what they use."""
+    return json_response(api_account_of(cloud, who))
+
+
+def api_account_of(cloud: Cloud, who: Principal) -> dict[str, Any]:
+    used, left = cloud.quota(who)
+    return {"name": who.name, "admin": who.admin, "means": who.means, "readonly": who.readonly, "used": used, "left": left,
+            "quota": cloud.accounts.get(who.name).quota}
+
+
+@route("POST", API + "account/password", needs="account", old=TEXT, new=TEXT)
+def api_password(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Change the password; every session and app password ends."""
+    cloud.accounts.check(who, request.values["old"], request.address)
+    cloud.accounts.set_password(who.name, request.values["new"], who)
+    return Response(204, b"", {"Set-Cookie": format_cookie(request, "", 0)})
+
+
+@route("GET", API + "devices", needs="account")
+def api_devices(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Sessions and app passwords."""
+    return json_response({"devices": [
+        {"id": device.id, "kind": device.kind, "name": device.name, "readonly": bool(device.readonly),
+         "limited": device.node is not None, "created": format_time(device.created), "address": device.address,
+         "used": device.used and format_time(device.used), "this": device.id == who.device}
+        for device in cloud.accounts.devices(who)]})
+
+
+@route("POST", API + "devices", needs="fresh", name=TEXT, readonly_="boolean", path_=TEXT, days_="integer")
+def api_add_device(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Make an app password, perhaps for reading only, for one collection, or for some days; it is shown this once."""
+    values = request.values
+    node = None if values["path"] is None else cloud.stat(who, split_path(values["path"]))
+    if node and not node.kind:
+        raise CloudError("bad-request", "a device can be limited to a collection only")
+    if values["days"] is not None and not 1 <= values["days"] <= 3650:
+        raise CloudError("bad-request", "days is 1 to 3650")
+    id, token = cloud.accounts.add_token(who, values["name"], readonly=bool(values["readonly"]), node=node and node.node,
+                                         life=values["days"] and values["days"] * DAY)
+    return json_response({"id": id, "token": token}, 201)
+
+
+@route("DELETE", API + "devices/<id>", needs="account")
+def api_revoke(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """End a session or app password, at once."""
+    cloud.accounts.revoke(who, id)
+    return Response(204)
+
+
+# ---- files
+
+@route("GET", API + "files/<path>", needs="read", at_=TEXT, sort_=TEXT, order_=TEXT, limit_="integer", after_="integer")
+def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """A node and, of a collection, a page of what it holds; `at` asks for a moment of the past.
+
+    sort  name, size, mtime or kind;  order  asc or desc;  after  the `next` of the page before
+    """
+    values = request.values
+    if values["at"] is not None:
+        node, children = cloud.past(who, path, read_moment(cloud, values["at"]))
+        return json_response({**api_node(node, path), "children": [api_node(child, path + (child.name,)) for child in children],
+                              "next": None})
+    if values["sort"] not in (None, *SORTS) or values["order"] not in (None, "asc", "desc"):
+        raise CloudError("bad-request", "sort by name, size, mtime or kind; order is asc or desc")
+    limit, start = read_limit(values["limit"]), max(0, values["after"] or 0)
+    with cloud.listing(who, path) as listing:
+        page = list(listing.page(SORTS[values["sort"] or "name"], values["order"] == "desc", start, limit + 1))
+        answer = api_node(listing.node, path)
+        if listing.node.kind:
+            answer["children"] = [api_node(child, path + (child.name,)) for child in page[:limit]]
+            answer["next"] = start + limit if len(page) > limit else None
+    return json_response(answer)
+
+
+@route("PUT", API + "files/<path>", needs="write", mtime_=TEXT, parents_="boolean")
+def api_write(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Store the body as a file."""
+    values = request.values
+    node, new = cloud.write(who, path, request.body, read_conditions(request), parents=bool(values["parents"]),
+                            mtime=None if values["mtime"] is None else parse_time(values["mtime"]))
+    return json_response(api_node(node, path), 201 if new else 200, ETag='"%s"' % node.etag)
+
+
+@route("PATCH", API + "files/<path>", needs="write", mtime=TEXT)
+def api_patch(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Set the time of a file or collection."""
+    return json_response(api_node(cloud.patch(who, path, read_conditions(request), mtime=parse_time(request.values["mtime"])), path))
+
+
+@route("GET", API + "content/<path>", needs="read", at_=TEXT, version_=TEXT)
+def api_content(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """The bytes of a file: as it is, as it was at a time, or in a version."""
+    values = request.values
+    if values["version"] is not None:
+        return content_response(request, *cloud.version(who, path, read_id(values["version"])))
+    if values["at"] is not None:
+        return content_response(request, *cloud.past_content(who, path, read_moment(cloud, values["at"])))
+    node, content = cloud.open(who, path)
+    if content is None:
+        raise CloudError("conflict", "this is a collection; ask for it as /api/v1/zip/")
+    return content_response(request, node, content)
+
+
+@route("POST", API + "make-collection", needs="write", path=TEXT, parents_="boolean")
+def api_make_collection(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Make a collection."""
+    path = split_path(request.values["path"])
+    return json_response(api_node(cloud.make_collection(who, path, parents=bool(request.values["parents"])), path), 201)
+
+
+@route("POST", API + "move", needs="write", items="array", clash_=TEXT)
+def api_move(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Move and rename, many in one step.
+
+    items  [{"from": path, "to": path}];  clash  what to do if a place is taken: refuse, replace, keep (both)
+    """
+    return api_transfer(cloud, who, cloud.move, request.values)
+
+
+@route("POST", API + "copy", needs="write", items="array", clash_=TEXT)
+def api_copy(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Copy, many in one step; as move."""
+    return api_transfer(cloud, who, cloud.copy, request.values)
+
+
+def api_transfer(cloud: Cloud, who: Principal, verb: Callable[..., list[tuple[Node, bool]]], values: dict[str, Any]) -> Response:
+    pairs, clash = [], values["clash"] or "refuse"
+    if clash not in ("refuse", "replace", "keep") or not 1 <= len(values["items"]) <= PAGE_LIMIT:
+        raise CloudError("bad-request", "clash is refuse, replace or keep; items are 1 to %d" % PAGE_LIMIT)
+    for item in values["items"]:
+        if not isinstance(item, dict) or set(item) != {"from", "to"}:
+            raise CloudError("bad-request", 'an item is {"from": path, "to": path}')
+        pairs.append((split_path(item["from"]), split_path(item["to"])))
+    arrived = verb(who, *pairs, clash=clash)
+    return json_response({"seq": cloud.head(), "items": [
+        api_node(node, target[:-1] + (node.name,)) for (node, _), (_, target) in zip(arrived, pairs)]})
+
+
+@route("POST", API + "delete", needs="write", paths="array")
+def api_delete(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Move to the trash, many in one step; returns the seq to undo."""
+    return json_response({"seq": cloud.delete(who, *map(split_path, request.values["paths"]))})
+
+
+@route("GET", API + "zip/<path>", needs="read", name_="array", at_=TEXT)
+def api_zip(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """A collection, or those of its members that are named, as a zip archive."""
+    moment = None if request.values["at"] is None else read_moment(cloud, request.values["at"])
+    names = [split_path(name) for name in request.values["name"] or ()]
+    stem = names[0][-1] if len(names) == 1 else path[-1] if path else "files"
+    archive = zip_archive(cloud.walk_contents(who, path, names, moment), stem)
+    return Response(200, archive, {"Content-Type": "application/zip", "Cache-Control": PRIVATE,
+                                   "Content-Disposition": format_disposition(stem + ".zip"), "Content-Security-Policy": SANDBOX})
+
+
+class _Sink(io.RawIOBase):
+    """Where zipfile writes to; what it wrote is taken away piece by piece."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.pieces.append(bytes(data))
+        return len(data)
+
+    def take(self) -> bytes:
+        data, self.pieces = b"".join(self.pieces), []
+        return data
+
+
+def zip_archive(contents: Iterator[tuple[tuple[str, ...], Node, Content | None]], top: str) -> Iterator[bytes]:
+    """A zip archive made while it is sent, not compressed; names are relative and unique (Z1)."""
+    sink = _Sink()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for path, node, content in contents:
+            moment = _EPOCH + timedelta(milliseconds=max(node.mtime, 315_532_800_000))       # not before 1980
+            info = zipfile.ZipInfo("/".join(path or (top,)) + "/" * node.kind, moment.timetuple()[:6] if moment.year < 2108
+                                   else (2107, 12, 31, 23, 59, 58))
+            info.external_attr = (0o40755 << 16 | 0x10) if node.kind else 0o100644 << 16
+            if content is None:
+                archive.writestr(info, b"")
+            else:
+                info.file_size = node.size
+                with archive.open(info, "w", force_zip64=node.size >= GiB) as member:
+                    for part in content.slices():
+                        for piece in (part,) if isinstance(part, bytes) else read_pieces(part):
+                            member.write(piece)
+                            yield sink.take()
+            yield sink.take()
+    yield sink.take()
+
+
+# ---- what was
+
+@route("GET", API + "versions/<path>", needs="read")
+def api_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """The versions of a file, the newest first; the first is what it is now."""
+    return json_response({"versions": [
+        {"version": str(v.rev), "at": format_time(v.at), "size": v.size, "mtime": format_time(v.mtime), "account": v.account,
+         "device": v.device, "name": v.name, **({"sha256": v.manifest} if v.manifest[0] != "m" else {})}
+        for v in cloud.versions(who, path)]})
+
+
+@route("POST", API + "versions/restore", needs="write", path=TEXT, version=TEXT)
+def api_restore_version(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Make an old version the present one."""
+    path = split_path(request.values["path"])
+    return json_response(api_node(cloud.restore_version(who, path, read_id(request.values["version"])), path))
+
+
+@route("POST", API + "versions/pin", needs="write", path=TEXT, version=TEXT, name_=TEXT)
+def api_pin(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Keep a version for good under a name; without a name, let go of it."""
+    cloud.pin(who, split_path(request.values["path"]), read_id(request.values["version"]), request.values["name"])
+    return Response(204)
+
+
+@route("GET", API + "trash", needs="read", before_="integer", limit_="integer")
+def api_trash(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What was deleted, the latest first; go on with before=next."""
+    limit = read_limit(request.values["limit"])
+    items = cloud.trash(who, request.values["before"] or 1 << 62, limit)
+    return json_response({"items": [{**api_node(item.node, item.path), "deleted": format_time(item.at), "by": item.account}
+                                    for item in items], "next": items[-1].node.until if len(items) == limit else None})
+
+
+@route("POST", API + "trash/restore", needs="write", nodes="array")
+def api_restore(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Bring deleted nodes back to where they were."""
+    seq, places = cloud.restore(who, *map(read_id, request.values["nodes"]))
+    return json_response({"seq": seq, "paths": ["/".join(path) for path in places]})
+
+
+@route("POST", API + "trash/empty", needs="write", nodes_="array")
+def api_empty_trash(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Give up deleted nodes for good: those named, or all."""
+    nodes = request.values["nodes"]
+    return json_response({"removed": 0 if nodes == [] else cloud.empty_trash(who, *map(read_id, nodes or ()))})
+
+
+@route("POST", API + "undo", needs="write", seq="integer")
+def api_undo(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Take back one step of the journal; `skipped` counts what changed since and was left alone."""
+    seq, skipped = cloud.undo(who, request.values["seq"])
+    return json_response({"seq": seq, "skipped": skipped})
+
+
+@route("POST", API + "rewind", needs="write", path=TEXT, at="any", dry_="boolean")
+def api_rewind(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Make a collection what it was at a time; dry only counts."""
+    seq, changed = cloud.rewind(who, split_path(request.values["path"]), read_moment(cloud, request.values["at"]),
+                                dry=bool(request.values["dry"]))
+    return json_response({"seq": seq, "changed": changed})
+
+
+@route("GET", API + "activity", needs="read", before_="integer", limit_="integer", action_=TEXT)
+def api_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The journal of the account, the latest first."""
+    values = request.values
+    return json_response({"steps": [
+        {"seq": step.seq, "at": format_time(step.at), "action": step.action, "detail": step.detail, "account": step.account,
+         "device": step.device, "undoable": step.undoable}
+        for step in cloud.activity(who, values["before"] or 1 << 62, read_limit(values["limit"]), values["action"])]})
+
+
+@route("GET", API + "search", needs="read", q=TEXT, path_=TEXT, limit_="integer")
+def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Files and collections by words of their names."""
+    values = request.values
+    found = cloud.search(who, values["q"], split_path(values["path"] or ""), read_limit(values["limit"], 1000))
+    return json_response({"items": [api_node(node, path) for path, node in found]})
+
+
+# ---- for administrators
+
+def api_account_row(account: Account) -> dict[str, Any]:
+    return {"name": account.name, "admin": bool(account.admin), "quota": account.quota, "used": account.used,
+            "files": account.files, "created": format_time(account.created)}
+
+
+@route("GET", API + "accounts", needs="admin")
+def api_accounts(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """All accounts."""
+    return json_response({"accounts": list(map(api_account_row, cloud.accounts.list()))})
+
+
+@route("POST", API + "accounts", needs="admin", name=TEXT, password=TEXT, admin_="boolean", quota_="integer")
+def api_add_account(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Make an account; quota in bytes."""
+    values = request.values
+    cloud.accounts.add(values["name"], values["password"], admin=bool(values["admin"]), who=who,
+                       quota=values["quota"] if values["quota"] is not None or not cloud.config.quota
+                       else parse_size(cloud.config.quota))
+    return json_response(api_account_row(cloud.accounts.get(values["name"])), 201)
+
+
+@route("PATCH", API + "accounts/<name>", needs="admin", admin_="boolean", quota_="integer", password_=TEXT)
+def api_change_account(cloud: Cloud, who: Principal, request: Request, name: str) -> Response:
+    """Change rights, quota (negative is none) or password."""
+    values = request.values
+    if values["password"] is not None:
+        cloud.accounts.set_password(name, values["password"], who)
+    quota = False if values["quota"] is None else None if values["quota"] < 0 else values["quota"]
+    return json_response(api_account_row(cloud.accounts.update(name, who, admin=values["admin"], quota=quota)))
+
+
+@route("DELETE", API + "accounts/<name>", needs="admin")
+def api_remove_account(cloud: Cloud, who: Principal, request: Request, name: str) -> Response:
+    """End an account; its files go after the days that history is kept."""
+    cloud.accounts.remove(name, who)
+    return Response(204)
+
+
+@route("GET", API + "status", needs="admin")
+def api_status(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Version, health and numbers of the server."""
+    return json_response({"version": __version__, "python": sys.version.split()[0], "sqlite": sqlite3.sqlite_version,
+                          "health": cloud.health(), **cloud.numbers()})
+
+
+# ---- OpenAPI, from the table of routes
+
+SCHEMAS = {"any": {}, "array": {"type": "array", "items": {}}}
+
+
+@route("GET", API + "openapi.json", needs="nothing")
+def api_openapi(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """This description."""
+    return Response(200, openapi_document(), {"Content-Type": "application/json; charset=utf-8", "Cache-Control": "no-cache"})
+
+
+@lru_cache(maxsize=1)
+def openapi_document() -> bytes:
+    paths: dict[str, Any] = {}
+    for found in walk_routes(ROUTES):
+        if found.pattern.startswith(("/api/", "/tus", "/healthz")):
+            paths.setdefault(found.pattern.replace("<", "{").replace(">", "}"), {})[found.method.lower()] = describe_route(found)
+    return format_json({
+        "openapi": "3.1.0", "info": {"title": "cloudserver", "version": __version__}, "paths": paths,
+        "components": {"securitySchemes": {"basic": {"type": "http", "scheme": "basic"},
+                                           "token": {"type": "http", "scheme": "bearer"}},
+                       "schemas": {"Problem": {"type": "object", "properties": {
+                           "title": {"type": "string"}, "status": {"type": "integer"}, "detail": {"type": "string"},
+                           "code": {"type": "string", "enum": sorted(ERRORS)}}}}}})
+
+
+def walk_routes(place: dict[str, Any]) -> Iterator[Route]:
+    for part, below in place.items():
+        yield from below.values() if part in ("", "<>", "<path>") else walk_routes(below)
+
+
+def describe_route(found: Route) -> dict[str, Any]:
+    """An operation object of OpenAPI."""
+    text = (found.handler.__doc__ or "").strip()
+    values = {name.rstrip("_"): SCHEMAS.get(kind, {"type": kind}) for name, kind in found.values.items()}
+    required = [name for name in found.values if name[-1] != "_"]
+    about: dict[str, Any] = {"summary": text.partition("\n")[0], "description": inspect.cleandoc(text), "parameters": [],
+                             "responses": {"default": {"description": "done, or a problem", "content": {
+                                 "application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}},
+                             "security": [{"basic": []}, {"token": []}] if found.needs != "nothing" else []}
+    if found.tail:
+        about["parameters"].append({"name": found.tail, "in": "path", "required": True, "schema": {"type": "string"}})
+    if found.method in IN_QUERY:
+        about["parameters"] += [{"name": name, "in": "query", "required": name in required, "schema": schema}
+                                for name, schema in values.items()]
+    elif values:
+        about["requestBody"] = {"content": {"application/json": {"schema": {
+            "type": "object", "properties": values, "required": required, "additionalProperties": False}}}}
+    return about
+
+
+# ==== 10. Transfer =======================================================================
+#
+# Resumable uploads by the tus protocol, 1.0: core, creation, creation-with-upload, creation-defer-length, checksum,
+# expiration, termination.  An upload is finished when its last byte has come; there is nothing to assemble.
+
+TUS_VERSION, TUS_EXTENSIONS = "1.0.0", "creation,creation-with-upload,creation-defer-length,checksum,expiration,termination"
+TUS_CHECKSUMS = {"sha1": "sha1", "sha256": "sha256", "md5": "md5"}
+
+
+def tus_response(status: int, upload: Upload | None = None, now: int = 0, wall: int = 0, **fields: str) -> Response:
+    answer = {"Tus-Resumable": TUS_VERSION, "Cache-Control": "no-store", **{name.replace("_", "-"): value
+                                                                          for name, value in fields.items()}}
+    if upload:
+        answer["Upload-Offset"] = str(upload.received)
+        if upload.done is None:
+            answer["Upload-Expires"] = format_http_date(wall + upload.due - now)
+    return Response(status, b"", answer)
+
+
+def tus_error(error: CloudError, request: Request) -> Response:
+    """A problem document, with what tus clients look for."""
+    response = json_error(error, request)
+    response.fields["Tus-Resumable"] = TUS_VERSION
+    if error.status == 412 and error.detail.get("version"):
+        response.fields["Tus-Version"] = TUS_VERSION
+    return response
+
+
+def check_tus(request: Request) -> None:
+    if request["tus-resumable"] != TUS_VERSION:
+        raise CloudError("precondition-failed", "this server speaks tus " + TUS_VERSION, version=True)
+
+
+def read_number(request: Request, name: str) -> int | None:
+    text = request[name]
+    if text is None:
+        return None
+    if not _LENGTH.fullmatch(text):
+        raise CloudError("bad-request", "malformed " + name)
+    return int(text)
+
+
+def read_tus_checksum(request: Request) -> tuple[str, bytes] | None:
+    text = request["upload-checksum"]
+    if text is None:
+        return None
+    name, _, value = text.partition(" ")
+    if name not in TUS_CHECKSUMS or not re.fullmatch(r"[A-Za-z0-9+/]+=*", value):
+        raise CloudError("bad-request", "unknown or malformed Upload-Checksum")
+    return TUS_CHECKSUMS[name], base64.b64decode(value + "==")
+
+
+@route("OPTIONS", "/tus", needs="nothing", refuse=tus_error)
+def tus_options(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What of tus is understood."""
+    return tus_response(204, Tus_Version=TUS_VERSION, Tus_Extension=TUS_EXTENSIONS,
+                        Tus_Max_Size=str(parse_size(cloud.config.max_file)), Tus_Checksum_Algorithm=",".join(TUS_CHECKSUMS))
+
+
+@route("POST", "/tus", needs="write", refuse=tus_error)
+def tus_create(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Announce an upload.
+
+    Upload-Metadata names the place as `path`, or as `filename` for a file in the root; `mtime` sets its time, `parents`
+    makes missing collections, `clash` is replace (the default) or refuse.
+    """
+    check_tus(request)
+    size, text = read_number(request, "upload-length"), request.fields.get("upload-metadata", "")
+    if (size is None) == (request["upload-defer-length"] is None) or request["upload-defer-length"] not in (None, "1"):
+        raise CloudError("bad-request", "Upload-Length or Upload-Defer-Length: 1 is needed")
+    about = parse_metadata(text)
+    path = split_path(about.get("path") or about.get("filename") or "")
+    if not path or len(text) > 8 * KiB:
+        raise CloudError("bad-request", "Upload-Metadata must hold a path or a filename")
+    given = read_conditions(request)
+    if about.get("clash") == "refuse":
+        given = replace(given, if_none_match=("*",))
+    upload = cloud.create_upload(who, path, size, given, parents="parents" in about, note=text,
+                                 mtime=parse_time(about["mtime"]) if "mtime" in about else None)
+    if request["content-type"] == "application/offset+octet-stream" and not upload.done:
+        upload = cloud.append(who, upload.id, 0, request.body, checksum=read_tus_checksum(request))
+    return tus_response(201, upload, cloud.clock.due(), cloud.clock.wall(), Location="/tus/" + upload.id)
+
+
+@route("HEAD", "/tus/<id>", needs="write", refuse=tus_error)
+def tus_head(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """Where an upload stands."""
+    check_tus(request)
+    upload = cloud.upload(who, id)
+    fields = {"Upload_Length": str(upload.size)} if upload.size is not None else {"Upload_Defer_Length": "1"}
+    if upload.note:
+        fields["Upload_Metadata"] = upload.note
+    return tus_response(200, upload, cloud.clock.due(), cloud.clock.wall(), **fields)
+
+
+@route("PATCH", "/tus/<id>", needs="write", refuse=tus_error)
+def tus_patch(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """The next part of an upload."""
+    check_tus(request)
+    if request["content-type"] != "application/offset+octet-stream":
+        raise CloudError("unsupported-media", "a part is application/offset+octet-stream")
+    offset = read_number(request, "upload-offset")
+    if offset is None:
+        raise CloudError("bad-request", "Upload-Offset is missing")
+    upload = cloud.append(who, id, offset, request.body, size=read_number(request, "upload-length"),
+                          checksum=read_tus_checksum(request))
+    return tus_response(204, upload, cloud.clock.due(), cloud.clock.wall())
+
+
+@route("DELETE", "/tus/<id>", needs="write", refuse=tus_error)
+def tus_delete(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """Give an upload up."""
+    check_tus(request)
+    cloud.drop_upload(who, id)
+    return tus_response(204)
 
 
 # ==== 11. WebDAV =========================================================================
@@ -5178,6 +5856,65 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
     return reached, rows.items()
 
 
+# ==== 13. Web pages ======================================================================
+#
+# The page is one more client of the JSON API: PAGE_HTML, PAGE_STYLE and PAGE_SCRIPT are joined once, and nothing else is
+# loaded.  Names and other users' text enter it by textContent alone (W5).
+
+PAGE_STYLE = r"""
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 40rem; padding: 0 1rem; }
+"""
+
+PAGE_SCRIPT = r"""
+"use strict";
+document.getElementById("app").textContent = "cloudserver";
+"""
+
+PAGE_HTML = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>cloudserver</title>
+<style>{style}</style>
+</head>
+<body>
+<div id="app"></div>
+<noscript>This page needs JavaScript; curl and every WebDAV client work without.</noscript>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def source_hash(text: str) -> str:
+    """How a Content-Security-Policy names a piece of inline source (CSP3 s2.3.1)."""
+    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+PAGE = PAGE_HTML.replace("{style}", PAGE_STYLE).replace("{script}", PAGE_SCRIPT).encode()
+PAGE_FIELDS = {
+    "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache",
+    "ETag": '"%s"' % hashlib.sha256(PAGE).hexdigest()[:16],
+    "Content-Security-Policy": "default-src 'none'; script-src %s; style-src %s; img-src 'self' blob: data:; "
+                               "media-src 'self' blob:; connect-src 'self'; manifest-src 'self'; worker-src 'self'; "
+                               "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; object-src 'none'" % (
+                                   source_hash(PAGE_SCRIPT), source_hash(PAGE_STYLE)),
+    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()"}
+
+
+def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = ()) -> Response:
+    """The page; what it shows is up to its script, which reads the address."""
+    if request["if-none-match"] == PAGE_FIELDS["ETag"]:
+        return Response(304, b"", dict(PAGE_FIELDS))
+    return Response(200, PAGE, dict(PAGE_FIELDS))
+
+
+for _pattern in ("/", "/setup", "/login", "/files/<path>", "/versions/<path>", "/trash", "/activity", "/search", "/settings/<path>"):
+    route("GET", _pattern, needs="nothing")(web_page)
+
+
 # ==== 14. Service ========================================================================
 #
 # One supervisor, several workers that share the listening socket.  1. The supervisor forks before any database is
@@ -5185,7 +5922,7 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
 # only under a lease, and each of their batches says by its guard that the lease still holds.
 
 STOP_TIME = 10                  # seconds that requests in flight get to finish
-LEASE = MINUTE
+LEASE = 2 * MINUTE
 
 
 class CloudServer(ThreadingHTTPServer):
@@ -5402,40 +6139,650 @@ def start_logging(config: Config) -> None:
 
 # ---- what goes on in the background
 
+KEEP_CONDEMNED = DAY            # a chunk nobody refers to waits this long, then its row goes
+KEEP_BURIED = DAY               # ... and this long, longer than any download, then its object
+KEEP_ORPHANS = 7 * DAY          # objects no row knows: longer than any upload
+LADDER = ((365 * DAY, 7 * DAY), (5 * 365 * DAY, 30 * DAY))      # past --keep-days: (versions this old, one in each span)
+PIECE = 500                     # rows that one batch of upkeep touches
+REFERRED = ("(EXISTS (SELECT 1 FROM entry WHERE manifest = chunk.hash) "
+            "OR EXISTS (SELECT 1 FROM manifest_chunk m WHERE m.chunk = chunk.hash) "
+            "OR EXISTS (SELECT 1 FROM upload_chunk u WHERE u.chunk = chunk.hash))")
+
+
+class Upkeep:
+    """Keeps a cloud in order while it is used: history thins out, space comes back, bytes are checked.
+
+    Only the holder of the lease works; every batch guards that it still is the holder.  All times are due times, so
+    a wrong clock makes nothing early.
+    """
+
+    def __init__(self, cloud: Cloud) -> None:
+        self.cloud, self.db, self.clock = cloud, cloud.db, cloud.clock
+        self.owner, self.fence = secrets.token_hex(8), 0
+
+    def hold(self) -> bool:
+        """Take or renew the lease; False while another process has it."""
+        self.fence = self.db.lease("upkeep", self.owner, LEASE) or 0
+        return self.fence > 0
+
+    def _write(self, *body: Statement) -> None:
+        guard = Statement("SELECT 'lease' WHERE (SELECT fence FROM lease WHERE name = 'upkeep') IS NOT ?", (self.fence,))
+        tried = []
+
+        def once() -> Batch:
+            if tried:
+                raise CloudError("busy", "another process took over the upkeep")
+            tried.append(1)
+            return Batch(list(body), [guard])
+        self.db.write(once)
+
+    # ---- what runs out
+
+    def expire(self) -> None:
+        """Locks, sessions, waits, uploads, operation ids, and removed accounts."""
+        now, keep = self.clock.due(), self.cloud.config.keep_days * DAY
+        self._write(Statement("DELETE FROM lock WHERE due <= ?", (now,)),
+                    Statement("DELETE FROM device WHERE idle < ? OR due < ?", (now, now)),
+                    Statement("DELETE FROM throttle WHERE due < ?", (now - HOUR,)),
+                    Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
+                    Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
+                    Statement("DELETE FROM upload WHERE due < ?", (now,)),
+                    Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = 'purged' WHERE until IS NULL "
+                              "AND node IN (SELECT root FROM account WHERE removed < ?)", (now - keep,)))
+
+    def mark_age(self) -> None:
+        """Note how far the journal is, to know later how old a seq is."""
+        self._write(Statement("INSERT OR REPLACE INTO age SELECT ?, max(seq) FROM journal", (self.clock.due(),)))
+
+    def seq_before(self, age: int) -> int:
+        """The newest seq that is at least `age` ms old; 0 if none is known to be."""
+        return self.db.read("SELECT coalesce(max(seq), 0) FROM age WHERE due <= ?", (self.clock.due() - age,))[0][0]
+
+    # ---- history
+
+    def thin(self) -> int:
+        """Past --keep-days: trash goes, versions thin out along the ladder, pinned ones stay; returns rows gone."""
+        cut = self.seq_before(self.cloud.config.keep_days * DAY)
+        if not cut:
+            return 0
+        self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('oldest', ?)", (str(cut),)))
+        gone = 0
+        for (home,) in self.db.read("SELECT id FROM account"):
+            self._write(Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND fate = 'deleted' AND until <= ? "
+                                  "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.since >= entry.until)",
+                                  (home, cut)))
+            rows = []
+            for row in self._thinned(home, cut):
+                rows.append(row)
+                if len(rows) == PIECE:
+                    gone += self._forget(rows)
+            gone += self._forget(rows)
+        return gone + self._cap_history()
+
+    def _thinned(self, home: int, cut: int) -> Iterator[tuple[int, int, int]]:
+        """Ended entries that the ladder gives up."""
+        ages = self.db.read("SELECT due, seq FROM age ORDER BY seq")
+        seqs = [seq for _, seq in ages]
+        last = None
+        for since, node, until, fate, pinned in self.db.each(
+                "SELECT e.since, e.node, e.until, e.fate, p.name IS NOT NULL FROM entry e "
+                "LEFT JOIN pin p ON p.node = e.node AND p.rev = e.rev "
+                "WHERE e.home = ? AND e.until <= ? AND e.fate <> 'purged' ORDER BY e.node, e.since DESC", (home, cut)):
+            ended = ages[bisect.bisect_left(seqs, until)][0]             # at the latest
+            span = next((span for most, span in LADDER if self.clock.due() - ended <= most), None)
+            place = node, span and ended // span
+            if fate == "replaced" and (pinned or span and place != last):
+                last = place
+            else:
+                yield home, since, node
+
+    def _forget(self, rows: list[tuple[int, int, int]]) -> int:
+        count = len(rows)
+        if rows:
+            self._write(Statement("DELETE FROM entry WHERE home = ? AND since = ? AND node = ? AND until IS NOT NULL",
+                                  list(rows), many=True))
+            rows.clear()
+        return count
+
+    def _cap_history(self) -> int:
+        """Where history has a limit: the oldest goes first until it fits."""
+        if not self.cloud.config.history:
+            return 0
+        most, gone = parse_size(self.cloud.config.history), 0
+        for home, live in self.db.read("SELECT a.id, c.size FROM account a JOIN collection c ON c.node = a.root"):
+            over = self.db.read("SELECT coalesce(sum(size), 0) FROM entry WHERE home = ? AND kind = 0", (home,))[0][0] - live - most
+            rows, dead = [], []
+            for since, node, size, fate in self.db.read(
+                    "SELECT e.since, e.node, CASE WHEN e.kind THEN c.size ELSE e.size END, e.fate FROM entry e "
+                    "LEFT JOIN collection c ON c.node = e.node LEFT JOIN pin p ON p.node = e.node AND p.rev = e.rev "
+                    "WHERE e.home = ? AND e.until IS NOT NULL AND e.fate <> 'purged' AND p.name IS NULL ORDER BY e.until", (home,)):
+                if over <= 0:
+                    break
+                (dead if fate == "deleted" else rows).append((home, since, node))
+                over -= size
+            gone += len(dead) + self._forget(rows)
+            if dead:
+                self._write(Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND since = ? AND node = ? AND fate = "
+                                      "'deleted'", dead, many=True))
+        return gone
+
+    def purge(self) -> int:
+        """Remove the rows of what was given up for good, from the leaves up; returns nodes gone."""
+        gone = 0
+        while True:
+            nodes = [node for (node,) in self.db.read("SELECT node FROM entry WHERE fate = 'purged' LIMIT ?", (PIECE,))]
+            below = [row for node in nodes for row in self.db.read(
+                "SELECT home, since, node FROM entry WHERE parent = ? AND until IS NULL LIMIT ?", (node, PIECE))]
+            if not nodes:
+                return gone
+            if below:
+                self._write(Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = 'purged' "
+                                      "WHERE home = ? AND since = ? AND node = ? AND until IS NULL", below, many=True))
+            held = {parent for row in below for (parent,) in self.db.read("SELECT parent FROM entry WHERE home = ? "
+                                                                          "AND since = ? AND node = ?", row)}
+            leaves = [(node,) for node in nodes if node not in held]
+            self._write(*(Statement("DELETE FROM %s WHERE node = ?" % table, leaves, many=True)
+                          for table in ("property", "pin", "lock", "collection", "name_row")),
+                        Statement("DELETE FROM entry WHERE node = ? AND until IS NOT NULL", leaves, many=True))
+            gone += len(leaves)
+
+    # ---- space
+
+    def sweep(self, shards: Iterable[int] = range(256)) -> dict[str, int]:
+        """Give back the space of chunks nobody refers to (invariants of Blobs): condemn, bury, delete."""
+        now, done = self.clock.due(), dict.fromkeys(("manifests", "condemned", "buried", "deleted"), 0)
+        if self.db.broken or int(self.db.setting("hold") or 0) > now:
+            return done                          # a backup copies what we might delete
+        for shard in shards:
+            prefix = "%02x" % shard
+            done["manifests"] += self._sweep_manifests(prefix)
+            done["condemned"] += self._condemn(prefix, now)
+            self._find_orphans(prefix, now)
+        done["buried"] = self._bury(now)
+        done["deleted"] = self._delete(now)
+        return done
+
+    def _sweep_manifests(self, prefix: str) -> int:
+        rows = self.db.read("SELECT id FROM manifest WHERE id >= ? AND id < ? AND NOT EXISTS (SELECT 1 FROM entry "
+                            "WHERE manifest = manifest.id)", ("m" + prefix, "m" + prefix + "g"))
+        for piece in pieces(rows):
+            self._write(Statement("DELETE FROM manifest WHERE id = ? AND NOT EXISTS (SELECT 1 FROM entry "
+                                  "WHERE entry.manifest = manifest.id)", piece, many=True),
+                        Statement("DELETE FROM manifest_chunk WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest "
+                                  "WHERE id = ?1)", piece, many=True),
+                        Statement("DELETE FROM digest WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest "
+                                  "WHERE id = ?1)", piece, many=True))
+        return len(rows)
+
+    def _condemn(self, prefix: str, now: int) -> int:
+        rows = self.db.read("SELECT hash FROM chunk WHERE hash >= ? AND hash < ? AND condemned IS NULL AND at < ? AND NOT "
+                            + REFERRED, (prefix, prefix + "g", now - DAY))
+        for piece in pieces(rows):
+            self._write(Statement("UPDATE chunk SET condemned = ? WHERE hash = ? AND NOT " + REFERRED,
+                                  [(now, hash) for (hash,) in piece], many=True))
+        return len(rows)
+
+    def _bury(self, now: int) -> int:
+        """Rows of chunks condemned long enough go; one that is referred to again is acquitted."""
+        rows = self.db.read("SELECT hash FROM chunk WHERE condemned < ?", (now - KEEP_CONDEMNED,))
+        for piece in pieces(rows):
+            self._write(
+                Statement("UPDATE chunk SET condemned = NULL WHERE hash = ? AND " + REFERRED, piece, many=True),
+                Statement("INSERT OR IGNORE INTO grave SELECT object, ? FROM chunk WHERE hash = ? AND condemned IS NOT NULL "
+                          "AND object IS NOT NULL", [(now + KEEP_BURIED, hash) for (hash,) in piece], many=True),
+                Statement("DELETE FROM digest WHERE manifest = ? AND EXISTS (SELECT 1 FROM chunk WHERE hash = manifest "
+                          "AND condemned IS NOT NULL)", piece, many=True),
+                Statement("DELETE FROM chunk WHERE hash = ? AND condemned IS NOT NULL", piece, many=True))
+        return len(rows)
+
+    def _find_orphans(self, prefix: str, now: int) -> None:
+        """Objects without a row: uploads that broke off, or losers of a race.  They may yet get one."""
+        found = []
+        for name, _, _ in self.cloud.blobs.store.list(prefix):
+            if not self._is_object(name) and not self.db.read("SELECT 1 FROM grave WHERE object = ?", (name,)):
+                found.append((name, now + KEEP_ORPHANS))
+        for piece in pieces(found):
+            self._write(Statement("INSERT OR IGNORE INTO grave VALUES (?, ?)", piece, many=True))
+
+    def _is_object(self, name: str) -> bool:
+        return bool(self.db.read("SELECT 1 FROM chunk WHERE hash = ? AND object = ?", (name.lstrip(".")[:64], name)))
+
+    def _delete(self, now: int) -> int:
+        rows = self.db.read("SELECT object FROM grave WHERE due < ?", (now,))
+        for piece in pieces(rows):
+            for (name,) in piece:
+                if not self._is_object(name):
+                    self.cloud.blobs.store.delete(name)
+            self._write(Statement("DELETE FROM grave WHERE object = ?", piece, many=True))
+        return len(rows)
+
+    # ---- what can be done later than the write
+
+    def index_names(self) -> None:
+        """Bring the index of names up to date, where SQLite has one."""
+        if not self.db.has_index():
+            return
+        done, head = int(self.db.setting("indexed") or 0), self.cloud.head()
+        rows = [row for (home,) in self.db.read("SELECT id FROM account") for row in self.db.read(
+            "SELECT since, node, key FROM entry e WHERE home = ? AND since > ? AND since <= ? AND NOT EXISTS (SELECT 1 FROM entry p "
+            "WHERE p.node = e.node AND p.until = e.since AND p.key = e.key) ORDER BY since LIMIT ?", (home, done, head, 20_000))]
+        reached = head if len(rows) < 20_000 else min(head, max(since for since, _, _ in rows))
+        if reached == done:
+            return
+        (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM name_row")
+        chosen = [(last + n, node, key) for n, (since, node, key) in enumerate(rows, 1) if since <= reached]
+        self._write(Statement("INSERT INTO name_row VALUES (?, ?)", [row[:2] for row in chosen], many=True),
+                    Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True),
+                    Statement("INSERT OR REPLACE INTO setting VALUES ('indexed', ?)", (str(reached),)))
+
+    def digest(self, limit: int = GiB) -> None:
+        """Compute the SHA-256 of files that came in parts, some at a time."""
+        for manifest, size in self.db.read("SELECT id, size FROM manifest WHERE sha256 IS NULL LIMIT 100"):
+            whole = hashlib.sha256()
+            for part in self.cloud.content_of(manifest, size).slices():
+                for piece in (part,) if isinstance(part, bytes) else read_pieces(part):
+                    whole.update(piece)
+            self._write(Statement("UPDATE manifest SET sha256 = ? WHERE id = ?", (whole.hexdigest(), manifest)))
+            limit -= size
+            if limit < 0:
+                break
+
+    def scrub(self) -> None:
+        """Read one of 4096 parts of all chunks; each has its turn in 30 days (R25)."""
+        turn = int(self.db.setting("scrubbed") or 0) % 4096
+        for _ in check_chunks(self.cloud, "%03x" % turn):
+            pass
+        self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('scrubbed', ?)", (str(turn + 1),)))
+
+
+def pieces(rows: Sequence[Any]) -> Iterator[list[Any]]:
+    return (list(rows[at:at + PIECE]) for at in range(0, len(rows), PIECE))
+
+
+def check_chunks(cloud: Cloud, prefix: str = "", quick: bool = False) -> Iterator[tuple[str, int, str | None]]:
+    """Check the chunks whose hashes begin so: (hash, size, what is wrong or None); damage is noted in the rows.
+
+    quick   only that the bytes are there
+    """
+    for hash, size, object, bad, data in cloud.db.each(
+            "SELECT hash, size, object, bad, data FROM chunk WHERE hash >= ? AND hash < ?", (prefix, prefix + "g")):
+        wrong = None
+        try:
+            if object is None:
+                wrong = None if hashlib.sha256(data).hexdigest() == hash else "damaged"
+            else:
+                with cloud.blobs.store.get(object) as file:
+                    if os.fstat(file.fileno()).st_size != size or not quick and hash_file(file) != hash:
+                        wrong = "damaged"
+        except FileNotFoundError:
+            wrong = "missing"
+        except OSError as error:
+            wrong = str(error)
+        if bool(wrong) != bool(bad) and (wrong or not quick):
+            cloud.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ?", (cloud.clock.wall() if wrong else None, hash)))
+        if wrong:
+            log.error("chunk %s is %s", hash, wrong)
+        yield hash, size, wrong
+
+
 class Janitor(threading.Thread):
-    """Does what is due, beside requests, in one process at a time."""
+    """Does what is due, beside requests; what only one process may do, under the lease of Upkeep."""
 
     def __init__(self, cloud: Cloud) -> None:
         super().__init__(name="janitor", daemon=True)
-        self.cloud, self.owner, self.ended = cloud, secrets.token_hex(8), threading.Event()
-        self.next = {name: 0 for name in JOBS}
+        self.cloud, self.upkeep, self.ended = cloud, Upkeep(cloud), threading.Event()
+        self.next = {job: cloud.clock.due() + min(every, MINUTE) for job, (every, _) in JOBS.items()}
+        self.shard = secrets.randbelow(256)
 
     def run(self) -> None:
         while not self.ended.wait(1):
-            for name, (every, alone, job) in JOBS.items():
-                if self.cloud.clock.due() >= self.next[name] and not self.ended.is_set():
-                    self.next[name] = self.cloud.clock.due() + every
-                    self._run(name, alone, job)
+            now = self.cloud.clock.due()
+            for job, (every, run) in JOBS.items():
+                if now >= self.next[job] and not self.ended.is_set():
+                    self.next[job] = now + every
+                    try:
+                        if job in ("devices",) or self.upkeep.hold():
+                            run(self)
+                    except CloudError as error:
+                        log.warning("%s: %s", job, error)
+                    except Exception:
+                        log.exception(job)
 
-    def _run(self, name: str, alone: bool, job: Callable[[Cloud], Any]) -> None:
-        try:
-            if not alone or self.cloud.db.lease("janitor", self.owner, LEASE):
-                job(self.cloud)
-        except CloudError as error:
-            log.warning("%s: %s", name, error)
-        except Exception:
-            log.exception(name)
+    def sweep_some(self) -> None:
+        """One shard in turn: all have theirs within a day."""
+        self.shard = (self.shard + 1) % 256
+        self.upkeep.sweep([self.shard])
 
     def stop(self) -> None:
         self.ended.set()
         self.join(STOP_TIME)
 
 
-JOBS: dict[str, tuple[int, bool, Callable[[Cloud], Any]]] = {  # name: (every ms, in one process only, what)
-    "devices": (MINUTE, False, lambda cloud: cloud.accounts.save_used()),
-    "clock": (MINUTE, True, lambda cloud: cloud.db.save_clock()),
-    "expire": (MINUTE, True, lambda cloud: cloud.expire()),
+JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what)
+    "devices": (MINUTE, lambda janitor: janitor.cloud.accounts.save_used()),
+    "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
+    "expire": (MINUTE, lambda janitor: janitor.upkeep.expire()),
+    "names": (5 * SECOND, lambda janitor: janitor.upkeep.index_names()),
+    "digest": (MINUTE, lambda janitor: janitor.upkeep.digest()),
+    "age": (HOUR, lambda janitor: janitor.upkeep.mark_age()),
+    "purge": (5 * MINUTE, lambda janitor: janitor.upkeep.purge()),
+    "sweep": (5 * MINUTE, Janitor.sweep_some),
+    "scrub": (10 * MINUTE, lambda janitor: janitor.upkeep.scrub()),
+    "thin": (DAY, lambda janitor: janitor.upkeep.thin()),
 }
+
+
+# ---- verify
+
+class Progress:
+    """How far a long command is, on a terminal: count, bytes, rate, time left."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.count, self.done = what, total, 0, 0
+        self.began = self.shown = time.monotonic()
+        self.on = sys.stderr.isatty()
+
+    def add(self, size: int) -> None:
+        self.count, self.done = self.count + 1, self.done + size
+        if self.on and time.monotonic() - self.shown > 0.2:
+            self.shown = time.monotonic()
+            rate = self.done / max(0.001, self.shown - self.began)
+            left = (self.total - self.done) / rate if rate else 0
+            sys.stderr.write("\r%s: %d, %s of %s, %s/s, %d:%02d left \x1b[K" % (
+                self.what, self.count, format_size(self.done), format_size(self.total), format_size(rate), left // 60, left % 60))
+            sys.stderr.flush()
+
+    def end(self) -> None:
+        if self.on:
+            sys.stderr.write("\r\x1b[K")
+
+
+def verify(cloud: Cloud, quick: bool = False) -> list[str]:
+    """Check everything there is; returns a line for each thing that is wrong.  It changes nothing but notes of damage."""
+    wrong = ["database: %s" % row for row in cloud.db.read("PRAGMA %s_check" % ("quick" if quick else "integrity"))
+             if row != ("ok",)]
+    wrong += ["sums of collection %d are wrong" % node for node, *_ in cloud.db.read(WRONG_SUMS)]
+    wrong += ["the bytes of %s are not known" % name for name in names_of(
+        cloud, "NOT EXISTS (SELECT 1 FROM chunk WHERE hash = e.manifest) AND NOT EXISTS (SELECT 1 FROM manifest WHERE id = e.manifest)", ())]
+    wrong += ["the parts of %s do not make its size" % row for row in cloud.db.read(WRONG_MANIFESTS)]
+    (total,), = cloud.db.read("SELECT coalesce(sum(size), 0) FROM chunk")
+    progress, bad = Progress("verify", total), []
+    for hash, size, what in check_chunks(cloud, quick=quick):
+        progress.add(size)
+        if what:
+            bad.append((hash, what))
+    progress.end()
+    for hash, what in bad:
+        touched = list(names_of(cloud, "e.manifest = ? OR e.manifest IN (SELECT manifest FROM manifest_chunk WHERE chunk = ?)",
+                                (hash, hash)))
+        wrong += ["%s: a part is %s" % (name, what) for name in touched or ["chunk " + hash + ", which nothing refers to"]]
+    return wrong
+
+
+WRONG_SUMS = """SELECT c.node FROM collection c WHERE (c.size, c.files) <> (
+    SELECT coalesce(sum(CASE WHEN e.kind THEN k.size ELSE e.size END), 0), coalesce(sum(CASE WHEN e.kind THEN k.files ELSE 1 END), 0)
+    FROM entry e LEFT JOIN collection k ON k.node = e.node WHERE e.parent = c.node AND e.until IS NULL)"""
+WRONG_MANIFESTS = """SELECT m.id FROM manifest m WHERE m.size <> (SELECT coalesce(sum(h.size), -1) FROM manifest_chunk c
+    JOIN chunk h ON h.hash = c.chunk WHERE c.manifest = m.id)"""
+
+
+def names_of(cloud: Cloud, where: str, params: tuple[Any, ...]) -> Iterator[str]:
+    """Files whose present or past content a condition on entry e picks: "ann: photos/a.jpg, version of 2026-..."."""
+    for node, home, account, since, until, at in cloud.db.read(
+            "SELECT e.node, e.home, a.name, e.since, e.until, j.at FROM entry e JOIN account a ON a.id = e.home "
+            "LEFT JOIN journal j ON j.seq = e.rev WHERE e.kind = 0 AND (" + where + ")", params):
+        with cloud.db.snapshot() as read:
+            (root,), = read("SELECT root FROM account WHERE id = ?", (home,))
+            path = _Past(read, root, until - 1 if until else cloud.head()).path(node)
+        yield "%s: %s%s" % (account, "/".join(path or ("(deleted)",)), ", version of " + format_time(at or 0) if until else "")
+
+
+# ---- backup, restore, export, import
+
+def back_up(cloud: Cloud, to: Path) -> tuple[int, int]:
+    """Bring a directory to the state of a cloud, which may be in use; returns (objects copied, bytes).
+
+    Only what the directory lacks is copied.  It becomes the new state all at once, when its database commits; what only
+    the state before needed is removed after that.
+    """
+    make_private_directory(to)
+    store = ObjectDirectory(to / "objects")
+    store.create()
+    hold = Statement("INSERT OR REPLACE INTO setting VALUES ('hold', ?)", (str(cloud.clock.due() + 7 * DAY),))
+    cloud.db.run(hold)                           # what is deleted from now on stays until we are done
+    copied = [0, 0]
+    db = sqlite3.connect(to / "cloud.db", isolation_level=None)
+    try:
+        copy_objects(cloud.blobs.store, store, cloud.db.each(OBJECTS), copied)          # most of it, holding nothing
+        db.execute("ATTACH ? AS live", (str(cloud.db.path),))
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("BEGIN IMMEDIATE")
+        copy_tables(db)
+        copy_objects(cloud.blobs.store, store, db.execute(OBJECTS), copied)             # and what came meanwhile
+        db.execute("COMMIT")
+        if db.execute("PRAGMA main.quick_check").fetchone() != ("ok",):
+            raise CloudError("storage-failed", "the copy of the database is damaged; back up to another place")
+        prune_objects(store, db)
+    finally:
+        db.close()
+        cloud.db.run(Statement("DELETE FROM setting WHERE name = 'hold'"))
+    return copied[0], copied[1]
+
+
+OBJECTS = "SELECT hash, size, object FROM chunk WHERE object IS NOT NULL"
+
+
+def copy_tables(db: sqlite3.Connection) -> None:
+    """Bring the tables of `main` to those of `live`; inline chunks that are there are not copied again."""
+    db.execute("PRAGMA user_version = %d" % db.execute("PRAGMA live.user_version").fetchone())
+    there = {name for (name,) in db.execute("SELECT name FROM main.sqlite_master")}
+    for kind, name, sql in db.execute("SELECT type, name, sql FROM live.sqlite_master WHERE sql IS NOT NULL "
+                                      "AND name NOT LIKE 'name_index%' ORDER BY type DESC").fetchall():
+        if name not in there:
+            db.execute(sql)
+        if kind == "table" and name != "chunk":
+            db.execute('DELETE FROM main."%s"' % name)
+            db.execute('INSERT INTO main."%s" SELECT * FROM live."%s"' % (name, name))
+    db.execute("DELETE FROM main.chunk WHERE NOT EXISTS (SELECT 1 FROM live.chunk l WHERE l.hash = chunk.hash)")
+    db.execute("INSERT INTO main.chunk SELECT * FROM live.chunk l WHERE NOT EXISTS (SELECT 1 FROM main.chunk c WHERE c.hash = l.hash)")
+    db.execute("UPDATE main.chunk SET (object, at, condemned, bad) = (SELECT object, at, condemned, bad FROM live.chunk l "
+               "WHERE l.hash = chunk.hash)")
+    db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed')")
+    db.execute("DELETE FROM main.name_row")
+    db.execute("DELETE FROM main.lease")
+
+
+def copy_objects(source: ObjectDirectory, target: ObjectDirectory, rows: Iterable[tuple[str, int, str]],
+                 copied: list[int]) -> None:
+    """Copy the objects that are not there, checking each by its hash."""
+    rows = [row for row in rows if not target.has(row[2])]
+    progress = Progress("copy", sum(size for _, size, _ in rows))
+    for hash, size, name in rows:
+        with source.get(name) as file:
+            data = file.read()
+        if hashlib.sha256(data).hexdigest() == hash:
+            target.put(name, data)
+            copied[0], copied[1] = copied[0] + 1, copied[1] + size
+        else:
+            log.error("chunk %s is damaged and was not copied; run verify", hash)
+        progress.add(size)
+    progress.end()
+
+
+def prune_objects(store: ObjectDirectory, db: sqlite3.Connection) -> None:
+    """Remove objects that no row of a backup names."""
+    for shard in range(256):
+        for name, _, _ in list(store.list("%02x" % shard)):
+            if not db.execute("SELECT 1 FROM chunk WHERE hash = ? AND object = ?", (name[:64], name)).fetchone():
+                store.delete(name)
+
+
+def restore_backup(source: Path, config: Config) -> list[str]:
+    """Make a new data directory from a backup, and check it; returns what is wrong.
+
+    The server gets a new epoch, by which clients know that what they miss is unknown, not deleted (R29).
+    """
+    if not (source / "cloud.db").exists():
+        raise CloudError("not-found", "%s holds no backup" % source)
+    if (config.data / "cloud.db").exists():
+        raise CloudError("conflict", "%s holds a cloud already; restore into an empty directory" % config.data)
+    make_private_directory(config.data)
+    store = ObjectDirectory(config.data / "objects")
+    store.create()
+    partial = config.data / "cloud.db.partial"
+    partial.unlink(missing_ok=True)
+    backup, db = sqlite3.connect(source / "cloud.db"), sqlite3.connect(partial, isolation_level=None)
+    try:
+        backup.backup(db)
+        db.execute("UPDATE setting SET value = ? WHERE name = 'epoch'", (secrets.token_hex(8),))
+        copy_objects(ObjectDirectory(source / "objects"), store, db.execute(OBJECTS), [0, 0])
+    finally:
+        backup.close()
+        db.close()
+    os.replace(partial, config.data / "cloud.db")
+    sync_directory(config.data)
+    cloud = Cloud(config)
+    try:
+        return verify(cloud)
+    finally:
+        cloud.close()
+
+
+def export_files(cloud: Cloud, who: Principal, to: Path) -> tuple[int, list[str]]:
+    """Write an account's files as plain files, with their times; returns (files written, what could not be).
+
+    What is there already with the same size and time is left, so a run that broke off goes on.
+    """
+    to.mkdir(parents=True, exist_ok=True)
+    progress, written, failed = Progress("export", cloud.stat(who, ()).size), 0, []
+    for path, node, content in cloud.walk_contents(who, ()):
+        place = to.joinpath(*path)
+        try:
+            if content is None:
+                place.mkdir(exist_ok=True)
+                continue
+            if os.name == "nt" and not all(map(is_windows_name, path)):
+                raise OSError("Windows cannot hold this name")
+            if not is_same_file(place, node):
+                write_file(place, node, content)
+                written += 1
+        except (OSError, CloudError) as error:
+            failed.append("%s: %s" % ("/".join(path), getattr(error, "strerror", None) or error))
+        progress.add(node.size)
+    progress.end()
+    return written, failed
+
+
+def is_same_file(place: Path, node: Node) -> bool:
+    try:
+        about = place.stat()
+    except OSError:
+        return False
+    return about.st_size == node.size and abs(about.st_mtime_ns // 1_000_000 - node.mtime) <= 2000
+
+
+def write_file(place: Path, node: Node, content: Content) -> None:
+    """Write a file beside its place, then put it there."""
+    partial = place.with_name(".%s.partial" % secrets.token_hex(4))
+    try:
+        with open(partial, "wb") as file:
+            for part in content.slices():
+                for piece in (part,) if isinstance(part, bytes) else read_pieces(part):
+                    file.write(piece)
+        os.utime(partial, ns=(node.mtime * 1_000_000,) * 2)
+        os.replace(partial, place)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def import_files(cloud: Cloud, who: Principal, source: Path, into: tuple[str, ...]) -> tuple[int, list[str]]:
+    """Store a directory of plain files, with their times; returns (files stored, what could not be).
+
+    What is there already with the same size and time is left.  Links and devices are skipped, and named.
+    """
+    total = sum(size for _, size in scan_files(source, []))
+    progress, skipped, stored = Progress("import", total), [], [0]
+
+    def store(place: Path, size: int) -> None:
+        path = into + place.relative_to(source).parts
+        try:
+            at = place.stat().st_mtime_ns // 1_000_000
+            node = cloud.find(who, check_path(path))
+            if node is None or node.kind or node.size != size or node.mtime != at:
+                with open(place, "rb", buffering=0) as file:
+                    cloud.write(who, path, FileBody(file, size), mtime=check_mtime(at), parents=True)
+                stored[0] += 1
+        except (OSError, CloudError) as error:
+            skipped.append("%s: %s" % (place, error))
+        progress.add(size)
+
+    with ThreadPoolExecutor(8) as pool:
+        deque(pool.map(lambda item: store(*item), scan_files(source, skipped, cloud, who, into)), maxlen=0)
+    progress.end()
+    return stored[0], skipped
+
+
+def scan_files(source: Path, skipped: list[str], cloud: Cloud | None = None, who: Principal = ANONYMOUS,
+               into: tuple[str, ...] = ()) -> Iterator[tuple[Path, int]]:
+    """(file, bytes) below a directory; given a cloud, its collections are made on the way, empty ones too."""
+    pending = [source]
+    while pending:
+        above = pending.pop()
+        if cloud and into + above.relative_to(source).parts:
+            try:
+                cloud.make_collection(who, check_path(into + above.relative_to(source).parts), parents=True)
+            except CloudError as error:
+                if error.kind != "exists":
+                    skipped.append("%s: %s" % (above, error))
+                    continue
+        with os.scandir(above) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(Path(entry.path))
+                elif entry.is_file(follow_symlinks=False):
+                    yield Path(entry.path), entry.stat().st_size
+                else:
+                    skipped.append("%s: not a plain file" % entry.path)
+
+
+# ---- doctor
+
+def examine(config: Config) -> Iterator[tuple[bool, str]]:
+    """Look at everything that is known to go wrong: (is it well?, sentence)."""
+    yield sys.version_info >= (3, 9), "Python %s" % sys.version.split()[0]
+    yield sqlite3.sqlite_version_info >= (3, 34), "SQLite %s" % sqlite3.sqlite_version
+    yield not hasattr(os, "geteuid") or os.geteuid() != 0, "not running as root"
+    usage = shutil.disk_usage(config.data)
+    yield usage.free > min(parse_size(config.low_water), usage.total // 50), "%s free on the disk" % format_size(usage.free)
+    yield os.name == "nt" or not config.data.stat().st_mode & 0o077, "the data directory is private"
+    began = time.monotonic()
+    probe = config.data / (".probe-" + secrets.token_hex(4))
+    fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    os.write(fd, b"x")
+    sync_file(fd)
+    os.close(fd)
+    probe.unlink()
+    yield time.monotonic() - began < 0.5, "writing to the disk takes %.0f ms" % ((time.monotonic() - began) * 1000)
+    now = datetime.now(timezone.utc)
+    yield 2025 < now.year < 2100, "the clock says %s" % now.isoformat(timespec="seconds")
+    yield from examine_cloud(config)
+    if config.tls_cert:
+        yield tls_context(config) is not None, "the certificate can be used"
+
+
+def examine_cloud(config: Config) -> Iterator[tuple[bool, str]]:
+    cloud = Cloud(config)
+    try:
+        yield cloud.db.read("PRAGMA quick_check") == [("ok",)], "the database is whole"
+        yield cloud.db.read("PRAGMA journal_mode") == [("wal",)], "the database keeps a write-ahead log"
+        yield cloud.accounts.is_set_up(), "there is an account"
+        numbers = cloud.numbers()
+        yield numbers["bad_chunks"] == 0, "%d damaged chunks" % numbers["bad_chunks"]
+        yield cloud.db.has_index(), "SQLite can index names (FTS5 with trigrams)"
+        stood = json.loads(cloud.db.setting("clock") or "[0, 0]")[1]
+        yield stood <= cloud.clock.wall() + HOUR, "the clock did not go back"
+    finally:
+        cloud.close()
 
 
 # ---- supervisor and workers
@@ -5631,6 +6978,84 @@ def run_user_remove(config: Config, given: Arguments) -> Optional[int]:
             return 1
         cloud.accounts.remove(given.name)
     return None
+
+
+@command("verify", ("--quick", {"action": "store_true", "help": "only that every part is there, not its bytes"}))
+def run_verify(config: Config, given: Arguments) -> int:
+    """read everything and name every file that is damaged"""
+    with open_cloud(config) as cloud:
+        wrong = verify(cloud, given.quick)
+        print("\n".join(wrong) or "all is well: %d chunks, seq %d" % (cloud.numbers()["chunks"], cloud.head()))
+    return 1 if wrong else 0
+
+
+@command("gc")
+def run_gc(config: Config, given: Arguments) -> int:
+    """give back space now (a running server does so by itself, bit by bit)"""
+    with open_cloud(config) as cloud:
+        upkeep = Upkeep(cloud)
+        if not upkeep.hold():
+            raise CloudError("busy", "a running server is at it")
+        upkeep.expire()
+        upkeep.mark_age()
+        print("history: %d rows thinned, %d nodes removed" % (upkeep.thin(), upkeep.purge()))
+        print("chunks: %(manifests)d manifests, %(condemned)d condemned, %(buried)d buried, %(deleted)d deleted" % upkeep.sweep())
+    return 0
+
+
+@command("backup", ("to", {"type": Path, "help": "directory to bring up to date; only what it lacks is copied"}))
+def run_backup(config: Config, given: Arguments) -> None:
+    """copy everything to a directory, while the server runs"""
+    with open_cloud(config) as cloud:
+        count, size = back_up(cloud, given.to)
+        print("backed up to %s: %d chunks, %s copied" % (given.to, count, format_size(size)))
+
+
+@command("restore", ("source", {"metavar": "FROM", "type": Path, "help": "directory that backup wrote"}))
+def run_restore(config: Config, given: Arguments) -> int:
+    """make a new data directory from a backup, and verify it"""
+    wrong = restore_backup(given.source, config)
+    print("\n".join(wrong) or "restored to %s; all is well" % config.data)
+    return 1 if wrong else 0
+
+
+ONE_USER = ("--user", {"default": "", "help": "whose files; all, each in a folder of its own, if not given"})
+
+
+@command("export", ("to", {"metavar": "DIR", "type": Path, "help": "where to write"}), ONE_USER)
+def run_export(config: Config, given: Arguments) -> int:
+    """write the files as plain files, with their times"""
+    code = 0
+    with open_cloud(config) as cloud:
+        for name in [given.user] if given.user else [account.name for account in cloud.accounts.list()]:
+            who = cloud.accounts.principal(name)
+            written, failed = export_files(cloud, who, given.to if given.user else given.to / name)
+            print("%s: %d files written" % (name, written), *failed, sep="\n")
+            code |= bool(failed)
+    return code
+
+
+@command("import", ("source", {"metavar": "DIR", "type": Path, "help": "what to store"}),
+         ("--user", {"required": True, "help": "whose it becomes"}), ("--into", {"default": "", "help": "collection to put it in"}))
+def run_import(config: Config, given: Arguments) -> int:
+    """store a directory of plain files, with their times"""
+    if not given.source.is_dir():
+        raise CloudError("not-found", "%s is not a directory" % given.source)
+    with open_cloud(config) as cloud:
+        stored, skipped = import_files(cloud, cloud.accounts.principal(given.user), given.source, split_path(given.into))
+    print("%d files stored" % stored, *skipped, sep="\n")
+    return 1 if skipped else 0
+
+
+@command("doctor")
+def run_doctor(config: Config, given: Arguments) -> int:
+    """look for what is known to go wrong"""
+    make_private_directory(config.data)
+    code = 0
+    for well, sentence in examine(config):
+        print("%s  %s" % ("ok  " if well else "LOOK", sentence))
+        code |= not well
+    return code
 
 
 def read_password(given: Arguments) -> str:
