@@ -2403,6 +2403,7 @@ UP = (  # a live node and what holds it, upwards: (node, parent)
 class Changed(NamedTuple):
     """A node that a batch touched: where it is now and where it was, seen from a collection; None: out of sight."""
     id: int
+    kind: int
     node: Node | None
     path: tuple[str, ...] | None
     was: tuple[str, ...] | None
@@ -3427,7 +3428,8 @@ class History(Tree):
                 "SELECT node FROM entry WHERE home = ? AND since > ? AND since <= ? "
                 "UNION SELECT node FROM entry WHERE home = ? AND until > ? AND until <= ?",
                 (top.home, since, reached) * 2)]
-            found = [Changed(id, now.node(id), now.path(id), then.path(id)) for id in ids if id != top.node]
+            found = [Changed(id, getattr(now.node(id) or then.node(id), "kind", FILE), now.node(id), now.path(id), then.path(id))
+                     for id in ids if id != top.node]
         return reached, sorted((c for c in found if c.path is not None or c.was is not None),
                                key=lambda c: c.path or c.was)
 
@@ -5817,13 +5819,14 @@ def dav_report(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
         about, answer = About(cloud, who, listing), Multistatus(names, complete=not is_minimal(request))
     readers = list(map(property_reader, names))
     reached, rows = sync_rows(cloud, who, path, read_sync_token(token, cloud.epoch), int(limit))
-    for below, node in rows:
+    for below, kind, node in rows:
         if level == "1" and len(below) > 1:
             continue
+        href = dav_href(path + below, bool(kind))
         if node is None:
-            answer.add_part(E("d:response", E("d:href", dav_href(path + below)), E("d:status", "HTTP/1.1 404 Not Found")))
+            answer.add_part(E("d:response", E("d:href", href), E("d:status", "HTTP/1.1 404 Not Found")))
         else:
-            answer.add(dav_href(path + below, bool(node.kind)), [read(node, about) for read in readers])
+            answer.add(href, [read(node, about) for read in readers])
     answer.add_part(E("d:sync-token", format_sync_token(cloud.epoch, reached)))
     return answer.response()
 
@@ -5839,21 +5842,19 @@ def read_sync_token(text: str, epoch: str) -> int | None:
 
 
 def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | None,
-              limit: int) -> tuple[int, Iterable[tuple[tuple[str, ...], Optional[Node]]]]:
-    """The seq reached and (path, node or None for gone) of what changed; everything if `since` is None."""
+              limit: int) -> tuple[int, list[tuple[tuple[str, ...], int, Optional[Node]]]]:
+    """The seq reached and (path, kind, node or None for gone) of what changed; everything if `since` is None."""
     if since is None:
-        return cloud.head(), cloud.walk(who, path)
-    reached, changed = cloud.changes(who, path, since, limit)
-    rows: dict[tuple[str, ...], Optional[Node]] = {}
-    for change in changed:
-        if change.was is not None and change.was != change.path:
-            rows.setdefault(change.was, None)
+        reached, changed, rows = cloud.head(), [], {below: (node.kind, node) for below, node in cloud.walk(who, path)}
+    else:
+        reached, changed = cloud.changes(who, path, since, limit)
+        rows = {change.was: (change.kind, None) for change in changed if change.was is not None and change.was != change.path}
     for change in changed:
         if change.path is not None:
-            rows[change.path] = change.node
-            if change.node.kind and change.was != change.path:           # it came with all that hangs below
-                rows.update((change.path + below, node) for below, node in cloud.walk(who, path + change.path))
-    return reached, rows.items()
+            rows[change.path] = change.kind, change.node
+            if change.kind and change.was != change.path:                # it came with all that hangs below
+                rows.update((change.path + below, (node.kind, node)) for below, node in cloud.walk(who, path + change.path))
+    return reached, [(below, *row) for below, row in rows.items()]
 
 
 # ==== 13. Web pages ======================================================================

@@ -2159,6 +2159,876 @@ def test_a_body_that_trickles_is_given_up(address, call, monkeypatch):
     assert statuses(received) == [408] and call("GET", "/dav/a").body == b"old"
 
 
+# ==== 9. JSON API ========================================================================
+
+@pytest.fixture
+def api(call):
+    """JSON in, JSON out: api("POST", "delete", paths=["a"])["seq"]; refusals come as their code."""
+    def ask(method, where, /, user="ann", **values):
+        if method in cs.IN_QUERY and values:
+            where += "?" + "&".join("%s=%s" % (k, cs.quote(str(v), safe="")) for k, v in values.items())
+            values = None
+        answer = call(method, "/api/v1/" + where, values or None, user=user)
+        if answer.status >= 400:
+            assert answer.headers["content-type"].startswith("application/problem+json") and answer.json()["status"] == answer.status
+            return answer.json()["code"]
+        return answer.json() if answer.body else answer.status
+    return ask
+
+
+def test_the_api_lists_stats_and_pages(api, cloud, ann):
+    for n in range(5):
+        put(cloud, ann, "d/f%d.txt" % n, bytes(10 - n), parents=True, mtime=n * 1000)
+    found = api("GET", "files/d")
+    assert (found["kind"], found["size"], found["files"], found["next"]) == ("collection", 40, 5, None)
+    assert [c["name"] for c in found["children"]] == ["f%d.txt" % n for n in range(5)]
+    assert found["children"][1] == {**found["children"][1], "path": "d/f1.txt", "kind": "file", "size": 9, "media": "text/plain",
+                                    "mtime": "1970-01-01T00:00:01.000Z", "sha256": hashlib.sha256(bytes(9)).hexdigest()}
+    page = api("GET", "files/d", sort="size", limit=2)
+    assert [c["name"] for c in page["children"]] == ["f4.txt", "f3.txt"] and page["next"] == 2
+    assert [c["name"] for c in api("GET", "files/d", sort="size", order="desc", limit=2, after=4)["children"]] == ["f4.txt"]
+    assert api("GET", "files/d/f1.txt")["size"] == 9 and api("GET", "files/no") == "not-found"
+    assert api("GET", "files/d", sort="colour") == "bad-request" and api("GET", "files/d", limit=0) == "bad-request"
+
+
+@pytest.mark.parametrize("method, path, values", [
+    ("POST", "make-collection", {}), ("POST", "make-collection", {"path": 5}), ("POST", "make-collection", {"path": "a", "extra": 1}),
+    ("POST", "make-collection", {"path": "a/../b"}), ("POST", "make-collection", {"path": "a\0b"}), ("POST", "make-collection", {"path": ""}),
+    ("POST", "move", {"items": [{"from": "a"}]}), ("POST", "move", {"items": []}), ("POST", "move", {"items": ["a"]}),
+    ("POST", "move", {"items": [{"from": "a", "to": "b"}], "clash": "smile"}), ("POST", "delete", {"paths": []}),
+    ("POST", "delete", {"paths": [None]}), ("POST", "undo", {"seq": "1"}), ("POST", "undo", {"seq": True}),
+    ("POST", "trash/restore", {"nodes": [1]}), ("POST", "rewind", {"path": "", "at": "yesterday"}), ("GET", "files/", {"limit": "x"}),
+])
+def test_the_api_refuses_what_it_does_not_declare(api, method, path, values):
+    """A1"""
+    assert api(method, path, **values) in ("bad-request", "same-place", "exists")
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b'{"path": NaN}', b"[" * 100_000, b'{"path":"' + b"a" * (1 << 20) + b'"}'])
+def test_bodies_that_are_no_objects(call, body):
+    """Q3"""
+    assert call("POST", "/api/v1/make-collection", body).status in (400, 413)
+
+
+def test_the_api_moves_copies_deletes_and_undoes(api, cloud, ann):
+    for name in "abc":
+        put(cloud, ann, name, name)
+    api("POST", "make-collection", path="d")
+    done = api("POST", "move", items=[{"from": "a", "to": "d/a"}, {"from": "b", "to": "d/b"}])
+    assert [i["path"] for i in done["items"]] == ["d/a", "d/b"]
+    assert api("POST", "copy", items=[{"from": "c", "to": "d/a"}]) == "precondition-failed"
+    assert api("POST", "copy", items=[{"from": "c", "to": "d/a"}], clash="keep")["items"][0]["path"] == "d/a (2)"
+    seq = api("POST", "delete", paths=["d", "c"])["seq"]
+    assert tree(cloud, ann) == {}
+    assert api("POST", "undo", seq=seq)["skipped"] == 0 and api("POST", "undo", seq=done["seq"])["skipped"] == 0
+    assert sorted(tree(cloud, ann)) == ["a", "b", "c", "d", "d/a (2)"]
+
+
+def test_the_api_tells_the_past(api, call, cloud, ann):
+    put(cloud, ann, "d/a", b"old", parents=True)
+    seq = cloud.head()
+    put(cloud, ann, "d/a", b"new!")
+    put(cloud, ann, "d/b")
+    cloud.delete(ann, ("d", "b"))
+    assert [c["size"] for c in api("GET", "files/d", at="seq:%d" % seq)["children"]] == [3]
+    assert call("GET", "/api/v1/content/d/a?at=seq:%d" % seq).body == b"old"
+    versions = api("GET", "versions/d/a")["versions"]
+    assert call("GET", "/api/v1/content/d/a?version=" + versions[1]["version"]).body == b"old"
+    assert api("POST", "versions/pin", path="d/a", version=versions[1]["version"], name="first") == 204
+    assert api("GET", "versions/d/a")["versions"][1]["name"] == "first"
+    assert api("POST", "versions/restore", path="d/a", version=versions[1]["version"])["size"] == 3
+    item, = api("GET", "trash")["items"]
+    assert item["path"] == "d/b" and api("POST", "trash/restore", nodes=[item["node"]])["paths"] == ["d/b"]
+    assert api("POST", "rewind", path="d", at="seq:%d" % seq, dry=True) == {"seq": 0, "changed": 1}
+    api("POST", "rewind", path="d", at="seq:%d" % seq)
+    assert tree(cloud, ann) == {"d": None, "d/a": b"old"}
+    steps = api("GET", "activity", limit=3)["steps"]
+    assert [s["action"] for s in steps] == ["rewind", "restore", "restore-version"] and steps[0]["undoable"]
+    assert api("POST", "trash/empty")["removed"] == 1
+    assert [i["path"] for i in api("GET", "search", q="A")["items"]] == ["d/a"]
+
+
+def test_a_put_through_the_api(call, cloud, ann):
+    made = call("PUT", "/api/v1/files/x/a%20b?parents=true&mtime=1000", b"hello")
+    assert made.status == 201 and made.json()["path"] == "x/a b" and cloud.stat(ann, ("x", "a b")).mtime == 1000
+    assert call("PUT", "/api/v1/files/x/a%20b", b"again", If_Match='"no"').status == 412
+    assert call("PATCH", "/api/v1/files/x/a%20b", {"mtime": "2000-01-01T00:00:00Z"}).json()["mtime"] == "2000-01-01T00:00:00.000Z"
+    assert call("GET", "/api/v1/content/x/a%20b", Range="bytes=1-2").body == b"el"
+    assert call("GET", "/api/v1/content/x").status == 409
+
+
+def unzip(data):
+    with cs.zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.testzip() is None
+        return {info.filename: archive.read(info) for info in archive.infolist()}
+
+
+def test_zip_archives(call, cloud, ann):
+    """Z1"""
+    big = os.urandom(5 * MiB)
+    for path, data in (("d/a", b"1"), ("d/s/\u00e4 b", b"22"), ("d/s/big", big), ("other", b"3")):
+        put(cloud, ann, path, data, parents=True)
+    cloud.make_collection(ann, ("d", "empty"))
+    seq = cloud.head()
+    got = call("GET", "/api/v1/zip/d")
+    assert unzip(got.body) == {"a": b"1", "s/": b"", "s/\u00e4 b": b"22", "s/big": big, "empty/": b""}
+    assert got.headers["content-disposition"] == 'attachment; filename="d.zip"' and "content-length" not in got.headers
+    assert sorted(unzip(call("GET", "/api/v1/zip/?name=other&name=d/a").body)) == ["d/a", "other"]
+    cloud.delete(ann, ("d", "s"))
+    assert "s/big" in unzip(call("GET", "/api/v1/zip/d?at=seq:%d" % seq).body)
+    assert call("GET", "/api/v1/zip/no").status == 404
+
+
+def test_an_archive_that_breaks_is_cut_off(address, cloud, ann, monkeypatch):
+    """H21, Z1"""
+    put(cloud, ann, "d/a", b"1", parents=True)
+    put(cloud, ann, "d/b", os.urandom(100_000))
+    shutil.rmtree(cloud.config.data / "objects")
+    received = raw(address, request_bytes("GET", "/api/v1/zip/d"), wait=3)
+    assert b"200 OK" in received and not received.endswith(b"0\r\n\r\n")
+
+
+class Session:
+    """A browser's cookie jar, as small as it can be."""
+
+    def __init__(self, address):
+        self.address, self.cookie = address, ""
+
+    def call(self, method, path, body=None, **headers):
+        headers = {"X-Requested-By": "page", "Sec-Fetch-Site": "same-origin", **({"Cookie": self.cookie} if self.cookie else {}), **headers}
+        answer = exchange(self.address, method, path, body, user=None, **{k.replace("-", "_"): v for k, v in headers.items()})
+        if "set-cookie" in answer.headers:
+            self.cookie = answer.headers["set-cookie"].partition(";")[0]
+            self.flags = answer.headers["set-cookie"]
+        return answer
+
+
+def test_setting_up_logging_in_and_out(make_cloud, serve_cloud):
+    """A7, A8, A15"""
+    cloud = make_cloud()
+    token, browser = cloud.accounts.new_setup_token(), Session(serve_cloud(cloud))
+    assert browser.call("GET", "/api/v1/account").json()["code"] == "not-set-up"
+    assert browser.call("POST", "/api/v1/setup", {"token": "x" * 22, "name": "ann", "password": PASSWORD}).status == 403
+    time.sleep(1.1)                              # the address waits a second
+    assert browser.call("POST", "/api/v1/setup", {"token": token, "name": "ann", "password": PASSWORD}).status == 200
+    assert "HttpOnly" in browser.flags and "SameSite=Lax" in browser.flags and browser.cookie.startswith("session=")
+    assert browser.call("GET", "/api/v1/account").json()["name"] == "ann"
+    first = browser.cookie
+    assert browser.call("POST", "/api/v1/login", {"name": "ann", "password": PASSWORD}).status == 200 and browser.cookie != first
+    assert browser.call("POST", "/api/v1/logout").status == 204
+    browser.cookie = first
+    assert browser.call("POST", "/api/v1/logout").status == 204
+    browser.cookie = first
+    assert browser.call("GET", "/api/v1/account").status == 401
+
+
+@pytest.mark.parametrize("fields, want", [
+    ({}, 201), ({"X-Requested-By": ""}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": ""}, 403),
+    ({"Sec-Fetch-Site": "", "Origin": "OWN"}, 201), ({"Origin": "http://evil.example"}, 403),
+])
+@pytest.mark.parametrize("method, path", [("PUT", "/dav/a"), ("MKCOL", "/dav/c"), ("POST", "/api/v1/make-collection")])
+def test_a_session_writes_only_for_the_page(cloud, ann, address, fields, want, method, path):
+    """B1, at every door"""
+    browser = Session(address)
+    browser.call("POST", "/api/v1/login", {"name": "ann", "password": PASSWORD})
+    fields = {k: v.replace("OWN", "http://%s:%d" % address) for k, v in fields.items()}
+    fields = {k: v for k, v in fields.items()}
+    merged = {"X-Requested-By": "page", "Sec-Fetch-Site": "same-origin", **fields}
+    cookie = browser.cookie
+    answer = exchange(address, method, path, {"path": "x"} if "api" in path else b"", user=None, Cookie=cookie,
+                      **{k.replace("-", "_"): v for k, v in merged.items() if v})
+    assert answer.status == want
+
+
+def test_app_passwords_through_the_api(call, cloud, ann, address):
+    """A10, A16"""
+    made = call("POST", "/api/v1/devices", {"name": "phone", "readonly": True})
+    assert made.status == 201
+    token = {"Authorization": "Bearer " + made.json()["token"]}
+    assert exchange(address, "GET", "/dav/", user=None, **token).status == 200
+    assert exchange(address, "PUT", "/dav/a", b"x", user=None, **token).status == 403
+    assert exchange(address, "POST", "/api/v1/devices", {"name": "more"}, user=None, **token).status == 403     # mints no other
+    assert exchange(address, "POST", "/api/v1/account/password", {"old": PASSWORD, "new": "another horse 9"}, user=None, **token).status == 403
+    assert exchange(address, "GET", "/api/v1/accounts", user=None, **token).status == 403
+    listed = call("GET", "/api/v1/devices").json()["devices"]
+    assert [d["name"] for d in listed] == ["phone"]
+    assert call("DELETE", "/api/v1/devices/" + listed[0]["id"]).status == 204
+    assert exchange(address, "GET", "/dav/", user=None, **token).status == 401
+
+
+def test_what_needs_a_fresh_password_asks_for_it(make_cloud, serve_cloud, fake):
+    """A16"""
+    cloud = make_cloud(clock=fake.clock())
+    account(cloud)
+    browser = Session(serve_cloud(cloud))
+    browser.call("POST", "/api/v1/login", {"name": "ann", "password": PASSWORD})
+    assert browser.call("POST", "/api/v1/devices", {"name": "one"}).status == 201
+    fake.pass_(cs.CONFIRMED + 1000)
+    assert browser.call("POST", "/api/v1/devices", {"name": "two"}).json()["code"] == "unconfirmed"
+    assert browser.call("POST", "/api/v1/confirm", {"password": "wrong one!"}).status == 401
+    fake.pass_(2000)
+    assert browser.call("POST", "/api/v1/confirm", {"password": PASSWORD}).status == 204
+    assert browser.call("POST", "/api/v1/devices", {"name": "two"}).status == 201
+
+
+def test_administrators_manage_accounts(api, call, cloud, ann):
+    assert api("POST", "accounts", name="bob", password=PASSWORD, quota=1000)["quota"] == 1000
+    assert api("PATCH", "accounts/bob", quota=-1)["quota"] is None and api("PATCH", "accounts/bob", admin=True)["admin"]
+    assert [a["name"] for a in api("GET", "accounts")["accounts"]] == ["ann", "bob"]
+    assert api("PATCH", "accounts/bob", admin=False)["admin"] is False
+    assert api("GET", "accounts", user="bob") == "forbidden" and api("GET", "status", user="bob") == "forbidden"
+    assert api("GET", "status")["accounts"] == 2
+    assert api("DELETE", "accounts/bob") == 204 and call("GET", "/dav/", user="bob").status == 401
+
+
+def test_the_description_fits_the_routes(call):
+    """OpenAPI, generated"""
+    document = call("GET", "/api/v1/openapi.json", user=None).json()
+    assert document["openapi"].startswith("3.1") and "/api/v1/files/{path}" in document["paths"]
+    for route in cs.walk_routes(cs.ROUTES):
+        if route.pattern.startswith("/api/"):
+            about = document["paths"][route.pattern.replace("<", "{").replace(">", "}")][route.method.lower()]
+            assert about["summary"], route.pattern
+
+
+# ==== 10. Transfer =======================================================================
+
+TUS = {"Tus_Resumable": "1.0.0"}
+PART = {**TUS, "Content_Type": "application/offset+octet-stream"}
+
+
+def metadata(**values):
+    return ",".join("%s %s" % (k, base64.b64encode(v.encode()).decode()) for k, v in values.items())
+
+
+def test_tus_says_what_it_can(call):
+    answer = call("OPTIONS", "/tus", user=None)
+    assert answer.headers["tus-version"] == "1.0.0" and "termination" in answer.headers["tus-extension"]
+    assert call("POST", "/tus", b"", Upload_Length="1").status == 412
+    assert call("POST", "/tus", b"", Tus_Resumable="0.2.2", Upload_Length="1").headers["tus-version"] == "1.0.0"
+
+
+def test_tus_from_creation_to_file(call, cloud, ann):
+    made = call("POST", "/tus", b"", Upload_Length="11", Upload_Metadata=metadata(path="d/\u00e4.txt", parents="", mtime="5000"), **TUS)
+    where = made.headers["location"]
+    assert made.status == 201 and made.headers["upload-offset"] == "0" and "upload-expires" in made.headers
+    part = call("PATCH", where, b"hello ", Upload_Offset="0", **PART)
+    assert (part.status, part.headers["upload-offset"]) == (204, "6")
+    assert call("PATCH", where, b"x", Upload_Offset="3", **PART).json()["offset"] == 6
+    head = call("HEAD", where, **TUS)
+    assert (head.status, head.headers["upload-offset"], head.headers["upload-length"]) == (200, "6", "11")
+    assert call("PATCH", where, b"world", Upload_Offset="6", **PART).headers["upload-offset"] == "11"
+    assert get(cloud, ann, "d/\u00e4.txt") == b"hello world" and cloud.stat(ann, ("d", "\u00e4.txt")).mtime == 5000
+
+
+@pytest.mark.parametrize("fields, status", [
+    ({"Upload_Length": "-1"}, 400), ({"Upload_Length": "1e3"}, 400), ({}, 400), ({"Upload_Length": "1", "Upload_Defer_Length": "1"}, 400),
+    ({"Upload_Length": "1", "Upload_Metadata": "path !"}, 400), ({"Upload_Length": "1", "Upload_Metadata": metadata(path="../x")}, 400),
+    ({"Upload_Length": "1", "Upload_Metadata": metadata(path="no/x")}, 409), ({"Upload_Length": "1", "Upload_Metadata": ""}, 400),
+    ({"Upload_Length": str(2 << 40), "Upload_Metadata": metadata(path="x")}, 413),
+])
+def test_tus_refuses_what_cannot_be(call, fields, status):
+    """Q4"""
+    assert call("POST", "/tus", b"", **TUS, **fields).status == status
+
+
+def test_tus_checksums_termination_and_creation_with_upload(call, cloud, ann):
+    made = call("POST", "/tus", b"abc", Upload_Length="6", Upload_Metadata=metadata(filename="a"), **PART)
+    assert made.headers["upload-offset"] == "3"
+    where = made.headers["location"]
+    wrong = "sha1 " + base64.b64encode(bytes(20)).decode()
+    right = "sha1 " + base64.b64encode(hashlib.sha1(b"def").digest()).decode()
+    assert call("PATCH", where, b"def", Upload_Offset="3", Upload_Checksum=wrong, **PART).status == 460
+    assert call("PATCH", where, b"def", Upload_Offset="3", Upload_Checksum="crc 5", **PART).status == 400
+    assert call("PATCH", where, b"def", Upload_Offset="3", Upload_Checksum=right, **PART).status == 204
+    assert get(cloud, ann, "a") == b"abcdef"
+    where = call("POST", "/tus", b"", Upload_Length="6", Upload_Metadata=metadata(filename="b"), **TUS).headers["location"]
+    assert call("DELETE", where, user="bob", **TUS).status in (401, 404, 429)
+    assert call("DELETE", where, **TUS).status == 204 and call("HEAD", where, **TUS).status == 404
+
+
+def test_a_part_cut_off_resumes_where_it_broke(call, address, cloud, ann):
+    """R23"""
+    data = os.urandom(3_000_000)
+    where = call("POST", "/tus", b"", Upload_Length=str(len(data)), Upload_Metadata=metadata(path="a"), **TUS).headers["location"]
+    raw(address, request_bytes("PATCH", where, b"", "Tus-Resumable: 1.0.0", "Upload-Offset: 0", "Content-Length: 3000000",
+                               "Content-Type: application/offset+octet-stream") + data[:1_234_567], wait=0.5, half_close=True)
+    for _ in range(50):
+        at = int(call("HEAD", where, **TUS).headers["upload-offset"])
+        if at:
+            break
+        time.sleep(0.1)
+    assert at == 1_234_567
+    assert call("PATCH", where, data[at:], Upload_Offset=str(at), **PART).status == 204 and get(cloud, ann, "a") == data
+
+
+# ==== 11. WebDAV =========================================================================
+
+def propfind(call, path, *names, depth="0", **headers):
+    """{href: {name: element}} of a PROPFIND for properties like "d:getetag"."""
+    body = "" if not names else "<d:propfind xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns' xmlns:x='urn:x'><d:prop>%s</d:prop></d:propfind>" % (
+        "".join("<%s/>" % name for name in names))
+    answer = call("PROPFIND", path, body, Depth=depth, **headers)
+    assert answer.status == 207, answer
+    found = {}
+    for response in cs.read_xml(answer.body).iterfind("{DAV:}response"):
+        props = found.setdefault(response.findtext("{DAV:}href"), {})
+        for stat in response.iterfind("{DAV:}propstat"):
+            if " 200 " in stat.findtext("{DAV:}status"):
+                props.update((prop.tag, prop) for prop in stat.find("{DAV:}prop"))
+    return found
+
+
+def test_propfind_tells_of_a_node_and_its_children(call, cloud, ann):
+    put(cloud, ann, "d/a b&c.txt", b"hello", parents=True, mtime=784111777000)
+    cloud.make_collection(ann, ("d", "s"))
+    found = propfind(call, "/dav/d", "d:getcontentlength", "d:getetag", "d:resourcetype", "d:getlastmodified", "d:displayname", depth="1")
+    assert list(found) == ["/dav/d/", "/dav/d/a%20b%26c.txt", "/dav/d/s/"]
+    file = found["/dav/d/a%20b%26c.txt"]
+    assert file["{DAV:}getcontentlength"].text == "5" and file["{DAV:}displayname"].text == "a b&c.txt"
+    assert file["{DAV:}getetag"].text == call("HEAD", "/dav/d/a%20b%26c.txt").headers["etag"]
+    assert file["{DAV:}getlastmodified"].text == "Sun, 06 Nov 1994 08:49:37 GMT"
+    assert found["/dav/d/s/"]["{DAV:}resourcetype"][0].tag == "{DAV:}collection" and "{DAV:}getcontentlength" not in found["/dav/d/s/"]
+    for href in found:                           # P17: each leads back
+        assert call("PROPFIND", href, b"", Depth="0").status == 207
+
+
+def test_propfind_forms(call, cloud, ann):
+    put(cloud, ann, "a")
+    assert call("PROPFIND", "/dav/", b"").status == 403                       # no Depth means infinity
+    assert call("PROPFIND", "/dav/", b"", Depth="infinity").status == 403
+    assert call("PROPFIND", "/dav/", b"<a/>", Depth="0").status == 400
+    assert call("PROPFIND", "/dav/", b"<propfind xmlns='DAV:'/>", Depth="0").status == 400
+    assert call("PROPFIND", "/dav/no", b"", Depth="0").status == 404
+    assert call("PROPFIND", "/dav/", b"x", Depth="0", Content_Encoding="gzip").status == 415
+    names = call("PROPFIND", "/dav/a", b"<propfind xmlns='DAV:'><propname/></propfind>", Depth="0").body
+    assert b"getetag/>" in names and b"404" not in names
+    missing = call("PROPFIND", "/dav/a", b"<propfind xmlns='DAV:'><prop><no xmlns='urn:x'/></prop></propfind>", Depth="0").body
+    assert b"404" in missing and b'<no xmlns="urn:x"/>' in missing
+    brief = call("PROPFIND", "/dav/a", b"<propfind xmlns='DAV:'><prop><no xmlns='urn:x'/></prop></propfind>", Depth="0",
+                 Prefer="return=minimal").body
+    assert b"404" not in brief
+    stray = b"<d:propfind xmlns:d='DAV:'><d:prop><d:getetag/></d:prop>M</d:propfind>"      # ownCloud 2.x sends this
+    assert call("PROPFIND", "/dav/a", stray, Depth="0").status == 207
+
+
+def test_dead_properties_come_back_as_they_were(call, cloud, ann):
+    put(cloud, ann, "a")
+    value = "<x:p xmlns:x='urn:x' xml:lang='de'>a &amp; <x:b c='&lt;'>ü</x:b></x:p>"
+    body = "<d:propertyupdate xmlns:d='DAV:'><d:set><d:prop>%s</d:prop></d:set></d:propertyupdate>" % value
+    assert b"200 OK" in call("PROPPATCH", "/dav/a", body).body
+    found = propfind(call, "/dav/a", "x:p")["/dav/a"]["{urn:x}p"]
+    assert (found.text, found[0].tag, found[0].text, found[0].get("c")) == ("a & ", "{urn:x}b", "ü", "<")
+    call("MOVE", "/dav/a", Destination="/dav/b")
+    assert "{urn:x}p" in propfind(call, "/dav/b", "x:p")["/dav/b"]
+    remove = "<d:propertyupdate xmlns:d='DAV:'><d:remove><d:prop><p xmlns='urn:x'/></d:prop></d:remove></d:propertyupdate>"
+    call("PROPPATCH", "/dav/b", remove)
+    assert propfind(call, "/dav/b", "x:p")["/dav/b"] == {}
+
+
+def test_proppatch_is_all_or_nothing(call, cloud, ann):
+    put(cloud, ann, "a")
+    body = ("<d:propertyupdate xmlns:d='DAV:'><d:set><d:prop><p xmlns='urn:x'>1</p><d:getetag>x</d:getetag></d:prop></d:set>"
+            "</d:propertyupdate>")
+    answer = call("PROPPATCH", "/dav/a", body)
+    assert answer.status == 207 and b"403" in answer.body and b"424" in answer.body
+    assert propfind(call, "/dav/a", "x:p")["/dav/a"] == {}
+    huge = "<d:propertyupdate xmlns:d='DAV:'><d:set><d:prop><p xmlns='urn:x'>%s</p></d:prop></d:set></d:propertyupdate>"
+    assert call("PROPPATCH", "/dav/a", huge % ("x" * 70_000)).status == 413           # X4
+    assert call("PROPPATCH", "/dav/a", huge % ("x" * 5_000_000)).status == 413
+
+
+@pytest.mark.parametrize("prop, mtime", [
+    ("<Z:Win32LastModifiedTime xmlns:Z='urn:schemas-microsoft-com:'>Sun, 06 Nov 1994 08:49:37 GMT</Z:Win32LastModifiedTime>", 784111777000),
+    ("<lastmodified xmlns='DAV:'>784111777</lastmodified>", 784111777000),
+    ("<getlastmodified xmlns='DAV:'>Sun, 06 Nov 1994 08:49:37 GMT</getlastmodified>", 784111777000),
+])
+def test_clients_set_times_each_in_their_way(call, cloud, ann, prop, mtime):
+    before = put(cloud, ann, "a")
+    body = "<d:propertyupdate xmlns:d='DAV:'><d:set><d:prop>%s</d:prop></d:set></d:propertyupdate>" % prop
+    assert b"200 OK" in call("PROPPATCH", "/dav/a", body).body
+    after = cloud.stat(ann, ("a",))
+    assert after.mtime == mtime and after.etag != before.etag
+
+
+def test_put_takes_time_and_checksum(call, cloud, ann):
+    sum = hashlib.sha1(b"hello").hexdigest()
+    made = call("PUT", "/dav/a", b"hello", X_OC_Mtime="1234.5", OC_Checksum="SHA1:" + sum)
+    assert made.status == 201 and made.headers["x-oc-mtime"] == "accepted" and cloud.stat(ann, ("a",)).mtime == 1234500
+    assert propfind(call, "/dav/a", "oc:checksums")["/dav/a"]["{http://owncloud.org/ns}checksums"][0].text.startswith("SHA1:" + sum)
+    assert call("PUT", "/dav/a", b"hello", OC_Checksum="MD5:" + "0" * 32).status == 400
+    assert call("PUT", "/dav/a", b"hello", X_OC_Mtime="soon").status == 400
+    assert call("PUT", "/dav/a", b"hello", Content_Range="bytes 0-4/10").status == 400          # H25
+    assert call("PUT", "/dav/a", b"hello", Content_Encoding="gzip").status == 415
+
+
+@pytest.mark.parametrize("destination, want", [
+    ("/dav/b", 201), ("http://localhost/dav/b", 201), ("https://127.0.0.1:99/dav/b", 201), ("/dav/%62", 201),
+    ("http://evil.example/dav/b", 502), ("/elsewhere/b", 502), ("/dav/../b", 400), ("b", 400), ("/dav/b%2fc", 400), ("/dav/no/b", 409),
+    ("/dav/a", 403), ("/dav/a/b", 403), ("/dav/d", 204), ("/dav/", 403),
+])
+@pytest.mark.parametrize("method", ["MOVE", "COPY"])
+def test_destinations(call, cloud, ann, destination, want, method):
+    """P14, P18"""
+    put(cloud, ann, "a")
+    cloud.make_collection(ann, ("d",))
+    assert call(method, "/dav/a", Destination=destination).status == want
+
+
+def test_overwrite_and_missing_destination(call, cloud, ann):
+    put(cloud, ann, "a")
+    put(cloud, ann, "b")
+    assert call("MOVE", "/dav/a", Destination="/dav/b", Overwrite="F").status == 412
+    assert call("MOVE", "/dav/a", Destination="/dav/b", Overwrite="maybe").status == 400
+    assert call("COPY", "/dav/a").status == 400 and call("MOVE", "/dav/a", Destination="/dav/b", Depth="0").status == 400
+    assert call("MOVE", "/dav/a", Destination="/dav/b", Overwrite="T").status == 204
+
+
+def lock_body(scope="exclusive", owner="<d:href>me &amp; you</d:href>"):
+    return ("<d:lockinfo xmlns:d='DAV:'><d:lockscope><d:%s/></d:lockscope><d:locktype><d:write/></d:locktype>"
+            "<d:owner>%s</d:owner></d:lockinfo>" % (scope, owner))
+
+
+def test_locks_over_the_wire(call, cloud, ann):
+    put(cloud, ann, "d/a", parents=True)
+    taken = call("LOCK", "/dav/d/a", lock_body(), Timeout="Second-60", Depth="0")
+    token = taken.headers["lock-token"]
+    assert taken.status == 200 and b"me &amp; you" in taken.body and b"Second-60" in taken.body
+    refused = call("PUT", "/dav/d/a", b"x")
+    assert refused.status == 423 and b"lock-token-submitted" in refused.body and b"/dav/d/a" in refused.body
+    assert call("PUT", "/dav/d/a", b"x", If="(%s)" % token).status == 204
+    assert call("PUT", "/dav/d/a", b"x", If="<http://localhost/dav/d/a> (%s)" % token).status == 204
+    assert call("PUT", "/dav/d/a", b"x", If="(%s [\"no\"])" % token).status == 412
+    assert call("PUT", "/dav/d/a", b"x", If="<garbage").status == 400                            # H26
+    assert call("DELETE", "/dav/d").status == 423 and call("LOCK", "/dav/d/a", lock_body("shared")).status == 423
+    assert b"activelock" in call("PROPFIND", "/dav/d/a", b"", Depth="0").body
+    assert call("LOCK", "/dav/d/a", b"", If="(%s)" % token, Timeout="Second-90").status == 200
+    assert call("LOCK", "/dav/d/a", b"", If="(<urn:no>)").status == 412
+    assert call("UNLOCK", "/dav/d/a", Lock_Token="<urn:no>").status == 409 and call("UNLOCK", "/dav/d/a").status == 400
+    assert call("UNLOCK", "/dav/d/a", Lock_Token=token).status == 204 and call("PUT", "/dav/d/a", b"x").status == 204
+    made = call("LOCK", "/dav/new", lock_body())
+    assert made.status == 201 and get(cloud, ann, "new") == b""
+    assert call("LOCK", "/dav/x", b"<d:lockinfo xmlns:d='DAV:'/>").status == 400
+    assert call("LOCK", "/dav/d/a", lock_body(), Depth="1").status == 400
+
+
+def test_sync_collection_follows_every_change(call, cloud, ann):
+    """RFC 6578"""
+    def report(token, level="infinite", path="/dav/", **how):
+        body = ("<d:sync-collection xmlns:d='DAV:'><d:sync-token>%s</d:sync-token><d:sync-level>%s</d:sync-level>"
+                "<d:prop><d:getetag/></d:prop></d:sync-collection>" % (token, level))
+        answer = call("REPORT", path, body)
+        if answer.status != 207:
+            return answer.status
+        root = cs.read_xml(answer.body)
+        return root.findtext("{DAV:}sync-token"), {
+            r.findtext("{DAV:}href"): r.findtext("{DAV:}status") or r.findtext("{DAV:}propstat/{DAV:}prop/{DAV:}getetag")
+            for r in root.iterfind("{DAV:}response")}
+    put(cloud, ann, "d/a", parents=True)
+    put(cloud, ann, "b")
+    token, found = report("")
+    assert set(found) == {"/dav/d/", "/dav/d/a", "/dav/b"} and report(token)[1] == {}
+    put(cloud, ann, "b", b"2")
+    cloud.delete(ann, ("d", "a"))
+    again, found = report(token)
+    assert set(found) == {"/dav/d/a", "/dav/b"} and "404" in found["/dav/d/a"]
+    move(cloud, ann, "b", "d/c")
+    move(cloud, ann, "d", "e")
+    last, found = report(again)
+    assert "404" in found["/dav/b"] and "404" in found["/dav/d/"] and found["/dav/e/c"].startswith('"') and "/dav/e/" in found
+    assert set(report("", level="1")[1]) == {"/dav/e/"}
+    assert report("urn:cloudserver:sync:00:5") == 403 and report("nonsense") == 403
+    assert call("REPORT", "/dav/", b"<x/>").status == 403
+
+
+def test_extended_mkcol(call, cloud, ann):
+    """RFC 5689"""
+    body = ("<d:mkcol xmlns:d='DAV:'><d:set><d:prop><d:resourcetype>%s</d:resourcetype><p xmlns='urn:x'>1</p></d:prop></d:set></d:mkcol>")
+    assert call("MKCOL", "/dav/c", body % "<d:collection/>").status == 201
+    assert "{urn:x}p" in propfind(call, "/dav/c", "x:p")["/dav/c/"]
+    assert call("MKCOL", "/dav/e", body % "<d:collection/><x xmlns='urn:x'/>").status == 403
+    assert call("MKCOL", "/dav/c").status == 405 and call("MKCOL", "/dav/no/c").status == 409
+
+
+def test_collections_list_for_people_and_programs(call, cloud, ann):
+    for name in ("b", "a \u00e4"):
+        put(cloud, ann, name)
+    cloud.make_collection(ann, ("d",))
+    assert call("GET", "/dav/").body.decode() == "a \u00e4\nb\nd/\n"
+    assert [n["name"] for n in call("GET", "/dav/", Accept="application/json").json()] == ["a \u00e4", "b", "d"]
+    page = call("GET", "/dav/d", Accept="text/html,*/*", User_Agent="Mozilla/5.0")
+    assert page.status == 303 and page.headers["location"] == "/files/d"
+    assert call("HEAD", "/dav/").status == 200 and call("GET", "/dav/no/").status == 404
+
+
+def test_a_large_listing_takes_little_memory(call, cloud, ann):
+    """R33"""
+    rows = [(1, 2, cloud.db.new_id(), ann.root, "file-%06d.txt" % n, "file-%06d.txt" % n, 0, "0" * 64, 1, 0, "text/plain", 2) for n in range(30_000)]
+    cloud.db.run(Statement("INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
+                           "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows, many=True))
+    before = memory()
+    answer = call("PROPFIND", "/dav/", b"", Depth="1")
+    assert answer.body.count(b"<d:response>") == 30_001 and memory() - before < 64 * MiB       # client and server together
+
+
+def memory():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_quota_properties(call, cloud, ann):
+    """RFC 4331"""
+    cloud.accounts.update("ann", ann, quota=1000)
+    put(cloud, ann, "a", bytes(300))
+    found = propfind(call, "/dav/", "d:quota-used-bytes", "d:quota-available-bytes")["/dav/"]
+    assert (found["{DAV:}quota-used-bytes"].text, found["{DAV:}quota-available-bytes"].text) == ("300", "700")
+    assert call("PUT", "/dav/b", bytes(800)).status == 507
+
+
+# ==== 14. Service: upkeep ================================================================
+
+@pytest.fixture
+def aging(make_cloud, fake):
+    """A cloud whose days pass by hand: aging.cloud, aging.ann, aging.days(5)."""
+    class Aging:
+        def __init__(self):
+            self.cloud = make_cloud(clock=fake.clock())
+            self.ann, self.upkeep = account(self.cloud), cs.Upkeep(self.cloud)
+            assert self.upkeep.hold()
+
+        def days(self, count):
+            for _ in range(count):
+                fake.pass_(cs.DAY)
+                self.upkeep.hold()
+                self.upkeep.mark_age()
+
+        def work(self):
+            self.upkeep.hold()
+            return self.upkeep.thin(), self.upkeep.purge(), self.upkeep.sweep()
+
+        def chunks(self):
+            return self.cloud.db.read("SELECT count(*) FROM chunk")[0][0]
+
+        def objects(self):
+            return [name for shard in range(256) for name, *_ in self.cloud.blobs.store.list("%02x" % shard)]
+    return Aging()
+
+
+def test_trash_goes_after_thirty_days_and_its_space_later(aging):
+    """R13, R27"""
+    cloud, ann = aging.cloud, aging.ann
+    put(cloud, ann, "d/small", b"1", parents=True)
+    put(cloud, ann, "d/big", os.urandom(200_000))
+    put(cloud, ann, "d/huge", os.urandom(5 * MiB))
+    put(cloud, ann, "keep", b"2")
+    cloud.delete(ann, ("d",))
+    aging.upkeep.mark_age()
+    for day in range(30):
+        aging.work()
+        assert len(cloud.trash(ann)) == 1, day
+        aging.days(1)
+    aging.work()
+    assert cloud.trash(ann) == [] and aging.chunks() == 5         # forgotten, but every byte is still there
+    aging.days(2)
+    aging.work()
+    aging.days(2)
+    aging.work()
+    assert aging.chunks() == 1 and len(aging.objects()) == 0 or aging.work()
+    aging.days(2)
+    aging.work()
+    assert aging.objects() == [] and get(cloud, ann, "keep") == b"2"
+    assert cloud.db.read("SELECT count(*) FROM entry") == [(2,)] and cs.verify(cloud) == []
+    audit(cloud)
+
+
+def test_versions_thin_out_along_the_ladder_and_pinned_ones_stay(aging):
+    cloud, ann = aging.cloud, aging.ann
+    for day in range(60):
+        put(cloud, ann, "a", b"day %d" % day)
+        put(cloud, ann, "a", b"day %d, later" % day)
+        if day == 3:
+            pinned = cloud.versions(ann, ("a",))[1].rev
+            cloud.pin(ann, ("a",), pinned, "kept")
+        aging.days(1)
+    assert len(cloud.versions(ann, ("a",))) == 120
+    aging.work()
+    left = cloud.versions(ann, ("a",))
+    assert 60 < len(left) < 75 and any(v.rev == pinned for v in left)
+    assert cloud.version(ann, ("a",), pinned)[1].read(100) == b"day 3"
+    aging.days(400)
+    aging.work()
+    assert len(cloud.versions(ann, ("a",))) < 18 and cloud.version(ann, ("a",), pinned)
+    aging.days(5 * 365)
+    aging.work()
+    assert [v.rev for v in cloud.versions(ann, ("a",))][-1] == pinned and len(cloud.versions(ann, ("a",))) <= 3
+    assert cs.verify(cloud) == []
+    audit(cloud)
+
+
+def test_a_wrong_clock_sweeps_and_forgets_nothing(aging, fake):
+    """R17"""
+    cloud, ann = aging.cloud, aging.ann
+    put(cloud, ann, "a", os.urandom(200_000))
+    put(cloud, ann, "a", b"2")
+    cloud.delete(ann, ("a",))
+    for jump in (10 * 365, -20 * 365, 10 * 365):
+        fake.wall += jump * 86400
+        aging.upkeep.mark_age()
+        aging.work()
+    assert len(cloud.trash(ann)) == 1 and aging.chunks() == 2 and len(aging.objects()) == 1
+
+
+def test_a_chunk_that_is_used_again_survives_the_sweep(aging):
+    """R27: condemned, then referred to again"""
+    cloud, ann, data = aging.cloud, aging.ann, os.urandom(200_000)
+    put(cloud, ann, "a", data)
+    cloud.delete(ann, ("a",))
+    cloud.empty_trash(ann)
+    aging.days(2)
+    aging.work()
+    assert cloud.db.read("SELECT count(*) FROM chunk WHERE condemned IS NOT NULL") == [(1,)]
+    put(cloud, ann, "b", data)
+    for _ in range(5):
+        aging.days(2)
+        aging.work()
+    assert get(cloud, ann, "b") == data and cs.verify(cloud) == []
+
+
+def test_objects_without_a_row_go_in_the_end(aging):
+    cloud = aging.cloud
+    name = "ab" * 32 + "-stray"
+    cloud.blobs.store.put(name, b"x")
+    (cloud.blobs.store.home / "cd" / (".cd" + "0" * 62 + "-half")).write_bytes(b"x")
+    aging.work()
+    aging.days(6)
+    aging.work()
+    assert len(aging.objects()) == 2
+    aging.days(2)
+    aging.work()
+    assert aging.objects() == []
+
+
+def test_a_backup_under_way_holds_the_sweep(aging):
+    cloud, ann = aging.cloud, aging.ann
+    put(cloud, ann, "a", os.urandom(200_000))
+    cloud.delete(ann, ("a",))
+    cloud.empty_trash(ann)
+    aging.days(2)
+    cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('hold', ?)", (str(cloud.clock.due() + 5 * cs.DAY),)))
+    assert sum(aging.work()[2].values()) == 0
+    aging.days(6)
+    assert aging.work()[2]["condemned"] == 1
+
+
+def test_history_may_have_a_limit(make_cloud, fake):
+    cloud = make_cloud(clock=fake.clock(), history="1000")
+    ann, upkeep = account(cloud), cs.Upkeep(cloud)
+    for n in range(10):
+        put(cloud, ann, "a", b"%d" % n * 200)
+        upkeep.hold()
+        upkeep.mark_age()
+        fake.pass_(1000)
+    put(cloud, ann, "b", bytes(500))
+    cloud.delete(ann, ("b",))
+    fake.pass_(31 * cs.DAY)
+    upkeep.hold()
+    upkeep.thin()
+    upkeep.purge()
+    assert sum(v.size for v in cloud.versions(ann, ("a",))[1:]) <= 1000 and get(cloud, ann, "a") == b"9" * 200
+
+
+def test_only_one_process_keeps_things_up(make_cloud):
+    one = make_cloud()
+    two = make_cloud(one.config)
+    first, second = cs.Upkeep(one), cs.Upkeep(two)
+    assert first.hold() and not second.hold()
+    one.db.run(Statement("UPDATE lease SET due = 0"))
+    assert second.hold() and outcome(first.expire) == "busy"      # fenced off
+
+
+def test_removed_accounts_take_their_files_along_later(aging):
+    cloud, ann = aging.cloud, aging.ann
+    bob = account(cloud, "bob")
+    put(cloud, bob, "d/a", b"bobs", parents=True)
+    put(cloud, ann, "a", b"anns")
+    cloud.accounts.remove("bob")
+    aging.days(31)
+    aging.upkeep.expire()
+    for _ in range(4):
+        aging.work()
+        aging.days(2)
+    assert cloud.db.read("SELECT count(*) FROM entry WHERE home = 2") == [(0,)] and get(cloud, ann, "a") == b"anns"
+    assert aging.chunks() == 1
+
+
+def test_the_index_of_names_agrees_with_looking(cloud, ann, rng):
+    game, upkeep = Random(cloud, ann, rng), cs.Upkeep(cloud)
+    upkeep.hold()
+    for n in range(60):
+        put(cloud, ann, "some long name %d.txt" % rng.randrange(30), b"%d" % n)
+        if rng.random() < 0.3:
+            source = rng.choice(list(tree(cloud, ann)))
+            outcome(move, cloud, ann, source, "other name %d" % n)
+        if rng.random() < 0.2:
+            upkeep.index_names()
+    for text in ("long name", "other", "name 1", "OTHER NAME", "nothing"):
+        want = {path for path in tree(cloud, ann) if all(w in path.casefold() for w in text.casefold().split())}
+        assert {"/".join(path) for path, _ in cloud.search(ann, text)} == want
+
+
+def test_checksums_of_uploads_in_parts_come_later(cloud, ann):
+    data = os.urandom(9 * MiB)
+    upload = cloud.create_upload(ann, ("a",), len(data))
+    for at in range(0, len(data), 3 * MiB):
+        cloud.append(ann, upload.id, at, Body(data[at:at + 3 * MiB]))
+    upkeep = cs.Upkeep(cloud)
+    upkeep.hold()
+    upkeep.digest()
+    assert cloud.db.read("SELECT sha256 FROM manifest") == [(hashlib.sha256(data).hexdigest(),)]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_verify_names_every_file_a_damaged_chunk_touches(make_cloud, rng):
+    """R25, R26: and a new upload of the same bytes heals them"""
+    cloud = make_cloud()
+    ann, big = account(cloud), os.urandom(9 * MiB)
+    put(cloud, ann, "photos/big", big, parents=True)
+    copy(cloud, ann, "photos/big", "copy")
+    put(cloud, ann, "old", big[:4 * MiB])
+    put(cloud, ann, "old", b"new")
+    put(cloud, ann, "fine", os.urandom(200_000))
+    assert cs.verify(cloud) == []
+    chunk = cloud.db.read("SELECT hash, object FROM chunk JOIN manifest_chunk ON chunk = hash WHERE offset = 0")[0]
+    flip(cloud.blobs.store.home / chunk[1][:2] / chunk[1])
+    assert cs.verify(cloud, quick=True) == []
+    wrong = cs.verify(cloud)
+    assert sorted(line.partition(",")[0] for line in wrong) == ["ann: copy: a part is damaged", "ann: old", "ann: photos/big: a part is damaged"]
+    assert outcome(get, cloud, ann, "copy") == "storage-failed" and len(get(cloud, ann, "fine")) == 200_000
+    put(cloud, ann, "again", big)
+    assert cs.verify(cloud) == [] and get(cloud, ann, "photos/big") == big
+    (cloud.blobs.store.home / chunk[0][:2] / cloud.db.read("SELECT object FROM chunk WHERE hash = ?", chunk[:1])[0][0]).unlink()
+    assert all("missing" in line for line in cs.verify(cloud, quick=True))
+    cloud.db.run(Statement("UPDATE collection SET size = size + 1 WHERE node = ?", (ann.root,)))
+    assert any("sums" in line for line in cs.verify(cloud, quick=True))
+
+
+def test_a_damaged_row_is_never_served(cloud, ann, call):
+    put(cloud, ann, "a", b"hello")
+    cloud.db.run(Statement("UPDATE chunk SET data = x'68656c6c70'"))
+    assert outcome(get, cloud, ann, "a") == "storage-failed" and call("GET", "/dav/a").status == 503
+    assert cs.verify(cloud) == ["ann: a: a part is damaged"]
+
+
+def test_a_chunk_damaged_in_mid_file_cuts_the_answer(cloud, ann, address, serve_cloud, make_cloud):
+    """R25, H21"""
+    data = os.urandom(9 * MiB)
+    put(cloud, ann, "a", data)
+    name, = cloud.db.read("SELECT object FROM chunk JOIN manifest_chunk ON chunk = hash WHERE offset > 5000000")[0]
+    flip(cloud.blobs.store.home / name[:2] / name)
+    received = raw(address, request_bytes("GET", "/dav/a"), wait=5)
+    assert b"200 OK" in received and len(received) < len(data)
+
+
+def test_backup_is_incremental_and_restores(make_cloud, tmp_path, rng):
+    """R28, R29: the restore drill"""
+    cloud = make_cloud()
+    ann = account(cloud)
+    game = Random(cloud, ann, rng)
+    for _ in range(40):
+        game.step()
+    put(cloud, ann, "big", os.urandom(9 * MiB))
+    first = cs.back_up(cloud, tmp_path / "backup")
+    assert first[0] == 3
+    inside = tree(cloud, ann)
+    put(cloud, ann, "more", os.urandom(5 * MiB))
+    cloud.delete(ann, ("big",))
+    assert cs.back_up(cloud, tmp_path / "backup")[0] == 2 and cs.back_up(cloud, tmp_path / "backup") == (0, 0)
+    config = Config(data=tmp_path / "restored")
+    assert cs.restore_backup(tmp_path / "backup", config) == []
+    restored = make_cloud(config)
+    back = restored.accounts.principal("ann")
+    assert tree(restored, back) == tree(cloud, ann) and restored.epoch != cloud.epoch
+    assert [item.path for item in restored.trash(back)] == [item.path for item in cloud.trash(ann)]
+    assert identify(restored, basic()).account
+    audit(restored)
+    put(restored, back, "goes on", b"1")
+    assert outcome(cs.restore_backup, tmp_path / "backup", config) == "conflict"
+    assert outcome(cs.restore_backup, tmp_path / "nothing", Config(data=tmp_path / "x")) == "not-found"
+    assert inside
+
+
+def test_a_backup_under_load_is_one_moment(make_cloud, tmp_path):
+    """R28: b is written after a, so no moment has b ahead of a"""
+    cloud = make_cloud()
+    ann, stop = account(cloud), threading.Event()
+
+    def work():
+        n = 0
+        while not stop.is_set():
+            n += 1
+            put(cloud, ann, "a", b"%d" % n + bytes(100_000))
+            put(cloud, ann, "b", b"%d" % n)
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for round in range(4):
+            time.sleep(0.1)
+            cs.back_up(cloud, tmp_path / "backup")
+    finally:
+        stop.set()
+        thread.join()
+    config = Config(data=tmp_path / "restored")
+    assert cs.restore_backup(tmp_path / "backup", config) == []
+    restored = make_cloud(config)
+    back = restored.accounts.principal("ann")
+    a, b = int(get(restored, back, "a").rstrip(b"\0")), int(get(restored, back, "b"))
+    assert a - 1 <= b <= a
+
+
+def test_export_and_import_keep_bytes_and_times(make_cloud, tmp_path):
+    cloud = make_cloud()
+    ann = account(cloud)
+    for n, path in enumerate(("a", "d/\u00e4 #%&.txt", "d/s/" + "x" * 200)):
+        put(cloud, ann, path, b"%d" % n * (n + 1), parents=True, mtime=1_000_000_000_123 + n)
+    put(cloud, ann, "big", os.urandom(5 * MiB))
+    cloud.make_collection(ann, ("empty",))
+    assert cs.export_files(cloud, ann, tmp_path / "out") == (4, []) and cs.export_files(cloud, ann, tmp_path / "out") == (0, [])
+    assert (tmp_path / "out" / "a").stat().st_mtime_ns // 1_000_000 == 1_000_000_000_123
+    (tmp_path / "out" / "link").symlink_to("a")
+    bob = account(cloud, "bob")
+    stored, skipped = cs.import_files(cloud, bob, tmp_path / "out", ("in",))
+    assert stored == 4 and len(skipped) == 1 and "link" in skipped[0]
+    assert {p[3:]: d for p, d in tree(cloud, bob).items() if p != "in"} == tree(cloud, ann)
+    assert cloud.stat(bob, ("in", "a")).mtime == 1_000_000_000_123
+    assert cs.import_files(cloud, bob, tmp_path / "out", ("in",))[0] == 0
+    audit(cloud)
+
+
+def test_commands_work_beside_a_running_server(serve, tmp_path):
+    served = serve()
+    data = ["--data", served.data]
+    for n in range(5):
+        served.call("PUT", "/dav/f%d" % n, b"%d" % n * 40_000)
+    assert "all is well" in run("verify", *data).stdout
+    assert run("backup", tmp_path / "b", *data).returncode == 0
+    assert run("export", tmp_path / "out", *data).returncode == 0 and (tmp_path / "out/ann/f3").read_bytes() == b"3" * 40_000
+    assert run("import", tmp_path / "out/ann", "--user", "ann", "--into", "copy", *data).returncode == 0
+    assert served.call("GET", "/dav/copy/f4").body == b"4" * 40_000
+    assert run("restore", tmp_path / "b", "--data", tmp_path / "new").returncode == 0
+    doctor = run("doctor", *data).stdout
+    assert "the database is whole" in doctor and "LOOK  the database" not in doctor
+    assert run("gc", *data).returncode in (0, 1)
+    name, = sqlite3.connect(served.data / "cloud.db").execute("SELECT object FROM chunk WHERE object IS NOT NULL").fetchone() or (None,)
+    assert name is None or not flip(served.data / "objects" / name[:2] / name)
+    done = run("verify", *data)
+    assert name is None or done.returncode == 1 and "damaged" in done.stdout
+
+
 # ==== 15. Command line ===================================================================
 
 def run(*words, input=None, timeout=60, **how):
