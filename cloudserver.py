@@ -421,6 +421,7 @@ _NONCHARACTER = re.compile("[\ufdd0-\ufdef\ufffe\uffff%s]" %
                            "".join(chr(plane << 16 | low) for plane in range(1, 17) for low in (0xFFFE, 0xFFFF)))
 _WINDOWS = re.compile(r'(?i)(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?|.*[<>:"|?*].*|.*[. ]')
 _PLAIN = re.compile(r"[A-Za-z0-9_.~/\-]*")      # what quote() leaves alone
+_SIMPLE = re.compile(r"(?:/\w[\w.~+@,=:!$&'()*;\-]*)+", re.ASCII)       # a path of which nothing needs to be checked
 
 
 def parse_target(target: str) -> tuple[str, tuple[str, ...], bool, str]:
@@ -448,6 +449,8 @@ def parse_path(raw: str) -> tuple[tuple[str, ...], bool]:
     raises  CloudError bad-request for names no node may have, uri-too-long for a path that is
     """
     parts = raw.split("/")
+    if len(raw) < NAME_LIMIT and _SIMPLE.fullmatch(raw):
+        return tuple(parts[1:]), False
     if parts[0]:
         raise CloudError("bad-request", "a path begins with a slash")
     slash = len(parts) > 1 and not parts[-1]
@@ -1218,10 +1221,7 @@ class Blobs:
                 more()
                 chunk, start, stop, file = ahead.popleft()
                 if chunk.data is not None:
-                    if hashlib.sha256(chunk.data).hexdigest() != chunk.hash:
-                        log.error("damaged chunk %s", chunk.hash)
-                        raise CloudError("storage-failed", "a part of the file is damaged")
-                    yield chunk.data if stop - start == chunk.size else chunk.data[start:stop]
+                    yield check_inline(chunk)[start:stop]
                     continue
                 with (file.result() if isinstance(file, Future) else file) as opened:
                     yield FileSlice(opened, start, stop - start)
@@ -1237,6 +1237,14 @@ class Blobs:
         return b"".join(read_slice(part) for part in self.slices(iter([(chunk, 0, chunk.size)])))
 
 
+def check_inline(chunk: StoredChunk) -> bytes:
+    """The bytes in a chunk's row.  raises CloudError if they are not what its name says"""
+    if hashlib.sha256(chunk.data).hexdigest() != chunk.hash:
+        log.error("damaged chunk %s", chunk.hash)
+        raise CloudError("storage-failed", "a part of the file is damaged")
+    return chunk.data
+
+
 class Content:
     """The bytes of one version of a file, read in any range; nothing is opened before it is asked for."""
 
@@ -1247,6 +1255,10 @@ class Content:
         more    a function from an offset to some chunks in order, the first of which holds that byte
         """
         self.blobs, self.size, self.only, self.more = blobs, size, only, more
+
+    def inline(self) -> bytes | None:
+        """All bytes at once, if they lie in a row of the database.  raises CloudError if they are damaged"""
+        return None if self.only is None or self.only.data is None else check_inline(self.only)
 
     def slices(self, start: int = 0, stop: int | None = None) -> Iterator[bytes | FileSlice]:
         """The bytes of [start, stop) in pieces to send.  raises CloudError if one is missing or damaged"""
@@ -1883,6 +1895,7 @@ def database_error(error: sqlite3.Error) -> CloudError:
 SCRYPT = (14, 8, 5)             # log2 N, r, p: 16 MiB and 0.15 s; stronger hashes found in rows are honoured
 PASSWORD_MIN, PASSWORD_MAX = 10, 1024          # bytes
 REMEMBER = 5 * MINUTE           # how long a verified credential is believed
+NOTICE = 0.02                   # seconds after which another process's change of accounts is noticed
 CONFIRMED = 10 * MINUTE         # how long a password counts as just given
 SESSION_IDLE, SESSION_LIFE = 14 * DAY, 90 * DAY
 USED_EVERY = 10 * MINUTE        # "last used" is written no more often
@@ -1890,7 +1903,6 @@ WAIT_FIRST, WAIT_MOST = SECOND, 15 * MINUTE    # after a wrong password, doublin
 GLOBAL_FREE = 100               # wrong passwords in all before everybody waits
 TOKEN_MARK = "cs_"              # app passwords begin so and are never tried as passwords
 ACCOUNT_NAME = re.compile(r"[^\x00-\x20/\\:\x7f](?:[^\x00-\x1f/\\:\x7f]{0,62}[^\x00-\x20/\\:\x7f])?")
-BUMP = Statement("UPDATE setting SET value = CAST(value AS INTEGER) + 1 WHERE name = 'generation'")
 
 COMMON_PASSWORDS = frozenset("""
     1234567890 12345678910 123456789a 0123456789 0987654321 9876543210 1111111111 0000000000 1122334455 1q2w3e4r5t
@@ -1943,6 +1955,7 @@ class Accounts:
         self._hashing = threading.Semaphore(2)               # scrypt runs at a time (A5)
         self._waiting = threading.Semaphore(16)
         self._set_up = False
+        self._known, self._look = "", 0.0                    # the generation, and when to look again
 
     # ---- who is asking
 
@@ -1977,7 +1990,18 @@ class Accounts:
         return who
 
     def _generation(self) -> str:
-        return self.db.read("SELECT value FROM setting WHERE name = 'generation'")[0][0]
+        """The generation of accounts and devices, looked up every NOTICE."""
+        now = time.monotonic()
+        if now >= self._look:
+            self._known = self.db.read("SELECT value FROM setting WHERE name = 'generation'")[0][0]
+            self._look = now + NOTICE
+        return self._known
+
+    def _raise_generation(self, batch: Batch) -> None:
+        """Commit a change after which nobody is remembered, here at once and elsewhere within NOTICE."""
+        batch.body.append(Statement("UPDATE setting SET value = CAST(value AS INTEGER) + 1 WHERE name = 'generation'"))
+        self.db.write(lambda: batch)
+        self._look = 0.0
 
     def _verify(self, authorization: str, cookie: str, address: str, key: bytes) -> Principal:
         if not authorization:
@@ -2115,7 +2139,7 @@ class Accounts:
                 Statement("INSERT INTO entry (home, since, node, name, key, kind, size, mtime, rev) "
                           "SELECT ?, max(seq), ?, '', '', ?, 0, ?, max(seq) FROM journal", (account, root, COLLECTION, now)),
                 Statement("INSERT INTO collection SELECT ?, max(seq), 0, 0 FROM journal", (root,)),
-                Statement("DELETE FROM setting WHERE name = 'setup'"), BUMP])
+                Statement("DELETE FROM setting WHERE name = 'setup'")])
 
         return self.db.write(attempt).line.home
 
@@ -2169,7 +2193,7 @@ class Accounts:
                      Statement("DELETE FROM lock WHERE home = ?", (account.id,)))
 
     def _change(self, account: Account, who: Principal, action: str, *body: Statement) -> None:
-        self.db.write(lambda: Batch([*body, BUMP], line=Line(account.id, who, action, {"name": account.name})))
+        self._raise_generation(Batch(list(body), line=Line(account.id, who, action, {"name": account.name})))
 
     # ---- sessions and app passwords
 
@@ -2212,8 +2236,8 @@ class Accounts:
         """End a session or token of the same account, at once.  raises CloudError not-found"""
         for device in self.devices(who):
             if device.id == id:
-                self.db.write(lambda: Batch(line=Line(who.account, who, "device-remove", {"name": device.name}), body=[
-                    Statement("DELETE FROM device WHERE id = ?", (id,)), BUMP]))
+                self._raise_generation(Batch([Statement("DELETE FROM device WHERE id = ?", (id,))],
+                                             line=Line(who.account, who, "device-remove", {"name": device.name})))
                 return
         raise CloudError("not-found", "there is no such device")
 
@@ -2225,8 +2249,8 @@ class Accounts:
         """Take the password once more, for what needs it fresh (A16)."""
         if who.means == "session":
             self._by_password(who.name, password, address)
-            self.db.run(Statement("UPDATE device SET confirmed = ? WHERE id = ?",
-                                  (self.clock.due() + CONFIRMED, who.device)), BUMP)
+            self._raise_generation(Batch([Statement("UPDATE device SET confirmed = ? WHERE id = ?",
+                                                    (self.clock.due() + CONFIRMED, who.device))]))
 
     def save_used(self) -> None:
         """Write when and whence devices were last used; the janitor does so every minute."""
@@ -4320,8 +4344,9 @@ def content_response(request: Request, node: Node, content: Content) -> Response
             return range_response(fields, content, ranges)
     if request.method == "HEAD":
         return Response(200, iter(()), fields, length=node.size)
-    if content.only is not None and content.only.data is not None:
-        return Response(200, b"".join(content.slices()), fields)
+    data = content.inline()
+    if data is not None:
+        return Response(200, data, fields)
     return Response(200, content.slices(), fields, length=content.size)
 
 
@@ -4404,8 +4429,9 @@ class Site:
         self.names = {own, own.partition(".")[0], own.partition(".")[0] + ".local",
                       *(name.strip().lower() for name in config.hostname.split(",") if name.strip())}
         self.plain_http = config.plain_http
+        self.knows = lru_cache(maxsize=256)(self._knows)
 
-    def knows(self, host: str) -> bool:
+    def _knows(self, host: str) -> bool:
         """May a client call this server by that name?  Anything else may be a page that re-pointed its own (B3)."""
         name = host.lower()
         name = name if name[-1] == "]" else name.rpartition(":")[0] or name

@@ -959,6 +959,7 @@ def test_sessions_live_in_rows_and_end_at_once(make_cloud):
     cookie, who = one.accounts.log_in("ann", PASSWORD, "127.0.0.1", "Firefox")
     assert identify(two, cookie=cookie).means == "session" and cookie not in str(one.db.read("SELECT * FROM device"))
     one.accounts.revoke(who, who.device)
+    time.sleep(cs.NOTICE)
     assert identify(two, cookie=cookie).refusal.kind == "unauthenticated"
     assert identify(one, cookie=cookie).refusal.kind == "unauthenticated"
 
@@ -977,6 +978,7 @@ def test_a_new_password_or_the_end_of_an_account_ends_everything(make_cloud, end
         one.accounts.set_password("ann", "another horse 9")
     else:
         one.accounts.remove("ann")
+    time.sleep(cs.NOTICE)
     assert not (identify(two, cookie=cookie).account or identify(two, "Bearer " + token).account or identify(two, basic()).account)
 
 
