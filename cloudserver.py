@@ -57,6 +57,7 @@ import json
 import logging
 import math
 import mimetypes
+import mmap
 import os
 import re
 import secrets
@@ -72,7 +73,6 @@ import tempfile
 import threading
 import time
 import unicodedata
-import uuid
 import xml.etree.ElementTree as ET
 import zipfile
 import zlib
@@ -3040,7 +3040,7 @@ class Tree:
                 changes = [self._put_change(spot, path, empty, self.clock.wall())[0]]
                 node = changes[0].after
             now = self.clock.due()
-            granted.append(Lock("urn:uuid:%s" % uuid.uuid4(), spot.home, node.node, who.account, deep, exclusive, owner,
+            granted.append(Lock(new_lock_token(), spot.home, node.node, who.account, deep, exclusive, owner,
                                 seconds, now + seconds * 1000))
             return self._batch(who, spot, "lock", {"path": "/".join(path)}, changes, [
                 *(self._store_rows(empty) if changes else ()),
@@ -3148,6 +3148,12 @@ class Tree:
             sum = sums.setdefault(node, [0, 0])
             sum[0] += size
             sum[1] += files
+
+
+def new_lock_token() -> str:
+    """A random UUID as a URI (RFC 4918 s6.5)."""
+    digits = secrets.token_hex(16)
+    return "urn:uuid:%s-%s-4%s-a%s-%s" % (digits[:8], digits[8:12], digits[13:16], digits[17:20], digits[20:])
 
 
 def outermost(paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -5952,11 +5958,28 @@ STOP_TIME = 10                  # seconds that requests in flight get to finish
 LEASE = 2 * MINUTE
 
 
+class Balance:
+    """How many connections each worker holds, in memory they share.  A hint and no more: who has more than another
+    leaves a new connection to that one, but not for long."""
+
+    def __init__(self, workers: int) -> None:
+        self._counts = memoryview(mmap.mmap(-1, 4 * workers)).cast("I")
+        self.index = 0                           # which one we are
+
+    def set(self, count: int) -> None:
+        self._counts[self.index] = count
+
+    def yields(self) -> bool:
+        """Should another worker take the next connection?"""
+        return self._counts[self.index] > min(self._counts)
+
+
 class CloudServer(ThreadingHTTPServer):
     """One process that serves: accepts connections, watches the silent ones, gives the others a thread."""
     daemon_threads = True
 
-    def __init__(self, cloud: Cloud, listener: socket.socket, lifeline: int | None = None) -> None:
+    def __init__(self, cloud: Cloud, listener: socket.socket, lifeline: int | None = None,
+                 balance: Balance | None = None) -> None:
         """
         listener    bound and listening; shared with other workers
         lifeline    a descriptor that reads end of file when the supervisor is gone
@@ -5964,6 +5987,7 @@ class CloudServer(ThreadingHTTPServer):
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()
         self.socket, self.cloud, self.lifeline, self.site = listener, cloud, lifeline, Site(cloud.config)
+        self.balance, self._yielded = balance or Balance(1), 0
         self.tls = tls_context(cloud.config)
         self.access_log = AccessLog(cloud.config.access_log) if cloud.config.access_log else None
         self.stopping = False
@@ -6020,6 +6044,11 @@ class CloudServer(ThreadingHTTPServer):
             self._start(what, address)
 
     def _accept(self) -> None:
+        if self.balance.yields() and self._yielded < 4:
+            self._yielded += 1
+            time.sleep(0.0005)
+            return
+        self._yielded = 0
         try:
             sock, address = self.socket.accept()
         except BlockingIOError:
@@ -6038,6 +6067,7 @@ class CloudServer(ThreadingHTTPServer):
 
     def _start(self, sock: socket.socket, address: Any) -> None:
         self.active.add(sock)
+        self.balance.set(len(self.active) + len(self.parked))
         self.pool.submit(self.process_request_thread, sock, address)
 
     def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
@@ -6055,6 +6085,7 @@ class CloudServer(ThreadingHTTPServer):
         else:
             handler.request.close()
             self.active.discard(request)
+            self.balance.set(len(self.active) + len(self.parked))
 
     def _close_idle(self, before: float) -> None:
         for sock, (_, since) in list(self.parked.items()):
@@ -6065,6 +6096,7 @@ class CloudServer(ThreadingHTTPServer):
         del self.parked[sock]
         self.selector.unregister(sock)
         sock.close()
+        self.balance.set(len(self.active) + len(self.parked))
 
     def log_access(self, request: Request, response: Response, sent: int, began: float) -> None:
         if self.access_log:
@@ -6468,7 +6500,7 @@ class Janitor(threading.Thread):
                 if now >= self.next[job] and not self.ended.is_set():
                     self.next[job] = now + every
                     try:
-                        if job in ("devices",) or self.upkeep.hold():
+                        if job == "devices" or self.upkeep.hold():
                             run(self)
                     except CloudError as error:
                         log.warning("%s: %s", job, error)
@@ -6860,10 +6892,10 @@ def announce(config: Config, listener: socket.socket) -> None:
     sys.stdout.flush()
 
 
-def work(config: Config, listener: socket.socket, lifeline: int | None = None) -> int:
+def work(config: Config, listener: socket.socket, lifeline: int | None = None, balance: Balance | None = None) -> int:
     """Be a worker until told to stop; returns the exit code."""
     cloud = Cloud(config)
-    server, janitor = CloudServer(cloud, listener, lifeline), Janitor(cloud)
+    server, janitor = CloudServer(cloud, listener, lifeline, balance), Janitor(cloud)
     for name in ("SIGTERM", "SIGINT"):
         signal.signal(getattr(signal, name), lambda number, frame: os._exit(1) if server.stopping else server.stop())
     janitor.start()
@@ -6885,6 +6917,7 @@ class Supervisor:
         self.pids: dict[int, int] = {}           # pid: index
         self.stopping = False
         self.lifeline, self._end = os.pipe()     # only the supervisor keeps the writing end
+        self.balance = Balance(count)
 
     def run(self) -> int:
         for name in ("SIGTERM", "SIGINT"):
@@ -6918,7 +6951,9 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
             os.close(self._end)
             keep_on_core(index)
-            code = work(self.config, self.listener, self.lifeline)
+            self.balance.index = index
+            self.balance.set(0)
+            code = work(self.config, self.listener, self.lifeline, self.balance)
         except BaseException:
             log.exception("worker")
         finally:
