@@ -4700,6 +4700,8 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, request: Request, response: Response, keep: bool) -> int:
         """Send an answer; returns the bytes of its body.  raises CloudError if its making fails midway"""
         chunked = response.length is None and request.minor == 1
+        if request.https:
+            response.fields.setdefault("Strict-Transport-Security", "max-age=31536000")          # N2
         head = format_head(response, chunked, keep and (response.length is not None or chunked))
         body = response.body
         if isinstance(body, bytes):

@@ -20,7 +20,8 @@ if __name__ == "__main__":
     def run_pytest(python: str) -> int:
         words = sys.argv[1:]
         chosen = [] if any(word.startswith("-m") for word in words) else ["-m", "not slow"]
-        return subprocess.call([python, "-m", "pytest", "-p", "no:cacheprovider", "-q", *chosen, str(HERE / Path(__file__).name),
+        return subprocess.call([python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-o", "markers=slow",
+                                *chosen, str(HERE / Path(__file__).name),
                                 *words], cwd=HERE)
 
     def private_python() -> str:
@@ -67,6 +68,22 @@ from functools import partial
 import pytest
 
 sys.path.insert(0, str(HERE))
+HIDE = """
+import os, sys, types
+if os.environ.get("CLOUDSERVER_TEST_HIDE"):      # be a system without fork, sendfile and fcntl, as Windows is
+    import fcntl
+    def locking(fd, mode, count):
+        fcntl.flock(fd, fcntl.LOCK_UN if mode == 0 else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_UNLCK=0, LK_NBLCK=2)
+    sys.modules["fcntl"] = None
+    del os.fork, os.sendfile, os.sched_setaffinity
+"""
+PROGRAM = [sys.executable, str(HERE / "cloudserver.py")]
+if os.environ.get("CLOUDSERVER_TEST_HIDE"):
+    import subprocess, tempfile                  # they need what is hidden now
+    exec(HIDE)
+    PROGRAM = [sys.executable, "-c", HIDE + "import runpy; sys.argv[0] = %r; runpy.run_path(sys.argv[0], run_name='__main__')"
+               % PROGRAM[1]]
 import cloudserver as cs
 from cloudserver import (ANY, Accounts, Batch, Body, Change, Clock, Cloud, CloudError, CloudServer, Config, Conflict, Database,
                          MiB, KiB, Preconditions, Principal, Statement)
@@ -74,6 +91,8 @@ from cloudserver import (ANY, Accounts, Batch, Body, Change, Clock, Cloud, Cloud
 SOURCE = (HERE / "cloudserver.py").read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 PASSWORD = "correct horse 9"
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+slow = pytest.mark.slow
 cs.SCRYPT = (4, 8, 1)            # the real cost is tested once; everywhere else it would only take time
 
 
@@ -3035,7 +3054,7 @@ def test_commands_work_beside_a_running_server(serve, tmp_path):
 
 def run(*words, input=None, timeout=60, **how):
     """Run the real program; returns the finished process."""
-    return subprocess.run([sys.executable, str(HERE / "cloudserver.py"), *map(str, words)], input=input, timeout=timeout,
+    return subprocess.run([*PROGRAM, *map(str, words)], input=input, timeout=timeout,
                           capture_output=True, text=True, **how)
 
 
@@ -3045,7 +3064,7 @@ class Served:
     def __init__(self, data, *words, env=None, program=None):
         self.data = data
         self.process = subprocess.Popen(
-            [*(program or [sys.executable, str(HERE / "cloudserver.py")]), "serve", "--data", str(data), "--port", "0",
+            [*(program or PROGRAM), "serve", "--data", str(data), "--port", "0",
              *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
         self.greeting = self.process.stdout.readline()
         found = re.search(r"://\S*:(\d+)/", self.greeting)
@@ -3156,6 +3175,7 @@ def test_a_port_in_use_is_refused_in_one_line(serve, tmp_path):
     assert second.returncode == 1 and "another program uses it" in second.stderr and second.stderr.count("\n") == 1
 
 
+@needs_fork
 def test_a_worker_that_dies_is_replaced(serve):
     served = serve("--workers", 2)
     children = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
@@ -3169,6 +3189,7 @@ def test_a_worker_that_dies_is_replaced(serve):
     assert len(again) == 2 and set(again) != set(children)
 
 
+@needs_fork
 def test_workers_end_with_their_supervisor(serve):
     served = serve("--workers", 2)
     children = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
@@ -3198,3 +3219,579 @@ def test_the_access_log_is_combined_and_keeps_secrets(serve, tmp_path):
     lines = log.read_text().splitlines()
     assert re.fullmatch(r'127\.0\.0\.1 - ann \[[^]]+\] "PUT /dav/a%20b HTTP/1\.1" 201 0 "-" "x\?y"', lines[0])
     assert '"GET /dav/a%20b HTTP/1.1" 200 5' in lines[1] and "secret" not in log.read_text() and log.stat().st_mode & 0o077 == 0
+
+
+# ==== stories over real servers ==========================================================
+
+def program(name, *also):
+    """The path of an outside program; a missing one skips the test, or fails it where CI is set."""
+    found = next((path for path in map(shutil.which, (name, *also)) if path), None) or next(
+        (path for path in ("/usr/sbin/" + name, "/sbin/" + name) if os.path.exists(path)), None)
+    if not found:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(name + " is not installed")
+    return found
+
+
+def client(*words, input=None, timeout=120, ok=(0,), **how):
+    """Run an outside program; returns what it printed."""
+    done = subprocess.run(list(map(str, words)), input=input, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, **how)
+    assert done.returncode in ok, "%s ended with %d:\n%s" % (words[0], done.returncode, done.stdout[-3000:])
+    return done.stdout
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A self-signed certificate for localhost: (certificate file, key file)."""
+    client(program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
+           "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem")
+    return tmp_path / "cert.pem", tmp_path / "key.pem"
+
+
+def test_https_from_certificate_files(serve, certificate):
+    """N2, A8"""
+    import ssl
+    served = serve("--tls-cert", certificate[0], "--tls-key", certificate[1])
+    assert "https://" in served.greeting
+    trust = ssl.create_default_context(cafile=str(certificate[0]))
+    connection = http.client.HTTPSConnection("localhost", served.address[1], context=trust, timeout=20)
+    data = os.urandom(6 * MiB)
+    for method, body, want in (("PUT", data, 201), ("GET", None, 200)):
+        connection.request(method, "/dav/a", body, {"Authorization": basic()})
+        answer = connection.getresponse()
+        received = answer.read()
+        assert answer.status == want and answer.getheader("strict-transport-security")
+    assert received == data and connection.sock.version() in ("TLSv1.2", "TLSv1.3")
+    connection.request("POST", "/api/v1/login", json.dumps({"name": "ann", "password": PASSWORD}))
+    assert re.match(r"__Host-session=\S+; Path=/; .*; Secure$", connection.getresponse().getheader("set-cookie"))
+    connection.close()
+    with pytest.raises(ssl.SSLError):
+        old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        old.check_hostname, old.verify_mode, old.maximum_version = False, ssl.CERT_NONE, ssl.TLSVersion.TLSv1_1
+        old.wrap_socket(socket.create_connection(served.address)).close()
+
+
+def test_a_silent_tls_client_delays_nobody(serve, certificate):
+    """N3"""
+    import ssl
+    served = serve("--tls-cert", certificate[0], "--tls-key", certificate[1], "--workers", 1)
+    silent = [socket.create_connection(served.address) for _ in range(20)]
+    began = time.monotonic()
+    trust = ssl.create_default_context(cafile=str(certificate[0]))
+    connection = http.client.HTTPSConnection("localhost", served.address[1], context=trust, timeout=20)
+    connection.request("GET", "/healthz")
+    assert connection.getresponse().status == 200 and time.monotonic() - began < 2
+    connection.close()
+    for sock in silent:
+        sock.close()
+
+
+@needs_fork
+def test_a_directory_that_cannot_be_written_gets_one_line(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    tmp_path.chmod(0o755)
+    for above in (*tmp_path.parents,):
+        if not above.stat().st_mode & 0o001:
+            pytest.skip("others cannot reach the temporary directory")
+    home = tmp_path / "d"
+    home.mkdir(mode=0o555)
+    done = run("serve", "--data", home / "x", "--port", "0", preexec_fn=lambda: os.setuid(65534))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "data directory" in done.stderr
+
+
+@needs_fork
+def test_a_full_disk_harms_nothing(serve, tmp_path):
+    """R18: on a small volume that really fills up"""
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.geteuid() != 0 or subprocess.call(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(small)], stderr=subprocess.DEVNULL):
+        pytest.skip("no small volume can be mounted here")
+    try:
+        served = serve("--low-water", "0", data=small / "data")
+        assert served.call("PUT", "/dav/a", b"old" * 10_000).status == 201
+        codes, kept = [], 0
+        for n in range(40):
+            codes.append(served.call("PUT", "/dav/f%d" % n, os.urandom(2_000_000)).status)
+            kept += codes[-1] == 201
+            if codes[-1] != 201:
+                codes.append(served.call("PUT", "/dav/a", os.urandom(2_000_000)).status)
+                break
+        assert codes[-2:] == [507, 507] and kept > 3
+        assert served.call("GET", "/dav/a").body == b"old" * 10_000 and served.call("GET", "/dav/f0").status == 200
+        assert served.stop() == 0
+        assert run("verify", "--data", small / "data").returncode == 0
+    finally:
+        for started in [served] if "served" in locals() else []:
+            if started.process.poll() is None:
+                started.stop(signal.SIGKILL)
+        subprocess.call(["umount", "-l", str(small)])
+
+
+class Load:
+    """Mixed writers against a server that may die at any moment; what they were told is what must hold.
+
+    Each writer has names of its own.  For each name: the content last acknowledged, and what was asked after that and
+    never answered, which may or may not have happened.
+    """
+
+    def __init__(self, address, seed, known=None):
+        self.address, self.stop, writers = address, threading.Event(), 4
+        self.known = known or [{} for _ in range(writers)]   # name: (acknowledged, [unanswered, ...])
+        self.count = 0
+        self.threads = [threading.Thread(target=self.write, args=(n, random.Random(seed * 1000 + n))) for n in range(writers)]
+        [thread.start() for thread in self.threads]
+
+    def write(self, number, rng):
+        known, connection = self.known[number], http.client.HTTPConnection(*self.address, timeout=20)
+        while not self.stop.is_set():
+            name = "w%d-%d" % (number, rng.randrange(12))
+            other = "w%d-%d" % (number, rng.randrange(12))
+            verb = rng.choice(("PUT", "PUT", "PUT", "DELETE", "MOVE"))
+            size = rng.choice((10, 4096, 70_000, 300_000))
+            data = b"%d %d " % (number, rng.getrandbits(60)) + bytes(size)
+            want = {"PUT": {name: data}, "DELETE": {name: None}, "MOVE": {name: None, other: known.get(name, (None, []))[0]}}[verb]
+            if verb == "MOVE" and (name == other or known.get(name, (None, []))[0] is None):
+                continue
+            for one, value in want.items():
+                known.setdefault(one, (None, []))[1].append(value)
+            try:
+                connection.request(verb, "/dav/" + name, data if verb == "PUT" else None,
+                                   {"Authorization": basic(), "Destination": "/dav/" + other})
+                answer = connection.getresponse()
+                answer.read()
+            except (OSError, http.client.HTTPException):
+                return
+            for one, value in want.items():
+                if 200 <= answer.status < 300:
+                    known[one] = (value, [])
+                elif answer.status in (404, 412):            # refused: nothing changed
+                    known[one][1].pop()
+            self.count += 200 <= answer.status < 300
+
+    def end(self):
+        self.stop.set()
+        [thread.join() for thread in self.threads]
+
+    def check(self, get):
+        """Compare with what is there now: get(name) gives bytes or None.  What was unanswered is settled by it."""
+        for known in self.known:
+            for name, (acknowledged, unanswered) in known.items():
+                found = get(name)
+                assert found == acknowledged or found in unanswered, (name, found and found[:40], acknowledged and acknowledged[:40])
+                known[name] = (found, [])
+
+
+def crash_rounds(serve, tmp_path, rounds, seed):
+    rng, data, load = random.Random(seed), tmp_path / "crash", None
+    for round in range(rounds):
+        served = serve("--workers", 2, data=data)
+        if load:
+            load.check(lambda name: (lambda answer: answer.body if answer.status == 200 else None)(served.call("GET", "/dav/" + name)))
+        load = Load(served.address, rng.getrandbits(30), load and load.known)
+        time.sleep(rng.uniform(0.02, 0.7))
+        children = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
+        for pid in [served.process.pid, *map(int, children)]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        load.end()
+        served.stop(signal.SIGKILL)
+    served = serve("--workers", 2, data=data)
+    load.check(lambda name: (lambda answer: answer.body if answer.status == 200 else None)(served.call("GET", "/dav/" + name)))
+    assert served.stop() == 0
+    done = run("verify", "--data", data)
+    assert done.returncode == 0, done.stdout
+    cloud = Cloud(Config(data=data))
+    try:
+        audit(cloud)
+    finally:
+        cloud.close()
+
+
+@needs_fork
+def test_kill_9_under_load_loses_nothing(serve, tmp_path, rng):
+    """R1, R6, R8"""
+    crash_rounds(serve, tmp_path, 5, rng.getrandbits(30))
+
+
+@slow
+@needs_fork
+def test_kill_9_under_load_many_times(serve, tmp_path, rng):
+    """R6"""
+    crash_rounds(serve, tmp_path, int(os.environ.get("ROUNDS", 40)), rng.getrandbits(30))
+
+
+class Disk:
+    """What a disk holds, replayed from a trace of system calls, if power is lost: only what was synced.
+
+    A file's bytes are durable as of its last fsync, a directory's names as of its last fsync.  This is stricter than
+    most file systems are.
+    """
+
+    def __init__(self, root):
+        self.root = str(root)
+        self.files = {}                          # inode number of ours: [present bytes, durable bytes]
+        self.names, self.durable = {}, {}        # path: inode number; directories: path: None
+        self.next = 0
+
+    def load(self):
+        """Take what is there now as durable."""
+        for path in sorted(Path(self.root).rglob("*")):
+            if path.is_dir():
+                self.names[str(path)] = None
+            elif path.is_file():
+                self.next += 1
+                self.files[self.next] = [bytearray(path.read_bytes()), path.read_bytes()]
+                self.names[str(path)] = self.next
+        self.durable = dict(self.names)
+
+    def create(self, path, truncate):
+        if path not in self.names:
+            self.next += 1
+            self.files[self.next] = [bytearray(), b""]
+            self.names[path] = self.next
+        if truncate:
+            self.files[self.names[path]][0].clear()
+
+    def write(self, path, data, offset):
+        file = self.files[self.names[path]][0]
+        offset = len(file) if offset is None else offset
+        file.extend(bytes(max(0, offset - len(file))))
+        file[offset:offset + len(data)] = data
+
+    def truncate(self, path, size):
+        file = self.files[self.names[path]][0]
+        del file[size:]
+        file.extend(bytes(size - len(file)))
+
+    def sync(self, path):
+        if self.names.get(path) is not None:
+            file = self.files[self.names[path]]
+            file[1] = bytes(file[0])
+        else:
+            for name in {*self.names, *self.durable}:
+                if os.path.dirname(name) == path:
+                    if name in self.names:
+                        self.durable[name] = self.names[name]
+                    else:
+                        del self.durable[name]
+
+    def survive(self, to):
+        """Write what is left after a loss of power to a directory."""
+        Path(to).mkdir()
+        for path, inode in sorted(self.durable.items()):
+            place = Path(str(to) + path[len(self.root):])
+            if inode is None:
+                place.mkdir(parents=True, exist_ok=True)
+            elif place.parent.exists():
+                place.write_bytes(self.files[inode][1])
+
+
+TRACED = "openat,write,pwrite64,writev,ftruncate,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,sendto,close"
+_CALL = re.compile(r"^(\d+\.\d+) (\w+)\((.*)\)\s+= (-?\d+)(?:<[^>]*>)?(?: .*)? <(\d+\.\d+)>$")
+
+
+def traced_calls(prefix):
+    """(time of completion, name, arguments as text, result) from the files strace -ff wrote, in order."""
+    calls = []
+    for path in prefix.parent.glob(prefix.name + ".*"):
+        for text in path.read_text(errors="replace").splitlines():
+            found = _CALL.match(text)
+            if found and not found[4].startswith("-"):
+                calls.append((float(found[1]) + float(found[5]), found[2], found[3], int(found[4])))
+    return sorted(calls)
+
+
+def unescape(text):
+    return bytes.fromhex(text.replace("\\x", ""))
+
+
+def traced_path(text):
+    """The path strace -y shows of a descriptor, "5</a/b>"."""
+    found = re.match(r"\d+<((?:[^<>]|\\x..)*)>", text)
+    path = found[1] if found else ""
+    return (unescape(path).decode() if path.startswith("\\x") else path).replace(" (deleted)", "")
+
+
+def replay(disk, name, args, result):
+    """Do to the disk what a system call did."""
+    strings = re.findall(r'"((?:\\x[0-9a-f]{2})*)"', args)
+    if name == "openat":
+        path = unescape(strings[0]).decode()
+        if path.startswith(disk.root) and "O_CREAT" in args and not path.endswith("-shm"):
+            disk.create(path, "O_TRUNC" in args)
+        return
+    path = traced_path(args)
+    if name in ("rename", "renameat", "renameat2"):
+        source, target = [unescape(text).decode() for text in strings]
+        if source in disk.names:
+            disk.names[target] = disk.names.pop(source)
+    elif name in ("unlink", "unlinkat"):
+        disk.names.pop(unescape(strings[-1]).decode(), None)
+    elif name in ("mkdir", "mkdirat"):
+        disk.names.setdefault(unescape(strings[-1]).decode(), None)
+    elif not path.startswith(disk.root) or path.endswith("-shm"):
+        return
+    elif name in ("fsync", "fdatasync"):
+        disk.sync(path)
+    elif path in disk.names and name == "pwrite64":
+        disk.write(path, unescape(strings[0])[:result], int(args.rpartition(",")[2]))
+    elif path in disk.names and name == "write":
+        disk.write(path, unescape(strings[0])[:result], None)
+    elif path in disk.names and name == "ftruncate":
+        disk.truncate(path, int(args.rpartition(",")[2]))
+
+
+@needs_fork
+def test_losing_power_loses_nothing_acknowledged(tmp_path, rng):
+    """R1, R2, R3, R7: every answer is preceded by what makes it durable, shown by losing all that was not synced"""
+    data, trace = tmp_path / "data", tmp_path / "trace"
+    assert run("user", "add", "ann", "--password-stdin", "--data", data, input=PASSWORD).returncode == 0
+    disk = Disk(data)
+    disk.load()
+    served = Served(data, "--workers", "1", program=[program("strace"), "-ff", "-ttt", "-T", "-y", "-xx", "-s", "9000000", "-e",
+                                                     "trace=" + TRACED, "-o", str(trace), *PROGRAM])
+    expected, told = {}, []                      # after each answer: what must be there from then on
+    for n in range(45):
+        name, size = "f%d" % rng.randrange(12), rng.choice((0, 100, 4096, 60_000, 80_000, 600_000))
+        content = rng.getrandbits(8 * size).to_bytes(size, "big") if size else b""
+        verb = rng.choice(("PUT", "PUT", "PUT", "PUT", "DELETE", "MOVE"))
+        answer = served.call(verb, "/dav/" + name, content if verb == "PUT" else None, Destination="/dav/moved")
+        if answer.status < 300:
+            if verb == "MOVE":
+                expected["moved"] = expected.pop(name)
+            elif verb == "PUT":
+                expected[name] = content
+            else:
+                del expected[name]
+        told.append(dict(expected))
+    children = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
+    [os.kill(int(pid), signal.SIGKILL) for pid in children]
+    served.stop(signal.SIGKILL)
+    chosen, answers = set(rng.sample(range(45), 14)) | {44}, -1
+    for _, name, args, result in traced_calls(trace):
+        if name == "sendto" and b"HTTP/1.1 " in unescape(re.search(r'"([^"]*)"', args)[1]):
+            answers += 1                         # the power goes right after this answer left
+            if answers in chosen:
+                after = tmp_path / ("after-%d" % answers)
+                disk.survive(after)
+                cloud = Cloud(Config(data=after))
+                try:
+                    assert tree(cloud, cloud.accounts.principal("ann")) == told[answers], "after answer %d" % answers
+                    assert cs.verify(cloud) == []
+                finally:
+                    cloud.close()
+                shutil.rmtree(after)
+        else:
+            replay(disk, name, args, result)
+    assert answers == 44
+
+
+@slow
+@needs_fork
+def test_two_thousand_idle_connections_hold_no_thread(serve):
+    """R32"""
+    served = serve("--workers", 1, "--max-connections", 2500)
+    status = Path("/proc/%d/status" % served.process.pid)
+    served.call("GET", "/healthz")
+    before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
+    idle = []
+    for n in range(2000):
+        idle.append(socket.create_connection(served.address))
+        if n % 100 == 99:
+            time.sleep(0.4)
+    time.sleep(3)
+    text = status.read_text()
+    assert int(re.search(r"Threads:\s+(\d+)", text)[1]) < 270
+    assert int(re.search(r"VmRSS:\s+(\d+)", text)[1]) - before < 2000 * 32
+    began = time.monotonic()
+    assert served.call("GET", "/healthz").status == 200 and time.monotonic() - began < 1
+    [sock.close() for sock in idle]
+
+
+@slow
+@needs_fork
+def test_a_million_files_change_no_figure(make_cloud):
+    """Growth: every request costs the depth and what it returns, whatever else there is"""
+    cloud = make_cloud()
+    ann = account(cloud)
+    put(cloud, ann, "small/a", b"1", parents=True)
+    top = cloud.make_collection(ann, ("large",))
+
+    def cost(action):
+        times = []
+        for _ in range(30):
+            began = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - began)
+        return sorted(times)[15]
+    numbers = iter(range(1 << 30))
+    actions = {"stat": lambda: cloud.stat(ann, ("small", "a")), "put": lambda: put(cloud, ann, "small/n%d" % next(numbers)),
+               "list": lambda: tree(cloud, ann, ("tiny",)), "changes": lambda: cloud.changes(ann, (), cloud.head() - 1),
+               "activity": lambda: cloud.activity(ann, limit=10), "trash": lambda: cloud.trash(ann, limit=10)}
+    put(cloud, ann, "tiny/a", parents=True)
+    before = {name: cost(action) for name, action in actions.items()}
+    for shelf in range(100):
+        shelf_node = cloud.make_collection(ann, ("large", "s%d" % shelf))
+        rows = [(1, 5, cloud.db.new_id(), shelf_node.node, "f%05d" % n, "f%05d" % n, 0, hashlib.sha256(b"1").hexdigest(), 1, 0,
+                 "text/plain", 5) for n in range(10_000)]
+        cloud.db.run(Statement("INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
+                               "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows, many=True))
+    after = {name: cost(action) for name, action in actions.items()}
+    assert cloud.db.read("SELECT count(*) FROM entry")[0][0] > 1_000_000
+    assert all(after[name] < 4 * before[name] + 0.002 for name in actions), (before, after)
+
+
+@slow
+@needs_fork
+def test_all_is_green_without_fork_sendfile_and_fcntl():
+    """As on Windows"""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", "-m", "not slow", str(HERE / "test_cloudserver.py")],
+                          env={**os.environ, "CLOUDSERVER_TEST_HIDE": "1", "CI": ""}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+# ==== real clients =======================================================================
+
+def url_of(served, path="/dav/", user=None):
+    return "http://%s127.0.0.1:%d%s" % (user + "@" if user else "", served.address[1], path)
+
+
+def test_litmus_passes_every_test(serve, tmp_path):
+    served = serve()
+    shown = client(program("litmus"), "-k", url_of(served), "ann", PASSWORD, cwd=tmp_path, timeout=300)
+    summaries = re.findall(r"summary for `(\w+)': of (\d+) tests run: (\d+) passed, (\d+) failed", shown)
+    assert [name for name, *_ in summaries] == ["basic", "copymove", "props", "locks", "http"]
+    assert all(run_ == passed and failed == "0" for _, run_, passed, failed in summaries) and "SKIPPED" not in shown, shown[-3000:]
+    assert sum(int(run_) for _, run_, *_ in summaries) > 90
+
+
+def test_curl_as_in_the_readme(serve, tmp_path):
+    served = serve()
+    curl = [program("curl"), "-sS", "-u", "ann:" + PASSWORD]
+    source = tmp_path / "photo 1.jpg"
+    source.write_bytes(os.urandom(300_000))
+    assert "201" in client(*curl, "-i", "-T", source, url_of(served))
+    assert "201" in client(*curl, "-i", "-T", source, url_of(served, "/dav/a/b/photo.jpg?parents=1"))
+    client(*curl, "-o", tmp_path / "back", url_of(served, "/dav/a/b/photo.jpg"))
+    assert (tmp_path / "back").read_bytes() == source.read_bytes()
+    assert client(*curl, url_of(served)) == "a/\nphoto 1.jpg\n"
+    (tmp_path / "back").write_bytes(source.read_bytes()[:1000])
+    client(*curl, "-C", "-", "-o", tmp_path / "back", url_of(served, "/dav/a/b/photo.jpg"))
+    assert (tmp_path / "back").read_bytes() == source.read_bytes()
+    client(*curl, "-X", "DELETE", url_of(served, "/dav/photo%201.jpg"))
+    assert "404" in client(*curl, "-i", url_of(served, "/dav/photo%201.jpg"))
+    assert "201" in client(*curl, "-i", "-T", "-", "-H", "Transfer-Encoding: chunked", url_of(served, "/dav/piped"), input="from a pipe")
+    assert client(*curl, url_of(served, "/dav/piped")) == "from a pipe"
+
+
+def make_tree(home, rng, files):
+    """A directory of many small files and a few larger ones, with odd names and old times."""
+    for n in range(files):
+        path = home / ("d%d" % (n % 17)) / ("s%d" % (n % 5)) / rng.choice(["f%d.txt", "with blank %d", "\u00e4\u00f6 %d.md", "#%%&+ %d", "\U0001f600%d"]).__mod__(n)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.urandom(rng.choice((0, 1, 500, 4096, 20_000, 100_000 if n % 50 == 0 else 10))))
+        os.utime(path, (1_000_000_000 + n, 1_000_000_000 + n))
+    return home
+
+
+def same_trees(one, two):
+    files = lambda home: {path.relative_to(home): path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    assert files(one) == files(two)
+
+
+def rclone_environment(served, tmp_path, vendor="other"):
+    obscured = client(program("rclone"), "obscure", PASSWORD).strip()
+    return {**os.environ, "HOME": str(tmp_path), "RCLONE_CONFIG": str(tmp_path / "none"), "RCLONE_CONFIG_X_TYPE": "webdav",
+            "RCLONE_CONFIG_X_URL": url_of(served), "RCLONE_CONFIG_X_VENDOR": vendor, "RCLONE_CONFIG_X_USER": "ann",
+            "RCLONE_CONFIG_X_PASS": obscured, "RCLONE_CONFIG_X_PACER_MIN_SLEEP": "1ms"}
+
+
+@pytest.mark.parametrize("vendor", ["other", "owncloud", "nextcloud"])
+@pytest.mark.parametrize("files", [40, pytest.param(5000, marks=slow)])
+def test_rclone_copies_checks_and_syncs(serve, tmp_path, rng, vendor, files):
+    if files == 5000 and vendor != "other":
+        pytest.skip("once is enough for so many")
+    served, source = serve(), make_tree(tmp_path / "source", rng, files)
+    environment, rclone = rclone_environment(served, tmp_path, vendor), program("rclone")
+    flags = ["--transfers", "8", "--retries", "1", "-q"]
+    client(rclone, "copy", source, "x:tree", *flags, env=environment, timeout=300)
+    client(rclone, "check", source, "x:tree", "--download", *flags, env=environment, timeout=300)
+    victim = next(path for path in sorted(source.rglob("*")) if path.is_file())
+    victim.unlink()
+    (source / "new.txt").write_text("new")
+    client(rclone, "sync", source, "x:tree", *flags, env=environment, timeout=300)
+    client(rclone, "sync", "x:tree", tmp_path / "back", *flags, env=environment, timeout=300)
+    same_trees(source, tmp_path / "back")
+    if vendor != "other":                        # these carry times and checksums
+        assert client(rclone, "check", source, "x:tree", env=environment).count("differ") == 1        # "0 differences found"
+        listed = client(rclone, "lsf", "--format", "tp", "-R", "--files-only", "x:tree", env=dict(environment, TZ="UTC"))
+        assert "2001-09-09" in listed
+    assert served.stop() == 0 and run("verify", "--data", served.data).returncode == 0
+
+
+def test_cadaver_session(serve, tmp_path):
+    served = serve()
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login ann password %s\n" % PASSWORD.replace(" ", "\\ "))
+    served.call("POST", "/api/v1/devices", {"name": "cadaver"})
+    token = served.call("POST", "/api/v1/devices", {"name": "cadaver"}).json()["token"]
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login ann password %s\n" % token)
+    (tmp_path / ".netrc").chmod(0o600)
+    (tmp_path / "local.txt").write_text("hello from cadaver")
+    script = "\n".join(["mkcol dir", "cd dir", "put local.txt", "copy local.txt copy.txt", "move copy.txt moved.txt", "lock moved.txt",
+                        "unlock moved.txt", "propset moved.txt colour blue", "propget moved.txt colour", "ls", "get moved.txt back.txt",
+                        "delete local.txt", "cd ..", "ls", "quit"]) + "\n"
+    shown = client(program("cadaver"), url_of(served), input=script, cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)}, timeout=60)
+    assert (tmp_path / "back.txt").read_text() == "hello from cadaver" and "failed" not in shown.lower(), shown
+    assert "blue" in shown and served.call("GET", "/dav/dir/").body == b"moved.txt\n"
+
+
+@needs_fork
+def test_davfs2_mounts_and_edits(serve, tmp_path):
+    mount = program("mount.davfs")
+    if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
+        pytest.skip("mounting needs root and FUSE")
+    served, place = serve(), tmp_path / "mounted"
+    place.mkdir()
+    config = tmp_path / "davfs2.conf"
+    config.write_text("ask_auth 0\nuse_locks 1\ndelay_upload 0\nsecrets %s\n" % (tmp_path / "secrets"))
+    (tmp_path / "secrets").write_text('%s ann "%s"\n' % (place, PASSWORD))
+    (tmp_path / "secrets").chmod(0o600)
+    client(mount, url_of(served), place, "-o", "conf=%s" % config, timeout=60)
+    try:
+        data = os.urandom(200_000)
+        (place / "dir").mkdir()
+        (place / "dir" / "a.bin").write_bytes(data)
+        (place / "dir" / "b.txt").write_text("one\n")
+        with open(place / "dir" / "b.txt", "a") as file:
+            file.write("two\n")
+        os.rename(place / "dir" / "a.bin", place / "moved \u00e4.bin")
+        (place / "gone").write_text("x")
+        (place / "gone").unlink()
+        assert (place / "dir" / "b.txt").read_bytes() == b"one\ntwo\n" and (place / "moved \u00e4.bin").read_bytes() == data
+        assert not (place / "dir" / "a.bin").exists()    # no listing: davfs2 1.6 and kernels of 2025 disagree on that call
+    finally:
+        client("umount", place, timeout=120)
+    assert served.call("GET", "/dav/moved%20%C3%A4.bin").body == data and served.call("GET", "/dav/dir/b.txt").body == b"one\ntwo\n"
+    assert served.call("GET", "/dav/gone").status == 404
+
+
+def test_a_tus_client_uploads_and_resumes(serve, tmp_path):
+    try:
+        from tusclient import client as tus_client
+    except ImportError:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("tuspy is not installed")
+    served, source = serve(), tmp_path / "big.bin"
+    source.write_bytes(os.urandom(11 * MiB + 3))
+    tus = tus_client.TusClient(url_of(served, "/tus"), headers={"Authorization": basic()})
+    uploader = tus.uploader(str(source), chunk_size=3 * MiB, metadata={"filename": "big.bin"}, upload_checksum=True)
+    uploader.upload_chunk()
+    uploader.upload_chunk()
+    assert served.stop() == 0
+    again = serve("--port", served.address[1], data=served.data)
+    resumed = tus.uploader(str(source), chunk_size=3 * MiB, url=uploader.url)
+    assert resumed.offset == 6 * MiB
+    resumed.upload()
+    assert again.call("GET", "/dav/big.bin").body == source.read_bytes()
