@@ -3543,11 +3543,11 @@ class History(Tree):
         if node.kind:
             raise CloudError("conflict", "a collection has no versions; ask for it as of a time")
         rows = self.db.read(
-            "SELECT e.rev, j.at, e.size, e.mtime, e.manifest, a.name, coalesce(d.name, ''), p.name "
+            "SELECT v.rev, j.at, v.size, v.mtime, v.manifest, a.name, coalesce(d.name, ''), p.name "
             "FROM (SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NULL "
-            "UNION SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NOT NULL) e "
-            "LEFT JOIN journal j ON j.seq = e.rev LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device "
-            "LEFT JOIN pin p ON p.node = :node AND p.rev = e.rev ORDER BY e.rev DESC", {"node": node.node})
+            "UNION SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NOT NULL) v "
+            "LEFT JOIN journal j ON j.seq = v.rev LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device "
+            "LEFT JOIN pin p ON p.node = :node AND p.rev = v.rev ORDER BY v.rev DESC", {"node": node.node})
         found = [Version._make(row) for row in rows]
         return [version for version, older in itertools.zip_longest(found, found[1:])
                 if older is None or older.manifest != version.manifest or version.name]

@@ -1812,6 +1812,45 @@ def test_search_finds_names_in_any_case_below_a_path(cloud, ann):
     assert names("wolken") == [] and cloud.search(account(cloud, "bob"), "summer") == []
 
 
+def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann, monkeypatch):
+    """Growth: every SELECT and every change of a row finds its rows by an index"""
+    seen, local = {}, threading.local()
+
+    def watch(db):
+        db.set_trace_callback(lambda sql: seen.setdefault(sql.split("/*")[0], db) if not getattr(local, "off", False) else None)
+    for _ in range(3):
+        cloud.db.read("SELECT 1")
+    for db in [*cloud.db._idle, cloud.db._writer]:
+        watch(db)
+    monkeypatch.setattr(cloud.db, "_connect", lambda writes=False, make=cloud.db._connect: (lambda db: watch(db) or db)(make(writes)))
+    put(cloud, ann, "a/b/c", b"1", parents=True)
+    put(cloud, ann, "a/b/c", b"2")
+    put(cloud, ann, "a/big", os.urandom(5 * MiB))
+    get(cloud, ann, "a/big")
+    copy(cloud, ann, "a", "d")
+    move(cloud, ann, "d/b", "e")
+    lock = take_lock(cloud, ann, "e")
+    put(cloud, ann, "e/c", b"3", holding(lock))
+    cloud.unlock(ann, ("e",), lock.token)
+    cloud.patch(ann, ("e",), properties={"x": "<x/>"}, mtime=5)
+    cloud.delete(ann, ("a",))
+    cloud.restore(ann, cloud.trash(ann)[0].node.node)
+    cloud.undo(ann, cloud.head())
+    cloud.versions(ann, ("e", "c")), cloud.activity(ann), cloud.changes(ann, (), 3), cloud.past(ann, ("a",), cloud.head() - 3)
+    upload = cloud.create_upload(ann, ("up",), 3)
+    cloud.append(ann, upload.id, 0, Body(b"abc"))
+    with cloud.listing(ann, ("e",)) as listing:
+        list(listing.children()), listing.properties(), listing.digests(), listing.locks(listing.node)
+    local.off, scans = True, {}
+    for sql, db in list(seen.items()):
+        if sql.split(None, 1)[0] in ("SELECT", "WITH", "INSERT", "UPDATE", "DELETE"):
+            for *_, plan in db.execute("EXPLAIN QUERY PLAN " + sql):
+                if re.match(r"SCAN (TABLE )?(entry|e|x|l|p|journal|j|chunk|h|m|manifest_chunk|collection|c|device|d|property)\b", plan):
+                    if not sql.endswith("LIMIT 1"):      # is there any at all?
+                        scans[sql] = plan
+    assert len(seen) > 60 and not scans
+
+
 # ---- resumable uploads
 
 def test_an_upload_in_parts_becomes_a_file(cloud, ann, rng):
