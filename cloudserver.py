@@ -78,7 +78,7 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
@@ -2074,6 +2074,7 @@ class Accounts:
         rows = self.db.read("SELECT max(due) FROM throttle WHERE subject IN (?, ?, ?) AND due > ?", (*subjects, now))
         if rows[0][0] is not None:
             wait = (rows[0][0] - now + 999) // 1000
+            log.warning("login throttled", extra={"account": subjects[0][:72], "address": subjects[1]})
             raise CloudError("throttled", "too many wrong passwords; wait %d s" % wait, retry_after=wait)
 
     def _record_failure(self, subjects: tuple[str, str, str]) -> None:
@@ -2194,6 +2195,7 @@ class Accounts:
 
     def _change(self, account: Account, who: Principal, action: str, *body: Statement) -> None:
         self._raise_generation(Batch(list(body), line=Line(account.id, who, action, {"name": account.name})))
+        log.info(action, extra={"account": account.name, "by": who.name})
 
     # ---- sessions and app passwords
 
@@ -3494,6 +3496,15 @@ class History(Tree):
             else:
                 yield path, node, self._content(node)
 
+    def archive(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
+                seq: int | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
+        """As walk_contents, in the lane for long work (Q3)."""
+        return self._in_lane(who, self.walk_contents(who, path, names, seq))
+
+    def _in_lane(self, who: Principal, items: Iterator[Any]) -> Iterator[Any]:
+        with self._heavy(who):
+            yield from items
+
     def seq_at(self, at: int) -> int:
         """The seq that was the newest at a time, ms since 1970."""
         low, high = 1, self.head()
@@ -4059,7 +4070,7 @@ BODY_WINDOW, BODY_RATE = 30, KiB        # a body brings at least this many bytes
 TICK = 1                                # seconds a thread waits for a silent connection before it is parked
 DRAIN_LIMIT = 256 * KiB
 RECEIVE = 64 * KiB
-THREADS = 256                           # connections answered at a time, per process
+THREADS, WAITING = 256, 256             # connections answered at a time, and waiting for that, per process
 SILENT = (BlockingIOError, socket.timeout, ssl.SSLWantReadError, ssl.SSLWantWriteError)     # nothing came for a tick
 REASONS = {**{status.value: status.phrase for status in HTTPStatus}, 460: "Checksum Mismatch"}
 STATUS_LINES = {status: "HTTP/1.1 %d %s\r\n" % (status, reason) for status, reason in REASONS.items()}
@@ -4807,6 +4818,16 @@ def health(cloud: Cloud, who: Principal, request: Request) -> Response:
                                                                             "Cache-Control": "no-store"})
 
 
+@route("GET", "/metrics", needs="nothing")
+def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Numbers in Prometheus' text format, to this machine and to administrators (N6)."""
+    if not who.admin and not ipaddress.ip_address(request.address).is_loopback:
+        raise CloudError("forbidden", "metrics are for this machine and for administrators")
+    lines = ["# TYPE cloudserver_%s gauge\ncloudserver_%s %d\n" % (name, name, value) for name, value in cloud.numbers().items()]
+    return Response(200, "".join(lines).encode(), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8",
+                                                   "Cache-Control": "no-store"})
+
+
 # ==== 9. JSON API ========================================================================
 #
 # /api/v1/: everything the page can do, and so can any program.  Paths are strings like "photos/a.jpg", "" is the root;
@@ -5058,7 +5079,7 @@ def api_zip(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
     moment = None if request.values["at"] is None else read_moment(cloud, request.values["at"])
     names = [split_path(name) for name in request.values["name"] or ()]
     stem = names[0][-1] if len(names) == 1 else path[-1] if path else "files"
-    archive = zip_archive(cloud.walk_contents(who, path, names, moment), stem)
+    archive = zip_archive(cloud.archive(who, path, names, moment), stem)
     return Response(200, archive, {"Content-Type": "application/zip", "Cache-Control": PRIVATE,
                                    "Content-Disposition": format_disposition(stem + ".zip"), "Content-Security-Policy": SANDBOX})
 
@@ -5491,7 +5512,8 @@ def dav_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
         return content_response(request, node, content)
     accept = request.fields.get("accept", "")
     if "text/html" in accept and "mozilla" in request.fields.get("user-agent", "").lower():
-        return Response(303, b"", {"Location": "/files" + format_path(path), "Cache-Control": "no-store"})
+        up = "../" * (len(request.path) - (not request.slash))           # relative: we may be behind a prefix (B4)
+        return Response(303, b"", {"Location": up + "files" + format_path(path), "Cache-Control": "no-store"})
     spool = Spool()
     with cloud.listing(who, path) as listing:
         if "application/json" in accept:
@@ -6063,9 +6085,21 @@ class CloudServer(ThreadingHTTPServer):
         if len(self.parked) + len(self.active) >= self.cloud.config.max_connections:
             for oldest in list(self.parked)[:1]:
                 self._unpark(oldest)
+        if len(self.active) >= THREADS + WAITING:
+            self._turn_away(sock)                # overloaded: better to say so than to let everybody wait (R35)
+            return
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_patience(sock)
         self._start(sock, address)
+
+    def _turn_away(self, sock: socket.socket) -> None:
+        response = json_error(CloudError("busy", "too many requests at once", retry_after=2), NO_REQUEST)
+        sock.setblocking(False)
+        try:
+            sock.send(format_head(response, False, False) + response.body)
+        except OSError:
+            pass
+        sock.close()
 
     def _start(self, sock: socket.socket, address: Any) -> None:
         self.active.add(sock)
@@ -6116,10 +6150,16 @@ def set_patience(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
+SAFE_TLS = {(3, 9): (3, 9, 18), (3, 10): (3, 10, 13), (3, 11): (3, 11, 5)}       # N2: the first versions without the hole
+
+
 def tls_context(config: Config) -> ssl.SSLContext | None:
     """raises CloudError for certificates that cannot be used"""
     if not config.tls_cert:
         return None
+    if sys.version_info < SAFE_TLS.get(sys.version_info[:2], (0,)):
+        raise CloudError("bad-request", "this Python's TLS has a known hole (CVE-2023-40217); use %s or newer"
+                         % ".".join(map(str, SAFE_TLS[sys.version_info[:2]])))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
@@ -6185,7 +6225,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         event = {"at": format_time(int(record.created * 1000)), "level": record.levelname.lower(),
                  "event": record.getMessage()[:1024]}
-        event.update((name, str(getattr(record, name))[:1024]) for name in ("account", "address") if hasattr(record, name))
+        event.update((name, str(getattr(record, name))[:1024]) for name in ("account", "address", "by") if hasattr(record, name))
         if record.exc_info:
             event["trace"] = self.formatException(record.exc_info)[-4096:]
         return json.dumps(event)
@@ -6250,6 +6290,16 @@ class Upkeep:
                     Statement("DELETE FROM upload WHERE due < ?", (now,)),
                     Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = 'purged' WHERE until IS NULL "
                               "AND node IN (SELECT root FROM account WHERE removed < ?)", (now - keep,)))
+
+    def look_after_crash(self) -> None:
+        """After a stop that was none: is the database whole? (R22)"""
+        if self.db.setting("unclean"):
+            wrong = [row[0] for row in self.db.read("PRAGMA quick_check") if row != ("ok",)]
+            if wrong:
+                log.error("the database is damaged: %s; stop the server and restore a backup", wrong[0])
+                self.db.broken = "the database is damaged"
+            else:
+                self._write(Statement("DELETE FROM setting WHERE name = 'unclean'"))
 
     def mark_age(self) -> None:
         """Note how far the journal is, to know later how old a seq is."""
@@ -6522,6 +6572,7 @@ class Janitor(threading.Thread):
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what)
     "devices": (MINUTE, lambda janitor: janitor.cloud.accounts.save_used()),
     "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
+    "crash": (MINUTE, lambda janitor: janitor.upkeep.look_after_crash()),
     "expire": (MINUTE, lambda janitor: janitor.upkeep.expire()),
     "names": (5 * SECOND, lambda janitor: janitor.upkeep.index_names()),
     "digest": (MINUTE, lambda janitor: janitor.upkeep.digest()),
@@ -6824,11 +6875,25 @@ def examine(config: Config) -> Iterator[tuple[bool, str]]:
     os.close(fd)
     probe.unlink()
     yield time.monotonic() - began < 0.5, "writing to the disk takes %.0f ms" % ((time.monotonic() - began) * 1000)
+    kind = file_system_of(config.data)
+    yield not kind.startswith(("nfs", "cifs", "smb", "fuse.sshfs", "9p")), "the data lie on %s" % (kind or "a local disk")
     now = datetime.now(timezone.utc)
     yield 2025 < now.year < 2100, "the clock says %s" % now.isoformat(timespec="seconds")
     yield from examine_cloud(config)
     if config.tls_cert:
         yield tls_context(config) is not None, "the certificate can be used"
+
+
+def file_system_of(path: Path) -> str:
+    """The kind of file system a path is on, as Linux names it; "" elsewhere.  Databases do not belong on networks (R5)."""
+    best = ("", "")
+    if os.path.exists("/proc/mounts"):
+        with open("/proc/mounts") as mounts:
+            for line in mounts:
+                _, place, kind, *_ = line.split(" ")
+                if (str(path.resolve()) + "/").startswith(place.rstrip("/") + "/") and len(place) >= len(best[0]):
+                    best = place, kind
+    return best[1]
 
 
 def examine_cloud(config: Config) -> Iterator[tuple[bool, str]]:
@@ -6871,9 +6936,12 @@ def serve(config: Config) -> int:
     tls_context(config)                          # refuse a bad certificate before anything is forked
     announce(config, listener)
     workers = config.workers or min(8, os.cpu_count() or 1)
-    if workers == 1 or not hasattr(os, "fork"):
-        return work(config, listener)
-    return Supervisor(config, listener, workers).run()
+    alone = workers == 1 or not hasattr(os, "fork")
+    code = work(config, listener) if alone else Supervisor(config, listener, workers).run()
+    if code == 0:
+        with closing(Cloud(config)) as cloud:
+            cloud.db.run(Statement("DELETE FROM setting WHERE name = 'running'"))
+    return code
 
 
 def announce(config: Config, listener: socket.socket) -> None:
@@ -6883,6 +6951,9 @@ def announce(config: Config, listener: socket.socket) -> None:
     url = "%s://%s:%d/" % ("https" if config.tls_cert else "http", host, listener.getsockname()[1])
     cloud = Cloud(config)
     try:
+        if cloud.db.setting("running"):
+            cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('unclean', '1')"))      # the janitor looks (R22)
+        cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('running', '1')"))
         print("cloudserver serves %s at %s" % (config.data, url))
         if not cloud.accounts.is_set_up():
             print("Not set up yet. Open this link to make your account; it works once:\n\n    %ssetup#%s\n"
@@ -6905,9 +6976,8 @@ def work(config: Config, listener: socket.socket, lifeline: int | None = None, b
     janitor.stop()
     cloud.accounts.save_used()
     cloud.db.save_clock()
-    if server.active:
-        os._exit(0)                              # who did not finish in time would hold us for ever
-    cloud.close()
+    if not server.active:
+        cloud.close()
     return 0
 
 
@@ -6962,8 +7032,8 @@ class Supervisor:
             os._exit(code)
 
     def _stop(self, number: int, frame: Any) -> None:
-        for pid in self.pids:
-            os.kill(pid, signal.SIGTERM)
+        for pid in self.pids:                    # the second time, at once
+            os.kill(pid, signal.SIGKILL if self.stopping else signal.SIGTERM)
         self.stopping = True
 
 
@@ -6988,6 +7058,13 @@ def command(name: str, *arguments: tuple[Any, ...]) -> Callable[[Callable[..., A
     return enter
 
 
+def leave(code: int) -> None:
+    """End the process without waiting for threads whose clients did not finish in time."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 @contextmanager
 def open_cloud(config: Config) -> Iterator[Cloud]:
     """The cloud in the data directory, for a command that works beside a running server or without one."""
@@ -6999,9 +7076,9 @@ def open_cloud(config: Config) -> Iterator[Cloud]:
 
 
 @command("serve")
-def run_serve(config: Config, given: Arguments) -> int:
+def run_serve(config: Config, given: Arguments) -> None:
     """serve files until stopped (this is what happens without a command)"""
-    return serve(config)
+    leave(serve(config))
 
 
 @command("user add", ("name", {"help": "what they log in by"}),
