@@ -15,7 +15,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      7  Operations      Cloud                                          every verb, behind every door
      8  HTTP            Request Response route respond Handler         the only code that touches a socket
      9  JSON API        api_*                                          what the page and programs use
-    10  Transfer        tus_*                                          resumable uploads
+    10  Transfer        tus_* sync_*                                   resumable uploads, native sync
     11  WebDAV          dav_*                                          RFC 4918
     13  Web pages       PAGE web_page                                  the embedded page
     14  Service         CloudServer Janitor Supervisor                 start, stop, logs, background jobs
@@ -115,6 +115,8 @@ CHUNK_LIMIT = 16 * MiB          # no chunk is larger, whoever cut it
 NAME_LIMIT = 255                # bytes of UTF-8 in a name
 PATH_LIMIT = 4096               # bytes of UTF-8 in a path
 DEPTH_LIMIT = 128               # levels below the root
+FRAMES_LIMIT = 64 * MiB         # bytes of all chunks in one request
+OPS_LIMIT = 5_000               # steps of one commit, and hashes in one question
 COPY_LIMIT = 200_000            # nodes that one COPY may make
 XML_LIMIT = JSON_LIMIT = MiB    # bytes of a structured body
 PROPERTY_LIMIT = 64 * KiB       # bytes of one dead property; a node holds 16 times that
@@ -257,6 +259,7 @@ class Lock(NamedTuple):
 ERRORS = {  # kind: (HTTP status, WebDAV condition or None)
     "bad-request": (400, None),
     "bad-checksum": (400, None),                          # what arrived is not what was announced
+    "bad-frame": (400, None),                             # a frame that is cut short, empty or too long
     "unauthenticated": (401, None),
     "forbidden": (403, None),
     "insecure": (403, None),                              # a password over plain HTTP
@@ -277,6 +280,8 @@ ERRORS = {  # kind: (HTTP status, WebDAV condition or None)
     "twin": (409, None),                                  # the same name in another Unicode form is there
     "no-token": (409, "lock-token-matches-request-uri"),  # RFC 4918 s9.11.1
     "offset": (409, None),                                # tus: the server stands elsewhere
+    "missing": (409, None),                               # chunks that have to be sent first
+    "op-reused": (409, None),                             # the same operation id for something else
     "gone": (410, None),
     "length-required": (411, None),
     "precondition-failed": (412, None),
@@ -289,6 +294,8 @@ ERRORS = {  # kind: (HTTP status, WebDAV condition or None)
     "unprocessable": (422, None),
     "locked": (423, "lock-token-submitted"),              # RFC 4918 s11.3, s16
     "lock-conflict": (423, "no-conflicting-lock"),
+    "held": (423, None),                                  # the brake: a device deletes or overwrites too much
+    "not-done": (424, None),                              # another part of an atomic request failed
     "throttled": (429, None),
     "headers-too-large": (431, None),
     "bad-upload-checksum": (460, None),                   # tus checksum extension
@@ -1142,6 +1149,55 @@ def fill(body: Body, view: memoryview) -> int:
     return count
 
 
+class _RawBody(io.RawIOBase):
+    """A Body with the face of a raw file."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._body.readinto(memoryview(buffer))
+
+
+class FrameReader:
+    """A body that is a line of JSON, or none, and then frames: length (4 bytes, big endian), bytes."""
+
+    def __init__(self, body: Body) -> None:
+        self._file = io.BufferedReader(_RawBody(body), 256 * KiB)
+
+    def line(self, limit: int) -> bytes:
+        """The first line.  raises CloudError too-large"""
+        line = self._file.readline(limit + 1)
+        if len(line) > limit:
+            raise CloudError("too-large", "the first line may have %d bytes" % limit)
+        return line
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The bytes of each frame in turn.  raises CloudError bad-frame, too-large"""
+        total = 0
+        while True:
+            head = self._file.read(4)
+            if not head:
+                return
+            size = int.from_bytes(head, "big")
+            if len(head) < 4 or not 0 < size <= CHUNK_LIMIT:
+                raise CloudError("bad-frame", "a frame has 1 to %d bytes" % CHUNK_LIMIT)
+            total += size
+            if total > FRAMES_LIMIT:
+                raise CloudError("too-large", "the frames of a request may have %d bytes" % FRAMES_LIMIT)
+            data = self._file.read(size)
+            if len(data) < size:
+                raise CloudError("bad-frame", "the last frame is cut short")
+            yield data
+
+
+def format_frame(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + data
+
+
 class Blobs:
     """Bytes to chunks and back, over one store; the lane is where hashing and writing happen beside receiving."""
 
@@ -1475,6 +1531,17 @@ CREATE INDEX upload_home ON upload (home);
 CREATE TABLE upload_chunk (upload TEXT NOT NULL, offset INTEGER NOT NULL, chunk TEXT NOT NULL, size INTEGER NOT NULL,
     PRIMARY KEY (upload, offset)) WITHOUT ROWID;
 CREATE INDEX upload_chunk_chunk ON upload_chunk (chunk);
+CREATE TABLE loose (                    -- chunks an account sent ahead of the commit that will name them
+    home INTEGER NOT NULL, chunk TEXT NOT NULL, size INTEGER NOT NULL, due INTEGER NOT NULL,
+    PRIMARY KEY (home, chunk)) WITHOUT ROWID;
+CREATE TABLE brake (                    -- what a device destroyed of late
+    device TEXT PRIMARY KEY, home INTEGER NOT NULL,
+    seq INTEGER NOT NULL,               -- the newest before its window began
+    due INTEGER NOT NULL,               -- the window ends then
+    files INTEGER NOT NULL,             -- live files of the account when it began
+    deletes INTEGER NOT NULL, overwrites INTEGER NOT NULL,
+    held INTEGER,                       -- wall time since when it is held
+    free INTEGER NOT NULL) WITHOUT ROWID;        -- due time until which somebody allowed it everything
 CREATE TABLE device (                   -- sessions of the page and app passwords
     id TEXT PRIMARY KEY, account INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
     secret TEXT NOT NULL UNIQUE,        -- SHA-256 of the cookie or token
@@ -1491,6 +1558,16 @@ MIGRATIONS: list[str] = []      # MIGRATIONS[0] leads from version 1 to 2
 
 GROUP_LIMIT = 64                # batches in one commit
 ATTEMPTS = 50                   # times a batch may find that somebody was faster
+PIECE = 500                     # rows that are asked for, or touched, at a time
+
+
+def pieces(rows: Sequence[Any], size: int = PIECE) -> Iterator[list[Any]]:
+    return (list(rows[at:at + size]) for at in range(0, len(rows), size))
+
+
+def marks(rows: Sequence[Any]) -> str:
+    """A parameter for each: "?, ?, ?"."""
+    return ", ".join("?" * len(rows))
 
 
 class Clock:
@@ -1576,6 +1653,7 @@ class Batch:
     guards: list[Statement] = field(default_factory=list)
     line: Line | None = None                     # None: no change of a tree, no seq is drawn
     op: tuple[str, str] | None = None            # (id a client chose, digest of what it asked)
+    result: str | None = None                    # what to answer if the client asks again
     changes: Sequence[Change] = ()               # what its body does to the tree, for who asked
     seq: int = 0                                 # set when it is committed
 
@@ -1787,8 +1865,8 @@ class Database:
         for sql, params, many in batch.body:
             (db.executemany if many else db.execute)(sql, params)
         if batch.op:
-            db.execute("INSERT INTO op (id, seq, digest, at) VALUES (?, ?, ?, ?)",
-                       (batch.op[0], batch.seq, batch.op[1], self.clock.due()))
+            db.execute("INSERT INTO op (id, seq, digest, result, at) VALUES (?, ?, ?, ?, ?)",
+                       (batch.op[0], batch.seq, batch.op[1], batch.result, self.clock.due()))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -1865,7 +1943,7 @@ class Replayed(CloudError):
     """A batch with this op id was committed before; `same` tells whether it asked for the same."""
 
     def __init__(self, seq: int, same: bool) -> None:
-        super().__init__("conflict", "this operation id was used for something else")
+        super().__init__("op-reused", "this operation id was used for something else")
         self.seq, self.same = seq, same
 
 
@@ -2426,6 +2504,30 @@ UP = (  # a live node and what holds it, upwards: (node, parent)
     "SELECT node, parent FROM up ORDER BY level")
 
 
+BRAKE_FILES, BRAKE_SHARE, BRAKE_WINDOW = 200, 4, 10 * MINUTE       # held: over 200 files and over a quarter in the window
+BRAKE_FREE = HOUR               # how long a device that was allowed may do everything
+
+
+class Brake(NamedTuple):
+    """What a device deleted and overwrote of late.  The order is that of the table's columns."""
+    device: str
+    home: int
+    seq: int
+    due: int
+    files: int
+    deletes: int
+    overwrites: int
+    held: int | None
+    free: int
+
+
+CHUNK_ROWS = (  # makes chunks known; one that was given up or found damaged is good again
+    "INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
+    "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
+    "object = CASE WHEN bad IS NULL THEN object ELSE excluded.object END, "
+    "data = CASE WHEN bad IS NULL THEN data ELSE excluded.data END WHERE condemned IS NOT NULL OR bad IS NOT NULL")
+
+
 class Changed(NamedTuple):
     """A node that a batch touched: where it is now and where it was, seen from a collection; None: out of sight."""
     id: int
@@ -2452,6 +2554,8 @@ class Tree:
         self._free: tuple[int, bool] = (0, True)         # until when the disk counts as free
         self._lanes: dict[int, int] = {}                 # long operations under way, by account
         self._lanes_lock = threading.Lock()
+        self._waiting = 0                                # who waits for a change
+        self.closing = threading.Event()
 
     def close(self) -> None:
         self.blobs.lane.shutdown(wait=True)
@@ -2784,12 +2888,7 @@ class Tree:
         """Rows that make stored bytes known: the chunks, if they are new, and the manifest if there are several."""
         body = []
         if new:
-            body.append(Statement(
-                "INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
-                "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
-                "object = CASE WHEN bad IS NULL THEN object ELSE excluded.object END, "
-                "data = CASE WHEN bad IS NULL THEN data ELSE excluded.data END "
-                "WHERE condemned IS NOT NULL OR bad IS NOT NULL", self._chunk_rows(stored), many=True))
+            body.append(Statement(CHUNK_ROWS, self._chunk_rows(stored), many=True))
         if len(stored.chunks) > 1:
             body += [Statement("INSERT OR IGNORE INTO manifest VALUES (?, ?, ?)",
                                (stored.manifest, stored.size, stored.sha256)),
@@ -3095,17 +3194,75 @@ class Tree:
         free = shutil.disk_usage(self.config.data).free
         return spot.used, free if spot.quota is None else max(0, min(free, spot.quota - spot.used - self._reserved(spot.home)))
 
+    # ---- the brake: a device that destroys much in little time is held until somebody looks
+
+    def _brake(self, who: Principal, changes: Sequence[Change]) -> list[Statement]:
+        """Count what a device deletes and overwrites; returns the statement that notes it.  raises CloudError held
+
+        What it made itself within the window does not count, nor does a file that it overwrites once more.
+        """
+        recent = self.clock.wall() - BRAKE_WINDOW
+        gone = [change for change in changes if change.before and change.before.created < recent]
+        deletes = sum(change.before.files if change.before.kind else 1 for change in gone if change.after is None)
+        overwrites = sum(change.before.kind == FILE and change.after.manifest != change.before.manifest
+                         for change in gone if change.after)
+        if not deletes + overwrites:
+            return []
+        now, brake = self.clock.due(), self._brake_of(who)
+        if brake and brake.free > now:
+            return []
+        if brake and brake.held is None and brake.due > now:
+            note = Statement("UPDATE brake SET deletes = deletes + ?, overwrites = overwrites + ? WHERE device = ?",
+                             (deletes, overwrites, who.device))
+        else:
+            seq, files = self.db.read("SELECT (SELECT max(seq) FROM journal), c.files FROM account a JOIN collection c "
+                                      "ON c.node = a.root WHERE a.id = ?", (who.account,))[0]
+            brake = brake if brake and brake.held is not None else Brake(
+                who.device, who.account, seq, now + BRAKE_WINDOW, files, 0, 0, None, 0)
+            note = Statement("INSERT OR REPLACE INTO brake VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                             brake._replace(deletes=deletes, overwrites=overwrites))
+        self._check_brake(who, brake, deletes, overwrites)
+        return [note]
+
+    def _brake_of(self, who: Principal) -> Brake | None:
+        rows = self.db.read("SELECT * FROM brake WHERE device = ?", (who.device,))
+        return Brake._make(rows[0]) if rows else None
+
+    def _check_brake(self, who: Principal, brake: Brake, deletes: int, overwrites: int) -> None:
+        """raises CloudError held if this would be too much, or something was before"""
+        def is_too_much() -> bool:
+            count = deletes + overwrites + brake.deletes + brake.overwrites
+            return count > BRAKE_FILES and count * BRAKE_SHARE > brake.files
+
+        if brake.held is None and is_too_much():
+            (files,), = self.db.read(
+                "SELECT count(DISTINCT e.node) FROM journal j JOIN entry e ON e.home = j.home AND e.until = j.seq "
+                "WHERE j.home = ? AND j.seq > ? AND j.device = ? AND e.fate = 'replaced'", (who.account, brake.seq, who.device))
+            brake = brake._replace(overwrites=min(files, brake.overwrites))
+            if not is_too_much():
+                self.db.run(Statement("UPDATE brake SET overwrites = ? WHERE device = ?", (files, who.device)))
+                return
+            held = brake._replace(deletes=brake.deletes + deletes, overwrites=brake.overwrites + overwrites,
+                                  held=self.clock.wall())
+            self.db.write(lambda: Batch([Statement("INSERT OR REPLACE INTO brake VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", held)],
+                                        line=Line(who.account, who, "hold", {"count": held.deletes + held.overwrites})))
+            log.warning("a device is held by the brake", extra={"account": who.name, "by": who.device})
+            brake = held
+        if brake.held is not None:
+            raise CloudError("held", "this device deletes or overwrites so much that it is held; allow or undo it on the page")
+
     # ---- the one way into the tree
 
     def _batch(self, who: Principal, spot: Spot, action: str, detail: dict[str, Any], changes: Sequence[Change],
-               extra: Sequence[Statement] = (), credit: int = 0) -> Batch:
+               extra: Sequence[Statement] = (), credit: int = 0, sums: dict[int, list[int]] | None = None) -> Batch:
         """Turn changes, decided at a spot, into a batch (invariants 3 to 5).
 
         credit  bytes of growth that were reserved before
+        sums    {collection: [bytes, files]} if they were added up already; the changes then name no collections
         """
         guards = [Statement("SELECT 'shape' WHERE (SELECT shape FROM account WHERE id = ?) IS NOT ?",
                             (spot.home, spot.shape))]
-        ends, begins, sums = [], [], {}
+        ends, begins, sums = [], [], {} if sums is None else sums
         growth, loose = -credit, False
         for change in changes:
             before, after = change.before, change.after
@@ -3115,6 +3272,9 @@ class Tree:
                                         (before.home, before.since, before.node)))
                 ends.append((change.fate, before.home, before.since, before.node))
                 loose |= bool(before.kind) and (after is None or (after.parent, after.name) != (before.parent, before.name))
+                if before.kind and (after is None or after.parent != before.parent):     # its sums leave the chain with it
+                    guards.append(Statement("SELECT 'sums' FROM collection WHERE node = ? AND (size, files) <> (?, ?)",
+                                            (before.node, before.size, before.files)))
                 self._count(sums, change.left, -before.size, -(before.files if before.kind else 1))
                 growth -= before.size
             if after:
@@ -3127,7 +3287,7 @@ class Tree:
                 "SELECT 'quota' FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ? AND a.quota IS NOT NULL "
                 "AND r.size + ? + (SELECT coalesce(sum(size), 0) FROM upload WHERE home = a.id AND done IS NULL) > a.quota",
                 (spot.home, growth)))
-        body = [*extra]
+        body = [*extra, *self._brake(who, changes)] if ends and who.means == "token" else [*extra]
         if ends:
             body.append(Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? "
                                   "WHERE home = ? AND since = ? AND node = ?", ends, many=True))
@@ -3526,14 +3686,18 @@ class History(Tree):
     def past(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, list[Node]]:
         """The node that was at a path as of a seq and what it held.  raises CloudError not-found, gone"""
         with self.db.snapshot() as read:
-            self._check_reach(seq)
             past = _Past(read, who.root, seq)
-            node = past.node(who.root)
-            for name in path:
-                node = past.child(node.node, key_of(name)) if node and node.kind else None
-            if node is None:
-                raise CloudError("not-found", "there was nothing at this path")
+            node = self._past_node(past, path)
             return node, past.children(node.node) if node.kind else []
+
+    def _past_node(self, past: _Past, path: tuple[str, ...]) -> Node:
+        self._check_reach(past.seq)
+        node = past.node(past.top)
+        for name in path:
+            node = past.child(node.node, key_of(name)) if node and node.kind else None
+        if node is None:
+            raise CloudError("not-found", "there was nothing at this path")
+        return node
 
     def past_content(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, Content]:
         """A file as it was at a path as of a seq."""
@@ -3744,6 +3908,47 @@ class History(Tree):
                 return 0, choose(_Past(read, top, seq), _Past(read, top, self.head()))[1]
         return self._revert(who, path, seq, choose, "rewind", {"path": "/".join(path), "to": seq})
 
+    def held(self, who: Principal) -> list[tuple[Brake, str]]:
+        """Devices of the account that the brake holds, and their names."""
+        rows = self.db.read("SELECT b.*, d.name FROM brake b JOIN device d ON d.id = b.device "
+                            "WHERE d.account = ? AND b.held IS NOT NULL ORDER BY b.held", (who.account,))
+        return [(Brake._make(columns), name) for *columns, name in rows]
+
+    def _held(self, who: Principal, device: str) -> Brake:
+        found = next((brake for brake, _ in self.held(who) if brake.device == device), None)
+        if found is None:
+            raise CloudError("not-found", "this device is not held")
+        return found
+
+    def allow(self, who: Principal, device: str) -> None:
+        """Let a held device go on; for a while everything is allowed to it.  raises CloudError not-found"""
+        self._held(who, device)
+        free = self.clock.due() + BRAKE_FREE
+        self.db.write(lambda: Batch([Statement("UPDATE brake SET held = NULL, deletes = 0, overwrites = 0, free = ? "
+                                               "WHERE device = ?", (free, device))],
+                                    line=Line(who.account, who, "allow", {"device": device})))
+
+    def undo_device(self, who: Principal, device: str) -> tuple[int, int]:
+        """Take back what a held device did since its window began, in one step; returns (seq, nodes changed).
+
+        It is not held any more, but counted anew.  raises CloudError not-found
+        """
+        brake = self._held(who, device)
+
+        def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
+            touched = [id for (id,) in now.read(
+                "SELECT e.node FROM journal j JOIN entry e ON e.home = j.home AND e.since = j.seq "
+                "WHERE j.home = :home AND j.seq > :seq AND j.device = :device UNION "
+                "SELECT e.node FROM journal j JOIN entry e ON e.home = j.home AND e.until = j.seq "
+                "WHERE j.home = :home AND j.seq > :seq AND j.device = :device",
+                {"home": who.account, "seq": brake.seq, "device": device})]
+            mine = [id for id in touched if differs(then.here(id), now.here(id))]
+            return mine, len(mine)
+
+        done = self._revert(who, (), brake.seq, choose, "undo", {"device": device, "seq": brake.seq})
+        self.db.run(Statement("DELETE FROM brake WHERE device = ?", (device,)))
+        return done
+
     def _revert(self, who: Principal, path: tuple[str, ...], seq: int, choose: Callable[[_Past, _Past], tuple[list[int], int]],
                 action: str, detail: dict[str, Any]) -> tuple[int, int]:
         """Bring the chosen nodes below a path back to what they were as of a seq."""
@@ -3879,6 +4084,528 @@ def differs(then: Node | None, now: Node | None) -> bool:
     return (then.parent, then.name, then.manifest, then.mtime) != (now.parent, now.name, now.manifest, now.mtime)
 
 
+# ---- native sync
+
+class Place(NamedTuple):
+    """One line of a manifest."""
+    path: tuple[str, ...]
+    node: Node
+    sha256: str | None
+    chunks: list[tuple[str, int]] | None         # (hash, size) in order, if asked for
+
+
+class Draft:
+    """The tree as the steps of a commit leave it, one after the other; nothing is written before all are decided.
+
+    A node that several steps touch leaves one state and takes one other.  Sums are kept step by step, each along
+    the collections that hold the node by then.
+    """
+
+    def __init__(self, db: Database, root: Spot, received: "Received", *, held: bool) -> None:
+        """
+        root      where who asks begins
+        held      nothing may be deleted or overwritten
+        """
+        self.db, self.root, self.received, self.held = db, root, received, held
+        self.known: dict[str, int] = {}              # {hash: bytes} of chunks that steps may name
+        self.used: set[str] = set()                  # those that they did name
+        self.body: list[Statement] = []              # rows of manifests
+        self.sums: dict[int, list[int]] = {}
+        self.growth = 0
+        self._states: dict[int, tuple[Node | None, Node | None]] = {}
+        self._places: dict[tuple[int, str], Node | None] = {}
+        self._chains: dict[tuple[str, ...], tuple[int, ...] | None] = {}
+        self._made: set[int] = set()
+
+    def spot(self, path: tuple[str, ...]) -> Spot:
+        """Where a path leads by now."""
+        if not path:
+            return self.root
+        there, chain, opened = len(path) - 1, None, True
+        while chain is None:
+            chain = self._chain(path[:there])
+            if chain is None:
+                there -= 1
+                opened = self._child_at(path[:there], path[there]) is None
+        node = self._child(chain[-1], path[-1]) if there == len(path) - 1 else None
+        return self.root._replace(used=self.root.used + self.growth, chain=chain, open=opened,
+                                  rest=() if node else path[there:], node=node)
+
+    def _chain(self, path: tuple[str, ...]) -> tuple[int, ...] | None:
+        """Ids of the collections down to the one at a path; None if there is none."""
+        if not path:
+            return self.root.chain + (self.root.node.node,)
+        if path not in self._chains:
+            above = self._chain(path[:-1])
+            node = self._child(above[-1], path[-1]) if above else None
+            self._chains[path] = above + (node.node,) if node and node.kind else None
+        return self._chains[path]
+
+    def _child_at(self, path: tuple[str, ...], name: str) -> Node | None:
+        chain = self._chain(path)
+        return self._child(chain[-1], name) if chain else None
+
+    def _child(self, parent: int, name: str) -> Node | None:
+        place = parent, key_of(name)
+        if place not in self._places:
+            rows = () if parent in self._made else self.db.read(
+                "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
+                "WHERE e.parent = ? AND e.key = ? AND e.until IS NULL", place)
+            self._places[place] = Node._make(rows[0]) if rows else None
+        return self._places[place]
+
+    def check_brake(self) -> None:
+        """Before something is deleted or overwritten.  raises CloudError held"""
+        if self.held:
+            raise CloudError("held", "this device is held; allow or undo what it did on the page")
+
+    def is_made_here(self, node: Node) -> bool:
+        return node.node in self._made
+
+    def apply(self, change: Change) -> None:
+        """Take one step."""
+        before, after = change.before, change.after
+        id = (after or before).node
+        first = self._states[id][0] if id in self._states else before
+        self._states[id] = first, after
+        if before:
+            self._places[before.parent, key_of(before.name)] = None
+            self._count(change.left, before, -1)
+        if after:
+            self._places[after.parent, key_of(after.name)] = after
+            self._count(change.joined, after, +1)
+        if (after or before).kind:
+            self._chains.clear()
+            if before is None:
+                self._made.add(id)
+
+    def _count(self, chain: tuple[int, ...], node: Node, sign: int) -> None:
+        size, files = self.sums.get(node.node, (0, 0)) if node.kind else (0, 0)
+        size, files = node.size + size, (node.files if node.kind else 1) + files
+        self.growth += sign * size
+        for above in chain:
+            sum = self.sums.setdefault(above, [0, 0])
+            sum[0] += sign * size
+            sum[1] += sign * files
+
+    def changes(self) -> list[Change]:
+        """What became of each node that was touched."""
+        return [Change(before, after, fate="deleted" if after is None else "replaced" if before and
+                       before.manifest != after.manifest else "moved")
+                for before, after in self._states.values() if before != after]
+
+    def state(self, node: Node | None) -> Node | None:
+        """What a node is in the end; its seq is 0 if that of the commit will be it."""
+        if node is None:
+            return None
+        node = self._states.get(node.node, (None, node))[1]
+        return node._replace(seq=0) if node and node.node in self.sums else node
+
+
+class Received:
+    """Chunks that came with a request: what is small waits to be written with the batch, the rest is durable."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+        self.heads: dict[str, bytes] = {}
+        self.rows: list[tuple[Any, ...]] = []        # for the table chunk
+        self.waiting = 0                             # bytes in rows
+
+
+class Outcome(NamedTuple):
+    """What became of one step of a commit."""
+    status: int
+    node: Node | None = None
+    problem: dict[str, Any] | None = None
+
+
+class Sync(History):
+    """Many small things in one request, and of a large one only what the other side lacks.  The second floor of Cloud."""
+
+    # ---- what there is
+
+    def manifest(self, who: Principal, path: tuple[str, ...], seq: int | None = None,
+                 chunks: bool = False) -> tuple[int, Node, Iterator[Place]]:
+        """(seq, the node at a path, all below it in the order of paths), as of now or of a seq.
+
+        raises  CloudError not-found, gone
+        """
+        seq = self.head() if seq is None else seq
+        with self.db.snapshot() as read:
+            top = self._past_node(_Past(read, who.root, seq), path)
+        return seq, top, self._manifest(top, path, seq, chunks)
+
+    def _manifest(self, top: Node, path: tuple[str, ...], seq: int, chunks: bool) -> Iterator[Place]:
+        pending = [(path, self._rows_at(top.node, seq))]
+        while pending:
+            above, rows = pending[-1]
+            row = next(rows, None)
+            if row is None:
+                pending.pop()
+                continue
+            place = self._place(above, Node._make(row[:15]), row[15], chunks)
+            yield place
+            if place.node.kind:
+                pending.append((place.path, self._rows_at(place.node.node, seq)))
+
+    def _rows_at(self, parent: int, seq: int) -> Iterator[tuple[Any, ...]]:
+        """Rows of PLACES_AT, some at a time: nobody who reads slowly keeps a snapshot open."""
+        after = ""
+        while True:
+            rows = self.db.read(PLACES_AT, {"parent": parent, "seq": seq, "after": after, "limit": PIECE})
+            yield from rows
+            if len(rows) < PIECE:
+                return
+            after = rows[-1][16]
+
+    def _place(self, above: tuple[str, ...], node: Node, sha256: str | None, chunks: bool) -> Place:
+        single = node.kind == FILE and node.manifest[0] != "m"
+        return Place(above + (node.name,), node, node.manifest if single else sha256,
+                     self.chunks_of(node) if chunks and not node.kind else None)
+
+    def chunks_of(self, node: Node) -> list[tuple[str, int]]:
+        """(hash, size) of the chunks of a file in order; an empty file has none."""
+        if node.manifest[0] != "m":
+            return [(node.manifest, node.size)] if node.size else []
+        return self.db.read("SELECT m.chunk, h.size FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
+                            "WHERE m.manifest = ? ORDER BY m.offset", (node.manifest,))
+
+    def place_of(self, node: Node, path: tuple[str, ...], chunks: bool) -> Place:
+        """A live node as a manifest tells it."""
+        rows = [] if node.kind else self.db.read("SELECT sha256 FROM manifest WHERE id = ?", (node.manifest,))
+        return self._place(path[:-1], node, rows[0][0] if rows else None, chunks)
+
+    def await_change(self, who: Principal, since: int, seconds: float) -> bool:
+        """Wait until something in the account is newer than a seq; False if nothing was in time.
+
+        Somebody who waits looks at one row every tenth of a second; so many may wait at a time and no more.
+        raises  CloudError busy
+        """
+        until = time.monotonic() + seconds
+        with self._lanes_lock:
+            self._waiting += 1
+        try:
+            if self._waiting > WAITERS:
+                raise CloudError("busy", "%d wait for changes already" % WAITERS, retry_after=5)
+            while self.newest(who) <= since:
+                if time.monotonic() >= until or self.closing.wait(0.1):
+                    return False
+            return True
+        finally:
+            with self._lanes_lock:
+                self._waiting -= 1
+
+    def newest(self, who: Principal) -> int:
+        """The seq of the last change of an account's tree."""
+        rows = self.db.read("SELECT c.seq FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ? "
+                            "AND (? = '' OR EXISTS (SELECT 1 FROM device WHERE id = ?))", (who.account, who.device, who.device))
+        if not rows:
+            raise CloudError("unauthenticated", "this device was revoked")
+        return rows[0][0]
+
+    # ---- chunks
+
+    def known(self, who: Principal, hashes: Iterable[str]) -> dict[str, int]:
+        """{hash: size} of the chunks that `who` may read already or has sent: nobody else's count (D3)."""
+        found, now = {}, self.clock.due()
+        for some in pieces(list(dict.fromkeys(hashes))):
+            found.update(self.db.read(
+                "SELECT h.hash, h.size FROM chunk h WHERE h.hash IN (" + marks(some) + ") AND h.bad IS NULL AND h.condemned IS NULL "
+                "AND (EXISTS (SELECT 1 FROM loose WHERE home = ? AND chunk = h.hash AND due > ?) OR " + OWNED + ")",
+                (*some, who.account, now, who.account, who.account)))
+        return {hash: size for hash, size in found.items() if self._is_within(who, hash)} if who.scoped else found
+
+    def _is_within(self, who: Principal, hash: str) -> bool:
+        """Is a chunk part of a live file below the root of a device that is limited to that?"""
+        nodes = self.db.read("SELECT node FROM entry WHERE manifest = :hash AND home = :home AND until IS NULL UNION "
+                             "SELECT e.node FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest "
+                             "WHERE m.chunk = :hash AND e.home = :home AND e.until IS NULL", {"hash": hash, "home": who.account})
+        return any(who.root in self._above_or_none(node) for (node,) in nodes) or bool(self.db.read(
+            "SELECT 1 FROM loose WHERE home = ? AND chunk = ?", (who.account, hash)))
+
+    def missing(self, who: Principal, hashes: Sequence[str]) -> list[str]:
+        """Those that would have to be sent."""
+        known = self.known(who, hashes)
+        return [hash for hash in hashes if hash not in known]
+
+    def read_chunks(self, who: Principal, hashes: Sequence[str]) -> tuple[int, Iterator[bytes | FileSlice]]:
+        """(bytes of them all, their bytes in turn).  raises CloudError missing"""
+        known = self.known(who, hashes)
+        if len(known) < len(set(hashes)):
+            raise CloudError("missing", "not all of these chunks can be read",
+                             missing=[hash for hash in hashes if hash not in known])
+        return sum(known[hash] for hash in hashes), self._read_chunks(hashes)
+
+    def _read_chunks(self, hashes: Sequence[str]) -> Iterator[bytes]:
+        for some in pieces(hashes, 64):
+            rows = {row[0]: StoredChunk._make(row) for row in self.db.read(
+                "SELECT " + CHUNK + " FROM chunk h WHERE h.hash IN (" + marks(some) + ")", some)}
+            for hash in some:
+                if hash not in rows:
+                    raise CloudError("storage-failed", "a chunk is gone")
+                yield rows[hash].size.to_bytes(4, "big")
+                yield from self.blobs.slices(iter([(rows[hash], 0, rows[hash].size)]))
+
+    def send(self, who: Principal, frames: Iterable[bytes]) -> list[str]:
+        """Store chunks ahead of the commit that will name them; returns their hashes.  raises CloudError over-quota"""
+        self._require(who)
+        received = self._receive(who, frames)
+        self._flush(who, received)
+        return list(received.sizes)
+
+    def _receive(self, who: Principal, frames: Iterable[bytes]) -> Received:
+        """Take frames as they come, hashing and writing the large ones in the lane."""
+        received, tag, flying = Received(), secrets.token_hex(8), deque()
+        spot = self._spot(who, ())
+        (ahead,), = self.db.read("SELECT coalesce(sum(size), 0) FROM loose WHERE home = ? AND due > ?",
+                                 (who.account, self.clock.due()))
+        for data in frames:
+            hash = hashlib.sha256(data).hexdigest()
+            if hash in received.sizes:
+                continue
+            ahead += len(data)
+            self._check_space(spot, ahead, len(data))
+            received.sizes[hash], received.heads[hash] = len(data), data[:32]
+            if len(data) <= INLINE_LIMIT:
+                received.rows.append((hash, len(data), None, self.clock.due(), data))
+                received.waiting += len(data)
+                if received.waiting > FLUSH:
+                    self._flush(who, received)
+            elif not self._knows(who.account, hash):
+                while flying and sum(size for _, size in flying) + len(data) > CHUNK_LIMIT:
+                    flying.popleft()[0].result()
+                flying.append((self.blobs.lane.submit(self.blobs.put_chunk, hash, data, tag), len(data)))
+                received.rows.append((hash, len(data), "%s-%s" % (hash, tag), self.clock.due(), None))
+        while flying:
+            flying.popleft()[0].result()
+        return received
+
+    def _flush(self, who: Principal, received: Received) -> None:
+        """Write the rows that wait, and note whose they are."""
+        self.db.run(*self._loose_rows(who, received.rows))
+        received.rows, received.waiting = [], 0
+
+    # ---- the commit
+
+    def commit(self, who: Principal, op: str, digest: str, steps: Sequence[dict[str, Any]], frames: Iterable[bytes], *,
+               atomic: bool = False, since: int | None = None) -> tuple[int, list[dict[str, Any]], bool]:
+        """Take many steps in one batch; returns (its seq or 0, an outcome for each, whether nothing else happened since).
+
+        op       an id the client chose: the same again changes nothing and is answered the same
+        digest   of all that was asked, to tell a repetition from a reuse
+        frames   new chunks that the steps name
+        atomic   take all steps or none
+        since    a seq of the client's; the last result says whether its own commit is all that is newer
+        raises   CloudError op-reused, bad-frame, over-quota, busy
+        """
+        self._require(who)
+        id = "%d:%s" % (who.account, op)
+        again = self._answer_again(id, digest)
+        received = self._receive(who, frames)
+        if again:
+            return (*again, False)
+        last: list[list[Outcome]] = []
+
+        def attempt() -> Batch:
+            try:
+                batch, outcomes = self._plan_commit(who, (id, digest), steps, received, atomic, False)
+            except CloudError as error:
+                if error.kind != "held":
+                    raise
+                batch, outcomes = self._plan_commit(who, (id, digest), steps, received, atomic, True)
+            last[:] = [outcomes]
+            return batch
+
+        try:
+            batch = self.db.write(attempt)
+        except Replayed:
+            return (*(self._answer_again(id, digest) or (0, [])), False)
+        alone = since is not None and not self.db.read(
+            "SELECT 1 FROM journal WHERE home = ? AND seq > ? AND seq <> ? LIMIT 1", (who.account, since, batch.seq))
+        return batch.seq, describe_outcomes(last[0], batch.seq), alone
+
+    def _answer_again(self, id: str, digest: str) -> tuple[int, list[dict[str, Any]]] | None:
+        for seq, known, result in self.db.read("SELECT seq, digest, result FROM op WHERE id = ?", (id,)):
+            if known != digest:
+                raise CloudError("op-reused", "this operation id was used for something else")
+            return seq, [{**item, "etag": item["etag"].replace("*", "%x" % seq)} for item in json.loads(result)]
+        return None
+
+    def _plan_commit(self, who: Principal, op: tuple[str, str], steps: Sequence[dict[str, Any]], received: Received,
+                     atomic: bool, held: bool) -> tuple[Batch, list[Outcome]]:
+        """Decide every step on the tree as the steps before it leave it."""
+        root = self._spot(who, ())
+        draft = Draft(self.db, root, received, held=held)
+        draft.known = {**self.known(who, [hash for step in steps for hash, _ in step.get("chunks") or ()
+                                          if hash not in received.sizes]), **received.sizes}
+        outcomes = [self._take(who, draft, step) for step in steps]
+        if atomic and any(outcome.problem for outcome in outcomes):
+            failed = problem_of(CloudError("not-done", "another step failed, and all or none was asked for"))
+            return Batch(self._loose_rows(who, received.rows)), [
+                outcome if outcome.problem else Outcome(424, None, failed) for outcome in outcomes]
+        changes = draft.changes()
+        outcomes = [outcome._replace(node=draft.state(outcome.node)) for outcome in outcomes]
+        body = [*self._loose_rows(who, received.rows, draft.used), *draft.body,
+                *self._drop_locks(root, *(change.before for change in changes if change.before))]
+        if not changes:
+            return Batch(body), outcomes
+        paths = [split_path(step.get("to") or next(step[verb] for verb in COMMIT_STEPS if verb in step))
+                 for step, outcome in zip(steps, outcomes) if not outcome.problem]
+        batch = self._batch(who, root, "sync", name_paths(paths), changes, body, sums=draft.sums)
+        batch.op, batch.result = op, json.dumps(describe_outcomes(outcomes, None))
+        return batch, outcomes
+
+    def _loose_rows(self, who: Principal, rows: list[tuple[Any, ...]], used: Container[str] = ()) -> list[Statement]:
+        """Make chunks known; those that nothing uses yet stay with the account for a while."""
+        due = self.clock.due() + LOOSE_LIFE
+        loose = [(who.account, row[0], row[1], due) for row in rows if row[0] not in used]
+        return [*([Statement(CHUNK_ROWS, rows, many=True)] if rows else ()),
+                *([Statement("INSERT OR REPLACE INTO loose VALUES (?, ?, ?, ?)", loose, many=True)] if loose else ())]
+
+    def _take(self, who: Principal, draft: Draft, step: dict[str, Any]) -> Outcome:
+        """One step; a refusal becomes its outcome and leaves the draft as it was."""
+        verb = next((name for name in COMMIT_STEPS if name in step), None)
+        try:
+            if verb is None:
+                raise CloudError("bad-request", "a step is a put, mkdir, move or delete")
+            path = split_path(step[verb])
+            if not path:
+                raise CloudError("forbidden", "the root stays as it is")
+            return COMMIT_STEPS[verb](self, who, draft, path, step)
+        except CloudError as error:
+            return Outcome(error.status, None, problem_of(error))
+
+    def _take_put(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
+        chunks = step["chunks"]
+        lacking = [hash for hash, _ in chunks if hash not in draft.known]
+        if lacking:
+            raise CloudError("missing", "these chunks have to be sent first", missing=lacking)
+        if any(draft.known[hash] != size for hash, size in chunks):
+            raise CloudError("bad-request", "a chunk has another size")
+        spot, size = draft.spot(path), sum(size for _, size in chunks)
+        self._check_place(spot, path)
+        if spot.node and spot.node.kind:
+            raise CloudError("conflict", "a collection is at this path", now=spot.node)
+        self._admit_step(who, spot, path, step)
+        self._check_space(spot, size - (spot.node.size if spot.node else 0), size)
+        stored = Stored(manifest_of(chunks) if chunks else EMPTY, size, None, chunks, inline=None if chunks else b"",
+                        head=self._head_of(draft, path[-1], chunks))
+        if spot.node and spot.node.manifest != stored.manifest:
+            draft.check_brake()
+        change, _ = self._put_change(spot, path, stored, step["mtime"])
+        draft.apply(change)
+        draft.used.update(hash for hash, _ in chunks)
+        if len(chunks) != 1:
+            draft.body += self._store_rows(stored, new=not chunks)
+        return Outcome(200 if change.before else 201, change.after)
+
+    def _head_of(self, draft: Draft, name: str, chunks: Sequence[tuple[str, int]]) -> bytes:
+        """The first bytes of a file, if its media type depends on them."""
+        if not chunks or media_type(name, b"") != "application/octet-stream":
+            return b""
+        if chunks[0][0] in draft.received.heads:
+            return draft.received.heads[chunks[0][0]]
+        rows = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (chunks[0][0],))
+        return self.blobs.read(StoredChunk._make(rows[0]))[:32]
+
+    def _admit_step(self, who: Principal, spot: Spot, path: tuple[str, ...], step: dict[str, Any], **locks: bool) -> None:
+        """Check what a step says of the present state, and locks."""
+        wanted = step.get("if", ...)
+        given = ANY if wanted is ... else Preconditions(if_none_match=("*",)) if wanted is None else Preconditions(if_match=(wanted,))
+        try:
+            self._check_conditions(who, spot, path, given)
+        except CloudError as error:
+            error.detail["now"] = spot.node
+            raise
+        if spot.locked:
+            self._check_locks(who, spot, ANY, **locks)
+
+    def _take_mkdir(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
+        spot = draft.spot(path)
+        if spot.node and spot.node.kind:
+            return Outcome(200, spot.node)
+        self._check_place(spot, path)
+        if spot.node:
+            raise CloudError("exists", "a file is at this path", now=spot.node)
+        if spot.locked:
+            self._check_locks(who, spot, ANY)
+        self._check_space(spot, 0, 1)
+        node = self._new_collection(spot.home, spot.parent, path[-1])
+        draft.apply(Change(None, node, (), spot.chain))
+        return Outcome(201, node)
+
+    def _take_move(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
+        target = split_path(step["to"])
+        ours, theirs = [key_of(name) for name in path], [key_of(name) for name in target]
+        if not target or path == target or theirs[:len(ours)] == ours != theirs:
+            raise CloudError("same-place", "one of the two places is, or lies in, the other")
+        here = draft.spot(path)
+        node = self._found(here)
+        self._admit_step(who, here, path, step, below=True, member=True)
+        there = draft.spot(target)
+        self._check_place(there, target)
+        if there.node and there.node.node != node.node:
+            raise CloudError("precondition-failed", "there is something at the destination", now=there.node)
+        if there.locked:
+            self._check_locks(who, there, ANY, below=True, member=True)
+        after = node._replace(parent=there.parent, name=target[-1])
+        draft.apply(Change(node, after, here.chain, there.chain, "moved"))
+        return Outcome(200, after)
+
+    def _take_delete(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
+        spot = draft.spot(path)
+        node = self._found(spot)
+        self._admit_step(who, spot, path, step, below=True, member=True)
+        draft.check_brake()
+        if draft.is_made_here(node):
+            raise CloudError("conflict", "it was made by this very commit")
+        since = step.get("since")
+        if since is not None and node.kind and node.seq > since and self.db.read(
+                "SELECT 1 FROM journal WHERE home = ? AND seq > ? AND device <> ? LIMIT 1", (who.account, since, who.device)):
+            raise CloudError("precondition-failed", "something has changed since", now=node)
+        draft.apply(self._removal(node, spot))
+        return Outcome(204)
+
+
+COMMIT_STEPS: dict[str, Callable[..., Outcome]] = {
+    "put": Sync._take_put, "mkdir": Sync._take_mkdir, "move": Sync._take_move, "delete": Sync._take_delete}
+WAITERS = 128                   # who may wait for changes at a time, per process
+LOOSE_LIFE = 20 * HOUR          # less than the sweep leaves a chunk alone that nobody refers to
+FLUSH = 16 * MiB                # bytes of small chunks that wait in memory for the commit
+OWNED = (  # does an account (?, ?) refer to chunk h, now or in its history?
+    "EXISTS (SELECT 1 FROM entry WHERE manifest = h.hash AND home = ?) OR EXISTS (SELECT 1 FROM manifest_chunk m "
+    "JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = h.hash AND e.home = ?)")
+PLACES_AT = (  # what a collection held as of a seq, with the hashes of files of several chunks: :parent, :seq, :after, :limit
+    "SELECT " + NODE + ", m.sha256, e.key AS key FROM entry e LEFT JOIN collection c ON c.node = e.node LEFT JOIN manifest m "
+    "ON m.id = e.manifest WHERE e.parent = :parent AND e.until IS NULL AND e.key > :after AND e.since <= :seq UNION ALL "
+    "SELECT " + NODE + ", m.sha256, e.key AS key FROM entry e LEFT JOIN collection c ON c.node = e.node LEFT JOIN manifest m "
+    "ON m.id = e.manifest WHERE e.parent = :parent AND e.until > :seq AND e.key > :after AND e.since <= :seq "
+    "ORDER BY key LIMIT :limit")
+
+
+def describe_outcomes(outcomes: Sequence[Outcome], seq: int | None) -> list[dict[str, Any]]:
+    """Outcomes as JSON tells them; without a seq, "*" stands for it in the etags that are made of it."""
+    mark = "*" if seq is None else "%x" % seq
+    found: list[dict[str, Any]] = []
+    for status, node, problem in outcomes:
+        number = 0 if node is None else node.seq if node.kind else node.rev
+        etag = "" if node is None else "%s-%x" % ("%x" % number if number else mark, node.node)
+        found.append({"status": status, "etag": etag, **({"node": str(node.node)} if node else {}),
+                      **({"problem": problem} if problem else {})})
+    return found
+
+
+def problem_of(error: CloudError) -> dict[str, Any]:
+    """What a step was refused for; with it what is there now, if that is the reason."""
+    problem = {"code": error.kind, "detail": str(error)}
+    if "missing" in error.detail:
+        problem["missing"] = error.detail["missing"]
+    if error.detail.get("now") is not None:
+        now = error.detail["now"]
+        problem["now"] = {"node": str(now.node), "etag": now.etag, "kind": "collection" if now.kind else "file"}
+    return problem
+
+
 class Upload(NamedTuple):
     """A resumable upload.  The order is that of the table's columns."""
     id: str
@@ -3900,7 +4627,7 @@ UPLOAD_LIFE = DAY
 UPLOAD_LIMIT = 1000             # at a time, per account
 
 
-class Cloud(History):
+class Cloud(Sync):
     """The cloud of all accounts: what any door can do, it does by one call here."""
 
     def numbers(self) -> dict[str, int]:
@@ -4875,9 +5602,9 @@ def read_limit(value: int | None, most: int = PAGE_LIMIT) -> int:
 def api_root(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What this is, and its limits."""
     return json_response({
-        "name": "cloudserver", "set_up": cloud.accounts.is_set_up(), "openapi": API + "openapi.json",
+        "name": "cloudserver", "set_up": cloud.accounts.is_set_up(), "server": cloud.epoch, "openapi": API + "openapi.json",
         "limits": {"file": parse_size(cloud.config.max_file), "name": NAME_LIMIT, "path": PATH_LIMIT, "depth": DEPTH_LIMIT,
-                   "chunk": CHUNK_LIMIT, "entries": PAGE_LIMIT, "copy": COPY_LIMIT}})
+                   "chunk": CHUNK_LIMIT, "frames": FRAMES_LIMIT, "ops": OPS_LIMIT, "entries": PAGE_LIMIT, "copy": COPY_LIMIT}})
 
 
 # ---- setting up and logging in
@@ -5187,6 +5914,27 @@ def api_rewind(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": seq, "changed": changed})
 
 
+@route("GET", API + "held", needs="account")
+def api_held(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Devices that are held because they delete or overwrite too much."""
+    return json_response({"held": [{"device": brake.device, "name": name, "deletes": brake.deletes, "overwrites": brake.overwrites,
+                                    "since": format_time(brake.held)} for brake, name in cloud.held(who)]})
+
+
+@route("POST", API + "allow", needs="account", device=TEXT)
+def api_allow(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Let a held device go on."""
+    cloud.allow(who, request.values["device"])
+    return Response(204)
+
+
+@route("POST", API + "undo-device", needs="account", device=TEXT)
+def api_undo_device(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Take back what a held device did, in one step that can be undone itself."""
+    seq, changed = cloud.undo_device(who, request.values["device"])
+    return json_response({"seq": seq, "changed": changed})
+
+
 @route("GET", API + "activity", needs="read", before_="integer", limit_="integer", action_=TEXT)
 def api_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The journal of the account, the latest first."""
@@ -5418,6 +6166,171 @@ def tus_delete(cloud: Cloud, who: Principal, request: Request, id: str) -> Respo
     check_tus(request)
     cloud.drop_upload(who, id)
     return tus_response(204)
+
+
+# ---- native sync: many small files in one request, and of a large one only what the other side lacks
+
+LINE_OF_OPS = 4 * MiB           # bytes of the first line of a commit
+WAIT_LIMIT = 60                 # seconds that a question may wait for its answer
+EVENTS_LIFE = 10 * 60           # seconds after which a listener has to ask again
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def sync_place(place: Place) -> dict[str, Any]:
+    """A node as sync tells it; times are ms since 1970."""
+    node = place.node
+    about = {"path": "/".join(place.path), "node": str(node.node), "kind": "collection" if node.kind else "file",
+             "mtime": node.mtime, "etag": node.etag}
+    if not node.kind:
+        about.update(size=node.size, sha256=place.sha256)
+        if place.chunks is not None:
+            about["chunks"] = place.chunks
+    return about
+
+
+def check_server(cloud: Cloud, epoch: str | None) -> None:
+    """Is a client's cursor one of ours?  raises CloudError gone"""
+    if epoch not in (None, cloud.epoch):
+        raise CloudError("gone", "this is not the server it was, or it was restored from a backup; read everything anew")
+
+
+@route("GET", API + "manifest", needs="read", path_=TEXT, at_=TEXT, chunks_="boolean")
+def sync_manifest(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Everything below a path, one JSON object a line, in the order of paths; the last line is {"end": true, "count": N}.
+
+    The first line is {"seq", "server", "node"}: ask for the changes since that seq.  `chunks` adds [[hash, size], ...].
+    """
+    values = request.values
+    path = split_path(values["path"] or "")
+    seq, top, places = cloud.manifest(who, path, None if values["at"] is None else read_moment(cloud, values["at"]),
+                                      bool(values["chunks"]))
+    first = {"seq": seq, "server": cloud.epoch, "node": str(top.node)}
+    return Response(200, sync_lines(first, places), {"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"}, length=None)
+
+
+def sync_lines(first: dict[str, Any], places: Iterator[Place]) -> Iterator[bytes]:
+    count, lines = 0, [format_json(first)]
+    for place in places:
+        count += 1
+        lines.append(format_json(sync_place(place)))
+        if len(lines) >= PIECE:
+            yield b"\n".join(lines) + b"\n"
+            lines = []
+    yield b"\n".join([*lines, format_json({"end": True, "count": count})]) + b"\n"
+
+
+@route("GET", API + "changes", needs="read", since="integer", wait_="integer", limit_="integer", chunks_="boolean", server_=TEXT)
+def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The newest state of every node touched since a seq, each once; `wait` holds the answer, seconds, until there is one.
+
+    One that is out of sight has "path": null and says what became of it: deleted or moved.  `was` is its path as of
+    `since`.  410 asks to read the manifest anew.
+    """
+    values = request.values
+    check_server(cloud, values["server"])
+    since, wait = values["since"], min(max(0, values["wait"] or 0), WAIT_LIMIT)
+    if wait and cloud.newest(who) <= since <= cloud.head():
+        cloud.await_change(who, since, wait)
+    reached, changes = cloud.changes(who, (), since, read_limit(values["limit"]))
+    found = []
+    for change in changes:
+        about = {"path": None, "node": str(change.id), "kind": "collection" if change.kind else "file",
+                 "gone": "moved" if change.node else "deleted"}
+        if change.path is not None:
+            about = sync_place(cloud.place_of(change.node, change.path, bool(values["chunks"])))
+        found.append({**about, "was": None if change.was is None else "/".join(change.was)})
+    return json_response({"seq": reached, "more": reached < cloud.head(), "changes": found})
+
+
+@route("GET", API + "events", needs="read")
+def sync_events(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Server-sent events: {"seq": N} whenever something in the account has changed."""
+    cloud.await_change(who, cloud.newest(who), 0)        # refuse now what would be refused later
+    return Response(200, sync_wake_ups(cloud, who), {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
+                                                     "X-Accel-Buffering": "no"}, length=None)
+
+
+def sync_wake_ups(cloud: Cloud, who: Principal) -> Iterator[bytes]:
+    seq, until = cloud.newest(who), time.monotonic() + EVENTS_LIFE
+    yield b'retry: 2000\ndata: {"seq":%d}\n\n' % seq
+    while time.monotonic() < until and not cloud.closing.is_set():
+        if cloud.await_change(who, seq, 15):
+            seq = cloud.newest(who)
+            yield b'data: {"seq":%d}\n\n' % seq
+        else:
+            yield b":\n\n"                               # finds out whether anybody still listens
+
+
+def read_hashes(request: Request) -> list[str]:
+    hashes = request.values["hashes"]
+    if len(hashes) > OPS_LIMIT or not all(isinstance(hash, str) and _HASH.fullmatch(hash) for hash in hashes):
+        raise CloudError("bad-request", "hashes are at most %d SHA-256 in hex" % OPS_LIMIT)
+    return hashes
+
+
+@route("POST", API + "chunks/missing", needs="read", hashes="array")
+def sync_missing(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Which of these chunks would have to be sent?  Those of other accounts count as missing."""
+    return json_response({"missing": cloud.missing(who, read_hashes(request))})
+
+
+@route("POST", API + "chunks", needs="write")
+def sync_send(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Store chunks ahead of the commit that will name them: frames of length (4 bytes, big endian) and bytes."""
+    return json_response({"stored": cloud.send(who, FrameReader(request.body))})
+
+
+@route("POST", API + "chunks/get", needs="read", hashes="array")
+def sync_get(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The frames of these chunks, in this order."""
+    hashes = read_hashes(request)
+    size, parts = cloud.read_chunks(who, hashes)
+    return Response(200, parts, {"Content-Type": "application/octet-stream", "Cache-Control": "no-store"},
+                    length=size + 4 * len(hashes))
+
+
+@route("POST", API + "commit", needs="write")
+def sync_commit(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Many steps in one request, one transaction, one answer; then, in the same body, frames of the chunks they name.
+
+    The first line is {"op": id, "ops": [...], "atomic"?, "since"?, "server"?}.  Steps:
+    {"put": path, "chunks": [[hash, size], ...], "mtime": ms, "if"?: etag or null}, {"mkdir": path},
+    {"move": path, "to": path, "if"?: etag}, {"delete": path, "if"?: etag, "since"?: seq}; "if": null says that nothing is there,
+    "since" that no other device changed anything since.  Each gets {"status", "etag", "node"} or a problem, in order.
+    The same `op` again changes nothing and is answered the same.  "cursor" comes when nothing else happened after `since`.
+    """
+    reader = FrameReader(request.body)
+    line = reader.line(LINE_OF_OPS)
+    values = parse_json(line)
+    op, steps = values.get("op"), values.get("ops")
+    if not isinstance(op, str) or not 0 < len(op) <= 64 or not isinstance(steps, list) or not 0 < len(steps) <= OPS_LIMIT:
+        raise CloudError("bad-request", 'the first line is {"op": id, "ops": [1 to %d steps]}' % OPS_LIMIT)
+    check_server(cloud, values.get("server"))
+    since = values.get("since")
+    if since is not None and not VALUE_TYPES["integer"](since):
+        raise CloudError("bad-request", "since is a seq")
+    seq, results, alone = cloud.commit(who, op, hashlib.sha256(line).hexdigest(), [sync_step(step) for step in steps], reader,
+                                       atomic=values.get("atomic") is True, since=since)
+    return json_response({"seq": seq, "results": results, **({"cursor": seq} if alone else {})})
+
+
+def sync_step(step: Any) -> dict[str, Any]:
+    """A step of a commit, its shape checked."""
+    if not isinstance(step, dict) or not isinstance(step.get("if", ""), (str, type(None))):
+        raise CloudError("bad-request", "a step is an object; its if is an etag or null")
+    if "put" in step:
+        chunks, mtime = step.get("chunks"), step.get("mtime")
+        if not isinstance(chunks, list) or not all(map(is_chunk, chunks)):
+            raise CloudError("bad-request", "chunks are [[SHA-256 in hex, bytes], ...]")
+        step = {**step, "chunks": [(hash, size) for hash, size in chunks], "mtime": parse_time(mtime)}
+    if "delete" in step and not VALUE_TYPES["integer"](step.get("since", 0)):
+        raise CloudError("bad-request", "since is a seq")
+    return step
+
+
+def is_chunk(value: Any) -> bool:
+    return (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
+            and 0 < value[1] <= CHUNK_LIMIT and _HASH.fullmatch(value[0]) is not None)
 
 
 # ==== 11. WebDAV =========================================================================
@@ -6043,6 +6956,7 @@ class CloudServer(ThreadingHTTPServer):
 
     def stop(self) -> None:
         self.stopping = True
+        self.cloud.closing.set()
         self._wake()
 
     def _wake(self) -> None:
@@ -6244,7 +7158,6 @@ KEEP_CONDEMNED = DAY            # a chunk nobody refers to waits this long, then
 KEEP_BURIED = DAY               # ... and this long, longer than any download, then its object
 KEEP_ORPHANS = 7 * DAY          # objects no row knows: longer than any upload
 LADDER = ((365 * DAY, 7 * DAY), (5 * 365 * DAY, 30 * DAY))      # past --keep-days: (versions this old, one in each span)
-PIECE = 500                     # rows that one batch of upkeep touches
 REFERRED = ("(EXISTS (SELECT 1 FROM entry WHERE manifest = chunk.hash) "
             "OR EXISTS (SELECT 1 FROM manifest_chunk m WHERE m.chunk = chunk.hash) "
             "OR EXISTS (SELECT 1 FROM upload_chunk u WHERE u.chunk = chunk.hash))")
@@ -6285,6 +7198,9 @@ class Upkeep:
         self._write(Statement("DELETE FROM lock WHERE due <= ?", (now,)),
                     Statement("DELETE FROM device WHERE idle < ? OR due < ?", (now, now)),
                     Statement("DELETE FROM throttle WHERE due < ?", (now - HOUR,)),
+                    Statement("DELETE FROM loose WHERE due < ?", (now,)),
+                    Statement("DELETE FROM brake WHERE held IS NULL AND due < ? AND free < ? OR device NOT IN "
+                              "(SELECT id FROM device)", (now, now)),
                     Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
                     Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
                     Statement("DELETE FROM upload WHERE due < ?", (now,)),
@@ -6504,10 +7420,6 @@ class Upkeep:
         for _ in check_chunks(self.cloud, "%03x" % turn):
             pass
         self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('scrubbed', ?)", (str(turn + 1),)))
-
-
-def pieces(rows: Sequence[Any]) -> Iterator[list[Any]]:
-    return (list(rows[at:at + PIECE]) for at in range(0, len(rows), PIECE))
 
 
 def check_chunks(cloud: Cloud, prefix: str = "", quick: bool = False) -> Iterator[tuple[str, int, str | None]]:

@@ -2522,6 +2522,410 @@ def test_a_part_cut_off_resumes_where_it_broke(call, address, cloud, ann):
     assert call("PATCH", where, data[at:], Upload_Offset=str(at), **PART).status == 204 and get(cloud, ann, "a") == data
 
 
+# ---- native sync
+
+def chunk(data):
+    """[hash, size], as a step names it."""
+    return [hashlib.sha256(data).hexdigest(), len(data)]
+
+
+def step_put(path, data, **how):
+    return {"put": path, "chunks": [tuple(chunk(data))] if data else [], "mtime": 1000, **how}
+
+
+def commit(cloud, who, steps, datas=(), op=None, **how):
+    """cloud.commit; returns the results."""
+    digest = hashlib.sha256(repr(steps).encode()).hexdigest()
+    return cloud.commit(who, op or os.urandom(8).hex(), digest, steps, iter(datas), **how)[1]
+
+
+def codes(results):
+    return [result["problem"]["code"] if "problem" in result else result["status"] for result in results]
+
+
+def token_of(cloud, who, name="laptop", **how):
+    """A device of an account, as who comes with its token."""
+    _, token = cloud.accounts.add_token(who, name, **how)
+    return cloud.accounts.identify("Bearer " + token, "", "127.0.0.1", secure=True)
+
+
+def test_a_commit_makes_a_tree_in_one_batch(cloud, ann):
+    head = cloud.head()
+    results = commit(cloud, ann, [{"mkdir": "a"}, {"mkdir": "a/b"}, step_put("a/b/f.txt", b"one"), step_put("a/e", b""),
+                                  step_put("a/b/f.txt", b"two"), {"mkdir": "a"}], [b"one", b"two"])
+    assert codes(results) == [201, 201, 201, 201, 200, 200]
+    assert cloud.head() == head + 1
+    assert tree(cloud, ann) == {"a": None, "a/b": None, "a/b/f.txt": b"two", "a/e": b""}
+    assert [results[n]["etag"] for n in (3, 4)] == [cloud.stat(ann, ("a", "e")).etag, cloud.stat(ann, ("a", "b", "f.txt")).etag]
+    assert cloud.stat(ann, ("a", "e")).mtime == 1000
+    audit(cloud)
+    assert cs.verify(cloud) == []
+
+
+def test_steps_see_the_tree_as_the_steps_before_leave_it(cloud, ann):
+    for path in ("d/x/1", "d/x/2", "d/y", "e/z"):
+        put(cloud, ann, path, path, parents=True)
+    results = commit(cloud, ann, [
+        {"move": "d/x", "to": "e/x"}, {"delete": "e/x/1"}, {"move": "e/x/2", "to": "2"}, step_put("e/x/1", b"new"), {"delete": "d"},
+        {"mkdir": "d"}, {"move": "e/z", "to": "d/z"}, {"move": "2", "to": "d/y"}, {"delete": "e/x/none"}, step_put("no/where", b"")], [b"new"])
+    assert codes(results) == [200, 204, 200, 201, 204, 201, 200, 200, "not-found", "no-parent"]
+    assert tree(cloud, ann) == {"e": None, "e/x": None, "e/x/1": b"new", "d": None, "d/z": b"e/z", "d/y": b"d/x/2"}
+    audit(cloud)
+    seq = cloud.head()
+    cloud.undo(ann, seq)
+    assert tree(cloud, ann) == {"d": None, "d/x": None, "d/x/1": b"d/x/1", "d/x/2": b"d/x/2", "d/y": b"d/y", "e": None, "e/z": b"e/z"}
+    audit(cloud)
+
+
+def test_names_can_be_exchanged_in_one_commit(cloud, ann):
+    put(cloud, ann, "a", "A"), put(cloud, ann, "b", "B")
+    assert codes(commit(cloud, ann, [{"move": "a", "to": "t"}, {"move": "b", "to": "a"}, {"move": "t", "to": "b"}])) == [200] * 3
+    assert tree(cloud, ann) == {"a": b"B", "b": b"A"}
+    audit(cloud)
+
+
+def test_random_commits_keep_sums_and_history(cloud, ann, rng):
+    """Whatever a commit mixes, the tree is what a plain model says, sums are right, and undo brings it back."""
+    model = {}
+    for _ in range(25):
+        before, steps, datas = dict(model), [], []
+        trial = dict(model)
+        for _ in range(rng.randrange(1, 12)):
+            spots = [""] + [path for path, data in trial.items() if data is None]
+            path = (rng.choice(spots) + "/" + rng.choice("abc")).strip("/")
+            verb = rng.choice(["put", "mkdir", "move", "delete"])
+            fresh = path in trial and path not in model
+            if verb == "put" and trial.get(path, b"") is not None:
+                data = rng.randbytes(rng.choice([0, 5, 100])) if hasattr(rng, "randbytes") else bytes(rng.randrange(256) for _ in range(5))
+                steps.append(step_put(path, data)), datas.extend([data] if data else [])
+                trial[path] = data
+            elif verb == "mkdir" and trial.get(path) is None:
+                steps.append({"mkdir": path})
+                trial[path] = None
+            elif verb == "delete" and path in trial and not fresh:
+                made = [p for p in trial if p not in model and (p + "/").startswith(path + "/")]
+                if trial[path] is None and made:
+                    continue
+                steps.append({"delete": path})
+                trial = {p: d for p, d in trial.items() if not (p + "/").startswith(path + "/")}
+            elif verb == "move" and path in trial and path in model:
+                target = (rng.choice(spots) + "/" + rng.choice("xyz")).strip("/")
+                if target not in trial and not (target + "/").startswith(path + "/"):
+                    steps.append({"move": path, "to": target})
+                    trial = {target + p[len(path):] if (p + "/").startswith(path + "/") else p: d for p, d in trial.items()}
+        if not steps:
+            continue
+        results = commit(cloud, ann, steps, datas)
+        if any("problem" in result for result in results):       # a collection made and deleted at once
+            assert {code for code in codes(results) if isinstance(code, str)} <= {"conflict", "not-found", "no-parent"}
+            model = tree(cloud, ann)
+        else:
+            model = trial
+        assert tree(cloud, ann) == model
+        audit(cloud)
+        if rng.random() < 0.3 and model != before:
+            cloud.undo(ann, cloud.head())
+            model = before
+            assert tree(cloud, ann) == model
+            audit(cloud)
+    assert cs.verify(cloud) == []
+
+
+def test_conditions_of_a_step(cloud, ann):
+    node = put(cloud, ann, "a", "1")
+    results = commit(cloud, ann, [step_put("a", b"2", **{"if": None}), step_put("a", b"2", **{"if": "0-0"}),
+                                  {"delete": "a", "if": "0-0"}, {"move": "a", "to": "b", "if": "0-0"}, step_put("c", b"2", **{"if": "0-0"}),
+                                  step_put("a", b"2", **{"if": node.etag})], [b"2"])
+    assert codes(results) == ["precondition-failed"] * 5 + [200]
+    assert results[0]["problem"]["now"]["etag"] == node.etag
+    commit(cloud, ann, [step_put("A\u030a", b"2")], [b"2"])
+    assert codes(commit(cloud, ann, [step_put("\u00c5", b"3", **{"if": None})], [b"3"])) == ["twin"]
+
+
+def test_a_collection_is_deleted_only_if_no_other_device_changed_anything(cloud, ann):
+    mine, other = token_of(cloud, ann, "mine"), token_of(cloud, ann, "other")
+    commit(cloud, mine, [{"mkdir": "d"}, step_put("d/a", b"a")], [b"a"])
+    since = cloud.head()
+    commit(cloud, mine, [step_put("d/b", b"b")], [b"b"])
+    put(cloud, other, "d/c", "c")
+    assert codes(commit(cloud, mine, [{"delete": "d", "since": since}])) == ["precondition-failed"]
+    since = cloud.head()
+    commit(cloud, mine, [step_put("d/b", b"b2")], [b"b2"])
+    assert codes(commit(cloud, mine, [{"delete": "d", "since": since}])) == [204]
+
+
+def test_atomic_is_all_or_none(cloud, ann):
+    steps = [step_put("a", b"1"), {"delete": "none"}]
+    results = commit(cloud, ann, steps, [b"1"], atomic=True)
+    assert codes(results) == ["not-done", "not-found"] and tree(cloud, ann) == {}
+    assert codes(commit(cloud, ann, steps[:1], atomic=True)) == [201]        # the chunk had arrived
+
+
+@pytest.mark.parametrize("change", [lambda cloud, ann: cloud.delete(ann, ("d",)), lambda cloud, ann: cloud.move(ann, (("d",), ("e", "d"))),
+                                    lambda cloud, ann: commit(cloud, ann, [{"move": "d", "to": "e/d"}, {"delete": "e"}])])
+def test_what_came_into_a_collection_meanwhile_leaves_with_it(cloud, ann, monkeypatch, change):
+    """Between deciding and committing somebody adds a file: sums must count it."""
+    put(cloud, ann, "d/a", "1", parents=True), cloud.make_collection(ann, ("e",))
+    decide, late = cloud._batch, ["d/late", "d/later"]
+
+    def batch_and_then(*args, **how):
+        decided = decide(*args, **how)
+        if args[2] != "write" and late:
+            put(cloud, ann, late.pop(), "22")
+        return decided
+    monkeypatch.setattr(cloud, "_batch", batch_and_then)
+    change(cloud, ann)
+    assert not late
+    audit(cloud)
+
+
+def test_the_same_op_again_changes_nothing(cloud, ann, make_cloud):
+    steps = [{"mkdir": "d"}, step_put("d/a", b"1"), {"delete": "none"}]
+    first = commit(cloud, ann, steps, [b"1"], op="once")
+    put(cloud, ann, "d/a", "2")
+    head = cloud.head()
+    assert commit(cloud, ann, steps, [b"1"], op="once") == first
+    assert commit(cloud, ann, steps, op="once") == first
+    assert cloud.head() == head and get(cloud, ann, "d/a") == b"2"
+    assert outcome(commit, cloud, ann, steps[:1], op="once") == "op-reused"
+    bob = account(cloud, "bob")
+    assert codes(commit(cloud, bob, [{"mkdir": "mine"}], op="once")) == [201]         # ids are each account's own
+
+
+def test_two_at_once_with_one_op_do_it_once(cloud, ann):
+    done = []
+    threads = [threading.Thread(target=lambda: done.append(commit(cloud, ann, [step_put("a", b"1")], [b"1"], op="x"))) for _ in range(8)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert len(done) == 8 and all(results == done[0] for results in done)
+    assert len(cloud.versions(ann, ("a",))) == 1 and len(cloud.activity(ann, action="sync")) == 1
+
+
+def test_knowing_a_hash_gives_no_access(cloud, ann):
+    """D3: another account's chunks count as missing, cannot be named and cannot be read."""
+    bob = account(cloud, "bob")
+    put(cloud, ann, "secret", "ann's words")
+    known = chunk(b"ann's words")
+    assert cloud.missing(ann, [known[0]]) == [] and cloud.missing(bob, [known[0]]) == [known[0]]
+    results = commit(cloud, bob, [step_put("mine", b"ann's words")])
+    assert codes(results) == ["missing"] and results[0]["problem"]["missing"] == [known[0]]
+    assert outcome(cloud.read_chunks, bob, [known[0]]) == "missing"
+    cloud.send(bob, [b"ann's words"])                                     # who has the bytes may have the file
+    assert cloud.missing(bob, [known[0]]) == [] and codes(commit(cloud, bob, [step_put("mine", b"ann's words")])) == [201]
+
+
+def test_a_limited_device_sees_and_names_only_its_own_chunks(cloud, ann):
+    put(cloud, ann, "secret", "secret"), put(cloud, ann, "d/open", "open", parents=True)
+    device = token_of(cloud, ann, node=cloud.stat(ann, ("d",)).node)
+    assert cloud.missing(device, [chunk(b"secret")[0], chunk(b"open")[0]]) == [chunk(b"secret")[0]]
+    assert codes(commit(cloud, device, [step_put("x", b"secret"), step_put("y", b"open")])) == ["missing", 201]
+    assert [place.path for place in cloud.manifest(device, ())[2]] == [("open",), ("y",)]
+    assert sorted(tree(cloud, ann)) == ["d", "d/open", "d/y", "secret"]
+
+
+def test_large_chunks_travel_both_ways(cloud, ann):
+    parts = [os.urandom(size) for size in (70_000, 5_000_000, 3, 16 * MiB)]
+    hashes = cloud.send(ann, parts)
+    assert hashes == [chunk(part)[0] for part in parts]
+    assert codes(commit(cloud, ann, [{"put": "big", "chunks": [tuple(chunk(part)) for part in parts], "mtime": 5}])) == [201]
+    assert get(cloud, ann, "big") == b"".join(parts)
+    seq, top, places = cloud.manifest(ann, (), chunks=True)
+    assert [list(pair) for pair in next(places).chunks] == [chunk(part) for part in parts]
+    size, pieces = cloud.read_chunks(ann, hashes[::-1])
+    assert size == sum(map(len, parts)) and b"".join(map(cs.read_slice, pieces)) == b"".join(map(cs.format_frame, parts[::-1]))
+    assert codes(commit(cloud, ann, [{"put": "wrong", "chunks": [(hashes[0], 5)], "mtime": 5}])) == ["bad-request"]
+    assert cs.verify(cloud) == []
+
+
+def test_loose_chunks_are_forgotten_and_swept(make_cloud, fake):
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    hash, = cloud.send(ann, [b"x" * 100_000])
+    used, = cloud.send(ann, [b"y" * 100_000])
+    upkeep = cs.Upkeep(cloud)
+    for _ in range(6):
+        fake.pass_(16 * cs.HOUR)
+        assert upkeep.hold()
+        upkeep.expire(), upkeep.sweep()
+        if cloud.missing(ann, [used]) == []:
+            commit(cloud, ann, [{"put": "y", "chunks": [(used, 100_000)], "mtime": 5}])
+    assert cloud.missing(ann, [hash, used]) == [hash]
+    assert cloud.db.read("SELECT count(*) FROM chunk") == [(1,)] and get(cloud, ann, "y") == b"y" * 100_000
+
+
+def test_a_manifest_is_of_one_moment(cloud, ann):
+    put(cloud, ann, "b/z", "1", parents=True), put(cloud, ann, "b/a", "2"), put(cloud, ann, "a b", "3"), put(cloud, ann, "b.c", "4")
+    seq, top, places = cloud.manifest(ann, ())
+    first = next(places)
+    cloud.delete(ann, ("b", "z")), put(cloud, ann, "b/new", "5"), cloud.move(ann, (("b.c",), ("b.d",)))
+    assert [first.path] + [place.path for place in places] == [("a b",), ("b",), ("b", "a"), ("b", "z"), ("b.c",)]
+    assert [place.path for place in cloud.manifest(ann, (), seq)[2]] == [("a b",), ("b",), ("b", "a"), ("b", "z"), ("b.c",)]
+    assert [place.path for place in cloud.manifest(ann, ("b",))[2]] == [("b", "a"), ("b", "new")]
+
+
+def test_a_large_manifest_comes_in_pages(cloud, ann):
+    names = ["%05d" % n for n in range(1203)]
+    commit(cloud, ann, [step_put(name, b"x") for name in names], [b"x"])
+    assert [place.path[0] for place in cloud.manifest(ann, ())[2]] == names
+    plan = " ".join(row[3] for row in cloud.db.read("EXPLAIN QUERY PLAN " + cs.PLACES_AT, {"parent": 1, "seq": 1, "after": "", "limit": 500}))
+    assert "USING INDEX entry_name (parent=? AND key>?)" in plan and "SCAN e" not in plan, plan
+
+
+def test_sync_over_http(call, cloud, ann):
+    line = json.dumps({"op": "1", "since": cloud.head(), "ops": [{"mkdir": "d"}, {"put": "d/a", "chunks": [chunk(b"hi")], "mtime": 7, "if": None}]})
+    answer = call("POST", "/api/v1/commit", line.encode() + b"\n" + cs.format_frame(b"hi")).json()
+    assert [result["status"] for result in answer["results"]] == [201, 201] and answer["cursor"] == answer["seq"] == cloud.head()
+    lines = [json.loads(line) for line in call("GET", "/api/v1/manifest?chunks=1").body.splitlines()]
+    assert lines[0]["seq"] == cloud.head() and lines[-1] == {"end": True, "count": 2}
+    assert lines[2]["path"] == "d/a" and lines[2]["chunks"] == [chunk(b"hi")] and lines[2]["mtime"] == 7 and lines[2]["sha256"] == chunk(b"hi")[0]
+    assert lines[2]["etag"] == answer["results"][1]["etag"]
+    assert call("POST", "/api/v1/chunks", cs.format_frame(b"more")).json() == {"stored": [chunk(b"more")[0]]}
+    wanted = {"hashes": [chunk(b"more")[0], "0" * 64]}
+    assert call("POST", "/api/v1/chunks/missing", wanted).json() == {"missing": ["0" * 64]}
+    assert call("POST", "/api/v1/chunks/get", {"hashes": [chunk(b"hi")[0]]}).body == cs.format_frame(b"hi")
+    refusal = call("POST", "/api/v1/chunks/get", {"hashes": ["0" * 64]})
+    assert (refusal.status, refusal.json()["code"], refusal.json()["missing"]) == (409, "missing", ["0" * 64])
+
+
+def test_changes_tell_each_node_once(call, cloud, ann):
+    since = cloud.head()
+    put(cloud, ann, "a/b", "1", parents=True), put(cloud, ann, "a/b", "2"), cloud.move(ann, (("a",), ("c",))), put(cloud, ann, "x", "3")
+    cloud.delete(ann, ("x",))
+    answer = call("GET", "/api/v1/changes?since=%d&chunks=1" % since).json()
+    assert [(item["path"], item["was"]) for item in answer["changes"]] == [("c", None), ("c/b", None)]
+    assert answer["changes"][1]["chunks"] == [chunk(b"2")] and not answer["more"]
+    since = answer["seq"]
+    cloud.delete(ann, ("c", "b"))
+    answer = call("GET", "/api/v1/changes?since=%d" % since).json()
+    assert [(item["path"], item["was"], item["gone"]) for item in answer["changes"]] == [(None, "c/b", "deleted")]
+    assert call("GET", "/api/v1/changes?since=%d&server=other" % since).status == 410
+    assert call("GET", "/api/v1/changes?since=%d" % (since + 1000)).status == 410
+
+
+def test_a_long_poll_waits_for_a_change(call, cloud, ann):
+    since, began = cloud.head(), time.monotonic()
+    thread = threading.Timer(0.3, lambda: put(cloud, ann, "a"))
+    thread.start()
+    answer = call("GET", "/api/v1/changes?since=%d&wait=20" % since).json()
+    assert [item["path"] for item in answer["changes"]] == ["a"] and 0.25 < time.monotonic() - began < 10
+    began = time.monotonic()
+    assert call("GET", "/api/v1/changes?since=%d&wait=1" % answer["seq"]).json()["changes"] == []
+    assert time.monotonic() - began > 0.9
+
+
+def test_events_wake_up_who_listens(address, cloud, ann):
+    connection = http.client.HTTPConnection(*address, timeout=10)
+    connection.request("GET", "/api/v1/events", headers={"Authorization": basic()})
+    response = connection.getresponse()
+    assert response.getheader("content-type") == "text/event-stream"
+    assert [response.readline() for _ in range(3)][1] == b'data: {"seq":%d}\n' % cloud.newest(ann)
+    put(cloud, ann, "a")
+    assert response.readline() == b'data: {"seq":%d}\n' % cloud.head()
+    connection.close()
+
+
+@pytest.mark.parametrize("body, status, code", [
+    (b"", 400, "bad-request"), (b"{}\n", 400, "bad-request"), (b'{"op": "1", "ops": []}\n', 400, "bad-request"),
+    (b'{"op": "1", "ops": [5]}\n', 400, "bad-request"), (b'{"op": "1", "ops": [{"put": "a", "chunks": [["x", 1]], "mtime": 1}]}\n', 400, "bad-request"),
+    (b'{"op": "1", "ops": [{"put": "a", "chunks": [], "mtime": "never"}]}\n', 400, "bad-request"),
+    (b'{"op": "1", "server": "other", "ops": [{"mkdir": "a"}]}\n', 410, "gone"),
+    (b'{"op": "1", "ops": [{"mkdir": "a"}]}\n\0\0\0\5abc', 400, "bad-frame"),
+    (b'{"op": "1", "ops": [{"mkdir": "a"}]}\n\0\0', 400, "bad-frame"),
+    (b'{"op": "1", "ops": [{"mkdir": "a"}]}\n\0\0\0\0', 400, "bad-frame"),
+    (b'{"op": "1", "ops": [{"mkdir": "a"}]}\n\2\0\0\0abc', 400, "bad-frame"),
+    (b'{"op": "1", "ops": [' + b" " * (5 * MiB) + b"]}\n", 413, "too-large"),
+])
+def test_a_commit_that_cannot_be_applies_nothing(call, cloud, ann, body, status, code):
+    answer = call("POST", "/api/v1/commit", body)
+    assert (answer.status, answer.json()["code"]) == (status, code) and tree(cloud, ann) == {}
+
+
+@pytest.mark.parametrize("step, code", [
+    ({"put": "a/../b", "chunks": [], "mtime": 1}, "bad-request"), ({"put": "", "chunks": [], "mtime": 1}, "forbidden"),
+    ({"mkdir": "x" * 256}, "bad-request"), ({"delete": ""}, "forbidden"), ({"move": "f", "to": "f"}, "same-place"),
+    ({"move": "d", "to": "d/e"}, "same-place"), ({"move": "f", "to": "d"}, "precondition-failed"), ({"mkdir": "f"}, "exists"),
+    ({"put": "d", "chunks": [], "mtime": 1}, "conflict"), ({"put": "f/x", "chunks": [], "mtime": 1}, "conflict"), ({"dance": "f"}, "bad-request"),
+])
+def test_each_step_is_refused_by_itself(cloud, ann, step, code):
+    put(cloud, ann, "f", "1"), put(cloud, ann, "d/g", "2", parents=True)
+    assert codes(commit(cloud, ann, [step, {"mkdir": "after"}])) == [code, 201]
+
+
+def test_a_commit_keeps_to_quota_locks_and_readers(cloud, ann):
+    bob = account(cloud, "bob", quota=100)
+    assert codes(commit(cloud, bob, [step_put("a", b"x" * 60), step_put("b", b"y" * 60), step_put("a", b"z" * 90)],
+                        [b"x" * 60])) == [201, "missing", "missing"]
+    assert outcome(cloud.send, bob, [b"y" * 60, b"z" * 90]) == "over-quota"
+    assert codes(commit(cloud, bob, [step_put("b", b"x" * 60)])) == ["over-quota"]
+    put(cloud, ann, "l/f", "1", parents=True)
+    cloud.lock(ann, ("l",), deep=True, exclusive=True, owner="", seconds=60)
+    assert codes(commit(cloud, ann, [step_put("l/g", b""), {"delete": "l"}, {"move": "l/f", "to": "f"}, {"mkdir": "m"}])) == ["locked"] * 3 + [201]
+    reader = token_of(cloud, ann, readonly=True)
+    assert outcome(commit, cloud, reader, [{"mkdir": "n"}]) == "forbidden" and outcome(cloud.send, reader, [b"x"]) == "forbidden"
+
+
+# ---- the brake
+
+def full_account(make_cloud, fake, count=400):
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    commit(cloud, ann, [{"mkdir": "d"}, {"mkdir": "e"}] + [step_put("%s/%d" % ("de"[n % 2], n), b"%d" % n) for n in range(count)],
+           [b"%d" % n for n in range(count)])
+    fake.pass_(cs.HOUR)
+    return cloud, ann, token_of(cloud, ann)
+
+
+def test_the_brake_holds_a_device_that_deletes_much(make_cloud, fake):
+    cloud, ann, device = full_account(make_cloud, fake)
+    for n in range(0, 400, 2):
+        cloud.delete(device, ("d", str(n)))
+    assert outcome(cloud.delete, device, ("e",)) == "held"
+    assert outcome(cloud.delete, device, ("e", "1")) == "held" and outcome(put, cloud, device, "e/1", "other") == "held"
+    put(cloud, device, "e/new", "new things go on")
+    cloud.move(device, (("e", "1"), ("e", "one")))
+    (brake, name), = cloud.held(ann)
+    assert (name, brake.deletes, brake.held) == ("laptop", 400, fake.wall * 1000)
+    assert cloud.activity(ann, action="hold")
+    cloud.delete(ann, ("e", "3"))                                         # only the device is held
+    assert cloud.undo_device(ann, brake.device)[1] == 202                 # its deletions, its new file, its move; ann's stays
+    assert cloud.held(ann) == [] and sorted(tree(cloud, ann)) == sorted(
+        ["d", "e"] + ["%s/%d" % ("de"[n % 2], n) for n in range(400) if n != 3])
+    audit(cloud)
+
+
+def test_a_held_device_can_be_allowed(make_cloud, fake):
+    cloud, ann, device = full_account(make_cloud, fake)
+    assert outcome(cloud.delete, device, ("d",), ("e",)) == "held"
+    cloud.allow(ann, device.device)
+    cloud.delete(device, ("d",), ("e",))
+    assert tree(cloud, ann) == {} and cloud.held(ann) == []
+    assert outcome(cloud.allow, ann, device.device) == "not-found"
+
+
+def test_the_brake_leaves_ordinary_work_alone(make_cloud, fake):
+    cloud, ann, device = full_account(make_cloud, fake)
+    for n in range(300):                                                  # one file saved often
+        put(cloud, device, "d/0", "%d words" % n)
+    for start in range(0, 400, 100):                                      # much, but slowly
+        for n in range(start, start + 100, 2):
+            cloud.delete(device, ("d", str(n)))
+        fake.pass_(cs.BRAKE_WINDOW)
+    commit(cloud, device, [step_put("n%d" % n, b"n") for n in range(300)], [b"n"])
+    cloud.delete(device, *[("n%d" % n,) for n in range(300)])             # what it made itself just now
+    commit(cloud, ann, [{"delete": "e"}])                                 # the page and the password are not devices
+    assert cloud.held(ann) == []
+
+
+def test_a_held_device_may_still_add_by_a_commit(make_cloud, fake, serve_cloud):
+    cloud, ann, device = full_account(make_cloud, fake)
+    results = commit(cloud, device, [{"delete": "d"}, {"delete": "e"}, step_put("e/1", b"over"), step_put("new", b"new")], [b"over", b"new"])
+    assert codes(results) == ["held", "held", "held", 201]
+    address = serve_cloud(cloud)
+    held, = exchange(address, "GET", "/api/v1/held").json()["held"]
+    assert (held["name"], held["deletes"]) == ("laptop", 400) and held["overwrites"] == 0
+    assert exchange(address, "POST", "/api/v1/allow", {"device": held["device"]}).status == 204
+    assert codes(commit(cloud, device, [{"delete": "d"}])) == [204]
+
+
 # ==== 11. WebDAV =========================================================================
 
 def propfind(call, path, *names, depth="0", **headers):
