@@ -19,7 +19,8 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
     11  WebDAV          dav_*                                          RFC 4918
     13  Web pages       PAGE web_page                                  the embedded page
     14  Service         CloudServer Janitor Supervisor                 start, stop, logs, background jobs
-    15  Command line    main                                           a function per command
+    15  Sync client     SyncClient LocalFolder SyncState               a folder and an account kept alike
+    16  Command line    main                                           a function per command
 
 The path of a request:
 
@@ -49,6 +50,7 @@ import errno
 import getpass
 import hashlib
 import hmac
+import http.client
 import inspect
 import io
 import ipaddress
@@ -86,7 +88,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Container, Iterable, Iterator, NamedTuple, Optional, Sequence
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 from xml.parsers import expat
 
 try:
@@ -3620,10 +3622,23 @@ class History(Tree):
                 "SELECT node FROM entry WHERE home = ? AND since > ? AND since <= ? "
                 "UNION SELECT node FROM entry WHERE home = ? AND until > ? AND until <= ?",
                 (top.home, since, reached) * 2)]
+            ids = self._with_what_came_along(ids, then, now)
             found = [Changed(id, getattr(now.node(id) or then.node(id), "kind", FILE), now.node(id), now.path(id), then.path(id))
                      for id in ids if id != top.node]
         return reached, sorted((c for c in found if c.path is not None or c.was is not None),
                                key=lambda c: c.path or c.was)
+
+    def _with_what_came_along(self, ids: list[int], then: _Past, now: _Past) -> list[int]:
+        """Touched nodes, and what lies in collections that came into sight whole: from the trash, or from elsewhere."""
+        found = dict.fromkeys(ids)
+        pending = [id for id in ids if now.here(id) and now.node(id).kind and not then.here(id)]
+        while pending:
+            for child in now.children(pending.pop()):
+                if child.node not in found:
+                    found[child.node] = None
+                    if child.kind:
+                        pending.append(child.node)
+        return list(found)
 
     def head(self) -> int:
         """The newest seq."""
@@ -3872,7 +3887,7 @@ class History(Tree):
         def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
             touched = [id for (id,) in now.read("SELECT node FROM entry WHERE home = :home AND since = :seq "
                                                 "UNION SELECT node FROM entry WHERE home = :home AND until = :seq",
-                                                {"home": who.account, "seq": seq})]
+                                                {"home": who.account, "seq": seq}) if id != now.top]
             if not touched:
                 raise CloudError("not-found", "there is nothing of that number to take back")
             later = {id for id in touched if list(now.read(
@@ -7956,7 +7971,1319 @@ def keep_on_core(index: int) -> None:
         os.sched_setaffinity(0, {cores[index % len(cores)]})
 
 
-# ==== 15. Command line ===================================================================
+# ==== 15. Sync client ====================================================================
+#
+# Two-way sync of a folder with a server, over the sync protocol and nothing else.
+# 1. Each side is compared with what both last agreed on (base), never with the other.
+# 2. Nothing is deleted that is not remembered as synced, or that has changed since.
+# 3. A file is built beside its place and put there at once; what is there by then is looked at once more before.
+# 4. The base is noted after it is true on both sides: whoever is killed only has to compare again.
+# 5. An answer that is not whole says nothing about what is gone.
+
+SYNC_HOME = ".cloudserver"      # the folder's own corner: state, lock, files under construction
+CUT_LEAST, CUT_MOST = MiB, 8 * MiB      # bytes of a chunk where content decides; smaller files than CHUNK_SIZE are one
+CUT_MARK = re.compile(rb"[\x05\x17\x2b\x3a\x4c\x5f\x61\x76\x88\x93\xa9\xb4\xc2\xd7\xe6\xfb]{5}")    # once per MiB of random bytes
+COMMIT_FILES, COMMIT_BYTES = 2_000, 8 * MiB      # of one commit, and of one download
+ROUNDS = 12                     # until a run gives up to reach a fixed point
+BRAKE_LEAST = 50                # deletions that never stop a run
+SCAN_LEAST, SCAN_MOST = 1.0, 15.0       # seconds between two looks at a watched folder
+NOT_A_FILE = "is neither file nor directory"
+JUNK = (".DS_Store", "Thumbs.db", "desktop.ini", "._*", "~$*", ".~lock.*#", "*.partial", ".cloudserver/")
+
+
+class There(NamedTuple):
+    """A node on the server."""
+    path: str
+    node: str
+    kind: int
+    etag: str
+    size: int
+    mtime: int                   # ms since 1970
+    content: str                 # names its bytes (manifest_of); "" of a collection
+    chunks: str                  # JSON: [[hash, size], ...] if there are several
+
+
+class Base(NamedTuple):
+    """What both sides agreed on: as it is There, and by what it is known Here."""
+    path: str
+    node: str
+    kind: int
+    etag: str
+    size: int
+    mtime: int
+    content: str
+    chunks: str
+    mtime_ns: int = 0
+    inode: int = 0
+
+
+class Here(NamedTuple):
+    """A file or directory of the folder."""
+    path: str
+    kind: int
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+class Stopped(Exception):
+    """A run must not go on.  code: the exit code, 1 or 3 (the brake)"""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+DECISIONS = {  # (here against base, there against base): what to do
+    ("same", "same"): "", ("none", "none"): "",
+    ("same", "changed"): "download", ("none", "new"): "download", ("gone", "changed"): "download",
+    ("changed", "same"): "upload", ("new", "none"): "upload", ("changed", "gone"): "upload",        # edits beat deletes
+    ("gone", "same"): "delete there", ("same", "gone"): "delete here", ("gone", "gone"): "forget",
+    ("changed", "changed"): "compare", ("new", "new"): "compare"}
+
+
+def state_here(base: Base | None, here: Here | None) -> str:
+    """How a file stands against base; one that became a directory, or the other way, is gone first."""
+    if base is None:
+        return "new" if here else "none"
+    if here is None or here.kind != base.kind:
+        return "gone"
+    same = here.kind or (here.size, here.mtime_ns, here.inode) == (base.size, base.mtime_ns, base.inode)
+    return "same" if same else "changed"
+
+
+def state_there(base: Base | None, there: There | None) -> str:
+    if base is None:
+        return "new" if there else "none"
+    if there is None or there.kind != base.kind:
+        return "gone"
+    return "same" if there.node == base.node and (there.kind or there.etag == base.etag) else "changed"
+
+
+# ---- names
+
+def compile_patterns(lines: Iterable[str]) -> Callable[[str, bool], bool]:
+    """A test for paths from lines like those of .gitignore: the last that fits decides, "!" takes back.
+
+    The test wants a path without slashes at its ends and whether it is a directory; what lies below an ignored
+    directory is not its business.
+    """
+    rules = []
+    for line in lines:
+        line = line.rstrip("\r\n").rstrip(" ")
+        if not line or line.startswith("#"):
+            continue
+        keep, line = line.startswith("!"), line[1:] if line[0] in "!\\" else line
+        only_directories, line = line.endswith("/"), line.rstrip("/")
+        anchored, line = "/" in line, line.lstrip("/")
+        rules.append((re.compile(("" if anchored else "(?:.*/)?") + pattern_text(line), re.S), only_directories, not keep))
+
+    def ignores(path: str, is_directory: bool) -> bool:
+        for rule, only_directories, verdict in reversed(rules):
+            if (is_directory or not only_directories) and rule.fullmatch(path):
+                return verdict
+        return False
+    return ignores
+
+
+def pattern_text(glob: str) -> str:
+    """A glob as a regular expression: * and ? stop at slashes, ** does not."""
+    parts = {"/**/": "/(?:.*/)?", "**/": "(?:.*/)?", "/**": "/.*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "".join(parts[part] if part in parts else part if re.fullmatch(r"\[[^\]/]+\]", part) else re.escape(part)
+                   for part in re.findall(r"/\*\*/|\*\*/|/\*\*|\*\*|\*|\?|\[[^\]/]+\]|.", glob, re.S))
+
+
+class Scan(NamedTuple):
+    """One look at the folder."""
+    here: dict[str, Here]
+    blocked: dict[str, str]      # keys that cannot be synced, with all below: why
+    seconds: float
+
+
+class LocalFolder:
+    """The folder on this computer; the only code of the client that touches its files.
+
+    Paths are relative with slashes.  A key is what names are compared by here: NFC, and without case where the file
+    system cannot tell cases apart.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.top = root, str(root)
+        self.home = root / SYNC_HOME
+        self.folds = False
+
+    def open(self) -> None:
+        """Make our corner, and find out what the file system can tell apart."""
+        make_private_directory(self.home)
+        (self.home / "tmp").mkdir(exist_ok=True)
+        for left in (self.home / "tmp").iterdir():
+            if not left.name.startswith("part-") or time.time() - left.stat().st_mtime > 7 * 86_400:
+                left.unlink()
+        probe = self.home / "Probe"
+        probe.touch()
+        self.folds = (self.home / "pROBE").exists()
+
+    def key(self, path: str) -> str:
+        key = key_of(path)
+        return key.casefold() if self.folds else key
+
+    def place(self, path: str) -> str:
+        return os.path.join(self.top, *path.split("/")) if os.name == "nt" else self.top + "/" + path
+
+    def holds_names(self, names: Sequence[str]) -> bool:
+        """Can this system have files of these names?"""
+        return (os.name != "nt" or all(map(is_windows_name, names))) and SYNC_HOME not in names
+
+    def ignored(self) -> Callable[[str, bool], bool]:
+        """The test of .cloudignore."""
+        try:
+            lines = (self.root / ".cloudignore").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            lines = []
+        return compile_patterns([*JUNK, *lines, "/" + SYNC_HOME + "/"])
+
+    def scan(self, leaves_out: Callable[[str, bool], bool]) -> Scan:
+        """Everything that is here and not left out."""
+        began, found, blocked, pending = time.monotonic(), {}, {}, [""]
+        while pending:
+            above = pending.pop()
+            try:
+                with os.scandir(self.place(above) if above else self.top) as entries:
+                    for entry in entries:
+                        path = above + "/" + entry.name if above else entry.name
+                        here = self._look(entry, path, leaves_out, blocked)
+                        key = here and self.key(path)
+                        if here is None:
+                            continue
+                        if key in found:
+                            blocked[key] = "%s and %s cannot be told apart" % (found[key].path, path)
+                            continue
+                        found[key] = here
+                        if here.kind:
+                            pending.append(path)
+            except OSError as error:
+                if not above:
+                    raise Stopped("cannot read %s: %s" % (self.top, error.strerror)) from error
+                blocked[self.key(above)] = "cannot be read: %s" % error.strerror
+        return Scan(found, blocked, time.monotonic() - began)
+
+    def _look(self, entry: os.DirEntry[str], path: str, leaves_out: Callable[[str, bool], bool],
+              blocked: dict[str, str]) -> Here | None:
+        is_directory = entry.is_dir(follow_symlinks=False)
+        if leaves_out(path, is_directory):
+            return None
+        if not is_directory and not entry.is_file(follow_symlinks=False):
+            blocked[self.key(path)] = NOT_A_FILE
+            return None
+        if not path.isascii() and not is_unicode(path):
+            blocked[path] = "its name is not Unicode"
+            return None
+        try:
+            return here_of(path, entry.stat(follow_symlinks=False))
+        except OSError:
+            return None                          # it went while we looked
+
+    def look(self, path: str) -> Here | None:
+        """One file or directory as it is now."""
+        try:
+            return here_of(path, os.lstat(self.place(path)))
+        except OSError:
+            return None
+
+    def read(self, path: str) -> BinaryIO:
+        return open(os.open(self.place(path), os.O_RDONLY | O_EXTRA), "rb", buffering=0)
+
+    def holds(self, path: str, content: str, chunks: Sequence[Sequence[Any]]) -> bool:
+        """Are the bytes of a file those?"""
+        with self.read(path) as file:
+            seen = [(hashlib.sha256(file.read(size)).hexdigest(), size) for _, size in chunks]
+            return not file.read(1) and (manifest_of(seen) if seen else EMPTY) == content
+
+    def temporary(self, name: str = "") -> BinaryIO:
+        """A file under construction; under a name it is found again by a later run."""
+        return open(self.home / "tmp" / (name or secrets.token_hex(8)), "a+b" if name else "xb")
+
+    def settle(self, temporary: BinaryIO, path: str, mtime: int, expected: Here | None) -> Here | None:
+        """Put a finished file in its place, if what is there is still what we saw; None if not."""
+        temporary.flush()
+        os.utime(temporary.name, ns=(mtime * 1_000_000,) * 2)
+        about = os.fstat(temporary.fileno())
+        temporary.close()
+        if self.look(path) != expected:
+            os.unlink(temporary.name)
+            return None
+        os.replace(temporary.name, self.place(path))
+        return here_of(path, about)
+
+    def make_directory(self, path: str) -> Here:
+        os.makedirs(self.place(path), exist_ok=True)
+        return self.look(path)
+
+    def rename(self, old: str, new: str) -> None:
+        """raises OSError; nothing is ever replaced"""
+        if self.key(old) != self.key(new) and os.path.lexists(self.place(new)):
+            raise FileExistsError(errno.EEXIST, "something is there", new)
+        os.makedirs(os.path.dirname(self.place(new)), exist_ok=True)
+        os.rename(self.place(old), self.place(new))
+
+    def remove(self, path: str, kind: int, leaves_out: Callable[[str, bool], bool]) -> bool:
+        """Remove a file, or a directory that holds nothing but junk; False if it holds more."""
+        place = self.place(path)
+        if not kind:
+            os.unlink(place)
+            return True
+        junk = compile_patterns(JUNK)
+        names = os.listdir(place)
+        if not all(junk(name, False) for name in names):
+            return False
+        for name in names:
+            os.unlink(os.path.join(place, name))
+        os.rmdir(place)
+        return True
+
+    def sync(self) -> None:
+        """Bring what was written to the medium, before it is noted as being here."""
+        if hasattr(os, "sync"):
+            os.sync()
+
+
+def here_of(path: str, about: os.stat_result) -> Here:
+    is_directory = (about.st_mode & 0o170000) == 0o040000
+    return Here(path, int(is_directory), 0 if is_directory else about.st_size, 0 if is_directory else about.st_mtime_ns,
+                about.st_ino)
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        return bool(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
+
+
+def cut_by_content(file: BinaryIO) -> Iterator[bytes]:
+    """The bytes of a file in chunks that end where the content says so: an insertion moves only those around it."""
+    data, at, ended = b"", 0, False
+    while True:
+        if len(data) - at < CUT_MOST and not ended:
+            more = file.read(2 * CUT_MOST)
+            ended = not more
+            data, at = data[at:] + more, 0
+            continue
+        if at == len(data):
+            return
+        found = CUT_MARK.search(data, at + CUT_LEAST, at + CUT_MOST)
+        stop = found.end() if found else min(at + CUT_MOST, len(data))
+        yield data[at:stop]
+        at = stop
+
+
+# ---- the other end
+
+class Link:
+    """A connection to the server.  Every call may be repeated: asking changes nothing, and a commit has its id."""
+
+    def __init__(self, url: str, authorization: str, agent: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise Stopped("%s is not the address of a server, like https://ann@cloud.example" % url, 2)
+        self.secure, self.host, self.port = parts.scheme == "https", parts.hostname, parts.port
+        self.prefix = parts.path.rstrip("/")
+        self.fields = {"Authorization": authorization, "User-Agent": agent}
+        self._connection: http.client.HTTPConnection | None = None
+        self.sent = self.received = 0
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._connection is None:
+            if self.secure:
+                self._connection = http.client.HTTPSConnection(self.host, self.port, timeout=90,
+                                                               context=ssl.create_default_context())
+            else:
+                self._connection = http.client.HTTPConnection(self.host, self.port, timeout=90)
+            self._connection.connect()
+            self._connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return self._connection
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection:
+            connection.close()
+
+    def call(self, method: str, path: str, body: bytes | None = None, *, tries: int = 5) -> dict[str, Any]:
+        """An answer in JSON.  raises CloudError as the server refuses, Stopped when it cannot be reached or turns us away"""
+        with self.open(method, path, body, tries=tries) as response:
+            data = response.read()
+            self.received += len(data)
+            return json.loads(data) if data else {}
+
+    @contextmanager
+    def open(self, method: str, path: str, body: bytes | None = None, *, tries: int = 5) -> Iterator[http.client.HTTPResponse]:
+        """As call, with the body to be read."""
+        response = self._ask(method, path, body, tries)
+        try:
+            yield response
+        finally:
+            if not response.isclosed():
+                self.close()                     # the rest of an answer that nobody wants
+
+    def _ask(self, method: str, path: str, body: bytes | None, tries: int) -> http.client.HTTPResponse:
+        for attempt in range(1, tries + 1):
+            try:
+                connection = self._connect()
+                connection.request(method, self.prefix + path, body, self.fields)
+                self.sent += len(body or b"")
+                response = connection.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                if attempt == tries or isinstance(error, ssl.SSLError):
+                    raise Stopped("cannot reach %s: %s" % (self.host, error or type(error).__name__)) from error
+                time.sleep(0.1 * 2 ** attempt)
+                continue
+            if response.status < 300:
+                return response
+            error = self._refusal(response)
+            if response.status not in (429, 503) or attempt == tries:
+                raise error
+            time.sleep(min(30, int(response.getheader("Retry-After") or 1)))
+        raise Stopped("cannot reach %s" % self.host)
+
+    def _refusal(self, response: http.client.HTTPResponse) -> Exception:
+        data = response.read(MiB)
+        try:
+            problem = json.loads(data)
+            code, detail = problem["code"], problem["detail"]
+        except (ValueError, KeyError, TypeError):
+            return Stopped("%s does not answer as a cloudserver: status %d" % (self.host, response.status))
+        if response.status == 401:
+            return Stopped("the server does not let this device in any more (%s); nothing was touched" % detail)
+        return CloudError(code if code in ERRORS else "internal", detail, missing=problem.get("missing"))
+
+
+# ---- what both sides agreed on
+
+class SyncState:
+    """The memory of a folder, in its corner: base and there by key, and some words."""
+
+    TREES = {"there": There, "base": Base}
+
+    def __init__(self, path: Path) -> None:
+        self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self.db.execute("PRAGMA journal_mode = WAL")
+        self.db.execute("PRAGMA synchronous = NORMAL")
+        for name, kind in self.TREES.items():
+            self.db.execute("CREATE TABLE IF NOT EXISTS %s (key TEXT PRIMARY KEY, %s) WITHOUT ROWID" % (
+                name, ", ".join(kind._fields)))
+        self.db.execute("CREATE TABLE IF NOT EXISTS word (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
+        self.words = dict(self.db.execute("SELECT name, value FROM word"))
+        self.there: dict[str, There] = {row[0]: There._make(row[1:]) for row in self.db.execute("SELECT * FROM there")}
+        self.base: dict[str, Base] = {row[0]: Base._make(row[1:]) for row in self.db.execute("SELECT * FROM base")}
+        self._changed: dict[str, set[str]] = {"there": set(), "base": set()}
+
+    @property
+    def cursor(self) -> int:
+        return int(self.words.get("cursor", -1))
+
+    def say(self, **words: Any) -> None:
+        self.words.update((name, str(value)) for name, value in words.items())
+
+    def set(self, tree: str, key: str, value: There | Base | None) -> None:
+        mine = getattr(self, tree)
+        if value is not None:
+            mine[key] = value
+        elif mine.pop(key, None) is None:
+            return
+        self._changed[tree].add(key)
+
+    def agree(self, key: str, there: There, here: Here) -> None:
+        """Both sides are the same now."""
+        self.set("there", key, there)
+        self.set("base", key, Base(*there, here.mtime_ns, here.inode))
+
+    def below(self, tree: str, key: str) -> list[str]:
+        """Keys in a tree at and below one, from the top."""
+        mine, prefix = getattr(self, tree), key + "/"
+        if key in mine and not mine[key].kind:
+            return [key]
+        return [key] * (key in mine) + sorted(other for other in mine if other.startswith(prefix))
+
+    def forget(self, key: str) -> None:
+        for tree in self.TREES:
+            for other in self.below(tree, key):
+                self.set(tree, other, None)
+
+    def take(self, tree: str, key: str, path: str) -> list[tuple[str, str, Any]]:
+        """Take a node with all below it out of a tree: [(rest of key, rest of path, value), ...]."""
+        taken = []
+        for other in self.below(tree, key):
+            value = getattr(self, tree)[other]
+            taken.append((other[len(key):], value.path[len(path):], value))
+            self.set(tree, other, None)
+        return taken
+
+    def put_back(self, tree: str, taken: list[tuple[str, str, Any]], key: str, path: str) -> None:
+        for rest_key, rest_path, value in taken:
+            self.set(tree, key + rest_key, value._replace(path=path + rest_path))
+
+    def flush(self) -> None:
+        """Write down what changed, all or nothing."""
+        self.db.execute("BEGIN")
+        for tree, kind in self.TREES.items():
+            mine, keys = getattr(self, tree), self._changed[tree]
+            self.db.executemany("DELETE FROM %s WHERE key = ?" % tree, [(key,) for key in keys if key not in mine])
+            self.db.executemany("INSERT OR REPLACE INTO %s VALUES (?%s)" % (tree, ", ?" * len(kind._fields)),
+                                [(key, *mine[key]) for key in keys if key in mine])
+            keys.clear()
+        self.db.executemany("INSERT OR REPLACE INTO word VALUES (?, ?)", self.words.items())
+        self.db.execute("COMMIT")
+
+    def close(self) -> None:
+        self.flush()
+        self.db.close()
+
+
+@dataclass
+class Tally:
+    """What a run did; the summary and --json."""
+    uploaded: int = 0
+    downloaded: int = 0
+    moved: int = 0
+    deleted_here: int = 0
+    deleted_there: int = 0
+    conflicts: int = 0
+    skipped: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+
+    def work(self) -> int:
+        return self.uploaded + self.downloaded + self.moved + self.deleted_here + self.deleted_there + self.conflicts
+
+
+def there_of(about: dict[str, Any]) -> There:
+    """A node as the protocol tells it."""
+    if about["kind"] == "collection":
+        return There(about["path"], about["node"], COLLECTION, "", 0, about["mtime"], "", "")
+    chunks = [tuple(chunk) for chunk in about["chunks"]]
+    return There(about["path"], about["node"], FILE, about["etag"], about["size"], about["mtime"],
+                 manifest_of(chunks) if chunks else EMPTY, json.dumps(chunks) if len(chunks) > 1 else "")
+
+
+def chunks_of(node: There | Base) -> list[tuple[str, int]]:
+    """(hash, size) of its chunks."""
+    if node.chunks:
+        return [(hash, size) for hash, size in json.loads(node.chunks)]
+    return [(node.content, node.size)] if node.size else []
+
+
+def parent_of(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+# ---- a run
+
+class Plan:
+    """What a round will do, by key."""
+
+    def __init__(self) -> None:
+        self.actions: dict[str, str] = {}
+
+    def of(self, *actions: str) -> list[str]:
+        """Keys in the order of paths, so that collections come before what they hold."""
+        return sorted(key for key, action in self.actions.items() if action in actions)
+
+    def settle_directories(self, state: SyncState, scan: Scan, left_out: set[str]) -> None:
+        """A directory goes only if all that is below goes too; what is left out stays, and what holds it."""
+        stays: set[str] = set()
+        quiet = {above for key in left_out for above in lineage(key)}
+        for key in sorted(self.actions, reverse=True):
+            action = self.actions[key]
+            if key in stays and action in ("delete there", "delete here"):
+                action = "download" if action == "delete there" else "upload"
+                ours, theirs = scan.here.get(key), state.there.get(key)
+                self.actions[key] = "compare" if ours and theirs and ours.kind != theirs.kind else action
+            elif key in quiet and action == "delete there":
+                del self.actions[key]
+            if action not in ("delete there", "delete here", "forget"):
+                stays.add(parent_of(key))
+
+
+def lineage(key: str) -> Iterator[str]:
+    """A key and those of what holds it, upwards."""
+    while key:
+        yield key
+        key = parent_of(key)
+
+
+class SyncClient:
+    """Keeps a folder and an account alike: run() once, or watch()."""
+
+    def __init__(self, folder: LocalFolder, state: SyncState, link: Link, *, only: Sequence[str] = (), yes: bool = False,
+                 show: bool = False) -> None:
+        self.folder, self.state, self.link, self.yes = folder, state, link, yes
+        self.only = [folder.key("/".join(split_path(path))) for path in only]
+        self.tally = Tally()
+        self.problems: dict[str, str] = {}           # what could not be synced in this run, by key
+        self.twins: dict[str, str] = {}              # what the server tells apart and this computer does not, by path
+        self.kept: dict[str, str] = {}               # directories that stay because of what is left out
+        self.unsettled: set[str] = set()             # paths that changed while they were read
+        self.scan = Scan({}, {}, 0.0)
+        self.progress = Progress("sync", 0) if show else None
+        self.lane = ThreadPoolExecutor(1, "sync")
+        self.flying: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
+        self.held = self.moved_there = False
+        self.lock: FileLock | None = None            # held for as long as we live
+
+    def run(self) -> Tally:
+        """Go on until both sides are alike.  raises Stopped, CloudError"""
+        began, self.tally, self.problems, self.kept = time.monotonic(), Tally(), {}, {}
+        sent, received = self.link.sent, self.link.received
+        for turn in range(ROUNDS):
+            self.fetch()
+            self.look()
+            self.follow_moves()
+            plan = self.plan()
+            if not plan.actions:
+                break
+            self.check_brake(plan)
+            before, self.unsettled = self.tally.work(), set()
+            self.execute(plan)
+            self.state.flush()
+            if self.held:
+                raise Stopped("the server holds this device because it deletes or overwrites so much; "
+                              "allow or undo it on the page", 3)
+            if self.tally.work() == before:
+                if not self.unsettled or turn > 2:
+                    break
+                time.sleep(0.2)                  # somebody writes to a file: once more
+        for path in self.unsettled:
+            self._complain(path, "it changes while it is read")
+        for path, reason in self.twins.items():
+            self._complain(path, reason)
+        for key, reason in self.scan.blocked.items():
+            if reason != NOT_A_FILE:
+                self._complain(key, reason)
+        self.state.flush()
+        self.tally.skipped = len(self.problems) + len(self.kept) + sum(
+            reason == NOT_A_FILE for reason in self.scan.blocked.values())
+        self.tally.bytes_up, self.tally.bytes_down = self.link.sent - sent, self.link.received - received
+        self.tally.seconds = round(time.monotonic() - began, 3)
+        return self.tally
+
+    # ---- what is there
+
+    def fetch(self) -> None:
+        """Bring our picture of the server up to date (invariant 5)."""
+        state = self.state
+        if state.cursor >= 0:
+            try:
+                while self._fetch_changes():
+                    pass
+                return
+            except CloudError as error:
+                if error.kind != "gone":
+                    raise
+        self._fetch_manifest()
+
+    def _fetch_changes(self) -> bool:
+        state = self.state
+        answer = self.link.call("GET", "/api/v1/changes?since=%d&chunks=1&limit=10000&server=%s" % (
+            state.cursor, state.words["server"]))
+        if answer["changes"]:
+            self._apply(answer["changes"])
+        state.say(cursor=answer["seq"])
+        return answer["more"]
+
+    def _apply(self, changes: list[dict[str, Any]]) -> None:
+        """Take out what was touched, the deepest first, so that each takes along only what stays with it; then put back."""
+        state, found = self.state, {about["node"]: about for about in changes}
+        old = sorted(((key, there) for key, there in state.there.items() if there.node in found),
+                     key=lambda item: item[0].count("/"), reverse=True)
+        taken = {there.node: state.take("there", key, there.path) for key, there in old}
+        for about in sorted(changes, key=lambda about: (about["path"] or "").count("/")):
+            if about["path"] is None:
+                continue
+            key = self.folder.key(about["path"])
+            if key in state.there and state.there[key].node != about["node"]:
+                self.twins[about["path"]] = "cannot be told apart from %s here" % state.there[key].path
+                continue
+            state.put_back("there", taken.get(about["node"], []), key, about["path"])
+            state.set("there", key, there_of(about))
+        self.moved_there = True
+
+    def _fetch_manifest(self) -> None:
+        """Everything anew.  Another server, or one restored from a backup, agreed on nothing with us."""
+        state, lines = self.state, []
+        with self.link.open("GET", "/api/v1/manifest?chunks=1") as response:
+            for line in response:
+                lines.append(line)
+                self.link.received += len(line)
+        first, *rest, last = map(json.loads, lines or [b"{}"])
+        if last != {"end": True, "count": len(rest)}:
+            raise Stopped("the answer of the server broke off; nothing was touched")
+        known = state.words.get("server")
+        if known not in (None, first["server"]):
+            if not self.yes:
+                raise Stopped("this is not the server it was, or it was restored from a backup; nothing was touched. "
+                              "With --yes both sides are merged and nothing is deleted", 3)
+            for key in list(state.base):
+                state.set("base", key, None)
+        for key in list(state.there):
+            state.set("there", key, None)
+        self.twins = {}
+        for about in rest:
+            key = self.folder.key(about["path"])
+            if key in state.there:
+                self.twins[about["path"]] = "cannot be told apart from %s here" % state.there[key].path
+            else:
+                state.set("there", key, there_of(about))
+        state.say(server=first["server"], cursor=first["seq"])
+        self.moved_there = True
+
+    def look(self) -> None:
+        """Scan the folder."""
+        self.leaves_out = self.folder.ignored()
+        self.scan = self.folder.scan(self.leaves_out)
+
+    # ---- moves
+
+    def follow_moves(self) -> None:
+        """Renames cost a rename: first those on the server, then ours."""
+        moved, self.moved_there = self.moved_there, False
+        while moved:                             # once more for what was moved out of something that was moved
+            moved = self._follow_there()
+        moved = True
+        while moved:
+            gone = [key for key, base in self.state.base.items() if key not in self.scan.here or self._is_respelled(key, base)]
+            moved = bool(gone) and self._follow_here(gone)
+
+    def _follow_there(self) -> bool:
+        """What has another path there is renamed here; was anything?"""
+        state, here, before = self.state, self.scan.here, self.tally.moved
+        by_node = {there.node: key for key, there in state.there.items()}
+        moved = [key for key, base in state.base.items() if by_node.get(base.node, key) != key
+                 or base.node in by_node and state.there[by_node[base.node]].path != base.path]
+        for key in sorted(moved, key=lambda key: (key.count("/"), key)):
+            base = state.base.get(key)
+            new = by_node[base.node] if base else key
+            there = state.there.get(new)
+            if base is None or base.path == there.path or not self._wanted(new) or (
+                    state_here(base, here.get(key)) != "same" or new != key and (new in here or new in state.base)):
+                continue                         # a parent took it along, or something is in the way
+            try:
+                self.folder.rename(base.path, there.path)
+            except OSError as error:
+                self._complain(there.path, error)
+                continue
+            self._rekey("base", key, base.path, new, there.path)
+            for other in [other for other in here if other == key or other.startswith(key + "/")]:
+                old = here.pop(other)
+                here[new + other[len(key):]] = old._replace(path=there.path + old.path[len(base.path):])
+            self.tally.moved += 1
+        return self.tally.moved > before
+
+    def _rekey(self, tree: str, key: str, path: str, new: str, new_path: str) -> None:
+        self.state.put_back(tree, self.state.take(tree, key, path), new, new_path)
+
+    def _is_respelled(self, key: str, base: Base) -> bool:
+        """Has only the case of its name changed, where the file system cannot tell cases apart?"""
+        return self.folder.folds and key_of(base.path.rpartition("/")[2]) != key_of(self.scan.here[key].path.rpartition("/")[2])
+
+    def _follow_here(self, gone: list[str]) -> bool:
+        """What vanished in one place and turned up in another, told by inode, or by time and content; was anything moved?"""
+        state, here = self.state, self.scan.here
+        fresh = [(key, found) for key, found in here.items() if key not in state.base and key not in state.there]
+        twins: dict[Any, list[str]] = {}
+        for key, found in fresh:
+            twins.setdefault((found.kind, found.inode), []).append(key)
+            if not found.kind:
+                twins.setdefault((found.size, found.mtime_ns), []).append(key)
+        steps: list[tuple[str, str]] = []
+        for key in sorted(gone, key=lambda key: (key.count("/"), key)):
+            base = state.base.get(key)
+            if base is None or any(key.startswith(old + "/") for old, _ in steps) or state_there(base, state.there.get(key)) != "same" \
+                    or not self._wanted(key) or self._blocked(key):
+                continue
+            new = key if key in here else next((new for new in (*twins.get((base.kind, base.inode), ()), *twins.get((base.size, base.mtime_ns), ()))
+                        if self._is_moved(key, base, new) and all(new != taken for _, taken in steps)), None)
+            if new is not None:
+                steps.append((key, new))
+        return any([self._move_there(some) for some in pieces(steps)])
+
+    def _is_moved(self, key: str, base: Base, new: str) -> bool:
+        found = self.scan.here[new]
+        if found.kind != base.kind:
+            return False
+        if base.kind:                            # an inode may be used again: something in it must be known
+            inside = [other for other in self.state.base if other.startswith(key + "/")]
+            return not inside or any(new + other[len(key):] in self.scan.here for other in inside)
+        if (found.size, found.mtime_ns) != (base.size, base.mtime_ns):
+            return False
+        return found.inode == base.inode or self._holds(found.path, base)
+
+    def _holds(self, path: str, node: There | Base) -> bool:
+        try:
+            return self.folder.holds(path, node.content, chunks_of(node))
+        except OSError:
+            return False
+
+    def _move_there(self, moves: list[tuple[str, str]]) -> bool:
+        state, steps, made = self.state, [], set()
+        for key, new in moves:
+            path, above = self.scan.here[new].path, []
+            while parent_of(path) and self.folder.key(parent_of(path)) not in state.there:
+                path = parent_of(path)
+                above.append(path)
+            steps += [{"mkdir": path} for path in reversed(above) if path not in made]
+            made.update(above)
+            steps.append({"move": state.base[key].path, "to": self.scan.here[new].path,
+                          **({} if state.base[key].kind else {"if": state.base[key].etag})})
+        answers = iter(self._commit(steps, b""))
+        outcomes = [next(answers) for step in steps]
+        for step, outcome in zip(steps, outcomes):
+            if "mkdir" in step and outcome["status"] < 300:
+                key = self.folder.key(step["mkdir"])
+                state.set("there", key, There(step["mkdir"], outcome["node"], COLLECTION, "", 0, 0, "", ""))
+        done = [outcome["status"] < 300 for step, outcome in zip(steps, outcomes) if "move" in step]
+        for (key, new), well in zip(moves, done):
+            if well:
+                old, path = state.base[key].path, self.scan.here[new].path
+                for tree in state.TREES:
+                    self._rekey(tree, key, old, new, path)
+                self.tally.moved += 1
+        return any(done)
+
+    # ---- deciding
+
+    def _wanted(self, key: str) -> bool:
+        return not self.only or any((key + "/").startswith(only + "/") or (only + "/").startswith(key + "/") for only in self.only)
+
+    def _blocked(self, key: str) -> bool:
+        """Is it, or something that holds it, what we cannot sync?"""
+        return bool(self.scan.blocked) and any(above in self.scan.blocked for above in lineage(key))
+
+    def _left_out(self, key: str) -> bool:
+        """Is it outside of what is synced?"""
+        if not self._wanted(key) or self._blocked(key):
+            return True
+        node = self.state.there.get(key) or self.state.base.get(key)
+        if node is None:
+            return False                         # it is here, so the scan has let it through
+        parts = node.path.split("/")
+        return any(self.leaves_out("/".join(parts[:n]), n < len(parts) or bool(node.kind)) for n in range(1, len(parts) + 1))
+
+    def plan(self) -> Plan:
+        """Compare each side with base."""
+        state, here, plan, left_out = self.state, self.scan.here, Plan(), set()
+        for key in {*state.base, *state.there, *here}:
+            base, ours, theirs = state.base.get(key), here.get(key), state.there.get(key)
+            action = DECISIONS[state_here(base, ours), state_there(base, theirs)]
+            if not action:
+                continue
+            if action in ("download", "upload") and ours and theirs and ours.kind != theirs.kind:
+                action = "compare"               # one made a file where the other has a directory
+            if self._left_out(key) or key in self.problems or action == "download" and not self._can_be_here(key):
+                left_out.add(key)
+            else:
+                plan.actions[key] = action
+        if plan.actions:
+            plan.settle_directories(state, self.scan, left_out)
+        return plan
+
+    def _can_be_here(self, key: str) -> bool:
+        """Can this computer hold the name?  If not it stays on the server, and is not gone."""
+        path = self.state.there[key].path
+        names = path.split("/")
+        if self.folder.holds_names(names):
+            return True
+        self._complain(path, "this computer cannot hold the name")
+        return False
+
+    def check_brake(self, plan: Plan) -> None:
+        """raises Stopped when a run would delete most of what there is"""
+        count = sum(action in ("delete here", "delete there") and not self.state.base[key].kind
+                    for key, action in plan.actions.items())
+        files = sum(not base.kind for base in self.state.base.values())
+        if count > BRAKE_LEAST and count * 2 > files and not self.yes:
+            raise Stopped("%d of %d files would be deleted; nothing was touched. With --yes it is done" % (count, files), 3)
+
+    # ---- doing
+
+    def execute(self, plan: Plan) -> None:
+        """In an order that is safe at every instant: copies first, deletions last."""
+        if self.progress:
+            self.progress.total += sum(self._size_of(key) for key in plan.of("upload", "download", "compare"))
+        for key in plan.of("compare"):
+            self._compare(key)
+        self._make_directories(plan)
+        self._upload([key for key in plan.of("upload") if not self.scan.here[key].kind])
+        self._download([key for key in plan.of("download") if not self.state.there[key].kind])
+        self._delete_here(plan.of("delete here"))
+        self._delete_there(plan.of("delete there"))
+        for key in plan.of("forget"):
+            self.state.set("base", key, None)
+        if self.progress:
+            self.progress.end()
+
+    def _size_of(self, key: str) -> int:
+        return (self.scan.here.get(key) or self.state.there[key]).size
+
+    def _complain(self, path: str, problem: Any) -> None:
+        self.problems[self.folder.key(path)] = "%s: %s" % (path, getattr(problem, "strerror", None) or problem)
+
+    def _compare(self, key: str) -> None:
+        """Both sides have something new: the same, or a conflict, of which ours takes another name."""
+        state, there, here = self.state, self.state.there[key], self.scan.here[key]
+        if there.kind and here.kind:
+            state.agree(key, there, here)
+            return
+        if not there.kind and not here.kind and here.size == there.size and self._holds(here.path, there):
+            state.agree(key, there, here)
+            return
+        path = self._conflict_name(here.path)
+        try:
+            self.folder.rename(here.path, path)
+        except OSError as error:
+            self._complain(here.path, error)
+            return
+        self.tally.conflicts += 1                # the next round uploads it, and downloads theirs
+        state.set("base", key, None)
+
+    def _conflict_name(self, path: str) -> str:
+        above, _, name = path.rpartition("/")
+        stem, dot, suffix = name.rpartition(".")
+        if not stem or len(suffix) > 16:
+            stem, dot, suffix = name, "", ""
+        mark = " (conflict %s %s)" % (self.state.words.get("device", "here"), time.strftime("%Y-%m-%d %H.%M"))
+        for count in itertools.count(1):
+            ending = mark + (" %d" % count if count > 1 else "") + dot + suffix
+            found = (above + "/" if above else "") + cut_text(stem, NAME_LIMIT - len(ending.encode())) + ending
+            if not os.path.lexists(self.folder.place(found)):
+                return found
+        raise AssertionError
+
+    def _make_directories(self, plan: Plan) -> None:
+        for key in plan.of("download"):
+            there = self.state.there[key]
+            if there.kind:
+                try:
+                    self.state.agree(key, there, self.folder.make_directory(there.path))
+                except OSError as error:
+                    self._complain(there.path, error)
+        keys = [key for key in plan.of("upload") if self.scan.here[key].kind]
+        for some in pieces(keys, COMMIT_FILES):
+            outcomes = self._commit([{"mkdir": self.scan.here[key].path} for key in some], b"")
+            for key, outcome in zip(some, outcomes):
+                here = self.scan.here[key]
+                if self._went_well(here.path, outcome):
+                    self.state.agree(key, There(here.path, outcome["node"], COLLECTION, "", 0, 0, "", ""), here)
+
+    # ---- the lane: one request is under way while the next is prepared
+
+    def _fly(self, work: Callable[[], Any], land: Callable[[Any], None]) -> None:
+        self.flying.append((self.lane.submit(work), land))
+        while len(self.flying) > 2:
+            self._land()
+
+    def _land(self) -> None:
+        future, land = self.flying.popleft()
+        land(future.result())
+
+    def _land_all(self) -> None:
+        while self.flying:
+            self._land()
+
+    def _commit(self, steps: list[dict[str, Any]], frames: bytes) -> list[dict[str, Any]]:
+        """The outcomes of a commit."""
+        if not steps:
+            return []
+        state = self.state
+        head = {"op": secrets.token_hex(16), "server": state.words["server"], "since": state.cursor, "ops": steps}
+        answer = self.link.call("POST", "/api/v1/commit", format_json(head) + b"\n" + frames)
+        if "cursor" in answer:                   # nothing else happened: no need to be told of our own doing
+            state.say(cursor=answer["cursor"])
+        return answer["results"]
+
+    def _went_well(self, path: str, outcome: dict[str, Any]) -> bool:
+        problem = outcome.get("problem")
+        if problem is None:
+            return True
+        if problem["code"] == "held":
+            self.held = True
+        elif problem["code"] not in ("precondition-failed", "missing", "not-found"):     # those the next round sees
+            self._complain(path, problem["detail"])
+        return False
+
+    # ---- up
+
+    def _upload(self, keys: list[str]) -> None:
+        """Small files by thousands in one commit; of large ones only the chunks the server lacks."""
+        batch = Outgoing()
+        for key in keys:
+            here = self.scan.here[key]
+            try:
+                with self.folder.read(here.path) as file:
+                    if here.size > CHUNK_SIZE:
+                        chunks = self._send_ahead(file)
+                    else:
+                        data = file.read(CHUNK_SIZE + 1)
+                        chunks = [(hashlib.sha256(data).hexdigest(), len(data))] if data else []
+                        batch.chunks.update((hash, data) for hash, _ in chunks)
+                        batch.bytes += len(data)
+                    about = os.fstat(file.fileno())
+            except OSError as error:
+                self._complain(here.path, error)
+                continue
+            if (about.st_size, about.st_mtime_ns) != (here.size, here.mtime_ns) or sum(size for _, size in chunks) != here.size:
+                self.unsettled.add(here.path)    # somebody writes to it: in the next round
+                continue
+            self._offer(batch, key, here, chunks)
+            if len(batch.steps) >= COMMIT_FILES or batch.bytes >= COMMIT_BYTES:
+                self._fly(partial(self._deliver, batch), partial(self._delivered, batch))
+                batch = Outgoing()
+        self._fly(partial(self._deliver, batch), partial(self._delivered, batch))
+        self._land_all()
+
+    def _offer(self, batch: Outgoing, key: str, here: Here, chunks: list[tuple[str, int]]) -> None:
+        base, there = self.state.base.get(key), self.state.there.get(key)
+        content, at = manifest_of(chunks) if chunks else EMPTY, min(max(here.mtime_ns // 1_000_000, MTIME_MIN), MTIME_MAX)
+        if base and there and content == base.content and state_there(base, there) == "same":
+            self.state.agree(key, there, here)   # only its time was changed
+            return
+        batch.steps.append({"put": here.path, "chunks": chunks, "mtime": at,
+                            "if": base.etag if base and state_there(base, there) == "same" else None})
+        batch.items.append((key, here, There(here.path, "", FILE, "", here.size, at, content,
+                                             json.dumps(chunks) if len(chunks) > 1 else "")))
+
+    def _send_ahead(self, file: BinaryIO) -> list[tuple[str, int]]:
+        """Cut a large file and send what the server lacks; returns its chunks."""
+        chunks, window, waiting = [], {}, 0
+        for data in cut_by_content(file):
+            hash = hashlib.sha256(data).hexdigest()
+            chunks.append((hash, len(data)))
+            window[hash] = data
+            waiting += len(data)
+            if waiting > CHUNK_LIMIT - CUT_MOST:
+                self._fly(partial(self._send_missing, window), lambda done: None)
+                window, waiting = {}, 0
+        self._fly(partial(self._send_missing, window), lambda done: None)
+        self._land_all()
+        return chunks
+
+    def _missing(self, hashes: Sequence[str]) -> list[str]:
+        return self.link.call("POST", "/api/v1/chunks/missing", format_json({"hashes": list(hashes)}))["missing"] if hashes else []
+
+    def _send_missing(self, window: dict[str, bytes]) -> None:
+        frames = b"".join(format_frame(window[hash]) for hash in self._missing(list(window)))
+        if frames:
+            self.link.call("POST", "/api/v1/chunks", frames)
+        if self.progress:
+            self.progress.add(sum(map(len, window.values())))
+
+    def _deliver(self, batch: Outgoing) -> list[dict[str, Any]]:
+        """Commit files together with their chunks; what is not quite small is asked for first."""
+        large = [hash for hash, data in batch.chunks.items() if len(data) > INLINE_LIMIT]
+        lacking = set(self._missing(large))
+        frames = b"".join(format_frame(data) for hash, data in batch.chunks.items() if len(data) <= INLINE_LIMIT or hash in lacking)
+        return self._commit(batch.steps, frames)
+
+    def _delivered(self, batch: Outgoing, outcomes: list[dict[str, Any]]) -> None:
+        for (key, here, there), outcome in zip(batch.items, outcomes):
+            if self._went_well(here.path, outcome):
+                self.state.agree(key, there._replace(node=outcome["node"], etag=outcome["etag"]), here)
+                self.tally.uploaded += 1
+                if self.progress and here.size <= CHUNK_SIZE:
+                    self.progress.add(here.size)
+        self.state.flush()
+
+    # ---- down
+
+    def _download(self, keys: list[str]) -> None:
+        """Small files by thousands in one request; of large ones only the chunks that are not here."""
+        group, waiting = [], 0
+        for key in keys:
+            there, base = self.state.there[key], self.state.base.get(key)
+            here = self.scan.here.get(key)
+            if base and here and base.content == there.content and state_here(base, here) == "same":
+                self.state.agree(key, there, here)       # the same bytes, written once more
+            elif there.chunks:
+                self._download_large(key, there)
+            else:
+                group.append(key)
+                waiting += there.size
+            if len(group) >= COMMIT_FILES or waiting >= COMMIT_BYTES:
+                self._fetch_group(group)
+                group, waiting = [], 0
+        self._fetch_group(group)
+        self._land_all()
+
+    def _fetch_group(self, keys: list[str]) -> None:
+        hashes = list(dict.fromkeys(hash for key in keys for hash, _ in chunks_of(self.state.there[key])))
+        self._fly(partial(self._get, hashes), partial(self._place_group, keys))
+
+    def _get(self, hashes: Sequence[str]) -> dict[str, bytes]:
+        """Chunks by their hashes, checked; what cannot be had is not in it."""
+        found: dict[str, bytes] = {}
+        try:
+            for some in pieces(hashes, OPS_LIMIT):
+                with self.link.open("POST", "/api/v1/chunks/get", format_json({"hashes": some})) as response:
+                    for hash in some:
+                        size = int.from_bytes(response.read(4), "big")
+                        data = response.read(size)
+                        self.link.received += size + 4
+                        if hashlib.sha256(data).hexdigest() != hash:
+                            raise Stopped("what arrived is not what was asked for; nothing was touched")
+                        found[hash] = data
+                    response.read()
+        except CloudError as error:
+            if error.kind != "missing":
+                raise                            # else it was replaced just now: the next round sees it
+        except (OSError, http.client.HTTPException) as error:
+            self.link.close()
+            raise Stopped("the answer of the server broke off") from error
+        return found
+
+    def _place_group(self, keys: list[str], datas: dict[str, bytes]) -> None:
+        placed = []
+        for key in keys:
+            there = self.state.there[key]
+            if all(hash in datas for hash, _ in chunks_of(there)):
+                try:
+                    file = self.folder.temporary()
+                    with file:
+                        for hash, _ in chunks_of(there):
+                            file.write(datas[hash])
+                        here = self.folder.settle(file, there.path, there.mtime, self.scan.here.get(key))
+                    placed.append((key, there, here))
+                except OSError as error:
+                    self._complain(there.path, error)
+        self._note_placed(placed)
+
+    def _note_placed(self, placed: list[tuple[str, There, Here | None]]) -> None:
+        """Remember files that are in their places, once the medium does (invariant 4)."""
+        if placed:
+            self.folder.sync()
+        for key, there, here in placed:
+            if here is None:
+                self.unsettled.add(there.path)   # somebody was faster: in the next round
+                continue
+            self.state.agree(key, there, here)
+            self.tally.downloaded += 1
+            if self.progress:
+                self.progress.add(there.size)
+        self.state.flush()
+
+    def _download_large(self, key: str, there: There) -> None:
+        """Build a file from chunks of its old self, of what an earlier run fetched, and of the server."""
+        self._land_all()
+        chunks, here = chunks_of(there), self.scan.here.get(key)
+        try:
+            with self.folder.temporary("part-" + there.content[:32]) as file, self._old_self(key) as (old, places):
+                start = self._verified_part(file, chunks)
+                window, waiting = [], 0
+                for hash, size in chunks[start:]:
+                    window.append((hash, size))
+                    waiting += size
+                    if waiting > CHUNK_LIMIT - CUT_MOST:
+                        self._build(file, window, old, places)
+                        window, waiting = [], 0
+                self._build(file, window, old, places)
+                placed = self.folder.settle(file, there.path, there.mtime, here)
+            self._note_placed([(key, there, placed)])
+        except OSError as error:
+            self._complain(there.path, error)
+        except KeyError:
+            self.unsettled.add(there.path)       # a chunk is gone: the file was replaced just now
+
+    @contextmanager
+    def _old_self(self, key: str) -> Iterator[tuple[BinaryIO, dict[str, tuple[int, int]]]]:
+        """The file as it is here, and where its chunks are: {hash: (offset, bytes)}."""
+        base, here, places, offset = self.state.base.get(key), self.scan.here.get(key), {}, 0
+        if not base or not here or state_here(base, here) != "same":
+            yield io.BytesIO(), {}
+            return
+        for hash, size in chunks_of(base):
+            places[hash] = offset, size
+            offset += size
+        with self.folder.read(here.path) as file:
+            yield file, places
+
+    def _verified_part(self, file: BinaryIO, chunks: list[tuple[str, int]]) -> int:
+        """How many chunks an earlier run left; the file ends after them."""
+        file.seek(0)
+        offset = 0
+        for number, (hash, size) in enumerate(chunks):
+            if hashlib.sha256(file.read(size)).hexdigest() != hash:
+                file.truncate(offset)
+                return number
+            offset += size
+        file.truncate(offset)
+        return len(chunks)
+
+    def _build(self, file: BinaryIO, window: list[tuple[str, int]], old: BinaryIO, places: dict[str, tuple[int, int]]) -> None:
+        datas = {}
+        for hash, _ in window:
+            if hash in places:
+                old.seek(places[hash][0])
+                data = old.read(places[hash][1])
+                if hashlib.sha256(data).hexdigest() == hash:
+                    datas[hash] = data
+        datas.update(self._get([hash for hash in dict(window) if hash not in datas]))
+        for hash, _ in window:
+            file.write(datas[hash])
+
+    # ---- deletions, last
+
+    def _delete_here(self, keys: list[str]) -> None:
+        for key in reversed(keys):
+            base, seen = self.state.base[key], self.scan.here[key]
+            here = self.folder.look(seen.path)
+            try:
+                if here and not here.kind and state_here(base, here) != "same" and not (
+                        here.size == base.size and self._holds(seen.path, base)):
+                    continue                     # it has changed since: the next round sees that (invariant 2)
+                if here and not self.folder.remove(seen.path, here.kind, self.leaves_out):
+                    self.kept[seen.path] = "stays, for it holds files that are left out"
+                    continue
+            except OSError as error:
+                self._complain(seen.path, error)
+                continue
+            self.state.set("base", key, None)
+            self.tally.deleted_here += 1 - base.kind
+
+    def _delete_there(self, keys: list[str]) -> None:
+        steps, counts, last = [], [], None
+        for key in keys:
+            if last is not None and key.startswith(last + "/"):
+                continue                         # it goes with what holds it
+            base = self.state.base[key]
+            if base.kind:
+                last = key
+            steps.append((key, {"delete": base.path, **({"since": self.state.cursor} if base.kind else {"if": base.etag})}))
+            counts.append(sum(not self.state.base[other].kind for other in self.state.below("base", key)) if base.kind else 1)
+        for some in pieces(list(zip(steps, counts)), COMMIT_FILES):
+            outcomes = self._commit([step for (_, step), _ in some], b"")
+            for ((key, step), count), outcome in zip(some, outcomes):
+                if self._went_well(step["delete"], outcome):
+                    self.state.forget(key)
+                    self.tally.deleted_there += count
+
+    # ---- on and on
+
+    def watch(self, ended: threading.Event, tell: Callable[[SyncClient], None], listener: Link) -> None:
+        """Run whenever either side changes, until `ended` is set.  raises Stopped by the brake"""
+        news, pause = threading.Event(), 1.0
+        threading.Thread(target=self._listen, args=(listener, news, ended), daemon=True).start()
+        while not ended.is_set():
+            news.clear()
+            try:
+                self.run()
+                tell(self)
+                pause = 1.0
+            except Stopped as stopped:
+                if stopped.code != 1:
+                    raise
+                log.warning("%s", stopped)       # the server is away: later
+                ended.wait(pause)
+                pause = min(60.0, 2 * pause)
+                continue
+            seen = self.scan
+            wait = min(max(SCAN_LEAST, 20 * seen.seconds), SCAN_MOST)
+            while not ended.is_set() and not news.wait(wait):
+                if self.unsettled or self.folder.scan(self.folder.ignored())[:2] != seen[:2]:
+                    break
+
+    def _listen(self, link: Link, news: threading.Event, ended: threading.Event) -> None:
+        """Long-poll the server; what it says is only that there is something to ask for."""
+        while not ended.is_set():
+            cursor = self.state.cursor
+            if cursor < 0:                       # the first run is under way
+                ended.wait(0.2)
+                continue
+            try:
+                answer = link.call("GET", "/api/v1/changes?since=%d&wait=30&limit=1&server=%s" % (cursor, self.state.words["server"]))
+                if answer["changes"] and answer["seq"] > self.state.cursor:
+                    news.set()
+                    ended.wait(0.2)
+            except (Stopped, CloudError, ValueError):
+                news.set()
+                ended.wait(2)
+
+
+class Outgoing:
+    """Files of one commit: its steps, the chunks they need, and (key, as it is here, as it will be there) of each."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.chunks: dict[str, bytes] = {}
+        self.items: list[tuple[str, Here, There]] = []
+        self.bytes = 0
+
+
+# ---- making a folder and an account known to each other
+
+def open_client(place: Path, url: str | None, *, password: Callable[[str], str], device: str = "", yes: bool = False,
+                only: Sequence[str] = (), show: bool = False) -> tuple[SyncClient, Link]:
+    """The client of a folder, and a second connection for listening; asks for the password when they first meet.
+
+    raises  Stopped
+    """
+    folder, known = LocalFolder(place.resolve()), folder_record(place)
+    if not (folder.home / "state.db").exists():
+        if known.exists() and not yes:
+            raise Stopped("%s was synced before, and what it remembers is gone: is a disk not mounted? "
+                          "With --yes it is merged anew" % place, 3)
+        if not url:
+            raise Stopped("which server?  sync DIR https://ann@cloud.example", 2)
+        folder.root.mkdir(parents=True, exist_ok=True)
+    folder.open()
+    lock = FileLock(folder.home / "lock")
+    if not lock.acquire(wait=False):
+        raise Stopped("another process syncs this folder")
+    state = SyncState(folder.home / "state.db")
+    if "token" not in state.words:
+        introduce(state, url or "", device or socket.gethostname(), password)
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text("%s\n%s\n" % (folder.root, state.words["url"]), encoding="utf-8")
+    elif url and plain_url(url)[0] != state.words["url"]:
+        raise Stopped("this folder belongs to %s" % state.words["url"], 2)
+    links = [Link(state.words["url"], "Bearer " + state.words["token"], AGENT) for _ in range(2)]
+    client = SyncClient(folder, state, links[0], only=only, yes=yes, show=show)
+    client.lock = lock
+    return client, links[1]
+
+
+AGENT = "cloudserver-sync/" + __version__
+
+
+def folder_record(place: Path) -> Path:
+    """Where the user's home remembers that a folder is synced: told apart from an empty mount point by that."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return home / "cloudserver" / hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:24]
+
+
+def plain_url(url: str) -> tuple[str, str]:
+    """(the address without a name, the name)."""
+    parts = urlsplit(url if "://" in url else "https://" + url)
+    host = parts.netloc.rpartition("@")[2]
+    return "%s://%s%s" % (parts.scheme, host, parts.path.rstrip("/")), unquote_to_bytes(parts.username or "").decode("utf-8", "replace")
+
+
+def introduce(state: SyncState, url: str, device: str, password: Callable[[str], str]) -> None:
+    """Get a token of our own for the account, and forget the password."""
+    address, name = plain_url(url)
+    name = name or getpass.getuser()
+    secret = base64.b64encode(("%s:%s" % (name, password(name))).encode()).decode()
+    link = Link(address, "Basic " + secret, AGENT)
+    try:
+        answer = link.call("POST", "/api/v1/devices", format_json({"name": device}), tries=2)
+    except CloudError as error:
+        raise Stopped(str(error)) from error
+    finally:
+        link.close()
+    state.say(url=address, token=answer["token"], account=name, device=device)
+    state.flush()
+
+
+# ==== 16. Command line ===================================================================
 
 Arguments = argparse.Namespace
 COMMANDS: dict[str, tuple[Callable[[Config, Arguments], Optional[int]], tuple[Any, ...]]] = {}
@@ -8100,6 +9427,72 @@ def run_import(config: Config, given: Arguments) -> int:
     return 1 if skipped else 0
 
 
+@command("sync", ("folder", {"metavar": "DIR", "type": Path, "help": "the folder on this computer"}),
+         ("url", {"metavar": "URL", "nargs": "?", "help": "the server, as https://ann@cloud.example; needed once"}),
+         ("--once", {"action": "store_true", "help": "end when both sides are alike"}),
+         ("--only", {"action": "append", "default": [], "metavar": "PATH", "help": "sync this part only; may be given again"}),
+         ("--yes", {"action": "store_true", "help": "go on where the brake would stop"}),
+         ("--device", {"default": "", "metavar": "NAME", "help": "what this computer is called"}),
+         ("--password-stdin", {"action": "store_true", "help": "read the password from standard input"}),
+         ("--json", {"action": "store_true", "help": "tell what was done as JSON"}),
+         ("--status", {"action": "store_true", "help": "tell how things stand, and end"}))
+def run_sync(config: Config, given: Arguments) -> int:
+    """keep a folder and an account alike, both ways, until stopped"""
+    try:
+        if given.status:
+            return tell_status(given)
+        client, listener = open_client(given.folder, given.url, password=partial(ask_password, given), device=given.device,
+                                       yes=given.yes, only=given.only, show=sys.stderr.isatty() and not given.json)
+        if given.once:
+            client.run()
+            tell_tally(given, client)
+            client.state.close()
+            return 1 if client.problems else 0
+        ended = threading.Event()
+        for name in ("SIGINT", "SIGTERM"):
+            signal.signal(getattr(signal, name), lambda number, frame: ended.set())
+        client.watch(ended, partial(tell_tally, given), listener)
+        client.state.close()
+    except Stopped as stopped:
+        return complain(stopped, stopped.code)
+    return 0
+
+
+def ask_password(given: Arguments, name: str) -> str:
+    found = os.environ.get("CLOUDSERVER_PASSWORD")
+    if found is None and (given.password_stdin or not sys.stdin.isatty()):
+        found = sys.stdin.readline().rstrip("\r\n")
+    return getpass.getpass("Password for %s: " % name) if found is None else found
+
+
+def tell_tally(given: Arguments, client: SyncClient) -> None:
+    """What a run did: a line, or JSON; what it could not do: a line each."""
+    tally = {setting.name: getattr(client.tally, setting.name) for setting in fields(Tally)}
+    notes = [*client.problems.values(), *("%s: %s" % item for item in client.kept.items()),
+             *("%s: %s" % (key, reason) for key, reason in client.scan.blocked.items() if reason == NOT_A_FILE)]
+    if given.json:
+        print(json.dumps({**tally, "problems": sorted(client.problems.values())}), flush=True)
+        return
+    if given.once or client.tally.work():
+        print("%(uploaded)d up, %(downloaded)d down, %(moved)d moved, %(deleted_here)d deleted here, %(deleted_there)d there, "
+              "%(conflicts)d conflicts, %(skipped)d skipped, %(seconds).2f s" % tally, flush=True)
+        print("".join(note + "\n" for note in notes), end="", file=sys.stderr, flush=True)
+
+
+def tell_status(given: Arguments) -> int:
+    """How a folder stands, without asking the server."""
+    folder = LocalFolder(given.folder.resolve())
+    if not (folder.home / "state.db").exists():
+        raise Stopped("%s is not synced with anything" % given.folder)
+    state = SyncState(folder.home / "state.db")
+    scan = folder.scan(folder.ignored())
+    changed = [key for key in {*state.base, *scan.here} if state_here(state.base.get(key), scan.here.get(key)) != "same"]
+    about = {"server": state.words["url"], "account": state.words["account"], "device": state.words["device"],
+             "files": sum(not base.kind for base in state.base.values()), "seq": state.cursor, "changed_here": len(changed)}
+    print(json.dumps(about) if given.json else "\n".join("%-14s%s" % item for item in about.items()))
+    return 0
+
+
 @command("doctor")
 def run_doctor(config: Config, given: Arguments) -> int:
     """look for what is known to go wrong"""
@@ -8137,7 +9530,7 @@ def build_parser() -> argparse.ArgumentParser:
         for *flags, how in arguments:
             sub.add_argument(*flags, **how)
         for setting in fields(Config):
-            if name == "serve" or setting.name in ("data", "quota", "keep_days", "history"):
+            if name == "serve" or name != "sync" and setting.name in ("data", "quota", "keep_days", "history"):
                 add_setting(sub, setting)
     return parser
 
@@ -8158,10 +9551,11 @@ def add_setting(parser: argparse.ArgumentParser, setting: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 failed, 2 usage."""
-    os.umask(0o077)
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
         words.insert(0, "serve")
+    if words[0] != "sync":                       # what that writes are the user's own files
+        os.umask(0o077)
     given = build_parser().parse_args(words)
     try:
         config = Config(**{setting.name: getattr(given, setting.name) for setting in fields(Config)

@@ -63,6 +63,7 @@ import socket
 import sqlite3
 import threading
 import time
+import unicodedata
 from functools import partial
 
 import pytest
@@ -2577,6 +2578,13 @@ def test_steps_see_the_tree_as_the_steps_before_leave_it(cloud, ann):
     audit(cloud)
 
 
+def test_the_making_of_an_account_cannot_be_undone(cloud, ann):
+    put(cloud, ann, "a")
+    for seq in range(1, cloud.head()):
+        assert outcome(cloud.undo, ann, seq) in ("not-found", "gone")
+    assert tree(cloud, ann) == {"a": b"x"}
+
+
 def test_names_can_be_exchanged_in_one_commit(cloud, ann):
     put(cloud, ann, "a", "A"), put(cloud, ann, "b", "B")
     assert codes(commit(cloud, ann, [{"move": "a", "to": "t"}, {"move": "b", "to": "a"}, {"move": "t", "to": "b"}])) == [200] * 3
@@ -2799,6 +2807,20 @@ def test_changes_tell_each_node_once(call, cloud, ann):
     assert [(item["path"], item["was"], item["gone"]) for item in answer["changes"]] == [(None, "c/b", "deleted")]
     assert call("GET", "/api/v1/changes?since=%d&server=other" % since).status == 410
     assert call("GET", "/api/v1/changes?since=%d" % (since + 1000)).status == 410
+
+
+def test_changes_tell_of_all_that_comes_into_sight(cloud, ann):
+    put(cloud, ann, "d/e/f", "1", parents=True), put(cloud, ann, "d/g", "2")
+    node = cloud.stat(ann, ("d",)).node
+    cloud.delete(ann, ("d",))
+    since = cloud.head()
+    cloud.restore(ann, node)
+    assert [change.path for change in cloud.changes(ann, (), since)[1]] == [("d",), ("d", "e"), ("d", "e", "f"), ("d", "g")]
+    cloud.make_collection(ann, ("here",))
+    since = cloud.head()
+    cloud.move(ann, (("d",), ("here", "d")))
+    assert [change.path for change in cloud.changes(ann, ("here",), since)[1]] == [("d",), ("d", "e"), ("d", "e", "f"), ("d", "g")]
+    assert [change.path for change in cloud.changes(ann, (), since)[1]] == [("here", "d")]
 
 
 def test_a_long_poll_waits_for_a_change(call, cloud, ann):
@@ -3493,7 +3515,665 @@ def test_commands_work_beside_a_running_server(serve, tmp_path):
     assert name is None or done.returncode == 1 and "damaged" in done.stdout
 
 
-# ==== 15. Command line ===================================================================
+# ==== 15. Sync client ====================================================================
+
+@pytest.mark.parametrize("lines, ignored, kept", [
+    (["*.log"], ["a.log", "d/a.log"], ["a.log.txt", "log"]),
+    (["/build", "node_modules/"], ["build", "x/node_modules"], ["x/build", "node_modules.txt"]),
+    (["*.log", "!keep.log"], ["a.log"], ["keep.log", "d/keep.log"]),
+    (["a/**/z", "[ab].txt", "d/*.c"], ["a/z", "a/b/c/z", "a.txt", "d/x.c"], ["c.txt", "d/e/x.c", "b/a/z"]),
+    (["# a comment", "", "\\#literal", "sp ace"], ["#literal", "sp ace"], ["# a comment"]),
+])
+def test_cloudignore_patterns(lines, ignored, kept):
+    ignores = cs.compile_patterns(lines)
+    directory = lambda path: path.endswith("node_modules")
+    assert [path for path in ignored if not ignores(path, directory(path))] == []
+    assert [path for path in kept if ignores(path, directory(path))] == []
+
+
+def test_an_insertion_moves_only_the_cuts_around_it(rng):
+    data = rng.getrandbits(8 * 24 * MiB).to_bytes(24 * MiB, "big")
+    first = list(cs.cut_by_content(io.BytesIO(data)))
+    assert b"".join(first) == data and max(map(len, first)) <= cs.CUT_MOST and min(map(len, first[:-1])) >= cs.CUT_LEAST
+    second = list(cs.cut_by_content(io.BytesIO(data[:9 * MiB] + b"inserted" + data[9 * MiB:])))
+    assert sum(map(len, set(second) - set(first))) <= 2 * cs.CUT_MOST
+    assert list(cs.cut_by_content(io.BytesIO(bytes(20 * MiB)))) == [bytes(8 * MiB)] * 2 + [bytes(4 * MiB)]
+    assert list(cs.cut_by_content(io.BytesIO(b""))) == []
+
+
+class FoldingFolder(cs.LocalFolder):
+    """A file system that keeps names decomposed and cannot tell cases apart, as a Mac may have."""
+
+    def open(self):
+        super().open()
+        self.folds = True
+
+    def place(self, path):
+        place = self.top
+        for name in path.split("/"):
+            there = os.listdir(place) if os.path.isdir(place) else []
+            name = unicodedata.normalize("NFD", name)
+            place = os.path.join(place, next((other for other in there if self.key(other) == self.key(name)), name))
+        return place
+
+    def rename(self, old, new):
+        place = os.path.join(os.path.dirname(self.place(new)), unicodedata.normalize("NFD", new.rpartition("/")[2]))
+        if self.key(old) != self.key(new) and os.path.lexists(self.place(new)):
+            raise FileExistsError(17, "something is there", new)
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        os.rename(self.place(old), place)
+
+
+class Laptop:
+    """A folder and what syncs it; each run() is a new start of the client."""
+
+    def __init__(self, path, url, folder=None):
+        self.path, self.url, self.folder = path, url, folder
+        self.client = None
+
+    def start(self, **how):
+        with pytest.MonkeyPatch.context() as patch:
+            if self.folder:
+                patch.setattr(cs, "LocalFolder", self.folder)
+            self.client, self.listener = cs.open_client(self.path, self.url, password=lambda name: PASSWORD, device=self.path.name, **how)
+        return self.client
+
+    def stop(self):
+        if self.client:
+            self.client.lane.shutdown(wait=True)
+            self.client.link.close(), self.listener.close(), self.client.lock.close(), self.client.state.db.close()
+            self.client = None
+
+    def run(self, **how):
+        client = self.start(**how)
+        try:
+            tally = client.run()
+            client.state.flush()
+            self.problems = dict(client.problems)
+            return tally
+        finally:
+            self.stop()
+
+    def write(self, path, data="x"):
+        place = self.path / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data.encode() if isinstance(data, str) else data)
+
+    def read(self, path):
+        return (self.path / path).read_bytes()
+
+    def tree(self):
+        return {place.relative_to(self.path).as_posix(): None if place.is_dir() else place.read_bytes()
+                for place in sorted(self.path.rglob("*")) if cs.SYNC_HOME not in place.parts and not place.is_symlink()}
+
+
+@pytest.fixture
+def laptop(address, tmp_path, monkeypatch):
+    """Computers that sync with ann's account: laptop("one")."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(cs.LocalFolder, "sync", lambda folder: None)         # durable or not is not what is tested, and it is slow here
+    made = []
+
+    def make(name="one", folder=None):
+        made.append(Laptop(tmp_path / name, "http://ann@%s:%d" % address, folder))
+        return made[-1]
+    yield make
+    [machine.stop() for machine in made]
+
+
+def test_first_connect_of_a_full_folder_to_a_fresh_server(laptop, cloud, ann):
+    one, two = laptop("one"), laptop("two")
+    for n in range(30):
+        one.write("d%d/f%d" % (n % 3, n), "text %d" % n)
+    one.write("empty", b""), one.write("large", os.urandom(9 * MiB)), one.write("medium", os.urandom(300_000)), (one.path / "no files").mkdir()
+    os.utime(one.path / "empty", (1_000_000_000.5,) * 2)
+    tally = one.run()
+    assert (tally.uploaded, tally.downloaded, tally.conflicts, tally.skipped) == (33, 0, 0, 0)
+    assert tree(cloud, ann) == one.tree() and cloud.stat(ann, ("empty",)).mtime == 1_000_000_000_500
+    assert two.run().downloaded == 33 and two.tree() == one.tree()
+    assert os.stat(two.path / "empty").st_mtime == 1_000_000_000.5
+    assert one.run().work() == two.run().work() == 0
+    audit(cloud)
+
+
+def test_first_connect_of_two_full_sides_merges_and_deletes_nothing(laptop, cloud, ann):
+    one = laptop()
+    for path in ("same", "d/same", "both"):
+        one.write(path, path)
+    one.write("mine", "mine"), one.write("large", b"l" * 9 * MiB)
+    put(cloud, ann, "same", "same"), put(cloud, ann, "d/same", "d/same", parents=True), put(cloud, ann, "both", "theirs"), put(cloud, ann, "theirs", "t")
+    put(cloud, ann, "large", b"l" * 9 * MiB)                               # cut elsewhere, but the same bytes
+    tally = one.run()
+    assert (tally.uploaded, tally.downloaded, tally.conflicts, tally.deleted_here, tally.deleted_there) == (2, 2, 1, 0, 0)
+    copy, = [path for path in one.tree() if path.startswith("both (conflict one 20")]
+    assert one.read("both") == b"theirs" and one.read(copy) == b"both" and tree(cloud, ann) == one.tree()
+
+
+HERE_MOVES = {"same": lambda one: None, "changed": lambda one: one.write("f", "here"), "gone": lambda one: (one.path / "f").unlink()}
+THERE_MOVES = {"same": lambda cloud, ann: None, "changed": lambda cloud, ann: put(cloud, ann, "f", "there"), "gone": lambda cloud, ann: cloud.delete(ann, ("f",)),
+               "equal": lambda cloud, ann: put(cloud, ann, "f", "here")}
+
+
+@pytest.mark.parametrize("here, there, want", [
+    ("same", "same", {"f": b"old"}), ("same", "changed", {"f": b"there"}), ("changed", "same", {"f": b"here"}), ("gone", "same", {}),
+    ("same", "gone", {}), ("changed", "equal", {"f": b"here"}), ("changed", "changed", {"f": b"there", "f (conflict)": b"here"}),
+    ("changed", "gone", {"f": b"here"}), ("gone", "changed", {"f": b"there"}), ("gone", "gone", {}),
+])
+def test_every_row_of_the_decision_table(laptop, cloud, ann, here, there, want):
+    one = laptop()
+    one.write("f", "old"), one.write("other", "other")
+    one.run()
+    HERE_MOVES[here](one), THERE_MOVES[there](cloud, ann)
+    one.run()
+    found = {re.sub(r"\(conflict one [-0-9 .]+\)", "(conflict)", path): data for path, data in one.tree().items() if path != "other"}
+    assert found == want and tree(cloud, ann) == one.tree()
+    assert one.run().work() == 0
+
+
+@pytest.mark.parametrize("here", ["file", "directory", "gone"])
+@pytest.mark.parametrize("there", ["file", "directory", "gone", "same"])
+def test_files_and_directories_that_take_each_others_place(laptop, cloud, ann, here, there):
+    one = laptop()
+    one.write("d/a", "a"), one.write("d/b", "b")
+    one.run()
+    if here != "directory":
+        shutil.rmtree(one.path / "d")
+    if here == "file":
+        one.write("d", "I was a directory")
+    if there in ("file", "gone"):
+        cloud.delete(ann, ("d",))
+    if there == "file":
+        put(cloud, ann, "d", "I am a file")
+    if there == "directory":
+        put(cloud, ann, "d/new", "new")
+    one.run(), one.run()
+    assert tree(cloud, ann) == one.tree() and one.run().work() == 0
+    datas = set(one.tree().values())
+    assert here != "file" or b"I was a directory" in datas
+    assert there != "file" or b"I am a file" in datas
+    assert there != "directory" or b"new" in datas
+    audit(cloud)
+
+
+def test_a_directory_stays_for_what_was_added_to_it(laptop, cloud, ann):
+    one, two = laptop("one"), laptop("two")
+    one.write("d/e/a"), one.write("g/h/a")
+    one.run(), two.run()
+    shutil.rmtree(one.path / "d"), shutil.rmtree(two.path / "g")
+    two.write("d/e/new", "d"), one.write("g/h/new", "g")
+    two.run(), one.run(), two.run()
+    assert one.tree() == two.tree() == tree(cloud, ann) == {
+        "d": None, "d/e": None, "d/e/new": b"d", "g": None, "g/h": None, "g/h/new": b"g"}
+
+
+def test_renames_cost_a_rename_on_both_sides(laptop, cloud, ann):
+    one, two = laptop("one"), laptop("two")
+    for n in range(50):
+        one.write("photos/2026/%d" % n, os.urandom(2000))
+    one.write("a", "a" * 5000)
+    one.run(), two.run()
+    node = cloud.stat(ann, ("photos",)).node
+    (one.path / "photos").rename(one.path / "pictures"), (one.path / "pictures/2026/7").rename(one.path / "seven"), (one.path / "a").rename(one.path / "b")
+    tally = one.run()
+    assert (tally.moved, tally.uploaded, tally.deleted_there) == (3, 0, 0) and tally.bytes_up < 3000
+    assert cloud.stat(ann, ("pictures",)).node == node
+    tally = two.run()
+    assert (tally.moved, tally.downloaded, tally.deleted_here) == (3, 0, 0)
+    assert one.tree() == two.tree() == tree(cloud, ann)
+    cloud.move(ann, (("pictures", "2026"), ("older",))), cloud.move(ann, (("pictures",), ("older", "p"))), cloud.move(ann, (("b",), ("older", "b")))
+    assert one.run().downloaded == 0 and one.tree() == tree(cloud, ann)
+    assert two.run().downloaded == 0 and two.tree() == tree(cloud, ann)
+
+
+def test_what_moved_out_of_a_deleted_collection_stays(laptop, cloud, ann):
+    one = laptop()
+    for n in range(5):
+        one.write("a/b/c/%d" % n, "%d" % n)
+    one.write("a/rest", "rest")
+    one.run()
+    cloud.move(ann, (("a", "b", "c"), ("c",))), cloud.delete(ann, ("a",))
+    tally = one.run()
+    assert (tally.moved, tally.downloaded, tally.deleted_here) == (1, 0, 1)
+    assert one.tree() == tree(cloud, ann) == {"c": None, **{"c/%d" % n: b"%d" % n for n in range(5)}}
+
+
+def test_names_that_were_exchanged(laptop, cloud, ann):
+    one, two = laptop("one"), laptop("two")
+    one.write("a", "A" * 100), one.write("b", "B" * 200), one.write("x/1", "1"), one.write("y/2", "2")
+    one.run(), two.run()
+    for first, second in (("a", "b"), ("x", "y")):
+        (one.path / first).rename(one.path / "t"), (one.path / second).rename(one.path / first), (one.path / "t").rename(one.path / second)
+    one.run(), two.run()
+    assert one.tree() == two.tree() == tree(cloud, ann) == {"a": b"B" * 200, "b": b"A" * 100, "x": None, "x/2": b"2", "y": None, "y/1": b"1"}
+
+
+def test_only_what_changed_in_a_large_file_travels(laptop, cloud, ann, rng):
+    one, two = laptop("one"), laptop("two")
+    data = rng.getrandbits(8 * 40 * MiB).to_bytes(40 * MiB, "big")
+    one.write("big", data)
+    one.run(), two.run()
+    one.write("big", data[:20 * MiB] + os.urandom(MiB) + data[20 * MiB:])
+    up, down = one.run().bytes_up, two.run().bytes_down
+    assert up < 12 * MiB and down < 12 * MiB, (up, down)
+    assert one.read("big") == two.read("big") == get(cloud, ann, "big")
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(laptop, cloud, ann, monkeypatch):
+    one, two = laptop("one"), laptop("two")
+    data = os.urandom(40 * MiB)
+    one.write("big", data)
+
+    def break_after(count):
+        ask, left = cs.Link._ask, [count]
+
+        def broken(link, method, path, body, tries):
+            if "chunks" in path and "missing" not in path and "changes" not in path and "manifest" not in path:
+                left[0] -= 1
+            if left[0] < 0:
+                raise cs.Stopped("the network is gone")
+            return ask(link, method, path, body, tries)
+        monkeypatch.setattr(cs.Link, "_ask", broken)
+    whole = cs.Link._ask
+    break_after(2)
+    assert outcome_of(one.run) == "Stopped" and tree(cloud, ann) == {}
+    monkeypatch.setattr(cs.Link, "_ask", whole)
+    assert one.run().bytes_up < 30 * MiB
+    break_after(2)
+    assert outcome_of(two.run) == "Stopped" and two.tree() == {}
+    monkeypatch.setattr(cs.Link, "_ask", whole)
+    assert two.run().bytes_down < 30 * MiB and two.read("big") == data
+
+
+def outcome_of(function, *args, **how):
+    """The name of what a call raises."""
+    try:
+        function(*args, **how)
+    except Exception as error:
+        return type(error).__name__
+    return None
+
+
+# ---- published failures of other systems
+
+def test_a_server_restored_from_an_old_backup_deletes_nothing(laptop, cloud, ann, tmp_path, make_cloud, serve_cloud):
+    one = laptop()
+    one.write("old", "old")
+    one.run()
+    cs.back_up(cloud, tmp_path / "backup")
+    one.write("new", "new"), one.write("old", "older")
+    one.run()
+    assert cs.restore_backup(tmp_path / "backup", Config(data=tmp_path / "restored")) == []
+    restored = make_cloud(name="restored")
+    one.url = "http://ann@%s:%d" % serve_cloud(restored)
+    with sqlite3.connect(one.path / cs.SYNC_HOME / "state.db") as db:
+        db.execute("UPDATE word SET value = ? WHERE name = 'url'", (cs.plain_url(one.url)[0],))
+    with pytest.raises(cs.Stopped) as stopped:
+        one.run()
+    assert stopped.value.code == 3 and one.tree() == {"new": b"new", "old": b"older"}
+    tally = one.run(yes=True)
+    assert tally.conflicts == 1 and tally.deleted_here == tally.deleted_there == 0
+    assert set(one.tree().values()) == {b"new", b"old", b"older"} and tree(restored, restored.accounts.principal("ann")) == one.tree()
+
+
+def test_a_full_disk_in_mid_download(laptop, cloud, ann, monkeypatch):
+    one = laptop()
+    for n in range(10):
+        put(cloud, ann, "f%d" % n, "%d" % n)
+    settle = cs.LocalFolder.settle
+
+    def full(folder, temporary, path, mtime, expected):
+        if path == "f5":
+            raise OSError(28, "No space left on device")
+        return settle(folder, temporary, path, mtime, expected)
+    monkeypatch.setattr(cs.LocalFolder, "settle", full)
+    tally = one.run()
+    assert tally.downloaded == 9 and list(one.problems.values()) == ["f5: No space left on device"]
+    monkeypatch.setattr(cs.LocalFolder, "settle", settle)
+    assert one.run().downloaded == 1 and one.tree() == tree(cloud, ann) and len(tree(cloud, ann)) == 10
+
+
+def test_a_clock_that_was_set_back_loses_no_edit(laptop, cloud, ann):
+    one, two = laptop("one"), laptop("two")
+    one.write("f", "now")
+    one.run(), two.run()
+    one.write("f", "yes")
+    os.utime(one.path / "f", (time.time() - 365 * 86400,) * 2)
+    one.run(), two.run()
+    assert get(cloud, ann, "f") == two.read("f") == b"yes"
+    assert cloud.stat(ann, ("f",)).mtime // 1000 == int(os.stat(one.path / "f").st_mtime)
+
+
+def test_a_laptop_that_slept_longer_than_history_reaches(laptop, cloud, ann):
+    one = laptop()
+    for name in ("stays", "deleted", "changed", "edited and deleted"):
+        one.write(name, name)
+    one.run()
+    cloud.delete(ann, ("deleted",), ("edited and deleted",)), put(cloud, ann, "changed", "anew"), put(cloud, ann, "new", "new")
+    cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('oldest', ?)", (str(cloud.head()),)))
+    one.write("edited and deleted", "still wanted")
+    tally = one.run()
+    assert (tally.deleted_here, tally.downloaded, tally.uploaded, tally.conflicts) == (1, 2, 1, 0)
+    assert one.tree() == tree(cloud, ann) == {"stays": b"stays", "changed": b"anew", "new": b"new", "edited and deleted": b"still wanted"}
+
+
+def test_a_manifest_that_breaks_off_deletes_nothing(laptop, cloud, ann, monkeypatch):
+    one = laptop()
+    for n in range(20):
+        one.write("f%d" % n, "%d" % n)
+    one.run()
+    put(cloud, ann, "f1", "changed")
+    cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('oldest', ?)", (str(cloud.head()),)))
+    lines = cs.sync_lines
+    monkeypatch.setattr(cs, "sync_lines", lambda first, places: iter(list(lines(first, places))[0].splitlines(True)[:10]))
+    assert outcome_of(one.run) == "Stopped" and len(one.tree()) == 20
+    monkeypatch.setattr(cs, "sync_lines", lambda first, places: iter([]))
+    assert outcome_of(one.run) is not None and len(one.tree()) == 20 and len(tree(cloud, ann)) == 20
+
+
+def test_case_only_renames(laptop, cloud, ann):
+    one, two, mac = laptop("one"), laptop("two"), laptop("mac", FoldingFolder)
+    one.write("Readme.txt", "r"), one.write("Dir/f", "f")
+    one.run(), two.run(), mac.run()
+    (one.path / "Readme.txt").rename(one.path / "README.txt"), (one.path / "Dir").rename(one.path / "dir")
+    assert one.run().moved == 2
+    two.run(), mac.run()
+    assert one.tree() == two.tree() == mac.tree() == tree(cloud, ann) == {"README.txt": b"r", "dir": None, "dir/f": b"f"}
+    (mac.path / "dir").rename(mac.path / "DIR")
+    assert mac.run().moved == 1 and one.run().moved == 1 and one.tree() == mac.tree() == tree(cloud, ann)
+
+
+def test_a_folder_that_folds_names_reports_what_it_cannot_hold(laptop, cloud, ann):
+    mac = laptop("mac", FoldingFolder)
+    for name in ("Photo.jpg", "photo.jpg", "\u00fcber", "A\u030angstrom/x"):
+        put(cloud, ann, name, name, parents=True)
+    mac.run()
+    assert len(mac.problems) == 1 and len(tree(cloud, ann)) == 5              # nothing was renamed, nothing is gone
+    assert sorted(unicodedata.normalize("NFC", path).casefold() for path in mac.tree()) == ["photo.jpg", "\u00e5ngstrom", "\u00e5ngstrom/x", "\u00fcber"]
+    mac.write(unicodedata.normalize("NFD", "\u00fcber"), "edited")
+    tally = mac.run()
+    assert tally.uploaded == 1 and tally.conflicts == 0 and get(cloud, ann, "\u00fcber") == b"edited" and len(tree(cloud, ann)) == 5
+    assert mac.run().work() == 0
+
+
+def test_names_this_system_cannot_hold_stay_on_the_server(laptop, cloud, ann, monkeypatch):
+    monkeypatch.setattr(cs.LocalFolder, "holds_names", lambda folder, names: all(map(cs.is_windows_name, names)))
+    one = laptop()
+    for path in ("aux", "a:b", "ends.", "con.txt/below", "good"):
+        put(cloud, ann, path, path, parents=True)
+    tally = one.run()
+    assert tally.downloaded == 1 and one.tree() == {"good": b"good"} and "aux" in one.problems
+    one.run()
+    assert len(tree(cloud, ann)) == 6
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0 and not shutil.which("setpriv"), reason="root can read everything")
+def test_what_cannot_be_read_is_named_and_the_rest_goes_on(laptop, cloud, ann, monkeypatch):
+    one = laptop()
+    one.write("good", "1"), one.write("locked/a", "2"), one.write("secret", "3")
+    one.run()
+    scandir, read = os.scandir, cs.LocalFolder.read
+
+    def refuse_scan(place):
+        if str(place).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(place)
+
+    def refuse_read(folder, path):
+        if path == "secret":
+            raise PermissionError(13, "Permission denied")
+        return read(folder, path)
+    monkeypatch.setattr(cs.os, "scandir", refuse_scan), monkeypatch.setattr(cs.LocalFolder, "read", refuse_read)
+    one.write("secret", "33"), one.write("good", "11")
+    tally = one.run()
+    assert tally.uploaded == 1 and sorted(one.problems) == ["locked", "secret"] and tally.deleted_there == 0
+    assert sorted(tree(cloud, ann)) == ["good", "locked", "locked/a", "secret"]
+
+
+def test_a_file_that_is_being_written_waits(laptop, cloud, ann, monkeypatch):
+    one = laptop()
+    one.write("log", "1")
+    read, count = cs.LocalFolder.read, [0]
+
+    def growing(folder, path):
+        count[0] += 1
+        if count[0] < 3:
+            with open(one.path / "log", "ab") as file:
+                file.write(b"more")
+        return read(folder, path)
+    monkeypatch.setattr(cs.LocalFolder, "read", growing)
+    assert one.run().uploaded == 1 and get(cloud, ann, "log") == b"1moremore" and len(cloud.versions(ann, ("log",))) == 1
+    count[0] = -100
+    one.write("log", "2")
+    assert one.run().uploaded == 0 and list(one.problems.values()) == ["log: it changes while it is read"]
+
+
+def test_links_and_pipes_are_listed_and_left_alone(laptop, cloud, ann, tmp_path):
+    one = laptop()
+    one.write("f", "f"), (tmp_path / "outside").mkdir(), (tmp_path / "outside/private").write_text("private")
+    os.symlink(tmp_path / "outside", one.path / "link"), os.mkfifo(one.path / "pipe")
+    tally = one.run()
+    assert tally.skipped == 2 and not one.problems and tree(cloud, ann) == {"f": b"f"}
+    put(cloud, ann, "link/f", "written through", parents=True)               # nothing is ever written through a link
+    one.run()
+    assert os.listdir(tmp_path / "outside") == ["private"] and tree(cloud, ann)["link/f"] == b"written through"
+
+
+def test_cloudignore_and_only_limit_both_directions(laptop, cloud, ann):
+    one, two = laptop("one"), laptop("two")
+    one.write(".cloudignore", "*.tmp\n/build/\n"), one.write("a.tmp"), one.write("build/x"), one.write("d/e/f", "f"), one.write("g", "g")
+    put(cloud, ann, "server.tmp", "t")
+    one.run()
+    assert sorted(tree(cloud, ann)) == [".cloudignore", "d", "d/e", "d/e/f", "g", "server.tmp"] and not (one.path / "server.tmp").exists()
+    shutil.rmtree(one.path / "d")
+    put(cloud, ann, "d/e/kept.tmp", "k")
+    one.run()
+    assert tree(cloud, ann)["d/e/kept.tmp"] == b"k" and "d/e/f" not in tree(cloud, ann)     # what is left out is not gone
+    put(cloud, ann, "d/e/f", "f")
+    two.run(only=["d/e"])
+    assert sorted(two.tree()) == ["d", "d/e", "d/e/f", "d/e/kept.tmp"]
+    two.write("h"), two.write("d/e/new", "new")
+    assert two.run(only=["d/e"]).uploaded == 1 and "h" not in tree(cloud, ann) and "g" in tree(cloud, ann)
+
+
+# ---- the brake in the client
+
+def test_a_missing_disk_is_not_an_empty_folder(laptop, cloud, ann):
+    one = laptop()
+    for n in range(5):
+        one.write("f%d" % n)
+    one.run()
+    one.path.rename(one.path.with_name("unmounted"))
+    one.path.mkdir()
+    with pytest.raises(cs.Stopped) as stopped:
+        one.run()
+    assert stopped.value.code == 3 and len(tree(cloud, ann)) == 5 and one.tree() == {}
+
+
+def test_a_run_that_would_delete_most_stops_first(laptop, cloud, ann):
+    one, two = laptop("one"), laptop("two")
+    for n in range(100):
+        one.write("d%d/f%d" % (n % 2, n), "%d" % n)
+    one.run(), two.run()
+    shutil.rmtree(one.path / "d0"), [place.unlink() for place in list((one.path / "d1").iterdir())[:10]]
+    with pytest.raises(cs.Stopped) as stopped:
+        one.run()
+    assert stopped.value.code == 3 and len(tree(cloud, ann)) == 102
+    assert one.run(yes=True).deleted_there == 60
+    with pytest.raises(cs.Stopped):
+        two.run()
+    assert len(two.tree()) == 102 and two.run(yes=True).deleted_here == 60 and two.tree() == tree(cloud, ann)
+
+
+def test_a_held_device_stops_with_code_3(laptop, cloud, ann, monkeypatch):
+    monkeypatch.setattr(cs, "BRAKE_WINDOW", -1000)                           # so that even what is brand new counts as old
+    monkeypatch.setattr(cs, "BRAKE_FILES", 20)
+    one = laptop()
+    for n in range(60):
+        one.write("d/f%d" % n, "%d" % n)
+    one.run()
+    [place.unlink() for place in list((one.path / "d").iterdir())[:30]]
+    one.write("new", "new")
+    with pytest.raises(cs.Stopped) as stopped:
+        one.run()
+    assert stopped.value.code == 3 and len([path for path in tree(cloud, ann) if path.startswith("d/")]) == 60 and "new" in tree(cloud, ann)
+    (brake, name), = cloud.held(ann)
+    assert name == "one"
+    cloud.allow(ann, brake.device)
+    assert one.run().deleted_there == 30 and one.tree() == tree(cloud, ann)
+
+
+def test_a_revoked_device_stops_and_touches_nothing(laptop, cloud, ann):
+    one = laptop()
+    one.write("a", "a")
+    one.run()
+    device, = [device for device in cloud.accounts.devices(ann) if device.name == "one"]
+    cloud.accounts.revoke(ann, device.id)
+    one.write("b", "b"), (one.path / "a").unlink()
+    with pytest.raises(cs.Stopped, match="does not let this device in"):
+        one.run()
+    assert tree(cloud, ann) == {"a": b"a"} and one.tree() == {"b": b"b"}
+
+
+def test_a_change_reaches_a_watching_client_at_once(laptop, cloud, ann):
+    one, ended = laptop(), threading.Event()
+    client = one.start()
+    thread = threading.Thread(target=client.watch, args=(ended, lambda client: None, one.listener), daemon=True)
+    thread.start()
+    try:
+        for name in ("first", "second", "third"):
+            put(cloud, ann, name, name)
+            began = time.monotonic()
+            while name not in one.tree() and time.monotonic() - began < 15:
+                time.sleep(0.01)
+            assert one.read(name) == name.encode()
+        one.write("mine", "mine")
+        while "mine" not in tree(cloud, ann) and time.monotonic() - began < 30:
+            time.sleep(0.05)
+        assert get(cloud, ann, "mine") == b"mine"
+    finally:
+        ended.set()
+        cloud.closing.set()
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+# ---- two laptops, a page and crashes
+
+class Crash(BaseException):
+    """As if the process had been killed."""
+
+
+def crash_somewhere(patch, rng, client):
+    """Let the client die at a random moment: before or after a request reached the server, or a file its place."""
+    left = [rng.randrange(1, 12)]
+
+    def mine(name, whole):
+        def wrapped(*args, **how):
+            left[0] -= 1
+            if left[0] == 0 and rng.random() < 0.5:
+                raise Crash
+            answer = whole(*args, **how)
+            if left[0] <= 0:
+                raise Crash
+            return answer
+        return wrapped
+    patch.setattr(client.link, "_ask", mine("ask", client.link._ask))
+    for name in ("settle", "rename", "remove", "make_directory"):
+        patch.setattr(client.folder, name, mine(name, getattr(client.folder, name)))
+
+
+def disturb(rng, machine, written):
+    """Some random work in a folder."""
+    for _ in range(rng.randrange(4)):
+        paths = sorted(machine.tree())
+        path = rng.choice(["", "d/", "d/e/", "D/"]) + rng.choice(["a", "b", "c", "\u00e4", "A"])
+        verb = rng.choice(["write", "write", "write", "rename", "delete", "rmtree", "large"])
+        try:
+            if verb in ("write", "large"):
+                data = b"%d" % rng.getrandbits(60) + bytes(5_000_000 if verb == "large" and rng.random() < 0.1 else 0)
+                machine.write(path, data)
+                written.append(data)
+            elif paths and verb == "rename":
+                (machine.path / path).parent.mkdir(parents=True, exist_ok=True)
+                if not os.path.lexists(machine.path / path):
+                    (machine.path / rng.choice(paths)).rename(machine.path / path)
+            elif paths and verb == "delete":
+                (machine.path / rng.choice([path for path in paths])).unlink()
+            elif paths and rng.random() < 0.3:
+                shutil.rmtree(machine.path / rng.choice(paths))
+        except OSError:
+            pass                                 # a file where a directory would have to be, and the like
+
+
+def disturb_server(rng, cloud, ann):
+    """Some random work in the page."""
+    for _ in range(rng.randrange(3)):
+        paths = [tuple(path.split("/")) for path in sorted(tree(cloud, ann))]
+        target = (rng.choice(["d", "p"]), rng.choice("abq"))
+        verb = rng.choice(["write", "delete", "move", "undo", "mkdir"])
+        if verb == "write":
+            outcome(put, cloud, ann, "/".join(target), b"%d" % rng.getrandbits(60), parents=True)
+        elif verb == "mkdir":
+            outcome(cloud.make_collection, ann, target, parents=True)
+        elif paths and verb == "delete":
+            outcome(cloud.delete, ann, rng.choice(paths))
+        elif paths and verb == "move":
+            outcome(cloud.move, ann, (rng.choice(paths), (rng.choice("xyz"),)))
+        elif verb == "undo":
+            outcome(cloud.undo, ann, cloud.head())
+
+
+def random_rounds(rounds, rng, laptop, cloud, ann, folder=None):
+    one, two = laptop("one"), laptop("two", folder)
+    written, safe = [], set()
+    for count in range(rounds):
+        for machine in rng.sample([one, two], 2):
+            mine = []
+            disturb(rng, machine, mine)
+            disturb_server(rng, cloud, ann)
+            before = set(machine.tree().values()) - {None}
+            client = machine.start(yes=True)
+            with pytest.MonkeyPatch.context() as patch:
+                if rng.random() < 0.4:
+                    crash_somewhere(patch, rng, client)
+                try:
+                    client.run()
+                    if not client.problems:
+                        safe |= before           # all that was here when the run began is on the server
+                except Crash:
+                    pass
+                finally:
+                    machine.stop()
+        if count % 10 == 9 or count == rounds - 1:
+            for _ in range(6):
+                work = [machine.run(yes=True).work() for machine in (one, two, one)]
+                if not any(work):
+                    break
+            assert one.tree() == tree(cloud, ann), "one differs from the server after round %d" % count
+            if folder is None:
+                assert two.tree() == one.tree(), "two differs after round %d" % count
+            known = {name for name, in cloud.db.read("SELECT DISTINCT manifest FROM entry WHERE manifest IS NOT NULL")}
+            assert [data[:40] for data in safe if chunk(data)[0] not in known and len(data) < 4 * MiB] == []
+            audit(cloud)
+    assert cs.verify(cloud) == []
+
+
+def test_two_laptops_a_page_and_crashes(laptop, cloud, ann, rng):
+    """Both trees equal the server's tree, and every byte that was ever synced is still in history."""
+    random_rounds(30, rng, laptop, cloud, ann)
+
+
+@slow
+def test_two_laptops_a_page_and_crashes_for_long(laptop, cloud, ann, rng):
+    random_rounds(int(os.environ.get("ROUNDS") or 200), rng, laptop, cloud, ann)
+
+
+@slow
+def test_a_laptop_that_folds_names_among_others(laptop, cloud, ann, rng):
+    random_rounds(60, rng, laptop, cloud, ann, FoldingFolder)
+
+
+# ==== 16. Command line ===================================================================
 
 def run(*words, input=None, timeout=60, **how):
     """Run the real program; returns the finished process."""
@@ -4138,6 +4818,139 @@ def test_all_is_green_without_fork_sendfile_and_fcntl():
     done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", "-m", "not slow", str(HERE / "test_cloudserver.py")],
                           env={**os.environ, "CLOUDSERVER_TEST_HIDE": "1", "CI": ""}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+class Served:
+    """A real server with ann's account, and the real client: sync("one") gives exit code, JSON, and what it said."""
+
+    def __init__(self, tmp_path):
+        self.tmp_path, self.data = tmp_path, tmp_path / "data"
+        self.env = {**os.environ, "XDG_CONFIG_HOME": str(tmp_path / "config"), "CLOUDSERVER_PASSWORD": PASSWORD}
+        subprocess.run([*PROGRAM, "user", "add", "ann", "--data", str(self.data), "--password-stdin"], input=PASSWORD, text=True, check=True)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = "http://ann@127.0.0.1:%d" % self.port
+        self.process = None
+
+    def start(self):
+        self.process = subprocess.Popen([*PROGRAM, "serve", "--data", str(self.data), "--port", str(self.port), "--quiet", "--workers", "2"],
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(200):
+            try:
+                return exchange(("127.0.0.1", self.port), "GET", "/healthz", user=None)
+            except OSError:
+                time.sleep(0.05)
+        raise AssertionError("the server does not start")
+
+    def sync(self, name, *words, url=True, **env):
+        done = subprocess.run([*PROGRAM, "sync", str(self.tmp_path / name), *([self.url] if url else []), "--once", "--json", *words],
+                              env={**self.env, **env}, capture_output=True, text=True, timeout=120)
+        return done.returncode, json.loads(done.stdout) if done.stdout.startswith("{") else {}, done.stderr
+
+
+@pytest.fixture
+def served(tmp_path):
+    server = Served(tmp_path)
+    server.start()
+    yield server
+    if server.process.poll() is None:
+        server.process.terminate()
+        server.process.wait(20)
+
+
+def test_the_sync_command_as_a_new_user_meets_it(served, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    (one / "photos").mkdir(parents=True), (one / "photos/a.jpg").write_bytes(b"a" * 5000), (one / "notes.txt").write_text("words")
+    code, told, _ = served.sync("one")
+    assert code == 0 and (told["uploaded"], told["downloaded"], told["problems"]) == (2, 0, [])
+    assert served.sync("two")[1]["downloaded"] == 2 and (two / "photos/a.jpg").read_bytes() == b"a" * 5000
+    assert served.sync("two", url=False)[1]["downloaded"] == 0                 # the address is needed once
+    assert stat_mode(two / "notes.txt") == stat_mode(one / "notes.txt")        # the user's own files, not ours
+    assert stat_mode(two / cs.SYNC_HOME) == 0o700
+    secrets_there = (two / cs.SYNC_HOME / "state.db").read_bytes()
+    assert PASSWORD.encode() not in secrets_there and b"cs_" in secrets_there
+    status = subprocess.run([*PROGRAM, "sync", str(one), "--status", "--json"], env=served.env, capture_output=True, text=True)
+    assert json.loads(status.stdout)["files"] == 2
+    (one / "bad\nname").write_text("x")
+    code, told, _ = served.sync("one")
+    assert code == 1 and len(told["problems"]) == 1 and "bad" in told["problems"][0]
+    devices = exchange(("127.0.0.1", served.port), "GET", "/api/v1/devices").json()["devices"]
+    assert len(devices) == 2
+
+
+def stat_mode(place):
+    return os.stat(place).st_mode & 0o777
+
+
+@pytest.mark.parametrize("words, env, code, said", [
+    (["nowhere-known"], {}, 2, "which server"), (["x", "http://ann@127.0.0.1:1"], {}, 1, "cannot reach"), (["x", "ftp://ann@host"], {}, 2, "not the address"),
+    (["x", "URL"], {"CLOUDSERVER_PASSWORD": "wrong"}, 1, "let this device in"), (["x", "--sideways"], {}, 2, "unrecognized"), (["x", "--status"], {}, 1, "not synced"),
+])
+def test_what_the_sync_command_cannot_do_it_says_in_a_line(served, tmp_path, words, env, code, said):
+    words = [str(tmp_path / words[0]), *(served.url if word == "URL" else word for word in words[1:])]
+    done = subprocess.run([*PROGRAM, "sync", *words, "--once"], env={**served.env, **env}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_process_syncs_a_folder_at_a_time(served, tmp_path):
+    served.sync("one")
+    watching = subprocess.Popen([*PROGRAM, "sync", str(tmp_path / "one")], env=served.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        (tmp_path / "one/new").write_text("new")
+        answer, until = None, time.monotonic() + 20
+        while (answer is None or answer.status != 200) and time.monotonic() < until:
+            time.sleep(0.1)
+            answer = exchange(("127.0.0.1", served.port), "GET", "/dav/new")
+        assert answer.body == b"new"
+        code, _, said = served.sync("one")
+        assert code == 1 and "another process" in said
+    finally:
+        watching.terminate()
+        said = watching.communicate(timeout=20)[0]
+    assert watching.returncode == 0 and "1 up" in said and "Traceback" not in said
+
+
+def kill_rounds(served, rng, rounds):
+    """The client, and now and then the server, are killed at random moments; in the end both sides are equal."""
+    trees, expect = [served.tmp_path / "one", served.tmp_path / "two"], {}
+    for name in ("one", "two"):
+        served.sync(name)
+    for count in range(rounds):
+        name = "d%d/f%d" % (rng.randrange(5), rng.randrange(200))
+        for number in range(rng.randrange(1, 40)):
+            path, data = "%s-%d-%d" % (name, count, number), os.urandom(rng.choice([10, 5000, 200_000]))
+            (trees[count % 2] / path).parent.mkdir(exist_ok=True)
+            (trees[count % 2] / path).write_bytes(data)
+            expect[path] = data
+        client = subprocess.Popen([*PROGRAM, "sync", str(trees[count % 2]), "--once"], env=served.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.random() * 0.8)
+        if rng.random() < 0.3:
+            served.process.kill()
+            served.process.wait()
+            time.sleep(0.2)                      # its workers notice
+            served.start()
+        client.kill()
+        client.wait()
+    for name in ("one", "two", "one"):
+        code, told, said = served.sync(name)
+        assert (code, told["problems"], told["conflicts"]) == (0, [], 0), (told, said)
+    for place in trees:
+        found = {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file() and cs.SYNC_HOME not in path.parts}
+        assert found == expect
+    served.process.terminate()
+    served.process.wait(20)
+    subprocess.run([*PROGRAM, "verify", "--data", str(served.data)], check=True)
+
+
+@needs_fork
+def test_client_and_server_are_killed_at_random(served, rng):
+    kill_rounds(served, rng, 6)
+
+
+@slow
+@needs_fork
+def test_client_and_server_are_killed_at_random_many_times(served, rng):
+    kill_rounds(served, rng, 100)
 
 
 # ==== real clients =======================================================================
