@@ -4820,7 +4820,7 @@ def test_all_is_green_without_fork_sendfile_and_fcntl():
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-class Served:
+class Household:
     """A real server with ann's account, and the real client: sync("one") gives exit code, JSON, and what it said."""
 
     def __init__(self, tmp_path):
@@ -4849,8 +4849,8 @@ class Served:
 
 
 @pytest.fixture
-def served(tmp_path):
-    server = Served(tmp_path)
+def household(tmp_path):
+    server = Household(tmp_path)
     server.start()
     yield server
     if server.process.poll() is None:
@@ -4858,23 +4858,23 @@ def served(tmp_path):
         server.process.wait(20)
 
 
-def test_the_sync_command_as_a_new_user_meets_it(served, tmp_path):
+def test_the_sync_command_as_a_new_user_meets_it(household, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     (one / "photos").mkdir(parents=True), (one / "photos/a.jpg").write_bytes(b"a" * 5000), (one / "notes.txt").write_text("words")
-    code, told, _ = served.sync("one")
+    code, told, _ = household.sync("one")
     assert code == 0 and (told["uploaded"], told["downloaded"], told["problems"]) == (2, 0, [])
-    assert served.sync("two")[1]["downloaded"] == 2 and (two / "photos/a.jpg").read_bytes() == b"a" * 5000
-    assert served.sync("two", url=False)[1]["downloaded"] == 0                 # the address is needed once
+    assert household.sync("two")[1]["downloaded"] == 2 and (two / "photos/a.jpg").read_bytes() == b"a" * 5000
+    assert household.sync("two", url=False)[1]["downloaded"] == 0                 # the address is needed once
     assert stat_mode(two / "notes.txt") == stat_mode(one / "notes.txt")        # the user's own files, not ours
     assert stat_mode(two / cs.SYNC_HOME) == 0o700
     secrets_there = (two / cs.SYNC_HOME / "state.db").read_bytes()
     assert PASSWORD.encode() not in secrets_there and b"cs_" in secrets_there
-    status = subprocess.run([*PROGRAM, "sync", str(one), "--status", "--json"], env=served.env, capture_output=True, text=True)
+    status = subprocess.run([*PROGRAM, "sync", str(one), "--status", "--json"], env=household.env, capture_output=True, text=True)
     assert json.loads(status.stdout)["files"] == 2
     (one / "bad\nname").write_text("x")
-    code, told, _ = served.sync("one")
+    code, told, _ = household.sync("one")
     assert code == 1 and len(told["problems"]) == 1 and "bad" in told["problems"][0]
-    devices = exchange(("127.0.0.1", served.port), "GET", "/api/v1/devices").json()["devices"]
+    devices = exchange(("127.0.0.1", household.port), "GET", "/api/v1/devices").json()["devices"]
     assert len(devices) == 2
 
 
@@ -4886,23 +4886,23 @@ def stat_mode(place):
     (["nowhere-known"], {}, 2, "which server"), (["x", "http://ann@127.0.0.1:1"], {}, 1, "cannot reach"), (["x", "ftp://ann@host"], {}, 2, "not the address"),
     (["x", "URL"], {"CLOUDSERVER_PASSWORD": "wrong"}, 1, "let this device in"), (["x", "--sideways"], {}, 2, "unrecognized"), (["x", "--status"], {}, 1, "not synced"),
 ])
-def test_what_the_sync_command_cannot_do_it_says_in_a_line(served, tmp_path, words, env, code, said):
-    words = [str(tmp_path / words[0]), *(served.url if word == "URL" else word for word in words[1:])]
-    done = subprocess.run([*PROGRAM, "sync", *words, "--once"], env={**served.env, **env}, capture_output=True, text=True, timeout=60)
+def test_what_the_sync_command_cannot_do_it_says_in_a_line(household, tmp_path, words, env, code, said):
+    words = [str(tmp_path / words[0]), *(household.url if word == "URL" else word for word in words[1:])]
+    done = subprocess.run([*PROGRAM, "sync", *words, "--once"], env={**household.env, **env}, capture_output=True, text=True, timeout=60)
     assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
 
 
-def test_one_process_syncs_a_folder_at_a_time(served, tmp_path):
-    served.sync("one")
-    watching = subprocess.Popen([*PROGRAM, "sync", str(tmp_path / "one")], env=served.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def test_one_process_syncs_a_folder_at_a_time(household, tmp_path):
+    household.sync("one")
+    watching = subprocess.Popen([*PROGRAM, "sync", str(tmp_path / "one")], env=household.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         (tmp_path / "one/new").write_text("new")
         answer, until = None, time.monotonic() + 20
         while (answer is None or answer.status != 200) and time.monotonic() < until:
             time.sleep(0.1)
-            answer = exchange(("127.0.0.1", served.port), "GET", "/dav/new")
+            answer = exchange(("127.0.0.1", household.port), "GET", "/dav/new")
         assert answer.body == b"new"
-        code, _, said = served.sync("one")
+        code, _, said = household.sync("one")
         assert code == 1 and "another process" in said
     finally:
         watching.terminate()
@@ -4910,11 +4910,11 @@ def test_one_process_syncs_a_folder_at_a_time(served, tmp_path):
     assert watching.returncode == 0 and "1 up" in said and "Traceback" not in said
 
 
-def kill_rounds(served, rng, rounds):
+def kill_rounds(household, rng, rounds):
     """The client, and now and then the server, are killed at random moments; in the end both sides are equal."""
-    trees, expect = [served.tmp_path / "one", served.tmp_path / "two"], {}
+    trees, expect = [household.tmp_path / "one", household.tmp_path / "two"], {}
     for name in ("one", "two"):
-        served.sync(name)
+        household.sync(name)
     for count in range(rounds):
         name = "d%d/f%d" % (rng.randrange(5), rng.randrange(200))
         for number in range(rng.randrange(1, 40)):
@@ -4922,35 +4922,35 @@ def kill_rounds(served, rng, rounds):
             (trees[count % 2] / path).parent.mkdir(exist_ok=True)
             (trees[count % 2] / path).write_bytes(data)
             expect[path] = data
-        client = subprocess.Popen([*PROGRAM, "sync", str(trees[count % 2]), "--once"], env=served.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        client = subprocess.Popen([*PROGRAM, "sync", str(trees[count % 2]), "--once"], env=household.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(rng.random() * 0.8)
         if rng.random() < 0.3:
-            served.process.kill()
-            served.process.wait()
+            household.process.kill()
+            household.process.wait()
             time.sleep(0.2)                      # its workers notice
-            served.start()
+            household.start()
         client.kill()
         client.wait()
     for name in ("one", "two", "one"):
-        code, told, said = served.sync(name)
+        code, told, said = household.sync(name)
         assert (code, told["problems"], told["conflicts"]) == (0, [], 0), (told, said)
     for place in trees:
         found = {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file() and cs.SYNC_HOME not in path.parts}
         assert found == expect
-    served.process.terminate()
-    served.process.wait(20)
-    subprocess.run([*PROGRAM, "verify", "--data", str(served.data)], check=True)
+    household.process.terminate()
+    household.process.wait(20)
+    subprocess.run([*PROGRAM, "verify", "--data", str(household.data)], check=True)
 
 
 @needs_fork
-def test_client_and_server_are_killed_at_random(served, rng):
-    kill_rounds(served, rng, 6)
+def test_client_and_server_are_killed_at_random(household, rng):
+    kill_rounds(household, rng, 6)
 
 
 @slow
 @needs_fork
-def test_client_and_server_are_killed_at_random_many_times(served, rng):
-    kill_rounds(served, rng, 100)
+def test_client_and_server_are_killed_at_random_many_times(household, rng):
+    kill_rounds(household, rng, 100)
 
 
 # ==== real clients =======================================================================
