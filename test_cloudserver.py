@@ -3149,6 +3149,74 @@ def test_quota_properties(call, cloud, ann):
     assert call("PUT", "/dav/b", bytes(800)).status == 507
 
 
+# ==== 13. Web pages ======================================================================
+
+def test_the_browser_is_not_made_to_ask_for_a_password(call):
+    assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
+    assert call("GET", "/api/v1/account", user=None, X_Requested_By="page").headers["www-authenticate"].startswith("Session")
+    assert call("GET", "/api/v1", user=None).json()["account"] is None and call("GET", "/api/v1").json()["account"] == "ann"
+
+
+SCRIPT, STYLE = cs.PAGE_SCRIPT, cs.PAGE_STYLE
+
+
+def test_the_page_is_small_and_loads_nothing():
+    """W3, K5"""
+    assert len(cs.PAGE) < 150_000
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg|example\.)", re.sub(r"//localhost\S*", "", SCRIPT + STYLE)), "another host"
+    assert not re.search(r"@import|url\(", STYLE)
+    assert cs.PAGE.count(b"<script") == 1 and cs.PAGE.count(b"<style") == 1 and b" style=" not in cs.PAGE
+    assert not re.search(rb"<\w[^>]* on\w+=", cs.PAGE_HTML.encode())
+
+
+def test_the_script_makes_no_markup_of_text():
+    """W5, B4"""
+    for word in (r"\beval\b", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "new Function", "DOMParser", "srcdoc",
+                 r"setTimeout\(\s*[\"'`]", "createContextualFragment", "javascript:"):
+        assert not re.search(word, SCRIPT), word
+
+
+def test_the_policy_names_the_script_and_the_style(call):
+    """W3: what the hashes cover is exactly what stands in the page."""
+    page = call("GET", "/files/a/b", user=None)
+    policy = page.headers["content-security-policy"]
+    for tag in ("script", "style"):
+        source, = re.findall(r"<%s>(.*?)</%s>" % (tag, tag), page.body.decode(), re.S)
+        assert "%s-src 'sha256-%s'" % (tag, base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()) in policy
+    assert "unsafe" not in policy and "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+    again = call("GET", "/", user=None, If_None_Match=page.headers["etag"])
+    assert again.status == 304 and not again.body
+
+
+def words_of_the_script():
+    """Every text the script may say, as it stands in t(), plural() and the tables."""
+    said = set(re.findall(r'\bt\("((?:[^"\\]|\\.)*)"', SCRIPT))
+    said.update(word for pair in re.findall(r'\bplural\([^"]*?"([^"]*)", "([^"]*)"', SCRIPT) for word in pair)
+    said.update(word for pair in re.findall(r'\bt\([^()"]*\? "([^"]*)" : "([^"]*)"', SCRIPT) for word in pair)
+    said.update(re.findall(r'\blabel: "([^"]*)"|detail: "([^"]*)"', SCRIPT) and [
+        one or other for one, other in re.findall(r'\blabel: "([^"]*)"|detail: "([^"]*)"', SCRIPT)])
+    for table in ("PROBLEMS", "ACTIVITY", "STATES", "COLUMNS"):
+        said.update(filter(None, re.findall(r': "([^"]*)"', re.search(r"const %s = \{(.*?)\};" % table, SCRIPT, re.S)[1])))
+    for table in ("NAVIGATION", "SECTIONS"):
+        said.update(re.findall(r'\["\w*", "([^"]*)"', re.search(r"const %s = \[(.*?)\];" % table, SCRIPT, re.S)[1]))
+    return said
+
+
+def test_every_word_is_there_in_both_languages():
+    german = dict(re.findall(r'^  "((?:[^"\\]|\\.)*)": "((?:[^"\\]|\\.)*)",$', SCRIPT[SCRIPT.index("const GERMAN"):], re.M))
+    said = words_of_the_script()
+    assert len(said) > 150 and said <= set(german), sorted(said - set(german))
+    for english, words in german.items():
+        assert sorted(re.findall(r"\{\w+\}", english)) == sorted(re.findall(r"\{\w+\}", words)), english
+
+
+def test_every_address_of_the_page_answers_with_the_page(call):
+    for path in ("/", "/setup", "/login", "/files", "/files/a%20b/c", "/past/seq:3/a", "/versions/a", "/trash", "/activity", "/search?q=x",
+                 "/settings", "/settings/devices"):
+        answer = call("GET", path, user=None)
+        assert answer.status == 200 and answer.body == cs.PAGE, path
+
+
 # ==== 14. Service: upkeep ================================================================
 
 @pytest.fixture
@@ -4138,6 +4206,406 @@ def test_all_is_green_without_fork_sendfile_and_fcntl():
     done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", "-m", "not slow", str(HERE / "test_cloudserver.py")],
                           env={**os.environ, "CLOUDSERVER_TEST_HIDE": "1", "CI": ""}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+# ==== stories in a real browser ==========================================================
+
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"          # how WebDriver names a reference to an element
+KEYS = {"Enter": "\ue007", "Escape": "\ue00c", "Delete": "\ue017", "F2": "\ue032", "Down": "\ue015", "Up": "\ue013", "Left": "\ue012", "Right": "\ue014",
+        "Control": "\ue009", "Shift": "\ue008", "End": "\ue010", "Home": "\ue011", "Tab": "\ue004"}
+
+
+class Browser:
+    """Chromium, driven by the W3C WebDriver protocol."""
+
+    def __init__(self, downloads):
+        self.process = subprocess.Popen([program("chromedriver"), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        port = next(int(found[1]) for line in self.process.stdout for found in [re.search(r"started successfully on port (\d+)", line)] if found)
+        threading.Thread(target=self.process.stdout.read, daemon=True).start()
+        self.address, self.downloads, self.session = ("127.0.0.1", port), downloads, ""
+        options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--lang=en", "--window-size=1280,800",
+                            "--disable-background-networking", "--user-data-dir=%s" % (downloads / "profile")],
+                   "binary": program("chromium", "google-chrome")}
+        made = self.do("POST", "/session", {"capabilities": {"alwaysMatch": {
+            "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}, "unhandledPromptBehavior": "accept"}}})
+        self.session = "/session/" + made["sessionId"]
+        self.cdp("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
+
+    def do(self, method, path, body=None):
+        connection = http.client.HTTPConnection(*self.address, timeout=60)
+        connection.request(method, self.session + path, json.dumps(body if body is not None else {}) if method == "POST" else None)
+        value = json.loads(connection.getresponse().read())["value"]
+        connection.close()
+        if isinstance(value, dict) and "error" in value:
+            raise AssertionError("%s: %s" % (value["error"], value["message"][:500]))
+        return value
+
+    def cdp(self, command, **values):
+        return self.do("POST", "/goog/cdp/execute", {"cmd": command, "params": values})
+
+    def close(self):
+        self.do("DELETE", "")
+        self.process.terminate()
+        self.process.wait(20)
+        self.process.stdout.close()
+
+    # ---- looking and doing
+
+    def go(self, url):
+        self.do("POST", "/url", {"url": url})
+
+    def run(self, script, *args):
+        return self.do("POST", "/execute/sync", {"script": script, "args": list(args)})
+
+    def run_async(self, script, *args):
+        return self.do("POST", "/execute/async", {"script": script, "args": list(args)})
+
+    def wait(self, script, *args, seconds=10):
+        """What the script returns as soon as that is something."""
+        until = time.monotonic() + seconds
+        while True:
+            value = self.run(script, *args)
+            if value:
+                return value
+            assert time.monotonic() < until, "in vain: %s %r\n%s\n%s" % (script[:200], args, self.text()[:1500], self.do("POST", "/se/log", {"type": "browser"}))
+            time.sleep(0.02)
+
+    def text(self):
+        return self.run("return document.body.innerText")
+
+    def sees(self, *words, seconds=10):
+        for word in words:
+            self.wait("return document.body.innerText.includes(arguments[0])", word, seconds=seconds)
+
+    def misses(self, word):
+        self.wait("return !document.body.innerText.includes(arguments[0])", word)
+
+    def element(self, wanted):
+        """By a selector of CSS, or what can be clicked by its words; inside the topmost dialog if there is one."""
+        return self.wait("""
+            const dialogs = document.querySelectorAll('dialog'), within = dialogs.length ? dialogs[dialogs.length - 1] : document;
+            let found; try { found = within.querySelector(arguments[0]); } catch {}
+            const seen = one => one.getClientRects().length;
+            return found && (seen(found) || found.type === 'file') ? found : [...within.querySelectorAll('button, a, label, input, [role=row] .label')].find(
+                one => seen(one) && ((one.innerText || '').trim() === arguments[0] || one.innerText.split('\\n')[0] === arguments[0]
+                    || one.getAttribute('aria-label') === arguments[0]));""", wanted)[ELEMENT]
+
+    def click(self, wanted):
+        self.do("POST", "/element/%s/click" % self.element(wanted))
+
+    def fill(self, wanted, text):
+        element = self.element(wanted)
+        self.run("arguments[0].value = ''", {ELEMENT: element})
+        self.do("POST", "/element/%s/value" % element, {"text": text})
+
+    def file(self, *paths):
+        self.do("POST", "/element/%s/value" % self.element("input[type=file]"), {"text": "\n".join(map(str, paths))})
+
+    def press(self, *keys):
+        """press("Control", "a") holds all but the last while that is struck."""
+        keys = [KEYS.get(key, key) for key in keys]
+        self.do("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions":
+            [{"type": "keyDown", "value": key} for key in keys] + [{"type": "keyUp", "value": key} for key in reversed(keys)]}]})
+
+    def keys(self, text):
+        for letter in text:
+            self.press(letter)
+
+    def mouse(self, *steps, kind="mouse"):
+        """Steps: ("move", x, y), ("down",), ("up",), ("wait", ms)."""
+        verbs = {"move": lambda x, y: {"type": "pointerMove", "x": round(x), "y": round(y), "duration": 20}, "down": lambda button=0: {"type": "pointerDown", "button": button},
+                 "up": lambda button=0: {"type": "pointerUp", "button": button}, "wait": lambda ms: {"type": "pause", "duration": ms}}
+        self.do("POST", "/actions", {"actions": [{"type": "pointer", "id": kind, "parameters": {"pointerType": kind},
+                                                 "actions": [verbs[verb](*values) for verb, *values in steps]}]})
+
+    def where(self, wanted):
+        """The middle of an element: (x, y)."""
+        box = self.run("const box = arguments[0].getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]", {ELEMENT: self.element(wanted)})
+        return box[0], box[1]
+
+    def rows(self):
+        return self.run("return [...document.querySelectorAll('.rows .row')].sort((a, b) => a.id.slice(3) - b.id.slice(3)).map(row => row.querySelector('.label, input.rename').textContent)")
+
+    def shows(self, *names):
+        self.wait("return JSON.stringify([...document.querySelectorAll('.rows .row')].sort((a, b) => a.id.slice(3) - b.id.slice(3)).map("
+                  "row => (row.querySelector('.label') || {}).textContent)) === arguments[0] && !document.querySelector('.content').ariaBusy", json.dumps(list(names), separators=(",", ":")))
+
+    def path(self):
+        return self.run("return location.pathname + location.search")
+
+    def shot(self, name):
+        """For the eyes of whoever works on the page: SHOTS=directory."""
+        if os.environ.get("SHOTS"):
+            Path(os.environ["SHOTS"], name + ".png").write_bytes(base64.b64decode(self.do("GET", "/screenshot")))
+
+    def log(self):
+        """What the console says, without the refusals a story provokes."""
+        return [entry["message"] for entry in self.do("POST", "/se/log", {"type": "browser"})
+                if not (entry["source"] == "network" and "Failed to load resource" in entry["message"])]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    program("chromedriver")
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One cloud for all stories in the browser: (cloud, address)."""
+    cloud = Cloud(Config(data=tmp_path_factory.mktemp("shared") / "data"))
+    account(cloud, "root", admin=True)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+    server = CloudServer(cloud, listener)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield cloud, listener.getsockname()
+    server.stop()
+    thread.join(15)
+    listener.close()
+    cloud.close()
+
+
+class Page:
+    """What a story gets: a browser, logged in as an account of its own; console() must be empty at the end."""
+
+    def __init__(self, browser, cloud, home, who):
+        self.browser, self.cloud, self.home, self.who = browser, cloud, home, who
+
+    def __getattr__(self, name):
+        return getattr(self.browser, name)
+
+    def open(self, path="/"):
+        self.go(self.home + path)
+
+    def put(self, path, data=b"x", **how):
+        return put(self.cloud, self.who, path, data, parents=True, **how)
+
+    def get(self, path):
+        return get(self.cloud, self.who, path)
+
+    def tree(self):
+        return set(tree(self.cloud, self.who))
+
+    def size(self, width, height, *, dark=False, touch=False):
+        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
+        self.cdp("Emulation.setTouchEmulationEnabled", enabled=touch)
+        self.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+
+
+@pytest.fixture
+def page(browser, shared, request):
+    """The page as an account of this story sees it, logged in; the console must have stayed silent."""
+    cloud, address = shared
+    name = "ann-%d" % (len(cloud.accounts.list()) + 1)
+    page = Page(browser, cloud, "http://127.0.0.1:%d" % address[1], account(cloud, name))
+    secret, _ = cloud.accounts.log_in(name, PASSWORD, "127.0.0.1", "Firefox Linux")
+    browser.cdp("Network.clearBrowserCookies")
+    browser.cdp("Network.setCookie", url=page.home, name="session", value=secret, httpOnly=True, sameSite="Lax")
+    page.size(1280, 800)
+    yield page
+    assert browser.log() == []
+    browser.run("localStorage.clear()")
+    browser.go("about:blank")
+
+
+def test_browser_setup_login_and_logout(browser, cloud, serve_cloud):
+    address = serve_cloud(cloud)
+    home = "http://127.0.0.1:%d" % address[1]
+    browser.cdp("Network.clearBrowserCookies")
+    browser.go(home + "/")
+    browser.sees("Not set up yet")
+    browser.go(home + "/setup#" + cloud.accounts.new_setup_token())
+    browser.sees("Welcome")
+    browser.shot("setup")
+    for name, text in (("name", "ann"), ("password", PASSWORD), ("again", "something else")):
+        browser.fill("input[name=%s]" % name, text)
+    browser.click("Create account")
+    browser.sees("The two passwords differ.")
+    browser.fill("input[name=again]", PASSWORD)
+    browser.click("Create account")
+    browser.sees("Nothing here yet")
+    assert browser.path() == "/files" and cloud.accounts.get("ann").admin
+    browser.shot("empty")
+    browser.click("Settings")
+    browser.click("Log out")
+    browser.sees("Log in")
+    browser.go(home + "/files/some/place")
+    browser.fill("input[name=name]", "ann")
+    browser.fill("input[name=password]", "wrong password")
+    browser.press("Enter")
+    browser.sees("Wrong name or password.")
+    time.sleep(1)                                # the wait after a wrong password
+    browser.fill("input[name=password]", PASSWORD)
+    browser.shot("login")
+    browser.press("Enter")
+    browser.sees("This is not there any more.")
+    assert browser.path() == "/files/some/place" and browser.log() == []
+
+
+def test_browser_walks_by_addresses(page):
+    page.put("photos/2024/a 100%.txt", "hello")
+    page.put("photos/b #1?.txt", "b")
+    page.put("z10.txt", "a" * 3000)
+    page.put("z9.txt", "a" * 30)
+    page.open("/")
+    page.shows("photos", "z9.txt", "z10.txt")
+    page.click("photos")
+    page.shows("2024", "b #1?.txt")
+    assert page.path() == "/files/photos" and page.run("return document.title").startswith("photos")
+    page.click("2024")
+    page.shows("a 100%.txt")
+    page.run("history.back()")
+    page.shows("2024", "b #1?.txt")
+    page.run("history.forward()")
+    page.shows("a 100%.txt")
+    page.click(".crumbs a")
+    page.shows("photos", "z9.txt", "z10.txt")
+    page.click(".head .size button")
+    page.shows("photos", "z10.txt", "z9.txt")
+    page.click(".head .size button")
+    page.shows("photos", "z9.txt", "z10.txt")
+    page.open("/files/photos/b%20%231%3F.txt")
+    page.sees("b #1?.txt", "Download")
+    page.press("Escape")
+    page.shows("2024", "b #1?.txt")
+
+
+def test_browser_uploads_files_and_folders(page, tmp_path):
+    (tmp_path / "up" / "inner" / "empty").mkdir(parents=True)
+    for n in range(250):
+        (tmp_path / "up" / "inner" / ("f%03d.txt" % n)).write_text(str(n))
+    (tmp_path / "up" / "top.txt").write_text("top")
+    (tmp_path / "large.bin").write_bytes(os.urandom(9 * MiB))
+    os.utime(tmp_path / "large.bin", (1_000_000_000, 1_000_000_000))
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.click("New")
+    page.click("Upload files")
+    page.file(tmp_path / "large.bin", tmp_path / "up" / "top.txt")
+    page.sees("2 files uploaded")
+    page.shows("large.bin", "top.txt")
+    assert page.get("large.bin") == (tmp_path / "large.bin").read_bytes()
+    assert page.cloud.stat(page.who, ("large.bin",)).mtime == 1_000_000_000_000
+    data = {"items": [], "files": [str(tmp_path / "up")], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        page.cdp("Input.dispatchDragEvent", type=kind, x=700, y=500, data=data)
+    page.sees("251 files uploaded", seconds=20)
+    page.shot("uploaded")
+    assert len([path for path in page.tree() if path.startswith("up/inner/f")]) == 250
+    assert page.cloud.stat(page.who, ("up", "inner", "empty")).kind and page.get("up/inner/f007.txt") == b"7"
+
+
+def test_browser_downloads_a_file_and_a_zip(page):
+    import zipfile
+    for name in ("one", "two", "three"):
+        page.put(name + ".txt", name)
+    page.open("/")
+    page.shows("one.txt", "three.txt", "two.txt")
+    page.click("Select one.txt")
+    page.click("Download")
+    page.click("Select two.txt")
+    page.sees("2 selected")
+    page.click("Download")
+    archive = page.downloads / "files.zip"
+    until = time.monotonic() + 10
+    while not (archive.exists() and (page.downloads / "one.txt").exists()) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert (page.downloads / "one.txt").read_text() == "one"
+    assert sorted(zipfile.ZipFile(archive).namelist()) == ["one.txt", "two.txt"]
+
+
+def test_browser_makes_renames_moves_deletes_and_takes_back(page):
+    page.put("a.txt", "a")
+    page.put("b.txt", "b")
+    page.open("/")
+    page.shows("a.txt", "b.txt")
+    page.click("New")
+    page.click("New folder")
+    page.fill("input[name=name]", "notes")
+    page.press("Enter")
+    page.shows("notes", "a.txt", "b.txt")
+    page.click("Clear the selection")
+    page.click("Select a.txt")
+    page.press("F2")
+    page.wait("return document.activeElement.classList.contains('rename')")
+    page.keys("renamed")
+    page.press("Enter")
+    page.shows("notes", "b.txt", "renamed.txt")
+    assert page.tree() == {"notes", "b.txt", "renamed.txt"}
+    page.click("Move to…")
+    page.click("notes")
+    page.wait("return document.querySelector('dialog .crumbs').innerText.includes('notes')")
+    page.click("Move here")
+    page.shows("notes", "b.txt")
+    assert page.get("notes/renamed.txt") == b"a"
+    page.click("Select b.txt")
+    page.click("Delete")
+    page.shows("notes")
+    page.click("Undo")
+    page.shows("notes", "b.txt")
+    page.press("Control", "z")
+    page.shows("notes", "b.txt", "renamed.txt")
+    assert page.tree() == {"notes", "b.txt", "renamed.txt"}
+
+
+def test_browser_trash(page):
+    for name in ("a", "b", "c"):
+        page.put(name, name)
+    page.cloud.delete(page.who, ("a",), ("b",), ("c",))
+    page.open("/trash")
+    page.shows("a", "b", "c")
+    page.click("Select a")
+    page.click("Restore")
+    page.shows("b", "c")
+    assert page.tree() == {"a"}
+    page.click("Select b")
+    page.click("Delete for good")
+    page.sees("cannot be brought back")
+    page.click("button.danger")
+    page.shows("c")
+    assert [item.node.name for item in page.cloud.trash(page.who)] == ["c"]
+    page.click("Empty the trash")
+    page.click("button.danger")
+    page.sees("The trash is empty")
+    assert page.cloud.trash(page.who) == []
+
+
+def test_browser_versions(page):
+    for text in ("one", "second", "the third"):
+        page.put("a.txt", text)
+    page.open("/")
+    page.click("Select a.txt")
+    page.click("Versions")
+    page.sees("3 versions")
+    page.shot("versions")
+    page.run("document.querySelectorAll('.steps li')[2].querySelector('button').click()")
+    page.sees("This version is the present one now", "4 versions")
+    assert page.get("a.txt") == b"one"
+
+
+def test_browser_settings(page):
+    page.put("a", b"x" * 5000)
+    page.cloud.accounts.add_token(page.who, "laptop")
+    page.open("/settings")
+    page.sees("4.9 KB used")
+    page.click("Devices")
+    page.sees("laptop", "This one")
+    page.shot("devices")
+    page.click("Revoke laptop")
+    page.misses("laptop")
+    assert [device.kind for device in page.cloud.accounts.devices(page.who)] == ["session"]
+    page.click("Account")
+    page.click("Change password")
+    for name, text in (("old", PASSWORD), ("new", "another horse 9"), ("again", "another horse 9")):
+        page.fill("input[name=%s]" % name, text)
+    page.click("button.primary")
+    page.sees("Log in")
+    assert page.cloud.accounts.log_in(page.who.name, "another horse 9", "127.0.0.1", "")[0]
+    page.click("Deutsch")
+    page.sees("Anmelden", "Passwort")
 
 
 # ==== real clients =======================================================================
