@@ -6930,13 +6930,13 @@ main:focus { outline: none; }
 .bar .count { margin-right: auto; color: var(--soft); }
 .selecting .bar .count { margin-right: .6rem; color: var(--text); }
 .bar button { padding: .3rem .7rem; }
+.bar:empty { display: none; }
 .tab { padding: .5rem .8rem; border-radius: 8px; color: var(--soft); min-height: 38px; }
 .tab[aria-current] { color: var(--text); font-weight: 600; background: var(--side); }
 .hint { padding-bottom: .8rem; font-size: .925rem; }
 
 /* the list */
-.grid { border-radius: 8px; }
-.grid:focus-visible { outline-offset: 4px; }
+.grid:focus-visible { outline: none; }
 .cells { display: grid; grid-template-columns: 40px minmax(0, 1fr) 8.5rem 6rem 44px; align-items: center; }
 .head { border-bottom: 1px solid var(--line); color: var(--soft); font-size: .875rem; }
 .head button { background: none; border: 0; padding: .3rem 0; min-height: 34px; color: inherit; }
@@ -6957,7 +6957,9 @@ main:focus { outline: none; }
 .names { min-width: 0; flex: 1; }
 .label { color: var(--text); display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; width: fit-content; max-width: 100%; }
 .second { display: none; color: var(--soft); font-size: .85rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.second bdi { display: none; }
+.second.where { display: block; font-size: .8rem; line-height: 1.25; }
+.where .small { display: none; }
+.names:has(.where) .label { line-height: 1.3; }
 .more button { background: none; border: 0; width: 40px; padding: 0; color: var(--soft); opacity: 0; font-weight: 700; }
 .row:hover .more button, .row.cursor .more button, .row[aria-selected=true] .more button { opacity: 1; }
 .rename { min-height: 32px; padding: .2rem .5rem; }
@@ -6981,6 +6983,11 @@ main:focus { outline: none; }
 .picture { flex: 1; min-height: 0; display: grid; place-items: center; background: var(--side); border-radius: 8px; overflow: hidden; }
 .picture img { width: 100%; height: 100%; object-fit: cover; }
 .picture .icon { width: 52px; height: 52px; stroke-width: 1; }
+
+.slider { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center; padding-bottom: 1rem; }
+.slider input { width: auto; }
+.slider [type=range] { flex: 1; min-width: 12rem; padding: 0; accent-color: var(--accent); }
+.slider output { min-width: 12rem; font-weight: 600; }
 
 /* steps: versions, activity, devices */
 .steps { list-style: none; margin: 0; padding: 0; max-width: 60rem; }
@@ -7007,7 +7014,8 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .item[aria-checked=true]::after { content: "✓"; margin-left: auto; color: var(--accent); }
 .walk .item { overflow: hidden; }
 .walk .buttons button:first-child { margin-right: auto; }
-.sheet.menu { position: fixed; margin: 0; border-radius: 10px; min-width: 13rem; }
+.sheet.menu { position: fixed; inset: auto; margin: 0; border-radius: 10px; min-width: 13rem; width: max-content; }
+.item:focus-visible { outline-offset: -2px; }
 .sheet.menu .inside { padding: .35rem; width: auto; }
 .sheet.menu::backdrop { background: none; }
 .items hr { border: 0; border-top: 1px solid var(--line); margin: .3rem; }
@@ -7048,6 +7056,34 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .preview img, .preview video { max-width: 100%; max-height: 100%; }
 .preview pre { width: min(100%, 70rem); align-self: start; margin: 0; padding: 1.5rem; white-space: pre-wrap; overflow-wrap: anywhere; font: .875rem/1.55 ui-monospace, monospace; }
 
+.preview .stage { display: grid; place-items: center; width: 100%; height: 100%; overflow: auto; }
+.preview .zoomed { place-items: start; cursor: grab; }
+.preview .zoomed img { max-width: none; max-height: none; }
+.preview .stage:not(.zoomed) img { cursor: zoom-in; }
+.preview iframe { border: 0; width: 100%; height: 100%; background: #fff; }
+.preview textarea { width: 100%; height: 100%; border: 0; border-radius: 0; padding: 1.25rem max(1.25rem, calc(50% - 34rem)); resize: none; font: .9rem/1.55 ui-monospace, monospace; tab-size: 4; }
+.preview textarea:focus-visible { outline-offset: -2px; }
+.turn { position: absolute; top: 50%; min-width: 44px; min-height: 44px; opacity: .85; }
+.turn.back { left: 1rem; }
+.turn.on { right: 1rem; }
+.paper { width: min(100%, 50rem); align-self: start; padding: 1.5rem; overflow-wrap: anywhere; }
+.paper > * + * { margin-top: .8rem; }
+.paper h1, .paper h2 { border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
+.paper :is(pre, code) { background: var(--side); border-radius: 6px; font: .875rem/1.5 ui-monospace, monospace; }
+.paper code { padding: .1rem .35rem; }
+.paper pre { padding: .8rem 1rem; overflow-x: auto; white-space: pre; width: auto; }
+.paper pre code { padding: 0; }
+.paper img { max-width: 100%; }
+.paper blockquote { margin-left: 0; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--soft); }
+.paper :is(ul, ol) { padding-left: 1.6rem; }
+.paper hr { border: 0; border-top: 1px solid var(--line); }
+table { border-collapse: collapse; align-self: start; }
+.preview .sheetful { width: 100%; height: 100%; overflow: auto; }
+th, td { border: 1px solid var(--line); padding: .3rem .7rem; text-align: left; overflow-wrap: anywhere; }
+th { background: var(--side); position: sticky; top: 0; }
+.readme { margin-top: 2rem; border: 1px solid var(--line); border-radius: 12px; }
+.readme:empty { display: none; }
+
 /* a phone */
 @media (max-width: 45rem) {
   button, .button, .tab, .side nav a { min-height: 44px; }
@@ -7065,18 +7101,24 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
   .crumbs a, .crumbs > span { min-height: 44px; display: flex; align-items: center; }
   .crumbs .slash { min-height: 0; }
   .bar { top: 0; }
-  .selecting .bar button:not(.prime):not(.quiet) { display: none; }
-  .selecting .bar .count { margin-right: auto; }
-  .selecting .new { display: none; }
+  .selecting .bar button:not(.prime):not(.quiet), .selecting .new, body:not([data-view=files]) .new { display: none; }
+  .selecting .bar { position: fixed; inset: auto 0 0 0; z-index: 5; background: var(--side); border-top: 1px solid var(--line); padding: .3rem .75rem calc(.6rem + env(safe-area-inset-bottom)); }
+  .selecting .bar .quiet { order: 1; }
+  .selecting .bar .count { flex: 1 0 60%; margin: 0; }
+  .selecting .bar .prime { order: 2; flex: 1; }
   .head { display: none; }
-  .cells { grid-template-columns: 44px minmax(0, 1fr) 44px; }
+  .cells { grid-template-columns: 4px minmax(0, 1fr) 44px; }
+  .check { visibility: hidden; }
+  .selecting .cells { grid-template-columns: 44px minmax(0, 1fr) 44px; }
+  .selecting .check { visibility: visible; }
+  .preview .title { flex-wrap: wrap; }
+  .preview .title strong { flex: 1 0 100%; }
   .row { height: 60px; }
   .row > .mtime, .row > .size, .row > .deleted { display: none; }
-  .second, .second bdi { display: block; }
-  .second bdi { overflow: hidden; text-overflow: ellipsis; }
+  .second, .second.where { display: block; font-size: .85rem; }
+  .where .small { display: inline; }
   .more button { opacity: 1; width: 44px; height: 44px; }
   .tiles .second { display: none; }
-  .tiles .check { opacity: 0; }
   .sheet { margin: auto 0 0; width: 100%; max-width: 100%; border-radius: 16px 16px 0 0; }
   .sheet .inside, .sheet.menu .inside { width: 100%; padding-bottom: calc(1rem + env(safe-area-inset-bottom)); }
   .sheet.menu { inset: auto 0 0 0; }
@@ -7492,7 +7534,7 @@ function buildFrame() {
 
 function showQuota() {
   const {used, quota} = me, box = find(".quota");
-  const meter = quota === null ? null : h("meter", {min: 0, max: Math.max(quota, 1), value: used, high: quota * 0.9, optimum: 0, "aria-label": t("Storage used")});
+  const meter = quota === null ? null : h("progress", {max: Math.max(quota, 1), value: used, "aria-label": t("Storage used")});
   box.replaceChildren(...[meter, h("span", {}, quota === null ? t("{used} used", {used: formatSize(used)})
     : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)}))].filter(Boolean));
 }
@@ -7544,6 +7586,7 @@ async function show() {
     const here = one.dataset.view === view.kind || one.dataset.view === "files" && ["past", "versions", "search"].includes(view.kind);
     here ? one.setAttribute("aria-current", "page") : one.removeAttribute("aria-current");
   }
+  document.body.dataset.view = view.kind;
   if (view.kind !== "search") find(".search input").value = "";
   if (scroll) scrollTo(0, scroll);
 }
@@ -7683,8 +7726,8 @@ function entryName(entry) {
   const label = opens(entry) ? h("a", {...about, href: view.at ? pastAddress(view.at, entry.path) : addressOf(entry.path)}, h("bdi", {}, entry.name))
     : h("span", about, h("bdi", {}, entry.name));
   const where = view.kind === "search" || view.kind === "trash" ? parentOf(entry.path) || t("Files") : null;
-  const second = [where && h("bdi", {}, where), h("span.small", {}, [formatTime(entry.deleted || entry.mtime), " · ", formatSize(entry.size)])];
-  return h("div.names", {}, label, h("div.second", {}, second));
+  return h("div.names", {}, label, h("div.second" + (where ? ".where" : ""), {}, where && h("bdi", {}, where),
+    h("span.small", {}, (where ? " · " : "") + formatTime(entry.deleted || entry.mtime) + " · " + formatSize(entry.size))));
 }
 
 // a picture shows itself; the browser fetches those in sight, and the server answers 304 the next time
@@ -7787,7 +7830,6 @@ function holdRow(event) {
   const index = indexAt(event.target);
   if (index < 0) return;
   heldRow = true;
-  if (navigator.vibrate) navigator.vibrate(15);
   pick(index, {toggle: true});
 }
 
@@ -7921,6 +7963,7 @@ async function enterCollection(answer, turn) {
     scrollTo(0, 0);
   }
   await fillFiles(answer, turn);
+  await showReadme();
 }
 
 // the first ten thousand at once, what is more as it comes
@@ -7972,13 +8015,16 @@ const oneFile = items => one(items) && items[0].kind === "file";
 
 // on: what it is for, "items" or the "place" as a whole;  when: does it apply;  prime: has room even on a phone
 const ACTIONS = [
-  {name: "upload", label: "Upload files", on: "place", make: true, keys: "U", when: inFiles, run: () => chooseFiles(false)},
-  {name: "upload-folder", label: "Upload a folder", on: "place", make: true, when: () => inFiles() && "webkitdirectory" in HTMLInputElement.prototype, run: () => chooseFiles(true)},
-  {name: "new-folder", label: "New folder", on: "place", make: true, keys: "Shift+N", when: inFiles, run: newCollection},
+  {name: "upload", label: "Upload files", on: "place", make: true, keys: "U", when: () => true, run: () => chooseFiles(false)},
+  {name: "upload-folder", label: "Upload a folder", on: "place", make: true, when: () => "webkitdirectory" in HTMLInputElement.prototype, run: () => chooseFiles(true)},
+  {name: "new-folder", label: "New folder", on: "place", make: true, keys: "Shift+N", when: () => true, run: newCollection},
+  {name: "new-text", label: "New text file", on: "place", make: true, when: () => true, run: newText},
   {name: "paste", label: "Paste", on: "place", keys: "Ctrl+V", when: () => inFiles() && clip.ids.size > 0, run: pasteClip},
   {name: "select-all", label: "Select all", on: "place", keys: "Ctrl+A", when: () => list.entries.length > 0, run: selectAll},
   {name: "empty-trash", label: "Empty the trash", on: "place", bar: true, when: () => view.kind === "trash" && list.entries.length > 0, run: emptyTrash},
   {name: "download-all", label: "Download this folder", on: "place", when: () => (inFiles() || view.kind === "past") && list.entries.length > 0, run: () => downloadZip([])},
+  {name: "past", label: "See it as it was…", on: "place", when: inFiles, run: () => go(pastAddress("now", view.path))},
+  {name: "rewind", label: "Bring this time back", on: "place", bar: true, when: () => view.kind === "past", run: rewind},
   {name: "open", label: "Open", on: "items", keys: "Enter", when: items => one(items) && opens(items[0]), run: ([entry]) => openEntry(entry)},
   {name: "show", label: "Show in its folder", on: "items", when: items => view.kind === "search" && one(items), run: ([entry]) => showInFolder(entry)},
   {name: "download", label: "Download", on: "items", prime: true, keys: "D", when: items => view.kind !== "trash" && items.length > 0, run: download},
@@ -7987,6 +8033,7 @@ const ACTIONS = [
   {name: "copy", label: "Copy to…", on: "items", keys: "Shift+M", when: items => inTree() && items.length > 0, run: items => moveTo(items, "copy")},
   {name: "cut", label: "Cut", on: "items", menu: true, keys: "Ctrl+X", when: items => inTree() && items.length > 0, run: items => putOnClip("move", items)},
   {name: "copy-clip", label: "Copy", on: "items", menu: true, keys: "Ctrl+C", when: items => inTree() && items.length > 0, run: items => putOnClip("copy", items)},
+  {name: "edit", label: "Edit", on: "items", menu: true, keys: "E", when: items => inTree() && oneFile(items) && isText(items[0]), run: ([entry]) => editFile(entry)},
   {name: "versions", label: "Versions", on: "items", when: items => inTree() && oneFile(items), run: ([entry]) => go(versionsAddress(entry.path))},
   {name: "delete", label: "Delete", on: "items", prime: true, keys: "Delete", when: items => inTree() && items.length > 0, run: deleteItems},
   {name: "restore", label: "Restore", on: "items", prime: true, when: items => view.kind === "trash" && items.length > 0, run: restoreItems},
@@ -8106,7 +8153,13 @@ const makeCollection = place => askForm(t("New folder"), [nameInput(t("Name"))],
   return api("POST", "make-collection", {path: join(place, name)});
 });
 
+// new things go where the reader is, or else to the top
+async function ensureFiles() {
+  if (!inFiles()) await go(addressOf(""));
+}
+
 async function newCollection() {
+  await ensureFiles();
   const made = await makeCollection(view.path);
   if (!made) return;
   await refresh();
@@ -8291,7 +8344,8 @@ const queue = {items: [], next: 0, running: 0, paused: false, all: "", asking: P
                delayed: new Set()};
 const PARTS = "uploads";               // what localStorage remembers of unfinished uploads: {fingerprint: id}
 
-function chooseFiles(whole) {
+async function chooseFiles(whole) {
+  await ensureFiles();
   const input = h("input", {type: "file", multiple: true, webkitdirectory: whole, hidden: true, onchange: () => {
     addUploads([...input.files].map(file => ({file, path: join(view.path, file.webkitRelativePath || file.name)})));
     input.remove();
@@ -8649,47 +8703,6 @@ function onPaste(event) {
   event.preventDefault();
 }
 
-// ---- preview (small: what a browser shows by itself)
-
-const preview = {box: null, entry: null};
-
-function openPreview(entry) {
-  closePreview();
-  preview.entry = entry;
-  const body = h("div.body");
-  const act = (name, label, run) => button(t(label), run, {"data-action": name});
-  preview.box = h("dialog.preview", {"aria-label": entry.name, oncancel: event => { event.preventDefault(); leavePreview(); }},
-    h("div.title", {}, h("strong", {}, h("bdi", {}, entry.name)), h("span.soft", {}, formatSize(entry.size)),
-      act("download", "Download", () => saveFrom(contentAddress(entry))),
-      act("versions", "Versions", () => go(versionsAddress(entry.path))), act("close", "Close", leavePreview)), body);
-  document.body.append(preview.box);
-  preview.box.showModal();
-  document.title = entry.name + " – cloudserver";
-  attempt(() => fillPreview(entry, body));
-}
-
-async function fillPreview(entry, body) {
-  const kind = kindOf(entry), media = entry.media || "";
-  if (media.startsWith("image/")) return body.append(h("img", {src: contentAddress(entry), alt: entry.name}));
-  if (media.startsWith("video/")) return body.append(h("video", {src: contentAddress(entry), controls: true}));
-  if (media.startsWith("audio/")) return body.append(h("audio", {src: contentAddress(entry), controls: true}));
-  if ((kind === "text" || media.startsWith("text/")) && entry.size < 1 << 20) {
-    return body.append(h("pre", {tabIndex: 0}, await (await ask(contentAddress(entry))).text()));
-  }
-  return body.append(h("div.empty", {}, h("p", {}, t("There is no preview of this kind of file."))));
-}
-
-function closePreview() {
-  if (preview.box) preview.box.remove();
-  preview.box = preview.entry = null;
-}
-
-function leavePreview() {
-  const here = addressOf(view.path);
-  if (history.state && history.state.inside) history.back();
-  else go(here, {replace: true});
-}
-
 // ---- versions of a file
 
 const versionsAddress = path => PREFIX + "/versions/" + encodePath(path);
@@ -8825,13 +8838,43 @@ const pastAddress = (at, path) => PREFIX + "/past/" + encodeURIComponent(at) + (
 async function showPast(at, address) {
   const path = decodePath(address), turn = view.turn;
   at = decodeURIComponent(at);
-  const answer = await load(path, {at, limit: undefined});
+  if (at === "now") at = new Date().toISOString();
+  const [answer, {steps}] = await Promise.all([load(path, {at, limit: undefined}).catch(absent), api("GET", "activity", {limit: 1000})]);
   if (turn !== view.turn) return;
+  const same = view.kind === "past" && find(".slider");
   Object.assign(view, {kind: "past", path, at});
-  setTitle(answer.name || t("Files"));
-  setCrumbs(...crumbsOf(path, path => pastAddress(at, path)));
-  setContent(...makeList({columns: ["mtime", "size"], sortable: true, empty: () => h("p.big", {}, t("Nothing was here then"))}));
+  setTitle(path ? nameOf(path) : t("Files"));
+  setCrumbs(...crumbsOf(path, path => pastAddress(at, path)), h("span.soft", {}, dates.long.format(new Date(at))));
+  if (!same) setContent(timeSlider(steps), ...makeList({columns: ["mtime", "size"], empty: () => h("p.big", {}, t("Nothing was here then"))}));
   fillList(sortEntries(answer.children));
+}
+
+const absent = error => {
+  if (error.code !== "not-found" && error.code !== "gone") throw error;
+  return {children: []};
+};
+
+// one stop for each time something changed, the latest on the right
+function timeSlider(steps) {
+  const stops = [...new Set(steps.map(step => step.at))].sort(), now = Date.parse(view.at);
+  const nearest = stops.filter(stop => Date.parse(stop) <= now).length - 1;
+  const words = h("output", {}, dates.long.format(now)), move = soon(at => go(pastAddress(at, view.path), {replace: true}), 150);
+  const range = h("input", {type: "range", min: 0, max: Math.max(0, stops.length - 1), value: Math.max(0, nearest), "aria-label": t("Time"), oninput: () => {
+    const at = stops[range.value];
+    words.textContent = range.ariaValueText = dates.long.format(new Date(at));
+    move(at);
+  }});
+  const exact = h("input", {type: "datetime-local", "aria-label": t("Exact time"), onchange: () => exact.value && move(new Date(exact.value).toISOString())});
+  return h("div.slider", {}, words, range, exact, link(t("Back to now"), addressOf(view.path), {className: "button"}));
+}
+
+async function rewind() {
+  const {path, at} = view, {changed} = await api("POST", "rewind", {path, at, dry: true}), when = dates.long.format(new Date(at));
+  if (!changed) return toast(t("Nothing has changed since then."));
+  if (!await askYesNo(t("Bring this time back?"), t("{what} becomes what it was on {when}. {n} things change; you can undo this.", {what: path ? "“" + nameOf(path) + "”" : t("Everything"), when, n: changed}), t("Bring it back"))) return undefined;
+  const {seq} = await api("POST", "rewind", {path, at});
+  await go(addressOf(path));
+  return offerUndo(t("As it was on {when}", {when}), seq);
 }
 
 // ---- settings
@@ -8887,6 +8930,275 @@ function agentOf({kind, name}) {
   return browser && system ? browser[1] + ", " + system[1] : name;
 }
 
+// ---- preview: a file over the list it belongs to, at an address of its own
+
+const preview = {box: null, entry: null};
+const TEXT_MOST = 2 << 20;             // bytes of text that are shown or edited
+const isImage = entry => /^image\//.test(entry.media || "");
+const isText = entry => entry.kind === "file" && entry.size <= TEXT_MOST && (/^text\//.test(entry.media || "") || ["text", "table"].includes(kindOf(entry)))
+  && !/\.(docx|odt|rtf|xlsx?|ods)$/i.test(entry.name);
+
+function openPreview(entry) {
+  closePreview();
+  const act = (name, label, run, when = true) => when && button(t(label), run, {"data-action": name});
+  preview.entry = entry;
+  preview.body = h("div.body");
+  preview.box = h("dialog.preview", {"aria-label": entry.name, oncancel: event => { event.preventDefault(); leavePreview(); }, onkeydown: onPreviewKey},
+    h("div.title", {}, h("strong", {}, h("bdi", {}, entry.name)), h("span.soft", {}, formatSize(entry.size)),
+      act("edit", "Edit", () => attempt(() => editFile(entry)), isText(entry)), act("download", "Download", () => saveFrom(contentAddress(entry))),
+      act("versions", "Versions", () => go(versionsAddress(entry.path))), button(t("Close"), leavePreview, {className: "primary", autofocus: true})),
+    preview.body);
+  document.body.append(preview.box);
+  preview.box.showModal();
+  setTitle(entry.name);
+  attempt(() => fillPreview(entry));
+}
+
+async function fillPreview(entry) {
+  const media = entry.media || "", address = contentAddress(entry), show = (...parts) => preview.entry === entry && preview.body.replaceChildren(...parts);
+  if (isImage(entry)) show(zoomable(h("img", {src: address, alt: entry.name})), ...turners(entry));
+  else if (media.startsWith("video/")) show(h("video", {src: address, controls: true, playsInline: true}));
+  else if (media.startsWith("audio/")) show(h("audio", {src: address, controls: true}));
+  else if (kindOf(entry) === "pdf" && entry.size < 200 << 20) show(...await pdfView(address));
+  else if (isText(entry)) show(textView(entry, await readText(entry)));
+  else show(h("div.empty", {}, h("p", {}, t("There is no preview of this kind of file."))));
+}
+
+const readText = async entry => (await ask(contentAddress(entry), {headers: HEADERS, cache: "no-cache"})).text();
+
+function textView(entry, text) {
+  if (/\.(md|markdown)$/i.test(entry.name)) return h("div.paper", {}, markdown(text, parentOf(entry.path)));
+  if (/\.[ct]sv$/i.test(entry.name)) return tableView(parseTable(text, /\.tsv$/i.test(entry.name) ? "\t" : ""));
+  return h("pre", {tabIndex: 0}, text);
+}
+
+// the browser's own viewer; the type is ours to say, so that nothing else can come of the bytes
+async function pdfView(address) {
+  const bytes = await (await ask(address)).arrayBuffer(), url = URL.createObjectURL(new Blob([bytes], {type: "application/pdf"}));
+  const opener = h("a.button", {href: url, target: "_blank"}, t("Open in a new tab"));
+  if (isPhone.matches || navigator.pdfViewerEnabled === false) return [opener];
+  return [h("iframe", {src: url, title: t("Preview")})];
+}
+
+// a click shows the picture in its full size, another one as a whole again
+function zoomable(image) {
+  const stage = h("div.stage", {onclick: event => {
+    if (event.target !== image) return;
+    const x = event.offsetX / image.width, y = event.offsetY / image.height;
+    stage.classList.toggle("zoomed");
+    stage.scrollTo(image.width * x - stage.clientWidth / 2, image.height * y - stage.clientHeight / 2);
+  }}, image);
+  return stage;
+}
+
+const pictures = () => list.entries.filter(one => one.kind === "file" && isImage(one));
+
+function turners(entry) {
+  const all = pictures(), at = all.indexOf(entry);
+  return [[at - 1, t("Back"), ".back"], [at + 1, t("Next"), ".on"]].filter(([n]) => all[n])
+    .map(([n, label, side]) => h("button.turn" + side, {type: "button", onclick: () => turnTo(all[n])}, label));
+}
+
+function turnTo(entry) {
+  go(addressOf(entry.path), {replace: true});
+}
+
+function onPreviewKey(event) {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (step && isImage(preview.entry) && !find(".zoomed", preview.box)) {
+    const all = pictures(), next = all[all.indexOf(preview.entry) + step];
+    if (next) turnTo(next);
+  } else if (event.key.toLowerCase() === "e" && isText(preview.entry) && event.target.tagName !== "TEXTAREA") attempt(() => editFile(preview.entry));
+  else return;
+  event.preventDefault();
+}
+
+function closePreview() {
+  if (!preview.box) return;
+  preview.box.remove();
+  preview.box = preview.entry = null;
+  setTitle(view.path ? nameOf(view.path) : t("Files"));
+}
+
+function leavePreview() {
+  if (preview.dirty && !confirm(t("Leave without saving?"))) return;
+  preview.dirty = false;
+  if (history.state && history.state.inside) history.back();
+  else go(addressOf(view.path), {replace: true});
+}
+
+// ---- editing text
+
+async function newText() {
+  await ensureFiles();
+  await askForm(t("New text file"), [nameInput(t("Name"), t("Note") + ".txt")], t("Create"), async ({name}) => {
+    checkName(name);
+    const path = join(view.path, name), made = await api("PUT", "files/" + encodePath(path), {}, {"If-None-Match": "*"}).catch(error => {
+      throw error.code === "precondition-failed" ? new Problem(412, {code: "exists"}) : error;
+    });
+    await refresh();
+    await go(addressOf(path));
+    editFile(made);
+    return true;
+  });
+}
+
+async function editFile(entry) {
+  if (view.kind === "files" && (!preview.entry || preview.entry.path !== entry.path)) await go(addressOf(entry.path));
+  const answer = await ask(contentAddress(entry), {headers: HEADERS, cache: "no-cache"}), text = await answer.text();
+  if (!preview.box) return openPreview(entry);
+  const area = h("textarea", {value: text, "aria-label": entry.name, spellcheck: false, oninput: () => { preview.dirty = true; save.disabled = false; }});
+  const returns = text.includes("\r\n");   // a textarea knows only \n; what the file had is kept
+  const edit = {path: entry.path, etag: answer.headers.get("ETag"), text: () => returns ? area.value.replace(/\n/g, "\r\n") : area.value};
+  const save = button(t("Save"), () => attempt(() => saveText(edit, save)), {className: "primary", disabled: true});
+  area.addEventListener("keydown", event => {
+    if ((event.ctrlKey || event.metaKey) && event.key === "s") { event.preventDefault(); save.click(); }
+  });
+  preview.body.replaceChildren(area);
+  find(".title [data-action=edit]", preview.box).replaceWith(save);
+  area.focus();
+  area.setSelectionRange(0, 0);
+  return undefined;
+}
+
+async function saveText(edit, save) {
+  const text = edit.text();
+  save.disabled = true;
+  const put = etag => ask(apiAddress("files", edit.path), {method: "PUT", body: text, headers: {...HEADERS, ...etag}});
+  const answer = await put({"If-Match": edit.etag}).catch(async error => {
+    save.disabled = false;
+    if (error.code !== "precondition-failed" && error.code !== "not-found") throw error;
+    if (!await askYesNo(t("Somebody else saved this file"), t("It changed since you opened it. If you save now, their version stays among the versions."), t("Save mine"))) throw new DOMException("", "AbortError");
+    return put({});
+  });
+  edit.etag = answer.headers.get("ETag");
+  preview.dirty = edit.text() !== text;
+  save.disabled = !preview.dirty;
+  toast(t("Saved."));
+  refreshSoon();
+}
+
+// ---- tables
+
+function parseTable(text, comma) {
+  const first = text.slice(0, text.indexOf("\n") >>> 0);
+  comma = comma || [",", ";", "\t"].reduce((best, mark) => first.split(mark).length > first.split(best).length ? mark : best);
+  const rows = [[]], cell = new RegExp(`(?:"((?:[^"]|"")*)"|([^"\\r\\n${comma}]*))(${comma}|\\r?\\n|$)`, "y");
+  for (let found; rows.length < 2000 && cell.lastIndex < text.length && (found = cell.exec(text));) {
+    rows[rows.length - 1].push(found[1] === undefined ? found[2] : found[1].replace(/""/g, '"'));
+    if (found[3] !== comma) rows.push([]);
+  }
+  return rows.filter(row => row.length);
+}
+
+const tableOf = ([head, ...rows]) => h("table", {}, h("thead", {}, h("tr", {}, (head || []).map(cell => h("th", {scope: "col"}, cell)))),
+  h("tbody", {}, rows.map(row => h("tr", {}, row.map(cell => h("td", {}, cell))))));
+const tableView = rows => h("div.sheetful", {tabIndex: 0}, tableOf(rows));
+
+// ---- Markdown, to elements of a fixed list and never by way of markup
+
+async function showReadme() {
+  const box = find(".readme"), entry = list.entries.find(one => /^readme\.(md|markdown|txt)$/i.test(one.name) && isText(one)), turn = view.turn;
+  if (!box || box.dataset.etag === (entry ? entry.etag : "")) return;
+  const text = entry ? await readText(entry) : "";
+  if (turn !== view.turn) return;
+  box.dataset.etag = entry ? entry.etag : "";
+  box.replaceChildren(...(entry ? [textView(entry, text)] : []));
+}
+
+function markdown(text, place) {
+  const lines = text.replace(/\r\n?/g, "\n").replace(/\t/g, "    ").split("\n");
+  return blocks(lines, place, 0);
+}
+
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/, FENCE = /^\s*(```|~~~)/;
+
+function blocks(lines, place, depth) {
+  const found = [];
+  for (let at = 0; at < lines.length;) {
+    const [element, next] = block(lines, at, place, depth);
+    if (element) found.push(element);
+    at = next;
+  }
+  return found;
+}
+
+// the block that begins at a line, and the line after it
+function block(lines, at, place, depth) {
+  const line = lines[at], until = test => { let end = at; while (end < lines.length && test(lines[end], end)) end++; return end; };
+  const heading = line.match(/^(#{1,6})\s+(.*?)\s*#*$/);
+  if (!line.trim()) return [null, at + 1];
+  if (heading) return [h("h" + heading[1].length, {}, inline(heading[2], place)), at + 1];
+  if (FENCE.test(line)) {
+    const end = until((one, n) => n === at || !FENCE.test(one));
+    return [h("pre", {tabIndex: 0}, h("code", {}, lines.slice(at + 1, end).join("\n"))), end + 1];
+  }
+  if (/^ {0,3}([-*_])(\s*\1){2,}\s*$/.test(line)) return [h("hr"), at + 1];
+  if (/^\s*>/.test(line) && depth < 20) {
+    const end = until(one => /^\s*>/.test(one));
+    return [h("blockquote", {}, blocks(lines.slice(at, end).map(one => one.replace(/^\s*> ?/, "")), place, depth + 1)), end];
+  }
+  if (ITEM.test(line) && depth < 20) return listBlock(lines, at, place, depth);
+  if (line.includes("|") && /^[\s|:-]*-[\s|:-]*$/.test(lines[at + 1] || "") && lines[at + 1].includes("|")) {
+    const end = until(one => one.includes("|")), cells = one => one.trim().replace(/^\||\|$/g, "").split("|").map(cell => inline(cell.trim(), place));
+    return [tableOf([cells(line), ...lines.slice(at + 2, end).map(cells)]), end];
+  }
+  const end = Math.max(at + 1, until((one, n) => one.trim() && (n === at || !(/^#{1,6}\s|^\s*>/.test(one) || FENCE.test(one) || ITEM.test(one)))));
+  return [h("p", {}, inline(lines.slice(at, end).join("\n"), place)), end];
+}
+
+function listBlock(lines, at, place, depth) {
+  const [, indent, mark] = lines[at].match(ITEM), ordered = /\d/.test(mark), items = [];
+  for (;;) {
+    const start = at < lines.length && lines[at].match(ITEM);
+    if (!start || start[1].length !== indent.length || /\d/.test(start[2]) !== ordered) break;
+    const inside = [start[3]];
+    for (at++; at < lines.length && (lines[at].trim() ? lines[at].search(/\S/) > indent.length : ITEM.test(lines[at + 1] || "") || /^\s{2}/.test(lines[at + 1] || "")); at++) inside.push(lines[at].slice(Math.min(indent.length + 2, lines[at].search(/\S|$/))));
+    const tick = inside[0].match(/^\[([ xX])\]\s+/);
+    if (tick) inside[0] = inside[0].slice(tick[0].length);
+    const plain = inside.length === 1 ? inline(inside[0], place) : blocks(inside, place, depth + 1);
+    items.push(h("li", {}, tick && h("input", {type: "checkbox", disabled: true, checked: tick[1] !== " ", "aria-label": t("Done")}), plain));
+  }
+  return [h(ordered ? "ol" : "ul", {}, items), at];
+}
+
+const INLINE = /(`+)(.+?)\1|!\[([^\]]*)\]\(([^()\s]+)(?:\s+"[^"]*")?\)|\[([^\]]+)\]\(([^()\s]+)(?:\s+"[^"]*")?\)|\*\*(.+?)\*\*|__(.+?)__|\*([^*\s][^*]*?)\*|\b_([^_]+?)_\b|~~(.+?)~~|<(https?:\/\/[^\s<>]+)>|(https?:\/\/[^\s<>()]+[^\s<>().,:;!?'"])|\\([^\w\s])|( {2,}\n)/s;
+
+function inline(text, place) {
+  const parts = [];
+  for (let found; (found = text.match(INLINE));) {
+    if (found.index) parts.push(text.slice(0, found.index));
+    parts.push(span(found, place));
+    text = text.slice(found.index + found[0].length);
+  }
+  return [...parts, text];
+}
+
+function span([, , code, alt, source, label, target, strong, strong2, soft, soft2, gone, angle, bare, escaped], place) {
+  if (code !== undefined) return h("code", {}, code);
+  if (source !== undefined) return /^[a-z][a-z0-9+.-]*:|^\//i.test(source) ? alt : h("img", {src: apiAddress("content", resolve(place, source)), alt, loading: "lazy"});
+  if (label !== undefined) return linkTo(target, inline(label, place), place);
+  if (angle || bare) return linkTo(angle || bare, [angle || bare], place);
+  if (strong || strong2) return h("strong", {}, inline(strong || strong2, place));
+  if (soft || soft2) return h("em", {}, inline(soft || soft2, place));
+  if (gone) return h("del", {}, inline(gone, place));
+  return escaped || h("br");
+}
+
+function linkTo(target, label, place) {
+  if (/^(https?|mailto):/i.test(target)) return h("a", {href: target, target: "_blank", rel: "noopener noreferrer"}, label);
+  return /^[a-z][a-z0-9+.-]*:|^[/#?]/i.test(target) ? h("span", {}, label) : h("a", {href: addressOf(resolve(place, target))}, label);
+}
+
+// a relative address in a file of `place`, as a path
+function resolve(place, target) {
+  const path = place ? place.split("/") : [];
+  let plain = target.replace(/[?#].*$/s, "");
+  try { plain = decodeURIComponent(plain); } catch { /* it stays as it was written */ }
+  for (const part of plain.split("/")) part === ".." ? path.pop() : part && part !== "." && path.push(part);
+  return path.join("/");
+}
+
 // ---- words: English stands where it is used, this table holds the German
 
 const GERMAN = {
@@ -8903,6 +9215,12 @@ const GERMAN = {
   "All uploads": "Alle Uploads",
   "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
   "App password": "App-Passwort",
+  "As it was on {when}": "Wie es am {when} war",
+  "Back": "Zurück",
+  "Back to now": "Zurück zu jetzt",
+  "Bring it back": "Zurückholen",
+  "Bring this time back": "Diesen Stand zurückholen",
+  "Bring this time back?": "Diesen Stand zurückholen?",
   "Browser": "Browser",
   "Cancel": "Abbrechen",
   "Cancelled": "Abgebrochen",
@@ -8935,18 +9253,23 @@ const GERMAN = {
   "Download": "Herunterladen",
   "Download this folder": "Diesen Ordner herunterladen",
   "Drop files here, or add something with “New”.": "Zieh Dateien hierher oder füge mit „Neu“ etwas hinzu.",
+  "Edit": "Bearbeiten",
   "Empty the trash": "Papierkorb leeren",
   "Empty the trash?": "Papierkorb leeren?",
   "Enter": "Eingabe",
   "Esc": "Esc",
   "Every device has to log in again after this.": "Danach müssen sich alle Geräte neu anmelden.",
+  "Everything": "Alles",
+  "Exact time": "Genaue Zeit",
   "Failed": "Fehlgeschlagen",
   "Files": "Dateien",
+  "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
   "Keep": "Behalten",
   "Keep both": "Beide behalten",
   "Keep for good": "Dauerhaft behalten",
   "Keyboard shortcuts": "Tastenkürzel",
   "Language": "Sprache",
+  "Leave without saving?": "Verlassen, ohne zu speichern?",
   "Let go": "Freigeben",
   "List": "Liste",
   "Log in": "Anmelden",
@@ -8963,13 +9286,18 @@ const GERMAN = {
   "New name": "Neuer Name",
   "New password": "Neues Passwort",
   "New password again": "Neues Passwort noch einmal",
+  "New text file": "Neue Textdatei",
+  "Next": "Weiter",
   "No folders in here": "Keine Ordner hierin",
   "Not set up yet": "Noch nicht eingerichtet",
+  "Note": "Notiz",
   "Nothing found": "Nichts gefunden",
+  "Nothing has changed since then.": "Seither hat sich nichts geändert.",
   "Nothing here yet": "Noch nichts hier",
   "Nothing was here then": "Damals war hier nichts",
   "Now": "Jetzt",
   "Open": "Öffnen",
+  "Open in a new tab": "In neuem Tab öffnen",
   "Password": "Passwort",
   "Password again": "Passwort noch einmal",
   "Paste": "Einfügen",
@@ -8977,6 +9305,7 @@ const GERMAN = {
   "Paused: {done} of {n} uploaded": "Angehalten: {done} von {n} hochgeladen",
   "Please log in again": "Bitte neu anmelden",
   "Present password": "Bisheriges Passwort",
+  "Preview": "Vorschau",
   "Rename": "Umbenennen",
   "Renamed to “{name}”": "Umbenannt in „{name}“",
   "Replace": "Ersetzen",
@@ -8987,8 +9316,12 @@ const GERMAN = {
   "Revoke": "Sperren",
   "Revoke what you do not use any more: it is locked out at once.": "Sperre, was du nicht mehr benutzt: es verliert sofort den Zugang.",
   "Revoke {name}": "{name} sperren",
+  "Save": "Speichern",
+  "Save mine": "Meine speichern",
+  "Saved.": "Gespeichert.",
   "Search": "Suchen",
   "Search everywhere": "Überall suchen",
+  "See it as it was…": "Ansehen, wie es war …",
   "Select all": "Alle auswählen",
   "Select {name}": "{name} auswählen",
   "Settings": "Einstellungen",
@@ -9000,6 +9333,7 @@ const GERMAN = {
   "Skip to the files": "Zu den Dateien",
   "Skipped": "Übersprungen",
   "Somebody changed this in the meantime.": "Jemand hat das inzwischen geändert.",
+  "Somebody else saved this file": "Jemand anderes hat diese Datei gespeichert",
   "Something went wrong on the server. Whoever runs it should look at its log.": "Auf dem Server ging etwas schief. Wer ihn betreibt, sollte ins Protokoll sehen.",
   "Sort by {what}": "Nach {what} ordnen",
   "Space": "Leertaste",
@@ -9024,6 +9358,7 @@ const GERMAN = {
   "This server is not set up yet. Open the link that it printed when it started.": "Dieser Server ist noch nicht eingerichtet. Öffne den Link, den er beim Start ausgegeben hat.",
   "This version is the present one now; the others stay.": "Diese Version gilt jetzt; die anderen bleiben erhalten.",
   "Tiles": "Kacheln",
+  "Time": "Zeit",
   "Too many at once: choose fewer, or download the whole folder.": "Zu viele auf einmal: Wähle weniger, oder lade den ganzen Ordner herunter.",
   "Too many wrong passwords. Wait a moment, then try again.": "Zu viele falsche Passwörter. Warte etwas und versuche es dann noch einmal.",
   "Trash": "Papierkorb",
@@ -9075,6 +9410,7 @@ const GERMAN = {
   "{n} versions": "{n} Versionen",
   "{used} of {quota} used": "{used} von {quota} belegt",
   "{used} used": "{used} belegt",
+  "{what} becomes what it was on {when}. {n} things change; you can undo this.": "{what} wird, was es am {when} war. {n} Dinge ändern sich; das lässt sich rückgängig machen.",
   "{what} cannot be brought back after this.": "{what} lässt sich danach nicht zurückholen.",
   "{what} copied": "{what} kopiert",
   "{what} deleted": "{what} gelöscht",

@@ -4608,6 +4608,217 @@ def test_browser_settings(page):
     page.sees("Anmelden", "Passwort")
 
 
+def test_browser_selects_with_mouse_and_keys(page):
+    for n in range(8):
+        page.put("f%d.txt" % n)
+    page.open("/")
+    page.shows(*["f%d.txt" % n for n in range(8)])
+    chosen = lambda *numbers: page.wait("return JSON.stringify(selection().map(entry => Number(entry.name[1])).sort()) === arguments[0]",
+                                        json.dumps(list(numbers), separators=(",", ":")))
+    middle = lambda n: (page.where("#row%d .size" % n))
+    page.mouse(("move", *middle(1)), ("down",), ("up",))
+    chosen(1)
+    page.press("Shift", "Down")
+    page.press("Shift", "Down")
+    chosen(1, 2, 3)
+    page.press("Control", "a")
+    chosen(*range(8))
+    page.press("Escape")
+    chosen()
+    (x, y), (_, end) = middle(2), middle(5)
+    page.mouse(("move", x, y), ("down",), ("move", x - 60, (y + end) / 2), ("move", x - 120, end), ("up",))        # the rubber band
+    chosen(2, 3, 4, 5)
+    page.press("Home")
+    page.press("End")
+    chosen(7)
+    page.press("Delete")
+    page.shows(*["f%d.txt" % n for n in range(7)])
+    page.press("Control", "z")
+    page.shows(*["f%d.txt" % n for n in range(8)])
+    page.press("?")
+    page.sees("Keyboard shortcuts")
+    page.press("Escape")
+    page.mouse(("move", *middle(3)), ("down", 2), ("up", 2))
+    page.sees("Rename", "Versions", "Cut")
+    bar = page.run("return actionsFor('items', selection()).map(action => action.label)")
+    assert page.run("return [...document.querySelectorAll('dialog .item span')].map(one => one.innerText)") == bar
+    page.press("Escape")
+
+
+def test_browser_long_press_selects_on_a_phone(page):
+    for name in ("a", "b"):
+        page.put(name)
+    page.size(390, 844, touch=True)
+    page.open("/")
+    page.shows("a", "b")
+    x, y = page.where("#row0 .label")
+    page.mouse(("move", x, y), ("down",), ("wait", 700), ("up",), kind="touch")
+    page.sees("1 selected")
+    x, y = page.where("#row1 .label")
+    page.mouse(("move", x, y), ("down",), ("up",), kind="touch")
+    page.sees("2 selected")
+    page.shot("phone-selected")
+    wide = page.run("return document.documentElement.scrollWidth")
+    assert wide <= 390
+    page.click("Delete")
+    page.sees("Nothing here yet")
+    assert page.tree() == set()
+
+
+def test_browser_cuts_pastes_and_drags(page):
+    page.put("a.txt", "a")
+    page.put("b.txt", "b")
+    page.put("box/inner/c.txt", "c")
+    page.open("/")
+    page.click("Select a.txt")
+    page.press("Control", "x")
+    page.click("box")
+    page.shows("inner")
+    page.press("Control", "v")
+    page.shows("inner", "a.txt")
+    assert page.tree() == {"b.txt", "box", "box/a.txt", "box/inner", "box/inner/c.txt"}
+    page.click("Clear the selection") if "selected" in page.text() else None
+    page.press("Control", "a")
+    page.press("Control", "c")
+    page.press("Control", "v")
+    page.shows("inner", "inner (2)", "a (2).txt", "a.txt")
+    page.click(".crumbs a")
+    page.shows("box", "b.txt")
+    data = page.run("const data = new DataTransfer(), fire = (type, one) => one.dispatchEvent(new DragEvent(type, {bubbles: true, cancelable: true, dataTransfer: data}));"
+                    "const [from, to] = [...document.querySelectorAll('.rows .row')].reverse(); fire('dragstart', from.querySelector('.label'));"
+                    "fire('dragover', to); fire('drop', to); return data.types.join()")
+    assert "cloudserver" in data
+    page.shows("box")
+    assert page.get("box/b.txt") == b"b"
+
+
+def test_browser_asks_what_to_do_when_names_clash(page, tmp_path):
+    for name in ("a.txt", "b.txt", "c.txt"):
+        page.put(name, "old")
+        page.put("box/" + name, "there")
+    page.open("/")
+    page.shows("box", "a.txt", "b.txt", "c.txt")
+    page.press("Control", "a")
+    page.click("Select box")
+    page.click("Move to…")
+    page.click("box")
+    page.wait("return document.querySelector('dialog .crumbs').innerText.includes('box')")
+    page.click("Move here")
+    page.sees("“a.txt” exists already")
+    page.shot("clash")
+    page.click("Skip")
+    page.sees("“b.txt” exists already")
+    page.click("Do the same for 1 more")
+    page.click("Keep both")
+    page.shows("box", "a.txt")
+    assert page.tree() == {"a.txt", "box", "box/a.txt", "box/b.txt", "box/b (2).txt", "box/c.txt", "box/c (2).txt"}
+    (tmp_path / "a.txt").write_text("new")
+    page.click("New")
+    page.click("Upload files")
+    page.file(tmp_path / "a.txt")
+    page.sees("“a.txt” exists already")
+    page.click("Replace")
+    page.sees("1 file uploaded")
+    assert page.get("a.txt") == b"new"
+
+
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+
+
+def test_browser_previews(page):
+    page.put("a.png", PNG)
+    page.put("b.png", PNG)
+    page.put("README.md", "# Title\n\nSome **bold** <b>text</b>, [a link](other.md), [bad](javascript:alert(1))\n\n- one\n  - two\n\n| a | b |\n|--|--|\n| 1 | `2` |\n")
+    page.put("t.csv", 'name,"a, b"\nann,"say ""hi"""\n')
+    page.put("x.html", "<script>alert(1)</script>")
+    page.put("f.bin", bytes(range(256)))
+    page.open("/")
+    page.sees("Title", "Some bold <b>text</b>")
+    assert page.run("return [...document.querySelectorAll('.readme a')].map(one => one.getAttribute('href'))") == ["/files/other.md"]
+    assert page.run("return document.querySelectorAll('.readme li li').length + ' ' + document.querySelectorAll('.readme td').length") == "1 2"
+    page.click("a.png")
+    page.wait("const image = document.querySelector('dialog img'); return image && image.naturalWidth === 1")
+    page.press("Right")
+    page.wait("return location.pathname === '/files/b.png' && document.querySelector('dialog img').src.endsWith('b.png')")
+    page.press("Escape")
+    page.wait("return !document.querySelector('dialog')")
+    assert page.path() == "/files"
+    page.click("t.csv")
+    page.wait("return JSON.stringify([...document.querySelectorAll('dialog th, dialog td')].map(one => one.textContent)) === arguments[0]",
+              '["name","a, b","ann","say \\"hi\\""]')
+    page.press("Escape")
+    page.click("x.html")
+    page.sees("<script>alert(1)</script>")
+    page.press("Escape")
+    page.click("f.bin")
+    page.sees("There is no preview of this kind of file.")
+    page.press("Escape")
+
+
+def test_browser_edits_text_and_notices_others(page):
+    page.put("a.txt", "one\r\ntwo\r\n")
+    page.open("/files/a.txt")
+    page.click("Edit")
+    page.wait("return document.activeElement.tagName === 'TEXTAREA'")
+    page.keys("zero ")
+    page.press("Control", "s")
+    page.sees("Saved.")
+    assert page.get("a.txt") == b"zero one\r\ntwo\r\n"
+    page.put("a.txt", "theirs")
+    page.keys("x")
+    page.press("Control", "s")
+    page.sees("Somebody else saved this file")
+    page.click("Save mine")
+    page.wait("return document.querySelectorAll('dialog').length === 1")
+    page.wait("return document.querySelector('dialog .primary').disabled")
+    assert page.get("a.txt") == b"zero xone\r\ntwo\r\n"
+    assert [page.cloud.version(page.who, ("a.txt",), version.rev)[1].read(99) for version in page.cloud.versions(page.who, ("a.txt",))][1] == b"theirs"
+
+
+def test_browser_searches_as_you_type(page):
+    page.put("photos/Lake Geneva.jpg")
+    page.put("letters/lake.txt")
+    page.open("/")
+    page.shows("letters", "photos")
+    page.press("/")
+    page.keys("lake")
+    page.shows("lake.txt", "Lake Geneva.jpg")
+    page.keys(" gen")
+    page.shows("Lake Geneva.jpg")
+    assert "q=lake" in page.path()
+    page.run("document.activeElement.blur()")
+    page.click("Select Lake Geneva.jpg")
+    page.click("Show in its folder")
+    page.wait("return location.pathname === '/files/photos'")
+    page.sees("1 selected")
+
+
+def test_browser_activity_and_time(page):
+    page.put("box/a.txt", "one")
+    time.sleep(0.01)
+    before = cs.format_time(page.cloud.clock.wall())
+    time.sleep(0.01)
+    page.put("box/a.txt", "two")
+    page.put("box/b.txt", "two")
+    page.open("/activity")
+    page.sees("saved “b.txt”")
+    page.shot("activity")
+    page.run("document.querySelector('.steps button').click()")
+    page.sees("undid a step")
+    assert page.tree() == {"box", "box/a.txt"}
+    page.open("/past/%s/box" % before)
+    page.shows("a.txt")
+    page.shot("past")
+    page.click("Bring this time back")
+    page.click("Bring it back")
+    page.sees("As it was on")
+    page.wait("return location.pathname === '/files/box'")
+    assert page.get("box/a.txt") == b"one"
+    page.click("Undo")
+    page.sees("Undone.")
+    assert page.get("box/a.txt") == b"two"
+
+
 # ==== real clients =======================================================================
 
 def url_of(served, path="/dav/", user=None):
