@@ -47,6 +47,7 @@ import base64
 import bisect
 import errno
 import getpass
+import gzip
 import hashlib
 import hmac
 import inspect
@@ -7001,6 +7002,15 @@ main:focus { outline: none; }
 .buttons { display: flex; gap: .5rem; flex-wrap: wrap; justify-content: flex-end; }
 .settings .buttons { justify-content: flex-start; }
 
+.command { display: flex; gap: .5rem; align-items: start; }
+.command code { flex: 1; background: var(--side); border-radius: 8px; padding: .5rem .75rem; font: .85rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; min-width: 0; }
+.ways { display: grid; gap: 1.1rem; }
+.ways h3 { font-size: 1rem; margin: 0 0 .3rem; }
+.qr { width: 190px; height: 190px; background: #fff; border-radius: 8px; }
+.banners { padding-top: 0; }
+.banner { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; background: var(--mark); border-radius: 10px; padding: .7rem 1rem; margin-top: .8rem; }
+.banner span { flex: 1; min-width: 14rem; }
+
 /* sheets and menus */
 dialog { color: var(--text); background: var(--raised); border: 1px solid var(--line); border-radius: 14px; padding: 0; box-shadow: var(--shadow); }
 dialog::backdrop { background: rgb(10 14 20 / .45); }
@@ -7018,8 +7028,9 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .item:focus-visible { outline-offset: -2px; }
 .sheet.menu .inside { padding: .35rem; width: auto; }
 .sheet.menu::backdrop { background: none; }
+.items, .walk { display: grid; align-content: start; }
 .items hr { border: 0; border-top: 1px solid var(--line); margin: .3rem; }
-.keys { display: grid; gap: 0; margin: 0; max-height: 60vh; overflow: auto; }
+.keys { margin: 0; max-height: 60vh; overflow: auto; padding-right: 1rem; }
 .keys div { display: flex; justify-content: space-between; gap: 1rem; padding: .35rem 0; border-bottom: 1px solid var(--line); }
 .keys dd { margin: 0; }
 
@@ -7113,6 +7124,7 @@ th { background: var(--side); position: sticky; top: 0; }
   .selecting .check { visibility: visible; }
   .preview .title { flex-wrap: wrap; }
   .preview .title strong { flex: 1 0 100%; }
+  .preview .title .soft { display: none; }
   .row { height: 60px; }
   .row > .mtime, .row > .size, .row > .deleted { display: none; }
   .second, .second.where { display: block; font-size: .85rem; }
@@ -7530,6 +7542,7 @@ function buildFrame() {
     h("section.queue", {"aria-label": t("Uploads"), hidden: true}), h("div.toasts", {"aria-live": "polite"}));
   showQuota();
   showQueue();
+  watchServer();
 }
 
 function showQuota() {
@@ -7566,7 +7579,8 @@ function setContent(...parts) {
 // ---- addresses and views
 
 const SHOWS = [[/^\/files(?:\/(.*))?$/, showFiles], [/^\/past\/([^/]+)(?:\/(.*))?$/, showPast], [/^\/versions\/(.*)$/, showVersions],
-               [/^\/trash$/, showTrash], [/^\/activity$/, showActivity], [/^\/search$/, showSearch], [/^\/settings(?:\/(.*))?$/, showSettings]];
+               [/^\/trash$/, showTrash], [/^\/activity$/, showActivity], [/^\/search$/, showSearch], [/^\/settings(?:\/(.*))?$/, showSettings],
+               [/^\/login\/v2\/flow\/(.+)$/, showGrant]];
 
 function go(address, {replace = false} = {}) {
   if (!replace) history.replaceState({...history.state, scroll: scrollY}, "");
@@ -8879,7 +8893,8 @@ async function rewind() {
 
 // ---- settings
 
-const SECTIONS = [["", "Account", accountSection], ["devices", "Devices", devicesSection]];
+const SECTIONS = [["", "Account", accountSection], ["connect", "Connect", connectSection], ["devices", "Devices", devicesSection],
+                  ["accounts", "Accounts", accountsSection, true]];
 
 async function showSettings(name) {
   const turn = view.turn, [, label, build] = SECTIONS.find(([one]) => one === name) || SECTIONS[0];
@@ -9199,6 +9214,189 @@ function resolve(place, target) {
   return path.join("/");
 }
 
+// ---- settings: connecting other programs
+
+const WAYS = (address, name, token) => [
+  [t("Phone or tablet: photos and files"), t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address."), location.origin + PREFIX, qrOf(`nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`)],
+  [t("Synchronised folder"), t("Keeps a folder of your computer and this server the same, both ways."), `python3 cloudserver.py sync FOLDER ${location.protocol}//${encodeURIComponent(name)}@${location.host}${PREFIX}`],
+  ["Windows", t("In the Explorer: This PC, “Map network drive”; or:"), `net use Z: "${address}" "${token}" /user:"${name}"`],
+  ["Mac", t("In the Finder: Go, “Connect to Server”, with this address:"), address],
+  ["Linux", t("In the file manager, as the address of a server:"), address.replace(/^http/, "dav").replace("://", "://" + encodeURIComponent(name) + "@")],
+  ["rclone", "", `rclone config create cloud webdav url=${address} vendor=other user="${name}" pass="${token}" --obscure`],
+  ["curl", "", `curl -u "${name}:${token}" -T FILE ${address}`],
+];
+
+function connectSection() {
+  const box = h("div.ways");
+  const show = token => box.replaceChildren(...WAYS(location.origin + PREFIX + "/dav/", me.name, token || t("APP-PASSWORD")).map(([title, hint, command, code]) =>
+    h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint), commandLine(command), token && code ? code : null)));
+  const made = h("div", {"aria-live": "polite"});
+  const form = h("form.buttons", {onsubmit: event => {
+    event.preventDefault();
+    const name = new FormData(form).get("name");
+    attempt(async () => {
+      const {token} = await api("POST", "devices", {name});
+      made.replaceChildren(h("p", {}, t("This password is shown only now; it stands in the commands below.")), commandLine(token));
+      show(token);
+    });
+  }}, field(t("Name of the device"), {name: "name", maxLength: 100, placeholder: "laptop", autocomplete: "off"}), h("button.primary", {}, t("Make an app password")));
+  show("");
+  return [section(t("A password for each device"), h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")), form, made), section(t("Ways to connect"), box)];
+}
+
+const commandLine = text => h("div.command", {}, h("code", {tabIndex: 0}, text), button(t("Copy"), () => attempt(async () => {
+  if (navigator.clipboard) await navigator.clipboard.writeText(text);     // only where the connection is secure
+  else toast(text);
+})));
+
+// ---- settings: accounts, for administrators
+
+const GB = 2 ** 30;
+const quotaField = quota => field(t("Quota in GB; empty is no limit"), {name: "quota", type: "number", min: 0, step: "any", required: false, value: quota === null ? "" : quota / GB});
+const readQuota = text => text === "" ? -1 : Math.round(Number(text) * GB);
+
+async function accountsSection() {
+  if (!me.admin) return accountSection();
+  const [{accounts}, status] = await Promise.all([api("GET", "accounts"), api("GET", "status")]);
+  const facts = [[t("Version"), status.version], [t("State"), status.health], [t("Free on disk"), t("{free} of {total}", {free: formatSize(status.disk_free), total: formatSize(status.disk_total)})], ["Python", status.python], ["SQLite", status.sqlite]];
+  return [section(t("Accounts"), h("ul.steps", {}, accounts.map(accountRow)), buttonsRow(button(t("New account"), newAccount, {className: "primary"}))),
+    section(t("Server"), h("dl.keys", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))))];
+}
+
+function accountRow(account) {
+  const {name, used, quota, files, admin} = account, change = values => api("PATCH", "accounts/" + encodeURIComponent(name), values);
+  const say = work => attempt(async () => { await work(); await show(); });
+  const rows = [
+    {label: t("Set the quota"), run: () => askForm(name, [quotaField(quota)], t("Save"), async values => { await change({quota: readQuota(values.quota)}); show(); return true; })},
+    {label: t("Set a new password"), run: () => askForm(name, [passwordField(t("New password"), {autocomplete: "new-password", autofocus: true})], t("Save"), async ({password}) => { await change({password}); show(); return true; })},
+    {label: admin ? t("Administrator no more") : t("Make administrator"), run: () => say(() => change({admin: !admin}))},
+    {label: t("Remove"), run: () => say(async () => await askYesNo(t("Remove the account {name}?", {name}), t("Nobody can log in with it any more. Its files go after a while."), t("Remove")) && api("DELETE", "accounts/" + encodeURIComponent(name)))}];
+  return h("li", {}, h("div.what", {}, h("strong", {}, h("bdi", {}, name)), admin && h("span.tag", {}, t("Administrator")), h("div.soft", {}, (quota === null ? t("{used} used", {used: formatSize(used)})
+    : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)})) + " · " + plural(files, "{n} file", "{n} files"))),
+  h("div.acts", {}, button(t("Change"), event => menu(event.currentTarget, rows), {"aria-haspopup": "menu", "aria-label": t("Change {name}", {name})})));
+}
+
+const newAccount = () => askForm(t("New account"), [nameField({autocomplete: "off", autofocus: true}), passwordField(t("Password"), {autocomplete: "new-password"}), quotaField(null)], t("Create"),
+  async ({name, password, quota}) => { await api("POST", "accounts", {name: name.trim(), password, quota: quota === "" ? null : readQuota(quota)}); show(); return true; });
+
+// ---- a device that asks to be let in
+
+async function showGrant(token) {
+  const {device} = await api("GET", "grants/" + token).catch(error => {
+    if (error.code !== "not-found" && error.code !== "gone") throw error;
+    return {device: null};
+  });
+  if (device === null) return showGate(t("This link has expired"), t("Start again in the program that sent you here."), [], "", null);
+  return showGate(t("Grant access?"), t("“{device}” wants to see and change the files of {name}.", {device, name: me.name}), [""], t("Grant access"), async () => {
+    await api("POST", "grants/" + token);
+    showGate(t("Done"), t("You can close this window now."), [], "", null);
+  });
+}
+
+// ---- what others do: changes as they happen, and the brake
+
+let source = null, seen = 0;
+
+function watchServer() {
+  if (source) source.close();
+  if (!me.name) return;
+  source = document.hidden ? null : new EventSource(PREFIX + "/api/v1/events");
+  if (source) source.onmessage = event => { const {seq} = JSON.parse(event.data); if (seen !== seq) changed(seen); seen = seq; };
+  showHeld();
+}
+
+const changed = soon(async before => {
+  showHeld();
+  if (!before || list.editing || preview.dirty) return;
+  if (view.kind !== "files") return view.kind === "trash" || view.kind === "activity" ? refresh() : undefined;
+  const turn = view.turn, {etag} = await load(view.path, {limit: 1});
+  if (turn === view.turn && etag !== view.etag && !preview.box) await refresh();
+}, 400);
+
+const showHeld = soon(async () => {
+  const {held} = await api("GET", "held"), box = find(".banners");
+  if (!box) return;
+  const decide = (what, device) => attempt(async () => {
+    const done = await api("POST", what, {device});
+    await showHeld();
+    if (done) offerUndo(t("Taken back."), done.seq);
+    await refresh();
+  });
+  box.replaceChildren(...held.map(({device, name, deletes, overwrites}) => h("div.banner", {role: "alert"}, h("span", {}, t("“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.", {name, deletes, overwrites})),
+    button(t("Allow"), () => decide("allow", device)), button(t("Undo"), () => decide("undo-device", device), {className: "primary"}))));
+}, 50);
+
+// ---- QR codes (ISO 18004): bytes, correction level M, versions 1 to 10, one mask
+
+const QR_TOTAL = [26, 44, 70, 100, 134, 172, 196, 242, 292, 346], QR_CHECK = [10, 16, 26, 18, 24, 16, 18, 22, 22, 26], QR_BLOCKS = [1, 1, 1, 2, 2, 4, 4, 4, 5, 5];
+
+function qrOf(text) {
+  const grid = qrGrid(new TextEncoder().encode(text));
+  if (!grid) return null;
+  const size = grid.length + 8, dark = grid.flatMap((row, y) => row.map((on, x) => on ? `M${x + 4} ${y + 4}h1v1h-1z` : "")).join("");
+  return svg("svg", {class: "qr", viewBox: `0 0 ${size} ${size}`, role: "img", "aria-label": t("Code to scan"), "shape-rendering": "crispEdges"}, svg("path", {d: dark, fill: "#000"}));
+}
+
+function qrGrid(bytes) {
+  const version = QR_TOTAL.findIndex((total, n) => total - QR_CHECK[n] * QR_BLOCKS[n] >= bytes.length + (n > 8 ? 3 : 2)) + 1;
+  if (!version) return null;
+  const size = version * 4 + 17, grid = [...Array(size)].map(() => Array(size).fill(null));
+  const set = (x, y, on) => { if (y in grid && x in grid) grid[y][x] = Boolean(on); };
+  const square = (x, y, r, ...light) => { for (let i = -r; i <= r; i++) for (let j = -r; j <= r; j++) set(x + i, y + j, !light.includes(Math.max(Math.abs(i), Math.abs(j)))); };
+  for (const [x, y] of [[3, 3], [size - 4, 3], [3, size - 4]]) square(x, y, 4, 2, 4);
+  const spots = version > 1 ? version < 7 ? [6, size - 7] : [6, version * 2 + 8, size - 7] : [];
+  for (const x of spots) for (const y of spots) if (grid[y][x] === null) square(x, y, 2, 1);
+  for (let i = 8; i < size - 8; i++) { set(i, 6, i % 2 === 0); set(6, i, i % 2 === 0); }
+  const format = qrRest(0, 10, 0x537) ^ 0x5412, about = version << 12 | qrRest(version, 12, 0x1f25);       // level M and mask 0 are the bits 00000
+  for (let i = 0; i < 15; i++) {
+    set(8, i < 6 ? i : i < 8 ? i + 1 : size - 15 + i, format >> i & 1);
+    set(i < 8 ? size - 1 - i : i < 9 ? 7 : 14 - i, 8, format >> i & 1);
+  }
+  set(8, size - 8, 1);
+  for (let i = 0; version > 6 && i < 18; i++) { set(i / 3 | 0, size - 11 + i % 3, about >> i & 1); set(size - 11 + i % 3, i / 3 | 0, about >> i & 1); }
+  qrFill(grid, qrCodewords(bytes, version));
+  return grid;
+}
+
+// bits go up and down in columns of two, from the right; mask 0 turns every other one over
+function qrFill(grid, words) {
+  const size = grid.length;
+  let n = 0;
+  for (let right = size - 1; right > 0; right -= right === 8 ? 3 : 2) for (let step = 0; step < size; step++) for (const x of [right, right - 1]) {
+    const y = right + 1 & 2 ? step : size - 1 - step;
+    if (grid[y][x] === null) { grid[y][x] = Boolean((words[n >> 3] >> 7 - (n & 7) & 1) ^ (x + y) % 2 === 0); n++; }
+  }
+}
+
+const qrRest = (value, bits, divisor) => { let rest = value; for (let i = 0; i < bits; i++) rest = rest << 1 ^ (rest >> bits - 1) * divisor; return rest; };
+
+// length and bytes, cut into blocks, each with its Reed-Solomon check; then woven together
+function qrCodewords(bytes, version) {
+  const n = version - 1, blocks = QR_BLOCKS[n], check = QR_CHECK[n], room = QR_TOTAL[n] - check * blocks, bits = [0, 1, 0, 0];
+  const push = (value, count) => { for (let i = count - 1; i >= 0; i--) bits.push(value >> i & 1); };
+  push(bytes.length, version > 9 ? 16 : 8);
+  for (const byte of bytes) push(byte, 8);
+  push(0, Math.min(4, room * 8 - bits.length));
+  while (bits.length % 8) bits.push(0);
+  const data = [];
+  for (let i = 0; i < bits.length; i += 8) data.push(parseInt(bits.slice(i, i + 8).join(""), 2));
+  for (let i = 0; data.length < room; i++) data.push(i % 2 ? 17 : 236);
+  const short = Math.floor(room / blocks), parts = [];
+  for (let i = 0, at = 0; i < blocks; i++) parts.push(data.slice(at, at += short + (i >= blocks - room % blocks ? 1 : 0)));
+  const checks = parts.map(part => qrCheck(part, check)), weave = (rows, length) => [...Array(length).keys()].flatMap(i => rows.filter(row => i < row.length).map(row => row[i]));
+  return [...weave(parts, short + 1), ...weave(checks, check)];
+}
+
+const times = (a, b) => { let product = 0; for (; b; b >>= 1, a = a << 1 ^ (a >> 7) * 0x11d) if (b & 1) product ^= a; return product; };
+
+function qrCheck(data, count) {
+  let divisor = [1];
+  for (let i = 0, root = 1; i < count; i++, root = times(root, 2)) divisor = [...divisor, 0].map((value, j) => value ^ (j ? times(divisor[j - 1], root) : 0));
+  const rest = [...data, ...Array(count).fill(0)];
+  for (let i = 0; i < data.length; i++) { const factor = rest[i]; divisor.forEach((value, j) => { rest[i + j] ^= times(value, factor); }); }
+  return rest.slice(data.length);
+}
+
 // ---- words: English stands where it is used, this table holds the German
 
 const GERMAN = {
@@ -9206,13 +9404,19 @@ const GERMAN = {
   "A device was removed: {name}": "Ein Gerät wurde entfernt: {name}",
   "A folder cannot go into itself.": "Ein Ordner kann nicht in sich selbst liegen.",
   "A name cannot be empty and cannot hold a slash.": "Ein Name darf nicht leer sein und keinen Schrägstrich enthalten.",
+  "A password for each device": "Ein Passwort für jedes Gerät",
   "A version with a name is never removed by itself.": "Eine Version mit Namen wird nie von selbst entfernt.",
+  "APP-PASSWORD": "APP-PASSWORT",
   "Account": "Konto",
+  "Accounts": "Konten",
   "Actions": "Aktionen",
   "Actions for {name}": "Aktionen für {name}",
   "Activity": "Aktivität",
   "Add something with “New”.": "Füge mit „Neu“ etwas hinzu.",
+  "Administrator": "Verwaltung",
+  "Administrator no more": "Nicht mehr Verwaltung",
   "All uploads": "Alle Uploads",
+  "Allow": "Erlauben",
   "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
   "App password": "App-Passwort",
   "As it was on {when}": "Wie es am {when} war",
@@ -9225,7 +9429,9 @@ const GERMAN = {
   "Cancel": "Abbrechen",
   "Cancelled": "Abgebrochen",
   "Cannot reach the server": "Server nicht erreichbar",
+  "Change": "Ändern",
   "Change password": "Passwort ändern",
+  "Change {name}": "{name} ändern",
   "Choose": "Auswählen",
   "Choose a name and a password for the first account. It may do everything, also make further accounts.": "Wähle Name und Passwort für das erste Konto. Es darf alles, auch weitere Konten anlegen.",
   "Choose one more": "Eines mehr auswählen",
@@ -9233,6 +9439,8 @@ const GERMAN = {
   "Clear": "Aufheben",
   "Clear the selection": "Auswahl aufheben",
   "Close": "Schließen",
+  "Code to scan": "Code zum Scannen",
+  "Connect": "Verbinden",
   "Continue": "Weiter",
   "Copy": "Kopieren",
   "Copy here": "Hierher kopieren",
@@ -9263,10 +9471,18 @@ const GERMAN = {
   "Exact time": "Genaue Zeit",
   "Failed": "Fehlgeschlagen",
   "Files": "Dateien",
+  "Free on disk": "Frei auf der Platte",
+  "Grant access": "Zugang gewähren",
+  "Grant access?": "Zugang gewähren?",
+  "In the Explorer: This PC, “Map network drive”; or:": "Im Explorer: Dieser PC, „Netzlaufwerk verbinden“; oder:",
+  "In the Finder: Go, “Connect to Server”, with this address:": "Im Finder: Gehe zu, „Mit Server verbinden“, mit dieser Adresse:",
+  "In the file manager, as the address of a server:": "Im Dateimanager als Adresse eines Servers:",
+  "Install the Nextcloud app, choose “Log in”, and scan this code or type the address.": "Installiere die Nextcloud-App, wähle „Anmelden“ und scanne diesen Code oder tippe die Adresse.",
   "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
   "Keep": "Behalten",
   "Keep both": "Beide behalten",
   "Keep for good": "Dauerhaft behalten",
+  "Keeps a folder of your computer and this server the same, both ways.": "Hält einen Ordner deines Rechners und diesen Server gleich, in beide Richtungen.",
   "Keyboard shortcuts": "Tastenkürzel",
   "Language": "Sprache",
   "Leave without saving?": "Verlassen, ohne zu speichern?",
@@ -9275,13 +9491,17 @@ const GERMAN = {
   "Log in": "Anmelden",
   "Log out": "Abmelden",
   "Main": "Hauptmenü",
+  "Make administrator": "Zur Verwaltung machen",
+  "Make an app password": "App-Passwort anlegen",
   "Modified": "Geändert",
   "More": "Mehr",
   "Move here": "Hierher verschieben",
   "Move to…": "Verschieben nach …",
   "Move {what} to": "{what} verschieben nach",
   "Name": "Name",
+  "Name of the device": "Name des Geräts",
   "New": "Neu",
+  "New account": "Neues Konto",
   "New folder": "Neuer Ordner",
   "New name": "Neuer Name",
   "New password": "Neues Passwort",
@@ -9289,6 +9509,7 @@ const GERMAN = {
   "New text file": "Neue Textdatei",
   "Next": "Weiter",
   "No folders in here": "Keine Ordner hierin",
+  "Nobody can log in with it any more. Its files go after a while.": "Niemand kann sich damit mehr anmelden. Die Dateien verschwinden nach einer Weile.",
   "Not set up yet": "Noch nicht eingerichtet",
   "Note": "Notiz",
   "Nothing found": "Nichts gefunden",
@@ -9298,14 +9519,19 @@ const GERMAN = {
   "Now": "Jetzt",
   "Open": "Öffnen",
   "Open in a new tab": "In neuem Tab öffnen",
+  "Other programs get a password of their own, which you can revoke under “Devices”.": "Andere Programme bekommen ein eigenes Passwort, das du unter „Geräte“ sperren kannst.",
   "Password": "Passwort",
   "Password again": "Passwort noch einmal",
   "Paste": "Einfügen",
   "Pause": "Anhalten",
   "Paused: {done} of {n} uploaded": "Angehalten: {done} von {n} hochgeladen",
+  "Phone or tablet: photos and files": "Handy oder Tablet: Fotos und Dateien",
   "Please log in again": "Bitte neu anmelden",
   "Present password": "Bisheriges Passwort",
   "Preview": "Vorschau",
+  "Quota in GB; empty is no limit": "Speicher in GB; leer heißt unbegrenzt",
+  "Remove": "Entfernen",
+  "Remove the account {name}?": "Das Konto {name} entfernen?",
   "Rename": "Umbenennen",
   "Renamed to “{name}”": "Umbenannt in „{name}“",
   "Replace": "Ersetzen",
@@ -9324,6 +9550,9 @@ const GERMAN = {
   "See it as it was…": "Ansehen, wie es war …",
   "Select all": "Alle auswählen",
   "Select {name}": "{name} auswählen",
+  "Server": "Server",
+  "Set a new password": "Neues Passwort setzen",
+  "Set the quota": "Speicher festlegen",
   "Settings": "Einstellungen",
   "Shift": "Umschalt",
   "Show in its folder": "Im Ordner zeigen",
@@ -9337,7 +9566,11 @@ const GERMAN = {
   "Something went wrong on the server. Whoever runs it should look at its log.": "Auf dem Server ging etwas schief. Wer ihn betreibt, sollte ins Protokoll sehen.",
   "Sort by {what}": "Nach {what} ordnen",
   "Space": "Leertaste",
+  "Start again in the program that sent you here.": "Fang in dem Programm, das dich hergeschickt hat, noch einmal an.",
+  "State": "Zustand",
   "Storage used": "Belegter Speicher",
+  "Synchronised folder": "Abgeglichener Ordner",
+  "Taken back.": "Zurückgenommen.",
   "That is too long ago: the history does not reach back so far.": "Das ist zu lange her: So weit reicht der Verlauf nicht zurück.",
   "The account {name} was made": "Das Konto {name} wurde angelegt",
   "The disk of the server is almost full; it takes nothing new until there is room.": "Die Platte des Servers ist fast voll; er nimmt nichts Neues an, bis wieder Platz ist.",
@@ -9353,8 +9586,10 @@ const GERMAN = {
   "This file is larger than the server accepts.": "Diese Datei ist größer, als der Server annimmt.",
   "This is not allowed.": "Das ist nicht erlaubt.",
   "This is not there any more.": "Das gibt es nicht mehr.",
+  "This link has expired": "Dieser Link ist abgelaufen",
   "This needs your password once more.": "Dafür ist noch einmal dein Passwort nötig.",
   "This one": "Dieses hier",
+  "This password is shown only now; it stands in the commands below.": "Dieses Passwort wird nur jetzt gezeigt; es steht in den Befehlen unten.",
   "This server is not set up yet. Open the link that it printed when it started.": "Dieser Server ist noch nicht eingerichtet. Öffne den Link, den er beim Start ausgegeben hat.",
   "This version is the present one now; the others stay.": "Diese Version gilt jetzt; die anderen bleiben erhalten.",
   "Tiles": "Kacheln",
@@ -9370,17 +9605,20 @@ const GERMAN = {
   "Upload files": "Dateien hochladen",
   "Uploading: {done} of {n}, {percent} %": "Hochladen: {done} von {n}, {percent} %",
   "Uploads": "Uploads",
+  "Version": "Version",
   "Versions": "Versionen",
   "Versions of {name}": "Versionen von {name}",
   "View": "Ansicht",
   "Waiting": "Wartet",
   "Waiting for the connection…": "Wartet auf die Verbindung …",
+  "Ways to connect": "Wege zum Verbinden",
   "Welcome": "Willkommen",
   "What is in it cannot be brought back after this.": "Sein Inhalt lässt sich danach nicht zurückholen.",
   "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
   "Where you are": "Wo du bist",
   "Where you are logged in": "Wo du angemeldet bist",
   "Wrong name or password.": "Name oder Passwort ist falsch.",
+  "You can close this window now.": "Du kannst dieses Fenster jetzt schließen.",
   "Your password, please": "Dein Passwort, bitte",
   "Your session has ended.": "Deine Sitzung ist zu Ende.",
   "Your storage is full. Delete something, then empty the trash, or ask for more.": "Dein Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
@@ -9392,6 +9630,7 @@ const GERMAN = {
   "there is an account of that name": "ein Konto mit diesem Namen gibt es schon",
   "this setup link is not valid any more": "dieser Link zum Einrichten gilt nicht mehr",
   "used {when}": "benutzt {when}",
+  "{free} of {total}": "{free} von {total}",
   "{n} B": "{n} B",
   "{n} file": "{n} Datei",
   "{n} file uploaded": "{n} Datei hochgeladen",
@@ -9428,8 +9667,10 @@ const GERMAN = {
   "{who} restored {what}": "{who} hat {what} wiederhergestellt",
   "{who} saved {what}": "{who} hat {what} gespeichert",
   "{who} undid a step": "{who} hat einen Schritt rückgängig gemacht",
+  "“{device}” wants to see and change the files of {name}.": "„{device}“ möchte die Dateien von {name} sehen und ändern.",
   "“{name}” and {n} more": "„{name}“ und {n} weitere",
   "“{name}” exists already": "„{name}“ gibt es schon",
+  "“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen und {overwrites} überschreiben.",
 };
 
 // ---- keys
@@ -9472,6 +9713,9 @@ function listen() {
   addEventListener("drop", onDrop);
   addEventListener("paste", onPaste);
   addEventListener("online", () => queue.delayed.forEach(wake));
+  addEventListener("pagehide", () => source && source.close());        // a page kept for "back" must not keep its connection
+  addEventListener("pageshow", event => event.persisted && watchServer());
+  document.addEventListener("visibilitychange", watchServer);
   addEventListener("beforeunload", event => { if (busy()) event.preventDefault(); });
   document.addEventListener("click", onLinkClick);
   document.addEventListener("contextmenu", event => {
@@ -9507,31 +9751,45 @@ PAGE_HTML = r"""<!doctype html>
 """
 
 
+def lean(source: str) -> str:
+    """A script or style as it is sent: without the comment lines and the indentation that are for people."""
+    return re.sub(r"(?m)^[ ]+|^//.*\n", "", source)
+
+
 def source_hash(text: str) -> str:
     """How a Content-Security-Policy names a piece of inline source (CSP3 s2.3.1)."""
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-PAGE = PAGE_HTML.replace("{style}", PAGE_STYLE).replace("{script}", PAGE_SCRIPT).encode()
-PAGE_FIELDS = {
-    "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache",
-    "ETag": '"%s"' % hashlib.sha256(PAGE).hexdigest()[:16],
-    "Content-Security-Policy": "default-src 'none'; script-src %s; style-src %s; img-src 'self' blob: data:; "
-                               "media-src 'self' blob:; connect-src 'self'; manifest-src 'self'; worker-src 'self'; "
-                               "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; object-src 'none'" % (
-                                   source_hash(PAGE_SCRIPT), source_hash(PAGE_STYLE)),
-    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), geolocation=(), microphone=()"}
+def page_fields(etag: str, **fields: str) -> dict[str, str]:
+    """W3"""
+    return {
+        "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "ETag": etag, "Vary": "Accept-Encoding",
+        "Content-Security-Policy": "default-src 'none'; script-src %s; style-src %s; img-src 'self' blob: data:; "
+                                   "media-src 'self' blob:; frame-src blob:; connect-src 'self'; manifest-src 'self'; "
+                                   "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; object-src 'none'" % (
+                                       source_hash(lean(PAGE_SCRIPT)), source_hash(lean(PAGE_STYLE))),
+        "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
+        "Permissions-Policy": "camera=(), geolocation=(), microphone=()", **fields}
 
 
-def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = ()) -> Response:
+PAGE = PAGE_HTML.replace("{style}", lean(PAGE_STYLE)).replace("{script}", lean(PAGE_SCRIPT)).encode()
+PAGE_NAME = hashlib.sha256(PAGE).hexdigest()[:16]
+PAGE_FORMS = {  # by whether the browser takes gzip: body and header fields; nothing in the page is secret, so it may be packed
+    False: (PAGE, page_fields('"%s"' % PAGE_NAME)),
+    True: (gzip.compress(PAGE, mtime=0), page_fields('"%s-gz"' % PAGE_NAME, **{"Content-Encoding": "gzip"}))}
+
+
+def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = (), token: str = "") -> Response:
     """The page; what it shows is up to its script, which reads the address."""
-    if request["if-none-match"] == PAGE_FIELDS["ETag"]:
-        return Response(304, b"", dict(PAGE_FIELDS))
-    return Response(200, PAGE, dict(PAGE_FIELDS))
+    body, fields = PAGE_FORMS["gzip" in request.fields.get("accept-encoding", "")]
+    if request["if-none-match"] == fields["ETag"]:
+        return Response(304, b"", {name: value for name, value in fields.items() if name != "Content-Encoding"})
+    return Response(200, body, dict(fields))
 
 
-for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/trash", "/activity", "/search", "/settings/<path>"):
+for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/trash", "/activity", "/search", "/settings/<path>",
+                 "/login/v2/flow/<token>"):
     route("GET", _pattern, needs="nothing")(web_page)
 
 

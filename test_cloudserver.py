@@ -51,6 +51,7 @@ if __name__ == "__main__":
 
 import ast
 import base64
+import gzip
 import hashlib
 import http.client
 import io
@@ -3186,6 +3187,9 @@ def test_the_policy_names_the_script_and_the_style(call):
     assert "unsafe" not in policy and "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
     again = call("GET", "/", user=None, If_None_Match=page.headers["etag"])
     assert again.status == 304 and not again.body
+    packed = call("GET", "/", user=None, Accept_Encoding="br, gzip")
+    assert packed.headers["content-encoding"] == "gzip" and packed.headers["etag"] != page.headers["etag"] and len(packed.body) < 60_000
+    assert gzip.decompress(packed.body) == page.body and packed.headers["content-security-policy"] == policy
 
 
 def words_of_the_script():
@@ -3212,7 +3216,7 @@ def test_every_word_is_there_in_both_languages():
 
 def test_every_address_of_the_page_answers_with_the_page(call):
     for path in ("/", "/setup", "/login", "/files", "/files/a%20b/c", "/past/seq:3/a", "/versions/a", "/trash", "/activity", "/search?q=x",
-                 "/settings", "/settings/devices"):
+                 "/settings", "/settings/devices", "/login/v2/flow/abc"):
         answer = call("GET", path, user=None)
         assert answer.status == 200 and answer.body == cs.PAGE, path
 
