@@ -6979,6 +6979,7 @@ main:focus { outline: none; }
 .tiles .names { flex: none; padding: 0 .3rem; }
 .tiles .label { margin: 0 auto; font-size: .9rem; }
 .tiles .check { position: absolute; left: 14px; top: 14px; opacity: 0; z-index: 1; }
+.tiles .more button { background: var(--raised); border-radius: 8px; }
 .tiles .more { position: absolute; right: 8px; top: 8px; z-index: 1; }
 .tiles .row:hover .check, .tiles .row[aria-selected=true] .check, .tiles .cursor .check { opacity: 1; }
 .picture { flex: 1; min-height: 0; display: grid; place-items: center; background: var(--side); border-radius: 8px; overflow: hidden; }
@@ -7000,7 +7001,7 @@ main:focus { outline: none; }
 .settings { display: grid; gap: 2rem; max-width: 46rem; padding-top: .5rem; }
 .settings section { display: grid; gap: .6rem; }
 .buttons { display: flex; gap: .5rem; flex-wrap: wrap; justify-content: flex-end; }
-.settings .buttons { justify-content: flex-start; }
+.settings .buttons { justify-content: flex-start; align-items: end; }
 
 .command { display: flex; gap: .5rem; align-items: start; }
 .command code { flex: 1; background: var(--side); border-radius: 8px; padding: .5rem .75rem; font: .85rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; min-width: 0; }
@@ -7112,6 +7113,7 @@ th { background: var(--side); position: sticky; top: 0; }
   .crumbs a, .crumbs > span { min-height: 44px; display: flex; align-items: center; }
   .crumbs .slash { min-height: 0; }
   .bar { top: 0; }
+  .tab { padding: .65rem .5rem; }
   .selecting .bar button:not(.prime):not(.quiet), .selecting .new, body:not([data-view=files]) .new { display: none; }
   .selecting .bar { position: fixed; inset: auto 0 0 0; z-index: 5; background: var(--side); border-top: 1px solid var(--line); padding: .3rem .75rem calc(.6rem + env(safe-area-inset-bottom)); }
   .selecting .bar .quiet { order: 1; }
@@ -7213,9 +7215,9 @@ const KINDS = Object.entries({
   table: "csv tsv xlsx xls ods", text: "txt md markdown log ini conf toml yaml yml json xml html css js mjs ts py rb go rs c h cpp " +
     "java sh bat sql tex rst doc docx odt rtf epub diff patch env cfg gitignore dockerfile makefile",
 }).flatMap(([kind, suffixes]) => suffixes.split(" ").map(suffix => [suffix, kind]));
-const KIND_OF = Object.fromEntries(KINDS);
+const KIND_OF = new Map(KINDS);
 const suffixOf = name => name.slice(name.lastIndexOf(".") + 1).toLowerCase();
-const kindOf = entry => entry.kind === "collection" ? "collection" : KIND_OF[suffixOf(entry.name)] || "file";
+const kindOf = entry => entry.kind === "collection" ? "collection" : KIND_OF.get(suffixOf(entry.name)) || "file";
 
 function icon(kind) {
   const [body, detail] = ICONS[kind].split("|");
@@ -7346,7 +7348,7 @@ async function attempt(work) {
 // ---- toasts, sheets, menus
 
 function toast(text, {kind = "", label, run} = {}) {
-  const box = h("div.toast" + (kind && "." + kind), {role: kind === "bad" ? "alert" : "status"}, h("span", {}, text));
+  const box = h("div.toast" + (kind && "." + kind), {role: kind === "bad" ? "alert" : null}, h("span", {}, text));
   const close = () => box.remove();
   if (label) box.append(button(label, () => { close(); run(); }));
   box.append(button(t("Close"), close, {className: "quiet"}));
@@ -7431,7 +7433,9 @@ const ownName = () => h("input", {name: "user", autocomplete: "username", value:
 
 // the page of one form that stands for everything before somebody is logged in
 function showGate(title, text, fields, yes, run) {
-  document.title = title + " – cloudserver";
+  setTitle(title);
+  view.turn = (view.turn || 0) + 1;    // what is still on its way to the view before comes to nothing
+  Object.assign(view, {kind: "", path: ""});
   const problem = h("p.problem", {role: "alert"});
   const submit = h("button.primary", {}, yes);
   const form = h("form", {onsubmit: async event => {
@@ -7539,7 +7543,7 @@ function buildFrame() {
       h("div.top", {}, h("nav.crumbs", {"aria-label": t("Where you are")}), h("form.search", {role: "search",
         onsubmit: event => { event.preventDefault(); search.blur(); }}, search)),
       h("div.bar", {role: "toolbar", "aria-label": t("Actions")}), h("div.content")),
-    h("section.queue", {"aria-label": t("Uploads"), hidden: true}), h("div.toasts", {"aria-live": "polite"}));
+    h("section.queue", {"aria-label": t("Uploads"), hidden: true}));
   showQuota();
   showQueue();
   watchServer();
@@ -7601,6 +7605,7 @@ async function show() {
     here ? one.setAttribute("aria-current", "page") : one.removeAttribute("aria-current");
   }
   document.body.dataset.view = view.kind;
+  if (!find(".search")) return;        // a gate took the place of the frame
   if (view.kind !== "search") find(".search input").value = "";
   if (scroll) scrollTo(0, scroll);
 }
@@ -8435,7 +8440,7 @@ async function failItem(item, error) {
     if (item.state === "sending") again(item);
     return undefined;
   }
-  if (error.code === "network" || error.code === "busy" || error.status === 0) {
+  if (["network", "busy", "offset"].includes(error.code)) {            // offset: the server still ends what was cut off
     item.state = "waiting";
     item.error = t("Waiting for the connection…");
     showItem(item);
@@ -9744,6 +9749,7 @@ PAGE_HTML = r"""<!doctype html>
 </head>
 <body>
 <div id="app"></div>
+<div class="toasts" role="status"></div>
 <noscript>This page needs JavaScript; curl and every WebDAV client work without.</noscript>
 <script>{script}</script>
 </body>

@@ -4358,14 +4358,16 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """One cloud for all stories in the browser: (cloud, address)."""
-    cloud = Cloud(Config(data=tmp_path_factory.mktemp("shared") / "data"))
+    """One cloud for all stories in the browser: (cloud, address, [seconds by which its clocks are ahead])."""
+    ahead = [0]
+    clock = Clock(lambda: time.time() + ahead[0], lambda: time.monotonic() + ahead[0])
+    cloud = Cloud(Config(data=tmp_path_factory.mktemp("shared") / "data"), clock)
     account(cloud, "root", admin=True)
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
     server = CloudServer(cloud, listener)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
-    yield cloud, listener.getsockname()
+    yield cloud, listener.getsockname(), ahead
     server.stop()
     thread.join(15)
     listener.close()
@@ -4393,6 +4395,9 @@ class Page:
     def tree(self):
         return set(tree(self.cloud, self.who))
 
+    def cloud_address(self):
+        return "127.0.0.1", int(self.home.rpartition(":")[2])
+
     def size(self, width, height, *, dark=False, touch=False):
         self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
         self.cdp("Emulation.setTouchEmulationEnabled", enabled=touch)
@@ -4402,9 +4407,10 @@ class Page:
 @pytest.fixture
 def page(browser, shared, request):
     """The page as an account of this story sees it, logged in; the console must have stayed silent."""
-    cloud, address = shared
+    cloud, address, ahead = shared
     name = "ann-%d" % (len(cloud.accounts.list()) + 1)
     page = Page(browser, cloud, "http://127.0.0.1:%d" % address[1], account(cloud, name))
+    page.ahead = ahead
     secret, _ = cloud.accounts.log_in(name, PASSWORD, "127.0.0.1", "Firefox Linux")
     browser.cdp("Network.clearBrowserCookies")
     browser.cdp("Network.setCookie", url=page.home, name="session", value=secret, httpOnly=True, sameSite="Lax")
@@ -4821,6 +4827,149 @@ def test_browser_activity_and_time(page):
     page.click("Undo")
     page.sees("Undone.")
     assert page.get("box/a.txt") == b"two"
+
+
+def test_browser_connects_devices(page):
+    page.open("/settings/connect")
+    page.ahead[0] += 700                         # the password given at login is not fresh any more
+    page.fill("input[name=name]", "tablet")
+    page.click("Make an app password")
+    page.sees("Your password, please")
+    page.fill("dialog input[name=password]", PASSWORD)
+    page.click("Continue")
+    page.sees("This password is shown only now")
+    token = page.run("return document.querySelector('[aria-live=polite] code').textContent")
+    assert exchange(page.cloud_address(), "GET", "/api/v1/account", user=None, Authorization="Bearer " + token).json()["name"] == page.who.name
+    assert token in page.run("return document.querySelector('.ways').innerText") and page.run("return document.querySelectorAll('svg.qr path').length") == 1
+
+
+@pytest.mark.parametrize("text, size, digest", [                 # read back by a scanner when the encoder was written
+    ("nc://login/server:https://cloud.example.org&user:ann&password:cs_abcdefghijklmnopqrstuvwxyz012345", 41, "077a7fd4b14a8607"),
+    ("x" * 200, 57, "1e21180d1f36a922"), ("hello", 21, "52a7aa67e7296ede")])
+def test_browser_draws_qr_codes(page, text, size, digest):
+    page.open("/")
+    grid = page.run("return qrGrid(new TextEncoder().encode(arguments[0])).map(row => row.map(Number).join('')).join('\\n')", text)
+    assert len(grid.split("\n")) == size and hashlib.sha256(grid.encode()).hexdigest()[:16] == digest
+
+
+def test_browser_administers_accounts(page):
+    page.cloud.accounts.update(page.who.name, page.who, admin=True)
+    page.open("/settings/accounts")
+    page.click("New account")
+    for name, text in (("name", "zoe"), ("password", PASSWORD), ("quota", "1.5")):
+        page.fill("dialog input[name=%s]" % name, text)
+    page.click("Create")
+    page.sees("0 B of 1.5 GB used")
+    assert page.cloud.accounts.get("zoe").quota == 3 << 29
+    page.click("Change zoe")
+    page.click("Make administrator")
+    page.wait("return [...document.querySelectorAll('.steps li')].some(row => /zoe\\s*Administrator/.test(row.innerText))")
+    page.click("Change zoe")
+    page.click("Remove")
+    page.click("button.danger")
+    page.misses("zoe")
+    assert outcome(page.cloud.accounts.get, "zoe") == "not-found"
+
+
+def test_browser_shows_what_others_do(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    time.sleep(0.3)                              # the event stream begins
+    page.put("news.txt", "x")
+    page.shows("news.txt")
+
+
+def test_browser_shows_the_brake(page):
+    for n in range(250):
+        page.put("f%03d" % n)
+    page.ahead[0] += 3600
+    _, token = page.cloud.accounts.add_token(page.who, "laptop")
+    laptop = page.cloud.accounts.identify("Bearer " + token, "", "127.0.0.1", secure=True)
+    assert outcome(page.cloud.delete, laptop, *[("f%03d" % n,) for n in range(250)]) == "held"
+    page.open("/")
+    page.sees("“laptop” is held: it wants to delete 250")
+    page.shot("brake")
+    page.click("Allow")
+    page.misses("is held")
+    page.cloud.delete(laptop, *[("f%03d" % n,) for n in range(250)])
+    page.sees("Nothing here yet")
+
+
+def test_browser_lets_a_device_in(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.run("window.asked = []; window.api = async (method, what) => { if (what.startsWith('grants')) asked.push(method + ' ' + what); return {device: 'Mozilla <b>mirall</b>', held: []}; }; go('/login/v2/flow/abc')")
+    page.sees("Grant access?", "“Mozilla <b>mirall</b>” wants to see and change the files of " + page.who.name)
+    page.shot("grant")
+    page.click("Grant access")
+    page.sees("You can close this window now.")
+    assert page.run("return asked.join()") == "GET grants/abc,POST grants/abc"
+
+
+def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_path, monkeypatch):
+    data = os.urandom(12 * MiB)
+    for name in ("one.bin", "two.bin", "three.bin"):
+        (tmp_path / name).write_bytes(data)
+    offline = lambda yes: page.cdp("Network.emulateNetworkConditions", offline=yes, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    page.cdp("Network.enable")
+    put_chunk = page.cloud.blobs.put
+    monkeypatch.setattr(page.cloud.blobs, "put", lambda *args, **how: time.sleep(0.25) or put_chunk(*args, **how))
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.click("New")
+    page.click("Upload files")
+    page.file(tmp_path / "one.bin", tmp_path / "two.bin", tmp_path / "three.bin")
+    page.wait("return queue.items.length === 3 && queue.items.every(item => item.sent > 500000)")
+    page.click("Pause")
+    page.sees("Paused: 0 of 3")
+    page.shot("paused")
+    page.wait("return queue.running === 0")
+    page.run("[...document.querySelectorAll('.queue li')].find(row => row.innerText.includes('two.bin')).querySelector('button').click()")
+    page.click("Resume")
+    page.wait("return queue.items.filter(item => item.state === 'sending').length === 2")
+    offline(True)
+    page.sees("Waiting for the connection…")
+    page.shot("offline")
+    offline(False)
+    page.run("dispatchEvent(new Event('online'))")
+    page.sees("2 files uploaded", seconds=20)
+    page.shows("one.bin", "three.bin")
+    assert page.get("one.bin") == page.get("three.bin") == data and page.tree() == {"one.bin", "three.bin"}
+    page.run("[...document.querySelectorAll('.queue li.cancelled button')].forEach(one => one.click())")
+    page.sees("3 files uploaded", seconds=20)
+    assert page.get("two.bin") == data and page.run("return localStorage.getItem('uploads')") == "{}"
+
+
+HOSTILE = ["<img src=x onerror=alert(1)>.txt", "\"quotes' & `ticks`.txt", "{n} {name}.txt", "a\u202egpj.exe", "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467.md", "x" * 251 + ".txt",
+           "%2e%2e%2f.txt", "a?b#c;d=e.txt", " blanks .txt", "\u0627\u0644\u0639\u0631\u0628\u064a\u0629.txt", "__proto__", "constructor", "$& $1.txt", "..hidden"]
+
+
+def test_browser_takes_hostile_names(page, tmp_path):
+    for name in HOSTILE:
+        page.put(name, name)
+    page.open("/")
+    page.wait("return list.entries.length === arguments[0]", len(HOSTILE))
+    assert sorted(page.rows()) == sorted(HOSTILE) and page.run("return document.querySelectorAll('.content img').length") == 0
+    for name in HOSTILE:
+        page.run("const entry = list.entries.find(one => one.name === arguments[0]); pick(list.entries.indexOf(entry)); openEntry(entry)", name)
+        page.wait("return preview.entry && preview.entry.name === arguments[0]", name)
+        page.press("Escape")
+        page.wait("return !document.querySelector('dialog')")
+    page.shot("hostile")
+    page.press("Control", "a")
+    page.press("Delete")
+    page.sees("%d items deleted" % len(HOSTILE))
+    page.click("Undo")
+    page.wait("return list.entries.length === arguments[0]", len(HOSTILE))
+    assert page.tree() == set(HOSTILE)
+    page.click("Select \"quotes' & `ticks`.txt")
+    page.press("F2")
+    page.wait("return document.activeElement.classList.contains('rename')")
+    page.press("Control", "a")
+    page.keys("<i>new<|i>")
+    page.press("Enter")
+    page.sees("Renamed to “<i>new<|i>”")
+    assert "<i>new<|i>" in page.tree()
 
 
 # ==== real clients =======================================================================
