@@ -6905,6 +6905,7 @@ progress::-moz-progress-bar { background: var(--accent); }
 /* the frame */
 #app { min-height: 100vh; }
 body:has(.side) #app { display: grid; grid-template-columns: 14.5rem minmax(0, 1fr); }
+.unseen { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
 .skip { position: absolute; left: -99rem; }
 .skip:focus { left: 1rem; top: 1rem; z-index: 9; background: var(--raised); padding: .5rem 1rem; }
 .side { background: var(--side); border-right: 1px solid var(--line); padding: 1.1rem 1rem; display: flex; flex-direction: column; gap: 1.1rem;
@@ -7082,6 +7083,7 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .paper > * + * { margin-top: .8rem; }
 .paper h1, .paper h2 { border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
 .paper :is(pre, code) { background: var(--side); border-radius: 6px; font: .875rem/1.5 ui-monospace, monospace; }
+.paper a { text-decoration: underline; }
 .paper code { padding: .1rem .35rem; }
 .paper pre { padding: .8rem 1rem; overflow-x: auto; white-space: pre; width: auto; }
 .paper pre code { padding: 0; }
@@ -7539,7 +7541,7 @@ function buildFrame() {
       h("nav", {"aria-label": t("Main")}, NAVIGATION.map(([name, label, address]) =>
         h("a", {href: PREFIX + address, "data-view": name}, t(label)))),
       h("div.quota")),
-    h("main", {id: "content", tabIndex: -1}, h("div.banners"),
+    h("main", {id: "content", tabIndex: -1}, h("h1.unseen"), h("div.banners"),
       h("div.top", {}, h("nav.crumbs", {"aria-label": t("Where you are")}), h("form.search", {role: "search",
         onsubmit: event => { event.preventDefault(); search.blur(); }}, search)),
       h("div.bar", {role: "toolbar", "aria-label": t("Actions")}), h("div.content")),
@@ -7566,6 +7568,8 @@ function soon(work, wait) {
 
 function setTitle(text) {
   document.title = text + " – cloudserver";
+  const heading = find("#content > h1");
+  if (heading) heading.textContent = text;
 }
 
 function setCrumbs(...parts) {
@@ -9683,7 +9687,7 @@ const GERMAN = {
 function showHelp() {
   const rows = [...ACTIONS.filter(action => action.keys).map(action => [t(action.label), showKeys(action.keys)]),
     [t("Choose"), "↑ ↓"], [t("Choose several"), showKeys("Shift") + " ↑ ↓"], [t("Choose one more"), t("Space")]];
-  return sheet(t("Keyboard shortcuts"), close => [h("dl.keys", {}, rows.map(([label, key]) => h("div", {}, h("dt", {}, label), h("dd", {}, h("kbd", {}, key))))),
+  return sheet(t("Keyboard shortcuts"), close => [h("dl.keys", {tabIndex: 0}, rows.map(([label, key]) => h("div", {}, h("dt", {}, label), h("dd", {}, h("kbd", {}, key))))),
     buttonsRow(button(t("Close"), () => close(), {className: "primary", autofocus: true}))]);
 }
 
