@@ -48,6 +48,7 @@ import base64
 import bisect
 import errno
 import getpass
+import gzip
 import hashlib
 import hmac
 import http.client
@@ -5049,6 +5050,8 @@ def json_error(error: CloudError, request: Request) -> Response:
         problem["request"] = request.id
     response = Response(error.status, format_json(problem), {
         "Content-Type": "application/problem+json; charset=utf-8", "Cache-Control": "no-store", **error_fields(error)})
+    if error.status == 401 and request["x-requested-by"]:        # a browser would ask for Basic by a window of its own
+        response.fields["WWW-Authenticate"] = 'Session realm="cloudserver"'
     response.close = error.close
     return response
 
@@ -5615,9 +5618,10 @@ def read_limit(value: int | None, most: int = PAGE_LIMIT) -> int:
 
 @route("GET", "/api/v1", needs="nothing")
 def api_root(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """What this is, and its limits."""
+    """What this is, its limits, and whom it takes the asker for."""
     return json_response({
-        "name": "cloudserver", "set_up": cloud.accounts.is_set_up(), "server": cloud.epoch, "openapi": API + "openapi.json",
+        "name": "cloudserver", "set_up": cloud.accounts.is_set_up(), "account": who.name or None, "server": cloud.epoch,
+        "openapi": API + "openapi.json",
         "limits": {"file": parse_size(cloud.config.max_file), "name": NAME_LIMIT, "path": PATH_LIMIT, "depth": DEPTH_LIMIT,
                    "chunk": CHUNK_LIMIT, "frames": FRAMES_LIMIT, "ops": OPS_LIMIT, "entries": PAGE_LIMIT, "copy": COPY_LIMIT}})
 
@@ -6847,24 +6851,2924 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
 # loaded.  Names and other users' text enter it by textContent alone (W5).
 
 PAGE_STYLE = r"""
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 40rem; padding: 0 1rem; }
+:root {
+  color-scheme: light dark;
+  --back: #fff; --side: #f5f6f8; --raised: #fff; --text: #1b1e23; --soft: #59626e; --line: #e2e5ea; --hover: #f1f3f6;
+  --accent: #1857c4; --on-accent: #fff; --chosen: #e4edfb; --danger: #b3261e; --shadow: 0 8px 28px rgb(20 30 50 / .18); --icon: #7a8696;
+  --mark: #fff3c4;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #15171b; --side: #1b1e23; --raised: #22262c; --text: #e8eaee; --soft: #a4adb9; --line: #2e333b; --hover: #20242a;
+    --accent: #8fb8ff; --on-accent: #0d1b33; --chosen: #22344f; --danger: #ff9d94; --shadow: 0 8px 28px rgb(0 0 0 / .6); --icon: #8f9bab;
+    --mark: #4d431f;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html { scrollbar-gutter: stable; }
+body { margin: 0; background: var(--back); color: var(--text); font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  -webkit-text-size-adjust: 100%; }
+h1 { font-size: 1.5rem; font-weight: 600; margin: 0; }
+h2 { font-size: 1.1rem; font-weight: 600; margin: 0 0 .5rem; }
+p { margin: 0; }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+:focus:not(:focus-visible) { outline: none; }
+.soft, .hint { color: var(--soft); }
+.problem { color: var(--danger); }
+.problem:empty { display: none; }
+
+button, .button { font: inherit; color: inherit; background: var(--raised); border: 1px solid var(--line); border-radius: 8px;
+  padding: .4rem .85rem; min-height: 36px; cursor: pointer; white-space: nowrap; display: inline-flex; align-items: center;
+  justify-content: center; gap: .4rem; }
+button:hover, .button:hover { background: var(--hover); text-decoration: none; }
+button:disabled { opacity: .5; cursor: default; }
+button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
+button.primary:hover { filter: brightness(1.08); }
+button.danger { color: var(--danger); border-color: currentColor; }
+button.quiet { background: none; border-color: transparent; color: var(--soft); }
+button.quiet:hover { background: var(--hover); color: var(--text); }
+input, select, textarea { font: inherit; color: inherit; background: var(--back); border: 1px solid var(--soft); border-radius: 8px;
+  padding: .45rem .7rem; min-height: 40px; width: 100%; }
+input[type=checkbox] { width: 18px; height: 18px; min-height: 0; margin: 0; padding: 0; accent-color: var(--accent); flex: none; }
+label.field { display: grid; gap: .25rem; }
+label.field span { font-weight: 500; }
+label.tick { display: flex; gap: .6rem; align-items: center; min-height: 36px; }
+kbd { font: inherit; font-size: .85em; color: var(--soft); }
+progress, meter { width: 100%; height: 6px; }
+progress { appearance: none; border: 0; border-radius: 3px; background: var(--line); overflow: hidden; }
+progress::-webkit-progress-bar { background: var(--line); }
+progress::-webkit-progress-value { background: var(--accent); }
+progress::-moz-progress-bar { background: var(--accent); }
+.icon { width: 24px; height: 24px; flex: none; fill: none; stroke: var(--icon); stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
+.icon.collection .body { fill: var(--accent); stroke: none; opacity: .85; }
+.icon.image, .icon.video { stroke: #9a5bb5; }
+.icon.pdf { stroke: #c4453c; }
+.icon.table { stroke: #2e8b57; }
+
+/* the entrance */
+.gate { max-width: 24rem; margin: 12vh auto 4rem; padding: 0 1.25rem; display: grid; gap: 1rem; }
+.gate form { display: grid; gap: 1rem; }
+.gate .primary { min-height: 44px; }
+.brand { display: flex; align-items: center; gap: .55rem; font-weight: 650; font-size: 1.05rem; color: var(--text); }
+.brand:hover { text-decoration: none; }
+.languages { display: flex; gap: .25rem; }
+.languages button[aria-pressed=true] { color: var(--text); font-weight: 600; }
+
+/* the frame */
+#app { min-height: 100vh; }
+body:has(.side) #app { display: grid; grid-template-columns: 14.5rem minmax(0, 1fr); }
+.unseen { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
+.skip { position: absolute; left: -99rem; }
+.skip:focus { left: 1rem; top: 1rem; z-index: 9; background: var(--raised); padding: .5rem 1rem; }
+.side { background: var(--side); border-right: 1px solid var(--line); padding: 1.1rem 1rem; display: flex; flex-direction: column; gap: 1.1rem;
+  position: sticky; top: 0; height: 100vh; }
+.side nav { display: grid; gap: 2px; }
+.side nav a { color: var(--text); padding: .5rem .75rem; border-radius: 8px; min-height: 38px; }
+.side nav a:hover { background: var(--hover); text-decoration: none; }
+.side nav a[aria-current] { background: var(--chosen); font-weight: 600; }
+.new { min-height: 44px; }
+.quota { margin-top: auto; display: grid; gap: .35rem; color: var(--soft); font-size: .875rem; }
+main { min-width: 0; padding: 0 1.75rem 6rem; }
+main:focus { outline: none; }
+.top { display: flex; gap: 1.5rem; align-items: center; min-height: 68px; position: sticky; top: 0; background: var(--back); z-index: 3; }
+.crumbs { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .35rem; flex: 1; min-width: 0; font-size: 1.1rem; }
+.crumbs a, .crumbs > span { color: var(--soft); padding: .3rem .35rem; border-radius: 6px; overflow-wrap: anywhere; }
+.crumbs [aria-current] { color: var(--text); font-weight: 600; }
+.crumbs .slash { padding: 0; }
+.search { width: 17rem; flex: none; }
+.search input { background: var(--side); border-color: var(--side); }
+.search input:hover { border-color: var(--line); }
+.search input::placeholder { color: var(--soft); opacity: 1; }
+.bar { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; min-height: 52px; position: sticky; top: 68px; background: var(--back); z-index: 3;
+  padding-bottom: .4rem; }
+.bar .count { margin-right: auto; color: var(--soft); }
+.selecting .bar .count { margin-right: .6rem; color: var(--text); }
+.bar button { padding: .3rem .7rem; }
+.bar:empty { display: none; }
+.tab { padding: .5rem .8rem; border-radius: 8px; color: var(--soft); min-height: 38px; }
+.tab[aria-current] { color: var(--text); font-weight: 600; background: var(--side); }
+.hint { padding-bottom: .8rem; font-size: .925rem; }
+
+/* the list */
+.grid:focus-visible { outline: none; }
+.cells { display: grid; grid-template-columns: 40px minmax(0, 1fr) 8.5rem 6rem 44px; align-items: center; }
+.head { border-bottom: 1px solid var(--line); color: var(--soft); font-size: .875rem; }
+.head button { background: none; border: 0; padding: .3rem 0; min-height: 34px; color: inherit; }
+.head button:hover { color: var(--text); }
+[aria-sort=ascending] button::after { content: "↑"; }
+[aria-sort=descending] button::after { content: "↓"; }
+.check { display: grid; place-items: center; }
+.size { text-align: right; padding-right: .75rem; font-variant-numeric: tabular-nums; }
+.rows { position: relative; min-height: 44px; }
+.row { position: absolute; left: 0; right: 0; top: 0; height: 44px; border-bottom: 1px solid var(--line); user-select: none; -webkit-touch-callout: none; }
+.row:hover { background: var(--hover); }
+.row[aria-selected=true] { background: var(--chosen); }
+.grid:focus-visible .cursor { outline: 2px solid var(--accent); outline-offset: -2px; border-radius: 6px; }
+.row.cut { opacity: .55; }
+.row.over, .crumbs .over { background: var(--chosen); box-shadow: inset 0 0 0 2px var(--accent); border-radius: 6px; }
+.row .mtime, .row .deleted, .row .size { color: var(--soft); font-size: .9rem; }
+.row .name { display: flex; align-items: center; gap: .75rem; min-width: 0; }
+.names { min-width: 0; flex: 1; }
+.label { color: var(--text); display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; width: fit-content; max-width: 100%; }
+.second { display: none; color: var(--soft); font-size: .85rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.second.where { display: block; font-size: .8rem; line-height: 1.25; }
+.where .small { display: none; }
+.names:has(.where) .label { line-height: 1.3; }
+.more button { background: none; border: 0; width: 40px; padding: 0; color: var(--soft); opacity: 0; font-weight: 700; }
+.row:hover .more button, .row.cursor .more button, .row[aria-selected=true] .more button { opacity: 1; }
+.rename { min-height: 32px; padding: .2rem .5rem; }
+.band { position: absolute; border: 1px solid var(--accent); background: color-mix(in srgb, var(--accent) 15%, transparent); z-index: 4; pointer-events: none; }
+.banding { user-select: none; }
+.dropping main { box-shadow: inset 0 0 0 3px var(--accent); border-radius: 10px; }
+.ghost { position: absolute; top: -9rem; background: var(--accent); color: var(--on-accent); padding: .4rem .9rem; border-radius: 8px; }
+.empty { text-align: center; padding: 14vh 1rem; color: var(--soft); display: grid; gap: .4rem; justify-items: center; }
+.big { font-size: 1.2rem; color: var(--text); text-align: center; }
+
+/* tiles */
+.tiles .head { display: none; }
+.tiles .row { right: auto; height: 176px; border: 0; padding: 6px; display: block; border-radius: 10px; }
+.tiles .row .name { flex-direction: column; gap: .35rem; align-items: stretch; height: 100%; }
+.tiles .row > .mtime, .tiles .row > .size, .tiles .row > .deleted { display: none; }
+.tiles .names { flex: none; padding: 0 .3rem; }
+.tiles .label { margin: 0 auto; font-size: .9rem; }
+.tiles .check { position: absolute; left: 14px; top: 14px; opacity: 0; z-index: 1; }
+.tiles .more button { background: var(--raised); border-radius: 8px; }
+.tiles .more { position: absolute; right: 8px; top: 8px; z-index: 1; }
+.tiles .row:hover .check, .tiles .row[aria-selected=true] .check, .tiles .cursor .check { opacity: 1; }
+.picture { flex: 1; min-height: 0; display: grid; place-items: center; background: var(--side); border-radius: 8px; overflow: hidden; }
+.picture img { width: 100%; height: 100%; object-fit: cover; }
+.picture .icon { width: 52px; height: 52px; stroke-width: 1; }
+
+.slider { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center; padding-bottom: 1rem; }
+.slider input { width: auto; }
+.slider [type=range] { flex: 1; min-width: 12rem; padding: 0; accent-color: var(--accent); }
+.slider output { min-width: 12rem; font-weight: 600; }
+
+/* steps: versions, activity, devices */
+.steps { list-style: none; margin: 0; padding: 0; max-width: 60rem; }
+.steps li { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; padding: .75rem 0; border-bottom: 1px solid var(--line); }
+.steps .what { flex: 1; min-width: 13rem; overflow-wrap: anywhere; }
+.acts { display: flex; gap: .4rem; flex-wrap: wrap; }
+.tag { display: inline-block; background: var(--chosen); border-radius: 6px; padding: 0 .5rem; margin-left: .5rem; font-size: .85rem; }
+.wide { width: 100%; max-width: 60rem; margin-top: 1rem; }
+.settings { display: grid; gap: 2rem; max-width: 46rem; padding-top: .5rem; }
+.settings section { display: grid; gap: .6rem; }
+.buttons { display: flex; gap: .5rem; flex-wrap: wrap; justify-content: flex-end; }
+.settings .buttons { justify-content: flex-start; align-items: end; }
+
+.command { display: flex; gap: .5rem; align-items: start; }
+.command code { flex: 1; background: var(--side); border-radius: 8px; padding: .5rem .75rem; font: .85rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; min-width: 0; }
+.ways { display: grid; gap: 1.1rem; }
+.ways h3 { font-size: 1rem; margin: 0 0 .3rem; }
+.qr { width: 190px; height: 190px; background: #fff; border-radius: 8px; }
+.banners { padding-top: 0; }
+.banner { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; background: var(--mark); border-radius: 10px; padding: .7rem 1rem; margin-top: .8rem; }
+.banner span { flex: 1; min-width: 14rem; }
+
+/* sheets and menus */
+dialog { color: var(--text); background: var(--raised); border: 1px solid var(--line); border-radius: 14px; padding: 0; box-shadow: var(--shadow); }
+dialog::backdrop { background: rgb(10 14 20 / .45); }
+.sheet .inside { padding: 1.4rem; display: grid; gap: 1rem; width: min(30rem, 92vw); }
+.sheet h2 { margin: 0; overflow-wrap: anywhere; }
+.sheet form { display: grid; gap: 1rem; }
+.walk { border: 1px solid var(--line); border-radius: 8px; height: 40vh; overflow: auto; padding: .3rem; }
+.walk .soft { padding: 1rem; text-align: center; }
+.item { width: 100%; justify-content: flex-start; background: none; border: 0; border-radius: 6px; gap: .7rem; font-weight: 400; }
+.item kbd { margin-left: auto; padding-left: 1.5rem; }
+.item[aria-checked=true]::after { content: "✓"; margin-left: auto; color: var(--accent); }
+.walk .item { overflow: hidden; }
+.walk .buttons button:first-child { margin-right: auto; }
+.sheet.menu { position: fixed; inset: auto; margin: 0; border-radius: 10px; min-width: 13rem; width: max-content; }
+.item:focus-visible { outline-offset: -2px; }
+.sheet.menu .inside { padding: .35rem; width: auto; }
+.sheet.menu::backdrop { background: none; }
+.items, .walk { display: grid; align-content: start; }
+.items hr { border: 0; border-top: 1px solid var(--line); margin: .3rem; }
+.keys { margin: 0; max-height: 60vh; overflow: auto; padding-right: 1rem; }
+.keys div { display: flex; justify-content: space-between; gap: 1rem; padding: .35rem 0; border-bottom: 1px solid var(--line); }
+.keys dd { margin: 0; }
+
+/* toasts and the upload queue */
+.toasts { position: fixed; left: 50%; transform: translateX(-50%); bottom: 1.4rem; z-index: 8; display: grid; gap: .5rem; width: max-content; max-width: min(92vw, 40rem); }
+.toast { display: flex; align-items: center; gap: .4rem; background: #24292f; color: #f4f6f8; border-radius: 10px; padding: .45rem .5rem .45rem 1rem; box-shadow: var(--shadow); }
+.toast span { flex: 1; overflow-wrap: anywhere; padding: .25rem .6rem .25rem 0; }
+.toast button { background: none; border: 0; color: #9cc3ff; font-weight: 600; }
+.toast button.quiet { color: #b9c2cc; font-weight: 400; }
+.toast button:hover { background: rgb(255 255 255 / .12); color: #fff; }
+.toast.bad { background: #8c1d18; }
+.toast.bad button.quiet { color: #ffd9d6; }
+.queue { position: fixed; right: 1.2rem; bottom: 1.2rem; width: 24rem; max-width: calc(100vw - 2rem); background: var(--raised); border: 1px solid var(--line); border-radius: 12px;
+  box-shadow: var(--shadow); z-index: 5; overflow: hidden; }
+.queue .title { display: flex; align-items: center; padding: .5rem .5rem .5rem 1rem; }
+.queue strong { flex: 1; font-weight: 600; font-variant-numeric: tabular-nums; }
+.queue > progress { display: block; border-radius: 0; height: 4px; }
+.queue ul { list-style: none; margin: 0; padding: 0; max-height: 15rem; overflow: auto; }
+.queue li { display: grid; grid-template-columns: minmax(0, 1fr) auto auto; gap: 0 .6rem; align-items: center; padding: .25rem .5rem .4rem 1rem; border-top: 1px solid var(--line); min-height: 46px; }
+.queue li bdi { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.queue li progress { grid-column: 1 / -1; height: 3px; }
+.queue li:not(.sending) progress { display: none; }
+.queue .state { color: var(--soft); font-size: .85rem; }
+.queue .failed { grid-template-columns: minmax(0, 1fr) auto; }
+.queue .failed .state { grid-row: 2; grid-column: 1 / -1; color: var(--danger); }
+
+/* preview */
+.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; max-height: none; border: 0; border-radius: 0; background: var(--back); }
+.preview[open] { display: flex; flex-direction: column; }
+.preview .title { display: flex; align-items: center; gap: .5rem; padding: .6rem 1rem; border-bottom: 1px solid var(--line); }
+.preview .title strong { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.preview .title .soft { margin-right: auto; white-space: nowrap; }
+.preview .body { flex: 1; min-height: 0; display: grid; place-items: center; overflow: auto; position: relative; }
+.preview img, .preview video { max-width: 100%; max-height: 100%; }
+.preview pre { width: min(100%, 70rem); align-self: start; margin: 0; padding: 1.5rem; white-space: pre-wrap; overflow-wrap: anywhere; font: .875rem/1.55 ui-monospace, monospace; }
+
+.preview .stage { display: grid; place-items: center; width: 100%; height: 100%; overflow: auto; }
+.preview .zoomed { place-items: start; cursor: grab; }
+.preview .zoomed img { max-width: none; max-height: none; }
+.preview .stage:not(.zoomed) img { cursor: zoom-in; }
+.preview iframe { border: 0; width: 100%; height: 100%; background: #fff; }
+.preview textarea { width: 100%; height: 100%; border: 0; border-radius: 0; padding: 1.25rem max(1.25rem, calc(50% - 34rem)); resize: none; font: .9rem/1.55 ui-monospace, monospace; tab-size: 4; }
+.preview textarea:focus-visible { outline-offset: -2px; }
+.turn { position: absolute; top: 50%; min-width: 44px; min-height: 44px; opacity: .85; }
+.turn.back { left: 1rem; }
+.turn.on { right: 1rem; }
+.paper { width: min(100%, 50rem); align-self: start; padding: 1.5rem; overflow-wrap: anywhere; }
+.paper > * + * { margin-top: .8rem; }
+.paper h1, .paper h2 { border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
+.paper :is(pre, code) { background: var(--side); border-radius: 6px; font: .875rem/1.5 ui-monospace, monospace; }
+.paper a { text-decoration: underline; }
+.paper code { padding: .1rem .35rem; }
+.paper pre { padding: .8rem 1rem; overflow-x: auto; white-space: pre; width: auto; }
+.paper pre code { padding: 0; }
+.paper img { max-width: 100%; }
+.paper blockquote { margin-left: 0; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--soft); }
+.paper :is(ul, ol) { padding-left: 1.6rem; }
+.paper hr { border: 0; border-top: 1px solid var(--line); }
+table { border-collapse: collapse; align-self: start; }
+.preview .sheetful { width: 100%; height: 100%; overflow: auto; }
+th, td { border: 1px solid var(--line); padding: .3rem .7rem; text-align: left; overflow-wrap: anywhere; }
+th { background: var(--side); position: sticky; top: 0; }
+.readme { margin-top: 2rem; border: 1px solid var(--line); border-radius: 12px; }
+.readme:empty { display: none; }
+
+/* a phone */
+@media (max-width: 45rem) {
+  button, .button, .tab, .side nav a { min-height: 44px; }
+  body:has(.side) #app { display: block; }
+  .side { position: fixed; inset: auto 0 0 0; height: auto; flex-direction: row; padding: 0 0 env(safe-area-inset-bottom); border: 0; border-top: 1px solid var(--line); z-index: 4; gap: 0; }
+  .side .brand, .quota { display: none; }
+  .side nav { display: flex; flex: 1; order: -1; }
+  .side nav a { flex: 1; text-align: center; padding: .9rem .2rem; border-radius: 0; font-size: .875rem; min-height: 52px; }
+  .side nav a[aria-current] { background: none; color: var(--accent); }
+  .new { position: fixed; right: 1rem; bottom: calc(68px + env(safe-area-inset-bottom)); border-radius: 99px; padding: .6rem 1.4rem; box-shadow: var(--shadow); min-height: 48px; }
+  main { padding: 0 .75rem 9rem; }
+  .top { flex-direction: column-reverse; align-items: stretch; gap: .2rem; position: static; padding-top: .6rem; min-height: 0; }
+  .search { width: 100%; }
+  .search input { min-height: 44px; }
+  .crumbs a, .crumbs > span { min-height: 44px; display: flex; align-items: center; }
+  .crumbs .slash { min-height: 0; }
+  .bar { top: 0; }
+  .tab { padding: .65rem .5rem; }
+  .selecting .bar button:not(.prime):not(.quiet), .selecting .new, body:not([data-view=files]) .new { display: none; }
+  .selecting .bar { position: fixed; inset: auto 0 0 0; z-index: 5; background: var(--side); border-top: 1px solid var(--line); padding: .3rem .75rem calc(.6rem + env(safe-area-inset-bottom)); }
+  .selecting .bar .quiet { order: 1; }
+  .selecting .bar .count { flex: 1 0 60%; margin: 0; }
+  .selecting .bar .prime { order: 2; flex: 1; }
+  .head { display: none; }
+  .cells { grid-template-columns: 4px minmax(0, 1fr) 44px; }
+  .check { visibility: hidden; }
+  .selecting .cells { grid-template-columns: 44px minmax(0, 1fr) 44px; }
+  .selecting .check { visibility: visible; }
+  .preview .title { flex-wrap: wrap; }
+  .preview .title strong { flex: 1 0 100%; }
+  .preview .title .soft { display: none; }
+  .row { height: 60px; }
+  .row > .mtime, .row > .size, .row > .deleted { display: none; }
+  .second, .second.where { display: block; font-size: .85rem; }
+  .where .small { display: inline; }
+  .more button { opacity: 1; width: 44px; height: 44px; }
+  .tiles .second { display: none; }
+  .sheet { margin: auto 0 0; width: 100%; max-width: 100%; border-radius: 16px 16px 0 0; }
+  .sheet .inside, .sheet.menu .inside { width: 100%; padding-bottom: calc(1rem + env(safe-area-inset-bottom)); }
+  .sheet.menu { inset: auto 0 0 0; }
+  .sheet.menu::backdrop { background: rgb(10 14 20 / .45); }
+  .item { min-height: 48px; }
+  .toasts { bottom: calc(64px + env(safe-area-inset-bottom)); width: 94vw; }
+  .queue { right: .5rem; left: .5rem; width: auto; max-width: none; bottom: calc(60px + env(safe-area-inset-bottom)); }
+  .queue ul { max-height: 7.5rem; }
+}
+@media (prefers-reduced-motion: no-preference) {
+  .toast, .sheet { animation: rise .14s ease-out; }
+}
+@keyframes rise { from { opacity: 0; translate: 0 8px; } }
 """
 
 PAGE_SCRIPT = r"""
 "use strict";
-document.getElementById("app").textContent = "cloudserver";
+
+// ---- where the page lives: a proxy may serve it below a path of its own
+
+const VIEW = /^(.*?)(?:\/(?:files|past|versions|trash|activity|search|settings|setup|login)(?:\/.*)?|\/)$/;
+const PREFIX = (location.pathname.match(VIEW) || ["", ""])[1];
+const encodePath = path => path.split("/").map(encodeURIComponent).join("/");
+const decodePath = path => path.split("/").filter(Boolean).map(decodeURIComponent).join("/");
+const parentOf = path => path.slice(0, Math.max(0, path.lastIndexOf("/")));
+const nameOf = path => path.slice(path.lastIndexOf("/") + 1);
+const join = (path, name) => path ? path + "/" + name : name;
+const addressOf = path => PREFIX + "/files" + (path && "/" + encodePath(path));
+const apiAddress = (what, path, values = {}) => PREFIX + "/api/v1/" + what + (path === undefined ? "" : "/" + encodePath(path)) + queryOf(values);
+const contentAddress = (entry, values) => apiAddress("content", entry.path, values || (view.at ? {at: view.at} : {}));
+
+function queryOf(values) {
+  const pairs = Object.entries(values).filter(([, value]) => value !== undefined && value !== null)
+    .flatMap(([name, value]) => [].concat(value).map(one => name + "=" + encodeURIComponent(one)));
+  return pairs.length ? "?" + pairs.join("&") : "";
+}
+
+// ---- elements
+
+// h("a.name.wide", {href: "/", onclick: go}, "text", [children]): strings become text nodes, never markup
+function h(tag, about = {}, ...children) {
+  const [name, ...classes] = tag.split(".");
+  const element = document.createElement(name || "div");
+  if (classes.length) element.className = classes.join(" ");
+  for (const [key, value] of Object.entries(about)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else if (key in element && !/^(role|list|form|width|height)$/.test(key)) element[key] = value;
+    else element.setAttribute(key, value === true ? "" : value);
+  }
+  element.append(...children.flat(9).filter(child => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+function svg(name, about, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(about)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+const button = (label, run, about = {}) => h("button", {type: "button", onclick: run, ...about}, label);
+const link = (label, address, about = {}) => h("a", {href: address, ...about}, label);
+const field = (label, about) => h("label.field", {}, h("span", {}, label), h("input", {required: true, ...about}));
+const find = (selector, within = document) => within.querySelector(selector);
+const isPhone = matchMedia("(max-width: 45rem)");
+
+// ---- icons: one per kind of thing, drawn in 24 x 24
+
+const SHEET = "M6 2h8l5 5v13a2 2 0 0 1-2 2H6a2 2 0 0 1-2-2V4a2 2 0 0 1 2-2z";
+const ICONS = {
+  collection: "M3 5a2 2 0 0 1 2-2h4.6l2 2.5H19a2 2 0 0 1 2 2V18a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2z",
+  file: SHEET, text: SHEET + "|M8 11h7M8 14h7M8 17h4", image: SHEET + "|M6.5 18l3.5-5 2.5 3 1.5-2 2.5 4M9 9.5h.01",
+  video: SHEET + "|M9 11l5.5 3.2L9 17.5z", audio: SHEET + "|M9 17.5v-6l5-1v6", pdf: SHEET + "|M8 17.5v-5h2a1.5 1.5 0 0 1 0 3H8M13 12.500v5h1a2 2 0 0 0 2-2v-1a2 2 0 0 0-2-2z",
+  archive: SHEET + "|M10 4h2M11 7h2M10 10h2M11 13h2v4h-2z", table: SHEET + "|M7 11h9M7 14h9M7 17h9M10 11v6.500",
+};
+const KINDS = Object.entries({
+  image: "png jpg jpeg gif webp avif heic heif svg bmp tif tiff ico", video: "mp4 m4v webm mov mkv avi ogv",
+  audio: "mp3 m4a ogg oga opus flac wav aac", pdf: "pdf", archive: "zip gz tgz tar 7z rar xz zst bz2 iso dmg",
+  table: "csv tsv xlsx xls ods", text: "txt md markdown log ini conf toml yaml yml json xml html css js mjs ts py rb go rs c h cpp " +
+    "java sh bat sql tex rst doc docx odt rtf epub diff patch env cfg gitignore dockerfile makefile",
+}).flatMap(([kind, suffixes]) => suffixes.split(" ").map(suffix => [suffix, kind]));
+const KIND_OF = new Map(KINDS);
+const suffixOf = name => name.slice(name.lastIndexOf(".") + 1).toLowerCase();
+const kindOf = entry => entry.kind === "collection" ? "collection" : KIND_OF.get(suffixOf(entry.name)) || "file";
+
+function icon(kind) {
+  const [body, detail] = ICONS[kind].split("|");
+  const drawing = svg("svg", {viewBox: "0 0 24 24", class: "icon " + kind, "aria-hidden": "true"}, svg("path", {d: body, class: "body"}));
+  if (detail) drawing.append(svg("path", {d: detail, class: "detail"}));
+  return drawing;
+}
+
+// ---- words, numbers, times
+
+const LANGUAGES = {en: "English", de: "Deutsch"};
+let language = localStorage.getItem("language") || (navigator.language.startsWith("de") ? "de" : "en");
+let number, dates, sizes;
+
+function setLanguage(name) {
+  language = name in LANGUAGES ? name : "en";
+  document.documentElement.lang = language;
+  number = new Intl.NumberFormat(language);
+  sizes = new Intl.NumberFormat(language, {maximumFractionDigits: 1});
+  const make = how => new Intl.DateTimeFormat(language, how);
+  dates = {time: make({hour: "2-digit", minute: "2-digit"}), day: make({day: "numeric", month: "short"}),
+           year: make({day: "numeric", month: "short", year: "numeric"}), full: make({dateStyle: "full", timeStyle: "medium"}),
+           long: make({dateStyle: "medium", timeStyle: "short"})};
+}
+
+// t("{n} files", {n: 3}); the English text is the key
+function t(text, values) {
+  const said = language === "de" ? GERMAN[text] || text : text;
+  return values ? said.replace(/\{(\w+)\}/g, (whole, name) => name in values
+    ? typeof values[name] === "number" ? number.format(values[name]) : values[name] : whole) : said;
+}
+
+const plural = (n, one, many, values) => t(n === 1 ? one : many, {n, ...values});
+
+function formatSize(bytes) {
+  if (bytes < 1024) return t("{n} B", {n: bytes});
+  const power = Math.min(5, Math.floor(Math.log2(bytes) / 10));
+  return sizes.format(bytes / 1024 ** power) + " " + ["", "KB", "MB", "GB", "TB", "PB"][power];
+}
+
+function formatTime(text) {
+  const then = new Date(text), now = new Date();
+  if (then.toDateString() === now.toDateString()) return dates.time.format(then);
+  return (then.getFullYear() === now.getFullYear() ? dates.day : dates.year).format(then);
+}
+
+const timeElement = text => h("time", {dateTime: text, title: dates.full.format(new Date(text))}, formatTime(text));
+
+// ---- the server
+
+class Problem extends Error {
+  constructor(status, about) {
+    super(about.detail || about.code);
+    Object.assign(this, {status, code: about.code, about});
+  }
+}
+
+const PROBLEMS = {
+  network: "The server cannot be reached. Check the connection and try again.",
+  "unauthenticated": "Wrong name or password.",
+  "forbidden": "This is not allowed.",
+  "not-found": "This is not there any more.",
+  "gone": "That is too long ago: the history does not reach back so far.",
+  "exists": "There is something of that name already.",
+  "twin": "There is something of that name already.",
+  "precondition-failed": "Somebody changed this in the meantime.",
+  "same-place": "A folder cannot go into itself.",
+  "locked": "Another program has this file locked at the moment.",
+  "lock-conflict": "Another program has this file locked at the moment.",
+  "over-quota": "Your storage is full. Delete something, then empty the trash, or ask for more.",
+  "disk-full": "The disk of the server is almost full; it takes nothing new until there is room.",
+  "too-large": "This file is larger than the server accepts.",
+  "busy": "The server is busy. Try again in a moment.",
+  "read-only": "The server cannot write at the moment.",
+  "storage-failed": "The server could not read all of it. Whoever runs it should look at its log.",
+  "internal": "Something went wrong on the server. Whoever runs it should look at its log.",
+  "not-set-up": "This server is not set up yet. Open the link that it printed when it started.",
+};
+
+const explain = error => error instanceof Problem
+  ? t(PROBLEMS[error.code] || error.message) + (error.about.request ? " (" + error.about.request + ")" : "") : String(error);
+const HEADERS = {"X-Requested-By": "page"};
+
+// api("POST", "move", {items}) or api("GET", "files/a%20b", {limit: 5}); throws Problem
+async function api(method, what, values = {}, headers = {}) {
+  const inQuery = method !== "POST" && method !== "PATCH";
+  const answer = await ask(PREFIX + "/api/v1/" + what + (inQuery ? queryOf(values) : ""), {
+    method, headers: {...HEADERS, ...headers, ...(inQuery ? {} : {"Content-Type": "application/json"})},
+    body: inQuery ? undefined : JSON.stringify(values)});
+  return answer.status === 204 ? null : answer.json();
+}
+
+async function ask(address, how = {}) {
+  let answer;
+  try {
+    answer = await fetch(address, how);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem(0, {code: "network"});
+  }
+  if (answer.ok) return answer;
+  const problem = await readProblem(answer.status, await answer.text());
+  if (problem.code === "unauthenticated" && me.name && !/\/(login|password|confirm)$/.test(address)) await logInAgain();
+  else if (problem.code !== "unconfirmed" || !await confirmPassword()) throw problem;
+  return ask(address, how);
+}
+
+function readProblem(status, text) {
+  try {
+    return new Problem(status, JSON.parse(text));
+  } catch {
+    return new Problem(status, {code: status >= 502 && status <= 504 ? "busy" : "internal"});
+  }
+}
+
+// run something a person asked for; a failure becomes a message
+async function attempt(work) {
+  try {
+    return await work();
+  } catch (error) {
+    if (error.name === "AbortError") return undefined;
+    toast(explain(error), {kind: "bad"});
+    if (!(error instanceof Problem)) throw error;
+    return undefined;
+  }
+}
+
+// ---- toasts, sheets, menus
+
+function toast(text, {kind = "", label, run} = {}) {
+  const box = h("div.toast" + (kind && "." + kind), {role: kind === "bad" ? "alert" : null}, h("span", {}, text));
+  const close = () => box.remove();
+  if (label) box.append(button(label, () => { close(); run(); }));
+  box.append(button(t("Close"), close, {className: "quiet"}));
+  const boxes = find(".toasts");
+  for (const old of boxes.querySelectorAll(".toast:not(.bad)")) old.remove();
+  boxes.append(box);
+  let timer = setTimeout(close, label || kind ? 10000 : 5000);
+  box.addEventListener("pointerenter", () => clearTimeout(timer));
+  box.addEventListener("pointerleave", () => { timer = setTimeout(close, 4000); });
+  return close;
+}
+
+// a modal dialog; resolves to what close(value) was called with, undefined if it was dismissed
+function sheet(title, build, kind = "") {
+  return new Promise(resolve => {
+    const close = value => { box.returnValue = ""; box.remove(); resolve(value); };
+    const box = h("dialog.sheet" + kind, {"aria-label": title, oncancel: event => { event.preventDefault(); close(); },
+                                          onclick: event => event.target === box && close(),
+                                          onclose: () => close()});
+    box.append(h("div.inside", {}, title && h("h2", {}, title), build(close)));
+    document.body.append(box);
+    box.showModal();
+  });
+}
+
+const buttonsRow = (...buttons) => h("div.buttons", {}, ...buttons);
+const askYesNo = (title, text, yes) => sheet(title, close => [h("p", {}, text), buttonsRow(
+  button(t("Cancel"), () => close(false)), button(yes, () => close(true), {className: "danger", autofocus: true}))]);
+
+// ask for values: askForm("New folder", [field(…)], "Create", values => …); an error stays in the sheet
+function askForm(title, fields, yes, run, hint) {
+  return sheet(title, close => {
+    const problem = h("p.problem", {role: "alert"});
+    return h("form", {onsubmit: async event => {
+      event.preventDefault();
+      problem.textContent = "";
+      try {
+        close(await run(Object.fromEntries(new FormData(event.target)), event.target));
+      } catch (error) { problem.textContent = explain(error); }
+    }}, hint && h("p", {}, hint), fields, problem, buttonsRow(button(t("Cancel"), () => close()), h("button.primary", {}, yes)));
+  });
+}
+
+// rows: {label, run, key, mark} or null for a line; at: {x, y} or an element
+function menu(at, rows, title = t("Actions")) {
+  return sheet("", close => {
+    const items = rows.map(row => row ? h("button.item", {type: "button", role: "menuitem" + (row.mark === undefined ? "" : "radio"),
+      "aria-checked": row.mark === undefined ? null : String(row.mark), onclick: () => { close(); row.run(); }},
+      h("span", {}, row.label), row.key && h("kbd", {}, row.key)) : h("hr"));
+    const box = h("div.items", {role: "menu", "aria-label": title, onkeydown: event => moveInMenu(event, box)}, items);
+    requestAnimationFrame(() => placeMenu(box.closest("dialog"), at));
+    return box;
+  }, ".menu");
+}
+
+function placeMenu(box, at) {
+  if (isPhone.matches) return;
+  const spot = at instanceof Element ? at.getBoundingClientRect() : {left: at.x, bottom: at.y, top: at.y};
+  const fits = spot.bottom + box.offsetHeight + 8 < innerHeight;
+  box.style.left = Math.max(8, Math.min(spot.left, innerWidth - box.offsetWidth - 8)) + "px";
+  box.style.top = Math.max(8, fits ? spot.bottom + 4 : Math.max(8, spot.top - box.offsetHeight - 4)) + "px";
+}
+
+function moveInMenu(event, box) {
+  const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+  if (!step) return;
+  event.preventDefault();
+  const items = [...box.querySelectorAll("button")];
+  items[(items.indexOf(document.activeElement) + step + items.length) % items.length].focus();
+}
+
+// ---- the entrance: setting up, logging in
+
+const me = {name: ""};
+const view = {kind: "", path: "", at: null, title: ""};
+
+const nameField = about => field(t("Name"), {name: "name", autocomplete: "username", autocapitalize: "none", spellcheck: false, maxLength: 64, ...about});
+const passwordField = (label, about) => field(label, {type: "password", name: "password", autocomplete: "current-password", ...about});
+
+// password managers want to know whose password it is
+const ownName = () => h("input", {name: "user", autocomplete: "username", value: me.name, readOnly: true, hidden: true});
+
+// the page of one form that stands for everything before somebody is logged in
+function showGate(title, text, fields, yes, run) {
+  setTitle(title);
+  view.turn = (view.turn || 0) + 1;    // what is still on its way to the view before comes to nothing
+  Object.assign(view, {kind: "", path: ""});
+  const problem = h("p.problem", {role: "alert"});
+  const submit = h("button.primary", {}, yes);
+  const form = h("form", {onsubmit: async event => {
+    event.preventDefault();
+    problem.textContent = "";
+    submit.disabled = true;
+    try {
+      await run(Object.fromEntries(new FormData(form)));
+    } catch (error) {
+      problem.textContent = error.code === "throttled" ? t("Too many wrong passwords. Wait a moment, then try again.")
+        : error.code === "unauthenticated" ? explain(error) : ["bad-request", "forbidden"].includes(error.code) ? t(error.message) : explain(error);
+    }
+    submit.disabled = false;
+  }}, fields, problem, submit);
+  find("#app").replaceChildren(h("main.gate", {}, h("div.brand", {}, icon("collection"), "cloudserver"), h("h1", {}, title),
+    text && h("p", {}, text), fields.length ? form : null, languageLinks()));
+  const first = find("input", form);
+  if (first && !isPhone.matches) first.focus();
+}
+
+const languageLinks = () => h("p.languages", {}, Object.entries(LANGUAGES).map(([name, label]) =>
+  button(label, () => { chooseLanguage(name); }, {className: "quiet", lang: name, "aria-pressed": String(name === language)})));
+
+function chooseLanguage(name) {
+  localStorage.setItem("language", name);
+  setLanguage(name);
+  start();
+}
+
+function showSetup() {
+  const token = location.hash.slice(1);
+  const password = passwordField(t("Password"), {autocomplete: "new-password", minLength: 10});
+  const again = passwordField(t("Password again"), {name: "again", autocomplete: "new-password"});
+  showGate(t("Welcome"), t("Choose a name and a password for the first account. It may do everything, also make further accounts."),
+    [nameField(), password, again], t("Create account"), async values => {
+      if (values.password !== values.again) throw new Problem(0, {code: "bad-request", detail: "The two passwords differ."});
+      await api("POST", "setup", {token, name: values.name.trim(), password: values.password});
+      history.replaceState(null, "", addressOf(""));
+      await start();
+    });
+}
+
+function showLogin() {
+  me.name = "";
+  const back = location.pathname.endsWith("/login") ? new URLSearchParams(location.search).get("next") : location.pathname + location.search;
+  showGate(t("Log in"), "", [nameField(), passwordField(t("Password"))], t("Log in"), async values => {
+    await api("POST", "login", {name: values.name.trim(), password: values.password});
+    history.replaceState(null, "", back && back.startsWith(PREFIX + "/") && !back.startsWith("//") ? back : addressOf(""));
+    await start();
+  });
+}
+
+// the session ended while the page was open: everything waits for this one sheet
+let loggingIn = null;
+function logInAgain() {
+  loggingIn = loggingIn || askForm(t("Please log in again"), [ownName(), passwordField(t("Password"), {autofocus: true})], t("Log in"),
+    async ({password}) => { await api("POST", "login", {name: me.name, password}); return true; }, t("Your session has ended."))
+    .then(done => { loggingIn = null; if (!done) { showLogin(); throw new DOMException("", "AbortError"); } });
+  return loggingIn;
+}
+
+const confirmPassword = () => askForm(t("Your password, please"), [ownName(), passwordField(t("Password"), {autofocus: true})], t("Continue"),
+  async ({password}) => { await api("POST", "confirm", {password}); return true; },
+  t("This needs your password once more."));
+
+async function logOut() {
+  await attempt(() => api("POST", "logout"));
+  forgetUploads();
+  history.pushState(null, "", PREFIX + "/login");
+  showLogin();
+}
+
+async function start() {
+  try {
+    const about = await api("GET", "");
+    if (!about.set_up) return location.pathname.endsWith("/setup") && location.hash ? showSetup()
+      : showGate(t("Not set up yet"), t(PROBLEMS["not-set-up"]), [], "", null);
+    if (!about.account) return showLogin();
+    Object.assign(me, await api("GET", "account"));
+    if (/\/(setup|login)?$/.test(location.pathname)) history.replaceState(null, "", addressOf(""));
+    buildFrame();
+    return show();
+  } catch (error) {
+    return showGate(t("Cannot reach the server"), explain(error), [], "", null);
+  }
+}
+
+// ---- the frame around every view
+
+const NAVIGATION = [["files", "Files", "/files"], ["activity", "Activity", "/activity"], ["trash", "Trash", "/trash"],
+                    ["settings", "Settings", "/settings"]];
+
+function buildFrame() {
+  const search = h("input", {type: "search", name: "q", placeholder: t("Search"), "aria-label": t("Search"), autocomplete: "off",
+                             spellcheck: false, oninput: searchSoon});
+  find("#app").replaceChildren(
+    h("a.skip", {href: "#content"}, t("Skip to the files")),
+    h("header.side", {}, h("a.brand", {href: addressOf("")}, icon("collection"), "cloudserver"),
+      button(t("New"), event => menu(event.currentTarget, menuRows(actionsFor("place").filter(one => one.make)), t("New")),
+             {className: "primary new", "aria-haspopup": "menu"}),
+      h("nav", {"aria-label": t("Main")}, NAVIGATION.map(([name, label, address]) =>
+        h("a", {href: PREFIX + address, "data-view": name}, t(label)))),
+      h("div.quota")),
+    h("main", {id: "content", tabIndex: -1}, h("h1.unseen"), h("div.banners"),
+      h("div.top", {}, h("nav.crumbs", {"aria-label": t("Where you are")}), h("form.search", {role: "search",
+        onsubmit: event => { event.preventDefault(); search.blur(); }}, search)),
+      h("div.bar", {role: "toolbar", "aria-label": t("Actions")}), h("div.content")),
+    h("section.queue", {"aria-label": t("Uploads"), hidden: true}));
+  showQuota();
+  showQueue();
+  watchServer();
+}
+
+function showQuota() {
+  const {used, quota} = me, box = find(".quota");
+  const meter = quota === null ? null : h("progress", {max: Math.max(quota, 1), value: used, "aria-label": t("Storage used")});
+  box.replaceChildren(...[meter, h("span", {}, quota === null ? t("{used} used", {used: formatSize(used)})
+    : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)}))].filter(Boolean));
+}
+
+const updateQuota = soon(async () => { Object.assign(me, await api("GET", "account")); showQuota(); }, 1500);
+
+// run it once, a little later, however often it is asked for
+function soon(work, wait) {
+  let timer = 0;
+  return (...args) => { clearTimeout(timer); timer = setTimeout(() => Promise.resolve(work(...args)).catch(() => {}), wait); };
+}
+
+function setTitle(text) {
+  document.title = text + " – cloudserver";
+  const heading = find("#content > h1");
+  if (heading) heading.textContent = text;
+}
+
+function setCrumbs(...parts) {
+  find(".crumbs").replaceChildren(...parts.flatMap((part, n) => n ? [h("span.slash", {"aria-hidden": "true"}, "/"), part] : [part]));
+}
+
+function setBar(...parts) {
+  find(".bar").replaceChildren(...parts.flat(9).filter(Boolean));
+}
+
+function setContent(...parts) {
+  find(".content").replaceChildren(...parts.flat(9).filter(Boolean));
+}
+
+// ---- addresses and views
+
+const SHOWS = [[/^\/files(?:\/(.*))?$/, showFiles], [/^\/past\/([^/]+)(?:\/(.*))?$/, showPast], [/^\/versions\/(.*)$/, showVersions],
+               [/^\/trash$/, showTrash], [/^\/activity$/, showActivity], [/^\/search$/, showSearch], [/^\/settings(?:\/(.*))?$/, showSettings],
+               [/^\/login\/v2\/flow\/(.+)$/, showGrant]];
+
+function go(address, {replace = false} = {}) {
+  if (!replace) history.replaceState({...history.state, scroll: scrollY}, "");
+  history[replace ? "replaceState" : "pushState"]({inside: true}, "", address);
+  return show();
+}
+
+async function show() {
+  const address = location.pathname.slice(PREFIX.length).replace(/(.)\/$/, "$1");
+  const [pattern, run] = SHOWS.find(([pattern]) => pattern.test(address)) || SHOWS[0];
+  const parts = (address.match(pattern) || ["", ""]).slice(1).map(part => part || "");
+  view.turn = (view.turn || 0) + 1;
+  closePreview();
+  const scroll = history.state && history.state.scroll;
+  await attempt(() => run(...parts));
+  for (const one of document.querySelectorAll("nav a[data-view]")) {
+    const here = one.dataset.view === view.kind || one.dataset.view === "files" && ["past", "versions", "search"].includes(view.kind);
+    here ? one.setAttribute("aria-current", "page") : one.removeAttribute("aria-current");
+  }
+  document.body.dataset.view = view.kind;
+  if (!find(".search")) return;        // a gate took the place of the frame
+  if (view.kind !== "search") find(".search input").value = "";
+  if (scroll) scrollTo(0, scroll);
+}
+
+function onLinkClick(event) {
+  const target = event.target.closest && event.target.closest("a[href]");
+  if (!target || event.defaultPrevented || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
+  if (target.origin !== location.origin || target.hasAttribute("download") || target.target || target.getAttribute("href")[0] === "#") return;
+  if (target.pathname.startsWith(PREFIX + "/api/")) return;
+  event.preventDefault();
+  if (target.href !== location.href) go(target.pathname + target.search);
+  else show();
+}
+
+// ---- the list: of however many entries, only the rows in sight exist
+
+const list = {entries: [], known: new Map(), rows: new Map(), selected: new Set(), at: -1, anchor: -1, editing: null, box: null};
+const sorting = {by: localStorage.getItem("sort") || "name", down: localStorage.getItem("down") === "1"};
+let shape = localStorage.getItem("shape") || "list";
+
+const SORTS = {name: (a, b) => compare(a.sortKey, b.sortKey), size: (a, b) => a.size - b.size, mtime: (a, b) => compare(a.mtime, b.mtime),
+               deleted: (a, b) => compare(a.deleted, b.deleted)};
+const compare = (a, b) => a < b ? -1 : a > b ? 1 : 0;
+
+// "Photo 9.jpg" before "photo 10.jpg", "Äpfel" beside "Apfel"; plain strings compare far faster than a collator
+function sortKeyOf(name) {
+  const plain = /^[\x00-\x7f]*$/.test(name) ? name : name.normalize("NFKD").replace(/\p{M}+/gu, "");
+  return plain.toLowerCase().replace(/\d+/g, digits => digits.padStart(12, "0"));
+}
+
+function sortEntries(entries) {
+  const order = SORTS[sorting.by] || SORTS.name, sign = sorting.down ? -1 : 1;
+  for (const entry of entries) entry.sortKey = entry.sortKey || sortKeyOf(entry.name);
+  return entries.sort((a, b) => (a.kind === "file") - (b.kind === "file") || sign * order(a, b) || compare(a.sortKey, b.sortKey) || compare(a.name, b.name));
+}
+
+function sortBy(by) {
+  sorting.down = sorting.by === by ? !sorting.down : by !== "name";
+  sorting.by = by;
+  localStorage.setItem("sort", by);
+  localStorage.setItem("down", sorting.down ? "1" : "");
+  fillList(sortEntries(list.entries));
+}
+
+const COLUMNS = {name: "Name", mtime: "Modified", size: "Size", deleted: "Deleted"};
+
+// columns: those after the name; sortable: may the reader choose the order?
+function makeList({columns, sortable = true, empty}) {
+  Object.assign(list, {entries: [], columns, sortable, empty, at: -1, anchor: -1, editing: null});
+  list.selected.clear();
+  const head = ["name", ...columns].map(name => h("div." + name, {role: "columnheader"},
+    sortable ? button(t(COLUMNS[name]), () => sortBy(name), {"data-sort": name}) : h("span", {}, t(COLUMNS[name]))));
+  list.body = h("div.rows", {role: "rowgroup"});
+  list.head = h("div.head", {role: "rowgroup"}, h("div.cells", {role: "row", "aria-rowindex": 1}, h("div.check", {role: "columnheader"}, checkAll()), head));
+  list.box = h("div.grid", {role: "grid", tabIndex: 0, "aria-multiselectable": "true", "aria-label": t("Files"), onkeydown: onListKey,
+                            onfocus: () => { if (list.at < 0 && list.entries.length) setCursor(0); }}, list.head, list.body);
+  list.note = h("div.empty", {hidden: true});
+  watchPointer(list.body);
+  return [list.box, list.note];
+}
+
+const checkAll = () => h("input", {type: "checkbox", className: "all", tabIndex: -1, "aria-label": t("Select all"),
+                                   onchange: event => event.target.checked ? selectAll() : clearSelection()});
+
+function fillList(entries) {
+  const cursor = list.entries[list.at], anchor = list.entries[list.anchor];
+  list.entries = entries;
+  list.known = new Map(entries.map((entry, index) => [entry.node, index]));
+  for (const id of list.selected) if (!list.known.has(id)) list.selected.delete(id);
+  list.at = cursor && list.known.has(cursor.node) ? list.known.get(cursor.node) : -1;
+  list.anchor = anchor && list.known.has(anchor.node) ? list.known.get(anchor.node) : -1;
+  list.box.classList.toggle("tiles", shape === "tiles");
+  list.box.setAttribute("aria-rowcount", entries.length + 1);
+  list.box.hidden = !entries.length;
+  list.note.hidden = Boolean(entries.length);
+  if (!entries.length) list.note.replaceChildren(...[list.empty()].flat());
+  for (const one of list.head.querySelectorAll("[data-sort]")) {
+    const own = one.dataset.sort === sorting.by;
+    one.parentNode.setAttribute("aria-sort", own ? sorting.down ? "descending" : "ascending" : "none");
+  }
+  redrawRows();
+  showBar();
+}
+
+function redrawRows() {
+  for (const row of list.rows.values()) row.remove();
+  list.rows.clear();
+  drawRows();
+}
+
+// where things are: a list has one column, tiles as many as fit
+function measureList() {
+  const tiles = shape === "tiles", width = list.body.clientWidth;
+  const columns = tiles ? Math.max(2, Math.floor(width / (isPhone.matches ? 150 : 190))) : 1;
+  return {columns, width: width / columns, height: tiles ? 176 : isPhone.matches ? 60 : 44};
+}
+
+function drawRows() {
+  if (!list.box || !list.box.isConnected || list.box.hidden) return;
+  const {columns, width, height} = list.size = measureList();
+  const total = Math.ceil(list.entries.length / columns) * height, top = list.body.getBoundingClientRect().top;
+  if (list.total !== total || list.body.style.height !== total + "px") list.body.style.height = (list.total = total) + "px";
+  const first = Math.max(0, Math.floor((-top - 200) / height) * columns);
+  const last = Math.min(list.entries.length, Math.ceil((innerHeight - top + 200) / height) * columns);
+  for (const [index, row] of list.rows) if ((index < first || index >= last) && index !== list.at && list.entries[index] !== list.editing) {
+    row.remove();
+    list.rows.delete(index);
+  }
+  const wanted = list.at >= 0 && list.at < list.entries.length ? [list.at] : [];
+  for (let index = first; index < last; index++) wanted.push(index);
+  for (const index of wanted) if (!list.rows.has(index)) {
+    const row = makeRow(list.entries[index], index);
+    row.style.transform = `translate(${index % columns * width}px, ${Math.floor(index / columns) * height}px)`;
+    if (columns > 1) row.style.width = width + "px";
+    list.rows.set(index, row);
+    list.body.append(row);
+  }
+}
+
+function makeRow(entry, index) {
+  const chosen = list.selected.has(entry.node);
+  const row = h("div.row.cells", {role: "row", id: "row" + index, "aria-rowindex": index + 2, "aria-selected": String(chosen)},
+    h("div.check", {role: "gridcell"}, h("input", {type: "checkbox", tabIndex: -1, checked: chosen, "aria-label": t("Select {name}", {name: entry.name})})),
+    h("div.name", {role: "gridcell"}, shape === "tiles" ? tilePicture(entry) : icon(kindOf(entry)),
+      list.editing === entry ? renameField(entry) : entryName(entry)),
+    list.columns.map(column => h("div." + column, {role: "gridcell"}, cellOf(entry, column))),
+    h("div.more", {role: "gridcell"}, h("button", {type: "button", tabIndex: -1, "aria-label": t("Actions for {name}", {name: entry.name})}, "⋯")));
+  row.classList.toggle("cursor", index === list.at);
+  row.classList.toggle("cut", clip.verb === "move" && clip.ids.has(entry.node));
+  return row;
+}
+
+const opens = entry => view.kind !== "trash" && !(view.at && entry.kind === "file");
+
+function entryName(entry) {
+  const about = {className: "label", title: entry.name, tabIndex: -1, draggable: view.kind === "files"};
+  const label = opens(entry) ? h("a", {...about, href: view.at ? pastAddress(view.at, entry.path) : addressOf(entry.path)}, h("bdi", {}, entry.name))
+    : h("span", about, h("bdi", {}, entry.name));
+  const where = view.kind === "search" || view.kind === "trash" ? parentOf(entry.path) || t("Files") : null;
+  return h("div.names", {}, label, h("div.second" + (where ? ".where" : ""), {}, where && h("bdi", {}, where),
+    h("span.small", {}, (where ? " · " : "") + formatTime(entry.deleted || entry.mtime) + " · " + formatSize(entry.size))));
+}
+
+// a picture shows itself; the browser fetches those in sight, and the server answers 304 the next time
+function tilePicture(entry) {
+  const image = /^image\//.test(entry.media || "") && entry.size < 20 << 20 && !view.at;
+  return h("div.picture", {}, image ? h("img", {src: contentAddress(entry), alt: "", loading: "lazy", decoding: "async", draggable: false}) : icon(kindOf(entry)));
+}
+
+const cellOf = (entry, column) => column === "size" ? formatSize(entry.size) : timeElement(entry[column]);
+
+const selection = () => [...list.selected].map(id => list.entries[list.known.get(id)]).filter(Boolean);
+
+function setSelection(ids) {
+  list.selected = new Set(ids);
+  for (const [index, row] of list.rows) markRow(row, list.entries[index]);
+  showBar();
+}
+
+function markRow(row, entry) {
+  const chosen = list.selected.has(entry.node);
+  row.setAttribute("aria-selected", String(chosen));
+  find("input", row).checked = chosen;
+}
+
+const clearSelection = () => setSelection([]);
+const selectAll = () => setSelection(list.entries.map(entry => entry.node));
+
+function setCursor(index, {quiet = false} = {}) {
+  const old = list.rows.get(list.at);
+  if (old) old.classList.remove("cursor");
+  list.at = index;
+  drawRows();
+  const row = list.rows.get(index);
+  if (!row) return;
+  row.classList.add("cursor");
+  list.box.setAttribute("aria-activedescendant", row.id);
+  if (!quiet) showCursor(index);
+}
+
+// scroll as little as needed; the head and, on a phone, the navigation cover the edges
+function showCursor(index) {
+  const top = list.body.getBoundingClientRect().top + Math.floor(index / list.size.columns) * list.size.height;
+  const above = top - 130, below = top + list.size.height - innerHeight + 70;
+  if (above < 0) scrollBy(0, above);
+  else if (below > 0) scrollBy(0, below);
+}
+
+// click: only this one; with Ctrl: this one too, or not; with Shift: all from the last to this one
+function pick(index, {toggle = false, range = false} = {}) {
+  const id = list.entries[index].node;
+  if (range && list.anchor >= 0) {
+    const [from, to] = [Math.min(list.anchor, index), Math.max(list.anchor, index)];
+    setSelection([...(toggle ? list.selected : []), ...list.entries.slice(from, to + 1).map(entry => entry.node)]);
+  } else {
+    list.anchor = index;
+    const chosen = new Set(toggle ? list.selected : []);
+    toggle && chosen.has(id) ? chosen.delete(id) : chosen.add(id);
+    setSelection(chosen);
+  }
+  setCursor(index, {quiet: true});
+}
+
+// ---- pointing at the list: click, touch, rubber band
+
+const indexAt = target => {
+  const row = target.closest(".row");
+  return row ? Number(row.id.slice(3)) : -1;
+};
+
+function watchPointer(body) {
+  let held = 0, touch = false;
+  body.addEventListener("pointerdown", event => {
+    touch = event.pointerType === "touch";
+    clearTimeout(held);
+    if (touch) held = setTimeout(() => holdRow(event), 500);
+    else if (event.button === 0) startBand(event);
+  });
+  for (const name of ["pointerup", "pointercancel", "pointermove"]) {
+    body.addEventListener(name, event => { if (name !== "pointermove" || Math.hypot(event.movementX, event.movementY) > 3) clearTimeout(held); });
+  }
+  body.addEventListener("click", event => onRowClick(event, touch));
+  body.addEventListener("dblclick", event => {
+    const index = indexAt(event.target);
+    if (index >= 0 && !event.target.closest("a, input, button") && !touch) openEntry(list.entries[index]);
+  });
+  body.addEventListener("contextmenu", event => {
+    const index = indexAt(event.target);
+    if (event.target.closest("input") || index < 0) return;
+    event.preventDefault();
+    event.stopPropagation();
+    if (touch) return;
+    if (!list.selected.has(list.entries[index].node)) pick(index);
+    openMenu({x: event.clientX, y: event.clientY});
+  });
+}
+
+let heldRow = false;                   // the click that ends a long press means nothing more
+
+function holdRow(event) {
+  const index = indexAt(event.target);
+  if (index < 0) return;
+  heldRow = true;
+  pick(index, {toggle: true});
+}
+
+function onRowClick(event, touch) {
+  const index = indexAt(event.target);
+  if (heldRow || index < 0 || event.target.closest(".rename")) {
+    if (heldRow) event.preventDefault();
+    heldRow = false;
+    return;
+  }
+  const entry = list.entries[index], label = event.target.closest(".label");
+  if (event.target.closest(".more")) {
+    if (!list.selected.has(entry.node)) pick(index);
+    openMenu(event.target.closest(".more"));
+  } else if (event.target.closest(".check")) {
+    event.target.closest("input") || event.preventDefault();
+    pick(index, {toggle: true, range: event.shiftKey});
+  } else if (event.shiftKey || event.ctrlKey || event.metaKey || touch && list.selected.size) {
+    event.preventDefault();
+    pick(index, {toggle: event.ctrlKey || event.metaKey || touch && !event.shiftKey, range: event.shiftKey});
+  } else if (touch || label && opens(entry)) {
+    event.preventDefault();
+    setCursor(index, {quiet: true});
+    opens(entry) ? openEntry(entry) : pick(index);
+  } else {
+    pick(index);
+  }
+  list.box.focus({preventScroll: true});
+}
+
+// drawing a box with the mouse chooses what it touches; it starts where there is no name
+function startBand(event) {
+  if (event.target.closest("a, input, button, .label")) return;
+  const from = {x: event.pageX, y: event.pageY}, before = event.ctrlKey || event.metaKey ? [...list.selected] : [];
+  let band = null;
+  const move = now => {
+    const width = Math.abs(now.pageX - from.x), height = Math.abs(now.pageY - from.y);
+    if (!band && width + height < 8) return;
+    if (!band) { document.body.append(band = h("div.band")); document.body.classList.add("banding"); }
+    const box = {left: Math.min(from.x, now.pageX), top: Math.min(from.y, now.pageY), width, height};
+    for (const [side, value] of Object.entries(box)) band.style[side] = value + "px";
+    setSelection([...before, ...entriesIn(box)]);
+  };
+  const end = () => {
+    removeEventListener("pointermove", move);
+    removeEventListener("pointerup", end);
+    document.body.classList.remove("banding");
+    if (!band) return;
+    band.remove();
+    addEventListener("click", stop => { stop.stopPropagation(); stop.preventDefault(); }, {capture: true, once: true});
+    setTimeout(() => dispatchEvent(new Event("click")));       // in case no click follows
+  };
+  addEventListener("pointermove", move);
+  addEventListener("pointerup", end);
+}
+
+function entriesIn({left, top, width, height}) {
+  const {columns, width: wide, height: high} = list.size, origin = list.body.getBoundingClientRect();
+  const x = left - origin.left - scrollX, y = top - origin.top - scrollY, ids = [];
+  for (let line = Math.max(0, Math.floor(y / high)); line <= Math.floor((y + height) / high); line++) {
+    for (let column = Math.max(0, Math.floor(x / wide)); column <= Math.min(columns - 1, Math.floor((x + width) / wide)); column++) {
+      const entry = list.entries[line * columns + column];
+      if (entry) ids.push(entry.node);
+    }
+  }
+  return ids;
+}
+
+// ---- keys in the list; what else a key does stands in the table of actions
+
+function onListKey(event) {
+  if (event.target !== list.box && !event.target.closest(".head")) return;
+  const {columns, height} = list.size || {columns: 1, height: 44}, page = Math.max(1, Math.floor((innerHeight - 200) / height)) * columns;
+  const steps = {ArrowDown: columns, ArrowUp: -columns, ArrowRight: columns > 1 ? 1 : 0, ArrowLeft: columns > 1 ? -1 : 0, PageDown: page, PageUp: -page,
+                 Home: -list.entries.length, End: list.entries.length};
+  if (event.key === " " && list.at >= 0) pick(list.at, {toggle: true});
+  else if (!steps[event.key] || event.altKey || event.metaKey) return typeAhead(event);
+  else {
+    const next = Math.max(0, Math.min(list.entries.length - 1, (list.at < 0 ? -Math.sign(steps[event.key]) && -1 : list.at) + steps[event.key]));
+    if (event.shiftKey) { if (list.anchor < 0) list.anchor = Math.max(0, list.at); pick(next, {range: true}); }
+    else if (!event.ctrlKey) pick(next);
+    setCursor(next);
+  }
+  return event.preventDefault();
+}
+
+const typed = {text: "", at: 0};
+
+function typeAhead(event) {
+  if (event.key.length !== 1 || event.ctrlKey || event.metaKey || event.altKey || " ?/".includes(event.key)) return;
+  typed.text = event.timeStamp - typed.at < 900 ? typed.text + event.key : event.key;
+  typed.at = event.timeStamp;
+  const wanted = sortKeyOf(typed.text), index = list.entries.findIndex(entry => entry.sortKey && entry.sortKey.startsWith(wanted));
+  if (index >= 0) { pick(index); setCursor(index); }
+}
+
+// ---- files
+
+async function showFiles(address) {
+  const path = decodePath(address);
+  if (showInside(path)) return;
+  const turn = view.turn;
+  const answer = await load(path);
+  if (turn !== view.turn) return;
+  if (answer.kind === "file") {
+    const holder = await load(parentOf(path));
+    if (turn !== view.turn) return;
+    await enterCollection(holder, turn);
+    const entry = list.entries.find(one => one.name === answer.name);
+    if (entry) openPreview(entry);
+  } else await enterCollection(answer, turn);
+}
+
+// is the address one of a file in the list that is on the screen?
+function showInside(path) {
+  if (view.kind !== "files" || !list.box || !list.box.isConnected || !path || parentOf(path) !== view.path) return false;
+  const entry = list.entries.find(one => one.kind === "file" && one.path === path);
+  if (entry) openPreview(entry);
+  return Boolean(entry);
+}
+
+const load = (path, values) => api("GET", "files/" + encodePath(path), {limit: 10000, ...values});
+
+async function enterCollection(answer, turn) {
+  const same = view.kind === "files" && view.path === answer.path && list.box && list.box.isConnected;
+  Object.assign(view, {kind: "files", path: answer.path, at: null, etag: answer.etag, answer});
+  setTitle(answer.name || t("Files"));
+  setCrumbs(...crumbsOf(answer.path, addressOf));
+  if (!same) {
+    setContent(...makeList({columns: ["mtime", "size"], empty: emptyFiles}), h("div.readme"));
+    scrollTo(0, 0);
+  }
+  await fillFiles(answer, turn);
+  await showReadme();
+}
+
+// the first ten thousand at once, what is more as it comes
+async function fillFiles(answer, turn) {
+  let entries = answer.children, next = answer.next;
+  fillList(sortEntries(entries));
+  while (next !== null) {
+    const more = await load(answer.path, {after: next});
+    if (turn !== view.turn) return;
+    const seen = new Set(entries.map(entry => entry.node));
+    entries = entries.concat(more.children.filter(entry => !seen.has(entry.node)));
+    next = more.next;
+    fillList(sortEntries(entries));
+  }
+}
+
+function crumbsOf(path, address) {
+  const names = path ? path.split("/") : [];
+  const parts = [link(t("Files"), address(""), {"data-path": ""}),
+    ...names.map((name, n) => h("a", {href: address(names.slice(0, n + 1).join("/")), "data-path": names.slice(0, n + 1).join("/")}, h("bdi", {}, name)))];
+  parts[parts.length - 1].setAttribute("aria-current", "page");
+  return parts;
+}
+
+const emptyFiles = () => [h("p.big", {}, t("Nothing here yet")), h("p", {}, isPhone.matches ? t("Add something with “New”.") : t("Drop files here, or add something with “New”."))];
+
+// load what is on the screen once more, keeping place and selection
+async function refresh() {
+  if (list.editing) return;
+  const turn = view.turn;
+  if (view.kind === "files") {
+    const answer = await load(view.path);
+    if (turn === view.turn) await enterCollection(answer, turn);
+  } else if (["trash", "activity", "search", "past"].includes(view.kind)) await show();
+  updateQuota();
+}
+
+function openEntry(entry) {
+  if (view.at) return entry.kind === "collection" ? go(pastAddress(view.at, entry.path)) : undefined;
+  return go(addressOf(entry.path));
+}
+
+// ---- actions: one table for the bar, the menus, the keys and the help
+
+const inFiles = () => view.kind === "files";
+const inTree = () => view.kind === "files" || view.kind === "search";
+const one = items => items.length === 1;
+const oneFile = items => one(items) && items[0].kind === "file";
+
+// on: what it is for, "items" or the "place" as a whole;  when: does it apply;  prime: has room even on a phone
+const ACTIONS = [
+  {name: "upload", label: "Upload files", on: "place", make: true, keys: "U", when: () => true, run: () => chooseFiles(false)},
+  {name: "upload-folder", label: "Upload a folder", on: "place", make: true, when: () => "webkitdirectory" in HTMLInputElement.prototype, run: () => chooseFiles(true)},
+  {name: "new-folder", label: "New folder", on: "place", make: true, keys: "Shift+N", when: () => true, run: newCollection},
+  {name: "new-text", label: "New text file", on: "place", make: true, when: () => true, run: newText},
+  {name: "paste", label: "Paste", on: "place", keys: "Ctrl+V", when: () => inFiles() && clip.ids.size > 0, run: pasteClip},
+  {name: "select-all", label: "Select all", on: "place", keys: "Ctrl+A", when: () => list.entries.length > 0, run: selectAll},
+  {name: "empty-trash", label: "Empty the trash", on: "place", bar: true, when: () => view.kind === "trash" && list.entries.length > 0, run: emptyTrash},
+  {name: "download-all", label: "Download this folder", on: "place", when: () => (inFiles() || view.kind === "past") && list.entries.length > 0, run: () => downloadZip([])},
+  {name: "past", label: "See it as it was…", on: "place", when: inFiles, run: () => go(pastAddress("now", view.path))},
+  {name: "rewind", label: "Bring this time back", on: "place", bar: true, when: () => view.kind === "past", run: rewind},
+  {name: "open", label: "Open", on: "items", keys: "Enter", when: items => one(items) && opens(items[0]), run: ([entry]) => openEntry(entry)},
+  {name: "show", label: "Show in its folder", on: "items", when: items => view.kind === "search" && one(items), run: ([entry]) => showInFolder(entry)},
+  {name: "download", label: "Download", on: "items", prime: true, keys: "D", when: items => view.kind !== "trash" && items.length > 0, run: download},
+  {name: "rename", label: "Rename", on: "items", keys: "F2", when: items => inTree() && one(items), run: ([entry]) => startRename(entry)},
+  {name: "move", label: "Move to…", on: "items", keys: "M", when: items => inTree() && items.length > 0, run: items => moveTo(items, "move")},
+  {name: "copy", label: "Copy to…", on: "items", keys: "Shift+M", when: items => inTree() && items.length > 0, run: items => moveTo(items, "copy")},
+  {name: "cut", label: "Cut", on: "items", menu: true, keys: "Ctrl+X", when: items => inTree() && items.length > 0, run: items => putOnClip("move", items)},
+  {name: "copy-clip", label: "Copy", on: "items", menu: true, keys: "Ctrl+C", when: items => inTree() && items.length > 0, run: items => putOnClip("copy", items)},
+  {name: "edit", label: "Edit", on: "items", menu: true, keys: "E", when: items => inTree() && oneFile(items) && isText(items[0]), run: ([entry]) => editFile(entry)},
+  {name: "versions", label: "Versions", on: "items", when: items => inTree() && oneFile(items), run: ([entry]) => go(versionsAddress(entry.path))},
+  {name: "delete", label: "Delete", on: "items", prime: true, keys: "Delete", when: items => inTree() && items.length > 0, run: deleteItems},
+  {name: "restore", label: "Restore", on: "items", prime: true, when: items => view.kind === "trash" && items.length > 0, run: restoreItems},
+  {name: "purge", label: "Delete for good", on: "items", prime: true, keys: "Delete", when: items => view.kind === "trash" && items.length > 0, run: purgeItems},
+  {name: "undo", label: "Undo", on: "page", keys: "Ctrl+Z", when: () => undoable.length > 0, run: undoLast},
+  {name: "find", label: "Search", on: "page", keys: "/", when: () => true, run: () => find(".search input").focus()},
+  {name: "clear", label: "Clear the selection", on: "page", keys: "Escape", when: () => list.selected.size > 0, run: clearSelection},
+  {name: "help", label: "Keyboard shortcuts", on: "page", keys: "?", when: () => true, run: showHelp},
+];
+
+const actionsFor = (on, items = []) => ACTIONS.filter(action => action.on === on && action.when(items));
+const onMac = /Mac|iPhone|iPad/.test(navigator.platform);
+const keyNames = {Delete: "Delete", Escape: "Esc", Enter: "Enter"};
+const showKeys = keys => keys && t(keys.replace("Ctrl+", onMac ? "⌘" : "Ctrl+").replace(/[A-Z][a-z]+$/, name => keyNames[name] || name));
+const act = action => attempt(() => action.run(selection()));
+const menuRows = actions => actions.map(action => ({label: t(action.label), key: isPhone.matches ? "" : showKeys(action.keys), run: () => act(action)}));
+
+function openMenu(at) {
+  const rows = list.selected.size ? menuRows(actionsFor("items", selection())) : placeRows();
+  if (rows.length) menu(at, rows);
+}
+
+const placeRows = () => [...menuRows(actionsFor("place")), ...viewRows()];
+
+// what the bar shows: the actions of what is selected, else those of the place
+function showBar() {
+  const items = selection(), all = find("input.all");
+  if (all) Object.assign(all, {checked: items.length > 0 && items.length === list.entries.length, indeterminate: items.length > 0 && items.length < list.entries.length});
+  document.body.classList.toggle("selecting", items.length > 0);
+  if (!items.length) return setBar(h("span.count", {}, countWords()), placeButtons());
+  const actions = actionsFor("items", items);
+  return setBar(button(t("Clear"), clearSelection, {className: "quiet", "aria-label": t("Clear the selection")}),
+    h("strong.count", {role: "status"}, plural(items.length, "{n} selected", "{n} selected")),
+    actions.filter(action => !action.menu).map(action => button(t(action.label), () => act(action), {className: action.prime ? "prime" : "", "data-action": action.name})),
+    button(t("More"), event => openMenu(event.currentTarget), {className: "prime", "aria-haspopup": "menu"}));
+}
+
+function countWords() {
+  const files = list.entries.filter(entry => entry.kind === "file").length, collections = list.entries.length - files;
+  return [collections && plural(collections, "{n} folder", "{n} folders"), files && plural(files, "{n} file", "{n} files")].filter(Boolean).join(", ");
+}
+
+const placeButtons = () => [
+  actionsFor("place").filter(action => action.bar).map(action => button(t(action.label), () => act(action), {"data-action": action.name})),
+  view.kind !== "past" && list.sortable ? button(t("View"), event => menu(event.currentTarget, viewRows(), t("View")), {"aria-haspopup": "menu"}) : null];
+
+const viewRows = () => [
+  ...["name", ...list.columns].map(name => ({label: t("Sort by {what}", {what: t(COLUMNS[name])}), mark: sorting.by === name, run: () => sortBy(name)})), null,
+  ...[["list", "List"], ["tiles", "Tiles"]].map(([name, label]) => ({label: t(label), mark: shape === name, run: () => setShape(name)}))];
+
+function setShape(name) {
+  shape = name;
+  localStorage.setItem("shape", name);
+  fillList(list.entries);
+}
+
+// ---- what actions do
+
+const undoable = [];                   // batches of steps of the journal, the latest last
+
+function offerUndo(text, ...seqs) {
+  undoable.push(seqs);
+  toast(text, {label: t("Undo"), run: () => attempt(() => undo(undoable.splice(undoable.indexOf(seqs), 1)[0] || seqs))});
+}
+
+function undoLast() {
+  return undo(undoable.pop());
+}
+
+async function undo(seqs) {
+  let skipped = 0;
+  for (const seq of [...seqs].reverse()) skipped += (await api("POST", "undo", {seq})).skipped;
+  toast(skipped ? plural(skipped, "Undone, except {n} that changed since.", "Undone, except {n} that changed since.") : t("Undone."));
+  await refresh();
+}
+
+const namesOf = items => items.length === 1 ? "“" + items[0].name + "”" : plural(items.length, "{n} item", "{n} items");
+
+async function deleteItems(items) {
+  const {seq} = await api("POST", "delete", {paths: items.map(entry => entry.path)});
+  clearSelection();
+  dropRows(items);
+  offerUndo(t("{what} deleted", {what: namesOf(items)}), seq);
+  await refresh();
+}
+
+function dropRows(items) {
+  const gone = new Set(items.map(entry => entry.node));
+  fillList(list.entries.filter(entry => !gone.has(entry.node)));
+}
+
+function download(items) {
+  if (items.length === 1 && items[0].kind === "file") return saveFrom(contentAddress(items[0]));
+  if (view.kind === "search" && items.length > 1) return items.forEach((entry, n) => setTimeout(() => saveFrom(entry.kind === "file" ? contentAddress(entry) : apiAddress("zip", entry.path)), n * 400));
+  if (view.kind === "search") return saveFrom(apiAddress("zip", items[0].path));
+  return downloadZip(items.length === list.entries.length ? [] : items.map(entry => entry.name));
+}
+
+function downloadZip(names) {
+  const address = apiAddress("zip", view.path, {name: names, at: view.at});
+  if (address.length > 15000) throw new Problem(0, {code: "", detail: t("Too many at once: choose fewer, or download the whole folder.")});
+  saveFrom(address);
+}
+
+function saveFrom(address) {
+  const anchor = h("a", {href: address, download: ""});
+  document.body.append(anchor);
+  anchor.click();
+  anchor.remove();
+}
+
+const nameInput = (label, value = "") => field(label, {name: "name", value, maxLength: 255, autofocus: true, autocomplete: "off", spellcheck: false});
+
+// ask for a name, make a collection of it in another one; resolves to the new node
+const makeCollection = place => askForm(t("New folder"), [nameInput(t("Name"))], t("Create"), async ({name}) => {
+  checkName(name);
+  return api("POST", "make-collection", {path: join(place, name)});
+});
+
+// new things go where the reader is, or else to the top
+async function ensureFiles() {
+  if (!inFiles()) await go(addressOf(""));
+}
+
+async function newCollection() {
+  await ensureFiles();
+  const made = await makeCollection(view.path);
+  if (!made) return;
+  await refresh();
+  pick(list.known.get(made.node));
+  setCursor(list.at);
+}
+
+function checkName(name) {
+  if (!name.trim() || name === "." || name === ".." || name.includes("/")) throw new Problem(0, {code: "", detail: t("A name cannot be empty and cannot hold a slash.")});
+}
+
+// ---- renaming in place
+
+function startRename(entry) {
+  if (isPhone.matches || view.kind !== "files") {
+    return askForm(t("Rename"), [nameInput(t("Name"), entry.name)], t("Rename"), ({name}) => rename(entry, name));
+  }
+  list.editing = entry;
+  redrawRows();
+  const input = find(".rename");
+  input.focus();
+  const dot = entry.kind === "file" ? entry.name.lastIndexOf(".") : -1;
+  input.setSelectionRange(0, dot > 0 ? dot : entry.name.length);
+  return undefined;
+}
+
+function renameField(entry) {
+  let done = false;
+  const finish = async keep => {
+    if (done) return;
+    done = true;
+    const name = input.value;
+    list.editing = null;
+    redrawRows();
+    list.box.focus({preventScroll: true});
+    if (keep && name !== entry.name) await attempt(() => rename(entry, name));
+  };
+  const input = h("input.rename", {value: entry.name, maxLength: 255, "aria-label": t("New name"), spellcheck: false, autocomplete: "off", onblur: () => finish(true), onkeydown: event => {
+    event.stopPropagation();
+    if (event.key === "Enter" && !event.isComposing) finish(true);
+    if (event.key === "Escape") finish(false);
+  }});
+  return input;
+}
+
+async function rename(entry, name) {
+  checkName(name);
+  if (name === entry.name) return;
+  const target = join(parentOf(entry.path), name);
+  const {seq} = await api("POST", "move", {items: [{from: entry.path, to: target}]}).catch(error => {
+    throw error.code === "precondition-failed" ? new Problem(412, {code: "exists"}) : error;
+  });
+  offerUndo(t("Renamed to “{name}”", {name}), seq);
+  await refresh();
+}
+
+// ---- moving and copying
+
+const clip = {verb: "", ids: new Set(), items: []};
+
+function putOnClip(verb, items) {
+  Object.assign(clip, {verb, items, ids: new Set(items.map(entry => entry.node))});
+  redrawRows();
+  toast(verb === "move" ? t("{what} ready to be moved: paste it where it belongs.", {what: namesOf(items)}) : t("{what} ready to be copied: paste it where you want it.", {what: namesOf(items)}));
+}
+
+async function pasteClip() {
+  const {verb, items} = clip;
+  await transfer(verb, items, view.path);
+  if (verb === "move") Object.assign(clip, {verb: "", items: [], ids: new Set()});
+}
+
+async function moveTo(items, verb) {
+  const target = await chooseCollection(verb === "move" ? t("Move {what} to", {what: namesOf(items)}) : t("Copy {what} to", {what: namesOf(items)}),
+    verb === "move" ? t("Move here") : t("Copy here"), view.kind === "files" ? view.path : parentOf(items[0].path), items);
+  if (target !== undefined) await transfer(verb, items, target);
+}
+
+// bring items into a collection; names that are taken are settled first
+async function transfer(verb, items, target) {
+  if (verb === "move") items = items.filter(entry => parentOf(entry.path) !== target);
+  if (!items.length) return;
+  const pairs = items.map(entry => ({from: entry.path, to: join(target, entry.name)}));
+  const here = verb === "copy" ? pairs.filter(pair => pair.from === pair.to) : [];       // a copy beside the original
+  const seqs = [];
+  const send = async (some, clash) => { if (some.length) seqs.push((await api("POST", verb, {items: some, clash})).seq); };
+  const away = pairs.filter(pair => pair.from !== pair.to);
+  try {
+    await send(away, "refuse");
+  } catch (error) {
+    if (error.code !== "precondition-failed") throw error;
+    const settled = await settle(away, target);
+    await send(settled.filter(pair => pair.how === "keep").map(plainPair), "keep");
+    await send(settled.filter(pair => pair.how === "replace").map(plainPair), "replace");
+  }
+  await sendBeside(here, seqs);
+  clearSelection();
+  if (seqs.length) offerUndo(verb === "move" ? t("{what} moved", {what: namesOf(items)}) : t("{what} copied", {what: namesOf(items)}), ...seqs);
+  await refresh();
+}
+
+const plainPair = ({from, to}) => ({from, to});
+
+// the server refuses a copy of something onto itself, so such a copy gets its name here
+async function sendBeside(pairs, seqs) {
+  if (!pairs.length) return;
+  const taken = new Set(list.entries.map(entry => entry.name));
+  const items = pairs.map(({from, to}) => {
+    const name = freeName(nameOf(to), taken);
+    taken.add(name);
+    return {from, to: join(parentOf(to), name)};
+  });
+  seqs.push((await api("POST", "copy", {items, clash: "keep"})).seq);
+}
+
+function freeName(name, taken) {
+  const dot = name.lastIndexOf("."), [stem, suffix] = dot > 0 ? [name.slice(0, dot), name.slice(dot)] : [name, ""];
+  for (let n = 2; ; n++) if (!taken.has(`${stem} (${n})${suffix}`)) return `${stem} (${n})${suffix}`;
+}
+
+// for each name that is taken at the target: keep both, replace or skip?
+async function settle(pairs, target) {
+  const {children} = await load(target), taken = new Set(children.map(entry => entry.name));
+  const clashes = pairs.filter(pair => taken.has(nameOf(pair.to)));
+  const settled = pairs.filter(pair => !taken.has(nameOf(pair.to))).map(pair => ({...pair, how: "keep"}));
+  let all = "";
+  for (const [n, pair] of clashes.entries()) {
+    const answer = all ? {how: all} : await askClash(nameOf(pair.to), clashes.length - n - 1);
+    if (answer.all) all = answer.how;
+    if (answer.how !== "skip") settled.push({...pair, how: answer.how});
+  }
+  return settled;
+}
+
+// more: how many further clashes may follow, undefined if nobody knows; dismissing it skips
+async function askClash(name, more) {
+  const answer = await sheet(t("“{name}” exists already", {name}), close => {
+    const all = h("input", {type: "checkbox", checked: false});
+    const choice = (label, how, about) => button(label, () => close({how, all: all.checked}), about);
+    return [h("p", {}, t("What should happen with the new one?")),
+      more === 0 ? null : h("label.tick", {}, all, more ? plural(more, "Do the same for {n} more", "Do the same for {n} more") : t("Do the same for all others")),
+      buttonsRow(choice(t("Skip"), "skip"), choice(t("Replace"), "replace"), choice(t("Keep both"), "keep", {className: "primary", autofocus: true}))];
+  });
+  return answer || {how: "skip", all: false};
+}
+
+// a sheet to walk the collections and choose one
+function chooseCollection(title, yes, from, items = []) {
+  const moving = new Set(items.map(entry => entry.path));
+  return sheet(title, close => {
+    const box = h("div.walk"), crumbs = h("nav.crumbs"), choose = button(yes, () => close(here), {className: "primary"});
+    let here = from;
+    const enter = path => attempt(async () => {
+      const {children} = await load(path);
+      here = path;
+      crumbs.replaceChildren(...crumbsOf(path, () => "#").flatMap((part, n) => n ? [h("span.slash", {}, "/"), part] : [part]));
+      for (const part of crumbs.querySelectorAll("a")) part.addEventListener("click", event => { event.preventDefault(); enter(part.dataset.path); });
+      const inside = sortEntries(children.filter(entry => entry.kind === "collection" && !moving.has(entry.path)));
+      box.replaceChildren(...inside.map(entry => h("button.item", {type: "button", onclick: () => enter(entry.path)}, icon("collection"), h("bdi", {}, entry.name))),
+        ...(inside.length ? [] : [h("p.soft", {}, t("No folders in here"))]));
+      choose.disabled = items.length > 0 && items.every(entry => parentOf(entry.path) === here);
+    });
+    const make = button(t("New folder"), async () => {
+      const made = await makeCollection(here);
+      if (made) enter(made.path);
+    }, {className: "quiet"});
+    enter(from);
+    return [crumbs, box, buttonsRow(make, button(t("Cancel"), () => close()), choose)];
+  });
+}
+
+async function showInFolder(entry) {
+  await go(addressOf(parentOf(entry.path)));
+  const index = list.known.get(entry.node);
+  if (index !== undefined) { pick(index); setCursor(index); }
+}
+
+// ---- upload queue: small files by one PUT each, larger ones by tus, which goes on where it stopped
+
+const SMALL = 4 << 20, PART = 16 << 20, AT_ONCE = 4;
+const queue = {items: [], next: 0, running: 0, paused: false, all: "", asking: Promise.resolve(), box: null, failed: 0,
+               delayed: new Set()};
+const PARTS = "uploads";               // what localStorage remembers of unfinished uploads: {fingerprint: id}
+
+async function chooseFiles(whole) {
+  await ensureFiles();
+  const input = h("input", {type: "file", multiple: true, webkitdirectory: whole, hidden: true, onchange: () => {
+    addUploads([...input.files].map(file => ({file, path: join(view.path, file.webkitRelativePath || file.name)})));
+    input.remove();
+  }});
+  document.body.append(input);
+  input.click();
+}
+
+// what was dropped, collections walked to their end; must begin while the drop event is being handled
+async function readDrop(transfer, target) {
+  const entries = [...transfer.items].map(item => item.webkitGetAsEntry && item.webkitGetAsEntry());
+  if (!entries.some(Boolean)) return [...transfer.files].map(file => ({file, path: join(target, file.name)}));
+  const found = [];
+  for (const entry of entries.filter(Boolean)) await walkDropped(entry, target, found);
+  return found;
+}
+
+async function walkDropped(entry, target, found) {
+  const path = join(target, entry.name);
+  if (entry.isFile) return found.push({path, file: await new Promise((done, fail) => entry.file(done, fail))});
+  const reader = entry.createReader(), before = found.length;
+  for (;;) {                           // a reader gives a hundred at a time
+    const some = await new Promise((done, fail) => reader.readEntries(done, fail));
+    if (!some.length) break;
+    for (const one of some) await walkDropped(one, path, found);
+  }
+  return found.length === before && found.push({path, file: null});
+}
+
+async function addUploads(found) {
+  for (const {path} of found.filter(one => !one.file)) {
+    await api("POST", "make-collection", {path, parents: true}).catch(error => { if (error.code !== "exists") throw error; });
+  }
+  const files = found.filter(one => one.file);
+  if (!files.length) return found.length && refresh();
+  const here = new Set(view.kind === "files" ? list.entries.map(entry => entry.path) : []);
+  if (!busy()) Object.assign(queue, {items: [], next: 0, all: "", failed: 0, box: null});
+  for (const {file, path} of files) {
+    queue.items.push({file, path, size: file.size, sent: 0, state: "waiting", tries: 0, clash: here.has(path), more: files.length > 1});
+  }
+  queue.box = null;
+  showQueue();
+  return pump();
+}
+
+function pump() {
+  while (!queue.paused && queue.running < AT_ONCE && queue.next < queue.items.length) {
+    const item = queue.items[queue.next++];
+    if (item.state === "waiting") runUpload(item);
+  }
+  updateQueue();
+}
+
+async function runUpload(item) {
+  queue.running++;
+  item.state = "sending";
+  showItem(item);
+  try {
+    if (item.clash) await settleUpload(item);
+    if (item.state === "sending") await sendItem(item);
+    if (item.state === "sending") finishItem(item, "done");
+  } catch (error) {
+    if (item.state === "sending") await failItem(item, error);
+  }
+  queue.running--;
+  pump();
+  if (!busy()) endQueue();
+}
+
+async function failItem(item, error) {
+  if (error.code === "precondition-failed" && !item.clash) {
+    await settleUpload(item);
+    if (item.state === "sending") again(item);
+    return undefined;
+  }
+  if (["network", "busy", "offset"].includes(error.code)) {            // offset: the server still ends what was cut off
+    item.state = "waiting";
+    item.error = t("Waiting for the connection…");
+    showItem(item);
+    queue.delayed.add(item);
+    return setTimeout(() => wake(item), Math.min(30000, 1000 * 2 ** item.tries++));
+  }
+  item.error = explain(error);
+  queue.failed++;
+  return finishItem(item, "failed");
+}
+
+// when its time has come, or when the network is back
+const wake = item => queue.delayed.delete(item) && again(item);
+
+function again(item) {
+  item.state = "waiting";
+  queue.items.push(queue.items.splice(queue.items.indexOf(item), 1)[0]);
+  queue.next = Math.max(0, queue.next - 1);
+  pump();
+}
+
+// one question at a time, and none when the answer was given for all
+async function settleUpload(item) {
+  item.clash = true;
+  queue.asking = queue.asking.then(async () => {
+    if (!queue.all) {
+      const answer = await askClash(nameOf(item.path), item.more ? undefined : 0);
+      item.how = answer.how;
+      if (answer.all) queue.all = answer.how;
+    } else item.how = queue.all;
+  });
+  await queue.asking;
+  if (item.how === "skip") finishItem(item, "skipped");
+}
+
+async function sendItem(item) {
+  const send = item.size > SMALL ? sendParts : sendWhole;
+  if (item.how !== "keep") return send(item, item.path);
+  const {children} = await load(parentOf(item.path)), taken = new Set(children.map(entry => entry.name));
+  const name = freeName(nameOf(item.path), taken);
+  return send(item, join(parentOf(item.path), name));
+}
+
+async function sendWhole(item, path) {
+  const headers = item.how === "replace" ? {} : {"If-None-Match": "*"};
+  await transmit(item, "PUT", apiAddress("files", path, {mtime: item.file.lastModified, parents: 1}), item.file, headers, 0);
+}
+
+// a tus upload: made, or found again after a break, then part after part
+async function sendParts(item, path) {
+  const known = readParts(), print = [me.name, path, item.size, item.file.lastModified].join("|");
+  let offset = known[print] ? await offsetOf(known[print]) : -1;
+  let id = known[print];
+  if (offset < 0) {
+    const answer = await transmit(item, "POST", PREFIX + "/tus", null, {"Upload-Length": item.size, "Upload-Metadata": metadata({
+      path, mtime: item.file.lastModified, parents: "1", ...(item.how === "replace" ? {} : {clash: "refuse"})})}, 0);
+    [id, offset] = [nameOf(answer.getResponseHeader("Location")), 0];
+    saveParts({...known, [print]: id});
+  }
+  item.upload = id;
+  while (offset < item.size) {
+    const part = item.file.slice(offset, offset + PART);
+    const answer = await transmit(item, "PATCH", PREFIX + "/tus/" + id, part, {"Upload-Offset": offset}, offset);
+    offset = Number(answer.getResponseHeader("Upload-Offset"));
+  }
+  const left = readParts();
+  delete left[print];
+  saveParts(left);
+}
+
+const metadata = values => Object.entries(values).map(([name, value]) =>
+  name + " " + btoa(String.fromCharCode(...new TextEncoder().encode(value)))).join(",");
+const readParts = () => JSON.parse(localStorage.getItem(PARTS) || "{}");
+const saveParts = parts => localStorage.setItem(PARTS, JSON.stringify(parts));
+const forgetUploads = () => localStorage.removeItem(PARTS);
+
+async function offsetOf(id) {
+  const answer = await fetch(PREFIX + "/tus/" + id, {method: "HEAD", headers: {...HEADERS, "Tus-Resumable": "1.0.0"}}).catch(() => { throw new Problem(0, {code: "network"}); });
+  return answer.ok ? Number(answer.headers.get("Upload-Offset")) : -1;
+}
+
+// one request with progress, which fetch cannot show
+function transmit(item, method, address, body, headers, from) {
+  return new Promise((done, fail) => {
+    const request = item.request = new XMLHttpRequest();
+    request.open(method, address);
+    const type = method === "PATCH" ? {"Content-Type": "application/offset+octet-stream"} : method === "PUT" ? {"Content-Type": "application/octet-stream"} : {};
+    const tus = method === "PUT" ? {} : {"Tus-Resumable": "1.0.0"};
+    for (const [name, value] of Object.entries({...HEADERS, ...type, ...tus, ...headers})) request.setRequestHeader(name, value);
+    request.upload.onprogress = event => { item.sent = from + event.loaded; updateQueue(); };
+    request.onload = () => {
+      if (request.status < 300) return done(request);
+      const problem = readProblem(request.status, request.responseText);
+      return problem.code === "unauthenticated" ? logInAgain().then(() => fail(new Problem(0, {code: "network"})), fail) : fail(problem);
+    };
+    request.onerror = () => fail(new Problem(0, {code: "network"}));
+    request.onabort = () => fail(new DOMException("", "AbortError"));
+    request.send(body);
+  });
+}
+
+function finishItem(item, state) {
+  item.state = state;
+  item.sent = state === "done" ? item.size : item.sent;
+  showItem(item);
+  if (state === "done" && view.kind === "files" && (parentOf(item.path) + "/").startsWith(view.path && view.path + "/")) refreshSoon();
+}
+
+const refreshSoon = soon(refresh, 500);
+
+function cancelItem(item) {
+  queue.delayed.delete(item);
+  const sending = item.state === "sending";
+  finishItem(item, "cancelled");
+  if (sending && item.request) item.request.abort();
+  if (item.upload) fetch(PREFIX + "/tus/" + item.upload, {method: "DELETE", headers: {...HEADERS, "Tus-Resumable": "1.0.0"}}).catch(() => {});
+  updateQueue();
+}
+
+function retryItem(item) {
+  if (item.state === "failed") queue.failed--;
+  Object.assign(item, {error: "", sent: 0, tries: 0});
+  again(item);
+}
+
+function pauseQueue() {
+  queue.paused = !queue.paused;
+  for (const item of queue.paused ? queue.items.filter(one => one.state === "sending" && one.request) : []) {
+    item.state = "waiting";
+    item.request.abort();
+    queue.delayed.add(item);
+    showItem(item);
+  }
+  if (!queue.paused) queue.delayed.forEach(wake);
+  pump();
+}
+
+function endQueue() {
+  queue.all = "";
+  updateQueue();
+  updateQuota();
+  if (view.kind === "files") refreshSoon();
+}
+
+function cancelAll() {
+  for (const item of queue.items) if (item.state === "waiting" || item.state === "sending") cancelItem(item);
+}
+
+// ---- the panel of the queue
+
+const busy = () => queue.running > 0 || queue.delayed.size > 0 || queue.next < queue.items.length;
+
+function showQueue() {
+  const box = find(".queue");
+  if (!box || queue.box === box) return;
+  queue.box = box;
+  box.hidden = !queue.items.length;
+  queue.title = h("strong", {role: "status"});
+  queue.bar = h("progress", {max: 1, value: 0, "aria-label": t("All uploads")});
+  queue.pause = button(t("Pause"), pauseQueue, {className: "quiet"});
+  queue.stop = button(t("Cancel"), () => busy() ? cancelAll() : hideQueue(), {className: "quiet"});
+  queue.list = h("ul");
+  box.replaceChildren(h("div.title", {}, queue.title, queue.pause, queue.stop), queue.bar, queue.list);
+  queue.items.filter(item => item.row).slice(-50).forEach(item => queue.list.append(item.row));
+  updateQueue();
+}
+
+function hideQueue() {
+  Object.assign(queue, {items: [], next: 0, failed: 0});
+  find(".queue").hidden = true;
+}
+
+const STATES = {waiting: "Waiting", sending: "", done: "Done", failed: "Failed", skipped: "Skipped", cancelled: "Cancelled"};
+
+// the row of a file is made when its turn comes, so that a hundred thousand cost nothing
+function showItem(item) {
+  if (!item.row) {
+    item.words = h("span.state");
+    item.meter = h("progress", {max: Math.max(1, item.size), value: 0, "aria-label": nameOf(item.path)});
+    item.button = button("", () => item.state === "failed" || item.state === "cancelled" ? retryItem(item) : cancelItem(item), {className: "quiet"});
+    item.row = h("li", {}, h("bdi", {}, nameOf(item.path)), item.words, item.button, item.meter);
+    queue.list.prepend(item.row);
+    const finished = [...queue.list.children].slice(50).reverse().find(row => row.classList.contains("done"));
+    if (finished) finished.remove();
+  }
+  item.row.className = item.state;
+  item.words.textContent = item.error && item.state !== "done" && item.state !== "sending" ? item.error : t(STATES[item.state]) || formatSize(item.size);
+  item.button.hidden = item.state === "done" || item.state === "skipped";
+  item.button.textContent = item.state === "failed" || item.state === "cancelled" ? t("Retry") : t("Cancel");
+  item.meter.value = item.sent;
+  updateQueue();
+}
+
+let drawing = 0;
+function updateQueue() {
+  drawing = drawing || requestAnimationFrame(() => { drawing = 0; drawQueue(); });
+}
+
+function drawQueue() {
+  if (!queue.box || !queue.items.length) return;
+  let sent = 0, total = 0, done = 0;
+  for (const item of queue.items) {
+    if (item.state === "skipped" || item.state === "cancelled") continue;
+    total += item.size + 1000;         // the smallest files take time, too
+    sent += item.state === "done" ? item.size + 1000 : item.sent;
+    done += item.state === "done";
+    if (item.state === "sending") item.meter.value = item.sent;
+  }
+  const rest = busy();
+  queue.bar.value = total ? sent / total : 1;
+  queue.bar.hidden = !rest;
+  queue.pause.hidden = !rest;
+  queue.pause.textContent = queue.paused ? t("Resume") : t("Pause");
+  queue.stop.textContent = rest ? t("Cancel") : t("Close");
+  queue.title.textContent = rest ? queue.paused ? t("Paused: {done} of {n} uploaded", {done, n: queue.items.length}) : t("Uploading: {done} of {n}, {percent} %", {done, n: queue.items.length, percent: Math.floor(100 * sent / Math.max(1, total))})
+    : queue.failed ? plural(queue.failed, "{n} upload failed", "{n} uploads failed") : plural(done, "{n} file uploaded", "{n} files uploaded");
+}
+
+// ---- dragging: files from outside, entries within
+
+const MARK = "application/x-cloudserver";
+
+function dropTarget(event) {
+  const crumb = event.target.closest && event.target.closest(".crumbs a[data-path]");
+  if (crumb) return {path: crumb.dataset.path, element: crumb};
+  const row = event.target.closest && event.target.closest(".rows .row"), entry = row && list.entries[indexAt(row)];
+  if (entry && entry.kind === "collection" && view.kind === "files") return {path: entry.path, element: row};
+  return view.kind === "files" ? {path: view.path, element: null} : null;
+}
+
+function onDragStart(event) {
+  const index = event.target.closest ? indexAt(event.target) : -1;
+  if (index < 0 || !me.name) return;
+  if (!list.selected.has(list.entries[index].node)) pick(index);
+  const items = selection();
+  event.dataTransfer.setData(MARK, "1");
+  event.dataTransfer.effectAllowed = "copyMove";
+  if (items.length === 1 && items[0].kind === "file") event.dataTransfer.setData("DownloadURL", "application/octet-stream:" + items[0].name + ":" + location.origin + contentAddress(items[0]));
+  const ghost = h("div.ghost", {}, namesOf(items));
+  document.body.append(ghost);
+  event.dataTransfer.setDragImage(ghost, -12, -12);
+  setTimeout(() => ghost.remove());
+}
+
+function onDragOver(event) {
+  const types = event.dataTransfer.types, files = types.includes("Files"), inside = types.includes(MARK), target = me.name && dropTarget(event);
+  unmarkDrop();
+  if (!files && !inside) return;
+  event.preventDefault();
+  const useful = target && !document.querySelector("dialog") && (files || target.element && !selection().some(entry => entry.path === target.path));
+  event.dataTransfer.dropEffect = !useful ? "none" : files || event.ctrlKey || event.altKey ? "copy" : "move";
+  if (useful && target.element) target.element.classList.add("over");
+  else if (useful) document.body.classList.add("dropping");
+}
+
+function unmarkDrop() {
+  document.body.classList.remove("dropping");
+  for (const element of document.querySelectorAll(".over")) element.classList.remove("over");
+}
+
+function onDrop(event) {
+  const types = event.dataTransfer.types, target = me.name && dropTarget(event);
+  unmarkDrop();
+  if (!types.includes("Files") && !types.includes(MARK)) return;
+  event.preventDefault();
+  if (!target || document.querySelector("dialog")) return;
+  if (types.includes("Files")) {
+    const reading = readDrop(event.dataTransfer, target.path);
+    attempt(async () => addUploads(await reading));
+  } else if (target.element) attempt(() => transfer(event.ctrlKey || event.altKey ? "copy" : "move", selection(), target.path));
+}
+
+function onPaste(event) {
+  if (event.target.closest("input, textarea, [contenteditable], dialog") || !inFiles()) return;
+  const files = [...event.clipboardData.files];
+  if (files.length) attempt(() => addUploads(files.map(file => ({file, path: join(view.path, file.name)}))));
+  else if (clip.ids.size) attempt(pasteClip);
+  else return;
+  event.preventDefault();
+}
+
+// ---- versions of a file
+
+const versionsAddress = path => PREFIX + "/versions/" + encodePath(path);
+
+async function showVersions(address) {
+  const path = decodePath(address), turn = view.turn;
+  const {versions} = await api("GET", "versions/" + encodePath(path));
+  if (turn !== view.turn) return;
+  Object.assign(view, {kind: "versions", path, at: null});
+  setTitle(t("Versions of {name}", {name: nameOf(path)}));
+  setCrumbs(...crumbsOf(path, addressOf).map((part, n, all) => { if (n === all.length - 1) part.removeAttribute("aria-current"); return part; }), h("span", {"aria-current": "page"}, t("Versions")));
+  setBar(h("span.count", {}, plural(versions.length, "{n} version", "{n} versions")));
+  setContent(h("ol.steps", {}, versions.map((version, n) => versionRow(path, version, n))));
+}
+
+function versionRow(path, version, n) {
+  const restore = () => attempt(async () => {
+    await api("POST", "versions/restore", {path, version: version.version});
+    toast(t("This version is the present one now; the others stay."));
+    await show();
+  });
+  const keep = () => askForm(t("Keep for good"), [field(t("Under the name"), {name: "name", value: version.name || "", maxLength: 100, autofocus: true, autocomplete: "off"})], t("Keep"),
+    async ({name}) => { await api("POST", "versions/pin", {path, version: version.version, name}); show(); return true; }, t("A version with a name is never removed by itself."));
+  const letGo = () => attempt(async () => { await api("POST", "versions/pin", {path, version: version.version, name: null}); await show(); });
+  return h("li", {}, h("div.what", {}, h("strong", {}, dates.long.format(new Date(version.at))), n ? null : h("span.tag", {}, t("Now")),
+    version.name && h("span.tag", {}, version.name), h("div.soft", {}, [formatSize(version.size), version.account, version.device].filter(Boolean).join(" · "))),
+    h("div.acts", {}, h("a.button", {href: apiAddress("content", path, {version: version.version}), download: ""}, t("Download")),
+      n ? button(t("Restore"), restore) : null, version.name ? button(t("Let go"), letGo) : button(t("Keep for good"), keep)));
+}
+
+// ---- trash
+
+async function showTrash() {
+  const turn = view.turn, {items, next} = await api("GET", "trash");
+  if (turn !== view.turn) return;
+  const same = view.kind === "trash" && list.box && list.box.isConnected;
+  Object.assign(view, {kind: "trash", path: "", at: null});
+  setTitle(t("Trash"));
+  setCrumbs(h("span", {"aria-current": "page"}, t("Trash")));
+  if (!same) setContent(h("p.hint", {}, t("Deleted things stay here until their time is over or the trash is emptied.")),
+    ...makeList({columns: ["deleted", "size"], sortable: false, empty: () => h("p.big", {}, t("The trash is empty"))}));
+  fillList(items);
+  let entries = items;
+  for (let before = next; before !== null;) {
+    const more = await api("GET", "trash", {before, limit: 10000});
+    if (turn !== view.turn) return;
+    fillList(entries = entries.concat(more.items));
+    before = more.next;
+  }
+}
+
+async function restoreItems(items) {
+  const {seq, paths} = await api("POST", "trash/restore", {nodes: items.map(entry => entry.node)});
+  clearSelection();
+  dropRows(items);
+  offerUndo(paths.length === 1 ? t("Restored to {place}", {place: parentOf(paths[0]) || t("Files")}) : plural(paths.length, "{n} item restored", "{n} items restored"), seq);
+  await refresh();
+}
+
+async function purgeItems(items) {
+  if (!await askYesNo(t("Delete for good?"), t("{what} cannot be brought back after this.", {what: namesOf(items)}), t("Delete for good"))) return;
+  await api("POST", "trash/empty", {nodes: items.map(entry => entry.node)});
+  clearSelection();
+  dropRows(items);
+  await refresh();
+}
+
+async function emptyTrash() {
+  if (!await askYesNo(t("Empty the trash?"), t("What is in it cannot be brought back after this."), t("Empty the trash"))) return;
+  await api("POST", "trash/empty");
+  await refresh();
+}
+
+// ---- search
+
+const searchSoon = soon(() => {
+  const q = find(".search input").value.trim(), path = view.kind === "files" ? view.path : view.kind === "search" ? view.path : "";
+  if (!q) return view.kind === "search" ? go(addressOf(view.path), {replace: true}) : undefined;
+  return go(PREFIX + "/search" + queryOf({q, path: path || null}), {replace: view.kind === "search"});
+}, 200);
+
+async function showSearch() {
+  const about = new URLSearchParams(location.search), q = about.get("q") || "", path = about.get("path") || "", turn = view.turn;
+  const input = find(".search input");
+  if (document.activeElement !== input) input.value = q;
+  const {items} = await api("GET", "search", {q, path, limit: 1000});
+  if (turn !== view.turn) return;
+  const same = view.kind === "search" && list.box && list.box.isConnected;
+  Object.assign(view, {kind: "search", path, at: null});
+  setTitle(q);
+  setCrumbs(link(t("Files"), addressOf("")), ...(path ? [h("a", {href: addressOf(path)}, h("bdi", {}, nameOf(path)))] : []), h("span", {"aria-current": "page"}, t("Search")));
+  if (!same) setContent(...makeList({columns: ["mtime", "size"], sortable: false, empty: () => [h("p.big", {}, t("Nothing found")), view.path ? h("p", {}, link(t("Search everywhere"), PREFIX + "/search" + queryOf({q: find(".search input").value}))) : null]}));
+  fillList(items);
+}
+
+// ---- activity
+
+const ACTIVITY = {write: "{who} saved {what}", "make-collection": "{who} made the folder {what}", delete: "{who} deleted {what}", move: "{who} moved {what} to {to}",
+  copy: "{who} copied {what} to {to}", restore: "{who} restored {what}", undo: "{who} undid a step", rewind: "{who} brought {what} back to an earlier time",
+  "restore-version": "{who} restored a version of {what}", "empty-trash": "{who} emptied the trash", patch: "{who} changed {what}", "device-add": "A device was added: {name}",
+  "device-remove": "A device was removed: {name}", "account-add": "The account {name} was made", "account-password": "The password was changed"};
+
+async function showActivity() {
+  const turn = view.turn, {steps} = await api("GET", "activity", {limit: 100});
+  if (turn !== view.turn) return;
+  Object.assign(view, {kind: "activity", path: "", at: null});
+  setTitle(t("Activity"));
+  setCrumbs(h("span", {"aria-current": "page"}, t("Activity")));
+  setBar();
+  const box = h("ol.steps");
+  const more = button(t("Show more"), () => attempt(async () => addSteps(await api("GET", "activity", {limit: 100, before: more.value}))), {className: "wide"});
+  const addSteps = ({steps}) => {
+    box.append(...steps.map(stepRow));
+    more.hidden = steps.length < 100;
+    if (steps.length) more.value = steps[steps.length - 1].seq;
+  };
+  addSteps({steps});
+  setContent(box, more);
+}
+
+function stepRow(step) {
+  const {path = "", to = "", name = "", count} = step.detail;
+  const what = count ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1}) : path ? "“" + nameOf(path) + "”" : t("Files");
+  const words = t(ACTIVITY[step.action] || step.action, {who: step.account, what, to: "“" + to + "”", name});
+  return h("li", {}, h("div.what", {}, h("span", {}, words), h("div.soft", {}, [dates.long.format(new Date(step.at)), step.device].filter(Boolean).join(" · "))),
+    h("div.acts", {}, step.undoable ? button(t("Undo"), () => attempt(() => undo([step.seq]))) : null));
+}
+
+// ---- a collection as it was
+
+const pastAddress = (at, path) => PREFIX + "/past/" + encodeURIComponent(at) + (path && "/" + encodePath(path));
+
+async function showPast(at, address) {
+  const path = decodePath(address), turn = view.turn;
+  at = decodeURIComponent(at);
+  if (at === "now") at = new Date().toISOString();
+  const [answer, {steps}] = await Promise.all([load(path, {at, limit: undefined}).catch(absent), api("GET", "activity", {limit: 1000})]);
+  if (turn !== view.turn) return;
+  const same = view.kind === "past" && find(".slider");
+  Object.assign(view, {kind: "past", path, at});
+  setTitle(path ? nameOf(path) : t("Files"));
+  setCrumbs(...crumbsOf(path, path => pastAddress(at, path)), h("span.soft", {}, dates.long.format(new Date(at))));
+  if (!same) setContent(timeSlider(steps), ...makeList({columns: ["mtime", "size"], empty: () => h("p.big", {}, t("Nothing was here then"))}));
+  fillList(sortEntries(answer.children));
+}
+
+const absent = error => {
+  if (error.code !== "not-found" && error.code !== "gone") throw error;
+  return {children: []};
+};
+
+// one stop for each time something changed, the latest on the right
+function timeSlider(steps) {
+  const stops = [...new Set(steps.map(step => step.at))].sort(), now = Date.parse(view.at);
+  const nearest = stops.filter(stop => Date.parse(stop) <= now).length - 1;
+  const words = h("output", {}, dates.long.format(now)), move = soon(at => go(pastAddress(at, view.path), {replace: true}), 150);
+  const range = h("input", {type: "range", min: 0, max: Math.max(0, stops.length - 1), value: Math.max(0, nearest), "aria-label": t("Time"), oninput: () => {
+    const at = stops[range.value];
+    words.textContent = range.ariaValueText = dates.long.format(new Date(at));
+    move(at);
+  }});
+  const exact = h("input", {type: "datetime-local", "aria-label": t("Exact time"), onchange: () => exact.value && move(new Date(exact.value).toISOString())});
+  return h("div.slider", {}, words, range, exact, link(t("Back to now"), addressOf(view.path), {className: "button"}));
+}
+
+async function rewind() {
+  const {path, at} = view, {changed} = await api("POST", "rewind", {path, at, dry: true}), when = dates.long.format(new Date(at));
+  if (!changed) return toast(t("Nothing has changed since then."));
+  if (!await askYesNo(t("Bring this time back?"), t("{what} becomes what it was on {when}. {n} things change; you can undo this.", {what: path ? "“" + nameOf(path) + "”" : t("Everything"), when, n: changed}), t("Bring it back"))) return undefined;
+  const {seq} = await api("POST", "rewind", {path, at});
+  await go(addressOf(path));
+  return offerUndo(t("As it was on {when}", {when}), seq);
+}
+
+// ---- settings
+
+const SECTIONS = [["", "Account", accountSection], ["connect", "Connect", connectSection], ["devices", "Devices", devicesSection],
+                  ["accounts", "Accounts", accountsSection, true]];
+
+async function showSettings(name) {
+  const turn = view.turn, [, label, build] = SECTIONS.find(([one]) => one === name) || SECTIONS[0];
+  const parts = await build();
+  if (turn !== view.turn) return;
+  Object.assign(view, {kind: "settings", path: "", at: null});
+  setTitle(t("Settings"));
+  setCrumbs(h("span", {"aria-current": "page"}, t("Settings")));
+  setBar(SECTIONS.filter(([, , , admin]) => !admin || me.admin).map(([one, words]) => h("a.tab", {href: PREFIX + "/settings" + (one && "/" + one), "aria-current": words === label ? "page" : null}, t(words))));
+  setContent(h("div.settings", {}, parts));
+}
+
+const section = (title, ...parts) => h("section", {}, h("h2", {}, title), ...parts);
+
+function accountSection() {
+  return [
+    section(me.name, h("p", {}, me.quota === null ? t("{used} used", {used: formatSize(me.used)}) : t("{used} of {quota} used", {used: formatSize(me.used), quota: formatSize(me.quota)})),
+      buttonsRow(button(t("Change password"), changePassword), button(t("Log out"), logOut))),
+    section(t("Language"), h("div.buttons.start", {}, languageLinks()))];
+}
+
+const changePassword = () => askForm(t("Change password"), [
+  ownName(), passwordField(t("Present password"), {name: "old", autofocus: true}), passwordField(t("New password"), {name: "new", autocomplete: "new-password", minLength: 10}),
+  passwordField(t("New password again"), {name: "again", autocomplete: "new-password"})], t("Change password"), async values => {
+  if (values.new !== values.again) throw new Problem(0, {code: "", detail: t("The two passwords differ.")});
+  await api("POST", "account/password", {old: values.old, new: values.new});
+  showLogin();
+  return true;
+}, t("Every device has to log in again after this."));
+
+async function devicesSection() {
+  const {devices} = await api("GET", "devices");
+  const row = device => h("li", {}, h("div.what", {}, h("strong", {}, h("bdi", {}, agentOf(device))), device.this ? h("span.tag", {}, t("This one")) : null,
+    h("div.soft", {}, [t(device.kind === "session" ? "Browser" : "App password"), device.readonly && t("reads only"), device.limited && t("one folder"),
+      device.used ? t("used {when}", {when: dates.long.format(new Date(device.used))}) : t("added {when}", {when: dates.long.format(new Date(device.created))}), device.address].filter(Boolean).join(" · "))),
+    h("div.acts", {}, button(t("Revoke"), () => attempt(async () => {
+      await api("DELETE", "devices/" + device.id);
+      device.this ? showLogin() : show();
+    }), {"aria-label": t("Revoke {name}", {name: agentOf(device)})})));
+  return section(t("Where you are logged in"), h("p.soft", {}, t("Revoke what you do not use any more: it is locked out at once.")), h("ul.steps", {}, devices.map(row)));
+}
+
+// "Firefox, Linux" is all a person wants to know of a browser's name
+function agentOf({kind, name}) {
+  if (kind !== "session") return name;
+  const browser = [["Edg", "Edge"], ["OPR", "Opera"], ["Firefox", "Firefox"], ["Chrome", "Chrome"], ["Safari", "Safari"]].find(([mark]) => name.includes(mark));
+  const system = [["Android", "Android"], ["iPhone", "iPhone"], ["iPad", "iPad"], ["Windows", "Windows"], ["Mac OS", "Mac"], ["Linux", "Linux"]].find(([mark]) => name.includes(mark));
+  return browser && system ? browser[1] + ", " + system[1] : name;
+}
+
+// ---- preview: a file over the list it belongs to, at an address of its own
+
+const preview = {box: null, entry: null};
+const TEXT_MOST = 2 << 20;             // bytes of text that are shown or edited
+const isImage = entry => /^image\//.test(entry.media || "");
+const isText = entry => entry.kind === "file" && entry.size <= TEXT_MOST && (/^text\//.test(entry.media || "") || ["text", "table"].includes(kindOf(entry)))
+  && !/\.(docx|odt|rtf|xlsx?|ods)$/i.test(entry.name);
+
+function openPreview(entry) {
+  closePreview();
+  const act = (name, label, run, when = true) => when && button(t(label), run, {"data-action": name});
+  preview.entry = entry;
+  preview.body = h("div.body");
+  preview.box = h("dialog.preview", {"aria-label": entry.name, oncancel: event => { event.preventDefault(); leavePreview(); }, onkeydown: onPreviewKey},
+    h("div.title", {}, h("strong", {}, h("bdi", {}, entry.name)), h("span.soft", {}, formatSize(entry.size)),
+      act("edit", "Edit", () => attempt(() => editFile(entry)), isText(entry)), act("download", "Download", () => saveFrom(contentAddress(entry))),
+      act("versions", "Versions", () => go(versionsAddress(entry.path))), button(t("Close"), leavePreview, {className: "primary", autofocus: true})),
+    preview.body);
+  document.body.append(preview.box);
+  preview.box.showModal();
+  setTitle(entry.name);
+  attempt(() => fillPreview(entry));
+}
+
+async function fillPreview(entry) {
+  const media = entry.media || "", address = contentAddress(entry), show = (...parts) => preview.entry === entry && preview.body.replaceChildren(...parts);
+  if (isImage(entry)) show(zoomable(h("img", {src: address, alt: entry.name})), ...turners(entry));
+  else if (media.startsWith("video/")) show(h("video", {src: address, controls: true, playsInline: true}));
+  else if (media.startsWith("audio/")) show(h("audio", {src: address, controls: true}));
+  else if (kindOf(entry) === "pdf" && entry.size < 200 << 20) show(...await pdfView(address));
+  else if (isText(entry)) show(textView(entry, await readText(entry)));
+  else show(h("div.empty", {}, h("p", {}, t("There is no preview of this kind of file."))));
+}
+
+const readText = async entry => (await ask(contentAddress(entry), {headers: HEADERS, cache: "no-cache"})).text();
+
+function textView(entry, text) {
+  if (/\.(md|markdown)$/i.test(entry.name)) return h("div.paper", {}, markdown(text, parentOf(entry.path)));
+  if (/\.[ct]sv$/i.test(entry.name)) return tableView(parseTable(text, /\.tsv$/i.test(entry.name) ? "\t" : ""));
+  return h("pre", {tabIndex: 0}, text);
+}
+
+// the browser's own viewer; the type is ours to say, so that nothing else can come of the bytes
+async function pdfView(address) {
+  const bytes = await (await ask(address)).arrayBuffer(), url = URL.createObjectURL(new Blob([bytes], {type: "application/pdf"}));
+  const opener = h("a.button", {href: url, target: "_blank"}, t("Open in a new tab"));
+  if (isPhone.matches || navigator.pdfViewerEnabled === false) return [opener];
+  return [h("iframe", {src: url, title: t("Preview")})];
+}
+
+// a click shows the picture in its full size, another one as a whole again
+function zoomable(image) {
+  const stage = h("div.stage", {onclick: event => {
+    if (event.target !== image) return;
+    const x = event.offsetX / image.width, y = event.offsetY / image.height;
+    stage.classList.toggle("zoomed");
+    stage.scrollTo(image.width * x - stage.clientWidth / 2, image.height * y - stage.clientHeight / 2);
+  }}, image);
+  return stage;
+}
+
+const pictures = () => list.entries.filter(one => one.kind === "file" && isImage(one));
+
+function turners(entry) {
+  const all = pictures(), at = all.indexOf(entry);
+  return [[at - 1, t("Back"), ".back"], [at + 1, t("Next"), ".on"]].filter(([n]) => all[n])
+    .map(([n, label, side]) => h("button.turn" + side, {type: "button", onclick: () => turnTo(all[n])}, label));
+}
+
+function turnTo(entry) {
+  go(addressOf(entry.path), {replace: true});
+}
+
+function onPreviewKey(event) {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (step && isImage(preview.entry) && !find(".zoomed", preview.box)) {
+    const all = pictures(), next = all[all.indexOf(preview.entry) + step];
+    if (next) turnTo(next);
+  } else if (event.key.toLowerCase() === "e" && isText(preview.entry) && event.target.tagName !== "TEXTAREA") attempt(() => editFile(preview.entry));
+  else return;
+  event.preventDefault();
+}
+
+function closePreview() {
+  if (!preview.box) return;
+  preview.box.remove();
+  preview.box = preview.entry = null;
+  setTitle(view.path ? nameOf(view.path) : t("Files"));
+}
+
+function leavePreview() {
+  if (preview.dirty && !confirm(t("Leave without saving?"))) return;
+  preview.dirty = false;
+  if (history.state && history.state.inside) history.back();
+  else go(addressOf(view.path), {replace: true});
+}
+
+// ---- editing text
+
+async function newText() {
+  await ensureFiles();
+  await askForm(t("New text file"), [nameInput(t("Name"), t("Note") + ".txt")], t("Create"), async ({name}) => {
+    checkName(name);
+    const path = join(view.path, name), made = await api("PUT", "files/" + encodePath(path), {}, {"If-None-Match": "*"}).catch(error => {
+      throw error.code === "precondition-failed" ? new Problem(412, {code: "exists"}) : error;
+    });
+    await refresh();
+    await go(addressOf(path));
+    editFile(made);
+    return true;
+  });
+}
+
+async function editFile(entry) {
+  if (view.kind === "files" && (!preview.entry || preview.entry.path !== entry.path)) await go(addressOf(entry.path));
+  const answer = await ask(contentAddress(entry), {headers: HEADERS, cache: "no-cache"}), text = await answer.text();
+  if (!preview.box) return openPreview(entry);
+  const area = h("textarea", {value: text, "aria-label": entry.name, spellcheck: false, oninput: () => { preview.dirty = true; save.disabled = false; }});
+  const returns = text.includes("\r\n");   // a textarea knows only \n; what the file had is kept
+  const edit = {path: entry.path, etag: answer.headers.get("ETag"), text: () => returns ? area.value.replace(/\n/g, "\r\n") : area.value};
+  const save = button(t("Save"), () => attempt(() => saveText(edit, save)), {className: "primary", disabled: true});
+  area.addEventListener("keydown", event => {
+    if ((event.ctrlKey || event.metaKey) && event.key === "s") { event.preventDefault(); save.click(); }
+  });
+  preview.body.replaceChildren(area);
+  find(".title [data-action=edit]", preview.box).replaceWith(save);
+  area.focus();
+  area.setSelectionRange(0, 0);
+  return undefined;
+}
+
+async function saveText(edit, save) {
+  const text = edit.text();
+  save.disabled = true;
+  const put = etag => ask(apiAddress("files", edit.path), {method: "PUT", body: text, headers: {...HEADERS, ...etag}});
+  const answer = await put({"If-Match": edit.etag}).catch(async error => {
+    save.disabled = false;
+    if (error.code !== "precondition-failed" && error.code !== "not-found") throw error;
+    if (!await askYesNo(t("Somebody else saved this file"), t("It changed since you opened it. If you save now, their version stays among the versions."), t("Save mine"))) throw new DOMException("", "AbortError");
+    return put({});
+  });
+  edit.etag = answer.headers.get("ETag");
+  preview.dirty = edit.text() !== text;
+  save.disabled = !preview.dirty;
+  toast(t("Saved."));
+  refreshSoon();
+}
+
+// ---- tables
+
+function parseTable(text, comma) {
+  const first = text.slice(0, text.indexOf("\n") >>> 0);
+  comma = comma || [",", ";", "\t"].reduce((best, mark) => first.split(mark).length > first.split(best).length ? mark : best);
+  const rows = [[]], cell = new RegExp(`(?:"((?:[^"]|"")*)"|([^"\\r\\n${comma}]*))(${comma}|\\r?\\n|$)`, "y");
+  for (let found; rows.length < 2000 && cell.lastIndex < text.length && (found = cell.exec(text));) {
+    rows[rows.length - 1].push(found[1] === undefined ? found[2] : found[1].replace(/""/g, '"'));
+    if (found[3] !== comma) rows.push([]);
+  }
+  return rows.filter(row => row.length);
+}
+
+const tableOf = ([head, ...rows]) => h("table", {}, h("thead", {}, h("tr", {}, (head || []).map(cell => h("th", {scope: "col"}, cell)))),
+  h("tbody", {}, rows.map(row => h("tr", {}, row.map(cell => h("td", {}, cell))))));
+const tableView = rows => h("div.sheetful", {tabIndex: 0}, tableOf(rows));
+
+// ---- Markdown, to elements of a fixed list and never by way of markup
+
+async function showReadme() {
+  const box = find(".readme"), entry = list.entries.find(one => /^readme\.(md|markdown|txt)$/i.test(one.name) && isText(one)), turn = view.turn;
+  if (!box || box.dataset.etag === (entry ? entry.etag : "")) return;
+  const text = entry ? await readText(entry) : "";
+  if (turn !== view.turn) return;
+  box.dataset.etag = entry ? entry.etag : "";
+  box.replaceChildren(...(entry ? [textView(entry, text)] : []));
+}
+
+function markdown(text, place) {
+  const lines = text.replace(/\r\n?/g, "\n").replace(/\t/g, "    ").split("\n");
+  return blocks(lines, place, 0);
+}
+
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/, FENCE = /^\s*(```|~~~)/;
+
+function blocks(lines, place, depth) {
+  const found = [];
+  for (let at = 0; at < lines.length;) {
+    const [element, next] = block(lines, at, place, depth);
+    if (element) found.push(element);
+    at = next;
+  }
+  return found;
+}
+
+// the block that begins at a line, and the line after it
+function block(lines, at, place, depth) {
+  const line = lines[at], until = test => { let end = at; while (end < lines.length && test(lines[end], end)) end++; return end; };
+  const heading = line.match(/^(#{1,6})\s+(.*?)\s*#*$/);
+  if (!line.trim()) return [null, at + 1];
+  if (heading) return [h("h" + heading[1].length, {}, inline(heading[2], place)), at + 1];
+  if (FENCE.test(line)) {
+    const end = until((one, n) => n === at || !FENCE.test(one));
+    return [h("pre", {tabIndex: 0}, h("code", {}, lines.slice(at + 1, end).join("\n"))), end + 1];
+  }
+  if (/^ {0,3}([-*_])(\s*\1){2,}\s*$/.test(line)) return [h("hr"), at + 1];
+  if (/^\s*>/.test(line) && depth < 20) {
+    const end = until(one => /^\s*>/.test(one));
+    return [h("blockquote", {}, blocks(lines.slice(at, end).map(one => one.replace(/^\s*> ?/, "")), place, depth + 1)), end];
+  }
+  if (ITEM.test(line) && depth < 20) return listBlock(lines, at, place, depth);
+  if (line.includes("|") && /^[\s|:-]*-[\s|:-]*$/.test(lines[at + 1] || "") && lines[at + 1].includes("|")) {
+    const end = until(one => one.includes("|")), cells = one => one.trim().replace(/^\||\|$/g, "").split("|").map(cell => inline(cell.trim(), place));
+    return [tableOf([cells(line), ...lines.slice(at + 2, end).map(cells)]), end];
+  }
+  const end = Math.max(at + 1, until((one, n) => one.trim() && (n === at || !(/^#{1,6}\s|^\s*>/.test(one) || FENCE.test(one) || ITEM.test(one)))));
+  return [h("p", {}, inline(lines.slice(at, end).join("\n"), place)), end];
+}
+
+function listBlock(lines, at, place, depth) {
+  const [, indent, mark] = lines[at].match(ITEM), ordered = /\d/.test(mark), items = [];
+  for (;;) {
+    const start = at < lines.length && lines[at].match(ITEM);
+    if (!start || start[1].length !== indent.length || /\d/.test(start[2]) !== ordered) break;
+    const inside = [start[3]];
+    for (at++; at < lines.length && (lines[at].trim() ? lines[at].search(/\S/) > indent.length : ITEM.test(lines[at + 1] || "") || /^\s{2}/.test(lines[at + 1] || "")); at++) inside.push(lines[at].slice(Math.min(indent.length + 2, lines[at].search(/\S|$/))));
+    const tick = inside[0].match(/^\[([ xX])\]\s+/);
+    if (tick) inside[0] = inside[0].slice(tick[0].length);
+    const plain = inside.length === 1 ? inline(inside[0], place) : blocks(inside, place, depth + 1);
+    items.push(h("li", {}, tick && h("input", {type: "checkbox", disabled: true, checked: tick[1] !== " ", "aria-label": t("Done")}), plain));
+  }
+  return [h(ordered ? "ol" : "ul", {}, items), at];
+}
+
+const INLINE = /(`+)(.+?)\1|!\[([^\]]*)\]\(([^()\s]+)(?:\s+"[^"]*")?\)|\[([^\]]+)\]\(([^()\s]+)(?:\s+"[^"]*")?\)|\*\*(.+?)\*\*|__(.+?)__|\*([^*\s][^*]*?)\*|\b_([^_]+?)_\b|~~(.+?)~~|<(https?:\/\/[^\s<>]+)>|(https?:\/\/[^\s<>()]+[^\s<>().,:;!?'"])|\\([^\w\s])|( {2,}\n)/s;
+
+function inline(text, place) {
+  const parts = [];
+  for (let found; (found = text.match(INLINE));) {
+    if (found.index) parts.push(text.slice(0, found.index));
+    parts.push(span(found, place));
+    text = text.slice(found.index + found[0].length);
+  }
+  return [...parts, text];
+}
+
+function span([, , code, alt, source, label, target, strong, strong2, soft, soft2, gone, angle, bare, escaped], place) {
+  if (code !== undefined) return h("code", {}, code);
+  if (source !== undefined) return /^[a-z][a-z0-9+.-]*:|^\//i.test(source) ? alt : h("img", {src: apiAddress("content", resolve(place, source)), alt, loading: "lazy"});
+  if (label !== undefined) return linkTo(target, inline(label, place), place);
+  if (angle || bare) return linkTo(angle || bare, [angle || bare], place);
+  if (strong || strong2) return h("strong", {}, inline(strong || strong2, place));
+  if (soft || soft2) return h("em", {}, inline(soft || soft2, place));
+  if (gone) return h("del", {}, inline(gone, place));
+  return escaped || h("br");
+}
+
+function linkTo(target, label, place) {
+  if (/^(https?|mailto):/i.test(target)) return h("a", {href: target, target: "_blank", rel: "noopener noreferrer"}, label);
+  return /^[a-z][a-z0-9+.-]*:|^[/#?]/i.test(target) ? h("span", {}, label) : h("a", {href: addressOf(resolve(place, target))}, label);
+}
+
+// a relative address in a file of `place`, as a path
+function resolve(place, target) {
+  const path = place ? place.split("/") : [];
+  let plain = target.replace(/[?#].*$/s, "");
+  try { plain = decodeURIComponent(plain); } catch { /* it stays as it was written */ }
+  for (const part of plain.split("/")) part === ".." ? path.pop() : part && part !== "." && path.push(part);
+  return path.join("/");
+}
+
+// ---- settings: connecting other programs
+
+const WAYS = (address, name, token) => [
+  [t("Phone or tablet: photos and files"), t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address."), location.origin + PREFIX, qrOf(`nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`)],
+  [t("Synchronised folder"), t("Keeps a folder of your computer and this server the same, both ways."), `python3 cloudserver.py sync FOLDER ${location.protocol}//${encodeURIComponent(name)}@${location.host}${PREFIX}`],
+  ["Windows", t("In the Explorer: This PC, “Map network drive”; or:"), `net use Z: "${address}" "${token}" /user:"${name}"`],
+  ["Mac", t("In the Finder: Go, “Connect to Server”, with this address:"), address],
+  ["Linux", t("In the file manager, as the address of a server:"), address.replace(/^http/, "dav").replace("://", "://" + encodeURIComponent(name) + "@")],
+  ["rclone", "", `rclone config create cloud webdav url=${address} vendor=other user="${name}" pass="${token}" --obscure`],
+  ["curl", "", `curl -u "${name}:${token}" -T FILE ${address}`],
+];
+
+function connectSection() {
+  const box = h("div.ways");
+  const show = token => box.replaceChildren(...WAYS(location.origin + PREFIX + "/dav/", me.name, token || t("APP-PASSWORD")).map(([title, hint, command, code]) =>
+    h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint), commandLine(command), token && code ? code : null)));
+  const made = h("div", {"aria-live": "polite"});
+  const form = h("form.buttons", {onsubmit: event => {
+    event.preventDefault();
+    const name = new FormData(form).get("name");
+    attempt(async () => {
+      const {token} = await api("POST", "devices", {name});
+      made.replaceChildren(h("p", {}, t("This password is shown only now; it stands in the commands below.")), commandLine(token));
+      show(token);
+    });
+  }}, field(t("Name of the device"), {name: "name", maxLength: 100, placeholder: "laptop", autocomplete: "off"}), h("button.primary", {}, t("Make an app password")));
+  show("");
+  return [section(t("A password for each device"), h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")), form, made), section(t("Ways to connect"), box)];
+}
+
+const commandLine = text => h("div.command", {}, h("code", {tabIndex: 0}, text), button(t("Copy"), () => attempt(async () => {
+  if (navigator.clipboard) await navigator.clipboard.writeText(text);     // only where the connection is secure
+  else toast(text);
+})));
+
+// ---- settings: accounts, for administrators
+
+const GB = 2 ** 30;
+const quotaField = quota => field(t("Quota in GB; empty is no limit"), {name: "quota", type: "number", min: 0, step: "any", required: false, value: quota === null ? "" : quota / GB});
+const readQuota = text => text === "" ? -1 : Math.round(Number(text) * GB);
+
+async function accountsSection() {
+  if (!me.admin) return accountSection();
+  const [{accounts}, status] = await Promise.all([api("GET", "accounts"), api("GET", "status")]);
+  const facts = [[t("Version"), status.version], [t("State"), status.health], [t("Free on disk"), t("{free} of {total}", {free: formatSize(status.disk_free), total: formatSize(status.disk_total)})], ["Python", status.python], ["SQLite", status.sqlite]];
+  return [section(t("Accounts"), h("ul.steps", {}, accounts.map(accountRow)), buttonsRow(button(t("New account"), newAccount, {className: "primary"}))),
+    section(t("Server"), h("dl.keys", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))))];
+}
+
+function accountRow(account) {
+  const {name, used, quota, files, admin} = account, change = values => api("PATCH", "accounts/" + encodeURIComponent(name), values);
+  const say = work => attempt(async () => { await work(); await show(); });
+  const rows = [
+    {label: t("Set the quota"), run: () => askForm(name, [quotaField(quota)], t("Save"), async values => { await change({quota: readQuota(values.quota)}); show(); return true; })},
+    {label: t("Set a new password"), run: () => askForm(name, [passwordField(t("New password"), {autocomplete: "new-password", autofocus: true})], t("Save"), async ({password}) => { await change({password}); show(); return true; })},
+    {label: admin ? t("Administrator no more") : t("Make administrator"), run: () => say(() => change({admin: !admin}))},
+    {label: t("Remove"), run: () => say(async () => await askYesNo(t("Remove the account {name}?", {name}), t("Nobody can log in with it any more. Its files go after a while."), t("Remove")) && api("DELETE", "accounts/" + encodeURIComponent(name)))}];
+  return h("li", {}, h("div.what", {}, h("strong", {}, h("bdi", {}, name)), admin && h("span.tag", {}, t("Administrator")), h("div.soft", {}, (quota === null ? t("{used} used", {used: formatSize(used)})
+    : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)})) + " · " + plural(files, "{n} file", "{n} files"))),
+  h("div.acts", {}, button(t("Change"), event => menu(event.currentTarget, rows), {"aria-haspopup": "menu", "aria-label": t("Change {name}", {name})})));
+}
+
+const newAccount = () => askForm(t("New account"), [nameField({autocomplete: "off", autofocus: true}), passwordField(t("Password"), {autocomplete: "new-password"}), quotaField(null)], t("Create"),
+  async ({name, password, quota}) => { await api("POST", "accounts", {name: name.trim(), password, quota: quota === "" ? null : readQuota(quota)}); show(); return true; });
+
+// ---- a device that asks to be let in
+
+async function showGrant(token) {
+  const {device} = await api("GET", "grants/" + token).catch(error => {
+    if (error.code !== "not-found" && error.code !== "gone") throw error;
+    return {device: null};
+  });
+  if (device === null) return showGate(t("This link has expired"), t("Start again in the program that sent you here."), [], "", null);
+  return showGate(t("Grant access?"), t("“{device}” wants to see and change the files of {name}.", {device, name: me.name}), [""], t("Grant access"), async () => {
+    await api("POST", "grants/" + token);
+    showGate(t("Done"), t("You can close this window now."), [], "", null);
+  });
+}
+
+// ---- what others do: changes as they happen, and the brake
+
+let source = null, seen = 0;
+
+function watchServer() {
+  if (source) source.close();
+  if (!me.name) return;
+  source = document.hidden ? null : new EventSource(PREFIX + "/api/v1/events");
+  if (source) source.onmessage = event => { const {seq} = JSON.parse(event.data); if (seen !== seq) changed(seen); seen = seq; };
+  showHeld();
+}
+
+const changed = soon(async before => {
+  showHeld();
+  if (!before || list.editing || preview.dirty) return;
+  if (view.kind !== "files") return view.kind === "trash" || view.kind === "activity" ? refresh() : undefined;
+  const turn = view.turn, {etag} = await load(view.path, {limit: 1});
+  if (turn === view.turn && etag !== view.etag && !preview.box) await refresh();
+}, 400);
+
+const showHeld = soon(async () => {
+  const {held} = await api("GET", "held"), box = find(".banners");
+  if (!box) return;
+  const decide = (what, device) => attempt(async () => {
+    const done = await api("POST", what, {device});
+    await showHeld();
+    if (done) offerUndo(t("Taken back."), done.seq);
+    await refresh();
+  });
+  box.replaceChildren(...held.map(({device, name, deletes, overwrites}) => h("div.banner", {role: "alert"}, h("span", {}, t("“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.", {name, deletes, overwrites})),
+    button(t("Allow"), () => decide("allow", device)), button(t("Undo"), () => decide("undo-device", device), {className: "primary"}))));
+}, 50);
+
+// ---- QR codes (ISO 18004): bytes, correction level M, versions 1 to 10, one mask
+
+const QR_TOTAL = [26, 44, 70, 100, 134, 172, 196, 242, 292, 346], QR_CHECK = [10, 16, 26, 18, 24, 16, 18, 22, 22, 26], QR_BLOCKS = [1, 1, 1, 2, 2, 4, 4, 4, 5, 5];
+
+function qrOf(text) {
+  const grid = qrGrid(new TextEncoder().encode(text));
+  if (!grid) return null;
+  const size = grid.length + 8, dark = grid.flatMap((row, y) => row.map((on, x) => on ? `M${x + 4} ${y + 4}h1v1h-1z` : "")).join("");
+  return svg("svg", {class: "qr", viewBox: `0 0 ${size} ${size}`, role: "img", "aria-label": t("Code to scan"), "shape-rendering": "crispEdges"}, svg("path", {d: dark, fill: "#000"}));
+}
+
+function qrGrid(bytes) {
+  const version = QR_TOTAL.findIndex((total, n) => total - QR_CHECK[n] * QR_BLOCKS[n] >= bytes.length + (n > 8 ? 3 : 2)) + 1;
+  if (!version) return null;
+  const size = version * 4 + 17, grid = [...Array(size)].map(() => Array(size).fill(null));
+  const set = (x, y, on) => { if (y in grid && x in grid) grid[y][x] = Boolean(on); };
+  const square = (x, y, r, ...light) => { for (let i = -r; i <= r; i++) for (let j = -r; j <= r; j++) set(x + i, y + j, !light.includes(Math.max(Math.abs(i), Math.abs(j)))); };
+  for (const [x, y] of [[3, 3], [size - 4, 3], [3, size - 4]]) square(x, y, 4, 2, 4);
+  const spots = version > 1 ? version < 7 ? [6, size - 7] : [6, version * 2 + 8, size - 7] : [];
+  for (const x of spots) for (const y of spots) if (grid[y][x] === null) square(x, y, 2, 1);
+  for (let i = 8; i < size - 8; i++) { set(i, 6, i % 2 === 0); set(6, i, i % 2 === 0); }
+  const format = qrRest(0, 10, 0x537) ^ 0x5412, about = version << 12 | qrRest(version, 12, 0x1f25);       // level M and mask 0 are the bits 00000
+  for (let i = 0; i < 15; i++) {
+    set(8, i < 6 ? i : i < 8 ? i + 1 : size - 15 + i, format >> i & 1);
+    set(i < 8 ? size - 1 - i : i < 9 ? 7 : 14 - i, 8, format >> i & 1);
+  }
+  set(8, size - 8, 1);
+  for (let i = 0; version > 6 && i < 18; i++) { set(i / 3 | 0, size - 11 + i % 3, about >> i & 1); set(size - 11 + i % 3, i / 3 | 0, about >> i & 1); }
+  qrFill(grid, qrCodewords(bytes, version));
+  return grid;
+}
+
+// bits go up and down in columns of two, from the right; mask 0 turns every other one over
+function qrFill(grid, words) {
+  const size = grid.length;
+  let n = 0;
+  for (let right = size - 1; right > 0; right -= right === 8 ? 3 : 2) for (let step = 0; step < size; step++) for (const x of [right, right - 1]) {
+    const y = right + 1 & 2 ? step : size - 1 - step;
+    if (grid[y][x] === null) { grid[y][x] = Boolean((words[n >> 3] >> 7 - (n & 7) & 1) ^ (x + y) % 2 === 0); n++; }
+  }
+}
+
+const qrRest = (value, bits, divisor) => { let rest = value; for (let i = 0; i < bits; i++) rest = rest << 1 ^ (rest >> bits - 1) * divisor; return rest; };
+
+// length and bytes, cut into blocks, each with its Reed-Solomon check; then woven together
+function qrCodewords(bytes, version) {
+  const n = version - 1, blocks = QR_BLOCKS[n], check = QR_CHECK[n], room = QR_TOTAL[n] - check * blocks, bits = [0, 1, 0, 0];
+  const push = (value, count) => { for (let i = count - 1; i >= 0; i--) bits.push(value >> i & 1); };
+  push(bytes.length, version > 9 ? 16 : 8);
+  for (const byte of bytes) push(byte, 8);
+  push(0, Math.min(4, room * 8 - bits.length));
+  while (bits.length % 8) bits.push(0);
+  const data = [];
+  for (let i = 0; i < bits.length; i += 8) data.push(parseInt(bits.slice(i, i + 8).join(""), 2));
+  for (let i = 0; data.length < room; i++) data.push(i % 2 ? 17 : 236);
+  const short = Math.floor(room / blocks), parts = [];
+  for (let i = 0, at = 0; i < blocks; i++) parts.push(data.slice(at, at += short + (i >= blocks - room % blocks ? 1 : 0)));
+  const checks = parts.map(part => qrCheck(part, check)), weave = (rows, length) => [...Array(length).keys()].flatMap(i => rows.filter(row => i < row.length).map(row => row[i]));
+  return [...weave(parts, short + 1), ...weave(checks, check)];
+}
+
+const times = (a, b) => { let product = 0; for (; b; b >>= 1, a = a << 1 ^ (a >> 7) * 0x11d) if (b & 1) product ^= a; return product; };
+
+function qrCheck(data, count) {
+  let divisor = [1];
+  for (let i = 0, root = 1; i < count; i++, root = times(root, 2)) divisor = [...divisor, 0].map((value, j) => value ^ (j ? times(divisor[j - 1], root) : 0));
+  const rest = [...data, ...Array(count).fill(0)];
+  for (let i = 0; i < data.length; i++) { const factor = rest[i]; divisor.forEach((value, j) => { rest[i + j] ^= times(value, factor); }); }
+  return rest.slice(data.length);
+}
+
+// ---- words: English stands where it is used, this table holds the German
+
+const GERMAN = {
+  "A device was added: {name}": "Ein Gerät kam hinzu: {name}",
+  "A device was removed: {name}": "Ein Gerät wurde entfernt: {name}",
+  "A folder cannot go into itself.": "Ein Ordner kann nicht in sich selbst liegen.",
+  "A name cannot be empty and cannot hold a slash.": "Ein Name darf nicht leer sein und keinen Schrägstrich enthalten.",
+  "A password for each device": "Ein Passwort für jedes Gerät",
+  "A version with a name is never removed by itself.": "Eine Version mit Namen wird nie von selbst entfernt.",
+  "APP-PASSWORD": "APP-PASSWORT",
+  "Account": "Konto",
+  "Accounts": "Konten",
+  "Actions": "Aktionen",
+  "Actions for {name}": "Aktionen für {name}",
+  "Activity": "Aktivität",
+  "Add something with “New”.": "Füge mit „Neu“ etwas hinzu.",
+  "Administrator": "Verwaltung",
+  "Administrator no more": "Nicht mehr Verwaltung",
+  "All uploads": "Alle Uploads",
+  "Allow": "Erlauben",
+  "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
+  "App password": "App-Passwort",
+  "As it was on {when}": "Wie es am {when} war",
+  "Back": "Zurück",
+  "Back to now": "Zurück zu jetzt",
+  "Bring it back": "Zurückholen",
+  "Bring this time back": "Diesen Stand zurückholen",
+  "Bring this time back?": "Diesen Stand zurückholen?",
+  "Browser": "Browser",
+  "Cancel": "Abbrechen",
+  "Cancelled": "Abgebrochen",
+  "Cannot reach the server": "Server nicht erreichbar",
+  "Change": "Ändern",
+  "Change password": "Passwort ändern",
+  "Change {name}": "{name} ändern",
+  "Choose": "Auswählen",
+  "Choose a name and a password for the first account. It may do everything, also make further accounts.": "Wähle Name und Passwort für das erste Konto. Es darf alles, auch weitere Konten anlegen.",
+  "Choose one more": "Eines mehr auswählen",
+  "Choose several": "Mehrere auswählen",
+  "Clear": "Aufheben",
+  "Clear the selection": "Auswahl aufheben",
+  "Close": "Schließen",
+  "Code to scan": "Code zum Scannen",
+  "Connect": "Verbinden",
+  "Continue": "Weiter",
+  "Copy": "Kopieren",
+  "Copy here": "Hierher kopieren",
+  "Copy to…": "Kopieren nach …",
+  "Copy {what} to": "{what} kopieren nach",
+  "Create": "Anlegen",
+  "Create account": "Konto anlegen",
+  "Cut": "Ausschneiden",
+  "Delete": "Löschen",
+  "Delete for good": "Endgültig löschen",
+  "Delete for good?": "Endgültig löschen?",
+  "Deleted": "Gelöscht",
+  "Deleted things stay here until their time is over or the trash is emptied.": "Gelöschtes bleibt hier, bis seine Zeit um ist oder der Papierkorb geleert wird.",
+  "Devices": "Geräte",
+  "Do the same for all others": "Für alle weiteren genauso",
+  "Do the same for {n} more": "Für {n} weitere genauso",
+  "Done": "Fertig",
+  "Download": "Herunterladen",
+  "Download this folder": "Diesen Ordner herunterladen",
+  "Drop files here, or add something with “New”.": "Zieh Dateien hierher oder füge mit „Neu“ etwas hinzu.",
+  "Edit": "Bearbeiten",
+  "Empty the trash": "Papierkorb leeren",
+  "Empty the trash?": "Papierkorb leeren?",
+  "Enter": "Eingabe",
+  "Esc": "Esc",
+  "Every device has to log in again after this.": "Danach müssen sich alle Geräte neu anmelden.",
+  "Everything": "Alles",
+  "Exact time": "Genaue Zeit",
+  "Failed": "Fehlgeschlagen",
+  "Files": "Dateien",
+  "Free on disk": "Frei auf der Platte",
+  "Grant access": "Zugang gewähren",
+  "Grant access?": "Zugang gewähren?",
+  "In the Explorer: This PC, “Map network drive”; or:": "Im Explorer: Dieser PC, „Netzlaufwerk verbinden“; oder:",
+  "In the Finder: Go, “Connect to Server”, with this address:": "Im Finder: Gehe zu, „Mit Server verbinden“, mit dieser Adresse:",
+  "In the file manager, as the address of a server:": "Im Dateimanager als Adresse eines Servers:",
+  "Install the Nextcloud app, choose “Log in”, and scan this code or type the address.": "Installiere die Nextcloud-App, wähle „Anmelden“ und scanne diesen Code oder tippe die Adresse.",
+  "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
+  "Keep": "Behalten",
+  "Keep both": "Beide behalten",
+  "Keep for good": "Dauerhaft behalten",
+  "Keeps a folder of your computer and this server the same, both ways.": "Hält einen Ordner deines Rechners und diesen Server gleich, in beide Richtungen.",
+  "Keyboard shortcuts": "Tastenkürzel",
+  "Language": "Sprache",
+  "Leave without saving?": "Verlassen, ohne zu speichern?",
+  "Let go": "Freigeben",
+  "List": "Liste",
+  "Log in": "Anmelden",
+  "Log out": "Abmelden",
+  "Main": "Hauptmenü",
+  "Make administrator": "Zur Verwaltung machen",
+  "Make an app password": "App-Passwort anlegen",
+  "Modified": "Geändert",
+  "More": "Mehr",
+  "Move here": "Hierher verschieben",
+  "Move to…": "Verschieben nach …",
+  "Move {what} to": "{what} verschieben nach",
+  "Name": "Name",
+  "Name of the device": "Name des Geräts",
+  "New": "Neu",
+  "New account": "Neues Konto",
+  "New folder": "Neuer Ordner",
+  "New name": "Neuer Name",
+  "New password": "Neues Passwort",
+  "New password again": "Neues Passwort noch einmal",
+  "New text file": "Neue Textdatei",
+  "Next": "Weiter",
+  "No folders in here": "Keine Ordner hierin",
+  "Nobody can log in with it any more. Its files go after a while.": "Niemand kann sich damit mehr anmelden. Die Dateien verschwinden nach einer Weile.",
+  "Not set up yet": "Noch nicht eingerichtet",
+  "Note": "Notiz",
+  "Nothing found": "Nichts gefunden",
+  "Nothing has changed since then.": "Seither hat sich nichts geändert.",
+  "Nothing here yet": "Noch nichts hier",
+  "Nothing was here then": "Damals war hier nichts",
+  "Now": "Jetzt",
+  "Open": "Öffnen",
+  "Open in a new tab": "In neuem Tab öffnen",
+  "Other programs get a password of their own, which you can revoke under “Devices”.": "Andere Programme bekommen ein eigenes Passwort, das du unter „Geräte“ sperren kannst.",
+  "Password": "Passwort",
+  "Password again": "Passwort noch einmal",
+  "Paste": "Einfügen",
+  "Pause": "Anhalten",
+  "Paused: {done} of {n} uploaded": "Angehalten: {done} von {n} hochgeladen",
+  "Phone or tablet: photos and files": "Handy oder Tablet: Fotos und Dateien",
+  "Please log in again": "Bitte neu anmelden",
+  "Present password": "Bisheriges Passwort",
+  "Preview": "Vorschau",
+  "Quota in GB; empty is no limit": "Speicher in GB; leer heißt unbegrenzt",
+  "Remove": "Entfernen",
+  "Remove the account {name}?": "Das Konto {name} entfernen?",
+  "Rename": "Umbenennen",
+  "Renamed to “{name}”": "Umbenannt in „{name}“",
+  "Replace": "Ersetzen",
+  "Restore": "Wiederherstellen",
+  "Restored to {place}": "Wiederhergestellt in {place}",
+  "Resume": "Fortsetzen",
+  "Retry": "Noch einmal",
+  "Revoke": "Sperren",
+  "Revoke what you do not use any more: it is locked out at once.": "Sperre, was du nicht mehr benutzt: es verliert sofort den Zugang.",
+  "Revoke {name}": "{name} sperren",
+  "Save": "Speichern",
+  "Save mine": "Meine speichern",
+  "Saved.": "Gespeichert.",
+  "Search": "Suchen",
+  "Search everywhere": "Überall suchen",
+  "See it as it was…": "Ansehen, wie es war …",
+  "Select all": "Alle auswählen",
+  "Select {name}": "{name} auswählen",
+  "Server": "Server",
+  "Set a new password": "Neues Passwort setzen",
+  "Set the quota": "Speicher festlegen",
+  "Settings": "Einstellungen",
+  "Shift": "Umschalt",
+  "Show in its folder": "Im Ordner zeigen",
+  "Show more": "Mehr zeigen",
+  "Size": "Größe",
+  "Skip": "Überspringen",
+  "Skip to the files": "Zu den Dateien",
+  "Skipped": "Übersprungen",
+  "Somebody changed this in the meantime.": "Jemand hat das inzwischen geändert.",
+  "Somebody else saved this file": "Jemand anderes hat diese Datei gespeichert",
+  "Something went wrong on the server. Whoever runs it should look at its log.": "Auf dem Server ging etwas schief. Wer ihn betreibt, sollte ins Protokoll sehen.",
+  "Sort by {what}": "Nach {what} ordnen",
+  "Space": "Leertaste",
+  "Start again in the program that sent you here.": "Fang in dem Programm, das dich hergeschickt hat, noch einmal an.",
+  "State": "Zustand",
+  "Storage used": "Belegter Speicher",
+  "Synchronised folder": "Abgeglichener Ordner",
+  "Taken back.": "Zurückgenommen.",
+  "That is too long ago: the history does not reach back so far.": "Das ist zu lange her: So weit reicht der Verlauf nicht zurück.",
+  "The account {name} was made": "Das Konto {name} wurde angelegt",
+  "The disk of the server is almost full; it takes nothing new until there is room.": "Die Platte des Servers ist fast voll; er nimmt nichts Neues an, bis wieder Platz ist.",
+  "The password was changed": "Das Passwort wurde geändert",
+  "The server cannot be reached. Check the connection and try again.": "Der Server ist nicht erreichbar. Prüfe die Verbindung und versuche es noch einmal.",
+  "The server cannot write at the moment.": "Der Server kann gerade nichts speichern.",
+  "The server could not read all of it. Whoever runs it should look at its log.": "Der Server konnte nicht alles lesen. Wer ihn betreibt, sollte ins Protokoll sehen.",
+  "The server is busy. Try again in a moment.": "Der Server ist beschäftigt. Versuche es gleich noch einmal.",
+  "The trash is empty": "Der Papierkorb ist leer",
+  "The two passwords differ.": "Die beiden Passwörter sind verschieden.",
+  "There is no preview of this kind of file.": "Für diese Art von Datei gibt es keine Vorschau.",
+  "There is something of that name already.": "Etwas mit diesem Namen gibt es schon.",
+  "This file is larger than the server accepts.": "Diese Datei ist größer, als der Server annimmt.",
+  "This is not allowed.": "Das ist nicht erlaubt.",
+  "This is not there any more.": "Das gibt es nicht mehr.",
+  "This link has expired": "Dieser Link ist abgelaufen",
+  "This needs your password once more.": "Dafür ist noch einmal dein Passwort nötig.",
+  "This one": "Dieses hier",
+  "This password is shown only now; it stands in the commands below.": "Dieses Passwort wird nur jetzt gezeigt; es steht in den Befehlen unten.",
+  "This server is not set up yet. Open the link that it printed when it started.": "Dieser Server ist noch nicht eingerichtet. Öffne den Link, den er beim Start ausgegeben hat.",
+  "This version is the present one now; the others stay.": "Diese Version gilt jetzt; die anderen bleiben erhalten.",
+  "Tiles": "Kacheln",
+  "Time": "Zeit",
+  "Too many at once: choose fewer, or download the whole folder.": "Zu viele auf einmal: Wähle weniger, oder lade den ganzen Ordner herunter.",
+  "Too many wrong passwords. Wait a moment, then try again.": "Zu viele falsche Passwörter. Warte etwas und versuche es dann noch einmal.",
+  "Trash": "Papierkorb",
+  "Under the name": "Unter dem Namen",
+  "Undo": "Rückgängig",
+  "Undone, except {n} that changed since.": "Rückgängig gemacht, außer {n}, die sich seither geändert haben.",
+  "Undone.": "Rückgängig gemacht.",
+  "Upload a folder": "Ordner hochladen",
+  "Upload files": "Dateien hochladen",
+  "Uploading: {done} of {n}, {percent} %": "Hochladen: {done} von {n}, {percent} %",
+  "Uploads": "Uploads",
+  "Version": "Version",
+  "Versions": "Versionen",
+  "Versions of {name}": "Versionen von {name}",
+  "View": "Ansicht",
+  "Waiting": "Wartet",
+  "Waiting for the connection…": "Wartet auf die Verbindung …",
+  "Ways to connect": "Wege zum Verbinden",
+  "Welcome": "Willkommen",
+  "What is in it cannot be brought back after this.": "Sein Inhalt lässt sich danach nicht zurückholen.",
+  "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
+  "Where you are": "Wo du bist",
+  "Where you are logged in": "Wo du angemeldet bist",
+  "Wrong name or password.": "Name oder Passwort ist falsch.",
+  "You can close this window now.": "Du kannst dieses Fenster jetzt schließen.",
+  "Your password, please": "Dein Passwort, bitte",
+  "Your session has ended.": "Deine Sitzung ist zu Ende.",
+  "Your storage is full. Delete something, then empty the trash, or ask for more.": "Dein Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
+  "a password has 10 to 1024 characters": "ein Passwort hat 10 bis 1024 Zeichen",
+  "added {when}": "hinzugefügt {when}",
+  "one folder": "ein Ordner",
+  "reads only": "liest nur",
+  "that password is too easy to guess": "dieses Passwort ist zu leicht zu erraten",
+  "there is an account of that name": "ein Konto mit diesem Namen gibt es schon",
+  "this setup link is not valid any more": "dieser Link zum Einrichten gilt nicht mehr",
+  "used {when}": "benutzt {when}",
+  "{free} of {total}": "{free} von {total}",
+  "{n} B": "{n} B",
+  "{n} file": "{n} Datei",
+  "{n} file uploaded": "{n} Datei hochgeladen",
+  "{n} files": "{n} Dateien",
+  "{n} files uploaded": "{n} Dateien hochgeladen",
+  "{n} folder": "{n} Ordner",
+  "{n} folders": "{n} Ordner",
+  "{n} item": "{n} Element",
+  "{n} item restored": "{n} Element wiederhergestellt",
+  "{n} items": "{n} Elemente",
+  "{n} items restored": "{n} Elemente wiederhergestellt",
+  "{n} selected": "{n} ausgewählt",
+  "{n} upload failed": "{n} Upload fehlgeschlagen",
+  "{n} uploads failed": "{n} Uploads fehlgeschlagen",
+  "{n} version": "{n} Version",
+  "{n} versions": "{n} Versionen",
+  "{used} of {quota} used": "{used} von {quota} belegt",
+  "{used} used": "{used} belegt",
+  "{what} becomes what it was on {when}. {n} things change; you can undo this.": "{what} wird, was es am {when} war. {n} Dinge ändern sich; das lässt sich rückgängig machen.",
+  "{what} cannot be brought back after this.": "{what} lässt sich danach nicht zurückholen.",
+  "{what} copied": "{what} kopiert",
+  "{what} deleted": "{what} gelöscht",
+  "{what} moved": "{what} verschoben",
+  "{what} ready to be copied: paste it where you want it.": "{what} zum Kopieren vorgemerkt: Füge es ein, wo du es haben willst.",
+  "{what} ready to be moved: paste it where it belongs.": "{what} zum Verschieben vorgemerkt: Füge es ein, wo es hingehört.",
+  "{who} brought {what} back to an earlier time": "{who} hat {what} auf einen früheren Stand gebracht",
+  "{who} changed {what}": "{who} hat {what} geändert",
+  "{who} copied {what} to {to}": "{who} hat {what} nach {to} kopiert",
+  "{who} deleted {what}": "{who} hat {what} gelöscht",
+  "{who} emptied the trash": "{who} hat den Papierkorb geleert",
+  "{who} made the folder {what}": "{who} hat den Ordner {what} angelegt",
+  "{who} moved {what} to {to}": "{who} hat {what} nach {to} verschoben",
+  "{who} restored a version of {what}": "{who} hat eine Version von {what} wiederhergestellt",
+  "{who} restored {what}": "{who} hat {what} wiederhergestellt",
+  "{who} saved {what}": "{who} hat {what} gespeichert",
+  "{who} undid a step": "{who} hat einen Schritt rückgängig gemacht",
+  "“{device}” wants to see and change the files of {name}.": "„{device}“ möchte die Dateien von {name} sehen und ändern.",
+  "“{name}” and {n} more": "„{name}“ und {n} weitere",
+  "“{name}” exists already": "„{name}“ gibt es schon",
+  "“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen und {overwrites} überschreiben.",
+};
+
+// ---- keys
+
+function showHelp() {
+  const rows = [...ACTIONS.filter(action => action.keys).map(action => [t(action.label), showKeys(action.keys)]),
+    [t("Choose"), "↑ ↓"], [t("Choose several"), showKeys("Shift") + " ↑ ↓"], [t("Choose one more"), t("Space")]];
+  return sheet(t("Keyboard shortcuts"), close => [h("dl.keys", {tabIndex: 0}, rows.map(([label, key]) => h("div", {}, h("dt", {}, label), h("dd", {}, h("kbd", {}, key))))),
+    buttonsRow(button(t("Close"), () => close(), {className: "primary", autofocus: true}))]);
+}
+
+function keyOf(event) {
+  const plain = event.key.length === 1 && !event.ctrlKey && !event.metaKey ? event.key.toUpperCase() : event.key;
+  const name = event.key.length === 1 ? event.key.toUpperCase() : event.key;
+  const letter = /^[A-Z]$/.test(name);
+  return (event.ctrlKey || event.metaKey ? "Ctrl+" : "") + (event.shiftKey && (letter || event.key.length > 1) ? "Shift+" : "") + (letter ? name : plain);
+}
+
+function onKey(event) {
+  if (!me.name || event.defaultPrevented || event.target.closest("input:not([type=checkbox]), textarea, select, dialog")) return;
+  const key = keyOf(event) === "Backspace" && onMac ? "Delete" : keyOf(event), items = selection();
+  if (key === "Ctrl+V") return;        // the paste event knows whether files come with it
+  if (key === "Enter" && event.target.closest("a, button")) return;
+  const action = ACTIONS.find(one => one.keys === key && one.when(items));
+  if (!action) return;
+  event.preventDefault();
+  act(action);
+}
+
+// ---- the start
+
+function listen() {
+  addEventListener("popstate", () => { if (me.name) show(); });
+  addEventListener("scroll", drawRows, {passive: true});
+  addEventListener("resize", () => { if (list.box && list.box.isConnected) redrawRows(); });
+  addEventListener("keydown", onKey);
+  addEventListener("dragstart", onDragStart);
+  addEventListener("dragover", onDragOver);
+  addEventListener("dragleave", event => { if (!event.relatedTarget) unmarkDrop(); });
+  addEventListener("drop", onDrop);
+  addEventListener("paste", onPaste);
+  addEventListener("online", () => queue.delayed.forEach(wake));
+  addEventListener("pagehide", () => source && source.close());        // a page kept for "back" must not keep its connection
+  addEventListener("pageshow", event => event.persisted && watchServer());
+  document.addEventListener("visibilitychange", watchServer);
+  addEventListener("beforeunload", event => { if (busy()) event.preventDefault(); });
+  document.addEventListener("click", onLinkClick);
+  document.addEventListener("contextmenu", event => {
+    if (!event.target.closest(".content") || event.target.closest("a, input, textarea, pre, dialog") || !["files", "trash"].includes(view.kind)) return;
+    event.preventDefault();
+    clearSelection();
+    openMenu({x: event.clientX, y: event.clientY});
+  });
+}
+
+history.scrollRestoration = "manual";
+setLanguage(language);
+listen();
+start();
 """
 
 PAGE_HTML = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<meta name="color-scheme" content="light dark">
 <title>cloudserver</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'%3E%3Cpath fill='%231857c4' d='M3 5a2 2 0 0 1 2-2h4.600l2 2.500H19a2 2 0 0 1 2 2V18a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2z'/%3E%3C/svg%3E">
 <style>{style}</style>
 </head>
 <body>
 <div id="app"></div>
+<div class="toasts" role="status"></div>
 <noscript>This page needs JavaScript; curl and every WebDAV client work without.</noscript>
 <script>{script}</script>
 </body>
@@ -6872,31 +9776,45 @@ PAGE_HTML = r"""<!doctype html>
 """
 
 
+def lean(source: str) -> str:
+    """A script or style as it is sent: without the comment lines and the indentation that are for people."""
+    return re.sub(r"(?m)^[ ]+|^//.*\n", "", source)
+
+
 def source_hash(text: str) -> str:
     """How a Content-Security-Policy names a piece of inline source (CSP3 s2.3.1)."""
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-PAGE = PAGE_HTML.replace("{style}", PAGE_STYLE).replace("{script}", PAGE_SCRIPT).encode()
-PAGE_FIELDS = {
-    "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache",
-    "ETag": '"%s"' % hashlib.sha256(PAGE).hexdigest()[:16],
-    "Content-Security-Policy": "default-src 'none'; script-src %s; style-src %s; img-src 'self' blob: data:; "
-                               "media-src 'self' blob:; connect-src 'self'; manifest-src 'self'; worker-src 'self'; "
-                               "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; object-src 'none'" % (
-                                   source_hash(PAGE_SCRIPT), source_hash(PAGE_STYLE)),
-    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), geolocation=(), microphone=()"}
+def page_fields(etag: str, **fields: str) -> dict[str, str]:
+    """W3"""
+    return {
+        "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "ETag": etag, "Vary": "Accept-Encoding",
+        "Content-Security-Policy": "default-src 'none'; script-src %s; style-src %s; img-src 'self' blob: data:; "
+                                   "media-src 'self' blob:; frame-src blob:; connect-src 'self'; manifest-src 'self'; "
+                                   "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; object-src 'none'" % (
+                                       source_hash(lean(PAGE_SCRIPT)), source_hash(lean(PAGE_STYLE))),
+        "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
+        "Permissions-Policy": "camera=(), geolocation=(), microphone=()", **fields}
 
 
-def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = ()) -> Response:
+PAGE = PAGE_HTML.replace("{style}", lean(PAGE_STYLE)).replace("{script}", lean(PAGE_SCRIPT)).encode()
+PAGE_NAME = hashlib.sha256(PAGE).hexdigest()[:16]
+PAGE_FORMS = {  # by whether the browser takes gzip: body and header fields; nothing in the page is secret, so it may be packed
+    False: (PAGE, page_fields('"%s"' % PAGE_NAME)),
+    True: (gzip.compress(PAGE, mtime=0), page_fields('"%s-gz"' % PAGE_NAME, **{"Content-Encoding": "gzip"}))}
+
+
+def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = (), token: str = "") -> Response:
     """The page; what it shows is up to its script, which reads the address."""
-    if request["if-none-match"] == PAGE_FIELDS["ETag"]:
-        return Response(304, b"", dict(PAGE_FIELDS))
-    return Response(200, PAGE, dict(PAGE_FIELDS))
+    body, fields = PAGE_FORMS["gzip" in request.fields.get("accept-encoding", "")]
+    if request["if-none-match"] == fields["ETag"]:
+        return Response(304, b"", {name: value for name, value in fields.items() if name != "Content-Encoding"})
+    return Response(200, body, dict(fields))
 
 
-for _pattern in ("/", "/setup", "/login", "/files/<path>", "/versions/<path>", "/trash", "/activity", "/search", "/settings/<path>"):
+for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/trash", "/activity", "/search", "/settings/<path>",
+                 "/login/v2/flow/<token>"):
     route("GET", _pattern, needs="nothing")(web_page)
 
 

@@ -51,6 +51,7 @@ if __name__ == "__main__":
 
 import ast
 import base64
+import gzip
 import hashlib
 import http.client
 import io
@@ -3171,6 +3172,77 @@ def test_quota_properties(call, cloud, ann):
     assert call("PUT", "/dav/b", bytes(800)).status == 507
 
 
+# ==== 13. Web pages ======================================================================
+
+def test_the_browser_is_not_made_to_ask_for_a_password(call):
+    assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
+    assert call("GET", "/api/v1/account", user=None, X_Requested_By="page").headers["www-authenticate"].startswith("Session")
+    assert call("GET", "/api/v1", user=None).json()["account"] is None and call("GET", "/api/v1").json()["account"] == "ann"
+
+
+SCRIPT, STYLE = cs.PAGE_SCRIPT, cs.PAGE_STYLE
+
+
+def test_the_page_is_small_and_loads_nothing():
+    """W3, K5"""
+    assert len(cs.PAGE) < 150_000
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg|example\.)", re.sub(r"//localhost\S*", "", SCRIPT + STYLE)), "another host"
+    assert not re.search(r"@import|url\(", STYLE)
+    assert cs.PAGE.count(b"<script") == 1 and cs.PAGE.count(b"<style") == 1 and b" style=" not in cs.PAGE
+    assert not re.search(rb"<\w[^>]* on\w+=", cs.PAGE_HTML.encode())
+
+
+def test_the_script_makes_no_markup_of_text():
+    """W5, B4"""
+    for word in (r"\beval\b", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "new Function", "DOMParser", "srcdoc",
+                 r"setTimeout\(\s*[\"'`]", "createContextualFragment", "javascript:"):
+        assert not re.search(word, SCRIPT), word
+
+
+def test_the_policy_names_the_script_and_the_style(call):
+    """W3: what the hashes cover is exactly what stands in the page."""
+    page = call("GET", "/files/a/b", user=None)
+    policy = page.headers["content-security-policy"]
+    for tag in ("script", "style"):
+        source, = re.findall(r"<%s>(.*?)</%s>" % (tag, tag), page.body.decode(), re.S)
+        assert "%s-src 'sha256-%s'" % (tag, base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()) in policy
+    assert "unsafe" not in policy and "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+    again = call("GET", "/", user=None, If_None_Match=page.headers["etag"])
+    assert again.status == 304 and not again.body
+    packed = call("GET", "/", user=None, Accept_Encoding="br, gzip")
+    assert packed.headers["content-encoding"] == "gzip" and packed.headers["etag"] != page.headers["etag"] and len(packed.body) < 60_000
+    assert gzip.decompress(packed.body) == page.body and packed.headers["content-security-policy"] == policy
+
+
+def words_of_the_script():
+    """Every text the script may say, as it stands in t(), plural() and the tables."""
+    said = set(re.findall(r'\bt\("((?:[^"\\]|\\.)*)"', SCRIPT))
+    said.update(word for pair in re.findall(r'\bplural\([^"]*?"([^"]*)", "([^"]*)"', SCRIPT) for word in pair)
+    said.update(word for pair in re.findall(r'\bt\([^()"]*\? "([^"]*)" : "([^"]*)"', SCRIPT) for word in pair)
+    said.update(re.findall(r'\blabel: "([^"]*)"|detail: "([^"]*)"', SCRIPT) and [
+        one or other for one, other in re.findall(r'\blabel: "([^"]*)"|detail: "([^"]*)"', SCRIPT)])
+    for table in ("PROBLEMS", "ACTIVITY", "STATES", "COLUMNS"):
+        said.update(filter(None, re.findall(r': "([^"]*)"', re.search(r"const %s = \{(.*?)\};" % table, SCRIPT, re.S)[1])))
+    for table in ("NAVIGATION", "SECTIONS"):
+        said.update(re.findall(r'\["\w*", "([^"]*)"', re.search(r"const %s = \[(.*?)\];" % table, SCRIPT, re.S)[1]))
+    return said
+
+
+def test_every_word_is_there_in_both_languages():
+    german = dict(re.findall(r'^  "((?:[^"\\]|\\.)*)": "((?:[^"\\]|\\.)*)",$', SCRIPT[SCRIPT.index("const GERMAN"):], re.M))
+    said = words_of_the_script()
+    assert len(said) > 150 and said <= set(german), sorted(said - set(german))
+    for english, words in german.items():
+        assert sorted(re.findall(r"\{\w+\}", english)) == sorted(re.findall(r"\{\w+\}", words)), english
+
+
+def test_every_address_of_the_page_answers_with_the_page(call):
+    for path in ("/", "/setup", "/login", "/files", "/files/a%20b/c", "/past/seq:3/a", "/versions/a", "/trash", "/activity", "/search?q=x",
+                 "/settings", "/settings/devices", "/login/v2/flow/abc"):
+        answer = call("GET", path, user=None)
+        assert answer.status == 200 and answer.body == cs.PAGE, path
+
+
 # ==== 14. Service: upkeep ================================================================
 
 @pytest.fixture
@@ -4301,15 +4373,21 @@ def test_a_port_in_use_is_refused_in_one_line(serve, tmp_path):
 @needs_fork
 def test_a_worker_that_dies_is_replaced(serve):
     served = serve("--workers", 2)
-    children = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
-    assert len(children) == 2
+
+    def workers(unlike=()):
+        """The ids of two workers of which one is new, once there are."""
+        for _ in range(200):
+            found = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
+            if len(found) == 2 and set(found) != set(unlike):
+                return found
+            time.sleep(0.05)
+        raise AssertionError("there are %r" % found)
+    children = workers()
     os.kill(int(children[0]), signal.SIGKILL)
     time.sleep(0.1)
     for _ in range(20):
         assert served.call("GET", "/healthz").status == 200
-    time.sleep(0.5)
-    again = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
-    assert len(again) == 2 and set(again) != set(children)
+    assert children[1] in workers(children)
 
 
 @needs_fork
@@ -4951,6 +5029,764 @@ def test_client_and_server_are_killed_at_random(household, rng):
 @needs_fork
 def test_client_and_server_are_killed_at_random_many_times(household, rng):
     kill_rounds(household, rng, 100)
+# ==== stories in a real browser ==========================================================
+
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"          # how WebDriver names a reference to an element
+KEYS = {"Enter": "\ue007", "Escape": "\ue00c", "Delete": "\ue017", "F2": "\ue032", "Down": "\ue015", "Up": "\ue013", "Left": "\ue012", "Right": "\ue014",
+        "Control": "\ue009", "Shift": "\ue008", "End": "\ue010", "Home": "\ue011", "Tab": "\ue004"}
+
+
+class Browser:
+    """Chromium, driven by the W3C WebDriver protocol."""
+
+    def __init__(self, downloads):
+        self.process = subprocess.Popen([program("chromedriver"), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        port = next(int(found[1]) for line in self.process.stdout for found in [re.search(r"started successfully on port (\d+)", line)] if found)
+        threading.Thread(target=self.process.stdout.read, daemon=True).start()
+        self.address, self.downloads, self.session = ("127.0.0.1", port), downloads, ""
+        options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--lang=en", "--window-size=1280,800",
+                            "--disable-background-networking", "--user-data-dir=%s" % (downloads / "profile")],
+                   "binary": program("chromium", "google-chrome")}
+        made = self.do("POST", "/session", {"capabilities": {"alwaysMatch": {
+            "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}, "unhandledPromptBehavior": "accept"}}})
+        self.session = "/session/" + made["sessionId"]
+        self.cdp("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
+
+    def do(self, method, path, body=None):
+        connection = http.client.HTTPConnection(*self.address, timeout=60)
+        connection.request(method, self.session + path, json.dumps(body if body is not None else {}) if method == "POST" else None)
+        value = json.loads(connection.getresponse().read())["value"]
+        connection.close()
+        if isinstance(value, dict) and "error" in value:
+            raise AssertionError("%s: %s" % (value["error"], value["message"][:500]))
+        return value
+
+    def cdp(self, command, **values):
+        return self.do("POST", "/goog/cdp/execute", {"cmd": command, "params": values})
+
+    def close(self):
+        self.do("DELETE", "")
+        self.process.terminate()
+        self.process.wait(20)
+        self.process.stdout.close()
+
+    # ---- looking and doing
+
+    def go(self, url):
+        self.do("POST", "/url", {"url": url})
+
+    def run(self, script, *args):
+        return self.do("POST", "/execute/sync", {"script": script, "args": list(args)})
+
+    def run_async(self, script, *args):
+        return self.do("POST", "/execute/async", {"script": script, "args": list(args)})
+
+    def wait(self, script, *args, seconds=10):
+        """What the script returns as soon as that is something."""
+        until = time.monotonic() + seconds
+        while True:
+            value = self.run(script, *args)
+            if value:
+                return value
+            assert time.monotonic() < until, "in vain: %s %r\n%s\n%s" % (script[:200], args, self.text()[:1500], self.do("POST", "/se/log", {"type": "browser"}))
+            time.sleep(0.02)
+
+    def text(self):
+        return self.run("return document.body.innerText")
+
+    def sees(self, *words, seconds=10):
+        for word in words:
+            self.wait("return document.body.innerText.includes(arguments[0])", word, seconds=seconds)
+
+    def misses(self, word):
+        self.wait("return !document.body.innerText.includes(arguments[0])", word)
+
+    def element(self, wanted):
+        """By a selector of CSS, or what can be clicked by its words; inside the topmost dialog if there is one."""
+        return self.wait("""
+            const dialogs = document.querySelectorAll('dialog'), within = dialogs.length ? dialogs[dialogs.length - 1] : document;
+            let found; try { found = within.querySelector(arguments[0]); } catch {}
+            const seen = one => one.getClientRects().length;
+            return found && (seen(found) || found.type === 'file') ? found : [...within.querySelectorAll('button, a, label, input, [role=row] .label')].find(
+                one => seen(one) && ((one.innerText || '').trim() === arguments[0] || one.innerText.split('\\n')[0] === arguments[0]
+                    || one.getAttribute('aria-label') === arguments[0]));""", wanted)[ELEMENT]
+
+    def click(self, wanted):
+        self.do("POST", "/element/%s/click" % self.element(wanted))
+
+    def fill(self, wanted, text):
+        element = self.element(wanted)
+        self.run("arguments[0].value = ''", {ELEMENT: element})
+        self.do("POST", "/element/%s/value" % element, {"text": text})
+
+    def file(self, *paths):
+        self.do("POST", "/element/%s/value" % self.element("input[type=file]"), {"text": "\n".join(map(str, paths))})
+
+    def press(self, *keys):
+        """press("Control", "a") holds all but the last while that is struck."""
+        keys = [KEYS.get(key, key) for key in keys]
+        self.do("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions":
+            [{"type": "keyDown", "value": key} for key in keys] + [{"type": "keyUp", "value": key} for key in reversed(keys)]}]})
+
+    def keys(self, text):
+        for letter in text:
+            self.press(letter)
+
+    def mouse(self, *steps, kind="mouse"):
+        """Steps: ("move", x, y), ("down",), ("up",), ("wait", ms)."""
+        verbs = {"move": lambda x, y: {"type": "pointerMove", "x": round(x), "y": round(y), "duration": 20}, "down": lambda button=0: {"type": "pointerDown", "button": button},
+                 "up": lambda button=0: {"type": "pointerUp", "button": button}, "wait": lambda ms: {"type": "pause", "duration": ms}}
+        self.do("POST", "/actions", {"actions": [{"type": "pointer", "id": kind, "parameters": {"pointerType": kind},
+                                                 "actions": [verbs[verb](*values) for verb, *values in steps]}]})
+
+    def where(self, wanted):
+        """The middle of an element: (x, y)."""
+        box = self.run("const box = arguments[0].getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]", {ELEMENT: self.element(wanted)})
+        return box[0], box[1]
+
+    def rows(self):
+        return self.run("return [...document.querySelectorAll('.rows .row')].sort((a, b) => a.id.slice(3) - b.id.slice(3)).map(row => row.querySelector('.label, input.rename').textContent)")
+
+    def shows(self, *names):
+        self.wait("return JSON.stringify([...document.querySelectorAll('.rows .row')].sort((a, b) => a.id.slice(3) - b.id.slice(3)).map("
+                  "row => (row.querySelector('.label') || {}).textContent)) === arguments[0] && !document.querySelector('.content').ariaBusy", json.dumps(list(names), separators=(",", ":")))
+
+    def path(self):
+        return self.run("return location.pathname + location.search")
+
+    def shot(self, name):
+        """For the eyes of whoever works on the page: SHOTS=directory."""
+        if os.environ.get("SHOTS"):
+            Path(os.environ["SHOTS"], name + ".png").write_bytes(base64.b64decode(self.do("GET", "/screenshot")))
+
+    def log(self):
+        """What the console says, without the refusals a story provokes."""
+        return [entry["message"] for entry in self.do("POST", "/se/log", {"type": "browser"})
+                if not (entry["source"] == "network" and "Failed to load resource" in entry["message"])]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    program("chromedriver")
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One cloud for all stories in the browser: (cloud, address, [seconds by which its clocks are ahead])."""
+    ahead = [0]
+    clock = Clock(lambda: time.time() + ahead[0], lambda: time.monotonic() + ahead[0])
+    cloud = Cloud(Config(data=tmp_path_factory.mktemp("shared") / "data"), clock)
+    account(cloud, "root", admin=True)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+    server = CloudServer(cloud, listener)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield cloud, listener.getsockname(), ahead
+    server.stop()
+    thread.join(15)
+    listener.close()
+    cloud.close()
+
+
+class Page:
+    """What a story gets: a browser, logged in as an account of its own; console() must be empty at the end."""
+
+    def __init__(self, browser, cloud, home, who):
+        self.browser, self.cloud, self.home, self.who = browser, cloud, home, who
+
+    def __getattr__(self, name):
+        return getattr(self.browser, name)
+
+    def open(self, path="/"):
+        self.go(self.home + path)
+
+    def put(self, path, data=b"x", **how):
+        return put(self.cloud, self.who, path, data, parents=True, **how)
+
+    def get(self, path):
+        return get(self.cloud, self.who, path)
+
+    def tree(self):
+        return set(tree(self.cloud, self.who))
+
+    def cloud_address(self):
+        return "127.0.0.1", int(self.home.rpartition(":")[2])
+
+    def size(self, width, height, *, dark=False, touch=False):
+        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
+        self.cdp("Emulation.setTouchEmulationEnabled", enabled=touch)
+        self.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+
+
+@pytest.fixture
+def page(browser, shared, request):
+    """The page as an account of this story sees it, logged in; the console must have stayed silent."""
+    cloud, address, ahead = shared
+    name = "ann-%d" % (len(cloud.accounts.list()) + 1)
+    page = Page(browser, cloud, "http://127.0.0.1:%d" % address[1], account(cloud, name))
+    page.ahead = ahead
+    secret, _ = cloud.accounts.log_in(name, PASSWORD, "127.0.0.1", "Firefox Linux")
+    browser.cdp("Network.clearBrowserCookies")
+    browser.cdp("Network.setCookie", url=page.home, name="session", value=secret, httpOnly=True, sameSite="Lax")
+    page.size(1280, 800)
+    yield page
+    assert browser.log() == []
+    browser.run("localStorage.clear()")
+    browser.go("about:blank")
+
+
+def test_browser_setup_login_and_logout(browser, cloud, serve_cloud):
+    address = serve_cloud(cloud)
+    home = "http://127.0.0.1:%d" % address[1]
+    browser.cdp("Network.clearBrowserCookies")
+    browser.go(home + "/")
+    browser.sees("Not set up yet")
+    browser.go(home + "/setup#" + cloud.accounts.new_setup_token())
+    browser.sees("Welcome")
+    browser.shot("setup")
+    for name, text in (("name", "ann"), ("password", PASSWORD), ("again", "something else")):
+        browser.fill("input[name=%s]" % name, text)
+    browser.click("Create account")
+    browser.sees("The two passwords differ.")
+    browser.fill("input[name=again]", PASSWORD)
+    browser.click("Create account")
+    browser.sees("Nothing here yet")
+    assert browser.path() == "/files" and cloud.accounts.get("ann").admin
+    browser.shot("empty")
+    browser.click("Settings")
+    browser.click("Log out")
+    browser.sees("Log in")
+    browser.go(home + "/files/some/place")
+    browser.fill("input[name=name]", "ann")
+    browser.fill("input[name=password]", "wrong password")
+    browser.press("Enter")
+    browser.sees("Wrong name or password.")
+    time.sleep(1)                                # the wait after a wrong password
+    browser.fill("input[name=password]", PASSWORD)
+    browser.shot("login")
+    browser.press("Enter")
+    browser.sees("This is not there any more.")
+    assert browser.path() == "/files/some/place" and browser.log() == []
+
+
+def test_browser_walks_by_addresses(page):
+    page.put("photos/2024/a 100%.txt", "hello")
+    page.put("photos/b #1?.txt", "b")
+    page.put("z10.txt", "a" * 3000)
+    page.put("z9.txt", "a" * 30)
+    page.open("/")
+    page.shows("photos", "z9.txt", "z10.txt")
+    page.click("photos")
+    page.shows("2024", "b #1?.txt")
+    assert page.path() == "/files/photos" and page.run("return document.title").startswith("photos")
+    page.click("2024")
+    page.shows("a 100%.txt")
+    page.run("history.back()")
+    page.shows("2024", "b #1?.txt")
+    page.run("history.forward()")
+    page.shows("a 100%.txt")
+    page.click(".crumbs a")
+    page.shows("photos", "z9.txt", "z10.txt")
+    page.click(".head .size button")
+    page.shows("photos", "z10.txt", "z9.txt")
+    page.click(".head .size button")
+    page.shows("photos", "z9.txt", "z10.txt")
+    page.open("/files/photos/b%20%231%3F.txt")
+    page.sees("b #1?.txt", "Download")
+    page.press("Escape")
+    page.shows("2024", "b #1?.txt")
+
+
+def test_browser_uploads_files_and_folders(page, tmp_path):
+    (tmp_path / "up" / "inner" / "empty").mkdir(parents=True)
+    for n in range(250):
+        (tmp_path / "up" / "inner" / ("f%03d.txt" % n)).write_text(str(n))
+    (tmp_path / "up" / "top.txt").write_text("top")
+    (tmp_path / "large.bin").write_bytes(os.urandom(9 * MiB))
+    os.utime(tmp_path / "large.bin", (1_000_000_000, 1_000_000_000))
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.click("New")
+    page.click("Upload files")
+    page.file(tmp_path / "large.bin", tmp_path / "up" / "top.txt")
+    page.sees("2 files uploaded")
+    page.shows("large.bin", "top.txt")
+    assert page.get("large.bin") == (tmp_path / "large.bin").read_bytes()
+    assert page.cloud.stat(page.who, ("large.bin",)).mtime == 1_000_000_000_000
+    data = {"items": [], "files": [str(tmp_path / "up")], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        page.cdp("Input.dispatchDragEvent", type=kind, x=700, y=500, data=data)
+    page.sees("251 files uploaded", seconds=20)
+    page.shot("uploaded")
+    assert len([path for path in page.tree() if path.startswith("up/inner/f")]) == 250
+    assert page.cloud.stat(page.who, ("up", "inner", "empty")).kind and page.get("up/inner/f007.txt") == b"7"
+
+
+def test_browser_downloads_a_file_and_a_zip(page):
+    import zipfile
+    for name in ("one", "two", "three"):
+        page.put(name + ".txt", name)
+    page.open("/")
+    page.shows("one.txt", "three.txt", "two.txt")
+    page.click("Select one.txt")
+    page.click("Download")
+    page.click("Select two.txt")
+    page.sees("2 selected")
+    page.click("Download")
+    archive = page.downloads / "files.zip"
+    until = time.monotonic() + 10
+    while not (archive.exists() and (page.downloads / "one.txt").exists()) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert (page.downloads / "one.txt").read_text() == "one"
+    assert sorted(zipfile.ZipFile(archive).namelist()) == ["one.txt", "two.txt"]
+
+
+def test_browser_makes_renames_moves_deletes_and_takes_back(page):
+    page.put("a.txt", "a")
+    page.put("b.txt", "b")
+    page.open("/")
+    page.shows("a.txt", "b.txt")
+    page.click("New")
+    page.click("New folder")
+    page.fill("input[name=name]", "notes")
+    page.press("Enter")
+    page.shows("notes", "a.txt", "b.txt")
+    page.click("Clear the selection")
+    page.click("Select a.txt")
+    page.press("F2")
+    page.wait("return document.activeElement.classList.contains('rename')")
+    page.keys("renamed")
+    page.press("Enter")
+    page.shows("notes", "b.txt", "renamed.txt")
+    assert page.tree() == {"notes", "b.txt", "renamed.txt"}
+    page.click("Move to…")
+    page.click("notes")
+    page.wait("return document.querySelector('dialog .crumbs').innerText.includes('notes')")
+    page.click("Move here")
+    page.shows("notes", "b.txt")
+    assert page.get("notes/renamed.txt") == b"a"
+    page.click("Select b.txt")
+    page.click("Delete")
+    page.shows("notes")
+    page.click("Undo")
+    page.shows("notes", "b.txt")
+    page.press("Control", "z")
+    page.shows("notes", "b.txt", "renamed.txt")
+    assert page.tree() == {"notes", "b.txt", "renamed.txt"}
+
+
+def test_browser_trash(page):
+    for name in ("a", "b", "c"):
+        page.put(name, name)
+    page.cloud.delete(page.who, ("a",), ("b",), ("c",))
+    page.open("/trash")
+    page.shows("a", "b", "c")
+    page.click("Select a")
+    page.click("Restore")
+    page.shows("b", "c")
+    assert page.tree() == {"a"}
+    page.click("Select b")
+    page.click("Delete for good")
+    page.sees("cannot be brought back")
+    page.click("button.danger")
+    page.shows("c")
+    assert [item.node.name for item in page.cloud.trash(page.who)] == ["c"]
+    page.click("Empty the trash")
+    page.click("button.danger")
+    page.sees("The trash is empty")
+    assert page.cloud.trash(page.who) == []
+
+
+def test_browser_versions(page):
+    for text in ("one", "second", "the third"):
+        page.put("a.txt", text)
+    page.open("/")
+    page.click("Select a.txt")
+    page.click("Versions")
+    page.sees("3 versions")
+    page.shot("versions")
+    page.run("document.querySelectorAll('.steps li')[2].querySelector('button').click()")
+    page.sees("This version is the present one now", "4 versions")
+    assert page.get("a.txt") == b"one"
+
+
+def test_browser_settings(page):
+    page.put("a", b"x" * 5000)
+    page.cloud.accounts.add_token(page.who, "laptop")
+    page.open("/settings")
+    page.sees("4.9 KB used")
+    page.click("Devices")
+    page.sees("laptop", "This one")
+    page.shot("devices")
+    page.click("Revoke laptop")
+    page.misses("laptop")
+    assert [device.kind for device in page.cloud.accounts.devices(page.who)] == ["session"]
+    page.click("Account")
+    page.click("Change password")
+    for name, text in (("old", PASSWORD), ("new", "another horse 9"), ("again", "another horse 9")):
+        page.fill("input[name=%s]" % name, text)
+    page.click("button.primary")
+    page.sees("Log in")
+    assert page.cloud.accounts.log_in(page.who.name, "another horse 9", "127.0.0.1", "")[0]
+    page.click("Deutsch")
+    page.sees("Anmelden", "Passwort")
+
+
+def test_browser_selects_with_mouse_and_keys(page):
+    for n in range(8):
+        page.put("f%d.txt" % n)
+    page.open("/")
+    page.shows(*["f%d.txt" % n for n in range(8)])
+    chosen = lambda *numbers: page.wait("return JSON.stringify(selection().map(entry => Number(entry.name[1])).sort()) === arguments[0]",
+                                        json.dumps(list(numbers), separators=(",", ":")))
+    middle = lambda n: (page.where("#row%d .size" % n))
+    page.mouse(("move", *middle(1)), ("down",), ("up",))
+    chosen(1)
+    page.press("Shift", "Down")
+    page.press("Shift", "Down")
+    chosen(1, 2, 3)
+    page.press("Control", "a")
+    chosen(*range(8))
+    page.press("Escape")
+    chosen()
+    (x, y), (_, end) = middle(2), middle(5)
+    page.mouse(("move", x, y), ("down",), ("move", x - 60, (y + end) / 2), ("move", x - 120, end), ("up",))        # the rubber band
+    chosen(2, 3, 4, 5)
+    page.press("Home")
+    page.press("End")
+    chosen(7)
+    page.press("Delete")
+    page.shows(*["f%d.txt" % n for n in range(7)])
+    page.press("Control", "z")
+    page.shows(*["f%d.txt" % n for n in range(8)])
+    page.press("?")
+    page.sees("Keyboard shortcuts")
+    page.press("Escape")
+    page.mouse(("move", *middle(3)), ("down", 2), ("up", 2))
+    page.sees("Rename", "Versions", "Cut")
+    bar = page.run("return actionsFor('items', selection()).map(action => action.label)")
+    assert page.run("return [...document.querySelectorAll('dialog .item span')].map(one => one.innerText)") == bar
+    page.press("Escape")
+
+
+def test_browser_long_press_selects_on_a_phone(page):
+    for name in ("a", "b"):
+        page.put(name)
+    page.size(390, 844, touch=True)
+    page.open("/")
+    page.shows("a", "b")
+    x, y = page.where("#row0 .label")
+    page.mouse(("move", x, y), ("down",), ("wait", 700), ("up",), kind="touch")
+    page.sees("1 selected")
+    x, y = page.where("#row1 .label")
+    page.mouse(("move", x, y), ("down",), ("up",), kind="touch")
+    page.sees("2 selected")
+    page.shot("phone-selected")
+    wide = page.run("return document.documentElement.scrollWidth")
+    assert wide <= 390
+    page.click("Delete")
+    page.sees("Nothing here yet")
+    assert page.tree() == set()
+
+
+def test_browser_cuts_pastes_and_drags(page):
+    page.put("a.txt", "a")
+    page.put("b.txt", "b")
+    page.put("box/inner/c.txt", "c")
+    page.open("/")
+    page.click("Select a.txt")
+    page.press("Control", "x")
+    page.click("box")
+    page.shows("inner")
+    page.press("Control", "v")
+    page.shows("inner", "a.txt")
+    assert page.tree() == {"b.txt", "box", "box/a.txt", "box/inner", "box/inner/c.txt"}
+    page.click("Clear the selection") if "selected" in page.text() else None
+    page.press("Control", "a")
+    page.press("Control", "c")
+    page.press("Control", "v")
+    page.shows("inner", "inner (2)", "a (2).txt", "a.txt")
+    page.click(".crumbs a")
+    page.shows("box", "b.txt")
+    data = page.run("const data = new DataTransfer(), fire = (type, one) => one.dispatchEvent(new DragEvent(type, {bubbles: true, cancelable: true, dataTransfer: data}));"
+                    "const [from, to] = [...document.querySelectorAll('.rows .row')].reverse(); fire('dragstart', from.querySelector('.label'));"
+                    "fire('dragover', to); fire('drop', to); return data.types.join()")
+    assert "cloudserver" in data
+    page.shows("box")
+    assert page.get("box/b.txt") == b"b"
+
+
+def test_browser_asks_what_to_do_when_names_clash(page, tmp_path):
+    for name in ("a.txt", "b.txt", "c.txt"):
+        page.put(name, "old")
+        page.put("box/" + name, "there")
+    page.open("/")
+    page.shows("box", "a.txt", "b.txt", "c.txt")
+    page.press("Control", "a")
+    page.click("Select box")
+    page.click("Move to…")
+    page.click("box")
+    page.wait("return document.querySelector('dialog .crumbs').innerText.includes('box')")
+    page.click("Move here")
+    page.sees("“a.txt” exists already")
+    page.shot("clash")
+    page.click("Skip")
+    page.sees("“b.txt” exists already")
+    page.click("Do the same for 1 more")
+    page.click("Keep both")
+    page.shows("box", "a.txt")
+    assert page.tree() == {"a.txt", "box", "box/a.txt", "box/b.txt", "box/b (2).txt", "box/c.txt", "box/c (2).txt"}
+    (tmp_path / "a.txt").write_text("new")
+    page.click("New")
+    page.click("Upload files")
+    page.file(tmp_path / "a.txt")
+    page.sees("“a.txt” exists already")
+    page.click("Replace")
+    page.sees("1 file uploaded")
+    assert page.get("a.txt") == b"new"
+
+
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+
+
+def test_browser_previews(page):
+    page.put("a.png", PNG)
+    page.put("b.png", PNG)
+    page.put("README.md", "# Title\n\nSome **bold** <b>text</b>, [a link](other.md), [bad](javascript:alert(1))\n\n- one\n  - two\n\n| a | b |\n|--|--|\n| 1 | `2` |\n")
+    page.put("t.csv", 'name,"a, b"\nann,"say ""hi"""\n')
+    page.put("x.html", "<script>alert(1)</script>")
+    page.put("f.bin", bytes(range(256)))
+    page.open("/")
+    page.sees("Title", "Some bold <b>text</b>")
+    assert page.run("return [...document.querySelectorAll('.readme a')].map(one => one.getAttribute('href'))") == ["/files/other.md"]
+    assert page.run("return document.querySelectorAll('.readme li li').length + ' ' + document.querySelectorAll('.readme td').length") == "1 2"
+    page.click("a.png")
+    page.wait("const image = document.querySelector('dialog img'); return image && image.naturalWidth === 1")
+    page.press("Right")
+    page.wait("return location.pathname === '/files/b.png' && document.querySelector('dialog img').src.endsWith('b.png')")
+    page.press("Escape")
+    page.wait("return !document.querySelector('dialog')")
+    assert page.path() == "/files"
+    page.click("t.csv")
+    page.wait("return JSON.stringify([...document.querySelectorAll('dialog th, dialog td')].map(one => one.textContent)) === arguments[0]",
+              '["name","a, b","ann","say \\"hi\\""]')
+    page.press("Escape")
+    page.click("x.html")
+    page.sees("<script>alert(1)</script>")
+    page.press("Escape")
+    page.click("f.bin")
+    page.sees("There is no preview of this kind of file.")
+    page.press("Escape")
+
+
+def test_browser_edits_text_and_notices_others(page):
+    page.put("a.txt", "one\r\ntwo\r\n")
+    page.open("/files/a.txt")
+    page.click("Edit")
+    page.wait("return document.activeElement.tagName === 'TEXTAREA'")
+    page.keys("zero ")
+    page.press("Control", "s")
+    page.sees("Saved.")
+    assert page.get("a.txt") == b"zero one\r\ntwo\r\n"
+    page.put("a.txt", "theirs")
+    page.keys("x")
+    page.press("Control", "s")
+    page.sees("Somebody else saved this file")
+    page.click("Save mine")
+    page.wait("return document.querySelectorAll('dialog').length === 1")
+    page.wait("return document.querySelector('dialog .primary').disabled")
+    assert page.get("a.txt") == b"zero xone\r\ntwo\r\n"
+    assert [page.cloud.version(page.who, ("a.txt",), version.rev)[1].read(99) for version in page.cloud.versions(page.who, ("a.txt",))][1] == b"theirs"
+
+
+def test_browser_searches_as_you_type(page):
+    page.put("photos/Lake Geneva.jpg")
+    page.put("letters/lake.txt")
+    page.open("/")
+    page.shows("letters", "photos")
+    page.press("/")
+    page.keys("lake")
+    page.shows("lake.txt", "Lake Geneva.jpg")
+    page.keys(" gen")
+    page.shows("Lake Geneva.jpg")
+    assert "q=lake" in page.path()
+    page.run("document.activeElement.blur()")
+    page.click("Select Lake Geneva.jpg")
+    page.click("Show in its folder")
+    page.wait("return location.pathname === '/files/photos'")
+    page.sees("1 selected")
+
+
+def test_browser_activity_and_time(page):
+    page.put("box/a.txt", "one")
+    time.sleep(0.01)
+    before = cs.format_time(page.cloud.clock.wall())
+    time.sleep(0.01)
+    page.put("box/a.txt", "two")
+    page.put("box/b.txt", "two")
+    page.open("/activity")
+    page.sees("saved “b.txt”")
+    page.shot("activity")
+    page.run("document.querySelector('.steps button').click()")
+    page.sees("undid a step")
+    assert page.tree() == {"box", "box/a.txt"}
+    page.open("/past/%s/box" % before)
+    page.shows("a.txt")
+    page.shot("past")
+    page.click("Bring this time back")
+    page.click("Bring it back")
+    page.sees("As it was on")
+    page.wait("return location.pathname === '/files/box'")
+    assert page.get("box/a.txt") == b"one"
+    page.click("Undo")
+    page.sees("Undone.")
+    assert page.get("box/a.txt") == b"two"
+
+
+def test_browser_connects_devices(page):
+    page.open("/settings/connect")
+    page.ahead[0] += 700                         # the password given at login is not fresh any more
+    page.fill("input[name=name]", "tablet")
+    page.click("Make an app password")
+    page.sees("Your password, please")
+    page.fill("dialog input[name=password]", PASSWORD)
+    page.click("Continue")
+    page.sees("This password is shown only now")
+    token = page.run("return document.querySelector('[aria-live=polite] code').textContent")
+    assert exchange(page.cloud_address(), "GET", "/api/v1/account", user=None, Authorization="Bearer " + token).json()["name"] == page.who.name
+    assert token in page.run("return document.querySelector('.ways').innerText") and page.run("return document.querySelectorAll('svg.qr path').length") == 1
+
+
+@pytest.mark.parametrize("text, size, digest", [                 # read back by a scanner when the encoder was written
+    ("nc://login/server:https://cloud.example.org&user:ann&password:cs_abcdefghijklmnopqrstuvwxyz012345", 41, "077a7fd4b14a8607"),
+    ("x" * 200, 57, "1e21180d1f36a922"), ("hello", 21, "52a7aa67e7296ede")])
+def test_browser_draws_qr_codes(page, text, size, digest):
+    page.open("/")
+    grid = page.run("return qrGrid(new TextEncoder().encode(arguments[0])).map(row => row.map(Number).join('')).join('\\n')", text)
+    assert len(grid.split("\n")) == size and hashlib.sha256(grid.encode()).hexdigest()[:16] == digest
+
+
+def test_browser_administers_accounts(page):
+    page.cloud.accounts.update(page.who.name, page.who, admin=True)
+    page.open("/settings/accounts")
+    page.click("New account")
+    for name, text in (("name", "zoe"), ("password", PASSWORD), ("quota", "1.5")):
+        page.fill("dialog input[name=%s]" % name, text)
+    page.click("Create")
+    page.sees("0 B of 1.5 GB used")
+    assert page.cloud.accounts.get("zoe").quota == 3 << 29
+    page.click("Change zoe")
+    page.click("Make administrator")
+    page.wait("return [...document.querySelectorAll('.steps li')].some(row => /zoe\\s*Administrator/.test(row.innerText))")
+    page.click("Change zoe")
+    page.click("Remove")
+    page.click("button.danger")
+    page.misses("zoe")
+    assert outcome(page.cloud.accounts.get, "zoe") == "not-found"
+
+
+def test_browser_shows_what_others_do(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    time.sleep(0.3)                              # the event stream begins
+    page.put("news.txt", "x")
+    page.shows("news.txt")
+
+
+def test_browser_shows_the_brake(page):
+    for n in range(250):
+        page.put("f%03d" % n)
+    page.ahead[0] += 3600
+    _, token = page.cloud.accounts.add_token(page.who, "laptop")
+    laptop = page.cloud.accounts.identify("Bearer " + token, "", "127.0.0.1", secure=True)
+    assert outcome(page.cloud.delete, laptop, *[("f%03d" % n,) for n in range(250)]) == "held"
+    page.open("/")
+    page.sees("“laptop” is held: it wants to delete 250")
+    page.shot("brake")
+    page.click("Allow")
+    page.misses("is held")
+    page.cloud.delete(laptop, *[("f%03d" % n,) for n in range(250)])
+    page.sees("Nothing here yet")
+
+
+def test_browser_lets_a_device_in(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.run("window.asked = []; window.api = async (method, what) => { if (what.startsWith('grants')) asked.push(method + ' ' + what); return {device: 'Mozilla <b>mirall</b>', held: []}; }; go('/login/v2/flow/abc')")
+    page.sees("Grant access?", "“Mozilla <b>mirall</b>” wants to see and change the files of " + page.who.name)
+    page.shot("grant")
+    page.click("Grant access")
+    page.sees("You can close this window now.")
+    assert page.run("return asked.join()") == "GET grants/abc,POST grants/abc"
+
+
+def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_path, monkeypatch):
+    data = os.urandom(12 * MiB)
+    for name in ("one.bin", "two.bin", "three.bin"):
+        (tmp_path / name).write_bytes(data)
+    offline = lambda yes: page.cdp("Network.emulateNetworkConditions", offline=yes, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    page.cdp("Network.enable")
+    put_chunk = page.cloud.blobs.put
+    monkeypatch.setattr(page.cloud.blobs, "put", lambda *args, **how: time.sleep(0.25) or put_chunk(*args, **how))
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.click("New")
+    page.click("Upload files")
+    page.file(tmp_path / "one.bin", tmp_path / "two.bin", tmp_path / "three.bin")
+    page.wait("return queue.items.length === 3 && queue.items.every(item => item.sent > 500000)")
+    page.click("Pause")
+    page.sees("Paused: 0 of 3")
+    page.shot("paused")
+    page.wait("return queue.running === 0")
+    page.run("[...document.querySelectorAll('.queue li')].find(row => row.innerText.includes('two.bin')).querySelector('button').click()")
+    page.click("Resume")
+    page.wait("return queue.items.filter(item => item.state === 'sending').length === 2")
+    offline(True)
+    page.sees("Waiting for the connection…")
+    page.shot("offline")
+    offline(False)
+    page.run("dispatchEvent(new Event('online'))")
+    page.sees("2 files uploaded", seconds=20)
+    page.shows("one.bin", "three.bin")
+    assert page.get("one.bin") == page.get("three.bin") == data and page.tree() == {"one.bin", "three.bin"}
+    page.run("[...document.querySelectorAll('.queue li.cancelled button')].forEach(one => one.click())")
+    page.sees("3 files uploaded", seconds=20)
+    assert page.get("two.bin") == data and page.run("return localStorage.getItem('uploads')") == "{}"
+
+
+HOSTILE = ["<img src=x onerror=alert(1)>.txt", "\"quotes' & `ticks`.txt", "{n} {name}.txt", "a\u202egpj.exe", "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467.md", "x" * 251 + ".txt",
+           "%2e%2e%2f.txt", "a?b#c;d=e.txt", " blanks .txt", "\u0627\u0644\u0639\u0631\u0628\u064a\u0629.txt", "__proto__", "constructor", "$& $1.txt", "..hidden"]
+
+
+def test_browser_takes_hostile_names(page, tmp_path):
+    for name in HOSTILE:
+        page.put(name, name)
+    page.open("/")
+    page.wait("return list.entries.length === arguments[0]", len(HOSTILE))
+    assert sorted(page.rows()) == sorted(HOSTILE) and page.run("return document.querySelectorAll('.content img').length") == 0
+    for name in HOSTILE:
+        page.run("const entry = list.entries.find(one => one.name === arguments[0]); pick(list.entries.indexOf(entry)); openEntry(entry)", name)
+        page.wait("return preview.entry && preview.entry.name === arguments[0]", name)
+        page.press("Escape")
+        page.wait("return !document.querySelector('dialog')")
+    page.shot("hostile")
+    page.press("Control", "a")
+    page.press("Delete")
+    page.sees("%d items deleted" % len(HOSTILE))
+    page.click("Undo")
+    page.wait("return list.entries.length === arguments[0]", len(HOSTILE))
+    assert page.tree() == set(HOSTILE)
+    page.click("Select \"quotes' & `ticks`.txt")
+    page.press("F2")
+    page.wait("return document.activeElement.classList.contains('rename')")
+    page.press("Control", "a")
+    page.keys("<i>new<|i>")
+    page.press("Enter")
+    page.sees("Renamed to “<i>new<|i>”")
+    assert "<i>new<|i>" in page.tree()
 
 
 # ==== real clients =======================================================================
