@@ -611,6 +611,15 @@ def parse_time(value: Any) -> int:
     raise CloudError("bad-request", "not a time")
 
 
+def parse_seconds(text: str | None) -> int | None:
+    """ms of seconds since 1970, perhaps with a fraction; None for None.  raises CloudError bad-request"""
+    if text is None:
+        return None
+    if not re.fullmatch(r"-?\d{1,12}(\.\d{1,9})?", text):
+        raise CloudError("bad-request", "malformed time")
+    return check_mtime(int(float(text) * 1000))
+
+
 def check_mtime(at: int) -> int:
     if not MTIME_MIN <= at <= MTIME_MAX:
         raise CloudError("bad-request", "a time must be in the years 1 to 9999")
@@ -1517,6 +1526,7 @@ CREATE INDEX chunk_bad ON chunk (bad) WHERE bad IS NOT NULL;
 CREATE TABLE grave (object TEXT PRIMARY KEY, due INTEGER NOT NULL) WITHOUT ROWID;    -- objects to delete then
 CREATE TABLE property (node INTEGER NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL,
     PRIMARY KEY (node, name)) WITHOUT ROWID;                                         -- dead properties, RFC 4918 s4
+CREATE INDEX property_name ON property (name);
 CREATE TABLE pin (node INTEGER NOT NULL, rev INTEGER NOT NULL, name TEXT NOT NULL,
     PRIMARY KEY (node, rev)) WITHOUT ROWID;                                          -- versions that stay
 CREATE TABLE age (due INTEGER PRIMARY KEY, seq INTEGER NOT NULL);                    -- the newest seq, every hour
@@ -1527,11 +1537,12 @@ CREATE TABLE lock (token TEXT PRIMARY KEY, home INTEGER NOT NULL, node INTEGER N
 CREATE INDEX lock_home ON lock (home);
 CREATE TABLE upload (                   -- resumable uploads under way
     id TEXT PRIMARY KEY, home INTEGER NOT NULL, account INTEGER NOT NULL, root INTEGER NOT NULL,
-    path TEXT NOT NULL, given TEXT NOT NULL, size INTEGER, mtime INTEGER, note TEXT NOT NULL,
+    path TEXT,                          -- NULL: numbered parts, whose place is named at the end
+    given TEXT NOT NULL, size INTEGER, mtime INTEGER, note TEXT NOT NULL,
     received INTEGER NOT NULL, created INTEGER NOT NULL, due INTEGER NOT NULL, done TEXT) WITHOUT ROWID;
 CREATE INDEX upload_home ON upload (home);
-CREATE TABLE upload_chunk (upload TEXT NOT NULL, offset INTEGER NOT NULL, chunk TEXT NOT NULL, size INTEGER NOT NULL,
-    PRIMARY KEY (upload, offset)) WITHOUT ROWID;
+CREATE TABLE upload_chunk (upload TEXT NOT NULL, part INTEGER NOT NULL, offset INTEGER NOT NULL, chunk TEXT NOT NULL,
+    size INTEGER NOT NULL, PRIMARY KEY (upload, part, offset)) WITHOUT ROWID;        -- offset in the part
 CREATE INDEX upload_chunk_chunk ON upload_chunk (chunk);
 CREATE TABLE loose (                    -- chunks an account sent ahead of the commit that will name them
     home INTEGER NOT NULL, chunk TEXT NOT NULL, size INTEGER NOT NULL, due INTEGER NOT NULL,
@@ -1552,6 +1563,11 @@ CREATE TABLE device (                   -- sessions of the page and app password
     confirmed INTEGER NOT NULL,         -- due time until which the password counts as just given
     idle INTEGER, due INTEGER) WITHOUT ROWID;    -- due times of its end if unused, and at the latest
 CREATE INDEX device_account ON device (account);
+CREATE TABLE pairing (                  -- devices that wait to be let in by a browser
+    token TEXT PRIMARY KEY, poll TEXT NOT NULL UNIQUE,       -- SHA-256 of what the browser and the device know
+    device TEXT NOT NULL, address TEXT NOT NULL,
+    account INTEGER,                    -- who let it in
+    due INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE throttle (subject TEXT PRIMARY KEY, failures INTEGER NOT NULL, due INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE lease (name TEXT PRIMARY KEY, owner TEXT NOT NULL, fence INTEGER NOT NULL, due INTEGER NOT NULL) WITHOUT ROWID;
 """
@@ -1981,6 +1997,8 @@ SESSION_IDLE, SESSION_LIFE = 14 * DAY, 90 * DAY
 USED_EVERY = 10 * MINUTE        # "last used" is written no more often
 WAIT_FIRST, WAIT_MOST = SECOND, 15 * MINUTE    # after a wrong password, doubling
 GLOBAL_FREE = 100               # wrong passwords in all before everybody waits
+PAIRING = 20 * MINUTE           # how long a device waits to be let in
+PAIRINGS, PAIRINGS_HERE = 1000, 30             # that wait at a time: in all, from one address
 TOKEN_MARK = "cs_"              # app passwords begin so and are never tried as passwords
 ACCOUNT_NAME = re.compile(r"[^\x00-\x20/\\:\x7f](?:[^\x00-\x1f/\\:\x7f]{0,62}[^\x00-\x20/\\:\x7f])?")
 
@@ -2300,13 +2318,76 @@ class Accounts:
 
     def _add_device(self, who: Principal, kind: str, name: str, secret: str, address: str, readonly: bool = False,
                     node: int | None = None, idle: int | None = None, life: int | None = None) -> str:
+        batch = self._device_batch(who, kind, name, secret, address, readonly, node, idle, life)
+        self.db.write(lambda: batch)
+        return batch.body[0].params[0]
+
+    def _device_batch(self, who: Principal, kind: str, name: str, secret: str, address: str, readonly: bool = False,
+                      node: int | None = None, idle: int | None = None, life: int | None = None) -> Batch:
         id, now = secrets.token_hex(8), self.clock.due()
         row = (id, who.account, kind, name, sha256_text(secret), int(readonly), node, self.clock.wall(), address,
                now + CONFIRMED if kind == "session" else 0, idle and now + idle, life and now + life)
-        self.db.write(lambda: Batch(line=Line(who.account, who, "device-add", {"name": name, "kind": kind}), body=[
+        return Batch(line=Line(who.account, who, "device-add", {"name": name, "kind": kind}), body=[
             Statement("INSERT INTO device (id, account, kind, name, secret, readonly, node, created, address, confirmed, "
-                      "idle, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)]))
-        return id
+                      "idle, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)])
+
+    # ---- devices that a browser lets in
+
+    def begin_pairing(self, device: str, address: str) -> tuple[str, str]:
+        """A device waits to be let in; returns a secret for it to ask with, and one for the browser.
+
+        raises  CloudError throttled when too many wait
+        """
+        now, network = self.clock.due(), network_of(address)
+        waiting, here = self.db.read("SELECT count(*), coalesce(sum(address = ?), 0) FROM pairing WHERE due > ?", (network, now))[0]
+        if waiting >= PAIRINGS or here >= PAIRINGS_HERE:
+            raise CloudError("throttled", "too many devices wait to be let in", retry_after=60)
+        poll, token = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+        self.db.run(Statement("DELETE FROM pairing WHERE due <= ?", (now,)),
+                    Statement("INSERT INTO pairing VALUES (?, ?, ?, ?, NULL, ?)",
+                              (sha256_text(token), sha256_text(poll), device.strip()[:100] or "device", network, now + PAIRING)))
+        return poll, token
+
+    def pairing(self, token: str) -> str:
+        """The name of the device that waits behind a browser's token.  raises CloudError not-found"""
+        rows = self.db.read("SELECT device FROM pairing WHERE token = ? AND account IS NULL AND due > ?",
+                            (sha256_text(token), self.clock.due()))
+        if not rows:
+            raise CloudError("not-found", "this request to log in is not valid any more; start again on the device")
+        return rows[0][0]
+
+    def grant(self, who: Principal, token: str) -> None:
+        """Let the waiting device in.  raises CloudError not-found"""
+        def attempt() -> Batch:
+            self.pairing(token)
+            return Batch([Statement("UPDATE pairing SET account = ? WHERE token = ?", (who.account, sha256_text(token)))],
+                         [Statement("SELECT 'pairing' WHERE NOT EXISTS (SELECT 1 FROM pairing WHERE token = ? "
+                                    "AND account IS NULL)", (sha256_text(token),))])
+        self.db.write(attempt)
+        log.info("pairing", extra={"account": who.name})
+
+    def collect(self, poll: str) -> tuple[str, str]:
+        """(name of the account, app password) for a device that was let in; once.  raises CloudError not-found until then
+
+        The secret is made here and nowhere kept, so whoever reads the database cannot use it.
+        """
+        secret, hash = TOKEN_MARK + secrets.token_urlsafe(24), sha256_text(poll)
+
+        def attempt() -> Batch:
+            rows = self.db.read("SELECT a.id, a.name, p.device FROM pairing p JOIN account a ON a.id = p.account "
+                                "WHERE p.poll = ? AND p.due > ? AND a.removed IS NULL", (hash, self.clock.due()))
+            if not rows:
+                raise CloudError("not-found", "nobody has let this device in yet")
+            who = Principal(*rows[0][:2])
+            batch = self._device_batch(who, "token", rows[0][2], secret, "")
+            batch.body.append(Statement("DELETE FROM pairing WHERE poll = ?", (hash,)))
+            batch.guards.append(Statement("SELECT 'pairing' WHERE NOT EXISTS (SELECT 1 FROM pairing WHERE poll = ?)", (hash,)))
+            names.append(who.name)
+            return batch
+
+        names: list[str] = []
+        self.db.write(attempt)
+        return names[-1], secret
 
     def devices(self, who: Principal) -> list[Device]:
         return [Device._make(row) for row in self.db.read(
@@ -2412,6 +2493,7 @@ def network_of(address: str) -> str:
 NODE = ("e.node, e.home, e.since, e.until, e.parent, e.name, e.kind, e.manifest, coalesce(c.size, e.size), e.mtime, "
         "e.media, e.rev, e.fate, c.seq, c.files")
 CHUNK = "h.hash, h.size, h.data, h.object"
+RESERVED = "coalesce(sum(max(coalesce(size, 0), received)), 0)"          # bytes that uploads under way may come to
 STRIDE = 24                     # names that one statement walks down
 LOCK_MOST = 24 * 3600           # seconds a lock may be granted for
 
@@ -2553,6 +2635,7 @@ class Tree:
         self.db = Database(config.data / "cloud.db", self.clock)
         self.accounts = Accounts(self.db, self.clock)
         self.epoch = self.db.setting("epoch")
+        self.op: tuple[str, str] | None = None           # what batches bear: see Cloud.once
         self._free: tuple[int, bool] = (0, True)         # until when the disk counts as free
         self._lanes: dict[int, int] = {}                 # long operations under way, by account
         self._lanes_lock = threading.Lock()
@@ -2700,6 +2783,12 @@ class Tree:
                 if child.kind:
                     pending.append((above + (child.name,), child))
 
+    def sums(self, node: Node) -> dict[str, str]:
+        """The checksums that are known of a file: {"sha1": hex}."""
+        found = dict(self.db.read("SELECT kind, value FROM digest WHERE manifest = ? UNION ALL SELECT 'sha256', sha256 "
+                                  "FROM manifest WHERE id = ? AND sha256 IS NOT NULL", (node.manifest,) * 2))
+        return found if node.manifest[0] == "m" else {**found, "sha256": node.manifest}
+
     # ---- what must hold before a write
 
     def _require(self, who: Principal) -> None:
@@ -2781,7 +2870,7 @@ class Tree:
             raise CloudError("disk-full", "the disk of the server is almost full")
 
     def _reserved(self, home: int) -> int:
-        return self.db.read("SELECT coalesce(sum(size), 0) FROM upload WHERE home = ? AND done IS NULL", (home,))[0][0]
+        return self.db.read("SELECT " + RESERVED + " FROM upload WHERE home = ? AND done IS NULL", (home,))[0][0]
 
     def _disk_has_room(self) -> bool:
         """Is there more free space than the low-water mark?  Looked up once a second (R18)."""
@@ -2888,9 +2977,7 @@ class Tree:
 
     def _store_rows(self, stored: Stored, *, new: bool = True) -> list[Statement]:
         """Rows that make stored bytes known: the chunks, if they are new, and the manifest if there are several."""
-        body = []
-        if new:
-            body.append(Statement(CHUNK_ROWS, self._chunk_rows(stored), many=True))
+        body = [Statement(CHUNK_ROWS, self._chunk_rows(stored), many=True)] if new else []
         if len(stored.chunks) > 1:
             body += [Statement("INSERT OR IGNORE INTO manifest VALUES (?, ?, ?)",
                                (stored.manifest, stored.size, stored.sha256)),
@@ -3287,7 +3374,7 @@ class Tree:
         if spot.quota is not None and growth > 0:
             guards.append(Statement(
                 "SELECT 'quota' FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ? AND a.quota IS NOT NULL "
-                "AND r.size + ? + (SELECT coalesce(sum(size), 0) FROM upload WHERE home = a.id AND done IS NULL) > a.quota",
+                "AND r.size + ? + (SELECT " + RESERVED + " FROM upload WHERE home = a.id AND done IS NULL) > a.quota",
                 (spot.home, growth)))
         body = [*extra, *self._brake(who, changes)] if ends and who.means == "token" else [*extra]
         if ends:
@@ -3305,7 +3392,7 @@ class Tree:
                               "WHERE node = ?", [(*sum, node) for node, sum in sums.items()], many=True))
         if loose:
             body.append(Statement("UPDATE account SET shape = shape + 1 WHERE id = ?", (spot.home,)))
-        return Batch(body, guards, Line(spot.home, who, action, detail), changes=changes)
+        return Batch(body, guards, Line(spot.home, who, action, detail), changes=changes, op=self.op)
 
     def _count(self, sums: dict[int, list[int]], chain: tuple[int, ...], size: int, files: int) -> None:
         for node in chain:
@@ -3835,6 +3922,11 @@ class History(Tree):
         seq = self.db.write(attempt).seq
         return seq, [self.path_of(who, item.node.node) for item in items]
 
+    def trashed(self, who: Principal, node: int) -> Trashed:
+        """One of them.  raises CloudError not-found"""
+        self._require_whole(who)
+        return self._find_trashed(who, [node])[0]
+
     def _find_trashed(self, who: Principal, nodes: Sequence[int]) -> list[Trashed]:
         found = [item for node in dict.fromkeys(nodes) for item in self._trashed(who, "e.node = ? ", node, 1)]
         if not nodes or len(found) < len(set(nodes)):
@@ -4066,6 +4158,18 @@ class History(Tree):
                 if len(found) >= limit:
                     break
         return found
+
+    def find_all(self, who: Principal, path: tuple[str, ...], test: Callable[[Node], bool]) -> list[tuple[tuple[str, ...], Node]]:
+        """(path from there, node) of all below a path that pass a test."""
+        with self._heavy(who):
+            return [row for row in self.walk(who, path) if test(row[1])]
+
+    def marked(self, who: Principal, name: str) -> list[tuple[tuple[str, ...], Node, str]]:
+        """(path, node, value) of all nodes that bear a dead property."""
+        found = [(self._path_or_none(who, id), id, value) for id, value in self.db.read(
+            "SELECT p.node, p.value FROM property p JOIN entry e ON e.node = p.node AND e.until IS NULL "
+            "WHERE p.name = ? AND e.home = ?", (name, who.account))]
+        return sorted((path, self._node(id), value) for path, id, value in found if path is not None)
 
     def _candidates(self, who: Principal, words: list[str]) -> Iterator[tuple[int, str]]:
         """(id, name) of live nodes of the account: those the index knows to fit, then all it has not seen yet."""
@@ -4627,7 +4731,7 @@ class Upload(NamedTuple):
     home: int
     account: int
     root: int                    # where its path begins
-    path: str                    # JSON
+    path: str | None             # JSON; None: numbered parts, whose place is named at the end
     given: str                   # JSON: {"if_match": [...], "if_none_match": [...], "parents": bool}
     size: int | None             # announced; None while that is deferred
     mtime: int | None
@@ -4638,7 +4742,17 @@ class Upload(NamedTuple):
     done: str | None             # JSON of what it became
 
 
+class Writing(NamedTuple):
+    """One of several files to write."""
+    path: str
+    body: Body
+    given: Preconditions
+    mtime: int | None
+    sums: dict[str, str]
+
+
 UPLOAD_LIFE = DAY
+PARTS_OPEN = "SELECT 'upload' FROM upload WHERE id = ? AND done IS NULL AND due > ?"
 UPLOAD_LIMIT = 1000             # at a time, per account
 
 
@@ -4664,8 +4778,7 @@ class Cloud(Sync):
         """
         self._require(who)
         self._spot_for_file(who, path, given, size or 0, parents)
-        if len(self.db.read("SELECT 1 FROM upload WHERE home = ? AND done IS NULL", (who.account,))) >= UPLOAD_LIMIT:
-            raise CloudError("conflict", "%d uploads are under way already" % UPLOAD_LIMIT)
+        self._check_uploads(who)
         now = self.clock.due()
         upload = Upload(secrets.token_urlsafe(16), who.account, who.account, who.root, json.dumps(path),
                         json.dumps({"if_match": given.if_match, "if_none_match": given.if_none_match, "parents": parents}),
@@ -4673,9 +4786,14 @@ class Cloud(Sync):
         self.db.run(Statement("INSERT INTO upload VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", upload))
         return self._finish_if_whole(who, upload)
 
-    def upload(self, who: Principal, id: str) -> Upload:
+    def _check_uploads(self, who: Principal) -> None:
+        if len(self.db.read("SELECT 1 FROM upload WHERE home = ? AND done IS NULL", (who.account,))) >= UPLOAD_LIMIT:
+            raise CloudError("conflict", "%d uploads are under way already" % UPLOAD_LIMIT)
+
+    def upload(self, who: Principal, id: str, *, numbered: bool = False) -> Upload:
         """Where an upload stands.  raises CloudError not-found for another's too, gone when it has expired"""
-        rows = self.db.read("SELECT * FROM upload WHERE id = ? AND account = ? AND root = ?", (id, who.account, who.root))
+        rows = self.db.read("SELECT * FROM upload WHERE id = ? AND account = ? AND root = ? AND (path IS NULL) = ?",
+                            (id, who.account, who.root, numbered))
         if not rows:
             raise CloudError("not-found", "there is no such upload")
         upload = Upload._make(rows[0])
@@ -4733,7 +4851,7 @@ class Cloud(Sync):
 
         def attempt() -> Batch:
             return Batch([*self._store_rows(stored),
-                          Statement("INSERT INTO upload_chunk VALUES (?, ?, ?, ?)",
+                          Statement("INSERT INTO upload_chunk VALUES (?, 0, ?, ?, ?)",
                                     (upload.id, upload.received, stored.manifest, stored.size)),
                           Statement("UPDATE upload SET received = ?, due = ? WHERE id = ?",
                                     (fresh.received, fresh.due, upload.id))],
@@ -4767,37 +4885,220 @@ class Cloud(Sync):
             return upload
         path, how = check_path(json.loads(upload.path)), json.loads(upload.given)
         given = Preconditions(tuple(how["if_match"]), tuple(how["if_none_match"]))
-        given = ANY if given == ANY else given
-        rows = self.db.read("SELECT u.chunk, u.size FROM upload_chunk u WHERE u.upload = ? ORDER BY u.offset", (upload.id,))
+        change, seq = self._finish(who, upload, path, ANY if given == ANY else given, self._assembled(upload), upload.mtime,
+                                   parents=how["parents"])
+        return upload._replace(done=json.dumps({"node": change.after.node, "rev": seq}))
+
+    def _assembled(self, upload: Upload) -> Stored:
+        """What came of an upload so far, as the content of a file."""
+        rows = self.db.read("SELECT u.chunk, u.size FROM upload_chunk u WHERE u.upload = ? AND u.size > 0 "
+                            "ORDER BY u.part, u.offset", (upload.id,))
         if not rows:
-            stored = self.blobs.put(Body(b""), lambda hash: False)
-        else:
-            manifest = manifest_of(rows)
-            only = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (rows[0][0],))
-            head = self.blobs.read(StoredChunk._make(only[0]))[:32]
-            stored = Stored(manifest, upload.size, manifest if len(rows) == 1 else None, rows, head=head)
+            return self.blobs.put(Body(b""), lambda hash: False)
+        manifest, head = manifest_of(rows), self.blobs.read(self._chunk(rows[0][0]))[:32]
+        return Stored(manifest, sum(size for _, size in rows), manifest if len(rows) == 1 else None, rows, head=head)
+
+    def _chunk(self, hash: str) -> StoredChunk:
+        return StoredChunk._make(self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (hash,))[0])
+
+    def _finish(self, who: Principal, upload: Upload, path: tuple[str, ...], given: Preconditions, stored: Stored,
+                mtime: int | None, *, parents: bool = False) -> tuple[Change, int]:
+        """Make what came of an upload the file at a path, in one batch; returns the change and its seq."""
+        credit = max(upload.size or 0, upload.received)
 
         def attempt() -> Batch:
-            spot = self._spot_for_file(who, path, given, 0, how["parents"])
-            at = self.clock.wall() if upload.mtime is None else upload.mtime
-            change, made = self._put_change(spot, path, stored, at)
+            spot = self._spot_for_file(who, path, given, 0, parents)
+            self._check_arrival(spot, stored.size, credit)
+            change, made = self._put_change(spot, path, stored, self.clock.wall() if mtime is None else mtime)
             batch = self._batch(who, spot, "write", {"path": "/".join(path)}, [*made, change], [
-                *self._store_rows(stored, new=not rows),
+                *self._store_rows(stored, new=not stored.size),
                 Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
                 Statement("UPDATE upload SET done = ? || (SELECT max(seq) FROM journal) || '}' WHERE id = ?",
-                          ('{"node": %d, "rev": ' % change.after.node, upload.id))], credit=upload.size)
+                          ('{"node": %d, "rev": ' % change.after.node, upload.id))], credit=credit)
             batch.guards += self._upload_guards(upload)
             return batch
 
         batch = self.db.write(attempt)
-        return upload._replace(done=json.dumps({"node": batch.changes[-1].after.node, "rev": batch.seq}))
+        change = batch.changes[-1]
+        return change._replace(after=change.after._replace(since=batch.seq, rev=batch.seq)), batch.seq
+
+    def _check_arrival(self, spot: Spot, size: int, credit: int) -> None:
+        """Refuse an upload whose place was not known when room was reserved for it, if its growth does not fit."""
+        growth = size - (spot.node.size if spot.node else 0)
+        if spot.quota is not None and spot.used + self._reserved(spot.home) - credit + growth > spot.quota and growth > 0:
+            raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, spot.quota - spot.used)))
 
     def drop_upload(self, who: Principal, id: str) -> None:
         """Forget an upload; its chunks go with the sweep."""
         self._require(who)
         self.upload(who, id)
+        self._forget_upload(id)
+
+    def _forget_upload(self, id: str) -> None:
         self.db.run(Statement("DELETE FROM upload_chunk WHERE upload = ?", (id,)),
                     Statement("DELETE FROM upload WHERE id = ?", (id,)))
+
+    # ---- uploads in numbered parts: in any order, in parallel, joined at the end
+
+    def begin_parts(self, who: Principal, name: str, size: int | None = None, path: tuple[str, ...] | None = None, *,
+                    again: bool = False) -> None:
+        """Announce a file that will come in numbered parts, under a name of the client's choice.
+
+        size, path   of the whole, if the client says so now: what can be refused then is
+        again        an upload of that name that is under way will do
+        raises       CloudError exists, over-quota, too-large, and as write
+        """
+        self._require(who)
+        if again and self.db.read(PARTS_OPEN, (parts_id(who, name), self.clock.due())):
+            return
+        spot = self._spot(who, ()) if path is None else self._spot_for_file(who, path, ANY, size or 0, False)
+        self._check_parts(spot, size or 0, size or 0)
+        self._check_uploads(who)
+        now = self.clock.due()
+        upload = Upload(parts_id(who, name), who.account, who.account, who.root, None, "{}", size, None, "", 0, now,
+                        now + UPLOAD_LIFE, None)
+
+        def attempt() -> Batch:
+            if self.db.read(PARTS_OPEN, (upload.id, now)):
+                if again:
+                    return Batch([])
+                raise CloudError("exists", "an upload of this name is under way")
+            return Batch([Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
+                          Statement("INSERT OR REPLACE INTO upload VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", upload)],
+                         [Statement(PARTS_OPEN, (upload.id, now))])
+
+        self.db.write(attempt)
+
+    def _check_parts(self, spot: Spot, growth: int, size: int) -> None:
+        """Refuse parts that no file could be made of: all uploads of an account together fit into its quota."""
+        self._check_space(spot, 0, size)
+        if spot.quota is not None and growth > 0 and self._reserved(spot.home) + growth > spot.quota:
+            raise CloudError("over-quota", "uploads under way fill the quota")
+
+    def put_part(self, who: Principal, name: str, number: int, body: Body) -> bool:
+        """Take one part, whole or not at all; one that came before is replaced.  Returns whether it is new."""
+        self._require(who)
+        upload = self._parts(who, name)
+        self._check_parts(self._spot(who, ()), max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
+        stored = self.blobs.put(body, partial(self._knows, upload.home))
+        key, rows, offset = (upload.id, number), [], 0
+        for hash, size in stored.chunks:
+            rows.append((*key, offset, hash, size))
+            offset += size
+        there = bool(self.db.read("SELECT 1 FROM upload_chunk WHERE upload = ? AND part = ? LIMIT 1", key))
+        self.db.write(lambda: Batch([
+            Statement(CHUNK_ROWS, self._chunk_rows(stored), many=True),
+            Statement("UPDATE upload SET due = ?4, received = received + ?3 - (SELECT coalesce(sum(size), 0) FROM upload_chunk "
+                      "WHERE upload = ?1 AND part = ?2) WHERE id = ?1", (*key, stored.size, self.clock.due() + UPLOAD_LIFE)),
+            Statement("DELETE FROM upload_chunk WHERE upload = ? AND part = ?", key),
+            Statement("INSERT INTO upload_chunk VALUES (?, ?, ?, ?, ?)", rows, many=True)], self._part_guards(who, name)))
+        return not there
+
+    def _part_guards(self, who: Principal, name: str) -> list[Statement]:
+        id = self._parts(who, name).id                       # looked up again at every attempt
+        return [Statement("SELECT 'upload' WHERE NOT EXISTS (SELECT 1 FROM upload WHERE id = ? AND done IS NULL)", (id,))]
+
+    def _parts(self, who: Principal, name: str) -> Upload:
+        """raises CloudError not-found when it is unknown, or joined"""
+        upload = self.upload(who, parts_id(who, name), numbered=True)
+        if upload.done:
+            raise CloudError("not-found", "there is no such upload")
+        return upload
+
+    def parts(self, who: Principal, name: str) -> tuple[Upload, list[tuple[int, int]]]:
+        """An upload in numbered parts, and (number, bytes) of each that has come."""
+        upload = self._parts(who, name)
+        return upload, self.db.read("SELECT part, sum(size) FROM upload_chunk WHERE upload = ? GROUP BY part ORDER BY part",
+                                    (upload.id,))
+
+    def drop_parts(self, who: Principal, name: str, number: int | None = None) -> None:
+        """Forget an upload in numbered parts, or one of them.  raises CloudError not-found"""
+        self._require(who)
+        upload, parts = self.parts(who, name)
+        if number is None:
+            return self._forget_upload(upload.id)
+        if number not in dict(parts):
+            raise CloudError("not-found", "there is no such part")
+        self.db.run(Statement("UPDATE upload SET received = received - ? WHERE id = ?", (dict(parts)[number], upload.id)),
+                    Statement("DELETE FROM upload_chunk WHERE upload = ? AND part = ?", (upload.id, number)))
+
+    def join_parts(self, who: Principal, name: str, path: tuple[str, ...], given: Preconditions = ANY, *,
+                   size: int | None = None, mtime: int | None = None, sums: dict[str, str] | None = None) -> tuple[Node, bool]:
+        """Make the parts, in the order of their numbers, the content of a file; returns it and whether it is new.
+
+        Asked again, for the answer got lost, it returns the file it made.
+        raises  CloudError bad-request if bytes are missing, bad-checksum, and as write; the parts stay then
+        """
+        self._require(who)
+        upload = self.upload(who, parts_id(who, name), numbered=True)
+        if upload.done:
+            made, node = json.loads(upload.done), self.find(who, path)
+            if node is None or (node.node, node.rev) != (made["node"], made["rev"]):
+                raise CloudError("not-found", "there is no such upload")
+            return node, True
+        self._spot_for_file(who, path, given, 0, False)
+        stored, wanted = self._assembled(upload), upload.size if size is None else size
+        if wanted not in (None, stored.size):
+            raise CloudError("bad-request", "%d bytes came, %d were announced" % (stored.size, wanted))
+        if sums:
+            self._check_sums(stored, sums)
+        change, _ = self._finish(who, upload, path, given, stored, mtime)
+        return change.after, change.before is None
+
+    def _check_sums(self, stored: Stored, sums: dict[str, str]) -> None:
+        """Read what came in parts and compare; its SHA-256 is known then, too."""
+        digests = {name: new_digest(name) for name in {"sha256", *sums}}
+        for hash, _ in stored.chunks:
+            data = self.blobs.read(self._chunk(hash))
+            for digest in digests.values():
+                digest.update(data)
+        found = {name: digest.hexdigest() for name, digest in digests.items()}
+        stored.sha256 = found["sha256"]
+        stored.digests = {name: found[name] for name in sums if name != "sha256"}
+        if any(found[name] != value for name, value in sums.items()):
+            raise CloudError("bad-checksum", "what arrived does not have the checksum that was announced")
+
+    def write_each(self, who: Principal, files: Iterable["Writing"]) -> Iterator[tuple[str, Node | CloudError]]:
+        """Write files one after the other; (path as given, what became of it) of each."""
+        for path, body, given, mtime, sums in files:
+            try:
+                outcome: Node | CloudError = self.write(who, split_path(path), body, given, mtime=mtime, sums=sums)[0]
+            except CloudError as error:
+                outcome = error
+            yield path, outcome
+
+    # ---- requests that may come twice
+
+    def once(self, op: str, verb: Callable[["Cloud"], Any]) -> Any:
+        """Do a verb with a cloud whose batch bears an operation id; None if that was done before, in the last minute or two.
+
+        A client whose connection broke before the answer sends the same again; the id is in the database by then, so
+        it does not matter which server it asks.
+        """
+        if self.done(op) is None:
+            view = object.__new__(type(self))
+            view.__dict__.update(self.__dict__, op=(op_ids(op, self.clock.due())[0], ""))
+            try:
+                return verb(view)
+            except CloudError:
+                if self.done(op) is None:
+                    raise
+        return None
+
+    def done(self, op: str) -> int | None:
+        """The seq of the batch that bears an operation id."""
+        rows = self.db.read("SELECT seq FROM op WHERE id IN (?, ?)", op_ids(op, self.clock.due()))
+        return rows[0][0] if rows else None
+
+
+def op_ids(op: str, now: int) -> tuple[str, str]:
+    """Names of an operation in this minute and in the one before: an id counts no longer than that."""
+    return "%s %d" % (op, now // MINUTE), "%s %d" % (op, now // MINUTE - 1)
+
+
+def parts_id(who: Principal, name: str) -> str:
+    """The id of an upload that a client named; no other kind has colons."""
+    return "%d:%d:%s" % (who.account, who.root, name)
 
 
 # ==== 8. HTTP ============================================================================
@@ -4892,6 +5193,7 @@ NEEDS = {  # what a route may demand of who knocks: (test, refusal)
 }
 DEMANDS = {need: ("read",) * (need != "nothing") + ("account",) * (need == "fresh") + (need,) for need in NEEDS}
 UNSAFE = METHODS - {"GET", "HEAD", "OPTIONS", "PROPFIND", "REPORT", "SEARCH"}
+SPELLINGS: dict[str, str] = {}           # targets with an empty name in them that clients ask for, and what they mean
 ROUTES: dict[str, Any] = {}              # a tree: names to trees; "" holds {method: Route} of the place itself
 
 
@@ -5396,7 +5698,7 @@ class Handler(BaseHTTPRequestHandler):
         if head.target == "*" and head.method == "OPTIONS":
             authority, path, slash, query = "", (), True, ""
         else:
-            authority, path, slash, query = parse_target(head.target)
+            authority, path, slash, query = parse_target(SPELLINGS.get(head.target, head.target))
         if authority:
             head.fields["host"] = authority
         site = self.server.site
@@ -5717,6 +6019,19 @@ def api_add_device(cloud: Cloud, who: Principal, request: Request) -> Response:
 def api_revoke(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
     """End a session or app password, at once."""
     cloud.accounts.revoke(who, id)
+    return Response(204)
+
+
+@route("GET", API + "grants/<token>", needs="nothing")
+def api_pairing(cloud: Cloud, who: Principal, request: Request, token: str) -> Response:
+    """The device that waits to be let in."""
+    return json_response({"device": cloud.accounts.pairing(token)})
+
+
+@route("POST", API + "grants/<token>", needs="account")
+def api_grant(cloud: Cloud, who: Principal, request: Request, token: str) -> Response:
+    """Let it in: it gets an app password of its own, which can be revoked like any."""
+    cloud.accounts.grant(who, token)
     return Response(204)
 
 
@@ -6360,12 +6675,33 @@ LOCK_DEFAULT = 3600                              # seconds, when a client names 
 ROOT_NAMESPACES = {"xmlns_" + prefix: namespace for namespace, prefix in NAMESPACES.items()}
 
 
-def dav_error(error: CloudError, request: Request) -> Response:
+class Door(NamedTuple):
+    """Addresses under which the files of an account are reached, and what is told of them there."""
+    names: tuple[str, ...]               # what they begin with
+    owned: bool                          # the name of the account follows
+    properties: dict[str, Callable[[Node, "About"], Optional[str]]]
+
+
+DOORS: list[Door] = []                   # the first whose names fit
+
+
+def find_door(address: tuple[str, ...]) -> tuple[Door, tuple[str, ...], tuple[str, ...]]:
+    """The door of an address, and the address cut in two: up to the root of the files, and the path from there.
+
+    raises  CloudError bad-gateway, forbidden
+    """
+    for door in DOORS:
+        count = len(door.names) + door.owned
+        if address[:len(door.names)] == door.names and len(address) >= count:
+            return door, address[:count], address[count:]
+    raise CloudError("bad-gateway", "this is not an address of files")
+
+
+def dav_error(error: CloudError, request: Request, *parts: Markup) -> Response:
     """A refusal as WebDAV words it (RFC 4918 s16), with the sentence for people."""
-    parts = []
     if error.condition:
-        held = [E("d:href", dav_href(error.detail["path"]))] if "path" in error.detail else []
-        parts.append(E("d:" + error.condition, *held))
+        held = [E("d:href", dav_href(request, error.detail["path"]))] if "path" in error.detail else []
+        parts += (E("d:" + error.condition, *held),)
     body = E("d:error", *parts, E("s:message", str(error)), **ROOT_NAMESPACES)
     response = Response(error.status, format_xml(body) + b"\n", {"Content-Type": XML_TYPE, "Cache-Control": "no-store",
                                                                  **error_fields(error)})
@@ -6373,9 +6709,10 @@ def dav_error(error: CloudError, request: Request) -> Response:
     return response
 
 
-def dav_href(path: Sequence[str], collection: bool = False) -> str:
-    href = "/dav" + format_path(path)
-    return href + "/" if collection and path else href
+def dav_href(request: Request, path: Sequence[str], collection: bool = False) -> str:
+    """The address of a path, through the door by which the request came."""
+    href = format_path(find_door(request.path)[1] + tuple(path))
+    return href + "/" if collection or not path else href
 
 
 def dav_route(methods: str, needs: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
@@ -6400,9 +6737,16 @@ def read_resource(request: Request, uri: str) -> tuple[str, ...]:
     authority, path, _, _ = parse_target(uri)
     if authority and authority.lower() != request.fields["host"].lower() and not request.site.knows(authority):
         raise CloudError("bad-gateway", "the destination is on another server")
-    if path[:1] != ("dav",):
-        raise CloudError("bad-gateway", "the destination is not in the files")
-    return path[1:]
+    door, above, below = find_door(path)
+    if door.owned:
+        check_owner(request.who, above[-1])
+    return below
+
+
+def check_owner(who: Principal, name: str) -> None:
+    """raises CloudError not-found unless an address names the account of who asks"""
+    if account_key(name) != account_key(who.name):
+        raise CloudError("not-found", "there is nothing at this address")
 
 
 def read_destination(request: Request) -> tuple[str, ...]:
@@ -6422,12 +6766,12 @@ def read_body(request: Request) -> ET.Element | None:
 
 def read_mtime(request: Request) -> int | None:
     """X-OC-Mtime, seconds since 1970 and perhaps a fraction: how ownCloud's, Nextcloud's and rclone's clients say it."""
-    text = request["x-oc-mtime"]
-    if text is None:
-        return None
-    if not re.fullmatch(r"-?\d{1,12}(\.\d{1,9})?", text):
-        raise CloudError("bad-request", "malformed X-OC-Mtime")
-    return check_mtime(int(float(text) * 1000))
+    return parse_seconds(request["x-oc-mtime"])
+
+
+def read_sums(request: Request) -> dict[str, str] | None:
+    """OC-Checksum: what the bytes must have."""
+    return dict([parse_checksum(request.fields["oc-checksum"])]) if "oc-checksum" in request.fields else None
 
 
 # ---- files
@@ -6470,14 +6814,17 @@ def dav_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
         raise CloudError("unsupported-media", "the body may not be encoded")
     if request.slash:
         raise CloudError("conflict", "a file's address has no slash at its end")
-    sums = dict([parse_checksum(fields["oc-checksum"])]) if "oc-checksum" in fields else None
-    mtime = read_mtime(request)
-    node, new = cloud.write(who, path, request.body, read_dav_conditions(request), mtime=mtime, sums=sums,
-                            parents=bool(request.query) and request.argument("parents") == "1")
-    answer = {"ETag": format_etag(node), "OC-ETag": format_etag(node), "Location": dav_href(path)}
-    if mtime is not None:
-        answer["X-OC-MTime"] = "accepted"
-    return Response(201 if new else 204, b"", answer)
+    node, new = cloud.write(who, path, request.body, read_dav_conditions(request), mtime=read_mtime(request),
+                            sums=read_sums(request), parents=bool(request.query) and request.argument("parents") == "1")
+    return stored_response(request, node, new, dav_href(request, path))
+
+
+def stored_response(request: Request, node: Node, new: bool, href: str) -> Response:
+    """A node was made or replaced; with the fields ownCloud's and Nextcloud's clients look for."""
+    fields = {"ETag": format_etag(node), "OC-ETag": format_etag(node), "OC-FileId": format_id(node), "Location": href}
+    if "x-oc-mtime" in request.fields:
+        fields["X-OC-MTime"] = "accepted"
+    return Response(201 if new else 204, b"", fields)
 
 
 @dav_route("DELETE", "write")
@@ -6492,7 +6839,7 @@ def dav_delete(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
 def mkcol_error(error: CloudError, request: Request) -> Response:
     """Something is there already: 405 (RFC 4918 s9.3.1)."""
     if error.kind == "exists":
-        error = CloudError("method-not-allowed", str(error), allow=dav_allow(request.path[1:]))
+        error = CloudError("method-not-allowed", str(error), allow=dav_allow(find_door(request.path)[2]))
     return dav_error(error, request)
 
 
@@ -6511,8 +6858,8 @@ def dav_mkcol(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
                     raise CloudError("bad-resource-type", "only plain collections can be made")
             else:
                 properties[prop.tag] = ET.tostring(prop, encoding="unicode").strip()
-    cloud.make_collection(who, path, read_dav_conditions(request), properties=properties)
-    return Response(201, b"", {"Location": dav_href(path, True)})
+    node = cloud.make_collection(who, path, read_dav_conditions(request), properties=properties)
+    return stored_response(request, node, True, dav_href(request, path, True))
 
 
 @dav_route("MOVE COPY", "write")
@@ -6524,10 +6871,10 @@ def dav_transfer(cloud: Cloud, who: Principal, request: Request, path: tuple[str
     if depth == "1" or depth == "0" and request.method == "MOVE":
         raise CloudError("bad-request", "this cannot be done to that Depth")
     if request.method == "MOVE":
-        (_, new), = cloud.move(who, (path, target), given=given, clash=clash)
+        (node, new), = cloud.move(who, (path, target), given=given, clash=clash)
     else:
-        (_, new), = cloud.copy(who, (path, target), given=given, clash=clash, deep=depth != "0")
-    return Response(201 if new else 204, b"", {"Location": dav_href(target)})
+        (node, new), = cloud.copy(who, (path, target), given=given, clash=clash, deep=depth != "0")
+    return stored_response(request, node, new, dav_href(request, target, bool(node.kind)))
 
 
 @dav_route("OPTIONS", "nothing")
@@ -6562,6 +6909,11 @@ def format_etag(node: Node) -> str:
 
 def format_sync_token(epoch: str, seq: int) -> str:
     return "urn:cloudserver:sync:%s:%d" % (epoch, seq)
+
+
+def format_id(node: Node) -> str:
+    """The id as ownCloud's and Nextcloud's clients keep it: digits, which are oc:fileid, and a mark of the server."""
+    return "%019docs" % node.node
 
 
 CHECKSUM_NAMES = {"sha1": "SHA1", "md5": "MD5", "sha3_256": "SHA3-256", "adler32": "ADLER32"}
@@ -6607,10 +6959,13 @@ PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {   # live ones 
     "{http://owncloud.org/ns}checksums": lambda node, about: None if node.kind else format_checksums(node, about),
     "{http://owncloud.org/ns}size": lambda node, about: str(node.size),
     "{http://owncloud.org/ns}fileid": lambda node, about: str(node.node),
-    "{http://owncloud.org/ns}id": lambda node, about: "%016x" % node.node,
-    "{http://owncloud.org/ns}permissions": lambda node, about: "RGDNVCK" if node.kind else "RGDNVW",
+    "{http://owncloud.org/ns}id": lambda node, about: format_id(node),
+    "{http://owncloud.org/ns}permissions": lambda node, about: (
+        "G" if about.who.readonly else "RGDNVCK" if node.kind else "RGDNVW"),
 }
+DOORS.append(Door(("dav",), False, PROPERTIES))
 ALLPROP = tuple(PROPERTIES)[:9]                  # RFC 4918 s9.1: what RFC 4918 itself defines
+KEPT: set[str] = set()                           # live ones that show what was stored as a dead one
 SETTABLE: dict[str, Callable[[str], Optional[int]]] = {  # live properties that set the time of a node, and how to read them
     "{DAV:}getlastmodified": parse_http_date,                                                  # Nextcloud's clients
     "{DAV:}lastmodified": lambda text: int(text) * 1000 if re.fullmatch(r"\d{1,11}", text) else None,          # rclone
@@ -6618,9 +6973,9 @@ SETTABLE: dict[str, Callable[[str], Optional[int]]] = {  # live properties that 
 }
 
 
-def property_reader(name: str) -> Callable[[Node, About], Optional[str]]:
+def property_reader(door: Door, name: str) -> Callable[[Node, About], Optional[str]]:
     """How to get a property of a node; a dead one comes as the element it was stored as."""
-    return PROPERTIES.get(name) or (lambda node, about: about.dead.get(node.node, {}).get(name))
+    return door.properties.get(name) or (lambda node, about: about.dead.get(node.node, {}).get(name))
 
 
 class Multistatus:
@@ -6629,13 +6984,15 @@ class Multistatus:
     Which properties a node has decides on a shape; each shape is built by E once, and then only filled in.
     """
 
-    def __init__(self, names: Sequence[str] = (), *, values: bool = True, complete: bool = True) -> None:
+    def __init__(self, names: Sequence[str] = (), door: Door | None = None, *, values: bool = True,
+                 complete: bool = True) -> None:
         """
         names      of the properties asked for
+        door       that knows which of them are live
         values     False: their names alone (propname)
         complete   whether to tell of those a node lacks
         """
-        self.names, self.values, self.complete = names, values, complete
+        self.names, self.live, self.values, self.complete = names, door.properties if door else {}, values, complete
         self._shapes: dict[tuple[bool, ...], str] = {}
         self._spool = Spool()
         head, _, self._tail = E("d:multistatus", Markup("\0"), **ROOT_NAMESPACES).partition("\0")
@@ -6661,7 +7018,7 @@ class Multistatus:
     def _slot(self, name: str) -> Markup:
         if not self.values:
             return E(name)
-        return E(name, Markup("\0")) if name in PROPERTIES else Markup("\0")
+        return E(name, Markup("\0")) if name in self.live else Markup("\0")
 
     def add_part(self, *parts: Markup) -> None:
         self._spool.write("".join(parts) + "\n")
@@ -6694,13 +7051,14 @@ def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str
     depth = parse_depth(request["depth"], "infinity")
     if depth == "infinity":
         raise CloudError("infinite-depth", "ask for Depth 0 or 1")
+    door = find_door(request.path)[0]
     with cloud.listing(who, path) as listing:
         about, asked = About(cloud, who, listing), names is not None
         if not asked:
             names = ALLPROP + tuple(sorted({name for found in about.dead.values() for name in found}))
-        answer = Multistatus(names, values=values, complete=asked and not is_minimal(request))
-        readers = list(map(property_reader, names))
-        base = dav_href(path, bool(listing.node.kind))
+        answer = Multistatus(names, door, values=values, complete=asked and not is_minimal(request))
+        readers = [property_reader(door, name) for name in names]
+        base = dav_href(request, path, bool(listing.node.kind))
         answer.add(base, [read(listing.node, about) for read in readers])
         for node in listing.children() if depth == "1" and listing.node.kind else ():
             name = node.name if _PLAIN.fullmatch(node.name) else quote(node.name, safe="~")
@@ -6721,12 +7079,13 @@ def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[st
         raise CloudError("bad-request", "this is not a propertyupdate")
     properties: dict[str, str | None] = {}
     mtime, verdicts = None, {}
+    live = set(find_door(request.path)[0].properties) - KEPT
     for step in body:
         for prop in step.iterfind("{DAV:}prop/*"):
             if step.tag == "{DAV:}set" and prop.tag in SETTABLE:
                 mtime = SETTABLE[prop.tag]((prop.text or "").strip())
                 verdicts[prop.tag] = 200 if mtime is not None else 409
-            elif prop.tag in PROPERTIES:
+            elif prop.tag in live:
                 verdicts[prop.tag] = 403
             elif step.tag in ("{DAV:}set", "{DAV:}remove"):
                 properties[prop.tag] = ET.tostring(prop, encoding="unicode").strip() if step.tag == "{DAV:}set" else None
@@ -6739,7 +7098,7 @@ def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[st
         node = cloud.stat(who, path)
         verdicts = {name: 424 if verdict == 200 else verdict for name, verdict in verdicts.items()}
     answer = Multistatus()
-    answer.add_part(E("d:response", E("d:href", dav_href(path, bool(node.kind))), *(
+    answer.add_part(E("d:response", E("d:href", dav_href(request, path, bool(node.kind))), *(
         propstat(status, [E(name) for name, verdict in verdicts.items() if verdict == status],
                  *([E("d:error", E("d:cannot-modify-protected-property"))] if status == 403 else []))
         for status in sorted(set(verdicts.values())))))
@@ -6787,10 +7146,20 @@ def dav_unlock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
 
 @dav_route("REPORT", "read")
 def dav_report(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    """sync-collection: what changed below a collection since a token."""
+    """A report on a collection (RFC 3253 s3.6); its body says which."""
     body = read_body(request)
-    if body is None or body.tag != "{DAV:}sync-collection":
-        raise CloudError("no-such-report", "only sync-collection is known")
+    if body is None or body.tag not in REPORT_KINDS:
+        raise CloudError("no-such-report", "only %s are known" % ", ".join(map(local_name, REPORT_KINDS)))
+    return REPORT_KINDS[body.tag](cloud, who, request, path, body)
+
+
+def local_name(tag: str) -> str:
+    """A name without its namespace."""
+    return tag.rpartition("}")[2]
+
+
+def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], body: ET.Element) -> Response:
+    """sync-collection: what changed below a collection since a token."""
     names = tuple(dict.fromkeys(part.tag for part in body.iterfind("{DAV:}prop/*")))
     level = (body.findtext("{DAV:}sync-level") or request.fields.get("depth", "1")).strip().lower()
     limit = (body.findtext("{DAV:}limit/{DAV:}nresults") or "10000").strip()
@@ -6800,19 +7169,23 @@ def dav_report(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
     with cloud.listing(who, path) as listing:
         if not listing.node.kind:
             raise CloudError("no-such-report", "only a collection can be synced")
-        about, answer = About(cloud, who, listing), Multistatus(names, complete=not is_minimal(request))
-    readers = list(map(property_reader, names))
+        door = find_door(request.path)[0]
+        about, answer = About(cloud, who, listing), Multistatus(names, door, complete=not is_minimal(request))
+    readers = [property_reader(door, name) for name in names]
     reached, rows = sync_rows(cloud, who, path, read_sync_token(token, cloud.epoch), int(limit))
     for below, kind, node in rows:
         if level == "1" and len(below) > 1:
             continue
-        href = dav_href(path + below, bool(kind))
+        href = dav_href(request, path + below, bool(kind))
         if node is None:
             answer.add_part(E("d:response", E("d:href", href), E("d:status", "HTTP/1.1 404 Not Found")))
         else:
             answer.add(href, [read(node, about) for read in readers])
     answer.add_part(E("d:sync-token", format_sync_token(cloud.epoch, reached)))
     return answer.response()
+
+
+REPORT_KINDS: dict[str, Callable[..., Response]] = {"{DAV:}sync-collection": dav_changes}
 
 
 def read_sync_token(text: str, epoch: str) -> int | None:
@@ -7144,8 +7517,14 @@ def printable(text: str) -> str:
 
 
 def loggable(path: tuple[str, ...]) -> tuple[str, ...]:
-    """A path without what opens something: tokens of share links and uploads."""
-    return (path[0], "...", *path[2:]) if len(path) > 1 and path[0] in ("s", "tus") else path
+    """A path without what opens something: tokens of share links, uploads and logins."""
+    for opener in OPENERS:
+        if path[:len(opener)] == opener:
+            return opener + ("...",) * (len(path) > len(opener)) + path[len(opener) + 1:]
+    return path
+
+
+OPENERS = (("s",), ("tus",), ("api", "v1", "grants"), ("login", "v2", "flow"))        # a secret follows
 
 
 class JsonFormatter(logging.Formatter):
@@ -7216,6 +7595,7 @@ class Upkeep:
                     Statement("DELETE FROM loose WHERE due < ?", (now,)),
                     Statement("DELETE FROM brake WHERE held IS NULL AND due < ? AND free < ? OR device NOT IN "
                               "(SELECT id FROM device)", (now, now)),
+                    Statement("DELETE FROM pairing WHERE due < ?", (now,)),
                     Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
                     Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
                     Statement("DELETE FROM upload WHERE due < ?", (now,)),
