@@ -17,6 +17,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      9  JSON API        api_*                                          what the page and programs use
     10  Transfer        tus_* sync_*                                   resumable uploads, native sync
     11  WebDAV          dav_*                                          RFC 4918
+    12  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
     13  Web pages       PAGE web_page                                  the embedded page
     14  Service         CloudServer Janitor Supervisor                 start, stop, logs, background jobs
     15  Sync client     SyncClient LocalFolder SyncState               a folder and an account kept alike
@@ -7212,6 +7213,715 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
             if change.kind and change.was != change.path:                # it came with all that hangs below
                 rows.update((change.path + below, (node.kind, node)) for below, node in cloud.walk(who, path + change.path))
     return reached, [(below, *row) for below, row in rows.items()]
+
+
+# ==== 12. Nextcloud dialect ==============================================================
+#
+# What Nextcloud's and ownCloud's clients ask beside WebDAV: discovery, OCS, the login flow, uploads in chunks and in
+# bulk, trash, versions, search.  Words are translated to one Cloud call and back; the files themselves are served by
+# the WebDAV room, through two more doors with more properties.  Nothing is announced that is not there.
+
+NC_VERSION = "28.0.4.1"         # whose dialect this is; clients refuse a server that calls itself too old
+PHP = ("", "/index.php")        # clients put either before an address
+OC, NC = "{http://owncloud.org/ns}", "{http://nextcloud.org/ns}"
+
+
+# ---- discovery
+
+@route("GET", "/status.php", needs="nothing")
+def nc_status(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Is there a server, and of what version?"""
+    return json_response(nc_about())
+
+
+def nc_about() -> dict[str, Any]:
+    return {"installed": True, "maintenance": False, "needsDbUpgrade": False, "version": NC_VERSION,
+            "versionstring": NC_VERSION.rpartition(".")[0], "edition": "", "productname": "cloudserver",
+            "extendedSupport": True}     # else Android's app warns of an old server
+
+
+def ocs_route(methods: str, name: str, needs: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    """Enter a handler under both versions of OCS."""
+    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
+        for version in ("v1.php", "v2.php"):
+            route(methods, "/ocs/%s/%s" % (version, name), needs=needs, refuse=ocs_error)(handler)
+        return handler
+    return enter
+
+
+OCS_CODES = {401: 997, 404: 998, 500: 996}       # what version 1 says instead of HTTP's
+
+
+def ocs_response(request: Request, data: Any, status: int = 200, message: str = "OK", **fields: str) -> Response:
+    """An envelope, as JSON or XML.  Version 1 answers 200 to what it does not know, and 100 for well done."""
+    first, good = request.path[1] == "v1.php", status == 200
+    answer = {"meta": {"status": "ok" if good else "failure", "message": message, "totalitems": "", "itemsperpage": "",
+                       "statuscode": (100 if good else OCS_CODES.get(status, status)) if first else status}, "data": data}
+    wants_json = request.argument("format") == "json" or "json" in request.fields.get("accept", "")
+    body, media = ((format_json({"ocs": answer}), "application/json; charset=utf-8") if wants_json else
+                   (format_xml(ocs_element("ocs", answer)), XML_TYPE))
+    return Response(200 if first and status == 404 else status, body, {"Content-Type": media, "Cache-Control": "no-store", **fields})
+
+
+def ocs_element(name: str, value: Any) -> Markup:
+    """Version 1's XML of what JSON says: lists are elements called element, true is 1, false is nothing."""
+    if isinstance(value, dict):
+        return E(name, *(ocs_element(key, below) for key, below in value.items()))
+    if isinstance(value, (list, tuple)):
+        return E(name, *(ocs_element("element", below) for below in value))
+    return E(name, {True: "1", False: "", None: ""}[value] if value is None or isinstance(value, bool) else str(value))
+
+
+def ocs_error(error: CloudError, request: Request) -> Response:
+    response = ocs_response(request, [], error.status, str(error), **error_fields(error))
+    response.close = error.close
+    return response
+
+
+@ocs_route("GET POST PUT DELETE", "<path>", "nothing")
+def ocs_unknown(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """What is not here: sharing between accounts, notifications, activity, and whatever will be thought of."""
+    raise CloudError("not-found", "this server has no such function")
+
+
+@ocs_route("GET", "cloud/capabilities", "nothing")
+def ocs_capabilities(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What this server can do; without it, and to anybody, for the desktop client asks before it logs in."""
+    major, minor, micro, _ = map(int, NC_VERSION.split("."))
+    version = {"major": major, "minor": minor, "micro": micro, "string": nc_about()["versionstring"], "edition": "",
+               "extendedSupport": True}
+    return ocs_response(request, {"version": version, "capabilities": {
+        "core": {"pollinterval": 60, "webdav-root": "remote.php/webdav", "status": nc_about()},
+        "dav": {"chunking": "1.0", "invalidFilenameRegex": BAD_NAMES[cloud.config.windows_names],
+                **({"bulkupload": "1.0"} if knows_bulk(request.fields.get("user-agent", "")) else {})},
+        "files": {"bigfilechunking": True, "undelete": True, "versioning": True, "favorites": True, "blacklisted_files": [],
+                  "forbidden_filename_characters": BAD_CHARACTERS[cloud.config.windows_names]},
+        "files_sharing": {"api_enabled": False, "resharing": False, "public": {"enabled": False}},
+        "checksums": {"supportedTypes": list(_CHECKSUMS), "preferredUploadType": "SHA1"}}})
+
+
+BAD_NAMES = {"allow": r"[\\\x00-\x1f\x7f]", "refuse": r'[\\\x00-\x1f\x7f<>:"|?*]|[. ]$'}
+BAD_CHARACTERS = {"allow": ["\\"], "refuse": list('\\<>:"|?*')}
+
+
+def knows_bulk(agent: str) -> bool:
+    """Nextcloud's desktop client before 3.10 announces an empty file in a bulk and sends none, for ever."""
+    found = re.search(r"mirall/(\d{1,4})\.(\d{1,4})", agent)
+    return bool(found) and "nextcloud" in agent.lower() and (int(found[1]), int(found[2])) >= (3, 10)
+
+
+@ocs_route("GET", "cloud/user", "read")
+def ocs_user(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Who is logged in; `id` is what goes into addresses."""
+    used, left = cloud.quota(who)
+    return ocs_response(request, {
+        "id": who.name, "enabled": True, "display-name": who.name, "displayname": who.name, "email": "", "phone": "",
+        "address": "", "website": "", "twitter": "", "groups": [], "language": "en", "locale": "en", "backend": "Database",
+        "quota": {"free": left, "used": used, "total": used + left, "relative": round(used / max(1, used + left) * 100, 2),
+                  "quota": used + left}})
+
+
+@ocs_route("GET", "cloud/users/<name>", "read")
+def ocs_named_user(cloud: Cloud, who: Principal, request: Request, name: str) -> Response:
+    """The same; nobody is told of others."""
+    check_owner(who, name)
+    return ocs_user(cloud, who, request)
+
+
+@ocs_route("GET", "apps/files_sharing/api/v1/shares", "read")
+@ocs_route("GET", "core/navigation/apps", "read")
+def ocs_nothing(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """There are none."""
+    return ocs_response(request, [])
+
+
+@ocs_route("GET", "apps/files_sharing/api/v1/sharees", "read")
+def ocs_sharees(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Nobody to share with."""
+    none: dict[str, Any] = {"users": [], "groups": [], "remotes": []}
+    return ocs_response(request, {"exact": none, **none})
+
+
+# ---- logging in: a browser lets the device in, which then gets an app password
+
+def nc_login_route(methods: str, name: str, needs: str, refuse: Callable[[CloudError, Request], Response] = json_error,
+                   ) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
+        for before in PHP:
+            route(methods, before + name, needs=needs, refuse=refuse)(handler)
+        return handler
+    return enter
+
+
+def base_url(request: Request) -> str:
+    """This server as the client calls it."""
+    return "%s://%s" % ("https" if request.https else "http", request.fields.get("host", "localhost"))
+
+
+@nc_login_route("POST", "/login/v2", "nothing")
+def nc_login(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """A device wants in: what it shall open in a browser, and where it then asks for its app password."""
+    check_safe(request)
+    poll, token = cloud.accounts.begin_pairing(request.fields.get("user-agent", ""), request.address)
+    base = base_url(request)
+    return json_response({"poll": {"token": poll, "endpoint": base + "/login/v2/poll"}, "login": base + "/login/v2/flow/" + token})
+
+
+def nc_poll_error(error: CloudError, request: Request) -> Response:
+    return json_response([], 404) if error.kind == "not-found" else json_error(error, request)
+
+
+@nc_login_route("POST", "/login/v2/poll", "nothing", nc_poll_error)
+def nc_poll(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The app password, once somebody let the device in; iOS sends the token in the query."""
+    check_safe(request)
+    form = parse_query(request.body.read(64 * KiB).decode("utf-8", "replace"))
+    name, secret = cloud.accounts.collect(form.get("token") or request.argument("token") or "")
+    return json_response({"server": base_url(request), "loginName": name, "appPassword": secret})
+
+
+@ocs_route("GET", "core/getapppassword", "account")
+def ocs_app_password(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """An app password in exchange for the account's own."""
+    _, secret = cloud.accounts.add_token(who, request.fields.get("user-agent", "").strip()[:100] or "device")
+    return ocs_response(request, {"apppassword": secret})
+
+
+@ocs_route("DELETE", "core/apppassword", "read")
+def ocs_drop_app_password(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The device logs out: its app password ends."""
+    if who.means != "token":
+        raise CloudError("forbidden", "this is not an app password")
+    cloud.accounts.revoke(who, who.device)
+    return ocs_response(request, [])
+
+
+# ---- files: two doors into WebDAV
+
+def stored_text(node: Node, about: About, name: str) -> str:
+    """The text of a dead property, "" if there is none."""
+    found = re.search(">([^<]*)<", about.dead.get(node.node, {}).get(name, ""))
+    return found[1] if found else ""
+
+
+FAVORITE = OC + "favorite"
+KEPT.add(FAVORITE)
+NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
+    **PROPERTIES,
+    "{DAV:}getlastmodified": lambda node, about: format_http_date(max(node.mtime, SECOND)),  # Nextcloud's refuses times before
+    OC + "data-fingerprint": lambda node, about: about.epoch,            # changes with a restored backup: nothing is deleted then
+    OC + "owner-id": lambda node, about: escape(about.who.name),
+    OC + "owner-display-name": lambda node, about: escape(about.who.name),
+    OC + "share-types": lambda node, about: "",
+    OC + "comments-unread": lambda node, about: "0",
+    FAVORITE: lambda node, about: stored_text(node, about, FAVORITE) or "0",
+    NC + "is-encrypted": lambda node, about: "0",
+    NC + "has-preview": lambda node, about: "false",
+    NC + "mount-type": lambda node, about: "",
+    NC + "creation_time": lambda node, about: str(node.created // SECOND),
+    NC + "upload_time": lambda node, about: str(node.created // SECOND),
+    **dict.fromkeys([OC + name for name in "downloadURL dDC tags privatelink comments-count".split()] + [
+        NC + name for name in "note sharees rich-workspace rich-workspace-file hidden system-tags is-mount-root share-attributes "
+        "lock lock-owner lock-owner-displayname lock-owner-editor lock-owner-type lock-time lock-timeout lock-token "
+        "metadata-photos-size metadata-photos-gps metadata-photos-original_date_time metadata-files-live-photo "
+        "metadata_etag file-metadata-size file-metadata-gps contained-folder-count contained-file-count download-url-expiration "
+        "trashbin-filename trashbin-original-location trashbin-deletion-time version-label version-author".split()],
+        lambda node, about: None)}               # asked in every listing; known not to be there
+NC_FILES = Door(("remote.php", "dav", "files"), True, NC_PROPERTIES)
+DOORS.extend([NC_FILES, Door(("remote.php", "webdav"), False, NC_PROPERTIES)])
+SPELLINGS["/remote.php/dav/files//"] = "/remote.php/dav/files/"          # Nextcloud's desktop client, to see whether it gets 401
+NC_METHODS = "OPTIONS, GET, HEAD, PUT, DELETE, PROPFIND, PROPPATCH, MKCOL, COPY, MOVE, LOCK, UNLOCK, REPORT, SEARCH"
+
+EXCEPTIONS = {  # status: what Nextcloud's server would call it; clients look at a few of the names
+    400: "BadRequest", 401: "NotAuthenticated", 403: "Forbidden", 404: "NotFound", 405: "MethodNotAllowed", 409: "Conflict",
+    412: "PreconditionFailed", 413: "PayloadTooLarge", 415: "UnsupportedMediaType", 416: "RequestedRangeNotSatisfiable",
+    423: "Locked", 429: "TooManyRequests", 501: "NotImplemented", 503: "ServiceUnavailable", 507: "InsufficientStorage"}
+PASSING = {"busy"}              # of the 503s: concerns this request alone, while ServiceUnavailable ends the whole run
+
+
+def nc_error(error: CloudError, request: Request) -> Response:
+    name = "Conflict" if error.kind in PASSING else EXCEPTIONS.get(error.status, "Exception")
+    error.detail.pop("path", None)
+    return dav_error(error, request, E("s:exception", "Sabre\\DAV\\Exception\\" + name))
+
+
+def nc_mkcol_error(error: CloudError, request: Request) -> Response:
+    """Something is there already: 405, which clients take for done."""
+    return nc_error(CloudError("method-not-allowed", str(error), allow=NC_METHODS) if error.kind == "exists" else error, request)
+
+
+def for_owner(handler: Callable[..., Response]) -> Callable[..., Response]:
+    """A handler of addresses that go on with the name of the account."""
+    def enter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+        check_owner(who, path[0] if path else "")
+        return handler(cloud, who, request, path[1:])
+    return enter
+
+
+def nc_route(methods: str, needs: str, refuse: Callable[[CloudError, Request], Response] = nc_error,
+             ) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    """Enter a handler of an account's files at both their addresses."""
+    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
+        route(methods, "/remote.php/webdav/<path>", needs=needs, refuse=refuse)(handler)
+        route(methods, "/remote.php/dav/files/<path>", needs=needs, refuse=refuse)(for_owner(handler))
+        return handler
+    return enter
+
+
+def done_once(handler: Callable[..., Response]) -> Callable[..., Response]:
+    """A write that is done once, even if it comes twice.
+
+    When a connection breaks before the answer, Qt sends the request again by itself, with the same X-Request-ID; a
+    repeated MOVE that found nothing any more would leave Nextcloud's client with a damaged journal.
+    """
+    def enter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+        if not re.fullmatch(r"[0-9A-Fa-f-]{32,36}", request.fields.get("x-request-id", "")):
+            return handler(cloud, who, request, path)
+        op = sha256_text("\n".join([str(who.account), request.method, *path, *(
+            request.fields.get(name, "") for name in ("x-request-id", "destination", "content-length", "if-match", "oc-checksum"))]))
+        return cloud.once(op, lambda acting: handler(acting, who, request, path)) or nc_again(cloud, who, request, path, op)
+    return enter
+
+
+def nc_again(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], op: str) -> Response:
+    """The answer to a request that was carried out before."""
+    if request.method == "DELETE":
+        return Response(204)
+    place = read_destination(request) if request.method in ("MOVE", "COPY") else path
+    node = cloud.stat(who, place)
+    if request.method == "PUT" and node.rev != cloud.done(op):
+        raise CloudError("precondition-failed", "it has changed since")
+    return stored_response(request, node, True, dav_href(request, place, bool(node.kind)))
+
+
+@nc_route("GET", "read")
+def nc_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """A file, with what clients compare it by."""
+    node, content = cloud.open(who, path)
+    if content is None:
+        return dav_get(cloud, who, request, path)
+    response = content_response(request, node, content)
+    response.fields.update({"OC-ETag": format_etag(node), "OC-FileId": format_id(node)})
+    sums = cloud.sums(node)
+    for kind in ("sha1", "sha256"):
+        if kind in sums:
+            response.fields["OC-Checksum"] = "%s:%s" % (kind.upper(), sums[kind])
+            break
+    return response
+
+
+@nc_route("PUT", "write")
+@done_once
+def nc_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """A file, or the chunk of one as ownCloud's clients sent them before there were upload folders."""
+    found = LEGACY.fullmatch(path[-1]) if path and "oc-chunked" in request.fields else None
+    return nc_legacy_chunk(cloud, who, request, path[:-1] + (found[1],), *found.groups()[1:]) if found else dav_put(
+        cloud, who, request, path)
+
+
+for _methods, _needs, _handler in (
+        ("PROPFIND", "read", dav_propfind), ("REPORT", "read", dav_report), ("PROPPATCH", "write", dav_proppatch),
+        ("LOCK", "write", dav_lock), ("UNLOCK", "write", dav_unlock), ("DELETE", "write", done_once(dav_delete)),
+        ("MOVE COPY", "write", done_once(dav_transfer))):
+    nc_route(_methods, _needs)(_handler)
+nc_route("MKCOL", "write", nc_mkcol_error)(done_once(dav_mkcol))
+
+
+def nc_options(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = ()) -> Response:
+    """What can be done here; Android looks for SEARCH."""
+    return Response(204, b"", {"DAV": CLASSES, "Allow": NC_METHODS})
+
+
+for _address in ("/remote.php/dav", "/remote.php/dav/files/<path>", "/remote.php/webdav/<path>"):
+    route("OPTIONS", _address, needs="nothing")(nc_options)
+
+
+# ---- uploads in chunks
+#
+# A folder of the client's choice is made, chunks are put into it in any order, and a MOVE of its .file makes them one.
+# Their names are numbers: offsets (ownCloud), counted from 0 or 1, with zeros before (Nextcloud, Android) or without (iOS).
+
+NC_UPLOADS = "/remote.php/dav/uploads/<path>"
+LEGACY = re.compile(r"(.+)-chunking-(\d{1,20})-(\d{1,6})-(\d{1,6})", re.S)
+
+
+def upload_route(method: str, needs: str, refuse: Callable[[CloudError, Request], Response] = nc_error,
+                 ) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
+        route(method, NC_UPLOADS, needs=needs, refuse=refuse)(for_owner(handler))
+        return handler
+    return enter
+
+
+def read_chunk(path: tuple[str, ...]) -> tuple[str, Optional[int]]:
+    """(name of the upload, number of the chunk or None) of an address.  raises CloudError not-found, bad-request"""
+    if not 1 <= len(path) <= 2:
+        raise CloudError("not-found", "there is nothing at this address")
+    if len(path) == 2 and not re.fullmatch(r"[0-9]{1,18}", path[1]):
+        raise CloudError("bad-request", "a chunk is named by a number")
+    return path[0], int(path[1]) if len(path) == 2 else None
+
+
+@upload_route("MKCOL", "write", nc_mkcol_error)
+def nc_begin(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Begin an upload; newer clients tell its size and place."""
+    if len(path) != 1:
+        raise CloudError("conflict", "an upload is one folder")
+    cloud.begin_parts(who, path[0], read_number(request, "oc-total-length"),
+                      read_destination(request) if "destination" in request.fields else None)
+    return Response(201)
+
+
+@upload_route("PUT", "write")
+def nc_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """A chunk; whole or not at all."""
+    name, number = read_chunk(path)
+    if number is None:
+        raise CloudError("conflict", "a chunk goes into an upload")
+    return Response(201 if cloud.put_part(who, name, number, request.body) else 204)
+
+
+@upload_route("PROPFIND", "read")
+def nc_chunks(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """What has come of an upload, so that the client sends the rest."""
+    names, values = read_propfind(read_body(request))
+    _, chunks = cloud.parts(who, read_chunk(path)[0])
+    names = names or ("{DAV:}resourcetype", "{DAV:}getcontentlength")
+    answer = Multistatus(names, NC_FILES, values=values)
+    base = format_path(request.path) + "/"
+    answer.add(base, [{"{DAV:}resourcetype": COLLECTION_TYPE}.get(name) for name in names])
+    for number, size in chunks if request["depth"] != "0" else ():
+        about = {"{DAV:}resourcetype": "", "{DAV:}getcontentlength": str(size)}
+        answer.add(base + str(number), [about.get(name) for name in names])
+    return answer.response()
+
+
+@upload_route("DELETE", "write")
+def nc_drop(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Give up an upload, or a chunk of it."""
+    cloud.drop_parts(who, *read_chunk(path))
+    return Response(204)
+
+
+@upload_route("MOVE", "write")
+def nc_join(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Make the chunks a file.  Conditions are on what is there."""
+    if len(path) != 2 or path[1] != ".file":
+        raise CloudError("not-found", "there is nothing at this address")
+    target, mtime = read_destination(request), read_mtime(request)
+    node, new = cloud.join_parts(who, path[0], target, read_dav_conditions(request), mtime=mtime, sums=read_sums(request),
+                                 size=read_number(request, "oc-total-length"))
+    return stored_response(request, node, new, format_path(NC_FILES.names + (who.name,) + target))
+
+
+def nc_legacy_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], transfer: str, count: str,
+                    index: str) -> Response:
+    """A chunk of a file that is put as NAME-chunking-TRANSFER-COUNT-INDEX; with the last one they become the file."""
+    name = sha256_text("\n".join((transfer, *path)))
+    cloud.begin_parts(who, name, read_number(request, "oc-total-length"), again=True)
+    cloud.put_part(who, name, int(index), request.body)
+    if len(cloud.parts(who, name)[1]) < int(count):
+        return Response(201)                     # without any ETag: that means more is to come
+    node, new = cloud.join_parts(who, name, path, read_dav_conditions(request), mtime=read_mtime(request), sums=read_sums(request))
+    return stored_response(request, node, new, dav_href(request, path))
+
+
+# ---- many small files in one request
+
+@route("POST", "/remote.php/dav/bulk", needs="write", refuse=nc_error)
+def nc_bulk(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Files as parts of a multipart/related body; each is stored or refused by itself."""
+    found = re.search(r'boundary="?([^";\s]{1,200})"?', request.fields.get("content-type", ""))
+    if not found:
+        raise CloudError("bad-request", "this is not multipart/related")
+    answer = {}
+    for place, outcome in cloud.write_each(who, read_bulk(request.body, found[1].encode("latin-1"))):
+        answer[place] = {"error": True, "message": str(outcome)} if isinstance(outcome, CloudError) else {
+            "error": False, "etag": outcome.etag, "fileid": str(outcome.node), "OC-FileID": format_id(outcome),
+            "permissions": "RGDNVW"}
+    return json_response(answer)
+
+
+BULK_PART = 16 * MiB            # clients send files of up to a hundredth of that in bulk
+
+
+def read_bulk(body: Body, boundary: bytes) -> Iterator[Writing]:
+    """The files in a bulk, one after the other."""
+    lines = Lines(body)
+    while True:
+        line = lines.next()
+        if line == b"--" + boundary + b"--":
+            return
+        if line == b"--" + boundary:
+            fields = dict(iter(partial(read_part_field, lines), None))
+            length = fields.get("content-length", "")
+            if not _LENGTH.fullmatch(length) or int(length) > BULK_PART:
+                raise CloudError("bad-request", "a part has no proper Content-Length")
+            data = lines.take(int(length))
+            yield bulk_file(fields, data)
+        elif line:
+            raise CloudError("bad-request", "malformed bulk")
+
+
+def read_part_field(lines: "Lines") -> tuple[str, str] | None:
+    line = lines.next()
+    name, mark, value = line.decode("utf-8", "replace").partition(":")
+    if line and not mark:
+        raise CloudError("bad-request", "malformed bulk")
+    return (name.strip().lower(), value.strip()) if line else None
+
+
+def bulk_file(fields: dict[str, str], data: bytes) -> Writing:
+    """One part of a bulk, as a write."""
+    sums = dict([parse_checksum(fields["oc-checksum"])] if "oc-checksum" in fields else [])
+    if "x-file-md5" in fields:
+        sums.update([parse_checksum("MD5:" + fields["x-file-md5"])])
+    given = Preconditions(if_match=parse_etags(fields["if-match"], weak=False)) if "if-match" in fields else ANY
+    return Writing(fields.get("x-file-path", ""), Body(data), given,
+                   parse_seconds(fields.get("x-file-mtime", fields.get("x-oc-mtime"))), sums)
+
+
+class Lines:
+    """A body read by lines and by counts."""
+
+    def __init__(self, body: Body) -> None:
+        self.body, self.rest = body, b""
+
+    def _more(self) -> None:
+        view = memoryview(bytearray(RECEIVE))
+        count = self.body.readinto(view)
+        if not count:
+            raise CloudError("bad-request", "the body ended early")
+        self.rest += view[:count]
+
+    def next(self) -> bytes:
+        while b"\r\n" not in self.rest:
+            if len(self.rest) > LINE_LIMIT:
+                raise CloudError("bad-request", "malformed bulk")
+            self._more()
+        line, _, self.rest = self.rest.partition(b"\r\n")
+        return line
+
+    def take(self, count: int) -> bytes:
+        while len(self.rest) < count:
+            self._more()
+        data, self.rest = self.rest[:count], self.rest[count:]
+        return data
+
+
+# ---- favourites and search
+
+class Scattered(About):
+    """What properties need of nodes that come from everywhere."""
+
+    def __init__(self, cloud: Cloud, who: Principal) -> None:
+        self.who, self.epoch, self.locks = who, cloud.epoch, lambda node: []
+        self._fetch = {"quota": lambda: cloud.quota(who), "digests": dict, "dead": lambda: {
+            node.node: {FAVORITE: value} for _, node, value in cloud.marked(who, FAVORITE)}}
+
+
+def nc_rows(request: Request, about: About, base: tuple[str, ...], names: Sequence[str],
+            rows: Iterable[tuple[tuple[str, ...], Node]]) -> Response:
+    """A multistatus of nodes from everywhere, (path, node), below an address."""
+    answer = Multistatus(names, NC_FILES, complete=not is_minimal(request))
+    readers = [property_reader(NC_FILES, name) for name in names]
+    for path, node in rows:
+        answer.add(format_path(base + path) + "/" * node.kind, [read(node, about) for read in readers])
+    return answer.response()
+
+
+def nc_filter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], body: ET.Element) -> Response:
+    """filter-files: the favourites below a collection.  Of other rules, nothing here is known to fit."""
+    names = tuple(dict.fromkeys(part.tag for part in body.iterfind("{DAV:}prop/*")))
+    wanted = (body.findtext(OC + "filter-rules/" + FAVORITE) or "").strip() in TRUE
+    about, base = Scattered(cloud, who), find_door(request.path)[1]
+    return nc_rows(request, about, base, names, ((place, node) for place, node, _ in cloud.marked(who, FAVORITE)
+                                                 if wanted and place[:len(path)] == path and is_favorite(node, about)))
+
+
+REPORT_KINDS[OC + "filter-files"] = nc_filter
+TRUE = ("1", "yes", "true")
+
+
+def is_favorite(node: Node, about: About) -> bool:
+    return stored_text(node, about, FAVORITE) in TRUE
+
+
+def read_search_time(text: str) -> int:
+    """ms of an ISO date, or of seconds since 1970 (Android) or milliseconds."""
+    if re.fullmatch(r"\d{1,11}", text):
+        return int(text) * SECOND
+    return parse_time(text)
+
+
+SEARCH_VALUES: dict[str, tuple[Callable[[Node, About], Any], Callable[[str], Any]]] = {   # of a node; of a literal
+    "displayname": (lambda node, about: node.name.casefold(), str.casefold),
+    "getcontenttype": (lambda node, about: node.media or "", str.casefold),
+    "getlastmodified": (lambda node, about: node.mtime, read_search_time),
+    "size": (lambda node, about: node.size, parse_size),
+    "getcontentlength": (lambda node, about: node.size, parse_size),
+    "fileid": (lambda node, about: str(node.node), lambda text: text.lstrip("0")),
+    "favorite": (is_favorite, lambda text: text in TRUE),
+}
+SEARCH_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "eq": lambda a, b: a == b, "lt": lambda a, b: a < b, "gt": lambda a, b: a > b, "lte": lambda a, b: a <= b,
+    "gte": lambda a, b: a >= b, "like": lambda a, b: is_like(str(a), str(b))}
+
+
+def is_like(text: str, pattern: str) -> bool:
+    """Does SQL's LIKE hold, with % for anything?  Linear, whatever the pattern."""
+    first, *middle = pattern.split("%")
+    if not middle:
+        return text == first
+    *middle, last = middle
+    at, end = len(first), len(text) - len(last)
+    if not (text.startswith(first) and text.endswith(last)) or end < at:
+        return False
+    for part in middle:
+        found = text.find(part, at, end)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return True
+
+
+def search_test(where: ET.Element) -> Callable[[Node, About], bool]:
+    """What a condition of a search asks of a node.  raises CloudError unprocessable for what is not known"""
+    kind = local_name(where.tag)
+    if kind in ("and", "or", "not"):
+        tests = [search_test(part) for part in where]
+        judge = {"and": all, "or": any, "not": lambda found: not all(found)}[kind]
+        return lambda node, about: judge(test(node, about) for test in tests)
+    if kind == "is-collection":
+        return lambda node, about: bool(node.kind)
+    prop, literal = where.find("{DAV:}prop/*"), (where.findtext("{DAV:}literal") or "").strip()
+    if kind not in SEARCH_OPERATORS or prop is None or local_name(prop.tag) not in SEARCH_VALUES:
+        raise CloudError("unprocessable", "this cannot be searched for")
+    (value, convert), compare = SEARCH_VALUES[local_name(prop.tag)], SEARCH_OPERATORS[kind]
+    wanted = literal.casefold() if kind == "like" else convert(literal)
+    return lambda node, about: compare(value(node, about), wanted)
+
+
+SEARCH_MOST = 5000              # rows of an answer
+
+
+@route("SEARCH", "/remote.php/dav", needs="read", refuse=nc_error)
+def nc_search(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """basicsearch (RFC 5323), as the phone apps use it for media, favourites, and words of names."""
+    body = read_body(request)
+    search = None if body is None else body.find("{DAV:}basicsearch")
+    scope = [] if search is None else (search.findtext("{DAV:}from/{DAV:}scope/{DAV:}href") or "").strip().strip("/").split("/")
+    where = None if search is None else search.find("{DAV:}where/*")
+    if scope[:1] != ["files"] or len(scope) < 2 or where is None:
+        raise CloudError("bad-request", "search below /files/USER, with a condition")
+    owner, *below = map(unquote_name, scope[1:])
+    check_owner(who, owner)
+    names = tuple(dict.fromkeys(part.tag.replace("{http://nextcloud.com/ns}", OC)            # Android
+                                for part in search.iterfind("{DAV:}select/{DAV:}prop/*")))
+    limit = (search.findtext("{DAV:}limit/{DAV:}nresults") or "").strip()
+    most = min(SEARCH_MOST, int(limit)) if re.fullmatch(r"\d{1,6}", limit) else SEARCH_MOST
+    about, path = Scattered(cloud, who), check_path(below)
+    test = search_test(where)
+    found = [(path + place, node) for place, node in cloud.find_all(who, path, lambda node: test(node, about))]
+    for order in reversed(search.findall("{DAV:}orderby/{DAV:}order")):
+        prop = order.find("{DAV:}prop/*")
+        if prop is not None and local_name(prop.tag) in SEARCH_VALUES:
+            value = SEARCH_VALUES[local_name(prop.tag)][0]
+            found.sort(key=lambda row: value(row[1], about), reverse=order.find("{DAV:}descending") is not None)
+    return nc_rows(request, about, NC_FILES.names + (owner,), names, found[:most])
+
+
+# ---- trash and versions
+
+TRASHED: dict[str, Callable[[Trashed], str]] = {
+    NC + "trashbin-filename": lambda item: escape(item.path[-1]),
+    NC + "trashbin-original-location": lambda item: escape("/".join(item.path)),
+    NC + "trashbin-deletion-time": lambda item: str(item.at // SECOND),
+}
+
+
+def trash_route(method: str, needs: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
+        route(method, "/remote.php/dav/trashbin/<path>", needs=needs, refuse=nc_error)(for_owner(handler))
+        return handler
+    return enter
+
+
+def check_place(path: tuple[str, ...], *first: str) -> None:
+    if path[:len(first)] != first:
+        raise CloudError("not-found", "there is nothing at this address")
+
+
+@trash_route("PROPFIND", "read")
+def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """What was deleted, each by its id; or what a deleted collection held."""
+    check_place(path, "trash")
+    names, about = read_propfind(read_body(request))[0] or tuple(TRASHED) + ALLPROP, Scattered(cloud, who)
+    if len(path) == 1:
+        root, items = cloud.stat(who, ()), cloud.trash(who, limit=PAGE_LIMIT)
+        rows = [((str(item.node.node),), item.node, item) for item in items]
+    else:
+        item = cloud.trashed(who, read_id(path[1]))
+        root, children = cloud.past(who, item.path + path[2:], item.node.until - 1)
+        rows = [((child.name,), child, item._replace(node=child, path=item.path + path[2:] + (child.name,))) for child in children]
+    answer, base = Multistatus(names, NC_FILES), format_path(request.path)
+    answer.add(base + "/", [property_reader(NC_FILES, name)(root, about) for name in names])
+    for below, node, item in rows if request["depth"] != "0" else ():
+        answer.add(base + format_path(below) + "/" * node.kind, [
+            TRASHED[name](item) if name in TRASHED else property_reader(NC_FILES, name)(node, about) for name in names])
+    return answer.response()
+
+
+@trash_route("DELETE", "write")
+def nc_purge(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Give up one deleted thing for good, or all."""
+    check_place(path, "trash")
+    cloud.empty_trash(who, *map(read_id, path[1:2]))
+    return Response(204)
+
+
+@trash_route("MOVE", "write")
+def nc_restore(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Bring a deleted thing back to where it was; the destination only says that it shall be."""
+    check_place(path, "trash")
+    cloud.restore(who, read_id("".join(path[1:])))
+    return Response(201)
+
+
+def versions_route(method: str, needs: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    """Enter a handler of (the path of a file, one of its versions or None)."""
+    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
+        def find(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+            check_place(path, "versions")
+            place = cloud.path_of(who, read_id("".join(path[1:2])))
+            return handler(cloud, who, request, place, read_id(path[2]) if len(path) == 3 else None)
+        route(method, "/remote.php/dav/versions/<path>", needs=needs, refuse=nc_error)(for_owner(find))
+        return handler
+    return enter
+
+
+@versions_route("PROPFIND", "read")
+def nc_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], rev: int | None) -> Response:
+    """The versions of a file before the present one."""
+    names = read_propfind(read_body(request))[0] or ALLPROP
+    live, about = cloud.stat(who, path), Scattered(cloud, who)
+    rows = [] if request["depth"] == "0" else [
+        ((str(version.rev),), live._replace(rev=version.rev, size=version.size, mtime=version.mtime, manifest=version.manifest))
+        for version in cloud.versions(who, path)[1:]]
+    return nc_rows(request, about, request.path, names, [((), live._replace(kind=COLLECTION, seq=live.rev)), *rows])
+
+
+@versions_route("GET", "read")
+def nc_version(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], rev: int | None) -> Response:
+    """The bytes of a version."""
+    return content_response(request, *cloud.version(who, path, rev or 0))
+
+
+@versions_route("MOVE", "write")
+def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], rev: int | None) -> Response:
+    """Make a version the present one."""
+    cloud.restore_version(who, path, rev or 0)
+    return Response(201)
 
 
 # ==== 13. Web pages ======================================================================
