@@ -6029,7 +6029,7 @@ def api_pairing(cloud: Cloud, who: Principal, request: Request, token: str) -> R
     return json_response({"device": cloud.accounts.pairing(token)})
 
 
-@route("POST", API + "grants/<token>", needs="account")
+@route("POST", API + "grants/<token>", needs="fresh")
 def api_grant(cloud: Cloud, who: Principal, request: Request, token: str) -> Response:
     """Let it in: it gets an app password of its own, which can be revoked like any."""
     cloud.accounts.grant(who, token)
@@ -7404,8 +7404,8 @@ def stored_text(node: Node, about: About, name: str) -> str:
     return found[1] if found else ""
 
 
-FAVORITE = OC + "favorite"
-KEPT.add(FAVORITE)
+FAVORITE, LIVE_PHOTO = OC + "favorite", NC + "metadata-files-live-photo"
+KEPT.update([FAVORITE, LIVE_PHOTO])
 NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
     **PROPERTIES,
     "{DAV:}getlastmodified": lambda node, about: format_http_date(max(node.mtime, SECOND)),  # Nextcloud's refuses times before
@@ -7415,6 +7415,7 @@ NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
     OC + "share-types": lambda node, about: "",
     OC + "comments-unread": lambda node, about: "0",
     FAVORITE: lambda node, about: stored_text(node, about, FAVORITE) or "0",
+    LIVE_PHOTO: lambda node, about: stored_text(node, about, LIVE_PHOTO) or None,           # iOS: the name of its other half
     NC + "is-encrypted": lambda node, about: "0",
     NC + "has-preview": lambda node, about: "false",
     NC + "mount-type": lambda node, about: "",
@@ -7423,8 +7424,8 @@ NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
     **dict.fromkeys([OC + name for name in "downloadURL dDC tags privatelink comments-count".split()] + [
         NC + name for name in "note sharees rich-workspace rich-workspace-file hidden system-tags is-mount-root share-attributes "
         "lock lock-owner lock-owner-displayname lock-owner-editor lock-owner-type lock-time lock-timeout lock-token "
-        "metadata-photos-size metadata-photos-gps metadata-photos-original_date_time metadata-files-live-photo "
-        "metadata_etag file-metadata-size file-metadata-gps contained-folder-count contained-file-count download-url-expiration "
+        "metadata-photos-size metadata-photos-gps metadata-photos-exif metadata-photos-place "
+        "metadata-photos-original_date_time metadata_etag share-download-limits file-metadata-size file-metadata-gps contained-folder-count contained-file-count download-url-expiration "
         "trashbin-filename trashbin-original-location trashbin-deletion-time version-label version-author".split()],
         lambda node, about: None)}               # asked in every listing; known not to be there
 NC_FILES = Door(("remote.php", "dav", "files"), True, NC_PROPERTIES)
@@ -7758,6 +7759,9 @@ SEARCH_VALUES: dict[str, tuple[Callable[[Node, About], Any], Callable[[str], Any
     "displayname": (lambda node, about: node.name.casefold(), str.casefold),
     "getcontenttype": (lambda node, about: node.media or "", str.casefold),
     "getlastmodified": (lambda node, about: node.mtime, read_search_time),
+    "metadata-photos-original_date_time": (lambda node, about: node.mtime, read_search_time),           # iOS orders media by it
+    "creation_time": (lambda node, about: node.created, read_search_time),
+    "upload_time": (lambda node, about: node.created, read_search_time),
     "size": (lambda node, about: node.size, parse_size),
     "getcontentlength": (lambda node, about: node.size, parse_size),
     "fileid": (lambda node, about: str(node.node), lambda text: text.lstrip("0")),

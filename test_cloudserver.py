@@ -3560,9 +3560,21 @@ def test_favourites(call, cloud, ann):
     assert dav(call, "REPORT", FILES, FAVORITES) == {}
 
 
+def test_live_photos_know_their_other_half(call, cloud, ann):
+    put(cloud, ann, "p.jpg")
+    name = "<x:metadata-files-live-photo xmlns:x='http://nextcloud.org/ns'>%s</x:metadata-files-live-photo>"
+    body = "<d:propertyupdate xmlns:d='DAV:'><d:set><d:prop>%s</d:prop></d:set></d:propertyupdate>" % (name % "p &amp; q.mov")
+    assert b"200 OK" in call("PROPPATCH", FILES + "/p.jpg", body).body
+    ask = "<d:propfind xmlns:d='DAV:'><d:prop>%s</d:prop></d:propfind>" % name % ""
+    answer = call("PROPFIND", FILES + "/p.jpg", ask, Depth="0")
+    assert b"<nc:metadata-files-live-photo>p &amp; q.mov</nc:metadata-files-live-photo>" in answer.body
+    assert b"404" in call("PROPFIND", FILES, ask, Depth="0").body
+
+
 def search(call, where, more="", scope="/files/ann"):
     return [href.rpartition(FILES)[2] for href in dav(call, "SEARCH", "/remote.php/dav", (
-        "<d:searchrequest xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns'><d:basicsearch><d:select><d:prop><d:getetag/></d:prop></d:select>"
+        "<d:searchrequest xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns' xmlns:nc='http://nextcloud.org/ns'><d:basicsearch>"
+        "<d:select><d:prop><d:getetag/></d:prop></d:select>"
         "<d:from><d:scope><d:href>%s</d:href><d:depth>infinity</d:depth></d:scope></d:from><d:where>%s</d:where>%s</d:basicsearch>"
         "</d:searchrequest>" % (scope, where, more)))]
 
@@ -3588,6 +3600,9 @@ def test_search_as_the_phone_apps_do(call, cloud, ann):
     assert search(call, "<d:is-collection/>") == ["/p/"] and search(call, media, scope="/files/ann/p") != []
     assert search(call, compare("eq", "oc:fileid", node.node)) == ["/p/Text%20100%25.txt"]
     assert search(call, compare("gte", "oc:size", 5), newest) == ["/p/", "/p/Text%20100%25.txt", "/film.mp4"]
+    taken = "nc:metadata-photos-original_date_time"          # by which iOS orders, though nobody has read any photo here
+    assert search(call, "<d:and>%s%s</d:and>" % (media, compare("lt", taken, "1300000000")), newest) == [
+        "/film.mp4", "/p/one.JPG"]
     favor(call, FILES + "/film.mp4", 1)
     assert search(call, compare("eq", "oc:favorite", "yes")) == ["/film.mp4"]
     for where, scope in ((compare("eq", "d:nonsense", 1), "/files/ann"), ("", "/files/ann"), (media, "/elsewhere"), (media, "/files/bob"),
