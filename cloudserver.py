@@ -4183,6 +4183,11 @@ class History(Tree):
                 "SELECT e.node, e.name FROM name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e ON e.node = r.node "
                 "AND e.until IS NULL WHERE name_index MATCH ? AND e.home = ? ORDER BY i.rowid DESC", (query, who.account))
 
+    def by_id(self, who: Principal, node: int) -> list[tuple[tuple[str, ...], Node]]:
+        """(path, node) of a live node, if `who` can see it."""
+        path = self._path_or_none(who, node)
+        return [] if path is None else [(path, self._node(node))]
+
     def _path_or_none(self, who: Principal, node: int) -> tuple[str, ...] | None:
         try:
             return self.path_of(who, node)
@@ -7358,11 +7363,28 @@ def base_url(request: Request) -> str:
     return "%s://%s" % ("https" if request.https else "http", request.fields.get("host", "localhost"))
 
 
+AGENTS = (  # what clients call themselves, and what people call them
+    (r"\(([^()]{1,40})\) mirall/([\d.]{1,20})[^\d.].*owncloud", "ownCloud desktop {1}, {0}"),
+    (r"\(([^()]{1,40})\) mirall/([\d.]{1,20})", "Nextcloud desktop {1}, {0}"),
+    (r"Nextcloud-android/([\d.]{1,20})", "Nextcloud for Android {0}"),
+    (r"Nextcloud-iOS/([\d.]{1,20})", "Nextcloud for iOS {0}"))
+
+
+def device_name(request: Request) -> str:
+    """What to call the device that sends this."""
+    agent = request.fields.get("user-agent", "").strip()
+    for pattern, name in AGENTS:
+        found = re.search(pattern, agent, re.I)
+        if found:
+            return name.format(*found.groups())
+    return agent[:100] or "device"
+
+
 @nc_login_route("POST", "/login/v2", "nothing")
 def nc_login(cloud: Cloud, who: Principal, request: Request) -> Response:
     """A device wants in: what it shall open in a browser, and where it then asks for its app password."""
     check_safe(request)
-    poll, token = cloud.accounts.begin_pairing(request.fields.get("user-agent", ""), request.address)
+    poll, token = cloud.accounts.begin_pairing(device_name(request), request.address)
     base = base_url(request)
     return json_response({"poll": {"token": poll, "endpoint": base + "/login/v2/poll"}, "login": base + "/login/v2/flow/" + token})
 
@@ -7383,7 +7405,7 @@ def nc_poll(cloud: Cloud, who: Principal, request: Request) -> Response:
 @ocs_route("GET", "core/getapppassword", "account")
 def ocs_app_password(cloud: Cloud, who: Principal, request: Request) -> Response:
     """An app password in exchange for the account's own."""
-    _, secret = cloud.accounts.add_token(who, request.fields.get("user-agent", "").strip()[:100] or "device")
+    _, secret = cloud.accounts.add_token(who, device_name(request))
     return ocs_response(request, {"apppassword": secret})
 
 
@@ -7806,6 +7828,33 @@ def search_test(where: ET.Element) -> Callable[[Node, About], bool]:
     return lambda node, about: compare(value(node, about), wanted)
 
 
+def search_nodes(cloud: Cloud, who: Principal, path: tuple[str, ...], where: ET.Element,
+                 about: About) -> list[tuple[tuple[str, ...], Node]]:
+    """(path, node) of what is found below a path: by an index if a condition has one, else by looking at everything."""
+    test = search_test(where)
+    for part in where if local_name(where.tag) == "and" else [where]:
+        prop = part.find("{DAV:}prop/*")
+        lookup = None if prop is None else LOOKUPS.get((local_name(part.tag), local_name(prop.tag)))
+        known = lookup(cloud, who, (part.findtext("{DAV:}literal") or "").strip()) if lookup else None
+        if known is not None:
+            return [(place, node) for place, node in known if place[:len(path)] == path != place and test(node, about)]
+    return [(path + place, node) for place, node in cloud.find_all(who, path, lambda node: test(node, about))]
+
+
+def look_up_name(cloud: Cloud, who: Principal, pattern: str) -> list[tuple[tuple[str, ...], Node]] | None:
+    """%words% of a name."""
+    words = pattern[1:-1]
+    return cloud.search(who, words, limit=SEARCH_MOST) if pattern[:1] == pattern[-1:] == "%" and words.strip() and "%" not in words else None
+
+
+def look_up_favorites(cloud: Cloud, who: Principal, value: str) -> list[tuple[tuple[str, ...], Node]] | None:
+    return [(place, node) for place, node, _ in cloud.marked(who, FAVORITE)] if value in TRUE else None
+
+
+LOOKUPS: dict[tuple[str, str], Callable[[Cloud, Principal, str], Optional[list[tuple[tuple[str, ...], Node]]]]] = {
+    ("like", "displayname"): look_up_name,
+    ("eq", "fileid"): lambda cloud, who, value: cloud.by_id(who, read_id(value)),
+    ("eq", "favorite"): look_up_favorites}
 SEARCH_MOST = 5000              # rows of an answer
 
 
@@ -7825,8 +7874,7 @@ def nc_search(cloud: Cloud, who: Principal, request: Request) -> Response:
     limit = (search.findtext("{DAV:}limit/{DAV:}nresults") or "").strip()
     most = min(SEARCH_MOST, int(limit)) if re.fullmatch(r"\d{1,6}", limit) else SEARCH_MOST
     about, path = Scattered(cloud, who), check_path(below)
-    test = search_test(where)
-    found = [(path + place, node) for place, node in cloud.find_all(who, path, lambda node: test(node, about))]
+    found = search_nodes(cloud, who, path, where, about)
     for order in reversed(search.findall("{DAV:}orderby/{DAV:}order")):
         prop = order.find("{DAV:}prop/*")
         if prop is not None and local_name(prop.tag) in SEARCH_VALUES:

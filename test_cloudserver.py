@@ -3334,6 +3334,16 @@ def test_bulk_upload_is_announced_only_to_clients_that_can(call, agent, bulk):
     assert ("bulkupload" in found["dav"]) is bulk
 
 
+@pytest.mark.parametrize("agent, name", [
+    ("Mozilla/5.0 (Linux) mirall/35.0.0-1 (Debian built) (Nextcloud, debian-6.1 ClientArchitecture: x86_64)", "Nextcloud desktop 35.0.0, Linux"),
+    ("Mozilla/5.0 (Macintosh) mirall/2.11.0 (build 1) (ownCloud, osx)", "ownCloud desktop 2.11.0, Macintosh"),
+    ("Mozilla/5.0 (iOS) Nextcloud-iOS/7.0.1", "Nextcloud for iOS 7.0.1"), ("studio (Desktop Client - Linux)", "studio (Desktop Client - Linux)"),
+    ("", "device")])
+def test_devices_get_names_people_know(call, cloud, ann, agent, name):
+    call("GET", "/ocs/v2.php/core/getapppassword", User_Agent=agent)
+    assert [device.name for device in cloud.accounts.devices(ann)] == [name]
+
+
 def test_login_flow(call, cloud, ann):
     begun = call("POST", "/index.php/login/v2", user=None, User_Agent="Nextcloud-android/3.30").json()
     base, mark, token = begun["login"].partition("/login/v2/flow/")
@@ -3341,7 +3351,7 @@ def test_login_flow(call, cloud, ann):
     poll = partial(call, "POST", "/login/v2/poll", user=None)
     form = "token=" + begun["poll"]["token"]
     assert poll(form).status == 404 and poll(form).json() == []
-    assert call("GET", "/api/v1/grants/" + token).json() == {"device": "Nextcloud-android/3.30"}
+    assert call("GET", "/api/v1/grants/" + token).json() == {"device": "Nextcloud for Android 3.30"}
     assert call("POST", "/api/v1/grants/" + token).status == 204
     found = call("POST", "/index.php/login/v2/poll?" + form, b"", user=None).json()              # as iOS asks
     assert (found["server"], found["loginName"]) == (base, "ann") and poll(form).status == 404
@@ -3598,6 +3608,9 @@ def test_search_as_the_phone_apps_do(call, cloud, ann):
     assert search(call, compare("like", "d:displayname", "%ONE%")) == ["/p/one.JPG"]
     assert search(call, "<d:not>%s</d:not>" % compare("like", "d:displayname", "%.%"), scope="/files/ann/") == ["/p/"]
     assert search(call, "<d:is-collection/>") == ["/p/"] and search(call, media, scope="/files/ann/p") != []
+    assert search(call, compare("eq", "oc:fileid", 5)) == [] and search(call, compare("eq", "oc:fileid", node.node), scope="/files/ann/no") == []
+    assert search(call, "<d:and><d:is-collection/>%s</d:and>" % compare("like", "d:displayname", "%P%")) == ["/p/"]
+    assert search(call, compare("like", "d:displayname", "%"), scope="/files/ann/p", more=newest) == ["/p/Text%20100%25.txt", "/p/two.jpg", "/p/one.JPG"]
     assert search(call, compare("eq", "oc:fileid", node.node)) == ["/p/Text%20100%25.txt"]
     assert search(call, compare("gte", "oc:size", 5), newest) == ["/p/", "/p/Text%20100%25.txt", "/film.mp4"]
     taken = "nc:metadata-photos-original_date_time"          # by which iOS orders, though nobody has read any photo here
