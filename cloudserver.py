@@ -7562,7 +7562,8 @@ for _address in ("/remote.php/dav", "/remote.php/dav/files/<path>", "/remote.php
 # ---- uploads in chunks
 #
 # A folder of the client's choice is made, chunks are put into it in any order, and a MOVE of its .file makes them one.
-# Their names are numbers: offsets (ownCloud), counted from 0 or 1, with zeros before (Nextcloud, Android) or without (iOS).
+# Their names are numbers: offsets (ownCloud; rclone, with the end behind a dash), or counted from 0 or 1, with zeros before
+# (Nextcloud, Android) or without (iOS).
 
 NC_UPLOADS = "/remote.php/dav/uploads/<path>"
 LEGACY = re.compile(r"(.+)-chunking-(\d{1,20})-(\d{1,6})-(\d{1,6})", re.S)
@@ -7580,9 +7581,10 @@ def read_chunk(path: tuple[str, ...]) -> tuple[str, Optional[int]]:
     """(name of the upload, number of the chunk or None) of an address.  raises CloudError not-found, bad-request"""
     if not 1 <= len(path) <= 2:
         raise CloudError("not-found", "there is nothing at this address")
-    if len(path) == 2 and not re.fullmatch(r"[0-9]{1,18}", path[1]):
+    found = re.fullmatch(r"([0-9]{1,18})(?:-[0-9]{1,18})?", path[1]) if len(path) == 2 else None
+    if len(path) == 2 and not found:
         raise CloudError("bad-request", "a chunk is named by a number")
-    return path[0], int(path[1]) if len(path) == 2 else None
+    return path[0], int(found[1]) if found else None
 
 
 @upload_route("MKCOL", "write", nc_mkcol_error)

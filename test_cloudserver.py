@@ -3459,7 +3459,8 @@ def test_a_repeated_request_is_answered_but_not_done_again(call, cloud, ann):
 CHUNK_NAMES = [  # as each client names its chunks
     ("owncloud 2.11", ["0000000000000000", "0000000000000003", "0000000000000006"]),
     ("nextcloud 3.7", ["0000000000000000", "0000000000000001", "0000000000000002"]),
-    ("nextcloud 35", ["00001", "00002", "00003"]), ("android", ["000001", "000002", "000003"]), ("ios", ["8", "9", "10"])]
+    ("nextcloud 35", ["00001", "00002", "00003"]), ("android", ["000001", "000002", "000003"]), ("ios", ["8", "9", "10"]),
+    ("rclone 1.75", ["000000000000000-000000000000003", "000000000000003-000000000000006", "000000000000006-000000000000008"])]
 
 
 @pytest.mark.parametrize("client, names", CHUNK_NAMES)
@@ -3472,7 +3473,7 @@ def test_chunks_become_a_file(call, cloud, ann, client, names):
     assert call("PUT", UPLOADS + "77/" + names[0], b"abc").status == 204
     found = propfind(call, UPLOADS + "77", "d:resourcetype", "d:getcontentlength", depth="1")
     sizes = {href: about.get("{DAV:}getcontentlength") for href, about in found.items()}
-    assert list(sizes)[0] == UPLOADS + "77/" and [int(href.rpartition("/")[2]) for href in list(sizes)[1:]] == list(map(int, names))
+    assert list(sizes)[0] == UPLOADS + "77/" and [int(href.rpartition("/")[2]) for href in list(sizes)[1:]] == [int(name.partition("-")[0]) for name in names]
     assert [size.text for size in list(sizes.values())[1:]] == ["3", "3", "2"]
     move = partial(call, "MOVE", UPLOADS + "77/.file", Destination=FILES + "/big", X_OC_Mtime="99", OC_Total_Length="8")
     assert move(If='<%s/big> (["no"])' % FILES).status == 412 and move(OC_Checksum="SHA1:" + "0" * 40).status == 400
