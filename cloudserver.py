@@ -7236,11 +7236,11 @@ OC, NC = "{http://owncloud.org/ns}", "{http://nextcloud.org/ns}"
 @route("GET", "/status.php", needs="nothing")
 def nc_status(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Is there a server, and of what version?"""
-    return json_response(nc_about())
+    return json_response(nc_about(cloud))
 
 
-def nc_about() -> dict[str, Any]:
-    return {"installed": True, "maintenance": False, "needsDbUpgrade": False, "version": NC_VERSION,
+def nc_about(cloud: Cloud) -> dict[str, Any]:
+    return {"installed": cloud.accounts.is_set_up(), "maintenance": False, "needsDbUpgrade": False, "version": NC_VERSION,
             "versionstring": NC_VERSION.rpartition(".")[0], "edition": "", "productname": "cloudserver",
             "extendedSupport": True}     # else Android's app warns of an old server
 
@@ -7293,10 +7293,10 @@ def ocs_unknown(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
 def ocs_capabilities(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What this server can do; without it, and to anybody, for the desktop client asks before it logs in."""
     major, minor, micro, _ = map(int, NC_VERSION.split("."))
-    version = {"major": major, "minor": minor, "micro": micro, "string": nc_about()["versionstring"], "edition": "",
+    version = {"major": major, "minor": minor, "micro": micro, "string": NC_VERSION.rpartition(".")[0], "edition": "",
                "extendedSupport": True}
     return ocs_response(request, {"version": version, "capabilities": {
-        "core": {"pollinterval": 60, "webdav-root": "remote.php/webdav", "status": nc_about()},
+        "core": {"pollinterval": 60, "webdav-root": "remote.php/webdav", "status": nc_about(cloud)},
         "dav": {"chunking": "1.0", "invalidFilenameRegex": BAD_NAMES[cloud.config.windows_names],
                 **({"bulkupload": "1.0"} if knows_bulk(request.fields.get("user-agent", "")) else {})},
         "files": {"bigfilechunking": True, "undelete": True, "versioning": True, "favorites": True, "blacklisted_files": [],
@@ -7447,7 +7447,8 @@ NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
         NC + name for name in "note sharees rich-workspace rich-workspace-file hidden system-tags is-mount-root share-attributes "
         "lock lock-owner lock-owner-displayname lock-owner-editor lock-owner-type lock-time lock-timeout lock-token "
         "metadata-photos-size metadata-photos-gps metadata-photos-exif metadata-photos-place "
-        "metadata-photos-original_date_time metadata_etag share-download-limits file-metadata-size file-metadata-gps contained-folder-count contained-file-count download-url-expiration "
+        "metadata-photos-original_date_time metadata_etag file-metadata-size file-metadata-gps share-download-limits "
+        "contained-folder-count contained-file-count download-url-expiration "
         "trashbin-filename trashbin-original-location trashbin-deletion-time version-label version-author".split()],
         lambda node, about: None)}               # asked in every listing; known not to be there
 NC_FILES = Door(("remote.php", "dav", "files"), True, NC_PROPERTIES)
@@ -7500,10 +7501,13 @@ def done_once(handler: Callable[..., Response]) -> Callable[..., Response]:
     def enter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
         if not re.fullmatch(r"[0-9A-Fa-f-]{32,36}", request.fields.get("x-request-id", "")):
             return handler(cloud, who, request, path)
-        op = sha256_text("\n".join([str(who.account), request.method, *path, *(
-            request.fields.get(name, "") for name in ("x-request-id", "destination", "content-length", "if-match", "oc-checksum"))]))
+        op = sha256_text("\n".join([str(who.account), str(who.root), request.method, *path, *(
+            request.fields.get(name, "") for name in SAME_REQUEST)]))
         return cloud.once(op, lambda acting: handler(acting, who, request, path)) or nc_again(cloud, who, request, path, op)
     return enter
+
+
+SAME_REQUEST = ("x-request-id", "destination", "overwrite", "if", "if-match", "content-length", "oc-checksum", "x-oc-mtime")
 
 
 def nc_again(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], op: str) -> Response:

@@ -3310,6 +3310,10 @@ def test_nextcloud_discovery(call):
     assert "SEARCH" in call("OPTIONS", "/remote.php/dav", user=None).headers["allow"]
 
 
+def test_a_server_without_accounts_is_not_installed(make_cloud, serve_cloud):
+    assert exchange(serve_cloud(make_cloud()), "GET", "/status.php", user=None).json()["installed"] is False
+
+
 def test_ocs_in_json_and_xml(call, cloud, ann):
     user = call("GET", "/ocs/v1.php/cloud/user?format=json").json()["ocs"]
     assert user["meta"]["statuscode"] == 100 and user["data"]["id"] == "ann" and user["data"]["quota"]["used"] == 0
@@ -5777,11 +5781,12 @@ def test_desktop_clients_send_large_files_in_chunks_and_go_on_after_a_kill(deskt
     database.close()
 
 
-def test_desktop_clients_move_many_small_files(desktops, rng):
+@pytest.mark.parametrize("files", [300, pytest.param(5000, marks=slow)])
+def test_desktop_clients_move_many_small_files(desktops, rng, files):
     served, one, two, _ = desktops
-    make_tree(one.folder, rng, 300)
+    make_tree(one.folder, rng, files)
     settle(served, one, two)
-    assert len([name for name, data in two.tree().items() if data is not None]) == 300
+    assert len([name for name, data in two.tree().items() if data is not None]) == files
 
 
 def test_two_kinds_of_desktop_client_share_an_account_and_another_sees_nothing(serve, tmp_path):
