@@ -17,6 +17,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      9  JSON API        api_*                                          what the page and programs use
     10  Transfer        tus_* sync_*                                   resumable uploads, native sync
     11  WebDAV          dav_*                                          RFC 4918
+    12  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
     13  Web pages       PAGE web_page                                  the embedded page
     14  Service         CloudServer Janitor Supervisor                 start, stop, logs, background jobs
     15  Sync client     SyncClient LocalFolder SyncState               a folder and an account kept alike
@@ -610,6 +611,15 @@ def parse_time(value: Any) -> int:
     if isinstance(value, str) and re.fullmatch(r"-?\d{1,15}", value):
         return check_mtime(int(value))
     raise CloudError("bad-request", "not a time")
+
+
+def parse_seconds(text: str | None) -> int | None:
+    """ms of seconds since 1970, perhaps with a fraction; None for None.  raises CloudError bad-request"""
+    if text is None:
+        return None
+    if not re.fullmatch(r"-?\d{1,12}(\.\d{1,9})?", text):
+        raise CloudError("bad-request", "malformed time")
+    return check_mtime(int(float(text) * 1000))
 
 
 def check_mtime(at: int) -> int:
@@ -1518,6 +1528,7 @@ CREATE INDEX chunk_bad ON chunk (bad) WHERE bad IS NOT NULL;
 CREATE TABLE grave (object TEXT PRIMARY KEY, due INTEGER NOT NULL) WITHOUT ROWID;    -- objects to delete then
 CREATE TABLE property (node INTEGER NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL,
     PRIMARY KEY (node, name)) WITHOUT ROWID;                                         -- dead properties, RFC 4918 s4
+CREATE INDEX property_name ON property (name);
 CREATE TABLE pin (node INTEGER NOT NULL, rev INTEGER NOT NULL, name TEXT NOT NULL,
     PRIMARY KEY (node, rev)) WITHOUT ROWID;                                          -- versions that stay
 CREATE TABLE age (due INTEGER PRIMARY KEY, seq INTEGER NOT NULL);                    -- the newest seq, every hour
@@ -1528,11 +1539,12 @@ CREATE TABLE lock (token TEXT PRIMARY KEY, home INTEGER NOT NULL, node INTEGER N
 CREATE INDEX lock_home ON lock (home);
 CREATE TABLE upload (                   -- resumable uploads under way
     id TEXT PRIMARY KEY, home INTEGER NOT NULL, account INTEGER NOT NULL, root INTEGER NOT NULL,
-    path TEXT NOT NULL, given TEXT NOT NULL, size INTEGER, mtime INTEGER, note TEXT NOT NULL,
+    path TEXT,                          -- NULL: numbered parts, whose place is named at the end
+    given TEXT NOT NULL, size INTEGER, mtime INTEGER, note TEXT NOT NULL,
     received INTEGER NOT NULL, created INTEGER NOT NULL, due INTEGER NOT NULL, done TEXT) WITHOUT ROWID;
 CREATE INDEX upload_home ON upload (home);
-CREATE TABLE upload_chunk (upload TEXT NOT NULL, offset INTEGER NOT NULL, chunk TEXT NOT NULL, size INTEGER NOT NULL,
-    PRIMARY KEY (upload, offset)) WITHOUT ROWID;
+CREATE TABLE upload_chunk (upload TEXT NOT NULL, part INTEGER NOT NULL, offset INTEGER NOT NULL, chunk TEXT NOT NULL,
+    size INTEGER NOT NULL, PRIMARY KEY (upload, part, offset)) WITHOUT ROWID;        -- offset in the part
 CREATE INDEX upload_chunk_chunk ON upload_chunk (chunk);
 CREATE TABLE loose (                    -- chunks an account sent ahead of the commit that will name them
     home INTEGER NOT NULL, chunk TEXT NOT NULL, size INTEGER NOT NULL, due INTEGER NOT NULL,
@@ -1553,6 +1565,11 @@ CREATE TABLE device (                   -- sessions of the page and app password
     confirmed INTEGER NOT NULL,         -- due time until which the password counts as just given
     idle INTEGER, due INTEGER) WITHOUT ROWID;    -- due times of its end if unused, and at the latest
 CREATE INDEX device_account ON device (account);
+CREATE TABLE pairing (                  -- devices that wait to be let in by a browser
+    token TEXT PRIMARY KEY, poll TEXT NOT NULL UNIQUE,       -- SHA-256 of what the browser and the device know
+    device TEXT NOT NULL, address TEXT NOT NULL,
+    account INTEGER,                    -- who let it in
+    due INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE throttle (subject TEXT PRIMARY KEY, failures INTEGER NOT NULL, due INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE lease (name TEXT PRIMARY KEY, owner TEXT NOT NULL, fence INTEGER NOT NULL, due INTEGER NOT NULL) WITHOUT ROWID;
 """
@@ -1982,6 +1999,8 @@ SESSION_IDLE, SESSION_LIFE = 14 * DAY, 90 * DAY
 USED_EVERY = 10 * MINUTE        # "last used" is written no more often
 WAIT_FIRST, WAIT_MOST = SECOND, 15 * MINUTE    # after a wrong password, doubling
 GLOBAL_FREE = 100               # wrong passwords in all before everybody waits
+PAIRING = 20 * MINUTE           # how long a device waits to be let in
+PAIRINGS, PAIRINGS_HERE = 1000, 30             # that wait at a time: in all, from one address
 TOKEN_MARK = "cs_"              # app passwords begin so and are never tried as passwords
 ACCOUNT_NAME = re.compile(r"[^\x00-\x20/\\:\x7f](?:[^\x00-\x1f/\\:\x7f]{0,62}[^\x00-\x20/\\:\x7f])?")
 
@@ -2301,13 +2320,76 @@ class Accounts:
 
     def _add_device(self, who: Principal, kind: str, name: str, secret: str, address: str, readonly: bool = False,
                     node: int | None = None, idle: int | None = None, life: int | None = None) -> str:
+        batch = self._device_batch(who, kind, name, secret, address, readonly, node, idle, life)
+        self.db.write(lambda: batch)
+        return batch.body[0].params[0]
+
+    def _device_batch(self, who: Principal, kind: str, name: str, secret: str, address: str, readonly: bool = False,
+                      node: int | None = None, idle: int | None = None, life: int | None = None) -> Batch:
         id, now = secrets.token_hex(8), self.clock.due()
         row = (id, who.account, kind, name, sha256_text(secret), int(readonly), node, self.clock.wall(), address,
                now + CONFIRMED if kind == "session" else 0, idle and now + idle, life and now + life)
-        self.db.write(lambda: Batch(line=Line(who.account, who, "device-add", {"name": name, "kind": kind}), body=[
+        return Batch(line=Line(who.account, who, "device-add", {"name": name, "kind": kind}), body=[
             Statement("INSERT INTO device (id, account, kind, name, secret, readonly, node, created, address, confirmed, "
-                      "idle, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)]))
-        return id
+                      "idle, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)])
+
+    # ---- devices that a browser lets in
+
+    def begin_pairing(self, device: str, address: str) -> tuple[str, str]:
+        """A device waits to be let in; returns a secret for it to ask with, and one for the browser.
+
+        raises  CloudError throttled when too many wait
+        """
+        now, network = self.clock.due(), network_of(address)
+        waiting, here = self.db.read("SELECT count(*), coalesce(sum(address = ?), 0) FROM pairing WHERE due > ?", (network, now))[0]
+        if waiting >= PAIRINGS or here >= PAIRINGS_HERE:
+            raise CloudError("throttled", "too many devices wait to be let in", retry_after=60)
+        poll, token = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+        self.db.run(Statement("DELETE FROM pairing WHERE due <= ?", (now,)),
+                    Statement("INSERT INTO pairing VALUES (?, ?, ?, ?, NULL, ?)",
+                              (sha256_text(token), sha256_text(poll), device.strip()[:100] or "device", network, now + PAIRING)))
+        return poll, token
+
+    def pairing(self, token: str) -> str:
+        """The name of the device that waits behind a browser's token.  raises CloudError not-found"""
+        rows = self.db.read("SELECT device FROM pairing WHERE token = ? AND account IS NULL AND due > ?",
+                            (sha256_text(token), self.clock.due()))
+        if not rows:
+            raise CloudError("not-found", "this request to log in is not valid any more; start again on the device")
+        return rows[0][0]
+
+    def grant(self, who: Principal, token: str) -> None:
+        """Let the waiting device in.  raises CloudError not-found"""
+        def attempt() -> Batch:
+            self.pairing(token)
+            return Batch([Statement("UPDATE pairing SET account = ? WHERE token = ?", (who.account, sha256_text(token)))],
+                         [Statement("SELECT 'pairing' WHERE NOT EXISTS (SELECT 1 FROM pairing WHERE token = ? "
+                                    "AND account IS NULL)", (sha256_text(token),))])
+        self.db.write(attempt)
+        log.info("pairing", extra={"account": who.name})
+
+    def collect(self, poll: str) -> tuple[str, str]:
+        """(name of the account, app password) for a device that was let in; once.  raises CloudError not-found until then
+
+        The secret is made here and nowhere kept, so whoever reads the database cannot use it.
+        """
+        secret, hash = TOKEN_MARK + secrets.token_urlsafe(24), sha256_text(poll)
+
+        def attempt() -> Batch:
+            rows = self.db.read("SELECT a.id, a.name, p.device FROM pairing p JOIN account a ON a.id = p.account "
+                                "WHERE p.poll = ? AND p.due > ? AND a.removed IS NULL", (hash, self.clock.due()))
+            if not rows:
+                raise CloudError("not-found", "nobody has let this device in yet")
+            who = Principal(*rows[0][:2])
+            batch = self._device_batch(who, "token", rows[0][2], secret, "")
+            batch.body.append(Statement("DELETE FROM pairing WHERE poll = ?", (hash,)))
+            batch.guards.append(Statement("SELECT 'pairing' WHERE NOT EXISTS (SELECT 1 FROM pairing WHERE poll = ?)", (hash,)))
+            names.append(who.name)
+            return batch
+
+        names: list[str] = []
+        self.db.write(attempt)
+        return names[-1], secret
 
     def devices(self, who: Principal) -> list[Device]:
         return [Device._make(row) for row in self.db.read(
@@ -2413,6 +2495,7 @@ def network_of(address: str) -> str:
 NODE = ("e.node, e.home, e.since, e.until, e.parent, e.name, e.kind, e.manifest, coalesce(c.size, e.size), e.mtime, "
         "e.media, e.rev, e.fate, c.seq, c.files")
 CHUNK = "h.hash, h.size, h.data, h.object"
+RESERVED = "coalesce(sum(max(coalesce(size, 0), received)), 0)"          # bytes that uploads under way may come to
 STRIDE = 24                     # names that one statement walks down
 LOCK_MOST = 24 * 3600           # seconds a lock may be granted for
 
@@ -2554,6 +2637,7 @@ class Tree:
         self.db = Database(config.data / "cloud.db", self.clock)
         self.accounts = Accounts(self.db, self.clock)
         self.epoch = self.db.setting("epoch")
+        self.op: tuple[str, str] | None = None           # what batches bear: see Cloud.once
         self._free: tuple[int, bool] = (0, True)         # until when the disk counts as free
         self._lanes: dict[int, int] = {}                 # long operations under way, by account
         self._lanes_lock = threading.Lock()
@@ -2701,6 +2785,12 @@ class Tree:
                 if child.kind:
                     pending.append((above + (child.name,), child))
 
+    def sums(self, node: Node) -> dict[str, str]:
+        """The checksums that are known of a file: {"sha1": hex}."""
+        found = dict(self.db.read("SELECT kind, value FROM digest WHERE manifest = ? UNION ALL SELECT 'sha256', sha256 "
+                                  "FROM manifest WHERE id = ? AND sha256 IS NOT NULL", (node.manifest,) * 2))
+        return found if node.manifest[0] == "m" else {**found, "sha256": node.manifest}
+
     # ---- what must hold before a write
 
     def _require(self, who: Principal) -> None:
@@ -2782,7 +2872,7 @@ class Tree:
             raise CloudError("disk-full", "the disk of the server is almost full")
 
     def _reserved(self, home: int) -> int:
-        return self.db.read("SELECT coalesce(sum(size), 0) FROM upload WHERE home = ? AND done IS NULL", (home,))[0][0]
+        return self.db.read("SELECT " + RESERVED + " FROM upload WHERE home = ? AND done IS NULL", (home,))[0][0]
 
     def _disk_has_room(self) -> bool:
         """Is there more free space than the low-water mark?  Looked up once a second (R18)."""
@@ -2889,9 +2979,7 @@ class Tree:
 
     def _store_rows(self, stored: Stored, *, new: bool = True) -> list[Statement]:
         """Rows that make stored bytes known: the chunks, if they are new, and the manifest if there are several."""
-        body = []
-        if new:
-            body.append(Statement(CHUNK_ROWS, self._chunk_rows(stored), many=True))
+        body = [Statement(CHUNK_ROWS, self._chunk_rows(stored), many=True)] if new else []
         if len(stored.chunks) > 1:
             body += [Statement("INSERT OR IGNORE INTO manifest VALUES (?, ?, ?)",
                                (stored.manifest, stored.size, stored.sha256)),
@@ -3288,7 +3376,7 @@ class Tree:
         if spot.quota is not None and growth > 0:
             guards.append(Statement(
                 "SELECT 'quota' FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ? AND a.quota IS NOT NULL "
-                "AND r.size + ? + (SELECT coalesce(sum(size), 0) FROM upload WHERE home = a.id AND done IS NULL) > a.quota",
+                "AND r.size + ? + (SELECT " + RESERVED + " FROM upload WHERE home = a.id AND done IS NULL) > a.quota",
                 (spot.home, growth)))
         body = [*extra, *self._brake(who, changes)] if ends and who.means == "token" else [*extra]
         if ends:
@@ -3306,7 +3394,7 @@ class Tree:
                               "WHERE node = ?", [(*sum, node) for node, sum in sums.items()], many=True))
         if loose:
             body.append(Statement("UPDATE account SET shape = shape + 1 WHERE id = ?", (spot.home,)))
-        return Batch(body, guards, Line(spot.home, who, action, detail), changes=changes)
+        return Batch(body, guards, Line(spot.home, who, action, detail), changes=changes, op=self.op)
 
     def _count(self, sums: dict[int, list[int]], chain: tuple[int, ...], size: int, files: int) -> None:
         for node in chain:
@@ -3836,6 +3924,11 @@ class History(Tree):
         seq = self.db.write(attempt).seq
         return seq, [self.path_of(who, item.node.node) for item in items]
 
+    def trashed(self, who: Principal, node: int) -> Trashed:
+        """One of them.  raises CloudError not-found"""
+        self._require_whole(who)
+        return self._find_trashed(who, [node])[0]
+
     def _find_trashed(self, who: Principal, nodes: Sequence[int]) -> list[Trashed]:
         found = [item for node in dict.fromkeys(nodes) for item in self._trashed(who, "e.node = ? ", node, 1)]
         if not nodes or len(found) < len(set(nodes)):
@@ -4068,6 +4161,18 @@ class History(Tree):
                     break
         return found
 
+    def find_all(self, who: Principal, path: tuple[str, ...], test: Callable[[Node], bool]) -> list[tuple[tuple[str, ...], Node]]:
+        """(path from there, node) of all below a path that pass a test."""
+        with self._heavy(who):
+            return [row for row in self.walk(who, path) if test(row[1])]
+
+    def marked(self, who: Principal, name: str) -> list[tuple[tuple[str, ...], Node, str]]:
+        """(path, node, value) of all nodes that bear a dead property."""
+        found = [(self._path_or_none(who, id), id, value) for id, value in self.db.read(
+            "SELECT p.node, p.value FROM property p JOIN entry e ON e.node = p.node AND e.until IS NULL "
+            "WHERE p.name = ? AND e.home = ?", (name, who.account))]
+        return sorted((path, self._node(id), value) for path, id, value in found if path is not None)
+
     def _candidates(self, who: Principal, words: list[str]) -> Iterator[tuple[int, str]]:
         """(id, name) of live nodes of the account: those the index knows to fit, then all it has not seen yet."""
         indexed = int(self.db.setting("indexed") or 0) if all(len(word) > 2 for word in words) else 0
@@ -4078,6 +4183,11 @@ class History(Tree):
             yield from self.db.each(
                 "SELECT e.node, e.name FROM name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e ON e.node = r.node "
                 "AND e.until IS NULL WHERE name_index MATCH ? AND e.home = ? ORDER BY i.rowid DESC", (query, who.account))
+
+    def by_id(self, who: Principal, node: int) -> list[tuple[tuple[str, ...], Node]]:
+        """(path, node) of a live node, if `who` can see it."""
+        path = self._path_or_none(who, node)
+        return [] if path is None else [(path, self._node(node))]
 
     def _path_or_none(self, who: Principal, node: int) -> tuple[str, ...] | None:
         try:
@@ -4628,7 +4738,7 @@ class Upload(NamedTuple):
     home: int
     account: int
     root: int                    # where its path begins
-    path: str                    # JSON
+    path: str | None             # JSON; None: numbered parts, whose place is named at the end
     given: str                   # JSON: {"if_match": [...], "if_none_match": [...], "parents": bool}
     size: int | None             # announced; None while that is deferred
     mtime: int | None
@@ -4639,7 +4749,17 @@ class Upload(NamedTuple):
     done: str | None             # JSON of what it became
 
 
+class Writing(NamedTuple):
+    """One of several files to write."""
+    path: str
+    body: Body
+    given: Preconditions
+    mtime: int | None
+    sums: dict[str, str]
+
+
 UPLOAD_LIFE = DAY
+PARTS_OPEN = "SELECT 'upload' FROM upload WHERE id = ? AND done IS NULL AND due > ?"
 UPLOAD_LIMIT = 1000             # at a time, per account
 
 
@@ -4665,8 +4785,7 @@ class Cloud(Sync):
         """
         self._require(who)
         self._spot_for_file(who, path, given, size or 0, parents)
-        if len(self.db.read("SELECT 1 FROM upload WHERE home = ? AND done IS NULL", (who.account,))) >= UPLOAD_LIMIT:
-            raise CloudError("conflict", "%d uploads are under way already" % UPLOAD_LIMIT)
+        self._check_uploads(who)
         now = self.clock.due()
         upload = Upload(secrets.token_urlsafe(16), who.account, who.account, who.root, json.dumps(path),
                         json.dumps({"if_match": given.if_match, "if_none_match": given.if_none_match, "parents": parents}),
@@ -4674,9 +4793,14 @@ class Cloud(Sync):
         self.db.run(Statement("INSERT INTO upload VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", upload))
         return self._finish_if_whole(who, upload)
 
-    def upload(self, who: Principal, id: str) -> Upload:
+    def _check_uploads(self, who: Principal) -> None:
+        if len(self.db.read("SELECT 1 FROM upload WHERE home = ? AND done IS NULL", (who.account,))) >= UPLOAD_LIMIT:
+            raise CloudError("conflict", "%d uploads are under way already" % UPLOAD_LIMIT)
+
+    def upload(self, who: Principal, id: str, *, numbered: bool = False) -> Upload:
         """Where an upload stands.  raises CloudError not-found for another's too, gone when it has expired"""
-        rows = self.db.read("SELECT * FROM upload WHERE id = ? AND account = ? AND root = ?", (id, who.account, who.root))
+        rows = self.db.read("SELECT * FROM upload WHERE id = ? AND account = ? AND root = ? AND (path IS NULL) = ?",
+                            (id, who.account, who.root, numbered))
         if not rows:
             raise CloudError("not-found", "there is no such upload")
         upload = Upload._make(rows[0])
@@ -4734,7 +4858,7 @@ class Cloud(Sync):
 
         def attempt() -> Batch:
             return Batch([*self._store_rows(stored),
-                          Statement("INSERT INTO upload_chunk VALUES (?, ?, ?, ?)",
+                          Statement("INSERT INTO upload_chunk VALUES (?, 0, ?, ?, ?)",
                                     (upload.id, upload.received, stored.manifest, stored.size)),
                           Statement("UPDATE upload SET received = ?, due = ? WHERE id = ?",
                                     (fresh.received, fresh.due, upload.id))],
@@ -4768,37 +4892,220 @@ class Cloud(Sync):
             return upload
         path, how = check_path(json.loads(upload.path)), json.loads(upload.given)
         given = Preconditions(tuple(how["if_match"]), tuple(how["if_none_match"]))
-        given = ANY if given == ANY else given
-        rows = self.db.read("SELECT u.chunk, u.size FROM upload_chunk u WHERE u.upload = ? ORDER BY u.offset", (upload.id,))
+        change, seq = self._finish(who, upload, path, ANY if given == ANY else given, self._assembled(upload), upload.mtime,
+                                   parents=how["parents"])
+        return upload._replace(done=json.dumps({"node": change.after.node, "rev": seq}))
+
+    def _assembled(self, upload: Upload) -> Stored:
+        """What came of an upload so far, as the content of a file."""
+        rows = self.db.read("SELECT u.chunk, u.size FROM upload_chunk u WHERE u.upload = ? AND u.size > 0 "
+                            "ORDER BY u.part, u.offset", (upload.id,))
         if not rows:
-            stored = self.blobs.put(Body(b""), lambda hash: False)
-        else:
-            manifest = manifest_of(rows)
-            only = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (rows[0][0],))
-            head = self.blobs.read(StoredChunk._make(only[0]))[:32]
-            stored = Stored(manifest, upload.size, manifest if len(rows) == 1 else None, rows, head=head)
+            return self.blobs.put(Body(b""), lambda hash: False)
+        manifest, head = manifest_of(rows), self.blobs.read(self._chunk(rows[0][0]))[:32]
+        return Stored(manifest, sum(size for _, size in rows), manifest if len(rows) == 1 else None, rows, head=head)
+
+    def _chunk(self, hash: str) -> StoredChunk:
+        return StoredChunk._make(self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (hash,))[0])
+
+    def _finish(self, who: Principal, upload: Upload, path: tuple[str, ...], given: Preconditions, stored: Stored,
+                mtime: int | None, *, parents: bool = False) -> tuple[Change, int]:
+        """Make what came of an upload the file at a path, in one batch; returns the change and its seq."""
+        credit = max(upload.size or 0, upload.received)
 
         def attempt() -> Batch:
-            spot = self._spot_for_file(who, path, given, 0, how["parents"])
-            at = self.clock.wall() if upload.mtime is None else upload.mtime
-            change, made = self._put_change(spot, path, stored, at)
+            spot = self._spot_for_file(who, path, given, 0, parents)
+            self._check_arrival(spot, stored.size, credit)
+            change, made = self._put_change(spot, path, stored, self.clock.wall() if mtime is None else mtime)
             batch = self._batch(who, spot, "write", {"path": "/".join(path)}, [*made, change], [
-                *self._store_rows(stored, new=not rows),
+                *self._store_rows(stored, new=not stored.size),
                 Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
                 Statement("UPDATE upload SET done = ? || (SELECT max(seq) FROM journal) || '}' WHERE id = ?",
-                          ('{"node": %d, "rev": ' % change.after.node, upload.id))], credit=upload.size)
+                          ('{"node": %d, "rev": ' % change.after.node, upload.id))], credit=credit)
             batch.guards += self._upload_guards(upload)
             return batch
 
         batch = self.db.write(attempt)
-        return upload._replace(done=json.dumps({"node": batch.changes[-1].after.node, "rev": batch.seq}))
+        change = batch.changes[-1]
+        return change._replace(after=change.after._replace(since=batch.seq, rev=batch.seq)), batch.seq
+
+    def _check_arrival(self, spot: Spot, size: int, credit: int) -> None:
+        """Refuse an upload whose place was not known when room was reserved for it, if its growth does not fit."""
+        growth = size - (spot.node.size if spot.node else 0)
+        if spot.quota is not None and spot.used + self._reserved(spot.home) - credit + growth > spot.quota and growth > 0:
+            raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, spot.quota - spot.used)))
 
     def drop_upload(self, who: Principal, id: str) -> None:
         """Forget an upload; its chunks go with the sweep."""
         self._require(who)
         self.upload(who, id)
+        self._forget_upload(id)
+
+    def _forget_upload(self, id: str) -> None:
         self.db.run(Statement("DELETE FROM upload_chunk WHERE upload = ?", (id,)),
                     Statement("DELETE FROM upload WHERE id = ?", (id,)))
+
+    # ---- uploads in numbered parts: in any order, in parallel, joined at the end
+
+    def begin_parts(self, who: Principal, name: str, size: int | None = None, path: tuple[str, ...] | None = None, *,
+                    again: bool = False) -> None:
+        """Announce a file that will come in numbered parts, under a name of the client's choice.
+
+        size, path   of the whole, if the client says so now: what can be refused then is
+        again        an upload of that name that is under way will do
+        raises       CloudError exists, over-quota, too-large, and as write
+        """
+        self._require(who)
+        if again and self.db.read(PARTS_OPEN, (parts_id(who, name), self.clock.due())):
+            return
+        spot = self._spot(who, ()) if path is None else self._spot_for_file(who, path, ANY, size or 0, False)
+        self._check_parts(spot, size or 0, size or 0)
+        self._check_uploads(who)
+        now = self.clock.due()
+        upload = Upload(parts_id(who, name), who.account, who.account, who.root, None, "{}", size, None, "", 0, now,
+                        now + UPLOAD_LIFE, None)
+
+        def attempt() -> Batch:
+            if self.db.read(PARTS_OPEN, (upload.id, now)):
+                if again:
+                    return Batch([])
+                raise CloudError("exists", "an upload of this name is under way")
+            return Batch([Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
+                          Statement("INSERT OR REPLACE INTO upload VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", upload)],
+                         [Statement(PARTS_OPEN, (upload.id, now))])
+
+        self.db.write(attempt)
+
+    def _check_parts(self, spot: Spot, growth: int, size: int) -> None:
+        """Refuse parts that no file could be made of: all uploads of an account together fit into its quota."""
+        self._check_space(spot, 0, size)
+        if spot.quota is not None and growth > 0 and self._reserved(spot.home) + growth > spot.quota:
+            raise CloudError("over-quota", "uploads under way fill the quota")
+
+    def put_part(self, who: Principal, name: str, number: int, body: Body) -> bool:
+        """Take one part, whole or not at all; one that came before is replaced.  Returns whether it is new."""
+        self._require(who)
+        upload = self._parts(who, name)
+        self._check_parts(self._spot(who, ()), max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
+        stored = self.blobs.put(body, partial(self._knows, upload.home))
+        key, rows, offset = (upload.id, number), [], 0
+        for hash, size in stored.chunks:
+            rows.append((*key, offset, hash, size))
+            offset += size
+        there = bool(self.db.read("SELECT 1 FROM upload_chunk WHERE upload = ? AND part = ? LIMIT 1", key))
+        self.db.write(lambda: Batch([
+            Statement(CHUNK_ROWS, self._chunk_rows(stored), many=True),
+            Statement("UPDATE upload SET due = ?4, received = received + ?3 - (SELECT coalesce(sum(size), 0) FROM upload_chunk "
+                      "WHERE upload = ?1 AND part = ?2) WHERE id = ?1", (*key, stored.size, self.clock.due() + UPLOAD_LIFE)),
+            Statement("DELETE FROM upload_chunk WHERE upload = ? AND part = ?", key),
+            Statement("INSERT INTO upload_chunk VALUES (?, ?, ?, ?, ?)", rows, many=True)], self._part_guards(who, name)))
+        return not there
+
+    def _part_guards(self, who: Principal, name: str) -> list[Statement]:
+        id = self._parts(who, name).id                       # looked up again at every attempt
+        return [Statement("SELECT 'upload' WHERE NOT EXISTS (SELECT 1 FROM upload WHERE id = ? AND done IS NULL)", (id,))]
+
+    def _parts(self, who: Principal, name: str) -> Upload:
+        """raises CloudError not-found when it is unknown, or joined"""
+        upload = self.upload(who, parts_id(who, name), numbered=True)
+        if upload.done:
+            raise CloudError("not-found", "there is no such upload")
+        return upload
+
+    def parts(self, who: Principal, name: str) -> tuple[Upload, list[tuple[int, int]]]:
+        """An upload in numbered parts, and (number, bytes) of each that has come."""
+        upload = self._parts(who, name)
+        return upload, self.db.read("SELECT part, sum(size) FROM upload_chunk WHERE upload = ? GROUP BY part ORDER BY part",
+                                    (upload.id,))
+
+    def drop_parts(self, who: Principal, name: str, number: int | None = None) -> None:
+        """Forget an upload in numbered parts, or one of them.  raises CloudError not-found"""
+        self._require(who)
+        upload, parts = self.parts(who, name)
+        if number is None:
+            return self._forget_upload(upload.id)
+        if number not in dict(parts):
+            raise CloudError("not-found", "there is no such part")
+        self.db.run(Statement("UPDATE upload SET received = received - ? WHERE id = ?", (dict(parts)[number], upload.id)),
+                    Statement("DELETE FROM upload_chunk WHERE upload = ? AND part = ?", (upload.id, number)))
+
+    def join_parts(self, who: Principal, name: str, path: tuple[str, ...], given: Preconditions = ANY, *,
+                   size: int | None = None, mtime: int | None = None, sums: dict[str, str] | None = None) -> tuple[Node, bool]:
+        """Make the parts, in the order of their numbers, the content of a file; returns it and whether it is new.
+
+        Asked again, for the answer got lost, it returns the file it made.
+        raises  CloudError bad-request if bytes are missing, bad-checksum, and as write; the parts stay then
+        """
+        self._require(who)
+        upload = self.upload(who, parts_id(who, name), numbered=True)
+        if upload.done:
+            made, node = json.loads(upload.done), self.find(who, path)
+            if node is None or (node.node, node.rev) != (made["node"], made["rev"]):
+                raise CloudError("not-found", "there is no such upload")
+            return node, True
+        self._spot_for_file(who, path, given, 0, False)
+        stored, wanted = self._assembled(upload), upload.size if size is None else size
+        if wanted not in (None, stored.size):
+            raise CloudError("bad-request", "%d bytes came, %d were announced" % (stored.size, wanted))
+        if sums:
+            self._check_sums(stored, sums)
+        change, _ = self._finish(who, upload, path, given, stored, mtime)
+        return change.after, change.before is None
+
+    def _check_sums(self, stored: Stored, sums: dict[str, str]) -> None:
+        """Read what came in parts and compare; its SHA-256 is known then, too."""
+        digests = {name: new_digest(name) for name in {"sha256", *sums}}
+        for hash, _ in stored.chunks:
+            data = self.blobs.read(self._chunk(hash))
+            for digest in digests.values():
+                digest.update(data)
+        found = {name: digest.hexdigest() for name, digest in digests.items()}
+        stored.sha256 = found["sha256"]
+        stored.digests = {name: found[name] for name in sums if name != "sha256"}
+        if any(found[name] != value for name, value in sums.items()):
+            raise CloudError("bad-checksum", "what arrived does not have the checksum that was announced")
+
+    def write_each(self, who: Principal, files: Iterable["Writing"]) -> Iterator[tuple[str, Node | CloudError]]:
+        """Write files one after the other; (path as given, what became of it) of each."""
+        for path, body, given, mtime, sums in files:
+            try:
+                outcome: Node | CloudError = self.write(who, split_path(path), body, given, mtime=mtime, sums=sums)[0]
+            except CloudError as error:
+                outcome = error
+            yield path, outcome
+
+    # ---- requests that may come twice
+
+    def once(self, op: str, verb: Callable[["Cloud"], Any]) -> Any:
+        """Do a verb with a cloud whose batch bears an operation id; None if that was done before, in the last minute or two.
+
+        A client whose connection broke before the answer sends the same again; the id is in the database by then, so
+        it does not matter which server it asks.
+        """
+        if self.done(op) is None:
+            view = object.__new__(type(self))
+            view.__dict__.update(self.__dict__, op=(op_ids(op, self.clock.due())[0], ""))
+            try:
+                return verb(view)
+            except CloudError:
+                if self.done(op) is None:
+                    raise
+        return None
+
+    def done(self, op: str) -> int | None:
+        """The seq of the batch that bears an operation id."""
+        rows = self.db.read("SELECT seq FROM op WHERE id IN (?, ?)", op_ids(op, self.clock.due()))
+        return rows[0][0] if rows else None
+
+
+def op_ids(op: str, now: int) -> tuple[str, str]:
+    """Names of an operation in this minute and in the one before: an id counts no longer than that."""
+    return "%s %d" % (op, now // MINUTE), "%s %d" % (op, now // MINUTE - 1)
+
+
+def parts_id(who: Principal, name: str) -> str:
+    """The id of an upload that a client named; no other kind has colons."""
+    return "%d:%d:%s" % (who.account, who.root, name)
 
 
 # ==== 8. HTTP ============================================================================
@@ -4893,6 +5200,7 @@ NEEDS = {  # what a route may demand of who knocks: (test, refusal)
 }
 DEMANDS = {need: ("read",) * (need != "nothing") + ("account",) * (need == "fresh") + (need,) for need in NEEDS}
 UNSAFE = METHODS - {"GET", "HEAD", "OPTIONS", "PROPFIND", "REPORT", "SEARCH"}
+SPELLINGS: dict[str, str] = {}           # targets with an empty name in them that clients ask for, and what they mean
 ROUTES: dict[str, Any] = {}              # a tree: names to trees; "" holds {method: Route} of the place itself
 
 
@@ -5399,7 +5707,7 @@ class Handler(BaseHTTPRequestHandler):
         if head.target == "*" and head.method == "OPTIONS":
             authority, path, slash, query = "", (), True, ""
         else:
-            authority, path, slash, query = parse_target(head.target)
+            authority, path, slash, query = parse_target(SPELLINGS.get(head.target, head.target))
         if authority:
             head.fields["host"] = authority
         site = self.server.site
@@ -5721,6 +6029,19 @@ def api_add_device(cloud: Cloud, who: Principal, request: Request) -> Response:
 def api_revoke(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
     """End a session or app password, at once."""
     cloud.accounts.revoke(who, id)
+    return Response(204)
+
+
+@route("GET", API + "grants/<token>", needs="nothing")
+def api_pairing(cloud: Cloud, who: Principal, request: Request, token: str) -> Response:
+    """The device that waits to be let in."""
+    return json_response({"device": cloud.accounts.pairing(token)})
+
+
+@route("POST", API + "grants/<token>", needs="fresh")
+def api_grant(cloud: Cloud, who: Principal, request: Request, token: str) -> Response:
+    """Let it in: it gets an app password of its own, which can be revoked like any."""
+    cloud.accounts.grant(who, token)
     return Response(204)
 
 
@@ -6364,12 +6685,33 @@ LOCK_DEFAULT = 3600                              # seconds, when a client names 
 ROOT_NAMESPACES = {"xmlns_" + prefix: namespace for namespace, prefix in NAMESPACES.items()}
 
 
-def dav_error(error: CloudError, request: Request) -> Response:
+class Door(NamedTuple):
+    """Addresses under which the files of an account are reached, and what is told of them there."""
+    names: tuple[str, ...]               # what they begin with
+    owned: bool                          # the name of the account follows
+    properties: dict[str, Callable[[Node, "About"], Optional[str]]]
+
+
+DOORS: list[Door] = []                   # the first whose names fit
+
+
+def find_door(address: tuple[str, ...]) -> tuple[Door, tuple[str, ...], tuple[str, ...]]:
+    """The door of an address, and the address cut in two: up to the root of the files, and the path from there.
+
+    raises  CloudError bad-gateway, forbidden
+    """
+    for door in DOORS:
+        count = len(door.names) + door.owned
+        if address[:len(door.names)] == door.names and len(address) >= count:
+            return door, address[:count], address[count:]
+    raise CloudError("bad-gateway", "this is not an address of files")
+
+
+def dav_error(error: CloudError, request: Request, *parts: Markup) -> Response:
     """A refusal as WebDAV words it (RFC 4918 s16), with the sentence for people."""
-    parts = []
     if error.condition:
-        held = [E("d:href", dav_href(error.detail["path"]))] if "path" in error.detail else []
-        parts.append(E("d:" + error.condition, *held))
+        held = [E("d:href", dav_href(request, error.detail["path"]))] if "path" in error.detail else []
+        parts += (E("d:" + error.condition, *held),)
     body = E("d:error", *parts, E("s:message", str(error)), **ROOT_NAMESPACES)
     response = Response(error.status, format_xml(body) + b"\n", {"Content-Type": XML_TYPE, "Cache-Control": "no-store",
                                                                  **error_fields(error)})
@@ -6377,9 +6719,10 @@ def dav_error(error: CloudError, request: Request) -> Response:
     return response
 
 
-def dav_href(path: Sequence[str], collection: bool = False) -> str:
-    href = "/dav" + format_path(path)
-    return href + "/" if collection and path else href
+def dav_href(request: Request, path: Sequence[str], collection: bool = False) -> str:
+    """The address of a path, through the door by which the request came."""
+    href = format_path(find_door(request.path)[1] + tuple(path))
+    return href + "/" if collection or not path else href
 
 
 def dav_route(methods: str, needs: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
@@ -6404,9 +6747,16 @@ def read_resource(request: Request, uri: str) -> tuple[str, ...]:
     authority, path, _, _ = parse_target(uri)
     if authority and authority.lower() != request.fields["host"].lower() and not request.site.knows(authority):
         raise CloudError("bad-gateway", "the destination is on another server")
-    if path[:1] != ("dav",):
-        raise CloudError("bad-gateway", "the destination is not in the files")
-    return path[1:]
+    door, above, below = find_door(path)
+    if door.owned:
+        check_owner(request.who, above[-1])
+    return below
+
+
+def check_owner(who: Principal, name: str) -> None:
+    """raises CloudError not-found unless an address names the account of who asks"""
+    if account_key(name) != account_key(who.name):
+        raise CloudError("not-found", "there is nothing at this address")
 
 
 def read_destination(request: Request) -> tuple[str, ...]:
@@ -6426,12 +6776,12 @@ def read_body(request: Request) -> ET.Element | None:
 
 def read_mtime(request: Request) -> int | None:
     """X-OC-Mtime, seconds since 1970 and perhaps a fraction: how ownCloud's, Nextcloud's and rclone's clients say it."""
-    text = request["x-oc-mtime"]
-    if text is None:
-        return None
-    if not re.fullmatch(r"-?\d{1,12}(\.\d{1,9})?", text):
-        raise CloudError("bad-request", "malformed X-OC-Mtime")
-    return check_mtime(int(float(text) * 1000))
+    return parse_seconds(request["x-oc-mtime"])
+
+
+def read_sums(request: Request) -> dict[str, str] | None:
+    """OC-Checksum: what the bytes must have."""
+    return dict([parse_checksum(request.fields["oc-checksum"])]) if "oc-checksum" in request.fields else None
 
 
 # ---- files
@@ -6474,14 +6824,17 @@ def dav_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
         raise CloudError("unsupported-media", "the body may not be encoded")
     if request.slash:
         raise CloudError("conflict", "a file's address has no slash at its end")
-    sums = dict([parse_checksum(fields["oc-checksum"])]) if "oc-checksum" in fields else None
-    mtime = read_mtime(request)
-    node, new = cloud.write(who, path, request.body, read_dav_conditions(request), mtime=mtime, sums=sums,
-                            parents=bool(request.query) and request.argument("parents") == "1")
-    answer = {"ETag": format_etag(node), "OC-ETag": format_etag(node), "Location": dav_href(path)}
-    if mtime is not None:
-        answer["X-OC-MTime"] = "accepted"
-    return Response(201 if new else 204, b"", answer)
+    node, new = cloud.write(who, path, request.body, read_dav_conditions(request), mtime=read_mtime(request),
+                            sums=read_sums(request), parents=bool(request.query) and request.argument("parents") == "1")
+    return stored_response(request, node, new, dav_href(request, path))
+
+
+def stored_response(request: Request, node: Node, new: bool, href: str) -> Response:
+    """A node was made or replaced; with the fields ownCloud's and Nextcloud's clients look for."""
+    fields = {"ETag": format_etag(node), "OC-ETag": format_etag(node), "OC-FileId": format_id(node), "Location": href}
+    if "x-oc-mtime" in request.fields:
+        fields["X-OC-MTime"] = "accepted"
+    return Response(201 if new else 204, b"", fields)
 
 
 @dav_route("DELETE", "write")
@@ -6496,7 +6849,7 @@ def dav_delete(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
 def mkcol_error(error: CloudError, request: Request) -> Response:
     """Something is there already: 405 (RFC 4918 s9.3.1)."""
     if error.kind == "exists":
-        error = CloudError("method-not-allowed", str(error), allow=dav_allow(request.path[1:]))
+        error = CloudError("method-not-allowed", str(error), allow=dav_allow(find_door(request.path)[2]))
     return dav_error(error, request)
 
 
@@ -6515,8 +6868,8 @@ def dav_mkcol(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
                     raise CloudError("bad-resource-type", "only plain collections can be made")
             else:
                 properties[prop.tag] = ET.tostring(prop, encoding="unicode").strip()
-    cloud.make_collection(who, path, read_dav_conditions(request), properties=properties)
-    return Response(201, b"", {"Location": dav_href(path, True)})
+    node = cloud.make_collection(who, path, read_dav_conditions(request), properties=properties)
+    return stored_response(request, node, True, dav_href(request, path, True))
 
 
 @dav_route("MOVE COPY", "write")
@@ -6528,10 +6881,10 @@ def dav_transfer(cloud: Cloud, who: Principal, request: Request, path: tuple[str
     if depth == "1" or depth == "0" and request.method == "MOVE":
         raise CloudError("bad-request", "this cannot be done to that Depth")
     if request.method == "MOVE":
-        (_, new), = cloud.move(who, (path, target), given=given, clash=clash)
+        (node, new), = cloud.move(who, (path, target), given=given, clash=clash)
     else:
-        (_, new), = cloud.copy(who, (path, target), given=given, clash=clash, deep=depth != "0")
-    return Response(201 if new else 204, b"", {"Location": dav_href(target)})
+        (node, new), = cloud.copy(who, (path, target), given=given, clash=clash, deep=depth != "0")
+    return stored_response(request, node, new, dav_href(request, target, bool(node.kind)))
 
 
 @dav_route("OPTIONS", "nothing")
@@ -6566,6 +6919,11 @@ def format_etag(node: Node) -> str:
 
 def format_sync_token(epoch: str, seq: int) -> str:
     return "urn:cloudserver:sync:%s:%d" % (epoch, seq)
+
+
+def format_id(node: Node) -> str:
+    """The id as ownCloud's and Nextcloud's clients keep it: digits, which are oc:fileid, and a mark of the server."""
+    return "%019docs" % node.node
 
 
 CHECKSUM_NAMES = {"sha1": "SHA1", "md5": "MD5", "sha3_256": "SHA3-256", "adler32": "ADLER32"}
@@ -6611,10 +6969,13 @@ PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {   # live ones 
     "{http://owncloud.org/ns}checksums": lambda node, about: None if node.kind else format_checksums(node, about),
     "{http://owncloud.org/ns}size": lambda node, about: str(node.size),
     "{http://owncloud.org/ns}fileid": lambda node, about: str(node.node),
-    "{http://owncloud.org/ns}id": lambda node, about: "%016x" % node.node,
-    "{http://owncloud.org/ns}permissions": lambda node, about: "RGDNVCK" if node.kind else "RGDNVW",
+    "{http://owncloud.org/ns}id": lambda node, about: format_id(node),
+    "{http://owncloud.org/ns}permissions": lambda node, about: (
+        "G" if about.who.readonly else "RGDNVCK" if node.kind else "RGDNVW"),
 }
+DOORS.append(Door(("dav",), False, PROPERTIES))
 ALLPROP = tuple(PROPERTIES)[:9]                  # RFC 4918 s9.1: what RFC 4918 itself defines
+KEPT: set[str] = set()                           # live ones that show what was stored as a dead one
 SETTABLE: dict[str, Callable[[str], Optional[int]]] = {  # live properties that set the time of a node, and how to read them
     "{DAV:}getlastmodified": parse_http_date,                                                  # Nextcloud's clients
     "{DAV:}lastmodified": lambda text: int(text) * 1000 if re.fullmatch(r"\d{1,11}", text) else None,          # rclone
@@ -6622,9 +6983,9 @@ SETTABLE: dict[str, Callable[[str], Optional[int]]] = {  # live properties that 
 }
 
 
-def property_reader(name: str) -> Callable[[Node, About], Optional[str]]:
+def property_reader(door: Door, name: str) -> Callable[[Node, About], Optional[str]]:
     """How to get a property of a node; a dead one comes as the element it was stored as."""
-    return PROPERTIES.get(name) or (lambda node, about: about.dead.get(node.node, {}).get(name))
+    return door.properties.get(name) or (lambda node, about: about.dead.get(node.node, {}).get(name))
 
 
 class Multistatus:
@@ -6633,13 +6994,15 @@ class Multistatus:
     Which properties a node has decides on a shape; each shape is built by E once, and then only filled in.
     """
 
-    def __init__(self, names: Sequence[str] = (), *, values: bool = True, complete: bool = True) -> None:
+    def __init__(self, names: Sequence[str] = (), door: Door | None = None, *, values: bool = True,
+                 complete: bool = True) -> None:
         """
         names      of the properties asked for
+        door       that knows which of them are live
         values     False: their names alone (propname)
         complete   whether to tell of those a node lacks
         """
-        self.names, self.values, self.complete = names, values, complete
+        self.names, self.live, self.values, self.complete = names, door.properties if door else {}, values, complete
         self._shapes: dict[tuple[bool, ...], str] = {}
         self._spool = Spool()
         head, _, self._tail = E("d:multistatus", Markup("\0"), **ROOT_NAMESPACES).partition("\0")
@@ -6665,7 +7028,7 @@ class Multistatus:
     def _slot(self, name: str) -> Markup:
         if not self.values:
             return E(name)
-        return E(name, Markup("\0")) if name in PROPERTIES else Markup("\0")
+        return E(name, Markup("\0")) if name in self.live else Markup("\0")
 
     def add_part(self, *parts: Markup) -> None:
         self._spool.write("".join(parts) + "\n")
@@ -6698,13 +7061,14 @@ def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str
     depth = parse_depth(request["depth"], "infinity")
     if depth == "infinity":
         raise CloudError("infinite-depth", "ask for Depth 0 or 1")
+    door = find_door(request.path)[0]
     with cloud.listing(who, path) as listing:
         about, asked = About(cloud, who, listing), names is not None
         if not asked:
             names = ALLPROP + tuple(sorted({name for found in about.dead.values() for name in found}))
-        answer = Multistatus(names, values=values, complete=asked and not is_minimal(request))
-        readers = list(map(property_reader, names))
-        base = dav_href(path, bool(listing.node.kind))
+        answer = Multistatus(names, door, values=values, complete=asked and not is_minimal(request))
+        readers = [property_reader(door, name) for name in names]
+        base = dav_href(request, path, bool(listing.node.kind))
         answer.add(base, [read(listing.node, about) for read in readers])
         for node in listing.children() if depth == "1" and listing.node.kind else ():
             name = node.name if _PLAIN.fullmatch(node.name) else quote(node.name, safe="~")
@@ -6725,12 +7089,13 @@ def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[st
         raise CloudError("bad-request", "this is not a propertyupdate")
     properties: dict[str, str | None] = {}
     mtime, verdicts = None, {}
+    live = set(find_door(request.path)[0].properties) - KEPT
     for step in body:
         for prop in step.iterfind("{DAV:}prop/*"):
             if step.tag == "{DAV:}set" and prop.tag in SETTABLE:
                 mtime = SETTABLE[prop.tag]((prop.text or "").strip())
                 verdicts[prop.tag] = 200 if mtime is not None else 409
-            elif prop.tag in PROPERTIES:
+            elif prop.tag in live:
                 verdicts[prop.tag] = 403
             elif step.tag in ("{DAV:}set", "{DAV:}remove"):
                 properties[prop.tag] = ET.tostring(prop, encoding="unicode").strip() if step.tag == "{DAV:}set" else None
@@ -6743,7 +7108,7 @@ def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[st
         node = cloud.stat(who, path)
         verdicts = {name: 424 if verdict == 200 else verdict for name, verdict in verdicts.items()}
     answer = Multistatus()
-    answer.add_part(E("d:response", E("d:href", dav_href(path, bool(node.kind))), *(
+    answer.add_part(E("d:response", E("d:href", dav_href(request, path, bool(node.kind))), *(
         propstat(status, [E(name) for name, verdict in verdicts.items() if verdict == status],
                  *([E("d:error", E("d:cannot-modify-protected-property"))] if status == 403 else []))
         for status in sorted(set(verdicts.values())))))
@@ -6791,10 +7156,20 @@ def dav_unlock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
 
 @dav_route("REPORT", "read")
 def dav_report(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    """sync-collection: what changed below a collection since a token."""
+    """A report on a collection (RFC 3253 s3.6); its body says which."""
     body = read_body(request)
-    if body is None or body.tag != "{DAV:}sync-collection":
-        raise CloudError("no-such-report", "only sync-collection is known")
+    if body is None or body.tag not in REPORT_KINDS:
+        raise CloudError("no-such-report", "only %s are known" % ", ".join(map(local_name, REPORT_KINDS)))
+    return REPORT_KINDS[body.tag](cloud, who, request, path, body)
+
+
+def local_name(tag: str) -> str:
+    """A name without its namespace."""
+    return tag.rpartition("}")[2]
+
+
+def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], body: ET.Element) -> Response:
+    """sync-collection: what changed below a collection since a token."""
     names = tuple(dict.fromkeys(part.tag for part in body.iterfind("{DAV:}prop/*")))
     level = (body.findtext("{DAV:}sync-level") or request.fields.get("depth", "1")).strip().lower()
     limit = (body.findtext("{DAV:}limit/{DAV:}nresults") or "10000").strip()
@@ -6804,19 +7179,23 @@ def dav_report(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
     with cloud.listing(who, path) as listing:
         if not listing.node.kind:
             raise CloudError("no-such-report", "only a collection can be synced")
-        about, answer = About(cloud, who, listing), Multistatus(names, complete=not is_minimal(request))
-    readers = list(map(property_reader, names))
+        door = find_door(request.path)[0]
+        about, answer = About(cloud, who, listing), Multistatus(names, door, complete=not is_minimal(request))
+    readers = [property_reader(door, name) for name in names]
     reached, rows = sync_rows(cloud, who, path, read_sync_token(token, cloud.epoch), int(limit))
     for below, kind, node in rows:
         if level == "1" and len(below) > 1:
             continue
-        href = dav_href(path + below, bool(kind))
+        href = dav_href(request, path + below, bool(kind))
         if node is None:
             answer.add_part(E("d:response", E("d:href", href), E("d:status", "HTTP/1.1 404 Not Found")))
         else:
             answer.add(href, [read(node, about) for read in readers])
     answer.add_part(E("d:sync-token", format_sync_token(cloud.epoch, reached)))
     return answer.response()
+
+
+REPORT_KINDS: dict[str, Callable[..., Response]] = {"{DAV:}sync-collection": dav_changes}
 
 
 def read_sync_token(text: str, epoch: str) -> int | None:
@@ -6843,6 +7222,768 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
             if change.kind and change.was != change.path:                # it came with all that hangs below
                 rows.update((change.path + below, (node.kind, node)) for below, node in cloud.walk(who, path + change.path))
     return reached, [(below, *row) for below, row in rows.items()]
+
+
+# ==== 12. Nextcloud dialect ==============================================================
+#
+# What Nextcloud's and ownCloud's clients ask beside WebDAV: discovery, OCS, the login flow, uploads in chunks and in
+# bulk, trash, versions, search.  Words are translated to one Cloud call and back; the files themselves are served by
+# the WebDAV room, through two more doors with more properties.  Nothing is announced that is not there.
+
+NC_VERSION = "28.0.4.1"         # whose dialect this is; clients refuse a server that calls itself too old
+PHP = ("", "/index.php")        # clients put either before an address
+OC, NC = "{http://owncloud.org/ns}", "{http://nextcloud.org/ns}"
+
+
+# ---- discovery
+
+@route("GET", "/status.php", needs="nothing")
+def nc_status(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Is there a server, and of what version?"""
+    return json_response(nc_about(cloud))
+
+
+def nc_about(cloud: Cloud) -> dict[str, Any]:
+    return {"installed": cloud.accounts.is_set_up(), "maintenance": False, "needsDbUpgrade": False, "version": NC_VERSION,
+            "versionstring": NC_VERSION.rpartition(".")[0], "edition": "", "productname": "cloudserver",
+            "extendedSupport": True}     # else Android's app warns of an old server
+
+
+def ocs_route(methods: str, name: str, needs: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    """Enter a handler under both versions of OCS."""
+    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
+        for version in ("v1.php", "v2.php"):
+            route(methods, "/ocs/%s/%s" % (version, name), needs=needs, refuse=ocs_error)(handler)
+        return handler
+    return enter
+
+
+OCS_CODES = {401: 997, 404: 998, 500: 996}       # what version 1 says instead of HTTP's
+
+
+def ocs_response(request: Request, data: Any, status: int = 200, message: str = "OK", **fields: str) -> Response:
+    """An envelope, as JSON or XML.  Version 1 answers 200 to what it does not know, and 100 for well done."""
+    first, good = request.path[1] == "v1.php", status == 200
+    answer = {"meta": {"status": "ok" if good else "failure", "message": message, "totalitems": "", "itemsperpage": "",
+                       "statuscode": (100 if good else OCS_CODES.get(status, status)) if first else status}, "data": data}
+    wants_json = request.argument("format") == "json" or "json" in request.fields.get("accept", "")
+    body, media = ((format_json({"ocs": answer}), "application/json; charset=utf-8") if wants_json else
+                   (format_xml(ocs_element("ocs", answer)), XML_TYPE))
+    return Response(200 if first and status == 404 else status, body, {"Content-Type": media, "Cache-Control": "no-store", **fields})
+
+
+def ocs_element(name: str, value: Any) -> Markup:
+    """Version 1's XML of what JSON says: lists are elements called element, true is 1, false is nothing."""
+    if isinstance(value, dict):
+        return E(name, *(ocs_element(key, below) for key, below in value.items()))
+    if isinstance(value, (list, tuple)):
+        return E(name, *(ocs_element("element", below) for below in value))
+    return E(name, {True: "1", False: "", None: ""}[value] if value is None or isinstance(value, bool) else str(value))
+
+
+def ocs_error(error: CloudError, request: Request) -> Response:
+    response = ocs_response(request, [], error.status, str(error), **error_fields(error))
+    response.close = error.close
+    return response
+
+
+@ocs_route("GET POST PUT DELETE", "<path>", "nothing")
+def ocs_unknown(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """What is not here: sharing between accounts, notifications, activity, and whatever will be thought of."""
+    raise CloudError("not-found", "this server has no such function")
+
+
+@ocs_route("GET", "cloud/capabilities", "nothing")
+def ocs_capabilities(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What this server can do; without it, and to anybody, for the desktop client asks before it logs in."""
+    major, minor, micro, _ = map(int, NC_VERSION.split("."))
+    version = {"major": major, "minor": minor, "micro": micro, "string": NC_VERSION.rpartition(".")[0], "edition": "",
+               "extendedSupport": True}
+    return ocs_response(request, {"version": version, "capabilities": {
+        "core": {"pollinterval": 60, "webdav-root": "remote.php/webdav", "status": nc_about(cloud)},
+        "dav": {"chunking": "1.0", "invalidFilenameRegex": BAD_NAMES[cloud.config.windows_names],
+                **({"bulkupload": "1.0"} if knows_bulk(request.fields.get("user-agent", "")) else {})},
+        "files": {"bigfilechunking": True, "undelete": True, "versioning": True, "favorites": True, "blacklisted_files": [],
+                  "forbidden_filename_characters": BAD_CHARACTERS[cloud.config.windows_names]},
+        "files_sharing": {"api_enabled": False, "resharing": False, "public": {"enabled": False}},
+        "checksums": {"supportedTypes": list(_CHECKSUMS), "preferredUploadType": "SHA1"}}})
+
+
+BAD_NAMES = {"allow": r"[\\\x00-\x1f\x7f]", "refuse": r'[\\\x00-\x1f\x7f<>:"|?*]|[. ]$'}
+BAD_CHARACTERS = {"allow": ["\\"], "refuse": list('\\<>:"|?*')}
+
+
+def knows_bulk(agent: str) -> bool:
+    """Nextcloud's desktop client before 3.10 announces an empty file in a bulk and sends none, for ever."""
+    found = re.search(r"mirall/(\d{1,4})\.(\d{1,4})", agent)
+    return bool(found) and "nextcloud" in agent.lower() and (int(found[1]), int(found[2])) >= (3, 10)
+
+
+@ocs_route("GET", "cloud/user", "read")
+def ocs_user(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Who is logged in; `id` is what goes into addresses."""
+    used, left = cloud.quota(who)
+    return ocs_response(request, {
+        "id": who.name, "enabled": True, "display-name": who.name, "displayname": who.name, "email": "", "phone": "",
+        "address": "", "website": "", "twitter": "", "groups": [], "language": "en", "locale": "en", "backend": "Database",
+        "quota": {"free": left, "used": used, "total": used + left, "relative": round(used / max(1, used + left) * 100, 2),
+                  "quota": used + left}})
+
+
+@ocs_route("GET", "cloud/users/<name>", "read")
+def ocs_named_user(cloud: Cloud, who: Principal, request: Request, name: str) -> Response:
+    """The same; nobody is told of others."""
+    check_owner(who, name)
+    return ocs_user(cloud, who, request)
+
+
+@ocs_route("GET", "apps/files_sharing/api/v1/shares", "read")
+@ocs_route("GET", "core/navigation/apps", "read")
+def ocs_nothing(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """There are none."""
+    return ocs_response(request, [])
+
+
+@ocs_route("GET", "apps/files_sharing/api/v1/sharees", "read")
+def ocs_sharees(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Nobody to share with."""
+    none: dict[str, Any] = {"users": [], "groups": [], "remotes": []}
+    return ocs_response(request, {"exact": none, **none})
+
+
+# ---- logging in: a browser lets the device in, which then gets an app password
+
+def nc_login_route(methods: str, name: str, needs: str, refuse: Callable[[CloudError, Request], Response] = json_error,
+                   ) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
+        for before in PHP:
+            route(methods, before + name, needs=needs, refuse=refuse)(handler)
+        return handler
+    return enter
+
+
+def base_url(request: Request) -> str:
+    """This server as the client calls it."""
+    return "%s://%s" % ("https" if request.https else "http", request.fields.get("host", "localhost"))
+
+
+AGENTS = (  # what clients call themselves, and what people call them
+    (r"\(([^()]{1,40})\) mirall/([\d.]{1,20})[^\d.].*owncloud", "ownCloud desktop {1}, {0}"),
+    (r"\(([^()]{1,40})\) mirall/([\d.]{1,20})", "Nextcloud desktop {1}, {0}"),
+    (r"Nextcloud-android/([\d.]{1,20})", "Nextcloud for Android {0}"),
+    (r"Nextcloud-iOS/([\d.]{1,20})", "Nextcloud for iOS {0}"))
+
+
+def device_name(request: Request) -> str:
+    """What to call the device that sends this."""
+    agent = request.fields.get("user-agent", "").strip()
+    for pattern, name in AGENTS:
+        found = re.search(pattern, agent, re.I)
+        if found:
+            return name.format(*found.groups())
+    return agent[:100] or "device"
+
+
+@nc_login_route("POST", "/login/v2", "nothing")
+def nc_login(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """A device wants in: what it shall open in a browser, and where it then asks for its app password."""
+    check_safe(request)
+    poll, token = cloud.accounts.begin_pairing(device_name(request), request.address)
+    base = base_url(request)
+    return json_response({"poll": {"token": poll, "endpoint": base + "/login/v2/poll"}, "login": base + "/login/v2/flow/" + token})
+
+
+def nc_poll_error(error: CloudError, request: Request) -> Response:
+    return json_response([], 404) if error.kind == "not-found" else json_error(error, request)
+
+
+@nc_login_route("POST", "/login/v2/poll", "nothing", nc_poll_error)
+def nc_poll(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The app password, once somebody let the device in; iOS sends the token in the query."""
+    check_safe(request)
+    form = parse_query(request.body.read(64 * KiB).decode("utf-8", "replace"))
+    name, secret = cloud.accounts.collect(form.get("token") or request.argument("token") or "")
+    return json_response({"server": base_url(request), "loginName": name, "appPassword": secret})
+
+
+@ocs_route("GET", "core/getapppassword", "account")
+def ocs_app_password(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """An app password in exchange for the account's own."""
+    _, secret = cloud.accounts.add_token(who, device_name(request))
+    return ocs_response(request, {"apppassword": secret})
+
+
+@ocs_route("DELETE", "core/apppassword", "read")
+def ocs_drop_app_password(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The device logs out: its app password ends."""
+    if who.means != "token":
+        raise CloudError("forbidden", "this is not an app password")
+    cloud.accounts.revoke(who, who.device)
+    return ocs_response(request, [])
+
+
+# ---- files: two doors into WebDAV
+
+def stored_text(node: Node, about: About, name: str) -> str:
+    """The text of a dead property, "" if there is none."""
+    found = re.search(">([^<]*)<", about.dead.get(node.node, {}).get(name, ""))
+    return found[1] if found else ""
+
+
+FAVORITE, LIVE_PHOTO = OC + "favorite", NC + "metadata-files-live-photo"
+KEPT.update([FAVORITE, LIVE_PHOTO])
+NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
+    **PROPERTIES,
+    "{DAV:}getlastmodified": lambda node, about: format_http_date(max(node.mtime, SECOND)),  # Nextcloud's refuses times before
+    OC + "data-fingerprint": lambda node, about: about.epoch,            # changes with a restored backup: nothing is deleted then
+    OC + "owner-id": lambda node, about: escape(about.who.name),
+    OC + "owner-display-name": lambda node, about: escape(about.who.name),
+    OC + "share-types": lambda node, about: "",
+    OC + "comments-unread": lambda node, about: "0",
+    FAVORITE: lambda node, about: stored_text(node, about, FAVORITE) or "0",
+    LIVE_PHOTO: lambda node, about: stored_text(node, about, LIVE_PHOTO) or None,           # iOS: the name of its other half
+    NC + "is-encrypted": lambda node, about: "0",
+    NC + "has-preview": lambda node, about: "false",
+    NC + "mount-type": lambda node, about: "",
+    NC + "creation_time": lambda node, about: str(node.created // SECOND),
+    NC + "upload_time": lambda node, about: str(node.created // SECOND),
+    **dict.fromkeys([OC + name for name in "downloadURL dDC tags privatelink comments-count".split()] + [
+        NC + name for name in "note sharees rich-workspace rich-workspace-file hidden system-tags is-mount-root share-attributes "
+        "lock lock-owner lock-owner-displayname lock-owner-editor lock-owner-type lock-time lock-timeout lock-token "
+        "metadata-photos-size metadata-photos-gps metadata-photos-exif metadata-photos-place "
+        "metadata-photos-original_date_time metadata_etag file-metadata-size file-metadata-gps share-download-limits "
+        "contained-folder-count contained-file-count download-url-expiration "
+        "trashbin-filename trashbin-original-location trashbin-deletion-time version-label version-author".split()],
+        lambda node, about: None)}               # asked in every listing; known not to be there
+NC_FILES = Door(("remote.php", "dav", "files"), True, NC_PROPERTIES)
+DOORS.extend([NC_FILES, Door(("remote.php", "webdav"), False, NC_PROPERTIES)])
+SPELLINGS["/remote.php/dav/files//"] = "/remote.php/dav/files/"          # Nextcloud's desktop client, to see whether it gets 401
+NC_METHODS = "OPTIONS, GET, HEAD, PUT, DELETE, PROPFIND, PROPPATCH, MKCOL, COPY, MOVE, LOCK, UNLOCK, REPORT, SEARCH"
+
+EXCEPTIONS = {  # status: what Nextcloud's server would call it; clients look at a few of the names
+    400: "BadRequest", 401: "NotAuthenticated", 403: "Forbidden", 404: "NotFound", 405: "MethodNotAllowed", 409: "Conflict",
+    412: "PreconditionFailed", 413: "PayloadTooLarge", 415: "UnsupportedMediaType", 416: "RequestedRangeNotSatisfiable",
+    423: "Locked", 429: "TooManyRequests", 501: "NotImplemented", 503: "ServiceUnavailable", 507: "InsufficientStorage"}
+PASSING = {"busy"}              # of the 503s: concerns this request alone, while ServiceUnavailable ends the whole run
+
+
+def nc_error(error: CloudError, request: Request) -> Response:
+    name = "Conflict" if error.kind in PASSING else EXCEPTIONS.get(error.status, "Exception")
+    error.detail.pop("path", None)
+    return dav_error(error, request, E("s:exception", "Sabre\\DAV\\Exception\\" + name))
+
+
+def nc_mkcol_error(error: CloudError, request: Request) -> Response:
+    """Something is there already: 405, which clients take for done."""
+    return nc_error(CloudError("method-not-allowed", str(error), allow=NC_METHODS) if error.kind == "exists" else error, request)
+
+
+def for_owner(handler: Callable[..., Response]) -> Callable[..., Response]:
+    """A handler of addresses that go on with the name of the account."""
+    def enter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+        check_owner(who, path[0] if path else "")
+        return handler(cloud, who, request, path[1:])
+    return enter
+
+
+def nc_route(methods: str, needs: str, refuse: Callable[[CloudError, Request], Response] = nc_error,
+             ) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    """Enter a handler of an account's files at both their addresses."""
+    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
+        route(methods, "/remote.php/webdav/<path>", needs=needs, refuse=refuse)(handler)
+        route(methods, "/remote.php/dav/files/<path>", needs=needs, refuse=refuse)(for_owner(handler))
+        return handler
+    return enter
+
+
+def done_once(handler: Callable[..., Response]) -> Callable[..., Response]:
+    """A write that is done once, even if it comes twice.
+
+    When a connection breaks before the answer, Qt sends the request again by itself, with the same X-Request-ID; a
+    repeated MOVE that found nothing any more would leave Nextcloud's client with a damaged journal.
+    """
+    def enter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+        if not re.fullmatch(r"[0-9A-Fa-f-]{32,36}", request.fields.get("x-request-id", "")):
+            return handler(cloud, who, request, path)
+        op = sha256_text("\n".join([str(who.account), str(who.root), request.method, *path, *(
+            request.fields.get(name, "") for name in SAME_REQUEST)]))
+        return cloud.once(op, lambda acting: handler(acting, who, request, path)) or nc_again(cloud, who, request, path, op)
+    return enter
+
+
+SAME_REQUEST = ("x-request-id", "destination", "overwrite", "if", "if-match", "content-length", "oc-checksum", "x-oc-mtime")
+
+
+def nc_again(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], op: str) -> Response:
+    """The answer to a request that was carried out before."""
+    if request.method == "DELETE":
+        return Response(204)
+    place = read_destination(request) if request.method in ("MOVE", "COPY") else path
+    node = cloud.stat(who, place)
+    if request.method == "PUT" and node.rev != cloud.done(op):
+        raise CloudError("precondition-failed", "it has changed since")
+    return stored_response(request, node, True, dav_href(request, place, bool(node.kind)))
+
+
+@nc_route("GET", "read")
+def nc_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """A file, with what clients compare it by."""
+    node, content = cloud.open(who, path)
+    if content is None:
+        return dav_get(cloud, who, request, path)
+    response = content_response(request, node, content)
+    response.fields.update({"OC-ETag": format_etag(node), "OC-FileId": format_id(node)})
+    sums = cloud.sums(node)
+    for kind in ("sha1", "sha256"):
+        if kind in sums:
+            response.fields["OC-Checksum"] = "%s:%s" % (kind.upper(), sums[kind])
+            break
+    return response
+
+
+@nc_route("PUT", "write")
+@done_once
+def nc_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """A file, or the chunk of one as ownCloud's clients sent them before there were upload folders."""
+    found = LEGACY.fullmatch(path[-1]) if path and "oc-chunked" in request.fields else None
+    return nc_legacy_chunk(cloud, who, request, path[:-1] + (found[1],), *found.groups()[1:]) if found else dav_put(
+        cloud, who, request, path)
+
+
+for _methods, _needs, _handler in (
+        ("PROPFIND", "read", dav_propfind), ("REPORT", "read", dav_report), ("PROPPATCH", "write", dav_proppatch),
+        ("LOCK", "write", dav_lock), ("UNLOCK", "write", dav_unlock), ("DELETE", "write", done_once(dav_delete)),
+        ("MOVE COPY", "write", done_once(dav_transfer))):
+    nc_route(_methods, _needs)(_handler)
+nc_route("MKCOL", "write", nc_mkcol_error)(done_once(dav_mkcol))
+
+
+def nc_options(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = ()) -> Response:
+    """What can be done here; Android looks for SEARCH."""
+    return Response(204, b"", {"DAV": CLASSES, "Allow": NC_METHODS})
+
+
+for _address in ("/remote.php/dav", "/remote.php/dav/files/<path>", "/remote.php/webdav/<path>"):
+    route("OPTIONS", _address, needs="nothing")(nc_options)
+
+
+# ---- uploads in chunks
+#
+# A folder of the client's choice is made, chunks are put into it in any order, and a MOVE of its .file makes them one.
+# Their names are numbers: offsets (ownCloud; rclone, with the end behind a dash), or counted from 0 or 1, with zeros before
+# (Nextcloud, Android) or without (iOS).
+
+NC_UPLOADS = "/remote.php/dav/uploads/<path>"
+LEGACY = re.compile(r"(.+)-chunking-(\d{1,20})-(\d{1,6})-(\d{1,6})", re.S)
+
+
+def upload_route(method: str, needs: str, refuse: Callable[[CloudError, Request], Response] = nc_error,
+                 ) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
+        route(method, NC_UPLOADS, needs=needs, refuse=refuse)(for_owner(handler))
+        return handler
+    return enter
+
+
+def read_chunk(path: tuple[str, ...]) -> tuple[str, Optional[int]]:
+    """(name of the upload, number of the chunk or None) of an address.  raises CloudError not-found, bad-request"""
+    if not 1 <= len(path) <= 2:
+        raise CloudError("not-found", "there is nothing at this address")
+    found = re.fullmatch(r"([0-9]{1,18})(?:-[0-9]{1,18})?", path[1]) if len(path) == 2 else None
+    if len(path) == 2 and not found:
+        raise CloudError("bad-request", "a chunk is named by a number")
+    return path[0], int(found[1]) if found else None
+
+
+@upload_route("MKCOL", "write", nc_mkcol_error)
+def nc_begin(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Begin an upload; newer clients tell its size and place."""
+    if len(path) != 1:
+        raise CloudError("conflict", "an upload is one folder")
+    cloud.begin_parts(who, path[0], read_number(request, "oc-total-length"),
+                      read_destination(request) if "destination" in request.fields else None)
+    return Response(201)
+
+
+@upload_route("PUT", "write")
+def nc_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """A chunk; whole or not at all."""
+    name, number = read_chunk(path)
+    if number is None:
+        raise CloudError("conflict", "a chunk goes into an upload")
+    return Response(201 if cloud.put_part(who, name, number, request.body) else 204)
+
+
+@upload_route("PROPFIND", "read")
+def nc_chunks(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """What has come of an upload, so that the client sends the rest."""
+    names, values = read_propfind(read_body(request))
+    _, chunks = cloud.parts(who, read_chunk(path)[0])
+    names = names or ("{DAV:}resourcetype", "{DAV:}getcontentlength")
+    answer = Multistatus(names, NC_FILES, values=values)
+    base = format_path(request.path) + "/"
+    answer.add(base, [{"{DAV:}resourcetype": COLLECTION_TYPE}.get(name) for name in names])
+    for number, size in chunks if request["depth"] != "0" else ():
+        about = {"{DAV:}resourcetype": "", "{DAV:}getcontentlength": str(size)}
+        answer.add(base + str(number), [about.get(name) for name in names])
+    return answer.response()
+
+
+@upload_route("DELETE", "write")
+def nc_drop(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Give up an upload, or a chunk of it."""
+    cloud.drop_parts(who, *read_chunk(path))
+    return Response(204)
+
+
+@upload_route("MOVE", "write")
+def nc_join(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Make the chunks a file.  Conditions are on what is there."""
+    if len(path) != 2 or path[1] != ".file":
+        raise CloudError("not-found", "there is nothing at this address")
+    target, mtime = read_destination(request), read_mtime(request)
+    node, new = cloud.join_parts(who, path[0], target, read_dav_conditions(request), mtime=mtime, sums=read_sums(request),
+                                 size=read_number(request, "oc-total-length"))
+    return stored_response(request, node, new, format_path(NC_FILES.names + (who.name,) + target))
+
+
+def nc_legacy_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], transfer: str, count: str,
+                    index: str) -> Response:
+    """A chunk of a file that is put as NAME-chunking-TRANSFER-COUNT-INDEX; with the last one they become the file."""
+    name = sha256_text("\n".join((transfer, *path)))
+    cloud.begin_parts(who, name, read_number(request, "oc-total-length"), again=True)
+    cloud.put_part(who, name, int(index), request.body)
+    if len(cloud.parts(who, name)[1]) < int(count):
+        return Response(201)                     # without any ETag: that means more is to come
+    node, new = cloud.join_parts(who, name, path, read_dav_conditions(request), mtime=read_mtime(request), sums=read_sums(request))
+    return stored_response(request, node, new, dav_href(request, path))
+
+
+# ---- many small files in one request
+
+@route("POST", "/remote.php/dav/bulk", needs="write", refuse=nc_error)
+def nc_bulk(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Files as parts of a multipart/related body; each is stored or refused by itself."""
+    found = re.search(r'boundary="?([^";\s]{1,200})"?', request.fields.get("content-type", ""))
+    if not found:
+        raise CloudError("bad-request", "this is not multipart/related")
+    answer = {}
+    for place, outcome in cloud.write_each(who, read_bulk(request.body, found[1].encode("latin-1"))):
+        answer[place] = {"error": True, "message": str(outcome)} if isinstance(outcome, CloudError) else {
+            "error": False, "etag": outcome.etag, "fileid": str(outcome.node), "OC-FileID": format_id(outcome),
+            "permissions": "RGDNVW"}
+    return json_response(answer)
+
+
+BULK_PART = 16 * MiB            # clients send files of up to a hundredth of that in bulk
+
+
+def read_bulk(body: Body, boundary: bytes) -> Iterator[Writing]:
+    """The files in a bulk, one after the other."""
+    lines = Lines(body)
+    while True:
+        line = lines.next()
+        if line == b"--" + boundary + b"--":
+            return
+        if line == b"--" + boundary:
+            fields = dict(iter(partial(read_part_field, lines), None))
+            length = fields.get("content-length", "")
+            if not _LENGTH.fullmatch(length) or int(length) > BULK_PART:
+                raise CloudError("bad-request", "a part has no proper Content-Length")
+            data = lines.take(int(length))
+            yield bulk_file(fields, data)
+        elif line:
+            raise CloudError("bad-request", "malformed bulk")
+
+
+def read_part_field(lines: "Lines") -> tuple[str, str] | None:
+    line = lines.next()
+    name, mark, value = line.decode("utf-8", "replace").partition(":")
+    if line and not mark:
+        raise CloudError("bad-request", "malformed bulk")
+    return (name.strip().lower(), value.strip()) if line else None
+
+
+def bulk_file(fields: dict[str, str], data: bytes) -> Writing:
+    """One part of a bulk, as a write."""
+    sums = dict([parse_checksum(fields["oc-checksum"])] if "oc-checksum" in fields else [])
+    if "x-file-md5" in fields:
+        sums.update([parse_checksum("MD5:" + fields["x-file-md5"])])
+    given = Preconditions(if_match=parse_etags(fields["if-match"], weak=False)) if "if-match" in fields else ANY
+    return Writing(fields.get("x-file-path", ""), Body(data), given,
+                   parse_seconds(fields.get("x-file-mtime", fields.get("x-oc-mtime"))), sums)
+
+
+class Lines:
+    """A body read by lines and by counts."""
+
+    def __init__(self, body: Body) -> None:
+        self.body, self.rest = body, b""
+
+    def _more(self) -> None:
+        view = memoryview(bytearray(RECEIVE))
+        count = self.body.readinto(view)
+        if not count:
+            raise CloudError("bad-request", "the body ended early")
+        self.rest += view[:count]
+
+    def next(self) -> bytes:
+        while b"\r\n" not in self.rest:
+            if len(self.rest) > LINE_LIMIT:
+                raise CloudError("bad-request", "malformed bulk")
+            self._more()
+        line, _, self.rest = self.rest.partition(b"\r\n")
+        return line
+
+    def take(self, count: int) -> bytes:
+        while len(self.rest) < count:
+            self._more()
+        data, self.rest = self.rest[:count], self.rest[count:]
+        return data
+
+
+# ---- favourites and search
+
+class Scattered(About):
+    """What properties need of nodes that come from everywhere."""
+
+    def __init__(self, cloud: Cloud, who: Principal) -> None:
+        self.who, self.epoch, self.locks = who, cloud.epoch, lambda node: []
+        self._fetch = {"quota": lambda: cloud.quota(who), "digests": dict, "dead": lambda: {
+            node.node: {FAVORITE: value} for _, node, value in cloud.marked(who, FAVORITE)}}
+
+
+def nc_rows(request: Request, about: About, base: tuple[str, ...], names: Sequence[str],
+            rows: Iterable[tuple[tuple[str, ...], Node]]) -> Response:
+    """A multistatus of nodes from everywhere, (path, node), below an address."""
+    answer = Multistatus(names, NC_FILES, complete=not is_minimal(request))
+    readers = [property_reader(NC_FILES, name) for name in names]
+    for path, node in rows:
+        answer.add(format_path(base + path) + "/" * node.kind, [read(node, about) for read in readers])
+    return answer.response()
+
+
+def nc_filter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], body: ET.Element) -> Response:
+    """filter-files: the favourites below a collection.  Of other rules, nothing here is known to fit."""
+    names = tuple(dict.fromkeys(part.tag for part in body.iterfind("{DAV:}prop/*")))
+    wanted = (body.findtext(OC + "filter-rules/" + FAVORITE) or "").strip() in TRUE
+    about, base = Scattered(cloud, who), find_door(request.path)[1]
+    return nc_rows(request, about, base, names, ((place, node) for place, node, _ in cloud.marked(who, FAVORITE)
+                                                 if wanted and place[:len(path)] == path and is_favorite(node, about)))
+
+
+REPORT_KINDS[OC + "filter-files"] = nc_filter
+TRUE = ("1", "yes", "true")
+
+
+def is_favorite(node: Node, about: About) -> bool:
+    return stored_text(node, about, FAVORITE) in TRUE
+
+
+def read_search_time(text: str) -> int:
+    """ms of an ISO date, or of seconds since 1970 (Android) or milliseconds."""
+    if re.fullmatch(r"\d{1,11}", text):
+        return int(text) * SECOND
+    return parse_time(text)
+
+
+SEARCH_VALUES: dict[str, tuple[Callable[[Node, About], Any], Callable[[str], Any]]] = {   # of a node; of a literal
+    "displayname": (lambda node, about: node.name.casefold(), str.casefold),
+    "getcontenttype": (lambda node, about: node.media or "", str.casefold),
+    "getlastmodified": (lambda node, about: node.mtime, read_search_time),
+    "metadata-photos-original_date_time": (lambda node, about: node.mtime, read_search_time),           # iOS orders media by it
+    "creation_time": (lambda node, about: node.created, read_search_time),
+    "upload_time": (lambda node, about: node.created, read_search_time),
+    "size": (lambda node, about: node.size, parse_size),
+    "getcontentlength": (lambda node, about: node.size, parse_size),
+    "fileid": (lambda node, about: str(node.node), lambda text: text.lstrip("0")),
+    "favorite": (is_favorite, lambda text: text in TRUE),
+}
+SEARCH_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "eq": lambda a, b: a == b, "lt": lambda a, b: a < b, "gt": lambda a, b: a > b, "lte": lambda a, b: a <= b,
+    "gte": lambda a, b: a >= b, "like": lambda a, b: is_like(str(a), str(b))}
+
+
+def is_like(text: str, pattern: str) -> bool:
+    """Does SQL's LIKE hold, with % for anything?  Linear, whatever the pattern."""
+    first, *middle = pattern.split("%")
+    if not middle:
+        return text == first
+    *middle, last = middle
+    at, end = len(first), len(text) - len(last)
+    if not (text.startswith(first) and text.endswith(last)) or end < at:
+        return False
+    for part in middle:
+        found = text.find(part, at, end)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return True
+
+
+def search_test(where: ET.Element) -> Callable[[Node, About], bool]:
+    """What a condition of a search asks of a node.  raises CloudError unprocessable for what is not known"""
+    kind = local_name(where.tag)
+    if kind in ("and", "or", "not"):
+        tests = [search_test(part) for part in where]
+        judge = {"and": all, "or": any, "not": lambda found: not all(found)}[kind]
+        return lambda node, about: judge(test(node, about) for test in tests)
+    if kind == "is-collection":
+        return lambda node, about: bool(node.kind)
+    prop, literal = where.find("{DAV:}prop/*"), (where.findtext("{DAV:}literal") or "").strip()
+    if kind not in SEARCH_OPERATORS or prop is None or local_name(prop.tag) not in SEARCH_VALUES:
+        raise CloudError("unprocessable", "this cannot be searched for")
+    (value, convert), compare = SEARCH_VALUES[local_name(prop.tag)], SEARCH_OPERATORS[kind]
+    wanted = literal.casefold() if kind == "like" else convert(literal)
+    return lambda node, about: compare(value(node, about), wanted)
+
+
+def search_nodes(cloud: Cloud, who: Principal, path: tuple[str, ...], where: ET.Element,
+                 about: About) -> list[tuple[tuple[str, ...], Node]]:
+    """(path, node) of what is found below a path: by an index if a condition has one, else by looking at everything."""
+    test = search_test(where)
+    for part in where if local_name(where.tag) == "and" else [where]:
+        prop = part.find("{DAV:}prop/*")
+        lookup = None if prop is None else LOOKUPS.get((local_name(part.tag), local_name(prop.tag)))
+        known = lookup(cloud, who, (part.findtext("{DAV:}literal") or "").strip()) if lookup else None
+        if known is not None:
+            return [(place, node) for place, node in known if place[:len(path)] == path != place and test(node, about)]
+    return [(path + place, node) for place, node in cloud.find_all(who, path, lambda node: test(node, about))]
+
+
+def look_up_name(cloud: Cloud, who: Principal, pattern: str) -> list[tuple[tuple[str, ...], Node]] | None:
+    """%words% of a name."""
+    words = pattern[1:-1]
+    return cloud.search(who, words, limit=SEARCH_MOST) if pattern[:1] == pattern[-1:] == "%" and words.strip() and "%" not in words else None
+
+
+def look_up_favorites(cloud: Cloud, who: Principal, value: str) -> list[tuple[tuple[str, ...], Node]] | None:
+    return [(place, node) for place, node, _ in cloud.marked(who, FAVORITE)] if value in TRUE else None
+
+
+LOOKUPS: dict[tuple[str, str], Callable[[Cloud, Principal, str], Optional[list[tuple[tuple[str, ...], Node]]]]] = {
+    ("like", "displayname"): look_up_name,
+    ("eq", "fileid"): lambda cloud, who, value: cloud.by_id(who, read_id(value)),
+    ("eq", "favorite"): look_up_favorites}
+SEARCH_MOST = 5000              # rows of an answer
+
+
+@route("SEARCH", "/remote.php/dav", needs="read", refuse=nc_error)
+def nc_search(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """basicsearch (RFC 5323), as the phone apps use it for media, favourites, and words of names."""
+    body = read_body(request)
+    search = None if body is None else body.find("{DAV:}basicsearch")
+    scope = [] if search is None else (search.findtext("{DAV:}from/{DAV:}scope/{DAV:}href") or "").strip().strip("/").split("/")
+    where = None if search is None else search.find("{DAV:}where/*")
+    if scope[:1] != ["files"] or len(scope) < 2 or where is None:
+        raise CloudError("bad-request", "search below /files/USER, with a condition")
+    owner, *below = map(unquote_name, scope[1:])
+    check_owner(who, owner)
+    names = tuple(dict.fromkeys(part.tag.replace("{http://nextcloud.com/ns}", OC)            # Android
+                                for part in search.iterfind("{DAV:}select/{DAV:}prop/*")))
+    limit = (search.findtext("{DAV:}limit/{DAV:}nresults") or "").strip()
+    most = min(SEARCH_MOST, int(limit)) if re.fullmatch(r"\d{1,6}", limit) else SEARCH_MOST
+    about, path = Scattered(cloud, who), check_path(below)
+    found = search_nodes(cloud, who, path, where, about)
+    for order in reversed(search.findall("{DAV:}orderby/{DAV:}order")):
+        prop = order.find("{DAV:}prop/*")
+        if prop is not None and local_name(prop.tag) in SEARCH_VALUES:
+            value = SEARCH_VALUES[local_name(prop.tag)][0]
+            found.sort(key=lambda row: value(row[1], about), reverse=order.find("{DAV:}descending") is not None)
+    return nc_rows(request, about, NC_FILES.names + (owner,), names, found[:most])
+
+
+# ---- trash and versions
+
+TRASHED: dict[str, Callable[[Trashed], str]] = {
+    NC + "trashbin-filename": lambda item: escape(item.path[-1]),
+    NC + "trashbin-original-location": lambda item: escape("/".join(item.path)),
+    NC + "trashbin-deletion-time": lambda item: str(item.at // SECOND),
+}
+
+
+def trash_route(method: str, needs: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
+        route(method, "/remote.php/dav/trashbin/<path>", needs=needs, refuse=nc_error)(for_owner(handler))
+        return handler
+    return enter
+
+
+def check_place(path: tuple[str, ...], *first: str) -> None:
+    if path[:len(first)] != first:
+        raise CloudError("not-found", "there is nothing at this address")
+
+
+@trash_route("PROPFIND", "read")
+def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """What was deleted, each by its id; or what a deleted collection held."""
+    check_place(path, "trash")
+    names, about = read_propfind(read_body(request))[0] or tuple(TRASHED) + ALLPROP, Scattered(cloud, who)
+    if len(path) == 1:
+        root, items = cloud.stat(who, ()), cloud.trash(who, limit=PAGE_LIMIT)
+        rows = [((str(item.node.node),), item.node, item) for item in items]
+    else:
+        item = cloud.trashed(who, read_id(path[1]))
+        root, children = cloud.past(who, item.path + path[2:], item.node.until - 1)
+        rows = [((child.name,), child, item._replace(node=child, path=item.path + path[2:] + (child.name,))) for child in children]
+    answer, base = Multistatus(names, NC_FILES), format_path(request.path)
+    answer.add(base + "/", [property_reader(NC_FILES, name)(root, about) for name in names])
+    for below, node, item in rows if request["depth"] != "0" else ():
+        answer.add(base + format_path(below) + "/" * node.kind, [
+            TRASHED[name](item) if name in TRASHED else property_reader(NC_FILES, name)(node, about) for name in names])
+    return answer.response()
+
+
+@trash_route("DELETE", "write")
+def nc_purge(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Give up one deleted thing for good, or all."""
+    check_place(path, "trash")
+    cloud.empty_trash(who, *map(read_id, path[1:2]))
+    return Response(204)
+
+
+@trash_route("MOVE", "write")
+def nc_restore(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Bring a deleted thing back to where it was; the destination only says that it shall be."""
+    check_place(path, "trash")
+    cloud.restore(who, read_id("".join(path[1:])))
+    return Response(201)
+
+
+def versions_route(method: str, needs: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+    """Enter a handler of (the path of a file, one of its versions or None)."""
+    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
+        def find(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+            check_place(path, "versions")
+            place = cloud.path_of(who, read_id("".join(path[1:2])))
+            return handler(cloud, who, request, place, read_id(path[2]) if len(path) == 3 else None)
+        route(method, "/remote.php/dav/versions/<path>", needs=needs, refuse=nc_error)(for_owner(find))
+        return handler
+    return enter
+
+
+@versions_route("PROPFIND", "read")
+def nc_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], rev: int | None) -> Response:
+    """The versions of a file before the present one."""
+    names = read_propfind(read_body(request))[0] or ALLPROP
+    live, about = cloud.stat(who, path), Scattered(cloud, who)
+    rows = [] if request["depth"] == "0" else [
+        ((str(version.rev),), live._replace(rev=version.rev, size=version.size, mtime=version.mtime, manifest=version.manifest))
+        for version in cloud.versions(who, path)[1:]]
+    return nc_rows(request, about, request.path, names, [((), live._replace(kind=COLLECTION, seq=live.rev)), *rows])
+
+
+@versions_route("GET", "read")
+def nc_version(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], rev: int | None) -> Response:
+    """The bytes of a version."""
+    return content_response(request, *cloud.version(who, path, rev or 0))
+
+
+@versions_route("MOVE", "write")
+def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], rev: int | None) -> Response:
+    """Make a version the present one."""
+    cloud.restore_version(who, path, rev or 0)
+    return Response(201)
 
 
 # ==== 13. Web pages ======================================================================
@@ -10062,8 +11203,14 @@ def printable(text: str) -> str:
 
 
 def loggable(path: tuple[str, ...]) -> tuple[str, ...]:
-    """A path without what opens something: tokens of share links and uploads."""
-    return (path[0], "...", *path[2:]) if len(path) > 1 and path[0] in ("s", "tus") else path
+    """A path without what opens something: tokens of share links, uploads and logins."""
+    for opener in OPENERS:
+        if path[:len(opener)] == opener:
+            return opener + ("...",) * (len(path) > len(opener)) + path[len(opener) + 1:]
+    return path
+
+
+OPENERS = (("s",), ("tus",), ("api", "v1", "grants"), ("login", "v2", "flow"))        # a secret follows
 
 
 class JsonFormatter(logging.Formatter):
@@ -10134,6 +11281,7 @@ class Upkeep:
                     Statement("DELETE FROM loose WHERE due < ?", (now,)),
                     Statement("DELETE FROM brake WHERE held IS NULL AND due < ? AND free < ? OR device NOT IN "
                               "(SELECT id FROM device)", (now, now)),
+                    Statement("DELETE FROM pairing WHERE due < ?", (now,)),
                     Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
                     Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
                     Statement("DELETE FROM upload WHERE due < ?", (now,)),

@@ -49,6 +49,7 @@ if __name__ == "__main__":
 
     sys.exit(run_pytest(private_python()))
 
+import argparse
 import ast
 import base64
 import gzip
@@ -1050,6 +1051,27 @@ def test_the_last_administrator_stays(cloud, ann):
     assert outcome(cloud.accounts.remove, "ann") == "conflict"
 
 
+def test_devices_are_let_in_once(make_cloud, fake):
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    poll, token = cloud.accounts.begin_pairing("Nextcloud on a phone", "10.0.0.1")
+    assert cloud.accounts.pairing(token) == "Nextcloud on a phone" and outcome(cloud.accounts.collect, poll) == "not-found"
+    assert outcome(cloud.accounts.pairing, poll) == outcome(cloud.accounts.collect, token) == outcome(cloud.accounts.grant, ann, poll) == "not-found"
+    cloud.accounts.grant(ann, token)
+    assert outcome(cloud.accounts.pairing, token) == outcome(cloud.accounts.grant, ann, token) == "not-found"
+    name, secret = cloud.accounts.collect(poll)
+    assert identify(cloud, basic(name, secret)).account == ann.account and outcome(cloud.accounts.collect, poll) == "not-found"
+    assert [(device.name, device.kind) for device in cloud.accounts.devices(ann)] == [("Nextcloud on a phone", "token")]
+    poll, token = cloud.accounts.begin_pairing("", "10.0.0.1")
+    rows = str(cloud.db.read("SELECT * FROM pairing") + cloud.db.read("SELECT * FROM device"))
+    assert poll not in rows and token not in rows and secret not in rows         # hashed, whoever reads the database
+    fake.pass_(cs.PAIRING + 1000)
+    assert outcome(cloud.accounts.grant, ann, token) == "not-found"
+    for _ in range(cs.PAIRINGS_HERE):
+        cloud.accounts.begin_pairing("x", "10.0.0.1")
+    assert outcome(cloud.accounts.begin_pairing, "x", "10.0.0.1") == "throttled" and cloud.accounts.begin_pairing("x", "10.0.0.2")
+
+
 # ==== 7. Operations ======================================================================
 
 def test_a_file_comes_back_as_it_was_given(cloud, ann):
@@ -1936,6 +1958,93 @@ def test_an_upload_may_learn_its_length_late(cloud, ann):
     assert get(cloud, ann, "a") == b"abcd"
 
 
+# ---- uploads in numbered parts
+
+def test_numbered_parts_join_in_the_order_of_their_numbers(cloud, ann, rng):
+    data = os.urandom(9 * MiB + 5)
+    cuts = [0, 10, 10, 5 * MiB, 5 * MiB + 70_000, len(data)]
+    parts = [(number, data[start:stop]) for number, (start, stop) in enumerate(zip(cuts, cuts[1:]), 8)]      # 8 9 10 11 12
+    rng.shuffle(parts)
+    cloud.begin_parts(ann, "tid", len(data), ("big",))
+    assert outcome(cloud.begin_parts, ann, "tid") == "exists" and cloud.begin_parts(ann, "tid", again=True) is None
+    assert cloud.put_part(ann, "tid", *parts[0][:1], Body(b"replaced later")) is True
+    for number, part in parts:
+        assert cloud.put_part(ann, "tid", number, Body(part)) is (number != parts[0][0])
+    assert dict(cloud.parts(ann, "tid")[1]) == {number: len(part) for number, part in parts}
+    assert cloud.parts(ann, "tid")[0].received == len(data) and "big" not in tree(cloud, ann)              # R9
+    assert outcome(cloud.join_parts, ann, "tid", ("big",), sums={"sha1": "0" * 40}) == "bad-checksum"
+    assert outcome(cloud.join_parts, ann, "tid", ("big",), size=7) == "bad-request"
+    assert outcome(cloud.join_parts, ann, "tid", ("no", "big")) == "no-parent"
+    node, new = cloud.join_parts(ann, "tid", ("big",), mtime=5000, sums={"sha1": hashlib.sha1(data).hexdigest()})
+    assert new and get(cloud, ann, "big") == data and node == cloud.stat(ann, ("big",)) and node.mtime == 5000
+    assert cloud.sums(node) == {"sha1": hashlib.sha1(data).hexdigest(), "sha256": hashlib.sha256(data).hexdigest()}
+    assert cloud.join_parts(ann, "tid", ("big",)) == (node, True)                # the answer got lost: the same again
+    assert outcome(cloud.parts, ann, "tid") == "not-found" and outcome(cloud.put_part, ann, "tid", 1, Body(b"")) == "not-found"
+    cloud.begin_parts(ann, "tid")
+    assert cloud.join_parts(ann, "tid", ("big",))[1] is False and get(cloud, ann, "big") == b""
+    audit(cloud)
+
+
+def test_parts_that_come_at_once_all_count(cloud, ann):
+    cloud.begin_parts(ann, "t")
+    threads = [threading.Thread(target=cloud.put_part, args=(ann, "t", n, Body(b"%02d" % n * 50_000))) for n in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cloud.join_parts(ann, "t", ("a",))
+    assert get(cloud, ann, "a") == b"".join(b"%02d" % n * 50_000 for n in range(12))
+
+
+def test_a_part_that_breaks_off_is_not_there(cloud, ann):
+    class Breaking(Body):
+        def readinto(self, buffer):
+            return super().readinto(buffer) or (_ for _ in ()).throw(CloudError("bad-request", "gone"))
+    body = Breaking(bytes(MiB))
+    body.length = 2 * MiB
+    cloud.begin_parts(ann, "t")
+    assert outcome(cloud.put_part, ann, "t", 1, body) == "bad-request" and cloud.parts(ann, "t")[1] == []
+
+
+def test_parts_have_their_limits(make_cloud, fake):
+    """Q1, R23"""
+    cloud = make_cloud(clock=fake.clock())
+    ann, bob = account(cloud, quota=1000), account(cloud, "bob")
+    put(cloud, ann, "old", bytes(600))
+    assert outcome(cloud.begin_parts, ann, "t", 1001) == "over-quota" and outcome(cloud.begin_parts, ann, "t", 500, ("new",)) == "over-quota"
+    cloud.begin_parts(ann, "t", 700, ("old",))           # it will replace as much
+    assert outcome(cloud.begin_parts, ann, "u", 400) == "over-quota" and outcome(put, cloud, ann, "c", bytes(100)) == "over-quota"
+    assert outcome(cloud.put_part, ann, "t", 1, Body(bytes(1001))) == "over-quota"
+    cloud.put_part(ann, "t", 1, Body(bytes(700)))
+    assert outcome(cloud.join_parts, ann, "t", ("new",)) == "over-quota" and cloud.join_parts(ann, "t", ("old",))[1] is False
+    assert cloud.stat(ann, ()).size == 700
+    cloud.begin_parts(ann, "v")                          # its size unknown, as Android begins
+    cloud.put_part(ann, "v", 1, Body(bytes(300)))
+    assert outcome(cloud.put_part, ann, "v", 2, Body(bytes(701))) == "over-quota"
+    assert outcome(cloud.parts, bob, "v") == "not-found" and outcome(cloud.drop_parts, bob, "v") == "not-found"
+    assert outcome(cloud.upload, ann, cs.parts_id(ann, "v")) == "not-found"                 # tus cannot reach it
+    cloud.drop_parts(ann, "v", 1)
+    assert cloud.parts(ann, "v")[0].received == 0 and outcome(cloud.drop_parts, ann, "v", 1) == "not-found"
+    fake.pass_(cs.UPLOAD_LIFE + 1000)
+    assert outcome(cloud.put_part, ann, "v", 1, Body(b"x")) == "gone"
+    cloud.begin_parts(ann, "v")
+    cloud.drop_parts(ann, "v")
+    assert outcome(cloud.parts, ann, "v") == "not-found"
+
+
+def test_a_request_that_comes_twice_counts_once(make_cloud, fake):
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    first = cloud.once("op", lambda acting: put(acting, ann, "a"))
+    assert cloud.done("op") == first.since and cloud.once("op", lambda acting: put(acting, ann, "a", b"2")) is None
+    assert get(cloud, ann, "a") == b"x" and cloud.done("other") is None
+    assert outcome(cloud.once, "new", lambda acting: cloud.delete(ann, ("no",))) == "not-found"
+    raced = cloud.once("race", lambda acting: cloud.once("race", lambda inner: inner.delete(ann, ("a",))) and acting.delete(ann, ("a",)))
+    assert raced is None                                 # the other request was first, and this finds nothing any more
+    fake.pass_(3 * cs.MINUTE)
+    assert cloud.once("op", lambda acting: put(acting, ann, "a", b"3")).size == 1
+
+
 # ==== 8. HTTP ============================================================================
 
 GET_ROOT = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -2147,7 +2256,7 @@ def test_nobody_gets_nothing(call, cloud):
             public += 1
             continue
         assert answer.status == 401 and "basic" in answer.headers["www-authenticate"].lower(), route.pattern
-    assert public <= 24
+    assert public <= 40
 
 
 def test_a_server_not_set_up_says_so(make_cloud, serve_cloud):
@@ -2416,6 +2525,16 @@ def test_app_passwords_through_the_api(call, cloud, ann, address):
     assert [d["name"] for d in listed] == ["phone"]
     assert call("DELETE", "/api/v1/devices/" + listed[0]["id"]).status == 204
     assert exchange(address, "GET", "/dav/", user=None, **token).status == 401
+
+
+def test_a_browser_lets_a_device_in(call, cloud, ann, address):
+    poll, token = cloud.accounts.begin_pairing("a phone", "10.0.0.1")
+    assert call("GET", "/api/v1/grants/" + token, user=None).json() == {"device": "a phone"}
+    assert call("GET", "/api/v1/grants/no").status == 404 and call("POST", "/api/v1/grants/" + token, user=None).status == 401
+    _, secret = cloud.accounts.add_token(ann, "thief")
+    assert call("POST", "/api/v1/grants/" + token, Authorization=basic("ann", secret)).status == 403        # A10
+    assert call("POST", "/api/v1/grants/" + token).status == 204 and call("GET", "/api/v1/grants/" + token).status == 404
+    assert cloud.accounts.collect(poll)[0] == "ann"
 
 
 def test_what_needs_a_fresh_password_asks_for_it(make_cloud, serve_cloud, fake):
@@ -3170,6 +3289,405 @@ def test_quota_properties(call, cloud, ann):
     found = propfind(call, "/dav/", "d:quota-used-bytes", "d:quota-available-bytes")["/dav/"]
     assert (found["{DAV:}quota-used-bytes"].text, found["{DAV:}quota-available-bytes"].text) == ("300", "700")
     assert call("PUT", "/dav/b", bytes(800)).status == 507
+
+
+# ==== 12. Nextcloud dialect ==============================================================
+
+FILES = "/remote.php/dav/files/ann"
+UPLOADS = "/remote.php/dav/uploads/ann/"
+
+
+def test_nextcloud_discovery(call):
+    about = call("GET", "/status.php", user=None).json()
+    assert about["installed"] and not about["maintenance"] and re.fullmatch(r"\d+(\.\d+){3}", about["version"])
+    for version, good in (("v1.php", 100), ("v2.php", 200)):
+        answer = call("GET", "/ocs/%s/cloud/capabilities?format=json" % version, user=None).json()["ocs"]
+        assert answer["meta"]["statuscode"] == good and answer["data"]["capabilities"]["dav"]["chunking"] == "1.0"
+        assert set(answer["data"]["capabilities"]) == {"core", "dav", "files", "files_sharing", "checksums"}      # nothing invented
+    assert call("PROPFIND", "/remote.php/dav/files//", user=None).status == 401      # as the desktop client probes
+    assert call("PROPFIND", "/dav/files//", user=None).status == 400
+    answer = call("PROPFIND", FILES, user=None)
+    assert answer.status == 401 and answer.headers["www-authenticate"].startswith("Basic ") and b"NotAuthenticated" in answer.body
+    assert "SEARCH" in call("OPTIONS", "/remote.php/dav", user=None).headers["allow"]
+
+
+def test_a_server_without_accounts_is_not_installed(make_cloud, serve_cloud):
+    assert exchange(serve_cloud(make_cloud()), "GET", "/status.php", user=None).json()["installed"] is False
+
+
+def test_ocs_in_json_and_xml(call, cloud, ann):
+    user = call("GET", "/ocs/v1.php/cloud/user?format=json").json()["ocs"]
+    assert user["meta"]["statuscode"] == 100 and user["data"]["id"] == "ann" and user["data"]["quota"]["used"] == 0
+    assert call("GET", "/ocs/v2.php/cloud/users/ann", Accept="application/json").json()["ocs"]["data"]["id"] == "ann"
+    assert call("GET", "/ocs/v2.php/cloud/users/bob").status == 404
+    root = cs.read_xml(call("GET", "/ocs/v2.php/cloud/user").body)
+    assert (root.tag, root.findtext("meta/statuscode"), root.findtext("data/id"), root.findtext("data/enabled")) == ("ocs", "200", "ann", "1")
+    shares = call("GET", "/ocs/v2.php/apps/files_sharing/api/v1/shares?path=/a&reshares=true&format=json").json()["ocs"]
+    assert shares["data"] == [] and shares["meta"]["statuscode"] == 200
+    assert call("GET", "/ocs/v1.php/core/navigation/apps?format=json").json()["ocs"]["data"] == []
+    first, second = call("GET", "/ocs/v1.php/apps/no?format=json"), call("GET", "/ocs/v2.php/apps/no?format=json")
+    assert (first.status, first.json()["ocs"]["meta"]["statuscode"], second.status) == (200, 998, 404)
+    nobody = call("GET", "/ocs/v1.php/cloud/user?format=json", user=None)
+    assert nobody.status == 401 and nobody.json()["ocs"]["meta"]["statuscode"] == 997
+
+
+@pytest.mark.parametrize("agent, bulk", [
+    ("Mozilla/5.0 (Linux) mirall/3.7.3git (Nextcloud, debian)", False), ("Mozilla/5.0 (Linux) mirall/3.10.0 (nextcloudcmd, x)", True),
+    ("Mozilla/5.0 (Linux) mirall/35.0.0 (Nextcloud)", True), ("Mozilla/5.0 (Linux) mirall/5.3.1 (ownCloud)", False), ("", False)])
+def test_bulk_upload_is_announced_only_to_clients_that_can(call, agent, bulk):
+    found = call("GET", "/ocs/v1.php/cloud/capabilities?format=json", User_Agent=agent).json()["ocs"]["data"]["capabilities"]
+    assert ("bulkupload" in found["dav"]) is bulk
+
+
+@pytest.mark.parametrize("agent, name", [
+    ("Mozilla/5.0 (Linux) mirall/35.0.0-1 (Debian built) (Nextcloud, debian-6.1 ClientArchitecture: x86_64)", "Nextcloud desktop 35.0.0, Linux"),
+    ("Mozilla/5.0 (Macintosh) mirall/2.11.0 (build 1) (ownCloud, osx)", "ownCloud desktop 2.11.0, Macintosh"),
+    ("Mozilla/5.0 (iOS) Nextcloud-iOS/7.0.1", "Nextcloud for iOS 7.0.1"), ("studio (Desktop Client - Linux)", "studio (Desktop Client - Linux)"),
+    ("", "device")])
+def test_devices_get_names_people_know(call, cloud, ann, agent, name):
+    call("GET", "/ocs/v2.php/core/getapppassword", User_Agent=agent)
+    assert [device.name for device in cloud.accounts.devices(ann)] == [name]
+
+
+def test_login_flow(call, cloud, ann):
+    begun = call("POST", "/index.php/login/v2", user=None, User_Agent="Nextcloud-android/3.30").json()
+    base, mark, token = begun["login"].partition("/login/v2/flow/")
+    assert mark and begun["poll"]["endpoint"] == base + "/login/v2/poll" and base.startswith("http://127.0.0.1:")
+    poll = partial(call, "POST", "/login/v2/poll", user=None)
+    form = "token=" + begun["poll"]["token"]
+    assert poll(form).status == 404 and poll(form).json() == []
+    assert call("GET", "/api/v1/grants/" + token).json() == {"device": "Nextcloud for Android 3.30"}
+    assert call("POST", "/api/v1/grants/" + token).status == 204
+    found = call("POST", "/index.php/login/v2/poll?" + form, b"", user=None).json()              # as iOS asks
+    assert (found["server"], found["loginName"]) == (base, "ann") and poll(form).status == 404
+    device = dict(user=None, Authorization=basic("ann", found["appPassword"]))
+    assert call("PROPFIND", FILES, Depth="0", **device).status == 207
+    assert call("GET", "/ocs/v2.php/core/getapppassword?format=json", **device).status == 403
+    assert call("POST", "/index.php/core/wipe/check", "token=" + found["appPassword"], user=None).status == 404
+    assert call("DELETE", "/ocs/v2.php/core/apppassword?format=json", **device).status == 200
+    assert call("PROPFIND", FILES, Depth="0", **device).status == 401
+    assert call("GET", "/ocs/v2.php/core/getapppassword?format=json").json()["ocs"]["data"]["apppassword"].startswith(cs.TOKEN_MARK)
+    assert call("DELETE", "/ocs/v2.php/core/apppassword").status == 403
+
+
+def test_nextcloud_properties(call, cloud, ann):
+    node = put(cloud, ann, "d/a \u00e9.txt", b"hello", parents=True, mtime=-5000)
+    asked = ["d:resourcetype", "d:getlastmodified", "d:getcontentlength", "d:getetag", "oc:id", "oc:fileid", "oc:size", "oc:permissions",
+             "oc:checksums", "oc:favorite", "oc:share-types", "oc:data-fingerprint", "oc:owner-id", "oc:dDC"]
+    for root in (FILES, "/remote.php/webdav"):
+        found = propfind(call, root + "/d", *asked, depth="1")
+        assert list(found) == [root + "/d/", root + "/d/a%20%C3%A9.txt"]
+        above, file = found[root + "/d/"], found[root + "/d/a%20%C3%A9.txt"]
+        text = lambda name, about=file: about["{http://owncloud.org/ns}" + name].text
+        assert file["{DAV:}getlastmodified"].text == "Thu, 01 Jan 1970 00:00:01 GMT"         # Nextcloud's refuses what is before
+        assert (text("permissions"), text("permissions", above), text("size", above)) == ("RGDNVW", "RGDNVCK", "5")
+        assert text("id").lstrip("0").startswith(text("fileid")) and int(text("fileid")) == node.node
+        assert text("favorite") == "0" and text("owner-id") == "ann" and text("data-fingerprint") == cloud.epoch
+        assert "{http://owncloud.org/ns}dDC" not in file
+    plain = call("PROPFIND", FILES, b"", Depth="0")
+    assert plain.headers["content-type"] == "application/xml; charset=utf-8"                 # ownCloud takes no other spelling
+    assert call("PROPFIND", "/remote.php/dav/files/bob", b"", Depth="0").status == 404
+    assert call("HEAD", FILES).status == 200
+    _, token = cloud.accounts.add_token(ann, "reader", readonly=True)
+    found = propfind(call, FILES + "/d", "oc:permissions", depth="1", Authorization=basic("ann", token))
+    assert {about["{http://owncloud.org/ns}permissions"].text for about in found.values()} == {"G"}
+
+
+def test_nextcloud_files_are_everybodys(call, cloud, ann):
+    """What one door writes, every door reads."""
+    data = b"x" * 100
+    made = call("PUT", FILES + "/a", data, X_OC_Mtime="1234567890", OC_Checksum="SHA1:" + hashlib.sha1(data).hexdigest())
+    assert made.status == 201 and made.headers["x-oc-mtime"] == "accepted" and made.headers["oc-etag"] == made.headers["etag"]
+    for path in ("/dav/a", "/remote.php/webdav/a", FILES + "/a", "/api/v1/content/a"):
+        answer = call("GET", path)
+        assert answer.body == data and answer.headers["etag"] == made.headers["etag"], path
+    assert call("GET", FILES + "/a").headers["oc-checksum"] == "SHA1:" + hashlib.sha1(data).hexdigest()
+    assert call("GET", FILES + "/a").headers["oc-fileid"] == made.headers["oc-fileid"]
+    assert cloud.stat(ann, ("a",)).mtime == 1234567890000
+    assert call("PUT", FILES + "/a", b"2", If_Match='"no"').status == 412
+    assert call("PUT", FILES + "/a", b"2", If_Match=made.headers["etag"]).status == 204
+    assert call("PUT", FILES + "/no/a", b"2").status == 409 and call("PUT", FILES + "/a", b"2", OC_Checksum="MD5:" + "0" * 32).status == 400
+    folder = call("MKCOL", FILES + "/d")
+    assert folder.status == 201 and "oc-fileid" in folder.headers and call("MKCOL", FILES + "/d").status == 405
+    assert call("MOVE", FILES + "/a", Destination="/remote.php/webdav/d/b").status == 201        # either root will do
+    assert call("MOVE", FILES + "/d/b", Destination="http://127.0.0.1" + FILES + "/d/c%20d").status == 201
+    assert call("MOVE", FILES + "/d/c%20d", Destination="/remote.php/dav/files/bob/x").status == 404
+    assert call("COPY", "/remote.php/webdav/d", Destination=FILES + "/e", Overwrite="F").status == 201
+    assert call("DELETE", FILES + "/d").status == 204 and call("DELETE", FILES + "/d").status == 404
+    assert tree(cloud, ann) == {"e": None, "e/c d": b"2"}
+
+
+def test_nextcloud_etags_change_up_to_the_root(call, cloud, ann):
+    put(cloud, ann, "a/b/c", parents=True)
+    put(cloud, ann, "beside", b"x")
+
+    def etags():
+        return [propfind(call, FILES + path, "d:getetag")[FILES + path + "/" * (path != "/beside")]["{DAV:}getetag"].text
+                for path in ("", "/a", "/a/b", "/beside")]
+    for change in (lambda: call("PUT", FILES + "/a/b/c", b"2"), lambda: call("DELETE", "/dav/a/b/c")):
+        before = etags()
+        change()
+        assert [old != new for old, new in zip(before, etags())] == [True, True, True, False]
+
+
+def test_nextcloud_refusals_are_worded_as_clients_expect(call, cloud, ann, monkeypatch):
+    put(cloud, ann, "a")
+    missing = call("GET", FILES + "/no")
+    assert missing.status == 404 and b"<s:exception>Sabre\\DAV\\Exception\\NotFound</s:exception><s:message>" in missing.body
+    lock = take_lock(cloud, ann, "a")
+    locked = call("PUT", FILES + "/a", b"2")
+    assert locked.status == 423 and b"Exception\\Locked" in locked.body and lock.token.encode() not in locked.body
+    monkeypatch.setattr(cloud, "listing", lambda *_: (_ for _ in ()).throw(CloudError("storage-failed")))
+    broken = call("PROPFIND", FILES, b"", Depth="1")
+    assert broken.status == 503 and b"Exception\\ServiceUnavailable" in broken.body              # ends the run: nothing is deleted
+    monkeypatch.setattr(cloud, "listing", lambda *_: (_ for _ in ()).throw(CloudError("busy")))
+    busy = call("PROPFIND", FILES, b"", Depth="1")
+    assert busy.status == 503 and b"ServiceUnavailable" not in busy.body                         # concerns this request alone
+
+
+def test_a_repeated_request_is_answered_but_not_done_again(call, cloud, ann):
+    put(cloud, ann, "a")
+    again = {"X_Request_ID": "12345678-1234-1234-1234-123456789abc"}
+    first = call("MOVE", FILES + "/a", Destination=FILES + "/b", **again)
+    second = call("MOVE", FILES + "/a", Destination=FILES + "/b", **again)
+    assert first.status == second.status == 201 and first.headers["oc-fileid"] == second.headers["oc-fileid"]
+    assert call("MOVE", FILES + "/a", Destination=FILES + "/b").status == 404
+    first, second = call("PUT", FILES + "/c", b"1", **again), call("PUT", FILES + "/c", b"1", **again)
+    assert first.headers["etag"] == second.headers["etag"] and len(cloud.versions(ann, ("c",))) == 1
+    put(cloud, ann, "c", b"of somebody else")
+    assert call("PUT", FILES + "/c", b"1", **again).status == 412 and get(cloud, ann, "c") == b"of somebody else"
+    assert [call("MKCOL", FILES + "/d", **again).status for _ in "12"] == [201, 201]
+    assert [call("DELETE", FILES + "/d", **again).status for _ in "12"] == [204, 204] and call("DELETE", FILES + "/d").status == 404
+    assert [call("PUT", FILES + "/e", b"1", X_Request_ID="proxy").status for _ in "12"] == [201, 204]     # not one of a client
+
+
+CHUNK_NAMES = [  # as each client names its chunks
+    ("owncloud 2.11", ["0000000000000000", "0000000000000003", "0000000000000006"]),
+    ("nextcloud 3.7", ["0000000000000000", "0000000000000001", "0000000000000002"]),
+    ("nextcloud 35", ["00001", "00002", "00003"]), ("android", ["000001", "000002", "000003"]), ("ios", ["8", "9", "10"]),
+    ("rclone 1.75", ["000000000000000-000000000000003", "000000000000003-000000000000006", "000000000000006-000000000000008"])]
+
+
+@pytest.mark.parametrize("client, names", CHUNK_NAMES)
+def test_chunks_become_a_file(call, cloud, ann, client, names):
+    put(cloud, ann, "big", b"old")
+    etag = propfind(call, FILES + "/big", "d:getetag")[FILES + "/big"]["{DAV:}getetag"].text
+    assert call("MKCOL", UPLOADS + "77", OC_Total_Length="8").status == 201 and call("MKCOL", UPLOADS + "77").status == 405
+    for name, part in reversed(list(zip(names, (b"abc", b"def", b"gh")))):
+        assert call("PUT", UPLOADS + "77/" + name, part).status == 201
+    assert call("PUT", UPLOADS + "77/" + names[0], b"abc").status == 204
+    found = propfind(call, UPLOADS + "77", "d:resourcetype", "d:getcontentlength", depth="1")
+    sizes = {href: about.get("{DAV:}getcontentlength") for href, about in found.items()}
+    assert list(sizes)[0] == UPLOADS + "77/" and [int(href.rpartition("/")[2]) for href in list(sizes)[1:]] == [int(name.partition("-")[0]) for name in names]
+    assert [size.text for size in list(sizes.values())[1:]] == ["3", "3", "2"]
+    move = partial(call, "MOVE", UPLOADS + "77/.file", Destination=FILES + "/big", X_OC_Mtime="99", OC_Total_Length="8")
+    assert move(If='<%s/big> (["no"])' % FILES).status == 412 and move(OC_Checksum="SHA1:" + "0" * 40).status == 400
+    done = move(If="<%s/big> ([%s])" % (FILES, etag), OC_Checksum="SHA1:" + hashlib.sha1(b"abcdefgh").hexdigest())
+    assert done.status == 204 and {"oc-fileid", "etag", "oc-etag"} <= set(done.headers) and done.headers["x-oc-mtime"] == "accepted"
+    assert get(cloud, ann, "big") == b"abcdefgh" and cloud.stat(ann, ("big",)).mtime == 99_000
+    assert call("PROPFIND", UPLOADS + "77", b"", Depth="1").status == 404 and move().status == 201      # asked again: the same file
+    assert call("DELETE", UPLOADS + "77").status == 404
+
+
+def test_chunks_that_cannot_be(call, cloud, ann):
+    assert call("PUT", UPLOADS + "5/1", b"x").status == 404 and call("MKCOL", "/remote.php/dav/uploads/bob/5").status == 404
+    call("MKCOL", UPLOADS + "5")
+    assert call("PUT", UPLOADS + "5/one", b"x").status == 400 and call("PUT", UPLOADS + "5", b"x").status == 409
+    assert call("MKCOL", UPLOADS + "5/6").status == 409 and call("MOVE", UPLOADS + "5/1", Destination=FILES + "/a").status == 404
+    assert call("MKCOL", UPLOADS + "6", Destination=FILES + "/no/a", OC_Total_Length="5").status == 409
+    assert call("PUT", UPLOADS + "5/1", b"x").status == 201 and call("DELETE", UPLOADS + "5/1").status == 204
+    assert call("MOVE", UPLOADS + "5/.file", Destination=FILES + "/a", OC_Total_Length="4").status == 400
+    lock = take_lock(cloud, ann, "", deep=True)
+    assert call("MOVE", UPLOADS + "5/.file", Destination=FILES + "/a").status == 423
+    assert call("MOVE", UPLOADS + "5/.file", Destination=FILES + "/a", If="<%s> (<%s>)" % (FILES, lock.token)).status == 201
+    assert call("DELETE", UPLOADS + "5").status == 404 and tree(cloud, ann) == {"a": b""}
+
+
+def test_chunks_of_old_clients(call, cloud, ann):
+    put = partial(call, "PUT", OC_Chunked="1", X_OC_Mtime="7")
+    for index, part in ((1, b"b"), (0, b"a")):
+        answer = put(FILES + "/n-chunking-123-3-%d" % index, part)
+        assert answer.status == 201 and "etag" not in answer.headers         # more is to come
+    last = put("/remote.php/webdav/n-chunking-123-3-2", b"c")
+    assert last.status == 201 and "etag" in last.headers and get(cloud, ann, "n") == b"abc" and cloud.stat(ann, ("n",)).mtime == 7000
+    assert call("PUT", FILES + "/n-chunking-123-3-2", b"an odd name").status == 201 and len(tree(cloud, ann)) == 2
+
+
+def bulk(*parts, boundary="x/+=y", end=True):
+    body = b""
+    for fields, data in parts:
+        body += b"--%s\r\n" % boundary.encode() + "".join("%s: %s\r\n" % item for item in fields.items()).encode() + b"\r\n" + data + b"\r\n"
+    return body + b"--%s--\r\n" % boundary.encode() * end
+
+
+def test_bulk_upload(call, cloud, ann):
+    def part(name, data, **fields):
+        return {"X-File-Path": name, "Content-Length": str(len(data)), "X-File-MD5": hashlib.md5(data).hexdigest(),
+                "X-File-Mtime": "1234567890", **fields}, data
+    cloud.make_collection(ann, ("d",))
+    send = partial(call, "POST", "/remote.php/dav/bulk", Content_Type='multipart/related; boundary="x/+=y"')
+    tricky = b"\r\n--x/+=y\r\nnot a boundary"
+    done = send(bulk(part("/d/\u00e9.txt", b"one"), part("/d/empty", b""), part("/tricky", tricky), part("/no/a", b"x"),
+                     part("/bad\\name", b"x"), part("/wrong", b"x", **{"X-File-MD5": "0" * 32})))
+    assert done.status == 200
+    found = done.json()
+    assert [name for name, about in found.items() if not about["error"]] == ["/d/\u00e9.txt", "/d/empty", "/tricky"]
+    assert found["/d/empty"]["etag"] == cloud.stat(ann, ("d", "empty")).etag and "message" in found["/no/a"]
+    assert tree(cloud, ann) == {"d": None, "d/\u00e9.txt": b"one", "d/empty": b"", "tricky": tricky}
+    assert cloud.stat(ann, ("tricky",)).mtime == 1234567890000
+    assert send(bulk(part("/tricky", b"2", **{"If-Match": '"no"'}))).json()["/tricky"]["error"] is True
+    for broken in (b"", b"--x/+=y\r\n", bulk(part("/a", b"x"), end=False), bulk(({"Content-Length": "x"}, b"")), b"nonsense\r\n",
+                   b"--x/+=y\r\n" + b"a" * 70_000, bulk(({"Content-Length": str(1 << 40)}, b""))):
+        assert send(broken).status == 400
+    assert call("POST", "/remote.php/dav/bulk", b"x").status == 400
+
+
+def dav(call, method, path, body, **headers):
+    """{href: {name without namespace: text}} of a multistatus."""
+    answer = call(method, path, body, **headers)
+    assert answer.status == 207, answer
+    return {response.findtext("{DAV:}href"): {prop.tag.rpartition("}")[2]: prop.text for prop in response.find("{DAV:}propstat/{DAV:}prop")}
+            for response in cs.read_xml(answer.body).iterfind("{DAV:}response")}
+
+
+def favor(call, path, value):
+    return call("PROPPATCH", path, "<d:propertyupdate xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns'><d:set><d:prop><oc:favorite>%s"
+                "</oc:favorite></d:prop></d:set></d:propertyupdate>" % value)
+
+
+FAVORITES = ("<oc:filter-files xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns'><d:prop><d:getetag/><oc:favorite/></d:prop>"
+             "<oc:filter-rules><oc:favorite>1</oc:favorite></oc:filter-rules></oc:filter-files>")
+
+
+def test_favourites(call, cloud, ann):
+    bob = account(cloud, "bob")
+    for who in (ann, bob):
+        put(cloud, who, "d/a", parents=True)
+    assert b"200 OK" in favor(call, FILES + "/d/a", 1).body and b"200 OK" in favor(call, FILES + "/d", 1).body
+    cloud.patch(bob, ("d",), properties={cs.FAVORITE: "<x>1</x>"})
+    answer = call("PROPFIND", FILES + "/d", b"<d:propfind xmlns:d='DAV:' xmlns:o='http://owncloud.org/ns'><d:prop><o:favorite/></d:prop></d:propfind>", Depth="0")
+    assert b"<oc:favorite>1</oc:favorite>" in answer.body                    # iOS looks for the prefix
+    found = dav(call, "REPORT", FILES, FAVORITES)
+    assert set(found) == {FILES + "/d/", FILES + "/d/a"} and found[FILES + "/d/a"]["favorite"] == "1"
+    assert set(dav(call, "REPORT", "/remote.php/webdav/d/a", FAVORITES)) == {"/remote.php/webdav/d/a"}
+    favor(call, FILES + "/d/a", 0)
+    assert set(dav(call, "REPORT", FILES, FAVORITES)) == {FILES + "/d/"} and call("REPORT", FILES, "<x/>").status == 403
+    cloud.delete(ann, ("d",))
+    assert dav(call, "REPORT", FILES, FAVORITES) == {}
+
+
+def test_live_photos_know_their_other_half(call, cloud, ann):
+    put(cloud, ann, "p.jpg")
+    name = "<x:metadata-files-live-photo xmlns:x='http://nextcloud.org/ns'>%s</x:metadata-files-live-photo>"
+    body = "<d:propertyupdate xmlns:d='DAV:'><d:set><d:prop>%s</d:prop></d:set></d:propertyupdate>" % (name % "p &amp; q.mov")
+    assert b"200 OK" in call("PROPPATCH", FILES + "/p.jpg", body).body
+    ask = "<d:propfind xmlns:d='DAV:'><d:prop>%s</d:prop></d:propfind>" % name % ""
+    answer = call("PROPFIND", FILES + "/p.jpg", ask, Depth="0")
+    assert b"<nc:metadata-files-live-photo>p &amp; q.mov</nc:metadata-files-live-photo>" in answer.body
+    assert b"404" in call("PROPFIND", FILES, ask, Depth="0").body
+
+
+def search(call, where, more="", scope="/files/ann"):
+    return [href.rpartition(FILES)[2] for href in dav(call, "SEARCH", "/remote.php/dav", (
+        "<d:searchrequest xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns' xmlns:nc='http://nextcloud.org/ns'><d:basicsearch>"
+        "<d:select><d:prop><d:getetag/></d:prop></d:select>"
+        "<d:from><d:scope><d:href>%s</d:href><d:depth>infinity</d:depth></d:scope></d:from><d:where>%s</d:where>%s</d:basicsearch>"
+        "</d:searchrequest>" % (scope, where, more)))]
+
+
+def compare(kind, prop, literal):
+    return "<d:%s><d:prop><%s/></d:prop><d:literal>%s</d:literal></d:%s>" % (kind, prop, literal, kind)
+
+
+def test_search_as_the_phone_apps_do(call, cloud, ann):
+    put(cloud, ann, "p/one.JPG", b"\xff\xd8\xff", parents=True, mtime=1_000_000_000_000)
+    put(cloud, ann, "p/two.jpg", b"\xff\xd8\xff\x00", mtime=1_500_000_000_000)
+    put(cloud, ann, "film.mp4", b"\x00\x00\x00\x00ftyp", mtime=1_200_000_000_000)
+    node = put(cloud, ann, "p/Text 100%.txt", b"hello", mtime=1_700_000_000_000)
+    media = "<d:or>%s%s</d:or>" % (compare("like", "d:getcontenttype", "image/%"), compare("like", "d:getcontenttype", "video/%"))
+    newest = "<d:orderby><d:order><d:prop><d:getlastmodified/></d:prop><d:descending/></d:order></d:orderby>"
+    assert search(call, media, newest) == ["/p/two.jpg", "/film.mp4", "/p/one.JPG"]
+    assert search(call, media, newest + "<d:limit><d:nresults>1</d:nresults></d:limit>") == ["/p/two.jpg"]
+    before = compare("lt", "d:getlastmodified", "1300000000")
+    assert search(call, "<d:and>%s%s</d:and>" % (before, media), newest) == ["/film.mp4", "/p/one.JPG"]
+    assert search(call, compare("gt", "d:getlastmodified", "2020-01-01T00:00:00Z")) in (["/p/", "/p/Text%20100%25.txt"], ["/p/Text%20100%25.txt", "/p/"])
+    assert search(call, compare("like", "d:displayname", "%ONE%")) == ["/p/one.JPG"]
+    assert search(call, "<d:not>%s</d:not>" % compare("like", "d:displayname", "%.%"), scope="/files/ann/") == ["/p/"]
+    assert search(call, "<d:is-collection/>") == ["/p/"] and search(call, media, scope="/files/ann/p") != []
+    assert search(call, compare("eq", "oc:fileid", 5)) == [] and search(call, compare("eq", "oc:fileid", node.node), scope="/files/ann/no") == []
+    assert search(call, "<d:and><d:is-collection/>%s</d:and>" % compare("like", "d:displayname", "%P%")) == ["/p/"]
+    assert search(call, compare("like", "d:displayname", "%"), scope="/files/ann/p", more=newest) == ["/p/Text%20100%25.txt", "/p/two.jpg", "/p/one.JPG"]
+    assert search(call, compare("eq", "oc:fileid", node.node)) == ["/p/Text%20100%25.txt"]
+    assert search(call, compare("gte", "oc:size", 5), newest) == ["/p/", "/p/Text%20100%25.txt", "/film.mp4"]
+    taken = "nc:metadata-photos-original_date_time"          # by which iOS orders, though nobody has read any photo here
+    assert search(call, "<d:and>%s%s</d:and>" % (media, compare("lt", taken, "1300000000")), newest) == [
+        "/film.mp4", "/p/one.JPG"]
+    favor(call, FILES + "/film.mp4", 1)
+    assert search(call, compare("eq", "oc:favorite", "yes")) == ["/film.mp4"]
+    for where, scope in ((compare("eq", "d:nonsense", 1), "/files/ann"), ("", "/files/ann"), (media, "/elsewhere"), (media, "/files/bob"),
+                         (compare("like-not", "d:displayname", 1), "/files/ann")):
+        assert call("SEARCH", "/remote.php/dav", "<d:searchrequest xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns'><d:basicsearch><d:from><d:scope><d:href>%s</d:href>"
+                    "</d:scope></d:from><d:where>%s</d:where></d:basicsearch></d:searchrequest>" % (scope, where)).status in (400, 404, 422)
+
+
+@pytest.mark.parametrize("text, pattern, want", [
+    ("abc", "abc", True), ("abc", "%", True), ("abc", "a%", True), ("abc", "%c", True), ("abc", "%b%", True), ("abc", "a%c", True),
+    ("abc", "b%", False), ("abc", "%b", False), ("aba", "aba%aba", False), ("abcabc", "a%b%b%c", True), ("ab", "%b%a%", False),
+    ("a" * 255, "%a" * 127 + "%b", False)])
+def test_like(text, pattern, want):
+    assert cs.is_like(text, pattern) is want
+
+
+def test_the_trash_of_phone_apps(call, cloud, ann):
+    put(cloud, ann, "d/a \u00e9", b"1", parents=True)
+    put(cloud, ann, "f", b"22")
+    node = cloud.stat(ann, ("f",)).node
+    cloud.delete(ann, ("d",))
+    cloud.delete(ann, ("f",))
+    ask = ("<d:propfind xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns' xmlns:nc='http://nextcloud.org/ns'><d:prop><nc:trashbin-filename/>"
+           "<nc:trashbin-original-location/><nc:trashbin-deletion-time/><d:resourcetype/><oc:size/><d:getcontentlength/></d:prop></d:propfind>")
+    base = "/remote.php/dav/trashbin/ann/trash"
+    found = dav(call, "PROPFIND", base + "/", ask, Depth="1")
+    assert list(found)[:2] == [base + "/", base + "/%d" % node]
+    file = found[base + "/%d" % node]
+    assert (file["trashbin-filename"], file["trashbin-original-location"], file["getcontentlength"]) == ("f", "f", "2")
+    assert abs(int(file["trashbin-deletion-time"]) - time.time()) < 100
+    folder = next(href for href in found if href.endswith("/") and href != base + "/")
+    inside = dav(call, "PROPFIND", folder, ask, Depth="1")
+    assert inside[folder + "a%20%C3%A9"]["trashbin-original-location"] == "d/a \u00e9"
+    assert call("MOVE", folder, Destination="http://127.0.0.1/remote.php/dav/trashbin/ann/restore/d").status == 201
+    assert tree(cloud, ann) == {"d": None, "d/a \u00e9": b"1"}
+    assert call("DELETE", base + "/%d" % node).status == 204 and call("DELETE", base + "/%d" % node).status == 404
+    cloud.delete(ann, ("d",))
+    assert call("DELETE", base).status == 204 and list(dav(call, "PROPFIND", base, ask, Depth="1")) == [base + "/"]
+    assert call("PROPFIND", "/remote.php/dav/trashbin/bob/trash", ask, Depth="1").status == 404
+    assert call("PROPFIND", "/remote.php/dav/trashbin/ann/other", ask, Depth="1").status == 404
+
+
+def test_versions_of_phone_apps(call, cloud, ann):
+    for n in range(3):
+        node = put(cloud, ann, "d/a", b"version %d" % n, parents=True, mtime=n * 1_000_000)
+    base = "/remote.php/dav/versions/ann/versions/%d" % node.node
+    ask = "<d:propfind xmlns:d='DAV:'><d:prop><d:getcontentlength/><d:getlastmodified/><d:getcontenttype/></d:prop></d:propfind>"
+    found = dav(call, "PROPFIND", base, ask, Depth="1")
+    assert list(found)[0] == base + "/" and len(found) == 3 and found[list(found)[2]]["getlastmodified"] == "Thu, 01 Jan 1970 00:00:01 GMT"
+    assert [call("GET", href).body for href in list(found)[1:]] == [b"version 1", b"version 0"]
+    assert call("MOVE", list(found)[2], Destination="/remote.php/dav/versions/ann/restore/target").status == 201
+    assert get(cloud, ann, "d/a") == b"version 0" and len(cloud.versions(ann, ("d", "a"))) == 4
+    assert call("GET", base + "/1").status == 404 and call("PROPFIND", "/remote.php/dav/versions/ann/versions/5", ask, Depth="1").status == 404
+
+
+def test_a_poll_that_finds_nothing_new_is_cheap(call, cloud, ann):
+    """However much there is: a client that looks whether its root has changed costs a few rows."""
+    for n in range(300):
+        put(cloud, ann, "d%d/f%d" % (n % 20, n), parents=True)
+    etag = b"<d:propfind xmlns:d='DAV:'><d:prop><d:getetag/></d:prop></d:propfind>"
+    call("PROPFIND", FILES, etag, Depth="0")             # the password is remembered now
+    steps = []
+    for db in cloud.db._idle:
+        db.set_trace_callback(steps.append)
+    assert call("PROPFIND", FILES, etag, Depth="0").status == 207
+    assert len([sql for sql in steps if sql.startswith("SELECT")]) <= 4, steps
 
 
 # ==== 13. Web pages ======================================================================
@@ -5840,14 +6358,16 @@ def same_trees(one, two):
 
 def rclone_environment(served, tmp_path, vendor="other"):
     obscured = client(program("rclone"), "obscure", PASSWORD).strip()
+    door = {"other": "/dav/", "owncloud": "/remote.php/webdav/", "nextcloud": "/remote.php/dav/files/ann/"}[vendor]
     return {**os.environ, "HOME": str(tmp_path), "RCLONE_CONFIG": str(tmp_path / "none"), "RCLONE_CONFIG_X_TYPE": "webdav",
-            "RCLONE_CONFIG_X_URL": url_of(served), "RCLONE_CONFIG_X_VENDOR": vendor, "RCLONE_CONFIG_X_USER": "ann",
+            "RCLONE_CONFIG_X_URL": url_of(served, door), "RCLONE_CONFIG_X_VENDOR": vendor, "RCLONE_CONFIG_X_USER": "ann",
             "RCLONE_CONFIG_X_PASS": obscured, "RCLONE_CONFIG_X_PACER_MIN_SLEEP": "1ms"}
 
 
 @pytest.mark.parametrize("vendor, files", [("other", 40), ("owncloud", 40), ("nextcloud", 40), pytest.param("other", 5000, marks=slow)])
 def test_rclone_copies_checks_and_syncs(serve, tmp_path, rng, vendor, files):
     served, source = serve(), make_tree(tmp_path / "source", rng, files)
+    (source / "large.bin").write_bytes(os.urandom(21 * MiB))     # newer ones send it to Nextcloud in chunks
     environment, rclone = rclone_environment(served, tmp_path, vendor), program("rclone")
     flags = ["--transfers", "8", "--retries", "1", "-q"]
     client(rclone, "copy", source, "x:tree", *flags, env=environment, timeout=300)
@@ -5860,6 +6380,7 @@ def test_rclone_copies_checks_and_syncs(serve, tmp_path, rng, vendor, files):
     same_trees(source, tmp_path / "back")
     if vendor != "other":                        # these carry times and checksums
         assert client(rclone, "check", source, "x:tree", env=environment).count("differ") == 1        # "0 differences found"
+        assert client(rclone, "check", source, "x:tree", "-v", env=environment).count("could not check hash") == 0
         listed = client(rclone, "lsf", "--format", "tp", "-R", "--files-only", "x:tree", env=dict(environment, TZ="UTC"))
         assert "2001-09-09" in listed
     assert served.stop() == 0 and run("verify", "--data", served.data).returncode == 0
@@ -5928,3 +6449,219 @@ def test_a_tus_client_uploads_and_resumes(serve, tmp_path):
     assert resumed.offset == 6 * MiB
     resumed.upload()
     assert again.call("GET", "/dav/big.bin").body == source.read_bytes()
+
+
+class Desktop:
+    """A folder kept by a real desktop client's command line tool, on an account of a served cloud."""
+
+    def __init__(self, kind, served, tmp_path, name, user="ann", password=PASSWORD, **settings):
+        self.kind, self.url, self.user, self.password, self.settings = kind, url_of(served, ""), user, password, settings
+        self.program, self.home, self.folder = program(kind), tmp_path / ("home-" + name), tmp_path / name
+        self.home.mkdir()
+        self.folder.mkdir()
+        (self.home / "exclude").write_text("]*.~*\n")        # owncloudcmd wants a list of its own
+
+    def start(self, **settings):
+        environment = {**os.environ, "HOME": str(self.home), "XDG_RUNTIME_DIR": str(self.home), "QT_QPA_PLATFORM": "offscreen",
+                       **self.settings, **settings}
+        return subprocess.Popen([self.program, "--non-interactive", "--trust", "-u", self.user, "-p", self.password, "-h",
+                                 "--exclude", str(self.home / "exclude"), "--logdebug", str(self.folder), self.url],
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+
+    def sync(self, *, ok=(0,), timeout=120, **settings):
+        """Run to the end; returns what it logged."""
+        process = self.start(**settings)
+        try:
+            shown = process.communicate(timeout=timeout)[0].decode("utf-8", "replace")
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode in ok, shown[-3000:]
+        return shown
+
+    def tree(self):
+        """{path: bytes, or None for a folder}, without the client's own files."""
+        return {str(path.relative_to(self.folder)): None if path.is_dir() else path.read_bytes()
+                for path in self.folder.rglob("*") if not path.name.startswith((".sync_", "._sync_", ".owncloudsync", ".nextcloudsync"))}
+
+    def write(self, path, data=b"x", mtime=None):
+        place = self.folder / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data.encode() if isinstance(data, str) else data)
+        if mtime:
+            os.utime(place, (mtime, mtime))
+
+
+def server_tree(served, user="ann", path=""):
+    """The same of an account, as plain WebDAV tells it."""
+    found = {}
+    for entry in served.call("GET", "/dav/" + cs.format_path(cs.split_path(path))[1:], Accept="application/json", user=user).json():
+        below = (path + "/" if path else "") + entry["name"]
+        if entry["kind"] == "collection":
+            found[below] = None
+            found.update(server_tree(served, user, below))
+        else:
+            found[below] = served.call("GET", "/dav" + cs.format_path(cs.split_path(below)), user=user).body
+    return found
+
+
+@pytest.fixture(params=["nextcloudcmd", "owncloudcmd"])
+def desktops(request, serve, tmp_path):
+    """A served cloud and two folders kept by the same kind of client: served, one, two, and a way to make more."""
+    program(request.param)
+    served = serve()
+    make = partial(Desktop, request.param, served, tmp_path)
+    yield served, make("one"), make("two"), make
+    assert served.stop() == 0 and run("verify", "--data", served.data).returncode == 0
+
+
+def settle(served, *desktops):
+    """Sync in turn until nothing moves; all trees are the server's then."""
+    for _ in range(4):
+        for desktop in desktops:
+            desktop.sync()
+        trees = [desktop.tree() for desktop in desktops]
+        if all(tree == trees[0] for tree in trees) and trees[0] == server_tree(served):
+            return trees[0]
+    for tree in trees:
+        assert tree == server_tree(served)
+
+
+ODD_NAMES = ["a b", "#%+&'\"", "per%20cent", "p+q=r;s,t@u!v$w(x)[y]{z}~^`", "<pipe|star*>?:", "\u00e4 nfc", "a\u0308 nfd", "\U0001f600\u202e", "..dots", "x" * 200]
+
+
+def test_desktop_clients_sync_both_ways(desktops):
+    served, one, two, _ = desktops
+    for name in ODD_NAMES:
+        one.write("odd/%s/%s" % (name, name), name)
+    one.write("empty.txt", b"")
+    one.write("big.bin", os.urandom(300_000), mtime=1_234_567_890)
+    (one.folder / "empty folder").mkdir()
+    before = one.tree()
+    assert settle(served, one, two) == before
+    assert int((two.folder / "big.bin").stat().st_mtime) == 1_234_567_890
+    two.write("big.bin", os.urandom(300_001))            # edits, on both sides and of several kinds
+    two.write("empty.txt", b"not any more")
+    one.write("odd/a b/a b", b"")
+    after = settle(served, two, one)
+    assert (len(after["big.bin"]), after["empty.txt"], after["odd/a b/a b"]) == (300_001, b"not any more", b"")
+    assert " GET " not in one.sync() and "PUT" not in two.sync()
+
+
+def test_desktop_clients_move_and_delete(desktops):
+    served, one, two, _ = desktops
+    for n in range(6):
+        one.write("d/f%d" % n, "content %d" % n)
+    one.write("e/sub/g", b"g")
+    settle(served, one, two)
+    (one.folder / "d" / "f0").rename(one.folder / "d" / "renamed \u00e9")
+    (one.folder / "d" / "f1").rename(one.folder / "e" / "moved")
+    (one.folder / "e" / "sub").rename(one.folder / "sub away")
+    (one.folder / "d" / "f2").unlink()
+    two.write("d/F3x", b"beside")
+    (two.folder / "d" / "f3").rename(two.folder / "d" / "F3")
+    after = settle(served, one, two)
+    assert after == {"d": None, "d/renamed \u00e9": b"content 0", "d/f4": b"content 4", "d/f5": b"content 5", "d/F3": b"content 3",
+                     "d/F3x": b"beside", "e": None, "e/moved": b"content 1", "sub away": None, "sub away/g": b"g"}
+    (one.folder / "d").rename(one.folder / "e" / "d")
+    (one.folder / "e" / "d" / "f4").rename(one.folder / "f4")
+    shutil.rmtree(two.folder / "sub away")
+    assert settle(served, one, two) == {
+        "e": None, "e/moved": b"content 1", "e/d": None, "e/d/renamed \u00e9": b"content 0", "e/d/f5": b"content 5",
+        "e/d/F3": b"content 3", "e/d/F3x": b"beside", "f4": b"content 4"}
+    trash = served.call("GET", "/api/v1/trash").json()
+    assert {item["path"] for item in trash["items"]} == {"d/f2", "sub away"}      # and nothing that was only moved
+
+
+def test_desktop_clients_make_conflict_copies(desktops):
+    served, one, two, _ = desktops
+    one.write("a.txt", "base", mtime=1_700_000_000)
+    one.write("gone.txt", "base", mtime=1_700_000_000)
+    settle(served, one, two)
+    one.write("a.txt", "of one")
+    two.write("a.txt", "of the second")
+    one.write("same.txt", "the same")
+    two.write("same.txt", "the same")
+    (one.folder / "gone.txt").unlink()
+    two.write("gone.txt", "edited while deleted")
+    one.sync()
+    for _ in range(3):
+        two.sync()
+    one.sync()
+    found = {name: data for name, data in two.tree().items() if "conflict" in name}
+    assert list(found.values()) == [b"of the second"] and two.tree()["a.txt"] == b"of one" and one.tree()["a.txt"] == b"of one"
+    assert two.tree()["gone.txt"] == server_tree(served)["gone.txt"] == b"edited while deleted"
+    assert {name for name in server_tree(served)} == {"a.txt", "gone.txt", "same.txt"}
+
+
+def test_desktop_clients_send_large_files_in_chunks_and_go_on_after_a_kill(desktops):
+    served, one, two, _ = desktops
+    small = {"OWNCLOUD_CHUNK_SIZE": str(MiB), "OWNCLOUD_MIN_CHUNK_SIZE": str(MiB), "OWNCLOUD_MAX_CHUNK_SIZE": str(MiB),
+             "OWNCLOUD_TARGET_CHUNK_UPLOAD_DURATION": "0"}
+    data = os.urandom(40 * MiB + 17)
+    one.write("large.bin", data, mtime=1_600_000_000)
+    database, seen = sqlite3.connect(str(served.data / "cloud.db")), 0
+    process = one.start(**small)
+    while process.poll() is None and seen < 3 * MiB:
+        seen = database.execute("SELECT coalesce(max(received), 0) FROM upload").fetchone()[0]
+    process.kill()
+    process.communicate()
+    assert 3 * MiB <= seen and server_tree(served) == {}
+    kept = database.execute("SELECT received FROM upload WHERE done IS NULL").fetchone()[0]
+    chunks = one.sync(**small).count("/uploads/ann/")
+    assert settle(served, one, two) == {"large.bin": data} and int((two.folder / "large.bin").stat().st_mtime) == 1_600_000_000
+    assert database.execute("SELECT count(*), max(done IS NULL) FROM upload").fetchone() == (1, 0), (kept, chunks)   # the same one
+    two.write("large.bin", data[:20 * MiB] + b"!" + data[20 * MiB:])
+    two.sync(**small)
+    assert settle(served, one, two)["large.bin"][20 * MiB:20 * MiB + 2] == b"!" + data[20 * MiB:20 * MiB + 1]
+    database.close()
+
+
+@pytest.mark.parametrize("files", [300, pytest.param(5000, marks=slow)])
+def test_desktop_clients_move_many_small_files(desktops, rng, files):
+    served, one, two, _ = desktops
+    make_tree(one.folder, rng, files)
+    settle(served, one, two)
+    assert len([name for name, data in two.tree().items() if data is not None]) == files
+
+
+def test_two_kinds_of_desktop_client_share_an_account_and_another_sees_nothing(serve, tmp_path):
+    served = serve()
+    one, two = Desktop("nextcloudcmd", served, tmp_path, "one"), Desktop("owncloudcmd", served, tmp_path, "two")
+    assert run("user", "add", "bob \u00e9", "--password-stdin", "--data", served.data, input=PASSWORD).returncode == 0
+    one.write("a/b", b"of nextcloud")
+    two.write("c/d", b"of owncloud")
+    assert settle(served, one, two) == {"a": None, "a/b": b"of nextcloud", "c": None, "c/d": b"of owncloud"}
+    for kind in ("nextcloudcmd", "owncloudcmd"):
+        bob = Desktop(kind, served, tmp_path, "bob-" + kind, user="bob \u00e9")
+        bob.sync()
+        assert not {"a", "c"} & set(bob.tree())
+        bob.write("own-" + kind, b"mine")
+        bob.sync()
+    assert set(server_tree(served, "bob \u00e9")) == {"own-nextcloudcmd", "own-owncloudcmd"} and "a/b" in server_tree(served)
+    assert served.stop() == 0 and run("verify", "--data", served.data).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["nextcloudcmd", "owncloudcmd"])
+def test_a_desktop_client_that_deletes_much_is_held_and_others_lose_nothing(make_cloud, serve_cloud, fake, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(cs, "BRAKE_FILES", 10)
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    for n in range(40):
+        put(cloud, ann, "d%d/f%d" % (n % 4, n), b"%d" % n, parents=True)
+    fake.pass_(2 * cs.BRAKE_WINDOW)
+    served = argparse.Namespace(address=serve_cloud(cloud))
+    one, two = (Desktop(kind, served, tmp_path, name, password=cloud.accounts.add_token(ann, name)[1]) for name in ("one", "two"))
+    one.sync(), two.sync()
+    before = two.tree()
+    shutil.rmtree(one.folder / "d1"), shutil.rmtree(one.folder / "d2")
+    one.write("d3/new", b"new")
+    for _ in range(3):
+        one.sync(ok=(0, 1))
+        two.sync()
+    (brake, name), = cloud.held(ann)
+    assert name == "one" and two.tree() == {**tree(cloud, ann), "d3/new": b"new"} and len(two.tree()) >= len(before) - 10
+    cloud.allow(ann, brake.device)
+    if kind == "nextcloudcmd":                   # ownCloud's waits before it tries again
+        one.sync()
+        assert not (one.folder / "d2").exists() and {path.split("/")[0] for path in tree(cloud, ann)} == {"d0", "d3"}
