@@ -3695,7 +3695,7 @@ class History(Tree):
     def changes(self, who: Principal, path: tuple[str, ...], since: int, limit: int = 10_000) -> tuple[int, list[Changed]]:
         """What batches after `since` touched below a path; returns the seq reached and each node once.
 
-        A batch is never split, so there may be more than `limit`.
+        A batch is never split, so there may be more than `limit`.  What came and went meanwhile has neither path.
         raises  CloudError gone if history does not reach back to `since`
         """
         top = self.stat(who, path)
@@ -3714,8 +3714,13 @@ class History(Tree):
             ids = self._with_what_came_along(ids, then, now)
             found = [Changed(id, getattr(now.node(id) or then.node(id), "kind", FILE), now.node(id), now.path(id), then.path(id))
                      for id in ids if id != top.node]
-        return reached, sorted((c for c in found if c.path is not None or c.was is not None),
-                               key=lambda c: c.path or c.was)
+            found = [c for c in found if c.path is not None or c.was is not None or self._was_in_sight(read, top.node, c.id, since)]
+        return reached, sorted(found, key=lambda c: c.path or c.was or ())
+
+    def _was_in_sight(self, read: Callable[..., Iterator[tuple[Any, ...]]], top: int, node: int, since: int) -> bool:
+        """Did a node come and go after `since`?  Who made it knows of it, and has to be told."""
+        ends = list(read("SELECT until FROM entry WHERE node = ? AND until > ?", (node, since)))
+        return any(_Past(read, top, until - 1).path(node) is not None for until, in ends)
 
     def _with_what_came_along(self, ids: list[int], then: _Past, now: _Past) -> list[int]:
         """Touched nodes, and what lies in collections that came into sight whole: from the trash, or from elsewhere."""
@@ -4521,7 +4526,7 @@ class Sync(History):
         digest   of all that was asked, to tell a repetition from a reuse
         frames   new chunks that the steps name
         atomic   take all steps or none
-        since    a seq of the client's; the last result says whether its own commit is all that is newer
+        since    a seq of the client's; the last result says whether all that is newer was done by this device
         raises   CloudError op-reused, bad-frame, over-quota, busy
         """
         self._require(who)
@@ -4547,7 +4552,8 @@ class Sync(History):
         except Replayed:
             return (*(self._answer_again(id, digest) or (0, [])), False)
         alone = since is not None and not self.db.read(
-            "SELECT 1 FROM journal WHERE home = ? AND seq > ? AND seq <> ? LIMIT 1", (who.account, since, batch.seq))
+            "SELECT 1 FROM journal WHERE home = ? AND seq > ? AND seq <> ? AND (device = '' OR device <> ?) LIMIT 1",
+            (who.account, since, batch.seq, who.device))
         return batch.seq, describe_outcomes(last[0], batch.seq), alone
 
     def _answer_again(self, id: str, digest: str) -> tuple[int, list[dict[str, Any]]] | None:
@@ -6637,7 +6643,7 @@ def sync_commit(cloud: Cloud, who: Principal, request: Request) -> Response:
     {"put": path, "chunks": [[hash, size], ...], "mtime": ms, "if"?: etag or null}, {"mkdir": path},
     {"move": path, "to": path, "if"?: etag}, {"delete": path, "if"?: etag, "since"?: seq}; "if": null says that nothing is there,
     "since" that no other device changed anything since.  Each gets {"status", "etag", "node"} or a problem, in order.
-    The same `op` again changes nothing and is answered the same.  "cursor" comes when nothing else happened after `since`.
+    The same `op` again changes nothing and is answered the same.  "cursor" comes when no other device did anything after `since`.
     """
     reader = FrameReader(request.body)
     line = reader.line(LINE_OF_OPS)
@@ -12050,6 +12056,7 @@ SYNC_HOME = ".cloudserver"      # the folder's own corner: state, lock, files un
 CUT_LEAST, CUT_MOST = MiB, 8 * MiB      # bytes of a chunk where content decides; smaller files than CHUNK_SIZE are one
 CUT_MARK = re.compile(rb"[\x05\x17\x2b\x3a\x4c\x5f\x61\x76\x88\x93\xa9\xb4\xc2\xd7\xe6\xfb]{5}")    # once per MiB of random bytes
 COMMIT_FILES, COMMIT_BYTES = 2_000, 8 * MiB      # of one commit, and of one download
+LANES = 2                       # requests under way while the next is prepared
 ROUNDS = 12                     # until a run gives up to reach a fixed point
 BRAKE_LEAST = 50                # deletions that never stop a run
 SCAN_LEAST, SCAN_MOST = 1.0, 15.0       # seconds between two looks at a watched folder
@@ -12355,23 +12362,30 @@ class Link:
         self.secure, self.host, self.port = parts.scheme == "https", parts.hostname, parts.port
         self.prefix = parts.path.rstrip("/")
         self.fields = {"Authorization": authorization, "User-Agent": agent}
-        self._connection: http.client.HTTPConnection | None = None
+        self._mine = threading.local()               # each thread has a connection of its own
+        self._opened: list[http.client.HTTPConnection] = []
         self.sent = self.received = 0
 
     def _connect(self) -> http.client.HTTPConnection:
-        if self._connection is None:
-            if self.secure:
-                self._connection = http.client.HTTPSConnection(self.host, self.port, timeout=90,
-                                                               context=ssl.create_default_context())
-            else:
-                self._connection = http.client.HTTPConnection(self.host, self.port, timeout=90)
-            self._connection.connect()
-            self._connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self._connection
+        connection = getattr(self._mine, "connection", None)
+        if connection is None:
+            how = {"context": ssl.create_default_context()} if self.secure else {}
+            kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
+            connection = self._mine.connection = kind(self.host, self.port, timeout=90, **how)
+            self._opened.append(connection)
+            connection.connect()
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def _drop(self) -> None:
+        """This thread's connection is of no use any more."""
+        connection, self._mine.connection = getattr(self._mine, "connection", None), None
+        if connection:
+            self._opened.remove(connection)
+            connection.close()
 
     def close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection:
+        for connection in self._opened:
             connection.close()
 
     def call(self, method: str, path: str, body: bytes | None = None, *, tries: int = 5) -> dict[str, Any]:
@@ -12389,7 +12403,7 @@ class Link:
             yield response
         finally:
             if not response.isclosed():
-                self.close()                     # the rest of an answer that nobody wants
+                self._drop()                     # the rest of an answer that nobody wants
 
     def _ask(self, method: str, path: str, body: bytes | None, tries: int) -> http.client.HTTPResponse:
         for attempt in range(1, tries + 1):
@@ -12399,7 +12413,7 @@ class Link:
                 self.sent += len(body or b"")
                 response = connection.getresponse()
             except (OSError, http.client.HTTPException) as error:
-                self.close()
+                self._drop()
                 if attempt == tries or isinstance(error, ssl.SSLError):
                     raise Stopped("cannot reach %s: %s" % (self.host, error or type(error).__name__)) from error
                 time.sleep(0.1 * 2 ** attempt)
@@ -12593,10 +12607,12 @@ class SyncClient:
         self.unsettled: set[str] = set()             # paths that changed while they were read
         self.scan = Scan({}, {}, 0.0)
         self.progress = Progress("sync", 0) if show else None
-        self.lane = ThreadPoolExecutor(1, "sync")
+        self.lane = ThreadPoolExecutor(LANES, "sync")
         self.flying: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
         self.held = self.moved_there = False
         self.lock: FileLock | None = None            # held for as long as we live
+        self.seen: list[int | None] = []             # cursors that commits were answered with
+        self.remembered, self.unsynced = 0.0, False
 
     def run(self) -> Tally:
         """Go on until both sides are alike.  raises Stopped, CloudError"""
@@ -12606,13 +12622,14 @@ class SyncClient:
             self.fetch()
             self.look()
             self.follow_moves()
+            self._advance()
             plan = self.plan()
             if not plan.actions:
                 break
             self.check_brake(plan)
             before, self.unsettled = self.tally.work(), set()
             self.execute(plan)
-            self.state.flush()
+            self._remember(now=True)
             if self.held:
                 raise Stopped("the server holds this device because it deletes or overwrites so much; "
                               "allow or undo it on the page", 3)
@@ -12886,6 +12903,7 @@ class SyncClient:
         self._delete_there(plan.of("delete there"))
         for key in plan.of("forget"):
             self.state.set("base", key, None)
+        self._advance()
         if self.progress:
             self.progress.end()
 
@@ -12942,11 +12960,11 @@ class SyncClient:
                 if self._went_well(here.path, outcome):
                     self.state.agree(key, There(here.path, outcome["node"], COLLECTION, "", 0, 0, "", ""), here)
 
-    # ---- the lane: one request is under way while the next is prepared
+    # ---- the lanes: requests are under way while the next is prepared; what they do is independent of each other
 
     def _fly(self, work: Callable[[], Any], land: Callable[[Any], None]) -> None:
         self.flying.append((self.lane.submit(work), land))
-        while len(self.flying) > 2:
+        while len(self.flying) > LANES:
             self._land()
 
     def _land(self) -> None:
@@ -12956,6 +12974,22 @@ class SyncClient:
     def _land_all(self) -> None:
         while self.flying:
             self._land()
+        self._advance()
+
+    def _advance(self) -> None:
+        """All our commits are answered: if nobody else did anything meanwhile, we need not be told of our own doing."""
+        if self.seen and None not in self.seen:
+            self.state.say(cursor=max(self.state.cursor, *self.seen))
+        self.seen = []
+
+    def _remember(self, *, now: bool = False) -> None:
+        """Write down what is agreed on, once a second; what was downloaded is on the medium first (invariant 4)."""
+        if now or time.monotonic() - self.remembered > 1:
+            if self.unsynced:
+                self.folder.sync()
+            self.unsynced = False
+            self.state.flush()
+            self.remembered = time.monotonic()
 
     def _commit(self, steps: list[dict[str, Any]], frames: bytes) -> list[dict[str, Any]]:
         """The outcomes of a commit."""
@@ -12964,8 +12998,7 @@ class SyncClient:
         state = self.state
         head = {"op": secrets.token_hex(16), "server": state.words["server"], "since": state.cursor, "ops": steps}
         answer = self.link.call("POST", "/api/v1/commit", format_json(head) + b"\n" + frames)
-        if "cursor" in answer:                   # nothing else happened: no need to be told of our own doing
-            state.say(cursor=answer["cursor"])
+        self.seen.append(answer.get("cursor"))
         return answer["results"]
 
     def _went_well(self, path: str, outcome: dict[str, Any]) -> bool:
@@ -13058,7 +13091,7 @@ class SyncClient:
                 self.tally.uploaded += 1
                 if self.progress and here.size <= CHUNK_SIZE:
                     self.progress.add(here.size)
-        self.state.flush()
+        self._remember()
 
     # ---- down
 
@@ -13103,7 +13136,6 @@ class SyncClient:
             if error.kind != "missing":
                 raise                            # else it was replaced just now: the next round sees it
         except (OSError, http.client.HTTPException) as error:
-            self.link.close()
             raise Stopped("the answer of the server broke off") from error
         return found
 
@@ -13124,9 +13156,8 @@ class SyncClient:
         self._note_placed(placed)
 
     def _note_placed(self, placed: list[tuple[str, There, Here | None]]) -> None:
-        """Remember files that are in their places, once the medium does (invariant 4)."""
-        if placed:
-            self.folder.sync()
+        """Remember files that are in their places."""
+        self.unsynced |= bool(placed)
         for key, there, here in placed:
             if here is None:
                 self.unsettled.add(there.path)   # somebody was faster: in the next round
@@ -13135,7 +13166,7 @@ class SyncClient:
             self.tally.downloaded += 1
             if self.progress:
                 self.progress.add(there.size)
-        self.state.flush()
+        self._remember()
 
     def _download_large(self, key: str, there: There) -> None:
         """Build a file from chunks of its old self, of what an earlier run fetched, and of the server."""

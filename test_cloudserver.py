@@ -2919,14 +2919,25 @@ def test_changes_tell_each_node_once(call, cloud, ann):
     put(cloud, ann, "a/b", "1", parents=True), put(cloud, ann, "a/b", "2"), cloud.move(ann, (("a",), ("c",))), put(cloud, ann, "x", "3")
     cloud.delete(ann, ("x",))
     answer = call("GET", "/api/v1/changes?since=%d&chunks=1" % since).json()
-    assert [(item["path"], item["was"]) for item in answer["changes"]] == [("c", None), ("c/b", None)]
-    assert answer["changes"][1]["chunks"] == [chunk(b"2")] and not answer["more"]
+    assert [(item["path"], item["was"]) for item in answer["changes"]] == [(None, None), ("c", None), ("c/b", None)]
+    assert answer["changes"][2]["chunks"] == [chunk(b"2")] and not answer["more"]
     since = answer["seq"]
     cloud.delete(ann, ("c", "b"))
     answer = call("GET", "/api/v1/changes?since=%d" % since).json()
     assert [(item["path"], item["was"], item["gone"]) for item in answer["changes"]] == [(None, "c/b", "deleted")]
     assert call("GET", "/api/v1/changes?since=%d&server=other" % since).status == 410
     assert call("GET", "/api/v1/changes?since=%d" % (since + 1000)).status == 410
+
+
+def test_changes_tell_of_what_came_and_went(cloud, ann):
+    """Who made it knows of it by the answer to its commit."""
+    since = cloud.head()
+    node = put(cloud, ann, "d/a", "1", parents=True).node
+    cloud.delete(ann, ("d", "a"))
+    assert [(change.id, change.node, change.path, change.was) for change in cloud.changes(ann, (), since)[1]][0] == (node, None, None, None)
+    bob = account(cloud, "bob")
+    put(cloud, bob, "b"), cloud.delete(bob, ("b",))
+    assert len(cloud.changes(ann, (), since)[1]) == 2 and len(cloud.changes(ann, ("d",), since)[1]) == 1
 
 
 def test_changes_tell_of_all_that_comes_into_sight(cloud, ann):
