@@ -3695,6 +3695,7 @@ def test_a_poll_that_finds_nothing_new_is_cheap(call, cloud, ann):
 def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
     assert call("GET", "/api/v1/account", user=None, X_Requested_By="page").headers["www-authenticate"].startswith("Session")
+    assert call("GET", "/api/v1/events", user=None, Cookie="session=old").headers["www-authenticate"].startswith("Session")
     assert call("GET", "/api/v1", user=None).json()["account"] is None and call("GET", "/api/v1").json()["account"] == "ann"
 
 
@@ -3730,6 +3731,25 @@ def test_the_policy_names_the_script_and_the_style(call):
     packed = call("GET", "/", user=None, Accept_Encoding="br, gzip")
     assert packed.headers["content-encoding"] == "gzip" and packed.headers["etag"] != page.headers["etag"] and len(packed.body) < 60_000
     assert gzip.decompress(packed.body) == page.body and packed.headers["content-security-policy"] == policy
+
+
+def test_a_phone_can_put_the_page_on_its_home_screen(call):
+    manifest = call("GET", "/manifest.json", user=None)
+    icon = call("GET", "/" + manifest.json()["icons"][0]["src"], user=None)
+    assert manifest.headers["content-type"] == "application/manifest+json" and icon.headers["content-type"] == "image/svg+xml"
+    assert "sandbox" in icon.headers["content-security-policy"]
+
+
+def test_a_move_tells_the_step_that_undoes_it(call, cloud):
+    """And not a later one, of whomever."""
+    bob = account(cloud, "bob")
+    for name in ("a", "b"):
+        call("PUT", "/dav/" + name, b"x")
+    head, move = cloud.head, cloud.move
+    cloud.move = lambda *args, **how: (move(*args, **how), put(cloud, bob, "other"))[0]
+    seq = call("POST", "/api/v1/move", {"items": [{"from": "a", "to": "c"}, {"from": "b", "to": "d"}]}).json()["seq"]
+    assert seq < head() and call("POST", "/api/v1/undo", {"seq": seq}).status == 200
+    assert call("GET", "/dav/").body == b"a\nb\n"
 
 
 def words_of_the_script():
@@ -6136,6 +6156,21 @@ def test_browser_searches_as_you_type(page):
     page.click("Show in its folder")
     page.wait("return location.pathname === '/files/photos'")
     page.sees("1 selected")
+
+
+def test_browser_asks_for_the_password_when_the_session_has_ended(page):
+    page.put("a.txt")
+    page.open("/")
+    page.shows("a.txt")
+    for device in page.cloud.accounts.devices(page.who):
+        page.cloud.accounts.revoke(page.who, device.id)
+    page.click("Select a.txt")
+    page.click("Delete")
+    page.sees("Please log in again")
+    page.fill("dialog input[name=password]", PASSWORD)
+    page.press("Enter")
+    page.sees("Nothing here yet")
+    assert page.tree() == set()
 
 
 def test_browser_activity_and_time(page):
