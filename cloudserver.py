@@ -5364,7 +5364,8 @@ def json_error(error: CloudError, request: Request) -> Response:
         problem["request"] = request.id
     response = Response(error.status, format_json(problem), {
         "Content-Type": "application/problem+json; charset=utf-8", "Cache-Control": "no-store", **error_fields(error)})
-    if error.status == 401 and request["x-requested-by"]:        # a browser would ask for Basic by a window of its own
+    if error.status == 401 and (request["x-requested-by"] or request.cookie or request["sec-fetch-site"] == "same-origin"):
+        # the page is asking, perhaps for a picture or for events; at "Basic" the browser would open a window of its own
         response.fields["WWW-Authenticate"] = 'Session realm="cloudserver"'
     response.close = error.close
     return response
@@ -6136,7 +6137,7 @@ def api_transfer(cloud: Cloud, who: Principal, verb: Callable[..., list[tuple[No
             raise CloudError("bad-request", 'an item is {"from": path, "to": path}')
         pairs.append((split_path(item["from"]), split_path(item["to"])))
     arrived = verb(who, *pairs, clash=clash)
-    return json_response({"seq": cloud.head(), "items": [
+    return json_response({"seq": arrived[0][0].since, "items": [
         api_node(node, target[:-1] + (node.name,)) for (node, _), (_, target) in zip(arrived, pairs)]})
 
 
@@ -8528,10 +8529,9 @@ function toast(text, {kind = "", label, run} = {}) {
 // a modal dialog; resolves to what close(value) was called with, undefined if it was dismissed
 function sheet(title, build, kind = "") {
   return new Promise(resolve => {
-    const close = value => { box.returnValue = ""; box.remove(); resolve(value); };
-    const box = h("dialog.sheet" + kind, {"aria-label": title, oncancel: event => { event.preventDefault(); close(); },
-                                          onclick: event => event.target === box && close(),
-                                          onclose: () => close()});
+    const close = value => { resolve(value); box.close(); box.remove(); };        // close() gives the focus back
+    const box = h("dialog.sheet" + kind, {"aria-label": title || null, oncancel: event => { event.preventDefault(); close(); },
+                                          onclick: event => event.target === box && close()});
     box.append(h("div.inside", {}, title && h("h2", {}, title), build(close)));
     document.body.append(box);
     box.showModal();
@@ -8657,7 +8657,7 @@ let loggingIn = null;
 function logInAgain() {
   loggingIn = loggingIn || askForm(t("Please log in again"), [ownName(), passwordField(t("Password"), {autofocus: true})], t("Log in"),
     async ({password}) => { await api("POST", "login", {name: me.name, password}); return true; }, t("Your session has ended."))
-    .then(done => { loggingIn = null; if (!done) { showLogin(); throw new DOMException("", "AbortError"); } });
+    .then(done => { loggingIn = null; if (!done) { showLogin(); throw new DOMException("", "AbortError"); } watchServer(); });
   return loggingIn;
 }
 
@@ -8790,6 +8790,7 @@ function onLinkClick(event) {
 
 const list = {entries: [], known: new Map(), rows: new Map(), selected: new Set(), at: -1, anchor: -1, editing: null, box: null};
 const sorting = {by: localStorage.getItem("sort") || "name", down: localStorage.getItem("down") === "1"};
+const mouse = matchMedia("(hover: hover)");        // a finger that rests on a row selects it, and does not drag
 let shape = localStorage.getItem("shape") || "list";
 
 const SORTS = {name: (a, b) => compare(a.sortKey, b.sortKey), size: (a, b) => a.size - b.size, mtime: (a, b) => compare(a.mtime, b.mtime),
@@ -8841,7 +8842,7 @@ function fillList(entries) {
   list.entries = entries;
   list.known = new Map(entries.map((entry, index) => [entry.node, index]));
   for (const id of list.selected) if (!list.known.has(id)) list.selected.delete(id);
-  list.at = cursor && list.known.has(cursor.node) ? list.known.get(cursor.node) : -1;
+  list.at = cursor && list.known.has(cursor.node) ? list.known.get(cursor.node) : Math.min(list.at, entries.length - 1);
   list.anchor = anchor && list.known.has(anchor.node) ? list.known.get(anchor.node) : -1;
   list.box.classList.toggle("tiles", shape === "tiles");
   list.box.setAttribute("aria-rowcount", entries.length + 1);
@@ -8907,7 +8908,7 @@ function makeRow(entry, index) {
 const opens = entry => view.kind !== "trash" && !(view.at && entry.kind === "file");
 
 function entryName(entry) {
-  const about = {className: "label", title: entry.name, tabIndex: -1, draggable: view.kind === "files"};
+  const about = {className: "label", title: entry.name, tabIndex: -1, draggable: view.kind === "files" && mouse.matches};
   const label = opens(entry) ? h("a", {...about, href: view.at ? pastAddress(view.at, entry.path) : addressOf(entry.path)}, h("bdi", {}, entry.name))
     : h("span", about, h("bdi", {}, entry.name));
   const where = view.kind === "search" || view.kind === "trash" ? parentOf(entry.path) || t("Files") : null;
@@ -9749,6 +9750,7 @@ function endQueue() {
   updateQueue();
   updateQuota();
   if (view.kind === "files") refreshSoon();
+  if (!queue.failed) setTimeout(() => busy() || queue.failed || hideQueue(), 10000);
 }
 
 function cancelAll() {
@@ -9964,22 +9966,22 @@ async function emptyTrash() {
 // ---- search
 
 const searchSoon = soon(() => {
-  const q = find(".search input").value.trim(), path = view.kind === "files" ? view.path : view.kind === "search" ? view.path : "";
-  if (!q) return view.kind === "search" ? go(addressOf(view.path), {replace: true}) : undefined;
-  return go(PREFIX + "/search" + queryOf({q, path: path || null}), {replace: view.kind === "search"});
+  const q = find(".search input").value.trim(), inside = view.kind === "search";
+  if (q) return go(PREFIX + "/search" + queryOf({q}), {replace: inside});
+  return inside && go(addressOf(""), {replace: true});
 }, 200);
 
 async function showSearch() {
-  const about = new URLSearchParams(location.search), q = about.get("q") || "", path = about.get("path") || "", turn = view.turn;
+  const q = new URLSearchParams(location.search).get("q") || "", turn = view.turn;
   const input = find(".search input");
   if (document.activeElement !== input) input.value = q;
-  const {items} = await api("GET", "search", {q, path, limit: 1000});
+  const {items} = await api("GET", "search", {q, limit: 1000});
   if (turn !== view.turn) return;
   const same = view.kind === "search" && list.box && list.box.isConnected;
-  Object.assign(view, {kind: "search", path, at: null});
+  Object.assign(view, {kind: "search", path: "", at: null});
   setTitle(q);
-  setCrumbs(link(t("Files"), addressOf("")), ...(path ? [h("a", {href: addressOf(path)}, h("bdi", {}, nameOf(path)))] : []), h("span", {"aria-current": "page"}, t("Search")));
-  if (!same) setContent(...makeList({columns: ["mtime", "size"], sortable: false, empty: () => [h("p.big", {}, t("Nothing found")), view.path ? h("p", {}, link(t("Search everywhere"), PREFIX + "/search" + queryOf({q: find(".search input").value}))) : null]}));
+  setCrumbs(link(t("Files"), addressOf("")), h("span", {"aria-current": "page"}, t("Search")));
+  if (!same) setContent(...makeList({columns: ["mtime", "size"], sortable: false, empty: () => h("p.big", {}, t("Nothing found"))}));
   fillList(items);
 }
 
@@ -10203,6 +10205,7 @@ function closePreview() {
   if (!preview.box) return;
   preview.box.remove();
   preview.box = preview.entry = null;
+  if (list.box) list.box.focus({preventScroll: true});
   setTitle(view.path ? nameOf(view.path) : t("Files"));
 }
 
@@ -10717,7 +10720,6 @@ const GERMAN = {
   "Save mine": "Meine speichern",
   "Saved.": "Gespeichert.",
   "Search": "Suchen",
-  "Search everywhere": "Überall suchen",
   "See it as it was…": "Ansehen, wie es war …",
   "Select all": "Alle auswählen",
   "Select {name}": "{name} auswählen",
@@ -10897,6 +10899,7 @@ function listen() {
   });
 }
 
+for (const [rel, name] of [["manifest", "manifest.json"], ["apple-touch-icon", "icon.svg"]]) document.head.append(h("link", {rel, href: PREFIX + "/" + name}));
 history.scrollRestoration = "manual";
 setLanguage(language);
 listen();
@@ -10963,6 +10966,25 @@ def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/trash", "/activity", "/search", "/settings/<path>",
                  "/login/v2/flow/<token>"):
     route("GET", _pattern, needs="nothing")(web_page)
+
+
+ICON = (b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24"><rect width="24" height="24" fill="#1857c4"/><path fill="#fff" '
+        b'd="M5 8a1.5 1.5 0 0 1 1.5-1.5h3.600l1.5 2H17.500A1.5 1.5 0 0 1 19 10v6a1.5 1.5 0 0 1-1.5 1.5h-11A1.5 1.5 0 0 1 5 16z"/></svg>')
+MANIFEST = {"name": "cloudserver", "short_name": "cloudserver", "start_url": "./", "scope": "./", "display": "standalone",
+            "background_color": "#ffffff", "theme_color": "#1857c4",
+            "icons": [{"src": "icon.svg", "sizes": "any", "type": "image/svg+xml", "purpose": "any maskable"}]}
+
+
+@route("GET", "/manifest.json", needs="nothing")
+def web_manifest(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What a phone wants to know to put the page on its home screen (W3C Web Application Manifest)."""
+    return Response(200, format_json(MANIFEST), {"Content-Type": "application/manifest+json", "Cache-Control": "max-age=86400"})
+
+
+@route("GET", "/icon.svg", needs="nothing")
+def web_icon(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The program's own picture: no user's SVG is ever served as one (W1)."""
+    return Response(200, ICON, {"Content-Type": "image/svg+xml", "Cache-Control": "max-age=86400", "Content-Security-Policy": SANDBOX})
 
 
 # ==== 14. Service ========================================================================

@@ -2256,7 +2256,7 @@ def test_nobody_gets_nothing(call, cloud):
             public += 1
             continue
         assert answer.status == 401 and "basic" in answer.headers["www-authenticate"].lower(), route.pattern
-    assert public <= 40
+    assert public <= 42
 
 
 def test_a_server_not_set_up_says_so(make_cloud, serve_cloud):
@@ -3706,6 +3706,7 @@ def test_a_poll_that_finds_nothing_new_is_cheap(call, cloud, ann):
 def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
     assert call("GET", "/api/v1/account", user=None, X_Requested_By="page").headers["www-authenticate"].startswith("Session")
+    assert call("GET", "/api/v1/events", user=None, Cookie="session=old").headers["www-authenticate"].startswith("Session")
     assert call("GET", "/api/v1", user=None).json()["account"] is None and call("GET", "/api/v1").json()["account"] == "ann"
 
 
@@ -3741,6 +3742,25 @@ def test_the_policy_names_the_script_and_the_style(call):
     packed = call("GET", "/", user=None, Accept_Encoding="br, gzip")
     assert packed.headers["content-encoding"] == "gzip" and packed.headers["etag"] != page.headers["etag"] and len(packed.body) < 60_000
     assert gzip.decompress(packed.body) == page.body and packed.headers["content-security-policy"] == policy
+
+
+def test_a_phone_can_put_the_page_on_its_home_screen(call):
+    manifest = call("GET", "/manifest.json", user=None)
+    icon = call("GET", "/" + manifest.json()["icons"][0]["src"], user=None)
+    assert manifest.headers["content-type"] == "application/manifest+json" and icon.headers["content-type"] == "image/svg+xml"
+    assert "sandbox" in icon.headers["content-security-policy"]
+
+
+def test_a_move_tells_the_step_that_undoes_it(call, cloud):
+    """And not a later one, of whomever."""
+    bob = account(cloud, "bob")
+    for name in ("a", "b"):
+        call("PUT", "/dav/" + name, b"x")
+    head, move = cloud.head, cloud.move
+    cloud.move = lambda *args, **how: (move(*args, **how), put(cloud, bob, "other"))[0]
+    seq = call("POST", "/api/v1/move", {"items": [{"from": "a", "to": "c"}, {"from": "b", "to": "d"}]}).json()["seq"]
+    assert seq < head() and call("POST", "/api/v1/undo", {"seq": seq}).status == 200
+    assert call("GET", "/dav/").body == b"a\nb\n"
 
 
 def words_of_the_script():
@@ -5741,7 +5761,7 @@ class Page:
     def tree(self):
         return set(tree(self.cloud, self.who))
 
-    def cloud_address(self):
+    def address(self):
         return "127.0.0.1", int(self.home.rpartition(":")[2])
 
     def size(self, width, height, *, dark=False, touch=False):
@@ -6149,6 +6169,20 @@ def test_browser_searches_as_you_type(page):
     page.sees("1 selected")
 
 
+def test_browser_asks_for_the_password_when_the_session_has_ended(page):
+    page.put("a.txt")
+    page.open("/")
+    page.click("Select a.txt")
+    for device in page.cloud.accounts.devices(page.who):
+        page.cloud.accounts.revoke(page.who, device.id)
+    page.run("act(ACTIONS.find(one => one.name === 'delete'))")        # the live updates may have noticed and asked before
+    page.sees("Please log in again")
+    page.fill("dialog input[name=password]", PASSWORD)
+    page.press("Enter")
+    page.sees("Nothing here yet")
+    assert page.tree() == set()
+
+
 def test_browser_activity_and_time(page):
     page.put("box/a.txt", "one")
     time.sleep(0.01)
@@ -6185,7 +6219,7 @@ def test_browser_connects_devices(page):
     page.click("Continue")
     page.sees("This password is shown only now")
     token = page.run("return document.querySelector('[aria-live=polite] code').textContent")
-    assert exchange(page.cloud_address(), "GET", "/api/v1/account", user=None, Authorization="Bearer " + token).json()["name"] == page.who.name
+    assert exchange(page.address(), "GET", "/api/v1/account", user=None, Authorization="Bearer " + token).json()["name"] == page.who.name
     assert token in page.run("return document.querySelector('.ways').innerText") and page.run("return document.querySelectorAll('svg.qr path').length") == 1
 
 
@@ -6242,14 +6276,19 @@ def test_browser_shows_the_brake(page):
 
 
 def test_browser_lets_a_device_in(page):
-    page.open("/")
-    page.sees("Nothing here yet")
-    page.run("window.asked = []; window.api = async (method, what) => { if (what.startsWith('grants')) asked.push(method + ' ' + what); return {device: 'Mozilla <b>mirall</b>', held: []}; }; go('/login/v2/flow/abc')")
-    page.sees("Grant access?", "“Mozilla <b>mirall</b>” wants to see and change the files of " + page.who.name)
+    begun = exchange(page.address(), "POST", "/index.php/login/v2", user=None, User_Agent="Mozilla <b>mirall</b>").json()
+    page.ahead[0] += 700                         # the password given at login is not fresh any more
+    page.open("/login/v2/flow/" + begun["login"].rpartition("/")[2])
+    page.sees("Grant access?", "wants to see and change the files of " + page.who.name)
     page.shot("grant")
     page.click("Grant access")
+    page.fill("dialog input[name=password]", PASSWORD)
+    page.click("Continue")
     page.sees("You can close this window now.")
-    assert page.run("return asked.join()") == "GET grants/abc,POST grants/abc"
+    polled = exchange(page.address(), "POST", "/login/v2/poll?token=" + begun["poll"]["token"], b"", user=None).json()
+    assert polled["loginName"] == page.who.name and polled["appPassword"].startswith("cs_")
+    page.open("/login/v2/flow/" + begun["login"].rpartition("/")[2])
+    page.sees("This link has expired")
 
 
 def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_path, monkeypatch):
@@ -6258,8 +6297,8 @@ def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_p
         (tmp_path / name).write_bytes(data)
     offline = lambda yes: page.cdp("Network.emulateNetworkConditions", offline=yes, latency=0, downloadThroughput=-1, uploadThroughput=-1)
     page.cdp("Network.enable")
-    put_chunk = page.cloud.blobs.put
-    monkeypatch.setattr(page.cloud.blobs, "put", lambda *args, **how: time.sleep(0.25) or put_chunk(*args, **how))
+    gate, put_chunk = threading.Event(), page.cloud.blobs.put          # nothing arrives for good before the gate opens
+    monkeypatch.setattr(page.cloud.blobs, "put", lambda *args, **how: gate.wait(20) and put_chunk(*args, **how))
     page.open("/")
     page.sees("Nothing here yet")
     page.click("New")
@@ -6271,11 +6310,11 @@ def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_p
     page.shot("paused")
     page.wait("return queue.running === 0")
     page.run("[...document.querySelectorAll('.queue li')].find(row => row.innerText.includes('two.bin')).querySelector('button').click()")
-    page.click("Resume")
-    page.wait("return queue.items.filter(item => item.state === 'sending').length === 2")
     offline(True)
+    page.click("Resume")
     page.sees("Waiting for the connection…")
     page.shot("offline")
+    gate.set()
     offline(False)
     page.run("dispatchEvent(new Event('online'))")
     page.sees("2 files uploaded", seconds=20)
@@ -6284,6 +6323,69 @@ def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_p
     page.run("[...document.querySelectorAll('.queue li.cancelled button')].forEach(one => one.click())")
     page.sees("3 files uploaded", seconds=20)
     assert page.get("two.bin") == data and page.run("return localStorage.getItem('uploads')") == "{}"
+
+
+class PrefixProxy(threading.Thread):
+    """A reverse proxy that serves a server below /cloud/ and hands on what comes, without the prefix."""
+
+    def __init__(self, target):
+        super().__init__(daemon=True)
+        self.target, self.listener = target, socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.address = self.listener.getsockname()
+
+    def run(self):
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.relay, args=(near,), daemon=True).start()
+
+    def relay(self, near):
+        """One request for each connection, so that only its first line is touched."""
+        with near, socket.create_connection(self.target) as far:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                more = near.recv(65536)
+                if not more:
+                    return
+                head += more
+            far.sendall(head.replace(b" /cloud", b" ", 1).replace(b"Connection: keep-alive", b"Connection: close"))
+            threading.Thread(target=self.pump, args=(near, far), daemon=True).start()
+            self.pump(far, near)
+
+    def pump(self, source, sink):
+        try:
+            while True:
+                data = source.recv(65536)
+                if not data:
+                    return
+                sink.sendall(data)
+        except OSError:
+            pass
+
+
+def test_browser_works_below_a_path_of_a_proxy(page):
+    page.put("box/a.txt", "hello")
+    proxy = PrefixProxy(page.address())
+    proxy.start()
+    page.home = "http://127.0.0.1:%d/cloud" % proxy.address[1]
+    page.open("/")
+    page.click("box")
+    page.click("a.txt")
+    page.sees("hello")
+    assert page.path() == "/cloud/files/box/a.txt"
+    page.press("Escape")
+    page.click("Select a.txt")
+    page.click("Delete")
+    page.sees("Nothing here yet")
+    page.run("addUploads([{path: 'box/b.bin', file: new File([new Uint8Array(5 << 20)], 'b.bin')}])")
+    page.sees("1 file uploaded")
+    page.shows("b.bin")
+    page.open("/settings/devices")
+    page.sees("This one")
+    assert page.tree() == {"box", "box/b.bin"}
+    proxy.listener.close()
 
 
 HOSTILE = ["<img src=x onerror=alert(1)>.txt", "\"quotes' & `ticks`.txt", "{n} {name}.txt", "a\u202egpj.exe", "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467.md", "x" * 251 + ".txt",
