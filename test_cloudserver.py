@@ -1863,13 +1863,17 @@ def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann, monkeypatch):
     cloud.versions(ann, ("e", "c")), cloud.activity(ann), cloud.changes(ann, (), 3), cloud.past(ann, ("a",), cloud.head() - 3)
     upload = cloud.create_upload(ann, ("up",), 3)
     cloud.append(ann, upload.id, 0, Body(b"abc"))
+    cloud.begin_parts(ann, "t", 3)
+    cloud.put_part(ann, "t", 1, Body(b"abc"))
+    cloud.parts(ann, "t"), cloud.join_parts(ann, "t", ("joined",)), cloud.sums(cloud.stat(ann, ("joined",))), cloud.marked(ann, "x")
+    cloud.once("op", lambda acting: put(acting, ann, "once"))
     with cloud.listing(ann, ("e",)) as listing:
         list(listing.children()), listing.properties(), listing.digests(), listing.locks(listing.node)
     local.off, scans = True, {}
     for sql, db in list(seen.items()):
         if sql.split(None, 1)[0] in ("SELECT", "WITH", "INSERT", "UPDATE", "DELETE"):
             for *_, plan in db.execute("EXPLAIN QUERY PLAN " + sql):
-                if re.match(r"SCAN (TABLE )?(entry|e|x|l|p|journal|j|chunk|h|m|manifest_chunk|collection|c|device|d|property)\b", plan):
+                if re.match(r"SCAN (TABLE )?(entry|e|x|l|p|journal|j|chunk|h|m|manifest_chunk|collection|c|device|d|property|digest|op|upload|upload_chunk|u)\b", plan):
                     if not sql.endswith("LIMIT 1"):      # is there any at all?
                         scans[sql] = plan
     assert len(seen) > 60 and not scans
