@@ -4893,23 +4893,24 @@ def test_a_port_in_use_is_refused_in_one_line(serve, tmp_path):
 
 
 @needs_fork
+def workers_of(served, count, *, without=()):
+    """Wait until a server has so many workers; their process ids."""
+    found, since = [], time.monotonic()
+    while len(found) != count or set(found) & set(without):
+        assert time.monotonic() - since < 20, found
+        time.sleep(0.05)
+        found = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
+    return found
+
+
 def test_a_worker_that_dies_is_replaced(serve):
     served = serve("--workers", 2)
-
-    def workers(unlike=()):
-        """The ids of two workers of which one is new, once there are."""
-        for _ in range(200):
-            found = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
-            if len(found) == 2 and set(found) != set(unlike):
-                return found
-            time.sleep(0.05)
-        raise AssertionError("there are %r" % found)
-    children = workers()
+    children = workers_of(served, 2)
     os.kill(int(children[0]), signal.SIGKILL)
     time.sleep(0.1)
     for _ in range(20):
         assert served.call("GET", "/healthz").status == 200
-    assert children[1] in workers(children)
+    assert children[1] in workers_of(served, 2, without=children[:1])
 
 
 @needs_fork
