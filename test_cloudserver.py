@@ -6236,14 +6236,20 @@ def test_browser_shows_the_brake(page):
 
 
 def test_browser_lets_a_device_in(page):
-    page.open("/")
-    page.sees("Nothing here yet")
-    page.run("window.asked = []; window.api = async (method, what) => { if (what.startsWith('grants')) asked.push(method + ' ' + what); return {device: 'Mozilla <b>mirall</b>', held: []}; }; go('/login/v2/flow/abc')")
+    address = page.home[7:].split(":")
+    begun = exchange((address[0], int(address[1])), "POST", "/index.php/login/v2", user=None, User_Agent="Mozilla <b>mirall</b>").json()
+    poll = partial(exchange, (address[0], int(address[1])), "POST", "/login/v2/poll", "token=" + begun["poll"]["token"], user=None)
+    page.open(begun["login"][len(page.home):])
     page.sees("Grant access?", "“Mozilla <b>mirall</b>” wants to see and change the files of " + page.who.name)
     page.shot("grant")
+    assert poll().status == 404
     page.click("Grant access")
     page.sees("You can close this window now.")
-    assert page.run("return asked.join()") == "GET grants/abc,POST grants/abc"
+    found = poll().json()
+    assert found["loginName"] == page.who.name and poll().status == 404
+    assert page.cloud.accounts.identify(basic(page.who.name, found["appPassword"]), "", "127.0.0.1", secure=True).account == page.who.account
+    page.open(begun["login"][len(page.home):])
+    page.misses("wants to see and change")
 
 
 def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_path, monkeypatch):
