@@ -1542,7 +1542,7 @@ CREATE TABLE upload (                   -- resumable uploads under way
     path TEXT,                          -- NULL: numbered parts, whose place is named at the end
     given TEXT NOT NULL, size INTEGER, mtime INTEGER, note TEXT NOT NULL,
     received INTEGER NOT NULL, created INTEGER NOT NULL, due INTEGER NOT NULL, done TEXT) WITHOUT ROWID;
-CREATE INDEX upload_home ON upload (home);
+CREATE INDEX upload_home ON upload (home) WHERE done IS NULL;
 CREATE TABLE upload_chunk (upload TEXT NOT NULL, part INTEGER NOT NULL, offset INTEGER NOT NULL, chunk TEXT NOT NULL,
     size INTEGER NOT NULL, PRIMARY KEY (upload, part, offset)) WITHOUT ROWID;        -- offset in the part
 CREATE INDEX upload_chunk_chunk ON upload_chunk (chunk);

@@ -1863,13 +1863,17 @@ def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann, monkeypatch):
     cloud.versions(ann, ("e", "c")), cloud.activity(ann), cloud.changes(ann, (), 3), cloud.past(ann, ("a",), cloud.head() - 3)
     upload = cloud.create_upload(ann, ("up",), 3)
     cloud.append(ann, upload.id, 0, Body(b"abc"))
+    cloud.begin_parts(ann, "t", 3)
+    cloud.put_part(ann, "t", 1, Body(b"abc"))
+    cloud.parts(ann, "t"), cloud.join_parts(ann, "t", ("joined",)), cloud.sums(cloud.stat(ann, ("joined",))), cloud.marked(ann, "x")
+    cloud.once("op", lambda acting: put(acting, ann, "once"))
     with cloud.listing(ann, ("e",)) as listing:
         list(listing.children()), listing.properties(), listing.digests(), listing.locks(listing.node)
     local.off, scans = True, {}
     for sql, db in list(seen.items()):
         if sql.split(None, 1)[0] in ("SELECT", "WITH", "INSERT", "UPDATE", "DELETE"):
             for *_, plan in db.execute("EXPLAIN QUERY PLAN " + sql):
-                if re.match(r"SCAN (TABLE )?(entry|e|x|l|p|journal|j|chunk|h|m|manifest_chunk|collection|c|device|d|property)\b", plan):
+                if re.match(r"SCAN (TABLE )?(entry|e|x|l|p|journal|j|chunk|h|m|manifest_chunk|collection|c|device|d|property|digest|op|upload|upload_chunk|u)\b", plan):
                     if not sql.endswith("LIMIT 1"):      # is there any at all?
                         scans[sql] = plan
     assert len(seen) > 60 and not scans
@@ -4920,23 +4924,24 @@ def test_a_port_in_use_is_refused_in_one_line(serve, tmp_path):
 
 
 @needs_fork
+def workers_of(served, count, *, without=()):
+    """Wait until a server has so many workers; their process ids."""
+    found, since = [], time.monotonic()
+    while len(found) != count or set(found) & set(without):
+        assert time.monotonic() - since < 20, found
+        time.sleep(0.05)
+        found = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
+    return found
+
+
 def test_a_worker_that_dies_is_replaced(serve):
     served = serve("--workers", 2)
-
-    def workers(unlike=()):
-        """The ids of two workers of which one is new, once there are."""
-        for _ in range(200):
-            found = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
-            if len(found) == 2 and set(found) != set(unlike):
-                return found
-            time.sleep(0.05)
-        raise AssertionError("there are %r" % found)
-    children = workers()
+    children = workers_of(served, 2)
     os.kill(int(children[0]), signal.SIGKILL)
     time.sleep(0.1)
     for _ in range(20):
         assert served.call("GET", "/healthz").status == 200
-    assert children[1] in workers(children)
+    assert children[1] in workers_of(served, 2, without=children[:1])
 
 
 @needs_fork
