@@ -12079,6 +12079,7 @@ CUT_LEAST, CUT_MOST = MiB, 8 * MiB      # bytes of a chunk where content decides
 CUT_MARK = re.compile(rb"[\x05\x17\x2b\x3a\x4c\x5f\x61\x76\x88\x93\xa9\xb4\xc2\xd7\xe6\xfb]{5}")    # once per MiB of random bytes
 COMMIT_FILES, COMMIT_BYTES = 2_000, 8 * MiB      # of one commit, and of one download
 LANES = 2                       # requests under way while the next is prepared
+WINDOW = 4 * MiB                # bytes of a large file after which its chunks travel
 ROUNDS = 12                     # until a run gives up to reach a fixed point
 BRAKE_LEAST = 50                # deletions that never stop a run
 SCAN_LEAST, SCAN_MOST = 1.0, 15.0       # seconds between two looks at a watched folder
@@ -12476,9 +12477,15 @@ class SyncState:
                 name, ", ".join(kind._fields)))
         self.db.execute("CREATE TABLE IF NOT EXISTS word (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
         self.words = dict(self.db.execute("SELECT name, value FROM word"))
-        self.there: dict[str, There] = {row[0]: There._make(row[1:]) for row in self.db.execute("SELECT * FROM there")}
-        self.base: dict[str, Base] = {row[0]: Base._make(row[1:]) for row in self.db.execute("SELECT * FROM base")}
+        self.there: dict[str, There] = {there.path if key == there.path else key: there for key, there in (
+            (row[0], There._make(row[1:])) for row in self.db.execute("SELECT * FROM there"))}
+        self.base: dict[str, Base] = {row[0]: self._with_words_of(self.there.get(row[0]), Base._make(row[1:]))
+                                      for row in self.db.execute("SELECT * FROM base")}
         self._changed: dict[str, set[str]] = {"there": set(), "base": set()}
+
+    def _with_words_of(self, there: There | None, base: Base) -> Base:
+        """The same, sharing its strings with what is on the server: they are most of our memory."""
+        return Base(*there, *base[8:]) if there == base[:8] else base
 
     @property
     def cursor(self) -> int:
@@ -12716,13 +12723,15 @@ class SyncClient:
 
     def _fetch_manifest(self) -> None:
         """Everything anew.  Another server, or one restored from a backup, agreed on nothing with us."""
-        state, lines = self.state, []
+        state, found, first, last = self.state, [], None, None
         with self.link.open("GET", "/api/v1/manifest?chunks=1") as response:
             for line in response:
-                lines.append(line)
                 self.link.received += len(line)
-        first, *rest, last = map(json.loads, lines or [b"{}"])
-        if last != {"end": True, "count": len(rest)}:
+                about = json.loads(line)
+                if "path" in about:
+                    found.append(there_of(about))
+                first, last = first or about, about
+        if first is None or last != {"end": True, "count": len(found)}:
             raise Stopped("the answer of the server broke off; nothing was touched")
         known = state.words.get("server")
         if known not in (None, first["server"]):
@@ -12734,18 +12743,19 @@ class SyncClient:
         for key in list(state.there):
             state.set("there", key, None)
         self.twins = {}
-        for about in rest:
-            key = self.folder.key(about["path"])
+        for there in found:
+            key = self.folder.key(there.path)
             if key in state.there:
-                self.twins[about["path"]] = "cannot be told apart from %s here" % state.there[key].path
+                self.twins[there.path] = "cannot be told apart from %s here" % state.there[key].path
             else:
-                state.set("there", key, there_of(about))
+                state.set("there", key, there)
         state.say(server=first["server"], cursor=first["seq"])
         self.moved_there = True
 
     def look(self) -> None:
         """Scan the folder."""
         self.leaves_out = self.folder.ignored()
+        self.scan = Scan({}, {}, 0.0)                # two of them would be much memory
         self.scan = self.folder.scan(self.leaves_out)
 
     # ---- moves
@@ -13082,7 +13092,7 @@ class SyncClient:
             chunks.append((hash, len(data)))
             window[hash] = data
             waiting += len(data)
-            if waiting > CHUNK_LIMIT - CUT_MOST:
+            if waiting > WINDOW:
                 self._fly(partial(self._send_missing, window), lambda done: None)
                 window, waiting = {}, 0
         self._fly(partial(self._send_missing, window), lambda done: None)
@@ -13201,7 +13211,7 @@ class SyncClient:
                 for hash, size in chunks[start:]:
                     window.append((hash, size))
                     waiting += size
-                    if waiting > CHUNK_LIMIT - CUT_MOST:
+                    if waiting > WINDOW:
                         self._build(file, window, old, places)
                         window, waiting = [], 0
                 self._build(file, window, old, places)
