@@ -1363,7 +1363,7 @@ class _Cutting:
         self.whole = hashlib.sha256()
         self.digests = {name: new_digest(name) for name in digests}
         self.chunks: list[tuple[str, int]] = []
-        self.written: set[str] = set()
+        self.written: dict[str, object] = {}         # hash: whose it is to write
         self.flying: deque[tuple[Any, bytearray]] = deque()
 
     def run(self, body: Body, buffer: bytearray, count: int) -> Stored:
@@ -1401,8 +1401,8 @@ class _Cutting:
 
     def _write(self, view: memoryview) -> tuple[str, int]:
         hash = hashlib.sha256(view).hexdigest()
-        if hash not in self.written and not self.known(hash):
-            self.written.add(hash)
+        mine = object()                          # the same bytes may be in several hands at once
+        if self.written.setdefault(hash, mine) is mine and not self.known(hash):
             self.blobs.put_chunk(hash, view, self.tag)
         return hash, len(view)
 
