@@ -5781,7 +5781,8 @@ class Handler(BaseHTTPRequestHandler):
         sent, pending = 0, head
         for part in body if request.method != "HEAD" else ():
             if isinstance(part, FileSlice) and not chunked:
-                self.send_all(pending)
+                if pending:                      # TLS before Python 3.10 takes an empty send for the end
+                    self.send_all(pending)
                 pending = b""
                 sent += self._send_slice(part)
                 continue
@@ -5791,7 +5792,9 @@ class Handler(BaseHTTPRequestHandler):
                 pending = b""
         if response.length not in (None, sent) and request.method != "HEAD":
             raise CloudError("storage-failed", "a part of the file is missing")
-        self.send_all(pending + (b"0\r\n\r\n" if chunked and request.method != "HEAD" else b""))
+        pending += b"0\r\n\r\n" if chunked and request.method != "HEAD" else b""
+        if pending:
+            self.send_all(pending)
         return sent
 
     def send_all(self, data: bytes) -> None:
