@@ -9099,6 +9099,7 @@ const COLUMNS = {name: "Name", mtime: "Modified", size: "Size", deleted: "Delete
 function makeList({columns, sortable = true, empty}) {
   Object.assign(list, {entries: [], columns, sortable, empty, at: -1, anchor: -1, editing: null});
   list.selected.clear();
+  list.rows.clear();
   const head = ["name", ...columns].map(name =>
     h(
       "div." + name,
@@ -9151,13 +9152,22 @@ function fillList(entries) {
     const own = one.dataset.sort === sorting.by;
     one.parentNode.setAttribute("aria-sort", own ? sorting.down ? "descending" : "ascending" : "none");
   }
-  redrawRows();
+  redrawRows(same);
   showBar();
 }
 
-function redrawRows() {
-  for (const row of list.rows.values()) row.remove();
-  list.rows.clear();
+const same = (a, b) => b && ["node", "etag", "path", "mtime", "size"].every(name => a[name] === b[name]);
+
+// rows that would look as they do stay: a click that is under way must not lose its target
+function redrawRows(keep = () => false) {
+  for (const [index, row] of list.rows) {
+    const entry = list.entries[index];
+    if (keep(row.entry, entry)) markRow(row, row.entry = entry, index);
+    else {
+      row.remove();
+      list.rows.delete(index);
+    }
+  }
   drawRows();
 }
 
@@ -9222,6 +9232,7 @@ function makeRow(entry, index) {
       h("button", {type: "button", tabIndex: -1, "aria-label": t("Actions for {name}", {name: entry.name})}, "⋯")
     )
   );
+  row.entry = entry;
   row.classList.toggle("cursor", index === list.at);
   row.classList.toggle("cut", clip.verb === "move" && clip.ids.has(entry.node));
   return row;
@@ -9315,11 +9326,12 @@ const selection = () => [...list.selected].map(id => list.entries[list.known.get
 
 function setSelection(ids) {
   list.selected = new Set(ids);
-  for (const [index, row] of list.rows) markRow(row, list.entries[index]);
+  for (const [index, row] of list.rows) markRow(row, list.entries[index], index);
   showBar();
 }
 
-function markRow(row, entry) {
+function markRow(row, entry, index) {
+  row.classList.toggle("cursor", index === list.at);
   const chosen = list.selected.has(entry.node);
   row.setAttribute("aria-selected", String(chosen));
   find("input", row).checked = chosen;
@@ -9762,6 +9774,8 @@ const viewRows = () => [
 function setShape(name) {
   shape = name;
   localStorage.setItem("shape", name);
+  list.box.classList.toggle("tiles", name === "tiles");
+  redrawRows();
   fillList(list.entries);
 }
 

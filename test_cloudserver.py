@@ -5681,7 +5681,12 @@ class Browser:
                     || one.getAttribute('aria-label') === arguments[0]));""", wanted)[ELEMENT]
 
     def click(self, wanted):
-        self.do("POST", "/element/%s/click" % self.element(wanted))
+        for last in (False, True):
+            try:
+                return self.do("POST", "/element/%s/click" % self.element(wanted))
+            except AssertionError as error:      # it was drawn anew in between
+                if last or "stale element" not in str(error):
+                    raise
 
     def fill(self, wanted, text):
         element = self.element(wanted)
