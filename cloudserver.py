@@ -8653,9 +8653,7 @@ function menu(at, rows, title = t("Actions")) {
             )
           : h("hr")
       );
-      const box = h(
-        "div.items",
-        {role: "menu", "aria-label": title, onkeydown: event => moveInMenu(event, box)},
+      const box = h("div.items", {role: "menu", "aria-label": title, onkeydown: event => moveInMenu(event, box)},
         items
       );
       requestAnimationFrame(() => placeMenu(box.closest("dialog"), at));
@@ -8704,55 +8702,31 @@ const ownName = () => h("input", {name: "user", autocomplete: "username", value:
 // the page of one form that stands for everything before somebody is logged in
 function showGate(title, text, fields, yes, run) {
   setTitle(title);
-  view.turn = (view.turn || 0) + 1; // what is still on its way to the view before comes to nothing
+  view.turn = (view.turn || 0) + 1;      // what is still on its way to the view before comes to nothing
   Object.assign(view, {kind: "", path: ""});
-  const problem = h("p.problem", {role: "alert"});
-  const submit = h("button.primary", {}, yes);
-  const form = h(
-    "form",
-    {
-      onsubmit: async event => {
-        event.preventDefault();
-        problem.textContent = "";
-        submit.disabled = true;
-        try {
-          await run(Object.fromEntries(new FormData(form)));
-        } catch (error) {
-          problem.textContent =
-            error.code === "throttled"
-              ? t("Too many wrong passwords. Wait a moment, then try again.")
-              : error.code === "unauthenticated"
-                ? explain(error)
-                : ["bad-request", "forbidden"].includes(error.code)
-                  ? t(error.message)
-                  : explain(error);
-        }
-        submit.disabled = false;
-      }
-    },
-    fields,
-    problem,
-    submit
-  );
-  find("#app").replaceChildren(
-    h(
-      "main.gate",
-      {},
-      h("div.brand", {}, icon("collection"), "cloudserver"),
-      h("h1", {}, title),
-      text && h("p", {}, text),
-      fields.length ? form : null,
-      languageLinks()
-    )
-  );
+  const problem = h("p.problem", {role: "alert"}), submit = h("button.primary", {}, yes);
+  const form = h("form", {onsubmit: async event => {
+    event.preventDefault();
+    problem.textContent = "";
+    submit.disabled = true;
+    await run(Object.fromEntries(new FormData(form))).catch(error => { problem.textContent = explainGate(error); });
+    submit.disabled = false;
+  }}, fields, problem, submit);
+  find("#app").replaceChildren(h("main.gate", {},
+    h("div.brand", {}, icon("collection"), "cloudserver"), h("h1", {}, title), text && h("p", {}, text),
+    fields.length ? form : null, languageLinks()));
   const first = find("input", form);
   if (first && !isPhone.matches) first.focus();
 }
 
+// here the server's own words say more than ours: which password is too easy, which name is taken
+function explainGate(error) {
+  if (error.code === "throttled") return t("Too many wrong passwords. Wait a moment, then try again.");
+  return ["bad-request", "forbidden"].includes(error.code) ? t(error.message) : explain(error);
+}
+
 const languageLinks = () =>
-  h(
-    "p.languages",
-    {},
+  h("p.languages", {},
     Object.entries(LANGUAGES).map(([name, label]) =>
       button(
         label,
@@ -8870,59 +8844,25 @@ const NAVIGATION = [["files", "Files", "/files"], ["activity", "Activity", "/act
                     ["settings", "Settings", "/settings"]];
 
 function buildFrame() {
-  const search = h("input", {
-    type: "search",
-    name: "q",
-    placeholder: t("Search"),
-    "aria-label": t("Search"),
-    autocomplete: "off",
-    spellcheck: false,
-    oninput: searchSoon
-  });
+  const search = h("input", {type: "search", name: "q", placeholder: t("Search"), "aria-label": t("Search"), autocomplete: "off",
+                             spellcheck: false, oninput: searchSoon});
+  const form = h("form.search", {role: "search", onsubmit: event => { event.preventDefault(); search.blur(); }}, search);
+  const make = event => menu(event.currentTarget, menuRows(actionsFor("place").filter(one => one.make)), t("New"));
+  const links = NAVIGATION.map(([name, label, address]) => h("a", {href: PREFIX + address, "data-view": name}, t(label)));
   find("#app").replaceChildren(
     h("a.skip", {href: "#content"}, t("Skip to the files")),
-    h(
-      "header.side",
-      {},
+    h("header.side", {},
       h("a.brand", {href: addressOf("")}, icon("collection"), "cloudserver"),
-      button(
-        t("New"),
-        event => menu(event.currentTarget, menuRows(actionsFor("place").filter(one => one.make)), t("New")),
-        {className: "primary new", "aria-haspopup": "menu"}
-      ),
-      h(
-        "nav",
-        {"aria-label": t("Main")},
-        NAVIGATION.map(([name, label, address]) => h("a", {href: PREFIX + address, "data-view": name}, t(label)))
-      ),
-      h("div.quota")
-    ),
-    h(
-      "main",
-      {id: "content", tabIndex: -1},
+      button(t("New"), make, {className: "primary new", "aria-haspopup": "menu"}),
+      h("nav", {"aria-label": t("Main")}, links),
+      h("div.quota")),
+    h("main", {id: "content", tabIndex: -1},
       h("h1.unseen"),
       h("div.banners"),
-      h(
-        "div.top",
-        {},
-        h("nav.crumbs", {"aria-label": t("Where you are")}),
-        h(
-          "form.search",
-          {
-            role: "search",
-            onsubmit: event => {
-              event.preventDefault();
-              search.blur();
-            }
-          },
-          search
-        )
-      ),
+      h("div.top", {}, h("nav.crumbs", {"aria-label": t("Where you are")}), form),
       h("div.bar", {role: "toolbar", "aria-label": t("Actions")}),
-      h("div.content")
-    ),
-    h("section.queue", {"aria-label": t("Uploads"), hidden: true})
-  );
+      h("div.content")),
+    h("section.queue", {"aria-label": t("Uploads"), hidden: true}));
   showQuota();
   showQueue();
   watchServer();
@@ -8936,9 +8876,7 @@ function showQuota() {
   box.replaceChildren(
     ...[
       meter,
-      h(
-        "span",
-        {},
+      h("span", {},
         quota === null
           ? t("{used} used", {used: formatSize(used)})
           : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)})
@@ -9108,9 +9046,7 @@ function makeList({columns, sortable = true, empty}) {
     )
   );
   list.body = h("div.rows", {role: "rowgroup"});
-  list.head = h(
-    "div.head",
-    {role: "rowgroup"},
+  list.head = h("div.head", {role: "rowgroup"},
     h("div.cells", {role: "row", "aria-rowindex": 1}, h("div.check", {role: "columnheader"}, checkAll()), head)
   );
   list.box = h(
@@ -9206,12 +9142,8 @@ function drawRows() {
 
 function makeRow(entry, index) {
   const chosen = list.selected.has(entry.node);
-  const row = h(
-    "div.row.cells",
-    {role: "row", id: "row" + index, "aria-rowindex": index + 2, "aria-selected": String(chosen)},
-    h(
-      "div.check",
-      {role: "gridcell"},
+  const row = h("div.row.cells", {role: "row", id: "row" + index, "aria-rowindex": index + 2, "aria-selected": String(chosen)},
+    h("div.check", {role: "gridcell"},
       h("input", {
         type: "checkbox",
         tabIndex: -1,
@@ -9219,16 +9151,12 @@ function makeRow(entry, index) {
         "aria-label": t("Select {name}", {name: entry.name})
       })
     ),
-    h(
-      "div.name",
-      {role: "gridcell"},
+    h("div.name", {role: "gridcell"},
       shape === "tiles" ? tilePicture(entry) : icon(kindOf(entry)),
       list.editing === entry ? renameField(entry) : entryName(entry)
     ),
     list.columns.map(column => h("div." + column, {role: "gridcell"}, cellOf(entry, column))),
-    h(
-      "div.more",
-      {role: "gridcell"},
+    h("div.more", {role: "gridcell"},
       h("button", {type: "button", tabIndex: -1, "aria-label": t("Actions for {name}", {name: entry.name})}, "⋯")
     )
   );
@@ -9248,24 +9176,16 @@ function entryName(entry) {
     draggable: view.kind === "files" && mouse.matches
   };
   const label = opens(entry)
-    ? h(
-        "a",
-        {...about, href: view.at ? pastAddress(view.at, entry.path) : addressOf(entry.path)},
+    ? h("a", {...about, href: view.at ? pastAddress(view.at, entry.path) : addressOf(entry.path)},
         h("bdi", {}, entry.name)
       )
     : h("span", about, h("bdi", {}, entry.name));
   const where = view.kind === "search" || view.kind === "trash" ? parentOf(entry.path) || t("Files") : null;
-  return h(
-    "div.names",
-    {},
+  return h("div.names", {},
     label,
-    h(
-      "div.second" + (where ? ".where" : ""),
-      {},
+    h("div.second" + (where ? ".where" : ""), {},
       where && h("bdi", {}, where),
-      h(
-        "span.small",
-        {},
+      h("span.small", {},
         (where ? " · " : "") + formatTime(entry.deleted || entry.mtime) + " · " + formatSize(entry.size)
       )
     )
@@ -9598,9 +9518,7 @@ function crumbsOf(path, address) {
   const parts = [
     link(t("Files"), address(""), {"data-path": ""}),
     ...names.map((name, n) =>
-      h(
-        "a",
-        {href: address(names.slice(0, n + 1).join("/")), "data-path": names.slice(0, n + 1).join("/")},
+      h("a", {href: address(names.slice(0, n + 1).join("/")), "data-path": names.slice(0, n + 1).join("/")},
         h("bdi", {}, name)
       )
     )
@@ -10024,9 +9942,7 @@ async function askClash(name, more) {
       h("p", {}, t("What should happen with the new one?")),
       more === 0
         ? null
-        : h(
-            "label.tick",
-            {},
+        : h("label.tick", {},
             all,
             more
               ? plural(more, "Do the same for {n} more", "Do the same for {n} more")
@@ -10065,9 +9981,7 @@ function chooseCollection(title, yes, from, items = []) {
         const inside = sortEntries(children.filter(entry => entry.kind === "collection" && !moving.has(entry.path)));
         box.replaceChildren(
           ...inside.map(entry =>
-            h(
-              "button.item",
-              {type: "button", onclick: () => enter(entry.path)},
+            h("button.item", {type: "button", onclick: () => enter(entry.path)},
               icon("collection"),
               h("bdi", {}, entry.name)
             )
@@ -10296,27 +10210,27 @@ function forgetMe() {
 async function offsetOf(id) {
   const answer = await fetch(PREFIX + "/tus/" + id, {
     method: "HEAD",
-    headers: {...HEADERS, "Tus-Resumable": "1.0.0"}
+    headers: {...HEADERS, ...TUS}
   }).catch(() => {
     throw new Problem(0, {code: "network"});
   });
   return answer.ok ? Number(answer.headers.get("Upload-Offset")) : -1;
 }
 
+const TUS = {"Tus-Resumable": "1.0.0"};
+const BODIES = {
+  POST: TUS,
+  PATCH: {...TUS, "Content-Type": "application/offset+octet-stream"},
+  PUT: {"Content-Type": "application/octet-stream"}
+};
+
 // one request with progress, which fetch cannot show
 function transmit(item, method, address, body, headers, from) {
   return new Promise((done, fail) => {
+    if (item.state !== "sending") return fail(new DOMException("", "AbortError"));         // paused between two requests
     const request = (item.request = new XMLHttpRequest());
     request.open(method, address);
-    const type =
-      method === "PATCH"
-        ? {"Content-Type": "application/offset+octet-stream"}
-        : method === "PUT"
-          ? {"Content-Type": "application/octet-stream"}
-          : {};
-    const tus = method === "PUT" ? {} : {"Tus-Resumable": "1.0.0"};
-    for (const [name, value] of Object.entries({...HEADERS, ...type, ...tus, ...headers}))
-      request.setRequestHeader(name, value);
+    for (const [name, value] of Object.entries({...HEADERS, ...BODIES[method], ...headers})) request.setRequestHeader(name, value);
     request.upload.onprogress = event => {
       item.sent = from + event.loaded;
       updateQueue();
@@ -10350,7 +10264,7 @@ function cancelItem(item) {
   finishItem(item, "cancelled");
   if (sending && item.request) item.request.abort();
   if (item.upload)
-    fetch(PREFIX + "/tus/" + item.upload, {method: "DELETE", headers: {...HEADERS, "Tus-Resumable": "1.0.0"}}).catch(
+    fetch(PREFIX + "/tus/" + item.upload, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(
       () => {}
     );
   updateQueue();
@@ -10448,9 +10362,7 @@ function updateQueue() {
 
 function drawQueue() {
   if (!queue.box || !queue.items.length) return;
-  let sent = 0,
-    total = 0,
-    done = 0;
+  let sent = 0, total = 0, done = 0;
   for (const item of queue.items) {
     if (item.state === "skipped" || item.state === "cancelled") continue;
     total += item.size + 1000; // the smallest files take time, too
@@ -10464,17 +10376,15 @@ function drawQueue() {
   queue.pause.hidden = !rest;
   queue.pause.textContent = queue.paused ? t("Resume") : t("Pause");
   queue.stop.textContent = rest ? t("Cancel") : t("Close");
-  queue.title.textContent = rest
-    ? queue.paused
-      ? t("Paused: {done} of {n} uploaded", {done, n: queue.items.length})
-      : t("Uploading: {done} of {n}, {percent} %", {
-          done,
-          n: queue.items.length,
-          percent: Math.floor((100 * sent) / Math.max(1, total))
-        })
-    : queue.failed
-      ? plural(queue.failed, "{n} upload failed", "{n} uploads failed")
-      : plural(done, "{n} file uploaded", "{n} files uploaded");
+  queue.title.textContent = queueWords(rest, done, Math.floor(100 * sent / Math.max(1, total)));
+}
+
+function queueWords(rest, done, percent) {
+  const n = queue.items.length;
+  if (rest && queue.paused) return t("Paused: {done} of {n} uploaded", {done, n});
+  if (rest) return t("Uploading: {done} of {n}, {percent} %", {done, n, percent});
+  if (queue.failed) return plural(queue.failed, "{n} upload failed", "{n} uploads failed");
+  return plural(done, "{n} file uploaded", "{n} files uploaded");
 }
 
 // ---- dragging: files from outside, entries within
@@ -10572,9 +10482,7 @@ async function showVersions(address) {
   );
   setBar(h("span.count", {}, plural(versions.length, "{n} version", "{n} versions")));
   setContent(
-    h(
-      "ol.steps",
-      {},
+    h("ol.steps", {},
       versions.map((version, n) => versionRow(path, version, n))
     )
   );
@@ -10612,20 +10520,14 @@ function versionRow(path, version, n) {
       await api("POST", "versions/pin", {path, version: version.version, name: null});
       await show();
     });
-  return h(
-    "li",
-    {},
-    h(
-      "div.what",
-      {},
+  return h("li", {},
+    h("div.what", {},
       h("strong", {}, dates.long.format(new Date(version.at))),
       n ? null : h("span.tag", {}, t("Now")),
       version.name && h("span.tag", {}, version.name),
       h("div.soft", {}, [formatSize(version.size), version.account, version.device].filter(Boolean).join(" · "))
     ),
-    h(
-      "div.acts",
-      {},
+    h("div.acts", {},
       h("a.button", {href: apiAddress("content", path, {version: version.version}), download: ""}, t("Download")),
       n ? button(t("Restore"), restore) : null,
       version.name ? button(t("Let go"), letGo) : button(t("Keep for good"), keep)
@@ -10784,12 +10686,8 @@ function stepRow(step) {
     to: "“" + to + "”",
     name: agentOf({kind: step.detail.kind, name})
   });
-  return h(
-    "li",
-    {},
-    h(
-      "div.what",
-      {},
+  return h("li", {},
+    h("div.what", {},
       h("span", {}, words),
       h("div.soft", {}, [dates.long.format(new Date(step.at)), step.device].filter(Boolean).join(" · "))
     ),
@@ -10896,9 +10794,7 @@ async function showSettings(name) {
   setCrumbs(h("span", {"aria-current": "page"}, t("Settings")));
   setBar(
     SECTIONS.filter(([, , , admin]) => !admin || me.admin).map(([one, words]) =>
-      h(
-        "a.tab",
-        {href: PREFIX + "/settings" + (one && "/" + one), "aria-current": words === label ? "page" : null},
+      h("a.tab", {href: PREFIX + "/settings" + (one && "/" + one), "aria-current": words === label ? "page" : null},
         t(words)
       )
     )
@@ -10912,9 +10808,7 @@ function accountSection() {
   return [
     section(
       me.name,
-      h(
-        "p",
-        {},
+      h("p", {},
         me.quota === null
           ? t("{used} used", {used: formatSize(me.used)})
           : t("{used} of {quota} used", {used: formatSize(me.used), quota: formatSize(me.quota)})
@@ -10947,17 +10841,11 @@ const changePassword = () =>
 async function devicesSection() {
   const {devices} = await api("GET", "devices");
   const row = device =>
-    h(
-      "li",
-      {},
-      h(
-        "div.what",
-        {},
+    h("li", {},
+      h("div.what", {},
         h("strong", {}, h("bdi", {}, agentOf(device))),
         device.this ? h("span.tag", {}, t("This one")) : null,
-        h(
-          "div.soft",
-          {},
+        h("div.soft", {},
           [
             t(device.kind === "session" ? "Browser" : "App password"),
             device.readonly && t("reads only"),
@@ -10971,9 +10859,7 @@ async function devicesSection() {
             .join(" · ")
         )
       ),
-      h(
-        "div.acts",
-        {},
+      h("div.acts", {},
         button(
           t("Revoke"),
           () =>
@@ -11039,9 +10925,7 @@ function openPreview(entry) {
       },
       onkeydown: onPreviewKey
     },
-    h(
-      "div.title",
-      {},
+    h("div.title", {},
       h("strong", {}, h("bdi", {}, entry.name)),
       h("span.soft", {}, formatSize(entry.size)),
       act("edit", "Edit", () => attempt(() => editFile(entry)), isText(entry)),
@@ -11228,25 +11112,15 @@ function parseTable(text, comma) {
 }
 
 const tableOf = ([head, ...rows]) =>
-  h(
-    "table",
-    {},
-    h(
-      "thead",
-      {},
-      h(
-        "tr",
-        {},
+  h("table", {},
+    h("thead", {},
+      h("tr", {},
         (head || []).map(cell => h("th", {scope: "col"}, cell))
       )
     ),
-    h(
-      "tbody",
-      {},
+    h("tbody", {},
       rows.map(row =>
-        h(
-          "tr",
-          {},
+        h("tr", {},
           row.map(cell => h("td", {}, cell))
         )
       )
@@ -11303,9 +11177,7 @@ function block(lines, at, place, depth) {
   if (/^\s*>/.test(line) && depth < 20) {
     const end = until(one => /^\s*>/.test(one));
     return [
-      h(
-        "blockquote",
-        {},
+      h("blockquote", {},
         blocks(
           lines.slice(at, end).map(one => one.replace(/^\s*> ?/, "")),
           place,
@@ -11354,9 +11226,7 @@ function listBlock(lines, at, place, depth) {
     if (tick) inside[0] = inside[0].slice(tick[0].length);
     const plain = inside.length === 1 ? inline(inside[0], place) : blocks(inside, place, depth + 1);
     items.push(
-      h(
-        "li",
-        {},
+      h("li", {},
         tick && h("input", {type: "checkbox", disabled: true, checked: tick[1] !== " ", "aria-label": t("Done")}),
         plain
       )
@@ -11421,34 +11291,17 @@ function resolve(place, target) {
 // ---- settings: connecting other programs
 
 const WAYS = (address, name, token) => [
-  [
-    t("Phone or tablet: photos and files"),
-    t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address."),
-    location.origin + PREFIX,
-    qrOf(`nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`)
-  ],
-  [
-    t("Synchronised folder"),
-    t("Keeps a folder of your computer and this server the same, both ways."),
-    `python3 cloudserver.py sync FOLDER ${location.protocol}//${encodeURIComponent(name)}@${location.host}${PREFIX}`
-  ],
-  [
-    "Windows",
-    t("In the Explorer: This PC, “Map network drive”; or:"),
-    `net use Z: "${address}" "${token}" /user:"${name}"`
-  ],
+  [t("Phone or tablet: photos and files"),
+   t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address."), location.origin + PREFIX,
+   qrOf(`nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`)],
+  [t("Synchronised folder"), t("Keeps a folder of your computer and this server the same, both ways."),
+   `python3 cloudserver.py sync FOLDER ${location.protocol}//${encodeURIComponent(name)}@${location.host}${PREFIX}`],
+  ["Windows", t("In the Explorer: This PC, “Map network drive”; or:"), `net use Z: "${address}" "${token}" /user:"${name}"`],
   ["Mac", t("In the Finder: Go, “Connect to Server”, with this address:"), address],
-  [
-    "Linux",
-    t("In the file manager, as the address of a server:"),
-    address.replace(/^http/, "dav").replace("://", "://" + encodeURIComponent(name) + "@")
-  ],
-  [
-    "rclone",
-    "",
-    `rclone config create cloud webdav url=${address} vendor=other user="${name}" pass="${token}" --obscure`
-  ],
-  ["curl", "", `curl -u "${name}:${token}" -T FILE ${address}`]
+  ["Linux", t("In the file manager, as the address of a server:"),
+   address.replace(/^http/, "dav").replace("://", "://" + encodeURIComponent(name) + "@")],
+  ["rclone", "", `rclone config create cloud webdav url=${address} vendor=other user="${name}" pass="${token}" --obscure`],
+  ["curl", "", `curl -u "${name}:${token}" -T FILE ${address}`],
 ];
 
 function connectSection() {
@@ -11457,9 +11310,7 @@ function connectSection() {
     box.replaceChildren(
       ...WAYS(location.origin + PREFIX + "/dav/", me.name, token || t("APP-PASSWORD")).map(
         ([title, hint, command, code]) =>
-          h(
-            "div",
-            {},
+          h("div", {},
             h("h3", {}, title),
             hint && h("p.soft", {}, hint),
             commandLine(command),
@@ -11500,9 +11351,7 @@ function connectSection() {
 }
 
 const commandLine = text =>
-  h(
-    "div.command",
-    {},
+  h("div.command", {},
     h("code", {tabIndex: 0}, text),
     button(t("Copy"), () =>
       attempt(async () => {
@@ -11548,9 +11397,7 @@ async function accountsSection() {
     ),
     section(
       t("Server"),
-      h(
-        "dl.keys",
-        {},
+      h("dl.keys", {},
         facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))
       )
     )
@@ -11606,17 +11453,11 @@ function accountRow(account) {
         )
     }
   ];
-  return h(
-    "li",
-    {},
-    h(
-      "div.what",
-      {},
+  return h("li", {},
+    h("div.what", {},
       h("strong", {}, h("bdi", {}, name)),
       admin && h("span.tag", {}, t("Administrator")),
-      h(
-        "div.soft",
-        {},
+      h("div.soft", {},
         (quota === null
           ? t("{used} used", {used: formatSize(used)})
           : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)})) +
@@ -11624,9 +11465,7 @@ function accountRow(account) {
           plural(files, "{n} file", "{n} files")
       )
     ),
-    h(
-      "div.acts",
-      {},
+    h("div.acts", {},
       button(t("Change"), event => menu(event.currentTarget, rows), {
         "aria-haspopup": "menu",
         "aria-label": t("Change {name}", {name})
@@ -11710,12 +11549,8 @@ const showHeld = soon(async () => {
     });
   box.replaceChildren(
     ...held.map(({device, name, deletes, overwrites}) =>
-      h(
-        "div.banner",
-        {role: "alert"},
-        h(
-          "span",
-          {},
+      h("div.banner", {role: "alert"},
+        h("span", {},
           t("“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.", {
             name,
             deletes,
@@ -12153,9 +11988,7 @@ function showHelp() {
     [t("Choose one more"), t("Space")]
   ];
   return sheet(t("Keyboard shortcuts"), close => [
-    h(
-      "dl.keys",
-      {tabIndex: 0},
+    h("dl.keys", {tabIndex: 0},
       rows.map(([label, key]) => h("div", {}, h("dt", {}, label), h("dd", {}, h("kbd", {}, key))))
     ),
     buttonsRow(button(t("Close"), () => close(), {className: "primary", autofocus: true}))
