@@ -8117,7 +8117,7 @@ main:focus { outline: none; }
 .size { text-align: right; padding-right: .75rem; font-variant-numeric: tabular-nums; }
 .rows { position: relative; min-height: 44px; }
 .row { position: absolute; left: 0; right: 0; top: 0; height: 44px; border-bottom: 1px solid var(--line);
-  user-select: none; -webkit-touch-callout: none; }
+  user-select: none; -webkit-touch-callout: none; -webkit-tap-highlight-color: transparent; }
 .row:hover { background: var(--hover); }
 .row[aria-selected=true] { background: var(--chosen); }
 .grid:focus-visible .cursor { outline: 2px solid var(--accent); outline-offset: -2px; border-radius: 6px; }
@@ -8465,6 +8465,7 @@ function t(text, values) {
     ? typeof values[name] === "number" ? number.format(values[name]) : values[name] : whole) : said;
 }
 
+const quoted = name => t("“{name}”", {name});
 const plural = (n, one, many, values) => t(n === 1 ? one : many, {n, ...values});
 
 function formatSize(bytes) {
@@ -9721,7 +9722,7 @@ async function undo(seqs) {
   await refresh();
 }
 
-const namesOf = items => items.length === 1 ? "“" + items[0].name + "”" : plural(items.length, "{n} item", "{n} items");
+const namesOf = items => items.length === 1 ? quoted(items[0].name) : plural(items.length, "{n} item", "{n} items");
 
 async function deleteItems(items) {
   const {seq} = await api("POST", "delete", {paths: items.map(entry => entry.path)});
@@ -10678,12 +10679,12 @@ function stepRow(step) {
   const what = count
     ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1})
     : path
-      ? "“" + nameOf(path) + "”"
+      ? quoted(nameOf(path))
       : t("Files");
   const words = t(ACTIVITY[step.action] || step.action, {
     who: step.account,
     what,
-    to: "“" + to + "”",
+    to: quoted(to),
     name: agentOf({kind: step.detail.kind, name})
   });
   return h("li", {},
@@ -10762,7 +10763,7 @@ async function rewind() {
     !(await askYesNo(
       t("Bring this time back?"),
       t("{what} becomes what it was on {when}. {n} things change; you can undo this.", {
-        what: path ? "“" + nameOf(path) + "”" : t("Everything"),
+        what: path ? quoted(nameOf(path)) : t("Everything"),
         when,
         n: changed
       }),
@@ -11236,9 +11237,9 @@ function listBlock(lines, at, place, depth) {
 }
 
 const INLINE = new RegExp([
-  /(`+)(.+?)\1/,                                   // `code`
-  /!\[([^\]]*)\]\(([^()\s]+)(?:\s+"[^"]*")?\)/,    // ![picture](address "title")
-  /\[([^\]]+)\]\(([^()\s]+)(?:\s+"[^"]*")?\)/,     // [label](address "title")
+  /(`+)(.+?)\1/,                                   // backquotes: code
+  /!\[([^\]]*)\]\(([^()\s]+)(?:\s+"[^"]*")?\)/,    // ![picture](address title)
+  /\[([^\]]+)\]\(([^()\s]+)(?:\s+"[^"]*")?\)/,     // [label](address title)
   /\*\*(.+?)\*\*/, /__(.+?)__/,                    // **strong**
   /\*([^*\s][^*]*?)\*/, /\b_([^_]+?)_\b/,          // *soft*
   /~~(.+?)~~/,                                     // ~~gone~~
@@ -11547,22 +11548,17 @@ const showHeld = soon(async () => {
       if (done) offerUndo(t("Taken back."), done.seq);
       await refresh();
     });
-  box.replaceChildren(
-    ...held.map(({device, name, deletes, overwrites}) =>
-      h("div.banner", {role: "alert"},
-        h("span", {},
-          t("“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.", {
-            name,
-            deletes,
-            overwrites
-          })
-        ),
-        button(t("Allow"), () => decide("allow", device)),
-        button(t("Undo"), () => decide("undo-device", device), {className: "primary"})
-      )
-    )
-  );
+  box.replaceChildren(...held.map(one => h("div.banner", {role: "alert"},
+    h("span", {}, heldWords(one)),
+    button(t("Allow"), () => decide("allow", one.device)),
+    button(t("Undo"), () => decide("undo-device", one.device), {className: "primary"}))));
 }, 50);
+
+function heldWords(one) {
+  if (!one.overwrites) return t("“{name}” is held: it wants to delete {deletes} files.", one);
+  if (!one.deletes) return t("“{name}” is held: it wants to overwrite {overwrites} files.", one);
+  return t("“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.", one);
+}
 
 // ---- QR codes (ISO 18004): bytes, correction level M, versions 1 to 10, one mask
 
@@ -11973,9 +11969,12 @@ const GERMAN = {
   "{who} synchronised {what}": "{who} hat {what} abgeglichen",
   "{who} undid a step": "{who} hat einen Schritt rückgängig gemacht",
   "“{device}” wants to see and change the files of {name}.": "„{device}“ möchte die Dateien von {name} sehen und ändern.",
+  "“{name}”": "„{name}“",
   "“{name}” and {n} more": "„{name}“ und {n} weitere",
   "“{name}” exists already": "„{name}“ gibt es schon",
   "“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen und {overwrites} überschreiben.",
+  "“{name}” is held: it wants to delete {deletes} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen.",
+  "“{name}” is held: it wants to overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {overwrites} Dateien überschreiben.",
 };
 
 // ---- keys
@@ -12042,7 +12041,7 @@ function listen() {
   addEventListener("drop", onDrop);
   addEventListener("paste", onPaste);
   addEventListener("online", () => queue.delayed.forEach(wake));
-  addEventListener("pagehide", () => source && source.close()); // a page kept for "back" must not keep its connection
+  addEventListener("pagehide", () => source && source.close()); // a page kept to come back to must not keep its connection
   addEventListener("pageshow", event => event.persisted && watchServer());
   document.addEventListener("visibilitychange", watchServer);
   addEventListener("beforeunload", event => {
@@ -12091,8 +12090,9 @@ PAGE_HTML = r"""<!doctype html>
 
 
 def lean(source: str) -> str:
-    """A script or style as it is sent: without the comments and the indentation, which are for people."""
-    return re.sub(r"(?m)^ *//.*\n|^ +| +// [^\"'`\n]*$", "", source)
+    """A script or style as it is sent: without the comments, indentation and some line ends, which are for people."""
+    bare = re.sub(r"(?m)^ *//.*\n|^ +| +// [^\"'`\n]*$", "", source)
+    return re.sub(r"(?<=[,(\[])\n", "", bare)
 
 
 def source_hash(text: str) -> str:

@@ -3742,6 +3742,11 @@ def test_the_page_is_small_and_loads_nothing():
     assert not re.search(rb"<\w[^>]* on\w+=", cs.PAGE_HTML.encode())
 
 
+def test_no_comment_is_sent():
+    """One that stayed could swallow the line that is joined to it; a comment must hold no quotes."""
+    assert not re.search(r"(?m)(^|\s)//.*$", cs.lean(SCRIPT))
+
+
 def test_the_script_makes_no_markup_of_text():
     """W5, B4"""
     for word in (r"\beval\b", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "new Function", "DOMParser", "srcdoc",
@@ -6317,7 +6322,7 @@ def test_browser_shows_the_brake(page):
     laptop = page.cloud.accounts.identify("Bearer " + token, "", "127.0.0.1", secure=True)
     assert outcome(page.cloud.delete, laptop, *[("f%03d" % n,) for n in range(250)]) == "held"
     page.open("/")
-    page.sees("“laptop” is held: it wants to delete 250")
+    page.sees("“laptop” is held: it wants to delete 250 files.")
     page.shot("brake")
     page.click("Allow")
     page.misses("is held")
