@@ -8005,21 +8005,23 @@ PAGE_STYLE = r"""
 :root {
   color-scheme: light dark;
   --back: #fff; --side: #f5f6f8; --raised: #fff; --text: #1b1e23; --soft: #59626e; --line: #e2e5ea; --hover: #f1f3f6;
-  --accent: #1857c4; --on-accent: #fff; --chosen: #e4edfb; --danger: #b3261e; --shadow: 0 8px 28px rgb(20 30 50 / .18); --icon: #7a8696;
+  --accent: #1857c4; --on-accent: #fff; --chosen: #e4edfb; --danger: #b3261e; --shadow: 0 8px 28px rgb(20 30 50 / .18);
+  --icon: #7a8696;
   --mark: #fff3c4;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --back: #15171b; --side: #1b1e23; --raised: #22262c; --text: #e8eaee; --soft: #a4adb9; --line: #2e333b; --hover: #20242a;
-    --accent: #8fb8ff; --on-accent: #0d1b33; --chosen: #22344f; --danger: #ff9d94; --shadow: 0 8px 28px rgb(0 0 0 / .6); --icon: #8f9bab;
+    --accent: #8fb8ff; --on-accent: #0d1b33; --chosen: #22344f; --danger: #ff9d94; --shadow: 0 8px 28px rgb(0 0 0 / .6);
+    --icon: #8f9bab;
     --mark: #4d431f;
   }
 }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 html { scrollbar-gutter: stable; }
-body { margin: 0; background: var(--back); color: var(--text); font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--back); color: var(--text);
+  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; -webkit-text-size-adjust: 100%; }
 h1 { font-size: 1.5rem; font-weight: 600; margin: 0; }
 h2 { font-size: 1.1rem; font-weight: 600; margin: 0 0 .5rem; }
 p { margin: 0; }
@@ -8031,9 +8033,9 @@ a:hover { text-decoration: underline; }
 .problem { color: var(--danger); }
 .problem:empty { display: none; }
 
-button, .button { font: inherit; color: inherit; background: var(--raised); border: 1px solid var(--line); border-radius: 8px;
-  padding: .4rem .85rem; min-height: 36px; cursor: pointer; white-space: nowrap; display: inline-flex; align-items: center;
-  justify-content: center; gap: .4rem; }
+button, .button { font: inherit; color: inherit; background: var(--raised); border: 1px solid var(--line);
+  border-radius: 8px; padding: .4rem .85rem; min-height: 36px; cursor: pointer; white-space: nowrap; display: inline-flex;
+  align-items: center; justify-content: center; gap: .4rem; }
 button:hover, .button:hover { background: var(--hover); text-decoration: none; }
 button:disabled { opacity: .5; cursor: default; }
 button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
@@ -8041,9 +8043,10 @@ button.primary:hover { filter: brightness(1.08); }
 button.danger { color: var(--danger); border-color: currentColor; }
 button.quiet { background: none; border-color: transparent; color: var(--soft); }
 button.quiet:hover { background: var(--hover); color: var(--text); }
-input, select, textarea { font: inherit; color: inherit; background: var(--back); border: 1px solid var(--soft); border-radius: 8px;
-  padding: .45rem .7rem; min-height: 40px; width: 100%; }
-input[type=checkbox] { width: 18px; height: 18px; min-height: 0; margin: 0; padding: 0; accent-color: var(--accent); flex: none; }
+input, select, textarea { font: inherit; color: inherit; background: var(--back); border: 1px solid var(--soft);
+  border-radius: 8px; padding: .45rem .7rem; min-height: 40px; width: 100%; }
+input[type=checkbox] { width: 18px; height: 18px; min-height: 0; margin: 0; padding: 0; accent-color: var(--accent);
+  flex: none; }
 label.field { display: grid; gap: .25rem; }
 label.field span { font-weight: 500; }
 label.tick { display: flex; gap: .6rem; align-items: center; min-height: 36px; }
@@ -8053,7 +8056,8 @@ progress { appearance: none; border: 0; border-radius: 3px; background: var(--li
 progress::-webkit-progress-bar { background: var(--line); }
 progress::-webkit-progress-value { background: var(--accent); }
 progress::-moz-progress-bar { background: var(--accent); }
-.icon { width: 24px; height: 24px; flex: none; fill: none; stroke: var(--icon); stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
+.icon { width: 24px; height: 24px; flex: none; fill: none; stroke: var(--icon); stroke-width: 1.5; stroke-linecap: round;
+  stroke-linejoin: round; }
 .icon.collection .body { fill: var(--accent); stroke: none; opacity: .85; }
 .icon.image, .icon.video { stroke: #9a5bb5; }
 .icon.pdf { stroke: #c4453c; }
@@ -8074,8 +8078,8 @@ body:has(.side) #app { display: grid; grid-template-columns: 14.5rem minmax(0, 1
 .unseen { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
 .skip { position: absolute; left: -99rem; }
 .skip:focus { left: 1rem; top: 1rem; z-index: 9; background: var(--raised); padding: .5rem 1rem; }
-.side { background: var(--side); border-right: 1px solid var(--line); padding: 1.1rem 1rem; display: flex; flex-direction: column; gap: 1.1rem;
-  position: sticky; top: 0; height: 100vh; }
+.side { background: var(--side); border-right: 1px solid var(--line); padding: 1.1rem 1rem; display: flex;
+  flex-direction: column; gap: 1.1rem; position: sticky; top: 0; height: 100vh; }
 .side nav { display: grid; gap: 2px; }
 .side nav a { color: var(--text); padding: .5rem .75rem; border-radius: 8px; min-height: 38px; }
 .side nav a:hover { background: var(--hover); text-decoration: none; }
@@ -8084,7 +8088,8 @@ body:has(.side) #app { display: grid; grid-template-columns: 14.5rem minmax(0, 1
 .quota { margin-top: auto; display: grid; gap: .35rem; color: var(--soft); font-size: .875rem; }
 main { min-width: 0; padding: 0 1.75rem 6rem; }
 main:focus { outline: none; }
-.top { display: flex; gap: 1.5rem; align-items: center; min-height: 68px; position: sticky; top: 0; background: var(--back); z-index: 3; }
+.top { display: flex; gap: 1.5rem; align-items: center; min-height: 68px; position: sticky; top: 0;
+  background: var(--back); z-index: 3; }
 .crumbs { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .35rem; flex: 1; min-width: 0; font-size: 1.1rem; }
 .crumbs a, .crumbs > span { color: var(--soft); padding: .3rem .35rem; border-radius: 6px; overflow-wrap: anywhere; }
 .crumbs [aria-current] { color: var(--text); font-weight: 600; }
@@ -8093,8 +8098,8 @@ main:focus { outline: none; }
 .search input { background: var(--side); border-color: var(--side); }
 .search input:hover { border-color: var(--line); }
 .search input::placeholder { color: var(--soft); opacity: 1; }
-.bar { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; min-height: 52px; position: sticky; top: 68px; background: var(--back); z-index: 3;
-  padding-bottom: .4rem; }
+.bar { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; min-height: 52px; position: sticky; top: 68px;
+  background: var(--back); z-index: 3; padding-bottom: .4rem; }
 .bar .count { margin-right: auto; color: var(--soft); }
 .selecting .bar .count { margin-right: .6rem; color: var(--text); }
 .bar button { padding: .3rem .7rem; }
@@ -8114,7 +8119,8 @@ main:focus { outline: none; }
 .check { display: grid; place-items: center; }
 .size { text-align: right; padding-right: .75rem; font-variant-numeric: tabular-nums; }
 .rows { position: relative; min-height: 44px; }
-.row { position: absolute; left: 0; right: 0; top: 0; height: 44px; border-bottom: 1px solid var(--line); user-select: none; -webkit-touch-callout: none; }
+.row { position: absolute; left: 0; right: 0; top: 0; height: 44px; border-bottom: 1px solid var(--line);
+  user-select: none; -webkit-touch-callout: none; -webkit-tap-highlight-color: transparent; }
 .row:hover { background: var(--hover); }
 .row[aria-selected=true] { background: var(--chosen); }
 .grid:focus-visible .cursor { outline: 2px solid var(--accent); outline-offset: -2px; border-radius: 6px; }
@@ -8123,18 +8129,22 @@ main:focus { outline: none; }
 .row .mtime, .row .deleted, .row .size { color: var(--soft); font-size: .9rem; }
 .row .name { display: flex; align-items: center; gap: .75rem; min-width: 0; }
 .names { min-width: 0; flex: 1; }
-.label { color: var(--text); display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; width: fit-content; max-width: 100%; }
-.second { display: none; color: var(--soft); font-size: .85rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.label { color: var(--text); display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  width: fit-content; max-width: 100%; }
+.second { display: none; color: var(--soft); font-size: .85rem; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
 .second.where { display: block; font-size: .8rem; line-height: 1.25; }
 .where .small { display: none; }
 .names:has(.where) .label { line-height: 1.3; }
 .more button { background: none; border: 0; width: 40px; padding: 0; color: var(--soft); opacity: 0; font-weight: 700; }
 .row:hover .more button, .row.cursor .more button, .row[aria-selected=true] .more button { opacity: 1; }
 .rename { min-height: 32px; padding: .2rem .5rem; }
-.band { position: absolute; border: 1px solid var(--accent); background: color-mix(in srgb, var(--accent) 15%, transparent); z-index: 4; pointer-events: none; }
+.band { position: absolute; border: 1px solid var(--accent);
+  background: color-mix(in srgb, var(--accent) 15%, transparent); z-index: 4; pointer-events: none; }
 .banding { user-select: none; }
 .dropping main { box-shadow: inset 0 0 0 3px var(--accent); border-radius: 10px; }
-.ghost { position: absolute; top: -9rem; background: var(--accent); color: var(--on-accent); padding: .4rem .9rem; border-radius: 8px; }
+.ghost { position: absolute; top: -9rem; background: var(--accent); color: var(--on-accent); padding: .4rem .9rem;
+  border-radius: 8px; }
 .empty { text-align: center; padding: 14vh 1rem; color: var(--soft); display: grid; gap: .4rem; justify-items: center; }
 .big { font-size: 1.2rem; color: var(--text); text-align: center; }
 
@@ -8149,7 +8159,8 @@ main:focus { outline: none; }
 .tiles .more button { background: var(--raised); border-radius: 8px; }
 .tiles .more { position: absolute; right: 8px; top: 8px; z-index: 1; }
 .tiles .row:hover .check, .tiles .row[aria-selected=true] .check, .tiles .cursor .check { opacity: 1; }
-.picture { flex: 1; min-height: 0; display: grid; place-items: center; background: var(--side); border-radius: 8px; overflow: hidden; }
+.picture { flex: 1; min-height: 0; display: grid; place-items: center; background: var(--side); border-radius: 8px;
+  overflow: hidden; }
 .picture img { width: 100%; height: 100%; object-fit: cover; }
 .picture .icon { width: 52px; height: 52px; stroke-width: 1; }
 
@@ -8160,10 +8171,12 @@ main:focus { outline: none; }
 
 /* steps: versions, activity, devices */
 .steps { list-style: none; margin: 0; padding: 0; max-width: 60rem; }
-.steps li { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; padding: .75rem 0; border-bottom: 1px solid var(--line); }
+.steps li { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; padding: .75rem 0;
+  border-bottom: 1px solid var(--line); }
 .steps .what { flex: 1; min-width: 13rem; overflow-wrap: anywhere; }
 .acts { display: flex; gap: .4rem; flex-wrap: wrap; }
-.tag { display: inline-block; background: var(--chosen); border-radius: 6px; padding: 0 .5rem; margin-left: .5rem; font-size: .85rem; }
+.tag { display: inline-block; background: var(--chosen); border-radius: 6px; padding: 0 .5rem; margin-left: .5rem;
+  font-size: .85rem; }
 .wide { width: 100%; max-width: 60rem; margin-top: 1rem; }
 .settings { display: grid; gap: 2rem; max-width: 46rem; padding-top: .5rem; }
 .settings section { display: grid; gap: .6rem; }
@@ -8171,23 +8184,27 @@ main:focus { outline: none; }
 .settings .buttons { justify-content: flex-start; align-items: end; }
 
 .command { display: flex; gap: .5rem; align-items: start; }
-.command code { flex: 1; background: var(--side); border-radius: 8px; padding: .5rem .75rem; font: .85rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; min-width: 0; }
+.command code { flex: 1; background: var(--side); border-radius: 8px; padding: .5rem .75rem;
+  font: .85rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; min-width: 0; }
 .ways { display: grid; gap: 1.1rem; }
 .ways h3 { font-size: 1rem; margin: 0 0 .3rem; }
 .qr { width: 190px; height: 190px; background: #fff; border-radius: 8px; }
 .banners { padding-top: 0; }
-.banner { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; background: var(--mark); border-radius: 10px; padding: .7rem 1rem; margin-top: .8rem; }
+.banner { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; background: var(--mark);
+  border-radius: 10px; padding: .7rem 1rem; margin-top: .8rem; }
 .banner span { flex: 1; min-width: 14rem; }
 
 /* sheets and menus */
-dialog { color: var(--text); background: var(--raised); border: 1px solid var(--line); border-radius: 14px; padding: 0; box-shadow: var(--shadow); }
+dialog { color: var(--text); background: var(--raised); border: 1px solid var(--line); border-radius: 14px; padding: 0;
+  box-shadow: var(--shadow); }
 dialog::backdrop { background: rgb(10 14 20 / .45); }
 .sheet .inside { padding: 1.4rem; display: grid; gap: 1rem; width: min(30rem, 92vw); }
 .sheet h2 { margin: 0; overflow-wrap: anywhere; }
 .sheet form { display: grid; gap: 1rem; }
 .walk { border: 1px solid var(--line); border-radius: 8px; height: 40vh; overflow: auto; padding: .3rem; }
 .walk .soft { padding: 1rem; text-align: center; }
-.item { width: 100%; justify-content: flex-start; background: none; border: 0; border-radius: 6px; gap: .7rem; font-weight: 400; }
+.item { width: 100%; justify-content: flex-start; background: none; border: 0; border-radius: 6px; gap: .7rem;
+  font-weight: 400; }
 .item kbd { margin-left: auto; padding-left: 1.5rem; }
 .item[aria-checked=true]::after { content: "✓"; margin-left: auto; color: var(--accent); }
 .walk .item { overflow: hidden; }
@@ -8199,25 +8216,30 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .items, .walk { display: grid; align-content: start; }
 .items hr { border: 0; border-top: 1px solid var(--line); margin: .3rem; }
 .keys { margin: 0; max-height: 60vh; overflow: auto; padding-right: 1rem; }
-.keys div { display: flex; justify-content: space-between; gap: 1rem; padding: .35rem 0; border-bottom: 1px solid var(--line); }
+.keys div { display: flex; justify-content: space-between; gap: 1rem; padding: .35rem 0;
+  border-bottom: 1px solid var(--line); }
 .keys dd { margin: 0; }
 
 /* toasts and the upload queue */
-.toasts { position: fixed; left: 50%; transform: translateX(-50%); bottom: 1.4rem; z-index: 8; display: grid; gap: .5rem; width: max-content; max-width: min(92vw, 40rem); }
-.toast { display: flex; align-items: center; gap: .4rem; background: #24292f; color: #f4f6f8; border-radius: 10px; padding: .45rem .5rem .45rem 1rem; box-shadow: var(--shadow); }
+.toasts { position: fixed; left: 50%; transform: translateX(-50%); bottom: 1.4rem; z-index: 8; display: grid; gap: .5rem;
+  width: max-content; max-width: min(92vw, 40rem); }
+.toast { display: flex; align-items: center; gap: .4rem; background: #24292f; color: #f4f6f8; border-radius: 10px;
+  padding: .45rem .5rem .45rem 1rem; box-shadow: var(--shadow); }
 .toast span { flex: 1; overflow-wrap: anywhere; padding: .25rem .6rem .25rem 0; }
 .toast button { background: none; border: 0; color: #9cc3ff; font-weight: 600; }
 .toast button.quiet { color: #b9c2cc; font-weight: 400; }
 .toast button:hover { background: rgb(255 255 255 / .12); color: #fff; }
 .toast.bad { background: #8c1d18; }
 .toast.bad button.quiet { color: #ffd9d6; }
-.queue { position: fixed; right: 1.2rem; bottom: 1.2rem; width: 24rem; max-width: calc(100vw - 2rem); background: var(--raised); border: 1px solid var(--line); border-radius: 12px;
-  box-shadow: var(--shadow); z-index: 5; overflow: hidden; }
+.queue { position: fixed; right: 1.2rem; bottom: 1.2rem; width: 24rem; max-width: calc(100vw - 2rem);
+  background: var(--raised); border: 1px solid var(--line); border-radius: 12px; box-shadow: var(--shadow); z-index: 5;
+  overflow: hidden; }
 .queue .title { display: flex; align-items: center; padding: .5rem .5rem .5rem 1rem; }
 .queue strong { flex: 1; font-weight: 600; font-variant-numeric: tabular-nums; }
 .queue > progress { display: block; border-radius: 0; height: 4px; }
 .queue ul { list-style: none; margin: 0; padding: 0; max-height: 15rem; overflow: auto; }
-.queue li { display: grid; grid-template-columns: minmax(0, 1fr) auto auto; gap: 0 .6rem; align-items: center; padding: .25rem .5rem .4rem 1rem; border-top: 1px solid var(--line); min-height: 46px; }
+.queue li { display: grid; grid-template-columns: minmax(0, 1fr) auto auto; gap: 0 .6rem; align-items: center;
+  padding: .25rem .5rem .4rem 1rem; border-top: 1px solid var(--line); min-height: 46px; }
 .queue li bdi { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .queue li progress { grid-column: 1 / -1; height: 3px; }
 .queue li:not(.sending) progress { display: none; }
@@ -8226,21 +8248,25 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .queue .failed .state { grid-row: 2; grid-column: 1 / -1; color: var(--danger); }
 
 /* preview */
-.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; max-height: none; border: 0; border-radius: 0; background: var(--back); }
+.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; max-height: none; border: 0; border-radius: 0;
+  background: var(--back); }
 .preview[open] { display: flex; flex-direction: column; }
-.preview .title { display: flex; align-items: center; gap: .5rem; padding: .6rem 1rem; border-bottom: 1px solid var(--line); }
+.preview .title { display: flex; align-items: center; gap: .5rem; padding: .6rem 1rem;
+  border-bottom: 1px solid var(--line); }
 .preview .title strong { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .preview .title .soft { margin-right: auto; white-space: nowrap; }
 .preview .body { flex: 1; min-height: 0; display: grid; place-items: center; overflow: auto; position: relative; }
 .preview img, .preview video { max-width: 100%; max-height: 100%; }
-.preview pre { width: min(100%, 70rem); align-self: start; margin: 0; padding: 1.5rem; white-space: pre-wrap; overflow-wrap: anywhere; font: .875rem/1.55 ui-monospace, monospace; }
+.preview pre { width: min(100%, 70rem); align-self: start; margin: 0; padding: 1.5rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; font: .875rem/1.55 ui-monospace, monospace; }
 
 .preview .stage { display: grid; place-items: center; width: 100%; height: 100%; overflow: auto; }
 .preview .zoomed { place-items: start; cursor: grab; }
 .preview .zoomed img { max-width: none; max-height: none; }
 .preview .stage:not(.zoomed) img { cursor: zoom-in; }
 .preview iframe { border: 0; width: 100%; height: 100%; background: #fff; }
-.preview textarea { width: 100%; height: 100%; border: 0; border-radius: 0; padding: 1.25rem max(1.25rem, calc(50% - 34rem)); resize: none; font: .9rem/1.55 ui-monospace, monospace; tab-size: 4; }
+.preview textarea { width: 100%; height: 100%; border: 0; border-radius: 0;
+  padding: 1.25rem max(1.25rem, calc(50% - 34rem)); resize: none; font: .9rem/1.55 ui-monospace, monospace; tab-size: 4; }
 .preview textarea:focus-visible { outline-offset: -2px; }
 .turn { position: absolute; top: 50%; min-width: 44px; min-height: 44px; opacity: .85; }
 .turn.back { left: 1rem; }
@@ -8268,14 +8294,17 @@ th { background: var(--side); position: sticky; top: 0; }
 @media (max-width: 45rem) {
   button, .button, .tab, .side nav a { min-height: 44px; }
   body:has(.side) #app { display: block; }
-  .side { position: fixed; inset: auto 0 0 0; height: auto; flex-direction: row; padding: 0 0 env(safe-area-inset-bottom); border: 0; border-top: 1px solid var(--line); z-index: 4; gap: 0; }
+  .side { position: fixed; inset: auto 0 0 0; height: auto; flex-direction: row; padding: 0 0 env(safe-area-inset-bottom);
+    border: 0; border-top: 1px solid var(--line); z-index: 4; gap: 0; }
   .side .brand, .quota { display: none; }
   .side nav { display: flex; flex: 1; order: -1; }
   .side nav a { flex: 1; text-align: center; padding: .9rem .2rem; border-radius: 0; font-size: .875rem; min-height: 52px; }
   .side nav a[aria-current] { background: none; color: var(--accent); }
-  .new { position: fixed; right: 1rem; bottom: calc(68px + env(safe-area-inset-bottom)); border-radius: 99px; padding: .6rem 1.4rem; box-shadow: var(--shadow); min-height: 48px; }
+  .new { position: fixed; right: 1rem; bottom: calc(68px + env(safe-area-inset-bottom)); border-radius: 99px;
+    padding: .6rem 1.4rem; box-shadow: var(--shadow); min-height: 48px; }
   main { padding: 0 .75rem 9rem; }
-  .top { flex-direction: column-reverse; align-items: stretch; gap: .2rem; position: static; padding-top: .6rem; min-height: 0; }
+  .top { flex-direction: column-reverse; align-items: stretch; gap: .2rem; position: static; padding-top: .6rem;
+    min-height: 0; }
   .search { width: 100%; }
   .search input { min-height: 44px; }
   .crumbs a, .crumbs > span { min-height: 44px; display: flex; align-items: center; }
@@ -8283,7 +8312,8 @@ th { background: var(--side); position: sticky; top: 0; }
   .bar { top: 0; }
   .tab { padding: .65rem .5rem; }
   .selecting .bar button:not(.prime):not(.quiet), .selecting .new, body:not([data-view=files]) .new { display: none; }
-  .selecting .bar { position: fixed; inset: auto 0 0 0; z-index: 5; background: var(--side); border-top: 1px solid var(--line); padding: .3rem .75rem calc(.6rem + env(safe-area-inset-bottom)); }
+  .selecting .bar { position: fixed; inset: auto 0 0 0; z-index: 5; background: var(--side);
+    border-top: 1px solid var(--line); padding: .3rem .75rem calc(.6rem + env(safe-area-inset-bottom)); }
   .selecting .bar .quiet { order: 1; }
   .selecting .bar .count { flex: 1 0 60%; margin: 0; }
   .selecting .bar .prime { order: 2; flex: 1; }
@@ -8295,6 +8325,7 @@ th { background: var(--side); position: sticky; top: 0; }
   .preview .title { flex-wrap: wrap; }
   .preview .title strong { flex: 1 0 100%; }
   .preview .title .soft { display: none; }
+  .preview .title button { padding: .4rem .6rem; }
   .row { height: 60px; }
   .row > .mtime, .row > .size, .row > .deleted { display: none; }
   .second, .second.where { display: block; font-size: .85rem; }
@@ -8303,7 +8334,7 @@ th { background: var(--side); position: sticky; top: 0; }
   .tiles .second { display: none; }
   .sheet { margin: auto 0 0; width: 100%; max-width: 100%; border-radius: 16px 16px 0 0; }
   .sheet .inside, .sheet.menu .inside { width: 100%; padding-bottom: calc(1rem + env(safe-area-inset-bottom)); }
-  .sheet.menu { inset: auto 0 0 0; }
+  .sheet.menu { inset: auto 0 0 0; width: 100%; }
   .sheet.menu::backdrop { background: rgb(10 14 20 / .45); }
   .item { min-height: 48px; }
   .toasts { bottom: calc(64px + env(safe-area-inset-bottom)); width: 94vw; }
@@ -8329,7 +8360,8 @@ const parentOf = path => path.slice(0, Math.max(0, path.lastIndexOf("/")));
 const nameOf = path => path.slice(path.lastIndexOf("/") + 1);
 const join = (path, name) => path ? path + "/" + name : name;
 const addressOf = path => PREFIX + "/files" + (path && "/" + encodePath(path));
-const apiAddress = (what, path, values = {}) => PREFIX + "/api/v1/" + what + (path === undefined ? "" : "/" + encodePath(path)) + queryOf(values);
+const apiAddress = (what, path, values = {}) =>
+  PREFIX + "/api/v1/" + what + (path === undefined ? "" : "/" + encodePath(path)) + queryOf(values);
 const contentAddress = (entry, values) => apiAddress("content", entry.path, values || (view.at ? {at: view.at} : {}));
 
 function queryOf(values) {
@@ -8373,15 +8405,25 @@ const isPhone = matchMedia("(max-width: 45rem)");
 const SHEET = "M6 2h8l5 5v13a2 2 0 0 1-2 2H6a2 2 0 0 1-2-2V4a2 2 0 0 1 2-2z";
 const ICONS = {
   collection: "M3 5a2 2 0 0 1 2-2h4.6l2 2.5H19a2 2 0 0 1 2 2V18a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2z",
-  file: SHEET, text: SHEET + "|M8 11h7M8 14h7M8 17h4", image: SHEET + "|M6.5 18l3.5-5 2.5 3 1.5-2 2.5 4M9 9.5h.01",
-  video: SHEET + "|M9 11l5.5 3.2L9 17.5z", audio: SHEET + "|M9 17.5v-6l5-1v6", pdf: SHEET + "|M8 17.5v-5h2a1.5 1.5 0 0 1 0 3H8M13 12.500v5h1a2 2 0 0 0 2-2v-1a2 2 0 0 0-2-2z",
-  archive: SHEET + "|M10 4h2M11 7h2M10 10h2M11 13h2v4h-2z", table: SHEET + "|M7 11h9M7 14h9M7 17h9M10 11v6.500",
+  file: SHEET,
+  text: SHEET + "|M8 11h7M8 14h7M8 17h4",
+  image: SHEET + "|M6.5 18l3.5-5 2.5 3 1.5-2 2.5 4M9 9.5h.01",
+  video: SHEET + "|M9 11l5.5 3.2L9 17.5z",
+  audio: SHEET + "|M9 17.5v-6l5-1v6",
+  pdf: SHEET + "|M8 17.5v-5h2a1.5 1.5 0 0 1 0 3H8M13 12.500v5h1a2 2 0 0 0 2-2v-1a2 2 0 0 0-2-2z",
+  archive: SHEET + "|M10 4h2M11 7h2M10 10h2M11 13h2v4h-2z",
+  table: SHEET + "|M7 11h9M7 14h9M7 17h9M10 11v6.500"
 };
 const KINDS = Object.entries({
-  image: "png jpg jpeg gif webp avif heic heif svg bmp tif tiff ico", video: "mp4 m4v webm mov mkv avi ogv",
-  audio: "mp3 m4a ogg oga opus flac wav aac", pdf: "pdf", archive: "zip gz tgz tar 7z rar xz zst bz2 iso dmg",
-  table: "csv tsv xlsx xls ods", text: "txt md markdown log ini conf toml yaml yml json xml html css js mjs ts py rb go rs c h cpp " +
-    "java sh bat sql tex rst doc docx odt rtf epub diff patch env cfg gitignore dockerfile makefile",
+  image: "png jpg jpeg gif webp avif heic heif svg bmp tif tiff ico",
+  video: "mp4 m4v webm mov mkv avi ogv",
+  audio: "mp3 m4a ogg oga opus flac wav aac",
+  pdf: "pdf",
+  archive: "zip gz tgz tar 7z rar xz zst bz2 iso dmg",
+  table: "csv tsv xlsx xls ods",
+  text:
+    "txt md markdown log ini conf toml yaml yml json xml html css js mjs ts py rb go rs c h cpp " +
+    "java sh bat sql tex rst doc docx odt rtf epub diff patch env cfg gitignore dockerfile makefile"
 }).flatMap(([kind, suffixes]) => suffixes.split(" ").map(suffix => [suffix, kind]));
 const KIND_OF = new Map(KINDS);
 const suffixOf = name => name.slice(name.lastIndexOf(".") + 1).toLowerCase();
@@ -8389,7 +8431,11 @@ const kindOf = entry => entry.kind === "collection" ? "collection" : KIND_OF.get
 
 function icon(kind) {
   const [body, detail] = ICONS[kind].split("|");
-  const drawing = svg("svg", {viewBox: "0 0 24 24", class: "icon " + kind, "aria-hidden": "true"}, svg("path", {d: body, class: "body"}));
+  const drawing = svg(
+    "svg",
+    {viewBox: "0 0 24 24", class: "icon " + kind, "aria-hidden": "true"},
+    svg("path", {d: body, class: "body"})
+  );
   if (detail) drawing.append(svg("path", {d: detail, class: "detail"}));
   return drawing;
 }
@@ -8406,9 +8452,13 @@ function setLanguage(name) {
   number = new Intl.NumberFormat(language);
   sizes = new Intl.NumberFormat(language, {maximumFractionDigits: 1});
   const make = how => new Intl.DateTimeFormat(language, how);
-  dates = {time: make({hour: "2-digit", minute: "2-digit"}), day: make({day: "numeric", month: "short"}),
-           year: make({day: "numeric", month: "short", year: "numeric"}), full: make({dateStyle: "full", timeStyle: "medium"}),
-           long: make({dateStyle: "medium", timeStyle: "short"})};
+  dates = {
+    time: make({hour: "2-digit", minute: "2-digit"}),
+    day: make({day: "numeric", month: "short"}),
+    year: make({day: "numeric", month: "short", year: "numeric"}),
+    full: make({dateStyle: "full", timeStyle: "medium"}),
+    long: make({dateStyle: "medium", timeStyle: "short"})
+  };
 }
 
 // t("{n} files", {n: 3}); the English text is the key
@@ -8418,6 +8468,7 @@ function t(text, values) {
     ? typeof values[name] === "number" ? number.format(values[name]) : values[name] : whole) : said;
 }
 
+const quoted = name => t("“{name}”", {name});
 const plural = (n, one, many, values) => t(n === 1 ? one : many, {n, ...values});
 
 function formatSize(bytes) {
@@ -8532,9 +8583,19 @@ function toast(text, {kind = "", label, run} = {}) {
 // a modal dialog; resolves to what close(value) was called with, undefined if it was dismissed
 function sheet(title, build, kind = "") {
   return new Promise(resolve => {
-    const close = value => { resolve(value); box.close(); box.remove(); };        // close() gives the focus back
-    const box = h("dialog.sheet" + kind, {"aria-label": title || null, oncancel: event => { event.preventDefault(); close(); },
-                                          onclick: event => event.target === box && close()});
+    const close = value => {
+      resolve(value);
+      box.close();
+      box.remove();
+    }; // close() gives the focus back
+    const box = h("dialog.sheet" + kind, {
+      "aria-label": title || null,
+      oncancel: event => {
+        event.preventDefault();
+        close();
+      },
+      onclick: event => event.target === box && close()
+    });
     box.append(h("div.inside", {}, title && h("h2", {}, title), build(close)));
     document.body.append(box);
     box.showModal();
@@ -8549,26 +8610,61 @@ const askYesNo = (title, text, yes) => sheet(title, close => [h("p", {}, text), 
 function askForm(title, fields, yes, run, hint) {
   return sheet(title, close => {
     const problem = h("p.problem", {role: "alert"});
-    return h("form", {onsubmit: async event => {
-      event.preventDefault();
-      problem.textContent = "";
-      try {
-        close(await run(Object.fromEntries(new FormData(event.target)), event.target));
-      } catch (error) { problem.textContent = explain(error); }
-    }}, hint && h("p", {}, hint), fields, problem, buttonsRow(button(t("Cancel"), () => close()), h("button.primary", {}, yes)));
+    return h(
+      "form",
+      {
+        onsubmit: async event => {
+          event.preventDefault();
+          problem.textContent = "";
+          try {
+            close(await run(Object.fromEntries(new FormData(event.target)), event.target));
+          } catch (error) {
+            problem.textContent = explain(error);
+          }
+        }
+      },
+      hint && h("p", {}, hint),
+      fields,
+      problem,
+      buttonsRow(
+        button(t("Cancel"), () => close()),
+        h("button.primary", {}, yes)
+      )
+    );
   });
 }
 
 // rows: {label, run, key, mark} or null for a line; at: {x, y} or an element
 function menu(at, rows, title = t("Actions")) {
-  return sheet("", close => {
-    const items = rows.map(row => row ? h("button.item", {type: "button", role: "menuitem" + (row.mark === undefined ? "" : "radio"),
-      "aria-checked": row.mark === undefined ? null : String(row.mark), onclick: () => { close(); row.run(); }},
-      h("span", {}, row.label), row.key && h("kbd", {}, row.key)) : h("hr"));
-    const box = h("div.items", {role: "menu", "aria-label": title, onkeydown: event => moveInMenu(event, box)}, items);
-    requestAnimationFrame(() => placeMenu(box.closest("dialog"), at));
-    return box;
-  }, ".menu");
+  return sheet(
+    "",
+    close => {
+      const items = rows.map(row =>
+        row
+          ? h(
+              "button.item",
+              {
+                type: "button",
+                role: "menuitem" + (row.mark === undefined ? "" : "radio"),
+                "aria-checked": row.mark === undefined ? null : String(row.mark),
+                onclick: () => {
+                  close();
+                  row.run();
+                }
+              },
+              h("span", {}, row.label),
+              row.key && h("kbd", {}, row.key)
+            )
+          : h("hr")
+      );
+      const box = h("div.items", {role: "menu", "aria-label": title, onkeydown: event => moveInMenu(event, box)},
+        items
+      );
+      requestAnimationFrame(() => placeMenu(box.closest("dialog"), at));
+      return box;
+    },
+    ".menu"
+  );
 }
 
 function placeMenu(box, at) {
@@ -8592,8 +8688,17 @@ function moveInMenu(event, box) {
 const me = {name: ""};
 const view = {kind: "", path: "", at: null, title: ""};
 
-const nameField = about => field(t("Name"), {name: "name", autocomplete: "username", autocapitalize: "none", spellcheck: false, maxLength: 64, ...about});
-const passwordField = (label, about) => field(label, {type: "password", name: "password", autocomplete: "current-password", ...about});
+const nameField = about =>
+  field(t("Name"), {
+    name: "name",
+    autocomplete: "username",
+    autocapitalize: "none",
+    spellcheck: false,
+    maxLength: 64,
+    ...about
+  });
+const passwordField = (label, about) =>
+  field(label, {type: "password", name: "password", autocomplete: "current-password", ...about});
 
 // password managers want to know whose password it is
 const ownName = () => h("input", {name: "user", autocomplete: "username", value: me.name, readOnly: true, hidden: true});
@@ -8601,30 +8706,41 @@ const ownName = () => h("input", {name: "user", autocomplete: "username", value:
 // the page of one form that stands for everything before somebody is logged in
 function showGate(title, text, fields, yes, run) {
   setTitle(title);
-  view.turn = (view.turn || 0) + 1;    // what is still on its way to the view before comes to nothing
+  view.turn = (view.turn || 0) + 1;      // what is still on its way to the view before comes to nothing
   Object.assign(view, {kind: "", path: ""});
-  const problem = h("p.problem", {role: "alert"});
-  const submit = h("button.primary", {}, yes);
+  const problem = h("p.problem", {role: "alert"}), submit = h("button.primary", {}, yes);
   const form = h("form", {onsubmit: async event => {
     event.preventDefault();
     problem.textContent = "";
     submit.disabled = true;
-    try {
-      await run(Object.fromEntries(new FormData(form)));
-    } catch (error) {
-      problem.textContent = error.code === "throttled" ? t("Too many wrong passwords. Wait a moment, then try again.")
-        : error.code === "unauthenticated" ? explain(error) : ["bad-request", "forbidden"].includes(error.code) ? t(error.message) : explain(error);
-    }
+    await run(Object.fromEntries(new FormData(form))).catch(error => { problem.textContent = explainGate(error); });
     submit.disabled = false;
   }}, fields, problem, submit);
-  find("#app").replaceChildren(h("main.gate", {}, h("div.brand", {}, icon("collection"), "cloudserver"), h("h1", {}, title),
-    text && h("p", {}, text), fields.length ? form : null, languageLinks()));
+  find("#app").replaceChildren(h("main.gate", {},
+    h("div.brand", {}, icon("collection"), "cloudserver"), h("h1", {}, title), text && h("p", {}, text),
+    fields.length ? form : null, languageLinks()));
   const first = find("input", form);
   if (first && !isPhone.matches) first.focus();
 }
 
-const languageLinks = () => h("p.languages", {}, Object.entries(LANGUAGES).map(([name, label]) =>
-  button(label, () => { chooseLanguage(name); }, {className: "quiet", lang: name, "aria-pressed": String(name === language)})));
+// here the server's own words say more than ours: which password is too easy, which name is taken
+function explainGate(error) {
+  if (error.code === "throttled") return t("Too many wrong passwords. Wait a moment, then try again.");
+  return ["bad-request", "forbidden"].includes(error.code) ? t(error.message) : explain(error);
+}
+
+const languageLinks = () =>
+  h("p.languages", {},
+    Object.entries(LANGUAGES).map(([name, label]) =>
+      button(
+        label,
+        () => {
+          chooseLanguage(name);
+        },
+        {className: "quiet", lang: name, "aria-pressed": String(name === language)}
+      )
+    )
+  );
 
 function chooseLanguage(name) {
   localStorage.setItem("language", name);
@@ -8636,21 +8752,33 @@ function showSetup() {
   const token = location.hash.slice(1);
   const password = passwordField(t("Password"), {autocomplete: "new-password", minLength: 10});
   const again = passwordField(t("Password again"), {name: "again", autocomplete: "new-password"});
-  showGate(t("Welcome"), t("Choose a name and a password for the first account. It may do everything, also make further accounts."),
-    [nameField(), password, again], t("Create account"), async values => {
-      if (values.password !== values.again) throw new Problem(0, {code: "bad-request", detail: "The two passwords differ."});
+  showGate(
+    t("Welcome"),
+    t("Choose a name and a password for the first account. It may do everything, also make further accounts."),
+    [nameField(), password, again],
+    t("Create account"),
+    async values => {
+      if (values.password !== values.again)
+        throw new Problem(0, {code: "bad-request", detail: "The two passwords differ."});
       await api("POST", "setup", {token, name: values.name.trim(), password: values.password});
       history.replaceState(null, "", addressOf(""));
       await start();
-    });
+    }
+  );
 }
 
 function showLogin() {
   me.name = "";
-  const back = location.pathname.endsWith("/login") ? new URLSearchParams(location.search).get("next") : location.pathname + location.search;
+  const back = location.pathname.endsWith("/login")
+    ? new URLSearchParams(location.search).get("next")
+    : location.pathname + location.search;
   showGate(t("Log in"), "", [nameField(), passwordField(t("Password"))], t("Log in"), async values => {
     await api("POST", "login", {name: values.name.trim(), password: values.password});
-    history.replaceState(null, "", back && back.startsWith(PREFIX + "/") && !back.startsWith("//") ? back : addressOf(""));
+    history.replaceState(
+      null,
+      "",
+      back && back.startsWith(PREFIX + "/") && !back.startsWith("//") ? back : addressOf("")
+    );
     await start();
   });
 }
@@ -8658,19 +8786,43 @@ function showLogin() {
 // the session ended while the page was open: everything waits for this one sheet
 let loggingIn = null;
 function logInAgain() {
-  loggingIn = loggingIn || askForm(t("Please log in again"), [ownName(), passwordField(t("Password"), {autofocus: true})], t("Log in"),
-    async ({password}) => { await api("POST", "login", {name: me.name, password}); return true; }, t("Your session has ended."))
-    .then(done => { loggingIn = null; if (!done) { showLogin(); throw new DOMException("", "AbortError"); } watchServer(); });
+  loggingIn =
+    loggingIn ||
+    askForm(
+      t("Please log in again"),
+      [ownName(), passwordField(t("Password"), {autofocus: true})],
+      t("Log in"),
+      async ({password}) => {
+        await api("POST", "login", {name: me.name, password});
+        return true;
+      },
+      t("Your session has ended.")
+    ).then(done => {
+      loggingIn = null;
+      if (!done) {
+        showLogin();
+        throw new DOMException("", "AbortError");
+      }
+      watchServer();
+    });
   return loggingIn;
 }
 
-const confirmPassword = () => askForm(t("Your password, please"), [ownName(), passwordField(t("Password"), {autofocus: true})], t("Continue"),
-  async ({password}) => { await api("POST", "confirm", {password}); return true; },
-  t("This needs your password once more."));
+const confirmPassword = () =>
+  askForm(
+    t("Your password, please"),
+    [ownName(), passwordField(t("Password"), {autofocus: true})],
+    t("Continue"),
+    async ({password}) => {
+      await api("POST", "confirm", {password});
+      return true;
+    },
+    t("This needs your password once more.")
+  );
 
 async function logOut() {
   await attempt(() => api("POST", "logout"));
-  forgetUploads();
+  forgetMe();
   history.pushState(null, "", PREFIX + "/login");
   showLogin();
 }
@@ -8698,18 +8850,22 @@ const NAVIGATION = [["files", "Files", "/files"], ["activity", "Activity", "/act
 function buildFrame() {
   const search = h("input", {type: "search", name: "q", placeholder: t("Search"), "aria-label": t("Search"), autocomplete: "off",
                              spellcheck: false, oninput: searchSoon});
+  const form = h("form.search", {role: "search", onsubmit: event => { event.preventDefault(); search.blur(); }}, search);
+  const make = event => menu(event.currentTarget, menuRows(actionsFor("place").filter(one => one.make)), t("New"));
+  const links = NAVIGATION.map(([name, label, address]) => h("a", {href: PREFIX + address, "data-view": name}, t(label)));
   find("#app").replaceChildren(
     h("a.skip", {href: "#content"}, t("Skip to the files")),
-    h("header.side", {}, h("a.brand", {href: addressOf("")}, icon("collection"), "cloudserver"),
-      button(t("New"), event => menu(event.currentTarget, menuRows(actionsFor("place").filter(one => one.make)), t("New")),
-             {className: "primary new", "aria-haspopup": "menu"}),
-      h("nav", {"aria-label": t("Main")}, NAVIGATION.map(([name, label, address]) =>
-        h("a", {href: PREFIX + address, "data-view": name}, t(label)))),
+    h("header.side", {},
+      h("a.brand", {href: addressOf("")}, icon("collection"), "cloudserver"),
+      button(t("New"), make, {className: "primary new", "aria-haspopup": "menu"}),
+      h("nav", {"aria-label": t("Main")}, links),
       h("div.quota")),
-    h("main", {id: "content", tabIndex: -1}, h("h1.unseen"), h("div.banners"),
-      h("div.top", {}, h("nav.crumbs", {"aria-label": t("Where you are")}), h("form.search", {role: "search",
-        onsubmit: event => { event.preventDefault(); search.blur(); }}, search)),
-      h("div.bar", {role: "toolbar", "aria-label": t("Actions")}), h("div.content")),
+    h("main", {id: "content", tabIndex: -1},
+      h("h1.unseen"),
+      h("div.banners"),
+      h("div.top", {}, h("nav.crumbs", {"aria-label": t("Where you are")}), form),
+      h("div.bar", {role: "toolbar", "aria-label": t("Actions")}),
+      h("div.content")),
     h("section.queue", {"aria-label": t("Uploads"), hidden: true}));
   showQuota();
   showQueue();
@@ -8717,10 +8873,20 @@ function buildFrame() {
 }
 
 function showQuota() {
-  const {used, quota} = me, box = find(".quota");
-  const meter = quota === null ? null : h("progress", {max: Math.max(quota, 1), value: used, "aria-label": t("Storage used")});
-  box.replaceChildren(...[meter, h("span", {}, quota === null ? t("{used} used", {used: formatSize(used)})
-    : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)}))].filter(Boolean));
+  const {used, quota} = me,
+    box = find(".quota");
+  const meter =
+    quota === null ? null : h("progress", {max: Math.max(quota, 1), value: used, "aria-label": t("Storage used")});
+  box.replaceChildren(
+    ...[
+      meter,
+      h("span", {},
+        quota === null
+          ? t("{used} used", {used: formatSize(used)})
+          : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)})
+      )
+    ].filter(Boolean)
+  );
 }
 
 const updateQuota = soon(async () => { Object.assign(me, await api("GET", "account")); showQuota(); }, 1500);
@@ -8728,7 +8894,10 @@ const updateQuota = soon(async () => { Object.assign(me, await api("GET", "accou
 // run it once, a little later, however often it is asked for
 function soon(work, wait) {
   let timer = 0;
-  return (...args) => { clearTimeout(timer); timer = setTimeout(() => Promise.resolve(work(...args)).catch(() => {}), wait); };
+  return (...args) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => Promise.resolve(work(...args)).catch(() => {}), wait);
+  };
 }
 
 function setTitle(text) {
@@ -8738,7 +8907,9 @@ function setTitle(text) {
 }
 
 function setCrumbs(...parts) {
-  find(".crumbs").replaceChildren(...parts.flatMap((part, n) => n ? [h("span.slash", {"aria-hidden": "true"}, "/"), part] : [part]));
+  find(".crumbs").replaceChildren(
+    ...parts.flatMap((part, n) => (n ? [h("span.slash", {"aria-hidden": "true"}, "/"), part] : [part]))
+  );
 }
 
 function setBar(...parts) {
@@ -8751,9 +8922,16 @@ function setContent(...parts) {
 
 // ---- addresses and views
 
-const SHOWS = [[/^\/files(?:\/(.*))?$/, showFiles], [/^\/past\/([^/]+)(?:\/(.*))?$/, showPast], [/^\/versions\/(.*)$/, showVersions],
-               [/^\/trash$/, showTrash], [/^\/activity$/, showActivity], [/^\/search$/, showSearch], [/^\/settings(?:\/(.*))?$/, showSettings],
-               [/^\/login\/v2\/flow\/(.+)$/, showGrant]];
+const SHOWS = [
+  [/^\/files(?:\/(.*))?$/, showFiles],
+  [/^\/past\/([^/]+)(?:\/(.*))?$/, showPast],
+  [/^\/versions\/(.*)$/, showVersions],
+  [/^\/trash$/, showTrash],
+  [/^\/activity$/, showActivity],
+  [/^\/search$/, showSearch],
+  [/^\/settings(?:\/(.*))?$/, showSettings],
+  [/^\/login\/v2\/flow\/(.+)$/, showGrant]
+];
 
 function go(address, {replace = false} = {}) {
   if (!replace) history.replaceState({...history.state, scroll: scrollY}, "");
@@ -8770,19 +8948,36 @@ async function show() {
   const scroll = history.state && history.state.scroll;
   await attempt(() => run(...parts));
   for (const one of document.querySelectorAll("nav a[data-view]")) {
-    const here = one.dataset.view === view.kind || one.dataset.view === "files" && ["past", "versions", "search"].includes(view.kind);
+    const here =
+      one.dataset.view === view.kind ||
+      (one.dataset.view === "files" && ["past", "versions", "search"].includes(view.kind));
     here ? one.setAttribute("aria-current", "page") : one.removeAttribute("aria-current");
   }
   document.body.dataset.view = view.kind;
-  if (!find(".search")) return;        // a gate took the place of the frame
+  if (!find(".search")) return; // a gate took the place of the frame
   if (view.kind !== "search") find(".search input").value = "";
   if (scroll) scrollTo(0, scroll);
 }
 
 function onLinkClick(event) {
   const target = event.target.closest && event.target.closest("a[href]");
-  if (!target || event.defaultPrevented || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
-  if (target.origin !== location.origin || target.hasAttribute("download") || target.target || target.getAttribute("href")[0] === "#") return;
+  if (
+    !target ||
+    event.defaultPrevented ||
+    event.button ||
+    event.metaKey ||
+    event.ctrlKey ||
+    event.shiftKey ||
+    event.altKey
+  )
+    return;
+  if (
+    target.origin !== location.origin ||
+    target.hasAttribute("download") ||
+    target.target ||
+    target.getAttribute("href")[0] === "#"
+  )
+    return;
   if (target.pathname.startsWith(PREFIX + "/api/")) return;
   event.preventDefault();
   if (target.href !== location.href) go(target.pathname + target.search);
@@ -8791,13 +8986,26 @@ function onLinkClick(event) {
 
 // ---- the list: of however many entries, only the rows in sight exist
 
-const list = {entries: [], known: new Map(), rows: new Map(), selected: new Set(), at: -1, anchor: -1, editing: null, box: null};
+const list = {
+  entries: [],
+  known: new Map(),
+  rows: new Map(),
+  selected: new Set(),
+  at: -1,
+  anchor: -1,
+  editing: null,
+  box: null
+};
 const sorting = {by: localStorage.getItem("sort") || "name", down: localStorage.getItem("down") === "1"};
 const mouse = matchMedia("(hover: hover)");        // a finger that rests on a row selects it, and does not drag
 let shape = localStorage.getItem("shape") || "list";
 
-const SORTS = {name: (a, b) => compare(a.sortKey, b.sortKey), size: (a, b) => a.size - b.size, mtime: (a, b) => compare(a.mtime, b.mtime),
-               deleted: (a, b) => compare(a.deleted, b.deleted)};
+const SORTS = {
+  name: (a, b) => compare(a.sortKey, b.sortKey),
+  size: (a, b) => a.size - b.size,
+  mtime: (a, b) => compare(a.mtime, b.mtime),
+  deleted: (a, b) => compare(a.deleted, b.deleted)
+};
 const compare = (a, b) => a < b ? -1 : a > b ? 1 : 0;
 
 // "Photo 9.jpg" before "photo 10.jpg", "Äpfel" beside "Apfel"; plain strings compare far faster than a collator
@@ -8807,9 +9015,16 @@ function sortKeyOf(name) {
 }
 
 function sortEntries(entries) {
-  const order = SORTS[sorting.by] || SORTS.name, sign = sorting.down ? -1 : 1;
+  const order = SORTS[sorting.by] || SORTS.name,
+    sign = sorting.down ? -1 : 1;
   for (const entry of entries) entry.sortKey = entry.sortKey || sortKeyOf(entry.name);
-  return entries.sort((a, b) => (a.kind === "file") - (b.kind === "file") || sign * order(a, b) || compare(a.sortKey, b.sortKey) || compare(a.name, b.name));
+  return entries.sort(
+    (a, b) =>
+      (a.kind === "file") - (b.kind === "file") ||
+      sign * order(a, b) ||
+      compare(a.sortKey, b.sortKey) ||
+      compare(a.name, b.name)
+  );
 }
 
 function sortBy(by) {
@@ -8826,12 +9041,33 @@ const COLUMNS = {name: "Name", mtime: "Modified", size: "Size", deleted: "Delete
 function makeList({columns, sortable = true, empty}) {
   Object.assign(list, {entries: [], columns, sortable, empty, at: -1, anchor: -1, editing: null});
   list.selected.clear();
-  const head = ["name", ...columns].map(name => h("div." + name, {role: "columnheader"},
-    sortable ? button(t(COLUMNS[name]), () => sortBy(name), {"data-sort": name}) : h("span", {}, t(COLUMNS[name]))));
+  list.rows.clear();
+  const head = ["name", ...columns].map(name =>
+    h(
+      "div." + name,
+      {role: "columnheader"},
+      sortable ? button(t(COLUMNS[name]), () => sortBy(name), {"data-sort": name}) : h("span", {}, t(COLUMNS[name]))
+    )
+  );
   list.body = h("div.rows", {role: "rowgroup"});
-  list.head = h("div.head", {role: "rowgroup"}, h("div.cells", {role: "row", "aria-rowindex": 1}, h("div.check", {role: "columnheader"}, checkAll()), head));
-  list.box = h("div.grid", {role: "grid", tabIndex: 0, "aria-multiselectable": "true", "aria-label": t("Files"), onkeydown: onListKey,
-                            onfocus: () => { if (list.at < 0 && list.entries.length) setCursor(0); }}, list.head, list.body);
+  list.head = h("div.head", {role: "rowgroup"},
+    h("div.cells", {role: "row", "aria-rowindex": 1}, h("div.check", {role: "columnheader"}, checkAll()), head)
+  );
+  list.box = h(
+    "div.grid",
+    {
+      role: "grid",
+      tabIndex: 0,
+      "aria-multiselectable": "true",
+      "aria-label": t("Files"),
+      onkeydown: onListKey,
+      onfocus: () => {
+        if (list.at < 0 && list.entries.length) setCursor(0);
+      }
+    },
+    list.head,
+    list.body
+  );
   list.note = h("div.empty", {hidden: true});
   watchPointer(list.body);
   return [list.box, list.note];
@@ -8856,13 +9092,22 @@ function fillList(entries) {
     const own = one.dataset.sort === sorting.by;
     one.parentNode.setAttribute("aria-sort", own ? sorting.down ? "descending" : "ascending" : "none");
   }
-  redrawRows();
+  redrawRows(same);
   showBar();
 }
 
-function redrawRows() {
-  for (const row of list.rows.values()) row.remove();
-  list.rows.clear();
+const same = (a, b) => b && ["node", "etag", "path", "mtime", "size"].every(name => a[name] === b[name]);
+
+// rows that would look as they do stay: a click that is under way must not lose its target
+function redrawRows(keep = () => false) {
+  for (const [index, row] of list.rows) {
+    const entry = list.entries[index];
+    if (keep(row.entry, entry)) markRow(row, row.entry = entry, index);
+    else {
+      row.remove();
+      list.rows.delete(index);
+    }
+  }
   drawRows();
 }
 
@@ -8875,34 +9120,51 @@ function measureList() {
 
 function drawRows() {
   if (!list.box || !list.box.isConnected || list.box.hidden) return;
-  const {columns, width, height} = list.size = measureList();
-  const total = Math.ceil(list.entries.length / columns) * height, top = list.body.getBoundingClientRect().top;
-  if (list.total !== total || list.body.style.height !== total + "px") list.body.style.height = (list.total = total) + "px";
+  const {columns, width, height} = (list.size = measureList());
+  const total = Math.ceil(list.entries.length / columns) * height,
+    top = list.body.getBoundingClientRect().top;
+  if (list.total !== total || list.body.style.height !== total + "px")
+    list.body.style.height = (list.total = total) + "px";
   const first = Math.max(0, Math.floor((-top - 200) / height) * columns);
   const last = Math.min(list.entries.length, Math.ceil((innerHeight - top + 200) / height) * columns);
-  for (const [index, row] of list.rows) if ((index < first || index >= last) && index !== list.at && list.entries[index] !== list.editing) {
-    row.remove();
-    list.rows.delete(index);
-  }
+  for (const [index, row] of list.rows)
+    if ((index < first || index >= last) && index !== list.at && list.entries[index] !== list.editing) {
+      row.remove();
+      list.rows.delete(index);
+    }
   const wanted = list.at >= 0 && list.at < list.entries.length ? [list.at] : [];
   for (let index = first; index < last; index++) wanted.push(index);
-  for (const index of wanted) if (!list.rows.has(index)) {
-    const row = makeRow(list.entries[index], index);
-    row.style.transform = `translate(${index % columns * width}px, ${Math.floor(index / columns) * height}px)`;
-    if (columns > 1) row.style.width = width + "px";
-    list.rows.set(index, row);
-    list.body.append(row);
-  }
+  for (const index of wanted)
+    if (!list.rows.has(index)) {
+      const row = makeRow(list.entries[index], index);
+      row.style.transform = `translate(${(index % columns) * width}px, ${Math.floor(index / columns) * height}px)`;
+      if (columns > 1) row.style.width = width + "px";
+      list.rows.set(index, row);
+      list.body.append(row);
+    }
 }
 
 function makeRow(entry, index) {
   const chosen = list.selected.has(entry.node);
   const row = h("div.row.cells", {role: "row", id: "row" + index, "aria-rowindex": index + 2, "aria-selected": String(chosen)},
-    h("div.check", {role: "gridcell"}, h("input", {type: "checkbox", tabIndex: -1, checked: chosen, "aria-label": t("Select {name}", {name: entry.name})})),
-    h("div.name", {role: "gridcell"}, shape === "tiles" ? tilePicture(entry) : icon(kindOf(entry)),
-      list.editing === entry ? renameField(entry) : entryName(entry)),
+    h("div.check", {role: "gridcell"},
+      h("input", {
+        type: "checkbox",
+        tabIndex: -1,
+        checked: chosen,
+        "aria-label": t("Select {name}", {name: entry.name})
+      })
+    ),
+    h("div.name", {role: "gridcell"},
+      shape === "tiles" ? tilePicture(entry) : icon(kindOf(entry)),
+      list.editing === entry ? renameField(entry) : entryName(entry)
+    ),
     list.columns.map(column => h("div." + column, {role: "gridcell"}, cellOf(entry, column))),
-    h("div.more", {role: "gridcell"}, h("button", {type: "button", tabIndex: -1, "aria-label": t("Actions for {name}", {name: entry.name})}, "⋯")));
+    h("div.more", {role: "gridcell"},
+      h("button", {type: "button", tabIndex: -1, "aria-label": t("Actions for {name}", {name: entry.name})}, "⋯")
+    )
+  );
+  row.entry = entry;
   row.classList.toggle("cursor", index === list.at);
   row.classList.toggle("cut", clip.verb === "move" && clip.ids.has(entry.node));
   return row;
@@ -8911,18 +9173,75 @@ function makeRow(entry, index) {
 const opens = entry => view.kind !== "trash" && !(view.at && entry.kind === "file");
 
 function entryName(entry) {
-  const about = {className: "label", title: entry.name, tabIndex: -1, draggable: view.kind === "files" && mouse.matches};
-  const label = opens(entry) ? h("a", {...about, href: view.at ? pastAddress(view.at, entry.path) : addressOf(entry.path)}, h("bdi", {}, entry.name))
+  const about = {
+    className: "label",
+    title: entry.name,
+    tabIndex: -1,
+    draggable: view.kind === "files" && mouse.matches
+  };
+  const label = opens(entry)
+    ? h("a", {...about, href: view.at ? pastAddress(view.at, entry.path) : addressOf(entry.path)},
+        h("bdi", {}, entry.name)
+      )
     : h("span", about, h("bdi", {}, entry.name));
   const where = view.kind === "search" || view.kind === "trash" ? parentOf(entry.path) || t("Files") : null;
-  return h("div.names", {}, label, h("div.second" + (where ? ".where" : ""), {}, where && h("bdi", {}, where),
-    h("span.small", {}, (where ? " · " : "") + formatTime(entry.deleted || entry.mtime) + " · " + formatSize(entry.size))));
+  return h("div.names", {},
+    label,
+    h("div.second" + (where ? ".where" : ""), {},
+      where && h("bdi", {}, where),
+      h("span.small", {},
+        (where ? " · " : "") + formatTime(entry.deleted || entry.mtime) + " · " + formatSize(entry.size)
+      )
+    )
+  );
 }
 
-// a picture shows itself; the browser fetches those in sight, and the server answers 304 the next time
 function tilePicture(entry) {
-  const image = /^image\//.test(entry.media || "") && entry.size < 20 << 20 && !view.at;
-  return h("div.picture", {}, image ? h("img", {src: contentAddress(entry), alt: "", loading: "lazy", decoding: "async", draggable: false}) : icon(kindOf(entry)));
+  const image = isImage(entry) && entry.size < 40 << 20 && !view.at;
+  if (!image) return h("div.picture", {}, icon(kindOf(entry)));
+  const picture = h("img", {alt: "", decoding: "async", draggable: false});
+  if (entry.size < 100 << 10) picture.src = contentAddress(entry);
+  else showThumbnail(entry, picture).catch(() => picture.replaceWith(icon("image")));
+  return h("div.picture", {}, picture);
+}
+
+// ---- thumbnails: made here, two at a time, and kept by this browser under the version of the file
+
+let store = null;
+const making = [Promise.resolve(), Promise.resolve()];
+const request = work => new Promise((done, fail) => {
+  work.onsuccess = () => done(work.result);
+  work.onerror = () => fail(work.error);
+});
+
+function openStore() {
+  const opening = indexedDB.open("thumbnails", 1);
+  opening.onupgradeneeded = () => opening.result.createObjectStore("images");
+  return request(opening);
+}
+
+async function showThumbnail(entry, picture) {
+  const images = how => store.transaction("images", how).objectStore("images");
+  store = await (store || openStore());
+  let blob = await request(images("readonly").get(entry.version));
+  if (!blob) {
+    const turn = making.shift(), work = turn.then(() => picture.isConnected && makeThumbnail(entry));
+    making.push(work.catch(() => {}));
+    blob = await work;
+    if (!blob) return;
+    await request(images("readwrite").put(blob, entry.version));
+  }
+  picture.onload = () => URL.revokeObjectURL(picture.src);
+  picture.src = URL.createObjectURL(blob);
+}
+
+async function makeThumbnail(entry) {
+  const whole = await createImageBitmap(await (await ask(contentAddress(entry))).blob());
+  const scale = Math.min(1, 400 / Math.min(whole.width, whole.height)), canvas = document.createElement("canvas");
+  Object.assign(canvas, {width: Math.max(1, whole.width * scale), height: Math.max(1, whole.height * scale)});
+  canvas.getContext("2d").drawImage(whole, 0, 0, canvas.width, canvas.height);
+  whole.close();
+  return new Promise(done => canvas.toBlob(done, "image/webp", 0.8));
 }
 
 const cellOf = (entry, column) => column === "size" ? formatSize(entry.size) : timeElement(entry[column]);
@@ -8931,11 +9250,12 @@ const selection = () => [...list.selected].map(id => list.entries[list.known.get
 
 function setSelection(ids) {
   list.selected = new Set(ids);
-  for (const [index, row] of list.rows) markRow(row, list.entries[index]);
+  for (const [index, row] of list.rows) markRow(row, list.entries[index], index);
   showBar();
 }
 
-function markRow(row, entry) {
+function markRow(row, entry, index) {
+  row.classList.toggle("cursor", index === list.at);
   const chosen = list.selected.has(entry.node);
   row.setAttribute("aria-selected", String(chosen));
   find("input", row).checked = chosen;
@@ -8987,7 +9307,8 @@ const indexAt = target => {
 };
 
 function watchPointer(body) {
-  let held = 0, touch = false;
+  let held = 0,
+    touch = false;
   body.addEventListener("pointerdown", event => {
     touch = event.pointerType === "touch";
     clearTimeout(held);
@@ -8995,7 +9316,9 @@ function watchPointer(body) {
     else if (event.button === 0) startBand(event);
   });
   for (const name of ["pointerup", "pointercancel", "pointermove"]) {
-    body.addEventListener(name, event => { if (name !== "pointermove" || Math.hypot(event.movementX, event.movementY) > 3) clearTimeout(held); });
+    body.addEventListener(name, event => {
+      if (name !== "pointermove" || Math.hypot(event.movementX, event.movementY) > 3) clearTimeout(held);
+    });
   }
   body.addEventListener("click", event => onRowClick(event, touch));
   body.addEventListener("dblclick", event => {
@@ -9076,10 +9399,17 @@ function startBand(event) {
 }
 
 function entriesIn({left, top, width, height}) {
-  const {columns, width: wide, height: high} = list.size, origin = list.body.getBoundingClientRect();
-  const x = left - origin.left - scrollX, y = top - origin.top - scrollY, ids = [];
+  const {columns, width: wide, height: high} = list.size,
+    origin = list.body.getBoundingClientRect();
+  const x = left - origin.left - scrollX,
+    y = top - origin.top - scrollY,
+    ids = [];
   for (let line = Math.max(0, Math.floor(y / high)); line <= Math.floor((y + height) / high); line++) {
-    for (let column = Math.max(0, Math.floor(x / wide)); column <= Math.min(columns - 1, Math.floor((x + width) / wide)); column++) {
+    for (
+      let column = Math.max(0, Math.floor(x / wide));
+      column <= Math.min(columns - 1, Math.floor((x + width) / wide));
+      column++
+    ) {
       const entry = list.entries[line * columns + column];
       if (entry) ids.push(entry.node);
     }
@@ -9091,15 +9421,29 @@ function entriesIn({left, top, width, height}) {
 
 function onListKey(event) {
   if (event.target !== list.box && !event.target.closest(".head")) return;
-  const {columns, height} = list.size || {columns: 1, height: 44}, page = Math.max(1, Math.floor((innerHeight - 200) / height)) * columns;
-  const steps = {ArrowDown: columns, ArrowUp: -columns, ArrowRight: columns > 1 ? 1 : 0, ArrowLeft: columns > 1 ? -1 : 0, PageDown: page, PageUp: -page,
-                 Home: -list.entries.length, End: list.entries.length};
+  const {columns, height} = list.size || {columns: 1, height: 44},
+    page = Math.max(1, Math.floor((innerHeight - 200) / height)) * columns;
+  const steps = {
+    ArrowDown: columns,
+    ArrowUp: -columns,
+    ArrowRight: columns > 1 ? 1 : 0,
+    ArrowLeft: columns > 1 ? -1 : 0,
+    PageDown: page,
+    PageUp: -page,
+    Home: -list.entries.length,
+    End: list.entries.length
+  };
   if (event.key === " " && list.at >= 0) pick(list.at, {toggle: true});
   else if (!steps[event.key] || event.altKey || event.metaKey) return typeAhead(event);
   else {
-    const next = Math.max(0, Math.min(list.entries.length - 1, (list.at < 0 ? -Math.sign(steps[event.key]) && -1 : list.at) + steps[event.key]));
-    if (event.shiftKey) { if (list.anchor < 0) list.anchor = Math.max(0, list.at); pick(next, {range: true}); }
-    else if (!event.ctrlKey) pick(next);
+    const next = Math.max(
+      0,
+      Math.min(list.entries.length - 1, (list.at < 0 ? -Math.sign(steps[event.key]) && -1 : list.at) + steps[event.key])
+    );
+    if (event.shiftKey) {
+      if (list.anchor < 0) list.anchor = Math.max(0, list.at);
+      pick(next, {range: true});
+    } else if (!event.ctrlKey) pick(next);
     setCursor(next);
   }
   return event.preventDefault();
@@ -9111,8 +9455,12 @@ function typeAhead(event) {
   if (event.key.length !== 1 || event.ctrlKey || event.metaKey || event.altKey || " ?/".includes(event.key)) return;
   typed.text = event.timeStamp - typed.at < 900 ? typed.text + event.key : event.key;
   typed.at = event.timeStamp;
-  const wanted = sortKeyOf(typed.text), index = list.entries.findIndex(entry => entry.sortKey && entry.sortKey.startsWith(wanted));
-  if (index >= 0) { pick(index); setCursor(index); }
+  const wanted = sortKeyOf(typed.text),
+    index = list.entries.findIndex(entry => entry.sortKey && entry.sortKey.startsWith(wanted));
+  if (index >= 0) {
+    pick(index);
+    setCursor(index);
+  }
 }
 
 // ---- files
@@ -9171,13 +9519,22 @@ async function fillFiles(answer, turn) {
 
 function crumbsOf(path, address) {
   const names = path ? path.split("/") : [];
-  const parts = [link(t("Files"), address(""), {"data-path": ""}),
-    ...names.map((name, n) => h("a", {href: address(names.slice(0, n + 1).join("/")), "data-path": names.slice(0, n + 1).join("/")}, h("bdi", {}, name)))];
+  const parts = [
+    link(t("Files"), address(""), {"data-path": ""}),
+    ...names.map((name, n) =>
+      h("a", {href: address(names.slice(0, n + 1).join("/")), "data-path": names.slice(0, n + 1).join("/")},
+        h("bdi", {}, name)
+      )
+    )
+  ];
   parts[parts.length - 1].setAttribute("aria-current", "page");
   return parts;
 }
 
-const emptyFiles = () => [h("p.big", {}, t("Nothing here yet")), h("p", {}, isPhone.matches ? t("Add something with “New”.") : t("Drop files here, or add something with “New”."))];
+const emptyFiles = () => [
+  h("p.big", {}, t("Nothing here yet")),
+  h("p", {}, isPhone.matches ? t("Add something with “New”.") : t("Drop files here, or add something with “New”."))
+];
 
 // load what is on the screen once more, keeping place and selection
 async function refresh() {
@@ -9202,43 +9559,75 @@ const inTree = () => view.kind === "files" || view.kind === "search";
 const one = items => items.length === 1;
 const oneFile = items => one(items) && items[0].kind === "file";
 
-// on: what it is for, "items" or the "place" as a whole;  when: does it apply;  prime: has room even on a phone
+// on: what it is for, "items" or the "place" as a whole;  when: does it apply;  menu: stands in the menu only;
+// prime: has room in the bar even on a phone;  make: stands under "New";  bar: has a button of its own
 const ACTIONS = [
-  {name: "upload", label: "Upload files", on: "place", make: true, keys: "U", when: () => true, run: () => chooseFiles(false)},
-  {name: "upload-folder", label: "Upload a folder", on: "place", make: true, when: () => "webkitdirectory" in HTMLInputElement.prototype, run: () => chooseFiles(true)},
-  {name: "new-folder", label: "New folder", on: "place", make: true, keys: "Shift+N", when: () => true, run: newCollection},
+  {name: "upload", label: "Upload files", on: "place", make: true, keys: "U",
+   when: () => true, run: () => chooseFiles(false)},
+  {name: "upload-folder", label: "Upload a folder", on: "place", make: true,
+   when: () => "webkitdirectory" in HTMLInputElement.prototype, run: () => chooseFiles(true)},
+  {name: "new-folder", label: "New folder", on: "place", make: true, keys: "Shift+N",
+   when: () => true, run: newCollection},
   {name: "new-text", label: "New text file", on: "place", make: true, when: () => true, run: newText},
-  {name: "paste", label: "Paste", on: "place", keys: "Ctrl+V", when: () => inFiles() && clip.ids.size > 0, run: pasteClip},
-  {name: "select-all", label: "Select all", on: "place", keys: "Ctrl+A", when: () => list.entries.length > 0, run: selectAll},
-  {name: "empty-trash", label: "Empty the trash", on: "place", bar: true, when: () => view.kind === "trash" && list.entries.length > 0, run: emptyTrash},
-  {name: "download-all", label: "Download this folder", on: "place", when: () => (inFiles() || view.kind === "past") && list.entries.length > 0, run: () => downloadZip([])},
+  {name: "paste", label: "Paste", on: "place", keys: "Ctrl+V",
+   when: () => inFiles() && clip.ids.size > 0, run: pasteClip},
+  {name: "select-all", label: "Select all", on: "place", keys: "Ctrl+A",
+   when: () => list.entries.length > 0, run: selectAll},
+  {name: "empty-trash", label: "Empty the trash", on: "place", bar: true,
+   when: () => view.kind === "trash" && list.entries.length > 0, run: emptyTrash},
+  {name: "download-all", label: "Download this folder", on: "place",
+   when: () => (inFiles() || view.kind === "past") && list.entries.length > 0, run: () => downloadZip([])},
   {name: "past", label: "See it as it was…", on: "place", when: inFiles, run: () => go(pastAddress("now", view.path))},
   {name: "rewind", label: "Bring this time back", on: "place", bar: true, when: () => view.kind === "past", run: rewind},
-  {name: "open", label: "Open", on: "items", keys: "Enter", when: items => one(items) && opens(items[0]), run: ([entry]) => openEntry(entry)},
-  {name: "show", label: "Show in its folder", on: "items", when: items => view.kind === "search" && one(items), run: ([entry]) => showInFolder(entry)},
-  {name: "download", label: "Download", on: "items", prime: true, keys: "D", when: items => view.kind !== "trash" && items.length > 0, run: download},
-  {name: "rename", label: "Rename", on: "items", keys: "F2", when: items => inTree() && one(items), run: ([entry]) => startRename(entry)},
-  {name: "move", label: "Move to…", on: "items", keys: "M", when: items => inTree() && items.length > 0, run: items => moveTo(items, "move")},
-  {name: "copy", label: "Copy to…", on: "items", keys: "Shift+M", when: items => inTree() && items.length > 0, run: items => moveTo(items, "copy")},
-  {name: "cut", label: "Cut", on: "items", menu: true, keys: "Ctrl+X", when: items => inTree() && items.length > 0, run: items => putOnClip("move", items)},
-  {name: "copy-clip", label: "Copy", on: "items", menu: true, keys: "Ctrl+C", when: items => inTree() && items.length > 0, run: items => putOnClip("copy", items)},
-  {name: "edit", label: "Edit", on: "items", menu: true, keys: "E", when: items => inTree() && oneFile(items) && isText(items[0]), run: ([entry]) => editFile(entry)},
-  {name: "versions", label: "Versions", on: "items", when: items => inTree() && oneFile(items), run: ([entry]) => go(versionsAddress(entry.path))},
-  {name: "delete", label: "Delete", on: "items", prime: true, keys: "Delete", when: items => inTree() && items.length > 0, run: deleteItems},
-  {name: "restore", label: "Restore", on: "items", prime: true, when: items => view.kind === "trash" && items.length > 0, run: restoreItems},
-  {name: "purge", label: "Delete for good", on: "items", prime: true, keys: "Delete", when: items => view.kind === "trash" && items.length > 0, run: purgeItems},
+  {name: "open", label: "Open", on: "items", menu: true, keys: "Enter",
+   when: items => one(items) && opens(items[0]), run: ([entry]) => openEntry(entry)},
+  {name: "show", label: "Show in its folder", on: "items",
+   when: items => view.kind === "search" && one(items), run: ([entry]) => showInFolder(entry)},
+  {name: "download", label: "Download", on: "items", prime: true, keys: "D",
+   when: items => view.kind !== "trash" && items.length > 0, run: download},
+  {name: "rename", label: "Rename", on: "items", keys: "F2",
+   when: items => inTree() && one(items), run: ([entry]) => startRename(entry)},
+  {name: "move", label: "Move to…", on: "items", keys: "M",
+   when: items => inTree() && items.length > 0, run: items => moveTo(items, "move")},
+  {name: "copy", label: "Copy to…", on: "items", menu: true, keys: "Shift+M",
+   when: items => inTree() && items.length > 0, run: items => moveTo(items, "copy")},
+  {name: "cut", label: "Cut", on: "items", menu: true, keys: "Ctrl+X",
+   when: items => inTree() && items.length > 0, run: items => putOnClip("move", items)},
+  {name: "copy-clip", label: "Copy", on: "items", menu: true, keys: "Ctrl+C",
+   when: items => inTree() && items.length > 0, run: items => putOnClip("copy", items)},
+  {name: "edit", label: "Edit", on: "items", menu: true, keys: "E",
+   when: items => inTree() && oneFile(items) && isText(items[0]), run: ([entry]) => editFile(entry)},
+  {name: "versions", label: "Versions", on: "items",
+   when: items => inTree() && oneFile(items), run: ([entry]) => go(versionsAddress(entry.path))},
+  {name: "delete", label: "Delete", on: "items", prime: true, keys: "Delete",
+   when: items => inTree() && items.length > 0, run: deleteItems},
+  {name: "restore", label: "Restore", on: "items", prime: true,
+   when: items => view.kind === "trash" && items.length > 0, run: restoreItems},
+  {name: "purge", label: "Delete for good", on: "items", prime: true, keys: "Delete",
+   when: items => view.kind === "trash" && items.length > 0, run: purgeItems},
   {name: "undo", label: "Undo", on: "page", keys: "Ctrl+Z", when: () => undoable.length > 0, run: undoLast},
   {name: "find", label: "Search", on: "page", keys: "/", when: () => true, run: () => find(".search input").focus()},
-  {name: "clear", label: "Clear the selection", on: "page", keys: "Escape", when: () => list.selected.size > 0, run: clearSelection},
+  {name: "clear", label: "Clear the selection", on: "page", keys: "Escape",
+   when: () => list.selected.size > 0, run: clearSelection},
   {name: "help", label: "Keyboard shortcuts", on: "page", keys: "?", when: () => true, run: showHelp},
 ];
 
 const actionsFor = (on, items = []) => ACTIONS.filter(action => action.on === on && action.when(items));
 const onMac = /Mac|iPhone|iPad/.test(navigator.platform);
 const keyNames = {Delete: "Delete", Escape: "Esc", Enter: "Enter"};
-const showKeys = keys => keys && t(keys.replace("Ctrl+", onMac ? "⌘" : "Ctrl+").replace(/[A-Z][a-z]+$/, name => keyNames[name] || name));
+const showKeys = keys =>
+  keys &&
+  t(keys.replace("Ctrl+", onMac ? "⌘" : "Ctrl+").replace(/[A-Z][a-z]+$/, name => keyNames[name] || name)).replace(
+    "Shift",
+    t("Shift")
+  );
 const act = action => attempt(() => action.run(selection()));
-const menuRows = actions => actions.map(action => ({label: t(action.label), key: isPhone.matches ? "" : showKeys(action.keys), run: () => act(action)}));
+const menuRows = actions =>
+  actions.map(action => ({
+    label: t(action.label),
+    key: isPhone.matches ? "" : showKeys(action.keys),
+    run: () => act(action)
+  }));
 
 function openMenu(at) {
   const rows = list.selected.size ? menuRows(actionsFor("items", selection())) : placeRows();
@@ -9249,33 +9638,66 @@ const placeRows = () => [...menuRows(actionsFor("place")), ...viewRows()];
 
 // what the bar shows: the actions of what is selected, else those of the place
 function showBar() {
-  const items = selection(), all = find("input.all");
-  if (all) Object.assign(all, {checked: items.length > 0 && items.length === list.entries.length, indeterminate: items.length > 0 && items.length < list.entries.length});
+  const items = selection(),
+    all = find("input.all");
+  if (all)
+    Object.assign(all, {
+      checked: items.length > 0 && items.length === list.entries.length,
+      indeterminate: items.length > 0 && items.length < list.entries.length
+    });
   document.body.classList.toggle("selecting", items.length > 0);
   if (!items.length) return setBar(h("span.count", {}, countWords()), placeButtons());
   const actions = actionsFor("items", items);
-  return setBar(button(t("Clear"), clearSelection, {className: "quiet", "aria-label": t("Clear the selection")}),
+  return setBar(
+    button(t("Clear"), clearSelection, {className: "quiet", "aria-label": t("Clear the selection")}),
     h("strong.count", {role: "status"}, plural(items.length, "{n} selected", "{n} selected")),
-    actions.filter(action => !action.menu).map(action => button(t(action.label), () => act(action), {className: action.prime ? "prime" : "", "data-action": action.name})),
-    button(t("More"), event => openMenu(event.currentTarget), {className: "prime", "aria-haspopup": "menu"}));
+    actions
+      .filter(action => !action.menu)
+      .map(action =>
+        button(t(action.label), () => act(action), {className: action.prime ? "prime" : "", "data-action": action.name})
+      ),
+    button(t("More"), event => openMenu(event.currentTarget), {className: "prime", "aria-haspopup": "menu"})
+  );
 }
 
 function countWords() {
-  const files = list.entries.filter(entry => entry.kind === "file").length, collections = list.entries.length - files;
-  return [collections && plural(collections, "{n} folder", "{n} folders"), files && plural(files, "{n} file", "{n} files")].filter(Boolean).join(", ");
+  const files = list.entries.filter(entry => entry.kind === "file").length,
+    collections = list.entries.length - files;
+  return [
+    collections && plural(collections, "{n} folder", "{n} folders"),
+    files && plural(files, "{n} file", "{n} files")
+  ]
+    .filter(Boolean)
+    .join(", ");
 }
 
 const placeButtons = () => [
-  actionsFor("place").filter(action => action.bar).map(action => button(t(action.label), () => act(action), {"data-action": action.name})),
-  view.kind !== "past" && list.sortable ? button(t("View"), event => menu(event.currentTarget, viewRows(), t("View")), {"aria-haspopup": "menu"}) : null];
+  actionsFor("place")
+    .filter(action => action.bar)
+    .map(action => button(t(action.label), () => act(action), {"data-action": action.name})),
+  view.kind !== "past" && list.sortable
+    ? button(t("View"), event => menu(event.currentTarget, viewRows(), t("View")), {"aria-haspopup": "menu"})
+    : null
+];
 
 const viewRows = () => [
-  ...["name", ...list.columns].map(name => ({label: t("Sort by {what}", {what: t(COLUMNS[name])}), mark: sorting.by === name, run: () => sortBy(name)})), null,
-  ...[["list", "List"], ["tiles", "Tiles"]].map(([name, label]) => ({label: t(label), mark: shape === name, run: () => setShape(name)}))];
+  ...["name", ...list.columns].map(name => ({
+    label: t("Sort by {what}", {what: t(COLUMNS[name])}),
+    mark: sorting.by === name,
+    run: () => sortBy(name)
+  })),
+  null,
+  ...[
+    ["list", "List"],
+    ["tiles", "Tiles"]
+  ].map(([name, label]) => ({label: t(label), mark: shape === name, run: () => setShape(name)}))
+];
 
 function setShape(name) {
   shape = name;
   localStorage.setItem("shape", name);
+  list.box.classList.toggle("tiles", name === "tiles");
+  redrawRows();
   fillList(list.entries);
 }
 
@@ -9295,11 +9717,15 @@ function undoLast() {
 async function undo(seqs) {
   let skipped = 0;
   for (const seq of [...seqs].reverse()) skipped += (await api("POST", "undo", {seq})).skipped;
-  toast(skipped ? plural(skipped, "Undone, except {n} that changed since.", "Undone, except {n} that changed since.") : t("Undone."));
+  toast(
+    skipped
+      ? plural(skipped, "Undone, except {n} that changed since.", "Undone, except {n} that changed since.")
+      : t("Undone.")
+  );
   await refresh();
 }
 
-const namesOf = items => items.length === 1 ? "“" + items[0].name + "”" : plural(items.length, "{n} item", "{n} items");
+const namesOf = items => items.length === 1 ? quoted(items[0].name) : plural(items.length, "{n} item", "{n} items");
 
 async function deleteItems(items) {
   const {seq} = await api("POST", "delete", {paths: items.map(entry => entry.path)});
@@ -9316,14 +9742,18 @@ function dropRows(items) {
 
 function download(items) {
   if (items.length === 1 && items[0].kind === "file") return saveFrom(contentAddress(items[0]));
-  if (view.kind === "search" && items.length > 1) return items.forEach((entry, n) => setTimeout(() => saveFrom(entry.kind === "file" ? contentAddress(entry) : apiAddress("zip", entry.path)), n * 400));
+  if (view.kind === "search" && items.length > 1)
+    return items.forEach((entry, n) =>
+      setTimeout(() => saveFrom(entry.kind === "file" ? contentAddress(entry) : apiAddress("zip", entry.path)), n * 400)
+    );
   if (view.kind === "search") return saveFrom(apiAddress("zip", items[0].path));
   return downloadZip(items.length === list.entries.length ? [] : items.map(entry => entry.name));
 }
 
 function downloadZip(names) {
   const address = apiAddress("zip", view.path, {name: names, at: view.at});
-  if (address.length > 15000) throw new Problem(0, {code: "", detail: t("Too many at once: choose fewer, or download the whole folder.")});
+  if (address.length > 15000)
+    throw new Problem(0, {code: "", detail: t("Too many at once: choose fewer, or download the whole folder.")});
   saveFrom(address);
 }
 
@@ -9334,7 +9764,8 @@ function saveFrom(address) {
   anchor.remove();
 }
 
-const nameInput = (label, value = "") => field(label, {name: "name", value, maxLength: 255, autofocus: true, autocomplete: "off", spellcheck: false});
+const nameInput = (label, value = "") =>
+  field(label, {name: "name", value, maxLength: 255, autofocus: true, autocomplete: "off", spellcheck: false});
 
 // ask for a name, make a collection of it in another one; resolves to the new node
 const makeCollection = place => askForm(t("New folder"), [nameInput(t("Name"))], t("Create"), async ({name}) => {
@@ -9357,7 +9788,8 @@ async function newCollection() {
 }
 
 function checkName(name) {
-  if (!name.trim() || name === "." || name === ".." || name.includes("/")) throw new Problem(0, {code: "", detail: t("A name cannot be empty and cannot hold a slash.")});
+  if (!name.trim() || name === "." || name === ".." || name.includes("/"))
+    throw new Problem(0, {code: "", detail: t("A name cannot be empty and cannot hold a slash.")});
 }
 
 // ---- renaming in place
@@ -9386,11 +9818,19 @@ function renameField(entry) {
     list.box.focus({preventScroll: true});
     if (keep && name !== entry.name) await attempt(() => rename(entry, name));
   };
-  const input = h("input.rename", {value: entry.name, maxLength: 255, "aria-label": t("New name"), spellcheck: false, autocomplete: "off", onblur: () => finish(true), onkeydown: event => {
-    event.stopPropagation();
-    if (event.key === "Enter" && !event.isComposing) finish(true);
-    if (event.key === "Escape") finish(false);
-  }});
+  const input = h("input.rename", {
+    value: entry.name,
+    maxLength: 255,
+    "aria-label": t("New name"),
+    spellcheck: false,
+    autocomplete: "off",
+    onblur: () => finish(true),
+    onkeydown: event => {
+      event.stopPropagation();
+      if (event.key === "Enter" && !event.isComposing) finish(true);
+      if (event.key === "Escape") finish(false);
+    }
+  });
   return input;
 }
 
@@ -9412,7 +9852,11 @@ const clip = {verb: "", ids: new Set(), items: []};
 function putOnClip(verb, items) {
   Object.assign(clip, {verb, items, ids: new Set(items.map(entry => entry.node))});
   redrawRows();
-  toast(verb === "move" ? t("{what} ready to be moved: paste it where it belongs.", {what: namesOf(items)}) : t("{what} ready to be copied: paste it where you want it.", {what: namesOf(items)}));
+  toast(
+    verb === "move"
+      ? t("{what} ready to be moved: paste it where it belongs.", {what: namesOf(items)})
+      : t("{what} ready to be copied: paste it where you want it.", {what: namesOf(items)})
+  );
 }
 
 async function pasteClip() {
@@ -9422,8 +9866,12 @@ async function pasteClip() {
 }
 
 async function moveTo(items, verb) {
-  const target = await chooseCollection(verb === "move" ? t("Move {what} to", {what: namesOf(items)}) : t("Copy {what} to", {what: namesOf(items)}),
-    verb === "move" ? t("Move here") : t("Copy here"), view.kind === "files" ? view.path : parentOf(items[0].path), items);
+  const target = await chooseCollection(
+    verb === "move" ? t("Move {what} to", {what: namesOf(items)}) : t("Copy {what} to", {what: namesOf(items)}),
+    verb === "move" ? t("Move here") : t("Copy here"),
+    view.kind === "files" ? view.path : parentOf(items[0].path),
+    items
+  );
   if (target !== undefined) await transfer(verb, items, target);
 }
 
@@ -9432,9 +9880,11 @@ async function transfer(verb, items, target) {
   if (verb === "move") items = items.filter(entry => parentOf(entry.path) !== target);
   if (!items.length) return;
   const pairs = items.map(entry => ({from: entry.path, to: join(target, entry.name)}));
-  const here = verb === "copy" ? pairs.filter(pair => pair.from === pair.to) : [];       // a copy beside the original
+  const here = verb === "copy" ? pairs.filter(pair => pair.from === pair.to) : []; // a copy beside the original
   const seqs = [];
-  const send = async (some, clash) => { if (some.length) seqs.push((await api("POST", verb, {items: some, clash})).seq); };
+  const send = async (some, clash) => {
+    if (some.length) seqs.push((await api("POST", verb, {items: some, clash})).seq);
+  };
   const away = pairs.filter(pair => pair.from !== pair.to);
   try {
     await send(away, "refuse");
@@ -9446,7 +9896,11 @@ async function transfer(verb, items, target) {
   }
   await sendBeside(here, seqs);
   clearSelection();
-  if (seqs.length) offerUndo(verb === "move" ? t("{what} moved", {what: namesOf(items)}) : t("{what} copied", {what: namesOf(items)}), ...seqs);
+  if (seqs.length)
+    offerUndo(
+      verb === "move" ? t("{what} moved", {what: namesOf(items)}) : t("{what} copied", {what: namesOf(items)}),
+      ...seqs
+    );
   await refresh();
 }
 
@@ -9488,9 +9942,22 @@ async function askClash(name, more) {
   const answer = await sheet(t("“{name}” exists already", {name}), close => {
     const all = h("input", {type: "checkbox", checked: false});
     const choice = (label, how, about) => button(label, () => close({how, all: all.checked}), about);
-    return [h("p", {}, t("What should happen with the new one?")),
-      more === 0 ? null : h("label.tick", {}, all, more ? plural(more, "Do the same for {n} more", "Do the same for {n} more") : t("Do the same for all others")),
-      buttonsRow(choice(t("Skip"), "skip"), choice(t("Replace"), "replace"), choice(t("Keep both"), "keep", {className: "primary", autofocus: true}))];
+    return [
+      h("p", {}, t("What should happen with the new one?")),
+      more === 0
+        ? null
+        : h("label.tick", {},
+            all,
+            more
+              ? plural(more, "Do the same for {n} more", "Do the same for {n} more")
+              : t("Do the same for all others")
+          ),
+      buttonsRow(
+        choice(t("Skip"), "skip"),
+        choice(t("Replace"), "replace"),
+        choice(t("Keep both"), "keep", {className: "primary", autofocus: true})
+      )
+    ];
   });
   return answer || {how: "skip", all: false};
 }
@@ -9499,24 +9966,52 @@ async function askClash(name, more) {
 function chooseCollection(title, yes, from, items = []) {
   const moving = new Set(items.map(entry => entry.path));
   return sheet(title, close => {
-    const box = h("div.walk"), crumbs = h("nav.crumbs"), choose = button(yes, () => close(here), {className: "primary"});
+    const box = h("div.walk"),
+      crumbs = h("nav.crumbs"),
+      choose = button(yes, () => close(here), {className: "primary"});
     let here = from;
-    const enter = path => attempt(async () => {
-      const {children} = await load(path);
-      here = path;
-      crumbs.replaceChildren(...crumbsOf(path, () => "#").flatMap((part, n) => n ? [h("span.slash", {}, "/"), part] : [part]));
-      for (const part of crumbs.querySelectorAll("a")) part.addEventListener("click", event => { event.preventDefault(); enter(part.dataset.path); });
-      const inside = sortEntries(children.filter(entry => entry.kind === "collection" && !moving.has(entry.path)));
-      box.replaceChildren(...inside.map(entry => h("button.item", {type: "button", onclick: () => enter(entry.path)}, icon("collection"), h("bdi", {}, entry.name))),
-        ...(inside.length ? [] : [h("p.soft", {}, t("No folders in here"))]));
-      choose.disabled = items.length > 0 && items.every(entry => parentOf(entry.path) === here);
-    });
-    const make = button(t("New folder"), async () => {
-      const made = await makeCollection(here);
-      if (made) enter(made.path);
-    }, {className: "quiet"});
+    const enter = path =>
+      attempt(async () => {
+        const {children} = await load(path);
+        here = path;
+        crumbs.replaceChildren(
+          ...crumbsOf(path, () => "#").flatMap((part, n) => (n ? [h("span.slash", {}, "/"), part] : [part]))
+        );
+        for (const part of crumbs.querySelectorAll("a"))
+          part.addEventListener("click", event => {
+            event.preventDefault();
+            enter(part.dataset.path);
+          });
+        const inside = sortEntries(children.filter(entry => entry.kind === "collection" && !moving.has(entry.path)));
+        box.replaceChildren(
+          ...inside.map(entry =>
+            h("button.item", {type: "button", onclick: () => enter(entry.path)},
+              icon("collection"),
+              h("bdi", {}, entry.name)
+            )
+          ),
+          ...(inside.length ? [] : [h("p.soft", {}, t("No folders in here"))])
+        );
+        choose.disabled = items.length > 0 && items.every(entry => parentOf(entry.path) === here);
+      });
+    const make = button(
+      t("New folder"),
+      async () => {
+        const made = await makeCollection(here);
+        if (made) enter(made.path);
+      },
+      {className: "quiet"}
+    );
     enter(from);
-    return [crumbs, box, buttonsRow(make, button(t("Cancel"), () => close()), choose)];
+    return [
+      crumbs,
+      box,
+      buttonsRow(
+        make,
+        button(t("Cancel"), () => close()),
+        choose
+      )
+    ];
   });
 }
 
@@ -9566,14 +10061,25 @@ async function walkDropped(entry, target, found) {
 
 async function addUploads(found) {
   for (const {path} of found.filter(one => !one.file)) {
-    await api("POST", "make-collection", {path, parents: true}).catch(error => { if (error.code !== "exists") throw error; });
+    await api("POST", "make-collection", {path, parents: true}).catch(error => {
+      if (error.code !== "exists") throw error;
+    });
   }
   const files = found.filter(one => one.file);
   if (!files.length) return found.length && refresh();
   const here = new Set(view.kind === "files" ? list.entries.map(entry => entry.path) : []);
   if (!busy()) Object.assign(queue, {items: [], next: 0, all: "", failed: 0, box: null});
   for (const {file, path} of files) {
-    queue.items.push({file, path, size: file.size, sent: 0, state: "waiting", tries: 0, clash: here.has(path), more: files.length > 1});
+    queue.items.push({
+      file,
+      path,
+      size: file.size,
+      sent: 0,
+      state: "waiting",
+      tries: 0,
+      clash: here.has(path),
+      more: files.length > 1
+    });
   }
   queue.box = null;
   showQueue();
@@ -9661,12 +10167,27 @@ async function sendWhole(item, path) {
 
 // a tus upload: made, or found again after a break, then part after part
 async function sendParts(item, path) {
-  const known = readParts(), print = [me.name, path, item.size, item.file.lastModified].join("|");
+  const known = readParts(),
+    print = [me.name, path, item.size, item.file.lastModified].join("|");
   let offset = known[print] ? await offsetOf(known[print]) : -1;
   let id = known[print];
   if (offset < 0) {
-    const answer = await transmit(item, "POST", PREFIX + "/tus", null, {"Upload-Length": item.size, "Upload-Metadata": metadata({
-      path, mtime: item.file.lastModified, parents: "1", ...(item.how === "replace" ? {} : {clash: "refuse"})})}, 0);
+    const answer = await transmit(
+      item,
+      "POST",
+      PREFIX + "/tus",
+      null,
+      {
+        "Upload-Length": item.size,
+        "Upload-Metadata": metadata({
+          path,
+          mtime: item.file.lastModified,
+          parents: "1",
+          ...(item.how === "replace" ? {} : {clash: "refuse"})
+        })
+      },
+      0
+    );
     [id, offset] = [nameOf(answer.getResponseHeader("Location")), 0];
     saveParts({...known, [print]: id});
   }
@@ -9685,26 +10206,45 @@ const metadata = values => Object.entries(values).map(([name, value]) =>
   name + " " + btoa(String.fromCharCode(...new TextEncoder().encode(value)))).join(",");
 const readParts = () => JSON.parse(localStorage.getItem(PARTS) || "{}");
 const saveParts = parts => localStorage.setItem(PARTS, JSON.stringify(parts));
-const forgetUploads = () => localStorage.removeItem(PARTS);
+function forgetMe() {
+  localStorage.removeItem(PARTS);
+  indexedDB.deleteDatabase("thumbnails");
+}
 
 async function offsetOf(id) {
-  const answer = await fetch(PREFIX + "/tus/" + id, {method: "HEAD", headers: {...HEADERS, "Tus-Resumable": "1.0.0"}}).catch(() => { throw new Problem(0, {code: "network"}); });
+  const answer = await fetch(PREFIX + "/tus/" + id, {
+    method: "HEAD",
+    headers: {...HEADERS, ...TUS}
+  }).catch(() => {
+    throw new Problem(0, {code: "network"});
+  });
   return answer.ok ? Number(answer.headers.get("Upload-Offset")) : -1;
 }
+
+const TUS = {"Tus-Resumable": "1.0.0"};
+const BODIES = {
+  POST: TUS,
+  PATCH: {...TUS, "Content-Type": "application/offset+octet-stream"},
+  PUT: {"Content-Type": "application/octet-stream"}
+};
 
 // one request with progress, which fetch cannot show
 function transmit(item, method, address, body, headers, from) {
   return new Promise((done, fail) => {
-    const request = item.request = new XMLHttpRequest();
+    if (item.state !== "sending") return fail(new DOMException("", "AbortError"));         // paused between two requests
+    const request = (item.request = new XMLHttpRequest());
     request.open(method, address);
-    const type = method === "PATCH" ? {"Content-Type": "application/offset+octet-stream"} : method === "PUT" ? {"Content-Type": "application/octet-stream"} : {};
-    const tus = method === "PUT" ? {} : {"Tus-Resumable": "1.0.0"};
-    for (const [name, value] of Object.entries({...HEADERS, ...type, ...tus, ...headers})) request.setRequestHeader(name, value);
-    request.upload.onprogress = event => { item.sent = from + event.loaded; updateQueue(); };
+    for (const [name, value] of Object.entries({...HEADERS, ...BODIES[method], ...headers})) request.setRequestHeader(name, value);
+    request.upload.onprogress = event => {
+      item.sent = from + event.loaded;
+      updateQueue();
+    };
     request.onload = () => {
       if (request.status < 300) return done(request);
       const problem = readProblem(request.status, request.responseText);
-      return problem.code === "unauthenticated" ? logInAgain().then(() => fail(new Problem(0, {code: "network"})), fail) : fail(problem);
+      return problem.code === "unauthenticated"
+        ? logInAgain().then(() => fail(new Problem(0, {code: "network"})), fail)
+        : fail(problem);
     };
     request.onerror = () => fail(new Problem(0, {code: "network"}));
     request.onabort = () => fail(new DOMException("", "AbortError"));
@@ -9716,7 +10256,8 @@ function finishItem(item, state) {
   item.state = state;
   item.sent = state === "done" ? item.size : item.sent;
   showItem(item);
-  if (state === "done" && view.kind === "files" && (parentOf(item.path) + "/").startsWith(view.path && view.path + "/")) refreshSoon();
+  if (state === "done" && view.kind === "files" && (parentOf(item.path) + "/").startsWith(view.path && view.path + "/"))
+    refreshSoon();
 }
 
 const refreshSoon = soon(refresh, 500);
@@ -9726,7 +10267,10 @@ function cancelItem(item) {
   const sending = item.state === "sending";
   finishItem(item, "cancelled");
   if (sending && item.request) item.request.abort();
-  if (item.upload) fetch(PREFIX + "/tus/" + item.upload, {method: "DELETE", headers: {...HEADERS, "Tus-Resumable": "1.0.0"}}).catch(() => {});
+  if (item.upload)
+    fetch(PREFIX + "/tus/" + item.upload, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(
+      () => {}
+    );
   updateQueue();
 }
 
@@ -9791,14 +10335,24 @@ function showItem(item) {
   if (!item.row) {
     item.words = h("span.state");
     item.meter = h("progress", {max: Math.max(1, item.size), value: 0, "aria-label": nameOf(item.path)});
-    item.button = button("", () => item.state === "failed" || item.state === "cancelled" ? retryItem(item) : cancelItem(item), {className: "quiet"});
+    item.button = button(
+      "",
+      () => (item.state === "failed" || item.state === "cancelled" ? retryItem(item) : cancelItem(item)),
+      {className: "quiet"}
+    );
     item.row = h("li", {}, h("bdi", {}, nameOf(item.path)), item.words, item.button, item.meter);
     queue.list.prepend(item.row);
-    const finished = [...queue.list.children].slice(50).reverse().find(row => row.classList.contains("done"));
+    const finished = [...queue.list.children]
+      .slice(50)
+      .reverse()
+      .find(row => row.classList.contains("done"));
     if (finished) finished.remove();
   }
   item.row.className = item.state;
-  item.words.textContent = item.error && item.state !== "done" && item.state !== "sending" ? item.error : t(STATES[item.state]) || formatSize(item.size);
+  item.words.textContent =
+    item.error && item.state !== "done" && item.state !== "sending"
+      ? item.error
+      : t(STATES[item.state]) || formatSize(item.size);
   item.button.hidden = item.state === "done" || item.state === "skipped";
   item.button.textContent = item.state === "failed" || item.state === "cancelled" ? t("Retry") : t("Cancel");
   item.meter.value = item.sent;
@@ -9815,7 +10369,7 @@ function drawQueue() {
   let sent = 0, total = 0, done = 0;
   for (const item of queue.items) {
     if (item.state === "skipped" || item.state === "cancelled") continue;
-    total += item.size + 1000;         // the smallest files take time, too
+    total += item.size + 1000; // the smallest files take time, too
     sent += item.state === "done" ? item.size + 1000 : item.sent;
     done += item.state === "done";
     if (item.state === "sending") item.meter.value = item.sent;
@@ -9826,8 +10380,15 @@ function drawQueue() {
   queue.pause.hidden = !rest;
   queue.pause.textContent = queue.paused ? t("Resume") : t("Pause");
   queue.stop.textContent = rest ? t("Cancel") : t("Close");
-  queue.title.textContent = rest ? queue.paused ? t("Paused: {done} of {n} uploaded", {done, n: queue.items.length}) : t("Uploading: {done} of {n}, {percent} %", {done, n: queue.items.length, percent: Math.floor(100 * sent / Math.max(1, total))})
-    : queue.failed ? plural(queue.failed, "{n} upload failed", "{n} uploads failed") : plural(done, "{n} file uploaded", "{n} files uploaded");
+  queue.title.textContent = queueWords(rest, done, Math.floor(100 * sent / Math.max(1, total)));
+}
+
+function queueWords(rest, done, percent) {
+  const n = queue.items.length;
+  if (rest && queue.paused) return t("Paused: {done} of {n} uploaded", {done, n});
+  if (rest) return t("Uploading: {done} of {n}, {percent} %", {done, n, percent});
+  if (queue.failed) return plural(queue.failed, "{n} upload failed", "{n} uploads failed");
+  return plural(done, "{n} file uploaded", "{n} files uploaded");
 }
 
 // ---- dragging: files from outside, entries within
@@ -9849,7 +10410,11 @@ function onDragStart(event) {
   const items = selection();
   event.dataTransfer.setData(MARK, "1");
   event.dataTransfer.effectAllowed = "copyMove";
-  if (items.length === 1 && items[0].kind === "file") event.dataTransfer.setData("DownloadURL", "application/octet-stream:" + items[0].name + ":" + location.origin + contentAddress(items[0]));
+  if (items.length === 1 && items[0].kind === "file")
+    event.dataTransfer.setData(
+      "DownloadURL",
+      "application/octet-stream:" + items[0].name + ":" + location.origin + contentAddress(items[0])
+    );
   const ghost = h("div.ghost", {}, namesOf(items));
   document.body.append(ghost);
   event.dataTransfer.setDragImage(ghost, -12, -12);
@@ -9857,11 +10422,17 @@ function onDragStart(event) {
 }
 
 function onDragOver(event) {
-  const types = event.dataTransfer.types, files = types.includes("Files"), inside = types.includes(MARK), target = me.name && dropTarget(event);
+  const types = event.dataTransfer.types,
+    files = types.includes("Files"),
+    inside = types.includes(MARK),
+    target = me.name && dropTarget(event);
   unmarkDrop();
   if (!files && !inside) return;
   event.preventDefault();
-  const useful = target && !document.querySelector("dialog") && (files || target.element && !selection().some(entry => entry.path === target.path));
+  const useful =
+    target &&
+    !document.querySelector("dialog") &&
+    (files || (target.element && !selection().some(entry => entry.path === target.path)));
   event.dataTransfer.dropEffect = !useful ? "none" : files || event.ctrlKey || event.altKey ? "copy" : "move";
   if (useful && target.element) target.element.classList.add("over");
   else if (useful) document.body.classList.add("dropping");
@@ -9873,7 +10444,8 @@ function unmarkDrop() {
 }
 
 function onDrop(event) {
-  const types = event.dataTransfer.types, target = me.name && dropTarget(event);
+  const types = event.dataTransfer.types,
+    target = me.name && dropTarget(event);
   unmarkDrop();
   if (!types.includes("Files") && !types.includes(MARK)) return;
   event.preventDefault();
@@ -9881,7 +10453,8 @@ function onDrop(event) {
   if (types.includes("Files")) {
     const reading = readDrop(event.dataTransfer, target.path);
     attempt(async () => addUploads(await reading));
-  } else if (target.element) attempt(() => transfer(event.ctrlKey || event.altKey ? "copy" : "move", selection(), target.path));
+  } else if (target.element)
+    attempt(() => transfer(event.ctrlKey || event.altKey ? "copy" : "move", selection(), target.path));
 }
 
 function onPaste(event) {
@@ -9898,29 +10471,72 @@ function onPaste(event) {
 const versionsAddress = path => PREFIX + "/versions/" + encodePath(path);
 
 async function showVersions(address) {
-  const path = decodePath(address), turn = view.turn;
+  const path = decodePath(address),
+    turn = view.turn;
   const {versions} = await api("GET", "versions/" + encodePath(path));
   if (turn !== view.turn) return;
   Object.assign(view, {kind: "versions", path, at: null});
   setTitle(t("Versions of {name}", {name: nameOf(path)}));
-  setCrumbs(...crumbsOf(path, addressOf).map((part, n, all) => { if (n === all.length - 1) part.removeAttribute("aria-current"); return part; }), h("span", {"aria-current": "page"}, t("Versions")));
+  setCrumbs(
+    ...crumbsOf(path, addressOf).map((part, n, all) => {
+      if (n === all.length - 1) part.removeAttribute("aria-current");
+      return part;
+    }),
+    h("span", {"aria-current": "page"}, t("Versions"))
+  );
   setBar(h("span.count", {}, plural(versions.length, "{n} version", "{n} versions")));
-  setContent(h("ol.steps", {}, versions.map((version, n) => versionRow(path, version, n))));
+  setContent(
+    h("ol.steps", {},
+      versions.map((version, n) => versionRow(path, version, n))
+    )
+  );
 }
 
 function versionRow(path, version, n) {
-  const restore = () => attempt(async () => {
-    await api("POST", "versions/restore", {path, version: version.version});
-    toast(t("This version is the present one now; the others stay."));
-    await show();
-  });
-  const keep = () => askForm(t("Keep for good"), [field(t("Under the name"), {name: "name", value: version.name || "", maxLength: 100, autofocus: true, autocomplete: "off"})], t("Keep"),
-    async ({name}) => { await api("POST", "versions/pin", {path, version: version.version, name}); show(); return true; }, t("A version with a name is never removed by itself."));
-  const letGo = () => attempt(async () => { await api("POST", "versions/pin", {path, version: version.version, name: null}); await show(); });
-  return h("li", {}, h("div.what", {}, h("strong", {}, dates.long.format(new Date(version.at))), n ? null : h("span.tag", {}, t("Now")),
-    version.name && h("span.tag", {}, version.name), h("div.soft", {}, [formatSize(version.size), version.account, version.device].filter(Boolean).join(" · "))),
-    h("div.acts", {}, h("a.button", {href: apiAddress("content", path, {version: version.version}), download: ""}, t("Download")),
-      n ? button(t("Restore"), restore) : null, version.name ? button(t("Let go"), letGo) : button(t("Keep for good"), keep)));
+  const restore = () =>
+    attempt(async () => {
+      await api("POST", "versions/restore", {path, version: version.version});
+      toast(t("This version is the present one now; the others stay."));
+      await show();
+    });
+  const keep = () =>
+    askForm(
+      t("Keep for good"),
+      [
+        field(t("Under the name"), {
+          name: "name",
+          value: version.name || "",
+          maxLength: 100,
+          autofocus: true,
+          autocomplete: "off"
+        })
+      ],
+      t("Keep"),
+      async ({name}) => {
+        await api("POST", "versions/pin", {path, version: version.version, name});
+        show();
+        return true;
+      },
+      t("A version with a name is never removed by itself.")
+    );
+  const letGo = () =>
+    attempt(async () => {
+      await api("POST", "versions/pin", {path, version: version.version, name: null});
+      await show();
+    });
+  return h("li", {},
+    h("div.what", {},
+      h("strong", {}, dates.long.format(new Date(version.at))),
+      n ? null : h("span.tag", {}, t("Now")),
+      version.name && h("span.tag", {}, version.name),
+      h("div.soft", {}, [formatSize(version.size), version.account, version.device].filter(Boolean).join(" · "))
+    ),
+    h("div.acts", {},
+      h("a.button", {href: apiAddress("content", path, {version: version.version}), download: ""}, t("Download")),
+      n ? button(t("Restore"), restore) : null,
+      version.name ? button(t("Let go"), letGo) : button(t("Keep for good"), keep)
+    )
+  );
 }
 
 // ---- trash
@@ -9948,12 +10564,24 @@ async function restoreItems(items) {
   const {seq, paths} = await api("POST", "trash/restore", {nodes: items.map(entry => entry.node)});
   clearSelection();
   dropRows(items);
-  offerUndo(paths.length === 1 ? t("Restored to {place}", {place: parentOf(paths[0]) || t("Files")}) : plural(paths.length, "{n} item restored", "{n} items restored"), seq);
+  offerUndo(
+    paths.length === 1
+      ? t("Restored to {place}", {place: parentOf(paths[0]) || t("Files")})
+      : plural(paths.length, "{n} item restored", "{n} items restored"),
+    seq
+  );
   await refresh();
 }
 
 async function purgeItems(items) {
-  if (!await askYesNo(t("Delete for good?"), t("{what} cannot be brought back after this.", {what: namesOf(items)}), t("Delete for good"))) return;
+  if (
+    !(await askYesNo(
+      t("Delete for good?"),
+      t("{what} cannot be brought back after this.", {what: namesOf(items)}),
+      t("Delete for good")
+    ))
+  )
+    return;
   await api("POST", "trash/empty", {nodes: items.map(entry => entry.node)});
   clearSelection();
   dropRows(items);
@@ -9961,7 +10589,14 @@ async function purgeItems(items) {
 }
 
 async function emptyTrash() {
-  if (!await askYesNo(t("Empty the trash?"), t("What is in it cannot be brought back after this."), t("Empty the trash"))) return;
+  if (
+    !(await askYesNo(
+      t("Empty the trash?"),
+      t("What is in it cannot be brought back after this."),
+      t("Empty the trash")
+    ))
+  )
+    return;
   await api("POST", "trash/empty");
   await refresh();
 }
@@ -9975,7 +10610,8 @@ const searchSoon = soon(() => {
 }, 200);
 
 async function showSearch() {
-  const q = new URLSearchParams(location.search).get("q") || "", turn = view.turn;
+  const q = new URLSearchParams(location.search).get("q") || "",
+    turn = view.turn;
   const input = find(".search input");
   if (document.activeElement !== input) input.value = q;
   const {items} = await api("GET", "search", {q, limit: 1000});
@@ -9984,26 +10620,54 @@ async function showSearch() {
   Object.assign(view, {kind: "search", path: "", at: null});
   setTitle(q);
   setCrumbs(link(t("Files"), addressOf("")), h("span", {"aria-current": "page"}, t("Search")));
-  if (!same) setContent(...makeList({columns: ["mtime", "size"], sortable: false, empty: () => h("p.big", {}, t("Nothing found"))}));
+  if (!same)
+    setContent(
+      ...makeList({columns: ["mtime", "size"], sortable: false, empty: () => h("p.big", {}, t("Nothing found"))})
+    );
   fillList(items);
 }
 
 // ---- activity
 
-const ACTIVITY = {write: "{who} saved {what}", "make-collection": "{who} made the folder {what}", delete: "{who} deleted {what}", move: "{who} moved {what} to {to}",
-  copy: "{who} copied {what} to {to}", restore: "{who} restored {what}", undo: "{who} undid a step", rewind: "{who} brought {what} back to an earlier time",
-  "restore-version": "{who} restored a version of {what}", "empty-trash": "{who} emptied the trash", patch: "{who} changed {what}", "device-add": "A device was added: {name}",
-  "device-remove": "A device was removed: {name}", "account-add": "The account {name} was made", "account-password": "The password was changed"};
+const ACTIVITY = {
+  write: "{who} saved {what}",
+  "make-collection": "{who} made the folder {what}",
+  delete: "{who} deleted {what}",
+  move: "{who} moved {what} to {to}",
+  copy: "{who} copied {what} to {to}",
+  restore: "{who} restored {what}",
+  undo: "{who} undid a step",
+  rewind: "{who} brought {what} back to an earlier time",
+  "restore-version": "{who} restored a version of {what}",
+  "empty-trash": "{who} emptied the trash",
+  patch: "{who} changed {what}",
+  "device-add": "A device was added: {name}",
+  "device-remove": "A device was removed: {name}",
+  "account-add": "The account {name} was made",
+  "account-password": "The password was changed",
+  sync: "{who} synchronised {what}",
+  lock: "{who} locked {what}",
+  hold: "A device was held: it deletes or overwrites too much",
+  allow: "A held device was allowed to go on",
+  "account-admin": "The rights of {name} were changed",
+  "account-quota": "The quota of {name} was changed",
+  "account-remove": "The account {name} was removed"
+};
 
 async function showActivity() {
-  const turn = view.turn, {steps} = await api("GET", "activity", {limit: 100});
+  const turn = view.turn,
+    {steps} = await api("GET", "activity", {limit: 100});
   if (turn !== view.turn) return;
   Object.assign(view, {kind: "activity", path: "", at: null});
   setTitle(t("Activity"));
   setCrumbs(h("span", {"aria-current": "page"}, t("Activity")));
   setBar();
   const box = h("ol.steps");
-  const more = button(t("Show more"), () => attempt(async () => addSteps(await api("GET", "activity", {limit: 100, before: more.value}))), {className: "wide"});
+  const more = button(
+    t("Show more"),
+    () => attempt(async () => addSteps(await api("GET", "activity", {limit: 100, before: more.value}))),
+    {className: "wide"}
+  );
   const addSteps = ({steps}) => {
     box.append(...steps.map(stepRow));
     more.hidden = steps.length < 100;
@@ -10015,10 +10679,24 @@ async function showActivity() {
 
 function stepRow(step) {
   const {path = "", to = "", name = "", count} = step.detail;
-  const what = count ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1}) : path ? "“" + nameOf(path) + "”" : t("Files");
-  const words = t(ACTIVITY[step.action] || step.action, {who: step.account, what, to: "“" + to + "”", name});
-  return h("li", {}, h("div.what", {}, h("span", {}, words), h("div.soft", {}, [dates.long.format(new Date(step.at)), step.device].filter(Boolean).join(" · "))),
-    h("div.acts", {}, step.undoable ? button(t("Undo"), () => attempt(() => undo([step.seq]))) : null));
+  const what = count
+    ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1})
+    : path
+      ? quoted(nameOf(path))
+      : t("Files");
+  const words = t(ACTIVITY[step.action] || step.action, {
+    who: step.account,
+    what,
+    to: quoted(to),
+    name: agentOf({kind: step.detail.kind, name})
+  });
+  return h("li", {},
+    h("div.what", {},
+      h("span", {}, words),
+      h("div.soft", {}, [dates.long.format(new Date(step.at)), step.device].filter(Boolean).join(" · "))
+    ),
+    h("div.acts", {}, step.undoable ? button(t("Undo"), () => attempt(() => undo([step.seq]))) : null)
+  );
 }
 
 // ---- a collection as it was
@@ -10026,16 +10704,24 @@ function stepRow(step) {
 const pastAddress = (at, path) => PREFIX + "/past/" + encodeURIComponent(at) + (path && "/" + encodePath(path));
 
 async function showPast(at, address) {
-  const path = decodePath(address), turn = view.turn;
+  const path = decodePath(address),
+    turn = view.turn;
   at = decodeURIComponent(at);
   if (at === "now") at = new Date().toISOString();
-  const [answer, {steps}] = await Promise.all([load(path, {at, limit: undefined}).catch(absent), api("GET", "activity", {limit: 1000})]);
+  const [answer, {steps}] = await Promise.all([
+    load(path, {at, limit: undefined}).catch(absent),
+    api("GET", "activity", {limit: 1000})
+  ]);
   if (turn !== view.turn) return;
   const same = view.kind === "past" && find(".slider");
   Object.assign(view, {kind: "past", path, at});
   setTitle(path ? nameOf(path) : t("Files"));
   setCrumbs(...crumbsOf(path, path => pastAddress(at, path)), h("span.soft", {}, dates.long.format(new Date(at))));
-  if (!same) setContent(timeSlider(steps), ...makeList({columns: ["mtime", "size"], empty: () => h("p.big", {}, t("Nothing was here then"))}));
+  if (!same)
+    setContent(
+      timeSlider(steps),
+      ...makeList({columns: ["mtime", "size"], empty: () => h("p.big", {}, t("Nothing was here then"))})
+    );
   fillList(sortEntries(answer.children));
 }
 
@@ -10046,22 +10732,48 @@ const absent = error => {
 
 // one stop for each time something changed, the latest on the right
 function timeSlider(steps) {
-  const stops = [...new Set(steps.map(step => step.at))].sort(), now = Date.parse(view.at);
+  const stops = [...new Set(steps.map(step => step.at))].sort(),
+    now = Date.parse(view.at);
   const nearest = stops.filter(stop => Date.parse(stop) <= now).length - 1;
-  const words = h("output", {}, dates.long.format(now)), move = soon(at => go(pastAddress(at, view.path), {replace: true}), 150);
-  const range = h("input", {type: "range", min: 0, max: Math.max(0, stops.length - 1), value: Math.max(0, nearest), "aria-label": t("Time"), oninput: () => {
-    const at = stops[range.value];
-    words.textContent = range.ariaValueText = dates.long.format(new Date(at));
-    move(at);
-  }});
-  const exact = h("input", {type: "datetime-local", "aria-label": t("Exact time"), onchange: () => exact.value && move(new Date(exact.value).toISOString())});
+  const words = h("output", {}, dates.long.format(now)),
+    move = soon(at => go(pastAddress(at, view.path), {replace: true}), 150);
+  const range = h("input", {
+    type: "range",
+    min: 0,
+    max: Math.max(0, stops.length - 1),
+    value: Math.max(0, nearest),
+    "aria-label": t("Time"),
+    oninput: () => {
+      const at = stops[range.value];
+      words.textContent = range.ariaValueText = dates.long.format(new Date(at));
+      move(at);
+    }
+  });
+  const exact = h("input", {
+    type: "datetime-local",
+    "aria-label": t("Exact time"),
+    onchange: () => exact.value && move(new Date(exact.value).toISOString())
+  });
   return h("div.slider", {}, words, range, exact, link(t("Back to now"), addressOf(view.path), {className: "button"}));
 }
 
 async function rewind() {
-  const {path, at} = view, {changed} = await api("POST", "rewind", {path, at, dry: true}), when = dates.long.format(new Date(at));
+  const {path, at} = view,
+    {changed} = await api("POST", "rewind", {path, at, dry: true}),
+    when = dates.long.format(new Date(at));
   if (!changed) return toast(t("Nothing has changed since then."));
-  if (!await askYesNo(t("Bring this time back?"), t("{what} becomes what it was on {when}. {n} things change; you can undo this.", {what: path ? "“" + nameOf(path) + "”" : t("Everything"), when, n: changed}), t("Bring it back"))) return undefined;
+  if (
+    !(await askYesNo(
+      t("Bring this time back?"),
+      t("{what} becomes what it was on {when}. {n} things change; you can undo this.", {
+        what: path ? quoted(nameOf(path)) : t("Everything"),
+        when,
+        n: changed
+      }),
+      t("Bring it back")
+    ))
+  )
+    return undefined;
   const {seq} = await api("POST", "rewind", {path, at});
   await go(addressOf(path));
   return offerUndo(t("As it was on {when}", {when}), seq);
@@ -10069,17 +10781,28 @@ async function rewind() {
 
 // ---- settings
 
-const SECTIONS = [["", "Account", accountSection], ["connect", "Connect", connectSection], ["devices", "Devices", devicesSection],
-                  ["accounts", "Accounts", accountsSection, true]];
+const SECTIONS = [
+  ["", "Account", accountSection],
+  ["connect", "Connect", connectSection],
+  ["devices", "Devices", devicesSection],
+  ["accounts", "Accounts", accountsSection, true]
+];
 
 async function showSettings(name) {
-  const turn = view.turn, [, label, build] = SECTIONS.find(([one]) => one === name) || SECTIONS[0];
+  const turn = view.turn,
+    [, label, build] = SECTIONS.find(([one]) => one === name) || SECTIONS[0];
   const parts = await build();
   if (turn !== view.turn) return;
   Object.assign(view, {kind: "settings", path: "", at: null});
   setTitle(t("Settings"));
   setCrumbs(h("span", {"aria-current": "page"}, t("Settings")));
-  setBar(SECTIONS.filter(([, , , admin]) => !admin || me.admin).map(([one, words]) => h("a.tab", {href: PREFIX + "/settings" + (one && "/" + one), "aria-current": words === label ? "page" : null}, t(words))));
+  setBar(
+    SECTIONS.filter(([, , , admin]) => !admin || me.admin).map(([one, words]) =>
+      h("a.tab", {href: PREFIX + "/settings" + (one && "/" + one), "aria-current": words === label ? "page" : null},
+        t(words)
+      )
+    )
+  );
   setContent(h("div.settings", {}, parts));
 }
 
@@ -10087,37 +10810,96 @@ const section = (title, ...parts) => h("section", {}, h("h2", {}, title), ...par
 
 function accountSection() {
   return [
-    section(me.name, h("p", {}, me.quota === null ? t("{used} used", {used: formatSize(me.used)}) : t("{used} of {quota} used", {used: formatSize(me.used), quota: formatSize(me.quota)})),
-      buttonsRow(button(t("Change password"), changePassword), button(t("Log out"), logOut))),
-    section(t("Language"), h("div.buttons.start", {}, languageLinks()))];
+    section(
+      me.name,
+      h("p", {},
+        me.quota === null
+          ? t("{used} used", {used: formatSize(me.used)})
+          : t("{used} of {quota} used", {used: formatSize(me.used), quota: formatSize(me.quota)})
+      ),
+      buttonsRow(button(t("Change password"), changePassword), button(t("Log out"), logOut))
+    ),
+    section(t("Language"), h("div.buttons.start", {}, languageLinks()))
+  ];
 }
 
-const changePassword = () => askForm(t("Change password"), [
-  ownName(), passwordField(t("Present password"), {name: "old", autofocus: true}), passwordField(t("New password"), {name: "new", autocomplete: "new-password", minLength: 10}),
-  passwordField(t("New password again"), {name: "again", autocomplete: "new-password"})], t("Change password"), async values => {
-  if (values.new !== values.again) throw new Problem(0, {code: "", detail: t("The two passwords differ.")});
-  await api("POST", "account/password", {old: values.old, new: values.new});
-  showLogin();
-  return true;
-}, t("Every device has to log in again after this."));
+const changePassword = () =>
+  askForm(
+    t("Change password"),
+    [
+      ownName(),
+      passwordField(t("Present password"), {name: "old", autofocus: true}),
+      passwordField(t("New password"), {name: "new", autocomplete: "new-password", minLength: 10}),
+      passwordField(t("New password again"), {name: "again", autocomplete: "new-password"})
+    ],
+    t("Change password"),
+    async values => {
+      if (values.new !== values.again) throw new Problem(0, {code: "", detail: t("The two passwords differ.")});
+      await api("POST", "account/password", {old: values.old, new: values.new});
+      showLogin();
+      return true;
+    },
+    t("Every device has to log in again after this.")
+  );
 
 async function devicesSection() {
   const {devices} = await api("GET", "devices");
-  const row = device => h("li", {}, h("div.what", {}, h("strong", {}, h("bdi", {}, agentOf(device))), device.this ? h("span.tag", {}, t("This one")) : null,
-    h("div.soft", {}, [t(device.kind === "session" ? "Browser" : "App password"), device.readonly && t("reads only"), device.limited && t("one folder"),
-      device.used ? t("used {when}", {when: dates.long.format(new Date(device.used))}) : t("added {when}", {when: dates.long.format(new Date(device.created))}), device.address].filter(Boolean).join(" · "))),
-    h("div.acts", {}, button(t("Revoke"), () => attempt(async () => {
-      await api("DELETE", "devices/" + device.id);
-      device.this ? showLogin() : show();
-    }), {"aria-label": t("Revoke {name}", {name: agentOf(device)})})));
-  return section(t("Where you are logged in"), h("p.soft", {}, t("Revoke what you do not use any more: it is locked out at once.")), h("ul.steps", {}, devices.map(row)));
+  const row = device =>
+    h("li", {},
+      h("div.what", {},
+        h("strong", {}, h("bdi", {}, agentOf(device))),
+        device.this ? h("span.tag", {}, t("This one")) : null,
+        h("div.soft", {},
+          [
+            t(device.kind === "session" ? "Browser" : "App password"),
+            device.readonly && t("reads only"),
+            device.limited && t("one folder"),
+            device.used
+              ? t("used {when}", {when: dates.long.format(new Date(device.used))})
+              : t("added {when}", {when: dates.long.format(new Date(device.created))}),
+            device.address
+          ]
+            .filter(Boolean)
+            .join(" · ")
+        )
+      ),
+      h("div.acts", {},
+        button(
+          t("Revoke"),
+          () =>
+            attempt(async () => {
+              await api("DELETE", "devices/" + device.id);
+              device.this ? showLogin() : show();
+            }),
+          {"aria-label": t("Revoke {name}", {name: agentOf(device)})}
+        )
+      )
+    );
+  return section(
+    t("Where you are logged in"),
+    h("p.soft", {}, t("Revoke what you do not use any more: it is locked out at once.")),
+    h("ul.steps", {}, devices.map(row))
+  );
 }
 
 // "Firefox, Linux" is all a person wants to know of a browser's name
 function agentOf({kind, name}) {
   if (kind !== "session") return name;
-  const browser = [["Edg", "Edge"], ["OPR", "Opera"], ["Firefox", "Firefox"], ["Chrome", "Chrome"], ["Safari", "Safari"]].find(([mark]) => name.includes(mark));
-  const system = [["Android", "Android"], ["iPhone", "iPhone"], ["iPad", "iPad"], ["Windows", "Windows"], ["Mac OS", "Mac"], ["Linux", "Linux"]].find(([mark]) => name.includes(mark));
+  const browser = [
+    ["Edg", "Edge"],
+    ["OPR", "Opera"],
+    ["Firefox", "Firefox"],
+    ["Chrome", "Chrome"],
+    ["Safari", "Safari"]
+  ].find(([mark]) => name.includes(mark));
+  const system = [
+    ["Android", "Android"],
+    ["iPhone", "iPhone"],
+    ["iPad", "iPad"],
+    ["Windows", "Windows"],
+    ["Mac OS", "Mac"],
+    ["Linux", "Linux"]
+  ].find(([mark]) => name.includes(mark));
   return browser && system ? browser[1] + ", " + system[1] : name;
 }
 
@@ -10126,19 +10908,37 @@ function agentOf({kind, name}) {
 const preview = {box: null, entry: null};
 const TEXT_MOST = 2 << 20;             // bytes of text that are shown or edited
 const isImage = entry => /^image\//.test(entry.media || "");
-const isText = entry => entry.kind === "file" && entry.size <= TEXT_MOST && (/^text\//.test(entry.media || "") || ["text", "table"].includes(kindOf(entry)))
-  && !/\.(docx|odt|rtf|xlsx?|ods)$/i.test(entry.name);
+const isText = entry =>
+  entry.kind === "file" &&
+  entry.size <= TEXT_MOST &&
+  (/^text\//.test(entry.media || "") || ["text", "table"].includes(kindOf(entry))) &&
+  !/\.(docx|odt|rtf|xlsx?|ods)$/i.test(entry.name);
 
 function openPreview(entry) {
   closePreview();
   const act = (name, label, run, when = true) => when && button(t(label), run, {"data-action": name});
   preview.entry = entry;
   preview.body = h("div.body");
-  preview.box = h("dialog.preview", {"aria-label": entry.name, oncancel: event => { event.preventDefault(); leavePreview(); }, onkeydown: onPreviewKey},
-    h("div.title", {}, h("strong", {}, h("bdi", {}, entry.name)), h("span.soft", {}, formatSize(entry.size)),
-      act("edit", "Edit", () => attempt(() => editFile(entry)), isText(entry)), act("download", "Download", () => saveFrom(contentAddress(entry))),
-      act("versions", "Versions", () => go(versionsAddress(entry.path))), button(t("Close"), leavePreview, {className: "primary", autofocus: true})),
-    preview.body);
+  preview.box = h(
+    "dialog.preview",
+    {
+      "aria-label": entry.name,
+      oncancel: event => {
+        event.preventDefault();
+        leavePreview();
+      },
+      onkeydown: onPreviewKey
+    },
+    h("div.title", {},
+      h("strong", {}, h("bdi", {}, entry.name)),
+      h("span.soft", {}, formatSize(entry.size)),
+      act("edit", "Edit", () => attempt(() => editFile(entry)), isText(entry)),
+      act("download", "Download", () => saveFrom(contentAddress(entry))),
+      act("versions", "Versions", () => go(versionsAddress(entry.path))),
+      button(t("Close"), leavePreview, {className: "primary", autofocus: true})
+    ),
+    preview.body
+  );
   document.body.append(preview.box);
   preview.box.showModal();
   setTitle(entry.name);
@@ -10146,11 +10946,13 @@ function openPreview(entry) {
 }
 
 async function fillPreview(entry) {
-  const media = entry.media || "", address = contentAddress(entry), show = (...parts) => preview.entry === entry && preview.body.replaceChildren(...parts);
+  const media = entry.media || "",
+    address = contentAddress(entry),
+    show = (...parts) => preview.entry === entry && preview.body.replaceChildren(...parts);
   if (isImage(entry)) show(zoomable(h("img", {src: address, alt: entry.name})), ...turners(entry));
   else if (media.startsWith("video/")) show(h("video", {src: address, controls: true, playsInline: true}));
   else if (media.startsWith("audio/")) show(h("audio", {src: address, controls: true}));
-  else if (kindOf(entry) === "pdf" && entry.size < 200 << 20) show(...await pdfView(address));
+  else if (kindOf(entry) === "pdf" && entry.size < 200 << 20) show(...(await pdfView(address)));
   else if (isText(entry)) show(textView(entry, await readText(entry)));
   else show(h("div.empty", {}, h("p", {}, t("There is no preview of this kind of file."))));
 }
@@ -10165,7 +10967,8 @@ function textView(entry, text) {
 
 // the browser's own viewer; the type is ours to say, so that nothing else can come of the bytes
 async function pdfView(address) {
-  const bytes = await (await ask(address)).arrayBuffer(), url = URL.createObjectURL(new Blob([bytes], {type: "application/pdf"}));
+  const bytes = await (await ask(address)).arrayBuffer(),
+    url = URL.createObjectURL(new Blob([bytes], {type: "application/pdf"}));
   const opener = h("a.button", {href: url, target: "_blank"}, t("Open in a new tab"));
   if (isPhone.matches || navigator.pdfViewerEnabled === false) return [opener];
   return [h("iframe", {src: url, title: t("Preview")})];
@@ -10197,9 +11000,11 @@ function turnTo(entry) {
 function onPreviewKey(event) {
   const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
   if (step && isImage(preview.entry) && !find(".zoomed", preview.box)) {
-    const all = pictures(), next = all[all.indexOf(preview.entry) + step];
+    const all = pictures(),
+      next = all[all.indexOf(preview.entry) + step];
     if (next) turnTo(next);
-  } else if (event.key.toLowerCase() === "e" && isText(preview.entry) && event.target.tagName !== "TEXTAREA") attempt(() => editFile(preview.entry));
+  } else if (event.key.toLowerCase() === "e" && isText(preview.entry) && event.target.tagName !== "TEXTAREA")
+    attempt(() => editFile(preview.entry));
   else return;
   event.preventDefault();
 }
@@ -10225,9 +11030,10 @@ async function newText() {
   await ensureFiles();
   await askForm(t("New text file"), [nameInput(t("Name"), t("Note") + ".txt")], t("Create"), async ({name}) => {
     checkName(name);
-    const path = join(view.path, name), made = await api("PUT", "files/" + encodePath(path), {}, {"If-None-Match": "*"}).catch(error => {
-      throw error.code === "precondition-failed" ? new Problem(412, {code: "exists"}) : error;
-    });
+    const path = join(view.path, name),
+      made = await api("PUT", "files/" + encodePath(path), {}, {"If-None-Match": "*"}).catch(error => {
+        throw error.code === "precondition-failed" ? new Problem(412, {code: "exists"}) : error;
+      });
     await refresh();
     await go(addressOf(path));
     editFile(made);
@@ -10237,14 +11043,30 @@ async function newText() {
 
 async function editFile(entry) {
   if (view.kind === "files" && (!preview.entry || preview.entry.path !== entry.path)) await go(addressOf(entry.path));
-  const answer = await ask(contentAddress(entry), {headers: HEADERS, cache: "no-cache"}), text = await answer.text();
+  const answer = await ask(contentAddress(entry), {headers: HEADERS, cache: "no-cache"}),
+    text = await answer.text();
   if (!preview.box) return openPreview(entry);
-  const area = h("textarea", {value: text, "aria-label": entry.name, spellcheck: false, oninput: () => { preview.dirty = true; save.disabled = false; }});
-  const returns = text.includes("\r\n");   // a textarea knows only \n; what the file had is kept
-  const edit = {path: entry.path, etag: answer.headers.get("ETag"), text: () => returns ? area.value.replace(/\n/g, "\r\n") : area.value};
+  const area = h("textarea", {
+    value: text,
+    "aria-label": entry.name,
+    spellcheck: false,
+    oninput: () => {
+      preview.dirty = true;
+      save.disabled = false;
+    }
+  });
+  const returns = text.includes("\r\n"); // a textarea knows only \n; what the file had is kept
+  const edit = {
+    path: entry.path,
+    etag: answer.headers.get("ETag"),
+    text: () => (returns ? area.value.replace(/\n/g, "\r\n") : area.value)
+  };
   const save = button(t("Save"), () => attempt(() => saveText(edit, save)), {className: "primary", disabled: true});
   area.addEventListener("keydown", event => {
-    if ((event.ctrlKey || event.metaKey) && event.key === "s") { event.preventDefault(); save.click(); }
+    if ((event.ctrlKey || event.metaKey) && event.key === "s") {
+      event.preventDefault();
+      save.click();
+    }
   });
   preview.body.replaceChildren(area);
   find(".title [data-action=edit]", preview.box).replaceWith(save);
@@ -10260,7 +11082,14 @@ async function saveText(edit, save) {
   const answer = await put({"If-Match": edit.etag}).catch(async error => {
     save.disabled = false;
     if (error.code !== "precondition-failed" && error.code !== "not-found") throw error;
-    if (!await askYesNo(t("Somebody else saved this file"), t("It changed since you opened it. If you save now, their version stays among the versions."), t("Save mine"))) throw new DOMException("", "AbortError");
+    if (
+      !(await askYesNo(
+        t("Somebody else saved this file"),
+        t("It changed since you opened it. If you save now, their version stays among the versions."),
+        t("Save mine")
+      ))
+    )
+      throw new DOMException("", "AbortError");
     return put({});
   });
   edit.etag = answer.headers.get("ETag");
@@ -10274,8 +11103,11 @@ async function saveText(edit, save) {
 
 function parseTable(text, comma) {
   const first = text.slice(0, text.indexOf("\n") >>> 0);
-  comma = comma || [",", ";", "\t"].reduce((best, mark) => first.split(mark).length > first.split(best).length ? mark : best);
-  const rows = [[]], cell = new RegExp(`(?:"((?:[^"]|"")*)"|([^"\\r\\n${comma}]*))(${comma}|\\r?\\n|$)`, "y");
+  comma =
+    comma ||
+    [",", ";", "\t"].reduce((best, mark) => (first.split(mark).length > first.split(best).length ? mark : best));
+  const rows = [[]],
+    cell = new RegExp(`(?:"((?:[^"]|"")*)"|([^"\\r\\n${comma}]*))(${comma}|\\r?\\n|$)`, "y");
   for (let found; rows.length < 2000 && cell.lastIndex < text.length && (found = cell.exec(text));) {
     rows[rows.length - 1].push(found[1] === undefined ? found[2] : found[1].replace(/""/g, '"'));
     if (found[3] !== comma) rows.push([]);
@@ -10283,14 +11115,29 @@ function parseTable(text, comma) {
   return rows.filter(row => row.length);
 }
 
-const tableOf = ([head, ...rows]) => h("table", {}, h("thead", {}, h("tr", {}, (head || []).map(cell => h("th", {scope: "col"}, cell)))),
-  h("tbody", {}, rows.map(row => h("tr", {}, row.map(cell => h("td", {}, cell))))));
+const tableOf = ([head, ...rows]) =>
+  h("table", {},
+    h("thead", {},
+      h("tr", {},
+        (head || []).map(cell => h("th", {scope: "col"}, cell))
+      )
+    ),
+    h("tbody", {},
+      rows.map(row =>
+        h("tr", {},
+          row.map(cell => h("td", {}, cell))
+        )
+      )
+    )
+  );
 const tableView = rows => h("div.sheetful", {tabIndex: 0}, tableOf(rows));
 
 // ---- Markdown, to elements of a fixed list and never by way of markup
 
 async function showReadme() {
-  const box = find(".readme"), entry = list.entries.find(one => /^readme\.(md|markdown|txt)$/i.test(one.name) && isText(one)), turn = view.turn;
+  const box = find(".readme"),
+    entry = list.entries.find(one => /^readme\.(md|markdown|txt)$/i.test(one.name) && isText(one)),
+    turn = view.turn;
   if (!box || box.dataset.etag === (entry ? entry.etag : "")) return;
   const text = entry ? await readText(entry) : "";
   if (turn !== view.turn) return;
@@ -10317,7 +11164,12 @@ function blocks(lines, place, depth) {
 
 // the block that begins at a line, and the line after it
 function block(lines, at, place, depth) {
-  const line = lines[at], until = test => { let end = at; while (end < lines.length && test(lines[end], end)) end++; return end; };
+  const line = lines[at],
+    until = test => {
+      let end = at;
+      while (end < lines.length && test(lines[end], end)) end++;
+      return end;
+    };
   const heading = line.match(/^(#{1,6})\s+(.*?)\s*#*$/);
   if (!line.trim()) return [null, at + 1];
   if (heading) return [h("h" + heading[1].length, {}, inline(heading[2], place)), at + 1];
@@ -10328,33 +11180,76 @@ function block(lines, at, place, depth) {
   if (/^ {0,3}([-*_])(\s*\1){2,}\s*$/.test(line)) return [h("hr"), at + 1];
   if (/^\s*>/.test(line) && depth < 20) {
     const end = until(one => /^\s*>/.test(one));
-    return [h("blockquote", {}, blocks(lines.slice(at, end).map(one => one.replace(/^\s*> ?/, "")), place, depth + 1)), end];
+    return [
+      h("blockquote", {},
+        blocks(
+          lines.slice(at, end).map(one => one.replace(/^\s*> ?/, "")),
+          place,
+          depth + 1
+        )
+      ),
+      end
+    ];
   }
   if (ITEM.test(line) && depth < 20) return listBlock(lines, at, place, depth);
   if (line.includes("|") && /^[\s|:-]*-[\s|:-]*$/.test(lines[at + 1] || "") && lines[at + 1].includes("|")) {
-    const end = until(one => one.includes("|")), cells = one => one.trim().replace(/^\||\|$/g, "").split("|").map(cell => inline(cell.trim(), place));
+    const end = until(one => one.includes("|")),
+      cells = one =>
+        one
+          .trim()
+          .replace(/^\||\|$/g, "")
+          .split("|")
+          .map(cell => inline(cell.trim(), place));
     return [tableOf([cells(line), ...lines.slice(at + 2, end).map(cells)]), end];
   }
-  const end = Math.max(at + 1, until((one, n) => one.trim() && (n === at || !(/^#{1,6}\s|^\s*>/.test(one) || FENCE.test(one) || ITEM.test(one)))));
+  const end = Math.max(
+    at + 1,
+    until((one, n) => one.trim() && (n === at || !(/^#{1,6}\s|^\s*>/.test(one) || FENCE.test(one) || ITEM.test(one))))
+  );
   return [h("p", {}, inline(lines.slice(at, end).join("\n"), place)), end];
 }
 
 function listBlock(lines, at, place, depth) {
-  const [, indent, mark] = lines[at].match(ITEM), ordered = /\d/.test(mark), items = [];
+  const [, indent, mark] = lines[at].match(ITEM),
+    ordered = /\d/.test(mark),
+    items = [];
   for (;;) {
     const start = at < lines.length && lines[at].match(ITEM);
     if (!start || start[1].length !== indent.length || /\d/.test(start[2]) !== ordered) break;
     const inside = [start[3]];
-    for (at++; at < lines.length && (lines[at].trim() ? lines[at].search(/\S/) > indent.length : ITEM.test(lines[at + 1] || "") || /^\s{2}/.test(lines[at + 1] || "")); at++) inside.push(lines[at].slice(Math.min(indent.length + 2, lines[at].search(/\S|$/))));
+    for (
+      at++;
+      at < lines.length &&
+      (lines[at].trim()
+        ? lines[at].search(/\S/) > indent.length
+        : ITEM.test(lines[at + 1] || "") || /^\s{2}/.test(lines[at + 1] || ""));
+      at++
+    )
+      inside.push(lines[at].slice(Math.min(indent.length + 2, lines[at].search(/\S|$/))));
     const tick = inside[0].match(/^\[([ xX])\]\s+/);
     if (tick) inside[0] = inside[0].slice(tick[0].length);
     const plain = inside.length === 1 ? inline(inside[0], place) : blocks(inside, place, depth + 1);
-    items.push(h("li", {}, tick && h("input", {type: "checkbox", disabled: true, checked: tick[1] !== " ", "aria-label": t("Done")}), plain));
+    items.push(
+      h("li", {},
+        tick && h("input", {type: "checkbox", disabled: true, checked: tick[1] !== " ", "aria-label": t("Done")}),
+        plain
+      )
+    );
   }
   return [h(ordered ? "ol" : "ul", {}, items), at];
 }
 
-const INLINE = /(`+)(.+?)\1|!\[([^\]]*)\]\(([^()\s]+)(?:\s+"[^"]*")?\)|\[([^\]]+)\]\(([^()\s]+)(?:\s+"[^"]*")?\)|\*\*(.+?)\*\*|__(.+?)__|\*([^*\s][^*]*?)\*|\b_([^_]+?)_\b|~~(.+?)~~|<(https?:\/\/[^\s<>]+)>|(https?:\/\/[^\s<>()]+[^\s<>().,:;!?'"])|\\([^\w\s])|( {2,}\n)/s;
+const INLINE = new RegExp([
+  /(`+)(.+?)\1/,                                   // backquotes: code
+  /!\[([^\]]*)\]\(([^()\s]+)(?:\s+"[^"]*")?\)/,    // ![picture](address title)
+  /\[([^\]]+)\]\(([^()\s]+)(?:\s+"[^"]*")?\)/,     // [label](address title)
+  /\*\*(.+?)\*\*/, /__(.+?)__/,                    // **strong**
+  /\*([^*\s][^*]*?)\*/, /\b_([^_]+?)_\b/,          // *soft*
+  /~~(.+?)~~/,                                     // ~~gone~~
+  /<(https?:\/\/[^\s<>]+)>/, /(https?:\/\/[^\s<>()]+[^\s<>().,:;!?'"])/,
+  /\\([^\w\s])/,                                   // \* stays as it is
+  /( {2,}\n)/                                      // two blanks break the line
+].map(part => part.source).join("|"), "s");
 
 function inline(text, place) {
   const parts = [];
@@ -10368,7 +11263,10 @@ function inline(text, place) {
 
 function span([, , code, alt, source, label, target, strong, strong2, soft, soft2, gone, angle, bare, escaped], place) {
   if (code !== undefined) return h("code", {}, code);
-  if (source !== undefined) return /^[a-z][a-z0-9+.-]*:|^\//i.test(source) ? alt : h("img", {src: apiAddress("content", resolve(place, source)), alt, loading: "lazy"});
+  if (source !== undefined)
+    return /^[a-z][a-z0-9+.-]*:|^\//i.test(source)
+      ? alt
+      : h("img", {src: apiAddress("content", resolve(place, source)), alt, loading: "lazy"});
   if (label !== undefined) return linkTo(target, inline(label, place), place);
   if (angle || bare) return linkTo(angle || bare, [angle || bare], place);
   if (strong || strong2) return h("strong", {}, inline(strong || strong2, place));
@@ -10378,8 +11276,11 @@ function span([, , code, alt, source, label, target, strong, strong2, soft, soft
 }
 
 function linkTo(target, label, place) {
-  if (/^(https?|mailto):/i.test(target)) return h("a", {href: target, target: "_blank", rel: "noopener noreferrer"}, label);
-  return /^[a-z][a-z0-9+.-]*:|^[/#?]/i.test(target) ? h("span", {}, label) : h("a", {href: addressOf(resolve(place, target))}, label);
+  if (/^(https?|mailto):/i.test(target))
+    return h("a", {href: target, target: "_blank", rel: "noopener noreferrer"}, label);
+  return /^[a-z][a-z0-9+.-]*:|^[/#?]/i.test(target)
+    ? h("span", {}, label)
+    : h("a", {href: addressOf(resolve(place, target))}, label);
 }
 
 // a relative address in a file of `place`, as a path
@@ -10394,67 +11295,204 @@ function resolve(place, target) {
 // ---- settings: connecting other programs
 
 const WAYS = (address, name, token) => [
-  [t("Phone or tablet: photos and files"), t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address."), location.origin + PREFIX, qrOf(`nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`)],
-  [t("Synchronised folder"), t("Keeps a folder of your computer and this server the same, both ways."), `python3 cloudserver.py sync FOLDER ${location.protocol}//${encodeURIComponent(name)}@${location.host}${PREFIX}`],
+  [t("Phone or tablet: photos and files"),
+   t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address."), location.origin + PREFIX,
+   qrOf(`nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`)],
+  [t("Synchronised folder"), t("Keeps a folder of your computer and this server the same, both ways."),
+   `python3 cloudserver.py sync FOLDER ${location.protocol}//${encodeURIComponent(name)}@${location.host}${PREFIX}`],
   ["Windows", t("In the Explorer: This PC, “Map network drive”; or:"), `net use Z: "${address}" "${token}" /user:"${name}"`],
   ["Mac", t("In the Finder: Go, “Connect to Server”, with this address:"), address],
-  ["Linux", t("In the file manager, as the address of a server:"), address.replace(/^http/, "dav").replace("://", "://" + encodeURIComponent(name) + "@")],
+  ["Linux", t("In the file manager, as the address of a server:"),
+   address.replace(/^http/, "dav").replace("://", "://" + encodeURIComponent(name) + "@")],
   ["rclone", "", `rclone config create cloud webdav url=${address} vendor=other user="${name}" pass="${token}" --obscure`],
   ["curl", "", `curl -u "${name}:${token}" -T FILE ${address}`],
 ];
 
 function connectSection() {
   const box = h("div.ways");
-  const show = token => box.replaceChildren(...WAYS(location.origin + PREFIX + "/dav/", me.name, token || t("APP-PASSWORD")).map(([title, hint, command, code]) =>
-    h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint), commandLine(command), token && code ? code : null)));
+  const show = token =>
+    box.replaceChildren(
+      ...WAYS(location.origin + PREFIX + "/dav/", me.name, token || t("APP-PASSWORD")).map(
+        ([title, hint, command, code]) =>
+          h("div", {},
+            h("h3", {}, title),
+            hint && h("p.soft", {}, hint),
+            commandLine(command),
+            token && code ? code : null
+          )
+      )
+    );
   const made = h("div", {"aria-live": "polite"});
-  const form = h("form.buttons", {onsubmit: event => {
-    event.preventDefault();
-    const name = new FormData(form).get("name");
-    attempt(async () => {
-      const {token} = await api("POST", "devices", {name});
-      made.replaceChildren(h("p", {}, t("This password is shown only now; it stands in the commands below.")), commandLine(token));
-      show(token);
-    });
-  }}, field(t("Name of the device"), {name: "name", maxLength: 100, placeholder: "laptop", autocomplete: "off"}), h("button.primary", {}, t("Make an app password")));
+  const form = h(
+    "form.buttons",
+    {
+      onsubmit: event => {
+        event.preventDefault();
+        const name = new FormData(form).get("name");
+        attempt(async () => {
+          const {token} = await api("POST", "devices", {name});
+          made.replaceChildren(
+            h("p", {}, t("This password is shown only now; it stands in the commands below.")),
+            commandLine(token)
+          );
+          show(token);
+        });
+      }
+    },
+    field(t("Name of the device"), {name: "name", maxLength: 100, placeholder: "laptop", autocomplete: "off"}),
+    h("button.primary", {}, t("Make an app password"))
+  );
   show("");
-  return [section(t("A password for each device"), h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")), form, made), section(t("Ways to connect"), box)];
+  return [
+    section(
+      t("A password for each device"),
+      h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")),
+      form,
+      made
+    ),
+    section(t("Ways to connect"), box)
+  ];
 }
 
-const commandLine = text => h("div.command", {}, h("code", {tabIndex: 0}, text), button(t("Copy"), () => attempt(async () => {
-  if (navigator.clipboard) await navigator.clipboard.writeText(text);     // only where the connection is secure
-  else toast(text);
-})));
+const commandLine = text =>
+  h("div.command", {},
+    h("code", {tabIndex: 0}, text),
+    button(t("Copy"), () =>
+      attempt(async () => {
+        if (navigator.clipboard)
+          await navigator.clipboard.writeText(text); // only where the connection is secure
+        else toast(text);
+      })
+    )
+  );
 
 // ---- settings: accounts, for administrators
 
 const GB = 2 ** 30;
-const quotaField = quota => field(t("Quota in GB; empty is no limit"), {name: "quota", type: "number", min: 0, step: "any", required: false, value: quota === null ? "" : quota / GB});
+const quotaField = quota =>
+  field(t("Quota in GB; empty is no limit"), {
+    name: "quota",
+    type: "number",
+    min: 0,
+    step: "any",
+    required: false,
+    value: quota === null ? "" : quota / GB
+  });
 const readQuota = text => text === "" ? -1 : Math.round(Number(text) * GB);
 
 async function accountsSection() {
   if (!me.admin) return accountSection();
   const [{accounts}, status] = await Promise.all([api("GET", "accounts"), api("GET", "status")]);
-  const facts = [[t("Version"), status.version], [t("State"), status.health], [t("Free on disk"), t("{free} of {total}", {free: formatSize(status.disk_free), total: formatSize(status.disk_total)})], ["Python", status.python], ["SQLite", status.sqlite]];
-  return [section(t("Accounts"), h("ul.steps", {}, accounts.map(accountRow)), buttonsRow(button(t("New account"), newAccount, {className: "primary"}))),
-    section(t("Server"), h("dl.keys", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))))];
+  const facts = [
+    [t("Version"), status.version],
+    [t("State"), status.health],
+    [
+      t("Free on disk"),
+      t("{free} of {total}", {free: formatSize(status.disk_free), total: formatSize(status.disk_total)})
+    ],
+    ["Python", status.python],
+    ["SQLite", status.sqlite]
+  ];
+  return [
+    section(
+      t("Accounts"),
+      h("ul.steps", {}, accounts.map(accountRow)),
+      buttonsRow(button(t("New account"), newAccount, {className: "primary"}))
+    ),
+    section(
+      t("Server"),
+      h("dl.keys", {},
+        facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))
+      )
+    )
+  ];
 }
 
 function accountRow(account) {
-  const {name, used, quota, files, admin} = account, change = values => api("PATCH", "accounts/" + encodeURIComponent(name), values);
-  const say = work => attempt(async () => { await work(); await show(); });
+  const {name, used, quota, files, admin} = account,
+    change = values => api("PATCH", "accounts/" + encodeURIComponent(name), values);
+  const say = work =>
+    attempt(async () => {
+      await work();
+      await show();
+    });
   const rows = [
-    {label: t("Set the quota"), run: () => askForm(name, [quotaField(quota)], t("Save"), async values => { await change({quota: readQuota(values.quota)}); show(); return true; })},
-    {label: t("Set a new password"), run: () => askForm(name, [passwordField(t("New password"), {autocomplete: "new-password", autofocus: true})], t("Save"), async ({password}) => { await change({password}); show(); return true; })},
-    {label: admin ? t("Administrator no more") : t("Make administrator"), run: () => say(() => change({admin: !admin}))},
-    {label: t("Remove"), run: () => say(async () => await askYesNo(t("Remove the account {name}?", {name}), t("Nobody can log in with it any more. Its files go after a while."), t("Remove")) && api("DELETE", "accounts/" + encodeURIComponent(name)))}];
-  return h("li", {}, h("div.what", {}, h("strong", {}, h("bdi", {}, name)), admin && h("span.tag", {}, t("Administrator")), h("div.soft", {}, (quota === null ? t("{used} used", {used: formatSize(used)})
-    : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)})) + " · " + plural(files, "{n} file", "{n} files"))),
-  h("div.acts", {}, button(t("Change"), event => menu(event.currentTarget, rows), {"aria-haspopup": "menu", "aria-label": t("Change {name}", {name})})));
+    {
+      label: t("Set the quota"),
+      run: () =>
+        askForm(name, [quotaField(quota)], t("Save"), async values => {
+          await change({quota: readQuota(values.quota)});
+          show();
+          return true;
+        })
+    },
+    {
+      label: t("Set a new password"),
+      run: () =>
+        askForm(
+          name,
+          [passwordField(t("New password"), {autocomplete: "new-password", autofocus: true})],
+          t("Save"),
+          async ({password}) => {
+            await change({password});
+            show();
+            return true;
+          }
+        )
+    },
+    {
+      label: admin ? t("Administrator no more") : t("Make administrator"),
+      run: () => say(() => change({admin: !admin}))
+    },
+    {
+      label: t("Remove"),
+      run: () =>
+        say(
+          async () =>
+            (await askYesNo(
+              t("Remove the account {name}?", {name}),
+              t("Nobody can log in with it any more. Its files go after a while."),
+              t("Remove")
+            )) && api("DELETE", "accounts/" + encodeURIComponent(name))
+        )
+    }
+  ];
+  return h("li", {},
+    h("div.what", {},
+      h("strong", {}, h("bdi", {}, name)),
+      admin && h("span.tag", {}, t("Administrator")),
+      h("div.soft", {},
+        (quota === null
+          ? t("{used} used", {used: formatSize(used)})
+          : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)})) +
+          " · " +
+          plural(files, "{n} file", "{n} files")
+      )
+    ),
+    h("div.acts", {},
+      button(t("Change"), event => menu(event.currentTarget, rows), {
+        "aria-haspopup": "menu",
+        "aria-label": t("Change {name}", {name})
+      })
+    )
+  );
 }
 
-const newAccount = () => askForm(t("New account"), [nameField({autocomplete: "off", autofocus: true}), passwordField(t("Password"), {autocomplete: "new-password"}), quotaField(null)], t("Create"),
-  async ({name, password, quota}) => { await api("POST", "accounts", {name: name.trim(), password, quota: quota === "" ? null : readQuota(quota)}); show(); return true; });
+const newAccount = () =>
+  askForm(
+    t("New account"),
+    [
+      nameField({autocomplete: "off", autofocus: true}),
+      passwordField(t("Password"), {autocomplete: "new-password"}),
+      quotaField(null)
+    ],
+    t("Create"),
+    async ({name, password, quota}) => {
+      await api("POST", "accounts", {name: name.trim(), password, quota: quota === "" ? null : readQuota(quota)});
+      show();
+      return true;
+    }
+  );
 
 // ---- a device that asks to be let in
 
@@ -10463,11 +11501,18 @@ async function showGrant(token) {
     if (error.code !== "not-found" && error.code !== "gone") throw error;
     return {device: null};
   });
-  if (device === null) return showGate(t("This link has expired"), t("Start again in the program that sent you here."), [], "", null);
-  return showGate(t("Grant access?"), t("“{device}” wants to see and change the files of {name}.", {device, name: me.name}), [""], t("Grant access"), async () => {
-    await api("POST", "grants/" + token);
-    showGate(t("Done"), t("You can close this window now."), [], "", null);
-  });
+  if (device === null)
+    return showGate(t("This link has expired"), t("Start again in the program that sent you here."), [], "", null);
+  return showGate(
+    t("Grant access?"),
+    t("“{device}” wants to see and change the files of {name}.", {device, name: me.name}),
+    [""],
+    t("Grant access"),
+    async () => {
+      await api("POST", "grants/" + token);
+      showGate(t("Done"), t("You can close this window now."), [], "", null);
+    }
+  );
 }
 
 // ---- what others do: changes as they happen, and the brake
@@ -10478,7 +11523,12 @@ function watchServer() {
   if (source) source.close();
   if (!me.name) return;
   source = document.hidden ? null : new EventSource(PREFIX + "/api/v1/events");
-  if (source) source.onmessage = event => { const {seq} = JSON.parse(event.data); if (seen !== seq) changed(seen); seen = seq; };
+  if (source)
+    source.onmessage = event => {
+      const {seq} = JSON.parse(event.data);
+      if (seen !== seq) changed(seen);
+      seen = seq;
+    };
   showHeld();
 }
 
@@ -10491,46 +11541,88 @@ const changed = soon(async before => {
 }, 400);
 
 const showHeld = soon(async () => {
-  const {held} = await api("GET", "held"), box = find(".banners");
+  const {held} = await api("GET", "held"),
+    box = find(".banners");
   if (!box) return;
-  const decide = (what, device) => attempt(async () => {
-    const done = await api("POST", what, {device});
-    await showHeld();
-    if (done) offerUndo(t("Taken back."), done.seq);
-    await refresh();
-  });
-  box.replaceChildren(...held.map(({device, name, deletes, overwrites}) => h("div.banner", {role: "alert"}, h("span", {}, t("“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.", {name, deletes, overwrites})),
-    button(t("Allow"), () => decide("allow", device)), button(t("Undo"), () => decide("undo-device", device), {className: "primary"}))));
+  const decide = (what, device) =>
+    attempt(async () => {
+      const done = await api("POST", what, {device});
+      await showHeld();
+      if (done) offerUndo(t("Taken back."), done.seq);
+      await refresh();
+    });
+  box.replaceChildren(...held.map(one => h("div.banner", {role: "alert"},
+    h("span", {}, heldWords(one)),
+    button(t("Allow"), () => decide("allow", one.device)),
+    button(t("Undo"), () => decide("undo-device", one.device), {className: "primary"}))));
 }, 50);
+
+function heldWords(one) {
+  if (!one.overwrites) return t("“{name}” is held: it wants to delete {deletes} files.", one);
+  if (!one.deletes) return t("“{name}” is held: it wants to overwrite {overwrites} files.", one);
+  return t("“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.", one);
+}
 
 // ---- QR codes (ISO 18004): bytes, correction level M, versions 1 to 10, one mask
 
-const QR_TOTAL = [26, 44, 70, 100, 134, 172, 196, 242, 292, 346], QR_CHECK = [10, 16, 26, 18, 24, 16, 18, 22, 22, 26], QR_BLOCKS = [1, 1, 1, 2, 2, 4, 4, 4, 5, 5];
+const QR_TOTAL = [26, 44, 70, 100, 134, 172, 196, 242, 292, 346],
+  QR_CHECK = [10, 16, 26, 18, 24, 16, 18, 22, 22, 26],
+  QR_BLOCKS = [1, 1, 1, 2, 2, 4, 4, 4, 5, 5];
 
 function qrOf(text) {
   const grid = qrGrid(new TextEncoder().encode(text));
   if (!grid) return null;
-  const size = grid.length + 8, dark = grid.flatMap((row, y) => row.map((on, x) => on ? `M${x + 4} ${y + 4}h1v1h-1z` : "")).join("");
-  return svg("svg", {class: "qr", viewBox: `0 0 ${size} ${size}`, role: "img", "aria-label": t("Code to scan"), "shape-rendering": "crispEdges"}, svg("path", {d: dark, fill: "#000"}));
+  const size = grid.length + 8,
+    dark = grid.flatMap((row, y) => row.map((on, x) => (on ? `M${x + 4} ${y + 4}h1v1h-1z` : ""))).join("");
+  return svg(
+    "svg",
+    {
+      class: "qr",
+      viewBox: `0 0 ${size} ${size}`,
+      role: "img",
+      "aria-label": t("Code to scan"),
+      "shape-rendering": "crispEdges"
+    },
+    svg("path", {d: dark, fill: "#000"})
+  );
 }
 
 function qrGrid(bytes) {
-  const version = QR_TOTAL.findIndex((total, n) => total - QR_CHECK[n] * QR_BLOCKS[n] >= bytes.length + (n > 8 ? 3 : 2)) + 1;
+  const version =
+    QR_TOTAL.findIndex((total, n) => total - QR_CHECK[n] * QR_BLOCKS[n] >= bytes.length + (n > 8 ? 3 : 2)) + 1;
   if (!version) return null;
-  const size = version * 4 + 17, grid = [...Array(size)].map(() => Array(size).fill(null));
-  const set = (x, y, on) => { if (y in grid && x in grid) grid[y][x] = Boolean(on); };
-  const square = (x, y, r, ...light) => { for (let i = -r; i <= r; i++) for (let j = -r; j <= r; j++) set(x + i, y + j, !light.includes(Math.max(Math.abs(i), Math.abs(j)))); };
-  for (const [x, y] of [[3, 3], [size - 4, 3], [3, size - 4]]) square(x, y, 4, 2, 4);
-  const spots = version > 1 ? version < 7 ? [6, size - 7] : [6, version * 2 + 8, size - 7] : [];
+  const size = version * 4 + 17,
+    grid = [...Array(size)].map(() => Array(size).fill(null));
+  const set = (x, y, on) => {
+    if (y in grid && x in grid) grid[y][x] = Boolean(on);
+  };
+  const square = (x, y, r, ...light) => {
+    for (let i = -r; i <= r; i++)
+      for (let j = -r; j <= r; j++) set(x + i, y + j, !light.includes(Math.max(Math.abs(i), Math.abs(j))));
+  };
+  for (const [x, y] of [
+    [3, 3],
+    [size - 4, 3],
+    [3, size - 4]
+  ])
+    square(x, y, 4, 2, 4);
+  const spots = version > 1 ? (version < 7 ? [6, size - 7] : [6, version * 2 + 8, size - 7]) : [];
   for (const x of spots) for (const y of spots) if (grid[y][x] === null) square(x, y, 2, 1);
-  for (let i = 8; i < size - 8; i++) { set(i, 6, i % 2 === 0); set(6, i, i % 2 === 0); }
-  const format = qrRest(0, 10, 0x537) ^ 0x5412, about = version << 12 | qrRest(version, 12, 0x1f25);       // level M and mask 0 are the bits 00000
+  for (let i = 8; i < size - 8; i++) {
+    set(i, 6, i % 2 === 0);
+    set(6, i, i % 2 === 0);
+  }
+  const format = qrRest(0, 10, 0x537) ^ 0x5412,
+    about = (version << 12) | qrRest(version, 12, 0x1f25); // level M and mask 0 are the bits 00000
   for (let i = 0; i < 15; i++) {
-    set(8, i < 6 ? i : i < 8 ? i + 1 : size - 15 + i, format >> i & 1);
-    set(i < 8 ? size - 1 - i : i < 9 ? 7 : 14 - i, 8, format >> i & 1);
+    set(8, i < 6 ? i : i < 8 ? i + 1 : size - 15 + i, (format >> i) & 1);
+    set(i < 8 ? size - 1 - i : i < 9 ? 7 : 14 - i, 8, (format >> i) & 1);
   }
   set(8, size - 8, 1);
-  for (let i = 0; version > 6 && i < 18; i++) { set(i / 3 | 0, size - 11 + i % 3, about >> i & 1); set(size - 11 + i % 3, i / 3 | 0, about >> i & 1); }
+  for (let i = 0; version > 6 && i < 18; i++) {
+    set((i / 3) | 0, size - 11 + (i % 3), (about >> i) & 1);
+    set(size - 11 + (i % 3), (i / 3) | 0, (about >> i) & 1);
+  }
   qrFill(grid, qrCodewords(bytes, version));
   return grid;
 }
@@ -10539,18 +11631,33 @@ function qrGrid(bytes) {
 function qrFill(grid, words) {
   const size = grid.length;
   let n = 0;
-  for (let right = size - 1; right > 0; right -= right === 8 ? 3 : 2) for (let step = 0; step < size; step++) for (const x of [right, right - 1]) {
-    const y = right + 1 & 2 ? step : size - 1 - step;
-    if (grid[y][x] === null) { grid[y][x] = Boolean((words[n >> 3] >> 7 - (n & 7) & 1) ^ (x + y) % 2 === 0); n++; }
-  }
+  for (let right = size - 1; right > 0; right -= right === 8 ? 3 : 2)
+    for (let step = 0; step < size; step++)
+      for (const x of [right, right - 1]) {
+        const y = (right + 1) & 2 ? step : size - 1 - step;
+        if (grid[y][x] === null) {
+          grid[y][x] = Boolean(((words[n >> 3] >> (7 - (n & 7))) & 1) ^ ((x + y) % 2 === 0));
+          n++;
+        }
+      }
 }
 
-const qrRest = (value, bits, divisor) => { let rest = value; for (let i = 0; i < bits; i++) rest = rest << 1 ^ (rest >> bits - 1) * divisor; return rest; };
+const qrRest = (value, bits, divisor) => {
+  let rest = value;
+  for (let i = 0; i < bits; i++) rest = (rest << 1) ^ ((rest >> (bits - 1)) * divisor);
+  return rest;
+};
 
 // length and bytes, cut into blocks, each with its Reed-Solomon check; then woven together
 function qrCodewords(bytes, version) {
-  const n = version - 1, blocks = QR_BLOCKS[n], check = QR_CHECK[n], room = QR_TOTAL[n] - check * blocks, bits = [0, 1, 0, 0];
-  const push = (value, count) => { for (let i = count - 1; i >= 0; i--) bits.push(value >> i & 1); };
+  const n = version - 1,
+    blocks = QR_BLOCKS[n],
+    check = QR_CHECK[n],
+    room = QR_TOTAL[n] - check * blocks,
+    bits = [0, 1, 0, 0];
+  const push = (value, count) => {
+    for (let i = count - 1; i >= 0; i--) bits.push((value >> i) & 1);
+  };
   push(bytes.length, version > 9 ? 16 : 8);
   for (const byte of bytes) push(byte, 8);
   push(0, Math.min(4, room * 8 - bits.length));
@@ -10558,19 +11665,33 @@ function qrCodewords(bytes, version) {
   const data = [];
   for (let i = 0; i < bits.length; i += 8) data.push(parseInt(bits.slice(i, i + 8).join(""), 2));
   for (let i = 0; data.length < room; i++) data.push(i % 2 ? 17 : 236);
-  const short = Math.floor(room / blocks), parts = [];
-  for (let i = 0, at = 0; i < blocks; i++) parts.push(data.slice(at, at += short + (i >= blocks - room % blocks ? 1 : 0)));
-  const checks = parts.map(part => qrCheck(part, check)), weave = (rows, length) => [...Array(length).keys()].flatMap(i => rows.filter(row => i < row.length).map(row => row[i]));
+  const short = Math.floor(room / blocks),
+    parts = [];
+  for (let i = 0, at = 0; i < blocks; i++)
+    parts.push(data.slice(at, (at += short + (i >= blocks - (room % blocks) ? 1 : 0))));
+  const checks = parts.map(part => qrCheck(part, check)),
+    weave = (rows, length) =>
+      [...Array(length).keys()].flatMap(i => rows.filter(row => i < row.length).map(row => row[i]));
   return [...weave(parts, short + 1), ...weave(checks, check)];
 }
 
-const times = (a, b) => { let product = 0; for (; b; b >>= 1, a = a << 1 ^ (a >> 7) * 0x11d) if (b & 1) product ^= a; return product; };
+const times = (a, b) => {
+  let product = 0;
+  for (; b; b >>= 1, a = (a << 1) ^ ((a >> 7) * 0x11d)) if (b & 1) product ^= a;
+  return product;
+};
 
 function qrCheck(data, count) {
   let divisor = [1];
-  for (let i = 0, root = 1; i < count; i++, root = times(root, 2)) divisor = [...divisor, 0].map((value, j) => value ^ (j ? times(divisor[j - 1], root) : 0));
+  for (let i = 0, root = 1; i < count; i++, root = times(root, 2))
+    divisor = [...divisor, 0].map((value, j) => value ^ (j ? times(divisor[j - 1], root) : 0));
   const rest = [...data, ...Array(count).fill(0)];
-  for (let i = 0; i < data.length; i++) { const factor = rest[i]; divisor.forEach((value, j) => { rest[i + j] ^= times(value, factor); }); }
+  for (let i = 0; i < data.length; i++) {
+    const factor = rest[i];
+    divisor.forEach((value, j) => {
+      rest[i + j] ^= times(value, factor);
+    });
+  }
   return rest.slice(data.length);
 }
 
@@ -10578,8 +11699,10 @@ function qrCheck(data, count) {
 
 const GERMAN = {
   "A device was added: {name}": "Ein Gerät kam hinzu: {name}",
+  "A device was held: it deletes or overwrites too much": "Ein Gerät wurde angehalten: Es löscht oder überschreibt zu viel",
   "A device was removed: {name}": "Ein Gerät wurde entfernt: {name}",
   "A folder cannot go into itself.": "Ein Ordner kann nicht in sich selbst liegen.",
+  "A held device was allowed to go on": "Ein angehaltenes Gerät durfte weitermachen",
   "A name cannot be empty and cannot hold a slash.": "Ein Name darf nicht leer sein und keinen Schrägstrich enthalten.",
   "A password for each device": "Ein Passwort für jedes Gerät",
   "A version with a name is never removed by itself.": "Eine Version mit Namen wird nie von selbst entfernt.",
@@ -10749,8 +11872,11 @@ const GERMAN = {
   "Taken back.": "Zurückgenommen.",
   "That is too long ago: the history does not reach back so far.": "Das ist zu lange her: So weit reicht der Verlauf nicht zurück.",
   "The account {name} was made": "Das Konto {name} wurde angelegt",
+  "The account {name} was removed": "Das Konto {name} wurde entfernt",
   "The disk of the server is almost full; it takes nothing new until there is room.": "Die Platte des Servers ist fast voll; er nimmt nichts Neues an, bis wieder Platz ist.",
   "The password was changed": "Das Passwort wurde geändert",
+  "The quota of {name} was changed": "Der Speicher von {name} wurde geändert",
+  "The rights of {name} were changed": "Die Rechte von {name} wurden geändert",
   "The server cannot be reached. Check the connection and try again.": "Der Server ist nicht erreichbar. Prüfe die Verbindung und versuche es noch einmal.",
   "The server cannot write at the moment.": "Der Server kann gerade nichts speichern.",
   "The server could not read all of it. Whoever runs it should look at its log.": "Der Server konnte nicht alles lesen. Wer ihn betreibt, sollte ins Protokoll sehen.",
@@ -10837,38 +11963,61 @@ const GERMAN = {
   "{who} copied {what} to {to}": "{who} hat {what} nach {to} kopiert",
   "{who} deleted {what}": "{who} hat {what} gelöscht",
   "{who} emptied the trash": "{who} hat den Papierkorb geleert",
+  "{who} locked {what}": "{who} hat {what} gesperrt",
   "{who} made the folder {what}": "{who} hat den Ordner {what} angelegt",
   "{who} moved {what} to {to}": "{who} hat {what} nach {to} verschoben",
   "{who} restored a version of {what}": "{who} hat eine Version von {what} wiederhergestellt",
   "{who} restored {what}": "{who} hat {what} wiederhergestellt",
   "{who} saved {what}": "{who} hat {what} gespeichert",
+  "{who} synchronised {what}": "{who} hat {what} abgeglichen",
   "{who} undid a step": "{who} hat einen Schritt rückgängig gemacht",
   "“{device}” wants to see and change the files of {name}.": "„{device}“ möchte die Dateien von {name} sehen und ändern.",
+  "“{name}”": "„{name}“",
   "“{name}” and {n} more": "„{name}“ und {n} weitere",
   "“{name}” exists already": "„{name}“ gibt es schon",
   "“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen und {overwrites} überschreiben.",
+  "“{name}” is held: it wants to delete {deletes} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen.",
+  "“{name}” is held: it wants to overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {overwrites} Dateien überschreiben.",
 };
 
 // ---- keys
 
 function showHelp() {
-  const rows = [...ACTIONS.filter(action => action.keys).map(action => [t(action.label), showKeys(action.keys)]),
-    [t("Choose"), "↑ ↓"], [t("Choose several"), showKeys("Shift") + " ↑ ↓"], [t("Choose one more"), t("Space")]];
-  return sheet(t("Keyboard shortcuts"), close => [h("dl.keys", {tabIndex: 0}, rows.map(([label, key]) => h("div", {}, h("dt", {}, label), h("dd", {}, h("kbd", {}, key))))),
-    buttonsRow(button(t("Close"), () => close(), {className: "primary", autofocus: true}))]);
+  const rows = [
+    ...ACTIONS.filter(action => action.keys).map(action => [t(action.label), showKeys(action.keys)]),
+    [t("Choose"), "↑ ↓"],
+    [t("Choose several"), showKeys("Shift") + " ↑ ↓"],
+    [t("Choose one more"), t("Space")]
+  ];
+  return sheet(t("Keyboard shortcuts"), close => [
+    h("dl.keys", {tabIndex: 0},
+      rows.map(([label, key]) => h("div", {}, h("dt", {}, label), h("dd", {}, h("kbd", {}, key))))
+    ),
+    buttonsRow(button(t("Close"), () => close(), {className: "primary", autofocus: true}))
+  ]);
 }
 
 function keyOf(event) {
   const plain = event.key.length === 1 && !event.ctrlKey && !event.metaKey ? event.key.toUpperCase() : event.key;
   const name = event.key.length === 1 ? event.key.toUpperCase() : event.key;
   const letter = /^[A-Z]$/.test(name);
-  return (event.ctrlKey || event.metaKey ? "Ctrl+" : "") + (event.shiftKey && (letter || event.key.length > 1) ? "Shift+" : "") + (letter ? name : plain);
+  return (
+    (event.ctrlKey || event.metaKey ? "Ctrl+" : "") +
+    (event.shiftKey && (letter || event.key.length > 1) ? "Shift+" : "") +
+    (letter ? name : plain)
+  );
 }
 
 function onKey(event) {
-  if (!me.name || event.defaultPrevented || event.target.closest("input:not([type=checkbox]), textarea, select, dialog")) return;
-  const key = keyOf(event) === "Backspace" && onMac ? "Delete" : keyOf(event), items = selection();
-  if (key === "Ctrl+V") return;        // the paste event knows whether files come with it
+  if (
+    !me.name ||
+    event.defaultPrevented ||
+    event.target.closest("input:not([type=checkbox]), textarea, select, dialog")
+  )
+    return;
+  const key = keyOf(event) === "Backspace" && onMac ? "Delete" : keyOf(event),
+    items = selection();
+  if (key === "Ctrl+V") return; // the paste event knows whether files come with it
   if (key === "Enter" && event.target.closest("a, button")) return;
   const action = ACTIONS.find(one => one.keys === key && one.when(items));
   if (!action) return;
@@ -10879,30 +12028,45 @@ function onKey(event) {
 // ---- the start
 
 function listen() {
-  addEventListener("popstate", () => { if (me.name) show(); });
+  addEventListener("popstate", () => {
+    if (me.name) show();
+  });
   addEventListener("scroll", drawRows, {passive: true});
-  addEventListener("resize", () => { if (list.box && list.box.isConnected) redrawRows(); });
+  addEventListener("resize", () => {
+    if (list.box && list.box.isConnected) redrawRows();
+  });
   addEventListener("keydown", onKey);
   addEventListener("dragstart", onDragStart);
   addEventListener("dragover", onDragOver);
-  addEventListener("dragleave", event => { if (!event.relatedTarget) unmarkDrop(); });
+  addEventListener("dragleave", event => {
+    if (!event.relatedTarget) unmarkDrop();
+  });
   addEventListener("drop", onDrop);
   addEventListener("paste", onPaste);
   addEventListener("online", () => queue.delayed.forEach(wake));
-  addEventListener("pagehide", () => source && source.close());        // a page kept for "back" must not keep its connection
+  addEventListener("pagehide", () => source && source.close()); // a page kept to come back to must not keep its connection
   addEventListener("pageshow", event => event.persisted && watchServer());
   document.addEventListener("visibilitychange", watchServer);
-  addEventListener("beforeunload", event => { if (busy()) event.preventDefault(); });
+  addEventListener("beforeunload", event => {
+    if (busy()) event.preventDefault();
+  });
   document.addEventListener("click", onLinkClick);
   document.addEventListener("contextmenu", event => {
-    if (!event.target.closest(".content") || event.target.closest("a, input, textarea, pre, dialog") || !["files", "trash"].includes(view.kind)) return;
+    if (
+      !event.target.closest(".content") ||
+      event.target.closest("a, input, textarea, pre, dialog") ||
+      !["files", "trash"].includes(view.kind)
+    )
+      return;
     event.preventDefault();
     clearSelection();
     openMenu({x: event.clientX, y: event.clientY});
   });
 }
 
-for (const [rel, name] of [["manifest", "manifest.json"], ["apple-touch-icon", "icon.svg"]]) document.head.append(h("link", {rel, href: PREFIX + "/" + name}));
+for (const [rel, name] of Object.entries({manifest: "manifest.json", icon: "icon.svg", "apple-touch-icon": "icon.svg"})) {
+  document.head.append(h("link", {rel, href: PREFIX + "/" + name}));
+}
 history.scrollRestoration = "manual";
 setLanguage(language);
 listen();
@@ -10916,7 +12080,6 @@ PAGE_HTML = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
 <meta name="color-scheme" content="light dark">
 <title>cloudserver</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'%3E%3Cpath fill='%231857c4' d='M3 5a2 2 0 0 1 2-2h4.600l2 2.500H19a2 2 0 0 1 2 2V18a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2z'/%3E%3C/svg%3E">
 <style>{style}</style>
 </head>
 <body>
@@ -10930,8 +12093,9 @@ PAGE_HTML = r"""<!doctype html>
 
 
 def lean(source: str) -> str:
-    """A script or style as it is sent: without the comment lines and the indentation that are for people."""
-    return re.sub(r"(?m)^[ ]+|^//.*\n", "", source)
+    """A script or style as it is sent: without the comments, indentation and some line ends, which are for people."""
+    bare = re.sub(r"(?m)^ *//.*\n|^ +| +// [^\"'`\n]*$", "", source)
+    return re.sub(r"(?<=[,(\[])\n", "", bare)
 
 
 def source_hash(text: str) -> str:
