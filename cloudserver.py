@@ -7677,8 +7677,8 @@ def nc_bulk(cloud: Cloud, who: Principal, request: Request) -> Response:
     found = re.search(r'boundary="?([^";\s]{1,200})"?', request.fields.get("content-type", ""))
     if not found:
         raise CloudError("bad-request", "this is not multipart/related")
-    answer = {}
-    for place, outcome in cloud.write_each(who, read_bulk(request.body, found[1].encode("latin-1"))):
+    answer, files = {}, read_bulk(request.body, found[1].encode("latin-1"))
+    for place, outcome in cloud.write_each(who, itertools.islice(files, PAGE_LIMIT)):
         answer[place] = {"error": True, "message": str(outcome)} if isinstance(outcome, CloudError) else {
             "error": False, "etag": outcome.etag, "fileid": str(outcome.node), "OC-FileID": format_id(outcome),
             "permissions": "RGDNVW"}
@@ -7696,7 +7696,7 @@ def read_bulk(body: Body, boundary: bytes) -> Iterator[Writing]:
         if line == b"--" + boundary + b"--":
             return
         if line == b"--" + boundary:
-            fields = dict(iter(partial(read_part_field, lines), None))
+            fields = dict(itertools.islice(iter(partial(read_part_field, lines), None), FIELD_LIMIT))
             length = fields.get("content-length", "")
             if not _LENGTH.fullmatch(length) or int(length) > BULK_PART:
                 raise CloudError("bad-request", "a part has no proper Content-Length")
@@ -7728,27 +7728,29 @@ class Lines:
     """A body read by lines and by counts."""
 
     def __init__(self, body: Body) -> None:
-        self.body, self.rest = body, b""
+        self.body, self.rest = body, bytearray()
 
     def _more(self) -> None:
-        view = memoryview(bytearray(RECEIVE))
-        count = self.body.readinto(view)
+        piece = bytearray(RECEIVE)
+        count = self.body.readinto(memoryview(piece))
         if not count:
             raise CloudError("bad-request", "the body ended early")
-        self.rest += view[:count]
+        self.rest += piece[:count]
 
     def next(self) -> bytes:
         while b"\r\n" not in self.rest:
             if len(self.rest) > LINE_LIMIT:
                 raise CloudError("bad-request", "malformed bulk")
             self._more()
-        line, _, self.rest = self.rest.partition(b"\r\n")
+        line = self.take(self.rest.index(b"\r\n"))
+        del self.rest[:2]
         return line
 
     def take(self, count: int) -> bytes:
         while len(self.rest) < count:
             self._more()
-        data, self.rest = self.rest[:count], self.rest[count:]
+        data = bytes(self.rest[:count])
+        del self.rest[:count]
         return data
 
 
