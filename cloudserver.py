@@ -5923,7 +5923,7 @@ def read_moment(cloud: Cloud, value: Any) -> int:
 
 
 def read_id(value: Any) -> int:
-    if isinstance(value, str) and re.fullmatch(r"\d{1,19}", value):
+    if isinstance(value, str) and re.fullmatch(r"\d{1,19}", value) and int(value) < 1 << 63:
         return int(value)
     raise CloudError("bad-request", "an id is a string of digits")
 
@@ -7386,7 +7386,7 @@ AGENTS = (  # what clients call themselves, and what people call them
 
 def device_name(request: Request) -> str:
     """What to call the device that sends this."""
-    agent = request.fields.get("user-agent", "").strip()
+    agent = request.fields.get("user-agent", "").strip()[:300]
     for pattern, name in AGENTS:
         found = re.search(pattern, agent, re.I)
         if found:
@@ -7865,8 +7865,8 @@ def search_nodes(cloud: Cloud, who: Principal, path: tuple[str, ...], where: ET.
 
 def look_up_name(cloud: Cloud, who: Principal, pattern: str) -> list[tuple[tuple[str, ...], Node]] | None:
     """%words% of a name."""
-    words = pattern[1:-1]
-    return cloud.search(who, words, limit=SEARCH_MOST) if pattern[:1] == pattern[-1:] == "%" and words.strip() and "%" not in words else None
+    before, words, after = pattern.split("%") if pattern.count("%") == 2 else ("", "", "")
+    return cloud.search(who, words, limit=SEARCH_MOST) if words.strip() and not before + after else None
 
 
 def look_up_favorites(cloud: Cloud, who: Principal, value: str) -> list[tuple[tuple[str, ...], Node]] | None:

@@ -3649,7 +3649,7 @@ def test_search_as_the_phone_apps_do(call, cloud, ann):
     before = compare("lt", "d:getlastmodified", "1300000000")
     assert search(call, "<d:and>%s%s</d:and>" % (before, media), newest) == ["/film.mp4", "/p/one.JPG"]
     assert search(call, compare("gt", "d:getlastmodified", "2020-01-01T00:00:00Z")) in (["/p/", "/p/Text%20100%25.txt"], ["/p/Text%20100%25.txt", "/p/"])
-    assert search(call, compare("like", "d:displayname", "%ONE%")) == ["/p/one.JPG"]
+    assert search(call, compare("like", "d:displayname", "%ONE%")) == ["/p/one.JPG"] == search(call, compare("like", "d:displayname", "%o%e%j%"))
     assert search(call, "<d:not>%s</d:not>" % compare("like", "d:displayname", "%.%"), scope="/files/ann/") == ["/p/"]
     assert search(call, "<d:is-collection/>") == ["/p/"] and search(call, media, scope="/files/ann/p") != []
     assert search(call, compare("eq", "oc:fileid", 5)) == [] and search(call, compare("eq", "oc:fileid", node.node), scope="/files/ann/no") == []
@@ -3699,6 +3699,7 @@ def test_the_trash_of_phone_apps(call, cloud, ann):
     cloud.delete(ann, ("d",))
     assert call("DELETE", base).status == 204 and list(dav(call, "PROPFIND", base, ask, Depth="1")) == [base + "/"]
     assert call("PROPFIND", "/remote.php/dav/trashbin/bob/trash", ask, Depth="1").status == 404
+    assert call("PROPFIND", base + "/9999999999999999999", ask, Depth="1").status == 400 and call("DELETE", base + "/x").status == 400
     assert call("PROPFIND", "/remote.php/dav/trashbin/ann/other", ask, Depth="1").status == 404
 
 
