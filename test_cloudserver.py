@@ -5493,9 +5493,11 @@ class Household:
         self.process = None
 
     def start(self):
-        self.process = subprocess.Popen([*PROGRAM, "serve", "--data", str(self.data), "--port", str(self.port), "--quiet", "--workers", "2"],
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(200):
+        """Start until it stays: workers of one that was killed finish first, and hold its port and data until then."""
+        for _ in range(400):
+            if self.process is None or self.process.poll() is not None:
+                self.process = subprocess.Popen([*PROGRAM, "serve", "--data", str(self.data), "--port", str(self.port), "--quiet",
+                                                 "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             try:
                 return exchange(("127.0.0.1", self.port), "GET", "/healthz", user=None)
             except OSError:
