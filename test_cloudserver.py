@@ -4962,6 +4962,7 @@ def workers_of(served, count, *, without=()):
     return found
 
 
+@needs_fork
 def test_a_worker_that_dies_is_replaced(serve):
     served = serve("--workers", 2)
     children = workers_of(served, 2)
