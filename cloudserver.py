@@ -10113,6 +10113,7 @@ async function runUpload(item) {
 }
 
 async function failItem(item, error) {
+  if (error.code === "precondition-failed" && item.tries && await arrived(item)) return finishItem(item, "done");
   if (error.code === "precondition-failed" && !item.clash) {
     await settleUpload(item);
     if (item.state === "sending") again(item);
@@ -10128,6 +10129,12 @@ async function failItem(item, error) {
   item.error = explain(error);
   queue.failed++;
   return finishItem(item, "failed");
+}
+
+// did an earlier try store it, and only the answer was lost?
+async function arrived(item) {
+  const found = await load(item.path);
+  return found.size === item.size && Date.parse(found.mtime) === item.file.lastModified;
 }
 
 // when its time has come, or when the network is back
@@ -10169,29 +10176,15 @@ async function sendWhole(item, path) {
 
 // a tus upload: made, or found again after a break, then part after part
 async function sendParts(item, path) {
-  const known = readParts(),
-    print = [me.name, path, item.size, item.file.lastModified].join("|");
+  const known = readParts(), print = [me.name, path, item.size, item.file.lastModified].join("|");
   let offset = known[print] ? await offsetOf(known[print]) : -1;
   let id = known[print];
   if (offset < 0) {
-    const answer = await transmit(
-      item,
-      "POST",
-      PREFIX + "/tus",
-      null,
-      {
-        "Upload-Length": item.size,
-        "Upload-Metadata": metadata({
-          path,
-          mtime: item.file.lastModified,
-          parents: "1",
-          ...(item.how === "replace" ? {} : {clash: "refuse"})
-        })
-      },
-      0
-    );
+    const about = {path, mtime: item.file.lastModified, parents: "1", ...(item.how === "replace" ? {} : {clash: "refuse"})};
+    const announced = {"Upload-Length": item.size, "Upload-Metadata": metadata(about)};
+    const answer = await transmit(item, "POST", PREFIX + "/tus", null, announced, 0);
     [id, offset] = [nameOf(answer.getResponseHeader("Location")), 0];
-    saveParts({...known, [print]: id});
+    saveParts({...readParts(), [print]: id}); // anew: other uploads have begun since
   }
   item.upload = id;
   while (offset < item.size) {
@@ -10236,7 +10229,8 @@ function transmit(item, method, address, body, headers, from) {
     if (item.state !== "sending") return fail(new DOMException("", "AbortError"));         // paused between two requests
     const request = (item.request = new XMLHttpRequest());
     request.open(method, address);
-    for (const [name, value] of Object.entries({...HEADERS, ...BODIES[method], ...headers})) request.setRequestHeader(name, value);
+    const fields = Object.entries({...HEADERS, ...BODIES[method], ...headers});
+    for (const [name, value] of fields) request.setRequestHeader(name, value);
     request.upload.onprogress = event => {
       item.sent = from + event.loaded;
       updateQueue();
@@ -10286,6 +10280,7 @@ function pauseQueue() {
   queue.paused = !queue.paused;
   for (const item of queue.paused ? queue.items.filter(one => one.state === "sending" && one.request) : []) {
     item.state = "waiting";
+    item.tries++;
     item.request.abort();
     queue.delayed.add(item);
     showItem(item);

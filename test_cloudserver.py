@@ -6391,6 +6391,24 @@ def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_p
     assert page.get("two.bin") == data and page.run("return localStorage.getItem('uploads')") == "{}"
 
 
+def test_browser_knows_a_file_whose_answer_was_lost(page, monkeypatch):
+    page.open("/")
+    page.sees("Nothing here yet")
+    write, calls = page.cloud.write, []
+
+    def write_and_fail(*args, **how):            # stored, but the browser hears of a busy server
+        done = write(*args, **how)
+        calls.append(1)
+        if len(calls) == 1:
+            raise CloudError("busy", "answer lost")
+        return done
+
+    monkeypatch.setattr(page.cloud, "write", write_and_fail)
+    page.run("addUploads([{path: 'a.txt', file: new File(['hello'], 'a.txt')}])")
+    page.sees("1 file uploaded")
+    assert page.tree() == {"a.txt"} and len(page.cloud.versions(page.who, ("a.txt",))) == 1
+
+
 class PrefixProxy(threading.Thread):
     """A reverse proxy that serves a server below /cloud/ and hands on what comes, without the prefix."""
 
