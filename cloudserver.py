@@ -12100,28 +12100,25 @@ def source_hash(text: str) -> str:
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def page_fields(etag: str, **fields: str) -> dict[str, str]:
-    """W3"""
-    return {
-        "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "ETag": etag, "Vary": "Accept-Encoding",
+@lru_cache(maxsize=None)
+def page_as_sent(packed: bool) -> tuple[bytes, dict[str, str]]:
+    """(body, header fields) for a browser that takes gzip or not, made when first asked for; nothing in it is secret (W3)."""
+    style, script = lean(PAGE_STYLE), lean(PAGE_SCRIPT)
+    page = PAGE_HTML.replace("{style}", style).replace("{script}", script).encode()
+    return gzip.compress(page, mtime=0) if packed else page, {
+        "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "Vary": "Accept-Encoding",
+        "ETag": '"%s%s"' % (hashlib.sha256(page).hexdigest()[:16], "-gz" * packed),
         "Content-Security-Policy": "default-src 'none'; script-src %s; style-src %s; img-src 'self' blob: data:; "
                                    "media-src 'self' blob:; frame-src blob:; connect-src 'self'; manifest-src 'self'; "
                                    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; object-src 'none'" % (
-                                       source_hash(lean(PAGE_SCRIPT)), source_hash(lean(PAGE_STYLE))),
+                                       source_hash(script), source_hash(style)),
         "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
-        "Permissions-Policy": "camera=(), geolocation=(), microphone=()", **fields}
-
-
-PAGE = PAGE_HTML.replace("{style}", lean(PAGE_STYLE)).replace("{script}", lean(PAGE_SCRIPT)).encode()
-PAGE_NAME = hashlib.sha256(PAGE).hexdigest()[:16]
-PAGE_FORMS = {  # by whether the browser takes gzip: body and header fields; nothing in the page is secret, so it may be packed
-    False: (PAGE, page_fields('"%s"' % PAGE_NAME)),
-    True: (gzip.compress(PAGE, mtime=0), page_fields('"%s-gz"' % PAGE_NAME, **{"Content-Encoding": "gzip"}))}
+        "Permissions-Policy": "camera=(), geolocation=(), microphone=()", **({"Content-Encoding": "gzip"} if packed else {})}
 
 
 def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = (), token: str = "") -> Response:
     """The page; what it shows is up to its script, which reads the address."""
-    body, fields = PAGE_FORMS["gzip" in request.fields.get("accept-encoding", "")]
+    body, fields = page_as_sent("gzip" in request.fields.get("accept-encoding", ""))
     if request["if-none-match"] == fields["ETag"]:
         return Response(304, b"", {name: value for name, value in fields.items() if name != "Content-Encoding"})
     return Response(200, body, dict(fields))

@@ -3738,15 +3738,15 @@ def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1", user=None).json()["account"] is None and call("GET", "/api/v1").json()["account"] == "ann"
 
 
-SCRIPT, STYLE = cs.PAGE_SCRIPT, cs.PAGE_STYLE
+SCRIPT, STYLE, PAGE = cs.PAGE_SCRIPT, cs.PAGE_STYLE, cs.page_as_sent(False)[0]
 
 
 def test_the_page_is_small_and_loads_nothing():
     """W3, K5"""
-    assert len(cs.PAGE) < 150_000
+    assert len(PAGE) < 150_000
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg|example\.)", re.sub(r"//localhost\S*", "", SCRIPT + STYLE)), "another host"
     assert not re.search(r"@import|url\(", STYLE)
-    assert cs.PAGE.count(b"<script") == 1 and cs.PAGE.count(b"<style") == 1 and b" style=" not in cs.PAGE
+    assert PAGE.count(b"<script") == 1 and PAGE.count(b"<style") == 1 and b" style=" not in cs.PAGE
     assert not re.search(rb"<\w[^>]* on\w+=", cs.PAGE_HTML.encode())
 
 
@@ -3821,7 +3821,7 @@ def test_every_address_of_the_page_answers_with_the_page(call):
     for path in ("/", "/setup", "/login", "/files", "/files/a%20b/c", "/past/seq:3/a", "/versions/a", "/trash", "/activity", "/search?q=x",
                  "/settings", "/settings/devices", "/login/v2/flow/abc"):
         answer = call("GET", path, user=None)
-        assert answer.status == 200 and answer.body == cs.PAGE, path
+        assert answer.status == 200 and answer.body == PAGE, path
 
 
 # ==== 14. Service: upkeep ================================================================
@@ -4951,7 +4951,6 @@ def test_a_port_in_use_is_refused_in_one_line(serve, tmp_path):
     assert second.returncode == 1 and "another program uses it" in second.stderr and second.stderr.count("\n") == 1
 
 
-@needs_fork
 def workers_of(served, count, *, without=()):
     """Wait until a server has so many workers; their process ids."""
     found, since = [], time.monotonic()
