@@ -18,7 +18,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
     10  Transfer        tus_* sync_*                                   resumable uploads, native sync
     11  WebDAV          dav_*                                          RFC 4918
     12  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
-    13  Web pages       PAGE web_page                                  the embedded page
+    13  Web pages       PAGE_* web_page                                the embedded page
     14  Service         CloudServer Janitor Supervisor                 start, stop, logs, background jobs
     15  Sync client     SyncClient LocalFolder SyncState               a folder and an account kept alike
     16  Command line    main                                           a function per command
