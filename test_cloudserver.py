@@ -4989,6 +4989,7 @@ def test_the_data_directory_is_private(serve):
     """K2"""
     served = serve()
     assert served.data.stat().st_mode & 0o777 == 0o700
+    served.call("PUT", "/dav/a", bytes(100_000))                 # its workers have the database open for good by now
     assert not [path for path in served.data.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
 
 
