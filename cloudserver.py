@@ -8005,19 +8005,18 @@ def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tup
 
 PAGE_STYLE = r"""
 :root {
-  color-scheme: light dark;
+  color-scheme: light;
   --back: #fff; --side: #f5f6f8; --raised: #fff; --text: #1b1e23; --soft: #59626e; --line: #e2e5ea; --hover: #f1f3f6;
   --accent: #1857c4; --on-accent: #fff; --chosen: #e4edfb; --danger: #b3261e; --shadow: 0 8px 28px rgb(20 30 50 / .18);
   --icon: #7a8696;
   --mark: #fff3c4;
 }
-@media (prefers-color-scheme: dark) {
-  :root {
-    --back: #15171b; --side: #1b1e23; --raised: #22262c; --text: #e8eaee; --soft: #a4adb9; --line: #2e333b; --hover: #20242a;
-    --accent: #8fb8ff; --on-accent: #0d1b33; --chosen: #22344f; --danger: #ff9d94; --shadow: 0 8px 28px rgb(0 0 0 / .6);
-    --icon: #8f9bab;
-    --mark: #4d431f;
-  }
+:root[data-theme=dark] {
+  color-scheme: dark;
+  --back: #15171b; --side: #1b1e23; --raised: #22262c; --text: #e8eaee; --soft: #a4adb9; --line: #2e333b; --hover: #20242a;
+  --accent: #8fb8ff; --on-accent: #0d1b33; --chosen: #22344f; --danger: #ff9d94; --shadow: 0 8px 28px rgb(0 0 0 / .6);
+  --icon: #8f9bab;
+  --mark: #4d431f;
 }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
@@ -8071,8 +8070,9 @@ progress::-moz-progress-bar { background: var(--accent); }
 .gate .primary { min-height: 44px; }
 .brand { display: flex; align-items: center; gap: .55rem; font-weight: 650; font-size: 1.05rem; color: var(--text); }
 .brand:hover { text-decoration: none; }
-.languages { display: flex; gap: .25rem; }
-.languages button[aria-pressed=true] { color: var(--text); font-weight: 600; }
+.choices { display: flex; flex-wrap: wrap; gap: .25rem; }
+.choices button[aria-pressed=true] { color: var(--text); font-weight: 600; }
+.settings .choices button[aria-pressed=true] { background: var(--chosen); }
 
 /* the frame */
 #app { min-height: 100vh; }
@@ -8445,11 +8445,13 @@ function icon(kind) {
 // ---- words, numbers, times
 
 const LANGUAGES = {en: "English", de: "Deutsch"};
-let language = localStorage.getItem("language") || (navigator.language.startsWith("de") ? "de" : "en");
-let number, dates, sizes;
+let language = localStorage.getItem("language") || navigator.language.slice(0, 2);
+let words = {}, number, dates, sizes;
 
-function setLanguage(name) {
+// English stands where it is used; what it is in another language is a table that the server keeps
+async function setLanguage(name) {
   language = name in LANGUAGES ? name : "en";
+  words = language === "en" ? {} : await fetch(PREFIX + "/words/" + language).then(answer => answer.json()).catch(() => ({}));
   document.documentElement.lang = language;
   number = new Intl.NumberFormat(language);
   sizes = new Intl.NumberFormat(language, {maximumFractionDigits: 1});
@@ -8465,7 +8467,7 @@ function setLanguage(name) {
 
 // t("{n} files", {n: 3}); the English text is the key
 function t(text, values) {
-  const said = language === "de" ? GERMAN[text] || text : text;
+  const said = words[text] || text;
   return values ? said.replace(/\{(\w+)\}/g, (whole, name) => name in values
     ? typeof values[name] === "number" ? number.format(values[name]) : values[name] : whole) : said;
 }
@@ -8486,6 +8488,25 @@ function formatTime(text) {
 }
 
 const timeElement = text => h("time", {dateTime: text, title: dates.full.format(new Date(text))}, formatTime(text));
+
+// ---- light and dark: as the system says, or as the reader chose
+
+const darkSystem = matchMedia("(prefers-color-scheme: dark)");
+
+function applyTheme() {
+  const chosen = localStorage.getItem("theme");
+  document.documentElement.dataset.theme = chosen || (darkSystem.matches ? "dark" : "light");
+}
+
+function chooseTheme(name) {
+  name ? localStorage.setItem("theme", name) : localStorage.removeItem("theme");
+  applyTheme();
+  show();
+}
+
+const themeButtons = () => h("div.choices", {},
+  [["", "Like the system"], ["light", "Light"], ["dark", "Dark"]].map(([name, label]) => button(t(label), () => chooseTheme(name),
+    {className: "quiet", "aria-pressed": String(name === (localStorage.getItem("theme") || ""))})));
 
 // ---- the server
 
@@ -8732,7 +8753,7 @@ function explainGate(error) {
 }
 
 const languageLinks = () =>
-  h("p.languages", {},
+  h("div.choices", {},
     Object.entries(LANGUAGES).map(([name, label]) =>
       button(
         label,
@@ -8744,9 +8765,9 @@ const languageLinks = () =>
     )
   );
 
-function chooseLanguage(name) {
+async function chooseLanguage(name) {
   localStorage.setItem("language", name);
-  setLanguage(name);
+  await setLanguage(name);
   start();
 }
 
@@ -10816,7 +10837,8 @@ function accountSection() {
       ),
       buttonsRow(button(t("Change password"), changePassword), button(t("Log out"), logOut))
     ),
-    section(t("Language"), h("div.buttons.start", {}, languageLinks()))
+    section(t("Language"), languageLinks()),
+    section(t("Colours"), themeButtons())
   ];
 }
 
@@ -11692,9 +11714,105 @@ function qrCheck(data, count) {
   return rest.slice(data.length);
 }
 
-// ---- words: English stands where it is used, this table holds the German
+// ---- keys
 
-const GERMAN = {
+function showHelp() {
+  const rows = [
+    ...ACTIONS.filter(action => action.keys).map(action => [t(action.label), showKeys(action.keys)]),
+    [t("Choose"), "↑ ↓"],
+    [t("Choose several"), showKeys("Shift") + " ↑ ↓"],
+    [t("Choose one more"), t("Space")]
+  ];
+  return sheet(t("Keyboard shortcuts"), close => [
+    h("dl.keys", {tabIndex: 0},
+      rows.map(([label, key]) => h("div", {}, h("dt", {}, label), h("dd", {}, h("kbd", {}, key))))
+    ),
+    buttonsRow(button(t("Close"), () => close(), {className: "primary", autofocus: true}))
+  ]);
+}
+
+function keyOf(event) {
+  const plain = event.key.length === 1 && !event.ctrlKey && !event.metaKey ? event.key.toUpperCase() : event.key;
+  const name = event.key.length === 1 ? event.key.toUpperCase() : event.key;
+  const letter = /^[A-Z]$/.test(name);
+  return (
+    (event.ctrlKey || event.metaKey ? "Ctrl+" : "") +
+    (event.shiftKey && (letter || event.key.length > 1) ? "Shift+" : "") +
+    (letter ? name : plain)
+  );
+}
+
+function onKey(event) {
+  if (
+    !me.name ||
+    event.defaultPrevented ||
+    event.target.closest("input:not([type=checkbox]), textarea, select, dialog")
+  )
+    return;
+  const key = keyOf(event) === "Backspace" && onMac ? "Delete" : keyOf(event),
+    items = selection();
+  if (key === "Ctrl+V") return; // the paste event knows whether files come with it
+  if (key === "Enter" && event.target.closest("a, button")) return;
+  const action = ACTIONS.find(one => one.keys === key && one.when(items));
+  if (!action) return;
+  event.preventDefault();
+  act(action);
+}
+
+// ---- the start
+
+function listen() {
+  addEventListener("popstate", () => {
+    if (me.name) show();
+  });
+  darkSystem.addEventListener("change", applyTheme);
+  addEventListener("scroll", drawRows, {passive: true});
+  addEventListener("resize", () => {
+    if (list.box && list.box.isConnected) redrawRows();
+  });
+  addEventListener("keydown", onKey);
+  addEventListener("dragstart", onDragStart);
+  addEventListener("dragover", onDragOver);
+  addEventListener("dragleave", event => {
+    if (!event.relatedTarget) unmarkDrop();
+  });
+  addEventListener("drop", onDrop);
+  addEventListener("paste", onPaste);
+  addEventListener("online", () => queue.delayed.forEach(wake));
+  addEventListener("pagehide", () => source && source.close()); // a page kept to come back to must not keep its connection
+  addEventListener("pageshow", event => event.persisted && watchServer());
+  document.addEventListener("visibilitychange", watchServer);
+  addEventListener("beforeunload", event => {
+    if (busy()) event.preventDefault();
+  });
+  document.addEventListener("click", onLinkClick);
+  document.addEventListener("contextmenu", event => {
+    if (
+      !event.target.closest(".content") ||
+      event.target.closest("a, input, textarea, pre, dialog") ||
+      !["files", "trash"].includes(view.kind)
+    )
+      return;
+    event.preventDefault();
+    clearSelection();
+    openMenu({x: event.clientX, y: event.clientY});
+  });
+}
+
+// the script stands in the head, so that the colours are chosen before anything is drawn
+applyTheme();
+addEventListener("DOMContentLoaded", async () => {
+  for (const [rel, name] of Object.entries({manifest: "manifest.json", icon: "icon.svg", "apple-touch-icon": "icon.svg"})) {
+    document.head.append(h("link", {rel, href: PREFIX + "/" + name}));
+  }
+  history.scrollRestoration = "manual";
+  await setLanguage(language);
+  listen();
+  start();
+});
+"""
+
+PAGE_GERMAN = r"""{
   "A device was added: {name}": "Ein Gerät kam hinzu: {name}",
   "A device was held: it deletes or overwrites too much": "Ein Gerät wurde angehalten: Es löscht oder überschreibt zu viel",
   "A device was removed: {name}": "Ein Gerät wurde entfernt: {name}",
@@ -11737,6 +11855,7 @@ const GERMAN = {
   "Clear the selection": "Auswahl aufheben",
   "Close": "Schließen",
   "Code to scan": "Code zum Scannen",
+  "Colours": "Farben",
   "Connect": "Verbinden",
   "Continue": "Weiter",
   "Copy": "Kopieren",
@@ -11746,6 +11865,7 @@ const GERMAN = {
   "Create": "Anlegen",
   "Create account": "Konto anlegen",
   "Cut": "Ausschneiden",
+  "Dark": "Dunkel",
   "Delete": "Löschen",
   "Delete for good": "Endgültig löschen",
   "Delete for good?": "Endgültig löschen?",
@@ -11784,6 +11904,8 @@ const GERMAN = {
   "Language": "Sprache",
   "Leave without saving?": "Verlassen, ohne zu speichern?",
   "Let go": "Freigeben",
+  "Light": "Hell",
+  "Like the system": "Wie das System",
   "List": "Liste",
   "Log in": "Anmelden",
   "Log out": "Abmelden",
@@ -11974,100 +12096,8 @@ const GERMAN = {
   "“{name}” exists already": "„{name}“ gibt es schon",
   "“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen und {overwrites} überschreiben.",
   "“{name}” is held: it wants to delete {deletes} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen.",
-  "“{name}” is held: it wants to overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {overwrites} Dateien überschreiben.",
-};
-
-// ---- keys
-
-function showHelp() {
-  const rows = [
-    ...ACTIONS.filter(action => action.keys).map(action => [t(action.label), showKeys(action.keys)]),
-    [t("Choose"), "↑ ↓"],
-    [t("Choose several"), showKeys("Shift") + " ↑ ↓"],
-    [t("Choose one more"), t("Space")]
-  ];
-  return sheet(t("Keyboard shortcuts"), close => [
-    h("dl.keys", {tabIndex: 0},
-      rows.map(([label, key]) => h("div", {}, h("dt", {}, label), h("dd", {}, h("kbd", {}, key))))
-    ),
-    buttonsRow(button(t("Close"), () => close(), {className: "primary", autofocus: true}))
-  ]);
+  "“{name}” is held: it wants to overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {overwrites} Dateien überschreiben."
 }
-
-function keyOf(event) {
-  const plain = event.key.length === 1 && !event.ctrlKey && !event.metaKey ? event.key.toUpperCase() : event.key;
-  const name = event.key.length === 1 ? event.key.toUpperCase() : event.key;
-  const letter = /^[A-Z]$/.test(name);
-  return (
-    (event.ctrlKey || event.metaKey ? "Ctrl+" : "") +
-    (event.shiftKey && (letter || event.key.length > 1) ? "Shift+" : "") +
-    (letter ? name : plain)
-  );
-}
-
-function onKey(event) {
-  if (
-    !me.name ||
-    event.defaultPrevented ||
-    event.target.closest("input:not([type=checkbox]), textarea, select, dialog")
-  )
-    return;
-  const key = keyOf(event) === "Backspace" && onMac ? "Delete" : keyOf(event),
-    items = selection();
-  if (key === "Ctrl+V") return; // the paste event knows whether files come with it
-  if (key === "Enter" && event.target.closest("a, button")) return;
-  const action = ACTIONS.find(one => one.keys === key && one.when(items));
-  if (!action) return;
-  event.preventDefault();
-  act(action);
-}
-
-// ---- the start
-
-function listen() {
-  addEventListener("popstate", () => {
-    if (me.name) show();
-  });
-  addEventListener("scroll", drawRows, {passive: true});
-  addEventListener("resize", () => {
-    if (list.box && list.box.isConnected) redrawRows();
-  });
-  addEventListener("keydown", onKey);
-  addEventListener("dragstart", onDragStart);
-  addEventListener("dragover", onDragOver);
-  addEventListener("dragleave", event => {
-    if (!event.relatedTarget) unmarkDrop();
-  });
-  addEventListener("drop", onDrop);
-  addEventListener("paste", onPaste);
-  addEventListener("online", () => queue.delayed.forEach(wake));
-  addEventListener("pagehide", () => source && source.close()); // a page kept to come back to must not keep its connection
-  addEventListener("pageshow", event => event.persisted && watchServer());
-  document.addEventListener("visibilitychange", watchServer);
-  addEventListener("beforeunload", event => {
-    if (busy()) event.preventDefault();
-  });
-  document.addEventListener("click", onLinkClick);
-  document.addEventListener("contextmenu", event => {
-    if (
-      !event.target.closest(".content") ||
-      event.target.closest("a, input, textarea, pre, dialog") ||
-      !["files", "trash"].includes(view.kind)
-    )
-      return;
-    event.preventDefault();
-    clearSelection();
-    openMenu({x: event.clientX, y: event.clientY});
-  });
-}
-
-for (const [rel, name] of Object.entries({manifest: "manifest.json", icon: "icon.svg", "apple-touch-icon": "icon.svg"})) {
-  document.head.append(h("link", {rel, href: PREFIX + "/" + name}));
-}
-history.scrollRestoration = "manual";
-setLanguage(language);
-listen();
-start();
 """
 
 PAGE_HTML = r"""<!doctype html>
@@ -12078,21 +12108,34 @@ PAGE_HTML = r"""<!doctype html>
 <meta name="color-scheme" content="light dark">
 <title>cloudserver</title>
 <style>{style}</style>
+<script>{script}</script>
 </head>
 <body>
 <div id="app"></div>
 <div class="toasts" role="status"></div>
 <noscript>This page needs JavaScript; curl and every WebDAV client work without.</noscript>
-<script>{script}</script>
 </body>
 </html>
 """
 
 
-def lean(source: str) -> str:
-    """A script or style as it is sent: without the comments, indentation and some line ends, which are for people."""
-    bare = re.sub(r"(?m)^ *//.*\n|^ +| +// [^\"'`\n]*$", "", source)
-    return re.sub(r"(?<=[,(\[])\n", "", bare)
+LEAN = re.compile(r"""
+    (?P<kept> "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `(?:[^`\\]|\\.)*`                     # strings; templates are not nested
+    | (?<=[(,=:\[!&|?{};>\s]) / (?![*/ ]) (?:[^/\\\[\n]|\\.|\[(?:[^\]\\\n]|\\.)*\])+ /[a-z]* )         # regular expressions
+    | (?P<gone> //[^\n]* | /\*.*?\*/ )
+    | (?P<line> [ ]*\n\s* )
+    | [ ]* (?P<mark> => | [{}()\[\],;:?=<>&|] ) [ ]* | [ ] (?P<sum> [*/%] ) [ ]""", re.X | re.S)
+
+
+def lean(script: str) -> str:
+    """A script as it is sent: without the comments, blanks and line ends that are there for people."""
+    bare = LEAN.sub(lambda found: "\n" if found["line"] is not None else found["kept"] or found["mark"] or found["sum"] or "", script)
+    return re.sub(r"(?<=[,(\[{;:?=&|>])\n+|\n+(?=[)\]},:?=&|.])|\n+(?=\n)|^\n", "", bare)
+
+
+def lean_style(style: str) -> str:
+    """The same for a style."""
+    return re.sub(r"/\*.*?\*/|(?<=[{};:,>])\s+|\s+(?=[{}>])|;\s*(?=\})|\n", "", style, flags=re.S)
 
 
 def source_hash(text: str) -> str:
@@ -12103,7 +12146,7 @@ def source_hash(text: str) -> str:
 @lru_cache(maxsize=None)
 def page_as_sent(packed: bool) -> tuple[bytes, dict[str, str]]:
     """(body, header fields) for a browser that takes gzip or not, made when first asked for; nothing in it is secret (W3)."""
-    style, script = lean(PAGE_STYLE), lean(PAGE_SCRIPT)
+    style, script = lean_style(PAGE_STYLE), lean(PAGE_SCRIPT)
     page = PAGE_HTML.replace("{style}", style).replace("{script}", script).encode()
     return gzip.compress(page, mtime=0) if packed else page, {
         "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "Vary": "Accept-Encoding",
@@ -12127,6 +12170,26 @@ def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/trash", "/activity", "/search", "/settings/<path>",
                  "/login/v2/flow/<token>"):
     route("GET", _pattern, needs="nothing")(web_page)
+
+
+WORDS = {"de": PAGE_GERMAN}       # what the page says in other languages, JSON: another one is another row here and in LANGUAGES
+
+
+@route("GET", "/words/<language>", needs="nothing")
+def web_words(cloud: Cloud, who: Principal, request: Request, language: str) -> Response:
+    """{what the page says in English: the same in another language}"""
+    if language not in WORDS:
+        raise CloudError("not-found")
+    body = WORDS[language].encode()
+    return page_part(request, body, "application/json; charset=utf-8")
+
+
+def page_part(request: Request, body: bytes, media: str, **fields: str) -> Response:
+    """A public piece of the page, asked for anew each time and sent only when it changed."""
+    etag = '"%s"' % hashlib.sha256(body).hexdigest()[:16]
+    same = request["if-none-match"] == etag
+    return Response(304 if same else 200, b"" if same else body,
+                    {"Content-Type": media, "Cache-Control": "no-cache", "ETag": etag, **fields})
 
 
 ICON = (b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24"><rect width="24" height="24" fill="#1857c4"/><path fill="#fff" '

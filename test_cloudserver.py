@@ -3751,8 +3751,19 @@ def test_the_page_is_small_and_loads_nothing():
 
 
 def test_no_comment_is_sent():
-    """One that stayed could swallow the line that is joined to it; a comment must hold no quotes."""
-    assert not re.search(r"(?m)(^|\s)//.*$", cs.lean(SCRIPT))
+    """One that stayed could swallow the line that is joined to it."""
+    assert not re.search(r"(?m)(^|\s)//.*$", cs.lean(SCRIPT)) and "/*" not in cs.lean_style(STYLE)
+
+
+@pytest.mark.parametrize("source, want", [
+    ('a = "x  // y";  // z\nb = 1', 'a="x  // y";b=1'),
+    ("f(a,\n  b)\n  .then(c => `${d}  {e}`)\n", "f(a,b).then(c=>`${d}  {e}`)\n"),
+    ("x = y / 2 + z / 3;\nw = v.replace(/[/ ]+ \\//g, ' , ')", "x=y/2 + z/3;w=v.replace(/[/ ]+ \\//g,' , ')"),
+    ("if (a)\n  b()\nelse c()", "if(a)\nb()\nelse c()"),
+    ("let a = b\nc()\n\n/* d */\nreturn x ? {y: - 1} : +z", "let a=b\nc()\nreturn x?{y:- 1}:+z"),
+])
+def test_lean(source, want):
+    assert cs.lean(source) == want
 
 
 def test_the_script_makes_no_markup_of_text():
@@ -3810,11 +3821,19 @@ def words_of_the_script():
 
 
 def test_every_word_is_there_in_both_languages():
-    german = dict(re.findall(r'^  "((?:[^"\\]|\\.)*)":\s+"((?:[^"\\]|\\.)*)",$', SCRIPT[SCRIPT.index("const GERMAN"):], re.M))
+    german = json.loads(cs.PAGE_GERMAN)
     said = words_of_the_script()
     assert len(said) > 150 and said <= set(german), sorted(said - set(german))
     for english, words in german.items():
         assert sorted(re.findall(r"\{\w+\}", english)) == sorted(re.findall(r"\{\w+\}", words)), english
+
+
+def test_the_words_of_a_language_are_sent_when_they_changed(call):
+    words = call("GET", "/words/de", user=None)
+    assert words.json()["Files"] == "Dateien" and words.headers["cache-control"] == "no-cache"
+    assert call("GET", "/words/de", user=None, If_None_Match=words.headers["etag"]).status == 304
+    assert call("GET", "/words/en", user=None).status == 404
+    assert set(cs.WORDS) == set(re.findall(r"(\w+): \"", re.search(r"const LANGUAGES = \{(.*?)\};", SCRIPT)[1])) - {"en"}
 
 
 def test_every_address_of_the_page_answers_with_the_page(call):
@@ -6023,6 +6042,25 @@ def test_browser_settings(page):
     assert page.cloud.accounts.log_in(page.who.name, "another horse 9", "127.0.0.1", "")[0]
     page.click("Deutsch")
     page.sees("Anmelden", "Passwort")
+
+
+def test_browser_is_dark_or_light_as_chosen_before_anything_is_drawn(page):
+    page.size(1280, 800, dark=True)
+    page.open("/settings")
+    back = "return getComputedStyle(document.body).backgroundColor"
+    assert page.wait(back) == "rgb(21, 23, 27)"
+    page.click("Light")
+    page.wait(back + " === 'rgb(255, 255, 255)'")
+    page.open("/settings")
+    assert page.run(back) == "rgb(255, 255, 255)"
+    page.click("Like the system")
+    page.wait(back + " === 'rgb(21, 23, 27)'")
+    page.size(1280, 800)
+    page.wait(back + " === 'rgb(255, 255, 255)'")
+    page.click("Deutsch")
+    page.sees("Farben")
+    page.open("/settings")
+    page.sees("Wie das System")
 
 
 def test_browser_selects_with_mouse_and_keys(page):
