@@ -12722,18 +12722,27 @@ class Upkeep:
         """Bring the index of names up to date, where SQLite has one."""
         if not self.db.has_index():
             return
-        done, head = int(self.db.setting("indexed") or 0), self.cloud.head()
-        rows = [row for (home,) in self.db.read("SELECT id FROM account") for row in self.db.read(
-            "SELECT since, node, key FROM entry e WHERE home = ? AND since > ? AND since <= ? AND NOT EXISTS (SELECT 1 FROM entry p "
-            "WHERE p.node = e.node AND p.until = e.since AND p.key = e.key) ORDER BY since LIMIT ?", (home, done, head, 20_000))]
-        reached = head if len(rows) < 20_000 else min(head, max(since for since, _, _ in rows))
+        done = int(self.db.setting("indexed") or 0)
+        reached = self._stretch(done, 20_000)
         if reached == done:
             return
         (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM name_row")
-        chosen = [(last + n, node, key) for n, (since, node, key) in enumerate(rows, 1) if since <= reached]
+        rows = [row for (home,) in self.db.read("SELECT id FROM account") for row in self.db.read(
+            "SELECT node, key FROM entry e WHERE home = ? AND since > ? AND since <= ? AND NOT EXISTS (SELECT 1 FROM entry p "
+            "WHERE p.node = e.node AND p.until = e.since AND p.key = e.key) ORDER BY since", (home, done, reached))]
+        chosen = [(last + n, node, key) for n, (node, key) in enumerate(rows, 1)]
         self._write(Statement("INSERT INTO name_row VALUES (?, ?)", [row[:2] for row in chosen], many=True),
                     Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True),
                     Statement("INSERT OR REPLACE INTO setting VALUES ('indexed', ?)", (str(reached),)))
+
+    def _stretch(self, done: int, most: int) -> int:
+        """The seq up to which some work goes that stands at `done`: about `most` entries of a home, and no batch in part."""
+        reached = self.cloud.head()
+        for (home,) in self.db.read("SELECT id FROM account"):
+            for (since,) in self.db.read("SELECT since FROM entry WHERE home = ? AND since > ? AND since <= ? ORDER BY since "
+                                         "LIMIT 1 OFFSET ?", (home, done, reached, most)):
+                reached = since
+        return reached
 
     def digest(self, limit: int = GiB) -> None:
         """Compute the SHA-256 of files that came in parts, some at a time."""

@@ -4034,6 +4034,23 @@ def test_the_index_of_names_agrees_with_looking(cloud, ann, rng):
         assert {"/".join(path) for path, _ in cloud.search(ann, text)} == want
 
 
+def test_the_index_of_names_leaves_out_nobody_when_there_is_much(cloud, ann, monkeypatch):
+    """The stretch of one run ends where the fullest account says, and never within a batch."""
+    upkeep, bob, found = cs.Upkeep(cloud), account(cloud, "bob"), []
+    stretch = upkeep._stretch
+    monkeypatch.setattr(upkeep, "_stretch", lambda done, most: found.append(stretch(done, 10)) or found[-1])
+    upkeep.hold()
+    for n in range(25):
+        put(cloud, ann, "ann's %d" % n)
+    put(cloud, bob, "box/some", parents=True)
+    cloud.copy(ann, *(((f"ann's {n}",), (f"copy {n}",)) for n in range(25)))
+    put(cloud, bob, "bob's")
+    while not found or found[-1] < cloud.head():
+        upkeep.index_names()
+    assert len(found) > 3 and len(cloud.search(ann, "ann's")) == len(cloud.search(ann, "copy")) == 25
+    assert len(cloud.search(bob, "bob's")) == len(cloud.search(bob, "some")) == 1
+
+
 def test_checksums_of_uploads_in_parts_come_later(cloud, ann):
     data = os.urandom(9 * MiB)
     upload = cloud.create_upload(ann, ("a",), len(data))
