@@ -2495,6 +2495,8 @@ def network_of(address: str) -> str:
 NODE = ("e.node, e.home, e.since, e.until, e.parent, e.name, e.kind, e.manifest, coalesce(c.size, e.size), e.mtime, "
         "e.media, e.rev, e.fate, c.seq, c.files")
 CHUNK = "h.hash, h.size, h.data, h.object"
+STAR = "{http://owncloud.org/ns}favorite"        # the dead property of what somebody marked, in the words of most clients
+STARRED = '<o:favorite xmlns:o="http://owncloud.org/ns">1</o:favorite>'
 RESERVED = "coalesce(sum(max(coalesce(size, 0), received)), 0)"          # bytes that uploads under way may come to
 STRIDE = 24                     # names that one statement walks down
 LOCK_MOST = 24 * 3600           # seconds a lock may be granted for
@@ -4189,6 +4191,28 @@ class History(Tree):
                 "SELECT e.node, e.name FROM name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e ON e.node = r.node "
                 "AND e.until IS NULL WHERE name_index MATCH ? AND e.home = ? ORDER BY i.rowid DESC", (query, who.account))
 
+    def star(self, who: Principal, *paths: tuple[str, ...], on: bool) -> None:
+        """Mark files and collections with a star, in one step, or take it away."""
+        self._require(who)
+
+        def attempt() -> Batch:
+            nodes = [self._found(self._spot(who, path)) for path in paths]
+            rows = [row for node in nodes for row in self._property_rows(node, {STAR: STARRED if on else None})]
+            return self._batch(who, self._spot(who, ()), "star" if on else "unstar", name_paths(paths), [], rows)
+
+        self.db.write(attempt)
+
+    def starred(self, who: Principal) -> list[tuple[tuple[str, ...], Node]]:
+        """(path, node) of all that bears a star, in the order of paths."""
+        return [(path, node) for path, node, value in self.marked(who, STAR) if is_star(value)]
+
+    def stars_among(self, nodes: Iterable[Node]) -> set[int]:
+        """Which of some nodes bear a star."""
+        if not self.db.read("SELECT 1 FROM property WHERE name = ? LIMIT 1", (STAR,)):
+            return set()
+        return {id for piece in pieces([node.node for node in nodes]) for id, value in self.db.read(
+            "SELECT node, value FROM property WHERE name = ? AND node IN (" + marks(piece) + ")", (STAR, *piece)) if is_star(value)}
+
     def by_id(self, who: Principal, node: int) -> list[tuple[tuple[str, ...], Node]]:
         """(path, node) of a live node, if `who` can see it."""
         path = self._path_or_none(who, node)
@@ -4213,6 +4237,12 @@ def differs(then: Node | None, now: Node | None) -> bool:
     if then is None or now is None:
         return then is not now
     return (then.parent, then.name, then.manifest, then.mtime) != (now.parent, now.name, now.manifest, now.mtime)
+
+
+def is_star(value: str) -> bool:
+    """Does this value of STAR, an element, say yes?"""
+    found = re.search(">([^<]*)<", value)
+    return bool(found) and found[1].strip() in ("1", "yes", "true")
 
 
 # ---- native sync
@@ -5915,6 +5945,13 @@ def api_node(node: Node, path: Sequence[str]) -> dict[str, Any]:
     return about
 
 
+def api_nodes(cloud: Cloud, rows: Iterable[tuple[Sequence[str], Node]]) -> list[dict[str, Any]]:
+    """Live nodes, (path, node), with their stars."""
+    rows = list(rows)
+    stars = cloud.stars_among(node for _, node in rows)
+    return [{**api_node(node, path), "starred": True} if node.node in stars else api_node(node, path) for path, node in rows]
+
+
 def read_moment(cloud: Cloud, value: Any) -> int:
     """The seq of a moment: a time, or "seq:123"."""
     if isinstance(value, str) and re.fullmatch(r"seq:\d{1,18}", value):
@@ -6057,11 +6094,13 @@ def api_grant(cloud: Cloud, who: Principal, request: Request, token: str) -> Res
 
 # ---- files
 
-@route("GET", API + "files/<path>", needs="read", at_=TEXT, sort_=TEXT, order_=TEXT, limit_="integer", after_="integer")
+@route("GET", API + "files/<path>", needs="read", at_=TEXT, sort_=TEXT, order_=TEXT, limit_="integer", after_="integer",
+       chunks_="boolean")
 def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A node and, of a collection, a page of what it holds; `at` asks for a moment of the past.
 
     sort  name, size, mtime or kind;  order  asc or desc;  after  the `next` of the page before
+    chunks  of a file also what it consists of, in order: [[sha256, bytes], ...]
     """
     values = request.values
     if values["at"] is not None:
@@ -6073,10 +6112,11 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     limit, start = read_limit(values["limit"]), max(0, values["after"] or 0)
     with cloud.listing(who, path) as listing:
         page = list(listing.page(SORTS[values["sort"] or "name"], values["order"] == "desc", start, limit + 1))
-        answer = api_node(listing.node, path)
-        if listing.node.kind:
-            answer["children"] = [api_node(child, path + (child.name,)) for child in page[:limit]]
-            answer["next"] = start + limit if len(page) > limit else None
+    answer, *children = api_nodes(cloud, [(path, listing.node), *((path + (child.name,), child) for child in page[:limit])])
+    if listing.node.kind:
+        answer["children"], answer["next"] = children, start + limit if len(page) > limit else None
+    elif values["chunks"]:
+        answer["chunks"] = cloud.chunks_of(listing.node)
     return json_response(answer)
 
 
@@ -6301,6 +6341,22 @@ def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
     values = request.values
     found = cloud.search(who, values["q"], split_path(values["path"] or ""), read_limit(values["limit"], 1000))
     return json_response({"items": [api_node(node, path) for path, node in found]})
+
+
+@route("POST", API + "star", needs="write", paths="array", starred="boolean")
+def api_star(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Mark files and collections with a star, or take it away, many in one step."""
+    paths = [split_path(path) for path in request.values["paths"]]
+    if not 1 <= len(paths) <= PAGE_LIMIT:
+        raise CloudError("bad-request", "paths are 1 to %d" % PAGE_LIMIT)
+    cloud.star(who, *paths, on=request.values["starred"])
+    return Response(204)
+
+
+@route("GET", API + "starred", needs="read")
+def api_starred(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """All that bears a star, in the order of paths."""
+    return json_response({"items": api_nodes(cloud, cloud.starred(who))})
 
 
 # ---- for administrators
@@ -7440,7 +7496,7 @@ def stored_text(node: Node, about: About, name: str) -> str:
     return found[1] if found else ""
 
 
-FAVORITE, LIVE_PHOTO = OC + "favorite", NC + "metadata-files-live-photo"
+FAVORITE, LIVE_PHOTO = STAR, NC + "metadata-files-live-photo"
 KEPT.update([FAVORITE, LIVE_PHOTO])
 NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
     **PROPERTIES,
@@ -7780,8 +7836,8 @@ def nc_filter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     names = tuple(dict.fromkeys(part.tag for part in body.iterfind("{DAV:}prop/*")))
     wanted = (body.findtext(OC + "filter-rules/" + FAVORITE) or "").strip() in TRUE
     about, base = Scattered(cloud, who), find_door(request.path)[1]
-    return nc_rows(request, about, base, names, ((place, node) for place, node, _ in cloud.marked(who, FAVORITE)
-                                                 if wanted and place[:len(path)] == path and is_favorite(node, about)))
+    return nc_rows(request, about, base, names, ((place, node) for place, node in cloud.starred(who)
+                                                 if wanted and place[:len(path)] == path))
 
 
 REPORT_KINDS[OC + "filter-files"] = nc_filter
@@ -7789,7 +7845,7 @@ TRUE = ("1", "yes", "true")
 
 
 def is_favorite(node: Node, about: About) -> bool:
-    return stored_text(node, about, FAVORITE) in TRUE
+    return is_star(about.dead.get(node.node, {}).get(FAVORITE, ""))
 
 
 def read_search_time(text: str) -> int:
@@ -7870,7 +7926,7 @@ def look_up_name(cloud: Cloud, who: Principal, pattern: str) -> list[tuple[tuple
 
 
 def look_up_favorites(cloud: Cloud, who: Principal, value: str) -> list[tuple[tuple[str, ...], Node]] | None:
-    return [(place, node) for place, node, _ in cloud.marked(who, FAVORITE)] if value in TRUE else None
+    return cloud.starred(who) if value in TRUE else None
 
 
 LOOKUPS: dict[tuple[str, str], Callable[[Cloud, Principal, str], Optional[list[tuple[tuple[str, ...], Node]]]]] = {

@@ -2513,6 +2513,33 @@ def test_setting_up_logging_in_and_out(make_cloud, serve_cloud):
     assert browser.call("GET", "/api/v1/account").status == 401
 
 
+def test_stars_are_those_of_nextcloud_clients(api, call, cloud, ann):
+    for path in ("b/c.txt", "a.txt", "d.txt"):
+        put(cloud, ann, path, parents=True)
+    assert api("POST", "star", paths=["a.txt", "b", "b/c.txt"], starred=True) == 204
+    assert [item["path"] for item in api("GET", "starred")["items"]] == ["a.txt", "b", "b/c.txt"]
+    assert {item["name"]: item.get("starred") for item in api("GET", "files")["children"]} == {"a.txt": True, "b": True, "d.txt": None}
+    favorite = b'<d:propfind xmlns:d="DAV:" xmlns:o="http://owncloud.org/ns"><d:prop><o:favorite/></d:prop></d:propfind>'
+    assert b"<oc:favorite>1<" in call("PROPFIND", "/remote.php/dav/files/ann/a.txt", favorite, Depth="0").body
+    assert b">1</" in call("PROPFIND", "/dav/a.txt", favorite, Depth="0").body
+    move(cloud, ann, "a.txt", "e.txt")
+    api("POST", "star", paths=["b"], starred=False)
+    call("PROPPATCH", "/remote.php/dav/files/ann/d.txt", b'<d:propertyupdate xmlns:d="DAV:" xmlns:o="http://owncloud.org/ns"><d:set><d:prop>'
+         b"<o:favorite>1</o:favorite></d:prop></d:set></d:propertyupdate>")
+    assert [item["path"] for item in api("GET", "starred")["items"]] == ["b/c.txt", "d.txt", "e.txt"]
+    assert api("POST", "star", paths=["d.txt", "nothing"], starred=False) == "not-found"
+    assert "starred" in api("GET", "files/d.txt") and cloud.starred(account(cloud, "bob")) == []
+
+
+def test_a_file_tells_its_chunks(api, cloud, ann):
+    data = os.urandom(9 * MiB)
+    put(cloud, ann, "a", data)
+    put(cloud, ann, "b", b"")
+    assert api("GET", "files/a", chunks="true")["chunks"] == [
+        [hashlib.sha256(data[at:at + 4 * MiB]).hexdigest(), min(4 * MiB, 9 * MiB - at)] for at in range(0, 9 * MiB, 4 * MiB)]
+    assert api("GET", "files/b", chunks=1)["chunks"] == [] and "chunks" not in api("GET", "files/a")
+
+
 @pytest.mark.parametrize("fields, want", [
     ({}, 201), ({"X-Requested-By": ""}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": ""}, 403),
     ({"Sec-Fetch-Site": "", "Origin": "OWN"}, 201), ({"Origin": "http://evil.example"}, 403),
