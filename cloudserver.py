@@ -82,7 +82,7 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
@@ -243,6 +243,19 @@ class Preconditions:
 
 
 ANY = Preconditions()
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a search looks for; "", () and None ask for nothing."""
+    words: tuple[str, ...] = ()                   # folded; all must be there
+    without: tuple[str, ...] = ()                 # folded; none may be there
+    within: str = ""                              # "names" or "contents"; "" is both
+    kind: str = ""                                # one of KINDS, or "collection"
+    least: int | None = None                      # bytes
+    most: int | None = None
+    after: int | None = None                      # mtime, ms since 1970
+    before: int | None = None
 
 
 class Lock(NamedTuple):
@@ -954,6 +967,70 @@ def media_of_suffix(suffix: str) -> str:
     return _MEDIA.guess_type("x." + suffix)[0] or ""
 
 
+KINDS = {  # what people call it: media types, or the part of them before the slash
+    "image": "image", "video": "video", "audio": "audio", "pdf": "application/pdf",
+    "table": "text/csv text/tab-separated-values application/vnd.ms-excel application/vnd.oasis.opendocument.spreadsheet "
+             "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+    "document": "application/msword application/rtf application/epub+zip application/vnd.ms-powerpoint "
+                "application/vnd.oasis.opendocument.text application/vnd.oasis.opendocument.presentation "
+                "application/vnd.openxmlformats-officedocument.wordprocessingml.document "
+                "application/vnd.openxmlformats-officedocument.presentationml.presentation",
+    "archive": "application/zip application/gzip application/zstd application/x-tar application/x-7z-compressed "
+               "application/vnd.rar application/x-bzip2 application/x-xz application/java-archive",
+    "text": "text application/json application/xml application/yaml application/toml application/javascript application/sql "
+            "application/x-sh application/x-tex application/x-latex application/x-csh application/x-python"}
+_KIND_OF = {media: kind for kind, medias in KINDS.items() for media in medias.split()}
+
+
+def kind_of_media(media: str | None) -> str:
+    """The kind of a file: one of KINDS, or "other"; "collection" for None."""
+    if media is None:
+        return "collection"
+    return _KIND_OF.get(media) or _KIND_OF.get(media.partition("/")[0], "other")
+
+
+def decode_text(data: bytes) -> str | None:
+    """The text of a file: UTF-8, UTF-16 with its mark, or else Windows-1252; None if it is none."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", "replace")
+    if b"\0" in data:
+        return None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
+
+
+_WORD = re.compile(r'(-?)(?:"([^"]*)"|(\S+))')
+WORDS_MOST = 8
+
+
+def parse_words(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a person typed, `lake "two words" -winter`, to (words that must be there, words that must not), folded."""
+    found = [(sign, (quoted or plain or "").casefold()) for sign, quoted, plain in _WORD.findall(key_of(text))]
+    return (tuple(word for sign, word in found if word and not sign)[:WORDS_MOST],
+            tuple(word for sign, word in found if word and sign)[:WORDS_MOST])
+
+
+_NO_BLANKS = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])")
+
+
+def spread(text: str) -> str:
+    """A text as it is indexed: folded; signs of writing that has no blanks between words stand each for itself."""
+    return _NO_BLANKS.sub(r" \1 ", text.casefold())
+
+
+def find_words(text: str, words: Sequence[str]) -> tuple[str, str, str] | None:
+    """A place in a text where one of some words stands, on one line: (before, the word, after)."""
+    found = re.search("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)), text, re.I)
+    if not found:
+        return None
+    start, end = found.span()
+    before = " ".join(text[max(0, start - 60):start].split())[-40:] + " " * text[max(0, start - 1):start].isspace()
+    after = " " * text[end:end + 1].isspace() + " ".join(text[end:end + 200].split())[:120]
+    return before, found[0], after
+
+
 def media_type(name: str, head: bytes) -> str:
     """The media type of a file, by its name; what a browser would show counts only if the first bytes agree."""
     stem, dot, suffix = name.rpartition(".")
@@ -1532,7 +1609,7 @@ CREATE INDEX property_name ON property (name);
 CREATE TABLE pin (node INTEGER NOT NULL, rev INTEGER NOT NULL, name TEXT NOT NULL,
     PRIMARY KEY (node, rev)) WITHOUT ROWID;                                          -- versions that stay
 CREATE TABLE age (due INTEGER PRIMARY KEY, seq INTEGER NOT NULL);                    -- the newest seq, every hour
-CREATE TABLE name_row (id INTEGER PRIMARY KEY, node INTEGER NOT NULL);               -- rows of the index of names
+CREATE TABLE name_row (id INTEGER PRIMARY KEY, node INTEGER NOT NULL);               -- rows of name_index
 CREATE TABLE lock (token TEXT PRIMARY KEY, home INTEGER NOT NULL, node INTEGER NOT NULL, account INTEGER NOT NULL,
     deep INTEGER NOT NULL, exclusive INTEGER NOT NULL, owner TEXT NOT NULL, seconds INTEGER NOT NULL,
     due INTEGER NOT NULL) WITHOUT ROWID;
@@ -1574,7 +1651,19 @@ CREATE TABLE throttle (subject TEXT PRIMARY KEY, failures INTEGER NOT NULL, due 
 CREATE TABLE lease (name TEXT PRIMARY KEY, owner TEXT NOT NULL, fence INTEGER NOT NULL, due INTEGER NOT NULL) WITHOUT ROWID;
 """
 
-MIGRATIONS: list[str] = []      # MIGRATIONS[0] leads from version 1 to 2
+VERSION_2 = """
+CREATE TABLE text_row (                 -- rows of text_index: contents of text files, each once per account
+    id INTEGER PRIMARY KEY, home INTEGER NOT NULL, manifest TEXT NOT NULL, UNIQUE (home, manifest));
+CREATE TABLE thumbnail (                -- small pictures of images and videos, made by browsers
+    id INTEGER PRIMARY KEY, home INTEGER NOT NULL, manifest TEXT NOT NULL, data BLOB NOT NULL, UNIQUE (home, manifest));
+CREATE INDEX journal_server ON journal (seq) WHERE action IN
+    ('account-add', 'account-password', 'account-admin', 'account-quota', 'account-remove', 'settings', 'hold');
+"""
+MIGRATIONS = [VERSION_2]        # MIGRATIONS[0] leads from version 1 to 2
+INDEXES = (  # made where SQLite can: parts of names; words of contents
+    "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
+    "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
+    "tokenize = 'unicode61 remove_diacritics 2')")
 
 GROUP_LIMIT = 64                # batches in one commit
 ATTEMPTS = 50                   # times a batch may find that somebody was faster
@@ -1771,11 +1860,10 @@ class Database:
         return self._last_id << 12 | self._slot
 
     def has_index(self) -> bool:
-        """Is there an index of names?  It is made on the first call, where SQLite can (FTS5, trigrams)."""
+        """Are there indexes of names and contents?  They are made on the first call, where SQLite can (FTS5, trigrams)."""
         if self._index is None:
             try:
-                self.run(Statement("CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', "
-                                   "tokenize = 'trigram')"))
+                self.run(*map(Statement, INDEXES))
                 self._index = True
             except CloudError:
                 self._index = False
@@ -1920,7 +2008,7 @@ class Database:
             return
         if version:
             self._copy_before_migration(db, version)
-        steps = MIGRATIONS[version - 1:] if version else [SCHEMA, self._first_rows()]
+        steps = MIGRATIONS[version - 1:] if version else [SCHEMA, *MIGRATIONS, self._first_rows()]
         script = ";".join(["BEGIN IMMEDIATE", *steps, "PRAGMA user_version = %d" % current, "COMMIT"])
         try:
             db.executescript(script)
@@ -2496,6 +2584,7 @@ NODE = ("e.node, e.home, e.since, e.until, e.parent, e.name, e.kind, e.manifest,
         "e.media, e.rev, e.fate, c.seq, c.files")
 CHUNK = "h.hash, h.size, h.data, h.object"
 STAR = "{http://owncloud.org/ns}favorite"        # the dead property of what somebody marked, in the words of most clients
+TEXT_LIMIT = MiB                # bytes of a text file whose contents are found by a search
 STARRED = '<o:favorite xmlns:o="http://owncloud.org/ns">1</o:favorite>'
 RESERVED = "coalesce(sum(max(coalesce(size, 0), received)), 0)"          # bytes that uploads under way may come to
 STRIDE = 24                     # names that one statement walks down
@@ -3569,6 +3658,26 @@ class Step(NamedTuple):
     undoable: bool
 
 
+class Found(NamedTuple):
+    """A hit of a search."""
+    path: tuple[str, ...]
+    node: Node
+    snippet: tuple[str, str, str] | None         # (before, word, after), of a hit in the contents
+
+
+def fits(query: Query, node: Node) -> bool:
+    """Do kind, size and time of a node fit?  A collection has no size that anybody looks for."""
+    sized = query.least is not None or query.most is not None
+    return ((not query.kind or query.kind == kind_of_media(node.media))
+            and not (sized and node.kind) and (query.least or 0) <= node.size <= (sys.maxsize if query.most is None else query.most)
+            and (query.after is None or node.mtime >= query.after) and (query.before is None or node.mtime < query.before))
+
+
+def match_words(word: str) -> str:
+    """A word, or beginning of one, in the language of FTS5."""
+    return '"%s"*' % spread(word).replace('"', '""')
+
+
 class _Past:
     """The tree below a collection as of a seq, node by node."""
 
@@ -4149,24 +4258,44 @@ class History(Tree):
         return [Step(seq, at, action, json.loads(detail), account, device, bool(undoable) and seq > self.oldest_seq())
                 for seq, at, action, detail, account, device, undoable in rows]
 
-    def search(self, who: Principal, text: str, path: tuple[str, ...] = (), limit: int = 200) -> list[tuple[tuple[str, ...], Node]]:
-        """Nodes whose names hold all words of a text, in any case: (path, node), the latest changed first."""
-        words = [word.casefold() for word in key_of(text).split()][:8]
-        if not words:
-            return []
+    def search(self, who: Principal, query: Query, path: tuple[str, ...] = (), limit: int = 200) -> tuple[list[Found], bool]:
+        """What fits a query below a path, the latest changed first, names before contents; and whether there is more.
+
+        Words stand anywhere in a name, in any case; in contents at the beginning of a word.
+        """
         self.stat(who, path)
         found, seen = [], set()
-        for id, name in self._candidates(who, words):
-            folded = name.casefold()
-            if id in seen or not all(word in folded for word in words):
-                continue
-            seen.add(id)
-            where = self._path_or_none(who, id)
-            if where is not None and where[:len(path)] == path and len(where) > len(path):
-                found.append((where, self._node(id)))
-                if len(found) >= limit:
-                    break
-        return found
+        with nullcontext() if query.words else self._heavy(who):         # without words everything is looked at
+            for node, inside in self._hits(who, query):
+                if node.node in seen or not fits(query, node):
+                    continue
+                seen.add(node.node)
+                where = self._path_or_none(who, node.node)
+                if where is not None and where[:len(path)] == path and len(where) > len(path):
+                    if len(found) == limit:
+                        return found, True
+                    found.append(Found(where, node, self._snippet(node, query.words) if inside else None))
+        return found, False
+
+    def _hits(self, who: Principal, query: Query) -> Iterator[tuple[Node, bool]]:
+        """(node, do the words stand in its contents?) of nodes that may fit."""
+        if query.within != "contents" or not query.words:
+            for node in self._candidates(who, query):
+                folded = node.name.casefold()
+                if all(word in folded for word in query.words) and not any(word in folded for word in query.without):
+                    yield node, False
+        if query.within != "names" and query.words and self.db.has_index():
+            wanted = " AND ".join(map(match_words, query.words)) + "".join(" NOT " + match_words(word) for word in query.without)
+            for row in self.db.each(
+                    "SELECT " + NODE + " FROM text_index i JOIN text_row r ON r.id = i.rowid JOIN entry e ON e.manifest = r.manifest "
+                    "AND e.home = r.home AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node "
+                    "WHERE text_index MATCH ? AND r.home = ? ORDER BY i.rowid DESC",
+                    ('home : "%d" AND body : (%s)' % (who.account, wanted), who.account)):
+                yield Node._make(row), True
+
+    def _snippet(self, node: Node, words: Sequence[str]) -> tuple[str, str, str] | None:
+        text = decode_text(self._content(node).read(TEXT_LIMIT))
+        return text and find_words(unicodedata.normalize("NFC", text), words)
 
     def find_all(self, who: Principal, path: tuple[str, ...], test: Callable[[Node], bool]) -> list[tuple[tuple[str, ...], Node]]:
         """(path from there, node) of all below a path that pass a test."""
@@ -4180,16 +4309,21 @@ class History(Tree):
             "WHERE p.name = ? AND e.home = ?", (name, who.account))]
         return sorted((path, self._node(id), value) for path, id, value in found if path is not None)
 
-    def _candidates(self, who: Principal, words: list[str]) -> Iterator[tuple[int, str]]:
-        """(id, name) of live nodes of the account: those the index knows to fit, then all it has not seen yet."""
-        indexed = int(self.db.setting("indexed") or 0) if all(len(word) > 2 for word in words) else 0
-        yield from self.db.each("SELECT node, name FROM entry WHERE home = ? AND since > ? AND until IS NULL "
-                                "ORDER BY since DESC", (who.account, indexed))
+    def _candidates(self, who: Principal, query: Query) -> Iterator[Node]:
+        """Live nodes of the account: those the index of names knows to fit, and all it has not seen yet."""
+        usable = query.words and all(len(word) > 2 for word in query.words)
+        indexed = int(self.db.setting("indexed") or 0) if usable else 0
+        yield from map(Node._make, self.db.each(
+            "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.home = ? AND e.since > ? "
+            "AND e.until IS NULL AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ? ORDER BY e.since DESC",
+            (who.account, indexed, query.least or 0, sys.maxsize if query.most is None else query.most,
+             MTIME_MIN if query.after is None else query.after, MTIME_MAX + 1 if query.before is None else query.before)))
         if indexed:
-            query = " AND ".join('"%s"' % word.replace('"', '""') for word in words)
-            yield from self.db.each(
-                "SELECT e.node, e.name FROM name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e ON e.node = r.node "
-                "AND e.until IS NULL WHERE name_index MATCH ? AND e.home = ? ORDER BY i.rowid DESC", (query, who.account))
+            wanted = " AND ".join('"%s"' % word.replace('"', '""') for word in query.words)
+            yield from map(Node._make, self.db.each(
+                "SELECT " + NODE + " FROM name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e ON e.node = r.node "
+                "AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node WHERE name_index MATCH ? AND e.home = ? "
+                "ORDER BY i.rowid DESC", (wanted, who.account)))
 
     def star(self, who: Principal, *paths: tuple[str, ...], on: bool) -> None:
         """Mark files and collections with a star, in one step, or take it away."""
@@ -6335,12 +6469,30 @@ def api_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
         for step in cloud.activity(who, values["before"] or 1 << 62, read_limit(values["limit"]), values["action"])]})
 
 
-@route("GET", API + "search", needs="read", q=TEXT, path_=TEXT, limit_="integer")
+@route("GET", API + "search", needs="read", q_=TEXT, path_=TEXT, within_=TEXT, kind_=TEXT, larger_="integer", smaller_="integer",
+       after_=TEXT, before_=TEXT, limit_="integer")
 def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Files and collections by words of their names."""
+    """Files and collections by words of their names and, of text files, contents; the latest changed first.
+
+    q        words that must be there; "several in quotes" hang together, a leading - asks for what does not have it
+    path     only what is below;  within  names or contents, not both
+    kind     image, video, audio, pdf, table, document, archive, text or collection
+    larger, smaller   bytes, inclusive;  after, before   times of modification
+    """
     values = request.values
-    found = cloud.search(who, values["q"], split_path(values["path"] or ""), read_limit(values["limit"], 1000))
-    return json_response({"items": [api_node(node, path) for path, node in found]})
+    words, without = parse_words(values["q"] or "")
+    times = [None if values[name] is None else parse_time(values[name]) for name in ("after", "before")]
+    query = Query(words, without, values["within"] or "", values["kind"] or "", values["larger"], values["smaller"], *times)
+    if query.within not in ("", "names", "contents") or query.kind not in ("", "collection", *KINDS):
+        raise CloudError("bad-request", "within is names or contents; kind is collection, %s" % ", ".join(KINDS))
+    if query == Query(within=query.within):
+        return json_response({"items": [], "more": False})
+    found, more = cloud.search(who, query, split_path(values["path"] or ""), read_limit(values["limit"], 1000))
+    items = api_nodes(cloud, ((hit.path, hit.node) for hit in found))
+    for item, hit in zip(items, found):
+        if hit.snippet:
+            item["snippet"] = dict(zip(("before", "match", "after"), hit.snippet))
+    return json_response({"items": items, "more": more})
 
 
 @route("POST", API + "star", needs="write", paths="array", starred="boolean")
@@ -7922,7 +8074,9 @@ def search_nodes(cloud: Cloud, who: Principal, path: tuple[str, ...], where: ET.
 def look_up_name(cloud: Cloud, who: Principal, pattern: str) -> list[tuple[tuple[str, ...], Node]] | None:
     """%words% of a name."""
     before, words, after = pattern.split("%") if pattern.count("%") == 2 else ("", "", "")
-    return cloud.search(who, words, limit=SEARCH_MOST) if words.strip() and not before + after else None
+    if not words.strip() or before + after:
+        return None
+    return [(path, node) for path, node, _ in cloud.search(who, Query(parse_words(words)[0], within="names"), limit=SEARCH_MOST)[0]]
 
 
 def look_up_favorites(cloud: Cloud, who: Principal, value: str) -> list[tuple[tuple[str, ...], Node]] | None:
@@ -12791,6 +12945,56 @@ class Upkeep:
                     Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True),
                     Statement("INSERT OR REPLACE INTO setting VALUES ('indexed', ?)", (str(reached),)))
 
+    def index_contents(self) -> None:
+        """Bring the index of contents up to date, where SQLite has one; a commit takes about a MiB, so that nobody waits long."""
+        if not self.db.has_index():
+            return
+        done = int(self.db.setting("read") or 0)
+        reached = self._stretch(done, 2_000)
+        rows, size = [], 0
+        for home, manifest, length in self._unread(done, reached):
+            text = decode_text(self.cloud.content_of(manifest, length).read(TEXT_LIMIT))
+            rows.append((home, manifest, spread(text or "")))
+            size += length
+            if size > MiB:
+                self._add_contents(rows)
+                rows, size = [], 0
+        self._add_contents(rows)
+        if reached != done:
+            self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('read', ?)", (str(reached),)))
+
+    def _unread(self, done: int, reached: int) -> Iterator[tuple[int, str, int]]:
+        """(home, manifest, bytes) of live text files that are not indexed yet."""
+        seen = set()
+        for (home,) in self.db.read("SELECT id FROM account"):
+            for manifest, size, media in self.db.read(
+                    "SELECT manifest, size, media FROM entry e WHERE home = ? AND since > ? AND since <= ? AND until IS NULL "
+                    "AND kind = 0 AND size BETWEEN 1 AND ? AND NOT EXISTS (SELECT 1 FROM text_row r WHERE r.home = e.home "
+                    "AND r.manifest = e.manifest)", (home, done, reached, TEXT_LIMIT)):
+                if kind_of_media(media) in ("text", "table") and (home, manifest) not in seen:
+                    seen.add((home, manifest))
+                    yield home, manifest, size
+
+    def _add_contents(self, rows: list[tuple[int, str, str]]) -> None:
+        (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM text_row")
+        rows = [(last + n, *row) for n, row in enumerate(rows, 1)]
+        if rows:
+            self._write(Statement("INSERT INTO text_row VALUES (?, ?, ?)", [row[:3] for row in rows], many=True),
+                        Statement("INSERT INTO text_index (rowid, home, body) VALUES (?, ?, ?)",
+                                  [(id, home, text) for id, home, _, text in rows], many=True))
+
+    def tidy(self) -> None:
+        """Drop thumbnails of what is gone; begin the index of contents anew when most of it is about what is gone."""
+        gone = self.db.read("SELECT id FROM thumbnail t WHERE NOT EXISTS (SELECT 1 FROM entry WHERE manifest = t.manifest "
+                            "AND home = t.home)")
+        for piece in pieces(gone):
+            self._write(Statement("DELETE FROM thumbnail WHERE id = ?", piece, many=True))
+        stale, known = self.db.read("SELECT coalesce(sum(NOT EXISTS (SELECT 1 FROM entry e WHERE e.manifest = r.manifest "
+                                    "AND e.home = r.home AND until IS NULL)), 0), count(*) FROM text_row r")[0]
+        if stale > 1000 and 2 * stale > known:
+            self._write(Statement("INSERT INTO text_index (text_index) VALUES ('delete-all')"), Statement("DELETE FROM text_row"),
+                        Statement("DELETE FROM setting WHERE name = 'read'"))
+
     def _stretch(self, done: int, most: int) -> int:
         """The seq up to which some work goes that stands at `done`: about `most` entries of a home, and no batch in part."""
         reached = self.cloud.head()
@@ -12885,6 +13089,8 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
     "crash": (MINUTE, lambda janitor: janitor.upkeep.look_after_crash()),
     "expire": (MINUTE, lambda janitor: janitor.upkeep.expire()),
     "names": (5 * SECOND, lambda janitor: janitor.upkeep.index_names()),
+    "contents": (5 * SECOND, lambda janitor: janitor.upkeep.index_contents()),
+    "tidy": (DAY, lambda janitor: janitor.upkeep.tidy()),
     "digest": (MINUTE, lambda janitor: janitor.upkeep.digest()),
     "age": (HOUR, lambda janitor: janitor.upkeep.mark_age()),
     "purge": (5 * MINUTE, lambda janitor: janitor.upkeep.purge()),
@@ -12999,7 +13205,7 @@ def copy_tables(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA user_version = %d" % db.execute("PRAGMA live.user_version").fetchone())
     there = {name for (name,) in db.execute("SELECT name FROM main.sqlite_master")}
     for kind, name, sql in db.execute("SELECT type, name, sql FROM live.sqlite_master WHERE sql IS NOT NULL "
-                                      "AND name NOT LIKE 'name_index%' ORDER BY type DESC").fetchall():
+                                      "AND name NOT LIKE '%_index%' ORDER BY type DESC").fetchall():
         if name not in there:
             db.execute(sql)
         if kind == "table" and name != "chunk":
@@ -13009,8 +13215,9 @@ def copy_tables(db: sqlite3.Connection) -> None:
     db.execute("INSERT INTO main.chunk SELECT * FROM live.chunk l WHERE NOT EXISTS (SELECT 1 FROM main.chunk c WHERE c.hash = l.hash)")
     db.execute("UPDATE main.chunk SET (object, at, condemned, bad) = (SELECT object, at, condemned, bad FROM live.chunk l "
                "WHERE l.hash = chunk.hash)")
-    db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed')")
+    db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed', 'read')")
     db.execute("DELETE FROM main.name_row")
+    db.execute("DELETE FROM main.text_row")
     db.execute("DELETE FROM main.lease")
 
 

@@ -161,6 +161,11 @@ def ann(cloud):
     return account(cloud, admin=True)
 
 
+def look_for(cloud, who, text, path="", **how):
+    words, without = cs.parse_words(text)
+    return cloud.search(who, cs.Query(words, without, **how), cs.split_path(path))[0]
+
+
 def put(cloud, who, path, data=b"x", given=ANY, **how):
     """cloud.write with a path and bytes as people write them."""
     data = data.encode() if isinstance(data, str) else data
@@ -816,17 +821,32 @@ def test_a_newer_database_is_refused_politely(tmp_path):
 def test_a_migration_copies_first_and_is_all_or_nothing(tmp_path, monkeypatch):
     """R31"""
     Database(tmp_path / "cloud.db", Clock()).close()
-    monkeypatch.setattr(cs, "MIGRATIONS", ["CREATE TABLE extra (a); CREATE TABLE broken (", ])
+    today = 1 + len(cs.MIGRATIONS)
+    monkeypatch.setattr(cs, "MIGRATIONS", [*cs.MIGRATIONS, "CREATE TABLE extra (a); CREATE TABLE broken ("])
     with pytest.raises(sqlite3.Error):
         Database(tmp_path / "cloud.db", Clock())
-    monkeypatch.setattr(cs, "MIGRATIONS", ["CREATE TABLE extra (a)"])
+    monkeypatch.setattr(cs, "MIGRATIONS", [*cs.MIGRATIONS[:-1], "CREATE TABLE extra (a)"])
     db = Database(tmp_path / "cloud.db", Clock())
-    assert db.read("PRAGMA user_version") == [(2,)] and db.read("SELECT * FROM extra") == []
+    assert db.read("PRAGMA user_version") == [(today + 1,)] and db.read("SELECT * FROM extra") == []
     db.close()
-    monkeypatch.setattr(cs, "MIGRATIONS", [])
-    kept = sqlite3.connect(tmp_path / "cloud-version-1.db")
-    assert kept.execute("PRAGMA user_version").fetchone() == (1,)
+    kept = sqlite3.connect(tmp_path / ("cloud-version-%d.db" % today))
+    assert kept.execute("PRAGMA user_version").fetchone() == (today,)
     kept.close()
+
+
+def test_every_released_version_comes_to_the_tables_of_today(tmp_path, monkeypatch):
+    """R31"""
+    migrations, shapes = cs.MIGRATIONS, []
+    for version in range(1, 2 + len(migrations)):
+        path = tmp_path / str(version) / "cloud.db"
+        path.parent.mkdir()
+        for known in (migrations[:version - 1], migrations):
+            monkeypatch.setattr(cs, "MIGRATIONS", known)
+            db = Database(path, Clock())
+            shape = db.read("SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE '%_index%' ORDER BY name")
+            db.close()
+        shapes.append(shape)
+    assert len(shapes[0]) > 40 and all(shape == shapes[-1] for shape in shapes)
 
 
 def test_a_failed_commit_is_never_retried_into_success(db, monkeypatch):
@@ -1845,11 +1865,63 @@ def test_activity_tells_who_did_what_with_what(cloud, ann):
 def test_search_finds_names_in_any_case_below_a_path(cloud, ann):
     for path in ("Photos/Summer 2026/Über den Wolken.jpg", "Photos/winter.JPG", "docs/summer plan.txt", "x%y_z"):
         put(cloud, ann, path, parents=True)
-    names = lambda text, path="": [where[-1] for where, _ in cloud.search(ann, text, cs.split_path(path))]
+    names = lambda text, path="": ["/".join(found.path[-1:]) for found in look_for(cloud, ann, text, path)]
     assert sorted(names("summer")) == ["Summer 2026", "summer plan.txt"] and names("ÜBER wolken") == ["Über den Wolken.jpg"]
-    assert names("jpg", "Photos") and not names("jpg", "docs") and names("%") == ["x%y_z"] and names("") == []
+    assert names("jpg", "Photos") and not names("jpg", "docs") and names("%") == ["x%y_z"]
+    assert names("summer -plan") == ["Summer 2026"] and names('"den wolken"') and not names('"wolken den"') and names("wolken den")
     cloud.delete(ann, ("Photos",))
-    assert names("wolken") == [] and cloud.search(account(cloud, "bob"), "summer") == []
+    assert names("wolken") == [] and look_for(cloud, account(cloud, "bob"), "summer") == []
+
+
+def test_search_by_kind_size_and_time(cloud, ann):
+    for name, size, year in (("a.jpg", 10, 2020), ("b.jpg", 2000, 2024), ("c.txt", 2000, 2026), ("d.zip", 50, 2026)):
+        put(cloud, ann, "box/" + name, (PNG if "jpg" in name else b"x") + b"y" * size, parents=True, mtime=cs.parse_time("%d-06-01" % year))
+    names = lambda **how: {found.path[-1] for found in look_for(cloud, ann, how.pop("text", ""), **how)}
+    assert names(kind="archive") == {"d.zip"} and names(kind="text") == {"c.txt"} and names(kind="collection") == {"box"}
+    assert names(least=1000) == {"b.jpg", "c.txt"} and names(most=1000) == {"a.jpg", "d.zip"} and names(least=1000, text="txt") == {"c.txt"}
+    assert names(after=cs.parse_time("2024-01-01"), before=cs.parse_time("2025-01-01")) == {"b.jpg"}
+    assert cloud.search(ann, cs.Query(), (), 2)[1] and not cloud.search(ann, cs.Query(), (), 5)[1]
+
+
+def test_search_in_the_contents_of_text_files(cloud, ann):
+    bob, upkeep = account(cloud, "bob"), cs.Upkeep(cloud)
+    upkeep.hold()
+    texts = {"letter.txt": "Dear Bob,\n\nthe caf\u00e9 at the Harbour opens   at nine.", "d/data.csv": "name,harbour\nx,1\n", "old.txt": "Stra\u00dfe".encode("cp1252"),
+             "wide.txt": "harbour".encode("utf-16"), "tokyo.md": "\u6771\u4eac\u30bf\u30ef\u30fc", "no.bin": "harbour", "nul.txt": b"harbour\0"}
+    for path, text in texts.items():
+        put(cloud, ann, path, text if isinstance(text, bytes) else text.encode(), parents=True)
+    put(cloud, bob, "his.txt", b"harbour of bob")
+    put(cloud, ann, "large.txt", b"harbour " + b"x" * MiB)
+    upkeep.index_contents()
+    paths = lambda text, who=ann, **how: {"/".join(found.path) for found in look_for(cloud, who, text, **how)}
+    assert paths("harbour") == {"letter.txt", "d/data.csv", "wide.txt"} and paths("harbour", bob) == {"his.txt"}
+    assert paths("CAFE nine") == {"letter.txt"} and paths("harb open") == {"letter.txt"} and paths("arbour") == set() and paths("harbour -dear") == {"d/data.csv", "wide.txt"}
+    assert paths('"at nine"') == {"letter.txt"} and paths('"nine at"') == set() and paths("\u4eac\u30bf") == {"tokyo.md"} and paths("stra\u00dfe") == {"old.txt"}
+    assert paths("harbour", within="names") == set() and paths("data") == {"d/data.csv"} and paths("data", within="contents") == set()
+    assert paths("harbour", kind="table") == {"d/data.csv"} and paths("harbour", path="d") == {"d/data.csv"}
+    found, = look_for(cloud, ann, "harbour dear")
+    assert found.snippet == ("", "Dear", " Bob, the caf\u00e9 at the Harbour opens at nine.")
+    for text in ('"', "*", "a -", '"" x', "AND", "NEAR(a b)", "home : 2", "()", "^a", "{body}:x"):
+        assert isinstance(paths(text), set)
+    move(cloud, ann, "letter.txt", "d/moved.txt")
+    put(cloud, ann, "d/data.csv", b"something else")
+    cloud.copy(ann, (("wide.txt",), ("copy.txt",)))
+    assert paths("harbour") == {"d/moved.txt", "wide.txt", "copy.txt"}
+    upkeep.index_contents()
+    assert paths("something") == {"d/data.csv"} and cloud.db.read("SELECT count(*) FROM text_row WHERE home = 1") == [(7,)]
+
+
+def test_the_index_of_contents_begins_anew_when_it_is_mostly_stale(cloud, ann, monkeypatch):
+    upkeep = cs.Upkeep(cloud)
+    upkeep.hold()
+    for n in range(2100):
+        cloud.db.run(Statement("INSERT INTO text_row VALUES (?, 1, ?)", (n + 10, "gone%d" % n)))
+    put(cloud, ann, "a.txt", b"word")
+    upkeep.index_contents()
+    upkeep.tidy()
+    assert cloud.db.read("SELECT count(*) FROM text_row") == [(0,)] and not look_for(cloud, ann, "word")
+    upkeep.index_contents()
+    assert len(look_for(cloud, ann, "word")) == 1
 
 
 def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann, monkeypatch):
@@ -1885,6 +1957,8 @@ def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann, monkeypatch):
     cloud.once("op", lambda acting: put(acting, ann, "once"))
     with cloud.listing(ann, ("e",)) as listing:
         list(listing.children()), listing.properties(), listing.digests(), listing.locks(listing.node)
+    cloud.star(ann, ("e",), on=True), cloud.starred(ann), cloud.stars_among([cloud.stat(ann, ("e",))])
+    look_for(cloud, ann, "word other"), look_for(cloud, ann, "", kind="text")
     local.off, scans = True, {}
     for sql, db in list(seen.items()):
         if sql.split(None, 1)[0] in ("SELECT", "WITH", "INSERT", "UPDATE", "DELETE"):
@@ -4058,7 +4132,7 @@ def test_the_index_of_names_agrees_with_looking(cloud, ann, rng):
             upkeep.index_names()
     for text in ("long name", "other", "name 1", "OTHER NAME", "nothing"):
         want = {path for path in tree(cloud, ann) if all(w in path.casefold() for w in text.casefold().split())}
-        assert {"/".join(path) for path, _ in cloud.search(ann, text)} == want
+        assert {"/".join(found.path) for found in look_for(cloud, ann, text)} == want
 
 
 def test_the_index_of_names_leaves_out_nobody_when_there_is_much(cloud, ann, monkeypatch):
@@ -4074,8 +4148,8 @@ def test_the_index_of_names_leaves_out_nobody_when_there_is_much(cloud, ann, mon
     put(cloud, bob, "bob's")
     while not found or found[-1] < cloud.head():
         upkeep.index_names()
-    assert len(found) > 3 and len(cloud.search(ann, "ann's")) == len(cloud.search(ann, "copy")) == 25
-    assert len(cloud.search(bob, "bob's")) == len(cloud.search(bob, "some")) == 1
+    assert len(found) > 3 and len(look_for(cloud, ann, "ann's")) == len(look_for(cloud, ann, "copy")) == 25
+    assert len(look_for(cloud, bob, "bob's")) == len(look_for(cloud, bob, "some")) == 1
 
 
 def test_checksums_of_uploads_in_parts_come_later(cloud, ann):
