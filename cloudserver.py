@@ -163,6 +163,13 @@ class Config:
     windows_names: str = option("allow", "what to do with names Windows cannot hold: allow or refuse", metavar="POLICY")
 
 
+class Policy(NamedTuple):
+    """Settings that an administrator may change on the page."""
+    keep_days: int               # days that every version and everything deleted is kept
+    history: int | None          # bytes that versions and deleted files of one account may take; None is no limit
+    quota: int | None            # of new accounts, bytes; None is none
+
+
 class Principal(NamedTuple):
     """Somebody who asks, and by what means they proved who they are."""
     account: int = 0
@@ -1029,6 +1036,12 @@ def find_words(text: str, words: Sequence[str]) -> tuple[str, str, str] | None:
     before = " ".join(text[max(0, start - 60):start].split())[-40:] + " " * text[max(0, start - 1):start].isspace()
     after = " " * text[end:end + 1].isspace() + " ".join(text[end:end + 200].split())[:120]
     return before, found[0], after
+
+
+def media_of_picture(data: bytes) -> str | None:
+    """The media type of a picture that every browser shows, by its first bytes."""
+    return next((media for at, magic, media in _MAGIC if data.startswith(magic, at)
+                 and media in ("image/webp", "image/jpeg", "image/png")), None)
 
 
 def media_type(name: str, head: bytes) -> str:
@@ -2585,6 +2598,7 @@ NODE = ("e.node, e.home, e.since, e.until, e.parent, e.name, e.kind, e.manifest,
 CHUNK = "h.hash, h.size, h.data, h.object"
 STAR = "{http://owncloud.org/ns}favorite"        # the dead property of what somebody marked, in the words of most clients
 TEXT_LIMIT = MiB                # bytes of a text file whose contents are found by a search
+THUMBNAIL_LIMIT = 64 * KiB      # bytes of one
 STARRED = '<o:favorite xmlns:o="http://owncloud.org/ns">1</o:favorite>'
 RESERVED = "coalesce(sum(max(coalesce(size, 0), received)), 0)"          # bytes that uploads under way may come to
 STRIDE = 24                     # names that one statement walks down
@@ -2738,6 +2752,22 @@ class Tree:
     def close(self) -> None:
         self.blobs.lane.shutdown(wait=True)
         self.db.close()
+
+    def policy(self) -> Policy:
+        """What an administrator may change while the server runs; until then it is what the command line says."""
+        given = Policy(self.config.keep_days, *(parse_size(text) if text else None
+                                                for text in (self.config.history, self.config.quota)))
+        return given._replace(**json.loads(self.db.setting("policy") or "{}"))
+
+    def set_policy(self, who: Principal, **values: int | None) -> Policy:
+        """Change some of it; returns the whole."""
+        policy = self.policy()._replace(**values)
+        if not 0 <= policy.keep_days <= 36500:
+            raise CloudError("bad-request", "keep_days is 0 to 36500")
+        self.db.write(lambda: Batch([Statement("INSERT OR REPLACE INTO setting VALUES ('policy', ?)", (json.dumps(policy._asdict()),))],
+                                    line=Line(0, who, "settings", values)))
+        log.info("settings", extra={"by": who.name})
+        return policy
 
     def health(self) -> str:
         """"ok", "low" when the disk is almost full, "read-only" when nothing can be written."""
@@ -3376,6 +3406,27 @@ class Tree:
         free = shutil.disk_usage(self.config.data).free
         return spot.used, free if spot.quota is None else max(0, min(free, spot.quota - spot.used - self._reserved(spot.home)))
 
+    def usage(self, who: Principal) -> tuple[dict[str, list[int]], int, int]:
+        """({kind: [bytes, files]} of what is live, bytes of other versions, bytes in the trash) of a whole account."""
+        self._require_whole(who)
+        kinds: dict[str, list[int]] = {}
+        with self._heavy(who):
+            for media, size, files in self.db.each(
+                    "WITH RECURSIVE live (node) AS (SELECT ? UNION ALL SELECT e.node FROM live JOIN entry e ON e.parent = live.node "
+                    "AND e.until IS NULL AND e.kind = 1) SELECT e.media, sum(e.size), count(*) FROM live JOIN entry e "
+                    "ON e.parent = live.node AND e.until IS NULL AND e.kind = 0 GROUP BY e.media", (who.root,)):
+                sums = kinds.setdefault(kind_of_media(media), [0, 0])
+                sums[0], sums[1] = sums[0] + size, sums[1] + files
+            (versions,), = self.db.read(
+                "SELECT coalesce(sum(size), 0) FROM (SELECT DISTINCT manifest, size FROM entry e WHERE home = ? AND fate = 'replaced' "
+                "AND kind = 0 AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.manifest = e.manifest AND l.home = e.home "
+                "AND l.until IS NULL))", (who.account,))
+            (trash,), = self.db.read(
+                "SELECT coalesce(sum(CASE WHEN e.kind THEN c.size ELSE e.size END), 0) FROM entry e LEFT JOIN collection c "
+                "ON c.node = e.node WHERE e.home = ? AND e.fate = 'deleted' "
+                "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL)", (who.account,))
+        return kinds, versions, trash
+
     # ---- the brake: a device that destroys much in little time is held until somebody looks
 
     def _brake(self, who: Principal, changes: Sequence[Change]) -> list[Statement]:
@@ -3658,6 +3709,21 @@ class Step(NamedTuple):
     undoable: bool
 
 
+class Difference(NamedTuple):
+    """What became of a node between two moments, seen from a collection; None: not below it."""
+    then: Node | None
+    now: Node | None
+    was: tuple[str, ...] | None
+    path: tuple[str, ...] | None
+
+    @property
+    def how(self) -> str:
+        """added, deleted, moved (and perhaps changed as well) or changed"""
+        if self.then is None or self.now is None:
+            return "added" if self.then is None else "deleted"
+        return "changed" if self.was == self.path else "moved"
+
+
 class Found(NamedTuple):
     """A hit of a search."""
     path: tuple[str, ...]
@@ -3676,6 +3742,12 @@ def fits(query: Query, node: Node) -> bool:
 def match_words(word: str) -> str:
     """A word, or beginning of one, in the language of FTS5."""
     return '"%s"*' % spread(word).replace('"', '""')
+
+
+STEP = (  # the columns of Step, and where they come from
+    "j.seq, j.at, j.action, j.detail, coalesce(a.name, ''), coalesce(d.name, ''), "
+    "EXISTS (SELECT 1 FROM entry WHERE home = j.home AND since = j.seq) OR EXISTS (SELECT 1 FROM entry WHERE home = j.home "
+    "AND until = j.seq) FROM journal j LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device")
 
 
 class _Past:
@@ -3705,6 +3777,12 @@ class _Past:
             + " AND e.until IS NULL AND e.since <= :seq UNION ALL "
             "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE " + where
             + " AND e.until > :seq AND e.since <= :seq", {**params, "seq": self.seq}))
+
+    def touched_since(self, home: int, seq: int) -> list[int]:
+        """Nodes of a home that batches after a seq touched."""
+        return [id for (id,) in self.read("SELECT node FROM entry WHERE home = :home AND since > :seq "
+                                          "UNION SELECT node FROM entry WHERE home = :home AND until > :seq",
+                                          {"home": home, "seq": seq})]
 
     def path(self, id: int) -> tuple[str, ...] | None:
         """Where it was below the collection; None if elsewhere or nowhere."""
@@ -3988,6 +4066,35 @@ class History(Tree):
         else:
             self.db.run(Statement("INSERT OR REPLACE INTO pin VALUES (?, ?, ?)", (node.node, rev, name)))
 
+    # ---- thumbnails: small pictures that browsers make, kept under what they show
+
+    def thumbnail(self, who: Principal, path: tuple[str, ...], rev: int | None = None) -> bytes | None:
+        """The thumbnail of a file, or of one of its versions; None if nobody made one yet."""
+        rows = self.db.read("SELECT data FROM thumbnail WHERE home = ? AND manifest = ?",
+                            (who.account, self._pictured(who, path, rev).manifest))
+        return rows[0][0] if rows else None
+
+    def put_thumbnail(self, who: Principal, path: tuple[str, ...], data: bytes, rev: int | None = None) -> None:
+        """Keep a thumbnail.  Whoever has the same content in another account does not get it: it could be a lie (D1).
+
+        raises  CloudError unsupported-media if it is no picture, bad-request if it is larger than what it stands for
+        """
+        self._require(who)
+        node = self._pictured(who, path, rev)
+        if media_of_picture(data) is None:
+            raise CloudError("unsupported-media", "a thumbnail is WebP, JPEG or PNG")
+        if len(data) >= node.size:
+            raise CloudError("bad-request", "a thumbnail is smaller than its file")
+        self._check_space(self._spot(who, ()), 0, len(data))
+        self.db.run(Statement("INSERT OR REPLACE INTO thumbnail (home, manifest, data) VALUES (?, ?, ?)",
+                              (who.account, node.manifest, data)))
+
+    def _pictured(self, who: Principal, path: tuple[str, ...], rev: int | None) -> Node:
+        node = self.stat(who, path)
+        if node.kind:
+            raise CloudError("conflict", "a collection has no thumbnail")
+        return node if rev in (None, node.rev) else self.version(who, path, rev)[0]
+
     # ---- trash
 
     def trash(self, who: Principal, before: int = 1 << 62, limit: int = 1000) -> list[Trashed]:
@@ -4119,19 +4226,23 @@ class History(Tree):
         dry     only count
         """
         def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
-            touched = (id for (id,) in now.read("SELECT node FROM entry WHERE home = :home AND since > :seq "
-                                                "UNION SELECT node FROM entry WHERE home = :home AND until > :seq",
-                                                {"home": who.account, "seq": seq}))
-            mine = [id for id in touched if id != now.top and differs(then.here(id), now.here(id))
+            mine = [id for id in now.touched_since(who.account, seq) if id != now.top and differs(then.here(id), now.here(id))
                     or now.node(id) and not then.here(id)]
             return mine, sum(differs(then.here(id), now.here(id)) for id in mine)
 
         if dry:
-            top = self.stat(who, path).node
-            self._check_reach(seq)
-            with self.db.snapshot() as read:
-                return 0, choose(_Past(read, top, seq), _Past(read, top, self.head()))[1]
+            return 0, len(self.differences(who, path, seq))
         return self._revert(who, path, seq, choose, "rewind", {"path": "/".join(path), "to": seq})
+
+    def differences(self, who: Principal, path: tuple[str, ...], seq: int) -> list[Difference]:
+        """What became of the things below a collection since a seq, in the order of paths."""
+        top = self.stat(who, path).node
+        self._check_reach(seq)
+        with self.db.snapshot() as read:
+            then, now = _Past(read, top, seq), _Past(read, top, self.head())
+            found = [Difference(then.here(id), now.here(id), then.path(id), now.path(id))
+                     for id in now.touched_since(who.account, seq) if id != top and differs(then.here(id), now.here(id))]
+        return sorted(found, key=lambda one: one.path or one.was)
 
     def held(self, who: Principal) -> list[tuple[Brake, str]]:
         """Devices of the account that the brake holds, and their names."""
@@ -4245,16 +4356,27 @@ class History(Tree):
 
     # ---- activity and search
 
-    def activity(self, who: Principal, before: int = 1 << 62, limit: int = 100, action: str | None = None) -> list[Step]:
-        """The journal of the account, the latest first; `before` is a seq to go on from."""
+    def activity(self, who: Principal, before: int = 1 << 62, limit: int = 100, *, action: str | None = None,
+                 device: str | None = None, after: int = 0, until: int = 1 << 62) -> list[Step]:
+        """The journal of the account, the latest first.
+
+        before         a seq to go on from;  action, device  only these
+        after, until   ms since 1970
+        """
         self._require_whole(who)
         rows = self.db.read(
-            "SELECT j.seq, j.at, j.action, j.detail, coalesce(a.name, ''), coalesce(d.name, ''), "
-            "EXISTS (SELECT 1 FROM entry WHERE home = j.home AND since = j.seq) "
-            "OR EXISTS (SELECT 1 FROM entry WHERE home = j.home AND until = j.seq) FROM journal j "
-            "LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device "
-            "WHERE j.home = ? AND j.seq < ? AND (? IS NULL OR j.action = ?) ORDER BY j.seq DESC LIMIT ?",
-            (who.account, before, action, action, limit))
+            "SELECT " + STEP + " WHERE j.home = ? AND j.seq < ? AND (? IS NULL OR j.action = ?) AND (? IS NULL OR d.name = ?) "
+            "AND j.at >= ? AND j.at < ? ORDER BY j.seq DESC LIMIT ?",
+            (who.account, before, action, action, device, device, after, until, limit))
+        return self._steps(rows)
+
+    def server_activity(self, before: int = 1 << 62, limit: int = 100) -> list[Step]:
+        """What happened to accounts and settings of the whole server, the latest first."""
+        return self._steps(self.db.read(
+            "SELECT " + STEP + " WHERE j.action IN ('account-add', 'account-password', 'account-admin', 'account-quota', "
+            "'account-remove', 'settings', 'hold') AND j.seq < ? ORDER BY j.seq DESC LIMIT ?", (before, limit)))
+
+    def _steps(self, rows: list[tuple[Any, ...]]) -> list[Step]:
         return [Step(seq, at, action, json.loads(detail), account, device, bool(undoable) and seq > self.oldest_seq())
                 for seq, at, action, detail, account, device, undoable in rows]
 
@@ -6174,6 +6296,15 @@ def api_account_of(cloud: Cloud, who: Principal) -> dict[str, Any]:
             "quota": cloud.accounts.get(who.name).quota}
 
 
+@route("GET", API + "usage", needs="read")
+def api_usage(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What takes how much: live files by kind, versions that were replaced, the trash; in bytes."""
+    kinds, versions, trash = cloud.usage(who)
+    return json_response({"kinds": [{"kind": kind, "size": size, "files": files}
+                                    for kind, (size, files) in sorted(kinds.items(), key=lambda row: -row[1][0])],
+                          "live": sum(size for size, _ in kinds.values()), "versions": versions, "trash": trash})
+
+
 @route("POST", API + "account/password", needs="account", old=TEXT, new=TEXT)
 def api_password(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Change the password; every session and app password ends."""
@@ -6438,6 +6569,16 @@ def api_rewind(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": seq, "changed": changed})
 
 
+@route("GET", API + "differences/<path>", needs="read", at=TEXT, limit_="integer")
+def api_differences(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """What was added, deleted, changed or moved below a collection since a time, in the order of paths."""
+    found = cloud.differences(who, path, read_moment(cloud, request.values["at"]))
+    return json_response({"count": len(found), "changes": [
+        {"how": one.how, "kind": "collection" if (one.now or one.then).kind else "file", "size": (one.now or one.then).size,
+         "path": one.path and "/".join(path + one.path), "was": one.was and "/".join(path + one.was)}
+        for one in found[:read_limit(request.values["limit"])]]})
+
+
 @route("GET", API + "held", needs="account")
 def api_held(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Devices that are held because they delete or overwrite too much."""
@@ -6459,14 +6600,37 @@ def api_undo_device(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": seq, "changed": changed})
 
 
-@route("GET", API + "activity", needs="read", before_="integer", limit_="integer", action_=TEXT)
+@route("GET", API + "activity", needs="read", before_="integer", limit_="integer", action_=TEXT, device_=TEXT, after_=TEXT,
+       until_=TEXT)
 def api_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """The journal of the account, the latest first."""
+    """The journal of the account, the latest first; go on with before = seq of the last.
+
+    action, device   only these;  after, until  only between these times
+    """
     values = request.values
-    return json_response({"steps": [
-        {"seq": step.seq, "at": format_time(step.at), "action": step.action, "detail": step.detail, "account": step.account,
-         "device": step.device, "undoable": step.undoable}
-        for step in cloud.activity(who, values["before"] or 1 << 62, read_limit(values["limit"]), values["action"])]})
+    times = [None if values[name] is None else parse_time(values[name]) for name in ("after", "until")]
+    return json_response({"steps": list(map(api_step, cloud.activity(
+        who, values["before"] or 1 << 62, read_limit(values["limit"]), action=values["action"], device=values["device"],
+        after=times[0] or 0, until=times[1] or 1 << 62)))})
+
+
+def api_step(step: Step) -> dict[str, Any]:
+    return {"seq": step.seq, "at": format_time(step.at), "action": step.action, "detail": step.detail, "account": step.account,
+            "device": step.device, "undoable": step.undoable}
+
+
+@route("GET", API + "activity/server", needs="admin", before_="integer", limit_="integer")
+def api_server_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What happened to accounts and settings of the whole server, the latest first."""
+    values = request.values
+    return json_response({"steps": list(map(api_step, cloud.server_activity(values["before"] or 1 << 62, read_limit(values["limit"]))))})
+
+
+@route("GET", API + "activity/devices", needs="account")
+def api_activity_devices(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The devices of the account by the names that steps bear."""
+    names = {device.name: device.kind for device in cloud.accounts.devices(who)}
+    return json_response({"devices": [{"name": name, "kind": kind} for name, kind in sorted(names.items())]})
 
 
 @route("GET", API + "search", needs="read", q_=TEXT, path_=TEXT, within_=TEXT, kind_=TEXT, larger_="integer", smaller_="integer",
@@ -6493,6 +6657,28 @@ def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
         if hit.snippet:
             item["snippet"] = dict(zip(("before", "match", "after"), hit.snippet))
     return json_response({"items": items, "more": more})
+
+
+@route("GET", API + "thumbnails/<path>", needs="read", version_=TEXT)
+def api_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """A small picture of a file or of one of its versions; 204 if nobody made one yet."""
+    version = request.values["version"]
+    data = cloud.thumbnail(who, path, None if version is None else read_id(version))
+    if data is None:
+        return Response(204, b"", {"Cache-Control": "no-store"})
+    return Response(200, data, {"Content-Type": media_of_picture(data), "Content-Security-Policy": SANDBOX,
+                                "Cross-Origin-Resource-Policy": "same-origin",
+                                "Cache-Control": PRIVATE if version is None else "private, max-age=31536000, immutable"})
+
+
+@route("PUT", API + "thumbnails/<path>", needs="write", version_=TEXT)
+def api_put_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Keep a small picture (WebP, JPEG or PNG, at most 64 KiB) for all who see this content in the account."""
+    version, data = request.values["version"], request.body.read(THUMBNAIL_LIMIT + 1)
+    if len(data) > THUMBNAIL_LIMIT:
+        raise CloudError("too-large", "a thumbnail has at most %s" % format_size(THUMBNAIL_LIMIT))
+    cloud.put_thumbnail(who, path, data, None if version is None else read_id(version))
+    return Response(204)
 
 
 @route("POST", API + "star", needs="write", paths="array", starred="boolean")
@@ -6529,8 +6715,7 @@ def api_add_account(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make an account; quota in bytes."""
     values = request.values
     cloud.accounts.add(values["name"], values["password"], admin=bool(values["admin"]), who=who,
-                       quota=values["quota"] if values["quota"] is not None or not cloud.config.quota
-                       else parse_size(cloud.config.quota))
+                       quota=cloud.policy().quota if values["quota"] is None else values["quota"])
     return json_response(api_account_row(cloud.accounts.get(values["name"])), 201)
 
 
@@ -6549,6 +6734,19 @@ def api_remove_account(cloud: Cloud, who: Principal, request: Request, name: str
     """End an account; its files go after the days that history is kept."""
     cloud.accounts.remove(name, who)
     return Response(204)
+
+
+@route("GET", API + "settings", needs="admin")
+def api_settings(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """How long history is kept (days), the most it may take, and the quota of new accounts (bytes; null is none)."""
+    return json_response(cloud.policy()._asdict())
+
+
+@route("PATCH", API + "settings", needs="admin", keep_days_="integer", history_="integer", quota_="integer")
+def api_change_settings(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Change some of them; from then on they count instead of the command line.  Negative bytes are no limit."""
+    values = {name: value if name == "keep_days" or value >= 0 else None for name, value in request.values.items() if value is not None}
+    return json_response(cloud.set_policy(who, **values)._asdict())
 
 
 @route("GET", API + "status", needs="admin")
@@ -12736,7 +12934,7 @@ class Upkeep:
 
     def expire(self) -> None:
         """Locks, sessions, waits, uploads, operation ids, and removed accounts."""
-        now, keep = self.clock.due(), self.cloud.config.keep_days * DAY
+        now, keep = self.clock.due(), self.cloud.policy().keep_days * DAY
         self._write(Statement("DELETE FROM lock WHERE due <= ?", (now,)),
                     Statement("DELETE FROM device WHERE idle < ? OR due < ?", (now, now)),
                     Statement("DELETE FROM throttle WHERE due < ?", (now - HOUR,)),
@@ -12772,7 +12970,7 @@ class Upkeep:
 
     def thin(self) -> int:
         """Past --keep-days: trash goes, versions thin out along the ladder, pinned ones stay; returns rows gone."""
-        cut = self.seq_before(self.cloud.config.keep_days * DAY)
+        cut = self.seq_before(self.cloud.policy().keep_days * DAY)
         if not cut:
             return 0
         self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('oldest', ?)", (str(cut),)))
@@ -12816,9 +13014,9 @@ class Upkeep:
 
     def _cap_history(self) -> int:
         """Where history has a limit: the oldest goes first until it fits."""
-        if not self.cloud.config.history:
+        most, gone = self.cloud.policy().history, 0
+        if most is None:
             return 0
-        most, gone = parse_size(self.cloud.config.history), 0
         for home, live in self.db.read("SELECT a.id, c.size FROM account a JOIN collection c ON c.node = a.root"):
             over = self.db.read("SELECT coalesce(sum(size), 0) FROM entry WHERE home = ? AND kind = 0", (home,))[0][0] - live - most
             rows, dead = [], []
@@ -14952,7 +15150,7 @@ def run_user_add(config: Config, given: Arguments) -> None:
     """make an account; --quota limits it"""
     with open_cloud(config) as cloud:
         cloud.accounts.add(given.name, read_password(given), admin=given.admin,
-                           quota=parse_size(config.quota) if config.quota else None)
+                           quota=parse_size(config.quota) if config.quota else cloud.policy().quota)
 
 
 @command("user list")

@@ -1958,7 +1958,8 @@ def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann, monkeypatch):
     with cloud.listing(ann, ("e",)) as listing:
         list(listing.children()), listing.properties(), listing.digests(), listing.locks(listing.node)
     cloud.star(ann, ("e",), on=True), cloud.starred(ann), cloud.stars_among([cloud.stat(ann, ("e",))])
-    look_for(cloud, ann, "word other"), look_for(cloud, ann, "", kind="text")
+    look_for(cloud, ann, "word other"), look_for(cloud, ann, "", kind="text"), cloud.policy()
+    cloud.thumbnail(ann, ("e", "c")), cloud.differences(ann, (), 3), cloud.usage(ann), cloud.server_activity(), cloud.activity(ann, device="x")
     local.off, scans = True, {}
     for sql, db in list(seen.items()):
         if sql.split(None, 1)[0] in ("SELECT", "WITH", "INSERT", "UPDATE", "DELETE"):
@@ -2612,6 +2613,91 @@ def test_a_file_tells_its_chunks(api, cloud, ann):
     assert api("GET", "files/a", chunks="true")["chunks"] == [
         [hashlib.sha256(data[at:at + 4 * MiB]).hexdigest(), min(4 * MiB, 9 * MiB - at)] for at in range(0, 9 * MiB, 4 * MiB)]
     assert api("GET", "files/b", chunks=1)["chunks"] == [] and "chunks" not in api("GET", "files/a")
+
+
+def test_thumbnails_are_kept_per_account_under_the_content(api, call, cloud, ann):
+    """D1, W1: what somebody says of a content is believed in that account alone."""
+    data, bob = b"\x89PNG\r\n\x1a\n" + b"p" * 5000, account(cloud, "bob")
+    for who in (ann, bob):
+        put(cloud, who, "a.png", data)
+    picture = b"RIFF\x10\0\0\0WEBPVP8 " + b"t" * 100
+    assert call("GET", "/api/v1/thumbnails/a.png").status == 204
+    assert call("PUT", "/api/v1/thumbnails/a.png", picture).status == 204
+    move(cloud, ann, "a.png", "b.png")
+    cloud.copy(ann, (("b.png",), ("c.png",)))
+    version = api("GET", "files/b.png")["version"]
+    for path in ("b.png", "c.png", "b.png?version=" + version):
+        answer = call("GET", "/api/v1/thumbnails/" + path)
+        assert answer.body == picture and answer.headers["content-type"] == "image/webp" and "sandbox" in answer.headers["content-security-policy"]
+        assert ("immutable" in answer.headers["cache-control"]) == ("version" in path) and "private" in answer.headers["cache-control"]
+    assert call("GET", "/api/v1/thumbnails/a.png", user="bob").status == 204
+    put(cloud, ann, "b.png", data + b"new")
+    assert call("GET", "/api/v1/thumbnails/b.png").status == 204 and call("GET", "/api/v1/thumbnails/b.png?version=" + version).body == picture
+    cases = [("b.png", b"<svg>" * 5, 415), ("b.png", picture + b"x" * 66_000, 413), ("b.png", picture + b"x" * 6000, 400),
+             ("nothing", picture, 404), ("b.png?version=1", picture, 404), ("", picture, 409)]
+    for path, body, want in cases:
+        assert call("PUT", "/api/v1/thumbnails/" + path, body).status == want, path
+    upkeep = cs.Upkeep(cloud)
+    upkeep.hold()
+    upkeep.tidy()
+    assert cloud.db.read("SELECT count(*) FROM thumbnail") == [(1,)]
+    cloud.db.run(Statement("DELETE FROM entry WHERE manifest = ? AND home = 1", (hashlib.sha256(data).hexdigest(),)))
+    upkeep.tidy()
+    assert cloud.db.read("SELECT count(*) FROM thumbnail") == [(0,)]
+
+
+def test_differences_tell_what_became_of_everything_since(api, cloud, ann):
+    for path in ("box/same", "box/changed", "box/moved", "box/deleted", "box/out", "in", "box/sub/x"):
+        put(cloud, ann, path, path.encode(), parents=True)
+    seq = cloud.head()
+    put(cloud, ann, "box/changed", b"new bytes")
+    put(cloud, ann, "box/new", b"123")
+    cloud.delete(ann, ("box", "deleted"), ("box", "sub"))
+    move(cloud, ann, "box/moved", "box/renamed")
+    move(cloud, ann, "box/out", "out")
+    move(cloud, ann, "in", "box/in")
+    put(cloud, ann, "box/brief")
+    cloud.delete(ann, ("box", "brief"))
+    found = api("GET", "differences/box", at="seq:%d" % seq)
+    assert {(one["how"], one["was"], one["path"]) for one in found["changes"]} == {
+        ("changed", "box/changed", "box/changed"), ("added", None, "box/new"), ("deleted", "box/deleted", None), ("deleted", "box/sub", None),
+        ("moved", "box/moved", "box/renamed"), ("deleted", "box/out", None), ("added", None, "box/in")}
+    assert found["count"] == 7 == api("POST", "rewind", path="box", at="seq:%d" % seq, dry=True)["changed"]
+    assert api("GET", "differences/box", at="seq:%d" % seq, limit=2)["count"] == 7 and api("GET", "differences", at="seq:%d" % cloud.head())["count"] == 0
+    assert [one["size"] for one in found["changes"] if one["path"] == "box/new"] == [3] and api("GET", "differences/in", at="seq:3") == "not-found"
+
+
+def test_usage_by_kind_versions_and_trash(api, cloud, ann):
+    for name, size in (("a.txt", 10), ("b.txt", 20), ("c.zip", 5), ("d/e.zip", 7)):
+        put(cloud, ann, name, b"x" * size, parents=True)
+    put(cloud, ann, "a.txt", b"y" * 3)
+    cloud.delete(ann, ("d",))
+    cloud.delete(ann, ("b.txt",))
+    assert api("GET", "usage") == {"kinds": [{"kind": "archive", "size": 5, "files": 1}, {"kind": "text", "size": 3, "files": 1}],
+                                   "live": 8, "versions": 10, "trash": 27}
+
+
+def test_activity_by_device_and_time_and_of_the_server(api, cloud, ann):
+    id, _ = cloud.accounts.add_token(ann, "laptop")
+    put(cloud, ann._replace(device=id), "a")
+    put(cloud, ann, "b")
+    account(cloud, "bob")
+    assert [step["detail"]["path"] for step in api("GET", "activity", device="laptop")["steps"]] == ["a"]
+    assert api("GET", "activity", action="write", after="2100-01-01")["steps"] == [] == api("GET", "activity", until="2001-01-01")["steps"]
+    assert len(api("GET", "activity", action="write", after="2001-01-01", until="2100-01-01")["steps"]) == 2
+    assert {"name": "laptop", "kind": "token"} in api("GET", "activity/devices")["devices"]
+    assert [(step["action"], step["detail"]["name"]) for step in api("GET", "activity/server")["steps"]] == [("account-add", "bob"), ("account-add", "ann")]
+    assert api("GET", "activity/server", user="bob") == "forbidden"
+
+
+def test_settings_of_the_server_count_at_once(api, cloud, ann):
+    assert api("GET", "settings") == {"keep_days": 30, "history": None, "quota": None}
+    assert api("PATCH", "settings", keep_days=90, quota=5000) == {"keep_days": 90, "history": None, "quota": 5000}
+    assert api("PATCH", "settings", quota=-1, history=7) == {"keep_days": 90, "history": 7, "quota": None} == cloud.policy()._asdict()
+    api("PATCH", "settings", quota=77)
+    assert api("POST", "accounts", name="bob", password=PASSWORD)["quota"] == 77
+    assert api("PATCH", "settings", keep_days=-1) == "bad-request" and api("GET", "settings", user="bob") == "forbidden"
+    assert api("GET", "activity/server")["steps"][1]["detail"] == {"quota": 77}
 
 
 @pytest.mark.parametrize("fields, want", [
