@@ -8625,6 +8625,10 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .sheet.menu::backdrop { background: none; }
 .items, .walk { display: grid; align-content: start; }
 .items hr { border: 0; border-top: 1px solid var(--line); margin: .3rem; }
+.way { display: grid; gap: .6rem; }
+.renames { list-style: none; margin: 0; padding: 0; height: 28vh; overflow: auto; border-top: 1px solid var(--line); }
+.renames li { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; padding: .35rem 0; overflow-wrap: anywhere;
+  border-bottom: 1px solid var(--line); }
 .keys { margin: 0; max-height: 60vh; overflow: auto; padding-right: 1rem; }
 .keys div { display: flex; justify-content: space-between; gap: 1rem; padding: .35rem 0;
   border-bottom: 1px solid var(--line); }
@@ -8807,6 +8811,10 @@ function svg(name, about, ...children) {
 const button = (label, run, about = {}) => h("button", {type: "button", onclick: run, ...about}, label);
 const link = (label, address, about = {}) => h("a", {href: address, ...about}, label);
 const field = (label, about) => h("label.field", {}, h("span", {}, label), h("input", {required: true, ...about}));
+const tick = (label, about) => h("label.tick", {}, h("input", {type: "checkbox", ...about}), label);
+// rows: {value: words}
+const choice = (label, name, rows, value, about) => h("select", {name, "aria-label": t(label), ...about},
+  Object.entries(rows).map(([key, words]) => h("option", {value: key, selected: key === value}, t(words))));
 const find = (selector, within = document) => within.querySelector(selector);
 const isPhone = matchMedia("(max-width: 45rem)");
 
@@ -8934,7 +8942,7 @@ const PROBLEMS = {
   "exists": "There is something of that name already.",
   "twin": "There is something of that name already.",
   "precondition-failed": "Somebody changed this in the meantime.",
-  "same-place": "A folder cannot go into itself.",
+  "same-place": "One of these lies in the other.",
   "locked": "Another program has this file locked at the moment.",
   "lock-conflict": "Another program has this file locked at the moment.",
   "over-quota": "Your storage is full. Delete something, then empty the trash, or ask for more.",
@@ -10017,7 +10025,7 @@ const ACTIONS = [
   {name: "download", label: "Download", on: "items", prime: true, keys: "D",
    when: items => view.kind !== "trash" && items.length > 0, run: download},
   {name: "rename", label: "Rename", on: "items", keys: "F2",
-   when: items => inTree() && one(items), run: ([entry]) => startRename(entry)},
+   when: items => inTree() && items.length > 0, run: items => one(items) ? startRename(items[0]) : renameMany(items)},
   {name: "move", label: "Move to…", on: "items", keys: "M",
    when: items => inTree() && items.length > 0, run: items => moveTo(items, "move")},
   {name: "copy", label: "Copy to…", on: "items", menu: true, keys: "Shift+M",
@@ -10218,10 +10226,13 @@ async function newCollection() {
   setCursor(list.at);
 }
 
+const isName = name => name.trim() && !/^\.\.?$|[/\\\x00-\x1f\x7f]/.test(name) && new Blob([name]).size < 256;
+
 function checkName(name) {
-  if (!name.trim() || name === "." || name === ".." || name.includes("/"))
-    throw new Problem(0, {code: "", detail: t("A name cannot be empty and cannot hold a slash.")});
+  if (!isName(name)) throw new Problem(0, {code: "", detail: t("A name cannot be empty and cannot hold a slash.")});
 }
+
+const sayTaken = error => { throw error.code === "precondition-failed" ? new Problem(412, {code: "exists"}) : error; };
 
 // ---- renaming in place
 
@@ -10269,10 +10280,76 @@ async function rename(entry, name) {
   checkName(name);
   if (name === entry.name) return;
   const target = join(parentOf(entry.path), name);
-  const {seq} = await api("POST", "move", {items: [{from: entry.path, to: target}]}).catch(error => {
-    throw error.code === "precondition-failed" ? new Problem(412, {code: "exists"}) : error;
-  });
+  const {seq} = await api("POST", "move", {items: [{from: entry.path, to: target}]}).catch(sayTaken);
   offerUndo(t("Renamed to “{name}”", {name}), seq);
+  await refresh();
+}
+
+// ---- renaming many: each new name is seen before anything happens
+
+function renameMany(items) {
+  items.sort((a, b) => list.known.get(a.node) - list.known.get(b.node));       // numbers follow what is seen
+  const text = (label, about) => field(label, {required: false, autocomplete: "off", ...about});
+  const said = h("p", {role: "status"}), rows = h("ul.renames", {tabIndex: 0, "aria-label": t("New names")});
+  const way = choice("How", "way", {find: "Find and replace", number: "Number"}), parts = [
+    [text(t("Find"), {name: "find", autofocus: true}), text(t("Replace with"), {name: "by"}),
+     tick(t("Regular expression"), {name: "regular"})],
+    [text(t("Pattern; # is where the number goes"), {name: "pattern"}), text(t("First number"), {name: "first", type: "number", value: 1}),
+     tick(t("Keep the endings of files"), {name: "endings", checked: true})]].map(some => h("div.way", {}, some));
+  let good;
+  const draw = () => {
+    let all = [], wrong = "";
+    try {
+      all = judgeNames(items, newNames(items, Object.fromEntries(new FormData(form))));
+    } catch {
+      wrong = t("This is not a regular expression.");
+    }
+    const bad = all.filter(one => one.bad);
+    good = all.filter(one => !one.bad && one.from !== one.to);
+    parts.forEach((part, n) => { part.hidden = n !== way.selectedIndex; });
+    find(".primary", form).disabled = wrong || bad.length || !good.length;
+    said.textContent = wrong || (bad.length ? plural(bad.length, "{n} name does not work", "{n} names do not work")
+      : plural(good.length, "{n} name changes", "{n} names change"));
+    all = [...bad, ...good];
+    rows.replaceChildren(...all.slice(0, 200).map(({from, name, bad}) => h("li", {}, h("bdi.soft", {}, nameOf(from)),
+      h("span", {}, "→ ", h("bdi", {}, name), bad && h("div.problem", {}, bad)))));
+    if (all.length > 200) rows.append(h("li.soft", {}, t("and {n} more", {n: all.length - 200})));
+  };
+  const done = askForm(t("Rename {n} items", {n: items.length}), [way, parts, said, rows], t("Rename"), () => renameAll(good));
+  const form = way.form;
+  form.oninput = draw;
+  draw();
+  return done;
+}
+
+// throws for what is no regular expression
+function newNames(items, {way, find, by, regular, pattern, first, endings}) {
+  const what = regular ? new RegExp(find, "gu") : find;
+  return items.map((entry, n) => way === "number"
+    ? pattern.replace(/#+/, marks => String(n + +first).padStart(marks.length, "0"))
+      + (endings && entry.kind === "file" ? splitName(entry.name)[1] : "")
+    : find ? entry.name.replaceAll(what, regular ? by : () => by) : entry.name);
+}
+
+const placeKey = path => path.normalize();       // what the server compares places by
+
+// [{from, to, name, bad}]: where each goes, and in words what is wrong with that
+function judgeNames(items, names) {
+  const all = items.map(({path}, n) => ({from: path, to: join(parentOf(path), names[n]), name: names[n]})), times = new Map();
+  const own = new Set(items.map(({path}) => placeKey(path))), taken = new Set(list.entries.map(({path}) => placeKey(path)));
+  for (const {to} of all) times.set(placeKey(to), (times.get(placeKey(to)) || 0) + 1);
+  for (const one of all) {
+    const key = placeKey(one.to), stays = key === placeKey(one.from);
+    one.bad = !isName(one.name) ? t("cannot be a name") : times.get(key) > 1 ? t("twice the same") : stays ? ""
+      : own.has(key) ? t("another of these still has it: rename in two steps") : taken.has(key) ? t("is there already") : "";
+  }
+  return all;
+}
+
+// one step, which the server makes as a whole or not at all: to it a name that another of them still has is taken
+async function renameAll(all) {
+  const {seq} = await api("POST", "move", {items: all.map(({from, to}) => ({from, to}))}).catch(sayTaken);
+  offerUndo(plural(all.length, "{n} item renamed", "{n} items renamed"), seq);
   await refresh();
 }
 
@@ -10349,8 +10426,13 @@ async function sendBeside(pairs, seqs) {
   seqs.push((await api("POST", "copy", {items, clash: "keep"})).seq);
 }
 
+function splitName(name) {
+  const dot = name.lastIndexOf(".");
+  return dot > 0 ? [name.slice(0, dot), name.slice(dot)] : [name, ""];
+}
+
 function freeName(name, taken) {
-  const dot = name.lastIndexOf("."), [stem, suffix] = dot > 0 ? [name.slice(0, dot), name.slice(dot)] : [name, ""];
+  const [stem, suffix] = splitName(name);
   for (let n = 2; ; n++) if (!taken.has(`${stem} (${n})${suffix}`)) return `${stem} (${n})${suffix}`;
 }
 
@@ -11458,9 +11540,7 @@ async function newText() {
   await askForm(t("New text file"), [nameInput(t("Name"), t("Note") + ".txt")], t("Create"), async ({name}) => {
     checkName(name);
     const path = join(view.path, name),
-      made = await api("PUT", "files/" + encodePath(path), {}, {"If-None-Match": "*"}).catch(error => {
-        throw error.code === "precondition-failed" ? new Problem(412, {code: "exists"}) : error;
-      });
+      made = await api("PUT", "files/" + encodePath(path), {}, {"If-None-Match": "*"}).catch(sayTaken);
     await refresh();
     await go(addressOf(path));
     editFile(made);
@@ -12224,7 +12304,6 @@ PAGE_GERMAN = r"""{
   "A device was added: {name}": "Ein Gerät kam hinzu: {name}",
   "A device was held: it deletes or overwrites too much": "Ein Gerät wurde angehalten: Es löscht oder überschreibt zu viel",
   "A device was removed: {name}": "Ein Gerät wurde entfernt: {name}",
-  "A folder cannot go into itself.": "Ein Ordner kann nicht in sich selbst liegen.",
   "A held device was allowed to go on": "Ein angehaltenes Gerät durfte weitermachen",
   "A name cannot be empty and cannot hold a slash.": "Ein Name darf nicht leer sein und keinen Schrägstrich enthalten.",
   "A password for each device": "Ein Passwort für jedes Gerät",
@@ -12296,9 +12375,13 @@ PAGE_GERMAN = r"""{
   "Exact time": "Genaue Zeit",
   "Failed": "Fehlgeschlagen",
   "Files": "Dateien",
+  "Find": "Suchen nach",
+  "Find and replace": "Suchen und ersetzen",
+  "First number": "Erste Nummer",
   "Free on disk": "Frei auf der Platte",
   "Grant access": "Zugang gewähren",
   "Grant access?": "Zugang gewähren?",
+  "How": "Wie",
   "In the Explorer: This PC, “Map network drive”; or:": "Im Explorer: Dieser PC, „Netzlaufwerk verbinden“; oder:",
   "In the Finder: Go, “Connect to Server”, with this address:": "Im Finder: Gehe zu, „Mit Server verbinden“, mit dieser Adresse:",
   "In the file manager, as the address of a server:": "Im Dateimanager als Adresse eines Servers:",
@@ -12307,6 +12390,7 @@ PAGE_GERMAN = r"""{
   "Keep": "Behalten",
   "Keep both": "Beide behalten",
   "Keep for good": "Dauerhaft behalten",
+  "Keep the endings of files": "Endungen der Dateien behalten",
   "Keeps a folder of your computer and this server the same, both ways.": "Hält einen Ordner deines Rechners und diesen Server gleich, in beide Richtungen.",
   "Keyboard shortcuts": "Tastenkürzel",
   "Language": "Sprache",
@@ -12331,6 +12415,7 @@ PAGE_GERMAN = r"""{
   "New account": "Neues Konto",
   "New folder": "Neuer Ordner",
   "New name": "Neuer Name",
+  "New names": "Neue Namen",
   "New password": "Neues Passwort",
   "New password again": "Neues Passwort noch einmal",
   "New text file": "Neue Textdatei",
@@ -12344,12 +12429,15 @@ PAGE_GERMAN = r"""{
   "Nothing here yet": "Noch nichts hier",
   "Nothing was here then": "Damals war hier nichts",
   "Now": "Jetzt",
+  "Number": "Nummerieren",
+  "One of these lies in the other.": "Eins davon liegt im anderen.",
   "Open": "Öffnen",
   "Open in a new tab": "In neuem Tab öffnen",
   "Other programs get a password of their own, which you can revoke under “Devices”.": "Andere Programme bekommen ein eigenes Passwort, das du unter „Geräte“ sperren kannst.",
   "Password": "Passwort",
   "Password again": "Passwort noch einmal",
   "Paste": "Einfügen",
+  "Pattern; # is where the number goes": "Muster; # steht für die Nummer",
   "Pause": "Anhalten",
   "Paused: {done} of {n} uploaded": "Angehalten: {done} von {n} hochgeladen",
   "Phone or tablet: photos and files": "Handy oder Tablet: Fotos und Dateien",
@@ -12357,11 +12445,14 @@ PAGE_GERMAN = r"""{
   "Present password": "Bisheriges Passwort",
   "Preview": "Vorschau",
   "Quota in GB; empty is no limit": "Speicher in GB; leer heißt unbegrenzt",
+  "Regular expression": "Regulärer Ausdruck",
   "Remove": "Entfernen",
   "Remove the account {name}?": "Das Konto {name} entfernen?",
   "Rename": "Umbenennen",
+  "Rename {n} items": "{n} Elemente umbenennen",
   "Renamed to “{name}”": "Umbenannt in „{name}“",
   "Replace": "Ersetzen",
+  "Replace with": "Ersetzen durch",
   "Restore": "Wiederherstellen",
   "Restored to {place}": "Wiederhergestellt in {place}",
   "Resume": "Fortsetzen",
@@ -12413,6 +12504,7 @@ PAGE_GERMAN = r"""{
   "There is no preview of this kind of file.": "Für diese Art von Datei gibt es keine Vorschau.",
   "There is something of that name already.": "Etwas mit diesem Namen gibt es schon.",
   "This file is larger than the server accepts.": "Diese Datei ist größer, als der Server annimmt.",
+  "This is not a regular expression.": "Das ist kein regulärer Ausdruck.",
   "This is not allowed.": "Das ist nicht erlaubt.",
   "This is not there any more.": "Das gibt es nicht mehr.",
   "This link has expired": "Dieser Link ist abgelaufen",
@@ -12453,11 +12545,16 @@ PAGE_GERMAN = r"""{
   "Your storage is full. Delete something, then empty the trash, or ask for more.": "Dein Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
   "a password has 10 to 1024 characters": "ein Passwort hat 10 bis 1024 Zeichen",
   "added {when}": "hinzugefügt {when}",
+  "and {n} more": "und {n} weitere",
+  "another of these still has it: rename in two steps": "hat ein anderes davon noch: in zwei Schritten umbenennen",
+  "cannot be a name": "kann kein Name sein",
+  "is there already": "gibt es schon",
   "one folder": "ein Ordner",
   "reads only": "liest nur",
   "that password is too easy to guess": "dieses Passwort ist zu leicht zu erraten",
   "there is an account of that name": "ein Konto mit diesem Namen gibt es schon",
   "this setup link is not valid any more": "dieser Link zum Einrichten gilt nicht mehr",
+  "twice the same": "zweimal der gleiche",
   "used {when}": "benutzt {when}",
   "{free} of {total}": "{free} von {total}",
   "{n} B": "{n} B",
@@ -12468,9 +12565,15 @@ PAGE_GERMAN = r"""{
   "{n} folder": "{n} Ordner",
   "{n} folders": "{n} Ordner",
   "{n} item": "{n} Element",
+  "{n} item renamed": "{n} Element umbenannt",
   "{n} item restored": "{n} Element wiederhergestellt",
   "{n} items": "{n} Elemente",
+  "{n} items renamed": "{n} Elemente umbenannt",
   "{n} items restored": "{n} Elemente wiederhergestellt",
+  "{n} name changes": "{n} Name ändert sich",
+  "{n} name does not work": "{n} Name geht nicht",
+  "{n} names change": "{n} Namen ändern sich",
+  "{n} names do not work": "{n} Namen gehen nicht",
   "{n} selected": "{n} ausgewählt",
   "{n} upload failed": "{n} Upload fehlgeschlagen",
   "{n} uploads failed": "{n} Uploads fehlgeschlagen",

@@ -4002,6 +4002,8 @@ def words_of_the_script():
         said.update(pair)
     for table in ("PROBLEMS", "ACTIVITY", "STATES", "COLUMNS"):
         said.update(filter(None, re.findall(": " + text, re.search(r"const %s = \{(.*?)\};" % table, SCRIPT, re.S)[1])))
+    for label, rows in re.findall(r'\bchoice\("([^"]*)", "\w+", (\{.*?\})?', SCRIPT):
+        said.update([label], re.findall(": " + text, rows))
     for table in ("NAVIGATION", "SECTIONS"):
         said.update(re.findall(r'\["\w*", "([^"]*)"', re.search(r"const %s = \[(.*?)\];" % table, SCRIPT, re.S)[1]))
     return said
@@ -5932,6 +5934,11 @@ class Browser:
         self.run("arguments[0].value = ''", {ELEMENT: element})
         self.do("POST", "/element/%s/value" % element, {"text": text})
 
+    def choose(self, wanted, words):
+        """An option of a select, by its words."""
+        self.run("const [box, words] = arguments; box.value = [...box.options].find(one => one.text === words).value;"
+                 "for (const type of ['input', 'change']) box.dispatchEvent(new Event(type, {bubbles: true}))", {ELEMENT: self.element(wanted)}, words)
+
     def file(self, *paths):
         self.do("POST", "/element/%s/value" % self.element("input[type=file]"), {"text": "\n".join(map(str, paths))})
 
@@ -6189,6 +6196,81 @@ def test_browser_makes_renames_moves_deletes_and_takes_back(page):
     page.press("Control", "z")
     page.shows("notes", "b.txt", "renamed.txt")
     assert page.tree() == {"notes", "b.txt", "renamed.txt"}
+
+
+def test_browser_renames_many_at_once(page):
+    for name in ("img 1.jpg", "img 2.jpg", "img 10.jpg", "other.txt"):
+        page.put(name, name)
+    page.open("/")
+    page.shows("img 1.jpg", "img 2.jpg", "img 10.jpg", "other.txt")
+    page.press("Control", "a")
+    page.click("Select other.txt")
+    page.press("F2")
+    page.sees("Rename 3 items", "0 names change")
+    assert page.run("return document.querySelector('dialog .primary').disabled && document.activeElement.name") == "find"
+    page.keys("img")
+    page.sees("3 names change")
+    page.fill("input[name=by]", "other.txt")
+    page.click("Regular expression")
+    page.fill("input[name=find]", "img 2.*")
+    page.sees("1 name does not work", "is there already")
+    page.fill("input[name=find]", "img (1|2)\\.")
+    page.fill("input[name=by]", "a/$1.")
+    page.sees("2 names do not work", "cannot be a name")
+    page.fill("input[name=find]", "img (")
+    page.sees("This is not a regular expression.")
+    page.fill("input[name=find]", "img \\d+")
+    page.fill("input[name=by]", "lake")
+    page.sees("3 names do not work", "twice the same")
+    page.shot("rename-bad")
+    assert page.run("return document.querySelector('dialog .primary').disabled")
+    page.choose("select[name=way]", "Number")
+    page.fill("input[name=pattern]", "Holiday ##")
+    page.fill("input[name=first]", "9")
+    page.sees("→ Holiday 09.jpg", "→ Holiday 10.jpg", "→ Holiday 11.jpg", "3 names change")
+    page.shot("rename-number")
+    page.press("Enter")
+    page.sees("3 items renamed")
+    assert page.tree() == {"Holiday 09.jpg", "Holiday 10.jpg", "Holiday 11.jpg", "other.txt"} and page.get("Holiday 11.jpg") == b"img 10.jpg"
+    page.press("Control", "z")
+    page.shows("img 1.jpg", "img 2.jpg", "img 10.jpg", "other.txt")
+
+
+def test_browser_says_when_new_names_go_in_a_circle(page):
+    for name in ("a 1", "a 2", "a 3"):
+        page.put(name, name)
+    page.size(390, 844, touch=True)
+    page.open("/")
+    page.shows("a 1", "a 2", "a 3")
+    page.press("Control", "a")
+    page.click("More")
+    page.click("Rename")
+    page.choose("select[name=way]", "Number")
+    page.fill("input[name=pattern]", "a #")
+    page.fill("input[name=first]", "2")
+    page.sees("2 names do not work", "another of these still has it: rename in two steps")
+    page.shot("rename-phone")
+    assert page.run("return document.querySelector('dialog .primary').disabled")
+    page.run("renameAll([{from: 'a 1', to: 'a 2'}, {from: 'a 2', to: 'a 1'}]).catch(error => { window.refused = error.code; })")
+    page.wait("return window.refused === 'same-place'")
+    page.fill("input[name=pattern]", "b #")
+    page.sees("3 names change")
+    page.click("dialog .primary")
+    page.shows("b 2", "b 3", "b 4")
+    page.click("Undo")
+    page.shows("a 1", "a 2", "a 3")
+    assert page.get("a 1") == b"a 1"
+
+
+def test_browser_shows_the_first_of_a_thousand_new_names(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.run("fillList(sortEntries([...Array(1000)].map((_, n) => ({path: 'f' + n, name: 'f' + n, kind: 'file', node: 'x' + n, size: 1, mtime: '2026-01-01T00:00:00Z'}))));"
+             "selectAll(); renameMany(selection())")
+    page.fill("input[name=find]", "f")
+    page.fill("input[name=by]", "g")
+    page.sees("1,000 names change", "→ g199", "and 800 more")
+    page.press("Escape")
 
 
 def test_browser_trash(page):
