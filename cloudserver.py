@@ -8417,14 +8417,14 @@ PAGE_STYLE = r"""
   --back: #fff; --side: #f5f6f8; --raised: #fff; --text: #1b1e23; --soft: #59626e; --line: #e2e5ea; --hover: #f1f3f6;
   --accent: #1857c4; --on-accent: #fff; --chosen: #e4edfb; --danger: #b3261e; --shadow: 0 8px 28px rgb(20 30 50 / .18);
   --icon: #7a8696;
-  --mark: #fff3c4;
+  --mark: #fff3c4; --star: #a66a00;
 }
 :root[data-theme=dark] {
   color-scheme: dark;
   --back: #15171b; --side: #1b1e23; --raised: #22262c; --text: #e8eaee; --soft: #a4adb9; --line: #2e333b; --hover: #20242a;
   --accent: #8fb8ff; --on-accent: #0d1b33; --chosen: #22344f; --danger: #ff9d94; --shadow: 0 8px 28px rgb(0 0 0 / .6);
   --icon: #8f9bab;
-  --mark: #4d431f;
+  --mark: #4d431f; --star: #e0b04a;
 }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
@@ -8558,6 +8558,8 @@ main:focus { outline: none; }
 .empty { text-align: center; padding: 14vh 1rem; color: var(--soft); display: grid; gap: .4rem; justify-items: center; }
 .big { font-size: 1.2rem; color: var(--text); text-align: center; }
 
+.star { width: 18px; height: 18px; flex: none; margin-right: .75rem; fill: var(--star); }
+
 /* tiles */
 .tiles .head { display: none; }
 .tiles .row { right: auto; height: 176px; border: 0; padding: 6px; display: block; border-radius: 10px; }
@@ -8565,6 +8567,7 @@ main:focus { outline: none; }
 .tiles .row > .mtime, .tiles .row > .size, .tiles .row > .deleted { display: none; }
 .tiles .names { flex: none; padding: 0 .3rem; }
 .tiles .label { margin: 0 auto; font-size: .9rem; }
+.tiles .star { position: absolute; left: 16px; bottom: 52px; stroke: var(--back); stroke-width: 2; paint-order: stroke; }
 .tiles .check { position: absolute; left: 14px; top: 14px; opacity: 0; z-index: 1; }
 .tiles .more button { background: var(--raised); border-radius: 8px; }
 .tiles .more { position: absolute; right: 8px; top: 8px; z-index: 1; }
@@ -8712,7 +8715,8 @@ th { background: var(--side); position: sticky; top: 0; }
     border: 0; border-top: 1px solid var(--line); z-index: 4; gap: 0; }
   .side .brand, .quota { display: none; }
   .side nav { display: flex; flex: 1; order: -1; }
-  .side nav a { flex: 1; text-align: center; padding: .9rem .2rem; border-radius: 0; font-size: .875rem; min-height: 52px; }
+  .side nav a { flex: auto; text-align: center; padding: .9rem .1rem; border-radius: 0; font-size: min(.875rem, 3.6vw);
+    min-height: 52px; }
   .side nav a[aria-current] { background: none; color: var(--accent); }
   .new { position: fixed; right: 1rem; bottom: calc(68px + env(safe-area-inset-bottom)); border-radius: 99px;
     padding: .6rem 1.4rem; box-shadow: var(--shadow); min-height: 48px; }
@@ -8766,7 +8770,7 @@ PAGE_SCRIPT = r"""
 
 // ---- where the page lives: a proxy may serve it below a path of its own
 
-const VIEW = /^(.*?)(?:\/(?:files|past|versions|trash|activity|search|settings|setup|login)(?:\/.*)?|\/)$/;
+const VIEW = /^(.*?)(?:\/(?:files|starred|past|versions|trash|activity|search|settings|setup|login)(?:\/.*)?|\/)$/;
 const PREFIX = (location.pathname.match(VIEW) || ["", ""])[1];
 const encodePath = path => path.split("/").map(encodeURIComponent).join("/");
 const decodePath = path => path.split("/").filter(Boolean).map(decodeURIComponent).join("/");
@@ -8832,6 +8836,7 @@ const ICONS = {
   archive: SHEET + "|M10 4h2M11 7h2M10 10h2M11 13h2v4h-2z",
   table: SHEET + "|M7 11h9M7 14h9M7 17h9M10 11v6.500"
 };
+const STAR = "M12 3l2.700 5.800 6.300.700-4.700 4.300 1.300 6.200-5.600-3.200-5.600 3.200 1.300-6.200L3 9.500l6.300-.700z";
 const KINDS = Object.entries({
   image: "png jpg jpeg gif webp avif heic heif svg bmp tif tiff ico",
   video: "mp4 m4v webm mov mkv avi ogv",
@@ -9283,7 +9288,7 @@ async function start() {
 
 // ---- the frame around every view
 
-const NAVIGATION = [["files", "Files", "/files"], ["activity", "Activity", "/activity"], ["trash", "Trash", "/trash"],
+const NAVIGATION = [["files", "Files", "/files"], ["starred", "Starred", "/starred"], ["activity", "Activity", "/activity"], ["trash", "Trash", "/trash"],
                     ["settings", "Settings", "/settings"]];
 
 function buildFrame() {
@@ -9365,6 +9370,7 @@ const SHOWS = [
   [/^\/files(?:\/(.*))?$/, showFiles],
   [/^\/past\/([^/]+)(?:\/(.*))?$/, showPast],
   [/^\/versions\/(.*)$/, showVersions],
+  [/^\/starred$/, showStarred],
   [/^\/trash$/, showTrash],
   [/^\/activity$/, showActivity],
   [/^\/search$/, showSearch],
@@ -9535,7 +9541,7 @@ function fillList(entries) {
   showBar();
 }
 
-const same = (a, b) => b && ["node", "etag", "path", "mtime", "size"].every(name => a[name] === b[name]);
+const same = (a, b) => b && ["node", "etag", "path", "mtime", "size", "starred"].every(name => a[name] === b[name]);
 
 // rows that would look as they do stay: a click that is under way must not lose its target
 function redrawRows(keep = () => false) {
@@ -9596,7 +9602,8 @@ function makeRow(entry, index) {
     ),
     h("div.name", {role: "gridcell"},
       shape === "tiles" ? tilePicture(entry) : icon(kindOf(entry)),
-      list.editing === entry ? renameField(entry) : entryName(entry)
+      list.editing === entry ? renameField(entry) : entryName(entry),
+      entry.starred && svg("svg", {viewBox: "0 0 24 24", class: "star", role: "img", "aria-label": t("Starred")}, svg("path", {d: STAR}))
     ),
     list.columns.map(column => h("div." + column, {role: "gridcell"}, cellOf(entry, column))),
     h("div.more", {role: "gridcell"},
@@ -9623,7 +9630,7 @@ function entryName(entry) {
         h("bdi", {}, entry.name)
       )
     : h("span", about, h("bdi", {}, entry.name));
-  const where = view.kind === "search" || view.kind === "trash" ? parentOf(entry.path) || t("Files") : null;
+  const where = ["search", "starred", "trash"].includes(view.kind) ? parentOf(entry.path) || t("Files") : null;
   return h("div.names", {},
     label,
     h("div.second" + (where ? ".where" : ""), {},
@@ -9892,7 +9899,10 @@ const typed = {text: "", at: 0};
 
 function typeAhead(event) {
   if (event.key.length !== 1 || event.ctrlKey || event.metaKey || event.altKey || " ?/".includes(event.key)) return;
-  typed.text = event.timeStamp - typed.at < 900 ? typed.text + event.key : event.key;
+  const within = event.timeStamp - typed.at < 900;
+  if (!within && actionOf(event)) return;        // the key of an action; within a word, or where it does nothing, a letter
+  event.preventDefault();
+  typed.text = within ? typed.text + event.key : event.key;
   typed.at = event.timeStamp;
   const wanted = sortKeyOf(typed.text),
     index = list.entries.findIndex(entry => entry.sortKey && entry.sortKey.startsWith(wanted));
@@ -9982,7 +9992,7 @@ async function refresh() {
   if (view.kind === "files") {
     const answer = await load(view.path);
     if (turn === view.turn) await enterCollection(answer, turn);
-  } else if (["trash", "activity", "search", "past"].includes(view.kind)) await show();
+  } else if (["trash", "activity", "search", "starred", "past"].includes(view.kind)) await show();
   updateQuota();
 }
 
@@ -9994,7 +10004,7 @@ function openEntry(entry) {
 // ---- actions: one table for the bar, the menus, the keys and the help
 
 const inFiles = () => view.kind === "files";
-const inTree = () => view.kind === "files" || view.kind === "search";
+const inTree = () => ["files", "search", "starred"].includes(view.kind);
 const one = items => items.length === 1;
 const oneFile = items => one(items) && items[0].kind === "file";
 
@@ -10021,7 +10031,7 @@ const ACTIONS = [
   {name: "open", label: "Open", on: "items", menu: true, keys: "Enter",
    when: items => one(items) && opens(items[0]), run: ([entry]) => openEntry(entry)},
   {name: "show", label: "Show in its folder", on: "items",
-   when: items => view.kind === "search" && one(items), run: ([entry]) => showInFolder(entry)},
+   when: items => inTree() && !inFiles() && one(items), run: ([entry]) => showInFolder(entry)},
   {name: "download", label: "Download", on: "items", prime: true, keys: "D",
    when: items => view.kind !== "trash" && items.length > 0, run: download},
   {name: "rename", label: "Rename", on: "items", keys: "F2",
@@ -10038,6 +10048,10 @@ const ACTIONS = [
    when: items => inTree() && oneFile(items) && isText(items[0]), run: ([entry]) => editFile(entry)},
   {name: "versions", label: "Versions", on: "items",
    when: items => inTree() && oneFile(items), run: ([entry]) => go(versionsAddress(entry.path))},
+  {name: "star", label: "Star", on: "items", keys: "S",
+   when: items => inTree() && !items.every(entry => entry.starred), run: items => star(items, true)},
+  {name: "unstar", label: "Remove star", on: "items", keys: "S",
+   when: items => inTree() && items.length > 0 && items.every(entry => entry.starred), run: items => star(items, false)},
   {name: "delete", label: "Delete", on: "items", prime: true, keys: "Delete",
    when: items => inTree() && items.length > 0, run: deleteItems},
   {name: "restore", label: "Restore", on: "items", prime: true,
@@ -10181,11 +10195,11 @@ function dropRows(items) {
 
 function download(items) {
   if (items.length === 1 && items[0].kind === "file") return saveFrom(contentAddress(items[0]));
-  if (view.kind === "search" && items.length > 1)
+  if (!inFiles() && inTree() && items.length > 1)
     return items.forEach((entry, n) =>
       setTimeout(() => saveFrom(entry.kind === "file" ? contentAddress(entry) : apiAddress("zip", entry.path)), n * 400)
     );
-  if (view.kind === "search") return saveFrom(apiAddress("zip", items[0].path));
+  if (!inFiles() && inTree()) return saveFrom(apiAddress("zip", items[0].path));
   return downloadZip(items.length === list.entries.length ? [] : items.map(entry => entry.name));
 }
 
@@ -11106,6 +11120,33 @@ async function emptyTrash() {
   )
     return;
   await api("POST", "trash/empty");
+  await refresh();
+}
+
+// ---- starred
+
+async function showStarred() {
+  const turn = view.turn, {items} = await api("GET", "starred");
+  if (turn === view.turn) showFound("starred", t("Starred"), items, () => [h("p.big", {}, t("Nothing starred yet")),
+    h("p", {}, t("A star marks what you want to find again: choose something, then “Star”."))]);
+}
+
+// a list of things from many places
+function showFound(kind, title, items, empty) {
+  const same = view.kind === kind && list.box && list.box.isConnected;
+  Object.assign(view, {kind, path: "", at: null});
+  setTitle(title);
+  setCrumbs(h("span", {"aria-current": "page"}, title));
+  if (!same) setContent(...makeList({columns: ["mtime", "size"], empty}));
+  fillList(sortEntries(items));
+}
+
+async function star(items, starred) {
+  items = items.filter(entry => Boolean(entry.starred) !== starred);
+  await api("POST", "star", {paths: items.map(entry => entry.path), starred});
+  const words = {what: namesOf(items)};
+  toast(starred ? t("{what} starred", words) : t("Star removed from {what}", words),
+    {label: t("Undo"), run: () => attempt(() => star(items.map(entry => ({...entry, starred})), !starred))});
   await refresh();
 }
 
@@ -12042,7 +12083,7 @@ function watchServer() {
 const changed = soon(async before => {
   showHeld();
   if (!before || list.editing || preview.dirty) return;
-  if (view.kind !== "files") return view.kind === "trash" || view.kind === "activity" ? refresh() : undefined;
+  if (view.kind !== "files") return ["trash", "activity", "starred"].includes(view.kind) ? refresh() : undefined;
   const turn = view.turn, {etag} = await load(view.path, {limit: 1});
   if (turn === view.turn && etag !== view.etag && !preview.box) await refresh();
 }, 400);
@@ -12230,6 +12271,11 @@ function keyOf(event) {
   );
 }
 
+function actionOf(event) {
+  const key = keyOf(event) === "Backspace" && onMac ? "Delete" : keyOf(event), items = selection();
+  return ACTIONS.find(one => one.keys === key && one.when(items));
+}
+
 function onKey(event) {
   if (
     !me.name ||
@@ -12237,12 +12283,9 @@ function onKey(event) {
     event.target.closest("input:not([type=checkbox]), textarea, select, dialog")
   )
     return;
-  const key = keyOf(event) === "Backspace" && onMac ? "Delete" : keyOf(event),
-    items = selection();
-  if (key === "Ctrl+V") return; // the paste event knows whether files come with it
-  if (key === "Enter" && event.target.closest("a, button")) return;
-  const action = ACTIONS.find(one => one.keys === key && one.when(items));
-  if (!action) return;
+  const action = actionOf(event);
+  if (!action || action.name === "paste") return; // the paste event knows whether files come with it
+  if (event.key === "Enter" && event.target.closest("a, button")) return;
   event.preventDefault();
   act(action);
 }
@@ -12307,6 +12350,7 @@ PAGE_GERMAN = r"""{
   "A held device was allowed to go on": "Ein angehaltenes Gerät durfte weitermachen",
   "A name cannot be empty and cannot hold a slash.": "Ein Name darf nicht leer sein und keinen Schrägstrich enthalten.",
   "A password for each device": "Ein Passwort für jedes Gerät",
+  "A star marks what you want to find again: choose something, then “Star”.": "Ein Stern zeigt, was du wiederfinden willst: Wähle etwas aus, dann „Markieren“.",
   "A version with a name is never removed by itself.": "Eine Version mit Namen wird nie von selbst entfernt.",
   "APP-PASSWORD": "APP-PASSWORT",
   "Account": "Konto",
@@ -12427,6 +12471,7 @@ PAGE_GERMAN = r"""{
   "Nothing found": "Nichts gefunden",
   "Nothing has changed since then.": "Seither hat sich nichts geändert.",
   "Nothing here yet": "Noch nichts hier",
+  "Nothing starred yet": "Noch nichts markiert",
   "Nothing was here then": "Damals war hier nichts",
   "Now": "Jetzt",
   "Number": "Nummerieren",
@@ -12447,6 +12492,7 @@ PAGE_GERMAN = r"""{
   "Quota in GB; empty is no limit": "Speicher in GB; leer heißt unbegrenzt",
   "Regular expression": "Regulärer Ausdruck",
   "Remove": "Entfernen",
+  "Remove star": "Markierung entfernen",
   "Remove the account {name}?": "Das Konto {name} entfernen?",
   "Rename": "Umbenennen",
   "Rename {n} items": "{n} Elemente umbenennen",
@@ -12483,6 +12529,9 @@ PAGE_GERMAN = r"""{
   "Something went wrong on the server. Whoever runs it should look at its log.": "Auf dem Server ging etwas schief. Wer ihn betreibt, sollte ins Protokoll sehen.",
   "Sort by {what}": "Nach {what} ordnen",
   "Space": "Leertaste",
+  "Star": "Markieren",
+  "Star removed from {what}": "{what} nicht mehr markiert",
+  "Starred": "Markiert",
   "Start again in the program that sent you here.": "Fang in dem Programm, das dich hergeschickt hat, noch einmal an.",
   "State": "Zustand",
   "Storage used": "Belegter Speicher",
@@ -12588,6 +12637,7 @@ PAGE_GERMAN = r"""{
   "{what} moved": "{what} verschoben",
   "{what} ready to be copied: paste it where you want it.": "{what} zum Kopieren vorgemerkt: Füge es ein, wo du es haben willst.",
   "{what} ready to be moved: paste it where it belongs.": "{what} zum Verschieben vorgemerkt: Füge es ein, wo es hingehört.",
+  "{what} starred": "{what} markiert",
   "{who} brought {what} back to an earlier time": "{who} hat {what} auf einen früheren Stand gebracht",
   "{who} changed {what}": "{who} hat {what} geändert",
   "{who} copied {what} to {to}": "{who} hat {what} nach {to} kopiert",
@@ -12678,7 +12728,7 @@ def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     return Response(200, body, dict(fields))
 
 
-for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/trash", "/activity", "/search", "/settings/<path>",
+for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/starred", "/trash", "/activity", "/search", "/settings/<path>",
                  "/login/v2/flow/<token>"):
     route("GET", _pattern, needs="nothing")(web_page)
 

@@ -4026,7 +4026,7 @@ def test_the_words_of_a_language_are_sent_when_they_changed(call):
 
 
 def test_every_address_of_the_page_answers_with_the_page(call):
-    for path in ("/", "/setup", "/login", "/files", "/files/a%20b/c", "/past/seq:3/a", "/versions/a", "/trash", "/activity", "/search?q=x",
+    for path in ("/", "/setup", "/login", "/files", "/files/a%20b/c", "/past/seq:3/a", "/versions/a", "/starred", "/trash", "/activity", "/search?q=x",
                  "/settings", "/settings/devices", "/login/v2/flow/abc"):
         answer = call("GET", path, user=None)
         assert answer.status == 200 and answer.body == PAGE, path
@@ -6519,6 +6519,56 @@ def test_browser_makes_thumbnails_once(page):
     page.open("/files")
     page.wait(seen)
     assert page.run("return performance.getEntriesByType('resource').filter(one => one.name.endsWith('large.png')).length") == 0
+
+
+def test_browser_stars(page):
+    for name in ("box/a.txt", "box/b.txt", "song.mp3"):
+        page.put(name)
+    page.open("/files/box")
+    page.shows("a.txt", "b.txt")
+    page.run("list.box.focus()")
+    page.press("b")                              # a letter finds a name, and only then means what the table of actions says
+    page.press("Escape")
+    page.press("Control", "a")
+    page.press("s")
+    page.wait("return document.querySelectorAll('.star[aria-label=Starred]').length === 2")
+    page.sees("2 items starred", "Remove star")
+    page.shot("star")
+    page.click("Undo")
+    page.wait("return !document.querySelector('.star')")
+    page.press("Escape")
+    page.click("Select b.txt")
+    page.click("Star")
+    page.sees("“b.txt” starred")
+    page.open("/")
+    page.shows("box", "song.mp3")
+    page.run("list.box.focus()")
+    page.press("s")                              # nothing was chosen: a letter like any other
+    page.wait("return selection().map(entry => entry.name).join() === 'song.mp3'")
+    page.misses("starred")
+    page.click("[data-view=starred]")
+    page.shows("b.txt")
+    page.sees("box", "Starred")
+    assert page.path() == "/starred"
+    page.shot("starred")
+    page.size(390, 844, dark=True, touch=True)
+    page.open("/starred")
+    page.shows("b.txt")
+    page.shot("starred-phone")
+    page.run("localStorage.setItem('language', 'de')")
+    page.size(320, 640, touch=True)
+    page.open("/starred")
+    page.shows("b.txt")
+    page.shot("starred-narrow")
+    assert page.run("const boxes = [...document.querySelectorAll('.side nav a')].map(one => one.getBoundingClientRect());"
+                    "return boxes.length === 5 && boxes.every(box => box.height >= 44 && box.height < 60 && box.right <= 320) && document.documentElement.scrollWidth <= 320")
+    page.run("localStorage.setItem('language', 'en')")
+    page.size(1280, 800)
+    page.open("/starred")
+    page.click("Select b.txt")
+    page.press("s")
+    page.sees("Nothing starred yet")
+    page.shot("starred-empty")
 
 
 def test_browser_edits_text_and_notices_others(page):
