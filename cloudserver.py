@@ -9895,9 +9895,10 @@ function onListKey(event) {
   return event.preventDefault();
 }
 
-const typed = {text: "", at: 0};
+const typed = {text: "", at: -900};
 
 function typeAhead(event) {
+  if (event.key === "Escape" || event.ctrlKey) typed.at = -900;
   if (event.key.length !== 1 || event.ctrlKey || event.metaKey || event.altKey || " ?/".includes(event.key)) return;
   const within = event.timeStamp - typed.at < 900;
   if (!within && actionOf(event)) return;        // the key of an action; within a word, or where it does nothing, a letter
