@@ -8545,6 +8545,13 @@ main:focus { outline: none; }
   white-space: nowrap; }
 .second.where { display: block; font-size: .8rem; line-height: 1.25; }
 .where .small { display: none; }
+.tall:not(.tiles) .row { height: 66px; }
+.snippet { font-size: .8rem; line-height: 1.35; color: var(--soft); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.tiles .snippet { display: none; }
+mark { background: var(--mark); color: var(--text); }
+.filters { display: flex; flex-wrap: wrap; gap: .4rem; padding-bottom: .6rem; }
+.filters select { width: auto; max-width: 14rem; min-height: 36px; padding: .2rem .4rem; border-color: var(--line); }
+.hint:empty { display: none; }
 .names:has(.where) .label { line-height: 1.3; }
 .more button { background: none; border: 0; width: 40px; padding: 0; color: var(--soft); opacity: 0; font-weight: 700; }
 .row:hover .more button, .row.cursor .more button, .row[aria-selected=true] .more button { opacity: 1; }
@@ -8746,6 +8753,8 @@ th { background: var(--side); position: sticky; top: 0; }
   .preview .title button { padding: .4rem .6rem; }
   .row { height: 60px; }
   .row > .mtime, .row > .size, .row > .deleted { display: none; }
+  .tall:not(.tiles) .row { height: 82px; }
+  .filters select { flex: 1 1 40%; min-height: 44px; }
   .second, .second.where { display: block; font-size: .85rem; }
   .where .small { display: inline; }
   .more button { opacity: 1; width: 44px; height: 44px; }
@@ -8783,7 +8792,7 @@ const apiAddress = (what, path, values = {}) =>
 const contentAddress = (entry, values) => apiAddress("content", entry.path, values || (view.at ? {at: view.at} : {}));
 
 function queryOf(values) {
-  const pairs = Object.entries(values).filter(([, value]) => value !== undefined && value !== null)
+  const pairs = Object.entries(values).filter(([, value]) => value || value === 0)
     .flatMap(([name, value]) => [].concat(value).map(one => name + "=" + encodeURIComponent(one)));
   return pairs.length ? "?" + pairs.join("&") : "";
 }
@@ -8894,6 +8903,7 @@ function t(text, values) {
 }
 
 const quoted = name => t("“{name}”", {name});
+const DAY = 864e5;
 const plural = (n, one, many, values) => t(n === 1 ? one : many, {n, ...values});
 
 function formatSize(bytes) {
@@ -9293,8 +9303,12 @@ const NAVIGATION = [["files", "Files", "/files"], ["starred", "Starred", "/starr
 
 function buildFrame() {
   const search = h("input", {type: "search", name: "q", placeholder: t("Search"), "aria-label": t("Search"), autocomplete: "off",
-                             spellcheck: false, oninput: searchSoon});
-  const form = h("form.search", {role: "search", onsubmit: event => { event.preventDefault(); search.blur(); }}, search);
+                             spellcheck: false, oninput: searchSoon, onkeydown: onSearchKey});
+  const form = h("form.search", {role: "search", onsubmit: event => {
+    event.preventDefault();
+    search.blur();
+    if (!search.value && view.kind !== "search") seek({});
+  }}, search);
   const make = event => menu(event.currentTarget, menuRows(actionsFor("place").filter(one => one.make)), t("New"));
   const links = NAVIGATION.map(([name, label, address]) => h("a", {href: PREFIX + address, "data-view": name}, t(label)));
   find("#app").replaceChildren(
@@ -9378,9 +9392,9 @@ const SHOWS = [
   [/^\/login\/v2\/flow\/(.+)$/, showGrant]
 ];
 
-function go(address, {replace = false} = {}) {
+function go(address, {replace = false, deep} = {}) {
   if (!replace) history.replaceState({...history.state, scroll: scrollY}, "");
-  history[replace ? "replaceState" : "pushState"]({inside: true}, "", address);
+  history[replace ? "replaceState" : "pushState"]({inside: true, deep}, "", address);
   return show();
 }
 
@@ -9484,7 +9498,7 @@ const COLUMNS = {name: "Name", mtime: "Modified", size: "Size", deleted: "Delete
 
 // columns: those after the name; sortable: may the reader choose the order?
 function makeList({columns, sortable = true, empty}) {
-  Object.assign(list, {entries: [], columns, sortable, empty, at: -1, anchor: -1, editing: null});
+  Object.assign(list, {entries: [], columns, sortable, empty, tall: false, at: -1, anchor: -1, editing: null});
   list.selected.clear();
   list.rows.clear();
   const head = ["name", ...columns].map(name =>
@@ -9541,7 +9555,8 @@ function fillList(entries) {
   showBar();
 }
 
-const same = (a, b) => b && ["node", "etag", "path", "mtime", "size", "starred"].every(name => a[name] === b[name]);
+const same = (a, b) => b && ["node", "etag", "path", "mtime", "size", "starred"].every(name => a[name] === b[name])
+  && JSON.stringify(a.snippet) === JSON.stringify(b.snippet);
 
 // rows that would look as they do stay: a click that is under way must not lose its target
 function redrawRows(keep = () => false) {
@@ -9560,7 +9575,7 @@ function redrawRows(keep = () => false) {
 function measureList() {
   const tiles = shape === "tiles", width = list.body.clientWidth;
   const columns = tiles ? Math.max(2, Math.floor(width / (isPhone.matches ? 150 : 190))) : 1;
-  return {columns, width: width / columns, height: tiles ? 176 : isPhone.matches ? 60 : 44};
+  return {columns, width: width / columns, height: tiles ? 176 : (isPhone.matches ? 60 : 44) + 22 * list.tall};
 }
 
 function drawRows() {
@@ -9638,7 +9653,8 @@ function entryName(entry) {
       h("span.small", {},
         (where ? " · " : "") + formatTime(entry.deleted || entry.mtime) + " · " + formatSize(entry.size)
       )
-    )
+    ),
+    entry.snippet && h("div.snippet", {}, entry.snippet.before.slice(-30), h("mark", {}, entry.snippet.match), entry.snippet.after)
   );
 }
 
@@ -11132,14 +11148,20 @@ async function showStarred() {
     h("p", {}, t("A star marks what you want to find again: choose something, then “Star”."))]);
 }
 
-// a list of things from many places
-function showFound(kind, title, items, empty) {
-  const same = view.kind === kind && list.box && list.box.isConnected;
+// a list of things from many places; above: what stands over it, for things in the order of the server
+function showFound(kind, title, items, empty, above) {
+  const same = view.kind === kind && list.box && list.box.isConnected, tall = items.some(entry => entry.snippet);
   Object.assign(view, {kind, path: "", at: null});
   setTitle(title);
   setCrumbs(h("span", {"aria-current": "page"}, title));
-  if (!same) setContent(...makeList({columns: ["mtime", "size"], empty}));
-  fillList(sortEntries(items));
+  if (!same) setContent(above, ...makeList({columns: ["mtime", "size"], sortable: !above, empty}));
+  if (list.tall !== tall) {
+    list.tall = tall;
+    list.box.classList.toggle("tall", tall);
+    redrawRows();
+  }
+  list.empty = empty;
+  fillList(above ? items : sortEntries(items));
 }
 
 async function star(items, starred) {
@@ -11151,30 +11173,74 @@ async function star(items, starred) {
   await refresh();
 }
 
-// ---- search
+// ---- search: what is looked for stands in the address
+
+const KIND_WORDS = {image: "Images", video: "Videos", audio: "Music", pdf: "PDF", document: "Documents", text: "Texts", table: "Tables",
+                    archive: "Archives", collection: "Folders"};
+const WITHIN = {"": "Names and contents", names: "Names only", contents: "Contents only"};
+const SIZES = {"": "Any size", "under-1m": "Under 1 MB", "over-10m": "Over 10 MB", "over-100m": "Over 100 MB", "over-1g": "Over 1 GB"};
+const CHANGED = {"": "Any time", today: "Today", week: "Last 7 days", month: "Last 30 days", year: "This year", older: "Before this year"};
+const FILTERS = {within: WITHIN, kind: {"": "Any kind", ...KIND_WORDS}, size: SIZES, changed: CHANGED};
+const asked = () => Object.fromEntries(new URLSearchParams(location.search));
+const isAsking = ({q, kind, size, changed}) => q || kind || size || changed;
+let searchedFrom = "";                 // the collection that was on the screen before
+
+// deep: how many entries of the history belong to this search
+function seek(values, replace) {
+  const {deep} = history.state || {}, inside = view.kind === "search";
+  if (!inside) searchedFrom = view.path;
+  return go(PREFIX + "/search" + queryOf(values), {replace, deep: inside ? deep && deep + !replace : 1});
+}
 
 const searchSoon = soon(() => {
-  const q = find(".search input").value.trim(), inside = view.kind === "search";
-  if (q) return go(PREFIX + "/search" + queryOf({q}), {replace: inside});
-  return inside && go(addressOf(""), {replace: true});
+  const inside = view.kind === "search", values = {...(inside && asked()), q: find(".search input").value.trim()};
+  return isAsking(values) ? seek(values, inside) : inside && leaveSearch();
 }, 200);
 
+function leaveSearch() {
+  const {deep} = history.state || {};
+  return deep ? history.go(-deep) : go(addressOf(searchedFrom), {replace: true});
+}
+
+function onSearchKey(event) {
+  if (event.key !== "Escape") return;
+  event.preventDefault();
+  event.target.value = "";
+  event.target.blur();
+  if (view.kind === "search") leaveSearch();
+}
+
 async function showSearch() {
-  const q = new URLSearchParams(location.search).get("q") || "",
-    turn = view.turn;
-  const input = find(".search input");
+  const values = asked(), {q = "", path} = values, turn = view.turn, input = find(".search input");
   if (document.activeElement !== input) input.value = q;
-  const {items} = await api("GET", "search", {q, limit: 1000});
+  const {items, more} = isAsking(values) ? await api("GET", "search", searchValues(values)) : {items: []};
   if (turn !== view.turn) return;
-  const same = view.kind === "search" && list.box && list.box.isConnected;
-  Object.assign(view, {kind: "search", path: "", at: null});
-  setTitle(q);
-  setCrumbs(link(t("Files"), addressOf("")), h("span", {"aria-current": "page"}, t("Search")));
-  if (!same)
-    setContent(
-      ...makeList({columns: ["mtime", "size"], sortable: false, empty: () => h("p.big", {}, t("Nothing found"))})
-    );
-  fillList(items);
+  searchedFrom = path || searchedFrom;
+  showFound("search", t("Search"), items, () => nothingFound(values), [
+    h("div.filters", {onchange: ({target}) => seek({...asked(), [target.name]: target.value})},
+      choice("Where", "path", {"": "Everywhere", [searchedFrom]: t("In {name}", {name: nameOf(searchedFrom)})}, "", {hidden: !searchedFrom}),
+      choice("In", "within", WITHIN), choice("Kind", "kind", FILTERS.kind), choice("Size", "size", SIZES),
+      choice("Changed", "changed", CHANGED)),
+    h("p.hint", {role: "status"})]);
+  for (const box of find(".filters").children) box.value = values[box.name] || "";
+  find(".hint").textContent = more ? t("Only the first {n} are shown: narrow it down.", {n: items.length}) : "";
+  setTitle(q || t("Search"));
+}
+
+function searchValues({size, changed, ...values}) {
+  const [, way, n, unit] = /^(under|over)-(\d+)(.)$/.exec(size) || [], bytes = n * 2 ** (unit === "m" ? 20 : 30);
+  const today = new Date().setHours(0, 0, 0, 0), year = +new Date(new Date().getFullYear(), 0);
+  return {...values, limit: 1000, larger: way === "over" && bytes, smaller: way === "under" && bytes - 1,
+    after: {today, week: today - 6 * DAY, month: today - 29 * DAY, year}[changed], before: changed === "older" && year - 1};
+}
+
+function nothingFound({q, path, ...rest}) {
+  if (!isAsking({q, ...rest})) return h("p", {}, t("Type what you look for, or choose a filter."));
+  const filters = Object.keys(rest).map(name => t(FILTERS[name][rest[name]]));
+  return [h("p.big", {}, q ? t("Nothing found for “{q}”", {q}) : t("Nothing found")),
+    h("p", {}, [path && t("In {name}", {name: path}), ...filters].filter(Boolean).join(" · ")),
+    path && button(t("Look everywhere"), () => seek({q, ...rest})),
+    filters.length > 0 && button(t("Clear the filters"), () => seek({q, path}))].filter(Boolean);
 }
 
 // ---- activity
@@ -12365,10 +12431,15 @@ PAGE_GERMAN = r"""{
   "All uploads": "Alle Uploads",
   "Allow": "Erlauben",
   "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
+  "Any kind": "Jede Art",
+  "Any size": "Jede Größe",
+  "Any time": "Jederzeit",
   "App password": "App-Passwort",
+  "Archives": "Archive",
   "As it was on {when}": "Wie es am {when} war",
   "Back": "Zurück",
   "Back to now": "Zurück zu jetzt",
+  "Before this year": "Vor diesem Jahr",
   "Bring it back": "Zurückholen",
   "Bring this time back": "Diesen Stand zurückholen",
   "Bring this time back?": "Diesen Stand zurückholen?",
@@ -12379,16 +12450,19 @@ PAGE_GERMAN = r"""{
   "Change": "Ändern",
   "Change password": "Passwort ändern",
   "Change {name}": "{name} ändern",
+  "Changed": "Geändert",
   "Choose": "Auswählen",
   "Choose a name and a password for the first account. It may do everything, also make further accounts.": "Wähle Name und Passwort für das erste Konto. Es darf alles, auch weitere Konten anlegen.",
   "Choose one more": "Eines mehr auswählen",
   "Choose several": "Mehrere auswählen",
   "Clear": "Aufheben",
+  "Clear the filters": "Filter aufheben",
   "Clear the selection": "Auswahl aufheben",
   "Close": "Schließen",
   "Code to scan": "Code zum Scannen",
   "Colours": "Farben",
   "Connect": "Verbinden",
+  "Contents only": "Nur Inhalte",
   "Continue": "Weiter",
   "Copy": "Kopieren",
   "Copy here": "Hierher kopieren",
@@ -12406,6 +12480,7 @@ PAGE_GERMAN = r"""{
   "Devices": "Geräte",
   "Do the same for all others": "Für alle weiteren genauso",
   "Do the same for {n} more": "Für {n} weitere genauso",
+  "Documents": "Dokumente",
   "Done": "Fertig",
   "Download": "Herunterladen",
   "Download this folder": "Diesen Ordner herunterladen",
@@ -12417,19 +12492,24 @@ PAGE_GERMAN = r"""{
   "Esc": "Esc",
   "Every device has to log in again after this.": "Danach müssen sich alle Geräte neu anmelden.",
   "Everything": "Alles",
+  "Everywhere": "Überall",
   "Exact time": "Genaue Zeit",
   "Failed": "Fehlgeschlagen",
   "Files": "Dateien",
   "Find": "Suchen nach",
   "Find and replace": "Suchen und ersetzen",
   "First number": "Erste Nummer",
+  "Folders": "Ordner",
   "Free on disk": "Frei auf der Platte",
   "Grant access": "Zugang gewähren",
   "Grant access?": "Zugang gewähren?",
   "How": "Wie",
+  "Images": "Bilder",
+  "In": "Worin",
   "In the Explorer: This PC, “Map network drive”; or:": "Im Explorer: Dieser PC, „Netzlaufwerk verbinden“; oder:",
   "In the Finder: Go, “Connect to Server”, with this address:": "Im Finder: Gehe zu, „Mit Server verbinden“, mit dieser Adresse:",
   "In the file manager, as the address of a server:": "Im Dateimanager als Adresse eines Servers:",
+  "In {name}": "In {name}",
   "Install the Nextcloud app, choose “Log in”, and scan this code or type the address.": "Installiere die Nextcloud-App, wähle „Anmelden“ und scanne diesen Code oder tippe die Adresse.",
   "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
   "Keep": "Behalten",
@@ -12438,7 +12518,10 @@ PAGE_GERMAN = r"""{
   "Keep the endings of files": "Endungen der Dateien behalten",
   "Keeps a folder of your computer and this server the same, both ways.": "Hält einen Ordner deines Rechners und diesen Server gleich, in beide Richtungen.",
   "Keyboard shortcuts": "Tastenkürzel",
+  "Kind": "Art",
   "Language": "Sprache",
+  "Last 30 days": "Letzte 30 Tage",
+  "Last 7 days": "Letzte 7 Tage",
   "Leave without saving?": "Verlassen, ohne zu speichern?",
   "Let go": "Freigeben",
   "Light": "Hell",
@@ -12446,6 +12529,7 @@ PAGE_GERMAN = r"""{
   "List": "Liste",
   "Log in": "Anmelden",
   "Log out": "Abmelden",
+  "Look everywhere": "Überall suchen",
   "Main": "Hauptmenü",
   "Make administrator": "Zur Verwaltung machen",
   "Make an app password": "App-Passwort anlegen",
@@ -12454,8 +12538,11 @@ PAGE_GERMAN = r"""{
   "Move here": "Hierher verschieben",
   "Move to…": "Verschieben nach …",
   "Move {what} to": "{what} verschieben nach",
+  "Music": "Musik",
   "Name": "Name",
   "Name of the device": "Name des Geräts",
+  "Names and contents": "Namen und Inhalte",
+  "Names only": "Nur Namen",
   "New": "Neu",
   "New account": "Neues Konto",
   "New folder": "Neuer Ordner",
@@ -12470,6 +12557,7 @@ PAGE_GERMAN = r"""{
   "Not set up yet": "Noch nicht eingerichtet",
   "Note": "Notiz",
   "Nothing found": "Nichts gefunden",
+  "Nothing found for “{q}”": "Nichts gefunden zu „{q}“",
   "Nothing has changed since then.": "Seither hat sich nichts geändert.",
   "Nothing here yet": "Noch nichts hier",
   "Nothing starred yet": "Noch nichts markiert",
@@ -12477,9 +12565,14 @@ PAGE_GERMAN = r"""{
   "Now": "Jetzt",
   "Number": "Nummerieren",
   "One of these lies in the other.": "Eins davon liegt im anderen.",
+  "Only the first {n} are shown: narrow it down.": "Nur die ersten {n} sind zu sehen: Grenze es ein.",
   "Open": "Öffnen",
   "Open in a new tab": "In neuem Tab öffnen",
   "Other programs get a password of their own, which you can revoke under “Devices”.": "Andere Programme bekommen ein eigenes Passwort, das du unter „Geräte“ sperren kannst.",
+  "Over 1 GB": "Über 1 GB",
+  "Over 10 MB": "Über 10 MB",
+  "Over 100 MB": "Über 100 MB",
+  "PDF": "PDF",
   "Password": "Passwort",
   "Password again": "Passwort noch einmal",
   "Paste": "Einfügen",
@@ -12537,7 +12630,9 @@ PAGE_GERMAN = r"""{
   "State": "Zustand",
   "Storage used": "Belegter Speicher",
   "Synchronised folder": "Abgeglichener Ordner",
+  "Tables": "Tabellen",
   "Taken back.": "Zurückgenommen.",
+  "Texts": "Texte",
   "That is too long ago: the history does not reach back so far.": "Das ist zu lange her: So weit reicht der Verlauf nicht zurück.",
   "The account {name} was made": "Das Konto {name} wurde angelegt",
   "The account {name} was removed": "Das Konto {name} wurde entfernt",
@@ -12563,11 +12658,15 @@ PAGE_GERMAN = r"""{
   "This password is shown only now; it stands in the commands below.": "Dieses Passwort wird nur jetzt gezeigt; es steht in den Befehlen unten.",
   "This server is not set up yet. Open the link that it printed when it started.": "Dieser Server ist noch nicht eingerichtet. Öffne den Link, den er beim Start ausgegeben hat.",
   "This version is the present one now; the others stay.": "Diese Version gilt jetzt; die anderen bleiben erhalten.",
+  "This year": "Dieses Jahr",
   "Tiles": "Kacheln",
   "Time": "Zeit",
+  "Today": "Heute",
   "Too many at once: choose fewer, or download the whole folder.": "Zu viele auf einmal: Wähle weniger, oder lade den ganzen Ordner herunter.",
   "Too many wrong passwords. Wait a moment, then try again.": "Zu viele falsche Passwörter. Warte etwas und versuche es dann noch einmal.",
   "Trash": "Papierkorb",
+  "Type what you look for, or choose a filter.": "Tippe, was du suchst, oder wähle einen Filter.",
+  "Under 1 MB": "Unter 1 MB",
   "Under the name": "Unter dem Namen",
   "Undo": "Rückgängig",
   "Undone, except {n} that changed since.": "Rückgängig gemacht, außer {n}, die sich seither geändert haben.",
@@ -12579,6 +12678,7 @@ PAGE_GERMAN = r"""{
   "Version": "Version",
   "Versions": "Versionen",
   "Versions of {name}": "Versionen von {name}",
+  "Videos": "Videos",
   "View": "Ansicht",
   "Waiting": "Wartet",
   "Waiting for the connection…": "Wartet auf die Verbindung …",
@@ -12586,6 +12686,7 @@ PAGE_GERMAN = r"""{
   "Welcome": "Willkommen",
   "What is in it cannot be brought back after this.": "Sein Inhalt lässt sich danach nicht zurückholen.",
   "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
+  "Where": "Wo",
   "Where you are": "Wo du bist",
   "Where you are logged in": "Wo du angemeldet bist",
   "Wrong name or password.": "Name oder Passwort ist falsch.",

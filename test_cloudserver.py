@@ -4000,7 +4000,7 @@ def words_of_the_script():
     said = set(re.findall(r"\bt\(\s*" + text, SCRIPT)) | set(re.findall(r"\b(?:label|detail): " + text, SCRIPT))
     for pair in re.findall(r'\bplural\([^"]*?"([^"]*)",\s*"([^"]*)"', SCRIPT) + re.findall(r"\bt\([^()\"]*" + other, SCRIPT):
         said.update(pair)
-    for table in ("PROBLEMS", "ACTIVITY", "STATES", "COLUMNS"):
+    for table in ("PROBLEMS", "ACTIVITY", "STATES", "COLUMNS", "KIND_WORDS", "WITHIN", "SIZES", "CHANGED", "FILTERS"):
         said.update(filter(None, re.findall(": " + text, re.search(r"const %s = \{(.*?)\};" % table, SCRIPT, re.S)[1])))
     for label, rows in re.findall(r'\bchoice\("([^"]*)", "\w+", (\{.*?\})?', SCRIPT):
         said.update([label], re.findall(": " + text, rows))
