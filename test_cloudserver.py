@@ -6609,6 +6609,76 @@ def test_browser_searches_as_you_type(page):
     page.sees("1 selected")
 
 
+def test_browser_searches_by_filters_that_stand_in_the_address(page):
+    page.put("letters/geneva.txt", "Dear Ann, we stood at the shore and saw the lake in the evening light; nobody spoke.")
+    page.put("letters/lake.txt", "x")
+    page.put("photos/lake.jpg", b"\xff\xd8\xff\xe0" + b"x" * 3000)
+    page.cloud.patch(page.who, ("photos", "lake.jpg"), mtime=1_000_000_000_000)
+    page.open("/files/letters")
+    page.shows("geneva.txt", "lake.txt")
+    upkeep = cs.Upkeep(page.cloud)
+    upkeep.hold()
+    upkeep.index_contents()
+    page.press("/")
+    page.keys("lake")
+    page.wait("return document.querySelectorAll('.rows .row').length === 3")
+    page.wait("return document.querySelector('.snippet mark').textContent === 'lake'")
+    page.sees("saw the lake in the evening", "letters", "photos")
+    page.shot("search")
+    page.choose("select[name=within]", "Names only")
+    page.wait("return document.querySelectorAll('.rows .row').length === 2 && !document.querySelector('.snippet')")
+    page.choose("select[name=path]", "In letters")
+    page.shows("lake.txt")
+    assert page.path() == "/search?q=lake&within=names&path=letters"
+    page.choose("select[name=kind]", "Images")
+    page.sees("Nothing found for “lake”", "In letters · Names only · Images")
+    page.shot("search-empty")
+    page.run("history.back()")
+    page.shows("lake.txt")
+    page.run("history.forward()")
+    page.sees("Nothing found for “lake”")
+    page.click("Look everywhere")
+    page.shows("lake.jpg")
+    page.choose("select[name=changed]", "Last 7 days")
+    page.sees("Nothing found")
+    page.choose("select[name=changed]", "Before this year")
+    page.shows("lake.jpg")
+    page.choose("select[name=size]", "Over 10 MB")
+    page.sees("Nothing found")
+    page.click("Clear the filters")
+    page.wait("return document.querySelectorAll('.rows .row').length === 3")
+    page.press("/")
+    page.press("Escape")
+    page.wait("return location.pathname === '/files/letters' && !document.querySelector('.search input').value")
+    page.shows("geneva.txt", "lake.txt")
+    page.open("/search?kind=image&size=under-1m")                  # a link from elsewhere, and no words
+    page.shows("lake.jpg")
+    assert page.run("return [...document.querySelectorAll('.filters select')].map(one => one.value).join()") == ",,image,under-1m,"
+    page.press("/")
+    page.press("Escape")
+    page.shows("letters", "photos")
+    page.press("/")
+    page.press("Enter")
+    page.sees("Type what you look for, or choose a filter.")
+    page.size(390, 844, dark=True, touch=True)
+    page.open("/search?q=lake&path=letters")
+    page.wait("return document.querySelectorAll('.rows .row').length === 2")
+    page.shot("search-phone")
+    assert page.run("return document.documentElement.scrollWidth") <= 390
+
+
+def test_browser_says_when_a_search_finds_more_than_it_shows(page):
+    for n in range(3):
+        page.put("lake %d.txt" % n)
+    page.open("/")
+    page.run("const real = searchValues; searchValues = values => ({...real(values), limit: 2})")
+    page.press("/")
+    page.keys("lake")
+    page.sees("Only the first 2 are shown: narrow it down.")
+    page.keys(" 1")
+    page.misses("Only the first")
+
+
 def test_browser_asks_for_the_password_when_the_session_has_ended(page):
     page.put("a.txt")
     page.open("/")
