@@ -8754,7 +8754,7 @@ th { background: var(--side); position: sticky; top: 0; }
   .row { height: 60px; }
   .row > .mtime, .row > .size, .row > .deleted { display: none; }
   .tall:not(.tiles) .row { height: 82px; }
-  .filters select { flex: 1 1 40%; min-height: 44px; }
+  .filters select { flex: 1 1 40%; max-width: none; min-height: 44px; }
   .second, .second.where { display: block; font-size: .85rem; }
   .where .small { display: inline; }
   .more button { opacity: 1; width: 44px; height: 44px; }
@@ -9654,7 +9654,7 @@ function entryName(entry) {
         (where ? " · " : "") + formatTime(entry.deleted || entry.mtime) + " · " + formatSize(entry.size)
       )
     ),
-    entry.snippet && h("div.snippet", {}, entry.snippet.before.slice(-30), h("mark", {}, entry.snippet.match), entry.snippet.after)
+    entry.snippet && h("div.snippet", {}, entry.snippet.before.replace(/^.+? (?=.{0,30}$)/, "… "), h("mark", {}, entry.snippet.match), entry.snippet.after)
   );
 }
 
@@ -9999,7 +9999,9 @@ function crumbsOf(path, address) {
 
 const emptyFiles = () => [
   h("p.big", {}, t("Nothing here yet")),
-  h("p", {}, isPhone.matches ? t("Add something with “New”.") : t("Drop files here, or add something with “New”."))
+  h("p", {}, isPhone.matches ? t("Add something with “New”.") : t("Drop files here, or add something with “New”.")),
+  h("p", {}, t("From a command line:")),
+  commandLine(`curl -u ${shellWord(me.name)} -T FILE ${davAddress(view.path, "/")}`)
 ];
 
 // load what is on the screen once more, keeping place and selection
@@ -10061,6 +10063,10 @@ const ACTIONS = [
    when: items => inTree() && items.length > 0, run: items => putOnClip("move", items)},
   {name: "copy-clip", label: "Copy", on: "items", menu: true, keys: "Ctrl+C",
    when: items => inTree() && items.length > 0, run: items => putOnClip("copy", items)},
+  {name: "address", label: "Copy address", on: "items", menu: true,
+   when: items => inTree() && one(items), run: ([entry]) => copyText(location.origin + addressOf(entry.path))},
+  {name: "curl", label: "Copy curl command", on: "items", menu: true,
+   when: items => inTree() && one(items), run: ([entry]) => copyText(curlFor(entry))},
   {name: "edit", label: "Edit", on: "items", menu: true, keys: "E",
    when: items => inTree() && oneFile(items) && isText(items[0]), run: ([entry]) => editFile(entry)},
   {name: "versions", label: "Versions", on: "items",
@@ -11969,17 +11975,26 @@ function connectSection() {
   ];
 }
 
-const commandLine = text =>
-  h("div.command", {},
-    h("code", {tabIndex: 0}, text),
-    button(t("Copy"), () =>
-      attempt(async () => {
-        if (navigator.clipboard)
-          await navigator.clipboard.writeText(text); // only where the connection is secure
-        else toast(text);
-      })
-    )
-  );
+const commandLine = text => h("div.command", {}, h("code", {tabIndex: 0}, text), button(t("Copy"), () => copyText(text)));
+
+// browsers lend the clipboard only where the connection is secure
+const copyText = text => attempt(async () => {
+  if (!navigator.clipboard) return sheet(t("Copy this"), close => [
+    h("textarea", {value: text, readOnly: true, autofocus: true, "aria-label": t("Copy this"), onfocus: event => event.target.select()}),
+    buttonsRow(button(t("Close"), () => close()))]);
+  await navigator.clipboard.writeText(text);
+  return toast(t("Copied."));
+});
+
+// one word of a command line, whatever is in it; addresses need no marks, as all that a shell could mean is encoded
+const shellWord = text => /^[\w.,@%+-]+$/.test(text) ? text : "'" + text.replace(/'/g, "'\\''") + "'";
+const plainPath = path => encodePath(path).replace(/[!'()*]/g, mark => "%" + mark.charCodeAt(0).toString(16));
+const davAddress = (path, end = "") => location.origin + PREFIX + "/dav/" + plainPath(path) + (path && end);
+
+function curlFor({path, name, kind}) {
+  const address = kind === "file" ? davAddress(path) : location.origin + PREFIX + "/api/v1/zip/" + plainPath(path);
+  return `curl -u ${shellWord(me.name)} -o ${shellWord(kind === "file" ? name : name + ".zip")} ${address}`;
+}
 
 // ---- settings: accounts, for administrators
 
@@ -12464,8 +12479,12 @@ PAGE_GERMAN = r"""{
   "Connect": "Verbinden",
   "Contents only": "Nur Inhalte",
   "Continue": "Weiter",
+  "Copied.": "Kopiert.",
   "Copy": "Kopieren",
+  "Copy address": "Adresse kopieren",
+  "Copy curl command": "curl-Befehl kopieren",
   "Copy here": "Hierher kopieren",
+  "Copy this": "Kopiere dies",
   "Copy to…": "Kopieren nach …",
   "Copy {what} to": "{what} kopieren nach",
   "Create": "Anlegen",
@@ -12501,6 +12520,7 @@ PAGE_GERMAN = r"""{
   "First number": "Erste Nummer",
   "Folders": "Ordner",
   "Free on disk": "Frei auf der Platte",
+  "From a command line:": "Von der Kommandozeile:",
   "Grant access": "Zugang gewähren",
   "Grant access?": "Zugang gewähren?",
   "How": "Wie",

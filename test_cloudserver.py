@@ -6120,6 +6120,42 @@ def test_browser_walks_by_addresses(page):
     page.shows("2024", "b #1?.txt")
 
 
+def test_browser_tells_the_command_line_for_what_is_on_the_screen(page, tmp_path):
+    page.cloud.make_collection(page.who, ("it's (new) & $HOME!",))
+    page.put("it's a `b` 100%.txt", "text")
+    page.put("box/a", "a")
+    page.open("/")
+    page.click("it's (new) & $HOME!")
+    page.sees("Nothing here yet")
+    line = page.run("return document.querySelector('.empty code').textContent")
+    assert line.endswith(" -T FILE %s/dav/it%%27s%%20%%28new%%29%%20%%26%%20%%24HOME%%21/" % page.home)
+    page.shot("empty-line")
+    page.cdp("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"], origin=page.home)
+    page.click("Copy")
+    page.sees("Copied.")
+    assert page.run("return navigator.clipboard.readText()") == line
+    page.open("/")
+    page.click("Select it's a `b` 100%.txt")
+    page.click("More")
+    page.click("Copy address")
+    page.sees("Copied.")
+    page.go(page.run("return navigator.clipboard.readText()"))
+    page.sees("it's a `b` 100%.txt", "Versions")
+    page.press("Escape")
+    page.run("Object.defineProperty(navigator, 'clipboard', {value: undefined}); setSelection([list.entries.find(one => one.kind === 'file').node])")
+    page.click("More")
+    page.click("Copy curl command")
+    page.wait("return document.activeElement.tagName === 'TEXTAREA' && document.activeElement.selectionEnd > 10")
+    page.shot("copy-by-hand")
+    lines = [line, page.run("return document.activeElement.value"), page.run("return curlFor(list.entries.find(one => one.name === 'box'))")]
+    page.press("Escape")
+    for line in lines:                           # as a shell reads them, with the password that curl would ask for
+        client("sh", "-c", line.replace("-u " + page.who.name, "-sS -u '%s:%s'" % (page.who.name, PASSWORD)).replace("FILE", __file__), cwd=tmp_path)
+    assert (tmp_path / "it's a `b` 100%.txt").read_text() == "text" and (tmp_path / "box.zip").read_bytes()[:2] == b"PK"
+    assert page.get("it's (new) & $HOME!/" + Path(__file__).name) == Path(__file__).read_bytes()
+    assert page.run("return ['ann', 'a b', \"o'neil\", '$(x)'].map(shellWord)") == ["ann", "'a b'", "'o'\\''neil'", "'$(x)'"]
+
+
 def test_browser_uploads_files_and_folders(page, tmp_path):
     (tmp_path / "up" / "inner" / "empty").mkdir(parents=True)
     for n in range(250):
