@@ -8643,6 +8643,7 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .keys div { display: flex; justify-content: space-between; gap: 1rem; padding: .35rem 0;
   border-bottom: 1px solid var(--line); }
 .keys dd { margin: 0; }
+.shares dd { width: 11rem; text-align: right; }
 
 /* toasts and the upload queue */
 .toasts { position: fixed; left: 50%; transform: translateX(-50%); bottom: 1.4rem; z-index: 8; display: grid; gap: .5rem;
@@ -9331,20 +9332,10 @@ function buildFrame() {
 }
 
 function showQuota() {
-  const {used, quota} = me,
-    box = find(".quota");
-  const meter =
-    quota === null ? null : h("progress", {max: Math.max(quota, 1), value: used, "aria-label": t("Storage used")});
-  box.replaceChildren(
-    ...[
-      meter,
-      h("span", {},
-        quota === null
-          ? t("{used} used", {used: formatSize(used)})
-          : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)})
-      )
-    ].filter(Boolean)
-  );
+  const {used, quota} = me;
+  find(".quota").replaceChildren(
+    ...quota === null ? [] : [h("progress", {max: Math.max(quota, 1), value: used, "aria-label": t("Storage used")})],
+    h("span", {}, usedWords(me)));
 }
 
 const updateQuota = soon(async () => { Object.assign(me, await api("GET", "account")); showQuota(); }, 1500);
@@ -11265,15 +11256,16 @@ const ACTIVITY = {
   patch: "{who} changed {what}",
   "device-add": "A device was added: {name}",
   "device-remove": "A device was removed: {name}",
-  "account-add": "The account {name} was made",
-  "account-password": "The password was changed",
+  "account-add": "{who} made the account {name}",
+  "account-password": "{who} changed the password of {name}",
   sync: "{who} synchronised {what}",
   lock: "{who} locked {what}",
   hold: "A device was held: it deletes or overwrites too much",
   allow: "A held device was allowed to go on",
-  "account-admin": "The rights of {name} were changed",
-  "account-quota": "The quota of {name} was changed",
-  "account-remove": "The account {name} was removed"
+  "account-admin": "{who} changed the rights of {name}",
+  "account-quota": "{who} changed the quota of {name}",
+  "account-remove": "{who} removed the account {name}",
+  settings: "{who} changed what is kept"
 };
 
 async function showActivity() {
@@ -11307,7 +11299,7 @@ function stepRow(step) {
       ? quoted(nameOf(path))
       : t("Files");
   const words = t(ACTIVITY[step.action] || step.action, {
-    who: step.account,
+    who: step.account || t("The server"),
     what,
     to: quoted(to),
     name: agentOf({kind: step.detail.kind, name})
@@ -11407,12 +11399,13 @@ const SECTIONS = [
   ["", "Account", accountSection],
   ["connect", "Connect", connectSection],
   ["devices", "Devices", devicesSection],
-  ["accounts", "Accounts", accountsSection, true]
+  ["accounts", "Accounts", accountsSection, true],
+  ["server", "Server", serverSection, true]
 ];
 
 async function showSettings(name) {
   const turn = view.turn,
-    [, label, build] = SECTIONS.find(([one]) => one === name) || SECTIONS[0];
+    [, label, build] = SECTIONS.find(([one, , , admin]) => one === name && (!admin || me.admin)) || SECTIONS[0];
   const parts = await build();
   if (turn !== view.turn) return;
   Object.assign(view, {kind: "settings", path: "", at: null});
@@ -11430,17 +11423,20 @@ async function showSettings(name) {
 
 const section = (title, ...parts) => h("section", {}, h("h2", {}, title), ...parts);
 
-function accountSection() {
+const usedWords = ({used, quota}) => quota === null ? t("{used} used", {used: formatSize(used)})
+  : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)});
+
+async function accountSection() {
+  const {kinds, live, versions, trash} = await api("GET", "usage"), all = live + versions + trash || 1;
+  const percent = new Intl.NumberFormat(language, {style: "percent"});
+  const row = (words, size) => h("div", {}, h("dt", {}, words), h("dd", {}, formatSize(size) + " · " + percent.format(size / all),
+    h("progress", {max: all, value: size, "aria-label": words})));
   return [
-    section(
-      me.name,
-      h("p", {},
-        me.quota === null
-          ? t("{used} used", {used: formatSize(me.used)})
-          : t("{used} of {quota} used", {used: formatSize(me.used), quota: formatSize(me.quota)})
-      ),
-      buttonsRow(button(t("Change password"), changePassword), button(t("Log out"), logOut))
-    ),
+    section(me.name, h("p", {}, usedWords(me)),
+      buttonsRow(button(t("Change password"), changePassword), button(t("Log out"), logOut))),
+    section(t("Storage"), h("dl.keys.shares", {}, kinds.map(({kind, size}) => row(t(KIND_WORDS[kind] || "Other"), size)),
+      row(t("Earlier versions"), versions), row(t("Trash"), trash)),
+      buttonsRow(button(t("Empty the trash"), () => attempt(emptyTrash).then(show), {disabled: !trash}))),
     section(t("Language"), languageLinks()),
     section(t("Colours"), themeButtons())
   ];
@@ -11475,8 +11471,8 @@ async function devicesSection() {
         h("div.soft", {},
           [
             t(device.kind === "session" ? "Browser" : "App password"),
-            device.readonly && t("reads only"),
-            device.limited && t("one folder"),
+            t(device.readonly ? "reads only" : "reads and changes"),
+            t(device.limited ? "one folder" : "everything"),
             device.used
               ? t("used {when}", {when: dates.long.format(new Date(device.used))})
               : t("added {when}", {when: dates.long.format(new Date(device.created))}),
@@ -11919,58 +11915,45 @@ const WAYS = (address, name, token) => [
   [t("Phone or tablet: photos and files"),
    t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address."), location.origin + PREFIX,
    qrOf(`nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`)],
+  [t("Phone or tablet: WebDAV"),
+   t("In an app that speaks WebDAV, as Documents (iOS) or Material Files (Android): this address, your name and the app password."), address],
   [t("Synchronised folder"), t("Keeps a folder of your computer and this server the same, both ways."),
-   `python3 cloudserver.py sync FOLDER ${location.protocol}//${encodeURIComponent(name)}@${location.host}${PREFIX}`],
-  ["Windows", t("In the Explorer: This PC, “Map network drive”; or:"), `net use Z: "${address}" "${token}" /user:"${name}"`],
+   `python3 cloudserver.py sync FOLDER ${location.protocol}//${plainPath(name)}@${location.host}${PREFIX}`],
+  ["Windows", t("In the Explorer: This PC, “Map network drive”; or as below. Windows wants HTTPS for it."),
+   `net use Z: "${address}" "${token}" /user:"${name}"`],
   ["Mac", t("In the Finder: Go, “Connect to Server”, with this address:"), address],
   ["Linux", t("In the file manager, as the address of a server:"),
-   address.replace(/^http/, "dav").replace("://", "://" + encodeURIComponent(name) + "@")],
-  ["rclone", "", `rclone config create cloud webdav url=${address} vendor=other user="${name}" pass="${token}" --obscure`],
-  ["curl", "", `curl -u "${name}:${token}" -T FILE ${address}`],
+   address.replace(/^http/, "dav").replace("://", "://" + plainPath(name) + "@")],
+  ["rclone", "", `rclone config create cloud webdav url=${address} vendor=other user=${shellWord(name)} pass=${token} --obscure`],
+  ["curl", "", `curl -u ${shellWord(name + ":" + token)} -T FILE ${address}`],
 ];
 
 function connectSection() {
-  const box = h("div.ways");
-  const show = token =>
-    box.replaceChildren(
-      ...WAYS(location.origin + PREFIX + "/dav/", me.name, token || t("APP-PASSWORD")).map(
-        ([title, hint, command, code]) =>
-          h("div", {},
-            h("h3", {}, title),
-            hint && h("p.soft", {}, hint),
-            commandLine(command),
-            token && code ? code : null
-          )
-      )
-    );
-  const made = h("div", {"aria-live": "polite"});
-  const form = h(
-    "form.buttons",
-    {
-      onsubmit: event => {
-        event.preventDefault();
-        const name = new FormData(form).get("name");
-        attempt(async () => {
-          const {token} = await api("POST", "devices", {name});
-          made.replaceChildren(
-            h("p", {}, t("This password is shown only now; it stands in the commands below.")),
-            commandLine(token)
-          );
-          show(token);
-        });
-      }
-    },
+  const box = h("div.ways"), made = h("div", {"aria-live": "polite"});
+  const show = token => box.replaceChildren(...WAYS(davAddress(""), me.name, token || t("APP-PASSWORD"))
+    .map(([title, hint, command, code]) => h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint), commandLine(command), token && code)));
+  let path = "";
+  const where = button(t("All folders"), async () => {
+    path = await chooseCollection(t("Only this folder"), t("Choose"), path) ?? path;
+    where.textContent = path ? t("Only {name}", {name: path}) : t("All folders");
+  });
+  const form = h("form.way", {onsubmit: event => {
+    event.preventDefault();
+    const {name, readonly, days} = Object.fromEntries(new FormData(form));
+    attempt(async () => {
+      const {token} = await api("POST", "devices", {name, readonly: Boolean(readonly), path: path || undefined, days: +days || undefined});
+      made.replaceChildren(h("p", {}, t("This password is shown only now; it stands in the commands below.")), commandLine(token));
+      show(token);
+    });
+  }},
     field(t("Name of the device"), {name: "name", maxLength: 100, placeholder: "laptop", autocomplete: "off"}),
-    h("button.primary", {}, t("Make an app password"))
-  );
+    tick(t("May only read"), {name: "readonly"}),
+    h("div.buttons", {}, where, choice("Ends", "days", {7: "Ends after 7 days", 30: "Ends after 30 days", 365: "Ends after a year", "": "Never ends"}, "")),
+    h("div.buttons", {}, h("button.primary", {}, t("Make an app password"))));
   show("");
   return [
-    section(
-      t("A password for each device"),
-      h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")),
-      form,
-      made
-    ),
+    section(t("A password for each device"),
+      h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")), form, made),
     section(t("Ways to connect"), box)
   ];
 }
@@ -11987,7 +11970,7 @@ const copyText = text => attempt(async () => {
 });
 
 // one word of a command line, whatever is in it; addresses need no marks, as all that a shell could mean is encoded
-const shellWord = text => /^[\w.,@%+-]+$/.test(text) ? text : "'" + text.replace(/'/g, "'\\''") + "'";
+const shellWord = text => /^[\w.,:@%+-]+$/.test(text) ? text : "'" + text.replace(/'/g, "'\\''") + "'";
 const plainPath = path => encodePath(path).replace(/[!'()*]/g, mark => "%" + mark.charCodeAt(0).toString(16));
 const davAddress = (path, end = "") => location.origin + PREFIX + "/dav/" + plainPath(path) + (path && end);
 
@@ -11999,130 +11982,71 @@ function curlFor({path, name, kind}) {
 // ---- settings: accounts, for administrators
 
 const GB = 2 ** 30;
-const quotaField = quota =>
-  field(t("Quota in GB; empty is no limit"), {
-    name: "quota",
-    type: "number",
-    min: 0,
-    step: "any",
-    required: false,
-    value: quota === null ? "" : quota / GB
-  });
-const readQuota = text => text === "" ? -1 : Math.round(Number(text) * GB);
+const gigabytes = (label, name, bytes) => field(label, {name, type: "number", min: 0, step: "any", required: false,
+                                                        value: bytes === null ? "" : bytes / GB});
+const quotaField = quota => gigabytes(t("Quota in GB; empty is no limit"), "quota", quota);
+const readGigabytes = text => text === "" ? -1 : Math.round(text * GB);
+const factList = rows => h("dl.keys", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value)))));
 
 async function accountsSection() {
-  if (!me.admin) return accountSection();
-  const [{accounts}, status] = await Promise.all([api("GET", "accounts"), api("GET", "status")]);
-  const facts = [
-    [t("Version"), status.version],
-    [t("State"), status.health],
-    [
-      t("Free on disk"),
-      t("{free} of {total}", {free: formatSize(status.disk_free), total: formatSize(status.disk_total)})
-    ],
-    ["Python", status.python],
-    ["SQLite", status.sqlite]
-  ];
+  const {accounts} = await api("GET", "accounts");
+  return section(t("Accounts"), h("ul.steps", {}, accounts.map(accountRow)),
+    buttonsRow(button(t("New account"), newAccount, {className: "primary"})));
+}
+
+async function serverSection() {
+  const [status, kept, {steps}] = await Promise.all(["status", "settings", "activity/server"].map(what => api("GET", what)));
+  const free = formatSize(status.disk_free), total = formatSize(status.disk_total);
+  const limit = bytes => bytes === null ? t("no limit") : formatSize(bytes);
+  const {keep_days: days, history, quota} = kept;
   return [
-    section(
-      t("Accounts"),
-      h("ul.steps", {}, accounts.map(accountRow)),
-      buttonsRow(button(t("New account"), newAccount, {className: "primary"}))
-    ),
-    section(
-      t("Server"),
-      h("dl.keys", {},
-        facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))
-      )
-    )
+    section(t("Server"), factList([[t("Version"), status.version], [t("State"), status.health], ["Python", status.python],
+      ["SQLite", status.sqlite], [t("Free on disk"), t("{free} of {total}", {free, total})]]),
+      h("progress", {max: status.disk_total, value: status.disk_total - status.disk_free, "aria-label": t("Disk used")})),
+    section(t("What is kept"), factList([[t("Versions and deleted files are kept"), plural(days, "{n} day", "{n} days")],
+      [t("The most they may take, per account"), limit(history)], [t("Quota of new accounts"), limit(quota)]]),
+      buttonsRow(button(t("Change"), () => changeKept(kept)))),
+    section(t("Recently"), h("ol.steps", {}, steps.slice(0, 50).map(step => stepRow({...step, undoable: false})))),
   ];
 }
+
+const changeKept = ({keep_days, history, quota}) => askForm(t("What is kept"), [
+  field(t("Days that versions and deleted files are kept"), {name: "days", type: "number", min: 0, max: 36500, value: keep_days}),
+  gigabytes(t("The most they may take per account, in GB; empty is no limit"), "history", history),
+  gigabytes(t("Quota of new accounts in GB; empty is no limit"), "quota", quota)], t("Save"),
+  async ({days, history, quota}) => {
+    await api("PATCH", "settings", {keep_days: +days, history: readGigabytes(history), quota: readGigabytes(quota)});
+    show();
+  }, t("What is older goes for good, and the oldest goes sooner where there is more than the most. Quotas that accounts have stay."));
 
 function accountRow(account) {
-  const {name, used, quota, files, admin} = account,
-    change = values => api("PATCH", "accounts/" + encodeURIComponent(name), values);
-  const say = work =>
-    attempt(async () => {
-      await work();
-      await show();
-    });
+  const {name, quota, files, admin} = account, address = "accounts/" + encodeURIComponent(name);
+  const change = async values => { await api("PATCH", address, values); show(); };
   const rows = [
-    {
-      label: t("Set the quota"),
-      run: () =>
-        askForm(name, [quotaField(quota)], t("Save"), async values => {
-          await change({quota: readQuota(values.quota)});
-          show();
-          return true;
-        })
-    },
-    {
-      label: t("Set a new password"),
-      run: () =>
-        askForm(
-          name,
-          [passwordField(t("New password"), {autocomplete: "new-password", autofocus: true})],
-          t("Save"),
-          async ({password}) => {
-            await change({password});
-            show();
-            return true;
-          }
-        )
-    },
-    {
-      label: admin ? t("Administrator no more") : t("Make administrator"),
-      run: () => say(() => change({admin: !admin}))
-    },
-    {
-      label: t("Remove"),
-      run: () =>
-        say(
-          async () =>
-            (await askYesNo(
-              t("Remove the account {name}?", {name}),
-              t("Nobody can log in with it any more. Its files go after a while."),
-              t("Remove")
-            )) && api("DELETE", "accounts/" + encodeURIComponent(name))
-        )
-    }
+    {label: t("Set the quota"),
+     run: () => askForm(name, [quotaField(quota)], t("Save"), values => change({quota: readGigabytes(values.quota)}))},
+    {label: t("Set a new password"),
+     run: () => askForm(name, [passwordField(t("New password"), {autocomplete: "new-password", autofocus: true})], t("Save"), change)},
+    {label: admin ? t("Administrator no more") : t("Make administrator"), run: () => attempt(() => change({admin: !admin}))},
+    {label: t("Remove"), run: () => attempt(async () => {
+      if (await askYesNo(t("Remove the account {name}?", {name}),
+        t("Nobody can log in with it any more. Its files go after a while."), t("Remove"))) await api("DELETE", address);
+      show();
+    })}
   ];
   return h("li", {},
-    h("div.what", {},
-      h("strong", {}, h("bdi", {}, name)),
-      admin && h("span.tag", {}, t("Administrator")),
-      h("div.soft", {},
-        (quota === null
-          ? t("{used} used", {used: formatSize(used)})
-          : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)})) +
-          " · " +
-          plural(files, "{n} file", "{n} files")
-      )
-    ),
-    h("div.acts", {},
-      button(t("Change"), event => menu(event.currentTarget, rows), {
-        "aria-haspopup": "menu",
-        "aria-label": t("Change {name}", {name})
-      })
-    )
-  );
+    h("div.what", {}, h("strong", {}, h("bdi", {}, name)), admin && h("span.tag", {}, t("Administrator")),
+      h("div.soft", {}, usedWords(account) + " · " + plural(files, "{n} file", "{n} files"))),
+    h("div.acts", {}, button(t("Change"), event => menu(event.currentTarget, rows),
+      {"aria-haspopup": "menu", "aria-label": t("Change {name}", {name})})));
 }
 
-const newAccount = () =>
-  askForm(
-    t("New account"),
-    [
-      nameField({autocomplete: "off", autofocus: true}),
-      passwordField(t("Password"), {autocomplete: "new-password"}),
-      quotaField(null)
-    ],
-    t("Create"),
-    async ({name, password, quota}) => {
-      await api("POST", "accounts", {name: name.trim(), password, quota: quota === "" ? null : readQuota(quota)});
-      show();
-      return true;
-    }
-  );
+const newAccount = () => askForm(t("New account"), [nameField({autocomplete: "off", autofocus: true}),
+  passwordField(t("Password"), {autocomplete: "new-password"}), quotaField(null)], t("Create"),
+  async ({name, password, quota}) => {
+    await api("POST", "accounts", {name: name.trim(), password, quota: quota === "" ? null : readGigabytes(quota)});
+    show();
+  });
 
 // ---- a device that asks to be let in
 
@@ -12443,6 +12367,7 @@ PAGE_GERMAN = r"""{
   "Add something with “New”.": "Füge mit „Neu“ etwas hinzu.",
   "Administrator": "Verwaltung",
   "Administrator no more": "Nicht mehr Verwaltung",
+  "All folders": "Alle Ordner",
   "All uploads": "Alle Uploads",
   "Allow": "Erlauben",
   "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
@@ -12491,12 +12416,14 @@ PAGE_GERMAN = r"""{
   "Create account": "Konto anlegen",
   "Cut": "Ausschneiden",
   "Dark": "Dunkel",
+  "Days that versions and deleted files are kept": "Tage, die Versionen und Gelöschtes bleiben",
   "Delete": "Löschen",
   "Delete for good": "Endgültig löschen",
   "Delete for good?": "Endgültig löschen?",
   "Deleted": "Gelöscht",
   "Deleted things stay here until their time is over or the trash is emptied.": "Gelöschtes bleibt hier, bis seine Zeit um ist oder der Papierkorb geleert wird.",
   "Devices": "Geräte",
+  "Disk used": "Belegte Festplatte",
   "Do the same for all others": "Für alle weiteren genauso",
   "Do the same for {n} more": "Für {n} weitere genauso",
   "Documents": "Dokumente",
@@ -12504,9 +12431,14 @@ PAGE_GERMAN = r"""{
   "Download": "Herunterladen",
   "Download this folder": "Diesen Ordner herunterladen",
   "Drop files here, or add something with “New”.": "Zieh Dateien hierher oder füge mit „Neu“ etwas hinzu.",
+  "Earlier versions": "Frühere Versionen",
   "Edit": "Bearbeiten",
   "Empty the trash": "Papierkorb leeren",
   "Empty the trash?": "Papierkorb leeren?",
+  "Ends": "Ende",
+  "Ends after 30 days": "Endet nach 30 Tagen",
+  "Ends after 7 days": "Endet nach 7 Tagen",
+  "Ends after a year": "Endet nach einem Jahr",
   "Enter": "Eingabe",
   "Esc": "Esc",
   "Every device has to log in again after this.": "Danach müssen sich alle Geräte neu anmelden.",
@@ -12526,7 +12458,8 @@ PAGE_GERMAN = r"""{
   "How": "Wie",
   "Images": "Bilder",
   "In": "Worin",
-  "In the Explorer: This PC, “Map network drive”; or:": "Im Explorer: Dieser PC, „Netzlaufwerk verbinden“; oder:",
+  "In an app that speaks WebDAV, as Documents (iOS) or Material Files (Android): this address, your name and the app password.": "In einer App, die WebDAV spricht, etwa Documents (iOS) oder Material Files (Android): diese Adresse, dein Name und das App-Passwort.",
+  "In the Explorer: This PC, “Map network drive”; or as below. Windows wants HTTPS for it.": "Im Explorer: Dieser PC, „Netzlaufwerk verbinden“; oder wie hier. Windows will dafür HTTPS.",
   "In the Finder: Go, “Connect to Server”, with this address:": "Im Finder: Gehe zu, „Mit Server verbinden“, mit dieser Adresse:",
   "In the file manager, as the address of a server:": "Im Dateimanager als Adresse eines Servers:",
   "In {name}": "In {name}",
@@ -12553,6 +12486,7 @@ PAGE_GERMAN = r"""{
   "Main": "Hauptmenü",
   "Make administrator": "Zur Verwaltung machen",
   "Make an app password": "App-Passwort anlegen",
+  "May only read": "Darf nur lesen",
   "Modified": "Geändert",
   "More": "Mehr",
   "Move here": "Hierher verschieben",
@@ -12563,6 +12497,7 @@ PAGE_GERMAN = r"""{
   "Name of the device": "Name des Geräts",
   "Names and contents": "Namen und Inhalte",
   "Names only": "Nur Namen",
+  "Never ends": "Endet nie",
   "New": "Neu",
   "New account": "Neues Konto",
   "New folder": "Neuer Ordner",
@@ -12586,8 +12521,11 @@ PAGE_GERMAN = r"""{
   "Number": "Nummerieren",
   "One of these lies in the other.": "Eins davon liegt im anderen.",
   "Only the first {n} are shown: narrow it down.": "Nur die ersten {n} sind zu sehen: Grenze es ein.",
+  "Only this folder": "Nur dieser Ordner",
+  "Only {name}": "Nur {name}",
   "Open": "Öffnen",
   "Open in a new tab": "In neuem Tab öffnen",
+  "Other": "Anderes",
   "Other programs get a password of their own, which you can revoke under “Devices”.": "Andere Programme bekommen ein eigenes Passwort, das du unter „Geräte“ sperren kannst.",
   "Over 1 GB": "Über 1 GB",
   "Over 10 MB": "Über 10 MB",
@@ -12599,11 +12537,15 @@ PAGE_GERMAN = r"""{
   "Pattern; # is where the number goes": "Muster; # steht für die Nummer",
   "Pause": "Anhalten",
   "Paused: {done} of {n} uploaded": "Angehalten: {done} von {n} hochgeladen",
+  "Phone or tablet: WebDAV": "Handy oder Tablet: WebDAV",
   "Phone or tablet: photos and files": "Handy oder Tablet: Fotos und Dateien",
   "Please log in again": "Bitte neu anmelden",
   "Present password": "Bisheriges Passwort",
   "Preview": "Vorschau",
   "Quota in GB; empty is no limit": "Speicher in GB; leer heißt unbegrenzt",
+  "Quota of new accounts": "Speicherplatz neuer Konten",
+  "Quota of new accounts in GB; empty is no limit": "Speicherplatz neuer Konten in GB; leer heißt keine Grenze",
+  "Recently": "Kürzlich",
   "Regular expression": "Regulärer Ausdruck",
   "Remove": "Entfernen",
   "Remove star": "Markierung entfernen",
@@ -12648,18 +12590,17 @@ PAGE_GERMAN = r"""{
   "Starred": "Markiert",
   "Start again in the program that sent you here.": "Fang in dem Programm, das dich hergeschickt hat, noch einmal an.",
   "State": "Zustand",
+  "Storage": "Speicher",
   "Storage used": "Belegter Speicher",
   "Synchronised folder": "Abgeglichener Ordner",
   "Tables": "Tabellen",
   "Taken back.": "Zurückgenommen.",
   "Texts": "Texte",
   "That is too long ago: the history does not reach back so far.": "Das ist zu lange her: So weit reicht der Verlauf nicht zurück.",
-  "The account {name} was made": "Das Konto {name} wurde angelegt",
-  "The account {name} was removed": "Das Konto {name} wurde entfernt",
   "The disk of the server is almost full; it takes nothing new until there is room.": "Die Platte des Servers ist fast voll; er nimmt nichts Neues an, bis wieder Platz ist.",
-  "The password was changed": "Das Passwort wurde geändert",
-  "The quota of {name} was changed": "Der Speicher von {name} wurde geändert",
-  "The rights of {name} were changed": "Die Rechte von {name} wurden geändert",
+  "The most they may take per account, in GB; empty is no limit": "Höchstens je Konto, in GB; leer heißt keine Grenze",
+  "The most they may take, per account": "Höchstens, je Konto",
+  "The server": "Der Server",
   "The server cannot be reached. Check the connection and try again.": "Der Server ist nicht erreichbar. Prüfe die Verbindung und versuche es noch einmal.",
   "The server cannot write at the moment.": "Der Server kann gerade nichts speichern.",
   "The server could not read all of it. Whoever runs it should look at its log.": "Der Server konnte nicht alles lesen. Wer ihn betreibt, sollte ins Protokoll sehen.",
@@ -12697,6 +12638,7 @@ PAGE_GERMAN = r"""{
   "Uploads": "Uploads",
   "Version": "Version",
   "Versions": "Versionen",
+  "Versions and deleted files are kept": "Versionen und Gelöschtes bleiben",
   "Versions of {name}": "Versionen von {name}",
   "Videos": "Videos",
   "View": "Ansicht",
@@ -12705,6 +12647,8 @@ PAGE_GERMAN = r"""{
   "Ways to connect": "Wege zum Verbinden",
   "Welcome": "Willkommen",
   "What is in it cannot be brought back after this.": "Sein Inhalt lässt sich danach nicht zurückholen.",
+  "What is kept": "Was aufgehoben wird",
+  "What is older goes for good, and the oldest goes sooner where there is more than the most. Quotas that accounts have stay.": "Was älter ist, geht endgültig, und das Älteste geht früher, wo es mehr als höchstens ist. Speicherplatz, den Konten haben, bleibt.",
   "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
   "Where": "Wo",
   "Where you are": "Wo du bist",
@@ -12719,8 +12663,11 @@ PAGE_GERMAN = r"""{
   "and {n} more": "und {n} weitere",
   "another of these still has it: rename in two steps": "hat ein anderes davon noch: in zwei Schritten umbenennen",
   "cannot be a name": "kann kein Name sein",
+  "everything": "alles",
   "is there already": "gibt es schon",
+  "no limit": "keine Grenze",
   "one folder": "ein Ordner",
+  "reads and changes": "liest und ändert",
   "reads only": "liest nur",
   "that password is too easy to guess": "dieses Passwort ist zu leicht zu erraten",
   "there is an account of that name": "ein Konto mit diesem Namen gibt es schon",
@@ -12729,6 +12676,8 @@ PAGE_GERMAN = r"""{
   "used {when}": "benutzt {when}",
   "{free} of {total}": "{free} von {total}",
   "{n} B": "{n} B",
+  "{n} day": "{n} Tag",
+  "{n} days": "{n} Tage",
   "{n} file": "{n} Datei",
   "{n} file uploaded": "{n} Datei hochgeladen",
   "{n} files": "{n} Dateien",
@@ -12761,13 +12710,19 @@ PAGE_GERMAN = r"""{
   "{what} ready to be moved: paste it where it belongs.": "{what} zum Verschieben vorgemerkt: Füge es ein, wo es hingehört.",
   "{what} starred": "{what} markiert",
   "{who} brought {what} back to an earlier time": "{who} hat {what} auf einen früheren Stand gebracht",
+  "{who} changed the password of {name}": "{who} hat das Passwort von {name} geändert",
+  "{who} changed the quota of {name}": "{who} hat den Speicherplatz von {name} geändert",
+  "{who} changed the rights of {name}": "{who} hat die Rechte von {name} geändert",
+  "{who} changed what is kept": "{who} hat geändert, was aufgehoben wird",
   "{who} changed {what}": "{who} hat {what} geändert",
   "{who} copied {what} to {to}": "{who} hat {what} nach {to} kopiert",
   "{who} deleted {what}": "{who} hat {what} gelöscht",
   "{who} emptied the trash": "{who} hat den Papierkorb geleert",
   "{who} locked {what}": "{who} hat {what} gesperrt",
+  "{who} made the account {name}": "{who} hat das Konto {name} angelegt",
   "{who} made the folder {what}": "{who} hat den Ordner {what} angelegt",
   "{who} moved {what} to {to}": "{who} hat {what} nach {to} verschoben",
+  "{who} removed the account {name}": "{who} hat das Konto {name} entfernt",
   "{who} restored a version of {what}": "{who} hat eine Version von {what} wiederhergestellt",
   "{who} restored {what}": "{who} hat {what} wiederhergestellt",
   "{who} saved {what}": "{who} hat {what} gespeichert",
