@@ -12760,15 +12760,15 @@ PAGE_HTML = r"""<!doctype html>
 LEAN = re.compile(r"""
     (?P<kept> "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `(?:[^`\\]|\\.)*`                     # strings; templates are not nested
     | (?<=[(,=:\[!&|?{};>\s]) / (?![*/ ]) (?:[^/\\\[\n]|\\.|\[(?:[^\]\\\n]|\\.)*\])+ /[a-z]* )         # regular expressions
-    | (?P<gone> //[^\n]* | /\*.*?\*/ )
+    | (?P<gone> //[^\n]* | /\*.*?\*/ | ;(?=\s*\}) )
     | (?P<line> [ ]*\n\s* )
-    | [ ]* (?P<mark> => | [{}()\[\],;:?=<>&|] ) [ ]* | [ ] (?P<sum> [*/%] ) [ ]""", re.X | re.S)
+    | [ ]* (?P<mark> => | [{}()\[\],;:?=<>&|!] ) [ ]* | [ ] (?P<sum> [*/%] | \+(?![ ]\+) | -(?![ ]-) ) [ ]""", re.X | re.S)
 
 
 def lean(script: str) -> str:
     """A script as it is sent: without the comments, blanks and line ends that are there for people."""
     bare = LEAN.sub(lambda found: "\n" if found["line"] is not None else found["kept"] or found["mark"] or found["sum"] or "", script)
-    return re.sub(r"(?<=[,(\[{;:?=&|>])\n+|\n+(?=[)\]},:?=&|.])|\n+(?=\n)|^\n", "", bare)
+    return re.sub(r"(?<=[,(\[{;:?=&|>])\n+|\n+(?=[)\]},:?=&|.])|\n+(?=\n)|^\n|(?<=\})\n(?=(?:async )?function )", "", bare)
 
 
 def lean_style(style: str) -> str:

@@ -3945,8 +3945,10 @@ def test_no_comment_is_sent():
 @pytest.mark.parametrize("source, want", [
     ('a = "x  // y";  // z\nb = 1', 'a="x  // y";b=1'),
     ("f(a,\n  b)\n  .then(c => `${d}  {e}`)\n", "f(a,b).then(c=>`${d}  {e}`)\n"),
-    ("x = y / 2 + z / 3;\nw = v.replace(/[/ ]+ \\//g, ' , ')", "x=y/2 + z/3;w=v.replace(/[/ ]+ \\//g,' , ')"),
+    ("x = y / 2 + z / 3;\nw = v.replace(/[/ ]+ \\//g, ' , ')", "x=y/2+z/3;w=v.replace(/[/ ]+ \\//g,' , ')"),
     ("if (a)\n  b()\nelse c()", "if(a)\nb()\nelse c()"),
+    ("function a() {\n  b = c - d + +e - -f;   // g\n  return !h !== i;\n}\n\nasync function j() {\n  k;\n}\nl()",
+     "function a(){b=c-d + +e - -f;return!h!==i}async function j(){k}\nl()"),
     ("let a = b\nc()\n\n/* d */\nreturn x ? {y: - 1} : +z", "let a=b\nc()\nreturn x?{y:- 1}:+z"),
 ])
 def test_lean(source, want):
@@ -6347,8 +6349,16 @@ def test_browser_versions(page):
 def test_browser_settings(page):
     page.put("a", b"x" * 5000)
     page.cloud.accounts.add_token(page.who, "laptop")
+    page.put("b.png", PNG * 100)
+    page.put("b.png", PNG)
+    page.cloud.delete(page.who, ("b.png",))
+    page.put("c.png", PNG)
     page.open("/settings")
-    page.sees("4.9 KB used")
+    page.sees("KB used", "Storage", "Images\n70 B · 1%", "Earlier versions\n6.8 KB · 58%", "Trash\n70 B")
+    page.shot("storage")
+    page.click("Empty the trash")
+    page.click("button.danger")
+    page.sees("Trash\n0 B · 0%")
     page.click("Devices")
     page.sees("laptop", "This one")
     page.shot("devices")
@@ -6767,6 +6777,47 @@ def test_browser_connects_devices(page):
     token = page.run("return document.querySelector('[aria-live=polite] code').textContent")
     assert exchange(page.address(), "GET", "/api/v1/account", user=None, Authorization="Bearer " + token).json()["name"] == page.who.name
     assert token in page.run("return document.querySelector('.ways').innerText") and page.run("return document.querySelectorAll('svg.qr path').length") == 1
+    page.put("box/inner/a.txt", "a")
+    page.fill("input[name=name]", "guest")
+    page.click("May only read")
+    page.click("All folders")
+    page.click("box")
+    page.wait("return document.querySelector('dialog .crumbs').innerText.includes('box')")
+    page.click("Choose")
+    page.sees("Only box")
+    page.choose("select[name=days]", "Ends after 7 days")
+    page.shot("connect")
+    page.click("Make an app password")
+    page.wait("return document.querySelector('[aria-live=polite] code').textContent !== arguments[0]", token)
+    guest = page.run("return document.querySelector('[aria-live=polite] code').textContent")
+    by = partial(exchange, page.address(), user=None, Authorization="Bearer " + guest)
+    assert by("GET", "/api/v1/files/").json()["children"][0]["name"] == "inner" and by("PUT", "/dav/b.txt", b"x").status == 403
+    page.open("/settings/devices")
+    page.sees("guest", "reads only · one folder")
+    page.shot("devices")
+    page.ahead[0] += 7 * 86400
+    assert by("GET", "/api/v1/files/").status == 401
+    page.ahead[0] -= 7 * 86400
+    page.size(390, 844, dark=True, touch=True)
+    page.open("/settings/connect")
+    page.sees("WebDAV")
+    page.shot("connect-phone")
+
+
+def test_browser_names_commands_that_work(page, tmp_path):
+    """What the page says for rclone and curl, as a shell runs it, whatever the account is called."""
+    page.cloud.accounts.add("o'neil $x", PASSWORD)
+    who = page.cloud.accounts.principal("o'neil $x")
+    _, token = page.cloud.accounts.add_token(who, "laptop")
+    page.open("/")
+    ways = {way[0]: way[2] for way in page.run("return WAYS(davAddress(''), arguments[0], arguments[1]).map(way => way.slice(0, 3))", who.name, token)}
+    (tmp_path / "FILE").write_text("hello")
+    environment = {**os.environ, "HOME": str(tmp_path), "RCLONE_CONFIG": str(tmp_path / "rclone.conf")}
+    client("sh", "-c", ways["curl"].replace("curl", program("curl") + " -sS"), cwd=tmp_path)
+    client("sh", "-c", ways["rclone"].replace("rclone", program("rclone"), 1), env=environment)
+    assert client(program("rclone"), "cat", "cloud:FILE", "-q", env=environment) == "hello"
+    assert ways["Linux"] == "dav://o%%27neil%%20%%24x@127.0.0.1:%d/dav/" % page.address()[1]
+    assert ways["Synchronised folder"] == "python3 cloudserver.py sync FOLDER http://o%%27neil%%20%%24x@127.0.0.1:%d" % page.address()[1]
 
 
 @pytest.mark.parametrize("text, size, digest", [                 # read back by a scanner when the encoder was written
@@ -6795,6 +6846,32 @@ def test_browser_administers_accounts(page):
     page.click("button.danger")
     page.misses("zoe")
     assert outcome(page.cloud.accounts.get, "zoe") == "not-found"
+
+
+def test_browser_sets_what_the_server_keeps(page):
+    before = page.cloud.policy()
+    page.open("/settings/server")
+    page.sees("Log out")                         # whoever is no administrator gets their own account to see
+    page.misses("What is kept")
+    page.cloud.accounts.update(page.who.name, page.who, admin=True)
+    page.cloud.accounts.add("yan", PASSWORD, who=page.who)
+    page.open("/settings/accounts")
+    page.click("a.tab[href$=server]")
+    page.sees("SQLite", "What is kept", "30 days", "no limit", page.who.name + " made the account yan")
+    page.shot("server")
+    page.click("section:nth-of-type(2) button")
+    for name, text in (("days", "90"), ("history", "1.5")):
+        page.fill("dialog input[name=%s]" % name, text)
+    page.shot("server-kept")
+    page.press("Enter")
+    page.sees("90 days", "1.5 GB", page.who.name + " changed what is kept")
+    assert page.cloud.policy() == (90, 3 << 29, None)
+    page.cloud.set_policy(page.who, **before._asdict())
+    page.size(390, 844, touch=True, dark=True)
+    page.open("/settings/server")
+    page.sees("What is kept")
+    page.shot("server-phone")
+    assert page.run("return document.documentElement.scrollWidth") <= 390
 
 
 def test_browser_shows_what_others_do(page):
