@@ -12760,20 +12760,30 @@ PAGE_HTML = r"""<!doctype html>
 LEAN = re.compile(r"""
     (?P<kept> "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `(?:[^`\\]|\\.)*`                     # strings; templates are not nested
     | (?<=[(,=:\[!&|?{};>\s]) / (?![*/ ]) (?:[^/\\\[\n]|\\.|\[(?:[^\]\\\n]|\\.)*\])+ /[a-z]* )         # regular expressions
-    | (?P<gone> //[^\n]* | /\*.*?\*/ | ;(?=\s*\}) )
+    | (?P<word> \b(?:true|false|undefined)\b )
+    | (?P<gone> [ ]*//[^\n]* | /\*.*?\*/ | ;(?=\s*\}) )
     | (?P<line> [ ]*\n\s* )
     | [ ]* (?P<mark> => | [{}()\[\],;:?=<>&|!] ) [ ]* | [ ] (?P<sum> [*/%] | \+(?![ ]\+) | -(?![ ]-) ) [ ]""", re.X | re.S)
 
 
+LEAN_WORDS = {"true": "!0", "false": "!1", "undefined": "void 0"}
+
+
 def lean(script: str) -> str:
-    """A script as it is sent: without the comments, blanks and line ends that are there for people."""
-    bare = LEAN.sub(lambda found: "\n" if found["line"] is not None else found["kept"] or found["mark"] or found["sum"] or "", script)
+    """A script as it is sent: without the comments, blanks, line ends and letters that are there for people."""
+    def say(found: re.Match[str]) -> str:
+        if found["line"] is not None:
+            return "\n"
+        return LEAN_WORDS[found["word"]] if found["word"] else found["kept"] or found["mark"] or found["sum"] or ""
+
+    bare = LEAN.sub(say, script)
     return re.sub(r"(?<=[,(\[{;:?=&|>])\n+|\n+(?=[)\]},:?=&|.])|\n+(?=\n)|^\n|(?<=\})\n(?=(?:async )?function )", "", bare)
 
 
 def lean_style(style: str) -> str:
-    """The same for a style."""
-    return re.sub(r"/\*.*?\*/|(?<=[{};:,>])\s+|\s+(?=[{}>])|;\s*(?=\})|\n", "", style, flags=re.S)
+    """The same for a style; its variables get numbers for names."""
+    bare, names = re.sub(r"/\*.*?\*/|(?<=[{};:,>])\s+|\s+(?=[{}>])|;\s*(?=\})|\n", "", style, flags=re.S), {}
+    return re.sub(r"--[a-z-]+", lambda found: names.setdefault(found[0], "--%d" % len(names)), bare)
 
 
 def source_hash(text: str) -> str:

@@ -3947,6 +3947,7 @@ def test_no_comment_is_sent():
     ("f(a,\n  b)\n  .then(c => `${d}  {e}`)\n", "f(a,b).then(c=>`${d}  {e}`)\n"),
     ("x = y / 2 + z / 3;\nw = v.replace(/[/ ]+ \\//g, ' , ')", "x=y/2+z/3;w=v.replace(/[/ ]+ \\//g,' , ')"),
     ("if (a)\n  b()\nelse c()", "if(a)\nb()\nelse c()"),
+    ("a = true ? b.c === undefined : 'true';", "a=!0?b.c===void 0:'true';"),
     ("function a() {\n  b = c - d + +e - -f;   // g\n  return !h !== i;\n}\n\nasync function j() {\n  k;\n}\nl()",
      "function a(){b=c-d + +e - -f;return!h!==i}async function j(){k}\nl()"),
     ("let a = b\nc()\n\n/* d */\nreturn x ? {y: - 1} : +z", "let a=b\nc()\nreturn x?{y:- 1}:+z"),
