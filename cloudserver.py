@@ -8545,7 +8545,7 @@ main:focus { outline: none; }
   white-space: nowrap; }
 .second.where { display: block; font-size: .8rem; line-height: 1.25; }
 .where .small { display: none; }
-.tall:not(.tiles) .row { height: 66px; }
+.filters ~ .grid:not(.tiles) .row { height: 66px; }
 .snippet { font-size: .8rem; line-height: 1.35; color: var(--soft); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .tiles .snippet { display: none; }
 mark { background: var(--mark); color: var(--text); }
@@ -8601,6 +8601,8 @@ mark { background: var(--mark); color: var(--text); }
 .settings { display: grid; gap: 2rem; max-width: 46rem; padding-top: .5rem; }
 .settings section { display: grid; gap: .6rem; }
 .buttons { display: flex; gap: .5rem; flex-wrap: wrap; justify-content: flex-end; }
+.settings .keys { max-height: none; padding: 0; }
+.settings .buttons select { width: auto; }
 .settings .buttons { justify-content: flex-start; align-items: end; }
 
 .command { display: flex; gap: .5rem; align-items: start; }
@@ -8754,7 +8756,7 @@ th { background: var(--side); position: sticky; top: 0; }
   .preview .title button { padding: .4rem .6rem; }
   .row { height: 60px; }
   .row > .mtime, .row > .size, .row > .deleted { display: none; }
-  .tall:not(.tiles) .row { height: 82px; }
+  .filters ~ .grid:not(.tiles) .row { height: 82px; }
   .filters select { flex: 1 1 40%; max-width: none; min-height: 44px; }
   .second, .second.where { display: block; font-size: .85rem; }
   .where .small { display: inline; }
@@ -8846,7 +8848,7 @@ const ICONS = {
   archive: SHEET + "|M10 4h2M11 7h2M10 10h2M11 13h2v4h-2z",
   table: SHEET + "|M7 11h9M7 14h9M7 17h9M10 11v6.500"
 };
-const STAR = "M12 3l2.700 5.800 6.300.700-4.700 4.300 1.300 6.200-5.600-3.200-5.600 3.200 1.300-6.200L3 9.500l6.300-.700z";
+const STAR = "M12 3l3 6 6 1-4 4 1 7-6-3-6 3 1-7-4-4 6-1z";
 const KINDS = Object.entries({
   image: "png jpg jpeg gif webp avif heic heif svg bmp tif tiff ico",
   video: "mp4 m4v webm mov mkv avi ogv",
@@ -8936,9 +8938,10 @@ function chooseTheme(name) {
   show();
 }
 
-const themeButtons = () => h("div.choices", {},
-  [["", "Like the system"], ["light", "Light"], ["dark", "Dark"]].map(([name, label]) => button(t(label), () => chooseTheme(name),
-    {className: "quiet", "aria-pressed": String(name === (localStorage.getItem("theme") || ""))})));
+const choices = (rows, chosen, choose) => h("div.choices", {}, Object.entries(rows).map(([value, label]) =>
+  button(label, () => choose(value), {className: "quiet", lang: rows === LANGUAGES && value, "aria-pressed": String(value === chosen)})));
+const themeButtons = () => choices({"": t("Like the system"), light: t("Light"), dark: t("Dark")},
+  localStorage.getItem("theme") || "", chooseTheme);
 
 // ---- the server
 
@@ -8956,11 +8959,9 @@ const PROBLEMS = {
   "not-found": "This is not there any more.",
   "gone": "That is too long ago: the history does not reach back so far.",
   "exists": "There is something of that name already.",
-  "twin": "There is something of that name already.",
   "precondition-failed": "Somebody changed this in the meantime.",
   "same-place": "One of these lies in the other.",
   "locked": "Another program has this file locked at the moment.",
-  "lock-conflict": "Another program has this file locked at the moment.",
   "over-quota": "Your storage is full. Delete something, then empty the trash, or ask for more.",
   "disk-full": "The disk of the server is almost full; it takes nothing new until there is room.",
   "too-large": "This file is larger than the server accepts.",
@@ -8970,6 +8971,7 @@ const PROBLEMS = {
   "internal": "Something went wrong on the server. Whoever runs it should look at its log.",
   "not-set-up": "This server is not set up yet. Open the link that it printed when it started.",
 };
+Object.assign(PROBLEMS, {twin: PROBLEMS.exists, "lock-conflict": PROBLEMS.locked});
 
 const explain = error => error instanceof Problem
   ? t(PROBLEMS[error.code] || error.message) + (error.about.request ? " (" + error.about.request + ")" : "") : String(error);
@@ -9184,18 +9186,7 @@ function explainGate(error) {
   return ["bad-request", "forbidden"].includes(error.code) ? t(error.message) : explain(error);
 }
 
-const languageLinks = () =>
-  h("div.choices", {},
-    Object.entries(LANGUAGES).map(([name, label]) =>
-      button(
-        label,
-        () => {
-          chooseLanguage(name);
-        },
-        {className: "quiet", lang: name, "aria-pressed": String(name === language)}
-      )
-    )
-  );
+const languageLinks = () => choices(LANGUAGES, language, chooseLanguage);
 
 async function chooseLanguage(name) {
   localStorage.setItem("language", name);
@@ -9241,18 +9232,8 @@ function showLogin() {
 // the session ended while the page was open: everything waits for this one sheet
 let loggingIn = null;
 function logInAgain() {
-  loggingIn =
-    loggingIn ||
-    askForm(
-      t("Please log in again"),
-      [ownName(), passwordField(t("Password"), {autofocus: true})],
-      t("Log in"),
-      async ({password}) => {
-        await api("POST", "login", {name: me.name, password});
-        return true;
-      },
-      t("Your session has ended.")
-    ).then(done => {
+  loggingIn = loggingIn || askPassword(t("Please log in again"), t("Log in"), t("Your session has ended."),
+    password => api("POST", "login", {name: me.name, password})).then(done => {
       loggingIn = null;
       if (!done) {
         showLogin();
@@ -9263,17 +9244,10 @@ function logInAgain() {
   return loggingIn;
 }
 
-const confirmPassword = () =>
-  askForm(
-    t("Your password, please"),
-    [ownName(), passwordField(t("Password"), {autofocus: true})],
-    t("Continue"),
-    async ({password}) => {
-      await api("POST", "confirm", {password});
-      return true;
-    },
-    t("This needs your password once more.")
-  );
+const askPassword = (title, yes, hint, run) => askForm(title, [ownName(), passwordField(t("Password"), {autofocus: true})], yes,
+  ({password}) => run(password).then(() => true), hint);
+const confirmPassword = () => askPassword(t("Your password, please"), t("Continue"), t("This needs your password once more."),
+  password => api("POST", "confirm", {password}));
 
 async function logOut() {
   await attempt(() => api("POST", "logout"));
@@ -9334,7 +9308,7 @@ function buildFrame() {
 function showQuota() {
   const {used, quota} = me;
   find(".quota").replaceChildren(
-    ...quota === null ? [] : [h("progress", {max: Math.max(quota, 1), value: used, "aria-label": t("Storage used")})],
+    ...quota === null ? [] : [gauge(t("Storage used"), used, quota || 1)],
     h("span", {}, usedWords(me)));
 }
 
@@ -9359,6 +9333,13 @@ function setCrumbs(...parts) {
   find(".crumbs").replaceChildren(
     ...parts.flatMap((part, n) => (n ? [h("span.slash", {"aria-hidden": "true"}, "/"), part] : [part]))
   );
+}
+
+// a view that is no place among the files
+function enterView(kind, title) {
+  Object.assign(view, {kind, path: "", at: null});
+  setTitle(title);
+  setCrumbs(h("span", {"aria-current": "page"}, title));
 }
 
 function setBar(...parts) {
@@ -9489,7 +9470,7 @@ const COLUMNS = {name: "Name", mtime: "Modified", size: "Size", deleted: "Delete
 
 // columns: those after the name; sortable: may the reader choose the order?
 function makeList({columns, sortable = true, empty}) {
-  Object.assign(list, {entries: [], columns, sortable, empty, tall: false, at: -1, anchor: -1, editing: null});
+  Object.assign(list, {entries: [], columns, sortable, empty, at: -1, anchor: -1, editing: null});
   list.selected.clear();
   list.rows.clear();
   const head = ["name", ...columns].map(name =>
@@ -9546,8 +9527,7 @@ function fillList(entries) {
   showBar();
 }
 
-const same = (a, b) => b && ["node", "etag", "path", "mtime", "size", "starred"].every(name => a[name] === b[name])
-  && JSON.stringify(a.snippet) === JSON.stringify(b.snippet);
+const same = (a, b) => b && ["node", "etag", "path", "mtime", "size", "starred", "snippet"].every(name => a[name] === b[name]);
 
 // rows that would look as they do stay: a click that is under way must not lose its target
 function redrawRows(keep = () => false) {
@@ -9566,7 +9546,7 @@ function redrawRows(keep = () => false) {
 function measureList() {
   const tiles = shape === "tiles", width = list.body.clientWidth;
   const columns = tiles ? Math.max(2, Math.floor(width / (isPhone.matches ? 150 : 190))) : 1;
-  return {columns, width: width / columns, height: tiles ? 176 : (isPhone.matches ? 60 : 44) + 22 * list.tall};
+  return {columns, width: width / columns, height: tiles ? 176 : (isPhone.matches ? 60 : 44) + 22 * (view.kind === "search")};
 }
 
 function drawRows() {
@@ -10016,6 +9996,9 @@ function openEntry(entry) {
 const inFiles = () => view.kind === "files";
 const inTree = () => ["files", "search", "starred"].includes(view.kind);
 const one = items => items.length === 1;
+const inTreeAny = items => inTree() && items.length > 0;
+const inTreeOne = items => inTree() && one(items);
+const isFound = () => inTree() && !inFiles();
 const oneFile = items => one(items) && items[0].kind === "file";
 
 // on: what it is for, "items" or the "place" as a whole;  when: does it apply;  menu: stands in the menu only;
@@ -10041,23 +10024,23 @@ const ACTIONS = [
   {name: "open", label: "Open", on: "items", menu: true, keys: "Enter",
    when: items => one(items) && opens(items[0]), run: ([entry]) => openEntry(entry)},
   {name: "show", label: "Show in its folder", on: "items",
-   when: items => inTree() && !inFiles() && one(items), run: ([entry]) => showInFolder(entry)},
+   when: items => isFound() && one(items), run: ([entry]) => showInFolder(entry)},
   {name: "download", label: "Download", on: "items", prime: true, keys: "D",
    when: items => view.kind !== "trash" && items.length > 0, run: download},
   {name: "rename", label: "Rename", on: "items", keys: "F2",
-   when: items => inTree() && items.length > 0, run: items => one(items) ? startRename(items[0]) : renameMany(items)},
+   when: inTreeAny, run: items => one(items) ? startRename(items[0]) : renameMany(items)},
   {name: "move", label: "Move to…", on: "items", keys: "M",
-   when: items => inTree() && items.length > 0, run: items => moveTo(items, "move")},
+   when: inTreeAny, run: items => moveTo(items, "move")},
   {name: "copy", label: "Copy to…", on: "items", menu: true, keys: "Shift+M",
-   when: items => inTree() && items.length > 0, run: items => moveTo(items, "copy")},
+   when: inTreeAny, run: items => moveTo(items, "copy")},
   {name: "cut", label: "Cut", on: "items", menu: true, keys: "Ctrl+X",
-   when: items => inTree() && items.length > 0, run: items => putOnClip("move", items)},
+   when: inTreeAny, run: items => putOnClip("move", items)},
   {name: "copy-clip", label: "Copy", on: "items", menu: true, keys: "Ctrl+C",
-   when: items => inTree() && items.length > 0, run: items => putOnClip("copy", items)},
+   when: inTreeAny, run: items => putOnClip("copy", items)},
   {name: "address", label: "Copy address", on: "items", menu: true,
-   when: items => inTree() && one(items), run: ([entry]) => copyText(location.origin + addressOf(entry.path))},
+   when: inTreeOne, run: ([entry]) => copyText(location.origin + addressOf(entry.path))},
   {name: "curl", label: "Copy curl command", on: "items", menu: true,
-   when: items => inTree() && one(items), run: ([entry]) => copyText(curlFor(entry))},
+   when: inTreeOne, run: ([entry]) => copyText(curlFor(entry))},
   {name: "edit", label: "Edit", on: "items", menu: true, keys: "E",
    when: items => inTree() && oneFile(items) && isText(items[0]), run: ([entry]) => editFile(entry)},
   {name: "versions", label: "Versions", on: "items",
@@ -10065,9 +10048,9 @@ const ACTIONS = [
   {name: "star", label: "Star", on: "items", keys: "S",
    when: items => inTree() && !items.every(entry => entry.starred), run: items => star(items, true)},
   {name: "unstar", label: "Remove star", on: "items", keys: "S",
-   when: items => inTree() && items.length > 0 && items.every(entry => entry.starred), run: items => star(items, false)},
+   when: items => inTreeAny(items) && items.every(entry => entry.starred), run: items => star(items, false)},
   {name: "delete", label: "Delete", on: "items", prime: true, keys: "Delete",
-   when: items => inTree() && items.length > 0, run: deleteItems},
+   when: inTreeAny, run: deleteItems},
   {name: "restore", label: "Restore", on: "items", prime: true,
    when: items => view.kind === "trash" && items.length > 0, run: restoreItems},
   {name: "purge", label: "Delete for good", on: "items", prime: true, keys: "Delete",
@@ -10209,11 +10192,11 @@ function dropRows(items) {
 
 function download(items) {
   if (items.length === 1 && items[0].kind === "file") return saveFrom(contentAddress(items[0]));
-  if (!inFiles() && inTree() && items.length > 1)
+  if (isFound() && items.length > 1)
     return items.forEach((entry, n) =>
       setTimeout(() => saveFrom(entry.kind === "file" ? contentAddress(entry) : apiAddress("zip", entry.path)), n * 400)
     );
-  if (!inFiles() && inTree()) return saveFrom(apiAddress("zip", items[0].path));
+  if (isFound()) return saveFrom(apiAddress("zip", items[0].path));
   return downloadZip(items.length === list.entries.length ? [] : items.map(entry => entry.name));
 }
 
@@ -10359,18 +10342,14 @@ function newNames(items, {way, find, by, regular, pattern, first, endings}) {
     : find ? entry.name.replaceAll(what, regular ? by : () => by) : entry.name);
 }
 
-const placeKey = path => path.normalize();       // what the server compares places by
-
 // [{from, to, name, bad}]: where each goes, and in words what is wrong with that
 function judgeNames(items, names) {
-  const all = items.map(({path}, n) => ({from: path, to: join(parentOf(path), names[n]), name: names[n]})), times = new Map();
-  const own = new Set(items.map(({path}) => placeKey(path))), taken = new Set(list.entries.map(({path}) => placeKey(path)));
-  for (const {to} of all) times.set(placeKey(to), (times.get(placeKey(to)) || 0) + 1);
-  for (const one of all) {
-    const key = placeKey(one.to), stays = key === placeKey(one.from);
-    one.bad = !isName(one.name) ? t("cannot be a name") : times.get(key) > 1 ? t("twice the same") : stays ? ""
-      : own.has(key) ? t("another of these still has it: rename in two steps") : taken.has(key) ? t("is there already") : "";
-  }
+  const all = items.map(({path}, n) => ({from: path, to: join(parentOf(path), names[n]), name: names[n]})), times = {};
+  const own = new Set(items.map(entry => entry.path)), taken = new Set(list.entries.map(entry => entry.path));
+  for (const {to} of all) times[to] = (times[to] || 0) + 1;
+  for (const one of all) one.bad = !isName(one.name) ? t("cannot be a name") : times[one.to] > 1 ? t("twice the same")
+    : one.to === one.from ? "" : own.has(one.to) ? t("another one still has it: rename in two steps")
+    : taken.has(one.to) ? t("is there already") : "";
   return all;
 }
 
@@ -10518,11 +10497,6 @@ function chooseCollection(title, yes, from, items = []) {
         crumbs.replaceChildren(
           ...crumbsOf(path, () => "#").flatMap((part, n) => (n ? [h("span.slash", {}, "/"), part] : [part]))
         );
-        for (const part of crumbs.querySelectorAll("a"))
-          part.addEventListener("click", event => {
-            event.preventDefault();
-            enter(part.dataset.path);
-          });
         const inside = sortEntries(children.filter(entry => entry.kind === "collection" && !moving.has(entry.path)));
         box.replaceChildren(
           ...inside.map(entry =>
@@ -10544,6 +10518,11 @@ function chooseCollection(title, yes, from, items = []) {
       {className: "quiet"}
     );
     enter(from);
+    crumbs.onclick = event => {
+      event.preventDefault();
+      const {path} = event.target.closest("a")?.dataset || {};
+      if (path !== undefined) enter(path);
+    };
     return [
       crumbs,
       box,
@@ -11081,9 +11060,7 @@ async function showTrash() {
   const turn = view.turn, {items, next} = await api("GET", "trash");
   if (turn !== view.turn) return;
   const same = view.kind === "trash" && list.box && list.box.isConnected;
-  Object.assign(view, {kind: "trash", path: "", at: null});
-  setTitle(t("Trash"));
-  setCrumbs(h("span", {"aria-current": "page"}, t("Trash")));
+  enterView("trash", t("Trash"));
   if (!same) setContent(h("p.hint", {}, t("Deleted things stay here until their time is over or the trash is emptied.")),
     ...makeList({columns: ["deleted", "size"], sortable: false, empty: () => h("p.big", {}, t("The trash is empty"))}));
   fillList(items);
@@ -11142,21 +11119,14 @@ async function emptyTrash() {
 async function showStarred() {
   const turn = view.turn, {items} = await api("GET", "starred");
   if (turn === view.turn) showFound("starred", t("Starred"), items, () => [h("p.big", {}, t("Nothing starred yet")),
-    h("p", {}, t("A star marks what you want to find again: choose something, then “Star”."))]);
+    h("p", {}, t("A star marks what you want to find again."))]);
 }
 
 // a list of things from many places; above: what stands over it, for things in the order of the server
 function showFound(kind, title, items, empty, above) {
-  const same = view.kind === kind && list.box && list.box.isConnected, tall = items.some(entry => entry.snippet);
-  Object.assign(view, {kind, path: "", at: null});
-  setTitle(title);
-  setCrumbs(h("span", {"aria-current": "page"}, title));
+  const same = view.kind === kind && list.box?.isConnected;
+  enterView(kind, title);
   if (!same) setContent(above, ...makeList({columns: ["mtime", "size"], sortable: !above, empty}));
-  if (list.tall !== tall) {
-    list.tall = tall;
-    list.box.classList.toggle("tall", tall);
-    redrawRows();
-  }
   list.empty = empty;
   fillList(above ? items : sortEntries(items));
 }
@@ -11408,9 +11378,7 @@ async function showSettings(name) {
     [, label, build] = SECTIONS.find(([one, , , admin]) => one === name && (!admin || me.admin)) || SECTIONS[0];
   const parts = await build();
   if (turn !== view.turn) return;
-  Object.assign(view, {kind: "settings", path: "", at: null});
-  setTitle(t("Settings"));
-  setCrumbs(h("span", {"aria-current": "page"}, t("Settings")));
+  enterView("settings", t("Settings"));
   setBar(
     SECTIONS.filter(([, , , admin]) => !admin || me.admin).map(([one, words]) =>
       h("a.tab", {href: PREFIX + "/settings" + (one && "/" + one), "aria-current": words === label ? "page" : null},
@@ -11421,6 +11389,12 @@ async function showSettings(name) {
   setContent(h("div.settings", {}, parts));
 }
 
+const gauge = (label, value, max) => h("progress", {max, value, "aria-label": label});
+// a form that stands in the page
+const formOf = (fields, yes, run) => h("form.way", {onsubmit: event => {
+  event.preventDefault();
+  attempt(() => run(Object.fromEntries(new FormData(event.target))));
+}}, fields, buttonsRow(h("button.primary", {}, yes)));
 const section = (title, ...parts) => h("section", {}, h("h2", {}, title), ...parts);
 
 const usedWords = ({used, quota}) => quota === null ? t("{used} used", {used: formatSize(used)})
@@ -11430,7 +11404,7 @@ async function accountSection() {
   const {kinds, live, versions, trash} = await api("GET", "usage"), all = live + versions + trash || 1;
   const percent = new Intl.NumberFormat(language, {style: "percent"});
   const row = (words, size) => h("div", {}, h("dt", {}, words), h("dd", {}, formatSize(size) + " · " + percent.format(size / all),
-    h("progress", {max: all, value: size, "aria-label": words})));
+    gauge(words, size, all)));
   return [
     section(me.name, h("p", {}, usedWords(me)),
       buttonsRow(button(t("Change password"), changePassword), button(t("Log out"), logOut))),
@@ -11503,23 +11477,9 @@ async function devicesSection() {
 
 // "Firefox, Linux" is all a person wants to know of a browser's name
 function agentOf({kind, name}) {
-  if (kind !== "session") return name;
-  const browser = [
-    ["Edg", "Edge"],
-    ["OPR", "Opera"],
-    ["Firefox", "Firefox"],
-    ["Chrome", "Chrome"],
-    ["Safari", "Safari"]
-  ].find(([mark]) => name.includes(mark));
-  const system = [
-    ["Android", "Android"],
-    ["iPhone", "iPhone"],
-    ["iPad", "iPad"],
-    ["Windows", "Windows"],
-    ["Mac OS", "Mac"],
-    ["Linux", "Linux"]
-  ].find(([mark]) => name.includes(mark));
-  return browser && system ? browser[1] + ", " + system[1] : name;
+  const known = words => words.split(" ").find(word => name.includes(word));
+  const browser = known("Edg OPR Firefox Chrome Safari"), system = known("Android iPhone iPad Windows Mac Linux");
+  return kind === "session" && browser && system ? ({Edg: "Edge", OPR: "Opera"}[browser] || browser) + ", " + system : name;
 }
 
 // ---- preview: a file over the list it belongs to, at an address of its own
@@ -11937,19 +11897,15 @@ function connectSection() {
     path = await chooseCollection(t("Only this folder"), t("Choose"), path) ?? path;
     where.textContent = path ? t("Only {name}", {name: path}) : t("All folders");
   });
-  const form = h("form.way", {onsubmit: event => {
-    event.preventDefault();
-    const {name, readonly, days} = Object.fromEntries(new FormData(form));
-    attempt(async () => {
-      const {token} = await api("POST", "devices", {name, readonly: Boolean(readonly), path: path || undefined, days: +days || undefined});
-      made.replaceChildren(h("p", {}, t("This password is shown only now; it stands in the commands below.")), commandLine(token));
-      show(token);
-    });
-  }},
+  const form = formOf([
     field(t("Name of the device"), {name: "name", maxLength: 100, placeholder: "laptop", autocomplete: "off"}),
     tick(t("May only read"), {name: "readonly"}),
-    h("div.buttons", {}, where, choice("Ends", "days", {7: "Ends after 7 days", 30: "Ends after 30 days", 365: "Ends after a year", "": "Never ends"}, "")),
-    h("div.buttons", {}, h("button.primary", {}, t("Make an app password"))));
+    h("div.buttons", {}, where, choice("Ends", "days", {7: "Ends after 7 days", 30: "Ends after 30 days", 365: "Ends after a year", "": "Never ends"}, ""))
+  ], t("Make an app password"), async ({name, readonly, days}) => {
+    const {token} = await api("POST", "devices", {name, readonly: Boolean(readonly), path: path || undefined, days: +days || undefined});
+    made.replaceChildren(h("p", {}, t("This password is shown only now; it stands in the commands below.")), commandLine(token));
+    show(token);
+  });
   show("");
   return [
     section(t("A password for each device"),
@@ -11986,7 +11942,6 @@ const gigabytes = (label, name, bytes) => field(label, {name, type: "number", mi
                                                         value: bytes === null ? "" : bytes / GB});
 const quotaField = quota => gigabytes(t("Quota in GB; empty is no limit"), "quota", quota);
 const readGigabytes = text => text === "" ? -1 : Math.round(text * GB);
-const factList = rows => h("dl.keys", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value)))));
 
 async function accountsSection() {
   const {accounts} = await api("GET", "accounts");
@@ -11995,29 +11950,25 @@ async function accountsSection() {
 }
 
 async function serverSection() {
-  const [status, kept, {steps}] = await Promise.all(["status", "settings", "activity/server"].map(what => api("GET", what)));
-  const free = formatSize(status.disk_free), total = formatSize(status.disk_total);
-  const limit = bytes => bytes === null ? t("no limit") : formatSize(bytes);
-  const {keep_days: days, history, quota} = kept;
+  const [{version, health, python, sqlite, disk_free, disk_total}, {keep_days, history, quota}, {steps}] =
+    await Promise.all(["status", "settings", "activity/server"].map(what => api("GET", what)));
+  const facts = [[t("Version"), version], [t("State"), health], ["Python", python], ["SQLite", sqlite],
+    [t("Free on disk"), t("{free} of {total}", {free: formatSize(disk_free), total: formatSize(disk_total)})]];
   return [
-    section(t("Server"), factList([[t("Version"), status.version], [t("State"), status.health], ["Python", status.python],
-      ["SQLite", status.sqlite], [t("Free on disk"), t("{free} of {total}", {free, total})]]),
-      h("progress", {max: status.disk_total, value: status.disk_total - status.disk_free, "aria-label": t("Disk used")})),
-    section(t("What is kept"), factList([[t("Versions and deleted files are kept"), plural(days, "{n} day", "{n} days")],
-      [t("The most they may take, per account"), limit(history)], [t("Quota of new accounts"), limit(quota)]]),
-      buttonsRow(button(t("Change"), () => changeKept(kept)))),
-    section(t("Recently"), h("ol.steps", {}, steps.slice(0, 50).map(step => stepRow({...step, undoable: false})))),
+    section(t("Server"), h("dl.keys", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+      gauge(t("Disk used"), disk_total - disk_free, disk_total)),
+    section(t("What is kept"), formOf([
+      field(t("Days that versions and deleted files are kept"), {name: "days", type: "number", min: 0, max: 36500, value: keep_days}),
+      gigabytes(t("The most they may take per account, in GB; empty is no limit"), "history", history),
+      h("p.soft", {}, t("What is older goes for good; of what is more than the most, the oldest goes first.")),
+      gigabytes(t("Quota of new accounts in GB; empty is no limit"), "quota", quota)], t("Save"), async ({days, history, quota}) => {
+      await api("PATCH", "settings", {keep_days: +days, history: readGigabytes(history), quota: readGigabytes(quota)});
+      toast(t("Saved."));
+      show();
+    })),
+    section(t("Recently"), h("ol.steps", {}, steps.slice(0, 50).map(step => stepRow({...step, undoable: false}))))
   ];
 }
-
-const changeKept = ({keep_days, history, quota}) => askForm(t("What is kept"), [
-  field(t("Days that versions and deleted files are kept"), {name: "days", type: "number", min: 0, max: 36500, value: keep_days}),
-  gigabytes(t("The most they may take per account, in GB; empty is no limit"), "history", history),
-  gigabytes(t("Quota of new accounts in GB; empty is no limit"), "quota", quota)], t("Save"),
-  async ({days, history, quota}) => {
-    await api("PATCH", "settings", {keep_days: +days, history: readGigabytes(history), quota: readGigabytes(quota)});
-    show();
-  }, t("What is older goes for good, and the oldest goes sooner where there is more than the most. Quotas that accounts have stay."));
 
 function accountRow(account) {
   const {name, quota, files, admin} = account, address = "accounts/" + encodeURIComponent(name);
@@ -12356,7 +12307,7 @@ PAGE_GERMAN = r"""{
   "A held device was allowed to go on": "Ein angehaltenes Gerät durfte weitermachen",
   "A name cannot be empty and cannot hold a slash.": "Ein Name darf nicht leer sein und keinen Schrägstrich enthalten.",
   "A password for each device": "Ein Passwort für jedes Gerät",
-  "A star marks what you want to find again: choose something, then “Star”.": "Ein Stern zeigt, was du wiederfinden willst: Wähle etwas aus, dann „Markieren“.",
+  "A star marks what you want to find again.": "Ein Stern zeigt, was du wiederfinden willst.",
   "A version with a name is never removed by itself.": "Eine Version mit Namen wird nie von selbst entfernt.",
   "APP-PASSWORD": "APP-PASSWORT",
   "Account": "Konto",
@@ -12543,7 +12494,6 @@ PAGE_GERMAN = r"""{
   "Present password": "Bisheriges Passwort",
   "Preview": "Vorschau",
   "Quota in GB; empty is no limit": "Speicher in GB; leer heißt unbegrenzt",
-  "Quota of new accounts": "Speicherplatz neuer Konten",
   "Quota of new accounts in GB; empty is no limit": "Speicherplatz neuer Konten in GB; leer heißt keine Grenze",
   "Recently": "Kürzlich",
   "Regular expression": "Regulärer Ausdruck",
@@ -12599,7 +12549,6 @@ PAGE_GERMAN = r"""{
   "That is too long ago: the history does not reach back so far.": "Das ist zu lange her: So weit reicht der Verlauf nicht zurück.",
   "The disk of the server is almost full; it takes nothing new until there is room.": "Die Platte des Servers ist fast voll; er nimmt nichts Neues an, bis wieder Platz ist.",
   "The most they may take per account, in GB; empty is no limit": "Höchstens je Konto, in GB; leer heißt keine Grenze",
-  "The most they may take, per account": "Höchstens, je Konto",
   "The server": "Der Server",
   "The server cannot be reached. Check the connection and try again.": "Der Server ist nicht erreichbar. Prüfe die Verbindung und versuche es noch einmal.",
   "The server cannot write at the moment.": "Der Server kann gerade nichts speichern.",
@@ -12638,7 +12587,6 @@ PAGE_GERMAN = r"""{
   "Uploads": "Uploads",
   "Version": "Version",
   "Versions": "Versionen",
-  "Versions and deleted files are kept": "Versionen und Gelöschtes bleiben",
   "Versions of {name}": "Versionen von {name}",
   "Videos": "Videos",
   "View": "Ansicht",
@@ -12648,7 +12596,7 @@ PAGE_GERMAN = r"""{
   "Welcome": "Willkommen",
   "What is in it cannot be brought back after this.": "Sein Inhalt lässt sich danach nicht zurückholen.",
   "What is kept": "Was aufgehoben wird",
-  "What is older goes for good, and the oldest goes sooner where there is more than the most. Quotas that accounts have stay.": "Was älter ist, geht endgültig, und das Älteste geht früher, wo es mehr als höchstens ist. Speicherplatz, den Konten haben, bleibt.",
+  "What is older goes for good; of what is more than the most, the oldest goes first.": "Was älter ist, geht endgültig; wird es mehr als das Höchste, geht das Älteste zuerst.",
   "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
   "Where": "Wo",
   "Where you are": "Wo du bist",
@@ -12661,11 +12609,10 @@ PAGE_GERMAN = r"""{
   "a password has 10 to 1024 characters": "ein Passwort hat 10 bis 1024 Zeichen",
   "added {when}": "hinzugefügt {when}",
   "and {n} more": "und {n} weitere",
-  "another of these still has it: rename in two steps": "hat ein anderes davon noch: in zwei Schritten umbenennen",
+  "another one still has it: rename in two steps": "hat ein anderes noch: in zwei Schritten umbenennen",
   "cannot be a name": "kann kein Name sein",
   "everything": "alles",
   "is there already": "gibt es schon",
-  "no limit": "keine Grenze",
   "one folder": "ein Ordner",
   "reads and changes": "liest und ändert",
   "reads only": "liest nur",
@@ -12676,8 +12623,6 @@ PAGE_GERMAN = r"""{
   "used {when}": "benutzt {when}",
   "{free} of {total}": "{free} von {total}",
   "{n} B": "{n} B",
-  "{n} day": "{n} Tag",
-  "{n} days": "{n} Tage",
   "{n} file": "{n} Datei",
   "{n} file uploaded": "{n} Datei hochgeladen",
   "{n} files": "{n} Dateien",
@@ -12761,9 +12706,9 @@ LEAN = re.compile(r"""
     (?P<kept> "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `(?:[^`\\]|\\.)*`                     # strings; templates are not nested
     | (?<=[(,=:\[!&|?{};>\s]) / (?![*/ ]) (?:[^/\\\[\n]|\\.|\[(?:[^\]\\\n]|\\.)*\])+ /[a-z]* )         # regular expressions
     | (?P<word> \b(?:true|false|undefined)\b )
-    | (?P<gone> [ ]*//[^\n]* | /\*.*?\*/ | ;(?=\s*\}) )
+    | (?P<gone> [ ]*//[^\n]* | /\*.*?\*/ | ;(?=\s*\}) | ,(?=\s*[\])}]) )
     | (?P<line> [ ]*\n\s* )
-    | [ ]* (?P<mark> => | [{}()\[\],;:?=<>&|!] ) [ ]* | [ ] (?P<sum> [*/%] | \+(?![ ]\+) | -(?![ ]-) ) [ ]""", re.X | re.S)
+    | [ ]* (?P<mark> => | [-+*]= | [{}()\[\],;:?=<>&|!] ) [ ]* | (?:[ ]|(?<=[)\]][ ])) (?P<sum> [/%] | \*\*? | \+(?![ ]\+) | -(?![ ]-) ) [ ]""", re.X | re.S)
 
 
 LEAN_WORDS = {"true": "!0", "false": "!1", "undefined": "void 0"}
