@@ -13151,8 +13151,7 @@ class Upkeep:
         reached = self._stretch(done, 2_000)
         rows, size = [], 0
         for home, manifest, length in self._unread(done, reached):
-            text = decode_text(self.cloud.content_of(manifest, length).read(TEXT_LIMIT))
-            rows.append((home, manifest, spread(text or "")))
+            rows.append((home, manifest, self._text_of(manifest, length)))
             size += length
             if size > MiB:
                 self._add_contents(rows)
@@ -13160,6 +13159,14 @@ class Upkeep:
         self._add_contents(rows)
         if reached != done:
             self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('read', ?)", (str(reached),)))
+
+    def _text_of(self, manifest: str, size: int) -> str:
+        """What of a file goes into the index; nothing if it is no text, or cannot be read: the scrub tells of that."""
+        try:
+            return spread(decode_text(self.cloud.content_of(manifest, size).read(TEXT_LIMIT)) or "")
+        except CloudError as error:
+            log.warning("not indexed: %s", error)
+            return ""
 
     def _unread(self, done: int, reached: int) -> Iterator[tuple[int, str, int]]:
         """(home, manifest, bytes) of live text files that are not indexed yet."""
@@ -13399,20 +13406,24 @@ OBJECTS = "SELECT hash, size, object FROM chunk WHERE object IS NOT NULL"
 
 
 def copy_tables(db: sqlite3.Connection) -> None:
-    """Bring the tables of `main` to those of `live`; inline chunks that are there are not copied again."""
+    """Bring the tables of `main` to those of `live`; chunks and thumbnails that are there are not copied again."""
     db.execute("PRAGMA user_version = %d" % db.execute("PRAGMA live.user_version").fetchone())
     there = {name for (name,) in db.execute("SELECT name FROM main.sqlite_master")}
     for kind, name, sql in db.execute("SELECT type, name, sql FROM live.sqlite_master WHERE sql IS NOT NULL "
                                       "AND name NOT LIKE '%_index%' ORDER BY type DESC").fetchall():
         if name not in there:
             db.execute(sql)
-        if kind == "table" and name != "chunk":
+        if kind == "table" and name not in ("chunk", "thumbnail"):
             db.execute('DELETE FROM main."%s"' % name)
             db.execute('INSERT INTO main."%s" SELECT * FROM live."%s"' % (name, name))
     db.execute("DELETE FROM main.chunk WHERE NOT EXISTS (SELECT 1 FROM live.chunk l WHERE l.hash = chunk.hash)")
     db.execute("INSERT INTO main.chunk SELECT * FROM live.chunk l WHERE NOT EXISTS (SELECT 1 FROM main.chunk c WHERE c.hash = l.hash)")
     db.execute("UPDATE main.chunk SET (object, at, condemned, bad) = (SELECT object, at, condemned, bad FROM live.chunk l "
                "WHERE l.hash = chunk.hash)")
+    db.execute("DELETE FROM main.thumbnail WHERE NOT EXISTS (SELECT 1 FROM live.thumbnail l WHERE l.id = thumbnail.id "
+               "AND l.home = thumbnail.home AND l.manifest = thumbnail.manifest)")
+    db.execute("INSERT INTO main.thumbnail SELECT * FROM live.thumbnail l WHERE NOT EXISTS (SELECT 1 FROM main.thumbnail t "
+               "WHERE t.id = l.id)")
     db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed', 'read')")
     db.execute("DELETE FROM main.name_row")
     db.execute("DELETE FROM main.text_row")

@@ -1911,6 +1911,16 @@ def test_search_in_the_contents_of_text_files(cloud, ann):
     assert paths("something") == {"d/data.csv"} and cloud.db.read("SELECT count(*) FROM text_row WHERE home = 1") == [(7,)]
 
 
+def test_a_damaged_file_does_not_hold_up_the_index(cloud, ann):
+    upkeep = cs.Upkeep(cloud)
+    upkeep.hold()
+    put(cloud, ann, "bad.txt", b"word one")
+    put(cloud, ann, "good.txt", b"word two")
+    cloud.db.run(Statement("UPDATE chunk SET data = x'78' WHERE hash = ?", (hashlib.sha256(b"word one").hexdigest(),)))
+    upkeep.index_contents()
+    assert [found.path for found in look_for(cloud, ann, "word")] == [("good.txt",)]
+
+
 def test_the_index_of_contents_begins_anew_when_it_is_mostly_stale(cloud, ann, monkeypatch):
     upkeep = cs.Upkeep(cloud)
     upkeep.hold()
@@ -4304,10 +4314,14 @@ def test_backup_is_incremental_and_restores(make_cloud, tmp_path, rng):
     for _ in range(40):
         game.step()
     put(cloud, ann, "big", os.urandom(9 * MiB))
+    cloud.put_thumbnail(ann, ("big",), b"\xff\xd8\xff old")
     first = cs.back_up(cloud, tmp_path / "backup")
     assert first[0] == 3
+    cloud.put_thumbnail(ann, ("big",), b"\xff\xd8\xff")
     inside = tree(cloud, ann)
     put(cloud, ann, "more", os.urandom(5 * MiB))
+    cloud.put_thumbnail(ann, ("more",), b"\xff\xd8\xff more")
+    move(cloud, ann, "more", "many words.txt")
     cloud.delete(ann, ("big",))
     assert cs.back_up(cloud, tmp_path / "backup")[0] == 2 and cs.back_up(cloud, tmp_path / "backup") == (0, 0)
     config = Config(data=tmp_path / "restored")
@@ -4318,6 +4332,11 @@ def test_backup_is_incremental_and_restores(make_cloud, tmp_path, rng):
     assert [item.path for item in restored.trash(back)] == [item.path for item in cloud.trash(ann)]
     assert identify(restored, basic()).account
     audit(restored)
+    assert restored.thumbnail(back, ("many words.txt",)) == b"\xff\xd8\xff more" and restored.db.read("SELECT count(*) FROM thumbnail") == [(2,)]
+    upkeep = cs.Upkeep(restored)
+    upkeep.hold()
+    upkeep.index_names()
+    assert [found.path for found in look_for(restored, back, "many words")] == [("many words.txt",)]
     put(restored, back, "goes on", b"1")
     assert outcome(cs.restore_backup, tmp_path / "backup", config) == "conflict"
     assert outcome(cs.restore_backup, tmp_path / "nothing", Config(data=tmp_path / "x")) == "not-found"
