@@ -1969,7 +1969,7 @@ def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann, monkeypatch):
         list(listing.children()), listing.properties(), listing.digests(), listing.locks(listing.node)
     cloud.star(ann, ("e",), on=True), cloud.starred(ann), cloud.stars_among([cloud.stat(ann, ("e",))])
     look_for(cloud, ann, "word other"), look_for(cloud, ann, "", kind="text"), cloud.policy()
-    cloud.thumbnail(ann, ("e", "c")), cloud.differences(ann, (), 3), cloud.usage(ann), cloud.server_activity(), cloud.activity(ann, device="x")
+    cloud.kept(ann, cloud.keep(ann, 1)), cloud.thumbnail(ann, ("e", "c")), cloud.differences(ann, (), 3), cloud.usage(ann), cloud.server_activity(), cloud.activity(ann, device="x")
     local.off, scans = True, {}
     for sql, db in list(seen.items()):
         if sql.split(None, 1)[0] in ("SELECT", "WITH", "INSERT", "UPDATE", "DELETE"):
@@ -2675,6 +2675,21 @@ def test_differences_tell_what_became_of_everything_since(api, cloud, ann):
     assert found["count"] == 7 == api("POST", "rewind", path="box", at="seq:%d" % seq, dry=True)["changed"]
     assert api("GET", "differences/box", at="seq:%d" % seq, limit=2)["count"] == 7 and api("GET", "differences", at="seq:%d" % cloud.head())["count"] == 0
     assert [one["size"] for one in found["changes"] if one["path"] == "box/new"] == [3] and api("GET", "differences/in", at="seq:3") == "not-found"
+
+
+def test_an_archive_of_more_than_an_address_holds(api, call, cloud, ann):
+    cloud.make_collection(ann, ("box",))
+    for n in range(30):
+        put(cloud, ann, "box/%03d.txt" % n, b"%d" % n)
+    id = api("POST", "zip-names", names=["%03d.txt" % n for n in range(0, 30, 3)])["id"]
+    archive = cs.zipfile.ZipFile(io.BytesIO(call("GET", "/api/v1/zip/box?names=" + id).body))
+    assert archive.namelist() == ["%03d.txt" % n for n in range(0, 30, 3)]
+    account(cloud, "bob")
+    assert call("GET", "/api/v1/zip?names=" + id, user="bob").status == 404 and api("POST", "zip-names", names=["a/../b"]) == "bad-request"
+    assert api("POST", "zip-names", names=[7]) == "bad-request"
+    for _ in range(cs.KEPT_MOST - 1):
+        cloud.keep(ann, [])
+    assert api("POST", "zip-names", names=["x"]) == "busy"
 
 
 def test_usage_by_kind_versions_and_trash(api, cloud, ann):
