@@ -9322,7 +9322,7 @@ function buildFrame() {
       h("nav", {"aria-label": t("Main")}, links),
       h("div.quota")),
     h("main", {id: "content", tabIndex: -1},
-      h("h1.unseen"),
+      h("h1.unseen", {}, "cloudserver"),
       h("div.banners"),
       h("div.top", {}, h("nav.crumbs", {"aria-label": t("Where you are")}), form),
       h("div.bar", {role: "toolbar", "aria-label": t("Actions")}),

@@ -64,6 +64,7 @@ import signal
 import socket
 import sqlite3
 import struct
+import tarfile
 import threading
 import time
 import unicodedata
@@ -6999,6 +7000,92 @@ def test_browser_knows_a_file_whose_answer_was_lost(page, monkeypatch):
     page.run("addUploads([{path: 'a.txt', file: new File(['hello'], 'a.txt')}])")
     page.sees("1 file uploaded")
     assert page.tree() == {"a.txt"} and len(page.cloud.versions(page.who, ("a.txt",))) == 1
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory):
+    """The source of axe-core, which looks for what keeps people from using a page."""
+    home = tmp_path_factory.mktemp("axe")
+    done = subprocess.run([program("npm"), "pack", "axe-core", "--silent"], cwd=home, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=120)
+    if done.returncode:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("npm cannot fetch axe-core:\n" + done.stdout[-1000:])
+    with tarfile.open(next(home.glob("*.tgz"))) as archive:
+        return archive.extractfile("package/axe.min.js").read().decode()
+
+
+AUDIT = """const done = arguments[arguments.length - 1];
+    Promise.all(document.getAnimations().map(one => one.finished.catch(() => {}))).then(() => axe.run(document, {resultTypes: ['violations'],
+        runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']})).then(
+        found => done(found.violations.map(one => one.id + ': ' + one.nodes.map(node => node.target.join(' ') + ' ' + node.html.slice(0, 160)
+            + ' ' + (node.any[0] || node.all[0] || node.none[0]).message).slice(0, 3).join(' | '))), error => done(['' + error]));"""
+
+
+def audit_page(page, axe, place, script="", wait="return true"):
+    """What axe finds on a view, opened and brought to where it is looked at by a script."""
+    page.open(place)
+    page.wait("return document.querySelector('.content, .gate')")
+    if place == "/" or "." in place:
+        page.wait("return list.entries.length" if place == "/" else "return preview.box || document.querySelector('.steps')")
+    page.run(script)
+    page.wait(wait)
+    page.wait("return !document.querySelector('.content')?.ariaBusy")
+    page.run(axe)
+    return ["%s %s %s" % (place, script, one) for one in page.run_async(AUDIT)]
+
+
+SHEET = "return document.querySelector('dialog')"
+AUDITED = [                                      # address, how to come to what is looked at, what stands there then
+    ("/", "", "return document.querySelector('.readme h1')"),
+    ("/", "setSelection([list.entries[1].node, list.entries[2].node])", "return document.querySelector('.selecting')"),
+    ("/", "setSelection([list.entries[1].node]); openMenu({x: 300, y: 300})", SHEET),
+    ("/", "menu({x: 300, y: 300}, placeRows())", SHEET),
+    ("/", "renameMany(list.entries.slice(1)); document.querySelector('[name=find]').value = 'a'; document.querySelector('form[onsubmit], dialog form').oninput()", SHEET),
+    ("/", "startRename(list.entries[1])", "return document.querySelector('.rename, dialog')"),
+    ("/", "moveTo(list.entries.slice(1), 'move')", "return document.querySelector('.walk').children.length"),
+    ("/", "askClash('a.txt', 3)", SHEET),
+    ("/", "showHelp()", SHEET),
+    ("/", "newCollection()", SHEET),
+    ("/", "setShape('tiles')", "return document.querySelector('.tiles .picture')"),
+    ("/", "setShape('list'); toast('Done.', {label: 'Undo'}); toast('Failed.', {kind: 'bad'})", "return document.querySelectorAll('.toast').length"),
+    ("/files/empty", "", "return document.querySelector('.empty code')"),
+    ("/files/gone", "", "return document.querySelector('.toast.bad')"),
+    ("/files/a.txt", "", "return document.querySelector('dialog pre')"),
+    ("/files/b.png", "", "return document.querySelector('dialog img')"),
+    ("/files/t.csv", "", "return document.querySelector('dialog table')"),
+    ("/files/README.md", "", "return document.querySelector('dialog .paper')"),
+    ("/files/a.txt", "editFile(preview.entry)", "return document.querySelector('dialog textarea')"),
+    ("/versions/a.txt", "", "return document.querySelector('.steps')"),
+    ("/past/now/empty", "", "return document.querySelector('.slider')"),
+    ("/trash", "", "return list.entries.length"),
+    ("/starred", "", "return list.entries.length"),
+    ("/search?q=a", "", "return document.querySelector('.filters') && list.entries.length"),
+    ("/search?q=zz&path=empty&kind=image", "", "return document.querySelector('.empty button')"),
+    ("/activity", "", "return document.querySelector('.steps li')"),
+    ("/settings", "", "return document.querySelector('.shares')"),
+    ("/settings/connect", "", "return document.querySelector('.ways')"),
+    ("/settings/devices", "", "return document.querySelector('.steps')"),
+    ("/settings/accounts", "", "return document.querySelector('.steps')"),
+    ("/settings/server", "", "return document.querySelector('.way')"),
+    ("/settings", "showLogin()", "return document.querySelector('.gate form')"),
+    ("/settings", "showSetup()", "return document.querySelector('.gate form')"),
+]
+
+
+@pytest.mark.parametrize("width, height, dark", [pytest.param(1280, 800, False, marks=slow), pytest.param(1280, 800, True, marks=slow),
+                                                 pytest.param(390, 844, False, marks=slow), pytest.param(390, 844, True, marks=slow)])
+def test_browser_keeps_nobody_out(page, axe, width, height, dark):
+    """WCAG 2.2 AA, as far as a program can tell, on every view and sheet."""
+    page.cloud.accounts.update(page.who.name, page.who, admin=True)
+    for name, data in (("README.md", "# Title\n\n- [one](a.txt)\n\n```\nlong\n```\n\n| a | b |\n|--|--|\n| 1 | 2 |\n"), ("a.txt", "one\n" * 200), ("b.png", PNG),
+                       ("t.csv", "a,b\n1,2\n"), ("gone.txt", "x"), ("a.txt", "two")):
+        page.put(name, data)
+    page.cloud.make_collection(page.who, ("empty",))
+    page.cloud.delete(page.who, ("gone.txt",))
+    page.cloud.star(page.who, ("a.txt",), on=True)
+    page.size(width, height, dark=dark, touch=width < 720)
+    found = [one for row in AUDITED for one in audit_page(page, axe, *row)]
+    assert not found, "\n".join(found)
 
 
 class PrefixProxy(threading.Thread):
