@@ -3974,7 +3974,7 @@ def test_no_comment_is_sent():
     ("x = y / 2 + z / 3;\nw = v.replace(/[/ ]+ \\//g, ' , ')", "x=y/2+z/3;w=v.replace(/[/ ]+ \\//g,' , ')"),
     ("if (a)\n  b()\nelse c()", "if(a)\nb()\nelse c()"),
     ("a = (b) + [c] - 2 ** d % (e) * f;\ng = {\n  h,\n};", "a=(b)+[c]-2**d%(e)*f;g={h};"),
-    ("a = true ? b.c === undefined : 'true';", "a=!0?b.c===void 0:'true';"),
+    ("const a = true ? b.c === undefined : 'const true';", "let a=!0?b.c===void 0:'const true';"),
     ("function a() {\n  b = c - d + +e - -f;   // g\n  return !h !== i;\n}\n\nasync function j() {\n  k;\n}\nl()",
      "function a(){b=c-d + +e - -f;return!h!==i}async function j(){k}\nl()"),
     ("let a = b\nc()\n\n/* d */\nreturn x ? {y: - 1} : +z", "let a=b\nc()\nreturn x?{y:- 1}:+z"),
@@ -7086,6 +7086,30 @@ def test_browser_keeps_nobody_out(page, axe, width, height, dark):
     page.size(width, height, dark=dark, touch=width < 720)
     found = [one for row in AUDITED for one in audit_page(page, axe, *row)]
     assert not found, "\n".join(found)
+
+
+WATCH = """window.watched = {paint: [], shift: [], long: []};
+    const watch = (type, say) => new PerformanceObserver(all => all.getEntries().forEach(say)).observe({type, buffered: true});
+    watch('paint', one => watched.paint.push(one.startTime));
+    watch('layout-shift', one => one.hadRecentInput || watched.shift.push(one.value));
+    watch('longtask', one => watched.long.push([Math.round(one.startTime), Math.round(one.duration)]));"""
+
+
+@slow
+def test_browser_draws_soon_and_keeps_still(page):
+    """Ten thousand entries, opened and scrolled: what the reader waits for.  The bounds are generous, as machines are."""
+    for n in range(10_000):
+        page.put("IMG_%05d.jpg" % (n * 7919 % 10_000), b"")
+    watching = page.cdp("Page.addScriptToEvaluateOnNewDocument", source=WATCH)["identifier"]
+    page.open("/")
+    page.wait("return list.entries.length === 10000 && document.querySelector('.row')")
+    opened = page.run("return performance.now()")
+    page.run_async("const done = arguments[0]; let n = 0; const step = () => { scrollTo(0, n * 9000); n++ < 45 ? requestAnimationFrame(step) : setTimeout(done, 300); }; step()")
+    seen = page.run("return watched")
+    page.cdp("Page.removeScriptToEvaluateOnNewDocument", identifier=watching)
+    print("first paint %d ms, layout shift %.4f, there after %d ms, long tasks [start, ms] %s" % (
+        min(seen["paint"]), sum(seen["shift"]), opened, seen["long"]))
+    assert min(seen["paint"]) < 1000 and sum(seen["shift"]) < 0.01 and all(ms < 500 for _, ms in seen["long"][1:])
 
 
 class PrefixProxy(threading.Thread):
