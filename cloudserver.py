@@ -2683,6 +2683,13 @@ class Listing:
             found.setdefault(manifest, []).append((kind, value))
         return found
 
+    def pictured(self) -> set[str]:
+        """Which of the contents have a thumbnail: {manifest}."""
+        return {manifest for (manifest,) in self.read(
+            "SELECT t.manifest FROM thumbnail t WHERE t.home = ? AND t.manifest = ? UNION SELECT t.manifest FROM entry e "
+            "JOIN thumbnail t ON t.home = e.home AND t.manifest = e.manifest WHERE e.parent = ? AND e.until IS NULL",
+            (self.node.home, self.node.manifest, self.node.node))}
+
     def locks(self, node: Node) -> list[Lock]:
         """The locks that hold the node or one of its children."""
         if self._locks is None:
@@ -4091,6 +4098,10 @@ class History(Tree):
         self._check_space(self._spot(who, ()), 0, len(data))
         self.db.run(Statement("INSERT OR REPLACE INTO thumbnail (home, manifest, data) VALUES (?, ?, ?)",
                               (who.account, node.manifest, data)))
+
+    def pictured(self, who: Principal) -> set[str]:
+        """What has a thumbnail in the account: {manifest}."""
+        return {manifest for (manifest,) in self.db.read("SELECT manifest FROM thumbnail WHERE home = ?", (who.account,))}
 
     def _pictured(self, who: Principal, path: tuple[str, ...], rev: int | None) -> Node:
         node = self.stat(who, path)
@@ -6691,12 +6702,17 @@ def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
 def api_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A small picture of a file or of one of its versions; 204 if nobody made one yet."""
     version = request.values["version"]
-    data = cloud.thumbnail(who, path, None if version is None else read_id(version))
+    answer = api_thumbnail_response(cloud.thumbnail(who, path, None if version is None else read_id(version)))
+    if version is not None and answer.status == 200:
+        answer.fields["Cache-Control"] = "private, max-age=31536000, immutable"
+    return answer
+
+
+def api_thumbnail_response(data: bytes | None) -> Response:
     if data is None:
         return Response(204, b"", {"Cache-Control": "no-store"})
-    return Response(200, data, {"Content-Type": media_of_picture(data), "Content-Security-Policy": SANDBOX,
-                                "Cross-Origin-Resource-Policy": "same-origin",
-                                "Cache-Control": PRIVATE if version is None else "private, max-age=31536000, immutable"})
+    return Response(200, data, {"Content-Type": media_of_picture(data), "Cache-Control": PRIVATE, "Content-Security-Policy": SANDBOX,
+                                "Cross-Origin-Resource-Policy": "same-origin"})
 
 
 @route("PUT", API + "thumbnails/<path>", needs="write", version_=TEXT)
@@ -7349,10 +7365,11 @@ class About:
 
     def __init__(self, cloud: Cloud, who: Principal, listing: Listing) -> None:
         self.who, self.epoch, self.locks = who, cloud.epoch, listing.locks
-        self._fetch = {"quota": lambda: cloud.quota(who), "digests": listing.digests, "dead": listing.properties}
+        self._fetch = {"quota": lambda: cloud.quota(who), "digests": listing.digests, "dead": listing.properties,
+                       "pictured": listing.pictured}
 
     def __getattr__(self, name: str) -> Any:
-        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}"""
+        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {manifest}"""
         value = self.__dict__[name] = self._fetch[name]()
         return value
 
@@ -7887,7 +7904,7 @@ NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
     FAVORITE: lambda node, about: stored_text(node, about, FAVORITE) or "0",
     LIVE_PHOTO: lambda node, about: stored_text(node, about, LIVE_PHOTO) or None,           # iOS: the name of its other half
     NC + "is-encrypted": lambda node, about: "0",
-    NC + "has-preview": lambda node, about: "false",
+    NC + "has-preview": lambda node, about: "true" if not node.kind and node.manifest in about.pictured else "false",
     NC + "mount-type": lambda node, about: "",
     NC + "creation_time": lambda node, about: str(node.created // SECOND),
     NC + "upload_time": lambda node, about: str(node.created // SECOND),
@@ -8188,6 +8205,20 @@ class Lines:
         return data
 
 
+# ---- previews: the thumbnails that browsers made
+
+@route("GET", "/index.php/core/preview", needs="read")
+@route("GET", "/index.php/core/preview.png", needs="read")
+def nc_preview(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The thumbnail of a file, by its id or its path; whatever size is asked for, there is one."""
+    asked = dict(parse_pairs(request.query))
+    path = split_path(asked["file"].strip("/")) if "file" in asked else cloud.path_of(who, read_id(asked.get("fileId")))
+    answer = api_thumbnail_response(cloud.thumbnail(who, path))
+    if answer.status == 204:
+        raise CloudError("not-found", "there is no preview")
+    return answer
+
+
 # ---- favourites and search
 
 class Scattered(About):
@@ -8195,7 +8226,7 @@ class Scattered(About):
 
     def __init__(self, cloud: Cloud, who: Principal) -> None:
         self.who, self.epoch, self.locks = who, cloud.epoch, lambda node: []
-        self._fetch = {"quota": lambda: cloud.quota(who), "digests": dict, "dead": lambda: {
+        self._fetch = {"quota": lambda: cloud.quota(who), "digests": dict, "pictured": lambda: cloud.pictured(who), "dead": lambda: {
             node.node: {FAVORITE: value} for _, node, value in cloud.marked(who, FAVORITE)}}
 
 

@@ -3316,7 +3316,7 @@ def test_a_held_device_may_still_add_by_a_commit(make_cloud, fake, serve_cloud):
 
 def propfind(call, path, *names, depth="0", **headers):
     """{href: {name: element}} of a PROPFIND for properties like "d:getetag"."""
-    body = "" if not names else "<d:propfind xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns' xmlns:x='urn:x'><d:prop>%s</d:prop></d:propfind>" % (
+    body = "" if not names else "<d:propfind xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns' xmlns:nc='http://nextcloud.org/ns' xmlns:x='urn:x'><d:prop>%s</d:prop></d:propfind>" % (
         "".join("<%s/>" % name for name in names))
     answer = call("PROPFIND", path, body, Depth=depth, **headers)
     assert answer.status == 207, answer
@@ -3642,6 +3642,22 @@ def test_nextcloud_properties(call, cloud, ann):
     _, token = cloud.accounts.add_token(ann, "reader", readonly=True)
     found = propfind(call, FILES + "/d", "oc:permissions", depth="1", Authorization=basic("ann", token))
     assert {about["{http://owncloud.org/ns}permissions"].text for about in found.values()} == {"G"}
+
+
+def test_nextcloud_previews_are_the_thumbnails_that_browsers_made(call, cloud, ann):
+    for name in ("a.png", "b.png"):
+        put(cloud, ann, "d/" + name, b"\x89PNG\r\n\x1a\n" + name.encode() * 50, parents=True)
+    cloud.put_thumbnail(ann, ("d", "a.png"), b"\xff\xd8\xff small")
+    found = propfind(call, FILES + "/d", "nc:has-preview", "oc:fileid", depth="1")
+    assert [about["{http://nextcloud.org/ns}has-preview"].text for about in found.values()] == ["false", "true", "false"]
+    id = found[FILES + "/d/a.png"]["{http://owncloud.org/ns}fileid"].text
+    for where in ("preview?fileId=%s&x=512&y=512&a=1&mode=cover&forceIcon=0" % id, "preview.png?file=/d/a.png&x=256&y=256"):
+        answer = call("GET", "/index.php/core/" + where)
+        assert answer.body == b"\xff\xd8\xff small" and answer.headers["content-type"] == "image/jpeg", where
+    for where, want in (("preview?file=d/b.png", 404), ("preview?fileId=77", 404), ("preview?fileId=x", 400), ("preview", 400)):
+        assert call("GET", "/index.php/core/" + where).status == want, where
+    account(cloud, "bob")
+    assert call("GET", "/index.php/core/preview?fileId=" + id, user="bob").status == 404 and call("GET", "/index.php/core/preview", user=None).status == 401
 
 
 def test_nextcloud_files_are_everybodys(call, cloud, ann):
