@@ -8665,7 +8665,7 @@ mark { background: var(--mark); color: var(--text); }
 .settings .buttons { justify-content: flex-start; align-items: end; }
 
 .command { display: flex; gap: .5rem; align-items: start; }
-.command code { flex: 1; background: var(--side); border-radius: 8px; padding: .5rem .75rem;
+.command code { flex: 1; text-align: left; background: var(--side); border-radius: 8px; padding: .5rem .75rem;
   font: .85rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; min-width: 0; }
 .ways { display: grid; gap: 1.1rem; }
 .ways h3 { font-size: 1rem; margin: 0 0 .3rem; }
@@ -11262,11 +11262,12 @@ function searchValues({size, changed, ...values}) {
 
 function nothingFound({q, path, ...rest}) {
   if (!isAsking({q, ...rest})) return h("p", {}, t("Type what you look for, or choose a filter."));
-  const filters = Object.keys(rest).map(name => t(FILTERS[name][rest[name]]));
+  const filters = Object.keys(rest).map(name => t(FILTERS[name]?.[rest[name]] || rest[name]));
+  const again = values => seek(values).then(() => list.box.focus());          // the button is gone then
   return [h("p.big", {}, q ? t("Nothing found for “{q}”", {q}) : t("Nothing found")),
     h("p", {}, [path && t("In {name}", {name: path}), ...filters].filter(Boolean).join(" · ")),
-    path && button(t("Look everywhere"), () => seek({q, ...rest})),
-    filters.length > 0 && button(t("Clear the filters"), () => seek({q, path}))].filter(Boolean);
+    path && button(t("Look everywhere"), () => again({q, ...rest})),
+    filters.length > 0 && button(t("Clear the filters"), () => again({q, path}))].filter(Boolean);
 }
 
 // ---- activity
@@ -11977,11 +11978,10 @@ const commandLine = text => h("div.command", {}, h("code", {tabIndex: 0}, text),
 
 // browsers lend the clipboard only where the connection is secure
 const copyText = text => attempt(async () => {
-  if (!navigator.clipboard) return sheet(t("Copy this"), close => [
+  if (await navigator.clipboard?.writeText(text).then(() => true, () => false)) return toast(t("Copied."));
+  return sheet(t("Copy this"), close => [
     h("textarea", {value: text, readOnly: true, autofocus: true, "aria-label": t("Copy this"), onfocus: event => event.target.select()}),
     buttonsRow(button(t("Close"), () => close()))]);
-  await navigator.clipboard.writeText(text);
-  return toast(t("Copied."));
 });
 
 // one word of a command line, whatever is in it; addresses need no marks, as all that a shell could mean is encoded

@@ -6738,6 +6738,7 @@ def test_browser_searches_by_filters_that_stand_in_the_address(page):
     page.sees("Nothing found for “lake”")
     page.click("Look everywhere")
     page.shows("lake.jpg")
+    page.wait("return document.activeElement === list.box")
     page.choose("select[name=changed]", "Last 7 days")
     page.sees("Nothing found")
     page.choose("select[name=changed]", "Before this year")
