@@ -9332,8 +9332,8 @@ async function start() {
 
 // ---- the frame around every view
 
-const NAVIGATION = [["files", "Files", "/files"], ["starred", "Starred", "/starred"], ["activity", "Activity", "/activity"], ["trash", "Trash", "/trash"],
-                    ["settings", "Settings", "/settings"]];
+const NAVIGATION = [["files", "Files", "/files"], ["starred", "Starred", "/starred"], ["activity", "Activity", "/activity"],
+                    ["trash", "Trash", "/trash"], ["settings", "Settings", "/settings"]];
 
 function buildFrame() {
   const search = h("input", {type: "search", name: "q", placeholder: t("Search"), "aria-label": t("Search"), autocomplete: "off",
@@ -9684,7 +9684,8 @@ function entryName(entry) {
         (where ? " · " : "") + formatTime(entry.deleted || entry.mtime) + " · " + formatSize(entry.size)
       )
     ),
-    entry.snippet && h("div.snippet", {}, entry.snippet.before.replace(/^.+? (?=.{0,30}$)/, "… "), h("mark", {}, entry.snippet.match), entry.snippet.after)
+    entry.snippet && h("div.snippet", {}, entry.snippet.before.replace(/^.+? (?=.{0,30}$)/, "… "),
+      h("mark", {}, entry.snippet.match), entry.snippet.after)
   );
 }
 
@@ -11214,7 +11215,7 @@ let searchedFrom = "";                 // the collection that was on the screen 
 // deep: how many entries of the history belong to this search
 function seek(values, replace) {
   const {deep} = history.state || {}, inside = view.kind === "search";
-  if (!inside) searchedFrom = view.path;
+  if (!inside) searchedFrom = inFiles() ? view.path : "";
   return go(PREFIX + "/search" + queryOf(values), {replace, deep: inside ? deep && deep + !replace : 1});
 }
 
@@ -11960,7 +11961,8 @@ function connectSection() {
   const form = formOf([
     field(t("Name of the device"), {name: "name", maxLength: 100, placeholder: "laptop", autocomplete: "off"}),
     tick(t("May only read"), {name: "readonly"}),
-    h("div.buttons", {}, where, choice("Ends", "days", {7: "Ends after 7 days", 30: "Ends after 30 days", 365: "Ends after a year", "": "Never ends"}, ""))
+    h("div.buttons", {}, where,
+      choice("Ends", "days", {7: "Ends after 7 days", 30: "Ends after 30 days", 365: "Ends after a year", "": "Never ends"}, ""))
   ], t("Make an app password"), async ({name, readonly, days}) => {
     const {token} = await api("POST", "devices", {name, readonly: Boolean(readonly), path: path || undefined, days: +days || undefined});
     made.replaceChildren(h("p", {}, t("This password is shown only now; it stands in the commands below.")), commandLine(token));
@@ -12766,7 +12768,8 @@ LEAN = re.compile(r"""
     | (?P<word> \b(?:true|false|undefined|const)\b )
     | (?P<gone> [ ]*//[^\n]* | /\*.*?\*/ | ;(?=\s*\}) | ,(?=\s*[\])}]) )
     | (?P<line> [ ]*\n\s* )
-    | [ ]* (?P<mark> => | [-+*]= | [{}()\[\],;:?=<>&|!] ) [ ]* | (?:[ ]|(?<=[)\]][ ])) (?P<sum> [/%] | \*\*? | \+(?![ ]\+) | -(?![ ]-) ) [ ]""", re.X | re.S)
+    | [ ]* (?P<mark> => | [-+*]= | [{}()\[\],;:?=<>&|!] ) [ ]*
+    | (?:[ ]|(?<=[)\]][ ])) (?P<sum> [/%] | \*\*? | \+(?![ ]\+) | -(?![ ]-) ) [ ]""", re.X | re.S)
 
 
 LEAN_WORDS = {"true": "!0", "false": "!1", "undefined": "void 0", "const": "let"}         # the shorter twins of words
@@ -12818,8 +12821,8 @@ def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     return Response(200, body, dict(fields))
 
 
-for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/starred", "/trash", "/activity", "/search", "/settings/<path>",
-                 "/login/v2/flow/<token>"):
+for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/starred", "/trash", "/activity",
+                 "/search", "/settings/<path>", "/login/v2/flow/<token>"):
     route("GET", _pattern, needs="nothing")(web_page)
 
 
