@@ -942,6 +942,129 @@ def read_xml(body: bytes) -> ET.Element:
     return builder.close()
 
 
+# ---- QR codes (ISO 18004): bytes, correction level M, versions 1 to 10, mask 0
+
+_QR_TOTAL = (26, 44, 70, 100, 134, 172, 196, 242, 292, 346)     # codewords of each version
+_QR_CHECK = (10, 16, 26, 18, 24, 16, 18, 22, 22, 26)            # of them to correct by, in each block
+_QR_BLOCKS = (1, 1, 1, 2, 2, 4, 4, 4, 5, 5)
+
+
+def qr_code(text: str) -> list[list[bool]]:
+    """The squares of a QR code, row by row, True is dark; four light ones belong around it.
+
+    raises  CloudError too-large beyond 213 bytes of UTF-8
+    """
+    data = text.encode()
+    version = next((n for n in range(1, 11) if _qr_room(n) >= len(data) + (2 if n < 10 else 3)), 0)
+    if not version:
+        raise CloudError("too-large", "this is too long for a code to scan")
+    size = version * 4 + 17
+    grid: list[list[bool | None]] = [[None] * size for _ in range(size)]
+    _qr_marks(grid, version)
+    bits = (word >> (7 - n) & 1 for word in _qr_codewords(data, version) for n in range(8))
+    for right in (*range(size - 1, 6, -2), 5, 3, 1):             # up and down in columns of two, from the right
+        for step in range(size):
+            y = step if right + (right < 6) & 2 else size - 1 - step
+            for x in (right, right - 1):
+                if grid[y][x] is None:
+                    grid[y][x] = bool(next(bits, 0) ^ ((x + y) % 2 == 0))
+    return [[bool(dark) for dark in row] for row in grid]
+
+
+def _qr_room(version: int) -> int:
+    """Codewords that a version has for data."""
+    return _QR_TOTAL[version - 1] - _QR_CHECK[version - 1] * _QR_BLOCKS[version - 1]
+
+
+def _qr_marks(grid: list[list[bool | None]], version: int) -> None:
+    """What is the same whatever the code says: finders, alignment, timing, format and version."""
+    size = len(grid)
+
+    def dot(x: int, y: int, dark: int | bool) -> None:
+        if 0 <= x < size and 0 <= y < size:
+            grid[y][x] = bool(dark)
+
+    def square(x: int, y: int, radius: int, *light: int) -> None:
+        for i in range(-radius, radius + 1):
+            for j in range(-radius, radius + 1):
+                dot(x + i, y + j, max(abs(i), abs(j)) not in light)
+
+    for x, y in ((3, 3), (size - 4, 3), (3, size - 4)):
+        square(x, y, 4, 2, 4)
+    spots = () if version == 1 else (6, size - 7) if version < 7 else (6, version * 2 + 8, size - 7)
+    for x, y in itertools.product(spots, spots):
+        if grid[y][x] is None:
+            square(x, y, 2, 1)
+    for n in range(8, size - 8):
+        dot(n, 6, n % 2 == 0)
+        dot(6, n, n % 2 == 0)
+    form, about = _qr_rest(0, 10, 0x537) ^ 0x5412, version << 12 | _qr_rest(version, 12, 0x1F25)   # level M, mask 0: 00000
+    for n in range(15):
+        dot(8, n if n < 6 else n + 1 if n < 8 else size - 15 + n, form >> n & 1)
+        dot(size - 1 - n if n < 8 else 7 if n < 9 else 14 - n, 8, form >> n & 1)
+    dot(8, size - 8, True)
+    for n in range(18 if version > 6 else 0):
+        dot(n // 3, size - 11 + n % 3, about >> n & 1)
+        dot(size - 11 + n % 3, n // 3, about >> n & 1)
+
+
+def _qr_rest(value: int, bits: int, divisor: int) -> int:
+    """What is left of a polynomial over GF(2), shifted by `bits`, when it is divided."""
+    rest = value
+    for _ in range(bits):
+        rest = rest << 1 ^ (rest >> bits - 1) * divisor
+    return rest
+
+
+def _qr_codewords(data: bytes, version: int) -> list[int]:
+    """Mode, length and bytes, filled up and cut into blocks, each with its Reed-Solomon check; then woven together."""
+    room, blocks, check = _qr_room(version), _QR_BLOCKS[version - 1], _QR_CHECK[version - 1]
+    bits = "0100" + format(len(data), "016b" if version > 9 else "08b") + "".join(format(byte, "08b") for byte in data)
+    bits += "0" * min(4, room * 8 - len(bits))
+    bits += "0" * (-len(bits) % 8)
+    words = [int(bits[at:at + 8], 2) for at in range(0, len(bits), 8)]
+    words += itertools.islice(itertools.cycle((236, 17)), room - len(words))
+    short, longer = divmod(room, blocks)
+    parts, at = [], 0
+    for n in range(blocks):
+        end = at + short + (n >= blocks - longer)
+        parts.append(words[at:end])
+        at = end
+    woven = [part[n] for n in range(short + 1) for part in parts if n < len(part)]
+    return woven + [word for column in zip(*(_qr_check(part, check) for part in parts)) for word in column]
+
+
+def _qr_times(a: int, b: int) -> int:
+    """The product in GF(256)."""
+    product = 0
+    while b:
+        product ^= a * (b & 1)
+        a, b = a << 1 ^ (a >> 7) * 0x11D, b >> 1
+    return product
+
+
+def _qr_check(data: list[int], count: int) -> list[int]:
+    """Reed-Solomon: what is left when the data are divided by the generator of that many roots."""
+    divisor, root = [1], 1
+    for _ in range(count):
+        divisor = [a ^ _qr_times(b, root) for a, b in zip(divisor + [0], [0] + divisor)]
+        root = _qr_times(root, 2)
+    rest = data + [0] * count
+    for n in range(len(data)):
+        factor = rest[n]
+        for m, value in enumerate(divisor):
+            rest[n + m] ^= _qr_times(value, factor)
+    return rest[len(data):]
+
+
+def format_qr(grid: list[list[bool]]) -> str:
+    """The code for a terminal, two rows a line, white on black (ECMA-48 s8.3.117), with its margin."""
+    width = len(grid) + 8
+    rows = [[False] * width] * 4 + [[False] * 4 + row + [False] * 4 for row in grid] + [[False] * width] * 5
+    return "\n".join("\x1b[40;97m%s\x1b[0m" % "".join(" \u2584\u2580\u2588"[2 * (not above) + (not below)]
+                                                      for above, below in zip(*rows[n:n + 2])) for n in range(0, len(grid) + 8, 2))
+
+
 # ---- what kind of file is it?
 
 _MAGIC = (  # (offset, bytes, media type): enough to believe the name (W1)
@@ -6742,6 +6865,12 @@ def api_starred(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"items": api_nodes(cloud, cloud.starred(who))})
 
 
+@route("POST", API + "qr", needs="read", text=TEXT)
+def api_qr(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """A text as a QR code: rows of 1 (dark) and 0; it stands in no address, for it may be a secret."""
+    return json_response({"rows": ["".join("01"[dark] for dark in row) for row in qr_code(request.values["text"])]})
+
+
 # ---- for administrators
 
 def api_account_row(account: Account) -> dict[str, Any]:
@@ -11936,7 +12065,7 @@ function resolve(place, target) {
 const WAYS = (address, name, token) => [
   [t("Phone or tablet: photos and files"),
    t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address."), location.origin + PREFIX,
-   qrOf(`nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`)],
+   `nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`],
   [t("Phone or tablet: WebDAV"),
    t("In an app that speaks WebDAV, as Documents (iOS) or Material Files (Android): this address, your name and the app password."), address],
   [t("Synchronised folder"), t("Keeps a folder of your computer and this server the same, both ways."),
@@ -11953,7 +12082,7 @@ const WAYS = (address, name, token) => [
 function connectSection() {
   const box = h("div.ways"), made = h("div", {"aria-live": "polite"});
   const show = token => box.replaceChildren(...WAYS(davAddress(""), me.name, token || t("APP-PASSWORD"))
-    .map(([title, hint, command, code]) => h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint), commandLine(command), token && code)));
+    .map(([title, hint, command, code]) => h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint), commandLine(command), token && code && qrOf(code))));
   let path = "";
   const where = button(t("All folders"), async () => {
     path = await chooseCollection(t("Only this folder"), t("Choose"), path) ?? path;
@@ -11975,6 +12104,18 @@ function connectSection() {
       h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")), form, made),
     section(t("Ways to connect"), box)
   ];
+}
+
+// a code for a phone to scan; the server works it out
+function qrOf(text) {
+  const drawing = svg("svg", {class: "qr", role: "img", "aria-label": t("Code to scan"), "shape-rendering": "crispEdges"});
+  attempt(async () => {
+    const {rows} = await api("POST", "qr", {text}), size = rows.length + 8;
+    const dark = rows.flatMap((row, y) => [...row].map((on, x) => on === "1" ? `M${x + 4} ${y + 4}h1v1h-1z` : "")).join("");
+    drawing.setAttribute("viewBox", `0 0 ${size} ${size}`);
+    drawing.append(svg("path", {d: dark, fill: "#000"}));
+  });
+  return drawing;
 }
 
 const commandLine = text => h("div.command", {}, h("code", {tabIndex: 0}, text), button(t("Copy"), () => copyText(text)));
@@ -12128,138 +12269,6 @@ function heldWords(one) {
   if (!one.overwrites) return t("“{name}” is held: it wants to delete {deletes} files.", one);
   if (!one.deletes) return t("“{name}” is held: it wants to overwrite {overwrites} files.", one);
   return t("“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.", one);
-}
-
-// ---- QR codes (ISO 18004): bytes, correction level M, versions 1 to 10, one mask
-
-const QR_TOTAL = [26, 44, 70, 100, 134, 172, 196, 242, 292, 346],
-  QR_CHECK = [10, 16, 26, 18, 24, 16, 18, 22, 22, 26],
-  QR_BLOCKS = [1, 1, 1, 2, 2, 4, 4, 4, 5, 5];
-
-function qrOf(text) {
-  const grid = qrGrid(new TextEncoder().encode(text));
-  if (!grid) return null;
-  const size = grid.length + 8,
-    dark = grid.flatMap((row, y) => row.map((on, x) => (on ? `M${x + 4} ${y + 4}h1v1h-1z` : ""))).join("");
-  return svg(
-    "svg",
-    {
-      class: "qr",
-      viewBox: `0 0 ${size} ${size}`,
-      role: "img",
-      "aria-label": t("Code to scan"),
-      "shape-rendering": "crispEdges"
-    },
-    svg("path", {d: dark, fill: "#000"})
-  );
-}
-
-function qrGrid(bytes) {
-  const version =
-    QR_TOTAL.findIndex((total, n) => total - QR_CHECK[n] * QR_BLOCKS[n] >= bytes.length + (n > 8 ? 3 : 2)) + 1;
-  if (!version) return null;
-  const size = version * 4 + 17,
-    grid = [...Array(size)].map(() => Array(size).fill(null));
-  const set = (x, y, on) => {
-    if (y in grid && x in grid) grid[y][x] = Boolean(on);
-  };
-  const square = (x, y, r, ...light) => {
-    for (let i = -r; i <= r; i++)
-      for (let j = -r; j <= r; j++) set(x + i, y + j, !light.includes(Math.max(Math.abs(i), Math.abs(j))));
-  };
-  for (const [x, y] of [
-    [3, 3],
-    [size - 4, 3],
-    [3, size - 4]
-  ])
-    square(x, y, 4, 2, 4);
-  const spots = version > 1 ? (version < 7 ? [6, size - 7] : [6, version * 2 + 8, size - 7]) : [];
-  for (const x of spots) for (const y of spots) if (grid[y][x] === null) square(x, y, 2, 1);
-  for (let i = 8; i < size - 8; i++) {
-    set(i, 6, i % 2 === 0);
-    set(6, i, i % 2 === 0);
-  }
-  const format = qrRest(0, 10, 0x537) ^ 0x5412,
-    about = (version << 12) | qrRest(version, 12, 0x1f25); // level M and mask 0 are the bits 00000
-  for (let i = 0; i < 15; i++) {
-    set(8, i < 6 ? i : i < 8 ? i + 1 : size - 15 + i, (format >> i) & 1);
-    set(i < 8 ? size - 1 - i : i < 9 ? 7 : 14 - i, 8, (format >> i) & 1);
-  }
-  set(8, size - 8, 1);
-  for (let i = 0; version > 6 && i < 18; i++) {
-    set((i / 3) | 0, size - 11 + (i % 3), (about >> i) & 1);
-    set(size - 11 + (i % 3), (i / 3) | 0, (about >> i) & 1);
-  }
-  qrFill(grid, qrCodewords(bytes, version));
-  return grid;
-}
-
-// bits go up and down in columns of two, from the right; mask 0 turns every other one over
-function qrFill(grid, words) {
-  const size = grid.length;
-  let n = 0;
-  for (let right = size - 1; right > 0; right -= right === 8 ? 3 : 2)
-    for (let step = 0; step < size; step++)
-      for (const x of [right, right - 1]) {
-        const y = (right + 1) & 2 ? step : size - 1 - step;
-        if (grid[y][x] === null) {
-          grid[y][x] = Boolean(((words[n >> 3] >> (7 - (n & 7))) & 1) ^ ((x + y) % 2 === 0));
-          n++;
-        }
-      }
-}
-
-const qrRest = (value, bits, divisor) => {
-  let rest = value;
-  for (let i = 0; i < bits; i++) rest = (rest << 1) ^ ((rest >> (bits - 1)) * divisor);
-  return rest;
-};
-
-// length and bytes, cut into blocks, each with its Reed-Solomon check; then woven together
-function qrCodewords(bytes, version) {
-  const n = version - 1,
-    blocks = QR_BLOCKS[n],
-    check = QR_CHECK[n],
-    room = QR_TOTAL[n] - check * blocks,
-    bits = [0, 1, 0, 0];
-  const push = (value, count) => {
-    for (let i = count - 1; i >= 0; i--) bits.push((value >> i) & 1);
-  };
-  push(bytes.length, version > 9 ? 16 : 8);
-  for (const byte of bytes) push(byte, 8);
-  push(0, Math.min(4, room * 8 - bits.length));
-  while (bits.length % 8) bits.push(0);
-  const data = [];
-  for (let i = 0; i < bits.length; i += 8) data.push(parseInt(bits.slice(i, i + 8).join(""), 2));
-  for (let i = 0; data.length < room; i++) data.push(i % 2 ? 17 : 236);
-  const short = Math.floor(room / blocks),
-    parts = [];
-  for (let i = 0, at = 0; i < blocks; i++)
-    parts.push(data.slice(at, (at += short + (i >= blocks - (room % blocks) ? 1 : 0))));
-  const checks = parts.map(part => qrCheck(part, check)),
-    weave = (rows, length) =>
-      [...Array(length).keys()].flatMap(i => rows.filter(row => i < row.length).map(row => row[i]));
-  return [...weave(parts, short + 1), ...weave(checks, check)];
-}
-
-const times = (a, b) => {
-  let product = 0;
-  for (; b; b >>= 1, a = (a << 1) ^ ((a >> 7) * 0x11d)) if (b & 1) product ^= a;
-  return product;
-};
-
-function qrCheck(data, count) {
-  let divisor = [1];
-  for (let i = 0, root = 1; i < count; i++, root = times(root, 2))
-    divisor = [...divisor, 0].map((value, j) => value ^ (j ? times(divisor[j - 1], root) : 0));
-  const rest = [...data, ...Array(count).fill(0)];
-  for (let i = 0; i < data.length; i++) {
-    const factor = rest[i];
-    divisor.forEach((value, j) => {
-      rest[i + j] ^= times(value, factor);
-    });
-  }
-  return rest.slice(data.length);
 }
 
 // ---- keys
@@ -13930,8 +13939,10 @@ def announce(config: Config, listener: socket.socket) -> None:
         cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('running', '1')"))
         print("cloudserver serves %s at %s" % (config.data, url))
         if not cloud.accounts.is_set_up():
-            print("Not set up yet. Open this link to make your account; it works once:\n\n    %ssetup#%s\n"
-                  % (url, cloud.accounts.new_setup_token()))
+            link = "%ssetup#%s" % (url, cloud.accounts.new_setup_token())
+            print("Not set up yet. Open this link to make your account; it works once:\n\n    %s\n" % link)
+            if host != "localhost" and sys.stdout.isatty():
+                print(format_qr(qr_code(link)), "\n")       # a phone can reach us, and has a camera
     finally:
         cloud.close()
     if hasattr(os, "geteuid") and os.geteuid() == 0:
