@@ -8236,8 +8236,8 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .queue { position: fixed; right: 1.2rem; bottom: 1.2rem; width: 24rem; max-width: calc(100vw - 2rem);
   background: var(--raised); border: 1px solid var(--line); border-radius: 12px; box-shadow: var(--shadow); z-index: 5;
   overflow: hidden; }
-.queue .title { display: flex; align-items: center; padding: .5rem .5rem .5rem 1rem; }
-.queue strong { flex: 1; font-weight: 600; font-variant-numeric: tabular-nums; }
+.queue .title { display: flex; flex-wrap: wrap; align-items: center; padding: .5rem .5rem .5rem 1rem; }
+.queue strong { flex: 1 1 8rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .queue > progress { display: block; border-radius: 0; height: 4px; }
 .queue ul { list-style: none; margin: 0; padding: 0; max-height: 15rem; overflow: auto; }
 .queue li { display: grid; grid-template-columns: minmax(0, 1fr) auto auto; gap: 0 .6rem; align-items: center;
@@ -8246,6 +8246,8 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .queue li progress { grid-column: 1 / -1; height: 3px; }
 .queue li:not(.sending) progress { display: none; }
 .queue .state { color: var(--soft); font-size: .85rem; }
+.queue .title .soft { flex: 1 0 100%; font-size: .85rem; padding-bottom: .2rem; }
+.queue .soft:empty { display: none; }
 .queue .failed { grid-template-columns: minmax(0, 1fr) auto; }
 .queue .failed .state { grid-row: 2; grid-column: 1 / -1; color: var(--danger); }
 
@@ -8856,7 +8858,7 @@ async function start() {
     if (!about.set_up) return location.pathname.endsWith("/setup") && location.hash ? showSetup()
       : showGate(t("Not set up yet"), t(PROBLEMS["not-set-up"]), [], "", null);
     if (!about.account) return showLogin();
-    Object.assign(me, await api("GET", "account"));
+    Object.assign(me, await api("GET", "account"), {most: about.limits.file});
     if (/\/(setup|login)?$/.test(location.pathname)) history.replaceState(null, "", addressOf(""));
     buildFrame();
     return show();
@@ -8924,9 +8926,15 @@ function soon(work, wait) {
 }
 
 function setTitle(text) {
-  document.title = text + " – cloudserver";
+  view.title = text;
+  drawTitle();
   const heading = find("#content > h1");
   if (heading) heading.textContent = text;
+}
+
+// how far the uploads are stands first: it is all that a tab in the background shows
+function drawTitle() {
+  document.title = (queue.percent === null ? "" : t("{n} %", {n: queue.percent}) + " – ") + view.title + " – cloudserver";
 }
 
 function setCrumbs(...parts) {
@@ -9020,6 +9028,7 @@ const list = {
   box: null
 };
 const sorting = {by: localStorage.getItem("sort") || "name", down: localStorage.getItem("down") === "1"};
+const finger = matchMedia("(pointer: coarse)");
 const mouse = matchMedia("(hover: hover)");        // a finger that rests on a row selects it, and does not drag
 let shape = localStorage.getItem("shape") || "list";
 
@@ -9586,9 +9595,13 @@ const oneFile = items => one(items) && items[0].kind === "file";
 // prime: has room in the bar even on a phone;  make: stands under "New";  bar: has a button of its own
 const ACTIONS = [
   {name: "upload", label: "Upload files", on: "place", make: true, keys: "U",
-   when: () => true, run: () => chooseFiles(false)},
+   when: () => true, run: () => chooseFiles({})},
   {name: "upload-folder", label: "Upload a folder", on: "place", make: true,
-   when: () => "webkitdirectory" in HTMLInputElement.prototype, run: () => chooseFiles(true)},
+   when: () => "webkitdirectory" in HTMLInputElement.prototype, run: () => chooseFiles({webkitdirectory: true})},
+  {name: "photo", label: "Take a photo", on: "place", make: true,
+   when: () => finger.matches, run: () => chooseFiles({accept: "image/*", capture: "environment"})},
+  {name: "record", label: "Record a video", on: "place", make: true,
+   when: () => finger.matches, run: () => chooseFiles({accept: "video/*", capture: "environment"})},
   {name: "new-folder", label: "New folder", on: "place", make: true, keys: "Shift+N",
    when: () => true, run: newCollection},
   {name: "new-text", label: "New text file", on: "place", make: true, when: () => true, run: newText},
@@ -10048,17 +10061,33 @@ async function showInFolder(entry) {
 
 const SMALL = 4 << 20, PART = 16 << 20, AT_ONCE = 4;
 const queue = {items: [], next: 0, running: 0, paused: false, all: "", asking: Promise.resolve(), box: null, failed: 0,
-               delayed: new Set()};
+               delayed: new Set(), places: new Map(), base: "", pace: null, percent: null, phase: ""};
 const PARTS = "uploads";               // what localStorage remembers of unfinished uploads: {fingerprint: id}
 
-async function chooseFiles(whole) {
+// about: what makes the chooser a special one
+async function chooseFiles(about) {
   await ensureFiles();
-  const input = h("input", {type: "file", multiple: true, webkitdirectory: whole, hidden: true, onchange: () => {
-    addUploads([...input.files].map(file => ({file, path: join(view.path, file.webkitRelativePath || file.name)})));
+  const input = h("input", {type: "file", multiple: true, hidden: true, ...about, onchange: () => {
+    const files = [...input.files], place = file => ({file, path: join(view.path, file.webkitRelativePath || file.name)});
+    attempt(() => addUploads(about.capture ? nameTaken(files) : files.map(place)));
     input.remove();
   }});
   document.body.append(input);
   input.click();
+}
+
+// cameras and clipboards call everything image.png or image.jpg: such get a name of kind and time
+function nameTaken(files) {
+  const taken = new Set(list.entries.map(entry => entry.name));
+  return files.map(file => {
+    const [, suffix] = file.name.match(/^(?:image|photo|video|capture)(\.\w+)$/i) || [];
+    const what = /^video/.test(file.type) ? t("Video") : suffix === ".png" ? t("Screenshot") : t("Photo");
+    const when = new Date(file.lastModified - new Date(file.lastModified).getTimezoneOffset() * 60000).toISOString();
+    let name = suffix ? what + " " + when.slice(0, 19).replace("T", " ").replace(/:/g, ".") + suffix : file.name;
+    if (suffix && taken.has(name)) name = freeName(name, taken);
+    taken.add(name);
+    return {file, path: join(view.path, name)};
+  });
 }
 
 // what was dropped, collections walked to their end; must begin while the drop event is being handled
@@ -10082,31 +10111,20 @@ async function walkDropped(entry, target, found) {
   return found.length === before && found.push({path, file: null});
 }
 
+// found: [{path, file}]; a collection that holds nothing has no file
 async function addUploads(found) {
-  for (const {path} of found.filter(one => !one.file)) {
-    await api("POST", "make-collection", {path, parents: true}).catch(error => {
-      if (error.code !== "exists") throw error;
-    });
-  }
-  const files = found.filter(one => one.file);
-  if (!files.length) return found.length && refresh();
-  const here = new Set(view.kind === "files" ? list.entries.map(entry => entry.path) : []);
-  if (!busy()) Object.assign(queue, {items: [], next: 0, all: "", failed: 0, box: null});
-  for (const {file, path} of files) {
-    queue.items.push({
-      file,
-      path,
-      size: file.size,
-      sent: 0,
-      state: "waiting",
-      tries: 0,
-      clash: here.has(path),
-      more: files.length > 1
-    });
+  queue.places = new Map();
+  queue.base = view.kind === "files" ? view.path : "";
+  if (view.kind === "files") queue.places.set(view.path, byName(list.entries));
+  found = await fitting(found);
+  if (!found.length) return;
+  if (!busy()) Object.assign(queue, {items: [], next: 0, all: "", failed: 0, pace: null});
+  for (const {file, path} of found) {
+    queue.items.push({file, path, size: file ? file.size : 0, sent: 0, state: "waiting", tries: 0, more: found.length > 1});
   }
   queue.box = null;
   showQueue();
-  return pump();
+  pump();
 }
 
 function pump() {
@@ -10119,10 +10137,10 @@ function pump() {
 
 async function runUpload(item) {
   queue.running++;
-  item.state = "sending";
+  Object.assign(item, {state: "sending", error: ""});
   showItem(item);
   try {
-    if (item.clash) await settleUpload(item);
+    if (item.file && !item.how) await meet(item);
     if (item.state === "sending") await sendItem(item);
     if (item.state === "sending") finishItem(item, "done");
   } catch (error) {
@@ -10134,28 +10152,23 @@ async function runUpload(item) {
 }
 
 async function failItem(item, error) {
-  if (error.code === "precondition-failed" && item.tries && await arrived(item)) return finishItem(item, "done");
-  if (error.code === "precondition-failed" && !item.clash) {
-    await settleUpload(item);
-    if (item.state === "sending") again(item);
-    return undefined;
+  if (error.code === "precondition-failed" && !item.how) {             // there is something that no list told of
+    item.refused = true;
+    return again(item);
   }
-  if (["network", "busy", "offset"].includes(error.code)) {            // offset: the server still ends what was cut off
+  if (item.file && (error.code === "network" || !(error instanceof Problem)) && !await readable(item.file))
+    error = new Problem(0, {code: "", detail: "This file was changed or taken away since it was chosen. Choose it again."});
+  if (item.state !== "sending") return undefined;
+  if (["network", "busy", "offset", "paused"].includes(error.code)) {  // offset: the server still ends what was cut off
     item.state = "waiting";
+    queue.delayed.add(item);
+    if (error.code === "paused") return showItem(item);
     item.error = t("Waiting for the connection…");
     showItem(item);
-    queue.delayed.add(item);
     return setTimeout(() => wake(item), Math.min(30000, 1000 * 2 ** item.tries++));
   }
-  item.error = explain(error);
   queue.failed++;
-  return finishItem(item, "failed");
-}
-
-// did an earlier try store it, and only the answer was lost?
-async function arrived(item) {
-  const found = await load(item.path);
-  return found.size === item.size && Date.parse(found.mtime) === item.file.lastModified;
+  return finishItem(item, "failed", explain(error));
 }
 
 // when its time has come, or when the network is back
@@ -10168,9 +10181,113 @@ function again(item) {
   pump();
 }
 
+const readable = file => file.slice(0, 1).arrayBuffer().then(() => true, () => false);
+
+// ---- before anything is sent: does it fit, and is it there already?
+
+const sum = (items, value) => items.reduce((total, one) => total + value(one), 0);
+const byName = entries => new Map(entries.map(entry => [entry.name.normalize(), entry]));
+const tell = (title, ...parts) => sheet(title, close => [parts, buttonsRow(
+  button(t("Close"), () => close(), {className: "primary", autofocus: true}))]);
+
+// what of this is to be uploaded: nothing starts that could not end
+async function fitting(found) {
+  const large = found.filter(one => one.file && one.file.size > me.most);
+  if (large.length) {
+    found = found.filter(one => !one.file || one.file.size <= me.most);
+    if (!await tellLarge(large, found.length)) return [];
+  }
+  await api("GET", "account").then(about => Object.assign(me, about)).catch(error => {
+    if (error.code !== "network") throw error;                         // it waits for the connection, like all else
+  });
+  const begun = sum(queue.items.filter(item => /waiting|sending/.test(item.state)), item => item.size - item.sent);
+  let need = begun + sum(found, one => one.file ? one.file.size : 0);
+  if (me.left === null || need <= me.left || (need = begun + await growth(found)) <= me.left) return found;
+  const values = {need: formatSize(need), left: formatSize(me.left), lack: formatSize(need - me.left)};
+  await tell(t("Not enough room"), h("p", {}, t("This needs {need}, but {left} is all that is left: {lack} is missing.", values)),
+    h("p.soft", {}, t("Nothing was uploaded. Delete something and empty the trash, choose less, or ask for more.")));
+  return [];
+}
+
+// bytes that would come to what is there; what was begun before is counted already
+async function growth(found) {
+  const parts = readParts();
+  let bytes = 0;
+  for (const one of found.filter(one => one.file && !parts[printOf(one, one.path)])) {
+    const there = await lookFor(one.path);
+    bytes += Math.max(0, one.file.size - (there ? there.size : 0));
+  }
+  return bytes;
+}
+
+function tellLarge(large, others) {
+  const rows = large.map(({file, path}) => h("div", {}, h("dt", {}, h("bdi", {}, nameOf(path))), h("dd", {}, formatSize(file.size))));
+  return sheet(plural(large.length, "{n} file is too large", "{n} files are too large"), close => [
+    h("p", {}, t("This server takes files of up to {size}.", {size: formatSize(me.most)})),
+    h("dl.keys", {tabIndex: 0}, rows.slice(0, 100)),
+    buttonsRow(button(t(others ? "Cancel" : "Close"), () => close()),
+      others ? button(t("Upload the others"), () => close(true), {className: "primary", autofocus: true}) : [])]);
+}
+
+const lookFor = async path => (await holding(parentOf(path))).get(nameOf(path).normalize());
+
+// what a collection holds, by name, asked for once
+function holding(path) {
+  if (!queue.places.has(path)) queue.places.set(path, lookInto(path).catch(error => {
+    queue.places.delete(path);
+    throw error;
+  }));
+  return queue.places.get(path);
+}
+
+// in what is not there nothing needs to be looked for
+async function lookInto(path) {
+  const here = queue.base, entries = [];
+  if (path !== here && path.startsWith(here && here + "/")) {
+    const entry = await lookFor(path);
+    if (!entry || entry.kind === "file") return new Map();
+  }
+  for (let after = 0; after !== null;) {
+    const answer = await load(path, {after});
+    entries.push(...answer.children || []);
+    after = answer.next === undefined ? null : answer.next;
+  }
+  return byName(entries);
+}
+
+// what stands where it would go: the same bytes need no sending, about others somebody has to decide
+async function meet(item) {
+  const there = item.refused ? await load(item.path) : await lookFor(item.path);
+  if (!there) return;
+  const same = await isSame(item, there);
+  if (item.state !== "sending") return;
+  if (same) finishItem(item, item.refused && item.tries ? "done" : "there");   // done: an earlier try did it, and its answer was lost
+  else await settleUpload(item);
+}
+
+// proven by what the server knows of its pieces, one after the other; only a page in the clear has to go by size and time
+async function isSame(item, there) {
+  if (there.kind !== "file" || there.size !== item.size) return false;
+  if (!crypto.subtle) return item.tries > 0 && Date.parse(there.mtime) === item.file.lastModified;
+  const chunks = there.sha256 ? [[there.sha256, there.size]] : (await load(there.path, {chunks: true})).chunks || [];
+  let at = 0;
+  for (const [hash, size] of chunks) {
+    if (queue.paused) throw new Problem(0, {code: "paused"});
+    if (item.state !== "sending" || await hashOf(item.file.slice(at, at + size)) !== hash) return false;
+    at += size;
+    item.compared = at / item.size;
+    updateQueue();
+  }
+  return at === item.size;
+}
+
+async function hashOf(blob) {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", await blob.arrayBuffer()));
+  return Array.from(digest, byte => byte.toString(16).padStart(2, "0")).join("");
+}
+
 // one question at a time, and none when the answer was given for all
 async function settleUpload(item) {
-  item.clash = true;
   queue.asking = queue.asking.then(async () => {
     if (!queue.all) {
       const answer = await askClash(nameOf(item.path), item.more ? undefined : 0);
@@ -10183,6 +10300,10 @@ async function settleUpload(item) {
 }
 
 async function sendItem(item) {
+  if (queue.paused) throw new Problem(0, {code: "paused"});
+  if (!item.file) return api("POST", "make-collection", {path: item.path, parents: true}).catch(error => {
+    if (error.code !== "exists") throw error;
+  });
   const send = item.size > SMALL ? sendParts : sendWhole;
   if (item.how !== "keep") return send(item, item.path);
   const {children} = await load(parentOf(item.path)), taken = new Set(children.map(entry => entry.name));
@@ -10197,7 +10318,7 @@ async function sendWhole(item, path) {
 
 // a tus upload: made, or found again after a break, then part after part
 async function sendParts(item, path) {
-  const known = readParts(), print = [me.name, path, item.size, item.file.lastModified].join("|");
+  const known = readParts(), print = printOf(item, path);
   let offset = known[print] ? await offsetOf(known[print]) : -1;
   let id = known[print];
   if (offset < 0) {
@@ -10212,12 +10333,14 @@ async function sendParts(item, path) {
     const part = item.file.slice(offset, offset + PART);
     const answer = await transmit(item, "PATCH", PREFIX + "/tus/" + id, part, {"Upload-Offset": offset}, offset);
     offset = Number(answer.getResponseHeader("Upload-Offset"));
+    item.tries = Math.min(item.tries, 1);        // it gets on: the next break waits no longer than the first
   }
   const left = readParts();
   delete left[print];
   saveParts(left);
 }
 
+const printOf = ({file, how}, path) => [me.name, path, file.size, file.lastModified, ...(how === "replace" ? [how] : [])].join("|");
 const metadata = values => Object.entries(values).map(([name, value]) =>
   name + " " + btoa(String.fromCharCode(...new TextEncoder().encode(value)))).join(",");
 const readParts = () => JSON.parse(localStorage.getItem(PARTS) || "{}");
@@ -10269,9 +10392,8 @@ function transmit(item, method, address, body, headers, from) {
   });
 }
 
-function finishItem(item, state) {
-  item.state = state;
-  item.sent = state === "done" ? item.size : item.sent;
+function finishItem(item, state, error = "") {
+  Object.assign(item, {state, error, sent: state === "done" ? item.size : item.sent});
   showItem(item);
   if (state === "done" && view.kind === "files" && (parentOf(item.path) + "/").startsWith(view.path && view.path + "/"))
     refreshSoon();
@@ -10331,12 +10453,16 @@ function showQueue() {
   if (!box || queue.box === box) return;
   queue.box = box;
   box.hidden = !queue.items.length;
-  queue.title = h("strong", {role: "status"});
+  queue.title = h("strong");
+  queue.detail = h("span.soft");
+  queue.said = h("span.unseen", {role: "status"});         // numbers that change all the time are not read out
   queue.bar = h("progress", {max: 1, value: 0, "aria-label": t("All uploads")});
-  queue.pause = button(t("Pause"), pauseQueue, {className: "quiet"});
+  queue.retry = button(t("Retry all"), () => queue.items.filter(item => item.state === "failed").forEach(retryItem));
+  queue.pause = button("", pauseQueue, {className: "quiet"});
   queue.stop = button(t("Cancel"), () => busy() ? cancelAll() : hideQueue(), {className: "quiet"});
   queue.list = h("ul");
-  box.replaceChildren(h("div.title", {}, queue.title, queue.pause, queue.stop), queue.bar, queue.list);
+  box.replaceChildren(h("div.title", {}, queue.title, queue.said, queue.retry, queue.pause, queue.stop, queue.detail),
+    queue.bar, queue.list);
   queue.items.filter(item => item.row).slice(-50).forEach(item => queue.list.append(item.row));
   updateQueue();
 }
@@ -10346,67 +10472,97 @@ function hideQueue() {
   find(".queue").hidden = true;
 }
 
-const STATES = {waiting: "Waiting", sending: "", done: "Done", failed: "Failed", skipped: "Skipped", cancelled: "Cancelled"};
+const STATES = {waiting: "Waiting", sending: "", done: "Done", there: "Already there", failed: "Failed", skipped: "Skipped",
+                cancelled: "Cancelled"};
+const OPEN = {failed: "Retry", cancelled: "Retry", waiting: "Cancel", sending: "Cancel"};      // what can still be done about it
 
 // the row of a file is made when its turn comes, so that a hundred thousand cost nothing
 function showItem(item) {
   if (!item.row) {
     item.words = h("span.state");
-    item.meter = h("progress", {max: Math.max(1, item.size), value: 0, "aria-label": nameOf(item.path)});
-    item.button = button(
-      "",
-      () => (item.state === "failed" || item.state === "cancelled" ? retryItem(item) : cancelItem(item)),
-      {className: "quiet"}
-    );
-    item.row = h("li", {}, h("bdi", {}, nameOf(item.path)), item.words, item.button, item.meter);
+    item.meter = h("progress", {max: 1, value: 0, "aria-label": nameOf(item.path)});
+    item.button = button("", () => OPEN[item.state] === "Retry" ? retryItem(item) : cancelItem(item), {className: "quiet"});
+    item.row = h("li", {}, h("bdi", {title: item.path}, nameOf(item.path)), item.words, item.button, item.meter);
     queue.list.prepend(item.row);
-    const finished = [...queue.list.children]
-      .slice(50)
-      .reverse()
-      .find(row => row.classList.contains("done"));
+    const finished = [...queue.list.children].slice(50).reverse().find(row => /done|there|skipped/.test(row.className));
     if (finished) finished.remove();
   }
   item.row.className = item.state;
-  item.words.textContent =
-    item.error && item.state !== "done" && item.state !== "sending"
-      ? item.error
-      : t(STATES[item.state]) || formatSize(item.size);
-  item.button.hidden = item.state === "done" || item.state === "skipped";
-  item.button.textContent = item.state === "failed" || item.state === "cancelled" ? t("Retry") : t("Cancel");
-  item.meter.value = item.sent;
+  item.compared = 0;
+  item.button.hidden = !OPEN[item.state];
+  item.button.textContent = t(OPEN[item.state] || "");
+  drawItem(item);
   updateQueue();
 }
 
-let drawing = 0;
+function drawItem(item) {
+  item.meter.value = item.compared || item.sent / Math.max(1, item.size);
+  item.words.textContent = item.state !== "sending" ? item.error || t(STATES[item.state])
+    : item.compared && !item.sent ? t("Comparing…")
+    : item.sent && item.size > SMALL ? t("{sent} of {size}", {sent: formatSize(item.sent), size: formatSize(item.size)})
+    : item.file ? formatSize(item.size) : "";
+}
+
+// a tab in the background draws no frames, but its title is looked at
+let drawing = 0, ticking = 0;
 function updateQueue() {
-  drawing = drawing || requestAnimationFrame(() => { drawing = 0; drawQueue(); });
+  drawing = drawing || setTimeout(() => { drawing = 0; drawQueue(); }, 60);
 }
 
 function drawQueue() {
-  if (!queue.box || !queue.items.length) return;
-  let sent = 0, total = 0, done = 0;
-  for (const item of queue.items) {
-    if (item.state === "skipped" || item.state === "cancelled") continue;
+  const files = queue.items.filter(item => item.file), rest = busy(), count = {};
+  let sent = 0, total = 0, bytes = 0;
+  for (const item of files) {
+    count[item.state] = (count[item.state] || 0) + 1;
+    if (item.state === "sending" && item.row) drawItem(item);
+    if (/there|skipped|cancelled/.test(item.state)) continue;
     total += item.size + 1000; // the smallest files take time, too
     sent += item.state === "done" ? item.size + 1000 : item.sent;
-    done += item.state === "done";
-    if (item.state === "sending") item.meter.value = item.sent;
+    bytes += item.sent;
   }
-  const rest = busy();
+  const phase = !rest ? "ended" : queue.paused ? "paused" : queue.running ? "sending" : "waiting";
+  queue.percent = rest ? Math.floor(100 * sent / Math.max(1, total)) : null;
+  if (view.title) drawTitle();
+  clearTimeout(ticking);
+  if (rest) ticking = setTimeout(updateQueue, 1000);
+  if (!queue.box || !queue.items.length) return;
   queue.bar.value = total ? sent / total : 1;
-  queue.bar.hidden = !rest;
-  queue.pause.hidden = !rest;
+  queue.bar.hidden = queue.pause.hidden = !rest;
+  queue.retry.hidden = !queue.failed;
   queue.pause.textContent = queue.paused ? t("Resume") : t("Pause");
   queue.stop.textContent = rest ? t("Cancel") : t("Close");
-  queue.title.textContent = queueWords(rest, done, Math.floor(100 * sent / Math.max(1, total)));
+  queue.title.textContent = queueWords(phase, count, files.length);
+  queue.detail.textContent = phase === "sending" ? paceWords(sent, bytes, total) : phase === "waiting" ? t("It goes on by itself.") : "";
+  if (phase !== "sending") queue.pace = null;
+  if (phase !== queue.phase) queue.said.textContent = queue.title.textContent;
+  queue.phase = phase;
 }
 
-function queueWords(rest, done, percent) {
-  const n = queue.items.length;
-  if (rest && queue.paused) return t("Paused: {done} of {n} uploaded", {done, n});
-  if (rest) return t("Uploading: {done} of {n}, {percent} %", {done, n, percent});
-  if (queue.failed) return plural(queue.failed, "{n} upload failed", "{n} uploads failed");
-  return plural(done, "{n} file uploaded", "{n} files uploaded");
+function queueWords(phase, count, n) {
+  const done = (count.done || 0) + (count.there || 0), values = {done, n, percent: queue.percent};
+  if (phase === "sending") return t("Uploading: {done} of {n}, {percent} %", values);
+  if (phase === "paused") return t("Paused: {done} of {n} uploaded", values);
+  if (phase === "waiting") return t("No connection: {done} of {n} uploaded", values);
+  return [
+    queue.failed && plural(queue.failed, "{n} upload failed", "{n} uploads failed"),
+    count.done && plural(count.done, "{n} file uploaded", "{n} files uploaded"),
+    count.there && t("{n} already there", {n: count.there})
+  ].filter(Boolean).join(", ") || (n ? t("Nothing uploaded") : t("Done"));
+}
+
+// bytes in a second and the time left, smoothed over some ten seconds; nothing before it means something
+function paceWords(sent, bytes, total) {
+  const now = performance.now(), pace = queue.pace = queue.pace || {now, sent, bytes, ticks: 0, rate: 0, speed: 0};
+  const seconds = (now - pace.now) / 1000;
+  if (seconds >= 1) {
+    const share = pace.ticks++ ? 1 - Math.exp(-seconds / 8) : 1, smooth = (old, gain) => old + share * (Math.max(0, gain) / seconds - old);
+    Object.assign(pace, {now, sent, bytes, rate: smooth(pace.rate, bytes - pace.bytes), speed: smooth(pace.speed, sent - pace.sent)});
+  }
+  if (pace.ticks < 3 || pace.speed < 1) return "";
+  const left = (total - sent) / pace.speed, minutes = Math.round(left / 60);
+  const time = left < 45 ? t("less than a minute left") : minutes < 90 ? plural(Math.max(1, minutes), "{n} minute left", "{n} minutes left")
+    : plural(Math.round(minutes / 60), "{n} hour left", "{n} hours left");
+  return t("{size}/s, {time}", {size: formatSize(pace.rate), time});
 }
 
 // ---- dragging: files from outside, entries within
@@ -10478,7 +10634,7 @@ function onDrop(event) {
 function onPaste(event) {
   if (event.target.closest("input, textarea, [contenteditable], dialog") || !inFiles()) return;
   const files = [...event.clipboardData.files];
-  if (files.length) attempt(() => addUploads(files.map(file => ({file, path: join(view.path, file.name)}))));
+  if (files.length) attempt(() => addUploads(nameTaken(files)));
   else if (clip.ids.size) attempt(pasteClip);
   else return;
   event.preventDefault();
@@ -11832,6 +11988,7 @@ PAGE_GERMAN = r"""{
   "Administrator no more": "Nicht mehr Verwaltung",
   "All uploads": "Alle Uploads",
   "Allow": "Erlauben",
+  "Already there": "Schon da",
   "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
   "App password": "App-Passwort",
   "As it was on {when}": "Wie es am {when} war",
@@ -11856,6 +12013,7 @@ PAGE_GERMAN = r"""{
   "Close": "Schließen",
   "Code to scan": "Code zum Scannen",
   "Colours": "Farben",
+  "Comparing…": "Wird verglichen …",
   "Connect": "Verbinden",
   "Continue": "Weiter",
   "Copy": "Kopieren",
@@ -11896,6 +12054,7 @@ PAGE_GERMAN = r"""{
   "In the file manager, as the address of a server:": "Im Dateimanager als Adresse eines Servers:",
   "Install the Nextcloud app, choose “Log in”, and scan this code or type the address.": "Installiere die Nextcloud-App, wähle „Anmelden“ und scanne diesen Code oder tippe die Adresse.",
   "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
+  "It goes on by itself.": "Es geht von selbst weiter.",
   "Keep": "Behalten",
   "Keep both": "Beide behalten",
   "Keep for good": "Dauerhaft behalten",
@@ -11927,14 +12086,18 @@ PAGE_GERMAN = r"""{
   "New password again": "Neues Passwort noch einmal",
   "New text file": "Neue Textdatei",
   "Next": "Weiter",
+  "No connection: {done} of {n} uploaded": "Keine Verbindung: {done} von {n} hochgeladen",
   "No folders in here": "Keine Ordner hierin",
   "Nobody can log in with it any more. Its files go after a while.": "Niemand kann sich damit mehr anmelden. Die Dateien verschwinden nach einer Weile.",
+  "Not enough room": "Nicht genug Platz",
   "Not set up yet": "Noch nicht eingerichtet",
   "Note": "Notiz",
   "Nothing found": "Nichts gefunden",
   "Nothing has changed since then.": "Seither hat sich nichts geändert.",
   "Nothing here yet": "Noch nichts hier",
+  "Nothing uploaded": "Nichts hochgeladen",
   "Nothing was here then": "Damals war hier nichts",
+  "Nothing was uploaded. Delete something and empty the trash, choose less, or ask for more.": "Es wurde nichts hochgeladen. Lösche etwas und leere den Papierkorb, wähle weniger aus oder bitte um mehr Platz.",
   "Now": "Jetzt",
   "Open": "Öffnen",
   "Open in a new tab": "In neuem Tab öffnen",
@@ -11945,10 +12108,12 @@ PAGE_GERMAN = r"""{
   "Pause": "Anhalten",
   "Paused: {done} of {n} uploaded": "Angehalten: {done} von {n} hochgeladen",
   "Phone or tablet: photos and files": "Handy oder Tablet: Fotos und Dateien",
+  "Photo": "Foto",
   "Please log in again": "Bitte neu anmelden",
   "Present password": "Bisheriges Passwort",
   "Preview": "Vorschau",
   "Quota in GB; empty is no limit": "Speicher in GB; leer heißt unbegrenzt",
+  "Record a video": "Video aufnehmen",
   "Remove": "Entfernen",
   "Remove the account {name}?": "Das Konto {name} entfernen?",
   "Rename": "Umbenennen",
@@ -11958,12 +12123,14 @@ PAGE_GERMAN = r"""{
   "Restored to {place}": "Wiederhergestellt in {place}",
   "Resume": "Fortsetzen",
   "Retry": "Noch einmal",
+  "Retry all": "Alle wiederholen",
   "Revoke": "Sperren",
   "Revoke what you do not use any more: it is locked out at once.": "Sperre, was du nicht mehr benutzt: es verliert sofort den Zugang.",
   "Revoke {name}": "{name} sperren",
   "Save": "Speichern",
   "Save mine": "Meine speichern",
   "Saved.": "Gespeichert.",
+  "Screenshot": "Bildschirmfoto",
   "Search": "Suchen",
   "See it as it was…": "Ansehen, wie es war …",
   "Select all": "Alle auswählen",
@@ -11988,6 +12155,7 @@ PAGE_GERMAN = r"""{
   "State": "Zustand",
   "Storage used": "Belegter Speicher",
   "Synchronised folder": "Abgeglichener Ordner",
+  "Take a photo": "Foto aufnehmen",
   "Taken back.": "Zurückgenommen.",
   "That is too long ago: the history does not reach back so far.": "Das ist zu lange her: So weit reicht der Verlauf nicht zurück.",
   "The account {name} was made": "Das Konto {name} wurde angelegt",
@@ -12005,13 +12173,16 @@ PAGE_GERMAN = r"""{
   "There is no preview of this kind of file.": "Für diese Art von Datei gibt es keine Vorschau.",
   "There is something of that name already.": "Etwas mit diesem Namen gibt es schon.",
   "This file is larger than the server accepts.": "Diese Datei ist größer, als der Server annimmt.",
+  "This file was changed or taken away since it was chosen. Choose it again.": "Diese Datei wurde seit der Auswahl verändert oder entfernt. Wähle sie noch einmal aus.",
   "This is not allowed.": "Das ist nicht erlaubt.",
   "This is not there any more.": "Das gibt es nicht mehr.",
   "This link has expired": "Dieser Link ist abgelaufen",
   "This needs your password once more.": "Dafür ist noch einmal dein Passwort nötig.",
+  "This needs {need}, but {left} is all that is left: {lack} is missing.": "Gebraucht werden {need}, frei sind nur noch {left}: Es fehlen {lack}.",
   "This one": "Dieses hier",
   "This password is shown only now; it stands in the commands below.": "Dieses Passwort wird nur jetzt gezeigt; es steht in den Befehlen unten.",
   "This server is not set up yet. Open the link that it printed when it started.": "Dieser Server ist noch nicht eingerichtet. Öffne den Link, den er beim Start ausgegeben hat.",
+  "This server takes files of up to {size}.": "Dieser Server nimmt Dateien bis {size} an.",
   "This version is the present one now; the others stay.": "Diese Version gilt jetzt; die anderen bleiben erhalten.",
   "Tiles": "Kacheln",
   "Time": "Zeit",
@@ -12024,11 +12195,13 @@ PAGE_GERMAN = r"""{
   "Undone.": "Rückgängig gemacht.",
   "Upload a folder": "Ordner hochladen",
   "Upload files": "Dateien hochladen",
+  "Upload the others": "Die anderen hochladen",
   "Uploading: {done} of {n}, {percent} %": "Hochladen: {done} von {n}, {percent} %",
   "Uploads": "Uploads",
   "Version": "Version",
   "Versions": "Versionen",
   "Versions of {name}": "Versionen von {name}",
+  "Video": "Video",
   "View": "Ansicht",
   "Waiting": "Wartet",
   "Waiting for the connection…": "Wartet auf die Verbindung …",
@@ -12045,6 +12218,7 @@ PAGE_GERMAN = r"""{
   "Your storage is full. Delete something, then empty the trash, or ask for more.": "Dein Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
   "a password has 10 to 1024 characters": "ein Passwort hat 10 bis 1024 Zeichen",
   "added {when}": "hinzugefügt {when}",
+  "less than a minute left": "noch weniger als eine Minute",
   "one folder": "ein Ordner",
   "reads only": "liest nur",
   "that password is too easy to guess": "dieses Passwort ist zu leicht zu erraten",
@@ -12052,22 +12226,32 @@ PAGE_GERMAN = r"""{
   "this setup link is not valid any more": "dieser Link zum Einrichten gilt nicht mehr",
   "used {when}": "benutzt {when}",
   "{free} of {total}": "{free} von {total}",
+  "{n} %": "{n} %",
   "{n} B": "{n} B",
+  "{n} already there": "{n} schon da",
   "{n} file": "{n} Datei",
+  "{n} file is too large": "{n} Datei ist zu groß",
   "{n} file uploaded": "{n} Datei hochgeladen",
   "{n} files": "{n} Dateien",
+  "{n} files are too large": "{n} Dateien sind zu groß",
   "{n} files uploaded": "{n} Dateien hochgeladen",
   "{n} folder": "{n} Ordner",
   "{n} folders": "{n} Ordner",
+  "{n} hour left": "noch {n} Stunde",
+  "{n} hours left": "noch {n} Stunden",
   "{n} item": "{n} Element",
   "{n} item restored": "{n} Element wiederhergestellt",
   "{n} items": "{n} Elemente",
   "{n} items restored": "{n} Elemente wiederhergestellt",
+  "{n} minute left": "noch {n} Minute",
+  "{n} minutes left": "noch {n} Minuten",
   "{n} selected": "{n} ausgewählt",
   "{n} upload failed": "{n} Upload fehlgeschlagen",
   "{n} uploads failed": "{n} Uploads fehlgeschlagen",
   "{n} version": "{n} Version",
   "{n} versions": "{n} Versionen",
+  "{sent} of {size}": "{sent} von {size}",
+  "{size}/s, {time}": "{size}/s, {time}",
   "{used} of {quota} used": "{used} von {quota} belegt",
   "{used} used": "{used} belegt",
   "{what} becomes what it was on {when}. {n} things change; you can undo this.": "{what} wird, was es am {when} war. {n} Dinge ändern sich; das lässt sich rückgängig machen.",

@@ -5909,6 +5909,13 @@ def test_browser_walks_by_addresses(page):
     page.shows("2024", "b #1?.txt")
 
 
+def drop(page, *paths):
+    """Let go of files and folders over the list."""
+    data = {"items": [], "files": list(map(str, paths)), "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        page.cdp("Input.dispatchDragEvent", type=kind, x=700, y=500, data=data)
+
+
 def test_browser_uploads_files_and_folders(page, tmp_path):
     (tmp_path / "up" / "inner" / "empty").mkdir(parents=True)
     for n in range(250):
@@ -5925,9 +5932,7 @@ def test_browser_uploads_files_and_folders(page, tmp_path):
     page.shows("large.bin", "top.txt")
     assert page.get("large.bin") == (tmp_path / "large.bin").read_bytes()
     assert page.cloud.stat(page.who, ("large.bin",)).mtime == 1_000_000_000_000
-    data = {"items": [], "files": [str(tmp_path / "up")], "dragOperationsMask": 1}
-    for kind in ("dragEnter", "dragOver", "drop"):
-        page.cdp("Input.dispatchDragEvent", type=kind, x=700, y=500, data=data)
+    drop(page, tmp_path / "up")
     page.sees("251 files uploaded", seconds=20)
     page.shot("uploaded")
     assert len([path for path in page.tree() if path.startswith("up/inner/f")]) == 250
@@ -6445,6 +6450,158 @@ def test_browser_knows_a_file_whose_answer_was_lost(page, monkeypatch):
     page.run("addUploads([{path: 'a.txt', file: new File(['hello'], 'a.txt')}])")
     page.sees("1 file uploaded")
     assert page.tree() == {"a.txt"} and len(page.cloud.versions(page.who, ("a.txt",))) == 1
+
+
+def test_browser_says_how_fast_an_upload_is_and_how_long_it_takes(page, tmp_path):
+    (tmp_path / "a.bin").write_bytes(os.urandom(8 * MiB))
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.cdp("Network.enable")
+    page.cdp("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=1 * MiB)
+    page.click("New")
+    page.click("Upload files")
+    page.file(tmp_path / "a.bin")
+    page.wait("return queue.pace && queue.pace.speed && (queue.pace.ticks = 9)")      # as if it had gone on for a while
+    page.wait("return /^\\d+ % – Files – cloudserver$/.test(document.title)")
+    page.wait("return /Uploading: 0 of 1, \\d+ %\\s[^]*[\\d.,]+ [KM]B\\/s, less than a minute left/.test(document.querySelector('.queue .title').innerText)")
+    assert re.search(r"a\.bin\n[\d.,]+ [KM]B of 8 MB", page.text())
+    page.shot("pace")
+    page.size(390, 844, dark=True, touch=True)
+    page.shot("pace-phone")
+    page.cdp("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    page.sees("1 file uploaded")
+    page.wait("return document.title === 'Files – cloudserver'")
+    assert page.run("return document.querySelector('.queue [role=status]').textContent") == "1 file uploaded"
+
+
+def test_browser_words_the_time_left(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    words = lambda left: page.run("queue.pace = {now: performance.now(), ticks: 9, rate: 12 * 1024 * 1024, speed: 1}; return paceWords(0, 0, arguments[0])", left)
+    assert [words(left) for left in (5, 60, 130, 5300, 5401, 36000)] == ["12 MB/s, " + time for time in (
+        "less than a minute left", "1 minute left", "2 minutes left", "88 minutes left", "2 hours left", "10 hours left")]
+
+
+def test_browser_tries_all_that_failed_again_at_once(page, tmp_path, monkeypatch):
+    write, broken = page.cloud.write, [True]
+
+    def write_or_fail(who, path, *args, **how):
+        if broken[0] and path[-1] != "c.txt":
+            raise CloudError("storage-failed")
+        return write(who, path, *args, **how)
+
+    monkeypatch.setattr(page.cloud, "write", write_or_fail)
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.run("addUploads(['a', 'b', 'c', 'd'].map(name => ({path: name + '.txt', file: new File([name], name)})))")
+    page.sees("3 uploads failed, 1 file uploaded")
+    page.size(390, 844, touch=True)
+    page.shot("failed-phone")
+    page.size(1280, 800)
+    page.shot("failed")
+    broken[0] = False
+    page.click("Retry all")
+    page.sees("4 files uploaded")
+    page.misses("Retry all")
+    assert page.tree() == {"a.txt", "b.txt", "c.txt", "d.txt"}
+
+
+def test_browser_tells_of_a_file_that_went_away_before_its_turn(page, tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.run("queue.paused = true")
+    page.click("New")
+    page.click("Upload files")
+    page.file(tmp_path / "a.txt")
+    page.sees("Paused: 0 of 1")
+    (tmp_path / "a.txt").unlink()
+    page.click("Resume")
+    page.sees("This file was changed or taken away since it was chosen.", "1 upload failed")
+
+
+def test_browser_does_not_begin_what_does_not_fit(page, monkeypatch):
+    page.put("there.bin", b"x" * 300_000)
+    page.cloud.accounts.update(page.who.name, page.who, quota=1_000_000)
+    page.open("/")
+    page.shows("there.bin")
+    add = "addUploads(Object.entries(arguments[0]).map(([path, size]) => ({path, file: new File([new Uint8Array(size).fill(120)], path)})))"
+    page.run(add, {"a.bin": 600_000, "b.bin": 600_000})
+    page.sees("Not enough room", "This needs 1.1 MB, but 683.6 KB is all that is left: 488.3 KB is missing.")
+    page.shot("no-room")
+    page.click("Close")
+    assert page.tree() == {"there.bin"} and page.run("return queue.items.length") == 0
+    page.run(add, {"there.bin": 300_000, "a.bin": 600_000})                # what is there already needs no room
+    page.sees("1 file uploaded, 1 already there")
+    assert page.tree() == {"there.bin", "a.bin"}
+    page.run("me.most = 50")
+    page.run(add, {"c.bin": 51, "d.bin": 50})
+    page.sees("1 file is too large", "This server takes files of up to 50 B.", "c.bin")
+    page.size(390, 844, dark=True, touch=True)
+    page.shot("too-large")
+    page.click("Upload the others")
+    page.sees("1 file uploaded")
+    assert page.tree() == {"there.bin", "a.bin", "d.bin"}
+
+
+def test_browser_sends_nothing_that_is_there_already(page, tmp_path, monkeypatch):
+    home = tmp_path / "up"
+    for name in ("same.txt", "other.txt", "deep/er/same.bin", "deep/new.txt"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_bytes(name.encode() * 9000)
+    (home / "empty").mkdir()
+    for name in ("same.txt", "deep/er/same.bin"):
+        page.put("up/" + name, (home / name).read_bytes())
+    page.put("up/other.txt", (home / "other.txt").read_bytes()[::-1])
+    written, write = [], page.cloud.write
+    monkeypatch.setattr(page.cloud, "write", lambda who, path, *args, **how: (written.append("/".join(path)), write(who, path, *args, **how))[1])
+    page.open("/")
+    page.shows("up")
+    drop(page, home)
+    page.sees("“other.txt” exists already")
+    page.click("Keep both")
+    page.sees("2 files uploaded, 2 already there")
+    page.shot("already-there")
+    assert sorted(written) == ["up/deep/new.txt", "up/other (2).txt"] and "up/empty" in page.tree()
+    page.run("addUploads([{path: 'up/deep/er/same.bin', file: new File(['x'.repeat(9000 * 16)], 'same.bin')}])")
+    page.sees("“same.bin” exists already")
+    page.click("Skip")
+    page.sees("Nothing uploaded")
+    page.run("lookInto = async () => new Map()")                            # a list that does not tell of it: the server does
+    page.run("addUploads([{path: 'up/s.txt', file: new File(['s'], 's.txt')}])")
+    page.sees("1 file uploaded")
+    page.run("addUploads([{path: 'up/s.txt', file: new File(['s'], 's.txt')}])")
+    page.sees("1 already there")
+    assert page.tree() >= {"up/deep/new.txt", "up/other (2).txt"} and len(page.cloud.versions(page.who, ("up", "s.txt"))) == 1
+
+
+def test_browser_makes_an_empty_folder_of_one(page, tmp_path):
+    (tmp_path / "one" / "two").mkdir(parents=True)
+    page.open("/")
+    page.sees("Nothing here yet")
+    drop(page, tmp_path / "one")
+    page.shows("one")
+    assert page.tree() == {"one", "one/two"}
+
+
+def test_browser_takes_photos_and_names_what_has_no_name_of_its_own(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.click("New")
+    page.sees("Upload a folder")
+    page.misses("Take a photo")
+    page.press("Escape")
+    page.size(390, 844, touch=True)
+    page.click("New")
+    page.sees("Record a video")
+    page.shot("camera")
+    page.click("Take a photo")
+    assert page.run("const input = document.querySelector('input[type=file]'); return [input.accept, input.getAttribute('capture')]") == ["image/*", "environment"]
+    page.run("const data = new DataTransfer(), when = {lastModified: new Date(2026, 10, 25, 14, 5, 33), type: 'image/png'};"
+             "for (const name of ['image.png', 'image.png', 'image.jpg', 'holiday.png']) data.items.add(new File([name], name, when));"
+             "document.body.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data, bubbles: true, cancelable: true}))")
+    page.sees("4 files uploaded")
+    assert page.tree() == {"Screenshot 2026-11-25 14.05.33.png", "Screenshot 2026-11-25 14.05.33 (2).png", "Photo 2026-11-25 14.05.33.jpg", "holiday.png"}
 
 
 class PrefixProxy(threading.Thread):
