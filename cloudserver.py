@@ -82,7 +82,7 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
@@ -161,6 +161,13 @@ class Config:
     access_log: str = option("", "file for the access log, combined format; - is standard output", metavar="FILE")
     quiet: bool = option(False, "log warnings and errors only")
     windows_names: str = option("allow", "what to do with names Windows cannot hold: allow or refuse", metavar="POLICY")
+
+
+class Policy(NamedTuple):
+    """Settings that an administrator may change on the page."""
+    keep_days: int               # days that every version and everything deleted is kept
+    history: int | None          # bytes that versions and deleted files of one account may take; None is no limit
+    quota: int | None            # of new accounts, bytes; None is none
 
 
 class Principal(NamedTuple):
@@ -243,6 +250,19 @@ class Preconditions:
 
 
 ANY = Preconditions()
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a search looks for; "", () and None ask for nothing."""
+    words: tuple[str, ...] = ()                   # folded; all must be there
+    without: tuple[str, ...] = ()                 # folded; none may be there
+    within: str = ""                              # "names" or "contents"; "" is both
+    kind: str = ""                                # one of KINDS, or "collection"
+    least: int | None = None                      # bytes
+    most: int | None = None
+    after: int | None = None                      # mtime, ms since 1970
+    before: int | None = None
 
 
 class Lock(NamedTuple):
@@ -954,6 +974,76 @@ def media_of_suffix(suffix: str) -> str:
     return _MEDIA.guess_type("x." + suffix)[0] or ""
 
 
+KINDS = {  # what people call it: media types, or the part of them before the slash
+    "image": "image", "video": "video", "audio": "audio", "pdf": "application/pdf",
+    "table": "text/csv text/tab-separated-values application/vnd.ms-excel application/vnd.oasis.opendocument.spreadsheet "
+             "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+    "document": "application/msword application/rtf application/epub+zip application/vnd.ms-powerpoint "
+                "application/vnd.oasis.opendocument.text application/vnd.oasis.opendocument.presentation "
+                "application/vnd.openxmlformats-officedocument.wordprocessingml.document "
+                "application/vnd.openxmlformats-officedocument.presentationml.presentation",
+    "archive": "application/zip application/gzip application/zstd application/x-tar application/x-7z-compressed "
+               "application/vnd.rar application/x-bzip2 application/x-xz application/java-archive",
+    "text": "text application/json application/xml application/yaml application/toml application/javascript application/sql "
+            "application/x-sh application/x-tex application/x-latex application/x-csh application/x-python"}
+_KIND_OF = {media: kind for kind, medias in KINDS.items() for media in medias.split()}
+
+
+def kind_of_media(media: str | None) -> str:
+    """The kind of a file: one of KINDS, or "other"; "collection" for None."""
+    if media is None:
+        return "collection"
+    return _KIND_OF.get(media) or _KIND_OF.get(media.partition("/")[0], "other")
+
+
+def decode_text(data: bytes) -> str | None:
+    """The text of a file: UTF-8, UTF-16 with its mark, or else Windows-1252; None if it is none."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", "replace")
+    if b"\0" in data:
+        return None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
+
+
+_WORD = re.compile(r'(-?)(?:"([^"]*)"|(\S+))')
+WORDS_MOST = 8
+
+
+def parse_words(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a person typed, `lake "two words" -winter`, to (words that must be there, words that must not), folded."""
+    found = [(sign, (quoted or plain or "").casefold()) for sign, quoted, plain in _WORD.findall(key_of(text))]
+    return (tuple(word for sign, word in found if word and not sign)[:WORDS_MOST],
+            tuple(word for sign, word in found if word and sign)[:WORDS_MOST])
+
+
+_NO_BLANKS = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])")
+
+
+def spread(text: str) -> str:
+    """A text as it is indexed: folded; signs of writing that has no blanks between words stand each for itself."""
+    return _NO_BLANKS.sub(r" \1 ", text.casefold())
+
+
+def find_words(text: str, words: Sequence[str]) -> tuple[str, str, str] | None:
+    """A place in a text where one of some words stands, on one line: (before, the word, after)."""
+    found = re.search("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)), text, re.I)
+    if not found:
+        return None
+    start, end = found.span()
+    before = " ".join(text[max(0, start - 60):start].split())[-40:] + " " * text[max(0, start - 1):start].isspace()
+    after = " " * text[end:end + 1].isspace() + " ".join(text[end:end + 200].split())[:120]
+    return before, found[0], after
+
+
+def media_of_picture(data: bytes) -> str | None:
+    """The media type of a picture that every browser shows, by its first bytes."""
+    return next((media for at, magic, media in _MAGIC if data.startswith(magic, at)
+                 and media in ("image/webp", "image/jpeg", "image/png")), None)
+
+
 def media_type(name: str, head: bytes) -> str:
     """The media type of a file, by its name; what a browser would show counts only if the first bytes agree."""
     stem, dot, suffix = name.rpartition(".")
@@ -1532,7 +1622,7 @@ CREATE INDEX property_name ON property (name);
 CREATE TABLE pin (node INTEGER NOT NULL, rev INTEGER NOT NULL, name TEXT NOT NULL,
     PRIMARY KEY (node, rev)) WITHOUT ROWID;                                          -- versions that stay
 CREATE TABLE age (due INTEGER PRIMARY KEY, seq INTEGER NOT NULL);                    -- the newest seq, every hour
-CREATE TABLE name_row (id INTEGER PRIMARY KEY, node INTEGER NOT NULL);               -- rows of the index of names
+CREATE TABLE name_row (id INTEGER PRIMARY KEY, node INTEGER NOT NULL);               -- rows of name_index
 CREATE TABLE lock (token TEXT PRIMARY KEY, home INTEGER NOT NULL, node INTEGER NOT NULL, account INTEGER NOT NULL,
     deep INTEGER NOT NULL, exclusive INTEGER NOT NULL, owner TEXT NOT NULL, seconds INTEGER NOT NULL,
     due INTEGER NOT NULL) WITHOUT ROWID;
@@ -1574,7 +1664,19 @@ CREATE TABLE throttle (subject TEXT PRIMARY KEY, failures INTEGER NOT NULL, due 
 CREATE TABLE lease (name TEXT PRIMARY KEY, owner TEXT NOT NULL, fence INTEGER NOT NULL, due INTEGER NOT NULL) WITHOUT ROWID;
 """
 
-MIGRATIONS: list[str] = []      # MIGRATIONS[0] leads from version 1 to 2
+VERSION_2 = """
+CREATE TABLE text_row (                 -- rows of text_index: contents of text files, each once per account
+    id INTEGER PRIMARY KEY, home INTEGER NOT NULL, manifest TEXT NOT NULL, UNIQUE (home, manifest));
+CREATE TABLE thumbnail (                -- small pictures of images and videos, made by browsers
+    id INTEGER PRIMARY KEY, home INTEGER NOT NULL, manifest TEXT NOT NULL, data BLOB NOT NULL, UNIQUE (home, manifest));
+CREATE INDEX journal_server ON journal (seq) WHERE action IN
+    ('account-add', 'account-password', 'account-admin', 'account-quota', 'account-remove', 'settings', 'hold');
+"""
+MIGRATIONS = [VERSION_2]        # MIGRATIONS[0] leads from version 1 to 2
+INDEXES = (  # made where SQLite can: parts of names; words of contents
+    "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
+    "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
+    "tokenize = 'unicode61 remove_diacritics 2')")
 
 GROUP_LIMIT = 64                # batches in one commit
 ATTEMPTS = 50                   # times a batch may find that somebody was faster
@@ -1771,11 +1873,10 @@ class Database:
         return self._last_id << 12 | self._slot
 
     def has_index(self) -> bool:
-        """Is there an index of names?  It is made on the first call, where SQLite can (FTS5, trigrams)."""
+        """Are there indexes of names and contents?  They are made on the first call, where SQLite can (FTS5, trigrams)."""
         if self._index is None:
             try:
-                self.run(Statement("CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', "
-                                   "tokenize = 'trigram')"))
+                self.run(*map(Statement, INDEXES))
                 self._index = True
             except CloudError:
                 self._index = False
@@ -1920,7 +2021,7 @@ class Database:
             return
         if version:
             self._copy_before_migration(db, version)
-        steps = MIGRATIONS[version - 1:] if version else [SCHEMA, self._first_rows()]
+        steps = MIGRATIONS[version - 1:] if version else [SCHEMA, *MIGRATIONS, self._first_rows()]
         script = ";".join(["BEGIN IMMEDIATE", *steps, "PRAGMA user_version = %d" % current, "COMMIT"])
         try:
             db.executescript(script)
@@ -2495,6 +2596,10 @@ def network_of(address: str) -> str:
 NODE = ("e.node, e.home, e.since, e.until, e.parent, e.name, e.kind, e.manifest, coalesce(c.size, e.size), e.mtime, "
         "e.media, e.rev, e.fate, c.seq, c.files")
 CHUNK = "h.hash, h.size, h.data, h.object"
+STAR = "{http://owncloud.org/ns}favorite"        # the dead property of what somebody marked, in the words of most clients
+TEXT_LIMIT = MiB                # bytes of a text file whose contents are found by a search
+THUMBNAIL_LIMIT = 64 * KiB      # bytes of one
+STARRED = '<o:favorite xmlns:o="http://owncloud.org/ns">1</o:favorite>'
 RESERVED = "coalesce(sum(max(coalesce(size, 0), received)), 0)"          # bytes that uploads under way may come to
 STRIDE = 24                     # names that one statement walks down
 LOCK_MOST = 24 * 3600           # seconds a lock may be granted for
@@ -2647,6 +2752,22 @@ class Tree:
     def close(self) -> None:
         self.blobs.lane.shutdown(wait=True)
         self.db.close()
+
+    def policy(self) -> Policy:
+        """What an administrator may change while the server runs; until then it is what the command line says."""
+        given = Policy(self.config.keep_days, *(parse_size(text) if text else None
+                                                for text in (self.config.history, self.config.quota)))
+        return given._replace(**json.loads(self.db.setting("policy") or "{}"))
+
+    def set_policy(self, who: Principal, **values: int | None) -> Policy:
+        """Change some of it; returns the whole."""
+        policy = self.policy()._replace(**values)
+        if not 0 <= policy.keep_days <= 36500:
+            raise CloudError("bad-request", "keep_days is 0 to 36500")
+        self.db.write(lambda: Batch([Statement("INSERT OR REPLACE INTO setting VALUES ('policy', ?)", (json.dumps(policy._asdict()),))],
+                                    line=Line(0, who, "settings", values)))
+        log.info("settings", extra={"by": who.name})
+        return policy
 
     def health(self) -> str:
         """"ok", "low" when the disk is almost full, "read-only" when nothing can be written."""
@@ -3285,6 +3406,27 @@ class Tree:
         free = shutil.disk_usage(self.config.data).free
         return spot.used, free if spot.quota is None else max(0, min(free, spot.quota - spot.used - self._reserved(spot.home)))
 
+    def usage(self, who: Principal) -> tuple[dict[str, list[int]], int, int]:
+        """({kind: [bytes, files]} of what is live, bytes of other versions, bytes in the trash) of a whole account."""
+        self._require_whole(who)
+        kinds: dict[str, list[int]] = {}
+        with self._heavy(who):
+            for media, size, files in self.db.each(
+                    "WITH RECURSIVE live (node) AS (SELECT ? UNION ALL SELECT e.node FROM live JOIN entry e ON e.parent = live.node "
+                    "AND e.until IS NULL AND e.kind = 1) SELECT e.media, sum(e.size), count(*) FROM live JOIN entry e "
+                    "ON e.parent = live.node AND e.until IS NULL AND e.kind = 0 GROUP BY e.media", (who.root,)):
+                sums = kinds.setdefault(kind_of_media(media), [0, 0])
+                sums[0], sums[1] = sums[0] + size, sums[1] + files
+            (versions,), = self.db.read(
+                "SELECT coalesce(sum(size), 0) FROM (SELECT DISTINCT manifest, size FROM entry e WHERE home = ? AND fate = 'replaced' "
+                "AND kind = 0 AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.manifest = e.manifest AND l.home = e.home "
+                "AND l.until IS NULL))", (who.account,))
+            (trash,), = self.db.read(
+                "SELECT coalesce(sum(CASE WHEN e.kind THEN c.size ELSE e.size END), 0) FROM entry e LEFT JOIN collection c "
+                "ON c.node = e.node WHERE e.home = ? AND e.fate = 'deleted' "
+                "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL)", (who.account,))
+        return kinds, versions, trash
+
     # ---- the brake: a device that destroys much in little time is held until somebody looks
 
     def _brake(self, who: Principal, changes: Sequence[Change]) -> list[Statement]:
@@ -3567,6 +3709,47 @@ class Step(NamedTuple):
     undoable: bool
 
 
+class Difference(NamedTuple):
+    """What became of a node between two moments, seen from a collection; None: not below it."""
+    then: Node | None
+    now: Node | None
+    was: tuple[str, ...] | None
+    path: tuple[str, ...] | None
+
+    @property
+    def how(self) -> str:
+        """added, deleted, moved (and perhaps changed as well) or changed"""
+        if self.then is None or self.now is None:
+            return "added" if self.then is None else "deleted"
+        return "changed" if self.was == self.path else "moved"
+
+
+class Found(NamedTuple):
+    """A hit of a search."""
+    path: tuple[str, ...]
+    node: Node
+    snippet: tuple[str, str, str] | None         # (before, word, after), of a hit in the contents
+
+
+def fits(query: Query, node: Node) -> bool:
+    """Do kind, size and time of a node fit?  A collection has no size that anybody looks for."""
+    sized = query.least is not None or query.most is not None
+    return ((not query.kind or query.kind == kind_of_media(node.media))
+            and not (sized and node.kind) and (query.least or 0) <= node.size <= (sys.maxsize if query.most is None else query.most)
+            and (query.after is None or node.mtime >= query.after) and (query.before is None or node.mtime < query.before))
+
+
+def match_words(word: str) -> str:
+    """A word, or beginning of one, in the language of FTS5."""
+    return '"%s"*' % spread(word).replace('"', '""')
+
+
+STEP = (  # the columns of Step, and where they come from
+    "j.seq, j.at, j.action, j.detail, coalesce(a.name, ''), coalesce(d.name, ''), "
+    "EXISTS (SELECT 1 FROM entry WHERE home = j.home AND since = j.seq) OR EXISTS (SELECT 1 FROM entry WHERE home = j.home "
+    "AND until = j.seq) FROM journal j LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device")
+
+
 class _Past:
     """The tree below a collection as of a seq, node by node."""
 
@@ -3594,6 +3777,12 @@ class _Past:
             + " AND e.until IS NULL AND e.since <= :seq UNION ALL "
             "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE " + where
             + " AND e.until > :seq AND e.since <= :seq", {**params, "seq": self.seq}))
+
+    def touched_since(self, home: int, seq: int) -> list[int]:
+        """Nodes of a home that batches after a seq touched."""
+        return [id for (id,) in self.read("SELECT node FROM entry WHERE home = :home AND since > :seq "
+                                          "UNION SELECT node FROM entry WHERE home = :home AND until > :seq",
+                                          {"home": home, "seq": seq})]
 
     def path(self, id: int) -> tuple[str, ...] | None:
         """Where it was below the collection; None if elsewhere or nowhere."""
@@ -3877,6 +4066,35 @@ class History(Tree):
         else:
             self.db.run(Statement("INSERT OR REPLACE INTO pin VALUES (?, ?, ?)", (node.node, rev, name)))
 
+    # ---- thumbnails: small pictures that browsers make, kept under what they show
+
+    def thumbnail(self, who: Principal, path: tuple[str, ...], rev: int | None = None) -> bytes | None:
+        """The thumbnail of a file, or of one of its versions; None if nobody made one yet."""
+        rows = self.db.read("SELECT data FROM thumbnail WHERE home = ? AND manifest = ?",
+                            (who.account, self._pictured(who, path, rev).manifest))
+        return rows[0][0] if rows else None
+
+    def put_thumbnail(self, who: Principal, path: tuple[str, ...], data: bytes, rev: int | None = None) -> None:
+        """Keep a thumbnail.  Whoever has the same content in another account does not get it: it could be a lie (D1).
+
+        raises  CloudError unsupported-media if it is no picture, bad-request if it is larger than what it stands for
+        """
+        self._require(who)
+        node = self._pictured(who, path, rev)
+        if media_of_picture(data) is None:
+            raise CloudError("unsupported-media", "a thumbnail is WebP, JPEG or PNG")
+        if len(data) >= node.size:
+            raise CloudError("bad-request", "a thumbnail is smaller than its file")
+        self._check_space(self._spot(who, ()), 0, len(data))
+        self.db.run(Statement("INSERT OR REPLACE INTO thumbnail (home, manifest, data) VALUES (?, ?, ?)",
+                              (who.account, node.manifest, data)))
+
+    def _pictured(self, who: Principal, path: tuple[str, ...], rev: int | None) -> Node:
+        node = self.stat(who, path)
+        if node.kind:
+            raise CloudError("conflict", "a collection has no thumbnail")
+        return node if rev in (None, node.rev) else self.version(who, path, rev)[0]
+
     # ---- trash
 
     def trash(self, who: Principal, before: int = 1 << 62, limit: int = 1000) -> list[Trashed]:
@@ -4008,19 +4226,23 @@ class History(Tree):
         dry     only count
         """
         def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
-            touched = (id for (id,) in now.read("SELECT node FROM entry WHERE home = :home AND since > :seq "
-                                                "UNION SELECT node FROM entry WHERE home = :home AND until > :seq",
-                                                {"home": who.account, "seq": seq}))
-            mine = [id for id in touched if id != now.top and differs(then.here(id), now.here(id))
+            mine = [id for id in now.touched_since(who.account, seq) if id != now.top and differs(then.here(id), now.here(id))
                     or now.node(id) and not then.here(id)]
             return mine, sum(differs(then.here(id), now.here(id)) for id in mine)
 
         if dry:
-            top = self.stat(who, path).node
-            self._check_reach(seq)
-            with self.db.snapshot() as read:
-                return 0, choose(_Past(read, top, seq), _Past(read, top, self.head()))[1]
+            return 0, len(self.differences(who, path, seq))
         return self._revert(who, path, seq, choose, "rewind", {"path": "/".join(path), "to": seq})
+
+    def differences(self, who: Principal, path: tuple[str, ...], seq: int) -> list[Difference]:
+        """What became of the things below a collection since a seq, in the order of paths."""
+        top = self.stat(who, path).node
+        self._check_reach(seq)
+        with self.db.snapshot() as read:
+            then, now = _Past(read, top, seq), _Past(read, top, self.head())
+            found = [Difference(then.here(id), now.here(id), then.path(id), now.path(id))
+                     for id in now.touched_since(who.account, seq) if id != top and differs(then.here(id), now.here(id))]
+        return sorted(found, key=lambda one: one.path or one.was)
 
     def held(self, who: Principal) -> list[tuple[Brake, str]]:
         """Devices of the account that the brake holds, and their names."""
@@ -4134,37 +4356,68 @@ class History(Tree):
 
     # ---- activity and search
 
-    def activity(self, who: Principal, before: int = 1 << 62, limit: int = 100, action: str | None = None) -> list[Step]:
-        """The journal of the account, the latest first; `before` is a seq to go on from."""
+    def activity(self, who: Principal, before: int = 1 << 62, limit: int = 100, *, action: str | None = None,
+                 device: str | None = None, after: int = 0, until: int = 1 << 62) -> list[Step]:
+        """The journal of the account, the latest first.
+
+        before         a seq to go on from;  action, device  only these
+        after, until   ms since 1970
+        """
         self._require_whole(who)
         rows = self.db.read(
-            "SELECT j.seq, j.at, j.action, j.detail, coalesce(a.name, ''), coalesce(d.name, ''), "
-            "EXISTS (SELECT 1 FROM entry WHERE home = j.home AND since = j.seq) "
-            "OR EXISTS (SELECT 1 FROM entry WHERE home = j.home AND until = j.seq) FROM journal j "
-            "LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device "
-            "WHERE j.home = ? AND j.seq < ? AND (? IS NULL OR j.action = ?) ORDER BY j.seq DESC LIMIT ?",
-            (who.account, before, action, action, limit))
+            "SELECT " + STEP + " WHERE j.home = ? AND j.seq < ? AND (? IS NULL OR j.action = ?) AND (? IS NULL OR d.name = ?) "
+            "AND j.at >= ? AND j.at < ? ORDER BY j.seq DESC LIMIT ?",
+            (who.account, before, action, action, device, device, after, until, limit))
+        return self._steps(rows)
+
+    def server_activity(self, before: int = 1 << 62, limit: int = 100) -> list[Step]:
+        """What happened to accounts and settings of the whole server, the latest first."""
+        return self._steps(self.db.read(
+            "SELECT " + STEP + " WHERE j.action IN ('account-add', 'account-password', 'account-admin', 'account-quota', "
+            "'account-remove', 'settings', 'hold') AND j.seq < ? ORDER BY j.seq DESC LIMIT ?", (before, limit)))
+
+    def _steps(self, rows: list[tuple[Any, ...]]) -> list[Step]:
         return [Step(seq, at, action, json.loads(detail), account, device, bool(undoable) and seq > self.oldest_seq())
                 for seq, at, action, detail, account, device, undoable in rows]
 
-    def search(self, who: Principal, text: str, path: tuple[str, ...] = (), limit: int = 200) -> list[tuple[tuple[str, ...], Node]]:
-        """Nodes whose names hold all words of a text, in any case: (path, node), the latest changed first."""
-        words = [word.casefold() for word in key_of(text).split()][:8]
-        if not words:
-            return []
+    def search(self, who: Principal, query: Query, path: tuple[str, ...] = (), limit: int = 200) -> tuple[list[Found], bool]:
+        """What fits a query below a path, the latest changed first, names before contents; and whether there is more.
+
+        Words stand anywhere in a name, in any case; in contents at the beginning of a word.
+        """
         self.stat(who, path)
         found, seen = [], set()
-        for id, name in self._candidates(who, words):
-            folded = name.casefold()
-            if id in seen or not all(word in folded for word in words):
-                continue
-            seen.add(id)
-            where = self._path_or_none(who, id)
-            if where is not None and where[:len(path)] == path and len(where) > len(path):
-                found.append((where, self._node(id)))
-                if len(found) >= limit:
-                    break
-        return found
+        with nullcontext() if query.words else self._heavy(who):         # without words everything is looked at
+            for node, inside in self._hits(who, query):
+                if node.node in seen or not fits(query, node):
+                    continue
+                seen.add(node.node)
+                where = self._path_or_none(who, node.node)
+                if where is not None and where[:len(path)] == path and len(where) > len(path):
+                    if len(found) == limit:
+                        return found, True
+                    found.append(Found(where, node, self._snippet(node, query.words) if inside else None))
+        return found, False
+
+    def _hits(self, who: Principal, query: Query) -> Iterator[tuple[Node, bool]]:
+        """(node, do the words stand in its contents?) of nodes that may fit."""
+        if query.within != "contents" or not query.words:
+            for node in self._candidates(who, query):
+                folded = node.name.casefold()
+                if all(word in folded for word in query.words) and not any(word in folded for word in query.without):
+                    yield node, False
+        if query.within != "names" and query.words and self.db.has_index():
+            wanted = " AND ".join(map(match_words, query.words)) + "".join(" NOT " + match_words(word) for word in query.without)
+            for row in self.db.each(
+                    "SELECT " + NODE + " FROM text_index i JOIN text_row r ON r.id = i.rowid JOIN entry e ON e.manifest = r.manifest "
+                    "AND e.home = r.home AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node "
+                    "WHERE text_index MATCH ? AND r.home = ? ORDER BY i.rowid DESC",
+                    ('home : "%d" AND body : (%s)' % (who.account, wanted), who.account)):
+                yield Node._make(row), True
+
+    def _snippet(self, node: Node, words: Sequence[str]) -> tuple[str, str, str] | None:
+        text = decode_text(self._content(node).read(TEXT_LIMIT))
+        return text and find_words(unicodedata.normalize("NFC", text), words)
 
     def find_all(self, who: Principal, path: tuple[str, ...], test: Callable[[Node], bool]) -> list[tuple[tuple[str, ...], Node]]:
         """(path from there, node) of all below a path that pass a test."""
@@ -4178,16 +4431,43 @@ class History(Tree):
             "WHERE p.name = ? AND e.home = ?", (name, who.account))]
         return sorted((path, self._node(id), value) for path, id, value in found if path is not None)
 
-    def _candidates(self, who: Principal, words: list[str]) -> Iterator[tuple[int, str]]:
-        """(id, name) of live nodes of the account: those the index knows to fit, then all it has not seen yet."""
-        indexed = int(self.db.setting("indexed") or 0) if all(len(word) > 2 for word in words) else 0
-        yield from self.db.each("SELECT node, name FROM entry WHERE home = ? AND since > ? AND until IS NULL "
-                                "ORDER BY since DESC", (who.account, indexed))
+    def _candidates(self, who: Principal, query: Query) -> Iterator[Node]:
+        """Live nodes of the account: those the index of names knows to fit, and all it has not seen yet."""
+        usable = query.words and all(len(word) > 2 for word in query.words)
+        indexed = int(self.db.setting("indexed") or 0) if usable else 0
+        yield from map(Node._make, self.db.each(
+            "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.home = ? AND e.since > ? "
+            "AND e.until IS NULL AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ? ORDER BY e.since DESC",
+            (who.account, indexed, query.least or 0, sys.maxsize if query.most is None else query.most,
+             MTIME_MIN if query.after is None else query.after, MTIME_MAX + 1 if query.before is None else query.before)))
         if indexed:
-            query = " AND ".join('"%s"' % word.replace('"', '""') for word in words)
-            yield from self.db.each(
-                "SELECT e.node, e.name FROM name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e ON e.node = r.node "
-                "AND e.until IS NULL WHERE name_index MATCH ? AND e.home = ? ORDER BY i.rowid DESC", (query, who.account))
+            wanted = " AND ".join('"%s"' % word.replace('"', '""') for word in query.words)
+            yield from map(Node._make, self.db.each(
+                "SELECT " + NODE + " FROM name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e ON e.node = r.node "
+                "AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node WHERE name_index MATCH ? AND e.home = ? "
+                "ORDER BY i.rowid DESC", (wanted, who.account)))
+
+    def star(self, who: Principal, *paths: tuple[str, ...], on: bool) -> None:
+        """Mark files and collections with a star, in one step, or take it away."""
+        self._require(who)
+
+        def attempt() -> Batch:
+            nodes = [self._found(self._spot(who, path)) for path in paths]
+            rows = [row for node in nodes for row in self._property_rows(node, {STAR: STARRED if on else None})]
+            return self._batch(who, self._spot(who, ()), "star" if on else "unstar", name_paths(paths), [], rows)
+
+        self.db.write(attempt)
+
+    def starred(self, who: Principal) -> list[tuple[tuple[str, ...], Node]]:
+        """(path, node) of all that bears a star, in the order of paths."""
+        return [(path, node) for path, node, value in self.marked(who, STAR) if is_star(value)]
+
+    def stars_among(self, nodes: Iterable[Node]) -> set[int]:
+        """Which of some nodes bear a star."""
+        if not self.db.read("SELECT 1 FROM property WHERE name = ? LIMIT 1", (STAR,)):
+            return set()
+        return {id for piece in pieces([node.node for node in nodes]) for id, value in self.db.read(
+            "SELECT node, value FROM property WHERE name = ? AND node IN (" + marks(piece) + ")", (STAR, *piece)) if is_star(value)}
 
     def by_id(self, who: Principal, node: int) -> list[tuple[tuple[str, ...], Node]]:
         """(path, node) of a live node, if `who` can see it."""
@@ -4213,6 +4493,12 @@ def differs(then: Node | None, now: Node | None) -> bool:
     if then is None or now is None:
         return then is not now
     return (then.parent, then.name, then.manifest, then.mtime) != (now.parent, now.name, now.manifest, now.mtime)
+
+
+def is_star(value: str) -> bool:
+    """Does this value of STAR, an element, say yes?"""
+    found = re.search(">([^<]*)<", value)
+    return bool(found) and found[1].strip() in ("1", "yes", "true")
 
 
 # ---- native sync
@@ -5915,6 +6201,13 @@ def api_node(node: Node, path: Sequence[str]) -> dict[str, Any]:
     return about
 
 
+def api_nodes(cloud: Cloud, rows: Iterable[tuple[Sequence[str], Node]]) -> list[dict[str, Any]]:
+    """Live nodes, (path, node), with their stars."""
+    rows = list(rows)
+    stars = cloud.stars_among(node for _, node in rows)
+    return [{**api_node(node, path), "starred": True} if node.node in stars else api_node(node, path) for path, node in rows]
+
+
 def read_moment(cloud: Cloud, value: Any) -> int:
     """The seq of a moment: a time, or "seq:123"."""
     if isinstance(value, str) and re.fullmatch(r"seq:\d{1,18}", value):
@@ -6003,6 +6296,15 @@ def api_account_of(cloud: Cloud, who: Principal) -> dict[str, Any]:
             "quota": cloud.accounts.get(who.name).quota}
 
 
+@route("GET", API + "usage", needs="read")
+def api_usage(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What takes how much: live files by kind, versions that were replaced, the trash; in bytes."""
+    kinds, versions, trash = cloud.usage(who)
+    return json_response({"kinds": [{"kind": kind, "size": size, "files": files}
+                                    for kind, (size, files) in sorted(kinds.items(), key=lambda row: -row[1][0])],
+                          "live": sum(size for size, _ in kinds.values()), "versions": versions, "trash": trash})
+
+
 @route("POST", API + "account/password", needs="account", old=TEXT, new=TEXT)
 def api_password(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Change the password; every session and app password ends."""
@@ -6057,11 +6359,13 @@ def api_grant(cloud: Cloud, who: Principal, request: Request, token: str) -> Res
 
 # ---- files
 
-@route("GET", API + "files/<path>", needs="read", at_=TEXT, sort_=TEXT, order_=TEXT, limit_="integer", after_="integer")
+@route("GET", API + "files/<path>", needs="read", at_=TEXT, sort_=TEXT, order_=TEXT, limit_="integer", after_="integer",
+       chunks_="boolean")
 def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A node and, of a collection, a page of what it holds; `at` asks for a moment of the past.
 
     sort  name, size, mtime or kind;  order  asc or desc;  after  the `next` of the page before
+    chunks  of a file also what it consists of, in order: [[sha256, bytes], ...]
     """
     values = request.values
     if values["at"] is not None:
@@ -6073,10 +6377,11 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     limit, start = read_limit(values["limit"]), max(0, values["after"] or 0)
     with cloud.listing(who, path) as listing:
         page = list(listing.page(SORTS[values["sort"] or "name"], values["order"] == "desc", start, limit + 1))
-        answer = api_node(listing.node, path)
-        if listing.node.kind:
-            answer["children"] = [api_node(child, path + (child.name,)) for child in page[:limit]]
-            answer["next"] = start + limit if len(page) > limit else None
+    answer, *children = api_nodes(cloud, [(path, listing.node), *((path + (child.name,), child) for child in page[:limit])])
+    if listing.node.kind:
+        answer["children"], answer["next"] = children, start + limit if len(page) > limit else None
+    elif values["chunks"]:
+        answer["chunks"] = cloud.chunks_of(listing.node)
     return json_response(answer)
 
 
@@ -6264,6 +6569,16 @@ def api_rewind(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": seq, "changed": changed})
 
 
+@route("GET", API + "differences/<path>", needs="read", at=TEXT, limit_="integer")
+def api_differences(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """What was added, deleted, changed or moved below a collection since a time, in the order of paths."""
+    found = cloud.differences(who, path, read_moment(cloud, request.values["at"]))
+    return json_response({"count": len(found), "changes": [
+        {"how": one.how, "kind": "collection" if (one.now or one.then).kind else "file", "size": (one.now or one.then).size,
+         "path": one.path and "/".join(path + one.path), "was": one.was and "/".join(path + one.was)}
+        for one in found[:read_limit(request.values["limit"])]]})
+
+
 @route("GET", API + "held", needs="account")
 def api_held(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Devices that are held because they delete or overwrite too much."""
@@ -6285,22 +6600,101 @@ def api_undo_device(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": seq, "changed": changed})
 
 
-@route("GET", API + "activity", needs="read", before_="integer", limit_="integer", action_=TEXT)
+@route("GET", API + "activity", needs="read", before_="integer", limit_="integer", action_=TEXT, device_=TEXT, after_=TEXT,
+       until_=TEXT)
 def api_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """The journal of the account, the latest first."""
+    """The journal of the account, the latest first; go on with before = seq of the last.
+
+    action, device   only these;  after, until  only between these times
+    """
     values = request.values
-    return json_response({"steps": [
-        {"seq": step.seq, "at": format_time(step.at), "action": step.action, "detail": step.detail, "account": step.account,
-         "device": step.device, "undoable": step.undoable}
-        for step in cloud.activity(who, values["before"] or 1 << 62, read_limit(values["limit"]), values["action"])]})
+    times = [None if values[name] is None else parse_time(values[name]) for name in ("after", "until")]
+    return json_response({"steps": list(map(api_step, cloud.activity(
+        who, values["before"] or 1 << 62, read_limit(values["limit"]), action=values["action"], device=values["device"],
+        after=times[0] or 0, until=times[1] or 1 << 62)))})
 
 
-@route("GET", API + "search", needs="read", q=TEXT, path_=TEXT, limit_="integer")
+def api_step(step: Step) -> dict[str, Any]:
+    return {"seq": step.seq, "at": format_time(step.at), "action": step.action, "detail": step.detail, "account": step.account,
+            "device": step.device, "undoable": step.undoable}
+
+
+@route("GET", API + "activity/server", needs="admin", before_="integer", limit_="integer")
+def api_server_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What happened to accounts and settings of the whole server, the latest first."""
+    values = request.values
+    return json_response({"steps": list(map(api_step, cloud.server_activity(values["before"] or 1 << 62, read_limit(values["limit"]))))})
+
+
+@route("GET", API + "activity/devices", needs="account")
+def api_activity_devices(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The devices of the account by the names that steps bear."""
+    names = {device.name: device.kind for device in cloud.accounts.devices(who)}
+    return json_response({"devices": [{"name": name, "kind": kind} for name, kind in sorted(names.items())]})
+
+
+@route("GET", API + "search", needs="read", q_=TEXT, path_=TEXT, within_=TEXT, kind_=TEXT, larger_="integer", smaller_="integer",
+       after_=TEXT, before_=TEXT, limit_="integer")
 def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Files and collections by words of their names."""
+    """Files and collections by words of their names and, of text files, contents; the latest changed first.
+
+    q        words that must be there; "several in quotes" hang together, a leading - asks for what does not have it
+    path     only what is below;  within  names or contents, not both
+    kind     image, video, audio, pdf, table, document, archive, text or collection
+    larger, smaller   bytes, inclusive;  after, before   times of modification
+    """
     values = request.values
-    found = cloud.search(who, values["q"], split_path(values["path"] or ""), read_limit(values["limit"], 1000))
-    return json_response({"items": [api_node(node, path) for path, node in found]})
+    words, without = parse_words(values["q"] or "")
+    times = [None if values[name] is None else parse_time(values[name]) for name in ("after", "before")]
+    query = Query(words, without, values["within"] or "", values["kind"] or "", values["larger"], values["smaller"], *times)
+    if query.within not in ("", "names", "contents") or query.kind not in ("", "collection", *KINDS):
+        raise CloudError("bad-request", "within is names or contents; kind is collection, %s" % ", ".join(KINDS))
+    if query == Query(within=query.within):
+        return json_response({"items": [], "more": False})
+    found, more = cloud.search(who, query, split_path(values["path"] or ""), read_limit(values["limit"], 1000))
+    items = api_nodes(cloud, ((hit.path, hit.node) for hit in found))
+    for item, hit in zip(items, found):
+        if hit.snippet:
+            item["snippet"] = dict(zip(("before", "match", "after"), hit.snippet))
+    return json_response({"items": items, "more": more})
+
+
+@route("GET", API + "thumbnails/<path>", needs="read", version_=TEXT)
+def api_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """A small picture of a file or of one of its versions; 204 if nobody made one yet."""
+    version = request.values["version"]
+    data = cloud.thumbnail(who, path, None if version is None else read_id(version))
+    if data is None:
+        return Response(204, b"", {"Cache-Control": "no-store"})
+    return Response(200, data, {"Content-Type": media_of_picture(data), "Content-Security-Policy": SANDBOX,
+                                "Cross-Origin-Resource-Policy": "same-origin",
+                                "Cache-Control": PRIVATE if version is None else "private, max-age=31536000, immutable"})
+
+
+@route("PUT", API + "thumbnails/<path>", needs="write", version_=TEXT)
+def api_put_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Keep a small picture (WebP, JPEG or PNG, at most 64 KiB) for all who see this content in the account."""
+    version, data = request.values["version"], request.body.read(THUMBNAIL_LIMIT + 1)
+    if len(data) > THUMBNAIL_LIMIT:
+        raise CloudError("too-large", "a thumbnail has at most %s" % format_size(THUMBNAIL_LIMIT))
+    cloud.put_thumbnail(who, path, data, None if version is None else read_id(version))
+    return Response(204)
+
+
+@route("POST", API + "star", needs="write", paths="array", starred="boolean")
+def api_star(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Mark files and collections with a star, or take it away, many in one step."""
+    paths = [split_path(path) for path in request.values["paths"]]
+    if not 1 <= len(paths) <= PAGE_LIMIT:
+        raise CloudError("bad-request", "paths are 1 to %d" % PAGE_LIMIT)
+    cloud.star(who, *paths, on=request.values["starred"])
+    return Response(204)
+
+
+@route("GET", API + "starred", needs="read")
+def api_starred(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """All that bears a star, in the order of paths."""
+    return json_response({"items": api_nodes(cloud, cloud.starred(who))})
 
 
 # ---- for administrators
@@ -6321,8 +6715,7 @@ def api_add_account(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make an account; quota in bytes."""
     values = request.values
     cloud.accounts.add(values["name"], values["password"], admin=bool(values["admin"]), who=who,
-                       quota=values["quota"] if values["quota"] is not None or not cloud.config.quota
-                       else parse_size(cloud.config.quota))
+                       quota=cloud.policy().quota if values["quota"] is None else values["quota"])
     return json_response(api_account_row(cloud.accounts.get(values["name"])), 201)
 
 
@@ -6341,6 +6734,19 @@ def api_remove_account(cloud: Cloud, who: Principal, request: Request, name: str
     """End an account; its files go after the days that history is kept."""
     cloud.accounts.remove(name, who)
     return Response(204)
+
+
+@route("GET", API + "settings", needs="admin")
+def api_settings(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """How long history is kept (days), the most it may take, and the quota of new accounts (bytes; null is none)."""
+    return json_response(cloud.policy()._asdict())
+
+
+@route("PATCH", API + "settings", needs="admin", keep_days_="integer", history_="integer", quota_="integer")
+def api_change_settings(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Change some of them; from then on they count instead of the command line.  Negative bytes are no limit."""
+    values = {name: value if name == "keep_days" or value >= 0 else None for name, value in request.values.items() if value is not None}
+    return json_response(cloud.set_policy(who, **values)._asdict())
 
 
 @route("GET", API + "status", needs="admin")
@@ -7440,7 +7846,7 @@ def stored_text(node: Node, about: About, name: str) -> str:
     return found[1] if found else ""
 
 
-FAVORITE, LIVE_PHOTO = OC + "favorite", NC + "metadata-files-live-photo"
+FAVORITE, LIVE_PHOTO = STAR, NC + "metadata-files-live-photo"
 KEPT.update([FAVORITE, LIVE_PHOTO])
 NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
     **PROPERTIES,
@@ -7780,8 +8186,8 @@ def nc_filter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     names = tuple(dict.fromkeys(part.tag for part in body.iterfind("{DAV:}prop/*")))
     wanted = (body.findtext(OC + "filter-rules/" + FAVORITE) or "").strip() in TRUE
     about, base = Scattered(cloud, who), find_door(request.path)[1]
-    return nc_rows(request, about, base, names, ((place, node) for place, node, _ in cloud.marked(who, FAVORITE)
-                                                 if wanted and place[:len(path)] == path and is_favorite(node, about)))
+    return nc_rows(request, about, base, names, ((place, node) for place, node in cloud.starred(who)
+                                                 if wanted and place[:len(path)] == path))
 
 
 REPORT_KINDS[OC + "filter-files"] = nc_filter
@@ -7789,7 +8195,7 @@ TRUE = ("1", "yes", "true")
 
 
 def is_favorite(node: Node, about: About) -> bool:
-    return stored_text(node, about, FAVORITE) in TRUE
+    return is_star(about.dead.get(node.node, {}).get(FAVORITE, ""))
 
 
 def read_search_time(text: str) -> int:
@@ -7866,11 +8272,13 @@ def search_nodes(cloud: Cloud, who: Principal, path: tuple[str, ...], where: ET.
 def look_up_name(cloud: Cloud, who: Principal, pattern: str) -> list[tuple[tuple[str, ...], Node]] | None:
     """%words% of a name."""
     before, words, after = pattern.split("%") if pattern.count("%") == 2 else ("", "", "")
-    return cloud.search(who, words, limit=SEARCH_MOST) if words.strip() and not before + after else None
+    if not words.strip() or before + after:
+        return None
+    return [(path, node) for path, node, _ in cloud.search(who, Query(parse_words(words)[0], within="names"), limit=SEARCH_MOST)[0]]
 
 
 def look_up_favorites(cloud: Cloud, who: Principal, value: str) -> list[tuple[tuple[str, ...], Node]] | None:
-    return [(place, node) for place, node, _ in cloud.marked(who, FAVORITE)] if value in TRUE else None
+    return cloud.starred(who) if value in TRUE else None
 
 
 LOOKUPS: dict[tuple[str, str], Callable[[Cloud, Principal, str], Optional[list[tuple[tuple[str, ...], Node]]]]] = {
@@ -12710,7 +13118,7 @@ class Upkeep:
 
     def expire(self) -> None:
         """Locks, sessions, waits, uploads, operation ids, and removed accounts."""
-        now, keep = self.clock.due(), self.cloud.config.keep_days * DAY
+        now, keep = self.clock.due(), self.cloud.policy().keep_days * DAY
         self._write(Statement("DELETE FROM lock WHERE due <= ?", (now,)),
                     Statement("DELETE FROM device WHERE idle < ? OR due < ?", (now, now)),
                     Statement("DELETE FROM throttle WHERE due < ?", (now - HOUR,)),
@@ -12746,7 +13154,7 @@ class Upkeep:
 
     def thin(self) -> int:
         """Past --keep-days: trash goes, versions thin out along the ladder, pinned ones stay; returns rows gone."""
-        cut = self.seq_before(self.cloud.config.keep_days * DAY)
+        cut = self.seq_before(self.cloud.policy().keep_days * DAY)
         if not cut:
             return 0
         self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('oldest', ?)", (str(cut),)))
@@ -12790,9 +13198,9 @@ class Upkeep:
 
     def _cap_history(self) -> int:
         """Where history has a limit: the oldest goes first until it fits."""
-        if not self.cloud.config.history:
+        most, gone = self.cloud.policy().history, 0
+        if most is None:
             return 0
-        most, gone = parse_size(self.cloud.config.history), 0
         for home, live in self.db.read("SELECT a.id, c.size FROM account a JOIN collection c ON c.node = a.root"):
             over = self.db.read("SELECT coalesce(sum(size), 0) FROM entry WHERE home = ? AND kind = 0", (home,))[0][0] - live - most
             rows, dead = [], []
@@ -12906,18 +13314,77 @@ class Upkeep:
         """Bring the index of names up to date, where SQLite has one."""
         if not self.db.has_index():
             return
-        done, head = int(self.db.setting("indexed") or 0), self.cloud.head()
-        rows = [row for (home,) in self.db.read("SELECT id FROM account") for row in self.db.read(
-            "SELECT since, node, key FROM entry e WHERE home = ? AND since > ? AND since <= ? AND NOT EXISTS (SELECT 1 FROM entry p "
-            "WHERE p.node = e.node AND p.until = e.since AND p.key = e.key) ORDER BY since LIMIT ?", (home, done, head, 20_000))]
-        reached = head if len(rows) < 20_000 else min(head, max(since for since, _, _ in rows))
+        done = int(self.db.setting("indexed") or 0)
+        reached = self._stretch(done, 20_000)
         if reached == done:
             return
         (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM name_row")
-        chosen = [(last + n, node, key) for n, (since, node, key) in enumerate(rows, 1) if since <= reached]
+        rows = [row for (home,) in self.db.read("SELECT id FROM account") for row in self.db.read(
+            "SELECT node, key FROM entry e WHERE home = ? AND since > ? AND since <= ? AND NOT EXISTS (SELECT 1 FROM entry p "
+            "WHERE p.node = e.node AND p.until = e.since AND p.key = e.key) ORDER BY since", (home, done, reached))]
+        chosen = [(last + n, node, key) for n, (node, key) in enumerate(rows, 1)]
         self._write(Statement("INSERT INTO name_row VALUES (?, ?)", [row[:2] for row in chosen], many=True),
                     Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True),
                     Statement("INSERT OR REPLACE INTO setting VALUES ('indexed', ?)", (str(reached),)))
+
+    def index_contents(self) -> None:
+        """Bring the index of contents up to date, where SQLite has one; a commit takes about a MiB, so that nobody waits long."""
+        if not self.db.has_index():
+            return
+        done = int(self.db.setting("read") or 0)
+        reached = self._stretch(done, 2_000)
+        rows, size = [], 0
+        for home, manifest, length in self._unread(done, reached):
+            text = decode_text(self.cloud.content_of(manifest, length).read(TEXT_LIMIT))
+            rows.append((home, manifest, spread(text or "")))
+            size += length
+            if size > MiB:
+                self._add_contents(rows)
+                rows, size = [], 0
+        self._add_contents(rows)
+        if reached != done:
+            self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('read', ?)", (str(reached),)))
+
+    def _unread(self, done: int, reached: int) -> Iterator[tuple[int, str, int]]:
+        """(home, manifest, bytes) of live text files that are not indexed yet."""
+        seen = set()
+        for (home,) in self.db.read("SELECT id FROM account"):
+            for manifest, size, media in self.db.read(
+                    "SELECT manifest, size, media FROM entry e WHERE home = ? AND since > ? AND since <= ? AND until IS NULL "
+                    "AND kind = 0 AND size BETWEEN 1 AND ? AND NOT EXISTS (SELECT 1 FROM text_row r WHERE r.home = e.home "
+                    "AND r.manifest = e.manifest)", (home, done, reached, TEXT_LIMIT)):
+                if kind_of_media(media) in ("text", "table") and (home, manifest) not in seen:
+                    seen.add((home, manifest))
+                    yield home, manifest, size
+
+    def _add_contents(self, rows: list[tuple[int, str, str]]) -> None:
+        (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM text_row")
+        rows = [(last + n, *row) for n, row in enumerate(rows, 1)]
+        if rows:
+            self._write(Statement("INSERT INTO text_row VALUES (?, ?, ?)", [row[:3] for row in rows], many=True),
+                        Statement("INSERT INTO text_index (rowid, home, body) VALUES (?, ?, ?)",
+                                  [(id, home, text) for id, home, _, text in rows], many=True))
+
+    def tidy(self) -> None:
+        """Drop thumbnails of what is gone; begin the index of contents anew when most of it is about what is gone."""
+        gone = self.db.read("SELECT id FROM thumbnail t WHERE NOT EXISTS (SELECT 1 FROM entry WHERE manifest = t.manifest "
+                            "AND home = t.home)")
+        for piece in pieces(gone):
+            self._write(Statement("DELETE FROM thumbnail WHERE id = ?", piece, many=True))
+        stale, known = self.db.read("SELECT coalesce(sum(NOT EXISTS (SELECT 1 FROM entry e WHERE e.manifest = r.manifest "
+                                    "AND e.home = r.home AND until IS NULL)), 0), count(*) FROM text_row r")[0]
+        if stale > 1000 and 2 * stale > known:
+            self._write(Statement("INSERT INTO text_index (text_index) VALUES ('delete-all')"), Statement("DELETE FROM text_row"),
+                        Statement("DELETE FROM setting WHERE name = 'read'"))
+
+    def _stretch(self, done: int, most: int) -> int:
+        """The seq up to which some work goes that stands at `done`: about `most` entries of a home, and no batch in part."""
+        reached = self.cloud.head()
+        for (home,) in self.db.read("SELECT id FROM account"):
+            for (since,) in self.db.read("SELECT since FROM entry WHERE home = ? AND since > ? AND since <= ? ORDER BY since "
+                                         "LIMIT 1 OFFSET ?", (home, done, reached, most)):
+                reached = since
+        return reached
 
     def digest(self, limit: int = GiB) -> None:
         """Compute the SHA-256 of files that came in parts, some at a time."""
@@ -13004,6 +13471,8 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
     "crash": (MINUTE, lambda janitor: janitor.upkeep.look_after_crash()),
     "expire": (MINUTE, lambda janitor: janitor.upkeep.expire()),
     "names": (5 * SECOND, lambda janitor: janitor.upkeep.index_names()),
+    "contents": (5 * SECOND, lambda janitor: janitor.upkeep.index_contents()),
+    "tidy": (DAY, lambda janitor: janitor.upkeep.tidy()),
     "digest": (MINUTE, lambda janitor: janitor.upkeep.digest()),
     "age": (HOUR, lambda janitor: janitor.upkeep.mark_age()),
     "purge": (5 * MINUTE, lambda janitor: janitor.upkeep.purge()),
@@ -13118,7 +13587,7 @@ def copy_tables(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA user_version = %d" % db.execute("PRAGMA live.user_version").fetchone())
     there = {name for (name,) in db.execute("SELECT name FROM main.sqlite_master")}
     for kind, name, sql in db.execute("SELECT type, name, sql FROM live.sqlite_master WHERE sql IS NOT NULL "
-                                      "AND name NOT LIKE 'name_index%' ORDER BY type DESC").fetchall():
+                                      "AND name NOT LIKE '%_index%' ORDER BY type DESC").fetchall():
         if name not in there:
             db.execute(sql)
         if kind == "table" and name != "chunk":
@@ -13128,8 +13597,9 @@ def copy_tables(db: sqlite3.Connection) -> None:
     db.execute("INSERT INTO main.chunk SELECT * FROM live.chunk l WHERE NOT EXISTS (SELECT 1 FROM main.chunk c WHERE c.hash = l.hash)")
     db.execute("UPDATE main.chunk SET (object, at, condemned, bad) = (SELECT object, at, condemned, bad FROM live.chunk l "
                "WHERE l.hash = chunk.hash)")
-    db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed')")
+    db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed', 'read')")
     db.execute("DELETE FROM main.name_row")
+    db.execute("DELETE FROM main.text_row")
     db.execute("DELETE FROM main.lease")
 
 
@@ -14864,7 +15334,7 @@ def run_user_add(config: Config, given: Arguments) -> None:
     """make an account; --quota limits it"""
     with open_cloud(config) as cloud:
         cloud.accounts.add(given.name, read_password(given), admin=given.admin,
-                           quota=parse_size(config.quota) if config.quota else None)
+                           quota=parse_size(config.quota) if config.quota else cloud.policy().quota)
 
 
 @command("user list")

@@ -161,6 +161,11 @@ def ann(cloud):
     return account(cloud, admin=True)
 
 
+def look_for(cloud, who, text, path="", **how):
+    words, without = cs.parse_words(text)
+    return cloud.search(who, cs.Query(words, without, **how), cs.split_path(path))[0]
+
+
 def put(cloud, who, path, data=b"x", given=ANY, **how):
     """cloud.write with a path and bytes as people write them."""
     data = data.encode() if isinstance(data, str) else data
@@ -816,17 +821,32 @@ def test_a_newer_database_is_refused_politely(tmp_path):
 def test_a_migration_copies_first_and_is_all_or_nothing(tmp_path, monkeypatch):
     """R31"""
     Database(tmp_path / "cloud.db", Clock()).close()
-    monkeypatch.setattr(cs, "MIGRATIONS", ["CREATE TABLE extra (a); CREATE TABLE broken (", ])
+    today = 1 + len(cs.MIGRATIONS)
+    monkeypatch.setattr(cs, "MIGRATIONS", [*cs.MIGRATIONS, "CREATE TABLE extra (a); CREATE TABLE broken ("])
     with pytest.raises(sqlite3.Error):
         Database(tmp_path / "cloud.db", Clock())
-    monkeypatch.setattr(cs, "MIGRATIONS", ["CREATE TABLE extra (a)"])
+    monkeypatch.setattr(cs, "MIGRATIONS", [*cs.MIGRATIONS[:-1], "CREATE TABLE extra (a)"])
     db = Database(tmp_path / "cloud.db", Clock())
-    assert db.read("PRAGMA user_version") == [(2,)] and db.read("SELECT * FROM extra") == []
+    assert db.read("PRAGMA user_version") == [(today + 1,)] and db.read("SELECT * FROM extra") == []
     db.close()
-    monkeypatch.setattr(cs, "MIGRATIONS", [])
-    kept = sqlite3.connect(tmp_path / "cloud-version-1.db")
-    assert kept.execute("PRAGMA user_version").fetchone() == (1,)
+    kept = sqlite3.connect(tmp_path / ("cloud-version-%d.db" % today))
+    assert kept.execute("PRAGMA user_version").fetchone() == (today,)
     kept.close()
+
+
+def test_every_released_version_comes_to_the_tables_of_today(tmp_path, monkeypatch):
+    """R31"""
+    migrations, shapes = cs.MIGRATIONS, []
+    for version in range(1, 2 + len(migrations)):
+        path = tmp_path / str(version) / "cloud.db"
+        path.parent.mkdir()
+        for known in (migrations[:version - 1], migrations):
+            monkeypatch.setattr(cs, "MIGRATIONS", known)
+            db = Database(path, Clock())
+            shape = db.read("SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE '%_index%' ORDER BY name")
+            db.close()
+        shapes.append(shape)
+    assert len(shapes[0]) > 40 and all(shape == shapes[-1] for shape in shapes)
 
 
 def test_a_failed_commit_is_never_retried_into_success(db, monkeypatch):
@@ -1845,11 +1865,63 @@ def test_activity_tells_who_did_what_with_what(cloud, ann):
 def test_search_finds_names_in_any_case_below_a_path(cloud, ann):
     for path in ("Photos/Summer 2026/Über den Wolken.jpg", "Photos/winter.JPG", "docs/summer plan.txt", "x%y_z"):
         put(cloud, ann, path, parents=True)
-    names = lambda text, path="": [where[-1] for where, _ in cloud.search(ann, text, cs.split_path(path))]
+    names = lambda text, path="": ["/".join(found.path[-1:]) for found in look_for(cloud, ann, text, path)]
     assert sorted(names("summer")) == ["Summer 2026", "summer plan.txt"] and names("ÜBER wolken") == ["Über den Wolken.jpg"]
-    assert names("jpg", "Photos") and not names("jpg", "docs") and names("%") == ["x%y_z"] and names("") == []
+    assert names("jpg", "Photos") and not names("jpg", "docs") and names("%") == ["x%y_z"]
+    assert names("summer -plan") == ["Summer 2026"] and names('"den wolken"') and not names('"wolken den"') and names("wolken den")
     cloud.delete(ann, ("Photos",))
-    assert names("wolken") == [] and cloud.search(account(cloud, "bob"), "summer") == []
+    assert names("wolken") == [] and look_for(cloud, account(cloud, "bob"), "summer") == []
+
+
+def test_search_by_kind_size_and_time(cloud, ann):
+    for name, size, year in (("a.jpg", 10, 2020), ("b.jpg", 2000, 2024), ("c.txt", 2000, 2026), ("d.zip", 50, 2026)):
+        put(cloud, ann, "box/" + name, (PNG if "jpg" in name else b"x") + b"y" * size, parents=True, mtime=cs.parse_time("%d-06-01" % year))
+    names = lambda **how: {found.path[-1] for found in look_for(cloud, ann, how.pop("text", ""), **how)}
+    assert names(kind="archive") == {"d.zip"} and names(kind="text") == {"c.txt"} and names(kind="collection") == {"box"}
+    assert names(least=1000) == {"b.jpg", "c.txt"} and names(most=1000) == {"a.jpg", "d.zip"} and names(least=1000, text="txt") == {"c.txt"}
+    assert names(after=cs.parse_time("2024-01-01"), before=cs.parse_time("2025-01-01")) == {"b.jpg"}
+    assert cloud.search(ann, cs.Query(), (), 2)[1] and not cloud.search(ann, cs.Query(), (), 5)[1]
+
+
+def test_search_in_the_contents_of_text_files(cloud, ann):
+    bob, upkeep = account(cloud, "bob"), cs.Upkeep(cloud)
+    upkeep.hold()
+    texts = {"letter.txt": "Dear Bob,\n\nthe caf\u00e9 at the Harbour opens   at nine.", "d/data.csv": "name,harbour\nx,1\n", "old.txt": "Stra\u00dfe".encode("cp1252"),
+             "wide.txt": "harbour".encode("utf-16"), "tokyo.md": "\u6771\u4eac\u30bf\u30ef\u30fc", "no.bin": "harbour", "nul.txt": b"harbour\0"}
+    for path, text in texts.items():
+        put(cloud, ann, path, text if isinstance(text, bytes) else text.encode(), parents=True)
+    put(cloud, bob, "his.txt", b"harbour of bob")
+    put(cloud, ann, "large.txt", b"harbour " + b"x" * MiB)
+    upkeep.index_contents()
+    paths = lambda text, who=ann, **how: {"/".join(found.path) for found in look_for(cloud, who, text, **how)}
+    assert paths("harbour") == {"letter.txt", "d/data.csv", "wide.txt"} and paths("harbour", bob) == {"his.txt"}
+    assert paths("CAFE nine") == {"letter.txt"} and paths("harb open") == {"letter.txt"} and paths("arbour") == set() and paths("harbour -dear") == {"d/data.csv", "wide.txt"}
+    assert paths('"at nine"') == {"letter.txt"} and paths('"nine at"') == set() and paths("\u4eac\u30bf") == {"tokyo.md"} and paths("stra\u00dfe") == {"old.txt"}
+    assert paths("harbour", within="names") == set() and paths("data") == {"d/data.csv"} and paths("data", within="contents") == set()
+    assert paths("harbour", kind="table") == {"d/data.csv"} and paths("harbour", path="d") == {"d/data.csv"}
+    found, = look_for(cloud, ann, "harbour dear")
+    assert found.snippet == ("", "Dear", " Bob, the caf\u00e9 at the Harbour opens at nine.")
+    for text in ('"', "*", "a -", '"" x', "AND", "NEAR(a b)", "home : 2", "()", "^a", "{body}:x"):
+        assert isinstance(paths(text), set)
+    move(cloud, ann, "letter.txt", "d/moved.txt")
+    put(cloud, ann, "d/data.csv", b"something else")
+    cloud.copy(ann, (("wide.txt",), ("copy.txt",)))
+    assert paths("harbour") == {"d/moved.txt", "wide.txt", "copy.txt"}
+    upkeep.index_contents()
+    assert paths("something") == {"d/data.csv"} and cloud.db.read("SELECT count(*) FROM text_row WHERE home = 1") == [(7,)]
+
+
+def test_the_index_of_contents_begins_anew_when_it_is_mostly_stale(cloud, ann, monkeypatch):
+    upkeep = cs.Upkeep(cloud)
+    upkeep.hold()
+    for n in range(2100):
+        cloud.db.run(Statement("INSERT INTO text_row VALUES (?, 1, ?)", (n + 10, "gone%d" % n)))
+    put(cloud, ann, "a.txt", b"word")
+    upkeep.index_contents()
+    upkeep.tidy()
+    assert cloud.db.read("SELECT count(*) FROM text_row") == [(0,)] and not look_for(cloud, ann, "word")
+    upkeep.index_contents()
+    assert len(look_for(cloud, ann, "word")) == 1
 
 
 def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann, monkeypatch):
@@ -1885,6 +1957,9 @@ def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann, monkeypatch):
     cloud.once("op", lambda acting: put(acting, ann, "once"))
     with cloud.listing(ann, ("e",)) as listing:
         list(listing.children()), listing.properties(), listing.digests(), listing.locks(listing.node)
+    cloud.star(ann, ("e",), on=True), cloud.starred(ann), cloud.stars_among([cloud.stat(ann, ("e",))])
+    look_for(cloud, ann, "word other"), look_for(cloud, ann, "", kind="text"), cloud.policy()
+    cloud.thumbnail(ann, ("e", "c")), cloud.differences(ann, (), 3), cloud.usage(ann), cloud.server_activity(), cloud.activity(ann, device="x")
     local.off, scans = True, {}
     for sql, db in list(seen.items()):
         if sql.split(None, 1)[0] in ("SELECT", "WITH", "INSERT", "UPDATE", "DELETE"):
@@ -2511,6 +2586,118 @@ def test_setting_up_logging_in_and_out(make_cloud, serve_cloud):
     assert browser.call("POST", "/api/v1/logout").status == 204
     browser.cookie = first
     assert browser.call("GET", "/api/v1/account").status == 401
+
+
+def test_stars_are_those_of_nextcloud_clients(api, call, cloud, ann):
+    for path in ("b/c.txt", "a.txt", "d.txt"):
+        put(cloud, ann, path, parents=True)
+    assert api("POST", "star", paths=["a.txt", "b", "b/c.txt"], starred=True) == 204
+    assert [item["path"] for item in api("GET", "starred")["items"]] == ["a.txt", "b", "b/c.txt"]
+    assert {item["name"]: item.get("starred") for item in api("GET", "files")["children"]} == {"a.txt": True, "b": True, "d.txt": None}
+    favorite = b'<d:propfind xmlns:d="DAV:" xmlns:o="http://owncloud.org/ns"><d:prop><o:favorite/></d:prop></d:propfind>'
+    assert b"<oc:favorite>1<" in call("PROPFIND", "/remote.php/dav/files/ann/a.txt", favorite, Depth="0").body
+    assert b">1</" in call("PROPFIND", "/dav/a.txt", favorite, Depth="0").body
+    move(cloud, ann, "a.txt", "e.txt")
+    api("POST", "star", paths=["b"], starred=False)
+    call("PROPPATCH", "/remote.php/dav/files/ann/d.txt", b'<d:propertyupdate xmlns:d="DAV:" xmlns:o="http://owncloud.org/ns"><d:set><d:prop>'
+         b"<o:favorite>1</o:favorite></d:prop></d:set></d:propertyupdate>")
+    assert [item["path"] for item in api("GET", "starred")["items"]] == ["b/c.txt", "d.txt", "e.txt"]
+    assert api("POST", "star", paths=["d.txt", "nothing"], starred=False) == "not-found"
+    assert "starred" in api("GET", "files/d.txt") and cloud.starred(account(cloud, "bob")) == []
+
+
+def test_a_file_tells_its_chunks(api, cloud, ann):
+    data = os.urandom(9 * MiB)
+    put(cloud, ann, "a", data)
+    put(cloud, ann, "b", b"")
+    assert api("GET", "files/a", chunks="true")["chunks"] == [
+        [hashlib.sha256(data[at:at + 4 * MiB]).hexdigest(), min(4 * MiB, 9 * MiB - at)] for at in range(0, 9 * MiB, 4 * MiB)]
+    assert api("GET", "files/b", chunks=1)["chunks"] == [] and "chunks" not in api("GET", "files/a")
+
+
+def test_thumbnails_are_kept_per_account_under_the_content(api, call, cloud, ann):
+    """D1, W1: what somebody says of a content is believed in that account alone."""
+    data, bob = b"\x89PNG\r\n\x1a\n" + b"p" * 5000, account(cloud, "bob")
+    for who in (ann, bob):
+        put(cloud, who, "a.png", data)
+    picture = b"RIFF\x10\0\0\0WEBPVP8 " + b"t" * 100
+    assert call("GET", "/api/v1/thumbnails/a.png").status == 204
+    assert call("PUT", "/api/v1/thumbnails/a.png", picture).status == 204
+    move(cloud, ann, "a.png", "b.png")
+    cloud.copy(ann, (("b.png",), ("c.png",)))
+    version = api("GET", "files/b.png")["version"]
+    for path in ("b.png", "c.png", "b.png?version=" + version):
+        answer = call("GET", "/api/v1/thumbnails/" + path)
+        assert answer.body == picture and answer.headers["content-type"] == "image/webp" and "sandbox" in answer.headers["content-security-policy"]
+        assert ("immutable" in answer.headers["cache-control"]) == ("version" in path) and "private" in answer.headers["cache-control"]
+    assert call("GET", "/api/v1/thumbnails/a.png", user="bob").status == 204
+    put(cloud, ann, "b.png", data + b"new")
+    assert call("GET", "/api/v1/thumbnails/b.png").status == 204 and call("GET", "/api/v1/thumbnails/b.png?version=" + version).body == picture
+    cases = [("b.png", b"<svg>" * 5, 415), ("b.png", picture + b"x" * 66_000, 413), ("b.png", picture + b"x" * 6000, 400),
+             ("nothing", picture, 404), ("b.png?version=1", picture, 404), ("", picture, 409)]
+    for path, body, want in cases:
+        assert call("PUT", "/api/v1/thumbnails/" + path, body).status == want, path
+    upkeep = cs.Upkeep(cloud)
+    upkeep.hold()
+    upkeep.tidy()
+    assert cloud.db.read("SELECT count(*) FROM thumbnail") == [(1,)]
+    cloud.db.run(Statement("DELETE FROM entry WHERE manifest = ? AND home = 1", (hashlib.sha256(data).hexdigest(),)))
+    upkeep.tidy()
+    assert cloud.db.read("SELECT count(*) FROM thumbnail") == [(0,)]
+
+
+def test_differences_tell_what_became_of_everything_since(api, cloud, ann):
+    for path in ("box/same", "box/changed", "box/moved", "box/deleted", "box/out", "in", "box/sub/x"):
+        put(cloud, ann, path, path.encode(), parents=True)
+    seq = cloud.head()
+    put(cloud, ann, "box/changed", b"new bytes")
+    put(cloud, ann, "box/new", b"123")
+    cloud.delete(ann, ("box", "deleted"), ("box", "sub"))
+    move(cloud, ann, "box/moved", "box/renamed")
+    move(cloud, ann, "box/out", "out")
+    move(cloud, ann, "in", "box/in")
+    put(cloud, ann, "box/brief")
+    cloud.delete(ann, ("box", "brief"))
+    found = api("GET", "differences/box", at="seq:%d" % seq)
+    assert {(one["how"], one["was"], one["path"]) for one in found["changes"]} == {
+        ("changed", "box/changed", "box/changed"), ("added", None, "box/new"), ("deleted", "box/deleted", None), ("deleted", "box/sub", None),
+        ("moved", "box/moved", "box/renamed"), ("deleted", "box/out", None), ("added", None, "box/in")}
+    assert found["count"] == 7 == api("POST", "rewind", path="box", at="seq:%d" % seq, dry=True)["changed"]
+    assert api("GET", "differences/box", at="seq:%d" % seq, limit=2)["count"] == 7 and api("GET", "differences", at="seq:%d" % cloud.head())["count"] == 0
+    assert [one["size"] for one in found["changes"] if one["path"] == "box/new"] == [3] and api("GET", "differences/in", at="seq:3") == "not-found"
+
+
+def test_usage_by_kind_versions_and_trash(api, cloud, ann):
+    for name, size in (("a.txt", 10), ("b.txt", 20), ("c.zip", 5), ("d/e.zip", 7)):
+        put(cloud, ann, name, b"x" * size, parents=True)
+    put(cloud, ann, "a.txt", b"y" * 3)
+    cloud.delete(ann, ("d",))
+    cloud.delete(ann, ("b.txt",))
+    assert api("GET", "usage") == {"kinds": [{"kind": "archive", "size": 5, "files": 1}, {"kind": "text", "size": 3, "files": 1}],
+                                   "live": 8, "versions": 10, "trash": 27}
+
+
+def test_activity_by_device_and_time_and_of_the_server(api, cloud, ann):
+    id, _ = cloud.accounts.add_token(ann, "laptop")
+    put(cloud, ann._replace(device=id), "a")
+    put(cloud, ann, "b")
+    account(cloud, "bob")
+    assert [step["detail"]["path"] for step in api("GET", "activity", device="laptop")["steps"]] == ["a"]
+    assert api("GET", "activity", action="write", after="2100-01-01")["steps"] == [] == api("GET", "activity", until="2001-01-01")["steps"]
+    assert len(api("GET", "activity", action="write", after="2001-01-01", until="2100-01-01")["steps"]) == 2
+    assert {"name": "laptop", "kind": "token"} in api("GET", "activity/devices")["devices"]
+    assert [(step["action"], step["detail"]["name"]) for step in api("GET", "activity/server")["steps"]] == [("account-add", "bob"), ("account-add", "ann")]
+    assert api("GET", "activity/server", user="bob") == "forbidden"
+
+
+def test_settings_of_the_server_count_at_once(api, cloud, ann):
+    assert api("GET", "settings") == {"keep_days": 30, "history": None, "quota": None}
+    assert api("PATCH", "settings", keep_days=90, quota=5000) == {"keep_days": 90, "history": None, "quota": 5000}
+    assert api("PATCH", "settings", quota=-1, history=7) == {"keep_days": 90, "history": 7, "quota": None} == cloud.policy()._asdict()
+    api("PATCH", "settings", quota=77)
+    assert api("POST", "accounts", name="bob", password=PASSWORD)["quota"] == 77
+    assert api("PATCH", "settings", keep_days=-1) == "bad-request" and api("GET", "settings", user="bob") == "forbidden"
+    assert api("GET", "activity/server")["steps"][1]["detail"] == {"quota": 77}
 
 
 @pytest.mark.parametrize("fields, want", [
@@ -4031,7 +4218,24 @@ def test_the_index_of_names_agrees_with_looking(cloud, ann, rng):
             upkeep.index_names()
     for text in ("long name", "other", "name 1", "OTHER NAME", "nothing"):
         want = {path for path in tree(cloud, ann) if all(w in path.casefold() for w in text.casefold().split())}
-        assert {"/".join(path) for path, _ in cloud.search(ann, text)} == want
+        assert {"/".join(found.path) for found in look_for(cloud, ann, text)} == want
+
+
+def test_the_index_of_names_leaves_out_nobody_when_there_is_much(cloud, ann, monkeypatch):
+    """The stretch of one run ends where the fullest account says, and never within a batch."""
+    upkeep, bob, found = cs.Upkeep(cloud), account(cloud, "bob"), []
+    stretch = upkeep._stretch
+    monkeypatch.setattr(upkeep, "_stretch", lambda done, most: found.append(stretch(done, 10)) or found[-1])
+    upkeep.hold()
+    for n in range(25):
+        put(cloud, ann, "ann's %d" % n)
+    put(cloud, bob, "box/some", parents=True)
+    cloud.copy(ann, *(((f"ann's {n}",), (f"copy {n}",)) for n in range(25)))
+    put(cloud, bob, "bob's")
+    while not found or found[-1] < cloud.head():
+        upkeep.index_names()
+    assert len(found) > 3 and len(look_for(cloud, ann, "ann's")) == len(look_for(cloud, ann, "copy")) == 25
+    assert len(look_for(cloud, bob, "bob's")) == len(look_for(cloud, bob, "some")) == 1
 
 
 def test_checksums_of_uploads_in_parts_come_later(cloud, ann):
