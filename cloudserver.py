@@ -8572,6 +8572,9 @@ main:focus { outline: none; }
 .picture { flex: 1; min-height: 0; display: grid; place-items: center; background: var(--side); border-radius: 8px;
   overflow: hidden; }
 .picture img { width: 100%; height: 100%; object-fit: cover; }
+.picture.video { position: relative; }
+.picture.video::after { content: "▶"; position: absolute; left: 8px; bottom: 8px; background: rgb(0 0 0 / .6); color: #fff;
+  border-radius: 6px; padding: 0 .5rem; font-size: .8rem; }
 .picture .icon { width: 52px; height: 52px; stroke-width: 1; }
 
 .slider { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center; padding-bottom: 1rem; }
@@ -8645,7 +8648,7 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
   background: var(--raised); border: 1px solid var(--line); border-radius: 12px; box-shadow: var(--shadow); z-index: 5;
   overflow: hidden; }
 .queue .title { display: flex; flex-wrap: wrap; align-items: center; padding: .5rem .5rem .5rem 1rem; }
-.queue strong { flex: 1 1 8rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.queue strong { flex: 1 1 8rem; text-wrap: balance; font-weight: 600; font-variant-numeric: tabular-nums; }
 .queue > progress { display: block; border-radius: 0; height: 4px; }
 .queue ul { list-style: none; margin: 0; padding: 0; max-height: 15rem; overflow: auto; }
 .queue li { display: grid; grid-template-columns: minmax(0, 1fr) auto auto; gap: 0 .6rem; align-items: center;
@@ -9637,51 +9640,87 @@ function entryName(entry) {
 }
 
 function tilePicture(entry) {
-  const image = isImage(entry) && entry.size < 40 << 20 && !view.at;
-  if (!image) return h("div.picture", {}, icon(kindOf(entry)));
+  const kind = pictureKind(entry.media || "", entry.size);
+  if (!kind || view.at || view.kind === "trash") return h("div.picture", {}, icon(kindOf(entry)));
   const picture = h("img", {alt: "", decoding: "async", draggable: false});
-  if (entry.size < 100 << 10) picture.src = contentAddress(entry);
-  else showThumbnail(entry, picture).catch(() => picture.replaceWith(icon("image")));
-  return h("div.picture", {}, picture);
+  if (kind === "small") picture.src = contentAddress(entry);
+  else showThumbnail(entry, picture).catch(() => picture.replaceWith(icon(kind)));
+  return h("div.picture." + kind, {}, picture);
 }
 
-// ---- thumbnails: made here, two at a time, and kept by this browser under the version of the file
+// ---- thumbnails: made by the browser that first sees or uploads a picture, and kept by the server for all
 
-let store = null;
-const making = [Promise.resolve(), Promise.resolve()];
-const request = work => new Promise((done, fail) => {
-  work.onsuccess = () => done(work.result);
-  work.onerror = () => fail(work.error);
-});
+const SMALL_PICTURE = 100 << 10, LARGE_PICTURE = 40 << 20, THUMBNAIL = 64 << 10;           // bytes
+const making = [Promise.resolve(), Promise.resolve()];                                     // two at a time
 
-function openStore() {
-  const opening = indexedDB.open("thumbnails", 1);
-  opening.onupgradeneeded = () => opening.result.createObjectStore("images");
-  return request(opening);
-}
+// "small" ones show themselves
+const pictureKind = (media, size) => /^video\//.test(media) ? "video"
+  : /^image\//.test(media) && size < LARGE_PICTURE ? size < SMALL_PICTURE ? "small" : "image" : "";
 
 async function showThumbnail(entry, picture) {
-  const images = how => store.transaction("images", how).objectStore("images");
-  store = await (store || openStore());
-  let blob = await request(images("readonly").get(entry.version));
+  const answer = await ask(apiAddress("thumbnails", entry.path, {version: entry.version}));
+  let blob = answer.status === 200 && await answer.blob();
   if (!blob) {
-    const turn = making.shift(), work = turn.then(() => picture.isConnected && makeThumbnail(entry));
+    const work = making.shift().then(() => picture.isConnected && thumbnailOf(entry));
     making.push(work.catch(() => {}));
     blob = await work;
     if (!blob) return;
-    await request(images("readwrite").put(blob, entry.version));
+    if (!me.readonly) putThumbnail(entry, blob).catch(() => {});
   }
   picture.onload = () => URL.revokeObjectURL(picture.src);
   picture.src = URL.createObjectURL(blob);
 }
 
-async function makeThumbnail(entry) {
-  const whole = await createImageBitmap(await (await ask(contentAddress(entry))).blob());
-  const scale = Math.min(1, 400 / Math.min(whole.width, whole.height)), canvas = document.createElement("canvas");
-  Object.assign(canvas, {width: Math.max(1, whole.width * scale), height: Math.max(1, whole.height * scale)});
-  canvas.getContext("2d").drawImage(whole, 0, 0, canvas.width, canvas.height);
-  whole.close();
-  return new Promise(done => canvas.toBlob(done, "image/webp", 0.8));
+const putThumbnail = (entry, body) => body.size < entry.size && ask(apiAddress("thumbnails", entry.path, {version: entry.version}),
+  {method: "PUT", headers: HEADERS, body});
+
+// at the side, once a picture was uploaded; what fails here is made up for by whoever sees it first
+async function depict(file, path) {
+  const kind = pictureKind(file.type, file.size);
+  if (!kind || kind === "small") return;
+  const address = URL.createObjectURL(file);
+  const blob = await (kind === "video" ? shrink(await frameOf(address)) : shrink(await createImageBitmap(file)))
+    .finally(() => URL.revokeObjectURL(address));
+  const entry = await load(path);
+  if (entry.size === file.size) await putThumbnail(entry, blob);
+}
+
+async function thumbnailOf(entry) {
+  const address = contentAddress(entry);
+  return shrink(/^video/.test(entry.media) ? await frameOf(address) : await createImageBitmap(await (await ask(address)).blob()));
+}
+
+// a second from the start, where it is hardly black any more
+function frameOf(address) {
+  return new Promise((done, fail) => {
+    const video = h("video", {muted: true, preload: "auto", playsInline: true, src: address});
+    video.onloadedmetadata = () => { video.currentTime = Math.min(1, video.duration / 2); };
+    video.onseeked = () => done(video);
+    video.onerror = fail;
+    setTimeout(fail, 20000);
+  });
+}
+
+// at most 400 pixels on the short side, and smaller and coarser until few bytes tell it
+async function shrink(picture) {
+  const width = picture.videoWidth || picture.width, height = picture.videoHeight || picture.height;
+  const canvas = h("canvas");
+  if (!width) throw new Error();                 // a film without a picture
+  let blob, kind = "image/webp";
+  for (let side = 400; !blob || blob.size > THUMBNAIL; side *= 0.85) {
+    const scale = Math.min(1, side / Math.min(width, height));
+    Object.assign(canvas, {width: Math.max(1, width * scale), height: Math.max(1, height * scale)});
+    canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
+    const draw = () => new Promise((done, fail) => canvas.toBlob(made => made ? done(made) : fail(), kind, side < 300 ? 0.6 : 0.8));
+    blob = await draw();
+    if (blob.type !== kind) {                    // Safari writes no WebP
+      kind = "image/jpeg";
+      blob = await draw();
+    }
+  }
+  if (picture.close) picture.close();
+  else picture.removeAttribute("src");
+  return blob;
 }
 
 const cellOf = (entry, column) => column === "size" ? formatSize(entry.size) : timeElement(entry[column]);
@@ -10468,7 +10507,7 @@ async function showInFolder(entry) {
 // ---- upload queue: small files by one PUT each, larger ones by tus, which goes on where it stopped
 
 const SMALL = 4 << 20, PART = 16 << 20, AT_ONCE = 4;
-const queue = {items: [], next: 0, running: 0, paused: false, all: "", asking: Promise.resolve(), box: null, failed: 0,
+const queue = {items: [], next: 0, running: 0, paused: false, all: "", asking: Promise.resolve(), pictures: Promise.resolve(), box: null, failed: 0,
                delayed: new Set(), places: new Map(), base: "", pace: null, percent: null, phase: ""};
 const PARTS = "uploads";               // what localStorage remembers of unfinished uploads: {fingerprint: id}
 
@@ -10713,10 +10752,14 @@ async function sendItem(item) {
     if (error.code !== "exists") throw error;
   });
   const send = item.size > SMALL ? sendParts : sendWhole;
-  if (item.how !== "keep") return send(item, item.path);
-  const {children} = await load(parentOf(item.path)), taken = new Set(children.map(entry => entry.name));
-  const name = freeName(nameOf(item.path), taken);
-  return send(item, join(parentOf(item.path), name));
+  let path = item.path;
+  if (item.how === "keep") {
+    const {children} = await load(parentOf(path)), taken = new Set(children.map(entry => entry.name));
+    path = join(parentOf(path), freeName(nameOf(path), taken));
+  }
+  await send(item, path);
+  queue.pictures = queue.pictures.then(() => depict(item.file, path)).catch(() => {});
+  return undefined;
 }
 
 async function sendWhole(item, path) {
@@ -10755,7 +10798,7 @@ const readParts = () => JSON.parse(localStorage.getItem(PARTS) || "{}");
 const saveParts = parts => localStorage.setItem(PARTS, JSON.stringify(parts));
 function forgetMe() {
   localStorage.removeItem(PARTS);
-  indexedDB.deleteDatabase("thumbnails");
+  indexedDB.deleteDatabase("thumbnails");        // where an older page kept them
 }
 
 async function offsetOf(id) {

@@ -6434,14 +6434,59 @@ def test_browser_makes_thumbnails_once(page):
     page.open("/")
     page.click("View")
     page.click("Tiles")
-    seen = "const image = document.querySelector('#row1 img'); return image && image.src.startsWith('blob:') && image.naturalWidth === 533 || 0"
+    seen = "const image = document.querySelector('#row1 img'); return image && image.src.startsWith('blob:') && image.naturalWidth"
     page.wait("return document.querySelector('#row1 img, #row1 svg')")
-    page.wait(seen)
+    assert 100 < page.wait(seen) <= 534
     page.wait("return document.querySelector('#row0 svg') && document.querySelector('#row2 img').naturalWidth === 1")
     page.shot("thumbnails")
+    kept = eventually(lambda: page.cloud.thumbnail(page.who, ("large.png",)))
+    assert kept[8:12] == b"WEBP" and len(kept) <= 64 * 1024
+    page.cloud.move(page.who, (("large.png",), ("lark.png",)))
     page.open("/files")
     page.wait(seen)
-    assert page.run("return performance.getEntriesByType('resource').filter(one => one.name.endsWith('large.png')).length") == 0
+    assert page.run("return performance.getEntriesByType('resource').filter(one => one.name.endsWith('lark.png')).length") == 0
+
+
+def eventually(look, seconds=10):
+    """What it returns as soon as that is something."""
+    until = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < until, "in vain"
+        time.sleep(0.02)
+    return found
+
+
+def test_browser_makes_thumbnails_of_what_it_uploads(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.run("addUploads([{path: 'a.png', file: new File([Uint8Array.from(atob(arguments[0]), one => one.charCodeAt(0))], 'a.png', {type: 'image/png'})},"
+             "{path: 'b.png', file: new File([new Uint8Array(200000)], 'b.png', {type: 'image/png'})}])", base64.b64encode(noise(500, 400)).decode())
+    page.sees("2 files uploaded")                # what cannot be read as a picture is uploaded like any file
+    eventually(lambda: page.cloud.thumbnail(page.who, ("a.png",)))
+    assert page.cloud.thumbnail(page.who, ("b.png",)) is None
+
+
+def test_browser_makes_thumbnails_of_films(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    film = page.run_async("""
+        const done = arguments[0], canvas = document.createElement('canvas'), paint = canvas.getContext('2d');
+        Object.assign(canvas, {width: 640, height: 480});
+        const recorder = new MediaRecorder(canvas.captureStream(20), {mimeType: 'video/webm', videoBitsPerSecond: 4000000});
+        const draw = () => { for (let n = 0; n < 400; n++) { paint.fillStyle = '#' + Math.random().toString(16).slice(2, 8); paint.fillRect(Math.random() * 640, Math.random() * 480, 40, 40); } };
+        const timer = setInterval(draw, 40);
+        recorder.ondataavailable = event => { clearInterval(timer); const reader = new FileReader(); reader.onload = () => done(reader.result.split(',')[1]); reader.readAsDataURL(event.data); };
+        recorder.start();
+        setTimeout(() => recorder.stop(), 900);""")
+    page.put("film.webm", base64.b64decode(film))
+    page.click("View")
+    page.click("Tiles")
+    page.wait("const image = document.querySelector('#row0 img'); return image && image.naturalWidth > 100")
+    page.shot("film")
+    eventually(lambda: page.cloud.thumbnail(page.who, ("film.webm",)))
+    page.run("const film = Uint8Array.from(atob(arguments[0]), one => one.charCodeAt(0));"
+             "addUploads([{path: 'other.webm', file: new File([film, 'x'], 'other.webm', {type: 'video/webm'})}])", film)
+    eventually(lambda: "other.webm" in page.tree() and page.cloud.thumbnail(page.who, ("other.webm",)))
 
 
 def test_browser_edits_text_and_notices_others(page):
@@ -6748,23 +6793,30 @@ def test_browser_does_not_begin_what_does_not_fit(page, monkeypatch):
     assert page.tree() == {"there.bin", "a.bin", "d.bin"}
 
 
-def test_browser_sends_nothing_that_is_there_already(page, tmp_path, monkeypatch):
+def test_browser_sends_nothing_that_is_there_already(page, tmp_path, monkeypatch, rng):
     home = tmp_path / "up"
     for name in ("same.txt", "other.txt", "deep/er/same.bin", "deep/new.txt"):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(name.encode() * 9000)
     (home / "empty").mkdir()
+    for n in (0, 1):                             # large ones, of several pieces: one as it is there, one that differs at its end
+        (home / ("large%d" % n)).write_bytes(rng.randbytes(18 * MiB) + b"%d" % n)
+        page.put("up/large%d" % n, (home / ("large%d" % n)).read_bytes()[:-1] + b"0")
     for name in ("same.txt", "deep/er/same.bin"):
         page.put("up/" + name, (home / name).read_bytes())
     page.put("up/other.txt", (home / "other.txt").read_bytes()[::-1])
     written, write = [], page.cloud.write
     monkeypatch.setattr(page.cloud, "write", lambda who, path, *args, **how: (written.append("/".join(path)), write(who, path, *args, **how))[1])
+    monkeypatch.setattr(page.cloud, "create_upload", None)
     page.open("/")
     page.shows("up")
     drop(page, home)
-    page.sees("“other.txt” exists already")
-    page.click("Keep both")
-    page.sees("2 files uploaded, 2 already there")
+    for _ in range(2):
+        name = page.wait("const title = document.querySelector('dialog h2'); return title && title.innerText")
+        assert name in ("“other.txt” exists already", "“large1” exists already")
+        page.click("Skip" if "large1" in name else "Keep both")
+        page.misses(name)
+    page.sees("2 files uploaded, 3 already there")
     page.shot("already-there")
     assert sorted(written) == ["up/deep/new.txt", "up/other (2).txt"] and "up/empty" in page.tree()
     page.run("addUploads([{path: 'up/deep/er/same.bin', file: new File(['x'.repeat(9000 * 16)], 'same.bin')}])")
