@@ -1669,6 +1669,9 @@ CREATE TABLE text_row (                 -- rows of text_index: contents of text 
     id INTEGER PRIMARY KEY, home INTEGER NOT NULL, manifest TEXT NOT NULL, UNIQUE (home, manifest));
 CREATE TABLE thumbnail (                -- small pictures of images and videos, made by browsers
     id INTEGER PRIMARY KEY, home INTEGER NOT NULL, manifest TEXT NOT NULL, data BLOB NOT NULL, UNIQUE (home, manifest));
+CREATE TABLE kept (                     -- what a later request of the same account will refer to
+    id TEXT PRIMARY KEY, account INTEGER NOT NULL, value TEXT NOT NULL, due INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX kept_account ON kept (account);
 CREATE INDEX journal_server ON journal (seq) WHERE action IN
     ('account-add', 'account-password', 'account-admin', 'account-quota', 'account-remove', 'settings', 'hold');
 """
@@ -5050,6 +5053,7 @@ class Writing(NamedTuple):
     sums: dict[str, str]
 
 
+KEPT_MOST = 100                 # values that Cloud.keep holds at a time, per account
 UPLOAD_LIFE = DAY
 PARTS_OPEN = "SELECT 'upload' FROM upload WHERE id = ? AND done IS NULL AND due > ?"
 UPLOAD_LIMIT = 1000             # at a time, per account
@@ -5066,6 +5070,21 @@ class Cloud(Sync):
                               "(SELECT count(*) FROM chunk), (SELECT count(*) FROM chunk WHERE bad IS NOT NULL)")[0]
         usage = shutil.disk_usage(self.config.data)
         return {**dict(zip(names, counts)), "disk_free": usage.free, "disk_total": usage.total}
+
+    def keep(self, who: Principal, value: Any) -> str:
+        """Keep, for an hour, what a later request needs and cannot hold in its address; returns what to call it by."""
+        id, now = secrets.token_urlsafe(16), self.clock.due()
+        if self.db.read("SELECT count(*) FROM kept WHERE account = ? AND due > ?", (who.account, now))[0][0] >= KEPT_MOST:
+            raise CloudError("busy", "too much is kept for this account already", retry_after=60)
+        self.db.run(Statement("INSERT INTO kept VALUES (?, ?, ?, ?)", (id, who.account, json.dumps(value), now + HOUR)))
+        return id
+
+    def kept(self, who: Principal, id: str) -> Any:
+        """What was kept under a name.  raises CloudError not-found"""
+        rows = self.db.read("SELECT value FROM kept WHERE id = ? AND account = ? AND due > ?", (id, who.account, self.clock.due()))
+        if not rows:
+            raise CloudError("not-found", "this is not kept any more")
+        return json.loads(rows[0][0])
 
     # ---- resumable uploads: parts go straight into chunks, finishing moves a pointer
 
@@ -6455,11 +6474,20 @@ def api_delete(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": cloud.delete(who, *map(split_path, request.values["paths"]))})
 
 
-@route("GET", API + "zip/<path>", needs="read", name_="array", at_=TEXT)
+@route("POST", API + "zip-names", needs="read", names="array")
+def api_name_members(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Name the members of an archive that are too many for an address; the id that is returned is its `names`, for an hour."""
+    names = ["/".join(split_path(name)) for name in request.values["names"]]
+    return json_response({"id": cloud.keep(who, names)}, 201)
+
+
+@route("GET", API + "zip/<path>", needs="read", name_="array", names_=TEXT, at_=TEXT)
 def api_zip(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    """A collection, or those of its members that are named, as a zip archive."""
-    moment = None if request.values["at"] is None else read_moment(cloud, request.values["at"])
-    names = [split_path(name) for name in request.values["name"] or ()]
+    """A collection, or those of its members that are named, one by one or by the id of a list, as a zip archive."""
+    values = request.values
+    moment = None if values["at"] is None else read_moment(cloud, values["at"])
+    named = values["name"] or () if values["names"] is None else cloud.kept(who, values["names"])
+    names = [split_path(name) for name in named]
     stem = names[0][-1] if len(names) == 1 else path[-1] if path else "files"
     archive = zip_archive(cloud.archive(who, path, names, moment), stem)
     return Response(200, archive, {"Content-Type": "application/zip", "Cache-Control": PRIVATE,
@@ -10233,11 +10261,11 @@ function download(items) {
   return downloadZip(items.length === list.entries.length ? [] : items.map(entry => entry.name));
 }
 
-function downloadZip(names) {
+async function downloadZip(names) {
   const address = apiAddress("zip", view.path, {name: names, at: view.at});
-  if (address.length > 15000)
-    throw new Problem(0, {code: "", detail: t("Too many at once: choose fewer, or download the whole folder.")});
-  saveFrom(address);
+  if (address.length < 8000) return saveFrom(address);
+  const {id} = await api("POST", "zip-names", {names});         // too many for an address
+  return saveFrom(apiAddress("zip", view.path, {names: id, at: view.at}));
 }
 
 function saveFrom(address) {
@@ -12637,7 +12665,6 @@ PAGE_GERMAN = r"""{
   "This version is the present one now; the others stay.": "Diese Version gilt jetzt; die anderen bleiben erhalten.",
   "Tiles": "Kacheln",
   "Time": "Zeit",
-  "Too many at once: choose fewer, or download the whole folder.": "Zu viele auf einmal: Wähle weniger, oder lade den ganzen Ordner herunter.",
   "Too many wrong passwords. Wait a moment, then try again.": "Zu viele falsche Passwörter. Warte etwas und versuche es dann noch einmal.",
   "Trash": "Papierkorb",
   "Under the name": "Unter dem Namen",
@@ -13169,6 +13196,7 @@ class Upkeep:
                     Statement("DELETE FROM brake WHERE held IS NULL AND due < ? AND free < ? OR device NOT IN "
                               "(SELECT id FROM device)", (now, now)),
                     Statement("DELETE FROM pairing WHERE due < ?", (now,)),
+                    Statement("DELETE FROM kept WHERE due < ?", (now,)),
                     Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
                     Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
                     Statement("DELETE FROM upload WHERE due < ?", (now,)),
@@ -13378,8 +13406,7 @@ class Upkeep:
         reached = self._stretch(done, 2_000)
         rows, size = [], 0
         for home, manifest, length in self._unread(done, reached):
-            text = decode_text(self.cloud.content_of(manifest, length).read(TEXT_LIMIT))
-            rows.append((home, manifest, spread(text or "")))
+            rows.append((home, manifest, self._text_of(manifest, length)))
             size += length
             if size > MiB:
                 self._add_contents(rows)
@@ -13387,6 +13414,14 @@ class Upkeep:
         self._add_contents(rows)
         if reached != done:
             self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('read', ?)", (str(reached),)))
+
+    def _text_of(self, manifest: str, size: int) -> str:
+        """What of a file goes into the index; nothing if it is no text, or cannot be read: the scrub tells of that."""
+        try:
+            return spread(decode_text(self.cloud.content_of(manifest, size).read(TEXT_LIMIT)) or "")
+        except CloudError as error:
+            log.warning("not indexed: %s", error)
+            return ""
 
     def _unread(self, done: int, reached: int) -> Iterator[tuple[int, str, int]]:
         """(home, manifest, bytes) of live text files that are not indexed yet."""
@@ -13626,20 +13661,24 @@ OBJECTS = "SELECT hash, size, object FROM chunk WHERE object IS NOT NULL"
 
 
 def copy_tables(db: sqlite3.Connection) -> None:
-    """Bring the tables of `main` to those of `live`; inline chunks that are there are not copied again."""
+    """Bring the tables of `main` to those of `live`; chunks and thumbnails that are there are not copied again."""
     db.execute("PRAGMA user_version = %d" % db.execute("PRAGMA live.user_version").fetchone())
     there = {name for (name,) in db.execute("SELECT name FROM main.sqlite_master")}
     for kind, name, sql in db.execute("SELECT type, name, sql FROM live.sqlite_master WHERE sql IS NOT NULL "
                                       "AND name NOT LIKE '%_index%' ORDER BY type DESC").fetchall():
         if name not in there:
             db.execute(sql)
-        if kind == "table" and name != "chunk":
+        if kind == "table" and name not in ("chunk", "thumbnail"):
             db.execute('DELETE FROM main."%s"' % name)
             db.execute('INSERT INTO main."%s" SELECT * FROM live."%s"' % (name, name))
     db.execute("DELETE FROM main.chunk WHERE NOT EXISTS (SELECT 1 FROM live.chunk l WHERE l.hash = chunk.hash)")
     db.execute("INSERT INTO main.chunk SELECT * FROM live.chunk l WHERE NOT EXISTS (SELECT 1 FROM main.chunk c WHERE c.hash = l.hash)")
     db.execute("UPDATE main.chunk SET (object, at, condemned, bad) = (SELECT object, at, condemned, bad FROM live.chunk l "
                "WHERE l.hash = chunk.hash)")
+    db.execute("DELETE FROM main.thumbnail WHERE NOT EXISTS (SELECT 1 FROM live.thumbnail l WHERE l.id = thumbnail.id "
+               "AND l.home = thumbnail.home AND l.manifest = thumbnail.manifest)")
+    db.execute("INSERT INTO main.thumbnail SELECT * FROM live.thumbnail l WHERE NOT EXISTS (SELECT 1 FROM main.thumbnail t "
+               "WHERE t.id = l.id)")
     db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed', 'read')")
     db.execute("DELETE FROM main.name_row")
     db.execute("DELETE FROM main.text_row")

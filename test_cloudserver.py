@@ -1911,6 +1911,16 @@ def test_search_in_the_contents_of_text_files(cloud, ann):
     assert paths("something") == {"d/data.csv"} and cloud.db.read("SELECT count(*) FROM text_row WHERE home = 1") == [(7,)]
 
 
+def test_a_damaged_file_does_not_hold_up_the_index(cloud, ann):
+    upkeep = cs.Upkeep(cloud)
+    upkeep.hold()
+    put(cloud, ann, "bad.txt", b"word one")
+    put(cloud, ann, "good.txt", b"word two")
+    cloud.db.run(Statement("UPDATE chunk SET data = x'78' WHERE hash = ?", (hashlib.sha256(b"word one").hexdigest(),)))
+    upkeep.index_contents()
+    assert [found.path for found in look_for(cloud, ann, "word")] == [("good.txt",)]
+
+
 def test_the_index_of_contents_begins_anew_when_it_is_mostly_stale(cloud, ann, monkeypatch):
     upkeep = cs.Upkeep(cloud)
     upkeep.hold()
@@ -1959,7 +1969,7 @@ def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann, monkeypatch):
         list(listing.children()), listing.properties(), listing.digests(), listing.locks(listing.node)
     cloud.star(ann, ("e",), on=True), cloud.starred(ann), cloud.stars_among([cloud.stat(ann, ("e",))])
     look_for(cloud, ann, "word other"), look_for(cloud, ann, "", kind="text"), cloud.policy()
-    cloud.thumbnail(ann, ("e", "c")), cloud.differences(ann, (), 3), cloud.usage(ann), cloud.server_activity(), cloud.activity(ann, device="x")
+    cloud.kept(ann, cloud.keep(ann, 1)), cloud.thumbnail(ann, ("e", "c")), cloud.differences(ann, (), 3), cloud.usage(ann), cloud.server_activity(), cloud.activity(ann, device="x")
     local.off, scans = True, {}
     for sql, db in list(seen.items()):
         if sql.split(None, 1)[0] in ("SELECT", "WITH", "INSERT", "UPDATE", "DELETE"):
@@ -2665,6 +2675,21 @@ def test_differences_tell_what_became_of_everything_since(api, cloud, ann):
     assert found["count"] == 7 == api("POST", "rewind", path="box", at="seq:%d" % seq, dry=True)["changed"]
     assert api("GET", "differences/box", at="seq:%d" % seq, limit=2)["count"] == 7 and api("GET", "differences", at="seq:%d" % cloud.head())["count"] == 0
     assert [one["size"] for one in found["changes"] if one["path"] == "box/new"] == [3] and api("GET", "differences/in", at="seq:3") == "not-found"
+
+
+def test_an_archive_of_more_than_an_address_holds(api, call, cloud, ann):
+    cloud.make_collection(ann, ("box",))
+    for n in range(30):
+        put(cloud, ann, "box/%03d.txt" % n, b"%d" % n)
+    id = api("POST", "zip-names", names=["%03d.txt" % n for n in range(0, 30, 3)])["id"]
+    archive = cs.zipfile.ZipFile(io.BytesIO(call("GET", "/api/v1/zip/box?names=" + id).body))
+    assert archive.namelist() == ["%03d.txt" % n for n in range(0, 30, 3)]
+    account(cloud, "bob")
+    assert call("GET", "/api/v1/zip?names=" + id, user="bob").status == 404 and api("POST", "zip-names", names=["a/../b"]) == "bad-request"
+    assert api("POST", "zip-names", names=[7]) == "bad-request"
+    for _ in range(cs.KEPT_MOST - 1):
+        cloud.keep(ann, [])
+    assert api("POST", "zip-names", names=["x"]) == "busy"
 
 
 def test_usage_by_kind_versions_and_trash(api, cloud, ann):
@@ -4304,10 +4329,14 @@ def test_backup_is_incremental_and_restores(make_cloud, tmp_path, rng):
     for _ in range(40):
         game.step()
     put(cloud, ann, "big", os.urandom(9 * MiB))
+    cloud.put_thumbnail(ann, ("big",), b"\xff\xd8\xff old")
     first = cs.back_up(cloud, tmp_path / "backup")
     assert first[0] == 3
+    cloud.put_thumbnail(ann, ("big",), b"\xff\xd8\xff")
     inside = tree(cloud, ann)
     put(cloud, ann, "more", os.urandom(5 * MiB))
+    cloud.put_thumbnail(ann, ("more",), b"\xff\xd8\xff more")
+    move(cloud, ann, "more", "many words.txt")
     cloud.delete(ann, ("big",))
     assert cs.back_up(cloud, tmp_path / "backup")[0] == 2 and cs.back_up(cloud, tmp_path / "backup") == (0, 0)
     config = Config(data=tmp_path / "restored")
@@ -4318,6 +4347,11 @@ def test_backup_is_incremental_and_restores(make_cloud, tmp_path, rng):
     assert [item.path for item in restored.trash(back)] == [item.path for item in cloud.trash(ann)]
     assert identify(restored, basic()).account
     audit(restored)
+    assert restored.thumbnail(back, ("many words.txt",)) == b"\xff\xd8\xff more" and restored.db.read("SELECT count(*) FROM thumbnail") == [(2,)]
+    upkeep = cs.Upkeep(restored)
+    upkeep.hold()
+    upkeep.index_names()
+    assert [found.path for found in look_for(restored, back, "many words")] == [("many words.txt",)]
     put(restored, back, "goes on", b"1")
     assert outcome(cs.restore_backup, tmp_path / "backup", config) == "conflict"
     assert outcome(cs.restore_backup, tmp_path / "nothing", Config(data=tmp_path / "x")) == "not-found"
