@@ -9302,8 +9302,27 @@ async function start() {
     buildFrame();
     return show();
   } catch (error) {
+    if (["network", "busy"].includes(error.code)) return showOffline();
     return showGate(t("Cannot reach the server"), explain(error), [], "", null);
   }
+}
+
+// nobody has to reload: the page starts as soon as the server answers
+function showOffline() {
+  showGate(t(navigator.onLine ? "Cannot reach the server" : "You are offline"),
+    t("This page goes on by itself as soon as the connection is back."), [], "", null);
+  startLater(5000);
+}
+
+let patience = 0;
+function startLater(wait) {
+  clearTimeout(patience);
+  patience = setTimeout(async () => {
+    const answer = await fetch(apiAddress("")).catch(() => ({ok: false}));
+    if (!answer.ok) return startLater(5000);
+    patience = 0;
+    return start();
+  }, wait);
 }
 
 // ---- the frame around every view
@@ -12413,7 +12432,10 @@ function listen() {
   });
   addEventListener("drop", onDrop);
   addEventListener("paste", onPaste);
-  addEventListener("online", () => queue.delayed.forEach(wake));
+  addEventListener("online", () => {
+    queue.delayed.forEach(wake);
+    if (patience) startLater(0);
+  });
   addEventListener("pagehide", () => source && source.close()); // a page kept to come back to must not keep its connection
   addEventListener("pageshow", event => event.persisted && watchServer());
   document.addEventListener("visibilitychange", watchServer);
@@ -12437,13 +12459,14 @@ function listen() {
 // the script stands in the head, so that the colours are chosen before anything is drawn
 applyTheme();
 addEventListener("DOMContentLoaded", async () => {
-  for (const [rel, name] of Object.entries({manifest: "manifest.json", icon: "icon.svg", "apple-touch-icon": "icon.svg"})) {
+  for (const [rel, name] of Object.entries({manifest: "manifest.json", icon: "icon.svg", "apple-touch-icon": "icon-180.png"})) {
     document.head.append(h("link", {rel, href: PREFIX + "/" + name}));
   }
   history.scrollRestoration = "manual";
   await setLanguage(language);
   listen();
   start();
+  if (navigator.serviceWorker) navigator.serviceWorker.register(PREFIX + "/service-worker.js").catch(() => {});
 });
 """
 
@@ -12659,6 +12682,7 @@ PAGE_GERMAN = r"""{
   "This needs your password once more.": "Dafür ist noch einmal dein Passwort nötig.",
   "This needs {need}, but {left} is all that is left: {lack} is missing.": "Gebraucht werden {need}, frei sind nur noch {left}: Es fehlen {lack}.",
   "This one": "Dieses hier",
+  "This page goes on by itself as soon as the connection is back.": "Diese Seite macht von selbst weiter, sobald die Verbindung wieder da ist.",
   "This password is shown only now; it stands in the commands below.": "Dieses Passwort wird nur jetzt gezeigt; es steht in den Befehlen unten.",
   "This server is not set up yet. Open the link that it printed when it started.": "Dieser Server ist noch nicht eingerichtet. Öffne den Link, den er beim Start ausgegeben hat.",
   "This server takes files of up to {size}.": "Dieser Server nimmt Dateien bis {size} an.",
@@ -12690,6 +12714,7 @@ PAGE_GERMAN = r"""{
   "Where you are": "Wo du bist",
   "Where you are logged in": "Wo du angemeldet bist",
   "Wrong name or password.": "Name oder Passwort ist falsch.",
+  "You are offline": "Du bist offline",
   "You can close this window now.": "Du kannst dieses Fenster jetzt schließen.",
   "Your password, please": "Dein Passwort, bitte",
   "Your session has ended.": "Deine Sitzung ist zu Ende.",
@@ -12781,6 +12806,46 @@ PAGE_HTML = r"""<!doctype html>
 """
 
 
+# What keeps the page at hand when there is no network.  It knows the shell by name, and nothing of what anybody stored.
+PAGE_WORKER = r"""
+"use strict";
+
+const HOME = new URL("./", location).pathname, KEPT = {kept}, VIEWS = {views}, SHELL = "shell " + HOME + " {version}";
+
+addEventListener("install", event => event.waitUntil(fill().then(() => skipWaiting())));
+addEventListener("activate", event => event.waitUntil(tidy().then(() => clients.claim())));
+addEventListener("fetch", event => {
+  const {method, mode, url} = event.request, {origin, pathname} = new URL(url), name = pathname.slice(HOME.length);
+  if (method !== "GET" || origin !== location.origin || !pathname.startsWith(HOME)) return;
+  if (mode === "navigate" && VIEWS.includes(name.split("/")[0])) event.respondWith(answer(event.request, ""));
+  else if (mode !== "navigate" && KEPT.includes(name)) event.respondWith(answer(event.request, name));
+});
+
+// all or nothing, and never what a proxy leads to instead
+async function fill() {
+  const shell = await caches.open(SHELL);
+  for (const name of KEPT) {
+    const found = await fetch(HOME + name, {cache: "no-cache", redirect: "error"});
+    if (!found.ok) throw new Error(name);
+    await shell.put(HOME + name, found);
+  }
+}
+
+async function tidy() {
+  for (const name of await caches.keys())
+    if (name.startsWith("shell " + HOME + " ") && name !== SHELL) await caches.delete(name);
+}
+
+// the network first; a proxy whose server is away counts as none
+async function answer(request, name) {
+  const found = await fetch(request).catch(() => null);
+  if (found && (found.status < 502 || found.status > 504)) return found;
+  const shell = await caches.open(SHELL);
+  return await shell.match(HOME + name, {ignoreVary: true}) || found || Response.error();
+}
+"""
+
+
 LEAN = re.compile(r"""
     (?P<kept> "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `(?:[^`\\]|\\.)*`                     # strings; templates are not nested
     | (?<=[(,=:\[!&|?{};>\s]) / (?![*/ ]) (?:[^/\\\[\n]|\\.|\[(?:[^\]\\\n]|\\.)*\])+ /[a-z]* )         # regular expressions
@@ -12814,7 +12879,7 @@ def page_as_sent(packed: bool) -> tuple[bytes, dict[str, str]]:
         "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "Vary": "Accept-Encoding",
         "ETag": '"%s%s"' % (hashlib.sha256(page).hexdigest()[:16], "-gz" * packed),
         "Content-Security-Policy": "default-src 'none'; script-src %s; style-src %s; img-src 'self' blob: data:; "
-                                   "media-src 'self' blob:; frame-src blob:; connect-src 'self'; manifest-src 'self'; "
+                                   "media-src 'self' blob:; frame-src blob:; connect-src 'self'; manifest-src 'self'; worker-src 'self'; "
                                    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; object-src 'none'" % (
                                        source_hash(script), source_hash(style)),
         "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
@@ -12856,15 +12921,76 @@ def page_part(request: Request, body: bytes, media: str, **fields: str) -> Respo
 
 ICON = (b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24"><rect width="24" height="24" fill="#1857c4"/><path fill="#fff" '
         b'd="M5 8a1.5 1.5 0 0 1 1.5-1.5h3.600l1.5 2H17.500A1.5 1.5 0 0 1 19 10v6a1.5 1.5 0 0 1-1.5 1.5h-11A1.5 1.5 0 0 1 5 16z"/></svg>')
-MANIFEST = {"name": "cloudserver", "short_name": "cloudserver", "start_url": "./", "scope": "./", "display": "standalone",
-            "background_color": "#ffffff", "theme_color": "#1857c4",
-            "icons": [{"src": "icon.svg", "sizes": "any", "type": "image/svg+xml", "purpose": "any maskable"}]}
+ICON_SIZES = (180, 192, 512)      # in pixels: what iOS and Android ask for
+MANIFEST = {"name": "cloudserver", "short_name": "cloudserver", "lang": "en", "start_url": "./", "scope": "./", "display": "standalone",
+            "background_color": "#ffffff", "theme_color": "#1857c4",         # no id: it would not know below which path it is
+            "icons": [{"src": "icon.svg", "sizes": "any", "type": "image/svg+xml", "purpose": purpose} for purpose in ("any", "maskable")]
+            + [{"src": "icon-%d.png" % size, "sizes": "%dx%d" % (size, size), "type": "image/png", "purpose": purpose}
+               for size in ICON_SIZES[1:] for purpose in ("any", "maskable")]}
 
 
 @route("GET", "/manifest.json", needs="nothing")
 def web_manifest(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What a phone wants to know to put the page on its home screen (W3C Web Application Manifest)."""
     return Response(200, format_json(MANIFEST), {"Content-Type": "application/manifest+json", "Cache-Control": "max-age=86400"})
+
+
+@route("GET", "/service-worker.js", needs="nothing")
+def web_worker(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The page's service worker (W3C Service Workers)."""
+    return page_part(request, worker_as_sent(), "text/javascript; charset=utf-8",
+                     **{"Content-Security-Policy": "default-src 'none'; connect-src 'self'"})
+
+
+@lru_cache(maxsize=None)
+def worker_as_sent() -> bytes:
+    """PAGE_WORKER; another page makes another text of it, by which a browser notices."""
+    kept = {"": page_as_sent(False)[0], "icon.svg": ICON, "manifest.json": format_json(MANIFEST),
+            **{"words/" + language: words.encode() for language, words in WORDS.items()}}
+    values = {"kept": json.dumps(list(kept)), "views": json.dumps(page_views()),
+              "version": hashlib.sha256(b"".join(kept.values())).hexdigest()[:16]}
+    return re.sub(r"\{(kept|views|version)\}", lambda found: values[found[1]], lean(PAGE_WORKER)).encode()
+
+
+def page_views() -> list[str]:
+    """The first names of all addresses that answer with the page."""
+    def shows(place: Any) -> bool:
+        return place.handler is web_page if isinstance(place, Route) else any(map(shows, place.values()))
+    return sorted(name for name, place in ROUTES.items() if shows(place))
+
+
+@lru_cache(maxsize=None)
+def draw_icon(size: int) -> bytes:
+    """ICON as a PNG: for each row of pixels where the folder begins and ends, four times, so that its edges are soft."""
+    palette = bytes(round(blue + (255 - blue) * share / 255) for share in range(256) for blue in (0x18, 0x57, 0xc4))
+    rows = []
+    for y in range(size):
+        spans = [folder_at((y + (part + 0.5) / 4) * 24 / size) for part in range(4)]
+        spans = [(left * size / 24, right * size / 24) for left, right in spans]
+        outer, inner = (int(min(spans)[0]), max(right for _, right in spans)), (max(spans)[0], min(right for _, right in spans) - 1)
+        rows.append(b"\0" + bytes(0 if not outer[0] <= x <= outer[1] else 255 if inner[0] <= x <= inner[1] else round(255 / 4 * sum(
+            min(1, max(0, right - x)) - min(1, max(0, left - x)) for left, right in spans)) for x in range(size)))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 3, 0, 0, 0)), (b"PLTE", palette), (b"IDAT", zlib.compress(b"".join(rows), 9)),
+              (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+                                            for kind, data in chunks)
+
+
+def folder_at(y: float) -> tuple[float, float]:
+    """From where to where the folder of ICON reaches at a height; all of 24."""
+    if not 6.5 < y < 17.5:
+        return 0, 0
+    round_off = lambda beyond: math.sqrt(1.5 ** 2 - max(0, beyond) ** 2)
+    return 6.5 - round_off(max(8 - y, y - 16)), 10.1 + 0.75 * (y - 6.5) if y < 8.5 else 17.5 + round_off(max(10 - y, y - 16))
+
+
+def web_picture(size: int) -> Callable[[Cloud, Principal, Request], Response]:
+    """The handler of the icon in a size."""
+    return lambda cloud, who, request: Response(200, draw_icon(size), {"Content-Type": "image/png", "Cache-Control": "max-age=86400"})
+
+
+for _size in ICON_SIZES:
+    route("GET", "/icon-%d.png" % _size, needs="nothing")(web_picture(_size))
 
 
 @route("GET", "/icon.svg", needs="nothing")

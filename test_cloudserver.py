@@ -4005,6 +4005,35 @@ def test_a_phone_can_put_the_page_on_its_home_screen(call):
     icon = call("GET", "/" + manifest.json()["icons"][0]["src"], user=None)
     assert manifest.headers["content-type"] == "application/manifest+json" and icon.headers["content-type"] == "image/svg+xml"
     assert "sandbox" in icon.headers["content-security-policy"]
+    assert {(one["sizes"], one["purpose"]) for one in manifest.json()["icons"]} == {
+        (size, purpose) for size in ("any", "192x192", "512x512") for purpose in ("any", "maskable")}
+
+
+@pytest.mark.parametrize("size", [180, 192, 512])
+def test_the_icon_is_drawn_in_the_sizes_that_phones_want(call, size):
+    answer = call("GET", "/icon-%d.png" % size, user=None)
+    assert answer.headers["content-type"] == "image/png" and len(answer.body) < 5000
+    assert answer.body[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", answer.body[16:24]) == (size, size)
+    rows = zlib.decompress(answer.body[answer.body.index(b"IDAT") + 4:-16])
+    pixel = lambda x, y: rows[round(y * size / 24) * (size + 1) + 1 + round(x * size / 24)]
+    assert len(rows) == size * (size + 1)
+    assert [pixel(x, y) for x, y in ((1, 1), (4, 12), (20, 12), (12, 19), (17, 7))] == [0] * 5, "blue around the folder"
+    assert [pixel(x, y) for x, y in ((12, 12), (6, 14), (18, 10), (8, 7.5), (12, 17))] == [255] * 5, "white in it"
+    assert set(rows) - {0, 255}, "soft edges"
+
+
+def test_the_service_worker_knows_the_shell_alone(call):
+    """What anybody stored never passes through it, and it can keep nothing of that."""
+    answer = call("GET", "/service-worker.js", user=None)
+    text = answer.body.decode()
+    assert answer.headers["content-type"].startswith("text/javascript") and answer.headers["cache-control"] == "no-cache"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    kept, views = (set(json.loads(re.search(name + r"=(\[.*?\])", text)[1])) for name in ("KEPT", "VIEWS"))
+    assert kept == {"", "icon.svg", "manifest.json"} | {"words/" + language for language in cs.WORDS}
+    assert views >= {"", "files", "settings", "trash"} and not views & {"api", "tus", "dav", "remote.php", "s", "words", "index.php"}
+    assert not re.search(r"api|tus/|dav|remote|content|token|cookie", text)
+    assert all(call("GET", "/" + name, user=None).status == 200 for name in kept) and "worker-src 'self'" in call("GET", "/", user=None).headers["content-security-policy"]
+    assert call("GET", "/service-worker.js", user=None, If_None_Match=answer.headers["etag"]).status == 304
 
 
 def test_a_move_tells_the_step_that_undoes_it(call, cloud):
@@ -6006,6 +6035,14 @@ class Browser:
         if os.environ.get("SHOTS"):
             Path(os.environ["SHOTS"], name + ".png").write_bytes(base64.b64decode(self.do("GET", "/screenshot")))
 
+    def forget(self, home):
+        """Unregister the service workers of an origin, so that they do not work in other stories."""
+        self.cdp("Storage.clearDataForOrigin", origin="/".join(home.split("/")[:3]), storageTypes="service_workers,cache_storage")
+
+    def offline(self, yes):
+        self.cdp("Network.enable")
+        self.cdp("Network.emulateNetworkConditions", offline=yes, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+
     def log(self):
         """What the console says, without the refusals a story provokes."""
         return [entry["message"] for entry in self.do("POST", "/se/log", {"type": "browser"})
@@ -6083,6 +6120,7 @@ def page(browser, shared, request):
     assert browser.log() == []
     browser.run("localStorage.clear()")
     browser.go("about:blank")
+    browser.forget(page.home)
 
 
 def test_browser_setup_login_and_logout(browser, cloud, serve_cloud):
@@ -6687,8 +6725,7 @@ def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_p
     data = os.urandom(12 * MiB)
     for name in ("one.bin", "two.bin", "three.bin"):
         (tmp_path / name).write_bytes(data)
-    offline = lambda yes: page.cdp("Network.emulateNetworkConditions", offline=yes, latency=0, downloadThroughput=-1, uploadThroughput=-1)
-    page.cdp("Network.enable")
+    offline = page.offline
     gate, put_chunk = threading.Event(), page.cloud.blobs.put          # nothing arrives for good before the gate opens
     monkeypatch.setattr(page.cloud.blobs, "put", lambda *args, **how: gate.wait(20) and put_chunk(*args, **how))
     page.open("/")
@@ -6892,6 +6929,57 @@ def test_browser_takes_photos_and_names_what_has_no_name_of_its_own(page):
              "document.body.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data, bubbles: true, cancelable: true}))")
     page.sees("4 files uploaded")
     assert page.tree() == {"Screenshot 2026-11-25 14.05.33.png", "Screenshot 2026-11-25 14.05.33 (2).png", "Photo 2026-11-25 14.05.33.jpg", "holiday.png"}
+
+
+KEPT = """const done = arguments[0]; caches.keys().then(async names => done([names, (await Promise.all(names.map(async name =>
+    (await (await caches.open(name)).keys()).map(one => one.url)))).flat()]))"""
+
+
+def test_browser_starts_without_a_network_and_goes_on_when_it_is_back(browser, serve):
+    served = serve("--workers", 1)
+    home = "http://127.0.0.1:%d" % served.address[1]
+    browser.cdp("Network.clearBrowserCookies")
+    browser.go(home + "/")
+    browser.fill("input[name=name]", "ann")
+    browser.fill("input[name=password]", PASSWORD)
+    browser.press("Enter")
+    browser.sees("Nothing here yet")
+    browser.run("addUploads([{path: 'secret.txt', file: new File(['hello'], 'secret.txt')}])")
+    browser.sees("1 file uploaded")
+    browser.run_async("navigator.serviceWorker.ready.then(arguments[0])")
+    served.stop(signal.SIGKILL)
+    browser.go(home + "/files/secret.txt")
+    browser.sees("Cannot reach the server", "This page goes on by itself")
+    browser.offline(True)
+    browser.run("localStorage.setItem('language', 'de')")
+    browser.go(home + "/trash")
+    browser.sees("Du bist offline")
+    browser.shot("you-are-offline")
+    names, kept = browser.run_async(KEPT)
+    assert len(names) == 1 and sorted(kept) == [home + "/" + name for name in ("", "icon.svg", "manifest.json", "words/de")]
+    browser.click("English")
+    browser.sees("You are offline")
+    serve("--workers", 1, "--port", served.address[1])
+    browser.offline(False)
+    browser.run("dispatchEvent(new Event('online'))")
+    browser.sees("The trash is empty")
+    browser.go(home + "/files")
+    browser.shows("secret.txt")
+    browser.run("localStorage.clear()")
+    browser.go("about:blank")
+    browser.forget(home)
+    assert browser.log() == []
+
+
+def test_browser_keeps_the_new_page_instead_of_the_old(page, monkeypatch):
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.run_async("navigator.serviceWorker.ready.then(arguments[0])")
+    (old,), kept = page.run_async(KEPT)
+    text = cs.worker_as_sent()
+    monkeypatch.setattr(cs, "worker_as_sent", lambda: text.replace(old.split()[-1].encode(), b"another"))
+    page.open("/")
+    eventually(lambda: page.run_async(KEPT) == [["shell / another"], kept])
 
 
 class PrefixProxy(threading.Thread):
