@@ -8501,7 +8501,7 @@ progress::-moz-progress-bar { background: var(--accent); }
 .icon.table { stroke: #2e8b57; }
 
 /* the entrance */
-.gate { max-width: 24rem; margin: 12vh auto 4rem; padding: 0 1.25rem; display: grid; gap: 1rem; }
+.gate { max-width: 24rem; margin: auto; padding: 12vh 1.25rem 4rem; display: grid; gap: 1rem; }
 .gate form { display: grid; gap: 1rem; }
 .gate .primary { min-height: 44px; }
 .brand { display: flex; align-items: center; gap: .55rem; font-weight: 650; font-size: 1.05rem; color: var(--text); }
