@@ -8468,7 +8468,7 @@ a:hover { text-decoration: underline; }
 :focus:not(:focus-visible) { outline: none; }
 .soft, .hint { color: var(--soft); }
 .problem { color: var(--danger); }
-.problem:empty { display: none; }
+.problem:empty, .queue .soft:empty { display: none; }
 
 button, .button { font: inherit; color: inherit; background: var(--raised); border: 1px solid var(--line);
   border-radius: 8px; padding: .4rem .85rem; min-height: 36px; cursor: pointer; white-space: nowrap; display: inline-flex;
@@ -8600,9 +8600,8 @@ main:focus { outline: none; }
 .picture { flex: 1; min-height: 0; display: grid; place-items: center; background: var(--side); border-radius: 8px;
   overflow: hidden; }
 .picture img { width: 100%; height: 100%; object-fit: cover; }
-.picture.video { position: relative; }
-.picture.video::after { content: "▶"; position: absolute; left: 8px; bottom: 8px; background: rgb(0 0 0 / .6); color: #fff;
-  border-radius: 6px; padding: 0 .5rem; font-size: .8rem; }
+.picture.video::after { content: "▶"; position: absolute; background: rgb(0 0 0 / .6); color: #fff; border-radius: 99px;
+  padding: .3rem .6rem; }
 .picture .icon { width: 52px; height: 52px; stroke-width: 1; }
 
 .slider { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center; padding-bottom: 1rem; }
@@ -8686,7 +8685,6 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .queue li:not(.sending) progress { display: none; }
 .queue .state { color: var(--soft); font-size: .85rem; }
 .queue .title .soft { flex: 1 0 100%; font-size: .85rem; padding-bottom: .2rem; }
-.queue .soft:empty { display: none; }
 .queue .failed { grid-template-columns: minmax(0, 1fr) auto; }
 .queue .failed .state { grid-row: 2; grid-column: 1 / -1; color: var(--danger); }
 
@@ -8958,6 +8956,9 @@ class Problem extends Error {
   }
 }
 
+const unless = code => error => { if (error.code !== code) throw error; };
+const trouble = (code, detail) => new Problem(0, {code, detail});
+
 const PROBLEMS = {
   network: "The server cannot be reached. Check the connection and try again.",
   "unauthenticated": "Wrong name or password.",
@@ -8999,7 +9000,7 @@ async function ask(address, how = {}) {
     answer = await fetch(address, how);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Problem(0, {code: "network"});
+    throw trouble("network");
   }
   if (answer.ok) return answer;
   const problem = await readProblem(answer.status, await answer.text());
@@ -9292,6 +9293,7 @@ async function logOut() {
 }
 
 async function start() {
+  patience = 0;
   try {
     const about = await api("GET", "");
     if (!about.set_up) return location.pathname.endsWith("/setup") && location.hash ? showSetup()
@@ -9316,13 +9318,9 @@ function showOffline() {
 
 let patience = 0;
 function startLater(wait) {
+  const again = () => startLater(5000);
   clearTimeout(patience);
-  patience = setTimeout(async () => {
-    const answer = await fetch(apiAddress("")).catch(() => ({ok: false}));
-    if (!answer.ok) return startLater(5000);
-    patience = 0;
-    return start();
-  }, wait);
+  patience = setTimeout(() => fetch(apiAddress("")).then(answer => answer.ok ? start() : again(), again), wait);
 }
 
 // ---- the frame around every view
@@ -9687,55 +9685,52 @@ function entryName(entry) {
 }
 
 function tilePicture(entry) {
-  const kind = pictureKind(entry.media || "", entry.size);
-  if (!kind || view.at || view.kind === "trash") return h("div.picture", {}, icon(kindOf(entry)));
+  const kind = view.at || view.kind === "trash" ? "" : pictureKind(entry.media || "", entry.size);
+  if (!kind) return h("div.picture", {}, icon(kindOf(entry)));
   const picture = h("img", {alt: "", decoding: "async", draggable: false});
   if (kind === "small") picture.src = contentAddress(entry);
-  else showThumbnail(entry, picture).catch(() => picture.replaceWith(icon(kind)));
+  else showThumbnail(entry, kind, picture).catch(() => picture.replaceWith(icon(kind)));
   return h("div.picture." + kind, {}, picture);
 }
 
 // ---- thumbnails: made by the browser that first sees or uploads a picture, and kept by the server for all
 
-const SMALL_PICTURE = 100 << 10, LARGE_PICTURE = 40 << 20, THUMBNAIL = 64 << 10;           // bytes
-const making = [Promise.resolve(), Promise.resolve()];                                     // two at a time
+const THUMBNAIL = 64 << 10;            // bytes, at most
+const making = [Promise.resolve(), Promise.resolve()];       // two at a time
 
 // "small" ones show themselves
-const pictureKind = (media, size) => /^video\//.test(media) ? "video"
-  : /^image\//.test(media) && size < LARGE_PICTURE ? size < SMALL_PICTURE ? "small" : "image" : "";
+const pictureKind = (media, size) => /^video/.test(media) ? "video"
+  : /^image/.test(media) && size < 40 << 20 ? size < 100 << 10 ? "small" : "image" : "";
+const thumbnailAddress = entry => apiAddress("thumbnails", entry.path, {version: entry.version});
 
-async function showThumbnail(entry, picture) {
-  const answer = await ask(apiAddress("thumbnails", entry.path, {version: entry.version}));
+async function showThumbnail(entry, kind, picture) {
+  const answer = await ask(thumbnailAddress(entry));
   let blob = answer.status === 200 && await answer.blob();
   if (!blob) {
-    const work = making.shift().then(() => picture.isConnected && thumbnailOf(entry));
+    const work = making.shift().then(() => picture.isConnected && thumbnailOf(kind, contentAddress(entry)));
     making.push(work.catch(() => {}));
     blob = await work;
     if (!blob) return;
-    if (!me.readonly) putThumbnail(entry, blob).catch(() => {});
+    if (!me.readonly) keepThumbnail(entry, blob).catch(() => {});
   }
   picture.onload = () => URL.revokeObjectURL(picture.src);
   picture.src = URL.createObjectURL(blob);
 }
 
-const putThumbnail = (entry, body) => body.size < entry.size && ask(apiAddress("thumbnails", entry.path, {version: entry.version}),
-  {method: "PUT", headers: HEADERS, body});
+const keepThumbnail = async (entry, body) => body.size < entry.size
+  && ask(thumbnailAddress(entry), {method: "PUT", headers: HEADERS, body});
 
 // at the side, once a picture was uploaded; what fails here is made up for by whoever sees it first
 async function depict(file, path) {
-  const kind = pictureKind(file.type, file.size);
-  if (!kind || kind === "small") return;
-  const address = URL.createObjectURL(file);
-  const blob = await (kind === "video" ? shrink(await frameOf(address)) : shrink(await createImageBitmap(file)))
-    .finally(() => URL.revokeObjectURL(address));
-  const entry = await load(path);
-  if (entry.size === file.size) await putThumbnail(entry, blob);
+  const kind = pictureKind(file.type, file.size), address = URL.createObjectURL(file);
+  if (!/image|video/.test(kind)) return;
+  const blob = await thumbnailOf(kind, address, file), entry = await load(path);
+  URL.revokeObjectURL(address);
+  if (entry.size === file.size) await keepThumbnail(entry, blob);
 }
 
-async function thumbnailOf(entry) {
-  const address = contentAddress(entry);
-  return shrink(/^video/.test(entry.media) ? await frameOf(address) : await createImageBitmap(await (await ask(address)).blob()));
-}
+const thumbnailOf = async (kind, address, file) =>
+  shrink(kind === "video" ? await frameOf(address) : await createImageBitmap(file || await (await ask(address)).blob()));
 
 // a second from the start, where it is hardly black any more
 function frameOf(address) {
@@ -9748,25 +9743,19 @@ function frameOf(address) {
   });
 }
 
-// at most 400 pixels on the short side, and smaller and coarser until few bytes tell it
+// at most 400 pixels on the short side, and fewer until few bytes tell it; without a picture it throws
 async function shrink(picture) {
-  const width = picture.videoWidth || picture.width, height = picture.videoHeight || picture.height;
-  const canvas = h("canvas");
-  if (!width) throw new Error();                 // a film without a picture
-  let blob, kind = "image/webp";
-  for (let side = 400; !blob || blob.size > THUMBNAIL; side *= 0.85) {
+  const {videoWidth: width = picture.width, videoHeight: height = picture.height} = picture, canvas = h("canvas");
+  const encode = kind => new Promise(done => canvas.toBlob(done, kind, 0.8));
+  let blob;
+  for (let side = 400; !blob || blob.size > THUMBNAIL; side *= 0.8) {
     const scale = Math.min(1, side / Math.min(width, height));
-    Object.assign(canvas, {width: Math.max(1, width * scale), height: Math.max(1, height * scale)});
+    Object.assign(canvas, {width: width * scale, height: height * scale});
     canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
-    const draw = () => new Promise((done, fail) => canvas.toBlob(made => made ? done(made) : fail(), kind, side < 300 ? 0.6 : 0.8));
-    blob = await draw();
-    if (blob.type !== kind) {                    // Safari writes no WebP
-      kind = "image/jpeg";
-      blob = await draw();
-    }
+    blob = await encode("image/webp");
+    if (blob.type !== "image/webp") blob = await encode("image/jpeg");           // Safari writes no WebP
   }
-  if (picture.close) picture.close();
-  else picture.removeAttribute("src");
+  picture.close ? picture.close() : picture.removeAttribute("src");
   return blob;
 }
 
@@ -10319,7 +10308,7 @@ async function newCollection() {
 
 function checkName(name) {
   if (!name.trim() || name === "." || name === ".." || name.includes("/"))
-    throw new Problem(0, {code: "", detail: t("A name cannot be empty and cannot hold a slash.")});
+    throw trouble("", t("A name cannot be empty and cannot hold a slash."));
 }
 
 // ---- renaming in place
@@ -10554,8 +10543,8 @@ async function showInFolder(entry) {
 // ---- upload queue: small files by one PUT each, larger ones by tus, which goes on where it stopped
 
 const SMALL = 4 << 20, PART = 16 << 20, AT_ONCE = 4;
-const queue = {items: [], next: 0, running: 0, paused: false, all: "", asking: Promise.resolve(), pictures: Promise.resolve(), box: null, failed: 0,
-               delayed: new Set(), places: new Map(), base: "", pace: null, percent: null, phase: ""};
+const queue = {items: [], next: 0, running: 0, paused: false, all: "", asking: Promise.resolve(), box: null, failed: 0,
+               delayed: new Set(), pictures: Promise.resolve(), places: new Map(), base: "", pace: null, percent: null, phase: ""};
 const PARTS = "uploads";               // what localStorage remembers of unfinished uploads: {fingerprint: id}
 
 // about: what makes the chooser a special one
@@ -10574,10 +10563,10 @@ async function chooseFiles(about) {
 function nameTaken(files) {
   const taken = new Set(list.entries.map(entry => entry.name));
   return files.map(file => {
-    const [, suffix] = file.name.match(/^(?:image|photo|video|capture)(\.\w+)$/i) || [];
+    const [, suffix] = file.name.match(/^(?:image|photo|video)(\.\w+)$/i) || [];
     const what = /^video/.test(file.type) ? t("Video") : suffix === ".png" ? t("Screenshot") : t("Photo");
-    const when = new Date(file.lastModified - new Date(file.lastModified).getTimezoneOffset() * 60000).toISOString();
-    let name = suffix ? what + " " + when.slice(0, 19).replace("T", " ").replace(/:/g, ".") + suffix : file.name;
+    const when = new Date(file.lastModified).toLocaleString("sv").replace(/:/g, ".");      // Swedes write 2026-11-25 14:05:33
+    let name = suffix ? what + " " + when + suffix : file.name;
     if (suffix && taken.has(name)) name = freeName(name, taken);
     taken.add(name);
     return {file, path: join(view.path, name)};
@@ -10586,7 +10575,7 @@ function nameTaken(files) {
 
 // what was dropped, collections walked to their end; must begin while the drop event is being handled
 async function readDrop(transfer, target) {
-  const entries = [...transfer.items].map(item => item.webkitGetAsEntry && item.webkitGetAsEntry());
+  const entries = [...transfer.items].map(item => item.webkitGetAsEntry());
   if (!entries.some(Boolean)) return [...transfer.files].map(file => ({file, path: join(target, file.name)}));
   const found = [];
   for (const entry of entries.filter(Boolean)) await walkDropped(entry, target, found);
@@ -10610,12 +10599,10 @@ async function addUploads(found) {
   queue.places = new Map();
   queue.base = view.kind === "files" ? view.path : "";
   if (view.kind === "files") queue.places.set(view.path, byName(list.entries));
-  found = await fitting(found);
+  found = await fitting(found.map(one => ({...one, size: one.file ? one.file.size : 0})));
   if (!found.length) return;
   if (!busy()) Object.assign(queue, {items: [], next: 0, all: "", failed: 0, pace: null});
-  for (const {file, path} of found) {
-    queue.items.push({file, path, size: file ? file.size : 0, sent: 0, state: "waiting", tries: 0, more: found.length > 1});
-  }
+  for (const one of found) queue.items.push({...one, sent: 0, state: "waiting", tries: 0, more: found.length > 1});
   queue.box = null;
   showQueue();
   pump();
@@ -10651,7 +10638,7 @@ async function failItem(item, error) {
     return again(item);
   }
   if (item.file && (error.code === "network" || !(error instanceof Problem)) && !await readable(item.file))
-    error = new Problem(0, {code: "", detail: "This file was changed or taken away since it was chosen. Choose it again."});
+    error = trouble("", t("This file was changed or taken away since it was chosen. Choose it again."));
   if (item.state !== "sending") return undefined;
   if (["network", "busy", "offset", "paused"].includes(error.code)) {  // offset: the server still ends what was cut off
     item.state = "waiting";
@@ -10679,46 +10666,41 @@ const readable = file => file.slice(0, 1).arrayBuffer().then(() => true, () => f
 
 // ---- before anything is sent: does it fit, and is it there already?
 
-const sum = (items, value) => items.reduce((total, one) => total + value(one), 0);
 const byName = entries => new Map(entries.map(entry => [entry.name.normalize(), entry]));
-const tell = (title, ...parts) => sheet(title, close => [parts, buttonsRow(
-  button(t("Close"), () => close(), {className: "primary", autofocus: true}))]);
 
 // what of this is to be uploaded: nothing starts that could not end
 async function fitting(found) {
-  const large = found.filter(one => one.file && one.file.size > me.most);
-  if (large.length) {
-    found = found.filter(one => !one.file || one.file.size <= me.most);
-    if (!await tellLarge(large, found.length)) return [];
-  }
-  await api("GET", "account").then(about => Object.assign(me, about)).catch(error => {
-    if (error.code !== "network") throw error;                         // it waits for the connection, like all else
-  });
-  const begun = sum(queue.items.filter(item => /waiting|sending/.test(item.state)), item => item.size - item.sent);
-  let need = begun + sum(found, one => one.file ? one.file.size : 0);
-  if (me.left === null || need <= me.left || (need = begun + await growth(found)) <= me.left) return found;
-  const values = {need: formatSize(need), left: formatSize(me.left), lack: formatSize(need - me.left)};
-  await tell(t("Not enough room"), h("p", {}, t("This needs {need}, but {left} is all that is left: {lack} is missing.", values)),
-    h("p.soft", {}, t("Nothing was uploaded. Delete something and empty the trash, choose less, or ask for more.")));
+  const large = found.filter(one => one.size > me.most), pending = queue.items.filter(one => OPEN[one.state] === "Cancel" && !one.upload);
+  if (large.length && !await tellLarge(large, found.length - large.length)) return [];
+  found = found.filter(one => one.size <= me.most);
+  Object.assign(me, await api("GET", "account").catch(unless("network")));       // offline it is to wait, like all else
+  const left = me.left === null ? Infinity : me.left;
+  let need = [...pending, ...found].reduce((bytes, one) => bytes + one.size, 0);
+  if (need > left) need -= await saved(found);
+  if (need <= left) return found;
+  const values = {need: formatSize(need), left: formatSize(left), lack: formatSize(need - left)};
+  await sheet(t("Not enough room"), close => [
+    h("p", {}, t("This needs {need}, but {left} is all that is left: {lack} is missing.", values)),
+    h("p.soft", {}, t("Delete something and empty the trash, or choose less.")),
+    buttonsRow(button(t("Close"), () => close(), {className: "primary", autofocus: true}))]);
   return [];
 }
 
-// bytes that would come to what is there; what was begun before is counted already
-async function growth(found) {
+// bytes that need no room: what is there would be replaced, and what was begun before is counted already
+async function saved(found) {
   const parts = readParts();
   let bytes = 0;
-  for (const one of found.filter(one => one.file && !parts[printOf(one, one.path)])) {
-    const there = await lookFor(one.path);
-    bytes += Math.max(0, one.file.size - (there ? there.size : 0));
+  for (const one of found) {
+    const there = one.file && await lookFor(one.path);
+    bytes += one.file && parts[printOf(one, one.path)] ? one.size : there ? Math.min(there.size, one.size) : 0;
   }
   return bytes;
 }
 
 function tellLarge(large, others) {
-  const rows = large.map(({file, path}) => h("div", {}, h("dt", {}, h("bdi", {}, nameOf(path))), h("dd", {}, formatSize(file.size))));
   return sheet(plural(large.length, "{n} file is too large", "{n} files are too large"), close => [
     h("p", {}, t("This server takes files of up to {size}.", {size: formatSize(me.most)})),
-    h("dl.keys", {tabIndex: 0}, rows.slice(0, 100)),
+    h("dl.keys", {}, large.slice(0, 99).map(({path, size}) => h("div", {}, h("dt", {}, nameOf(path)), h("dd", {}, formatSize(size))))),
     buttonsRow(button(t(others ? "Cancel" : "Close"), () => close()),
       others ? button(t("Upload the others"), () => close(true), {className: "primary", autofocus: true}) : [])]);
 }
@@ -10754,6 +10736,7 @@ async function meet(item) {
   const there = item.refused ? await load(item.path) : await lookFor(item.path);
   if (!there) return;
   const same = await isSame(item, there);
+  item.compared = 0;
   if (item.state !== "sending") return;
   if (same) finishItem(item, item.refused && item.tries ? "done" : "there");   // done: an earlier try did it, and its answer was lost
   else await settleUpload(item);
@@ -10766,7 +10749,7 @@ async function isSame(item, there) {
   const chunks = there.sha256 ? [[there.sha256, there.size]] : (await load(there.path, {chunks: true})).chunks || [];
   let at = 0;
   for (const [hash, size] of chunks) {
-    if (queue.paused) throw new Problem(0, {code: "paused"});
+    if (queue.paused) throw trouble("paused");
     if (item.state !== "sending" || await hashOf(item.file.slice(at, at + size)) !== hash) return false;
     at += size;
     item.compared = at / item.size;
@@ -10783,21 +10766,17 @@ async function hashOf(blob) {
 // one question at a time, and none when the answer was given for all
 async function settleUpload(item) {
   queue.asking = queue.asking.then(async () => {
-    if (!queue.all) {
-      const answer = await askClash(nameOf(item.path), item.more ? undefined : 0);
-      item.how = answer.how;
-      if (answer.all) queue.all = answer.how;
-    } else item.how = queue.all;
+    const {how, all} = queue.all ? {how: queue.all} : await askClash(nameOf(item.path), item.more ? undefined : 0);
+    item.how = how;
+    if (all) queue.all = how;
   });
   await queue.asking;
   if (item.how === "skip") finishItem(item, "skipped");
 }
 
 async function sendItem(item) {
-  if (queue.paused) throw new Problem(0, {code: "paused"});
-  if (!item.file) return api("POST", "make-collection", {path: item.path, parents: true}).catch(error => {
-    if (error.code !== "exists") throw error;
-  });
+  if (queue.paused) throw trouble("paused");
+  if (!item.file) return api("POST", "make-collection", {path: item.path, parents: true}).catch(unless("exists"));
   const send = item.size > SMALL ? sendParts : sendWhole;
   let path = item.path;
   if (item.how === "keep") {
@@ -10827,6 +10806,8 @@ async function sendParts(item, path) {
     saveParts({...readParts(), [print]: id}); // anew: other uploads have begun since
   }
   item.upload = id;
+  if (offset) queue.pace = null;                 // what is there already tells nothing about the pace
+  item.sent = offset;
   while (offset < item.size) {
     const part = item.file.slice(offset, offset + PART);
     const answer = await transmit(item, "PATCH", PREFIX + "/tus/" + id, part, {"Upload-Offset": offset}, offset);
@@ -10838,7 +10819,7 @@ async function sendParts(item, path) {
   saveParts(left);
 }
 
-const printOf = ({file, how}, path) => [me.name, path, file.size, file.lastModified, ...(how === "replace" ? [how] : [])].join("|");
+const printOf = ({file, how}, path) => [me.name, path, file.size, file.lastModified, how].join("|");
 const metadata = values => Object.entries(values).map(([name, value]) =>
   name + " " + btoa(String.fromCharCode(...new TextEncoder().encode(value)))).join(",");
 const readParts = () => JSON.parse(localStorage.getItem(PARTS) || "{}");
@@ -10848,14 +10829,14 @@ function forgetMe() {
   indexedDB.deleteDatabase("thumbnails");        // where an older page kept them
 }
 
+// where an upload stands, -1 if the server does not know it any more
 async function offsetOf(id) {
-  const answer = await fetch(PREFIX + "/tus/" + id, {
-    method: "HEAD",
-    headers: {...HEADERS, ...TUS}
-  }).catch(() => {
-    throw new Problem(0, {code: "network"});
-  });
-  return answer.ok ? Number(answer.headers.get("Upload-Offset")) : -1;
+  const answer = await fetch(PREFIX + "/tus/" + id, {method: "HEAD", headers: {...HEADERS, ...TUS}}).catch(() => ({status: 502}));
+  if (answer.ok) return Number(answer.headers.get("Upload-Offset"));
+  if ([404, 410].includes(answer.status)) return -1;
+  if (answer.status !== 401) throw readProblem(answer.status, "");
+  await logInAgain();
+  return offsetOf(id);
 }
 
 const TUS = {"Tus-Resumable": "1.0.0"};
@@ -10881,16 +10862,17 @@ function transmit(item, method, address, body, headers, from) {
       if (request.status < 300) return done(request);
       const problem = readProblem(request.status, request.responseText);
       return problem.code === "unauthenticated"
-        ? logInAgain().then(() => fail(new Problem(0, {code: "network"})), fail)
+        ? logInAgain().then(() => fail(trouble("network")), fail)
         : fail(problem);
     };
-    request.onerror = () => fail(new Problem(0, {code: "network"}));
+    request.onerror = () => fail(trouble("network"));
     request.onabort = () => fail(new DOMException("", "AbortError"));
     request.send(body);
   });
 }
 
 function finishItem(item, state, error = "") {
+  queue.delayed.delete(item);
   Object.assign(item, {state, error, sent: state === "done" ? item.size : item.sent});
   showItem(item);
   if (state === "done" && view.kind === "files" && (parentOf(item.path) + "/").startsWith(view.path && view.path + "/"))
@@ -10900,14 +10882,11 @@ function finishItem(item, state, error = "") {
 const refreshSoon = soon(refresh, 500);
 
 function cancelItem(item) {
-  queue.delayed.delete(item);
   const sending = item.state === "sending";
   finishItem(item, "cancelled");
   if (sending && item.request) item.request.abort();
   if (item.upload)
-    fetch(PREFIX + "/tus/" + item.upload, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(
-      () => {}
-    );
+    fetch(PREFIX + "/tus/" + item.upload, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(() => {});
   updateQueue();
 }
 
@@ -10919,14 +10898,14 @@ function retryItem(item) {
 
 function pauseQueue() {
   queue.paused = !queue.paused;
-  for (const item of queue.paused ? queue.items.filter(one => one.state === "sending" && one.request) : []) {
+  if (!queue.paused) queue.delayed.forEach(wake);
+  else for (const item of queue.items) if (item.state === "sending" && item.request) {
     item.state = "waiting";
     item.tries++;
     item.request.abort();
     queue.delayed.add(item);
     showItem(item);
   }
-  if (!queue.paused) queue.delayed.forEach(wake);
   pump();
 }
 
@@ -10939,7 +10918,7 @@ function endQueue() {
 }
 
 function cancelAll() {
-  for (const item of queue.items) if (item.state === "waiting" || item.state === "sending") cancelItem(item);
+  for (const item of queue.items) if (OPEN[item.state] === "Cancel") cancelItem(item);
 }
 
 // ---- the panel of the queue
@@ -10949,18 +10928,15 @@ const busy = () => queue.running > 0 || queue.delayed.size > 0 || queue.next < q
 function showQueue() {
   const box = find(".queue");
   if (!box || queue.box === box) return;
-  queue.box = box;
   box.hidden = !queue.items.length;
-  queue.title = h("strong");
-  queue.detail = h("span.soft");
-  queue.said = h("span.unseen", {role: "status"});         // numbers that change all the time are not read out
-  queue.bar = h("progress", {max: 1, value: 0, "aria-label": t("All uploads")});
-  queue.retry = button(t("Retry all"), () => queue.items.filter(item => item.state === "failed").forEach(retryItem));
-  queue.pause = button("", pauseQueue, {className: "quiet"});
-  queue.stop = button(t("Cancel"), () => busy() ? cancelAll() : hideQueue(), {className: "quiet"});
-  queue.list = h("ul");
-  box.replaceChildren(h("div.title", {}, queue.title, queue.said, queue.retry, queue.pause, queue.stop, queue.detail),
-    queue.bar, queue.list);
+  Object.assign(queue, {
+    box, title: h("strong"), detail: h("span.soft"),
+    said: h("span.unseen", {role: "status"}),    // numbers that change all the time are not read out
+    bar: h("progress", {max: 1, value: 0, "aria-label": t("All uploads")}),
+    retry: button(t("Retry all"), () => queue.items.filter(item => item.state === "failed").forEach(retryItem)),
+    pause: button("", pauseQueue, {className: "quiet"}),
+    stop: button("", () => busy() ? cancelAll() : hideQueue(), {className: "quiet"}), list: h("ul")});
+  box.replaceChildren(h("div.title", {}, ["title", "said", "retry", "pause", "stop", "detail"].map(part => queue[part])), queue.bar, queue.list);
   queue.items.filter(item => item.row).slice(-50).forEach(item => queue.list.append(item.row));
   updateQueue();
 }
@@ -10977,18 +10953,16 @@ const OPEN = {failed: "Retry", cancelled: "Retry", waiting: "Cancel", sending: "
 // the row of a file is made when its turn comes, so that a hundred thousand cost nothing
 function showItem(item) {
   if (!item.row) {
-    item.words = h("span.state");
-    item.meter = h("progress", {max: 1, value: 0, "aria-label": nameOf(item.path)});
-    item.button = button("", () => OPEN[item.state] === "Retry" ? retryItem(item) : cancelItem(item), {className: "quiet"});
-    item.row = h("li", {}, h("bdi", {title: item.path}, nameOf(item.path)), item.words, item.button, item.meter);
+    const name = nameOf(item.path), words = h("span.state"), meter = h("progress", {max: 1, value: 0, "aria-label": name});
+    const act = button("", () => OPEN[item.state] === "Retry" ? retryItem(item) : cancelItem(item), {className: "quiet"});
+    Object.assign(item, {words, meter, act, row: h("li", {}, h("bdi", {title: item.path}, name), words, act, meter)});
     queue.list.prepend(item.row);
     const finished = [...queue.list.children].slice(50).reverse().find(row => /done|there|skipped/.test(row.className));
     if (finished) finished.remove();
   }
   item.row.className = item.state;
-  item.compared = 0;
-  item.button.hidden = !OPEN[item.state];
-  item.button.textContent = t(OPEN[item.state] || "");
+  item.act.hidden = !OPEN[item.state];
+  item.act.textContent = t(OPEN[item.state] || "");
   drawItem(item);
   updateQueue();
 }
@@ -10996,7 +10970,7 @@ function showItem(item) {
 function drawItem(item) {
   item.meter.value = item.compared || item.sent / Math.max(1, item.size);
   item.words.textContent = item.state !== "sending" ? item.error || t(STATES[item.state])
-    : item.compared && !item.sent ? t("Comparing…")
+    : item.compared ? t("Comparing…")
     : item.sent && item.size > SMALL ? t("{sent} of {size}", {sent: formatSize(item.sent), size: formatSize(item.size)})
     : item.file ? formatSize(item.size) : "";
 }
@@ -11027,17 +11001,17 @@ function drawQueue() {
   queue.bar.value = total ? sent / total : 1;
   queue.bar.hidden = queue.pause.hidden = !rest;
   queue.retry.hidden = !queue.failed;
-  queue.pause.textContent = queue.paused ? t("Resume") : t("Pause");
-  queue.stop.textContent = rest ? t("Cancel") : t("Close");
+  queue.pause.textContent = t(queue.paused ? "Resume" : "Pause");
+  queue.stop.textContent = t(rest ? "Cancel" : "Close");
   queue.title.textContent = queueWords(phase, count, files.length);
-  queue.detail.textContent = phase === "sending" ? paceWords(sent, bytes, total) : phase === "waiting" ? t("It goes on by itself.") : "";
+  queue.detail.textContent = phase === "sending" ? paceWords(sent, bytes, total) : "";
   if (phase !== "sending") queue.pace = null;
   if (phase !== queue.phase) queue.said.textContent = queue.title.textContent;
   queue.phase = phase;
 }
 
 function queueWords(phase, count, n) {
-  const done = (count.done || 0) + (count.there || 0), values = {done, n, percent: queue.percent};
+  const values = {done: (count.done || 0) + (count.there || 0), n, percent: queue.percent};
   if (phase === "sending") return t("Uploading: {done} of {n}, {percent} %", values);
   if (phase === "paused") return t("Paused: {done} of {n} uploaded", values);
   if (phase === "waiting") return t("No connection: {done} of {n} uploaded", values);
@@ -11045,22 +11019,20 @@ function queueWords(phase, count, n) {
     queue.failed && plural(queue.failed, "{n} upload failed", "{n} uploads failed"),
     count.done && plural(count.done, "{n} file uploaded", "{n} files uploaded"),
     count.there && t("{n} already there", {n: count.there})
-  ].filter(Boolean).join(", ") || (n ? t("Nothing uploaded") : t("Done"));
+  ].filter(Boolean).join(", ") || t(n ? "Nothing uploaded" : "Done");
 }
 
-// bytes in a second and the time left, smoothed over some ten seconds; nothing before it means something
+// the pace and the time left, smoothed over some ten seconds; nothing before it means something
 function paceWords(sent, bytes, total) {
-  const now = performance.now(), pace = queue.pace = queue.pace || {now, sent, bytes, ticks: 0, rate: 0, speed: 0};
-  const seconds = (now - pace.now) / 1000;
+  const now = performance.now(), pace = queue.pace = queue.pace || {now, sent, ticks: 0, speed: 0}, seconds = (now - pace.now) / 1000;
   if (seconds >= 1) {
-    const share = pace.ticks++ ? 1 - Math.exp(-seconds / 8) : 1, smooth = (old, gain) => old + share * (Math.max(0, gain) / seconds - old);
-    Object.assign(pace, {now, sent, bytes, rate: smooth(pace.rate, bytes - pace.bytes), speed: smooth(pace.speed, sent - pace.sent)});
+    const share = pace.ticks++ ? 1 - Math.exp(-seconds / 8) : 1, gain = Math.max(0, sent - pace.sent) / seconds;
+    Object.assign(pace, {now, sent, speed: pace.speed + share * (gain - pace.speed)});
   }
   if (pace.ticks < 3 || pace.speed < 1) return "";
-  const left = (total - sent) / pace.speed, minutes = Math.round(left / 60);
-  const time = left < 45 ? t("less than a minute left") : minutes < 90 ? plural(Math.max(1, minutes), "{n} minute left", "{n} minutes left")
-    : plural(Math.round(minutes / 60), "{n} hour left", "{n} hours left");
-  return t("{size}/s, {time}", {size: formatSize(pace.rate), time});
+  const left = (total - sent) / pace.speed, n = Math.round(left / 60);
+  return t("{size}/s, {time}", {size: formatSize(pace.speed * bytes / sent), time: left < 45 ? t("less than a minute left")
+    : n < 90 ? plural(n || 1, "{n} minute left", "{n} minutes left") : t("{n} hours left", {n: Math.round(n / 60)})});
 }
 
 // ---- dragging: files from outside, entries within
@@ -11507,7 +11479,7 @@ const changePassword = () =>
     ],
     t("Change password"),
     async values => {
-      if (values.new !== values.again) throw new Problem(0, {code: "", detail: t("The two passwords differ.")});
+      if (values.new !== values.again) throw trouble("", t("The two passwords differ."));
       await api("POST", "account/password", {old: values.old, new: values.new});
       showLogin();
       return true;
@@ -12529,6 +12501,7 @@ PAGE_GERMAN = r"""{
   "Delete": "Löschen",
   "Delete for good": "Endgültig löschen",
   "Delete for good?": "Endgültig löschen?",
+  "Delete something and empty the trash, or choose less.": "Lösche etwas und leere den Papierkorb, oder wähle weniger aus.",
   "Deleted": "Gelöscht",
   "Deleted things stay here until their time is over or the trash is emptied.": "Gelöschtes bleibt hier, bis seine Zeit um ist oder der Papierkorb geleert wird.",
   "Devices": "Geräte",
@@ -12556,7 +12529,6 @@ PAGE_GERMAN = r"""{
   "In the file manager, as the address of a server:": "Im Dateimanager als Adresse eines Servers:",
   "Install the Nextcloud app, choose “Log in”, and scan this code or type the address.": "Installiere die Nextcloud-App, wähle „Anmelden“ und scanne diesen Code oder tippe die Adresse.",
   "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
-  "It goes on by itself.": "Es geht von selbst weiter.",
   "Keep": "Behalten",
   "Keep both": "Beide behalten",
   "Keep for good": "Dauerhaft behalten",
@@ -12599,7 +12571,6 @@ PAGE_GERMAN = r"""{
   "Nothing here yet": "Noch nichts hier",
   "Nothing uploaded": "Nichts hochgeladen",
   "Nothing was here then": "Damals war hier nichts",
-  "Nothing was uploaded. Delete something and empty the trash, choose less, or ask for more.": "Es wurde nichts hochgeladen. Lösche etwas und leere den Papierkorb, wähle weniger aus oder bitte um mehr Platz.",
   "Now": "Jetzt",
   "Open": "Öffnen",
   "Open in a new tab": "In neuem Tab öffnen",
@@ -12740,7 +12711,6 @@ PAGE_GERMAN = r"""{
   "{n} files uploaded": "{n} Dateien hochgeladen",
   "{n} folder": "{n} Ordner",
   "{n} folders": "{n} Ordner",
-  "{n} hour left": "noch {n} Stunde",
   "{n} hours left": "noch {n} Stunden",
   "{n} item": "{n} Element",
   "{n} item restored": "{n} Element wiederhergestellt",

@@ -6797,7 +6797,8 @@ def test_browser_says_how_fast_an_upload_is_and_how_long_it_takes(page, tmp_path
 def test_browser_words_the_time_left(page):
     page.open("/")
     page.sees("Nothing here yet")
-    words = lambda left: page.run("queue.pace = {now: performance.now(), ticks: 9, rate: 12 * 1024 * 1024, speed: 1}; return paceWords(0, 0, arguments[0])", left)
+    words = lambda left: page.run("const speed = 12 * 1024 * 1024; queue.pace = {now: performance.now(), sent: 1, ticks: 9, speed};"
+                                  "return paceWords(1, 1, 1 + arguments[0] * speed)", left)
     assert [words(left) for left in (5, 60, 130, 5300, 5401, 36000)] == ["12 MB/s, " + time for time in (
         "less than a minute left", "1 minute left", "2 minutes left", "88 minutes left", "2 hours left", "10 hours left")]
 
