@@ -8600,7 +8600,7 @@ main:focus { outline: none; }
 .picture { flex: 1; min-height: 0; display: grid; place-items: center; background: var(--side); border-radius: 8px;
   overflow: hidden; }
 .picture img { width: 100%; height: 100%; object-fit: cover; }
-.picture.video::after { content: "▶"; position: absolute; background: rgb(0 0 0 / .6); color: #fff; border-radius: 99px;
+.video::after { content: "▶"; position: absolute; background: rgb(0 0 0 / .6); color: #fff; border-radius: 99px;
   padding: .3rem .6rem; }
 .picture .icon { width: 52px; height: 52px; stroke-width: 1; }
 
@@ -9312,15 +9312,14 @@ async function start() {
 // nobody has to reload: the page starts as soon as the server answers
 function showOffline() {
   showGate(t(navigator.onLine ? "Cannot reach the server" : "You are offline"),
-    t("This page goes on by itself as soon as the connection is back."), [], "", null);
-  startLater(5000);
+    t("It goes on by itself when the connection is back."), [], "", null);
+  startLater();
 }
 
 let patience = 0;
-function startLater(wait) {
-  const again = () => startLater(5000);
+function startLater(wait = 5000) {
   clearTimeout(patience);
-  patience = setTimeout(() => fetch(apiAddress("")).then(answer => answer.ok ? start() : again(), again), wait);
+  patience = setTimeout(() => fetch(apiAddress("")).then(answer => answer.ok ? start() : startLater(), () => startLater()), wait);
 }
 
 // ---- the frame around every view
@@ -9695,7 +9694,6 @@ function tilePicture(entry) {
 
 // ---- thumbnails: made by the browser that first sees or uploads a picture, and kept by the server for all
 
-const THUMBNAIL = 64 << 10;            // bytes, at most
 const making = [Promise.resolve(), Promise.resolve()];       // two at a time
 
 // "small" ones show themselves
@@ -9735,10 +9733,9 @@ const thumbnailOf = async (kind, address, file) =>
 // a second from the start, where it is hardly black any more
 function frameOf(address) {
   return new Promise((done, fail) => {
-    const video = h("video", {muted: true, preload: "auto", playsInline: true, src: address});
-    video.onloadedmetadata = () => { video.currentTime = Math.min(1, video.duration / 2); };
-    video.onseeked = () => done(video);
-    video.onerror = fail;
+    const start = () => { video.currentTime = Math.min(1, video.duration / 2); };
+    const video = h("video", {muted: true, preload: "auto", playsInline: true, src: address,
+                              onloadedmetadata: start, onseeked: () => done(video), onerror: fail});
     setTimeout(fail, 20000);
   });
 }
@@ -9748,7 +9745,7 @@ async function shrink(picture) {
   const {videoWidth: width = picture.width, videoHeight: height = picture.height} = picture, canvas = h("canvas");
   const encode = kind => new Promise(done => canvas.toBlob(done, kind, 0.8));
   let blob;
-  for (let side = 400; !blob || blob.size > THUMBNAIL; side *= 0.8) {
+  for (let side = 400; !blob || blob.size > 64 << 10; side *= 0.8) {
     const scale = Math.min(1, side / Math.min(width, height));
     Object.assign(canvas, {width: width * scale, height: height * scale});
     canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
@@ -10597,8 +10594,8 @@ async function walkDropped(entry, target, found) {
 // found: [{path, file}]; a collection that holds nothing has no file
 async function addUploads(found) {
   queue.places = new Map();
-  queue.base = view.kind === "files" ? view.path : "";
-  if (view.kind === "files") queue.places.set(view.path, byName(list.entries));
+  queue.base = inFiles() ? view.path : "";
+  if (inFiles()) queue.places.set(view.path, byName(list.entries));
   found = await fitting(found.map(one => ({...one, size: one.file ? one.file.size : 0})));
   if (!found.length) return;
   if (!busy()) Object.assign(queue, {items: [], next: 0, all: "", failed: 0, pace: null});
@@ -10637,12 +10634,13 @@ async function failItem(item, error) {
     item.refused = true;
     return again(item);
   }
-  if (item.file && (error.code === "network" || !(error instanceof Problem)) && !await readable(item.file))
-    error = trouble("", t("This file was changed or taken away since it was chosen. Choose it again."));
+  if (item.file && (error.code === "network" || !(error instanceof Problem)) && !await item.file.slice(0, 1).arrayBuffer().catch(() => null))
+    error = trouble("", t("This file was changed since it was chosen. Choose it again."));
   if (item.state !== "sending") return undefined;
   if (["network", "busy", "offset", "paused"].includes(error.code)) {  // offset: the server still ends what was cut off
     item.state = "waiting";
     queue.delayed.add(item);
+    queue.places.clear();
     if (error.code === "paused") return showItem(item);
     item.error = t("Waiting for the connection…");
     showItem(item);
@@ -10662,29 +10660,32 @@ function again(item) {
   pump();
 }
 
-const readable = file => file.slice(0, 1).arrayBuffer().then(() => true, () => false);
-
 // ---- before anything is sent: does it fit, and is it there already?
 
+const isBelow = (path, place) => path.startsWith(place && place + "/");
 const byName = entries => new Map(entries.map(entry => [entry.name.normalize(), entry]));
 
 // what of this is to be uploaded: nothing starts that could not end
 async function fitting(found) {
-  const large = found.filter(one => one.size > me.most), pending = queue.items.filter(one => OPEN[one.state] === "Cancel" && !one.upload);
-  if (large.length && !await tellLarge(large, found.length - large.length)) return [];
+  const large = found.filter(one => one.size > me.most);
+  if (large.length && !await tellUnfit(plural(large.length, "{n} file is too large", "{n} files are too large"), large.length < found.length,
+    t("This server takes files of up to {size}.", {size: formatSize(me.most)}),
+    large.slice(0, 20).map(one => quoted(nameOf(one.path))).join(", "))) return [];
   found = found.filter(one => one.size <= me.most);
   Object.assign(me, await api("GET", "account").catch(unless("network")));       // offline it is to wait, like all else
   const left = me.left === null ? Infinity : me.left;
-  let need = [...pending, ...found].reduce((bytes, one) => bytes + one.size, 0);
+  let need = [...unfinished().filter(one => !one.upload), ...found].reduce((bytes, one) => bytes + one.size, 0);
   if (need > left) need -= await saved(found);
   if (need <= left) return found;
   const values = {need: formatSize(need), left: formatSize(left), lack: formatSize(need - left)};
-  await sheet(t("Not enough room"), close => [
-    h("p", {}, t("This needs {need}, but {left} is all that is left: {lack} is missing.", values)),
-    h("p.soft", {}, t("Delete something and empty the trash, or choose less.")),
-    buttonsRow(button(t("Close"), () => close(), {className: "primary", autofocus: true}))]);
+  await tellUnfit(t("Not enough room"), false, t("This needs {need}, but {left} is all that is left: {lack} is missing.", values),
+    t("Delete something and empty the trash, or choose less."));
   return [];
 }
+
+const tellUnfit = (title, others, ...texts) => sheet(title, close => [texts.map(text => h("p", {}, text)), buttonsRow(
+  button(t(others ? "Cancel" : "Close"), () => close()),
+  others && button(t("Upload the others"), () => close(true), {className: "primary", autofocus: true}))]);
 
 // bytes that need no room: what is there would be replaced, and what was begun before is counted already
 async function saved(found) {
@@ -10697,36 +10698,25 @@ async function saved(found) {
   return bytes;
 }
 
-function tellLarge(large, others) {
-  return sheet(plural(large.length, "{n} file is too large", "{n} files are too large"), close => [
-    h("p", {}, t("This server takes files of up to {size}.", {size: formatSize(me.most)})),
-    h("dl.keys", {}, large.slice(0, 99).map(({path, size}) => h("div", {}, h("dt", {}, nameOf(path)), h("dd", {}, formatSize(size))))),
-    buttonsRow(button(t(others ? "Cancel" : "Close"), () => close()),
-      others ? button(t("Upload the others"), () => close(true), {className: "primary", autofocus: true}) : [])]);
-}
-
 const lookFor = async path => (await holding(parentOf(path))).get(nameOf(path).normalize());
 
 // what a collection holds, by name, asked for once
 function holding(path) {
-  if (!queue.places.has(path)) queue.places.set(path, lookInto(path).catch(error => {
-    queue.places.delete(path);
-    throw error;
-  }));
+  if (!queue.places.has(path)) queue.places.set(path, lookInto(path));
   return queue.places.get(path);
 }
 
 // in what is not there nothing needs to be looked for
 async function lookInto(path) {
   const here = queue.base, entries = [];
-  if (path !== here && path.startsWith(here && here + "/")) {
+  if (path && isBelow(path, here)) {
     const entry = await lookFor(path);
     if (!entry || entry.kind === "file") return new Map();
   }
   for (let after = 0; after !== null;) {
-    const answer = await load(path, {after});
-    entries.push(...answer.children || []);
-    after = answer.next === undefined ? null : answer.next;
+    const {children = [], next = null} = await load(path, {after}).catch(unless("not-found")) || {};
+    entries.push(...children);
+    after = next;
   }
   return byName(entries);
 }
@@ -10738,7 +10728,7 @@ async function meet(item) {
   const same = await isSame(item, there);
   item.compared = 0;
   if (item.state !== "sending") return;
-  if (same) finishItem(item, item.refused && item.tries ? "done" : "there");   // done: an earlier try did it, and its answer was lost
+  if (same) finishItem(item, item.tries ? "done" : "there");         // done: an earlier try did it, and its answer was lost
   else await settleUpload(item);
 }
 
@@ -10746,7 +10736,7 @@ async function meet(item) {
 async function isSame(item, there) {
   if (there.kind !== "file" || there.size !== item.size) return false;
   if (!crypto.subtle) return item.tries > 0 && Date.parse(there.mtime) === item.file.lastModified;
-  const chunks = there.sha256 ? [[there.sha256, there.size]] : (await load(there.path, {chunks: true})).chunks || [];
+  const chunks = there.sha256 ? [[there.sha256, there.size]] : (await load(there.path, {chunks: true})).chunks;
   let at = 0;
   for (const [hash, size] of chunks) {
     if (queue.paused) throw trouble("paused");
@@ -10759,8 +10749,8 @@ async function isSame(item, there) {
 }
 
 async function hashOf(blob) {
-  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", await blob.arrayBuffer()));
-  return Array.from(digest, byte => byte.toString(16).padStart(2, "0")).join("");
+  const digest = await crypto.subtle.digest("SHA-256", await blob.arrayBuffer());
+  return Array.from(new Uint8Array(digest), byte => byte.toString(16).padStart(2, "0")).join("");
 }
 
 // one question at a time, and none when the answer was given for all
@@ -10849,7 +10839,8 @@ const BODIES = {
 // one request with progress, which fetch cannot show
 function transmit(item, method, address, body, headers, from) {
   return new Promise((done, fail) => {
-    if (item.state !== "sending") return fail(new DOMException("", "AbortError"));         // paused between two requests
+    const abort = () => fail(new DOMException("", "AbortError"));
+    if (item.state !== "sending") return abort();          // paused between two requests
     const request = (item.request = new XMLHttpRequest());
     request.open(method, address);
     const fields = Object.entries({...HEADERS, ...BODIES[method], ...headers});
@@ -10866,7 +10857,7 @@ function transmit(item, method, address, body, headers, from) {
         : fail(problem);
     };
     request.onerror = () => fail(trouble("network"));
-    request.onabort = () => fail(new DOMException("", "AbortError"));
+    request.onabort = abort;
     request.send(body);
   });
 }
@@ -10875,8 +10866,7 @@ function finishItem(item, state, error = "") {
   queue.delayed.delete(item);
   Object.assign(item, {state, error, sent: state === "done" ? item.size : item.sent});
   showItem(item);
-  if (state === "done" && view.kind === "files" && (parentOf(item.path) + "/").startsWith(view.path && view.path + "/"))
-    refreshSoon();
+  if (state === "done" && inFiles() && isBelow(item.path, view.path)) refreshSoon();
 }
 
 const refreshSoon = soon(refresh, 500);
@@ -10913,12 +10903,8 @@ function endQueue() {
   queue.all = "";
   updateQueue();
   updateQuota();
-  if (view.kind === "files") refreshSoon();
+  if (inFiles()) refreshSoon();
   if (!queue.failed) setTimeout(() => busy() || queue.failed || hideQueue(), 10000);
-}
-
-function cancelAll() {
-  for (const item of queue.items) if (OPEN[item.state] === "Cancel") cancelItem(item);
 }
 
 // ---- the panel of the queue
@@ -10935,7 +10921,7 @@ function showQueue() {
     bar: h("progress", {max: 1, value: 0, "aria-label": t("All uploads")}),
     retry: button(t("Retry all"), () => queue.items.filter(item => item.state === "failed").forEach(retryItem)),
     pause: button("", pauseQueue, {className: "quiet"}),
-    stop: button("", () => busy() ? cancelAll() : hideQueue(), {className: "quiet"}), list: h("ul")});
+    stop: button("", () => busy() ? unfinished().forEach(cancelItem) : hideQueue(), {className: "quiet"}), list: h("ul")});
   box.replaceChildren(h("div.title", {}, ["title", "said", "retry", "pause", "stop", "detail"].map(part => queue[part])), queue.bar, queue.list);
   queue.items.filter(item => item.row).slice(-50).forEach(item => queue.list.append(item.row));
   updateQueue();
@@ -10949,6 +10935,8 @@ function hideQueue() {
 const STATES = {waiting: "Waiting", sending: "", done: "Done", there: "Already there", failed: "Failed", skipped: "Skipped",
                 cancelled: "Cancelled"};
 const OPEN = {failed: "Retry", cancelled: "Retry", waiting: "Cancel", sending: "Cancel"};      // what can still be done about it
+
+const unfinished = () => queue.items.filter(item => OPEN[item.state] === "Cancel");
 
 // the row of a file is made when its turn comes, so that a hundred thousand cost nothing
 function showItem(item) {
@@ -10968,11 +10956,11 @@ function showItem(item) {
 }
 
 function drawItem(item) {
-  item.meter.value = item.compared || item.sent / Math.max(1, item.size);
+  item.meter.value = item.compared || item.sent / item.size || 0;
   item.words.textContent = item.state !== "sending" ? item.error || t(STATES[item.state])
     : item.compared ? t("Comparing…")
     : item.sent && item.size > SMALL ? t("{sent} of {size}", {sent: formatSize(item.sent), size: formatSize(item.size)})
-    : item.file ? formatSize(item.size) : "";
+    : formatSize(item.size);
 }
 
 // a tab in the background draws no frames, but its title is looked at
@@ -10982,7 +10970,7 @@ function updateQueue() {
 }
 
 function drawQueue() {
-  const files = queue.items.filter(item => item.file), rest = busy(), count = {};
+  const files = queue.items.filter(item => item.file), rest = busy(), count = {}, {box, bar, pause, title, detail, said, retry, stop} = queue;
   let sent = 0, total = 0, bytes = 0;
   for (const item of files) {
     count[item.state] = (count[item.state] || 0) + 1;
@@ -10993,20 +10981,20 @@ function drawQueue() {
     bytes += item.sent;
   }
   const phase = !rest ? "ended" : queue.paused ? "paused" : queue.running ? "sending" : "waiting";
-  queue.percent = rest ? Math.floor(100 * sent / Math.max(1, total)) : null;
+  queue.percent = rest ? Math.floor(100 * sent / total) || 0 : null;
   if (view.title) drawTitle();
   clearTimeout(ticking);
   if (rest) ticking = setTimeout(updateQueue, 1000);
-  if (!queue.box || !queue.items.length) return;
-  queue.bar.value = total ? sent / total : 1;
-  queue.bar.hidden = queue.pause.hidden = !rest;
-  queue.retry.hidden = !queue.failed;
-  queue.pause.textContent = t(queue.paused ? "Resume" : "Pause");
-  queue.stop.textContent = t(rest ? "Cancel" : "Close");
-  queue.title.textContent = queueWords(phase, count, files.length);
-  queue.detail.textContent = phase === "sending" ? paceWords(sent, bytes, total) : "";
+  if (!box || !queue.items.length) return;
+  bar.value = total ? sent / total : 1;
+  bar.hidden = pause.hidden = !rest;
+  retry.hidden = !queue.failed;
+  pause.textContent = t(queue.paused ? "Resume" : "Pause");
+  stop.textContent = t(rest ? "Cancel" : "Close");
+  title.textContent = queueWords(phase, count, files.length);
+  detail.textContent = phase === "sending" ? paceWords(sent, bytes, total) : "";
   if (phase !== "sending") queue.pace = null;
-  if (phase !== queue.phase) queue.said.textContent = queue.title.textContent;
+  if (phase !== queue.phase) said.textContent = title.textContent;
   queue.phase = phase;
 }
 
@@ -12529,6 +12517,7 @@ PAGE_GERMAN = r"""{
   "In the file manager, as the address of a server:": "Im Dateimanager als Adresse eines Servers:",
   "Install the Nextcloud app, choose “Log in”, and scan this code or type the address.": "Installiere die Nextcloud-App, wähle „Anmelden“ und scanne diesen Code oder tippe die Adresse.",
   "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
+  "It goes on by itself when the connection is back.": "Es geht von selbst weiter, sobald die Verbindung wieder da ist.",
   "Keep": "Behalten",
   "Keep both": "Beide behalten",
   "Keep for good": "Dauerhaft behalten",
@@ -12646,14 +12635,13 @@ PAGE_GERMAN = r"""{
   "There is no preview of this kind of file.": "Für diese Art von Datei gibt es keine Vorschau.",
   "There is something of that name already.": "Etwas mit diesem Namen gibt es schon.",
   "This file is larger than the server accepts.": "Diese Datei ist größer, als der Server annimmt.",
-  "This file was changed or taken away since it was chosen. Choose it again.": "Diese Datei wurde seit der Auswahl verändert oder entfernt. Wähle sie noch einmal aus.",
+  "This file was changed since it was chosen. Choose it again.": "Diese Datei wurde seit der Auswahl verändert. Wähle sie noch einmal aus.",
   "This is not allowed.": "Das ist nicht erlaubt.",
   "This is not there any more.": "Das gibt es nicht mehr.",
   "This link has expired": "Dieser Link ist abgelaufen",
   "This needs your password once more.": "Dafür ist noch einmal dein Passwort nötig.",
   "This needs {need}, but {left} is all that is left: {lack} is missing.": "Gebraucht werden {need}, frei sind nur noch {left}: Es fehlen {lack}.",
   "This one": "Dieses hier",
-  "This page goes on by itself as soon as the connection is back.": "Diese Seite macht von selbst weiter, sobald die Verbindung wieder da ist.",
   "This password is shown only now; it stands in the commands below.": "Dieses Passwort wird nur jetzt gezeigt; es steht in den Befehlen unten.",
   "This server is not set up yet. Open the link that it printed when it started.": "Dieser Server ist noch nicht eingerichtet. Öffne den Link, den er beim Start ausgegeben hat.",
   "This server takes files of up to {size}.": "Dieser Server nimmt Dateien bis {size} an.",

@@ -6545,7 +6545,7 @@ def test_browser_makes_thumbnails_of_films(page):
         const done = arguments[0], canvas = document.createElement('canvas'), paint = canvas.getContext('2d');
         Object.assign(canvas, {width: 640, height: 480});
         const recorder = new MediaRecorder(canvas.captureStream(20), {mimeType: 'video/webm', videoBitsPerSecond: 4000000});
-        const draw = () => { for (let n = 0; n < 400; n++) { paint.fillStyle = '#' + Math.random().toString(16).slice(2, 8); paint.fillRect(Math.random() * 640, Math.random() * 480, 40, 40); } };
+        const draw = () => { for (let n = 0; n < 9; n++) { paint.fillStyle = '#' + Math.random().toString(16).slice(2, 8); paint.fillRect(Math.random() * 640, Math.random() * 480, 200, 200); } };
         const timer = setInterval(draw, 40);
         recorder.ondataavailable = event => { clearInterval(timer); const reader = new FileReader(); reader.onload = () => done(reader.result.split(',')[1]); reader.readAsDataURL(event.data); };
         recorder.start();
@@ -6838,7 +6838,7 @@ def test_browser_tells_of_a_file_that_went_away_before_its_turn(page, tmp_path):
     page.sees("Paused: 0 of 1")
     (tmp_path / "a.txt").unlink()
     page.click("Resume")
-    page.sees("This file was changed or taken away since it was chosen.", "1 upload failed")
+    page.sees("This file was changed since it was chosen.", "1 upload failed")
 
 
 def test_browser_does_not_begin_what_does_not_fit(page, monkeypatch):
@@ -7036,7 +7036,7 @@ def test_browser_starts_without_a_network_and_goes_on_when_it_is_back(browser, s
     browser.run_async("navigator.serviceWorker.ready.then(arguments[0])")
     served.stop(signal.SIGKILL)
     browser.go(home + "/files/secret.txt")
-    browser.sees("Cannot reach the server", "This page goes on by itself")
+    browser.sees("Cannot reach the server", "It goes on by itself when the connection is back.")
     browser.offline(True)
     browser.run("localStorage.setItem('language', 'de')")
     browser.go(home + "/trash")
