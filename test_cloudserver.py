@@ -6547,9 +6547,11 @@ def test_browser_makes_thumbnails_of_films(page):
         const recorder = new MediaRecorder(canvas.captureStream(20), {mimeType: 'video/webm', videoBitsPerSecond: 4000000});
         const draw = () => { for (let n = 0; n < 9; n++) { paint.fillStyle = '#' + Math.random().toString(16).slice(2, 8); paint.fillRect(Math.random() * 640, Math.random() * 480, 200, 200); } };
         const timer = setInterval(draw, 40);
-        recorder.ondataavailable = event => { clearInterval(timer); const reader = new FileReader(); reader.onload = () => done(reader.result.split(',')[1]); reader.readAsDataURL(event.data); };
-        recorder.start();
-        setTimeout(() => recorder.stop(), 900);""")
+        const parts = [], reader = new FileReader();
+        recorder.ondataavailable = event => { parts.push(event.data); if (parts.reduce((bytes, one) => bytes + one.size, 0) > 60000 && recorder.state === 'recording') recorder.stop(); };
+        recorder.onstop = () => { clearInterval(timer); reader.readAsDataURL(new Blob(parts)); };
+        reader.onload = () => done(reader.result.split(',')[1]);
+        recorder.start(100);""")
     page.put("film.webm", base64.b64decode(film))
     page.click("View")
     page.click("Tiles")
