@@ -12540,7 +12540,8 @@ addEventListener("DOMContentLoaded", async () => {
   await setLanguage(language);
   listen();
   start();
-  if (navigator.serviceWorker) navigator.serviceWorker.register(PREFIX + "/service-worker.js").catch(() => {});
+  const keepers = navigator.serviceWorker;         // in a secure context only; where there is none, nothing is kept
+  if (keepers) keepers.register(PREFIX + "/service-worker.js").then(one => one.update()).catch(() => {});
 });
 """
 
