@@ -10907,7 +10907,7 @@ async function sendWhole(item, path) {
 
 // a tus upload: made, or found again after a break, then part after part
 async function sendParts(item, path) {
-  const known = readParts(), print = printOf(item, path);
+  const known = readParts(), print = item.print = printOf(item, path);
   let offset = known[print] ? await offsetOf(known[print]) : -1;
   let id = known[print];
   if (offset < 0) {
@@ -10926,9 +10926,6 @@ async function sendParts(item, path) {
     offset = Number(answer.getResponseHeader("Upload-Offset"));
     item.tries = Math.min(item.tries, 1);        // it gets on: the next break waits no longer than the first
   }
-  const left = readParts();
-  delete left[print];
-  saveParts(left);
 }
 
 const printOf = ({file, how}, path) => [me.name, path, file.size, file.lastModified, how].join("|");
@@ -10985,6 +10982,11 @@ function transmit(item, method, address, body, headers, from) {
 }
 
 function finishItem(item, state, error = "") {
+  if (item.size > SMALL && state !== "failed") {
+    const parts = readParts();
+    delete parts[item.print || printOf(item, item.path)];
+    saveParts(parts);
+  }
   queue.delayed.delete(item);
   Object.assign(item, {state, error, sent: state === "done" ? item.size : item.sent});
   showItem(item);
