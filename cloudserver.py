@@ -9454,11 +9454,11 @@ async function logOut() {
 async function start() {
   patience = 0;
   try {
-    const [about, account] = await Promise.all([api("GET", ""), api("GET", "account").catch(() => null)]);
+    const about = await api("GET", "");
     if (!about.set_up) return location.pathname.endsWith("/setup") && location.hash ? showSetup()
       : showGate(t("Not set up yet"), t(PROBLEMS["not-set-up"]), [], "", null);
-    if (!about.account && !account) return showLogin();
-    Object.assign(me, account || await api("GET", "account"), {most: about.limits.file});
+    if (!about.me) return showLogin();
+    Object.assign(me, about.me, {most: about.limits.file});
     if (/\/(setup|login)?$/.test(location.pathname)) history.replaceState(null, "", addressOf(""));
     buildFrame();
     return show();
