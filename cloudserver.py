@@ -11567,7 +11567,7 @@ async function showSearch() {
 function searchValues({size, changed, ...values}) {
   const [, way, n, unit] = /^(under|over)-(\d+)(.)$/.exec(size) || [], bytes = n * 2 ** (unit === "m" ? 20 : 30);
   const today = new Date().setHours(0, 0, 0, 0), year = +new Date(new Date().getFullYear(), 0);
-  return {...values, limit: 1000, larger: way === "over" && bytes, smaller: way === "under" && bytes - 1,
+  return {...values, limit: 300, larger: way === "over" && bytes, smaller: way === "under" && bytes - 1,
     after: {today, week: today - 6 * DAY, month: today - 29 * DAY, year}[changed], before: changed === "older" && year - 1};
 }
 
