@@ -1889,6 +1889,28 @@ def test_search_finds_names_in_any_case_below_a_path(cloud, ann):
     assert names("wolken") == [] and look_for(cloud, account(cloud, "bob"), "summer") == []
 
 
+def test_rewinding_a_collection_leaves_alone_what_lies_elsewhere(cloud, ann):
+    for path in ("box/in/a", "box/in/sub/b", "box/edited", "box/to", "other/x"):
+        put(cloud, ann, path, b"old", parents=True)
+    seq = cloud.head()
+    put(cloud, ann, "box/in/a", b"new")
+    put(cloud, ann, "box/in/sub/late", b"late")
+    cloud.delete(ann, ("box", "in", "sub"))
+    put(cloud, ann, "box/edited", b"new")
+    put(cloud, ann, "other/x", b"new")
+    put(cloud, ann, "other/y", b"new")
+    move(cloud, ann, "box/to", "moved")
+    put(cloud, ann, "gone/z", b"z", parents=True)
+    cloud.delete(ann, ("gone",))
+    done, changed = cloud.rewind(ann, ("box", "in"), seq)
+    assert changed == 2 and cloud.activity(ann)[0].detail["count"] == 3              # and what came and went in a folder that is back
+    assert set(tree(cloud, ann)) == {"box", "box/in", "box/in/a", "box/in/sub", "box/in/sub/b", "box/edited", "other", "other/x", "other/y", "moved"}
+    assert get(cloud, ann, "box/in/a") == b"old" and get(cloud, ann, "box/edited") == get(cloud, ann, "other/x") == b"new"
+    cloud.undo(ann, done)
+    assert get(cloud, ann, "box/in/a") == b"new" and get(cloud, ann, "other/y") == b"new"
+    audit(cloud)
+
+
 def test_search_by_kind_size_and_time(cloud, ann):
     for name, size, year in (("a.jpg", 10, 2020), ("b.jpg", 2000, 2024), ("c.txt", 2000, 2026), ("d.zip", 50, 2026)):
         put(cloud, ann, "box/" + name, (PNG if "jpg" in name else b"x") + b"y" * size, parents=True, mtime=cs.parse_time("%d-06-01" % year))
