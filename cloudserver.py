@@ -3911,12 +3911,14 @@ class _Past:
             "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE " + where
             + " AND e.until > :seq AND e.since <= :seq", {**params, "seq": self.seq}))
 
-    def is_buried_in(self, then: _Past, id: int) -> bool:
-        """Does it hang below a collection that was deleted, and was here `then`?"""
+    def would_come_along(self, then: _Past, id: int) -> bool:
+        """Does it hang below a collection that was here `then`, though that is deleted or elsewhere by now?"""
         node = self.node(id)
         while node is not None and node.parent is not None:
-            id, node = node.parent, self.node(node.parent)
-        return node is None and then.here(id) is not None
+            if then.here(node.parent):
+                return True
+            node = self.node(node.parent)
+        return False
 
     def touched_since(self, home: int, seq: int) -> list[int]:
         """Nodes of a home that batches after a seq touched."""
@@ -4371,7 +4373,7 @@ class History(Tree):
         """
         def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
             mine = [id for id in now.touched_since(who.account, seq) if id != now.top and differs(then.here(id), now.here(id))
-                    or not then.here(id) and now.is_buried_in(then, id)]
+                    or not then.here(id) and now.would_come_along(then, id)]
             return mine, sum(differs(then.here(id), now.here(id)) for id in mine)
 
         if dry:
@@ -4472,7 +4474,7 @@ class History(Tree):
             parent = old.parent if plan.lives(old.parent) else then.top
             plan.restore(old, now.node(id), parent, self._name_for(parent, old.name, taken, freed))
         for id in unwanted:
-            if not now.here(id) and then.top in plan.chain(id):          # it hung below what was deleted, and is back with that
+            if not now.here(id) and then.top in plan.chain(id):          # it came along with what is back
                 plan.remove(now.node(id))
         return plan
 

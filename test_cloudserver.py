@@ -1775,6 +1775,37 @@ def test_random_changes_agree_with_a_model_at_every_moment(cloud, ann, rng):
             moments.append((cloud.head(), dict(game.model)))
 
 
+def test_random_collections_go_back_alone(cloud, ann, rng):
+    """Below the collection all is as it was; what has nothing to do with it, then or now, stays what and where it is."""
+    game, moments, tried = Random(cloud, ann, rng), [cloud.head()], 0
+    for _ in range(300):
+        game.step()
+        moments.append(cloud.head())
+        path, seq = game.some("collection"), rng.choice(moments)
+        if path is None or rng.random() < 0.5:
+            continue
+        top = cloud.stat(ann, cs.split_path(path))
+        with cloud.db.snapshot() as read:
+            if cs._Past(read, ann.root, seq).here(top.node) is None:
+                continue
+        then = {where: node for where, node, _ in cloud._walk_past([((), top)], seq) if where}
+        before = {node.node: (where, node) for where, node in cloud.walk(ann, ())}
+        counted = cloud.rewind(ann, cs.split_path(path), seq, dry=True)[1]
+        cloud.rewind(ann, cs.split_path(path), seq)
+        place = cloud.path_of(ann, top.node)
+        assert {where: node.manifest for where, node in cloud.walk(ann, place)} == {where: node.manifest for where, node in then.items()}
+        assert counted or {id: node for id, (_, node) in before.items()} == {node.node: node for _, node in cloud.walk(ann, ())}
+        inside, ids = {node.node for node in then.values()}, {where: id for id, (where, _) in before.items()}
+        for id, (where, node) in before.items():
+            if where[:len(place)] != place and not inside & {ids[where[:n + 1]] for n in range(len(where))}:
+                now = cloud.stat(ann, cloud.path_of(ann, id))
+                assert (now.parent, now.name, now.manifest, now.rev) == (node.parent, node.name, node.manifest, node.rev)
+        audit(cloud)
+        tried += 1
+        game.model = tree(cloud, ann)
+    assert tried > 2
+
+
 def apply_changes(cloud, who, model, changed):
     """What a client that had `model` has after it was told of changes: {path: bytes or None}."""
     gone = {change.was for change in changed if change.was is not None}
