@@ -6559,9 +6559,10 @@ def api_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str
 
 @route("POST", API + "versions/restore", needs="write", path=TEXT, version=TEXT)
 def api_restore_version(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Make an old version the present one."""
+    """Make an old version the present one; returns the file, and the seq to undo."""
     path = split_path(request.values["path"])
-    return json_response(api_node(cloud.restore_version(who, path, read_id(request.values["version"])), path))
+    node = cloud.restore_version(who, path, read_id(request.values["version"]))
+    return json_response({**api_node(node, path), "seq": node.since})
 
 
 @route("POST", API + "versions/pin", needs="write", path=TEXT, version=TEXT, name_=TEXT)

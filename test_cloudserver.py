@@ -2512,7 +2512,10 @@ def test_the_api_tells_the_past(api, call, cloud, ann):
     assert call("GET", "/api/v1/content/d/a?version=" + versions[1]["version"]).body == b"old"
     assert api("POST", "versions/pin", path="d/a", version=versions[1]["version"], name="first") == 204
     assert api("GET", "versions/d/a")["versions"][1]["name"] == "first"
-    assert api("POST", "versions/restore", path="d/a", version=versions[1]["version"])["size"] == 3
+    restored = api("POST", "versions/restore", path="d/a", version=versions[1]["version"])
+    assert restored["size"] == 3 and api("POST", "undo", seq=restored["seq"])["skipped"] == 0
+    assert call("GET", "/api/v1/content/d/a").body == b"new!"
+    api("POST", "versions/restore", path="d/a", version=versions[1]["version"])
     item, = api("GET", "trash")["items"]
     assert item["path"] == "d/b" and api("POST", "trash/restore", nodes=[item["node"]])["paths"] == ["d/b"]
     assert api("POST", "rewind", path="d", at="seq:%d" % seq, dry=True) == {"seq": 0, "changed": 1}
