@@ -8845,6 +8845,7 @@ function queryOf(values) {
 
 // h("a.name.wide", {href: "/", onclick: go}, "text", [children]): strings become text nodes, never markup
 function h(tag, about = {}, ...children) {
+  if (!about || about.constructor !== Object) { children.unshift(about); about = {}; }           // as lean() leaves it out
   const [name, ...classes] = tag.split(".");
   const element = document.createElement(name || "div");
   if (classes.length) element.className = classes.join(" ");
@@ -12592,18 +12593,29 @@ LEAN = re.compile(r"""
     | (?<=[(,=:\[!&|?{};>\s]) / (?![*/ ]) (?:[^/\\\[\n]|\\.|\[(?:[^\]\\\n]|\\.)*\])+ /[a-z]* )         # regular expressions
     | (?P<gone> //[^\n]* | /\*.*?\*/ )
     | (?P<line> [ ]*\n\s* )
-    | [ ]* (?P<mark> => | [{}()\[\],;:?=<>&|] ) [ ]* | [ ] (?P<sum> [*/%] ) [ ]""", re.X | re.S)
+    | [ ]* (?P<mark> => | [{}()\[\],;:?=<>&|!] ) [ ]* | [ ] (?P<sum> [*/%] | (?<![+-].)[+-](?=[ ][^+-]) ) [ ]
+    | (?<=return) [ ] undefined (?=;) | (?<!\w) (?<![^.][.]) (?P<word> const | true | false | undefined | event | entry ) \b (?!\s*:)""", re.X | re.S)
+SHORT = {"const": "let", "true": "!0", "false": "!1", "undefined": "void 0",
+         "event": "e", "entry": "E"}             # for these two the script has no other use
 
 
 def lean(script: str) -> str:
-    """A script as it is sent: without the comments, blanks and line ends that are there for people."""
-    bare = LEAN.sub(lambda found: "\n" if found["line"] is not None else found["kept"] or found["mark"] or found["sum"] or "", script)
-    return re.sub(r"(?<=[,(\[{;:?=&|>])\n+|\n+(?=[)\]},:?=&|.])|\n+(?=\n)|^\n", "", bare)
+    """A script as it is sent: without the comments, blanks and line ends that are there for people, and with shorter words.
+
+    Every statement of it ends in a semicolon or a brace, and none is empty.
+    """
+    bare = LEAN.sub(lambda found: "\n" if found["line"] is not None else found["kept"] or found["mark"] or found["sum"]
+                    or SHORT.get(found["word"], ""), script)
+    bare = re.sub(r"(?<=[,(\[{};:?=&|>])\n+|\n+(?=[)\]},:?=&|.])|\n+(?=\n)|^\n|;(?=\n*\})", "", bare)
+    bare = re.sub(r'\bh\(("[\w.]*"),\{\}', r"h(\1", bare)          # h("p", {}, text): it can do without
+    return re.sub(r'([!=]=)=(?="[A-Za-z])', r"\1", bare)          # nothing but a text equals one that begins with a letter
 
 
 def lean_style(style: str) -> str:
-    """The same for a style."""
-    return re.sub(r"/\*.*?\*/|(?<=[{};:,>])\s+|\s+(?=[{}>])|;\s*(?=\})|\n", "", style, flags=re.S)
+    """The same for a style; the names of its variables become one letter each."""
+    bare = re.sub(r"/\*.*?\*/|(?<=[{};:,>])\s+|\s+(?=[{}>])|;\s*(?=\})|\n", "", style, flags=re.S)
+    short = {name: "--" + chr(97 + n) for n, name in enumerate(dict.fromkeys(re.findall(r"[{;](--[\w-]+):", bare)))}
+    return re.sub(r"--[\w-]+", lambda found: short.get(found[0], found[0]), bare)
 
 
 def source_hash(text: str) -> str:

@@ -3986,10 +3986,20 @@ def test_no_comment_is_sent():
     assert not re.search(r"(?m)(^|\s)//.*$", cs.lean(SCRIPT)) and "/*" not in cs.lean_style(STYLE)
 
 
+def test_the_shorter_words_of_the_script_stand_for_nothing_else():
+    bare = re.sub(r'"(?:[^"\\\n]|\\.)*"|//.*', "", SCRIPT)
+    assert not re.search(r"(?<![\w.\\])[eE]\b(?!:)|(?<![{,\s])\s*\b(event|entry)\s*:|\{\s*(\w+,\s*)*(event|entry)\s*[,}]", bare)
+
+
 @pytest.mark.parametrize("source, want", [
     ('a = "x  // y";  // z\nb = 1', 'a="x  // y";b=1'),
     ("f(a,\n  b)\n  .then(c => `${d}  {e}`)\n", "f(a,b).then(c=>`${d}  {e}`)\n"),
-    ("x = y / 2 + z / 3;\nw = v.replace(/[/ ]+ \\//g, ' , ')", "x=y/2 + z/3;w=v.replace(/[/ ]+ \\//g,' , ')"),
+    ("x = y / 2 + z / 3;\nw = v.replace(/[/ ]+ \\//g, ' , ')", "x=y/2+z/3;w=v.replace(/[/ ]+ \\//g,' , ')"),
+    ("a = b + +c - -d + e++ + f - 1;", "a=b + +c - -d+e++ + f-1;"),
+    ("const a = {true: true, b: x.false, c: 'const'};\nfunction f() {\n  return undefined;\n}\nfor (;;) g();", "let a={true:!0,b:x.false,c:'const'};function f(){return}for(;;)g();"),
+    ('f(event => event.key === "Enter" || the.event !== "" || a["event"]);', 'f(e=>e.key=="Enter"||the.event!==""||a["event"]);'),
+    ('h("p.x", {}, t("{}")); h("hr", {}); oh("p", {}, 1)', 'h("p.x",t("{}"));h("hr");oh("p",{},1)'),
+    ("if (a) {\n  b();\n}\nelse {\n  c();\n}", "if(a){b()}else{c()}"),
     ("if (a)\n  b()\nelse c()", "if(a)\nb()\nelse c()"),
     ("let a = b\nc()\n\n/* d */\nreturn x ? {y: - 1} : +z", "let a=b\nc()\nreturn x?{y:- 1}:+z"),
 ])
