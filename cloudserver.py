@@ -11372,7 +11372,6 @@ function timeSlider(steps) {
 async function bringBack(items) {
   const seqs = [], trashed = new Set((await api("GET", "trash", {limit: 10000})).items.map(one => one.node));
   for (const entry of items) await bringOne(entry, trashed, seqs);
-  closePreview();
   clearSelection();
   seqs.length ? offerUndo(t("{what} brought back", {what: namesOf(items)}), ...seqs) : toast(t("Nothing has changed since then."));
   await refresh();
@@ -11568,6 +11567,7 @@ function openPreview(entry) {
     slideshow(false);
   }, true);
   document.body.append(preview.box);
+  preview.box.append(find(".toasts"));
   fillPreview(entry);
   preview.box.showModal();
 }
@@ -11588,7 +11588,8 @@ function fillPreview(entry) {
     act("versions", t("Versions"), () => go(versionsAddress(entry.path)), !view.at),
     act("link", t("Copy link"), () => attempt(copyLink)),
     button(t("Close"), leavePreview, {className: "primary", autofocus: true}));
-  preview.box.replaceChildren(title, preview.body, previewFoot(entry), ...preview.box.querySelectorAll(".toasts"));
+  for (const old of preview.box.querySelectorAll(":scope > :not(.toasts)")) old.remove();
+  preview.box.prepend(title, preview.body, previewFoot(entry));
   if (inside) (find(`[data-action=${held}]:enabled`, preview.box) || find(".primary", preview.box)).focus();
   setTitle(entry.name);
   attempt(async () => {

@@ -6850,6 +6850,9 @@ def test_browser_looks_back_and_brings_back(page):
     page.click("Bring back")
     page.sees("“deep.txt” brought back")
     assert page.get("box/in/deep.txt") == b"deep"
+    page.click("Undo")                           # over the preview
+    page.sees("Undone.")
+    assert "box/in/deep.txt" not in page.tree()
 
 
 def test_browser_steps_through_time(page):
