@@ -8478,14 +8478,14 @@ PAGE_STYLE = r"""
   --back: #fff; --side: #f5f6f8; --raised: #fff; --text: #1b1e23; --soft: #59626e; --line: #e2e5ea; --hover: #f1f3f6;
   --accent: #1857c4; --on-accent: #fff; --chosen: #e4edfb; --danger: #b3261e; --shadow: 0 8px 28px rgb(20 30 50 / .18);
   --icon: #7a8696;
-  --mark: #fff3c4;
+  --mark: #fff3c4; --star: #a66a00;
 }
 :root[data-theme=dark] {
   color-scheme: dark;
   --back: #15171b; --side: #1b1e23; --raised: #22262c; --text: #e8eaee; --soft: #a4adb9; --line: #2e333b; --hover: #20242a;
   --accent: #8fb8ff; --on-accent: #0d1b33; --chosen: #22344f; --danger: #ff9d94; --shadow: 0 8px 28px rgb(0 0 0 / .6);
   --icon: #8f9bab;
-  --mark: #4d431f;
+  --mark: #4d431f; --star: #e0b04a;
 }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
@@ -8606,6 +8606,13 @@ main:focus { outline: none; }
   white-space: nowrap; }
 .second.where { display: block; font-size: .8rem; line-height: 1.25; }
 .where .small { display: none; }
+.filters ~ .grid:not(.tiles) .row { height: 66px; }
+.snippet { font-size: .8rem; line-height: 1.35; color: var(--soft); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.tiles .snippet { display: none; }
+mark { background: var(--mark); color: var(--text); }
+.filters { display: flex; flex-wrap: wrap; gap: .4rem; padding-bottom: .6rem; }
+.filters select { width: auto; max-width: 14rem; min-height: 36px; padding: .2rem .4rem; border-color: var(--line); }
+.hint:empty { display: none; }
 .names:has(.where) .label { line-height: 1.3; }
 .more button { background: none; border: 0; width: 40px; padding: 0; color: var(--soft); opacity: 0; font-weight: 700; }
 .row:hover .more button, .row.cursor .more button, .row[aria-selected=true] .more button { opacity: 1; }
@@ -8619,6 +8626,8 @@ main:focus { outline: none; }
 .empty { text-align: center; padding: 14vh 1rem; color: var(--soft); display: grid; gap: .4rem; justify-items: center; }
 .big { font-size: 1.2rem; color: var(--text); text-align: center; }
 
+.star { width: 18px; height: 18px; flex: none; margin-right: .75rem; fill: var(--star); }
+
 /* tiles */
 .tiles .head { display: none; }
 .tiles .row { right: auto; height: 176px; border: 0; padding: 6px; display: block; border-radius: 10px; }
@@ -8626,6 +8635,7 @@ main:focus { outline: none; }
 .tiles .row > .mtime, .tiles .row > .size, .tiles .row > .deleted { display: none; }
 .tiles .names { flex: none; padding: 0 .3rem; }
 .tiles .label { margin: 0 auto; font-size: .9rem; }
+.tiles .star { position: absolute; left: 16px; bottom: 52px; stroke: var(--back); stroke-width: 2; paint-order: stroke; }
 .tiles .check { position: absolute; left: 14px; top: 14px; opacity: 0; z-index: 1; }
 .tiles .more button { background: var(--raised); border-radius: 8px; }
 .tiles .more { position: absolute; right: 8px; top: 8px; z-index: 1; }
@@ -8658,10 +8668,12 @@ main:focus { outline: none; }
 .settings { display: grid; gap: 2rem; max-width: 46rem; padding-top: .5rem; }
 .settings section { display: grid; gap: .6rem; }
 .buttons { display: flex; gap: .5rem; flex-wrap: wrap; justify-content: flex-end; }
+.settings .keys { max-height: none; padding: 0; }
+.settings .buttons select { width: auto; }
 .settings .buttons { justify-content: flex-start; align-items: end; }
 
 .command { display: flex; gap: .5rem; align-items: start; }
-.command code { flex: 1; background: var(--side); border-radius: 8px; padding: .5rem .75rem;
+.command code { flex: 1; text-align: left; background: var(--side); border-radius: 8px; padding: .5rem .75rem;
   font: .85rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; min-width: 0; }
 .ways { display: grid; gap: 1.1rem; }
 .ways h3 { font-size: 1rem; margin: 0 0 .3rem; }
@@ -8692,10 +8704,15 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .sheet.menu::backdrop { background: none; }
 .items, .walk { display: grid; align-content: start; }
 .items hr { border: 0; border-top: 1px solid var(--line); margin: .3rem; }
+.way { display: grid; gap: .6rem; }
+.renames { list-style: none; margin: 0; padding: 0; height: 28vh; overflow: auto; border-top: 1px solid var(--line); }
+.renames li { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; padding: .35rem 0; overflow-wrap: anywhere;
+  border-bottom: 1px solid var(--line); }
 .keys { margin: 0; max-height: 60vh; overflow: auto; padding-right: 1rem; }
 .keys div { display: flex; justify-content: space-between; gap: 1rem; padding: .35rem 0;
   border-bottom: 1px solid var(--line); }
 .keys dd { margin: 0; }
+.shares dd { width: 11rem; text-align: right; }
 
 /* toasts and the upload queue */
 .toasts { position: fixed; left: 50%; transform: translateX(-50%); bottom: 1.4rem; z-index: 8; display: grid; gap: .5rem;
@@ -8793,7 +8810,8 @@ th { background: var(--side); position: sticky; top: 0; }
     border: 0; border-top: 1px solid var(--line); z-index: 4; gap: 0; }
   .side .brand, .quota { display: none; }
   .side nav { display: flex; flex: 1; order: -1; }
-  .side nav a { flex: 1; text-align: center; padding: .9rem .2rem; border-radius: 0; font-size: .875rem; min-height: 52px; }
+  .side nav a { flex: auto; text-align: center; padding: .9rem .1rem; border-radius: 0; font-size: min(.875rem, 3.6vw);
+    min-height: 52px; }
   .side nav a[aria-current] { background: none; color: var(--accent); }
   .new { position: fixed; right: 1rem; bottom: calc(68px + env(safe-area-inset-bottom)); border-radius: 99px;
     padding: .6rem 1.4rem; box-shadow: var(--shadow); min-height: 48px; }
@@ -8827,6 +8845,8 @@ th { background: var(--side); position: sticky; top: 0; }
   .preview .title button { padding: .4rem .6rem; }
   .row { height: 60px; }
   .row > .mtime, .row > .size, .row > .deleted { display: none; }
+  .filters ~ .grid:not(.tiles) .row { height: 82px; }
+  .filters select { flex: 1 1 40%; max-width: none; min-height: 44px; }
   .second, .second.where { display: block; font-size: .85rem; }
   .where .small { display: inline; }
   .more button { opacity: 1; width: 44px; height: 44px; }
@@ -8852,7 +8872,7 @@ PAGE_SCRIPT = r"""
 
 // ---- where the page lives: a proxy may serve it below a path of its own
 
-const VIEW = /^(.*?)(?:\/(?:files|past|versions|trash|activity|search|settings|setup|login)(?:\/.*)?|\/)$/;
+const VIEW = /^(.*?)(?:\/(?:files|starred|past|versions|trash|activity|search|settings|setup|login)(?:\/.*)?|\/)$/;
 const PREFIX = (location.pathname.match(VIEW) || ["", ""])[1];
 const encodePath = path => path.split("/").map(encodeURIComponent).join("/");
 const decodePath = path => path.split("/").filter(Boolean).map(decodeURIComponent).join("/");
@@ -8866,7 +8886,7 @@ const contentAddress = (entry, values) =>          // entry.as: which version of
   apiAddress("content", entry.path, values || entry.as || (view.at ? {at: view.at} : {}));
 
 function queryOf(values) {
-  const pairs = Object.entries(values).filter(([, value]) => value !== undefined && value !== null)
+  const pairs = Object.entries(values).filter(([, value]) => value || value === 0)
     .flatMap(([name, value]) => [].concat(value).map(one => name + "=" + encodeURIComponent(one)));
   return pairs.length ? "?" + pairs.join("&") : "";
 }
@@ -8899,6 +8919,10 @@ function svg(name, about, ...children) {
 const button = (label, run, about = {}) => h("button", {type: "button", onclick: run, ...about}, label);
 const link = (label, address, about = {}) => h("a", {href: address, ...about}, label);
 const field = (label, about) => h("label.field", {}, h("span", {}, label), h("input", {required: true, ...about}));
+const tick = (label, about) => h("label.tick", {}, h("input", {type: "checkbox", ...about}), label);
+// rows: {value: words}
+const choice = (label, name, rows, value, about) => h("select", {name, "aria-label": t(label), ...about},
+  Object.entries(rows).map(([key, words]) => h("option", {value: key, selected: key === value}, t(words))));
 const find = (selector, within = document) => within.querySelector(selector);
 const isPhone = matchMedia("(max-width: 45rem)");
 
@@ -8916,6 +8940,7 @@ const ICONS = {
   archive: SHEET + "|M10 4h2M11 7h2M10 10h2M11 13h2v4h-2z",
   table: SHEET + "|M7 11h9M7 14h9M7 17h9M10 11v6.500"
 };
+const STAR = "M12 3l3 6 6 1-4 4 1 7-6-3-6 3 1-7-4-4 6-1z";
 const KINDS = Object.entries({
   image: "png jpg jpeg gif webp avif heic heif svg bmp tif tiff ico",
   video: "mp4 m4v webm mov mkv avi ogv",
@@ -8974,6 +8999,7 @@ function t(text, values) {
 }
 
 const quoted = name => t("“{name}”", {name});
+const DAY = 864e5;
 const plural = (n, one, many, values) => t(n === 1 ? one : many, {n, ...values});
 
 function formatSize(bytes) {
@@ -9007,9 +9033,10 @@ function chooseTheme(name) {
   show();
 }
 
-const themeButtons = () => h("div.choices", {},
-  [["", "Like the system"], ["light", "Light"], ["dark", "Dark"]].map(([name, label]) => button(t(label), () => chooseTheme(name),
-    {className: "quiet", "aria-pressed": String(name === (localStorage.getItem("theme") || ""))})));
+const choices = (rows, chosen, choose) => h("div.choices", {}, Object.entries(rows).map(([value, label]) =>
+  button(label, () => choose(value), {className: "quiet", lang: rows === LANGUAGES && value, "aria-pressed": String(value === chosen)})));
+const themeButtons = () => choices({"": t("Like the system"), light: t("Light"), dark: t("Dark")},
+  localStorage.getItem("theme") || "", chooseTheme);
 
 // ---- the server
 
@@ -9027,11 +9054,9 @@ const PROBLEMS = {
   "not-found": "This is not there any more.",
   "gone": "That is too long ago: the history does not reach back so far.",
   "exists": "There is something of that name already.",
-  "twin": "There is something of that name already.",
   "precondition-failed": "Somebody changed this in the meantime.",
-  "same-place": "A folder cannot go into itself.",
+  "same-place": "One of these lies in the other.",
   "locked": "Another program has this file locked at the moment.",
-  "lock-conflict": "Another program has this file locked at the moment.",
   "over-quota": "Your storage is full. Delete something, then empty the trash, or ask for more.",
   "disk-full": "The disk of the server is almost full; it takes nothing new until there is room.",
   "too-large": "This file is larger than the server accepts.",
@@ -9041,6 +9066,7 @@ const PROBLEMS = {
   "internal": "Something went wrong on the server. Whoever runs it should look at its log.",
   "not-set-up": "This server is not set up yet. Open the link that it printed when it started.",
 };
+Object.assign(PROBLEMS, {twin: PROBLEMS.exists, "lock-conflict": PROBLEMS.locked});
 
 const explain = error => error instanceof Problem
   ? t(PROBLEMS[error.code] || error.message) + (error.about.request ? " (" + error.about.request + ")" : "") : String(error);
@@ -9261,18 +9287,7 @@ function explainGate(error) {
   return ["bad-request", "forbidden"].includes(error.code) ? t(error.message) : explain(error);
 }
 
-const languageLinks = () =>
-  h("div.choices", {},
-    Object.entries(LANGUAGES).map(([name, label]) =>
-      button(
-        label,
-        () => {
-          chooseLanguage(name);
-        },
-        {className: "quiet", lang: name, "aria-pressed": String(name === language)}
-      )
-    )
-  );
+const languageLinks = () => choices(LANGUAGES, language, chooseLanguage);
 
 async function chooseLanguage(name) {
   localStorage.setItem("language", name);
@@ -9318,18 +9333,8 @@ function showLogin() {
 // the session ended while the page was open: everything waits for this one sheet
 let loggingIn = null;
 function logInAgain() {
-  loggingIn =
-    loggingIn ||
-    askForm(
-      t("Please log in again"),
-      [ownName(), passwordField(t("Password"), {autofocus: true})],
-      t("Log in"),
-      async ({password}) => {
-        await api("POST", "login", {name: me.name, password});
-        return true;
-      },
-      t("Your session has ended.")
-    ).then(done => {
+  loggingIn = loggingIn || askPassword(t("Please log in again"), t("Log in"), t("Your session has ended."),
+    password => api("POST", "login", {name: me.name, password})).then(done => {
       loggingIn = null;
       if (!done) {
         showLogin();
@@ -9340,17 +9345,10 @@ function logInAgain() {
   return loggingIn;
 }
 
-const confirmPassword = () =>
-  askForm(
-    t("Your password, please"),
-    [ownName(), passwordField(t("Password"), {autofocus: true})],
-    t("Continue"),
-    async ({password}) => {
-      await api("POST", "confirm", {password});
-      return true;
-    },
-    t("This needs your password once more.")
-  );
+const askPassword = (title, yes, hint, run) => askForm(title, [ownName(), passwordField(t("Password"), {autofocus: true})], yes,
+  ({password}) => run(password).then(() => true), hint);
+const confirmPassword = () => askPassword(t("Your password, please"), t("Continue"), t("This needs your password once more."),
+  password => api("POST", "confirm", {password}));
 
 async function logOut() {
   await attempt(() => api("POST", "logout"));
@@ -9361,11 +9359,11 @@ async function logOut() {
 
 async function start() {
   try {
-    const about = await api("GET", "");
+    const [about, account] = await Promise.all([api("GET", ""), api("GET", "account").catch(() => null)]);
     if (!about.set_up) return location.pathname.endsWith("/setup") && location.hash ? showSetup()
       : showGate(t("Not set up yet"), t(PROBLEMS["not-set-up"]), [], "", null);
-    if (!about.account) return showLogin();
-    Object.assign(me, await api("GET", "account"));
+    if (!about.account && !account) return showLogin();
+    Object.assign(me, account || await api("GET", "account"));
     if (/\/(setup|login)?$/.test(location.pathname)) history.replaceState(null, "", addressOf(""));
     buildFrame();
     return show();
@@ -9376,13 +9374,17 @@ async function start() {
 
 // ---- the frame around every view
 
-const NAVIGATION = [["files", "Files", "/files"], ["activity", "Activity", "/activity"], ["trash", "Trash", "/trash"],
-                    ["settings", "Settings", "/settings"]];
+const NAVIGATION = [["files", "Files", "/files"], ["starred", "Starred", "/starred"], ["activity", "Activity", "/activity"],
+                    ["trash", "Trash", "/trash"], ["settings", "Settings", "/settings"]];
 
 function buildFrame() {
   const search = h("input", {type: "search", name: "q", placeholder: t("Search"), "aria-label": t("Search"), autocomplete: "off",
-                             spellcheck: false, oninput: searchSoon});
-  const form = h("form.search", {role: "search", onsubmit: event => { event.preventDefault(); search.blur(); }}, search);
+                             spellcheck: false, oninput: searchSoon, onkeydown: onSearchKey});
+  const form = h("form.search", {role: "search", onsubmit: event => {
+    event.preventDefault();
+    search.blur();
+    if (!search.value && view.kind !== "search") seek({});
+  }}, search);
   const make = event => menu(event.currentTarget, menuRows(actionsFor("place").filter(one => one.make)), t("New"));
   const links = NAVIGATION.map(([name, label, address]) => h("a", {href: PREFIX + address, "data-view": name}, t(label)));
   find("#app").replaceChildren(
@@ -9393,7 +9395,7 @@ function buildFrame() {
       h("nav", {"aria-label": t("Main")}, links),
       h("div.quota")),
     h("main", {id: "content", tabIndex: -1},
-      h("h1.unseen"),
+      h("h1.unseen", {}, "cloudserver"),
       h("div.banners"),
       h("div.top", {}, h("nav.crumbs", {"aria-label": t("Where you are")}), form),
       h("div.bar", {role: "toolbar", "aria-label": t("Actions")}),
@@ -9405,20 +9407,10 @@ function buildFrame() {
 }
 
 function showQuota() {
-  const {used, quota} = me,
-    box = find(".quota");
-  const meter =
-    quota === null ? null : h("progress", {max: Math.max(quota, 1), value: used, "aria-label": t("Storage used")});
-  box.replaceChildren(
-    ...[
-      meter,
-      h("span", {},
-        quota === null
-          ? t("{used} used", {used: formatSize(used)})
-          : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)})
-      )
-    ].filter(Boolean)
-  );
+  const {used, quota} = me;
+  find(".quota").replaceChildren(
+    ...quota === null ? [] : [gauge(t("Storage used"), used, quota || 1)],
+    h("span", {}, usedWords(me)));
 }
 
 const updateQuota = soon(async () => { Object.assign(me, await api("GET", "account")); showQuota(); }, 1500);
@@ -9438,15 +9430,17 @@ function setTitle(text) {
   if (heading) heading.textContent = text;
 }
 
-function setPlace(name) {
-  setTitle(name);
-  setCrumbs(h("span", {"aria-current": "page"}, name));
-}
-
 function setCrumbs(...parts) {
   find(".crumbs").replaceChildren(
     ...parts.flatMap((part, n) => (n ? [h("span.slash", {"aria-hidden": "true"}, "/"), part] : [part]))
   );
+}
+
+// a view that is no place among the files
+function enterView(kind, title) {
+  Object.assign(view, {kind, path: "", at: null});
+  setTitle(title);
+  setCrumbs(h("span", {"aria-current": "page"}, title));
 }
 
 function setBar(...parts) {
@@ -9463,6 +9457,7 @@ const SHOWS = [
   [/^\/files(?:\/(.*))?$/, showFiles],
   [/^\/past\/([^/]+)(?:\/(.*))?$/, showPast],
   [/^\/versions\/(.*)$/, showVersions],
+  [/^\/starred$/, showStarred],
   [/^\/trash$/, showTrash],
   [/^\/activity$/, showActivity],
   [/^\/search$/, showSearch],
@@ -9470,9 +9465,9 @@ const SHOWS = [
   [/^\/login\/v2\/flow\/(.+)$/, showGrant]
 ];
 
-function go(address, {replace = false} = {}) {
+function go(address, {replace = false, deep} = {}) {
   if (!replace) history.replaceState({...history.state, scroll: scrollY}, "");
-  history[replace ? "replaceState" : "pushState"]({inside: true}, "", address);
+  history[replace ? "replaceState" : "pushState"]({inside: true, deep}, "", address);
   return show();
 }
 
@@ -9633,7 +9628,7 @@ function fillList(entries) {
   showBar();
 }
 
-const same = (a, b) => b && ["node", "etag", "path", "mtime", "size", "since"].every(name => a[name] === b[name]);
+const same = (a, b) => b && ["node", "etag", "path", "mtime", "size", "since", "starred", "snippet"].every(name => a[name] === b[name]);
 
 // rows that would look as they do stay: a click that is under way must not lose its target
 function redrawRows(keep = () => false) {
@@ -9652,7 +9647,7 @@ function redrawRows(keep = () => false) {
 function measureList() {
   const tiles = shape === "tiles", width = list.body.clientWidth;
   const columns = tiles ? Math.max(2, Math.floor(width / (isPhone.matches ? 150 : 190))) : 1;
-  return {columns, width: width / columns, height: tiles ? 176 : isPhone.matches ? 60 : 44};
+  return {columns, width: width / columns, height: tiles ? 176 : (isPhone.matches ? 60 : 44) + 22 * (view.kind === "search")};
 }
 
 function drawRows() {
@@ -9695,7 +9690,8 @@ function makeRow(entry, index) {
     h("div.name", {role: "gridcell"},
       shape === "tiles" ? tilePicture(entry) : icon(kindOf(entry)),
       list.editing === entry ? renameField(entry) : entryName(entry),
-      entry.since && h("span.tag", {}, t("{how} since", {how: t(HOW[entry.since])}))
+      entry.since && h("span.tag", {}, t("{how} since", {how: t(HOW[entry.since])})),
+      entry.starred && svg("svg", {viewBox: "0 0 24 24", class: "star", role: "img", "aria-label": t("Starred")}, svg("path", {d: STAR}))
     ),
     list.columns.map(column => h("div." + column, {role: "gridcell"}, cellOf(entry, column))),
     h("div.more", {role: "gridcell"},
@@ -9717,15 +9713,17 @@ function entryName(entry) {
     draggable: view.kind === "files" && mouse.matches
   };
   const label = h("a", {...about, href: addressFor(entry)}, h("bdi", {}, entry.name));
-  const where = view.kind === "search" || view.kind === "trash" ? parentOf(entry.path) || t("Files") : null;
+  const where = ["search", "starred", "trash"].includes(view.kind) ? parentOf(entry.path) || t("Files") : null;
   return h("div.names", {},
     label,
     h("div.second" + (where ? ".where" : ""), {},
-      where && h("bdi", {}, dotted(where, entry.by && entry.by !== me.name && t("deleted by {name}", {name: entry.by}))),
+      where && h("bdi", {}, where),
       h("span.small", {},
         (where ? " · " : "") + formatTime(entry.deleted || entry.mtime) + " · " + formatSize(entry.size)
       )
-    )
+    ),
+    entry.snippet && h("div.snippet", {}, entry.snippet.before.replace(/^.+? (?=.{0,30}$)/, "… "),
+      h("mark", {}, entry.snippet.match), entry.snippet.after)
   );
 }
 
@@ -9982,11 +9980,15 @@ function onListKey(event) {
   return event.preventDefault();
 }
 
-const typed = {text: "", at: 0};
+const typed = {text: "", at: -900};
 
 function typeAhead(event) {
+  if (event.key === "Escape" || event.ctrlKey) typed.at = -900;
   if (event.key.length !== 1 || event.ctrlKey || event.metaKey || event.altKey || " ?/".includes(event.key)) return;
-  typed.text = event.timeStamp - typed.at < 900 ? typed.text + event.key : event.key;
+  const within = event.timeStamp - typed.at < 900;
+  if (!within && actionOf(event)) return;        // the key of an action; within a word, or where it does nothing, a letter
+  event.preventDefault();
+  typed.text = within ? typed.text + event.key : event.key;
   typed.at = event.timeStamp;
   const wanted = sortKeyOf(typed.text),
     index = list.entries.findIndex(entry => entry.sortKey && entry.sortKey.startsWith(wanted));
@@ -10067,7 +10069,9 @@ function crumbsOf(path, address) {
 
 const emptyFiles = () => [
   h("p.big", {}, t("Nothing here yet")),
-  h("p", {}, isPhone.matches ? t("Add something with “New”.") : t("Drop files here, or add something with “New”."))
+  h("p", {}, isPhone.matches ? t("Add something with “New”.") : t("Drop files here, or add something with “New”.")),
+  h("p", {}, t("From a command line:")),
+  commandLine(`curl -u ${shellWord(me.name)} -T FILE ${davAddress(view.path, "/")}`)
 ];
 
 // load what is on the screen once more, keeping place and selection
@@ -10077,7 +10081,7 @@ async function refresh() {
   if (view.kind === "files") {
     const answer = await load(view.path);
     if (turn === view.turn) await enterCollection(answer, turn);
-  } else if (["trash", "activity", "search", "past", "versions"].includes(view.kind)) await show();
+  } else if (["trash", "activity", "search", "starred", "past", "versions"].includes(view.kind)) await show();
   updateQuota();
 }
 
@@ -10086,8 +10090,11 @@ const openEntry = entry => go(addressFor(entry));
 // ---- actions: one table for the bar, the menus, the keys and the help
 
 const inFiles = () => view.kind === "files";
-const inTree = () => view.kind === "files" || view.kind === "search";
+const inTree = () => ["files", "search", "starred"].includes(view.kind);
 const one = items => items.length === 1;
+const inTreeAny = items => inTree() && items.length > 0;
+const inTreeOne = items => inTree() && one(items);
+const isFound = () => inTree() && !inFiles();
 const oneFile = items => one(items) && items[0].kind === "file";
 
 // on: what it is for, "items" or the "place" as a whole;  when: does it apply;  menu: stands in the menu only;
@@ -10113,27 +10120,35 @@ const ACTIONS = [
   {name: "open", label: "Open", on: "items", menu: true, keys: "Enter",
    when: one, run: ([entry]) => openEntry(entry)},
   {name: "show", label: "Show in its folder", on: "items",
-   when: items => view.kind === "search" && one(items), run: ([entry]) => showInFolder(entry)},
+   when: items => isFound() && one(items), run: ([entry]) => showInFolder(entry)},
   {name: "download", label: "Download", on: "items", prime: true, keys: "D",
    when: items => view.kind !== "trash" && items.length > 0, run: download},
   {name: "bring-back", label: "Bring back", on: "items", prime: true,
    when: items => view.kind === "past" && items.length > 0, run: bringBack},
   {name: "rename", label: "Rename", on: "items", keys: "F2",
-   when: items => inTree() && one(items), run: ([entry]) => startRename(entry)},
+   when: inTreeAny, run: items => one(items) ? startRename(items[0]) : renameMany(items)},
   {name: "move", label: "Move to…", on: "items", keys: "M",
-   when: items => inTree() && items.length > 0, run: items => moveTo(items, "move")},
+   when: inTreeAny, run: items => moveTo(items, "move")},
   {name: "copy", label: "Copy to…", on: "items", menu: true, keys: "Shift+M",
-   when: items => inTree() && items.length > 0, run: items => moveTo(items, "copy")},
+   when: inTreeAny, run: items => moveTo(items, "copy")},
   {name: "cut", label: "Cut", on: "items", menu: true, keys: "Ctrl+X",
-   when: items => inTree() && items.length > 0, run: items => putOnClip("move", items)},
+   when: inTreeAny, run: items => putOnClip("move", items)},
   {name: "copy-clip", label: "Copy", on: "items", menu: true, keys: "Ctrl+C",
-   when: items => inTree() && items.length > 0, run: items => putOnClip("copy", items)},
+   when: inTreeAny, run: items => putOnClip("copy", items)},
+  {name: "address", label: "Copy address", on: "items", menu: true,
+   when: inTreeOne, run: ([entry]) => copyText(location.origin + addressOf(entry.path))},
+  {name: "curl", label: "Copy curl command", on: "items", menu: true,
+   when: inTreeOne, run: ([entry]) => copyText(curlFor(entry))},
   {name: "edit", label: "Edit", on: "items", menu: true, keys: "E",
    when: items => inTree() && oneFile(items) && isText(items[0]), run: ([entry]) => editFile(entry)},
   {name: "versions", label: "Versions", on: "items",
    when: items => inTree() && oneFile(items), run: ([entry]) => go(versionsAddress(entry.path))},
+  {name: "star", label: "Star", on: "items", keys: "S",
+   when: items => inTree() && !items.every(entry => entry.starred), run: items => star(items, true)},
+  {name: "unstar", label: "Remove star", on: "items", keys: "S",
+   when: items => inTreeAny(items) && items.every(entry => entry.starred), run: items => star(items, false)},
   {name: "delete", label: "Delete", on: "items", prime: true, keys: "Delete",
-   when: items => inTree() && items.length > 0, run: deleteItems},
+   when: inTreeAny, run: deleteItems},
   {name: "restore", label: "Restore", on: "items", prime: true,
    when: items => view.kind === "trash" && items.length > 0, run: restoreItems},
   {name: "purge", label: "Delete for good", on: "items", prime: true, keys: "Delete",
@@ -10275,11 +10290,11 @@ function dropRows(items) {
 
 function download(items) {
   if (items.length === 1 && items[0].kind === "file") return saveFrom(contentAddress(items[0]));
-  if (view.kind === "search" && items.length > 1)
+  if (isFound() && items.length > 1)
     return items.forEach((entry, n) =>
       setTimeout(() => saveFrom(entry.kind === "file" ? contentAddress(entry) : apiAddress("zip", entry.path)), n * 400)
     );
-  if (view.kind === "search") return saveFrom(apiAddress("zip", items[0].path));
+  if (isFound()) return saveFrom(apiAddress("zip", items[0].path));
   return downloadZip(items.length === list.entries.length ? [] : items.map(entry => entry.name));
 }
 
@@ -10320,10 +10335,13 @@ async function newCollection() {
   setCursor(list.at);
 }
 
+const isName = name => name.trim() && !/^\.\.?$|[/\\\x00-\x1f\x7f]/.test(name) && new Blob([name]).size < 256;
+
 function checkName(name) {
-  if (!name.trim() || name === "." || name === ".." || name.includes("/"))
-    throw new Problem(0, {code: "", detail: t("A name cannot be empty and cannot hold a slash.")});
+  if (!isName(name)) throw new Problem(0, {code: "", detail: t("A name cannot be empty and cannot hold a slash.")});
 }
+
+const sayTaken = error => { throw error.code === "precondition-failed" ? new Problem(412, {code: "exists"}) : error; };
 
 // ---- renaming in place
 
@@ -10371,10 +10389,72 @@ async function rename(entry, name) {
   checkName(name);
   if (name === entry.name) return;
   const target = join(parentOf(entry.path), name);
-  const {seq} = await api("POST", "move", {items: [{from: entry.path, to: target}]}).catch(error => {
-    throw error.code === "precondition-failed" ? new Problem(412, {code: "exists"}) : error;
-  });
+  const {seq} = await api("POST", "move", {items: [{from: entry.path, to: target}]}).catch(sayTaken);
   offerUndo(t("Renamed to “{name}”", {name}), seq);
+  await refresh();
+}
+
+// ---- renaming many: each new name is seen before anything happens
+
+function renameMany(items) {
+  items.sort((a, b) => list.known.get(a.node) - list.known.get(b.node));       // numbers follow what is seen
+  const text = (label, about) => field(label, {required: false, autocomplete: "off", ...about});
+  const said = h("p", {role: "status"}), rows = h("ul.renames", {tabIndex: 0, "aria-label": t("New names")});
+  const way = choice("How", "way", {find: "Find and replace", number: "Number"}), parts = [
+    [text(t("Find"), {name: "find", autofocus: true}), text(t("Replace with"), {name: "by"}),
+     tick(t("Regular expression"), {name: "regular"})],
+    [text(t("Pattern; # is where the number goes"), {name: "pattern"}), text(t("First number"), {name: "first", type: "number", value: 1}),
+     tick(t("Keep the endings of files"), {name: "endings", checked: true})]].map(some => h("div.way", {}, some));
+  let good;
+  const draw = () => {
+    let all = [], wrong = "";
+    try {
+      all = judgeNames(items, newNames(items, Object.fromEntries(new FormData(form))));
+    } catch {
+      wrong = t("This is not a regular expression.");
+    }
+    const bad = all.filter(one => one.bad);
+    good = all.filter(one => !one.bad && one.from !== one.to);
+    parts.forEach((part, n) => { part.hidden = n !== way.selectedIndex; });
+    find(".primary", form).disabled = wrong || bad.length || !good.length;
+    said.textContent = wrong || (bad.length ? plural(bad.length, "{n} name does not work", "{n} names do not work")
+      : plural(good.length, "{n} name changes", "{n} names change"));
+    all = [...bad, ...good];
+    rows.replaceChildren(...all.slice(0, 200).map(({from, name, bad}) => h("li", {}, h("bdi.soft", {}, nameOf(from)),
+      h("span", {}, "→ ", h("bdi", {}, name), bad && h("div.problem", {}, bad)))));
+    if (all.length > 200) rows.append(h("li.soft", {}, t("and {n} more", {n: all.length - 200})));
+  };
+  const done = askForm(t("Rename {n} items", {n: items.length}), [way, parts, said, rows], t("Rename"), () => renameAll(good));
+  const form = way.form;
+  form.oninput = draw;
+  draw();
+  return done;
+}
+
+// throws for what is no regular expression
+function newNames(items, {way, find, by, regular, pattern, first, endings}) {
+  const what = regular ? new RegExp(find, "gu") : find;
+  return items.map((entry, n) => way === "number"
+    ? pattern.replace(/#+/, marks => String(n + +first).padStart(marks.length, "0"))
+      + (endings && entry.kind === "file" ? splitName(entry.name)[1] : "")
+    : find ? entry.name.replaceAll(what, regular ? by : () => by) : entry.name);
+}
+
+// [{from, to, name, bad}]: where each goes, and in words what is wrong with that
+function judgeNames(items, names) {
+  const all = items.map(({path}, n) => ({from: path, to: join(parentOf(path), names[n]), name: names[n]})), times = {};
+  const own = new Set(items.map(entry => entry.path)), taken = new Set(list.entries.map(entry => entry.path));
+  for (const {to} of all) times[to] = (times[to] || 0) + 1;
+  for (const one of all) one.bad = !isName(one.name) ? t("cannot be a name") : times[one.to] > 1 ? t("twice the same")
+    : one.to === one.from ? "" : own.has(one.to) ? t("another one still has it: rename in two steps")
+    : taken.has(one.to) ? t("is there already") : "";
+  return all;
+}
+
+// one step, which the server makes as a whole or not at all: to it a name that another of them still has is taken
+async function renameAll(all) {
+  const {seq} = await api("POST", "move", {items: all.map(({from, to}) => ({from, to}))}).catch(sayTaken);
+  offerUndo(plural(all.length, "{n} item renamed", "{n} items renamed"), seq);
   await refresh();
 }
 
@@ -10451,8 +10531,13 @@ async function sendBeside(pairs, seqs) {
   seqs.push((await api("POST", "copy", {items, clash: "keep"})).seq);
 }
 
+function splitName(name) {
+  const dot = name.lastIndexOf(".");
+  return dot > 0 ? [name.slice(0, dot), name.slice(dot)] : [name, ""];
+}
+
 function freeName(name, taken) {
-  const dot = name.lastIndexOf("."), [stem, suffix] = dot > 0 ? [name.slice(0, dot), name.slice(dot)] : [name, ""];
+  const [stem, suffix] = splitName(name);
   for (let n = 2; ; n++) if (!taken.has(`${stem} (${n})${suffix}`)) return `${stem} (${n})${suffix}`;
 }
 
@@ -10510,11 +10595,6 @@ function chooseCollection(title, yes, from, items = []) {
         crumbs.replaceChildren(
           ...crumbsOf(path, () => "#").flatMap((part, n) => (n ? [h("span.slash", {}, "/"), part] : [part]))
         );
-        for (const part of crumbs.querySelectorAll("a"))
-          part.addEventListener("click", event => {
-            event.preventDefault();
-            enter(part.dataset.path);
-          });
         const inside = sortEntries(children.filter(entry => entry.kind === "collection" && !moving.has(entry.path)));
         box.replaceChildren(
           ...inside.map(entry =>
@@ -10536,6 +10616,11 @@ function chooseCollection(title, yes, from, items = []) {
       {className: "quiet"}
     );
     enter(from);
+    crumbs.onclick = event => {
+      event.preventDefault();
+      const {path} = event.target.closest("a")?.dataset || {};
+      if (path !== undefined) enter(path);
+    };
     return [
       crumbs,
       box,
@@ -11121,8 +11206,7 @@ async function showTrash() {
   const turn = view.turn, {items, next} = await api("GET", "trash");
   if (turn !== view.turn) return;
   const same = view.kind === "trash" && list.box && list.box.isConnected;
-  Object.assign(view, {kind: "trash", path: "", at: null});
-  setPlace(t("Trash"));
+  enterView("trash", t("Trash"));
   if (!same) setContent(h("p.hint", {}, t("Deleted things stay here until their time is over or the trash is emptied.")),
     ...makeList({columns: ["deleted", "size"], sortable: false, empty: () => h("p.big", {}, t("The trash is empty"))}));
   fillList(items);
@@ -11164,30 +11248,101 @@ async function purge(title, text, yes, nodes) {
   await refresh();
 }
 
-// ---- search
+// ---- starred
+
+async function showStarred() {
+  const turn = view.turn, {items} = await api("GET", "starred");
+  if (turn === view.turn) showFound("starred", t("Starred"), items, () => [h("p.big", {}, t("Nothing starred yet")),
+    h("p", {}, t("A star marks what you want to find again."))]);
+}
+
+// a list of things from many places; above: what stands over it, for things in the order of the server
+function showFound(kind, title, items, empty, above) {
+  const same = view.kind === kind && list.box?.isConnected;
+  enterView(kind, title);
+  if (!same) setContent(above, ...makeList({columns: ["mtime", "size"], sortable: !above, empty}));
+  list.empty = empty;
+  fillList(above ? items : sortEntries(items));
+}
+
+async function star(items, starred) {
+  items = items.filter(entry => Boolean(entry.starred) !== starred);
+  await api("POST", "star", {paths: items.map(entry => entry.path), starred});
+  const words = {what: namesOf(items)};
+  toast(starred ? t("{what} starred", words) : t("Star removed from {what}", words),
+    {label: t("Undo"), run: () => attempt(() => star(items.map(entry => ({...entry, starred})), !starred))});
+  await refresh();
+}
+
+// ---- search: what is looked for stands in the address
+
+const KIND_WORDS = {image: "Images", video: "Videos", audio: "Music", pdf: "PDF", document: "Documents", text: "Texts", table: "Tables",
+                    archive: "Archives", collection: "Folders"};
+const WITHIN = {"": "Names and contents", names: "Names only", contents: "Contents only"};
+const SIZES = {"": "Any size", "under-1m": "Under 1 MB", "over-10m": "Over 10 MB", "over-100m": "Over 100 MB", "over-1g": "Over 1 GB"};
+const CHANGED = {"": "Any time", today: "Today", week: "Last 7 days", month: "Last 30 days", year: "This year", older: "Before this year"};
+const FILTERS = {within: WITHIN, kind: {"": "Any kind", ...KIND_WORDS}, size: SIZES, changed: CHANGED};
+const asked = () => Object.fromEntries(new URLSearchParams(location.search));
+const isAsking = ({q, kind, size, changed}) => q || kind || size || changed;
+let searchedFrom = "";                 // the collection that was on the screen before
+
+// deep: how many entries of the history belong to this search
+function seek(values, replace) {
+  const {deep} = history.state || {}, inside = view.kind === "search";
+  if (!inside) searchedFrom = inFiles() ? view.path : "";
+  return go(PREFIX + "/search" + queryOf(values), {replace, deep: inside ? deep && deep + !replace : 1});
+}
 
 const searchSoon = soon(() => {
-  const q = find(".search input").value.trim(), inside = view.kind === "search";
-  if (q) return go(PREFIX + "/search" + queryOf({q}), {replace: inside});
-  return inside && go(addressOf(""), {replace: true});
+  const inside = view.kind === "search", values = {...(inside && asked()), q: find(".search input").value.trim()};
+  return isAsking(values) ? seek(values, inside) : inside && leaveSearch();
 }, 200);
 
+function leaveSearch() {
+  const {deep} = history.state || {};
+  return deep ? history.go(-deep) : go(addressOf(searchedFrom), {replace: true});
+}
+
+function onSearchKey(event) {
+  if (event.key !== "Escape") return;
+  event.preventDefault();
+  event.target.value = "";
+  event.target.blur();
+  if (view.kind === "search") leaveSearch();
+}
+
 async function showSearch() {
-  const q = new URLSearchParams(location.search).get("q") || "",
-    turn = view.turn;
-  const input = find(".search input");
+  const values = asked(), {q = "", path} = values, turn = view.turn, input = find(".search input");
   if (document.activeElement !== input) input.value = q;
-  const {items} = await api("GET", "search", {q, limit: 1000});
+  const {items, more} = isAsking(values) ? await api("GET", "search", searchValues(values)) : {items: []};
   if (turn !== view.turn) return;
-  const same = view.kind === "search" && list.box && list.box.isConnected;
-  Object.assign(view, {kind: "search", path: "", at: null});
-  setTitle(q);
-  setCrumbs(link(t("Files"), addressOf("")), h("span", {"aria-current": "page"}, t("Search")));
-  if (!same)
-    setContent(
-      ...makeList({columns: ["mtime", "size"], sortable: false, empty: () => h("p.big", {}, t("Nothing found"))})
-    );
-  fillList(items);
+  searchedFrom = path || searchedFrom;
+  showFound("search", t("Search"), items, () => nothingFound(values), [
+    h("div.filters", {onchange: ({target}) => seek({...asked(), [target.name]: target.value})},
+      choice("Where", "path", {"": "Everywhere", [searchedFrom]: t("In {name}", {name: nameOf(searchedFrom)})}, "", {hidden: !searchedFrom}),
+      choice("In", "within", WITHIN), choice("Kind", "kind", FILTERS.kind), choice("Size", "size", SIZES),
+      choice("Changed", "changed", CHANGED)),
+    h("p.hint", {role: "status"})]);
+  for (const box of find(".filters").children) box.value = values[box.name] || "";
+  find(".hint").textContent = more ? t("Only the first {n} are shown: narrow it down.", {n: items.length}) : "";
+  setTitle(q || t("Search"));
+}
+
+function searchValues({size, changed, ...values}) {
+  const [, way, n, unit] = /^(under|over)-(\d+)(.)$/.exec(size) || [], bytes = n * 2 ** (unit === "m" ? 20 : 30);
+  const today = new Date().setHours(0, 0, 0, 0), year = +new Date(new Date().getFullYear(), 0);
+  return {...values, limit: 1000, larger: way === "over" && bytes, smaller: way === "under" && bytes - 1,
+    after: {today, week: today - 6 * DAY, month: today - 29 * DAY, year}[changed], before: changed === "older" && year - 1};
+}
+
+function nothingFound({q, path, ...rest}) {
+  if (!isAsking({q, ...rest})) return h("p", {}, t("Type what you look for, or choose a filter."));
+  const filters = Object.keys(rest).map(name => t(FILTERS[name]?.[rest[name]] || rest[name]));
+  const again = values => seek(values).then(() => list.box.focus());          // the button is gone then
+  return [h("p.big", {}, q ? t("Nothing found for “{q}”", {q}) : t("Nothing found")),
+    h("p", {}, [path && t("In {name}", {name: path}), ...filters].filter(Boolean).join(" · ")),
+    path && button(t("Look everywhere"), () => again({q, ...rest})),
+    filters.length > 0 && button(t("Clear the filters"), () => again({q, path}))].filter(Boolean);
 }
 
 // ---- activity
@@ -11206,15 +11361,16 @@ const ACTIVITY = {
   patch: "{who} changed {what}",
   "device-add": "A device was added: {name}",
   "device-remove": "A device was removed: {name}",
-  "account-add": "The account {name} was made",
-  "account-password": "The password was changed",
+  "account-add": "{who} made the account {name}",
+  "account-password": "{who} changed the password of {name}",
   sync: "{who} synchronised {what}",
   lock: "{who} locked {what}",
   hold: "A device was held: it deletes or overwrites too much",
   allow: "A held device was allowed to go on",
-  "account-admin": "The rights of {name} were changed",
-  "account-quota": "The quota of {name} was changed",
-  "account-remove": "The account {name} was removed"
+  "account-admin": "{who} changed the rights of {name}",
+  "account-quota": "{who} changed the quota of {name}",
+  "account-remove": "{who} removed the account {name}",
+  settings: "{who} changed what is kept"
 };
 
 async function showActivity() {
@@ -11225,8 +11381,7 @@ async function showActivity() {
   const same = view.kind === "activity" && find(".days");
   const [{steps}, {devices}] = await Promise.all([get(), same ? {} : api("GET", "activity/devices")]);
   if (turn !== view.turn) return;
-  Object.assign(view, {kind: "activity", path: "", at: null});
-  setPlace(t("Activity"));
+  enterView("activity", t("Activity"));
   setBar();
   const box = h("div.days");
   const more = button(t("Show more"), () => attempt(async () => addSteps((await get(more.value)).steps)), {className: "wide"});
@@ -11269,7 +11424,7 @@ function dayOf(box, at) {
 function stepRow(step) {
   const {path = "", to = "", name = "", count, kind} = step.detail, gone = step.action === "delete", place = to || path;
   const what = count ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1}) : path ? quoted(nameOf(path)) : t("Files");
-  const words = t(ACTIVITY[step.action] || step.action, {who: step.account, what: "\0", to: quoted(to), name: agentOf({kind, name})}).split("\0");
+  const words = t(ACTIVITY[step.action] || step.action, {who: step.account || t("The server"), what: "\0", to: quoted(to), name: agentOf({kind, name})}).split("\0");
   const then = new Date(Date.parse(step.at) - gone).toISOString();              // after the step, or just before it went
   return h("li", {},
     h("div.what", {},
@@ -11429,16 +11584,16 @@ const SECTIONS = [
   ["", "Account", accountSection],
   ["connect", "Connect", connectSection],
   ["devices", "Devices", devicesSection],
-  ["accounts", "Accounts", accountsSection, true]
+  ["accounts", "Accounts", accountsSection, true],
+  ["server", "Server", serverSection, true]
 ];
 
 async function showSettings(name) {
   const turn = view.turn,
-    [, label, build] = SECTIONS.find(([one]) => one === name) || SECTIONS[0];
+    [, label, build] = SECTIONS.find(([one, , , admin]) => one === name && (!admin || me.admin)) || SECTIONS[0];
   const parts = await build();
   if (turn !== view.turn) return;
-  Object.assign(view, {kind: "settings", path: "", at: null});
-  setPlace(t("Settings"));
+  enterView("settings", t("Settings"));
   setBar(
     SECTIONS.filter(([, , , admin]) => !admin || me.admin).map(([one, words]) =>
       h("a.tab", {href: PREFIX + "/settings" + (one && "/" + one), "aria-current": words === label ? "page" : null},
@@ -11449,19 +11604,28 @@ async function showSettings(name) {
   setContent(h("div.settings", {}, parts));
 }
 
+const gauge = (label, value, max) => h("progress", {max, value, "aria-label": label});
+// a form that stands in the page
+const formOf = (fields, yes, run) => h("form.way", {onsubmit: event => {
+  event.preventDefault();
+  attempt(() => run(Object.fromEntries(new FormData(event.target))));
+}}, fields, buttonsRow(h("button.primary", {}, yes)));
 const section = (title, ...parts) => h("section", {}, h("h2", {}, title), ...parts);
 
-function accountSection() {
+const usedWords = ({used, quota}) => quota === null ? t("{used} used", {used: formatSize(used)})
+  : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)});
+
+async function accountSection() {
+  const {kinds, live, versions, trash} = await api("GET", "usage"), all = live + versions + trash || 1;
+  const percent = new Intl.NumberFormat(language, {style: "percent"});
+  const row = (words, size) => h("div", {}, h("dt", {}, words), h("dd", {}, formatSize(size) + " · " + percent.format(size / all),
+    gauge(words, size, all)));
   return [
-    section(
-      me.name,
-      h("p", {},
-        me.quota === null
-          ? t("{used} used", {used: formatSize(me.used)})
-          : t("{used} of {quota} used", {used: formatSize(me.used), quota: formatSize(me.quota)})
-      ),
-      buttonsRow(button(t("Change password"), changePassword), button(t("Log out"), logOut))
-    ),
+    section(me.name, h("p", {}, usedWords(me)),
+      buttonsRow(button(t("Change password"), changePassword), button(t("Log out"), logOut))),
+    section(t("Storage"), h("dl.keys.shares", {}, kinds.map(({kind, size}) => row(t(KIND_WORDS[kind] || "Other"), size)),
+      row(t("Earlier versions"), versions), row(t("Trash"), trash)),
+      buttonsRow(button(t("Empty the trash"), () => attempt(emptyTrash).then(show), {disabled: !trash}))),
     section(t("Language"), languageLinks()),
     section(t("Colours"), themeButtons())
   ];
@@ -11496,8 +11660,8 @@ async function devicesSection() {
         h("div.soft", {},
           [
             t(device.kind === "session" ? "Browser" : "App password"),
-            device.readonly && t("reads only"),
-            device.limited && t("one folder"),
+            t(device.readonly ? "reads only" : "reads and changes"),
+            t(device.limited ? "one folder" : "everything"),
             device.used
               ? t("used {when}", {when: longTime(device.used)})
               : t("added {when}", {when: longTime(device.created)}),
@@ -11528,11 +11692,9 @@ async function devicesSection() {
 
 // "Firefox, Linux" is all a person wants to know of a browser's name
 function agentOf({kind, name}) {
-  if (kind !== "session") return name;
-  const found = marks => marks.find(mark => name.includes(mark));
-  const browser = found(["Edg", "OPR", "Firefox", "Chrome", "Safari"]);
-  const system = found(["Android", "iPhone", "iPad", "Windows", "Mac", "Linux"]);
-  return browser && system ? ({Edg: "Edge", OPR: "Opera"}[browser] || browser) + ", " + system : name;
+  const known = words => words.split(" ").find(word => name.includes(word));
+  const browser = known("Edg OPR Firefox Chrome Safari"), system = known("Android iPhone iPad Windows Mac Linux");
+  return kind === "session" && browser && system ? ({Edg: "Edge", OPR: "Opera"}[browser] || browser) + ", " + system : name;
 }
 
 // ---- preview: a file over the list it belongs to, at an address of its own
@@ -11760,9 +11922,7 @@ async function newText() {
   await askForm(t("New text file"), [nameInput(t("Name"), t("Note") + ".txt")], t("Create"), async ({name}) => {
     checkName(name);
     const path = join(view.path, name),
-      made = await api("PUT", "files/" + encodePath(path), {}, {"If-None-Match": "*"}).catch(error => {
-        throw error.code === "precondition-failed" ? new Problem(412, {code: "exists"}) : error;
-      });
+      made = await api("PUT", "files/" + encodePath(path), {}, {"If-None-Match": "*"}).catch(sayTaken);
     await refresh();
     await go(addressOf(path));
     editFile(made);
@@ -12027,201 +12187,129 @@ const WAYS = (address, name, token) => [
   [t("Phone or tablet: photos and files"),
    t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address."), location.origin + PREFIX,
    qrOf(`nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`)],
+  [t("Phone or tablet: WebDAV"),
+   t("In an app that speaks WebDAV, as Documents (iOS) or Material Files (Android): this address, your name and the app password."), address],
   [t("Synchronised folder"), t("Keeps a folder of your computer and this server the same, both ways."),
-   `python3 cloudserver.py sync FOLDER ${location.protocol}//${encodeURIComponent(name)}@${location.host}${PREFIX}`],
-  ["Windows", t("In the Explorer: This PC, “Map network drive”; or:"), `net use Z: "${address}" "${token}" /user:"${name}"`],
+   `python3 cloudserver.py sync FOLDER ${location.protocol}//${plainPath(name)}@${location.host}${PREFIX}`],
+  ["Windows", t("In the Explorer: This PC, “Map network drive”; or as below. Windows wants HTTPS for it."),
+   `net use Z: "${address}" "${token}" /user:"${name}"`],
   ["Mac", t("In the Finder: Go, “Connect to Server”, with this address:"), address],
   ["Linux", t("In the file manager, as the address of a server:"),
-   address.replace(/^http/, "dav").replace("://", "://" + encodeURIComponent(name) + "@")],
-  ["rclone", "", `rclone config create cloud webdav url=${address} vendor=other user="${name}" pass="${token}" --obscure`],
-  ["curl", "", `curl -u "${name}:${token}" -T FILE ${address}`],
+   address.replace(/^http/, "dav").replace("://", "://" + plainPath(name) + "@")],
+  ["rclone", "", `rclone config create cloud webdav url=${address} vendor=other user=${shellWord(name)} pass=${token} --obscure`],
+  ["curl", "", `curl -u ${shellWord(name + ":" + token)} -T FILE ${address}`],
 ];
 
 function connectSection() {
-  const box = h("div.ways");
-  const show = token =>
-    box.replaceChildren(
-      ...WAYS(location.origin + PREFIX + "/dav/", me.name, token || t("APP-PASSWORD")).map(
-        ([title, hint, command, code]) =>
-          h("div", {},
-            h("h3", {}, title),
-            hint && h("p.soft", {}, hint),
-            commandLine(command),
-            token && code ? code : null
-          )
-      )
-    );
-  const made = h("div", {"aria-live": "polite"});
-  const form = h(
-    "form.buttons",
-    {
-      onsubmit: event => {
-        event.preventDefault();
-        const name = new FormData(form).get("name");
-        attempt(async () => {
-          const {token} = await api("POST", "devices", {name});
-          made.replaceChildren(
-            h("p", {}, t("This password is shown only now; it stands in the commands below.")),
-            commandLine(token)
-          );
-          show(token);
-        });
-      }
-    },
+  const box = h("div.ways"), made = h("div", {"aria-live": "polite"});
+  const show = token => box.replaceChildren(...WAYS(davAddress(""), me.name, token || t("APP-PASSWORD"))
+    .map(([title, hint, command, code]) => h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint), commandLine(command), token && code)));
+  let path = "";
+  const where = button(t("All folders"), async () => {
+    path = await chooseCollection(t("Only this folder"), t("Choose"), path) ?? path;
+    where.textContent = path ? t("Only {name}", {name: path}) : t("All folders");
+  });
+  const form = formOf([
     field(t("Name of the device"), {name: "name", maxLength: 100, placeholder: "laptop", autocomplete: "off"}),
-    h("button.primary", {}, t("Make an app password"))
-  );
+    tick(t("May only read"), {name: "readonly"}),
+    h("div.buttons", {}, where,
+      choice("Ends", "days", {7: "Ends after 7 days", 30: "Ends after 30 days", 365: "Ends after a year", "": "Never ends"}, ""))
+  ], t("Make an app password"), async ({name, readonly, days}) => {
+    const {token} = await api("POST", "devices", {name, readonly: Boolean(readonly), path: path || undefined, days: +days || undefined});
+    made.replaceChildren(h("p", {}, t("This password is shown only now; it stands in the commands below.")), commandLine(token));
+    show(token);
+  });
   show("");
   return [
-    section(
-      t("A password for each device"),
-      h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")),
-      form,
-      made
-    ),
+    section(t("A password for each device"),
+      h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")), form, made),
     section(t("Ways to connect"), box)
   ];
 }
 
-const commandLine = text =>
-  h("div.command", {},
-    h("code", {tabIndex: 0}, text),
-    button(t("Copy"), () => attempt(() => copyText(text)))
-  );
+const commandLine = text => h("div.command", {}, h("code", {tabIndex: 0}, text), button(t("Copy"), () => copyText(text)));
 
-async function copyText(text) {
-  if (!navigator.clipboard) return toast(text);          // it is there only where the connection is secure
-  await navigator.clipboard.writeText(text);
-  return toast(t("Copied."));
+// browsers lend the clipboard only where the connection is secure
+const copyText = text => attempt(async () => {
+  if (await navigator.clipboard?.writeText(text).then(() => true, () => false)) return toast(t("Copied."));
+  return sheet(t("Copy this"), close => [
+    h("textarea", {value: text, readOnly: true, autofocus: true, "aria-label": t("Copy this"), onfocus: event => event.target.select()}),
+    buttonsRow(button(t("Close"), () => close()))]);
+});
+
+// one word of a command line, whatever is in it; addresses need no marks, as all that a shell could mean is encoded
+const shellWord = text => /^[\w.,:@%+-]+$/.test(text) ? text : "'" + text.replace(/'/g, "'\\''") + "'";
+const plainPath = path => encodePath(path).replace(/[!'()*]/g, mark => "%" + mark.charCodeAt(0).toString(16));
+const davAddress = (path, end = "") => location.origin + PREFIX + "/dav/" + plainPath(path) + (path && end);
+
+function curlFor({path, name, kind}) {
+  const address = kind === "file" ? davAddress(path) : location.origin + PREFIX + "/api/v1/zip/" + plainPath(path);
+  return `curl -u ${shellWord(me.name)} -o ${shellWord(kind === "file" ? name : name + ".zip")} ${address}`;
 }
 
 // ---- settings: accounts, for administrators
 
 const GB = 2 ** 30;
-const quotaField = quota =>
-  field(t("Quota in GB; empty is no limit"), {
-    name: "quota",
-    type: "number",
-    min: 0,
-    step: "any",
-    required: false,
-    value: quota === null ? "" : quota / GB
-  });
-const readQuota = text => text === "" ? -1 : Math.round(Number(text) * GB);
+const gigabytes = (label, name, bytes) => field(label, {name, type: "number", min: 0, step: "any", required: false,
+                                                        value: bytes === null ? "" : bytes / GB});
+const quotaField = quota => gigabytes(t("Quota in GB; empty is no limit"), "quota", quota);
+const readGigabytes = text => text === "" ? -1 : Math.round(text * GB);
 
 async function accountsSection() {
-  if (!me.admin) return accountSection();
-  const [{accounts}, status] = await Promise.all([api("GET", "accounts"), api("GET", "status")]);
-  const facts = [
-    [t("Version"), status.version],
-    [t("State"), status.health],
-    [
-      t("Free on disk"),
-      t("{free} of {total}", {free: formatSize(status.disk_free), total: formatSize(status.disk_total)})
-    ],
-    ["Python", status.python],
-    ["SQLite", status.sqlite]
-  ];
+  const {accounts} = await api("GET", "accounts");
+  return section(t("Accounts"), h("ul.steps", {}, accounts.map(accountRow)),
+    buttonsRow(button(t("New account"), newAccount, {className: "primary"})));
+}
+
+async function serverSection() {
+  const [{version, health, python, sqlite, disk_free, disk_total}, {keep_days, history, quota}, {steps}] =
+    await Promise.all(["status", "settings", "activity/server"].map(what => api("GET", what)));
+  const facts = [[t("Version"), version], [t("State"), health], ["Python", python], ["SQLite", sqlite],
+    [t("Free on disk"), t("{free} of {total}", {free: formatSize(disk_free), total: formatSize(disk_total)})]];
   return [
-    section(
-      t("Accounts"),
-      h("ul.steps", {}, accounts.map(accountRow)),
-      buttonsRow(button(t("New account"), newAccount, {className: "primary"}))
-    ),
-    section(
-      t("Server"),
-      h("dl.keys", {},
-        facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))
-      )
-    )
+    section(t("Server"), h("dl.keys", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+      gauge(t("Disk used"), disk_total - disk_free, disk_total)),
+    section(t("What is kept"), formOf([
+      field(t("Days that versions and deleted files are kept"), {name: "days", type: "number", min: 0, max: 36500, value: keep_days}),
+      gigabytes(t("The most they may take per account, in GB; empty is no limit"), "history", history),
+      h("p.soft", {}, t("What is older goes for good; of what is more than the most, the oldest goes first.")),
+      gigabytes(t("Quota of new accounts in GB; empty is no limit"), "quota", quota)], t("Save"), async ({days, history, quota}) => {
+      await api("PATCH", "settings", {keep_days: +days, history: readGigabytes(history), quota: readGigabytes(quota)});
+      toast(t("Saved."));
+      show();
+    })),
+    section(t("Recently"), h("ol.steps", {}, steps.slice(0, 50).map(step => stepRow({...step, undoable: false}))))
   ];
 }
 
 function accountRow(account) {
-  const {name, used, quota, files, admin} = account,
-    change = values => api("PATCH", "accounts/" + encodeURIComponent(name), values);
-  const say = work =>
-    attempt(async () => {
-      await work();
-      await show();
-    });
+  const {name, quota, files, admin} = account, address = "accounts/" + encodeURIComponent(name);
+  const change = async values => { await api("PATCH", address, values); show(); };
   const rows = [
-    {
-      label: t("Set the quota"),
-      run: () =>
-        askForm(name, [quotaField(quota)], t("Save"), async values => {
-          await change({quota: readQuota(values.quota)});
-          show();
-          return true;
-        })
-    },
-    {
-      label: t("Set a new password"),
-      run: () =>
-        askForm(
-          name,
-          [passwordField(t("New password"), {autocomplete: "new-password", autofocus: true})],
-          t("Save"),
-          async ({password}) => {
-            await change({password});
-            show();
-            return true;
-          }
-        )
-    },
-    {
-      label: admin ? t("Administrator no more") : t("Make administrator"),
-      run: () => say(() => change({admin: !admin}))
-    },
-    {
-      label: t("Remove"),
-      run: () =>
-        say(
-          async () =>
-            (await askYesNo(
-              t("Remove the account {name}?", {name}),
-              t("Nobody can log in with it any more. Its files go after a while."),
-              t("Remove")
-            )) && api("DELETE", "accounts/" + encodeURIComponent(name))
-        )
-    }
+    {label: t("Set the quota"),
+     run: () => askForm(name, [quotaField(quota)], t("Save"), values => change({quota: readGigabytes(values.quota)}))},
+    {label: t("Set a new password"),
+     run: () => askForm(name, [passwordField(t("New password"), {autocomplete: "new-password", autofocus: true})], t("Save"), change)},
+    {label: admin ? t("Administrator no more") : t("Make administrator"), run: () => attempt(() => change({admin: !admin}))},
+    {label: t("Remove"), run: () => attempt(async () => {
+      if (await askYesNo(t("Remove the account {name}?", {name}),
+        t("Nobody can log in with it any more. Its files go after a while."), t("Remove"))) await api("DELETE", address);
+      show();
+    })}
   ];
   return h("li", {},
-    h("div.what", {},
-      h("strong", {}, h("bdi", {}, name)),
-      admin && h("span.tag", {}, t("Administrator")),
-      h("div.soft", {},
-        (quota === null
-          ? t("{used} used", {used: formatSize(used)})
-          : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)})) +
-          " · " +
-          plural(files, "{n} file", "{n} files")
-      )
-    ),
-    h("div.acts", {},
-      button(t("Change"), event => menu(event.currentTarget, rows), {
-        "aria-haspopup": "menu",
-        "aria-label": t("Change {name}", {name})
-      })
-    )
-  );
+    h("div.what", {}, h("strong", {}, h("bdi", {}, name)), admin && h("span.tag", {}, t("Administrator")),
+      h("div.soft", {}, usedWords(account) + " · " + plural(files, "{n} file", "{n} files"))),
+    h("div.acts", {}, button(t("Change"), event => menu(event.currentTarget, rows),
+      {"aria-haspopup": "menu", "aria-label": t("Change {name}", {name})})));
 }
 
-const newAccount = () =>
-  askForm(
-    t("New account"),
-    [
-      nameField({autocomplete: "off", autofocus: true}),
-      passwordField(t("Password"), {autocomplete: "new-password"}),
-      quotaField(null)
-    ],
-    t("Create"),
-    async ({name, password, quota}) => {
-      await api("POST", "accounts", {name: name.trim(), password, quota: quota === "" ? null : readQuota(quota)});
-      show();
-      return true;
-    }
-  );
+const newAccount = () => askForm(t("New account"), [nameField({autocomplete: "off", autofocus: true}),
+  passwordField(t("Password"), {autocomplete: "new-password"}), quotaField(null)], t("Create"),
+  async ({name, password, quota}) => {
+    await api("POST", "accounts", {name: name.trim(), password, quota: quota === "" ? null : readGigabytes(quota)});
+    show();
+  });
 
 // ---- a device that asks to be let in
 
@@ -12264,7 +12352,7 @@ function watchServer() {
 const changed = soon(async before => {
   showHeld();
   if (!before || list.editing || preview.dirty) return;
-  if (view.kind !== "files") return view.kind === "trash" || view.kind === "activity" && scrollY < 300 ? refresh() : undefined;
+  if (view.kind !== "files") return ["trash", "starred"].includes(view.kind) || view.kind === "activity" && scrollY < 300 ? refresh() : undefined;
   const turn = view.turn, {etag} = await load(view.path, {limit: 1});
   if (turn === view.turn && etag !== view.etag && !preview.box) await refresh();
 }, 400);
@@ -12452,6 +12540,11 @@ function keyOf(event) {
   );
 }
 
+function actionOf(event) {
+  const key = keyOf(event) === "Backspace" && onMac ? "Delete" : keyOf(event), items = selection();
+  return ACTIONS.find(one => one.keys === key && one.when(items));
+}
+
 function onKey(event) {
   if (
     !me.name ||
@@ -12459,12 +12552,9 @@ function onKey(event) {
     event.target.closest("input:not([type=checkbox]), textarea, select, dialog")
   )
     return;
-  const key = keyOf(event) === "Backspace" && onMac ? "Delete" : keyOf(event),
-    items = selection();
-  if (key === "Ctrl+V") return; // the paste event knows whether files come with it
-  if (key === "Enter" && event.target.closest("a, button")) return;
-  const action = ACTIONS.find(one => one.keys === key && one.when(items));
-  if (!action) return;
+  const action = actionOf(event);
+  if (!action || action.name === "paste") return; // the paste event knows whether files come with it
+  if (event.key === "Enter" && event.target.closest("a, button")) return;
   event.preventDefault();
   act(action);
 }
@@ -12526,10 +12616,10 @@ PAGE_GERMAN = r"""{
   "A device was added: {name}": "Ein Gerät kam hinzu: {name}",
   "A device was held: it deletes or overwrites too much": "Ein Gerät wurde angehalten: Es löscht oder überschreibt zu viel",
   "A device was removed: {name}": "Ein Gerät wurde entfernt: {name}",
-  "A folder cannot go into itself.": "Ein Ordner kann nicht in sich selbst liegen.",
   "A held device was allowed to go on": "Ein angehaltenes Gerät durfte weitermachen",
   "A name cannot be empty and cannot hold a slash.": "Ein Name darf nicht leer sein und keinen Schrägstrich enthalten.",
   "A password for each device": "Ein Passwort für jedes Gerät",
+  "A star marks what you want to find again.": "Ein Stern zeigt, was du wiederfinden willst.",
   "A version with a name is never removed by itself.": "Eine Version mit Namen wird nie von selbst entfernt.",
   "APP-PASSWORD": "APP-PASSWORT",
   "Account": "Konto",
@@ -12542,14 +12632,20 @@ PAGE_GERMAN = r"""{
   "Administrator": "Verwaltung",
   "Administrator no more": "Nicht mehr Verwaltung",
   "All devices": "Alle Geräte",
+  "All folders": "Alle Ordner",
   "All uploads": "Alle Uploads",
   "Allow": "Erlauben",
   "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
   "Any key or click ends the slideshow.": "Jede Taste und jeder Klick beendet die Diaschau.",
+  "Any kind": "Jede Art",
+  "Any size": "Jede Größe",
+  "Any time": "Jederzeit",
   "App password": "App-Passwort",
+  "Archives": "Archive",
   "As it was on {when}": "Wie es am {when} war",
   "Back": "Zurück",
   "Back to now": "Zurück zu jetzt",
+  "Before this year": "Vor diesem Jahr",
   "Bring back": "Zurückholen",
   "Bring it back": "Zurückholen",
   "Bring this time back": "Diesen Stand zurückholen",
@@ -12561,28 +12657,35 @@ PAGE_GERMAN = r"""{
   "Change": "Ändern",
   "Change password": "Passwort ändern",
   "Change {name}": "{name} ändern",
+  "Changed": "Geändert",
   "Choose": "Auswählen",
   "Choose a name and a password for the first account. It may do everything, also make further accounts.": "Wähle Name und Passwort für das erste Konto. Es darf alles, auch weitere Konten anlegen.",
   "Choose one more": "Eines mehr auswählen",
   "Choose several": "Mehrere auswählen",
   "Clear": "Aufheben",
+  "Clear the filters": "Filter aufheben",
   "Clear the selection": "Auswahl aufheben",
   "Close": "Schließen",
   "Code to scan": "Code zum Scannen",
   "Colours": "Farben",
   "Compared with now": "Verglichen mit jetzt",
   "Connect": "Verbinden",
+  "Contents only": "Nur Inhalte",
   "Continue": "Weiter",
   "Copied.": "Kopiert.",
   "Copy": "Kopieren",
+  "Copy address": "Adresse kopieren",
+  "Copy curl command": "curl-Befehl kopieren",
   "Copy here": "Hierher kopieren",
   "Copy link": "Link kopieren",
+  "Copy this": "Kopiere dies",
   "Copy to…": "Kopieren nach …",
   "Copy {what} to": "{what} kopieren nach",
   "Create": "Anlegen",
   "Create account": "Konto anlegen",
   "Cut": "Ausschneiden",
   "Dark": "Dunkel",
+  "Days that versions and deleted files are kept": "Tage, die Versionen und Gelöschtes bleiben",
   "Delete": "Löschen",
   "Delete for good": "Endgültig löschen",
   "Delete for good?": "Endgültig löschen?",
@@ -12590,38 +12693,60 @@ PAGE_GERMAN = r"""{
   "Deleted things stay here until their time is over or the trash is emptied.": "Gelöschtes bleibt hier, bis seine Zeit um ist oder der Papierkorb geleert wird.",
   "Device": "Gerät",
   "Devices": "Geräte",
+  "Disk used": "Belegte Festplatte",
   "Do the same for all others": "Für alle weiteren genauso",
   "Do the same for {n} more": "Für {n} weitere genauso",
+  "Documents": "Dokumente",
   "Done": "Fertig",
   "Download": "Herunterladen",
   "Download this folder": "Diesen Ordner herunterladen",
   "Drop files here, or add something with “New”.": "Zieh Dateien hierher oder füge mit „Neu“ etwas hinzu.",
   "Earlier": "Früher",
+  "Earlier versions": "Frühere Versionen",
   "Edit": "Bearbeiten",
   "Empty the trash": "Papierkorb leeren",
   "Empty the trash?": "Papierkorb leeren?",
+  "Ends": "Ende",
+  "Ends after 30 days": "Endet nach 30 Tagen",
+  "Ends after 7 days": "Endet nach 7 Tagen",
+  "Ends after a year": "Endet nach einem Jahr",
   "Enter": "Eingabe",
   "Esc": "Esc",
   "Every device has to log in again after this.": "Danach müssen sich alle Geräte neu anmelden.",
   "Everything": "Alles",
+  "Everywhere": "Überall",
   "Exact time": "Genaue Zeit",
   "Failed": "Fehlgeschlagen",
   "Files": "Dateien",
+  "Find": "Suchen nach",
+  "Find and replace": "Suchen und ersetzen",
+  "First number": "Erste Nummer",
+  "Folders": "Ordner",
   "Free on disk": "Frei auf der Platte",
   "From": "Von",
+  "From a command line:": "Von der Kommandozeile:",
   "Grant access": "Zugang gewähren",
   "Grant access?": "Zugang gewähren?",
-  "In the Explorer: This PC, “Map network drive”; or:": "Im Explorer: Dieser PC, „Netzlaufwerk verbinden“; oder:",
+  "How": "Wie",
+  "Images": "Bilder",
+  "In": "Worin",
+  "In an app that speaks WebDAV, as Documents (iOS) or Material Files (Android): this address, your name and the app password.": "In einer App, die WebDAV spricht, etwa Documents (iOS) oder Material Files (Android): diese Adresse, dein Name und das App-Passwort.",
+  "In the Explorer: This PC, “Map network drive”; or as below. Windows wants HTTPS for it.": "Im Explorer: Dieser PC, „Netzlaufwerk verbinden“; oder wie hier. Windows will dafür HTTPS.",
   "In the Finder: Go, “Connect to Server”, with this address:": "Im Finder: Gehe zu, „Mit Server verbinden“, mit dieser Adresse:",
   "In the file manager, as the address of a server:": "Im Dateimanager als Adresse eines Servers:",
+  "In {name}": "In {name}",
   "Install the Nextcloud app, choose “Log in”, and scan this code or type the address.": "Installiere die Nextcloud-App, wähle „Anmelden“ und scanne diesen Code oder tippe die Adresse.",
   "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
   "Keep": "Behalten",
   "Keep both": "Beide behalten",
   "Keep for good": "Dauerhaft behalten",
+  "Keep the endings of files": "Endungen der Dateien behalten",
   "Keeps a folder of your computer and this server the same, both ways.": "Hält einen Ordner deines Rechners und diesen Server gleich, in beide Richtungen.",
   "Keyboard shortcuts": "Tastenkürzel",
+  "Kind": "Art",
   "Language": "Sprache",
+  "Last 30 days": "Letzte 30 Tage",
+  "Last 7 days": "Letzte 7 Tage",
   "Later": "Später",
   "Leave without saving?": "Verlassen, ohne zu speichern?",
   "Let go": "Freigeben",
@@ -12631,20 +12756,27 @@ PAGE_GERMAN = r"""{
   "List": "Liste",
   "Log in": "Anmelden",
   "Log out": "Abmelden",
+  "Look everywhere": "Überall suchen",
   "Main": "Hauptmenü",
   "Make administrator": "Zur Verwaltung machen",
   "Make an app password": "App-Passwort anlegen",
+  "May only read": "Darf nur lesen",
   "Modified": "Geändert",
   "More": "Mehr",
   "Move here": "Hierher verschieben",
   "Move to…": "Verschieben nach …",
   "Move {what} to": "{what} verschieben nach",
+  "Music": "Musik",
   "Name": "Name",
   "Name of the device": "Name des Geräts",
+  "Names and contents": "Namen und Inhalte",
+  "Names only": "Nur Namen",
+  "Never ends": "Endet nie",
   "New": "Neu",
   "New account": "Neues Konto",
   "New folder": "Neuer Ordner",
   "New name": "Neuer Name",
+  "New names": "Neue Namen",
   "New password": "Neues Passwort",
   "New password again": "Neues Passwort noch einmal",
   "New text file": "Neue Textdatei",
@@ -12654,30 +12786,50 @@ PAGE_GERMAN = r"""{
   "Not set up yet": "Noch nicht eingerichtet",
   "Note": "Notiz",
   "Nothing found": "Nichts gefunden",
+  "Nothing found for “{q}”": "Nichts gefunden zu „{q}“",
   "Nothing has changed since then.": "Seither hat sich nichts geändert.",
   "Nothing here yet": "Noch nichts hier",
+  "Nothing starred yet": "Noch nichts markiert",
   "Nothing was here then": "Damals war hier nichts",
   "Now": "Jetzt",
+  "Number": "Nummerieren",
+  "One of these lies in the other.": "Eins davon liegt im anderen.",
+  "Only the first {n} are shown: narrow it down.": "Nur die ersten {n} sind zu sehen: Grenze es ein.",
+  "Only this folder": "Nur dieser Ordner",
+  "Only {name}": "Nur {name}",
   "Open": "Öffnen",
   "Open in a new tab": "In neuem Tab öffnen",
+  "Other": "Anderes",
   "Other programs get a password of their own, which you can revoke under “Devices”.": "Andere Programme bekommen ein eigenes Passwort, das du unter „Geräte“ sperren kannst.",
+  "Over 1 GB": "Über 1 GB",
+  "Over 10 MB": "Über 10 MB",
+  "Over 100 MB": "Über 100 MB",
+  "PDF": "PDF",
   "Password": "Passwort",
   "Password again": "Passwort noch einmal",
   "Paste": "Einfügen",
+  "Pattern; # is where the number goes": "Muster; # steht für die Nummer",
   "Pause": "Anhalten",
   "Paused: {done} of {n} uploaded": "Angehalten: {done} von {n} hochgeladen",
+  "Phone or tablet: WebDAV": "Handy oder Tablet: WebDAV",
   "Phone or tablet: photos and files": "Handy oder Tablet: Fotos und Dateien",
   "Play on: {name}": "Danach: {name}",
   "Please log in again": "Bitte neu anmelden",
   "Present password": "Bisheriges Passwort",
   "Preview": "Vorschau",
   "Quota in GB; empty is no limit": "Speicher in GB; leer heißt unbegrenzt",
+  "Quota of new accounts in GB; empty is no limit": "Speicherplatz neuer Konten in GB; leer heißt keine Grenze",
+  "Recently": "Kürzlich",
+  "Regular expression": "Regulärer Ausdruck",
   "Remove": "Entfernen",
+  "Remove star": "Markierung entfernen",
   "Remove the account {name}?": "Das Konto {name} entfernen?",
   "Removed:": "Entfernt:",
   "Rename": "Umbenennen",
+  "Rename {n} items": "{n} Elemente umbenennen",
   "Renamed to “{name}”": "Umbenannt in „{name}“",
   "Replace": "Ersetzen",
+  "Replace with": "Ersetzen durch",
   "Restore": "Wiederherstellen",
   "Restored to {place}": "Wiederhergestellt in {place}",
   "Resume": "Fortsetzen",
@@ -12710,18 +12862,21 @@ PAGE_GERMAN = r"""{
   "Something went wrong on the server. Whoever runs it should look at its log.": "Auf dem Server ging etwas schief. Wer ihn betreibt, sollte ins Protokoll sehen.",
   "Sort by {what}": "Nach {what} ordnen",
   "Space": "Leertaste",
+  "Star": "Markieren",
+  "Star removed from {what}": "{what} nicht mehr markiert",
+  "Starred": "Markiert",
   "Start again in the program that sent you here.": "Fang in dem Programm, das dich hergeschickt hat, noch einmal an.",
   "State": "Zustand",
+  "Storage": "Speicher",
   "Storage used": "Belegter Speicher",
   "Synchronised folder": "Abgeglichener Ordner",
+  "Tables": "Tabellen",
   "Taken back.": "Zurückgenommen.",
+  "Texts": "Texte",
   "That is too long ago: the history does not reach back so far.": "Das ist zu lange her: So weit reicht der Verlauf nicht zurück.",
-  "The account {name} was made": "Das Konto {name} wurde angelegt",
-  "The account {name} was removed": "Das Konto {name} wurde entfernt",
   "The disk of the server is almost full; it takes nothing new until there is room.": "Die Platte des Servers ist fast voll; er nimmt nichts Neues an, bis wieder Platz ist.",
-  "The password was changed": "Das Passwort wurde geändert",
-  "The quota of {name} was changed": "Der Speicher von {name} wurde geändert",
-  "The rights of {name} were changed": "Die Rechte von {name} wurden geändert",
+  "The most they may take per account, in GB; empty is no limit": "Höchstens je Konto, in GB; leer heißt keine Grenze",
+  "The server": "Der Server",
   "The server cannot be reached. Check the connection and try again.": "Der Server ist nicht erreichbar. Prüfe die Verbindung und versuche es noch einmal.",
   "The server cannot write at the moment.": "Der Server kann gerade nichts speichern.",
   "The server could not read all of it. Whoever runs it should look at its log.": "Der Server konnte nicht alles lesen. Wer ihn betreibt, sollte ins Protokoll sehen.",
@@ -12733,6 +12888,7 @@ PAGE_GERMAN = r"""{
   "There is something of that name already.": "Etwas mit diesem Namen gibt es schon.",
   "These two are too different to be compared line by line.": "Diese beiden sind zu verschieden, um sie Zeile für Zeile zu vergleichen.",
   "This file is larger than the server accepts.": "Diese Datei ist größer, als der Server annimmt.",
+  "This is not a regular expression.": "Das ist kein regulärer Ausdruck.",
   "This is not allowed.": "Das ist nicht erlaubt.",
   "This is not there any more.": "Das gibt es nicht mehr.",
   "This link has expired": "Dieser Link ist abgelaufen",
@@ -12741,10 +12897,14 @@ PAGE_GERMAN = r"""{
   "This password is shown only now; it stands in the commands below.": "Dieses Passwort wird nur jetzt gezeigt; es steht in den Befehlen unten.",
   "This server is not set up yet. Open the link that it printed when it started.": "Dieser Server ist noch nicht eingerichtet. Öffne den Link, den er beim Start ausgegeben hat.",
   "This version is the present one now; the others stay.": "Diese Version gilt jetzt; die anderen bleiben erhalten.",
+  "This year": "Dieses Jahr",
   "Tiles": "Kacheln",
   "Time": "Zeit",
+  "Today": "Heute",
   "Too many wrong passwords. Wait a moment, then try again.": "Zu viele falsche Passwörter. Warte etwas und versuche es dann noch einmal.",
   "Trash": "Papierkorb",
+  "Type what you look for, or choose a filter.": "Tippe, was du suchst, oder wähle einen Filter.",
+  "Under 1 MB": "Unter 1 MB",
   "Under the name": "Unter dem Namen",
   "Undo": "Rückgängig",
   "Undone, except {n} that changed since.": "Rückgängig gemacht, außer {n}, die sich seither geändert haben.",
@@ -12757,6 +12917,7 @@ PAGE_GERMAN = r"""{
   "Version": "Version",
   "Versions": "Versionen",
   "Versions of {name}": "Versionen von {name}",
+  "Videos": "Videos",
   "View": "Ansicht",
   "Waiting": "Wartet",
   "Waiting for the connection…": "Wartet auf die Verbindung …",
@@ -12765,7 +12926,10 @@ PAGE_GERMAN = r"""{
   "What": "Was",
   "What changed": "Was sich änderte",
   "What is in it cannot be brought back after this.": "Sein Inhalt lässt sich danach nicht zurückholen.",
+  "What is kept": "Was aufgehoben wird",
+  "What is older goes for good; of what is more than the most, the oldest goes first.": "Was älter ist, geht endgültig; wird es mehr als das Höchste, geht das Älteste zuerst.",
   "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
+  "Where": "Wo",
   "Where you are": "Wo du bist",
   "Where you are logged in": "Wo du angemeldet bist",
   "Wrong name or password.": "Name oder Passwort ist falsch.",
@@ -12777,15 +12941,20 @@ PAGE_GERMAN = r"""{
   "added": "hinzugefügt",
   "added {when}": "hinzugefügt {when}",
   "and {n} more": "und {n} weitere",
+  "another one still has it: rename in two steps": "hat ein anderes noch: in zwei Schritten umbenennen",
+  "cannot be a name": "kann kein Name sein",
   "changed": "geändert",
   "deleted": "gelöscht",
-  "deleted by {name}": "gelöscht von {name}",
+  "everything": "alles",
+  "is there already": "gibt es schon",
   "moved": "verschoben",
   "one folder": "ein Ordner",
+  "reads and changes": "liest und ändert",
   "reads only": "liest nur",
   "that password is too easy to guess": "dieses Passwort ist zu leicht zu erraten",
   "there is an account of that name": "ein Konto mit diesem Namen gibt es schon",
   "this setup link is not valid any more": "dieser Link zum Einrichten gilt nicht mehr",
+  "twice the same": "zweimal der gleiche",
   "used {when}": "benutzt {when}",
   "{free} of {total}": "{free} von {total}",
   "{how} since": "seither {how}",
@@ -12798,11 +12967,17 @@ PAGE_GERMAN = r"""{
   "{n} folder": "{n} Ordner",
   "{n} folders": "{n} Ordner",
   "{n} item": "{n} Element",
+  "{n} item renamed": "{n} Element umbenannt",
   "{n} item restored": "{n} Element wiederhergestellt",
   "{n} items": "{n} Elemente",
+  "{n} items renamed": "{n} Elemente umbenannt",
   "{n} items restored": "{n} Elemente wiederhergestellt",
   "{n} line unchanged": "{n} Zeile unverändert",
   "{n} lines unchanged": "{n} Zeilen unverändert",
+  "{n} name changes": "{n} Name ändert sich",
+  "{n} name does not work": "{n} Name geht nicht",
+  "{n} names change": "{n} Namen ändern sich",
+  "{n} names do not work": "{n} Namen gehen nicht",
   "{n} of {all}": "{n} von {all}",
   "{n} selected": "{n} ausgewählt",
   "{n} upload failed": "{n} Upload fehlgeschlagen",
@@ -12819,14 +12994,21 @@ PAGE_GERMAN = r"""{
   "{what} moved": "{what} verschoben",
   "{what} ready to be copied: paste it where you want it.": "{what} zum Kopieren vorgemerkt: Füge es ein, wo du es haben willst.",
   "{what} ready to be moved: paste it where it belongs.": "{what} zum Verschieben vorgemerkt: Füge es ein, wo es hingehört.",
+  "{what} starred": "{what} markiert",
   "{who} brought {what} back to an earlier time": "{who} hat {what} auf einen früheren Stand gebracht",
+  "{who} changed the password of {name}": "{who} hat das Passwort von {name} geändert",
+  "{who} changed the quota of {name}": "{who} hat den Speicherplatz von {name} geändert",
+  "{who} changed the rights of {name}": "{who} hat die Rechte von {name} geändert",
+  "{who} changed what is kept": "{who} hat geändert, was aufgehoben wird",
   "{who} changed {what}": "{who} hat {what} geändert",
   "{who} copied {what} to {to}": "{who} hat {what} nach {to} kopiert",
   "{who} deleted {what}": "{who} hat {what} gelöscht",
   "{who} emptied the trash": "{who} hat den Papierkorb geleert",
   "{who} locked {what}": "{who} hat {what} gesperrt",
+  "{who} made the account {name}": "{who} hat das Konto {name} angelegt",
   "{who} made the folder {what}": "{who} hat den Ordner {what} angelegt",
   "{who} moved {what} to {to}": "{who} hat {what} nach {to} verschoben",
+  "{who} removed the account {name}": "{who} hat das Konto {name} entfernt",
   "{who} restored a version of {what}": "{who} hat eine Version von {what} wiederhergestellt",
   "{who} restored {what}": "{who} hat {what} wiederhergestellt",
   "{who} saved {what}": "{who} hat {what} gespeichert",
@@ -12864,31 +13046,36 @@ PAGE_HTML = r"""<!doctype html>
 LEAN = re.compile(r"""
     (?P<kept> "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `(?:[^`\\]|\\.)*`                     # strings; templates are not nested
     | (?<=[(,=:\[!&|?{};>\s]) / (?![*/ ]) (?:[^/\\\[\n]|\\.|\[(?:[^\]\\\n]|\\.)*\])+ /[a-z]* )         # regular expressions
-    | (?P<gone> //[^\n]* | /\*.*?\*/ )
+    | (?<![^.][.]) \b (?P<name> event | entry | error | button | attempt ) \b (?!\s*:)
+    | (?<=return) [ ] undefined (?=;) | (?P<word> \b(?:true|false|undefined|const)\b )
+    | (?P<gone> [ ]*//[^\n]* | /\*.*?\*/ | ;(?=\s*\}) | ,(?=\s*[\])}]) )
     | (?P<line> [ ]*\n\s* )
-    | [ ]* (?P<mark> => | [{}()\[\],;:?=<>&|!] ) [ ]* | [ ] (?P<sum> [*/%] | (?<![+-].)[+-](?=[ ][^+-]) ) [ ]
-    | (?<=return) [ ] undefined (?=;) | (?<!\w) (?<![^.][.]) (?P<word> const | true | false | undefined | event | entry ) \b (?!\s*:)""", re.X | re.S)
-SHORT = {"const": "let", "true": "!0", "false": "!1", "undefined": "void 0",
-         "event": "e", "entry": "E"}             # for these two the script has no other use
+    | [ ]* (?P<mark> => | [-+*]= | [{}()\[\],;:?=<>&|!] ) [ ]*
+    | (?:[ ]|(?<=[)\]][ ])) (?P<sum> [/%] | \*\*? | \+(?![ ]\+) | -(?![ ]-) ) [ ]""", re.X | re.S)
+
+
+LEAN_WORDS = {"true": "!0", "false": "!1", "undefined": "void 0", "const": "let",         # the shorter twins of words
+              "event": "e", "entry": "E", "error": "R", "button": "B", "attempt": "A"}    # which it uses for nothing else
 
 
 def lean(script: str) -> str:
-    """A script as it is sent: without the comments, blanks and line ends that are there for people, and with shorter words.
+    """A script as it is sent: without the comments, blanks, line ends and letters that are there for people."""
+    def say(found: re.Match[str]) -> str:
+        if found["line"] is not None:
+            return "\n"
+        word = found["word"] or found["name"]
+        return LEAN_WORDS[word] if word else found["kept"] or found["mark"] or found["sum"] or ""
 
-    Every statement of it ends in a semicolon or a brace, and none is empty.
-    """
-    bare = LEAN.sub(lambda found: "\n" if found["line"] is not None else found["kept"] or found["mark"] or found["sum"]
-                    or SHORT.get(found["word"], ""), script)
-    bare = re.sub(r"(?<=[,(\[{};:?=&|>])\n+|\n+(?=[)\]},:?=&|.])|\n+(?=\n)|^\n|;(?=\n*\})", "", bare)
+    bare = LEAN.sub(say, script)
+    bare = re.sub(r"(?<=[,(\[{;:?=&|>])\n+|\n+(?=[)\]},:?=&|.])|\n+(?=\n)|^\n|(?<=\})\n", "", bare)
     bare = re.sub(r'\bh\(("[\w.]*"),\{\}', r"h(\1", bare)          # h("p", {}, text): it can do without
     return re.sub(r'([!=]=)=(?="[A-Za-z])', r"\1", bare)          # nothing but a text equals one that begins with a letter
 
 
 def lean_style(style: str) -> str:
-    """The same for a style; the names of its variables become one letter each."""
-    bare = re.sub(r"/\*.*?\*/|(?<=[{};:,>])\s+|\s+(?=[{}>])|;\s*(?=\})|\n", "", style, flags=re.S)
-    short = {name: "--" + chr(97 + n) for n, name in enumerate(dict.fromkeys(re.findall(r"[{;](--[\w-]+):", bare)))}
-    return re.sub(r"--[\w-]+", lambda found: short.get(found[0], found[0]), bare)
+    """The same for a style; its variables get numbers for names."""
+    bare, names = re.sub(r"/\*.*?\*/|(?<=[{};:,>])\s+|\s+(?=[{}>])|;\s*(?=\})|\n", "", style, flags=re.S), {}
+    return re.sub(r"--[a-z-]+", lambda found: names.setdefault(found[0], "--%d" % len(names)), bare)
 
 
 def source_hash(text: str) -> str:
@@ -12920,8 +13107,8 @@ def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     return Response(200, body, dict(fields))
 
 
-for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/trash", "/activity", "/search", "/settings/<path>",
-                 "/login/v2/flow/<token>"):
+for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/starred", "/trash", "/activity",
+                 "/search", "/settings/<path>", "/login/v2/flow/<token>"):
     route("GET", _pattern, needs="nothing")(web_page)
 
 

@@ -64,6 +64,7 @@ import signal
 import socket
 import sqlite3
 import struct
+import tarfile
 import threading
 import time
 import unicodedata
@@ -3986,21 +3987,25 @@ def test_no_comment_is_sent():
     assert not re.search(r"(?m)(^|\s)//.*$", cs.lean(SCRIPT)) and "/*" not in cs.lean_style(STYLE)
 
 
-def test_the_shorter_words_of_the_script_stand_for_nothing_else():
+def test_the_shorter_names_of_the_script_stand_for_nothing_else():
+    """Such a name is never a property that has no key of its own, nor the middle of a choice, which lean() would take for a key."""
     bare = re.sub(r'"(?:[^"\\\n]|\\.)*"|//.*', "", SCRIPT)
-    assert not re.search(r"(?<![\w.\\])[eE]\b(?!:)|(?<![{,\s])\s*\b(event|entry)\s*:|\{\s*(\w+,\s*)*(event|entry)\s*[,}]", bare)
+    for name, letter in list(cs.LEAN_WORDS.items())[4:]:
+        assert not re.search(r"(?<![\w.\\])%s\b(?!:)" % letter, bare), letter
+        assert not re.search(r"(?<![{,\s])\s*\b%s\s*:|\{\s*(\w+,\s*)*%s\s*[,}]" % (name, name), bare), name
 
 
 @pytest.mark.parametrize("source, want", [
     ('a = "x  // y";  // z\nb = 1', 'a="x  // y";b=1'),
     ("f(a,\n  b)\n  .then(c => `${d}  {e}`)\n", "f(a,b).then(c=>`${d}  {e}`)\n"),
     ("x = y / 2 + z / 3;\nw = v.replace(/[/ ]+ \\//g, ' , ')", "x=y/2+z/3;w=v.replace(/[/ ]+ \\//g,' , ')"),
-    ("a = b + +c - -d + e++ + f - 1;", "a=b + +c - -d+e++ + f-1;"),
-    ("const a = {true: true, b: x.false, c: 'const'};\nfunction f() {\n  return undefined;\n}\nfor (;;) g();", "let a={true:!0,b:x.false,c:'const'};function f(){return}for(;;)g();"),
     ('f(event => event.key === "Enter" || the.event !== "" || a["event"]);', 'f(e=>e.key=="Enter"||the.event!==""||a["event"]);'),
     ('h("p.x", {}, t("{}")); h("hr", {}); oh("p", {}, 1)', 'h("p.x",t("{}"));h("hr");oh("p",{},1)'),
-    ("if (a) {\n  b();\n}\nelse {\n  c();\n}", "if(a){b()}else{c()}"),
     ("if (a)\n  b()\nelse c()", "if(a)\nb()\nelse c()"),
+    ("a = (b) + [c] - 2 ** d % (e) * f;\ng = {\n  h,\n};", "a=(b)+[c]-2**d%(e)*f;g={h};"),
+    ("const a = true ? b.c === undefined : 'const true';", "let a=!0?b.c===void 0:'const true';"),
+    ("function a() {\n  b = c - d + +e - -f;   // g\n  return !h !== i;\n}\n\nasync function j() {\n  k;\n}\nl()",
+     "function a(){b=c-d + +e - -f;return!h!==i}async function j(){k}l()"),
     ("let a = b\nc()\n\n/* d */\nreturn x ? {y: - 1} : +z", "let a=b\nc()\nreturn x?{y:- 1}:+z"),
 ])
 def test_lean(source, want):
@@ -4054,8 +4059,10 @@ def words_of_the_script():
     said = set(re.findall(r"\bt\(\s*" + text, SCRIPT)) | set(re.findall(r"\b(?:label|detail): " + text, SCRIPT))
     for pair in re.findall(r'\bplural\([^"]*?"([^"]*)",\s*"([^"]*)"', SCRIPT) + re.findall(r"\bt\([^()\"]*" + other, SCRIPT):
         said.update(pair)
-    for table in ("PROBLEMS", "ACTIVITY", "STATES", "COLUMNS", "HOW"):
+    for table in ("PROBLEMS", "ACTIVITY", "STATES", "COLUMNS", "KIND_WORDS", "WITHIN", "SIZES", "CHANGED", "FILTERS", "HOW"):
         said.update(filter(None, re.findall(": " + text, re.search(r"const %s = \{(.*?)\};" % table, SCRIPT, re.S)[1])))
+    for label, rows in re.findall(r'\bchoice\("([^"]*)", "\w+", (\{.*?\})?', SCRIPT):
+        said.update([label], re.findall(": " + text, rows))
     for table in ("NAVIGATION", "SECTIONS"):
         said.update(re.findall(r'\["\w*", "([^"]*)"', re.search(r"const %s = \[(.*?)\];" % table, SCRIPT, re.S)[1]))
     return said
@@ -4078,7 +4085,7 @@ def test_the_words_of_a_language_are_sent_when_they_changed(call):
 
 
 def test_every_address_of_the_page_answers_with_the_page(call):
-    for path in ("/", "/setup", "/login", "/files", "/files/a%20b/c", "/past/seq:3/a", "/versions/a", "/trash", "/activity", "/search?q=x",
+    for path in ("/", "/setup", "/login", "/files", "/files/a%20b/c", "/past/seq:3/a", "/versions/a", "/starred", "/trash", "/activity", "/search?q=x",
                  "/settings", "/settings/devices", "/login/v2/flow/abc"):
         answer = call("GET", path, user=None)
         assert answer.status == 200 and answer.body == PAGE, path
@@ -5995,6 +6002,11 @@ class Browser:
         self.run("arguments[0].value = ''", {ELEMENT: element})
         self.do("POST", "/element/%s/value" % element, {"text": text})
 
+    def choose(self, wanted, words):
+        """An option of a select, by its words."""
+        self.run("const [box, words] = arguments; box.value = [...box.options].find(one => one.text === words).value;"
+                 "for (const type of ['input', 'change']) box.dispatchEvent(new Event(type, {bubbles: true}))", {ELEMENT: self.element(wanted)}, words)
+
     def file(self, *paths):
         self.do("POST", "/element/%s/value" % self.element("input[type=file]"), {"text": "\n".join(map(str, paths))})
 
@@ -6176,6 +6188,42 @@ def test_browser_walks_by_addresses(page):
     page.shows("2024", "b #1?.txt")
 
 
+def test_browser_tells_the_command_line_for_what_is_on_the_screen(page, tmp_path):
+    page.cloud.make_collection(page.who, ("it's (new) & $HOME!",))
+    page.put("it's a `b` 100%.txt", "text")
+    page.put("box/a", "a")
+    page.open("/")
+    page.click("it's (new) & $HOME!")
+    page.sees("Nothing here yet")
+    line = page.run("return document.querySelector('.empty code').textContent")
+    assert line.endswith(" -T FILE %s/dav/it%%27s%%20%%28new%%29%%20%%26%%20%%24HOME%%21/" % page.home)
+    page.shot("empty-line")
+    page.cdp("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"], origin=page.home)
+    page.click("Copy")
+    page.sees("Copied.")
+    assert page.run("return navigator.clipboard.readText()") == line
+    page.open("/")
+    page.click("Select it's a `b` 100%.txt")
+    page.click("More")
+    page.click("Copy address")
+    page.sees("Copied.")
+    page.go(page.run("return navigator.clipboard.readText()"))
+    page.sees("it's a `b` 100%.txt", "Versions")
+    page.press("Escape")
+    page.run("Object.defineProperty(navigator, 'clipboard', {value: undefined}); setSelection([list.entries.find(one => one.kind === 'file').node])")
+    page.click("More")
+    page.click("Copy curl command")
+    page.wait("return document.activeElement.tagName === 'TEXTAREA' && document.activeElement.selectionEnd > 10")
+    page.shot("copy-by-hand")
+    lines = [line, page.run("return document.activeElement.value"), page.run("return curlFor(list.entries.find(one => one.name === 'box'))")]
+    page.press("Escape")
+    for line in lines:                           # as a shell reads them, with the password that curl would ask for
+        client("sh", "-c", line.replace("-u " + page.who.name, "-sS -u '%s:%s'" % (page.who.name, PASSWORD)).replace("FILE", __file__), cwd=tmp_path)
+    assert (tmp_path / "it's a `b` 100%.txt").read_text() == "text" and (tmp_path / "box.zip").read_bytes()[:2] == b"PK"
+    assert page.get("it's (new) & $HOME!/" + Path(__file__).name) == Path(__file__).read_bytes()
+    assert page.run("return ['ann', 'a b', \"o'neil\", '$(x)'].map(shellWord)") == ["ann", "'a b'", "'o'\\''neil'", "'$(x)'"]
+
+
 def test_browser_uploads_files_and_folders(page, tmp_path):
     (tmp_path / "up" / "inner" / "empty").mkdir(parents=True)
     for n in range(250):
@@ -6252,6 +6300,81 @@ def test_browser_makes_renames_moves_deletes_and_takes_back(page):
     page.press("Control", "z")
     page.shows("notes", "b.txt", "renamed.txt")
     assert page.tree() == {"notes", "b.txt", "renamed.txt"}
+
+
+def test_browser_renames_many_at_once(page):
+    for name in ("img 1.jpg", "img 2.jpg", "img 10.jpg", "other.txt"):
+        page.put(name, name)
+    page.open("/")
+    page.shows("img 1.jpg", "img 2.jpg", "img 10.jpg", "other.txt")
+    page.press("Control", "a")
+    page.click("Select other.txt")
+    page.press("F2")
+    page.sees("Rename 3 items", "0 names change")
+    assert page.run("return document.querySelector('dialog .primary').disabled && document.activeElement.name") == "find"
+    page.keys("img")
+    page.sees("3 names change")
+    page.fill("input[name=by]", "other.txt")
+    page.click("Regular expression")
+    page.fill("input[name=find]", "img 2.*")
+    page.sees("1 name does not work", "is there already")
+    page.fill("input[name=find]", "img (1|2)\\.")
+    page.fill("input[name=by]", "a/$1.")
+    page.sees("2 names do not work", "cannot be a name")
+    page.fill("input[name=find]", "img (")
+    page.sees("This is not a regular expression.")
+    page.fill("input[name=find]", "img \\d+")
+    page.fill("input[name=by]", "lake")
+    page.sees("3 names do not work", "twice the same")
+    page.shot("rename-bad")
+    assert page.run("return document.querySelector('dialog .primary').disabled")
+    page.choose("select[name=way]", "Number")
+    page.fill("input[name=pattern]", "Holiday ##")
+    page.fill("input[name=first]", "9")
+    page.sees("→ Holiday 09.jpg", "→ Holiday 10.jpg", "→ Holiday 11.jpg", "3 names change")
+    page.shot("rename-number")
+    page.press("Enter")
+    page.sees("3 items renamed")
+    assert page.tree() == {"Holiday 09.jpg", "Holiday 10.jpg", "Holiday 11.jpg", "other.txt"} and page.get("Holiday 11.jpg") == b"img 10.jpg"
+    page.press("Control", "z")
+    page.shows("img 1.jpg", "img 2.jpg", "img 10.jpg", "other.txt")
+
+
+def test_browser_says_when_new_names_go_in_a_circle(page):
+    for name in ("a 1", "a 2", "a 3"):
+        page.put(name, name)
+    page.size(390, 844, touch=True)
+    page.open("/")
+    page.shows("a 1", "a 2", "a 3")
+    page.press("Control", "a")
+    page.click("More")
+    page.click("Rename")
+    page.choose("select[name=way]", "Number")
+    page.fill("input[name=pattern]", "a #")
+    page.fill("input[name=first]", "2")
+    page.sees("2 names do not work", "another one still has it: rename in two steps")
+    page.shot("rename-phone")
+    assert page.run("return document.querySelector('dialog .primary').disabled")
+    page.run("renameAll([{from: 'a 1', to: 'a 2'}, {from: 'a 2', to: 'a 1'}]).catch(error => { window.refused = error.code; })")
+    page.wait("return window.refused === 'same-place'")
+    page.fill("input[name=pattern]", "b #")
+    page.sees("3 names change")
+    page.click("dialog .primary")
+    page.shows("b 2", "b 3", "b 4")
+    page.click("Undo")
+    page.shows("a 1", "a 2", "a 3")
+    assert page.get("a 1") == b"a 1"
+
+
+def test_browser_shows_the_first_of_a_thousand_new_names(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.run("fillList(sortEntries([...Array(1000)].map((_, n) => ({path: 'f' + n, name: 'f' + n, kind: 'file', node: 'x' + n, size: 1, mtime: '2026-01-01T00:00:00Z'}))));"
+             "selectAll(); renameMany(selection())")
+    page.fill("input[name=find]", "f")
+    page.fill("input[name=by]", "g")
+    page.sees("1,000 names change", "→ g199", "and 800 more")
+    page.press("Escape")
 
 
 def test_browser_trash(page):
@@ -6379,8 +6502,16 @@ def test_browser_finds_the_shortest_way_from_one_text_to_another(page, old, now,
 def test_browser_settings(page):
     page.put("a", b"x" * 5000)
     page.cloud.accounts.add_token(page.who, "laptop")
+    page.put("b.png", PNG * 100)
+    page.put("b.png", PNG)
+    page.cloud.delete(page.who, ("b.png",))
+    page.put("c.png", PNG)
     page.open("/settings")
-    page.sees("4.9 KB used")
+    page.sees("KB used", "Storage", "Images\n70 B · 1%", "Earlier versions\n6.8 KB · 58%", "Trash\n70 B")
+    page.shot("storage")
+    page.click("Empty the trash")
+    page.click("button.danger")
+    page.sees("Trash\n0 B · 0%")
     page.click("Devices")
     page.sees("laptop", "This one")
     page.shot("devices")
@@ -6697,6 +6828,56 @@ def test_browser_makes_thumbnails_once(page):
     assert page.run("return performance.getEntriesByType('resource').filter(one => one.name.endsWith('large.png')).length") == 0
 
 
+def test_browser_stars(page):
+    for name in ("box/a.txt", "box/b.txt", "song.mp3"):
+        page.put(name)
+    page.open("/files/box")
+    page.shows("a.txt", "b.txt")
+    page.run("list.box.focus()")
+    page.press("b")                              # a letter finds a name, and only then means what the table of actions says
+    page.press("Escape")
+    page.press("Control", "a")
+    page.press("s")
+    page.wait("return document.querySelectorAll('.star[aria-label=Starred]').length === 2")
+    page.sees("2 items starred", "Remove star")
+    page.shot("star")
+    page.click("Undo")
+    page.wait("return !document.querySelector('.star')")
+    page.press("Escape")
+    page.click("Select b.txt")
+    page.click("Star")
+    page.sees("“b.txt” starred")
+    page.open("/")
+    page.shows("box", "song.mp3")
+    page.run("list.box.focus()")
+    page.press("s")                              # nothing was chosen: a letter like any other
+    page.wait("return selection().map(entry => entry.name).join() === 'song.mp3'")
+    page.misses("starred")
+    page.click("[data-view=starred]")
+    page.shows("b.txt")
+    page.sees("box", "Starred")
+    assert page.path() == "/starred"
+    page.shot("starred")
+    page.size(390, 844, dark=True, touch=True)
+    page.open("/starred")
+    page.shows("b.txt")
+    page.shot("starred-phone")
+    page.run("localStorage.setItem('language', 'de')")
+    page.size(320, 640, touch=True)
+    page.open("/starred")
+    page.shows("b.txt")
+    page.shot("starred-narrow")
+    assert page.run("const boxes = [...document.querySelectorAll('.side nav a')].map(one => one.getBoundingClientRect());"
+                    "return boxes.length === 5 && boxes.every(box => box.height >= 44 && box.height < 60 && box.right <= 320) && document.documentElement.scrollWidth <= 320")
+    page.run("localStorage.setItem('language', 'en')")
+    page.size(1280, 800)
+    page.open("/starred")
+    page.click("Select b.txt")
+    page.press("s")
+    page.sees("Nothing starred yet")
+    page.shot("starred-empty")
+
+
 def test_browser_edits_text_and_notices_others(page):
     page.put("a.txt", "one\r\ntwo\r\n")
     page.open("/files/a.txt")
@@ -6733,6 +6914,77 @@ def test_browser_searches_as_you_type(page):
     page.click("Show in its folder")
     page.wait("return location.pathname === '/files/photos'")
     page.sees("1 selected")
+
+
+def test_browser_searches_by_filters_that_stand_in_the_address(page):
+    page.put("letters/geneva.txt", "Dear Ann, we stood at the shore and saw the lake in the evening light; nobody spoke.")
+    page.put("letters/lake.txt", "x")
+    page.put("photos/lake.jpg", b"\xff\xd8\xff\xe0" + b"x" * 3000)
+    page.cloud.patch(page.who, ("photos", "lake.jpg"), mtime=1_000_000_000_000)
+    page.open("/files/letters")
+    page.shows("geneva.txt", "lake.txt")
+    upkeep = cs.Upkeep(page.cloud)
+    upkeep.hold()
+    upkeep.index_contents()
+    page.press("/")
+    page.keys("lake")
+    page.wait("return document.querySelectorAll('.rows .row').length === 3")
+    page.wait("return document.querySelector('.snippet mark').textContent === 'lake'")
+    page.sees("saw the lake in the evening", "letters", "photos")
+    page.shot("search")
+    page.choose("select[name=within]", "Names only")
+    page.wait("return document.querySelectorAll('.rows .row').length === 2 && !document.querySelector('.snippet')")
+    page.choose("select[name=path]", "In letters")
+    page.shows("lake.txt")
+    assert page.path() == "/search?q=lake&within=names&path=letters"
+    page.choose("select[name=kind]", "Images")
+    page.sees("Nothing found for “lake”", "In letters · Names only · Images")
+    page.shot("search-empty")
+    page.run("history.back()")
+    page.shows("lake.txt")
+    page.run("history.forward()")
+    page.sees("Nothing found for “lake”")
+    page.click("Look everywhere")
+    page.shows("lake.jpg")
+    page.wait("return document.activeElement === list.box")
+    page.choose("select[name=changed]", "Last 7 days")
+    page.sees("Nothing found")
+    page.choose("select[name=changed]", "Before this year")
+    page.shows("lake.jpg")
+    page.choose("select[name=size]", "Over 10 MB")
+    page.sees("Nothing found")
+    page.click("Clear the filters")
+    page.wait("return document.querySelectorAll('.rows .row').length === 3")
+    page.press("/")
+    page.press("Escape")
+    page.wait("return location.pathname === '/files/letters' && !document.querySelector('.search input').value")
+    page.shows("geneva.txt", "lake.txt")
+    page.open("/search?kind=image&size=under-1m")                  # a link from elsewhere, and no words
+    page.shows("lake.jpg")
+    assert page.run("return [...document.querySelectorAll('.filters select')].map(one => one.value).join()") == ",,image,under-1m,"
+    page.press("/")
+    page.press("Escape")
+    page.shows("letters", "photos")
+    page.press("/")
+    page.press("Enter")
+    page.sees("Type what you look for, or choose a filter.")
+    page.size(390, 844, dark=True, touch=True)
+    page.open("/search?q=lake&path=letters")
+    page.wait("return document.querySelectorAll('.rows .row').length === 2")
+    page.shot("search-phone")
+    assert page.run("return document.documentElement.scrollWidth") <= 390
+
+
+def test_browser_says_when_a_search_finds_more_than_it_shows(page):
+    for n in range(3):
+        page.put("lake %d.txt" % n)
+    page.open("/")
+    page.run("const real = searchValues; searchValues = values => ({...real(values), limit: 2})")
+    page.press("/")
+    page.keys("lake")
+    page.sees("Only the first 2 are shown: narrow it down.")
+    page.keys(" 1")
+    page.misses("Only the first")
 
 
 def test_browser_asks_for_the_password_when_the_session_has_ended(page):
@@ -6899,6 +7151,47 @@ def test_browser_connects_devices(page):
     token = page.run("return document.querySelector('[aria-live=polite] code').textContent")
     assert exchange(page.address(), "GET", "/api/v1/account", user=None, Authorization="Bearer " + token).json()["name"] == page.who.name
     assert token in page.run("return document.querySelector('.ways').innerText") and page.run("return document.querySelectorAll('svg.qr path').length") == 1
+    page.put("box/inner/a.txt", "a")
+    page.fill("input[name=name]", "guest")
+    page.click("May only read")
+    page.click("All folders")
+    page.click("box")
+    page.wait("return document.querySelector('dialog .crumbs').innerText.includes('box')")
+    page.click("Choose")
+    page.sees("Only box")
+    page.choose("select[name=days]", "Ends after 7 days")
+    page.shot("connect")
+    page.click("Make an app password")
+    page.wait("return document.querySelector('[aria-live=polite] code').textContent !== arguments[0]", token)
+    guest = page.run("return document.querySelector('[aria-live=polite] code').textContent")
+    by = partial(exchange, page.address(), user=None, Authorization="Bearer " + guest)
+    assert by("GET", "/api/v1/files/").json()["children"][0]["name"] == "inner" and by("PUT", "/dav/b.txt", b"x").status == 403
+    page.open("/settings/devices")
+    page.sees("guest", "reads only · one folder")
+    page.shot("devices")
+    page.ahead[0] += 7 * 86400
+    assert by("GET", "/api/v1/files/").status == 401
+    page.ahead[0] -= 7 * 86400
+    page.size(390, 844, dark=True, touch=True)
+    page.open("/settings/connect")
+    page.sees("WebDAV")
+    page.shot("connect-phone")
+
+
+def test_browser_names_commands_that_work(page, tmp_path):
+    """What the page says for rclone and curl, as a shell runs it, whatever the account is called."""
+    page.cloud.accounts.add("o'neil $x", PASSWORD)
+    who = page.cloud.accounts.principal("o'neil $x")
+    _, token = page.cloud.accounts.add_token(who, "laptop")
+    page.open("/")
+    ways = {way[0]: way[2] for way in page.run("return WAYS(davAddress(''), arguments[0], arguments[1]).map(way => way.slice(0, 3))", who.name, token)}
+    (tmp_path / "FILE").write_text("hello")
+    environment = {**os.environ, "HOME": str(tmp_path), "RCLONE_CONFIG": str(tmp_path / "rclone.conf")}
+    client("sh", "-c", ways["curl"].replace("curl", program("curl") + " -sS"), cwd=tmp_path)
+    client("sh", "-c", ways["rclone"].replace("rclone", program("rclone"), 1), env=environment)
+    assert client(program("rclone"), "cat", "cloud:FILE", "-q", env=environment) == "hello"
+    assert ways["Linux"] == "dav://o%%27neil%%20%%24x@127.0.0.1:%d/dav/" % page.address()[1]
+    assert ways["Synchronised folder"] == "python3 cloudserver.py sync FOLDER http://o%%27neil%%20%%24x@127.0.0.1:%d" % page.address()[1]
 
 
 @pytest.mark.parametrize("text, size, digest", [                 # read back by a scanner when the encoder was written
@@ -6927,6 +7220,31 @@ def test_browser_administers_accounts(page):
     page.click("button.danger")
     page.misses("zoe")
     assert outcome(page.cloud.accounts.get, "zoe") == "not-found"
+
+
+def test_browser_sets_what_the_server_keeps(page):
+    before = page.cloud.policy()
+    page.open("/settings/server")
+    page.sees("Log out")                         # whoever is no administrator gets their own account to see
+    page.misses("What is kept")
+    page.cloud.accounts.update(page.who.name, page.who, admin=True)
+    page.cloud.accounts.add("yan", PASSWORD, who=page.who)
+    page.open("/settings/accounts")
+    page.click("a.tab[href$=server]")
+    page.sees("SQLite", "What is kept", page.who.name + " made the account yan")
+    assert page.run("return document.querySelector('input[name=days]').value") == "30"
+    for name, text in (("days", "90"), ("history", "1.5")):
+        page.fill("input[name=%s]" % name, text)
+    page.shot("server")
+    page.press("Enter")
+    page.sees("Saved.", page.who.name + " changed what is kept")
+    assert page.cloud.policy() == (90, 3 << 29, None)
+    page.cloud.set_policy(page.who, **before._asdict())
+    page.size(390, 844, touch=True, dark=True)
+    page.open("/settings/server")
+    page.sees("What is kept")
+    page.shot("server-phone")
+    assert page.run("return document.documentElement.scrollWidth") <= 390
 
 
 def test_browser_shows_what_others_do(page):
@@ -7019,6 +7337,119 @@ def test_browser_knows_a_file_whose_answer_was_lost(page, monkeypatch):
     page.run("addUploads([{path: 'a.txt', file: new File(['hello'], 'a.txt')}])")
     page.sees("1 file uploaded")
     assert page.tree() == {"a.txt"} and len(page.cloud.versions(page.who, ("a.txt",))) == 1
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory):
+    """The source of axe-core, which looks for what keeps people from using a page."""
+    home = tmp_path_factory.mktemp("axe")
+    done = subprocess.run([program("npm"), "pack", "axe-core", "--silent"], cwd=home, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=120)
+    if done.returncode:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("npm cannot fetch axe-core:\n" + done.stdout[-1000:])
+    with tarfile.open(next(home.glob("*.tgz"))) as archive:
+        return archive.extractfile("package/axe.min.js").read().decode()
+
+
+AUDIT = """const done = arguments[arguments.length - 1];
+    Promise.all(document.getAnimations().map(one => one.finished.catch(() => {}))).then(() => axe.run(document, {resultTypes: ['violations'],
+        runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']})).then(
+        found => done(found.violations.map(one => one.id + ': ' + one.nodes.map(node => node.target.join(' ') + ' ' + node.html.slice(0, 160)
+            + ' ' + (node.any[0] || node.all[0] || node.none[0]).message).slice(0, 3).join(' | '))), error => done(['' + error]));"""
+
+
+def audit_page(page, axe, place, script="", wait="return true"):
+    """What axe finds on a view, opened and brought to where it is looked at by a script."""
+    page.open(place)
+    page.wait("return document.querySelector('.content, .gate')")
+    if place == "/" or "." in place:
+        page.wait("return list.entries.length" if place == "/" else "return preview.box || document.querySelector('.steps')")
+    page.run(script)
+    page.wait(wait)
+    page.wait("return !document.querySelector('.content')?.ariaBusy")
+    page.run(axe)
+    return ["%s %s %s" % (place, script, one) for one in page.run_async(AUDIT)]
+
+
+SHEET = "return document.querySelector('dialog')"
+AUDITED = [                                      # address, how to come to what is looked at, what stands there then
+    ("/", "", "return document.querySelector('.readme h1')"),
+    ("/", "setSelection([list.entries[1].node, list.entries[2].node])", "return document.querySelector('.selecting')"),
+    ("/", "setSelection([list.entries[1].node]); openMenu({x: 300, y: 300})", SHEET),
+    ("/", "menu({x: 300, y: 300}, placeRows())", SHEET),
+    ("/", "renameMany(list.entries.slice(1)); document.querySelector('[name=find]').value = 'a'; document.querySelector('form[onsubmit], dialog form').oninput()", SHEET),
+    ("/", "startRename(list.entries[1])", "return document.querySelector('.rename, dialog')"),
+    ("/", "moveTo(list.entries.slice(1), 'move')", "return document.querySelector('.walk').children.length"),
+    ("/", "askClash('a.txt', 3)", SHEET),
+    ("/", "showHelp()", SHEET),
+    ("/", "newCollection()", SHEET),
+    ("/", "setShape('tiles')", "return document.querySelector('.tiles .picture')"),
+    ("/", "setShape('list'); toast('Done.', {label: 'Undo'}); toast('Failed.', {kind: 'bad'})", "return document.querySelectorAll('.toast').length"),
+    ("/files/empty", "", "return document.querySelector('.empty code')"),
+    ("/files/gone", "", "return document.querySelector('.toast.bad')"),
+    ("/files/a.txt", "", "return document.querySelector('dialog pre')"),
+    ("/files/b.png", "", "return document.querySelector('dialog img')"),
+    ("/files/t.csv", "", "return document.querySelector('dialog table')"),
+    ("/files/README.md", "", "return document.querySelector('dialog .paper')"),
+    ("/files/a.txt", "editFile(preview.entry)", "return document.querySelector('dialog textarea')"),
+    ("/versions/a.txt", "", "return document.querySelector('.steps')"),
+    ("/past/now/empty", "", "return document.querySelector('.slider')"),
+    ("/trash", "", "return list.entries.length"),
+    ("/starred", "", "return list.entries.length"),
+    ("/search?q=a", "", "return document.querySelector('.filters') && list.entries.length"),
+    ("/search?q=zz&path=empty&kind=image", "", "return document.querySelector('.empty button')"),
+    ("/activity", "", "return document.querySelector('.steps li')"),
+    ("/settings", "", "return document.querySelector('.shares')"),
+    ("/settings/connect", "", "return document.querySelector('.ways')"),
+    ("/settings/devices", "", "return document.querySelector('.steps')"),
+    ("/settings/accounts", "", "return document.querySelector('.steps')"),
+    ("/settings/server", "", "return document.querySelector('.way')"),
+    ("/settings", "showLogin()", "return document.querySelector('.gate form')"),
+    ("/settings", "showSetup()", "return document.querySelector('.gate form')"),
+]
+
+
+@pytest.mark.parametrize("width, height, dark", [pytest.param(1280, 800, False, marks=slow), pytest.param(1280, 800, True, marks=slow),
+                                                 pytest.param(390, 844, False, marks=slow), pytest.param(390, 844, True, marks=slow)])
+def test_browser_keeps_nobody_out(page, axe, width, height, dark):
+    """WCAG 2.2 AA, as far as a program can tell, on every view and sheet."""
+    page.cloud.accounts.update(page.who.name, page.who, admin=True)
+    for name, data in (("README.md", "# Title\n\n- [one](a.txt)\n\n```\nlong\n```\n\n| a | b |\n|--|--|\n| 1 | 2 |\n"), ("a.txt", "one\n" * 200), ("b.png", PNG),
+                       ("t.csv", "a,b\n1,2\n"), ("gone.txt", "x"), ("a.txt", "two")):
+        page.put(name, data)
+    page.cloud.make_collection(page.who, ("empty",))
+    page.cloud.delete(page.who, ("gone.txt",))
+    page.cloud.star(page.who, ("a.txt",), on=True)
+    page.size(width, height, dark=dark, touch=width < 720)
+    found = [one for row in AUDITED for one in audit_page(page, axe, *row)]
+    assert not found, "\n".join(found)
+
+
+WATCH = """window.watched = {paint: [], shift: [], long: []};
+    const watch = (type, say) => new PerformanceObserver(all => all.getEntries().forEach(say)).observe({type, buffered: true});
+    watch('paint', one => watched.paint.push(one.startTime));
+    watch('layout-shift', one => one.hadRecentInput || watched.shift.push(one.value));
+    watch('longtask', one => watched.long.push([Math.round(one.startTime), Math.round(one.duration)]));"""
+
+
+@slow
+def test_browser_draws_soon_and_keeps_still(page):
+    """Ten thousand entries, opened and scrolled: what the reader waits for.  The bounds are generous, as machines are."""
+    for n in range(10_000):
+        page.put("IMG_%05d.jpg" % (n * 7919 % 10_000), b"")
+    watching = page.cdp("Page.addScriptToEvaluateOnNewDocument", source=WATCH)["identifier"]
+    paints = []
+    for _ in range(3):
+        page.open("/")
+        page.wait("return list.entries.length === 10000 && document.querySelector('.row')")
+        opened = page.run("return performance.now()")
+        paints.append(page.wait("return watched.paint[0]"))
+    page.run_async("const done = arguments[0]; let n = 0; const step = () => { scrollTo(0, n * 9000); n++ < 45 ? requestAnimationFrame(step) : setTimeout(done, 300); }; step()")
+    seen = page.run("return watched")
+    page.cdp("Page.removeScriptToEvaluateOnNewDocument", identifier=watching)
+    print("first paint %s ms, layout shift %.4f, there after %d ms, long tasks [start, ms] %s" % (
+        list(map(round, paints)), sum(seen["shift"]), opened, seen["long"]))
+    assert min(paints) < 1000 and sum(seen["shift"]) < 0.01 and all(ms < 500 for _, ms in seen["long"][1:])
 
 
 class PrefixProxy(threading.Thread):
