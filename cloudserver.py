@@ -8653,6 +8653,7 @@ mark { background: var(--mark); color: var(--text); }
 .changes { max-width: 60rem; padding-bottom: 1rem; }
 .changes summary { cursor: pointer; padding: .4rem 0; }
 .days h2 { margin: 1.5rem 0 0; }
+.days a { text-decoration: underline; }
 .slider [type=range] { flex: 1; min-width: 8rem; padding: 0; accent-color: var(--accent); }
 .slider output { min-width: 12rem; font-weight: 600; }
 
