@@ -8645,11 +8645,11 @@ mark { background: var(--mark); color: var(--text); }
 .picture img { width: 100%; height: 100%; object-fit: cover; }
 .picture .icon { width: 52px; height: 52px; stroke-width: 1; }
 
-.slider, .filters { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center; padding-bottom: 1rem; }
-.slider input, .filters :is(input, select) { width: auto; }
-.filters select { max-width: 14rem; }
+.slider, .limits { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center; padding-bottom: 1rem; }
+.slider input, .limits :is(input, select) { width: auto; }
+.limits select { max-width: 14rem; }
 .row .tag { margin-right: .75rem; }
-.filters label { color: var(--soft); display: flex; gap: .5rem; align-items: center; }
+.limits label { color: var(--soft); display: flex; gap: .5rem; align-items: center; }
 .changes { max-width: 60rem; padding-bottom: 1rem; }
 .changes summary { cursor: pointer; padding: .4rem 0; }
 .days h2 { margin: 1.5rem 0 0; }
@@ -8838,8 +8838,8 @@ th { background: var(--side); position: sticky; top: 0; }
   .selecting .check { visibility: visible; }
   .preview .title { flex-wrap: wrap; }
   .slider output { flex: 1 0 100%; }
-  .slider [type=datetime-local], .filters > * { flex: 1; min-width: 8rem; }
-  .filters label { display: grid; gap: 0; }
+  .slider [type=datetime-local], .limits > * { flex: 1; min-width: 8rem; }
+  .limits label { display: grid; gap: 0; }
   .preview .title strong { flex: 1 0 55%; }
   .preview .title button:not(.primary) { order: 1; }
   .preview .title .soft { display: none; }
@@ -11395,7 +11395,7 @@ async function showActivity() {
   };
   addSteps(steps);
   same ? same.replaceWith(box) : setContent(stepFilters(devices), box);
-  for (const one of find(".filters").elements) one.value = asked[one.name] || "";
+  for (const one of find(".limits").elements) one.value = asked[one.name] || "";
 }
 
 // what is looked for stands in the address
@@ -11404,7 +11404,7 @@ function stepFilters(devices) {
   const choose = (name, label, all, rows) => h("select", {name, "aria-label": label},
     h("option", {value: ""}, all), rows.map(([value, words]) => h("option", {value}, words)));
   const day = (name, label) => h("label", {}, label, h("input", {type: "date", name}));
-  const form = h("form.filters", {onchange: change},
+  const form = h("form.limits", {onchange: change},
     choose("action", t("What"), t("Everything"), Object.keys(ACTIVITY).filter(name => ACTIVITY[name].startsWith("{who}"))
       .map(name => [name, t(ACTIVITY[name], {who: "", what: "…", to: "…"})])),
     choose("device", t("Device"), t("All devices"), devices.map(one => [one.name, agentOf(one)])),
