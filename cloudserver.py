@@ -942,6 +942,129 @@ def read_xml(body: bytes) -> ET.Element:
     return builder.close()
 
 
+# ---- QR codes (ISO 18004): bytes, correction level M, versions 1 to 10, mask 0
+
+_QR_TOTAL = (26, 44, 70, 100, 134, 172, 196, 242, 292, 346)     # codewords of each version
+_QR_CHECK = (10, 16, 26, 18, 24, 16, 18, 22, 22, 26)            # of them to correct by, in each block
+_QR_BLOCKS = (1, 1, 1, 2, 2, 4, 4, 4, 5, 5)
+
+
+def qr_code(text: str) -> list[list[bool]]:
+    """The squares of a QR code, row by row, True is dark; four light ones belong around it.
+
+    raises  CloudError too-large beyond 213 bytes of UTF-8
+    """
+    data = text.encode()
+    version = next((n for n in range(1, 11) if _qr_room(n) >= len(data) + (2 if n < 10 else 3)), 0)
+    if not version:
+        raise CloudError("too-large", "this is too long for a code to scan")
+    size = version * 4 + 17
+    grid: list[list[bool | None]] = [[None] * size for _ in range(size)]
+    _qr_marks(grid, version)
+    bits = (word >> (7 - n) & 1 for word in _qr_codewords(data, version) for n in range(8))
+    for right in (*range(size - 1, 6, -2), 5, 3, 1):             # up and down in columns of two, from the right
+        for step in range(size):
+            y = step if right + (right < 6) & 2 else size - 1 - step
+            for x in (right, right - 1):
+                if grid[y][x] is None:
+                    grid[y][x] = bool(next(bits, 0) ^ ((x + y) % 2 == 0))
+    return [[bool(dark) for dark in row] for row in grid]
+
+
+def _qr_room(version: int) -> int:
+    """Codewords that a version has for data."""
+    return _QR_TOTAL[version - 1] - _QR_CHECK[version - 1] * _QR_BLOCKS[version - 1]
+
+
+def _qr_marks(grid: list[list[bool | None]], version: int) -> None:
+    """What is the same whatever the code says: finders, alignment, timing, format and version."""
+    size = len(grid)
+
+    def dot(x: int, y: int, dark: int | bool) -> None:
+        if 0 <= x < size and 0 <= y < size:
+            grid[y][x] = bool(dark)
+
+    def square(x: int, y: int, radius: int, *light: int) -> None:
+        for i in range(-radius, radius + 1):
+            for j in range(-radius, radius + 1):
+                dot(x + i, y + j, max(abs(i), abs(j)) not in light)
+
+    for x, y in ((3, 3), (size - 4, 3), (3, size - 4)):
+        square(x, y, 4, 2, 4)
+    spots = () if version == 1 else (6, size - 7) if version < 7 else (6, version * 2 + 8, size - 7)
+    for x, y in itertools.product(spots, spots):
+        if grid[y][x] is None:
+            square(x, y, 2, 1)
+    for n in range(8, size - 8):
+        dot(n, 6, n % 2 == 0)
+        dot(6, n, n % 2 == 0)
+    form, about = _qr_rest(0, 10, 0x537) ^ 0x5412, version << 12 | _qr_rest(version, 12, 0x1F25)   # level M, mask 0: 00000
+    for n in range(15):
+        dot(8, n if n < 6 else n + 1 if n < 8 else size - 15 + n, form >> n & 1)
+        dot(size - 1 - n if n < 8 else 7 if n < 9 else 14 - n, 8, form >> n & 1)
+    dot(8, size - 8, True)
+    for n in range(18 if version > 6 else 0):
+        dot(n // 3, size - 11 + n % 3, about >> n & 1)
+        dot(size - 11 + n % 3, n // 3, about >> n & 1)
+
+
+def _qr_rest(value: int, bits: int, divisor: int) -> int:
+    """What is left of a polynomial over GF(2), shifted by `bits`, when it is divided."""
+    rest = value
+    for _ in range(bits):
+        rest = rest << 1 ^ (rest >> bits - 1) * divisor
+    return rest
+
+
+def _qr_codewords(data: bytes, version: int) -> list[int]:
+    """Mode, length and bytes, filled up and cut into blocks, each with its Reed-Solomon check; then woven together."""
+    room, blocks, check = _qr_room(version), _QR_BLOCKS[version - 1], _QR_CHECK[version - 1]
+    bits = "0100" + format(len(data), "016b" if version > 9 else "08b") + "".join(format(byte, "08b") for byte in data)
+    bits += "0" * min(4, room * 8 - len(bits))
+    bits += "0" * (-len(bits) % 8)
+    words = [int(bits[at:at + 8], 2) for at in range(0, len(bits), 8)]
+    words += itertools.islice(itertools.cycle((236, 17)), room - len(words))
+    short, longer = divmod(room, blocks)
+    parts, at = [], 0
+    for n in range(blocks):
+        end = at + short + (n >= blocks - longer)
+        parts.append(words[at:end])
+        at = end
+    woven = [part[n] for n in range(short + 1) for part in parts if n < len(part)]
+    return woven + [word for column in zip(*(_qr_check(part, check) for part in parts)) for word in column]
+
+
+def _qr_times(a: int, b: int) -> int:
+    """The product in GF(256)."""
+    product = 0
+    while b:
+        product ^= a * (b & 1)
+        a, b = a << 1 ^ (a >> 7) * 0x11D, b >> 1
+    return product
+
+
+def _qr_check(data: list[int], count: int) -> list[int]:
+    """Reed-Solomon: what is left when the data are divided by the generator of that many roots."""
+    divisor, root = [1], 1
+    for _ in range(count):
+        divisor = [a ^ _qr_times(b, root) for a, b in zip(divisor + [0], [0] + divisor)]
+        root = _qr_times(root, 2)
+    rest = data + [0] * count
+    for n in range(len(data)):
+        factor = rest[n]
+        for m, value in enumerate(divisor):
+            rest[n + m] ^= _qr_times(value, factor)
+    return rest[len(data):]
+
+
+def format_qr(grid: list[list[bool]]) -> str:
+    """The code for a terminal, two rows a line, white on black (ECMA-48 s8.3.117), with its margin."""
+    width = len(grid) + 8
+    rows = [[False] * width] * 4 + [[False] * 4 + row + [False] * 4 for row in grid] + [[False] * width] * 5
+    return "\n".join("\x1b[40;97m%s\x1b[0m" % "".join(" \u2584\u2580\u2588"[2 * (not above) + (not below)]
+                                                      for above, below in zip(*rows[n:n + 2])) for n in range(0, len(grid) + 8, 2))
+
+
 # ---- what kind of file is it?
 
 _MAGIC = (  # (offset, bytes, media type): enough to believe the name (W1)
@@ -6743,6 +6866,12 @@ def api_starred(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"items": api_nodes(cloud, cloud.starred(who))})
 
 
+@route("POST", API + "qr", needs="read", text=TEXT)
+def api_qr(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """A text as a QR code: rows of 1 (dark) and 0; it stands in no address, for it may be a secret."""
+    return json_response({"rows": ["".join("01"[dark] for dark in row) for row in qr_code(request.values["text"])]})
+
+
 # ---- for administrators
 
 def api_account_row(account: Account) -> dict[str, Any]:
@@ -8501,7 +8630,7 @@ a:hover { text-decoration: underline; }
 :focus:not(:focus-visible) { outline: none; }
 .soft, .hint { color: var(--soft); }
 .problem { color: var(--danger); }
-.problem:empty { display: none; }
+.problem:empty, .queue .soft:empty { display: none; }
 
 button, .button { font: inherit; color: inherit; background: var(--raised); border: 1px solid var(--line);
   border-radius: 8px; padding: .4rem .85rem; min-height: 36px; cursor: pointer; white-space: nowrap; display: inline-flex;
@@ -8534,7 +8663,7 @@ progress::-moz-progress-bar { background: var(--accent); }
 .icon.table { stroke: #2e8b57; }
 
 /* the entrance */
-.gate { max-width: 24rem; margin: 12vh auto 4rem; padding: 0 1.25rem; display: grid; gap: 1rem; }
+.gate { max-width: 24rem; margin: auto; padding: 12vh 1.25rem 4rem; display: grid; gap: 1rem; }
 .gate form { display: grid; gap: 1rem; }
 .gate .primary { min-height: 44px; }
 .brand { display: flex; align-items: center; gap: .55rem; font-weight: 650; font-size: 1.05rem; color: var(--text); }
@@ -8643,6 +8772,8 @@ mark { background: var(--mark); color: var(--text); }
 .picture { flex: 1; min-height: 0; display: grid; place-items: center; background: var(--side); border-radius: 8px;
   overflow: hidden; }
 .picture img { width: 100%; height: 100%; object-fit: cover; }
+.video::after { content: "▶"; position: absolute; background: rgb(0 0 0 / .6); color: #fff; border-radius: 99px;
+  padding: .3rem .6rem; }
 .picture .icon { width: 52px; height: 52px; stroke-width: 1; }
 
 .slider, .limits { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center; padding-bottom: 1rem; }
@@ -8729,8 +8860,8 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .queue { position: fixed; right: 1.2rem; bottom: 1.2rem; width: 24rem; max-width: calc(100vw - 2rem);
   background: var(--raised); border: 1px solid var(--line); border-radius: 12px; box-shadow: var(--shadow); z-index: 5;
   overflow: hidden; }
-.queue .title { display: flex; align-items: center; padding: .5rem .5rem .5rem 1rem; }
-.queue strong { flex: 1; font-weight: 600; font-variant-numeric: tabular-nums; }
+.queue .title { display: flex; flex-wrap: wrap; align-items: center; padding: .5rem .5rem .5rem 1rem; }
+.queue strong { flex: 1 1 8rem; text-wrap: balance; font-weight: 600; font-variant-numeric: tabular-nums; }
 .queue > progress { display: block; border-radius: 0; height: 4px; }
 .queue ul { list-style: none; margin: 0; padding: 0; max-height: 15rem; overflow: auto; }
 .queue li { display: grid; grid-template-columns: minmax(0, 1fr) auto auto; gap: 0 .6rem; align-items: center;
@@ -8739,6 +8870,7 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .queue li progress { grid-column: 1 / -1; height: 3px; }
 .queue li:not(.sending) progress { display: none; }
 .queue .state { color: var(--soft); font-size: .85rem; }
+.queue .title .soft { flex: 1 0 100%; font-size: .85rem; padding-bottom: .2rem; }
 .queue .failed { grid-template-columns: minmax(0, 1fr) auto; }
 .queue .failed .state { grid-row: 2; grid-column: 1 / -1; color: var(--danger); }
 
@@ -9048,6 +9180,9 @@ class Problem extends Error {
   }
 }
 
+const unless = code => error => { if (error.code !== code) throw error; };
+const trouble = (code, detail) => new Problem(0, {code, detail});
+
 const PROBLEMS = {
   network: "The server cannot be reached. Check the connection and try again.",
   "unauthenticated": "Wrong name or password.",
@@ -9088,7 +9223,7 @@ async function ask(address, how = {}) {
     answer = await fetch(address, how);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Problem(0, {code: "network"});
+    throw trouble("network");
   }
   if (answer.ok) return answer;
   const problem = await readProblem(answer.status, await answer.text());
@@ -9359,18 +9494,33 @@ async function logOut() {
 }
 
 async function start() {
+  patience = 0;
   try {
-    const [about, account] = await Promise.all([api("GET", ""), api("GET", "account").catch(() => null)]);
+    const about = await api("GET", "");
     if (!about.set_up) return location.pathname.endsWith("/setup") && location.hash ? showSetup()
       : showGate(t("Not set up yet"), t(PROBLEMS["not-set-up"]), [], "", null);
-    if (!about.account && !account) return showLogin();
-    Object.assign(me, account || await api("GET", "account"));
+    if (!about.me) return showLogin();
+    Object.assign(me, about.me, {most: about.limits.file});
     if (/\/(setup|login)?$/.test(location.pathname)) history.replaceState(null, "", addressOf(""));
     buildFrame();
     return show();
   } catch (error) {
+    if (["network", "busy"].includes(error.code)) return showOffline();
     return showGate(t("Cannot reach the server"), explain(error), [], "", null);
   }
+}
+
+// nobody has to reload: the page starts as soon as the server answers
+function showOffline() {
+  showGate(t(navigator.onLine ? "Cannot reach the server" : "You are offline"),
+    t("It goes on by itself when the connection is back."), [], "", null);
+  startLater();
+}
+
+let patience = 0;
+function startLater(wait = 5000) {
+  clearTimeout(patience);
+  patience = setTimeout(() => fetch(apiAddress("")).then(answer => answer.ok ? start() : startLater(), () => startLater()), wait);
 }
 
 // ---- the frame around every view
@@ -9426,9 +9576,15 @@ function soon(work, wait) {
 }
 
 function setTitle(text) {
-  document.title = text + " – cloudserver";
+  view.title = text;
+  drawTitle();
   const heading = find("#content > h1");
   if (heading) heading.textContent = text;
+}
+
+// how far the uploads are stands first: it is all that a tab in the background shows
+function drawTitle() {
+  document.title = (queue.percent === null ? "" : t("{n} %", {n: queue.percent}) + " – ") + view.title + " – cloudserver";
 }
 
 function setCrumbs(...parts) {
@@ -9530,6 +9686,7 @@ const list = {
   box: null
 };
 const sorting = {by: localStorage.getItem("sort") || "name", down: localStorage.getItem("down") === "1"};
+const finger = matchMedia("(pointer: coarse)");
 const mouse = matchMedia("(hover: hover)");        // a finger that rests on a row selects it, and does not drag
 let shape = localStorage.getItem("shape") || "list";
 
@@ -9729,51 +9886,76 @@ function entryName(entry) {
 }
 
 function tilePicture(entry) {
-  const image = isImage(entry) && entry.size < 40 << 20 && !view.at;
-  if (!image) return h("div.picture", {}, icon(kindOf(entry)));
+  const kind = view.at || view.kind === "trash" ? "" : pictureKind(entry.media || "", entry.size);
+  if (!kind) return h("div.picture", {}, icon(kindOf(entry)));
   const picture = h("img", {alt: "", decoding: "async", draggable: false});
-  if (entry.size < 100 << 10) picture.src = contentAddress(entry);
-  else showThumbnail(entry, picture).catch(() => picture.replaceWith(icon("image")));
-  return h("div.picture", {}, picture);
+  if (kind === "small") picture.src = contentAddress(entry);
+  else showThumbnail(entry, kind, picture).catch(() => picture.replaceWith(icon(kind)));
+  return h("div.picture." + kind, {}, picture);
 }
 
-// ---- thumbnails: made here, two at a time, and kept by this browser under the version of the file
+// ---- thumbnails: made by the browser that first sees or uploads a picture, and kept by the server for all
 
-let store = null;
-const making = [Promise.resolve(), Promise.resolve()];
-const request = work => new Promise((done, fail) => {
-  work.onsuccess = () => done(work.result);
-  work.onerror = () => fail(work.error);
-});
+const making = [Promise.resolve(), Promise.resolve()];       // two at a time
 
-function openStore() {
-  const opening = indexedDB.open("thumbnails", 1);
-  opening.onupgradeneeded = () => opening.result.createObjectStore("images");
-  return request(opening);
-}
+// "small" ones show themselves
+const pictureKind = (media, size) => /^video/.test(media) ? "video"
+  : /^image/.test(media) && size < 40 << 20 ? size < 100 << 10 ? "small" : "image" : "";
+const thumbnailAddress = entry => apiAddress("thumbnails", entry.path, {version: entry.version});
 
-async function showThumbnail(entry, picture) {
-  const images = how => store.transaction("images", how).objectStore("images");
-  store = await (store || openStore());
-  let blob = await request(images("readonly").get(entry.version));
+async function showThumbnail(entry, kind, picture) {
+  const answer = await ask(thumbnailAddress(entry));
+  let blob = answer.status === 200 && await answer.blob();
   if (!blob) {
-    const turn = making.shift(), work = turn.then(() => picture.isConnected && makeThumbnail(entry));
+    const work = making.shift().then(() => picture.isConnected && thumbnailOf(kind, contentAddress(entry)));
     making.push(work.catch(() => {}));
     blob = await work;
     if (!blob) return;
-    await request(images("readwrite").put(blob, entry.version));
+    if (!me.readonly) keepThumbnail(entry, blob).catch(() => {});
   }
   picture.onload = () => URL.revokeObjectURL(picture.src);
   picture.src = URL.createObjectURL(blob);
 }
 
-async function makeThumbnail(entry) {
-  const whole = await createImageBitmap(await (await ask(contentAddress(entry))).blob());
-  const scale = Math.min(1, 400 / Math.min(whole.width, whole.height)), canvas = document.createElement("canvas");
-  Object.assign(canvas, {width: Math.max(1, whole.width * scale), height: Math.max(1, whole.height * scale)});
-  canvas.getContext("2d").drawImage(whole, 0, 0, canvas.width, canvas.height);
-  whole.close();
-  return new Promise(done => canvas.toBlob(done, "image/webp", 0.8));
+const keepThumbnail = async (entry, body) => body.size < entry.size
+  && ask(thumbnailAddress(entry), {method: "PUT", headers: HEADERS, body});
+
+// at the side, once a picture was uploaded; what fails here is made up for by whoever sees it first
+async function depict(file, path) {
+  const kind = pictureKind(file.type, file.size), address = URL.createObjectURL(file);
+  if (!/image|video/.test(kind)) return;
+  const blob = await thumbnailOf(kind, address, file), entry = await load(path);
+  URL.revokeObjectURL(address);
+  if (entry.size === file.size) await keepThumbnail(entry, blob);
+}
+
+const thumbnailOf = async (kind, address, file) =>
+  shrink(kind === "video" ? await frameOf(address) : await createImageBitmap(file || await (await ask(address)).blob()));
+
+// a second from the start, where it is hardly black any more
+function frameOf(address) {
+  return new Promise((done, fail) => {
+    const start = () => { video.currentTime = Math.min(1, video.duration / 2); };
+    const video = h("video", {muted: true, preload: "auto", playsInline: true, src: address,
+                              onloadedmetadata: start, onseeked: () => done(video), onerror: fail});
+    setTimeout(fail, 20000);
+  });
+}
+
+// at most 400 pixels on the short side, and fewer until few bytes tell it; without a picture it throws
+async function shrink(picture) {
+  const {videoWidth: width = picture.width, videoHeight: height = picture.height} = picture, canvas = h("canvas");
+  const encode = kind => new Promise(done => canvas.toBlob(done, kind, 0.8));
+  let blob;
+  for (let side = 400; !blob || blob.size > 64 << 10; side *= 0.8) {
+    const scale = Math.min(1, side / Math.min(width, height));
+    Object.assign(canvas, {width: width * scale, height: height * scale});
+    canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
+    blob = await encode("image/webp");
+    if (blob.type !== "image/webp") blob = await encode("image/jpeg");           // Safari writes no WebP
+  }
+  picture.close ? picture.close() : picture.removeAttribute("src");
+  return blob;
 }
 
 const cellOf = (entry, column) => column === "size" ? formatSize(entry.size) : timeElement(entry[column]);
@@ -10102,9 +10284,13 @@ const oneFile = items => one(items) && items[0].kind === "file";
 // prime: has room in the bar even on a phone;  make: stands under "New";  bar: has a button of its own, in every view or in one
 const ACTIONS = [
   {name: "upload", label: "Upload files", on: "place", make: true, keys: "U",
-   when: () => true, run: () => chooseFiles(false)},
+   when: () => true, run: () => chooseFiles({})},
   {name: "upload-folder", label: "Upload a folder", on: "place", make: true,
-   when: () => "webkitdirectory" in HTMLInputElement.prototype, run: () => chooseFiles(true)},
+   when: () => "webkitdirectory" in HTMLInputElement.prototype, run: () => chooseFiles({webkitdirectory: true})},
+  {name: "photo", label: "Take a photo", on: "place", make: true,
+   when: () => finger.matches, run: () => chooseFiles({accept: "image/*", capture: "environment"})},
+  {name: "record", label: "Record a video", on: "place", make: true,
+   when: () => finger.matches, run: () => chooseFiles({accept: "video/*", capture: "environment"})},
   {name: "new-folder", label: "New folder", on: "place", make: true, keys: "Shift+N",
    when: () => true, run: newCollection},
   {name: "new-text", label: "New text file", on: "place", make: true, when: () => true, run: newText},
@@ -10339,7 +10525,7 @@ async function newCollection() {
 const isName = name => name.trim() && !/^\.\.?$|[/\\\x00-\x1f\x7f]/.test(name) && new Blob([name]).size < 256;
 
 function checkName(name) {
-  if (!isName(name)) throw new Problem(0, {code: "", detail: t("A name cannot be empty and cannot hold a slash.")});
+  if (!isName(name)) throw trouble("", t("A name cannot be empty and cannot hold a slash."));
 }
 
 const sayTaken = error => { throw error.code === "precondition-failed" ? new Problem(412, {code: "exists"}) : error; };
@@ -10644,22 +10830,38 @@ async function showInFolder(entry) {
 
 const SMALL = 4 << 20, PART = 16 << 20, AT_ONCE = 4;
 const queue = {items: [], next: 0, running: 0, paused: false, all: "", asking: Promise.resolve(), box: null, failed: 0,
-               delayed: new Set()};
+               delayed: new Set(), pictures: Promise.resolve(), places: new Map(), base: "", pace: null, percent: null, phase: ""};
 const PARTS = "uploads";               // what localStorage remembers of unfinished uploads: {fingerprint: id}
 
-async function chooseFiles(whole) {
+// about: what makes the chooser a special one
+async function chooseFiles(about) {
   await ensureFiles();
-  const input = h("input", {type: "file", multiple: true, webkitdirectory: whole, hidden: true, onchange: () => {
-    addUploads([...input.files].map(file => ({file, path: join(view.path, file.webkitRelativePath || file.name)})));
+  const input = h("input", {type: "file", multiple: true, hidden: true, ...about, onchange: () => {
+    const files = [...input.files], place = file => ({file, path: join(view.path, file.webkitRelativePath || file.name)});
+    attempt(() => addUploads(about.capture ? nameTaken(files) : files.map(place)));
     input.remove();
   }});
   document.body.append(input);
   input.click();
 }
 
+// cameras and clipboards call everything image.png or image.jpg: such get a name of kind and time
+function nameTaken(files) {
+  const taken = new Set(list.entries.map(entry => entry.name));
+  return files.map(file => {
+    const [, suffix] = file.name.match(/^(?:image|photo|video)(\.\w+)$/i) || [];
+    const what = /^video/.test(file.type) ? t("Video") : suffix === ".png" ? t("Screenshot") : t("Photo");
+    const when = new Date(file.lastModified).toLocaleString("sv").replace(/:/g, ".");      // Swedes write 2026-11-25 14:05:33
+    let name = suffix ? what + " " + when + suffix : file.name;
+    if (suffix && taken.has(name)) name = freeName(name, taken);
+    taken.add(name);
+    return {file, path: join(view.path, name)};
+  });
+}
+
 // what was dropped, collections walked to their end; must begin while the drop event is being handled
 async function readDrop(transfer, target) {
-  const entries = [...transfer.items].map(item => item.webkitGetAsEntry && item.webkitGetAsEntry());
+  const entries = [...transfer.items].map(item => item.webkitGetAsEntry());
   if (!entries.some(Boolean)) return [...transfer.files].map(file => ({file, path: join(target, file.name)}));
   const found = [];
   for (const entry of entries.filter(Boolean)) await walkDropped(entry, target, found);
@@ -10678,31 +10880,18 @@ async function walkDropped(entry, target, found) {
   return found.length === before && found.push({path, file: null});
 }
 
+// found: [{path, file}]; a collection that holds nothing has no file
 async function addUploads(found) {
-  for (const {path} of found.filter(one => !one.file)) {
-    await api("POST", "make-collection", {path, parents: true}).catch(error => {
-      if (error.code !== "exists") throw error;
-    });
-  }
-  const files = found.filter(one => one.file);
-  if (!files.length) return found.length && refresh();
-  const here = new Set(view.kind === "files" ? list.entries.map(entry => entry.path) : []);
-  if (!busy()) Object.assign(queue, {items: [], next: 0, all: "", failed: 0, box: null});
-  for (const {file, path} of files) {
-    queue.items.push({
-      file,
-      path,
-      size: file.size,
-      sent: 0,
-      state: "waiting",
-      tries: 0,
-      clash: here.has(path),
-      more: files.length > 1
-    });
-  }
+  queue.places = new Map();
+  queue.base = inFiles() ? view.path : "";
+  if (inFiles()) queue.places.set(view.path, byName(list.entries));
+  found = await fitting(found.map(one => ({...one, size: one.file ? one.file.size : 0})));
+  if (!found.length) return;
+  if (!busy()) Object.assign(queue, {items: [], next: 0, all: "", failed: 0, pace: null});
+  for (const one of found) queue.items.push({...one, sent: 0, state: "waiting", tries: 0, more: found.length > 1});
   queue.box = null;
   showQueue();
-  return pump();
+  pump();
 }
 
 function pump() {
@@ -10715,10 +10904,10 @@ function pump() {
 
 async function runUpload(item) {
   queue.running++;
-  item.state = "sending";
+  Object.assign(item, {state: "sending", error: ""});
   showItem(item);
   try {
-    if (item.clash) await settleUpload(item);
+    if (item.file && !item.how) await meet(item);
     if (item.state === "sending") await sendItem(item);
     if (item.state === "sending") finishItem(item, "done");
   } catch (error) {
@@ -10730,28 +10919,24 @@ async function runUpload(item) {
 }
 
 async function failItem(item, error) {
-  if (error.code === "precondition-failed" && item.tries && await arrived(item)) return finishItem(item, "done");
-  if (error.code === "precondition-failed" && !item.clash) {
-    await settleUpload(item);
-    if (item.state === "sending") again(item);
-    return undefined;
+  if (error.code === "precondition-failed" && !item.how) {             // there is something that no list told of
+    item.refused = true;
+    return again(item);
   }
-  if (["network", "busy", "offset"].includes(error.code)) {            // offset: the server still ends what was cut off
+  if (item.file && (error.code === "network" || !(error instanceof Problem)) && !await item.file.slice(0, 1).arrayBuffer().catch(() => null))
+    error = trouble("", t("This file was changed since it was chosen. Choose it again."));
+  if (item.state !== "sending") return undefined;
+  if (["network", "busy", "offset", "paused"].includes(error.code)) {  // offset: the server still ends what was cut off
     item.state = "waiting";
+    queue.delayed.add(item);
+    queue.places.clear();
+    if (error.code === "paused") return showItem(item);
     item.error = t("Waiting for the connection…");
     showItem(item);
-    queue.delayed.add(item);
     return setTimeout(() => wake(item), Math.min(30000, 1000 * 2 ** item.tries++));
   }
-  item.error = explain(error);
   queue.failed++;
-  return finishItem(item, "failed");
-}
-
-// did an earlier try store it, and only the answer was lost?
-async function arrived(item) {
-  const found = await load(item.path);
-  return found.size === item.size && Date.parse(found.mtime) === item.file.lastModified;
+  return finishItem(item, "failed", explain(error));
 }
 
 // when its time has come, or when the network is back
@@ -10764,26 +10949,122 @@ function again(item) {
   pump();
 }
 
+// ---- before anything is sent: does it fit, and is it there already?
+
+const isBelow = (path, place) => path.startsWith(place && place + "/");
+const byName = entries => new Map(entries.map(entry => [entry.name.normalize(), entry]));
+
+// what of this is to be uploaded: nothing starts that could not end
+async function fitting(found) {
+  const large = found.filter(one => one.size > me.most);
+  if (large.length && !await tellUnfit(plural(large.length, "{n} file is too large", "{n} files are too large"), large.length < found.length,
+    t("This server takes files of up to {size}.", {size: formatSize(me.most)}),
+    large.slice(0, 20).map(one => quoted(nameOf(one.path))).join(", "))) return [];
+  found = found.filter(one => one.size <= me.most);
+  Object.assign(me, await api("GET", "account").catch(unless("network")));       // offline it is to wait, like all else
+  const left = me.left === null ? Infinity : me.left;
+  let need = [...unfinished().filter(one => !one.upload), ...found].reduce((bytes, one) => bytes + one.size, 0);
+  if (need > left) need -= await saved(found);
+  if (need <= left) return found;
+  const values = {need: formatSize(need), left: formatSize(left), lack: formatSize(need - left)};
+  await tellUnfit(t("Not enough room"), false, t("This needs {need}, but {left} is all that is left: {lack} is missing.", values),
+    t("Delete something and empty the trash, or choose less."));
+  return [];
+}
+
+const tellUnfit = (title, others, ...texts) => sheet(title, close => [texts.map(text => h("p", {}, text)), buttonsRow(
+  button(t(others ? "Cancel" : "Close"), () => close()),
+  others && button(t("Upload the others"), () => close(true), {className: "primary", autofocus: true}))]);
+
+// bytes that need no room: what is there would be replaced, and what was begun before is counted already
+async function saved(found) {
+  const parts = readParts();
+  let bytes = 0;
+  for (const one of found) {
+    const there = one.file && await lookFor(one.path);
+    bytes += one.file && parts[printOf(one, one.path)] ? one.size : there ? Math.min(there.size, one.size) : 0;
+  }
+  return bytes;
+}
+
+const lookFor = async path => (await holding(parentOf(path))).get(nameOf(path).normalize());
+
+// what a collection holds, by name, asked for once
+function holding(path) {
+  if (!queue.places.has(path)) queue.places.set(path, lookInto(path));
+  return queue.places.get(path);
+}
+
+// in what is not there nothing needs to be looked for
+async function lookInto(path) {
+  const here = queue.base, entries = [];
+  if (path && isBelow(path, here)) {
+    const entry = await lookFor(path);
+    if (!entry || entry.kind === "file") return new Map();
+  }
+  for (let after = 0; after !== null;) {
+    const {children = [], next = null} = await load(path, {after}).catch(unless("not-found")) || {};
+    entries.push(...children);
+    after = next;
+  }
+  return byName(entries);
+}
+
+// what stands where it would go: the same bytes need no sending, about others somebody has to decide
+async function meet(item) {
+  const there = item.refused ? await load(item.path) : await lookFor(item.path);
+  if (!there) return;
+  const same = await isSame(item, there);
+  item.compared = 0;
+  if (item.state !== "sending") return;
+  if (same) finishItem(item, item.tries ? "done" : "there");         // done: an earlier try did it, and its answer was lost
+  else await settleUpload(item);
+}
+
+// proven by what the server knows of its pieces, one after the other; only a page in the clear has to go by size and time
+async function isSame(item, there) {
+  if (there.kind !== "file" || there.size !== item.size) return false;
+  if (!crypto.subtle) return item.tries > 0 && Date.parse(there.mtime) === item.file.lastModified;
+  const chunks = there.sha256 ? [[there.sha256, there.size]] : (await load(there.path, {chunks: true})).chunks;
+  let at = 0;
+  for (const [hash, size] of chunks) {
+    if (queue.paused) throw trouble("paused");
+    if (item.state !== "sending" || await hashOf(item.file.slice(at, at + size)) !== hash) return false;
+    at += size;
+    item.compared = at / item.size;
+    updateQueue();
+  }
+  return at === item.size;
+}
+
+async function hashOf(blob) {
+  const digest = await crypto.subtle.digest("SHA-256", await blob.arrayBuffer());
+  return Array.from(new Uint8Array(digest), byte => byte.toString(16).padStart(2, "0")).join("");
+}
+
 // one question at a time, and none when the answer was given for all
 async function settleUpload(item) {
-  item.clash = true;
   queue.asking = queue.asking.then(async () => {
-    if (!queue.all) {
-      const answer = await askClash(nameOf(item.path), item.more ? undefined : 0);
-      item.how = answer.how;
-      if (answer.all) queue.all = answer.how;
-    } else item.how = queue.all;
+    const {how, all} = queue.all ? {how: queue.all} : await askClash(nameOf(item.path), item.more ? undefined : 0);
+    item.how = how;
+    if (all) queue.all = how;
   });
   await queue.asking;
   if (item.how === "skip") finishItem(item, "skipped");
 }
 
 async function sendItem(item) {
+  if (queue.paused) throw trouble("paused");
+  if (!item.file) return api("POST", "make-collection", {path: item.path, parents: true}).catch(unless("exists"));
   const send = item.size > SMALL ? sendParts : sendWhole;
-  if (item.how !== "keep") return send(item, item.path);
-  const {children} = await load(parentOf(item.path)), taken = new Set(children.map(entry => entry.name));
-  const name = freeName(nameOf(item.path), taken);
-  return send(item, join(parentOf(item.path), name));
+  let path = item.path;
+  if (item.how === "keep") {
+    const {children} = await load(parentOf(path)), taken = new Set(children.map(entry => entry.name));
+    path = join(parentOf(path), freeName(nameOf(path), taken));
+  }
+  await send(item, path);
+  queue.pictures = queue.pictures.then(() => depict(item.file, path)).catch(() => {});
+  return undefined;
 }
 
 async function sendWhole(item, path) {
@@ -10793,7 +11074,7 @@ async function sendWhole(item, path) {
 
 // a tus upload: made, or found again after a break, then part after part
 async function sendParts(item, path) {
-  const known = readParts(), print = [me.name, path, item.size, item.file.lastModified].join("|");
+  const known = readParts(), print = item.print = printOf(item, path);
   let offset = known[print] ? await offsetOf(known[print]) : -1;
   let id = known[print];
   if (offset < 0) {
@@ -10804,33 +11085,34 @@ async function sendParts(item, path) {
     saveParts({...readParts(), [print]: id}); // anew: other uploads have begun since
   }
   item.upload = id;
+  if (offset) queue.pace = null;                 // what is there already tells nothing about the pace
+  item.sent = offset;
   while (offset < item.size) {
     const part = item.file.slice(offset, offset + PART);
     const answer = await transmit(item, "PATCH", PREFIX + "/tus/" + id, part, {"Upload-Offset": offset}, offset);
     offset = Number(answer.getResponseHeader("Upload-Offset"));
+    item.tries = Math.min(item.tries, 1);        // it gets on: the next break waits no longer than the first
   }
-  const left = readParts();
-  delete left[print];
-  saveParts(left);
 }
 
+const printOf = ({file, how}, path) => [me.name, path, file.size, file.lastModified, how].join("|");
 const metadata = values => Object.entries(values).map(([name, value]) =>
   name + " " + btoa(String.fromCharCode(...new TextEncoder().encode(value)))).join(",");
 const readParts = () => JSON.parse(localStorage.getItem(PARTS) || "{}");
 const saveParts = parts => localStorage.setItem(PARTS, JSON.stringify(parts));
 function forgetMe() {
   localStorage.removeItem(PARTS);
-  indexedDB.deleteDatabase("thumbnails");
+  indexedDB.deleteDatabase("thumbnails");        // where an older page kept them
 }
 
+// where an upload stands, -1 if the server does not know it any more
 async function offsetOf(id) {
-  const answer = await fetch(PREFIX + "/tus/" + id, {
-    method: "HEAD",
-    headers: {...HEADERS, ...TUS}
-  }).catch(() => {
-    throw new Problem(0, {code: "network"});
-  });
-  return answer.ok ? Number(answer.headers.get("Upload-Offset")) : -1;
+  const answer = await fetch(PREFIX + "/tus/" + id, {method: "HEAD", headers: {...HEADERS, ...TUS}}).catch(() => ({status: 502}));
+  if (answer.ok) return Number(answer.headers.get("Upload-Offset"));
+  if ([404, 410].includes(answer.status)) return -1;
+  if (answer.status !== 401) throw readProblem(answer.status, "");
+  await logInAgain();
+  return offsetOf(id);
 }
 
 const TUS = {"Tus-Resumable": "1.0.0"};
@@ -10843,7 +11125,8 @@ const BODIES = {
 // one request with progress, which fetch cannot show
 function transmit(item, method, address, body, headers, from) {
   return new Promise((done, fail) => {
-    if (item.state !== "sending") return fail(new DOMException("", "AbortError"));         // paused between two requests
+    const abort = () => fail(new DOMException("", "AbortError"));
+    if (item.state !== "sending") return abort();          // paused between two requests
     const request = (item.request = new XMLHttpRequest());
     request.open(method, address);
     const fields = Object.entries({...HEADERS, ...BODIES[method], ...headers});
@@ -10856,34 +11139,35 @@ function transmit(item, method, address, body, headers, from) {
       if (request.status < 300) return done(request);
       const problem = readProblem(request.status, request.responseText);
       return problem.code === "unauthenticated"
-        ? logInAgain().then(() => fail(new Problem(0, {code: "network"})), fail)
+        ? logInAgain().then(() => fail(trouble("network")), fail)
         : fail(problem);
     };
-    request.onerror = () => fail(new Problem(0, {code: "network"}));
-    request.onabort = () => fail(new DOMException("", "AbortError"));
+    request.onerror = () => fail(trouble("network"));
+    request.onabort = abort;
     request.send(body);
   });
 }
 
-function finishItem(item, state) {
-  item.state = state;
-  item.sent = state === "done" ? item.size : item.sent;
+function finishItem(item, state, error = "") {
+  if (item.size > SMALL && state !== "failed") {
+    const parts = readParts();
+    delete parts[item.print || printOf(item, item.path)];
+    saveParts(parts);
+  }
+  queue.delayed.delete(item);
+  Object.assign(item, {state, error, sent: state === "done" ? item.size : item.sent});
   showItem(item);
-  if (state === "done" && view.kind === "files" && (parentOf(item.path) + "/").startsWith(view.path && view.path + "/"))
-    refreshSoon();
+  if (state === "done" && inFiles() && isBelow(item.path, view.path)) refreshSoon();
 }
 
 const refreshSoon = soon(refresh, 500);
 
 function cancelItem(item) {
-  queue.delayed.delete(item);
   const sending = item.state === "sending";
   finishItem(item, "cancelled");
   if (sending && item.request) item.request.abort();
   if (item.upload)
-    fetch(PREFIX + "/tus/" + item.upload, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(
-      () => {}
-    );
+    fetch(PREFIX + "/tus/" + item.upload, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(() => {});
   updateQueue();
 }
 
@@ -10895,14 +11179,14 @@ function retryItem(item) {
 
 function pauseQueue() {
   queue.paused = !queue.paused;
-  for (const item of queue.paused ? queue.items.filter(one => one.state === "sending" && one.request) : []) {
+  if (!queue.paused) queue.delayed.forEach(wake);
+  else for (const item of queue.items) if (item.state === "sending" && item.request) {
     item.state = "waiting";
     item.tries++;
     item.request.abort();
     queue.delayed.add(item);
     showItem(item);
   }
-  if (!queue.paused) queue.delayed.forEach(wake);
   pump();
 }
 
@@ -10910,12 +11194,8 @@ function endQueue() {
   queue.all = "";
   updateQueue();
   updateQuota();
-  if (view.kind === "files") refreshSoon();
+  if (inFiles()) refreshSoon();
   if (!queue.failed) setTimeout(() => busy() || queue.failed || hideQueue(), 10000);
-}
-
-function cancelAll() {
-  for (const item of queue.items) if (item.state === "waiting" || item.state === "sending") cancelItem(item);
 }
 
 // ---- the panel of the queue
@@ -10925,14 +11205,15 @@ const busy = () => queue.running > 0 || queue.delayed.size > 0 || queue.next < q
 function showQueue() {
   const box = find(".queue");
   if (!box || queue.box === box) return;
-  queue.box = box;
   box.hidden = !queue.items.length;
-  queue.title = h("strong", {role: "status"});
-  queue.bar = h("progress", {max: 1, value: 0, "aria-label": t("All uploads")});
-  queue.pause = button(t("Pause"), pauseQueue, {className: "quiet"});
-  queue.stop = button(t("Cancel"), () => busy() ? cancelAll() : hideQueue(), {className: "quiet"});
-  queue.list = h("ul");
-  box.replaceChildren(h("div.title", {}, queue.title, queue.pause, queue.stop), queue.bar, queue.list);
+  Object.assign(queue, {
+    box, title: h("strong"), detail: h("span.soft"),
+    said: h("span.unseen", {role: "status"}),    // numbers that change all the time are not read out
+    bar: h("progress", {max: 1, value: 0, "aria-label": t("All uploads")}),
+    retry: button(t("Retry all"), () => queue.items.filter(item => item.state === "failed").forEach(retryItem)),
+    pause: button("", pauseQueue, {className: "quiet"}),
+    stop: button("", () => busy() ? unfinished().forEach(cancelItem) : hideQueue(), {className: "quiet"}), list: h("ul")});
+  box.replaceChildren(h("div.title", {}, ["title", "said", "retry", "pause", "stop", "detail"].map(part => queue[part])), queue.bar, queue.list);
   queue.items.filter(item => item.row).slice(-50).forEach(item => queue.list.append(item.row));
   updateQueue();
 }
@@ -10942,67 +11223,95 @@ function hideQueue() {
   find(".queue").hidden = true;
 }
 
-const STATES = {waiting: "Waiting", sending: "", done: "Done", failed: "Failed", skipped: "Skipped", cancelled: "Cancelled"};
+const STATES = {waiting: "Waiting", sending: "", done: "Done", there: "Already there", failed: "Failed", skipped: "Skipped",
+                cancelled: "Cancelled"};
+const OPEN = {failed: "Retry", cancelled: "Retry", waiting: "Cancel", sending: "Cancel"};      // what can still be done about it
+
+const unfinished = () => queue.items.filter(item => OPEN[item.state] === "Cancel");
 
 // the row of a file is made when its turn comes, so that a hundred thousand cost nothing
 function showItem(item) {
   if (!item.row) {
-    item.words = h("span.state");
-    item.meter = h("progress", {max: Math.max(1, item.size), value: 0, "aria-label": nameOf(item.path)});
-    item.button = button(
-      "",
-      () => (item.state === "failed" || item.state === "cancelled" ? retryItem(item) : cancelItem(item)),
-      {className: "quiet"}
-    );
-    item.row = h("li", {}, h("bdi", {}, nameOf(item.path)), item.words, item.button, item.meter);
+    const name = nameOf(item.path), words = h("span.state"), meter = h("progress", {max: 1, value: 0, "aria-label": name});
+    const act = button("", () => OPEN[item.state] === "Retry" ? retryItem(item) : cancelItem(item), {className: "quiet"});
+    Object.assign(item, {words, meter, act, row: h("li", {}, h("bdi", {title: item.path}, name), words, act, meter)});
     queue.list.prepend(item.row);
-    const finished = [...queue.list.children]
-      .slice(50)
-      .reverse()
-      .find(row => row.classList.contains("done"));
+    const finished = [...queue.list.children].slice(50).reverse().find(row => /done|there|skipped/.test(row.className));
     if (finished) finished.remove();
   }
   item.row.className = item.state;
-  item.words.textContent =
-    item.error && item.state !== "done" && item.state !== "sending"
-      ? item.error
-      : t(STATES[item.state]) || formatSize(item.size);
-  item.button.hidden = item.state === "done" || item.state === "skipped";
-  item.button.textContent = item.state === "failed" || item.state === "cancelled" ? t("Retry") : t("Cancel");
-  item.meter.value = item.sent;
+  item.act.hidden = !OPEN[item.state];
+  item.act.textContent = t(OPEN[item.state] || "");
+  drawItem(item);
   updateQueue();
 }
 
-let drawing = 0;
+function drawItem(item) {
+  item.meter.value = item.compared || item.sent / item.size || 0;
+  item.words.textContent = item.state !== "sending" ? item.error || t(STATES[item.state])
+    : item.compared ? t("Comparing…")
+    : item.sent && item.size > SMALL ? t("{sent} of {size}", {sent: formatSize(item.sent), size: formatSize(item.size)})
+    : formatSize(item.size);
+}
+
+// a tab in the background draws no frames, but its title is looked at
+let drawing = 0, ticking = 0;
 function updateQueue() {
-  drawing = drawing || requestAnimationFrame(() => { drawing = 0; drawQueue(); });
+  drawing = drawing || setTimeout(() => { drawing = 0; drawQueue(); }, 60);
 }
 
 function drawQueue() {
-  if (!queue.box || !queue.items.length) return;
-  let sent = 0, total = 0, done = 0;
-  for (const item of queue.items) {
-    if (item.state === "skipped" || item.state === "cancelled") continue;
+  const files = queue.items.filter(item => item.file), rest = busy(), count = {}, {box, bar, pause, title, detail, said, retry, stop} = queue;
+  let sent = 0, total = 0, bytes = 0;
+  for (const item of files) {
+    count[item.state] = (count[item.state] || 0) + 1;
+    if (item.state === "sending" && item.row) drawItem(item);
+    if (/there|skipped|cancelled/.test(item.state)) continue;
     total += item.size + 1000; // the smallest files take time, too
     sent += item.state === "done" ? item.size + 1000 : item.sent;
-    done += item.state === "done";
-    if (item.state === "sending") item.meter.value = item.sent;
+    bytes += item.sent;
   }
-  const rest = busy();
-  queue.bar.value = total ? sent / total : 1;
-  queue.bar.hidden = !rest;
-  queue.pause.hidden = !rest;
-  queue.pause.textContent = queue.paused ? t("Resume") : t("Pause");
-  queue.stop.textContent = rest ? t("Cancel") : t("Close");
-  queue.title.textContent = queueWords(rest, done, Math.floor(100 * sent / Math.max(1, total)));
+  const phase = !rest ? "ended" : queue.paused ? "paused" : queue.running ? "sending" : "waiting";
+  queue.percent = rest ? Math.floor(100 * sent / total) || 0 : null;
+  if (view.title) drawTitle();
+  clearTimeout(ticking);
+  if (rest) ticking = setTimeout(updateQueue, 1000);
+  if (!box || !queue.items.length) return;
+  bar.value = total ? sent / total : 1;
+  bar.hidden = pause.hidden = !rest;
+  retry.hidden = !queue.failed;
+  pause.textContent = t(queue.paused ? "Resume" : "Pause");
+  stop.textContent = t(rest ? "Cancel" : "Close");
+  title.textContent = queueWords(phase, count, files.length);
+  detail.textContent = phase === "sending" ? paceWords(sent, bytes, total) : "";
+  if (phase !== "sending") queue.pace = null;
+  if (phase !== queue.phase) said.textContent = title.textContent;
+  queue.phase = phase;
 }
 
-function queueWords(rest, done, percent) {
-  const n = queue.items.length;
-  if (rest && queue.paused) return t("Paused: {done} of {n} uploaded", {done, n});
-  if (rest) return t("Uploading: {done} of {n}, {percent} %", {done, n, percent});
-  if (queue.failed) return plural(queue.failed, "{n} upload failed", "{n} uploads failed");
-  return plural(done, "{n} file uploaded", "{n} files uploaded");
+function queueWords(phase, count, n) {
+  const values = {done: (count.done || 0) + (count.there || 0), n, percent: queue.percent};
+  if (phase === "sending") return t("Uploading: {done} of {n}, {percent} %", values);
+  if (phase === "paused") return t("Paused: {done} of {n} uploaded", values);
+  if (phase === "waiting") return t("No connection: {done} of {n} uploaded", values);
+  return [
+    queue.failed && plural(queue.failed, "{n} upload failed", "{n} uploads failed"),
+    count.done && plural(count.done, "{n} file uploaded", "{n} files uploaded"),
+    count.there && t("{n} already there", {n: count.there})
+  ].filter(Boolean).join(", ") || t(n ? "Nothing uploaded" : "Done");
+}
+
+// the pace and the time left, smoothed over some ten seconds; nothing before it means something
+function paceWords(sent, bytes, total) {
+  const now = performance.now(), pace = queue.pace = queue.pace || {now, sent, ticks: 0, speed: 0}, seconds = (now - pace.now) / 1000;
+  if (seconds >= 1) {
+    const share = pace.ticks++ ? 1 - Math.exp(-seconds / 8) : 1, gain = Math.max(0, sent - pace.sent) / seconds;
+    Object.assign(pace, {now, sent, speed: pace.speed + share * (gain - pace.speed)});
+  }
+  if (pace.ticks < 3 || pace.speed < 1) return "";
+  const left = (total - sent) / pace.speed, n = Math.round(left / 60);
+  return t("{size}/s, {time}", {size: formatSize(pace.speed * bytes / sent), time: left < 45 ? t("less than a minute left")
+    : n < 90 ? plural(n || 1, "{n} minute left", "{n} minutes left") : t("{n} hours left", {n: Math.round(n / 60)})});
 }
 
 // ---- dragging: files from outside, entries within
@@ -11074,7 +11383,7 @@ function onDrop(event) {
 function onPaste(event) {
   if (event.target.closest("input, textarea, [contenteditable], dialog") || !inFiles()) return;
   const files = [...event.clipboardData.files];
-  if (files.length) attempt(() => addUploads(files.map(file => ({file, path: join(view.path, file.name)}))));
+  if (files.length) attempt(() => addUploads(nameTaken(files)));
   else if (clip.ids.size) attempt(pasteClip);
   else return;
   event.preventDefault();
@@ -11332,7 +11641,7 @@ async function showSearch() {
 function searchValues({size, changed, ...values}) {
   const [, way, n, unit] = /^(under|over)-(\d+)(.)$/.exec(size) || [], bytes = n * 2 ** (unit === "m" ? 20 : 30);
   const today = new Date().setHours(0, 0, 0, 0), year = +new Date(new Date().getFullYear(), 0);
-  return {...values, limit: 1000, larger: way === "over" && bytes, smaller: way === "under" && bytes - 1,
+  return {...values, limit: 300, larger: way === "over" && bytes, smaller: way === "under" && bytes - 1,
     after: {today, week: today - 6 * DAY, month: today - 29 * DAY, year}[changed], before: changed === "older" && year - 1};
 }
 
@@ -11643,7 +11952,7 @@ const changePassword = () =>
     ],
     t("Change password"),
     async values => {
-      if (values.new !== values.again) throw new Problem(0, {code: "", detail: t("The two passwords differ.")});
+      if (values.new !== values.again) throw trouble("", t("The two passwords differ."));
       await api("POST", "account/password", {old: values.old, new: values.new});
       showLogin();
       return true;
@@ -12187,7 +12496,7 @@ function resolve(place, target) {
 const WAYS = (address, name, token) => [
   [t("Phone or tablet: photos and files"),
    t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address."), location.origin + PREFIX,
-   qrOf(`nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`)],
+   `nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`],
   [t("Phone or tablet: WebDAV"),
    t("In an app that speaks WebDAV, as Documents (iOS) or Material Files (Android): this address, your name and the app password."), address],
   [t("Synchronised folder"), t("Keeps a folder of your computer and this server the same, both ways."),
@@ -12204,7 +12513,7 @@ const WAYS = (address, name, token) => [
 function connectSection() {
   const box = h("div.ways"), made = h("div", {"aria-live": "polite"});
   const show = token => box.replaceChildren(...WAYS(davAddress(""), me.name, token || t("APP-PASSWORD"))
-    .map(([title, hint, command, code]) => h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint), commandLine(command), token && code)));
+    .map(([title, hint, command, code]) => h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint), commandLine(command), token && code && qrOf(code))));
   let path = "";
   const where = button(t("All folders"), async () => {
     path = await chooseCollection(t("Only this folder"), t("Choose"), path) ?? path;
@@ -12226,6 +12535,18 @@ function connectSection() {
       h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")), form, made),
     section(t("Ways to connect"), box)
   ];
+}
+
+// a code for a phone to scan; the server works it out
+function qrOf(text) {
+  const drawing = svg("svg", {class: "qr", role: "img", "aria-label": t("Code to scan"), "shape-rendering": "crispEdges"});
+  attempt(async () => {
+    const {rows} = await api("POST", "qr", {text}), size = rows.length + 8;
+    const dark = rows.flatMap((row, y) => [...row].map((on, x) => on === "1" ? `M${x + 4} ${y + 4}h1v1h-1z` : "")).join("");
+    drawing.setAttribute("viewBox", `0 0 ${size} ${size}`);
+    drawing.append(svg("path", {d: dark, fill: "#000"}));
+  });
+  return drawing;
 }
 
 const commandLine = text => h("div.command", {}, h("code", {tabIndex: 0}, text), button(t("Copy"), () => copyText(text)));
@@ -12381,138 +12702,6 @@ function heldWords(one) {
   return t("“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.", one);
 }
 
-// ---- QR codes (ISO 18004): bytes, correction level M, versions 1 to 10, one mask
-
-const QR_TOTAL = [26, 44, 70, 100, 134, 172, 196, 242, 292, 346],
-  QR_CHECK = [10, 16, 26, 18, 24, 16, 18, 22, 22, 26],
-  QR_BLOCKS = [1, 1, 1, 2, 2, 4, 4, 4, 5, 5];
-
-function qrOf(text) {
-  const grid = qrGrid(new TextEncoder().encode(text));
-  if (!grid) return null;
-  const size = grid.length + 8,
-    dark = grid.flatMap((row, y) => row.map((on, x) => (on ? `M${x + 4} ${y + 4}h1v1h-1z` : ""))).join("");
-  return svg(
-    "svg",
-    {
-      class: "qr",
-      viewBox: `0 0 ${size} ${size}`,
-      role: "img",
-      "aria-label": t("Code to scan"),
-      "shape-rendering": "crispEdges"
-    },
-    svg("path", {d: dark, fill: "#000"})
-  );
-}
-
-function qrGrid(bytes) {
-  const version =
-    QR_TOTAL.findIndex((total, n) => total - QR_CHECK[n] * QR_BLOCKS[n] >= bytes.length + (n > 8 ? 3 : 2)) + 1;
-  if (!version) return null;
-  const size = version * 4 + 17,
-    grid = [...Array(size)].map(() => Array(size).fill(null));
-  const set = (x, y, on) => {
-    if (y in grid && x in grid) grid[y][x] = Boolean(on);
-  };
-  const square = (x, y, r, ...light) => {
-    for (let i = -r; i <= r; i++)
-      for (let j = -r; j <= r; j++) set(x + i, y + j, !light.includes(Math.max(Math.abs(i), Math.abs(j))));
-  };
-  for (const [x, y] of [
-    [3, 3],
-    [size - 4, 3],
-    [3, size - 4]
-  ])
-    square(x, y, 4, 2, 4);
-  const spots = version > 1 ? (version < 7 ? [6, size - 7] : [6, version * 2 + 8, size - 7]) : [];
-  for (const x of spots) for (const y of spots) if (grid[y][x] === null) square(x, y, 2, 1);
-  for (let i = 8; i < size - 8; i++) {
-    set(i, 6, i % 2 === 0);
-    set(6, i, i % 2 === 0);
-  }
-  const format = qrRest(0, 10, 0x537) ^ 0x5412,
-    about = (version << 12) | qrRest(version, 12, 0x1f25); // level M and mask 0 are the bits 00000
-  for (let i = 0; i < 15; i++) {
-    set(8, i < 6 ? i : i < 8 ? i + 1 : size - 15 + i, (format >> i) & 1);
-    set(i < 8 ? size - 1 - i : i < 9 ? 7 : 14 - i, 8, (format >> i) & 1);
-  }
-  set(8, size - 8, 1);
-  for (let i = 0; version > 6 && i < 18; i++) {
-    set((i / 3) | 0, size - 11 + (i % 3), (about >> i) & 1);
-    set(size - 11 + (i % 3), (i / 3) | 0, (about >> i) & 1);
-  }
-  qrFill(grid, qrCodewords(bytes, version));
-  return grid;
-}
-
-// bits go up and down in columns of two, from the right; mask 0 turns every other one over
-function qrFill(grid, words) {
-  const size = grid.length;
-  let n = 0;
-  for (let right = size - 1; right > 0; right -= right === 8 ? 3 : 2)
-    for (let step = 0; step < size; step++)
-      for (const x of [right, right - 1]) {
-        const y = (right + 1) & 2 ? step : size - 1 - step;
-        if (grid[y][x] === null) {
-          grid[y][x] = Boolean(((words[n >> 3] >> (7 - (n & 7))) & 1) ^ ((x + y) % 2 === 0));
-          n++;
-        }
-      }
-}
-
-const qrRest = (value, bits, divisor) => {
-  let rest = value;
-  for (let i = 0; i < bits; i++) rest = (rest << 1) ^ ((rest >> (bits - 1)) * divisor);
-  return rest;
-};
-
-// length and bytes, cut into blocks, each with its Reed-Solomon check; then woven together
-function qrCodewords(bytes, version) {
-  const n = version - 1,
-    blocks = QR_BLOCKS[n],
-    check = QR_CHECK[n],
-    room = QR_TOTAL[n] - check * blocks,
-    bits = [0, 1, 0, 0];
-  const push = (value, count) => {
-    for (let i = count - 1; i >= 0; i--) bits.push((value >> i) & 1);
-  };
-  push(bytes.length, version > 9 ? 16 : 8);
-  for (const byte of bytes) push(byte, 8);
-  push(0, Math.min(4, room * 8 - bits.length));
-  while (bits.length % 8) bits.push(0);
-  const data = [];
-  for (let i = 0; i < bits.length; i += 8) data.push(parseInt(bits.slice(i, i + 8).join(""), 2));
-  for (let i = 0; data.length < room; i++) data.push(i % 2 ? 17 : 236);
-  const short = Math.floor(room / blocks),
-    parts = [];
-  for (let i = 0, at = 0; i < blocks; i++)
-    parts.push(data.slice(at, (at += short + (i >= blocks - (room % blocks) ? 1 : 0))));
-  const checks = parts.map(part => qrCheck(part, check)),
-    weave = (rows, length) =>
-      [...Array(length).keys()].flatMap(i => rows.filter(row => i < row.length).map(row => row[i]));
-  return [...weave(parts, short + 1), ...weave(checks, check)];
-}
-
-const times = (a, b) => {
-  let product = 0;
-  for (; b; b >>= 1, a = (a << 1) ^ ((a >> 7) * 0x11d)) if (b & 1) product ^= a;
-  return product;
-};
-
-function qrCheck(data, count) {
-  let divisor = [1];
-  for (let i = 0, root = 1; i < count; i++, root = times(root, 2))
-    divisor = [...divisor, 0].map((value, j) => value ^ (j ? times(divisor[j - 1], root) : 0));
-  const rest = [...data, ...Array(count).fill(0)];
-  for (let i = 0; i < data.length; i++) {
-    const factor = rest[i];
-    divisor.forEach((value, j) => {
-      rest[i + j] ^= times(value, factor);
-    });
-  }
-  return rest.slice(data.length);
-}
-
 // ---- keys
 
 function showHelp() {
@@ -12579,7 +12768,10 @@ function listen() {
   });
   addEventListener("drop", onDrop);
   addEventListener("paste", onPaste);
-  addEventListener("online", () => queue.delayed.forEach(wake));
+  addEventListener("online", () => {
+    queue.delayed.forEach(wake);
+    if (patience) startLater(0);
+  });
   addEventListener("pagehide", () => source && source.close()); // a page kept to come back to must not keep its connection
   addEventListener("pageshow", event => event.persisted && watchServer());
   document.addEventListener("visibilitychange", watchServer);
@@ -12603,13 +12795,15 @@ function listen() {
 // the script stands in the head, so that the colours are chosen before anything is drawn
 applyTheme();
 addEventListener("DOMContentLoaded", async () => {
-  for (const [rel, name] of Object.entries({manifest: "manifest.json", icon: "icon.svg", "apple-touch-icon": "icon.svg"})) {
+  for (const [rel, name] of Object.entries({manifest: "manifest.json", icon: "icon.svg", "apple-touch-icon": "icon-180.png"})) {
     document.head.append(h("link", {rel, href: PREFIX + "/" + name}));
   }
   history.scrollRestoration = "manual";
   await setLanguage(language);
   listen();
   start();
+  const keepers = navigator.serviceWorker;         // in a secure context only; where there is none, nothing is kept
+  if (keepers) keepers.register(PREFIX + "/service-worker.js").then(one => one.update()).catch(() => {});
 });
 """
 
@@ -12636,6 +12830,7 @@ PAGE_GERMAN = r"""{
   "All folders": "Alle Ordner",
   "All uploads": "Alle Uploads",
   "Allow": "Erlauben",
+  "Already there": "Schon da",
   "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
   "Any key or click ends the slideshow.": "Jede Taste und jeder Klick beendet die Diaschau.",
   "Any kind": "Jede Art",
@@ -12670,6 +12865,7 @@ PAGE_GERMAN = r"""{
   "Code to scan": "Code zum Scannen",
   "Colours": "Farben",
   "Compared with now": "Verglichen mit jetzt",
+  "Comparing…": "Wird verglichen …",
   "Connect": "Verbinden",
   "Contents only": "Nur Inhalte",
   "Continue": "Weiter",
@@ -12690,6 +12886,7 @@ PAGE_GERMAN = r"""{
   "Delete": "Löschen",
   "Delete for good": "Endgültig löschen",
   "Delete for good?": "Endgültig löschen?",
+  "Delete something and empty the trash, or choose less.": "Lösche etwas und leere den Papierkorb, oder wähle weniger aus.",
   "Deleted": "Gelöscht",
   "Deleted things stay here until their time is over or the trash is emptied.": "Gelöschtes bleibt hier, bis seine Zeit um ist oder der Papierkorb geleert wird.",
   "Device": "Gerät",
@@ -12738,6 +12935,7 @@ PAGE_GERMAN = r"""{
   "In {name}": "In {name}",
   "Install the Nextcloud app, choose “Log in”, and scan this code or type the address.": "Installiere die Nextcloud-App, wähle „Anmelden“ und scanne diesen Code oder tippe die Adresse.",
   "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
+  "It goes on by itself when the connection is back.": "Es geht von selbst weiter, sobald die Verbindung wieder da ist.",
   "Keep": "Behalten",
   "Keep both": "Beide behalten",
   "Keep for good": "Dauerhaft behalten",
@@ -12782,8 +12980,10 @@ PAGE_GERMAN = r"""{
   "New password again": "Neues Passwort noch einmal",
   "New text file": "Neue Textdatei",
   "Next": "Weiter",
+  "No connection: {done} of {n} uploaded": "Keine Verbindung: {done} von {n} hochgeladen",
   "No folders in here": "Keine Ordner hierin",
   "Nobody can log in with it any more. Its files go after a while.": "Niemand kann sich damit mehr anmelden. Die Dateien verschwinden nach einer Weile.",
+  "Not enough room": "Nicht genug Platz",
   "Not set up yet": "Noch nicht eingerichtet",
   "Note": "Notiz",
   "Nothing found": "Nichts gefunden",
@@ -12791,6 +12991,7 @@ PAGE_GERMAN = r"""{
   "Nothing has changed since then.": "Seither hat sich nichts geändert.",
   "Nothing here yet": "Noch nichts hier",
   "Nothing starred yet": "Noch nichts markiert",
+  "Nothing uploaded": "Nichts hochgeladen",
   "Nothing was here then": "Damals war hier nichts",
   "Now": "Jetzt",
   "Number": "Nummerieren",
@@ -12814,6 +13015,7 @@ PAGE_GERMAN = r"""{
   "Paused: {done} of {n} uploaded": "Angehalten: {done} von {n} hochgeladen",
   "Phone or tablet: WebDAV": "Handy oder Tablet: WebDAV",
   "Phone or tablet: photos and files": "Handy oder Tablet: Fotos und Dateien",
+  "Photo": "Foto",
   "Play on: {name}": "Danach: {name}",
   "Please log in again": "Bitte neu anmelden",
   "Present password": "Bisheriges Passwort",
@@ -12821,6 +13023,7 @@ PAGE_GERMAN = r"""{
   "Quota in GB; empty is no limit": "Speicher in GB; leer heißt unbegrenzt",
   "Quota of new accounts in GB; empty is no limit": "Speicherplatz neuer Konten in GB; leer heißt keine Grenze",
   "Recently": "Kürzlich",
+  "Record a video": "Video aufnehmen",
   "Regular expression": "Regulärer Ausdruck",
   "Remove": "Entfernen",
   "Remove star": "Markierung entfernen",
@@ -12835,12 +13038,14 @@ PAGE_GERMAN = r"""{
   "Restored to {place}": "Wiederhergestellt in {place}",
   "Resume": "Fortsetzen",
   "Retry": "Noch einmal",
+  "Retry all": "Alle wiederholen",
   "Revoke": "Sperren",
   "Revoke what you do not use any more: it is locked out at once.": "Sperre, was du nicht mehr benutzt: es verliert sofort den Zugang.",
   "Revoke {name}": "{name} sperren",
   "Save": "Speichern",
   "Save mine": "Meine speichern",
   "Saved.": "Gespeichert.",
+  "Screenshot": "Bildschirmfoto",
   "Search": "Suchen",
   "See it as it was…": "Ansehen, wie es war …",
   "Select all": "Alle auswählen",
@@ -12872,6 +13077,7 @@ PAGE_GERMAN = r"""{
   "Storage used": "Belegter Speicher",
   "Synchronised folder": "Abgeglichener Ordner",
   "Tables": "Tabellen",
+  "Take a photo": "Foto aufnehmen",
   "Taken back.": "Zurückgenommen.",
   "Texts": "Texte",
   "That is too long ago: the history does not reach back so far.": "Das ist zu lange her: So weit reicht der Verlauf nicht zurück.",
@@ -12889,14 +13095,17 @@ PAGE_GERMAN = r"""{
   "There is something of that name already.": "Etwas mit diesem Namen gibt es schon.",
   "These two are too different to be compared line by line.": "Diese beiden sind zu verschieden, um sie Zeile für Zeile zu vergleichen.",
   "This file is larger than the server accepts.": "Diese Datei ist größer, als der Server annimmt.",
+  "This file was changed since it was chosen. Choose it again.": "Diese Datei wurde seit der Auswahl verändert. Wähle sie noch einmal aus.",
   "This is not a regular expression.": "Das ist kein regulärer Ausdruck.",
   "This is not allowed.": "Das ist nicht erlaubt.",
   "This is not there any more.": "Das gibt es nicht mehr.",
   "This link has expired": "Dieser Link ist abgelaufen",
   "This needs your password once more.": "Dafür ist noch einmal dein Passwort nötig.",
+  "This needs {need}, but {left} is all that is left: {lack} is missing.": "Gebraucht werden {need}, frei sind nur noch {left}: Es fehlen {lack}.",
   "This one": "Dieses hier",
   "This password is shown only now; it stands in the commands below.": "Dieses Passwort wird nur jetzt gezeigt; es steht in den Befehlen unten.",
   "This server is not set up yet. Open the link that it printed when it started.": "Dieser Server ist noch nicht eingerichtet. Öffne den Link, den er beim Start ausgegeben hat.",
+  "This server takes files of up to {size}.": "Dieser Server nimmt Dateien bis {size} an.",
   "This version is the present one now; the others stay.": "Diese Version gilt jetzt; die anderen bleiben erhalten.",
   "This year": "Dieses Jahr",
   "Tiles": "Kacheln",
@@ -12913,11 +13122,13 @@ PAGE_GERMAN = r"""{
   "Until": "Bis",
   "Upload a folder": "Ordner hochladen",
   "Upload files": "Dateien hochladen",
+  "Upload the others": "Die anderen hochladen",
   "Uploading: {done} of {n}, {percent} %": "Hochladen: {done} von {n}, {percent} %",
   "Uploads": "Uploads",
   "Version": "Version",
   "Versions": "Versionen",
   "Versions of {name}": "Versionen von {name}",
+  "Video": "Video",
   "Videos": "Videos",
   "View": "Ansicht",
   "Waiting": "Wartet",
@@ -12934,6 +13145,7 @@ PAGE_GERMAN = r"""{
   "Where you are": "Wo du bist",
   "Where you are logged in": "Wo du angemeldet bist",
   "Wrong name or password.": "Name oder Passwort ist falsch.",
+  "You are offline": "Du bist offline",
   "You can close this window now.": "Du kannst dieses Fenster jetzt schließen.",
   "Your password, please": "Dein Passwort, bitte",
   "Your session has ended.": "Deine Sitzung ist zu Ende.",
@@ -12948,6 +13160,7 @@ PAGE_GERMAN = r"""{
   "deleted": "gelöscht",
   "everything": "alles",
   "is there already": "gibt es schon",
+  "less than a minute left": "noch weniger als eine Minute",
   "moved": "verschoben",
   "one folder": "ein Ordner",
   "reads and changes": "liest und ändert",
@@ -12959,14 +13172,19 @@ PAGE_GERMAN = r"""{
   "used {when}": "benutzt {when}",
   "{free} of {total}": "{free} von {total}",
   "{how} since": "seither {how}",
+  "{n} %": "{n} %",
   "{n} B": "{n} B",
+  "{n} already there": "{n} schon da",
   "{n} changed since: {how}": "{n} seither anders: {how}",
   "{n} file": "{n} Datei",
+  "{n} file is too large": "{n} Datei ist zu groß",
   "{n} file uploaded": "{n} Datei hochgeladen",
   "{n} files": "{n} Dateien",
+  "{n} files are too large": "{n} Dateien sind zu groß",
   "{n} files uploaded": "{n} Dateien hochgeladen",
   "{n} folder": "{n} Ordner",
   "{n} folders": "{n} Ordner",
+  "{n} hours left": "noch {n} Stunden",
   "{n} item": "{n} Element",
   "{n} item renamed": "{n} Element umbenannt",
   "{n} item restored": "{n} Element wiederhergestellt",
@@ -12975,6 +13193,8 @@ PAGE_GERMAN = r"""{
   "{n} items restored": "{n} Elemente wiederhergestellt",
   "{n} line unchanged": "{n} Zeile unverändert",
   "{n} lines unchanged": "{n} Zeilen unverändert",
+  "{n} minute left": "noch {n} Minute",
+  "{n} minutes left": "noch {n} Minuten",
   "{n} name changes": "{n} Name ändert sich",
   "{n} name does not work": "{n} Name geht nicht",
   "{n} names change": "{n} Namen ändern sich",
@@ -12985,6 +13205,8 @@ PAGE_GERMAN = r"""{
   "{n} uploads failed": "{n} Uploads fehlgeschlagen",
   "{n} version": "{n} Version",
   "{n} versions": "{n} Versionen",
+  "{sent} of {size}": "{sent} von {size}",
+  "{size}/s, {time}": "{size}/s, {time}",
   "{used} of {quota} used": "{used} von {quota} belegt",
   "{used} used": "{used} belegt",
   "{what} becomes what it was on {when}. {n} things change; you can undo this.": "{what} wird, was es am {when} war. {n} Dinge ändern sich; das lässt sich rückgängig machen.",
@@ -13044,10 +13266,50 @@ PAGE_HTML = r"""<!doctype html>
 """
 
 
+# What keeps the page at hand when there is no network.  It knows the shell by name, and nothing of what anybody stored.
+PAGE_WORKER = r"""
+"use strict";
+
+const HOME = new URL("./", location).pathname, KEPT = {kept}, VIEWS = {views}, SHELL = "shell " + HOME + " {version}";
+
+addEventListener("install", event => event.waitUntil(fill().then(() => skipWaiting())));
+addEventListener("activate", event => event.waitUntil(tidy().then(() => clients.claim())));
+addEventListener("fetch", event => {
+  const {method, mode, url} = event.request, {origin, pathname} = new URL(url), name = pathname.slice(HOME.length);
+  if (method !== "GET" || origin !== location.origin || !pathname.startsWith(HOME)) return;
+  if (mode === "navigate" && VIEWS.includes(name.split("/")[0])) event.respondWith(answer(event.request, ""));
+  else if (mode !== "navigate" && KEPT.includes(name)) event.respondWith(answer(event.request, name));
+});
+
+// all or nothing, and never what a proxy leads to instead
+async function fill() {
+  const shell = await caches.open(SHELL);
+  for (const name of KEPT) {
+    const found = await fetch(HOME + name, {cache: "no-cache", redirect: "error"});
+    if (!found.ok) throw new Error(name);
+    await shell.put(HOME + name, found);
+  }
+}
+
+async function tidy() {
+  for (const name of await caches.keys())
+    if (name.startsWith("shell " + HOME + " ") && name !== SHELL) await caches.delete(name);
+}
+
+// the network first; a proxy whose server is away counts as none
+async function answer(request, name) {
+  const found = await fetch(request).catch(() => null);
+  if (found && (found.status < 502 || found.status > 504)) return found;
+  const shell = await caches.open(SHELL);
+  return await shell.match(HOME + name, {ignoreVary: true}) || found || Response.error();
+}
+"""
+
+
 LEAN = re.compile(r"""
     (?P<kept> "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `(?:[^`\\]|\\.)*`                     # strings; templates are not nested
     | (?<=[(,=:\[!&|?{};>\s]) / (?![*/ ]) (?:[^/\\\[\n]|\\.|\[(?:[^\]\\\n]|\\.)*\])+ /[a-z]* )         # regular expressions
-    | (?<![^.][.]) \b (?P<name> event | entry | error | button | attempt ) \b (?!\s*:)
+    | (?<![^.][.]) \b (?P<name> event | entry | button | attempt ) \b (?!\s*:)
     | (?<=return) [ ] undefined (?=;) | (?P<word> \b(?:true|false|undefined|const)\b )
     | (?P<gone> [ ]*//[^\n]* | /\*.*?\*/ | ;(?=\s*\}) | ,(?=\s*[\])}]) )
     | (?P<line> [ ]*\n\s* )
@@ -13056,7 +13318,7 @@ LEAN = re.compile(r"""
 
 
 LEAN_WORDS = {"true": "!0", "false": "!1", "undefined": "void 0", "const": "let",         # the shorter twins of words
-              "event": "e", "entry": "E", "error": "R", "button": "B", "attempt": "A"}    # which it uses for nothing else
+              "event": "e", "entry": "E", "button": "B", "attempt": "A"}    # which it uses for nothing else
 
 
 def lean(script: str) -> str:
@@ -13093,7 +13355,7 @@ def page_as_sent(packed: bool) -> tuple[bytes, dict[str, str]]:
         "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "Vary": "Accept-Encoding",
         "ETag": '"%s%s"' % (hashlib.sha256(page).hexdigest()[:16], "-gz" * packed),
         "Content-Security-Policy": "default-src 'none'; script-src %s; style-src %s; img-src 'self' blob: data:; "
-                                   "media-src 'self' blob:; frame-src blob:; connect-src 'self'; manifest-src 'self'; "
+                                   "media-src 'self' blob:; frame-src blob:; connect-src 'self'; manifest-src 'self'; worker-src 'self'; "
                                    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; object-src 'none'" % (
                                        source_hash(script), source_hash(style)),
         "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
@@ -13135,15 +13397,76 @@ def page_part(request: Request, body: bytes, media: str, **fields: str) -> Respo
 
 ICON = (b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24"><rect width="24" height="24" fill="#1857c4"/><path fill="#fff" '
         b'd="M5 8a1.5 1.5 0 0 1 1.5-1.5h3.600l1.5 2H17.500A1.5 1.5 0 0 1 19 10v6a1.5 1.5 0 0 1-1.5 1.5h-11A1.5 1.5 0 0 1 5 16z"/></svg>')
-MANIFEST = {"name": "cloudserver", "short_name": "cloudserver", "start_url": "./", "scope": "./", "display": "standalone",
-            "background_color": "#ffffff", "theme_color": "#1857c4",
-            "icons": [{"src": "icon.svg", "sizes": "any", "type": "image/svg+xml", "purpose": "any maskable"}]}
+ICON_SIZES = (180, 192, 512)      # in pixels: what iOS and Android ask for
+MANIFEST = {"name": "cloudserver", "short_name": "cloudserver", "lang": "en", "start_url": "./", "scope": "./", "display": "standalone",
+            "background_color": "#ffffff", "theme_color": "#1857c4",         # no id: it would not know below which path it is
+            "icons": [{"src": "icon.svg", "sizes": "any", "type": "image/svg+xml", "purpose": purpose} for purpose in ("any", "maskable")]
+            + [{"src": "icon-%d.png" % size, "sizes": "%dx%d" % (size, size), "type": "image/png", "purpose": purpose}
+               for size in ICON_SIZES[1:] for purpose in ("any", "maskable")]}
 
 
 @route("GET", "/manifest.json", needs="nothing")
 def web_manifest(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What a phone wants to know to put the page on its home screen (W3C Web Application Manifest)."""
     return Response(200, format_json(MANIFEST), {"Content-Type": "application/manifest+json", "Cache-Control": "max-age=86400"})
+
+
+@route("GET", "/service-worker.js", needs="nothing")
+def web_worker(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The page's service worker (W3C Service Workers)."""
+    return page_part(request, worker_as_sent(), "text/javascript; charset=utf-8",
+                     **{"Content-Security-Policy": "default-src 'none'; connect-src 'self'"})
+
+
+@lru_cache(maxsize=None)
+def worker_as_sent() -> bytes:
+    """PAGE_WORKER; another page makes another text of it, by which a browser notices."""
+    kept = {"": page_as_sent(False)[0], "icon.svg": ICON, "manifest.json": format_json(MANIFEST),
+            **{"words/" + language: words.encode() for language, words in WORDS.items()}}
+    values = {"kept": json.dumps(list(kept)), "views": json.dumps(page_views()),
+              "version": hashlib.sha256(b"".join(kept.values())).hexdigest()[:16]}
+    return re.sub(r"\{(kept|views|version)\}", lambda found: values[found[1]], lean(PAGE_WORKER)).encode()
+
+
+def page_views() -> list[str]:
+    """The first names of all addresses that answer with the page."""
+    def shows(place: Any) -> bool:
+        return place.handler is web_page if isinstance(place, Route) else any(map(shows, place.values()))
+    return sorted(name for name, place in ROUTES.items() if shows(place))
+
+
+@lru_cache(maxsize=None)
+def draw_icon(size: int) -> bytes:
+    """ICON as a PNG: for each row of pixels where the folder begins and ends, four times, so that its edges are soft."""
+    palette = bytes(round(blue + (255 - blue) * share / 255) for share in range(256) for blue in (0x18, 0x57, 0xc4))
+    rows = []
+    for y in range(size):
+        spans = [folder_at((y + (part + 0.5) / 4) * 24 / size) for part in range(4)]
+        spans = [(left * size / 24, right * size / 24) for left, right in spans]
+        outer, inner = (int(min(spans)[0]), max(right for _, right in spans)), (max(spans)[0], min(right for _, right in spans) - 1)
+        rows.append(b"\0" + bytes(0 if not outer[0] <= x <= outer[1] else 255 if inner[0] <= x <= inner[1] else round(255 / 4 * sum(
+            min(1, max(0, right - x)) - min(1, max(0, left - x)) for left, right in spans)) for x in range(size)))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 3, 0, 0, 0)), (b"PLTE", palette), (b"IDAT", zlib.compress(b"".join(rows), 9)),
+              (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+                                            for kind, data in chunks)
+
+
+def folder_at(y: float) -> tuple[float, float]:
+    """From where to where the folder of ICON reaches at a height; all of 24."""
+    if not 6.5 < y < 17.5:
+        return 0, 0
+    round_off = lambda beyond: math.sqrt(1.5 ** 2 - max(0, beyond) ** 2)
+    return 6.5 - round_off(max(8 - y, y - 16)), 10.1 + 0.75 * (y - 6.5) if y < 8.5 else 17.5 + round_off(max(10 - y, y - 16))
+
+
+def web_picture(size: int) -> Callable[[Cloud, Principal, Request], Response]:
+    """The handler of the icon in a size."""
+    return lambda cloud, who, request: Response(200, draw_icon(size), {"Content-Type": "image/png", "Cache-Control": "max-age=86400"})
+
+
+for _size in ICON_SIZES:
+    route("GET", "/icon-%d.png" % _size, needs="nothing")(web_picture(_size))
 
 
 @route("GET", "/icon.svg", needs="nothing")
@@ -14216,8 +14539,10 @@ def announce(config: Config, listener: socket.socket) -> None:
         cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('running', '1')"))
         print("cloudserver serves %s at %s" % (config.data, url))
         if not cloud.accounts.is_set_up():
-            print("Not set up yet. Open this link to make your account; it works once:\n\n    %ssetup#%s\n"
-                  % (url, cloud.accounts.new_setup_token()))
+            link = "%ssetup#%s" % (url, cloud.accounts.new_setup_token())
+            print("Not set up yet. Open this link to make your account; it works once:\n\n    %s\n" % link)
+            if host != "localhost" and sys.stdout.isatty():
+                print(format_qr(qr_code(link)), "\n")       # a phone can reach us, and has a camera
     finally:
         cloud.close()
     if hasattr(os, "geteuid") and os.geteuid() == 0:

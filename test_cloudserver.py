@@ -614,6 +614,21 @@ def test_dispositions_hold_no_surprise(name):
     assert text.isascii() and re.fullmatch(r"""attachment; filename(="[\w.~/-]+"|\*=UTF-8''[\w.%~-]+)""", text)
 
 
+@pytest.mark.parametrize("text, size, digest", [                 # read back by a scanner when this was written
+    ("nc://login/server:https://cloud.example.org&user:ann&password:cs_abcdefghijklmnopqrstuvwxyz012345", 41, "077a7fd4b14a8607"),
+    ("x" * 200, 57, "1e21180d1f36a922"), ("hello", 21, "52a7aa67e7296ede")])
+def test_qr_codes(text, size, digest):
+    rows = ["".join("01"[dark] for dark in row) for row in cs.qr_code(text)]
+    assert len(rows) == size and hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16] == digest
+
+
+def test_a_text_may_be_too_long_for_a_qr_code(api):
+    assert len(cs.qr_code("x" * 213)) == 57 and outcome(cs.qr_code, "x" * 214) == "too-large"
+    assert api("POST", "qr", text="hello")["rows"][0] == "".join("01"[dark] for dark in cs.qr_code("hello")[0])
+    lines = cs.format_qr(cs.qr_code("hello")).split("\n")
+    assert len(lines) == 15 and lines[0] == "\x1b[40;97m" + "\u2588" * 29 + "\x1b[0m"
+
+
 # ==== 4. Blobs ===========================================================================
 
 @pytest.fixture
@@ -2362,7 +2377,7 @@ def test_nobody_gets_nothing(call, cloud):
             public += 1
             continue
         assert answer.status == 401 and "basic" in answer.headers["www-authenticate"].lower(), route.pattern
-    assert public <= 42
+    assert public <= 47
 
 
 def test_a_server_not_set_up_says_so(make_cloud, serve_cloud):
@@ -4039,6 +4054,35 @@ def test_a_phone_can_put_the_page_on_its_home_screen(call):
     icon = call("GET", "/" + manifest.json()["icons"][0]["src"], user=None)
     assert manifest.headers["content-type"] == "application/manifest+json" and icon.headers["content-type"] == "image/svg+xml"
     assert "sandbox" in icon.headers["content-security-policy"]
+    assert {(one["sizes"], one["purpose"]) for one in manifest.json()["icons"]} == {
+        (size, purpose) for size in ("any", "192x192", "512x512") for purpose in ("any", "maskable")}
+
+
+@pytest.mark.parametrize("size", [180, 192, 512])
+def test_the_icon_is_drawn_in_the_sizes_that_phones_want(call, size):
+    answer = call("GET", "/icon-%d.png" % size, user=None)
+    assert answer.headers["content-type"] == "image/png" and len(answer.body) < 5000
+    assert answer.body[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", answer.body[16:24]) == (size, size)
+    rows = zlib.decompress(answer.body[answer.body.index(b"IDAT") + 4:-16])
+    pixel = lambda x, y: rows[round(y * size / 24) * (size + 1) + 1 + round(x * size / 24)]
+    assert len(rows) == size * (size + 1)
+    assert [pixel(x, y) for x, y in ((1, 1), (4, 12), (20, 12), (12, 19), (17, 7))] == [0] * 5, "blue around the folder"
+    assert [pixel(x, y) for x, y in ((12, 12), (6, 14), (18, 10), (8, 7.5), (12, 17))] == [255] * 5, "white in it"
+    assert set(rows) - {0, 255}, "soft edges"
+
+
+def test_the_service_worker_knows_the_shell_alone(call):
+    """What anybody stored never passes through it, and it can keep nothing of that."""
+    answer = call("GET", "/service-worker.js", user=None)
+    text = answer.body.decode()
+    assert answer.headers["content-type"].startswith("text/javascript") and answer.headers["cache-control"] == "no-cache"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    kept, views = (set(json.loads(re.search(name + r"=(\[.*?\])", text)[1])) for name in ("KEPT", "VIEWS"))
+    assert kept == {"", "icon.svg", "manifest.json"} | {"words/" + language for language in cs.WORDS}
+    assert views >= {"", "files", "settings", "trash"} and not views & {"api", "tus", "dav", "remote.php", "s", "words", "index.php"}
+    assert not re.search(r"api|tus/|dav|remote|content|token|cookie", text)
+    assert all(call("GET", "/" + name, user=None).status == 200 for name in kept) and "worker-src 'self'" in call("GET", "/", user=None).headers["content-security-policy"]
+    assert call("GET", "/service-worker.js", user=None, If_None_Match=answer.headers["etag"]).status == 304
 
 
 def test_a_move_tells_the_step_that_undoes_it(call, cloud):
@@ -6047,6 +6091,14 @@ class Browser:
         if os.environ.get("SHOTS"):
             Path(os.environ["SHOTS"], name + ".png").write_bytes(base64.b64decode(self.do("GET", "/screenshot")))
 
+    def forget(self, home):
+        """Unregister the service workers of an origin, so that they do not work in other stories."""
+        self.cdp("Storage.clearDataForOrigin", origin="/".join(home.split("/")[:3]), storageTypes="service_workers,cache_storage")
+
+    def offline(self, yes):
+        self.cdp("Network.enable")
+        self.cdp("Network.emulateNetworkConditions", offline=yes, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+
     def log(self):
         """What the console says, without the refusals a story provokes."""
         return [entry["message"] for entry in self.do("POST", "/se/log", {"type": "browser"})
@@ -6124,6 +6176,7 @@ def page(browser, shared, request):
     assert browser.log() == []
     browser.run("localStorage.clear()")
     browser.go("about:blank")
+    browser.forget(page.home)
 
 
 def test_browser_setup_login_and_logout(browser, cloud, serve_cloud):
@@ -6188,6 +6241,13 @@ def test_browser_walks_by_addresses(page):
     page.shows("2024", "b #1?.txt")
 
 
+def drop(page, *paths):
+    """Let go of files and folders over the list."""
+    data = {"items": [], "files": list(map(str, paths)), "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        page.cdp("Input.dispatchDragEvent", type=kind, x=700, y=500, data=data)
+
+
 def test_browser_tells_the_command_line_for_what_is_on_the_screen(page, tmp_path):
     page.cloud.make_collection(page.who, ("it's (new) & $HOME!",))
     page.put("it's a `b` 100%.txt", "text")
@@ -6240,9 +6300,7 @@ def test_browser_uploads_files_and_folders(page, tmp_path):
     page.shows("large.bin", "top.txt")
     assert page.get("large.bin") == (tmp_path / "large.bin").read_bytes()
     assert page.cloud.stat(page.who, ("large.bin",)).mtime == 1_000_000_000_000
-    data = {"items": [], "files": [str(tmp_path / "up")], "dragOperationsMask": 1}
-    for kind in ("dragEnter", "dragOver", "drop"):
-        page.cdp("Input.dispatchDragEvent", type=kind, x=700, y=500, data=data)
+    drop(page, tmp_path / "up")
     page.sees("251 files uploaded", seconds=20)
     page.shot("uploaded")
     assert len([path for path in page.tree() if path.startswith("up/inner/f")]) == 250
@@ -6818,14 +6876,61 @@ def test_browser_makes_thumbnails_once(page):
     page.open("/")
     page.click("View")
     page.click("Tiles")
-    seen = "const image = document.querySelector('#row1 img'); return image && image.src.startsWith('blob:') && image.naturalWidth === 533 || 0"
+    seen = "const image = document.querySelector('#row1 img'); return image && image.src.startsWith('blob:') && image.naturalWidth"
     page.wait("return document.querySelector('#row1 img, #row1 svg')")
-    page.wait(seen)
+    assert 100 < page.wait(seen) <= 534
     page.wait("return document.querySelector('#row0 svg') && document.querySelector('#row2 img').naturalWidth === 1")
     page.shot("thumbnails")
+    kept = eventually(lambda: page.cloud.thumbnail(page.who, ("large.png",)))
+    assert kept[8:12] == b"WEBP" and len(kept) <= 64 * 1024
+    page.cloud.move(page.who, (("large.png",), ("lark.png",)))
     page.open("/files")
     page.wait(seen)
-    assert page.run("return performance.getEntriesByType('resource').filter(one => one.name.endsWith('large.png')).length") == 0
+    assert page.run("return performance.getEntriesByType('resource').filter(one => one.name.endsWith('lark.png')).length") == 0
+
+
+def eventually(look, seconds=10):
+    """What it returns as soon as that is something."""
+    until = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < until, "in vain"
+        time.sleep(0.02)
+    return found
+
+
+def test_browser_makes_thumbnails_of_what_it_uploads(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.run("addUploads([{path: 'a.png', file: new File([Uint8Array.from(atob(arguments[0]), one => one.charCodeAt(0))], 'a.png', {type: 'image/png'})},"
+             "{path: 'b.png', file: new File([new Uint8Array(200000)], 'b.png', {type: 'image/png'})}])", base64.b64encode(noise(500, 400)).decode())
+    page.sees("2 files uploaded")                # what cannot be read as a picture is uploaded like any file
+    eventually(lambda: page.cloud.thumbnail(page.who, ("a.png",)))
+    assert page.cloud.thumbnail(page.who, ("b.png",)) is None
+
+
+def test_browser_makes_thumbnails_of_films(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    film = page.run_async("""
+        const done = arguments[0], canvas = document.createElement('canvas'), paint = canvas.getContext('2d');
+        Object.assign(canvas, {width: 640, height: 480});
+        const recorder = new MediaRecorder(canvas.captureStream(20), {mimeType: 'video/webm', videoBitsPerSecond: 4000000});
+        const draw = () => { for (let n = 0; n < 9; n++) { paint.fillStyle = '#' + Math.random().toString(16).slice(2, 8); paint.fillRect(Math.random() * 640, Math.random() * 480, 200, 200); } };
+        const timer = setInterval(draw, 40);
+        const parts = [], reader = new FileReader();
+        recorder.ondataavailable = event => { parts.push(event.data); if (parts.reduce((bytes, one) => bytes + one.size, 0) > 60000 && recorder.state === 'recording') recorder.stop(); };
+        recorder.onstop = () => { clearInterval(timer); reader.readAsDataURL(new Blob(parts)); };
+        reader.onload = () => done(reader.result.split(',')[1]);
+        recorder.start(100);""")
+    page.put("film.webm", base64.b64decode(film))
+    page.click("View")
+    page.click("Tiles")
+    page.wait("const image = document.querySelector('#row0 img'); return image && image.naturalWidth > 100")
+    page.shot("film")
+    eventually(lambda: page.cloud.thumbnail(page.who, ("film.webm",)))
+    page.run("const film = Uint8Array.from(atob(arguments[0]), one => one.charCodeAt(0));"
+             "addUploads([{path: 'other.webm', file: new File([film, 'x'], 'other.webm', {type: 'video/webm'})}])", film)
+    eventually(lambda: "other.webm" in page.tree() and page.cloud.thumbnail(page.who, ("other.webm",)))
 
 
 def test_browser_stars(page):
@@ -7150,7 +7255,7 @@ def test_browser_connects_devices(page):
     page.sees("This password is shown only now")
     token = page.run("return document.querySelector('[aria-live=polite] code').textContent")
     assert exchange(page.address(), "GET", "/api/v1/account", user=None, Authorization="Bearer " + token).json()["name"] == page.who.name
-    assert token in page.run("return document.querySelector('.ways').innerText") and page.run("return document.querySelectorAll('svg.qr path').length") == 1
+    assert token in page.run("return document.querySelector('.ways').innerText") and page.wait("return document.querySelectorAll('svg.qr path').length") == 1
     page.put("box/inner/a.txt", "a")
     page.fill("input[name=name]", "guest")
     page.click("May only read")
@@ -7192,15 +7297,6 @@ def test_browser_names_commands_that_work(page, tmp_path):
     assert client(program("rclone"), "cat", "cloud:FILE", "-q", env=environment) == "hello"
     assert ways["Linux"] == "dav://o%%27neil%%20%%24x@127.0.0.1:%d/dav/" % page.address()[1]
     assert ways["Synchronised folder"] == "python3 cloudserver.py sync FOLDER http://o%%27neil%%20%%24x@127.0.0.1:%d" % page.address()[1]
-
-
-@pytest.mark.parametrize("text, size, digest", [                 # read back by a scanner when the encoder was written
-    ("nc://login/server:https://cloud.example.org&user:ann&password:cs_abcdefghijklmnopqrstuvwxyz012345", 41, "077a7fd4b14a8607"),
-    ("x" * 200, 57, "1e21180d1f36a922"), ("hello", 21, "52a7aa67e7296ede")])
-def test_browser_draws_qr_codes(page, text, size, digest):
-    page.open("/")
-    grid = page.run("return qrGrid(new TextEncoder().encode(arguments[0])).map(row => row.map(Number).join('')).join('\\n')", text)
-    assert len(grid.split("\n")) == size and hashlib.sha256(grid.encode()).hexdigest()[:16] == digest
 
 
 def test_browser_administers_accounts(page):
@@ -7291,8 +7387,7 @@ def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_p
     data = os.urandom(12 * MiB)
     for name in ("one.bin", "two.bin", "three.bin"):
         (tmp_path / name).write_bytes(data)
-    offline = lambda yes: page.cdp("Network.emulateNetworkConditions", offline=yes, latency=0, downloadThroughput=-1, uploadThroughput=-1)
-    page.cdp("Network.enable")
+    offline = page.offline
     gate, put_chunk = threading.Event(), page.cloud.blobs.put          # nothing arrives for good before the gate opens
     monkeypatch.setattr(page.cloud.blobs, "put", lambda *args, **how: gate.wait(20) and put_chunk(*args, **how))
     page.open("/")
@@ -7337,6 +7432,303 @@ def test_browser_knows_a_file_whose_answer_was_lost(page, monkeypatch):
     page.run("addUploads([{path: 'a.txt', file: new File(['hello'], 'a.txt')}])")
     page.sees("1 file uploaded")
     assert page.tree() == {"a.txt"} and len(page.cloud.versions(page.who, ("a.txt",))) == 1
+
+
+def test_browser_says_how_fast_an_upload_is_and_how_long_it_takes(page, tmp_path):
+    (tmp_path / "a.bin").write_bytes(os.urandom(8 * MiB))
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.cdp("Network.enable")
+    page.cdp("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=1 * MiB)
+    page.click("New")
+    page.click("Upload files")
+    page.file(tmp_path / "a.bin")
+    page.wait("return queue.pace && queue.pace.speed && (queue.pace.ticks = 9)")      # as if it had gone on for a while
+    page.wait("return /^\\d+ % – Files – cloudserver$/.test(document.title)")
+    page.wait("return /Uploading: 0 of 1, \\d+ %\\s[^]*[\\d.,]+ [KM]B\\/s, less than a minute left/.test(document.querySelector('.queue .title').innerText)")
+    assert re.search(r"a\.bin\n[\d.,]+ [KM]B of 8 MB", page.text())
+    page.shot("pace")
+    page.size(390, 844, dark=True, touch=True)
+    page.shot("pace-phone")
+    page.cdp("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    page.sees("1 file uploaded")
+    page.wait("return document.title === 'Files – cloudserver'")
+    assert page.run("return document.querySelector('.queue [role=status]').textContent") == "1 file uploaded"
+
+
+def test_browser_words_the_time_left(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    words = lambda left: page.run("const speed = 12 * 1024 * 1024; queue.pace = {now: performance.now(), sent: 1, ticks: 9, speed};"
+                                  "return paceWords(1, 1, 1 + arguments[0] * speed)", left)
+    assert [words(left) for left in (5, 60, 130, 5300, 5401, 36000)] == ["12 MB/s, " + time for time in (
+        "less than a minute left", "1 minute left", "2 minutes left", "88 minutes left", "2 hours left", "10 hours left")]
+
+
+def test_browser_tries_all_that_failed_again_at_once(page, tmp_path, monkeypatch):
+    write, broken = page.cloud.write, [True]
+
+    def write_or_fail(who, path, *args, **how):
+        if broken[0] and path[-1] != "c.txt":
+            raise CloudError("storage-failed")
+        return write(who, path, *args, **how)
+
+    monkeypatch.setattr(page.cloud, "write", write_or_fail)
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.run("addUploads(['a', 'b', 'c', 'd'].map(name => ({path: name + '.txt', file: new File([name], name)})))")
+    page.sees("3 uploads failed, 1 file uploaded")
+    page.size(390, 844, touch=True)
+    page.shot("failed-phone")
+    page.size(1280, 800)
+    page.shot("failed")
+    broken[0] = False
+    page.click("Retry all")
+    page.sees("4 files uploaded")
+    page.misses("Retry all")
+    assert page.tree() == {"a.txt", "b.txt", "c.txt", "d.txt"}
+
+
+def test_browser_tells_of_a_file_that_went_away_before_its_turn(page, tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.run("queue.paused = true")
+    page.click("New")
+    page.click("Upload files")
+    page.file(tmp_path / "a.txt")
+    page.sees("Paused: 0 of 1")
+    (tmp_path / "a.txt").unlink()
+    page.click("Resume")
+    page.sees("This file was changed since it was chosen.", "1 upload failed")
+
+
+def test_browser_does_not_begin_what_does_not_fit(page, monkeypatch):
+    page.put("there.bin", b"x" * 300_000)
+    page.cloud.accounts.update(page.who.name, page.who, quota=1_000_000)
+    page.open("/")
+    page.shows("there.bin")
+    add = "addUploads(Object.entries(arguments[0]).map(([path, size]) => ({path, file: new File([new Uint8Array(size).fill(120)], path)})))"
+    page.run(add, {"a.bin": 600_000, "b.bin": 600_000})
+    page.sees("Not enough room", "This needs 1.1 MB, but 683.6 KB is all that is left: 488.3 KB is missing.")
+    page.shot("no-room")
+    page.click("Close")
+    assert page.tree() == {"there.bin"} and page.run("return queue.items.length") == 0
+    page.run(add, {"there.bin": 300_000, "a.bin": 600_000})                # what is there already needs no room
+    page.sees("1 file uploaded, 1 already there")
+    assert page.tree() == {"there.bin", "a.bin"}
+    page.run("me.most = 50")
+    page.run(add, {"c.bin": 51, "d.bin": 50})
+    page.sees("1 file is too large", "This server takes files of up to 50 B.", "c.bin")
+    page.size(390, 844, dark=True, touch=True)
+    page.shot("too-large")
+    page.click("Upload the others")
+    page.sees("1 file uploaded")
+    assert page.tree() == {"there.bin", "a.bin", "d.bin"}
+
+
+def test_browser_sends_nothing_that_is_there_already(page, tmp_path, monkeypatch, rng):
+    home = tmp_path / "up"
+    for name in ("same.txt", "other.txt", "deep/er/same.bin", "deep/new.txt"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_bytes(name.encode() * 9000)
+    (home / "empty").mkdir()
+    for n in (0, 1):                             # large ones, of several pieces: one as it is there, one that differs at its end
+        (home / ("large%d" % n)).write_bytes(rng.randbytes(18 * MiB) + b"%d" % n)
+        page.put("up/large%d" % n, (home / ("large%d" % n)).read_bytes()[:-1] + b"0")
+    for name in ("same.txt", "deep/er/same.bin"):
+        page.put("up/" + name, (home / name).read_bytes())
+    page.put("up/other.txt", (home / "other.txt").read_bytes()[::-1])
+    written, write = [], page.cloud.write
+    monkeypatch.setattr(page.cloud, "write", lambda who, path, *args, **how: (written.append("/".join(path)), write(who, path, *args, **how))[1])
+    monkeypatch.setattr(page.cloud, "create_upload", None)
+    page.open("/")
+    page.shows("up")
+    drop(page, home)
+    for _ in range(2):
+        name = page.wait("const title = document.querySelector('dialog h2'); return title && title.innerText")
+        assert name in ("“other.txt” exists already", "“large1” exists already")
+        page.click("Skip" if "large1" in name else "Keep both")
+        page.misses(name)
+    page.sees("2 files uploaded, 3 already there")
+    page.shot("already-there")
+    assert sorted(written) == ["up/deep/new.txt", "up/other (2).txt"] and "up/empty" in page.tree()
+    page.run("addUploads([{path: 'up/deep/er/same.bin', file: new File(['x'.repeat(9000 * 16)], 'same.bin')}])")
+    page.sees("“same.bin” exists already")
+    page.click("Skip")
+    page.sees("Nothing uploaded")
+    page.run("lookInto = async () => new Map()")                            # a list that does not tell of it: the server does
+    page.run("addUploads([{path: 'up/s.txt', file: new File(['s'], 's.txt')}])")
+    page.sees("1 file uploaded")
+    page.run("addUploads([{path: 'up/s.txt', file: new File(['s'], 's.txt')}])")
+    page.sees("1 already there")
+    assert page.tree() >= {"up/deep/new.txt", "up/other (2).txt"} and len(page.cloud.versions(page.who, ("up", "s.txt"))) == 1
+
+
+def test_browser_makes_an_empty_folder_of_one(page, tmp_path):
+    (tmp_path / "one" / "two").mkdir(parents=True)
+    page.open("/")
+    page.sees("Nothing here yet")
+    drop(page, tmp_path / "one")
+    page.shows("one")
+    assert page.tree() == {"one", "one/two"}
+
+
+def test_browser_takes_photos_and_names_what_has_no_name_of_its_own(page):
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.click("New")
+    page.sees("Upload a folder")
+    page.misses("Take a photo")
+    page.press("Escape")
+    page.size(390, 844, touch=True)
+    page.click("New")
+    page.sees("Record a video")
+    page.shot("camera")
+    page.click("Take a photo")
+    assert page.run("const input = document.querySelector('input[type=file]'); return [input.accept, input.getAttribute('capture')]") == ["image/*", "environment"]
+    page.run("const data = new DataTransfer(), when = {lastModified: new Date(2026, 10, 25, 14, 5, 33), type: 'image/png'};"
+             "for (const name of ['image.png', 'image.png', 'image.jpg', 'holiday.png']) data.items.add(new File([name], name, when));"
+             "document.body.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data, bubbles: true, cancelable: true}))")
+    page.sees("4 files uploaded")
+    assert page.tree() == {"Screenshot 2026-11-25 14.05.33.png", "Screenshot 2026-11-25 14.05.33 (2).png", "Photo 2026-11-25 14.05.33.jpg", "holiday.png"}
+
+
+def test_browser_finishes_a_folder_of_photos_that_was_broken_off(page, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for n in range(500):
+        (tmp_path / "photos" / ("%03d.png" % n)).write_bytes(noise(40, 20 + n % 20))
+    write, begun, ended, gate = page.cloud.write, [], [], threading.Event()
+
+    def write_until_the_middle(*args, **how):
+        begun.append(1)
+        if len(begun) > 200:
+            gate.wait(20)
+        done = write(*args, **how)
+        ended.append(1)
+        return done
+
+    monkeypatch.setattr(page.cloud, "write", write_until_the_middle)
+    page.open("/")
+    page.sees("Nothing here yet")
+    drop(page, tmp_path / "photos")
+    eventually(lambda: len(ended) == 200 and len(begun) > 200)
+    page.go("about:blank")                       # the tab is closed
+    gate.set()
+    eventually(lambda: len(ended) == len(begun))
+    arrived = len(page.tree()) - 1
+    assert 200 <= arrived < 210
+    page.open("/")
+    page.shows("photos")
+    drop(page, tmp_path / "photos")
+    page.sees("%d files uploaded, %d already there" % (500 - arrived, arrived), seconds=30)
+    page.shot("finished-folder")
+    assert len(begun) == 500 and page.tree() == {"photos"} | {"photos/%03d.png" % n for n in range(500)}
+    for n in range(500):
+        name = "%03d.png" % n
+        assert page.get("photos/" + name) == (tmp_path / "photos" / name).read_bytes() and len(page.cloud.versions(page.who, ("photos", name))) == 1
+
+
+def digest_of(read):
+    """The SHA-256 of what read(n) gives, a MiB at a time."""
+    digest = hashlib.sha256()
+    while data := read(MiB):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+@slow
+def test_browser_uploads_two_gigabytes_over_a_broken_network_and_a_killed_server(browser, serve, tmp_path):
+    begun, size = time.monotonic(), 2048 * MiB + 12345
+    with open(tmp_path / "large.bin", "wb") as file:
+        for at in range(0, size, MiB):
+            file.seek(at)
+            file.write(os.urandom(5000))
+        file.truncate(size)
+    served = serve("--workers", 1)
+    browser.cdp("Network.clearBrowserCookies")
+    browser.go("http://127.0.0.1:%d/" % served.address[1])
+    browser.fill("input[name=name]", "ann")
+    browser.fill("input[name=password]", PASSWORD)
+    browser.press("Enter")
+    browser.sees("Nothing here yet")
+    browser.click("New")
+    browser.click("Upload files")
+    browser.file(tmp_path / "large.bin")
+    sent = lambda share: browser.wait("return queue.items.length && queue.items[0].sent > arguments[0]", share * size, seconds=120)
+    sent(0.2)
+    browser.offline(True)
+    browser.sees("No connection: 0 of 1 uploaded", "Waiting for the connection…")
+    browser.shot("no-connection")
+    browser.offline(False)
+    sent(0.5)
+    served.stop(signal.SIGKILL)
+    browser.sees("No connection: 0 of 1 uploaded")
+    served = serve("--workers", 1, "--port", served.address[1])
+    sent(0.7)
+    browser.sees("1 file uploaded", seconds=200)
+    browser.shows("large.bin")
+    connection = http.client.HTTPConnection(*served.address, timeout=60)
+    connection.request("GET", "/api/v1/content/large.bin", headers={"Authorization": basic()})
+    with open(tmp_path / "large.bin", "rb") as file, connection.getresponse() as answer:
+        assert answer.status == 200 and int(answer.headers["content-length"]) == size and digest_of(file.read) == digest_of(answer.read)
+    connection.close()
+    assert len(served.call("GET", "/api/v1/versions/large.bin").json()["versions"]) == 1 and time.monotonic() - begun < 300
+    browser.run("localStorage.clear()")
+    browser.go("about:blank")
+    browser.forget("http://127.0.0.1:%d" % served.address[1])
+    assert browser.log() == []
+
+
+KEPT = """const done = arguments[0]; caches.keys().then(async names => done([names, (await Promise.all(names.map(async name =>
+    (await (await caches.open(name)).keys()).map(one => one.url)))).flat()]))"""
+
+
+def test_browser_starts_without_a_network_and_goes_on_when_it_is_back(browser, serve):
+    served = serve("--workers", 1)
+    home = "http://127.0.0.1:%d" % served.address[1]
+    browser.cdp("Network.clearBrowserCookies")
+    browser.go(home + "/")
+    browser.fill("input[name=name]", "ann")
+    browser.fill("input[name=password]", PASSWORD)
+    browser.press("Enter")
+    browser.sees("Nothing here yet")
+    browser.run("addUploads([{path: 'secret.txt', file: new File(['hello'], 'secret.txt')}])")
+    browser.sees("1 file uploaded")
+    browser.run_async("navigator.serviceWorker.ready.then(arguments[0])")
+    served.stop(signal.SIGKILL)
+    browser.go(home + "/files/secret.txt")
+    browser.sees("Cannot reach the server", "It goes on by itself when the connection is back.")
+    browser.offline(True)
+    browser.run("localStorage.setItem('language', 'de')")
+    browser.go(home + "/trash")
+    browser.sees("Du bist offline")
+    browser.shot("you-are-offline")
+    names, kept = browser.run_async(KEPT)
+    assert len(names) == 1 and sorted(kept) == [home + "/" + name for name in ("", "icon.svg", "manifest.json", "words/de")]
+    browser.click("English")
+    browser.sees("You are offline")
+    serve("--workers", 1, "--port", served.address[1])
+    browser.offline(False)
+    browser.run("dispatchEvent(new Event('online'))")
+    browser.sees("The trash is empty")
+    browser.go(home + "/files")
+    browser.shows("secret.txt")
+    browser.run("localStorage.clear()")
+    browser.go("about:blank")
+    browser.forget(home)
+    assert browser.log() == []
+
+
+def test_browser_keeps_the_new_page_instead_of_the_old(page, monkeypatch):
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.run_async("navigator.serviceWorker.ready.then(arguments[0])")
+    (old,), kept = page.run_async(KEPT)
+    text = cs.worker_as_sent()
+    monkeypatch.setattr(cs, "worker_as_sent", lambda: text.replace(old.split()[-1].encode(), b"another"))
+    page.open("/")
+    eventually(lambda: page.run_async(KEPT) == [["shell / another"], kept])
 
 
 @pytest.fixture(scope="module")
