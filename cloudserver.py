@@ -6691,9 +6691,10 @@ def api_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str
 
 @route("POST", API + "versions/restore", needs="write", path=TEXT, version=TEXT)
 def api_restore_version(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Make an old version the present one."""
+    """Make an old version the present one; returns the file, and the seq to undo."""
     path = split_path(request.values["path"])
-    return json_response(api_node(cloud.restore_version(who, path, read_id(request.values["version"])), path))
+    node = cloud.restore_version(who, path, read_id(request.values["version"]))
+    return json_response({**api_node(node, path), "seq": node.since})
 
 
 @route("POST", API + "versions/pin", needs="write", path=TEXT, version=TEXT, name_=TEXT)
@@ -8784,9 +8785,16 @@ mark { background: var(--mark); color: var(--text); }
   padding: .3rem .6rem; }
 .picture .icon { width: 52px; height: 52px; stroke-width: 1; }
 
-.slider { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center; padding-bottom: 1rem; }
-.slider input { width: auto; }
-.slider [type=range] { flex: 1; min-width: 12rem; padding: 0; accent-color: var(--accent); }
+.slider, .limits { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center; padding-bottom: 1rem; }
+.slider input, .limits :is(input, select) { width: auto; }
+.limits select { max-width: 14rem; }
+.row .tag { margin-right: .75rem; }
+.limits label { color: var(--soft); display: flex; gap: .5rem; align-items: center; }
+.changes { max-width: 60rem; padding-bottom: 1rem; }
+.changes summary { cursor: pointer; padding: .4rem 0; }
+.days h2 { margin: 1.5rem 0 0; }
+.days a { text-decoration: underline; }
+.slider [type=range] { flex: 1; min-width: 8rem; padding: 0; accent-color: var(--accent); }
 .slider output { min-width: 12rem; font-weight: 600; }
 
 /* steps: versions, activity, devices */
@@ -8876,7 +8884,7 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .queue .failed .state { grid-row: 2; grid-column: 1 / -1; color: var(--danger); }
 
 /* preview */
-.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; max-height: none; border: 0; border-radius: 0;
+dialog.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; max-height: none; border: 0; border-radius: 0;
   background: var(--back); }
 .preview[open] { display: flex; flex-direction: column; }
 .preview .title { display: flex; align-items: center; gap: .5rem; padding: .6rem 1rem;
@@ -8885,7 +8893,7 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .preview .title .soft { margin-right: auto; white-space: nowrap; }
 .preview .body { flex: 1; min-height: 0; display: grid; place-items: center; overflow: auto; position: relative; }
 .preview img, .preview video { max-width: 100%; max-height: 100%; }
-.preview pre { width: min(100%, 70rem); align-self: start; margin: 0; padding: 1.5rem; white-space: pre-wrap;
+.preview pre, .diff { width: min(100%, 70rem); align-self: start; margin: 0; padding: 1.5rem; white-space: pre-wrap;
   overflow-wrap: anywhere; font: .875rem/1.55 ui-monospace, monospace; }
 
 .preview .stage { display: grid; place-items: center; width: 100%; height: 100%; overflow: auto; }
@@ -8896,9 +8904,15 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .preview textarea { width: 100%; height: 100%; border: 0; border-radius: 0;
   padding: 1.25rem max(1.25rem, calc(50% - 34rem)); resize: none; font: .9rem/1.55 ui-monospace, monospace; tab-size: 4; }
 .preview textarea:focus-visible { outline-offset: -2px; }
-.turn { position: absolute; top: 50%; min-width: 44px; min-height: 44px; opacity: .85; }
-.turn.back { left: 1rem; }
-.turn.on { right: 1rem; }
+.preview audio { width: min(92%, 40rem); }
+.preview .stage:not(.zoomed) { touch-action: pan-y pinch-zoom; }
+.foot { display: flex; gap: .75rem; align-items: center; justify-content: center; padding: .4rem 1rem;
+  border-top: 1px solid var(--line); }
+.foot button:first-child { margin-right: auto; }
+.foot button:last-child { margin-left: auto; }
+.preview .toasts { bottom: 4.5rem; }
+.showing .title, .showing .foot { position: absolute; opacity: 0; }
+.preview.showing { background: #000; }
 .paper { width: min(100%, 50rem); align-self: start; padding: 1.5rem; overflow-wrap: anywhere; }
 .paper > * + * { margin-top: .8rem; }
 .paper h1, .paper h2 { border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
@@ -8915,6 +8929,18 @@ table { border-collapse: collapse; align-self: start; }
 .preview .sheetful { width: 100%; height: 100%; overflow: auto; }
 th, td { border: 1px solid var(--line); padding: .3rem .7rem; text-align: left; overflow-wrap: anywhere; }
 th { background: var(--side); position: sticky; top: 0; }
+.versions .steps a:not(.button) { font-weight: 600; }
+.versions li:has([aria-current]) { background: var(--chosen); margin: 0 -.75rem; padding: .75rem; border-radius: 8px; }
+.look { border: 1px solid var(--line); border-radius: 12px; overflow: hidden; scroll-margin-top: 60px; margin-top: 1rem; }
+.look nav { display: flex; flex-wrap: wrap; padding: .4rem; border-bottom: 1px solid var(--line); }
+.look iframe { min-height: 70vh; }
+@media (min-width: 64rem) {
+  .versions { display: grid; grid-template-columns: minmax(20rem, 2fr) 3fr; gap: 2rem; }
+  .look { display: flex; flex-direction: column; position: sticky; top: 7.6rem; height: calc(100vh - 9rem); margin: 0; }
+}
+.diff :is(ins, del) { display: block; text-decoration: none; background: color-mix(in srgb, #2e8b57 20%, transparent); }
+.diff del { background: color-mix(in srgb, #c4453c 20%, transparent); }
+.diff summary { color: var(--soft); padding: .5rem 0; cursor: pointer; }
 .readme { margin-top: 2rem; border: 1px solid var(--line); border-radius: 12px; }
 .readme:empty { display: none; }
 
@@ -8952,7 +8978,11 @@ th { background: var(--side); position: sticky; top: 0; }
   .selecting .cells { grid-template-columns: 44px minmax(0, 1fr) 44px; }
   .selecting .check { visibility: visible; }
   .preview .title { flex-wrap: wrap; }
-  .preview .title strong { flex: 1 0 100%; }
+  .slider output { flex: 1 0 100%; }
+  .slider [type=datetime-local], .limits > * { flex: 1; min-width: 8rem; }
+  .limits label { display: grid; gap: 0; }
+  .preview .title strong { flex: 1 0 55%; }
+  .preview .title button:not(.primary) { order: 1; }
   .preview .title .soft { display: none; }
   .preview .title button { padding: .4rem .6rem; }
   .row { height: 60px; }
@@ -8974,6 +9004,7 @@ th { background: var(--side); position: sticky; top: 0; }
 }
 @media (prefers-reduced-motion: no-preference) {
   .toast, .sheet { animation: rise .14s ease-out; }
+  .showing img { animation: rise 1s; }
 }
 @keyframes rise { from { opacity: 0; translate: 0 8px; } }
 """
@@ -8993,7 +9024,8 @@ const join = (path, name) => path ? path + "/" + name : name;
 const addressOf = path => PREFIX + "/files" + (path && "/" + encodePath(path));
 const apiAddress = (what, path, values = {}) =>
   PREFIX + "/api/v1/" + what + (path === undefined ? "" : "/" + encodePath(path)) + queryOf(values);
-const contentAddress = (entry, values) => apiAddress("content", entry.path, values || (view.at ? {at: view.at} : {}));
+const contentAddress = (entry, values) =>          // entry.as: which version of it, if not the present one
+  apiAddress("content", entry.path, values || entry.as || (view.at ? {at: view.at} : {}));
 
 function queryOf(values) {
   const pairs = Object.entries(values).filter(([, value]) => value || value === 0)
@@ -9005,6 +9037,7 @@ function queryOf(values) {
 
 // h("a.name.wide", {href: "/", onclick: go}, "text", [children]): strings become text nodes, never markup
 function h(tag, about = {}, ...children) {
+  if (!about || about.constructor !== Object) { children.unshift(about); about = {}; }           // as lean() leaves it out
   const [name, ...classes] = tag.split(".");
   const element = document.createElement(name || "div");
   if (classes.length) element.className = classes.join(" ");
@@ -9094,6 +9127,7 @@ async function setLanguage(name) {
     time: make({hour: "2-digit", minute: "2-digit"}),
     day: make({day: "numeric", month: "short"}),
     year: make({day: "numeric", month: "short", year: "numeric"}),
+    date: make({dateStyle: "full"}),
     full: make({dateStyle: "full", timeStyle: "medium"}),
     long: make({dateStyle: "medium", timeStyle: "short"})
   };
@@ -9122,6 +9156,8 @@ function formatTime(text) {
   return (then.getFullYear() === now.getFullYear() ? dates.day : dates.year).format(then);
 }
 
+const longTime = at => dates.long.format(new Date(at));
+const dotted = (...parts) => parts.filter(Boolean).join(" · ");
 const timeElement = text => h("time", {dateTime: text, title: dates.full.format(new Date(text))}, formatTime(text));
 
 // ---- light and dark: as the system says, or as the reader chose
@@ -9232,7 +9268,8 @@ function toast(text, {kind = "", label, run} = {}) {
   const close = () => box.remove();
   if (label) box.append(button(label, () => { close(); run(); }));
   box.append(button(t("Close"), close, {className: "quiet"}));
-  const boxes = find(".toasts");
+  const boxes = find(".toasts"), over = [...document.querySelectorAll("dialog[open]")].pop() || document.body;
+  if (boxes.parentNode !== over) over.append(boxes);     // what lies behind a dialog cannot be clicked
   for (const old of boxes.querySelectorAll(".toast:not(.bad)")) old.remove();
   boxes.append(box);
   let timer = setTimeout(close, label || kind ? 10000 : 5000);
@@ -9241,14 +9278,19 @@ function toast(text, {kind = "", label, run} = {}) {
   return close;
 }
 
+function removeDialog(box) {
+  document.body.append(find(".toasts"));
+  box.close();                                           // gives the focus back
+  box.remove();
+}
+
 // a modal dialog; resolves to what close(value) was called with, undefined if it was dismissed
 function sheet(title, build, kind = "") {
   return new Promise(resolve => {
     const close = value => {
       resolve(value);
-      box.close();
-      box.remove();
-    }; // close() gives the focus back
+      removeDialog(box);
+    };
     const box = h("dialog.sheet" + kind, {
       "aria-label": title || null,
       oncancel: event => {
@@ -9753,7 +9795,7 @@ function fillList(entries) {
   showBar();
 }
 
-const same = (a, b) => b && ["node", "etag", "path", "mtime", "size", "starred", "snippet"].every(name => a[name] === b[name]);
+const same = (a, b) => b && ["node", "etag", "path", "mtime", "size", "since", "starred", "snippet"].every(name => a[name] === b[name]);
 
 // rows that would look as they do stay: a click that is under way must not lose its target
 function redrawRows(keep = () => false) {
@@ -9815,6 +9857,7 @@ function makeRow(entry, index) {
     h("div.name", {role: "gridcell"},
       shape === "tiles" ? tilePicture(entry) : icon(kindOf(entry)),
       list.editing === entry ? renameField(entry) : entryName(entry),
+      entry.since && h("span.tag", {}, t("{how} since", {how: t(HOW[entry.since])})),
       entry.starred && svg("svg", {viewBox: "0 0 24 24", class: "star", role: "img", "aria-label": t("Starred")}, svg("path", {d: STAR}))
     ),
     list.columns.map(column => h("div." + column, {role: "gridcell"}, cellOf(entry, column))),
@@ -9828,7 +9871,6 @@ function makeRow(entry, index) {
   return row;
 }
 
-const opens = entry => view.kind !== "trash" && !(view.at && entry.kind === "file");
 
 function entryName(entry) {
   const about = {
@@ -9837,11 +9879,7 @@ function entryName(entry) {
     tabIndex: -1,
     draggable: view.kind === "files" && mouse.matches
   };
-  const label = opens(entry)
-    ? h("a", {...about, href: view.at ? pastAddress(view.at, entry.path) : addressOf(entry.path)},
-        h("bdi", {}, entry.name)
-      )
-    : h("span", about, h("bdi", {}, entry.name));
+  const label = h("a", {...about, href: addressFor(entry)}, h("bdi", {}, entry.name));
   const where = ["search", "starred", "trash"].includes(view.kind) ? parentOf(entry.path) || t("Files") : null;
   return h("div.names", {},
     label,
@@ -10047,10 +10085,10 @@ function onRowClick(event, touch) {
   } else if (event.shiftKey || event.ctrlKey || event.metaKey || touch && list.selected.size) {
     event.preventDefault();
     pick(index, {toggle: event.ctrlKey || event.metaKey || touch && !event.shiftKey, range: event.shiftKey});
-  } else if (touch || label && opens(entry)) {
+  } else if (touch || label) {
     event.preventDefault();
     setCursor(index, {quiet: true});
-    opens(entry) ? openEntry(entry) : pick(index);
+    openEntry(entry);
   } else {
     pick(index);
   }
@@ -10156,10 +10194,11 @@ function typeAhead(event) {
 
 async function showFiles(address) {
   const path = decodePath(address);
-  if (showInside(path)) return;
-  const turn = view.turn;
-  const answer = await load(path);
+  if (showInside(path, "files", null)) return;
+  const turn = view.turn, at = new URLSearchParams(location.search).get("at");
+  const answer = await load(path).catch(error => { if (!at) throw error; });
   if (turn !== view.turn) return;
+  if (!answer) return go(pastAddress(at, path), {replace: true});       // a link that knows when it was there
   if (answer.kind === "file") {
     const holder = await load(parentOf(path));
     if (turn !== view.turn) return;
@@ -10170,8 +10209,8 @@ async function showFiles(address) {
 }
 
 // is the address one of a file in the list that is on the screen?
-function showInside(path) {
-  if (view.kind !== "files" || !list.box || !list.box.isConnected || !path || parentOf(path) !== view.path) return false;
+function showInside(path, kind, at) {
+  if (view.kind !== kind || view.at !== at || !list.box || !list.box.isConnected || !path || parentOf(path) !== view.path) return false;
   const entry = list.entries.find(one => one.kind === "file" && one.path === path);
   if (entry) openPreview(entry);
   return Boolean(entry);
@@ -10234,14 +10273,11 @@ async function refresh() {
   if (view.kind === "files") {
     const answer = await load(view.path);
     if (turn === view.turn) await enterCollection(answer, turn);
-  } else if (["trash", "activity", "search", "starred", "past"].includes(view.kind)) await show();
+  } else if (["trash", "activity", "search", "starred", "past", "versions"].includes(view.kind)) await show();
   updateQuota();
 }
 
-function openEntry(entry) {
-  if (view.at) return entry.kind === "collection" ? go(pastAddress(view.at, entry.path)) : undefined;
-  return go(addressOf(entry.path));
-}
+const openEntry = entry => go(addressFor(entry));
 
 // ---- actions: one table for the bar, the menus, the keys and the help
 
@@ -10254,7 +10290,7 @@ const isFound = () => inTree() && !inFiles();
 const oneFile = items => one(items) && items[0].kind === "file";
 
 // on: what it is for, "items" or the "place" as a whole;  when: does it apply;  menu: stands in the menu only;
-// prime: has room in the bar even on a phone;  make: stands under "New";  bar: has a button of its own
+// prime: has room in the bar even on a phone;  make: stands under "New";  bar: has a button of its own, in every view or in one
 const ACTIONS = [
   {name: "upload", label: "Upload files", on: "place", make: true, keys: "U",
    when: () => true, run: () => chooseFiles({})},
@@ -10273,16 +10309,18 @@ const ACTIONS = [
    when: () => list.entries.length > 0, run: selectAll},
   {name: "empty-trash", label: "Empty the trash", on: "place", bar: true,
    when: () => view.kind === "trash" && list.entries.length > 0, run: emptyTrash},
-  {name: "download-all", label: "Download this folder", on: "place",
+  {name: "download-all", label: "Download this folder", on: "place", bar: "past",
    when: () => (inFiles() || view.kind === "past") && list.entries.length > 0, run: () => downloadZip([])},
   {name: "past", label: "See it as it was…", on: "place", when: inFiles, run: () => go(pastAddress("now", view.path))},
   {name: "rewind", label: "Bring this time back", on: "place", bar: true, when: () => view.kind === "past", run: rewind},
   {name: "open", label: "Open", on: "items", menu: true, keys: "Enter",
-   when: items => one(items) && opens(items[0]), run: ([entry]) => openEntry(entry)},
+   when: one, run: ([entry]) => openEntry(entry)},
   {name: "show", label: "Show in its folder", on: "items",
    when: items => isFound() && one(items), run: ([entry]) => showInFolder(entry)},
   {name: "download", label: "Download", on: "items", prime: true, keys: "D",
    when: items => view.kind !== "trash" && items.length > 0, run: download},
+  {name: "bring-back", label: "Bring back", on: "items", prime: true,
+   when: items => view.kind === "past" && items.length > 0, run: bringBack},
   {name: "rename", label: "Rename", on: "items", keys: "F2",
    when: inTreeAny, run: items => one(items) ? startRename(items[0]) : renameMany(items)},
   {name: "move", label: "Move to…", on: "items", keys: "M",
@@ -10379,7 +10417,7 @@ function countWords() {
 
 const placeButtons = () => [
   actionsFor("place")
-    .filter(action => action.bar)
+    .filter(({bar}) => bar === true || bar && bar === view.kind)
     .map(action => button(t(action.label), () => act(action), {"data-action": action.name})),
   view.kind !== "past" && list.sortable
     ? button(t("View"), event => menu(event.currentTarget, viewRows(), t("View")), {"aria-haspopup": "menu"})
@@ -11362,75 +11400,123 @@ function onPaste(event) {
 
 // ---- versions of a file
 
-const versionsAddress = path => PREFIX + "/versions/" + encodePath(path);
+const versionsAddress = (path, values = {}) => PREFIX + "/versions/" + encodePath(path) + queryOf(values);
 
 async function showVersions(address) {
-  const path = decodePath(address),
-    turn = view.turn;
-  const {versions} = await api("GET", "versions/" + encodePath(path));
+  const path = decodePath(address), turn = view.turn, asked = new URLSearchParams(location.search), id = asked.get("version");
+  const [{versions}, entry] = await Promise.all([api("GET", "versions/" + encodePath(path)), load(path)]);
   if (turn !== view.turn) return;
   Object.assign(view, {kind: "versions", path, at: null});
   setTitle(t("Versions of {name}", {name: nameOf(path)}));
-  setCrumbs(
-    ...crumbsOf(path, addressOf).map((part, n, all) => {
-      if (n === all.length - 1) part.removeAttribute("aria-current");
-      return part;
-    }),
-    h("span", {"aria-current": "page"}, t("Versions"))
-  );
+  const crumbs = crumbsOf(path, addressOf);
+  crumbs.at(-1).removeAttribute("aria-current");
+  setCrumbs(...crumbs, h("span", {"aria-current": "page"}, t("Versions")));
   setBar(h("span.count", {}, plural(versions.length, "{n} version", "{n} versions")));
-  setContent(
-    h("ol.steps", {},
-      versions.map((version, n) => versionRow(path, version, n))
+  const at = id ? versions.findIndex(one => one.version === id) : 0, held = document.activeElement.closest(".versions .steps, .versions nav");
+  const look = await lookAtVersion(entry, versions, at, asked.get("with"));
+  if (turn !== view.turn) return;
+  setContent(h("div.versions", {}, h("ol.steps", {}, versions.map((version, n) => versionRow(path, version, n, n === at))), look));
+  if (held) find(".versions " + (held.tagName === "NAV" ? "nav" : "ol") + " [aria-current]").focus();
+  if (id && isPhone.matches) look.scrollIntoView();
+}
+
+function versionRow(path, {version, at, size, account, device, name}, n, chosen) {
+  const restore = async () => {
+    const {seq} = await api("POST", "versions/restore", {path, version});
+    offerUndo(t("This version is the present one now; the others stay."), seq);
+    await show();
+  };
+  const pin = async name => {
+    await api("POST", "versions/pin", {path, version, name});
+    show();
+    return true;
+  };
+  const keep = () => askForm(t("Keep for good"), [nameInput(t("Under the name"))], t("Keep"), values => pin(values.name),
+    t("A version with a name is never removed by itself."));
+  return h("li", {},
+    h("div.what", {},
+      link(longTime(at), versionsAddress(path, {version}), {"aria-current": chosen ? "true" : null}),
+      n ? null : h("span.tag", {}, t("Now")),
+      name && h("span.tag", {}, name),
+      h("div.soft", {}, dotted(formatSize(size), account, deviceName(device)))
+    ),
+    h("div.acts", {},
+      h("a.button", {href: apiAddress("content", path, {version}), download: ""}, t("Download")),
+      n ? button(t("Restore"), () => attempt(restore)) : null,
+      name ? button(t("Let go"), () => attempt(() => pin(null))) : button(t("Keep for good"), keep)
     )
   );
 }
 
-function versionRow(path, version, n) {
-  const restore = () =>
-    attempt(async () => {
-      await api("POST", "versions/restore", {path, version: version.version});
-      toast(t("This version is the present one now; the others stay."));
-      await show();
-    });
-  const keep = () =>
-    askForm(
-      t("Keep for good"),
-      [
-        field(t("Under the name"), {
-          name: "name",
-          value: version.name || "",
-          maxLength: 100,
-          autofocus: true,
-          autocomplete: "off"
-        })
-      ],
-      t("Keep"),
-      async ({name}) => {
-        await api("POST", "versions/pin", {path, version: version.version, name});
-        show();
-        return true;
-      },
-      t("A version with a name is never removed by itself.")
-    );
-  const letGo = () =>
-    attempt(async () => {
-      await api("POST", "versions/pin", {path, version: version.version, name: null});
-      await show();
-    });
-  return h("li", {},
-    h("div.what", {},
-      h("strong", {}, dates.long.format(new Date(version.at))),
-      n ? null : h("span.tag", {}, t("Now")),
-      version.name && h("span.tag", {}, version.name),
-      h("div.soft", {}, [formatSize(version.size), version.account, version.device].filter(Boolean).join(" · "))
-    ),
-    h("div.acts", {},
-      h("a.button", {href: apiAddress("content", path, {version: version.version}), download: ""}, t("Download")),
-      n ? button(t("Restore"), restore) : null,
-      version.name ? button(t("Let go"), letGo) : button(t("Keep for good"), keep)
-    )
-  );
+// one version as the preview would show it, or line by line beside another
+async function lookAtVersion(entry, versions, at, against) {
+  const one = versions[at], older = versions[at + 1];
+  if (!one) return h("p.soft", {}, t(PROBLEMS["not-found"]));
+  const as = ({version, size}) => ({...entry, size, version, as: {version}});
+  const ways = [[null, t("The text")], older && ["before", t("What changed"), older, one],
+                at > 0 && ["now", t("Compared with now"), one, versions[0]]].filter(Boolean);
+  const way = ways.find(([name]) => name === against) || ways[0];
+  const part = !way[2] ? await lookAt(as(one)) : diffView(...await Promise.all(way.slice(2).map(one => readText(as(one)))));
+  return h("section.preview.look", {"aria-label": t("Preview")},
+    ways[1] && isText(as(one)) && h("nav", {"aria-label": t("View")}, ways.map(some => h("a.tab", {
+      href: versionsAddress(entry.path, {version: one.version, with: some[0]}), "aria-current": some === way ? "page" : null}, some[1]))),
+    h("div.body", {}, part));
+}
+
+// ---- what differs between two texts, line by line
+
+const DIFF_MOST = 2000;                // lines; beyond that nobody would read it
+
+const linesOf = text => text ? text.replace(/\r?\n$/, "").split(/\r?\n/) : [];
+
+// the shortest way from the lines a to the lines b (Myers 1986): runs [" ", "-" or "+", lines]; null if they differ too much
+function diffLines(a, b) {
+  let top = 0, x = a.length, y = b.length;
+  while (top < x && top < y && a[top] === b[top]) top++;
+  while (x > top && y > top && a[x - 1] === b[y - 1]) { x--; y--; }
+  const most = Math.min(x + y - 2 * top, DIFF_MOST), mid = most + 1, far = new Int32Array(2 * mid + 1).fill(top), kept = [];
+  const isDown = (far, k, d) => k === -d || k !== d && far[mid + k - 1] < far[mid + k + 1];
+  for (let d = 0; d <= most; d++) {                      // far[mid + k]: how far along a the diagonal k = i - j is reached
+    kept.push(far.slice());
+    for (let k = -d; k <= d; k += 2) {
+      let i = isDown(far, k, d) ? far[mid + k + 1] : far[mid + k - 1] + 1;
+      while (i < x && i - k < y && a[i] === b[i - k]) i++;
+      far[mid + k] = i;
+      if (i >= x && i - k >= y) return wayBack(d);
+    }
+  }
+  return null;
+
+  function wayBack(d) {
+    const runs = [], say = (sign, line) => {
+      if (!runs.length || runs.at(-1)[0] !== sign) runs.push([sign, []]);
+      runs.at(-1)[1].push(line);
+    };
+    for (let n = a.length; n > x; n--) say(" ", a[n - 1]);
+    for (let i = x, j = y; d >= 0; d--) {
+      const far = kept[d], down = isDown(far, i - j, d), from = far[mid + i - j + (down ? 1 : -1)] + (down ? 0 : 1);
+      for (; i > from; j--) say(" ", a[--i]);
+      if (d) down ? say("+", b[--j]) : say("-", a[--i]);
+    }
+    while (top) say(" ", a[--top]);
+    return runs.reverse().map(([sign, lines]) => [sign, lines.reverse()]);
+  }
+}
+
+function diffView(old, now) {
+  const runs = diffLines(linesOf(old), linesOf(now)), marked = (sign, lines) => lines.map(line => sign + " " + line + "\n").join("");
+  if (!runs) return h("p.empty", {}, t("These two are too different to be compared line by line."));
+  const count = sign => runs.reduce((sum, [one, lines]) => sum + (one === sign && lines.length), 0);
+  const rows = runs.map(([sign, lines], n) => {
+    if (sign === "+") return h("ins", {}, h("span.unseen", {}, t("Added:")), marked(sign, lines));
+    if (sign === "-") return h("del", {}, h("span.unseen", {}, t("Removed:")), marked(sign, lines));
+    const from = n ? 3 : 0, to = lines.length - (runs[n + 1] ? 3 : 0), same = lines.slice(from, to);
+    return same.length < 2 ? marked(sign, lines) : [marked(sign, lines.slice(0, from)),
+      h("details", {}, h("summary", {}, plural(same.length, "{n} line unchanged", "{n} lines unchanged")), marked(sign, same)),
+      marked(sign, lines.slice(to))];
+  });
+  return h("div.diff", {tabIndex: 0},
+    h("p", {}, t("Lines added: {added}, removed: {removed}", {added: count("+"), removed: count("-")})), rows);
 }
 
 // ---- trash
@@ -11465,31 +11551,19 @@ async function restoreItems(items) {
   await refresh();
 }
 
-async function purgeItems(items) {
-  if (
-    !(await askYesNo(
-      t("Delete for good?"),
-      t("{what} cannot be brought back after this.", {what: namesOf(items)}),
-      t("Delete for good")
-    ))
-  )
-    return;
-  await api("POST", "trash/empty", {nodes: items.map(entry => entry.node)});
-  clearSelection();
-  dropRows(items);
-  await refresh();
+function purgeItems(items) {
+  return purge(t("Delete for good?"), t("{what} cannot be brought back after this.", {what: namesOf(items)}), t("Delete for good"),
+    {nodes: items.map(entry => entry.node)});
 }
 
-async function emptyTrash() {
-  if (
-    !(await askYesNo(
-      t("Empty the trash?"),
-      t("What is in it cannot be brought back after this."),
-      t("Empty the trash")
-    ))
-  )
-    return;
-  await api("POST", "trash/empty");
+function emptyTrash() {
+  return purge(t("Empty the trash?"), t("What is in it cannot be brought back after this."), t("Empty the trash"));
+}
+
+async function purge(title, text, yes, nodes) {
+  if (!await askYesNo(title, text, yes)) return;
+  await api("POST", "trash/empty", nodes);
+  clearSelection();
   await refresh();
 }
 
@@ -11619,45 +11693,62 @@ const ACTIVITY = {
 };
 
 async function showActivity() {
-  const turn = view.turn,
-    {steps} = await api("GET", "activity", {limit: 100});
+  const turn = view.turn, asked = Object.fromEntries(new URLSearchParams(location.search)), {action, device, after, until} = asked;
+  const time = (day, hour) => day && new Date(day + hour).toISOString();
+  const get = before => api("GET", "activity",
+    {limit: 100, action, device, after: time(after, "T00:00"), until: time(until, "T23:59:59.999"), before});
+  const same = view.kind === "activity" && find(".days");
+  const [{steps}, {devices}] = await Promise.all([get(), same ? {} : api("GET", "activity/devices")]);
   if (turn !== view.turn) return;
-  Object.assign(view, {kind: "activity", path: "", at: null});
-  setTitle(t("Activity"));
-  setCrumbs(h("span", {"aria-current": "page"}, t("Activity")));
+  enterView("activity", t("Activity"));
   setBar();
-  const box = h("ol.steps");
-  const more = button(
-    t("Show more"),
-    () => attempt(async () => addSteps(await api("GET", "activity", {limit: 100, before: more.value}))),
-    {className: "wide"}
-  );
-  const addSteps = ({steps}) => {
-    box.append(...steps.map(stepRow));
+  const box = h("div.days");
+  const more = button(t("Show more"), () => attempt(async () => addSteps((await get(more.value)).steps)), {className: "wide"});
+  const addSteps = steps => {
+    for (const step of steps) dayOf(box, step.at).append(stepRow(step));
     more.hidden = steps.length < 100;
-    if (steps.length) more.value = steps[steps.length - 1].seq;
+    if (steps.length) more.value = steps.at(-1).seq;
+    box.append(more);
+    if (!box.children[1]) box.append(h("p.empty", {}, t("Nothing found")));
   };
-  addSteps({steps});
-  setContent(box, more);
+  addSteps(steps);
+  same ? same.replaceWith(box) : setContent(stepFilters(devices), box);
+  for (const one of find(".limits").elements) one.value = asked[one.name] || "";
+}
+
+// what is looked for stands in the address
+function stepFilters(devices) {
+  const change = () => go(PREFIX + "/activity" + queryOf(Object.fromEntries([...new FormData(form)].filter(([, value]) => value))));
+  const choose = (name, label, all, rows) => h("select", {name, "aria-label": label},
+    h("option", {value: ""}, all), rows.map(([value, words]) => h("option", {value}, words)));
+  const day = (name, label) => h("label", {}, label, h("input", {type: "date", name}));
+  const form = h("form.limits", {onchange: change},
+    choose("action", t("What"), t("Everything"), Object.keys(ACTIVITY).filter(name => ACTIVITY[name].startsWith("{who}"))
+      .map(name => [name, t(ACTIVITY[name], {who: "", what: "…", to: "…"})])),
+    choose("device", t("Device"), t("All devices"), devices.map(one => [one.name, agentOf(one)])),
+    day("after", t("From")), day("until", t("Until")));
+  return form;
+}
+
+const deviceName = name => agentOf({kind: "session", name});
+
+function dayOf(box, at) {
+  const day = dates.date.format(new Date(at)), last = [...box.querySelectorAll("ol")].pop();
+  if (last && last.dataset.day === day) return last;
+  const list = h("ol.steps", {"data-day": day});
+  box.append(h("h2", {}, day), list);
+  return list;
 }
 
 function stepRow(step) {
-  const {path = "", to = "", name = "", count} = step.detail;
-  const what = count
-    ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1})
-    : path
-      ? quoted(nameOf(path))
-      : t("Files");
-  const words = t(ACTIVITY[step.action] || step.action, {
-    who: step.account || t("The server"),
-    what,
-    to: quoted(to),
-    name: agentOf({kind: step.detail.kind, name})
-  });
+  const {path = "", to = "", name = "", count, kind} = step.detail, gone = step.action === "delete", place = to || path;
+  const what = count ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1}) : path ? quoted(nameOf(path)) : t("Files");
+  const words = t(ACTIVITY[step.action] || step.action, {who: step.account || t("The server"), what: "\0", to: quoted(to), name: agentOf({kind, name})}).split("\0");
+  const then = new Date(Date.parse(step.at) - gone).toISOString();              // after the step, or just before it went
   return h("li", {},
     h("div.what", {},
-      h("span", {}, words),
-      h("div.soft", {}, [dates.long.format(new Date(step.at)), step.device].filter(Boolean).join(" · "))
+      words[0], words.length > 1 && (place ? link(what, addressOf(place) + queryOf({at: then})) : what), words[1],
+      h("div.soft", {}, dotted(dates.time.format(new Date(step.at)), deviceName(step.device)))
     ),
     h("div.acts", {}, step.undoable ? button(t("Undo"), () => attempt(() => undo([step.seq]))) : null)
   );
@@ -11665,66 +11756,129 @@ function stepRow(step) {
 
 // ---- a collection as it was
 
+// where a row leads; what lies in the trash is shown as it was just before it went
+const addressFor = ({path, deleted}) => deleted ? pastAddress(new Date(Date.parse(deleted) - 1).toISOString(), path) : placeAddress(path);
+const placeAddress = path => view.at ? pastAddress(view.at, path) : addressOf(path);
 const pastAddress = (at, path) => PREFIX + "/past/" + encodeURIComponent(at) + (path && "/" + encodePath(path));
 
+const HOW = {added: "added", deleted: "deleted", changed: "changed", moved: "moved"};
+
 async function showPast(at, address) {
-  const path = decodePath(address),
-    turn = view.turn;
+  const path = decodePath(address), turn = view.turn;
   at = decodeURIComponent(at);
   if (at === "now") at = new Date().toISOString();
-  const [answer, {steps}] = await Promise.all([
-    load(path, {at, limit: undefined}).catch(absent),
-    api("GET", "activity", {limit: 1000})
-  ]);
+  if (showInside(path, "past", at)) return;
+  const there = await load(path, {at}).catch(absent), file = there.kind === "file", place = file ? parentOf(path) : path;
+  const [answer, {steps}, since] = await Promise.all([file ? load(place, {at}) : there, api("GET", "activity", {limit: 1000}),
+    api("GET", "differences/" + encodePath(place), {at, limit: 10000}).catch(error => error.code === "not-found"
+      ? {count: 1, changes: [{how: "deleted", path: null, was: place}]} : absent(error))]);
   if (turn !== view.turn) return;
-  const same = view.kind === "past" && find(".slider");
-  Object.assign(view, {kind: "past", path, at});
-  setTitle(path ? nameOf(path) : t("Files"));
-  setCrumbs(...crumbsOf(path, path => pastAddress(at, path)), h("span.soft", {}, dates.long.format(new Date(at))));
-  if (!same)
-    setContent(
-      timeSlider(steps),
-      ...makeList({columns: ["mtime", "size"], empty: () => h("p.big", {}, t("Nothing was here then"))})
-    );
-  fillList(sortEntries(answer.children));
+  const same = view.kind === "past" && view.path === place && find(".slider"), marks = marksOf(since.changes, place);
+  Object.assign(view, {kind: "past", path: place, at, since});
+  setTitle(place ? nameOf(place) : t("Files"));
+  setCrumbs(...crumbsOf(place, path => pastAddress(at, path)), h("span.soft", {}, longTime(at)));
+  if (!same) setContent(timeSlider(steps), h("details.changes"),
+    ...makeList({columns: ["mtime", "size"], empty: () => h("p.big", {}, t("Nothing was here then"))}));
+  find(".slider").show();
+  showChanges(since);
+  fillList(sortEntries(answer.children.map(entry => ({...entry, since: marks.get(entry.name)}))));
+  const index = file ? list.entries.findIndex(one => one.name === there.name) : -1;
+  if (index < 0) return;
+  pick(index);
+  openPreview(list.entries[index]);
 }
 
 const absent = error => {
   if (error.code !== "not-found" && error.code !== "gone") throw error;
-  return {children: []};
+  return {children: [], changes: [], count: 0};
 };
 
-// one stop for each time something changed, the latest on the right
+// what became of the things in a collection, by name; what lies deeper only changes what holds it
+function marksOf(changes, place) {
+  const marks = new Map(), below = path => path ? path.slice(place && place.length + 1).split("/")[0] : "";
+  for (const {path, was} of changes) for (const name of [below(path), below(was)]) marks.set(name, "changed");
+  for (const {how, was} of changes) if (was && parentOf(was) === place) marks.set(nameOf(was), how);
+  return marks;
+}
+
+function showChanges({count, changes}) {
+  const sums = Object.keys(HOW).map(how => [changes.filter(one => one.how === how).length, t(HOW[how])]).filter(([n]) => n);
+  const how = sums.map(([n, words]) => number.format(n) + " " + words).join(", ");
+  find(".changes").replaceChildren(
+    h("summary", {}, count ? t("{n} changed since: {how}", {n: count, how}) : t("Nothing has changed since then.")),
+    h("ul.steps", {}, changes.slice(0, 500).map(changeRow), count > 500 && h("li", {}, t("and {n} more", {n: count - 500}))));
+}
+
+const changeRow = ({how, path, was}) => h("li", {}, h("div.what", {},
+  link(path || was, path ? addressOf(path) : pastAddress(view.at, was)),
+  h("span.tag", {}, t(HOW[how])),
+  how === "moved" && h("div.soft", {}, was)));
+
+// one stop for each time something changed here, the latest on the right
 function timeSlider(steps) {
-  const stops = [...new Set(steps.map(step => step.at))].sort(),
-    now = Date.parse(view.at);
-  const nearest = stops.filter(stop => Date.parse(stop) <= now).length - 1;
-  const words = h("output", {}, dates.long.format(now)),
-    move = soon(at => go(pastAddress(at, view.path), {replace: true}), 150);
-  const range = h("input", {
-    type: "range",
-    min: 0,
-    max: Math.max(0, stops.length - 1),
-    value: Math.max(0, nearest),
-    "aria-label": t("Time"),
-    oninput: () => {
-      const at = stops[range.value];
-      words.textContent = range.ariaValueText = dates.long.format(new Date(at));
-      move(at);
-    }
-  });
-  const exact = h("input", {
-    type: "datetime-local",
-    "aria-label": t("Exact time"),
-    onchange: () => exact.value && move(new Date(exact.value).toISOString())
-  });
-  return h("div.slider", {}, words, range, exact, link(t("Back to now"), addressOf(view.path), {className: "button"}));
+  const here = path => path && ((path + "/").startsWith(view.path && view.path + "/") || view.path.startsWith(path + "/"));
+  const stops = [...new Set(steps.filter(({undoable, detail: {path, to, count}}) => undoable && (count || here(path) || here(to)))
+    .map(step => step.at))].sort();
+  const words = h("output"), move = soon(at => go(pastAddress(at, view.path), {replace: true}), 150);
+  const say = at => {
+    words.textContent = range.ariaValueText = longTime(at);
+    earlier.disabled = range.value < 1;
+    later.disabled = range.value > stops.length - 2;
+  };
+  const moveTo = n => {
+    range.value = n;
+    say(stops[n]);
+    move(stops[n]);
+  };
+  const range = h("input", {type: "range", max: Math.max(0, stops.length - 1), "aria-label": t("Time"), oninput: () => moveTo(range.value)});
+  const exact = h("input", {type: "datetime-local", "aria-label": t("Exact time"),
+                            onchange: () => exact.value && move(new Date(exact.value).toISOString())});
+  const earlier = button(t("Earlier"), () => moveTo(range.value - 1)), later = button(t("Later"), () => moveTo(Number(range.value) + 1));
+  const show = () => {
+    if (![range, earlier, later].includes(document.activeElement)) range.value = stops.filter(stop => stop <= view.at).length - 1;
+    if (!(stops[range.value] > view.at)) say(view.at);   // else the reader is further by now
+  };
+  const slider = h("div.slider", {}, words, earlier, range, later, exact, link(t("Back to now"), addressOf(view.path), {className: "button"}));
+  return Object.assign(slider, {show});
+}
+
+// what is chosen in the past becomes what it was, each thing by the way that keeps its history
+async function bringBack(items) {
+  const seqs = [], trashed = new Set((await api("GET", "trash", {limit: 10000})).items.map(one => one.node));
+  for (const entry of items) await bringOne(entry, trashed, seqs);
+  clearSelection();
+  seqs.length ? offerUndo(t("{what} brought back", {what: namesOf(items)}), ...seqs) : toast(t("Nothing has changed since then."));
+  await refresh();
+}
+
+async function bringOne(entry, trashed, seqs) {
+  const {at, since} = view, to = entry.path, post = async (what, values) => {
+    const answer = await api("POST", what, values);
+    if (answer.seq) seqs.push(answer.seq);
+    return answer;
+  };
+  const last = since.changes.find(({was}) => was === to) || since.changes.find(({was}) => was && to.startsWith(was + "/"));
+  let path = last ? last.path && last.path + to.slice(last.was.length) : to;
+  if (!path && trashed.has(entry.node)) [path] = (await post("trash/restore", {nodes: [entry.node]})).paths;
+  else if (path && path !== to) path = (await post("move", {items: [{from: path, to}], clash: "keep"})).items[0].path;
+  if (path && entry.kind === "collection") return (await post("rewind", {path, at, dry: true})).changed && post("rewind", {path, at});
+  if (path) {
+    const now = await load(path), same = ["size", "mtime", "sha256"].every(name => now[name] === entry[name]);
+    return !same && post("versions/restore", {path, version: entry.version});
+  }
+  if (entry.kind === "collection") {                     // it lies in something deleted: what it held comes back alone
+    for (const child of (await load(to, {at})).children) await bringOne(child, trashed, seqs);
+    return undefined;
+  }
+  const body = await (await ask(contentAddress(entry))).blob();
+  const answer = await ask(apiAddress("files", to, {parents: 1, mtime: entry.mtime}), {method: "PUT", body, headers: HEADERS});
+  return seqs.push(Number((await answer.json()).version));
 }
 
 async function rewind() {
   const {path, at} = view,
     {changed} = await api("POST", "rewind", {path, at, dry: true}),
-    when = dates.long.format(new Date(at));
+    when = longTime(at);
   if (!changed) return toast(t("Nothing has changed since then."));
   if (
     !(await askYesNo(
@@ -11828,8 +11982,8 @@ async function devicesSection() {
             t(device.readonly ? "reads only" : "reads and changes"),
             t(device.limited ? "one folder" : "everything"),
             device.used
-              ? t("used {when}", {when: dates.long.format(new Date(device.used))})
-              : t("added {when}", {when: dates.long.format(new Date(device.created))}),
+              ? t("used {when}", {when: longTime(device.used)})
+              : t("added {when}", {when: longTime(device.created)}),
             device.address
           ]
             .filter(Boolean)
@@ -11864,56 +12018,70 @@ function agentOf({kind, name}) {
 
 // ---- preview: a file over the list it belongs to, at an address of its own
 
-const preview = {box: null, entry: null};
+const preview = {box: null, entry: null, show: 0};
 const TEXT_MOST = 2 << 20;             // bytes of text that are shown or edited
-const isImage = entry => /^image\//.test(entry.media || "");
+const mediaOf = entry => (entry.media || "").split("/")[0];
+const isImage = entry => mediaOf(entry) === "image";
+const isPlayed = entry => ["audio", "video"].includes(mediaOf(entry));
 const isText = entry =>
   entry.kind === "file" &&
   entry.size <= TEXT_MOST &&
   (/^text\//.test(entry.media || "") || ["text", "table"].includes(kindOf(entry))) &&
   !/\.(docx|odt|rtf|xlsx?|ods)$/i.test(entry.name);
 
+// what fits a file, and how it is shown then: as it is now, as one of its versions or as of a time
+const LOOKS = [
+  [isImage, entry => zoomable(h("img", {src: contentAddress(entry), alt: entry.name, onload: () => preview.entry === entry && loadAhead()}))],
+  [isPlayed, player],
+  [entry => kindOf(entry) === "pdf" && entry.size < 200 << 20, pdfView],
+  [isText, async entry => textView(entry, await readText(entry))],
+];
+const lookOf = entry => LOOKS.find(([fits]) => fits(entry));
+const lookAt = entry => (lookOf(entry) || [0, noLook])[1](entry);
+
 function openPreview(entry) {
   closePreview();
-  const act = (name, label, run, when = true) => when && button(t(label), run, {"data-action": name});
-  preview.entry = entry;
-  preview.body = h("div.body");
-  preview.box = h(
-    "dialog.preview",
-    {
-      "aria-label": entry.name,
-      oncancel: event => {
-        event.preventDefault();
-        leavePreview();
-      },
-      onkeydown: onPreviewKey
-    },
-    h("div.title", {},
-      h("strong", {}, h("bdi", {}, entry.name)),
-      h("span.soft", {}, formatSize(entry.size)),
-      act("edit", "Edit", () => attempt(() => editFile(entry)), isText(entry)),
-      act("download", "Download", () => saveFrom(contentAddress(entry))),
-      act("versions", "Versions", () => go(versionsAddress(entry.path))),
-      button(t("Close"), leavePreview, {className: "primary", autofocus: true})
-    ),
-    preview.body
-  );
+  preview.box = h("dialog.preview", {onkeydown: onPreviewKey, oncancel: event => { event.preventDefault(); leavePreview(); }});
+  preview.box.addEventListener("click", event => {
+    if (!preview.show) return;
+    event.stopPropagation();
+    slideshow(false);
+  }, true);
   document.body.append(preview.box);
+  preview.box.append(find(".toasts"));
+  fillPreview(entry);
   preview.box.showModal();
-  setTitle(entry.name);
-  attempt(() => fillPreview(entry));
 }
 
-async function fillPreview(entry) {
-  const media = entry.media || "",
-    address = contentAddress(entry),
-    show = (...parts) => preview.entry === entry && preview.body.replaceChildren(...parts);
-  if (isImage(entry)) show(zoomable(h("img", {src: address, alt: entry.name})), ...turners(entry));
-  else if (media.startsWith("video/")) show(h("video", {src: address, controls: true, playsInline: true}));
-  else if (media.startsWith("audio/")) show(h("audio", {src: address, controls: true}));
-  else if (kindOf(entry) === "pdf" && entry.size < 200 << 20) show(...(await pdfView(address)));
-  else if (isText(entry)) show(textView(entry, await readText(entry)));
-  else show(h("div.empty", {}, h("p", {}, t("There is no preview of this kind of file."))));
+function fillPreview(entry) {
+  const held = document.activeElement.dataset.action, inside = preview.box.contains(document.activeElement);
+  const act = (name, label, run, when = true) => when && button(label, run, {"data-action": name});
+  preview.entry = entry;
+  preview.body = h("div.body");
+  preview.box.setAttribute("aria-label", entry.name);
+  const title = h("div.title", {},
+    h("strong", {}, h("bdi", {}, entry.name)),
+    view.at && h("span.tag", {}, longTime(view.at)),
+    h("span.soft", {}, formatSize(entry.size)),
+    act("edit", t("Edit"), () => attempt(() => editFile(entry)), !view.at && isText(entry)),
+    act("download", t("Download"), () => saveFrom(contentAddress(entry))),
+    act("bring-back", t("Bring back"), () => attempt(() => bringBack([entry])), view.at),
+    act("versions", t("Versions"), () => go(versionsAddress(entry.path)), !view.at),
+    act("link", t("Copy link"), () => attempt(copyLink)),
+    button(t("Close"), leavePreview, {className: "primary", autofocus: true}));
+  for (const old of preview.box.querySelectorAll(":scope > :not(.toasts)")) old.remove();
+  preview.box.prepend(title, preview.body, previewFoot(entry));
+  if (inside) (find(`[data-action=${held}]:enabled`, preview.box) || find(".primary", preview.box)).focus();
+  setTitle(entry.name);
+  attempt(async () => {
+    const part = await lookAt(entry);
+    if (preview.entry === entry) preview.body.replaceChildren(part);
+  });
+}
+
+function copyLink() {
+  const media = find("video, audio", preview.body), at = media ? Math.floor(media.currentTime) : 0;
+  return copyText(location.href.replace(/#.*/, "") + (at ? "#t=" + at : ""));
 }
 
 const readText = async entry => (await ask(contentAddress(entry), {headers: HEADERS, cache: "no-cache"})).text();
@@ -11925,17 +12093,46 @@ function textView(entry, text) {
 }
 
 // the browser's own viewer; the type is ours to say, so that nothing else can come of the bytes
-async function pdfView(address) {
-  const bytes = await (await ask(address)).arrayBuffer(),
+async function pdfView(entry) {
+  const bytes = await (await ask(contentAddress(entry))).arrayBuffer(),
     url = URL.createObjectURL(new Blob([bytes], {type: "application/pdf"}));
-  const opener = h("a.button", {href: url, target: "_blank"}, t("Open in a new tab"));
-  if (isPhone.matches || navigator.pdfViewerEnabled === false) return [opener];
-  return [h("iframe", {src: url, title: t("Preview")})];
+  return isPhone.matches || navigator.pdfViewerEnabled === false
+    ? h("a.button", {href: url, target: "_blank"}, t("Open in a new tab")) : h("iframe", {src: url, title: t("Preview")});
 }
 
-// a click shows the picture in its full size, another one as a whole again
+function noLook(entry) {
+  const asText = async () => {
+    const text = h("pre", {tabIndex: 0}, await readText(entry));
+    box.replaceWith(text);
+    text.focus();
+  };
+  const box = h("div.empty", {}, h("p", {}, t("There is no preview of this kind of file.")), h("div.acts", {},
+    button(t("Download"), () => saveFrom(contentAddress(entry))),
+    kindOf(entry) === "file" && entry.size <= TEXT_MOST && button(t("Show as text"), () => attempt(asText))));
+  return box;
+}
+
+// it begins where a link says (#t=80); at its end the next of its kind begins
+function player(entry) {
+  const at = (location.hash.match(/^#t=[\d.]+$/) || [""])[0];
+  return h(mediaOf(entry), {src: contentAddress(entry) + at, controls: true, playsInline: true, autoplay: preview.play, onended: () => {
+    if (preview.entry === entry && playsOn()) turnTo(near(1, sameKind), true);
+  }});
+}
+
+const playsOn = () => localStorage.getItem("playon") !== "0";
+
+// a click shows the picture in its full size, another one as a whole again; a finger turns over to the next
 function zoomable(image) {
-  const stage = h("div.stage", {onclick: event => {
+  let from = null;
+  const swipe = {
+    ontouchstart: ({touches}) => { from = touches.length === 1 && !stage.matches(".zoomed") && visualViewport.scale < 1.05 && touches[0]; },
+    ontouchend: ({changedTouches: [to]}) => {
+      const x = from ? to.clientX - from.clientX : 0;
+      if (preview.entry && Math.abs(x) > 50 && Math.abs(x) > 2 * Math.abs(to.clientY - from.clientY)) turnTo(near(x < 0 ? 1 : -1));
+    }
+  };
+  const stage = h("div.stage", {...swipe, onclick: event => {
     if (event.target !== image) return;
     const x = event.offsetX / image.width, y = event.offsetY / image.height;
     stage.classList.toggle("zoomed");
@@ -11944,43 +12141,97 @@ function zoomable(image) {
   return stage;
 }
 
-const pictures = () => list.entries.filter(one => one.kind === "file" && isImage(one));
+// ---- from file to file in the preview
 
-function turners(entry) {
-  const all = pictures(), at = all.indexOf(entry);
-  return [[at - 1, t("Back"), ".back"], [at + 1, t("Next"), ".on"]].filter(([n]) => all[n])
-    .map(([n, label, side]) => h("button.turn" + side, {type: "button", onclick: () => turnTo(all[n])}, label));
+// the files of the list that fit, with the one shown among them, and its place there
+function among(fits) {
+  const {path} = preview.entry, all = list.entries.filter(one => one.kind === "file" && (one.path === path || fits(one)));
+  return [all, all.findIndex(one => one.path === path)];
 }
 
-function turnTo(entry) {
-  go(addressOf(entry.path), {replace: true});
+const sameKind = one => mediaOf(one) === mediaOf(preview.entry);
+
+function near(step, fits = lookOf, around = false) {
+  const [all, n] = among(fits);
+  return all[around ? (n + step) % all.length : n + step];
 }
+
+function loadAhead() {
+  for (const one of [near(1), near(-1)]) if (one && isImage(one)) new Image().src = contentAddress(one);
+}
+
+function previewFoot(entry) {
+  const [all, n] = among(lookOf), next = near(1, sameKind);
+  const turn = (step, label) => button(label, () => turnTo(near(step)), {"data-action": label, disabled: !near(step)});
+  const tick = h("input", {type: "checkbox", checked: playsOn(), "data-action": "playon",
+                           onchange: () => localStorage.setItem("playon", tick.checked ? "1" : "0")});
+  return h("div.foot", {hidden: all.length < 2},
+    turn(-1, t("Back")),
+    h("span.soft", {}, t("{n} of {all}", {n: n + 1, all: all.length})),
+    isImage(entry) && near(1, sameKind, true) !== entry && button(t("Slideshow"), () => slideshow(true), {"data-action": "show"}),
+    isPlayed(entry) && next && h("label.tick", {}, tick, t("Play on: {name}", {name: next.name})),
+    turn(1, t("Next")));
+}
+
+function turnTo(entry, play) {
+  if (!entry || !mayLeave()) return;
+  const media = find("video, audio", preview.body);
+  preview.play = play || Boolean(media && !media.paused);
+  history.replaceState(history.state, "", placeAddress(entry.path));
+  setCursor(list.known.get(entry.node));
+  fillPreview(entry);
+}
+
+// one picture after the other, until any key or click
+function slideshow(on) {
+  clearInterval(preview.show);
+  preview.show = on && setInterval(() => document.hidden || turnTo(near(1, sameKind, true)), 5000);
+  preview.box.classList.toggle("showing", on);
+  if (on) toast(t("Any key or click ends the slideshow."));
+}
+
+const zoom = on => {
+  const stage = find(".stage", preview.body);
+  if (stage) stage.classList.toggle("zoomed", on);
+};
+
+const PREVIEW_KEYS = {
+  ArrowRight: () => turnTo(near(1)), ArrowLeft: () => turnTo(near(-1)), "+": () => zoom(true), "-": () => zoom(false),
+  s: () => isImage(preview.entry) && slideshow(true),
+  e: () => !view.at && isText(preview.entry) && attempt(() => editFile(preview.entry))
+};
+
+// what can be moved itself by an arrow keeps it
+const usesArrows = element => element.matches("video, audio") || element.scrollWidth > element.clientWidth + 1;
 
 function onPreviewKey(event) {
-  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
-  if (step && isImage(preview.entry) && !find(".zoomed", preview.box)) {
-    const all = pictures(),
-      next = all[all.indexOf(preview.entry) + step];
-    if (next) turnTo(next);
-  } else if (event.key.toLowerCase() === "e" && isText(preview.entry) && event.target.tagName !== "TEXTAREA")
-    attempt(() => editFile(preview.entry));
-  else return;
+  const run = PREVIEW_KEYS[event.key.length > 1 ? event.key : event.key.toLowerCase()];
+  if (preview.show) slideshow(false);
+  else if (!run || event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "TEXTAREA") return;
+  else if (event.key[0] === "A" && (usesArrows(event.target) || find(".zoomed", preview.box))) return;
+  else run();
   event.preventDefault();
 }
 
 function closePreview() {
   if (!preview.box) return;
-  preview.box.remove();
+  removeDialog(preview.box);
+  slideshow(false);
   preview.box = preview.entry = null;
   if (list.box) list.box.focus({preventScroll: true});
   setTitle(view.path ? nameOf(view.path) : t("Files"));
 }
 
+function mayLeave() {
+  const may = !preview.dirty || confirm(t("Leave without saving?"));
+  if (may) preview.dirty = false;
+  return may;
+}
+
 function leavePreview() {
-  if (preview.dirty && !confirm(t("Leave without saving?"))) return;
-  preview.dirty = false;
+  if (!mayLeave()) return;
   if (history.state && history.state.inside) history.back();
-  else go(addressOf(view.path), {replace: true});
+  else go(placeAddress(view.path), {replace: true});
 }
 
 // ---- editing text
@@ -12432,7 +12683,7 @@ function watchServer() {
 const changed = soon(async before => {
   showHeld();
   if (!before || list.editing || preview.dirty) return;
-  if (view.kind !== "files") return ["trash", "activity", "starred"].includes(view.kind) ? refresh() : undefined;
+  if (view.kind !== "files") return ["trash", "starred"].includes(view.kind) || view.kind === "activity" && scrollY < 300 ? refresh() : undefined;
   const turn = view.turn, {etag} = await load(view.path, {limit: 1});
   if (turn === view.turn && etag !== view.etag && !preview.box) await refresh();
 }, 400);
@@ -12581,13 +12832,16 @@ PAGE_GERMAN = r"""{
   "Actions for {name}": "Aktionen für {name}",
   "Activity": "Aktivität",
   "Add something with “New”.": "Füge mit „Neu“ etwas hinzu.",
+  "Added:": "Neu:",
   "Administrator": "Verwaltung",
   "Administrator no more": "Nicht mehr Verwaltung",
+  "All devices": "Alle Geräte",
   "All folders": "Alle Ordner",
   "All uploads": "Alle Uploads",
   "Allow": "Erlauben",
   "Already there": "Schon da",
   "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
+  "Any key or click ends the slideshow.": "Jede Taste und jeder Klick beendet die Diaschau.",
   "Any kind": "Jede Art",
   "Any size": "Jede Größe",
   "Any time": "Jederzeit",
@@ -12597,6 +12851,7 @@ PAGE_GERMAN = r"""{
   "Back": "Zurück",
   "Back to now": "Zurück zu jetzt",
   "Before this year": "Vor diesem Jahr",
+  "Bring back": "Zurückholen",
   "Bring it back": "Zurückholen",
   "Bring this time back": "Diesen Stand zurückholen",
   "Bring this time back?": "Diesen Stand zurückholen?",
@@ -12618,6 +12873,7 @@ PAGE_GERMAN = r"""{
   "Close": "Schließen",
   "Code to scan": "Code zum Scannen",
   "Colours": "Farben",
+  "Compared with now": "Verglichen mit jetzt",
   "Comparing…": "Wird verglichen …",
   "Connect": "Verbinden",
   "Contents only": "Nur Inhalte",
@@ -12627,6 +12883,7 @@ PAGE_GERMAN = r"""{
   "Copy address": "Adresse kopieren",
   "Copy curl command": "curl-Befehl kopieren",
   "Copy here": "Hierher kopieren",
+  "Copy link": "Link kopieren",
   "Copy this": "Kopiere dies",
   "Copy to…": "Kopieren nach …",
   "Copy {what} to": "{what} kopieren nach",
@@ -12641,6 +12898,7 @@ PAGE_GERMAN = r"""{
   "Delete something and empty the trash, or choose less.": "Lösche etwas und leere den Papierkorb, oder wähle weniger aus.",
   "Deleted": "Gelöscht",
   "Deleted things stay here until their time is over or the trash is emptied.": "Gelöschtes bleibt hier, bis seine Zeit um ist oder der Papierkorb geleert wird.",
+  "Device": "Gerät",
   "Devices": "Geräte",
   "Disk used": "Belegte Festplatte",
   "Do the same for all others": "Für alle weiteren genauso",
@@ -12650,6 +12908,7 @@ PAGE_GERMAN = r"""{
   "Download": "Herunterladen",
   "Download this folder": "Diesen Ordner herunterladen",
   "Drop files here, or add something with “New”.": "Zieh Dateien hierher oder füge mit „Neu“ etwas hinzu.",
+  "Earlier": "Früher",
   "Earlier versions": "Frühere Versionen",
   "Edit": "Bearbeiten",
   "Empty the trash": "Papierkorb leeren",
@@ -12671,6 +12930,7 @@ PAGE_GERMAN = r"""{
   "First number": "Erste Nummer",
   "Folders": "Ordner",
   "Free on disk": "Frei auf der Platte",
+  "From": "Von",
   "From a command line:": "Von der Kommandozeile:",
   "Grant access": "Zugang gewähren",
   "Grant access?": "Zugang gewähren?",
@@ -12695,10 +12955,12 @@ PAGE_GERMAN = r"""{
   "Language": "Sprache",
   "Last 30 days": "Letzte 30 Tage",
   "Last 7 days": "Letzte 7 Tage",
+  "Later": "Später",
   "Leave without saving?": "Verlassen, ohne zu speichern?",
   "Let go": "Freigeben",
   "Light": "Hell",
   "Like the system": "Wie das System",
+  "Lines added: {added}, removed: {removed}": "Zeilen neu: {added}, entfernt: {removed}",
   "List": "Liste",
   "Log in": "Anmelden",
   "Log out": "Abmelden",
@@ -12763,6 +13025,7 @@ PAGE_GERMAN = r"""{
   "Phone or tablet: WebDAV": "Handy oder Tablet: WebDAV",
   "Phone or tablet: photos and files": "Handy oder Tablet: Fotos und Dateien",
   "Photo": "Foto",
+  "Play on: {name}": "Danach: {name}",
   "Please log in again": "Bitte neu anmelden",
   "Present password": "Bisheriges Passwort",
   "Preview": "Vorschau",
@@ -12774,6 +13037,7 @@ PAGE_GERMAN = r"""{
   "Remove": "Entfernen",
   "Remove star": "Markierung entfernen",
   "Remove the account {name}?": "Das Konto {name} entfernen?",
+  "Removed:": "Entfernt:",
   "Rename": "Umbenennen",
   "Rename {n} items": "{n} Elemente umbenennen",
   "Renamed to “{name}”": "Umbenannt in „{name}“",
@@ -12800,12 +13064,14 @@ PAGE_GERMAN = r"""{
   "Set the quota": "Speicher festlegen",
   "Settings": "Einstellungen",
   "Shift": "Umschalt",
+  "Show as text": "Als Text zeigen",
   "Show in its folder": "Im Ordner zeigen",
   "Show more": "Mehr zeigen",
   "Size": "Größe",
   "Skip": "Überspringen",
   "Skip to the files": "Zu den Dateien",
   "Skipped": "Übersprungen",
+  "Slideshow": "Diaschau",
   "Somebody changed this in the meantime.": "Jemand hat das inzwischen geändert.",
   "Somebody else saved this file": "Jemand anderes hat diese Datei gespeichert",
   "Something went wrong on the server. Whoever runs it should look at its log.": "Auf dem Server ging etwas schief. Wer ihn betreibt, sollte ins Protokoll sehen.",
@@ -12831,10 +13097,12 @@ PAGE_GERMAN = r"""{
   "The server cannot write at the moment.": "Der Server kann gerade nichts speichern.",
   "The server could not read all of it. Whoever runs it should look at its log.": "Der Server konnte nicht alles lesen. Wer ihn betreibt, sollte ins Protokoll sehen.",
   "The server is busy. Try again in a moment.": "Der Server ist beschäftigt. Versuche es gleich noch einmal.",
+  "The text": "Der Text",
   "The trash is empty": "Der Papierkorb ist leer",
   "The two passwords differ.": "Die beiden Passwörter sind verschieden.",
   "There is no preview of this kind of file.": "Für diese Art von Datei gibt es keine Vorschau.",
   "There is something of that name already.": "Etwas mit diesem Namen gibt es schon.",
+  "These two are too different to be compared line by line.": "Diese beiden sind zu verschieden, um sie Zeile für Zeile zu vergleichen.",
   "This file is larger than the server accepts.": "Diese Datei ist größer, als der Server annimmt.",
   "This file was changed since it was chosen. Choose it again.": "Diese Datei wurde seit der Auswahl verändert. Wähle sie noch einmal aus.",
   "This is not a regular expression.": "Das ist kein regulärer Ausdruck.",
@@ -12860,6 +13128,7 @@ PAGE_GERMAN = r"""{
   "Undo": "Rückgängig",
   "Undone, except {n} that changed since.": "Rückgängig gemacht, außer {n}, die sich seither geändert haben.",
   "Undone.": "Rückgängig gemacht.",
+  "Until": "Bis",
   "Upload a folder": "Ordner hochladen",
   "Upload files": "Dateien hochladen",
   "Upload the others": "Die anderen hochladen",
@@ -12875,6 +13144,8 @@ PAGE_GERMAN = r"""{
   "Waiting for the connection…": "Wartet auf die Verbindung …",
   "Ways to connect": "Wege zum Verbinden",
   "Welcome": "Willkommen",
+  "What": "Was",
+  "What changed": "Was sich änderte",
   "What is in it cannot be brought back after this.": "Sein Inhalt lässt sich danach nicht zurückholen.",
   "What is kept": "Was aufgehoben wird",
   "What is older goes for good; of what is more than the most, the oldest goes first.": "Was älter ist, geht endgültig; wird es mehr als das Höchste, geht das Älteste zuerst.",
@@ -12889,13 +13160,17 @@ PAGE_GERMAN = r"""{
   "Your session has ended.": "Deine Sitzung ist zu Ende.",
   "Your storage is full. Delete something, then empty the trash, or ask for more.": "Dein Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
   "a password has 10 to 1024 characters": "ein Passwort hat 10 bis 1024 Zeichen",
+  "added": "hinzugefügt",
   "added {when}": "hinzugefügt {when}",
   "and {n} more": "und {n} weitere",
   "another one still has it: rename in two steps": "hat ein anderes noch: in zwei Schritten umbenennen",
   "cannot be a name": "kann kein Name sein",
+  "changed": "geändert",
+  "deleted": "gelöscht",
   "everything": "alles",
   "is there already": "gibt es schon",
   "less than a minute left": "noch weniger als eine Minute",
+  "moved": "verschoben",
   "one folder": "ein Ordner",
   "reads and changes": "liest und ändert",
   "reads only": "liest nur",
@@ -12905,9 +13180,11 @@ PAGE_GERMAN = r"""{
   "twice the same": "zweimal der gleiche",
   "used {when}": "benutzt {when}",
   "{free} of {total}": "{free} von {total}",
+  "{how} since": "seither {how}",
   "{n} %": "{n} %",
   "{n} B": "{n} B",
   "{n} already there": "{n} schon da",
+  "{n} changed since: {how}": "{n} seither anders: {how}",
   "{n} file": "{n} Datei",
   "{n} file is too large": "{n} Datei ist zu groß",
   "{n} file uploaded": "{n} Datei hochgeladen",
@@ -12923,12 +13200,15 @@ PAGE_GERMAN = r"""{
   "{n} items": "{n} Elemente",
   "{n} items renamed": "{n} Elemente umbenannt",
   "{n} items restored": "{n} Elemente wiederhergestellt",
+  "{n} line unchanged": "{n} Zeile unverändert",
+  "{n} lines unchanged": "{n} Zeilen unverändert",
   "{n} minute left": "noch {n} Minute",
   "{n} minutes left": "noch {n} Minuten",
   "{n} name changes": "{n} Name ändert sich",
   "{n} name does not work": "{n} Name geht nicht",
   "{n} names change": "{n} Namen ändern sich",
   "{n} names do not work": "{n} Namen gehen nicht",
+  "{n} of {all}": "{n} von {all}",
   "{n} selected": "{n} ausgewählt",
   "{n} upload failed": "{n} Upload fehlgeschlagen",
   "{n} uploads failed": "{n} Uploads fehlgeschlagen",
@@ -12939,6 +13219,7 @@ PAGE_GERMAN = r"""{
   "{used} of {quota} used": "{used} von {quota} belegt",
   "{used} used": "{used} belegt",
   "{what} becomes what it was on {when}. {n} things change; you can undo this.": "{what} wird, was es am {when} war. {n} Dinge ändern sich; das lässt sich rückgängig machen.",
+  "{what} brought back": "{what} zurückgeholt",
   "{what} cannot be brought back after this.": "{what} lässt sich danach nicht zurückholen.",
   "{what} copied": "{what} kopiert",
   "{what} deleted": "{what} gelöscht",
@@ -13037,14 +13318,16 @@ async function answer(request, name) {
 LEAN = re.compile(r"""
     (?P<kept> "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `(?:[^`\\]|\\.)*`                     # strings; templates are not nested
     | (?<=[(,=:\[!&|?{};>\s]) / (?![*/ ]) (?:[^/\\\[\n]|\\.|\[(?:[^\]\\\n]|\\.)*\])+ /[a-z]* )         # regular expressions
-    | (?P<word> \b(?:true|false|undefined|const)\b )
+    | (?<![^.][.]) \b (?P<name> event | entry | button | attempt ) \b (?!\s*:)
+    | (?<=return) [ ] undefined (?=;) | (?P<word> \b(?:true|false|undefined|const)\b )
     | (?P<gone> [ ]*//[^\n]* | /\*.*?\*/ | ;(?=\s*\}) | ,(?=\s*[\])}]) )
     | (?P<line> [ ]*\n\s* )
     | [ ]* (?P<mark> => | [-+*]= | [{}()\[\],;:?=<>&|!] ) [ ]*
     | (?:[ ]|(?<=[)\]][ ])) (?P<sum> [/%] | \*\*? | \+(?![ ]\+) | -(?![ ]-) ) [ ]""", re.X | re.S)
 
 
-LEAN_WORDS = {"true": "!0", "false": "!1", "undefined": "void 0", "const": "let"}         # the shorter twins of words
+LEAN_WORDS = {"true": "!0", "false": "!1", "undefined": "void 0", "const": "let",         # the shorter twins of words
+              "event": "e", "entry": "E", "button": "B", "attempt": "A"}    # which it uses for nothing else
 
 
 def lean(script: str) -> str:
@@ -13052,10 +13335,13 @@ def lean(script: str) -> str:
     def say(found: re.Match[str]) -> str:
         if found["line"] is not None:
             return "\n"
-        return LEAN_WORDS[found["word"]] if found["word"] else found["kept"] or found["mark"] or found["sum"] or ""
+        word = found["word"] or found["name"]
+        return LEAN_WORDS[word] if word else found["kept"] or found["mark"] or found["sum"] or ""
 
     bare = LEAN.sub(say, script)
-    return re.sub(r"(?<=[,(\[{;:?=&|>])\n+|\n+(?=[)\]},:?=&|.])|\n+(?=\n)|^\n|(?<=\})\n(?=(?:async )?function )", "", bare)
+    bare = re.sub(r"(?<=[,(\[{;:?=&|>])\n+|\n+(?=[)\]},:?=&|.])|\n+(?=\n)|^\n|(?<=\})\n", "", bare)
+    bare = re.sub(r'\bh\(("[\w.]*"),\{\}', r"h(\1", bare)          # h("p", {}, text): it can do without
+    return re.sub(r'([!=]=)=(?="[A-Za-z])', r"\1", bare)          # nothing but a text equals one that begins with a letter
 
 
 def lean_style(style: str) -> str:

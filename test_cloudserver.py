@@ -2581,7 +2581,10 @@ def test_the_api_tells_the_past(api, call, cloud, ann):
     assert call("GET", "/api/v1/content/d/a?version=" + versions[1]["version"]).body == b"old"
     assert api("POST", "versions/pin", path="d/a", version=versions[1]["version"], name="first") == 204
     assert api("GET", "versions/d/a")["versions"][1]["name"] == "first"
-    assert api("POST", "versions/restore", path="d/a", version=versions[1]["version"])["size"] == 3
+    restored = api("POST", "versions/restore", path="d/a", version=versions[1]["version"])
+    assert restored["size"] == 3 and api("POST", "undo", seq=restored["seq"])["skipped"] == 0
+    assert call("GET", "/api/v1/content/d/a").body == b"new!"
+    api("POST", "versions/restore", path="d/a", version=versions[1]["version"])
     item, = api("GET", "trash")["items"]
     assert item["path"] == "d/b" and api("POST", "trash/restore", nodes=[item["node"]])["paths"] == ["d/b"]
     assert api("POST", "rewind", path="d", at="seq:%d" % seq, dry=True) == {"seq": 0, "changed": 1}
@@ -4052,15 +4055,25 @@ def test_no_comment_is_sent():
     assert not re.search(r"(?m)(^|\s)//.*$", cs.lean(SCRIPT)) and "/*" not in cs.lean_style(STYLE)
 
 
+def test_the_shorter_names_of_the_script_stand_for_nothing_else():
+    """Such a name is never a property that has no key of its own, nor the middle of a choice, which lean() would take for a key."""
+    bare = re.sub(r'"(?:[^"\\\n]|\\.)*"|//.*', "", SCRIPT)
+    for name, letter in list(cs.LEAN_WORDS.items())[4:]:
+        assert not re.search(r"(?<![\w.\\\[])%s\b(?![-:])" % letter, bare), letter
+        assert not re.search(r"(?<![{,\s.])\s*\b%s\s*:|\{\s*(\w+,\s*)*%s\s*[,}]" % (name, name), bare), name
+
+
 @pytest.mark.parametrize("source, want", [
     ('a = "x  // y";  // z\nb = 1', 'a="x  // y";b=1'),
     ("f(a,\n  b)\n  .then(c => `${d}  {e}`)\n", "f(a,b).then(c=>`${d}  {e}`)\n"),
     ("x = y / 2 + z / 3;\nw = v.replace(/[/ ]+ \\//g, ' , ')", "x=y/2+z/3;w=v.replace(/[/ ]+ \\//g,' , ')"),
+    ('f(event => event.key === "Enter" || the.event !== "" || a["event"]);', 'f(e=>e.key=="Enter"||the.event!==""||a["event"]);'),
+    ('h("p.x", {}, t("{}")); h("hr", {}); oh("p", {}, 1)', 'h("p.x",t("{}"));h("hr");oh("p",{},1)'),
     ("if (a)\n  b()\nelse c()", "if(a)\nb()\nelse c()"),
     ("a = (b) + [c] - 2 ** d % (e) * f;\ng = {\n  h,\n};", "a=(b)+[c]-2**d%(e)*f;g={h};"),
     ("const a = true ? b.c === undefined : 'const true';", "let a=!0?b.c===void 0:'const true';"),
     ("function a() {\n  b = c - d + +e - -f;   // g\n  return !h !== i;\n}\n\nasync function j() {\n  k;\n}\nl()",
-     "function a(){b=c-d + +e - -f;return!h!==i}async function j(){k}\nl()"),
+     "function a(){b=c-d + +e - -f;return!h!==i}async function j(){k}l()"),
     ("let a = b\nc()\n\n/* d */\nreturn x ? {y: - 1} : +z", "let a=b\nc()\nreturn x?{y:- 1}:+z"),
 ])
 def test_lean(source, want):
@@ -4143,7 +4156,7 @@ def words_of_the_script():
     said = set(re.findall(r"\bt\(\s*" + text, SCRIPT)) | set(re.findall(r"\b(?:label|detail): " + text, SCRIPT))
     for pair in re.findall(r'\bplural\([^"]*?"([^"]*)",\s*"([^"]*)"', SCRIPT) + re.findall(r"\bt\([^()\"]*" + other, SCRIPT):
         said.update(pair)
-    for table in ("PROBLEMS", "ACTIVITY", "STATES", "COLUMNS", "KIND_WORDS", "WITHIN", "SIZES", "CHANGED", "FILTERS"):
+    for table in ("PROBLEMS", "ACTIVITY", "STATES", "COLUMNS", "KIND_WORDS", "WITHIN", "SIZES", "CHANGED", "FILTERS", "HOW"):
         said.update(filter(None, re.findall(": " + text, re.search(r"const %s = \{(.*?)\};" % table, SCRIPT, re.S)[1])))
     for label, rows in re.findall(r'\bchoice\("([^"]*)", "\w+", (\{.*?\})?', SCRIPT):
         said.update([label], re.findall(": " + text, rows))
@@ -6481,6 +6494,13 @@ def test_browser_trash(page):
     page.cloud.delete(page.who, ("a",), ("b",), ("c",))
     page.open("/trash")
     page.shows("a", "b", "c")
+    page.shot("trash")
+    page.click("b")                              # as it was before it went
+    page.click("Show as text")
+    page.wait("return document.querySelector('dialog pre')?.textContent === 'b'")
+    page.press("Escape")
+    page.wait("return location.pathname === '/trash'")
+    page.shows("a", "b", "c")
     page.click("Select a")
     page.click("Restore")
     page.shows("b", "c")
@@ -6508,6 +6528,86 @@ def test_browser_versions(page):
     page.run("document.querySelectorAll('.steps li')[2].querySelector('button').click()")
     page.sees("This version is the present one now", "4 versions")
     assert page.get("a.txt") == b"one"
+    page.click("Undo")
+    page.sees("Undone.")
+    page.wait("return document.querySelector('.look pre')?.textContent === 'the third'")
+    assert page.get("a.txt") == b"the third"
+    page.click("Keep for good")
+    page.fill("input[name=name]", "handed in")
+    page.press("Enter")
+    page.sees("handed in")
+    page.click("Let go")
+    page.misses("handed in")
+
+
+SHOWN = "return (document.querySelector('.look .body') || document.body).innerText.trim()"
+
+
+def test_browser_shows_each_version_at_an_address_of_its_own(page):
+    lines = ["line %d" % n for n in range(40)]
+    page.put("d/a.txt", "\n".join(lines))
+    page.put("d/a.txt", "\n".join(lines[:20] + ["a new line"] + lines[20:]))
+    page.put("d/a.txt", "\n".join(lines[:20] + ["a new line"] + lines[20:39] + ["the end", "<b>"]))
+    ids = [version.rev for version in page.cloud.versions(page.who, ("d", "a.txt"))]
+    page.open("/versions/d/a.txt")
+    page.wait(SHOWN + ".endsWith('<b>')")
+    page.run("document.querySelectorAll('.steps a')[4].focus()")
+    assert page.run("return document.activeElement.pathname") == "/versions/d/a.txt"
+    page.press("Enter")                          # the oldest one
+    page.wait(SHOWN + ".endsWith('line 39')")
+    assert page.path() == "/versions/d/a.txt?version=%d" % ids[2] and page.run("return document.activeElement.getAttribute('aria-current')") == "true"
+    page.run("history.back()")
+    page.wait(SHOWN + ".endsWith('<b>')")
+    page.run("history.forward()")
+    page.wait(SHOWN + ".endsWith('line 39')")
+    page.click("Compared with now")
+    page.sees("Lines added: 3, removed: 1", "17 lines unchanged")
+    assert page.run("return [...document.querySelectorAll('.diff :is(ins, del)')].map(one => one.textContent)") == [
+        "Added:+ a new line\n", "Removed:- line 39\n", "Added:+ the end\n+ <b>\n"]
+    assert page.run("return document.activeElement.textContent") == "Compared with now"
+    page.shot("versions-compared")
+    page.open("/versions/d/a.txt?version=%d&with=before" % ids[1])
+    page.sees("Lines added: 1, removed: 0", "17 lines unchanged")
+    assert page.run("return document.querySelector('.diff details').open") is False
+    page.click("summary")
+    page.sees("  line 3\n")
+    page.size(390, 844, dark=True, touch=True)
+    page.wait("return document.documentElement.scrollWidth <= 390")
+    page.shot("versions-phone")
+    page.click(".steps li:last-child a")
+    page.wait(SHOWN + ".endsWith('line 39')")
+    page.wait("return document.querySelector('.look')?.getBoundingClientRect().top < 100")        # what was chosen is in sight
+    page.put("d/a.txt", "\n".join("other %d" % n for n in range(2500)))
+    page.open("/versions/d/a.txt?version=%d&with=now" % ids[2])
+    page.sees("too different to be compared")
+    page.open("/versions/d/a.txt?version=1")
+    page.sees("This is not there any more.")
+
+
+def test_browser_shows_versions_of_pictures_and_markdown(page):
+    page.put("a.png", PNG)
+    page.put("a.png", noise(30, 20))
+    page.put("a.md", "# One")
+    page.put("a.md", "# Two")
+    page.open("/versions/a.png?version=%d" % page.cloud.versions(page.who, ("a.png",))[1].rev)
+    page.wait("const image = document.querySelector('.look img'); return image && image.naturalWidth === 1")
+    assert not page.run("return document.querySelector('.look nav')")
+    page.open("/versions/a.md")
+    page.wait("return document.querySelector('.look h1')?.textContent === 'Two'")
+    page.click("What changed")
+    page.sees("- # One", "+ # Two")
+
+
+@pytest.mark.parametrize("old, now, want", [
+    ("", "", []), ("abc", "abc", [[" ", "abc"]]), ("", "ab", [["+", "ab"]]), ("ab", "", [["-", "ab"]]),
+    ("abcabba", "cbabac", 5), ("axb", "ayb", [[" ", "a"], ["-", "x"], ["+", "y"], [" ", "b"]]), ("aaaa", "aa", 2), ("abcdef", "bdfxc", 5)])
+def test_browser_finds_the_shortest_way_from_one_text_to_another(page, old, now, want):
+    """Myers' own example among them: a list of runs, or how many lines they differ in."""
+    page.open("/login")
+    found = page.run("return diffLines([...arguments[0]], [...arguments[1]]).map(([sign, lines]) => [sign, lines.join('')])", old, now)
+    told = lambda signs: "".join(lines for sign, lines in found if sign in signs)
+    assert (told(" -"), told(" +")) == (old, now)
+    assert want == (found if isinstance(want, list) else len(told("-+")))
 
 
 def test_browser_settings(page):
@@ -6704,6 +6804,114 @@ def test_browser_previews(page):
     page.click("f.bin")
     page.sees("There is no preview of this kind of file.")
     page.press("Escape")
+
+
+def tone(seconds):
+    """A WAV file of silence."""
+    data = bytes([128]) * int(8000 * seconds)
+    return (b"RIFF" + struct.pack("<I", 36 + len(data)) + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 8000, 1, 8)
+            + b"data" + struct.pack("<I", len(data)) + data)
+
+
+def test_browser_plays_one_after_the_other(page):
+    page.put("1.wav", tone(0.3))
+    page.put("2.txt", "between")
+    page.put("3.wav", tone(60))
+    page.open("/files/1.wav")
+    page.sees("1 of 3", "Play on: 3.wav")
+    page.shot("audio")
+    page.click("Play on: 3.wav")
+    assert page.run("return localStorage.playon") == "0"
+    page.click("Play on: 3.wav")
+    page.run("preview.body.firstChild.play()")
+    page.wait("return location.pathname === '/files/3.wav' && document.querySelector('dialog audio')?.paused === false")
+    page.run("document.querySelector('dialog audio').currentTime = 20")
+    page.run("navigator.clipboard.writeText = async text => { window.copied = text; }")
+    page.click("Copy link")
+    page.wait("return /files\\/3.wav#t=2\\d$/.test(window.copied)")
+    page.click("Back")
+    page.sees("between")
+    page.open("/files/3.wav#t=40")
+    page.wait("return Math.floor(document.querySelector('dialog audio')?.currentTime) === 40")
+
+
+def test_browser_turns_over_all_that_can_be_seen(page):
+    for name in ("a.png", "b.png", "d.png"):
+        page.put(name, noise(40, 30))
+    page.put("c.txt", "a text")
+    page.put("x.bin", b"\0\1")
+    page.put("LICENSE", "words of a kind")
+    page.open("/files/b.png")
+    page.sees("2 of 4")
+    page.shot("picture")
+    page.wait("return performance.getEntriesByType('resource').filter(one => /content.(a|c|d).png/.test(one.name)).length === 1")     # loaded ahead
+    page.click("Next")
+    page.sees("a text", "3 of 4")
+    assert page.path() == "/files/c.txt" and page.run("return document.activeElement.textContent") == "Next"
+    page.press("Enter")
+    page.wait("return location.pathname === '/files/d.png' && document.activeElement.textContent === 'Close'")
+    page.press("+")
+    page.wait("return document.querySelector('.zoomed')")
+    page.press("Right")
+    page.press("-")
+    page.wait("return !document.querySelector('.zoomed') && location.pathname === '/files/d.png'")
+    page.press("Left")
+    page.wait("return location.pathname === '/files/c.txt'")
+    page.press("Escape")
+    page.wait("return !document.querySelector('dialog')")
+    assert page.run("return list.entries[list.at].name") == "c.txt"
+    page.open("/files/LICENSE")
+    page.sees("There is no preview of this kind of file.")
+    page.shot("unknown")
+    page.click("Show as text")
+    page.sees("words of a kind")
+    page.size(390, 844, touch=True)
+    page.open("/files/b.png")
+    page.wait("return document.querySelector('dialog img')?.naturalWidth")
+    page.shot("picture-phone")
+    assert page.run("return document.documentElement.scrollWidth") <= 390
+    for there, wanted in ((80, "c.txt"),):
+        page.mouse(("move", 300, 400), ("down",), ("move", 200, 405), ("move", there, 410), ("up",), kind="touch")
+        page.wait("return location.pathname === '/files/' + arguments[0]", wanted)
+
+
+def test_browser_shows_pictures_one_after_the_other_until_a_key(page):
+    for name in ("a.png", "b.png"):
+        page.put(name, noise(40, 30))
+    page.put("c.txt", "not among them")
+    page.open("/files/a.png")
+    page.wait("return document.querySelector('dialog img')?.naturalWidth")
+    page.run("const real = setInterval; window.setInterval = (work, wait) => real(work, wait / 20)")
+    page.press("s")
+    page.sees("Any key or click ends the slideshow.")
+    page.wait("return location.pathname === '/files/b.png'")
+    page.wait("return location.pathname === '/files/a.png'")
+    page.shot("slideshow")
+    page.press("Escape")
+    page.wait("return !document.querySelector('.showing')")
+    assert page.run("return Boolean(document.querySelector('dialog'))")
+    page.click("Slideshow")
+    page.wait("return document.querySelector('.showing')")
+    page.mouse(("move", 600, 400), ("down",), ("up",))
+    page.wait("return !document.querySelector('.showing') && !document.querySelector('.zoomed')")
+
+
+def test_browser_keeps_the_readme_up_to_date(page):
+    page.put("d/pictures/a b.png", PNG)
+    page.put("d/other.md", "# Other")
+    page.put("d/README.md", "![one](pictures/a%20b.png) ![two](./pictures/../pictures/a%20b.png) [on](other.md) [up](../top.txt)")
+    page.put("top.txt", "top")
+    page.open("/files/d")
+    page.wait("return [...document.querySelectorAll('.readme img')].filter(one => one.naturalWidth === 1).length === 2")
+    page.click("on")
+    page.wait("return location.pathname === '/files/d/other.md'")
+    page.press("Escape")
+    page.wait("return !document.querySelector('dialog')")
+    time.sleep(0.3)                              # the event stream begins
+    page.put("d/README.md", "News of [above](../top.txt)")
+    page.sees("News of above")
+    page.click("above")
+    page.wait("return location.pathname === '/files/top.txt'")
 
 
 def noise(width, height):
@@ -6960,9 +7168,8 @@ def test_browser_activity_and_time(page):
     page.put("box/b.txt", "two")
     page.open("/activity")
     page.sees("saved “b.txt”")
-    page.shot("activity")
     page.run("document.querySelector('.steps button').click()")
-    page.sees("undid a step")
+    page.sees("Undone.", page.who.name + " undid a step")
     assert page.tree() == {"box", "box/a.txt"}
     page.open("/past/%s/box" % before)
     page.shows("a.txt")
@@ -6975,6 +7182,119 @@ def test_browser_activity_and_time(page):
     page.click("Undo")
     page.sees("Undone.")
     assert page.get("box/a.txt") == b"two"
+
+
+def test_browser_filters_the_activity(page):
+    page.put("box/a.txt", "one")
+    page.put("gone.txt", "was here")
+    page.cloud.delete(page.who, ("gone.txt",))
+    page.open("/activity")
+    page.sees("deleted “gone.txt”", "saved “a.txt”")
+    page.shot("activity")
+    page.run("const one = document.querySelector('[name=action]'); one.focus(); one.value = 'delete'; one.dispatchEvent(new Event('change', {bubbles: true}))")
+    page.misses("saved “a.txt”")
+    assert page.path() == "/activity?action=delete" and page.run("return document.activeElement.name") == "action"
+    page.click("“gone.txt”")
+    page.sees("was here")                        # as it was then
+    assert page.path().startswith("/past/")
+    page.run("history.back()")
+    page.wait("return location.search === '?action=delete' && document.querySelector('[name=action]')?.value === 'delete'")
+    page.open("/activity?action=write&after=2020-01-01&until=2020-01-02")
+    page.sees("Nothing found")
+    assert page.run("return document.querySelector('[name=until]').value") == "2020-01-02"
+    page.open("/activity?action=write")
+    page.click("“a.txt”")
+    page.wait("return location.pathname === '/files/box/a.txt'")
+    for n in range(120):
+        page.put("many.txt", str(n))
+    page.size(390, 844, dark=True, touch=True)
+    page.open("/activity?action=write")
+    page.wait("return document.querySelectorAll('.steps li').length === 100")
+    page.shot("activity-phone")
+    assert page.run("return document.documentElement.scrollWidth") <= 390
+    page.run("document.querySelector('.wide').click()")
+    page.wait("return document.querySelectorAll('.steps li').length === 122 && document.querySelectorAll('.days h2').length === 1")
+
+
+def test_browser_looks_back_and_brings_back(page):
+    for name, text in (("box/same.txt", "same"), ("box/edited.txt", "old"), ("box/gone.txt", "gone"), ("box/in/deep.txt", "deep"), ("box/moved.txt", "moved")):
+        page.put(name, text)
+    time.sleep(0.01)
+    before = cs.format_time(page.cloud.clock.wall())
+    time.sleep(0.01)
+    page.put("box/edited.txt", "new")
+    page.put("box/added.txt", "added")
+    page.cloud.delete(page.who, ("box", "gone.txt"))
+    page.cloud.delete(page.who, ("box", "in"))
+    page.cloud.move(page.who, (("box", "moved.txt"), ("box", "renamed.txt")))
+    page.open("/past/%s/box" % before)
+    page.shows("in", "edited.txt", "gone.txt", "moved.txt", "same.txt")
+    page.sees("5 changed since: 1 added, 2 deleted, 1 changed, 1 moved")
+    assert page.run("return [...document.querySelectorAll('.row .tag')].map(one => one.textContent)") == ["deleted since", "changed since", "deleted since", "moved since"]
+    page.click("summary")
+    page.sees("box/added.txt")
+    page.shot("past")
+    page.click("edited.txt")
+    page.wait("return document.querySelector('dialog pre')?.textContent === 'old'")
+    assert page.path() == "/past/%s/box/edited.txt" % before.replace(":", "%3A")
+    page.shot("past-file")
+    page.press("Escape")
+    page.wait("return !document.querySelector('dialog')")
+    page.click("Clear the selection") if "selected" in page.text() else None
+    page.click("box/gone.txt")                   # in the list of changes
+    page.wait("return document.querySelector('dialog pre')?.textContent === 'gone'")
+    page.press("Escape")
+    page.wait("return !document.querySelector('dialog')")
+    page.press("Control", "a")
+    page.sees("5 selected")
+    page.click("Bring back")
+    page.sees("5 items brought back")
+    want = {"box", "box/same.txt", "box/edited.txt", "box/gone.txt", "box/in", "box/in/deep.txt", "box/moved.txt", "box/added.txt"}
+    assert page.tree() == want and page.get("box/edited.txt") == b"old" and len(page.cloud.versions(page.who, ("box", "edited.txt"))) == 3
+    page.wait("return document.querySelectorAll('.row .tag').length === 0")
+    page.click("Undo")
+    page.sees("Undone.")
+    assert page.tree() == want - {"box/gone.txt", "box/in", "box/in/deep.txt", "box/moved.txt"} | {"box/renamed.txt"} and page.get("box/edited.txt") == b"new"
+    page.open("/past/%s/box/in/deep.txt" % before)       # from inside something deleted
+    page.wait("return document.querySelector('dialog pre')?.textContent === 'deep'")
+    page.click("Bring back")
+    page.sees("“deep.txt” brought back")
+    assert page.get("box/in/deep.txt") == b"deep"
+    page.click("Undo")                           # over the preview
+    page.sees("Undone.")
+    assert "box/in/deep.txt" not in page.tree()
+
+
+def test_browser_steps_through_time(page):
+    for n in range(3):
+        page.put("box/a%d.txt" % n, str(n))
+        page.put("elsewhere.txt", str(n))
+        time.sleep(0.01)
+    page.open("/past/now/box")
+    page.shows("a0.txt", "a1.txt", "a2.txt")
+    page.sees("Nothing has changed since then.")
+    page.click("Earlier")
+    page.shows("a0.txt", "a1.txt")
+    page.sees("1 changed since: 1 added")
+    page.run("document.querySelector('[type=range]').focus()")
+    page.press("Left")
+    page.shows("a0.txt")
+    assert page.run("return document.activeElement.type") == "range" and page.element("Earlier")
+    page.wait("return document.querySelector('.slider button')?.disabled")
+    page.press("Right")
+    page.shows("a0.txt", "a1.txt")
+    page.click("Later")
+    page.shows("a0.txt", "a1.txt", "a2.txt")
+    page.click("Download this folder")
+    until = time.monotonic() + 10
+    while not (page.downloads / "box.zip").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert (page.downloads / "box.zip").exists()
+    page.size(390, 844, touch=True)
+    page.open("/past/now/box")
+    page.shows("a0.txt", "a1.txt", "a2.txt")
+    page.shot("past-phone")
+    assert page.run("return document.documentElement.scrollWidth") <= 390
 
 
 def test_browser_connects_devices(page):
