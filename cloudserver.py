@@ -9089,8 +9089,7 @@ const KINDS = Object.entries({
   pdf: "pdf",
   archive: "zip gz tgz tar 7z rar xz zst bz2 iso dmg",
   table: "csv tsv xlsx xls ods",
-  text:
-    "txt md markdown log ini conf toml yaml yml json xml html css js mjs ts py rb go rs c h cpp " +
+  text: "txt md markdown log ini conf toml yaml yml json xml html css js mjs ts py rb go rs c h cpp " +
     "java sh bat sql tex rst doc docx odt rtf epub diff patch env cfg gitignore dockerfile makefile"
 }).flatMap(([kind, suffixes]) => suffixes.split(" ").map(suffix => [suffix, kind]));
 const KIND_OF = new Map(KINDS);
@@ -9328,10 +9327,7 @@ function askForm(title, fields, yes, run, hint) {
       hint && h("p", {}, hint),
       fields,
       problem,
-      buttonsRow(
-        button(t("Cancel"), () => close()),
-        h("button.primary", {}, yes)
-      )
+      buttonsRow(button(t("Cancel"), () => close()), h("button.primary", {}, yes))
     );
   });
 }
@@ -9342,8 +9338,7 @@ function menu(at, rows, title = t("Actions")) {
     "",
     close => {
       const items = rows.map(row =>
-        row
-          ? h(
+        row ? h(
               "button.item",
               {
                 type: "button",
@@ -9356,8 +9351,7 @@ function menu(at, rows, title = t("Actions")) {
               },
               h("span", {}, row.label),
               row.key && h("kbd", {}, row.key)
-            )
-          : h("hr")
+            ) : h("hr")
       );
       const box = h("div.items", {role: "menu", "aria-label": title, onkeydown: event => moveInMenu(event, box)},
         items
@@ -9465,11 +9459,7 @@ function showLogin() {
     : location.pathname + location.search;
   showGate(t("Log in"), "", [nameField(), passwordField(t("Password"))], t("Log in"), async values => {
     await api("POST", "login", {name: values.name.trim(), password: values.password});
-    history.replaceState(
-      null,
-      "",
-      back && back.startsWith(PREFIX + "/") && !back.startsWith("//") ? back : addressOf("")
-    );
+    history.replaceState(null, "", back && back.startsWith(PREFIX + "/") && !back.startsWith("//") ? back : addressOf(""));
     await start();
   });
 }
@@ -9645,8 +9635,7 @@ async function show() {
   const scroll = history.state && history.state.scroll;
   await attempt(() => run(...parts));
   for (const one of document.querySelectorAll("nav a[data-view]")) {
-    const here =
-      one.dataset.view === view.kind ||
+    const here = one.dataset.view === view.kind ||
       (one.dataset.view === "files" && ["past", "versions", "search"].includes(view.kind));
     here ? one.setAttribute("aria-current", "page") : one.removeAttribute("aria-current");
   }
@@ -9658,21 +9647,11 @@ async function show() {
 
 function onLinkClick(event) {
   const target = event.target.closest && event.target.closest("a[href]");
-  if (
-    !target ||
-    event.defaultPrevented ||
-    event.button ||
-    event.metaKey ||
-    event.ctrlKey ||
-    event.shiftKey ||
-    event.altKey
-  )
+  if (!target || event.defaultPrevented || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey)
     return;
   if (
-    target.origin !== location.origin ||
-    target.hasAttribute("download") ||
-    target.target ||
-    target.getAttribute("href")[0] === "#"
+    target.origin !== location.origin || target.hasAttribute("download") ||
+    target.target || target.getAttribute("href")[0] === "#"
   )
     return;
   if (target.pathname.startsWith(PREFIX + "/api/")) return;
@@ -9719,9 +9698,7 @@ function sortEntries(entries) {
   return entries.sort(
     (a, b) =>
       (a.kind === "file") - (b.kind === "file") ||
-      sign * order(a, b) ||
-      compare(a.sortKey, b.sortKey) ||
-      compare(a.name, b.name)
+      sign * order(a, b) || compare(a.sortKey, b.sortKey) || compare(a.name, b.name)
   );
 }
 
@@ -9759,9 +9736,7 @@ function makeList({columns, sortable = true, empty}) {
       "aria-multiselectable": "true",
       "aria-label": t("Files"),
       onkeydown: onListKey,
-      onfocus: () => {
-        if (list.at < 0 && list.entries.length) setCursor(0);
-      }
+      onfocus: () => { if (list.at < 0 && list.entries.length) setCursor(0); }
     },
     list.head,
     list.body
@@ -9846,12 +9821,7 @@ function makeRow(entry, index) {
   const chosen = list.selected.has(entry.node);
   const row = h("div.row.cells", {role: "row", id: "row" + index, "aria-rowindex": index + 2, "aria-selected": String(chosen)},
     h("div.check", {role: "gridcell"},
-      h("input", {
-        type: "checkbox",
-        tabIndex: -1,
-        checked: chosen,
-        "aria-label": t("Select {name}", {name: entry.name})
-      })
+      h("input", {type: "checkbox", tabIndex: -1, checked: chosen, "aria-label": t("Select {name}", {name: entry.name})})
     ),
     h("div.name", {role: "gridcell"},
       shape === "tiles" ? tilePicture(entry) : icon(kindOf(entry)),
@@ -9872,12 +9842,7 @@ function makeRow(entry, index) {
 
 
 function entryName(entry) {
-  const about = {
-    className: "label",
-    title: entry.name,
-    tabIndex: -1,
-    draggable: view.kind === "files" && mouse.matches
-  };
+  const about = {className: "label", title: entry.name, tabIndex: -1, draggable: view.kind === "files" && mouse.matches};
   const label = h("a", {...about, href: addressFor(entry)}, h("bdi", {}, entry.name));
   const where = ["search", "starred", "trash"].includes(view.kind) ? parentOf(entry.path) || t("Files") : null;
   return h("div.names", {},
@@ -10359,18 +10324,13 @@ const actionsFor = (on, items = []) => ACTIONS.filter(action => action.on === on
 const onMac = /Mac|iPhone|iPad/.test(navigator.platform);
 const keyNames = {Delete: "Delete", Escape: "Esc", Enter: "Enter"};
 const showKeys = keys =>
-  keys &&
-  t(keys.replace("Ctrl+", onMac ? "⌘" : "Ctrl+").replace(/[A-Z][a-z]+$/, name => keyNames[name] || name)).replace(
+  keys && t(keys.replace("Ctrl+", onMac ? "⌘" : "Ctrl+").replace(/[A-Z][a-z]+$/, name => keyNames[name] || name)).replace(
     "Shift",
     t("Shift")
   );
 const act = action => attempt(() => action.run(selection()));
 const menuRows = actions =>
-  actions.map(action => ({
-    label: t(action.label),
-    key: isPhone.matches ? "" : showKeys(action.keys),
-    run: () => act(action)
-  }));
+  actions.map(action => ({label: t(action.label), key: isPhone.matches ? "" : showKeys(action.keys), run: () => act(action)}));
 
 function openMenu(at) {
   const rows = list.selected.size ? menuRows(actionsFor("items", selection())) : placeRows();
@@ -10394,9 +10354,7 @@ function showBar() {
   return setBar(
     button(t("Clear"), clearSelection, {className: "quiet", "aria-label": t("Clear the selection")}),
     h("strong.count", {role: "status"}, plural(items.length, "{n} selected", "{n} selected")),
-    actions
-      .filter(action => !action.menu)
-      .map(action =>
+    actions.filter(action => !action.menu).map(action =>
         button(t(action.label), () => act(action), {className: action.prime ? "prime" : "", "data-action": action.name})
       ),
     button(t("More"), event => openMenu(event.currentTarget), {className: "prime", "aria-haspopup": "menu"})
@@ -10406,12 +10364,8 @@ function showBar() {
 function countWords() {
   const files = list.entries.filter(entry => entry.kind === "file").length,
     collections = list.entries.length - files;
-  return [
-    collections && plural(collections, "{n} folder", "{n} folders"),
-    files && plural(files, "{n} file", "{n} files")
-  ]
-    .filter(Boolean)
-    .join(", ");
+  return [collections && plural(collections, "{n} folder", "{n} folders"), files && plural(files, "{n} file", "{n} files")]
+    .filter(Boolean).join(", ");
 }
 
 const placeButtons = () => [
@@ -10461,8 +10415,7 @@ async function undo(seqs) {
   let skipped = 0;
   for (const seq of [...seqs].reverse()) skipped += (await api("POST", "undo", {seq})).skipped;
   toast(
-    skipped
-      ? plural(skipped, "Undone, except {n} that changed since.", "Undone, except {n} that changed since.")
+    skipped ? plural(skipped, "Undone, except {n} that changed since.", "Undone, except {n} that changed since.")
       : t("Undone.")
   );
   await refresh();
@@ -10690,9 +10643,7 @@ async function transfer(verb, items, target) {
   const pairs = items.map(entry => ({from: entry.path, to: join(target, entry.name)}));
   const here = verb === "copy" ? pairs.filter(pair => pair.from === pair.to) : []; // a copy beside the original
   const seqs = [];
-  const send = async (some, clash) => {
-    if (some.length) seqs.push((await api("POST", verb, {items: some, clash})).seq);
-  };
+  const send = async (some, clash) => { if (some.length) seqs.push((await api("POST", verb, {items: some, clash})).seq); };
   const away = pairs.filter(pair => pair.from !== pair.to);
   try {
     await send(away, "refuse");
@@ -10757,12 +10708,9 @@ async function askClash(name, more) {
     const choice = (label, how, about) => button(label, () => close({how, all: all.checked}), about);
     return [
       h("p", {}, t("What should happen with the new one?")),
-      more === 0
-        ? null
-        : h("label.tick", {},
+      more === 0 ? null : h("label.tick", {},
             all,
-            more
-              ? plural(more, "Do the same for {n} more", "Do the same for {n} more")
+            more ? plural(more, "Do the same for {n} more", "Do the same for {n} more")
               : t("Do the same for all others")
           ),
       buttonsRow(
@@ -10816,15 +10764,7 @@ function chooseCollection(title, yes, from, items = []) {
       const {path} = event.target.closest("a")?.dataset || {};
       if (path !== undefined) enter(path);
     };
-    return [
-      crumbs,
-      box,
-      buttonsRow(
-        make,
-        button(t("Cancel"), () => close()),
-        choose
-      )
-    ];
+    return [crumbs, box, buttonsRow(make, button(t("Cancel"), () => close()), choose)];
   });
 }
 
@@ -11360,9 +11300,7 @@ function onDragOver(event) {
   unmarkDrop();
   if (!files && !inside) return;
   event.preventDefault();
-  const useful =
-    target &&
-    !document.querySelector("dialog") &&
+  const useful = target && !document.querySelector("dialog") &&
     (files || (target.element && !selection().some(entry => entry.path === target.path)));
   event.dataTransfer.dropEffect = !useful ? "none" : files || event.ctrlKey || event.altKey ? "copy" : "move";
   if (useful && target.element) target.element.classList.add("over");
@@ -11542,8 +11480,7 @@ async function restoreItems(items) {
   clearSelection();
   dropRows(items);
   offerUndo(
-    paths.length === 1
-      ? t("Restored to {place}", {place: parentOf(paths[0]) || t("Files")})
+    paths.length === 1 ? t("Restored to {place}", {place: parentOf(paths[0]) || t("Files")})
       : plural(paths.length, "{n} item restored", "{n} items restored"),
     seq
   );
@@ -11980,13 +11917,10 @@ async function devicesSection() {
             t(device.kind === "session" ? "Browser" : "App password"),
             t(device.readonly ? "reads only" : "reads and changes"),
             t(device.limited ? "one folder" : "everything"),
-            device.used
-              ? t("used {when}", {when: longTime(device.used)})
+            device.used ? t("used {when}", {when: longTime(device.used)})
               : t("added {when}", {when: longTime(device.created)}),
             device.address
-          ]
-            .filter(Boolean)
-            .join(" · ")
+          ].filter(Boolean).join(" · ")
         )
       ),
       h("div.acts", {},
@@ -12024,8 +11958,7 @@ const isImage = entry => mediaOf(entry) === "image";
 const isPlayed = entry => ["audio", "video"].includes(mediaOf(entry));
 const isText = entry =>
   entry.kind === "file" &&
-  entry.size <= TEXT_MOST &&
-  (/^text\//.test(entry.media || "") || ["text", "table"].includes(kindOf(entry))) &&
+  entry.size <= TEXT_MOST && (/^text\//.test(entry.media || "") || ["text", "table"].includes(kindOf(entry))) &&
   !/\.(docx|odt|rtf|xlsx?|ods)$/i.test(entry.name);
 
 // what fits a file, and how it is shown then: as it is now, as one of its versions or as of a time
@@ -12310,9 +12243,7 @@ async function saveText(edit, save) {
 
 function parseTable(text, comma) {
   const first = text.slice(0, text.indexOf("\n") >>> 0);
-  comma =
-    comma ||
-    [",", ";", "\t"].reduce((best, mark) => (first.split(mark).length > first.split(best).length ? mark : best));
+  comma = comma || [",", ";", "\t"].reduce((best, mark) => (first.split(mark).length > first.split(best).length ? mark : best));
   const rows = [[]],
     cell = new RegExp(`(?:"((?:[^"]|"")*)"|([^"\\r\\n${comma}]*))(${comma}|\\r?\\n|$)`, "y");
   for (let found; rows.length < 2000 && cell.lastIndex < text.length && (found = cell.exec(text));) {
@@ -12387,24 +12318,13 @@ function block(lines, at, place, depth) {
   if (/^ {0,3}([-*_])(\s*\1){2,}\s*$/.test(line)) return [h("hr"), at + 1];
   if (/^\s*>/.test(line) && depth < 20) {
     const end = until(one => /^\s*>/.test(one));
-    return [
-      h("blockquote", {},
-        blocks(
-          lines.slice(at, end).map(one => one.replace(/^\s*> ?/, "")),
-          place,
-          depth + 1
-        )
-      ),
-      end
-    ];
+    return [h("blockquote", {}, blocks(lines.slice(at, end).map(one => one.replace(/^\s*> ?/, "")), place, depth + 1)), end];
   }
   if (ITEM.test(line) && depth < 20) return listBlock(lines, at, place, depth);
   if (line.includes("|") && /^[\s|:-]*-[\s|:-]*$/.test(lines[at + 1] || "") && lines[at + 1].includes("|")) {
     const end = until(one => one.includes("|")),
       cells = one =>
-        one
-          .trim()
-          .replace(/^\||\|$/g, "")
+        one.trim().replace(/^\||\|$/g, "")
           .split("|")
           .map(cell => inline(cell.trim(), place));
     return [tableOf([cells(line), ...lines.slice(at + 2, end).map(cells)]), end];
@@ -12426,9 +12346,7 @@ function listBlock(lines, at, place, depth) {
     const inside = [start[3]];
     for (
       at++;
-      at < lines.length &&
-      (lines[at].trim()
-        ? lines[at].search(/\S/) > indent.length
+      at < lines.length && (lines[at].trim() ? lines[at].search(/\S/) > indent.length
         : ITEM.test(lines[at + 1] || "") || /^\s{2}/.test(lines[at + 1] || ""));
       at++
     )
@@ -12472,8 +12390,7 @@ function span([, , code, alt, source, label, target, strong, strong2, soft, soft
   if (code !== undefined) return h("code", {}, code);
   if (source !== undefined)
     return /^[a-z][a-z0-9+.-]*:|^\//i.test(source)
-      ? alt
-      : h("img", {src: apiAddress("content", resolve(place, source)), alt, loading: "lazy"});
+      ? alt : h("img", {src: apiAddress("content", resolve(place, source)), alt, loading: "lazy"});
   if (label !== undefined) return linkTo(target, inline(label, place), place);
   if (angle || bare) return linkTo(angle || bare, [angle || bare], place);
   if (strong || strong2) return h("strong", {}, inline(strong || strong2, place));
@@ -12744,11 +12661,7 @@ function actionOf(event) {
 }
 
 function onKey(event) {
-  if (
-    !me.name ||
-    event.defaultPrevented ||
-    event.target.closest("input:not([type=checkbox]), textarea, select, dialog")
-  )
+  if (!me.name || event.defaultPrevented || event.target.closest("input:not([type=checkbox]), textarea, select, dialog"))
     return;
   const action = actionOf(event);
   if (!action || action.name === "paste") return; // the paste event knows whether files come with it
@@ -12760,20 +12673,14 @@ function onKey(event) {
 // ---- the start
 
 function listen() {
-  addEventListener("popstate", () => {
-    if (me.name) show();
-  });
+  addEventListener("popstate", () => { if (me.name) show(); });
   darkSystem.addEventListener("change", applyTheme);
   addEventListener("scroll", drawRows, {passive: true});
-  addEventListener("resize", () => {
-    if (list.box && list.box.isConnected) redrawRows();
-  });
+  addEventListener("resize", () => { if (list.box && list.box.isConnected) redrawRows(); });
   addEventListener("keydown", onKey);
   addEventListener("dragstart", onDragStart);
   addEventListener("dragover", onDragOver);
-  addEventListener("dragleave", event => {
-    if (!event.relatedTarget) unmarkDrop();
-  });
+  addEventListener("dragleave", event => { if (!event.relatedTarget) unmarkDrop(); });
   addEventListener("drop", onDrop);
   addEventListener("paste", onPaste);
   addEventListener("online", () => {
@@ -12783,9 +12690,7 @@ function listen() {
   addEventListener("pagehide", () => source && source.close()); // a page kept to come back to must not keep its connection
   addEventListener("pageshow", event => event.persisted && watchServer());
   document.addEventListener("visibilitychange", watchServer);
-  addEventListener("beforeunload", event => {
-    if (busy()) event.preventDefault();
-  });
+  addEventListener("beforeunload", event => { if (busy()) event.preventDefault(); });
   document.addEventListener("click", onLinkClick);
   document.addEventListener("contextmenu", event => {
     if (
