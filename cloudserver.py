@@ -4523,7 +4523,8 @@ class History(Tree):
             "'account-remove', 'settings', 'hold') AND j.seq < ? ORDER BY j.seq DESC LIMIT ?", (before, limit)))
 
     def _steps(self, rows: list[tuple[Any, ...]]) -> list[Step]:
-        return [Step(seq, at, action, json.loads(detail), account, device, bool(undoable) and seq > self.oldest_seq())
+        return [Step(seq, at, action, json.loads(detail), account, device,
+                     bool(undoable) and action[:8] != "account-" and seq > self.oldest_seq())
                 for seq, at, action, detail, account, device, undoable in rows]
 
     def search(self, who: Principal, query: Query, path: tuple[str, ...] = (), limit: int = 200) -> tuple[list[Found], bool]:
@@ -11702,7 +11703,7 @@ const HOW = {added: "added", deleted: "deleted", changed: "changed", moved: "mov
 async function showPast(at, address) {
   const path = decodePath(address), turn = view.turn;
   at = decodeURIComponent(at);
-  if (at === "now") at = new Date().toISOString();
+  if (Number.isNaN(Date.parse(at))) at = new Date().toISOString();          // "now", or what is no time
   if (showInside(path, "past", at)) return;
   const there = await load(path, {at}).catch(absent), file = there.kind === "file", place = file ? parentOf(path) : path;
   const [answer, {steps}, since] = await Promise.all([file ? load(place, {at}) : there, api("GET", "activity", {limit: 1000}),

@@ -2785,6 +2785,7 @@ def test_activity_by_device_and_time_and_of_the_server(api, cloud, ann):
     assert {"name": "laptop", "kind": "token"} in api("GET", "activity/devices")["devices"]
     assert [(step["action"], step["detail"]["name"]) for step in api("GET", "activity/server")["steps"]] == [("account-add", "bob"), ("account-add", "ann")]
     assert api("GET", "activity/server", user="bob") == "forbidden"
+    assert not api("GET", "activity/server")["steps"][0]["undoable"]
 
 
 def test_settings_of_the_server_count_at_once(api, cloud, ann):
@@ -6282,6 +6283,8 @@ def test_browser_walks_by_addresses(page):
     page.sees("b #1?.txt", "Download")
     page.press("Escape")
     page.shows("2024", "b #1?.txt")
+    page.open("/past/nonsense")
+    page.sees("Back to now")
 
 
 def drop(page, *paths):
