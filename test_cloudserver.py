@@ -4788,7 +4788,7 @@ def test_only_what_changed_in_a_large_file_travels(laptop, cloud, ann, rng):
     one.run(), two.run()
     one.write("big", data[:20 * MiB] + os.urandom(MiB) + data[20 * MiB:])
     up, down = one.run().bytes_up, two.run().bytes_down
-    assert up < 12 * MiB and down < 12 * MiB, (up, down)
+    assert up < 16 * MiB and down < 16 * MiB, (up, down)         # two of the largest chunks; most often 7
     assert one.read("big") == two.read("big") == get(cloud, ann, "big")
 
 
@@ -5986,6 +5986,7 @@ def kill_rounds(household, rng, rounds):
     subprocess.run([*PROGRAM, "verify", "--data", str(household.data)], check=True)
 
 
+@slow
 @needs_fork
 def test_client_and_server_are_killed_at_random(household, rng):
     kill_rounds(household, rng, 6)
@@ -6186,6 +6187,7 @@ class Page:
 
     def open(self, path="/"):
         self.go(self.home + path)
+        self.wait("return document.querySelector('main')")      # from here on it listens
 
     def put(self, path, data=b"x", **how):
         return put(self.cloud, self.who, path, data, parents=True, **how)
@@ -7640,6 +7642,7 @@ def test_browser_takes_photos_and_names_what_has_no_name_of_its_own(page):
     assert page.tree() == {"Screenshot 2026-11-25 14.05.33.png", "Screenshot 2026-11-25 14.05.33 (2).png", "Photo 2026-11-25 14.05.33.jpg", "holiday.png"}
 
 
+@slow
 def test_browser_finishes_a_folder_of_photos_that_was_broken_off(page, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     for n in range(500):
@@ -7730,6 +7733,7 @@ KEPT = """const done = arguments[0]; caches.keys().then(async names => done([nam
     (await (await caches.open(name)).keys()).map(one => one.url)))).flat()]))"""
 
 
+@slow
 def test_browser_starts_without_a_network_and_goes_on_when_it_is_back(browser, serve):
     served = serve("--workers", 1)
     home = "http://127.0.0.1:%d" % served.address[1]
@@ -8042,7 +8046,7 @@ def rclone_environment(served, tmp_path, vendor="other"):
             "RCLONE_CONFIG_X_PASS": obscured, "RCLONE_CONFIG_X_PACER_MIN_SLEEP": "1ms"}
 
 
-@pytest.mark.parametrize("vendor, files", [("other", 40), ("owncloud", 12), ("nextcloud", 12), pytest.param("other", 5000, marks=slow)])
+@pytest.mark.parametrize("vendor, files", [pytest.param("other", 40, marks=slow), ("owncloud", 12), ("nextcloud", 12), pytest.param("other", 5000, marks=slow)])
 def test_rclone_copies_checks_and_syncs(serve, tmp_path, rng, vendor, files):
     served, source = serve(), make_tree(tmp_path / "source", rng, files)
     (source / "large.bin").write_bytes(os.urandom(21 * MiB))     # newer ones send it to Nextcloud in chunks
@@ -8272,6 +8276,7 @@ def test_desktop_clients_make_conflict_copies(desktops):
     assert {name for name in server_tree(served)} == {"a.txt", "gone.txt", "same.txt"}
 
 
+@slow
 def test_desktop_clients_send_large_files_in_chunks_and_go_on_after_a_kill(desktops):
     served, one, two, _ = desktops
     small = {"OWNCLOUD_CHUNK_SIZE": str(MiB), "OWNCLOUD_MIN_CHUNK_SIZE": str(MiB), "OWNCLOUD_MAX_CHUNK_SIZE": str(MiB),
@@ -8295,6 +8300,7 @@ def test_desktop_clients_send_large_files_in_chunks_and_go_on_after_a_kill(deskt
     database.close()
 
 
+@slow
 @pytest.mark.parametrize("files", [150, pytest.param(5000, marks=slow)])
 def test_desktop_clients_move_many_small_files(desktops, rng, files):
     served, one, two, _ = desktops
@@ -8303,6 +8309,7 @@ def test_desktop_clients_move_many_small_files(desktops, rng, files):
     assert len([name for name, data in two.tree().items() if data is not None]) == files
 
 
+@slow
 def test_two_kinds_of_desktop_client_share_an_account_and_another_sees_nothing(serve, tmp_path):
     served = serve()
     one, two = Desktop("nextcloudcmd", served, tmp_path, "one"), Desktop("owncloudcmd", served, tmp_path, "two")
