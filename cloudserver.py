@@ -2893,14 +2893,18 @@ class Tree:
         return given._replace(**json.loads(self.db.setting("policy") or "{}"))
 
     def set_policy(self, who: Principal, **values: int | None) -> Policy:
-        """Change some of it; returns the whole."""
-        policy = self.policy()._replace(**values)
-        if not 0 <= policy.keep_days <= 36500:
-            raise CloudError("bad-request", "keep_days is 0 to 36500")
-        self.db.write(lambda: Batch([Statement("INSERT OR REPLACE INTO setting VALUES ('policy', ?)", (json.dumps(policy._asdict()),))],
-                                    line=Line(0, who, "settings", values)))
+        """Change some of it; returns the whole.  What somebody else changes at the same time stays changed."""
+        def attempt() -> Batch:
+            stored, policy = self.db.setting("policy"), self.policy()._replace(**values)
+            if not 0 <= policy.keep_days <= 36500:
+                raise CloudError("bad-request", "keep_days is 0 to 36500")
+            return Batch([Statement("INSERT OR REPLACE INTO setting VALUES ('policy', ?)", (json.dumps(policy._asdict()),))],
+                         [Statement("SELECT 'policy' WHERE (SELECT value FROM setting WHERE name = 'policy') IS NOT ?", (stored,))],
+                         line=Line(0, who, "settings", values))
+
+        self.db.write(attempt)
         log.info("settings", extra={"by": who.name})
-        return policy
+        return self.policy()
 
     def health(self) -> str:
         """"ok", "low" when the disk is almost full, "read-only" when nothing can be written."""
@@ -4517,7 +4521,7 @@ class History(Tree):
         return self._steps(rows)
 
     def server_activity(self, before: int = 1 << 62, limit: int = 100) -> list[Step]:
-        """What happened to accounts and settings of the whole server, the latest first."""
+        """What happened to accounts and settings of the whole server, the latest first: what the index journal_server holds."""
         return self._steps(self.db.read(
             "SELECT " + STEP + " WHERE j.action IN ('account-add', 'account-password', 'account-admin', 'account-quota', "
             "'account-remove', 'settings', 'hold') AND j.seq < ? ORDER BY j.seq DESC LIMIT ?", (before, limit)))

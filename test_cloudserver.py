@@ -2798,6 +2798,19 @@ def test_settings_of_the_server_count_at_once(api, cloud, ann):
     assert api("GET", "activity/server")["steps"][1]["detail"] == {"quota": 77}
 
 
+def test_settings_that_two_administrators_change_at_once_both_count(cloud, ann, monkeypatch):
+    """R14"""
+    policy, others = cloud.policy, [{"quota": 5}]
+
+    def read():
+        found = policy()
+        if others:                               # somebody is faster
+            cloud.set_policy(ann, **others.pop())
+        return found
+    monkeypatch.setattr(cloud, "policy", read)
+    assert cloud.set_policy(ann, keep_days=60) == (60, None, 5)
+
+
 @pytest.mark.parametrize("fields, want", [
     ({}, 201), ({"X-Requested-By": ""}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": ""}, 403),
     ({"Sec-Fetch-Site": "", "Origin": "OWN"}, 201), ({"Origin": "http://evil.example"}, 403),
