@@ -444,6 +444,19 @@ def parse_framing(head: Head) -> int | None:
     return None
 
 
+_CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%(token)b(?:[ \t]*=[ \t]*(?:%(token)b|"
+    rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"))?)*)' % {b"token": _TOKEN.encode()})
+
+
+def parse_chunk_line(line: bytes) -> tuple[int, bytes]:
+    """(bytes in the chunk, its extensions) of the line that begins it, without CRLF (RFC 9112 s7.1, s7.1.1; H12)."""
+    found = _CHUNK_LINE.fullmatch(line)
+    if not found:
+        raise refuse_head("bad-request", "malformed chunk")
+    return int(found[1], 16), found[2]
+
+
 # ---- paths and names (security.md P)
 
 _ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -451,6 +464,7 @@ _BAD_NAME = re.compile(r"[\x00-\x1f\x7f/\\]")
 _NONCHARACTER = re.compile("[\ufdd0-\ufdef\ufffe\uffff%s]" %
                            "".join(chr(plane << 16 | low) for plane in range(1, 17) for low in (0xFFFE, 0xFFFF)))
 _WINDOWS = re.compile(r'(?i)(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?|.*[<>:"|?*].*|.*[. ]')
+_LATIN = re.compile(rb"(?:[\x20-\x7e\xa0-\xbf]|[\xc0-\xfd](?![\x80-\xbf]))+")     # text, and no byte leads a sequence of UTF-8
 _PLAIN = re.compile(r"[A-Za-z0-9_.~/\-]*")      # what quote() leaves alone
 _SIMPLE = re.compile(r"(?:/\w[\w.~+@,=:!$&'()*;\-]*)+", re.ASCII)       # a path of which nothing needs to be checked
 
@@ -461,7 +475,7 @@ def parse_target(target: str) -> tuple[str, tuple[str, ...], bool, str]:
     Takes the origin form and the absolute form (RFC 9112 s3.2); percent-decoding happens here, once.
     """
     authority = ""
-    if target[0] != "/":
+    if not target.startswith("/"):
         scheme, mark, rest = target.partition("://")
         if not mark or scheme.lower() not in ("http", "https"):
             raise CloudError("bad-request", "malformed request target")
@@ -477,6 +491,7 @@ def parse_target(target: str) -> tuple[str, tuple[str, ...], bool, str]:
 def parse_path(raw: str) -> tuple[tuple[str, ...], bool]:
     """Split an encoded path into decoded names; the bool tells a final slash.
 
+    Slashes that repeat count as one, as with nearly every other server.
     raises  CloudError bad-request for names no node may have, uri-too-long for a path that is
     """
     parts = raw.split("/")
@@ -485,7 +500,7 @@ def parse_path(raw: str) -> tuple[tuple[str, ...], bool]:
     if parts[0]:
         raise CloudError("bad-request", "a path begins with a slash")
     slash = len(parts) > 1 and not parts[-1]
-    parts = parts[1:-1] if slash else parts[1:]
+    parts = [part for part in parts if part]
     if "%" in raw:
         if _ESCAPE.search(raw):
             raise CloudError("bad-request", "malformed percent-encoding")
@@ -494,9 +509,13 @@ def parse_path(raw: str) -> tuple[tuple[str, ...], bool]:
 
 
 def unquote_name(part: str) -> str:
+    """Percent-decode a name: UTF-8, or Latin-1 if it cannot be broken UTF-8 (Total Commander; sabre reads it so, too)."""
+    data = unquote_to_bytes(part)
     try:
-        return unquote_to_bytes(part).decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError:
+        if _LATIN.fullmatch(data):
+            return data.decode("latin-1")
         raise CloudError("bad-request", "a name is not UTF-8") from None
 
 
@@ -673,7 +692,8 @@ def format_size(size: float) -> str:
 
 # ---- conditions and ranges
 
-_ETAGS = re.compile(r'\s*(?:(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*(?:,\s*|$))')
+_ETAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"|[^\s,][^,]*')
+NO_ETAG = "\0"                  # no node has it
 _RANGE = re.compile(r"(\d*)-(\d*)")
 RANGES_LIMIT = 8
 
@@ -682,19 +702,13 @@ def parse_etags(text: str, *, weak: bool) -> tuple[str, ...]:
     """Read an If-Match or If-None-Match field: ("*",) or tags without quotes (RFC 9110 s13.1).
 
     weak    whether weak tags count; in If-Match they match nothing (s8.8.3.2)
+
+    What is no tag matches nothing, too: Joplin sends `If-None-Match: JoplinIgnore-12345` with nearly every request.
     """
     if text.strip() == "*":
         return ("*",)
-    tags, at = [], 0
-    while at < len(text):
-        found = _ETAGS.match(text, at)
-        if not found:
-            raise CloudError("bad-request", "malformed entity tag")
-        tags.append(found[2] if weak or not found[1] else "\x00")
-        at = found.end()
-    if not tags:
-        raise CloudError("bad-request", "malformed entity tag")
-    return tuple(tags)
+    return tuple([found[2] if found[2] is not None and (weak or not found[1]) else NO_ETAG
+                  for found in _ETAG.finditer(text)]) or (NO_ETAG,)
 
 
 def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
@@ -703,11 +717,11 @@ def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
     text    raw field value, e.g. "bytes=0-499,-500"                      (RFC 9110 s14.1.2)
     size    length of the file, bytes
     return  [(start, stop), ...] with 0 <= start < stop <= size; None for a form we ignore, as s14.2
-            permits: another unit, more than 8 ranges, ranges that overlap
+            permits: another unit, more than 8 ranges, ranges that overlap, any of an empty file
     raises  CloudError range-unsatisfiable if no byte of any range exists
     """
     unit, mark, rest = text.partition("=")
-    if not mark or unit.strip().lower() != "bytes" or not rest.isascii():
+    if not mark or unit.strip().lower() != "bytes" or not rest.isascii() or not size:
         return None
     ranges = []
     for part in rest.split(","):
@@ -732,27 +746,40 @@ def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
 
 # ---- fields of WebDAV (RFC 4918 s10)
 
+_BARE_TOKEN = re.compile(r"(?:urn:uuid|opaquelocktoken):[0-9A-Za-z:.\-]{1,256}")         # webdav 5 for JavaScript, to refresh a lock
 _IF_PART = re.compile(r'\s*(?:<([^<>"\s]{1,4096})>|(\()|(\))|(Not)(?=[\s<\[])|\[((?:W/)?"[^"\s]{0,256}")\])', re.I)
 
 
 def parse_depth(text: str | None, default: str) -> str:
-    """"0", "1" or "infinity"."""
-    depth = default if text is None else text.lower()
-    if depth not in ("0", "1", "infinity"):
-        raise CloudError("bad-request", "malformed Depth")
-    return depth
+    """"0", "1" or "infinity"; the default for another depth, and for what is none.
+
+    Old Office programs send "1,noroot"; nc-py-api any number of levels.
+    """
+    depth = (text or "").partition(",")[0].strip().lower()
+    return depth if depth in ("0", "1", "infinity") else default
 
 
-def parse_timeout(text: str | None, most: int) -> int:
+def parse_timeout(text: str | None, default: int, most: int) -> int:
     """Seconds asked for by a Timeout field, at most `most`; the first form we know counts (s10.7)."""
-    for part in (text or "Infinite").split(",")[:16]:
+    for part in (text or "").split(",")[:16]:
         part = part.strip()
         if part.lower() == "infinite":
             return most
         found = re.fullmatch(r"Second-(\d{1,10})", part, re.I)
         if found:
             return max(1, min(most, int(found[1])))
-    raise CloudError("bad-request", "malformed Timeout")
+    return default
+
+
+_LOCK_TOKEN = re.compile(r"<([^<>\s]{1,256})>|([^<>\s]{1,256})")
+
+
+def parse_lock_token(text: str) -> str:
+    """The token in a Lock-Token field, without its brackets, which webdav 5 for JavaScript leaves away (s10.5)."""
+    found = _LOCK_TOKEN.fullmatch(text)
+    if not found:
+        raise CloudError("bad-request", "malformed Lock-Token")
+    return found[1] or found[2]
 
 
 def parse_overwrite(text: str | None) -> bool:
@@ -768,6 +795,8 @@ def parse_if(text: str) -> tuple[tuple[str | None, tuple[tuple[bool, str, str], 
 
     return  ((resource as written or None, ((wanted, "token" or "etag", value), ...)), ...)
     """
+    if _BARE_TOKEN.fullmatch(text):
+        return ((None, ((True, "token", text),)),)
     lists, resource, current, wanted, at = [], None, None, True, 0
     while text[at:].strip():
         found = _IF_PART.match(text, at)
@@ -837,12 +866,16 @@ def parse_metadata(text: str) -> dict[str, str]:
     return found
 
 
+_NOT_IN_FILENAME = re.compile(r"""[^ !#$&'()+,\-.0-9=@A-Z\[\]^_a-z{}~]""")
+
+
 def format_disposition(name: str, *, inline: bool = False) -> str:
-    """A Content-Disposition field that gives `name` safely (RFC 6266, RFC 8187; H23)."""
-    kind = "inline" if inline else "attachment"
-    if _PLAIN.fullmatch(name):
-        return '%s; filename="%s"' % (kind, name)
-    return "%s; filename*=UTF-8''%s" % (kind, quote(name, safe=""))
+    """A Content-Disposition field that gives `name` safely (RFC 6266, RFC 8187; H23).
+
+    Who knows only `filename`, like curl -OJ, gets the nearest plain name (RFC 6266 appendix D).
+    """
+    plain = '%s; filename="%s"' % ("inline" if inline else "attachment", _NOT_IN_FILENAME.sub("_", name))
+    return plain if _PLAIN.fullmatch(name) else "%s; filename*=UTF-8''%s" % (plain, quote(name, safe=""))
 
 
 def format_json(value: Any) -> bytes:
@@ -910,7 +943,11 @@ def read_xml(body: bytes) -> ET.Element:
     """Parse a request body (security.md X1-X5); tags come as "{namespace}name".
 
     raises  CloudError bad-request for a document type, bad nesting, or more than a request needs
+
+    Blanks before the XML declaration and NULs behind the end are overlooked (Windows 11 in LOCK); in UTF-16 they are text.
     """
+    if body[:2] not in (b"\xff\xfe", b"\xfe\xff") and b"\0" not in body[:2]:
+        body = body.lstrip(b" \t\r\n").rstrip(b" \t\r\n\0")
     builder, depth, count = ET.TreeBuilder(), 0, 0
     parser = expat.ParserCreate(namespace_separator="}")
     parser.buffer_text = True
@@ -5659,7 +5696,6 @@ NEEDS = {  # what a route may demand of who knocks: (test, refusal)
 }
 DEMANDS = {need: ("read",) * (need != "nothing") + ("account",) * (need == "fresh") + (need,) for need in NEEDS}
 UNSAFE = METHODS - {"GET", "HEAD", "OPTIONS", "PROPFIND", "REPORT", "SEARCH"}
-SPELLINGS: dict[str, str] = {}           # targets with an empty name in them that clients ask for, and what they mean
 ROUTES: dict[str, Any] = {}              # a tree: names to trees; "" holds {method: Route} of the place itself
 
 
@@ -5996,7 +6032,6 @@ def _is_address(text: str) -> bool:
 
 # ---- the connection
 
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;[\t\x20-\x7e\x80-\xff]*)?")
 _TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
 _BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\x00")
 
@@ -6034,11 +6069,8 @@ class RequestBody(Body):
 
     def _next_chunk(self) -> bool:
         """Read a chunk's first line; False at the last chunk, whose trailers are read and dropped (H12)."""
-        found = _CHUNK_LINE.fullmatch(self.handler.receive_line(KiB))
-        if not found:
-            raise refuse_head("bad-request", "malformed chunk")
-        self._spend(found[2] or b"")
-        self.left = int(found[1], 16)
+        self.left, extensions = parse_chunk_line(self.handler.receive_line(KiB))
+        self._spend(extensions)
         if self.left:
             return True
         while True:
@@ -6167,7 +6199,7 @@ class Handler(BaseHTTPRequestHandler):
         if head.target == "*" and head.method == "OPTIONS":
             authority, path, slash, query = "", (), True, ""
         else:
-            authority, path, slash, query = parse_target(SPELLINGS.get(head.target, head.target))
+            authority, path, slash, query = parse_target(head.target)
         if authority:
             head.fields["host"] = authority
         site = self.server.site
@@ -7347,9 +7379,15 @@ def read_dav_conditions(request: Request) -> Preconditions:
         (None if resource is None else read_resource(request, resource), conditions) for resource, conditions in lists))
 
 
+_USERINFO = re.compile(r"\A(https?://)[^/?#]*@", re.I)
+
+
 def read_resource(request: Request, uri: str) -> tuple[str, ...]:
-    """The path that a URI in a field names.  raises CloudError bad-gateway for one on another server"""
-    authority, path, _, _ = parse_target(uri)
+    """The path that a URI in a field names.  raises CloudError bad-gateway for one on another server
+
+    What stands before an @ is dropped: git push sends the name and password of its own address along.
+    """
+    authority, path, _, _ = parse_target(_USERINFO.sub(r"\1", uri, 1))
     if authority and authority.lower() != request.fields["host"].lower() and not request.site.knows(authority):
         raise CloudError("bad-gateway", "the destination is on another server")
     door, above, below = find_door(path)
@@ -7445,7 +7483,7 @@ def stored_response(request: Request, node: Node, new: bool, href: str) -> Respo
 @dav_route("DELETE", "write")
 def dav_delete(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Move a file or collection to the trash."""
-    if request["depth"] is not None and parse_depth(request["depth"], "") != "infinity" and request.slash:
+    if request["depth"] is not None and request.slash and parse_depth(request["depth"], "") != "infinity":
         raise CloudError("bad-request", "a collection goes with all below it")       # RFC 4918 s9.6.1
     cloud.delete(who, path, given=read_dav_conditions(request))
     return Response(204)
@@ -7479,16 +7517,17 @@ def dav_mkcol(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
 
 @dav_route("MOVE COPY", "write")
 def dav_transfer(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    """MOVE or COPY to Destination; Overwrite: F spares what is there."""
+    """MOVE or COPY to Destination; Overwrite: F spares what is there.
+
+    Depth: 0 copies a collection without what it holds; everything else takes all along (RFC 4918 s9.8.3, s9.9.2).
+    """
     target, clash = read_destination(request), "replace" if parse_overwrite(request["overwrite"]) else "refuse"
-    depth = parse_depth(request["depth"], "infinity")
     given = read_dav_conditions(request)
-    if depth == "1" or depth == "0" and request.method == "MOVE":
-        raise CloudError("bad-request", "this cannot be done to that Depth")
     if request.method == "MOVE":
         (node, new), = cloud.move(who, (path, target), given=given, clash=clash)
     else:
-        (node, new), = cloud.copy(who, (path, target), given=given, clash=clash, deep=depth != "0")
+        (node, new), = cloud.copy(who, (path, target), given=given, clash=clash,
+                                  deep=parse_depth(request["depth"], "infinity") != "0")
     return stored_response(request, node, new, dav_href(request, target, bool(node.kind)))
 
 
@@ -7662,13 +7701,17 @@ def read_propfind(body: ET.Element | None) -> tuple[tuple[str, ...] | None, bool
 
 @dav_route("PROPFIND", "read")
 def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    """Properties of a node and, with Depth: 1, of what it holds."""
+    """Properties of a node and, unless Depth is 0, of what it holds.
+
+    infinity is refused for a collection (RFC 4918 s9.1), where a shallow answer would look complete; no Depth is 1, as
+    with Nextcloud.
+    """
     names, values = read_propfind(read_body(request))
-    depth = parse_depth(request["depth"], "infinity")
-    if depth == "infinity":
-        raise CloudError("infinite-depth", "ask for Depth 0 or 1")
+    depth = parse_depth(request["depth"], "1")
     door = find_door(request.path)[0]
     with cloud.listing(who, path) as listing:
+        if depth == "infinity" and listing.node.kind:
+            raise CloudError("infinite-depth", "ask for Depth 0 or 1")
         about, asked = About(cloud, who, listing), names is not None
         if not asked:
             names = ALLPROP + tuple(sorted({name for found in about.dead.values() for name in found}))
@@ -7727,7 +7770,7 @@ def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[st
 def dav_lock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Take a write lock, or refresh one that If names.  Locking nothing makes an empty file."""
     body, given, new = read_body(request), read_dav_conditions(request), False
-    seconds = parse_timeout(request["timeout"] or "Second-%d" % LOCK_DEFAULT, LOCK_MOST)
+    seconds = parse_timeout(request["timeout"], LOCK_DEFAULT, LOCK_MOST)
     if body is None:
         lock = cloud.refresh(who, path, given.tokens, seconds)
     else:
@@ -7751,10 +7794,7 @@ def dav_lock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 @dav_route("UNLOCK", "write")
 def dav_unlock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """End the lock that Lock-Token names."""
-    token = request.fields.get("lock-token", "")
-    if not re.fullmatch(r"<[^<>\s]{1,256}>", token):
-        raise CloudError("bad-request", "malformed Lock-Token")
-    cloud.unlock(who, path, token[1:-1])
+    cloud.unlock(who, path, parse_lock_token(request.fields.get("lock-token", "")))
     return Response(204)
 
 
@@ -8063,7 +8103,6 @@ NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
         lambda node, about: None)}               # asked in every listing; known not to be there
 NC_FILES = Door(("remote.php", "dav", "files"), True, NC_PROPERTIES)
 DOORS.extend([NC_FILES, Door(("remote.php", "webdav"), False, NC_PROPERTIES)])
-SPELLINGS["/remote.php/dav/files//"] = "/remote.php/dav/files/"          # Nextcloud's desktop client, to see whether it gets 401
 NC_METHODS = "OPTIONS, GET, HEAD, PUT, DELETE, PROPFIND, PROPPATCH, MKCOL, COPY, MOVE, LOCK, UNLOCK, REPORT, SEARCH"
 
 EXCEPTIONS = {  # status: what Nextcloud's server would call it; clients look at a few of the names

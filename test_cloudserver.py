@@ -459,6 +459,26 @@ def test_parse_framing(fields, minor, want):
     assert outcome(cs.parse_framing, cs.Head("PUT", "/", minor, fields)) == want
 
 
+@pytest.mark.parametrize("line, want", [
+    (b"5", (5, b"")), (b"0", (0, b"")), (b"aF", (175, b"")), (b"0" * 15 + b"5", (5, b"")), (b"5;a", (5, b";a")), (b"5;a=b;c", (5, b";a=b;c")),
+    (b'5 ; a = "b \\" \t;"', (5, b' ; a = "b \\" \t;"')), (b"5\t;a", (5, b"\t;a")),
+    *[(bad, "bad-request") for bad in (b"", b"5 ", b"5\t", b" 5", b"5;", b"5 ;", b"5;;a", b"5;a ", b"5;a;", b"5;=b", b"5;a=", b"5;a=b c",
+                                       b"5;a b", b'5;a="b', b'5;a="b"c', b'5;a="b\\"', b";a", b"0x5", b"+5", b"-5", b"5_0", b"0" * 17, b"5\x0b",
+                                       b"5\r", b"5\n", b"5;a\x00", b"\xd9\xa5")],
+])
+def test_parse_chunk_line(line, want):
+    """RFC 9112 s7.1.1: blanks only beside ; and =, never at the end; an extension has a name."""
+    assert outcome(cs.parse_chunk_line, line) == want
+
+
+def test_parse_chunk_line_is_linear():
+    """H12: whatever a line of 1 KiB looks like."""
+    began = time.monotonic()
+    for part in (b" ", b";", b" ;", b";a", b"; a = ", b';a="', b'\\"', b'"'):
+        assert outcome(cs.parse_chunk_line, b"5;a" + part * (1000 // len(part)) + b"\x00") == "bad-request"
+    assert time.monotonic() - began < 1
+
+
 @pytest.mark.parametrize("raw_path, want", [
     ("/", ((), True)), ("/a/b", (("a", "b"), False)), ("/a/", (("a",), True)),
     ("/a%20b/%C3%A4", (("a b", "ä"), False)), ("/a+b", (("a+b",), False)),                        # P1
@@ -466,7 +486,10 @@ def test_parse_framing(fields, minor, want):
     ("/%", "bad-request"), ("/%zz", "bad-request"), ("/%4", "bad-request"),                       # P2
     ("/%ff", "bad-request"), ("/%c0%ae", "bad-request"), ("/%ed%a0%80", "bad-request"),           # P3
     ("/%ef%bf%be", "bad-request"), ("/%f0%9f%bf%bf", "bad-request"),
-    ("/.", "bad-request"), ("/a/../b", "bad-request"), ("/%2e%2e/b", "bad-request"), ("/a//b", "bad-request"),   # P4
+    ("/.", "bad-request"), ("/a/../b", "bad-request"), ("/%2e%2e/b", "bad-request"),              # P4
+    ("//", ((), True)), ("/a//b", (("a", "b"), False)), ("//a///b//", (("a", "b"), True)), ("/a//../b", "bad-request"),             # C5
+    ("/M%E4dchen", (("M\xe4dchen",), False)), ("/%F6%DF/%C3%B6", (("\xf6\xdf", "\xf6"), False)), ("/%84", "bad-request"),          # C3
+    ("/%E4%80", "bad-request"), ("/%c3%28%80", "bad-request"), ("/%fe", "bad-request"), ("/%E4%00", "bad-request"), ("/%E4%2f", "bad-request"),
     ("/a%2fb", "bad-request"),                                                                    # P5
     ("/a%00", "bad-request"), ("/a%0a", "bad-request"), ("/a%7f", "bad-request"),                 # P6
     ("/a\\b", "bad-request"), ("/a%5Cb", "bad-request"),                                          # P7
@@ -502,7 +525,8 @@ def test_paths_survive_their_encoding(rng):
     ("lines=1-2", 1000, None), ("bytes=a-b", 1000, None), ("bytes=5-2", 1000, None), ("bytes=-", 1000, None),
     ("bytes=0-5,3-9", 1000, None), ("bytes=" + ",".join("%d-%d" % (n, n) for n in range(0, 18, 2)), 1000, None),  # H22
     ("bytes=٠-٥", 1000, None), ("bytes=+1-5", 1000, None),
-    ("bytes=1000-", 1000, "range-unsatisfiable"), ("bytes=0-", 0, "range-unsatisfiable"), ("bytes=-0", 9, "range-unsatisfiable"),
+    ("bytes=1000-", 1000, "range-unsatisfiable"), ("bytes=-0", 9, "range-unsatisfiable"),
+    ("bytes=0-", 0, None), ("bytes=0-9", 0, None), ("bytes=-5", 0, None), ("bytes=7-", 0, None),           # C11
 ])
 def test_parse_ranges(header, size, want):
     assert outcome(cs.parse_ranges, header, size) == want
@@ -510,8 +534,10 @@ def test_parse_ranges(header, size, want):
 
 @pytest.mark.parametrize("text, weak, want", [
     ("*", False, ("*",)), ('"a"', False, ("a",)), ('"a", "b"', False, ("a", "b")), ('W/"a"', True, ("a",)),
-    ('W/"a"', False, ("\x00",)), ("a", False, "bad-request"), ('"a" "b"', False, "bad-request"), ("", False, "bad-request"),
-    ('"a', False, "bad-request"), ('""', False, ("",)),
+    ('W/"a"', False, (cs.NO_ETAG,)), ('""', False, ("",)), ('"a,b" , "c"', False, ("a,b", "c")), ('"a",,"b",', False, ("a", "b")),
+    ("a", False, (cs.NO_ETAG,)), ("JoplinIgnore-12345", True, (cs.NO_ETAG,)), ("", False, (cs.NO_ETAG,)), (",", True, (cs.NO_ETAG,)),     # C1
+    ('"a', False, (cs.NO_ETAG,)), ('a"b"', True, (cs.NO_ETAG,)), ('"a" "b"', False, ("a", "b")), ('"a", x', True, ("a", cs.NO_ETAG)),
+    ("x, *", True, (cs.NO_ETAG, cs.NO_ETAG)), ("W/a", True, (cs.NO_ETAG,)),
 ])
 def test_parse_etags(text, weak, want):
     assert outcome(cs.parse_etags, text, weak=weak) == want
@@ -524,22 +550,32 @@ def test_parse_etags(text, weak, want):
     ("<http://h/x> (<urn:a>) (Not <DAV:no-lock>)", (("http://h/x", ((True, "token", "urn:a"),)),
                                                     ("http://h/x", ((False, "token", "DAV:no-lock"),)))),
     *[(bad, "bad-request") for bad in ("", "()", "(", "<urn:a>", "(<a>", "(Not)", "((<a>))", "(<a>) x", "(Not Not <a>)",
-                                       "(<a" + "a" * 5000 + ">)", "(<a>)" * 200)],
+                                       "(<a" + "a" * 5000 + ">)", "(<a>)" * 200, "urn:uuid:1 2", "urn:a")],
+    ("urn:uuid:1-2", ((None, ((True, "token", "urn:uuid:1-2"),)),)),                              # C2
 ])
 def test_parse_if(text, want):
     assert outcome(cs.parse_if, text) == want
 
 
-@pytest.mark.parametrize("text, want", [("0", "0"), ("1", "1"), ("Infinity", "infinity"), (None, "1"), ("2", "bad-request"),
-                                        ("", "bad-request"), ("0, 1", "bad-request")])
+@pytest.mark.parametrize("text, want", [("0", "0"), ("1", "1"), ("Infinity", "infinity"), (None, "?"), ("1,noroot", "1"), ("infinity, noroot", "infinity"),
+                                        ("2", "?"), ("", "?"), ("-1", "?"), ("deep", "?")])
 def test_parse_depth(text, want):
-    assert outcome(cs.parse_depth, text, "1") == want
+    """C3: what is no depth asks for none."""
+    assert cs.parse_depth(text, "?") == want
 
 
 @pytest.mark.parametrize("text, want", [("Second-60", 60), ("Infinite", 100), ("Extend, Second-5", 5), ("Second-9999", 100),
-                                        (None, 100), ("Second-0", 1), ("never", "bad-request"), ("Second--1", "bad-request")])
+                                        (None, 50), ("Second-0", 1), ("never", 50), ("Second--1", 50), ("", 50), ("x" * 9999, 50)])
 def test_parse_timeout(text, want):
-    assert outcome(cs.parse_timeout, text, 100) == want
+    """C3"""
+    assert cs.parse_timeout(text, 50, 100) == want
+
+
+@pytest.mark.parametrize("text, want", [("<urn:uuid:1>", "urn:uuid:1"), ("urn:uuid:1", "urn:uuid:1"),
+                                        *[(bad, "bad-request") for bad in ("", "<>", "<a", "a>", "<a> <b>", "a b", "x" * 257)]])
+def test_parse_lock_token(text, want):
+    """C2: with brackets or without."""
+    assert outcome(cs.parse_lock_token, text) == want
 
 
 @pytest.mark.parametrize("text, want", [
@@ -575,10 +611,18 @@ def test_parse_size(text, want):
     b"", b"<a>", b"<a></b>", b"<!DOCTYPE a><a/>", b"<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>", b"<a>&b;</a>",     # X1 X2 X5
     b"<x:a/>", b"<a><![CDATA[</a>", b"\xff\xfe<\x00", b"<?xml version='1.0' encoding='no-such'?><a/>",
     b"<a>" * 65 + b"</a>" * 65, b"<a>" + b"<b/>" * 20001 + b"</a>",                                               # X3
-    b"<a " + b" ".join(b"a%d=''" % n for n in range(257)) + b"/>", b"<a>\x01</a>",
+    b"<a " + b" ".join(b"a%d=''" % n for n in range(257)) + b"/>", b"<a>\x01</a>", b"<a>\0</a>", b"\0<a/>", b"<a/>\0x", b"\0\0", b"\n",
 ])
 def test_read_xml_refuses(body):
     assert outcome(cs.read_xml, body) == "bad-request"
+
+
+@pytest.mark.parametrize("body", [
+    b"<a>b</a>", b"\r\n <?xml version='1.0'?><a>b</a>", b"<a>b</a>\0", b"\n<a>b</a>\r\n\0\0", b"\xef\xbb\xbf<a>b</a>\0",
+    *["<?xml version='1.0' encoding='utf-16'?><a>b</a>".encode(coding) for coding in ("utf-16", "utf-16-le", "utf-16-be")]])
+def test_xml_may_have_blanks_before_and_nuls_behind(body):
+    """C3: Windows 11"""
+    assert cs.read_xml(body).text == "b"
 
 
 def test_xml_survives_its_writer(rng):
@@ -607,11 +651,13 @@ def test_windows_names(name, want):
     assert cs.is_windows_name(name) is want
 
 
-@pytest.mark.parametrize("name", ["a.txt", 'a"b.txt', "a\u202eb", "ä;x", "😀", "a'b", "a%b"])
-def test_dispositions_hold_no_surprise(name):
-    """H23"""
+@pytest.mark.parametrize("name, plain", [("a.txt", "a.txt"), ('a"b.txt', "a_b.txt"), ("a\u202eb", "a_b"), ("ä;x", "__x"), ("😀", "_"), ("a'b", "a'b"),
+                                         ("a%b", "a_b"), ("a\\b", "a_b"), ("ü x.zip", "_ x.zip"), ("a\tb\rc\n", "a_b_c_")])
+def test_dispositions_hold_no_surprise(name, plain):
+    """H23, C9: a plain name for those who know no other comes first (RFC 6266 appendix D)."""
     text = cs.format_disposition(name)
-    assert text.isascii() and re.fullmatch(r"""attachment; filename(="[\w.~/-]+"|\*=UTF-8''[\w.%~-]+)""", text)
+    given = re.fullmatch(r"""attachment; filename="([^"\\%;\x00-\x1f\x7f]+)"(?:; filename\*=UTF-8''([\w.%~-]+))?""", text)
+    assert text.isascii() and given[1] == plain and (cs.unquote_name(given[2]) == name if given[2] else plain == name)
 
 
 @pytest.mark.parametrize("text, size, digest", [                 # read back by a scanner when this was written
@@ -2280,6 +2326,8 @@ def test_lines_on_the_wire(address, data, want):
     ("Transfer-Encoding: chunked", b"5\r\nhelloX\r\n0\r\n\r\n"), ("Transfer-Encoding: chunked", b"-5\r\nhello\r\n0\r\n\r\n"),
     ("Transfer-Encoding: chunked", b"11111111111111111\r\nhello\r\n0\r\n\r\n"),
     ("Transfer-Encoding: chunked", b"5;" + b"a" * 2000 + b"\r\nhello\r\n0\r\n\r\n"),
+    ("Transfer-Encoding: chunked", b"5 \r\nhello\r\n0\r\n\r\n"), ("Transfer-Encoding: chunked", b"5;\r\nhello\r\n0\r\n\r\n"),
+    ("Transfer-Encoding: chunked", b"5\r\nhello\r\n0 \r\n\r\n"), ("Transfer-Encoding: chunked", b"5\r\nhello\r\n0;\r\n\r\n"),
     ("Transfer-Encoding: chunked", b"1;aaaaaaaaaaaaaaaa" * 1 + b"\r\nh\r\n" + b"1;" + b"a" * 1000 + b"\r\nh\r\n" * 1
      + (b"1;" + b"a" * 1000 + b"\r\nh\r\n") * 20 + b"0\r\n\r\n"),
     ("Transfer-Encoding: chunked", b"5\r\nhello\r\n0\r\n" + b"A: b\r\n" * 5000 + b"\r\n"),
@@ -3430,7 +3478,6 @@ def test_propfind_tells_of_a_node_and_its_children(call, cloud, ann):
 
 def test_propfind_forms(call, cloud, ann):
     put(cloud, ann, "a")
-    assert call("PROPFIND", "/dav/", b"").status == 403                       # no Depth means infinity
     assert call("PROPFIND", "/dav/", b"", Depth="infinity").status == 403
     assert call("PROPFIND", "/dav/", b"<a/>", Depth="0").status == 400
     assert call("PROPFIND", "/dav/", b"<propfind xmlns='DAV:'/>", Depth="0").status == 400
@@ -3445,6 +3492,19 @@ def test_propfind_forms(call, cloud, ann):
     assert b"404" not in brief
     stray = b"<d:propfind xmlns:d='DAV:'><d:prop><d:getetag/></d:prop>M</d:propfind>"      # ownCloud 2.x sends this
     assert call("PROPFIND", "/dav/a", stray, Depth="0").status == 207
+
+
+@pytest.mark.parametrize("path, depth, want", [
+    ("/dav/f", None, 1), ("/dav/f", "0", 1), ("/dav/f", "1", 1), ("/dav/f", "infinity", 1), ("/dav/f", "2", 1), ("/dav/no", None, 404),
+    ("/dav/no", "infinity", 404), ("/dav/no/f", "infinity", 404), ("/dav/f/x", "infinity", 404), ("/dav/d", "infinity", 403),
+    ("/dav/", "infinity", 403), ("/dav/d", "Infinity,noroot", 403), ("/dav/d", None, 3), ("/dav/d", "1", 3), ("/dav/d", "0", 1), ("/dav/d/", "2", 3),
+    ("/dav/d", "1,noroot", 3), ("/dav/d", "x", 3), ("/dav/", None, 3)])
+@pytest.mark.parametrize("door", ["/dav", "/remote.php/webdav", "/remote.php/dav/files/ann"])
+def test_depth_is_for_collections_that_are_there(call, cloud, ann, door, path, depth, want):
+    """C3, C4: infinity is refused for collections alone (RFC 4918 s9.1); what is not there is 404."""
+    put(cloud, ann, "f"), put(cloud, ann, "d/a", parents=True), put(cloud, ann, "d/b")
+    answer = call("PROPFIND", door + path[4:], b"", **({} if depth is None else {"Depth": depth}))
+    assert (answer.body.count(b"<d:response>") if answer.status == 207 else answer.status) == want
 
 
 def test_dead_properties_come_back_as_they_were(call, cloud, ann):
@@ -3501,6 +3561,11 @@ def test_put_takes_time_and_checksum(call, cloud, ann):
     ("/dav/b", 201), ("http://localhost/dav/b", 201), ("https://127.0.0.1:99/dav/b", 201), ("/dav/%62", 201),
     ("http://evil.example/dav/b", 502), ("/elsewhere/b", 502), ("/dav/../b", 400), ("b", 400), ("/dav/b%2fc", 400), ("/dav/no/b", 409),
     ("/dav/a", 403), ("/dav/a/b", 403), ("/dav/d", 204), ("/dav/", 403),
+    ("", 400), (" ", 400), ("http://", 400), ("?", 400), ("http://localhost", 502), ("http://localhost:x/dav/b", 400),
+    ("/dav//b", 201), ("//dav///b", 201), ("/dav//a", 403), ("/dav/M%E4dchen.txt", 201),                               # C5, C3
+    ("http://ann:pass@localhost/dav/b", 201), ("http://a%40b:p%40ss@localhost/dav/b", 201), ("http://u:p@ss@localhost/dav/b", 201),   # C6
+    ("http://localhost@evil.example/dav/b", 502), ("http://ann:pass@evil.example/dav/b", 502), ("http://evil.example/@localhost/dav/b", 502),
+    ("http://evil.example?@localhost/dav/b", 400),
 ])
 @pytest.mark.parametrize("method", ["MOVE", "COPY"])
 def test_destinations(call, cloud, ann, destination, want, method):
@@ -3515,8 +3580,54 @@ def test_overwrite_and_missing_destination(call, cloud, ann):
     put(cloud, ann, "b")
     assert call("MOVE", "/dav/a", Destination="/dav/b", Overwrite="F").status == 412
     assert call("MOVE", "/dav/a", Destination="/dav/b", Overwrite="maybe").status == 400
-    assert call("COPY", "/dav/a").status == 400 and call("MOVE", "/dav/a", Destination="/dav/b", Depth="0").status == 400
+    assert call("COPY", "/dav/a").status == 400
     assert call("MOVE", "/dav/a", Destination="/dav/b", Overwrite="T").status == 204
+
+
+@pytest.mark.parametrize("method, depth, whole", [
+    ("COPY", None, True), ("COPY", "infinity", True), ("COPY", "1", True), ("COPY", "2", True), ("COPY", "0", False),
+    ("MOVE", None, True), ("MOVE", "infinity", True), ("MOVE", "1", True), ("MOVE", "0", True)])
+def test_depth_of_a_copy_and_of_a_move(call, cloud, ann, method, depth, whole):
+    """C3: Depth says nothing of files; a collection moves as if it were infinity (RFC 4918 s9.9.2)."""
+    put(cloud, ann, "f"), put(cloud, ann, "d/a", parents=True)
+    fields = {} if depth is None else {"Depth": depth}
+    assert call(method, "/dav/f", Destination="/dav/g", **fields).status == 201 and get(cloud, ann, "g") == b"x"
+    assert call(method, "/dav/d", Destination="/dav/e", **fields).status == 201
+    assert ("e/a" in tree(cloud, ann)) is whole and ("d" in tree(cloud, ann)) is (method == "COPY")
+
+
+@pytest.mark.parametrize("fields, missing, there", [
+    ({}, 201, 204), ({"If_None_Match": "JoplinIgnore-12345"}, 201, 204), ({"If_None_Match": "*"}, 201, 412), ({"If_None_Match": ""}, 201, 204),
+    ({"If_Match": "JoplinIgnore-12345"}, 412, 412), ({"If_Match": ""}, 412, 412), ({"If_None_Match": 'x, E'}, 201, 412), ({"If_Match": 'x, E'}, 412, 204),
+    ({"If_Unmodified_Since": "yesterday"}, 201, 204), ({"Depth": "x"}, 201, 204), ({"Timeout": "x"}, 201, 204)])
+def test_what_cannot_be_read_in_a_condition_matches_nothing(call, cloud, ann, fields, missing, there):
+    """C1: for every method that looks at it; Joplin sends it with all but GET and HEAD."""
+    def send(method, path, *body, **how):
+        return call(method, path, *body, **how, **{name: value.replace("E", etag) for name, value in fields.items()}).status
+    etag = ""
+    for method, path in (("PUT", "/dav/new"), ("MKCOL", "/dav/made"), ("PUT", FILES + "/anew")):
+        assert send(method, path) == missing, method
+    for method, path, how in (("PUT", "/dav/f", {}), ("PUT", FILES + "/f", {}), ("MOVE", "/dav/f", {"Destination": "/dav/g"}), ("DELETE", "/dav/f", {})):
+        etag = '"%s"' % put(cloud, ann, "f").etag
+        assert send(method, path, **how) == (201 if method == "MOVE" and there == 204 else there), method
+    etag = '"%s"' % put(cloud, ann, "f").etag
+    if "g" in tree(cloud, ann):
+        cloud.delete(ann, ("g",))
+    assert send("COPY", "/dav/f", Destination="/dav/g") == (201 if there == 204 else there)
+    assert send("PROPFIND", "/dav/f", b"") == 207
+    assert send("GET", "/dav/f") == {"If_None_Match": 304 if there == 412 else 200, "If_Match": 200 if there == 204 else 412}.get(next(iter(fields), ""), 200)
+
+
+@pytest.mark.parametrize("method, path", [("PROPFIND", "/dav//f"), ("PROPFIND", "//dav/f"), ("GET", "//dav//f"), ("GET", "/remote.php//webdav/f"),
+                                          ("GET", "/remote.php/dav//files/ann//f"), ("GET", "/api//v1/content//f"), ("PUT", "/dav//d//f"), ("GET", "//healthz")])
+def test_slashes_that_repeat_count_as_one(call, cloud, ann, method, path):
+    """C5: at every door; two addresses then name one file, and its locks."""
+    put(cloud, ann, "f", "once"), cloud.make_collection(ann, ("d",))
+    answer = call(method, path, b"")
+    assert answer.status == {"PROPFIND": 207, "PUT": 201, "GET": 200}[method] and (method != "PROPFIND" or b">/dav/f<" in answer.body)
+    take_lock(cloud, ann, "f")
+    assert call("PUT", "/dav//f", b"2").status == 423 and call("DELETE", "//dav///f").status == 423
+    assert call("PUT", "/dav/f", b"2", If="<http://127.0.0.1//dav//f> (Not <urn:no>)").status == 423
 
 
 def lock_body(scope="exclusive", owner="<d:href>me &amp; you</d:href>"):
@@ -3541,6 +3652,10 @@ def test_locks_over_the_wire(call, cloud, ann):
     assert call("LOCK", "/dav/d/a", b"", If="(<urn:no>)").status == 412
     assert call("UNLOCK", "/dav/d/a", Lock_Token="<urn:no>").status == 409 and call("UNLOCK", "/dav/d/a").status == 400
     assert call("UNLOCK", "/dav/d/a", Lock_Token=token).status == 204 and call("PUT", "/dav/d/a", b"x").status == 204
+    bare = call("LOCK", "/dav/d/a", b"\r\n" + lock_body().encode() + b"\0", Timeout="bogus").headers["lock-token"][1:-1]      # C2, C3
+    again = call("LOCK", "/dav/d/a", b"", If=bare)
+    assert again.status == 200 and b"Second-%d" % cs.LOCK_DEFAULT in again.body and call("PUT", "/dav/d/a", b"x", If=bare).status == 204
+    assert call("UNLOCK", "/dav/d/a", Lock_Token=bare).status == 204 and call("UNLOCK", "/dav/d/a", Lock_Token=bare).status == 409
     made = call("LOCK", "/dav/new", lock_body())
     assert made.status == 201 and get(cloud, ann, "new") == b""
     assert call("LOCK", "/dav/x", b"<d:lockinfo xmlns:d='DAV:'/>").status == 400
@@ -3634,7 +3749,7 @@ def test_nextcloud_discovery(call):
         assert answer["meta"]["statuscode"] == good and answer["data"]["capabilities"]["dav"]["chunking"] == "1.0"
         assert set(answer["data"]["capabilities"]) == {"core", "dav", "files", "files_sharing", "checksums"}      # nothing invented
     assert call("PROPFIND", "/remote.php/dav/files//", user=None).status == 401      # as the desktop client probes
-    assert call("PROPFIND", "/dav/files//", user=None).status == 400
+    assert call("PROPFIND", "/remote.php/dav/files//").status == 404
     answer = call("PROPFIND", FILES, user=None)
     assert answer.status == 401 and answer.headers["www-authenticate"].startswith("Basic ") and b"NotAuthenticated" in answer.body
     assert "SEARCH" in call("OPTIONS", "/remote.php/dav", user=None).headers["allow"]
