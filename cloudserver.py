@@ -306,6 +306,7 @@ ERRORS = {  # kind: (HTTP status, WebDAV condition or None)
     "offset": (409, None),                                # tus: the server stands elsewhere
     "missing": (409, None),                               # chunks that have to be sent first
     "op-reused": (409, None),                             # the same operation id for something else
+    "other-history": (409, "valid-sync-token"),           # a cursor of a past that is not ours: the server went back in time
     "gone": (410, None),
     "length-required": (411, None),
     "precondition-failed": (412, None),
@@ -1725,6 +1726,7 @@ def storage_error(error: OSError) -> CloudError:
 # 1. A batch is guards, a journal line and a body.  Guards are SELECTs that return a reason where they fail; they
 #    run first, so a batch that conflicts has written nothing.
 # 2. Every batch with a journal line draws the next seq; inside its body (SELECT max(seq) FROM journal) is that seq.
+#    Its line has a random tag: two databases with the same tag at a seq have the same past up to there, others have not.
 # 3. The caller who finds no commit under way commits for all who wait: one BEGIN, one fsync, then all are answered.
 # 4. Between processes a lock file queues commits, and checkpoints happen inside commits: the two never overlap.
 # 5. Ids and times come from the process as parameters, never from the database.
@@ -1835,7 +1837,10 @@ CREATE INDEX kept_account ON kept (account);
 CREATE INDEX journal_server ON journal (seq) WHERE action IN
     ('account-add', 'account-password', 'account-admin', 'account-quota', 'account-remove', 'settings', 'hold');
 """
-MIGRATIONS = [VERSION_2]        # MIGRATIONS[0] leads from version 1 to 2
+VERSION_3 = """
+ALTER TABLE journal ADD COLUMN tag TEXT NOT NULL DEFAULT '';        -- random: no other history has this seq with this tag
+"""
+MIGRATIONS = [VERSION_2, VERSION_3]     # MIGRATIONS[0] leads from version 1 to 2
 INDEXES = (  # made where SQLite can: parts of names; words of contents
     "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
     "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
@@ -1940,7 +1945,8 @@ class Batch:
     op: tuple[str, str] | None = None            # (id a client chose, digest of what it asked)
     result: str | None = None                    # what to answer if the client asks again
     changes: Sequence[Change] = ()               # what its body does to the tree, for who asked
-    seq: int = 0                                 # set when it is committed
+    seq: int = 0                                 # set when it is committed,
+    tag: str = ""                                # with this
 
 
 class _Ticket:
@@ -2141,11 +2147,12 @@ class Database:
                     raise _Failed(reason)
         if batch.line:
             home, who, action, detail = batch.line
+            batch.tag = secrets.token_hex(8)
             batch.seq = db.execute(
-                "INSERT INTO journal (seq, at, home, account, device, action, detail) "
-                "SELECT max(seq) + 1, ?, ?, ?, ?, ?, ? FROM journal",
+                "INSERT INTO journal (seq, at, home, account, device, action, detail, tag) "
+                "SELECT max(seq) + 1, ?, ?, ?, ?, ?, ?, ? FROM journal",
                 (self.clock.wall(), home, who.account, who.device, action,
-                 json.dumps(detail, ensure_ascii=False))).lastrowid
+                 json.dumps(detail, ensure_ascii=False), batch.tag)).lastrowid
         for sql, params, many in batch.body:
             (db.executemany if many else db.execute)(sql, params)
         if batch.op:
@@ -2194,8 +2201,8 @@ class Database:
             raise
 
     def _first_rows(self) -> str:
-        return """INSERT INTO journal VALUES (1, %d, 0, 0, '', 'create', '{}');
-            INSERT INTO setting VALUES ('epoch', '%s'), ('generation', '0')""" % (
+        return """INSERT INTO journal (seq, at, home, account, device, action, detail) VALUES (1, %d, 0, 0, '', 'create', '{}');
+            INSERT INTO setting (name, value) VALUES ('epoch', '%s'), ('generation', '0')""" % (
             self.clock.wall(), secrets.token_hex(8))
 
     def _copy_before_migration(self, db: sqlite3.Connection, version: int) -> None:
@@ -2911,7 +2918,6 @@ class Tree:
         self.blobs = Blobs(store)
         self.db = Database(config.data / "cloud.db", self.clock)
         self.accounts = Accounts(self.db, self.clock)
-        self.epoch = self.db.setting("epoch")
         self.op: tuple[str, str] | None = None           # what batches bear: see Cloud.once
         self._free: tuple[int, bool] = (0, True)         # until when the disk counts as free
         self._lanes: dict[int, int] = {}                 # long operations under way, by account
@@ -2922,6 +2928,11 @@ class Tree:
     def close(self) -> None:
         self.blobs.lane.shutdown(wait=True)
         self.db.close()
+
+    @property
+    def epoch(self) -> str:
+        """Which server this is; a new one after a restore (R29)."""
+        return self.db.setting("epoch")
 
     def policy(self) -> Policy:
         """What an administrator may change while the server runs; until then it is what the command line says."""
@@ -4061,6 +4072,9 @@ class Reversal:
                       "WHERE node = ?", [(*sum, node) for node, sum in self.sums.items()], many=True)]
 
 
+WENT_BACK = "this server does not know what it said then: an older state of its data was put back"
+
+
 class History(Tree):
     """What was: versions, trash, any moment of any collection, undo, and the feed of changes.  The first floor of Cloud."""
 
@@ -4068,12 +4082,14 @@ class History(Tree):
         """What batches after `since` touched below a path; returns the seq reached and each node once.
 
         A batch is never split, so there may be more than `limit`.  What came and went meanwhile has neither path.
-        raises  CloudError gone if history does not reach back to `since`
+        raises  CloudError gone if history does not reach back to `since`, other-history if it does not reach so far
         """
         top = self.stat(who, path)
         with self.db.snapshot() as read:
             (head,), = read("SELECT max(seq) FROM journal")
-            if not self.oldest_seq() <= since <= head:
+            if since > head:
+                raise CloudError("other-history", WENT_BACK)
+            if since < self.oldest_seq():
                 raise CloudError("gone", "what happened since then is not known any more; read everything anew")
             reached = min([head, *(seq for column in ("since", "until") for (seq,) in read(
                 "SELECT %s FROM entry WHERE home = ? AND %s > ? ORDER BY %s LIMIT 1 OFFSET ?" % ((column,) * 3),
@@ -4109,6 +4125,22 @@ class History(Tree):
     def head(self) -> int:
         """The newest seq."""
         return self.db.read("SELECT max(seq) FROM journal")[0][0]
+
+    def tag_at(self, seq: int) -> str | None:
+        """What tells the history up to a seq from others; None if there is no such seq."""
+        rows = self.db.read("SELECT tag FROM journal WHERE seq = ?", (seq,))
+        return rows[0][0] if rows else None
+
+    def check_history(self, epoch: str | None, since: int | None, tag: str | None) -> None:
+        """Is a client's cursor a point of our own past?  What it does not say is not asked.
+
+        raises  CloudError gone for another server, other-history when this one was put back to an older state
+        """
+        if epoch not in (None, self.epoch):
+            raise CloudError("gone", "this is not the server it was, or it was restored from a backup; read everything anew")
+        if since is not None and tag is not None and self.tag_at(since) != tag:
+            log.warning("a client knows another history: if an older state of the data was put back, run the command `restored`")
+            raise CloudError("other-history", WENT_BACK)
 
     def oldest_seq(self) -> int:
         """History before this seq may have been thinned out."""
@@ -4151,10 +4183,8 @@ class History(Tree):
         low, high = 1, self.head()
         while low < high:                                # the journal's times rise, but for steps of the clock
             middle = (low + high + 1) // 2
-            if self.db.read("SELECT at FROM journal WHERE seq = ?", (middle,))[0][0] <= at:
-                low = middle
-            else:
-                high = middle - 1
+            (seq, then), = self.db.read("SELECT seq, at FROM journal WHERE seq <= ? ORDER BY seq DESC LIMIT 1", (middle,))
+            low, high = (middle, high) if then <= at else (low, max(low, seq - 1))
         return low
 
     def journal_at(self, seq: int) -> int:
@@ -7165,23 +7195,20 @@ def sync_place(place: Place) -> dict[str, Any]:
     return about
 
 
-def check_server(cloud: Cloud, epoch: str | None) -> None:
-    """Is a client's cursor one of ours?  raises CloudError gone"""
-    if epoch not in (None, cloud.epoch):
-        raise CloudError("gone", "this is not the server it was, or it was restored from a backup; read everything anew")
-
-
-@route("GET", API + "manifest", needs="read", path_=TEXT, at_=TEXT, chunks_="boolean")
+@route("GET", API + "manifest", needs="read", path_=TEXT, at_=TEXT, chunks_="boolean", since_="integer", tag_=TEXT)
 def sync_manifest(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Everything below a path, one JSON object a line, in the order of paths; the last line is {"end": true, "count": N}.
 
-    The first line is {"seq", "server", "node"}: ask for the changes since that seq.  `chunks` adds [[hash, size], ...].
+    The first line is {"seq", "tag", "server", "node"}: ask for the changes since that seq.  `chunks` adds [[hash, size], ...].
+    With the `since` and `tag` a client has, 409 other-history says that an older state was put back: what is missing then is
+    not deleted.
     """
     values = request.values
+    cloud.check_history(None, values["since"], values["tag"])
     path = split_path(values["path"] or "")
     seq, top, places = cloud.manifest(who, path, None if values["at"] is None else read_moment(cloud, values["at"]),
                                       bool(values["chunks"]))
-    first = {"seq": seq, "server": cloud.epoch, "node": str(top.node)}
+    first = {"seq": seq, "tag": cloud.tag_at(seq), "server": cloud.epoch, "node": str(top.node)}
     return Response(200, sync_lines(first, places), {"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"}, length=None)
 
 
@@ -7196,15 +7223,17 @@ def sync_lines(first: dict[str, Any], places: Iterator[Place]) -> Iterator[bytes
     yield b"\n".join([*lines, format_json({"end": True, "count": count})]) + b"\n"
 
 
-@route("GET", API + "changes", needs="read", since="integer", wait_="integer", limit_="integer", chunks_="boolean", server_=TEXT)
+@route("GET", API + "changes", needs="read", since="integer", wait_="integer", limit_="integer", chunks_="boolean", server_=TEXT,
+       tag_=TEXT)
 def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The newest state of every node touched since a seq, each once; `wait` holds the answer, seconds, until there is one.
 
     One that is out of sight has "path": null and says what became of it: deleted or moved.  `was` is its path as of
-    `since`.  410 asks to read the manifest anew.
+    `since`, `root` the node whose changes these are.  410 asks to read the manifest anew; 409 other-history says that `since`
+    and its `tag` are of another past: an older state was put back, and what is missing is not deleted.
     """
     values = request.values
-    check_server(cloud, values["server"])
+    cloud.check_history(values["server"], values["since"], values["tag"])
     since, wait = values["since"], min(max(0, values["wait"] or 0), WAIT_LIMIT)
     if wait and cloud.newest(who) <= since <= cloud.head():
         cloud.await_change(who, since, wait)
@@ -7216,7 +7245,8 @@ def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
         if change.path is not None:
             about = sync_place(cloud.place_of(change.node, change.path, bool(values["chunks"])))
         found.append({**about, "was": None if change.was is None else "/".join(change.was)})
-    return json_response({"seq": reached, "more": reached < cloud.head(), "changes": found})
+    return json_response({"seq": reached, "tag": cloud.tag_at(reached), "more": reached < cloud.head(), "root": str(who.root),
+                          "changes": found})
 
 
 @route("GET", API + "events", needs="read")
@@ -7270,11 +7300,12 @@ def sync_get(cloud: Cloud, who: Principal, request: Request) -> Response:
 def sync_commit(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Many steps in one request, one transaction, one answer; then, in the same body, frames of the chunks they name.
 
-    The first line is {"op": id, "ops": [...], "atomic"?, "since"?, "server"?}.  Steps:
+    The first line is {"op": id, "ops": [...], "atomic"?, "since"?, "tag"?, "server"?}.  Steps:
     {"put": path, "chunks": [[hash, size], ...], "mtime": ms, "if"?: etag or null}, {"mkdir": path},
     {"move": path, "to": path, "if"?: etag}, {"delete": path, "if"?: etag, "since"?: seq}; "if": null says that nothing is there,
     "since" that no other device changed anything since.  Each gets {"status", "etag", "node"} or a problem, in order.
-    The same `op` again changes nothing and is answered the same.  "cursor" comes when no other device did anything after `since`.
+    The same `op` again changes nothing and is answered the same.  "cursor" and its "tag" come when no other device did anything
+    after `since`.  409 other-history, and nothing done, if `since` and `tag` are of another past.
     """
     reader = FrameReader(request.body)
     line = reader.line(LINE_OF_OPS)
@@ -7282,13 +7313,13 @@ def sync_commit(cloud: Cloud, who: Principal, request: Request) -> Response:
     op, steps = values.get("op"), values.get("ops")
     if not isinstance(op, str) or not 0 < len(op) <= 64 or not isinstance(steps, list) or not 0 < len(steps) <= OPS_LIMIT:
         raise CloudError("bad-request", 'the first line is {"op": id, "ops": [1 to %d steps]}' % OPS_LIMIT)
-    check_server(cloud, values.get("server"))
     since = values.get("since")
     if since is not None and not VALUE_TYPES["integer"](since):
         raise CloudError("bad-request", "since is a seq")
+    cloud.check_history(values.get("server"), since, values.get("tag"))
     seq, results, alone = cloud.commit(who, op, hashlib.sha256(line).hexdigest(), [sync_step(step) for step in steps], reader,
                                        atomic=values.get("atomic") is True, since=since)
-    return json_response({"seq": seq, "results": results, **({"cursor": seq} if alone else {})})
+    return json_response({"seq": seq, "results": results, **({"cursor": seq, "tag": cloud.tag_at(seq)} if alone else {})})
 
 
 def sync_step(step: Any) -> dict[str, Any]:
@@ -7548,12 +7579,12 @@ class About:
     """What live properties may need beside the node itself; fetched when first asked for."""
 
     def __init__(self, cloud: Cloud, who: Principal, listing: Listing) -> None:
-        self.who, self.epoch, self.locks = who, cloud.epoch, listing.locks
+        self.who, self.locks, self.tag_at = who, listing.locks, cloud.tag_at
         self._fetch = {"quota": lambda: cloud.quota(who), "digests": listing.digests, "dead": listing.properties,
-                       "pictured": listing.pictured}
+                       "pictured": listing.pictured, "epoch": lambda: cloud.epoch}
 
     def __getattr__(self, name: str) -> Any:
-        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {manifest}"""
+        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {manifest}; epoch"""
         value = self.__dict__[name] = self._fetch[name]()
         return value
 
@@ -7562,8 +7593,8 @@ def format_etag(node: Node) -> str:
     return '"%s"' % node.etag
 
 
-def format_sync_token(epoch: str, seq: int) -> str:
-    return "urn:cloudserver:sync:%s:%d" % (epoch, seq)
+def format_sync_token(epoch: str, seq: int, tag: str) -> str:
+    return "urn:cloudserver:sync:%s:%d:%s" % (epoch, seq, tag)
 
 
 def format_id(node: Node) -> str:
@@ -7609,7 +7640,7 @@ PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {   # live ones 
     "{DAV:}quota-used-bytes": lambda node, about: str(about.quota[0]) if node.kind else None,          # RFC 4331
     "{DAV:}quota-available-bytes": lambda node, about: str(about.quota[1]) if node.kind else None,
     "{DAV:}supported-report-set": lambda node, about: REPORTS if node.kind else "",                    # RFC 3253 s3.1.5
-    "{DAV:}sync-token": lambda node, about: format_sync_token(about.epoch, node.seq) if node.kind else None,   # RFC 6578 s4
+    "{DAV:}sync-token": lambda node, about: format_sync_token(about.epoch, node.seq, about.tag_at(node.seq)) if node.kind else None,   # RFC 6578 s4
     "{urn:schemas-microsoft-com:}Win32LastModifiedTime": lambda node, about: format_http_date(node.mtime),     # Windows
     "{http://owncloud.org/ns}checksums": lambda node, about: None if node.kind else format_checksums(node, about),
     "{http://owncloud.org/ns}size": lambda node, about: str(node.size),
@@ -7828,7 +7859,7 @@ def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
         door = find_door(request.path)[0]
         about, answer = About(cloud, who, listing), Multistatus(names, door, complete=not is_minimal(request))
     readers = [property_reader(door, name) for name in names]
-    reached, rows = sync_rows(cloud, who, path, read_sync_token(token, cloud.epoch), int(limit))
+    reached, rows = sync_rows(cloud, who, path, read_sync_token(cloud, token), int(limit))
     for below, kind, node in rows:
         if level == "1" and len(below) > 1:
             continue
@@ -7837,20 +7868,21 @@ def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
             answer.add_part(E("d:response", E("d:href", href), E("d:status", "HTTP/1.1 404 Not Found")))
         else:
             answer.add(href, [read(node, about) for read in readers])
-    answer.add_part(E("d:sync-token", format_sync_token(cloud.epoch, reached)))
+    answer.add_part(E("d:sync-token", format_sync_token(cloud.epoch, reached, cloud.tag_at(reached))))
     return answer.response()
 
 
 REPORT_KINDS: dict[str, Callable[..., Response]] = {"{DAV:}sync-collection": dav_changes}
 
 
-def read_sync_token(text: str, epoch: str) -> int | None:
-    """The seq in a sync token; None for the first sync.  raises CloudError bad-sync-token"""
+def read_sync_token(cloud: Cloud, text: str) -> int | None:
+    """The seq in a sync token; None for the first sync.  raises CloudError bad-sync-token, other-history"""
     if not text:
         return None
-    found = re.fullmatch(r"urn:cloudserver:sync:([0-9a-f]+):(\d{1,18})", text)
-    if not found or found[1] != epoch:
+    found = re.fullmatch(r"urn:cloudserver:sync:([0-9a-f]+):(\d{1,18})(?::([0-9a-f]*))?", text)
+    if not found or found[1] != cloud.epoch:
         raise CloudError("bad-sync-token", "this sync token is not one of this server")
+    cloud.check_history(None, int(found[2]), found[3])
     return int(found[2])
 
 
@@ -8409,8 +8441,8 @@ class Scattered(About):
     """What properties need of nodes that come from everywhere."""
 
     def __init__(self, cloud: Cloud, who: Principal) -> None:
-        self.who, self.epoch, self.locks = who, cloud.epoch, lambda node: []
-        self._fetch = {"quota": lambda: cloud.quota(who), "digests": dict, "pictured": lambda: cloud.pictured(who), "dead": lambda: {
+        self.who, self.locks, self.tag_at = who, lambda node: [], cloud.tag_at
+        self._fetch = {"epoch": lambda: cloud.epoch, "quota": lambda: cloud.quota(who), "digests": dict, "pictured": lambda: cloud.pictured(who), "dead": lambda: {
             node.node: {FAVORITE: value} for _, node, value in cloud.marked(who, FAVORITE)}}
 
 
@@ -14293,9 +14325,25 @@ def restore_backup(source: Path, config: Config) -> list[str]:
     sync_directory(config.data)
     cloud = Cloud(config)
     try:
+        begin_anew(cloud)
         return verify(cloud)
     finally:
         cloud.close()
+
+
+SEQS_LOST = 1 << 20             # more writes than a state that was put back can have lost
+
+
+def begin_anew(cloud: Cloud) -> None:
+    """Say that the data may be an older state than clients have seen: a new epoch, which is what Nextcloud's clients read, too.
+
+    The next seqs are left out: etags are made of them, and those of what was lost never come to mean something else.
+    """
+    cloud.db.run(Statement("UPDATE setting SET value = ? WHERE name = 'epoch'", (secrets.token_hex(8),)),
+                 Statement("INSERT INTO journal (seq, at, home, account, device, action, detail, tag) "
+                           "SELECT max(seq) + ?, ?, 0, 0, '', 'restored', '{}', ? FROM journal",
+                           (SEQS_LOST, cloud.clock.wall(), secrets.token_hex(8))))
+    log.warning("the data counts as restored: clients ask before they go on, and none deletes what is missing here")
 
 
 def export_files(cloud: Cloud, who: Principal, to: Path) -> tuple[int, list[str]]:
@@ -16045,6 +16093,16 @@ def run_restore(config: Config, given: Arguments) -> int:
     wrong = restore_backup(given.source, config)
     print("\n".join(wrong) or "restored to %s; all is well" % config.data)
     return 1 if wrong else 0
+
+
+@command("restored")
+def run_restored(config: Config, given: Arguments) -> None:
+    """tell every client that an older state of the data was put back (a snapshot, a copy), so that none deletes what it lacks"""
+    with open_cloud(config) as cloud:
+        begin_anew(cloud)
+    print("Clients of %s know from now on that it may lack what they have seen.\n"
+          "Native sync clients stop; `sync DIR --once --yes` merges. Nextcloud clients keep and send again what is missing."
+          % config.data)
 
 
 ONE_USER = ("--user", {"default": "", "help": "whose files; all, each in a folder of its own, if not given"})

@@ -217,8 +217,9 @@ def audit(cloud):
     stored = {node: [size, files] for node, size, files in db.read("SELECT node, size, files FROM collection")}
     reachable = {node for node in sums if attached(node, parents)}
     assert {node: sums[node] for node in reachable} == {node: stored[node] for node in reachable}
-    (head,), = db.read("SELECT max(seq) FROM journal")
-    assert [seq for (seq,) in db.read("SELECT seq FROM journal ORDER BY seq")] == list(range(1, head + 1))
+    lines = db.read("SELECT seq, action, tag FROM journal ORDER BY seq")
+    assert all(seq == before + (cs.SEQS_LOST if action == "restored" else 1) for (before, *_), (seq, action, _) in zip(lines, lines[1:]))
+    assert len({tag for *_, tag in lines}) == len(lines)                 # the first has none
     assert db.read("PRAGMA integrity_check") == [("ok",)]
 
 
@@ -3689,6 +3690,60 @@ def test_sync_collection_follows_every_change(call, cloud, ann):
     assert set(report("", level="1")[1]) == {"/dav/e/"}
     assert report("urn:cloudserver:sync:00:5") == 403 and report("nonsense") == 403
     assert call("REPORT", "/dav/", b"<x/>").status == 403
+
+
+def put_back(make_cloud, tmp_path, cloud, ann, then):
+    """A copy of a cloud's directory as it is, after which `then(cloud)` goes on; the copy opened, as if it had been put back."""
+    with sqlite3.connect(tmp_path / "copy.db") as copy, sqlite3.connect(cloud.db.path) as live:
+        live.backup(copy)
+    shutil.copytree(cloud.config.data / "objects", tmp_path / "back/objects")
+    os.replace(tmp_path / "copy.db", tmp_path / "back/cloud.db")
+    then(cloud)
+    return make_cloud(name="back")
+
+
+@pytest.mark.parametrize("meanwhile", [0, 1, 40])
+@pytest.mark.parametrize("restored", [False, True])
+def test_every_cursor_of_a_past_that_was_lost_is_refused_and_older_ones_go_on(make_cloud, serve_cloud, tmp_path, meanwhile, restored):
+    """Y1, R29: a directory that was put back, whatever was written to it before a client asks, and whether it was told so."""
+    cloud = make_cloud()
+    ann = account(cloud, admin=True)
+    put(cloud, ann, "f", "shared")
+    shared, tag, token, epoch = cloud.head(), cloud.tag_at(cloud.head()), None, cloud.epoch
+
+    def go_on(cloud):
+        for n in range(5):
+            put(cloud, ann, "g%d" % n, "lost")
+    back = put_back(make_cloud, tmp_path, cloud, ann, go_on)
+    lost, lost_tag, etag = cloud.head(), cloud.tag_at(cloud.head()), cloud.stat(ann, ("g4",)).etag
+    if restored:
+        cs.begin_anew(back)
+    for n in range(meanwhile):
+        put(back, ann, "h", "%d" % n)
+    call = partial(exchange, serve_cloud(back))
+
+    def ask(seq, tag, server=None):
+        """What each door says to a cursor."""
+        server = {"server": server} if server else {}
+        words = "since=%d&tag=%s" % (seq, tag) + "".join("&%s=%s" % item for item in server.items())
+        body = "<d:sync-collection xmlns:d='DAV:'><d:sync-token>urn:cloudserver:sync:%s:%d:%s</d:sync-token><d:sync-level>1</d:sync-level><d:prop/></d:sync-collection>"
+        answers = [call("GET", "/api/v1/changes?" + words), call("POST", "/api/v1/commit", json.dumps({
+            "op": os.urandom(8).hex(), "since": seq, "tag": tag, "ops": [{"mkdir": "made"}], **server})),
+            call("GET", "/api/v1/manifest?since=%d&tag=%s" % (seq, tag)),
+            call("REPORT", "/dav/", body % (server.get("server", back.epoch), seq, tag))]
+        return [answer.status if answer.status < 400 else answer.json()["code"] if b"code" in answer.body else
+                next(E.tag for E in cs.read_xml(answer.body)).rpartition("}")[2] for answer in answers]
+    assert ask(lost, lost_tag) == ["other-history"] * 3 + ["valid-sync-token"] and back.find(ann, ("made",)) is None
+    assert ask(lost - 1, "") == ["other-history"] * 3 + ["valid-sync-token"]
+    assert call("GET", "/api/v1/changes?since=%d" % (back.head() + 1)).json()["code"] == "other-history"      # without a tag, too
+    assert ask(shared, tag) == [200] * 3 + [207] and back.find(ann, ("made",)) is not None
+    assert ask(shared, tag, epoch) == (["gone", "gone", 200, "valid-sync-token"] if restored else [200] * 3 + [207])
+    fingerprint = re.search(b"<[a-z]+:data-fingerprint>([0-9a-f]+)<", call("PROPFIND", "/remote.php/dav/files/ann/", (
+        b"<d:propfind xmlns:d='DAV:' xmlns:o='http://owncloud.org/ns'><d:prop><o:data-fingerprint/></d:prop></d:propfind>"), Depth="0").body)[1].decode()
+    assert (fingerprint != epoch) == restored
+    if restored:                                 # no etag comes to mean something else
+        assert int(back.stat(ann, ("made",)).etag.split("-")[0], 16) > int(etag.split("-")[0], 16) + 1000
+    audit(back)
 
 
 def test_extended_mkcol(call, cloud, ann):
