@@ -8696,7 +8696,8 @@ PAGE_STYLE = r"""
 }
 :root[data-theme=dark] {
   color-scheme: dark;
-  --back: #15171b; --side: #1b1e23; --raised: #22262c; --text: #e8eaee; --soft: #a4adb9; --line: #2e333b; --hover: #20242a;
+  --back: #15171b; --side: #1b1e23; --raised: #22262c; --text: #e8eaee; --soft: #a4adb9; --line: #2e333b;
+  --hover: #20242a;
   --accent: #8fb8ff; --on-accent: #0d1b33; --chosen: #22344f; --danger: #ff9d94; --shadow: 0 8px 28px rgb(0 0 0 / .6);
   --icon: #8f9bab;
   --mark: #4d431f; --star: #e0b04a;
@@ -8718,8 +8719,8 @@ a:hover { text-decoration: underline; }
 .problem:empty, .queue .soft:empty { display: none; }
 
 button, .button { font: inherit; color: inherit; background: var(--raised); border: 1px solid var(--line);
-  border-radius: 8px; padding: .4rem .85rem; min-height: 36px; cursor: pointer; white-space: nowrap; display: inline-flex;
-  align-items: center; justify-content: center; gap: .4rem; }
+  border-radius: 8px; padding: .4rem .85rem; min-height: 36px; cursor: pointer; white-space: nowrap;
+  display: inline-flex; align-items: center; justify-content: center; gap: .4rem; }
 button:hover, .button:hover { background: var(--hover); text-decoration: none; }
 button:disabled { opacity: .5; cursor: default; }
 button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
@@ -8740,8 +8741,8 @@ progress { appearance: none; border: 0; border-radius: 3px; background: var(--li
 progress::-webkit-progress-bar { background: var(--line); }
 progress::-webkit-progress-value { background: var(--accent); }
 progress::-moz-progress-bar { background: var(--accent); }
-.icon { width: 24px; height: 24px; flex: none; fill: none; stroke: var(--icon); stroke-width: 1.5; stroke-linecap: round;
-  stroke-linejoin: round; }
+.icon { width: 24px; height: 24px; flex: none; fill: none; stroke: var(--icon); stroke-width: 1.5;
+  stroke-linecap: round; stroke-linejoin: round; }
 .icon.collection .body { fill: var(--accent); stroke: none; opacity: .85; }
 .icon.image, .icon.video { stroke: #9a5bb5; }
 .icon.pdf { stroke: #c4453c; }
@@ -8775,7 +8776,8 @@ main { min-width: 0; padding: 0 1.75rem 6rem; }
 main:focus { outline: none; }
 .top { display: flex; gap: 1.5rem; align-items: center; min-height: 68px; position: sticky; top: 0;
   background: var(--back); z-index: 3; }
-.crumbs { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .35rem; flex: 1; min-width: 0; font-size: 1.1rem; }
+.crumbs { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .35rem; flex: 1; min-width: 0;
+  font-size: 1.1rem; }
 .crumbs a, .crumbs > span { color: var(--soft); padding: .3rem .35rem; border-radius: 6px; overflow-wrap: anywhere; }
 .crumbs [aria-current] { color: var(--text); font-weight: 600; }
 .crumbs .slash { padding: 0; }
@@ -8821,7 +8823,8 @@ main:focus { outline: none; }
 .second.where { display: block; font-size: .8rem; line-height: 1.25; }
 .where .small { display: none; }
 .filters ~ .grid:not(.tiles) .row { height: 66px; }
-.snippet { font-size: .8rem; line-height: 1.35; color: var(--soft); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.snippet { font-size: .8rem; line-height: 1.35; color: var(--soft); overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
 .tiles .snippet { display: none; }
 mark { background: var(--mark); color: var(--text); }
 .filters { display: flex; flex-wrap: wrap; gap: .4rem; padding-bottom: .6rem; }
@@ -8849,7 +8852,8 @@ mark { background: var(--mark); color: var(--text); }
 .tiles .row > .mtime, .tiles .row > .size, .tiles .row > .deleted { display: none; }
 .tiles .names { flex: none; padding: 0 .3rem; }
 .tiles .label { margin: 0 auto; font-size: .9rem; }
-.tiles .star { position: absolute; left: 16px; bottom: 52px; stroke: var(--back); stroke-width: 2; paint-order: stroke; }
+.tiles .star { position: absolute; left: 16px; bottom: 52px; stroke: var(--back); stroke-width: 2;
+  paint-order: stroke; }
 .tiles .check { position: absolute; left: 14px; top: 14px; opacity: 0; z-index: 1; }
 .tiles .more button { background: var(--raised); border-radius: 8px; }
 .tiles .more { position: absolute; right: 8px; top: 8px; z-index: 1; }
@@ -8932,8 +8936,8 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .shares dd { width: 11rem; text-align: right; }
 
 /* toasts and the upload queue */
-.toasts { position: fixed; left: 50%; transform: translateX(-50%); bottom: 1.4rem; z-index: 8; display: grid; gap: .5rem;
-  width: max-content; max-width: min(92vw, 40rem); }
+.toasts { position: fixed; left: 50%; transform: translateX(-50%); bottom: 1.4rem; z-index: 8; display: grid;
+  gap: .5rem; width: max-content; max-width: min(92vw, 40rem); }
 .toast { display: flex; align-items: center; gap: .4rem; background: #24292f; color: #f4f6f8; border-radius: 10px;
   padding: .45rem .5rem .45rem 1rem; box-shadow: var(--shadow); }
 .toast span { flex: 1; overflow-wrap: anywhere; padding: .25rem .6rem .25rem 0; }
@@ -8960,8 +8964,8 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .queue .failed .state { grid-row: 2; grid-column: 1 / -1; color: var(--danger); }
 
 /* preview */
-dialog.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; max-height: none; border: 0; border-radius: 0;
-  background: var(--back); }
+dialog.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; max-height: none; border: 0;
+  border-radius: 0; background: var(--back); }
 .preview[open] { display: flex; flex-direction: column; }
 .preview .title { display: flex; align-items: center; gap: .5rem; padding: .6rem 1rem;
   border-bottom: 1px solid var(--line); }
@@ -8978,7 +8982,8 @@ dialog.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; m
 .preview .stage:not(.zoomed) img { cursor: zoom-in; }
 .preview iframe { border: 0; width: 100%; height: 100%; background: #fff; }
 .preview textarea { width: 100%; height: 100%; border: 0; border-radius: 0;
-  padding: 1.25rem max(1.25rem, calc(50% - 34rem)); resize: none; font: .9rem/1.55 ui-monospace, monospace; tab-size: 4; }
+  padding: 1.25rem max(1.25rem, calc(50% - 34rem)); resize: none; tab-size: 4;
+  font: .9rem/1.55 ui-monospace, monospace; }
 .preview textarea:focus-visible { outline-offset: -2px; }
 .preview audio { width: min(92%, 40rem); }
 .preview .stage:not(.zoomed) { touch-action: pan-y pinch-zoom; }
@@ -9007,7 +9012,8 @@ th, td { border: 1px solid var(--line); padding: .3rem .7rem; text-align: left; 
 th { background: var(--side); position: sticky; top: 0; }
 .versions .steps a:not(.button) { font-weight: 600; }
 .versions li:has([aria-current]) { background: var(--chosen); margin: 0 -.75rem; padding: .75rem; border-radius: 8px; }
-.look { border: 1px solid var(--line); border-radius: 12px; overflow: hidden; scroll-margin-top: 60px; margin-top: 1rem; }
+.look { border: 1px solid var(--line); border-radius: 12px; overflow: hidden; scroll-margin-top: 60px;
+  margin-top: 1rem; }
 .look nav { display: flex; flex-wrap: wrap; padding: .4rem; border-bottom: 1px solid var(--line); }
 .look iframe { min-height: 70vh; }
 @media (min-width: 64rem) {
@@ -9024,8 +9030,8 @@ th { background: var(--side); position: sticky; top: 0; }
 @media (max-width: 45rem) {
   button, .button, .tab, .side nav a { min-height: 44px; }
   body:has(.side) #app { display: block; }
-  .side { position: fixed; inset: auto 0 0 0; height: auto; flex-direction: row; padding: 0 0 env(safe-area-inset-bottom);
-    border: 0; border-top: 1px solid var(--line); z-index: 4; gap: 0; }
+  .side { position: fixed; inset: auto 0 0 0; height: auto; flex-direction: row;
+    padding: 0 0 env(safe-area-inset-bottom); border: 0; border-top: 1px solid var(--line); z-index: 4; gap: 0; }
   .side .brand, .quota { display: none; }
   .side nav { display: flex; flex: 1; order: -1; }
   .side nav a { flex: auto; text-align: center; padding: .9rem .1rem; border-radius: 0; font-size: min(.875rem, 3.6vw);
@@ -9192,7 +9198,8 @@ let words = {}, number, dates, sizes;
 // English stands where it is used; what it is in another language is a table that the server keeps
 async function setLanguage(name) {
   language = name in LANGUAGES ? name : "en";
-  words = language === "en" ? {} : await fetch(PREFIX + "/words/" + language).then(answer => answer.json()).catch(() => ({}));
+  words = language === "en" ? {}
+    : await fetch(PREFIX + "/words/" + language).then(answer => answer.json()).catch(() => ({}));
   document.documentElement.lang = language;
   number = new Intl.NumberFormat(language);
   sizes = new Intl.NumberFormat(language, {maximumFractionDigits: 1});
@@ -9250,7 +9257,8 @@ function chooseTheme(name) {
 }
 
 const choices = (rows, chosen, choose) => h("div.choices", {}, Object.entries(rows).map(([value, label]) =>
-  button(label, () => choose(value), {className: "quiet", lang: rows === LANGUAGES && value, "aria-pressed": String(value === chosen)})));
+  button(label, () => choose(value),
+    {className: "quiet", lang: rows === LANGUAGES && value, "aria-pressed": String(value === chosen)})));
 const themeButtons = () => choices({"": t("Like the system"), light: t("Light"), dark: t("Dark")},
   localStorage.getItem("theme") || "", chooseTheme);
 
@@ -9288,7 +9296,8 @@ const PROBLEMS = {
 Object.assign(PROBLEMS, {twin: PROBLEMS.exists, "lock-conflict": PROBLEMS.locked});
 
 const explain = error => error instanceof Problem
-  ? t(PROBLEMS[error.code] || error.message) + (error.about.request ? " (" + error.about.request + ")" : "") : String(error);
+  ? t(PROBLEMS[error.code] || error.message) + (error.about.request ? " (" + error.about.request + ")" : "")
+    : String(error);
 const HEADERS = {"X-Requested-By": "page"};
 
 // api("POST", "move", {items}) or api("GET", "files/a%20b", {limit: 5}); throws Problem
@@ -9473,7 +9482,8 @@ const passwordField = (label, about) =>
   field(label, {type: "password", name: "password", autocomplete: "current-password", ...about});
 
 // password managers want to know whose password it is
-const ownName = () => h("input", {name: "user", autocomplete: "username", value: me.name, readOnly: true, hidden: true});
+const ownName = () =>
+  h("input", {name: "user", autocomplete: "username", value: me.name, readOnly: true, hidden: true});
 
 // the page of one form that stands for everything before somebody is logged in
 function showGate(title, text, fields, yes, run) {
@@ -9535,7 +9545,8 @@ function showLogin() {
     : location.pathname + location.search;
   showGate(t("Log in"), "", [nameField(), passwordField(t("Password"))], t("Log in"), async values => {
     await api("POST", "login", {name: values.name.trim(), password: values.password});
-    history.replaceState(null, "", back && back.startsWith(PREFIX + "/") && !back.startsWith("//") ? back : addressOf(""));
+    const inside = back && back.startsWith(PREFIX + "/") && !back.startsWith("//");
+    history.replaceState(null, "", inside ? back : addressOf(""));
     await start();
   });
 }
@@ -9555,9 +9566,11 @@ function logInAgain() {
   return loggingIn;
 }
 
-const askPassword = (title, yes, hint, run) => askForm(title, [ownName(), passwordField(t("Password"), {autofocus: true})], yes,
+const askPassword = (title, yes, hint, run) =>
+  askForm(title, [ownName(), passwordField(t("Password"), {autofocus: true})], yes,
   ({password}) => run(password).then(() => true), hint);
-const confirmPassword = () => askPassword(t("Your password, please"), t("Continue"), t("This needs your password once more."),
+const confirmPassword = () =>
+  askPassword(t("Your password, please"), t("Continue"), t("This needs your password once more."),
   password => api("POST", "confirm", {password}));
 
 async function logOut() {
@@ -9594,16 +9607,18 @@ function showOffline() {
 let patience = 0;
 function startLater(wait = 5000) {
   clearTimeout(patience);
-  patience = setTimeout(() => fetch(apiAddress("")).then(answer => answer.ok ? start() : startLater(), () => startLater()), wait);
+  patience = setTimeout(() =>
+    fetch(apiAddress("")).then(answer => answer.ok ? start() : startLater(), () => startLater()), wait);
 }
 
 // ---- the frame around every view
 
-const NAVIGATION = [["files", "Files", "/files"], ["starred", "Starred", "/starred"], ["activity", "Activity", "/activity"],
-                    ["trash", "Trash", "/trash"], ["settings", "Settings", "/settings"]];
+const NAVIGATION = [["files", "Files", "/files"], ["starred", "Starred", "/starred"],
+  ["activity", "Activity", "/activity"], ["trash", "Trash", "/trash"], ["settings", "Settings", "/settings"]];
 
 function buildFrame() {
-  const search = h("input", {type: "search", name: "q", placeholder: t("Search"), "aria-label": t("Search"), autocomplete: "off",
+  const search = h("input",
+    {type: "search", name: "q", placeholder: t("Search"), "aria-label": t("Search"), autocomplete: "off",
                              spellcheck: false, oninput: searchSoon, onkeydown: onSearchKey});
   const form = h("form.search", {role: "search", onsubmit: event => {
     event.preventDefault();
@@ -9611,7 +9626,8 @@ function buildFrame() {
     if (!search.value && view.kind !== "search") seek({});
   }}, search);
   const make = event => menu(event.currentTarget, menuRows(actionsFor("place").filter(one => one.make)), t("New"));
-  const links = NAVIGATION.map(([name, label, address]) => h("a", {href: PREFIX + address, "data-view": name}, t(label)));
+  const links = NAVIGATION.map(([name, label, address]) =>
+    h("a", {href: PREFIX + address, "data-view": name}, t(label)));
   find("#app").replaceChildren(
     h("a.skip", {href: "#content"}, t("Skip to the files")),
     h("header.side", {},
@@ -9658,7 +9674,8 @@ function setTitle(text) {
 
 // how far the uploads are stands first: it is all that a tab in the background shows
 function drawTitle() {
-  document.title = (queue.percent === null ? "" : t("{n} %", {n: queue.percent}) + " – ") + view.title + " – cloudserver";
+  const percent = queue.percent === null ? "" : t("{n} %", {n: queue.percent}) + " – ";
+  document.title = percent + view.title + " – cloudserver";
 }
 
 function setCrumbs(...parts) {
@@ -9723,7 +9740,8 @@ async function show() {
 
 function onLinkClick(event) {
   const target = event.target.closest && event.target.closest("a[href]");
-  if (!target || event.defaultPrevented || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey)
+  if (!target || event.defaultPrevented || event.button || event.metaKey || event.ctrlKey || event.shiftKey
+    || event.altKey)
     return;
   if (
     target.origin !== location.origin || target.hasAttribute("download") ||
@@ -9845,7 +9863,8 @@ function fillList(entries) {
   showBar();
 }
 
-const same = (a, b) => b && ["node", "etag", "path", "mtime", "size", "since", "starred", "snippet"].every(name => a[name] === b[name]);
+const same = (a, b) => b
+  && ["node", "etag", "path", "mtime", "size", "since", "starred", "snippet"].every(name => a[name] === b[name]);
 
 // rows that would look as they do stay: a click that is under way must not lose its target
 function redrawRows(keep = () => false) {
@@ -9864,7 +9883,8 @@ function redrawRows(keep = () => false) {
 function measureList() {
   const tiles = shape === "tiles", width = list.body.clientWidth;
   const columns = tiles ? Math.max(2, Math.floor(width / (isPhone.matches ? 150 : 190))) : 1;
-  return {columns, width: width / columns, height: tiles ? 176 : (isPhone.matches ? 60 : 44) + 22 * (view.kind === "search")};
+  const height = tiles ? 176 : (isPhone.matches ? 60 : 44) + 22 * (view.kind === "search");
+  return {columns, width: width / columns, height};
 }
 
 function drawRows() {
@@ -9895,15 +9915,18 @@ function drawRows() {
 
 function makeRow(entry, index) {
   const chosen = list.selected.has(entry.node);
-  const row = h("div.row.cells", {role: "row", id: "row" + index, "aria-rowindex": index + 2, "aria-selected": String(chosen)},
+  const row = h("div.row.cells",
+    {role: "row", id: "row" + index, "aria-rowindex": index + 2, "aria-selected": String(chosen)},
     h("div.check", {role: "gridcell"},
-      h("input", {type: "checkbox", tabIndex: -1, checked: chosen, "aria-label": t("Select {name}", {name: entry.name})})
+      h("input", {type: "checkbox", tabIndex: -1, checked: chosen,
+        "aria-label": t("Select {name}", {name: entry.name})})
     ),
     h("div.name", {role: "gridcell"},
       shape === "tiles" ? tilePicture(entry) : icon(kindOf(entry)),
       list.editing === entry ? renameField(entry) : entryName(entry),
       entry.since && h("span.tag", {}, t("{how} since", {how: t(HOW[entry.since])})),
-      entry.starred && svg("svg", {viewBox: "0 0 24 24", class: "star", role: "img", "aria-label": t("Starred")}, svg("path", {d: STAR}))
+      entry.starred && svg("svg", {viewBox: "0 0 24 24", class: "star", role: "img", "aria-label": t("Starred")},
+        svg("path", {d: STAR}))
     ),
     list.columns.map(column => h("div." + column, {role: "gridcell"}, cellOf(entry, column))),
     h("div.more", {role: "gridcell"},
@@ -9918,7 +9941,8 @@ function makeRow(entry, index) {
 
 
 function entryName(entry) {
-  const about = {className: "label", title: entry.name, tabIndex: -1, draggable: view.kind === "files" && mouse.matches};
+  const draggable = view.kind === "files" && mouse.matches;
+  const about = {className: "label", title: entry.name, tabIndex: -1, draggable};
   const label = h("a", {...about, href: addressFor(entry)}, h("bdi", {}, entry.name));
   const where = ["search", "starred", "trash"].includes(view.kind) ? parentOf(entry.path) || t("Files") : null;
   return h("div.names", {},
@@ -9979,7 +10003,8 @@ async function depict(file, path) {
 }
 
 const thumbnailOf = async (kind, address, file) =>
-  shrink(kind === "video" ? await frameOf(address) : await createImageBitmap(file || await (await ask(address)).blob()));
+  shrink(kind === "video" ? await frameOf(address)
+    : await createImageBitmap(file || await (await ask(address)).blob()));
 
 // a second from the start, where it is hardly black any more
 function frameOf(address) {
@@ -10218,7 +10243,8 @@ function typeAhead(event) {
   if (event.key === "Escape" || event.ctrlKey) typed.at = -900;
   if (event.key.length !== 1 || event.ctrlKey || event.metaKey || event.altKey || " ?/".includes(event.key)) return;
   const within = event.timeStamp - typed.at < 900;
-  if (!within && actionOf(event)) return;        // the key of an action; within a word, or where it does nothing, a letter
+  // the key of an action; within a word, or where it does nothing, a letter
+  if (!within && actionOf(event)) return;
   event.preventDefault();
   typed.text = within ? typed.text + event.key : event.key;
   typed.at = event.timeStamp;
@@ -10250,7 +10276,8 @@ async function showFiles(address) {
 
 // is the address one of a file in the list that is on the screen?
 function showInside(path, kind, at) {
-  if (view.kind !== kind || view.at !== at || !list.box || !list.box.isConnected || !path || parentOf(path) !== view.path) return false;
+  if (view.kind !== kind || view.at !== at || !list.box || !list.box.isConnected || !path
+    || parentOf(path) !== view.path) return false;
   const entry = list.entries.find(one => one.kind === "file" && one.path === path);
   if (entry) openPreview(entry);
   return Boolean(entry);
@@ -10330,7 +10357,8 @@ const isFound = () => inTree() && !inFiles();
 const oneFile = items => one(items) && items[0].kind === "file";
 
 // on: what it is for, "items" or the "place" as a whole;  when: does it apply;  menu: stands in the menu only;
-// prime: has room in the bar even on a phone;  make: stands under "New";  bar: has a button of its own, in every view or in one
+// prime: has room in the bar even on a phone;  make: stands under "New";  bar: has a button of its own, in every view
+// or in one
 const ACTIONS = [
   {name: "upload", label: "Upload files", on: "place", make: true, keys: "U",
    when: () => true, run: () => chooseFiles({})},
@@ -10352,7 +10380,8 @@ const ACTIONS = [
   {name: "download-all", label: "Download this folder", on: "place", bar: "past",
    when: () => (inFiles() || view.kind === "past") && list.entries.length > 0, run: () => downloadZip([])},
   {name: "past", label: "See it as it was…", on: "place", when: inFiles, run: () => go(pastAddress("now", view.path))},
-  {name: "rewind", label: "Bring this time back", on: "place", bar: true, when: () => view.kind === "past", run: rewind},
+  {name: "rewind", label: "Bring this time back", on: "place", bar: true, when: () => view.kind === "past",
+    run: rewind},
   {name: "open", label: "Open", on: "items", menu: true, keys: "Enter",
    when: one, run: ([entry]) => openEntry(entry)},
   {name: "show", label: "Show in its folder", on: "items",
@@ -10400,13 +10429,12 @@ const actionsFor = (on, items = []) => ACTIONS.filter(action => action.on === on
 const onMac = /Mac|iPhone|iPad/.test(navigator.platform);
 const keyNames = {Delete: "Delete", Escape: "Esc", Enter: "Enter"};
 const showKeys = keys =>
-  keys && t(keys.replace("Ctrl+", onMac ? "⌘" : "Ctrl+").replace(/[A-Z][a-z]+$/, name => keyNames[name] || name)).replace(
-    "Shift",
-    t("Shift")
-  );
+  keys && t(keys.replace("Ctrl+", onMac ? "⌘" : "Ctrl+").replace(/[A-Z][a-z]+$/, name => keyNames[name] || name))
+    .replace("Shift", t("Shift"));
 const act = action => attempt(() => action.run(selection()));
 const menuRows = actions =>
-  actions.map(action => ({label: t(action.label), key: isPhone.matches ? "" : showKeys(action.keys), run: () => act(action)}));
+  actions.map(action =>
+    ({label: t(action.label), key: isPhone.matches ? "" : showKeys(action.keys), run: () => act(action)}));
 
 function openMenu(at) {
   const rows = list.selected.size ? menuRows(actionsFor("items", selection())) : placeRows();
@@ -10440,8 +10468,8 @@ function showBar() {
 function countWords() {
   const files = list.entries.filter(entry => entry.kind === "file").length,
     collections = list.entries.length - files;
-  return [collections && plural(collections, "{n} folder", "{n} folders"), files && plural(files, "{n} file", "{n} files")]
-    .filter(Boolean).join(", ");
+  return [collections && plural(collections, "{n} folder", "{n} folders"),
+    files && plural(files, "{n} file", "{n} files")].filter(Boolean).join(", ");
 }
 
 const placeButtons = () => [
@@ -10480,7 +10508,8 @@ const undoable = [];                   // batches of steps of the journal, the l
 
 function offerUndo(text, ...seqs) {
   undoable.push(seqs);
-  toast(text, {label: t("Undo"), run: () => attempt(() => undo(undoable.splice(undoable.indexOf(seqs), 1)[0] || seqs))});
+  const take = () => undo(undoable.splice(undoable.indexOf(seqs), 1)[0] || seqs);
+  toast(text, {label: t("Undo"), run: () => attempt(take)});
 }
 
 function undoLast() {
@@ -10627,7 +10656,8 @@ function renameMany(items) {
   const way = choice("How", "way", {find: "Find and replace", number: "Number"}), parts = [
     [text(t("Find"), {name: "find", autofocus: true}), text(t("Replace with"), {name: "by"}),
      tick(t("Regular expression"), {name: "regular"})],
-    [text(t("Pattern; # is where the number goes"), {name: "pattern"}), text(t("First number"), {name: "first", type: "number", value: 1}),
+    [text(t("Pattern; # is where the number goes"), {name: "pattern"}),
+      text(t("First number"), {name: "first", type: "number", value: 1}),
      tick(t("Keep the endings of files"), {name: "endings", checked: true})]].map(some => h("div.way", {}, some));
   let good;
   const draw = () => {
@@ -10648,7 +10678,8 @@ function renameMany(items) {
       h("span", {}, "→ ", h("bdi", {}, name), bad && h("div.problem", {}, bad)))));
     if (all.length > 200) rows.append(h("li.soft", {}, t("and {n} more", {n: all.length - 200})));
   };
-  const done = askForm(t("Rename {n} items", {n: items.length}), [way, parts, said, rows], t("Rename"), () => renameAll(good));
+  const done = askForm(t("Rename {n} items", {n: items.length}), [way, parts, said, rows], t("Rename"),
+    () => renameAll(good));
   const form = way.form;
   form.oninput = draw;
   draw();
@@ -10719,7 +10750,9 @@ async function transfer(verb, items, target) {
   const pairs = items.map(entry => ({from: entry.path, to: join(target, entry.name)}));
   const here = verb === "copy" ? pairs.filter(pair => pair.from === pair.to) : []; // a copy beside the original
   const seqs = [];
-  const send = async (some, clash) => { if (some.length) seqs.push((await api("POST", verb, {items: some, clash})).seq); };
+  const send = async (some, clash) => {
+    if (some.length) seqs.push((await api("POST", verb, {items: some, clash})).seq);
+  };
   const away = pairs.filter(pair => pair.from !== pair.to);
   try {
     await send(away, "refuse");
@@ -10853,15 +10886,18 @@ async function showInFolder(entry) {
 // ---- upload queue: small files by one PUT each, larger ones by tus, which goes on where it stopped
 
 const SMALL = 4 << 20, PART = 16 << 20, AT_ONCE = 4;
-const queue = {items: [], next: 0, running: 0, paused: false, all: "", asking: Promise.resolve(), box: null, failed: 0,
-               delayed: new Set(), pictures: Promise.resolve(), places: new Map(), base: "", pace: null, percent: null, phase: ""};
+const queue = {
+  items: [], next: 0, running: 0, paused: false, all: "", asking: Promise.resolve(), box: null, failed: 0,
+  delayed: new Set(), pictures: Promise.resolve(), places: new Map(), base: "", pace: null, percent: null, phase: ""
+};
 const PARTS = "uploads";               // what localStorage remembers of unfinished uploads: {fingerprint: id}
 
 // about: what makes the chooser a special one
 async function chooseFiles(about) {
   await ensureFiles();
   const input = h("input", {type: "file", multiple: true, hidden: true, ...about, onchange: () => {
-    const files = [...input.files], place = file => ({file, path: join(view.path, file.webkitRelativePath || file.name)});
+    const files = [...input.files];
+    const place = file => ({file, path: join(view.path, file.webkitRelativePath || file.name)});
     attempt(() => addUploads(about.capture ? nameTaken(files) : files.map(place)));
     input.remove();
   }});
@@ -10875,7 +10911,8 @@ function nameTaken(files) {
   return files.map(file => {
     const [, suffix] = file.name.match(/^(?:image|photo|video)(\.\w+)$/i) || [];
     const what = /^video/.test(file.type) ? t("Video") : suffix === ".png" ? t("Screenshot") : t("Photo");
-    const when = new Date(file.lastModified).toLocaleString("sv").replace(/:/g, ".");      // Swedes write 2026-11-25 14:05:33
+    // Swedes write 2026-11-25 14:05:33
+    const when = new Date(file.lastModified).toLocaleString("sv").replace(/:/g, ".");
     let name = suffix ? what + " " + when + suffix : file.name;
     if (suffix && taken.has(name)) name = freeName(name, taken);
     taken.add(name);
@@ -10947,7 +10984,8 @@ async function failItem(item, error) {
     item.refused = true;
     return again(item);
   }
-  if (item.file && (error.code === "network" || !(error instanceof Problem)) && !await item.file.slice(0, 1).arrayBuffer().catch(() => null))
+  if (item.file && (error.code === "network" || !(error instanceof Problem))
+    && !await item.file.slice(0, 1).arrayBuffer().catch(() => null))
     error = trouble("", t("This file was changed since it was chosen. Choose it again."));
   if (item.state !== "sending") return undefined;
   if (["network", "busy", "offset", "paused"].includes(error.code)) {  // offset: the server still ends what was cut off
@@ -10981,7 +11019,8 @@ const byName = entries => new Map(entries.map(entry => [entry.name.normalize(), 
 // what of this is to be uploaded: nothing starts that could not end
 async function fitting(found) {
   const large = found.filter(one => one.size > me.most);
-  if (large.length && !await tellUnfit(plural(large.length, "{n} file is too large", "{n} files are too large"), large.length < found.length,
+  if (large.length && !await tellUnfit(plural(large.length, "{n} file is too large", "{n} files are too large"),
+    large.length < found.length,
     t("This server takes files of up to {size}.", {size: formatSize(me.most)}),
     large.slice(0, 20).map(one => quoted(nameOf(one.path))).join(", "))) return [];
   found = found.filter(one => one.size <= me.most);
@@ -10991,7 +11030,8 @@ async function fitting(found) {
   if (need > left) need -= await saved(found);
   if (need <= left) return found;
   const values = {need: formatSize(need), left: formatSize(left), lack: formatSize(need - left)};
-  await tellUnfit(t("Not enough room"), false, t("This needs {need}, but {left} is all that is left: {lack} is missing.", values),
+  await tellUnfit(t("Not enough room"), false,
+    t("This needs {need}, but {left} is all that is left: {lack} is missing.", values),
     t("Delete something and empty the trash, or choose less."));
   return [];
 }
@@ -11041,11 +11081,13 @@ async function meet(item) {
   const same = await isSame(item, there);
   item.compared = 0;
   if (item.state !== "sending") return;
-  if (same) finishItem(item, item.tries ? "done" : "there");         // done: an earlier try did it, and its answer was lost
+  // done: an earlier try did it, and its answer was lost
+  if (same) finishItem(item, item.tries ? "done" : "there");
   else await settleUpload(item);
 }
 
-// proven by what the server knows of its pieces, one after the other; only a page in the clear has to go by size and time
+// proven by what the server knows of its pieces, one after the other; only a page in the clear has to go by size and
+// time
 async function isSame(item, there) {
   if (there.kind !== "file" || there.size !== item.size) return false;
   if (!crypto.subtle) return item.tries > 0 && Date.parse(there.mtime) === item.file.lastModified;
@@ -11093,7 +11135,8 @@ async function sendItem(item) {
 
 async function sendWhole(item, path) {
   const headers = item.how === "replace" ? {} : {"If-None-Match": "*"};
-  await transmit(item, "PUT", apiAddress("files", path, {mtime: item.file.lastModified, parents: 1}), item.file, headers, 0);
+  await transmit(item, "PUT", apiAddress("files", path, {mtime: item.file.lastModified, parents: 1}), item.file,
+    headers, 0);
 }
 
 // a tus upload: made, or found again after a break, then part after part
@@ -11102,7 +11145,8 @@ async function sendParts(item, path) {
   let offset = known[print] ? await offsetOf(known[print]) : -1;
   let id = known[print];
   if (offset < 0) {
-    const about = {path, mtime: item.file.lastModified, parents: "1", ...(item.how === "replace" ? {} : {clash: "refuse"})};
+    const about = {path, mtime: item.file.lastModified, parents: "1",
+      ...(item.how === "replace" ? {} : {clash: "refuse"})};
     const announced = {"Upload-Length": item.size, "Upload-Metadata": metadata(about)};
     const answer = await transmit(item, "POST", PREFIX + "/tus", null, announced, 0);
     [id, offset] = [nameOf(answer.getResponseHeader("Location")), 0];
@@ -11131,7 +11175,8 @@ function forgetMe() {
 
 // where an upload stands, -1 if the server does not know it any more
 async function offsetOf(id) {
-  const answer = await fetch(PREFIX + "/tus/" + id, {method: "HEAD", headers: {...HEADERS, ...TUS}}).catch(() => ({status: 502}));
+  const answer = await fetch(PREFIX + "/tus/" + id, {method: "HEAD", headers: {...HEADERS, ...TUS}})
+    .catch(() => ({status: 502}));
   if (answer.ok) return Number(answer.headers.get("Upload-Offset"));
   if ([404, 410].includes(answer.status)) return -1;
   if (answer.status !== 401) throw readProblem(answer.status, "");
@@ -11236,8 +11281,10 @@ function showQueue() {
     bar: h("progress", {max: 1, value: 0, "aria-label": t("All uploads")}),
     retry: button(t("Retry all"), () => queue.items.filter(item => item.state === "failed").forEach(retryItem)),
     pause: button("", pauseQueue, {className: "quiet"}),
-    stop: button("", () => busy() ? unfinished().forEach(cancelItem) : hideQueue(), {className: "quiet"}), list: h("ul")});
-  box.replaceChildren(h("div.title", {}, ["title", "said", "retry", "pause", "stop", "detail"].map(part => queue[part])), queue.bar, queue.list);
+    stop: button("", () => busy() ? unfinished().forEach(cancelItem) : hideQueue(), {className: "quiet"}),
+    list: h("ul")});
+  box.replaceChildren(h("div.title", {},
+    ["title", "said", "retry", "pause", "stop", "detail"].map(part => queue[part])), queue.bar, queue.list);
   queue.items.filter(item => item.row).slice(-50).forEach(item => queue.list.append(item.row));
   updateQueue();
 }
@@ -11247,17 +11294,20 @@ function hideQueue() {
   find(".queue").hidden = true;
 }
 
-const STATES = {waiting: "Waiting", sending: "", done: "Done", there: "Already there", failed: "Failed", skipped: "Skipped",
-                cancelled: "Cancelled"};
-const OPEN = {failed: "Retry", cancelled: "Retry", waiting: "Cancel", sending: "Cancel"};      // what can still be done about it
+const STATES = {waiting: "Waiting", sending: "", done: "Done", there: "Already there", failed: "Failed",
+  skipped: "Skipped", cancelled: "Cancelled"};
+// what can still be done about it
+const OPEN = {failed: "Retry", cancelled: "Retry", waiting: "Cancel", sending: "Cancel"};
 
 const unfinished = () => queue.items.filter(item => OPEN[item.state] === "Cancel");
 
 // the row of a file is made when its turn comes, so that a hundred thousand cost nothing
 function showItem(item) {
   if (!item.row) {
-    const name = nameOf(item.path), words = h("span.state"), meter = h("progress", {max: 1, value: 0, "aria-label": name});
-    const act = button("", () => OPEN[item.state] === "Retry" ? retryItem(item) : cancelItem(item), {className: "quiet"});
+    const name = nameOf(item.path), words = h("span.state"),
+      meter = h("progress", {max: 1, value: 0, "aria-label": name});
+    const act = button("", () => OPEN[item.state] === "Retry" ? retryItem(item) : cancelItem(item),
+      {className: "quiet"});
     Object.assign(item, {words, meter, act, row: h("li", {}, h("bdi", {title: item.path}, name), words, act, meter)});
     queue.list.prepend(item.row);
     const finished = [...queue.list.children].slice(50).reverse().find(row => /done|there|skipped/.test(row.className));
@@ -11285,7 +11335,8 @@ function updateQueue() {
 }
 
 function drawQueue() {
-  const files = queue.items.filter(item => item.file), rest = busy(), count = {}, {box, bar, pause, title, detail, said, retry, stop} = queue;
+  const files = queue.items.filter(item => item.file), rest = busy(), count = {},
+    {box, bar, pause, title, detail, said, retry, stop} = queue;
   let sent = 0, total = 0, bytes = 0;
   for (const item of files) {
     count[item.state] = (count[item.state] || 0) + 1;
@@ -11327,14 +11378,16 @@ function queueWords(phase, count, n) {
 
 // the pace and the time left, smoothed over some ten seconds; nothing before it means something
 function paceWords(sent, bytes, total) {
-  const now = performance.now(), pace = queue.pace = queue.pace || {now, sent, ticks: 0, speed: 0}, seconds = (now - pace.now) / 1000;
+  const now = performance.now(), pace = queue.pace = queue.pace || {now, sent, ticks: 0, speed: 0},
+    seconds = (now - pace.now) / 1000;
   if (seconds >= 1) {
     const share = pace.ticks++ ? 1 - Math.exp(-seconds / 8) : 1, gain = Math.max(0, sent - pace.sent) / seconds;
     Object.assign(pace, {now, sent, speed: pace.speed + share * (gain - pace.speed)});
   }
   if (pace.ticks < 3 || pace.speed < 1) return "";
   const left = (total - sent) / pace.speed, n = Math.round(left / 60);
-  return t("{size}/s, {time}", {size: formatSize(pace.speed * bytes / sent), time: left < 45 ? t("less than a minute left")
+  return t("{size}/s, {time}",
+    {size: formatSize(pace.speed * bytes / sent), time: left < 45 ? t("less than a minute left")
     : n < 90 ? plural(n || 1, "{n} minute left", "{n} minutes left") : t("{n} hours left", {n: Math.round(n / 60)})});
 }
 
@@ -11416,7 +11469,8 @@ function onPaste(event) {
 const versionsAddress = (path, values = {}) => PREFIX + "/versions/" + encodePath(path) + queryOf(values);
 
 async function showVersions(address) {
-  const path = decodePath(address), turn = view.turn, asked = new URLSearchParams(location.search), id = asked.get("version");
+  const path = decodePath(address), turn = view.turn, asked = new URLSearchParams(location.search),
+    id = asked.get("version");
   const [{versions}, entry] = await Promise.all([api("GET", "versions/" + encodePath(path)), load(path)]);
   if (turn !== view.turn) return;
   Object.assign(view, {kind: "versions", path, at: null});
@@ -11425,10 +11479,12 @@ async function showVersions(address) {
   crumbs.at(-1).removeAttribute("aria-current");
   setCrumbs(...crumbs, h("span", {"aria-current": "page"}, t("Versions")));
   setBar(h("span.count", {}, plural(versions.length, "{n} version", "{n} versions")));
-  const at = id ? versions.findIndex(one => one.version === id) : 0, held = document.activeElement.closest(".versions .steps, .versions nav");
+  const at = id ? versions.findIndex(one => one.version === id) : 0,
+    held = document.activeElement.closest(".versions .steps, .versions nav");
   const look = await lookAtVersion(entry, versions, at, asked.get("with"));
   if (turn !== view.turn) return;
-  setContent(h("div.versions", {}, h("ol.steps", {}, versions.map((version, n) => versionRow(path, version, n, n === at))), look));
+  setContent(h("div.versions", {},
+    h("ol.steps", {}, versions.map((version, n) => versionRow(path, version, n, n === at))), look));
   if (held) find(".versions " + (held.tagName === "NAV" ? "nav" : "ol") + " [aria-current]").focus();
   if (id && isPhone.matches) look.scrollIntoView();
 }
@@ -11444,7 +11500,8 @@ function versionRow(path, {version, at, size, account, device, name}, n, chosen)
     show();
     return true;
   };
-  const keep = () => askForm(t("Keep for good"), [nameInput(t("Under the name"))], t("Keep"), values => pin(values.name),
+  const keep = () => askForm(t("Keep for good"), [nameInput(t("Under the name"))], t("Keep"),
+    values => pin(values.name),
     t("A version with a name is never removed by itself."));
   return h("li", {},
     h("div.what", {},
@@ -11469,10 +11526,12 @@ async function lookAtVersion(entry, versions, at, against) {
   const ways = [[null, t("The text")], older && ["before", t("What changed"), older, one],
                 at > 0 && ["now", t("Compared with now"), one, versions[0]]].filter(Boolean);
   const way = ways.find(([name]) => name === against) || ways[0];
-  const part = !way[2] ? await lookAt(as(one)) : diffView(...await Promise.all(way.slice(2).map(one => readText(as(one)))));
+  const part = !way[2] ? await lookAt(as(one))
+    : diffView(...await Promise.all(way.slice(2).map(one => readText(as(one)))));
   return h("section.preview.look", {"aria-label": t("Preview")},
     ways[1] && isText(as(one)) && h("nav", {"aria-label": t("View")}, ways.map(some => h("a.tab", {
-      href: versionsAddress(entry.path, {version: one.version, with: some[0]}), "aria-current": some === way ? "page" : null}, some[1]))),
+      href: versionsAddress(entry.path, {version: one.version, with: some[0]}),
+      "aria-current": some === way ? "page" : null}, some[1]))),
     h("div.body", {}, part));
 }
 
@@ -11482,14 +11541,17 @@ const DIFF_MOST = 2000;                // lines; beyond that nobody would read i
 
 const linesOf = text => text ? text.replace(/\r?\n$/, "").split(/\r?\n/) : [];
 
-// the shortest way from the lines a to the lines b (Myers 1986): runs [" ", "-" or "+", lines]; null if they differ too much
+// the shortest way from the lines a to the lines b (Myers 1986): runs [" ", "-" or "+", lines]; null if they differ
+// too much
 function diffLines(a, b) {
   let top = 0, x = a.length, y = b.length;
   while (top < x && top < y && a[top] === b[top]) top++;
   while (x > top && y > top && a[x - 1] === b[y - 1]) { x--; y--; }
-  const most = Math.min(x + y - 2 * top, DIFF_MOST), mid = most + 1, far = new Int32Array(2 * mid + 1).fill(top), kept = [];
+  const most = Math.min(x + y - 2 * top, DIFF_MOST), mid = most + 1, far = new Int32Array(2 * mid + 1).fill(top),
+    kept = [];
   const isDown = (far, k, d) => k === -d || k !== d && far[mid + k - 1] < far[mid + k + 1];
-  for (let d = 0; d <= most; d++) {                      // far[mid + k]: how far along a the diagonal k = i - j is reached
+  // far[mid + k]: how far along a the diagonal k = i - j is reached
+  for (let d = 0; d <= most; d++) {
     kept.push(far.slice());
     for (let k = -d; k <= d; k += 2) {
       let i = isDown(far, k, d) ? far[mid + k + 1] : far[mid + k - 1] + 1;
@@ -11517,7 +11579,8 @@ function diffLines(a, b) {
 }
 
 function diffView(old, now) {
-  const runs = diffLines(linesOf(old), linesOf(now)), marked = (sign, lines) => lines.map(line => sign + " " + line + "\n").join("");
+  const runs = diffLines(linesOf(old), linesOf(now));
+  const marked = (sign, lines) => lines.map(line => sign + " " + line + "\n").join("");
   if (!runs) return h("p.empty", {}, t("These two are too different to be compared line by line."));
   const count = sign => runs.reduce((sum, [one, lines]) => sum + (one === sign && lines.length), 0);
   const rows = runs.map(([sign, lines], n) => {
@@ -11525,7 +11588,8 @@ function diffView(old, now) {
     if (sign === "-") return h("del", {}, h("span.unseen", {}, t("Removed:")), marked(sign, lines));
     const from = n ? 3 : 0, to = lines.length - (runs[n + 1] ? 3 : 0), same = lines.slice(from, to);
     return same.length < 2 ? marked(sign, lines) : [marked(sign, lines.slice(0, from)),
-      h("details", {}, h("summary", {}, plural(same.length, "{n} line unchanged", "{n} lines unchanged")), marked(sign, same)),
+      h("details", {}, h("summary", {}, plural(same.length, "{n} line unchanged", "{n} lines unchanged")),
+        marked(sign, same)),
       marked(sign, lines.slice(to))];
   });
   return h("div.diff", {tabIndex: 0},
@@ -11539,7 +11603,8 @@ async function showTrash() {
   if (turn !== view.turn) return;
   const same = view.kind === "trash" && list.box && list.box.isConnected;
   enterView("trash", t("Trash"));
-  if (!same) setContent(h("p.hint", {}, t("Deleted things stay here until their time is over or the trash is emptied.")),
+  if (!same) setContent(h("p.hint", {},
+    t("Deleted things stay here until their time is over or the trash is emptied.")),
     ...makeList({columns: ["deleted", "size"], sortable: false, empty: () => h("p.big", {}, t("The trash is empty"))}));
   fillList(items);
   let entries = items;
@@ -11564,7 +11629,8 @@ async function restoreItems(items) {
 }
 
 function purgeItems(items) {
-  return purge(t("Delete for good?"), t("{what} cannot be brought back after this.", {what: namesOf(items)}), t("Delete for good"),
+  return purge(t("Delete for good?"), t("{what} cannot be brought back after this.", {what: namesOf(items)}),
+    t("Delete for good"),
     {nodes: items.map(entry => entry.node)});
 }
 
@@ -11607,11 +11673,14 @@ async function star(items, starred) {
 
 // ---- search: what is looked for stands in the address
 
-const KIND_WORDS = {image: "Images", video: "Videos", audio: "Music", pdf: "PDF", document: "Documents", text: "Texts", table: "Tables",
+const KIND_WORDS = {image: "Images", video: "Videos", audio: "Music", pdf: "PDF", document: "Documents", text: "Texts",
+  table: "Tables",
                     archive: "Archives", collection: "Folders"};
 const WITHIN = {"": "Names and contents", names: "Names only", contents: "Contents only"};
-const SIZES = {"": "Any size", "under-1m": "Under 1 MB", "over-10m": "Over 10 MB", "over-100m": "Over 100 MB", "over-1g": "Over 1 GB"};
-const CHANGED = {"": "Any time", today: "Today", week: "Last 7 days", month: "Last 30 days", year: "This year", older: "Before this year"};
+const SIZES = {"": "Any size", "under-1m": "Under 1 MB", "over-10m": "Over 10 MB", "over-100m": "Over 100 MB",
+  "over-1g": "Over 1 GB"};
+const CHANGED = {"": "Any time", today: "Today", week: "Last 7 days", month: "Last 30 days", year: "This year",
+  older: "Before this year"};
 const FILTERS = {within: WITHIN, kind: {"": "Any kind", ...KIND_WORDS}, size: SIZES, changed: CHANGED};
 const asked = () => Object.fromEntries(new URLSearchParams(location.search));
 const isAsking = ({q, kind, size, changed}) => q || kind || size || changed;
@@ -11650,7 +11719,8 @@ async function showSearch() {
   searchedFrom = path || searchedFrom;
   showFound("search", t("Search"), items, () => nothingFound(values), [
     h("div.filters", {onchange: ({target}) => seek({...asked(), [target.name]: target.value})},
-      choice("Where", "path", {"": "Everywhere", [searchedFrom]: t("In {name}", {name: nameOf(searchedFrom)})}, "", {hidden: !searchedFrom}),
+      choice("Where", "path", {"": "Everywhere", [searchedFrom]: t("In {name}", {name: nameOf(searchedFrom)})}, "",
+        {hidden: !searchedFrom}),
       choice("In", "within", WITHIN), choice("Kind", "kind", FILTERS.kind), choice("Size", "size", SIZES),
       choice("Changed", "changed", CHANGED)),
     h("p.hint", {role: "status"})]);
@@ -11663,7 +11733,8 @@ function searchValues({size, changed, ...values}) {
   const [, way, n, unit] = /^(under|over)-(\d+)(.)$/.exec(size) || [], bytes = n * 2 ** (unit === "m" ? 20 : 30);
   const today = new Date().setHours(0, 0, 0, 0), year = +new Date(new Date().getFullYear(), 0);
   return {...values, limit: 300, larger: way === "over" && bytes, smaller: way === "under" && bytes - 1,
-    after: {today, week: today - 6 * DAY, month: today - 29 * DAY, year}[changed], before: changed === "older" && year - 1};
+    after: {today, week: today - 6 * DAY, month: today - 29 * DAY, year}[changed],
+    before: changed === "older" && year - 1};
 }
 
 function nothingFound({q, path, ...rest}) {
@@ -11705,7 +11776,8 @@ const ACTIVITY = {
 };
 
 async function showActivity() {
-  const turn = view.turn, asked = Object.fromEntries(new URLSearchParams(location.search)), {action, device, after, until} = asked;
+  const turn = view.turn, asked = Object.fromEntries(new URLSearchParams(location.search)),
+    {action, device, after, until} = asked;
   const time = (day, hour) => day && new Date(day + hour).toISOString();
   const get = before => api("GET", "activity",
     {limit: 100, action, device, after: time(after, "T00:00"), until: time(until, "T23:59:59.999"), before});
@@ -11715,7 +11787,8 @@ async function showActivity() {
   enterView("activity", t("Activity"));
   setBar();
   const box = h("div.days");
-  const more = button(t("Show more"), () => attempt(async () => addSteps((await get(more.value)).steps)), {className: "wide"});
+  const more = button(t("Show more"), () => attempt(async () => addSteps((await get(more.value)).steps)),
+    {className: "wide"});
   const addSteps = steps => {
     for (const step of steps) dayOf(box, step.at).append(stepRow(step));
     more.hidden = steps.length < 100;
@@ -11730,12 +11803,14 @@ async function showActivity() {
 
 // what is looked for stands in the address
 function stepFilters(devices) {
-  const change = () => go(PREFIX + "/activity" + queryOf(Object.fromEntries([...new FormData(form)].filter(([, value]) => value))));
+  const change = () =>
+    go(PREFIX + "/activity" + queryOf(Object.fromEntries([...new FormData(form)].filter(([, value]) => value))));
   const choose = (name, label, all, rows) => h("select", {name, "aria-label": label},
     h("option", {value: ""}, all), rows.map(([value, words]) => h("option", {value}, words)));
   const day = (name, label) => h("label", {}, label, h("input", {type: "date", name}));
   const form = h("form.limits", {onchange: change},
-    choose("action", t("What"), t("Everything"), Object.keys(ACTIVITY).filter(name => ACTIVITY[name].startsWith("{who}"))
+    choose("action", t("What"), t("Everything"),
+      Object.keys(ACTIVITY).filter(name => ACTIVITY[name].startsWith("{who}"))
       .map(name => [name, t(ACTIVITY[name], {who: "", what: "…", to: "…"})])),
     choose("device", t("Device"), t("All devices"), devices.map(one => [one.name, agentOf(one)])),
     day("after", t("From")), day("until", t("Until")));
@@ -11754,9 +11829,12 @@ function dayOf(box, at) {
 
 function stepRow(step) {
   const {path = "", to = "", name = "", count, kind} = step.detail, gone = step.action === "delete", place = to || path;
-  const what = count ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1}) : path ? quoted(nameOf(path)) : t("Files");
-  const words = t(ACTIVITY[step.action] || step.action, {who: step.account || t("The server"), what: "\0", to: quoted(to), name: agentOf({kind, name})}).split("\0");
-  const then = new Date(Date.parse(step.at) - gone).toISOString();              // after the step, or just before it went
+  const what = count ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1}) : path ? quoted(nameOf(path))
+    : t("Files");
+  const words = t(ACTIVITY[step.action] || step.action,
+    {who: step.account || t("The server"), what: "\0", to: quoted(to), name: agentOf({kind, name})}).split("\0");
+  // after the step, or just before it went
+  const then = new Date(Date.parse(step.at) - gone).toISOString();
   return h("li", {},
     h("div.what", {},
       words[0], words.length > 1 && (place ? link(what, addressOf(place) + queryOf({at: then})) : what), words[1],
@@ -11769,7 +11847,8 @@ function stepRow(step) {
 // ---- a collection as it was
 
 // where a row leads; what lies in the trash is shown as it was just before it went
-const addressFor = ({path, deleted}) => deleted ? pastAddress(new Date(Date.parse(deleted) - 1).toISOString(), path) : placeAddress(path);
+const addressFor = ({path, deleted}) => deleted ? pastAddress(new Date(Date.parse(deleted) - 1).toISOString(), path)
+  : placeAddress(path);
 const placeAddress = path => view.at ? pastAddress(view.at, path) : addressOf(path);
 const pastAddress = (at, path) => PREFIX + "/past/" + encodeURIComponent(at) + (path && "/" + encodePath(path));
 
@@ -11780,8 +11859,10 @@ async function showPast(at, address) {
   at = decodeURIComponent(at);
   if (Number.isNaN(Date.parse(at))) at = new Date().toISOString();          // "now", or what is no time
   if (showInside(path, "past", at)) return;
-  const there = await load(path, {at}).catch(absent), file = there.kind === "file", place = file ? parentOf(path) : path;
-  const [answer, {steps}, since] = await Promise.all([file ? load(place, {at}) : there, api("GET", "activity", {limit: 1000}),
+  const there = await load(path, {at}).catch(absent), file = there.kind === "file";
+  const place = file ? parentOf(path) : path;
+  const [answer, {steps}, since] =
+    await Promise.all([file ? load(place, {at}) : there, api("GET", "activity", {limit: 1000}),
     api("GET", "differences/" + encodePath(place), {at, limit: 10000}).catch(error => error.code === "not-found"
       ? {count: 1, changes: [{how: "deleted", path: null, was: place}]} : absent(error))]);
   if (turn !== view.turn) return;
@@ -11814,11 +11895,13 @@ function marksOf(changes, place) {
 }
 
 function showChanges({count, changes}) {
-  const sums = Object.keys(HOW).map(how => [changes.filter(one => one.how === how).length, t(HOW[how])]).filter(([n]) => n);
+  const sums = Object.keys(HOW).map(how => [changes.filter(one => one.how === how).length, t(HOW[how])])
+    .filter(([n]) => n);
   const how = sums.map(([n, words]) => number.format(n) + " " + words).join(", ");
   find(".changes").replaceChildren(
     h("summary", {}, count ? t("{n} changed since: {how}", {n: count, how}) : t("Nothing has changed since then.")),
-    h("ul.steps", {}, changes.slice(0, 500).map(changeRow), count > 500 && h("li", {}, t("and {n} more", {n: count - 500}))));
+    h("ul.steps", {}, changes.slice(0, 500).map(changeRow),
+      count > 500 && h("li", {}, t("and {n} more", {n: count - 500}))));
 }
 
 const changeRow = ({how, path, was}) => h("li", {}, h("div.what", {},
@@ -11828,8 +11911,10 @@ const changeRow = ({how, path, was}) => h("li", {}, h("div.what", {},
 
 // one stop for each time something changed here, the latest on the right
 function timeSlider(steps) {
-  const here = path => path && ((path + "/").startsWith(view.path && view.path + "/") || view.path.startsWith(path + "/"));
-  const stops = [...new Set(steps.filter(({undoable, detail: {path, to, count}}) => undoable && (count || here(path) || here(to)))
+  const here = path => path
+    && ((path + "/").startsWith(view.path && view.path + "/") || view.path.startsWith(path + "/"));
+  const stops = [...new Set(steps
+    .filter(({undoable, detail: {path, to, count}}) => undoable && (count || here(path) || here(to)))
     .map(step => step.at))].sort();
   const words = h("output"), move = soon(at => go(pastAddress(at, view.path), {replace: true}), 150);
   const say = at => {
@@ -11842,15 +11927,19 @@ function timeSlider(steps) {
     say(stops[n]);
     move(stops[n]);
   };
-  const range = h("input", {type: "range", max: Math.max(0, stops.length - 1), "aria-label": t("Time"), oninput: () => moveTo(range.value)});
+  const range = h("input",
+    {type: "range", max: Math.max(0, stops.length - 1), "aria-label": t("Time"), oninput: () => moveTo(range.value)});
   const exact = h("input", {type: "datetime-local", "aria-label": t("Exact time"),
                             onchange: () => exact.value && move(new Date(exact.value).toISOString())});
-  const earlier = button(t("Earlier"), () => moveTo(range.value - 1)), later = button(t("Later"), () => moveTo(Number(range.value) + 1));
+  const earlier = button(t("Earlier"), () => moveTo(range.value - 1)),
+    later = button(t("Later"), () => moveTo(Number(range.value) + 1));
   const show = () => {
-    if (![range, earlier, later].includes(document.activeElement)) range.value = stops.filter(stop => stop <= view.at).length - 1;
+    if (![range, earlier, later].includes(document.activeElement))
+      range.value = stops.filter(stop => stop <= view.at).length - 1;
     if (!(stops[range.value] > view.at)) say(view.at);   // else the reader is further by now
   };
-  const slider = h("div.slider", {}, words, earlier, range, later, exact, link(t("Back to now"), addressOf(view.path), {className: "button"}));
+  const slider = h("div.slider", {}, words, earlier, range, later, exact,
+    link(t("Back to now"), addressOf(view.path), {className: "button"}));
   return Object.assign(slider, {show});
 }
 
@@ -11859,7 +11948,8 @@ async function bringBack(items) {
   const seqs = [], trashed = new Set((await api("GET", "trash", {limit: 10000})).items.map(one => one.node));
   for (const entry of items) await bringOne(entry, trashed, seqs);
   clearSelection();
-  seqs.length ? offerUndo(t("{what} brought back", {what: namesOf(items)}), ...seqs) : toast(t("Nothing has changed since then."));
+  seqs.length ? offerUndo(t("{what} brought back", {what: namesOf(items)}), ...seqs)
+    : toast(t("Nothing has changed since then."));
   await refresh();
 }
 
@@ -11869,11 +11959,13 @@ async function bringOne(entry, trashed, seqs) {
     if (answer.seq) seqs.push(answer.seq);
     return answer;
   };
-  const last = since.changes.find(({was}) => was === to) || since.changes.find(({was}) => was && to.startsWith(was + "/"));
+  const last = since.changes.find(({was}) => was === to)
+    || since.changes.find(({was}) => was && to.startsWith(was + "/"));
   let path = last ? last.path && last.path + to.slice(last.was.length) : to;
   if (!path && trashed.has(entry.node)) [path] = (await post("trash/restore", {nodes: [entry.node]})).paths;
   else if (path && path !== to) path = (await post("move", {items: [{from: path, to}], clash: "keep"})).items[0].path;
-  if (path && entry.kind === "collection") return (await post("rewind", {path, at, dry: true})).changed && post("rewind", {path, at});
+  if (path && entry.kind === "collection")
+    return (await post("rewind", {path, at, dry: true})).changed && post("rewind", {path, at});
   if (path) {
     const now = await load(path), same = ["size", "mtime", "sha256"].every(name => now[name] === entry[name]);
     return !same && post("versions/restore", {path, version: entry.version});
@@ -11883,7 +11975,8 @@ async function bringOne(entry, trashed, seqs) {
     return undefined;
   }
   const body = await (await ask(contentAddress(entry))).blob();
-  const answer = await ask(apiAddress("files", to, {parents: 1, mtime: entry.mtime}), {method: "PUT", body, headers: HEADERS});
+  const answer = await ask(apiAddress("files", to, {parents: 1, mtime: entry.mtime}),
+    {method: "PUT", body, headers: HEADERS});
   return seqs.push(Number((await answer.json()).version));
 }
 
@@ -11949,12 +12042,14 @@ const usedWords = ({used, quota}) => quota === null ? t("{used} used", {used: fo
 async function accountSection() {
   const {kinds, live, versions, trash} = await api("GET", "usage"), all = live + versions + trash || 1;
   const percent = new Intl.NumberFormat(language, {style: "percent"});
-  const row = (words, size) => h("div", {}, h("dt", {}, words), h("dd", {}, formatSize(size) + " · " + percent.format(size / all),
+  const row = (words, size) =>
+    h("div", {}, h("dt", {}, words), h("dd", {}, formatSize(size) + " · " + percent.format(size / all),
     gauge(words, size, all)));
   return [
     section(me.name, h("p", {}, usedWords(me)),
       buttonsRow(button(t("Change password"), changePassword), button(t("Log out"), logOut))),
-    section(t("Storage"), h("dl.keys.shares", {}, kinds.map(({kind, size}) => row(t(KIND_WORDS[kind] || "Other"), size)),
+    section(t("Storage"),
+      h("dl.keys.shares", {}, kinds.map(({kind, size}) => row(t(KIND_WORDS[kind] || "Other"), size)),
       row(t("Earlier versions"), versions), row(t("Trash"), trash)),
       buttonsRow(button(t("Empty the trash"), () => attempt(emptyTrash).then(show), {disabled: !trash}))),
     section(t("Language"), languageLinks()),
@@ -12022,7 +12117,8 @@ async function devicesSection() {
 function agentOf({kind, name}) {
   const known = words => words.split(" ").find(word => name.includes(word));
   const browser = known("Edg OPR Firefox Chrome Safari"), system = known("Android iPhone iPad Windows Mac Linux");
-  return kind === "session" && browser && system ? ({Edg: "Edge", OPR: "Opera"}[browser] || browser) + ", " + system : name;
+  return kind === "session" && browser && system ? ({Edg: "Edge", OPR: "Opera"}[browser] || browser) + ", " + system
+    : name;
 }
 
 // ---- preview: a file over the list it belongs to, at an address of its own
@@ -12039,7 +12135,8 @@ const isText = entry =>
 
 // what fits a file, and how it is shown then: as it is now, as one of its versions or as of a time
 const LOOKS = [
-  [isImage, entry => zoomable(h("img", {src: contentAddress(entry), alt: entry.name, onload: () => preview.entry === entry && loadAhead()}))],
+  [isImage, entry => zoomable(h("img",
+    {src: contentAddress(entry), alt: entry.name, onload: () => preview.entry === entry && loadAhead()}))],
   [isPlayed, player],
   [entry => kindOf(entry) === "pdf" && entry.size < 200 << 20, pdfView],
   [isText, async entry => textView(entry, await readText(entry))],
@@ -12049,7 +12146,8 @@ const lookAt = entry => (lookOf(entry) || [0, noLook])[1](entry);
 
 function openPreview(entry) {
   closePreview();
-  preview.box = h("dialog.preview", {onkeydown: onPreviewKey, oncancel: event => { event.preventDefault(); leavePreview(); }});
+  preview.box = h("dialog.preview",
+    {onkeydown: onPreviewKey, oncancel: event => { event.preventDefault(); leavePreview(); }});
   preview.box.addEventListener("click", event => {
     if (!preview.show) return;
     event.stopPropagation();
@@ -12105,7 +12203,8 @@ async function pdfView(entry) {
   const bytes = await (await ask(contentAddress(entry))).arrayBuffer(),
     url = URL.createObjectURL(new Blob([bytes], {type: "application/pdf"}));
   return isPhone.matches || navigator.pdfViewerEnabled === false
-    ? h("a.button", {href: url, target: "_blank"}, t("Open in a new tab")) : h("iframe", {src: url, title: t("Preview")});
+    ? h("a.button", {href: url, target: "_blank"}, t("Open in a new tab"))
+      : h("iframe", {src: url, title: t("Preview")});
 }
 
 function noLook(entry) {
@@ -12123,7 +12222,8 @@ function noLook(entry) {
 // it begins where a link says (#t=80); at its end the next of its kind begins
 function player(entry) {
   const at = (location.hash.match(/^#t=[\d.]+$/) || [""])[0];
-  return h(mediaOf(entry), {src: contentAddress(entry) + at, controls: true, playsInline: true, autoplay: preview.play, onended: () => {
+  return h(mediaOf(entry),
+    {src: contentAddress(entry) + at, controls: true, playsInline: true, autoplay: preview.play, onended: () => {
     if (preview.entry === entry && playsOn()) turnTo(near(1, sameKind), true);
   }});
 }
@@ -12134,10 +12234,13 @@ const playsOn = () => localStorage.getItem("playon") !== "0";
 function zoomable(image) {
   let from = null;
   const swipe = {
-    ontouchstart: ({touches}) => { from = touches.length === 1 && !stage.matches(".zoomed") && visualViewport.scale < 1.05 && touches[0]; },
+    ontouchstart: ({touches}) => {
+      from = touches.length === 1 && !stage.matches(".zoomed") && visualViewport.scale < 1.05 && touches[0];
+    },
     ontouchend: ({changedTouches: [to]}) => {
       const x = from ? to.clientX - from.clientX : 0;
-      if (preview.entry && Math.abs(x) > 50 && Math.abs(x) > 2 * Math.abs(to.clientY - from.clientY)) turnTo(near(x < 0 ? 1 : -1));
+      if (preview.entry && Math.abs(x) > 50 && Math.abs(x) > 2 * Math.abs(to.clientY - from.clientY))
+        turnTo(near(x < 0 ? 1 : -1));
     }
   };
   const stage = h("div.stage", {...swipe, onclick: event => {
@@ -12153,7 +12256,8 @@ function zoomable(image) {
 
 // the files of the list that fit, with the one shown among them, and its place there
 function among(fits) {
-  const {path} = preview.entry, all = list.entries.filter(one => one.kind === "file" && (one.path === path || fits(one)));
+  const {path} = preview.entry,
+    all = list.entries.filter(one => one.kind === "file" && (one.path === path || fits(one)));
   return [all, all.findIndex(one => one.path === path)];
 }
 
@@ -12176,7 +12280,8 @@ function previewFoot(entry) {
   return h("div.foot", {hidden: all.length < 2},
     turn(-1, t("Back")),
     h("span.soft", {}, t("{n} of {all}", {n: n + 1, all: all.length})),
-    isImage(entry) && near(1, sameKind, true) !== entry && button(t("Slideshow"), () => slideshow(true), {"data-action": "show"}),
+    isImage(entry) && near(1, sameKind, true) !== entry
+      && button(t("Slideshow"), () => slideshow(true), {"data-action": "show"}),
     isPlayed(entry) && next && h("label.tick", {}, tick, t("Play on: {name}", {name: next.name})),
     turn(1, t("Next")));
 }
@@ -12319,7 +12424,8 @@ async function saveText(edit, save) {
 
 function parseTable(text, comma) {
   const first = text.slice(0, text.indexOf("\n") >>> 0);
-  comma = comma || [",", ";", "\t"].reduce((best, mark) => (first.split(mark).length > first.split(best).length ? mark : best));
+  comma = comma || [",", ";", "\t"].reduce((best, mark) =>
+    (first.split(mark).length > first.split(best).length ? mark : best));
   const rows = [[]],
     cell = new RegExp(`(?:"((?:[^"]|"")*)"|([^"\\r\\n${comma}]*))(${comma}|\\r?\\n|$)`, "y");
   for (let found; rows.length < 2000 && cell.lastIndex < text.length && (found = cell.exec(text));) {
@@ -12394,7 +12500,8 @@ function block(lines, at, place, depth) {
   if (/^ {0,3}([-*_])(\s*\1){2,}\s*$/.test(line)) return [h("hr"), at + 1];
   if (/^\s*>/.test(line) && depth < 20) {
     const end = until(one => /^\s*>/.test(one));
-    return [h("blockquote", {}, blocks(lines.slice(at, end).map(one => one.replace(/^\s*> ?/, "")), place, depth + 1)), end];
+    return [h("blockquote", {}, blocks(lines.slice(at, end).map(one => one.replace(/^\s*> ?/, "")), place, depth + 1)),
+      end];
   }
   if (ITEM.test(line) && depth < 20) return listBlock(lines, at, place, depth);
   if (line.includes("|") && /^[\s|:-]*-[\s|:-]*$/.test(lines[at + 1] || "") && lines[at + 1].includes("|")) {
@@ -12499,7 +12606,8 @@ const WAYS = (address, name, token) => [
    t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address."), location.origin + PREFIX,
    `nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`],
   [t("Phone or tablet: WebDAV"),
-   t("In an app that speaks WebDAV, as Documents (iOS) or Material Files (Android): this address, your name and the app password."), address],
+   t("An app for WebDAV, as Documents (iOS) or Material Files (Android): this address, your name, the app password."),
+   address],
   [t("Synchronised folder"), t("Keeps a folder of your computer and this server the same, both ways."),
    `python3 cloudserver.py sync FOLDER ${location.protocol}//${plainPath(name)}@${location.host}${PREFIX}`],
   ["Windows", t("In the Explorer: This PC, “Map network drive”; or as below. Windows wants HTTPS for it."),
@@ -12507,14 +12615,16 @@ const WAYS = (address, name, token) => [
   ["Mac", t("In the Finder: Go, “Connect to Server”, with this address:"), address],
   ["Linux", t("In the file manager, as the address of a server:"),
    address.replace(/^http/, "dav").replace("://", "://" + plainPath(name) + "@")],
-  ["rclone", "", `rclone config create cloud webdav url=${address} vendor=other user=${shellWord(name)} pass=${token} --obscure`],
+  ["rclone", "",
+   `rclone config create cloud webdav url=${address} vendor=other user=${shellWord(name)} pass=${token} --obscure`],
   ["curl", "", `curl -u ${shellWord(name + ":" + token)} -T FILE ${address}`],
 ];
 
 function connectSection() {
   const box = h("div.ways"), made = h("div", {"aria-live": "polite"});
   const show = token => box.replaceChildren(...WAYS(davAddress(""), me.name, token || t("APP-PASSWORD"))
-    .map(([title, hint, command, code]) => h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint), commandLine(command), token && code && qrOf(code))));
+    .map(([title, hint, command, code]) => h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint),
+      commandLine(command), token && code && qrOf(code))));
   let path = "";
   const where = button(t("All folders"), async () => {
     path = await chooseCollection(t("Only this folder"), t("Choose"), path) ?? path;
@@ -12524,39 +12634,47 @@ function connectSection() {
     field(t("Name of the device"), {name: "name", maxLength: 100, placeholder: "laptop", autocomplete: "off"}),
     tick(t("May only read"), {name: "readonly"}),
     h("div.buttons", {}, where,
-      choice("Ends", "days", {7: "Ends after 7 days", 30: "Ends after 30 days", 365: "Ends after a year", "": "Never ends"}, ""))
+      choice("Ends", "days",
+        {7: "Ends after 7 days", 30: "Ends after 30 days", 365: "Ends after a year", "": "Never ends"}, ""))
   ], t("Make an app password"), async ({name, readonly, days}) => {
-    const {token} = await api("POST", "devices", {name, readonly: Boolean(readonly), path: path || undefined, days: +days || undefined});
-    made.replaceChildren(h("p", {}, t("This password is shown only now; it stands in the commands below.")), commandLine(token));
+    const {token} = await api("POST", "devices",
+      {name, readonly: Boolean(readonly), path: path || undefined, days: +days || undefined});
+    made.replaceChildren(h("p", {}, t("This password is shown only now; it stands in the commands below.")),
+      commandLine(token));
     show(token);
   });
   show("");
   return [
     section(t("A password for each device"),
-      h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")), form, made),
+      h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")),
+      form, made),
     section(t("Ways to connect"), box)
   ];
 }
 
 // a code for a phone to scan; the server works it out
 function qrOf(text) {
-  const drawing = svg("svg", {class: "qr", role: "img", "aria-label": t("Code to scan"), "shape-rendering": "crispEdges"});
+  const drawing = svg("svg",
+    {class: "qr", role: "img", "aria-label": t("Code to scan"), "shape-rendering": "crispEdges"});
   attempt(async () => {
     const {rows} = await api("POST", "qr", {text}), size = rows.length + 8;
-    const dark = rows.flatMap((row, y) => [...row].map((on, x) => on === "1" ? `M${x + 4} ${y + 4}h1v1h-1z` : "")).join("");
+    const dark = rows.flatMap((row, y) => [...row].map((on, x) => on === "1" ? `M${x + 4} ${y + 4}h1v1h-1z` : ""))
+      .join("");
     drawing.setAttribute("viewBox", `0 0 ${size} ${size}`);
     drawing.append(svg("path", {d: dark, fill: "#000"}));
   });
   return drawing;
 }
 
-const commandLine = text => h("div.command", {}, h("code", {tabIndex: 0}, text), button(t("Copy"), () => copyText(text)));
+const commandLine = text =>
+  h("div.command", {}, h("code", {tabIndex: 0}, text), button(t("Copy"), () => copyText(text)));
 
 // browsers lend the clipboard only where the connection is secure
 const copyText = text => attempt(async () => {
   if (await navigator.clipboard?.writeText(text).then(() => true, () => false)) return toast(t("Copied."));
   return sheet(t("Copy this"), close => [
-    h("textarea", {value: text, readOnly: true, autofocus: true, "aria-label": t("Copy this"), onfocus: event => event.target.select()}),
+    h("textarea", {value: text, readOnly: true, autofocus: true, "aria-label": t("Copy this"),
+      onfocus: event => event.target.select()}),
     buttonsRow(button(t("Close"), () => close()))]);
 });
 
@@ -12590,13 +12708,16 @@ async function serverSection() {
   const facts = [[t("Version"), version], [t("State"), health], ["Python", python], ["SQLite", sqlite],
     [t("Free on disk"), t("{free} of {total}", {free: formatSize(disk_free), total: formatSize(disk_total)})]];
   return [
-    section(t("Server"), h("dl.keys", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+    section(t("Server"),
+      h("dl.keys", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
       gauge(t("Disk used"), disk_total - disk_free, disk_total)),
     section(t("What is kept"), formOf([
-      field(t("Days that versions and deleted files are kept"), {name: "days", type: "number", min: 0, max: 36500, value: keep_days}),
+      field(t("Days that versions and deleted files are kept"),
+        {name: "days", type: "number", min: 0, max: 36500, value: keep_days}),
       gigabytes(t("The most they may take per account, in GB; empty is no limit"), "history", history),
       h("p.soft", {}, t("What is older goes for good; of what is more than the most, the oldest goes first.")),
-      gigabytes(t("Quota of new accounts in GB; empty is no limit"), "quota", quota)], t("Save"), async ({days, history, quota}) => {
+      gigabytes(t("Quota of new accounts in GB; empty is no limit"), "quota", quota)], t("Save"),
+        async ({days, history, quota}) => {
       await api("PATCH", "settings", {keep_days: +days, history: readGigabytes(history), quota: readGigabytes(quota)});
       toast(t("Saved."));
       show();
@@ -12612,11 +12733,14 @@ function accountRow(account) {
     {label: t("Set the quota"),
      run: () => askForm(name, [quotaField(quota)], t("Save"), values => change({quota: readGigabytes(values.quota)}))},
     {label: t("Set a new password"),
-     run: () => askForm(name, [passwordField(t("New password"), {autocomplete: "new-password", autofocus: true})], t("Save"), change)},
-    {label: admin ? t("Administrator no more") : t("Make administrator"), run: () => attempt(() => change({admin: !admin}))},
+     run: () => askForm(name, [passwordField(t("New password"), {autocomplete: "new-password", autofocus: true})],
+       t("Save"), change)},
+    {label: admin ? t("Administrator no more") : t("Make administrator"),
+     run: () => attempt(() => change({admin: !admin}))},
     {label: t("Remove"), run: () => attempt(async () => {
       if (await askYesNo(t("Remove the account {name}?", {name}),
-        t("Nobody can log in with it any more. Its files go after a while."), t("Remove"))) await api("DELETE", address);
+        t("Nobody can log in with it any more. Its files go after a while."), t("Remove")))
+        await api("DELETE", address);
       show();
     })}
   ];
@@ -12675,7 +12799,8 @@ function watchServer() {
 const changed = soon(async before => {
   showHeld();
   if (!before || list.editing || preview.dirty) return;
-  if (view.kind !== "files") return ["trash", "starred"].includes(view.kind) || view.kind === "activity" && scrollY < 300 ? refresh() : undefined;
+  if (["trash", "starred"].includes(view.kind) || view.kind === "activity" && scrollY < 300) return refresh();
+  if (view.kind !== "files") return;
   const turn = view.turn, {etag} = await load(view.path, {limit: 1});
   if (turn === view.turn && etag !== view.etag && !preview.box) await refresh();
 }, 400);
@@ -12737,7 +12862,8 @@ function actionOf(event) {
 }
 
 function onKey(event) {
-  if (!me.name || event.defaultPrevented || event.target.closest("input:not([type=checkbox]), textarea, select, dialog"))
+  if (!me.name || event.defaultPrevented
+    || event.target.closest("input:not([type=checkbox]), textarea, select, dialog"))
     return;
   const action = actionOf(event);
   if (!action || action.name === "paste") return; // the paste event knows whether files come with it
@@ -12763,7 +12889,8 @@ function listen() {
     queue.delayed.forEach(wake);
     if (patience) startLater(0);
   });
-  addEventListener("pagehide", () => source && source.close()); // a page kept to come back to must not keep its connection
+  // a page kept to come back to must not keep its connection
+  addEventListener("pagehide", () => source && source.close());
   addEventListener("pageshow", event => event.persisted && watchServer());
   document.addEventListener("visibilitychange", watchServer);
   addEventListener("beforeunload", event => { if (busy()) event.preventDefault(); });
@@ -12784,9 +12911,8 @@ function listen() {
 // the script stands in the head, so that the colours are chosen before anything is drawn
 applyTheme();
 addEventListener("DOMContentLoaded", async () => {
-  for (const [rel, name] of Object.entries({manifest: "manifest.json", icon: "icon.svg", "apple-touch-icon": "icon-180.png"})) {
-    document.head.append(h("link", {rel, href: PREFIX + "/" + name}));
-  }
+  const links = {manifest: "manifest.json", icon: "icon.svg", "apple-touch-icon": "icon-180.png"};
+  for (const [rel, name] of Object.entries(links)) document.head.append(h("link", {rel, href: PREFIX + "/" + name}));
   history.scrollRestoration = "manual";
   await setLanguage(language);
   listen();
@@ -12820,6 +12946,7 @@ PAGE_GERMAN = r"""{
   "All uploads": "Alle Uploads",
   "Allow": "Erlauben",
   "Already there": "Schon da",
+  "An app for WebDAV, as Documents (iOS) or Material Files (Android): this address, your name, the app password.": "In einer App, die WebDAV spricht, etwa Documents (iOS) oder Material Files (Android): diese Adresse, dein Name und das App-Passwort.",
   "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
   "Any key or click ends the slideshow.": "Jede Taste und jeder Klick beendet die Diaschau.",
   "Any kind": "Jede Art",
@@ -12917,7 +13044,6 @@ PAGE_GERMAN = r"""{
   "How": "Wie",
   "Images": "Bilder",
   "In": "Worin",
-  "In an app that speaks WebDAV, as Documents (iOS) or Material Files (Android): this address, your name and the app password.": "In einer App, die WebDAV spricht, etwa Documents (iOS) oder Material Files (Android): diese Adresse, dein Name und das App-Passwort.",
   "In the Explorer: This PC, “Map network drive”; or as below. Windows wants HTTPS for it.": "Im Explorer: Dieser PC, „Netzlaufwerk verbinden“; oder wie hier. Windows will dafür HTTPS.",
   "In the Finder: Go, “Connect to Server”, with this address:": "Im Finder: Gehe zu, „Mit Server verbinden“, mit dieser Adresse:",
   "In the file manager, as the address of a server:": "Im Dateimanager als Adresse eines Servers:",
@@ -13295,37 +13421,9 @@ async function answer(request, name) {
 """
 
 
-LEAN = re.compile(r"""
-    (?P<kept> "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' | `(?:[^`\\]|\\.)*`                     # strings; templates are not nested
-    | (?<=[(,=:\[!&|?{};>\s]) / (?![*/ ]) (?:[^/\\\[\n]|\\.|\[(?:[^\]\\\n]|\\.)*\])+ /[a-z]* )         # regular expressions
-    | (?P<word> \b(?:true|false|undefined|const)\b )
-    | (?P<gone> (?<=return) [ ] undefined (?=;) | [ ]*//[^\n]* | /\*.*?\*/ | ;(?=\s*\}) | ,(?=\s*[\])}]) )
-    | (?P<line> [ ]*\n\s* )
-    | [ ]* (?P<mark> => | [-+*]= | [{}()\[\],;:?=<>&|!] ) [ ]*
-    | (?:[ ]|(?<=[)\]][ ])) (?P<sum> [/%] | \*\*? | \+(?![ ]\+) | -(?![ ]-) ) [ ]""", re.X | re.S)
-
-
-LEAN_WORDS = {"true": "!0", "false": "!1", "undefined": "void 0", "const": "let"}         # the shorter twins of words
-
-
-def lean(script: str) -> str:
-    """A script as it is sent: without the comments, blanks and line ends that are there for people.
-
-    Each of its statements ends in a semicolon or a brace; test_lean shows what is done to them.
-    """
-    def say(found: re.Match[str]) -> str:
-        if found["line"] is not None:
-            return "\n"
-        return LEAN_WORDS[found["word"]] if found["word"] else found["kept"] or found["mark"] or found["sum"] or ""
-
-    bare = LEAN.sub(say, script)
-    return re.sub(r"(?<=[,(\[{;:?=&|>])\n+|\n+(?=[)\]},:?=&|.])|\n+(?=\n)|^\n|(?<=\})\n", "", bare)
-
-
-def lean_style(style: str) -> str:
-    """The same for a style; its variables get numbers for names."""
-    bare, names = re.sub(r"/\*.*?\*/|(?<=[{};:,>])\s+|\s+(?=[{}>])|;\s*(?=\})|\n", "", style, flags=re.S), {}
-    return re.sub(r"--[a-z-]+", lambda found: names.setdefault(found[0], "--%d" % len(names)), bare)
+def bare(source: str) -> str:
+    """A script or style as it is sent: as it is written, but for indentation, empty lines and lines of comment alone."""
+    return re.sub(r"(?m)^ *(?://.*|/\*.*\*/)?\n|^ +", "", source)
 
 
 def source_hash(text: str) -> str:
@@ -13336,7 +13434,7 @@ def source_hash(text: str) -> str:
 @lru_cache(maxsize=None)
 def page_as_sent(packed: bool) -> tuple[bytes, dict[str, str]]:
     """(body, header fields) for a browser that takes gzip or not, made when first asked for; nothing in it is secret (W3)."""
-    style, script = lean_style(PAGE_STYLE), lean(PAGE_SCRIPT)
+    style, script = bare(PAGE_STYLE), bare(PAGE_SCRIPT)
     page = PAGE_HTML.replace("{style}", style).replace("{script}", script).encode()
     return gzip.compress(page, mtime=0) if packed else page, {
         "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "Vary": "Accept-Encoding",
@@ -13412,7 +13510,7 @@ def worker_as_sent() -> bytes:
             **{"words/" + language: words.encode() for language, words in WORDS.items()}}
     values = {"kept": json.dumps(list(kept)), "views": json.dumps(page_views()),
               "version": hashlib.sha256(b"".join(kept.values())).hexdigest()[:16]}
-    return re.sub(r"\{(kept|views|version)\}", lambda found: values[found[1]], lean(PAGE_WORKER)).encode()
+    return re.sub(r"\{(kept|views|version)\}", lambda found: values[found[1]], bare(PAGE_WORKER)).encode()
 
 
 def page_views() -> list[str]:
