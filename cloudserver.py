@@ -65,6 +65,7 @@ import mmap
 import os
 import re
 import secrets
+import select
 import selectors
 import shutil
 import signal
@@ -2773,6 +2774,7 @@ STARRED = '<o:favorite xmlns:o="http://owncloud.org/ns">1</o:favorite>'
 RESERVED = "coalesce(sum(max(coalesce(size, 0), received)), 0)"          # bytes that uploads under way may come to
 STRIDE = 24                     # names that one statement walks down
 LOCK_MOST = 24 * 3600           # seconds a lock may be granted for
+LONG_HASH = 64 * MiB            # larger files are hashed in the lane for long work
 
 
 class Spot(NamedTuple):
@@ -2809,6 +2811,18 @@ def path_query(depth: int, content: bool) -> str:
                 parents, NODE, ", " + CHUNK if content else "", " ".join(joins),
                 "p%d.node" % (depth - 1) if depth > 1 else "?",
                 "LEFT JOIN chunk h ON h.hash = e.manifest" if content else ""))
+
+
+def unwatched() -> None:
+    """Nobody waits who could leave: the default of `alive`, which long reads call now and then and which ends them by raising."""
+
+
+def watched(rows: Iterable[Any], alive: Callable[[], None], every: int = 256) -> Iterator[Any]:
+    """The same rows, with a look now and then whether anybody still waits for them."""
+    for count, row in enumerate(rows):
+        if count % every == 0:
+            alive()
+        yield row
 
 
 class Listing:
@@ -3096,6 +3110,24 @@ class Tree:
         found = dict(self.db.read("SELECT kind, value FROM digest WHERE manifest = ? UNION ALL SELECT 'sha256', sha256 "
                                   "FROM manifest WHERE id = ? AND sha256 IS NOT NULL", (node.manifest,) * 2))
         return found if node.manifest[0] == "m" else {**found, "sha256": node.manifest}
+
+    def checksum(self, who: Principal, path: tuple[str, ...], kind: str, alive: Callable[[], None] = unwatched) -> tuple[Node, str]:
+        """A file and its checksum of a kind ("sha1"), computed if it is not known, and then kept."""
+        self._require(who)
+        node, content = self.open(who, path)
+        if content is None:
+            raise CloudError("conflict", "a collection has no checksum")
+        known = self.sums(node).get(kind)
+        if known is None:
+            digest = new_digest(kind)
+            with self._heavy(who) if node.size > LONG_HASH else nullcontext():
+                for part in content.slices():
+                    for piece in watched((part,) if isinstance(part, bytes) else read_pieces(part), alive):
+                        digest.update(piece)
+            known = digest.hexdigest()
+            self.db.run(Statement("INSERT INTO digest (manifest, kind, value) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+                                  (node.manifest, kind, known)))
+        return node, known
 
     # ---- what must hold before a write
 
@@ -4451,14 +4483,16 @@ class History(Tree):
             return 0, len(self.differences(who, path, seq))
         return self._revert(who, path, seq, choose, "rewind", {"path": "/".join(path), "to": seq})
 
-    def differences(self, who: Principal, path: tuple[str, ...], seq: int) -> list[Difference]:
+    def differences(self, who: Principal, path: tuple[str, ...], seq: int,
+                    alive: Callable[[], None] = unwatched) -> list[Difference]:
         """What became of the things below a collection since a seq, in the order of paths."""
         top = self.stat(who, path).node
         self._check_reach(seq)
         with self.db.snapshot() as read:
             then, now = _Past(read, top, seq), _Past(read, top, self.head())
             found = [Difference(then.here(id), now.here(id), then.path(id), now.path(id))
-                     for id in now.touched_since(who.account, seq) if id != top and differs(then.here(id), now.here(id))]
+                     for id in watched(now.touched_since(who.account, seq), alive)
+                     if id != top and differs(then.here(id), now.here(id))]
         return sorted(found, key=lambda one: one.path or one.was)
 
     def held(self, who: Principal) -> list[tuple[Brake, str]]:
@@ -4598,7 +4632,8 @@ class History(Tree):
                      bool(undoable) and action[:8] != "account-" and seq > self.oldest_seq())
                 for seq, at, action, detail, account, device, undoable in rows]
 
-    def search(self, who: Principal, query: Query, path: tuple[str, ...] = (), limit: int = 200) -> tuple[list[Found], bool]:
+    def search(self, who: Principal, query: Query, path: tuple[str, ...] = (), limit: int = 200,
+               alive: Callable[[], None] = unwatched) -> tuple[list[Found], bool]:
         """What fits a query below a path, the latest changed first, names before contents; and whether there is more.
 
         Words stand anywhere in a name, in any case; in contents at the beginning of a word.
@@ -4606,7 +4641,7 @@ class History(Tree):
         self.stat(who, path)
         found, seen = [], set()
         with nullcontext() if query.words else self._heavy(who):         # without words everything is looked at
-            for node, inside in self._hits(who, query):
+            for node, inside in self._hits(who, query, alive):
                 if node.node in seen or not fits(query, node):
                     continue
                 seen.add(node.node)
@@ -4617,30 +4652,31 @@ class History(Tree):
                     found.append(Found(where, node, self._snippet(node, query.words) if inside else None))
         return found, False
 
-    def _hits(self, who: Principal, query: Query) -> Iterator[tuple[Node, bool]]:
+    def _hits(self, who: Principal, query: Query, alive: Callable[[], None]) -> Iterator[tuple[Node, bool]]:
         """(node, do the words stand in its contents?) of nodes that may fit."""
         if query.within != "contents" or not query.words:
-            for node in self._candidates(who, query):
+            for node in watched(self._candidates(who, query), alive):
                 folded = node.name.casefold()
                 if all(word in folded for word in query.words) and not any(word in folded for word in query.without):
                     yield node, False
         if query.within != "names" and query.words and self.db.has_index():
             wanted = " AND ".join(map(match_words, query.words)) + "".join(" NOT " + match_words(word) for word in query.without)
-            for row in self.db.each(
+            for row in watched(self.db.each(
                     "SELECT " + NODE + " FROM text_index i JOIN text_row r ON r.id = i.rowid JOIN entry e ON e.manifest = r.manifest "
                     "AND e.home = r.home AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node "
                     "WHERE text_index MATCH ? AND r.home = ? ORDER BY i.rowid DESC",
-                    ('home : "%d" AND body : (%s)' % (who.account, wanted), who.account)):
+                    ('home : "%d" AND body : (%s)' % (who.account, wanted), who.account)), alive):
                 yield Node._make(row), True
 
     def _snippet(self, node: Node, words: Sequence[str]) -> tuple[str, str, str] | None:
         text = decode_text(self._content(node).read(TEXT_LIMIT))
         return text and find_words(unicodedata.normalize("NFC", text), words)
 
-    def find_all(self, who: Principal, path: tuple[str, ...], test: Callable[[Node], bool]) -> list[tuple[tuple[str, ...], Node]]:
+    def find_all(self, who: Principal, path: tuple[str, ...], test: Callable[[Node], bool],
+                 alive: Callable[[], None] = unwatched) -> list[tuple[tuple[str, ...], Node]]:
         """(path from there, node) of all below a path that pass a test."""
         with self._heavy(who):
-            return [row for row in self.walk(who, path) if test(row[1])]
+            return [row for row in watched(self.walk(who, path), alive) if test(row[1])]
 
     def marked(self, who: Principal, name: str) -> list[tuple[tuple[str, ...], Node, str]]:
         """(path, node, value) of all nodes that bear a dead property."""
@@ -5655,10 +5691,14 @@ PRIVATE = "private, no-cache"
 SANDBOX = "sandbox; default-src 'none'"
 
 
+class Disconnected(Exception):
+    """The peer went away, or is too slow to be waited for."""
+
+
 class Request:
     """One request, parsed and checked; what a handler sees of HTTP."""
     __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "site", "who",
-                 "id", "values")
+                 "id", "values", "gone", "began")
 
     def __init__(self, method: str, path: tuple[str, ...], slash: bool, query: str, fields: dict[str, str], minor: int,
                  body: Body, address: str, https: bool, safe: bool, site: "Site | None" = None) -> None:
@@ -5671,6 +5711,18 @@ class Request:
         self.who = ANONYMOUS             # for the access log
         self.id = ""                     # names the request in the log, if it fails
         self.values: dict[str, Any] = {} # declared arguments of the route
+        self.gone: Callable[[], bool] = lambda: False    # has the client closed its side?
+        self.began = time.monotonic()
+
+    def check_alive(self, seconds: float = math.inf) -> None:
+        """Go on?  Whoever works long for an answer asks now and then: a poll() each time.
+
+        raises  Disconnected when the client has left; CloudError busy when it took longer than `seconds`
+        """
+        if time.monotonic() - self.began > seconds:
+            raise CloudError("busy", "this takes too long; ask for less", retry_after=60)
+        if self.gone():
+            raise Disconnected
 
     def __getitem__(self, name: str) -> str | None:
         """A header field by its name in lower case."""
@@ -5795,6 +5847,8 @@ def respond(cloud: Cloud, request: Request) -> Response:
         return found.handler(cloud, who, request, **names)
     except CloudError as error:
         return error.detail.get("refuse", refuse)(error, request)
+    except Disconnected:
+        raise                            # there is nobody to answer
     except Exception:
         request.id = secrets.token_hex(4)
         log.exception("request %s: %s /%s", request.id, request.method, "/".join(request.path[:1]))
@@ -5914,6 +5968,14 @@ def read_conditions(request: Request) -> Preconditions:
         parse_etags(fields["if-match"], weak=False) if "if-match" in fields else (),
         parse_etags(fields["if-none-match"], weak=True) if "if-none-match" in fields else (),
         parse_http_date(fields.get("if-unmodified-since", "")), parse_http_date(fields.get("if-modified-since", "")))
+
+
+def kept_response(request: Request, body: bytes, fields: dict[str, str]) -> Response:
+    """An answer that is asked for anew each time and sent only when it changed: its ETag is made of its bytes."""
+    etag = hashlib.sha256(body).hexdigest()[:16]
+    given = read_conditions(request).if_none_match
+    fields = {**fields, "ETag": '"%s"' % etag}
+    return Response(304, b"", fields) if "*" in given or etag in given else Response(200, body, fields)
 
 
 def content_response(request: Request, node: Node, content: Content) -> Response:
@@ -6064,10 +6126,6 @@ def _is_address(text: str) -> bool:
 
 _TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
 _BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\x00")
-
-
-class Disconnected(Exception):
-    """The peer went away, or is too slow to be waited for."""
 
 
 class RequestBody(Body):
@@ -6237,8 +6295,10 @@ class Handler(BaseHTTPRequestHandler):
             raise CloudError("misdirected", "this server does not go by that name; see --hostname")
         address, https, safe = site.locate(self.peer, self.server.tls is not None, head.fields)
         self.hurried, self.window, self.arrived = False, time.monotonic(), 0
-        return Request(head.method, path, slash, query, head.fields, head.minor,
-                       RequestBody(self, length, expect is not None), address, https, safe, site)
+        request = Request(head.method, path, slash, query, head.fields, head.minor,
+                          RequestBody(self, length, expect is not None), address, https, safe, site)
+        request.gone = partial(has_left, self.sock)
+        return request
 
     def receive_into(self, buffer: memoryview) -> int:
         """Some bytes of a body, at least one.  raises CloudError if they will not come"""
@@ -6357,6 +6417,20 @@ class Handler(BaseHTTPRequestHandler):
             pass
 
 
+def has_left(sock: socket.socket) -> bool:
+    """Has the peer closed its side?  Looks, and takes nothing.
+
+    A peer that goes on listening counts as gone, too, as with every proxy; so ask only while work for it is long.
+    """
+    if hasattr(select, "POLLRDHUP"):             # Linux; sees the end behind bytes that nobody has read yet
+        poll = select.poll()
+        poll.register(sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0)) and not socket.socket.recv(sock, 1, socket.MSG_PEEK)       # of TLS: the raw bytes
+
+
 def format_head(response: Response, chunked: bool, keep: bool) -> bytes:
     """Status line and fields, to the empty line (H21, H23)."""
     lines = ["%s: %s\r\n" % item for item in response.fields.items()]
@@ -6414,6 +6488,7 @@ def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
 API = "/api/v1/"
 TEXT = "string"
 PAGE_LIMIT = 10_000             # entries in one answer
+SEARCH_TIME = 20                # seconds a search may take
 SORTS = {"name": "e.key", "size": "coalesce(c.size, e.size)", "mtime": "e.mtime", "kind": "e.kind"}
 
 
@@ -6699,6 +6774,11 @@ def api_zip(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
     moment = None if values["at"] is None else read_moment(cloud, values["at"])
     named = values["name"] or () if values["names"] is None else cloud.kept(who, values["names"])
     names = [split_path(name) for name in named]
+    return zip_response(cloud, who, path, names, moment)
+
+
+def zip_response(cloud: Cloud, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]], moment: int | None) -> Response:
+    """All below a path, or only some members, as of now or of a seq."""
     stem = names[0][-1] if len(names) == 1 else path[-1] if path else "files"
     archive = zip_archive(cloud.archive(who, path, names, moment), stem)
     return Response(200, archive, {"Content-Type": "application/zip", "Cache-Control": PRIVATE,
@@ -6812,7 +6892,7 @@ def api_rewind(cloud: Cloud, who: Principal, request: Request) -> Response:
 @route("GET", API + "differences/<path>", needs="read", at=TEXT, limit_="integer")
 def api_differences(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What was added, deleted, changed or moved below a collection since a time, in the order of paths."""
-    found = cloud.differences(who, path, read_moment(cloud, request.values["at"]))
+    found = cloud.differences(who, path, read_moment(cloud, request.values["at"]), request.check_alive)
     return json_response({"count": len(found), "changes": [
         {"how": one.how, "kind": "collection" if (one.now or one.then).kind else "file", "size": (one.now or one.then).size,
          "path": one.path and "/".join(path + one.path), "was": one.was and "/".join(path + one.was)}
@@ -6891,7 +6971,8 @@ def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
         raise CloudError("bad-request", "within is names or contents; kind is collection, %s" % ", ".join(KINDS))
     if query == Query(within=query.within):
         return json_response({"items": [], "more": False})
-    found, more = cloud.search(who, query, split_path(values["path"] or ""), read_limit(values["limit"], 1000))
+    found, more = cloud.search(who, query, split_path(values["path"] or ""), read_limit(values["limit"], 1000),
+                               partial(request.check_alive, SEARCH_TIME))
     items = api_nodes(cloud, ((hit.path, hit.node) for hit in found))
     for item, hit in zip(items, found):
         if hit.snippet:
@@ -6903,17 +6984,17 @@ def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
 def api_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A small picture of a file or of one of its versions; 204 if nobody made one yet."""
     version = request.values["version"]
-    answer = api_thumbnail_response(cloud.thumbnail(who, path, None if version is None else read_id(version)))
+    answer = api_thumbnail_response(request, cloud.thumbnail(who, path, None if version is None else read_id(version)))
     if version is not None and answer.status == 200:
         answer.fields["Cache-Control"] = "private, max-age=31536000, immutable"
     return answer
 
 
-def api_thumbnail_response(data: bytes | None) -> Response:
+def api_thumbnail_response(request: Request, data: bytes | None) -> Response:
     if data is None:
         return Response(204, b"", {"Cache-Control": "no-store"})
-    return Response(200, data, {"Content-Type": media_of_picture(data), "Cache-Control": PRIVATE, "Content-Security-Policy": SANDBOX,
-                                "Cross-Origin-Resource-Policy": "same-origin"})
+    return kept_response(request, data, {"Content-Type": media_of_picture(data), "Cache-Control": PRIVATE,
+                                         "Content-Security-Policy": SANDBOX, "Cross-Origin-Resource-Policy": "same-origin"})
 
 
 @route("PUT", API + "thumbnails/<path>", needs="write", version_=TEXT)
@@ -7015,7 +7096,7 @@ SCHEMAS = {"any": {}, "array": {"type": "array", "items": {}}}
 @route("GET", API + "openapi.json", needs="nothing")
 def api_openapi(cloud: Cloud, who: Principal, request: Request) -> Response:
     """This description."""
-    return Response(200, openapi_document(), {"Content-Type": "application/json; charset=utf-8", "Cache-Control": "no-cache"})
+    return kept_response(request, openapi_document(), {"Content-Type": "application/json; charset=utf-8", "Cache-Control": "no-cache"})
 
 
 @lru_cache(maxsize=1)
@@ -7173,6 +7254,18 @@ def tus_delete(cloud: Cloud, who: Principal, request: Request, id: str) -> Respo
     check_tus(request)
     cloud.drop_upload(who, id)
     return tus_response(204)
+
+
+TUS_METHODS = {"HEAD": tus_head, "PATCH": tus_patch, "DELETE": tus_delete}
+
+
+@route("POST", "/tus/<id>", needs="write", refuse=tus_error)
+def tus_override(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """Any of these, as X-HTTP-Method-Override names it, for who can send nothing but POST (tus 1.0)."""
+    method = request.fields.get("x-http-method-override", "")
+    if method not in TUS_METHODS:
+        raise CloudError("method-not-allowed", "X-HTTP-Method-Override is HEAD, PATCH or DELETE", allow="DELETE, HEAD, OPTIONS, PATCH")
+    return TUS_METHODS[method](cloud, who, request, id)
 
 
 # ---- native sync: many small files in one request, and of a large one only what the other side lacks
@@ -7470,22 +7563,25 @@ def dav_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
     if "text/html" in accept and "mozilla" in request.fields.get("user-agent", "").lower():
         up = "../" * (len(request.path) - (not request.slash))           # relative: we may be behind a prefix (B4)
         return Response(303, b"", {"Location": up + "files" + format_path(path), "Cache-Control": "no-store"})
+    fields = {"ETag": format_etag(node), "Cache-Control": PRIVATE, "Vary": "Accept"}
+    if unmet(read_conditions(request), node) == 304:
+        return Response(304, b"", fields)
     spool = Spool()
     with cloud.listing(who, path) as listing:
+        children = watched(listing.children(), request.check_alive)
         if "application/json" in accept:
             rows = (json.dumps({"name": n.name, "kind": "collection" if n.kind else "file", "size": n.size,
                                 "mtime": format_time(n.mtime), "etag": n.etag}, ensure_ascii=False)
-                    for n in listing.children())
+                    for n in children)
             spool.write("[" + next(rows, ""))
             for row in rows:
                 spool.write(",\n" + row)
             spool.write("]\n")
         else:
-            for n in listing.children():
+            for n in children:
                 spool.write(n.name + "/" * n.kind + "\n")
     media = "application/json" if "application/json" in accept else "text/plain"
-    return spool.response(200, {"Content-Type": media + "; charset=utf-8", "ETag": format_etag(node),
-                                "Cache-Control": PRIVATE})
+    return spool.response(200, {"Content-Type": media + "; charset=utf-8", **fields})
 
 
 @dav_route("PUT", "write")
@@ -7602,16 +7698,20 @@ def format_id(node: Node) -> str:
     return "%019docs" % node.node
 
 
-CHECKSUM_NAMES = {"sha1": "SHA1", "md5": "MD5", "sha3_256": "SHA3-256", "adler32": "ADLER32"}
+def format_checksum(kind: str, value: str) -> str:
+    """("sha1", "0a4d...") to "SHA1:0a4d...", the reverse of parse_checksum."""
+    return "%s:%s" % (CHECKSUM_NAMES[kind], value)
+
+
+CHECKSUM_NAMES = {kind: name for name, kind in _CHECKSUMS.items()}
 
 
 def format_checksums(node: Node, about: About) -> Markup | None:
     """SHA1:... MD5:... in one element, as ownCloud's and Nextcloud's clients and rclone read it."""
-    known = ["%s:%s" % (CHECKSUM_NAMES[kind], value) for kind, value in about.digests.get(node.manifest, ())
-             if kind in CHECKSUM_NAMES]
+    known = dict(about.digests.get(node.manifest, ()))
     if node.manifest[0] != "m":
-        known.append("SHA256:" + node.manifest)
-    return E("oc:checksum", " ".join(known)) if known else None
+        known["sha256"] = node.manifest
+    return E("oc:checksum", " ".join(map(format_checksum, known, known.values()))) if known else None
 
 
 def format_lock(lock: Lock, who: Principal) -> Markup:
@@ -7718,6 +7818,17 @@ def propstat(status: int, properties: Iterable[Markup], *more: Markup) -> Markup
     return E("d:propstat", E("d:prop", *properties), E("d:status", "HTTP/1.1 %d %s" % (status, REASONS[status])), *more)
 
 
+PROPERTIES_MOST = 256           # names in one question; clients ask for up to a few dozen
+
+
+def read_names(props: Iterable[ET.Element]) -> tuple[str, ...]:
+    """The names of properties that a client asks for, each once.  raises CloudError too-large"""
+    names = tuple(dict.fromkeys(prop.tag for prop in props))
+    if len(names) > PROPERTIES_MOST:
+        raise CloudError("too-large", "ask for at most %d properties at a time" % PROPERTIES_MOST)
+    return names
+
+
 def read_propfind(body: ET.Element | None) -> tuple[tuple[str, ...] | None, bool]:
     """The names a PROPFIND asks for, None for all; and whether it wants values (RFC 4918 s14.20)."""
     if body is None:
@@ -7726,7 +7837,7 @@ def read_propfind(body: ET.Element | None) -> tuple[tuple[str, ...] | None, bool
     if body.tag != "{DAV:}propfind" or len(kinds) != 1:
         raise CloudError("bad-request", "ask for prop, allprop or propname")
     if kinds[0] == "{DAV:}prop":
-        return tuple(dict.fromkeys(part.tag for part in body.find("{DAV:}prop"))), True
+        return read_names(body.find("{DAV:}prop")), True
     return None, kinds[0] == "{DAV:}allprop"
 
 
@@ -7750,7 +7861,7 @@ def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str
         readers = [property_reader(door, name) for name in names]
         base = dav_href(request, path, bool(listing.node.kind))
         answer.add(base, [read(listing.node, about) for read in readers])
-        for node in listing.children() if depth == "1" and listing.node.kind else ():
+        for node in watched(listing.children(), request.check_alive) if depth == "1" and listing.node.kind else ():
             name = node.name if _PLAIN.fullmatch(node.name) else quote(node.name, safe="~")
             answer.add(base + name + "/" * node.kind, [read(node, about) for read in readers])
     return answer.response()
@@ -7847,7 +7958,7 @@ def local_name(tag: str) -> str:
 
 def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], body: ET.Element) -> Response:
     """sync-collection: what changed below a collection since a token."""
-    names = tuple(dict.fromkeys(part.tag for part in body.iterfind("{DAV:}prop/*")))
+    names = read_names(body.iterfind("{DAV:}prop/*"))
     level = (body.findtext("{DAV:}sync-level") or request.fields.get("depth", "1")).strip().lower()
     limit = (body.findtext("{DAV:}limit/{DAV:}nresults") or "10000").strip()
     if level not in ("1", "infinite", "infinity") or not re.fullmatch(r"[1-9]\d{0,6}", limit):
@@ -7859,7 +7970,7 @@ def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
         door = find_door(request.path)[0]
         about, answer = About(cloud, who, listing), Multistatus(names, door, complete=not is_minimal(request))
     readers = [property_reader(door, name) for name in names]
-    reached, rows = sync_rows(cloud, who, path, read_sync_token(cloud, token), int(limit))
+    reached, rows = sync_rows(cloud, who, path, read_sync_token(cloud, token), int(limit), request.check_alive)
     for below, kind, node in rows:
         if level == "1" and len(below) > 1:
             continue
@@ -7886,11 +7997,11 @@ def read_sync_token(cloud: Cloud, text: str) -> int | None:
     return int(found[2])
 
 
-def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | None,
-              limit: int) -> tuple[int, list[tuple[tuple[str, ...], int, Optional[Node]]]]:
+def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | None, limit: int,
+              alive: Callable[[], None]) -> tuple[int, list[tuple[tuple[str, ...], int, Optional[Node]]]]:
     """The seq reached and (path, kind, node or None for gone) of what changed; everything if `since` is None."""
     if since is None:
-        reached, changed, rows = cloud.head(), [], {below: (node.kind, node) for below, node in cloud.walk(who, path)}
+        reached, changed, rows = cloud.head(), [], {below: (node.kind, node) for below, node in watched(cloud.walk(who, path), alive)}
     else:
         reached, changed = cloud.changes(who, path, since, limit)
         rows = {change.was: (change.kind, None) for change in changed if change.was is not None and change.was != change.path}
@@ -7898,7 +8009,8 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
         if change.path is not None:
             rows[change.path] = change.kind, change.node
             if change.kind and change.was != change.path:                # it came with all that hangs below
-                rows.update((change.path + below, (node.kind, node)) for below, node in cloud.walk(who, path + change.path))
+                rows.update((change.path + below, (node.kind, node))
+                            for below, node in watched(cloud.walk(who, path + change.path), alive))
     return reached, [(below, *row) for below, row in rows.items()]
 
 
@@ -8003,7 +8115,10 @@ def ocs_user(cloud: Cloud, who: Principal, request: Request) -> Response:
     used, left = cloud.quota(who)
     return ocs_response(request, {
         "id": who.name, "enabled": True, "display-name": who.name, "displayname": who.name, "email": "", "phone": "",
-        "address": "", "website": "", "twitter": "", "groups": [], "language": "en", "locale": "en", "backend": "Database",
+        "address": "", "website": "", "twitter": "", "fediverse": "", "organisation": "", "role": "", "headline": "", "biography": "",
+        "profile_enabled": "0", "groups": [], "subadmin": [], "language": "en", "locale": "en", "backend": "Database",
+        "backendCapabilities": {"setDisplayName": False, "setPassword": False}, "lastLogin": cloud.clock.wall(), "manager": "",
+        "additional_mail": [], "notify_email": None,
         "quota": {"free": left, "used": used, "total": used + left, "relative": round(used / max(1, used + left) * 100, 2),
                   "quota": used + left}})
 
@@ -8135,7 +8250,8 @@ NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
         lambda node, about: None)}               # asked in every listing; known not to be there
 NC_FILES = Door(("remote.php", "dav", "files"), True, NC_PROPERTIES)
 DOORS.extend([NC_FILES, Door(("remote.php", "webdav"), False, NC_PROPERTIES)])
-NC_METHODS = "OPTIONS, GET, HEAD, PUT, DELETE, PROPFIND, PROPPATCH, MKCOL, COPY, MOVE, LOCK, UNLOCK, REPORT, SEARCH"
+NC_CLASSES = CLASSES + ", nextcloud-checksum-update"
+NC_METHODS = "OPTIONS, GET, HEAD, PUT, PATCH, DELETE, PROPFIND, PROPPATCH, MKCOL, COPY, MOVE, LOCK, UNLOCK, REPORT, SEARCH"
 
 EXCEPTIONS = {  # status: what Nextcloud's server would call it; clients look at a few of the names
     400: "BadRequest", 401: "NotAuthenticated", 403: "Forbidden", 404: "NotFound", 405: "MethodNotAllowed", 409: "Conflict",
@@ -8213,9 +8329,19 @@ def nc_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]
     sums = cloud.sums(node)
     for kind in ("sha1", "sha256"):
         if kind in sums:
-            response.fields["OC-Checksum"] = "%s:%s" % (kind.upper(), sums[kind])
+            response.fields["OC-Checksum"] = format_checksum(kind, sums[kind])
             break
     return response
+
+
+@nc_route("PATCH", "write")
+def nc_checksum(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """X-Recalculate-Hash: what is the checksum of the file?  rclone asks after uploads and changes of the time that have none to show."""
+    kind = _CHECKSUMS.get(request.fields.get("x-recalculate-hash", "").upper())
+    if kind is None:
+        raise CloudError("unprocessable", "X-Recalculate-Hash is one of %s" % ", ".join(_CHECKSUMS))
+    node, value = cloud.checksum(who, path, kind, request.check_alive)
+    return Response(204, b"", {"OC-Checksum": format_checksum(kind, value), "ETag": format_etag(node)})
 
 
 @nc_route("PUT", "write")
@@ -8237,7 +8363,7 @@ nc_route("MKCOL", "write", nc_mkcol_error)(done_once(dav_mkcol))
 
 def nc_options(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = ()) -> Response:
     """What can be done here; Android looks for SEARCH."""
-    return Response(204, b"", {"DAV": CLASSES, "Allow": NC_METHODS})
+    return Response(204, b"", {"DAV": NC_CLASSES, "Allow": NC_METHODS})
 
 
 for _address in ("/remote.php/dav", "/remote.php/dav/files/<path>", "/remote.php/webdav/<path>"):
@@ -8428,11 +8554,31 @@ class Lines:
 def nc_preview(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The thumbnail of a file, by its id or its path; whatever size is asked for, there is one."""
     asked = dict(parse_pairs(request.query))
-    path = split_path(asked["file"].strip("/")) if "file" in asked else cloud.path_of(who, read_id(asked.get("fileId")))
-    answer = api_thumbnail_response(cloud.thumbnail(who, path))
+    path = split_path(asked["file"].strip("/")) if "file" in asked else cloud.path_of(who, read_file_id(asked.get("fileId", "")))
+    answer = api_thumbnail_response(request, cloud.thumbnail(who, path))
     if answer.status == 204:
         raise CloudError("not-found", "there is no preview")
     return answer
+
+
+def read_file_id(text: str) -> int:
+    """The node of an oc:fileid, or of an oc:id, which is the same digits and a mark of the server (nc-py-api takes either)."""
+    return read_id(re.match("[0-9]{0,19}", text)[0])
+
+
+@route("GET", "/index.php/apps/files/ajax/download.php", needs="read")
+@route("GET", "/apps/files/ajax/download.php", needs="read")
+def nc_download(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """A collection as an archive, or those of its members that `files` names, as JSON or one alone; a file alone comes as it is."""
+    asked = parse_query(request.query)
+    path, files = split_path(asked.get("dir", "")), asked.get("files", "")
+    names = parse_json(b'{"names":%s}' % files.encode())["names"] if files[:1] == "[" else [files] if files else []
+    paths = [split_path(name) for name in names]
+    if len(paths) == 1:
+        node, content = cloud.open(who, path + paths[0])
+        if content is not None:
+            return content_response(request, node, content)
+    return zip_response(cloud, who, path, paths, None)
 
 
 # ---- favourites and search
@@ -8458,7 +8604,7 @@ def nc_rows(request: Request, about: About, base: tuple[str, ...], names: Sequen
 
 def nc_filter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], body: ET.Element) -> Response:
     """filter-files: the favourites below a collection.  Of other rules, nothing here is known to fit."""
-    names = tuple(dict.fromkeys(part.tag for part in body.iterfind("{DAV:}prop/*")))
+    names = read_names(body.iterfind("{DAV:}prop/*"))
     wanted = (body.findtext(OC + "filter-rules/" + FAVORITE) or "").strip() in TRUE
     about, base = Scattered(cloud, who), find_door(request.path)[1]
     return nc_rows(request, about, base, names, ((place, node) for place, node in cloud.starred(who)
@@ -8486,10 +8632,11 @@ SEARCH_VALUES: dict[str, tuple[Callable[[Node, About], Any], Callable[[str], Any
     "getlastmodified": (lambda node, about: node.mtime, read_search_time),
     "metadata-photos-original_date_time": (lambda node, about: node.mtime, read_search_time),           # iOS orders media by it
     "creation_time": (lambda node, about: node.created, read_search_time),
+    "creationdate": (lambda node, about: node.created, read_search_time),
     "upload_time": (lambda node, about: node.created, read_search_time),
     "size": (lambda node, about: node.size, parse_size),
     "getcontentlength": (lambda node, about: node.size, parse_size),
-    "fileid": (lambda node, about: str(node.node), lambda text: text.lstrip("0")),
+    "fileid": (lambda node, about: str(node.node), lambda text: str(read_file_id(text))),
     "favorite": (is_favorite, lambda text: text in TRUE),
 }
 SEARCH_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -8514,12 +8661,22 @@ def is_like(text: str, pattern: str) -> bool:
     return True
 
 
+def read_where(search: ET.Element) -> ET.Element | None:
+    """The condition of a search.  raises CloudError too-large for more conditions than any client sends"""
+    where = search.find("{DAV:}where/*")
+    if where is not None and sum(local_name(part.tag) in (*JUDGES, *SEARCH_OPERATORS, "is-collection") for part in where.iter()) > SEARCH_CONDITIONS:
+        raise CloudError("too-large", "a search has at most %d conditions" % SEARCH_CONDITIONS)
+    return where
+
+
+JUDGES: dict[str, Callable[[Iterable[bool]], bool]] = {"and": all, "or": any, "not": lambda found: not all(found)}
+
+
 def search_test(where: ET.Element) -> Callable[[Node, About], bool]:
     """What a condition of a search asks of a node.  raises CloudError unprocessable for what is not known"""
     kind = local_name(where.tag)
-    if kind in ("and", "or", "not"):
-        tests = [search_test(part) for part in where]
-        judge = {"and": all, "or": any, "not": lambda found: not all(found)}[kind]
+    if kind in JUDGES:
+        tests, judge = [search_test(part) for part in where], JUDGES[kind]
         return lambda node, about: judge(test(node, about) for test in tests)
     if kind == "is-collection":
         return lambda node, about: bool(node.kind)
@@ -8531,8 +8688,8 @@ def search_test(where: ET.Element) -> Callable[[Node, About], bool]:
     return lambda node, about: compare(value(node, about), wanted)
 
 
-def search_nodes(cloud: Cloud, who: Principal, path: tuple[str, ...], where: ET.Element,
-                 about: About) -> list[tuple[tuple[str, ...], Node]]:
+def search_nodes(cloud: Cloud, who: Principal, path: tuple[str, ...], where: ET.Element, about: About,
+                 alive: Callable[[], None]) -> list[tuple[tuple[str, ...], Node]]:
     """(path, node) of what is found below a path: by an index if a condition has one, else by looking at everything."""
     test = search_test(where)
     for part in where if local_name(where.tag) == "and" else [where]:
@@ -8541,7 +8698,7 @@ def search_nodes(cloud: Cloud, who: Principal, path: tuple[str, ...], where: ET.
         known = lookup(cloud, who, (part.findtext("{DAV:}literal") or "").strip()) if lookup else None
         if known is not None:
             return [(place, node) for place, node in known if place[:len(path)] == path != place and test(node, about)]
-    return [(path + place, node) for place, node in cloud.find_all(who, path, lambda node: test(node, about))]
+    return [(path + place, node) for place, node in cloud.find_all(who, path, lambda node: test(node, about), alive)]
 
 
 def look_up_name(cloud: Cloud, who: Principal, pattern: str) -> list[tuple[tuple[str, ...], Node]] | None:
@@ -8558,9 +8715,11 @@ def look_up_favorites(cloud: Cloud, who: Principal, value: str) -> list[tuple[tu
 
 LOOKUPS: dict[tuple[str, str], Callable[[Cloud, Principal, str], Optional[list[tuple[tuple[str, ...], Node]]]]] = {
     ("like", "displayname"): look_up_name,
-    ("eq", "fileid"): lambda cloud, who, value: cloud.by_id(who, read_id(value)),
+    ("eq", "fileid"): lambda cloud, who, value: cloud.by_id(who, read_file_id(value)),
     ("eq", "favorite"): look_up_favorites}
 SEARCH_MOST = 5000              # rows of an answer
+SEARCH_CONDITIONS = 100         # clients send up to a dozen
+ORDERS_MOST = 8                 # by how many properties an answer is sorted
 
 
 @route("SEARCH", "/remote.php/dav", needs="read", refuse=nc_error)
@@ -8569,18 +8728,18 @@ def nc_search(cloud: Cloud, who: Principal, request: Request) -> Response:
     body = read_body(request)
     search = None if body is None else body.find("{DAV:}basicsearch")
     scope = [] if search is None else (search.findtext("{DAV:}from/{DAV:}scope/{DAV:}href") or "").strip().strip("/").split("/")
-    where = None if search is None else search.find("{DAV:}where/*")
+    where = None if search is None else read_where(search)
     if scope[:1] != ["files"] or len(scope) < 2 or where is None:
         raise CloudError("bad-request", "search below /files/USER, with a condition")
     owner, *below = map(unquote_name, scope[1:])
     check_owner(who, owner)
-    names = tuple(dict.fromkeys(part.tag.replace("{http://nextcloud.com/ns}", OC)            # Android
-                                for part in search.iterfind("{DAV:}select/{DAV:}prop/*")))
+    names = tuple(dict.fromkeys(name.replace("{http://nextcloud.com/ns}", OC)                # Android
+                                for name in read_names(search.iterfind("{DAV:}select/{DAV:}prop/*"))))
     limit = (search.findtext("{DAV:}limit/{DAV:}nresults") or "").strip()
     most = min(SEARCH_MOST, int(limit)) if re.fullmatch(r"\d{1,6}", limit) else SEARCH_MOST
     about, path = Scattered(cloud, who), check_path(below)
-    found = search_nodes(cloud, who, path, where, about)
-    for order in reversed(search.findall("{DAV:}orderby/{DAV:}order")):
+    found = search_nodes(cloud, who, path, where, about, partial(request.check_alive, SEARCH_TIME))
+    for order in reversed(search.findall("{DAV:}orderby/{DAV:}order")[:ORDERS_MOST]):
         prop = order.find("{DAV:}prop/*")
         if prop is not None and local_name(prop.tag) in SEARCH_VALUES:
             value = SEARCH_VALUES[local_name(prop.tag)][0]
@@ -8590,6 +8749,7 @@ def nc_search(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 # ---- trash and versions
 
+ROOTS_LACK = ("{DAV:}getetag", OC + "id", OC + "fileid")                # else nc-py-api takes the place itself for one of its things
 TRASHED: dict[str, Callable[[Trashed], str]] = {
     NC + "trashbin-filename": lambda item: escape(item.path[-1]),
     NC + "trashbin-original-location": lambda item: escape("/".join(item.path)),
@@ -8618,11 +8778,12 @@ def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
         root, items = cloud.stat(who, ()), cloud.trash(who, limit=PAGE_LIMIT)
         rows = [((str(item.node.node),), item.node, item) for item in items]
     else:
-        item = cloud.trashed(who, read_id(path[1]))
+        item = cloud.trashed(who, read_file_id(path[1]))
         root, children = cloud.past(who, item.path + path[2:], item.node.until - 1)
         rows = [((child.name,), child, item._replace(node=child, path=item.path + path[2:] + (child.name,))) for child in children]
     answer, base = Multistatus(names, NC_FILES), format_path(request.path)
-    answer.add(base + "/", [property_reader(NC_FILES, name)(root, about) for name in names])
+    answer.add(base + "/", [None if len(path) == 1 and name in ROOTS_LACK else property_reader(NC_FILES, name)(root, about)
+                            for name in names])
     for below, node, item in rows if request["depth"] != "0" else ():
         answer.add(base + format_path(below) + "/" * node.kind, [
             TRASHED[name](item) if name in TRASHED else property_reader(NC_FILES, name)(node, about) for name in names])
@@ -8633,7 +8794,7 @@ def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 def nc_purge(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Give up one deleted thing for good, or all."""
     check_place(path, "trash")
-    cloud.empty_trash(who, *map(read_id, path[1:2]))
+    cloud.empty_trash(who, *map(read_file_id, path[1:2]))
     return Response(204)
 
 
@@ -8641,7 +8802,7 @@ def nc_purge(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 def nc_restore(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Bring a deleted thing back to where it was; the destination only says that it shall be."""
     check_place(path, "trash")
-    cloud.restore(who, read_id("".join(path[1:])))
+    cloud.restore(who, read_file_id("".join(path[1:])))
     return Response(201)
 
 
@@ -8650,7 +8811,7 @@ def versions_route(method: str, needs: str) -> Callable[[Callable[..., Response]
     def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
         def find(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
             check_place(path, "versions")
-            place = cloud.path_of(who, read_id("".join(path[1:2])))
+            place = cloud.path_of(who, read_file_id("".join(path[1:2])))
             return handler(cloud, who, request, place, read_id(path[2]) if len(path) == 3 else None)
         route(method, "/remote.php/dav/versions/<path>", needs=needs, refuse=nc_error)(for_owner(find))
         return handler
@@ -8662,10 +8823,14 @@ def nc_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
     """The versions of a file before the present one."""
     names = read_propfind(read_body(request))[0] or ALLPROP
     live, about = cloud.stat(who, path), Scattered(cloud, who)
-    rows = [] if request["depth"] == "0" else [
-        ((str(version.rev),), live._replace(rev=version.rev, size=version.size, mtime=version.mtime, manifest=version.manifest))
-        for version in cloud.versions(who, path)[1:]]
-    return nc_rows(request, about, request.path, names, [((), live._replace(kind=COLLECTION, seq=live.rev)), *rows])
+    answer, base = Multistatus(names, NC_FILES), format_path(request.path)
+    readers = [property_reader(NC_FILES, name) for name in names]
+    root = live._replace(kind=COLLECTION, seq=live.rev)
+    answer.add(base + "/", [None if name in ROOTS_LACK else read(root, about) for name, read in zip(names, readers)])
+    for version in cloud.versions(who, path)[1:] if request["depth"] != "0" else ():
+        node = live._replace(rev=version.rev, size=version.size, mtime=version.mtime, manifest=version.manifest)
+        answer.add("%s/%d" % (base, version.rev), [read(node, about) for read in readers])
+    return answer.response()
 
 
 @versions_route("GET", "read")
@@ -13474,10 +13639,7 @@ def web_words(cloud: Cloud, who: Principal, request: Request, language: str) -> 
 
 def page_part(request: Request, body: bytes, media: str, **fields: str) -> Response:
     """A public piece of the page, asked for anew each time and sent only when it changed."""
-    etag = '"%s"' % hashlib.sha256(body).hexdigest()[:16]
-    same = request["if-none-match"] == etag
-    return Response(304 if same else 200, b"" if same else body,
-                    {"Content-Type": media, "Cache-Control": "no-cache", "ETag": etag, **fields})
+    return kept_response(request, body, {"Content-Type": media, "Cache-Control": "no-cache", **fields})
 
 
 ICON = (b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24"><rect width="24" height="24" fill="#1857c4"/><path fill="#fff" '

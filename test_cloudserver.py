@@ -2553,6 +2553,66 @@ def test_a_body_that_trickles_is_given_up(address, call, monkeypatch):
     assert statuses(received) == [408] and call("GET", "/dav/a").body == b"old"
 
 
+def test_a_peer_that_left_is_noticed_without_reading():
+    """X16"""
+    listener = socket.create_server(("127.0.0.1", 0))
+    for leave, left in ((lambda peer: None, False), (lambda peer: peer.sendall(b"next"), False), (socket.socket.close, True),
+                        (lambda peer: (peer.sendall(b"next"), peer.close()), hasattr(cs.select, "POLLRDHUP")),
+                        (lambda peer: peer.shutdown(socket.SHUT_WR), True)):
+        peer = socket.create_connection(listener.getsockname())
+        sock, _ = listener.accept()
+        leave(peer)
+        assert until(lambda: cs.has_left(sock) is left, 2), left
+        peer.close(), sock.close()
+    listener.close()
+
+
+def until(look, seconds):
+    """Look again and again until it is so; returns whether it came to be."""
+    end = time.monotonic() + seconds
+    while not look() and time.monotonic() < end:
+        time.sleep(0.005)
+    return look()
+
+
+@pytest.mark.parametrize("method, path, body, place, name", [
+    ("SEARCH", "/remote.php/dav", "SEARCH", "Cloud", "walk"), ("GET", "/api/v1/search?kind=image", "", "Cloud", "_candidates"),
+    ("GET", "/api/v1/search?q=a", "", "Cloud", "_candidates"), ("GET", "/api/v1/differences/?at=seq:1", "", "_Past", "touched_since"),
+    ("REPORT", "/dav/", "<sync-collection xmlns='DAV:'><sync-token/><sync-level>1</sync-level></sync-collection>", "Cloud", "walk"),
+    ("PROPFIND", "/dav/", "", "Listing", "children"), ("GET", "/dav/", "", "Listing", "children"),
+    ("GET", "/api/v1/zip/", "", "Cloud", "walk_contents"), ("PATCH", "/remote.php/webdav/f", "", "Content", "slices"),
+    ("GET", "/api/v1/manifest", "", "Cloud", "_manifest")])
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_long_reads_end_when_nobody_waits_for_the_answer(cloud, ann, serve_cloud, request, monkeypatch, method, path, body, place, name, tls):
+    """X16: each goes on for ever here, and frees its lane within moments when the client leaves."""
+    node, begun, ended = put(cloud, ann, "f"), threading.Event(), threading.Event()
+    row = {"walk": (("f",), node), "_candidates": node._replace(name="x"), "touched_since": 5, "children": node, "slices": b"x" * 4096,
+           "walk_contents": (("d",), cloud.stat(ann, ()), None), "_manifest": cs.Place((), node, "", None)}[name]
+
+    def endless(*args, **how):
+        begun.set()
+        try:
+            while True:
+                yield row
+        finally:
+            ended.set()
+    monkeypatch.setattr(getattr(cs, place), name, endless)
+    monkeypatch.setattr(cs, "LONG_HASH", 0)
+    if tls:
+        certificate = request.getfixturevalue("certificate")
+        cloud.config = cs.replace(cloud.config, tls_cert=certificate[0], tls_key=certificate[1])
+    sock = socket.create_connection(serve_cloud(cloud), timeout=5)
+    if tls:
+        import ssl
+        sock = ssl._create_unverified_context().wrap_socket(sock)
+    body = SEARCH_ALL if body == "SEARCH" else body
+    sock.sendall(request_bytes(method, path, body.encode(), "X-Recalculate-Hash: sha1", "Depth: 1"))
+    assert begun.wait(5)
+    sock.close()
+    assert ended.wait(5) and until(lambda: not any(cloud._lanes.values()), 2)
+
+
 # ==== 9. JSON API ========================================================================
 
 @pytest.fixture
@@ -2993,6 +3053,21 @@ def test_tus_checksums_termination_and_creation_with_upload(call, cloud, ann):
     where = call("POST", "/tus", b"", Upload_Length="6", Upload_Metadata=metadata(filename="b"), **TUS).headers["location"]
     assert call("DELETE", where, user="bob", **TUS).status in (401, 404, 429)
     assert call("DELETE", where, **TUS).status == 204 and call("HEAD", where, **TUS).status == 404
+
+
+def test_tus_for_those_who_can_only_post(call, cloud, ann):
+    """C3: X-HTTP-Method-Override counts, the method does not (tus 1.0)."""
+    new = lambda: call("POST", "/tus", b"", Upload_Length="2", Upload_Metadata=metadata(filename="a"), **TUS).headers["location"]
+    where, post = new(), partial(call, "POST", Content_Type="application/offset+octet-stream", **TUS)
+    assert post(where, b"h", X_HTTP_Method_Override="PATCH", Upload_Offset="0").headers["upload-offset"] == "1"
+    head = post(where, b"", X_HTTP_Method_Override="HEAD")
+    assert (head.status, head.headers["upload-offset"]) == (200, "1")
+    assert post(where, b"i", X_HTTP_Method_Override="PATCH", Upload_Offset="1").status == 204 and get(cloud, ann, "a") == b"hi"
+    assert post(new(), b"", X_HTTP_Method_Override="DELETE").status == 204
+    for fields in ({}, {"X_HTTP_Method_Override": "PUT"}, {"X_HTTP_Method_Override": ""}):
+        refused = post(where, b"", **fields)
+        assert refused.status == 405 and "PATCH" in refused.headers["allow"] and refused.headers["tus-resumable"] == "1.0.0"
+    assert call("POST", where, b"x", X_HTTP_Method_Override="PATCH", Upload_Offset="0").status == 412
 
 
 def test_a_part_cut_off_resumes_where_it_broke(call, address, cloud, ann):
@@ -3915,6 +3990,44 @@ def test_nextcloud_previews_are_the_thumbnails_that_browsers_made(call, cloud, a
     assert call("GET", "/index.php/core/preview?fileId=" + id, user="bob").status == 404 and call("GET", "/index.php/core/preview", user=None).status == 401
 
 
+def test_pictures_and_listings_are_sent_when_they_changed(call, cloud, ann):
+    """C10: who keeps them asks with the ETag and gets 304."""
+    put(cloud, ann, "d/a.png", b"\x89PNG\r\n\x1a\n" + bytes(99), parents=True)
+    cloud.put_thumbnail(ann, ("d", "a.png"), b"\xff\xd8\xff small")
+    for path in ("/index.php/core/preview?file=/d/a.png", "/api/v1/thumbnails/d/a.png", "/api/v1/openapi.json", "/dav/d", "/dav/d/a.png",
+                 "/words/de", "/service-worker.js", "/"):
+        first = call("GET", path)
+        assert first.status == 200 and "no-cache" in first.headers["cache-control"], path
+        kept = call("GET", path, If_None_Match='"x", ' * (path != "/") + first.headers["etag"])
+        assert (kept.status, kept.body, kept.headers["etag"]) == (304, b"", first.headers["etag"]), path
+        assert call("GET", path, If_None_Match='"x"').status == 200, path
+    cloud.put_thumbnail(ann, ("d", "a.png"), b"\xff\xd8\xff other")
+    assert call("GET", "/api/v1/thumbnails/d/a.png", If_None_Match=call("GET", "/api/v1/openapi.json").headers["etag"]).body == b"\xff\xd8\xff other"
+
+
+def test_checksums_are_computed_when_a_client_asks(call, cloud, ann):
+    """C7: and kept, so that listings show them; rclone asks after uploads without one and after changes of the time."""
+    ask = lambda path, kind="sha1", **how: call("PATCH", path, b"", X_Recalculate_Hash=kind, **how)
+    assert "nextcloud-checksum-update" in call("OPTIONS", FILES).headers["dav"] and "PATCH" in call("OPTIONS", FILES).headers["allow"]
+    for path, data in (("f", b"hello"), ("large", os.urandom(9 * MiB)), ("empty", b"")):
+        put(cloud, ann, path, data)
+        for kind, name in (("sha1", "SHA1"), ("MD5", "MD5"), ("sha256", "SHA256"), ("SHA3-256", "SHA3-256"), ("adler32", "ADLER32")):
+            answer, value = ask(FILES + "/" + path, kind), cs.hexdigest_of(cs._CHECKSUMS[name], data)
+            assert (answer.status, answer.headers["oc-checksum"]) == (204, "%s:%s" % (name, value))
+            shown = propfind(call, FILES + "/" + path, "oc:checksums")[FILES + "/" + path]["{http://owncloud.org/ns}checksums"][0].text
+            assert shown.split().count("%s:%s" % (name, value)) == (path != "large" or kind != "sha256")     # known without a row
+    assert call("GET", FILES + "/f").headers["oc-checksum"] == "SHA1:" + hashlib.sha1(b"hello").hexdigest()
+    put(cloud, ann, "f", b"other")
+    assert ask("/remote.php/webdav/f").headers["oc-checksum"] == "SHA1:" + hashlib.sha1(b"other").hexdigest()
+    cloud.make_collection(ann, ("d",))
+    for path, kind, want in ((FILES + "/no", "sha1", 404), (FILES + "/d", "sha1", 409), (FILES, "sha1", 409), (FILES + "/f", "crc", 422),
+                             ("/remote.php/dav/files/bob/f", "sha1", 404)):
+        assert ask(path, kind).status == want
+    assert call("PATCH", FILES + "/f", b"").status == 422
+    head = cloud.head()
+    assert ask(FILES + "/f", "md5").status == 204 and cloud.head() == head                  # changes nothing of the file
+
+
 def test_nextcloud_files_are_everybodys(call, cloud, ann):
     """What one door writes, every door reads."""
     data = b"x" * 100
@@ -4150,6 +4263,81 @@ def test_search_as_the_phone_apps_do(call, cloud, ann):
                          (compare("like-not", "d:displayname", 1), "/files/ann")):
         assert call("SEARCH", "/remote.php/dav", "<d:searchrequest xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns'><d:basicsearch><d:from><d:scope><d:href>%s</d:href>"
                     "</d:scope></d:from><d:where>%s</d:where></d:basicsearch></d:searchrequest>" % (scope, where)).status in (400, 404, 422)
+
+
+SEARCH_ALL = ("<d:searchrequest xmlns:d='DAV:'><d:basicsearch><d:from><d:scope><d:href>/files/ann</d:href></d:scope></d:from>"
+              "<d:where>%s</d:where></d:basicsearch></d:searchrequest>" % compare("like", "d:getcontenttype", "image/%"))
+
+
+def test_a_search_is_bounded(call, cloud, ann, monkeypatch):
+    """X16: by conditions, properties and time."""
+    put(cloud, ann, "a.txt")
+    like = compare("like", "d:displayname", "%x%")
+    assert search(call, "<d:or>%s</d:or>" % (like * 90 + compare("like", "d:displayname", "a%"))) == ["/a.txt"]
+    ask = lambda where: call("SEARCH", "/remote.php/dav", SEARCH_ALL.replace(compare("like", "d:getcontenttype", "image/%"), where)).status
+    assert ask("<d:or>%s</d:or>" % (like * 4000)) == 413 and ask("<d:or>%s</d:or>" % ("<d:and>%s</d:and>" % like * 60)) == 413
+    many = "<d:propfind xmlns:d='DAV:'><d:prop>%s</d:prop></d:propfind>" % "".join("<x%d/>" % n for n in range(cs.PROPERTIES_MOST + 1))
+    assert call("PROPFIND", "/dav/", many).status == 413 and call("PROPFIND", "/dav/", many.replace("<x0/>", "")).status == 207
+    monkeypatch.setattr(cs, "SEARCH_TIME", -1)
+    late = call("SEARCH", "/remote.php/dav", SEARCH_ALL)
+    assert (late.status, late.headers["retry-after"]) == (503, "60") and call("GET", "/api/v1/search?kind=image").status == 503
+    assert cloud._lanes[ann.account] == 0
+
+
+def test_ids_are_taken_in_either_form(call, cloud, ann):
+    """C8: the digits of oc:fileid, or oc:id with the mark of the server behind them, wherever a client names a file by id."""
+    node = put(cloud, ann, "d/a.png", b"\x89PNG\r\n\x1a\n" + bytes(99), parents=True)
+    put(cloud, ann, "d/a.png", b"\x89PNG\r\n\x1a\n2" + bytes(99)), put(cloud, ann, "f")
+    cloud.put_thumbnail(ann, ("d", "a.png"), b"\xff\xd8\xff small")
+    gone = cloud.stat(ann, ("f",))
+    cloud.delete(ann, ("f",))
+    ask = "<d:propfind xmlns:d='DAV:'><d:prop><d:getcontentlength/></d:prop></d:propfind>"
+    for form in ("%d", "%019d", "%019docs"):
+        assert search(call, compare("eq", "oc:fileid", form % node.node)) == ["/d/a.png"]
+        assert search(call, "<d:not>%s</d:not>" % compare("eq", "oc:fileid", form % node.node)) == ["/d/"]
+        assert call("GET", "/index.php/core/preview?fileId=" + form % node.node).status == 200
+        assert len(dav(call, "PROPFIND", "/remote.php/dav/versions/ann/versions/" + form % node.node, ask, Depth="1")) == 2
+        assert call("MOVE", "/remote.php/dav/trashbin/ann/trash/" + form % gone.node, Destination="/remote.php/dav/trashbin/ann/restore/f").status == 201
+        cloud.delete(ann, ("f",))
+    for bad in ("", "ocs", "-5", "x5", "9" * 19, "9" * 40):
+        assert call("SEARCH", "/remote.php/dav", SEARCH_ALL.replace(compare("like", "d:getcontenttype", "image/%"), compare("eq", "oc:fileid", bad))).status == 400
+        assert call("GET", "/index.php/core/preview?fileId=" + bad).status == 400
+
+
+def test_the_roots_of_trash_and_versions_are_no_things(call, cloud, ann):
+    """C8: nc-py-api restores whatever bears an id."""
+    for data in (b"1", b"2"):
+        node = put(cloud, ann, "a", data)
+    put(cloud, ann, "d/b", parents=True), cloud.delete(ann, ("d",))
+    names = ("oc:id", "oc:fileid", "d:getetag", "d:resourcetype")
+    for base in ("/remote.php/dav/trashbin/ann/trash/", "/remote.php/dav/versions/ann/versions/%d/" % node.node):
+        root, *things = propfind(call, base, *names, depth="1").values()
+        assert len(root) == 1 and things and all(len(thing) == 4 for thing in things)
+    folder = list(propfind(call, "/remote.php/dav/trashbin/ann/trash/", "oc:id", depth="1"))[1]
+    assert [len(about) for about in propfind(call, folder, *names, depth="1").values()] == [4, 4]
+
+
+def test_folders_are_downloaded_as_nextcloud_clients_ask(call, cloud, ann):
+    """C8"""
+    put(cloud, ann, "d \u00e4/a", b"1", parents=True), put(cloud, ann, "d \u00e4/b", b"22"), put(cloud, ann, "d \u00e4/s/c", b"333", parents=True)
+    get_ = lambda query, php="/index.php": call("GET", php + "/apps/files/ajax/download.php" + query)
+    assert unzip(get_("?dir=/d%20%C3%A4").body) == {"a": b"1", "b": b"22", "s/": b"", "s/c": b"333"}
+    assert get_("?dir=d%20%C3%A4", php="").headers["content-disposition"].startswith('attachment; filename="d _.zip"; filename*=')
+    assert set(unzip(get_("?dir=/d%20%C3%A4&files=" + cs.quote('["a","s"]')).body)) == {"a", "s/", "s/c"}
+    assert get_("?dir=/d%20%C3%A4&files=b").body == b"22" and set(unzip(get_("").body)) >= {"d \u00e4/a"}
+    assert set(unzip(get_("?dir=/d%20%C3%A4&files=s").body)) == {"s/", "s/c"}
+    for query, want in (("?dir=/no", 404), ("?dir=/d%20%C3%A4&files=no", 404), ("?files=" + cs.quote('[1]'), 400), ("?files=" + cs.quote('[') , 400),
+                        ("?files=" + cs.quote('[],"x":[]'), 200), ("?dir=/../x", 400)):
+        assert get_(query).status == want, query
+
+
+def test_a_user_has_all_that_nextclouds_library_reads(call):
+    """C8: nc-py-api raises KeyError for what is missing."""
+    about = call("GET", "/ocs/v1.php/cloud/users/ann?format=json").json()["ocs"]["data"]
+    assert abs(about["lastLogin"] / 1000 - time.time()) < 100 and about["additional_mail"] == [] == about["groups"] and about["notify_email"] is None
+    assert {"id", "backend", "quota", "email", "displayname", "phone", "address", "website", "twitter", "fediverse", "organisation", "role", "headline",
+            "biography", "profile_enabled", "language", "locale", "backendCapabilities", "subadmin", "manager"} <= set(about)
+    assert call("GET", "/ocs/v1.php/cloud/user", Accept="*/*").status == 200                # as XML, too
 
 
 @pytest.mark.parametrize("text, pattern, want", [
