@@ -5773,10 +5773,10 @@ NEEDS = {  # what a route may demand of who knocks: (test, refusal)
     "read": (lambda who, now: who.account, "unauthenticated"),
     "write": (lambda who, now: not who.readonly, "forbidden"),
     "account": (lambda who, now: who.means in ("password", "session"), "forbidden"),
+    "password": (lambda who, now: who.means == "password", "forbidden"),
     "fresh": (lambda who, now: who.confirmed >= now, "unconfirmed"),
     "admin": (lambda who, now: who.admin and who.means in ("password", "session"), "forbidden"),
 }
-DEMANDS = {need: ("read",) * (need != "nothing") + ("account",) * (need == "fresh") + (need,) for need in NEEDS}
 UNSAFE = METHODS - {"GET", "HEAD", "OPTIONS", "PROPFIND", "REPORT", "SEARCH"}
 ROUTES: dict[str, Any] = {}              # a tree: names to trees; "" holds {method: Route} of the place itself
 
@@ -5786,6 +5786,7 @@ def route(methods: str, pattern: str, *, needs: str, refuse: Callable[[CloudErro
     """Enter a handler in ROUTES.
 
     pattern  "/a/b", "/a/<name>" or "/dav/<path>", whose last part takes the rest, decoded
+    needs    words of NEEDS, looked at in this order; all but "nothing" imply "read"
     values   declared arguments, of the query for GET, else of a JSON body; `name_` is optional
     """
     def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
@@ -5862,12 +5863,12 @@ def admit(cloud: Cloud, who: Principal, request: Request, found: Route) -> None:
             if not cloud.accounts.is_set_up() and found.pattern[:5] != "/dav/":
                 raise CloudError("not-set-up", "this server is not set up yet; open the link it printed when it started")
             raise who.refusal or CloudError("unauthenticated", "log in first")
-        for need in DEMANDS[found.needs]:
+        for need in found.needs.split():
             test, refusal = NEEDS[need]
             if not test(who, cloud.clock.due()):
                 raise CloudError(refusal, "give the password again" if refusal == "unconfirmed" else
                                  "this is not allowed with these credentials")
-    if request.method in UNSAFE:
+    if request.method in UNSAFE or found.needs == "password":        # Nextcloud's clients get an app password by GET
         check_origin(who, request)
 
 
@@ -6628,7 +6629,7 @@ def api_devices(cloud: Cloud, who: Principal, request: Request) -> Response:
         for device in cloud.accounts.devices(who)]})
 
 
-@route("POST", API + "devices", needs="fresh", name=TEXT, readonly_="boolean", path_=TEXT, days_="integer")
+@route("POST", API + "devices", needs="account fresh", name=TEXT, readonly_="boolean", path_=TEXT, days_="integer")
 def api_add_device(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make an app password, perhaps for reading only, for one collection, or for some days; it is shown this once."""
     values = request.values
@@ -6655,7 +6656,7 @@ def api_pairing(cloud: Cloud, who: Principal, request: Request, token: str) -> R
     return json_response({"device": cloud.accounts.pairing(token)})
 
 
-@route("POST", API + "grants/<token>", needs="fresh")
+@route("POST", API + "grants/<token>", needs="account fresh")
 def api_grant(cloud: Cloud, who: Principal, request: Request, token: str) -> Response:
     """Let it in: it gets an app password of its own, which can be revoked like any."""
     cloud.accounts.grant(who, token)
@@ -7042,7 +7043,7 @@ def api_accounts(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"accounts": list(map(api_account_row, cloud.accounts.list()))})
 
 
-@route("POST", API + "accounts", needs="admin", name=TEXT, password=TEXT, admin_="boolean", quota_="integer")
+@route("POST", API + "accounts", needs="admin fresh", name=TEXT, password=TEXT, admin_="boolean", quota_="integer")
 def api_add_account(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make an account; quota in bytes."""
     values = request.values
@@ -7051,17 +7052,19 @@ def api_add_account(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response(api_account_row(cloud.accounts.get(values["name"])), 201)
 
 
-@route("PATCH", API + "accounts/<name>", needs="admin", admin_="boolean", quota_="integer", password_=TEXT)
+@route("PATCH", API + "accounts/<name>", needs="admin fresh", admin_="boolean", quota_="integer", password_=TEXT)
 def api_change_account(cloud: Cloud, who: Principal, request: Request, name: str) -> Response:
-    """Change rights, quota (negative is none) or password."""
+    """Change rights, quota (negative is none) or password; the own one only by account/password, which wants the old one."""
     values = request.values
     if values["password"] is not None:
+        if account_key(name) == account_key(who.name):
+            raise CloudError("forbidden", "change your own password at account/password")
         cloud.accounts.set_password(name, values["password"], who)
     quota = False if values["quota"] is None else None if values["quota"] < 0 else values["quota"]
     return json_response(api_account_row(cloud.accounts.update(name, who, admin=values["admin"], quota=quota)))
 
 
-@route("DELETE", API + "accounts/<name>", needs="admin")
+@route("DELETE", API + "accounts/<name>", needs="admin fresh")
 def api_remove_account(cloud: Cloud, who: Principal, request: Request, name: str) -> Response:
     """End an account; its files go after the days that history is kept."""
     cloud.accounts.remove(name, who)
@@ -7074,7 +7077,7 @@ def api_settings(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response(cloud.policy()._asdict())
 
 
-@route("PATCH", API + "settings", needs="admin", keep_days_="integer", history_="integer", quota_="integer")
+@route("PATCH", API + "settings", needs="admin fresh", keep_days_="integer", history_="integer", quota_="integer")
 def api_change_settings(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Change some of them; from then on they count instead of the command line.  Negative bytes are no limit."""
     values = {name: value if name == "keep_days" or value >= 0 else None for name, value in request.values.items() if value is not None}
@@ -8199,7 +8202,7 @@ def nc_poll(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"server": base_url(request), "loginName": name, "appPassword": secret})
 
 
-@ocs_route("GET", "core/getapppassword", "account")
+@ocs_route("GET", "core/getapppassword", "password")
 def ocs_app_password(cloud: Cloud, who: Principal, request: Request) -> Response:
     """An app password in exchange for the account's own."""
     _, secret = cloud.accounts.add_token(who, device_name(request))
@@ -9647,8 +9650,8 @@ const passwordField = (label, about) =>
   field(label, {type: "password", name: "password", autocomplete: "current-password", ...about});
 
 // password managers want to know whose password it is
-const ownName = () =>
-  h("input", {name: "user", autocomplete: "username", value: me.name, readOnly: true, hidden: true});
+const ownName = (name = me.name) =>
+  h("input", {name: "user", autocomplete: "username", value: name, readOnly: true, hidden: true});
 
 // the page of one form that stands for everything before somebody is logged in
 function showGate(title, text, fields, yes, run) {
@@ -12897,9 +12900,9 @@ function accountRow(account) {
   const rows = [
     {label: t("Set the quota"),
      run: () => askForm(name, [quotaField(quota)], t("Save"), values => change({quota: readGigabytes(values.quota)}))},
-    {label: t("Set a new password"),
-     run: () => askForm(name, [passwordField(t("New password"), {autocomplete: "new-password", autofocus: true})],
-       t("Save"), change)},
+    ...name === me.name ? [] : [{label: t("Set a new password"),
+     run: () => askForm(name, [ownName(name), passwordField(t("New password"), {autocomplete: "new-password", autofocus: true})],
+       t("Save"), ({password}) => change({password}))}],
     {label: admin ? t("Administrator no more") : t("Make administrator"),
      run: () => attempt(() => change({admin: !admin}))},
     {label: t("Remove"), run: () => attempt(async () => {

@@ -2979,6 +2979,75 @@ def test_what_needs_a_fresh_password_asks_for_it(make_cloud, serve_cloud, fake):
     assert browser.call("POST", "/api/v1/devices", {"name": "two"}).status == 201
 
 
+GRAVE = [("POST", "accounts", {"name": "eve", "password": PASSWORD}), ("PATCH", "accounts/bob", {"password": PASSWORD + "2"}),
+         ("PATCH", "accounts/bob", {"admin": True}), ("PATCH", "accounts/bob", {"quota": 5}), ("DELETE", "accounts/bob", None),
+         ("PATCH", "settings", {"keep_days": 9}), ("POST", "devices", {"name": "x"}), ("POST", "grants/x", {})]
+
+
+@pytest.mark.parametrize("method, what, values", GRAVE)
+def test_what_changes_credentials_or_accounts_wants_a_fresh_password(make_cloud, serve_cloud, fake, method, what, values):
+    """X21, A16: neither a stale session nor an app password will do."""
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud, admin=True)
+    account(cloud, "bob")
+    address = serve_cloud(cloud)
+    browser = Session(address)
+    browser.call("POST", "/api/v1/login", {"name": "ann", "password": PASSWORD})
+    fake.pass_(cs.CONFIRMED + 1000)
+    before = cloud.accounts.list(), cloud.policy(), len(cloud.accounts.devices(ann))
+    assert browser.call(method, "/api/v1/" + what, values).json()["code"] == "unconfirmed"
+    token = cloud.accounts.add_token(ann, "token")[1]
+    assert exchange(address, method, "/api/v1/" + what, values, user=None, Authorization="Bearer " + token).json()["code"] == "forbidden"
+    assert (cloud.accounts.list(), cloud.policy(), len(cloud.accounts.devices(ann)) - 1) == before
+    assert browser.call("POST", "/api/v1/confirm", {"password": PASSWORD}).status == 204
+    assert browser.call(method, "/api/v1/" + what, values).status == (404 if "grants" in what else {"POST": 201, "PATCH": 200, "DELETE": 204}[method])
+
+
+def test_every_route_that_changes_credentials_is_among_them():
+    """X21: whoever adds one has to think of it."""
+    makers = re.compile(r"accounts\.(add|add_token|set_password|update|remove|grant)\(|\.set_policy\(")
+    needs = {route.handler.__name__: route.needs for route in cs.walk_routes(cs.ROUTES) if makers.search(cs.inspect.getsource(route.handler))}
+    assert needs == {**dict.fromkeys(["api_add_account", "api_change_account", "api_remove_account", "api_change_settings"], "admin fresh"),
+                     **dict.fromkeys(["api_add_device", "api_grant"], "account fresh"), "api_password": "account", "ocs_app_password": "password"}
+
+
+def test_the_own_password_is_changed_with_the_old_one_only(api, cloud, ann):
+    """X21"""
+    assert api("PATCH", "accounts/ann", password=PASSWORD + "2") == "forbidden" == api("PATCH", "accounts/%41NN", password=PASSWORD + "2")
+    assert api("POST", "account/password", old="wrong one!", new=PASSWORD + "2") == "unauthenticated"
+    assert api("GET", "account")["name"] == "ann"
+
+
+def test_an_app_password_is_given_for_the_password_alone(make_cloud, serve_cloud):
+    """X20: neither a session nor a foreign page gets one, by GET or HEAD."""
+    cloud = make_cloud()
+    ann = account(cloud)
+    address = serve_cloud(cloud)
+    browser, where = Session(address), "/ocs/v2.php/core/getapppassword?format=json"
+    browser.call("POST", "/api/v1/login", {"name": "ann", "password": PASSWORD})
+    for how in ({}, {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}):
+        assert [browser.call(method, where, **how).status for method in ("GET", "HEAD")] == [403, 403]
+    for how in ({"Sec_Fetch_Site": "cross-site"}, {"Origin": "http://evil.example"}, {"Sec_Fetch_Site": "same-site"}):
+        assert [exchange(address, method, where, **how).status for method in ("GET", "HEAD")] == [403, 403]
+    assert len(cloud.accounts.devices(ann)) == 1 and exchange(address, "GET", where).status == 200 and len(cloud.accounts.devices(ann)) == 2
+
+
+def test_reading_changes_nothing(cloud, ann, address):
+    """X20: no GET, with a session, writes a row that somebody would miss or find."""
+    put(cloud, ann, "f"), cloud.make_collection(ann, ("d",))
+    browser = Session(address)
+    browser.call("POST", "/api/v1/login", {"name": "ann", "password": PASSWORD})
+    tables = [name for name, in cloud.db.read("SELECT name FROM sqlite_master WHERE type = 'table' AND sql NOT LIKE 'CREATE VIRTUAL%' AND name NOT LIKE '%\\_index\\_%' ESCAPE '\\'")]
+    rows = lambda: {name: sorted(map(repr, cloud.db.read("SELECT * FROM " + name))) for name in tables}
+    before = rows()
+    for route in cs.walk_routes(cs.ROUTES):
+        if route.method == "GET" and route.handler is not cs.sync_events:
+            for end in ("", "f", "d", "ann/f"):
+                path = re.sub("<.*", cs.quote(end), route.pattern)
+                assert browser.call("GET", path + "?since=1&at=seq:1&q=f&file=f", **{"Sec-Fetch-Site": "cross-site"}).status < 500, path
+    assert rows() == before
+
+
 def test_administrators_manage_accounts(api, call, cloud, ann):
     assert api("POST", "accounts", name="bob", password=PASSWORD, quota=1000)["quota"] == 1000
     assert api("PATCH", "accounts/bob", quota=-1)["quota"] is None and api("PATCH", "accounts/bob", admin=True)["admin"]
@@ -7726,6 +7795,32 @@ def test_browser_administers_accounts(page):
     page.click("button.danger")
     page.misses("zoe")
     assert outcome(page.cloud.accounts.get, "zoe") == "not-found"
+
+
+def test_browser_asks_administrators_for_their_password(page):
+    """X21: the acts of an administrator whose password is not fresh any more go on after it was given."""
+    page.cloud.accounts.update(page.who.name, page.who, admin=True)
+    page.cloud.accounts.add("xen", PASSWORD, who=page.who)
+    page.open("/settings/accounts")
+    page.click("Change " + page.who.name)
+    page.sees("Set the quota")
+    page.misses("Set a new password")                # the own one wants the old one
+    page.press("Escape")
+    for name, act, check in (("Set the quota", "Save", lambda: page.cloud.accounts.get("xen").quota == 2 << 30),
+                             ("Set a new password", "Save", None),
+                             ("Make administrator", "", lambda: page.cloud.accounts.get("xen").admin)):
+        page.ahead[0] += 700
+        page.click("Change xen")
+        page.click(name)
+        if act:
+            page.fill("dialog input[name=%s]" % ("quota" if "quota" in name else "password"), "2" if "quota" in name else PASSWORD + "2")
+            page.click(act)
+        page.sees("Your password, please")
+        page.fill("dialog:last-of-type input[name=password]", PASSWORD)
+        page.press("Enter")
+        page.misses("Your password, please")
+        assert check is None or until(check, 5), name
+    assert page.cloud.accounts.identify(basic("xen", PASSWORD + "2"), "", "127.0.0.1", secure=True).name == "xen"
 
 
 def test_browser_sets_what_the_server_keeps(page):
