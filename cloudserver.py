@@ -83,7 +83,7 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
@@ -1272,22 +1272,93 @@ def manifest_of(chunks: Sequence[tuple[str, int]]) -> str:
     return "m" + whole.hexdigest()
 
 
+# ---- files and directories that survive a loss of power
+
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}       # "this file system has no such call"
+OURS = ("cloud.db", "cloud-version-", "objects", "serve.lock", "write.lock", "reserve",
+        "lost+found")            # what names in a data directory begin with
+SHARING_WAITS = (0.01, 0.05, 0.2, 0.5) if os.name == "nt" else ()      # seconds between tries while a scanner has a file open
+
+
 def sync_file(fd: int) -> None:
     """Bring a file's bytes onto the medium; macOS wants to be told that it is meant (R5)."""
     if hasattr(fcntl, "F_FULLFSYNC"):
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(fd)
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+        except OSError as error:                 # SMB, NFS, some exFAT; any other error is one (R4)
+            if error.errno not in UNSUPPORTED:
+                raise
+    os.fsync(fd)
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable; Windows does so by itself."""
-    if os.name != "nt":
+    """Make the names in a directory durable, where the system has a call for that, and we may open it."""
+    if os.name == "nt":
+        return
+    try:
         fd = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return                                   # a directory above ours
+    try:
+        sync_file(fd)
+    except OSError as error:                     # some FUSE and CIFS
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(fd)
+
+
+def make_directory(path: Path, mode: int = 0o777) -> bool:
+    """Make a directory, and those above it that are missing, durably; False if it was there.  raises OSError"""
+    missing = list(itertools.takewhile(lambda place: not place.exists(), (path, *path.parents)))
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    for made in missing:
+        sync_directory(made.parent)
+    return bool(missing)
+
+
+def make_private_directory(path: Path) -> None:
+    """Make a directory nobody else can read, or make one that is ours so (K2).  raises CloudError"""
+    try:
+        if not make_directory(path, 0o700) and os.name != "nt" and path.stat().st_mode & 0o077:
+            path.chmod(0o700)
+    except OSError as error:
+        raise CloudError("storage-failed", "cannot use the data directory %s: %s" % (path, error.strerror)) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise CloudError("read-only", "the data directory %s cannot be written" % path)
+
+
+def claim_directory(path: Path) -> None:
+    """make_private_directory for a path that somebody typed.  raises CloudError
+
+    A directory that we neither made nor recognise is never changed or filled: a wrong word on the command line
+    must not lock others out of theirs.
+    """
+    try:
+        names = os.listdir(path) if path.exists() else []
+        shared = path.exists() and path.stat().st_mode & 0o1000          # the sticky bit, as of /tmp
+    except OSError as error:
+        raise CloudError("storage-failed", "cannot use the data directory %s: %s" % (path, error.strerror)) from error
+    if "cloud.db" not in names and (shared or not all(name.startswith(OURS) for name in names)):
+        raise CloudError("conflict", "%s is not a directory of cloudserver's and %s; name a new one, like %s" % (
+            path, "open to everybody" if shared else "holds something else", path / "cloud-data"))
+    make_private_directory(path)
+
+
+def insist(act: Callable[..., None], *places: Any) -> None:
+    """os.unlink(place), os.replace(source, place): on Windows also while a scanner reads it, or if it is read-only.
+
+    raises OSError, on Windows PermissionError after 0.8 s: another program has it open
+    """
+    for wait in SHARING_WAITS:
         try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            return act(*places)
+        except PermissionError:
+            if os.path.exists(places[-1]) and not os.access(places[-1], os.W_OK):
+                os.chmod(places[-1], 0o600)
+            time.sleep(wait)
+    return act(*places)
 
 
 class ObjectDirectory:
@@ -1301,11 +1372,10 @@ class ObjectDirectory:
 
     def create(self) -> None:
         """Make the directories, durably."""
-        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(self.home, 0o700)
         for shard in range(256):
             (self.home / ("%02x" % shard)).mkdir(mode=0o700, exist_ok=True)
         sync_directory(self.home)
-        sync_directory(self.home.parent)
 
     def _shard(self, name: str) -> Path:
         return self.home / name.lstrip(".")[:2]          # a file that is being written begins with a dot
@@ -1323,9 +1393,10 @@ class ObjectDirectory:
                 sync_file(fd)
             finally:
                 os.close(fd)
-            os.rename(temporary, shard / name)
+            insist(os.replace, temporary, shard / name)
         except BaseException:
-            os.unlink(temporary)
+            with suppress(OSError):
+                insist(os.unlink, temporary)
             raise
         sync_directory(shard)
 
@@ -1337,11 +1408,9 @@ class ObjectDirectory:
         return (self._shard(name) / name).exists()
 
     def delete(self, name: str) -> None:
-        """Remove an object; one that is gone already is fine."""
-        try:
-            os.unlink(self._shard(name) / name)
-        except FileNotFoundError:
-            pass
+        """Remove an object; one that is gone already is fine.  raises OSError, e.g. while another program has it open"""
+        with suppress(FileNotFoundError):
+            insist(os.unlink, self._shard(name) / name)
 
     def list(self, shard: str) -> Iterator[tuple[str, int, int]]:
         """(name, bytes, ms since 1970 of its last change) of each object in one of the shards 00 to ff."""
@@ -1913,7 +1982,7 @@ class FileLock:
                 os.lseek(self._fd, 0, os.SEEK_SET)
                 msvcrt.locking(self._fd, msvcrt.LK_NBLCK, 1)
                 return True
-            except OSError:
+            except PermissionError:              # somebody else has it; any other error is one
                 if not wait:
                     return False
                 time.sleep(0.005)
@@ -2925,7 +2994,7 @@ class Tree:
     def __init__(self, config: Config, clock: Clock | None = None) -> None:
         """Open the data directory, making it if need be.  raises CloudError, OSError, sqlite3.Error"""
         self.config, self.clock = config, clock or Clock()
-        make_private_directory(config.data)
+        claim_directory(config.data)
         store = ObjectDirectory(config.data / "objects")
         if not (config.data / "objects" / "ff").exists():
             store.create()
@@ -3879,18 +3948,6 @@ class Rows:
 
     def __iter__(self) -> Iterator[Any]:
         return self.make()
-
-
-def make_private_directory(path: Path) -> None:
-    """Make a directory nobody else can read, or make an existing one so (K2).  raises CloudError"""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.name != "nt" and path.stat().st_mode & 0o077:
-            path.chmod(0o700)
-    except OSError as error:
-        raise CloudError("storage-failed", "cannot use the data directory %s: %s" % (path, error.strerror)) from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise CloudError("read-only", "the data directory %s cannot be written" % path)
 
 
 # ---- what was
@@ -13733,6 +13790,7 @@ def web_icon(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 STOP_TIME = 10                  # seconds that requests in flight get to finish
 LEASE = 2 * MINUTE
+PARKED_MOST = 480 if os.name == "nt" else math.inf       # silent connections; select() on Windows takes 512 sockets in all
 
 
 class Balance:
@@ -13811,9 +13869,7 @@ class CloudServer(ThreadingHTTPServer):
         elif what is self.waker:
             self.waker.recv(4096)
             while self.returned:
-                sock, address = self.returned.popleft()
-                self.parked[sock] = address, time.monotonic()
-                self.selector.register(sock, selectors.EVENT_READ)
+                self._park(*self.returned.popleft())
         elif what == self.lifeline:
             self.stopping = True
         else:
@@ -13877,6 +13933,12 @@ class CloudServer(ThreadingHTTPServer):
             self.active.discard(request)
             self.balance.set(len(self.active) + len(self.parked))
 
+    def _park(self, sock: socket.socket, address: Any) -> None:
+        if len(self.parked) >= PARKED_MOST:
+            self._unpark(next(iter(self.parked)))                        # the oldest
+        self.parked[sock] = address, time.monotonic()
+        self.selector.register(sock, selectors.EVENT_READ)
+
     def _close_idle(self, before: float) -> None:
         for sock, (_, since) in list(self.parked.items()):
             if since < before:
@@ -13894,14 +13956,16 @@ class CloudServer(ThreadingHTTPServer):
 
 
 def set_patience(sock: socket.socket) -> None:
-    """Make receive and send return after a tick.  The kernel's own limits spare a poll() before every call."""
-    if os.name == "nt":
-        sock.settimeout(TICK)
-        return
-    sock.setblocking(True)
-    limit = struct.pack("@ll", TICK, 0)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    """Make receive and send return after a tick.  The kernel's own limits, where it has them, spare a poll() before every call."""
+    sock.settimeout(TICK)
+    if os.name != "nt":
+        with suppress(OSError):                  # a form unknown to us: then it polls
+            for name in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                sock.setsockopt(socket.SOL_SOCKET, name, struct.pack(TIMEVALS.get(name, "@ll"), TICK, 0))
+            sock.setblocking(True)
+
+
+TIMEVALS = {66: "@qq", 67: "@qq"}       # Linux with 32-bit words and 64-bit time has options of its own; elsewhere two longs
 
 
 SAFE_TLS = {(3, 9): (3, 9, 18), (3, 10): (3, 10, 13), (3, 11): (3, 11, 5)}       # N2: the first versions without the hole
@@ -14223,13 +14287,22 @@ class Upkeep:
         return bool(self.db.read("SELECT 1 FROM chunk WHERE hash = ? AND object = ?", (name.lstrip(".")[:64], name)))
 
     def _delete(self, now: int) -> int:
-        rows = self.db.read("SELECT object FROM grave WHERE due < ?", (now,))
+        rows, left = self.db.read("SELECT object FROM grave WHERE due < ?", (now,)), 0
         for piece in pieces(rows):
-            for (name,) in piece:
-                if not self._is_object(name):
-                    self.cloud.blobs.store.delete(name)
-            self._write(Statement("DELETE FROM grave WHERE object = ?", piece, many=True))
-        return len(rows)
+            kept = [(now + HOUR, name) for (name,) in piece if not self._is_object(name) and not self._unlink(name)]
+            self._write(Statement("UPDATE grave SET due = ? WHERE object = ?", kept, many=True),
+                        Statement("DELETE FROM grave WHERE object = ? AND due < ?", [(name, now) for (name,) in piece], many=True))
+            left += len(kept)
+        return len(rows) - left
+
+    def _unlink(self, name: str) -> bool:
+        """Delete an object; False if it cannot be now: somebody reads it, on Windows.  Another time, then."""
+        try:
+            self.cloud.blobs.store.delete(name)
+        except OSError as error:
+            log.warning("object %s is left for later: %s", name, error.strerror)
+            return False
+        return True
 
     # ---- what can be done later than the write
 
@@ -14485,7 +14558,7 @@ def back_up(cloud: Cloud, to: Path) -> tuple[int, int]:
     Only what the directory lacks is copied.  It becomes the new state all at once, when its database commits; what only
     the state before needed is removed after that.
     """
-    make_private_directory(to)
+    claim_directory(to)
     store = ObjectDirectory(to / "objects")
     store.create()
     hold = Statement("INSERT OR REPLACE INTO setting VALUES ('hold', ?)", (str(cloud.clock.due() + 7 * DAY),))
@@ -14571,7 +14644,7 @@ def restore_backup(source: Path, config: Config) -> list[str]:
         raise CloudError("not-found", "%s holds no backup" % source)
     if (config.data / "cloud.db").exists():
         raise CloudError("conflict", "%s holds a cloud already; restore into an empty directory" % config.data)
-    make_private_directory(config.data)
+    claim_directory(config.data)
     store = ObjectDirectory(config.data / "objects")
     store.create()
     partial = config.data / "cloud.db.partial"
@@ -14777,7 +14850,7 @@ def serve(config: Config) -> int:
     for name in ("SIGTERM", "SIGINT"):           # until somebody takes over: nothing is under way yet
         signal.signal(getattr(signal, name), lambda number, frame: sys.exit(0))
     start_logging(config)
-    make_private_directory(config.data)
+    claim_directory(config.data)
     lock = FileLock(config.data / "serve.lock")
     if not lock.acquire(wait=False):
         raise CloudError("conflict", "another server runs on %s" % config.data)
@@ -16465,7 +16538,8 @@ def tell_status(given: Arguments) -> int:
 @command("doctor")
 def run_doctor(config: Config, given: Arguments) -> int:
     """look for what is known to go wrong"""
-    make_private_directory(config.data)
+    if not (config.data / "cloud.db").exists():
+        raise CloudError("not-found", "%s holds no cloud" % config.data)
     code = 0
     for well, sentence in examine(config):
         print("%s  %s" % ("ok  " if well else "LOOK", sentence))

@@ -52,13 +52,16 @@ if __name__ == "__main__":
 import argparse
 import ast
 import base64
+import errno
 import gzip
 import hashlib
 import http.client
 import io
 import json
+import math
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -79,7 +82,10 @@ import os, sys, types
 if os.environ.get("CLOUDSERVER_TEST_HIDE"):      # be a system without fork, sendfile and fcntl, as Windows is
     import fcntl
     def locking(fd, mode, count):
-        fcntl.flock(fd, fcntl.LOCK_UN if mode == 0 else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_UN if mode == 0 else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PermissionError(13, "Permission denied") from error
     sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_UNLCK=0, LK_NBLCK=2)
     sys.modules["fcntl"] = None
     del os.fork, os.sendfile, os.sched_setaffinity
@@ -721,6 +727,81 @@ def test_known_chunks_are_not_written_again(blobs):
     assert not list(blobs.store.list(stored.manifest[:2]))
 
 
+class Refuses:
+    """A system call that is refused a few times: Refuses(os.unlink, PermissionError(), times=2)."""
+
+    def __init__(self, act, error, times=math.inf, only=lambda *args: True):
+        self.act, self.error, self.left, self.only, self.asked = act, error, times, only, 0
+
+    def __call__(self, *args, **how):
+        if not self.only(*args):
+            return self.act(*args, **how)
+        self.asked += 1
+        if self.asked > self.left:
+            return self.act(*args, **how)
+        raise self.error
+
+
+@pytest.mark.parametrize("number, want", [
+    (None, ["full"]), (errno.ENOTSUP, ["full", "fsync"]), (errno.EINVAL, ["full", "fsync"]), (errno.ENOTTY, ["full", "fsync"]),
+    (errno.EIO, errno.EIO), (errno.ENOSPC, errno.ENOSPC)])
+def test_macos_flushes_fully_where_the_file_system_can(tmp_path, monkeypatch, number, want):
+    """R4, R5; O22: a call that is not there has a fallback, a write that failed has none"""
+    done = []
+
+    def fcntl(fd, call):
+        done.append("full")
+        if number:
+            raise OSError(number, "no")
+    monkeypatch.setattr(cs, "fcntl", argparse.Namespace(F_FULLFSYNC=51, fcntl=fcntl))
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append("fsync"))
+    with open(tmp_path / "file", "wb") as file:
+        try:
+            cs.sync_file(file.fileno())
+        except OSError as error:
+            done = error.errno
+    assert done == want
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows syncs no directories")
+def test_a_directory_that_cannot_be_synced_is_no_error_and_a_failing_disk_is(tmp_path, monkeypatch):
+    """O22"""
+    monkeypatch.setattr(cs, "sync_file", Refuses(None, OSError(errno.EINVAL, "no")))
+    cs.sync_directory(tmp_path)
+    monkeypatch.setattr(cs, "sync_file", Refuses(None, OSError(errno.EIO, "no")))
+    with pytest.raises(OSError):
+        cs.sync_directory(tmp_path)
+
+
+def test_a_new_directory_and_those_above_it_are_durable(tmp_path, monkeypatch):
+    """S22: whoever makes one"""
+    synced = []
+    monkeypatch.setattr(cs, "sync_directory", lambda path: synced.append(Path(path)))
+    cs.claim_directory(tmp_path / "a/b/data")
+    assert {tmp_path, tmp_path / "a", tmp_path / "a/b"} == set(synced)
+    cs.ObjectDirectory(tmp_path / "c/objects").create()
+    assert {tmp_path / "c", tmp_path / "c/objects"} <= set(synced)
+    del synced[:]
+    assert not cs.make_directory(tmp_path / "a") and not synced
+
+
+def test_a_file_that_a_scanner_holds_is_waited_for(blobs, tmp_path, monkeypatch):
+    """O11: on Windows; what is held for longer is an error, and nothing is left behind"""
+    monkeypatch.setattr(cs, "SHARING_WAITS", (0, 0, 0))
+    held = PermissionError(errno.EACCES, "it is used by another process")
+    monkeypatch.setattr(os, "replace", Refuses(os.replace, held, 3))
+    blobs.store.put("ab" + "0" * 62 + "-1", b"bytes")
+    assert blobs.store.get("ab" + "0" * 62 + "-1").read() == b"bytes"
+    monkeypatch.setattr(os, "replace", Refuses(os.replace, held, 4))
+    monkeypatch.setattr(os, "unlink", Refuses(os.unlink, held, 2))
+    with pytest.raises(PermissionError):
+        blobs.store.put("ab" + "1" * 62 + "-1", b"bytes")
+    assert [name for name, *_ in blobs.store.list("ab")] == ["ab" + "0" * 62 + "-1"]
+    monkeypatch.setattr(os, "unlink", Refuses(os.unlink, held))
+    with pytest.raises(PermissionError):
+        blobs.store.delete("ab" + "0" * 62 + "-1")
+
+
 def test_a_damaged_object_is_never_served(blobs):
     """R25"""
     stored = blobs.put(Body(os.urandom(100_000)), lambda hash: False)
@@ -769,6 +850,19 @@ def test_a_file_that_repeats_itself(tmp_path):
 
 
 # ==== 5. Database ========================================================================
+
+def test_only_a_lock_that_is_held_is_waited_for_on_windows(tmp_path, monkeypatch):
+    """O23: any other error would be waited for without end"""
+    held = Refuses(lambda fd, mode, count: None, PermissionError(errno.EACCES, "Permission denied"), 3)
+    monkeypatch.setattr(cs, "fcntl", None)
+    monkeypatch.setattr(cs, "msvcrt", argparse.Namespace(locking=held, LK_NBLCK=2, LK_UNLCK=0), raising=False)
+    lock = cs.FileLock(tmp_path / "lock")
+    assert not lock.acquire(wait=False) and lock.acquire() and held.asked == 4
+    cs.msvcrt.locking = Refuses(None, OSError(errno.EBADF, "no"))
+    with pytest.raises(OSError):
+        lock.acquire()
+    lock.close()
+
 
 @pytest.fixture
 def db(tmp_path):
@@ -2535,6 +2629,58 @@ def test_silent_connections_are_parked_and_come_back(address):
         assert connection.getresponse().read() == b"ok\n"
         connection.close()
     assert len(names) <= 60
+
+
+def test_no_more_connections_are_parked_than_the_system_can_watch(address, monkeypatch):
+    """O6: the oldest go; select() on Windows takes 512"""
+    monkeypatch.setattr(cs, "PARKED_MOST", 5)
+    connections = [socket.create_connection(address, timeout=10) for _ in range(8)]
+    for n, sock in enumerate(connections):
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert sock.recv(1000).endswith(b"ok\n")
+    closed, since = set(), time.monotonic()
+    while len(closed) < 3 and time.monotonic() - since < 10:
+        closed |= set(select.select(connections, [], [], 0.1)[0])
+    for sock in connections:
+        if sock in closed:
+            assert sock.recv(1) == b""
+            sock.close()
+            continue
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert sock.recv(1000).endswith(b"ok\n")
+        sock.close()
+    assert len(closed) == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such options")
+def test_patience_has_a_form_for_each_kernel_and_a_fallback(monkeypatch):
+    """O21: 32-bit words with 64-bit time; and a kernel that knows neither form"""
+    class Kernel:
+        def __init__(self, options):
+            self.options, self.timeout = options, None
+
+        def setsockopt(self, level, name, value):
+            if (name, len(value)) not in self.options:
+                raise OSError(errno.EINVAL, "Invalid argument")
+
+        def settimeout(self, seconds):
+            self.timeout = seconds
+
+        def setblocking(self, flag):
+            self.timeout = None
+    for rcv, snd, accepted, polls in ((66, 67, {(66, 16), (67, 16)}, False), (20, 21, {(20, 16), (21, 16)}, False), (20, 21, set(), True),
+                                      (66, 67, {(66, 16)}, True)):
+        monkeypatch.setattr(socket, "SO_RCVTIMEO", rcv), monkeypatch.setattr(socket, "SO_SNDTIMEO", snd)
+        kernel = Kernel(accepted)
+        cs.set_patience(kernel)
+        assert (kernel.timeout is not None) == polls, (rcv, accepted)
+    if sys.platform == "linux":                  # ours knows the new ones, too
+        monkeypatch.setattr(socket, "SO_RCVTIMEO", 66), monkeypatch.setattr(socket, "SO_SNDTIMEO", 67)
+        one, other = socket.socketpair()
+        monkeypatch.setattr(cs, "TICK", 0)
+        cs.set_patience(one)
+        assert one.gettimeout() is None
+        one.close(), other.close()
 
 
 def test_a_slow_head_is_given_up(address, monkeypatch):
@@ -4702,6 +4848,26 @@ def test_a_wrong_clock_sweeps_and_forgets_nothing(aging, fake):
     assert len(cloud.trash(ann)) == 1 and aging.chunks() == 2 and len(aging.objects()) == 1
 
 
+def test_an_object_that_is_in_use_is_deleted_later_and_stops_nothing(aging, monkeypatch):
+    """O11: on Windows a reader or a scanner holds it"""
+    monkeypatch.setattr(cs, "SHARING_WAITS", ())
+    for n in range(4):
+        put(aging.cloud, aging.ann, "d/%d" % n if n else "kept", os.urandom(100_000), parents=True)
+    aging.cloud.delete(aging.ann, ("d",))
+    aging.days(31)
+    for _ in range(2):
+        aging.work(), aging.days(2)
+    first, *others = sorted(name for (name,) in aging.cloud.db.read("SELECT object FROM grave"))
+    assert len(others) == 2 and len(aging.objects()) == 4
+    held = Refuses(os.unlink, PermissionError(errno.EACCES, "it is used by another process"), only=lambda path: Path(path).name == first)
+    monkeypatch.setattr(os, "unlink", held)
+    assert aging.work()[2]["deleted"] == 2 and first in aging.objects() and len(aging.objects()) == 2
+    assert aging.work()[2]["deleted"] == 0 and held.asked == 1                   # not at once again
+    monkeypatch.setattr(os, "unlink", held.act)
+    aging.days(1)
+    assert aging.work()[2]["deleted"] == 1 and len(aging.objects()) == 1
+
+
 def test_a_chunk_that_is_used_again_survives_the_sweep(aging):
     """R27: condemned, then referred to again"""
     cloud, ann, data = aging.cloud, aging.ann, os.urandom(200_000)
@@ -5712,6 +5878,37 @@ def test_a_wrong_command_line_gets_one_clear_line(tmp_path, words, code, says):
 def test_the_environment_sets_defaults(tmp_path):
     served = Served(tmp_path / "d", env={**os.environ, "CLOUDSERVER_WORKERS": "1", "CLOUDSERVER_QUIET": "1"})
     assert served.stop() == 0
+
+
+@pytest.mark.parametrize("words", ["serve --port 0 --data {}", "user add ann --password-stdin --data {}", "doctor --data {}",
+                                   "backup {} --data {other}", "restore {backup} --data {}"])
+def test_a_directory_that_is_not_ours_is_never_changed_or_filled(tmp_path, words):
+    """O7"""
+    cs.Cloud(Config(data=tmp_path / "other")).close()
+    assert run("backup", tmp_path / "backup", "--data", tmp_path / "other").returncode == 0
+    for name, mode, fill in (("full", 0o755, lambda home: (home / "letter.txt").write_text("mine")),
+                             ("project", 0o755, lambda home: ((home / "objects").mkdir(), (home / "src").mkdir())),
+                             ("shared", 0o1777, lambda home: None)):
+        if os.name == "nt" and name == "shared":
+            continue
+        home = tmp_path / name
+        home.mkdir()
+        fill(home)
+        home.chmod(mode)
+        before = sorted(home.rglob("*")), home.stat().st_mode
+        done = run(*[word.format(home, **{name: tmp_path / name for name in ("other", "backup")}) for word in words.split()], input=PASSWORD)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and str(home) in done.stderr, done.stderr
+        assert (sorted(home.rglob("*")), home.stat().st_mode) == before
+
+
+@pytest.mark.parametrize("leaves", ["", "lost+found", "cloud.db letter.txt", "objects serve.lock write.lock", "objects cloud.db.partial"])
+def test_an_empty_directory_and_one_of_ours_are_made_private(tmp_path, leaves):
+    """O7, K2: also what a run that was killed has left"""
+    for name in leaves.split():
+        (tmp_path / name).touch()
+    tmp_path.chmod(0o755)
+    cs.claim_directory(tmp_path)
+    assert os.name == "nt" or stat_mode(tmp_path) == 0o700
 
 
 def test_accounts_from_the_command_line(tmp_path):
