@@ -2396,7 +2396,8 @@ class Accounts:
         self._hashing = threading.Semaphore(2)               # scrypt runs at a time (A5)
         self._waiting = threading.Semaphore(16)
         self._set_up = False
-        self._known, self._look = "", 0.0                    # the generation, and when to look again
+        self._changes = 0                                    # of accounts and devices, made by this process
+        self._seen = "", 0.0, 0                              # the generation, when to look again, changes before the look
 
     # ---- who is asking
 
@@ -2431,18 +2432,19 @@ class Accounts:
         return who
 
     def _generation(self) -> str:
-        """The generation of accounts and devices, looked up every NOTICE."""
-        now = time.monotonic()
-        if now >= self._look:
-            self._known = self.db.read("SELECT value FROM setting WHERE name = 'generation'")[0][0]
-            self._look = now + NOTICE
-        return self._known
+        """The generation of accounts and devices, looked up every NOTICE, and after each change by this process."""
+        now, changes = time.monotonic(), self._changes
+        known, again, before = self._seen
+        if now >= again or changes != before:
+            known = self.db.read("SELECT value FROM setting WHERE name = 'generation'")[0][0]
+            self._seen = known, now + NOTICE, changes
+        return known
 
     def _raise_generation(self, batch: Batch) -> None:
         """Commit a change after which nobody is remembered, here at once and elsewhere within NOTICE."""
         batch.body.append(Statement("UPDATE setting SET value = CAST(value AS INTEGER) + 1 WHERE name = 'generation'"))
         self.db.write(lambda: batch)
-        self._look = 0.0
+        self._changes += 1
 
     def _verify(self, authorization: str, cookie: str, address: str, key: bytes) -> Principal:
         if not authorization:
@@ -12958,8 +12960,8 @@ function accountRow(account) {
     {label: t("Set the quota"),
      run: () => askForm(name, [quotaField(quota)], t("Save"), values => change({quota: readGigabytes(values.quota)}))},
     ...name === me.name ? [] : [{label: t("Set a new password"),
-     run: () => askForm(name, [ownName(name), passwordField(t("New password"), {autocomplete: "new-password", autofocus: true})],
-       t("Save"), ({password}) => change({password}))}],
+     run: () => askForm(name, [ownName(name), passwordField(t("New password"),
+       {autocomplete: "new-password", autofocus: true})], t("Save"), ({password}) => change({password}))}],
     {label: admin ? t("Administrator no more") : t("Make administrator"),
      run: () => attempt(() => change({admin: !admin}))},
     {label: t("Remove"), run: () => attempt(async () => {

@@ -1213,6 +1213,24 @@ def test_sessions_end_when_unused_and_after_ninety_days(make_cloud, fake):
     assert not identify(cloud, cookie=cookie).account
 
 
+def test_a_change_counts_at_once_though_somebody_looks_at_that_moment(cloud, ann, monkeypatch):
+    """A9"""
+    token = "Bearer " + cloud.accounts.add_token(ann, "laptop")[1]
+    who, look = identify(cloud, token), cloud.db.read
+
+    def read_and_be_overtaken(sql, *params):
+        rows = look(sql, *params)
+        if "generation" in sql:
+            monkeypatch.undo()
+            cloud.accounts.revoke(ann, who.device)
+        return rows
+    monkeypatch.setattr(cs, "NOTICE", 60)
+    cloud.accounts._changes += 1
+    monkeypatch.setattr(cloud.db, "read", read_and_be_overtaken)
+    identify(cloud, token)
+    assert not identify(cloud, token).account
+
+
 def test_app_passwords_are_named_shown_once_and_revoked_at_once(cloud, ann):
     """A10"""
     id, token = cloud.accounts.add_token(ann, "rclone on laptop")
