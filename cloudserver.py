@@ -122,9 +122,12 @@ PATH_LIMIT = 4096               # bytes of UTF-8 in a path
 DEPTH_LIMIT = 128               # levels below the root
 FRAMES_LIMIT = 64 * MiB         # bytes of all chunks in one request
 OPS_LIMIT = 5_000               # steps of one commit, and hashes in one question
+PAGE_LIMIT = 10_000             # entries in one answer, and things named in one question
 COPY_LIMIT = 200_000            # nodes that one COPY may make
 XML_LIMIT = JSON_LIMIT = MiB    # bytes of a structured body
 PROPERTY_LIMIT = 64 * KiB       # bytes of one dead property; a node holds 16 times that
+
+INTEGERS = 1 << 63              # what is counted lies below; negative numbers down to its negative
 
 FILE, COLLECTION = 0, 1         # Node.kind
 ID_EPOCH = 1_577_836_800_000    # ms since 1970: 2020, where the clock inside ids begins
@@ -578,12 +581,21 @@ def parse_query(query: str) -> dict[str, str]:
 
 
 def parse_pairs(query: str) -> list[tuple[str, str]]:
-    """Decode a query or a form, in order.  raises CloudError bad-request for what is not UTF-8."""
+    """Decode a query or a form, in order.  raises CloudError bad-request for what is not text."""
     pairs = []
     for part in query.split("&") if query else ():
         name, _, value = part.partition("=")
         pairs.append((unquote_name(name.replace("+", " ")), unquote_name(value.replace("+", " "))))
+    if "%00" in query and "\0" in "".join(map("".join, pairs)):
+        raise CloudError("bad-request", "a text may not hold a NUL")
     return pairs
+
+
+def parse_id(value: Any) -> int:
+    """An id or a version as JSON writes it: a string of digits, for it may have more than JavaScript's numbers hold."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,19}", value) and int(value) < INTEGERS:
+        return int(value)
+    raise CloudError("bad-request", "an id is a string of digits")
 
 
 # ---- times
@@ -678,9 +690,10 @@ _UNITS = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB, "P": 1 << 50}
 def parse_size(text: str) -> int:
     """Bytes of "10G", "1.5 MiB", "4096".  raises CloudError bad-request."""
     found = _SIZE.fullmatch(text.strip())
-    if not found:
-        raise CloudError("bad-request", "not a size: %r (write 500M, 10G, 2T)" % text)
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    size = float(found[1]) * _UNITS[found[2].upper()] if found else math.inf
+    if not size < INTEGERS:
+        raise CloudError("bad-request", "not a size: %r (write 500M, 10G, 2T)" % text[:64])
+    return int(size)
 
 
 def format_size(size: float) -> str:
@@ -884,14 +897,39 @@ def format_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
 def parse_json(body: bytes) -> dict[str, Any]:
-    """raises CloudError bad-request unless `body` is one JSON object."""
+    """One JSON object, of which every text can be encoded and stored, and every number has 63 bits.
+
+    raises  CloudError bad-request
+    """
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=lambda name: None)
+        text = body.decode("utf-8")
+        value = json.loads(text, parse_int=_parse_integer, parse_float=_parse_float, parse_constant=_parse_float)
+        if "\\u" in text:                       # lone surrogates come only by escapes, and NUL, too
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise CloudError("bad-request", "the body is not JSON") from None
-    if not isinstance(value, dict):
-        raise CloudError("bad-request", "the body must be a JSON object")
+    if not isinstance(value, dict) or _NUL.search(text):
+        raise CloudError("bad-request", "the body must be a JSON object, without NUL")
+    return value
+
+
+def _parse_integer(text: str) -> int:
+    """raises ValueError beyond what a database holds"""
+    value = int(text) if len(text) < 21 else INTEGERS
+    if not -INTEGERS <= value < INTEGERS:
+        raise ValueError
+    return value
+
+
+def _parse_float(text: str) -> float:
+    """raises ValueError for NaN and what is infinite"""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
     return value
 
 
@@ -5942,41 +5980,105 @@ def check_origin(who: Principal, request: Request) -> None:
 
 
 IN_QUERY = ("GET", "HEAD", "PUT", "DELETE")      # methods whose declared arguments stand in the query
-VALUE_TYPES: dict[str, Callable[[Any], bool]] = {
-    "string": lambda value: isinstance(value, str),
-    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "boolean": lambda value: isinstance(value, bool),
-    "array": lambda value: isinstance(value, list),
-    "object": lambda value: isinstance(value, dict),
-    "any": lambda value: True,
+TEXT_VALUES = {"integer": lambda text: int(text) if re.fullmatch("-?[0-9]{1,18}", text) else text,
+               "boolean": lambda text: {"1": True, "true": True, "0": False, "false": False}.get(text, text)}
+
+
+def is_integer(value: Any) -> bool:
+    return type(value) is int and -INTEGERS <= value < INTEGERS
+
+
+def of_type(name: str, test: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if not test(value):
+            raise CloudError("bad-request", "it must be of type " + name)
+        return value
+    return check
+
+
+def each(read: Callable[[Any], Any], most: int = OPS_LIMIT) -> Callable[[Any], list[Any]]:
+    def check(value: Any) -> list[Any]:
+        if not isinstance(value, list) or len(value) > most:
+            raise CloudError("bad-request", "it must be an array of at most %d" % most)
+        return list(map(read, value))
+    return check
+
+
+def read_moment(value: Any) -> tuple[str, int]:
+    """A moment: ("seq", number of a write) of "seq:123", or else ("at", ms since 1970)."""
+    if isinstance(value, str) and re.fullmatch("seq:[0-9]{1,18}", value):
+        return "seq", int(value[4:])
+    return "at", parse_time(value)
+
+
+def read_transfer(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if not isinstance(value, dict) or set(value) != {"from", "to"}:
+        raise CloudError("bad-request", 'an item is {"from": path, "to": path}')
+    return split_path(value["from"]), split_path(value["to"])
+
+
+def read_hash(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise CloudError("bad-request", "a hash is a SHA-256 in hex")
+    return value
+
+
+def read_chunk_of_file(value: Any) -> tuple[str, int]:
+    if not isinstance(value, list) or len(value) != 2 or not is_integer(value[1]) or not 0 < value[1] <= CHUNK_LIMIT:
+        raise CloudError("bad-request", "chunks are [[SHA-256 in hex, bytes], ...]")
+    return read_hash(value[0]), value[1]
+
+
+STRING = {"type": "string"}
+VALUES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {      # what can be declared: how it is read; its JSON Schema
+    "string": (of_type("string", lambda value: isinstance(value, str)), STRING),
+    "integer": (of_type("integer", is_integer), {"type": "integer", "format": "int64"}),
+    "boolean": (of_type("boolean", lambda value: isinstance(value, bool)), {"type": "boolean"}),
+    "array": (of_type("array", lambda value: isinstance(value, list)), {"type": "array", "items": {}}),
+    "path": (split_path, STRING), "paths": (each(split_path, PAGE_LIMIT), {"type": "array", "items": STRING}),
+    "id": (parse_id, STRING), "ids": (each(parse_id, PAGE_LIMIT), {"type": "array", "items": STRING}),
+    "time": (parse_time, {"type": ["string", "integer"]}), "moment": (read_moment, {"type": ["string", "integer"]}),
+    "transfers": (each(read_transfer, PAGE_LIMIT), {"type": "array", "items": {
+        "type": "object", "properties": {"from": STRING, "to": STRING}, "required": ["from", "to"]}}),
+    "hashes": (each(read_hash), {"type": "array", "items": STRING}),
+    "chunks": (each(read_chunk_of_file, 100_000), {"type": "array", "items": {"type": "array"}}),
+    "etag": (of_type("string, or null", lambda value: value is None or isinstance(value, str)), {"type": ["string", "null"]}),
 }
-TEXT_VALUES = {"integer": lambda text: int(text) if re.fullmatch(r"-?\d{1,18}", text) else text,
-               "boolean": lambda text: {"1": True, "true": True, "0": False, "false": False}.get(text, text),
-               "array": lambda text: [text]}
+
+
+def check_fields(values: Any, declared: dict[str, str]) -> dict[str, Any]:
+    """An object of which each field is declared, read as what it is; `name_` may be missing or null.  raises CloudError
+
+    Everything that JSON and queries bring passes here, once; what handlers get has its type, range and encoding (A1).
+    """
+    if not isinstance(values, dict):
+        raise CloudError("bad-request", "it must be an object")
+    found, kinds = {}, {name.rstrip("_"): kind for name, kind in declared.items()}
+    for name, value in values.items():
+        if name not in kinds:
+            raise CloudError("bad-request", "unknown argument: %s" % name[:64])
+        try:
+            found[name] = None if value is None and name + "_" in declared else VALUES[kinds[name]][0](value)
+        except CloudError as error:
+            raise CloudError(error.kind, "%s: %s" % (name[:64], error)) from None
+    for name in declared:
+        if name[-1] != "_" and name not in values:
+            raise CloudError("bad-request", "missing argument: %s" % name)
+    return found
 
 
 def read_values(request: Request, declared: dict[str, str]) -> dict[str, Any]:
-    """The arguments a route declares, of the right types and no others (A1)."""
+    """The arguments a route declares, and no others; None for those that may be missing."""
     if request.method in IN_QUERY:
-        values: dict[str, Any] = {}
+        values, kinds = {}, {name.rstrip("_"): kind for name, kind in declared.items()}
         for name, text in parse_pairs(request.query):
-            kind = declared.get(name, declared.get(name + "_", ""))
-            value = TEXT_VALUES.get(kind, str)(text)
-            values[name] = values[name] + value if kind == "array" and name in values else value
+            if VALUES[kinds.get(name, "string")][1]["type"] == "array":
+                values.setdefault(name, []).append(text)
+            else:
+                values[name] = TEXT_VALUES.get(kinds.get(name, ""), str)(text)
     else:
         values = parse_json(request.body.read(JSON_LIMIT) or b"{}")
-    for name, value in values.items():
-        kind = declared.get(name, declared.get(name + "_"))
-        if kind is None:
-            raise CloudError("bad-request", "unknown argument: %s" % name[:64])
-        if not VALUE_TYPES[kind](value) and not (value is None and name + "_" in declared):
-            raise CloudError("bad-request", "%s must be of type %s" % (name[:64], kind))
-    for name in declared:
-        if name[-1] == "_":
-            values.setdefault(name[:-1], None)
-        elif name not in values:
-            raise CloudError("bad-request", "missing argument: %s" % name)
-    return values
+    return {**{name[:-1]: None for name in declared if name[-1] == "_"}, **check_fields(values, declared)}
 
 
 # ---- answers that several doors give
@@ -6547,7 +6649,6 @@ def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 API = "/api/v1/"
 TEXT = "string"
-PAGE_LIMIT = 10_000             # entries in one answer
 SEARCH_TIME = 20                # seconds a search may take
 SORTS = {"name": "e.key", "size": "coalesce(c.size, e.size)", "mtime": "e.mtime", "kind": "e.kind"}
 
@@ -6572,17 +6673,9 @@ def api_nodes(cloud: Cloud, rows: Iterable[tuple[Sequence[str], Node]]) -> list[
     return [{**api_node(node, path), "starred": True} if node.node in stars else api_node(node, path) for path, node in rows]
 
 
-def read_moment(cloud: Cloud, value: Any) -> int:
-    """The seq of a moment: a time, or "seq:123"."""
-    if isinstance(value, str) and re.fullmatch(r"seq:\d{1,18}", value):
-        return int(value[4:])
-    return cloud.seq_at(parse_time(value))
-
-
-def read_id(value: Any) -> int:
-    if isinstance(value, str) and re.fullmatch(r"\d{1,19}", value) and int(value) < 1 << 63:
-        return int(value)
-    raise CloudError("bad-request", "an id is a string of digits")
+def seq_of(cloud: Cloud, moment: tuple[str, int]) -> int:
+    """The seq of a moment."""
+    return moment[1] if moment[0] == "seq" else cloud.seq_at(moment[1])
 
 
 def read_limit(value: int | None, most: int = PAGE_LIMIT) -> int:
@@ -6688,11 +6781,11 @@ def api_devices(cloud: Cloud, who: Principal, request: Request) -> Response:
         for device in cloud.accounts.devices(who)]})
 
 
-@route("POST", API + "devices", needs="account fresh", name=TEXT, readonly_="boolean", path_=TEXT, days_="integer")
+@route("POST", API + "devices", needs="account fresh", name=TEXT, readonly_="boolean", path_="path", days_="integer")
 def api_add_device(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make an app password, perhaps for reading only, for one collection, or for some days; it is shown this once."""
     values = request.values
-    node = None if values["path"] is None else cloud.stat(who, split_path(values["path"]))
+    node = None if values["path"] is None else cloud.stat(who, values["path"])
     if node and not node.kind:
         raise CloudError("bad-request", "a device can be limited to a collection only")
     if values["days"] is not None and not 1 <= values["days"] <= 3650:
@@ -6724,7 +6817,7 @@ def api_grant(cloud: Cloud, who: Principal, request: Request, token: str) -> Res
 
 # ---- files
 
-@route("GET", API + "files/<path>", needs="read", at_=TEXT, sort_=TEXT, order_=TEXT, limit_="integer", after_="integer",
+@route("GET", API + "files/<path>", needs="read", at_="moment", sort_=TEXT, order_=TEXT, limit_="integer", after_="integer",
        chunks_="boolean")
 def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A node and, of a collection, a page of what it holds; `at` asks for a moment of the past.
@@ -6734,7 +6827,7 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     """
     values = request.values
     if values["at"] is not None:
-        node, children = cloud.past(who, path, read_moment(cloud, values["at"]))
+        node, children = cloud.past(who, path, seq_of(cloud, values["at"]))
         return json_response({**api_node(node, path), "children": [api_node(child, path + (child.name,)) for child in children],
                               "next": None})
     if values["sort"] not in (None, *SORTS) or values["order"] not in (None, "asc", "desc"):
@@ -6750,43 +6843,43 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     return json_response(answer)
 
 
-@route("PUT", API + "files/<path>", needs="write", mtime_=TEXT, parents_="boolean")
+@route("PUT", API + "files/<path>", needs="write", mtime_="time", parents_="boolean")
 def api_write(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Store the body as a file."""
     values = request.values
     node, new = cloud.write(who, path, request.body, read_conditions(request), parents=bool(values["parents"]),
-                            mtime=None if values["mtime"] is None else parse_time(values["mtime"]))
+                            mtime=values["mtime"])
     return json_response(api_node(node, path), 201 if new else 200, ETag='"%s"' % node.etag)
 
 
-@route("PATCH", API + "files/<path>", needs="write", mtime=TEXT)
+@route("PATCH", API + "files/<path>", needs="write", mtime="time")
 def api_patch(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Set the time of a file or collection."""
-    return json_response(api_node(cloud.patch(who, path, read_conditions(request), mtime=parse_time(request.values["mtime"])), path))
+    return json_response(api_node(cloud.patch(who, path, read_conditions(request), mtime=request.values["mtime"]), path))
 
 
-@route("GET", API + "content/<path>", needs="read", at_=TEXT, version_=TEXT)
+@route("GET", API + "content/<path>", needs="read", at_="moment", version_="id")
 def api_content(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """The bytes of a file: as it is, as it was at a time, or in a version."""
     values = request.values
     if values["version"] is not None:
-        return content_response(request, *cloud.version(who, path, read_id(values["version"])))
+        return content_response(request, *cloud.version(who, path, values["version"]))
     if values["at"] is not None:
-        return content_response(request, *cloud.past_content(who, path, read_moment(cloud, values["at"])))
+        return content_response(request, *cloud.past_content(who, path, seq_of(cloud, values["at"])))
     node, content = cloud.open(who, path)
     if content is None:
         raise CloudError("conflict", "this is a collection; ask for it as /api/v1/zip/")
     return content_response(request, node, content)
 
 
-@route("POST", API + "make-collection", needs="write", path=TEXT, parents_="boolean")
+@route("POST", API + "make-collection", needs="write", path="path", parents_="boolean")
 def api_make_collection(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make a collection."""
-    path = split_path(request.values["path"])
+    path = request.values["path"]
     return json_response(api_node(cloud.make_collection(who, path, parents=bool(request.values["parents"])), path), 201)
 
 
-@route("POST", API + "move", needs="write", items="array", clash_=TEXT)
+@route("POST", API + "move", needs="write", items="transfers", clash_=TEXT)
 def api_move(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Move and rename, many in one step.
 
@@ -6795,51 +6888,47 @@ def api_move(cloud: Cloud, who: Principal, request: Request) -> Response:
     return api_transfer(cloud, who, cloud.move, request.values)
 
 
-@route("POST", API + "copy", needs="write", items="array", clash_=TEXT)
+@route("POST", API + "copy", needs="write", items="transfers", clash_=TEXT)
 def api_copy(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Copy, many in one step; as move."""
     return api_transfer(cloud, who, cloud.copy, request.values)
 
 
 def api_transfer(cloud: Cloud, who: Principal, verb: Callable[..., list[tuple[Node, bool]]], values: dict[str, Any]) -> Response:
-    pairs, clash = [], values["clash"] or "refuse"
-    if clash not in ("refuse", "replace", "keep") or not 1 <= len(values["items"]) <= PAGE_LIMIT:
+    pairs, clash = values["items"], values["clash"] or "refuse"
+    if clash not in ("refuse", "replace", "keep") or not pairs:
         raise CloudError("bad-request", "clash is refuse, replace or keep; items are 1 to %d" % PAGE_LIMIT)
-    for item in values["items"]:
-        if not isinstance(item, dict) or set(item) != {"from", "to"}:
-            raise CloudError("bad-request", 'an item is {"from": path, "to": path}')
-        pairs.append((split_path(item["from"]), split_path(item["to"])))
     arrived = verb(who, *pairs, clash=clash)
     return json_response({"seq": arrived[0][0].since, "items": [
         api_node(node, target[:-1] + (node.name,)) for (node, _), (_, target) in zip(arrived, pairs)]})
 
 
-@route("POST", API + "delete", needs="write", paths="array")
+@route("POST", API + "delete", needs="write", paths="paths")
 def api_delete(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Move to the trash, many in one step; returns the seq to undo."""
-    return json_response({"seq": cloud.delete(who, *map(split_path, request.values["paths"]))})
+    return json_response({"seq": cloud.delete(who, *request.values["paths"])})
 
 
-@route("POST", API + "zip-names", needs="read", names="array")
+@route("POST", API + "zip-names", needs="read", names="paths")
 def api_name_members(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Name the members of an archive that are too many for an address; the id that is returned is its `names`, for an hour."""
-    names = ["/".join(split_path(name)) for name in request.values["names"]]
+    names = list(map("/".join, request.values["names"]))
     return json_response({"id": cloud.keep(who, names)}, 201)
 
 
-@route("GET", API + "zip/<path>", needs="read", name_="array", names_=TEXT, at_=TEXT)
+@route("GET", API + "zip/<path>", needs="read", name_="paths", names_=TEXT, at_="moment")
 def api_zip(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A collection, or those of its members that are named, one by one or by the id of a list, as a zip archive."""
     values = request.values
-    moment = None if values["at"] is None else read_moment(cloud, values["at"])
-    named = values["name"] or () if values["names"] is None else cloud.kept(who, values["names"])
-    names = [split_path(name) for name in named]
+    moment = None if values["at"] is None else seq_of(cloud, values["at"])
+    names = values["name"] or () if values["names"] is None else list(map(split_path, cloud.kept(who, values["names"])))
     return zip_response(cloud, who, path, names, moment)
 
 
 def zip_response(cloud: Cloud, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]], moment: int | None) -> Response:
     """All below a path, or only some members, as of now or of a seq."""
-    stem = names[0][-1] if len(names) == 1 else path[-1] if path else "files"
+    where = path + names[0] if len(names) == 1 else path
+    stem = where[-1] if where else "files"
     archive = zip_archive(cloud.archive(who, path, names, moment), stem)
     return Response(200, archive, {"Content-Type": "application/zip", "Cache-Control": PRIVATE,
                                    "Content-Disposition": format_disposition(stem + ".zip"), "Content-Security-Policy": SANDBOX})
@@ -6896,18 +6985,18 @@ def api_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str
         for v in cloud.versions(who, path)]})
 
 
-@route("POST", API + "versions/restore", needs="write", path=TEXT, version=TEXT)
+@route("POST", API + "versions/restore", needs="write", path="path", version="id")
 def api_restore_version(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make an old version the present one; returns the file, and the seq to undo."""
-    path = split_path(request.values["path"])
-    node = cloud.restore_version(who, path, read_id(request.values["version"]))
+    path = request.values["path"]
+    node = cloud.restore_version(who, path, request.values["version"])
     return json_response({**api_node(node, path), "seq": node.since})
 
 
-@route("POST", API + "versions/pin", needs="write", path=TEXT, version=TEXT, name_=TEXT)
+@route("POST", API + "versions/pin", needs="write", path="path", version="id", name_=TEXT)
 def api_pin(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Keep a version for good under a name; without a name, let go of it."""
-    cloud.pin(who, split_path(request.values["path"]), read_id(request.values["version"]), request.values["name"])
+    cloud.pin(who, request.values["path"], request.values["version"], request.values["name"])
     return Response(204)
 
 
@@ -6920,18 +7009,18 @@ def api_trash(cloud: Cloud, who: Principal, request: Request) -> Response:
                                     for item in items], "next": items[-1].node.until if len(items) == limit else None})
 
 
-@route("POST", API + "trash/restore", needs="write", nodes="array")
+@route("POST", API + "trash/restore", needs="write", nodes="ids")
 def api_restore(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Bring deleted nodes back to where they were."""
-    seq, places = cloud.restore(who, *map(read_id, request.values["nodes"]))
+    seq, places = cloud.restore(who, *request.values["nodes"])
     return json_response({"seq": seq, "paths": ["/".join(path) for path in places]})
 
 
-@route("POST", API + "trash/empty", needs="write", nodes_="array")
+@route("POST", API + "trash/empty", needs="write", nodes_="ids")
 def api_empty_trash(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Give up deleted nodes for good: those named, or all."""
     nodes = request.values["nodes"]
-    return json_response({"removed": 0 if nodes == [] else cloud.empty_trash(who, *map(read_id, nodes or ()))})
+    return json_response({"removed": 0 if nodes == [] else cloud.empty_trash(who, *nodes or ())})
 
 
 @route("POST", API + "undo", needs="write", seq="integer")
@@ -6941,18 +7030,18 @@ def api_undo(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": seq, "skipped": skipped})
 
 
-@route("POST", API + "rewind", needs="write", path=TEXT, at="any", dry_="boolean")
+@route("POST", API + "rewind", needs="write", path="path", at="moment", dry_="boolean")
 def api_rewind(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make a collection what it was at a time; dry only counts."""
-    seq, changed = cloud.rewind(who, split_path(request.values["path"]), read_moment(cloud, request.values["at"]),
+    seq, changed = cloud.rewind(who, request.values["path"], seq_of(cloud, request.values["at"]),
                                 dry=bool(request.values["dry"]))
     return json_response({"seq": seq, "changed": changed})
 
 
-@route("GET", API + "differences/<path>", needs="read", at=TEXT, limit_="integer")
+@route("GET", API + "differences/<path>", needs="read", at="moment", limit_="integer")
 def api_differences(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What was added, deleted, changed or moved below a collection since a time, in the order of paths."""
-    found = cloud.differences(who, path, read_moment(cloud, request.values["at"]), request.check_alive)
+    found = cloud.differences(who, path, seq_of(cloud, request.values["at"]), request.check_alive)
     return json_response({"count": len(found), "changes": [
         {"how": one.how, "kind": "collection" if (one.now or one.then).kind else "file", "size": (one.now or one.then).size,
          "path": one.path and "/".join(path + one.path), "was": one.was and "/".join(path + one.was)}
@@ -6980,18 +7069,17 @@ def api_undo_device(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": seq, "changed": changed})
 
 
-@route("GET", API + "activity", needs="read", before_="integer", limit_="integer", action_=TEXT, device_=TEXT, after_=TEXT,
-       until_=TEXT)
+@route("GET", API + "activity", needs="read", before_="integer", limit_="integer", action_=TEXT, device_=TEXT, after_="time",
+       until_="time")
 def api_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The journal of the account, the latest first; go on with before = seq of the last.
 
     action, device   only these;  after, until  only between these times
     """
     values = request.values
-    times = [None if values[name] is None else parse_time(values[name]) for name in ("after", "until")]
     return json_response({"steps": list(map(api_step, cloud.activity(
         who, values["before"] or 1 << 62, read_limit(values["limit"]), action=values["action"], device=values["device"],
-        after=times[0] or 0, until=times[1] or 1 << 62)))})
+        after=values["after"] or 0, until=1 << 62 if values["until"] is None else values["until"])))})
 
 
 def api_step(step: Step) -> dict[str, Any]:
@@ -7013,8 +7101,8 @@ def api_activity_devices(cloud: Cloud, who: Principal, request: Request) -> Resp
     return json_response({"devices": [{"name": name, "kind": kind} for name, kind in sorted(names.items())]})
 
 
-@route("GET", API + "search", needs="read", q_=TEXT, path_=TEXT, within_=TEXT, kind_=TEXT, larger_="integer", smaller_="integer",
-       after_=TEXT, before_=TEXT, limit_="integer")
+@route("GET", API + "search", needs="read", q_=TEXT, path_="path", within_=TEXT, kind_=TEXT, larger_="integer", smaller_="integer",
+       after_="time", before_="time", limit_="integer")
 def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Files and collections by words of their names and, of text files, contents; the latest changed first.
 
@@ -7025,13 +7113,13 @@ def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
     """
     values = request.values
     words, without = parse_words(values["q"] or "")
-    times = [None if values[name] is None else parse_time(values[name]) for name in ("after", "before")]
-    query = Query(words, without, values["within"] or "", values["kind"] or "", values["larger"], values["smaller"], *times)
+    query = Query(words, without, values["within"] or "", values["kind"] or "", values["larger"], values["smaller"],
+                  values["after"], values["before"])
     if query.within not in ("", "names", "contents") or query.kind not in ("", "collection", *KINDS):
         raise CloudError("bad-request", "within is names or contents; kind is collection, %s" % ", ".join(KINDS))
     if query == Query(within=query.within):
         return json_response({"items": [], "more": False})
-    found, more = cloud.search(who, query, split_path(values["path"] or ""), read_limit(values["limit"], 1000),
+    found, more = cloud.search(who, query, values["path"] or (), read_limit(values["limit"], 1000),
                                partial(request.check_alive, SEARCH_TIME))
     items = api_nodes(cloud, ((hit.path, hit.node) for hit in found))
     for item, hit in zip(items, found):
@@ -7040,11 +7128,11 @@ def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"items": items, "more": more})
 
 
-@route("GET", API + "thumbnails/<path>", needs="read", version_=TEXT)
+@route("GET", API + "thumbnails/<path>", needs="read", version_="id")
 def api_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A small picture of a file or of one of its versions; 204 if nobody made one yet."""
     version = request.values["version"]
-    answer = api_thumbnail_response(request, cloud.thumbnail(who, path, None if version is None else read_id(version)))
+    answer = api_thumbnail_response(request, cloud.thumbnail(who, path, version))
     if version is not None and answer.status == 200:
         answer.fields["Cache-Control"] = "private, max-age=31536000, immutable"
     return answer
@@ -7057,21 +7145,21 @@ def api_thumbnail_response(request: Request, data: bytes | None) -> Response:
                                          "Content-Security-Policy": SANDBOX, "Cross-Origin-Resource-Policy": "same-origin"})
 
 
-@route("PUT", API + "thumbnails/<path>", needs="write", version_=TEXT)
+@route("PUT", API + "thumbnails/<path>", needs="write", version_="id")
 def api_put_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Keep a small picture (WebP, JPEG or PNG, at most 64 KiB) for all who see this content in the account."""
     version, data = request.values["version"], request.body.read(THUMBNAIL_LIMIT + 1)
     if len(data) > THUMBNAIL_LIMIT:
         raise CloudError("too-large", "a thumbnail has at most %s" % format_size(THUMBNAIL_LIMIT))
-    cloud.put_thumbnail(who, path, data, None if version is None else read_id(version))
+    cloud.put_thumbnail(who, path, data, version)
     return Response(204)
 
 
-@route("POST", API + "star", needs="write", paths="array", starred="boolean")
+@route("POST", API + "star", needs="write", paths="paths", starred="boolean")
 def api_star(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Mark files and collections with a star, or take it away, many in one step."""
-    paths = [split_path(path) for path in request.values["paths"]]
-    if not 1 <= len(paths) <= PAGE_LIMIT:
+    paths = request.values["paths"]
+    if not paths:
         raise CloudError("bad-request", "paths are 1 to %d" % PAGE_LIMIT)
     cloud.star(who, *paths, on=request.values["starred"])
     return Response(204)
@@ -7152,9 +7240,6 @@ def api_status(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 # ---- OpenAPI, from the table of routes
 
-SCHEMAS = {"any": {}, "array": {"type": "array", "items": {}}}
-
-
 @route("GET", API + "openapi.json", needs="nothing")
 def api_openapi(cloud: Cloud, who: Principal, request: Request) -> Response:
     """This description."""
@@ -7184,7 +7269,7 @@ def walk_routes(place: dict[str, Any]) -> Iterator[Route]:
 def describe_route(found: Route) -> dict[str, Any]:
     """An operation object of OpenAPI."""
     text = (found.handler.__doc__ or "").strip()
-    values = {name.rstrip("_"): SCHEMAS.get(kind, {"type": kind}) for name, kind in found.values.items()}
+    values = {name.rstrip("_"): VALUES[kind][1] for name, kind in found.values.items()}
     required = [name for name in found.values if name[-1] != "_"]
     about: dict[str, Any] = {"summary": text.partition("\n")[0], "description": inspect.cleandoc(text), "parameters": [],
                              "responses": {"default": {"description": "done, or a problem", "content": {
@@ -7335,7 +7420,6 @@ def tus_override(cloud: Cloud, who: Principal, request: Request, id: str) -> Res
 LINE_OF_OPS = 4 * MiB           # bytes of the first line of a commit
 WAIT_LIMIT = 60                 # seconds that a question may wait for its answer
 EVENTS_LIFE = 10 * 60           # seconds after which a listener has to ask again
-_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def sync_place(place: Place) -> dict[str, Any]:
@@ -7350,7 +7434,7 @@ def sync_place(place: Place) -> dict[str, Any]:
     return about
 
 
-@route("GET", API + "manifest", needs="read", path_=TEXT, at_=TEXT, chunks_="boolean", since_="integer", tag_=TEXT)
+@route("GET", API + "manifest", needs="read", path_="path", at_="moment", chunks_="boolean", since_="integer", tag_=TEXT)
 def sync_manifest(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Everything below a path, one JSON object a line, in the order of paths; the last line is {"end": true, "count": N}.
 
@@ -7360,8 +7444,8 @@ def sync_manifest(cloud: Cloud, who: Principal, request: Request) -> Response:
     """
     values = request.values
     cloud.check_history(None, values["since"], values["tag"])
-    path = split_path(values["path"] or "")
-    seq, top, places = cloud.manifest(who, path, None if values["at"] is None else read_moment(cloud, values["at"]),
+    path = values["path"] or ()
+    seq, top, places = cloud.manifest(who, path, None if values["at"] is None else seq_of(cloud, values["at"]),
                                       bool(values["chunks"]))
     first = {"seq": seq, "tag": cloud.tag_at(seq), "server": cloud.epoch, "node": str(top.node)}
     return Response(200, sync_lines(first, places), {"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"}, length=None)
@@ -7423,17 +7507,10 @@ def sync_wake_ups(cloud: Cloud, who: Principal) -> Iterator[bytes]:
             yield b":\n\n"                               # finds out whether anybody still listens
 
 
-def read_hashes(request: Request) -> list[str]:
-    hashes = request.values["hashes"]
-    if len(hashes) > OPS_LIMIT or not all(isinstance(hash, str) and _HASH.fullmatch(hash) for hash in hashes):
-        raise CloudError("bad-request", "hashes are at most %d SHA-256 in hex" % OPS_LIMIT)
-    return hashes
-
-
-@route("POST", API + "chunks/missing", needs="read", hashes="array")
+@route("POST", API + "chunks/missing", needs="read", hashes="hashes")
 def sync_missing(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Which of these chunks would have to be sent?  Those of other accounts count as missing."""
-    return json_response({"missing": cloud.missing(who, read_hashes(request))})
+    return json_response({"missing": cloud.missing(who, request.values["hashes"])})
 
 
 @route("POST", API + "chunks", needs="write")
@@ -7442,10 +7519,10 @@ def sync_send(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"stored": cloud.send(who, FrameReader(request.body))})
 
 
-@route("POST", API + "chunks/get", needs="read", hashes="array")
+@route("POST", API + "chunks/get", needs="read", hashes="hashes")
 def sync_get(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The frames of these chunks, in this order."""
-    hashes = read_hashes(request)
+    hashes = request.values["hashes"]
     size, parts = cloud.read_chunks(who, hashes)
     return Response(200, parts, {"Content-Type": "application/octet-stream", "Cache-Control": "no-store"},
                     length=size + 4 * len(hashes))
@@ -7464,36 +7541,28 @@ def sync_commit(cloud: Cloud, who: Principal, request: Request) -> Response:
     """
     reader = FrameReader(request.body)
     line = reader.line(LINE_OF_OPS)
-    values = parse_json(line)
-    op, steps = values.get("op"), values.get("ops")
-    if not isinstance(op, str) or not 0 < len(op) <= 64 or not isinstance(steps, list) or not 0 < len(steps) <= OPS_LIMIT:
+    values = check_fields(parse_json(line), COMMIT_FIELDS)
+    op, steps, since = values["op"], list(map(sync_step, values["ops"])), values.get("since")
+    if not 0 < len(op) <= 64 or not 0 < len(steps) <= OPS_LIMIT:
         raise CloudError("bad-request", 'the first line is {"op": id, "ops": [1 to %d steps]}' % OPS_LIMIT)
-    since = values.get("since")
-    if since is not None and not VALUE_TYPES["integer"](since):
-        raise CloudError("bad-request", "since is a seq")
     cloud.check_history(values.get("server"), since, values.get("tag"))
-    seq, results, alone = cloud.commit(who, op, hashlib.sha256(line).hexdigest(), [sync_step(step) for step in steps], reader,
+    seq, results, alone = cloud.commit(who, op, hashlib.sha256(line).hexdigest(), steps, reader,
                                        atomic=values.get("atomic") is True, since=since)
     return json_response({"seq": seq, "results": results, **({"cursor": seq, "tag": cloud.tag_at(seq)} if alone else {})})
 
 
+COMMIT_FIELDS = {"op": TEXT, "ops": "array", "atomic_": "boolean", "since_": "integer", "tag_": TEXT, "server_": TEXT}
+STEP_FIELDS = {  # of each kind of step; paths are looked at step by step, so that one is refused alone
+    "put": {"put": TEXT, "chunks": "chunks", "mtime": "time", "if_": "etag"}, "mkdir": {"mkdir": TEXT},
+    "move": {"move": TEXT, "to": TEXT, "if_": "etag"}, "delete": {"delete": TEXT, "if_": "etag", "since_": "integer"}}
+
+
 def sync_step(step: Any) -> dict[str, Any]:
-    """A step of a commit, its shape checked."""
-    if not isinstance(step, dict) or not isinstance(step.get("if", ""), (str, type(None))):
-        raise CloudError("bad-request", "a step is an object; its if is an etag or null")
-    if "put" in step:
-        chunks, mtime = step.get("chunks"), step.get("mtime")
-        if not isinstance(chunks, list) or not all(map(is_chunk, chunks)):
-            raise CloudError("bad-request", "chunks are [[SHA-256 in hex, bytes], ...]")
-        step = {**step, "chunks": [(hash, size) for hash, size in chunks], "mtime": parse_time(mtime)}
-    if "delete" in step and not VALUE_TYPES["integer"](step.get("since", 0)):
-        raise CloudError("bad-request", "since is a seq")
-    return step
-
-
-def is_chunk(value: Any) -> bool:
-    return (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
-            and 0 < value[1] <= CHUNK_LIMIT and _HASH.fullmatch(value[0]) is not None)
+    """A step of a commit, its shape checked.  raises CloudError"""
+    verbs = [verb for verb in STEP_FIELDS if isinstance(step, dict) and verb in step]
+    if len(verbs) != 1:
+        raise CloudError("bad-request", "a step is a put, mkdir, move or delete")
+    return check_fields(step, STEP_FIELDS[verbs[0]])
 
 
 # ==== 11. WebDAV =========================================================================
@@ -8625,7 +8694,7 @@ def nc_preview(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 def read_file_id(text: str) -> int:
     """The node of an oc:fileid, or of an oc:id, which is the same digits and a mark of the server (nc-py-api takes either)."""
-    return read_id(re.match("[0-9]{0,19}", text)[0])
+    return parse_id(re.match("[0-9]{0,19}", text)[0])
 
 
 @route("GET", "/index.php/apps/files/ajax/download.php", needs="read")
@@ -8874,7 +8943,7 @@ def versions_route(method: str, needs: str) -> Callable[[Callable[..., Response]
         def find(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
             check_place(path, "versions")
             place = cloud.path_of(who, read_file_id("".join(path[1:2])))
-            return handler(cloud, who, request, place, read_id(path[2]) if len(path) == 3 else None)
+            return handler(cloud, who, request, place, parse_id(path[2]) if len(path) == 3 else None)
         route(method, "/remote.php/dav/versions/<path>", needs=needs, refuse=nc_error)(for_owner(find))
         return handler
     return enter

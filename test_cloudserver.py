@@ -3222,6 +3222,203 @@ def test_administrators_manage_accounts(api, call, cloud, ann):
     assert api("DELETE", "accounts/bob") == 204 and call("GET", "/dav/", user="bob").status == 401
 
 
+# ---- hostile values: each declared field of each route, and each field of each dialect (X22, X23)
+
+HOSTILE_JSON = [  # as they stand in a body
+    r'"x\ud800y"', r'"a\u0000b"', r'"\\u0000"', '""', '"%s"' % ("a" * 300), '"../x"', '"a//b"', r'"a\\b"', '"seq:999999999999999999"', '"seq:%s"' % ("9" * 30),
+    '"9999-12-31T23:59:59+99:99"', '"0000-00-00"', '"9223372036854775808"', '"%"', r'"\""', '"AND OR NEAR("', '"-x"', r'"\ud83d\ude00"', "1" + "0" * 30,
+    "-1" + "0" * 30, "1" + "0" * 400, "1" + "0" * 5000, "9223372036854775807", "-9223372036854775808", "9223372036854775808", "-1", "0", "1.5", "1e400", "NaN",
+    "-Infinity", "true", "null", "[]", "{}", "[null]", "[[]]", '["x"]', r'["\ud800"]', r'[{"from":"\ud800","to":"a\u0000"}]', '[{"from":1,"to":[]}]',
+    '[["%s",1e30]]' % ("0" * 64), '[["%s",9]]' % ("0" * 64), r'{"\ud800":1}', '["", "a/../b", "%s"]' % ("a/" * 200)]
+HOSTILE_TEXT = ["", "%00", "a%00b", "%ff", "%ed%a0%80", "%", "%zz", "a" * 300, "9" * 30, "9" * 18, "-" + "9" * 18, "-1", "0", "1.5", "1e9", "NaN", "true", "..", "%2e%2e",
+                "%2f", "a%5cb", "seq:" + "9" * 18, "9999-12-31T23:59:59%2B99:99", "%22", "*", "AND", "-x", "%F0%9F%98%80", "%C3%A4", "%E4"]
+FILES_OF_ANN = "/remote.php/dav/files/ann"
+PLAIN_VALUES = {"string": "x", "integer": 1, "boolean": True, "array": [], "path": "f", "paths": ["f"], "id": "1", "ids": ["1"], "time": 0, "moment": "seq:1",
+                "transfers": [{"from": "f", "to": "g"}], "hashes": []}
+
+
+def answer_of(cloud, method, target, body=b"", **fields):
+    """The status of a request, carried out without a socket, its answer made whole; what would break a connection raises."""
+    try:
+        authority, path, slash, query = cs.parse_target(target)
+    except CloudError as error:
+        return error.status
+    request = cs.Request(method, path, slash, query, {"host": "localhost", "authorization": basic(), **{k.replace("_", "-"): v for k, v in fields.items()}}, 1,
+                         Body(body), "127.0.0.1", False, True, cs.Site(cloud.config))
+    response = cs.respond(cloud, request)
+    cs.format_head(response, False, True)
+    for part in () if isinstance(response.body, bytes) else response.body:
+        cs.read_slice(part)
+    return response.status
+
+
+@pytest.fixture
+def careless(cloud, ann, monkeypatch):
+    """A cloud that never waits or throttles, with a few things in it."""
+    monkeypatch.setattr(Accounts, "_check_throttle", lambda *_: None)
+    monkeypatch.setattr(cs, "EVENTS_LIFE", 0)
+    monkeypatch.setattr(Cloud, "await_change", lambda *_: False)
+    put(cloud, ann, "d/a", parents=True), put(cloud, ann, "f", "1"), put(cloud, ann, "f", "2")
+    return cloud
+
+
+def check_answers(cloud, ann, requests):
+    """No answer of a kind that says the server failed; 503 among them."""
+    bad = []
+    for method, target, body, fields in requests:
+        if cloud.find(ann, ("f",)) is None:
+            put(cloud, ann, "f")
+        status = answer_of(cloud, method, target, body, **fields)
+        if status >= 500 and status not in (501, 502, 507):
+            bad.append((status, method, target[:100], body[:200], fields))
+    assert not bad, bad[:10]
+    audit(cloud)
+
+
+def declared_routes():
+    """Each route that declares values, once however many methods and addresses it has: (method, address, values)."""
+    return [(route.method, re.sub("<.*", "f", route.pattern), route.values) for route in cs.walk_routes(cs.ROUTES) if route.values]
+
+
+def test_no_declared_value_of_any_route_breaks_the_server(careless, cloud, ann):
+    """X22, X23: each declared field of each route, with each hostile value."""
+    def requests():
+        for method, address, declared in declared_routes():
+            given = {name: PLAIN_VALUES[kind] for name, kind in declared.items() if name[-1] != "_"}
+            for name in [*(name.rstrip("_") for name in declared), "unknown", r"\ud800", r"\u0000"]:
+                if method in cs.IN_QUERY:
+                    others = "".join("&%s=%s" % (k, cs.quote(str(v))) for k, v in given.items() if k != name and not isinstance(v, list))
+                    for text in HOSTILE_TEXT:
+                        yield method, "%s?%s=%s%s" % (address, cs.quote(name, safe="%"), text, others), b"", {}
+                else:
+                    others = "".join(', "%s": %s' % (k, json.dumps(v)) for k, v in given.items() if k != name)
+                    for value in HOSTILE_JSON:
+                        yield method, address, ('{"%s": %s%s}' % (name, value, others)).encode(), {}
+            for body in (b"", b"{", b"[]", b"null", b"\xff", b'"\\ud800"', b"1" + b"0" * 5000, b"[" * 9999) * (method not in cs.IN_QUERY):
+                yield method, address, body, {}
+    found = list(requests())
+    assert len(found) > 3000
+    check_answers(cloud, ann, found)
+
+
+def test_no_declared_value_is_taken_for_what_it_is_not(careless, cloud, ann):
+    """X23: what the gate lets through has the type that was declared, and no number beyond 63 bits."""
+    seen = []
+    for route in cs.walk_routes(cs.ROUTES):
+        if route.values and route.method not in cs.IN_QUERY:
+            for name, kind in route.values.items():
+                for value in HOSTILE_JSON:
+                    request = cs.Request(route.method, (), False, "", {}, 1, Body(('{"%s": %s}' % (name.rstrip("_"), value)).encode()), "", False, True)
+                    found = outcome(cs.read_values, request, {name: kind})
+                    seen += [(kind, found[name.rstrip("_")])] if isinstance(found, dict) else []
+    kinds = {"string": str, "integer": int, "boolean": bool, "array": list, "path": tuple, "paths": list, "id": int, "ids": list, "time": int, "moment": tuple,
+             "transfers": list, "hashes": list}
+    assert {kind for kind, _ in seen} >= set(kinds) - {"array", "id"}
+    for kind, value in seen:
+        assert value is None or type(value) is kinds[kind], (kind, value)
+        assert not isinstance(value, int) or -1 << 63 <= value < 1 << 63, (kind, value)
+        assert "\0" not in json.dumps(value, ensure_ascii=False).encode().decode(), (kind, value)
+
+
+def test_no_path_of_any_route_breaks_the_server(careless, cloud, ann):
+    """X22: what stands where a route has a variable."""
+    tails = HOSTILE_TEXT + ["ann/" + text for text in ("%00", "trash/" + "9" * 19, "trash/x", "versions/" + "9" * 18 + "/x", "versions/1/" + "9" * 19, "a" * 300, "77/x")]
+    check_answers(cloud, ann, [(route.method, re.sub("<.*", "", route.pattern) + tail, b"", {"depth": "1", "destination": "/dav/z", "tus_resumable": "1.0.0"})
+                               for route in cs.walk_routes(cs.ROUTES) if "<" in route.pattern for tail in tails
+                               if (route.method, tail) != ("DELETE", "")])
+
+
+FIELDS = """if-match if-none-match if-modified-since if-unmodified-since if-range range if destination depth overwrite timeout lock-token content-type
+    content-encoding content-range accept prefer brief user-agent cookie origin sec-fetch-site x-requested-by x-oc-mtime oc-checksum oc-total-length oc-chunked
+    x-request-id x-recalculate-hash x-forwarded-for upload-length upload-offset upload-defer-length upload-metadata upload-checksum x-http-method-override
+    authorization""".split()
+HOSTILE_FIELDS = ["", " ", "*", '"', '"*"', 'W/"', "\xe4\xff", "a" * 9000, "9" * 19, "9" * 400, "-1", "1e9", "NaN", "/", "//", "/%00", "/dav/%ff", "http://", "http://[/dav/x",
+                  "https://@/dav/x", "(<>)", "(Not", "Second-" + "9" * 10, "bytes=-" + "9" * 19, "bytes=" + "9" * 19 + "-", "SHA1:" + "f" * 128, "sha1 ====", "path \xff",
+                  "path AAAA,mtime LTEwMDAwMDAwMDAwMDAwMDA=", "chunked", "Thu, 99 Zzz 0000 99:99:99 GMT", "Basic 7aC97aC9OgA=", "Bearer cs_\xff", "multipart/related; boundary=\"\""]
+DIALECTS = [("GET", "/dav/f"), ("GET", "/dav/"), ("PUT", "/dav/f"), ("DELETE", "/dav/x"), ("MKCOL", "/dav/x"), ("MOVE", "/dav/f"), ("COPY", "/dav/d"), ("PROPFIND", "/dav/d"),
+            ("PROPPATCH", "/dav/f"), ("LOCK", "/dav/f"), ("UNLOCK", "/dav/f"), ("REPORT", "/dav/"), ("OPTIONS", "/dav/f"), ("GET", "/api/v1/content/f"), ("PUT", "/api/v1/files/f"),
+            ("GET", FILES_OF_ANN + "/f"), ("PUT", FILES_OF_ANN + "/f"), ("PUT", FILES_OF_ANN + "/n-chunking-123-3-1"), ("MOVE", FILES_OF_ANN + "/f"), ("PATCH", FILES_OF_ANN + "/f"),
+            ("MKCOL", "/remote.php/dav/uploads/ann/7"), ("PUT", "/remote.php/dav/uploads/ann/7/1"), ("MOVE", "/remote.php/dav/uploads/ann/7/.file"),
+            ("POST", "/remote.php/dav/bulk"), ("POST", "/tus"), ("HEAD", "/tus/UPLOAD"), ("PATCH", "/tus/UPLOAD"), ("POST", "/tus/UPLOAD"),
+            ("PROPFIND", "/remote.php/dav/trashbin/ann/trash"), ("POST", "/login/v2"), ("POST", "/login/v2/poll"), ("GET", "/ocs/v2.php/core/getapppassword")]
+
+
+@pytest.mark.parametrize("most", [1500, pytest.param(10 ** 6, marks=slow)])
+def test_no_header_field_breaks_the_server(careless, cloud, ann, rng, most):
+    """X22, X23: each field that some dialect reads, with each hostile value, at each method of each door; or some of all that."""
+    upload = cloud.create_upload(ann, ("u",), 1 << 30)
+    usual = {"tus-resumable": "1.0.0", "destination": "/dav/z", "upload-offset": "0"}
+    found = [(method, path.replace("UPLOAD", upload.id), b"", {**usual, **({"content-type": "application/offset+octet-stream"} if "tus" in path else {}), name: value})
+             for method, path in DIALECTS for name in FIELDS for value in HOSTILE_FIELDS]
+    check_answers(cloud, ann, rng.sample(found, min(most, len(found))))
+
+
+HOSTILE_XML = ["", " ", "x", "-1", "0", "1e9", "9" * 19, "9" * 400, "1" + "9" * 400 + "P", "inf", "nan", "%", "%%", "true", "0000-00-00", "9999-12-31T23:59:59+99:99", "/files", "/files/",
+               "/files/ann/..", "/files/ann/%00", "/files/ann/%ff", "//", "\u00e4\U0001f600", "Thu, 99 Zzz 0000 99:99:99 GMT", "urn:cloudserver:sync:00:" + "9" * 18, "<x/>", "<x>" * 60 + "</x>" * 60]
+
+
+def test_no_xml_value_breaks_the_server(careless, cloud, ann):
+    """X22, X23: each text that a body of XML may bring."""
+    head = "xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns' xmlns:nc='http://nextcloud.org/ns' xmlns:m='urn:schemas-microsoft-com:'"
+    search = ("<d:searchrequest %s><d:basicsearch><d:from><d:scope><d:href>%%s</d:href></d:scope></d:from><d:where>%%s</d:where>%%s</d:basicsearch></d:searchrequest>" % head)
+    bodies = []
+    for value in HOSTILE_XML:
+        bodies += [("SEARCH", "/remote.php/dav", search % (value, "<d:is-collection/>", "")), ("SEARCH", "/remote.php/dav", search % ("/files/ann", value, "")),
+                   ("SEARCH", "/remote.php/dav", search % ("/files/ann", "<d:is-collection/>", "<d:limit><d:nresults>%s</d:nresults></d:limit>" % value))]
+        bodies += [("SEARCH", "/remote.php/dav", search % ("/files/ann", compare(kind, "d:" + name, value), "<d:orderby><d:order><d:prop><oc:%s/></d:prop></d:order></d:orderby>" % name))
+                   for kind in cs.SEARCH_OPERATORS for name in cs.SEARCH_VALUES]
+        bodies += [(method, path, "<d:propertyupdate %s><d:set><d:prop><%s>%s</%s></d:prop></d:set></d:propertyupdate>" % (head, name, value, name))
+                   for method, path in (("PROPPATCH", "/dav/f"), ("PROPPATCH", FILES_OF_ANN + "/f"))
+                   for name in ("d:getlastmodified", "d:lastmodified", "m:Win32LastModifiedTime", "d:getetag", "oc:favorite", "oc:checksums", "x", "nc:metadata-files-live-photo")]
+        bodies += [("REPORT", "/dav/", "<d:sync-collection %s><d:sync-token>%s</d:sync-token><d:sync-level>%s</d:sync-level><d:limit><d:nresults>%s</d:nresults></d:limit>"
+                    "</d:sync-collection>" % (head, *parts)) for parts in ((value, "1", "5"), ("", value, "5"), ("", "1", value))]
+        bodies += [("REPORT", FILES_OF_ANN, "<oc:filter-files %s><oc:filter-rules><oc:favorite>%s</oc:favorite></oc:filter-rules></oc:filter-files>" % (head, value)),
+                   ("LOCK", "/dav/f", "<d:lockinfo %s><d:lockscope>%s</d:lockscope><d:locktype><d:write/></d:locktype><d:owner>%s</d:owner></d:lockinfo>" % (head, value, value)),
+                   ("LOCK", "/dav/d", "<d:lockinfo %s><d:lockscope><d:shared/></d:lockscope><d:locktype><d:write/></d:locktype><d:owner>%s</d:owner></d:lockinfo>" % (head, value)),
+                   ("MKCOL", "/dav/m", "<d:mkcol %s><d:set><d:prop><d:resourcetype>%s</d:resourcetype><x>%s</x></d:prop></d:set></d:mkcol>" % (head, value, value)),
+                   ("PROPFIND", "/dav/d", "<d:propfind %s><d:prop>%s</d:prop></d:propfind>" % (head, value)), ("PROPFIND", "/dav/d", "<d:propfind %s>%s</d:propfind>" % (head, value))]
+    check_answers(cloud, ann, [(method, path, body.encode(), {"depth": "1" if method == "PROPFIND" else "0"}) for method, path, body in bodies])
+
+
+STEP_KINDS = [{"put": "g", "chunks": [], "mtime": 1, "if": None}, {"mkdir": "h"}, {"move": "f", "to": "g", "if": "x"}, {"delete": "f", "if": "x", "since": 1}]
+
+
+def test_no_commit_breaks_the_server(careless, cloud, ann):
+    """X23: each field of each kind of step, missing, of every hostile kind, or more than there should be."""
+    def line(step):
+        return ('{"op": "%s", "ops": [%s]}\n' % (os.urandom(6).hex(), step)).encode()
+    texts = []
+    for step in STEP_KINDS:
+        for name in [*step, "extra", "to", "chunks"]:
+            others = ", ".join("%s: %s" % (json.dumps(k), json.dumps(v)) for k, v in step.items() if k != name)
+            texts += [line("{%s}" % others)] + [line('{"%s": %s%s}' % (name, value, ", " + others if others else "")) for value in HOSTILE_JSON]
+    texts += [line(value) for value in HOSTILE_JSON]
+    for name in ("op", "ops", "since", "atomic", "server", "tag", "extra"):
+        others = {"op": '"x"', "ops": '[{"mkdir": "q"}]'}
+        others.pop(name, None)
+        texts += [('{"%s": %s%s}\n' % (name, value, "".join(', "%s": %s' % item for item in others.items()))).encode() for value in HOSTILE_JSON]
+    check_answers(cloud, ann, [("POST", "/api/v1/commit", text, {}) for text in texts])
+
+
+@pytest.mark.parametrize("step", [{"move": "f"}, {"mkdir": "q", "to": "zz"}, {"delete": "f", "to": "g"}, {"put": "f", "mtime": 1}, {"put": "f", "chunks": []}, {},
+                                  {"put": "f", "chunks": [], "mtime": 1, "size": 5}, {"mkdir": "a", "delete": "f"}, {"move": "f", "to": None}, {"mkdir": 5}])
+def test_a_step_has_the_fields_of_its_kind_and_no_others(call, cloud, ann, step):
+    """X23"""
+    put(cloud, ann, "f")
+    head = cloud.head()
+    assert call("POST", "/api/v1/commit", json.dumps({"op": "x", "ops": [step]}).encode() + b"\n").status == 400 and cloud.head() == head
+
+
+@pytest.mark.parametrize("body, status", [
+    (rb'{"name":"x\ud800y","password":"long-Secret-123"}', 400), (rb'{"\ud800":1}', 400), (rb'{"name":"ann","password":"\udfff"}', 400),
+    (rb'{"name":"a\u0000nn","password":"long-Secret-123"}', 400), (rb'{"name":"ann\ud83d\ude00","password":"long-Secret-123"}', 401)])
+def test_anonymous_nonsense_is_refused_on_the_wire_and_logged_nowhere(address, body, status, caplog):
+    """X22"""
+    received = raw(address, request_bytes("POST", "/api/v1/login", body, "Content-Type: application/json", user=None) + GET_ROOT, wait=1)
+    assert statuses(received) == [status, 200]
+    assert [record.message for record in caplog.records] == ["login failed"] * (status == 401)
+
+
 def test_the_description_fits_the_routes(call):
     """OpenAPI, generated"""
     document = call("GET", "/api/v1/openapi.json", user=None).json()
