@@ -1831,11 +1831,12 @@ def storage_error(error: OSError) -> CloudError:
 # Two calls, read and write, and no open transaction ever spans a round trip: what holds for SQLite here can
 # hold for a database behind a network.
 #
-# 1. A batch is guards, a journal line and a body.  Guards are SELECTs that return a reason where they fail; they
-#    run first, so a batch that conflicts has written nothing.
+# 1. A batch is guards, a journal line and a body.  Guards are SELECTs that return a reason where they fail.  Each
+#    batch has a savepoint: one that is refused, by whatever and whenever, leaves nothing and takes nobody with it.
 # 2. Every batch with a journal line draws the next seq; inside its body (SELECT max(seq) FROM journal) is that seq.
 #    Its line has a random tag: two databases with the same tag at a seq have the same past up to there, others have not.
 # 3. The caller who finds no commit under way commits for all who wait: one BEGIN, one fsync, then all are answered.
+#    No body reads the database on its way: the connection that writes is the only one at work.
 # 4. Between processes a lock file queues commits, and checkpoints happen inside commits: the two never overlap.
 # 5. Ids and times come from the process as parameters, never from the database.
 
@@ -2053,6 +2054,7 @@ class Batch:
     op: tuple[str, str] | None = None            # (id a client chose, digest of what it asked)
     result: str | None = None                    # what to answer if the client asks again
     changes: Sequence[Change] = ()               # what its body does to the tree, for who asked
+    frees: bool = False                          # it gives room back: on a full disk the reserve makes it possible
     seq: int = 0                                 # set when it is committed,
     tag: str = ""                                # with this
 
@@ -2071,10 +2073,12 @@ class Database:
     def __init__(self, path: Path, clock: Clock) -> None:
         """Open, making or migrating the file if need be.  raises CloudError, sqlite3.Error, OSError"""
         self.path, self.clock = path, clock
+        self.reserve = Reserve(path.parent / "reserve")
         self._lock = FileLock(path.parent / "write.lock")
         self._idle: deque[sqlite3.Connection] = deque()      # connections for reading
         self._queue: deque[_Ticket] = deque()
-        self._turn = threading.Lock()
+        self._turn = threading.Condition()                   # of the queue, and of _committing
+        self._committing = False
         self.broken = ""                                    # why nothing is written any more (R4)
         self._index: bool | None = None                      # is there an index of names?
         self._last_id = 0
@@ -2088,10 +2092,7 @@ class Database:
 
     def read(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of one SELECT, as of the last commit.  raises CloudError"""
-        try:
-            db = self._idle.pop()
-        except IndexError:
-            db = self._connect()
+        db = self._reader()
         try:
             return db.execute(sql, params).fetchall()
         except sqlite3.Error as error:
@@ -2102,15 +2103,30 @@ class Database:
     @contextmanager
     def snapshot(self) -> Iterator[Callable[..., Iterator[tuple[Any, ...]]]]:
         """Several SELECTs that see the same commit: with db.snapshot() as read: for row in read(sql, params)."""
-        db = self._idle.pop() if self._idle else self._connect()
+        db = self._reader()
         try:
             db.execute("BEGIN")
             yield lambda sql, params=(): db.execute(sql, params)
         except sqlite3.Error as error:
             raise database_error(error) from error
         finally:
-            db.execute("COMMIT")
-            self._idle.append(db)
+            self._give_back(db)
+
+    def _reader(self) -> sqlite3.Connection:
+        """An idle connection for reading, or one more.  raises CloudError, for the one request that wanted it"""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            pass
+        try:
+            return self._connect()
+        except sqlite3.Error as error:
+            raise database_error(error) from error
+
+    def _give_back(self, db: sqlite3.Connection) -> None:
+        if db.in_transaction:
+            db.rollback()                        # it read: there is nothing to lose
+        self._idle.append(db)
 
     def each(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> Iterator[tuple[Any, ...]]:
         """The rows of one SELECT as they are asked for, all of one moment; not to be held longer than needed."""
@@ -2184,7 +2200,10 @@ class Database:
         return rows[0][0] if rows else None
 
     def close(self) -> None:
-        with self._turn, self._locked():
+        with self._turn:
+            while self._committing:
+                self._turn.wait()
+        with self._locked():
             for db in self._idle:
                 db.close()
             self._writer.close()
@@ -2193,59 +2212,87 @@ class Database:
     # ---- committing (invariants 1 to 4)
 
     def _commit(self, batch: Batch) -> None:
+        """Queue a batch and come back when it is settled, committing for all who wait if nobody else does (invariant 3)."""
         ticket = _Ticket(batch)
-        self._queue.append(ticket)
+        with self._turn:
+            self._queue.append(ticket)
         while not ticket.settled:
             with self._turn:
-                if not ticket.settled:
-                    self._commit_group([self._queue.popleft() for _ in range(min(len(self._queue), GROUP_LIMIT))])
+                while self._committing and not ticket.settled:
+                    self._turn.wait()
+                if ticket.settled:
+                    break
+                self._committing = True
+            try:
+                self._commit_group([self._queue.popleft() for _ in range(min(len(self._queue), GROUP_LIMIT))])
+            finally:
+                with self._turn:
+                    self._committing = False
+                    self._turn.notify_all()
         if ticket.error is not None:
             raise ticket.error
 
     def _commit_group(self, group: list[_Ticket]) -> None:
-        """One transaction for all; if a body fails, which is rare, one for each."""
+        """One transaction for all, and for those that give room back another one with the reserve's if the disk is full."""
         try:
-            if self.broken:
-                raise CloudError("storage-failed", self.broken)
-            with self._locked():
-                self._transact(group)
+            self._transact(group)
         except Exception as error:
-            if len(group) > 1 and isinstance(error, Conflict):
-                for ticket in group:
-                    ticket.error = None
-                    self._commit_group([ticket])
-                return
+            freeing = [ticket for ticket in group if ticket.batch.frees]
             for ticket in group:
-                ticket.error = ticket.error or error
+                ticket.error = error
+            if freeing and isinstance(error, CloudError) and error.kind == "disk-full" and self.reserve.give_up():
+                for ticket in freeing:
+                    ticket.error = None
+                try:
+                    self._transact(freeing)
+                except Exception as again:
+                    for ticket in freeing:
+                        ticket.error = again
         for ticket in group:
             ticket.settled = True
 
     def _transact(self, group: list[_Ticket]) -> None:
+        """Commit some batches; notes the errors of those that are refused.  raises what takes them all"""
+        if self.broken:
+            raise CloudError("storage-failed", self.broken)
         db = self._writer
-        try:
-            db.execute("BEGIN IMMEDIATE")
-            for ticket in group:
-                try:
-                    self._apply(db, ticket.batch)
-                except CloudError as refused:
-                    ticket.error = refused               # by a guard, before anything was written
-                except _Failed as failed:
-                    ticket.error = Conflict(str(failed))
-            db.execute("COMMIT")
-        except BaseException as error:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            if isinstance(error, sqlite3.IntegrityError):
-                raise Conflict(str(error)) from error    # a unique index guards too
-            if isinstance(error, sqlite3.Error):
+        with self._locked():
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                for ticket in group:
+                    ticket.error = self._try(db, ticket.batch)
+                db.execute("COMMIT")
+            except BaseException as error:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                if not isinstance(error, sqlite3.Error):
+                    raise
                 refusal = database_error(error)
                 if refusal.kind == "storage-failed":
                     self.broken = "a write failed; the server must be restarted and verified"
                 raise refusal from error
-            raise
+
+    def _try(self, db: sqlite3.Connection, batch: Batch) -> Exception | None:
+        """Apply a batch within the transaction, or leave no trace of it and return why (invariant 1)."""
+        db.execute("SAVEPOINT batch")
+        try:
+            self._apply(db, batch)
+            refusal = None
+        except _Failed as failed:
+            refusal = Conflict(str(failed))
+        except sqlite3.IntegrityError as error:              # a unique index guards, too
+            refusal = Conflict(str(error))
+        except Exception as error:
+            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, FAULTS):
+                raise                                        # of the disk or the file: it takes the whole group
+            refusal = error
+        if refusal is not None:
+            db.execute("ROLLBACK TO batch")
+        db.execute("RELEASE batch")
+        return refusal
 
     def _apply(self, db: sqlite3.Connection, batch: Batch) -> None:
-        """raises _Failed or CloudError before, sqlite3.Error after the first change"""
+        """raises _Failed, CloudError, sqlite3.Error, and what its rows raise"""
         if batch.op:
             for seq, digest in db.execute("SELECT seq, digest FROM op WHERE id = ?", batch.op[:1]):
                 raise Replayed(seq, digest == batch.op[1])
@@ -2336,6 +2383,38 @@ class Database:
 
 class _Failed(Exception):
     """A guard did not hold."""
+
+
+FAULTS = (sqlite3.ProgrammingError, sqlite3.DataError, sqlite3.NotSupportedError)        # of a statement, not of the disk
+
+
+class Reserve:
+    """A file that does nothing but take up room, for the moment when a full disk would keep the database from freeing some (R18)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def keep(self, size: int) -> None:
+        """Have it, as far as the disk has room for it; what it once gave up comes back so."""
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                missing = size - file.tell()
+                while missing > 0:
+                    missing -= file.write(os.urandom(min(missing, MiB)))       # no file system can store that in less
+                os.fsync(file.fileno())
+        except OSError as error:
+            log.info("the reserve for a full disk is not whole: %s", error.strerror)
+
+    def give_up(self) -> bool:
+        """Give its room to the database; False if there is none to give."""
+        try:
+            with open(self.path, "r+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.truncate(0)
+                os.fsync(file.fileno())
+        except OSError:
+            return False
+        return size > 0
 
 
 class Replayed(CloudError):
