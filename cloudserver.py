@@ -1949,7 +1949,13 @@ CREATE INDEX journal_server ON journal (seq) WHERE action IN
 VERSION_3 = """
 ALTER TABLE journal ADD COLUMN tag TEXT NOT NULL DEFAULT '';        -- random: no other history has this seq with this tag
 """
-MIGRATIONS = [VERSION_2, VERSION_3]     # MIGRATIONS[0] leads from version 1 to 2
+VERSION_4 = """
+ALTER TABLE account ADD COLUMN fed INTEGER NOT NULL DEFAULT 0;     -- what is gone since an older seq is not known any more
+ALTER TABLE loose ADD COLUMN root INTEGER NOT NULL DEFAULT 0;      -- the collection that whoever sent it is limited to
+UPDATE entry SET fate = 'deleted' WHERE fate = 'purged' AND EXISTS (
+    SELECT 1 FROM entry l WHERE l.node = entry.node AND l.until IS NULL);
+"""
+MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4]         # MIGRATIONS[0] leads from version 1 to 2
 INDEXES = (  # made where SQLite can: parts of names; words of contents
     "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
     "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
@@ -2949,8 +2955,10 @@ def network_of(address: str) -> str:
 # bytes, then commits one batch; nothing it decided on can have changed by then, because guards restate it.
 # 3. The tree changes only through _batch(), which turns Changes into rows, sums and one journal line.
 # 4. Sums: a collection's row counts the live files below it, and its seq is the last write anywhere below.
-# 5. account.shape is raised whenever a collection leaves its place or a lock appears; a batch that was decided
-#    at the same shape may rely on its path and on the locks it saw.
+# 5. account.shape is raised whenever a collection leaves its place, a lock appears or history is given up; a batch
+#    that was decided at the same shape may rely on its path, on the locks and on the past it saw.
+# 6. What is given up for good (fate "purged") can neither be read nor brought back, and what is live is never given up:
+#    each statement that gives up says so itself.
 
 NODE = ("e.node, e.home, e.since, e.until, e.parent, e.name, e.kind, e.manifest, coalesce(c.size, e.size), e.mtime, "
         "e.media, e.rev, e.fate, c.seq, c.files")
@@ -2977,6 +2985,7 @@ class Spot(NamedTuple):
     rest: tuple[str, ...]        # names below chain that do not exist; () if the node does
     node: Node | None
     chunk: StoredChunk | None = None
+    guards: tuple["Statement", ...] = ()         # what was looked at on the way to a write, and must hold when it is done
 
     @property
     def parent(self) -> int:
@@ -3279,7 +3288,15 @@ class Tree:
             (node, who.root))
         if not rows or rows[-1][0] != who.root:
             raise CloudError("not-found", "there is nothing of that id")
+        if who.scoped:
+            self._above(who.root)                        # a device whose collection is in the trash sees nothing
         return tuple(name for _, name in reversed(rows[:-1]))
+
+    def _path_or_none(self, who: Principal, node: int) -> tuple[str, ...] | None:
+        try:
+            return self.path_of(who, node)
+        except CloudError:
+            return None
 
     def walk(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Node]]:
         """Everything below a path, (path from there, node), collections before what they hold."""
@@ -3323,14 +3340,19 @@ class Tree:
         if who.readonly:
             raise CloudError("forbidden", "this device may only read")
 
-    def _admit(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> None:
-        """Check conditions and locks for a change of what is at a path, or of what shall be there."""
+    def _admit(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> Spot:
+        """Check conditions and locks for a change of what is at a path, or of what shall be there; returns the spot with
+        the guards that restate them."""
         if given is not ANY:
-            self._check_conditions(who, spot, path, given)
+            spot = self._check_conditions(who, spot, path, given)
         if spot.locked:
             self._check_locks(who, spot, given)
+        return spot
 
-    def _check_conditions(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> None:
+    def _check_conditions(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> Spot:
+        """Refuse unless what a request demands of the present state holds; returns the spot with guards that restate it (R14)."""
+        if given is ANY:
+            return spot
         node = spot.node
         if given.if_match:
             if node is None or not ("*" in given.if_match or node.etag in given.if_match):
@@ -3342,16 +3364,25 @@ class Tree:
                 raise CloudError("twin", "the same name is there in another Unicode form")
             if "*" in given.if_none_match or node.etag in given.if_none_match:
                 raise CloudError("precondition-failed", "it is there already")
-        if given.lists and not any(self._holds(who, path, *conditions) for conditions in given.lists):
-            raise CloudError("precondition-failed", "the If field does not hold")
+        guards = [unchanged(spot)] if node else []       # a name that must be free is guarded by its index
+        if given.lists:
+            held = next(filter(None, (self._holds(who, path, *conditions) for conditions in given.lists)), None)
+            if held is None:
+                raise CloudError("precondition-failed", "the If field does not hold")
+            guards += held
+        return spot._replace(guards=spot.guards + tuple(guards))
 
     def _holds(self, who: Principal, path: tuple[str, ...], other: tuple[str, ...] | None,
-               conditions: tuple[tuple[bool, str, str], ...]) -> bool:
-        """Does one list of an If field hold for its resource? (RFC 4918 s10.4.3)"""
+               conditions: tuple[tuple[bool, str, str], ...]) -> list[Statement] | None:
+        """The guards that restate one list of an If field; None if it does not hold for its resource (RFC 4918 s10.4.3)."""
         spot = self._spot(who, path if other is None else other)
         tokens = {lock.token for lock in self._covering(spot, self._locks(spot))} if spot.locked else set()
         etag = spot.node.etag if spot.node else None
-        return all(wanted == (value in tokens if kind == "token" else value == etag) for wanted, kind, value in conditions)
+        if not all(wanted == (value in tokens if kind == "token" else value == etag) for wanted, kind, value in conditions):
+            return None
+        return [unchanged(spot), *(Statement("SELECT 'lock' WHERE NOT EXISTS (SELECT 1 FROM lock WHERE token = ? AND due > ?)",
+                                             (value, self.clock.due()))
+                                   for wanted, kind, value in conditions if wanted and kind == "token")]
 
     def _locks(self, spot: Spot) -> list[Lock]:
         return [Lock._make(row) for row in self.db.read("SELECT * FROM lock WHERE home = ? AND due > ?",
@@ -3380,7 +3411,7 @@ class Tree:
         shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
         for lock in held:
             if lock.token not in mine and (lock.exclusive or lock.node not in shared):
-                raise CloudError("locked", "it is locked", path=self.path_of(who, lock.node))
+                raise CloudError("locked", "it is locked", path=self._path_or_none(who, lock.node))
 
     def _above_or_none(self, node: int) -> tuple[int, ...]:
         try:
@@ -3447,7 +3478,7 @@ class Tree:
         self._check_place(spot, path, parents)
         if spot.node and spot.node.kind:
             raise CloudError("conflict", "a collection is at this path")
-        self._admit(who, spot, path, given)
+        spot = self._admit(who, spot, path, given)
         self._check_space(spot, size - (spot.node.size if spot.node else 0), size)
         return spot
 
@@ -3538,7 +3569,7 @@ class Tree:
             self._check_place(spot, path, parents)
             if spot.node:
                 raise CloudError("exists", "there is something at this path already")
-            self._admit(who, spot, path, given)
+            spot = self._admit(who, spot, path, given)
             self._check_space(spot, 0, 1)
             made, chain = self._make_parents(spot)
             node = self._new_collection(spot.home, chain[-1], path[-1])
@@ -3554,23 +3585,22 @@ class Tree:
         self._require(who)
 
         def attempt() -> Batch:
-            spots = [(path, self._spot(who, path)) for path in outermost(paths)]
-            for path, spot in spots:
-                self._admit_removal(who, spot, path, given)
-            changes = [self._removal(self._found(spot), spot) for _, spot in spots]
-            return self._batch(who, spots[0][1], "delete", name_paths(paths), changes,
-                               self._drop_locks(spots[0][1], *(change.before for change in changes)))
+            spots = [self._admit_removal(who, self._spot(who, path), path, given) for path in outermost(paths)]
+            changes = [self._removal(spot.node, spot) for spot in spots]
+            return self._batch(who, together(spots), "delete", name_paths(paths), changes,
+                               self._drop_locks(spots[0], *(change.before for change in changes)))
 
         return self.db.write(attempt).seq
 
-    def _admit_removal(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> None:
-        """What must hold for a node to leave its place."""
+    def _admit_removal(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> Spot:
+        """What must hold for a node to leave its place; returns the spot with the guards that restate it."""
         self._found(spot)
         if not path:
             raise CloudError("forbidden", "the root stays where it is")
-        self._check_conditions(who, spot, path, given)
+        spot = self._check_conditions(who, spot, path, given)
         if spot.locked:
             self._check_locks(who, spot, given, below=True, member=True)
+        return spot
 
     def _removal(self, node: Node, spot: Spot) -> Change:
         return Change(node, None, spot.chain, (), "deleted")
@@ -3594,13 +3624,12 @@ class Tree:
         def attempt() -> Batch:
             changes, spots, taken = [], [], set()
             for source, target in pairs:
-                here = self._spot(who, source)
-                self._admit_removal(who, here, source, given)
+                here = self._admit_removal(who, self._spot(who, source), source, given)
                 there, target, removal = self._make_room(who, here.node, source, target, given, clash, taken)
                 after = here.node._replace(parent=there.parent, name=target[-1])
                 changes += [*removal, Change(here.node, after, here.chain, there.chain, "moved")]
                 spots.append(here)
-            return self._batch(who, spots[0], "move", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])},
+            return self._batch(who, together(spots), "move", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])},
                                changes, self._drop_locks(spots[0], *(change.before for change in changes)))
 
         return self._arrivals(self.db.write(attempt))
@@ -3666,11 +3695,11 @@ class Tree:
         self._require(who)
 
         def attempt() -> Batch:
-            changes, extra, taken = [], [], set()
+            changes, extra, spots, taken = [], [], [], set()
             for source, target in pairs:
-                here = self._spot(who, source)
+                here = self._check_conditions(who, self._spot(who, source), source, given)
+                spots.append(here)
                 node = self._found(here)
-                self._check_conditions(who, here, source, given)
                 there, target, removal = self._make_room(who, node, source, target, given, clash, taken)
                 if there.node and there.node.node == node.node:
                     raise CloudError("same-place", "source and destination are one")
@@ -3678,7 +3707,7 @@ class Tree:
                 self._check_space(there, plan.size - sum(change.before.size for change in removal), 1)
                 changes += [*removal, Change(None, plan.top, (), there.chain)]
                 extra += [*plan.statements(), *self._drop_locks(there, *(change.before for change in removal))]
-            return self._batch(who, there, "copy", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])},
+            return self._batch(who, together(spots), "copy", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])},
                                changes, extra)
 
         with self._heavy(who):
@@ -3711,7 +3740,7 @@ class Tree:
         def attempt() -> Batch:
             spot = self._spot(who, path)
             node = self._found(spot)
-            self._admit(who, spot, path, given)
+            spot = self._admit(who, spot, path, given)
             self._check_properties(node, properties or {})
             changes = [] if mtime in (None, node.mtime) else [
                 Change(node, node._replace(mtime=mtime, rev=0), spot.chain, spot.chain)]
@@ -3747,7 +3776,7 @@ class Tree:
         def attempt() -> Batch:
             spot = self._spot(who, path)
             self._check_place(spot, path)
-            self._check_conditions(who, spot, path, given)
+            spot = self._check_conditions(who, spot, path, given)
             if spot.locked:
                 self._check_lock_conflict(who, spot, exclusive, deep)
             node, changes = spot.node, []
@@ -3764,7 +3793,7 @@ class Tree:
                 *(self._store_rows(empty) if changes else ()),
                 Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (spot.home, now)),
                 Statement("INSERT INTO lock VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", granted[-1]),
-                Statement("UPDATE account SET shape = shape + 1 WHERE id = ?", (spot.home,))])
+                raise_shape(spot.home)])
 
         granted: list[Lock] = []
         batch = self.db.write(attempt)
@@ -3777,20 +3806,26 @@ class Tree:
             near += [lock for lock in locks if spot.node.node in self._above_or_none(lock.node)]
         for lock in near:
             if exclusive or lock.exclusive:
-                raise CloudError("lock-conflict", "it is locked", path=self.path_of(who, lock.node))
+                raise CloudError("lock-conflict", "it is locked", path=self._path_or_none(who, lock.node))
         if len(locks) >= 10_000:
             raise CloudError("busy", "this account has 10000 locks")
 
     def refresh(self, who: Principal, path: tuple[str, ...], tokens: frozenset[str], seconds: int) -> Lock:
         """Start the time of a lock anew.  raises CloudError precondition-failed if none of the tokens holds the node"""
-        spot = self._spot(who, path)
-        for lock in self._covering(spot, self._locks(spot)):
-            if lock.token in tokens and lock.account == who.account:
-                fresh = lock._replace(seconds=seconds, due=self.clock.due() + seconds * 1000)
-                self.db.run(Statement("UPDATE lock SET seconds = ?, due = ? WHERE token = ?",
-                                      (fresh.seconds, fresh.due, fresh.token)))
-                return fresh
-        raise CloudError("precondition-failed", "there is no such lock on this")
+        fresh: list[Lock] = []
+
+        def attempt() -> Batch:
+            spot = self._spot(who, path)
+            lock = next((lock for lock in self._covering(spot, self._locks(spot))
+                         if lock.token in tokens and lock.account == who.account), None)
+            if lock is None:
+                raise CloudError("precondition-failed", "there is no such lock on this")
+            fresh[:] = [lock._replace(seconds=seconds, due=self.clock.due() + seconds * 1000)]
+            return Batch([Statement("UPDATE lock SET seconds = ?, due = ? WHERE token = ?", (seconds, fresh[0].due, lock.token))],
+                         [Statement("SELECT 'lock' WHERE NOT EXISTS (SELECT 1 FROM lock WHERE token = ?)", (lock.token,))])
+
+        self.db.write(attempt)
+        return fresh[0]
 
     def unlock(self, who: Principal, path: tuple[str, ...], token: str) -> None:
         """End a lock.  raises CloudError no-token if it does not hold the node, forbidden if it is another's"""
@@ -3834,16 +3869,16 @@ class Tree:
 
     # ---- the brake: a device that destroys much in little time is held until somebody looks
 
-    def _brake(self, who: Principal, changes: Sequence[Change]) -> list[Statement]:
+    def _brake(self, who: Principal, destroyed: Iterable[tuple[Node, Node | None]]) -> list[Statement]:
         """Count what a device deletes and overwrites; returns the statement that notes it.  raises CloudError held
 
+        destroyed   (what was, what takes its place or None), whichever verb does it
         What it made itself within the window does not count, nor does a file that it overwrites once more.
         """
         recent = self.clock.wall() - BRAKE_WINDOW
-        gone = [change for change in changes if change.before and change.before.created < recent]
-        deletes = sum(change.before.files if change.before.kind else 1 for change in gone if change.after is None)
-        overwrites = sum(change.before.kind == FILE and change.after.manifest != change.before.manifest
-                         for change in gone if change.after)
+        gone = [(before, after) for before, after in destroyed if before.created < recent]
+        deletes = sum(before.files if before.kind else 1 for before, after in gone if after is None)
+        overwrites = sum(before.kind == FILE and after.manifest != before.manifest for before, after in gone if after)
         if not deletes + overwrites:
             return []
         now, brake = self.clock.due(), self._brake_of(who)
@@ -3899,15 +3934,13 @@ class Tree:
         sums    {collection: [bytes, files]} if they were added up already; the changes then name no collections
         """
         guards = [Statement("SELECT 'shape' WHERE (SELECT shape FROM account WHERE id = ?) IS NOT ?",
-                            (spot.home, spot.shape))]
+                            (spot.home, spot.shape)), *spot.guards]
         ends, begins, sums = [], [], {} if sums is None else sums
         growth, loose = -credit, False
         for change in changes:
             before, after = change.before, change.after
             if before:
-                guards.append(Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry "
-                                        "WHERE home = ? AND since = ? AND node = ? AND until IS NULL)",
-                                        (before.home, before.since, before.node)))
+                guards.append(still_there(before))
                 ends.append((change.fate, before.home, before.since, before.node))
                 loose |= bool(before.kind) and (after is None or (after.parent, after.name) != (before.parent, before.name))
                 if before.kind and (after is None or after.parent != before.parent):     # its sums leave the chain with it
@@ -3925,7 +3958,9 @@ class Tree:
                 "SELECT 'quota' FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ? AND a.quota IS NOT NULL "
                 "AND r.size + ? + (SELECT " + RESERVED + " FROM upload WHERE home = a.id AND done IS NULL) > a.quota",
                 (spot.home, growth)))
-        body = [*extra, *self._brake(who, changes)] if ends and who.means == "token" else [*extra]
+        body = [*extra]
+        if ends and who.means == "token":
+            body += self._brake(who, [(change.before, change.after) for change in changes if change.before])
         if ends:
             body.append(Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? "
                                   "WHERE home = ? AND since = ? AND node = ?", ends, many=True))
@@ -3940,8 +3975,9 @@ class Tree:
         body.append(Statement("UPDATE collection SET seq = (SELECT max(seq) FROM journal), size = size + ?, files = files + ? "
                               "WHERE node = ?", [(*sum, node) for node, sum in sums.items()], many=True))
         if loose:
-            body.append(Statement("UPDATE account SET shape = shape + 1 WHERE id = ?", (spot.home,)))
-        return Batch(body, guards, Line(spot.home, who, action, detail), changes=changes, op=self.op)
+            body.append(raise_shape(spot.home))
+        return Batch(body, list(dict.fromkeys(guards)), Line(spot.home, who, action, detail), changes=changes, op=self.op,
+                     frees=not begins)
 
     def _count(self, sums: dict[int, list[int]], chain: tuple[int, ...], size: int, files: int) -> None:
         for node in chain:
@@ -3950,10 +3986,51 @@ class Tree:
             sum[1] += files
 
 
+def unchanged(spot: Spot) -> Statement:
+    """The guard that says: what is at a spot, or that nothing is, is as it was when somebody looked."""
+    node = spot.node
+    if node is None:
+        return Statement("SELECT 'changed' FROM entry WHERE parent = ? AND key = ? AND until IS NULL",
+                         (spot.parent, key_of(spot.rest[0])))
+    if node.kind:
+        return Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM collection WHERE node = ? AND seq = ?)", (node.node, node.seq))
+    return still_there(node)
+
+
+def still_there(node: Node) -> Statement:
+    """The guard that says: this very entry is what the node is now."""
+    return Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry WHERE home = ? AND since = ? AND node = ? "
+                     "AND until IS NULL)", (node.home, node.since, node.node))
+
+
+def raise_shape(home: int) -> Statement:
+    """Whatever was decided about paths, locks or history of a home before this is decided anew (invariant 5)."""
+    return Statement("UPDATE account SET shape = shape + 1 WHERE id = ?", (home,))
+
+
+def give_up(rows: Sequence[tuple[int, int, int]]) -> list[Statement]:
+    """Mark deleted entries (home, since, node) as given up for good: only the last of what a node was, and none that is back."""
+    return [Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND since = ? AND node = ? AND fate = 'deleted' AND "
+                      + IS_LAST, rows, many=True)]
+
+
+IS_GIVEN_UP = (  # was the collection that an entry hangs in given up?
+    "EXISTS (SELECT 1 FROM entry g WHERE g.node = entry.parent AND g.fate = 'purged') "
+    "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.parent AND l.until IS NULL)")
+IS_LAST = (  # is an entry the last that its node had, and the node not live?
+    "NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.until IS NULL) "
+    "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.since >= entry.until AND l.until IS NOT NULL)")
+
+
 def new_lock_token() -> str:
     """A random UUID as a URI (RFC 4918 s6.5)."""
     digits = secrets.token_hex(16)
     return "urn:uuid:%s-%s-4%s-a%s-%s" % (digits[:8], digits[8:12], digits[13:16], digits[17:20], digits[20:])
+
+
+def together(spots: Sequence[Spot]) -> Spot:
+    """The first of several spots, with the guards of them all."""
+    return spots[0]._replace(guards=tuple(guard for spot in spots for guard in spot.guards))
 
 
 def outermost(paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -3985,6 +4062,7 @@ def cut_text(text: str, size: int) -> str:
     return text.encode()[:size].decode("utf-8", "ignore")
 
 
+UNPURGED = " AND NOT EXISTS (SELECT 1 FROM entry g WHERE g.node = e.node AND g.fate = 'purged')"      # of an ended entry e
 CHILDREN_AT = (  # what a collection held as of a seq: :parent, :seq
     "SELECT node, kind, name, key, manifest, size, mtime, media, rev, since FROM entry "
     "WHERE parent = :parent AND until IS NULL AND since <= :seq "
@@ -4144,12 +4222,17 @@ STEP = (  # the columns of Step, and where they come from
 
 
 class _Past:
-    """The tree below a collection as of a seq, node by node."""
+    """The tree below a collection as of a seq, node by node.
 
-    def __init__(self, read: Callable[..., Iterator[tuple[Any, ...]]], top: int, seq: int) -> None:
-        self.read, self.top, self.seq = read, top, seq
+    What was given up for good was never there: one purged entry hides all entries of its node.  Only the feed of
+    changes sees it, to tell that it is gone (`purged`).
+    """
+
+    def __init__(self, read: Callable[..., Iterator[tuple[Any, ...]]], top: int, seq: int, *, purged: bool = False) -> None:
+        self.read, self.top, self.seq, self.ended = read, top, seq, "" if purged else UNPURGED
         self._nodes: dict[int, Node | None] = {}
         self._paths: dict[int, tuple[str, ...] | None] = {top: ()}
+        self._whole = self if purged else None           # this moment with what was given up
 
     def node(self, id: int) -> Node | None:
         """The node as it was; None if it was not, or not any more."""
@@ -4169,7 +4252,7 @@ class _Past:
             "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE " + where
             + " AND e.until IS NULL AND e.since <= :seq UNION ALL "
             "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE " + where
-            + " AND e.until > :seq AND e.since <= :seq", {**params, "seq": self.seq}))
+            + " AND e.until > :seq AND e.since <= :seq" + self.ended, {**params, "seq": self.seq}))
 
     def would_come_along(self, then: _Past, id: int) -> bool:
         """Does it hang below a collection that was here `then`, though that is deleted or elsewhere by now?"""
@@ -4207,6 +4290,11 @@ class _Past:
         """The node if it was somewhere below the collection."""
         return None if self.path(id) is None else self.node(id)
 
+    def is_lost(self, id: int) -> bool:
+        """Was a node here that can never be brought back here: it, or what held it, was given up for good?"""
+        self._whole = self._whole or _Past(self.read, self.top, self.seq, purged=True)
+        return self.path(id) is None and self._whole.path(id) is not None
+
 
 class Reversal:
     """Brings nodes back to states they had, in one batch, however many they are.
@@ -4218,6 +4306,7 @@ class Reversal:
 
     def __init__(self, read: Callable[..., Iterator[tuple[Any, ...]]], root: int) -> None:
         self.read, self.root = read, root
+        self.destroyed: list[tuple[Node, Node | None]] = []      # (what is overwritten or removed, what takes its place)
         self.parents: dict[int, int | None] = {}         # None: not live
         self.sums: dict[int, list[int]] = {}
         self.ends: list[tuple[str, int, int, int]] = []          # (fate, home, since, node)
@@ -4229,6 +4318,7 @@ class Reversal:
         """Bring a node back to `then`, below a live `parent`, under its name or another."""
         if now:
             self._end(now, "moved" if then.manifest == now.manifest else "replaced")
+            self.destroyed.append((now, then))
         fresh = int(now is None or then.manifest != now.manifest or then.mtime != now.mtime)
         self.begins.append((parent, name, name and key_of(name), fresh, then.home, then.since, then.node))
         self.parents[then.node] = parent
@@ -4236,6 +4326,7 @@ class Reversal:
 
     def remove(self, now: Node) -> None:
         """Put a live node into the trash."""
+        self.destroyed.append((now._replace(files=now.files + self.sums.get(now.node, (0, 0))[1]) if now.kind else now, None))
         self._end(now, "deleted")
         self.parents[now.node] = None
 
@@ -4297,12 +4388,13 @@ class History(Tree):
             (head,), = read("SELECT max(seq) FROM journal")
             if since > head:
                 raise CloudError("other-history", WENT_BACK)
-            if since < self.oldest_seq():
+            (fed,), = read("SELECT fed FROM account WHERE id = ?", (top.home,))
+            if since < max(fed, self.oldest_seq()):
                 raise CloudError("gone", "what happened since then is not known any more; read everything anew")
             reached = min([head, *(seq for column in ("since", "until") for (seq,) in read(
                 "SELECT %s FROM entry WHERE home = ? AND %s > ? ORDER BY %s LIMIT 1 OFFSET ?" % ((column,) * 3),
                 (top.home, since, limit)))])
-            then, now = _Past(read, top.node, since), _Past(read, top.node, head)
+            then, now = _Past(read, top.node, since, purged=True), _Past(read, top.node, head)
             ids = [id for (id,) in read(
                 "SELECT node FROM entry WHERE home = ? AND since > ? AND since <= ? "
                 "UNION SELECT node FROM entry WHERE home = ? AND until > ? AND until <= ?",
@@ -4316,7 +4408,7 @@ class History(Tree):
     def _was_in_sight(self, read: Callable[..., Iterator[tuple[Any, ...]]], top: int, node: int, since: int) -> bool:
         """Did a node come and go after `since`?  Who made it knows of it, and has to be told."""
         ends = list(read("SELECT until FROM entry WHERE node = ? AND until > ?", (node, since)))
-        return any(_Past(read, top, until - 1).path(node) is not None for until, in ends)
+        return any(_Past(read, top, until - 1, purged=True).path(node) is not None for until, in ends)
 
     def _with_what_came_along(self, ids: list[int], then: _Past, now: _Past) -> list[int]:
         """Touched nodes, and what lies in collections that came into sight whole: from the trash, or from elsewhere."""
@@ -4404,6 +4496,7 @@ class History(Tree):
 
     def past(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, list[Node]]:
         """The node that was at a path as of a seq and what it held.  raises CloudError not-found, gone"""
+        self._root_spot(who)
         with self.db.snapshot() as read:
             past = _Past(read, who.root, seq)
             node = self._past_node(past, path)
@@ -4442,7 +4535,7 @@ class History(Tree):
             "UNION SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NOT NULL) v "
             "LEFT JOIN journal j ON j.seq = v.rev LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device "
             "LEFT JOIN pin p ON p.node = :node AND p.rev = v.rev ORDER BY v.rev DESC", {"node": node.node})
-        found = [Version._make(row) for row in rows]
+        found = [version for version in map(Version._make, rows) if self._was_within(who, node.node, version.rev)]
         return [version for version, older in itertools.zip_longest(found, found[1:])
                 if older is None or older.manifest != version.manifest or version.name]
 
@@ -4452,10 +4545,33 @@ class History(Tree):
         rows = self.db.read("SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.rev = :rev "
                             "AND e.kind = 0 AND (e.node = :node AND e.until IS NULL OR e.node = :node AND e.until IS NOT NULL) "
                             "ORDER BY e.since LIMIT 1", {"rev": rev, "node": live.node})
-        if not rows:
+        if not rows or not self._was_within(who, live.node, rev):
             raise CloudError("not-found", "there is no such version")
         node = Node._make(rows[0])._replace(name=live.name)
         return node, self._content(node)
+
+    def _was_within(self, who: Principal, node: int, rev: int) -> bool:
+        """Did a file lie below the root of `who` at any moment while it had the content of `rev`?"""
+        if not who.scoped:
+            return True
+        pending = [(parent, since, until) for since, until, parent, content in self._stays(node) if content == rev]
+        seen = set(pending)
+        while pending:                                   # upwards, each time for as long as what is below was there
+            above, start, stop = pending.pop()
+            if above == who.root:
+                return True
+            for since, until, parent, _ in self._stays(above):
+                stay = parent, max(start, since), min(stop, until)
+                if parent is not None and stay[1] < stay[2] and stay not in seen:
+                    seen.add(stay)
+                    pending.append(stay)
+        return False
+
+    def _stays(self, node: int) -> list[tuple[int, int, int | None, int]]:
+        """(since, until, parent, rev) of all that a node ever was."""
+        return self.db.read("SELECT since, :ever, parent, rev FROM entry WHERE node = :node AND until IS NULL UNION ALL "
+                            "SELECT since, until, parent, rev FROM entry WHERE node = :node AND until IS NOT NULL",
+                            {"node": node, "ever": 1 << 62})
 
     def restore_version(self, who: Principal, path: tuple[str, ...], rev: int, given: Preconditions = ANY) -> Node:
         """Make an old content the present one; the present one becomes a version."""
@@ -4464,7 +4580,7 @@ class History(Tree):
         def attempt() -> Batch:
             spot = self._spot(who, path)
             node = self._found(spot)
-            self._admit(who, spot, path, given)
+            spot = self._admit(who, spot, path, given)
             old, _ = self.version(who, path, rev)
             self._check_space(spot, old.size - node.size, 1)
             after = node._replace(manifest=old.manifest, size=old.size, mtime=old.mtime, media=old.media, rev=0)
@@ -4548,8 +4664,7 @@ class History(Tree):
         """
         self._require(who)
         self._require_whole(who)
-        items = sorted(self._find_trashed(who, nodes), key=lambda item: len(item.path))
-        for item in items:
+        for item in self._find_trashed(who, nodes):
             if len(item.path) > 1 and item.node.parent not in nodes and self._path_or_none(who, item.node.parent) is None:
                 self._make_or_find(who, item.path[:-1])
 
@@ -4558,6 +4673,7 @@ class History(Tree):
                 (head,), = read("SELECT max(seq) FROM journal")
                 spot, taken = self._spot(who, ()), set()
                 plan = Reversal(read, who.root)
+                items = sorted(self._find_trashed(who, nodes), key=lambda item: len(item.path))
                 for item in items:
                     if self._is_live(item.node.node):
                         raise CloudError("conflict", "it is back already")
@@ -4570,7 +4686,7 @@ class History(Tree):
                 return self._reversal_batch(who, spot, head, plan, "restore", name_paths([item.path for item in items]))
 
         seq = self.db.write(attempt).seq
-        return seq, [self.path_of(who, item.node.node) for item in items]
+        return seq, [self.path_of(who, node) for node in dict.fromkeys(nodes)]
 
     def trashed(self, who: Principal, node: int) -> Trashed:
         """One of them.  raises CloudError not-found"""
@@ -4605,24 +4721,40 @@ class History(Tree):
     def empty_trash(self, who: Principal, *nodes: int) -> int:
         """Give up deleted nodes for good, all of them if none is named; returns how many.
 
-        They vanish at once; their bytes follow when the sweep has been.
+        They vanish at once; their bytes follow when the sweep has been.  A token cannot do this: whatever it deletes, the
+        owner can bring back for as long as history is kept (R13).
         """
         self._require(who)
         self._require_whole(who)
+        if who.means == "token":
+            raise CloudError("forbidden", "an app password cannot empty the trash; do so on the page")
         chosen = [item.node for item in (self._find_trashed(who, nodes) if nodes else self.trash(who, limit=1 << 40))]
         rows = [(node.home, node.since, node.node) for node in chosen]
-        self.db.write(lambda: Batch(
-            [Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND since = ? AND node = ? AND fate = 'deleted'", rows,
-                       many=True)],
-            line=Line(who.account, who, "empty-trash", {"count": len(rows)})))
+        self.db.write(lambda: Batch([*give_up(rows), raise_shape(who.account)], frees=True,
+                                    line=Line(who.account, who, "empty-trash", {"count": len(rows)})))
+        self.give_up_below((node.node, node.until) for node in chosen if node.kind)
         return len(rows)
+
+    def give_up_below(self, tops: Iterable[tuple[int, int]]) -> None:
+        """Mark all that hangs below collections (node, until) that were given up: nothing of it can be had at an earlier place."""
+        pending = list(tops)
+        while pending:
+            top, until = pending.pop()
+            rows = self.db.read("SELECT home, since, node, kind FROM entry WHERE parent = ? AND until IS NULL AND " + IS_GIVEN_UP
+                                + " LIMIT ?", (top, PIECE))
+            if rows:
+                marked = [(until, *row[:3]) for row in rows]
+                self.db.write(lambda: Batch([Statement(
+                    "UPDATE entry SET until = ?, fate = 'purged' WHERE home = ? AND since = ? AND node = ? AND until IS NULL AND "
+                    + IS_GIVEN_UP, marked, many=True), *map(raise_shape, {row[0] for row in rows})], frees=True))
+                pending += [(top, until), *((node, until) for _, _, node, kind in rows if kind)]
 
     # ---- undo and restore to a moment
 
     def undo(self, who: Principal, seq: int) -> tuple[int, int]:
         """Take back what one batch did; returns (seq of doing so, nodes left as they are because they changed since).
 
-        raises  CloudError not-found if there is nothing to take back, gone if that is too long ago
+        raises  CloudError not-found if there is nothing to take back, gone if that is too long ago, or given up for good
         """
         self._require_whole(who)
 
@@ -4641,6 +4773,8 @@ class History(Tree):
                     later.add(id)
                     id = now.node(id).parent
             mine = [id for id in touched if id not in later and differs(then.here(id), now.here(id))]
+            if not mine and any(then.is_lost(id) for id in touched):
+                raise CloudError("gone", "what this step removed was given up for good")
             return mine, len(touched) - len(mine)
 
         return self._revert(who, (), seq - 1, choose, "undo", {"seq": seq})
@@ -4653,11 +4787,21 @@ class History(Tree):
         def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
             mine = [id for id in now.touched_since(who.account, seq) if id != now.top and differs(then.here(id), now.here(id))
                     or not then.here(id) and now.would_come_along(then, id)]
+            mine = [id for id in mine if not then.is_lost(id) and self._may_bring_back(who, then, now, id)]
             return mine, sum(differs(then.here(id), now.here(id)) for id in mine)
 
         if dry:
             return 0, len(self.differences(who, path, seq))
         return self._revert(who, path, seq, choose, "rewind", {"path": "/".join(path), "to": seq})
+
+    def _may_bring_back(self, who: Principal, then: _Past, now: _Past, id: int) -> bool:
+        """May a device change this node by going back to `then`?  Only if it lies, or died, in what the device is limited to,
+        and lay nowhere else then."""
+        if not who.scoped:
+            return True
+        ended = list(now.read("SELECT max(until) FROM entry WHERE node = ? AND until IS NOT NULL", (id,)))[0][0]
+        last = _Past(now.read, who.root, now.seq if now.node(id) else (ended or 1) - 1)
+        return last.here(id) is not None and (then.node(id) is None or _Past(then.read, who.root, then.seq).here(id) is not None)
 
     def differences(self, who: Principal, path: tuple[str, ...], seq: int,
                     alive: Callable[[], None] = unwatched) -> list[Difference]:
@@ -4770,11 +4914,12 @@ class History(Tree):
     def _reversal_batch(self, who: Principal, spot: Spot, head: int, plan: Reversal, action: str,
                         detail: dict[str, Any]) -> Batch:
         """The batch of a Reversal planned at `head`; nothing in the home may have changed since."""
-        batch = self._batch(who, spot, action, detail, [], plan.statements())
+        brake = self._brake(who, plan.destroyed) if who.means == "token" else []
+        batch = self._batch(who, spot, action, detail, [], [*brake, *plan.statements()])
         batch.guards.append(Statement("SELECT 'changed' FROM account a JOIN collection c ON c.node = a.root "
                                       "WHERE a.id = ? AND c.seq > ?", (spot.home, head)))
         if plan.loose:
-            batch.body.append(Statement("UPDATE account SET shape = shape + 1 WHERE id = ?", (spot.home,)))
+            batch.body.append(raise_shape(spot.home))
         return batch
 
     def _require_whole(self, who: Principal) -> None:
@@ -4904,12 +5049,6 @@ class History(Tree):
         path = self._path_or_none(who, node)
         return [] if path is None else [(path, self._node(node))]
 
-    def _path_or_none(self, who: Principal, node: int) -> tuple[str, ...] | None:
-        try:
-            return self.path_of(who, node)
-        except CloudError:
-            return None
-
     def _node(self, id: int) -> Node:
         rows = self.db.read("SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
                             "WHERE e.node = ? AND e.until IS NULL", (id,))
@@ -4957,6 +5096,7 @@ class Draft:
         self.known: dict[str, int] = {}              # {hash: bytes} of chunks that steps may name
         self.used: set[str] = set()                  # those that they did name
         self.body: list[Statement] = []              # rows of manifests
+        self.guards: list[Statement] = []            # what steps looked at, and must hold when they are done
         self.sums: dict[int, list[int]] = {}
         self.growth = 0
         self._states: dict[int, tuple[Node | None, Node | None]] = {}
@@ -5000,6 +5140,11 @@ class Draft:
                 "WHERE e.parent = ? AND e.key = ? AND e.until IS NULL", place)
             self._places[place] = Node._make(rows[0]) if rows else None
         return self._places[place]
+
+    def rely_on(self, spot: Spot) -> None:
+        """What was checked at a spot must hold when the steps are done, unless a step before made it so."""
+        if spot.node and spot.node.node not in self._states:
+            self.guards += spot.guards
 
     def check_brake(self) -> None:
         """Before something is deleted or overwritten.  raises CloudError held"""
@@ -5078,6 +5223,7 @@ class Sync(History):
         raises  CloudError not-found, gone
         """
         seq = self.head() if seq is None else seq
+        self._root_spot(who)
         with self.db.snapshot() as read:
             top = self._past_node(_Past(read, who.root, seq), path)
         return seq, top, self._manifest(top, path, seq, chunks)
@@ -5160,15 +5306,15 @@ class Sync(History):
                 "SELECT h.hash, h.size FROM chunk h WHERE h.hash IN (" + marks(some) + ") AND h.bad IS NULL AND h.condemned IS NULL "
                 "AND (EXISTS (SELECT 1 FROM loose WHERE home = ? AND chunk = h.hash AND due > ?) OR " + OWNED + ")",
                 (*some, who.account, now, who.account, who.account)))
-        return {hash: size for hash, size in found.items() if self._is_within(who, hash)} if who.scoped else found
+        return {hash: size for hash, size in found.items() if self._is_within(who, hash, now)} if who.scoped else found
 
-    def _is_within(self, who: Principal, hash: str) -> bool:
-        """Is a chunk part of a live file below the root of a device that is limited to that?"""
+    def _is_within(self, who: Principal, hash: str, now: int) -> bool:
+        """Is a chunk part of a live file below the root of a device that is limited to that, or did such a device send it?"""
         nodes = self.db.read("SELECT node FROM entry WHERE manifest = :hash AND home = :home AND until IS NULL UNION "
                              "SELECT e.node FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest "
                              "WHERE m.chunk = :hash AND e.home = :home AND e.until IS NULL", {"hash": hash, "home": who.account})
         return any(who.root in self._above_or_none(node) for (node,) in nodes) or bool(self.db.read(
-            "SELECT 1 FROM loose WHERE home = ? AND chunk = ?", (who.account, hash)))
+            "SELECT 1 FROM loose WHERE home = ? AND chunk = ? AND root = ? AND due > ?", (who.account, hash, who.root, now)))
 
     def missing(self, who: Principal, hashes: Sequence[str]) -> list[str]:
         """Those that would have to be sent."""
@@ -5299,16 +5445,17 @@ class Sync(History):
             return Batch(body), outcomes
         paths = [split_path(step.get("to") or next(step[verb] for verb in COMMIT_STEPS if verb in step))
                  for step, outcome in zip(steps, outcomes) if not outcome.problem]
-        batch = self._batch(who, root, "sync", name_paths(paths), changes, body, sums=draft.sums)
+        batch = self._batch(who, root._replace(guards=tuple(draft.guards)), "sync", name_paths(paths), changes, body, sums=draft.sums)
         batch.op, batch.result = op, json.dumps(describe_outcomes(outcomes, None))
         return batch, outcomes
 
     def _loose_rows(self, who: Principal, rows: list[tuple[Any, ...]], used: Container[str] = ()) -> list[Statement]:
         """Make chunks known; those that nothing uses yet stay with the account for a while."""
         due = self.clock.due() + LOOSE_LIFE
-        loose = [(who.account, row[0], row[1], due) for row in rows if row[0] not in used]
+        loose = [(who.account, row[0], row[1], due, who.root) for row in rows if row[0] not in used]
         return [*([Statement(CHUNK_ROWS, rows, many=True)] if rows else ()),
-                *([Statement("INSERT OR REPLACE INTO loose VALUES (?, ?, ?, ?)", loose, many=True)] if loose else ())]
+                *([Statement("INSERT OR REPLACE INTO loose (home, chunk, size, due, root) VALUES (?, ?, ?, ?, ?)", loose, many=True)]
+                  if loose else ())]
 
     def _take(self, who: Principal, draft: Draft, step: dict[str, Any]) -> Outcome:
         """One step; a refusal becomes its outcome and leaves the draft as it was."""
@@ -5334,7 +5481,7 @@ class Sync(History):
         self._check_place(spot, path)
         if spot.node and spot.node.kind:
             raise CloudError("conflict", "a collection is at this path", now=spot.node)
-        self._admit_step(who, spot, path, step)
+        self._admit_step(who, draft, spot, path, step)
         self._check_space(spot, size - (spot.node.size if spot.node else 0), size)
         stored = Stored(manifest_of(chunks) if chunks else EMPTY, size, None, chunks, inline=None if chunks else b"",
                         head=self._head_of(draft, path[-1], chunks))
@@ -5356,12 +5503,13 @@ class Sync(History):
         rows = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (chunks[0][0],))
         return self.blobs.read(StoredChunk._make(rows[0]))[:32]
 
-    def _admit_step(self, who: Principal, spot: Spot, path: tuple[str, ...], step: dict[str, Any], **locks: bool) -> None:
+    def _admit_step(self, who: Principal, draft: Draft, spot: Spot, path: tuple[str, ...], step: dict[str, Any],
+                    **locks: bool) -> None:
         """Check what a step says of the present state, and locks."""
         wanted = step.get("if", ...)
         given = ANY if wanted is ... else Preconditions(if_none_match=("*",)) if wanted is None else Preconditions(if_match=(wanted,))
         try:
-            self._check_conditions(who, spot, path, given)
+            draft.rely_on(self._check_conditions(who, spot, path, given))
         except CloudError as error:
             error.detail["now"] = spot.node
             raise
@@ -5389,7 +5537,7 @@ class Sync(History):
             raise CloudError("same-place", "one of the two places is, or lies in, the other")
         here = draft.spot(path)
         node = self._found(here)
-        self._admit_step(who, here, path, step, below=True, member=True)
+        self._admit_step(who, draft, here, path, step, below=True, member=True)
         there = draft.spot(target)
         self._check_place(there, target)
         if there.node and there.node.node != node.node:
@@ -5403,14 +5551,17 @@ class Sync(History):
     def _take_delete(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
         spot = draft.spot(path)
         node = self._found(spot)
-        self._admit_step(who, spot, path, step, below=True, member=True)
+        self._admit_step(who, draft, spot, path, step, below=True, member=True)
         draft.check_brake()
         if draft.is_made_here(node):
             raise CloudError("conflict", "it was made by this very commit")
         since = step.get("since")
-        if since is not None and node.kind and node.seq > since and self.db.read(
-                "SELECT 1 FROM journal WHERE home = ? AND seq > ? AND device <> ? LIMIT 1", (who.account, since, who.device)):
-            raise CloudError("precondition-failed", "something has changed since", now=node)
+        if since is not None and node.kind:
+            others = Statement("SELECT 'changed' FROM journal WHERE home = ? AND seq > ? AND device <> ? LIMIT 1",
+                               (who.account, since, who.device))
+            if node.seq > since and self.db.read(*others[:2]):
+                raise CloudError("precondition-failed", "something has changed since", now=node)
+            draft.guards.append(others if self.db.read(*others[:2]) == [] else unchanged(spot))
         draft.apply(self._removal(node, spot))
         return Outcome(204)
 
@@ -5427,8 +5578,8 @@ PLACES_AT = (  # what a collection held as of a seq, with the hashes of files of
     "SELECT " + NODE + ", m.sha256, e.key AS key FROM entry e LEFT JOIN collection c ON c.node = e.node LEFT JOIN manifest m "
     "ON m.id = e.manifest WHERE e.parent = :parent AND e.until IS NULL AND e.key > :after AND e.since <= :seq UNION ALL "
     "SELECT " + NODE + ", m.sha256, e.key AS key FROM entry e LEFT JOIN collection c ON c.node = e.node LEFT JOIN manifest m "
-    "ON m.id = e.manifest WHERE e.parent = :parent AND e.until > :seq AND e.key > :after AND e.since <= :seq "
-    "ORDER BY key LIMIT :limit")
+    "ON m.id = e.manifest WHERE e.parent = :parent AND e.until > :seq AND e.key > :after AND e.since <= :seq" + UNPURGED +
+    " ORDER BY key LIMIT :limit")
 
 
 def describe_outcomes(outcomes: Sequence[Outcome], seq: int | None) -> list[dict[str, Any]]:
@@ -7681,7 +7832,7 @@ def find_door(address: tuple[str, ...]) -> tuple[Door, tuple[str, ...], tuple[st
 def dav_error(error: CloudError, request: Request, *parts: Markup) -> Response:
     """A refusal as WebDAV words it (RFC 4918 s16), with the sentence for people."""
     if error.condition:
-        held = [E("d:href", dav_href(request, error.detail["path"]))] if "path" in error.detail else []
+        held = [E("d:href", dav_href(request, error.detail["path"]))] if error.detail.get("path") is not None else []
         parts += (E("d:" + error.condition, *held),)
     body = E("d:error", *parts, E("s:message", str(error)), **ROOT_NAMESPACES)
     response = Response(error.status, format_xml(body) + b"\n", {"Content-Type": XML_TYPE, "Cache-Control": "no-store",
@@ -14223,6 +14374,16 @@ REFERRED = ("(EXISTS (SELECT 1 FROM entry WHERE manifest = chunk.hash) "
             "OR EXISTS (SELECT 1 FROM upload_chunk u WHERE u.chunk = chunk.hash))")
 
 
+IS_LIVE = "EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.until IS NULL)"
+PURGED = (" AND EXISTS (SELECT 1 FROM entry g WHERE g.node = :node AND g.fate = 'purged') "
+          "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = :node AND l.until IS NULL)")
+PURGE = (  # what goes with a node: each if PURGED, and the entries last
+    "DELETE FROM property WHERE node = :node", "DELETE FROM pin WHERE node = :node", "DELETE FROM lock WHERE node = :node",
+    "DELETE FROM collection WHERE node = :node", "DELETE FROM name_row WHERE node = :node",
+    "UPDATE account SET fed = :until WHERE id = :home AND fed < :until",
+    "DELETE FROM entry WHERE node = :node AND until IS NOT NULL")
+
+
 class Upkeep:
     """Keeps a cloud in order while it is used: history thins out, space comes back, bytes are checked.
 
@@ -14247,7 +14408,7 @@ class Upkeep:
             if tried:
                 raise CloudError("busy", "another process took over the upkeep")
             tried.append(1)
-            return Batch(list(body), [guard])
+            return Batch(list(body), [guard], frees=True)
         self.db.write(once)
 
     # ---- what runs out
@@ -14267,7 +14428,7 @@ class Upkeep:
                     Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
                     Statement("DELETE FROM upload WHERE due < ?", (now,)),
                     Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = 'purged' WHERE until IS NULL "
-                              "AND node IN (SELECT root FROM account WHERE removed < ?)", (now - keep,)))
+                              "AND node IN (SELECT root FROM account WHERE removed < ?)", (now - keep,)))        # nobody's now
 
     def look_after_crash(self) -> None:
         """After a stop that was none: is the database whole? (R22)"""
@@ -14297,9 +14458,8 @@ class Upkeep:
         self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('oldest', ?)", (str(cut),)))
         gone = 0
         for (home,) in self.db.read("SELECT id FROM account"):
-            self._write(Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND fate = 'deleted' AND until <= ? "
-                                  "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.since >= entry.until)",
-                                  (home, cut)))
+            self._write(Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND fate = 'deleted' AND until <= ? AND "
+                                  + IS_LAST, (home, cut)), raise_shape(home))
             rows = []
             for row in self._thinned(home, cut):
                 rows.append(row)
@@ -14326,10 +14486,15 @@ class Upkeep:
                 yield home, since, node
 
     def _forget(self, rows: list[tuple[int, int, int]]) -> int:
+        """Remove ended entries; a feed that begins before they ended would have a gap (R37)."""
         count = len(rows)
         if rows:
-            self._write(Statement("DELETE FROM entry WHERE home = ? AND since = ? AND node = ? AND until IS NOT NULL",
-                                  list(rows), many=True))
+            self._write(Statement("UPDATE account SET fed = (SELECT until FROM entry WHERE home = ?1 AND since = ?2 AND node = ?3) "
+                                  "WHERE id = ?1 AND fed < (SELECT until FROM entry WHERE home = ?1 AND since = ?2 AND node = ?3)",
+                                  list(rows), many=True),
+                        Statement("DELETE FROM entry WHERE home = ? AND since = ? AND node = ? AND until IS NOT NULL",
+                                  list(rows), many=True),
+                        *map(raise_shape, {home for home, _, _ in rows}))
             rows.clear()
         return count
 
@@ -14351,29 +14516,25 @@ class Upkeep:
                 over -= size
             gone += len(dead) + self._forget(rows)
             if dead:
-                self._write(Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND since = ? AND node = ? AND fate = "
-                                      "'deleted'", dead, many=True))
+                self._write(*give_up(dead), raise_shape(home))
         return gone
 
     def purge(self) -> int:
-        """Remove the rows of what was given up for good, from the leaves up; returns nodes gone."""
+        """Remove the rows of what was given up for good; returns nodes gone.
+
+        Every statement asks again whether the node is live: then nothing of it goes, and it is not given up any more.
+        """
+        self.cloud.give_up_below(self.db.read("SELECT node, max(until) FROM entry WHERE fate = 'purged' AND kind = 1 GROUP BY node"))
         gone = 0
         while True:
-            nodes = [node for (node,) in self.db.read("SELECT node FROM entry WHERE fate = 'purged' LIMIT ?", (PIECE,))]
-            below = [row for node in nodes for row in self.db.read(
-                "SELECT home, since, node FROM entry WHERE parent = ? AND until IS NULL LIMIT ?", (node, PIECE))]
+            nodes = [{"node": node, "home": home, "until": until} for node, home, until in self.db.read(
+                "SELECT node, home, max(until) FROM entry WHERE fate = 'purged' GROUP BY node, home LIMIT ?", (PIECE,))]
             if not nodes:
                 return gone
-            if below:
-                self._write(Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = 'purged' "
-                                      "WHERE home = ? AND since = ? AND node = ? AND until IS NULL", below, many=True))
-            held = {parent for row in below for (parent,) in self.db.read("SELECT parent FROM entry WHERE home = ? "
-                                                                          "AND since = ? AND node = ?", row)}
-            leaves = [(node,) for node in nodes if node not in held]
-            self._write(*(Statement("DELETE FROM %s WHERE node = ?" % table, leaves, many=True)
-                          for table in ("property", "pin", "lock", "collection", "name_row")),
-                        Statement("DELETE FROM entry WHERE node = ? AND until IS NOT NULL", leaves, many=True))
-            gone += len(leaves)
+            self._write(Statement("UPDATE entry SET fate = 'deleted' WHERE node = :node AND fate = 'purged' AND " + IS_LIVE, nodes, many=True),
+                        *(Statement(sql + PURGED, nodes, many=True) for sql in PURGE),
+                        *map(raise_shape, {row["home"] for row in nodes}))
+            gone += len(nodes)
 
     # ---- space
 

@@ -273,6 +273,18 @@ def exchange(address, method, path, body=None, user="ann", **headers):
         connection.close()
 
 
+def before_commit(monkeypatch, cloud, act):
+    """Let something happen between the moment when the next write is decided and the moment when it is done."""
+    commit = Database._commit
+
+    def once(db, batch):
+        monkeypatch.setattr(Database, "_commit", commit)
+        act()
+        return commit(db, batch)
+
+    monkeypatch.setattr(Database, "_commit", once)
+
+
 @pytest.fixture
 def serve_cloud():
     """Serve clouds in threads: address = serve_cloud(cloud)."""
@@ -1819,6 +1831,355 @@ def test_emptying_the_trash_is_for_good(cloud, ann):
     assert cloud.empty_trash(ann, a.node.node) == 1
     assert [item.path for item in cloud.trash(ann)] == [("b",)] and outcome(cloud.restore, ann, a.node.node) == "not-found"
     assert cloud.empty_trash(ann) == 1 and cloud.trash(ann) == []
+
+
+GIVE_UP = {  # how deleted things come to be given up for good
+    "all of the trash": lambda cloud, ann, upkeep: cloud.empty_trash(ann),
+    "one by one": lambda cloud, ann, upkeep: [cloud.empty_trash(ann, item.node.node) for item in cloud.trash(ann)],
+    "its days are over": lambda cloud, ann, upkeep: cloud.db.run(*cs.give_up([item.node[1:3] + item.node[:1] for item in cloud.trash(ann)])),
+}
+BRING_BACK = {  # how somebody may try to have them again
+    "undo": lambda cloud, ann, seq: cloud.undo(ann, seq),
+    "rewind": lambda cloud, ann, seq: cloud.rewind(ann, (), seq - 1),
+    "rewind of a part": lambda cloud, ann, seq: cloud.rewind(ann, ("d",), seq - 1),
+    "restore": lambda cloud, ann, seq: cloud.restore(ann, cloud.d.node),
+}
+
+
+@pytest.mark.parametrize("purged", [False, True], ids=["marked", "and swept"])
+@pytest.mark.parametrize("back", BRING_BACK)
+@pytest.mark.parametrize("give_up", GIVE_UP)
+@pytest.mark.parametrize("deleted", [("d",), ("d", "f"), ("d", "e", "g")], ids="/".join)
+def test_what_is_given_up_can_neither_be_read_nor_brought_back(cloud, ann, deleted, give_up, back, purged):
+    """S1, X6: by no way of giving up and no way of bringing back; and what was not given up stays whole."""
+    for path in ("d/f", "d/e/g", "keep"):
+        put(cloud, ann, path, path.encode(), parents=True)
+    cloud.d = cloud.stat(ann, deleted)
+    before, seq = tree(cloud, ann), cloud.delete(ann, deleted)
+    left, gone = tree(cloud, ann), [path for path in before if path.split("/")[:len(deleted)] == list(deleted)]
+    upkeep = cs.Upkeep(cloud)
+    assert upkeep.hold() and len(cloud.trash(ann)) == 1
+    GIVE_UP[give_up](cloud, ann, upkeep)
+    if purged:
+        upkeep.purge()
+    assert cloud.trash(ann) == []
+    assert not set(past_tree(cloud, ann, seq - 1)) & set(gone)
+    assert {place.path for place in cloud.manifest(ann, (), seq - 1)[2]} == {tuple(path.split("/")) for path in left}
+    outcome(BRING_BACK[back], cloud, ann, seq)
+    assert tree(cloud, ann) == left
+    upkeep.purge(), upkeep.sweep()
+    assert tree(cloud, ann) == left and cs.verify(cloud) == []
+    assert outcome(cloud.undo, ann, seq) in ("gone", "not-found")
+    audit(cloud)
+
+
+@pytest.mark.parametrize("give_up", GIVE_UP)
+@pytest.mark.parametrize("back", ["undo", "rewind", "restore"])
+def test_what_came_back_first_is_never_given_up(cloud, ann, monkeypatch, back, give_up):
+    """S1: even if somebody decided on it before, and writes after."""
+    put(cloud, ann, "d/f", b"1", parents=True)
+    cloud.d = cloud.stat(ann, ("d",))
+    before, seq, upkeep = tree(cloud, ann), cloud.delete(ann, ("d",)), cs.Upkeep(cloud)
+    before_commit(monkeypatch, cloud, lambda: BRING_BACK[back](cloud, ann, seq))
+    GIVE_UP[give_up](cloud, ann, upkeep)
+    assert upkeep.hold()
+    upkeep.purge(), upkeep.sweep()
+    assert tree(cloud, ann) == before and cs.verify(cloud) == []
+    audit(cloud)
+
+
+@pytest.mark.parametrize("back", ["undo", "rewind", "restore"])
+def test_bringing_back_notices_that_the_trash_was_emptied_meanwhile(cloud, ann, monkeypatch, back):
+    """S1: the other order of the same race."""
+    put(cloud, ann, "d/f", b"1", parents=True)
+    cloud.d = cloud.stat(ann, ("d",))
+    seq, upkeep = cloud.delete(ann, ("d",)), cs.Upkeep(cloud)
+    before_commit(monkeypatch, cloud, lambda: (cloud.empty_trash(ann), upkeep.hold(), upkeep.purge()))
+    outcome(BRING_BACK[back], cloud, ann, seq)
+    upkeep.purge()
+    assert tree(cloud, ann) == {} and cs.verify(cloud) == []
+    audit(cloud)
+
+
+def test_a_directory_where_the_trash_was_undone_after_it_was_emptied_is_healed(cloud, ann):
+    """S1: what an older version left: a live node that bears the mark of what is given up."""
+    put(cloud, ann, "d/f", b"1", parents=True)
+    before, seq = tree(cloud, ann), cloud.delete(ann, ("d",))
+    cloud.undo(ann, seq)
+    cloud.db.run(Statement("UPDATE entry SET fate = 'purged' WHERE fate = 'deleted'"))
+    upkeep = cs.Upkeep(cloud)
+    assert upkeep.hold()
+    upkeep.purge()
+    assert tree(cloud, ann) == before and cs.verify(cloud) == []
+    assert cloud.db.read("SELECT count(*) FROM entry WHERE fate = 'purged'") == [(0,)]
+
+
+def test_what_lay_in_a_collection_that_was_given_up_stays_where_it_is(cloud, ann):
+    """S1: going back to a moment when it was there does not take it away."""
+    put(cloud, ann, "d/f", b"1", parents=True)
+    seq = cloud.head()
+    move(cloud, ann, "d/f", "f")
+    cloud.delete(ann, ("d",))
+    cloud.empty_trash(ann)
+    cloud.rewind(ann, (), seq)
+    assert tree(cloud, ann) == {"f": b"1"} and cloud.trash(ann) == []
+
+
+def test_random_giving_up_loses_nothing_live_and_gives_back_nothing_gone(cloud, ann, rng):
+    """S1, X6, R37: a model with every verb, undo, rewind, restore, emptying and purging; each content is written once."""
+    upkeep, known, dead, cursors = cs.Upkeep(cloud), {}, set(), []
+    assert upkeep.hold()
+
+    def live():
+        return {data for data in tree(cloud, ann).values() if data is not None}
+
+    def contents_of(items):
+        below = [place for item in items for place in cloud._walk_past([((), item.node)], item.node.until - 1)]
+        return {content.read(99) for _, node, content in below if content} | {
+            content.read(99) for item in items if not item.node.kind for content in [cloud.content_of(item.node.manifest, item.node.size)]}
+
+    def empty():
+        items = cloud.trash(ann)
+        chosen = rng.sample(items, rng.randint(1, len(items))) if items else []
+        if chosen:
+            gone = {item.node.node for item in chosen}
+            for item in chosen:                          # what hangs below goes with it, in every state it had
+                pending = [item.node.node]
+                while pending:
+                    for child, in cloud.db.read("SELECT node FROM entry WHERE parent = ? AND until IS NULL", (pending.pop(),)):
+                        gone.add(child)
+                        pending.append(child)
+            dead.update(known[m] for node in gone for m, in cloud.db.read(
+                "SELECT DISTINCT manifest FROM entry WHERE node = ? AND kind = 0", (node,)))
+            cloud.empty_trash(ann, *(item.node.node for item in chosen))
+
+    def write():
+        path, data = game.fresh(), b"%d" % rng.getrandbits(60)
+        known[put(cloud, ann, path, data).manifest] = data
+
+    game = Random(cloud, ann, rng)
+    verbs = [write] * 6 + [game.mkcol, game.move, game.move, game.delete, game.delete, empty, upkeep.purge,
+                           lambda: cloud.undo(ann, rng.randint(2, cloud.head())),
+                           lambda: cloud.rewind(ann, (), rng.randint(2, cloud.head())),
+                           lambda: cloud.restore(ann, rng.choice(cloud.trash(ann)).node.node)]
+    for n in range(250):
+        before, dead_before = live(), set(dead)
+        verb = rng.choice(verbs)
+        game.model = tree(cloud, ann)
+        try:
+            verb()
+        except (CloudError, IndexError):
+            pass
+        now = live()
+        assert not now & dead, verb
+        if verb in (empty, upkeep.purge):
+            assert now == before and not before & dead, verb
+        if n % 10 == 0:
+            cursors.append((cloud.head(), tree(cloud, ann), {node.node: path for path, node in cloud.walk(ann, ())}))
+    upkeep.purge(), upkeep.sweep()
+    assert cs.verify(cloud) == []
+    audit(cloud)
+    for seq, then, places in cursors:
+        seen = past_tree(cloud, ann, seq)
+        assert set(seen.items()) <= set(then.items()) and not set(seen.values()) & dead
+        found = outcome(cloud.changes, ann, (), seq)
+        if found != "gone":                              # a client of then comes to the tree of now
+            there = {node.node for _, node in cloud.walk(ann, ())}
+            gone = [id for id in places if id not in there]
+            tops = [id for id in gone if not any(places[id][:n] in {places[other] for other in gone if other != id}
+                                                 for n in range(1, len(places[id])))]
+            told = {changed.id for changed in found[1]}
+            assert set(tops) <= told, seq
+    for _, node in cloud.walk(ann, ()):
+        if not node.kind:
+            assert not {content for v in cloud.versions(ann, cloud.path_of(ann, node.node))
+                        for content in [cloud.version(ann, cloud.path_of(ann, node.node), v.rev)[1].read(99)]} & dead
+
+
+# ---- a device that is limited to a collection, in time
+
+@pytest.fixture
+def limited(cloud, ann):
+    """Two files that were in a/ by turns, a token for a/, and the moments between."""
+    put(cloud, ann, "a/plan.txt", b"harmless", parents=True)
+    put(cloud, ann, "private/own.txt", b"PRIVATE", parents=True)
+    put(cloud, ann, "private/moved-in.txt", b"BEFORE")
+    found = argparse.Namespace(then=cloud.head(), who=token_of(cloud, ann, node=cloud.stat(ann, ("a",)).node))
+    move(cloud, ann, "a/plan.txt", "private/plan.txt")
+    put(cloud, ann, "private/plan.txt", b"SECRET")
+    found.between = cloud.head()
+    move(cloud, ann, "private/plan.txt", "a/plan.txt")
+    move(cloud, ann, "private/moved-in.txt", "a/moved-in.txt")
+    put(cloud, ann, "a/plan.txt", b"public again")
+    return found
+
+
+def test_a_limited_device_reads_the_versions_of_its_own_moments(cloud, ann, limited):
+    """X5: what a file held while it lay elsewhere is not there: by no list, id or address."""
+    who = limited.who
+    seen = {name: [cloud.version(who, (name,), v.rev)[1].read(99) for v in cloud.versions(who, (name,))]
+            for name in ("plan.txt", "moved-in.txt")}
+    assert seen == {"plan.txt": [b"public again", b"SECRET", b"harmless"], "moved-in.txt": [b"BEFORE"]}       # SECRET came along
+    move(cloud, ann, "a/plan.txt", "private/plan.txt")
+    put(cloud, ann, "private/plan.txt", b"HIDDEN")
+    hidden = cloud.stat(ann, ("private", "plan.txt")).rev
+    put(cloud, ann, "private/plan.txt", b"shown")
+    move(cloud, ann, "private/plan.txt", "a/plan.txt")
+    assert hidden not in [v.rev for v in cloud.versions(who, ("plan.txt",))] and hidden in [v.rev for v in cloud.versions(ann, ("a", "plan.txt"))]
+    for verb in (cloud.version, cloud.restore_version, partial(cloud.pin, name="x"), cloud.thumbnail):
+        assert outcome(verb, who, ("plan.txt",), hidden) == "not-found", verb
+
+
+def test_a_limited_device_going_back_changes_nothing_outside(cloud, ann, limited):
+    """X5: neither takes a file from elsewhere, nor puts one there, nor brings back what died there."""
+    move(cloud, ann, "a/plan.txt", "private/plan.txt")
+    put(cloud, ann, "a/new.txt", b"new")
+    put(cloud, ann, "a/gone.txt", b"gone")
+    with_gone = cloud.head()
+    cloud.delete(ann, ("a", "gone.txt"))
+    before = tree(cloud, ann)
+    for seq in (limited.then, limited.between, with_gone):
+        outside = {path: data for path, data in tree(cloud, ann).items() if not path.startswith("a/")}
+        cloud.rewind(limited.who, (), seq)
+        now = tree(cloud, ann)
+        assert {path: data for path, data in now.items() if not path.startswith("a/")} == outside == \
+            {path: data for path, data in before.items() if not path.startswith("a/")}
+        assert "a/moved-in.txt" in now                   # it lay elsewhere then, so it is not this device's to move
+    assert tree(cloud, limited.who)["gone.txt"] == b"gone"               # what died here comes back
+    audit(cloud)
+
+
+@pytest.mark.parametrize("kill", ["delete it", "delete what holds it"])
+def test_a_limited_device_whose_collection_is_deleted_reads_nothing(cloud, ann, kill):
+    """X6: as of no moment, by no id, hash, search or feed."""
+    data = os.urandom(100_000)
+    file = put(cloud, ann, "up/s/x.bin", data, parents=True)
+    put(cloud, ann, "up/s/words.txt", b"needle in a haystack")
+    cloud.star(ann, ("up", "s", "x.bin"), on=True)
+    who, seq = token_of(cloud, ann, node=cloud.stat(ann, ("up", "s")).node), cloud.head()
+    query = cs.Query(("words",))
+    readings = [lambda: cloud.past(who, (), seq), lambda: cloud.past_content(who, ("x.bin",), seq), lambda: cloud.manifest(who, (), seq),
+                lambda: list(cloud.archive(who, (), (), seq)), lambda: list(cloud.walk_contents(who, ())), lambda: cloud.open(who, ("x.bin",)),
+                lambda: cloud.versions(who, ("x.bin",)), lambda: cloud.changes(who, (), 1), lambda: cloud.differences(who, (), 1),
+                lambda: cloud.rewind(who, (), seq), lambda: cloud.path_of(who, file.node), lambda: cloud.search(who, query)]
+    assert not any(isinstance(outcome(read), str) for read in readings[:-3]) and cloud.starred(who) and cloud.by_id(who, file.node)
+    cloud.delete(ann, ("up", "s") if kill == "delete it" else ("up",))
+    assert [outcome(read) for read in readings] == ["not-found"] * len(readings)
+    assert cloud.starred(who) == [] and cloud.by_id(who, file.node) == [] and cloud.known(who, [file.manifest]) == {}
+    assert tree(cloud, ann) in ({}, {"up": None})
+
+
+def test_a_chunk_sent_by_one_device_is_not_there_for_a_limited_one(cloud, ann, fake, make_cloud):
+    """X7, D2: and what a device sent itself is, until it runs out."""
+    cloud = make_cloud(clock=fake.clock(), name="other")
+    ann = account(cloud)
+    secret, own = os.urandom(70_000), os.urandom(70_000)
+    cloud.make_collection(ann, ("a",))
+    who = token_of(cloud, ann, node=cloud.stat(ann, ("a",)).node)
+    hashes = cloud.send(ann, [secret]) + cloud.send(who, [own])
+    assert set(cloud.known(who, hashes)) == {hashes[1]} and set(cloud.known(ann, hashes)) == set(hashes)
+    assert outcome(cloud.read_chunks, who, hashes[:1]) == "missing"
+    fake.pass_(cs.LOOSE_LIFE + 1)
+    assert cloud.known(who, hashes) == {}
+
+
+@pytest.mark.parametrize("lose", ["rewind", "rewind of a part", "undo", "restore an old version of each"])
+def test_the_brake_counts_what_is_lost_by_whatever_route(make_cloud, fake, lose):
+    """X8, R13, R30"""
+    cloud, ann, device = full_account(make_cloud, fake)
+    if lose.startswith("restore"):
+        for n in range(250):
+            put(cloud, ann, "%s/%d" % ("de"[n % 2], n), b"other %d" % n)
+        fake.pass_(cs.HOUR)
+        versions = [(path, cloud.versions(ann, path)[1].rev) for path in (("de"[n % 2], str(n)) for n in range(250))]
+        assert [outcome(cloud.restore_version, device, *item) for item in versions].count("held") == 50
+    else:
+        seq = cloud.db.read("SELECT max(seq) FROM journal WHERE action = 'sync'")[0][0]
+        act = {"rewind": lambda: cloud.rewind(device, (), seq - 1), "undo": lambda: cloud.undo(device, seq),
+               "rewind of a part": lambda: [cloud.rewind(device, path, seq) for path in (("d",), ("e",))]}[lose]
+        if lose == "rewind of a part":
+            for letter, other in ("de", "ed"):
+                for n in range(300):
+                    put(cloud, ann, "%s/later%d" % (letter, n), b"x")
+            fake.pass_(cs.HOUR)
+        before = tree(cloud, ann)
+        assert outcome(act) == "held" and (lose == "rewind of a part" or tree(cloud, ann) == before)
+    assert cloud.held(ann)
+    cloud.delete(ann, ("d",))
+    assert outcome(cloud.empty_trash, device) == "forbidden" and outcome(cloud.empty_trash, device, cloud.trash(ann)[0].node.node) == "forbidden"
+    assert len(cloud.trash(ann)) >= 1
+    audit(cloud)
+
+
+# ---- conditions hold when the write is done, not when it was decided
+
+def read_etag(cloud, ann, path):
+    return cloud.stat(ann, cs.split_path(path)).etag
+
+
+RELY = {  # name: (what is asked, from the etag of what it relies on; what happens meanwhile; what it must be refused with)
+    "PUT if-match": (lambda c, a, e: put(c, a, "f", b"n", Preconditions(if_match=(e("f"),))), lambda c, a: put(c, a, "f", b"2"), "precondition-failed"),
+    "PUT if-none-match": (lambda c, a, e: put(c, a, "new", b"n", Preconditions(if_none_match=("*",))), lambda c, a: put(c, a, "new", b"2"),
+                          "precondition-failed"),
+    "PUT unmodified-since": (lambda c, a, e: put(c, a, "f", b"n", Preconditions(unmodified_since=1000)), lambda c, a: put(c, a, "f", b"2"),
+                             "precondition-failed"),
+    "PUT if of another": (lambda c, a, e: put(c, a, "f", b"n", Preconditions(lists=((("d", "g"), ((True, "etag", e("d/g")),)),))),
+                          lambda c, a: put(c, a, "d/g", b"2"), "precondition-failed"),
+    "PUT if not of another": (lambda c, a, e: put(c, a, "f", b"n", Preconditions(lists=((("none",), ((False, "etag", "x"),)),))),
+                              lambda c, a: put(c, a, "none", b"2"), None),
+    "PUT if of a collection": (lambda c, a, e: put(c, a, "f", b"n", Preconditions(lists=((("d",), ((True, "etag", e("d")),)),))),
+                               lambda c, a: put(c, a, "d/g", b"2"), "precondition-failed"),
+    "DELETE if-match of a file": (lambda c, a, e: c.delete(a, ("f",), given=Preconditions(if_match=(e("f"),))), lambda c, a: put(c, a, "f", b"2"),
+                                  "precondition-failed"),
+    "DELETE if-match of a collection": (lambda c, a, e: c.delete(a, ("d",), given=Preconditions(if_match=(e("d"),))),
+                                        lambda c, a: put(c, a, "d/g", b"9"), "precondition-failed"),        # same size and count
+    "MOVE if-match": (lambda c, a, e: move(c, a, "d", "m", given=Preconditions(if_match=(e("d"),))), lambda c, a: put(c, a, "d/g", b"9"),
+                      "precondition-failed"),
+    "COPY if-match": (lambda c, a, e: copy(c, a, "f", "m", given=Preconditions(if_match=(e("f"),))), lambda c, a: put(c, a, "f", b"2"),
+                      "precondition-failed"),
+    "PROPPATCH if-match": (lambda c, a, e: c.patch(a, ("f",), Preconditions(if_match=(e("f"),)), properties={"{x}y": "<y/>"}),
+                           lambda c, a: put(c, a, "f", b"2"), "precondition-failed"),
+    "LOCK if-match": (lambda c, a, e: c.lock(a, ("f",), Preconditions(if_match=(e("f"),)), deep=False, exclusive=True, owner="", seconds=9),
+                      lambda c, a: put(c, a, "f", b"2"), "precondition-failed"),
+    "restore a version if-match": (lambda c, a, e: c.restore_version(a, ("f",), c.versions(a, ("f",))[-1].rev, Preconditions(if_match=(e("f"),))),
+                                   lambda c, a: put(c, a, "f", b"2"), "precondition-failed"),
+    "native put": (lambda c, a, e: commit(c, a, [{**step_put("f", b"n"), "if": e("f")}], [b"n"]), lambda c, a: put(c, a, "f", b"2"),
+                   "precondition-failed"),
+    "native delete of a collection": (lambda c, a, e: commit(c, a, [{"delete": "d", "if": e("d")}]), lambda c, a: put(c, a, "d/g", b"9"),
+                                      "precondition-failed"),
+    "native delete since": (lambda c, a, e: commit(c, a, [{"delete": "d", "since": c.head()}]), lambda c, a: put(c, a, "d/g", b"9"),
+                            "precondition-failed"),
+    "native move": (lambda c, a, e: commit(c, a, [{"move": "d", "to": "m", "if": e("d")}]), lambda c, a: put(c, a, "d/g", b"9"),
+                    "precondition-failed"),
+}
+
+
+@pytest.mark.parametrize("case", RELY)
+def test_what_a_write_relied_on_holds_when_it_is_done(cloud, ann, monkeypatch, case):
+    """X30, R14: another device writes between the look and the commit."""
+    ask, meanwhile, want = RELY[case]
+    put(cloud, ann, "f", b"0")
+    put(cloud, ann, "f", b"1", mtime=1000)
+    put(cloud, ann, "d/g", b"1", parents=True)
+    etags = {path: read_etag(cloud, ann, path) for path in ("f", "d", "d/g")}
+    other, who, head = token_of(cloud, ann, "other"), token_of(cloud, ann) if "native" in case else ann, []
+    before_commit(monkeypatch, cloud, lambda: (meanwhile(cloud, other), head.append(tree(cloud, ann))))
+    found = outcome(ask, cloud, who, etags.__getitem__)
+    assert head, "nothing came between"
+    if want is None:
+        assert not isinstance(found, str)
+    else:
+        assert (codes(found) if "native" in case else [found]) == [want] and tree(cloud, ann) == head[0]
+    audit(cloud)
+
+
+def test_a_token_in_if_counts_as_long_as_its_lock_is_there(cloud, ann, monkeypatch):
+    """X30, RFC 4918 s10.4.1"""
+    put(cloud, ann, "f")
+    lock = take_lock(cloud, ann, "f")
+    given = Preconditions(tokens=frozenset([lock.token]), lists=((None, ((True, "token", lock.token),)),))
+    before_commit(monkeypatch, cloud, lambda: cloud.unlock(ann, ("f",), lock.token))
+    assert outcome(put, cloud, ann, "f", b"2", given) == "precondition-failed" and get(cloud, ann, "f") == b"x"
 
 
 def test_the_trash_of_another_is_out_of_reach(cloud, ann):
