@@ -6025,7 +6025,7 @@ class Disconnected(Exception):
 class Request:
     """One request, parsed and checked; what a handler sees of HTTP."""
     __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "site", "who",
-                 "id", "values", "gone", "began")
+                 "id", "values", "gone", "began", "prefix", "refusal")
 
     def __init__(self, method: str, path: tuple[str, ...], slash: bool, query: str, fields: dict[str, str], minor: int,
                  body: Body, address: str, https: bool, safe: bool, site: "Site | None" = None) -> None:
@@ -6040,6 +6040,12 @@ class Request:
         self.values: dict[str, Any] = {} # declared arguments of the route
         self.gone: Callable[[], bool] = lambda: False    # has the client closed its side?
         self.began = time.monotonic()
+        self.prefix: tuple[str, ...] = ()        # what a proxy cuts off every address: a server below /cloud/
+        self.refusal: CloudError | None = None   # why its target is none, if it is
+
+    def href(self, address: Sequence[str]) -> str:
+        """An address of this server as the client has to write it."""
+        return format_path((*self.prefix, *address))
 
     def check_alive(self, seconds: float = math.inf) -> None:
         """Go on?  Whoever works long for an answer asks now and then: a poll() each time.
@@ -6169,12 +6175,14 @@ def respond(cloud: Cloud, request: Request) -> Response:
             request.address, secure=request.safe)
         found, names = find_route(request)
         refuse = found.refuse
+        if request.refusal:
+            raise request.refusal
         admit(cloud, who, request, found)
         if found.values:
             request.values = read_values(request, found.values)
         return found.handler(cloud, who, request, **names)
     except CloudError as error:
-        return error.detail.get("refuse", refuse)(error, request)
+        return error.detail.get("refuse", refuse)(request.refusal or error, request)
     except Disconnected:
         raise                            # there is nobody to answer
     except Exception:
@@ -6501,6 +6509,14 @@ class Site:
             return address, tls or fields.get("x-forwarded-proto", "").lower() == "https", True
         return peer, tls, tls or self.plain_http or peer == "127.0.0.1" or ipaddress.ip_address(peer).is_loopback
 
+    def prefix(self, peer: str, fields: dict[str, str]) -> tuple[str, ...]:
+        """The path below which a proxy shows this server, as its X-Forwarded-Prefix tells; () if it tells none (N4)."""
+        given = fields.get("x-forwarded-prefix", "")
+        if not given or not self.proxies or not self._is_proxy(peer):
+            return ()
+        _, path, _, _, refusal = read_target(given)
+        return () if refusal else path
+
     def _is_proxy(self, address: str) -> bool:
         parsed = ipaddress.ip_address(address)
         return any(parsed in network for network in self.proxies)
@@ -6580,6 +6596,19 @@ class RequestBody(Body):
         except CloudError:
             return False
         return self.ended
+
+
+def read_target(target: str) -> tuple[str, tuple[str, ...], bool, str, CloudError | None]:
+    """parse_target, and None; or of a target that is refused the names before the first bad one, and why.
+
+    So that its door words the refusal, and the log names the door.
+    """
+    try:
+        return (*parse_target(target), None)
+    except CloudError as error:
+        error.close = True
+        names = itertools.takewhile(lambda part: re.fullmatch(r"(?!\.\.?\Z)[0-9A-Za-z_.\-]{1,64}", part), target.partition("?")[0].split("/")[1:])
+        return "", tuple(names)[:4], False, "", error
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -6677,9 +6706,9 @@ class Handler(BaseHTTPRequestHandler):
         if expect is not None and (expect.lower() != "100-continue" or head.minor == 0):
             raise CloudError("expectation-failed", "only 100-continue can be expected")
         if head.target == "*" and head.method == "OPTIONS":
-            authority, path, slash, query = "", (), True, ""
+            authority, path, slash, query, refusal = "", (), True, "", None
         else:
-            authority, path, slash, query = parse_target(head.target)
+            authority, path, slash, query, refusal = read_target(head.target)
         if authority:
             head.fields["host"] = authority
         site = self.server.site
@@ -6689,7 +6718,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hurried, self.window, self.arrived = False, time.monotonic(), 0
         request = Request(head.method, path, slash, query, head.fields, head.minor,
                           RequestBody(self, length, expect is not None), address, https, safe, site)
-        request.gone = partial(has_left, self.sock)
+        request.gone, request.refusal = partial(has_left, self.sock), refusal
+        request.prefix = site.prefix(self.peer, head.fields)
         return request
 
     def receive_into(self, buffer: memoryview) -> int:
@@ -6845,7 +6875,7 @@ def date_line(second: int) -> str:
 
 
 QUICKACK = getattr(socket, "TCP_QUICKACK", None)
-NO_REQUEST = Request("GET", (), False, "", {}, 1, Body(), "-", False, False)
+NO_REQUEST = Request("-", (), False, "", {}, 1, Body(), "-", False, False)
 
 
 @route("OPTIONS", "/", needs="nothing")
@@ -7597,7 +7627,7 @@ def tus_create(cloud: Cloud, who: Principal, request: Request) -> Response:
                                  mtime=parse_time(about["mtime"]) if "mtime" in about else None)
     if request["content-type"] == "application/offset+octet-stream" and not upload.done:
         upload = cloud.append(who, upload.id, 0, request.body, checksum=read_tus_checksum(request))
-    return tus_response(201, upload, cloud.clock.due(), cloud.clock.wall(), Location="/tus/" + upload.id)
+    return tus_response(201, upload, cloud.clock.due(), cloud.clock.wall(), Location=request.href(("tus", upload.id)))
 
 
 @route("HEAD", "/tus/<id>", needs="write", refuse=tus_error)
@@ -7843,7 +7873,7 @@ def dav_error(error: CloudError, request: Request, *parts: Markup) -> Response:
 
 def dav_href(request: Request, path: Sequence[str], collection: bool = False) -> str:
     """The address of a path, through the door by which the request came."""
-    href = format_path(find_door(request.path)[1] + tuple(path))
+    href = request.href(find_door(request.path)[1] + tuple(path))
     return href + "/" if collection or not path else href
 
 
@@ -7875,7 +7905,8 @@ def read_resource(request: Request, uri: str) -> tuple[str, ...]:
     authority, path, _, _ = parse_target(_USERINFO.sub(r"\1", uri, 1))
     if authority and authority.lower() != request.fields["host"].lower() and not request.site.knows(authority):
         raise CloudError("bad-gateway", "the destination is on another server")
-    door, above, below = find_door(path)
+    below_prefix = request.prefix and path[:len(request.prefix)] == request.prefix
+    door, above, below = find_door(path[len(request.prefix):] if below_prefix else path)
     if door.owned:
         check_owner(request.who, above[-1])
     return below
@@ -7914,35 +7945,52 @@ def read_sums(request: Request) -> dict[str, str] | None:
 
 # ---- files
 
+class ListForm(NamedTuple):
+    """How a collection is listed to those who do not speak WebDAV."""
+    media: str
+    head: str
+    row: Callable[[Node, str], str]      # of a node and its address
+    between: str
+    tail: str
+
+
+LIST_FORMS = {
+    "json": ListForm("application/json", "[", lambda node, href: json.dumps({
+        "name": node.name, "kind": "collection" if node.kind else "file", "size": node.size, "mtime": format_time(node.mtime),
+        "etag": node.etag}, ensure_ascii=False), ",\n", "]\n"),
+    "links": ListForm("text/html", "", lambda node, href: E("a", node.name + "/" * node.kind, href=href) + "\n", "", ""),
+    "lines": ListForm("text/plain", "", lambda node, href: node.name + "/" * node.kind + "\n", "", "")}
+FOLLOWS_LINKS = re.compile("wget|lftp", re.I)            # sees nothing in a plain list
+
+
+def list_form(request: Request) -> ListForm:
+    if "application/json" in request.fields.get("accept", ""):
+        return LIST_FORMS["json"]
+    return LIST_FORMS["links" if FOLLOWS_LINKS.match(request.fields.get("user-agent", "")) else "lines"]
+
+
 @dav_route("GET", "read")
 def dav_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    """Fetch a file; of a collection, the names: one per line, as JSON, or to a browser as the page."""
+    """Fetch a file; of a collection, the names: one per line, as JSON, as links, or to a browser as the page."""
     node, content = cloud.open(who, path)
     if content is not None:
         return content_response(request, node, content)
-    accept = request.fields.get("accept", "")
-    if "text/html" in accept and "mozilla" in request.fields.get("user-agent", "").lower():
+    if "text/html" in request.fields.get("accept", "") and "mozilla" in request.fields.get("user-agent", "").lower():
         up = "../" * (len(request.path) - (not request.slash))           # relative: we may be behind a prefix (B4)
         return Response(303, b"", {"Location": up + "files" + format_path(path), "Cache-Control": "no-store"})
-    fields = {"ETag": format_etag(node), "Cache-Control": PRIVATE, "Vary": "Accept"}
+    form = list_form(request)
+    fields = {"Content-Type": form.media + "; charset=utf-8", "ETag": format_etag(node), "Cache-Control": PRIVATE,
+              "Vary": "Accept, User-Agent", "Content-Security-Policy": SANDBOX}
     if unmet(read_conditions(request), node) == 304:
         return Response(304, b"", fields)
-    spool = Spool()
+    spool, base, between = Spool(), dav_href(request, path, True), ""
+    spool.write(form.head)
     with cloud.listing(who, path) as listing:
-        children = watched(listing.children(), request.check_alive)
-        if "application/json" in accept:
-            rows = (json.dumps({"name": n.name, "kind": "collection" if n.kind else "file", "size": n.size,
-                                "mtime": format_time(n.mtime), "etag": n.etag}, ensure_ascii=False)
-                    for n in children)
-            spool.write("[" + next(rows, ""))
-            for row in rows:
-                spool.write(",\n" + row)
-            spool.write("]\n")
-        else:
-            for n in children:
-                spool.write(n.name + "/" * n.kind + "\n")
-    media = "application/json" if "application/json" in accept else "text/plain"
-    return spool.response(200, {"Content-Type": media + "; charset=utf-8", **fields})
+        for child in watched(listing.children(), request.check_alive):
+            spool.write(between + form.row(child, base + quote(child.name, safe="~") + "/" * child.kind))
+            between = form.between
+    spool.write(form.tail)
+    return spool.response(200, fields)
 
 
 @dav_route("PUT", "write")
@@ -8518,7 +8566,8 @@ def nc_login_route(methods: str, name: str, needs: str, refuse: Callable[[CloudE
 
 def base_url(request: Request) -> str:
     """This server as the client calls it."""
-    return "%s://%s" % ("https" if request.https else "http", request.fields.get("host", "localhost"))
+    return "%s://%s%s" % ("https" if request.https else "http", request.fields.get("host", "localhost"),
+                          request.href(()).rstrip("/"))
 
 
 AGENTS = (  # what clients call themselves, and what people call them
@@ -8785,7 +8834,7 @@ def nc_chunks(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     _, chunks = cloud.parts(who, read_chunk(path)[0])
     names = names or ("{DAV:}resourcetype", "{DAV:}getcontentlength")
     answer = Multistatus(names, NC_FILES, values=values)
-    base = format_path(request.path) + "/"
+    base = request.href(request.path) + "/"
     answer.add(base, [{"{DAV:}resourcetype": COLLECTION_TYPE}.get(name) for name in names])
     for number, size in chunks if request["depth"] != "0" else ():
         about = {"{DAV:}resourcetype": "", "{DAV:}getcontentlength": str(size)}
@@ -8808,7 +8857,7 @@ def nc_join(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
     target, mtime = read_destination(request), read_mtime(request)
     node, new = cloud.join_parts(who, path[0], target, read_dav_conditions(request), mtime=mtime, sums=read_sums(request),
                                  size=read_number(request, "oc-total-length"))
-    return stored_response(request, node, new, format_path(NC_FILES.names + (who.name,) + target))
+    return stored_response(request, node, new, request.href(NC_FILES.names + (who.name,) + target))
 
 
 def nc_legacy_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], transfer: str, count: str,
@@ -8959,7 +9008,7 @@ def nc_rows(request: Request, about: About, base: tuple[str, ...], names: Sequen
     answer = Multistatus(names, NC_FILES, complete=not is_minimal(request))
     readers = [property_reader(NC_FILES, name) for name in names]
     for path, node in rows:
-        answer.add(format_path(base + path) + "/" * node.kind, [read(node, about) for read in readers])
+        answer.add(request.href(base + path) + "/" * node.kind, [read(node, about) for read in readers])
     return answer.response()
 
 
@@ -9142,7 +9191,7 @@ def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
         item = cloud.trashed(who, read_file_id(path[1]))
         root, children = cloud.past(who, item.path + path[2:], item.node.until - 1)
         rows = [((child.name,), child, item._replace(node=child, path=item.path + path[2:] + (child.name,))) for child in children]
-    answer, base = Multistatus(names, NC_FILES), format_path(request.path)
+    answer, base = Multistatus(names, NC_FILES), request.href(request.path)
     answer.add(base + "/", [None if len(path) == 1 and name in ROOTS_LACK else property_reader(NC_FILES, name)(root, about)
                             for name in names])
     for below, node, item in rows if request["depth"] != "0" else ():
@@ -9184,7 +9233,7 @@ def nc_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
     """The versions of a file before the present one."""
     names = read_propfind(read_body(request))[0] or ALLPROP
     live, about = cloud.stat(who, path), Scattered(cloud, who)
-    answer, base = Multistatus(names, NC_FILES), format_path(request.path)
+    answer, base = Multistatus(names, NC_FILES), request.href(request.path)
     readers = [property_reader(NC_FILES, name) for name in names]
     root = live._replace(kind=COLLECTION, seq=live.rev)
     answer.add(base + "/", [None if name in ROOTS_LACK else read(root, about) for name, read in zip(names, readers)])

@@ -2987,6 +2987,51 @@ def test_proxies_are_believed_only_when_listed(make_cloud):
     assert cs.Site(Config(plain_http=True)).locate("8.8.8.8", False, {}) == ("8.8.8.8", False, True)
 
 
+def test_a_server_below_a_path_of_a_proxy(make_cloud, serve_cloud):
+    """C12: every address it gives has the prefix that a listed proxy tells, and those it is given may have it."""
+    cloud = make_cloud(behind_proxy="127.0.0.1")
+    ann = account(cloud)
+    put(cloud, ann, "d/a", parents=True), put(cloud, ann, "gone"), cloud.delete(ann, ("gone",))
+    call = partial(exchange, serve_cloud(cloud), X_Forwarded_Prefix="/cloud")
+    for door in ("/dav", "/remote.php/webdav", "/remote.php/dav/files/ann"):
+        assert list(propfind(call, door + "/d", depth="1")) == ["/cloud" + door + "/d/", "/cloud" + door + "/d/a"]
+        assert call("PUT", door + "/b", b"x").headers["location"] == "/cloud" + door + "/b"
+        for target in ("/cloud" + door + "/c", door + "/c", "http://localhost/cloud//" + door + "/c"):
+            assert call("MOVE", door + "/b", Destination=target).status == 201, target
+            assert call("MOVE", door + "/c", Destination=door + "/b").status == 201
+        assert call("PUT", door + "/b", b"2", If="<http://localhost/cloud%s/b> ([\"no\"])" % door).status == 412
+        assert call("MOVE", door + "/b", Destination="/clouds" + door + "/c").status == 502
+    call("MKCOL", UPLOADS + "7"), call("PUT", UPLOADS + "7/1", b"x")
+    assert list(propfind(call, UPLOADS + "7", depth="1")) == ["/cloud" + UPLOADS + "7/", "/cloud" + UPLOADS + "7/1"]
+    assert call("MOVE", UPLOADS + "7/.file", Destination="/cloud" + FILES + "/u").headers["location"] == "/cloud" + FILES + "/u"
+    assert all(href.startswith("/cloud/remote.php/dav/trashbin/ann/trash/") for href in propfind(call, "/remote.php/dav/trashbin/ann/trash", depth="1"))
+    assert search(call, compare("eq", "oc:fileid", cloud.stat(ann, ("d", "a")).node)) == ["/d/a"]
+    assert call("POST", "/tus", b"", Upload_Length="1", Upload_Metadata=metadata(filename="t"), **TUS).headers["location"].startswith("/cloud/tus/")
+    begun = call("POST", "/login/v2", user=None).json()
+    assert "/cloud/login/v2/flow/" in begun["login"] and begun["poll"]["endpoint"].endswith("/cloud/login/v2/poll")
+    for nonsense in ("", "cloud", "/../x", "/%00", "//"):
+        assert list(propfind(call, "/dav/d", X_Forwarded_Prefix=nonsense)) == ["/dav/d/"], nonsense
+    unlisted = make_cloud(name="other")
+    account(unlisted)
+    assert list(propfind(partial(exchange, serve_cloud(unlisted)), "/dav/", X_Forwarded_Prefix="/cloud")) == ["/dav/"]
+
+
+def test_a_refused_target_is_refused_by_its_door_and_logged_with_its_method(make_cloud, serve_cloud, tmp_path):
+    """Whatever is wrong with it: in the words of the dialect, and without closing the log's eyes."""
+    cloud = make_cloud(access_log=str(tmp_path / "log"))
+    account(cloud)
+    call = partial(exchange, serve_cloud(cloud))
+    for method, path, media in (("PROPFIND", "/dav/a%00", "application/xml"), ("PUT", "/dav/../x", "application/xml"), ("GET", FILES + "/%ff", "application/xml"),
+                                ("GET", "/api/v1/files/%zz", "application/problem+json"), ("DELETE", "/%00", "application/problem+json"),
+                                ("PUT", "/tus/%", "application/problem+json"), ("MKCOL", "/dav/" + "/".join(["a" * 250] * 17), "application/xml")):
+        answer = call(method, path)
+        assert answer.status == (414 if "aaa" in path else 400) and answer.headers["content-type"].startswith(media), path
+        assert answer.headers["connection"] == "close" and "/dav/../x" not in answer.body.decode()
+    logged = re.findall(r'"(\S+) (\S+) HTTP/1.1" (\d+)', (tmp_path / "log").read_text())
+    assert [line[0] for line in logged] == ["PROPFIND", "PUT", "GET", "GET", "DELETE", "PUT", "MKCOL"]
+    assert [line[1] for line in logged][:5] == ["/dav", "/dav", "/remote.php/dav/files/ann", "/api/v1/files", "/"]
+
+
 def test_hosts_are_known_by_name(make_cloud):
     """B3"""
     site = cs.Site(Config(hostname="cloud.example, other.example"))
@@ -4630,6 +4675,13 @@ def test_collections_list_for_people_and_programs(call, cloud, ann):
     page = call("GET", "/dav/d", Accept="text/html,*/*", User_Agent="Mozilla/5.0")
     assert page.status == 303 and page.headers["location"] == "../files/d"
     assert call("HEAD", "/dav/").status == 200 and call("GET", "/dav/no/").status == 404
+    assert call("GET", "/dav/d/").body == b"" and call("GET", "/dav/d", Accept="application/json").json() == []
+    for path in ("/dav", "/dav/"):               # wget -r and lftp follow links
+        links = call("GET", path, User_Agent="Wget/1.21.3")
+        assert links.headers["content-type"] == "text/html; charset=utf-8" and "sandbox" in links.headers["content-security-policy"]
+        assert links.body.decode() == '<a href="/dav/a%20%C3%A4">a \u00e4</a>\n<a href="/dav/b">b</a>\n<a href="/dav/d/">d/</a>\n'
+    put(cloud, ann, "<i>\"")
+    assert '<a href="/dav/%3Ci%3E%22">&lt;i&gt;"</a>' in call("GET", "/dav/", User_Agent="lftp/4.9").body.decode()
 
 
 def test_a_large_listing_takes_little_memory(call, cloud, ann):
