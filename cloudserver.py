@@ -1156,8 +1156,13 @@ for _media, _suffixes in {
         "image/webp": "webp", "image/avif": "avif", "image/heic": "heic heif", "audio/flac": "flac", "audio/mp4": "m4a",
         "audio/ogg": "ogg oga opus", "audio/wav": "wav", "video/mp4": "m4v", "video/webm": "webm",
         "video/x-matroska": "mkv", "text/markdown": "md markdown", "text/javascript": "js mjs", "text/csv": "csv",
-        "text/plain": "log ini conf", "application/yaml": "yaml yml", "application/toml": "toml",
-        "application/xml": "xml xsl", "application/gzip": "gz tgz", "application/zstd": "zst",
+        "text/plain": "log ini conf env cfg properties lock srt rst diff patch gitignore editorconfig nfo bat ps1 cmd "
+                      "ts tsx jsx vue svelte kt swift php pl lua r go rs rb java scala cs cc cpp hpp h c m dart",
+        "text/vtt": "vtt", "text/calendar": "ics", "text/vcard": "vcf", "message/rfc822": "eml",
+        "application/json": "json ipynb", "application/sql": "sql", "application/yaml": "yaml yml", "application/toml": "toml",
+        "application/xml": "xml xsl", "application/gzip": "gz tgz", "application/zstd": "zst", "application/x-bzip2": "bz2",
+        "application/x-xz": "xz", "application/rtf": "rtf", "audio/aac": "aac", "video/ogg": "ogv", "image/bmp": "bmp",
+        "application/vnd.oasis.opendocument.presentation": "odp",
         "application/x-7z-compressed": "7z", "application/vnd.rar": "rar", "application/epub+zip": "epub",
         "application/vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
         "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet": "xlsx",
@@ -1165,6 +1170,7 @@ for _media, _suffixes in {
         "application/vnd.oasis.opendocument.text": "odt", "application/vnd.oasis.opendocument.spreadsheet": "ods"}.items():
     for _suffix in _suffixes.split():
         _MEDIA.add_type(_media, "." + _suffix)
+_PLAIN_NAMES = frozenset("makefile dockerfile license licence readme changelog authors copying todo".split())
 INLINE_MEDIA = frozenset(media for _, _, media in _MAGIC)        # a browser may show these from our origin
 
 
@@ -1172,6 +1178,12 @@ INLINE_MEDIA = frozenset(media for _, _, media in _MAGIC)        # a browser may
 def media_of_suffix(suffix: str) -> str:
     """The media type a name's suffix claims; "" if it claims none."""
     return _MEDIA.guess_type("x." + suffix)[0] or ""
+
+
+def media_of_name(name: str) -> str:
+    """The media type a name claims by its suffix or, like Makefile, as a whole; "" if it claims none."""
+    stem, dot, suffix = name.lower().rpartition(".")
+    return media_of_suffix(suffix) if dot else "text/plain" if suffix in _PLAIN_NAMES else ""
 
 
 KINDS = {  # what people call it: media types, or the part of them before the slash
@@ -1184,7 +1196,7 @@ KINDS = {  # what people call it: media types, or the part of them before the sl
                 "application/vnd.openxmlformats-officedocument.presentationml.presentation",
     "archive": "application/zip application/gzip application/zstd application/x-tar application/x-7z-compressed "
                "application/vnd.rar application/x-bzip2 application/x-xz application/java-archive",
-    "text": "text application/json application/xml application/yaml application/toml application/javascript application/sql "
+    "text": "text message application/json application/xml application/yaml application/toml application/javascript application/sql "
             "application/x-sh application/x-tex application/x-latex application/x-csh application/x-python"}
 _KIND_OF = {media: kind for kind, medias in KINDS.items() for media in medias.split()}
 
@@ -1194,6 +1206,12 @@ def kind_of_media(media: str | None) -> str:
     if media is None:
         return "collection"
     return _KIND_OF.get(media) or _KIND_OF.get(media.partition("/")[0], "other")
+
+
+def kind_of_file(name: str, media: str | None) -> str:
+    """The kind of a file by its media type; by its name where that says nothing, unless only its bytes could prove it."""
+    kind, claimed = kind_of_media(media), media_of_name(name)
+    return kind_of_media(claimed) if kind == "other" and claimed and claimed not in INLINE_MEDIA else kind
 
 
 def decode_text(data: bytes) -> str | None:
@@ -1246,8 +1264,7 @@ def media_of_picture(data: bytes) -> str | None:
 
 def media_type(name: str, head: bytes) -> str:
     """The media type of a file, by its name; what a browser would show counts only if the first bytes agree."""
-    stem, dot, suffix = name.rpartition(".")
-    claimed = media_of_suffix(suffix.lower()) if dot else ""
+    claimed = media_of_name(name)
     if claimed and claimed not in INLINE_MEDIA:
         return claimed
     found = next((media for at, magic, media in _MAGIC if head.startswith(magic, at)), "")
@@ -6920,7 +6937,7 @@ def api_node(node: Node, path: Sequence[str]) -> dict[str, Any]:
     if node.kind:
         about["files"] = node.files
     else:
-        about.update(media=node.media, version=str(node.rev))
+        about.update(media=node.media, category=kind_of_file(node.name, node.media), version=str(node.rev))
         if node.manifest[0] != "m":
             about["sha256"] = node.manifest
     return about

@@ -664,6 +664,20 @@ def test_media_type(name, head, want):
     assert cs.media_type(name, head) == want
 
 
+@pytest.mark.parametrize("want, names", [
+    ("text", "a.txt a.md a.tsx a.jsx a.ts a.kt a.swift a.vue a.svelte a.php a.pl a.lua a.r a.R a.ps1 a.lock a.properties a.srt a.vtt a.ics "
+             "a.vcf a.eml a.ipynb a.json a.go a.rs a.rb a.c a.cpp a.java a.sh a.sql a.tex a.html a.css a.mjs a.toml a.yaml .env .gitignore "
+             "Makefile Dockerfile LICENSE README"),
+    ("document", "a.epub a.rtf a.docx a.odt a.odp a.pptx a.doc"), ("table", "a.csv a.tsv a.xlsx a.ods"), ("pdf", "a.pdf"),
+    ("archive", "a.zip a.tar a.gz a.tgz a.bz2 a.xz a.7z a.rar"), ("image", "a.heic a.svg a.bmp a.tif a.ico"),
+    ("video", "a.avi a.mov a.mkv a.ogv"), ("other", "a.bin a png a.jpg a.mp4 a.")])
+def test_what_people_call_a_file(want, names):
+    """P6: by its name on every Python, also for one stored before its name was known; what a browser shows must be proven."""
+    for name in names.split():
+        assert cs.kind_of_file(name, cs.media_type(name, b"")) == want, name
+        assert cs.kind_of_file(name, "application/octet-stream") == want, name
+
+
 @pytest.mark.parametrize("name, want", [("a", True), ("con", False), ("CON.txt", False), ("a.", False), ("a ", False),
                                         ("a:b", False), ("console", True), ("com1", False), ("a|b", False)])
 def test_windows_names(name, want):
