@@ -1176,7 +1176,7 @@ INLINE_MEDIA = frozenset(media for _, _, media in _MAGIC)        # a browser may
 
 @lru_cache(maxsize=512)
 def media_of_suffix(suffix: str) -> str:
-    """The media type a name's suffix claims; "" if it claims none."""
+    """The media type a suffix claims; "" if it claims none."""
     return _MEDIA.guess_type("x." + suffix)[0] or ""
 
 
@@ -9425,7 +9425,10 @@ mark { background: var(--mark); color: var(--text); }
 .names:has(.where) .label { line-height: 1.3; }
 .more button { background: none; border: 0; width: 40px; padding: 0; color: var(--soft); opacity: 0; font-weight: 700; }
 .row:hover .more button, .row.cursor .more button, .row[aria-selected=true] .more button { opacity: 1; }
+.renaming { flex: 1; position: relative; }
 .rename { min-height: 32px; padding: .2rem .5rem; }
+.renaming .problem { position: absolute; top: 100%; z-index: 4; background: var(--raised); border-radius: 8px;
+  padding: .3rem .6rem; box-shadow: var(--shadow); font-size: .9rem; }
 .band { position: absolute; border: 1px solid var(--accent);
   background: color-mix(in srgb, var(--accent) 15%, transparent); z-index: 4; pointer-events: none; }
 .banding { user-select: none; }
@@ -9491,6 +9494,7 @@ mark { background: var(--mark); color: var(--text); }
 .ways { display: grid; gap: 1.1rem; }
 .ways h3 { font-size: 1rem; margin: 0 0 .3rem; }
 .qr { width: 190px; height: 190px; background: #fff; border-radius: 8px; }
+[aria-busy=true] { opacity: .5; pointer-events: none; cursor: progress; }
 .banners { padding-top: 0; }
 .banner { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; background: var(--mark);
   border-radius: 10px; padding: .7rem 1rem; margin-top: .8rem; }
@@ -9563,12 +9567,18 @@ dialog.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; m
   border-bottom: 1px solid var(--line); }
 .preview .title strong { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .preview .title .soft { margin-right: auto; white-space: nowrap; }
-.preview .body { flex: 1; min-height: 0; display: grid; place-items: center; overflow: auto; position: relative; }
+.preview .body, .preview .stage { display: grid; grid-template: minmax(0, 1fr) / minmax(0, 1fr); place-items: center; }
+.preview .body { flex: 1; min-height: 0; overflow: auto; position: relative; }
+.note { background: var(--mark); padding: .5rem 1rem; display: flex; flex-wrap: wrap; gap: .3rem 1rem;
+  align-items: center; }
+.note:empty { display: none; }
+.pages { width: 100%; height: 100%; overflow: auto; display: grid; align-content: start; justify-items: center; }
+.pages .note { width: 100%; }
 .preview img, .preview video { max-width: 100%; max-height: 100%; }
 .preview pre, .diff { width: min(100%, 70rem); align-self: start; margin: 0; padding: 1.5rem; white-space: pre-wrap;
   overflow-wrap: anywhere; font: .875rem/1.55 ui-monospace, monospace; }
 
-.preview .stage { display: grid; place-items: center; width: 100%; height: 100%; overflow: auto; }
+.preview .stage { width: 100%; height: 100%; overflow: auto; }
 .preview .zoomed { place-items: start; cursor: grab; }
 .preview .zoomed img { max-width: none; max-height: none; }
 .preview .stage:not(.zoomed) img { cursor: zoom-in; }
@@ -9717,12 +9727,16 @@ function h(tag, about = {}, ...children) {
   for (const [key, value] of Object.entries(about)) {
     if (value === undefined || value === null || value === false) continue;
     if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else if (DEFAULTS[key] in element) element[DEFAULTS[key]] = value;
     else if (key in element && !/^(role|list|form|width|height)$/.test(key)) element[key] = value;
     else element.setAttribute(key, value === true ? "" : value);
   }
   element.append(...children.flat(9).filter(child => child !== null && child !== undefined && child !== false));
   return element;
 }
+
+// what a field holds by itself, so that isTyped() knows it from what somebody typed
+const DEFAULTS = {value: "defaultValue", checked: "defaultChecked"};
 
 function svg(name, about, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -9746,8 +9760,8 @@ const isPhone = matchMedia("(max-width: 45rem)");
 const SHEET = "M6 2h8l5 5v13a2 2 0 0 1-2 2H6a2 2 0 0 1-2-2V4a2 2 0 0 1 2-2z";
 const ICONS = {
   collection: "M3 5a2 2 0 0 1 2-2h4.6l2 2.5H19a2 2 0 0 1 2 2V18a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2z",
-  file: SHEET,
   text: SHEET + "|M8 11h7M8 14h7M8 17h4",
+  document: SHEET + "|M8 8h2M8 11h7M8 14h7M8 17h7",
   image: SHEET + "|M6.5 18l3.5-5 2.5 3 1.5-2 2.5 4M9 9.5h.01",
   video: SHEET + "|M9 11l5.5 3.2L9 17.5z",
   audio: SHEET + "|M9 17.5v-6l5-1v6",
@@ -9756,22 +9770,10 @@ const ICONS = {
   table: SHEET + "|M7 11h9M7 14h9M7 17h9M10 11v6.500"
 };
 const STAR = "M12 3l3 6 6 1-4 4 1 7-6-3-6 3 1-7-4-4 6-1z";
-const KINDS = Object.entries({
-  image: "png jpg jpeg gif webp avif heic heif svg bmp tif tiff ico",
-  video: "mp4 m4v webm mov mkv avi ogv",
-  audio: "mp3 m4a ogg oga opus flac wav aac",
-  pdf: "pdf",
-  archive: "zip gz tgz tar 7z rar xz zst bz2 iso dmg",
-  table: "csv tsv xlsx xls ods",
-  text: "txt md markdown log ini conf toml yaml yml json xml html css js mjs ts py rb go rs c h cpp " +
-    "java sh bat sql tex rst doc docx odt rtf epub diff patch env cfg gitignore dockerfile makefile"
-}).flatMap(([kind, suffixes]) => suffixes.split(" ").map(suffix => [suffix, kind]));
-const KIND_OF = new Map(KINDS);
-const suffixOf = name => name.slice(name.lastIndexOf(".") + 1).toLowerCase();
-const kindOf = entry => entry.kind === "collection" ? "collection" : KIND_OF.get(suffixOf(entry.name)) || "file";
+const categoryOf = entry => entry.kind === "collection" ? "collection" : entry.category || "other";
 
 function icon(kind) {
-  const [body, detail] = ICONS[kind].split("|");
+  const [body, detail] = (ICONS[kind] || SHEET).split("|");
   const drawing = svg(
     "svg",
     {viewBox: "0 0 24 24", class: "icon " + kind, "aria-hidden": "true"},
@@ -9957,6 +9959,10 @@ function removeDialog(box) {
   document.body.append(find(".toasts"));
   box.close();                                           // gives the focus back
   box.remove();
+  const back = document.activeElement;
+  if (back.tagName !== "TEXTAREA") return;
+  back.blur();                                           // Chromium's caret did not come back with the focus
+  back.focus();
 }
 
 // a modal dialog; resolves to what close(value) was called with, undefined if it was dismissed
@@ -9966,14 +9972,16 @@ function sheet(title, build, kind = "") {
       resolve(value);
       removeDialog(box);
     };
+    const leave = async () => { if (!isTyped(box) || await askToLeave()) close(); };
     const box = h("dialog.sheet" + kind, {
       "aria-label": title || null,
       oncancel: event => {
         event.preventDefault();
-        close();
+        leave();
       },
-      onclick: event => event.target === box && close()
+      onclick: event => event.target === box && leave()
     });
+    box.leave = leave;
     box.append(h("div.inside", {}, title && h("h2", {}, title), build(close)));
     document.body.append(box);
     box.showModal();
@@ -9983,6 +9991,12 @@ function sheet(title, build, kind = "") {
 const buttonsRow = (...buttons) => h("div.buttons", {}, ...buttons);
 const askYesNo = (title, text, yes) => sheet(title, close => [h("p", {}, text), buttonsRow(
   button(t("Cancel"), () => close(false)), button(yes, () => close(true), {className: "danger", autofocus: true}))]);
+
+// what somebody typed never goes without a question, by whatever way it is left
+const TYPED = "form:not(.gate *, .search, .limits) :is(input:not([type=password]), textarea), .rename";
+const isTyped = (root = document) => root === document && isEdited() || [...root.querySelectorAll(TYPED)].some(one =>
+  one.type === "checkbox" ? one.checked !== one.defaultChecked : one.value !== one.defaultValue);
+const askToLeave = () => askYesNo(t("Leave without saving?"), t("What you typed is lost then."), t("Leave"));
 
 // ask for values: askForm("New folder", [field(…)], "Create", values => …); an error stays in the sheet
 function askForm(title, fields, yes, run, hint) {
@@ -10246,14 +10260,24 @@ function showQuota() {
     h("span", {}, usedWords(me)));
 }
 
-const updateQuota = soon(async () => { Object.assign(me, await api("GET", "account")); showQuota(); }, 1500);
+const updateQuota = soon(async () => { Object.assign(me, await api("GET", "account")); showQuota(); }, 1500, true);
 
-// run it once, a little later, however often it is asked for
-function soon(work, wait) {
-  let timer = 0;
+// run it once, a little later, however often it is asked for; often: being asked again does not put it off
+function soon(work, wait, often = false) {
+  let timer = 0, spent = 0, latest;
+  const run = async () => {
+    const begun = performance.now();
+    timer = 0;
+    try {
+      await work(...latest);
+    } catch { /* what nobody asked for says nothing */ }
+    spent = performance.now() - begun;
+  };
   return (...args) => {
+    latest = args;
+    if (often && timer) return;
     clearTimeout(timer);
-    timer = setTimeout(() => Promise.resolve(work(...args)).catch(() => {}), wait);
+    timer = setTimeout(run, wait + 3 * spent * often);
   };
 }
 
@@ -10305,7 +10329,8 @@ const SHOWS = [
   [/^\/login\/v2\/flow\/(.+)$/, showGrant]
 ];
 
-function go(address, {replace = false, deep} = {}) {
+async function go(address, {replace = false, deep} = {}) {
+  if (!await mayLeave()) return undefined;
   if (!replace) history.replaceState({...history.state, scroll: scrollY}, "");
   history[replace ? "replaceState" : "pushState"]({inside: true, deep}, "", address);
   return show();
@@ -10315,10 +10340,19 @@ async function show() {
   const address = location.pathname.slice(PREFIX.length).replace(/(.)\/$/, "$1");
   const [pattern, run] = SHOWS.find(([pattern]) => pattern.test(address)) || SHOWS[0];
   const parts = (address.match(pattern) || ["", ""]).slice(1).map(part => part || "");
-  view.turn = (view.turn || 0) + 1;
+  const turn = view.turn = (view.turn || 0) + 1, {state} = history, scroll = state && state.scroll;
+  Object.assign(view, {address: location.href, state});
   closePreview();
-  const scroll = history.state && history.state.scroll;
-  await attempt(() => run(...parts));
+  const late = setTimeout(() => markBusy(true), 250);
+  try {
+    await run(...parts);
+  } catch (error) {
+    if (error.name === "AbortError" || turn !== view.turn) return;
+    showFailure(error, address);
+  }
+  clearTimeout(late);
+  if (turn !== view.turn) return;
+  markBusy(false);
   for (const one of document.querySelectorAll("nav a[data-view]")) {
     const here = one.dataset.view === view.kind ||
       (one.dataset.view === "files" && ["past", "versions", "search"].includes(view.kind));
@@ -10328,6 +10362,51 @@ async function show() {
   if (!find(".search")) return; // a gate took the place of the frame
   if (view.kind !== "search") find(".search input").value = "";
   if (scroll) scrollTo(0, scroll);
+}
+
+// what is on the screen is not what the address says, yet
+function markBusy(yes) {
+  const content = find(".content");
+  if (content) content.ariaBusy = yes ? "true" : null;
+}
+
+// a view that cannot be shown says so in its place
+function showFailure(error, address) {
+  const [, kind, rest] = address.match(/^\/(\w*)\/?(.*)$/);
+  const path = ["files", "versions"].includes(kind) ? decodePath(rest) : "";
+  const [, label = "Files"] = NAVIGATION.find(([name]) => name === kind) || [];
+  enterView("failed", nameOf(path) || t(label));
+  if (path) setCrumbs(...crumbsOf(path, addressOf));
+  setBar();
+  setContent(failureBox(error, show, path));
+}
+
+const isGone = error => ["not-found", "gone"].includes(error.code);
+
+function failureBox(error, again, path = "") {
+  if (!(error instanceof Problem)) reportError(error);
+  const gone = isGone(error);
+  return h("div.empty", {role: "alert"},
+    h("p.big", {}, gone && path ? t("“{name}” is not there (any more).", {name: nameOf(path)}) : explain(error)),
+    gone && path && h("p", {}, t("It was moved, renamed or deleted, or it is somebody else's.")),
+    h("div.acts", {}, gone
+      ? [link(t("To the files"), addressOf(""), {className: "button"}),
+         link(t("Look in the trash"), PREFIX + "/trash", {className: "button"})]
+      : button(t("Try again"), again)));
+}
+
+// back and forward have changed the address already: it is put back while somebody is asked
+async function onPop() {
+  if (!me.name) return;
+  const sheets = [...document.querySelectorAll("dialog.sheet")].filter(box => box.leave);
+  if (isEdited() || isTyped(find("#app"))) {
+    if (location.href === view.address) return;
+    history.pushState(view.state, "", view.address);
+    if (!leaving && await mayLeave()) history.back();
+    return;
+  }
+  for (const box of sheets.reverse()) await box.leave();
+  show();
 }
 
 function onLinkClick(event) {
@@ -10342,8 +10421,7 @@ function onLinkClick(event) {
     return;
   if (target.pathname.startsWith(PREFIX + "/api/")) return;
   event.preventDefault();
-  if (target.href !== location.href) go(target.pathname + target.search);
-  else show();
+  go(target.pathname + target.search, {replace: target.href === location.href});
 }
 
 // ---- the list: of however many entries, only the rows in sight exist
@@ -10514,7 +10592,7 @@ function makeRow(entry, index) {
         "aria-label": t("Select {name}", {name: entry.name})})
     ),
     h("div.name", {role: "gridcell"},
-      shape === "tiles" ? tilePicture(entry) : icon(kindOf(entry)),
+      shape === "tiles" ? tilePicture(entry) : icon(categoryOf(entry)),
       list.editing === entry ? renameField(entry) : entryName(entry),
       entry.since && h("span.tag", {}, t("{how} since", {how: t(HOW[entry.since])})),
       entry.starred && svg("svg", {viewBox: "0 0 24 24", class: "star", role: "img", "aria-label": t("Starred")},
@@ -10552,8 +10630,9 @@ function entryName(entry) {
 
 function tilePicture(entry) {
   const kind = view.at || view.kind === "trash" ? "" : pictureKind(entry.media || "", entry.size);
-  if (!kind) return h("div.picture", {}, icon(kindOf(entry)));
+  if (!kind) return h("div.picture", {}, icon(categoryOf(entry)));
   const picture = h("img", {alt: "", decoding: "async", draggable: false});
+  picture.onerror = () => picture.replaceWith(icon(categoryOf(entry)));
   if (kind === "small") picture.src = contentAddress(entry);
   else showThumbnail(entry, kind, picture).catch(() => picture.replaceWith(icon(kind)));
   return h("div.picture." + kind, {}, picture);
@@ -10880,7 +10959,7 @@ const load = (path, values) => api("GET", "files/" + encodePath(path), {limit: 1
 async function enterCollection(answer, turn) {
   const same = view.kind === "files" && view.path === answer.path && list.box && list.box.isConnected;
   Object.assign(view, {kind: "files", path: answer.path, at: null, etag: answer.etag, answer});
-  setTitle(answer.name || t("Files"));
+  if (!preview.box) setTitle(answer.name || t("Files"));
   setCrumbs(...crumbsOf(answer.path, addressOf));
   if (!same) {
     setContent(...makeList({columns: ["mtime", "size"], empty: emptyFiles}), h("div.readme"));
@@ -10919,7 +10998,7 @@ function crumbsOf(path, address) {
 }
 
 const emptyFiles = () => [
-  h("p.big", {}, t("Nothing here yet")),
+  h("p.big", {}, unfinished().some(one => isBelow(one.path, view.path)) ? t("Uploading…") : t("Nothing here yet")),
   h("p", {}, isPhone.matches ? t("Add something with “New”.") : t("Drop files here, or add something with “New”.")),
   h("p", {}, t("From a command line:")),
   commandLine(`curl -u ${shellWord(me.name)} -T FILE ${davAddress(view.path, "/")}`)
@@ -10929,10 +11008,18 @@ const emptyFiles = () => [
 async function refresh() {
   if (list.editing) return;
   const turn = view.turn;
-  if (view.kind === "files") {
-    const answer = await load(view.path);
-    if (turn === view.turn) await enterCollection(answer, turn);
+  if (inFiles()) {
+    try {
+      const answer = await load(view.path);
+      if (turn === view.turn) await enterCollection(answer, turn);
+    } catch (error) {
+      if (turn !== view.turn) return;
+      if (!isGone(error)) throw error;
+      closePreview();
+      showFailure(error, "/files/" + encodePath(view.path));
+    }
   } else if (["trash", "activity", "search", "starred", "past", "versions"].includes(view.kind)) await show();
+  if (find(".foot")) find(".foot").replaceWith(previewFoot(preview.entry));
   updateQuota();
 }
 
@@ -10997,7 +11084,7 @@ const ACTIONS = [
   {name: "curl", label: "Copy curl command", on: "items", menu: true,
    when: inTreeOne, run: ([entry]) => copyText(curlFor(entry))},
   {name: "edit", label: "Edit", on: "items", menu: true, keys: "E",
-   when: items => inTree() && oneFile(items) && isText(items[0]), run: ([entry]) => editFile(entry)},
+   when: items => inTree() && oneFile(items) && mayBeText(items[0]), run: ([entry]) => editFile(entry)},
   {name: "versions", label: "Versions", on: "items",
    when: items => inTree() && oneFile(items), run: ([entry]) => go(versionsAddress(entry.path))},
   {name: "star", label: "Star", on: "items", keys: "S",
@@ -11194,6 +11281,7 @@ function startRename(entry) {
   if (isPhone.matches || view.kind !== "files") {
     return askForm(t("Rename"), [nameInput(t("Name"), entry.name)], t("Rename"), ({name}) => rename(entry, name));
   }
+  if (list.editing) return find(".rename").focus();
   list.editing = entry;
   redrawRows();
   const input = find(".rename");
@@ -11203,38 +11291,50 @@ function startRename(entry) {
   return undefined;
 }
 
+// a name that does not work stays where it was typed, with what is wrong about it
 function renameField(entry) {
   let done = false;
   const finish = async keep => {
     if (done) return;
     done = true;
-    const name = input.value;
+    const name = input.value, held = document.activeElement === input;
+    try {
+      if (keep && name !== entry.name) await rename(entry, name, () => { list.editing = null; });
+    } catch (error) {
+      done = false;
+      problem.textContent = explain(error);
+      input.setAttribute("aria-invalid", "true");
+      return;
+    }
     list.editing = null;
     redrawRows();
-    list.box.focus({preventScroll: true});
-    if (keep && name !== entry.name) await attempt(() => rename(entry, name));
+    if (held || document.activeElement === document.body) list.box.focus({preventScroll: true});
   };
+  const problem = h("p.problem", {role: "alert", id: "rename-problem"});
   const input = h("input.rename", {
     value: entry.name,
     maxLength: 255,
     "aria-label": t("New name"),
+    "aria-describedby": "rename-problem",
     spellcheck: false,
     autocomplete: "off",
     onblur: () => finish(true),
+    oninput: () => problem.replaceChildren(),
     onkeydown: event => {
       event.stopPropagation();
       if (event.key === "Enter" && !event.isComposing) finish(true);
       if (event.key === "Escape") finish(false);
     }
   });
-  return input;
+  return h("div.renaming", {}, input, problem);
 }
 
-async function rename(entry, name) {
+async function rename(entry, name, then = () => {}) {
   checkName(name);
   if (name === entry.name) return;
   const target = join(parentOf(entry.path), name);
   const {seq} = await api("POST", "move", {items: [{from: entry.path, to: target}]}).catch(sayTaken);
+  then();
   offerUndo(t("Renamed to “{name}”", {name}), seq);
   await refresh();
 }
@@ -11320,9 +11420,14 @@ function putOnClip(verb, items) {
 }
 
 async function pasteClip() {
-  const {verb, items} = clip;
-  await transfer(verb, items, view.path);
-  if (verb === "move") Object.assign(clip, {verb: "", items: [], ids: new Set()});
+  const before = {...clip};
+  if (clip.verb === "move") Object.assign(clip, {verb: "", items: [], ids: new Set()});
+  try {
+    await transfer(before.verb, before.items, view.path);
+  } catch (error) {
+    Object.assign(clip, before);
+    throw error;
+  }
 }
 
 async function moveTo(items, verb) {
@@ -11544,6 +11649,7 @@ async function addUploads(found) {
   for (const one of found) queue.items.push({...one, sent: 0, state: "waiting", tries: 0, more: found.length > 1});
   queue.box = null;
   showQueue();
+  if (inFiles() && !list.entries.length) fillList([]);
   pump();
 }
 
@@ -11821,7 +11927,7 @@ function finishItem(item, state, error = "") {
   if (state === "done" && inFiles() && isBelow(item.path, view.path)) refreshSoon();
 }
 
-const refreshSoon = soon(refresh, 500);
+const refreshSoon = soon(refresh, 500, true);
 
 function cancelItem(item) {
   const sending = item.state === "sending";
@@ -12118,13 +12224,17 @@ async function lookAtVersion(entry, versions, at, against) {
   const ways = [[null, t("The text")], older && ["before", t("What changed"), older, one],
                 at > 0 && ["now", t("Compared with now"), one, versions[0]]].filter(Boolean);
   const way = ways.find(([name]) => name === against) || ways[0];
-  const part = !way[2] ? await lookAt(as(one))
-    : diffView(...await Promise.all(way.slice(2).map(one => readText(as(one)))));
+  const part = way[2] ? await compareVersions(way.slice(2).map(as)) : await lookAt(as(one));
   return h("section.preview.look", {"aria-label": t("Preview")},
-    ways[1] && isText(as(one)) && h("nav", {"aria-label": t("View")}, ways.map(some => h("a.tab", {
+    ways[1] && (way[2] || part.source) && h("nav", {"aria-label": t("View")}, ways.map(some => h("a.tab", {
       href: versionsAddress(entry.path, {version: one.version, with: some[0]}),
       "aria-current": some === way ? "page" : null}, some[1]))),
     h("div.body", {}, part));
+}
+
+async function compareVersions(two) {
+  const [old, now] = await Promise.all(two.map(one => readText(one)));
+  return old && now ? diffView(old.text, now.text) : noLook(two[1]);
 }
 
 // ---- what differs between two texts, line by line
@@ -12715,26 +12825,24 @@ function agentOf({kind, name}) {
 
 // ---- preview: a file over the list it belongs to, at an address of its own
 
-const preview = {box: null, entry: null, show: 0};
-const TEXT_MOST = 2 << 20;             // bytes of text that are shown or edited
-const mediaOf = entry => (entry.media || "").split("/")[0];
-const isImage = entry => mediaOf(entry) === "image";
-const isPlayed = entry => ["audio", "video"].includes(mediaOf(entry));
-const isText = entry =>
-  entry.kind === "file" &&
-  entry.size <= TEXT_MOST && (/^text\//.test(entry.media || "") || ["text", "table"].includes(kindOf(entry))) &&
-  !/\.(docx|odt|rtf|xlsx?|ods)$/i.test(entry.name);
+const preview = {box: null, entry: null, show: 0, edit: null};
+const isImage = entry => categoryOf(entry) === "image";
+const isPlayed = entry => ["audio", "video"].includes(categoryOf(entry));
+const mayBeText = entry => ["text", "table", "other"].includes(categoryOf(entry));      // its bytes will tell
 
 // what fits a file, and how it is shown then: as it is now, as one of its versions or as of a time
 const LOOKS = [
-  [isImage, entry => zoomable(h("img",
-    {src: contentAddress(entry), alt: entry.name, onload: () => preview.entry === entry && loadAhead()}))],
+  [isImage, pictureView],
   [isPlayed, player],
-  [entry => kindOf(entry) === "pdf" && entry.size < 200 << 20, pdfView],
-  [isText, async entry => textView(entry, await readText(entry))],
+  [entry => categoryOf(entry) === "pdf" && entry.size < 200 << 20, pdfView],
+  [mayBeText, async entry => {
+    const source = await readText(entry);
+    return source ? textView(entry, source) : noLook(entry);
+  }]
 ];
 const lookOf = entry => LOOKS.find(([fits]) => fits(entry));
-const lookAt = entry => (lookOf(entry) || [0, noLook])[1](entry);
+const lookAt = async entry => (lookOf(entry) || [0, noLook])[1](entry);
+const isSeen = entry => lookOf(entry) && categoryOf(entry) !== "other";
 
 function openPreview(entry) {
   closePreview();
@@ -12754,26 +12862,27 @@ function openPreview(entry) {
 function fillPreview(entry) {
   const held = document.activeElement.dataset.action, inside = preview.box.contains(document.activeElement);
   const act = (name, label, run, when = true) => when && button(label, run, {"data-action": name});
-  preview.entry = entry;
-  preview.body = h("div.body");
+  Object.assign(preview, {entry, edit: null, body: h("div.body"), note: h("div.note", {role: "status"})});
   preview.box.setAttribute("aria-label", entry.name);
   const title = h("div.title", {},
     h("strong", {}, h("bdi", {}, entry.name)),
     view.at && h("span.tag", {}, longTime(view.at)),
     h("span.soft", {}, formatSize(entry.size)),
-    act("edit", t("Edit"), () => attempt(() => editFile(entry)), !view.at && isText(entry)),
+    button(t("Edit"), () => attempt(() => editFile(entry)), {"data-action": "edit", hidden: true}),
     act("download", t("Download"), () => saveFrom(contentAddress(entry))),
     act("bring-back", t("Bring back"), () => attempt(() => bringBack([entry])), view.at),
     act("versions", t("Versions"), () => go(versionsAddress(entry.path)), !view.at),
     act("link", t("Copy link"), () => attempt(copyLink)),
     button(t("Close"), leavePreview, {className: "primary", autofocus: true}));
   for (const old of preview.box.querySelectorAll(":scope > :not(.toasts)")) old.remove();
-  preview.box.prepend(title, preview.body, previewFoot(entry));
+  preview.box.prepend(title, preview.note, preview.body, previewFoot(entry));
   if (inside) (find(`[data-action=${held}]:enabled`, preview.box) || find(".primary", preview.box)).focus();
   setTitle(entry.name);
-  attempt(async () => {
-    const part = await lookAt(entry);
-    if (preview.entry === entry) preview.body.replaceChildren(part);
+  return attempt(async () => {
+    const part = await lookAt(entry).catch(error => failureBox(error, () => fillPreview(entry)));
+    if (preview.entry !== entry || preview.edit) return;
+    preview.body.replaceChildren(part);
+    find("[data-action=edit]", title).hidden = !part.source?.exact || Boolean(view.at);
   });
 }
 
@@ -12782,42 +12891,56 @@ function copyLink() {
   return copyText(location.href.replace(/#.*/, "") + (at ? "#t=" + at : ""));
 }
 
-const readText = async entry => (await ask(contentAddress(entry), {headers: HEADERS, cache: "no-cache"})).text();
-
-function textView(entry, text) {
-  if (/\.(md|markdown)$/i.test(entry.name)) return h("div.paper", {}, markdown(text, parentOf(entry.path)));
-  if (/\.[ct]sv$/i.test(entry.name)) return tableView(parseTable(text, /\.tsv$/i.test(entry.name) ? "\t" : ""));
-  return h("pre", {tabIndex: 0}, text);
+function pictureView(entry) {
+  const image = h("img", {
+    src: contentAddress(entry), alt: entry.name,
+    onload: () => preview.entry === entry && loadAhead(),
+    onerror: () => sayUnfit(entry, stage, t("This browser cannot show this kind of picture."))
+  });
+  const stage = zoomable(image);
+  return stage;
 }
 
-// the browser's own viewer; the type is ours to say, so that nothing else can come of the bytes
+// in place of what a browser gave up on: was it the browser, or the way to the server?
+async function sayUnfit(entry, part, words) {
+  const look = () => ask(contentAddress(entry), {headers: {...HEADERS, Range: "bytes=0-0"}});
+  const why = entry.size ? await look().then(() => words, explain) : t("This file is empty.");
+  part.replaceWith(noLook(entry, why));
+}
+
+// the browser's own viewer; the type is ours to say, so that nothing else can come of the bytes.  Its bar would name
+// the file after the address of the bytes and save it so: the title above has the name, and the way to save
 async function pdfView(entry) {
-  const bytes = await (await ask(contentAddress(entry))).arrayBuffer(),
-    url = URL.createObjectURL(new Blob([bytes], {type: "application/pdf"}));
-  return isPhone.matches || navigator.pdfViewerEnabled === false
-    ? h("a.button", {href: url, target: "_blank"}, t("Open in a new tab"))
-      : h("iframe", {src: url, title: t("Preview")});
+  const bytes = await (await ask(contentAddress(entry))).arrayBuffer();
+  const src = URL.createObjectURL(new Blob([bytes], {type: "application/pdf"}));
+  if (!isPhone.matches && navigator.pdfViewerEnabled !== false)
+    return h("iframe", {src: src + "#toolbar=0&view=FitH", title: entry.name});
+  return noLook(entry, entry.name, h("a.button", {href: src, target: "_blank"}, t("Open in a new tab")));
 }
 
-function noLook(entry) {
+function noLook(entry, why = t("There is no preview of this kind of file."), ...ways) {
   const asText = async () => {
-    const text = h("pre", {tabIndex: 0}, await readText(entry));
-    box.replaceWith(text);
-    text.focus();
+    const part = textView(entry, await readText(entry, true));
+    box.replaceWith(part);
+    find("pre", part).focus();
   };
-  const box = h("div.empty", {}, h("p", {}, t("There is no preview of this kind of file.")), h("div.acts", {},
+  const box = h("div.empty", {}, icon(categoryOf(entry)), h("p", {}, why), h("div.acts", {}, ways,
     button(t("Download"), () => saveFrom(contentAddress(entry))),
-    kindOf(entry) === "file" && entry.size <= TEXT_MOST && button(t("Show as text"), () => attempt(asText))));
+    !/image|audio|video|pdf/.test(categoryOf(entry)) && button(t("Show as text"), () => attempt(asText))));
   return box;
 }
 
 // it begins where a link says (#t=80); at its end the next of its kind begins
 function player(entry) {
-  const at = (location.hash.match(/^#t=[\d.]+$/) || [""])[0];
-  return h(mediaOf(entry),
-    {src: contentAddress(entry) + at, controls: true, playsInline: true, autoplay: preview.play, onended: () => {
-    if (preview.entry === entry && playsOn()) turnTo(near(1, sameKind), true);
-  }});
+  const at = (location.hash.match(/^#t=[\d.]+$/) || [""])[0], kind = categoryOf(entry);
+  const media = h(kind, {
+    src: contentAddress(entry) + at, controls: true, playsInline: true, autoplay: preview.play,
+    onerror: () => sayUnfit(entry, media, t("This browser cannot play this kind of file.")),
+    onloadeddata: () => kind === "video" && !media.videoWidth &&
+      preview.note.replaceChildren(t("This browser plays only the sound of this film.")),
+    onended: () => { if (preview.entry === entry && playsOn()) turnTo(near(1, sameKind), true); }
+  });
+  return media;
 }
 
 const playsOn = () => localStorage.getItem("playon") !== "0";
@@ -12853,9 +12976,9 @@ function among(fits) {
   return [all, all.findIndex(one => one.path === path)];
 }
 
-const sameKind = one => mediaOf(one) === mediaOf(preview.entry);
+const sameKind = one => categoryOf(one) === categoryOf(preview.entry);
 
-function near(step, fits = lookOf, around = false) {
+function near(step, fits = isSeen, around = false) {
   const [all, n] = among(fits);
   return all[around ? (n + step) % all.length : n + step];
 }
@@ -12865,7 +12988,7 @@ function loadAhead() {
 }
 
 function previewFoot(entry) {
-  const [all, n] = among(lookOf), next = near(1, sameKind);
+  const [all, n] = among(isSeen), next = near(1, sameKind);
   const turn = (step, label) => button(label, () => turnTo(near(step)), {"data-action": label, disabled: !near(step)});
   const tick = h("input", {type: "checkbox", checked: playsOn(), "data-action": "playon",
                            onchange: () => localStorage.setItem("playon", tick.checked ? "1" : "0")});
@@ -12878,8 +13001,8 @@ function previewFoot(entry) {
     turn(1, t("Next")));
 }
 
-function turnTo(entry, play) {
-  if (!entry || !mayLeave()) return;
+async function turnTo(entry, play) {
+  if (!entry || !await mayLeave()) return;
   const media = find("video, audio", preview.body);
   preview.play = play || Boolean(media && !media.paused);
   history.replaceState(history.state, "", placeAddress(entry.path));
@@ -12903,7 +13026,7 @@ const zoom = on => {
 const PREVIEW_KEYS = {
   ArrowRight: () => turnTo(near(1)), ArrowLeft: () => turnTo(near(-1)), "+": () => zoom(true), "-": () => zoom(false),
   s: () => isImage(preview.entry) && slideshow(true),
-  e: () => !view.at && isText(preview.entry) && attempt(() => editFile(preview.entry))
+  e: () => find("[data-action=edit]:not([hidden])", preview.box)?.click()
 };
 
 // what can be moved itself by an arrow keeps it
@@ -12922,21 +13045,117 @@ function closePreview() {
   if (!preview.box) return;
   removeDialog(preview.box);
   slideshow(false);
-  preview.box = preview.entry = null;
+  preview.box = preview.entry = preview.edit = null;
   if (list.box) list.box.focus({preventScroll: true});
   setTitle(view.path ? nameOf(view.path) : t("Files"));
 }
 
-function mayLeave() {
-  const may = !preview.dirty || confirm(t("Leave without saving?"));
-  if (may) preview.dirty = false;
-  return may;
-}
-
-function leavePreview() {
-  if (!mayLeave()) return;
+async function leavePreview() {
+  if (!await mayLeave()) return;
   if (history.state && history.state.inside) history.back();
   else go(placeAddress(view.path), {replace: true});
+}
+
+// ---- text, and the bytes it is made of: what nobody edited is given back as it came
+
+const TEXT_MOST = 2 << 20;             // bytes of text that are shown or edited
+const HEAD = 64 << 10;                 // bytes that tell whether a file of no known kind is text
+const MARKS = {"UTF-8": [0xef, 0xbb, 0xbf], "UTF-16LE": [0xff, 0xfe], "UTF-16BE": [0xfe, 0xff]};
+
+// {text, codec, whole, exact, etag}: what a file says; exact: writing the text gives its bytes, so it can be edited.
+// null if it is no text, unless that is to be shown anyhow
+async function readText(entry, anyhow) {
+  const get = async most => {
+    const part = entry.size > most ? {Range: `bytes=0-${most - 1}`} : {};
+    const answer = await ask(contentAddress(entry), {headers: {...HEADERS, ...part}, cache: "no-cache"});
+    return [new Uint8Array(await answer.arrayBuffer()), answer];
+  };
+  if (categoryOf(entry) === "other" && entry.size > HEAD && !anyhow && !codecOf((await get(HEAD))[0])) return null;
+  const [bytes, answer] = await get(TEXT_MOST), whole = answer.status !== 206;
+  const codec = codecOf(bytes) || anyhow && {name: "Windows-1252", mark: [], guess: true};
+  if (!codec) return null;
+  const body = bytes.subarray(codec.mark.length);
+  const text = new TextDecoder(codec.name, {ignoreBOM: true}).decode(body, {stream: !whole});
+  return {text, codec, whole, etag: answer.headers.get("ETag"),
+    exact: whole && sameBytes(bytes, writeText(text, codec))};
+}
+
+// {name, mark, guess}: how bytes are to be read; null if they are no text
+function codecOf(bytes) {
+  const nuls = [0, 0], isWide = n => nuls[n] > bytes.length / 8 && !nuls[1 - n];
+  bytes.forEach((byte, n) => { nuls[n % 2] += !byte; });
+  const marked = Object.keys(MARKS).find(name => MARKS[name].every((byte, n) => bytes[n] === byte));
+  const name = marked || (isWide(0) ? "UTF-16BE" : isWide(1) ? "UTF-16LE" : "UTF-8");
+  const codec = {name, mark: MARKS[marked] || []};
+  try {
+    new TextDecoder(name, {fatal: name === "UTF-8"}).decode(bytes, {stream: true});
+  } catch {
+    Object.assign(codec, {name: "Windows-1252", mark: [], guess: true});
+  }
+  return /[\0-\x06\x0e-\x19]/.test(new TextDecoder(codec.name).decode(bytes, {stream: true})) ? null : codec;
+}
+
+const wide = little => text => {
+  const units = new DataView(new ArrayBuffer(2 * text.length));
+  for (let n = 0; n < text.length; n++) units.setUint16(2 * n, text.charCodeAt(n), little);
+  return new Uint8Array(units.buffer);
+};
+const WRITERS = {"UTF-8": text => new TextEncoder().encode(text), "UTF-16LE": wide(true), "UTF-16BE": wide(false),
+  "Windows-1252": narrow};
+
+function narrow(text) {
+  const signs = new TextDecoder("windows-1252").decode(Uint8Array.from({length: 256}, (_, n) => n));
+  return Uint8Array.from(text, sign => {
+    const byte = signs.indexOf(sign);
+    if (byte < 0) throw trouble("", t("“{sign}” does not exist in the encoding of this file ({name}).",
+      {sign, name: "Windows-1252"}));
+    return byte;
+  });
+}
+
+// throws what cannot be written so
+function writeText(text, {name, mark}) {
+  const body = WRITERS[name](text), bytes = new Uint8Array(mark.length + body.length);
+  bytes.set(mark);
+  bytes.set(body, mark.length);
+  return bytes;
+}
+
+const sameBytes = (a, b) => a.length === b.length && a.every((byte, n) => byte === b[n]);
+
+// what was typed, with the line ends of the text before: each line that stayed keeps its own
+function withEnds(before, typed) {
+  const ends = before.match(/\r\n|\r|\n/g) || [], count = end => ends.filter(one => one === end).length;
+  const [most = "\n", other] = [...new Set(ends)].sort((a, b) => count(b) - count(a));
+  const lines = typed.split("\n"), runs = other && diffLines(before.split(/\r\n|\r|\n/), lines) || [["+", lines]];
+  const wanted = [];
+  let at = 0;
+  for (const [sign, some] of runs) {
+    if (sign !== "-") wanted.push(...some.map((_, n) => sign === " " && ends[at + n] || most));
+    if (sign !== "+") at += some.length;
+  }
+  // an empty line between these two would be none any more
+  const joins = n => wanted[n] === "\r" && lines[n + 1] === "" && wanted[n + 1] === "\n";
+  return lines.map((line, n) => n === lines.length - 1 ? line : line + (joins(n) ? "\r\n" : wanted[n])).join("");
+}
+
+function textView(entry, source) {
+  const [body, cut] = pageOf(entry, source.text), whole = source.whole && entry.size;
+  return Object.assign(h("div.pages", {},
+    !entry.size && h("p.note", {}, t("This file is empty.")),
+    !source.whole && h("p.note", {}, t("Only the first {n} are shown.", {n: formatSize(TEXT_MOST)})),
+    cut && h("p.note", {}, cut),
+    source.codec.guess && h("p.note", {}, t("This is not UTF-8; that it is {name} is a guess.", source.codec)),
+    body), {source});
+}
+
+// [what shows it, words about what it leaves out]
+function pageOf(entry, text) {
+  if (/\.(md|markdown)$/i.test(entry.name)) return [h("div.paper", {}, markdown(text, parentOf(entry.path)))];
+  if (!/\.[ct]sv$/i.test(entry.name)) return [h("pre", {tabIndex: 0}, text)];
+  const rows = parseTable(text, /\.tsv$/i.test(entry.name) ? "\t" : "");
+  const cut = rows.length > ROWS_MOST && t("Only the first {n} rows are shown.", {n: ROWS_MOST});
+  return [tableView(rows.slice(0, ROWS_MOST)), cut];
 }
 
 // ---- editing text
@@ -12954,27 +13173,34 @@ async function newText() {
   });
 }
 
+// what was typed and not saved yet also lies in this browser, whatever becomes of the page: {text, etag}
+const draftName = path => ["draft", me.name, path].join("|");
+const isEdited = () => Boolean(preview.edit) && preview.edit.area.value !== preview.edit.saved;
+
+function keepDraft() {
+  const {edit} = preview;
+  if (!edit) return;
+  const text = edit.area.value;
+  try {
+    if (text === edit.saved) localStorage.removeItem(edit.draft);
+    else localStorage.setItem(edit.draft, JSON.stringify({text, etag: edit.etag}));
+  } catch { /* it has no room; then leaving asks, and no more */ }
+}
+
+const keepDraftSoon = soon(keepDraft, 300);
+
 async function editFile(entry) {
-  if (view.kind === "files" && (!preview.entry || preview.entry.path !== entry.path)) await go(addressOf(entry.path));
-  const answer = await ask(contentAddress(entry), {headers: HEADERS, cache: "no-cache"}),
-    text = await answer.text();
-  if (!preview.box) return openPreview(entry);
-  const area = h("textarea", {
-    value: text,
-    "aria-label": entry.name,
-    spellcheck: false,
-    oninput: () => {
-      preview.dirty = true;
-      save.disabled = false;
-    }
-  });
-  const returns = text.includes("\r\n"); // a textarea knows only \n; what the file had is kept
-  const edit = {
-    path: entry.path,
-    etag: answer.headers.get("ETag"),
-    text: () => (returns ? area.value.replace(/\n/g, "\r\n") : area.value)
-  };
-  const save = button(t("Save"), () => attempt(() => saveText(edit, save)), {className: "primary", disabled: true});
+  if (preview.entry?.path !== entry.path) await go(addressOf(entry.path));
+  const source = await readText(entry);
+  if (preview.entry?.path !== entry.path) return;
+  if (!source?.exact) throw trouble("", t("This file cannot be edited here."));
+  const area = h("textarea", {value: source.text, "aria-label": entry.name, spellcheck: false, oninput: () => {
+    keepDraftSoon();
+    edit.save.disabled = !isEdited();
+  }});
+  const save = button(t("Save"), () => attempt(() => saveText(edit)), {className: "primary", disabled: true});
+  const edit = preview.edit = {path: entry.path, etag: source.etag, source, area, save, saved: area.value,
+    draft: draftName(entry.path)};
   area.addEventListener("keydown", event => {
     if ((event.ctrlKey || event.metaKey) && event.key === "s") {
       event.preventDefault();
@@ -12985,42 +13211,87 @@ async function editFile(entry) {
   find(".title [data-action=edit]", preview.box).replaceWith(save);
   area.focus();
   area.setSelectionRange(0, 0);
-  return undefined;
+  takeDraft(edit);
 }
 
-async function saveText(edit, save) {
-  const text = edit.text();
-  save.disabled = true;
-  const put = etag => ask(apiAddress("files", edit.path), {method: "PUT", body: text, headers: {...HEADERS, ...etag}});
+// what an earlier visit left unsaved is there again
+function takeDraft(edit) {
+  const draft = JSON.parse(localStorage.getItem(edit.draft) || "null"), {etag} = edit;
+  if (!draft || draft.text === edit.saved) return;
+  const put = (text, etag) => {
+    edit.area.value = text;
+    edit.etag = etag;
+    edit.save.disabled = !isEdited();
+    edit.area.focus();
+    edit.area.setSelectionRange(0, 0);
+    keepDraft();
+  };
+  put(draft.text, draft.etag);
+  toast(t("This is what you typed before and did not save."),
+    {label: t("Discard it"), run: () => put(edit.saved, etag)});
+}
+
+async function saveText(edit) {
+  const typed = edit.area.value, text = withEnds(edit.source.text, typed), body = writeText(text, edit.source.codec);
+  edit.save.disabled = true;
+  const put = given => ask(apiAddress("files", edit.path), {method: "PUT", body, headers: {...HEADERS, ...given}});
   const answer = await put({"If-Match": edit.etag}).catch(async error => {
-    save.disabled = false;
+    edit.save.disabled = false;
     if (error.code !== "precondition-failed" && error.code !== "not-found") throw error;
-    if (
-      !(await askYesNo(
-        t("Somebody else saved this file"),
-        t("It changed since you opened it. If you save now, their version stays among the versions."),
-        t("Save mine")
-      ))
-    )
-      throw new DOMException("", "AbortError");
+    if (!await askToReplace(edit.path)) throw new DOMException("", "AbortError");
     return put({});
   });
-  edit.etag = answer.headers.get("ETag");
-  preview.dirty = edit.text() !== text;
-  save.disabled = !preview.dirty;
+  Object.assign(preview.entry, await answer.json());
+  Object.assign(edit, {etag: answer.headers.get("ETag"), saved: typed});
+  edit.source.text = text;
+  edit.save.disabled = !isEdited();
+  keepDraft();
+  preview.note.replaceChildren();
   toast(t("Saved."));
   refreshSoon();
 }
 
+async function askToReplace(path) {
+  const {etag} = await load(path, {limit: 1}).catch(absent);
+  return etag ? askYesNo(t("Somebody else saved this file"),
+    t("It changed since you opened it. If you save now, their version stays among the versions."), t("Save mine"))
+    : askYesNo(t("Somebody deleted this file"), t("If you save now, it is there again."), t("Save mine"));
+}
+
+// may the view go, with what was typed in it?  Saved, given up or not there: true
+let leaving = null;
+function mayLeave() {
+  const asked = () => isEdited() ? leaveEdit() : isTyped(find("#app")) ? askToLeave() : true;
+  leaving = leaving || Promise.resolve(asked()).then(Boolean).finally(() => { leaving = null; });
+  return leaving;
+}
+
+async function leaveEdit() {
+  const {edit} = preview;
+  const answer = await sheet(t("Leave without saving?"), close => [h("p", {}, t("You changed this text.")), buttonsRow(
+    button(t("Go on editing"), () => close()),
+    button(t("Do not save"), () => close("lose"), {className: "danger"}),
+    button(t("Save"), () => close("save"), {className: "primary", autofocus: true}))]);
+  if (answer === "save") await attempt(() => saveText(edit));
+  if (answer === "lose") {
+    preview.edit = null;
+    localStorage.removeItem(edit.draft);
+  }
+  return !isEdited();
+}
+
 // ---- tables
 
+const ROWS_MOST = 2000;
+
+// rows of cells, one more than are shown
 function parseTable(text, comma) {
   const first = text.slice(0, text.indexOf("\n") >>> 0);
   comma = comma || [",", ";", "\t"].reduce((best, mark) =>
     (first.split(mark).length > first.split(best).length ? mark : best));
   const rows = [[]],
     cell = new RegExp(`(?:"((?:[^"]|"")*)"|([^"\\r\\n${comma}]*))(${comma}|\\r?\\n|$)`, "y");
-  for (let found; rows.length < 2000 && cell.lastIndex < text.length && (found = cell.exec(text));) {
+  for (let found; rows.length < ROWS_MOST + 2 && cell.lastIndex < text.length && (found = cell.exec(text));) {
     rows[rows.length - 1].push(found[1] === undefined ? found[2] : found[1].replace(/""/g, '"'));
     if (found[3] !== comma) rows.push([]);
   }
@@ -13048,13 +13319,13 @@ const tableView = rows => h("div.sheetful", {tabIndex: 0}, tableOf(rows));
 
 async function showReadme() {
   const box = find(".readme"),
-    entry = list.entries.find(one => /^readme\.(md|markdown|txt)$/i.test(one.name) && isText(one)),
+    entry = list.entries.find(one => /^readme\.(md|markdown|txt)$/i.test(one.name) && one.size < TEXT_MOST),
     turn = view.turn;
   if (!box || box.dataset.etag === (entry ? entry.etag : "")) return;
-  const text = entry ? await readText(entry) : "";
+  const source = entry && await readText(entry);
   if (turn !== view.turn) return;
   box.dataset.etag = entry ? entry.etag : "";
-  box.replaceChildren(...(entry ? [textView(entry, text)] : []));
+  box.replaceChildren(...source ? [textView(entry, source)] : []);
 }
 
 function markdown(text, place) {
@@ -13390,12 +13661,29 @@ function watchServer() {
 
 const changed = soon(async before => {
   showHeld();
-  if (!before || list.editing || preview.dirty) return;
-  if (["trash", "starred"].includes(view.kind) || view.kind === "activity" && scrollY < 300) return refresh();
-  if (view.kind !== "files") return;
-  const turn = view.turn, {etag} = await load(view.path, {limit: 1});
-  if (turn === view.turn && etag !== view.etag && !preview.box) await refresh();
-}, 400);
+  if (!before || list.editing) return;
+  await followPreview();
+  if (["trash", "starred", "failed"].includes(view.kind) || view.kind === "activity" && scrollY < 300) await show();
+  if (!inFiles()) return;
+  const turn = view.turn, {etag} = await load(view.path, {limit: 1}).catch(absent);
+  if (turn === view.turn && etag !== view.etag) await refresh();
+}, 400, true);
+
+// what is open is shown as it is now; what is being edited, played or gone is told of
+async function followPreview() {
+  const {entry, edit, note} = preview;
+  if (!entry || !inFiles()) return;
+  const now = await load(entry.path).catch(absent);
+  if (preview.entry !== entry || preview.edit !== edit) return;
+  if (now.etag === (edit ? edit.etag.slice(1, -1) : entry.etag)) return;
+  if (!now.etag) return note.replaceChildren(t("Somebody moved or deleted this file."));
+  if (edit || isPlayed(entry)) return note.replaceChildren(t("Somebody else saved this file."), isEdited() ? "" :
+    button(t("Show what is there now"), () => fillPreview(now)));
+  const scroll = find(".pages", preview.body)?.scrollTop;
+  await fillPreview(now);
+  preview.note.replaceChildren(t("Somebody changed this file; you see it as it is now."));
+  find(".pages", preview.body)?.scrollTo(0, scroll);
+}
 
 const showHeld = soon(async () => {
   const {held} = await api("GET", "held"),
@@ -13467,7 +13755,7 @@ function onKey(event) {
 // ---- the start
 
 function listen() {
-  addEventListener("popstate", () => { if (me.name) show(); });
+  addEventListener("popstate", onPop);
   darkSystem.addEventListener("change", applyTheme);
   addEventListener("scroll", drawRows, {passive: true});
   addEventListener("resize", () => { if (list.box && list.box.isConnected) redrawRows(); });
@@ -13480,12 +13768,15 @@ function listen() {
   addEventListener("online", () => {
     queue.delayed.forEach(wake);
     if (patience) startLater(0);
+    if (view.kind === "failed") show();
   });
   // a page kept to come back to must not keep its connection
   addEventListener("pagehide", () => source && source.close());
   addEventListener("pageshow", event => event.persisted && watchServer());
   document.addEventListener("visibilitychange", watchServer);
-  addEventListener("beforeunload", event => { if (busy()) event.preventDefault(); });
+  addEventListener("beforeunload", event => { if (busy() || isTyped()) event.preventDefault(); });
+  addEventListener("pagehide", keepDraft);
+  document.addEventListener("visibilitychange", keepDraft);
   document.addEventListener("click", onLinkClick);
   document.addEventListener("contextmenu", event => {
     if (
@@ -13599,7 +13890,9 @@ PAGE_GERMAN = r"""{
   "Deleted things stay here until their time is over or the trash is emptied.": "Gelöschtes bleibt hier, bis seine Zeit um ist oder der Papierkorb geleert wird.",
   "Device": "Gerät",
   "Devices": "Geräte",
+  "Discard it": "Verwerfen",
   "Disk used": "Belegte Festplatte",
+  "Do not save": "Nicht speichern",
   "Do the same for all others": "Für alle weiteren genauso",
   "Do the same for {n} more": "Für {n} weitere genauso",
   "Documents": "Dokumente",
@@ -13631,9 +13924,11 @@ PAGE_GERMAN = r"""{
   "Free on disk": "Frei auf der Platte",
   "From": "Von",
   "From a command line:": "Von der Kommandozeile:",
+  "Go on editing": "Weiter bearbeiten",
   "Grant access": "Zugang gewähren",
   "Grant access?": "Zugang gewähren?",
   "How": "Wie",
+  "If you save now, it is there again.": "Wenn du jetzt speicherst, ist sie wieder da.",
   "Images": "Bilder",
   "In": "Worin",
   "In the Explorer: This PC, “Map network drive”; or as below. Windows wants HTTPS for it.": "Im Explorer: Dieser PC, „Netzlaufwerk verbinden“; oder wie hier. Windows will dafür HTTPS.",
@@ -13643,6 +13938,7 @@ PAGE_GERMAN = r"""{
   "Install the Nextcloud app, choose “Log in”, and scan this code or type the address.": "Installiere die Nextcloud-App, wähle „Anmelden“ und scanne diesen Code oder tippe die Adresse.",
   "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
   "It goes on by itself when the connection is back.": "Es geht von selbst weiter, sobald die Verbindung wieder da ist.",
+  "It was moved, renamed or deleted, or it is somebody else's.": "Es wurde verschoben, umbenannt oder gelöscht, oder es gehört jemand anderem.",
   "Keep": "Behalten",
   "Keep both": "Beide behalten",
   "Keep for good": "Dauerhaft behalten",
@@ -13654,6 +13950,7 @@ PAGE_GERMAN = r"""{
   "Last 30 days": "Letzte 30 Tage",
   "Last 7 days": "Letzte 7 Tage",
   "Later": "Später",
+  "Leave": "Verlassen",
   "Leave without saving?": "Verlassen, ohne zu speichern?",
   "Let go": "Freigeben",
   "Light": "Hell",
@@ -13663,6 +13960,7 @@ PAGE_GERMAN = r"""{
   "Log in": "Anmelden",
   "Log out": "Abmelden",
   "Look everywhere": "Überall suchen",
+  "Look in the trash": "Im Papierkorb nachsehen",
   "Main": "Hauptmenü",
   "Make administrator": "Zur Verwaltung machen",
   "Make an app password": "App-Passwort anlegen",
@@ -13703,7 +14001,9 @@ PAGE_GERMAN = r"""{
   "Now": "Jetzt",
   "Number": "Nummerieren",
   "One of these lies in the other.": "Eins davon liegt im anderen.",
+  "Only the first {n} are shown.": "Nur die ersten {n} sind zu sehen.",
   "Only the first {n} are shown: narrow it down.": "Nur die ersten {n} sind zu sehen: Grenze es ein.",
+  "Only the first {n} rows are shown.": "Nur die ersten {n} Zeilen sind zu sehen.",
   "Only this folder": "Nur dieser Ordner",
   "Only {name}": "Nur {name}",
   "Open": "Öffnen",
@@ -13765,13 +14065,18 @@ PAGE_GERMAN = r"""{
   "Show as text": "Als Text zeigen",
   "Show in its folder": "Im Ordner zeigen",
   "Show more": "Mehr zeigen",
+  "Show what is there now": "Zeigen, was jetzt da ist",
   "Size": "Größe",
   "Skip": "Überspringen",
   "Skip to the files": "Zu den Dateien",
   "Skipped": "Übersprungen",
   "Slideshow": "Diaschau",
+  "Somebody changed this file; you see it as it is now.": "Jemand hat diese Datei geändert; du siehst sie, wie sie jetzt ist.",
   "Somebody changed this in the meantime.": "Jemand hat das inzwischen geändert.",
+  "Somebody deleted this file": "Jemand hat diese Datei gelöscht",
   "Somebody else saved this file": "Jemand anderes hat diese Datei gespeichert",
+  "Somebody else saved this file.": "Jemand anderes hat diese Datei gespeichert.",
+  "Somebody moved or deleted this file.": "Jemand hat diese Datei verschoben oder gelöscht.",
   "Something went wrong on the server. Whoever runs it should look at its log.": "Auf dem Server ging etwas schief. Wer ihn betreibt, sollte ins Protokoll sehen.",
   "Sort by {what}": "Nach {what} ordnen",
   "Space": "Leertaste",
@@ -13801,11 +14106,18 @@ PAGE_GERMAN = r"""{
   "There is no preview of this kind of file.": "Für diese Art von Datei gibt es keine Vorschau.",
   "There is something of that name already.": "Etwas mit diesem Namen gibt es schon.",
   "These two are too different to be compared line by line.": "Diese beiden sind zu verschieden, um sie Zeile für Zeile zu vergleichen.",
+  "This browser cannot play this kind of file.": "Dieser Browser kann Dateien dieser Art nicht abspielen.",
+  "This browser cannot show this kind of picture.": "Dieser Browser kann Bilder dieser Art nicht zeigen.",
+  "This browser plays only the sound of this film.": "Dieser Browser spielt von diesem Film nur den Ton.",
+  "This file cannot be edited here.": "Diese Datei lässt sich hier nicht bearbeiten.",
+  "This file is empty.": "Diese Datei ist leer.",
   "This file is larger than the server accepts.": "Diese Datei ist größer, als der Server annimmt.",
   "This file was changed since it was chosen. Choose it again.": "Diese Datei wurde seit der Auswahl verändert. Wähle sie noch einmal aus.",
+  "This is not UTF-8; that it is {name} is a guess.": "Das ist kein UTF-8; dass es {name} ist, ist geraten.",
   "This is not a regular expression.": "Das ist kein regulärer Ausdruck.",
   "This is not allowed.": "Das ist nicht erlaubt.",
   "This is not there any more.": "Das gibt es nicht mehr.",
+  "This is what you typed before and did not save.": "Das hast du früher getippt und nicht gespeichert.",
   "This link has expired": "Dieser Link ist abgelaufen",
   "This needs your password once more.": "Dafür ist noch einmal dein Passwort nötig.",
   "This needs {need}, but {left} is all that is left: {lack} is missing.": "Gebraucht werden {need}, frei sind nur noch {left}: Es fehlen {lack}.",
@@ -13817,9 +14129,11 @@ PAGE_GERMAN = r"""{
   "This year": "Dieses Jahr",
   "Tiles": "Kacheln",
   "Time": "Zeit",
+  "To the files": "Zu den Dateien",
   "Today": "Heute",
   "Too many wrong passwords. Wait a moment, then try again.": "Zu viele falsche Passwörter. Warte etwas und versuche es dann noch einmal.",
   "Trash": "Papierkorb",
+  "Try again": "Noch einmal versuchen",
   "Type what you look for, or choose a filter.": "Tippe, was du suchst, oder wähle einen Filter.",
   "Under 1 MB": "Unter 1 MB",
   "Under the name": "Unter dem Namen",
@@ -13831,6 +14145,7 @@ PAGE_GERMAN = r"""{
   "Upload files": "Dateien hochladen",
   "Upload the others": "Die anderen hochladen",
   "Uploading: {done} of {n}, {percent} %": "Hochladen: {done} von {n}, {percent} %",
+  "Uploading…": "Wird hochgeladen …",
   "Uploads": "Uploads",
   "Version": "Version",
   "Versions": "Versionen",
@@ -13848,12 +14163,14 @@ PAGE_GERMAN = r"""{
   "What is kept": "Was aufgehoben wird",
   "What is older goes for good; of what is more than the most, the oldest goes first.": "Was älter ist, geht endgültig; wird es mehr als das Höchste, geht das Älteste zuerst.",
   "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
+  "What you typed is lost then.": "Was du getippt hast, ist dann verloren.",
   "Where": "Wo",
   "Where you are": "Wo du bist",
   "Where you are logged in": "Wo du angemeldet bist",
   "Wrong name or password.": "Name oder Passwort ist falsch.",
   "You are offline": "Du bist offline",
   "You can close this window now.": "Du kannst dieses Fenster jetzt schließen.",
+  "You changed this text.": "Du hast diesen Text geändert.",
   "Your password, please": "Dein Passwort, bitte",
   "Your session has ended.": "Deine Sitzung ist zu Ende.",
   "Your storage is full. Delete something, then empty the trash, or ask for more.": "Dein Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
@@ -13950,7 +14267,9 @@ PAGE_GERMAN = r"""{
   "“{name}” exists already": "„{name}“ gibt es schon",
   "“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen und {overwrites} überschreiben.",
   "“{name}” is held: it wants to delete {deletes} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen.",
-  "“{name}” is held: it wants to overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {overwrites} Dateien überschreiben."
+  "“{name}” is held: it wants to overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {overwrites} Dateien überschreiben.",
+  "“{name}” is not there (any more).": "„{name}“ ist nicht (mehr) da.",
+  "“{sign}” does not exist in the encoding of this file ({name}).": "„{sign}“ gibt es in der Kodierung dieser Datei nicht ({name})."
 }
 """
 
@@ -14014,8 +14333,8 @@ async function answer(request, name) {
 
 
 def bare(source: str) -> str:
-    """A script or style as it is sent: as it is written, but for indentation, empty lines and lines of comment alone."""
-    return re.sub(r"(?m)^ *(?://.*|/\*.*\*/)?\n|^ +", "", source)
+    """A script or style as it is sent: as it is written, but for indentation, empty lines and comments."""
+    return re.sub(r"(?m)^ *(?://.*|/\*.*\*/)?\n|^ +|(?<=\S) +// .*$", "", source)
 
 
 def source_hash(text: str) -> str:
