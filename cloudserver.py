@@ -58,6 +58,7 @@ import io
 import ipaddress
 import itertools
 import json
+import locale
 import logging
 import math
 import mimetypes
@@ -164,6 +165,8 @@ class Config:
     max_connections: int = option(2000, "open connections per process")
     access_log: str = option("", "file for the access log, combined format; - is standard output", metavar="FILE")
     quiet: bool = option(False, "log warnings and errors only")
+    admin: str = option("", "on the first start make this account, an administrator, instead of printing a setup link", metavar="NAME")
+    admin_password_file: Optional[Path] = option(None, "file that holds its password", metavar="FILE")
     windows_names: str = option("allow", "what to do with names Windows cannot hold: allow or refuse", metavar="POLICY")
 
 
@@ -357,6 +360,13 @@ class CloudError(Exception):
 
 class Conflict(Exception):
     """A guard of a batch did not hold: somebody was faster.  Read again and decide again."""
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of the system, or ours, says to people, without the name of the file."""
+    if getattr(error, "winerror", None) in (32, 33):             # ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION
+        return "it is open in another program"
+    return getattr(error, "strerror", None) or str(error)
 
 
 # ==== 3. Grammar =========================================================================
@@ -1381,7 +1391,8 @@ def make_private_directory(path: Path) -> None:
     except OSError as error:
         raise CloudError("storage-failed", "cannot use the data directory %s: %s" % (path, error.strerror)) from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise CloudError("read-only", "the data directory %s cannot be written" % path)
+        who = " by uid %d; it belongs to uid %d" % (os.getuid(), path.stat().st_uid) if hasattr(os, "getuid") else ""
+        raise CloudError("read-only", "the data directory %s cannot be written%s" % (path, who))
 
 
 def claim_directory(path: Path) -> None:
@@ -1399,6 +1410,13 @@ def claim_directory(path: Path) -> None:
         raise CloudError("conflict", "%s is not a directory of cloudserver's and %s; name a new one, like %s" % (
             path, "open to everybody" if shared else "holds something else", path / "cloud-data"))
     make_private_directory(path)
+
+
+def give_to_owner(fd: int, home: Path) -> None:
+    """A file that root makes in somebody's directory becomes that somebody's, as SQLite does with its own."""
+    if hasattr(os, "geteuid") and not os.geteuid():
+        about = home.stat()
+        os.fchown(fd, about.st_uid, about.st_gid)
 
 
 def insist(act: Callable[..., None], *places: Any) -> None:
@@ -1442,6 +1460,7 @@ class ObjectDirectory:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_EXTRA, 0o600)
         try:
             try:
+                give_to_owner(fd, shard)
                 view = memoryview(data)
                 while view:
                     view = view[os.write(fd, view):]
@@ -2016,11 +2035,15 @@ class Clock:
         self._offset = due + passed - int(self._steady() * 1000)
 
 
+HELD = (errno.EACCES, errno.EDEADLK, 0)         # how Windows says that somebody else has a lock; 0 is Wine's
+
+
 class FileLock:
     """An exclusive lock on a file, between processes; the kernel lets go when its holder dies."""
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | O_EXTRA, 0o600)
+        give_to_owner(self._fd, path.parent)
 
     def acquire(self, *, wait: bool = True) -> bool:
         if fcntl is None:
@@ -2044,7 +2067,9 @@ class FileLock:
                 os.lseek(self._fd, 0, os.SEEK_SET)
                 msvcrt.locking(self._fd, msvcrt.LK_NBLCK, 1)
                 return True
-            except PermissionError:              # somebody else has it; any other error is one
+            except OSError as error:
+                if error.errno not in HELD:
+                    raise
                 if not wait:
                     return False
                 time.sleep(0.005)
@@ -14474,7 +14499,8 @@ def web_icon(cloud: Cloud, who: Principal, request: Request) -> Response:
 # opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
 # only under a lease, and each of their batches says by its guard that the lease still holds.
 
-STOP_TIME = 10                  # seconds that requests in flight get to finish
+STOP_TIME = 8                   # seconds that requests in flight get to finish; who stops a container waits 10
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 LEASE = 2 * MINUTE
 PARKED_MOST = 480 if os.name == "nt" else math.inf       # silent connections; select() on Windows takes 512 sockets in all
 
@@ -14657,8 +14683,9 @@ TIMEVALS = {66: "@qq", 67: "@qq"}       # Linux with 32-bit words and 64-bit tim
 SAFE_TLS = {(3, 9): (3, 9, 18), (3, 10): (3, 10, 13), (3, 11): (3, 11, 5)}       # N2: the first versions without the hole
 
 
+@lru_cache(maxsize=1)
 def tls_context(config: Config) -> ssl.SSLContext | None:
-    """raises CloudError for certificates that cannot be used"""
+    """Read once: who serves may not be who can read the key.  raises CloudError for certificates that cannot be used"""
     if not config.tls_cert:
         return None
     if sys.version_info < SAFE_TLS.get(sys.version_info[:2], (0,)):
@@ -14682,35 +14709,51 @@ class AccessLog:
 
     def __init__(self, target: str) -> None:
         self.path = None if target == "-" else Path(target)
-        self._fd = 1
-        self._open()
+        self._fd, self._lock = -1 if self.path else 1, threading.Lock()
+        self._limit = self.LIMIT                 # size at which a new file is due
+        if self.path:
+            self._open()
+
+    def reopen(self) -> None:
+        """Go on in the file that has the name now: after somebody else moved ours away."""
+        with self._lock, suppress(OSError):
+            if self.path:
+                self._open()
 
     def _open(self) -> None:
-        if self.path:
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        before, self._fd = self._fd, os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | O_EXTRA, 0o600)
+        if before >= 0:
+            os.close(before)
 
     def write(self, request: Request, response: Response, sent: int) -> None:
         line = '%s - %s [%s] "%s %s HTTP/1.%d" %d %d "-" "%s"\n' % (
-            request.address, printable(request.who.name) or "-", time.strftime("%d/%b/%Y:%H:%M:%S %z"), request.method,
+            printable(request.address), printable(request.who.name) or "-", time.strftime("%d/%b/%Y:%H:%M:%S %z"), request.method,
             format_path(loggable(request.path)), request.minor, response.status, sent,
             printable(request.fields.get("user-agent", "-")))
-        try:
-            os.write(self._fd, line.encode("utf-8", "replace"))      # one call, appended whole
-            if self.path and os.fstat(self._fd).st_size > self.LIMIT:
+        with self._lock, suppress(OSError):      # failing to log never fails a request
+            if self._fd < 0:
+                self._open()
+            os.write(self._fd, line.encode("utf-8", "replace"))          # one call, appended whole
+            size = os.fstat(self._fd).st_size if self.path else 0
+            if size > self._limit:
+                self._limit = size + self.LIMIT // 16                    # if it cannot be moved now, not at once again
                 self._rotate()
-        except OSError:
-            pass                                 # failing to log never fails a request
+                self._limit = self.LIMIT
 
     def _rotate(self) -> None:
-        """Start a new file; another process may have done so already."""
-        if os.fstat(self._fd).st_ino == os.stat(self.path).st_ino:
-            for number in range(self.KEPT - 1, 0, -1):
-                older = self.path.with_name("%s.%d" % (self.path.name, number))
-                if older.exists():
-                    os.replace(older, self.path.with_name("%s.%d" % (self.path.name, number + 1)))
-            os.replace(self.path, self.path.with_name(self.path.name + ".1"))
-        os.close(self._fd)
-        self._open()
+        """Start a new file; another process may have done so already.  raises OSError; then nothing was moved"""
+        names = [self.path, *(self.path.with_name("%s.%d" % (self.path.name, number)) for number in range(self.KEPT + 1))]
+        ours = self.path.exists() and os.path.samestat(os.fstat(self._fd), os.stat(self.path))
+        os.close(self._fd)                       # Windows renames no open file
+        self._fd = -1
+        try:
+            if ours:
+                os.replace(names[0], names[1])   # the one that can fail, because somebody else reads it, comes first
+                for older, oldest in reversed(list(zip(names[1:], names[2:]))):
+                    if older.exists():
+                        os.replace(older, oldest)
+        finally:
+            self._open()
 
 
 def printable(text: str) -> str:
@@ -14741,9 +14784,20 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(event)
 
 
+class SentenceFormatter(logging.Formatter):
+    """The same for eyes: a sentence, and what it is about."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        about = ["%s %s" % (name, getattr(record, name)) for name in ("account", "address", "by") if hasattr(record, name)]
+        lines = [record.getMessage() + (" (%s)" % ", ".join(about) if about else "")]
+        if record.exc_info:
+            lines += self.formatException(record.exc_info).splitlines()
+        return "\n".join("".join(c if c.isprintable() else "?" for c in line[:1024]) for line in lines)
+
+
 def start_logging(config: Config) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(SentenceFormatter() if sys.stderr.isatty() else JsonFormatter())
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.WARNING if config.quiet else logging.INFO)
 
@@ -15161,7 +15215,7 @@ class Janitor(threading.Thread):
 
     def stop(self) -> None:
         self.ended.set()
-        self.join(STOP_TIME)
+        self.join(1)                             # a job may be ended at any moment
 
 
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what)
@@ -15197,13 +15251,13 @@ class Progress:
             self.shown = time.monotonic()
             rate = self.done / max(0.001, self.shown - self.began)
             left = (self.total - self.done) / rate if rate else 0
-            sys.stderr.write("\r%s: %d, %s of %s, %s/s, %d:%02d left \x1b[K" % (
-                self.what, self.count, format_size(self.done), format_size(self.total), format_size(rate), left // 60, left % 60))
+            sys.stderr.write("\r" + ("%s: %d, %s of %s, %s/s, %d:%02d left" % (
+                self.what, self.count, format_size(self.done), format_size(self.total), format_size(rate), left // 60, left % 60)).ljust(78))
             sys.stderr.flush()
 
     def end(self) -> None:
         if self.on:
-            sys.stderr.write("\r\x1b[K")
+            sys.stderr.write("\r%78s\r" % "")
 
 
 def verify(cloud: Cloud, quick: bool = False) -> list[str]:
@@ -15397,7 +15451,7 @@ def export_files(cloud: Cloud, who: Principal, to: Path) -> tuple[int, list[str]
                 write_file(place, node, content)
                 written += 1
         except (OSError, CloudError) as error:
-            failed.append("%s: %s" % ("/".join(path), getattr(error, "strerror", None) or error))
+            failed.append("%s: %s" % ("/".join(path), reason_of(error)))
         progress.add(node.size)
     progress.end()
     return written, failed
@@ -15443,7 +15497,7 @@ def import_files(cloud: Cloud, who: Principal, source: Path, into: tuple[str, ..
                     cloud.write(who, path, FileBody(file, size), mtime=check_mtime(at), parents=True)
                 stored[0] += 1
         except (OSError, CloudError) as error:
-            skipped.append("%s: %s" % (place, error))
+            skipped.append("%s: %s" % (place, reason_of(error)))
         progress.add(size)
 
     with ThreadPoolExecutor(8) as pool:
@@ -15477,14 +15531,17 @@ def scan_files(source: Path, skipped: list[str], cloud: Cloud | None = None, who
 
 # ---- doctor
 
-def examine(config: Config) -> Iterator[tuple[bool, str]]:
-    """Look at everything that is known to go wrong: (is it well?, sentence)."""
+def examine(config: Config) -> Iterator[tuple[bool | None, str]]:
+    """Look at everything that is known to go wrong: (is it well? None: nobody could look, sentence)."""
     yield sys.version_info >= (3, 9), "Python %s" % sys.version.split()[0]
     yield sqlite3.sqlite_version_info >= (3, 34), "SQLite %s" % sqlite3.sqlite_version
     yield not hasattr(os, "geteuid") or os.geteuid() != 0, "not running as root"
     usage = shutil.disk_usage(config.data)
     yield usage.free > min(parse_size(config.low_water), usage.total // 50), "%s free on the disk" % format_size(usage.free)
-    yield os.name == "nt" or not config.data.stat().st_mode & 0o077, "the data directory is private"
+    if os.name == "nt":                          # access lists, which the standard library does not read
+        yield None, "not checked: that the data directory is private; see its properties, Security"
+    else:
+        yield not config.data.stat().st_mode & 0o077, "the data directory is private"
     began = time.monotonic()
     probe = config.data / (".probe-" + secrets.token_hex(4))
     fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -15494,12 +15551,19 @@ def examine(config: Config) -> Iterator[tuple[bool, str]]:
     probe.unlink()
     yield time.monotonic() - began < 0.5, "writing to the disk takes %.0f ms" % ((time.monotonic() - began) * 1000)
     kind = file_system_of(config.data)
-    yield not kind.startswith(("nfs", "cifs", "smb", "fuse.sshfs", "9p")), "the data lie on %s" % (kind or "a local disk")
+    if kind:
+        yield not kind.startswith(("nfs", "cifs", "smb", "fuse.sshfs", "9p")), "the data lie on %s" % kind
+    else:
+        yield None, "not checked: that the data lie on a disk of this machine; databases do not belong on network drives"
     now = datetime.now(timezone.utc)
     yield 2025 < now.year < 2100, "the clock says %s" % now.isoformat(timespec="seconds")
     yield from examine_cloud(config)
+    yield from examine_server(config)
     if config.tls_cert:
-        yield tls_context(config) is not None, "the certificate can be used"
+        try:
+            yield tls_context(config) is not None, "the certificate can be used"
+        except CloudError as error:
+            yield False, str(error)
 
 
 def file_system_of(path: Path) -> str:
@@ -15509,6 +15573,7 @@ def file_system_of(path: Path) -> str:
         with open("/proc/mounts") as mounts:
             for line in mounts:
                 _, place, kind, *_ = line.split(" ")
+                place = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), place)          # blanks in it
                 if (str(path.resolve()) + "/").startswith(place.rstrip("/") + "/") and len(place) >= len(best[0]):
                     best = place, kind
     return best[1]
@@ -15521,7 +15586,8 @@ def examine_cloud(config: Config) -> Iterator[tuple[bool, str]]:
         yield cloud.db.read("PRAGMA journal_mode") == [("wal",)], "the database keeps a write-ahead log"
         yield cloud.accounts.is_set_up(), "there is an account"
         numbers = cloud.numbers()
-        yield numbers["bad_chunks"] == 0, "%d damaged chunks" % numbers["bad_chunks"]
+        bad = numbers["bad_chunks"]
+        yield bad == 0, "%d damaged chunks%s" % (bad, "; run verify, it names the files" if bad else "")
         yield cloud.db.has_index(), "SQLite can index names (FTS5 with trigrams)"
         stood = json.loads(cloud.db.setting("clock") or "[0, 0]")[1]
         yield stood <= cloud.clock.wall() + HOUR, "the clock did not go back"
@@ -15529,68 +15595,188 @@ def examine_cloud(config: Config) -> Iterator[tuple[bool, str]]:
         cloud.close()
 
 
+def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
+    with closing(Cloud(config)) as cloud:
+        url = cloud.db.setting("running")
+    said = ask(url, "/healthz").strip() if url else ""
+    if url:
+        yield said == "ok", "the server at %s says %s" % (url, said or "nothing; has it been killed?")
+    else:
+        yield None, "no server runs on this data"
+
+
 # ---- supervisor and workers
 
 def listen(config: Config) -> socket.socket:
     """Bind the listening socket.  raises CloudError"""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     try:
-        return socket.create_server((config.host, config.port), family=family, backlog=1024)
+        # Elsewhere this lets us have a port whose last connections are fading; on Windows it would let anybody have ours.
+        listener.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
+        if listener.family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((config.host, config.port))
+        listener.listen(1024)
+        return listener
     except (OSError, OverflowError) as error:
-        reason = "another program uses it" if getattr(error, "errno", 0) == errno.EADDRINUSE else error
+        listener.close()
+        reason = reason_of(error)
+        if getattr(error, "errno", 0) == errno.EADDRINUSE:
+            reason = "%s; --port %d takes another" % (
+                "a cloudserver runs there already" if '"cloudserver"' in ask(local_url(config, config.port), "/api/v1") else
+                "another program uses it", config.port % 65535 + 1)
         raise CloudError("conflict", "cannot listen on %s port %d: %s" % (config.host, config.port, reason)) from error
+
+
+def ask(url: str, path: str) -> str:
+    """What a server on this machine answers to GET, at most 1 KiB; "" if it does not."""
+    parts = urlsplit(url)
+    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)            # it is our own machine, by its number
+    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
+    connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=4, context=anybody) if parts.scheme == "https" \
+        else http.client.HTTPConnection(parts.hostname, parts.port, timeout=4)
+    try:
+        with closing(connection):
+            connection.request("GET", path)
+            return connection.getresponse().read(KiB).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def serve(config: Config) -> int:
     """Serve until told to stop; returns the exit code.  raises CloudError"""
-    for name in ("SIGTERM", "SIGINT"):           # until somebody takes over: nothing is under way yet
-        signal.signal(getattr(signal, name), lambda number, frame: sys.exit(0))
+    for number in STOP_SIGNALS:                  # until somebody takes over: nothing is under way yet
+        signal.signal(number, lambda number, frame: sys.exit(0))
+    if hasattr(signal, "SIGHUP"):                # a terminal that closes stops no server
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     start_logging(config)
+    listener = listen(config)
+    tls_context(config)                          # what can fail without a trace comes first; and what root alone may do
     claim_directory(config.data)
+    become_owner(config.data)
     lock = FileLock(config.data / "serve.lock")
     if not lock.acquire(wait=False):
         raise CloudError("conflict", "another server runs on %s" % config.data)
-    listener = listen(config)
-    tls_context(config)                          # refuse a bad certificate before anything is forked
-    announce(config, listener)
+    announce(config, listener.getsockname()[1])
     workers = config.workers or min(8, os.cpu_count() or 1)
     alone = workers == 1 or not hasattr(os, "fork")
     code = work(config, listener) if alone else Supervisor(config, listener, workers).run()
     if code == 0:
         with closing(Cloud(config)) as cloud:
             cloud.db.run(Statement("DELETE FROM setting WHERE name = 'running'"))
+        log.info("stopped")
     return code
 
 
-def announce(config: Config, listener: socket.socket) -> None:
-    """Make the database, and say where to find us; on the very first start, by what link to set up."""
-    host = {"127.0.0.1": "localhost", "0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(
-        config.host, "[%s]" % config.host if ":" in config.host else config.host)
-    url = "%s://%s:%d/" % ("https" if config.tls_cert else "http", host, listener.getsockname()[1])
-    cloud = Cloud(config)
+def become_owner(home: Path) -> None:
+    """Started as root on a directory that is somebody's: be that somebody from here on.  raises CloudError
+
+    Else `sudo`, or a container that was given a directory, would leave files that their owner cannot read.
+    """
+    if not hasattr(os, "geteuid") or os.geteuid() or not home.exists() or not home.stat().st_uid:
+        return
+    about = home.stat()
     try:
+        os.setgroups([])
+        os.setgid(about.st_gid)
+        os.setuid(about.st_uid)
+    except OSError as error:
+        raise CloudError("forbidden", "cannot become the owner of %s, uid %d: %s; start it as that user" % (
+            home, about.st_uid, error.strerror)) from error
+
+
+# ---- where we are found
+
+ANYWHERE = {"0.0.0.0": ("127.0.0.1", socket.AF_INET, "192.0.2.1"), "::": ("::1", socket.AF_INET6, "2001:db8::1")}
+HERE = ("127.0.0.1", "::1", "localhost")
+
+
+def format_url(secure: bool, host: str, port: int) -> str:
+    shown = "" if port == (443 if secure else 80) else ":%d" % port
+    return "%s://%s%s/" % ("https" if secure else "http", "[%s]" % host if ":" in host else host, shown)
+
+
+def local_url(config: Config, port: int) -> str:
+    """How a program on this machine reaches the server."""
+    return format_url(bool(config.tls_cert), ANYWHERE.get(config.host, (config.host,))[0], port)
+
+
+def urls_of(config: Config, port: int) -> list[str]:
+    """How people reach the server, the best first."""
+    names = [name.strip() for name in config.hostname.split(",") if name.strip()]
+    if config.behind_proxy and names:
+        return [format_url(True, name, 443) for name in names]
+    if config.host in ANYWHERE:                  # from elsewhere only where a password may come that way (N5)
+        others = [*addresses_of(config.host), *local_names()] if config.tls_cert or config.plain_http else []
+        hosts = [*names, "localhost", *others]
+    else:
+        hosts = ["localhost"] if config.host in HERE else [*names, config.host]
+    return [format_url(bool(config.tls_cert), host, port) for host in dict.fromkeys(hosts)]
+
+
+def addresses_of(anywhere: str) -> list[str]:
+    """The address by which this machine is reached from its network, if it has one; nothing is sent to find out."""
+    _, family, far = ANYWHERE[anywhere]
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((far, 9))
+        return [probe.getsockname()[0]]
+    return []
+
+
+def local_names() -> list[str]:
+    """NAME.local, where something answers for it (RFC 6762)."""
+    answers = sys.platform in ("darwin", "win32") or os.path.exists("/run/avahi-daemon/socket")
+    return [socket.gethostname().partition(".")[0].lower() + ".local"] if answers else []
+
+
+def announce(config: Config, port: int) -> None:
+    """Make the database, and say where to find us; on the very first start, by what link to set up."""
+    urls = urls_of(config, port)
+    with closing(Cloud(config)) as cloud:
         if cloud.db.setting("running"):
             cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('unclean', '1')"))      # the janitor looks (R22)
-        cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('running', '1')"))
-        print("cloudserver serves %s at %s" % (config.data, url))
+        cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('running', ?)", (local_url(config, port),)))
+        at = [*urls, *([local_url(config, port) + " for the proxy"] if config.behind_proxy else [])]
+        print("cloudserver serves %s at %s" % (config.data.resolve(), ", ".join(dict.fromkeys(at))))
+        if config.admin and not cloud.accounts.is_set_up():
+            add_first_account(config, cloud)
         if not cloud.accounts.is_set_up():
-            link = "%ssetup#%s" % (url, cloud.accounts.new_setup_token())
-            print("Not set up yet. Open this link to make your account; it works once:\n\n    %s\n" % link)
-            if host != "localhost" and sys.stdout.isatty():
-                print(format_qr(qr_code(link)), "\n")       # a phone can reach us, and has a camera
-    finally:
-        cloud.close()
+            links = ["%ssetup#%s" % (url, token) for token in [cloud.accounts.new_setup_token()] for url in urls]
+            print("Not set up yet. Open this link to make your account; it works once:\n\n    %s\n" % "\n    ".join(links))
+            for link in [link for link in links if "//localhost" not in link][:sys.stdout.isatty()]:
+                show_qr(link)                    # a phone can reach us, and has a camera
+    if sys.stdout.isatty():
+        print("Ctrl-C stops it.")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        log.warning("running as root; an account of its own would be safer")
+        log.warning("running as root; give %s to an account of its own, and the server becomes that account", config.data)
+    if not (config.tls_cert or config.plain_http or config.behind_proxy or config.host in HERE):
+        log.warning("passwords over plain HTTP from other machines are refused: give a certificate (--tls-cert, --tls-key), "
+                    "a proxy (--behind-proxy) or, in a network you trust, --plain-http")
     sys.stdout.flush()
+
+
+def add_first_account(config: Config, cloud: Cloud) -> None:
+    """raises CloudError, OSError"""
+    if not config.admin_password_file:
+        raise CloudError("bad-request", "--admin needs --admin-password-file")
+    cloud.accounts.add(config.admin, config.admin_password_file.read_text(encoding="utf-8-sig").rstrip("\r\n"), admin=True)
+
+
+def show_qr(text: str) -> None:
+    with suppress(UnicodeEncodeError):           # a terminal without these blocks
+        code = format_qr(qr_code(text))
+        code.encode(sys.stdout.encoding or "ascii")
+        print(code, "\n")
 
 
 def work(config: Config, listener: socket.socket, lifeline: int | None = None, balance: Balance | None = None) -> int:
     """Be a worker until told to stop; returns the exit code."""
     cloud = Cloud(config)
     server, janitor = CloudServer(cloud, listener, lifeline, balance), Janitor(cloud)
-    for name in ("SIGTERM", "SIGINT"):
-        signal.signal(getattr(signal, name), lambda number, frame: os._exit(1) if server.stopping else server.stop())
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: os._exit(1) if server.stopping else server.stop())
+    if server.access_log and hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda number, frame: server.access_log.reopen())
     janitor.start()
     server.serve_forever()
     janitor.stop()
@@ -15612,8 +15798,9 @@ class Supervisor:
         self.balance = Balance(count)
 
     def run(self) -> int:
-        for name in ("SIGTERM", "SIGINT"):
-            signal.signal(getattr(signal, name), self._stop)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._stop)
+        signal.signal(signal.SIGHUP, self._pass_on)
         for index in range(self.count):
             self._fork(index)
         while self.pids:
@@ -15629,7 +15816,7 @@ class Supervisor:
         return 0
 
     def _fork(self, index: int) -> None:
-        signals = {signal.SIGTERM, signal.SIGINT}
+        signals = {*STOP_SIGNALS, signal.SIGHUP}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)        # a child must never run our handler
         pid = os.fork()
         if pid:
@@ -15638,8 +15825,9 @@ class Supervisor:
             return
         code = 1
         try:
-            for number in signals:
+            for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
             os.close(self._end)
             keep_on_core(index)
@@ -15650,6 +15838,10 @@ class Supervisor:
             log.exception("worker")
         finally:
             os._exit(code)
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        for pid in self.pids:
+            os.kill(pid, number)
 
     def _stop(self, number: int, frame: Any) -> None:
         for pid in self.pids:                    # the second time, at once
@@ -17014,13 +17206,25 @@ def introduce(state: SyncState, url: str, device: str, password: Callable[[str],
 # ==== 16. Command line ===================================================================
 
 Arguments = argparse.Namespace
-COMMANDS: dict[str, tuple[Callable[[Config, Arguments], Optional[int]], tuple[Any, ...]]] = {}
+GROUPS = {"user": "make, list, change and remove accounts"}
 
 
-def command(name: str, *arguments: tuple[Any, ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter a function in COMMANDS; `arguments` are those of add_argument: ("name", {"help": ...})."""
+class Command(NamedTuple):
+    """A row of COMMANDS."""
+    run: Callable[[Config, Arguments], Optional[int]]
+    arguments: tuple[tuple[Any, ...], ...]       # of add_argument: ("name", {"help": ...})
+    settings: tuple[str, ...]                    # fields of Config that mean something to it
+    outside: bool                                # works on places that root alone may reach; others do as the data's owner
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(name: str, *arguments: tuple[Any, ...], settings: Iterable[str] = ("data",), outside: bool = False
+            ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a function in COMMANDS."""
     def enter(run: Callable[..., Any]) -> Callable[..., Any]:
-        COMMANDS[name] = run, arguments
+        COMMANDS[name] = Command(run, arguments, tuple(settings), outside)
         return run
     return enter
 
@@ -17042,15 +17246,17 @@ def open_cloud(config: Config) -> Iterator[Cloud]:
         cloud.close()
 
 
-@command("serve")
+PASSWORD_STDIN = ("--password-stdin", {"action": "store_true", "help": "read the password from standard input"})
+
+
+@command("serve", settings=[setting.name for setting in fields(Config)], outside=True)
 def run_serve(config: Config, given: Arguments) -> None:
     """serve files until stopped (this is what happens without a command)"""
     leave(serve(config))
 
 
 @command("user add", ("name", {"help": "what they log in by"}),
-         ("--admin", {"action": "store_true", "help": "may manage accounts"}),
-         ("--password-stdin", {"action": "store_true", "help": "read the password from standard input"}))
+         ("--admin", {"action": "store_true", "help": "may manage accounts"}), PASSWORD_STDIN, settings=("data", "quota"))
 def run_user_add(config: Config, given: Arguments) -> None:
     """make an account; --quota limits it"""
     with open_cloud(config) as cloud:
@@ -17068,8 +17274,7 @@ def run_user_list(config: Config, given: Arguments) -> None:
                 "any" if account.quota is None else format_size(account.quota), account.files))
 
 
-@command("user passwd", ("name", {"help": "whose password"}),
-         ("--password-stdin", {"action": "store_true", "help": "read the password from standard input"}))
+@command("user passwd", ("name", {"help": "whose password"}), PASSWORD_STDIN)
 def run_user_passwd(config: Config, given: Arguments) -> None:
     """set a new password; ends every session and app password of the account"""
     with open_cloud(config) as cloud:
@@ -17079,11 +17284,13 @@ def run_user_passwd(config: Config, given: Arguments) -> None:
 
 @command("user remove", ("name", {"help": "whose account"}), ("--yes", {"action": "store_true", "help": "do not ask"}))
 def run_user_remove(config: Config, given: Arguments) -> Optional[int]:
-    """end an account; its files go after --keep-days"""
+    """end an account; its files go when history does"""
     with open_cloud(config) as cloud:
         account = cloud.accounts.get(given.name)
-        if not given.yes and input("Remove %s and %d files? [y/N] " % (account.name, account.files)).lower() != "y":
-            return 1
+        if not given.yes:
+            print("Remove %s and %d files? [y/N] " % (account.name, account.files), end="", flush=True)
+            if read_line().lower() != "y":
+                return 1
         cloud.accounts.remove(given.name)
     return None
 
@@ -17097,7 +17304,7 @@ def run_verify(config: Config, given: Arguments) -> int:
     return 1 if wrong else 0
 
 
-@command("gc")
+@command("gc", settings=("data", "keep_days", "history"))
 def run_gc(config: Config, given: Arguments) -> int:
     """give back space now (a running server does so by itself, bit by bit)"""
     with open_cloud(config) as cloud:
@@ -17111,7 +17318,7 @@ def run_gc(config: Config, given: Arguments) -> int:
     return 0
 
 
-@command("backup", ("to", {"type": Path, "help": "directory to bring up to date; only what it lacks is copied"}))
+@command("backup", ("to", {"metavar": "DIR", "type": Path, "help": "directory to bring up to date; only what it lacks is copied"}), outside=True)
 def run_backup(config: Config, given: Arguments) -> None:
     """copy everything to a directory, while the server runs"""
     with open_cloud(config) as cloud:
@@ -17119,7 +17326,7 @@ def run_backup(config: Config, given: Arguments) -> None:
         print("backed up to %s: %d chunks, %s copied" % (given.to, count, format_size(size)))
 
 
-@command("restore", ("source", {"metavar": "FROM", "type": Path, "help": "directory that backup wrote"}))
+@command("restore", ("source", {"metavar": "FROM", "type": Path, "help": "directory that backup wrote"}), outside=True)
 def run_restore(config: Config, given: Arguments) -> int:
     """make a new data directory from a backup, and verify it"""
     wrong = restore_backup(given.source, config)
@@ -17140,7 +17347,7 @@ def run_restored(config: Config, given: Arguments) -> None:
 ONE_USER = ("--user", {"default": "", "help": "whose files; all, each in a folder of its own, if not given"})
 
 
-@command("export", ("to", {"metavar": "DIR", "type": Path, "help": "where to write"}), ONE_USER)
+@command("export", ("to", {"metavar": "DIR", "type": Path, "help": "where to write"}), ONE_USER, outside=True)
 def run_export(config: Config, given: Arguments) -> int:
     """write the files as plain files, with their times"""
     code = 0
@@ -17154,7 +17361,8 @@ def run_export(config: Config, given: Arguments) -> int:
 
 
 @command("import", ("source", {"metavar": "DIR", "type": Path, "help": "what to store"}),
-         ("--user", {"required": True, "help": "whose it becomes"}), ("--into", {"default": "", "help": "collection to put it in"}))
+         ("--user", {"required": True, "help": "whose it becomes"}), ("--into", {"default": "", "help": "collection to put it in"}),
+         outside=True)
 def run_import(config: Config, given: Arguments) -> int:
     """store a directory of plain files, with their times"""
     if not given.source.is_dir():
@@ -17171,9 +17379,9 @@ def run_import(config: Config, given: Arguments) -> int:
          ("--only", {"action": "append", "default": [], "metavar": "PATH", "help": "sync this part only; may be given again"}),
          ("--yes", {"action": "store_true", "help": "go on where the brake would stop"}),
          ("--device", {"default": "", "metavar": "NAME", "help": "what this computer is called"}),
-         ("--password-stdin", {"action": "store_true", "help": "read the password from standard input"}),
+         PASSWORD_STDIN,
          ("--json", {"action": "store_true", "help": "tell what was done as JSON"}),
-         ("--status", {"action": "store_true", "help": "tell how things stand, and end"}))
+         ("--status", {"action": "store_true", "help": "tell how things stand, and end"}), settings=(), outside=True)
 def run_sync(config: Config, given: Arguments) -> int:
     """keep a folder and an account alike, both ways, until stopped"""
     try:
@@ -17187,8 +17395,8 @@ def run_sync(config: Config, given: Arguments) -> int:
             client.state.close()
             return 1 if client.problems else 0
         ended = threading.Event()
-        for name in ("SIGINT", "SIGTERM"):
-            signal.signal(getattr(signal, name), lambda number, frame: ended.set())
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda number, frame: ended.set())
         client.watch(ended, partial(tell_tally, given), listener)
         client.state.close()
     except Stopped as stopped:
@@ -17199,7 +17407,7 @@ def run_sync(config: Config, given: Arguments) -> int:
 def ask_password(given: Arguments, name: str) -> str:
     found = os.environ.get("CLOUDSERVER_PASSWORD")
     if found is None and (given.password_stdin or not sys.stdin.isatty()):
-        found = sys.stdin.readline().rstrip("\r\n")
+        found = read_line()
     return getpass.getpass("Password for %s: " % name) if found is None else found
 
 
@@ -17231,81 +17439,154 @@ def tell_status(given: Arguments) -> int:
     return 0
 
 
-@command("doctor")
+@command("doctor", ("--alive", {"action": "store_true", "help": "only ask the running server whether it is well"}),
+         settings=("data", "low_water", "tls_cert", "tls_key"))
 def run_doctor(config: Config, given: Arguments) -> int:
     """look for what is known to go wrong"""
     if not (config.data / "cloud.db").exists():
         raise CloudError("not-found", "%s holds no cloud" % config.data)
     code = 0
-    for well, sentence in examine(config):
-        print("%s  %s" % ("ok  " if well else "LOOK", sentence))
-        code |= not well
+    for well, sentence in examine_server(config) if given.alive else examine(config):
+        print("%s  %s" % ({True: "ok  ", False: "LOOK", None: "-   "}[well], sentence))
+        code |= well is False
     return code
 
 
 def read_password(given: Arguments) -> str:
     if given.password_stdin or not sys.stdin.isatty():
-        return sys.stdin.readline().rstrip("\r\n")
+        return read_line()
     password = getpass.getpass("Password for %s: " % given.name)
     if getpass.getpass("Again: ") != password:
         raise CloudError("bad-request", "the two are not the same")
     return password
 
 
+# ---- words in and out
+
+def prepare_streams() -> None:
+    """Give each standard stream a place, and none a character it must fail at.
+
+    Under pythonw, a task scheduler or `>&-` they are None, and the numbers 0 to 2 are free: a file opened next would get
+    one, and with it whatever is printed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")        # cp1252, ascii: a name is shown, if not nicely
+
+
+def read_line() -> str:
+    """A line of standard input, as its sender meant it.  raises CloudError"""
+    line = getattr(sys.stdin, "buffer", sys.stdin).readline()
+    return line.rstrip("\r\n") if isinstance(line, str) else decode_line(line)
+
+
+def decode_line(line: bytes) -> str:
+    """UTF-8, or else what the console or locale speaks; without a byte order mark.  raises CloudError
+
+    The same text must come in alike from every shell: it is hashed.
+    """
+    line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
+    for encoding in ("utf-8", "oem" if os.name == "nt" else locale.getpreferredencoding(False)):
+        with suppress(UnicodeDecodeError):
+            if b"\0" not in line:
+                return line.rstrip(b"\r\n").decode(encoding)
+    raise CloudError("bad-request", "standard input is not text in UTF-8")
+
+
+EXAMPLES = """examples:
+  python3 cloudserver.py                                   serve on this computer, data in ./cloud-data
+  python3 cloudserver.py --data /srv/cloud --port 8766     the flags of serve need no word before them
+  python3 cloudserver.py user add bob --quota 50G
+  python3 cloudserver.py sync ~/Cloud https://ann@cloud.example
+  python3 cloudserver.py backup /mnt/disk/cloud
+
+Each command has its own --help; every flag is also an environment variable, as CLOUDSERVER_PORT."""
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows those defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says = action.default not in (None, "", [], False, argparse.SUPPRESS)
+        return (action.help or "") + (" (default: %(default)s)" if says else "")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, from COMMANDS and the fields of Config."""
-    parser = argparse.ArgumentParser(prog="cloudserver.py", description="A personal cloud in one file.",
-                                     epilog="Each command has its own --help.")
+    """The command line, from COMMANDS and the fields of Config.  raises CloudError for a variable that says nothing"""
+    parser = argparse.ArgumentParser(prog="cloudserver.py", description="A personal cloud in one file.", epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version="cloudserver " + __version__)
     groups = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
-    for name, (run, arguments) in COMMANDS.items():
+    known = {setting.name: setting for setting in fields(Config)}
+    for name, row in COMMANDS.items():
         group, _, last = name.rpartition(" ")
         if group not in groups:
-            inner = groups[""].add_parser(group, help="%s ..." % group)
+            inner = groups[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
             groups[group] = inner.add_subparsers(metavar="COMMAND", required=True)
-        sub = groups[group].add_parser(last, help=run.__doc__, description=run.__doc__,
-                                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(run=run)
-        for *flags, how in arguments:
+        sub = groups[group].add_parser(last, help=row.run.__doc__, description=row.run.__doc__, formatter_class=HelpFormatter)
+        sub.set_defaults(command=row)
+        for *flags, how in row.arguments:
             sub.add_argument(*flags, **how)
-        for setting in fields(Config):
-            if name == "serve" or name != "sync" and setting.name in ("data", "quota", "keep_days", "history"):
-                add_setting(sub, setting)
+        for setting in row.settings:
+            add_setting(sub, known[setting])
     return parser
 
 
+SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
 def add_setting(parser: argparse.ArgumentParser, setting: Any) -> None:
-    """A field of Config as a flag, whose default the environment can change."""
-    how = dict(setting.metadata)
-    variable = "CLOUDSERVER_" + setting.name.upper()
-    default = os.environ.get(variable, setting.default)
+    """A field of Config as a flag, whose default the environment can change; an empty variable is as good as none."""
+    how, flag, variable = dict(setting.metadata), "--" + setting.name.replace("_", "-"), variable_of(setting)
     how["help"] = "%s [%s]" % (how["help"].replace("%", "%%"), variable)
-    if isinstance(setting.default, bool):
-        parser.add_argument("--" + setting.name.replace("_", "-"), action="store_true", help=how["help"],
-                            default=str(default).lower() in ("1", "true", "yes"))
+    given = os.environ.get(variable) or setting.default
+    if not isinstance(setting.default, bool):
+        kind = int if isinstance(setting.default, int) else Path if "Path" in setting.type else str
+        parser.add_argument(flag, type=kind, default=given, **how)
         return
-    kind = int if isinstance(setting.default, int) else Path if "Path" in setting.type else str
-    parser.add_argument("--" + setting.name.replace("_", "-"), type=kind, default=default, **how)
+    if str(given).lower() not in SWITCHES:
+        raise CloudError("bad-request", "%s is one of %s" % (variable, ", ".join(SWITCHES)))
+    parser.add_argument(flag, action="store_true", default=SWITCHES[str(given).lower()], **how)
+
+
+def variable_of(setting: Any) -> str:
+    return "CLOUDSERVER_" + setting.name.upper()
+
+
+def check_environment() -> None:
+    """raises CloudError for a variable that is no setting: a slip there must not pass for consent"""
+    known = {"CLOUDSERVER_PASSWORD", *map(variable_of, fields(Config))}
+    for name in sorted(os.environ):
+        if name.startswith("CLOUDSERVER_") and name not in known:
+            raise CloudError("bad-request", "%s is not a setting; `serve --help` shows those there are" % name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 failed, 2 usage."""
+    prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
         words.insert(0, "serve")
     if words[0] != "sync":                       # what that writes are the user's own files
         os.umask(0o077)
-    given = build_parser().parse_args(words)
     try:
-        config = Config(**{setting.name: getattr(given, setting.name) for setting in fields(Config)
-                           if hasattr(given, setting.name)})
+        check_environment()
+        given = build_parser().parse_args(words)
+        config = Config(**{name: getattr(given, name) for name in given.command.settings})
         check_config(config)
     except CloudError as error:
         return complain(error, 2)
     try:
-        return given.run(config, given) or 0
+        if not given.command.outside:
+            become_owner(config.data)
+        return given.command.run(config, given) or 0
     except (CloudError, OSError, sqlite3.Error) as error:
         return complain(error, 1)
+    except EOFError:                             # Ctrl-D, or nobody there
+        return complain(CloudError("bad-request", "standard input has no answer"), 1)
     except KeyboardInterrupt:
         return 1
 
@@ -17328,7 +17609,10 @@ def check_config(config: Config) -> None:
 
 
 def complain(error: Exception, code: int) -> int:
-    print("cloudserver: %s" % error, file=sys.stderr)
+    says = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        says = "%s: %s" % (error.filename, reason_of(error))
+    print("cloudserver: %s" % says, file=sys.stderr)
     return code
 
 
