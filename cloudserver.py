@@ -480,6 +480,7 @@ _NONCHARACTER = re.compile("[\ufdd0-\ufdef\ufffe\uffff%s]" %
                            "".join(chr(plane << 16 | low) for plane in range(1, 17) for low in (0xFFFE, 0xFFFF)))
 _WINDOWS = re.compile(r'(?i)(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?|.*[<>:"|?*].*|.*[. ]')
 _LATIN = re.compile(rb"(?:[\x20-\x7e\xa0-\xbf]|[\xc0-\xfd](?![\x80-\xbf]))+")     # text, and no byte leads a sequence of UTF-8
+_HOP = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::\d{1,5})?|(\d{1,3}(?:\.\d{1,3}){3})(?::\d{1,5})?|([0-9A-Fa-f:.]+)")
 _PLAIN = re.compile(r"[A-Za-z0-9_.~/\-]*")      # what quote() leaves alone
 _SIMPLE = re.compile(r"(?:/\w[\w.~+@,=:!$&'()*;\-]*)+", re.ASCII)       # a path of which nothing needs to be checked
 
@@ -583,6 +584,19 @@ def format_path(path: Sequence[str]) -> str:
     """("a", "b c") to "/a/b%20c"."""
     text = "/" + "/".join(path)
     return text if _PLAIN.fullmatch(text) else quote(text, safe="/~")
+
+
+def parse_hop(text: str) -> str:
+    """An address as proxies write it into X-Forwarded-For: 192.0.2.1, 192.0.2.1:4711, 2001:db8::1, [2001:db8::1]:4711.
+
+    raises CloudError for "unknown", a name, an interface ("%eth0") and anything else
+    """
+    found = _HOP.fullmatch(text.strip())
+    try:
+        address = ipaddress.ip_address(found[1] or found[2] or found[3] if found else "")
+    except ValueError:
+        raise CloudError("bad-request", "X-Forwarded-For holds something that is no address") from None
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def parse_query(query: str) -> dict[str, str]:
@@ -6538,38 +6552,32 @@ class Site:
         return bool(_KNOWN_HOST.fullmatch(name)) or name.rstrip(".") in self.names
 
     def locate(self, peer: str, tls: bool, fields: dict[str, str]) -> tuple[str, bool, bool]:
-        """(the client's address, whether it speaks HTTPS, whether a password may travel that way) (N4, N5)."""
-        if self.proxies and self._is_proxy(peer):
-            address = peer
-            for hop in reversed(fields.get("x-forwarded-for", "").split(",")):
-                hop = hop.strip().strip("[]")
-                if not _is_address(hop):
-                    break
-                address = hop
-                if not self._is_proxy(hop):
-                    break
-            return address, tls or fields.get("x-forwarded-proto", "").lower() == "https", True
-        return peer, tls, tls or self.plain_http or peer == "127.0.0.1" or ipaddress.ip_address(peer).is_loopback
+        """(the client's address, whether it speaks HTTPS, whether a password may travel that way) (N4, N5).
+
+        raises CloudError for what a listed proxy says badly, or by half: the client might pass for the proxy, and be trusted
+        """
+        hops, scheme = fields.get("x-forwarded-for"), fields.get("x-forwarded-proto")
+        if hops is None and scheme is None or not self._is_proxy(peer):
+            return peer, tls, tls or self.plain_http or peer == "127.0.0.1" or ipaddress.ip_address(peer).is_loopback
+        if hops is None or (scheme or "").lower() not in ("http", "https"):
+            raise CloudError("bad-request", "the proxy must send both X-Forwarded-For and X-Forwarded-Proto, http or https")
+        for hop in reversed(hops.split(",")):
+            address = parse_hop(hop)
+            if not self._is_proxy(address):
+                break
+        https = scheme.lower() == "https"
+        return address, https, https or self.plain_http
 
     def prefix(self, peer: str, fields: dict[str, str]) -> tuple[str, ...]:
         """The path below which a proxy shows this server, as its X-Forwarded-Prefix tells; () if it tells none (N4)."""
         given = fields.get("x-forwarded-prefix", "")
-        if not given or not self.proxies or not self._is_proxy(peer):
+        if not given or not self._is_proxy(peer):
             return ()
         _, path, _, _, refusal = read_target(given)
         return () if refusal else path
 
     def _is_proxy(self, address: str) -> bool:
-        parsed = ipaddress.ip_address(address)
-        return any(parsed in network for network in self.proxies)
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
+        return bool(self.proxies) and any(ipaddress.ip_address(address) in network for network in self.proxies)
 
 
 # ---- the connection

@@ -3012,10 +3012,51 @@ def test_proxies_are_believed_only_when_listed(make_cloud):
     fields = {"x-forwarded-for": "6.6.6.6, 1.2.3.4, 10.0.0.2", "x-forwarded-proto": "https"}
     site = cs.Site(Config(behind_proxy="10.0.0.0/8,127.0.0.1"))
     assert site.locate("10.0.0.1", False, fields) == ("1.2.3.4", True, True)
-    assert site.locate("10.0.0.1", False, {}) == ("10.0.0.1", False, True)
+    assert site.locate("10.0.0.1", False, {}) == ("10.0.0.1", False, False)      # it says nothing, so this is all there is
+    assert site.locate("127.0.0.1", False, {}) == ("127.0.0.1", False, True)     # curl on the same machine
     assert site.locate("8.8.8.8", False, fields) == ("8.8.8.8", False, False)
     assert cs.Site(Config()).locate("127.0.0.1", False, fields) == ("127.0.0.1", False, True)
     assert cs.Site(Config(plain_http=True)).locate("8.8.8.8", False, {}) == ("8.8.8.8", False, True)
+
+
+@pytest.mark.parametrize("hops, want", [
+    ("8.8.8.8", "8.8.8.8"), ("8.8.8.8:4444", "8.8.8.8"), ("2001:DB8::1", "2001:db8::1"), ("[2001:db8::1]", "2001:db8::1"),
+    ("[2001:db8::1]:4444", "2001:db8::1"), ("::ffff:8.8.8.8", "8.8.8.8"), ("junk, 8.8.8.8", "8.8.8.8"), ("8.8.8.8, 10.0.0.9:1", "8.8.8.8"),
+    ("10.0.0.9", "10.0.0.9"), ("", None), ("unknown", None), (", unknown", None), ("8.8.8.8,", None), ("8.8.8.8, junk", None),
+    ("fe80::1%b\"x", None), ("8.8.8.8:", None), ("8.8.8.8:x", None), ("[8.8.8.8", None), ("1.2.3", None), ("999.1.1.1", None),
+    ("::1:2:3:4:5:6:7:8:9", None), ("_hidden", None), (None, None)])
+@pytest.mark.parametrize("scheme", ["https", "HTTPS", "http", "wss", "https, http", "", None])
+def test_what_a_proxy_says_badly_fails_closed(hops, want, scheme):
+    """X26: the client never passes for the proxy, and no password over what is not known to be HTTPS"""
+    site = cs.Site(Config(behind_proxy="10.0.0.0/8"))
+    fields = {name: value for name, value in (("x-forwarded-for", hops), ("x-forwarded-proto", scheme)) if value is not None}
+    found = outcome(site.locate, "10.0.0.1", True, fields)
+    if not fields:
+        assert found == ("10.0.0.1", True, True)                 # TLS with the proxy itself
+    elif want is None or (scheme or "").lower() not in ("https", "http"):
+        assert found == "bad-request"
+    else:
+        assert found == (want, scheme.lower() == "https", scheme.lower() == "https")
+        allowed = cs.Site(Config(behind_proxy="10.0.0.0/8", plain_http=True))
+        assert allowed.locate("10.0.0.1", False, fields) == (want, scheme.lower() == "https", True)
+
+
+def test_a_client_behind_a_proxy_is_never_taken_for_it(make_cloud, serve_cloud, tmp_path):
+    """X26, N6: not by metrics, not by the door for passwords, not in the log"""
+    cloud = make_cloud(behind_proxy="127.0.0.1", access_log=str(tmp_path / "log"))
+    account(cloud)
+    call = partial(exchange, serve_cloud(cloud), user=None)
+    forwarded = dict(X_Forwarded_For="8.8.8.8:4444", X_Forwarded_Proto="https")
+    assert call("GET", "/metrics").status == 200
+    assert call("GET", "/metrics", **forwarded).status == 403
+    for badly in (dict(X_Forwarded_For="8.8.8.8"), dict(X_Forwarded_Proto="https"), {**forwarded, "X_Forwarded_For": ", unknown"},
+                  {**forwarded, "X_Forwarded_For": "fe80::1%b\"x"}):
+        assert call("GET", "/metrics", **badly).status == 400
+    login = {"name": "ann", "password": PASSWORD}
+    assert call("POST", "/api/v1/login", login, **forwarded).headers["set-cookie"].startswith("__Host-session")
+    refused = call("POST", "/api/v1/login", login, **{**forwarded, "X_Forwarded_Proto": "http"})
+    assert refused.status == 403 and refused.json()["code"] == "insecure"
+    assert set(re.findall(r"^\S+", (tmp_path / "log").read_text(), re.M)) <= {"127.0.0.1", "8.8.8.8", "-"}
 
 
 def test_a_server_below_a_path_of_a_proxy(make_cloud, serve_cloud):
@@ -4821,7 +4862,8 @@ def test_login_flow(call, cloud, ann):
 def test_login_addresses_are_those_the_client_uses(make_cloud, serve_cloud):
     cloud = make_cloud(behind_proxy="127.0.0.1", hostname="cloud.example")
     account(cloud)
-    begun = exchange(serve_cloud(cloud), "POST", "/index.php/login/v2", user=None, Host="cloud.example", X_Forwarded_Proto="https").json()
+    begun = exchange(serve_cloud(cloud), "POST", "/index.php/login/v2", user=None, Host="cloud.example",
+                     X_Forwarded_For="8.8.8.8", X_Forwarded_Proto="https").json()
     assert begun["login"].startswith("https://cloud.example/login/v2/flow/") and begun["poll"]["endpoint"] == "https://cloud.example/login/v2/poll"
 
 
