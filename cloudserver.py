@@ -8120,7 +8120,7 @@ def dav_transfer(cloud: Cloud, who: Principal, request: Request, path: tuple[str
 @dav_route("OPTIONS", "nothing")
 def dav_options(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What this address can do.  MS-Author-Via makes Windows treat it as WebDAV."""
-    return Response(204, b"", {"DAV": CLASSES, "Allow": dav_allow(path), "MS-Author-Via": "DAV"})
+    return Response(200, b"", {"DAV": CLASSES, "Allow": dav_allow(path), "MS-Author-Via": "DAV"})
 
 
 def dav_allow(path: tuple[str, ...]) -> str:
@@ -8186,6 +8186,7 @@ LOCK_ENTRIES = Markup("".join(E("d:lockentry", E("d:lockscope", E(scope)), E("d:
 REPORTS = E("d:supported-report", E("d:report", E("d:sync-collection")))
 COLLECTION_TYPE = E("d:collection")
 
+CHECKSUMS = "{http://owncloud.org/ns}checksums"
 PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {   # live ones (RFC 4918 s15), as XML; a new one is a row
     "{DAV:}resourcetype": lambda node, about: COLLECTION_TYPE if node.kind else "",
     "{DAV:}getcontentlength": lambda node, about: None if node.kind else str(node.size),
@@ -8201,7 +8202,7 @@ PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {   # live ones 
     "{DAV:}supported-report-set": lambda node, about: REPORTS if node.kind else "",                    # RFC 3253 s3.1.5
     "{DAV:}sync-token": lambda node, about: format_sync_token(about.epoch, node.seq, about.tag_at(node.seq)) if node.kind else None,   # RFC 6578 s4
     "{urn:schemas-microsoft-com:}Win32LastModifiedTime": lambda node, about: format_http_date(node.mtime),     # Windows
-    "{http://owncloud.org/ns}checksums": lambda node, about: None if node.kind else format_checksums(node, about),
+    CHECKSUMS: lambda node, about: None if node.kind else format_checksums(node, about),
     "{http://owncloud.org/ns}size": lambda node, about: str(node.size),
     "{http://owncloud.org/ns}fileid": lambda node, about: str(node.node),
     "{http://owncloud.org/ns}id": lambda node, about: format_id(node),
@@ -8345,6 +8346,8 @@ def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[st
             if step.tag == "{DAV:}set" and prop.tag in SETTABLE:
                 mtime = SETTABLE[prop.tag]((prop.text or "").strip())
                 verdicts[prop.tag] = 200 if mtime is not None else 409
+            elif step.tag == "{DAV:}set" and prop.tag == CHECKSUMS:
+                verdicts[prop.tag] = 200 if has_checksums(cloud, who, request, path, "".join(prop.itertext())) else 409
             elif prop.tag in live:
                 verdicts[prop.tag] = 403
             elif step.tag in ("{DAV:}set", "{DAV:}remove"):
@@ -8365,6 +8368,11 @@ def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[st
     return answer.response()
 
 
+def has_checksums(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], text: str) -> bool:
+    """Does a file have these checksums?  rclone 1.76, vendor owncloud, sets them again whenever it sets the time."""
+    return all(cloud.checksum(who, path, kind, request.check_alive)[1] == value for kind, value in map(parse_checksum, text.split()))
+
+
 # ---- locks (RFC 4918 s9.10, s9.11)
 
 @dav_route("LOCK", "write")
@@ -8372,7 +8380,7 @@ def dav_lock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     """Take a write lock, or refresh one that If names.  Locking nothing makes an empty file."""
     body, given, new = read_body(request), read_dav_conditions(request), False
     seconds = parse_timeout(request["timeout"], LOCK_DEFAULT, LOCK_MOST)
-    if body is None:
+    if body is None or given.tokens and request.fields["if"][:1] not in "(<":    # webdav 5 for JavaScript refreshes with a body
         lock = cloud.refresh(who, path, given.tokens, seconds)
     else:
         depth = parse_depth(request["depth"], "infinity")
@@ -8823,7 +8831,7 @@ nc_route("MKCOL", "write", nc_mkcol_error)(done_once(dav_mkcol))
 
 def nc_options(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = ()) -> Response:
     """What can be done here; Android looks for SEARCH."""
-    return Response(204, b"", {"DAV": NC_CLASSES, "Allow": NC_METHODS})
+    return Response(200, b"", {"DAV": NC_CLASSES, "Allow": NC_METHODS})
 
 
 for _address in ("/remote.php/dav", "/remote.php/dav/files/<path>", "/remote.php/webdav/<path>"):

@@ -57,6 +57,7 @@ import errno
 import gzip
 import hashlib
 import http.client
+import importlib.util
 import io
 import json
 import math
@@ -4530,6 +4531,19 @@ def test_clients_set_times_each_in_their_way(call, cloud, ann, prop, mtime):
     assert after.mtime == mtime and after.etag != before.etag
 
 
+@pytest.mark.parametrize("sums, want", [("SHA1:RIGHT", 200), ("MD5:RIGHT", 200), ("SHA1:RIGHT MD5:RIGHT", 200), ("SHA1:%s" % ("0" * 40), 409),
+                                        ("SHA1:RIGHT MD5:%s" % ("0" * 32), 409)])
+def test_checksums_are_set_to_what_they_are_with_the_time(call, cloud, ann, sums, want):
+    """C7: as rclone 1.76 does with vendor owncloud; all or nothing."""
+    put(cloud, ann, "a", b"hello", mtime=5000)
+    text = re.sub("(SHA1|MD5):RIGHT", lambda found: found[1] + ":" + hashlib.new(found[1], b"hello").hexdigest(), sums)
+    body = ("<d:propertyupdate xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns'><d:set><d:prop><lastmodified xmlns='DAV:'>1234567890</lastmodified>"
+            "<oc:checksums>\n<oc:checksum>%s</oc:checksum>\n</oc:checksums></d:prop></d:set></d:propertyupdate>" % text)
+    answer = call("PROPPATCH", "/remote.php/webdav/a", body)
+    assert re.findall(r"HTTP/1.1 (\d+)", answer.body.decode()) == (["200"] if want == 200 else ["409", "424"])
+    assert cloud.stat(ann, ("a",)).mtime == (1234567890000 if want == 200 else 5000)
+
+
 def test_put_takes_time_and_checksum(call, cloud, ann):
     sum = hashlib.sha1(b"hello").hexdigest()
     made = call("PUT", "/dav/a", b"hello", X_OC_Mtime="1234.5", OC_Checksum="SHA1:" + sum)
@@ -4727,6 +4741,44 @@ def test_every_cursor_of_a_past_that_was_lost_is_refused_and_older_ones_go_on(ma
     if restored:                                 # no etag comes to mean something else
         assert int(back.stat(ann, ("made",)).etag.split("-")[0], 16) > int(etag.split("-")[0], 16) + 1000
     audit(back)
+
+
+def test_options_of_files_are_200(call):
+    """gowebdav takes nothing else for a server."""
+    for path in ("/dav/", "/dav", "/dav/no/such", "/remote.php/webdav/", FILES):
+        answer = call("OPTIONS", path, user=None)
+        assert (answer.status, answer.headers["content-length"]) == (200, "0") and answer.headers["dav"].startswith("1, 2, 3"), path
+
+
+JOPLIN = [  # what Joplin 3.5.1 sends, target 6 or 5, in this order, to a folder that is there: (method, path, body, status at first, and again)
+    ("GET", "info.json", None, 404, 200), ("MKCOL", "locks/", None, 201, 405), ("MKCOL", "temp/", None, 201, 405), ("MKCOL", ".resource/", None, 201, 405),
+    ("PUT", ".sync/version.txt", b"1", 409, 204), ("MKCOL", ".sync/", None, 201, 405), ("PUT", ".sync/version.txt", b"1", 201, 204),
+    ("PUT", "info.json", b'{"version":3}', 201, 204), ("PUT", "0cc175b9c0f1b6a831c399e269772661.md", b"note", 201, 204),
+    ("PUT", ".resource/92eb5ffee6ae2fec3ad71c777531578f", bytes(200_000), 201, 204), ("PROPFIND", "", 5, 207, 207), ("PROPFIND", "0cc175b9c0f1b6a831c399e269772661.md", 1, 207, 207),
+    ("GET", ".resource/92eb5ffee6ae2fec3ad71c777531578f", None, 200, 200), ("PUT", "locks/2_2_f1b6a831.json", b"{}", 201, 201), ("PROPFIND", "locks/", 2, 207, 207),
+    ("DELETE", "locks/2_2_f1b6a831.json", None, 204, 204), ("DELETE", "locks/2_2_f1b6a831.json", None, 404, 404)]
+
+
+@pytest.mark.parametrize("door", ["/dav", "/remote.php/webdav", "/remote.php/dav/files/ann"])
+def test_joplin_as_recorded(call, cloud, ann, door):
+    """C1: an If-None-Match without quotes, and another one each time, with all but GET."""
+    cloud.make_collection(ann, ("notes",))
+    ask = ("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n\t\t\t<d:propfind xmlns:d=\"DAV:\">\n\t\t\t\t<d:prop xmlns:oc=\"http://owncloud.org/ns\">\n"
+           "\t\t\t\t\t<d:getlastmodified/><d:resourcetype/>\n\t\t\t\t</d:prop>\n\t\t\t</d:propfind>")
+    for round_ in (0, 1):
+        for n, (method, path, body, *want) in enumerate(JOPLIN):
+            how = {"User_Agent": "Joplin/1.0", "Accept": "*/*", "Accept_Encoding": "gzip,deflate", "Cache_Control": "no-store", "Connection": "close"}
+            if method != "GET":
+                how["If_None_Match"] = "JoplinIgnore-%d" % (10_000 + n)
+            if method in ("PUT", "PROPFIND"):
+                how["Content_Type"] = "text/plain" if method == "PUT" else "text/xml"
+            if method == "PROPFIND":
+                how["Depth"] = "0" if path.endswith(".md") else "1"
+            answer = call(method, "%s/notes/%s" % (door, path), ask if method == "PROPFIND" else body, **how)
+            assert answer.status == want[round_], (method, path, answer)
+            if method == "PROPFIND" and not round_:
+                assert answer.body.count(b"<d:response>") == body + (path == "") * 2, path
+    assert get(cloud, ann, "notes/.resource/92eb5ffee6ae2fec3ad71c777531578f") == bytes(200_000)
 
 
 def test_extended_mkcol(call, cloud, ann):
@@ -10109,6 +10161,15 @@ def test_curl_as_in_the_readme(serve, tmp_path):
     assert client(*curl, url_of(served, "/dav/piped")) == "from a pipe"
 
 
+@pytest.mark.parametrize("folder, name", [("plain", "plain.zip"), ("\u00fc x", "_ x.zip"), ("a%b;c", "a_b_c.zip")])
+def test_curl_gives_a_download_its_name(serve, tmp_path, folder, name):
+    """C9: curl -OJ as in README knows only a plain filename."""
+    served = serve()
+    served.call("PUT", "/dav/%s/f?parents=1" % cs.quote(folder), b"hello")
+    client(program("curl"), "-sS", "-u", "ann:" + PASSWORD, "-OJ", url_of(served, "/api/v1/zip/" + cs.quote(folder)), cwd=tmp_path)
+    assert unzip((tmp_path / name).read_bytes()) == {"f": b"hello"}
+
+
 def make_tree(home, rng, files):
     """A directory of many small files and a few larger ones, with odd names and old times."""
     for n in range(files):
@@ -10436,3 +10497,322 @@ def test_a_desktop_client_that_deletes_much_is_held_and_others_lose_nothing(make
     if kind == "nextcloudcmd":                   # ownCloud's waits before it tries again
         one.sync()
         assert not (one.folder / "d2").exists() and {path.split("/")[0] for path in tree(cloud, ann)} == {"d0", "d3"}
+
+
+# ---- programs from other registries; .ci/run installs what is named here
+
+def missing(what):
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(what + " is not installed")
+
+
+def beside(name):
+    """A program of the virtual environment that runs the tests."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or missing(name + " (of the registry of Python)")
+
+
+def library(name):
+    """A Python library of somebody else's, for a script of its own."""
+    if not importlib.util.find_spec(name):
+        missing(name)
+
+
+def script(text, *words, timeout=120, **how):
+    """Run Python with what is installed beside these tests; returns what it printed."""
+    return client(sys.executable, "-W", "ignore", "-c", text, *words, timeout=timeout, **how)
+
+
+@slow
+@pytest.mark.parametrize("vendor", ["nextcloud", "owncloud"])
+def test_a_current_rclone_keeps_times_and_checksums(serve, tmp_path, vendor):
+    """C7: after an upload from a source without SHA-1, and after each change of a time, it asks for the checksum."""
+    served, rclone = serve(), beside("rclone")
+    environment = {**rclone_environment(served, tmp_path, vendor), **{
+        name.replace("_X_", "_Y_"): value for name, value in rclone_environment(served, tmp_path, "other").items() if "_X_" in name}}
+    run_ = partial(client, rclone, "-q", "--retries", "1", env=environment)
+    (tmp_path / "source").mkdir()
+    for name in ("a \u00e4", "b"):
+        (tmp_path / "source" / name).write_text("content of " + name)
+    (tmp_path / "source" / "large").write_bytes(os.urandom(21 * MiB))
+    run_("copy", tmp_path / "source", "x:tree")
+    run_("touch", "--timestamp", "2001-02-03T04:05:06", "x:tree/b")
+    assert "2001-02-03 04:05:06" in run_("lsl", "x:tree")
+    os.utime(tmp_path / "source" / "a \u00e4", (1_000_000_000, 1_000_000_000))
+    (tmp_path / "source" / "b").unlink()
+    run_("sync", tmp_path / "source", "x:tree")          # only a new time, and a deletion
+    assert sorted(run_("lsf", "x:tree").splitlines()) == ["a \u00e4", "large"] and "2001-09-09" in run_("lsl", "x:tree")
+    run_("copyto", "y:tree/large", "x:fresh")            # plain WebDAV knows no SHA-1
+    run_("check", tmp_path / "source", "x:tree")
+    sums = run_("sha1sum", "x:").splitlines()
+    assert len(sums) == 3 and all(re.match("[0-9a-f]{40} ", line) for line in sums)
+    assert served.stop() == 0 and run("verify", "--data", served.data).returncode == 0
+
+
+@slow
+@pytest.mark.parametrize("path", ["/dav/", "/dav", "/remote.php/dav/files/ann/"])
+def test_opendal_reads_and_writes(serve, path):
+    """C5: it puts a slash of its own behind the one of the address."""
+    library("opendal")
+    shown = script("""
+import opendal, sys
+op = opendal.Operator("webdav", endpoint=sys.argv[1], username="ann", password=sys.argv[2], root="/sub dir/")
+op.create_dir("d/")
+op.write("d/\u00e4 b.txt", b"hello")
+assert op.read("d/\u00e4 b.txt") == b"hello" and op.stat("d/\u00e4 b.txt").content_length == 5
+op.copy("d/\u00e4 b.txt", "d/c")
+op.rename("d/c", "e")
+with op.open("e", "rb") as file:
+    file.seek(1)
+    assert file.read(2) == b"el"
+print(sorted(entry.path for entry in op.scan("/")))
+op.delete("e")
+op.remove_all("d/")
+print([entry.path for entry in op.list("/")])
+""", url_of(serve(), path), PASSWORD)
+    assert shown.splitlines() == ["['/', 'd/', 'd/\u00e4 b.txt', 'e']", "['/']"]
+
+
+@slow
+@pytest.mark.parametrize("path", ["/dav/", "/dav"])
+def test_webdav4_and_fsspec_read_and_write(serve, tmp_path, path):
+    """C4: they ask for the properties of a file without Depth."""
+    library("webdav4")
+    script("""
+import sys
+from pathlib import Path
+from webdav4.client import Client
+from webdav4.fsspec import WebdavFileSystem
+dav, files = Client(sys.argv[1], auth=("ann", sys.argv[2])), WebdavFileSystem(sys.argv[1], auth=("ann", sys.argv[2]))
+Path("local").write_bytes(b"hello" * 100)
+dav.mkdir("w")
+dav.upload_file("local", "w/\u00e4 b")
+assert dav.info("w/\u00e4 b")["content_length"] == 500 and dav.etag("w/\u00e4 b") and not dav.exists("w/no") and dav.isdir("w")
+dav.copy("w/\u00e4 b", "w/c")
+dav.move("w/c", "w/d")
+with dav.open("w/d", "rb") as file:
+    assert file.read() == b"hello" * 100
+dav.download_file("w/d", "back")
+files.put("local", "w/put")
+files.get("w", "tree", recursive=True)
+assert {path.name for path in Path("tree").rglob("*") if path.is_file()} == {"\u00e4 b", "d", "put"}
+with files.open("w/new", "wb") as file:
+    file.write(b"abc")
+assert files.cat("w/new") == b"abc" and files.checksum("w/new") and files.info("w/new")["size"] == 3 and files.du("w") == 1503
+files.rm("w/new")
+files.mv("w/d", "w/e")
+files.rm("w", recursive=True)
+assert not files.exists("w")
+""", url_of(serve(), path), PASSWORD, cwd=tmp_path)
+
+
+@slow
+def test_dvc_pushes_and_pulls(serve, tmp_path):
+    """C4: what was backed up can be restored."""
+    served, work = serve(), tmp_path / "work"
+    served.call("MKCOL", "/dav/store")
+    work.mkdir()
+    run_ = partial(client, beside("dvc"), cwd=work, env={**os.environ, "HOME": str(tmp_path), "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(tmp_path / "site")})
+    run_("init", "--no-scm", "-q")
+    run_("remote", "add", "-q", "-d", "r", url_of(served, "/dav/store").replace("http", "webdav"))
+    run_("remote", "modify", "r", "user", "ann"), run_("remote", "modify", "r", "password", PASSWORD)
+    data = os.urandom(300_000)
+    (work / "data.bin").write_bytes(data)
+    (work / "dir").mkdir()
+    for n in range(3):
+        (work / "dir" / ("f%d" % n)).write_text("%d" % n)
+    run_("add", "-q", "data.bin", "dir"), run_("push")
+    shutil.rmtree(work / ".dvc" / "cache"), shutil.rmtree(work / "dir"), (work / "data.bin").unlink()
+    run_("pull")
+    assert (work / "data.bin").read_bytes() == data and [(work / "dir" / ("f%d" % n)).read_text() for n in range(3)] == ["0", "1", "2"]
+    assert "in sync" in run_("status", "-c")
+
+
+@slow
+def test_nextclouds_library_for_python(serve, tmp_path):
+    """C8: it names files by oc:id, lists depths of any number, and reads every field."""
+    library("nc_py_api")
+    script("""
+import io, sys, zipfile
+import nc_py_api
+cloud = nc_py_api.Nextcloud(nextcloud_url=sys.argv[1], nc_auth_user="ann", nc_auth_pass=sys.argv[2])
+files = cloud.files
+files.makedirs("d/e", exist_ok=True)
+for text in ("one", "two", "three"):
+    made = files.upload("d/\u00e4 x.txt", text)
+assert files.download(made) == b"three" and files.by_id(made.file_id).name == "\u00e4 x.txt" == files.by_path("d/\u00e4 x.txt").name
+moved = files.move("d/\u00e4 x.txt", "d/moved")
+copied = files.copy(moved, "d/copied")
+assert (moved.user_path, copied.user_path) == ("d/moved", "d/copied") and moved.file_id == made.file_id
+assert {one.user_path for one in files.listdir("d", depth=2)} >= {"d/e/", "d/copied", "d/moved"}
+old = files.get_versions(moved)
+assert len(old) == 2
+files.restore_version(old[-1])
+assert files.download("d/moved") == b"one"
+files.delete("d/copied")
+gone, = files.trashbin_list()
+assert gone.info.trashbin_original_location == "d/copied"
+files.trashbin_restore(gone)
+assert files.download("d/copied") == b"three"
+files.delete("d/copied")
+files.trashbin_delete(files.trashbin_list()[0])
+assert files.trashbin_list() == []
+files.setfav("d/moved", True)
+assert [one.name for one in files.list_by_criteria(["favorite"])] == ["moved"] == [one.name for one in files.find(["like", "name", "%mov%"])]
+files.upload_stream("d/stream", io.BytesIO(bytes(12_000_000)))
+assert len(files.download("d/stream")) == 12_000_000
+archive = files.download_directory_as_zip("d", "d.zip")
+assert zipfile.ZipFile(archive).namelist() == ["e/", "moved", "stream"]
+user = cloud.users.get_user()
+for name in [name for name in dir(type(user)) if name[0] != "_"]:
+    getattr(user, name)
+assert user.user_id == "ann" == cloud.user
+""", url_of(serve(), ""), PASSWORD, cwd=tmp_path)
+
+
+@slow
+def test_webdavclient3_copies_folders(serve, tmp_path):
+    """C3: with Depth: 1."""
+    library("webdav3")
+    (tmp_path / "local").write_text("hey")
+    served = serve()
+    script("""
+import sys
+from webdav3.client import Client
+dav = Client({"webdav_hostname": sys.argv[1], "webdav_login": "ann", "webdav_password": sys.argv[2]})
+dav.mkdir("w"), dav.mkdir("w/s"), dav.upload_sync("w/s/\u00e4", "local")
+dav.resource("w/s").copy("w/t"), dav.resource("w/s/\u00e4").copy("w/b"), dav.resource("w/b").move("w/c"), dav.resource("w/c").rename("d")
+assert "\u00e4" in dav.list("w/t") and dav.info("w/d")["size"] == "3" and dav.check("w/t/\u00e4") and dav.free() > 0
+dav.download_sync("w/t/\u00e4", "back")
+""", url_of(served), PASSWORD, cwd=tmp_path)
+    assert (tmp_path / "back").read_text() == "hey" and sorted(server_tree(served)) == ["w", "w/d", "w/s", "w/s/\u00e4", "w/t", "w/t/\u00e4"]
+
+
+@slow
+def test_git_pushes_over_webdav(serve, tmp_path):
+    """C6: its Destination has name and password."""
+    served, git = serve(), program("git")
+    environment = {**os.environ, "HOME": str(tmp_path), "GIT_CONFIG_NOSYSTEM": "1", **{"GIT_%s_%s" % (who, what): "ann@localhost" for who in ("AUTHOR", "COMMITTER")
+                                                                                      for what in ("NAME", "EMAIL")}}
+    run_ = partial(client, git, env=environment)
+    run_("init", "-q", "--bare", tmp_path / "bare.git"), run_("-C", tmp_path / "bare.git", "update-server-info")
+    for path in sorted((tmp_path / "bare.git").rglob("*")):
+        where = "/dav/repo.git" + cs.format_path(path.relative_to(tmp_path / "bare.git").parts)
+        served.call("PUT", where + "?parents=1", path.read_bytes()) if path.is_file() else served.call("MKCOL", "/dav/repo.git"), served.call("MKCOL", where)
+    run_("init", "-q", tmp_path / "one")
+    for text in ("first", "second"):
+        (tmp_path / "one" / text).write_text(text)
+        run_("-C", tmp_path / "one", "add", text), run_("-C", tmp_path / "one", "commit", "-q", "-m", text)
+        run_("-C", tmp_path / "one", "push", "-q", url_of(served, "/dav/repo.git", "ann:" + cs.quote(PASSWORD)), "HEAD:refs/heads/main")
+    run_("clone", "-q", "-b", "main", url_of(served, "/dav/repo.git", "ann:" + cs.quote(PASSWORD)), tmp_path / "two")
+    assert (tmp_path / "two" / "second").read_text() == "second" and len(run_("-C", tmp_path / "two", "log", "--oneline").splitlines()) == 2
+
+
+@pytest.fixture(scope="module")
+def javascript(tmp_path_factory):
+    """Run a script with libraries of npm: javascript(text, url)."""
+    home, npm, node = tmp_path_factory.mktemp("javascript"), program("npm"), program("node", "nodejs")
+    done = subprocess.run([npm, "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", "webdav@5", "tus-js-client@4"], cwd=home, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    if done.returncode:
+        missing("npm cannot fetch webdav: %s; it" % done.stdout[-500:])
+
+    def run_script(text, *words):
+        (home / "trial.mjs").write_text(text, encoding="utf-8")
+        return client(node, home / "trial.mjs", *words, cwd=home)
+    return run_script
+
+
+@slow
+@pytest.mark.parametrize("path", ["/dav/", "/remote.php/dav/files/ann"])
+def test_webdav_for_javascript_locks_and_unlocks(serve, javascript, path):
+    """C2: it sends lock tokens without brackets, and a body to refresh."""
+    assert javascript("""
+import { createClient } from "webdav";
+import assert from "node:assert";
+const dav = createClient(process.argv[2], {username: "ann", password: process.argv[3]});
+await dav.createDirectory("/d/e", {recursive: true});
+assert(await dav.putFileContents("/d/a \u00fc.txt", "hello"));
+assert.equal(await dav.putFileContents("/d/a \u00fc.txt", "other", {overwrite: false}), false);
+assert.equal(await dav.getFileContents("/d/a \u00fc.txt", {format: "text"}), "hello");
+assert.equal((await dav.stat("/d/a \u00fc.txt")).size, 5);
+assert.deepEqual((await dav.getDirectoryContents("/d")).map(one => one.basename).sort(), ["a \u00fc.txt", "e"]);
+await dav.copyFile("/d/a \u00fc.txt", "/d/b");
+await dav.moveFile("/d/b", "/d/c");
+await dav.copyFile("/d", "/d2", {shallow: true});
+assert.deepEqual(await dav.getDirectoryContents("/d2"), []);
+const lock = await dav.lock("/d/c", {timeout: "Second-600"});
+await assert.rejects(dav.putFileContents("/d/c", "x"), error => error.status === 423);
+const again = await dav.lock("/d/c", {refreshToken: lock.token, timeout: "Second-900"});
+assert.deepEqual([again.token, again.serverTimeout], [lock.token, "Second-900"]);
+await dav.unlock("/d/c", lock.token);
+await dav.putFileContents("/d/c", "unlocked");
+const parts = [];
+for await (const part of dav.createReadStream("/d/c", {range: {start: 2, end: 5}})) parts.push(part);
+assert.equal(Buffer.concat(parts).toString(), "lock");
+await dav.deleteFile("/d");
+assert.equal(await dav.exists("/d"), false);
+console.log("done");
+""", url_of(serve(), path), PASSWORD) == "done\n"
+
+
+@slow
+def test_tus_for_javascript_uploads_by_post_alone(serve, javascript):
+    """C3: overridePatchMethod, for networks that let no PATCH through."""
+    served = serve()
+    assert javascript("""
+import tus from "tus-js-client";
+new tus.Upload(Buffer.alloc(2_500_000, "x"), {endpoint: process.argv[2], chunkSize: 1_000_000, overridePatchMethod: true,
+  headers: {Authorization: process.argv[3]}, metadata: {filename: "a.bin"}, onError: error => { console.log(error.message); process.exit(1); },
+  onSuccess: () => console.log("done")}).start();
+""", url_of(served, "/tus"), basic()) == "done\n"
+    assert served.call("GET", "/dav/a.bin").body == b"x" * 2_500_000
+
+
+@slow
+@pytest.mark.parametrize("path", ["/dav/", "/dav"])
+def test_gowebdav_connects_and_reads_ranges(serve, tmp_path, path):
+    """C11: of an empty file, too."""
+    go = program("go")
+    (tmp_path / "go.mod").write_text("module trial\n\ngo 1.19\n\nrequire github.com/studio-b12/gowebdav v0.13.0\n")
+    (tmp_path / "main.go").write_text("""package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/studio-b12/gowebdav"
+)
+
+func check(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
+
+func main() {
+	c := gowebdav.NewClient(os.Args[1], "ann", os.Args[2])
+	check(c.Connect())
+	check(c.MkdirAll("g/sub dir", 0o755))
+	check(c.Write("g/\u00fc.txt", []byte("hello"), 0o644))
+	check(c.Write("g/empty", nil, 0o644))
+	for _, name := range []string{"g/\u00fc.txt", "g/empty"} {
+		part, err := c.ReadStreamRange(name, 0, 10)
+		check(err)
+		data, err := io.ReadAll(part)
+		check(err)
+		fmt.Printf("%q ", data)
+	}
+	check(c.Copy("g/\u00fc.txt", "g/copy", false))
+	check(c.Rename("g/copy", "g/moved", true))
+	data, err := c.Read("g/moved")
+	check(err)
+	files, err := c.ReadDir("g")
+	check(err)
+	check(c.RemoveAll("g"))
+	_, err = c.Stat("g/moved")
+	fmt.Println(len(files), string(data), gowebdav.IsErrNotFound(err))
+}
+""", encoding="utf-8")
+    environment = {**os.environ, "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local"}
+    client(go, "build", "-o", tmp_path / "trial", ".", cwd=tmp_path, env=environment)
+    assert client(tmp_path / "trial", url_of(serve(), path), PASSWORD) == '"hello" "" 4 hello true\n'
