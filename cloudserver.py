@@ -2524,21 +2524,58 @@ PAIRINGS, PAIRINGS_HERE = 1000, 30             # that wait at a time: in all, fr
 TOKEN_MARK = "cs_"              # app passwords begin so and are never tried as passwords
 ACCOUNT_NAME = re.compile(r"[^\x00-\x20/\\:\x7f](?:[^\x00-\x1f/\\:\x7f]{0,62}[^\x00-\x20/\\:\x7f])?")
 
-COMMON_PASSWORDS = frozenset("""
-    1234567890 12345678910 123456789a 0123456789 0987654321 9876543210 1111111111 0000000000 1122334455 1q2w3e4r5t
-    1q2w3e4r5t6y 1qaz2wsx3edc q1w2e3r4t5 q1w2e3r4t5y6 qwertyuiop qwerty12345 qwerty123456 qwertyuiop123 asdfghjkl1
-    asdfghjkl; zxcvbnm123 password12 password123 password1234 password12345 passw0rd123 p@ssw0rd123 p@ssword123
-    mypassword letmein123 letmein1234 welcome123 welcome1234 iloveyou12 iloveyou123 iloveyou1234 sunshine123
-    princess123 football123 baseball123 basketball superman123 batman12345 dragon12345 master12345 monkey12345
-    shadow12345 michael123 jennifer123 charlie123 administrator administrator1 changeme123 changeit123 default123
-    secret12345 test123456 testtest12 testtest123 testing1234 abc1234567 abcd123456 abcde12345 abcdef1234 abcdefghij
-    a123456789 aa12345678 a1b2c3d4e5 qazwsxedc123 qazwsxedcrfv 123qweasdzxc 1234qwerasdf qweasdzxc123 qwer1234asdf
-    google12345 facebook123 linkedin123 minecraft1 minecraft123 pokemon123 starwars123 liverpool1 liverpool123
-    manchester manchester1 chelsea123 arsenal123 barcelona1 barcelona123 realmadrid everton123 whatever123
-    computer123 internet123 samsung123 blink182182 metallica1 motorola123 elizabeth1 alexander1 stephanie1
-    christopher cheesecake strawberry butterfly1 chocolate1 chocolate123 babygirl123 jesuschrist jesus12345
-    trustno1trustno1 iloveyousomuch hello12345 hello123456 nextcloud123 owncloud123 cloudserver cloudserver1
-    correcthorsebatterystaple""".split())
+COMMON_WORDS = frozenset("""
+    abcd abracadabra access admin administrator alejandra alejandro aleksandra alessandra alessandro alexander alexandra
+    amanda america anastasia andrea andrew angel anthony antonio apple april arizona armageddon army arsenal asdfgh ashley
+    audi august austin australia autumn awesome azerty baby babyboy babycakes babygirl banana bandit barbie barcelona
+    baseball basketball batista batman bayern beatles beautiful bella benjamin berlin bestfriend bettyboop billabong
+    birthday black blackberry bladerunner blessed blink blue bonjour boston brandon braveheart brazil broncos brooklyn
+    bubblegum bubbles business buster buttercup butterfly california callofduty camaro canada carlos carolina caroline
+    casablanca cash catherine cellphone champion changeit changeme charles charlie charlotte cheese chelsea cherry chicago
+    chicken chocolate chrisbrown christ christian christina christine christmas christophe cinderella classof cloud coffee
+    college company computer contrasena cookie cool correcthorsebatterystaple corvette counterstrike cowboy cricket cyber
+    daddy daddysgirl dallas daniel darkknight darthvader david december default demon destiny deutschland devil devilmaycry
+    diablo diamond digital disney disturbed dolphin dominique dragon dragonball dropbox eagle elephant elizabeth eminem
+    england enigma enter enterprise eternity evanescence evangelion everton facebook faith falcon family february fenerbahce
+    ferrari finalfantasy firefighter florida flower football forever france francisco freedom freunde friday friend
+    friendship friendster gabriel galatasaray gandalf genesis george germany ghost ghostrider ginger godisgood gold
+    goldfinger golf golfcourse google green greenday guest hacker hahaha hallo hannah happy harley harrypotter heaven hell
+    highlander hockey hollister hollywood honda honey horse hunter iamthebest idontknow ilovemyself india infinity
+    information international internet ireland ironmaiden ironman italia jackson jacqueline january jasmine jasper jellybean
+    jennifer jessica jesus jesusislord jetaime johncena jordan joseph joshua june justin justinbieb juventus katherine
+    kawasaki killer king kitten kitty konstantin lacrosse lakers lalala lamborghini lasvegas lauren leavemealone letmein
+    liberty lifeisgood lighthouse lightning linkedin linkinpark lion liverpool lockerroom login london longhorns losangeles
+    love loveyou lucky madison madonna maggie magic manager manchester manutd maria marina marine master matrix matthew max
+    maximilian melissa mercedes messi metallica mexico michael michelle mickey mickeymouse microphone microsoft minecraft
+    mommy monalisa monday money monkey monster morgan mostwanted motdepasse mother motherlode motorola mustang myspace
+    naruto natasha nathan needforspeed newcastle newyork nextcloud nicholas nicole nightmare ninja nintendo nirvana nissan
+    nokia northside nothing november number october office oliver onedirection open opensesame orange oscar owncloud packers
+    painkiller paintball pakistan pantera panther paris parola passe passwd password passwort pathfinder patricia patrick
+    patriots peace peanut pepper phantom phoenix pikachu pineapple pirate playstation pokemon police porsche prettygirl
+    prince pumpkin puppy purple qazwsx queen qwerty qwertz rabbit racing raiders rainbow ranger realmadrid rebecca redsox
+    revolution richard roadrunner robert rocky ronaldinho ronaldo root rosebud runescape russia sailormoon salamander
+    samantha samsung samuel schalke schatz school scooby scoobydoo scotland sebastian secret security senha september server
+    shadow shevchenko silver simpsons skateboard slipknot smallville smile sniper snoopy soccer softball soldier something
+    sommer sony sonyericsson sophie southpark southside spartan spider spiderman spongebob spring starcraft startfinding
+    startrek starwars steelers stephanie stephen steven storm strawberry student success sugar summer summertime sunday
+    sunflower sunshine superman supersonic superstar surfer sweetheart sweetness sweety swordfish taylor teacher teamo
+    teddybear temp tennis tequiero terminator test testing texas thebest thomas thunder thunderbird tiger tinkerbell
+    tokiohotel toyota translator trinity trustno underground undertaker university user vampire vanessa veronica victoria
+    victory volkswagen volleyball wachtwoord warcraft warrior washington watermelon welcome welkom westside whatever white
+    william willkommen windows winner winter wizard wolf wolverine work wrestling xbox yamaha yankees yellow youngmoney
+    youtube zombie zxcvbn""".split())
+COMMON_REST = (  # what else is among the 3,000 commonest: obscene, or what programs register with.  Not for reading
+    b"c-lRZS&ro(3`MtMsWuQu$na5XDG_EufH1s-tiI`LssD~;$-2ijLI`7A4E2oy!lRa!A81+teU=*SJ^BK8K$wM7hy){FS>36{0>;1%B3?Z^jLBx?=y"
+    b"C~|FsdfRhRF&<=em$1h61zRC0_4kL%{4wa}mjS2^>G|Ubp;M;6lWrQ=kR730Y)mgzI=0b*|HfK^`SB*_@UjucQ{1r)>mT+3{n1HeCF23$<H-+8pL"
+    b"czOjKyp+?>vM$qVq_{F>)pu3L~IY$Zy{o(e|Hn$m0Y8*>~7QqRg1~`SHk*47K(22kqd{N>2?NnDxbixJj>#GWhL)P~<1bupXQr$zuG0{S%Wm_PMF"
+    b"QQ(&#qyq6Kn%{C7R}2A8!$p}6|=mLMr(y+O_E9NT`1Ycylj4NkVVSD)nbD0{IuN^rV->|xl=tHbyoE%hyUC>`?qMw?{-{_mAgUd(oEB&#3}k^i$8"
+    b"|*K=bE;deKen_tY(G?u*>1b1#C=mFe!{>nMEEt}dUqu5**}_;IFA-tbK3(-b90LYw2f$dWD#jVdb`Tk#A{^1VuLH5$f&49ftmQeSHL`&WMel+xb`")
+# Keys that lie in a row, in a zigzag or in the alphabet
+RUNS = ("1234567890 qwertyuiop asdfghjkl zxcvbnm qwertz yxcvbnm azerty qsdfghjklm abcdefghijklmnopqrstuvwxyz 1qaz 2wsx 3edc 4rfv "
+        "5tgb 6yhn 7ujm 147 258 369 1q2w3e4r5t6y7u8i9o0p qawsedrftgyhujikolp azsxdcfvgbhnjmk").split()
+NEIGHBOURS = frozenset(pair for run in RUNS for one, other in zip(run, run[1:]) for pair in (one + other, other + one))
+LOOKALIKES = str.maketrans("@4301!$57", "aaeoiisst")
+EDGES = "0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ "
 
 
 class Device(NamedTuple):
@@ -2987,9 +3024,46 @@ def check_new_password(name: str, password: str) -> None:
     size = len(password.encode("utf-8", "replace"))
     if not PASSWORD_MIN <= size <= PASSWORD_MAX:
         raise CloudError("bad-request", "a password has %d to %d characters" % (PASSWORD_MIN, PASSWORD_MAX))
-    if password.lower() in COMMON_PASSWORDS or password.casefold() == name.casefold() or len(set(password)) < 4 \
-            or password.startswith(TOKEN_MARK):
+    if is_common(password, name) or password.startswith(TOKEN_MARK):
         raise CloudError("bad-request", "that password is too easy to guess")
+
+
+def is_common(password: str, name: str = "") -> bool:
+    """Would a guesser try it among the first? (A3)
+
+    One or two common words or the account's name, also in p@ssw0rd's spelling, with digits and signs around them; keys
+    in a row; digits alone; few different characters; each also when it is only repeated; the 3,000 commonest anyway.
+    """
+    folded = password.lower()
+    folded = folded[:(folded + folded).find(folded, 1)]          # what it repeats, or all of it
+    if len(set(folded)) < 5 or not count_letters(folded) and len(password) < 16:
+        return True
+    if is_run(folded) or len(folded) > 5 and is_run(folded[::2]) and is_run(folded[1::2]):
+        return True
+    words = {*COMMON_WORDS, name.lower()} if len(name) > 2 else COMMON_WORDS
+    trimmed = (folded, folded.strip(EDGES), folded.lstrip(EDGES), folded.rstrip(EDGES))
+    return any(is_mostly(words, spelt) for text in trimmed for spelt in {text, text.translate(LOOKALIKES)}) \
+        or folded in zlib.decompress(base64.b85decode(COMMON_REST)).decode().split()
+
+
+def count_letters(text: str) -> int:
+    return sum(map(str.isalpha, text))
+
+
+def is_run(text: str) -> bool:
+    """Do three quarters of it lie in runs of three and more, of neighbours or of one character?"""
+    steps = [one == other or one + other in NEIGHBOURS for one, other in zip(text, text[1:])]
+    runs = [len(list(run)) + 1 for near, run in itertools.groupby(steps) if near]
+    return 4 * sum(run for run in runs if run > 2) >= 3 * len(text)
+
+
+def is_mostly(words: Iterable[str], text: str) -> bool:
+    """Is there hardly more to a text than one or two of these words?"""
+    found = sorted((word for word in words if word in text), key=len, reverse=True)
+    left = text
+    for word in found[:2]:
+        left = left.replace(word, "")
+    return bool(found) and len(left) < PASSWORD_MIN and count_letters(left) < 3
 
 
 def network_of(address: str) -> str:

@@ -1145,10 +1145,37 @@ def test_hashes_made_with_less_work_are_made_anew(cloud, ann, monkeypatch):
     assert before != after and after[0][0].startswith("scrypt 5 8 1 ")
 
 
-@pytest.mark.parametrize("password", ["short", "1234567890", "aaaaaaaaaaaa", "password123", "x" * 1025, "annannannann"[:3]])
+@pytest.mark.parametrize("password", ["short", "1234567890", "aaaaaaaaaaaa", "password123", "x" * 1025, "annannannann"[:3], "Ann12345678"])
 def test_weak_passwords_are_refused(cloud, password):
     """A3"""
     assert outcome(cloud.accounts.add, "ann", password) == "bad-request"
+
+
+@pytest.mark.parametrize("kind, passwords", [
+    ("a common word, and what is around it", "Password123! iloveyou2024 monkey12345 !!!dragon!!! Sommer2026! hallo71934 hello71934! welcome-1990 football01"),
+    ("two of them", "sunshinemonkey mypassword admin_password1 orange.tiger loveyouforever"),
+    ("in another spelling", "P@ssw0rd2024 dr4g0n12345 1l0v3y0u99 5up3rm4n!! p4$$w0rd.1"),
+    ("only repeated", "passwordpassword monkeymonkey 123abc123abc annieannie7annieannie7annieannie7"[:38]),
+    ("keys in a row", "qwertyuiop1 1qaz2wsx3edc 1q2w3e4r5t q1w2e3r4t5y6 zxcvbnm123 asdfghjkl; qwertzuiop poiuytrewq 12345qwert a1b2c3d4e5 abcdefghij azertyuiop"),
+    ("digits alone", "1234567891 4815162342 0102030405 1029384756 9999999999 01.02.1990."),
+    ("few characters", "aaaaaaaaab 1122112211 abababababa"),
+    ("others among the 3,000 commonest", "homelesspa 3rjs1la7qe telechargement mailcreated5240 rjirfrgbde 6hbf28w791 syncmaster golfcourse"),
+])
+def test_common_passwords_are_refused_in_every_form(kind, passwords):
+    """X29, A3"""
+    assert [word for word in passwords.split() if not cs.is_common(word, "annie")] == []
+
+
+def test_passwords_nobody_guesses_are_taken(rng):
+    """X29: what a password manager makes, and several words, with hardly an exception"""
+    for password in (PASSWORD, "another horse 9", "long-Secret-123", "Tr0ub4dor&3", "lange-Pa\xdfw\xf6rter-123", "kettle mosaic 47",
+                     "w7!Kz0pq2#", "\u0441\u043b\u043e\u043d-\u0438-\u043a\u0438\u0442-7", "Mein Hund heisst Waldi"):
+        assert not cs.is_common(password, "annie"), password
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    assert sum(cs.is_common("".join(rng.choice(letters) for _ in range(10))) for _ in range(2000)) < 30
+    began = time.perf_counter()
+    assert cs.is_common("password" * 128) and not cs.is_common("".join(rng.choice(letters) for _ in range(1024)))
+    assert time.perf_counter() - began < 0.5
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a:b", " a", "a ", "a\\b", "a\nb", "x" * 65, ".a"])
