@@ -2590,6 +2590,14 @@ class Device(NamedTuple):
     address: str
 
 
+class Pairing(NamedTuple):
+    """A device that waits to be let in, as whoever is asked sees it."""
+    device: str                  # the name it gave itself
+    address: str                 # where it asked from: see network_of
+    age: int                     # ms since then
+    code: str                    # the same on both sides
+
+
 class Account(NamedTuple):
     """An account, as an administrator sees it.  The order is that of Accounts.list."""
     id: int
@@ -2909,13 +2917,15 @@ class Accounts:
                               (sha256_text(token), sha256_text(poll), device.strip()[:100] or "device", network, now + PAIRING)))
         return poll, token
 
-    def pairing(self, token: str) -> str:
-        """The name of the device that waits behind a browser's token.  raises CloudError not-found"""
-        rows = self.db.read("SELECT device FROM pairing WHERE token = ? AND account IS NULL AND due > ?",
-                            (sha256_text(token), self.clock.due()))
+    def pairing(self, token: str) -> Pairing:
+        """The device that waits behind a browser's token.  raises CloudError not-found"""
+        now = self.clock.due()
+        rows = self.db.read("SELECT device, address, due FROM pairing WHERE token = ? AND account IS NULL AND due > ?",
+                            (sha256_text(token), now))
         if not rows:
             raise CloudError("not-found", "this request to log in is not valid any more; start again on the device")
-        return rows[0][0]
+        device, address, due = rows[0]
+        return Pairing(device, address, PAIRING - (due - now), pairing_code(token))
 
     def grant(self, who: Principal, token: str) -> None:
         """Let the waiting device in.  raises CloudError not-found"""
@@ -3064,6 +3074,12 @@ def is_mostly(words: Iterable[str], text: str) -> bool:
     for word in found[:2]:
         left = left.replace(word, "")
     return bool(found) and len(left) < PASSWORD_MIN and count_letters(left) < 3
+
+
+def pairing_code(token: str) -> str:
+    """Six digits that both sides of a pairing can show, so that a person sees that they belong together."""
+    digits = "%06d" % (int(sha256_text("code " + token)[:12], 16) % 1_000_000)
+    return digits[:3] + " " + digits[3:]
 
 
 def network_of(address: str) -> str:
@@ -7188,8 +7204,13 @@ def api_revoke(cloud: Cloud, who: Principal, request: Request, id: str) -> Respo
 
 @route("GET", API + "grants/<token>", needs="nothing")
 def api_pairing(cloud: Cloud, who: Principal, request: Request, token: str) -> Response:
-    """The device that waits to be let in."""
-    return json_response({"device": cloud.accounts.pairing(token)})
+    """The device that waits to be let in: what it calls itself, where it asked from and when, and a code to compare.
+
+    near  whether it asked from where this question comes from
+    """
+    pairing = cloud.accounts.pairing(token)
+    return json_response({"device": pairing.device, "address": pairing.address, "code": pairing.code,
+                          "minutes": pairing.age // MINUTE, "near": pairing.address == network_of(request.address)})
 
 
 @route("POST", API + "grants/<token>", needs="account fresh")
@@ -8725,7 +8746,8 @@ def nc_login(cloud: Cloud, who: Principal, request: Request) -> Response:
     check_safe(request)
     poll, token = cloud.accounts.begin_pairing(device_name(request), request.address)
     base = base_url(request)
-    return json_response({"poll": {"token": poll, "endpoint": base + "/login/v2/poll"}, "login": base + "/login/v2/flow/" + token})
+    return json_response({"poll": {"token": poll, "endpoint": base + "/login/v2/poll"}, "login": base + "/login/v2/flow/" + token,
+                          "code": pairing_code(token)})        # of ours: for whoever can show it
 
 
 def nc_poll_error(error: CloudError, request: Request) -> Response:

@@ -3626,7 +3626,9 @@ def test_app_passwords_through_the_api(call, cloud, ann, address):
 
 def test_a_browser_lets_a_device_in(call, cloud, ann, address):
     poll, token = cloud.accounts.begin_pairing("a phone", "10.0.0.1")
-    assert call("GET", "/api/v1/grants/" + token, user=None).json() == {"device": "a phone"}
+    asked = call("GET", "/api/v1/grants/" + token, user=None).json()
+    assert asked == {"device": "a phone", "address": "10.0.0.1", "minutes": 0, "near": False, "code": cs.pairing_code(token)}      # X27
+    assert re.fullmatch(r"\d{3} \d{3}", asked["code"]) and asked["code"] != cs.pairing_code(cloud.accounts.begin_pairing("b", "::1")[1])
     assert call("GET", "/api/v1/grants/no").status == 404 and call("POST", "/api/v1/grants/" + token, user=None).status == 401
     _, secret = cloud.accounts.add_token(ann, "thief")
     assert call("POST", "/api/v1/grants/" + token, Authorization=basic("ann", secret)).status == 403        # A10
@@ -4924,7 +4926,8 @@ def test_login_flow(call, cloud, ann):
     poll = partial(call, "POST", "/login/v2/poll", user=None)
     form = "token=" + begun["poll"]["token"]
     assert poll(form).status == 404 and poll(form).json() == []
-    assert call("GET", "/api/v1/grants/" + token).json() == {"device": "Nextcloud for Android 3.30"}
+    asked = call("GET", "/api/v1/grants/" + token).json()
+    assert (asked["device"], asked["near"], asked["code"]) == ("Nextcloud for Android 3.30", True, begun["code"])
     assert call("POST", "/api/v1/grants/" + token).status == 204
     found = call("POST", "/index.php/login/v2/poll?" + form, b"", user=None).json()              # as iOS asks
     assert (found["server"], found["loginName"]) == (base, "ann") and poll(form).status == 404
