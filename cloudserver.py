@@ -3610,7 +3610,7 @@ class Tree:
         def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
             spot = spots.pop() if spots else self._spot_for_file(who, path, given, stored.size, parents)
             change, made = self._put_change(spot, path, stored, at)
-            return self._batch(who, spot, "write", {"path": "/".join(path)}, [*made, change],
+            return self._batch(who, spot, "write", name_written(path, spot.node), [*made, change],
                                self._store_rows(stored))
 
         batch = self.db.write(attempt)
@@ -4201,6 +4201,11 @@ def check_disjoint(pairs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> 
 def name_paths(paths: Sequence[tuple[str, ...]]) -> dict[str, Any]:
     """What the journal says of them."""
     return {"path": "/".join(paths[0]), **({"count": len(paths)} if len(paths) > 1 else {})}
+
+
+def name_written(path: tuple[str, ...], before: Node | None) -> dict[str, Any]:
+    """What the journal says of a file that is written: where it is, and whether it is new there."""
+    return {"path": "/".join(path), **({} if before else {"new": True})}
 
 
 def cut_text(text: str, size: int) -> str:
@@ -5952,7 +5957,7 @@ class Cloud(Sync):
             spot = self._spot_for_file(who, path, given, 0, parents)
             self._check_arrival(spot, stored.size, credit)
             change, made = self._put_change(spot, path, stored, self.clock.wall() if mtime is None else mtime)
-            batch = self._batch(who, spot, "write", {"path": "/".join(path)}, [*made, change], [
+            batch = self._batch(who, spot, "write", name_written(path, spot.node), [*made, change], [
                 *self._store_rows(stored, new=not stored.size),
                 Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
                 Statement("UPDATE upload SET done = ? || (SELECT max(seq) FROM journal) || '}' WHERE id = ?",
@@ -7475,21 +7480,46 @@ def api_undo_device(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 
 @route("GET", API + "activity", needs="read", before_="integer", limit_="integer", action_=TEXT, device_=TEXT, after_="time",
-       until_="time")
+       until_="time", grouped_="boolean")
 def api_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The journal of the account, the latest first; go on with before = seq of the last.
 
     action, device   only these;  after, until  only between these times
+    grouped          many steps of one act are told as one: `seqs` names them all, the latest first, detail.count what they touched
     """
-    values = request.values
-    return json_response({"steps": list(map(api_step, cloud.activity(
-        who, values["before"] or 1 << 62, read_limit(values["limit"]), action=values["action"], device=values["device"],
-        after=values["after"] or 0, until=1 << 62 if values["until"] is None else values["until"])))})
+    values, limit = request.values, read_limit(request.values["limit"])
+    steps = cloud.activity(
+        who, values["before"] or 1 << 62, PAGE_LIMIT // 2 if values["grouped"] else limit, action=values["action"],
+        device=values["device"], after=values["after"] or 0, until=1 << 62 if values["until"] is None else values["until"])
+    return json_response({"steps": list(map(api_act, group_steps(steps)[:limit])) if values["grouped"] else list(map(api_step, steps))})
 
 
 def api_step(step: Step) -> dict[str, Any]:
     return {"seq": step.seq, "at": format_time(step.at), "action": step.action, "detail": step.detail, "account": step.account,
             "device": step.device, "undoable": step.undoable}
+
+
+def api_act(steps: list[Step]) -> dict[str, Any]:
+    """Steps that were told together; of one alone it is what api_step says."""
+    if len(steps) == 1:
+        return api_step(steps[0])
+    return {**api_step(steps[0]), "undoable": all(step.undoable for step in steps), "seqs": [step.seq for step in steps],
+            "detail": {**steps[0].detail, "count": sum(step.detail.get("count", 1) for step in steps)}}
+
+
+def group_steps(steps: Iterable[Step]) -> list[list[Step]]:
+    """Neighbours that did the same in the same collection with the same device, with no long pause between them."""
+    def act(step: Step) -> tuple[Any, ...]:
+        places = [step.detail.get(name, "").rpartition("/")[0] for name in ("path", "to")]
+        return step.action, step.account, step.device, step.detail.get("new"), *places, "path" in step.detail or step.seq
+
+    groups: list[list[Step]] = []
+    for step in steps:
+        if groups and act(groups[-1][-1]) == act(step) and groups[-1][-1].at - step.at < 10 * MINUTE:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
 
 
 @route("GET", API + "activity/server", needs="admin", before_="integer", limit_="integer")

@@ -2483,9 +2483,25 @@ def test_activity_tells_who_did_what_with_what(cloud, ann):
     steps = cloud.activity(ann)
     assert [(s.action, s.device, s.undoable) for s in steps[:3]] == [
         ("delete", "", True), ("write", "laptop", True), ("device-add", "", False)]
-    assert steps[1].detail == {"path": "a"} and len(cloud.activity(ann, before=steps[1].seq, limit=1)) == 1
+    assert steps[1].detail == {"path": "a", "new": True} and len(cloud.activity(ann, before=steps[1].seq, limit=1)) == 1
     assert [s.action for s in cloud.activity(ann, action="write")] == ["write"]
     assert all(s.account != "ann" for s in cloud.activity(account(cloud, "bob")) if s.action == "write")
+
+
+@pytest.mark.parametrize("steps, want", [                        # the latest first: (minute, action, path, more of what the journal says)
+    ([(3, "write", "a/1"), (2, "write", "a/2"), (1, "write", "a/3")], [3]),
+    ([(3, "write", "a/1"), (2, "write", "b/2"), (1, "write", "a/3")], [1, 1, 1]),
+    ([(3, "write", "a/1"), (2, "write", "a/2", {"new": True}), (1, "write", "a/3", {"new": True})], [1, 2]),
+    ([(30, "write", "a/1"), (12, "write", "a/2"), (9, "write", "a/3"), (1, "delete", "a/4"), (0, "delete", "a/5")], [1, 2, 2]),
+    ([(3, "move", "a/1", {"to": "b/1"}), (2, "move", "a/2", {"to": "b/2"}), (1, "move", "a/3", {"to": "c/3"})], [2, 1]),
+    ([(3, "delete", "1", {"count": 5}), (2, "delete", "2")], [2]), ([(2, "device-add", None), (1, "device-add", None)], [1, 1]), ([], [])])
+def test_steps_of_one_act_are_told_together(steps, want):
+    """P22"""
+    told = cs.group_steps(cs.Step(100 - n, minute * cs.MINUTE, action, {**({"path": path} if path else {}), **dict(*more)}, "ann", "", True)
+                          for n, (minute, action, path, *more) in enumerate(steps))
+    assert [len(group) for group in told] == want and [step.seq for group in told for step in group] == [100 - n for n in range(len(steps))]
+    assert sum(cs.api_act(group)["detail"].get("count", 1) for group in told) == sum(dict(*more).get("count", 1) for *_, more in [
+        (*step[:3], step[3:]) for step in steps])
 
 
 def test_search_finds_names_in_any_case_below_a_path(cloud, ann):
