@@ -9544,10 +9544,10 @@ main:focus { outline: none; }
 .search input { background: var(--side); border-color: var(--side); }
 .search input:hover { border-color: var(--line); }
 .search input::placeholder { color: var(--soft); opacity: 1; }
-.bar { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; min-height: 52px; position: sticky; top: 68px;
+.bar { display: flex; gap: .4rem; align-items: center; min-height: 52px; position: sticky; top: 68px;
   background: var(--back); z-index: 3; padding-bottom: .4rem; }
-.bar .count { margin-right: auto; color: var(--soft); }
-.selecting .bar .count { margin-right: .6rem; color: var(--text); }
+.bar .count { margin-right: auto; color: var(--soft); white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.selecting .bar .count { margin-right: .6rem; color: var(--text); flex: none; }
 .bar button { padding: .3rem .7rem; }
 .bar:empty { display: none; }
 .tab { padding: .5rem .8rem; border-radius: 8px; color: var(--soft); min-height: 38px; }
@@ -9587,7 +9587,7 @@ main:focus { outline: none; }
 .tiles .snippet { display: none; }
 mark { background: var(--mark); color: var(--text); }
 .filters { display: flex; flex-wrap: wrap; gap: .4rem; padding-bottom: .6rem; }
-.filters select { width: auto; max-width: 14rem; min-height: 36px; padding: .2rem .4rem; border-color: var(--line); }
+.filters select { width: auto; max-width: 14rem; min-height: 38px; padding: .2rem .4rem; }
 .hint:empty { display: none; }
 .names:has(.where) .label { line-height: 1.3; }
 .more button { background: none; border: 0; width: 40px; padding: 0; color: var(--soft); opacity: 0; font-weight: 700; }
@@ -9599,7 +9599,9 @@ mark { background: var(--mark); color: var(--text); }
 .band { position: absolute; border: 1px solid var(--accent);
   background: color-mix(in srgb, var(--accent) 15%, transparent); z-index: 4; pointer-events: none; }
 .banding { user-select: none; }
-.dropping main { box-shadow: inset 0 0 0 3px var(--accent); border-radius: 10px; }
+.dropping main::after { content: attr(data-drop); position: fixed; inset: 6px 6px 6px 15rem; z-index: 6;
+  border: 3px solid var(--accent); border-radius: 10px; display: grid; place-items: end center; padding: 2rem;
+  font-weight: 600; pointer-events: none; background: color-mix(in srgb, var(--accent) 8%, transparent); }
 .ghost { position: absolute; top: -9rem; background: var(--accent); color: var(--on-accent); padding: .4rem .9rem;
   border-radius: 8px; }
 .empty { text-align: center; padding: 14vh 1rem; color: var(--soft); display: grid; gap: .4rem; justify-items: center; }
@@ -9628,8 +9630,9 @@ mark { background: var(--mark); color: var(--text); }
 .picture .icon { width: 52px; height: 52px; stroke-width: 1; }
 
 .slider, .limits { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center; padding-bottom: 1rem; }
-.slider input, .limits :is(input, select) { width: auto; }
-.limits select { max-width: 14rem; }
+.slider input, .limits select { width: auto; }
+.limits select { max-width: 14rem; min-height: 38px; padding: .2rem .4rem; }
+.limits input { min-height: 38px; }
 .row .tag { margin-right: .75rem; }
 .limits label { color: var(--soft); display: flex; gap: .5rem; align-items: center; }
 .changes { max-width: 60rem; padding-bottom: 1rem; }
@@ -9725,6 +9728,7 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .queue .title .soft { flex: 1 0 100%; font-size: .85rem; padding-bottom: .2rem; }
 .queue .failed { grid-template-columns: minmax(0, 1fr) auto; }
 .queue .failed .state { grid-row: 2; grid-column: 1 / -1; color: var(--danger); }
+.queue .broken .state { grid-column: 1 / -1; }
 
 /* preview */
 dialog.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; max-height: none; border: 0;
@@ -9774,13 +9778,17 @@ dialog.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; m
 .paper img { max-width: 100%; }
 .paper blockquote { margin-left: 0; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--soft); }
 .paper :is(ul, ol) { padding-left: 1.6rem; }
+.paper li:has(> input) { list-style: none; margin-left: -1.5rem; }
+.paper input { display: inline-block; vertical-align: -3px; margin-right: .4rem; }
+.paper input + p { display: inline; }
 .paper hr { border: 0; border-top: 1px solid var(--line); }
 table { border-collapse: collapse; align-self: start; }
 .preview .sheetful { width: 100%; height: 100%; overflow: auto; }
 th, td { border: 1px solid var(--line); padding: .3rem .7rem; text-align: left; overflow-wrap: anywhere; }
 th { background: var(--side); position: sticky; top: 0; }
 .versions .steps a:not(.button) { font-weight: 600; }
-.versions li:has([aria-current]) { background: var(--chosen); margin: 0 -.75rem; padding: .75rem; border-radius: 8px; }
+.versions .steps li { padding: .75rem; }
+.versions li:has([aria-current]) { background: var(--chosen); border-radius: 8px; }
 .look { border: 1px solid var(--line); border-radius: 12px; overflow: hidden; scroll-margin-top: 60px;
   margin-top: 1rem; }
 .look nav { display: flex; flex-wrap: wrap; padding: .4rem; border-bottom: 1px solid var(--line); }
@@ -9803,7 +9811,7 @@ th { background: var(--side); position: sticky; top: 0; }
     padding: 0 0 env(safe-area-inset-bottom); border: 0; border-top: 1px solid var(--line); z-index: 4; gap: 0; }
   .side .brand, .quota { display: none; }
   .side nav { display: flex; flex: 1; order: -1; }
-  .side nav a { flex: auto; text-align: center; padding: .9rem .1rem; border-radius: 0; font-size: min(.875rem, 3.6vw);
+  .side nav a { flex: auto; text-align: center; padding: .9rem .1rem; border-radius: 0; font-size: min(.8rem, 3.3vw);
     min-height: 52px; }
   .side nav a[aria-current] { background: none; color: var(--accent); }
   .new { position: fixed; right: 1rem; bottom: calc(68px + env(safe-area-inset-bottom)); border-radius: 99px;
@@ -9815,8 +9823,10 @@ th { background: var(--side); position: sticky; top: 0; }
   .search input { min-height: 44px; }
   .crumbs a, .crumbs > span { min-height: 44px; display: flex; align-items: center; }
   .crumbs .slash { min-height: 0; }
-  .bar { top: 0; }
-  .tab { padding: .65rem .5rem; }
+  .bar { top: 0; flex-wrap: wrap; }
+  .bar:has(.tab) { gap: 0; }
+  .tab { padding: .65rem .4rem; font-size: min(1rem, 3.7vw); }
+  .selecting .content { padding-top: 52px; }
   .selecting .bar button:not(.prime):not(.quiet), .selecting .new, body:not([data-view=files]) .new { display: none; }
   .selecting .bar { position: fixed; inset: auto 0 0 0; z-index: 5; background: var(--side);
     border-top: 1px solid var(--line); padding: .3rem .75rem calc(.6rem + env(safe-area-inset-bottom)); }
@@ -9830,7 +9840,8 @@ th { background: var(--side); position: sticky; top: 0; }
   .selecting .check { visibility: visible; }
   .preview .title { flex-wrap: wrap; }
   .slider output { flex: 1 0 100%; }
-  .slider [type=datetime-local], .limits > * { flex: 1; min-width: 8rem; }
+  .slider [type=datetime-local], .limits > select { flex: 1; min-width: 8.5rem; max-width: none; }
+  .limits > label { flex: 1; min-width: 10rem; }
   .limits label { display: grid; gap: 0; }
   .preview .title strong { flex: 1 0 55%; }
   .preview .title button:not(.primary) { order: 1; }
@@ -9844,6 +9855,8 @@ th { background: var(--side); position: sticky; top: 0; }
   .where .small { display: inline; }
   .more button { opacity: 1; width: 44px; height: 44px; }
   .tiles .second { display: none; }
+  .tiles .more button { background: color-mix(in srgb, var(--raised) 60%, transparent); border-radius: 50%; width: 32px;
+    height: 32px; min-height: 0; margin: 0 6px; }
   .sheet { margin: auto 0 0; width: 100%; max-width: 100%; border-radius: 16px 16px 0 0; }
   .sheet .inside, .sheet.menu .inside { width: 100%; padding-bottom: calc(1rem + env(safe-area-inset-bottom)); }
   .sheet.menu { inset: auto 0 0 0; width: 100%; }
@@ -9895,12 +9908,20 @@ function h(tag, about = {}, ...children) {
     if (value === undefined || value === null || value === false) continue;
     if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
     else if (DEFAULTS[key] in element) element[DEFAULTS[key]] = value;
+    else if (/^(title|alt|aria-label)$/.test(key)) element.setAttribute(key, plain(value));
     else if (key in element && !/^(role|list|form|width|height)$/.test(key)) element[key] = value;
     else element.setAttribute(key, value === true ? "" : value);
   }
-  element.append(...children.flat(9).filter(child => child !== null && child !== undefined && child !== false));
+  const isPart = child => child !== null && child !== undefined && child !== false;
+  element.append(...children.flat(9).filter(isPart).map(plain));
   return element;
 }
+
+// signs that are not seen, though they change how others are read, are named: ‹U+202E›.  What files say is raw
+const UNSEEN = /[\u00ad\u061c\u0080-\u009f\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+const nameSign = sign => "‹U+" + sign.charCodeAt().toString(16).toUpperCase().padStart(4, "0") + "›";
+const plain = text => typeof text === "string" ? text.replace(UNSEEN, nameSign) : text;
+const raw = text => document.createTextNode(text);
 
 // what a field holds by itself, so that isTyped() knows it from what somebody typed
 const DEFAULTS = {value: "defaultValue", checked: "defaultChecked"};
@@ -10056,7 +10077,10 @@ const PROBLEMS = {
 };
 Object.assign(PROBLEMS, {twin: PROBLEMS.exists, "lock-conflict": PROBLEMS.locked});
 
-const explain = error => error instanceof Problem
+const waitWords = seconds => seconds < 99 ? plural(seconds, "{n} second", "{n} seconds")
+  : plural(Math.ceil(seconds / 60), "{n} minute", "{n} minutes");
+const explain = error => error.code === "throttled"
+  ? t("Too many tries. Wait {time}, then try again.", {time: waitWords(error.wait)}) : error instanceof Problem
   ? t(PROBLEMS[error.code] || error.message) + (error.about.request ? " (" + error.about.request + ")" : "")
     : String(error);
 const HEADERS = {"X-Requested-By": "page"};
@@ -10080,6 +10104,11 @@ async function ask(address, how = {}) {
   }
   if (answer.ok) return answer;
   const problem = await readProblem(answer.status, await answer.text());
+  problem.wait = Number(answer.headers.get("Retry-After"));
+  if (problem.code === "throttled" && problem.wait <= 3) {
+    await new Promise(done => setTimeout(done, 1000 * problem.wait));      // so short that nobody needs to know
+    return ask(address, how);
+  }
   if (problem.code === "unauthenticated" && me.name && !/\/(login|password|confirm)$/.test(address)) await logInAgain();
   else if (problem.code !== "unconfirmed" || !await confirmPassword()) throw problem;
   return ask(address, how);
@@ -10225,7 +10254,7 @@ function placeMenu(box, at) {
   if (isPhone.matches) return;
   const spot = at instanceof Element ? at.getBoundingClientRect() : {left: at.x, bottom: at.y, top: at.y};
   const fits = spot.bottom + box.offsetHeight + 8 < innerHeight;
-  box.style.left = Math.max(8, Math.min(spot.left, innerWidth - box.offsetWidth - 8)) + "px";
+  box.style.left = Math.max(8, Math.min(spot.left, document.documentElement.clientWidth - box.offsetWidth - 8)) + "px";
   box.style.top = Math.max(8, fits ? spot.bottom + 4 : Math.max(8, spot.top - box.offsetHeight - 4)) + "px";
 }
 
@@ -10267,9 +10296,9 @@ function showGate(title, text, fields, yes, run) {
   const form = h("form", {onsubmit: async event => {
     event.preventDefault();
     problem.textContent = "";
-    submit.disabled = true;
+    Object.assign(submit, {disabled: true, textContent: t("One moment…")});
     await run(Object.fromEntries(new FormData(form))).catch(error => { problem.textContent = explainGate(error); });
-    submit.disabled = false;
+    Object.assign(submit, {disabled: false, textContent: yes});
   }}, fields, problem, submit);
   find("#app").replaceChildren(h("main.gate", {},
     h("div.brand", {}, icon("collection"), "cloudserver"), h("h1", {}, title), text && h("p", {}, text),
@@ -10280,7 +10309,6 @@ function showGate(title, text, fields, yes, run) {
 
 // here the server's own words say more than ours: which password is too easy, which name is taken
 function explainGate(error) {
-  if (error.code === "throttled") return t("Too many wrong passwords. Wait a moment, then try again.");
   return ["bad-request", "forbidden"].includes(error.code) ? t(error.message) : explain(error);
 }
 
@@ -10294,7 +10322,8 @@ async function chooseLanguage(name) {
 
 function showSetup() {
   const token = location.hash.slice(1);
-  const password = passwordField(t("Password"), {autocomplete: "new-password", minLength: 10});
+  const password = passwordField(t("Password"), {autocomplete: "new-password", minLength: 10,
+    placeholder: t("10 characters or more")});
   const again = passwordField(t("Password again"), {name: "again", autocomplete: "new-password"});
   showGate(
     t("Welcome"),
@@ -10418,6 +10447,7 @@ function buildFrame() {
   showQuota();
   showQueue();
   watchServer();
+  showBroken().catch(() => {});
 }
 
 function showQuota() {
@@ -10449,10 +10479,10 @@ function soon(work, wait, often = false) {
 }
 
 function setTitle(text) {
-  view.title = text;
+  view.title = plain(text);
   drawTitle();
   const heading = find("#content > h1");
-  if (heading) heading.textContent = text;
+  if (heading) heading.textContent = view.title;
 }
 
 // how far the uploads are stands first: it is all that a tab in the background shows
@@ -11167,8 +11197,8 @@ function crumbsOf(path, address) {
 const emptyFiles = () => [
   h("p.big", {}, unfinished().some(one => isBelow(one.path, view.path)) ? t("Uploading…") : t("Nothing here yet")),
   h("p", {}, isPhone.matches ? t("Add something with “New”.") : t("Drop files here, or add something with “New”.")),
-  h("p", {}, t("From a command line:")),
-  commandLine(`curl -u ${shellWord(me.name)} -T FILE ${davAddress(view.path, "/")}`)
+  ...isPhone.matches ? [] : [h("p", {}, t("From a command line:")),
+    commandLine(`curl -u ${shellWord(me.name)} -T FILE ${davAddress(view.path, "/")}`)]
 ];
 
 // load what is on the screen once more, keeping place and selection
@@ -11217,7 +11247,7 @@ const ACTIONS = [
   {name: "new-folder", label: "New folder", on: "place", make: true, keys: "Shift+N",
    when: () => true, run: newCollection},
   {name: "new-text", label: "New text file", on: "place", make: true, when: () => true, run: newText},
-  {name: "paste", label: "Paste", on: "place", keys: "Ctrl+V",
+  {name: "paste", label: "Paste", on: "place", keys: "Ctrl+V", bar: true,
    when: () => inFiles() && clip.ids.size > 0, run: pasteClip},
   {name: "select-all", label: "Select all", on: "place", keys: "Ctrl+A",
    when: () => list.entries.length > 0, run: selectAll},
@@ -11226,6 +11256,8 @@ const ACTIONS = [
   {name: "download-all", label: "Download this folder", on: "place", bar: "past",
    when: () => (inFiles() || view.kind === "past") && list.entries.length > 0, run: () => downloadZip([])},
   {name: "past", label: "See it as it was…", on: "place", when: inFiles, run: () => go(pastAddress("now", view.path))},
+  {name: "past-of", label: "See it as it was…", on: "items", menu: true,
+   when: items => inTreeOne(items) && items[0].kind === "collection", run: ([{path}]) => go(pastAddress("now", path))},
   {name: "rewind", label: "Bring this time back", on: "place", bar: true, when: () => view.kind === "past",
     run: rewind},
   {name: "open", label: "Open", on: "items", menu: true, keys: "Enter",
@@ -11300,15 +11332,20 @@ function showBar() {
     });
   document.body.classList.toggle("selecting", items.length > 0);
   if (!items.length) return setBar(h("span.count", {}, countWords()), placeButtons());
-  const actions = actionsFor("items", items);
-  return setBar(
+  setBar(
     button(t("Clear"), clearSelection, {className: "quiet", "aria-label": t("Clear the selection")}),
     h("strong.count", {role: "status"}, plural(items.length, "{n} selected", "{n} selected")),
-    actions.filter(action => !action.menu).map(action =>
-        button(t(action.label), () => act(action), {className: action.prime ? "prime" : "", "data-action": action.name})
-      ),
+    actionsFor("items", items).filter(action => !action.menu).map(action =>
+      button(t(action.label), () => act(action), {className: action.prime ? "prime" : "", "data-action": action.name})),
     button(t("More"), event => openMenu(event.currentTarget), {className: "prime", "aria-haspopup": "menu"})
   );
+  return fitBar();
+}
+
+// in one line, so that nothing moves under the pointer; what has no room is under "More"
+function fitBar() {
+  const bar = find(".bar"), others = [...bar.querySelectorAll("button:not(.prime, .quiet)")];
+  while (others.length && bar.scrollWidth > bar.clientWidth) others.pop().remove();
 }
 
 function countWords() {
@@ -11319,21 +11356,19 @@ function countWords() {
 }
 
 const placeButtons = () => [
-  actionsFor("place")
-    .filter(({bar}) => bar === true || bar && bar === view.kind)
+  actionsFor("place").filter(({bar}) => bar === true || bar && bar === view.kind)
     .map(action => button(t(action.label), () => act(action), {"data-action": action.name})),
-  view.kind !== "past" && list.sortable
-    ? button(t("View"), event => menu(event.currentTarget, viewRows(), t("View")), {"aria-haspopup": "menu"})
-    : null
+  button(t("View"), event => menu(event.currentTarget, viewRows(), t("View")), {"aria-haspopup": "menu"}),
+  button(t("More"), event => menu(event.currentTarget, menuRows(moreActions())), {"aria-haspopup": "menu"})
 ];
+const moreActions = () => [...actionsFor("place").filter(action => !action.make), ...actionsFor("page")];
 
 const viewRows = () => [
-  ...["name", ...list.columns].map(name => ({
+  ...!list.sortable ? [] : [...["name", ...list.columns].map(name => ({
     label: t("Sort by {what}", {what: t(COLUMNS[name])}),
     mark: sorting.by === name,
     run: () => sortBy(name)
-  })),
-  null,
+  })), null],
   ...[
     ["list", "List"],
     ["tiles", "Tiles"]
@@ -11579,6 +11614,7 @@ const clip = {verb: "", ids: new Set(), items: []};
 function putOnClip(verb, items) {
   Object.assign(clip, {verb, items, ids: new Set(items.map(entry => entry.node))});
   redrawRows();
+  clearSelection();
   toast(
     verb === "move"
       ? t("{what} ready to be moved: paste it where it belongs.", {what: namesOf(items)})
@@ -11757,11 +11793,11 @@ const queue = {
 const PARTS = "uploads";               // what localStorage remembers of unfinished uploads: {fingerprint: id}
 
 // about: what makes the chooser a special one
-async function chooseFiles(about) {
-  await ensureFiles();
+async function chooseFiles(about, target) {
+  if (target === undefined) await ensureFiles();
   const input = h("input", {type: "file", multiple: true, hidden: true, ...about, onchange: () => {
-    const files = [...input.files];
-    const place = file => ({file, path: join(view.path, file.webkitRelativePath || file.name)});
+    const files = [...input.files], here = target ?? view.path;
+    const place = file => ({file, path: join(here, file.webkitRelativePath || file.name)});
     attempt(() => addUploads(about.capture ? nameTaken(files) : files.map(place)));
     input.remove();
   }});
@@ -11887,33 +11923,42 @@ async function fitting(found) {
   if (large.length && !await tellUnfit(plural(large.length, "{n} file is too large", "{n} files are too large"),
     large.length < found.length,
     t("This server takes files of up to {size}.", {size: formatSize(me.most)}),
-    large.slice(0, 20).map(one => quoted(nameOf(one.path))).join(", "))) return [];
+    namesSome(large))) return [];
   found = found.filter(one => one.size <= me.most);
   Object.assign(me, await api("GET", "account").catch(unless("network")));       // offline it is to wait, like all else
-  const left = me.left === null ? Infinity : me.left;
-  let need = [...unfinished().filter(one => !one.upload), ...found].reduce((bytes, one) => bytes + one.size, 0);
-  if (need > left) need -= await saved(found);
+  const size = all => all.reduce((bytes, one) => bytes + one.size, 0), left = me.left === null ? Infinity : me.left;
+  const begun = size(unfinished().filter(one => !one.upload));
+  if (begun + size(found) <= left) return found;
+  const fits = [];
+  let need = begun, room = left - begun;
+  for (const one of found) {
+    const cost = one.size - await saved(one);
+    need += cost;
+    if (cost > room) continue;
+    room -= cost;
+    fits.push(one);
+  }
   if (need <= left) return found;
   const values = {need: formatSize(need), left: formatSize(left), lack: formatSize(need - left)};
-  await tellUnfit(t("Not enough room"), false,
+  const some = fits.some(one => one.size), rest = found.filter(one => !fits.includes(one));
+  return await tellUnfit(t("Not enough room"), some,
     t("This needs {need}, but {left} is all that is left: {lack} is missing.", values),
-    t("Delete something and empty the trash, or choose less."));
-  return [];
+    some ? t("There is no room for {names}.", {names: namesSome(rest)})
+      : t("Delete something and empty the trash, or choose less.")) ? fits : [];
 }
+
+const namesSome = all =>
+  all.slice(0, 20).map(one => quoted(nameOf(one.path))).join(", ") + (all.length > 20 ? " …" : "");
 
 const tellUnfit = (title, others, ...texts) => sheet(title, close => [texts.map(text => h("p", {}, text)), buttonsRow(
   button(t(others ? "Cancel" : "Close"), () => close()),
   others && button(t("Upload the others"), () => close(true), {className: "primary", autofocus: true}))]);
 
 // bytes that need no room: what is there would be replaced, and what was begun before is counted already
-async function saved(found) {
-  const parts = readParts();
-  let bytes = 0;
-  for (const one of found) {
-    const there = one.file && await lookFor(one.path);
-    bytes += one.file && parts[printOf(one, one.path)] ? one.size : there ? Math.min(there.size, one.size) : 0;
-  }
-  return bytes;
+async function saved(one) {
+  if (!one.file || readParts()[printOf(one, one.path)]) return one.size;
+  const there = await lookFor(one.path);
+  return there ? Math.min(there.size, one.size) : 0;
 }
 
 const lookFor = async path => (await holding(parentOf(path))).get(nameOf(path).normalize());
@@ -12034,7 +12079,7 @@ const metadata = values => Object.entries(values).map(([name, value]) =>
 const readParts = () => JSON.parse(localStorage.getItem(PARTS) || "{}");
 const saveParts = parts => localStorage.setItem(PARTS, JSON.stringify(parts));
 function forgetMe() {
-  localStorage.removeItem(PARTS);
+  for (const key of [PARTS, BROKEN]) localStorage.removeItem(key);
   indexedDB.deleteDatabase("thumbnails");        // where an older page kept them
 }
 
@@ -12082,12 +12127,14 @@ function transmit(item, method, address, body, headers, from) {
   });
 }
 
+function forgetPart(print) {
+  const parts = readParts();
+  delete parts[print];
+  saveParts(parts);
+}
+
 function finishItem(item, state, error = "") {
-  if (item.size > SMALL && state !== "failed") {
-    const parts = readParts();
-    delete parts[item.print || printOf(item, item.path)];
-    saveParts(parts);
-  }
+  if (item.size > SMALL && state !== "failed") forgetPart(item.print || printOf(item, item.path));
   queue.delayed.delete(item);
   Object.assign(item, {state, error, sent: state === "done" ? item.size : item.sent});
   showItem(item);
@@ -12122,6 +12169,61 @@ function pauseQueue() {
     showItem(item);
   }
   pump();
+}
+
+// ---- what the end of a page broke off: said by the next one, which cannot open the files again by itself
+
+const BROKEN = "broken";               // what localStorage remembers of what had not begun: {name, path, more}
+
+function noteBroken() {
+  const [first, ...others] = unfinished().filter(one => one.file && !one.upload);
+  if (first) localStorage.setItem(BROKEN, JSON.stringify({name: me.name, path: first.path, more: others.length}));
+}
+
+// uploads of other tabs go on there: whoever is at work answers
+const tabs = "BroadcastChannel" in window ? new BroadcastChannel("uploads of " + PREFIX) : null;
+const elsewhere = new Set();
+if (tabs) tabs.onmessage = ({data}) => data ? data.forEach(id => elsewhere.add(id))
+  : tabs.postMessage(unfinished().map(one => one.upload).filter(Boolean));
+
+async function showBroken() {
+  const {name, path = "", more = 0} = JSON.parse(localStorage.getItem(BROKEN) || "{}");
+  const parts = Object.entries(readParts()).filter(([print]) => print.startsWith(me.name + "|"));
+  if (!parts.length && name !== me.name) return;
+  if (tabs) tabs.postMessage(null);
+  await new Promise(done => setTimeout(done, 300));
+  const rows = [];
+  for (const [print, id] of parts) {
+    if (elsewhere.has(id) || queue.items.length) continue;
+    const offset = await offsetOf(id), [, path, size] = print.split("|");
+    offset < 0 ? forgetPart(print) : rows.push(brokenRow(print, id, path, offset / size));
+  }
+  if (name === me.name && !elsewhere.size) {
+    localStorage.removeItem(BROKEN);
+    const words = t(more ? "{name} and {n} more were not sent." : "{name} was not sent.",
+      {name: quoted(nameOf(path)), n: more});
+    rows.push(h("li.broken", {}, h("span.state", {}, words)));
+  }
+  const box = find(".queue");
+  if (!rows.length || !box || queue.items.length) return;
+  box.hidden = false;
+  queue.box = null;
+  const title = h("div.title", {}, h("strong", {}, t("An upload was broken off")),
+    button(t("Close"), () => { box.hidden = true; }, {className: "quiet"}),
+    h("span.soft", {}, t("Choose the same files again: it goes on, and what is there is not sent twice.")));
+  box.replaceChildren(title, h("ul", {}, rows));
+}
+
+function brokenRow(print, id, path, share) {
+  const row = h("li.broken", {}, h("bdi", {title: path}, nameOf(path)),
+    button(t("Choose again"), () => chooseFiles({}, parentOf(path)), {className: "quiet"}),
+    button(t("Give up"), () => {
+      forgetPart(print);
+      fetch(PREFIX + "/tus/" + id, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(() => {});
+      row.remove();
+    }, {className: "quiet"}),
+    h("span.state", {}, t("{n} % are there", {n: Math.floor(100 * share)})));
+  return row;
 }
 
 function endQueue() {
@@ -12298,7 +12400,10 @@ function onDragOver(event) {
     (files || (target.element && !selection().some(entry => entry.path === target.path)));
   event.dataTransfer.dropEffect = !useful ? "none" : files || event.ctrlKey || event.altKey ? "copy" : "move";
   if (useful && target.element) target.element.classList.add("over");
-  else if (useful) document.body.classList.add("dropping");
+  else if (useful) {
+    document.body.classList.add("dropping");
+    find("main").dataset.drop = t("Drop it to upload it to {place}", {place: nameOf(view.path) || t("Files")});
+  }
 }
 
 function unmarkDrop() {
@@ -12449,7 +12554,7 @@ function diffLines(a, b) {
 
 function diffView(old, now) {
   const runs = diffLines(linesOf(old), linesOf(now));
-  const marked = (sign, lines) => lines.map(line => sign + " " + line + "\n").join("");
+  const marked = (sign, lines) => raw(lines.map(line => sign + " " + line + "\n").join(""));
   if (!runs) return h("p.empty", {}, t("These two are too different to be compared line by line."));
   const count = sign => runs.reduce((sum, [one, lines]) => sum + (one === sign && lines.length), 0);
   const rows = runs.map(([sign, lines], n) => {
@@ -12620,6 +12725,7 @@ function nothingFound({q, path, ...rest}) {
 
 const ACTIVITY = {
   write: "{who} saved {what}",
+  upload: "{who} uploaded {what}",
   "make-collection": "{who} made the folder {what}",
   delete: "{who} deleted {what}",
   move: "{who} moved {what} to {to}",
@@ -12649,7 +12755,8 @@ async function showActivity() {
     {action, device, after, until} = asked;
   const time = (day, hour) => day && new Date(day + hour).toISOString();
   const get = before => api("GET", "activity",
-    {limit: 100, action, device, after: time(after, "T00:00"), until: time(until, "T23:59:59.999"), before});
+    {limit: 100, grouped: 1, action, device, before,
+     after: time(after, "T00:00"), until: time(until, "T23:59:59.999")});
   const same = view.kind === "activity" && find(".days");
   const [{steps}, {devices}] = await Promise.all([get(), same ? {} : api("GET", "activity/devices")]);
   if (turn !== view.turn) return;
@@ -12661,7 +12768,7 @@ async function showActivity() {
   const addSteps = steps => {
     for (const step of steps) dayOf(box, step.at).append(stepRow(step));
     more.hidden = steps.length < 100;
-    if (steps.length) more.value = steps.at(-1).seq;
+    if (steps.length) more.value = seqsOf(steps.at(-1)).at(-1);
     box.append(more);
     if (!box.children[1]) box.append(h("p.empty", {}, t("Nothing found")));
   };
@@ -12679,7 +12786,7 @@ function stepFilters(devices) {
   const day = (name, label) => h("label", {}, label, h("input", {type: "date", name}));
   const form = h("form.limits", {onchange: change},
     choose("action", t("What"), t("Everything"),
-      Object.keys(ACTIVITY).filter(name => ACTIVITY[name].startsWith("{who}"))
+      Object.keys(ACTIVITY).filter(name => name !== "upload" && ACTIVITY[name].startsWith("{who}"))
       .map(name => [name, t(ACTIVITY[name], {who: "", what: "…", to: "…"})])),
     choose("device", t("Device"), t("All devices"), devices.map(one => [one.name, agentOf(one)])),
     day("after", t("From")), day("until", t("Until")));
@@ -12696,11 +12803,13 @@ function dayOf(box, at) {
   return list;
 }
 
+const seqsOf = step => step.seqs || [step.seq];
+
 function stepRow(step) {
   const {path = "", to = "", name = "", count, kind} = step.detail, gone = step.action === "delete", place = to || path;
   const what = count ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1}) : path ? quoted(nameOf(path))
     : t("Files");
-  const words = t(ACTIVITY[step.action] || step.action,
+  const words = t(ACTIVITY[step.detail.new ? "upload" : step.action] || step.action,
     {who: step.account || t("The server"), what: "\0", to: quoted(to), name: agentOf({kind, name})}).split("\0");
   // after the step, or just before it went
   const then = new Date(Date.parse(step.at) - gone).toISOString();
@@ -12709,7 +12818,7 @@ function stepRow(step) {
       words[0], words.length > 1 && (place ? link(what, addressOf(place) + queryOf({at: then})) : what), words[1],
       h("div.soft", {}, dotted(dates.time.format(new Date(step.at)), deviceName(step.device)))
     ),
-    h("div.acts", {}, step.undoable ? button(t("Undo"), () => attempt(() => undo([step.seq]))) : null)
+    h("div.acts", {}, step.undoable ? button(t("Undo"), () => attempt(() => undo([...seqsOf(step)].reverse()))) : null)
   );
 }
 
@@ -12857,11 +12966,9 @@ async function rewind() {
   if (
     !(await askYesNo(
       t("Bring this time back?"),
-      t("{what} becomes what it was on {when}. {n} things change; you can undo this.", {
-        what: path ? quoted(nameOf(path)) : t("Everything"),
-        when,
-        n: changed
-      }),
+      plural(changed, "{what} becomes what it was on {when}. {n} thing changes; you can undo this.",
+        "{what} becomes what it was on {when}. {n} things change; you can undo this.",
+        {what: path ? quoted(nameOf(path)) : t("Everything"), when}),
       t("Bring it back")
     ))
   )
@@ -12911,8 +13018,9 @@ const usedWords = ({used, quota}) => quota === null ? t("{used} used", {used: fo
 async function accountSection() {
   const {kinds, live, versions, trash} = await api("GET", "usage"), all = live + versions + trash || 1;
   const percent = new Intl.NumberFormat(language, {style: "percent"});
+  const share = part => part && part < .005 ? "< " + percent.format(.01) : percent.format(part);
   const row = (words, size) =>
-    h("div", {}, h("dt", {}, words), h("dd", {}, formatSize(size) + " · " + percent.format(size / all),
+    h("div", {}, h("dt", {}, words), h("dd", {}, formatSize(size) + " · " + share(size / all),
     gauge(words, size, all)));
   return [
     section(me.name, h("p", {}, usedWords(me)),
@@ -13039,7 +13147,7 @@ function fillPreview(entry) {
     act("download", t("Download"), () => saveFrom(contentAddress(entry))),
     act("bring-back", t("Bring back"), () => attempt(() => bringBack([entry])), view.at),
     act("versions", t("Versions"), () => go(versionsAddress(entry.path)), !view.at),
-    act("link", t("Copy link"), () => attempt(copyLink)),
+    act("link", t("Copy address"), () => attempt(copyLink)),
     button(t("Close"), leavePreview, {className: "primary", autofocus: true}));
   for (const old of preview.box.querySelectorAll(":scope > :not(.toasts)")) old.remove();
   preview.box.prepend(title, preview.note, preview.body, previewFoot(entry));
@@ -13319,7 +13427,7 @@ function textView(entry, source) {
 // [what shows it, words about what it leaves out]
 function pageOf(entry, text) {
   if (/\.(md|markdown)$/i.test(entry.name)) return [h("div.paper", {}, markdown(text, parentOf(entry.path)))];
-  if (!/\.[ct]sv$/i.test(entry.name)) return [h("pre", {tabIndex: 0}, text)];
+  if (!/\.[ct]sv$/i.test(entry.name)) return [h("pre", {tabIndex: 0}, raw(text))];
   const rows = parseTable(text, /\.tsv$/i.test(entry.name) ? "\t" : "");
   const cut = rows.length > ROWS_MOST && t("Only the first {n} rows are shown.", {n: ROWS_MOST});
   return [tableView(rows.slice(0, ROWS_MOST)), cut];
@@ -13480,7 +13588,7 @@ const tableOf = ([head, ...rows]) =>
       )
     )
   );
-const tableView = rows => h("div.sheetful", {tabIndex: 0}, tableOf(rows));
+const tableView = rows => h("div.sheetful", {tabIndex: 0}, tableOf(rows.map(row => row.map(raw))));
 
 // ---- Markdown, to elements of a fixed list and never by way of markup
 
@@ -13525,7 +13633,7 @@ function block(lines, at, place, depth) {
   if (heading) return [h("h" + heading[1].length, {}, inline(heading[2], place)), at + 1];
   if (FENCE.test(line)) {
     const end = until((one, n) => n === at || !FENCE.test(one));
-    return [h("pre", {tabIndex: 0}, h("code", {}, lines.slice(at + 1, end).join("\n"))), end + 1];
+    return [h("pre", {tabIndex: 0}, h("code", {}, raw(lines.slice(at + 1, end).join("\n")))), end + 1];
   }
   if (/^ {0,3}([-*_])(\s*\1){2,}\s*$/.test(line)) return [h("hr"), at + 1];
   if (/^\s*>/.test(line) && depth < 20) {
@@ -13596,11 +13704,11 @@ function inline(text, place) {
     parts.push(span(found, place));
     text = text.slice(found.index + found[0].length);
   }
-  return [...parts, text];
+  return [...parts, text].map(part => typeof part === "string" ? raw(part) : part);
 }
 
 function span([, , code, alt, source, label, target, strong, strong2, soft, soft2, gone, angle, bare, escaped], place) {
-  if (code !== undefined) return h("code", {}, code);
+  if (code !== undefined) return h("code", {}, raw(code));
   if (source !== undefined)
     return /^[a-z][a-z0-9+.-]*:|^\//i.test(source)
       ? alt : h("img", {src: apiAddress("content", resolve(place, source)), alt, loading: "lazy"});
@@ -13631,34 +13739,43 @@ function resolve(place, target) {
 
 // ---- settings: connecting other programs
 
-const WAYS = (address, name, token) => [
+const WAYS = (address, name, token, secret = token || t("APP-PASSWORD")) => [
   [t("Phone or tablet: photos and files"),
-   t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address."), location.origin + PREFIX,
-   `nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`],
+   isHere() ? t("A phone cannot reach {host}: open this page by the address that this computer has in your network.",
+     location)
+     : token ? t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address.")
+     : t("Install the Nextcloud app. Make an app password above, and here is a code for it to scan."),
+   location.origin + PREFIX,
+   token && !isHere() && `nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`],
   [t("Phone or tablet: WebDAV"),
    t("An app for WebDAV, as Documents (iOS) or Material Files (Android): this address, your name, the app password."),
    address],
   [t("Synchronised folder"), t("Keeps a folder of your computer and this server the same, both ways."),
    `python3 cloudserver.py sync FOLDER ${location.protocol}//${plainPath(name)}@${location.host}${PREFIX}`],
   ["Windows", t("In the Explorer: This PC, “Map network drive”; or as below. Windows wants HTTPS for it."),
-   `net use Z: "${address}" "${token}" /user:"${name}"`],
+   `net use Z: "${address}" "${secret}" /user:"${name}"`],
   ["Mac", t("In the Finder: Go, “Connect to Server”, with this address:"), address],
   ["Linux", t("In the file manager, as the address of a server:"),
    address.replace(/^http/, "dav").replace("://", "://" + plainPath(name) + "@")],
   ["rclone", "",
-   `rclone config create cloud webdav url=${address} vendor=other user=${shellWord(name)} pass=${token} --obscure`],
-  ["curl", "", `curl -u ${shellWord(name + ":" + token)} -T FILE ${address}`],
+   `rclone config create cloud webdav url=${address} vendor=other user=${shellWord(name)} pass=${secret} --obscure`],
+  ["curl", "", `curl -u ${shellWord(name + ":" + secret)} -T FILE ${address}`],
 ];
+
+// does the address of this page mean the computer it is opened on?
+function isHere() {
+  return /^(localhost|127\..*|\[::1\])$/.test(location.hostname);
+}
 
 function connectSection() {
   const box = h("div.ways"), made = h("div", {"aria-live": "polite"});
-  const show = token => box.replaceChildren(...WAYS(davAddress(""), me.name, token || t("APP-PASSWORD"))
+  const show = token => box.replaceChildren(...WAYS(davAddress(""), me.name, token)
     .map(([title, hint, command, code]) => h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint),
-      commandLine(command), token && code && qrOf(code))));
+      commandLine(command), code && qrOf(code))));
   let path = "";
   const where = button(t("All folders"), async () => {
     path = await chooseCollection(t("Only this folder"), t("Choose"), path) ?? path;
-    where.textContent = path ? t("Only {name}", {name: path}) : t("All folders");
+    where.textContent = path ? plain(t("Only {name}", {name: path})) : t("All folders");
   });
   const form = formOf([
     field(t("Name of the device"), {name: "name", maxLength: 100, placeholder: "laptop", autocomplete: "off"}),
@@ -13791,16 +13908,22 @@ const newAccount = () => askForm(t("New account"), [nameField({autocomplete: "of
 // ---- a device that asks to be let in
 
 async function showGrant(token) {
-  const {device} = await api("GET", "grants/" + token).catch(error => {
-    if (error.code !== "not-found" && error.code !== "gone") throw error;
-    return {device: null};
+  const asked = await api("GET", "grants/" + token).catch(error => {
+    if (!isGone(error)) throw error;
+    return null;
   });
-  if (device === null)
+  if (!asked)
     return showGate(t("This link has expired"), t("Start again in the program that sent you here."), [], "", null);
+  const {device, address, minutes, code, near} = asked;
+  const facts = [[t("It calls itself"), device], [t("It asks from"), address],
+    [t("Asked"), minutes ? plural(minutes, "{n} minute ago", "{n} minutes ago") : t("Just now")], [t("Code"), code]];
   return showGate(
     t("Grant access?"),
-    t("“{device}” wants to see and change the files of {name}.", {device, name: me.name}),
-    [""],
+    t("A device wants to see and change the files of {name}. Grant it only if you started this yourself, just now.",
+      me),
+    [h("dl.keys", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, h("bdi", {}, value))))),
+     h("p.soft", {}, t("If the device shows a code, it has to be the same.")),
+     near ? "" : h("p.problem", {}, t("It asks from another network than the one you are in."))],
     t("Grant access"),
     async () => {
       await api("POST", "grants/" + token);
@@ -13925,7 +14048,11 @@ function listen() {
   addEventListener("popstate", onPop);
   darkSystem.addEventListener("change", applyTheme);
   addEventListener("scroll", drawRows, {passive: true});
-  addEventListener("resize", () => { if (list.box && list.box.isConnected) redrawRows(); });
+  addEventListener("resize", () => {
+    if (!list.box?.isConnected) return;
+    redrawRows();
+    showBar();
+  });
   addEventListener("keydown", onKey);
   addEventListener("dragstart", onDragStart);
   addEventListener("dragover", onDragOver);
@@ -13943,18 +14070,21 @@ function listen() {
   document.addEventListener("visibilitychange", watchServer);
   addEventListener("beforeunload", event => { if (busy() || isTyped()) event.preventDefault(); });
   addEventListener("pagehide", keepDraft);
+  addEventListener("pagehide", noteBroken);
   document.addEventListener("visibilitychange", keepDraft);
   document.addEventListener("click", onLinkClick);
   document.addEventListener("contextmenu", event => {
     if (
-      !event.target.closest(".content") ||
-      event.target.closest("a, input, textarea, pre, dialog") ||
-      !["files", "trash"].includes(view.kind)
+      !event.target.closest("main") ||
+      event.target.closest("a, button, input, textarea, pre, dialog") ||
+      !list.box?.isConnected
     )
       return;
     event.preventDefault();
-    clearSelection();
-    openMenu({x: event.clientX, y: event.clientY});
+    const row = event.target === list.box && list.rows.get(list.at);       // by a key: where the cursor is
+    if (!row) clearSelection();
+    else if (!list.selected.size) pick(list.at);
+    openMenu(row ? find(".more", row) : {x: event.clientX, y: event.clientY});
   });
 }
 
@@ -13973,12 +14103,15 @@ addEventListener("DOMContentLoaded", async () => {
 """
 
 PAGE_GERMAN = r"""{
+  "10 characters or more": "10 Zeichen oder mehr",
+  "A device wants to see and change the files of {name}. Grant it only if you started this yourself, just now.": "Ein Gerät möchte die Dateien von {name} sehen und ändern. Gewähre es nur, wenn du das gerade selbst begonnen hast.",
   "A device was added: {name}": "Ein Gerät kam hinzu: {name}",
   "A device was held: it deletes or overwrites too much": "Ein Gerät wurde angehalten: Es löscht oder überschreibt zu viel",
   "A device was removed: {name}": "Ein Gerät wurde entfernt: {name}",
   "A held device was allowed to go on": "Ein angehaltenes Gerät durfte weitermachen",
   "A name cannot be empty and cannot hold a slash.": "Ein Name darf nicht leer sein und keinen Schrägstrich enthalten.",
   "A password for each device": "Ein Passwort für jedes Gerät",
+  "A phone cannot reach {host}: open this page by the address that this computer has in your network.": "Ein Handy erreicht {host} nicht: Öffne diese Seite unter der Adresse, die dieser Rechner in deinem Netz hat.",
   "A star marks what you want to find again.": "Ein Stern zeigt, was du wiederfinden willst.",
   "A version with a name is never removed by itself.": "Eine Version mit Namen wird nie von selbst entfernt.",
   "APP-PASSWORD": "APP-PASSWORT",
@@ -13997,6 +14130,7 @@ PAGE_GERMAN = r"""{
   "Allow": "Erlauben",
   "Already there": "Schon da",
   "An app for WebDAV, as Documents (iOS) or Material Files (Android): this address, your name, the app password.": "In einer App, die WebDAV spricht, etwa Documents (iOS) oder Material Files (Android): diese Adresse, dein Name und das App-Passwort.",
+  "An upload was broken off": "Ein Upload wurde abgebrochen",
   "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
   "Any key or click ends the slideshow.": "Jede Taste und jeder Klick beendet die Diaschau.",
   "Any kind": "Jede Art",
@@ -14005,6 +14139,7 @@ PAGE_GERMAN = r"""{
   "App password": "App-Passwort",
   "Archives": "Archive",
   "As it was on {when}": "Wie es am {when} war",
+  "Asked": "Gefragt",
   "Back": "Zurück",
   "Back to now": "Zurück zu jetzt",
   "Before this year": "Vor diesem Jahr",
@@ -14022,12 +14157,15 @@ PAGE_GERMAN = r"""{
   "Changed": "Geändert",
   "Choose": "Auswählen",
   "Choose a name and a password for the first account. It may do everything, also make further accounts.": "Wähle Name und Passwort für das erste Konto. Es darf alles, auch weitere Konten anlegen.",
+  "Choose again": "Noch einmal wählen",
   "Choose one more": "Eines mehr auswählen",
   "Choose several": "Mehrere auswählen",
+  "Choose the same files again: it goes on, and what is there is not sent twice.": "Wähle dieselben Dateien noch einmal: Es geht weiter, und was da ist, wird nicht noch einmal gesendet.",
   "Clear": "Aufheben",
   "Clear the filters": "Filter aufheben",
   "Clear the selection": "Auswahl aufheben",
   "Close": "Schließen",
+  "Code": "Code",
   "Code to scan": "Code zum Scannen",
   "Colours": "Farben",
   "Compared with now": "Verglichen mit jetzt",
@@ -14040,7 +14178,6 @@ PAGE_GERMAN = r"""{
   "Copy address": "Adresse kopieren",
   "Copy curl command": "curl-Befehl kopieren",
   "Copy here": "Hierher kopieren",
-  "Copy link": "Link kopieren",
   "Copy this": "Kopiere dies",
   "Copy to…": "Kopieren nach …",
   "Copy {what} to": "{what} kopieren nach",
@@ -14067,6 +14204,7 @@ PAGE_GERMAN = r"""{
   "Download": "Herunterladen",
   "Download this folder": "Diesen Ordner herunterladen",
   "Drop files here, or add something with “New”.": "Zieh Dateien hierher oder füge mit „Neu“ etwas hinzu.",
+  "Drop it to upload it to {place}": "Lass es los, um es nach {place} hochzuladen",
   "Earlier": "Früher",
   "Earlier versions": "Frühere Versionen",
   "Edit": "Bearbeiten",
@@ -14091,10 +14229,12 @@ PAGE_GERMAN = r"""{
   "Free on disk": "Frei auf der Platte",
   "From": "Von",
   "From a command line:": "Von der Kommandozeile:",
+  "Give up": "Aufgeben",
   "Go on editing": "Weiter bearbeiten",
   "Grant access": "Zugang gewähren",
   "Grant access?": "Zugang gewähren?",
   "How": "Wie",
+  "If the device shows a code, it has to be the same.": "Wenn das Gerät einen Code zeigt, muss es derselbe sein.",
   "If you save now, it is there again.": "Wenn du jetzt speicherst, ist sie wieder da.",
   "Images": "Bilder",
   "In": "Worin",
@@ -14103,9 +14243,14 @@ PAGE_GERMAN = r"""{
   "In the file manager, as the address of a server:": "Im Dateimanager als Adresse eines Servers:",
   "In {name}": "In {name}",
   "Install the Nextcloud app, choose “Log in”, and scan this code or type the address.": "Installiere die Nextcloud-App, wähle „Anmelden“ und scanne diesen Code oder tippe die Adresse.",
+  "Install the Nextcloud app. Make an app password above, and here is a code for it to scan.": "Installiere die Nextcloud-App. Lege oben ein App-Passwort an, dann steht hier ein Code für sie zum Scannen.",
+  "It asks from": "Es fragt von",
+  "It asks from another network than the one you are in.": "Es fragt aus einem anderen Netz als dem, in dem du bist.",
+  "It calls itself": "Es nennt sich",
   "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
   "It goes on by itself when the connection is back.": "Es geht von selbst weiter, sobald die Verbindung wieder da ist.",
   "It was moved, renamed or deleted, or it is somebody else's.": "Es wurde verschoben, umbenannt oder gelöscht, oder es gehört jemand anderem.",
+  "Just now": "Gerade eben",
   "Keep": "Behalten",
   "Keep both": "Beide behalten",
   "Keep for good": "Dauerhaft behalten",
@@ -14167,6 +14312,7 @@ PAGE_GERMAN = r"""{
   "Nothing was here then": "Damals war hier nichts",
   "Now": "Jetzt",
   "Number": "Nummerieren",
+  "One moment…": "Einen Moment …",
   "One of these lies in the other.": "Eins davon liegt im anderen.",
   "Only the first {n} are shown.": "Nur die ersten {n} sind zu sehen.",
   "Only the first {n} are shown: narrow it down.": "Nur die ersten {n} sind zu sehen: Grenze es ein.",
@@ -14271,6 +14417,7 @@ PAGE_GERMAN = r"""{
   "The trash is empty": "Der Papierkorb ist leer",
   "The two passwords differ.": "Die beiden Passwörter sind verschieden.",
   "There is no preview of this kind of file.": "Für diese Art von Datei gibt es keine Vorschau.",
+  "There is no room for {names}.": "Kein Platz ist für {names}.",
   "There is something of that name already.": "Etwas mit diesem Namen gibt es schon.",
   "These two are too different to be compared line by line.": "Diese beiden sind zu verschieden, um sie Zeile für Zeile zu vergleichen.",
   "This browser cannot play this kind of file.": "Dieser Browser kann Dateien dieser Art nicht abspielen.",
@@ -14298,7 +14445,7 @@ PAGE_GERMAN = r"""{
   "Time": "Zeit",
   "To the files": "Zu den Dateien",
   "Today": "Heute",
-  "Too many wrong passwords. Wait a moment, then try again.": "Zu viele falsche Passwörter. Warte etwas und versuche es dann noch einmal.",
+  "Too many tries. Wait {time}, then try again.": "Zu viele Versuche. Warte {time}, dann versuch es noch einmal.",
   "Trash": "Papierkorb",
   "Try again": "Noch einmal versuchen",
   "Type what you look for, or choose a filter.": "Tippe, was du suchst, oder wähle einen Filter.",
@@ -14363,7 +14510,10 @@ PAGE_GERMAN = r"""{
   "used {when}": "benutzt {when}",
   "{free} of {total}": "{free} von {total}",
   "{how} since": "seither {how}",
+  "{name} and {n} more were not sent.": "{name} und {n} weitere wurden nicht gesendet.",
+  "{name} was not sent.": "{name} wurde nicht gesendet.",
   "{n} %": "{n} %",
+  "{n} % are there": "{n} % sind da",
   "{n} B": "{n} B",
   "{n} already there": "{n} schon da",
   "{n} changed since: {how}": "{n} seither anders: {how}",
@@ -14384,13 +14534,19 @@ PAGE_GERMAN = r"""{
   "{n} items restored": "{n} Elemente wiederhergestellt",
   "{n} line unchanged": "{n} Zeile unverändert",
   "{n} lines unchanged": "{n} Zeilen unverändert",
+  "{n} minute": "{n} Minute",
+  "{n} minute ago": "vor {n} Minute",
   "{n} minute left": "noch {n} Minute",
+  "{n} minutes": "{n} Minuten",
+  "{n} minutes ago": "vor {n} Minuten",
   "{n} minutes left": "noch {n} Minuten",
   "{n} name changes": "{n} Name ändert sich",
   "{n} name does not work": "{n} Name geht nicht",
   "{n} names change": "{n} Namen ändern sich",
   "{n} names do not work": "{n} Namen gehen nicht",
   "{n} of {all}": "{n} von {all}",
+  "{n} second": "{n} Sekunde",
+  "{n} seconds": "{n} Sekunden",
   "{n} selected": "{n} ausgewählt",
   "{n} upload failed": "{n} Upload fehlgeschlagen",
   "{n} uploads failed": "{n} Uploads fehlgeschlagen",
@@ -14400,6 +14556,7 @@ PAGE_GERMAN = r"""{
   "{size}/s, {time}": "{size}/s, {time}",
   "{used} of {quota} used": "{used} von {quota} belegt",
   "{used} used": "{used} belegt",
+  "{what} becomes what it was on {when}. {n} thing changes; you can undo this.": "{what} wird, was es am {when} war. {n} Ding ändert sich; das lässt sich rückgängig machen.",
   "{what} becomes what it was on {when}. {n} things change; you can undo this.": "{what} wird, was es am {when} war. {n} Dinge ändern sich; das lässt sich rückgängig machen.",
   "{what} brought back": "{what} zurückgeholt",
   "{what} cannot be brought back after this.": "{what} lässt sich danach nicht zurückholen.",
@@ -14428,7 +14585,7 @@ PAGE_GERMAN = r"""{
   "{who} saved {what}": "{who} hat {what} gespeichert",
   "{who} synchronised {what}": "{who} hat {what} abgeglichen",
   "{who} undid a step": "{who} hat einen Schritt rückgängig gemacht",
-  "“{device}” wants to see and change the files of {name}.": "„{device}“ möchte die Dateien von {name} sehen und ändern.",
+  "{who} uploaded {what}": "{who} hat {what} hochgeladen",
   "“{name}”": "„{name}“",
   "“{name}” and {n} more": "„{name}“ und {n} weitere",
   "“{name}” exists already": "„{name}“ gibt es schon",
