@@ -1332,6 +1332,7 @@ class Stored:
     sha256: str                                  # of all its bytes
     chunks: list[tuple[str, int]]                # (hash, size) in order
     tag: str = ""                                # its new objects are named HASH-TAG
+    relied: Sequence[str] = ()                   # hashes of chunks that were there already, and must be when the batch is done
     inline: bytes | None = None                  # the bytes themselves, if they go into the chunk's row
     head: bytes = b""                            # the first bytes, to tell what it is
     digests: dict[str, str] = field(default_factory=dict)    # others that were asked for: {"sha1": hex}
@@ -1464,13 +1465,17 @@ class ObjectDirectory:
             (self.home / ("%02x" % shard)).mkdir(mode=0o700, exist_ok=True)
         sync_directory(self.home)
 
-    def _shard(self, name: str) -> Path:
-        return self.home / name.lstrip(".")[:2]          # a file that is being written begins with a dot
+    def _place(self, name: str) -> Path:
+        """Where an object lies.  raises FileNotFoundError for what is no name of an object: nothing of that name is there"""
+        if not _OBJECT.fullmatch(name):
+            raise FileNotFoundError(errno.ENOENT, "not the name of an object", name)
+        return self.home / name.lstrip(".")[:2] / name           # a file that is being written begins with a dot
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         """Store an object durably.  raises OSError; then nothing of that name is there."""
-        shard = self._shard(name)
-        temporary = shard / ("." + name)
+        place, temporary = self._place(name), self._place("." + name)
+        with suppress(FileNotFoundError):                # a leftover of somebody who was killed
+            insist(os.unlink, temporary)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_EXTRA, 0o600)
         try:
             try:
@@ -1481,33 +1486,39 @@ class ObjectDirectory:
                 sync_file(fd)
             finally:
                 os.close(fd)
-            insist(os.replace, temporary, shard / name)
+            insist(os.replace, temporary, place)
         except BaseException:
             with suppress(OSError):
                 insist(os.unlink, temporary)
             raise
-        sync_directory(shard)
+        sync_directory(place.parent)
 
     def get(self, name: str) -> BinaryIO:
         """Open an object.  raises FileNotFoundError."""
-        return open(os.open(self._shard(name) / name, os.O_RDONLY | O_EXTRA), "rb", buffering=0)
+        return open(os.open(self._place(name), os.O_RDONLY | O_EXTRA), "rb", buffering=0)
 
     def has(self, name: str) -> bool:
-        return (self._shard(name) / name).exists()
+        try:
+            return self._place(name).exists()
+        except FileNotFoundError:
+            return False
 
     def delete(self, name: str) -> None:
         """Remove an object; one that is gone already is fine.  raises OSError, e.g. while another program has it open"""
         with suppress(FileNotFoundError):
-            insist(os.unlink, self._shard(name) / name)
+            insist(os.unlink, self._place(name))
 
     def list(self, shard: str) -> Iterator[tuple[str, int, int]]:
         """(name, bytes, ms since 1970 of its last change) of each object in one of the shards 00 to ff."""
         with os.scandir(self.home / shard) as entries:
             for entry in entries:
+                if not _OBJECT.fullmatch(entry.name):
+                    continue                             # not ours
                 about = entry.stat(follow_symlinks=False)
                 yield entry.name, about.st_size, about.st_mtime_ns // 1_000_000
 
 
+_OBJECT = re.compile(r"\.?[0-9a-f]{64}-[0-9a-f]{1,32}")
 O_EXTRA = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -1773,11 +1784,12 @@ class _Cutting:
         self.digests = {name: new_digest(name) for name in digests}
         self.chunks: list[tuple[str, int]] = []
         self.written: dict[str, object] = {}         # hash: whose it is to write
+        self.relied: list[str] = []                  # hashes of what was there already
         self.flying: deque[tuple[Any, bytearray]] = deque()
 
     def run(self, body: Body, buffer: bytearray, count: int) -> Stored:
         """Take `count` bytes that are in `buffer`, then the rest of `body`."""
-        step = LARGE_CHUNK if (body.length or 0) > LARGE_BODY else CHUNK_SIZE
+        step, arrived = LARGE_CHUNK if (body.length or 0) > LARGE_BODY else CHUNK_SIZE, 0
         head = bytes(buffer[:32])
         try:
             while count:
@@ -1785,7 +1797,8 @@ class _Cutting:
                 self.flying.append((self.blobs.lane.submit(self._write, view), buffer))
                 for digest in (self.whole, *self.digests.values()):
                     digest.update(view)
-                if count < len(buffer) or body.length == self._size(count):
+                arrived += count
+                if count < len(buffer) or body.length == arrived:
                     break
                 buffer = self._land() if len(self.flying) >= BUFFERS - 1 else bytearray(step)
                 count = fill(body, memoryview(buffer))
@@ -1796,11 +1809,8 @@ class _Cutting:
                 future.cancel() or future.exception()
         size = sum(size for _, size in self.chunks)
         sums = {name: digest.hexdigest() for name, digest in self.digests.items()}
-        return Stored(manifest_of(self.chunks), size, self.whole.hexdigest(), self.chunks, self.tag, head=head,
+        return Stored(manifest_of(self.chunks), size, self.whole.hexdigest(), self.chunks, self.tag, self.relied, head=head,
                       digests=sums)
-
-    def _size(self, count: int) -> int:
-        return sum(size for _, size in self.chunks) + sum(len(buffer) for _, buffer in list(self.flying)[:-1]) + count
 
     def _land(self) -> bytearray:
         """Wait for the oldest chunk under way; returns its buffer for use again."""
@@ -1811,8 +1821,11 @@ class _Cutting:
     def _write(self, view: memoryview) -> tuple[str, int]:
         hash = hashlib.sha256(view).hexdigest()
         mine = object()                          # the same bytes may be in several hands at once
-        if self.written.setdefault(hash, mine) is mine and not self.known(hash):
-            self.blobs.put_chunk(hash, view, self.tag)
+        if self.written.setdefault(hash, mine) is mine:
+            if self.known(hash):
+                self.relied.append(hash)
+            else:
+                self.blobs.put_chunk(hash, view, self.tag)
         return hash, len(view)
 
 
@@ -2129,14 +2142,21 @@ class _Ticket:
         self.batch, self.settled, self.error = batch, False, None
 
 
+SETTINGS = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA fullfsync = 1", "PRAGMA checkpoint_fullfsync = 1",
+            "PRAGMA journal_size_limit = %d" % (64 * MiB))
+
+
 class Database:
     """SQLite with write-ahead log.  `read` and `write` may be called from any thread."""
 
-    def __init__(self, path: Path, clock: Clock) -> None:
-        """Open, making or migrating the file if need be.  raises CloudError, sqlite3.Error, OSError"""
-        self.path, self.clock = path, clock
+    def __init__(self, path: Path, clock: Clock, *, readonly: bool = False) -> None:
+        """Open, making or migrating the file if need be.  raises CloudError, OSError
+
+        readonly   change nothing, not even on the way: a disk that turned read-only, a mounted snapshot
+        """
+        self.path, self.clock, self.readonly = path, clock, readonly
         self.reserve = Reserve(path.parent / "reserve")
-        self._lock = FileLock(path.parent / "write.lock")
+        self._address, self._copy = str(path), None          # _copy: where a log that cannot be read in place is read
         self._idle: deque[sqlite3.Connection] = deque()      # connections for reading
         self._queue: deque[_Ticket] = deque()
         self._turn = threading.Condition()                   # of the queue, and of _committing
@@ -2145,10 +2165,42 @@ class Database:
         self._index: bool | None = None                      # is there an index of names?
         self._last_id = 0
         self._slot = secrets.randbelow(4096)
-        with self._locked():
-            self._writer = self._connect(writes=True)
-            self._migrate(self._writer)
+        try:
+            self._open_to_read() if readonly else self._open_to_write()
+        except sqlite3.DatabaseError as error:
+            raise database_error(error, path) from error
         self._resume_clock()
+
+    def _open_to_write(self) -> None:
+        self._lock = FileLock(self.path.parent / "write.lock")
+        with self._locked():
+            try:
+                self._writer = self._connect(writes=True)
+            except sqlite3.OperationalError:
+                if not self.reserve.give_up():               # a full disk has no room for the log's index (R18)
+                    raise
+                self._writer = self._connect(writes=True)
+            self._migrate(self._writer)
+
+    def _open_to_read(self) -> None:
+        """As the file stands, with what its log holds; where that cannot be read in place, by a copy of both."""
+        log_file = self.path.with_name(self.path.name + "-wal")
+        here = self.path.resolve().as_uri()
+        self._address = here + "?mode=ro"
+        try:
+            self._idle.append(self._connect())
+        except sqlite3.OperationalError:
+            if log_file.exists() and log_file.stat().st_size:
+                self._copy = tempfile.TemporaryDirectory()
+                for file in (self.path, log_file):
+                    shutil.copyfile(file, Path(self._copy.name) / file.name)
+                self._address = (Path(self._copy.name) / self.path.name).as_uri()
+            else:
+                self._address = here + "?immutable=1"
+            self._idle.append(self._connect())
+        (version,), = self.read("PRAGMA user_version")
+        if version != 1 + len(MIGRATIONS):
+            raise CloudError("conflict", "the data was written by another version of this program; start the server on it once, or use that one")
 
     # ---- reading
 
@@ -2158,7 +2210,7 @@ class Database:
         try:
             return db.execute(sql, params).fetchall()
         except sqlite3.Error as error:
-            raise database_error(error) from error
+            raise self._failed(error) from error
         finally:
             self._idle.append(db)
 
@@ -2170,9 +2222,16 @@ class Database:
             db.execute("BEGIN")
             yield lambda sql, params=(): db.execute(sql, params)
         except sqlite3.Error as error:
-            raise database_error(error) from error
+            raise self._failed(error) from error
         finally:
             self._give_back(db)
+
+    def _failed(self, error: sqlite3.Error) -> CloudError:
+        """Word a failure; a file that is found damaged is not written any more: what is acknowledged must be kept (R4)."""
+        refusal = database_error(error)
+        if refusal.kind == "storage-failed" and "damaged" in str(refusal):
+            self.broken = self.broken or str(refusal)
+        return refusal
 
     def _reader(self) -> sqlite3.Connection:
         """An idle connection for reading, or one more.  raises CloudError, for the one request that wanted it"""
@@ -2204,6 +2263,8 @@ class Database:
                   again when a guard finds that somebody was faster
         raises    what attempt raises; CloudError busy, disk-full, read-only, storage-failed
         """
+        if self.readonly:
+            raise CloudError("read-only", "the data is open for reading only")
         for count in range(ATTEMPTS):
             batch = attempt()
             try:
@@ -2214,9 +2275,9 @@ class Database:
                     time.sleep(secrets.randbelow(count) / 1000)
         raise CloudError("busy", "too many writers at one place", retry_after=1)
 
-    def run(self, *body: Statement) -> None:
+    def run(self, *body: Statement, frees: bool = False) -> None:
         """Commit statements that rely on nothing and change no tree."""
-        self.write(lambda: Batch(list(body)))
+        self.write(lambda: Batch(list(body), frees=frees))
 
     def new_id(self) -> int:
         """A number for a node: microseconds since 2020, and a slot that differs between processes.
@@ -2257,6 +2318,14 @@ class Database:
         except Conflict:
             return None
 
+    def address(self) -> str:
+        """What another connection of SQLite's opens or attaches this database by."""
+        return self._address
+
+    def release(self, name: str, owner: str) -> None:
+        """Give a lease back, for the next one who asks; its fence still rises."""
+        self.run(Statement("UPDATE lease SET due = 0 WHERE name = ? AND owner = ?", (name, owner)), frees=True)
+
     def setting(self, name: str) -> str | None:
         rows = self.read("SELECT value FROM setting WHERE name = ?", (name,))
         return rows[0][0] if rows else None
@@ -2265,11 +2334,15 @@ class Database:
         with self._turn:
             while self._committing:
                 self._turn.wait()
-        with self._locked():
+        with nullcontext() if self.readonly else self._locked():
             for db in self._idle:
                 db.close()
-            self._writer.close()
-        self._lock.close()
+            if not self.readonly:
+                self._writer.close()
+        if not self.readonly:
+            self._lock.close()
+        if self._copy:
+            self._copy.cleanup()
 
     # ---- committing (invariants 1 to 4)
 
@@ -2387,35 +2460,28 @@ class Database:
     # ---- opening
 
     def _connect(self, writes: bool = False) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False,
-                             cached_statements=256)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA fullfsync = 1")
-        db.execute("PRAGMA checkpoint_fullfsync = 1")
-        db.execute("PRAGMA mmap_size = 0")
-        db.execute("PRAGMA wal_autocheckpoint = %d" % (1000 if writes else 0))
-        db.execute("PRAGMA journal_size_limit = %d" % (64 * MiB))
+        db = sqlite3.connect(self._address, timeout=30, isolation_level=None, check_same_thread=False,
+                             cached_statements=256, uri=self.readonly)
+        try:
+            if self.readonly:
+                db.execute("SELECT 1 FROM sqlite_master")            # can it be read at all?
+            for setting in () if self.readonly else SETTINGS:
+                db.execute(setting)
+            db.execute("PRAGMA mmap_size = 0")
+            db.execute("PRAGMA wal_autocheckpoint = %d" % (1000 if writes else 0))
+        except sqlite3.Error:
+            db.close()
+            raise
         return db
 
     def _migrate(self, db: sqlite3.Connection) -> None:
         """Bring the file to SCHEMA, all steps or none (PRAGMA user_version is the version reached)."""
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        current = 1 + len(MIGRATIONS)
-        if version > current:
-            raise CloudError("conflict", "the data was written by a newer version of this program; use that one")
-        if version == current:
-            return
-        if version:
+        check_version(version)
+        if 0 < version <= len(MIGRATIONS):
             self._copy_before_migration(db, version)
-        steps = MIGRATIONS[version - 1:] if version else [SCHEMA, *MIGRATIONS, self._first_rows()]
-        script = ";".join(["BEGIN IMMEDIATE", *steps, "PRAGMA user_version = %d" % current, "COMMIT"])
-        try:
-            db.executescript(script)
-        except sqlite3.Error:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+        if version <= len(MIGRATIONS):
+            migrate(db, [SCHEMA, *MIGRATIONS, self._first_rows()] if version == 0 else MIGRATIONS[version - 1:])
 
     def _first_rows(self) -> str:
         return """INSERT INTO journal (seq, at, home, account, device, action, detail) VALUES (1, %d, 0, 0, '', 'create', '{}');
@@ -2440,7 +2506,23 @@ class Database:
     def save_clock(self) -> None:
         """Note where due() stands; the janitor does so every minute."""
         self.run(Statement("INSERT OR REPLACE INTO setting VALUES ('clock', ?)",
-                           (json.dumps([self.clock.due(), self.clock.wall()]),)))
+                           (json.dumps([self.clock.due(), self.clock.wall()]),)), frees=True)
+
+
+def check_version(version: int) -> None:
+    """raises CloudError if a database of this version was written by a newer program"""
+    if version > 1 + len(MIGRATIONS):
+        raise CloudError("conflict", "the data was written by a newer version of this program; use that one")
+
+
+def migrate(db: sqlite3.Connection, steps: Sequence[str]) -> None:
+    """Take steps of MIGRATIONS, the last one included, all or none."""
+    try:
+        db.executescript(";".join(["BEGIN IMMEDIATE", *steps, "PRAGMA user_version = %d" % (1 + len(MIGRATIONS)), "COMMIT"]))
+    except sqlite3.Error:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 class _Failed(Exception):
@@ -2487,20 +2569,27 @@ class Replayed(CloudError):
         self.seq, self.same = seq, same
 
 
-def database_error(error: sqlite3.Error) -> CloudError:
+def database_error(error: sqlite3.Error, path: Path | None = None) -> CloudError:
     """Word a failure of SQLite (R4, R18-R20)."""
     text = str(error)
-    if "full" in text:
-        return CloudError("disk-full", "the disk of the server is full")
-    if "readonly" in text or "read-only" in text:
-        return CloudError("read-only", "the data directory cannot be written")
-    if "locked" in text or "busy" in text:
-        return CloudError("busy", "the database is busy", retry_after=1)
-    if isinstance(error, (sqlite3.ProgrammingError, sqlite3.IntegrityError)) or "no such" in text:
-        log.error("database: %s", text)
-        return CloudError("internal")
+    for words, kind, message in DATABASE_ERRORS:
+        if any(word in text for word in words):
+            if kind == "storage-failed":
+                log.error("database: %s", text)
+            return CloudError(kind, message, **({"retry_after": 1} if kind == "busy" else {}))
     log.error("database: %s", text)
-    return CloudError("storage-failed", "the database of the server fails")
+    if isinstance(error, (sqlite3.ProgrammingError, sqlite3.IntegrityError)) or "no such" in text:
+        return CloudError("internal")
+    return CloudError("storage-failed", "the database of the server fails" if path is None else "the database %s cannot be used: %s" % (path, text))
+
+
+DATABASE_ERRORS = (  # (words of SQLite's, kind, what it means)
+    (("full",), "disk-full", "the disk of the server is full"),
+    (("readonly", "read-only"), "read-only", "the data directory cannot be written"),
+    (("locked", "busy"), "busy", "the database is busy"),
+    (("malformed", "not a database"), "storage-failed",
+     "the database is damaged; stop the server and restore a backup into another directory (restore FROM --data NEW)"),
+)
 
 
 # ==== 6. Accounts ========================================================================
@@ -3115,6 +3204,7 @@ THUMBNAIL_LIMIT = 64 * KiB      # bytes of one
 STARRED = '<o:favorite xmlns:o="http://owncloud.org/ns">1</o:favorite>'
 RESERVED = "coalesce(sum(max(coalesce(size, 0), received)), 0)"          # bytes that uploads under way may come to
 STRIDE = 24                     # names that one statement walks down
+RESERVE = 16 * MiB              # put by for the moment when the disk is full; less on a small one
 LOCK_MOST = 24 * 3600           # seconds a lock may be granted for
 LONG_HASH = 64 * MiB            # larger files are hashed in the lane for long work
 
@@ -3265,15 +3355,20 @@ class Changed(NamedTuple):
 class Tree:
     """The live tree: finding, writing, moving, properties, locks.  The ground floor of Cloud."""
 
-    def __init__(self, config: Config, clock: Clock | None = None) -> None:
-        """Open the data directory, making it if need be.  raises CloudError, OSError, sqlite3.Error"""
+    def __init__(self, config: Config, clock: Clock | None = None, *, how: str = "make") -> None:
+        """Open the data directory.  raises CloudError, OSError
+
+        how   "make": making it if need be; "open": it must be there; "read": it must be there, and stays as it is
+        """
         self.config, self.clock = config, clock or Clock()
-        claim_directory(config.data)
+        check_presence(config.data, how)
         store = ObjectDirectory(config.data / "objects")
-        if not (config.data / "objects" / "ff").exists():
-            store.create()
+        if how != "read":
+            claim_directory(config.data)
+            if not (config.data / "objects" / "ff").exists():
+                store.create()
         self.blobs = Blobs(store)
-        self.db = Database(config.data / "cloud.db", self.clock)
+        self.db = Database(config.data / "cloud.db", self.clock, readonly=how == "read")
         self.accounts = Accounts(self.db, self.clock)
         self.op: tuple[str, str] | None = None           # what batches bear: see Cloud.once
         self._free: tuple[int, bool] = (0, True)         # until when the disk counts as free
@@ -3310,6 +3405,13 @@ class Tree:
         self.db.write(attempt)
         log.info("settings", extra={"by": who.name})
         return self.policy()
+
+    def keep_reserve(self) -> None:
+        """Have room put by for the moment when the disk is full, as long as it is not (R18)."""
+        usage = shutil.disk_usage(self.config.data)
+        size = min(RESERVE, usage.total // 64)
+        if usage.free > size + min(parse_size(self.config.low_water), usage.total // 50):
+            self.db.reserve.keep(size)
 
     def health(self) -> str:
         """"ok", "low" when the disk is almost full, "read-only" when nothing can be written."""
@@ -3610,8 +3712,8 @@ class Tree:
         def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
             spot = spots.pop() if spots else self._spot_for_file(who, path, given, stored.size, parents)
             change, made = self._put_change(spot, path, stored, at)
-            return self._batch(who, spot, "write", name_written(path, spot.node), [*made, change],
-                               self._store_rows(stored))
+            return self._batch(who, spot._replace(guards=spot.guards + still_stored(stored.relied)), "write",
+                               name_written(path, spot.node), [*made, change], self._store_rows(stored))
 
         batch = self.db.write(attempt)
         change = batch.changes[-1]
@@ -3697,7 +3799,8 @@ class Tree:
         now = self.clock.due()
         if stored.inline is not None:
             return [(stored.manifest, stored.size, None, now, stored.inline)]
-        return [(hash, size, "%s-%s" % (hash, stored.tag), now, None) for hash, size in dict(stored.chunks).items()]
+        return [(hash, size, "%s-%s" % (hash, stored.tag), now, None) for hash, size in dict(stored.chunks).items()
+                if hash not in stored.relied]
 
     def _offsets(self, stored: Stored) -> Iterator[tuple[str, int, str]]:
         offset = 0
@@ -4149,6 +4252,29 @@ def still_there(node: Node) -> Statement:
                      "AND until IS NULL)", (node.home, node.since, node.node))
 
 
+def check_presence(data: Path, how: str) -> None:
+    """Is there a cloud in a directory, or, to make one, nothing of another?  raises CloudError
+
+    A database that was lost must never look like a cloud without files: clients would believe it, backups would be
+    brought up to date with it, and its objects would be swept.
+    """
+    if (data / "cloud.db").exists() and (data / "cloud.db").stat().st_size:
+        return
+    left = [name for name in ("cloud.db-wal", "reserve") if (data / name).exists()] + [
+        "objects" for shard in (data / "objects").glob("??") if any(shard.iterdir())][:1] + [
+        file.name for file in data.glob("cloud-version-*.db")]
+    if left:
+        raise CloudError("conflict", "%s holds %s but no database (cloud.db): restore a backup into another directory" % (data, left[0]))
+    if how != "make":
+        raise CloudError("not-found", "%s holds no cloud; give the right --data" % data)
+
+
+def still_stored(hashes: Sequence[str]) -> tuple[Statement, ...]:
+    """The guards that say: chunks that were found stored, and so were not stored again, are there and whole."""
+    return tuple(Statement("SELECT 'chunk' WHERE (SELECT count(*) FROM chunk WHERE hash IN (" + marks(piece) + ") AND bad IS NULL) <> ?",
+                           (*piece, len(piece))) for piece in pieces(hashes))
+
+
 def raise_shape(home: int) -> Statement:
     """Whatever was decided about paths, locks or history of a home before this is decided anew (invariant 5)."""
     return Statement("UPDATE account SET shape = shape + 1 WHERE id = ?", (home,))
@@ -4598,27 +4724,36 @@ class History(Tree):
         return int(self.db.setting("oldest") or 1)
 
     def walk_contents(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
-                      seq: int | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
+                      seq: int | None = None, missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
         """(path from there, node, bytes or None for a collection) of all below a path, as of now or of a seq.
 
         names    only these members; a single file as `path` gives itself, with the path ()
+        missed   told of each path that cannot be read, and of why; without it that ends the walk
         """
         seq = self.head() if seq is None else seq
         first = [(name, self.past(who, path + name, seq)[0]) for name in names] or [((), self.past(who, path, seq)[0])]
-        return self._walk_past(first, seq)
+        return self._walk_past(first, seq, missed)
 
-    def _walk_past(self, pending: list[tuple[tuple[str, ...], Node]], seq: int) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
+    def _walk_past(self, pending: list[tuple[tuple[str, ...], Node]], seq: int,
+                   missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
         pending.reverse()
         while pending:
             path, node = pending.pop()
-            if node.kind:
-                if path:
-                    yield path, node, None
-                with self.db.snapshot() as read:
-                    children = _Past(read, node.node, seq).children(node.node)
-                pending += [(path + (child.name,), child) for child in reversed(children)]
-            else:
-                yield path, node, self._content(node)
+            try:
+                found = self._content(node) if node.kind == FILE else None
+                children = self._children_at(node, seq) if node.kind else []
+            except CloudError as error:
+                if missed is None:
+                    raise
+                missed(path, error)
+                continue
+            if path or node.kind == FILE:
+                yield path, node, found
+            pending += [(path + (child.name,), child) for child in reversed(children)]
+
+    def _children_at(self, node: Node, seq: int) -> list[Node]:
+        with self.db.snapshot() as read:
+            return _Past(read, node.node, seq).children(node.node)
 
     def archive(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
                 seq: int | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
@@ -5351,6 +5486,7 @@ class Received:
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
         self.heads: dict[str, bytes] = {}
+        self.relied: set[str] = set()                # hashes of those that were stored already
         self.rows: list[tuple[Any, ...]] = []        # for the table chunk
         self.waiting = 0                             # bytes in rows
 
@@ -5515,7 +5651,9 @@ class Sync(History):
                 received.waiting += len(data)
                 if received.waiting > FLUSH:
                     self._flush(who, received)
-            elif not self._knows(who.account, hash):
+            elif self._knows(who.account, hash):
+                received.relied.add(hash)
+            else:
                 while flying and sum(size for _, size in flying) + len(data) > CHUNK_LIMIT:
                     flying.popleft()[0].result()
                 flying.append((self.blobs.lane.submit(self.blobs.put_chunk, hash, data, tag), len(data)))
@@ -5596,7 +5734,8 @@ class Sync(History):
             return Batch(body), outcomes
         paths = [split_path(step.get("to") or next(step[verb] for verb in COMMIT_STEPS if verb in step))
                  for step, outcome in zip(steps, outcomes) if not outcome.problem]
-        batch = self._batch(who, root._replace(guards=tuple(draft.guards)), "sync", name_paths(paths), changes, body, sums=draft.sums)
+        relied = still_stored([hash for hash in draft.used if hash not in received.sizes or hash in received.relied])
+        batch = self._batch(who, root._replace(guards=(*draft.guards, *relied)), "sync", name_paths(paths), changes, body, sums=draft.sums)
         batch.op, batch.result = op, json.dumps(describe_outcomes(outcomes, None))
         return batch, outcomes
 
@@ -5902,7 +6041,7 @@ class Cloud(Sync):
                                     (upload.id, upload.received, stored.manifest, stored.size)),
                           Statement("UPDATE upload SET received = ?, due = ? WHERE id = ?",
                                     (fresh.received, fresh.due, upload.id))],
-                         self._upload_guards(upload))
+                         [*self._upload_guards(upload), *still_stored(stored.relied)])
 
         self._write_upload(attempt)
         return fresh
@@ -6038,7 +6177,8 @@ class Cloud(Sync):
             Statement("UPDATE upload SET due = ?4, received = received + ?3 - (SELECT coalesce(sum(size), 0) FROM upload_chunk "
                       "WHERE upload = ?1 AND part = ?2) WHERE id = ?1", (*key, stored.size, self.clock.due() + UPLOAD_LIFE)),
             Statement("DELETE FROM upload_chunk WHERE upload = ? AND part = ?", key),
-            Statement("INSERT INTO upload_chunk VALUES (?, ?, ?, ?, ?)", rows, many=True)], self._part_guards(who, name)))
+            Statement("INSERT INTO upload_chunk VALUES (?, ?, ?, ?, ?)", rows, many=True)],
+            [*self._part_guards(who, name), *still_stored(stored.relied)]))
         return not there
 
     def _part_guards(self, who: Principal, name: str) -> list[Statement]:
@@ -6333,6 +6473,8 @@ def respond(cloud: Cloud, request: Request) -> Response:
             request.values = read_values(request, found.values)
         return found.handler(cloud, who, request, **names)
     except CloudError as error:
+        if error.kind == "storage-failed":
+            log.error("%s %s: %s", request.method, format_path(loggable(request.path)), error)
         return error.detail.get("refuse", refuse)(request.refusal or error, request)
     except Disconnected:
         raise                            # there is nobody to answer
@@ -6340,6 +6482,17 @@ def respond(cloud: Cloud, request: Request) -> Response:
         request.id = secrets.token_hex(4)
         log.exception("request %s: %s /%s", request.id, request.method, "/".join(request.path[:1]))
         return refuse(CloudError("internal"), request)
+
+
+def loggable(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A path without what opens something: tokens of share links, uploads and logins."""
+    for opener in OPENERS:
+        if path[:len(opener)] == opener:
+            return opener + ("...",) * (len(path) > len(opener)) + path[len(opener) + 1:]
+    return path
+
+
+OPENERS = (("s",), ("tus",), ("api", "v1", "grants"), ("login", "v2", "flow"))        # a secret follows
 
 
 def admit(cloud: Cloud, who: Principal, request: Request, found: Route) -> None:
@@ -6556,7 +6709,12 @@ def content_response(request: Request, node: Node, content: Content) -> Response
     data = content.inline()
     if data is not None:
         return Response(200, data, fields)
-    return Response(200, content.slices(), fields, length=content.size)
+    return Response(200, begun(content.slices()), fields, length=content.size)
+
+
+def begun(parts: Iterator[bytes | FileSlice]) -> Iterator[bytes | FileSlice]:
+    """The same pieces, the first of which is there: if it is damaged, the answer can still say so."""
+    return itertools.chain(list(itertools.islice(parts, 1)), parts)
 
 
 def unmet(given: Preconditions, node: Node) -> int:
@@ -6585,7 +6743,7 @@ def range_response(fields: dict[str, str], content: Content, ranges: list[tuple[
     if len(ranges) == 1:
         start, stop = ranges[0]
         fields["Content-Range"] = "bytes %d-%d/%d" % (start, stop - 1, content.size)
-        return Response(206, content.slices(start, stop), fields, length=stop - start)
+        return Response(206, begun(content.slices(start, stop)), fields, length=stop - start)
     boundary = secrets.token_hex(12)
     heads = ["\r\n--%s\r\nContent-Type: %s\r\nContent-Range: bytes %d-%d/%d\r\n\r\n" % (
         boundary, fields["Content-Type"], start, stop - 1, content.size) for start, stop in ranges]
@@ -6799,8 +6957,9 @@ class Handler(BaseHTTPRequestHandler):
         began = time.monotonic()
         try:
             sent = self._send(request or NO_REQUEST, response, keep)
-        except CloudError:
+        except CloudError as error:
             sent, keep = 0, False                # what was sent so far is cut off
+            log.error("%s %s: %s", request.method, format_path(loggable(request.path)), error)
             self.sock.close()
         self.server.log_access(request or NO_REQUEST, response, sent, began)
         if not keep:
@@ -15060,17 +15219,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() and c not in '"\\' else "?" for c in text[:1024])
 
 
-def loggable(path: tuple[str, ...]) -> tuple[str, ...]:
-    """A path without what opens something: tokens of share links, uploads and logins."""
-    for opener in OPENERS:
-        if path[:len(opener)] == opener:
-            return opener + ("...",) * (len(path) > len(opener)) + path[len(opener) + 1:]
-    return path
-
-
-OPENERS = (("s",), ("tus",), ("api", "v1", "grants"), ("login", "v2", "flow"))        # a secret follows
-
-
 class JsonFormatter(logging.Formatter):
     """One event, one line of JSON, control characters escaped (L2)."""
 
@@ -15137,6 +15285,11 @@ class Upkeep:
         """Take or renew the lease; False while another process has it."""
         self.fence = self.db.lease("upkeep", self.owner, LEASE) or 0
         return self.fence > 0
+
+    def release(self) -> None:
+        """Let the next one work at once."""
+        if self.fence:
+            self.db.release("upkeep", self.owner)
 
     def _write(self, *body: Statement) -> None:
         guard = Statement("SELECT 'lease' WHERE (SELECT fence FROM lease WHERE name = 'upkeep') IS NOT ?", (self.fence,))
@@ -15276,18 +15429,22 @@ class Upkeep:
 
     # ---- space
 
-    def sweep(self, shards: Iterable[int] = range(256)) -> dict[str, int]:
-        """Give back the space of chunks nobody refers to (invariants of Blobs): condemn, bury, delete."""
+    def sweep(self, shards: Iterable[int] = range(256), *, at_once: bool = False) -> dict[str, int]:
+        """Give back the space of chunks nobody refers to (invariants of Blobs): condemn, bury, delete.
+
+        at_once   without the days between: who is reading what is gone for good is cut off, and who relies on a chunk is
+                  told by a guard that it is gone; objects that no row knows yet keep theirs
+        """
         now, done = self.clock.due(), dict.fromkeys(("manifests", "condemned", "buried", "deleted"), 0)
         if self.db.broken or int(self.db.setting("hold") or 0) > now:
             return done                          # a backup copies what we might delete
         for shard in shards:
             prefix = "%02x" % shard
             done["manifests"] += self._sweep_manifests(prefix)
-            done["condemned"] += self._condemn(prefix, now)
+            done["condemned"] += self._condemn(prefix, now, now + 1 if at_once else now - DAY)
             self._find_orphans(prefix, now)
-        done["buried"] = self._bury(now)
-        done["deleted"] = self._delete(now)
+        done["buried"] = self._bury(now, now + 1 if at_once else now - KEEP_CONDEMNED, 0 if at_once else KEEP_BURIED)
+        done["deleted"] = self._delete(now + at_once)
         return done
 
     def _sweep_manifests(self, prefix: str) -> int:
@@ -15302,22 +15459,24 @@ class Upkeep:
                                   "WHERE id = ?1)", piece, many=True))
         return len(rows)
 
-    def _condemn(self, prefix: str, now: int) -> int:
-        rows = self.db.read("SELECT hash FROM chunk WHERE hash >= ? AND hash < ? AND condemned IS NULL AND at < ? AND NOT "
-                            + REFERRED, (prefix, prefix + "g", now - DAY))
+    def _condemn(self, prefix: str, now: int, before: int) -> int:
+        """Note that nobody refers to chunks, nor sent them ahead, that came before a due time."""
+        unwanted = "NOT " + REFERRED + " AND NOT EXISTS (SELECT 1 FROM loose WHERE chunk = chunk.hash AND due > ?)"
+        rows = self.db.read("SELECT hash FROM chunk WHERE hash >= ? AND hash < ? AND condemned IS NULL AND at < ? AND " + unwanted,
+                            (prefix, prefix + "g", before, now))
         for piece in pieces(rows):
-            self._write(Statement("UPDATE chunk SET condemned = ? WHERE hash = ? AND NOT " + REFERRED,
-                                  [(now, hash) for (hash,) in piece], many=True))
+            self._write(Statement("UPDATE chunk SET condemned = ? WHERE hash = ? AND " + unwanted,
+                                  [(now, hash, now) for (hash,) in piece], many=True))
         return len(rows)
 
-    def _bury(self, now: int) -> int:
-        """Rows of chunks condemned long enough go; one that is referred to again is acquitted."""
-        rows = self.db.read("SELECT hash FROM chunk WHERE condemned < ?", (now - KEEP_CONDEMNED,))
+    def _bury(self, now: int, before: int, rest: int) -> int:
+        """Rows of chunks that were condemned before a due time go, their objects after a rest; one referred to again is acquitted."""
+        rows = self.db.read("SELECT hash FROM chunk WHERE condemned < ?", (before,))
         for piece in pieces(rows):
             self._write(
                 Statement("UPDATE chunk SET condemned = NULL WHERE hash = ? AND " + REFERRED, piece, many=True),
                 Statement("INSERT OR IGNORE INTO grave SELECT object, ? FROM chunk WHERE hash = ? AND condemned IS NOT NULL "
-                          "AND object IS NOT NULL", [(now + KEEP_BURIED, hash) for (hash,) in piece], many=True),
+                          "AND object IS NOT NULL", [(now + rest, hash) for (hash,) in piece], many=True),
                 Statement("DELETE FROM digest WHERE manifest = ? AND EXISTS (SELECT 1 FROM chunk WHERE hash = manifest "
                           "AND condemned IS NOT NULL)", piece, many=True),
                 Statement("DELETE FROM chunk WHERE hash = ? AND condemned IS NOT NULL", piece, many=True))
@@ -15477,7 +15636,7 @@ def check_chunks(cloud: Cloud, prefix: str = "", quick: bool = False) -> Iterato
             wrong = "missing"
         except OSError as error:
             wrong = str(error)
-        if bool(wrong) != bool(bad) and (wrong or not quick):
+        if bool(wrong) != bool(bad) and (wrong or not quick) and not cloud.db.readonly:
             cloud.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ?", (cloud.clock.wall() if wrong else None, hash)))
         if wrong:
             log.error("chunk %s is %s", hash, wrong)
@@ -15492,6 +15651,7 @@ class Janitor(threading.Thread):
         self.cloud, self.upkeep, self.ended = cloud, Upkeep(cloud), threading.Event()
         self.next = {job: cloud.clock.due() + min(every, MINUTE) for job, (every, _) in JOBS.items()}
         self.shard = secrets.randbelow(256)
+        self.failing: dict[str, str] = {}                    # job: what was said of it last
 
     def run(self) -> None:
         while not self.ended.wait(1):
@@ -15499,13 +15659,19 @@ class Janitor(threading.Thread):
             for job, (every, run) in JOBS.items():
                 if now >= self.next[job] and not self.ended.is_set():
                     self.next[job] = now + every
-                    try:
-                        if job == "devices" or self.upkeep.hold():
-                            run(self)
-                    except CloudError as error:
-                        log.warning("%s: %s", job, error)
-                    except Exception:
-                        log.exception(job)
+                    self._do(job, run)
+
+    def _do(self, job: str, run: Callable[[Janitor], Any]) -> None:
+        try:
+            if job in EVERYBODYS or self.upkeep.hold():
+                run(self)
+            self.failing.pop(job, None)
+        except CloudError as error:
+            if self.failing.get(job) != str(error):              # once, not every five seconds (R19)
+                log.warning("%s: %s", job, error)
+            self.failing[job] = str(error)
+        except Exception:
+            log.exception(job)
 
     def sweep_some(self) -> None:
         """One shard in turn: all have theirs within a day."""
@@ -15515,11 +15681,15 @@ class Janitor(threading.Thread):
     def stop(self) -> None:
         self.ended.set()
         self.join(1)                             # a job may be ended at any moment
+        with suppress(CloudError):
+            self.upkeep.release()
 
 
+EVERYBODYS = ("devices",)        # what each process has to write
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what)
     "devices": (MINUTE, lambda janitor: janitor.cloud.accounts.save_used()),
     "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
+    "reserve": (MINUTE, lambda janitor: janitor.cloud.keep_reserve()),
     "crash": (MINUTE, lambda janitor: janitor.upkeep.look_after_crash()),
     "expire": (MINUTE, lambda janitor: janitor.upkeep.expire()),
     "names": (5 * SECOND, lambda janitor: janitor.upkeep.index_names()),
@@ -15574,11 +15744,14 @@ def verify(cloud: Cloud, quick: bool = False) -> list[str]:
         if what:
             bad.append((hash, what))
     progress.end()
-    for hash, what in bad:
-        touched = list(names_of(cloud, "e.manifest = ? OR e.manifest IN (SELECT manifest FROM manifest_chunk WHERE chunk = ?)",
-                                (hash, hash)))
-        wrong += ["%s: a part is %s" % (name, what) for name in touched or ["chunk " + hash + ", which nothing refers to"]]
-    return wrong
+    return wrong + name_damage(cloud, dict(bad))
+
+
+def name_damage(cloud: Cloud, bad: dict[str, str]) -> list[str]:
+    """A line for each file, and each of its versions, that chunks {hash: what is wrong} belong to."""
+    return ["%s: a part is %s" % (name, what) for hash, what in bad.items()
+            for name in list(names_of(cloud, "e.manifest = ? OR e.manifest IN (SELECT manifest FROM manifest_chunk WHERE chunk = ?)",
+                                      (hash, hash))) or ["chunk " + hash + ", which nothing refers to"]]
 
 
 WRONG_SUMS = """SELECT c.node FROM collection c WHERE (c.size, c.files) <> (
@@ -15599,81 +15772,154 @@ def names_of(cloud: Cloud, where: str, params: tuple[Any, ...]) -> Iterator[str]
         yield "%s: %s%s" % (account, "/".join(path or ("(deleted)",)), ", version of " + format_time(at or 0) if until else "")
 
 
-# ---- backup, restore, export, import
+# ---- backup, restore, repair, export, import
 
-def back_up(cloud: Cloud, to: Path) -> tuple[int, int]:
-    """Bring a directory to the state of a cloud, which may be in use; returns (objects copied, bytes).
+class Copying:
+    """Objects on their way into a store.  One that is missing, damaged or cannot be read costs only itself, and is noted."""
+
+    def __init__(self, target: ObjectDirectory) -> None:
+        self.target, self.count, self.size = target, 0, 0
+        self.bad: dict[str, str] = {}                        # {hash: what is wrong with it}
+
+    def run(self, source: ObjectDirectory, rows: Iterable[tuple[str, int, str]]) -> None:
+        """Copy what the target lacks of (hash, bytes, name).  raises OSError when the target cannot be written"""
+        rows = [row for row in rows if not self.target.has(row[2])]
+        progress = Progress("copy", sum(size for _, size, _ in rows))
+        for hash, size, name in rows:
+            data, wrong = read_object(source, name, hash)
+            if wrong:
+                self.bad[hash] = wrong
+            else:
+                self.target.put(name, data)
+                self.bad.pop(hash, None)
+                self.count, self.size = self.count + 1, self.size + size
+            progress.add(size)
+        progress.end()
+
+
+def read_object(store: ObjectDirectory, name: str, hash: str) -> tuple[bytes, str | None]:
+    """(the bytes of an object, what is wrong with it or None)"""
+    try:
+        with store.get(name) as file:
+            data = file.read()
+    except FileNotFoundError:
+        return b"", "missing"
+    except OSError as error:
+        return b"", error.strerror or str(error)
+    return data, None if hashlib.sha256(data).hexdigest() == hash else "damaged"
+
+
+def check_apart(data: Path, to: Path) -> None:
+    """raises CloudError if one of two directories is, or lies in, the other"""
+    ours, theirs = data.resolve(), to.resolve()
+    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+        raise CloudError("conflict", "%s is, holds or lies in the data directory %s; give another place" % (to, data))
+
+
+def back_up(cloud: Cloud, to: Path) -> tuple[int, int, list[str]]:
+    """Bring a directory to the state of a cloud, which may be in use; returns (objects copied, bytes, what could not be).
 
     Only what the directory lacks is copied.  It becomes the new state all at once, when its database commits; what only
     the state before needed is removed after that.
+    raises  CloudError conflict for the backup of another cloud: what it holds would be removed
     """
+    check_apart(cloud.config.data, to)
     claim_directory(to)
-    store = ObjectDirectory(to / "objects")
-    store.create()
-    hold = Statement("INSERT OR REPLACE INTO setting VALUES ('hold', ?)", (str(cloud.clock.due() + 7 * DAY),))
-    cloud.db.run(hold)                           # what is deleted from now on stays until we are done
-    copied = [0, 0]
-    db = sqlite3.connect(to / "cloud.db", isolation_level=None)
+    lock = FileLock(to / "write.lock")
+    if not lock.acquire(wait=False):
+        raise CloudError("conflict", "%s is in use: another backup is being written there, or a server runs on it" % to)
+    db = sqlite3.connect(to / "cloud.db", isolation_level=None, uri=True)
     try:
-        copy_objects(cloud.blobs.store, store, cloud.db.each(OBJECTS), copied)          # most of it, holding nothing
-        db.execute("ATTACH ? AS live", (str(cloud.db.path),))
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("BEGIN IMMEDIATE")
-        copy_tables(db)
-        copy_objects(cloud.blobs.store, store, db.execute(OBJECTS), copied)             # and what came meanwhile
-        db.execute("COMMIT")
-        if db.execute("PRAGMA main.quick_check").fetchone() != ("ok",):
-            raise CloudError("storage-failed", "the copy of the database is damaged; back up to another place")
-        prune_objects(store, db)
+        db.execute("ATTACH ? AS live", (cloud.db.address(),))
+        db.execute("PRAGMA main.synchronous = EXTRA")        # the journal's name is gone from the disk, too, before it is done
+        prepare_backup(db, to)
+        with sweep_held(cloud):
+            copying = Copying(ObjectDirectory(to / "objects"))
+            copying.target.create()
+            copying.run(cloud.blobs.store, cloud.db.each(OBJECTS))           # most of it, holding nothing
+            db.execute("BEGIN IMMEDIATE")
+            bad = {**copy_tables(db), **copying.bad}
+            copying.run(cloud.blobs.store, db.execute(OBJECTS))              # and what came meanwhile
+            db.execute("COMMIT")
+            sync_directory(to)
+            if db.execute("PRAGMA main.quick_check").fetchone() != ("ok",):
+                raise CloudError("storage-failed", "the copy of the database is damaged; back up to another place")
+            prune_objects(copying.target, db)
+    except sqlite3.Error as error:
+        raise database_error(error, to / "cloud.db") from error
     finally:
         db.close()
-        cloud.db.run(Statement("DELETE FROM setting WHERE name = 'hold'"))
-    return copied[0], copied[1]
+        lock.close()
+    return copying.count, copying.size, name_damage(cloud, {**bad, **copying.bad})
+
+
+@contextmanager
+def sweep_held(cloud: Cloud) -> Iterator[None]:
+    """Nothing is swept meanwhile; what is deleted stays until we are done."""
+    if cloud.db.readonly:
+        yield                                    # nobody can sweep there
+        return
+    cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('hold', ?)", (str(cloud.clock.due() + 7 * DAY),)))
+    try:
+        yield
+    finally:
+        cloud.db.run(Statement("DELETE FROM setting WHERE name = 'hold'"), frees=True)
 
 
 OBJECTS = "SELECT hash, size, object FROM chunk WHERE object IS NOT NULL"
 
 
-def copy_tables(db: sqlite3.Connection) -> None:
-    """Bring the tables of `main` to those of `live`; chunks and thumbnails that are there are not copied again."""
-    db.execute("PRAGMA user_version = %d" % db.execute("PRAGMA live.user_version").fetchone())
+def prepare_backup(db: sqlite3.Connection, to: Path) -> None:
+    """Bring the tables of a backup that an older version wrote to those of today, and see whose it is."""
+    (version,) = db.execute("PRAGMA main.user_version").fetchone()
+    check_version(version)
+    if not db.execute("SELECT 1 FROM main.sqlite_master WHERE name = 'setting'").fetchone():
+        return                                   # a new one, or one that was never finished
+    if identity_of(db, "main") not in (None, identity_of(db, "live")):
+        raise CloudError("conflict", "%s holds a backup of another cloud; give a directory of its own" % to)
+    if 0 < version <= len(MIGRATIONS):
+        migrate(db, MIGRATIONS[version - 1:])
+
+
+def identity_of(db: sqlite3.Connection, schema: str) -> Any:
+    """What tells clouds apart and survives every restore: the root of the first account; None without accounts."""
+    row = db.execute("SELECT root FROM %s.account ORDER BY id LIMIT 1" % schema).fetchone()
+    return row and row[0]
+
+
+def copy_tables(db: sqlite3.Connection) -> dict[str, str]:
+    """Bring the tables of `main` to those of `live`; chunks and thumbnails that are there are not copied again.
+
+    returns  {hash: "damaged"} of chunks in rows that are
+    """
     there = {name for (name,) in db.execute("SELECT name FROM main.sqlite_master")}
     for kind, name, sql in db.execute("SELECT type, name, sql FROM live.sqlite_master WHERE sql IS NOT NULL "
                                       "AND name NOT LIKE '%_index%' ORDER BY type DESC").fetchall():
         if name not in there:
             db.execute(sql)
-        if kind == "table" and name not in ("chunk", "thumbnail"):
+        if kind == "table" and name not in ("chunk", "thumbnail", "name_row", "text_row", "lease"):
             db.execute('DELETE FROM main."%s"' % name)
-            db.execute('INSERT INTO main."%s" SELECT * FROM live."%s"' % (name, name))
+            db.execute(copy_rows(db, name))
+    db.execute("PRAGMA main.user_version = %d" % (1 + len(MIGRATIONS)))
     db.execute("DELETE FROM main.chunk WHERE NOT EXISTS (SELECT 1 FROM live.chunk l WHERE l.hash = chunk.hash)")
-    db.execute("INSERT INTO main.chunk SELECT * FROM live.chunk l WHERE NOT EXISTS (SELECT 1 FROM main.chunk c WHERE c.hash = l.hash)")
+    new = "NOT EXISTS (SELECT 1 FROM main.chunk c WHERE c.hash = l.hash)"
+    bad = {hash: "damaged" for hash, data in db.execute("SELECT hash, data FROM live.chunk l WHERE data IS NOT NULL AND " + new)
+           if hashlib.sha256(data).hexdigest() != hash}
+    db.execute(copy_rows(db, "chunk") + " l WHERE " + new)
     db.execute("UPDATE main.chunk SET (object, at, condemned, bad) = (SELECT object, at, condemned, bad FROM live.chunk l "
-               "WHERE l.hash = chunk.hash)")
+               "WHERE l.hash = chunk.hash) WHERE (object, at, condemned, bad) IS NOT (SELECT object, at, condemned, bad "
+               "FROM live.chunk l WHERE l.hash = chunk.hash)")
     db.execute("DELETE FROM main.thumbnail WHERE NOT EXISTS (SELECT 1 FROM live.thumbnail l WHERE l.id = thumbnail.id "
                "AND l.home = thumbnail.home AND l.manifest = thumbnail.manifest)")
-    db.execute("INSERT INTO main.thumbnail SELECT * FROM live.thumbnail l WHERE NOT EXISTS (SELECT 1 FROM main.thumbnail t "
-               "WHERE t.id = l.id)")
-    db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed', 'read')")
-    db.execute("DELETE FROM main.name_row")
-    db.execute("DELETE FROM main.text_row")
-    db.execute("DELETE FROM main.lease")
+    db.execute(copy_rows(db, "thumbnail") + " l WHERE NOT EXISTS (SELECT 1 FROM main.thumbnail t WHERE t.id = l.id)")
+    db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed', 'read', 'running', 'unclean')")
+    return bad
 
 
-def copy_objects(source: ObjectDirectory, target: ObjectDirectory, rows: Iterable[tuple[str, int, str]],
-                 copied: list[int]) -> None:
-    """Copy the objects that are not there, checking each by its hash."""
-    rows = [row for row in rows if not target.has(row[2])]
-    progress = Progress("copy", sum(size for _, size, _ in rows))
-    for hash, size, name in rows:
-        with source.get(name) as file:
-            data = file.read()
-        if hashlib.sha256(data).hexdigest() == hash:
-            target.put(name, data)
-            copied[0], copied[1] = copied[0] + 1, copied[1] + size
-        else:
-            log.error("chunk %s is damaged and was not copied; run verify", hash)
-        progress.add(size)
-    progress.end()
+def copy_rows(db: sqlite3.Connection, table: str) -> str:
+    """The statement that copies a table from `live` to `main`, column by column, in whatever order each has them."""
+    columns = ", ".join('"%s"' % row[1] for row in db.execute('PRAGMA live.table_info("%s")' % table))
+    return 'INSERT INTO main."%s" (%s) SELECT %s FROM live."%s"' % (table, columns, columns, table)
 
 
 def prune_objects(store: ObjectDirectory, db: sqlite3.Connection) -> None:
@@ -15687,33 +15933,119 @@ def prune_objects(store: ObjectDirectory, db: sqlite3.Connection) -> None:
 def restore_backup(source: Path, config: Config) -> list[str]:
     """Make a new data directory from a backup, and check it; returns what is wrong.
 
-    The server gets a new epoch, by which clients know that what they miss is unknown, not deleted (R29).
+    What is damaged or missing in the backup costs only the files it belongs to.  The server gets a new epoch, by which
+    clients know that what they miss is unknown, not deleted (R29).
     """
     if not (source / "cloud.db").exists():
         raise CloudError("not-found", "%s holds no backup" % source)
     if (config.data / "cloud.db").exists():
         raise CloudError("conflict", "%s holds a cloud already; restore into an empty directory" % config.data)
     claim_directory(config.data)
-    store = ObjectDirectory(config.data / "objects")
-    store.create()
+    copying = Copying(ObjectDirectory(config.data / "objects"))
+    copying.target.create()
     partial = config.data / "cloud.db.partial"
     partial.unlink(missing_ok=True)
-    backup, db = sqlite3.connect(source / "cloud.db"), sqlite3.connect(partial, isolation_level=None)
+    backup = sqlite3.connect((source / "cloud.db").resolve().as_uri() + "?mode=ro", uri=True)
+    db = sqlite3.connect(partial, isolation_level=None)
     try:
         backup.backup(db)
-        db.execute("UPDATE setting SET value = ? WHERE name = 'epoch'", (secrets.token_hex(8),))
-        copy_objects(ObjectDirectory(source / "objects"), store, db.execute(OBJECTS), [0, 0])
+        check_version(db.execute("PRAGMA user_version").fetchone()[0])
+        copying.run(ObjectDirectory(source / "objects"), db.execute(OBJECTS))
+    except sqlite3.Error as error:
+        raise CloudError("storage-failed", "%s is no whole backup (%s)" % (source, error)) from error
     finally:
         backup.close()
         db.close()
     os.replace(partial, config.data / "cloud.db")
     sync_directory(config.data)
-    cloud = Cloud(config)
-    try:
+    with closing(Cloud(config, how="open")) as cloud:
         begin_anew(cloud)
         return verify(cloud)
-    finally:
-        cloud.close()
+
+
+class Healing(NamedTuple):
+    """A chunk that is damaged or missing, and where its bytes are."""
+    hash: str
+    size: int
+    wrong: str
+    source: Callable[[], bytes] | None           # None: nowhere
+
+
+def find_healing(cloud: Cloud, source: Path) -> list[Healing]:
+    """Every chunk that is damaged or missing, and what of a directory has its bytes: a backup, a data directory, or plain
+    files such as an export or a sync folder.  Nothing is changed; bytes are compared by their hash alone."""
+    wanted = {hash: (size, wrong) for hash, size, wrong in check_chunks(cloud) if wrong}
+    for hash, size in cloud.db.read(UNKNOWN_CHUNKS):
+        wanted[hash] = size, "missing"
+    look = look_in_backup if (source / "cloud.db").exists() else look_in_files
+    found = look(cloud, source, {hash: size for hash, (size, _) in wanted.items()})
+    return [Healing(hash, size, wrong, found.get(hash)) for hash, (size, wrong) in sorted(wanted.items())]
+
+
+UNKNOWN_CHUNKS = (  # chunks that files name and no row knows, with their sizes
+    "SELECT e.manifest, max(e.size) FROM entry e WHERE e.kind = 0 AND e.manifest < 'g' AND NOT EXISTS (SELECT 1 FROM chunk "
+    "WHERE hash = e.manifest) GROUP BY e.manifest UNION SELECT m.chunk, coalesce((SELECT min(n.offset) FROM manifest_chunk n "
+    "WHERE n.manifest = m.manifest AND n.offset > m.offset), f.size) - m.offset FROM manifest_chunk m JOIN manifest f "
+    "ON f.id = m.manifest WHERE NOT EXISTS (SELECT 1 FROM chunk WHERE hash = m.chunk)")
+
+
+def look_in_backup(cloud: Cloud, source: Path, wanted: dict[str, int]) -> dict[str, Callable[[], bytes]]:
+    """Which of some chunks {hash: bytes} a backup or data directory has whole."""
+    store, found = ObjectDirectory(source / "objects"), {}
+    db = sqlite3.connect((source / "cloud.db").resolve().as_uri() + "?mode=ro", uri=True, check_same_thread=False)
+    with closing(db):
+        for hash in wanted:
+            for name, data in db.execute("SELECT object, data FROM chunk WHERE hash = ?", (hash,)):
+                if name and read_object(store, name, hash)[1] is None:
+                    found[hash] = partial(lambda name, hash: read_object(store, name, hash)[0], name, hash)
+                elif data is not None and hashlib.sha256(data).hexdigest() == hash:
+                    found[hash] = partial(bytes, data)
+    return found
+
+
+def look_in_files(cloud: Cloud, source: Path, wanted: dict[str, int]) -> dict[str, Callable[[], bytes]]:
+    """Which of some chunks plain files have at the offset where ours had them; any file of the right size may be it."""
+    sizes: dict[int, list[Path]] = {}
+    for above, _, names in os.walk(source):
+        for name in names:
+            with suppress(OSError):
+                place = Path(above, name)
+                sizes.setdefault(place.stat().st_size, []).append(place)
+    found = {}
+    for hash, length in wanted.items():
+        for size, offset in cloud.db.read(
+                "SELECT DISTINCT e.size, 0 FROM entry e WHERE e.manifest = :hash UNION SELECT DISTINCT f.size, m.offset FROM "
+                "manifest_chunk m JOIN manifest f ON f.id = m.manifest WHERE m.chunk = :hash", {"hash": hash}):
+            for place in sizes.get(size, ()):
+                read = partial(read_range, place, offset, length)
+                if hash not in found and hashlib.sha256(read()).hexdigest() == hash:
+                    found[hash] = read
+    return found
+
+
+def read_range(place: Path, offset: int, count: int) -> bytes:
+    """Some bytes of a file; what cannot be read is not there."""
+    try:
+        with open(place, "rb") as file:
+            file.seek(offset)
+            return file.read(count)
+    except OSError:
+        return b""
+
+
+def heal(cloud: Cloud, healings: Iterable[Healing]) -> int:
+    """Put the bytes that were found in the place of the damaged ones; returns how many chunks are whole again."""
+    healed = 0
+    for hash, size, _, source in healings:
+        data = source() if source else b""
+        if hashlib.sha256(data).hexdigest() == hash:
+            inline = len(data) <= INLINE_LIMIT
+            name = None if inline else cloud.blobs.put_chunk(hash, data, secrets.token_hex(8))
+            cloud.db.run(
+                Statement("INSERT INTO chunk (hash, size, at) VALUES (?, ?, ?) ON CONFLICT (hash) DO NOTHING", (hash, size, cloud.clock.due())),
+                Statement("UPDATE chunk SET object = ?, data = ?, bad = NULL WHERE hash = ?", (name, data if inline else None, hash)))
+            healed += 1
+    return healed
 
 
 SEQS_LOST = 1 << 20             # more writes than a state that was put back can have lost
@@ -15738,7 +16070,11 @@ def export_files(cloud: Cloud, who: Principal, to: Path) -> tuple[int, list[str]
     """
     to.mkdir(parents=True, exist_ok=True)
     progress, written, failed = Progress("export", cloud.stat(who, ()).size), 0, []
-    for path, node, content in cloud.walk_contents(who, ()):
+
+    def miss(path: tuple[str, ...], error: CloudError) -> None:
+        failed.append("%s: %s" % ("/".join(path) or "(the top)", error))
+
+    for path, node, content in cloud.walk_contents(who, (), missed=miss):
         place = to.joinpath(*path)
         try:
             if content is None:
@@ -15879,19 +16215,23 @@ def file_system_of(path: Path) -> str:
 
 
 def examine_cloud(config: Config) -> Iterator[tuple[bool, str]]:
-    cloud = Cloud(config)
     try:
-        yield cloud.db.read("PRAGMA quick_check") == [("ok",)], "the database is whole"
-        yield cloud.db.read("PRAGMA journal_mode") == [("wal",)], "the database keeps a write-ahead log"
-        yield cloud.accounts.is_set_up(), "there is an account"
-        numbers = cloud.numbers()
-        bad = numbers["bad_chunks"]
-        yield bad == 0, "%d damaged chunks%s" % (bad, "; run verify, it names the files" if bad else "")
-        yield cloud.db.has_index(), "SQLite can index names (FTS5 with trigrams)"
-        stood = json.loads(cloud.db.setting("clock") or "[0, 0]")[1]
-        yield stood <= cloud.clock.wall() + HOUR, "the clock did not go back"
-    finally:
-        cloud.close()
+        with closing(Cloud(config, how="open")) as cloud:
+            yield from examine_data(cloud)
+    except (CloudError, OSError) as error:       # whatever it is: this is where one comes to hear of it
+        yield False, str(error)
+
+
+def examine_data(cloud: Cloud) -> Iterator[tuple[bool, str]]:
+    yield cloud.db.read("PRAGMA quick_check") == [("ok",)], "the database is whole"
+    yield cloud.db.read("PRAGMA journal_mode") == [("wal",)], "the database keeps a write-ahead log"
+    yield cloud.accounts.is_set_up(), "there is an account"
+    numbers = cloud.numbers()
+    yield numbers["bad_chunks"] == 0, "%d damaged chunks%s" % (numbers["bad_chunks"], "; run verify, it names the files"
+                                                               if numbers["bad_chunks"] else "")
+    yield cloud.db.has_index(), "SQLite can index names (FTS5 with trigrams)"
+    stood = json.loads(cloud.db.setting("clock") or "[0, 0]")[1]
+    yield stood <= cloud.clock.wall() + HOUR, "the clock did not go back"
 
 
 def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
@@ -15961,8 +16301,8 @@ def serve(config: Config) -> int:
     alone = workers == 1 or not hasattr(os, "fork")
     code = work(config, listener) if alone else Supervisor(config, listener, workers).run()
     if code == 0:
-        with closing(Cloud(config)) as cloud:
-            cloud.db.run(Statement("DELETE FROM setting WHERE name = 'running'"))
+        with suppress(CloudError), closing(Cloud(config, how="open")) as cloud:      # else the next start looks at the database
+            cloud.db.run(Statement("DELETE FROM setting WHERE name = 'running'"), frees=True)
         log.info("stopped")
     return code
 
@@ -16033,8 +16373,9 @@ def announce(config: Config, port: int) -> None:
     urls = urls_of(config, port)
     with closing(Cloud(config)) as cloud:
         if cloud.db.setting("running"):
-            cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('unclean', '1')"))      # the janitor looks (R22)
-        cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('running', ?)", (local_url(config, port),)))
+            cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('unclean', '1')"), frees=True)      # the janitor looks (R22)
+        cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('running', ?)", (local_url(config, port),)), frees=True)
+        cloud.keep_reserve()
         at = [*urls, *([local_url(config, port) + " for the proxy"] if config.behind_proxy else [])]
         print("cloudserver serves %s at %s" % (config.data.resolve(), ", ".join(dict.fromkeys(at))))
         if config.admin and not cloud.accounts.is_set_up():
@@ -16079,8 +16420,9 @@ def work(config: Config, listener: socket.socket, lifeline: int | None = None, b
     janitor.start()
     server.serve_forever()
     janitor.stop()
-    cloud.accounts.save_used()
-    cloud.db.save_clock()
+    with suppress(CloudError):                   # a disk that fails does not keep us
+        cloud.accounts.save_used()
+        cloud.db.save_clock()
     if not server.active:
         cloud.close()
     return 0
@@ -17536,9 +17878,17 @@ def leave(code: int) -> None:
 
 
 @contextmanager
-def open_cloud(config: Config) -> Iterator[Cloud]:
-    """The cloud in the data directory, for a command that works beside a running server or without one."""
-    cloud = Cloud(config)
+def open_cloud(config: Config, how: str = "open") -> Iterator[Cloud]:
+    """The cloud in the data directory, for a command that works beside a running server or without one.
+
+    how   as of Cloud; "look": to read it, and note damage where that can be noted
+    """
+    try:
+        cloud = Cloud(config, how="open" if how == "look" else how)
+    except (CloudError, OSError) as error:
+        if how != "look" or getattr(error, "kind", "") in ("not-found", "conflict"):
+            raise
+        cloud = Cloud(config, how="read")        # a snapshot, a disk that turned read-only, or not a byte free
     try:
         yield cloud
     finally:
@@ -17558,7 +17908,7 @@ def run_serve(config: Config, given: Arguments) -> None:
          ("--admin", {"action": "store_true", "help": "may manage accounts"}), PASSWORD_STDIN, settings=("data", "quota"))
 def run_user_add(config: Config, given: Arguments) -> None:
     """make an account; --quota limits it"""
-    with open_cloud(config) as cloud:
+    with open_cloud(config, "make") as cloud:
         cloud.accounts.add(given.name, read_password(given), admin=given.admin,
                            quota=parse_size(config.quota) if config.quota else cloud.policy().quota)
 
@@ -17566,7 +17916,7 @@ def run_user_add(config: Config, given: Arguments) -> None:
 @command("user list")
 def run_user_list(config: Config, given: Arguments) -> None:
     """list accounts, what they use and may use"""
-    with open_cloud(config) as cloud:
+    with open_cloud(config, "look") as cloud:
         for account in cloud.accounts.list():
             print("%-24s %-6s %10s of %-10s %8d files" % (
                 account.name, "admin" if account.admin else "", format_size(account.used),
@@ -17586,10 +17936,8 @@ def run_user_remove(config: Config, given: Arguments) -> Optional[int]:
     """end an account; its files go when history does"""
     with open_cloud(config) as cloud:
         account = cloud.accounts.get(given.name)
-        if not given.yes:
-            print("Remove %s and %d files? [y/N] " % (account.name, account.files), end="", flush=True)
-            if read_line().lower() != "y":
-                return 1
+        if not given.yes and not agree("Remove %s and %d files?" % (account.name, account.files)):
+            return 1
         cloud.accounts.remove(given.name)
     return None
 
@@ -17597,32 +17945,66 @@ def run_user_remove(config: Config, given: Arguments) -> Optional[int]:
 @command("verify", ("--quick", {"action": "store_true", "help": "only that every part is there, not its bytes"}))
 def run_verify(config: Config, given: Arguments) -> int:
     """read everything and name every file that is damaged"""
-    with open_cloud(config) as cloud:
+    with open_cloud(config, "look") as cloud:
         wrong = verify(cloud, given.quick)
         print("\n".join(wrong) or "all is well: %d chunks, seq %d" % (cloud.numbers()["chunks"], cloud.head()))
     return 1 if wrong else 0
 
 
-@command("gc", settings=("data", "keep_days", "history"))
+@command("gc", ("--now", {"action": "store_true", "help": "empty every trash and give back at once what nothing needs any more"}),
+         ("--yes", {"action": "store_true", "help": "do not ask"}), settings=("data", "keep_days", "history"))
 def run_gc(config: Config, given: Arguments) -> int:
     """give back space now (a running server does so by itself, bit by bit)"""
     with open_cloud(config) as cloud:
         upkeep = Upkeep(cloud)
+        if given.now and not given.yes and not agree("Give up for good what is in the trash of every account?"):
+            return 1
         if not upkeep.hold():
-            raise CloudError("busy", "a running server is at it")
-        upkeep.expire()
-        upkeep.mark_age()
-        print("history: %d rows thinned, %d nodes removed" % (upkeep.thin(), upkeep.purge()))
-        print("chunks: %(manifests)d manifests, %(condemned)d condemned, %(buried)d buried, %(deleted)d deleted" % upkeep.sweep())
+            raise CloudError("busy", "a running server is at it; try again in %d minutes, or stop it" % (LEASE // MINUTE))
+        try:
+            for account in cloud.accounts.list() if given.now else ():
+                print("%s: %d things given up" % (account.name, cloud.empty_trash(cloud.accounts.principal(account.name))))
+            upkeep.expire()
+            upkeep.mark_age()
+            print("history: %d rows thinned, %d nodes removed" % (upkeep.thin(), upkeep.purge()))
+            print("chunks: %(manifests)d manifests, %(condemned)d condemned, %(buried)d buried, %(deleted)d deleted"
+                  % upkeep.sweep(at_once=given.now))
+        finally:
+            upkeep.release()
     return 0
 
 
+def agree(question: str) -> bool:
+    print(question + " [y/N] ", end="", flush=True)
+    return read_line().lower() == "y"
+
+
 @command("backup", ("to", {"metavar": "DIR", "type": Path, "help": "directory to bring up to date; only what it lacks is copied"}), outside=True)
-def run_backup(config: Config, given: Arguments) -> None:
+def run_backup(config: Config, given: Arguments) -> int:
     """copy everything to a directory, while the server runs"""
-    with open_cloud(config) as cloud:
-        count, size = back_up(cloud, given.to)
-        print("backed up to %s: %d chunks, %s copied" % (given.to, count, format_size(size)))
+    with open_cloud(config, "look") as cloud:
+        count, size, damaged = back_up(cloud, given.to)
+    print("backed up to %s: %d chunks, %s copied" % (given.to, count, format_size(size)), *damaged, sep="\n")
+    return 1 if damaged else 0
+
+
+@command("repair", ("source", {"metavar": "FROM", "type": Path, "help": "a backup, or plain files: an export, a sync folder"}),
+         ("--yes", {"action": "store_true", "help": "do it; without this only the plan is shown"}))
+def run_repair(config: Config, given: Arguments) -> int:
+    """bring damaged and missing parts of files back from a backup or from plain files"""
+    if not given.source.is_dir():
+        raise CloudError("not-found", "%s is not a directory" % given.source)
+    with open_cloud(config, "open" if given.yes else "look") as cloud:
+        healings = find_healing(cloud, given.source)
+        known, lost = ({one.hash: one.wrong for one in healings if bool(one.source) == there} for there in (True, False))
+        print("%d parts are damaged or missing; %s has %d of them" % (len(healings), given.source, len(known)))
+        print(*("would heal " * (not given.yes) + line for line in name_damage(cloud, known)),
+              *("no help for " + line for line in name_damage(cloud, lost)), sep="\n")
+        if given.yes:
+            print("%d parts are whole again" % heal(cloud, healings))
+        elif known:
+            print("nothing was changed; --yes does it")
+    return 1 if lost or known and not given.yes else 0
 
 
 @command("restore", ("source", {"metavar": "FROM", "type": Path, "help": "directory that backup wrote"}), outside=True)
@@ -17650,7 +18032,7 @@ ONE_USER = ("--user", {"default": "", "help": "whose files; all, each in a folde
 def run_export(config: Config, given: Arguments) -> int:
     """write the files as plain files, with their times"""
     code = 0
-    with open_cloud(config) as cloud:
+    with open_cloud(config, "look") as cloud:
         for name in [given.user] if given.user else [account.name for account in cloud.accounts.list()]:
             who = cloud.accounts.principal(name)
             written, failed = export_files(cloud, who, given.to if given.user else given.to / name)

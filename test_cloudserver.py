@@ -960,6 +960,47 @@ def test_batches_of_one_group_stand_and_fall_alone(db):
     assert sorted(t.batch.seq for t in good) == [2, 3, 4] and db.read("SELECT count(*) FROM journal") == [(4,)]
 
 
+@pytest.mark.parametrize("fault", [10 ** 30, object(), "\ud800", CloudError("bad-request"), ValueError()], ids=lambda fault: type(fault).__name__)
+def test_a_batch_leaves_nothing_whatever_raises_and_when(db, fault):
+    """S9: in the middle of its body, between others, or alone."""
+    def rows():
+        yield ("half", "1")
+        if isinstance(fault, Exception):
+            raise fault
+        yield ("other half", fault)
+
+    def bad():
+        return cs._Ticket(Batch([Statement("INSERT INTO setting VALUES (?, ?)", rows(), many=True)], line=line(), op=("bad", "")))
+
+    good = [cs._Ticket(set_batch("good%d" % n, "1", line=line())) for n in range(2)]
+    alone, between = bad(), bad()
+    db._commit_group([alone])
+    db._commit_group([good[0], between, good[1]])
+    assert alone.error is not None and between.error is not None and good[0].error is good[1].error is None
+    assert db.read("SELECT name FROM setting WHERE name LIKE '%half%' UNION SELECT id FROM op") == []
+    assert db.read("SELECT count(*), max(seq) FROM journal") == [(3, 3)] and db.setting("good1") == "1" and not db.broken
+
+
+def test_who_waits_shares_the_next_commit(db):
+    """S18: while one group is written all others queue, and go together in the next."""
+    sizes, real, gate = [], db._transact, threading.Event()
+
+    def transact(group):
+        sizes.append(len(group))
+        if len(sizes) == 1:
+            gate.wait(5)
+        real(group)
+    db._transact = transact
+    threads = [threading.Thread(target=db.run, args=(Statement("INSERT INTO setting VALUES (?, '')", ("t%d" % n,)),)) for n in range(20)]
+    for thread in threads:
+        thread.start()
+    while len(db._queue) < 19:
+        time.sleep(0.001)
+    gate.set()
+    [thread.join() for thread in threads]
+    assert sizes == [1, 19]
+
+
 def test_many_threads_share_commits_and_lose_nothing(db):
     def work(k):
         for n in range(25):
@@ -1024,7 +1065,7 @@ def test_a_migration_copies_first_and_is_all_or_nothing(tmp_path, monkeypatch):
     Database(tmp_path / "cloud.db", Clock()).close()
     today = 1 + len(cs.MIGRATIONS)
     monkeypatch.setattr(cs, "MIGRATIONS", [*cs.MIGRATIONS, "CREATE TABLE extra (a); CREATE TABLE broken ("])
-    with pytest.raises(sqlite3.Error):
+    with pytest.raises(CloudError, match="cannot be used"):
         Database(tmp_path / "cloud.db", Clock())
     monkeypatch.setattr(cs, "MIGRATIONS", [*cs.MIGRATIONS[:-1], "CREATE TABLE extra (a)"])
     db = Database(tmp_path / "cloud.db", Clock())
@@ -5687,9 +5728,9 @@ def test_a_chunk_that_is_used_again_survives_the_sweep(aging):
 
 def test_objects_without_a_row_go_in_the_end(aging):
     cloud = aging.cloud
-    name = "ab" * 32 + "-stray"
+    name = "ab" * 32 + "-57a9"
     cloud.blobs.store.put(name, b"x")
-    (cloud.blobs.store.home / "cd" / (".cd" + "0" * 62 + "-half")).write_bytes(b"x")
+    (cloud.blobs.store.home / "cd" / (".cd" + "0" * 62 + "-a1f")).write_bytes(b"x")
     aging.work()
     aging.days(6)
     aging.work()
@@ -5859,7 +5900,7 @@ def test_backup_is_incremental_and_restores(make_cloud, tmp_path, rng):
     cloud.put_thumbnail(ann, ("more",), b"\xff\xd8\xff more")
     move(cloud, ann, "more", "many words.txt")
     cloud.delete(ann, ("big",))
-    assert cs.back_up(cloud, tmp_path / "backup")[0] == 2 and cs.back_up(cloud, tmp_path / "backup") == (0, 0)
+    assert cs.back_up(cloud, tmp_path / "backup")[0] == 2 and cs.back_up(cloud, tmp_path / "backup") == (0, 0, [])
     config = Config(data=tmp_path / "restored")
     assert cs.restore_backup(tmp_path / "backup", config) == []
     restored = make_cloud(config)
@@ -5877,6 +5918,430 @@ def test_backup_is_incremental_and_restores(make_cloud, tmp_path, rng):
     assert outcome(cs.restore_backup, tmp_path / "backup", config) == "conflict"
     assert outcome(cs.restore_backup, tmp_path / "nothing", Config(data=tmp_path / "x")) == "not-found"
     assert inside
+
+
+def damage(cloud, file, how="flip"):
+    """Do something to the first object of a file; returns the object's place."""
+    name, = cloud.db.read("SELECT object FROM chunk WHERE object IS NOT NULL AND hash IN (SELECT ?1 UNION SELECT chunk FROM "
+                          "manifest_chunk WHERE manifest = ?1) LIMIT 1", (file.manifest,))[0]
+    place = cloud.blobs.store.home / name[:2] / name
+    {"flip": lambda: flip(place), "lose": place.unlink, "cut short": lambda: os.truncate(place, 10),
+     "unreadable": lambda: (place.unlink(), place.mkdir())}[how]()
+    return place
+
+
+DAMAGES = ["flip", "lose", "cut short", "unreadable"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damage_costs_only_the_files_it_is_in(make_cloud, tmp_path, how):
+    """S6, S7: backup, restore, export, verify and GET go on, name them, and end with 1."""
+    cloud = make_cloud()
+    ann = account(cloud)
+    for n in range(6):
+        put(cloud, ann, "d/f%d" % n, os.urandom(100_000 + n), parents=True)
+    put(cloud, ann, "small", b"small")
+    damage(cloud, cloud.stat(ann, ("d", "f3")), how)
+    whole = {path: data for path, data in ((path, outcome(get, cloud, ann, "/".join(path))) for path, node in cloud.walk(ann, ()) if not node.kind)
+             if data != "storage-failed"}
+    assert len(whole) == 6
+    count, _, damaged = cs.back_up(cloud, tmp_path / "backup")
+    assert count == 5 and len(damaged) == 1 and damaged[0].startswith("ann: d/f3: a part is ")
+    assert cs.back_up(cloud, tmp_path / "backup")[::2] == (0, damaged)
+    config = Config(data=tmp_path / "restored")
+    wrong = cs.restore_backup(tmp_path / "backup", config)
+    assert [line.partition(":")[2].split(":")[0].strip() for line in wrong] == ["d/f3"]
+    restored = make_cloud(config)
+    back = restored.accounts.principal("ann")
+    assert {path: get(restored, back, "/".join(path)) for path in whole} == whole
+    written, failed = cs.export_files(restored, back, tmp_path / "plain")
+    assert written == 6 and len(failed) == 1 and failed[0].startswith("d/f3: ")
+    found = run("backup", tmp_path / "backup", "--data", cloud.config.data)
+    assert found.returncode == 1 and "d/f3" in found.stdout
+    assert run("export", tmp_path / "plain2", "--data", cloud.config.data).returncode == 1
+    put(restored, back, "again", os.urandom(99_000))     # and what was restored is a cloud like any
+    assert cs.verify(restored) == wrong
+
+
+def test_a_damaged_file_says_so_before_its_first_byte(call, cloud, ann, address, caplog):
+    """S7: a problem and not a connection that ends; the log has the path."""
+    put(cloud, ann, "d/one chunk", os.urandom(200_000), parents=True)
+    damage(cloud, cloud.stat(ann, ("d", "one chunk")))
+    for path, how in (("/dav/d/one%20chunk", {}), ("/dav/d/one%20chunk", {"Range": "bytes=5-9"}), ("/api/v1/content/d/one%20chunk", {})):
+        answer = call("GET", path, **how)
+        assert answer.status == 503 and b"damaged" in answer.body, path
+    assert "d/one%20chunk" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["a backup", "an export", "a folder where it is called otherwise"])
+@pytest.mark.parametrize("how", DAMAGES[:3])
+def test_repair_brings_parts_back(make_cloud, tmp_path, how, source):
+    """R26: from whatever has the bytes; it shows its plan, and changes nothing until told to."""
+    cloud = make_cloud()
+    ann = account(cloud)
+    data = {"one": os.urandom(100_000), "three": os.urandom(9 * MiB), "lost": os.urandom(70_000)}
+    for name, content in data.items():
+        put(cloud, ann, name, content)
+    if source == "a backup":
+        cs.back_up(cloud, tmp_path / "source")
+    else:
+        cs.export_files(cloud, ann, tmp_path / "source" / "ann")
+        if source != "an export":
+            os.replace(tmp_path / "source" / "ann" / "three", tmp_path / "source" / "other name")
+    for name in data:
+        damage(cloud, cloud.stat(ann, (name,)), how)
+    if source == "a backup":
+        name, = cloud.db.read("SELECT object FROM chunk WHERE hash = ?", (cloud.stat(ann, ("lost",)).manifest,))[0]
+        flip(tmp_path / "source" / "objects" / name[:2] / name)
+    else:
+        (tmp_path / "source" / "ann" / "lost").unlink()
+    words = ("repair", tmp_path / "source", "--data", cloud.config.data)
+    before = {file: file.read_bytes() for file in cloud.config.data.glob("objects/??/*") if file.is_file()}
+    plan = run(*words)
+    assert plan.returncode == 1 and plan.stdout.count("would heal") == 2 and "no help for ann: lost" in plan.stdout
+    assert {file: file.read_bytes() for file in cloud.config.data.glob("objects/??/*") if file.is_file()} == before
+    done = run(*words, "--yes")
+    assert done.returncode == 1 and "2 parts are whole again" in done.stdout
+    assert get(cloud, ann, "one") == data["one"] and get(cloud, ann, "three") == data["three"]
+    assert {line.split(":")[1] for line in cs.verify(cloud)} == {" lost"}
+
+
+def test_repair_knows_chunks_whose_rows_are_gone(make_cloud, tmp_path):
+    cloud = make_cloud()
+    ann, data = account(cloud), os.urandom(9 * MiB)
+    put(cloud, ann, "big", data)
+    put(cloud, ann, "small", b"small")
+    cs.export_files(cloud, ann, tmp_path / "plain")
+    cloud.db.run(Statement("DELETE FROM chunk"))
+    assert cs.heal(cloud, cs.find_healing(cloud, tmp_path / "plain")) == 4
+    assert cs.verify(cloud) == [] and get(cloud, ann, "big") == data and get(cloud, ann, "small") == b"small"
+
+
+def test_a_backup_is_only_ever_of_one_cloud(make_cloud, tmp_path):
+    """S2: a cloud that is not there, an empty one and another one leave a good backup alone; a restored one is the same cloud."""
+    cloud, other = make_cloud(), make_cloud(name="other")
+    ann = account(cloud)
+    put(cloud, ann, "a", os.urandom(100_000))
+    cs.back_up(cloud, tmp_path / "backup")
+    before = {file: file.read_bytes() for file in (tmp_path / "backup").rglob("*") if file.is_file() and file.name != "write.lock"}
+    assert outcome(cs.back_up, other, tmp_path / "backup") == "conflict"         # empty
+    account(other, "ann")
+    assert outcome(cs.back_up, other, tmp_path / "backup") == "conflict"
+    typo = run("backup", tmp_path / "backup", "--data", tmp_path / "godo")
+    assert typo.returncode == 1 and "holds no cloud" in typo.stderr and not (tmp_path / "godo").exists()
+    assert {file: file.read_bytes() for file in before} == before
+    config = Config(data=tmp_path / "restored")
+    assert cs.restore_backup(tmp_path / "backup", config) == []
+    restored = make_cloud(config)
+    put(restored, restored.accounts.principal("ann"), "b", os.urandom(100_000))
+    assert cs.back_up(restored, tmp_path / "backup")[0] == 1
+    for place in (cloud.config.data, cloud.config.data / "inside", tmp_path):
+        assert outcome(cs.back_up, cloud, place) == "conflict", place            # S15
+
+
+@pytest.mark.parametrize("words", [["verify"], ["gc"], ["export", "x"], ["user", "list"], ["user", "passwd", "ann", "--password-stdin"],
+                                   ["user", "remove", "ann", "--yes"], ["backup", "x"], ["repair", "."], ["restored"], ["doctor"],
+                                   ["import", ".", "--user", "ann"]], ids=lambda words: "-".join(words[:2]))
+def test_only_three_commands_make_a_cloud(tmp_path, words):
+    """S4: serve, user add and restore; all others say that there is none."""
+    found = run(*words, "--data", tmp_path / "none", input=PASSWORD, cwd=tmp_path)
+    assert found.returncode == 1 and "holds no cloud" in found.stderr and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("left", ["objects", "cloud.db-wal", "reserve", "an empty cloud.db"])
+def test_a_cloud_whose_database_is_lost_is_no_empty_cloud(make_cloud, tmp_path, left):
+    """S3"""
+    cloud = make_cloud()
+    ann = account(cloud)
+    put(cloud, ann, "a", os.urandom(100_000))
+    cloud.keep_reserve()
+    place = tmp_path / "left"
+    place.mkdir()
+    if left in ("objects", "an empty cloud.db"):
+        shutil.copytree(cloud.config.data / "objects", place / "objects")
+    if left == "an empty cloud.db":
+        (place / "cloud.db").touch()
+    elif left != "objects":
+        shutil.copy(cloud.config.data / left, place / left)
+    for words in (["serve", "--port", "0"], ["user", "add", "ann", "--password-stdin"], ["verify"], ["gc"]):
+        found = run(*words, "--data", place, input=PASSWORD)
+        assert found.returncode == 1 and "restore a backup" in found.stderr, words
+    assert left != "objects" or not (place / "cloud.db").exists()
+
+
+def test_a_killed_backup_or_restore_goes_on(make_cloud, tmp_path, rng):
+    """S5: whatever it left behind, at whichever moment it was killed."""
+    cloud = make_cloud()
+    ann = account(cloud)
+    contents = {"f%d" % n: os.urandom(rng.randint(65_537, 200_000)) for n in range(120)}
+    for name, data in contents.items():
+        put(cloud, ann, name, data)
+    for n in range(6):
+        for words in (["backup", tmp_path / "backup", "--data", cloud.config.data],
+                      ["restore", tmp_path / "good", "--data", tmp_path / "restored"]):
+            if n == 0:
+                cs.back_up(cloud, tmp_path / "good")
+            process = subprocess.Popen([*PROGRAM, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(rng.uniform(0.2, 0.6))
+            process.kill()
+            process.wait()
+            shutil.rmtree(tmp_path / "restored", ignore_errors=True) if (tmp_path / "restored" / "cloud.db").exists() else None
+    names = [name for name, in cloud.db.read("SELECT object FROM chunk WHERE object IS NOT NULL")]
+    for home in (tmp_path / "backup" / "objects", tmp_path / "restored" / "objects"):
+        half = home / names[0][:2] / ("." + names[0])
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.write_bytes(b"half")
+        (home / names[0][:2] / names[0]).unlink(missing_ok=True)
+    assert cs.back_up(cloud, tmp_path / "backup")[2] == []
+    assert run("restore", tmp_path / "good", "--data", tmp_path / "restored").returncode == 0
+    for place in ("backup", "restored"):
+        assert not [file for file in (tmp_path / place / "objects").rglob(".*") if place == "backup"]
+    assert cs.restore_backup(tmp_path / "backup", Config(data=tmp_path / "second")) == []
+    second = make_cloud(Config(data=tmp_path / "second"))
+    assert tree(second, second.accounts.principal("ann")) == contents
+
+
+def test_a_backup_of_an_older_version_goes_on(make_cloud, tmp_path, monkeypatch):
+    """S11: its tables are brought to those of today; and what did not change is not written again."""
+    migrations = cs.MIGRATIONS
+    monkeypatch.setattr(cs, "MIGRATIONS", migrations[:1])
+    cloud = make_cloud(name="old")
+    cloud.db.run(Statement("INSERT INTO account (id, name, key, root, admin, password, created) VALUES (1, 'ann', 'ann', 7, 0, '', 0)"))
+    cs.copy_of_old = cs.sqlite3.connect(cloud.config.data / "cloud.db")
+    cs.copy_of_old.close()
+    (tmp_path / "backup" / "objects").mkdir(parents=True)
+    shutil.copy(cloud.config.data / "cloud.db", tmp_path / "backup" / "cloud.db")
+    with sqlite3.connect(cloud.config.data / "cloud.db") as source, sqlite3.connect(tmp_path / "backup" / "cloud.db") as target:
+        source.backup(target)
+    source.close(), target.close()
+    monkeypatch.setattr(cs, "MIGRATIONS", migrations + ["ALTER TABLE account ADD COLUMN extra INTEGER; ALTER TABLE chunk ADD COLUMN more"])
+    today = make_cloud(name="old")
+    assert cs.back_up(today, tmp_path / "backup") == (0, 0, [])
+    copy = sqlite3.connect(tmp_path / "backup" / "cloud.db")
+    assert copy.execute("SELECT name, extra FROM account").fetchall() == [("ann", None)]
+    assert copy.execute("PRAGMA user_version").fetchone() == (1 + len(cs.MIGRATIONS),)
+    copy.close()
+
+
+def test_a_backup_writes_only_what_changed(make_cloud, tmp_path):
+    """S11: rows of chunks with their bytes are not written again."""
+    cloud = make_cloud()
+    ann = account(cloud)
+    for n in range(60):
+        put(cloud, ann, "f%d" % n, os.urandom(60_000))
+    cs.back_up(cloud, tmp_path / "backup")
+    watch = sqlite3.connect(tmp_path / "backup" / "cloud.db")
+    watch.executescript("CREATE TABLE seen (hash); CREATE TRIGGER watch AFTER UPDATE ON chunk BEGIN INSERT INTO seen VALUES (new.hash); END")
+    put(cloud, ann, "one more", os.urandom(60_000))
+    cs.back_up(cloud, tmp_path / "backup")
+    assert watch.execute("SELECT count(*) FROM seen").fetchone() == (0,) and watch.execute("SELECT count(*) FROM chunk").fetchone() == (61,)
+    watch.close()
+
+
+@pytest.mark.parametrize("object", ["ab/../../../../evil", "../escape", "", "AB" * 32 + "-1", "ab" * 32, "ab" * 32 + "-1/../x", "." * 80])
+def test_an_object_is_named_by_a_hash_and_nothing_else(tmp_path, object):
+    """S16, P16"""
+    store = cs.ObjectDirectory(tmp_path / "deep" / "objects")
+    store.create()
+    for verb in (store.get, store.delete, lambda name: store.put(name, b"x")):
+        try:
+            verb(object)
+        except FileNotFoundError:
+            pass
+    assert not store.has(object) and {file.name for file in tmp_path.rglob("*") if file.is_file()} == set()
+
+
+def test_a_lease_is_given_back(make_cloud, tmp_path, serve):
+    """S17: gc right after a clean stop."""
+    served = serve()
+    time.sleep(1.5)                              # the janitor has worked
+    busy = run("gc", "--data", served.data)
+    assert served.stop() == 0
+    assert run("gc", "--data", served.data).returncode == 0 and run("gc", "--data", served.data).returncode == 0
+    assert busy.returncode == 0 or "running server" in busy.stderr
+
+
+def test_gc_now_gives_everything_back_at_once(make_cloud, tmp_path, fake):
+    """S13: what is live or still on its way stays."""
+    cloud = make_cloud()
+    ann = account(cloud)
+    for n in range(5):
+        put(cloud, ann, "f%d" % n, os.urandom(100_000))
+    put(cloud, ann, "keep", b"k" * 100_000)
+    loose, = cloud.send(ann, [os.urandom(80_000)])
+    put(cloud, ann, "f0", b"changed")
+    cloud.delete(ann, *[("f%d" % n,) for n in range(4)])
+    assert run("gc", "--now", "--data", cloud.config.data, input="n").returncode == 1
+    assert len(cloud.trash(ann)) == 4
+    done = run("gc", "--now", "--yes", "--data", cloud.config.data)
+    assert done.returncode == 0 and "ann: 4 things given up" in done.stdout and "4 deleted" in done.stdout
+    assert cloud.trash(ann) == [] and tree(cloud, ann).keys() == {"f4", "keep"} and loose in cloud.known(ann, [loose])
+    assert sorted(size for _, size, _ in (one for shard in range(256) for one in cloud.blobs.store.list("%02x" % shard))) == [80_000, 100_000, 100_000]
+    assert cs.verify(cloud) == []
+
+
+def test_who_relied_on_a_chunk_that_was_swept_meanwhile_is_told(cloud, ann, monkeypatch):
+    """What was found stored, and so not stored again, must be there when the batch is done: by PUT, by a part, by a native commit."""
+    data, upkeep = os.urandom(100_000), cs.Upkeep(cloud)
+    def sweep():
+        cloud.delete(ann, ("f",)), cloud.empty_trash(ann)
+        assert upkeep.hold() and upkeep.purge() and upkeep.sweep(at_once=True)["deleted"] == 1
+    monkeypatch.setattr(cs, "ATTEMPTS", 3)
+    hash = put(cloud, ann, "f", data).manifest
+    before_commit(monkeypatch, cloud, sweep)
+    assert outcome(put, cloud, ann, "again", data) == "busy" and "again" not in tree(cloud, ann)
+    assert put(cloud, ann, "again", data) and get(cloud, ann, "again") == data
+    cloud.delete(ann, ("again",)), put(cloud, ann, "f", data)
+    before_commit(monkeypatch, cloud, sweep)
+    assert codes(commit(cloud, ann, [{"put": "native", "chunks": [[hash, len(data)]], "mtime": 0}])) == ["missing"]
+    cloud.begin_parts(ann, "up"), put(cloud, ann, "f", data)
+    before_commit(monkeypatch, cloud, sweep)
+    assert outcome(cloud.put_part, ann, "up", 1, Body(data)) == "busy"
+    assert cs.verify(cloud) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a small file system of its own, as root: small_disk("24m")."""
+    places = []
+
+    def mount(size):
+        place = tmp_path / ("small%d" % len(places))
+        place.mkdir()
+        if not hasattr(os, "geteuid") or os.geteuid() or subprocess.call(
+                ["mount", "-t", "tmpfs", "-o", "size=" + size, "tmpfs", str(place)], stderr=subprocess.DEVNULL):
+            pytest.skip("no small volume can be mounted here")
+        places.append(place)
+        return place
+
+    yield mount
+    for place in places:
+        subprocess.call(["umount", "-l", str(place)])
+
+
+@needs_fork
+def test_a_full_disk_is_no_trap(serve, small_disk):
+    """S13, R18: with not a byte free one can read, delete, stop, verify and give back; then all is well by itself."""
+    small = small_disk("24m")
+    served = serve("--low-water", "0", data=small / "data")
+    for n in range(6):
+        assert served.call("PUT", "/dav/f%d" % n, os.urandom(1_000_000)).status == 201
+    def fill():
+        with open(small / "filler", "ab", buffering=0) as filler:
+            for size in (65536, 1):
+                try:
+                    while filler.write(b"x" * size):
+                        pass
+                except OSError:
+                    pass
+    fill()
+    assert served.call("PUT", "/dav/new", b"x" * 200_000).status == 507
+    assert [served.call("DELETE", "/dav/f%d" % n).status for n in range(3)] == [204] * 3
+    assert served.call("GET", "/dav/f5").status == 200 and served.call("PROPFIND", "/dav/", Depth="1").status == 207
+    assert served.stop() == 0
+    found = run("gc", "--now", "--yes", "--data", small / "data")
+    assert found.returncode == 0 and "ann: 3 things given up" in found.stdout, found.stderr
+    fill()                                       # and now there is no reserve left either
+    for words in (["user", "list"], ["verify"], ["export", small / "nowhere"]):
+        found = run(*words, "--data", small / "data")
+        assert found.returncode == (words[0] == "export") and "f5" in "f5" * (words[0] != "export") + found.stdout, (words, found.stdout, found.stderr)
+    (small / "filler").unlink()
+    served = serve("--low-water", "0", data=small / "data")
+    assert served.call("PUT", "/dav/new", b"x" * 200_000).status == 201 and served.call("GET", "/healthz").status == 200
+    assert served.stop() == 0 and (small / "data" / "reserve").stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("log", ["no log", "a log"])
+def test_a_read_only_medium_can_be_looked_at(small_disk, make_cloud, tmp_path, log):
+    """S14: a snapshot, or a disk that the kernel turned read-only: verified, listed, exported, backed up, and never changed."""
+    small = small_disk("64m")
+    cloud = make_cloud()
+    ann = account(cloud)
+    put(cloud, ann, "d/f", os.urandom(100_000), parents=True)
+    put(cloud, ann, "small", b"small")
+    want = tree(cloud, ann)
+    if log == "no log":
+        cloud.close()
+        cloud.close = lambda: None
+    data = small / "data"
+    shutil.copytree(cloud.config.data, data)     # with a log it is as a crash leaves it: what was written last is there alone
+    (data / "cloud.db-shm").unlink(missing_ok=True)
+    assert (data / "cloud.db-wal").exists() == (log == "a log")
+    before = {file: file.read_bytes() for file in data.rglob("*") if file.is_file()}
+    assert subprocess.call(["mount", "-o", "remount,ro", str(small)]) == 0
+    try:
+        assert run("verify", "--data", data).returncode == 0
+        assert "ann" in run("user", "list", "--data", data).stdout
+        assert run("export", tmp_path / "plain", "--user", "ann", "--data", data).returncode == 0
+        assert {path: (tmp_path / "plain" / path).read_bytes() for path in ("d/f", "small")} == {path: want[path] for path in ("d/f", "small")}
+        assert run("backup", tmp_path / "backup", "--data", data).returncode == 0
+        refused = run("user", "add", "bob", "--password-stdin", "--data", data, input=PASSWORD)
+        assert refused.returncode == 1 and "cannot be written" in refused.stderr
+        assert {file: file.read_bytes() for file in data.rglob("*") if file.is_file()} == before
+    finally:
+        subprocess.call(["mount", "-o", "remount,rw", str(small)])
+    assert cs.restore_backup(tmp_path / "backup", Config(data=tmp_path / "restored")) == []
+
+
+def spoil(path, rng):
+    """Overwrite pages in the middle of a database, but not its first ones."""
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        for _ in range(6):
+            file.seek(rng.randrange(20, size // 4096 - 1) * 4096)
+            file.write(b"\xa5" * 4096)
+
+
+def test_a_damaged_database_is_named_for_what_it_is(make_cloud, tmp_path, rng, serve):
+    """S8: every command says what to do; export brings what can be read; the server does not go on writing to it."""
+    cloud = make_cloud()
+    ann = account(cloud)
+    for k in range(30):
+        commit(cloud, ann, [step_put("d%d-%d" % (k, n), b"%d" % n * 50) for n in range(100)], [b"%d" % n * 50 for n in range(100)])
+    cloud.close()
+    cloud.close = lambda: None
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    (nothing / "cloud.db").write_bytes(b"no database at all" * 1000)
+    for words in (["verify"], ["serve", "--port", "0"], ["user", "list"], ["gc"], ["export", tmp_path / "x"]):
+        found = run(*words, "--data", nothing)
+        assert found.returncode == 1 and "restore a backup" in found.stderr, (words, found.stderr)
+    spoil(cloud.config.data / "cloud.db", rng)
+    doctor = run("doctor", "--data", cloud.config.data)
+    assert doctor.returncode == 1 and "LOOK" in doctor.stdout and "Traceback" not in doctor.stderr, doctor.stderr
+    for words in (["verify"], ["export", tmp_path / "x"]):
+        found = run(*words, "--data", cloud.config.data)
+        assert found.returncode == 1 and "Traceback" not in found.stderr, (words, found.stderr)
+
+
+def test_a_server_stops_writing_to_a_database_it_finds_damaged(cloud, ann):
+    """S8, R4"""
+    put(cloud, ann, "a")
+    class Damaged:
+        in_transaction = False
+
+        def execute(self, *_):
+            raise sqlite3.DatabaseError("database disk image is malformed")
+    cloud.db._idle.append(Damaged())
+    with pytest.raises(CloudError, match="restore a backup"):
+        cloud.db.read("SELECT 1")
+    cloud.db._idle.clear()
+    assert outcome(put, cloud, ann, "b") == "storage-failed" and cloud.health() == "read-only" and get(cloud, ann, "a") == b"x"
+
+
+def test_one_connection_too_many_costs_one_request(cloud, ann, monkeypatch):
+    """S10: no descriptors left; the next request is served, and nothing counts as broken."""
+    put(cloud, ann, "a")
+    idle, connect = list(cloud.db._idle), Database._connect
+    cloud.db._idle.clear()
+    def fail(self, writes=False):
+        raise sqlite3.OperationalError("unable to open database file")
+    monkeypatch.setattr(Database, "_connect", fail)
+    assert outcome(cloud.stat, ann, ("a",)) == "storage-failed"
+    assert outcome(lambda: cloud.db.snapshot().__enter__()) == "storage-failed"
+    monkeypatch.setattr(Database, "_connect", connect)
+    assert get(cloud, ann, "a") == b"x" and put(cloud, ann, "b") and not cloud.db.broken
+    cloud.db._idle.extend(idle)
 
 
 def test_a_backup_under_load_is_one_moment(make_cloud, tmp_path):
@@ -6690,7 +7155,7 @@ def test_every_setting_is_a_flag_and_a_variable():
     (["--no-such-flag"], 2, "usage"), (["fly"], 2, "invalid choice"), (["--port", "x"], 2, "invalid int"),
     (["--port", "70000"], 2, "out of range"), (["--behind-proxy", "x"], 2, "proxy"), (["--max-file", "huge"], 2, "not a size"),
     (["--tls-cert", "x"], 2, "go together"), (["--tls-cert", "no", "--tls-key", "no"], 1, "certificate"),
-    (["--data", "/proc/no"], 1, "data directory"), (["user", "passwd", "nobody"], 1, "no account"),
+    (["--data", "/proc/no"], 1, "data directory"), (["user", "passwd", "nobody"], 1, "no cloud"),
 ])
 def test_a_wrong_command_line_gets_one_clear_line(tmp_path, words, code, says):
     words = words if "--data" in words or code == 2 else [*words, "--data", tmp_path / "d"]
