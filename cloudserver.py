@@ -1479,7 +1479,7 @@ class ObjectDirectory:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_EXTRA, 0o600)
         try:
             try:
-                give_to_owner(fd, shard)
+                give_to_owner(fd, place.parent)
                 view = memoryview(data)
                 while view:
                     view = view[os.write(fd, view):]

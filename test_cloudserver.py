@@ -7246,7 +7246,7 @@ def narrow(tmp_path, monkeypatch, serve_cloud, make_cloud):
         ("user list", *data): 0, ("user add", "\u2603", *data): 1, ("user passwd", "n\xe4", *data): 1, ("user remove", "b\xe4b", *data): 1,
         ("import", str(home / "source"), "--user", "b\xe4b", *data): 0, ("verify", *data): 0, ("export", str(home / "export"), *data): 0,
         ("backup", str(home / "backup"), *data): 0, ("restore", str(home / "backup"), "--data", str(home / "new")): 0,
-        ("doctor", *data): None, ("gc", *data): 0, ("sync", str(home / "f\xf6lder"), "--status"): 1,
+        ("doctor", *data): None, ("gc", *data): 0, ("repair", str(home / "backup"), *data): 0, ("sync", str(home / "f\xf6lder"), "--status"): 1,
         ("sync", str(home / "f\xf6lder"), "http://b%%C3%%A4b@127.0.0.1:%d" % port, "--once"): 0,
         ("restored", *data): 0, ("user remove", "b\xe4b", "--yes", *data): 0}
 
