@@ -4654,7 +4654,8 @@ WENT_BACK = "this server does not know what it said then: an older state of its 
 class History(Tree):
     """What was: versions, trash, any moment of any collection, undo, and the feed of changes.  The first floor of Cloud."""
 
-    def changes(self, who: Principal, path: tuple[str, ...], since: int, limit: int = 10_000) -> tuple[int, list[Changed]]:
+    def changes(self, who: Principal, path: tuple[str, ...], since: int, limit: int = 10_000,
+                alive: Callable[[], None] = unwatched) -> tuple[int, list[Changed]]:
         """What batches after `since` touched below a path; returns the seq reached and each node once.
 
         A batch is never split, so there may be more than `limit`.  What came and went meanwhile has neither path.
@@ -4676,9 +4677,9 @@ class History(Tree):
                 "SELECT node FROM entry WHERE home = ? AND since > ? AND since <= ? "
                 "UNION SELECT node FROM entry WHERE home = ? AND until > ? AND until <= ?",
                 (top.home, since, reached) * 2)]
-            ids = self._with_what_came_along(ids, then, now)
+            ids = self._with_what_came_along(ids, then, now, alive)
             found = [Changed(id, getattr(now.node(id) or then.node(id), "kind", FILE), now.node(id), now.path(id), then.path(id))
-                     for id in ids if id != top.node]
+                     for id in watched(ids, alive) if id != top.node]
             found = [c for c in found if c.path is not None or c.was is not None or self._was_in_sight(read, top.node, c.id, since)]
         return reached, sorted(found, key=lambda c: c.path or c.was or ())
 
@@ -4687,11 +4688,12 @@ class History(Tree):
         ends = list(read("SELECT until FROM entry WHERE node = ? AND until > ?", (node, since)))
         return any(_Past(read, top, until - 1, purged=True).path(node) is not None for until, in ends)
 
-    def _with_what_came_along(self, ids: list[int], then: _Past, now: _Past) -> list[int]:
+    def _with_what_came_along(self, ids: list[int], then: _Past, now: _Past, alive: Callable[[], None]) -> list[int]:
         """Touched nodes, and what lies in collections that came into sight whole: from the trash, or from elsewhere."""
         found = dict.fromkeys(ids)
-        pending = [id for id in ids if now.here(id) and now.node(id).kind and not then.here(id)]
+        pending = [id for id in watched(ids, alive) if now.here(id) and now.node(id).kind and not then.here(id)]
         while pending:
+            alive()
             for child in now.children(pending.pop()):
                 if child.node not in found:
                     found[child.node] = None
@@ -8070,7 +8072,7 @@ def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
     since, wait = values["since"], min(max(0, values["wait"] or 0), WAIT_LIMIT)
     if wait and cloud.newest(who) <= since <= cloud.head():
         cloud.await_change(who, since, wait)
-    reached, changes = cloud.changes(who, (), since, read_limit(values["limit"]))
+    reached, changes = cloud.changes(who, (), since, read_limit(values["limit"]), request.check_alive)
     found = []
     for change in changes:
         about = {"path": None, "node": str(change.id), "kind": "collection" if change.kind else "file",
@@ -8369,7 +8371,7 @@ def mkcol_error(error: CloudError, request: Request) -> Response:
 @route("MKCOL", DAV, needs="write", refuse=mkcol_error)
 def dav_mkcol(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Make a collection, with properties if the body sets some (RFC 5689)."""
-    if "content-type" in request.fields and "xml" not in request.fields["content-type"].lower():
+    if request.body.length != 0 and "xml" not in request.fields.get("content-type", "xml").lower():
         raise CloudError("unsupported-media", "MKCOL does not know such a body")     # RFC 4918 s9.3
     body, properties = read_body(request), {}
     if body is not None:
@@ -8754,7 +8756,7 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
     if since is None:
         reached, changed, rows = cloud.head(), [], {below: (node.kind, node) for below, node in watched(cloud.walk(who, path), alive)}
     else:
-        reached, changed = cloud.changes(who, path, since, limit)
+        reached, changed = cloud.changes(who, path, since, limit, alive)
         rows = {change.was: (change.kind, None) for change in changed if change.was is not None and change.was != change.path}
     for change in changed:
         if change.path is not None:
@@ -9307,11 +9309,16 @@ class Lines:
 def nc_preview(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The thumbnail of a file, by its id or its path; whatever size is asked for, there is one."""
     asked = dict(parse_pairs(request.query))
-    path = split_path(asked["file"].strip("/")) if "file" in asked else cloud.path_of(who, read_file_id(asked.get("fileId", "")))
+    path = read_path(asked["file"]) if "file" in asked else cloud.path_of(who, read_file_id(asked.get("fileId", "")))
     answer = api_thumbnail_response(request, cloud.thumbnail(who, path))
     if answer.status == 204:
         raise CloudError("not-found", "there is no preview")
     return answer
+
+
+def read_path(text: str) -> tuple[str, ...]:
+    """A path in a query or a body; as in an address, slashes that repeat count as one."""
+    return check_path(filter(None, text.split("/")))
 
 
 def read_file_id(text: str) -> int:
@@ -9324,7 +9331,7 @@ def read_file_id(text: str) -> int:
 def nc_download(cloud: Cloud, who: Principal, request: Request) -> Response:
     """A collection as an archive, or those of its members that `files` names, as JSON or one alone; a file alone comes as it is."""
     asked = parse_query(request.query)
-    path, files = split_path(asked.get("dir", "")), asked.get("files", "")
+    path, files = read_path(asked.get("dir", "")), asked.get("files", "")
     names = parse_json(b'{"names":%s}' % files.encode())["names"] if files[:1] == "[" else [files] if files else []
     paths = [split_path(name) for name in names]
     if len(paths) == 1:
@@ -9480,8 +9487,8 @@ def nc_search(cloud: Cloud, who: Principal, request: Request) -> Response:
     """basicsearch (RFC 5323), as the phone apps use it for media, favourites, and words of names."""
     body = read_body(request)
     search = None if body is None else body.find("{DAV:}basicsearch")
-    scope = [] if search is None else (search.findtext("{DAV:}from/{DAV:}scope/{DAV:}href") or "").strip().strip("/").split("/")
-    where = None if search is None else read_where(search)
+    href = "" if search is None else (search.findtext("{DAV:}from/{DAV:}scope/{DAV:}href") or "").strip()
+    scope, where = list(filter(None, href.split("/"))), None if search is None else read_where(search)
     if scope[:1] != ["files"] or len(scope) < 2 or where is None:
         raise CloudError("bad-request", "search below /files/USER, with a condition")
     owner, *below = map(unquote_name, scope[1:])

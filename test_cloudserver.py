@@ -3306,7 +3306,7 @@ def until(look, seconds):
     ("SEARCH", "/remote.php/dav", "SEARCH", "Cloud", "walk"), ("GET", "/api/v1/search?kind=image", "", "Cloud", "_candidates"),
     ("GET", "/api/v1/search?q=a", "", "Cloud", "_candidates"), ("GET", "/api/v1/differences/?at=seq:1", "", "_Past", "touched_since"),
     ("REPORT", "/dav/", "<sync-collection xmlns='DAV:'><sync-token/><sync-level>1</sync-level></sync-collection>", "Cloud", "walk"),
-    ("PROPFIND", "/dav/", "", "Listing", "children"), ("GET", "/dav/", "", "Listing", "children"),
+    ("PROPFIND", "/dav/", "", "Listing", "children"), ("GET", "/dav/", "", "Listing", "children"), ("GET", "/api/v1/changes?since=1", "", "Cloud", "_with_what_came_along"),
     ("GET", "/api/v1/zip/", "", "Cloud", "walk_contents"), ("PATCH", "/remote.php/webdav/f", "", "Content", "slices"),
     ("GET", "/api/v1/manifest", "", "Cloud", "_manifest")])
 @pytest.mark.parametrize("tls", [False, True])
@@ -3315,7 +3315,7 @@ def test_long_reads_end_when_nobody_waits_for_the_answer(cloud, ann, serve_cloud
     """X16: each goes on for ever here, and frees its lane within moments when the client leaves."""
     node, begun, ended = put(cloud, ann, "f"), threading.Event(), threading.Event()
     row = {"walk": (("f",), node), "_candidates": node._replace(name="x"), "touched_since": 5, "children": node, "slices": b"x" * 4096,
-           "walk_contents": (("d",), cloud.stat(ann, ()), None), "_manifest": cs.Place((), node, "", None)}[name]
+           "walk_contents": (("d",), cloud.stat(ann, ()), None), "_manifest": cs.Place((), node, "", None), "_with_what_came_along": node.node}[name]
 
     def endless(*args, **how):
         begun.set()
@@ -4874,6 +4874,8 @@ def test_extended_mkcol(call, cloud, ann):
     assert "{urn:x}p" in propfind(call, "/dav/c", "x:p")["/dav/c/"]
     assert call("MKCOL", "/dav/e", body % "<d:collection/><x xmlns='urn:x'/>").status == 403
     assert call("MKCOL", "/dav/c").status == 405 and call("MKCOL", "/dav/no/c").status == 409
+    assert call("MKCOL", "/dav/typed", b"", Content_Type="application/json").status == 201         # of a body that is not there
+    assert call("MKCOL", "/dav/more", b"{}", Content_Type="application/json").status == 415
 
 
 def test_collections_list_for_people_and_programs(call, cloud, ann):
@@ -5036,7 +5038,7 @@ def test_nextcloud_previews_are_the_thumbnails_that_browsers_made(call, cloud, a
     found = propfind(call, FILES + "/d", "nc:has-preview", "oc:fileid", depth="1")
     assert [about["{http://nextcloud.org/ns}has-preview"].text for about in found.values()] == ["false", "true", "false"]
     id = found[FILES + "/d/a.png"]["{http://owncloud.org/ns}fileid"].text
-    for where in ("preview?fileId=%s&x=512&y=512&a=1&mode=cover&forceIcon=0" % id, "preview.png?file=/d/a.png&x=256&y=256"):
+    for where in ("preview?fileId=%s&x=512&y=512&a=1&mode=cover&forceIcon=0" % id, "preview.png?file=/d/a.png&x=256&y=256", "preview?file=//d//a.png"):
         answer = call("GET", "/index.php/core/" + where)
         assert answer.body == b"\xff\xd8\xff small" and answer.headers["content-type"] == "image/jpeg", where
     for where, want in (("preview?file=d/b.png", 404), ("preview?fileId=77", 404), ("preview?fileId=x", 400), ("preview", 400)):
@@ -5301,6 +5303,7 @@ def test_search_as_the_phone_apps_do(call, cloud, ann):
     before = compare("lt", "d:getlastmodified", "1300000000")
     assert search(call, "<d:and>%s%s</d:and>" % (before, media), newest) == ["/film.mp4", "/p/one.JPG"]
     assert search(call, compare("gt", "d:getlastmodified", "2020-01-01T00:00:00Z")) in (["/p/", "/p/Text%20100%25.txt"], ["/p/Text%20100%25.txt", "/p/"])
+    assert search(call, media, newest, scope="//files//ann//p//") == ["/p/two.jpg", "/p/one.JPG"]
     assert search(call, compare("like", "d:displayname", "%ONE%")) == ["/p/one.JPG"] == search(call, compare("like", "d:displayname", "%o%e%j%"))
     assert search(call, "<d:not>%s</d:not>" % compare("like", "d:displayname", "%.%"), scope="/files/ann/") == ["/p/"]
     assert search(call, "<d:is-collection/>") == ["/p/"] and search(call, media, scope="/files/ann/p") != []
