@@ -147,7 +147,7 @@ class Config:
     data: Path = option(Path("cloud-data"), "directory that holds everything", metavar="DIR")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all", metavar="ADDRESS")
     port: int = option(8765, "port to listen on; 0 picks a free one")
-    workers: int = option(0, "processes that answer; 0 takes one per core, at most 8")
+    workers: int = option(0, "processes that answer; 0 takes one per core, at most 8", metavar="N")
     tls_cert: Optional[Path] = option(None, "certificate chain, PEM; with it the server speaks HTTPS", metavar="FILE")
     tls_key: Optional[Path] = option(None, "its private key, PEM", metavar="FILE")
     behind_proxy: str = option("", "addresses of reverse proxies whose X-Forwarded-* count, e.g. 127.0.0.1,10.0.0.0/8",
@@ -157,12 +157,12 @@ class Config:
     plain_http: bool = option(False, "accept passwords over plain HTTP from other machines")
     quota: str = option("", "quota of new accounts, e.g. 50G; empty is none", metavar="SIZE")
     max_file: str = option("1T", "largest file", metavar="SIZE")
-    keep_days: int = option(30, "days that every version and everything deleted is kept")
+    keep_days: int = option(30, "days that every version and everything deleted is kept", metavar="DAYS")
     history: str = option("", "most that versions and deleted files of one account may take; empty is no limit",
                           metavar="SIZE")
     low_water: str = option("1G", "free space below which writes are refused (or 2 % of the disk, if that is less)",
                             metavar="SIZE")
-    max_connections: int = option(2000, "open connections per process")
+    max_connections: int = option(2000, "open connections per process", metavar="N")
     access_log: str = option("", "file for the access log, combined format; - is standard output", metavar="FILE")
     quiet: bool = option(False, "log warnings and errors only")
     admin: str = option("", "on the first start make this account, an administrator, instead of printing a setup link", metavar="NAME")
@@ -16298,12 +16298,13 @@ def serve(config: Config) -> int:
     start_logging(config)
     listener = listen(config)
     tls_context(config)                          # what can fail without a trace comes first; and what root alone may do
+    password = read_first_password(config)
     claim_directory(config.data)
     become_owner(config.data)
     lock = FileLock(config.data / "serve.lock")
     if not lock.acquire(wait=False):
         raise CloudError("conflict", "another server runs on %s" % config.data)
-    announce(config, listener.getsockname()[1])
+    announce(config, listener.getsockname()[1], password)
     workers = config.workers or min(8, os.cpu_count() or 1)
     alone = workers == 1 or not hasattr(os, "fork")
     code = work(config, listener) if alone else Supervisor(config, listener, workers).run()
@@ -16375,7 +16376,16 @@ def local_names() -> list[str]:
     return [socket.gethostname().partition(".")[0].lower() + ".local"] if answers else []
 
 
-def announce(config: Config, port: int) -> None:
+def read_first_password(config: Config) -> str | None:
+    """The password of the account that --admin names; None if its file is gone, as it may be once the account is there."""
+    if bool(config.admin) != bool(config.admin_password_file):
+        raise CloudError("bad-request", "--admin and --admin-password-file go together")
+    if not config.admin or not config.admin_password_file.exists():
+        return None
+    return config.admin_password_file.read_text(encoding="utf-8-sig").rstrip("\r\n")
+
+
+def announce(config: Config, port: int, password: str | None) -> None:
     """Make the database, and say where to find us; on the very first start, by what link to set up."""
     urls = urls_of(config, port)
     with closing(Cloud(config)) as cloud:
@@ -16386,7 +16396,9 @@ def announce(config: Config, port: int) -> None:
         at = [*urls, *([local_url(config, port) + " for the proxy"] if config.behind_proxy else [])]
         print("cloudserver serves %s at %s" % (config.data.resolve(), ", ".join(dict.fromkeys(at))))
         if config.admin and not cloud.accounts.is_set_up():
-            add_first_account(config, cloud)
+            if password is None:
+                raise CloudError("not-found", "there is no %s to read the password of %s from" % (config.admin_password_file, config.admin))
+            cloud.accounts.add(config.admin, password, admin=True)
         if not cloud.accounts.is_set_up():
             links = ["%ssetup#%s" % (url, token) for token in [cloud.accounts.new_setup_token()] for url in urls]
             print("Not set up yet. Open this link to make your account; it works once:\n\n    %s\n" % "\n    ".join(links))
@@ -16400,13 +16412,6 @@ def announce(config: Config, port: int) -> None:
         log.warning("passwords over plain HTTP from other machines are refused: give a certificate (--tls-cert, --tls-key), "
                     "a proxy (--behind-proxy) or, in a network you trust, --plain-http")
     sys.stdout.flush()
-
-
-def add_first_account(config: Config, cloud: Cloud) -> None:
-    """raises CloudError, OSError"""
-    if not config.admin_password_file:
-        raise CloudError("bad-request", "--admin needs --admin-password-file")
-    cloud.accounts.add(config.admin, config.admin_password_file.read_text(encoding="utf-8-sig").rstrip("\r\n"), admin=True)
 
 
 def show_qr(text: str) -> None:

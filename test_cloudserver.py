@@ -32,20 +32,19 @@ if __name__ == "__main__":
             return sys.executable
         except ImportError:
             pass
-        import shutil
         import venv
         home = HERE / ".venv"
         python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        if subprocess.call([python, "-c", "import pytest"], stderr=subprocess.DEVNULL) if python.exists() else True:
+        if not python.exists() or subprocess.call([python, "-c", "import pytest"], stderr=subprocess.DEVNULL):
             try:
                 import ensurepip
             except ImportError:                  # Debian keeps it in a package of its own
-                if not (shutil.which("apt-get") and os.geteuid() == 0):
-                    sys.exit("pytest is missing, and this Python cannot make a virtual environment: "
-                             "install python3-venv or python3-pytest")
-                subprocess.check_call(["apt-get", "install", "-y", "-q", "python3-venv"])
+                sys.exit("The tests need pytest. Install it (on Debian: apt install python3-pytest), or what makes virtual environments "
+                         "(apt install python3-venv), and start them again.")
+            print("making a virtual environment for pytest in %s" % home, file=sys.stderr)
             venv.create(home, with_pip=True, clear=True)
-            subprocess.check_call([python, "-m", "pip", "install", "-q", "pytest"])
+            if subprocess.call([python, "-m", "pip", "install", "-q", "pytest"]):
+                sys.exit("pip could not install pytest; any Python that has it will do.")
         return str(python)
 
     sys.exit(run_pytest(private_python()))
@@ -53,6 +52,7 @@ if __name__ == "__main__":
 import argparse
 import ast
 import base64
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -70,6 +70,7 @@ import socket
 import sqlite3
 import struct
 import tarfile
+import textwrap
 import threading
 import time
 import unicodedata
@@ -7453,8 +7454,9 @@ def test_the_first_account_can_come_from_the_environment(tmp_path):
         assert served.call("GET", "/api/v1").json()["me"]["admin"]
         served.stop()
         (tmp_path / "secret").unlink(missing_ok=True)            # it is read once
-    done = run("serve", "--data", tmp_path / "e", "--port", "0", env=env)
-    assert done.returncode == 1 and done.stderr.startswith("cloudserver: %s" % (tmp_path / "secret")) and "Traceback" not in done.stderr
+    for settings in (env, {**env, "CLOUDSERVER_ADMIN_PASSWORD_FILE": ""}):
+        done = run("serve", "--data", tmp_path / "e", "--port", "0", env=settings)
+        assert done.returncode == 1 and "password" in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
 @needs_fork
@@ -7733,6 +7735,145 @@ def test_https_from_certificate_files(serve, certificate):
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         old.check_hostname, old.verify_mode, old.maximum_version = False, ssl.CERT_NONE, ssl.TLSVersion.TLSv1_1
         old.wrap_socket(socket.create_connection(served.address)).close()
+
+
+# ---- the recipes of README.md
+
+def recipe(start):
+    """The block of README.md whose first line begins so."""
+    blocks = re.findall(r"(?:^(?:    .*)?\n)+", (HERE / "README.md").read_text(encoding="utf-8"), re.M)
+    found, = [block for block in map(textwrap.dedent, blocks) if block.lstrip().startswith(start)]
+    return found.lstrip()
+
+
+def caddyfile(text, home, port, pem):
+    return "{\n  admin off\n  auto_https disable_redirects\n}\n" + text.replace("cloud.example {", "cloud.example:%d {\n  tls %s %s" % (port, *pem))
+
+
+def nginx_file(text, home, port, pem):
+    text = text.replace("listen 443", "listen 127.0.0.1:%d" % port).replace("/etc/ssl/cloud.example.pem", str(pem[0])).replace(
+        "/etc/ssl/cloud.example.key", str(pem[1]))
+    places = "".join("%s_temp_path %s;\n" % (name, home / name) for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    return "daemon off; pid %s; error_log %s;\nevents {}\nhttp { access_log off;\n%s%s}\n" % (home / "pid", home / "error", places, text)
+
+
+def apache_file(text, home, port, pem):
+    modules = next(path for path in map(Path, ("/usr/lib/apache2/modules", "/usr/lib64/httpd/modules")) if path.exists())
+    load = "".join("LoadModule %s_module %s/mod_%s.so\n" % (name, modules, name) for name in (
+        "mpm_event", "authz_core", "ssl", "headers", "proxy", "proxy_http", "socache_shmcb"))
+    return load + "ServerRoot %s\nPidFile %s\nErrorLog %s\nListen 127.0.0.1:%d\nServerName x\nMutex file:%s\nUser nobody\n" % (
+        home, home / "pid", home / "error", port, home) + text.replace("*:443", "*:%d" % port).replace(
+        "/etc/ssl/cloud.example.pem", str(pem[0])).replace("/etc/ssl/cloud.example.key", str(pem[1]))
+
+
+def haproxy_file(text, home, port, pem):
+    (home / "both").write_bytes(pem[0].read_bytes() + pem[1].read_bytes())
+    return text.replace(":443", "127.0.0.1:%d" % port).replace("/etc/ssl/cloud.example.both", str(home / "both"))
+
+
+PROXIES = {  # name: (how its block begins, what the test puts around it, its programs, words)
+    "caddy": ("cloud.example {", caddyfile, ["caddy"], "run --adapter caddyfile --config"),
+    "nginx": ("server {", nginx_file, ["nginx"], "-c"),
+    "apache": ("<VirtualHost", apache_file, ["apache2", "httpd"], "-X -f"),
+    "haproxy": ("frontend web", haproxy_file, ["haproxy"], "-db -f")}
+
+
+@pytest.fixture
+def behind(serve, certificate, tmp_path):
+    """Start a proxy by its recipe before a server: call = behind("nginx"); call.port is not the usual one."""
+    import ssl
+    started = []
+
+    def start(name):
+        block, put_around, programs, words = PROXIES[name]
+        flags = re.search(r"start the server with `([^`]*)`", (HERE / "README.md").read_text(encoding="utf-8"))[1]
+        served, home = serve(*flags.split()), tmp_path / name
+        home.mkdir(mode=0o755)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        text = recipe(block)
+        assert "127.0.0.1:8765" in text
+        (home / "conf").write_text(put_around(text.replace(":8765", ":%d" % served.address[1]), home, port, certificate))
+        process = subprocess.Popen([program(*programs), *words.split(), str(home / "conf")], cwd=home, env={**os.environ, "HOME": str(home)},
+                                   stdout=subprocess.DEVNULL, stderr=open(home / "said", "w"))
+        started.append(process)
+        anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
+
+        class Proxied(http.client.HTTPSConnection):              # asks for cloud.example, and finds it here
+            def connect(self):
+                self.sock = anybody.wrap_socket(socket.create_connection(("127.0.0.1", port), timeout=30), server_hostname="cloud.example")
+
+        def call(method, path, body=None, user="ann", stream=False, **fields):
+            connection = Proxied("cloud.example", port)
+            fields = {key.replace("_", "-"): value for key, value in fields.items()}
+            connection.request(method, path, json.dumps(body) if isinstance(body, dict) else body, {
+                **({"Authorization": basic(user)} if user else {}), **({"Content-Type": "application/json"} if isinstance(body, dict) else {}), **fields})
+            response = connection.getresponse()
+            return response if stream else Answer(response, response.read())
+        call.port = port
+        for _ in range(100):
+            with contextlib.suppress(OSError):
+                if call("GET", "/healthz", user=None).status == 200:
+                    return call
+            assert process.poll() is None, (home / "said").read_text() + (home / "conf").read_text()
+            time.sleep(0.1)
+        raise AssertionError((home / "said").read_text())
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_the_recipe_for_a_proxy_works_as_it_stands(behind, name):
+    """O17, O18: on a port of its own, with names, addresses, large bodies and what waits"""
+    call = behind(name)
+    here = "https://cloud.example:%d" % call.port
+    login = call("POST", "/api/v1/login", {"name": "ann", "password": PASSWORD}, user=None, Origin=here, Sec_Fetch_Site="same-origin")
+    assert login.status == 200 and login.headers["set-cookie"].startswith("__Host-session=") and login.headers["strict-transport-security"]
+    asked = call("POST", "/index.php/login/v2", user=None).json()
+    assert asked["login"].startswith(here + "/") and asked["poll"]["endpoint"].startswith(here + "/")
+    for odd in ("a%20b", "%23%25%3F", "%C3%A4", "a%2Bb+c", "semi;colon", "%5Bx%5D"):
+        assert call("PUT", "/dav/" + odd, b"x").status == 201 and call("GET", "/dav/" + odd).body == b"x", odd
+    assert call("GET", "/dav/a%2Fb").status == 400                       # it came as it was sent
+    assert call("MOVE", "/dav/a%20b", Destination=here + "/dav/moved%20%23").status == 201 and call("GET", "/dav/moved%20%23").body == b"x"
+    data = os.urandom(3 * MiB)
+    assert call("PUT", "/dav/large", data).status == 201 and call("GET", "/dav/large").body == data
+    assert call("GET", "/dav/large", Range="bytes=7-99").body == data[7:100]
+    head = call("GET", "/api/v1").json()
+    events = call("GET", "/api/v1/events", stream=True)
+    seq = json.loads(re.search(rb"data: (.*)", events.readline() + events.readline() + events.readline())[1])["seq"]
+    began = time.monotonic()
+    assert call("PUT", "/dav/event", b"x").status == 201
+    while b"data:" not in events.readline():
+        assert time.monotonic() - began < 5              # nothing holds it back
+    events.close()
+    assert time.monotonic() - began < 5 and head["me"]["name"] == "ann" and call("GET", "/api/v1/changes?since=%d&wait=1" % (seq + 1)).status == 200
+
+
+def test_the_units_of_readme_say_what_systemd_knows(tmp_path):
+    """O18"""
+    for number, start in enumerate(("[Unit]\nDescription=cloudserver", "[Unit]\nDescription=Sync")):
+        text = recipe(start)
+        words = re.search(r"^ExecStart=/usr/bin/python3 -m cloudserver (.*)$", text, re.M)[1].split()
+        assert cs.build_parser().parse_args(words).command
+        assert "PYTHONPYCACHEPREFIX" in text and "WorkingDirectory" in text
+        if shutil.which("systemd-analyze"):
+            unit = tmp_path / ("unit%d.service" % number)
+            unit.write_text(text.replace("/opt/cloudserver", str(tmp_path)))
+            said = client("systemd-analyze", "verify", unit, ok=(0, 1))
+            assert unit.name not in said, said
+
+
+def test_every_command_readme_shows_is_understood():
+    """O18, O28: each line and each flag"""
+    shown = re.findall(r"cloudserver(?:\.py)?((?: +(?!#)[^\s`<>|…;()]+)+)", (HERE / "README.md").read_text(encoding="utf-8"))
+    parsed = [words.split() for words in shown if words.split()[0] in {name.split()[0] for name in cs.COMMANDS} and words.split() != ["sync"]]
+    parsed = [words for words in parsed if "--help" not in words]
+    assert len(parsed) > 12
+    for words in parsed:
+        assert cs.build_parser().parse_args(words).command, words
 
 
 def test_a_silent_tls_client_delays_nobody(serve, certificate):
