@@ -2018,7 +2018,11 @@ ALTER TABLE loose ADD COLUMN root INTEGER NOT NULL DEFAULT 0;      -- the collec
 UPDATE entry SET fate = 'deleted' WHERE fate = 'purged' AND EXISTS (
     SELECT 1 FROM entry l WHERE l.node = entry.node AND l.until IS NULL);
 """
-MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4]         # MIGRATIONS[0] leads from version 1 to 2
+VERSION_5 = """
+CREATE TABLE known_place (              -- networks from which an account's password or devices were good: judged apart from strangers
+    account INTEGER NOT NULL, network TEXT NOT NULL, due INTEGER NOT NULL, PRIMARY KEY (account, network)) WITHOUT ROWID;
+"""
+MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5]         # MIGRATIONS[0] leads from version 1 to 2
 INDEXES = (  # made where SQLite can: parts of names; words of contents
     "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
     "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
@@ -2607,7 +2611,9 @@ CONFIRMED = 10 * MINUTE         # how long a password counts as just given
 SESSION_IDLE, SESSION_LIFE = 14 * DAY, 90 * DAY
 USED_EVERY = 10 * MINUTE        # "last used" is written no more often
 WAIT_FIRST, WAIT_MOST = SECOND, 15 * MINUTE    # after a wrong password, doubling
-GLOBAL_FREE = 100               # wrong passwords in all before everybody waits
+PRESSURE, SLOWED = 100, 0.85    # wrong passwords of strangers in an hour, beyond which each of theirs takes so many seconds longer
+HASHES_WAITING, HASHES_HERE = 16, 4            # passwords that wait to be hashed: in all, and from one network
+KNOWN_LIFE, KNOWN_MOST = 90 * DAY, 200         # how long a network is known to an account, and how many are
 PAIRING = 20 * MINUTE           # how long a device waits to be let in
 PAIRINGS, PAIRINGS_HERE = 1000, 30             # that wait at a time: in all, from one address
 TOKEN_MARK = "cs_"              # app passwords begin so and are never tried as passwords
@@ -2698,6 +2704,64 @@ class Account(NamedTuple):
     created: int
 
 
+class Guess(NamedTuple):
+    """A password that somebody gives for an account: what it counts against if it is wrong."""
+    account: str                 # the key of the name, whether or not there is such an account
+    network: str
+    known: bool                  # has the account been used from there?
+
+    @property
+    def pair(self) -> str:
+        """The subject whose wait grows: this account tried from this network, and no other."""
+        return "%s %s %s" % ("known" if self.known else "guess", self.network, self.account)
+
+    @property
+    def crowd(self) -> tuple[str, ...]:
+        """Subjects that count strangers together; they slow strangers down, and shut out nobody."""
+        return () if self.known else ("account " + self.account, "global")
+
+
+LAST_ADMIN = (  # is an account the only administrator?
+    "SELECT 'admin' WHERE EXISTS (SELECT 1 FROM account WHERE id = :id AND admin = 1 AND removed IS NULL) "
+    "AND NOT EXISTS (SELECT 1 FROM account WHERE id <> :id AND admin = 1 AND removed IS NULL)")
+KNOW_PLACE = "INSERT INTO known_place (account, network, due) VALUES (?, ?, ?) ON CONFLICT (account, network) DO UPDATE SET due = excluded.due"
+
+
+CROWD_OUT = (  # the oldest that waits, of the network that most wait from
+    "DELETE FROM pairing WHERE token = (SELECT token FROM pairing WHERE account IS NULL AND address = (SELECT address FROM pairing "
+    "WHERE account IS NULL GROUP BY address ORDER BY count(*) DESC, min(due) LIMIT 1) ORDER BY due LIMIT 1)")
+
+
+class HashingLane:
+    """Where passwords are hashed, one at a time; so many may wait, and from one network so many of them (A5).
+
+    Who gives the same password at the same time, as a program does on several connections, waits as one.
+    """
+
+    def __init__(self) -> None:
+        self._turn, self._lock = threading.Lock(), threading.Lock()
+        self._waiting: dict[str, dict[bytes, int]] = {}      # network: {digest: how many wait with it}
+
+    @contextmanager
+    def turn(self, network: str, digest: bytes) -> Iterator[None]:
+        """raises CloudError busy"""
+        with self._lock:
+            here = self._waiting.setdefault(network, {})
+            if digest not in here and (len(here) >= HASHES_HERE or sum(map(len, self._waiting.values())) >= HASHES_WAITING):
+                raise CloudError("busy", "too many logins at once", retry_after=2)
+            here[digest] = here.get(digest, 0) + 1
+        try:
+            with self._turn:
+                yield
+        finally:
+            with self._lock:
+                here[digest] -= 1
+                if not here[digest]:
+                    del here[digest]
+                if not here:
+                    del self._waiting[network]
+
+
 class Accounts:
     """Who there is, and by what they prove it."""
 
@@ -2706,8 +2770,8 @@ class Accounts:
         self._key = secrets.token_bytes(32)
         self._remembered: dict[bytes, tuple[Principal, str, int]] = {}     # credential: (who, generation, due)
         self._used: dict[str, tuple[int, str]] = {}          # device: when and whence, not yet written
-        self._hashing = threading.Semaphore(2)               # scrypt runs at a time (A5)
-        self._waiting = threading.Semaphore(16)
+        self._refused: dict[bytes, str] = {}                 # wrong credential: generation at which it was
+        self._known_lane, self._strangers_lane = HashingLane(), HashingLane()
         self._set_up = False
         self._changes = 0                                    # of accounts and devices, made by this process
         self._seen = "", 0.0, 0                              # the generation, when to look again, changes before the look
@@ -2753,10 +2817,14 @@ class Accounts:
             self._seen = known, now + NOTICE, changes
         return known
 
-    def _raise_generation(self, batch: Batch) -> None:
+    def _raise_generation(self, attempt: Callable[[], Batch]) -> None:
         """Commit a change after which nobody is remembered, here at once and elsewhere within NOTICE."""
-        batch.body.append(Statement("UPDATE setting SET value = CAST(value AS INTEGER) + 1 WHERE name = 'generation'"))
-        self.db.write(lambda: batch)
+        def raised() -> Batch:
+            batch = attempt()
+            batch.body.append(Statement("UPDATE setting SET value = CAST(value AS INTEGER) + 1 WHERE name = 'generation'"))
+            return batch
+
+        self.db.write(raised)
         self._changes += 1
 
     def _verify(self, authorization: str, cookie: str, address: str, key: bytes) -> Principal:
@@ -2789,61 +2857,83 @@ class Accounts:
                          bool(scoped), confirmed)
 
     def _by_password(self, name: str, password: str, address: str, key: bytes = b"") -> Principal:
-        """Check name and password, at the same cost whether or not there is such an account (A6)."""
-        subjects = ("account " + account_key(name), "address " + network_of(address), "global")
-        self._check_throttle(subjects)
+        """Check name and password, at the same cost whether or not there is such an account (A6).
+
+        The same wrong password once more, as of a device that was not told of a new one, is refused for nothing and
+        counts as no guess.
+        """
+        network, now = network_of(address), self.clock.due()
         if len(password.encode("utf-8", "replace")) > PASSWORD_MAX:
             raise CloudError("unauthenticated", "wrong name or password")
-        rows = self.db.read("SELECT id, name, root, admin, password FROM account WHERE key = ?", (account_key(name),))
-        with self._scrypt_lane():
-            known = self._remembered.get(key)                # a request beside this one may have been first
-            if known and known[1] == self._generation():
-                return known[0]
-            right = check_password(password, rows[0][4] if rows else "")
-        if not right:
-            self._record_failure(subjects)
-            log.warning("login failed", extra={"account": name[:64], "address": address})
+        rows = self.db.read(
+            "SELECT id, name, root, admin, password, EXISTS (SELECT 1 FROM known_place k WHERE k.account = account.id "
+            "AND k.network = ? AND k.due > ?) FROM account WHERE key = ?", (network, now, account_key(name)))
+        known, generation = bool(rows and rows[0][5]), self._generation()
+        digest = hashlib.blake2b(("%s\0%s" % (account_key(name), password)).encode("utf-8", "replace"), key=self._key).digest()
+        guess = Guess(account_key(name), network, known)
+        if self._refused.get(digest) == generation:
             raise CloudError("unauthenticated", "wrong name or password")
-        if self.db.read("SELECT 1 FROM throttle WHERE subject IN (?, ?)", subjects[:2]):
-            self.db.run(Statement("DELETE FROM throttle WHERE subject IN (?, ?)", subjects[:2]))
-        account, name, root, admin, stored = rows[0]
+        with (self._known_lane if known else self._strangers_lane).turn(network, digest):
+            if self._refused.get(digest) == generation:
+                raise CloudError("unauthenticated", "wrong name or password")
+            remembered = self._remembered.get(key)           # a request beside this one may have been first
+            if remembered and remembered[1] == self._generation():
+                return remembered[0]
+            self._check_throttle(guess.pair)
+            if not check_password(password, rows[0][4] if rows else ""):
+                self._refuse(guess, digest, generation)
+        account, name, root, admin, stored, _ = rows[0]
+        self._welcome(account, guess)
         if not stored.startswith("scrypt %d %d %d " % SCRYPT) and is_weaker(stored):
             self.db.run(Statement("UPDATE account SET password = ? WHERE id = ? AND password = ?",
                                   (hash_password(password), account, stored)))
         return Principal(account, name, root, bool(admin), "password", confirmed=self.clock.due() + CONFIRMED)
 
-    @contextmanager
-    def _scrypt_lane(self) -> Iterator[None]:
-        """Two at a time, sixteen waiting, the rest is told to come again (A5)."""
-        if not self._waiting.acquire(blocking=False):
-            raise CloudError("busy", "too many logins at once", retry_after=2)
-        try:
-            with self._hashing:
-                yield
-        finally:
-            self._waiting.release()
+    def _refuse(self, guess: Guess, digest: bytes, generation: str) -> None:
+        """Note a wrong password.  raises CloudError unauthenticated, always"""
+        if len(self._refused) > 1000:
+            self._refused.clear()
+        self._refused[digest] = generation
+        self._record_failure(guess.pair, *guess.crowd)
+        log.warning("login failed", extra={"account": guess.account[:64], "address": guess.network})
+        if guess.crowd and self._pressure(guess.crowd) > PRESSURE:
+            time.sleep(SLOWED)                               # in the strangers' lane: who is known does not wait for it
+        raise CloudError("unauthenticated", "wrong name or password")
 
-    # ---- throttling (A4)
-
-    def _check_throttle(self, subjects: tuple[str, str, str]) -> None:
+    def _welcome(self, account: int, guess: Guess) -> None:
+        """Note that the right password came from a network: from there on strangers' wrong ones do not matter."""
         now = self.clock.due()
-        rows = self.db.read("SELECT max(due) FROM throttle WHERE subject IN (?, ?, ?) AND due > ?", (*subjects, now))
-        if rows[0][0] is not None:
+        if self.db.read("SELECT 1 FROM throttle WHERE subject = ?", (guess.pair,)):
+            self.db.run(Statement("DELETE FROM throttle WHERE subject = ?", (guess.pair,)))
+        if not self.db.read("SELECT 1 FROM known_place WHERE account = ? AND network = ? AND due > ?",
+                            (account, guess.network, now + KNOWN_LIFE - DAY)):
+            self.db.run(Statement(KNOW_PLACE, (account, guess.network, now + KNOWN_LIFE)),
+                        Statement("DELETE FROM known_place WHERE account = ?1 AND network NOT IN (SELECT network FROM known_place "
+                                  "WHERE account = ?1 ORDER BY due DESC LIMIT ?2)", (account, KNOWN_MOST)))
+
+    # ---- throttling (A4): who guesses waits; nobody waits for what others guess
+
+    def _check_throttle(self, subject: str) -> None:
+        now = self.clock.due()
+        rows = self.db.read("SELECT due FROM throttle WHERE subject = ? AND due > ?", (subject, now))
+        if rows:
             wait = (rows[0][0] - now + 999) // 1000
-            log.warning("login throttled", extra={"account": subjects[0][:72], "address": subjects[1]})
+            log.warning("login throttled", extra={"address": subject[:128]})
             raise CloudError("throttled", "too many wrong passwords; wait %d s" % wait, retry_after=wait)
 
-    def _record_failure(self, subjects: tuple[str, str, str]) -> None:
-        """Double the wait of account and address; an hour of quiet forgets."""
+    def _record_failure(self, *subjects: str) -> None:
+        """Double the wait of each; an hour of quiet forgets.  Counted in one statement: none gets lost between two that fail at once."""
         now = self.clock.due()
-        rows = []
-        for subject in subjects:
-            seen = self.db.read("SELECT failures FROM throttle WHERE subject = ? AND due > ?", (subject, now - HOUR))
-            failures = (seen[0][0] if seen else 0) + 1
-            counted = failures - GLOBAL_FREE if subject == "global" else failures
-            wait = min(WAIT_MOST, WAIT_FIRST << min(counted - 1, 20)) if counted > 0 else 0
-            rows.append((subject, failures, now + wait))
-        self.db.run(Statement("INSERT OR REPLACE INTO throttle VALUES (?, ?, ?)", rows, many=True))
+        self.db.run(Statement(
+            "INSERT INTO throttle (subject, failures, due) VALUES (?1, 1, ?2 + ?3) ON CONFLICT (subject) DO UPDATE SET "
+            "failures = CASE WHEN due > ?4 THEN failures + 1 ELSE 1 END, "
+            "due = ?2 + CASE WHEN due <= ?4 THEN ?3 WHEN failures < 10 THEN ?3 << failures ELSE ?5 END",
+            [(subject, now, WAIT_FIRST, now - HOUR, WAIT_MOST) for subject in subjects], many=True))
+
+    def _pressure(self, crowd: tuple[str, ...]) -> int:
+        """How many wrong passwords strangers have given of late: for an account, or in all."""
+        return self.db.read("SELECT coalesce(max(failures), 0) FROM throttle WHERE subject IN (" + marks(crowd) + ") AND due > ?",
+                            (*crowd, self.clock.due() - HOUR))[0][0]
 
     # ---- set-up
 
@@ -2859,11 +2949,11 @@ class Accounts:
 
     def claim(self, token: str, name: str, password: str, address: str) -> None:
         """Make the first account, an administrator's.  raises CloudError forbidden for a wrong or used token"""
-        subjects = ("setup " + network_of(address), "address " + network_of(address), "global")
-        self._check_throttle(subjects)
+        subject = "setup " + network_of(address)
+        self._check_throttle(subject)
         stored = self.db.setting("setup")
         if self.is_set_up() or not stored or not hmac.compare_digest(stored, sha256_text(token)):
-            self._record_failure(subjects)
+            self._record_failure(subject)
             raise CloudError("forbidden", "this setup link is not valid any more")
         self.add(name, password, admin=True, first=True)
 
@@ -2924,16 +3014,16 @@ class Accounts:
         check_new_password(account.name, password)
         self._change(account, who, "account-password",
                      Statement("UPDATE account SET password = ? WHERE id = ?", (hash_password(password), account.id)),
-                     Statement("DELETE FROM device WHERE account = ?", (account.id,)))
+                     Statement("DELETE FROM device WHERE account = ?", (account.id,)),
+                     Statement("DELETE FROM known_place WHERE account = ?", (account.id,)))
 
     def update(self, name: str, who: Principal, *, admin: bool | None = None, quota: int | None | bool = False) -> Account:
         """Change rights or quota (None is no limit); what is not given stays."""
         account = self.get(name)
-        if admin is False and account.admin and sum(other.admin for other in self.list()) < 2:
-            raise CloudError("conflict", "the last administrator must stay one")
         if admin is not None:
             self._change(account, who, "account-admin",
-                         Statement("UPDATE account SET admin = ? WHERE id = ?", (int(admin), account.id)))
+                         Statement("UPDATE account SET admin = ? WHERE id = ?", (int(admin), account.id)),
+                         unless=(LAST_ADMIN, "the last administrator must stay one") if not admin else None)
         if quota is not False:
             self._change(account, who, "account-quota",
                          Statement("UPDATE account SET quota = ? WHERE id = ?", (quota, account.id)))
@@ -2942,15 +3032,24 @@ class Accounts:
     def remove(self, name: str, who: Principal = ANONYMOUS) -> None:
         """End an account at once; its files go after the days that history is kept."""
         account = self.get(name)
-        if account.admin and sum(other.admin for other in self.list()) < 2 and len(self.list()) > 1:
-            raise CloudError("conflict", "make another account an administrator first")
         self._change(account, who, "account-remove",
                      Statement("UPDATE account SET key = NULL, removed = ? WHERE id = ?", (self.clock.due(), account.id)),
                      Statement("DELETE FROM device WHERE account = ?", (account.id,)),
-                     Statement("DELETE FROM lock WHERE home = ?", (account.id,)))
+                     Statement("DELETE FROM known_place WHERE account = ?", (account.id,)),
+                     Statement("DELETE FROM lock WHERE home = ?", (account.id,)),
+                     unless=(LAST_ADMIN + " AND EXISTS (SELECT 1 FROM account WHERE id <> :id AND removed IS NULL)",
+                             "make another account an administrator first"))
 
-    def _change(self, account: Account, who: Principal, action: str, *body: Statement) -> None:
-        self._raise_generation(Batch(list(body), line=Line(account.id, who, action, {"name": account.name})))
+    def _change(self, account: Account, who: Principal, action: str, *body: Statement, unless: tuple[str, str] | None = None) -> None:
+        """Commit a change of an account, unless a condition on it holds: (SELECT with :id, why it is refused then)."""
+        guards = [Statement(unless[0], {"id": account.id})] if unless else []
+
+        def attempt() -> Batch:
+            if unless and self.db.read(*guards[0][:2]):
+                raise CloudError("conflict", unless[1])
+            return Batch(list(body), list(guards), line=Line(account.id, who, action, {"name": account.name}))
+
+        self._raise_generation(attempt)
         log.info(action, extra={"account": account.name, "by": who.name})
 
     # ---- sessions and app passwords
@@ -2994,14 +3093,16 @@ class Accounts:
     def begin_pairing(self, device: str, address: str) -> tuple[str, str]:
         """A device waits to be let in; returns a secret for it to ask with, and one for the browser.
 
-        raises  CloudError throttled when too many wait
+        When too many wait, one of the network that most of them come from goes: strangers crowd out themselves.
+        raises  CloudError throttled when too many wait from there
         """
         now, network = self.clock.due(), network_of(address)
         waiting, here = self.db.read("SELECT count(*), coalesce(sum(address = ?), 0) FROM pairing WHERE due > ?", (network, now))[0]
-        if waiting >= PAIRINGS or here >= PAIRINGS_HERE:
+        if here >= PAIRINGS_HERE:
             raise CloudError("throttled", "too many devices wait to be let in", retry_after=60)
         poll, token = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         self.db.run(Statement("DELETE FROM pairing WHERE due <= ?", (now,)),
+                    *([Statement(CROWD_OUT)] if waiting >= PAIRINGS else ()),
                     Statement("INSERT INTO pairing VALUES (?, ?, ?, ?, NULL, ?)",
                               (sha256_text(token), sha256_text(poll), device.strip()[:100] or "device", network, now + PAIRING)))
         return poll, token
@@ -3059,8 +3160,8 @@ class Accounts:
         """End a session or token of the same account, at once.  raises CloudError not-found"""
         for device in self.devices(who):
             if device.id == id:
-                self._raise_generation(Batch([Statement("DELETE FROM device WHERE id = ?", (id,))],
-                                             line=Line(who.account, who, "device-remove", {"name": device.name})))
+                self._raise_generation(lambda: Batch([Statement("DELETE FROM device WHERE id = ?", (id,))],
+                                                     line=Line(who.account, who, "device-remove", {"name": device.name})))
                 return
         raise CloudError("not-found", "there is no such device")
 
@@ -3072,8 +3173,8 @@ class Accounts:
         """Take the password once more, for what needs it fresh (A16)."""
         if who.means == "session":
             self._by_password(who.name, password, address)
-            self._raise_generation(Batch([Statement("UPDATE device SET confirmed = ? WHERE id = ?",
-                                                    (self.clock.due() + CONFIRMED, who.device))]))
+            self._raise_generation(lambda: Batch([Statement("UPDATE device SET confirmed = ? WHERE id = ?",
+                                                            (self.clock.due() + CONFIRMED, who.device))]))
 
     def save_used(self) -> None:
         """Write when and whence devices were last used; the janitor does so every minute."""
@@ -3082,8 +3183,12 @@ class Accounts:
         rows = [(at, address, self.clock.due() + SESSION_IDLE, id) for id, (at, address) in used.items()
                 if at - old.get(id, at) >= USED_EVERY or not old.get(id, 1)]
         if rows:
+            due = self.clock.due() + KNOWN_LIFE
             self.db.run(Statement("UPDATE device SET used = ?, address = ?, "
-                                  "idle = CASE WHEN idle IS NULL THEN NULL ELSE ? END WHERE id = ?", rows, many=True))
+                                  "idle = CASE WHEN idle IS NULL THEN NULL ELSE ? END WHERE id = ?", rows, many=True),
+                        Statement("INSERT INTO known_place (account, network, due) SELECT account, ?, ? FROM device WHERE id = ? "
+                                  "ON CONFLICT (account, network) DO UPDATE SET due = excluded.due",
+                                  [(network_of(address), due, id) for _, address, _, id in rows], many=True))
 
 
 def account_key(name: str) -> str:
@@ -15321,6 +15426,7 @@ class Upkeep:
                     Statement("DELETE FROM brake WHERE held IS NULL AND due < ? AND free < ? OR device NOT IN "
                               "(SELECT id FROM device)", (now, now)),
                     Statement("DELETE FROM pairing WHERE due < ?", (now,)),
+                    Statement("DELETE FROM known_place WHERE due < ?", (now,)),
                     Statement("DELETE FROM kept WHERE due < ?", (now,)),
                     Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
                     Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),

@@ -1229,21 +1229,26 @@ def test_two_accounts_never_share_a_name(cloud, ann):
     assert outcome(cloud.accounts.add, "Ann", PASSWORD) == "exists"
 
 
+def wrong(number=0):
+    """One of many wrong passwords of ann's."""
+    return basic(password="wrong %d in a row" % number)
+
+
 def test_wrong_passwords_wait_longer_each_time(make_cloud, fake):
     """A4"""
     cloud = make_cloud(clock=fake.clock())
     account(cloud)
     waits = []
-    for _ in range(5):
-        assert identify(cloud, basic(password="wrong one!")).refusal.kind == "unauthenticated"
+    for n in range(5):
+        assert identify(cloud, wrong(n)).refusal.kind == "unauthenticated"
         refusal = identify(cloud, basic()).refusal
         assert refusal.kind == "throttled"
         waits.append(refusal.detail["retry_after"])
         fake.pass_(waits[-1] * 1000)
     assert waits == [1, 2, 4, 8, 16]
     assert identify(cloud, basic()).account      # and the right one ends it
-    assert identify(cloud, basic(password="wrong one!")).refusal.kind == "unauthenticated"
-    assert identify(cloud, basic(password="wrong two!")).refusal.detail["retry_after"] == 1
+    assert identify(cloud, wrong(6)).refusal.kind == "unauthenticated"
+    assert identify(cloud, wrong(7)).refusal.detail["retry_after"] == 1
 
 
 def test_throttling_is_shared_between_processes_and_spares_tokens(make_cloud, tmp_path):
@@ -1253,12 +1258,125 @@ def test_throttling_is_shared_between_processes_and_spares_tokens(make_cloud, tm
     _, token = one.accounts.add_token(who, "laptop")
     cookie, _ = one.accounts.log_in("ann", PASSWORD, "127.0.0.1", "x")
     two = make_cloud(one.config)
-    for _ in range(4):
-        identify(one, basic(password="wrong one!"), address="10.1.1.1")
-    assert identify(two, basic(), address="10.2.2.2").refusal.kind == "throttled"       # the account
-    assert identify(two, basic("bob"), address="10.1.1.1").refusal.kind == "throttled"  # the address
+    for n in range(4):
+        identify(one, wrong(n), address="10.1.1.1")
+    assert identify(two, basic(), address="10.1.1.1").refusal.kind == "throttled"
     assert identify(two, "Bearer " + token, address="10.1.1.1").account
     assert identify(two, cookie=cookie, address="10.1.1.1").account
+
+
+def test_who_knows_the_password_is_never_locked_out_by_who_does_not(make_cloud, fake, monkeypatch):
+    """X11, X12, A4: neither by many addresses, nor by one at home, nor by another account; known places and strangers wait apart."""
+    monkeypatch.setattr(cs, "SLOWED", 0)
+    cloud = make_cloud(clock=fake.clock())
+    account(cloud), account(cloud, "bob")
+    assert identify(cloud, basic(), address="192.168.0.9").account                      # a place that is known from here on
+    for n in range(130):
+        assert identify(cloud, wrong(n), address="10.1.%d.%d" % divmod(n, 250)).refusal.kind == "unauthenticated"
+        assert identify(cloud, wrong(n), address="2001:db8:0:%x::1" % n).refusal.kind == "unauthenticated"
+    assert identify(cloud, basic(), address="10.9.9.9").account                         # a fresh address
+    for n in range(20):
+        identify(cloud, wrong(1000 + n), address="10.7.7.7")
+    cloud.accounts._remembered.clear()           # credentials that were good a moment ago are believed from anywhere
+    assert identify(cloud, basic(), address="10.7.7.7").refusal.kind == "throttled"     # who guesses waits
+    assert identify(cloud, basic("bob"), address="10.7.7.7").account                    # for that account alone
+    assert identify(cloud, basic(), address="192.168.0.9").account
+
+
+def test_a_device_that_was_not_told_of_the_new_password_guesses_nothing(make_cloud, fake):
+    """X12: the same wrong password again costs no hash and no wait; a new one of the account counts at once."""
+    cloud = make_cloud(clock=fake.clock())
+    account(cloud)
+    assert identify(cloud, basic()).account
+    cloud.accounts.set_password("ann", "another password 7")
+    hashed, scrypt = [], cs.scrypt
+    cs.scrypt = lambda *how: hashed.append(1) or scrypt(*how)
+    try:
+        for _ in range(50):
+            assert identify(cloud, basic()).refusal.kind == "unauthenticated"
+            fake.pass_(1000)
+        assert len(hashed) == 1 and identify(cloud, basic(password="another password 7")).account
+        cloud.accounts.set_password("ann", PASSWORD)
+        assert identify(cloud, basic()).account
+    finally:
+        cs.scrypt = scrypt
+
+
+def test_parallel_guesses_are_all_counted(cloud, ann, monkeypatch):
+    """X25: sixty at once from one address are one guess a window, and every failure counts."""
+    found, tried, scrypt = [], [], cs.scrypt
+    monkeypatch.setattr(cs, "scrypt", lambda *how: tried.append(1) or scrypt(*how))
+    threads = [threading.Thread(target=lambda n: found.append(identify(cloud, wrong(n), address="10.3.3.3").refusal.kind), args=(n,)) for n in range(60)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert len(tried) == found.count("unauthenticated") <= 2 and set(found) <= {"unauthenticated", "throttled", "busy"}
+    assert cloud.db.read("SELECT failures FROM throttle WHERE subject LIKE 'guess%'") == [(len(tried),)]
+    clouds = [cloud, cs.Cloud(cloud.config)]
+    for n in range(20):
+        threads = [threading.Thread(target=other.accounts._record_failure, args=("both",)) for other in clouds]
+        [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert cloud.db.read("SELECT failures FROM throttle WHERE subject = 'both'") == [(40,)]
+    clouds[1].close()
+
+
+def test_strangers_do_not_fill_the_lane_of_who_is_known(cloud, ann, monkeypatch):
+    """X14, A5: while strangers' passwords are hashed and queue, a known place logs in at once; a network queues only so deep."""
+    assert identify(cloud, basic(), address="192.168.0.9").account
+    cloud.accounts._remembered.clear()
+    gate, scrypt, found = threading.Event(), cs.scrypt, []
+    monkeypatch.setattr(cs, "scrypt", lambda password, *how: (password == PASSWORD or gate.wait(10)) and scrypt(password, *how))
+    threads = [threading.Thread(target=lambda n: found.append(identify(cloud, wrong(n), address="10.3.%d.3" % (n % 10)).refusal.kind), args=(n,))
+               for n in range(40)]
+    [thread.start() for thread in threads]
+    while len(found) < 24:
+        time.sleep(0.005)                        # sixteen wait or are hashed, the rest was told to come again
+    assert found == ["busy"] * 24 and identify(cloud, basic(), address="192.168.0.9").account
+    gate.set()
+    [thread.join() for thread in threads]
+    lane = cs.HashingLane()
+    with lane.turn("n", b"1"):
+        assert all(max(map(len, [waiting.get("m", {})])) == 0 for waiting in [lane._waiting])
+
+
+def test_devices_make_their_networks_known(make_cloud, fake):
+    """A4: a token that is used from somewhere says that the account is."""
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    _, token = cloud.accounts.add_token(ann, "laptop")
+    assert identify(cloud, "Bearer " + token, address="10.5.5.5").account
+    cloud.accounts.save_used()
+    assert cloud.db.read("SELECT account, network FROM known_place") == [(ann.account, "10.5.5.5")]
+    for n in range(cs.KNOWN_MOST + 30):
+        cloud.accounts._welcome(ann.account, cs.Guess("ann", "10.6.%d.%d" % divmod(n, 250), False))
+        fake.pass_(1000)
+    assert cloud.db.read("SELECT count(*) FROM known_place") == [(cs.KNOWN_MOST,)]
+    fake.pass_(cs.KNOWN_LIFE)
+    upkeep = cs.Upkeep(cloud)
+    assert upkeep.hold()
+    upkeep.expire()
+    assert cloud.db.read("SELECT count(*) FROM known_place") == [(0,)]
+
+
+@pytest.mark.parametrize("end", ["demote", "remove"])
+def test_two_administrators_who_end_each_other_leave_one(cloud, ann, monkeypatch, end):
+    """X24: whatever the order, also when both decide at the same moment."""
+    account(cloud, "bob", admin=True), account(cloud, "eve")
+    act = {"demote": lambda name: cloud.accounts.update(name, ann, admin=False), "remove": lambda name: cloud.accounts.remove(name)}[end]
+    before_commit(monkeypatch, cloud, lambda: act("ann"))
+    assert outcome(act, "bob") == "conflict"
+    assert [one.name for one in cloud.accounts.list() if one.admin] == ["bob"]
+
+
+def test_strangers_who_wait_to_be_let_in_crowd_out_themselves(make_cloud, fake, monkeypatch):
+    """X13: a thousand devices of some networks leave room for one of another, for as long as it needs."""
+    monkeypatch.setattr(cs, "PAIRINGS", 100)
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    poll, token = cloud.accounts.begin_pairing("phone", "192.168.0.9")
+    for n in range(400):
+        cloud.accounts.begin_pairing("x", "2001:db8:0:%x::1" % (n % 40))
+    assert cloud.accounts.pairing(token) and cloud.db.read("SELECT count(*) FROM pairing") == [(100,)]
+    cloud.accounts.grant(ann, token)
+    assert cloud.accounts.collect(poll)[0] == "ann"
 
 
 @pytest.mark.parametrize("one, two, same", [("10.0.0.1", "10.0.0.2", False), ("2001:db8::1", "2001:db8::ffff", True),
@@ -1379,7 +1497,7 @@ def test_devices_are_let_in_once(make_cloud, fake):
     cloud = make_cloud(clock=fake.clock())
     ann = account(cloud)
     poll, token = cloud.accounts.begin_pairing("Nextcloud on a phone", "10.0.0.1")
-    assert cloud.accounts.pairing(token) == "Nextcloud on a phone" and outcome(cloud.accounts.collect, poll) == "not-found"
+    assert cloud.accounts.pairing(token).device == "Nextcloud on a phone" and outcome(cloud.accounts.collect, poll) == "not-found"
     assert outcome(cloud.accounts.pairing, poll) == outcome(cloud.accounts.collect, token) == outcome(cloud.accounts.grant, ann, poll) == "not-found"
     cloud.accounts.grant(ann, token)
     assert outcome(cloud.accounts.pairing, token) == outcome(cloud.accounts.grant, ann, token) == "not-found"
