@@ -7776,7 +7776,7 @@ def api_act(steps: list[Step]) -> dict[str, Any]:
 def group_steps(steps: Iterable[Step]) -> list[list[Step]]:
     """Neighbours that did the same in the same collection with the same device, with no long pause between them."""
     def act(step: Step) -> tuple[Any, ...]:
-        places = [step.detail.get(name, "").rpartition("/")[0] for name in ("path", "to")]
+        places = [str(step.detail.get(name, "")).rpartition("/")[0] for name in ("path", "to")]          # a rewind's "to" is a seq
         return step.action, step.account, step.device, step.detail.get("new"), *places, "path" in step.detail or step.seq
 
     groups: list[list[Step]] = []
