@@ -6495,6 +6495,7 @@ class Route(NamedTuple):
     values: dict[str, str]               # declared arguments: {"path": "string", "parents?": "boolean"}
     tail: str                            # the name of the last part, if it is a variable
     many: bool                           # ... that takes all the rest of the path
+    packs: bool                          # may its answers be compressed?
 
 
 # ---- the table of routes, and the gate
@@ -6513,11 +6514,13 @@ ROUTES: dict[str, Any] = {}              # a tree: names to trees; "" holds {met
 
 
 def route(methods: str, pattern: str, *, needs: str, refuse: Callable[[CloudError, Request], Response] | None = None,
-          **values: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+          packs: bool = False, **values: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
     """Enter a handler in ROUTES.
 
     pattern  "/a/b", "/a/<name>" or "/dav/<path>", whose last part takes the rest, decoded
     needs    words of NEEDS, looked at in this order; all but "nothing" imply "read"
+    packs    answers may be compressed: large ones that hold no secret beside what the asker can choose, as its length
+             would tell it piece by piece (BREACH)
     values   declared arguments, of the query for GET, else of a JSON body; `name_` is optional
     """
     def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
@@ -6529,7 +6532,7 @@ def route(methods: str, pattern: str, *, needs: str, refuse: Callable[[CloudErro
         key = "<path>" if tail == "path" else "<>" if tail else ""
         for method in methods.split():
             place.setdefault(key, {})[method] = Route(method, pattern, handler, needs, refuse or json_error, values, tail,
-                                                      tail == "path")
+                                                      tail == "path", packs)
         return handler
     return enter
 
@@ -6578,7 +6581,8 @@ def respond(cloud: Cloud, request: Request) -> Response:
         admit(cloud, who, request, found)
         if found.values:
             request.values = read_values(request, found.values)
-        return found.handler(cloud, who, request, **names)
+        response = found.handler(cloud, who, request, **names)
+        return pack(request, response) if found.packs else response
     except CloudError as error:
         if error.kind == "storage-failed":
             log.error("%s %s: %s", request.method, format_path(loggable(request.path)), error)
@@ -6737,6 +6741,31 @@ def json_response(value: Any, status: int = 200, **fields: str) -> Response:
                                                  "Cache-Control": "no-store", **fields})
 
 
+PACK_LEAST = 2 * KiB            # bytes; less would not travel faster
+PACKED = "-gz"                  # ends the ETag of an answer that was compressed: other bytes, another tag
+
+
+def pack(request: Request, response: Response) -> Response:
+    """The answer, compressed if the client takes that and it is large (RFC 9110 s8.4, s12.5.3)."""
+    response.fields["Vary"] = "Accept-Encoding"
+    if (isinstance(response.body, bytes) and len(response.body) >= PACK_LEAST
+            and takes_gzip(request.fields.get("accept-encoding", ""))):
+        response.body = gzip.compress(response.body, 4, mtime=0)
+        response.length = len(response.body)
+        response.fields["Content-Encoding"] = "gzip"
+        if "ETag" in response.fields:
+            response.fields["ETag"] = '%s%s"' % (response.fields["ETag"][:-1], PACKED)
+    return response
+
+
+@lru_cache(maxsize=64)
+def takes_gzip(field: str) -> bool:
+    """Does an Accept-Encoding field ask for gzip?"""
+    weights = {name.strip().lower(): weight for name, _, weight in (part.partition(";") for part in field.split(","))}
+    weight = weights.get("gzip", weights.get("x-gzip", weights.get("*")))
+    return weight is not None and not re.fullmatch(r"\s*q\s*=\s*0(\.0*)?\s*", weight, re.I)
+
+
 def json_error(error: CloudError, request: Request) -> Response:
     """A problem document (RFC 9457)."""
     problem = {"type": "about:blank", "title": REASONS[error.status], "status": error.status, "code": error.kind,
@@ -6785,8 +6814,8 @@ def kept_response(request: Request, body: bytes, fields: dict[str, str]) -> Resp
     """An answer that is asked for anew each time and sent only when it changed: its ETag is made of its bytes."""
     etag = hashlib.sha256(body).hexdigest()[:16]
     given = read_conditions(request).if_none_match
-    fields = {**fields, "ETag": '"%s"' % etag}
-    return Response(304, b"", fields) if "*" in given or etag in given else Response(200, body, fields)
+    held = next((tag for tag in (etag, etag + PACKED) if tag in given), etag if "*" in given else None)
+    return Response(200 if held is None else 304, body if held is None else b"", {**fields, "ETag": '"%s"' % (held or etag)})
 
 
 def content_response(request: Request, node: Node, content: Content) -> Response:
@@ -7493,8 +7522,8 @@ def api_grant(cloud: Cloud, who: Principal, request: Request, token: str) -> Res
 
 # ---- files
 
-@route("GET", API + "files/<path>", needs="read", at_="moment", sort_=TEXT, order_=TEXT, limit_="integer", after_="integer",
-       chunks_="boolean")
+@route("GET", API + "files/<path>", needs="read", packs=True, at_="moment", sort_=TEXT, order_=TEXT, limit_="integer", after_="integer",
+       chunks_="boolean", collections_first_="boolean")
 def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A node and, of a collection, a page of what it holds; `at` asks for a moment of the past.
 
@@ -7652,7 +7681,7 @@ def zip_archive(contents: Iterator[tuple[tuple[str, ...], Node, Content | None]]
 
 # ---- what was
 
-@route("GET", API + "versions/<path>", needs="read")
+@route("GET", API + "versions/<path>", needs="read", packs=True)
 def api_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """The versions of a file, the newest first; the first is what it is now."""
     return json_response({"versions": [
@@ -7676,7 +7705,7 @@ def api_pin(cloud: Cloud, who: Principal, request: Request) -> Response:
     return Response(204)
 
 
-@route("GET", API + "trash", needs="read", before_="integer", limit_="integer")
+@route("GET", API + "trash", needs="read", packs=True, before_="integer", limit_="integer")
 def api_trash(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What was deleted, the latest first; go on with before=next."""
     limit = read_limit(request.values["limit"])
@@ -7714,7 +7743,7 @@ def api_rewind(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": seq, "changed": changed})
 
 
-@route("GET", API + "differences/<path>", needs="read", at="moment", limit_="integer")
+@route("GET", API + "differences/<path>", needs="read", packs=True, at="moment", limit_="integer")
 def api_differences(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What was added, deleted, changed or moved below a collection since a time, in the order of paths."""
     found = cloud.differences(who, path, seq_of(cloud, request.values["at"]), request.check_alive)
@@ -7745,7 +7774,7 @@ def api_undo_device(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": seq, "changed": changed})
 
 
-@route("GET", API + "activity", needs="read", before_="integer", limit_="integer", action_=TEXT, device_=TEXT, after_="time",
+@route("GET", API + "activity", needs="read", packs=True, before_="integer", limit_="integer", action_=TEXT, device_=TEXT, after_="time",
        until_="time", grouped_="boolean")
 def api_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The journal of the account, the latest first; go on with before = seq of the last.
@@ -7866,7 +7895,7 @@ def api_star(cloud: Cloud, who: Principal, request: Request) -> Response:
     return Response(204)
 
 
-@route("GET", API + "starred", needs="read")
+@route("GET", API + "starred", needs="read", packs=True)
 def api_starred(cloud: Cloud, who: Principal, request: Request) -> Response:
     """All that bears a star, in the order of paths."""
     return json_response({"items": api_nodes(cloud, cloud.starred(who))})
@@ -7941,7 +7970,7 @@ def api_status(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 # ---- OpenAPI, from the table of routes
 
-@route("GET", API + "openapi.json", needs="nothing")
+@route("GET", API + "openapi.json", needs="nothing", packs=True)
 def api_openapi(cloud: Cloud, who: Principal, request: Request) -> Response:
     """This description."""
     return kept_response(request, openapi_document(), {"Content-Type": "application/json; charset=utf-8", "Cache-Control": "no-cache"})
@@ -14955,7 +14984,7 @@ def page_as_sent(packed: bool) -> tuple[bytes, dict[str, str]]:
 
 def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = (), token: str = "") -> Response:
     """The page; what it shows is up to its script, which reads the address."""
-    body, fields = page_as_sent("gzip" in request.fields.get("accept-encoding", ""))
+    body, fields = page_as_sent(takes_gzip(request.fields.get("accept-encoding", "")))
     if request["if-none-match"] == fields["ETag"]:
         return Response(304, b"", {name: value for name, value in fields.items() if name != "Content-Encoding"})
     return Response(200, body, dict(fields))
@@ -14969,7 +14998,7 @@ for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/ver
 WORDS = {"de": PAGE_GERMAN}       # what the page says in other languages, JSON: another one is another row here and in LANGUAGES
 
 
-@route("GET", "/words/<language>", needs="nothing")
+@route("GET", "/words/<language>", needs="nothing", packs=True)
 def web_words(cloud: Cloud, who: Principal, request: Request, language: str) -> Response:
     """{what the page says in English: the same in another language}"""
     if language not in WORDS:

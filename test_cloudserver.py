@@ -5635,6 +5635,39 @@ def test_the_policy_names_the_script_and_the_style(call):
     assert gzip.decompress(packed.body) == page.body and packed.headers["content-security-policy"] == policy
 
 
+@pytest.mark.parametrize("field, want", [
+    ("gzip", True), ("br, gzip;q=0.5", True), ("GZIP", True), ("x-gzip", True), ("*", True), ("", False), ("identity", False), ("br", False),
+    ("gzip;q=0", False), ("gzip; q=0.000, *", False), ("*;q=0", False), ("gzip;q=1, identity;q=0", True), ("nogzip", False)])
+def test_takes_gzip(field, want):
+    assert cs.takes_gzip(field) == want
+
+
+PACKED_ROUTES = {"/api/v1/files/<path>", "/api/v1/versions/<path>", "/api/v1/trash", "/api/v1/starred", "/api/v1/activity", "/api/v1/differences/<path>",
+                 "/api/v1/openapi.json", "/words/<language>"}
+
+
+def test_large_answers_are_compressed_for_who_takes_it(call, cloud, ann):
+    """P17: lists of what is one's own; nothing that holds a secret, nor what a stranger could choose words for (BREACH)."""
+    assert {found.pattern for found in cs.walk_routes(cs.ROUTES) if found.packs} == PACKED_ROUTES
+    for n in range(100):
+        put(cloud, ann, "d/a name of a file %d.txt" % n, parents=True)
+    for path in ("/api/v1/files/d", "/api/v1/files/d?at=seq:90", "/api/v1/activity", "/api/v1/openapi.json", "/words/de"):
+        plain, packed = call("GET", path), call("GET", path, Accept_Encoding="gzip, br")
+        assert "content-encoding" not in plain.headers and packed.headers["content-encoding"] == "gzip", path
+        assert gzip.decompress(packed.body) == plain.body and len(packed.body) < len(plain.body) / 2
+        assert plain.headers["vary"] == packed.headers["vary"] == "Accept-Encoding" and int(packed.headers["content-length"]) == len(packed.body)
+        head = call("HEAD", path, Accept_Encoding="gzip")
+        assert head.headers["content-length"] == packed.headers["content-length"] and not head.body
+        for answer in (plain, packed):
+            if "etag" in answer.headers:
+                assert plain.headers["etag"] != packed.headers["etag"]
+                again = call("GET", path, Accept_Encoding="gzip", If_None_Match=answer.headers["etag"])
+                assert (again.status, again.body, again.headers["etag"]) == (304, b"", answer.headers["etag"])
+    small = call("GET", "/api/v1/trash", Accept_Encoding="gzip")
+    assert "content-encoding" not in small.headers and small.headers["vary"] == "Accept-Encoding"
+    assert "content-encoding" not in call("GET", "/api/v1/files/d/none", Accept_Encoding="gzip").headers
+
+
 def test_a_phone_can_put_the_page_on_its_home_screen(call):
     manifest = call("GET", "/manifest.json", user=None)
     icon = call("GET", "/" + manifest.json()["icons"][0]["src"], user=None)
