@@ -3376,7 +3376,7 @@ class Listing:
             "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
             "WHERE e.parent = ? AND e.until IS NULL ORDER BY e.key", (self.node.node,)))
 
-    def page(self, order: str, descending: bool, start: int, limit: int) -> Iterator[Node]:
+    def page(self, order: str, descending: bool, start: int, limit: int, *, collections_first: bool = False) -> Iterator[Node]:
         """Some of the children; `order` is an expression of SORTS."""
         direction = " DESC" if descending else ""
         return map(Node._make, self.read(
@@ -7527,7 +7527,7 @@ def api_grant(cloud: Cloud, who: Principal, request: Request, token: str) -> Res
 def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A node and, of a collection, a page of what it holds; `at` asks for a moment of the past.
 
-    sort  name, size, mtime or kind;  order  asc or desc;  after  the `next` of the page before
+    sort  name, size, mtime or kind;  order  asc or desc, collections_first or not;  after  the `next` of the page before
     chunks  of a file also what it consists of, in order: [[sha256, bytes], ...]
     """
     values = request.values
@@ -7539,7 +7539,8 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
         raise CloudError("bad-request", "sort by name, size, mtime or kind; order is asc or desc")
     limit, start = read_limit(values["limit"]), max(0, values["after"] or 0)
     with cloud.listing(who, path) as listing:
-        page = list(listing.page(SORTS[values["sort"] or "name"], values["order"] == "desc", start, limit + 1))
+        page = list(listing.page(SORTS[values["sort"] or "name"], values["order"] == "desc", start, limit + 1,
+                                 collections_first=bool(values["collections_first"])))
     answer, *children = api_nodes(cloud, [(path, listing.node), *((path + (child.name,), child) for child in page[:limit])])
     if listing.node.kind:
         answer["children"], answer["next"] = children, start + limit if len(page) > limit else None

@@ -3490,6 +3490,9 @@ def test_the_api_lists_stats_and_pages(api, cloud, ann):
     assert [c["name"] for c in page["children"]] == ["f4.txt", "f3.txt"] and page["next"] == 2
     assert [c["name"] for c in api("GET", "files/d", sort="size", order="desc", limit=2, after=4)["children"]] == ["f4.txt"]
     assert api("GET", "files/d/f1.txt")["size"] == 9 and api("GET", "files/no") == "not-found"
+    cloud.make_collection(ann, ("d", "in"))
+    assert [c["name"] for c in api("GET", "files/d", sort="mtime", limit=2, collections_first=1)["children"]] == ["in", "f0.txt"]
+    assert [c["name"] for c in api("GET", "files/d", sort="name", order="desc", limit=2, collections_first=1)["children"]] == ["in", "f4.txt"]
     assert api("GET", "files/d", sort="colour") == "bad-request" and api("GET", "files/d", limit=0) == "bad-request"
 
 
