@@ -3381,7 +3381,7 @@ class Listing:
         direction = " DESC" if descending else ""
         return map(Node._make, self.read(
             "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.parent = ? AND e.until IS NULL "
-            "ORDER BY " + order + direction + ", e.key" + direction + " LIMIT ? OFFSET ?", (self.node.node, limit, start)))
+            "ORDER BY " + "e.kind DESC, " * collections_first + order + direction + ", e.key" + direction + " LIMIT ? OFFSET ?", (self.node.node, limit, start)))
 
     def properties(self) -> dict[int, dict[str, str]]:
         """Dead properties of the node and its children: {node: {"{namespace}name": XML}}."""
@@ -6561,7 +6561,7 @@ def find_route(request: Request) -> tuple[Route, dict[str, Any]]:
         allow = sorted({*methods, *(("HEAD",) if "GET" in methods else ()), "OPTIONS"})
         if request.method == "OPTIONS":
             return Route("OPTIONS", "", lambda cloud, who, request: Response(204, fields={"Allow": ", ".join(allow)}),
-                         "nothing", json_error, {}, "", False), {}
+                         "nothing", json_error, {}, "", False, False), {}
         raise CloudError("method-not-allowed", "try %s" % ", ".join(allow), allow=", ".join(allow),
                          refuse=next(iter(methods.values())).refuse)
     return found, {found.tail: rest} if found.tail else {}
@@ -10683,10 +10683,10 @@ async function logOut() {
   showLogin();
 }
 
-async function start() {
+async function start(asked = api("GET", "")) {
   patience = 0;
   try {
-    const about = await api("GET", "");
+    const about = await asked;
     if (!about.set_up) return location.pathname.endsWith("/setup") && location.hash ? showSetup()
       : showGate(t("Not set up yet"), t(PROBLEMS["not-set-up"]), [], "", null);
     if (!about.me) return showLogin();
@@ -10976,7 +10976,7 @@ const COLUMNS = {name: "Name", mtime: "Modified", size: "Size", deleted: "Delete
 
 // columns: those after the name; sortable: may the reader choose the order?
 function makeList({columns, sortable = true, empty}) {
-  Object.assign(list, {entries: [], columns, sortable, empty, at: -1, anchor: -1, editing: null});
+  Object.assign(list, {entries: [], columns, sortable, empty, at: -1, anchor: -1, editing: null, more: false});
   list.selected.clear();
   list.rows.clear();
   const head = ["name", ...columns].map(name =>
@@ -11139,20 +11139,24 @@ function tilePicture(entry) {
 // ---- thumbnails: made by the browser that first sees or uploads a picture, and kept by the server for all
 
 const making = [Promise.resolve(), Promise.resolve()];       // two at a time
+const ORIGINAL_MOST = 40 << 20, METERED_MOST = 300 << 10;     // bytes of an original that is loaded for it
+const unpaintable = new Set();         // media types that this browser turned out not to know
+
+const isMetered = () => Boolean(navigator.connection?.saveData || navigator.connection?.type === "cellular");
 
 // "small" ones show themselves
-const pictureKind = (media, size) => /^video/.test(media) ? "video"
-  : /^image/.test(media) && size < 40 << 20 ? size < 100 << 10 ? "small" : "image" : "";
+const pictureKind = (media, size) => /^video/.test(media) ? isMetered() ? "" : "video"
+  : /^image/.test(media) && size < ORIGINAL_MOST && !unpaintable.has(media) ? size < 100 << 10 ? "small" : "image" : "";
 const thumbnailAddress = entry => apiAddress("thumbnails", entry.path, {version: entry.version});
 
 async function showThumbnail(entry, kind, picture) {
   const answer = await ask(thumbnailAddress(entry));
   let blob = answer.status === 200 && await answer.blob();
   if (!blob) {
-    const work = making.shift().then(() => picture.isConnected && thumbnailOf(kind, contentAddress(entry)));
+    const work = making.shift().then(() => picture.isConnected && thumbnailOf(kind, entry));
     making.push(work.catch(() => {}));
     blob = await work;
-    if (!blob) return;
+    if (!blob) return picture.isConnected && picture.onerror();
     if (!me.readonly) keepThumbnail(entry, blob).catch(() => {});
   }
   picture.onload = () => URL.revokeObjectURL(picture.src);
@@ -11164,41 +11168,48 @@ const keepThumbnail = async (entry, body) => body.size < entry.size
 
 // at the side, once a picture was uploaded; what fails here is made up for by whoever sees it first
 async function depict(file, path) {
-  const kind = pictureKind(file.type, file.size), address = URL.createObjectURL(file);
+  const kind = pictureKind(file.type, file.size);
   if (!/image|video/.test(kind)) return;
-  const blob = await thumbnailOf(kind, address, file), entry = await load(path);
-  URL.revokeObjectURL(address);
-  if (entry.size === file.size) await keepThumbnail(entry, blob);
+  const blob = await thumbnailOf(kind, {media: file.type, size: file.size}, file), entry = await load(path);
+  if (blob && entry.size === file.size) await keepThumbnail(entry, blob);
 }
 
-const thumbnailOf = async (kind, address, file) =>
-  shrink(kind === "video" ? await frameOf(address)
-    : await createImageBitmap(file || await (await ask(address)).blob()));
+// null if this browser cannot, or should not for what it costs
+async function thumbnailOf(kind, entry, file) {
+  const address = file ? URL.createObjectURL(file) : location.origin + contentAddress(entry);
+  const film = kind === "video" && await frameOf(address), most = isMetered() ? METERED_MOST : ORIGINAL_MOST;
+  const {blob, unknown} = await paint({film, file, address, size: entry.size, most}, film ? [film] : []);
+  if (file) URL.revokeObjectURL(address);
+  if (unknown && !/jpeg|png|webp/.test(entry.media)) unpaintable.add(entry.media);
+  return blob;
+}
 
 // a second from the start, where it is hardly black any more
 function frameOf(address) {
   return new Promise((done, fail) => {
     const start = () => { video.currentTime = Math.min(1, video.duration / 2); };
+    const take = () => createImageBitmap(video).then(done, fail).finally(() => video.removeAttribute("src"));
     const video = h("video", {muted: true, preload: "auto", playsInline: true, src: address,
-                              onloadedmetadata: start, onseeked: () => done(video), onerror: fail});
+                              onloadedmetadata: start, onseeked: take, onerror: fail});
     setTimeout(fail, 20000);
   });
 }
 
-// at most 400 pixels on the short side, and fewer until few bytes tell it; without a picture it throws
-async function shrink(picture) {
-  const {videoWidth: width = picture.width, videoHeight: height = picture.height} = picture, canvas = h("canvas");
-  const encode = kind => new Promise(done => canvas.toBlob(done, kind, 0.8));
-  let blob;
-  for (let side = 400; !blob || blob.size > 64 << 10; side *= 0.8) {
-    const scale = Math.min(1, side / Math.min(width, height));
-    Object.assign(canvas, {width: width * scale, height: height * scale});
-    canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
-    blob = await encode("image/webp");
-    if (blob.type !== "image/webp") blob = await encode("image/jpeg");           // Safari writes no WebP
+// the painter works beside the page, which stays at the reader's service
+const orders = new Map();
+let painter = null, ordered = 0;
+
+function paint(order, things) {
+  if (!window.OffscreenCanvas) return {};
+  if (!painter) {
+    painter = new Worker(PREFIX + "/painter.js");
+    painter.onmessage = ({data: {id, ...found}}) => orders.get(id)(found);
   }
-  picture.close ? picture.close() : picture.removeAttribute("src");
-  return blob;
+  return new Promise(done => {
+    const id = ++ordered;
+    orders.set(id, found => orders.delete(id) && done(found));
+    painter.postMessage({...order, id}, things);
+  });
 }
 
 const cellOf = (entry, column) => column === "size" ? formatSize(entry.size) : timeElement(entry[column]);
@@ -11431,16 +11442,15 @@ async function showFiles(address) {
   const path = decodePath(address);
   if (showInside(path, "files", null)) return;
   const turn = view.turn, at = new URLSearchParams(location.search).get("at");
-  const answer = await load(path).catch(error => { if (!at) throw error; });
+  const answer = await loadFirst(path).catch(error => { if (!at) throw error; });
   if (turn !== view.turn) return;
   if (!answer) return go(pastAddress(at, path), {replace: true});       // a link that knows when it was there
-  if (answer.kind === "file") {
-    const holder = await load(parentOf(path));
-    if (turn !== view.turn) return;
-    await enterCollection(holder, turn);
-    const entry = list.entries.find(one => one.name === answer.name);
-    if (entry) openPreview(entry);
-  } else await enterCollection(answer, turn);
+  const isFile = answer.kind === "file", holder = isFile ? await loadFirst(parentOf(path)) : answer;
+  if (turn !== view.turn) return;
+  const entering = enterCollection(holder, turn);
+  if (isFile) openPreview(list.entries.find(one => one.path === path) || answer);
+  await entering;
+  if (isFile && turn === view.turn && preview.box) find(".foot").replaceWith(previewFoot(preview.entry));
 }
 
 // is the address one of a file in the list that is on the screen?
@@ -11453,6 +11463,10 @@ function showInside(path, kind, at) {
 }
 
 const load = (path, values) => api("GET", "files/" + encodePath(path), {limit: 10000, ...values});
+// what fills the first screens, in the order of the list
+const order = () => ({sort: sorting.by in SORTS && sorting.by !== "deleted" ? sorting.by : "name",
+  order: sorting.down ? "desc" : "asc", collections_first: 1});
+const loadFirst = path => load(path, {limit: 300, ...order()});
 
 async function enterCollection(answer, turn) {
   const same = view.kind === "files" && view.path === answer.path && list.box && list.box.isConnected;
@@ -11463,21 +11477,22 @@ async function enterCollection(answer, turn) {
     setContent(...makeList({columns: ["mtime", "size"], empty: emptyFiles}), h("div.readme"));
     scrollTo(0, 0);
   }
-  await fillFiles(answer, turn);
-  await showReadme();
+  await fillFiles(answer, turn, same);
+  if (turn === view.turn) await showReadme();
 }
 
-// the first ten thousand at once, what is more as it comes
-async function fillFiles(answer, turn) {
-  let entries = answer.children, next = answer.next;
-  fillList(sortEntries(entries));
-  while (next !== null) {
-    const more = await load(answer.path, {after: next});
+// what is there at once, the rest as it comes; a list that stood there before is replaced when all is known
+async function fillFiles(answer, turn, whole) {
+  let entries = answer.children;
+  const asked = order();
+  for (let {next} = answer; ; ) {
+    list.more = next !== null;
+    if (!whole || !list.more) fillList(sortEntries(entries));
+    if (!list.more) return;
+    const more = await load(answer.path, {after: next, ...asked}), seen = new Set(entries.map(entry => entry.node));
     if (turn !== view.turn) return;
-    const seen = new Set(entries.map(entry => entry.node));
     entries = entries.concat(more.children.filter(entry => !seen.has(entry.node)));
     next = more.next;
-    fillList(sortEntries(entries));
   }
 }
 
@@ -11508,7 +11523,7 @@ async function refresh() {
   const turn = view.turn;
   if (inFiles()) {
     try {
-      const answer = await load(view.path);
+      const answer = await load(view.path, order());
       if (turn === view.turn) await enterCollection(answer, turn);
     } catch (error) {
       if (turn !== view.turn) return;
@@ -11653,7 +11668,7 @@ function countWords() {
   const files = list.entries.filter(entry => entry.kind === "file").length,
     collections = list.entries.length - files;
   return [collections && plural(collections, "{n} folder", "{n} folders"),
-    files && plural(files, "{n} file", "{n} files")].filter(Boolean).join(", ");
+    files && plural(files, "{n} file", "{n} files")].filter(Boolean).join(", ") + (list.more ? " …" : "");
 }
 
 const placeButtons = () => [
@@ -14395,9 +14410,11 @@ addEventListener("DOMContentLoaded", async () => {
   const links = {manifest: "manifest.json", icon: "icon.svg", "apple-touch-icon": "icon-180.png"};
   for (const [rel, name] of Object.entries(links)) document.head.append(h("link", {rel, href: PREFIX + "/" + name}));
   history.scrollRestoration = "manual";
+  const about = api("GET", "");                    // on its way together with the words
+  about.catch(() => {});
   await setLanguage(language);
   listen();
-  start();
+  start(about);
   const keepers = navigator.serviceWorker;         // in a secure context only; where there is none, nothing is kept
   if (keepers) keepers.register(PREFIX + "/service-worker.js").then(one => one.update()).catch(() => {});
 });
@@ -14917,6 +14934,81 @@ PAGE_HTML = r"""<!doctype html>
 """
 
 
+# What makes small pictures of large ones, in a thread of its own beside the page.
+PAGE_PAINTER = r"""
+"use strict";
+
+const HEAD = 68 << 10;                 // bytes: what a camera says of a picture is the first segment, at most 64 KiB
+
+// {id, film, file, address, size, most}: a frame of a film, a file at hand, or where to get it.  Answers
+// {id, blob, unknown}: no blob if it would cost more than `most` bytes, or if this browser does not know the kind
+onmessage = async ({data: {id, film, file, address, size, most}}) => {
+  const found = {id};
+  try {
+    const small = !film && !file && await embedded(address).catch(() => null);
+    if (small) found.blob = await shrink(small.picture, small.turn);
+    else if (film || file || size <= most)
+      found.blob = await shrink(film || await createImageBitmap(file || await (await get(address)).blob()), 1);
+  } catch {
+    found.unknown = true;
+  }
+  postMessage(found);
+};
+
+async function get(address, fields) {
+  const answer = await fetch(address, {headers: {"X-Requested-By": "page", ...fields}});
+  if (!answer.ok) throw new Error(answer.status);
+  return answer;
+}
+
+// the small picture that cameras put into the head of a JPEG (Exif 2.32 s4.5.8), and how it is to be turned
+async function embedded(address) {
+  const view = new DataView(await (await get(address, {Range: `bytes=0-${HEAD - 1}`})).arrayBuffer());
+  if (view.getUint16(0) !== 0xffd8) return null;
+  for (let at = 2; view.getUint16(at) !== 0xffda; at += 2 + view.getUint16(at + 2)) {
+    const isExif = view.getUint16(at) === 0xffe1 && view.getUint32(at + 4) === 0x45786966;
+    if (isExif) return readExif(new DataView(view.buffer, at + 10));
+  }
+  return null;
+}
+
+async function readExif(view) {
+  const little = view.getUint16(0) === 0x4949;
+  const two = at => view.getUint16(at, little), four = at => view.getUint32(at, little);
+  const read = at => {                 // {tag: value}, and where the next table is
+    const rows = Array.from({length: two(at)}, (_, n) => at + 2 + 12 * n);
+    const found = rows.map(row => [two(row), two(row + 2) === 3 ? two(row + 8) : four(row + 8)]);
+    return {...Object.fromEntries(found), next: four(at + 2 + 12 * rows.length)};
+  };
+  const {next, 0x112: turn = 1} = read(four(4)), {0x201: start, 0x202: length} = next ? read(next) : {};
+  if (!length) return null;
+  const bytes = new Uint8Array(view.buffer, view.byteOffset + start, length);
+  return {turn, picture: await createImageBitmap(new Blob([bytes], {type: "image/jpeg"}))};
+}
+
+// what an orientation means for a picture of w x h (Exif 2.32 s4.6.4): the matrix that puts it upright
+const TURNS = {2: (w, h) => [-1, 0, 0, 1, w, 0], 3: (w, h) => [-1, 0, 0, -1, w, h], 4: (w, h) => [1, 0, 0, -1, 0, h],
+  5: () => [0, 1, 1, 0, 0, 0], 6: (w, h) => [0, 1, -1, 0, h, 0], 7: (w, h) => [0, -1, -1, 0, h, w],
+  8: (w, h) => [0, -1, 1, 0, 0, w]};
+
+// at most 400 pixels on the short side, and fewer until few bytes tell it
+async function shrink(picture, turn) {
+  let blob;
+  for (let side = 400; !blob || blob.size > 64 << 10; side *= 0.8) {
+    const scale = Math.min(1, side / Math.min(picture.width, picture.height));
+    const size = [picture.width, picture.height].map(length => Math.max(1, Math.floor(length * scale)));
+    const canvas = new OffscreenCanvas(...turn > 4 ? [...size].reverse() : size), paint = canvas.getContext("2d");
+    if (TURNS[turn]) paint.setTransform(...TURNS[turn](...size));
+    paint.drawImage(picture, 0, 0, ...size);
+    blob = await canvas.convertToBlob({type: "image/webp", quality: 0.8});
+    if (blob.type !== "image/webp") blob = await canvas.convertToBlob({type: "image/jpeg", quality: 0.8});   // Safari
+  }
+  picture.close();
+  return blob;
+}
+"""
+
+
 # What keeps the page at hand when there is no network.  It knows the shell by name, and nothing of what anybody stored.
 PAGE_WORKER = r"""
 "use strict";
@@ -15033,6 +15125,13 @@ def web_manifest(cloud: Cloud, who: Principal, request: Request) -> Response:
 def web_worker(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The page's service worker (W3C Service Workers)."""
     return page_part(request, worker_as_sent(), "text/javascript; charset=utf-8",
+                     **{"Content-Security-Policy": "default-src 'none'; connect-src 'self'"})
+
+
+@route("GET", "/painter.js", needs="nothing")
+def web_painter(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The page's maker of thumbnails (HTML s10, workers)."""
+    return page_part(request, bare(PAGE_PAINTER).encode(), "text/javascript; charset=utf-8",
                      **{"Content-Security-Policy": "default-src 'none'; connect-src 'self'"})
 
 

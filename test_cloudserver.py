@@ -5606,7 +5606,7 @@ def test_the_page_is_small_and_loads_nothing():
 
 def test_the_page_is_sent_as_it_is_written():
     """But for indentation and comments, which one plain rule has to find: none in a string, no string over several lines."""
-    for source in (SCRIPT, STYLE, cs.PAGE_WORKER):
+    for source in (SCRIPT, STYLE, cs.PAGE_WORKER, cs.PAGE_PAINTER):
         assert not [line for line in source.splitlines() if len(line) > 120 or line != line.rstrip() or "\t" in line]
         assert all(line.count("`") % 2 == 0 for line in re.sub(r"/\S*`\S*/", "", source).splitlines()), "a template that spans lines"
         assert not re.search(r"""(["'`])(?:(?!\1)[^\\\n]|\\.)* // (?:(?!\1)[^\\\n]|\\.)*\1""", re.sub(r"(?m)^ *//.*$|(?<=[;{},(>]) +// .*$", "", source))
@@ -5619,8 +5619,8 @@ def test_the_page_is_sent_as_it_is_written():
 def test_the_script_makes_no_markup_of_text():
     """W5, B4"""
     for word in (r"\beval\b", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "new Function", "DOMParser", "srcdoc",
-                 r"setTimeout\(\s*[\"'`]", "createContextualFragment", "javascript:"):
-        assert not re.search(word, SCRIPT), word
+                 r"setTimeout\(\s*[\"'`]", "createContextualFragment", "javascript:", "importScripts"):
+        assert not re.search(word, SCRIPT + cs.PAGE_PAINTER + cs.PAGE_WORKER), word
 
 
 def test_the_policy_names_the_script_and_the_style(call):
@@ -9731,6 +9731,83 @@ def eventually(look, seconds=10):
         assert time.monotonic() < until, "in vain"
         time.sleep(0.02)
     return found
+
+
+def exif_of(small, turn, order="<"):
+    """An APP1 segment with a small picture and an orientation, as cameras write it (Exif 2.32 s4.5)."""
+    table = lambda rows, after: struct.pack(order + "H", len(rows)) + b"".join(
+        struct.pack(order + "HHI", tag, kind, 1) + (struct.pack(order + "HH", value, 0) if kind == 3 else struct.pack(order + "I", value)) for tag, kind, value in rows
+    ) + struct.pack(order + "I", after)
+    first = table([(0x112, 3, turn)], 8 + 2 + 12 + 4)
+    start = 8 + len(first) + 2 + 24 + 4
+    tiff = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8) + first + table([(0x201, 4, start), (0x202, 4, len(small))], 0) + small
+    return b"\xff\xe1" + struct.pack(">H", 2 + 6 + len(tiff)) + b"Exif\0\0" + tiff
+
+
+JPEGS = """const done = arguments[0], make = (width, height, colours) => new Promise(made => {
+        const canvas = Object.assign(document.createElement('canvas'), {width, height}), paint = canvas.getContext('2d'), reader = new FileReader();
+        if (colours) colours.forEach((colour, n) => { paint.fillStyle = colour; paint.fillRect(n % 2 * width / 2, Math.floor(n / 2) * height / 2, width, height); });
+        else for (let n = 0; n < 20000; n++) { paint.fillStyle = '#' + Math.random().toString(16).slice(2, 8); paint.fillRect(Math.random() * width, Math.random() * height, 9, 9); }
+        reader.onload = () => made(reader.result.split(',')[1]);
+        canvas.toBlob(blob => reader.readAsDataURL(blob), 'image/jpeg', 0.9);
+    });
+    Promise.all([make(1200, 900), make(160, 120, ['red', 'lime', 'blue', 'white'])]).then(done)"""
+CORNERS = """const image = document.querySelector(arguments[0]), canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight), paint = canvas.getContext('2d', {willReadFrequently: true});
+    paint.drawImage(image, 0, 0);
+    return [canvas.width > canvas.height, ...[[.2, .2], [.8, .2], [.2, .8], [.8, .8]].map(([x, y]) => [...paint.getImageData(x * canvas.width, y * canvas.height, 1, 1).data].slice(0, 3).map(one => one > 127 ? 1 : 0).join(''))]"""
+RED, GREEN, BLUE, WHITE = "100", "010", "001", "111"
+TURNED = {1: [True, RED, GREEN, BLUE, WHITE], 2: [True, GREEN, RED, WHITE, BLUE], 3: [True, WHITE, BLUE, GREEN, RED], 4: [True, BLUE, WHITE, RED, GREEN],
+          5: [False, RED, BLUE, GREEN, WHITE], 6: [False, BLUE, RED, WHITE, GREEN], 7: [False, WHITE, GREEN, BLUE, RED], 8: [False, GREEN, WHITE, RED, BLUE]}
+
+
+def test_browser_makes_tiles_of_what_cameras_put_into_their_pictures(page, monkeypatch):
+    """P16: of a large JPEG only the head travels, whichever way up it is; on a metered connection nothing larger does."""
+    page.open("/")
+    large, small = map(base64.b64decode, page.run_async(JPEGS))
+    for turn in TURNED:
+        page.put("%d.jpg" % turn, large[:2] + exif_of(small, turn, "<>"[turn % 2]) + large[2:])
+    page.put("none.jpg", large)
+    torn = exif_of(small, 6)[4:200]              # its small picture ends early
+    page.put("torn.jpg", large[:2] + b"\xff\xe1" + struct.pack(">H", len(torn) + 2) + torn + large[2:])
+    page.put("film.mp4", b"\0\0\0 ftypisom" + b"x" * 1000)
+    got, answer = [], cs.content_response
+    monkeypatch.setattr(cs, "content_response", lambda request, node, content: (got.append((node.name, request["range"])), answer(request, node, content))[1])
+    page.run("Object.defineProperty(navigator, 'connection', {value: {saveData: true}, configurable: true}); setShape('tiles')")
+    page.wait("return list.entries.length === 11 && document.querySelectorAll('.picture img').length === 8 && [...document.querySelectorAll('.picture img')].every(one => one.naturalWidth)")
+    assert {name for name, _ in got} == {name for name in page.tree() if name.endswith("jpg")} and {asked for _, asked in got} == {"bytes=0-%d" % (68 * KiB - 1)}
+    page.shot("camera-tiles")
+    for turn, want in TURNED.items():
+        assert page.run(CORNERS, "#row%d img" % (turn - 1)) == want, turn
+    eventually(lambda: all(page.cloud.thumbnail(page.who, ("%d.jpg" % turn,)) for turn in TURNED))
+    got.clear()
+    page.run("Object.defineProperty(navigator, 'connection', {value: {saveData: false}})")
+    page.run("setShape('list'); setShape('tiles')")
+    page.wait("return document.querySelector('#row9 img')?.naturalWidth > 160 && document.querySelector('#row10 img')?.naturalWidth > 160 && document.querySelector('#row8 .icon')")
+    assert {name for name, _ in got} == {"none.jpg", "torn.jpg", "film.mp4"}
+
+
+def test_browser_draws_the_first_screens_first(page):
+    """P17: a page of the list in its order, then the rest; and never less than there was."""
+    names = ["IMG_%04d.txt" % n for n in range(330)]
+    for name in names:
+        page.put("box/" + name)
+    page.cloud.make_collection(page.who, ("box", "zoo"))
+    page.open("/")
+    page.shows("box")
+    page.run("const real = fillList; window.filled = []; fillList = entries => { filled.push([entries.length, entries[0]?.name, list.more]); real(entries); }")
+    page.click("box")
+    page.sees("1 folder, 330 files")
+    assert page.run("return filled.filter(([n]) => n)") == [[300, "zoo", True], [331, "zoo", False]]
+    time.sleep(0.3)                              # the event stream begins
+    page.put("box/new.txt")
+    page.sees("331 files")
+    assert [size for size, *_ in page.run("return filled.filter(([n]) => n > 1)")] == [300, 331, 332]
+    page.click(".head .mtime button")
+    page.open("/files/box/IMG_0000.txt")         # not among the first in this order
+    page.wait("return preview.entry?.name === 'IMG_0000.txt'")
+    page.sees(" of 331")
+    asked = page.run("return performance.getEntriesByType('resource').map(one => one.name).filter(name => name.includes('files/box?'))")
+    assert len(asked) == 2 and all("sort=mtime&order=desc&collections_first=1" in one for one in asked) and "limit=300" in asked[0]
 
 
 def test_browser_makes_thumbnails_of_what_it_uploads(page):
