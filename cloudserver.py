@@ -478,7 +478,7 @@ _ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _BAD_NAME = re.compile(r"[\x00-\x1f\x7f/\\]")
 _NONCHARACTER = re.compile("[\ufdd0-\ufdef\ufffe\uffff%s]" %
                            "".join(chr(plane << 16 | low) for plane in range(1, 17) for low in (0xFFFE, 0xFFFF)))
-_WINDOWS = re.compile(r'(?i)(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?|.*[<>:"|?*].*|.*[. ]')
+_WINDOWS = re.compile(r'(?i)(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *(?:\..*)?|.*[<>:"|?*].*|.*[. ]')
 _LATIN = re.compile(rb"(?:[\x20-\x7e\xa0-\xbf]|[\xc0-\xfd](?![\x80-\xbf]))+")     # text, and no byte leads a sequence of UTF-8
 _HOP = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::\d{1,5})?|(\d{1,3}(?:\.\d{1,3}){3})(?::\d{1,5})?|([0-9A-Fa-f:.]+)")
 _PLAIN = re.compile(r"[A-Za-z0-9_.~/\-]*")      # what quote() leaves alone
@@ -1769,6 +1769,10 @@ class Content:
                 start = end
             if not some:
                 raise CloudError("storage-failed", "a part of the file is missing")
+
+    def parts(self) -> Iterator[tuple[str, int]]:
+        """(SHA-256, bytes) of each chunk in order, without opening any."""
+        return ((chunk.hash, chunk.size) for chunk, _, _ in self._chunks(0, self.size))
 
     def read(self, limit: int) -> bytes:
         """The first bytes, at most `limit`."""
@@ -16053,9 +16057,20 @@ def read_object(store: ObjectDirectory, name: str, hash: str) -> tuple[bytes, st
 
 def check_apart(data: Path, to: Path) -> None:
     """raises CloudError if one of two directories is, or lies in, the other"""
-    ours, theirs = data.resolve(), to.resolve()
-    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+    if lies_in(to, data) or lies_in(data, to):
         raise CloudError("conflict", "%s is, holds or lies in the data directory %s; give another place" % (to, data))
+
+
+def check_outside(data: Path, place: Path) -> None:
+    """raises CloudError if plain files would be written into, or read from, a data directory"""
+    if lies_in(place, data):
+        raise CloudError("conflict", "%s is or lies in the data directory %s; give another place" % (place, data))
+
+
+def lies_in(inner: Path, outer: Path) -> bool:
+    """Is it the other one, or below it?  By what is there, not by how it is spelt: links, mounts and case are seen through."""
+    inner = inner.resolve()
+    return outer.exists() and any(place.exists() and os.path.samefile(place, outer) for place in (inner, *inner.parents))
 
 
 def back_up(cloud: Cloud, to: Path) -> tuple[int, int, list[str]]:
@@ -16182,6 +16197,7 @@ def restore_backup(source: Path, config: Config) -> list[str]:
         raise CloudError("not-found", "%s holds no backup" % source)
     if (config.data / "cloud.db").exists():
         raise CloudError("conflict", "%s holds a cloud already; restore into an empty directory" % config.data)
+    check_apart(config.data, source)
     claim_directory(config.data)
     copying = Copying(ObjectDirectory(config.data / "objects"))
     copying.target.create()
@@ -16305,53 +16321,96 @@ def begin_anew(cloud: Cloud) -> None:
     log.warning("the data counts as restored: clients ask before they go on, and none deletes what is missing here")
 
 
-def export_files(cloud: Cloud, who: Principal, to: Path) -> tuple[int, list[str]]:
-    """Write an account's files as plain files, with their times; returns (files written, what could not be).
+def export_files(cloud: Cloud, who: Principal, to: Path, top: tuple[str, ...] = ()) -> tuple[int, list[str]]:
+    """Write an account's files as plain files with their times, below `top` in a directory; (files written, what could not be).
 
-    What is there already with the same size and time is left, so a run that broke off goes on.
+    When it returns all is on the medium.
     """
-    to.mkdir(parents=True, exist_ok=True)
-    progress, written, failed = Progress("export", cloud.stat(who, ()).size), 0, []
-
-    def miss(path: tuple[str, ...], error: CloudError) -> None:
-        failed.append("%s: %s" % ("/".join(path) or "(the top)", error))
-
-    for path, node, content in cloud.walk_contents(who, (), missed=miss):
-        place = to.joinpath(*path)
-        try:
-            if content is None:
-                place.mkdir(exist_ok=True)
-                continue
-            if os.name == "nt" and not all(map(is_windows_name, path)):
-                raise OSError("Windows cannot hold this name")
-            if not is_same_file(place, node):
-                write_file(place, node, content)
-                written += 1
-        except (OSError, CloudError) as error:
-            failed.append("%s: %s" % ("/".join(path), reason_of(error)))
+    check_outside(cloud.config.data, to)
+    make_directory(to)
+    progress, export = Progress("export", cloud.stat(who, ()).size), Export(to)
+    if top:
+        export.put(top)
+    for path, node, content in cloud.walk_contents(who, (), missed=lambda path, error: export.miss(top + path, error)):
+        export.put(top + path, node, content)
         progress.add(node.size)
     progress.end()
-    return written, failed
+    export.sync()
+    return export.written, export.failed
 
 
-def is_same_file(place: Path, node: Node) -> bool:
+class Export:
+    """Plain files on their way into a directory, whatever names its file system can hold and tell apart.
+
+    A name that would fall onto another is found before anything is written, and left out with all that is in it.  What is
+    there already with the same size, time and bytes is left, so a run that broke off goes on.
+    """
+
+    def __init__(self, to: Path) -> None:
+        self.to, self.written = to, 0
+        self.failed: list[str] = []              # what could not be written, and why
+        self.lost: set[tuple[str, ...]] = set()
+        self.touched: set[Path] = set()          # directories whose names are not durable yet
+        self.names = lru_cache(maxsize=DEPTH_LIMIT)(lambda above: {key_of(name) for name in os.listdir(above)})
+
+    def put(self, path: tuple[str, ...], node: Node | None = None, content: Content | None = None) -> None:
+        """Make a collection, or with `content` a file; or note why not."""
+        if any(path[:depth] in self.lost for depth in range(len(path))):
+            return                               # it was said of what holds it
+        try:
+            place = self._place_of(path)
+            if content is None:
+                place.mkdir(exist_ok=True)
+            elif not is_same_file(place, node, content):
+                write_file(place, node, content)
+                self.written += 1
+            self.touched.add(place.parent)
+        except (OSError, CloudError) as error:
+            self.miss(path, error)
+
+    def miss(self, path: tuple[str, ...], error: Exception) -> None:
+        self.lost.add(path)
+        self.failed.append("%s: %s" % ("/".join(path) or "(the top)", reason_of(error)))
+
+    def _place_of(self, path: tuple[str, ...]) -> Path:
+        """raises OSError, CloudError if nothing can, or may, be put there"""
+        name, place = path[-1], self.to.joinpath(*path)
+        check_name(name)                         # of an account, too
+        if os.name == "nt" and not is_windows_name(name):
+            raise OSError(errno.EINVAL, "Windows cannot hold this name")
+        if os.path.lexists(place) and key_of(name) not in self.names(place.parent):
+            raise OSError(errno.EEXIST, "this place cannot tell it from another name that is there")
+        return place
+
+    def sync(self) -> None:
+        for directory in self.touched:
+            sync_directory(directory)
+
+
+def is_same_file(place: Path, node: Node, content: Content) -> bool:
+    """Is a file there with this size, time and, whoever wrote it, these bytes?"""
     try:
         about = place.stat()
+        if about.st_size != node.size or abs(about.st_mtime_ns // 1_000_000 - node.mtime) > 2000:
+            return False
+        with open(place, "rb") as file:
+            return all(hashlib.sha256(file.read(size)).hexdigest() == hash for hash, size in content.parts())
     except OSError:
         return False
-    return about.st_size == node.size and abs(about.st_mtime_ns // 1_000_000 - node.mtime) <= 2000
 
 
 def write_file(place: Path, node: Node, content: Content) -> None:
-    """Write a file beside its place, then put it there."""
-    partial = place.with_name(".%s.partial" % secrets.token_hex(4))
+    """Write a file beside its place and, when it is on the medium, put it there.  What a killed run left is written over."""
+    partial = place.with_name(".cloudserver-%s.partial" % hashlib.sha256(place.name.encode("utf-8", "replace")).hexdigest()[:16])
     try:
         with open(partial, "wb") as file:
             for part in content.slices():
                 for piece in (part,) if isinstance(part, bytes) else read_pieces(part):
                     file.write(piece)
+            file.flush()
+            sync_file(file.fileno())
         os.utime(partial, ns=(node.mtime * 1_000_000,) * 2)
-        os.replace(partial, place)
+        insist(os.replace, partial, place)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -16361,6 +16420,7 @@ def import_files(cloud: Cloud, who: Principal, source: Path, into: tuple[str, ..
 
     What is there already with the same size and time is left.  Links and devices are skipped, and named.
     """
+    check_outside(cloud.config.data, source)
     total = sum(size for _, size in scan_files(source, []))
     progress, skipped, stored = Progress("import", total), [], [0]
 
@@ -16385,25 +16445,45 @@ def import_files(cloud: Cloud, who: Principal, source: Path, into: tuple[str, ..
 
 def scan_files(source: Path, skipped: list[str], cloud: Cloud | None = None, who: Principal = ANONYMOUS,
                into: tuple[str, ...] = ()) -> Iterator[tuple[Path, int]]:
-    """(file, bytes) below a directory; given a cloud, its collections are made on the way, empty ones too."""
+    """(file, bytes) below a directory; given a cloud, its collections are made on the way, empty ones too.
+
+    What is no plain file, cannot be read, or is called what a file before it is called to us, is skipped, and named.
+    """
     pending = [source]
     while pending:
         above = pending.pop()
-        if cloud and into + above.relative_to(source).parts:
+        try:
+            if cloud and into + above.relative_to(source).parts:
+                make_once(cloud, who, check_path(into + above.relative_to(source).parts))
+            with os.scandir(above) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except (CloudError, OSError) as error:
+            skipped.append("%s: %s" % (above, reason_of(error)))
+            continue
+        names: dict[str, str] = {}
+        for entry in found:
             try:
-                cloud.make_collection(who, check_path(into + above.relative_to(source).parts), parents=True)
-            except CloudError as error:
-                if error.kind != "exists":
-                    skipped.append("%s: %s" % (above, error))
-                    continue
-        with os.scandir(above) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.is_dir(follow_symlinks=False):
+                if names.setdefault(key_of(entry.name), entry.name) != entry.name:
+                    skipped.append("%s: it is called the same as another one there" % entry.path)
+                elif cloud and entry.is_dir() and os.path.samefile(entry.path, cloud.config.data):
+                    skipped.append("%s: the data directory itself" % entry.path)
+                elif entry.is_dir(follow_symlinks=False):
                     pending.append(Path(entry.path))
                 elif entry.is_file(follow_symlinks=False):
                     yield Path(entry.path), entry.stat().st_size
                 else:
                     skipped.append("%s: not a plain file" % entry.path)
+            except OSError as error:
+                skipped.append("%s: %s" % (entry.path, reason_of(error)))
+
+
+def make_once(cloud: Cloud, who: Principal, path: tuple[str, ...]) -> None:
+    """Make a collection that may be there already.  raises CloudError"""
+    try:
+        cloud.make_collection(who, path, parents=True)
+    except CloudError as error:
+        if error.kind != "exists":
+            raise
 
 
 # ---- doctor
@@ -18282,7 +18362,7 @@ def run_export(config: Config, given: Arguments) -> int:
     with open_cloud(config, "look") as cloud:
         for name in [given.user] if given.user else [account.name for account in cloud.accounts.list()]:
             who = cloud.accounts.principal(name)
-            written, failed = export_files(cloud, who, given.to if given.user else given.to / name)
+            written, failed = export_files(cloud, who, given.to, () if given.user else (name,))
             print("%s: %d files written" % (name, written), *failed, sep="\n")
             code |= bool(failed)
     return code

@@ -256,6 +256,18 @@ def is_private(place):
     return os.name == "nt" or not place.stat().st_mode & 0o077
 
 
+def make_link(place, target):
+    """Make a symbolic link; False where that is not for everybody (Windows), or where it looks like a file (Wine)."""
+    try:
+        place.symlink_to(target, target_is_directory=Path(place.parent, target).is_dir())
+    except OSError:
+        return False
+    if not place.is_symlink():
+        os.unlink(place)
+        return False
+    return True
+
+
 class Answer:
     """One response: status, headers (names in lower case, joined), body."""
 
@@ -697,9 +709,12 @@ def test_what_people_call_a_file(want, names):
         assert cs.kind_of_file(name, "application/octet-stream") == want, name
 
 
-@pytest.mark.parametrize("name, want", [("a", True), ("con", False), ("CON.txt", False), ("a.", False), ("a ", False),
-                                        ("a:b", False), ("console", True), ("com1", False), ("a|b", False)])
+@pytest.mark.parametrize("name, want", [
+    ("a", True), ("con", False), ("CON.txt", False), ("nul .txt", False), ("com1 .txt", False), ("COM\xb9", False), ("conin$", False), ("CONOUT$.log", False),
+    ("lpt9", False), ("a.", False), ("a ", False), ("a:b", False), ("a?", False), ("a*b", False), ("a|b", False), ('a"b', False), ("<a>", False),
+    ("console", True), ("con-1", True), ("com", True), ("com10", True), ("a.b", True), (".a", True), (" a", True), ("nul-", True), ("conin", True)])
 def test_windows_names(name, want):
+    """O4"""
     assert cs.is_windows_name(name) is want
 
 
@@ -6541,14 +6556,155 @@ def test_export_and_import_keep_bytes_and_times(make_cloud, tmp_path):
     cloud.make_collection(ann, ("empty",))
     assert cs.export_files(cloud, ann, tmp_path / "out") == (4, []) and cs.export_files(cloud, ann, tmp_path / "out") == (0, [])
     assert (tmp_path / "out" / "a").stat().st_mtime_ns // 1_000_000 == 1_000_000_000_123
-    (tmp_path / "out" / "link").symlink_to("a")
+    linked = make_link(tmp_path / "out" / "link", "a")
     bob = account(cloud, "bob")
     stored, skipped = cs.import_files(cloud, bob, tmp_path / "out", ("in",))
-    assert stored == 4 and len(skipped) == 1 and "link" in skipped[0]
+    assert stored == 4 and len(skipped) == linked and all("link" in line for line in skipped)
     assert {p[3:]: d for p, d in tree(cloud, bob).items() if p != "in"} == tree(cloud, ann)
     assert cloud.stat(bob, ("in", "a")).mtime == 1_000_000_000_123
     assert cs.import_files(cloud, bob, tmp_path / "out", ("in",))[0] == 0
     audit(cloud)
+
+
+def plain_files(place):
+    return {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+def folds(place):
+    """Does the file system there take two cases of a name for one?"""
+    (place / "Probe").touch()
+    try:
+        return (place / "pROBE").exists()
+    finally:
+        (place / "Probe").unlink()
+
+
+TWINS = {"Twin.txt": b"BIG", "twin.txt": b"small", "TWIN.TXT": b"third", "Dir/a": b"1", "dir/a": b"2", "dir/sub/c": b"3", "plain": b"4"}
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_export_leaves_out_and_names_what_a_place_cannot_tell_apart(cloud, ann, tmp_path, monkeypatch, everywhere):
+    """O3: whatever its file system; of collections nothing that is in them either"""
+    for path, data in TWINS.items():
+        put(cloud, ann, path, data, parents=True, mtime=1_600_000_000_000)
+    put(cloud, ann, "earlier.txt", b"from the cloud")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/Earlier.txt").write_bytes(b"from somebody else")
+    if everywhere:                               # be a file system without case
+        def lexists(place):
+            return any(name.lower() == Path(place).name.lower() for name in os.listdir(Path(place).parent))
+        monkeypatch.setattr(os.path, "lexists", lexists)
+    for _ in range(2):
+        written, failed = cs.export_files(cloud, ann, tmp_path / "out")
+        found = plain_files(tmp_path / "out")
+        if not everywhere and not folds(tmp_path):
+            assert (failed, found) == ([], {**TWINS, "earlier.txt": b"from the cloud", "Earlier.txt": b"from somebody else"})
+            continue
+        lost = sorted(line.partition(":")[0] for line in failed)
+        kept = {path.partition("/")[0] for path in found}
+        assert len(lost) == 4 and lost[-1] != "Earlier.txt" and found["Earlier.txt"] == b"from somebody else"
+        assert all(TWINS[path] == data for path, data in found.items() if path != "Earlier.txt")
+        assert kept | set(lost) == {path.partition("/")[0] for path in TWINS} | {"Earlier.txt", "earlier.txt"} and not kept & set(lost)
+    assert written == 0
+
+
+@pytest.mark.skipif(os.name != "nt", reason="every other system holds these names")
+def test_export_names_what_windows_cannot_hold(cloud, ann, tmp_path):
+    """O3, O4: and makes no part of it"""
+    for path in ("a:b/c", "con", "nul .txt", "e./f", "g?", "x/COM1", "fine"):
+        put(cloud, ann, path, parents=True)
+    written, failed = cs.export_files(cloud, ann, tmp_path / "out")
+    assert sorted(line.partition(":")[0] for line in failed) == ["a", "con", "e.", "g?", "nul .txt", "x/COM1"] and written == 1
+    assert sorted(os.listdir(tmp_path / "out")) == ["fine", "x"] and os.listdir(tmp_path / "out/x") == []
+
+
+def test_export_says_done_after_the_last_sync(cloud, ann, tmp_path, monkeypatch):
+    """S21: each file before it takes its name, each directory before the end"""
+    for path in ("a", "d/b", "d/e/c"):
+        put(cloud, ann, path, b"x" * 100_000, parents=True)
+    cloud.make_collection(ann, ("empty",))
+    done = []
+    monkeypatch.setattr(cs, "sync_file", lambda fd: done.append("sync"))
+    monkeypatch.setattr(cs, "sync_directory", lambda path: done.append(Path(path)))
+    monkeypatch.setattr(os, "replace", lambda old, new, replace=os.replace: (done.append(Path(new).name), replace(old, new)))
+    out = tmp_path / "new/out"
+    assert cs.export_files(cloud, ann, out) == (3, [])
+    assert set(done[:2]) == {tmp_path, tmp_path / "new"}                         # what did not exist
+    assert done[2:8] == ["sync", "a", "sync", "b", "sync", "c"] and set(done[8:]) == {out, out / "d", out / "d/e"}
+
+
+@pytest.mark.parametrize("size", [5, 100_000, 3 * cs.CHUNK_SIZE])
+def test_export_trusts_bytes_and_not_size_and_time(cloud, ann, tmp_path, size):
+    """S21: a file that lost its bytes with the power is written anew; what is whole is left"""
+    data = os.urandom(size)
+    put(cloud, ann, "f", data, mtime=1_600_000_000_000)
+    put(cloud, ann, "g", b"whole")
+    assert cs.export_files(cloud, ann, tmp_path / "out")[0] == 2
+    for spoilt in (bytes(size), data[:-1] + b"!"):
+        (tmp_path / "out/f").write_bytes(spoilt)
+        os.utime(tmp_path / "out/f", ns=(1_600_000_000 * 10 ** 9,) * 2)
+        assert cs.export_files(cloud, ann, tmp_path / "out") == (1, []) and (tmp_path / "out/f").read_bytes() == data
+    assert cs.export_files(cloud, ann, tmp_path / "out") == (0, [])
+
+
+def test_an_export_that_was_killed_leaves_nothing_for_ever(cloud, ann, tmp_path, monkeypatch):
+    put(cloud, ann, "f", b"whole")
+    monkeypatch.setattr(Path, "unlink", lambda *args, **how: None)
+    monkeypatch.setattr(os, "replace", Refuses(os.replace, KeyboardInterrupt(), 1))
+    with pytest.raises(KeyboardInterrupt):
+        cs.export_files(cloud, ann, tmp_path / "out")
+    monkeypatch.undo()
+    assert len(os.listdir(tmp_path / "out")) == 1
+    assert cs.export_files(cloud, ann, tmp_path / "out") == (1, []) and os.listdir(tmp_path / "out") == ["f"]
+
+
+@pytest.mark.parametrize("words, refused", [
+    ("backup {data}", True), ("backup {data}/inside", True), ("backup {above}", True), ("backup {link}", True), ("backup {beside}", False),
+    ("export {data}/inside", True), ("export {data}", True), ("export {link}/x", True), ("export {beside}", False),
+    ("import {data} --user ann", True), ("import {data}/objects --user ann", True), ("import {above} --user ann", False)])
+def test_what_would_work_on_its_own_data_is_refused_in_words(tmp_path, monkeypatch, capsys, words, refused):
+    """S15: by what is there, not by how it is spelt"""
+    above = tmp_path / "above"
+    places = {"above": above, "data": above / "data", "link": tmp_path / "link", "beside": tmp_path / "beside"}
+    above.mkdir()
+    monkeypatch.setattr(os, "umask", lambda mask: 0)
+    with contextlib.closing(Cloud(Config(data=places["data"]))) as cloud:
+        put(cloud, account(cloud), "f", b"x" * 100_000)
+    if "{link}" in words and not make_link(places["link"], places["data"]):
+        pytest.skip("no links here")
+    before = sorted(path for path in above.rglob("*"))
+    code = cs.main([*words.format(**places).split(), "--data", str(places["data"])])
+    said = capsys.readouterr()
+    if refused:
+        assert code == 1 and "data directory" in said.err and said.err.count("\n") == 1
+        assert {path for path in above.rglob("*")} - set(before) <= set(above.glob("data/*"))
+    else:
+        assert code == (1 if "import" in words else 0) and ("the data directory itself" in said.out) == ("import" in words)
+
+
+def test_a_backup_lies_outside_of_what_is_made_from_it(tmp_path, capsys, monkeypatch):
+    """S15"""
+    monkeypatch.setattr(os, "umask", lambda mask: 0)
+    Cloud(Config(data=tmp_path / "data")).close()
+    assert cs.main(["backup", str(tmp_path / "backup"), "--data", str(tmp_path / "data")]) == 0
+    assert cs.main(["restore", str(tmp_path / "backup"), "--data", str(tmp_path / "backup/new")]) == 1
+    assert "give another place" in capsys.readouterr().err and not (tmp_path / "backup/new").exists()
+
+
+def test_import_skips_and_names_what_cannot_be_read_or_told_apart(cloud, ann, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    for path in ("a", "closed/b", "d/c"):
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_text(path)
+    twins = {unicodedata.normalize(form, "\xe4") for form in ("NFC", "NFD")}
+    for name in twins:
+        (source / "d" / name).write_text(ascii(name))
+    there = [name for name in os.listdir(source / "d") if name != "c"]
+    monkeypatch.setattr(os, "scandir", Refuses(os.scandir, PermissionError(errno.EACCES, "Permission denied"),
+                                               only=lambda place: Path(place).name == "closed"))
+    stored, skipped = cs.import_files(cloud, ann, source, ())
+    assert stored == 3 and len(skipped) == len(there) and any(line.endswith("closed: Permission denied") for line in skipped)
+    assert {path for path in tree(cloud, ann)} == {"a", "closed", "d", "d/c", "d/" + min(there)}
 
 
 def test_commands_work_beside_a_running_server(serve, tmp_path):
