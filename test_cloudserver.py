@@ -257,15 +257,10 @@ def is_private(place):
 
 
 def make_link(place, target):
-    """Make a symbolic link; False where that is not for everybody (Windows), or where it looks like a file (Wine)."""
-    try:
+    """Make a symbolic link; False where that is not for everybody (Windows), or where there is none to be seen then (Wine)."""
+    with contextlib.suppress(OSError):
         place.symlink_to(target, target_is_directory=Path(place.parent, target).is_dir())
-    except OSError:
-        return False
-    if not place.is_symlink():
-        os.unlink(place)
-        return False
-    return True
+    return place.is_symlink()
 
 
 class Answer:
