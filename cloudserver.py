@@ -2489,7 +2489,7 @@ class Database:
         if 0 < version <= len(MIGRATIONS):
             self._copy_before_migration(db, version)
         if version <= len(MIGRATIONS):
-            migrate(db, [SCHEMA, *MIGRATIONS, self._first_rows()] if version == 0 else MIGRATIONS[version - 1:])
+            migrate(db, [SCHEMA, *MIGRATIONS, self._first_rows()] if version == 0 else steps_from(db, version))
 
     def _first_rows(self) -> str:
         return """INSERT INTO journal (seq, at, home, account, device, action, detail) VALUES (1, %d, 0, 0, '', 'create', '{}');
@@ -2521,6 +2521,33 @@ def check_version(version: int) -> None:
     """raises CloudError if a database of this version was written by a newer program"""
     if version > 1 + len(MIGRATIONS):
         raise CloudError("conflict", "the data was written by a newer version of this program; use that one")
+
+
+def steps_from(db: sqlite3.Connection, version: int) -> list[str]:
+    """What leads from a version to today's.  It begins with what gives the database the shape that its version promises.
+
+    Before the first release that changed without its number.  What is missing is made, what is empty made anew.
+    raises  CloudError for a table of another shape that has rows: nobody here knows what they mean
+    """
+    steps, anew = [], set()
+    with closing(sqlite3.connect(":memory:")) as model:
+        model.executescript(";".join([SCHEMA, *MIGRATIONS[:version - 1]]))
+        for kind, name, table, sql in model.execute("SELECT type, name, tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL "
+                                                    "ORDER BY type DESC").fetchall():                   # tables, then their indexes
+            there = db.execute("SELECT 1 FROM main.sqlite_master WHERE type = ? AND name = ?", (kind, name)).fetchone()
+            if there and kind == "table" and columns_of(db, name) != columns_of(model, name):
+                if db.execute('SELECT 1 FROM main."%s" LIMIT 1' % name).fetchone():
+                    raise CloudError("conflict", "the table %s is not that of version %d; export with the program that made it" % (name, version))
+                steps.append('DROP TABLE main."%s"' % name)
+                anew.add(name)
+            if not there or table in anew:
+                steps.append(sql)
+    return steps + MIGRATIONS[version - 1:]
+
+
+def columns_of(db: sqlite3.Connection, table: str) -> list[tuple[Any, ...]]:
+    """(name, type, may it not be NULL, place in the key) of each."""
+    return [(*row[1:4], row[5]) for row in db.execute('PRAGMA main.table_info("%s")' % table)]
 
 
 def migrate(db: sqlite3.Connection, steps: Sequence[str]) -> None:
@@ -16135,7 +16162,7 @@ def prepare_backup(db: sqlite3.Connection, to: Path) -> None:
     if identity_of(db, "main") not in (None, identity_of(db, "live")):
         raise CloudError("conflict", "%s holds a backup of another cloud; give a directory of its own" % to)
     if 0 < version <= len(MIGRATIONS):
-        migrate(db, MIGRATIONS[version - 1:])
+        migrate(db, steps_from(db, version))
 
 
 def identity_of(db: sqlite3.Connection, schema: str) -> Any:
@@ -18210,6 +18237,7 @@ def open_cloud(config: Config, how: str = "open") -> Iterator[Cloud]:
 
     how   as of Cloud; "look": to read it, and note damage where that can be noted
     """
+    check_upgrade(config.data)
     try:
         cloud = Cloud(config, how="open" if how == "look" else how)
     except (CloudError, OSError) as error:
@@ -18220,6 +18248,16 @@ def open_cloud(config: Config, how: str = "open") -> Iterator[Cloud]:
         yield cloud
     finally:
         cloud.close()
+
+
+def check_upgrade(data: Path) -> None:
+    """raises CloudError if a server of an older version runs on the data: its tables must not change under it"""
+    with suppress(sqlite3.Error), closing(sqlite3.connect((data / "cloud.db").resolve().as_uri() + "?mode=ro", uri=True)) as db:
+        if not 0 < db.execute("PRAGMA user_version").fetchone()[0] <= len(MIGRATIONS):
+            return
+        with closing(FileLock(data / "serve.lock")) as lock:
+            if not lock.acquire(wait=False):
+                raise CloudError("conflict", "a server of an older version runs on %s; restart it first" % data)
 
 
 PASSWORD_STDIN = ("--password-stdin", {"action": "store_true", "help": "read the password from standard input"})

@@ -1102,6 +1102,48 @@ def test_every_released_version_comes_to_the_tables_of_today(tmp_path, monkeypat
     assert len(shapes[0]) > 40 and all(shape == shapes[-1] for shape in shapes)
 
 
+RELEASED = (  # SHA-256 of SCHEMA and of each of MIGRATIONS that a release has had, without comments
+    "c96d0f5a19dbd102abf81819cc0f9c8b85ffb8d5f4fccd4dfdcd8eb3c7e930e3", "63db0754c55e84713f22031317394ab399429118ee6dd8373ef012bda2c8805e")
+
+
+def test_what_was_released_is_changed_by_a_new_version_only():
+    """S12: add a step to MIGRATIONS instead; once it is released, its sum belongs into RELEASED"""
+    steps = [" ".join(re.sub(r"--.*", "", step).split()) for step in (cs.SCHEMA, *cs.MIGRATIONS)]
+    assert tuple(hashlib.sha256(step.encode()).hexdigest() for step in steps[:len(RELEASED)]) == RELEASED
+
+
+UNRELEASED = """
+DROP TABLE pin; CREATE TABLE pin (node INTEGER NOT NULL, since INTEGER NOT NULL, name TEXT NOT NULL, PRIMARY KEY (node, since)) WITHOUT ROWID;
+DROP TABLE upload_chunk; CREATE TABLE upload_chunk (upload TEXT NOT NULL, offset INTEGER NOT NULL, chunk TEXT NOT NULL, size INTEGER NOT NULL,
+    PRIMARY KEY (upload, offset)) WITHOUT ROWID;
+DROP TABLE age; DROP TABLE loose; DROP TABLE brake; DROP TABLE name_row; DROP INDEX entry_purged; DROP INDEX upload_home;
+CREATE INDEX upload_home ON upload (home);"""
+
+
+@pytest.mark.parametrize("also, want", [("", "whole"), ("INSERT INTO pin VALUES (1, 2, 'x')", "conflict")])
+def test_a_shape_that_changed_without_its_number_is_mended_or_refused(tmp_path, monkeypatch, also, want):
+    """S12: a directory of the first days; of the live database as of a backup"""
+    with monkeypatch.context() as patch:
+        patch.setattr(cs, "MIGRATIONS", [])
+        Database(tmp_path / "cloud.db", Clock()).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "cloud.db")) as raw_db:
+        raw_db.executescript(UNRELEASED + also)
+        before = raw_db.execute("SELECT * FROM setting").fetchall()
+    Database(tmp_path / "new.db", Clock()).close()
+    shapes = []
+    for name in ("new", "cloud"):
+        opened = outcome(Database, tmp_path / (name + ".db"), Clock())
+        if opened == want == "conflict":
+            with contextlib.closing(sqlite3.connect(tmp_path / "cloud.db")) as raw_db:
+                assert raw_db.execute("SELECT * FROM pin").fetchall() == [(1, 2, "x")] and raw_db.execute("SELECT * FROM setting").fetchall() == before
+            return
+        shapes.append({(name, " ".join(sql.split())) for name, sql in opened.read("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL "
+                                                                                 "AND name NOT LIKE '%_index%'")})
+        opened.close()
+    assert want == "whole" and shapes[0] ^ shapes[1] <= {("upload_home", "CREATE INDEX upload_home ON upload (home)"),
+                                                         ("upload_home", "CREATE INDEX upload_home ON upload (home) WHERE done IS NULL")}
+
+
 def test_a_failed_commit_is_never_retried_into_success(db, monkeypatch):
     """R4"""
     class Failing:
@@ -7659,6 +7701,23 @@ def test_the_image_uses_settings_and_commands_there_are():
     for words in commands:
         words = words[words.index("cloudserver") + 1:] if "cloudserver" in words else words
         assert not words or cs.build_parser().parse_args(words).command
+
+
+@pytest.mark.parametrize("command", ["user list", "verify", "export {}/out", "backup {}/backup", "user add bob --password-stdin"])
+def test_a_newer_command_line_changes_no_tables_under_an_older_server(tmp_path, monkeypatch, capsys, command):
+    """R31: whoever swapped the file has to restart the server first"""
+    monkeypatch.setattr(os, "umask", lambda mask: 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(cs, "MIGRATIONS", cs.MIGRATIONS[:1])
+        Database(cs.make_directory(tmp_path / "d") and tmp_path / "d/cloud.db", Clock()).close()
+    lock = cs.FileLock(tmp_path / "d/serve.lock")
+    assert lock.acquire(wait=False)
+    words = [*command.format(tmp_path).split(), "--data", str(tmp_path / "d")]
+    assert cs.main(words) == 1 and "restart it first" in capsys.readouterr().err and not (tmp_path / "d/cloud-version-2.db").exists()
+    lock.release()
+    lock.close()
+    (tmp_path / "d/objects").mkdir()
+    assert cs.main(["user", "list", "--data", str(tmp_path / "d")]) == 0 and (tmp_path / "d/cloud-version-2.db").exists()
 
 
 def test_accounts_from_the_command_line(tmp_path):
