@@ -2648,7 +2648,7 @@ KNOWN_LIFE, KNOWN_MOST = 90 * DAY, 200         # how long a network is known to 
 PAIRING = 20 * MINUTE           # how long a device waits to be let in
 PAIRINGS, PAIRINGS_HERE = 1000, 30             # that wait at a time: in all, from one address
 TOKEN_MARK = "cs_"              # app passwords begin so and are never tried as passwords
-ACCOUNT_NAME = re.compile(r"[^\x00-\x20/\\:\x7f](?:[^\x00-\x1f/\\:\x7f]{0,62}[^\x00-\x20/\\:\x7f])?")
+ACCOUNT_NAME = re.compile(r"[^\x00-\x20/\\:\x7f\ud800-\udfff](?:[^\x00-\x1f/\\:\x7f\ud800-\udfff]{0,62}[^\x00-\x20/\\:\x7f\ud800-\udfff])?")
 
 COMMON_WORDS = frozenset("""
     abcd abracadabra access admin administrator alejandra alejandro aleksandra alessandra alessandro alexander alexandra
@@ -3342,6 +3342,7 @@ RESERVED = "coalesce(sum(max(coalesce(size, 0), received)), 0)"          # bytes
 STRIDE = 24                     # names that one statement walks down
 RESERVE = 16 * MiB              # put by for the moment when the disk is full; less on a small one
 LOCK_MOST = 24 * 3600           # seconds a lock may be granted for
+KEEP_MOST = 36500               # days that history may be kept
 LONG_HASH = 64 * MiB            # larger files are hashed in the lane for long work
 
 
@@ -3532,8 +3533,8 @@ class Tree:
         """Change some of it; returns the whole.  What somebody else changes at the same time stays changed."""
         def attempt() -> Batch:
             stored, policy = self.db.setting("policy"), self.policy()._replace(**values)
-            if not 0 <= policy.keep_days <= 36500:
-                raise CloudError("bad-request", "keep_days is 0 to 36500")
+            if not 0 <= policy.keep_days <= KEEP_MOST:
+                raise CloudError("bad-request", "keep_days is 0 to %d" % KEEP_MOST)
             return Batch([Statement("INSERT OR REPLACE INTO setting VALUES ('policy', ?)", (json.dumps(policy._asdict()),))],
                          [Statement("SELECT 'policy' WHERE (SELECT value FROM setting WHERE name = 'policy') IS NOT ?", (stored,))],
                          line=Line(0, who, "settings", values))
@@ -18646,7 +18647,7 @@ def check_config(config: Config) -> None:
         Site(config)
     except ValueError as error:
         raise CloudError("bad-request", "--behind-proxy: %s" % error) from error
-    if not 0 <= config.port <= 65535 or config.workers < 0 or config.keep_days < 0 or config.max_connections < 1:
+    if not 0 <= config.port <= 65535 or config.workers < 0 or not 0 <= config.keep_days <= KEEP_MOST or config.max_connections < 1:
         raise CloudError("bad-request", "--port, --workers, --keep-days or --max-connections is out of range")
     if config.windows_names not in ("allow", "refuse"):
         raise CloudError("bad-request", "--windows-names is allow or refuse")

@@ -1272,7 +1272,7 @@ def test_passwords_nobody_guesses_are_taken(rng):
     assert time.perf_counter() - began < 0.5
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "a:b", " a", "a ", "a\\b", "a\nb", "x" * 65, ".a"])
+@pytest.mark.parametrize("name", ["", "a/b", "a:b", " a", "a ", "a\\b", "a\nb", "x" * 65, ".a", "\udcff", "a\ud800", "a\ud800b"])
 def test_unfit_account_names_are_refused(cloud, name):
     assert outcome(cloud.accounts.add, name, PASSWORD) == "bad-request"
 
@@ -7506,7 +7506,7 @@ def test_every_setting_is_a_flag_and_a_variable():
 
 @pytest.mark.parametrize("words, code, says", [
     (["--no-such-flag"], 2, "usage"), (["fly"], 2, "invalid choice"), (["--port", "x"], 2, "invalid int"),
-    (["--port", "70000"], 2, "out of range"), (["--behind-proxy", "x"], 2, "proxy"), (["--max-file", "huge"], 2, "not a size"),
+    (["--port", "70000"], 2, "out of range"), (["--keep-days", "9" * 30], 2, "out of range"), (["--quota", "9" * 30], 2, "not a size"), (["--behind-proxy", "x"], 2, "proxy"), (["--max-file", "huge"], 2, "not a size"),
     (["--tls-cert", "x"], 2, "go together"), (["--tls-cert", "no", "--tls-key", "no"], 1, "certificate"),
     (["--data", "/proc/no"], 1, "data directory"), (["user", "passwd", "nobody"], 1, "no cloud"),
 ])
