@@ -6436,6 +6436,7 @@ def parts_id(who: Principal, name: str) -> str:
 
 HEADER_TIME, IDLE_TIME, STALL_TIME, HANDSHAKE_TIME = 20, 75, 60, 10     # seconds (R34)
 BODY_WINDOW, BODY_RATE = 30, KiB        # a body brings at least this many bytes/s over each window, seconds
+LONG = 1                                # seconds after which work for somebody who has left is given up
 TICK = 1                                # seconds a thread waits for a silent connection before it is parked
 DRAIN_LIMIT = 256 * KiB
 RECEIVE = 64 * KiB
@@ -6478,13 +6479,15 @@ class Request:
         return format_path((*self.prefix, *address))
 
     def check_alive(self, seconds: float = math.inf) -> None:
-        """Go on?  Whoever works long for an answer asks now and then: a poll() each time.
+        """Go on?  Whoever works long for an answer asks now and then.
 
+        In the first second nobody counts as gone: a client may close its sending side and wait for a short answer.
         raises  Disconnected when the client has left; CloudError busy when it took longer than `seconds`
         """
-        if time.monotonic() - self.began > seconds:
+        taken = time.monotonic() - self.began
+        if taken > seconds:
             raise CloudError("busy", "this takes too long; ask for less", retry_after=60)
-        if self.gone():
+        if taken > LONG and self.gone():
             raise Disconnected
 
     def __getitem__(self, name: str) -> str | None:

@@ -3475,6 +3475,13 @@ def until(look, seconds):
     return look()
 
 
+def test_who_only_stops_sending_gets_a_short_answer(address, cloud, ann):
+    """A half-closed connection is no reason to refuse what is done at once."""
+    put(cloud, ann, "d/a", parents=True)
+    for method, path in (("PROPFIND", "/dav/d"), ("GET", "/dav/d"), ("GET", "/api/v1/search?kind=image"), ("GET", "/api/v1/changes?since=1"), ("GET", "/dav/d/a")):
+        assert statuses(raw(address, request_bytes(method, path, b"", "Connection: close"), half_close=True))[0] in (200, 207), path
+
+
 @pytest.mark.parametrize("method, path, body, place, name", [
     ("SEARCH", "/remote.php/dav", "SEARCH", "Cloud", "walk"), ("GET", "/api/v1/search?kind=image", "", "Cloud", "_candidates"),
     ("GET", "/api/v1/search?q=a", "", "Cloud", "_candidates"), ("GET", "/api/v1/differences/?at=seq:1", "", "_Past", "touched_since"),
@@ -3499,6 +3506,7 @@ def test_long_reads_end_when_nobody_waits_for_the_answer(cloud, ann, serve_cloud
             ended.set()
     monkeypatch.setattr(getattr(cs, place), name, endless)
     monkeypatch.setattr(cs, "LONG_HASH", 0)
+    monkeypatch.setattr(cs, "LONG", 0)
     if tls:
         certificate = request.getfixturevalue("certificate")
         cloud.config = cs.replace(cloud.config, tls_cert=certificate[0], tls_key=certificate[1])
