@@ -254,6 +254,7 @@ class Preconditions:
     lists: tuple[tuple[tuple[str, ...] | None, tuple[tuple[bool, str, str], ...]], ...] = ()
     #                                               If: (resource or None, ((wanted, "token" or "etag", value), ...))
     tokens: frozenset[str] = frozenset()          # lock tokens submitted anywhere in If
+    beside: bool = False                          # nothing: a new file takes a free name beside what is there
 
 
 ANY = Preconditions()
@@ -3850,7 +3851,7 @@ class Tree:
             spot = spots.pop() if spots else self._spot_for_file(who, path, given, stored.size, parents)
             change, made = self._put_change(spot, path, stored, at)
             return self._batch(who, spot._replace(guards=spot.guards + still_stored(stored.relied)), "write",
-                               name_written(path, spot.node), [*made, change], self._store_rows(stored))
+                               name_written(path[:-1] + (change.after.name,), spot.node), [*made, change], self._store_rows(stored))
 
         batch = self.db.write(attempt)
         change = batch.changes[-1]
@@ -3860,6 +3861,8 @@ class Tree:
                        parents: bool) -> Spot:
         """Where a file of `size` bytes may be written, everything checked."""
         spot = self._spot(who, path)
+        if given.beside and spot.node:
+            spot = self._spot(who, path[:-1] + (self._free_name(spot.parent, path[-1]),))
         self._check_place(spot, path, parents)
         if spot.node and spot.node.kind:
             raise CloudError("conflict", "a collection is at this path")
@@ -3895,8 +3898,8 @@ class Tree:
             media = media_type(spot.node.name, stored.head)
             after = spot.node._replace(manifest=stored.manifest, size=stored.size, mtime=mtime, media=media, rev=0)
         else:
-            after = Node(self.db.new_id(), spot.home, 0, None, chain[-1], path[-1], FILE, stored.manifest, stored.size,
-                         mtime, media_type(path[-1], stored.head), 0, None)
+            after = Node(self.db.new_id(), spot.home, 0, None, chain[-1], spot.rest[-1], FILE, stored.manifest, stored.size,
+                         mtime, media_type(spot.rest[-1], stored.head), 0, None)
         return Change(spot.node, after, chain, chain), made
 
     def _make_parents(self, spot: Spot) -> tuple[list[Change], tuple[int, ...]]:
@@ -3994,12 +3997,12 @@ class Tree:
     # ---- moving and copying
 
     def move(self, who: Principal, *pairs: tuple[tuple[str, ...], tuple[str, ...]], given: Preconditions = ANY,
-             clash: str = "replace") -> list[tuple[Node, bool]]:
+             clash: str | Sequence[str] = "replace") -> list[tuple[Node, bool]]:
         """Give nodes other places and names, in one step; returns each and whether nothing was there before.
 
         pairs    (source, target) paths
         clash    what to do if something is at a target: "replace" puts it into the trash, "keep" takes a free name
-                 like "a (2).txt", "refuse" raises
+                 like "a (2).txt", "refuse" raises; for all of them, or for each
         raises   CloudError not-found, no-parent, same-place, precondition-failed, locked
 
         Ids, versions and the ETags of files stay.
@@ -4009,9 +4012,9 @@ class Tree:
 
         def attempt() -> Batch:
             changes, spots, taken = [], [], set()
-            for source, target in pairs:
+            for (source, target), how in zip(pairs, for_each(clash, pairs)):
                 here = self._admit_removal(who, self._spot(who, source), source, given)
-                there, target, removal = self._make_room(who, here.node, source, target, given, clash, taken)
+                there, target, removal = self._make_room(who, here.node, source, target, given, how, taken)
                 after = here.node._replace(parent=there.parent, name=target[-1])
                 changes += [*removal, Change(here.node, after, here.chain, there.chain, "moved")]
                 spots.append(here)
@@ -4073,7 +4076,7 @@ class Tree:
                 if lock.node in gone or gone & set(self._above_or_none(lock.node))]
 
     def copy(self, who: Principal, *pairs: tuple[tuple[str, ...], tuple[str, ...]], given: Preconditions = ANY,
-             clash: str = "replace", deep: bool = True) -> list[tuple[Node, bool]]:
+             clash: str | Sequence[str] = "replace", deep: bool = True) -> list[tuple[Node, bool]]:
         """Make second nodes with the same content; of a collection with all below it, unless `deep` is False.
 
         No byte moves: the copies refer to the same manifests.  Otherwise as move; raises also over-quota, too-many
@@ -4082,11 +4085,13 @@ class Tree:
 
         def attempt() -> Batch:
             changes, extra, spots, taken = [], [], [], set()
-            for source, target in pairs:
+            for (source, target), how in zip(pairs, for_each(clash, pairs)):
                 here = self._check_conditions(who, self._spot(who, source), source, given)
                 spots.append(here)
                 node = self._found(here)
-                there, target, removal = self._make_room(who, node, source, target, given, clash, taken)
+                if source == target and how == "keep":
+                    target = target[:-1] + (self._free_name(here.parent, target[-1], taken),)
+                there, target, removal = self._make_room(who, node, source, target, given, how, taken)
                 if there.node and there.node.node == node.node:
                     raise CloudError("same-place", "source and destination are one")
                 plan = CopyPlan(self.db, node, there.parent, target[-1], self.clock.wall(), deep)
@@ -4098,6 +4103,10 @@ class Tree:
 
         with self._heavy(who):
             return self._arrivals(self.db.write(attempt))
+
+    def taken(self, who: Principal, *paths: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Those of some paths at which there is something."""
+        return [path for path in paths if self.find(who, path)]
 
     @contextmanager
     def _heavy(self, who: Principal) -> Iterator[None]:
@@ -4453,6 +4462,11 @@ def outermost(paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return found
 
 
+def for_each(value: str | Sequence[str], things: Sequence[Any]) -> Sequence[str]:
+    """One value for all things, or a value for each."""
+    return [value] * len(things) if isinstance(value, str) else value
+
+
 def check_disjoint(pairs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> None:
     """Refuse moves in one step of which one lies in another's way."""
     sources = [source for source, _ in pairs]
@@ -4676,6 +4690,19 @@ class _Past:
                 return True
             node = self.node(node.parent)
         return False
+
+    def is_as(self, now: _Past, id: int) -> bool:
+        """Is a node, now, where it was and what it was, though in another collection there, as that one is gone?"""
+        one, other = self.here(id), now.here(id)
+        return (bool(one and other) and self.path(id) == now.path(id) and not now.here(one.parent)
+                and (one.manifest, one.mtime) == (other.manifest, other.mtime))
+
+    def line(self, id: int | None) -> Iterator[int]:
+        """A node and what held it, upwards, even if that hung nowhere."""
+        while id is not None:
+            yield id
+            node = self.node(id)
+            id = node.parent if node else None
 
     def touched_since(self, home: int, seq: int) -> list[int]:
         """Nodes of a home that batches after a seq touched."""
@@ -5219,6 +5246,35 @@ class History(Tree):
             return 0, len(self.differences(who, path, seq))
         return self._revert(who, path, seq, choose, "rewind", {"path": "/".join(path), "to": seq})
 
+    def bring_back(self, who: Principal, seq: int, *paths: tuple[str, ...]) -> tuple[int, int]:
+        """Make what was at paths as of a seq what it was, and all that it held, in one step; the rest stays as it is.
+
+        What came into it since goes back to where it was, or to the trash.  Returns (seq of doing so, nodes changed), or (0, 0) if nothing has changed.  What held it and is gone by now is
+        made anew.  raises CloudError not-found, gone
+        """
+        self._require(who)
+        paths = tuple(outermost(paths))
+        with self.db.snapshot() as read:
+            then, now = _Past(read, who.root, seq), _Past(read, who.root, self.head())
+            nodes = [self._past_node(then, path) for path in paths]
+            chosen = {node.node for node in nodes}
+
+            def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
+                inside = lambda id: any(above in chosen for above in then.line(id))
+                touched = [id for id in {*chosen, *now.touched_since(who.account, seq)}
+                           if id != now.top and any(map(inside, now.line(id)))]
+                mine = [id for id in touched if differs(then.here(id), now.here(id)) or not then.here(id) and now.node(id)]
+                mine = [id for id in mine if not then.is_lost(id) and self._may_bring_back(who, then, now, id)
+                        and not (id in chosen and then.is_as(now, id))]
+                return mine, len(mine)
+
+            if not choose(then, now)[0]:
+                return 0, 0
+        for path, node in zip(paths, nodes):
+            if len(path) > 1 and self._path_or_none(who, node.parent) is None:
+                self._make_or_find(who, path[:-1])
+        return self._revert(who, (), seq, choose, "rewind", {"path": "/".join(paths[0]), "to": seq})
+
     def _may_bring_back(self, who: Principal, then: _Past, now: _Past, id: int) -> bool:
         """May a device change this node by going back to `then`?  Only if it lies, or died, in what the device is limited to,
         and lay nowhere else then."""
@@ -5321,12 +5377,22 @@ class History(Tree):
                 self._return_or_remove(plan, then, node)
         for id in wanted:
             old = then.node(id)
-            parent = old.parent if plan.lives(old.parent) else then.top
+            parent = old.parent if plan.lives(old.parent) else self._stand_in(plan, then, now, old.parent, chosen)
             plan.restore(old, now.node(id), parent, self._name_for(parent, old.name, taken, freed))
         for id in unwanted:
             if not now.here(id) and then.top in plan.chain(id):          # it came along with what is back
                 plan.remove(now.node(id))
         return plan
+
+    def _stand_in(self, plan: Reversal, then: _Past, now: _Past, id: int, chosen: Container[int]) -> int:
+        """The collection that is where one was that is gone, and stays there; the top if there is none."""
+        found = then.top
+        for name in then.path(id) or ():
+            child = now.child(found, key_of(name))
+            if child is None or not child.kind or child.node in chosen:
+                return then.top
+            found = child.node
+        return found if plan.lives(found) else then.top
 
     def _return_or_remove(self, plan: Reversal, then: _Past, node: Node) -> None:
         """A node that was not below the collection: back to where it was, if that is still there, else to the trash."""
@@ -6106,7 +6172,8 @@ class Cloud(Sync):
         self._check_uploads(who)
         now = self.clock.due()
         upload = Upload(secrets.token_urlsafe(16), who.account, who.account, who.root, json.dumps(path),
-                        json.dumps({"if_match": given.if_match, "if_none_match": given.if_none_match, "parents": parents}),
+                        json.dumps({"if_match": given.if_match, "if_none_match": given.if_none_match, "parents": parents,
+                                    "beside": given.beside}),
                         size, mtime, note, 0, now, now + UPLOAD_LIFE, None)
         self.db.run(Statement("INSERT INTO upload VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", upload))
         return self._finish_if_whole(who, upload)
@@ -6209,7 +6276,7 @@ class Cloud(Sync):
         if upload.size != upload.received or upload.done:
             return upload
         path, how = check_path(json.loads(upload.path)), json.loads(upload.given)
-        given = Preconditions(tuple(how["if_match"]), tuple(how["if_none_match"]))
+        given = Preconditions(tuple(how["if_match"]), tuple(how["if_none_match"]), beside=how.get("beside", False))
         change, seq = self._finish(who, upload, path, ANY if given == ANY else given, self._assembled(upload), upload.mtime,
                                    parents=how["parents"])
         return upload._replace(done=json.dumps({"node": change.after.node, "rev": seq}))
@@ -6235,7 +6302,7 @@ class Cloud(Sync):
             spot = self._spot_for_file(who, path, given, 0, parents)
             self._check_arrival(spot, stored.size, credit)
             change, made = self._put_change(spot, path, stored, self.clock.wall() if mtime is None else mtime)
-            batch = self._batch(who, spot, "write", name_written(path, spot.node), [*made, change], [
+            batch = self._batch(who, spot, "write", name_written(path[:-1] + (change.after.name,), spot.node), [*made, change], [
                 *self._store_rows(stored, new=not stored.size),
                 Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
                 Statement("UPDATE upload SET done = ? || (SELECT max(seq) FROM journal) || '}' WHERE id = ?",
@@ -6699,10 +6766,16 @@ def read_moment(value: Any) -> tuple[str, int]:
     return "at", parse_time(value)
 
 
-def read_transfer(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    if not isinstance(value, dict) or set(value) != {"from", "to"}:
-        raise CloudError("bad-request", 'an item is {"from": path, "to": path}')
-    return split_path(value["from"]), split_path(value["to"])
+def read_transfer(value: Any) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    if not isinstance(value, dict) or not {"from", "to"} <= set(value) <= {"from", "to", "clash"}:
+        raise CloudError("bad-request", 'an item is {"from": path, "to": path}, perhaps with a "clash" of its own')
+    return split_path(value["from"]), split_path(value["to"]), read_clash(value.get("clash", ""))
+
+
+def read_clash(value: Any) -> str:
+    if value not in ("", "refuse", "replace", "keep"):
+        raise CloudError("bad-request", "clash is refuse, replace or keep")
+    return value
 
 
 def read_hash(value: Any) -> str:
@@ -6727,7 +6800,7 @@ VALUES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {      # what c
     "id": (parse_id, STRING), "ids": (each(parse_id, PAGE_LIMIT), {"type": "array", "items": STRING}),
     "time": (parse_time, {"type": ["string", "integer"]}), "moment": (read_moment, {"type": ["string", "integer"]}),
     "transfers": (each(read_transfer, PAGE_LIMIT), {"type": "array", "items": {
-        "type": "object", "properties": {"from": STRING, "to": STRING}, "required": ["from", "to"]}}),
+        "type": "object", "properties": {"from": STRING, "to": STRING, "clash": STRING}, "required": ["from", "to"]}}),
     "hashes": (each(read_hash), {"type": "array", "items": STRING}),
     "chunks": (each(read_chunk_of_file, 100_000), {"type": "array", "items": {"type": "array"}}),
     "etag": (of_type("string, or null", lambda value: value is None or isinstance(value, str)), {"type": ["string", "null"]}),
@@ -7584,13 +7657,14 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     return json_response(answer)
 
 
-@route("PUT", API + "files/<path>", needs="write", mtime_="time", parents_="boolean")
+@route("PUT", API + "files/<path>", needs="write", mtime_="time", parents_="boolean", keep_="boolean")
 def api_write(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    """Store the body as a file."""
+    """Store the body as a file; keep: beside what is there, under a free name."""
     values = request.values
-    node, new = cloud.write(who, path, request.body, read_conditions(request), parents=bool(values["parents"]),
+    given = replace(read_conditions(request), beside=True) if values["keep"] else read_conditions(request)
+    node, new = cloud.write(who, path, request.body, given, parents=bool(values["parents"]),
                             mtime=values["mtime"])
-    return json_response(api_node(node, path), 201 if new else 200, ETag='"%s"' % node.etag)
+    return json_response(api_node(node, path[:-1] + (node.name,)), 201 if new else 200, ETag='"%s"' % node.etag)
 
 
 @route("PATCH", API + "files/<path>", needs="write", mtime="time")
@@ -7624,7 +7698,8 @@ def api_make_collection(cloud: Cloud, who: Principal, request: Request) -> Respo
 def api_move(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Move and rename, many in one step.
 
-    items  [{"from": path, "to": path}];  clash  what to do if a place is taken: refuse, replace, keep (both)
+    items  [{"from": path, "to": path}], each perhaps with its own "clash"
+    clash  what to do if a place is taken: refuse, replace, keep (both)
     """
     return api_transfer(cloud, who, cloud.move, request.values)
 
@@ -7636,12 +7711,19 @@ def api_copy(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 
 def api_transfer(cloud: Cloud, who: Principal, verb: Callable[..., list[tuple[Node, bool]]], values: dict[str, Any]) -> Response:
-    pairs, clash = values["items"], values["clash"] or "refuse"
-    if clash not in ("refuse", "replace", "keep") or not pairs:
-        raise CloudError("bad-request", "clash is refuse, replace or keep; items are 1 to %d" % PAGE_LIMIT)
-    arrived = verb(who, *pairs, clash=clash)
+    clash = read_clash(values["clash"] or "refuse")
+    pairs = [(source, target) for source, target, _ in values["items"]]
+    if not pairs:
+        raise CloudError("bad-request", "items are 1 to %d" % PAGE_LIMIT)
+    arrived = verb(who, *pairs, clash=[own or clash for _, _, own in values["items"]])
     return json_response({"seq": arrived[0][0].since, "items": [
         api_node(node, target[:-1] + (node.name,)) for (node, _), (_, target) in zip(arrived, pairs)]})
+
+
+@route("POST", API + "taken", needs="read", paths="paths")
+def api_taken(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Those of some paths at which there is something, so that moving there needs a decision."""
+    return json_response({"taken": list(map("/".join, cloud.taken(who, *request.values["paths"])))})
 
 
 @route("POST", API + "delete", needs="write", paths="paths")
@@ -7776,6 +7858,13 @@ def api_rewind(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make a collection what it was at a time; dry only counts."""
     seq, changed = cloud.rewind(who, request.values["path"], seq_of(cloud, request.values["at"]),
                                 dry=bool(request.values["dry"]))
+    return json_response({"seq": seq, "changed": changed})
+
+
+@route("POST", API + "bring-back", needs="write", at="moment", paths="paths")
+def api_bring_back(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Make what was at paths at a time what it was, with all that it held; the rest stays.  changed: 0 if it is so already."""
+    seq, changed = cloud.bring_back(who, seq_of(cloud, request.values["at"]), *request.values["paths"])
     return json_response({"seq": seq, "changed": changed})
 
 
@@ -8116,7 +8205,7 @@ def tus_create(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Announce an upload.
 
     Upload-Metadata names the place as `path`, or as `filename` for a file in the root; `mtime` sets its time, `parents`
-    makes missing collections, `clash` is replace (the default) or refuse.
+    makes missing collections, `clash` is replace (the default), refuse, or keep: then it gets a free name beside what is there.
     """
     check_tus(request)
     size, text = read_number(request, "upload-length"), request.fields.get("upload-metadata", "")
@@ -8126,7 +8215,7 @@ def tus_create(cloud: Cloud, who: Principal, request: Request) -> Response:
     path = split_path(about.get("path") or about.get("filename") or "")
     if not path or len(text) > 8 * KiB:
         raise CloudError("bad-request", "Upload-Metadata must hold a path or a filename")
-    given = read_conditions(request)
+    given = replace(read_conditions(request), beside=about.get("clash") == "keep")
     if about.get("clash") == "refuse":
         given = replace(given, if_none_match=("*",))
     upload = cloud.create_upload(who, path, size, given, parents="parents" in about, note=text,
@@ -11998,43 +12087,17 @@ async function moveTo(items, verb) {
 async function transfer(verb, items, target) {
   if (verb === "move") items = items.filter(entry => parentOf(entry.path) !== target);
   if (!items.length) return;
-  const pairs = items.map(entry => ({from: entry.path, to: join(target, entry.name)}));
-  const here = verb === "copy" ? pairs.filter(pair => pair.from === pair.to) : []; // a copy beside the original
-  const seqs = [];
-  const send = async (some, clash) => {
-    if (some.length) seqs.push((await api("POST", verb, {items: some, clash})).seq);
-  };
-  const away = pairs.filter(pair => pair.from !== pair.to);
-  try {
-    await send(away, "refuse");
-  } catch (error) {
+  const pairs = items.map(entry => ({from: entry.path, to: join(target, entry.name)}))
+    .map(pair => pair.from === pair.to ? {...pair, clash: "keep"} : pair);         // a copy beside the original
+  const send = some => some.length ? api("POST", verb, {items: some}) : null;
+  const done = await send(pairs).catch(async error => {
     if (error.code !== "precondition-failed") throw error;
-    const settled = await settle(away, target);
-    await send(settled.filter(pair => pair.how === "keep").map(plainPair), "keep");
-    await send(settled.filter(pair => pair.how === "replace").map(plainPair), "replace");
-  }
-  await sendBeside(here, seqs);
-  clearSelection();
-  if (seqs.length)
-    offerUndo(
-      verb === "move" ? t("{what} moved", {what: namesOf(items)}) : t("{what} copied", {what: namesOf(items)}),
-      ...seqs
-    );
-  await refresh();
-}
-
-const plainPair = ({from, to}) => ({from, to});
-
-// the server refuses a copy of something onto itself, so such a copy gets its name here
-async function sendBeside(pairs, seqs) {
-  if (!pairs.length) return;
-  const taken = new Set(list.entries.map(entry => entry.name));
-  const items = pairs.map(({from, to}) => {
-    const name = freeName(nameOf(to), taken);
-    taken.add(name);
-    return {from, to: join(parentOf(to), name)};
+    return send(await settle(pairs));
   });
-  seqs.push((await api("POST", "copy", {items, clash: "keep"})).seq);
+  clearSelection();
+  const words = {what: namesOf(items)};
+  if (done) offerUndo(verb === "move" ? t("{what} moved", words) : t("{what} copied", words), done.seq);
+  await refresh();
 }
 
 function splitName(name) {
@@ -12042,21 +12105,18 @@ function splitName(name) {
   return dot > 0 ? [name.slice(0, dot), name.slice(dot)] : [name, ""];
 }
 
-function freeName(name, taken) {
-  const [stem, suffix] = splitName(name);
-  for (let n = 2; ; n++) if (!taken.has(`${stem} (${n})${suffix}`)) return `${stem} (${n})${suffix}`;
-}
-
 // for each name that is taken at the target: keep both, replace or skip?
-async function settle(pairs, target) {
-  const {children} = await load(target), taken = new Set(children.map(entry => entry.name));
-  const clashes = pairs.filter(pair => taken.has(nameOf(pair.to)));
-  const settled = pairs.filter(pair => !taken.has(nameOf(pair.to))).map(pair => ({...pair, how: "keep"}));
-  let all = "";
-  for (const [n, pair] of clashes.entries()) {
-    const answer = all ? {how: all} : await askClash(nameOf(pair.to), clashes.length - n - 1);
-    if (answer.all) all = answer.how;
-    if (answer.how !== "skip") settled.push({...pair, how: answer.how});
+async function settle(pairs) {
+  const {taken} = await api("POST", "taken", {paths: pairs.filter(pair => !pair.clash).map(pair => pair.to)});
+  const clashes = new Set(taken), settled = [];
+  let all = "", more = clashes.size;
+  for (const pair of pairs) {
+    if (!clashes.has(pair.to)) settled.push(pair);
+    else {
+      const answer = all ? {how: all} : await askClash(nameOf(pair.to), --more);
+      if (answer.all) all = answer.how;
+      if (answer.how !== "skip") settled.push({...pair, clash: answer.how});
+    }
   }
   return settled;
 }
@@ -12158,16 +12218,13 @@ async function chooseFiles(about, target) {
 
 // cameras and clipboards call everything image.png or image.jpg: such get a name of kind and time
 function nameTaken(files) {
-  const taken = new Set(list.entries.map(entry => entry.name));
   return files.map(file => {
     const [, suffix] = file.name.match(/^(?:image|photo|video)(\.\w+)$/i) || [];
     const what = /^video/.test(file.type) ? t("Video") : suffix === ".png" ? t("Screenshot") : t("Photo");
     // Swedes write 2026-11-25 14:05:33
     const when = new Date(file.lastModified).toLocaleString("sv").replace(/:/g, ".");
-    let name = suffix ? what + " " + when + suffix : file.name;
-    if (suffix && taken.has(name)) name = freeName(name, taken);
-    taken.add(name);
-    return {file, path: join(view.path, name)};
+    const name = suffix ? what + " " + when + suffix : file.name;
+    return {file, path: join(view.path, name), how: suffix && "keep"};
   });
 }
 
@@ -12307,7 +12364,7 @@ const tellUnfit = (title, others, ...texts) => sheet(title, close => [texts.map(
 
 // bytes that need no room: what is there would be replaced, and what was begun before is counted already
 async function saved(one) {
-  if (!one.file || readParts()[printOf(one, one.path)]) return one.size;
+  if (!one.file || readParts()[printOf(one)]) return one.size;
   const there = await lookFor(one.path);
   return there ? Math.min(there.size, one.size) : 0;
 }
@@ -12384,30 +12441,26 @@ async function sendItem(item) {
   if (queue.paused) throw trouble("paused");
   if (!item.file) return api("POST", "make-collection", {path: item.path, parents: true}).catch(unless("exists"));
   const send = item.size > SMALL ? sendParts : sendWhole;
-  let path = item.path;
-  if (item.how === "keep") {
-    const {children} = await load(parentOf(path)), taken = new Set(children.map(entry => entry.name));
-    path = join(parentOf(path), freeName(nameOf(path), taken));
-  }
-  await send(item, path);
-  queue.pictures = queue.pictures.then(() => depict(item.file, path)).catch(() => {});
+  const path = await send(item);
+  if (path) queue.pictures = queue.pictures.then(() => depict(item.file, path)).catch(() => {});
   return undefined;
 }
 
-async function sendWhole(item, path) {
-  const headers = item.how === "replace" ? {} : {"If-None-Match": "*"};
-  await transmit(item, "PUT", apiAddress("files", path, {mtime: item.file.lastModified, parents: 1}), item.file,
-    headers, 0);
+// both resolve to where the file is, as far as that is known
+async function sendWhole(item) {
+  const {file, path, how} = item, values = {mtime: file.lastModified, parents: 1, keep: how === "keep" && 1};
+  const given = how ? {} : {"If-None-Match": "*"};
+  const answer = await transmit(item, "PUT", apiAddress("files", path, values), file, given, 0);
+  return JSON.parse(answer.responseText).path;
 }
 
 // a tus upload: made, or found again after a break, then part after part
-async function sendParts(item, path) {
-  const known = readParts(), print = item.print = printOf(item, path);
+async function sendParts(item) {
+  const {path, how} = item, known = readParts(), print = printOf(item);
   let offset = known[print] ? await offsetOf(known[print]) : -1;
   let id = known[print];
   if (offset < 0) {
-    const about = {path, mtime: item.file.lastModified, parents: "1",
-      ...(item.how === "replace" ? {} : {clash: "refuse"})};
+    const about = {path, mtime: item.file.lastModified, parents: "1", clash: how || "refuse"};
     const announced = {"Upload-Length": item.size, "Upload-Metadata": metadata(about)};
     const answer = await transmit(item, "POST", PREFIX + "/tus", null, announced, 0);
     [id, offset] = [nameOf(answer.getResponseHeader("Location")), 0];
@@ -12422,9 +12475,10 @@ async function sendParts(item, path) {
     offset = Number(answer.getResponseHeader("Upload-Offset"));
     item.tries = Math.min(item.tries, 1);        // it gets on: the next break waits no longer than the first
   }
+  return how === "keep" ? "" : path;
 }
 
-const printOf = ({file, how}, path) => [me.name, path, file.size, file.lastModified, how].join("|");
+const printOf = ({file, how, path}) => [me.name, path, file.size, file.lastModified, how].join("|");
 const metadata = values => Object.entries(values).map(([name, value]) =>
   name + " " + btoa(String.fromCharCode(...new TextEncoder().encode(value)))).join(",");
 const readParts = () => JSON.parse(localStorage.getItem(PARTS) || "{}");
@@ -12485,7 +12539,7 @@ function forgetPart(print) {
 }
 
 function finishItem(item, state, error = "") {
-  if (item.size > SMALL && state !== "failed") forgetPart(item.print || printOf(item, item.path));
+  if (item.size > SMALL && state !== "failed") forgetPart(printOf(item));
   queue.delayed.delete(item);
   Object.assign(item, {state, error, sent: state === "done" ? item.size : item.sent});
   showItem(item);
@@ -13157,7 +13211,8 @@ function dayOf(box, at) {
 const seqsOf = step => step.seqs || [step.seq];
 
 function stepRow(step) {
-  const {path = "", to = "", name = "", count, kind} = step.detail, gone = step.action === "delete", place = to || path;
+  const {path = "", name = "", kind} = step.detail, back = step.action === "rewind", gone = step.action === "delete";
+  const to = back ? "" : step.detail.to || "", count = back ? 0 : step.detail.count, place = to || path;
   const what = count ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1}) : path ? quoted(nameOf(path))
     : t("Files");
   const words = t(ACTIVITY[step.detail.new ? "upload" : step.action] || step.action,
@@ -13186,7 +13241,10 @@ const HOW = {added: "added", deleted: "deleted", changed: "changed", moved: "mov
 async function showPast(at, address) {
   const path = decodePath(address), turn = view.turn;
   at = decodeURIComponent(at);
-  if (Number.isNaN(Date.parse(at))) at = new Date().toISOString();          // "now", or what is no time
+  if (Number.isNaN(Date.parse(at))) {                    // "now", or what is no time: the last that happened there
+    const {steps: [last]} = await api("GET", "activity", {limit: 1});
+    at = last ? last.at : new Date().toISOString();      // our clock may be another
+  }
   if (showInside(path, "past", at)) return;
   const there = await load(path, {at}).catch(absent), file = there.kind === "file";
   const place = file ? parentOf(path) : path;
@@ -13272,41 +13330,13 @@ function timeSlider(steps) {
   return Object.assign(slider, {show});
 }
 
-// what is chosen in the past becomes what it was, each thing by the way that keeps its history
+// what is chosen in the past becomes what it was, and nothing else
 async function bringBack(items) {
-  const seqs = [], trashed = new Set((await api("GET", "trash", {limit: 10000})).items.map(one => one.node));
-  for (const entry of items) await bringOne(entry, trashed, seqs);
+  const {seq, changed} = await api("POST", "bring-back", {at: view.at, paths: items.map(entry => entry.path)});
   clearSelection();
-  seqs.length ? offerUndo(t("{what} brought back", {what: namesOf(items)}), ...seqs)
-    : toast(t("Nothing has changed since then."));
+  if (changed) offerUndo(t("{what} brought back", {what: namesOf(items)}), seq);
+  else toast(t("Nothing has changed since then."));
   await refresh();
-}
-
-async function bringOne(entry, trashed, seqs) {
-  const {at, since} = view, to = entry.path, post = async (what, values) => {
-    const answer = await api("POST", what, values);
-    if (answer.seq) seqs.push(answer.seq);
-    return answer;
-  };
-  const last = since.changes.find(({was}) => was === to)
-    || since.changes.find(({was}) => was && to.startsWith(was + "/"));
-  let path = last ? last.path && last.path + to.slice(last.was.length) : to;
-  if (!path && trashed.has(entry.node)) [path] = (await post("trash/restore", {nodes: [entry.node]})).paths;
-  else if (path && path !== to) path = (await post("move", {items: [{from: path, to}], clash: "keep"})).items[0].path;
-  if (path && entry.kind === "collection")
-    return (await post("rewind", {path, at, dry: true})).changed && post("rewind", {path, at});
-  if (path) {
-    const now = await load(path), same = ["size", "mtime", "sha256"].every(name => now[name] === entry[name]);
-    return !same && post("versions/restore", {path, version: entry.version});
-  }
-  if (entry.kind === "collection") {                     // it lies in something deleted: what it held comes back alone
-    for (const child of (await load(to, {at})).children) await bringOne(child, trashed, seqs);
-    return undefined;
-  }
-  const body = await (await ask(contentAddress(entry))).blob();
-  const answer = await ask(apiAddress("files", to, {parents: 1, mtime: entry.mtime}),
-    {method: "PUT", body, headers: HEADERS});
-  return seqs.push(Number((await answer.json()).version));
 }
 
 async function rewind() {
