@@ -64,6 +64,7 @@ import math
 import mimetypes
 import mmap
 import os
+import queue
 import re
 import secrets
 import select
@@ -91,7 +92,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Container, Iterable, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, BinaryIO, Callable, Container, ContextManager, Iterable, Iterator, NamedTuple, Optional, Sequence
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 from xml.parsers import expat
 
@@ -1536,6 +1537,18 @@ class Body:
         buffer[:count] = self._rest[:count]
         self._rest = self._rest[count:]
         return count
+
+    def wait_if_small(self, limit: int) -> None:
+        """See that all of it is there, if it is small; in memory it is."""
+
+    def insist(self, limit: int) -> None:
+        """See that all of it is there."""
+
+    def skip(self) -> bool:
+        return True
+
+    def drain(self) -> bool:
+        return True
 
     def read(self, limit: int) -> bytes:
         """All of it.  raises CloudError too-large beyond `limit` bytes."""
@@ -3396,6 +3409,43 @@ def watched(rows: Iterable[Any], alive: Callable[[], None], every: int = 256) ->
         yield row
 
 
+class Shares:
+    """How much each has of what all share: so many at a time of something, and no more."""
+
+    def __init__(self, most: int, words: str, retry_after: int = 5) -> None:
+        """`words` with %d for `most` tell who wants more."""
+        self.most, self.words, self.retry_after = most, words, retry_after
+        self._lock, self._counts = threading.Lock(), {}
+
+    def take(self, key: Any) -> None:
+        """raises CloudError busy"""
+        with self._lock:
+            count = self._counts.get(key, 0)
+            if count >= self.most:
+                raise CloudError("busy", self.words % self.most, retry_after=self.retry_after)
+            self._counts[key] = count + 1
+
+    def give(self, key: Any) -> None:
+        with self._lock:
+            if self._counts[key] > 1:
+                self._counts[key] -= 1
+            else:
+                del self._counts[key]
+
+    @contextmanager
+    def of(self, key: Any) -> Iterator[None]:
+        """One of them, for as long as something takes."""
+        self.take(key)
+        try:
+            yield
+        finally:
+            self.give(key)
+
+    def taken(self) -> int:
+        """How many all have together."""
+        return sum(self._counts.values())
+
+
 class Listing:
     """A node and its children under one snapshot, for as long as that is held."""
 
@@ -3510,9 +3560,8 @@ class Tree:
         self.accounts = Accounts(self.db, self.clock)
         self.op: tuple[str, str] | None = None           # what batches bear: see Cloud.once
         self._free: tuple[int, bool] = (0, True)         # until when the disk counts as free
-        self._lanes: dict[int, int] = {}                 # long operations under way, by account
-        self._lanes_lock = threading.Lock()
-        self._waiting = 0                                # who waits for a change
+        self._lanes = Shares(2, "%d long operations of this account are under way already")
+        self._waits = Shares(WAITS, "%d of this account wait for changes already")
         self.closing = threading.Event()
 
     def close(self) -> None:
@@ -4108,19 +4157,9 @@ class Tree:
         """Those of some paths at which there is something."""
         return [path for path in paths if self.find(who, path)]
 
-    @contextmanager
-    def _heavy(self, who: Principal) -> Iterator[None]:
-        """A lane for long work: two at a time for each account (Q3)."""
-        with self._lanes_lock:
-            busy = self._lanes.get(who.account, 0)
-            if busy >= 2:
-                raise CloudError("busy", "two long operations of this account are under way already", retry_after=5)
-            self._lanes[who.account] = busy + 1
-        try:
-            yield
-        finally:
-            with self._lanes_lock:
-                self._lanes[who.account] -= 1
+    def _heavy(self, who: Principal) -> ContextManager[None]:
+        """A lane for long work, some at a time for each account (Q3)."""
+        return self._lanes.of(who.account)
 
     # ---- properties
 
@@ -5760,25 +5799,21 @@ class Sync(History):
         rows = [] if node.kind else self.db.read("SELECT sha256 FROM manifest WHERE id = ?", (node.manifest,))
         return self._place(path[:-1], node, rows[0][0] if rows else None, chunks)
 
-    def await_change(self, who: Principal, since: int, seconds: float) -> bool:
+    def await_change(self, who: Principal, since: int, seconds: float, alive: Callable[[], None] = unwatched) -> bool:
         """Wait until something in the account is newer than a seq; False if nothing was in time.
 
         Somebody who waits looks at one row every tenth of a second; so many may wait at a time and no more.
         raises  CloudError busy
         """
         until = time.monotonic() + seconds
-        with self._lanes_lock:
-            self._waiting += 1
-        try:
-            if self._waiting > WAITERS:
-                raise CloudError("busy", "%d wait for changes already" % WAITERS, retry_after=5)
+        if self._waits.taken() >= WAITERS:
+            raise CloudError("busy", "%d wait for changes already" % WAITERS, retry_after=5)
+        with self._waits.of(who.account):
             while self.newest(who) <= since:
+                alive()
                 if time.monotonic() >= until or self.closing.wait(0.1):
                     return False
             return True
-        finally:
-            with self._lanes_lock:
-                self._waiting -= 1
 
     def newest(self, who: Principal) -> int:
         """The seq of the last change of an account's tree."""
@@ -6063,7 +6098,7 @@ class Sync(History):
 
 COMMIT_STEPS: dict[str, Callable[..., Outcome]] = {
     "put": Sync._take_put, "mkdir": Sync._take_mkdir, "move": Sync._take_move, "delete": Sync._take_delete}
-WAITERS = 128                   # who may wait for changes at a time, per process
+WAITERS, WAITS = 128, 32        # who may wait for changes at a time, per process: in all, and of one account
 LOOSE_LIFE = 20 * HOUR          # less than the sweep leaves a chunk alone that nobody refers to
 FLUSH = 16 * MiB                # bytes of small chunks that wait in memory for the commit
 OWNED = (  # does an account (?, ?) refer to chunk h, now or in its history?
@@ -6502,12 +6537,15 @@ def parts_id(who: Principal, name: str) -> str:
 # body cuts the connection: a part never looks whole.
 
 HEADER_TIME, IDLE_TIME, STALL_TIME, HANDSHAKE_TIME = 20, 75, 60, 10     # seconds (R34)
+LINGER_TIME, SMALL_BODY_TIME = 2, 20
 BODY_WINDOW, BODY_RATE = 30, KiB        # a body brings at least this many bytes/s over each window, seconds
 LONG = 1                                # seconds after which work for somebody who has left is given up
+SMALL_BODY = 16 * KiB                   # most that somebody who is not let in may send
 TICK = 1                                # seconds a thread waits for a silent connection before it is parked
 DRAIN_LIMIT = 256 * KiB
 RECEIVE = 64 * KiB
 THREADS, WAITING = 256, 256             # connections answered at a time, and waiting for that, per process
+SHARE = 64                              # ... of one account, or of one address that is not let in
 SILENT = (BlockingIOError, socket.timeout, ssl.SSLWantReadError, ssl.SSLWantWriteError)     # nothing came for a tick
 REASONS = {**{status.value: status.phrase for status in HTTPStatus}, 460: "Checksum Mismatch"}
 STATUS_LINES = {status: "HTTP/1.1 %d %s\r\n" % (status, reason) for status, reason in REASONS.items()}
@@ -6523,7 +6561,7 @@ class Disconnected(Exception):
 class Request:
     """One request, parsed and checked; what a handler sees of HTTP."""
     __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "site", "who",
-                 "id", "values", "gone", "began", "prefix", "refusal")
+                 "id", "values", "gone", "began", "prefix", "refusal", "share")
 
     def __init__(self, method: str, path: tuple[str, ...], slash: bool, query: str, fields: dict[str, str], minor: int,
                  body: Body, address: str, https: bool, safe: bool, site: "Site | None" = None) -> None:
@@ -6540,6 +6578,7 @@ class Request:
         self.began = time.monotonic()
         self.prefix: tuple[str, ...] = ()        # what a proxy cuts off every address: a server below /cloud/
         self.refusal: CloudError | None = None   # why its target is none, if it is
+        self.share: Any = None                   # whose share of this process it has, until it is answered
 
     def href(self, address: Sequence[str]) -> str:
         """An address of this server as the client has to write it."""
@@ -6680,7 +6719,12 @@ def respond(cloud: Cloud, request: Request) -> Response:
         refuse = found.refuse
         if request.refusal:
             raise request.refusal
+        take_share(who, request)
+        if not who.account:
+            request.body.wait_if_small(SMALL_BODY)
         admit(cloud, who, request, found)
+        if not who.account:
+            request.body.insist(SMALL_BODY)
         if found.values:
             request.values = read_values(request, found.values)
         response = found.handler(cloud, who, request, **names)
@@ -6689,8 +6733,8 @@ def respond(cloud: Cloud, request: Request) -> Response:
         if error.kind == "storage-failed":
             log.error("%s %s: %s", request.method, format_path(loggable(request.path)), error)
         return error.detail.get("refuse", refuse)(request.refusal or error, request)
-    except Disconnected:
-        raise                            # there is nobody to answer
+    except (Disconnected, Await):
+        raise                            # there is nobody to answer, or not yet
     except Exception:
         request.id = secrets.token_hex(4)
         log.exception("request %s: %s /%s", request.id, request.method, "/".join(request.path[:1]))
@@ -6706,6 +6750,14 @@ def loggable(path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 OPENERS = (("s",), ("tus",), ("api", "v1", "grants"), ("login", "v2", "flow"))        # a secret follows
+
+
+def take_share(who: Principal, request: Request) -> None:
+    """Have a part of what this process can do at a time, until the answer has gone.  raises CloudError busy"""
+    if request.site:
+        key = who.account or network_of(request.address)
+        request.site.shares.take(key)
+        request.share = key
 
 
 def admit(cloud: Cloud, who: Principal, request: Request, found: Route) -> None:
@@ -7040,6 +7092,7 @@ class Site:
         self.names = {own, own.partition(".")[0], own.partition(".")[0] + ".local",
                       *(name.strip().lower() for name in config.hostname.split(",") if name.strip())}
         self.plain_http = config.plain_http
+        self.shares = Shares(SHARE, "%d requests of yours are under way already", 2)
         self.knows = lru_cache(maxsize=256)(self._knows)
 
     def _knows(self, host: str) -> bool:
@@ -7077,17 +7130,92 @@ class Site:
         return bool(self.proxies) and any(ipaddress.ip_address(address) in network for network in self.proxies)
 
 
-# ---- the connection
+# ---- the parser: bytes in, requests out, no socket (RFC 9112)
 
 _TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
 _BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\x00")
 
 
-class RequestBody(Body):
-    """A body as it comes from the socket, by length or in chunks (RFC 9112 s6, s7)."""
+class Parser:
+    """What came of a connection and is not used yet: heads, lines and bytes of bodies out of it.
 
-    def __init__(self, handler: "Handler", length: int | None, expect: bool) -> None:
-        self.length, self.handler = length, handler
+    What is not there whole is None: feed more and ask again.  Errors are CloudErrors that end the connection.
+    """
+    __slots__ = ("data", "at", "_begun")
+
+    def __init__(self) -> None:
+        self.data, self.at = b"", 0
+        self._begun = False                      # the empty line that may come before a request has come
+
+    def __len__(self) -> int:
+        """Bytes that are there."""
+        return len(self.data) - self.at
+
+    def feed(self, more: bytes) -> None:
+        self.data, self.at = self.data[self.at:] + more if self.at < len(self.data) else more, 0
+
+    def head(self) -> bytes | None:
+        """The next head, up to and with its empty line.  raises CloudError for what can never become one (H5, H6)"""
+        if not self._begun and self.data.startswith(b"\r\n", self.at):
+            self.at, self._begun = self.at + 2, True             # at most one empty line before a request
+        end = self.data.find(b"\r\n\r\n", self.at)
+        if 0 <= end - self.at <= HEAD_LIMIT:
+            found = self.data[self.at:end + 4]
+            self.at, self._begun = end + 4, False
+            return found
+        if len(self):
+            self._check_partial_head(self.data[self.at:])
+        return None
+
+    def _check_partial_head(self, data: bytes) -> None:
+        if _BARE.search(data):
+            raise refuse_head("bad-request", "lines end in CRLF")
+        if data.find(b"\r\n", 0, LINE_LIMIT) < 0 and len(data) > LINE_LIMIT:
+            raise refuse_head("uri-too-long", "request line over %d bytes" % LINE_LIMIT)
+        if len(data) > HEAD_LIMIT:
+            raise refuse_head("headers-too-large", "header over %d bytes" % HEAD_LIMIT)
+
+    def line(self, limit: int) -> bytes | None:
+        """A line of a chunked body without its CRLF.  raises CloudError if it is longer than `limit`"""
+        end = self.data.find(b"\r\n", self.at, self.at + limit + 2)
+        if end >= 0:
+            line, self.at = self.data[self.at:end], end + 2
+            return line
+        if len(self) > limit + 1:
+            raise refuse_head("bad-request", "malformed chunk")
+        return None
+
+    def take(self, buffer: memoryview) -> int:
+        """Fill some of `buffer`; returns how much."""
+        count = min(len(self), len(buffer))
+        buffer[:count] = memoryview(self.data)[self.at:self.at + count]
+        self.at += count
+        return count
+
+
+class Source:
+    """Where a body comes from beyond what the parser has: a connection, in tests a list of bytes."""
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """Fill some of `buffer`, at least a byte.  raises CloudError if nothing will come"""
+        raise NotImplementedError
+
+    def send_continue(self) -> None:
+        """Tell the client to go on (RFC 9110 s10.1.1)."""
+
+
+class Await(Exception):
+    """The request is answered once all of its body is there: that of somebody who is not let in keeps nobody waiting."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count                       # bytes that have to be there
+
+
+class RequestBody(Body):
+    """A body as it comes, by length or in chunks (RFC 9112 s6, s7)."""
+
+    def __init__(self, parser: Parser, source: Source, length: int | None, expect: bool) -> None:
+        self.length, self.parser, self.source = length, parser, source
         self.expect = expect                     # 100 Continue is still to be sent
         self.left = length or 0                  # bytes of the body, or of the present chunk
         self.ended = length == 0
@@ -7098,26 +7226,36 @@ class RequestBody(Body):
             return 0
         if self.expect:
             self.expect = False
-            self.handler.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.source.send_continue()
         if not self.left and not self._next_chunk():
             return 0
-        count = self.handler.receive_into(buffer[:self.left])
+        view = buffer[:self.left]
+        count = self.parser.take(view) or self.source.receive_into(view)
         self.left -= count
         if not self.left:
             if self.length is not None:
                 self.ended = True
-            elif self.handler.receive_line(2):
+            elif self._line(2):
                 raise refuse_head("bad-request", "malformed chunk")
         return count
 
+    def _line(self, limit: int) -> bytes:
+        line = self.parser.line(limit)
+        while line is None:
+            more = bytearray(RECEIVE)
+            count = self.source.receive_into(memoryview(more))
+            self.parser.feed(bytes(more[:count]))
+            line = self.parser.line(limit)
+        return line
+
     def _next_chunk(self) -> bool:
         """Read a chunk's first line; False at the last chunk, whose trailers are read and dropped (H12)."""
-        self.left, extensions = parse_chunk_line(self.handler.receive_line(KiB))
+        self.left, extensions = parse_chunk_line(self._line(KiB))
         self._spend(extensions)
         if self.left:
             return True
         while True:
-            line = self.handler.receive_line(4 * KiB)
+            line = self._line(4 * KiB)
             if not line:
                 self.ended = True
                 return False
@@ -7129,6 +7267,31 @@ class RequestBody(Body):
         self.overhead += len(line)
         if self.overhead > 16 * KiB:
             raise refuse_head("bad-request", "too many chunk extensions or trailers")
+
+    def wait_if_small(self, limit: int) -> None:
+        """raises Await while a body of up to `limit` bytes is not there: then nobody has to read, or to close, for its sake"""
+        if not self.ended and not self.expect and self.length is not None and len(self.parser) < self.left <= limit:
+            raise Await(self.left)
+
+    def insist(self, limit: int) -> None:
+        """See that all of it is there.  raises Await while it is not, CloudError if it is, or may become, too large"""
+        if self.ended:
+            return
+        if self.length is None:
+            raise CloudError("length-required", "say how long the body is", close=True)
+        if self.length > limit:
+            raise CloudError("too-large", "the body may have %d bytes here" % limit, close=True)
+        if len(self.parser) < self.left:
+            if self.expect:
+                self.source.send_continue()
+            raise Await(self.left)
+
+    def skip(self) -> bool:
+        """Drop what of it is there; False if more is to come, which nobody will wait for."""
+        if not self.ended and self.length is not None and len(self.parser) >= self.left and not self.expect:
+            self.parser.at += self.left
+            self.ended = True
+        return self.ended
 
     def drain(self) -> bool:
         """Read what nobody asked for; False if that cannot be done in bounds, so that the connection must end."""
@@ -7158,94 +7321,194 @@ def read_target(target: str) -> tuple[str, tuple[str, ...], bool, str, CloudErro
         return "", tuple(names)[:4], False, "", error
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One connection while it is active: moves bytes, and leaves what they mean to respond()."""
+# ---- the connection
+
+class Pace:
+    """At least so many bytes in each window of time, or a peer is too slow to be waited for (R34)."""
+
+    def __init__(self, window: int) -> None:
+        self.window, self.since, self.count = window, time.monotonic(), 0
+
+    def is_slow(self) -> bool:
+        """Asked now and then; looks once a window."""
+        now = time.monotonic()
+        if now - self.since <= self.window:
+            return False
+        slow = self.count < self.window * BODY_RATE
+        self.since, self.count = now, 0
+        return slow
+
+
+HANDSHAKE, HEAD, BODY, SENDING, LINGER, CLOSED = range(6)      # what a connection waits for, while no thread has it
+
+
+class Connection:
+    """A socket, what came of it and what is still to go.  Nobody waits for a peer but the listener, who watches them all;
+    a thread has a connection while a request is answered.
+
+        HANDSHAKE   TLS is being set up
+        HEAD        the next request, or the rest of one; silent so far if the parser is empty
+        BODY        the rest of a small body, of somebody who is not let in (`wanted` bytes)
+        SENDING       the peer takes an answer slowly; then HEAD, or LINGER if not `keep`
+        LINGER      the answer has gone; the peer gets a moment to read it before the connection ends (H18)
+    """
+    __slots__ = ("sock", "peer", "parser", "phase", "until", "wanted", "out", "keep", "continued", "writes", "_patient")
+
+    def __init__(self, sock: socket.socket, address: Any, phase: int) -> None:
+        self.sock, self.phase, self.parser = sock, phase, Parser()
+        peer = address[0].partition("%")[0]
+        self.peer = peer[7:] if peer.startswith("::ffff:") else peer
+        self.until = 0.0                         # when its phase ends, at the latest
+        self.wanted, self.out, self.keep, self.continued = 0, memoryview(b""), False, False
+        self.writes = False                      # in HANDSHAKE: it waits for room to send
+        self._patient = False                    # the kernel ends its waits after a tick
+
+    def wait(self, phase: int, seconds: float) -> None:
+        """Give it back to the listener, for so long."""
+        self.phase, self.until = phase, time.monotonic() + seconds
+
+    def watch(self) -> None:
+        """From here on no call waits."""
+        self.sock.setblocking(False)
+
+    def seize(self) -> None:
+        """From here on receive and send return after a tick."""
+        if self._patient:
+            self.sock.setblocking(True)
+        else:
+            self._patient = set_patience(self.sock)
+
+    def receive(self) -> bool | None:
+        """Feed the parser with what is there; None if that is nothing, False at the end."""
+        try:
+            more = self.sock.recv(RECEIVE)
+        except SILENT:
+            return None
+        except OSError:
+            return False
+        self.parser.feed(more)
+        return bool(more)
+
+    def flush(self) -> bool:
+        """Send what the peer takes; has all gone?  raises OSError"""
+        with suppress(*SILENT):
+            while self.out:
+                self.out = self.out[self.sock.send(self.out):]
+        return not self.out
+
+    def shake(self) -> bool:
+        """Go on with the handshake; is it done?  raises OSError"""
+        try:
+            self.sock.do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as missing:
+            self.writes = isinstance(missing, ssl.SSLWantWriteError)
+            return False
+        return True
+
+    def half_close(self) -> None:
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+        self.wait(LINGER, LINGER_TIME)
+
+    def is_settled(self) -> bool:
+        """In HEAD or BODY: is there something to do for a thread?"""
+        if self.phase == BODY:
+            return len(self.parser) >= self.wanted
+        mark = self.parser.at, self.parser._begun
+        try:
+            return self.parser.head() is not None
+        except CloudError:
+            return True
+        finally:
+            self.parser.at, self.parser._begun = mark
+
+
+class Handler(BaseHTTPRequestHandler, Source):
+    """A connection while a thread has it: moves bytes, and leaves what they mean to respond()."""
     server: "CloudServer"
 
     def setup(self) -> None:
-        self.sock: socket.socket = self.request
-        self.rest, self.at = b"", 0              # received and not yet used: rest[at:]
-        self.hurried, self.window, self.arrived = True, 0.0, 0       # of the body being received
-        self.parked = False                      # silent: the server shall watch it
-        peer = self.client_address[0].partition("%")[0]
-        self.peer = peer[7:] if peer.startswith("::ffff:") else peer
+        self.link: Connection = self.request
+        self.sock, self.parser, self.peer = self.link.sock, self.link.parser, self.link.peer
+        self.pace, self.hurried = Pace(BODY_WINDOW), True
 
     def finish(self) -> None:
         pass
 
     def handle(self) -> None:
         try:
-            if self.server.tls and not isinstance(self.sock, ssl.SSLSocket):
-                self.sock.settimeout(HANDSHAKE_TIME)             # here, not where connections are accepted (N3)
-                self.request = self.sock = self.server.tls.wrap_socket(self.sock, server_side=True)
-                self.sock.settimeout(TICK)
+            if self.link.phase == HANDSHAKE:
+                if not self.link.shake():
+                    return
+                self.link.seize()
             while self.serve():
                 pass
         except (Disconnected, OSError):
-            pass
+            self.link.phase = CLOSED
 
     def serve(self) -> bool:
-        """Answer one request; False when the connection is to end or is silent."""
-        request = None
+        """Answer one request; False when the connection goes back to the listener, in the phase that it then has."""
+        request, link = None, self.link
         try:
-            head = self._read_head()
+            head = self._next_head()
             if head is None:
                 return False
             request = self._read_request(head)
-        except CloudError as error:              # nothing more of this connection can be trusted
-            response, keep = json_error(error, NO_REQUEST), False
-        else:
             response = respond(self.server.cloud, request)
-            keep = (request.body.drain() and not response.close and not self.server.stopping and request.minor == 1
-                    and "close" not in request.fields.get("connection", "").lower())
-        began = time.monotonic()
+            keep = self._can_keep(request, response)
+            return self._answer(request, response, keep)
+        except CloudError as error:              # nothing more of this connection can be trusted
+            return self._answer(NO_REQUEST, json_error(error, NO_REQUEST), False)
+        except Await as more:
+            self.parser.at -= len(head)
+            link.wanted = len(head) + more.count
+            link.wait(BODY, SMALL_BODY_TIME)
+            return False
+        finally:
+            if request is not None and request.share is not None:
+                self.server.site.shares.give(request.share)
+
+    def _can_keep(self, request: Request, response: Response) -> bool:
+        """May another request come after this answer?  Nothing is read for who was not let in (H14)."""
+        body, self.link.continued = request.body, False
+        return ((body.drain() if request.who.account else body.skip()) and not response.close and not self.server.stopping
+                and request.minor == 1 and "close" not in request.fields.get("connection", "").lower())
+
+    def _answer(self, request: Request, response: Response, keep: bool) -> bool:
+        """Send an answer; True if the next request may come."""
+        link = self.link
         try:
-            sent = self._send(request or NO_REQUEST, response, keep)
-        except CloudError as error:
-            sent, keep = 0, False                # what was sent so far is cut off
+            sent = self._send(request, response, keep)
+        except CloudError as error:              # what was sent so far is cut off
             log.error("%s %s: %s", request.method, format_path(loggable(request.path)), error)
-            self.sock.close()
-        self.server.log_access(request or NO_REQUEST, response, sent, began)
-        if not keep:
-            self._linger()
-        return keep
+            sent, keep, link.phase = 0, False, CLOSED
+        self.server.log_access(request, response, sent)
+        if link.out:
+            link.keep = keep
+            link.wait(SENDING, STALL_TIME + len(link.out) / BODY_RATE)
+        elif not keep and link.phase != CLOSED:
+            link.half_close()
+        return keep and not link.out
 
     # ---- receiving
 
-    def _read_head(self) -> bytes | None:
-        """The bytes up to and with the empty line; None at the end of the connection or of our patience."""
-        data, self.rest, self.at, late = self.rest[self.at:], b"", 0, 0.0
-        while True:
-            if data[:2] == b"\r\n":
-                data = data[2:]                  # at most one empty line before a request
-            end = data.find(b"\r\n\r\n")
-            if 0 <= end <= HEAD_LIMIT:
-                self.rest, self.at = data, end + 4
-                return data[:end + 4]
-            if data:
-                self._check_partial_head(data)
-                late = late or time.monotonic() + HEADER_TIME
-            try:
-                more = self.sock.recv(RECEIVE)
-            except SILENT:
-                if not data:
-                    self.parked = True
-                    return None
-                if time.monotonic() > late:
-                    raise refuse_head("timeout", "the request did not arrive in time") from None
-                continue
-            if not more:
+    def _next_head(self) -> bytes | None:
+        """The next head, if it is there or comes within a tick; else None, and the listener waits for it."""
+        head = self.parser.head() if len(self.parser) else None
+        if head is None:
+            crowded = self.server.is_crowded()
+            if crowded:
+                self.link.watch()                # others wait for a thread
+            came = self.link.receive()
+            if came is False:
+                self.link.phase = CLOSED
                 return None
-            data = data + more if data else more
-
-    def _check_partial_head(self, data: bytes) -> None:
-        """Refuse early what cannot become a request (H5, H6)."""
-        if _BARE.search(data):
-            raise refuse_head("bad-request", "lines end in CRLF")
-        if data.find(b"\r\n", 0, LINE_LIMIT) < 0 and len(data) > LINE_LIMIT:
-            raise refuse_head("uri-too-long", "request line over %d bytes" % LINE_LIMIT)
-        if len(data) > HEAD_LIMIT:
-            raise refuse_head("headers-too-large", "header over %d bytes" % HEAD_LIMIT)
+            head = self.parser.head() if came else None
+            if head is None:
+                self.link.wait(HEAD, HEADER_TIME if len(self.parser) else IDLE_TIME)
+            elif crowded:
+                self.link.seize()
+        return head
 
     def _read_request(self, data: bytes) -> Request:
         head = parse_head(data)
@@ -7263,53 +7526,34 @@ class Handler(BaseHTTPRequestHandler):
         if not site.knows(head.fields.get("host", "localhost")):
             raise CloudError("misdirected", "this server does not go by that name; see --hostname")
         address, https, safe = site.locate(self.peer, self.server.tls is not None, head.fields)
-        self.hurried, self.window, self.arrived = False, time.monotonic(), 0
-        request = Request(head.method, path, slash, query, head.fields, head.minor,
-                          RequestBody(self, length, expect is not None), address, https, safe, site)
+        body = RequestBody(self.parser, self, length, expect is not None and not self.link.continued)
+        if length != 0:
+            self.pace, self.hurried = Pace(BODY_WINDOW), False
+        request = Request(head.method, path, slash, query, head.fields, head.minor, body, address, https, safe, site)
         request.gone, request.refusal = partial(has_left, self.sock), refusal
         request.prefix = site.prefix(self.peer, head.fields)
         return request
 
     def receive_into(self, buffer: memoryview) -> int:
-        """Some bytes of a body, at least one.  raises CloudError if they will not come"""
-        ready = len(self.rest) - self.at
-        if ready:
-            count = min(ready, len(buffer))
-            buffer[:count] = memoryview(self.rest)[self.at:self.at + count]
-            self.at += count
-            return count
         if not self.hurried:
             self.hurried = True
             if QUICKACK is not None:
                 self.sock.setsockopt(socket.IPPROTO_TCP, QUICKACK, 1)    # head and body came apart: Nagle waits for us
         while True:
-            now = time.monotonic()
-            if now - self.window > BODY_WINDOW:
-                if self.arrived < BODY_WINDOW * BODY_RATE:
-                    raise refuse_head("timeout", "the body arrives too slowly")
-                self.window, self.arrived = now, 0
+            if self.pace.is_slow():
+                raise refuse_head("timeout", "the body arrives too slowly")
             try:
                 count = self.sock.recv_into(buffer)
             except SILENT:
                 continue
             if not count:
                 raise refuse_head("bad-request", "the body ended early")
-            self.arrived += count
+            self.pace.count += count
             return count
 
-    def receive_line(self, limit: int) -> bytes:
-        """A line of a chunked body without its CRLF.  raises CloudError if it is longer than `limit`"""
-        while True:
-            end = self.rest.find(b"\r\n", self.at, self.at + limit + 2)
-            if end >= 0:
-                line, self.at = self.rest[self.at:end], end + 2
-                return line
-            if len(self.rest) - self.at > limit + 1:
-                raise refuse_head("bad-request", "malformed chunk")
-            left, self.rest, self.at = self.rest[self.at:], b"", 0
-            more = bytearray(RECEIVE)
-            count = self.receive_into(memoryview(more))
-            self.rest = left + bytes(more[:count])
+    def send_continue(self) -> None:
+        self.link.continued = True
+        self.send_all(b"HTTP/1.1 100 Continue\r\n\r\n", Pace(STALL_TIME))
 
     # ---- sending
 
@@ -7321,70 +7565,99 @@ class Handler(BaseHTTPRequestHandler):
         head = format_head(response, chunked, keep and (response.length is not None or chunked))
         body = response.body
         if isinstance(body, bytes):
-            self.send_all(head if request.method == "HEAD" else head + body)
+            if request.method == "HEAD":
+                body = b""
+            if request.who.account:
+                self.send_all(head + body, None)
+            else:
+                self._send_or_leave(head, body)
             return len(body)
-        sent, pending = 0, head
-        for part in body if request.method != "HEAD" else ():
+        return self._send_parts(response, body if request.method != "HEAD" else None, head, chunked)
+
+    def _send_or_leave(self, head: bytes, body: bytes) -> None:
+        """Send what the peer takes at once; the rest waits with the listener and not with a thread."""
+        self.link.watch()
+        small = len(body) < RECEIVE
+        self.link.out = memoryview(head + body if small else head)
+        if self.link.flush() and not small:
+            self.link.out = memoryview(body)
+            self.link.flush()
+        elif not small:
+            self.link.out = memoryview(bytes(self.link.out) + body)
+        if not self.link.out:
+            self.link.seize()
+
+    def _send_parts(self, response: Response, parts: Iterable[bytes | FileSlice] | None, head: bytes, chunked: bool) -> int:
+        sent, pending, pace = 0, head, Pace(STALL_TIME)
+        for part in parts or ():
             if isinstance(part, FileSlice) and not chunked:
                 if pending:                      # TLS before Python 3.10 takes an empty send for the end
-                    self.send_all(pending)
+                    self.send_all(pending, pace)
                 pending = b""
-                sent += self._send_slice(part)
+                sent += self._send_slice(part, pace)
                 continue
             for data in (part,) if isinstance(part, bytes) else read_pieces(part):
                 sent += len(data)
-                self.send_all(pending + (b"%x\r\n%b\r\n" % (len(data), data) if chunked else data))
+                self.send_all(pending + (b"%x\r\n%b\r\n" % (len(data), data) if chunked else data), pace)
                 pending = b""
-        if response.length not in (None, sent) and request.method != "HEAD":
+        if parts is not None and response.length not in (None, sent):
             raise CloudError("storage-failed", "a part of the file is missing")
-        pending += b"0\r\n\r\n" if chunked and request.method != "HEAD" else b""
+        pending += b"0\r\n\r\n" if chunked and parts is not None else b""
         if pending:
-            self.send_all(pending)
+            self.send_all(pending, pace)
         return sent
 
-    def send_all(self, data: bytes) -> None:
-        """raises Disconnected when the peer takes nothing for a minute"""
+    def send_all(self, data: bytes, pace: Pace | None) -> None:
+        """raises Disconnected when the peer takes next to nothing for a minute"""
         count = 0
         try:
             count = self.sock.send(data)
         except SILENT:
             pass
         if count < len(data):
-            view, since = memoryview(data)[count:], time.monotonic()
+            view, pace = memoryview(data)[count:], pace or Pace(STALL_TIME)
             while view:
                 try:
-                    view, since = view[self.sock.send(view):], time.monotonic()
+                    count = self.sock.send(view)
+                    view, pace.count = view[count:], pace.count + count
                 except SILENT:
-                    self._check_stall(since)
+                    pass
+                self._check_stall(pace)
 
-    def _check_stall(self, since: float) -> None:
-        if time.monotonic() - since > STALL_TIME:
+    def _check_stall(self, pace: Pace) -> None:
+        if pace.is_slow():
             raise Disconnected
 
-    def _send_slice(self, part: FileSlice) -> int:
+    def _send_slice(self, part: FileSlice, pace: Pace) -> int:
         if self.server.tls or not hasattr(os, "sendfile"):
-            return sum(self.send_all(data) or len(data) for data in read_pieces(part))
-        out, file, start, left, since = self.sock.fileno(), part.file.fileno(), part.start, part.count, time.monotonic()
+            return sum(self.send_all(data, pace) or len(data) for data in read_pieces(part))
+        out, file, start, left = self.sock.fileno(), part.file.fileno(), part.start, part.count
         while left:
+            self._check_stall(pace)
             try:
                 count = os.sendfile(out, file, start, left)
             except SILENT:
-                self._check_stall(since)
                 continue
             if not count:
                 raise CloudError("storage-failed", "a part of the file is cut short")
-            start, left, since = start + count, left - count, time.monotonic()
+            start, left, pace.count = start + count, left - count, pace.count + count
         return part.count
 
-    def _linger(self) -> None:
-        """Let the peer read the answer before the connection goes: half-close, then discard for a while (H18)."""
-        until = time.monotonic() + 2
-        try:
-            self.sock.shutdown(socket.SHUT_WR)
-            while time.monotonic() < until and self.sock.recv(RECEIVE):
-                pass
-        except (OSError, *SILENT):
-            pass
+
+def set_patience(sock: socket.socket) -> bool:
+    """Make receive and send return after a tick.  The kernel's own limits, where it has them, spare a poll() before every
+    call: then True, and they stay when calls do not wait for a while."""
+    sock.settimeout(TICK)
+    if os.name != "nt" and not isinstance(sock, ssl.SSLSocket):
+        with suppress(OSError):                  # a form unknown to us: then it polls
+            for name in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                sock.setsockopt(socket.SOL_SOCKET, name, struct.pack(TIMEVALS.get(name, "@ll"), TICK, 0))
+            sock.setblocking(True)
+            return True
+    return False
+
+
+TIMEVALS = {66: "@qq", 67: "@qq"}       # Linux with 32-bit words and 64-bit time has options of its own; elsewhere two longs
 
 
 def has_left(sock: socket.socket) -> bool:
@@ -8330,7 +8603,7 @@ def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
     cloud.check_history(values["server"], values["since"], values["tag"])
     since, wait = values["since"], min(max(0, values["wait"] or 0), WAIT_LIMIT)
     if wait and cloud.newest(who) <= since <= cloud.head():
-        cloud.await_change(who, since, wait)
+        cloud.await_change(who, since, wait, request.check_alive)
     reached, changes = cloud.changes(who, (), since, read_limit(values["limit"]), request.check_alive)
     found = []
     for change in changes:
@@ -15266,7 +15539,8 @@ def web_icon(cloud: Cloud, who: Principal, request: Request) -> Response:
 STOP_TIME = 8                   # seconds that requests in flight get to finish; who stops a container waits 10
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 LEASE = 2 * MINUTE
-PARKED_MOST = 480 if os.name == "nt" else math.inf       # silent connections; select() on Windows takes 512 sockets in all
+WATCHED_MOST = 480 if os.name == "nt" else math.inf      # connections that no thread has; select() on Windows takes 512 sockets in all
+CREW_IDLE = 10                  # seconds that a thread waits for work before it ends
 
 
 class Balance:
@@ -15285,8 +15559,47 @@ class Balance:
         return self._counts[self.index] > min(self._counts)
 
 
+class Crew:
+    """Threads that take work as it comes; one that finds none for a while ends, so that a rush leaves nothing behind."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.count, self._free = most, 0, 0
+        self._lock, self._work = threading.Lock(), queue.SimpleQueue()
+
+    def submit(self, work: Callable[..., None], *args: Any) -> None:
+        with self._lock:
+            self._work.put((work, args))
+            if self._free < self._work.qsize() and self.count < self.most:
+                self.count += 1
+                threading.Thread(target=self._run, name="connection", daemon=True).start()
+
+    def backlog(self) -> int:
+        """How much waits for a thread."""
+        return self._work.qsize()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._free += 1
+            try:
+                work, args = self._work.get(timeout=CREW_IDLE)
+            except queue.Empty:
+                work = None
+            with self._lock:
+                self._free -= 1
+                if work is None and not self._work.qsize():
+                    self.count -= 1
+                    return
+            if work is not None:
+                work(*args)
+
+
 class CloudServer(ThreadingHTTPServer):
-    """One process that serves: accepts connections, watches the silent ones, gives the others a thread."""
+    """One process that serves: accepts connections, watches those that nothing can be done for yet, gives the others a thread.
+
+    Nobody who is slow or silent has a thread: a handshake, a head, a small body of a stranger and an answer that a stranger
+    takes slowly are moved along here, without ever waiting (R32).
+    """
     daemon_threads = True
 
     def __init__(self, cloud: Cloud, listener: socket.socket, lifeline: int | None = None,
@@ -15302,10 +15615,11 @@ class CloudServer(ThreadingHTTPServer):
         self.tls = tls_context(cloud.config)
         self.access_log = AccessLog(cloud.config.access_log) if cloud.config.access_log else None
         self.stopping = False
-        self.pool = ThreadPoolExecutor(THREADS, "connection")
-        self.returned: deque[tuple[socket.socket, Any]] = deque()        # fell silent: to be watched again
-        self.parked: dict[socket.socket, tuple[Any, float]] = {}         # silent: (address, since when)
-        self.active: set[socket.socket] = set()
+        self.crew = Crew(THREADS)
+        self.returned: deque[Connection] = deque()           # from threads: to be watched again
+        self.watched: dict[Connection, None] = {}            # the longest watched first
+        self.active: set[Connection] = set()                 # with a thread, or waiting for one
+        self.peers: dict[str, int] = {}                      # connections of each network
         self.waker, self.wake = socket.socketpair()
         for end in (self.waker, self.wake):
             end.setblocking(False)
@@ -15315,15 +15629,16 @@ class CloudServer(ThreadingHTTPServer):
         self.socket.setblocking(False)
         with selectors.DefaultSelector() as self.selector:
             for what in (self.socket, self.waker, *([] if self.lifeline is None else [self.lifeline])):
-                self.selector.register(what, selectors.EVENT_READ)
+                self.selector.register(what, selectors.EVENT_READ, what)
             swept = time.monotonic()
             while not self.stopping:
                 for key, _ in self.selector.select(poll_interval):
-                    self._notice(key.fileobj)
+                    self._notice(key.data)
                 if time.monotonic() - swept > 1:
                     swept = time.monotonic()
-                    self._close_idle(swept - IDLE_TIME)
-            self._close_idle(math.inf)
+                    self._end_phases(swept)
+            for connection in list(self.watched):
+                self._close(connection)
         until = time.monotonic() + STOP_TIME
         while self.active and time.monotonic() < until:
             time.sleep(0.01)
@@ -15333,25 +15648,30 @@ class CloudServer(ThreadingHTTPServer):
         self.cloud.closing.set()
         self._wake()
 
+    def is_crowded(self) -> bool:
+        """Are threads too dear to wait in for a connection that is silent now?"""
+        return self.crew.count > THREADS // 2
+
     def _wake(self) -> None:
         try:
             self.wake.send(b".")
         except BlockingIOError:
             pass                                 # it is being woken already
 
+    # ---- coming and going
+
     def _notice(self, what: Any) -> None:
-        if what is self.socket:
+        if isinstance(what, Connection):
+            if what in self.watched:             # else it has just been closed
+                self._move_along(what)
+        elif what is self.socket:
             self._accept()
         elif what is self.waker:
             self.waker.recv(4096)
             while self.returned:
-                self._park(*self.returned.popleft())
-        elif what == self.lifeline:
-            self.stopping = True
+                self._take_back(self.returned.popleft())
         else:
-            address, _ = self.parked.pop(what)
-            self.selector.unregister(what)
-            self._start(what, address)
+            self.stopping = True                 # the lifeline is cut
 
     def _accept(self) -> None:
         if self.balance.yields() and self._yielded < 4:
@@ -15365,83 +15685,166 @@ class CloudServer(ThreadingHTTPServer):
             return                               # another process was faster
         except OSError as error:                 # out of descriptors (R19)
             log.error("accept: %s", error)
-            self._close_idle(math.inf)
+            for _ in range(64):
+                self._make_room()
             time.sleep(0.05)
             return
-        if len(self.parked) + len(self.active) >= self.cloud.config.max_connections:
-            for oldest in list(self.parked)[:1]:
-                self._unpark(oldest)
-        if len(self.active) >= THREADS + WAITING:
-            self._turn_away(sock)                # overloaded: better to say so than to let everybody wait (R35)
-            return
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        set_patience(sock)
-        self._start(sock, address)
+        connection = Connection(sock, address, HEAD)
+        connection.watch()
+        if self.tls:
+            connection.sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        network = self._network(connection)
+        self.peers[network] = self.peers.get(network, 0) + 1
+        connection.wait(HANDSHAKE if self.tls else HEAD, HANDSHAKE_TIME if self.tls else IDLE_TIME)
+        if len(self.watched) + len(self.active) >= self.cloud.config.max_connections or len(self.watched) >= WATCHED_MOST:
+            self._make_room()
+        self._watch(connection)
+        if not self.tls:
+            self._move_along(connection)         # what it wants is often there already
 
-    def _turn_away(self, sock: socket.socket) -> None:
-        response = json_error(CloudError("busy", "too many requests at once", retry_after=2), NO_REQUEST)
-        sock.setblocking(False)
+    def _network(self, connection: Connection) -> str:
+        """Whom a connection counts for; all of a listed proxy's are many people's."""
+        return network_of(connection.peer)
+
+    def _make_room(self) -> None:
+        """Close one that has its answer; else what has been silent longest, of the network that has most connections: strangers
+        crowd out themselves."""
+        oldest: dict[str, Connection] = {}
+        for connection in self.watched:
+            if connection.phase == LINGER:
+                return self._close(connection)
+            if connection.phase != SENDING:
+                oldest.setdefault(self._network(connection), connection)
+        if oldest:
+            self._close(oldest[max(oldest, key=self.peers.__getitem__)])
+
+    def _watch(self, connection: Connection) -> None:
+        writes = connection.phase == SENDING or connection.phase == HANDSHAKE and connection.writes
+        self.watched[connection] = None
+        self.selector.register(connection.sock, selectors.EVENT_WRITE if writes else selectors.EVENT_READ, connection)
+
+    def _unwatch(self, connection: Connection) -> None:
+        del self.watched[connection]
+        self.selector.unregister(connection.sock)
+
+    def _close(self, connection: Connection) -> None:
+        if connection in self.watched:
+            self._unwatch(connection)
+        connection.sock.close()
+        network = self._network(connection)
+        self.peers[network] -= 1
+        if not self.peers[network]:
+            del self.peers[network]
+        self.balance.set(len(self.active) + len(self.watched))
+
+    # ---- what can be done without waiting
+
+    def _move_along(self, connection: Connection) -> None:
+        """Something came, or can go: do what can be done at once."""
         try:
-            sock.send(format_head(response, False, False) + response.body)
+            MOVES[connection.phase](self, connection)
         except OSError:
-            pass
-        sock.close()
+            self._close(connection)
 
-    def _start(self, sock: socket.socket, address: Any) -> None:
-        self.active.add(sock)
-        self.balance.set(len(self.active) + len(self.parked))
-        self.pool.submit(self.process_request_thread, sock, address)
+    def _go_on_with_handshake(self, connection: Connection) -> None:
+        self._start(connection)                  # its arithmetic is a thread's work
 
-    def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
-        """Serve a connection until it ends or falls silent; runs in a thread of the pool."""
-        handler = Handler.__new__(Handler)
-        handler.request, handler.parked = request, False
-        try:
-            handler.__init__(request, client_address, self)
-        except Exception:
-            log.exception("connection")
-        if handler.parked and not self.stopping:
-            self.returned.append((handler.request, client_address))
-            self.active.discard(request)
-            self._wake()
+    def _go_on_receiving(self, connection: Connection) -> None:
+        silent = not len(connection.parser)
+        came = connection.receive()
+        if came is False:
+            self._close(connection)
+        elif came:
+            if connection.is_settled():
+                self._start(connection)
+            elif silent and connection.phase == HEAD:
+                connection.wait(HEAD, HEADER_TIME)           # from its first byte on
+
+    def _go_on_sending(self, connection: Connection) -> None:
+        if connection.flush():
+            self._unwatch(connection)
+            self._go_on_after_answer(connection)
+
+    def _go_on_after_answer(self, connection: Connection) -> None:
+        if connection.keep:
+            connection.wait(HEAD, IDLE_TIME)
         else:
-            handler.request.close()
+            connection.half_close()
+        self._take_back(connection)
+
+    def _go_on_discarding(self, connection: Connection) -> None:
+        with suppress(*SILENT):
+            if not connection.sock.recv(RECEIVE):
+                self._close(connection)
+
+    def _end_phases(self, now: float) -> None:
+        """End what has waited as long as it may."""
+        for connection in [connection for connection in self.watched if connection.until < now]:
+            if connection.phase == BODY or connection.phase == HEAD and len(connection.parser):
+                self._refuse(connection, CloudError("timeout", "the request did not arrive in time"))
+            else:
+                self._close(connection)
+
+    def _refuse(self, connection: Connection, error: CloudError) -> None:
+        """Say a word to a connection that gets no thread, and end it."""
+        response = json_error(error, NO_REQUEST)
+        connection.out = memoryview(format_head(response, False, False) + response.body)
+        with suppress(OSError):
+            connection.flush()
+        self._close(connection)
+
+    # ---- threads
+
+    def _start(self, connection: Connection) -> None:
+        self._unwatch(connection)
+        if self.crew.backlog() >= WAITING:
+            self._refuse(connection, CloudError("busy", "too many requests at once", retry_after=2))
+            return                               # overloaded: better to say so than to let everybody wait (R35)
+        self.active.add(connection)
+        self.balance.set(len(self.active) + len(self.watched))
+        if connection.phase != HANDSHAKE:
+            connection.seize()
+        self.process_request(connection, connection.peer)
+
+    def process_request(self, request: Connection, client_address: str) -> None:
+        self.crew.submit(self.process_request_thread, request, client_address)
+
+    def handle_error(self, request: Connection, client_address: str) -> None:
+        log.exception("connection")
+        request.phase = CLOSED
+
+    def shutdown_request(self, request: Connection) -> None:
+        """A thread is done with a connection, for now or for good."""
+        if self.stopping:
+            request.sock.close()
             self.active.discard(request)
-            self.balance.set(len(self.active) + len(self.parked))
+            return
+        request.watch()
+        self.returned.append(request)
+        self._wake()
 
-    def _park(self, sock: socket.socket, address: Any) -> None:
-        if len(self.parked) >= PARKED_MOST:
-            self._unpark(next(iter(self.parked)))                        # the oldest
-        self.parked[sock] = address, time.monotonic()
-        self.selector.register(sock, selectors.EVENT_READ)
+    def _take_back(self, connection: Connection) -> None:
+        self.active.discard(connection)
+        if connection.phase == CLOSED or self.stopping:
+            self._close(connection)
+            return
+        if len(self.watched) >= WATCHED_MOST:
+            self._make_room()
+        self._watch(connection)
+        if isinstance(connection.sock, ssl.SSLSocket) and connection.sock.pending():
+            self._move_along(connection)         # the selector does not see what TLS has read already
+        elif connection.phase in (HEAD, BODY) and len(connection.parser) and connection.is_settled():
+            self._start(connection)
 
-    def _close_idle(self, before: float) -> None:
-        for sock, (_, since) in list(self.parked.items()):
-            if since < before:
-                self._unpark(sock)
-
-    def _unpark(self, sock: socket.socket) -> None:
-        del self.parked[sock]
-        self.selector.unregister(sock)
-        sock.close()
-        self.balance.set(len(self.active) + len(self.parked))
-
-    def log_access(self, request: Request, response: Response, sent: int, began: float) -> None:
+    def log_access(self, request: Request, response: Response, sent: int) -> None:
         if self.access_log:
             self.access_log.write(request, response, sent)
 
 
-def set_patience(sock: socket.socket) -> None:
-    """Make receive and send return after a tick.  The kernel's own limits, where it has them, spare a poll() before every call."""
-    sock.settimeout(TICK)
-    if os.name != "nt":
-        with suppress(OSError):                  # a form unknown to us: then it polls
-            for name in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                sock.setsockopt(socket.SOL_SOCKET, name, struct.pack(TIMEVALS.get(name, "@ll"), TICK, 0))
-            sock.setblocking(True)
-
-
-TIMEVALS = {66: "@qq", 67: "@qq"}       # Linux with 32-bit words and 64-bit time has options of its own; elsewhere two longs
+MOVES: dict[int, Callable[[CloudServer, Connection], None]] = {
+    HANDSHAKE: CloudServer._go_on_with_handshake, HEAD: CloudServer._go_on_receiving, BODY: CloudServer._go_on_receiving,
+    SENDING: CloudServer._go_on_sending, LINGER: CloudServer._go_on_discarding}
 
 
 SAFE_TLS = {(3, 9): (3, 9, 18), (3, 10): (3, 10, 13), (3, 11): (3, 11, 5)}       # N2: the first versions without the hole

@@ -323,8 +323,10 @@ def serve_cloud():
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         servers.append((server, thread, listener))
+        serve.servers.append(server)
         return listener.getsockname()
 
+    serve.servers = []
     yield serve
     for server, thread, listener in servers:
         server.stop()
@@ -1941,7 +1943,7 @@ def test_a_copy_has_its_limits(cloud, ann, monkeypatch):
     monkeypatch.undo()
     cloud.accounts.update("ann", ann, quota=1000)
     assert outcome(copy, cloud, ann, "d", "e") == "over-quota"
-    cloud._lanes[ann.account] = 2
+    cloud._lanes.take(ann.account), cloud._lanes.take(ann.account)
     assert outcome(copy, cloud, ann, "d", "e") == "busy"
 
 
@@ -3446,6 +3448,260 @@ def test_hosts_are_known_by_name(make_cloud):
         assert site.knows(host) is want, host
 
 
+class Fed(cs.Source):
+    """A body's source of pieces of bytes."""
+
+    def __init__(self, parser, pieces):
+        self.parser, self.pieces, self.continued = parser, list(pieces), 0
+
+    def receive_into(self, buffer):
+        if not self.pieces:
+            raise cs.refuse_head("bad-request", "the body ended early")
+        piece = self.pieces.pop(0)
+        count = min(len(piece), len(buffer))
+        buffer[:count] = piece[:count]
+        if piece[count:]:
+            self.pieces.insert(0, piece[count:])
+        return count
+
+    def send_continue(self):
+        self.continued += 1
+
+
+def parse(pieces):
+    """What a parser makes of bytes that come so: [(request line, body), ...] and the kind of the error it ends with."""
+    parser, found = cs.Parser(), []
+    source = Fed(parser, pieces)
+    try:
+        while True:
+            head = parser.head()
+            while head is None:
+                if not source.pieces:
+                    return found, None
+                parser.feed(source.pieces.pop(0))
+                head = parser.head()
+            parsed = cs.parse_head(head)
+            body = cs.RequestBody(parser, source, cs.parse_framing(parsed), False)
+            found.append(("%s %s" % parsed[:2], body.read(1 << 20)))
+    except CloudError as error:
+        return found, error.kind
+
+
+STREAMS = [  # (bytes, requests, error)
+    (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 3, [("GET /", b"")] * 3, None),
+    (b"\r\nPUT /a HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhelloGET /b HTTP/1.1\r\nHost: a\r\n\r\n", [("PUT /a", b"hello"), ("GET /b", b"")], None),
+    (b"PUT /a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nT: 1\r\n\r\nGET /b HTTP/1.1\r\nHost: a\r\n\r\n",
+     [("PUT /a", b"abcde"), ("GET /b", b"")], None),
+    (b"\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", [], "bad-request"),
+    (b"GET / HTTP/1.1\nHost: a\r\n\r\n", [], "bad-request"),
+    (b"PUT /a HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhel", [], "bad-request"),
+    (b"PUT /a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n", [], "bad-request"),
+    (b"PUT /a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3 \r\nabc\r\n0\r\n\r\n", [], "bad-request"),
+    (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n", [], "uri-too-long"),
+    (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 12_000, [], "headers-too-large"),
+    (b"GET / HTT", [], None),
+]
+
+
+@pytest.mark.parametrize("cut", ["whole", "byte by byte", "anywhere"])
+@pytest.mark.parametrize("data, requests, error", STREAMS, ids=range(len(STREAMS)))
+def test_the_parser_makes_the_same_of_bytes_however_they_come(rng, data, requests, error, cut):
+    """H1 to H15, without a socket."""
+    ends = {"whole": [len(data)], "byte by byte": range(1, len(data) + 1),
+            "anywhere": sorted({*rng.sample(range(1, len(data)), min(20, len(data) - 1)), len(data)})}[cut]
+    if cut == "byte by byte" and len(data) > 5000:
+        ends = [*range(1, 200), *range(5000, len(data), 700), len(data)]
+    pieces = [data[start:stop] for start, stop in zip([0, *ends], ends)]
+    assert parse(pieces) == (requests, error)
+
+
+def connect(address, data=b"", count=1, **options):
+    """Connections that have sent some bytes and nothing more."""
+    found = []
+    for _ in range(count):
+        sock = socket.socket()
+        for option, value in options.items():
+            sock.setsockopt(socket.SOL_SOCKET, getattr(socket, option), value)
+        sock.settimeout(30)
+        sock.connect(address)
+        sock.sendall(data)
+        found.append(sock)
+    return found
+
+
+SLOW = {  # what a stranger may send and then fall silent
+    "nothing": b"",
+    "half a head": b"GET / HTTP/1.1\r\nHost: localhost\r\nX-A: ",
+    "a body that does not come": b"POST /api/v1/login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{",
+    "a large body that does not come": b"POST /api/v1/login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n{",
+    "an upload without a password": b"PUT /dav/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\nabc",
+    "an upload with a wrong password": b"PUT /dav/x HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer x\r\nContent-Length: 1000000\r\n\r\nabc",
+    "chunks without end": b"POST /api/v1/login HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+    "no wish to read": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20,
+}
+
+
+@pytest.mark.parametrize("how", SLOW)
+def test_a_slow_stranger_costs_a_socket_and_no_thread(cloud, ann, serve_cloud, how):
+    """X9, H19, R32, R35: three hundred of them, and honest requests are answered at once."""
+    address = serve_cloud(cloud)
+    server = serve_cloud.servers[-1]
+    sockets = connect(address, SLOW[how], 300, **({"SO_RCVBUF": 2048} if how == "no wish to read" else {}))
+    try:
+        deadline, took = time.monotonic() + 20, []
+        while len(server.watched) + len(server.active) < 300 and how not in ("a large body that does not come", "chunks without end") \
+                and not how.startswith("an upload") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for _ in range(10):
+            began = time.monotonic()
+            assert exchange(address, "GET", "/dav/", user="ann").status == 200
+            took.append(time.monotonic() - began)
+        while len(server.active) > 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(server.active) <= 2 and sorted(took)[5] < 2, took
+    finally:
+        [sock.close() for sock in sockets]
+    while server.peers and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not server.watched and not server.peers           # everything is given back
+
+
+def test_the_small_body_of_a_stranger_may_come_in_pieces(address, cloud, monkeypatch):
+    """X9: with the head, after it, a byte at a time, after a 100 Continue; the connection goes on after it."""
+    body = json.dumps({"name": "ann", "password": PASSWORD}).encode()
+    login = request_bytes("POST", "/api/v1/login", body, "Content-Type: application/json", user=None)
+    again = request_bytes("GET", "/healthz", user=None)
+    assert statuses(raw(address, login + again, wait=2)) == [200, 200]
+    head, _, rest = login.partition(b"\r\n\r\n")
+    with socket.create_connection(address, timeout=5) as sock:
+        for piece in (head[:20], head[20:] + b"\r\n\r\n", rest[:3], *[bytes([byte]) for byte in rest[3:]]):
+            sock.sendall(piece)
+            time.sleep(0.002)
+        assert b" 200 OK" in sock.recv(4096)
+        sock.sendall(head.replace(b"Host:", b"Expect: 100-continue\r\nHost:") + b"\r\n\r\n")
+        assert sock.recv(4096) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(rest)
+        assert sock.recv(4096).startswith(b"HTTP/1.1 200 OK")
+        sock.sendall(b"PROPFIND /dav/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\n")
+        time.sleep(0.05)
+        sock.sendall(b"<a/>" + again)                        # a refused small body is passed over
+        received = b""
+        while received.count(b"HTTP/1.1") < 2:
+            received += sock.recv(4096)
+        assert statuses(received) == [401, 200]
+    monkeypatch.setattr(cs, "SMALL_BODY_TIME", 0.2)
+    began = time.monotonic()
+    assert statuses(raw(address, head + b"\r\n\r\n{", wait=8)) == [408] and time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("length, status", [("20000", 413), ("99999999999", 413), (None, 411)])
+def test_strangers_may_send_little(address, length, status):
+    """X10: and hear so before they have sent it"""
+    framing = "Content-Length: " + length if length else "Transfer-Encoding: chunked"
+    received = raw(address, ("POST /api/v1/login HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n" % framing).encode() + b"[" * 5000, wait=4)
+    assert statuses(received) == [status] and b"Connection: close" in received
+
+
+def test_an_answer_that_is_taken_slowly_arrives_whole(address, cloud):
+    """A stranger with a small window: sent along by the listener, byte for byte, and the connection goes on."""
+    whole = exchange(address, "GET", "/", user=None).body
+    sock, = connect(address, request_bytes("GET", "/", user=None) * 3, SO_RCVBUF=2048)
+    received = b""
+    with sock:
+        while received.count(whole) < 3:
+            more = sock.recv(1500)
+            assert more
+            received += more
+            time.sleep(0.0002)
+    assert statuses(received) == [200] * 3
+
+
+def test_one_network_crowds_out_only_itself(cloud, ann, serve_cloud, monkeypatch):
+    """X9: connections beyond the limit close the oldest of the network that has most; an honest one that was there first stays."""
+    monkeypatch.setattr(cs.CloudServer, "_network", lambda self, connection: networks.setdefault(connection.sock.fileno(), "home") if len(networks) < 1 else
+                        networks.setdefault(connection.sock.fileno(), "strangers"))
+    networks = {}
+    cloud.config = cs.replace(cloud.config, max_connections=20)
+    address = serve_cloud(cloud)
+    honest, = connect(address)
+    time.sleep(0.1)
+    strangers = connect(address, b"", 60)
+    time.sleep(0.3)
+    honest.sendall(request_bytes("GET", "/healthz", user=None))
+    assert b"200 OK" in honest.recv(1000)
+    server = serve_cloud.servers[-1]
+    assert len(server.watched) <= 20
+    [sock.close() for sock in (honest, *strangers)]
+
+
+def test_the_crew_shrinks(monkeypatch):
+    """X18: threads that a rush needed end when it is over."""
+    monkeypatch.setattr(cs, "CREW_IDLE", 0.1)
+    crew, gate, done = cs.Crew(50), threading.Event(), []
+    for n in range(80):
+        crew.submit(lambda n: (gate.wait(10), done.append(n)), n)
+    assert crew.count == 50 and crew.backlog() >= 25
+    gate.set()
+    until = time.monotonic() + 10
+    while crew.count and time.monotonic() < until:
+        time.sleep(0.01)
+    assert crew.count == 0 and sorted(done) == list(range(80))
+    crew.submit(done.append, 99)
+    while 99 not in done and time.monotonic() < until:
+        time.sleep(0.01)
+    assert 99 in done
+
+
+def test_no_account_takes_more_than_its_share(cloud, ann, address, monkeypatch):
+    """X9, X17, R35: connections that are answered at a time, and waits for changes; others go on, and all is given back."""
+    cloud._waits.most = 5
+    bob, poll = account(cloud, "bob"), "/api/v1/changes?since=%d&wait=30" % cloud.head()
+    waits, until = connect(address, request_bytes("GET", poll), 5), time.monotonic() + 5
+    while cloud._waits.taken() < 5 and time.monotonic() < until:
+        time.sleep(0.01)
+    answer = exchange(address, "GET", poll)
+    assert answer.status == 503 and answer.headers["retry-after"]
+    assert exchange(address, "GET", poll.replace("wait=30", "wait=0")).status == 200
+    assert cloud.await_change(bob, cloud.head(), 0) is False
+    put(cloud, ann, "wakes them", b"x")
+    for sock in waits:
+        assert b"200 OK" in sock.recv(4096)
+        sock.close()
+    assert cloud._waits.taken() == 0
+    shares = cs.Shares(2, "%d")
+    shares.take("a"), shares.take("a"), shares.take("b")
+    assert outcome(shares.take, "a") == "busy"
+    shares.give("a"), shares.take("a")
+    assert shares.taken() == 3
+
+
+def test_waits_and_downloads_end_when_the_client_leaves(cloud, ann, address):
+    """X16, X17"""
+    for sock in connect(address, request_bytes("GET", "/api/v1/changes?since=%d&wait=60" % cloud.head()), 3):
+        while not cloud._waits.taken():
+            time.sleep(0.01)
+        sock.close()
+    until = time.monotonic() + 10
+    while cloud._waits.taken() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert cloud._waits.taken() == 0
+
+
+@pytest.mark.parametrize("reads", [0, 100], ids=["nothing", "a trickle"])
+def test_who_reads_too_slowly_is_given_up(address, cloud, ann, serve_cloud, monkeypatch, reads):
+    """R34: a download that stands still, and one that only trickles"""
+    monkeypatch.setattr(cs, "STALL_TIME", 1)
+    put(cloud, ann, "big", os.urandom(30 * MiB))
+    sock, = connect(address, request_bytes("GET", "/dav/big"), SO_RCVBUF=4096)
+    server, until = serve_cloud.servers[-1], time.monotonic() + 20
+    with sock:
+        sock.recv(100)
+        while server.active and time.monotonic() < until:
+            time.sleep(0.1)
+            sock.recv(reads)
+        assert time.monotonic() < until
+
+
 def test_silent_connections_are_parked_and_come_back(address):
     """R32: a connection that says nothing holds no thread, and works when it speaks again."""
     connections = [http.client.HTTPConnection(*address, timeout=10) for _ in range(50)]
@@ -3462,11 +3718,12 @@ def test_silent_connections_are_parked_and_come_back(address):
 
 def test_no_more_connections_are_parked_than_the_system_can_watch(address, monkeypatch):
     """O6: the oldest go; select() on Windows takes 512"""
-    monkeypatch.setattr(cs, "PARKED_MOST", 5)
-    connections = [socket.create_connection(address, timeout=10) for _ in range(8)]
-    for n, sock in enumerate(connections):
-        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert sock.recv(1000).endswith(b"ok\n")
+    monkeypatch.setattr(cs, "WATCHED_MOST", 5)
+    connections = []
+    for n in range(8):
+        connections.append(socket.create_connection(address, timeout=10))
+        connections[-1].sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connections[-1].recv(1000).endswith(b"ok\n")
     closed, since = set(), time.monotonic()
     while len(closed) < 3 and time.monotonic() - since < 10:
         closed |= set(select.select(connections, [], [], 0.1)[0])
@@ -3593,7 +3850,7 @@ def test_long_reads_end_when_nobody_waits_for_the_answer(cloud, ann, serve_cloud
     sock.sendall(request_bytes(method, path, body.encode(), "X-Recalculate-Hash: sha1", "Depth: 1"))
     assert begun.wait(5)
     sock.close()
-    assert ended.wait(5) and until(lambda: not any(cloud._lanes.values()), 2)
+    assert ended.wait(5) and until(lambda: not cloud._lanes.taken(), 2)
 
 
 # ==== 9. JSON API ========================================================================
@@ -5599,7 +5856,7 @@ def test_a_search_is_bounded(call, cloud, ann, monkeypatch):
     monkeypatch.setattr(cs, "SEARCH_TIME", -1)
     late = call("SEARCH", "/remote.php/dav", SEARCH_ALL)
     assert (late.status, late.headers["retry-after"]) == (503, "60") and call("GET", "/api/v1/search?kind=image").status == 503
-    assert cloud._lanes[ann.account] == 0
+    assert cloud._lanes.taken() == 0
 
 
 def test_ids_are_taken_in_either_form(call, cloud, ann):
