@@ -8541,6 +8541,9 @@ def behind(serve, certificate, tmp_path):
     yield start
     for process in started:
         process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):     # Apache in one process waits for its connections
+            process.wait(3)
+        process.kill()
         process.wait(20)
 
 
