@@ -16322,8 +16322,9 @@ class Upkeep:
     def scrub(self) -> None:
         """Read one of 4096 parts of all chunks; each has its turn in 30 days (R25)."""
         turn = int(self.db.setting("scrubbed") or 0) % 4096
-        for _ in check_chunks(self.cloud, "%03x" % turn):
-            pass
+        for hash, _, wrong in check_chunks(self.cloud, "%03x" % turn):
+            if wrong:
+                log.error("chunk %s is %s; the command verify names the files", hash, wrong)
         self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('scrubbed', ?)", (str(turn + 1),)))
 
 
@@ -16348,8 +16349,6 @@ def check_chunks(cloud: Cloud, prefix: str = "", quick: bool = False) -> Iterato
             wrong = str(error)
         if bool(wrong) != bool(bad) and (wrong or not quick) and not cloud.db.readonly:
             cloud.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ?", (cloud.clock.wall() if wrong else None, hash)))
-        if wrong:
-            log.error("chunk %s is %s", hash, wrong)
         yield hash, size, wrong
 
 
