@@ -5301,7 +5301,7 @@ def test_sync_collection_follows_every_change(call, cloud, ann):
 
 def put_back(make_cloud, tmp_path, cloud, ann, then):
     """A copy of a cloud's directory as it is, after which `then(cloud)` goes on; the copy opened, as if it had been put back."""
-    with sqlite3.connect(tmp_path / "copy.db") as copy, sqlite3.connect(cloud.db.path) as live:
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy, contextlib.closing(sqlite3.connect(cloud.db.path)) as live:
         live.backup(copy)
     shutil.copytree(cloud.config.data / "objects", tmp_path / "back/objects")
     os.replace(tmp_path / "copy.db", tmp_path / "back/cloud.db")
