@@ -15881,6 +15881,10 @@ class AccessLog:
         if self.path:
             self._open()
 
+    def close(self) -> None:
+        if self.path:
+            os.close(self._fd)
+
     def reopen(self) -> None:
         """Go on in the file that has the name now: after somebody else moved ours away."""
         with self._lock, suppress(OSError):
@@ -17082,6 +17086,8 @@ def serve(config: Config) -> int:
     lock = FileLock(config.data / "serve.lock")
     if not lock.acquire(wait=False):
         raise CloudError("conflict", "another server runs on %s" % config.data)
+    if config.access_log:
+        AccessLog(config.access_log).close()     # can it be written?
     announce(config, listener.getsockname()[1], password)
     workers = config.workers or min(8, os.cpu_count() or 1)
     alone = workers == 1 or not hasattr(os, "fork")
@@ -17223,8 +17229,9 @@ class Supervisor:
 
     def __init__(self, config: Config, listener: socket.socket, count: int) -> None:
         self.config, self.listener, self.count = config, listener, count
-        self.pids: dict[int, int] = {}           # pid: index
-        self.stopping = False
+        self.pids: dict[int, tuple[int, float]] = {}             # pid: (index, since when)
+        self.ended = threading.Event()           # told to stop
+        self.pause = 0.2                         # seconds before a worker is replaced
         self.lifeline, self._end = os.pipe()     # only the supervisor keeps the writing end
         self.balance = Balance(count)
 
@@ -17235,24 +17242,28 @@ class Supervisor:
         for index in range(self.count):
             self._fork(index)
         while self.pids:
-            try:
-                pid, status = os.wait()
-            except InterruptedError:
-                continue
-            index = self.pids.pop(pid, None)
-            if index is not None and not self.stopping:
-                log.error("worker %d ended (status %d); starting another", index, status)
-                time.sleep(0.2)
-                self._fork(index)
+            pid, status = os.wait()
+            index, since = self.pids.pop(pid, (None, 0))
+            if index is not None and not self.ended.is_set():
+                self._replace(index, status, time.monotonic() - since)
         return 0
+
+    def _replace(self, index: int, status: int, life: float) -> None:
+        """Start another worker; where they end as they begin, after a longer and longer while."""
+        self.pause = min(30, 2 * self.pause) if life < 10 else 0.2
+        log.error("worker %d ended (status %d); starting another in %.1f s", index, os.waitstatus_to_exitcode(status), self.pause)
+        if not self.ended.wait(self.pause):
+            self._fork(index)
 
     def _fork(self, index: int) -> None:
         signals = {*STOP_SIGNALS, signal.SIGHUP}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)        # a child must never run our handler
         pid = os.fork()
         if pid:
-            self.pids[pid] = index
+            self.pids[pid] = index, time.monotonic()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            if self.ended.is_set():
+                os.kill(pid, signal.SIGTERM)     # our handler ran before it knew of this one
             return
         code = 1
         try:
@@ -17272,12 +17283,12 @@ class Supervisor:
 
     def _pass_on(self, number: int, frame: Any) -> None:
         for pid in self.pids:
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):   # it has just ended
+                os.kill(pid, number)
 
     def _stop(self, number: int, frame: Any) -> None:
-        for pid in self.pids:                    # the second time, at once
-            os.kill(pid, signal.SIGKILL if self.stopping else signal.SIGTERM)
-        self.stopping = True
+        self._pass_on(signal.SIGKILL if self.ended.is_set() else signal.SIGTERM, frame)       # the second time, at once
+        self.ended.set()
 
 
 def keep_on_core(index: int) -> None:

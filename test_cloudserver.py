@@ -8336,6 +8336,30 @@ def test_a_worker_that_dies_is_replaced(serve):
 
 
 @needs_fork
+def test_workers_that_end_as_they_begin_are_replaced_more_and_more_slowly(tmp_path):
+    """and a supervisor that is told to stop meanwhile stops at once, and starts none any more"""
+    program = [sys.executable, "-c", "import sys; sys.path.insert(0, %r); import cloudserver as cs; cs.work = lambda *args: 1 / 0; sys.exit(cs.main())"
+               % str(HERE)]
+    served = Served(tmp_path / "d", "--workers", 2, program=program)
+    lines = []
+    for line in served.process.stderr:
+        lines += re.findall(r"another in ([0-9.]+) s", line)
+        if len(lines) == 3:
+            break
+    assert lines == ["0.4", "0.8", "1.6"]
+    began = time.monotonic()
+    served.process.send_signal(signal.SIGTERM)
+    rest = served.process.stderr.read()
+    assert served.stop() == 0 and time.monotonic() - began < 1 and "another" not in rest
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_access_log_that_cannot_be_written_is_said_at_the_start(tmp_path, workers):
+    done = run("serve", "--data", tmp_path / "d", "--port", "0", "--workers", workers, "--access-log", tmp_path / "no/log", timeout=20)
+    assert done.returncode == 1 and "No such file" in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+@needs_fork
 def test_workers_end_with_their_supervisor(serve):
     served = serve("--workers", 2)
     children = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
