@@ -2040,7 +2040,10 @@ VERSION_5 = """
 CREATE TABLE known_place (              -- networks from which an account's password or devices were good: judged apart from strangers
     account INTEGER NOT NULL, network TEXT NOT NULL, due INTEGER NOT NULL, PRIMARY KEY (account, network)) WITHOUT ROWID;
 """
-MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5]         # MIGRATIONS[0] leads from version 1 to 2
+VERSION_6 = """
+CREATE TABLE growing (node INTEGER PRIMARY KEY, home INTEGER NOT NULL, due INTEGER NOT NULL);        -- tops of copies that are being written
+"""
+MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6]         # MIGRATIONS[0] leads from version 1 to 2
 INDEXES = (  # made where SQLite can: parts of names; words of contents
     "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
     "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
@@ -2185,7 +2188,7 @@ class Database:
         self._committing = False
         self.broken = ""                                    # why nothing is written any more (R4)
         self._index: bool | None = None                      # is there an index of names?
-        self._last_id = 0
+        self._last_id, self._drawing = 0, threading.Lock()
         self._slot = secrets.randbelow(4096)
         try:
             self._open_to_read() if readonly else self._open_to_write()
@@ -2297,6 +2300,15 @@ class Database:
                     time.sleep(secrets.randbelow(count) / 1000)
         raise CloudError("busy", "too many writers at one place", retry_after=1)
 
+    def write_once(self, batch: Batch, refusal: CloudError) -> None:
+        """Commit a batch that cannot be decided anew.  raises `refusal` if a guard does not hold, and as write"""
+        if self.readonly:
+            raise CloudError("read-only", "the data is open for reading only")
+        try:
+            self._commit(batch)
+        except Conflict:
+            raise refusal from None
+
     def run(self, *body: Statement, frees: bool = False) -> None:
         """Commit statements that rely on nothing and change no tree."""
         self.write(lambda: Batch(list(body), frees=frees))
@@ -2306,9 +2318,14 @@ class Database:
 
         Ids of one process rise, so that rows which are made together lie together.
         """
-        now = (self.clock.wall() - ID_EPOCH) * 1000
-        self._last_id = max(now, self._last_id + 1)
-        return self._last_id << 12 | self._slot
+        return self.new_ids(1)
+
+    def new_ids(self, count: int) -> int:
+        """The first of `count` numbers, each 4096 more than the one before."""
+        with self._drawing:
+            first = max((self.clock.wall() - ID_EPOCH) * 1000, self._last_id + 1)
+            self._last_id = first + count - 1
+        return first << 12 | self._slot
 
     def has_index(self) -> bool:
         """Are there indexes of names and contents?  They are made on the first call, where SQLite can (FTS5, trigrams)."""
@@ -4125,32 +4142,40 @@ class Tree:
                 if lock.node in gone or gone & set(self._above_or_none(lock.node))]
 
     def copy(self, who: Principal, *pairs: tuple[tuple[str, ...], tuple[str, ...]], given: Preconditions = ANY,
-             clash: str | Sequence[str] = "replace", deep: bool = True) -> list[tuple[Node, bool]]:
+             clash: str | Sequence[str] = "replace", deep: bool = True, alive: Callable[[], None] = unwatched) -> list[tuple[Node, bool]]:
         """Make second nodes with the same content; of a collection with all below it, unless `deep` is False.
 
         No byte moves: the copies refer to the same manifests.  Otherwise as move; raises also over-quota, too-many
         """
         self._require(who)
+        detail = {**name_paths([source for source, _ in pairs]), "to": "/".join(pairs[0][1])}
 
         def attempt() -> Batch:
-            changes, extra, spots, taken = [], [], [], set()
-            for (source, target), how in zip(pairs, for_each(clash, pairs)):
+            changes, extra, spots, taken, growth = [], list(below), [], set(), 0
+            for (source, target), how, node, top in zip(pairs, for_each(clash, pairs), nodes, tops):
                 here = self._check_conditions(who, self._spot(who, source), source, given)
                 spots.append(here)
-                node = self._found(here)
+                if self._found(here).node != node.node:
+                    raise CloudError("conflict", "something else is there by now")
                 if source == target and how == "keep":
                     target = target[:-1] + (self._free_name(here.parent, target[-1], taken),)
-                there, target, removal = self._make_room(who, node, source, target, given, how, taken)
+                there, target, removal = self._make_room(who, here.node, source, target, given, how, taken)
                 if there.node and there.node.node == node.node:
                     raise CloudError("same-place", "source and destination are one")
-                plan = CopyPlan(self.db, node, there.parent, target[-1], self.clock.wall(), deep)
-                self._check_space(there, plan.size - sum(change.before.size for change in removal), 1)
-                changes += [*removal, Change(None, plan.top, (), there.chain)]
-                extra += [*plan.statements(), *self._drop_locks(there, *(change.before for change in removal))]
-            return self._batch(who, together(spots), "copy", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])},
-                               changes, extra)
+                growth += top.size - sum(change.before.size for change in removal)
+                self._check_space(there, growth, 1)
+                changes += [*removal, Change(None, top._replace(parent=there.parent, name=target[-1]), (), there.chain)]
+                extra += self._drop_locks(there, *(change.before for change in removal))
+            return self._batch(who, together(spots), "copy", detail, changes, extra)
 
         with self._heavy(who):
+            nodes, copies = [self.stat(who, source) for source, _ in pairs], Copies(self.db, who.account)
+            tops, below = [copies.measure(node, deep) for node in nodes], ()
+            if copies.rows <= COPY_STEP:
+                below = copies.statements()
+            else:
+                attempt()                                    # whatever can be refused now is
+                below = copies.write_below(who, tops, detail, alive)
             return self._arrivals(self.db.write(attempt))
 
     def taken(self, who: Principal, *paths: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -4531,77 +4556,139 @@ def cut_text(text: str, size: int) -> str:
 
 UNPURGED = " AND NOT EXISTS (SELECT 1 FROM entry g WHERE g.node = e.node AND g.fate = 'purged')"      # of an ended entry e
 CHILDREN_AT = (  # what a collection held as of a seq: :parent, :seq
-    "SELECT node, kind, name, key, manifest, size, mtime, media, rev, since FROM entry "
-    "WHERE parent = :parent AND until IS NULL AND since <= :seq "
-    "UNION ALL SELECT node, kind, name, key, manifest, size, mtime, media, rev, since FROM entry "
-    "WHERE parent = :parent AND until > :seq AND since <= :seq")
+    "SELECT node, kind, name, key, manifest, size, mtime, media FROM entry WHERE parent = :parent AND until IS NULL AND since <= :seq "
+    "UNION ALL SELECT node, kind, name, key, manifest, size, mtime, media FROM entry e "
+    "WHERE parent = :parent AND until > :seq AND since <= :seq" + UNPURGED)
 
 
-class CopyPlan:
-    """The rows of a copy of a tree as of now.
+@dataclass(eq=False)
+class CopiedCollection:
+    """One of the collections of a copy."""
+    node: int
+    copy: int
+    above: CopiedCollection | None = None
+    count: int = 0                               # files that it holds itself
+    first: int = 0                               # id of the copy of the first of them, in the order of keys
+    size: int = 0                                # bytes and
+    files: int = 0                               # files in it and below
+    below: list[tuple[int, str, str, int]] = field(default_factory=list)     # (copy, name, key, mtime) of collections that it holds
 
-    Only the collections are held in memory; the files are read again, as of the same seq, while the batch runs.
+
+class Copies:
+    """Copies of trees as of one moment: ids and sums are worked out beforehand, rows are made inside the database.
+
+    Only collections are held in memory.  A small copy is part of its batch.  A large one is written before, some
+    thousand rows a batch, below tops that do not exist yet, so that nobody waits long for the writer; the last batch
+    brings the tops.  What is left of one that broke off hangs under nothing; Upkeep finds it by `growing`.
     """
 
-    def __init__(self, db: Database, node: Node, parent: int, name: str, now: int, deep: bool) -> None:
-        self.db, self.now = db, now
+    def __init__(self, db: Database, home: int) -> None:
+        self.db, self.home, self.rows = db, home, 0
         self.seq = db.read("SELECT max(seq) FROM journal")[0][0]
-        top = node._replace(node=db.new_id(), parent=parent, name=name, rev=0)
-        self.copies: dict[int, tuple[int, int]] = {}         # collection: (its copy, the parent of that)
-        self.sums: dict[int, list[int]] = {}                 # copy: [size, files]
-        self.ids = [(node.node, top.node)]                   # (node, copy), for properties
-        if node.kind:
-            self._measure(node.node, top.node, parent, deep)
-            size, files = self.sums[top.node]
-            top = top._replace(size=size, files=files)
-        self.top, self.size = top, top.size
+        self._parts: list[CopiedCollection] = []             # each before those that it holds
+        self._pairs: list[tuple[int, int]] = []              # (node, copy) of tops and collections, for properties
+        self._has_properties = bool(db.read("SELECT 1 FROM property LIMIT 1"))
 
-    def _measure(self, node: int, copy: int, parent: int, deep: bool) -> None:
+    def measure(self, node: Node, deep: bool) -> Node:
+        """Take up a copy of a node and, if it is `deep`, of all below it; returns its top.  raises CloudError too-many"""
+        top = node._replace(node=self.db.new_id(), rev=0)
+        self._pairs.append((node.node, top.node))
+        if not node.kind:
+            return top
+        found = self._measure(node.node, top.node, deep)
+        return top._replace(size=found.size, files=found.files)
+
+    def _measure(self, node: int, copy: int, deep: bool) -> CopiedCollection:
         """Find the collections below and sum up what they hold, without recursion."""
-        self.copies[node], self.sums[copy] = (copy, parent), [0, 0]
-        order, count = [node] if deep else [], 0
-        for above in order:
-            copy = self.copies[above][0]
-            for child, kind, *_, size, _, _, _, _ in self.db.each(CHILDREN_AT, {"parent": above, "seq": self.seq}):
-                count += 1
-                if kind:
-                    order.append(child)
-                    self.copies[child] = self.db.new_id(), copy
-                    self.sums[self.copies[child][0]] = [0, 0]
-                else:
-                    self.sums[copy][0] += size
-                    self.sums[copy][1] += 1
-            if count > COPY_LIMIT:
+        order = [CopiedCollection(node, copy)]
+        for one in order if deep else ():
+            where = {"parent": one.node, "seq": self.seq}
+            (one.count, one.size), = self.db.read("SELECT count(*), coalesce(sum(size), 0) FROM (" + CHILDREN_AT + ") WHERE kind = 0", where)
+            one.files, one.first = one.count, self.db.new_ids(one.count)
+            for child, *about in self.db.read("SELECT node, name, key, mtime FROM (" + CHILDREN_AT + ") WHERE kind = 1", where):
+                order.append(CopiedCollection(child, self.db.new_id(), one))
+                one.below.append((order[-1].copy, *about))
+                self._pairs.append((child, order[-1].copy))
+            self.rows += one.count + len(one.below)
+            if self.rows > COPY_LIMIT:
                 raise CloudError("too-many", "a copy may have %d files; copy parts" % COPY_LIMIT)
-        for node in reversed(order[1:]):
-            copy, parent = self.copies[node]
-            self.sums[parent][0] += self.sums[copy][0]
-            self.sums[parent][1] += self.sums[copy][1]
-        self.order = order
+        for one in reversed(order[1:]):
+            one.above.size, one.above.files = one.above.size + one.size, one.above.files + one.files
+        self._parts += order
+        return order[0]
 
     def statements(self) -> list[Statement]:
-        """All rows but the entry of the top, which is the Change the batch is about."""
-        body = [Statement("INSERT INTO collection SELECT ?, max(seq), ?, ? FROM journal",
-                          [(copy, *sums) for copy, sums in self.sums.items()], many=True)]
-        if self.copies and self.order:
-            body.append(Statement(
-                "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
-                "SELECT ?, s, ?, ?, ?, ?, ?, ?, ?, ?, ?, s FROM (SELECT max(seq) AS s FROM journal)",
-                Rows(self._entries), many=True))
-        if self.db.read("SELECT 1 FROM property LIMIT 1"):
-            body.append(Statement("INSERT OR IGNORE INTO property SELECT ?2, name, value FROM property WHERE node = ?1",
-                                  Rows(lambda: iter(self.ids)), many=True))
-        return body
+        """All rows but the entries of the tops, which the batch is about."""
+        return [*(statement for one in self._parts for body in self._steps(one, None, one.count) for statement in body),
+                *self._sums(self._parts, None), *self._properties()]
 
-    def _entries(self) -> Iterator[tuple[Any, ...]]:
-        del self.ids[1:]
-        for above in self.order:
-            parent = self.copies[above][0]
-            for node, kind, name, key, manifest, size, mtime, media, _, _ in self.db.each(
-                    CHILDREN_AT, {"parent": above, "seq": self.seq}):
-                copy = self.copies[node][0] if kind else self.db.new_id()
-                self.ids.append((node, copy))
-                yield self.top.home, copy, parent, name, key, kind, manifest, size, mtime, media
+    def write_below(self, who: Principal, tops: Sequence[Node], detail: dict[str, Any], alive: Callable[[], None]) -> list[Statement]:
+        """Write all that below tops which are not there yet; returns what the batch that brings them has to add.
+
+        raises  CloudError conflict if what is copied was given up meanwhile; what `alive` raises
+        """
+        growing = [(top.node, self.home, self.db.clock.due() + COPY_TIME) for top in tops]
+        since = self.db.write(lambda: Batch([Statement("INSERT INTO growing (node, home, due) VALUES (?, ?, ?)", growing, many=True)],
+                                            line=Line(self.home, who, "copy-begin", detail))).seq
+        ours = Statement("SELECT 'growing' WHERE NOT EXISTS (SELECT 1 FROM growing WHERE node = ?)", growing[0][:1])
+        whole: list[Statement] = []                          # guards: the collections that are done are as large as they were
+        for some in self._batches(since):
+            alive()
+            self.db.write_once(Batch([statement for statements, _ in some for statement in statements], [ours, *whole]),
+                               CloudError("conflict", "what is copied was given up meanwhile"))
+            whole = [guard for _, guard in some if guard]
+        return [Statement("DELETE FROM growing WHERE node = ?", [(top.node,) for top in tops], many=True)]
+
+    def _batches(self, since: int) -> Iterator[list[tuple[list[Statement], Statement | None]]]:
+        """All steps, gathered into batches of about COPY_STEP rows: [(statements, guard when a collection is done), ...]."""
+        some, rows = [], 0
+        for one in self._parts:
+            guard = Statement("SELECT 'lost' WHERE (SELECT count(*) FROM entry WHERE parent = ? AND until IS NULL) <> ?",
+                              (one.copy, one.count + len(one.below)))
+            for statements in self._steps(one, since, COPY_STEP):
+                some.append((statements, None))
+                rows += min(COPY_STEP, max(one.count, len(one.below)))
+                if rows >= COPY_STEP:
+                    yield some
+                    some, rows = [], 0
+            some.append(([], guard))
+        yield some
+        for parts in pieces(self._parts[::-1], COPY_STEP):       # a sum after those that are in it
+            yield [(self._sums(parts, since), None)]
+        yield [(self._properties(), None)]
+
+    def _steps(self, one: CopiedCollection, since: int | None, step: int) -> Iterator[list[Statement]]:
+        """The entries of what a collection holds, so many at a time."""
+        values = {"parent": one.node, "seq": self.seq, "home": self.home, "copy": one.copy, "since": since, "after": ""}
+        for done in range(0, one.count, max(1, step)):
+            piece = {**values, "first": one.first + (done << 12), "count": step}
+            yield [Statement(COPY_FILES, piece), *([Statement(COPY_PROPERTIES, piece)] if self._has_properties else ())]
+            for last, in self.db.read("SELECT key FROM (" + CHILDREN_AT + ") WHERE kind = 0 AND key > :after ORDER BY key LIMIT 1 OFFSET :step",
+                                      {**values, "step": step - 1}) if done + step < one.count else ():
+                values["after"] = last
+        if one.below:
+            yield [Statement("INSERT INTO entry (home, since, node, parent, name, key, kind, size, mtime, rev) SELECT ?1, coalesce(?2, s), ?3, ?4, "
+                             "?5, ?6, 1, 0, ?7, coalesce(?2, s) FROM (SELECT max(seq) AS s FROM journal)",
+                             [(self.home, since, copy, one.copy, name, key, mtime) for copy, name, key, mtime in one.below], many=True)]
+
+    def _sums(self, parts: Sequence[CopiedCollection], since: int | None) -> list[Statement]:
+        return [Statement("INSERT INTO collection (node, seq, size, files) SELECT ?1, coalesce(?2, max(seq)), ?3, ?4 FROM journal",
+                          [(one.copy, since, one.size, one.files) for one in parts], many=True)]
+
+    def _properties(self) -> list[Statement]:
+        return [Statement("INSERT INTO property (node, name, value) SELECT ?2, name, value FROM property WHERE node = ?1", self._pairs,
+                          many=True)] if self._has_properties else []
+
+
+COPY_STEP = 2_000               # rows that a copy writes in one batch
+COPY_TIME = HOUR                # a copy that takes longer was given up
+COPIED = (  # the next files of a collection as of a seq, and the ids of their copies
+    "SELECT *, :first + (row_number() OVER (ORDER BY key) - 1) * 4096 AS copy FROM (" + CHILDREN_AT + ") WHERE kind = 0 AND key > :after "
+    "ORDER BY key LIMIT :count")
+COPY_FILES = (
+    "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) SELECT :home, coalesce(:since, s), copy, "
+    ":copy, name, key, kind, manifest, size, mtime, media, coalesce(:since, s) FROM (" + COPIED + "), (SELECT max(seq) AS s FROM journal)")
+COPY_PROPERTIES = "INSERT INTO property (node, name, value) SELECT c.copy, p.name, p.value FROM (" + COPIED + ") c JOIN property p ON p.node = c.node"
 
 
 class Rows:
@@ -5467,7 +5554,7 @@ class History(Tree):
         """
         self._require_whole(who)
         rows = self.db.read(
-            "SELECT " + STEP + " WHERE j.home = ? AND j.seq < ? AND (? IS NULL OR j.action = ?) AND (? IS NULL OR d.name = ?) "
+            "SELECT " + STEP + " WHERE j.home = ? AND j.action <> 'copy-begin' AND j.seq < ? AND (? IS NULL OR j.action = ?) AND (? IS NULL OR d.name = ?) "
             "AND j.at >= ? AND j.at < ? ORDER BY j.seq DESC LIMIT ?",
             (who.account, before, action, action, device, device, after, until, limit))
         return self._steps(rows)
@@ -6275,32 +6362,17 @@ class Cloud(Sync):
     def _append_chunk(self, upload: Upload, data: bytes) -> Upload:
         stored = self.blobs.put(Body(data), partial(self._knows, upload.home))
         fresh = upload._replace(received=upload.received + stored.size, due=self.clock.due() + UPLOAD_LIFE)
-
-        def attempt() -> Batch:
-            return Batch([*self._store_rows(stored),
-                          Statement("INSERT INTO upload_chunk VALUES (?, 0, ?, ?, ?)",
-                                    (upload.id, upload.received, stored.manifest, stored.size)),
-                          Statement("UPDATE upload SET received = ?, due = ? WHERE id = ?",
-                                    (fresh.received, fresh.due, upload.id))],
-                         [*self._upload_guards(upload), *still_stored(stored.relied)])
-
-        self._write_upload(attempt)
+        self.db.write_once(
+            Batch([*self._store_rows(stored),
+                   Statement("INSERT INTO upload_chunk VALUES (?, 0, ?, ?, ?)", (upload.id, upload.received, stored.manifest, stored.size)),
+                   Statement("UPDATE upload SET received = ?, due = ? WHERE id = ?", (fresh.received, fresh.due, upload.id))],
+                  [*self._upload_guards(upload), *still_stored(stored.relied)]),
+            CloudError("offset", "another request writes to this upload"))
         return fresh
 
     def _upload_guards(self, upload: Upload) -> list[Statement]:
         return [Statement("SELECT 'upload' WHERE NOT EXISTS (SELECT 1 FROM upload WHERE id = ? AND received = ? "
                           "AND done IS NULL)", (upload.id, upload.received))]
-
-    def _write_upload(self, attempt: Callable[[], Batch]) -> Batch:
-        """Commit once: if the upload does not stand where we left it, somebody else writes to it."""
-        tried = []
-
-        def once() -> Batch:
-            if tried:
-                raise CloudError("offset", "another request writes to this upload")
-            tried.append(1)
-            return attempt()
-        return self.db.write(once)
 
     def _cut_back(self, upload: Upload, offset: int) -> None:
         self.db.run(Statement("DELETE FROM upload_chunk WHERE upload = ? AND offset >= ?", (upload.id, offset)),
@@ -7980,7 +8052,7 @@ def api_move(cloud: Cloud, who: Principal, request: Request) -> Response:
 @route("POST", API + "copy", needs="write", items="transfers", clash_=TEXT)
 def api_copy(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Copy, many in one step; as move."""
-    return api_transfer(cloud, who, cloud.copy, request.values)
+    return api_transfer(cloud, who, partial(cloud.copy, alive=request.check_alive), request.values)
 
 
 def api_transfer(cloud: Cloud, who: Principal, verb: Callable[..., list[tuple[Node, bool]]], values: dict[str, Any]) -> Response:
@@ -8931,7 +9003,7 @@ def dav_transfer(cloud: Cloud, who: Principal, request: Request, path: tuple[str
         (node, new), = cloud.move(who, (path, target), given=given, clash=clash)
     else:
         (node, new), = cloud.copy(who, (path, target), given=given, clash=clash,
-                                  deep=parse_depth(request["depth"], "infinity") != "0")
+                                  deep=parse_depth(request["depth"], "infinity") != "0", alive=request.check_alive)
     return stored_response(request, node, new, dav_href(request, target, bool(node.kind)))
 
 
@@ -16006,14 +16078,7 @@ class Upkeep:
 
     def _write(self, *body: Statement) -> None:
         guard = Statement("SELECT 'lease' WHERE (SELECT fence FROM lease WHERE name = 'upkeep') IS NOT ?", (self.fence,))
-        tried = []
-
-        def once() -> Batch:
-            if tried:
-                raise CloudError("busy", "another process took over the upkeep")
-            tried.append(1)
-            return Batch(list(body), [guard], frees=True)
-        self.db.write(once)
+        self.db.write_once(Batch(list(body), [guard], frees=True), CloudError("busy", "another process took over the upkeep"))
 
     # ---- what runs out
 
@@ -16028,6 +16093,9 @@ class Upkeep:
                               "(SELECT id FROM device)", (now, now)),
                     Statement("DELETE FROM pairing WHERE due < ?", (now,)),
                     Statement("DELETE FROM known_place WHERE due < ?", (now,)),
+                    Statement("INSERT INTO entry (home, since, node, until, name, key, kind, size, mtime, rev, fate) SELECT home, s, node, s, '', "
+                              "'', 1, 0, 0, s, 'purged' FROM growing, (SELECT max(seq) AS s FROM journal) WHERE due < ?", (now,)),
+                    Statement("DELETE FROM growing WHERE due < ?", (now,)),
                     Statement("DELETE FROM kept WHERE due < ?", (now,)),
                     Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
                     Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),

@@ -2392,6 +2392,158 @@ def test_the_brake_counts_what_is_lost_by_whatever_route(make_cloud, fake, lose)
     audit(cloud)
 
 
+# ---- copies
+
+@pytest.fixture(params=[2_000, 7], ids=["in one batch", "in steps"])
+def steps(request, monkeypatch):
+    """Copies written with their batch, and before it, some rows at a time."""
+    monkeypatch.setattr(cs, "COPY_STEP", request.param)
+    return request.param
+
+
+def wood(cloud, ann):
+    """A tree with files, collections, properties and a past."""
+    for n in range(20):
+        put(cloud, ann, "w/f%02d" % n, b"%d" % n * 10, parents=True)
+        put(cloud, ann, "w/d/e/g%02d" % n, b"g%d" % n, parents=True)
+    cloud.make_collection(ann, ("w", "empty"))
+    for path in ("w", "w/f03", "w/d", "w/d/e/g19"):
+        cloud.patch(ann, cs.split_path(path), properties={"{x}p": "<p xmlns='x'>%s</p>" % path})
+    put(cloud, ann, "w/f05", b"changed")
+    cloud.delete(ann, ("w", "f07"))
+
+
+def look(cloud, ann, path):
+    """All there is to see of a tree: {path: (bytes, time, media, properties)}."""
+    return {where: (None if node.kind else cloud.content_of(node.manifest, node.size).read(99), node.mtime, node.media,
+                    dict(cloud.db.read("SELECT name, value FROM property WHERE node = ?", (node.node,))))
+            for where, node in cloud.walk(ann, cs.split_path(path))}
+
+
+def test_a_copy_has_all_of_it_and_none_of_its_past(cloud, ann, steps):
+    wood(cloud, ann)
+    before, files = look(cloud, ann, "w"), cloud.stat(ann, ("w",)).files
+    (node, new), = cloud.copy(ann, (("w",), ("c",)))
+    assert new and look(cloud, ann, "c") == look(cloud, ann, "w") == before and cloud.stat(ann, ("c",)).files == files == 39
+    assert dict(cloud.db.read("SELECT name, value FROM property WHERE node = ?", (node.node,))) == {"{x}p": "<p xmlns='x'>w</p>"}
+    assert len({node.node for path in ("w", "c") for _, node in cloud.walk(ann, (path,))}) == 2 * len(before)
+    assert len(cloud.versions(ann, ("c", "f05"))) == 1 and cloud.versions(ann, ("c", "f05"))[0].account == "ann"
+    assert [step.action for step in cloud.activity(ann, limit=2)] == ["copy", "delete"]
+    assert cloud.db.read("SELECT * FROM growing") == [] and cs.verify(cloud) == []
+    cloud.undo(ann, cloud.head())
+    assert "c" not in tree(cloud, ann)
+    audit(cloud)
+
+
+def test_a_copy_comes_into_sight_whole(cloud, ann, steps, monkeypatch):
+    """R9, R11, R37: nothing of it is seen before, by nobody, in no feed, search or sum; and a client of any moment comes to have it."""
+    wood(cloud, ann)
+    cursors, before, commit = [], look(cloud, ann, ""), Database._commit
+
+    def watched(db, batch):
+        if cloud.head() not in cursors:
+            cursors.append(cloud.head())
+            assert look(cloud, ann, "") == before and not cs.verify(cloud, quick=True)
+            assert {place.path[0] for place in cloud.manifest(ann, ())[2]} == {"w"} and cloud.changes(ann, (), cursors[0])[1] == []
+            assert all(found.path[0] == "w" for found in look_for(cloud, ann, "f03"))
+        return commit(db, batch)
+    monkeypatch.setattr(Database, "_commit", watched)
+    cloud.copy(ann, (("w",), ("c",)))
+    monkeypatch.setattr(Database, "_commit", commit)
+    assert (len(cursors) > 1) == (steps < 100)
+    for seq in cursors:
+        there = {changed.path for changed in cloud.changes(ann, (), seq)[1]}
+        assert there == {("c",)} | {("c", *where) for where in look(cloud, ann, "c")}
+        assert {place.path[0] for place in cloud.manifest(ann, (), seq)[2]} == {"w"}
+
+
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_a_copy_that_breaks_off_leaves_nothing(make_cloud, fake, monkeypatch, cut):
+    """R9: after any of its batches; what was written is swept"""
+    monkeypatch.setattr(cs, "COPY_STEP", 7)
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    wood(cloud, ann)
+    before, rows, count = look(cloud, ann, ""), cloud.db.read("SELECT count(*) FROM entry"), []
+
+    def leave():
+        count.append(1)
+        if len(count) == cut:
+            raise cs.CloudError("busy")
+    assert outcome(cloud.copy, ann, (("w",), ("c",)), alive=leave) == "busy" and len(count) == cut
+    assert look(cloud, ann, "") == before and cloud.db.read("SELECT count(*) FROM growing") == [(1,)]
+    fake.pass_(cs.COPY_TIME + 1)
+    upkeep = cs.Upkeep(cloud)
+    assert upkeep.hold()
+    upkeep.expire(), upkeep.purge()
+    assert cloud.db.read("SELECT count(*) FROM entry") == rows and cloud.db.read("SELECT * FROM growing") == []
+    assert cloud.db.read("SELECT count(*) FROM collection") == [(5,)] and cloud.db.read("SELECT count(*) FROM property") == [(4,)]
+    assert look(cloud, ann, "") == before and cs.verify(cloud) == []
+    audit(cloud)
+
+
+@pytest.mark.parametrize("meanwhile, want", [("give up", "conflict"), ("move", "not-found"), ("replace", "conflict"), ("change", None), ("expire", "conflict")])
+def test_a_long_copy_notices_what_happens_meanwhile(make_cloud, fake, monkeypatch, meanwhile, want):
+    monkeypatch.setattr(cs, "COPY_STEP", 7)
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    wood(cloud, ann)
+    before, count, upkeep = look(cloud, ann, "w"), [], cs.Upkeep(cloud)
+
+    def act():
+        if len(count) == 5:
+            {"give up": lambda: (cloud.delete(ann, ("w",)), cloud.empty_trash(ann), upkeep.hold(), upkeep.purge()),
+             "move": lambda: move(cloud, ann, "w", "elsewhere"),
+             "replace": lambda: (move(cloud, ann, "w", "elsewhere"), cloud.make_collection(ann, ("w",))),
+             "change": lambda: (put(cloud, ann, "w/f01", b"new"), cloud.delete(ann, ("w", "d", "e", "g03"))),
+             "expire": lambda: (fake.pass_(cs.COPY_TIME + 1), upkeep.hold(), upkeep.expire(), upkeep.purge())}[meanwhile]()
+        count.append(1)
+    found = outcome(cloud.copy, ann, (("w",), ("c",)), alive=act)
+    if want is None:
+        assert look(cloud, ann, "c") == before           # it is what was there when it began
+    else:
+        assert found == want and "c" not in tree(cloud, ann)
+    fake.pass_(2 * cs.COPY_TIME)
+    assert upkeep.hold()
+    upkeep.expire(), upkeep.purge()
+    assert cs.verify(cloud) == []
+    audit(cloud)
+
+
+def test_the_limit_of_a_copy_is_that_of_the_whole_request(cloud, ann, monkeypatch, steps):
+    """X15"""
+    wood(cloud, ann)
+    monkeypatch.setattr(cs, "COPY_LIMIT", 100)
+    pairs = [(("w",), ("c%d" % n,)) for n in range(3)]
+    before = tree(cloud, ann)
+    assert outcome(cloud.copy, ann, *pairs) == "too-many" and tree(cloud, ann) == before
+    assert len(cloud.copy(ann, *pairs[:2])) == 2 and look(cloud, ann, "c0") == look(cloud, ann, "c1") == look(cloud, ann, "w")
+    bob = account(cloud, "bob", quota=500)
+    put(cloud, bob, "d/f", b"x" * 200, parents=True)
+    assert outcome(cloud.copy, bob, (("d",), ("e",)), (("d",), ("f",))) == "over-quota" and set(tree(cloud, bob)) == {"d", "d/f"}
+    audit(cloud)
+
+
+def test_nobody_waits_for_a_large_copy(cloud, ann):
+    """X15: other writers come between its steps"""
+    commit(cloud, ann, [step_put("w%d/f%d" % (n % 3, n), b"x") if n > 2 else {"mkdir": "w%d" % n} for n in range(4_900)], [b"x"])
+    bob, longest, done = account(cloud, "bob"), [0.0], threading.Event()
+
+    def write():
+        n = 0
+        while not done.is_set():
+            began, n = time.monotonic(), n + 1
+            put(cloud, bob, "f%d" % (n % 20), b"%d" % n)
+            longest[0] = max(longest[0], time.monotonic() - began)
+    other = threading.Thread(target=write)
+    other.start()
+    began = time.monotonic()
+    cloud.copy(ann, *[(("w%d" % (n % 3),), ("c%d" % n,)) for n in range(6)])
+    took = time.monotonic() - began
+    done.set(), other.join()
+    assert cloud.stat(ann, ()).files == 3 * 4_897 and longest[0] < max(0.5, took), (longest, took)
+
+
 # ---- conditions hold when the write is done, not when it was decided
 
 def read_etag(cloud, ann, path):
