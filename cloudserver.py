@@ -17230,8 +17230,6 @@ def local_names() -> list[str]:
 
 def read_first_password(config: Config) -> str | None:
     """The password of the account that --admin names; None if its file is gone, as it may be once the account is there."""
-    if bool(config.admin) != bool(config.admin_password_file):
-        raise CloudError("bad-request", "--admin and --admin-password-file go together")
     if not config.admin or not config.admin_password_file.exists():
         return None
     return config.admin_password_file.read_text(encoding="utf-8-sig").rstrip("\r\n")
@@ -17247,15 +17245,8 @@ def announce(config: Config, port: int, password: str | None) -> None:
         cloud.keep_reserve()
         at = [*urls, *([local_url(config, port) + " for the proxy"] if config.behind_proxy else [])]
         print("cloudserver serves %s at %s" % (config.data.resolve(), ", ".join(dict.fromkeys(at))))
-        if config.admin and not cloud.accounts.is_set_up():
-            if password is None:
-                raise CloudError("not-found", "there is no %s to read the password of %s from" % (config.admin_password_file, config.admin))
-            cloud.accounts.add(config.admin, password, admin=True)
         if not cloud.accounts.is_set_up():
-            links = ["%ssetup#%s" % (url, token) for token in [cloud.accounts.new_setup_token()] for url in urls]
-            print("Not set up yet. Open this link to make your account; it works once:\n\n    %s\n" % "\n    ".join(links))
-            for link in [link for link in links if "//localhost" not in link][:sys.stdout.isatty()]:
-                show_qr(link)                    # a phone can reach us, and has a camera
+            invite(config, cloud, urls, password)
     if sys.stdout.isatty():
         print("Ctrl-C stops it.")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
@@ -17264,6 +17255,21 @@ def announce(config: Config, port: int, password: str | None) -> None:
         log.warning("passwords over plain HTTP from other machines are refused: give a certificate (--tls-cert, --tls-key), "
                     "a proxy (--behind-proxy) or, in a network you trust, --plain-http")
     sys.stdout.flush()
+
+
+def invite(config: Config, cloud: Cloud, urls: Sequence[str], password: str | None) -> None:
+    """Have a first account: the one that --admin names, or that of whoever opens the link.  raises CloudError"""
+    if config.admin:
+        if password is None:
+            raise CloudError("not-found", "there is no %s to read the password of %s from" % (config.admin_password_file, config.admin))
+        cloud.accounts.add(config.admin, password, admin=True)
+        return
+    token = cloud.accounts.new_setup_token()
+    links = ["%ssetup#%s" % (url, token) for url in urls]
+    print("Not set up yet. Open this link to make your account; it works once:\n\n    %s\n" % "\n    ".join(links))
+    elsewhere = next((link for link in links if "//localhost" not in link), None)
+    if elsewhere and sys.stdout.isatty():
+        show_qr(elsewhere)                       # a phone can reach us, and has a camera
 
 
 def show_qr(text: str) -> None:
@@ -19167,6 +19173,8 @@ def check_config(config: Config) -> None:
         raise CloudError("bad-request", "--windows-names is allow or refuse")
     if bool(config.tls_cert) != bool(config.tls_key):
         raise CloudError("bad-request", "--tls-cert and --tls-key go together")
+    if bool(config.admin) != bool(config.admin_password_file):
+        raise CloudError("bad-request", "--admin and --admin-password-file go together")
 
 
 def complain(error: Exception, code: int) -> int:
