@@ -82,19 +82,6 @@ from unittest.mock import Mock
 import pytest
 
 sys.path.insert(0, str(HERE))
-HIDE = """
-import os, sys, types
-if os.environ.get("TEST_HIDE"):      # be a system without fork, sendfile and fcntl, as Windows is
-    import fcntl
-    def locking(fd, mode, count):
-        try:
-            fcntl.flock(fd, fcntl.LOCK_UN if mode == 0 else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PermissionError(13, "Permission denied") from error
-    sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_UNLCK=0, LK_NBLCK=2)
-    sys.modules["fcntl"] = None
-    del os.fork, os.sendfile, os.sched_setaffinity
-"""
 STOPPABLE = """
 import os, signal, sys, threading, time
 if os.environ.get("TEST_STOP"):                  # Windows lets nobody send another process a signal: a file asks for it
@@ -105,14 +92,10 @@ if os.environ.get("TEST_STOP"):                  # Windows lets nobody send anot
     threading.Thread(target=wait, daemon=True).start()
 """
 PROGRAM = [sys.executable, str(HERE / "cloudserver.py")]
-PRELUDE = HIDE if os.environ.get("TEST_HIDE") else STOPPABLE if os.name == "nt" else ""
-if PRELUDE:
-    import subprocess                            # it needs what is hidden now
-    exec(PRELUDE)
-    PROGRAM = [sys.executable, "-c", PRELUDE + "import runpy; sys.argv[0] = %r; runpy.run_path(sys.argv[0], run_name='__main__')"
-               % PROGRAM[1]]
 WINE = False
 if os.name == "nt":
+    PROGRAM = [sys.executable, "-c", STOPPABLE + "import runpy; sys.argv[0] = %r; runpy.run_path(sys.argv[0], run_name='__main__')"
+               % PROGRAM[1]]
     import _winapi
     import ctypes
     WINE = hasattr(ctypes.windll.ntdll, "wine_get_version")
@@ -9150,16 +9133,6 @@ def test_a_million_files_change_no_figure(make_cloud):
     after = {name: cost(action) for name, action in actions.items()}
     assert cloud.db.read("SELECT count(*) FROM entry")[0][0] > 1_000_000
     assert all(after[name] < 4 * before[name] + 0.002 for name in actions), (before, after)
-
-
-@slow
-@needs_fork
-def test_all_is_green_without_fork_sendfile_and_fcntl():
-    """As on Windows; what a browser shows is the same everywhere."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", "-m", "not slow", "-k", "not browser and not desktop",
-                           str(HERE / "test_cloudserver.py")],
-                          env={**os.environ, "TEST_HIDE": "1", "CI": ""}, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 class Household:
