@@ -20,7 +20,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
     12  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
     13  Web pages       PAGE_* web_page                                the embedded page
     14  Service         CloudServer Janitor Supervisor                 start, stop, logs, background jobs
-    15  Sync client     SyncClient LocalFolder SyncState               a folder and an account kept alike
+    15  Sync client     SyncClient Folder Memory Link                  a folder and an account kept alike
     16  Command line    main                                           a function per command
 
 The path of a request:
@@ -74,6 +74,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import struct
 import sys
 import tempfile
@@ -84,15 +85,16 @@ import xml.etree.ElementTree as ET
 import zipfile
 import zlib
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait as await_all
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Container, ContextManager, Iterable, Iterator, NamedTuple, Optional, Sequence
+from typing import (Any, BinaryIO, Callable, Collection, Container, ContextManager, Iterable, Iterator, NamedTuple, Optional, Sequence,
+                    Tuple)
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 from xml.parsers import expat
 
@@ -1449,6 +1451,47 @@ def insist(act: Callable[..., None], *places: Any) -> None:
                 os.chmod(places[-1], 0o600)
             time.sleep(wait)
     return act(*places)
+
+
+@lru_cache(maxsize=None)
+def syncfs() -> Callable[[int], int] | None:
+    """Linux's call that brings one file system to the medium, and comes back when that is done; None elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return None                              # other systems' sync() only begins it
+    import ctypes                                # takes 8 ms, which not every command has to pay
+    return getattr(ctypes.CDLL(None), "syncfs", lambda fd: os.sync() or 0)
+
+
+def has_sync_file_system() -> bool:
+    return syncfs() is not None
+
+
+def sync_file_system(place: str, *, all: bool = False) -> bool:
+    """Bring everything on the file system that holds a place to the medium; False where no call promises that.
+
+    all     of every file system
+    """
+    call = syncfs()
+    if call is None:
+        return False
+    if all:
+        os.sync()
+        return True
+    fd = os.open(place, os.O_RDONLY)
+    try:
+        if call(fd):
+            raise OSError(errno.EIO, "it could not be brought to the medium", place)
+    finally:
+        os.close(fd)
+    return True
+
+
+def long_name(path: Path) -> str:
+    """A path as Windows takes it at any length; everywhere else as it is."""
+    text = str(path)
+    if os.name != "nt" or text.startswith("\\\\?\\"):
+        return text
+    return "\\\\?\\UNC\\" + text[2:] if text.startswith("\\\\") else "\\\\?\\" + text
 
 
 class ObjectDirectory:
@@ -5950,8 +5993,19 @@ class Sync(History):
             for hash in some:
                 if hash not in rows:
                     raise CloudError("storage-failed", "a chunk is gone")
-                yield rows[hash].size.to_bytes(4, "big")
-                yield from self.blobs.slices(iter([(rows[hash], 0, rows[hash].size)]))
+                yield from self._frame(rows[hash])
+
+    def _frame(self, chunk: StoredChunk) -> Iterator[bytes | FileSlice]:
+        """A chunk as it is sent.  One that is damaged is noted, and missing from now on: it costs only who needs it."""
+        slices = self.blobs.slices(iter([(chunk, 0, chunk.size)]))
+        try:
+            first = next(slices)
+        except CloudError:
+            self.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ?", (self.clock.wall(), chunk.hash)))
+            raise
+        yield chunk.size.to_bytes(4, "big")
+        yield first
+        yield from slices
 
     def send(self, who: Principal, frames: Iterable[bytes]) -> list[str]:
         """Store chunks ahead of the commit that will name them; returns their hashes.  raises CloudError over-quota"""
@@ -7882,8 +7936,8 @@ def format_cookie(request: Request, secret: str, seconds: int) -> str:
 
 @route("POST", API + "logout", needs="read")
 def api_logout(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """End this session."""
-    if who.means == "session":
+    """End this session, or the token that asks."""
+    if who.device:
         cloud.accounts.revoke(who, who.device)
     return Response(204, b"", {"Set-Cookie": format_cookie(request, "", 0)})
 
@@ -8748,7 +8802,7 @@ def sync_commit(cloud: Cloud, who: Principal, request: Request) -> Response:
     cloud.check_history(values.get("server"), since, values.get("tag"))
     seq, results, alone = cloud.commit(who, op, hashlib.sha256(line).hexdigest(), steps, reader,
                                        atomic=values.get("atomic") is True, since=since)
-    return json_response({"seq": seq, "results": results, **({"cursor": seq, "tag": cloud.tag_at(seq)} if alone else {})})
+    return json_response({"seq": seq, "results": results, **({"cursor": seq, "tag": cloud.tag_at(seq)} if alone and seq else {})})
 
 
 COMMIT_FIELDS = {"op": TEXT, "ops": "array", "atomic_": "boolean", "since_": "integer", "tag_": TEXT, "server_": TEXT}
@@ -17375,23 +17429,41 @@ def keep_on_core(index: int) -> None:
 # ==== 15. Sync client ====================================================================
 #
 # Two-way sync of a folder with a server, over the sync protocol and nothing else.
-# 1. Each side is compared with what both last agreed on (base), never with the other.
-# 2. Nothing is deleted that is not remembered as synced, or that has changed since.
-# 3. A file is built beside its place and put there at once; what is there by then is looked at once more before.
-# 4. The base is noted after it is true on both sides: whoever is killed only has to compare again.
-# 5. An answer that is not whole says nothing about what is gone.
+# 1. Each side is compared with what both last agreed on (base), never with the other.  Size, times and inode say that a
+#    file is the same only if they all do; what they leave open, its bytes decide.
+# 2. Here nothing is deleted or replaced whose bytes were not just compared with base; there nothing is deleted before it was
+#    looked for once more, in the very directory that was scanned.
+# 3. A file is built beside its place, brought to the medium, and put there at once.
+# 4. What is noted as agreed is true on both sides and on the media of both.  Whoever is killed, or loses power, only has to
+#    compare again.
+# 5. An answer that is not whole, or not of the history we know, says nothing about what is gone.
+# 6. Whatever a server sends is checked where it comes in, and no path is followed through a link.
+# 7. One bad thing costs one thing: it is named, and all the rest goes on.
 
 SYNC_HOME = ".cloudserver"      # the folder's own corner: state, lock, files under construction
 CUT_LEAST, CUT_MOST = MiB, 8 * MiB      # bytes of a chunk where content decides; smaller files than CHUNK_SIZE are one
 CUT_MARK = re.compile(rb"[\x05\x17\x2b\x3a\x4c\x5f\x61\x76\x88\x93\xa9\xb4\xc2\xd7\xe6\xfb]{5}")    # once per MiB of random bytes
 COMMIT_FILES, COMMIT_BYTES = 2_000, 8 * MiB      # of one commit, and of one download
+BUILT_MOST = 10_000             # small files that wait to be put in their places together
 LANES = 2                       # requests under way while the next is prepared
 WINDOW = 4 * MiB                # bytes of a large file after which its chunks travel
 ROUNDS = 12                     # until a run gives up to reach a fixed point
 BRAKE_LEAST = 50                # deletions that never stop a run
 SCAN_LEAST, SCAN_MOST = 1.0, 15.0       # seconds between two looks at a watched folder
-NOT_A_FILE = "is neither file nor directory"
-JUNK = (".DS_Store", "Thumbs.db", "desktop.ini", "._*", "~$*", ".~lock.*#", "*.partial", ".cloudserver/")
+AGAIN_LEAST, AGAIN_MOST = 5.0, 600.0    # seconds until what could not be synced, or reached, is tried again
+YOUNG = 120_000_000_000         # ns after a write in which a memory map may write more and leave the time as it is
+LATE_LOOK = 0.25                # seconds of a run that may go into reading such files once more
+ANSWER_LIMIT = 256 * MiB        # bytes of one answer in JSON
+MANIFEST_LINE = 64 * MiB        # bytes of one line of a manifest: a file of 1 TiB has 20
+CHANGES_LIMIT = 2_000           # nodes in one answer
+STRIKES = 3                     # answers in a row that break off before anything came: then it is the network
+RULES_LIMIT = 1_000             # lines of a .cloudignore that count
+LARGEST = (1 << 63) - 1
+MOUNT_POINT_TAG = 0xA0000003    # by which Windows marks a junction (MS-FSCC s2.1.2.1)
+FAILED, USAGE, ASK, REFUSED = 1, 2, 3, 4         # exit codes
+LINK, JUNCTION, NOT_A_FILE = "is a symbolic link", "is a junction", "is neither file nor directory"
+REGENERATED = (".DS_Store", "Thumbs.db", "desktop.ini", "._*")       # what systems make again, and a directory may go with
+JUNK = (*REGENERATED, "~$*", ".~lock.*#", SYNC_HOME + "/")
 
 
 class There(NamedTuple):
@@ -17418,21 +17490,24 @@ class Base(NamedTuple):
     chunks: str
     mtime_ns: int = 0
     inode: int = 0
+    ctime_ns: int = 0            # -1: not to be trusted
+    sure: int = 1                # 0: its bytes were read so soon after a write that they are read once more
 
 
 class Here(NamedTuple):
-    """A file or directory of the folder."""
+    """A file or directory of the folder.  0 is what a system does not give; it proves nothing."""
     path: str
     kind: int
     size: int
     mtime_ns: int
-    inode: int
+    ctime_ns: int                # Windows: when it was made
+    inode: int                   # Windows: of directories only
 
 
 class Stopped(Exception):
-    """A run must not go on.  code: the exit code, 1 or 3 (the brake)"""
+    """A run must not go on.  code: FAILED, USAGE, ASK (the brake: a person has to look) or REFUSED (log in again)"""
 
-    def __init__(self, message: str, code: int = 1) -> None:
+    def __init__(self, message: str, code: int = FAILED) -> None:
         super().__init__(message)
         self.code = code
 
@@ -17442,7 +17517,8 @@ DECISIONS = {  # (here against base, there against base): what to do
     ("same", "changed"): "download", ("none", "new"): "download", ("gone", "changed"): "download",
     ("changed", "same"): "upload", ("new", "none"): "upload", ("changed", "gone"): "upload",        # edits beat deletes
     ("gone", "same"): "delete there", ("same", "gone"): "delete here", ("gone", "gone"): "forget",
-    ("changed", "changed"): "compare", ("new", "new"): "compare"}
+    ("changed", "changed"): "compare", ("new", "new"): "compare",
+    ("doubt", "same"): "upload", ("doubt", "changed"): "read", ("doubt", "gone"): "read"}   # who uploads, reads it anyway
 
 
 def state_here(base: Base | None, here: Here | None) -> str:
@@ -17451,8 +17527,9 @@ def state_here(base: Base | None, here: Here | None) -> str:
         return "new" if here else "none"
     if here is None or here.kind != base.kind:
         return "gone"
-    same = here.kind or (here.size, here.mtime_ns, here.inode) == (base.size, base.mtime_ns, base.inode)
-    return "same" if same else "changed"
+    if here.kind or (here.size, here.mtime_ns, here.ctime_ns, here.inode) == (base.size, base.mtime_ns, base.ctime_ns, base.inode):
+        return "same"
+    return "doubt" if here.size == base.size else "changed"
 
 
 def state_there(base: Base | None, there: There | None) -> str:
@@ -17460,60 +17537,165 @@ def state_there(base: Base | None, there: There | None) -> str:
         return "new" if there else "none"
     if there is None or there.kind != base.kind:
         return "gone"
-    return "same" if there.node == base.node and (there.kind or there.etag == base.etag) else "changed"
+    return "same" if (there.node == base.node if there.kind else there.content == base.content) else "changed"
 
 
-# ---- names
+def parent_of(path: str) -> str:
+    return path.rpartition("/")[0]
 
-def compile_patterns(lines: Iterable[str]) -> Callable[[str, bool], bool]:
-    """A test for paths from lines like those of .gitignore: the last that fits decides, "!" takes back.
 
-    The test wants a path without slashes at its ends and whether it is a directory; what lies below an ignored
-    directory is not its business.
+def lineage(key: str) -> Iterator[str]:
+    """A key and those of what holds it, upwards."""
+    while key:
+        yield key
+        key = parent_of(key)
+
+
+def one_line(text: str) -> str:
+    """Names and other people's sentences as a terminal may get them: no escapes, not endless."""
+    text = text if len(text) <= 400 else text[:200] + " ... " + text[-100:]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# ---- what is left out
+
+class Glob:
+    """One name's pattern: * is anything, ? one character, [a-z] and [!a-z] classes, \\ takes the next as it is.
+
+    The pieces between stars have a fixed width, so the leftmost place of each is as good as any: no way is tried twice.
+    raises  ValueError for what cannot be read
     """
-    rules = []
-    for line in lines:
-        line = line.rstrip("\r\n").rstrip(" ")
-        if not line or line.startswith("#"):
-            continue
-        keep, line = line.startswith("!"), line[1:] if line[0] in "!\\" else line
-        only_directories, line = line.endswith("/"), line.rstrip("/")
-        anchored, line = "/" in line, line.lstrip("/")
-        rules.append((re.compile(("" if anchored else "(?:.*/)?") + pattern_text(line), re.S), only_directories, not keep))
 
-    def ignores(path: str, is_directory: bool) -> bool:
-        for rule, only_directories, verdict in reversed(rules):
-            if (is_directory or not only_directories) and rule.fullmatch(path):
+    def __init__(self, text: str) -> None:
+        tokens = re.findall(r"\*+|\[(?:[!^]?\]?(?:\\.|[^\]\\])*)\]|\\.|[^*]", text, re.S)
+        parts: list[list[str]] = [[]]
+        for token in tokens:
+            if token[0] == "*":
+                parts.append([])
+            else:
+                parts[-1].append(self._token(token))
+        self.width = len(parts[-1])
+        self.plain = "".join(tokens) if len(parts) == 1 and not re.search(r"[\\\[?]", text) else None
+        self.first, *self.rest = [re.compile("".join(part), re.S) for part in parts]
+
+    def _token(self, token: str) -> str:
+        """A character or class as a regular expression that takes exactly one."""
+        if token == "?":
+            return "."
+        if len(token) > 1 and token[0] == "[":
+            mark, inner = ("^", token[2:-1]) if token[1] in "!^" else ("", token[1:-1])
+            if not inner or "[:" in inner:
+                raise ValueError(token)
+            inner = "".join(part if part == "-" else re.escape(part[-1]) for part in re.findall(r"\\.|.", inner, re.S))
+            return re.compile("[%s%s]" % (mark, inner)).pattern
+        if token in "[\\":
+            raise ValueError(token)
+        return re.escape(token[-1])
+
+    def fits(self, name: str) -> bool:
+        if self.plain is not None:
+            return name == self.plain
+        found = self.first.match(name)
+        if not found or not self.rest:
+            return bool(found) and found.end() == len(name)
+        for piece in self.rest[:-1]:
+            found = piece.search(name, found.end())
+            if not found:
+                return False
+        last = len(name) - self.width
+        return last >= found.end() and self.rest[-1].match(name, last) is not None
+
+
+class Rules:
+    """What is not synced, by lines like those of .gitignore: the last that fits decides, "!" takes back.
+
+    Paths have no slashes at their ends; what lies below an ignored directory is not the rules' business.
+    """
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.rules: list[tuple[list[Glob | None], bool, bool, bool]] = []    # names (None: **), anywhere, directories only, verdict
+        self.broken: list[str] = []                  # lines that cannot be read
+        for line in lines:
+            try:
+                self._add(key_of(line.rstrip("\r\n")))
+            except (ValueError, re.error):
+                self.broken.append(line)
+
+    def _add(self, line: str) -> None:
+        """raises ValueError, re.error"""
+        ended = line.rstrip(" ")
+        line = ended + " " * (ended.endswith("\\") and ended != line)
+        if not line or line.startswith("#"):
+            return
+        if "\0" in line or "\ufffd" in line or len(self.rules) >= RULES_LIMIT:
+            raise ValueError(line)
+        keep, line = line.startswith("!"), line[1:] if line[0] == "!" else line
+        only_directories, line = line.endswith("/"), line.rstrip("/")
+        anywhere, line = "/" not in line, line.lstrip("/")
+        names = [None if name == "**" else Glob(name) for name in line.split("/")]
+        if names[-1] is None:
+            names.append(Glob("*"))                  # a/** is what is below a, not a itself
+        self.rules.append((names, anywhere and len(names) == 1, only_directories, not keep))
+
+    def leaves_out(self, path: str, is_directory: bool) -> bool:
+        path = key_of(path)
+        names = path.split("/")
+        for globs, anywhere, only_directories, verdict in reversed(self.rules):
+            if (is_directory or not only_directories) and (globs[0].fits(names[-1]) if anywhere else self._fits(globs, names)):
                 return verdict
         return False
-    return ignores
+
+    def _fits(self, globs: list[Glob | None], names: list[str]) -> bool:
+        """Each ** takes as few names as will do; it is enough to go back to the last one."""
+        glob = name = 0
+        back: tuple[int, int] | None = None
+        while name < len(names):
+            if glob < len(globs) and globs[glob] is None:
+                back, glob = (glob + 1, name), glob + 1
+            elif glob < len(globs) and globs[glob].fits(names[name]):
+                glob, name = glob + 1, name + 1
+            elif back:
+                back = glob, name = back[0], back[1] + 1
+            else:
+                return False
+        return all(rest is None for rest in globs[glob:])
 
 
-def pattern_text(glob: str) -> str:
-    """A glob as a regular expression: * and ? stop at slashes, ** does not."""
-    parts = {"/**/": "/(?:.*/)?", "**/": "(?:.*/)?", "/**": "/.*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return "".join(parts[part] if part in parts else part if re.fullmatch(r"\[[^\]/]+\]", part) else re.escape(part)
-                   for part in re.findall(r"/\*\*/|\*\*/|/\*\*|\*\*|\*|\?|\[[^\]/]+\]|.", glob, re.S))
+JUNK_RULES, REGENERATED_RULES = Rules(JUNK), Rules(REGENERATED)
+
+
+# ---- the folder
+
+class Block(NamedTuple):
+    """What cannot be synced, with all below it."""
+    path: str
+    why: str
 
 
 class Scan(NamedTuple):
     """One look at the folder."""
     here: dict[str, Here]
-    blocked: dict[str, str]      # keys that cannot be synced, with all below: why
+    blocked: dict[str, Block]    # by key
+    junk: list[str]              # paths left out because everybody's rules say so
+    mounts: dict[str, int]       # keys of directories that lie on another file system: its device
     seconds: float
 
 
-class LocalFolder:
+class Folder:
     """The folder on this computer; the only code of the client that touches its files.
 
     Paths are relative with slashes.  A key is what names are compared by here: NFC, and without case where the file
-    system cannot tell cases apart.
+    system cannot tell cases apart.  Whatever is opened, made, renamed or removed: every directory above it was just
+    proven to be a real one (invariant 6).
     """
 
     def __init__(self, root: Path) -> None:
-        self.root, self.top = root, str(root)
+        self.root, self.top = root, long_name(root)
         self.home = root / SYNC_HOME
-        self.folds = False
+        self.folds = (self.home / "pROBE").exists()
+        self.mounts: dict[str, int] = {}             # of the last scan
+        self._opened: list[tuple[int, int]] = []     # by what the place is known since it was opened
+        self._touched: set[str] = set()              # what may not be on the medium yet
 
     def open(self) -> None:
         """Make our corner, and find out what the file system can tell apart."""
@@ -17522,9 +17704,21 @@ class LocalFolder:
         for left in (self.home / "tmp").iterdir():
             if not left.name.startswith("part-") or time.time() - left.stat().st_mtime > 7 * 86_400:
                 left.unlink()
-        probe = self.home / "Probe"
-        probe.touch()
+        (self.home / "Probe").touch()
         self.folds = (self.home / "pROBE").exists()
+        self._opened = self._identity()
+
+    def _identity(self) -> list[tuple[int, int]]:
+        return [(about.st_dev, about.st_ino) for about in (os.lstat(self.top), os.lstat(self.home))]
+
+    def check_place(self) -> None:
+        """raises Stopped when this is not the directory that was opened: nothing that is missing in it is gone"""
+        try:
+            is_here = self._opened in ([], self._identity())
+        except OSError:
+            is_here = False
+        if not is_here:
+            raise Stopped("%s is not the folder it was: was its disk taken away? Nothing was deleted" % self.root, ASK)
 
     def key(self, path: str) -> str:
         key = key_of(path)
@@ -17535,132 +17729,316 @@ class LocalFolder:
 
     def holds_names(self, names: Sequence[str]) -> bool:
         """Can this system have files of these names?"""
-        return (os.name != "nt" or all(map(is_windows_name, names))) and SYNC_HOME not in names
+        return (os.name != "nt" or all(map(is_windows_name, names))) and all(name.casefold() != SYNC_HOME for name in names)
 
-    def ignored(self) -> Callable[[str, bool], bool]:
-        """The test of .cloudignore."""
+    # ---- looking
+
+    def rules(self) -> Rules:
+        """What .cloudignore leaves out.  raises Stopped if it cannot be read"""
         try:
-            lines = (self.root / ".cloudignore").read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            lines = []
-        return compile_patterns([*JUNK, *lines, "/" + SYNC_HOME + "/"])
+            with open(os.open(self.place(".cloudignore"), os.O_RDONLY | O_EXTRA), "rb") as file:
+                data = file.read(MiB)
+                text = data.decode("utf-8-sig", "replace") + "\n\0" * bool(file.read(1))
+        except FileNotFoundError:
+            text = ""
+        except OSError as error:
+            raise Stopped("cannot read .cloudignore: %s; nothing was touched" % error.strerror) from error
+        return Rules([*JUNK, *text.splitlines(), "/" + SYNC_HOME + "/"])
 
-    def scan(self, leaves_out: Callable[[str, bool], bool]) -> Scan:
+    def scan(self, rules: Rules) -> Scan:
         """Everything that is here and not left out."""
-        began, found, blocked, pending = time.monotonic(), {}, {}, [""]
+        began = time.monotonic()
+        self.check_place()
+        top = os.lstat(self.top)
+        scan, pending = Scan({}, {}, [], {}, 0.0), [(here_of("", top), top.st_dev)]
         while pending:
-            above = pending.pop()
+            above, device = pending.pop()
             try:
-                with os.scandir(self.place(above) if above else self.top) as entries:
-                    for entry in entries:
-                        path = above + "/" + entry.name if above else entry.name
-                        here = self._look(entry, path, leaves_out, blocked)
-                        key = here and self.key(path)
-                        if here is None:
-                            continue
-                        if key in found:
-                            blocked[key] = "%s and %s cannot be told apart" % (found[key].path, path)
-                            continue
-                        found[key] = here
-                        if here.kind:
-                            pending.append(path)
+                for entry in self._entries(above, device):
+                    path = above.path + "/" + entry.name if above.path else entry.name
+                    about = self._look(entry, path, rules, scan)
+                    if about is None:
+                        continue
+                    key, here = self.key(path), here_of(path, about)
+                    if key in scan.here:
+                        scan.blocked[key] = Block(path, "cannot be told apart from %s" % scan.here[key].path)
+                        continue
+                    scan.here[key] = here
+                    if here.kind:
+                        pending.append((here, about.st_dev))
+                        if about.st_dev != device:
+                            scan.mounts[key] = about.st_dev
             except OSError as error:
-                if not above:
-                    raise Stopped("cannot read %s: %s" % (self.top, error.strerror)) from error
-                blocked[self.key(above)] = "cannot be read: %s" % error.strerror
-        return Scan(found, blocked, time.monotonic() - began)
+                if not above.path:
+                    self.check_place()
+                    raise Stopped("cannot read %s: %s" % (self.root, error.strerror)) from error
+                scan.blocked[self.key(above.path)] = Block(above.path, "cannot be read: %s" % error.strerror)
+        self.mounts = scan.mounts
+        return scan._replace(seconds=time.monotonic() - began)
 
-    def _look(self, entry: os.DirEntry[str], path: str, leaves_out: Callable[[str, bool], bool],
-              blocked: dict[str, str]) -> Here | None:
+    def _entries(self, above: Here, device: int) -> Iterator[os.DirEntry[str]]:
+        """What a directory holds, if it is still the one that was seen.  raises OSError"""
+        place = self.place(above.path) if above.path else self.top
+        if os.scandir not in os.supports_fd:
+            with os.scandir(place) as entries:
+                yield from entries
+            return
+        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | O_EXTRA)
+        try:
+            about = os.fstat(fd)
+            if (about.st_dev, storable(about.st_ino)) != (device, above.inode):
+                raise OSError(errno.EAGAIN, "something else took its place just now")
+            with os.scandir(fd) as entries:
+                yield from entries
+        finally:
+            os.close(fd)
+
+    def _look(self, entry: os.DirEntry[str], path: str, rules: Rules, scan: Scan) -> os.stat_result | None:
+        """What a scan sees at a path; None for what is left out, or blocked."""
         is_directory = entry.is_dir(follow_symlinks=False)
-        if leaves_out(path, is_directory):
-            return None
-        if not is_directory and not entry.is_file(follow_symlinks=False):
-            blocked[self.key(path)] = NOT_A_FILE
-            return None
-        if not path.isascii() and not is_unicode(path):
-            blocked[path] = "its name is not Unicode"
+        if rules.leaves_out(path, is_directory):
+            if JUNK_RULES.leaves_out(path, is_directory) and entry.name != SYNC_HOME:
+                scan.junk.append(path)
             return None
         try:
-            return here_of(path, entry.stat(follow_symlinks=False))
+            about = entry.stat(follow_symlinks=False)
+            if os.name == "nt" and is_directory:
+                about = os.lstat(self.place(path))       # scandir knows no inode there
         except OSError:
             return None                          # it went while we looked
+        why = why_not_a_file(about) or why_not_a_name(entry.name, path)
+        if why:
+            scan.blocked[self.key(path)] = Block(path, why)
+            return None
+        return about
 
     def look(self, path: str) -> Here | None:
         """One file or directory as it is now."""
         try:
-            return here_of(path, os.lstat(self.place(path)))
+            about = os.lstat(self.place(path))
         except OSError:
             return None
+        return None if why_not_a_file(about) else here_of(path, about)
 
-    def read(self, path: str) -> BinaryIO:
-        return open(os.open(self.place(path), os.O_RDONLY | O_EXTRA), "rb", buffering=0)
+    def prove(self, path: str) -> None:
+        """Is everything above a path a real directory, and none our corner?  raises OSError"""
+        home = self._opened[1:]
+        for above in reversed(list(lineage(parent_of(path)))):
+            about = os.lstat(self.place(above))
+            if why_not_a_file(about) or not stat.S_ISDIR(about.st_mode) or [(about.st_dev, about.st_ino)] == home:
+                raise OSError(errno.ENOTDIR, "%s %s" % (above, why_not_a_file(about) or "is no directory of this folder"))
 
-    def holds(self, path: str, content: str, chunks: Sequence[Sequence[Any]]) -> bool:
-        """Are the bytes of a file those?"""
+    def is_gone(self, path: str, above: Here | None, device: int | None) -> bool:
+        """Is nothing at a path, in the very directory that was scanned?  `above` is None for the top."""
+        try:
+            if above is not None:
+                self.prove(above.path + "/.")
+                about = os.lstat(self.place(above.path))
+                if (about.st_dev, storable(about.st_ino)) != (device or self._opened[0][0], above.inode):
+                    return False
+            self.check_place()
+            os.lstat(self.place(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            pass
+        return False
+
+    def read(self, path: str, expected: Here | None = None) -> BinaryIO:
+        """Open a file.  raises OSError, too if it is not the one that was expected"""
+        self.prove(path)
+        file = open(os.open(self.place(path), os.O_RDONLY | O_EXTRA | getattr(os, "O_NONBLOCK", 0)), "rb", buffering=0)
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode) or expected and not is_like_here(here_of(path, about), expected):
+            file.close()
+            raise Changing(errno.EAGAIN, "it changes while it is read", path)
+        return file
+
+    def holds(self, path: str, node: There | Base) -> bool:
+        """Are the bytes of a file those?  raises OSError"""
         with self.read(path) as file:
-            seen = [(hashlib.sha256(file.read(size)).hexdigest(), size) for _, size in chunks]
-            return not file.read(1) and (manifest_of(seen) if seen else EMPTY) == content
+            chunks = chunks_of(node)
+            seen = [(hashlib.sha256(read_fully(file, size)).hexdigest(), size) for _, size in chunks]
+            return seen == chunks and not file.read(1)
 
-    def temporary(self, name: str = "") -> BinaryIO:
-        """A file under construction; under a name it is found again by a later run."""
-        return open(self.home / "tmp" / (name or secrets.token_hex(8)), "a+b" if name else "xb")
+    # ---- writing
 
-    def settle(self, temporary: BinaryIO, path: str, mtime: int, expected: Here | None) -> Here | None:
-        """Put a finished file in its place, if what is there is still what we saw; None if not."""
-        temporary.flush()
-        os.utime(temporary.name, ns=(mtime * 1_000_000,) * 2)
-        about = os.fstat(temporary.fileno())
-        temporary.close()
-        if self.look(path) != expected:
-            os.unlink(temporary.name)
+    @contextmanager
+    def temporary(self, name: str = "") -> Iterator[BinaryIO]:
+        """A file under construction, gone in the end; under a name it stays, to be found again by a later run."""
+        place = str(self.home / "tmp" / (name or secrets.token_hex(8)))
+        how = os.O_CREAT | O_EXTRA | (0 if name else os.O_EXCL)
+        with open(place, "r+b", opener=lambda place, flags: os.open(place, flags | how, 0o666)) as file:
+            try:
+                yield file
+            finally:
+                file.close()
+                if not name:
+                    with suppress(FileNotFoundError):    # it got to its place
+                        self._patiently(partial(os.unlink, place), place)
+
+    def finish(self, file: BinaryIO, path: str, mtime: int, *, large: bool = False) -> None:
+        """Give a file under construction the mode of what it will replace, and its time.
+
+        If it is a large one, or no call brings a whole file system to the medium, its bytes are brought there now (invariant 3).
+        """
+        file.flush()
+        if large or not has_sync_file_system():
+            os.fsync(file.fileno())
+        file.close()                             # else the time may not stick, on Windows
+        with suppress(OSError, OverflowError):   # a time this file system cannot hold: the present one will do
+            os.utime(file.name, ns=(storable(mtime * 1_000_000),) * 2)
+        with suppress(OSError):
+            about = os.lstat(self.place(path))
+            if stat.S_ISREG(about.st_mode):
+                os.chmod(file.name, about.st_mode & 0o777)
+
+    def settle(self, file: BinaryIO, path: str, expected: Here | None, base: Base | None) -> Here | None:
+        """Put a finished file in its place, if what is there is what we saw, with the bytes of base; None if not (invariant 2)."""
+        self.prove(path)
+        if not is_like_here(self.look(path), expected):
             return None
-        os.replace(temporary.name, self.place(path))
-        return here_of(path, about)
+        if expected and not (base and self.holds(path, base) and is_like_here(self.look(path), expected)):
+            return None
+        made = here_of(path, os.lstat(file.name))
+        self._patiently(lambda: os.replace(file.name, self.place(path)), self.place(path))
+        self._touched.update((path, parent_of(path)))
+        here = self.look(path)
+        same = here and here._replace(ctime_ns=0) == made._replace(ctime_ns=0)
+        return here if same else made._replace(ctime_ns=-1)      # somebody wrote to it since: its bytes will be looked at
 
     def make_directory(self, path: str) -> Here:
-        os.makedirs(self.place(path), exist_ok=True)
+        """Make a directory, and those above it, unless they are there.  raises OSError"""
+        for above in reversed(list(lineage(path))):
+            try:
+                os.mkdir(self.place(above))
+                self._touched.add(parent_of(above))
+            except FileExistsError:
+                self.prove(above + "/.")
         return self.look(path)
 
     def rename(self, old: str, new: str) -> None:
         """raises OSError; nothing is ever replaced"""
+        self.prove(old)
         if self.key(old) != self.key(new) and os.path.lexists(self.place(new)):
             raise FileExistsError(errno.EEXIST, "something is there", new)
-        os.makedirs(os.path.dirname(self.place(new)), exist_ok=True)
-        os.rename(self.place(old), self.place(new))
+        if parent_of(new):
+            self.make_directory(parent_of(new))
+        self._patiently(lambda: os.rename(self.place(old), self.place(new)), self.place(old))
+        self._touched.update((parent_of(old), parent_of(new)))
 
-    def remove(self, path: str, kind: int, leaves_out: Callable[[str, bool], bool]) -> bool:
-        """Remove a file, or a directory that holds nothing but junk; False if it holds more."""
+    def remove(self, path: str, expected: Here, base: Base) -> bool:
+        """Remove a file that holds the bytes of base, or a directory that holds nothing but what systems make again.
+
+        False if it holds something else.  raises OSError
+        """
+        self.prove(path)
         place = self.place(path)
-        if not kind:
-            os.unlink(place)
-            return True
-        junk = compile_patterns(JUNK)
-        names = os.listdir(place)
-        if not all(junk(name, False) for name in names):
-            return False
-        for name in names:
-            os.unlink(os.path.join(place, name))
-        os.rmdir(place)
+        if not expected.kind:
+            if not self.holds(path, base) or not is_like_here(self.look(path), expected):
+                return False
+            self._patiently(lambda: os.unlink(place), place)
+        else:
+            names = os.listdir(place)
+            if any(not REGENERATED_RULES.leaves_out(name, False) or os.path.isdir(os.path.join(place, name)) for name in names):
+                return False
+            for name in names:
+                os.unlink(os.path.join(place, name))
+            self._patiently(lambda: os.rmdir(place), place)
+        self._touched.add(parent_of(path))
         return True
 
-    def sync(self) -> None:
-        """Bring what was written to the medium, before it is noted as being here."""
-        if hasattr(os, "sync"):
-            os.sync()
+    def _patiently(self, act: Callable[[], None], place: str) -> None:
+        """Replace, rename or remove.  On Windows what is read-only is made writable, and what somebody reads is waited for."""
+        for attempt in range(5 if os.name == "nt" else 1):
+            try:
+                return act()
+            except PermissionError:
+                if os.name != "nt" or attempt == 4:
+                    raise
+                with suppress(OSError):
+                    os.chmod(place, stat.S_IWRITE | stat.S_IREAD)
+                time.sleep(0.02 * 2 ** attempt)
+
+    # ---- the medium
+
+    def touch(self, path: str) -> None:
+        """A file is about to be noted as it is here."""
+        self._touched.add(path)
+
+    def secure(self) -> None:
+        """Bring to the medium what was written or read since, and the names of it (invariants 3 and 4).  raises OSError"""
+        touched, self._touched = self._touched, set()
+        if not sync_file_system(self.top, all=bool(self.mounts)):
+            for path in sorted(touched):
+                self._force(path)
+            with open(self.home / "Probe", "r+b") as file:
+                sync_file(file.fileno())         # one for all, where a disk has to be told (macOS)
+
+    def _force(self, path: str) -> None:
+        """One file or directory, where a system knows no other way; what is old got there by itself."""
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            place = self.place(path) if path else self.top
+            about = os.lstat(place)
+            is_young = time.time() - max(about.st_mtime, about.st_ctime) < 600
+            if stat.S_ISREG(about.st_mode) and is_young or stat.S_ISDIR(about.st_mode) and os.name != "nt":
+                fd = os.open(place, (os.O_RDWR if os.name == "nt" else os.O_RDONLY) | O_EXTRA)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+
+
+class Changing(OSError):
+    """Somebody writes to a file: in the next round."""
+
+
+def storable(number: int) -> int:
+    """A time or inode as a database can hold it, the same on both sides of every comparison."""
+    return number if -LARGEST <= number <= LARGEST else max(-LARGEST, min(LARGEST, number))
 
 
 def here_of(path: str, about: os.stat_result) -> Here:
-    is_directory = (about.st_mode & 0o170000) == 0o040000
-    return Here(path, int(is_directory), 0 if is_directory else about.st_size, 0 if is_directory else about.st_mtime_ns,
-                about.st_ino)
+    if stat.S_ISDIR(about.st_mode):
+        return Here(path, COLLECTION, 0, 0, 0, storable(about.st_ino))
+    return Here(path, FILE, about.st_size, storable(about.st_mtime_ns), storable(about.st_ctime_ns),
+                0 if os.name == "nt" else storable(about.st_ino))      # scandir has none on Windows, where lstat has
 
 
-def is_unicode(text: str) -> bool:
+def is_like_here(one: Here | None, other: Here | None) -> bool:
+    """Are they the same file, unchanged, under whatever spelling of its name?"""
+    return one is other if one is None or other is None else one[1:] == other[1:]
+
+
+def why_not_a_file(about: os.stat_result) -> str:
+    """What keeps something from being synced as a file or directory; "" if nothing does."""
+    if stat.S_ISLNK(about.st_mode):
+        return LINK
+    if getattr(about, "st_reparse_tag", 0) == MOUNT_POINT_TAG:
+        return JUNCTION
+    return "" if stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode) else NOT_A_FILE
+
+
+def why_not_a_name(name: str, path: str) -> str:
+    """What keeps a name from being stored on a server; "" if nothing does."""
     try:
-        return bool(text.encode("utf-8"))
-    except UnicodeEncodeError:
-        return False
+        check_name(name)
+        if path.count("/") >= DEPTH_LIMIT or len(path) * 4 > PATH_LIMIT and len(path.encode()) > PATH_LIMIT:
+            return "lies too deep"
+    except CloudError as error:
+        return str(error)
+    return ""
+
+
+def read_fully(file: BinaryIO, size: int) -> bytes:
+    """As many bytes of an unbuffered file as there are, up to `size`."""
+    data = file.read(size)
+    while 0 < len(data) < size:
+        more = file.read(size - len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 def cut_by_content(file: BinaryIO) -> Iterator[bytes]:
@@ -17680,16 +18058,127 @@ def cut_by_content(file: BinaryIO) -> Iterator[bytes]:
         at = stop
 
 
+# ---- what an answer may hold (invariant 6)
+
+_PLAIN_WORD = re.compile(r"[\w.+/=~-]{0,200}", re.ASCII)
+
+
+def can(read: Callable[[Any], Any]) -> Callable[[Any], bool]:
+    """A test of whether something can be read."""
+    def test(value: Any) -> bool:
+        try:
+            read(value)
+        except CloudError:
+            return False
+        return True
+    return test
+
+
+def is_count(value: Any) -> bool:
+    return is_integer(value) and value >= 0
+
+
+def is_word(value: Any) -> bool:
+    """Something that may stand in an address or a field of a request as it is."""
+    return isinstance(value, str) and _PLAIN_WORD.fullmatch(value) is not None
+
+
+def is_path(value: Any) -> bool:
+    """A path that any server may have; it leads nowhere but down."""
+    if not isinstance(value, str):
+        return False
+    if len(value) < NAME_LIMIT and _SIMPLE.fullmatch("/" + value):
+        return True
+    names = value.split("/")
+    return len(names) <= DEPTH_LIMIT and not any(why_not_a_name(name, "") for name in names) and len(value.encode()) <= PATH_LIMIT
+
+
+def is_mtime(value: Any) -> bool:
+    return is_integer(value) and MTIME_MIN <= value <= MTIME_MAX
+
+
+def is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+are_hashes, are_chunks = can(each(read_hash)), can(each(read_chunk_of_file, sys.maxsize))
+SHAPES: dict[str, dict[str, Callable[[Any], bool]]] = {  # what answers are made of; a field with _ at its end may be missing
+    "manifest": {"seq": is_count, "tag_": is_word, "server": is_word, "node_": is_word},
+    "changes": {"seq": is_count, "tag_": is_word, "root_": is_word, "more": lambda value: isinstance(value, bool), "changes": is_list},
+    "collection": {"kind": lambda value: value == "collection", "path": is_path, "node": is_word, "mtime": is_mtime},
+    "file": {"kind": lambda value: value == "file", "path": is_path, "node": is_word, "mtime": is_mtime, "etag": is_word,
+             "size": is_count, "chunks": are_chunks},
+    "gone": {"node": is_word},
+    "commit": {"results": is_list, "cursor_": is_count, "tag_": is_word},
+    "outcome": {"status": is_count, "etag": is_word, "node_": is_word, "problem_": lambda value: isinstance(value, dict)},
+    "problem": {"code": is_word, "detail": lambda value: isinstance(value, str)},
+    "missing": {"missing": are_hashes},
+    "device": {"token": lambda value: is_word(value) and value != ""},
+}
+
+
+def checked(shape: str, value: Any) -> dict[str, Any]:
+    """An answer, or part of one, that has its shape.  raises Stopped"""
+    if not isinstance(value, dict):
+        raise Stopped("the server sent what no cloudserver sends: %s" % shape)
+    for name, fits in SHAPES[shape].items():
+        key = name.rstrip("_")
+        if not (fits(value[key]) if key in value else name[-1] == "_"):
+            raise Stopped("the server sent what no cloudserver sends: the %s of a %s is %.100r" % (key, shape, value.get(key)))
+    return value
+
+
+def there_of(about: Any) -> There:
+    """A node as the protocol tells it.  raises Stopped"""
+    kind = about.get("kind") if isinstance(about, dict) else None
+    about = checked("collection" if kind == "collection" else "file", about)
+    if kind == "collection":
+        return There(about["path"], about["node"], COLLECTION, "", 0, about["mtime"], "", "")
+    chunks = [tuple(chunk) for chunk in about["chunks"]]
+    if sum(size for _, size in chunks) != about["size"]:
+        raise Stopped("the server sent what no cloudserver sends: chunks that do not make a file")
+    return There(about["path"], about["node"], FILE, about["etag"], about["size"], about["mtime"],
+                 manifest_of(chunks) if chunks else EMPTY, json.dumps(chunks) if len(chunks) > 1 else "")
+
+
+def change_of(about: Any) -> tuple[str, There | None]:
+    """(node, as it is now or None if it is gone), of a change as the protocol tells it.  raises Stopped"""
+    if isinstance(about, dict) and about.get("path", "") is None:
+        return checked("gone", about)["node"], None
+    there = there_of(about)
+    return there.node, there
+
+
+def chunks_of(node: There | Base) -> list[tuple[str, int]]:
+    """(hash, size) of its chunks."""
+    if node.chunks:
+        return [(hash, size) for hash, size in json.loads(node.chunks)]
+    return [(node.content, node.size)] if node.size else []
+
+
 # ---- the other end
+
+class BrokenOff(Stopped):
+    """An answer that began well did not come whole."""
+
+
 
 class Link:
     """A connection to the server.  Every call may be repeated: asking changes nothing, and a commit has its id."""
 
-    def __init__(self, url: str, authorization: str, agent: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise Stopped("%s is not the address of a server, like https://ann@cloud.example" % url, 2)
-        self.secure, self.host, self.port = parts.scheme == "https", parts.hostname, parts.port
+    def __init__(self, url: str, authorization: str, agent: str, pin: str = "") -> None:
+        """
+        pin     SHA-256 of a certificate that counts although nobody vouches for it
+        raises  Stopped
+        """
+        try:
+            parts = urlsplit(url)
+            self.host, self.port = parts.hostname, parts.port
+        except ValueError:
+            parts, self.host = urlsplit(""), None
+        if parts.scheme not in ("http", "https") or not self.host:
+            raise Stopped("%s is not the address of a server, like https://ann@cloud.example" % url, USAGE)
+        self.secure, self.pin = parts.scheme == "https", pin
         self.prefix = parts.path.rstrip("/")
         self.fields = {"Authorization": authorization, "User-Agent": agent}
         self._mine = threading.local()               # each thread has a connection of its own
@@ -17699,13 +18188,50 @@ class Link:
     def _connect(self) -> http.client.HTTPConnection:
         connection = getattr(self._mine, "connection", None)
         if connection is None:
-            how = {"context": ssl.create_default_context()} if self.secure else {}
-            kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
-            connection = self._mine.connection = kind(self.host, self.port, timeout=90, **how)
+            connection = self._mine.connection = self._dial(bool(self.pin))
             self._opened.append(connection)
-            connection.connect()
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
+
+    def _dial(self, pinned: bool) -> http.client.HTTPConnection:
+        """A new connection; a certificate that is pinned is compared before anything is sent."""
+        if not self.secure:
+            connection = http.client.HTTPConnection(self.host, self.port, timeout=90)
+            connection.connect()
+            return connection
+        context = ssl.create_default_context()
+        if pinned:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(self.host, self.port, timeout=90, context=context)
+        connection.connect()
+        if pinned and self._fingerprint(connection) != self.pin:
+            connection.close()
+            try:
+                return self._dial(False)             # it has one by now that others vouch for
+            except ssl.SSLCertVerificationError:
+                raise Stopped("the certificate of %s is not the one that was trusted, and nothing was sent. If its owner changed "
+                              "it, --trust trusts the new one" % self.host) from None
+        return connection
+
+    def _fingerprint(self, connection: http.client.HTTPConnection) -> str:
+        return hashlib.sha256(connection.sock.getpeercert(binary_form=True)).hexdigest()
+
+    def certificate(self) -> str:
+        """SHA-256 of a certificate that nobody vouches for; "" if it needs no trust.  raises Stopped"""
+        try:
+            if self.secure:
+                try:
+                    self._dial(False).close()
+                except ssl.SSLCertVerificationError:
+                    context = ssl.create_default_context()
+                    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                    connection = http.client.HTTPSConnection(self.host, self.port, timeout=90, context=context)
+                    connection.connect()
+                    with closing(connection):
+                        return self._fingerprint(connection)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+        return ""
 
     def _drop(self) -> None:
         """This thread's connection is of no use any more."""
@@ -17718,77 +18244,129 @@ class Link:
         for connection in self._opened:
             connection.close()
 
-    def call(self, method: str, path: str, body: bytes | None = None, *, tries: int = 5) -> dict[str, Any]:
-        """An answer in JSON.  raises CloudError as the server refuses, Stopped when it cannot be reached or turns us away"""
-        with self.open(method, path, body, tries=tries) as response:
-            data = response.read()
-            self.received += len(data)
-            return json.loads(data) if data else {}
+    def call(self, shape: str, method: str, path: str, body: bytes | None = None, *, tries: int = 5) -> dict[str, Any]:
+        """An answer in JSON, of a shape; "" if it does not matter.
+
+        raises  CloudError as the server refuses; Stopped when it cannot be reached, turns us away or answers nonsense
+        """
+        def read(response: http.client.HTTPResponse) -> bytes:
+            data = response.read(ANSWER_LIMIT)
+            if response.length or not response.isclosed() and response.read(1):
+                raise http.client.IncompleteRead(data)
+            return data
+        data = self._ask(method, path, body, tries, read)
+        self.received += len(data)
+        if not shape:
+            return {}
+        try:
+            return checked(shape, parse_json(data))
+        except CloudError as error:
+            raise self._nonsense() from error
 
     @contextmanager
-    def open(self, method: str, path: str, body: bytes | None = None, *, tries: int = 5) -> Iterator[http.client.HTTPResponse]:
-        """As call, with the body to be read."""
-        response = self._ask(method, path, body, tries)
+    def open(self, method: str, path: str, body: bytes | None = None) -> Iterator[http.client.HTTPResponse]:
+        """As call, with the body to be read.  raises Stopped, too, where it breaks off"""
+        response = self._ask(method, path, body, 5, None)
         try:
             yield response
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise BrokenOff("the answer of %s broke off: %s" % (self.host, error or type(error).__name__)) from error
         finally:
             if not response.isclosed():
                 self._drop()                     # the rest of an answer that nobody wants
 
-    def _ask(self, method: str, path: str, body: bytes | None, tries: int) -> http.client.HTTPResponse:
+    def _ask(self, method: str, path: str, body: bytes | None, tries: int, read: Callable[[http.client.HTTPResponse], bytes] | None) -> Any:
+        """The response, or with `read` what that makes of it; whatever the network does is tried again."""
         for attempt in range(1, tries + 1):
             try:
                 connection = self._connect()
                 connection.request(method, self.prefix + path, body, self.fields)
                 self.sent += len(body or b"")
                 response = connection.getresponse()
-            except (OSError, http.client.HTTPException) as error:
+                if 200 <= response.status < 300:
+                    return read(response) if read else response
+                error, wait = self._refusal(response), response.getheader("Retry-After") or ""
+            except (OSError, http.client.HTTPException, ValueError) as trouble:
                 self._drop()
-                if attempt == tries or isinstance(error, ssl.SSLError):
-                    raise Stopped("cannot reach %s: %s" % (self.host, error or type(error).__name__)) from error
+                if attempt == tries or isinstance(trouble, ssl.SSLError):
+                    raise self._unreachable(trouble) from trouble
                 time.sleep(0.1 * 2 ** attempt)
                 continue
-            if response.status < 300:
-                return response
-            error = self._refusal(response)
             if response.status not in (429, 503) or attempt == tries:
                 raise error
-            time.sleep(min(30, int(response.getheader("Retry-After") or 1)))
-        raise Stopped("cannot reach %s" % self.host)
+            time.sleep(min(30, int(wait)) if re.fullmatch(r"\d{1,4}", wait, re.ASCII) else 1)
+        raise self._nonsense()
+
+    def _unreachable(self, error: Exception) -> Stopped:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return Stopped("the certificate of %s cannot be verified (%s), and nothing was sent. If it is home-made, --trust trusts it "
+                           "from now on, as ssh does" % (self.host, error.verify_message))
+        return Stopped("cannot reach %s: %s" % (self.host, error or type(error).__name__))
+
+    def _nonsense(self, status: int | None = None) -> Stopped:
+        return Stopped("%s does not answer as a cloudserver" % self.host + ("" if status is None else ": status %d" % status))
 
     def _refusal(self, response: http.client.HTTPResponse) -> Exception:
-        data = response.read(MiB)
+        """What the server says in place of what was asked."""
         try:
-            problem = json.loads(data)
-            code, detail = problem["code"], problem["detail"]
-        except (ValueError, KeyError, TypeError):
-            return Stopped("%s does not answer as a cloudserver: status %d" % (self.host, response.status))
+            problem = checked("problem", parse_json(response.read(MiB)))
+        except (CloudError, Stopped):
+            self._drop()
+            return self._nonsense(response.status)
+        code, detail = problem["code"], problem["detail"]
         if response.status == 401:
-            return Stopped("the server does not let this device in any more (%s); nothing was touched" % detail)
-        return CloudError(code if code in ERRORS else "internal", detail, missing=problem.get("missing"))
+            return Stopped("the server does not let this device in any more (%s); nothing was touched. "
+                           "sync DIR https://NAME@HOST with the password logs in again" % detail, REFUSED)
+        missing = problem.get("missing")
+        return CloudError(code if code in ERRORS else "internal", detail,
+                          missing=missing if are_hashes(missing) else None)
 
 
 # ---- what both sides agreed on
 
-class SyncState:
-    """The memory of a folder, in its corner: base and there by key, and some words."""
+class Memory:
+    """The memory of a folder, in its corner: base and there by key, and some words.
 
-    TREES = {"there": There, "base": Base}
+    there   what the server has;  twin  what it has and this computer cannot tell apart from something there, by path
+    """
 
-    def __init__(self, path: Path) -> None:
-        self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self.db.execute("PRAGMA journal_mode = WAL")
-        self.db.execute("PRAGMA synchronous = NORMAL")
-        for name, kind in self.TREES.items():
-            self.db.execute("CREATE TABLE IF NOT EXISTS %s (key TEXT PRIMARY KEY, %s) WITHOUT ROWID" % (
-                name, ", ".join(kind._fields)))
-        self.db.execute("CREATE TABLE IF NOT EXISTS word (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
-        self.words = dict(self.db.execute("SELECT name, value FROM word"))
-        self.there: dict[str, There] = {there.path if key == there.path else key: there for key, there in (
-            (row[0], There._make(row[1:])) for row in self.db.execute("SELECT * FROM there"))}
-        self.base: dict[str, Base] = {row[0]: self._with_words_of(self.there.get(row[0]), Base._make(row[1:]))
-                                      for row in self.db.execute("SELECT * FROM base")}
-        self._changed: dict[str, set[str]] = {"there": set(), "base": set()}
+    TREES = {"there": There, "base": Base, "twin": There}
+
+    def __init__(self, path: Path, key: Callable[[str], str]) -> None:
+        """raises Stopped"""
+        self.path, self.key = path, key
+        with self._guarded():
+            self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.execute("PRAGMA synchronous = NORMAL")
+            for name, kind in self.TREES.items():
+                self._make_table(name, kind._fields)
+            self.db.execute("CREATE TABLE IF NOT EXISTS word (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
+            self.words = dict(self.db.execute("SELECT name, value FROM word"))
+            rows = {name: self.db.execute("SELECT key, %s FROM %s" % (", ".join(kind._fields), name))
+                    for name, kind in self.TREES.items()}
+            self.there: dict[str, There] = {there.path if key == there.path else key: there for key, there in (
+                (row[0], There._make(row[1:])) for row in rows["there"])}
+            self.base: dict[str, Base] = {row[0]: self._with_words_of(self.there.get(row[0]), Base._make(row[1:])) for row in rows["base"]}
+            self.twin: dict[str, There] = {row[0]: There._make(row[1:]) for row in rows["twin"]}
+        self.young = {key for key, base in self.base.items() if not base.sure}
+        self._changed: dict[str, set[str]] = {name: set() for name in self.TREES}
+        self.steps = 0                               # how often something was agreed on
+
+    def _make_table(self, name: str, columns: Sequence[str]) -> None:
+        """Make a table, or give one of an older program the columns it lacks."""
+        self.db.execute("CREATE TABLE IF NOT EXISTS %s (key TEXT PRIMARY KEY, %s) WITHOUT ROWID" % (name, ", ".join(columns)))
+        known = {row[1] for row in self.db.execute("PRAGMA table_info(%s)" % name)}
+        for column in columns:
+            if column not in known:
+                self.db.execute("ALTER TABLE %s ADD COLUMN %s DEFAULT %d" % (name, column, column == "sure"))
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise Stopped("what %s remembers cannot be read or written: %s" % (self.path.parent.parent, error)) from error
 
     def _with_words_of(self, there: There | None, base: Base) -> Base:
         """The same, sharing its strings with what is on the server: they are most of our memory."""
@@ -17797,6 +18375,11 @@ class SyncState:
     @property
     def cursor(self) -> int:
         return int(self.words.get("cursor", -1))
+
+    @property
+    def mounts(self) -> set[str]:
+        """Keys of directories that were on file systems of their own."""
+        return set(json.loads(self.words.get("mounts", "[]")))
 
     def say(self, **words: Any) -> None:
         self.words.update((name, str(value)) for name, value in words.items())
@@ -17808,11 +18391,25 @@ class SyncState:
         elif mine.pop(key, None) is None:
             return
         self._changed[tree].add(key)
+        if tree == "base":
+            self.steps += 1
+            (self.young.add if value and not value.sure else self.young.discard)(key)
 
     def agree(self, key: str, there: There, here: Here) -> None:
-        """Both sides are the same now."""
+        """Both sides are the same now: the bytes that were just read, or written."""
+        sure = here.kind or abs(time.time_ns() - here.mtime_ns) > YOUNG
         self.set("there", key, there)
-        self.set("base", key, Base(*there, here.mtime_ns, here.inode))
+        self.set("base", key, Base(*there, here.mtime_ns, here.inode, here.ctime_ns, int(sure)))
+
+    def know(self, key: str, here: Here) -> None:
+        """What is here was found to hold the bytes of base."""
+        sure = here.kind or abs(time.time_ns() - here.mtime_ns) > YOUNG
+        self.set("base", key, self.base[key]._replace(mtime_ns=here.mtime_ns, inode=here.inode, ctime_ns=here.ctime_ns, sure=int(sure)))
+
+    def doubt(self, key: str) -> None:
+        """Whatever size and times say: the bytes of a file here have to be looked at."""
+        if key in self.base:
+            self.set("base", key, self.base[key]._replace(ctime_ns=-1, sure=1))
 
     def below(self, tree: str, key: str) -> list[str]:
         """Keys in a tree at and below one, from the top."""
@@ -17822,9 +18419,14 @@ class SyncState:
         return [key] * (key in mine) + sorted(other for other in mine if other.startswith(prefix))
 
     def forget(self, key: str) -> None:
-        for tree in self.TREES:
+        for tree in ("there", "base"):
             for other in self.below(tree, key):
                 self.set(tree, other, None)
+
+    def clear(self, *trees: str) -> None:
+        for tree in trees:
+            for key in list(getattr(self, tree)):
+                self.set(tree, key, None)
 
     def take(self, tree: str, key: str, path: str) -> list[tuple[str, str, Any]]:
         """Take a node with all below it out of a tree: [(rest of key, rest of path, value), ...]."""
@@ -17835,26 +18437,66 @@ class SyncState:
             self.set(tree, other, None)
         return taken
 
-    def put_back(self, tree: str, taken: list[tuple[str, str, Any]], key: str, path: str) -> None:
-        for rest_key, rest_path, value in taken:
-            self.set(tree, key + rest_key, value._replace(path=path + rest_path))
+    def rekey(self, tree: str, key: str, path: str, new: str, new_path: str) -> None:
+        """A node has another place, and all below it."""
+        for rest_key, rest_path, value in self.take(tree, key, path):
+            self.set(tree, new + rest_key, value._replace(path=new_path + rest_path))
+
+    def draw(self, nodes: Iterable[There]) -> None:
+        """Enter what the server has, parents first; what looks like something else here becomes a twin, with all below it."""
+        for there in nodes:
+            key, above = self.key(there.path), parent_of(there.path)
+            other, parent = self.there.get(key), self.there.get(self.key(above))
+            if (other is None or other.node == there.node) and (parent is None or parent.path == above):
+                self.set("there", key, there)
+            else:
+                self.set("twin", there.path, there)
+
+    def redraw(self, changes: Sequence[tuple[str, There | None]]) -> None:
+        """Enter changes, (node, as it is now or None).
+
+        What was touched is taken out, the deepest first, so that each takes along only what stays with it; then it is put back.
+        """
+        touched = {node for node, _ in changes}
+        old = sorted(((tree, key, there) for tree in ("there", "twin") for key, there in getattr(self, tree).items()
+                      if there.node in touched), key=lambda item: item[1].count("/"), reverse=True)
+        taken = {there.node: self.take(tree, key, there.path) for tree, key, there in old}
+        for node, there in sorted(changes, key=lambda change: change[1].path.count("/") if change[1] else 0):
+            if there is not None:
+                self.draw([there, *(value._replace(path=there.path + rest) for _, rest, value in taken.get(node, ()) if rest)])
+        twins = sorted(self.twin.values(), key=lambda there: there.path.count("/"))
+        self.clear("twin")
+        self.draw(twins)                         # one of two may be gone
 
     def flush(self) -> None:
-        """Write down what changed, all or nothing."""
-        self.db.execute("BEGIN")
-        for tree, kind in self.TREES.items():
-            mine, keys = getattr(self, tree), self._changed[tree]
-            self.db.executemany("DELETE FROM %s WHERE key = ?" % tree, [(key,) for key in keys if key not in mine])
-            self.db.executemany("INSERT OR REPLACE INTO %s VALUES (?%s)" % (tree, ", ?" * len(kind._fields)),
-                                [(key, *mine[key]) for key in keys if key in mine])
+        """Write down what changed, all or nothing.  raises Stopped, and keeps it to be written"""
+        with self._guarded():
+            self.db.execute("BEGIN")
+            try:
+                for tree, kind in self.TREES.items():
+                    mine, keys = getattr(self, tree), self._changed[tree]
+                    self.db.executemany("DELETE FROM %s WHERE key = ?" % tree, [(key,) for key in keys if key not in mine])
+                    self.db.executemany("REPLACE INTO %s (key, %s) VALUES (?%s)" % (tree, ", ".join(kind._fields), ", ?" * len(kind._fields)),
+                                        [(key, *mine[key]) for key in keys if key in mine])
+                self.db.executemany("REPLACE INTO word (name, value) VALUES (?, ?)", self.words.items())
+                self.db.execute("COMMIT")
+            except BaseException:
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                raise
+        for keys in self._changed.values():
             keys.clear()
-        self.db.executemany("INSERT OR REPLACE INTO word VALUES (?, ?)", self.words.items())
-        self.db.execute("COMMIT")
+
+    @property
+    def is_changed(self) -> bool:
+        """Is there anything to flush that speaks of files here?"""
+        return bool(self._changed["base"])
 
     def close(self) -> None:
-        self.flush()
         self.db.close()
 
+
+# ---- a run
 
 @dataclass
 class Tally:
@@ -17874,27 +18516,215 @@ class Tally:
         return self.uploaded + self.downloaded + self.moved + self.deleted_here + self.deleted_there + self.conflicts
 
 
-def there_of(about: dict[str, Any]) -> There:
-    """A node as the protocol tells it."""
-    if about["kind"] == "collection":
-        return There(about["path"], about["node"], COLLECTION, "", 0, about["mtime"], "", "")
-    chunks = [tuple(chunk) for chunk in about["chunks"]]
-    return There(about["path"], about["node"], FILE, about["etag"], about["size"], about["mtime"],
-                 manifest_of(chunks) if chunks else EMPTY, json.dumps(chunks) if len(chunks) > 1 else "")
+Cursor = Tuple[int, str]        # (seq, tag)
 
 
-def chunks_of(node: There | Base) -> list[tuple[str, int]]:
-    """(hash, size) of its chunks."""
-    if node.chunks:
-        return [(hash, size) for hash, size in json.loads(node.chunks)]
-    return [(node.content, node.size)] if node.size else []
+class Session:
+    """What the parts of the client share: both ends, what was agreed, how the folder looks now, and what a run did so far."""
+
+    def __init__(self, folder: Folder, memory: Memory, link: Link, *, only: Sequence[str] = (), yes: bool = False,
+                 show: bool = False) -> None:
+        self.folder, self.memory, self.link, self.yes = folder, memory, link, yes
+        self.only = [folder.key("/".join(split_path(path))) for path in only]
+        self.progress = Progress("sync", 0) if show else None
+        self.rules, self.scan = Rules(()), Scan({}, {}, [], {}, 0.0)
+        self.lane = ThreadPoolExecutor(LANES, "sync")
+        self.flying: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
+        self.remembered, self.pause = 0.0, 1.0
+        self.begin()
+
+    def begin(self) -> None:
+        """A new run; whatever an earlier one left under way does not count."""
+        for future, _ in self.flying:
+            future.cancel()
+        await_all([future for future, _ in self.flying])  # else a late commit would be one that nobody tells us of
+        self.flying.clear()
+        self.tally = Tally()
+        self.problems: dict[str, str] = {}           # what could not be synced, by key
+        self.kept: dict[str, str] = {}               # directories that stay because of what is left out, by path
+        self.unsettled: set[str] = set()             # paths that changed while they were read
+        self.lacking: dict[str, str] = {}            # paths whose bytes the server cannot give
+        self.refused: dict[str, str] = {}            # paths at which the server has something else than we know
+        self.seen: list[Cursor | None] = []          # that commits were answered with
+        self.held = False
+
+    def complain(self, path: str, problem: Any) -> None:
+        self.problems[self.folder.key(path)] = one_line("%s: %s" % (path, getattr(problem, "strerror", None) or problem))
+
+    @contextmanager
+    def forgiving(self, path: str) -> Iterator[None]:
+        """What goes wrong with one path costs that path (invariant 7)."""
+        try:
+            yield
+        except Changing:
+            self.unsettled.add(path)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                error.strerror = "the disk of %s is full" % self.folder.root
+            self.complain(path, error)
+
+    # ---- the lanes: requests are under way while the next is prepared; what they do is independent of each other
+
+    def fly(self, work: Callable[[], Any], land: Callable[[Any], None]) -> None:
+        self.flying.append((self.lane.submit(work), land))
+        while len(self.flying) > LANES:
+            self._land()
+
+    def _land(self) -> None:
+        future, land = self.flying.popleft()
+        land(future.result())
+
+    def land_all(self) -> None:
+        while self.flying:
+            self._land()
+        self.advance()
+
+    def advance(self) -> None:
+        """All our commits are answered: if nobody else did anything meanwhile, we need not be told of our own doing."""
+        if self.seen and None not in self.seen:
+            cursor, tag = max(self.seen)
+            if cursor > self.memory.cursor:
+                self.memory.say(cursor=cursor, tag=tag)
+        self.seen = []
+
+    @property
+    def is_time(self) -> bool:
+        """Did we write down nothing for a while?"""
+        return time.monotonic() - self.remembered > self.pause
+
+    def remember(self, *, built: bool = False) -> None:
+        """Write down what is agreed on; it is on the medium by then (invariant 4).  raises Stopped
+
+        built   files are about to be put in their places, and have to be there, too
+        """
+        began = time.monotonic()
+        try:
+            if built or self.memory.is_changed:
+                self.folder.secure()
+        except OSError as error:
+            raise Stopped("the disk of %s fails: %s" % (self.folder.root, error.strerror)) from error
+        self.memory.flush()
+        self.remembered = time.monotonic()
+        self.pause = max(1.0, 5 * (self.remembered - began))
+
+    # ---- asking for changes
+
+    def commit(self, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The outcomes of steps, one for each."""
+        outcomes, cursor = self.send(steps)
+        if steps:
+            self.seen.append(cursor)
+        return outcomes
+
+    def send(self, steps: list[dict[str, Any]], frames: bytes = b"") -> tuple[list[dict[str, Any]], Cursor | None]:
+        """A commit, from any thread: outcomes, and a new cursor if nobody else wrote meanwhile."""
+        if not steps:
+            return [], None
+        words = self.memory.words
+        head = {"op": secrets.token_hex(16), "server": words["server"], "since": self.memory.cursor, "ops": steps,
+                **({"tag": words["tag"]} if words.get("tag") else {})}
+        answer = self.link.call("commit", "POST", "/api/v1/commit", format_json(head) + b"\n" + frames)
+        outcomes = [checked("outcome", outcome) for outcome in answer["results"]]
+        if len(outcomes) != len(steps):
+            raise Stopped("the server sent what no cloudserver sends: %d outcomes of %d steps" % (len(outcomes), len(steps)))
+        for outcome in outcomes:
+            if "problem" in outcome:
+                checked("problem", outcome["problem"])
+        return outcomes, (answer["cursor"], answer.get("tag", "")) if "cursor" in answer else None
+
+    def went_well(self, path: str, outcome: dict[str, Any]) -> bool:
+        problem = outcome.get("problem")
+        if problem is None and outcome["status"] < 300 and (outcome.get("node") or outcome["status"] == 204):
+            return True
+        code, detail = (problem["code"], problem["detail"]) if problem else ("internal", "status %d" % outcome["status"])
+        if code == "held":
+            self.held = True
+        elif code in ("precondition-failed", "missing", "not-found"):    # the next round sees more
+            self.refused[path] = detail
+        else:
+            self.complain(path, detail)
+        return False
 
 
-def parent_of(path: str) -> str:
-    return path.rpartition("/")[0]
+class Follower:
+    """Keeps our picture of the server up to date (invariant 5)."""
 
+    def __init__(self, session: Session) -> None:
+        self.session, self.memory = session, session.memory
 
-# ---- a run
+    def address(self, more: str) -> str:
+        """Where to ask for changes since our cursor."""
+        words = self.memory.words
+        tag = "&tag=" + words["tag"] if words.get("tag") else ""
+        return "/api/v1/changes?since=%d&server=%s%s&%s" % (self.memory.cursor, words["server"], tag, more)
+
+    def fetch(self) -> None:
+        """Bring it up to date.  raises Stopped"""
+        if self.memory.cursor >= 0:
+            try:
+                while self._fetch_changes():
+                    pass
+                return
+            except CloudError as error:
+                if error.kind == "other-history":
+                    self._start_over(error.detail.get("why") or "this server went back in time: an older state of its data was put back")
+                elif error.kind != "gone":
+                    raise
+        self._fetch_manifest()
+
+    def _fetch_changes(self) -> bool:
+        """One answer full of changes; are there more?"""
+        memory = self.memory
+        answer = self.session.link.call("changes", "GET", self.address("chunks=1&limit=%d" % CHANGES_LIMIT))
+        changes, root = [change_of(about) for about in answer["changes"]], answer.get("root", "")
+        before = memory.cursor
+        if answer["seq"] < before:
+            raise CloudError("other-history")
+        if self._is_elsewhere(root):
+            raise CloudError("other-history", why="this account begins elsewhere than it did")
+        if changes:
+            memory.redraw(changes)
+        memory.say(cursor=answer["seq"], tag=answer.get("tag", ""), root=root)
+        return answer["more"] and answer["seq"] > before
+
+    def _fetch_manifest(self) -> None:
+        """Everything anew.  Another server, or one that was put back, agreed on nothing with us."""
+        memory, found, first, last = self.memory, [], None, None
+        with self.session.link.open("GET", "/api/v1/manifest?chunks=1") as response:
+            while True:
+                line = response.readline(MANIFEST_LINE)
+                if not line.endswith(b"\n"):
+                    break
+                self.session.link.received += len(line)
+                about = json.loads(line)
+                if isinstance(about, dict) and "path" in about:
+                    found.append(there_of(about))
+                first, last = first or about, about
+        if last != {"end": True, "count": len(found)} or first is last:
+            raise Stopped("the answer of the server broke off; nothing was touched")
+        first = checked("manifest", first)
+        known = memory.words.get("server")
+        if known not in (None, first["server"]):
+            self._start_over("this is not the server it was, or it was restored from a backup")
+        elif self._is_elsewhere(first.get("node", "")):
+            self._start_over("this account begins elsewhere than it did")
+        elif first["seq"] < memory.cursor:
+            self._start_over("this server went back in time: an older state of its data was put back")
+        memory.clear("there", "twin")
+        memory.draw(found)
+        memory.say(server=first["server"], cursor=first["seq"], tag=first.get("tag", ""), root=first.get("node", ""))
+
+    def _is_elsewhere(self, root: str) -> bool:
+        """Is the node whose tree we are shown another than it was?  Older servers do not say."""
+        return bool(root) and self.memory.words.get("root") not in (None, "", root)
+
+    def _start_over(self, why: str) -> None:
+        """Nothing is agreed on any more.  raises Stopped, unless somebody said yes"""
+        if not self.session.yes:
+            raise Stopped(why + "; nothing was touched. With --yes both sides are merged and nothing is deleted", ASK)
+        self.memory.clear("base")
+        self.memory.say(cursor=-1)
+
 
 class Plan:
     """What a round will do, by key."""
@@ -17906,743 +18736,304 @@ class Plan:
         """Keys in the order of paths, so that collections come before what they hold."""
         return sorted(key for key, action in self.actions.items() if action in actions)
 
-    def settle_directories(self, state: SyncState, scan: Scan, left_out: set[str]) -> None:
-        """A directory goes only if all that is below goes too; what is left out stays, and what holds it."""
+    def settle_directories(self, memory: Memory, scan: Scan, left_out: set[str]) -> None:
+        """A directory goes only if all that is below goes too; what is left out stays, and what holds it.
+
+        Where a file takes the place of a directory, or the other way, that is done first; what is in the directory comes in
+        the next round.
+        """
+        self._postpone_below({key for key in self.of("delete here", "delete there", "forget") if not memory.base[key].kind
+                              and any(key in side and side[key].kind for side in (scan.here, memory.there))})
         stays: set[str] = set()
         quiet = {above for key in left_out for above in lineage(key)}
         for key in sorted(self.actions, reverse=True):
             action = self.actions[key]
             if key in stays and action in ("delete there", "delete here"):
                 action = "download" if action == "delete there" else "upload"
-                ours, theirs = scan.here.get(key), state.there.get(key)
+                ours, theirs = scan.here.get(key), memory.there.get(key)
                 self.actions[key] = "compare" if ours and theirs and ours.kind != theirs.kind else action
             elif key in quiet and action == "delete there":
                 del self.actions[key]
             if action not in ("delete there", "delete here", "forget"):
                 stays.add(parent_of(key))
+        self._postpone_below({key for key in self.of("compare") if scan.here[key].kind != memory.there[key].kind})
+
+    def _postpone_below(self, keys: set[str]) -> None:
+        if keys:
+            self.actions = {key: action for key, action in self.actions.items() if keys.isdisjoint(lineage(parent_of(key)))}
 
 
-def lineage(key: str) -> Iterator[str]:
-    """A key and those of what holds it, upwards."""
-    while key:
-        yield key
-        key = parent_of(key)
+class Planner:
+    """Decides what is to be done, and touches nothing."""
 
+    def __init__(self, session: Session) -> None:
+        self.session, self.folder, self.memory = session, session.folder, session.memory
+        self.stuck: set[str] = set()                 # keys of what should move to a place where it cannot be
+        self._contents: dict[tuple[str, tuple[int, ...]], str] = {}      # of files read in this round: (path, sizes of chunks)
 
-class SyncClient:
-    """Keeps a folder and an account alike: run() once, or watch()."""
+    def begin(self) -> None:
+        """A new look at the folder."""
+        self.stuck, self._contents = set(), {}
 
-    def __init__(self, folder: LocalFolder, state: SyncState, link: Link, *, only: Sequence[str] = (), yes: bool = False,
-                 show: bool = False) -> None:
-        self.folder, self.state, self.link, self.yes = folder, state, link, yes
-        self.only = [folder.key("/".join(split_path(path))) for path in only]
-        self.tally = Tally()
-        self.problems: dict[str, str] = {}           # what could not be synced in this run, by key
-        self.twins: dict[str, str] = {}              # what the server tells apart and this computer does not, by path
-        self.kept: dict[str, str] = {}               # directories that stay because of what is left out
-        self.unsettled: set[str] = set()             # paths that changed while they were read
-        self.scan = Scan({}, {}, 0.0)
-        self.progress = Progress("sync", 0) if show else None
-        self.lane = ThreadPoolExecutor(LANES, "sync")
-        self.flying: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
-        self.held = self.moved_there = False
-        self.lock: FileLock | None = None            # held for as long as we live
-        self.seen: list[int | None] = []             # cursors that commits were answered with
-        self.remembered, self.unsynced = 0.0, False
+    # ---- what is synced
 
-    def run(self) -> Tally:
-        """Go on until both sides are alike.  raises Stopped, CloudError"""
-        began, self.tally, self.problems, self.kept = time.monotonic(), Tally(), {}, {}
-        sent, received = self.link.sent, self.link.received
-        for turn in range(ROUNDS):
-            self.fetch()
-            self.look()
-            self.follow_moves()
-            self._advance()
-            plan = self.plan()
-            if not plan.actions:
-                break
-            self.check_brake(plan)
-            before, self.unsettled = self.tally.work(), set()
-            self.execute(plan)
-            self._remember(now=True)
-            if self.held:
-                raise Stopped("the server holds this device because it deletes or overwrites so much; "
-                              "allow or undo it on the page", 3)
-            if self.tally.work() == before:
-                if not self.unsettled or turn > 2:
-                    break
-                time.sleep(0.2)                  # somebody writes to a file: once more
-        for path in self.unsettled:
-            self._complain(path, "it changes while it is read")
-        for path, reason in self.twins.items():
-            self._complain(path, reason)
-        for key, reason in self.scan.blocked.items():
-            if reason != NOT_A_FILE:
-                self._complain(key, reason)
-        self.state.flush()
-        self.tally.skipped = len(self.problems) + len(self.kept) + sum(
-            reason == NOT_A_FILE for reason in self.scan.blocked.values())
-        self.tally.bytes_up, self.tally.bytes_down = self.link.sent - sent, self.link.received - received
-        self.tally.seconds = round(time.monotonic() - began, 3)
-        return self.tally
+    def is_wanted(self, key: str) -> bool:
+        only = self.session.only
+        return not only or any((key + "/").startswith(part + "/") or (part + "/").startswith(key + "/") for part in only)
 
-    # ---- what is there
-
-    def fetch(self) -> None:
-        """Bring our picture of the server up to date (invariant 5)."""
-        state = self.state
-        if state.cursor >= 0:
-            try:
-                while self._fetch_changes():
-                    pass
-                return
-            except CloudError as error:
-                if error.kind != "gone":
-                    raise
-        self._fetch_manifest()
-
-    def _fetch_changes(self) -> bool:
-        state = self.state
-        answer = self.link.call("GET", "/api/v1/changes?since=%d&chunks=1&limit=10000&server=%s" % (
-            state.cursor, state.words["server"]))
-        if answer["changes"]:
-            self._apply(answer["changes"])
-        state.say(cursor=answer["seq"])
-        return answer["more"]
-
-    def _apply(self, changes: list[dict[str, Any]]) -> None:
-        """Take out what was touched, the deepest first, so that each takes along only what stays with it; then put back."""
-        state, found = self.state, {about["node"]: about for about in changes}
-        old = sorted(((key, there) for key, there in state.there.items() if there.node in found),
-                     key=lambda item: item[0].count("/"), reverse=True)
-        taken = {there.node: state.take("there", key, there.path) for key, there in old}
-        for about in sorted(changes, key=lambda about: (about["path"] or "").count("/")):
-            if about["path"] is None:
-                continue
-            key = self.folder.key(about["path"])
-            if key in state.there and state.there[key].node != about["node"]:
-                self.twins[about["path"]] = "cannot be told apart from %s here" % state.there[key].path
-                continue
-            state.put_back("there", taken.get(about["node"], []), key, about["path"])
-            state.set("there", key, there_of(about))
-        self.moved_there = True
-
-    def _fetch_manifest(self) -> None:
-        """Everything anew.  Another server, or one restored from a backup, agreed on nothing with us."""
-        state, found, first, last = self.state, [], None, None
-        with self.link.open("GET", "/api/v1/manifest?chunks=1") as response:
-            for line in response:
-                self.link.received += len(line)
-                about = json.loads(line)
-                if "path" in about:
-                    found.append(there_of(about))
-                first, last = first or about, about
-        if first is None or last != {"end": True, "count": len(found)}:
-            raise Stopped("the answer of the server broke off; nothing was touched")
-        known = state.words.get("server")
-        if known not in (None, first["server"]):
-            if not self.yes:
-                raise Stopped("this is not the server it was, or it was restored from a backup; nothing was touched. "
-                              "With --yes both sides are merged and nothing is deleted", 3)
-            for key in list(state.base):
-                state.set("base", key, None)
-        for key in list(state.there):
-            state.set("there", key, None)
-        self.twins = {}
-        for there in found:
-            key = self.folder.key(there.path)
-            if key in state.there:
-                self.twins[there.path] = "cannot be told apart from %s here" % state.there[key].path
-            else:
-                state.set("there", key, there)
-        state.say(server=first["server"], cursor=first["seq"])
-        self.moved_there = True
-
-    def look(self) -> None:
-        """Scan the folder."""
-        self.leaves_out = self.folder.ignored()
-        self.scan = Scan({}, {}, 0.0)                # two of them would be much memory
-        self.scan = self.folder.scan(self.leaves_out)
-
-    # ---- moves
-
-    def follow_moves(self) -> None:
-        """Renames cost a rename: first those on the server, then ours."""
-        moved, self.moved_there = self.moved_there, False
-        while moved:                             # once more for what was moved out of something that was moved
-            moved = self._follow_there()
-        moved = True
-        while moved:
-            gone = [key for key, base in self.state.base.items() if key not in self.scan.here or self._is_respelled(key, base)]
-            moved = bool(gone) and self._follow_here(gone)
-
-    def _follow_there(self) -> bool:
-        """What has another path there is renamed here; was anything?"""
-        state, here, before = self.state, self.scan.here, self.tally.moved
-        by_node = {there.node: key for key, there in state.there.items()}
-        moved = [key for key, base in state.base.items() if by_node.get(base.node, key) != key
-                 or base.node in by_node and state.there[by_node[base.node]].path != base.path]
-        for key in sorted(moved, key=lambda key: (key.count("/"), key)):
-            base = state.base.get(key)
-            new = by_node[base.node] if base else key
-            there = state.there.get(new)
-            if base is None or base.path == there.path or not self._wanted(new) or (
-                    state_here(base, here.get(key)) != "same" or new != key and (new in here or new in state.base)):
-                continue                         # a parent took it along, or something is in the way
-            try:
-                self.folder.rename(base.path, there.path)
-            except OSError as error:
-                self._complain(there.path, error)
-                continue
-            self._rekey("base", key, base.path, new, there.path)
-            for other in [other for other in here if other == key or other.startswith(key + "/")]:
-                old = here.pop(other)
-                here[new + other[len(key):]] = old._replace(path=there.path + old.path[len(base.path):])
-            self.tally.moved += 1
-        return self.tally.moved > before
-
-    def _rekey(self, tree: str, key: str, path: str, new: str, new_path: str) -> None:
-        self.state.put_back(tree, self.state.take(tree, key, path), new, new_path)
-
-    def _is_respelled(self, key: str, base: Base) -> bool:
-        """Has only the case of its name changed, where the file system cannot tell cases apart?"""
-        return self.folder.folds and key_of(base.path.rpartition("/")[2]) != key_of(self.scan.here[key].path.rpartition("/")[2])
-
-    def _follow_here(self, gone: list[str]) -> bool:
-        """What vanished in one place and turned up in another, told by inode, or by time and content; was anything moved?"""
-        state, here = self.state, self.scan.here
-        fresh = [(key, found) for key, found in here.items() if key not in state.base and key not in state.there]
-        twins: dict[Any, list[str]] = {}
-        for key, found in fresh:
-            twins.setdefault((found.kind, found.inode), []).append(key)
-            if not found.kind:
-                twins.setdefault((found.size, found.mtime_ns), []).append(key)
-        steps: list[tuple[str, str]] = []
-        for key in sorted(gone, key=lambda key: (key.count("/"), key)):
-            base = state.base.get(key)
-            if base is None or any(key.startswith(old + "/") for old, _ in steps) or state_there(base, state.there.get(key)) != "same" \
-                    or not self._wanted(key) or self._blocked(key):
-                continue
-            new = key if key in here else next((new for new in (*twins.get((base.kind, base.inode), ()), *twins.get((base.size, base.mtime_ns), ()))
-                        if self._is_moved(key, base, new) and all(new != taken for _, taken in steps)), None)
-            if new is not None:
-                steps.append((key, new))
-        return any([self._move_there(some) for some in pieces(steps)])
-
-    def _is_moved(self, key: str, base: Base, new: str) -> bool:
-        found = self.scan.here[new]
-        if found.kind != base.kind:
-            return False
-        if base.kind:                            # an inode may be used again: something in it must be known
-            inside = [other for other in self.state.base if other.startswith(key + "/")]
-            return not inside or any(new + other[len(key):] in self.scan.here for other in inside)
-        if (found.size, found.mtime_ns) != (base.size, base.mtime_ns):
-            return False
-        return found.inode == base.inode or self._holds(found.path, base)
-
-    def _holds(self, path: str, node: There | Base) -> bool:
-        try:
-            return self.folder.holds(path, node.content, chunks_of(node))
-        except OSError:
-            return False
-
-    def _move_there(self, moves: list[tuple[str, str]]) -> bool:
-        state, steps, made = self.state, [], set()
-        for key, new in moves:
-            path, above = self.scan.here[new].path, []
-            while parent_of(path) and self.folder.key(parent_of(path)) not in state.there:
-                path = parent_of(path)
-                above.append(path)
-            steps += [{"mkdir": path} for path in reversed(above) if path not in made]
-            made.update(above)
-            steps.append({"move": state.base[key].path, "to": self.scan.here[new].path,
-                          **({} if state.base[key].kind else {"if": state.base[key].etag})})
-        answers = iter(self._commit(steps, b""))
-        outcomes = [next(answers) for step in steps]
-        for step, outcome in zip(steps, outcomes):
-            if "mkdir" in step and outcome["status"] < 300:
-                key = self.folder.key(step["mkdir"])
-                state.set("there", key, There(step["mkdir"], outcome["node"], COLLECTION, "", 0, 0, "", ""))
-        done = [outcome["status"] < 300 for step, outcome in zip(steps, outcomes) if "move" in step]
-        for (key, new), well in zip(moves, done):
-            if well:
-                old, path = state.base[key].path, self.scan.here[new].path
-                for tree in state.TREES:
-                    self._rekey(tree, key, old, new, path)
-                self.tally.moved += 1
-        return any(done)
-
-    # ---- deciding
-
-    def _wanted(self, key: str) -> bool:
-        return not self.only or any((key + "/").startswith(only + "/") or (only + "/").startswith(key + "/") for only in self.only)
-
-    def _blocked(self, key: str) -> bool:
+    def is_blocked(self, key: str) -> bool:
         """Is it, or something that holds it, what we cannot sync?"""
-        return bool(self.scan.blocked) and any(above in self.scan.blocked for above in lineage(key))
+        blocked = self.session.scan.blocked
+        return bool(blocked) and any(above in blocked for above in lineage(key))
 
-    def _left_out(self, key: str) -> bool:
+    def is_left_out(self, key: str) -> bool:
         """Is it outside of what is synced?"""
-        if not self._wanted(key) or self._blocked(key):
+        if not self.is_wanted(key) or self.is_blocked(key):
             return True
-        node = self.state.there.get(key) or self.state.base.get(key)
+        node = self.memory.there.get(key) or self.memory.base.get(key)
         if node is None:
             return False                         # it is here, so the scan has let it through
         parts = node.path.split("/")
-        return any(self.leaves_out("/".join(parts[:n]), n < len(parts) or bool(node.kind)) for n in range(1, len(parts) + 1))
+        return any(self.session.rules.leaves_out("/".join(parts[:n]), n < len(parts) or bool(node.kind)) for n in range(1, len(parts) + 1))
+
+    def can_be_here(self, key: str) -> bool:
+        """Can this computer hold the name?  If not it stays on the server, and is not gone."""
+        path = self.memory.there[key].path
+        if self.folder.holds_names(path.split("/")):
+            return True
+        self.session.complain(path, "this computer cannot hold the name")
+        return False
+
+    def path_here(self, key: str, path: str) -> str:
+        """How a path is spelled here: names may be written in other ways that mean the same."""
+        here, above = self.session.scan.here.get(key), self.session.scan.here.get(parent_of(key))
+        return here.path if here else above.path + path[len(parent_of(path)):] if above else path
+
+    # ---- comparing (invariant 1)
+
+    def holds(self, path: str, node: There | Base) -> bool:
+        """Does a file hold those bytes?  Each is read once a round, however often it is asked for."""
+        sizes = tuple(size for _, size in chunks_of(node))
+        if (path, sizes) not in self._contents:
+            try:
+                with self.folder.read(path) as file:
+                    seen = [(hashlib.sha256(read_fully(file, size)).hexdigest(), size) for size in sizes]
+                    self._contents[path, sizes] = "" if file.read(1) else manifest_of(seen) if seen else EMPTY
+            except OSError as error:
+                self.session.complain(path, error)
+                return False
+        return self._contents[path, sizes] == node.content
+
+    def state_here(self, key: str) -> str:
+        """As the function of this name, in doubt after a look at the bytes."""
+        base, here = self.memory.base.get(key), self.session.scan.here.get(key)
+        state = state_here(base, here)
+        if state != "doubt":
+            return state
+        if not self.holds(here.path, base):
+            return "changed"
+        self.memory.know(key, here)
+        return "same"
 
     def plan(self) -> Plan:
         """Compare each side with base."""
-        state, here, plan, left_out = self.state, self.scan.here, Plan(), set()
-        for key in {*state.base, *state.there, *here}:
-            base, ours, theirs = state.base.get(key), here.get(key), state.there.get(key)
-            action = DECISIONS[state_here(base, ours), state_there(base, theirs)]
-            if not action:
+        memory, here, plan, left_out = self.memory, self.session.scan.here, Plan(), set(self.stuck)
+        for key in {*memory.base, *memory.there, *here}:
+            base, ours, theirs = memory.base.get(key), here.get(key), memory.there.get(key)
+            changed = state_there(base, theirs)
+            if changed == "same" and base[:8] != theirs and base.path == theirs.path:
+                memory.set("base", key, Base(*theirs, *base[8:]))    # the same bytes, written once more
+            action = DECISIONS[state_here(base, ours), changed]
+            if not action or key in left_out:
                 continue
+            if self.is_left_out(key) or key in self.session.problems:
+                left_out.add(key)
+                continue
+            if action == "read":
+                action = DECISIONS[self.state_here(key), changed]
             if action in ("download", "upload") and ours and theirs and ours.kind != theirs.kind:
                 action = "compare"               # one made a file where the other has a directory
-            if self._left_out(key) or key in self.problems or action == "download" and not self._can_be_here(key):
+            if key in self.session.problems or action == "download" and not self.can_be_here(key) or self._is_muted(key, action):
                 left_out.add(key)
             else:
                 plan.actions[key] = action
         if plan.actions:
-            plan.settle_directories(state, self.scan, left_out)
+            plan.settle_directories(memory, self.session.scan, left_out)
         return plan
 
-    def _can_be_here(self, key: str) -> bool:
-        """Can this computer hold the name?  If not it stays on the server, and is not gone."""
-        path = self.state.there[key].path
-        names = path.split("/")
-        if self.folder.holds_names(names):
-            return True
-        self._complain(path, "this computer cannot hold the name")
-        return False
+    def _is_muted(self, key: str, action: str) -> bool:
+        """While a rule cannot be read nothing goes up, but for the rules themselves."""
+        return bool(self.session.rules.broken) and action in ("upload", "delete there") and key != ".cloudignore"
 
     def check_brake(self, plan: Plan) -> None:
         """raises Stopped when a run would delete most of what there is"""
-        count = sum(action in ("delete here", "delete there") and not self.state.base[key].kind
+        count = sum(action in ("delete here", "delete there") and not self.memory.base[key].kind
                     for key, action in plan.actions.items())
-        files = sum(not base.kind for base in self.state.base.values())
-        if count > BRAKE_LEAST and count * 2 > files and not self.yes:
-            raise Stopped("%d of %d files would be deleted; nothing was touched. With --yes it is done" % (count, files), 3)
+        files = sum(not base.kind for base in self.memory.base.values())
+        if count > BRAKE_LEAST and count * 2 > files and not self.session.yes:
+            raise Stopped("%d of %d files would be deleted; nothing was touched. With --yes it is done" % (count, files), ASK)
 
-    # ---- doing
+    def look_late(self) -> bool:
+        """Read files once more that were read soon after a write: a memory map writes on, and no time tells.
 
-    def execute(self, plan: Plan) -> None:
-        """In an order that is safe at every instant: copies first, deletions last."""
-        if self.progress:
-            self.progress.total += sum(self._size_of(key) for key in plan.of("upload", "download", "compare"))
-        for key in plan.of("compare"):
-            self._compare(key)
-        self._make_directories(plan)
-        self._upload([key for key in plan.of("upload") if not self.scan.here[key].kind])
-        self._download([key for key in plan.of("download") if not self.state.there[key].kind])
-        self._delete_here(plan.of("delete here"))
-        self._delete_there(plan.of("delete there"))
-        for key in plan.of("forget"):
-            self.state.set("base", key, None)
-        self._advance()
-        if self.progress:
-            self.progress.end()
-
-    def _size_of(self, key: str) -> int:
-        return (self.scan.here.get(key) or self.state.there[key]).size
-
-    def _complain(self, path: str, problem: Any) -> None:
-        self.problems[self.folder.key(path)] = "%s: %s" % (path, getattr(problem, "strerror", None) or problem)
-
-    def _compare(self, key: str) -> None:
-        """Both sides have something new: the same, or a conflict, of which ours takes another name."""
-        state, there, here = self.state, self.state.there[key], self.scan.here[key]
-        if there.kind and here.kind:
-            state.agree(key, there, here)
-            return
-        if not there.kind and not here.kind and here.size == there.size and self._holds(here.path, there):
-            state.agree(key, there, here)
-            return
-        path = self._conflict_name(here.path)
-        try:
-            self.folder.rename(here.path, path)
-        except OSError as error:
-            self._complain(here.path, error)
-            return
-        self.tally.conflicts += 1                # the next round uploads it, and downloads theirs
-        state.set("base", key, None)
-
-    def _conflict_name(self, path: str) -> str:
-        above, _, name = path.rpartition("/")
-        stem, dot, suffix = name.rpartition(".")
-        if not stem or len(suffix) > 16:
-            stem, dot, suffix = name, "", ""
-        mark = " (conflict %s %s)" % (self.state.words.get("device", "here"), time.strftime("%Y-%m-%d %H.%M"))
-        for count in itertools.count(1):
-            ending = mark + (" %d" % count if count > 1 else "") + dot + suffix
-            found = (above + "/" if above else "") + cut_text(stem, NAME_LIMIT - len(ending.encode())) + ending
-            if not os.path.lexists(self.folder.place(found)):
-                return found
-        raise AssertionError
-
-    def _make_directories(self, plan: Plan) -> None:
-        for key in plan.of("download"):
-            there = self.state.there[key]
-            if there.kind:
-                try:
-                    self.state.agree(key, there, self.folder.make_directory(there.path))
-                except OSError as error:
-                    self._complain(there.path, error)
-        keys = [key for key in plan.of("upload") if self.scan.here[key].kind]
-        for some in pieces(keys, COMMIT_FILES):
-            outcomes = self._commit([{"mkdir": self.scan.here[key].path} for key in some], b"")
-            for key, outcome in zip(some, outcomes):
-                here = self.scan.here[key]
-                if self._went_well(here.path, outcome):
-                    self.state.agree(key, There(here.path, outcome["node"], COLLECTION, "", 0, 0, "", ""), here)
-
-    # ---- the lanes: requests are under way while the next is prepared; what they do is independent of each other
-
-    def _fly(self, work: Callable[[], Any], land: Callable[[Any], None]) -> None:
-        self.flying.append((self.lane.submit(work), land))
-        while len(self.flying) > LANES:
-            self._land()
-
-    def _land(self) -> None:
-        future, land = self.flying.popleft()
-        land(future.result())
-
-    def _land_all(self) -> None:
-        while self.flying:
-            self._land()
-        self._advance()
-
-    def _advance(self) -> None:
-        """All our commits are answered: if nobody else did anything meanwhile, we need not be told of our own doing."""
-        if self.seen and None not in self.seen:
-            self.state.say(cursor=max(self.state.cursor, *self.seen))
-        self.seen = []
-
-    def _remember(self, *, now: bool = False) -> None:
-        """Write down what is agreed on, once a second; what was downloaded is on the medium first (invariant 4)."""
-        if now or time.monotonic() - self.remembered > 1:
-            if self.unsynced:
-                self.folder.sync()
-            self.unsynced = False
-            self.state.flush()
-            self.remembered = time.monotonic()
-
-    def _commit(self, steps: list[dict[str, Any]], frames: bytes) -> list[dict[str, Any]]:
-        """The outcomes of a commit."""
-        if not steps:
-            return []
-        state = self.state
-        head = {"op": secrets.token_hex(16), "server": state.words["server"], "since": state.cursor, "ops": steps}
-        answer = self.link.call("POST", "/api/v1/commit", format_json(head) + b"\n" + frames)
-        self.seen.append(answer.get("cursor"))
-        return answer["results"]
-
-    def _went_well(self, path: str, outcome: dict[str, Any]) -> bool:
-        problem = outcome.get("problem")
-        if problem is None:
-            return True
-        if problem["code"] == "held":
-            self.held = True
-        elif problem["code"] not in ("precondition-failed", "missing", "not-found"):     # those the next round sees
-            self._complain(path, problem["detail"])
+        A little at a time; true if one has changed.
+        """
+        until = time.monotonic() + LATE_LOOK
+        for key in list(self.memory.young):
+            base, here = self.memory.base[key], self.session.scan.here.get(key)
+            if state_here(base, here) != "same" or time.time_ns() - base.mtime_ns < YOUNG:
+                continue
+            if time.monotonic() > until:
+                break
+            if self.holds(here.path, base):
+                self.memory.know(key, here)
+            else:
+                self.memory.doubt(key)
+                return True
         return False
 
-    # ---- up
 
-    def _upload(self, keys: list[str]) -> None:
-        """Small files by thousands in one commit; of large ones only the chunks the server lacks."""
-        batch = Outgoing()
-        for key in keys:
-            here = self.scan.here[key]
-            try:
-                with self.folder.read(here.path) as file:
-                    if here.size > CHUNK_SIZE:
-                        chunks = self._send_ahead(file)
-                    else:
-                        data = file.read(CHUNK_SIZE + 1)
-                        chunks = [(hashlib.sha256(data).hexdigest(), len(data))] if data else []
-                        batch.chunks.update((hash, data) for hash, _ in chunks)
-                        batch.bytes += len(data)
-                    about = os.fstat(file.fileno())
-            except OSError as error:
-                self._complain(here.path, error)
+def is_at_home(base: Base, there: There | None) -> bool:
+    """Is a node where it was when it was agreed on?"""
+    return there is not None and there.node == base.node and there.path == base.path
+
+
+class Mover:
+    """Renames cost a rename: first those on the server, then ours."""
+
+    def __init__(self, session: Session, planner: Planner) -> None:
+        self.session, self.planner = session, planner
+        self.folder, self.memory = session.folder, session.memory
+
+    def follow(self) -> None:
+        while self._follow_there():              # once more for what was moved out of something that was moved
+            pass
+        here = not self.session.rules.broken
+        while here:
+            gone = [key for key, base in self.memory.base.items() if key not in self.session.scan.here or self._is_respelled(key, base)]
+            here = bool(gone) and self._follow_here(gone)
+
+    def _follow_there(self) -> bool:
+        """What has another path there is renamed here; was anything?"""
+        memory, here, before = self.memory, self.session.scan.here, self.session.tally.moved
+        astray = [key for key, base in memory.base.items() if not is_at_home(base, memory.there.get(key))]
+        if not astray:
+            return False
+        by_node = {there.node: key for key, there in memory.there.items()}
+        twins = {there.node for there in memory.twin.values()}
+        self.planner.stuck |= {key for key in astray if memory.base[key].node in twins}
+        for key in sorted(astray, key=lambda key: (key.count("/"), key)):
+            base = memory.base.get(key)
+            new = by_node.get(base.node) if base else None
+            there = memory.there.get(new)
+            if there is None or base.path == there.path or not self.planner.is_wanted(new) or (
+                    self.planner.state_here(key) != "same" or new != key and (new in here or new in memory.base)):
+                continue                         # a parent took it along, or something is in the way
+            if self._is_stuck(new):
+                self.planner.stuck.add(key)
                 continue
-            if (about.st_size, about.st_mtime_ns) != (here.size, here.mtime_ns) or sum(size for _, size in chunks) != here.size:
-                self.unsettled.add(here.path)    # somebody writes to it: in the next round
+            with self.session.forgiving(there.path):
+                self._rename_here(key, new, there.path)
+        return self.session.tally.moved > before
+
+    def _is_stuck(self, new: str) -> bool:
+        """Can what is to move not be at its new place?"""
+        path = self.memory.there[new].path
+        for above in lineage(new):
+            if above in self.session.scan.blocked:
+                self.session.complain(path, "%s %s" % self.session.scan.blocked[above])
+                return True
+        return not self.planner.can_be_here(new)
+
+    def _rename_here(self, key: str, new: str, path: str) -> None:
+        """raises OSError"""
+        memory, here, base = self.memory, self.session.scan.here, self.memory.base[key]
+        old, target = here[key], self.planner.path_here(new, path) if new != key else path
+        if not is_like_here(self.folder.look(old.path), old):
+            raise Changing(errno.EAGAIN, "it has changed since it was looked at")
+        self.folder.rename(old.path, target)
+        memory.rekey("base", key, base.path, new, path)
+        for other in [key, *((other for other in here if other.startswith(key + "/")) if old.kind else ())]:
+            found = here.pop(other)
+            here[new + other[len(key):]] = found._replace(path=target + found.path[len(old.path):])
+        now = self.folder.look(target)
+        if not old.kind and now and now._replace(ctime_ns=0) == old._replace(path=target, ctime_ns=0):       # a rename changes ctime
+            here[new] = now
+            memory.know(new, now)
+        self.session.tally.moved += 1
+
+    def _is_respelled(self, key: str, base: Base) -> bool:
+        """Has only the case of its name changed, where the file system cannot tell cases apart?"""
+        here = self.session.scan.here[key]
+        return self.folder.folds and key_of(base.path.rpartition("/")[2]) != key_of(here.path.rpartition("/")[2])
+
+    def _follow_here(self, gone: list[str]) -> bool:
+        """What vanished in one place and turned up in another, told by inode, or by time, and content; was anything moved?"""
+        memory, here = self.memory, self.session.scan.here
+        twins: dict[Any, list[str]] = {}
+        for key, found in here.items():
+            if key not in memory.base and key not in memory.there:
+                for mark in self._marks(found):
+                    twins.setdefault(mark, []).append(key)
+        steps: list[tuple[str, str]] = []
+        taken: set[str] = set()
+        for key in sorted(gone, key=lambda key: (key.count("/"), key)):
+            base = memory.base.get(key)
+            if base is None or not taken.isdisjoint(lineage(parent_of(key))) or state_there(base, memory.there.get(key)) != "same" \
+                    or self.planner.is_left_out(key):
                 continue
-            self._offer(batch, key, here, chunks)
-            if len(batch.steps) >= COMMIT_FILES or batch.bytes >= COMMIT_BYTES:
-                self._fly(partial(self._deliver, batch), partial(self._delivered, batch))
-                batch = Outgoing()
-        self._fly(partial(self._deliver, batch), partial(self._delivered, batch))
-        self._land_all()
+            new = key if key in here else next((new for mark in self._marks(base) for new in twins.get(mark, ())
+                                                if new not in taken and self._is_moved(key, base, new)), None)
+            if new is not None:
+                steps.append((key, new))
+                taken.update((key, new))
+        return any([self._move_there(some) for some in pieces(steps)])
 
-    def _offer(self, batch: Outgoing, key: str, here: Here, chunks: list[tuple[str, int]]) -> None:
-        base, there = self.state.base.get(key), self.state.there.get(key)
-        content, at = manifest_of(chunks) if chunks else EMPTY, min(max(here.mtime_ns // 1_000_000, MTIME_MIN), MTIME_MAX)
-        if base and there and content == base.content and state_there(base, there) == "same":
-            self.state.agree(key, there, here)   # only its time was changed
-            return
-        batch.steps.append({"put": here.path, "chunks": chunks, "mtime": at,
-                            "if": base.etag if base and state_there(base, there) == "same" else None})
-        batch.items.append((key, here, There(here.path, "", FILE, "", here.size, at, content,
-                                             json.dumps(chunks) if len(chunks) > 1 else "")))
+    def _marks(self, node: Here | Base) -> list[tuple[Any, ...]]:
+        """By what a node is known wherever it is; an inode of 0 is none."""
+        return [*([(node.kind, node.inode)] if node.inode else ()), *(() if node.kind else [(node.size, node.mtime_ns, "file")])]
 
-    def _send_ahead(self, file: BinaryIO) -> list[tuple[str, int]]:
-        """Cut a large file and send what the server lacks; returns its chunks."""
-        chunks, window, waiting = [], {}, 0
-        for data in cut_by_content(file):
-            hash = hashlib.sha256(data).hexdigest()
-            chunks.append((hash, len(data)))
-            window[hash] = data
-            waiting += len(data)
-            if waiting > WINDOW:
-                self._fly(partial(self._send_missing, window), lambda done: None)
-                window, waiting = {}, 0
-        self._fly(partial(self._send_missing, window), lambda done: None)
-        self._land_all()
-        return chunks
+    def _is_moved(self, key: str, base: Base, new: str) -> bool:
+        found = self.session.scan.here[new]
+        if found.kind != base.kind:
+            return False
+        if base.kind:                            # an inode may be used again: something in it must be known
+            inside = [other for other in self.memory.base if other.startswith(key + "/")]
+            return not inside or any(new + other[len(key):] in self.session.scan.here for other in inside)
+        return (found.size, found.mtime_ns) == (base.size, base.mtime_ns) and self.planner.holds(found.path, base)
 
-    def _missing(self, hashes: Sequence[str]) -> list[str]:
-        return self.link.call("POST", "/api/v1/chunks/missing", format_json({"hashes": list(hashes)}))["missing"] if hashes else []
-
-    def _send_missing(self, window: dict[str, bytes]) -> None:
-        frames = b"".join(format_frame(window[hash]) for hash in self._missing(list(window)))
-        if frames:
-            self.link.call("POST", "/api/v1/chunks", frames)
-        if self.progress:
-            self.progress.add(sum(map(len, window.values())))
-
-    def _deliver(self, batch: Outgoing) -> list[dict[str, Any]]:
-        """Commit files together with their chunks; what is not quite small is asked for first."""
-        large = [hash for hash, data in batch.chunks.items() if len(data) > INLINE_LIMIT]
-        lacking = set(self._missing(large))
-        frames = b"".join(format_frame(data) for hash, data in batch.chunks.items() if len(data) <= INLINE_LIMIT or hash in lacking)
-        return self._commit(batch.steps, frames)
-
-    def _delivered(self, batch: Outgoing, outcomes: list[dict[str, Any]]) -> None:
-        for (key, here, there), outcome in zip(batch.items, outcomes):
-            if self._went_well(here.path, outcome):
-                self.state.agree(key, there._replace(node=outcome["node"], etag=outcome["etag"]), here)
-                self.tally.uploaded += 1
-                if self.progress and here.size <= CHUNK_SIZE:
-                    self.progress.add(here.size)
-        self._remember()
-
-    # ---- down
-
-    def _download(self, keys: list[str]) -> None:
-        """Small files by thousands in one request; of large ones only the chunks that are not here."""
-        group, waiting = [], 0
-        for key in keys:
-            there, base = self.state.there[key], self.state.base.get(key)
-            here = self.scan.here.get(key)
-            if base and here and base.content == there.content and state_here(base, here) == "same":
-                self.state.agree(key, there, here)       # the same bytes, written once more
-            elif there.chunks:
-                self._download_large(key, there)
-            else:
-                group.append(key)
-                waiting += there.size
-            if len(group) >= COMMIT_FILES or waiting >= COMMIT_BYTES:
-                self._fetch_group(group)
-                group, waiting = [], 0
-        self._fetch_group(group)
-        self._land_all()
-
-    def _fetch_group(self, keys: list[str]) -> None:
-        hashes = list(dict.fromkeys(hash for key in keys for hash, _ in chunks_of(self.state.there[key])))
-        self._fly(partial(self._get, hashes), partial(self._place_group, keys))
-
-    def _get(self, hashes: Sequence[str]) -> dict[str, bytes]:
-        """Chunks by their hashes, checked; what cannot be had is not in it."""
-        found: dict[str, bytes] = {}
-        try:
-            for some in pieces(hashes, OPS_LIMIT):
-                with self.link.open("POST", "/api/v1/chunks/get", format_json({"hashes": some})) as response:
-                    for hash in some:
-                        size = int.from_bytes(response.read(4), "big")
-                        data = response.read(size)
-                        self.link.received += size + 4
-                        if hashlib.sha256(data).hexdigest() != hash:
-                            raise Stopped("what arrived is not what was asked for; nothing was touched")
-                        found[hash] = data
-                    response.read()
-        except CloudError as error:
-            if error.kind != "missing":
-                raise                            # else it was replaced just now: the next round sees it
-        except (OSError, http.client.HTTPException) as error:
-            raise Stopped("the answer of the server broke off") from error
-        return found
-
-    def _place_group(self, keys: list[str], datas: dict[str, bytes]) -> None:
-        placed = []
-        for key in keys:
-            there = self.state.there[key]
-            if all(hash in datas for hash, _ in chunks_of(there)):
-                try:
-                    file = self.folder.temporary()
-                    with file:
-                        for hash, _ in chunks_of(there):
-                            file.write(datas[hash])
-                        here = self.folder.settle(file, there.path, there.mtime, self.scan.here.get(key))
-                    placed.append((key, there, here))
-                except OSError as error:
-                    self._complain(there.path, error)
-        self._note_placed(placed)
-
-    def _note_placed(self, placed: list[tuple[str, There, Here | None]]) -> None:
-        """Remember files that are in their places."""
-        self.unsynced |= bool(placed)
-        for key, there, here in placed:
-            if here is None:
-                self.unsettled.add(there.path)   # somebody was faster: in the next round
+    def _move_there(self, moves: list[tuple[str, str]]) -> bool:
+        memory, here, steps, made = self.memory, self.session.scan.here, [], set()
+        for key, new in moves:
+            path, above = here[new].path, []
+            while parent_of(path) and self.folder.key(parent_of(path)) not in memory.there:
+                path = parent_of(path)
+                above.append(path)
+            steps += [{"mkdir": path} for path in reversed(above) if path not in made]
+            made.update(above)
+            steps.append({"move": memory.base[key].path, "to": here[new].path,
+                          **({} if memory.base[key].kind else {"if": memory.there[key].etag})})
+        outcomes, done = self.session.commit(steps), 0
+        goals = iter(moves)
+        for step, outcome in zip(steps, outcomes):
+            if "mkdir" in step:
+                if outcome["status"] < 300:
+                    key = self.folder.key(step["mkdir"])
+                    memory.set("there", key, There(step["mkdir"], outcome.get("node", ""), COLLECTION, "", 0, 0, "", ""))
                 continue
-            self.state.agree(key, there, here)
-            self.tally.downloaded += 1
-            if self.progress:
-                self.progress.add(there.size)
-        self._remember()
+            key, new = next(goals)
+            if outcome["status"] < 300:
+                old = memory.base[key].path
+                for tree in ("there", "base"):
+                    memory.rekey(tree, key, old, new, here[new].path)
+                if not here[new].kind:
+                    memory.know(new, here[new])
+                done += 1
+        self.session.tally.moved += done
+        return done > 0
 
-    def _download_large(self, key: str, there: There) -> None:
-        """Build a file from chunks of its old self, of what an earlier run fetched, and of the server."""
-        self._land_all()
-        chunks, here = chunks_of(there), self.scan.here.get(key)
-        try:
-            with self.folder.temporary("part-" + there.content[:32]) as file, self._old_self(key) as (old, places):
-                start = self._verified_part(file, chunks)
-                window, waiting = [], 0
-                for hash, size in chunks[start:]:
-                    window.append((hash, size))
-                    waiting += size
-                    if waiting > WINDOW:
-                        self._build(file, window, old, places)
-                        window, waiting = [], 0
-                self._build(file, window, old, places)
-                placed = self.folder.settle(file, there.path, there.mtime, here)
-            self._note_placed([(key, there, placed)])
-        except OSError as error:
-            self._complain(there.path, error)
-        except KeyError:
-            self.unsettled.add(there.path)       # a chunk is gone: the file was replaced just now
 
-    @contextmanager
-    def _old_self(self, key: str) -> Iterator[tuple[BinaryIO, dict[str, tuple[int, int]]]]:
-        """The file as it is here, and where its chunks are: {hash: (offset, bytes)}."""
-        base, here, places, offset = self.state.base.get(key), self.scan.here.get(key), {}, 0
-        if not base or not here or state_here(base, here) != "same":
-            yield io.BytesIO(), {}
-            return
-        for hash, size in chunks_of(base):
-            places[hash] = offset, size
-            offset += size
-        with self.folder.read(here.path) as file:
-            yield file, places
-
-    def _verified_part(self, file: BinaryIO, chunks: list[tuple[str, int]]) -> int:
-        """How many chunks an earlier run left; the file ends after them."""
-        file.seek(0)
-        offset = 0
-        for number, (hash, size) in enumerate(chunks):
-            if hashlib.sha256(file.read(size)).hexdigest() != hash:
-                file.truncate(offset)
-                return number
-            offset += size
-        file.truncate(offset)
-        return len(chunks)
-
-    def _build(self, file: BinaryIO, window: list[tuple[str, int]], old: BinaryIO, places: dict[str, tuple[int, int]]) -> None:
-        datas = {}
-        for hash, _ in window:
-            if hash in places:
-                old.seek(places[hash][0])
-                data = old.read(places[hash][1])
-                if hashlib.sha256(data).hexdigest() == hash:
-                    datas[hash] = data
-        datas.update(self._get([hash for hash in dict(window) if hash not in datas]))
-        for hash, _ in window:
-            file.write(datas[hash])
-
-    # ---- deletions, last
-
-    def _delete_here(self, keys: list[str]) -> None:
-        for key in reversed(keys):
-            base, seen = self.state.base[key], self.scan.here[key]
-            here = self.folder.look(seen.path)
-            try:
-                if here and not here.kind and state_here(base, here) != "same" and not (
-                        here.size == base.size and self._holds(seen.path, base)):
-                    continue                     # it has changed since: the next round sees that (invariant 2)
-                if here and not self.folder.remove(seen.path, here.kind, self.leaves_out):
-                    self.kept[seen.path] = "stays, for it holds files that are left out"
-                    continue
-            except OSError as error:
-                self._complain(seen.path, error)
-                continue
-            self.state.set("base", key, None)
-            self.tally.deleted_here += 1 - base.kind
-
-    def _delete_there(self, keys: list[str]) -> None:
-        steps, counts, last = [], [], None
-        for key in keys:
-            if last is not None and key.startswith(last + "/"):
-                continue                         # it goes with what holds it
-            base = self.state.base[key]
-            if base.kind:
-                last = key
-            steps.append((key, {"delete": base.path, **({"since": self.state.cursor} if base.kind else {"if": base.etag})}))
-            counts.append(sum(not self.state.base[other].kind for other in self.state.below("base", key)) if base.kind else 1)
-        for some in pieces(list(zip(steps, counts)), COMMIT_FILES):
-            outcomes = self._commit([step for (_, step), _ in some], b"")
-            for ((key, step), count), outcome in zip(some, outcomes):
-                if self._went_well(step["delete"], outcome):
-                    self.state.forget(key)
-                    self.tally.deleted_there += count
-
-    # ---- on and on
-
-    def watch(self, ended: threading.Event, tell: Callable[[SyncClient], None], listener: Link) -> None:
-        """Run whenever either side changes, until `ended` is set.  raises Stopped by the brake"""
-        news, pause = threading.Event(), 1.0
-        threading.Thread(target=self._listen, args=(listener, news, ended), daemon=True).start()
-        while not ended.is_set():
-            news.clear()
-            try:
-                self.run()
-                tell(self)
-                pause = 1.0
-            except Stopped as stopped:
-                if stopped.code != 1:
-                    raise
-                log.warning("%s", stopped)       # the server is away: later
-                ended.wait(pause)
-                pause = min(60.0, 2 * pause)
-                continue
-            seen = self.scan
-            wait = min(max(SCAN_LEAST, 20 * seen.seconds), SCAN_MOST)
-            while not ended.is_set() and not news.wait(wait):
-                if self.unsettled or self.folder.scan(self.folder.ignored())[:2] != seen[:2]:
-                    break
-
-    def _listen(self, link: Link, news: threading.Event, ended: threading.Event) -> None:
-        """Long-poll the server; what it says is only that there is something to ask for."""
-        while not ended.is_set():
-            cursor = self.state.cursor
-            if cursor < 0:                       # the first run is under way
-                ended.wait(0.2)
-                continue
-            try:
-                answer = link.call("GET", "/api/v1/changes?since=%d&wait=30&limit=1&server=%s" % (cursor, self.state.words["server"]))
-                if answer["changes"] and answer["seq"] > self.state.cursor:
-                    news.set()
-                    ended.wait(0.2)
-            except (Stopped, CloudError, ValueError):
-                news.set()
-                ended.wait(2)
-
+# ---- up
 
 class Outgoing:
     """Files of one commit: its steps, the chunks they need, and (key, as it is here, as it will be there) of each."""
@@ -18654,69 +19045,733 @@ class Outgoing:
         self.bytes = 0
 
 
+class Uploader:
+    """Brings the server to what is here."""
+
+    def __init__(self, session: Session, planner: Planner) -> None:
+        self.session, self.planner = session, planner
+        self.folder, self.memory, self.link = session.folder, session.memory, session.link
+
+    def make_collections(self, keys: list[str]) -> None:
+        for some in pieces(keys, COMMIT_FILES):
+            nodes = [self.session.scan.here[key] for key in some]
+            for key, here, outcome in zip(some, nodes, self.session.commit([{"mkdir": here.path} for here in nodes])):
+                if self.session.went_well(here.path, outcome):
+                    self.memory.agree(key, There(here.path, outcome["node"], COLLECTION, "", 0, 0, "", ""), here)
+
+    def upload(self, keys: list[str]) -> None:
+        """Small files by thousands in one commit; of large ones only the chunks the server lacks."""
+        batch = Outgoing()
+        for key in keys:
+            here = self.session.scan.here[key]
+            with self.session.forgiving(here.path):
+                self._take(batch, key, here)
+            if len(batch.steps) >= COMMIT_FILES or batch.bytes >= COMMIT_BYTES:
+                self.session.fly(partial(self._deliver, batch), partial(self._delivered, batch))
+                batch = Outgoing()
+        if batch.steps:
+            self.session.fly(partial(self._deliver, batch), partial(self._delivered, batch))
+        self.session.land_all()
+
+    def _take(self, batch: Outgoing, key: str, here: Here) -> None:
+        """Read a file into a batch.  raises OSError"""
+        base, data = self.memory.base.get(key), b""
+        if here.size > CHUNK_SIZE and state_here(base, here) == "doubt" and self.planner.holds(here.path, base):
+            self.memory.know(key, here)          # it may have been cut in another way
+            return
+        with self.folder.read(here.path, here) as file:
+            if here.size > CHUNK_SIZE:
+                chunks = self._send_ahead(file)
+            else:
+                data = read_fully(file, CHUNK_SIZE + 1)
+                chunks = [(hashlib.sha256(data).hexdigest(), len(data))] if data else []
+            now = here_of(here.path, os.fstat(file.fileno()))
+        if not is_like_here(now, here) or sum(size for _, size in chunks) != here.size:
+            raise Changing(errno.EAGAIN, "somebody writes to it")
+        self._offer(batch, key, here, chunks, data)
+
+    def _offer(self, batch: Outgoing, key: str, here: Here, chunks: list[tuple[str, int]], data: bytes) -> None:
+        base, there = self.memory.base.get(key), self.memory.there.get(key)
+        content, at = manifest_of(chunks) if chunks else EMPTY, min(max(here.mtime_ns // 1_000_000, MTIME_MIN), MTIME_MAX)
+        is_same_there = base is not None and state_there(base, there) == "same"
+        self.folder.touch(here.path)
+        if is_same_there and content == base.content:
+            self.memory.know(key, here)          # only its time was changed
+            return
+        batch.steps.append({"put": here.path, "chunks": chunks, "mtime": at, "if": there.etag if is_same_there else None})
+        batch.items.append((key, here, There(here.path, "", FILE, "", here.size, at, content,
+                                             json.dumps(chunks) if len(chunks) > 1 else "")))
+        if data:
+            batch.chunks[content] = data
+            batch.bytes += len(data)
+
+    def _send_ahead(self, file: BinaryIO) -> list[tuple[str, int]]:
+        """Cut a large file and send what the server lacks; returns its chunks."""
+        chunks, window, waiting = [], {}, 0
+        for data in cut_by_content(file):
+            hash = hashlib.sha256(data).hexdigest()
+            chunks.append((hash, len(data)))
+            window[hash] = data
+            waiting += len(data)
+            if waiting > WINDOW:
+                self.session.fly(partial(self._send_missing, window), lambda done: None)
+                window, waiting = {}, 0
+        self.session.fly(partial(self._send_missing, window), lambda done: None)
+        self.session.land_all()
+        return chunks
+
+    def _missing(self, hashes: Collection[str]) -> set[str]:
+        """Those that the server lacks."""
+        if not hashes:
+            return set()
+        body = format_json({"hashes": list(hashes)})
+        return set(self.link.call("missing", "POST", "/api/v1/chunks/missing", body)["missing"]).intersection(hashes)
+
+    def _send_missing(self, window: dict[str, bytes]) -> None:
+        frames = b"".join(format_frame(window[hash]) for hash in self._missing(window))
+        if frames:
+            self.link.call("", "POST", "/api/v1/chunks", frames)
+        if self.session.progress:
+            self.session.progress.add(sum(map(len, window.values())))
+
+    def _deliver(self, batch: Outgoing) -> tuple[list[dict[str, Any]], Cursor | None]:
+        """Commit files together with their chunks; what is not quite small is asked for first."""
+        lacking = self._missing([hash for hash, data in batch.chunks.items() if len(data) > INLINE_LIMIT])
+        frames = b"".join(format_frame(data) for hash, data in batch.chunks.items() if len(data) <= INLINE_LIMIT or hash in lacking)
+        return self.session.send(batch.steps, frames)
+
+    def _delivered(self, batch: Outgoing, answer: tuple[list[dict[str, Any]], Cursor | None]) -> None:
+        outcomes, cursor = answer
+        self.session.seen.append(cursor)
+        for (key, here, there), outcome in zip(batch.items, outcomes):
+            if self.session.went_well(here.path, outcome):
+                self.memory.agree(key, there._replace(node=outcome["node"], etag=outcome["etag"]), here)
+                self.session.tally.uploaded += 1
+                if self.session.progress and here.size <= CHUNK_SIZE:
+                    self.session.progress.add(here.size)
+        if self.session.is_time:
+            self.session.remember()
+
+    # ---- deletions, last
+
+    def delete(self, keys: list[str]) -> None:
+        memory, steps, last = self.memory, [], None
+        for key in keys:
+            if last is not None and key.startswith(last + "/"):
+                continue                         # it goes with what holds it
+            base = memory.base[key]
+            if base.kind:
+                last = key
+            if not self._is_gone(key, base):
+                self.session.unsettled.add(base.path)
+                continue
+            count = sum(not memory.base[other].kind for other in memory.below("base", key)) if base.kind else 1
+            steps.append((key, count, {"delete": base.path, **({"since": memory.cursor} if base.kind else {"if": memory.there[key].etag})}))
+        for some in pieces(steps, COMMIT_FILES):
+            for (key, count, step), outcome in zip(some, self.session.commit([step for _, _, step in some])):
+                if self.session.went_well(step["delete"], outcome):
+                    memory.forget(key)
+                    self.session.tally.deleted_there += count
+
+    def _is_gone(self, key: str, base: Base) -> bool:
+        """Is it not here, still (invariant 2)?  A directory that has taken its place counts."""
+        scan = self.session.scan
+        above = next((scan.here[above] for above in lineage(parent_of(key)) if above in scan.here), None)
+        device = next((scan.mounts[above] for above in lineage(parent_of(key)) if above in scan.mounts), None)
+        path = self.planner.path_here(key, base.path)
+        if key in scan.here:
+            self.folder.check_place()
+            return is_like_here(self.folder.look(path), scan.here[key])
+        return self.folder.is_gone(path, above, device)
+
+
+# ---- down
+
+class Built(NamedTuple):
+    """A file that waits to be put in its place."""
+    key: str
+    there: There
+    path: str
+    file: BinaryIO
+
+
+class Downloader:
+    """Brings this computer to what is there."""
+
+    def __init__(self, session: Session, planner: Planner) -> None:
+        self.session, self.planner = session, planner
+        self.folder, self.memory, self.link = session.folder, session.memory, session.link
+        self.built: list[Built] = []                 # small files, to be brought to the medium all at once
+        self.rubble = ExitStack()                    # what removes those that never get to their places
+
+    def make_directories(self, keys: list[str]) -> None:
+        for key in keys:
+            there = self.memory.there[key]
+            with self.session.forgiving(there.path):
+                self.memory.agree(key, there, self.folder.make_directory(self.planner.path_here(key, there.path)))
+
+    def download(self, keys: list[str]) -> None:
+        """Small files by thousands in one request; of large ones only the chunks that are not here."""
+        group, waiting, self.built = [], 0, []
+        with self.rubble:
+            for key in keys:
+                there = self.memory.there[key]
+                if there.chunks:
+                    self._download_large(key, there)
+                else:
+                    group.append(key)
+                    waiting += there.size
+                if len(group) >= COMMIT_FILES or waiting >= COMMIT_BYTES:
+                    self._fetch_group(group)
+                    group, waiting = [], 0
+            self._fetch_group(group)
+            self.session.land_all()
+            self._settle_all()
+
+    def _fetch_group(self, keys: list[str]) -> None:
+        wanted = dict(chunk for key in keys for chunk in chunks_of(self.memory.there[key]))
+        self.session.fly(partial(self._get, list(wanted.items())), partial(self._build_group, keys))
+
+    # ---- chunks
+
+    def _get(self, wanted: Sequence[tuple[str, int]]) -> dict[str, bytes]:
+        """Chunks by their hashes, checked; what cannot be had is not in it.
+
+        Where an answer breaks off, the chunk it broke at is asked for alone, and the rest again: one that is damaged costs
+        itself.  raises Stopped when nothing comes any more
+        """
+        found: dict[str, bytes] = {}
+        pending, alone, strikes = deque(pieces(wanted, OPS_LIMIT)), deque(), 0
+        while pending or alone:
+            some = pending.popleft() if pending else alone.popleft()
+            got, missing, trouble = self._ask(some)
+            found.update(got)
+            strikes = strikes + 1 if trouble else 0
+            if strikes > STRIKES and not found:
+                raise trouble
+            rest = [chunk for chunk in some if chunk[0] not in got and chunk[0] not in missing]
+            if len(some) > 1 and rest:
+                alone.append(rest[:1])
+                pending.extend([rest[1:]] if rest[1:] else ())
+        return found
+
+    def _ask(self, some: Sequence[tuple[str, int]]) -> tuple[dict[str, bytes], set[str], BrokenOff | None]:
+        """One request: (chunks that came whole, hashes the server has not, what broke it off)."""
+        got: dict[str, bytes] = {}
+        try:
+            with self.link.open("POST", "/api/v1/chunks/get", format_json({"hashes": [hash for hash, _ in some]})) as response:
+                for hash, size in some:
+                    length = int.from_bytes(read_fully(response, 4), "big")
+                    data = read_fully(response, size) if length == size else b""
+                    self.link.received += len(data) + 4
+                    if hashlib.sha256(data).hexdigest() != hash:
+                        raise BrokenOff("what arrived is not what was asked for")
+                    got[hash] = data
+                response.read(1)
+        except CloudError as error:
+            if error.kind not in ("missing", "storage-failed", "internal"):
+                raise
+            missing = set(error.detail.get("missing") or ()).intersection(hash for hash, _ in some)
+            return got, missing, None if missing else BrokenOff(str(error))
+        except BrokenOff as trouble:
+            return got, set(), trouble
+        return got, set(), None
+
+    # ---- small files
+
+    def _build_group(self, keys: list[str], datas: dict[str, bytes]) -> None:
+        for key in keys:
+            there = self.memory.there[key]
+            if any(hash not in datas for hash, _ in chunks_of(there)):
+                self.session.lacking[there.path] = "the server cannot give its bytes: they may be damaged there"
+                continue
+            path = self.planner.path_here(key, there.path)
+            with self.session.forgiving(there.path):
+                file = self.rubble.enter_context(self.folder.temporary())
+                for hash, _ in chunks_of(there):
+                    file.write(datas[hash])
+                self.folder.finish(file, path, there.mtime)
+                self.built.append(Built(key, there, path, file))
+        if self.session.is_time or len(self.built) >= BUILT_MOST:
+            self._settle_all()
+
+    def _settle_all(self) -> None:
+        """Bring what was built to the medium, and put it in place; what was put there before is noted now (invariants 3 and 4)."""
+        built, self.built = self.built, []
+        with self.rubble.pop_all():
+            if built:
+                self.session.remember(built=True)
+            for one in built:
+                self._settle(*one)
+
+    def _settle(self, key: str, there: There, path: str, file: BinaryIO) -> None:
+        """Put a finished file in its place."""
+        with self.session.forgiving(there.path):
+            here = self.folder.settle(file, path, self.session.scan.here.get(key), self.memory.base.get(key))
+            if here is None:
+                self.memory.doubt(key)
+                self.session.unsettled.add(there.path)       # somebody was faster: in the next round
+                return
+            self.memory.agree(key, there, self.respell(there, here))
+            self.session.tally.downloaded += 1
+            if self.session.progress:
+                self.session.progress.add(there.size)
+
+    def respell(self, there: There, here: Here) -> Here:
+        """Give what is agreed on the server's spelling of its name, where the file system takes both for one.  raises OSError"""
+        name = there.path.rpartition("/")[2]
+        if not self.folder.folds or key_of(name) == key_of(here.path.rpartition("/")[2]):
+            return here
+        path = here.path[:len(here.path) - len(here.path.rpartition("/")[2])] + name
+        self.folder.rename(here.path, path)
+        return self.folder.look(path) or here
+
+    # ---- large files
+
+    def _download_large(self, key: str, there: There) -> None:
+        """Build a file from chunks of its old self, of what an earlier run fetched, and of the server."""
+        self.session.land_all()
+        path = self.planner.path_here(key, there.path)
+        with self.session.forgiving(there.path), self.folder.temporary("part-" + there.content[:32]) as file:
+            chunks = chunks_of(there)
+            with self._old_self(key) as (old, places):
+                for window in self._windows(chunks[self._verified_part(file, chunks):]):
+                    if not self._build(file, window, old, places):
+                        self.session.lacking[there.path] = "the server cannot give all of its bytes: they may be damaged there"
+                        return
+            file.truncate(there.size)
+            self.folder.finish(file, path, there.mtime, large=True)
+            self._settle(key, there, path, file)
+        if self.session.is_time:
+            self.session.remember()
+
+    def _windows(self, chunks: list[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+        """Some chunks at a time, as many as are fetched at once."""
+        window: list[tuple[str, int]] = []
+        for chunk in chunks:
+            window.append(chunk)
+            if sum(size for _, size in window) > WINDOW:
+                yield window
+                window = []
+        if window:
+            yield window
+
+    @contextmanager
+    def _old_self(self, key: str) -> Iterator[tuple[BinaryIO, dict[str, tuple[int, int]]]]:
+        """The file as it is here, and where its chunks are: {hash: (offset, bytes)}."""
+        base, here, places, offset = self.memory.base.get(key), self.session.scan.here.get(key), {}, 0
+        if not base or not here or state_here(base, here) != "same":
+            yield io.BytesIO(), {}
+            return
+        for hash, size in chunks_of(base):
+            places[hash] = offset, size
+            offset += size
+        with self.folder.read(here.path, here) as file:
+            yield file, places
+
+    def _verified_part(self, file: BinaryIO, chunks: list[tuple[str, int]]) -> int:
+        """How many chunks an earlier run left; the file ends after them."""
+        file.seek(0)
+        offset = 0
+        for number, (hash, size) in enumerate(chunks):
+            if hashlib.sha256(file.read(size)).hexdigest() != hash:
+                file.seek(file.truncate(offset))
+                return number
+            offset += size
+        file.seek(file.truncate(offset))
+        return len(chunks)
+
+    def _build(self, file: BinaryIO, window: list[tuple[str, int]], old: BinaryIO, places: dict[str, tuple[int, int]]) -> bool:
+        """Append chunks to a file; False if one cannot be had."""
+        datas = {}
+        for hash, _ in window:
+            if hash in places:
+                old.seek(places[hash][0])
+                data = read_fully(old, places[hash][1])
+                if hashlib.sha256(data).hexdigest() == hash:
+                    datas[hash] = data
+        datas.update(self._get([(hash, size) for hash, size in dict(window).items() if hash not in datas]))
+        for hash, size in window:
+            if hash not in datas:
+                return False
+            if datas[hash].count(0) == size:
+                file.seek(size, os.SEEK_CUR)     # a hole stays one
+            else:
+                file.write(datas[hash])
+        return True
+
+    # ---- deletions, last
+
+    def delete(self, keys: list[str]) -> None:
+        memory = self.memory
+        for key in reversed(keys):
+            base, seen = memory.base[key], self.session.scan.here[key]
+            here = self.folder.look(seen.path)
+            with self.session.forgiving(seen.path):
+                if here is not None and (here.kind != seen.kind or not self.folder.remove(seen.path, here, base)):
+                    if here.kind and seen.kind:
+                        self.session.kept[seen.path] = "stays, for it holds files that are left out"
+                    else:
+                        memory.doubt(key)        # it has changed since: the next round sees that (invariant 2)
+                    continue
+                memory.set("base", key, None)
+                self.session.tally.deleted_here += 1 - base.kind
+
+
+# ---- the client
+
+class SyncClient:
+    """Keeps a folder and an account alike: run() once, or watch()."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.folder, self.memory = session, session.folder, session.memory
+        self.planner, self.follower = Planner(session), Follower(session)
+        self.mover = Mover(session, self.planner)
+        self.uploader, self.downloader = Uploader(session, self.planner), Downloader(session, self.planner)
+        self.lock: FileLock | None = None            # held for as long as we live
+
+    def run(self) -> Tally:
+        """Go on until both sides are alike.  raises Stopped, CloudError"""
+        session, began = self.session, time.monotonic()
+        session.begin()
+        sent, received = session.link.sent, session.link.received
+        asked_anew = False
+        for turn in range(ROUNDS):
+            session.unsettled, session.lacking, session.refused = set(), {}, {}
+            self.follower.fetch()
+            self._look()
+            self.mover.follow()
+            session.advance()
+            plan = self.planner.plan()
+            if not plan.actions and not self.planner.look_late():
+                break
+            self.planner.check_brake(plan)
+            before = session.tally.work(), self.memory.steps
+            self._execute(plan)
+            session.remember()
+            if session.held:
+                raise Stopped("the server holds this device because it deletes or overwrites so much; "
+                              "allow or undo it on the page", ASK)
+            if (session.tally.work(), self.memory.steps) == before and plan.actions:
+                if session.refused and not asked_anew:
+                    asked_anew = True
+                    self.memory.say(cursor=-1)   # what it has is not what we were told: read everything
+                elif not session.unsettled or turn > 4:
+                    break
+                else:
+                    time.sleep(0.2)              # somebody writes to a file: once more
+        self._name_what_is_left()
+        self.memory.say(mounts=json.dumps(sorted(self._mounts())))
+        session.remember()
+        session.tally.bytes_up, session.tally.bytes_down = session.link.sent - sent, session.link.received - received
+        session.tally.seconds = round(time.monotonic() - began, 3)
+        return session.tally
+
+    def _look(self) -> None:
+        """Scan the folder.  raises Stopped if it is not the one that was opened"""
+        session = self.session
+        session.rules = self.folder.rules()
+        session.scan = session.scan._replace(here={})        # two of them would be much memory
+        session.scan = self.folder.scan(session.rules)
+        self.folder.check_place()
+        self.planner.begin()
+        for key in self._mounts().difference(session.scan.mounts):
+            session.scan.blocked[key] = Block(self.memory.base[key].path, "was a disk of its own, which is not mounted; "
+                                                                          "with --yes what is there now counts")
+
+    def _mounts(self) -> set[str]:
+        """Keys of directories that are, or should be, file systems of their own: what is missing in others is not gone."""
+        known = set() if self.session.yes else self.memory.mounts
+        return {key for key in known.union(self.session.scan.mounts) if key in self.memory.base}
+
+    def _execute(self, plan: Plan) -> None:
+        """In an order that is safe at every instant: copies first, deletions last."""
+        session, here, there = self.session, self.session.scan.here, self.memory.there
+        if session.progress:
+            session.progress.total += sum((here.get(key) or there[key]).size for key in plan.of("upload", "download", "compare"))
+        for key in plan.of("compare"):
+            self._compare(key)
+        self.downloader.make_directories([key for key in plan.of("download") if there[key].kind])
+        self.uploader.make_collections([key for key in plan.of("upload") if here[key].kind])
+        self.uploader.upload([key for key in plan.of("upload") if not here[key].kind])
+        self.downloader.download([key for key in plan.of("download") if not there[key].kind])
+        self.downloader.delete(plan.of("delete here"))
+        self.uploader.delete(plan.of("delete there"))
+        for key in plan.of("forget"):
+            self.memory.set("base", key, None)
+        session.advance()
+        if session.progress:
+            session.progress.end()
+
+    def _compare(self, key: str) -> None:
+        """Both sides have something new: the same, or a conflict, of which ours takes another name."""
+        memory, there, here = self.memory, self.memory.there[key], self.session.scan.here[key]
+        with self.session.forgiving(here.path):
+            if there.kind == here.kind and (there.kind or here.size == there.size and self.planner.holds(here.path, there)):
+                memory.agree(key, there, self.downloader.respell(there, here))
+                self.folder.touch(here.path)
+                return
+            self.folder.rename(here.path, self._conflict_name(here.path))
+            self.session.tally.conflicts += 1    # the next round uploads it, and downloads theirs
+            memory.set("base", key, None)
+
+    def _conflict_name(self, path: str) -> str:
+        above, _, name = path.rpartition("/")
+        stem, dot, suffix = name.rpartition(".")
+        if not stem or len(suffix) > 16:
+            stem, dot, suffix = name, "", ""
+        device = re.sub(r'[\x00-\x1f\x7f/\\<>:"|?*]', "-", self.memory.words.get("device", "here"))
+        mark = " (conflict %s %s)" % (cut_text(device, 100), time.strftime("%Y-%m-%d %H.%M"))
+        for count in itertools.count(1):
+            ending = mark + (" %d" % count if count > 1 else "") + dot + suffix
+            found = (above + "/" if above else "") + cut_text(stem, NAME_LIMIT - len(ending.encode())) + ending
+            if not os.path.lexists(self.folder.place(found)):
+                return found
+        raise AssertionError
+
+    # ---- what is not synced
+
+    def _name_what_is_left(self) -> None:
+        """Complain of everything that could not be synced."""
+        session = self.session
+        for path in session.unsettled:
+            session.complain(path, "it changes while it is read")
+        for path, reason in [*session.lacking.items(), *session.refused.items()]:
+            session.complain(path, reason)
+        for path in self.memory.twin:
+            session.complain(path, "cannot be told apart from another name here")
+        for line in session.rules.broken[:1]:
+            session.complain(".cloudignore", "nothing is sent until this line of it can be read: %s" % line.strip()[:80])
+        for key, block in session.scan.blocked.items():
+            if not self._is_harmless(key, block):
+                session.complain(block.path, block.why)
+        session.tally.skipped = len(session.problems) + len(session.kept) + len(session.scan.junk) + sum(
+            self._is_harmless(key, block) for key, block in session.scan.blocked.items())
+
+    def _is_harmless(self, key: str, block: Block) -> bool:
+        """Is something only passed over, and no file kept away by it?"""
+        return block.why in (LINK, JUNCTION, NOT_A_FILE) and key not in self.memory.base and key not in self.memory.there
+
+    def notes(self) -> list[str]:
+        """What a run could not do, and what it passed over: a line each."""
+        session = self.session
+        passed = [one_line("%s: %s" % block) for key, block in session.scan.blocked.items() if self._is_harmless(key, block)]
+        junk = ["passed over as always: %s%s" % (", ".join(map(one_line, session.scan.junk[:5])), ", ..." * (len(session.scan.junk) > 5))]
+        return [*session.problems.values(), *(one_line("%s: %s" % item) for item in session.kept.items()), *passed,
+                *(junk if session.scan.junk else ())]
+
+    def changed_here(self) -> list[str]:
+        """Paths that differ here from what was agreed on, without asking the server."""
+        self.session.rules = self.folder.rules()
+        self.session.scan = scan = self.folder.scan(self.session.rules)
+        return [key for key in {*self.memory.base, *scan.here} if not self.planner.is_left_out(key)
+                and self.planner.state_here(key) != "same"]
+
+    # ---- on and on
+
+    def watch(self, ended: threading.Event, tell: Callable[[SyncClient], None], listener: Link) -> None:
+        """Run whenever either side changes, until `ended` is set.  raises Stopped where a person has to look"""
+        news, pause, again, before, said = threading.Event(), 1.0, AGAIN_LEAST, {}, ""
+        threading.Thread(target=self._listen, args=(listener, news, ended), daemon=True).start()
+        while not ended.is_set():
+            news.clear()
+            try:
+                self.run()
+                trouble = ""
+            except Stopped as stopped:
+                if stopped.code != FAILED:
+                    raise
+                trouble = str(stopped)
+            except Exception as error:           # whatever it is: it is said, and by and by it may be over
+                trouble = "%s: %s" % (type(error).__name__, error)
+                log.debug("sync", exc_info=True)
+            if trouble:
+                if trouble != said:
+                    log.warning("%s", one_line(trouble))
+                said = trouble
+                ended.wait(pause)
+                pause = min(60.0, 2 * pause)
+                continue
+            tell(self)
+            pause, said, problems = 1.0, "", self.session.problems
+            again = AGAIN_LEAST if problems != before else min(AGAIN_MOST, 2 * again)
+            before = problems
+            self._wait(news, ended, again if problems else None)
+
+    def _wait(self, news: threading.Event, ended: threading.Event, again: float | None) -> None:
+        """Until there is something to do, or to try again."""
+        seen, began = self.session.scan, time.monotonic()
+        pause = min(max(SCAN_LEAST, 20 * seen.seconds), SCAN_MOST)
+        while not ended.is_set() and not news.wait(pause):
+            if self.session.unsettled or again is not None and time.monotonic() - began > again:
+                return
+            try:
+                if self.folder.scan(self.folder.rules())[:2] != seen[:2] or self.planner.look_late():
+                    return
+            except Stopped:
+                return                           # the next run says it
+
+    def _listen(self, link: Link, news: threading.Event, ended: threading.Event) -> None:
+        """Long-poll the server; what it says is only that there is something to ask for."""
+        pause = 2.0
+        while not ended.is_set():
+            cursor, began = self.memory.cursor, time.monotonic()
+            if cursor < 0:                       # the first run is under way
+                ended.wait(0.2)
+                continue
+            try:
+                answer = link.call("changes", "GET", self.follower.address("wait=30&limit=1"))
+                pause = 2.0
+                if answer["changes"] and answer["seq"] > self.memory.cursor:
+                    news.set()
+                    ended.wait(0.2)
+                elif time.monotonic() - began < 1:
+                    ended.wait(1)                # somebody between us does not let it wait
+            except Exception:                    # the run asks, too, and says what is wrong
+                news.set()
+                ended.wait(pause)
+                pause = min(60.0, 2 * pause)
+
+
 # ---- making a folder and an account known to each other
 
-def open_client(place: Path, url: str | None, *, password: Callable[[str], str], device: str = "", yes: bool = False,
-                only: Sequence[str] = (), show: bool = False) -> tuple[SyncClient, Link]:
-    """The client of a folder, and a second connection for listening; asks for the password when they first meet.
+AGENT = "cloudserver-sync/" + __version__
 
-    raises  Stopped
+
+def open_client(place: Path, url: str | None, *, password: Callable[[str], str], device: str = "", yes: bool = False,
+                only: Sequence[str] = (), show: bool = False, again: bool = False, trust: bool = False,
+                plain: bool = False) -> tuple[SyncClient, Link]:
+    """The client of a folder, and a second connection for listening.
+
+    password   asks for it, given a name, when folder and server first meet
+    again      and when the server does not let the device in any more
+    trust      take the certificate the server has now, whoever made it
+    plain      send the password without encryption
+    raises     Stopped
     """
-    folder, known = LocalFolder(place.resolve()), folder_record(place)
+    folder, known = Folder(place.resolve()), folder_record(place)
     if not (folder.home / "state.db").exists():
         if known.exists() and not yes:
             raise Stopped("%s was synced before, and what it remembers is gone: is a disk not mounted? "
-                          "With --yes it is merged anew" % place, 3)
+                          "With --yes it is merged anew; --forget ends it" % place, ASK)
         if not url:
-            raise Stopped("which server?  sync DIR https://ann@cloud.example", 2)
+            raise Stopped("which server?  sync DIR https://ann@cloud.example", USAGE)
         folder.root.mkdir(parents=True, exist_ok=True)
-    folder.open()
+    try:
+        folder.open()
+    except CloudError as error:
+        raise Stopped(str(error)) from error
     lock = FileLock(folder.home / "lock")
     if not lock.acquire(wait=False):
         raise Stopped("another process syncs this folder")
-    state = SyncState(folder.home / "state.db")
-    if "token" not in state.words:
-        introduce(state, url or "", device or socket.gethostname(), password)
-        known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text("%s\n%s\n" % (folder.root, state.words["url"]), encoding="utf-8")
-    elif url and plain_url(url)[0] != state.words["url"]:
-        raise Stopped("this folder belongs to %s" % state.words["url"], 2)
-    links = [Link(state.words["url"], "Bearer " + state.words["token"], AGENT) for _ in range(2)]
-    client = SyncClient(folder, state, links[0], only=only, yes=yes, show=show)
+    try:
+        memory = Memory(folder.home / "state.db", folder.key)
+        words = memory.words
+        if url and words.get("url") not in (None, plain_url(url)[0]):
+            raise Stopped("this folder belongs to %s" % words["url"], USAGE)
+        if trust:
+            memory.say(trust=Link(words.get("url") or plain_url(url)[0], "", AGENT).certificate())
+        if "token" not in words or again and not is_let_in(memory):
+            introduce(memory, url or "", device or words.get("device") or socket.gethostname(), password, plain=plain)
+            folder.secure()
+            record_folder(known, "%s\n%s\n" % (folder.root, words["url"]))
+        links = [Link(words["url"], "Bearer " + words["token"], AGENT, words.get("trust", "")) for _ in range(2)]
+    except BaseException:
+        lock.close()
+        raise
+    client = SyncClient(Session(folder, memory, links[0], only=only, yes=yes, show=show))
     client.lock = lock
     return client, links[1]
-
-
-AGENT = "cloudserver-sync/" + __version__
 
 
 def folder_record(place: Path) -> Path:
     """Where the user's home remembers that a folder is synced: told apart from an empty mount point by that."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return home / "cloudserver" / hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:24]
+    return home / "cloudserver" / hashlib.sha256(str(place.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
+
+def record_folder(known: Path, text: str) -> None:
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def forget_folder(place: Path) -> str:
+    """Forget that a folder was synced, here and, if it can be reached, on the server; no file is touched.  Returns what was done."""
+    folder, known, let_go = Folder(place.resolve()), folder_record(place), "revoke its device on the page"
+    if not known.exists() and not folder.home.exists():
+        raise Stopped("%s is not synced with anything" % place)
+    if (folder.home / "state.db").exists():
+        folder.open()
+        lock = FileLock(folder.home / "lock")
+        if not lock.acquire(wait=False):
+            raise Stopped("another process syncs this folder")
+        with suppress(Stopped, CloudError, KeyError), closing(Memory(folder.home / "state.db", folder.key)) as memory:
+            link = Link(memory.words["url"], "Bearer " + memory.words["token"], AGENT, memory.words.get("trust", ""))
+            with closing(link):
+                link.call("", "POST", "/api/v1/logout", b"", tries=1)
+            let_go = "its device is let go"
+        lock.close()
+    shutil.rmtree(folder.home, ignore_errors=True)
+    known.unlink(missing_ok=True)
+    return "%s is not synced any more; %s. Its files stay" % (place, let_go)
 
 
 def plain_url(url: str) -> tuple[str, str]:
     """(the address without a name, the name)."""
-    parts = urlsplit(url if "://" in url else "https://" + url)
+    try:
+        parts = urlsplit(url if "://" in url else "https://" + url)
+    except ValueError:
+        raise Stopped("%s is not the address of a server, like https://ann@cloud.example" % url, USAGE) from None
     host = parts.netloc.rpartition("@")[2]
     return "%s://%s%s" % (parts.scheme, host, parts.path.rstrip("/")), unquote_to_bytes(parts.username or "").decode("utf-8", "replace")
 
 
-def introduce(state: SyncState, url: str, device: str, password: Callable[[str], str]) -> None:
-    """Get a token of our own for the account, and forget the password."""
-    address, name = plain_url(url)
-    name = name or getpass.getuser()
-    secret = base64.b64encode(("%s:%s" % (name, password(name))).encode()).decode()
-    link = Link(address, "Basic " + secret, AGENT)
+def is_this_machine(host: str) -> bool:
+    """Does a name or address lead nowhere but here, whoever answers for names?"""
     try:
-        answer = link.call("POST", "/api/v1/devices", format_json({"name": device}), tries=2)
-    except CloudError as error:
-        raise Stopped(str(error)) from error
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")
+
+
+def is_let_in(memory: Memory) -> bool:
+    """False only if the server says that it does not know this device any more."""
+    link = Link(memory.words["url"], "Bearer " + memory.words["token"], AGENT, memory.words.get("trust", ""))
+    try:
+        link.call("", "GET", "/api/v1/account", tries=1)
+    except Stopped as stopped:
+        return stopped.code != REFUSED
+    except CloudError:
+        pass
     finally:
         link.close()
-    state.say(url=address, token=answer["token"], account=name, device=device)
-    state.flush()
+    return True
+
+
+def introduce(memory: Memory, url: str, device: str, password: Callable[[str], str], *, plain: bool = False) -> None:
+    """Get a token of our own for the account, and forget the password.  What was agreed on stays.  raises Stopped"""
+    address, name = plain_url(url or memory.words.get("url", ""))
+    name = name or memory.words.get("account") or getpass.getuser()
+    if memory.words.get("account", name) != name:
+        raise Stopped("this folder belongs to %s at %s" % (memory.words["account"], memory.words["url"]), USAGE)
+    link = Link(address, "", AGENT, memory.words.get("trust", ""))
+    if not (link.secure or plain or is_this_machine(link.host)):
+        raise Stopped("the password is not sent to %s over plain HTTP, where others may read it. Use https://; or say --plain-http, "
+                      "in a network where you trust everybody" % link.host, USAGE)
+    secret = base64.b64encode(("%s:%s" % (name, password(name))).encode()).decode()
+    link.fields["Authorization"] = "Basic " + secret
+    try:
+        answer = link.call("device", "POST", "/api/v1/devices", format_json({"name": device}), tries=2)
+    except CloudError as error:
+        raise Stopped(str(error)) from error
+    except Stopped as stopped:
+        if stopped.code == REFUSED:
+            raise Stopped("the server does not let %s in with this password" % name, REFUSED) from stopped
+        raise
+    finally:
+        link.close()
+    memory.say(url=address, token=answer["token"], account=name, device=device)
+    memory.flush()
 
 
 # ==== 16. Command line ===================================================================
@@ -18941,34 +19996,42 @@ def run_import(config: Config, given: Arguments) -> int:
 
 
 @command("sync", ("folder", {"metavar": "DIR", "type": Path, "help": "the folder on this computer"}),
-         ("url", {"metavar": "URL", "nargs": "?", "help": "the server, as https://ann@cloud.example; needed once"}),
+         ("url", {"metavar": "URL", "nargs": "?", "help": "the server, as https://ann@cloud.example; needed once, and to log in again"}),
          ("--once", {"action": "store_true", "help": "end when both sides are alike"}),
          ("--only", {"action": "append", "default": [], "metavar": "PATH", "help": "sync this part only; may be given again"}),
          ("--yes", {"action": "store_true", "help": "go on where the brake would stop"}),
          ("--device", {"default": "", "metavar": "NAME", "help": "what this computer is called"}),
          PASSWORD_STDIN,
+         ("--trust", {"action": "store_true", "help": "take the certificate the server has now, from now on, as ssh does"}),
+         ("--plain-http", {"action": "store_true", "help": "send the password without encryption to another machine"}),
          ("--json", {"action": "store_true", "help": "tell what was done as JSON"}),
-         ("--status", {"action": "store_true", "help": "tell how things stand, and end"}), settings=(), outside=True)
+         ("--status", {"action": "store_true", "help": "tell how things stand, and end"}),
+         ("--forget", {"action": "store_true", "help": "sync this folder no more; its files stay"}), settings=(), outside=True)
 def run_sync(config: Config, given: Arguments) -> int:
     """keep a folder and an account alike, both ways, until stopped"""
     try:
         if given.status:
             return tell_status(given)
-        client, listener = open_client(given.folder, given.url, password=partial(ask_password, given), device=given.device,
-                                       yes=given.yes, only=given.only, show=sys.stderr.isatty() and not given.json)
+        if given.forget:
+            print(one_line(forget_folder(given.folder)))
+            return 0
+        client, listener = open_client(
+            given.folder, given.url, password=partial(ask_password, given), device=given.device, yes=given.yes, only=given.only,
+            show=sys.stderr.isatty() and not given.json, trust=given.trust, plain=given.plain_http,
+            again=bool(given.url or given.password_stdin or "CLOUDSERVER_PASSWORD" in os.environ))
+        tell = partial(tell_tally, given, set())
         if given.once:
             client.run()
-            tell_tally(given, client)
-            client.state.close()
-            return 1 if client.problems else 0
-        ended = threading.Event()
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda number, frame: ended.set())
-        client.watch(ended, partial(tell_tally, given), listener)
-        client.state.close()
+            tell(client)
+        else:
+            ended = threading.Event()
+            for number in STOP_SIGNALS:
+                signal.signal(number, lambda number, frame: ended.set())
+            client.watch(ended, tell, listener)
+        client.memory.close()
+        return 1 if given.once and client.session.problems else 0
     except Stopped as stopped:
-        return complain(stopped, stopped.code)
-    return 0
+        return complain(one_line(str(stopped)), stopped.code)
 
 
 def ask_password(given: Arguments, name: str) -> str:
@@ -18978,31 +20041,31 @@ def ask_password(given: Arguments, name: str) -> str:
     return getpass.getpass("Password for %s: " % name) if found is None else found
 
 
-def tell_tally(given: Arguments, client: SyncClient) -> None:
-    """What a run did: a line, or JSON; what it could not do: a line each."""
-    tally = {setting.name: getattr(client.tally, setting.name) for setting in fields(Tally)}
-    notes = [*client.problems.values(), *("%s: %s" % item for item in client.kept.items()),
-             *("%s: %s" % (key, reason) for key, reason in client.scan.blocked.items() if reason == NOT_A_FILE)]
+def tell_tally(given: Arguments, told: set[str], client: SyncClient) -> None:
+    """What a run did: a line, or JSON; what it could not do: a line each, once (`told`) for as long as it stays so."""
+    tally, notes = {setting.name: getattr(client.session.tally, setting.name) for setting in fields(Tally)}, client.notes()
     if given.json:
-        print(json.dumps({**tally, "problems": sorted(client.problems.values())}), flush=True)
+        print(json.dumps({**tally, "problems": sorted(client.session.problems.values()), "notes": notes}), flush=True)
         return
-    if given.once or client.tally.work():
+    if given.once or client.session.tally.work() or not told.issuperset(notes):
         print("%(uploaded)d up, %(downloaded)d down, %(moved)d moved, %(deleted_here)d deleted here, %(deleted_there)d there, "
               "%(conflicts)d conflicts, %(skipped)d skipped, %(seconds).2f s" % tally, flush=True)
-        print("".join(note + "\n" for note in notes), end="", file=sys.stderr, flush=True)
+        print("".join(note + "\n" for note in notes if note not in told), end="", file=sys.stderr, flush=True)
+    told.intersection_update(notes)
+    told.update(notes)
 
 
 def tell_status(given: Arguments) -> int:
     """How a folder stands, without asking the server."""
-    folder = LocalFolder(given.folder.resolve())
-    if not (folder.home / "state.db").exists():
+    folder = Folder(given.folder.resolve())
+    memory = Memory(folder.home / "state.db", folder.key) if (folder.home / "state.db").exists() else None
+    if memory is None or "url" not in memory.words:
         raise Stopped("%s is not synced with anything" % given.folder)
-    state = SyncState(folder.home / "state.db")
-    scan = folder.scan(folder.ignored())
-    changed = [key for key in {*state.base, *scan.here} if state_here(state.base.get(key), scan.here.get(key)) != "same"]
-    about = {"server": state.words["url"], "account": state.words["account"], "device": state.words["device"],
-             "files": sum(not base.kind for base in state.base.values()), "seq": state.cursor, "changed_here": len(changed)}
-    print(json.dumps(about) if given.json else "\n".join("%-14s%s" % item for item in about.items()))
+    with closing(memory):
+        client = SyncClient(Session(folder, memory, Link(memory.words["url"], "", AGENT)))
+        about = {"server": memory.words["url"], "account": memory.words["account"], "device": memory.words["device"],
+                 "files": sum(not base.kind for base in memory.base.values()), "seq": memory.cursor, "changed_here": len(client.changed_here())}
+    print(json.dumps(about) if given.json else "\n".join("%-14s%s" % (name, one_line(str(value))) for name, value in about.items()))
     return 0
 
 
@@ -19041,7 +20104,7 @@ def prepare_streams() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
         elif mode == "w" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")        # cp1252, ascii: a name is shown, if not nicely
+            stream.reconfigure(errors="backslashreplace")        # cp1252, ascii: a name is one_line, if not nicely
 
 
 def read_line() -> str:
@@ -19177,7 +20240,7 @@ def check_config(config: Config) -> None:
         raise CloudError("bad-request", "--admin and --admin-password-file go together")
 
 
-def complain(error: Exception, code: int) -> int:
+def complain(error: Exception | str, code: int) -> int:
     says = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         says = "%s: %s" % (error.filename, reason_of(error))
