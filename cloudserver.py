@@ -11138,10 +11138,13 @@ function explainGate(error) {
 
 const languageLinks = () => choices(LANGUAGES, language, chooseLanguage);
 
+// what was typed into a gate stays there in the other language
 async function chooseLanguage(name) {
+  const fields = () => [...document.querySelectorAll(".gate input")], typed = fields().map(one => one.value);
   localStorage.setItem("language", name);
   await setLanguage(name);
-  start();
+  await start();
+  fields().forEach((one, n) => { one.value = typed[n] || ""; });
 }
 
 function showSetup() {
@@ -14039,6 +14042,7 @@ function near(step, fits = isSeen, around = false) {
 }
 
 function loadAhead() {
+  if (isMetered()) return;
   for (const one of [near(1), near(-1)]) if (one && isImage(one)) new Image().src = contentAddress(one);
 }
 
@@ -14886,6 +14890,7 @@ addEventListener("DOMContentLoaded", async () => {
 
 PAGE_GERMAN = r"""{
   "10 characters or more": "10 Zeichen oder mehr",
+  "1000 versions of this file are pinned already": "1000 Versionen dieser Datei werden schon dauerhaft behalten",
   "A device wants to see and change the files of {name}. Grant it only if you started this yourself, just now.": "Ein Gerät möchte die Dateien von {name} sehen und ändern. Gewähre es nur, wenn du das gerade selbst begonnen hast.",
   "A device was added: {name}": "Ein Gerät kam hinzu: {name}",
   "A device was held: it deletes or overwrites too much": "Ein Gerät wurde angehalten: Es löscht oder überschreibt zu viel",
@@ -15270,24 +15275,36 @@ PAGE_GERMAN = r"""{
   "Your password, please": "Dein Passwort, bitte",
   "Your session has ended.": "Deine Sitzung ist zu Ende.",
   "Your storage is full. Delete something, then empty the trash, or ask for more.": "Dein Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
+  "a collection has no versions; ask for it as of a time": "ein Ordner hat keine Versionen; sieh ihn an, wie er zu einer Zeit war",
+  "a collection is at this path": "an dieser Stelle ist ein Ordner",
+  "a file is in the way": "eine Datei steht im Weg",
+  "a name has 1 to 64 characters, none of them / \\ : or a control character": "ein Name hat 1 bis 64 Zeichen, darunter kein / \\ : und kein Steuerzeichen",
   "a password has 10 to 1024 characters": "ein Passwort hat 10 bis 1024 Zeichen",
   "added": "hinzugefügt",
   "added {when}": "hinzugefügt {when}",
   "and {n} more": "und {n} weitere",
   "another one still has it: rename in two steps": "hat ein anderes noch: in zwei Schritten umbenennen",
   "cannot be a name": "kann kein Name sein",
+  "change your own password at account/password": "dein eigenes Passwort änderst du unter „Konto“",
   "changed": "geändert",
   "deleted": "gelöscht",
   "everything": "alles",
+  "give the device a name of 1 to 100 characters": "gib dem Gerät einen Namen von 1 bis 100 Zeichen",
   "is there already": "gibt es schon",
+  "it is back already": "es ist schon zurück",
   "less than a minute left": "noch weniger als eine Minute",
   "moved": "verschoben",
   "one folder": "ein Ordner",
+  "passwords are not accepted over plain HTTP from another machine; use HTTPS": "Passwörter werden über einfaches HTTP von einem anderen Rechner nicht angenommen; nimm HTTPS",
   "reads and changes": "liest und ändert",
   "reads only": "liest nur",
   "that password is too easy to guess": "dieses Passwort ist zu leicht zu erraten",
+  "the name of a version has 1 to 200 characters": "der Name einer Version hat 1 bis 200 Zeichen",
+  "there are 10000 of that name": "davon gibt es schon 10000",
   "there is an account of that name": "ein Konto mit diesem Namen gibt es schon",
+  "this account has 500 devices; revoke some first": "dieses Konto hat 500 Geräte; sperre erst welche",
   "this setup link is not valid any more": "dieser Link zum Einrichten gilt nicht mehr",
+  "this was a collection": "das war ein Ordner",
   "twice the same": "zweimal der gleiche",
   "used {when}": "benutzt {when}",
   "{free} of {total}": "{free} von {total}",
@@ -15592,7 +15609,7 @@ def web_worker(cloud: Cloud, who: Principal, request: Request) -> Response:
                      **{"Content-Security-Policy": "default-src 'none'; connect-src 'self'"})
 
 
-@route("GET", "/painter.js", needs="nothing")
+@route("GET", "/painter.js", needs="nothing", packs=True)
 def web_painter(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The page's maker of thumbnails (HTML s10, workers)."""
     return page_part(request, bare(PAGE_PAINTER).encode(), "text/javascript; charset=utf-8",

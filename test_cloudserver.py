@@ -6185,7 +6185,7 @@ def test_takes_gzip(field, want):
 
 
 PACKED_ROUTES = {"/api/v1/files/<path>", "/api/v1/versions/<path>", "/api/v1/trash", "/api/v1/starred", "/api/v1/activity", "/api/v1/differences/<path>",
-                 "/api/v1/openapi.json", "/words/<language>"}
+                 "/api/v1/openapi.json", "/words/<language>", "/painter.js"}
 
 
 def test_large_answers_are_compressed_for_who_takes_it(call, cloud, ann):
@@ -6279,6 +6279,15 @@ def test_every_word_is_there_in_both_languages():
     assert len(said) > 150 and said <= set(german), sorted(said - set(german))
     for english, words in german.items():
         assert sorted(re.findall(r"\{\w+\}", english)) == sorted(re.findall(r"\{\w+\}", words)), english
+
+
+def test_what_the_server_says_to_people_is_there_in_both_languages():
+    """P21: its refusals that a page may show in its own words, as they say more than a kind does."""
+    rooms = {kind: {node.args[1].value for node in ast.walk(TREE) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CloudError"
+                    and len(node.args) > 1 and isinstance(node.args[1], ast.Constant) and node.args[0].value in kinds and room(node.lineno) in places}
+             for kind, kinds, places in (("accounts", ("bad-request", "conflict", "insecure", "forbidden", "exists"), (6,)), ("files", ("conflict", "insecure"), (7, 9)))}
+    said = rooms["accounts"] | {words for words in rooms["files"] if not re.search("checksum|thumbnail|commit|/api/|address|chunk|upload", words)}
+    assert len(said) > 10 and said <= set(json.loads(cs.PAGE_GERMAN)), sorted(said - set(json.loads(cs.PAGE_GERMAN)))
 
 
 def test_the_words_of_a_language_are_sent_when_they_changed(call):
@@ -10950,6 +10959,11 @@ def test_browser_setup_login_and_logout(browser, cloud, serve_cloud):
         browser.fill("input[name=%s]" % name, text)
     browser.click("Create account")
     browser.sees("The two passwords differ.")
+    browser.click("Deutsch")
+    browser.sees("Konto anlegen")
+    browser.click("English")
+    browser.sees("Create account")               # P1: with what was typed
+    assert browser.run("return document.querySelector('input[name=name]').value") == "ann"
     browser.fill("input[name=again]", PASSWORD)
     browser.click("Create account")
     browser.sees("Nothing here yet")
