@@ -10364,6 +10364,8 @@ main:focus { outline: none; }
 .crumbs a, .crumbs > span { color: var(--soft); padding: .3rem .35rem; border-radius: 6px; overflow-wrap: anywhere; }
 .crumbs [aria-current] { color: var(--text); font-weight: 600; }
 .crumbs .slash { padding: 0; }
+.top .crumbs { flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none; }
+.top .crumbs > * { flex: none; max-width: 22rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .search { width: 17rem; flex: none; }
 .search input { background: var(--side); border-color: var(--side); }
 .search input:hover { border-color: var(--line); }
@@ -10586,6 +10588,7 @@ dialog.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; m
 .preview .stage:not(.zoomed) { touch-action: pan-y pinch-zoom; }
 .foot { display: flex; gap: .75rem; align-items: center; justify-content: center; padding: .4rem 1rem;
   border-top: 1px solid var(--line); }
+.foot .soft { white-space: nowrap; }
 .foot button:first-child { margin-right: auto; }
 .foot button:last-child { margin-left: auto; }
 .preview .toasts { bottom: 4.5rem; }
@@ -10649,7 +10652,8 @@ th { background: var(--side); position: sticky; top: 0; }
   .crumbs .slash { min-height: 0; }
   .bar { top: 0; flex-wrap: wrap; }
   .bar:has(.tab) { gap: 0; }
-  .tab { padding: .65rem .4rem; font-size: min(1rem, 3.7vw); }
+  .tab { padding: .65rem min(.4rem, 1.2vw); font-size: min(1rem, 3.7vw); }
+  .foot { gap: .4rem; padding: .4rem .6rem; }
   .selecting .content { padding-top: 52px; }
   .selecting .bar button:not(.prime):not(.quiet), .selecting .new, body:not([data-view=files]) .new { display: none; }
   .selecting .bar { position: fixed; inset: auto 0 0 0; z-index: 5; background: var(--side);
@@ -10903,10 +10907,10 @@ Object.assign(PROBLEMS, {twin: PROBLEMS.exists, "lock-conflict": PROBLEMS.locked
 
 const waitWords = seconds => seconds < 99 ? plural(seconds, "{n} second", "{n} seconds")
   : plural(Math.ceil(seconds / 60), "{n} minute", "{n} minutes");
-const explain = error => error.code === "throttled"
+const explain = error => plain(error.code === "throttled"
   ? t("Too many tries. Wait {time}, then try again.", {time: waitWords(error.wait)}) : error instanceof Problem
   ? t(PROBLEMS[error.code] || error.message) + (error.about.request ? " (" + error.about.request + ")" : "")
-    : String(error);
+  : String(error));
 const HEADERS = {"X-Requested-By": "page"};
 
 // api("POST", "move", {items}) or api("GET", "files/a%20b", {limit: 5}); throws Problem
@@ -11318,10 +11322,12 @@ function drawTitle() {
   document.title = percent + view.title + " – cloudserver";
 }
 
+// in one line; of a long way the end is in sight
 function setCrumbs(...parts) {
-  find(".crumbs").replaceChildren(
-    ...parts.flatMap((part, n) => (n ? [h("span.slash", {"aria-hidden": "true"}, "/"), part] : [part]))
-  );
+  const crumbs = find(".crumbs");
+  const slash = () => h("span.slash", {"aria-hidden": "true"}, "/");
+  crumbs.replaceChildren(...parts.flatMap((part, n) => n ? [slash(), part] : [part]));
+  crumbs.scrollLeft = crumbs.scrollWidth;
 }
 
 // a view that is no place among the files
@@ -13921,7 +13927,7 @@ function fillPreview(entry) {
   const held = document.activeElement.dataset.action, inside = preview.box.contains(document.activeElement);
   const act = (name, label, run, when = true) => when && button(label, run, {"data-action": name});
   Object.assign(preview, {entry, edit: null, body: h("div.body"), note: h("div.note", {role: "status"})});
-  preview.box.setAttribute("aria-label", entry.name);
+  preview.box.setAttribute("aria-label", plain(entry.name));
   const title = h("div.title", {},
     h("strong", {}, h("bdi", {}, entry.name)),
     view.at && h("span.tag", {}, longTime(view.at)),

@@ -11734,6 +11734,14 @@ def test_browser_shows_what_it_can_and_says_what_it_cannot(page):
         page.run("go('/files/' + arguments[0])", name)
         page.wait("return preview.body?.innerText.includes(arguments[0])", words)
         assert page.run("return document.querySelector('[data-action=edit]').hidden") == (name in ("long.log", "long.bin"))
+    page.put("a report.pdf", PDF)                # P19: its own viewer would name it, and save it, by the address of a blob
+    page.run("go('/files/a%20report.pdf')")
+    assert page.wait("const frame = document.querySelector('dialog iframe'); return frame && [/^blob:.*#toolbar=0/.test(frame.src), frame.title]") == [True, "a report.pdf"]
+    page.size(390, 844, touch=True)
+    page.run("fillPreview(preview.entry)")
+    page.wait("return preview.body.querySelector('.empty')")
+    assert page.run("return [...preview.body.querySelectorAll('p, a, button')].map(one => one.textContent)") == ["a report.pdf", "Open in a new tab", "Download"]
+    page.size(1280, 800)
     page.run("go('/files')")
     page.click("View")
     page.click("Tiles")
@@ -11741,6 +11749,10 @@ def test_browser_shows_what_it_can_and_says_what_it_cannot(page):
     page.cloud.delete(page.who, ("a.tsx",))
     page.run("openPreview({...list.entries.find(one => one.name === 'c.png'), path: 'gone.png', name: 'gone.png'})")
     page.wait("return preview.body.innerText.includes('This is not there any more.')")
+
+
+PDF = (b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj\n"
+       b"3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 300 300]>>endobj\ntrailer<</Root 1 0 R>>\n")
 
 
 @pytest.fixture(scope="module")
@@ -13352,6 +13364,17 @@ def test_browser_takes_hostile_names(page, tmp_path):
         page.press("Escape")
         page.wait("return !document.querySelector('dialog')")
     page.shot("hostile")
+    unseen = ("const text = document.title + document.body.innerText + [...document.querySelectorAll('[title], [aria-label], [alt]')].map("
+              "one => one.title + one.getAttribute('aria-label') + one.alt).join(); return [text.includes('U+202E'), /[\\u202a-\\u202e]/.test(text)]")
+    page.put("a\u202egpj.dir/inside.txt")
+    page.put("a\u202egpj.exe", "what a file says is raw")
+    for view in ("/files", "/files/a%E2%80%AEgpj.exe", "/files/a%E2%80%AEgpj.dir", "/versions/a%E2%80%AEgpj.exe", "/activity", "/search?q=gpj", "/files/a%E2%80%AEgpj.none"):
+        page.run("go(arguments[0])", view)
+        page.wait("return location.pathname + location.search === arguments[0] && document.body.innerText.includes('U+202E')", view)
+        assert page.run(unseen) == [True, False], view
+    page.cloud.delete(page.who, ("a\u202egpj.dir",))
+    page.run("go('/files')")
+    page.wait("return list.entries.length === arguments[0]", len(HOSTILE))
     page.press("Control", "a")
     page.press("Delete")
     page.sees("%d items deleted" % len(HOSTILE))
