@@ -404,6 +404,15 @@ def test_functions_stay_short():
     assert lengths[len(lengths) // 2][0] <= 12
 
 
+@pytest.mark.parametrize("tree", [TREE, ast.parse(Path(__file__).read_text(encoding="utf-8"))], ids=["program", "tests"])
+def test_rooms_define_each_name_once(tree):
+    """A second definition would take the place of the first, and its tests with it."""
+    names = [name for node in tree.body for name in (
+        [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [target.id for target in node.targets if isinstance(target, ast.Name)]
+        if isinstance(node, ast.Assign) else [])]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
+
+
 def test_every_kind_of_refusal_is_in_the_table():
     raised = {node.args[0].value for node in ast.walk(TREE) if isinstance(node, ast.Call) and node.args
               and getattr(node.func, "id", "") in ("CloudError", "refuse_head") and isinstance(node.args[0], ast.Constant)}
@@ -8001,7 +8010,7 @@ def test_checkouts_between_branches_of_different_shape_leave_no_copies(laptop, c
 
 # ---- one bad thing costs one thing
 
-def damage(cloud, *datas):
+def damage_chunks(cloud, *datas):
     """Change a byte of stored chunks, in their rows or objects."""
     for data in datas:
         hash, _ = chunk(data)
@@ -8025,7 +8034,7 @@ def test_a_damaged_chunk_costs_only_the_files_that_hold_it(laptop, cloud, ann, n
     put(cloud, ann, "big", large), put(cloud, ann, "twin of big", large)
     hit = {"first": {"s000": small[0]}, "last": {"s039": small[39]}, "many": {"s%03d" % n: small[n] for n in (3, 4, 5, 20, 39)},
            "inline": {"i007": inline[7]}, "large": {"big": large[4 * MiB:8 * MiB], "twin of big": large[4 * MiB:8 * MiB]}}[bad]
-    damage(cloud, *set(hit.values()))
+    damage_chunks(cloud, *set(hit.values()))
     if noted:
         deque(cs.check_chunks(cloud), maxlen=0)
     one, asked, ask = laptop(), [], cs.Link._ask
@@ -8250,7 +8259,7 @@ def test_twins_are_named_after_a_new_start_and_come_when_they_can(laptop, cloud,
 
 # ---- nothing leads out of the folder
 
-def make_link(one, outside, above):
+def put_link(one, outside, above):
     """Put a link to the outside in place of a directory, whose files are kept elsewhere."""
     place = one.path / above
     if place.exists():
@@ -8290,11 +8299,11 @@ def test_no_operation_follows_a_link(laptop, cloud, ann, tmp_path, monkeypatch, 
     before, stat_before = sorted(outside.rglob("*")), os.stat(outside / "f").st_mtime_ns
     client = one.start(yes=True)
     if moment == "before the run":
-        make_link(one, outside, "d")
+        put_link(one, outside, "d")
     else:
         plan = client.planner.plan
         monkeypatch.setattr(client.planner, "plan", lambda: (monkeypatch.undo(), monkeypatch.setattr(cs.Folder, "secure", lambda folder: None),
-                                                             plan(), make_link(one, outside, "d"))[2])
+                                                             plan(), put_link(one, outside, "d"))[2])
     client.run()
     problems, notes = dict(client.session.problems), client.notes()
     one.stop()
