@@ -11207,6 +11207,11 @@ const confirmPassword = () =>
   password => api("POST", "confirm", {password}));
 
 async function logOut() {
+  const drafts = Object.keys(localStorage).filter(key => key.startsWith(draftName("")));
+  const names = drafts.map(key => quoted(nameOf(key.slice(draftName("").length)))).join(", ");
+  const words = t("What was typed into {names} and not saved is lost then.", {names});
+  if (drafts.length && !await askYesNo(t("Log out?"), words, t("Log out"))) return;
+  drafts.forEach(key => localStorage.removeItem(key));
   await attempt(() => api("POST", "logout"));
   forgetMe();
   history.pushState(null, "", PREFIX + "/login");
@@ -12886,7 +12891,7 @@ async function sendParts(item) {
   return how === "keep" ? "" : path;
 }
 
-const printOf = ({file, how, path}) => [me.name, path, file.size, file.lastModified, how].join("|");
+const printOf = ({file, how, path}) => JSON.stringify([me.name, path, file.size, file.lastModified, how]);
 const metadata = values => Object.entries(values).map(([name, value]) =>
   name + " " + btoa(String.fromCharCode(...new TextEncoder().encode(value)))).join(",");
 const readParts = () => JSON.parse(localStorage.getItem(PARTS) || "{}");
@@ -13001,14 +13006,15 @@ if (tabs) tabs.onmessage = ({data}) => data ? data.forEach(id => elsewhere.add(i
 
 async function showBroken() {
   const {name, path = "", more = 0} = JSON.parse(localStorage.getItem(BROKEN) || "{}");
-  const parts = Object.entries(readParts()).filter(([print]) => print.startsWith(me.name + "|"));
+  const mine = JSON.stringify([me.name]).slice(0, -1);
+  const parts = Object.entries(readParts()).filter(([print]) => print.startsWith(mine));
   if (!parts.length && name !== me.name) return;
   if (tabs) tabs.postMessage(null);
   await new Promise(done => setTimeout(done, 300));
   const rows = [];
   for (const [print, id] of parts) {
     if (elsewhere.has(id) || queue.items.length) continue;
-    const offset = await offsetOf(id), [, path, size] = print.split("|");
+    const offset = await offsetOf(id), [, path, size] = JSON.parse(print);
     offset < 0 ? forgetPart(print) : rows.push(brokenRow(print, id, path, offset / size));
   }
   if (name === me.name && !elsewhere.size) {
@@ -14239,7 +14245,7 @@ async function newText() {
 }
 
 // what was typed and not saved yet also lies in this browser, whatever becomes of the page: {text, etag}
-const draftName = path => ["draft", me.name, path].join("|");
+const draftName = path => ["draft", encodeURIComponent(me.name), path].join("|");
 const isEdited = () => Boolean(preview.edit) && preview.edit.area.value !== preview.edit.saved;
 
 function keepDraft() {
@@ -15064,6 +15070,7 @@ PAGE_GERMAN = r"""{
   "List": "Liste",
   "Log in": "Anmelden",
   "Log out": "Abmelden",
+  "Log out?": "Abmelden?",
   "Look everywhere": "Überall suchen",
   "Look in the trash": "Im Papierkorb nachsehen",
   "Main": "Hauptmenü",
@@ -15270,6 +15277,7 @@ PAGE_GERMAN = r"""{
   "What is kept": "Was aufgehoben wird",
   "What is older goes for good; of what is more than the most, the oldest goes first.": "Was älter ist, geht endgültig; wird es mehr als das Höchste, geht das Älteste zuerst.",
   "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
+  "What was typed into {names} and not saved is lost then.": "Was in {names} getippt und nicht gespeichert wurde, ist dann verloren.",
   "What you typed is lost then.": "Was du getippt hast, ist dann verloren.",
   "Where": "Wo",
   "Where you are": "Wo du bist",

@@ -12200,6 +12200,15 @@ def test_browser_finds_typed_text_again_when_the_page_went_away(page):
     page.click("Save mine")
     eventually(lambda: "a.txt" in page.tree())
     assert page.get("a.txt") == b"xtheir one\ntwo"
+    page.wait("return !isEdited()")
+    page.keys("y")
+    reload(page)
+    page.open("/settings")
+    for answer in ("Cancel", "dialog .danger"):  # nor does it stay behind for whoever comes next
+        page.click("Log out")
+        page.sees("What was typed into “a.txt” and not saved is lost then.")
+        page.click(answer)
+    page.wait("return location.pathname === '/login' && !Object.keys(localStorage).some(key => key.startsWith('draft'))")
 
 
 def test_browser_asks_before_what_stands_in_a_form_goes(page):
@@ -12840,7 +12849,7 @@ def test_browser_says_what_the_end_of_a_page_broke_off(page, tmp_path):
     page.file(tmp_path / "big.bin")
     page.sees("1 file uploaded", seconds=20)
     assert page.get("box/big.bin") == data and page.run("return localStorage.uploads") == "{}"
-    page.run("localStorage.uploads = JSON.stringify({[me.name + '|gone.bin|5000000|1|']: 'x'.repeat(32)})")
+    page.run("localStorage.uploads = JSON.stringify({[JSON.stringify([me.name, 'gone|.bin', 5000000, 1])]: 'x'.repeat(32)})")
     page.open("/")
     page.wait("return localStorage.uploads === '{}'")      # the server does not know it any more
     assert page.run("return document.querySelector('.queue').hidden")
@@ -13213,7 +13222,7 @@ AUDITED = [                                      # address, how to come to what 
     ("/", "startRename(list.entries[1])", "return document.querySelector('.rename, dialog')"),
     ("/", "startRename(list.entries[1]); const box = document.querySelector('.rename'); if (box) { box.value = '/'; box.blur(); }",
      "return document.querySelector('.renaming .problem:not(:empty), dialog')"),
-    ("/", "find('.queue').hidden = false; find('.queue').replaceChildren(h('ul', {}, brokenRow('ann|a', 'x', 'a/b.txt', .4)))", "return document.querySelector('.queue li')"),
+    ("/", "find('.queue').hidden = false; find('.queue').replaceChildren(h('ul', {}, brokenRow('a', 'x', 'a/b.txt', .4)))", "return document.querySelector('.queue li')"),
     ("/", "moveTo(list.entries.slice(1), 'move')", "return document.querySelector('.walk').children.length"),
     ("/", "askClash('a.txt', 3)", SHEET),
     ("/", "showHelp()", SHEET),
