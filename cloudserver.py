@@ -4896,6 +4896,14 @@ class _Past:
                 self._paths[id] = None if above is None else above + (node.name,)
         return self._paths[walked[0] if walked else id]
 
+    def chain(self, id: int) -> list[int]:
+        """A node that was below the collection, and what held it, up to there."""
+        found: list[int] = []
+        while id != self.top and self.here(id):
+            found.append(id)
+            id = self.node(id).parent
+        return found
+
     def here(self, id: int) -> Node | None:
         """The node if it was somewhere below the collection."""
         return None if self.path(id) is None else self.node(id)
@@ -4968,6 +4976,10 @@ class Reversal:
 
     def lives(self, node: int) -> bool:
         return node == self.root or self.root in self.chain(node)[-1:]
+
+    def would_hold_itself(self, node: int, parent: int) -> bool:
+        """Does a place lie in the very node that would come there?"""
+        return parent == node or node in self.chain(parent)
 
     def statements(self) -> list[Statement]:
         return [
@@ -5408,7 +5420,9 @@ class History(Tree):
         def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
             mine = [id for id in now.touched_since(who.account, seq) if id != now.top and differs(then.here(id), now.here(id))
                     or not then.here(id) and now.would_come_along(then, id)]
-            mine = [id for id in mine if not then.is_lost(id) and self._may_bring_back(who, then, now, id)]
+            holders = {id for id, _ in now.read(UP, (now.top,))}         # what holds the collection by now stays where it is, and all
+            mine = [id for id in mine if not then.is_lost(id) and not holders & set(then.chain(id))      # that it held then
+                    and self._may_bring_back(who, then, now, id)]
             return mine, sum(differs(then.here(id), now.here(id)) for id in mine)
 
         if dry:
@@ -5533,20 +5547,17 @@ class History(Tree):
     def _plan_reversal(self, read: Callable[..., Iterator[tuple[Any, ...]]], root: int, then: _Past, now: _Past,
                        chosen: list[int]) -> Reversal:
         """First what must go, then what comes back or moves, from the top down."""
-        plan, freed, taken = Reversal(read, root), set(), set()
+        plan, taken = Reversal(read, root), set()
         wanted = sorted((id for id in chosen if then.here(id)), key=lambda id: len(then.path(id)))
         unwanted = set(chosen).difference(wanted)
-        for id in chosen:
-            node = now.node(id)
-            if node:
-                freed.add((node.parent, key_of(node.name)))
-        for id in unwanted:
-            node = now.here(id)
-            if node and node.parent not in unwanted:     # else it goes with what holds it
-                self._return_or_remove(plan, then, node)
+        freed = {(node.parent, key_of(node.name)) for node in map(now.node, chosen) if node}
+        freed -= self._return_or_remove(plan, then, taken, [node for node in map(now.here, unwanted)
+                                                            if node and node.parent not in unwanted])    # else it goes with what holds it
         for id in wanted:
             old = then.node(id)
-            parent = old.parent if plan.lives(old.parent) else self._stand_in(plan, then, now, old.parent, chosen)
+            parent = old.parent
+            if not plan.lives(parent) or plan.would_hold_itself(id, parent):
+                parent = self._stand_in(plan, then, now, parent, chosen)
             plan.restore(old, now.node(id), parent, self._name_for(parent, old.name, taken, freed))
         for id in unwanted:
             if not now.here(id) and then.top in plan.chain(id):          # it came along with what is back
@@ -5563,13 +5574,26 @@ class History(Tree):
             found = child.node
         return found if plan.lives(found) else then.top
 
-    def _return_or_remove(self, plan: Reversal, then: _Past, node: Node) -> None:
-        """A node that was not below the collection: back to where it was, if that is still there, else to the trash."""
-        old = then.node(node.node)
-        if old and old.parent is not None and plan.lives(old.parent):
-            plan.restore(old, node, old.parent, self._name_for(old.parent, old.name, set(), ()))
-        else:
-            plan.remove(node)
+    def _return_or_remove(self, plan: Reversal, then: _Past, taken: set[tuple[int, str]], nodes: Iterable[Node]) -> set[tuple[int, str]]:
+        """Nodes that were not below the collection: each back to where it was, if that is still there, else to the trash.
+
+        A place that lies in the node itself comes free when what is between has gone back; if it does not, the node
+        stays.  Returns the places (parent, key) of those that stay.
+        """
+        pending, stuck = deque(nodes), 0
+        while stuck < len(pending):
+            node = pending.popleft()
+            old = then.node(node.node)
+            if not old or old.parent is None or not plan.lives(old.parent):
+                plan.remove(node)
+            elif plan.would_hold_itself(node.node, old.parent):
+                pending.append(node)
+                stuck += 1
+                continue
+            else:
+                plan.restore(old, node, old.parent, self._name_for(old.parent, old.name, taken, ()))
+            stuck = 0
+        return {(node.parent, key_of(node.name)) for node in pending}
 
     def _reversal_batch(self, who: Principal, spot: Spot, head: int, plan: Reversal, action: str,
                         detail: dict[str, Any]) -> Batch:
