@@ -10958,6 +10958,10 @@ class Page:
         self.go(self.home + path)
         self.wait("return document.querySelector('main')")      # from here on it listens
 
+    def walk(self, path):
+        """To another address without loading the page anew; done when it is shown."""
+        self.run_async("go(arguments[0]).then(arguments[1])", path)
+
     def put(self, path, data=b"x", **how):
         return put(self.cloud, self.who, path, data, parents=True, **how)
 
@@ -11771,7 +11775,7 @@ def test_browser_shows_what_it_can_and_says_what_it_cannot(page):
     page.wait("return preview.body.querySelector('.empty')")
     assert page.run("return [...preview.body.querySelectorAll('p, a, button')].map(one => one.textContent)") == ["a report.pdf", "Open in a new tab", "Download"]
     page.size(1280, 800)
-    page.run("go('/files')")
+    page.walk("/files")
     page.click("View")
     page.click("Tiles")
     page.wait("return !document.querySelector('.picture img') && document.querySelectorAll('.picture .icon.image').length === 2")
@@ -12126,7 +12130,7 @@ def test_browser_stars(page):
 
 def begin_editing(page, name):
     """Walk to a file as people do, so that there is a way back, and type into it."""
-    page.run("go('/files')")
+    page.walk("/files")
     page.click(name)
     page.click("Edit")
     page.wait("return document.activeElement.tagName === 'TEXTAREA'")
@@ -13411,7 +13415,7 @@ def test_browser_takes_hostile_names(page, tmp_path):
         page.wait("return location.pathname + location.search === arguments[0] && document.body.innerText.includes('U+202E')", view)
         assert page.run(unseen) == [True, False], view
     page.cloud.delete(page.who, ("a\u202egpj.dir",))
-    page.run("go('/files')")
+    page.open("/")
     page.wait("return list.entries.length === arguments[0]", len(HOSTILE))
     page.press("Control", "a")
     page.press("Delete")
