@@ -13197,8 +13197,12 @@ def test_browser_keeps_the_new_page_instead_of_the_old(page, keepers, monkeypatc
     (old,), kept = page.run_async(KEPT)
     text = cs.worker_as_sent()
     monkeypatch.setattr(cs, "worker_as_sent", lambda: text.replace(old.split()[-1].encode(), b"another"))
-    page.open("/")
-    eventually(lambda: page.run_async(KEPT) == [["shell / another"], kept])
+    for last in (False, True):                   # once in a while the new one waits until the page is left
+        page.open("/")
+        try:
+            return eventually(lambda: page.run_async(KEPT) == [["shell / another"], kept], seconds=5)
+        except AssertionError:
+            assert not last
 
 
 @pytest.fixture(scope="module")
