@@ -17959,7 +17959,7 @@ class Folder:
             return None
         made = here_of(path, os.lstat(file.name))
         self._patiently(lambda: os.replace(file.name, self.place(path)), self.place(path))
-        self._touched.update((path, parent_of(path)))
+        self.touch(path)
         here = self.look(path)
         same = here and here._replace(ctime_ns=0) == made._replace(ctime_ns=0)
         return here if same else made._replace(ctime_ns=-1)      # somebody wrote to it since: its bytes will be looked at
@@ -18020,8 +18020,8 @@ class Folder:
     # ---- the medium
 
     def touch(self, path: str) -> None:
-        """A file is about to be noted as it is here."""
-        self._touched.add(path)
+        """A file or directory is about to be noted as it is here."""
+        self._touched.update((path, parent_of(path)))
 
     def secure(self) -> None:
         """Bring to the medium what was written or read since, and the names of it (invariants 3 and 4).  raises OSError"""
@@ -18984,7 +18984,8 @@ class Mover:
             new = by_node.get(base.node) if base else None
             there = memory.there.get(new)
             if there is None or base.path == there.path or not self.planner.is_wanted(new) or (
-                    self.planner.state_here(key) != "same" or new != key and (new in here or new in memory.base)):
+                    self.planner.state_here(key) != "same" or new != key and (new in here or new in memory.base)
+                    or any(above in here and not here[above].kind for above in lineage(parent_of(new)))):
                 continue                         # a parent took it along, or something is in the way
             if self._is_stuck(new):
                 self.planner.stuck.add(key)
@@ -19114,6 +19115,7 @@ class Uploader:
             nodes = [self.session.scan.here[key] for key in some]
             for key, here, outcome in zip(some, nodes, self.session.commit([{"mkdir": here.path} for here in nodes])):
                 if self.session.went_well(here.path, outcome):
+                    self.folder.touch(here.path)
                     self.memory.agree(key, There(here.path, outcome["node"], COLLECTION, "", 0, 0, "", ""), here)
 
     def upload(self, keys: list[str]) -> None:

@@ -9384,6 +9384,138 @@ def test_a_laptop_that_folds_names_among_others(laptop, cloud, ann, rng):
     random_rounds(60, rng, laptop, cloud, ann, FoldingFolder)
 
 
+# ---- loss of power at a laptop
+
+class Medium:
+    """What of a laptop's folder would survive a loss of power: all that was there when its disk was last told to keep it.
+
+    A model: a Folder whose secure() takes a copy.  After cut() each path is, by chance, as it is, as it was, empty, or not there;
+    and so is what the folder remembers, as a whole.
+    """
+
+    def __init__(self, machine, patch):
+        self.machine, self.kept, self.inodes, self.notes = machine, {}, {}, ""
+        patch.setattr(cs.Folder, "secure", lambda folder: self.keep() if folder.root == machine.path else None)
+
+    def look(self):
+        return {place.relative_to(self.machine.path).as_posix(): None if place.is_dir() else (place.read_bytes(), os.stat(place).st_mtime_ns)
+                for place in self.machine.path.rglob("*") if cs.SYNC_HOME not in place.parts}
+
+    def keep(self):
+        self.kept = self.look()
+        self.inodes = {os.stat(place).st_ino: place.read_bytes() for place in self.machine.path.rglob("*") if place.is_file()}      # under any name
+        state = self.machine.path / cs.SYNC_HOME / "state.db"
+        if state.exists():
+            with sqlite3.connect(":memory:") as copy, sqlite3.connect(state) as live:
+                live.backup(copy)
+                self.notes = "\n".join(copy.iterdump())
+
+    def cut(self, rng):
+        now = self.look()
+        for path in sorted({*now, *self.kept}, reverse=True):        # what holds something comes after it
+            place, states = self.machine.path / path, [now.get(path, ...), self.kept.get(path, ...)]
+            if states[0] == states[1]:
+                continue
+            if states[0] not in (None, ...) and states[0][0] != self.inodes.get(os.stat(place).st_ino):
+                states.append((b"", 10 ** 18))
+            become = rng.choice(states)
+            self._remove(place)
+            if become is not ...:
+                self._make(place, become)
+        state = self.machine.path / cs.SYNC_HOME / "state.db"
+        if state.exists() and rng.random() < 0.5:                    # its last writes may be lost, but not what they were before
+            for left in self.machine.path.glob(cs.SYNC_HOME + "/state.db*"):
+                left.unlink()
+            with sqlite3.connect(state) as db:
+                db.executescript(self.notes)
+
+    def _remove(self, place):
+        if place.is_dir() and not os.listdir(place):
+            place.rmdir()
+        elif place.is_file():
+            place.unlink()
+
+    def _make(self, place, become):
+        for above in reversed([above for above in place.parents if self.machine.path in above.parents]):
+            self._remove(above) if above.is_file() else None
+            above.mkdir(exist_ok=True)
+        if become is None:
+            place.mkdir(exist_ok=True)
+        elif not place.is_dir():
+            place.write_bytes(become[0]), os.utime(place, ns=(become[1],) * 2)
+
+
+@pytest.mark.parametrize("moment", ["after the run", "killed in it"])
+def test_what_a_loss_of_power_takes_from_a_laptop_is_not_taken_from_the_server(laptop, cloud, ann, rng, monkeypatch, moment):
+    """Y20, Y21, Y22, R6: saved without fsync and uploaded, downloaded, moved, deleted or adopted; then the power goes."""
+    one, two = laptop("one"), laptop("two")
+    medium, written = Medium(one, monkeypatch), []
+    put(cloud, ann, "adopted", "the same"), one.write("adopted", "the same")
+    for count in range(int(os.environ.get("ROUNDS") or 25)):
+        disturb(rng, two, written), two.run(yes=True)
+        disturb_server(rng, cloud, ann)
+        one.path.mkdir(exist_ok=True)
+        before = set(one.tree().values())
+        disturb(rng, one, written)
+        given_up = before - set(one.tree().values()) | {None, b""}
+        if moment == "killed in it":
+            medium.keep()
+            client = one.start(yes=True)
+            with pytest.MonkeyPatch.context() as patch:
+                crash_somewhere(patch, rng, client)
+                try:
+                    client.run()
+                except Crash:
+                    pass
+                finally:
+                    one.stop()
+            there = tree(cloud, ann)
+            medium.cut(rng)
+            one.run(yes=True), one.run(yes=True)
+            assert set(one.tree().values()) >= set(there.values()) - given_up
+        else:
+            one.run(yes=True)
+            there = tree(cloud, ann)
+            assert one.tree() == there, (count, one.problems)
+            medium.cut(rng)
+            one.run(yes=True)
+            assert tree(cloud, ann) == there, count
+        assert one.tree() == tree(cloud, ann) and one.run().work() == 0
+        assert b"" not in tree(cloud, ann).values()
+    audit(cloud)
+
+
+def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeypatch):
+    """Y20 to Y23: with one call for a file system, and where each file has to be told; a file is put in place after its bytes are kept."""
+    for one_call in (True, False):
+        monkeypatch.undo()
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(cloud.config.data.parent / "config"))
+        one, told = laptop("one%d" % one_call), []
+        fsync, replace, flush = os.fsync, os.replace, cs.Memory.flush
+        if not one_call:
+            monkeypatch.setattr(cs, "syncfs", lambda: None)
+        name = lambda fd: os.path.realpath("/proc/self/fd/%d" % fd) if os.path.exists("/proc/self/fd") else str(fd)
+        monkeypatch.setattr(cs.os, "fsync", lambda fd: told.append(("fsync", name(fd))) or fsync(fd))
+        monkeypatch.setattr(cs, "sync_file_system", lambda place, **how: told.append(("all", place)) or one_call)
+        monkeypatch.setattr(cs.os, "replace", lambda source, target: told.append(("replace", str(source), str(target))) or replace(source, target))
+        monkeypatch.setattr(cs.Memory, "flush", lambda memory: told.append(("flush", memory.is_changed)) or flush(memory))
+        one.write("mine", "mine"), one.write("d/mine", "mine")
+        put(cloud, ann, "theirs", "theirs"), put(cloud, ann, "large", os.urandom(5 * MiB)), put(cloud, ann, "moves", "m")
+        one.run()
+        move(cloud, ann, "moves", "moved"), cloud.delete(ann, ("theirs",)), put(cloud, ann, "large", os.urandom(5 * MiB))
+        one.run()
+        for number, (what, *about) in enumerate(told):
+            before = told[:number]
+            if what == "flush" and about == [True]:
+                assert before[-1][0] in ("all", "fsync") or not one_call and ("all", str(one.path)) in before
+            if what == "replace":
+                assert one_call and ("all", str(one.path)) in before or ("fsync", about[0]) in before, about
+        if not one_call and os.path.exists("/proc/self/fd"):
+            kept = {about[0] for what, *about in told if what == "fsync"}
+            assert {str(one.path / "mine"), str(one.path / "d/mine"), str(one.path), str(one.path / "d")} <= kept
+        [cloud.delete(ann, (path,)) for path in list(tree(cloud, ann)) if "/" not in path]
+
+
 # ==== 16. Command line ===================================================================
 
 def run(*words, input=None, timeout=60, **how):
@@ -10702,6 +10834,120 @@ def test_one_process_syncs_a_folder_at_a_time(household, tmp_path):
         stop(watching)
         said = watching.communicate(timeout=20)[0]
     assert watching.returncode == 0 and "1 up" in said and "Traceback" not in said
+
+
+class Disk:
+    """A file system of its own, whose power can be cut: what it was not told to keep is gone.
+
+    Its image lies on another file system that can copy a file at once (reflinks), and is copied as it stands.
+    """
+
+    def __init__(self, home, kind):
+        self.home, self.kind, self.place = home, kind, home / "mounted"
+        self.place.mkdir(parents=True)
+        self._image("under.img", "3G", "xfs", "-m", "reflink=1")
+        self.under = home / "under"
+        self.under.mkdir()
+        self._run("mount", "-o", "loop", home / "under.img", self.under)
+        self.image = self.under / "now.img"
+        self._image(self.image, "500M", kind)
+        self.mount()
+
+    def _image(self, name, size, kind, *words):
+        with open(self.home / name, "wb") as file:
+            file.truncate(cs.parse_size(size))
+        self._run("mkfs." + kind, "-q", *words, self.home / name)
+
+    def _run(self, *words):
+        done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            pytest.skip("%s: %s" % (" ".join(map(str, words)), done.stdout.strip()[-200:]))
+
+    def mount(self):
+        self._run("mount", "-o", "loop", self.image, self.place)
+
+    def cut(self):
+        """The power goes now, and comes back.  Nobody may hold anything on it open any more."""
+        after = self.under / "after.img"
+        subprocess.run(["cp", "--reflink=always", str(self.image), str(after)], check=True)
+        subprocess.run(["umount", str(self.place)], check=True)
+        os.replace(after, self.image)
+        self.mount()
+
+    def close(self):
+        for place in (self.place, self.under):
+            subprocess.run(["umount", str(place)], stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture(params=["ext4", "xfs", "btrfs"])
+def disk(request, tmp_path):
+    """A file system whose power can be cut: disk.place, disk.cut()."""
+    missing = [name for name in ("mount", "mkfs.xfs", "mkfs." + request.param) if not shutil.which(name)]
+    if missing or os.name == "nt" or os.geteuid() != 0:
+        pytest.skip("only root can mount; missing: %s" % ", ".join(missing))
+    made = object.__new__(Disk)
+    try:
+        made.__init__(tmp_path / "disk", request.param)
+        yield made
+    finally:
+        made.close()
+
+
+def manifest_of(household):
+    """{path: SHA-256, None of a collection} of all that the server has."""
+    lines = exchange(("127.0.0.1", household.port), "GET", "/api/v1/manifest?chunks=1").body.splitlines()[1:-1]
+    return {about["path"]: about.get("sha256") or str(about.get("chunks")) if about["kind"] == "file" else None for about in map(json.loads, lines)}
+
+
+def work_without_fsync(rng, place, names):
+    """As programs do that trust the system: new files, overwritten, moved and deleted ones."""
+    for _ in range(rng.randrange(3, 25)):
+        path, verb = place / rng.choice(names), rng.choice(["write"] * 4 + ["replace", "move", "delete"])
+        path.parent.mkdir(exist_ok=True)
+        data = os.urandom(rng.choice([10, 3000, 3000, 200_000, 5_000_000 if rng.random() < 0.1 else 100]))
+        if verb == "write":
+            path.write_bytes(data)
+        elif verb == "replace":
+            path.with_name("new").write_bytes(data), path.with_name("new").replace(path)
+        elif path.exists():
+            path.unlink() if verb == "delete" else path.replace(place / rng.choice(names[:20]))
+
+
+@slow
+@needs_fork
+def test_power_is_cut_at_a_laptop(household, disk, rng):
+    """Y20, Y21, Y22, R6, R8: for real, on file systems that forget; POWER_CUTS=1000 for longer."""
+    home, names = "disk/mounted/one", ["f%d" % n for n in range(20)] + ["d%d/f%d" % (n % 3, n) for n in range(40)]
+    place, other = disk.place / "one", household.tmp_path / "two"
+    (place / "adopted").mkdir(parents=True), (other / "adopted").mkdir(parents=True)
+    for n in range(50):
+        for folder in (place, other):
+            (folder / ("adopted/%d" % n)).write_bytes(b"%d" % n * 1000)
+    household.sync("two")
+    for count in range(int(os.environ.get("POWER_CUTS") or 12)):
+        work_without_fsync(rng, other, names)
+        assert household.sync("two", "--yes")[0] == 0
+        if rng.random() < 0.7:
+            work_without_fsync(rng, place, names)
+            code, told, said = household.sync(home, "--yes")
+            assert code == 0, said
+            there = manifest_of(household)
+            time.sleep(rng.choice([0, 0, 0.3, rng.random() * 6]))
+        else:                                    # killed while it downloads
+            there = manifest_of(household)
+            client = subprocess.Popen([*PROGRAM, "sync", str(place), "--once", "--yes"], env=household.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(0.2 + rng.random() * 0.5)
+            client.kill(), client.wait()
+        disk.cut()
+        code, told, said = household.sync(home, "--yes")
+        assert code == 0 and told["conflicts"] == told["uploaded"] == told["deleted_there"] == 0, (count, told, said)
+        assert manifest_of(household) == there, count
+        household.sync("two", "--yes")
+        assert files_in(place) == files_in(other), count
+
+
+def files_in(folder):
+    return {place.relative_to(folder).as_posix(): place.read_bytes() for place in folder.rglob("*") if place.is_file() and cs.SYNC_HOME not in place.parts}
 
 
 def kill_rounds(household, rng, rounds):
