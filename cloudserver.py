@@ -17734,7 +17734,7 @@ class Scan(NamedTuple):
     here: dict[str, Here]
     blocked: dict[str, Block]    # by key
     junk: list[str]              # paths left out because everybody's rules say so
-    mounts: dict[str, int]       # keys of directories that lie on another file system: its device
+    mounts: dict[str, tuple[str, int]]   # directories that lie on another file system, by key: (path, device)
     seconds: float
 
 
@@ -17750,7 +17750,7 @@ class Folder:
         self.root, self.top = root, long_name(root)
         self.home = root / SYNC_HOME
         self.folds = (self.home / "pROBE").exists()
-        self.mounts: dict[str, int] = {}             # of the last scan
+        self.mounts: dict[str, tuple[str, int]] = {}         # of the last scan
         self._opened: list[tuple[int, int]] = []     # by what the place is known since it was opened
         self._touched: set[str] = set()              # what may not be on the medium yet
 
@@ -17769,9 +17769,13 @@ class Folder:
         return [(about.st_dev, about.st_ino) for about in (os.lstat(self.top), os.lstat(self.home))]
 
     def check_place(self) -> None:
-        """raises Stopped when this is not the directory that was opened: nothing that is missing in it is gone"""
+        """raises Stopped when this is not the directory that was opened, or what was mounted in it is not
+
+        Nothing that is missing in it is gone then, and nothing that was put there is where it seems to be.
+        """
         try:
-            is_here = self._opened in ([], self._identity())
+            is_here = self._opened in ([], self._identity()) and all(
+                os.lstat(self.place(path)).st_dev == device for path, device in self.mounts.values())
         except OSError:
             is_here = False
         if not is_here:
@@ -17805,6 +17809,7 @@ class Folder:
     def scan(self, rules: Rules) -> Scan:
         """Everything that is here and not left out."""
         began = time.monotonic()
+        self.mounts = {}
         self.check_place()
         top = os.lstat(self.top)
         scan, pending = Scan({}, {}, [], {}, 0.0), [(here_of("", top), top.st_dev)]
@@ -17824,7 +17829,7 @@ class Folder:
                     if here.kind:
                         pending.append((here, about.st_dev))
                         if about.st_dev != device:
-                            scan.mounts[key] = about.st_dev
+                            scan.mounts[key] = path, about.st_dev
             except OSError as error:
                 if not above.path:
                     self.check_place()
@@ -18657,6 +18662,7 @@ class Session:
         began = time.monotonic()
         try:
             if built or self.memory.is_changed:
+                self.folder.check_place()        # else what was put there is not where it will be looked for
                 self.folder.secure()
         except OSError as error:
             raise Stopped("the disk of %s fails: %s" % (self.folder.root, error.strerror)) from error
@@ -19236,7 +19242,7 @@ class Uploader:
         """Is it not here, still (invariant 2)?  A directory that has taken its place counts."""
         scan = self.session.scan
         above = next((scan.here[above] for above in lineage(parent_of(key)) if above in scan.here), None)
-        device = next((scan.mounts[above] for above in lineage(parent_of(key)) if above in scan.mounts), None)
+        device = next((scan.mounts[above][1] for above in lineage(parent_of(key)) if above in scan.mounts), None)
         path = self.planner.path_here(key, base.path)
         if key in scan.here:
             self.folder.check_place()
