@@ -2982,7 +2982,7 @@ class Accounts:
             if self._refused.get(digest) == generation:
                 raise CloudError("unauthenticated", "wrong name or password")
             remembered = self._remembered.get(key)           # a request beside this one may have been first
-            if remembered and remembered[1] == self._generation():
+            if remembered and remembered[1] == self._generation() and remembered[2] > now:
                 return remembered[0]
             self._check_throttle(guess.pair)
             if not check_password(password, rows[0][4] if rows else ""):
@@ -16648,7 +16648,8 @@ def name_damage(cloud: Cloud, bad: dict[str, str]) -> list[str]:
 
 WRONG_SUMS = """SELECT c.node FROM collection c WHERE (c.size, c.files) <> (
     SELECT coalesce(sum(CASE WHEN e.kind THEN k.size ELSE e.size END), 0), coalesce(sum(CASE WHEN e.kind THEN k.files ELSE 1 END), 0)
-    FROM entry e LEFT JOIN collection k ON k.node = e.node WHERE e.parent = c.node AND e.until IS NULL)"""
+    FROM entry e LEFT JOIN collection k ON k.node = e.node WHERE e.parent = c.node AND e.until IS NULL)
+    AND NOT EXISTS (SELECT 1 FROM entry WHERE node = c.node AND fate = 'purged')"""      # what was given up waits for the sweep
 WRONG_MANIFESTS = """SELECT m.id FROM manifest m WHERE m.size <> (SELECT coalesce(sum(h.size), -1) FROM manifest_chunk c
     JOIN chunk h ON h.hash = c.chunk WHERE c.manifest = m.id)"""
 

@@ -4385,6 +4385,17 @@ def test_a_browser_lets_a_device_in(call, cloud, ann, address):
     assert cloud.accounts.collect(poll)[0] == "ann"
 
 
+def test_a_password_that_comes_with_each_request_is_always_fresh(make_cloud, serve_cloud, fake):
+    """A11, A16: that it was checked before, and long ago, does not make it stale."""
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    call = partial(exchange, serve_cloud(cloud))
+    for _ in range(6):
+        assert call("POST", "/api/v1/devices", {"name": "x"}).status == 201
+        assert call("GET", "/api/v1/files/").status == 200
+        fake.pass_(cs.REMEMBER + 1)
+
+
 def test_what_needs_a_fresh_password_asks_for_it(make_cloud, serve_cloud, fake):
     """A16"""
     cloud = make_cloud(clock=fake.clock())
@@ -9405,7 +9416,7 @@ class World:
         account(self.cloud)
         self.laptops = [Laptop(tmp_path / name, "http://ann@127.0.0.1:%d" % self.port, kind) for name, kind in (("one", None), ("two", folder))]
         self.folds, self.medium = folder is not None, Medium(self.laptops[0], patch)
-        self.promised = set()                    # hashes of contents that somebody may rely on
+        self.promised, self.given_up = set(), set()      # hashes of contents that somebody may rely on; and of those nobody may
         self.done = []                           # names of steps, to be shown when something goes wrong
 
     # ---- the server
@@ -9452,7 +9463,10 @@ class World:
         finally:
             self.check()
         if not machine.problems:
-            self.promised |= before
+            self.promise(before)
+
+    def promise(self, contents):
+        self.promised |= contents - self.given_up
 
     # ---- steps
 
@@ -9471,7 +9485,7 @@ class World:
             try:
                 client.run()
                 if not client.session.problems:
-                    self.promised |= before
+                    self.promise(before)
             except Crash:
                 pass
             finally:
@@ -9480,7 +9494,7 @@ class World:
 
     def use_page(self):
         disturb_server(self.rng, self.cloud, self.ann)
-        self.promised |= {chunk(data)[0] for data in self.tree().values() if data is not None and len(data) < 4 * MiB}
+        self.promise({chunk(data)[0] for data in self.tree().values() if data is not None and len(data) < 4 * MiB})
 
     def rewind(self):
         seq = self.rng.randrange(max(1, self.cloud.head() - 30), self.cloud.head() + 1)
@@ -9500,10 +9514,11 @@ class World:
 
     def give_up(self, act):
         """Do what destroys contents on purpose: nothing that is alive."""
-        alive = self.tree()
+        alive, before = self.tree(), self.known()
         act()
         assert self.tree() == alive
-        self.promised &= self.known() | self.here()
+        self.given_up |= before - self.known()
+        self.promised -= self.given_up
 
     def save(self):
         """Copy the server's directory, stopped."""
@@ -9523,6 +9538,7 @@ class World:
         if self.rng.random() < 0.3:
             cs.begin_anew(self.cloud)
         self.promised &= self.known() | self.here()
+        self.given_up -= self.known()
         for machine in self.rng.sample(self.laptops, 2):
             if self.rng.random() < 0.5:
                 self.use_page()
