@@ -11054,7 +11054,7 @@ def test_one_process_syncs_a_folder_at_a_time(household, tmp_path):
     assert watching.returncode == 0 and "1 up" in said and "Traceback" not in said
 
 
-class Disk:
+class Drive:
     """A file system of its own, whose power can be cut: what it was not told to keep is gone.
 
     Its image lies on another file system that can copy a file at once (reflinks), and is copied as it stands.
@@ -11103,7 +11103,7 @@ def disk(request, tmp_path):
     missing = [name for name in ("mount", "mkfs.xfs", "mkfs." + request.param) if not shutil.which(name)]
     if missing or os.name == "nt" or os.geteuid() != 0:
         pytest.skip("only root can mount; missing: %s" % ", ".join(missing))
-    made = object.__new__(Disk)
+    made = object.__new__(Drive)
     try:
         made.__init__(tmp_path / "disk", request.param)
         yield made
