@@ -2214,6 +2214,38 @@ SETTINGS = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA fu
             "PRAGMA journal_size_limit = %d" % (64 * MiB))
 
 
+def address_to_read(path: Path) -> tuple[str, tempfile.TemporaryDirectory[str] | None]:
+    """Where a database that must not be changed is read: in place, or where that cannot be done, a copy.
+
+    With it belongs what its log or journal holds: a journal undoes what a process that was killed left half written.
+    raises  sqlite3.OperationalError while it is written; OSError
+    """
+    here = path.resolve().as_uri()
+    try:
+        with closing(sqlite3.connect(here + "?mode=ro", timeout=30, uri=True)) as db:
+            db.execute("SELECT 1 FROM sqlite_master").fetchone()
+        return here + "?mode=ro", None
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise
+    logs = [file for file in (path.with_name(path.name + "-wal"), path.with_name(path.name + "-journal"))
+            if file.exists() and file.stat().st_size]
+    if not logs:
+        return here + "?immutable=1", None
+    copy = tempfile.TemporaryDirectory()
+    for file in (path, *logs):
+        shutil.copyfile(file, Path(copy.name) / file.name)
+    return (Path(copy.name) / path.name).as_uri(), copy
+
+
+@contextmanager
+def opened_to_read(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection to it.  raises sqlite3.Error, OSError"""
+    address, copy = address_to_read(path)
+    with copy or nullcontext(), closing(sqlite3.connect(address, uri=True, check_same_thread=False)) as db:
+        yield db
+
+
 class Database:
     """SQLite with write-ahead log.  `read` and `write` may be called from any thread."""
 
@@ -2251,21 +2283,8 @@ class Database:
             self._migrate(self._writer)
 
     def _open_to_read(self) -> None:
-        """As the file stands, with what its log holds; where that cannot be read in place, by a copy of both."""
-        log_file = self.path.with_name(self.path.name + "-wal")
-        here = self.path.resolve().as_uri()
-        self._address = here + "?mode=ro"
-        try:
-            self._idle.append(self._connect())
-        except sqlite3.OperationalError:
-            if log_file.exists() and log_file.stat().st_size:
-                self._copy = tempfile.TemporaryDirectory()
-                for file in (self.path, log_file):
-                    shutil.copyfile(file, Path(self._copy.name) / file.name)
-                self._address = (Path(self._copy.name) / self.path.name).as_uri()
-            else:
-                self._address = here + "?immutable=1"
-            self._idle.append(self._connect())
+        self._address, self._copy = address_to_read(self.path)
+        self._idle.append(self._connect())
         (version,), = self.read("PRAGMA user_version")
         if version != 1 + len(MIGRATIONS):
             raise CloudError("conflict", "the data was written by another version of this program; start the server on it once, or use that one")
@@ -2545,8 +2564,6 @@ class Database:
         db = sqlite3.connect(self._address, timeout=30, isolation_level=None, check_same_thread=False,
                              cached_statements=256, uri=self.readonly)
         try:
-            if self.readonly:
-                db.execute("SELECT 1 FROM sqlite_master")            # can it be read at all?
             for setting in () if self.readonly else SETTINGS:
                 db.execute(setting)
             db.execute("PRAGMA mmap_size = 0")
@@ -16850,16 +16867,15 @@ def restore_backup(source: Path, config: Config) -> list[str]:
     copying.target.create()
     partial = config.data / "cloud.db.partial"
     partial.unlink(missing_ok=True)
-    backup = sqlite3.connect((source / "cloud.db").resolve().as_uri() + "?mode=ro", uri=True)
     db = sqlite3.connect(partial, isolation_level=None)
     try:
-        backup.backup(db)
+        with opened_to_read(source / "cloud.db") as backup:
+            backup.backup(db)
         check_version(db.execute("PRAGMA user_version").fetchone()[0])
         copying.run(ObjectDirectory(source / "objects"), db.execute(OBJECTS))
     except sqlite3.Error as error:
         raise CloudError("storage-failed", "%s is no whole backup (%s)" % (source, error)) from error
     finally:
-        backup.close()
         db.close()
     os.replace(partial, config.data / "cloud.db")
     sync_directory(config.data)
@@ -16897,8 +16913,7 @@ UNKNOWN_CHUNKS = (  # chunks that files name and no row knows, with their sizes
 def look_in_backup(cloud: Cloud, source: Path, wanted: dict[str, int]) -> dict[str, Callable[[], bytes]]:
     """Which of some chunks {hash: bytes} a backup or data directory has whole."""
     store, found = ObjectDirectory(source / "objects"), {}
-    db = sqlite3.connect((source / "cloud.db").resolve().as_uri() + "?mode=ro", uri=True, check_same_thread=False)
-    with closing(db):
+    with opened_to_read(source / "cloud.db") as db:
         for hash in wanted:
             for name, data in db.execute("SELECT object, data FROM chunk WHERE hash = ?", (hash,)):
                 if name and read_object(store, name, hash)[1] is None:

@@ -78,7 +78,7 @@ import threading
 import time
 import unicodedata
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from unittest.mock import Mock
@@ -6849,6 +6849,39 @@ def test_a_killed_backup_or_restore_goes_on(make_cloud, tmp_path, rng):
     assert tree(second, second.accounts.principal("ann")) == contents
 
 
+def test_a_backup_that_was_killed_as_it_commits_is_the_one_before(make_cloud, tmp_path, monkeypatch):
+    """S5, S20: its tables are half written, and only its journal knows what they were; who reads it sees that, and leaves it as it is."""
+    cloud, killed = make_cloud(), tmp_path / "killed"
+    ann = account(cloud)
+    put(cloud, ann, "f", "before"), put(cloud, ann, "large", os.urandom(100_000))
+    cs.back_up(cloud, tmp_path / "backup")
+    before, copy_tables = tree(cloud, ann), cs.copy_tables
+    for n in range(300):
+        put(cloud, ann, "n%d" % n, "%d" % n)
+
+    def copying(db):
+        db.execute("PRAGMA main.cache_size = 1")         # as a large cloud does: it does not fit into memory
+        bad = copy_tables(db)
+        shutil.copytree(tmp_path / "backup", killed)
+        return bad
+    monkeypatch.setattr(cs, "copy_tables", copying)
+    cs.back_up(cloud, tmp_path / "backup")
+    monkeypatch.undo()
+    files = {place: place.read_bytes() for place in killed.rglob("*") if place.is_file()}
+    assert files[killed / "cloud.db-journal"] and files[killed / "cloud.db"] != (tmp_path / "backup/cloud.db").read_bytes()
+    assert cs.restore_backup(killed, Config(data=tmp_path / "restored")) == []
+    restored, looked_at = make_cloud(name="restored"), Cloud(Config(data=killed), how="read")
+    with contextlib.closing(looked_at):
+        for one in (restored, looked_at):
+            assert tree(one, one.accounts.principal("ann")) == before
+    hash, size = chunk(b"before")
+    assert cs.look_in_backup(cloud, killed, {hash: size})[hash]() == b"before"
+    assert files == {place: place.read_bytes() for place in killed.rglob("*") if place.is_file()}
+    assert cs.back_up(cloud, killed)[2] == [] and cs.restore_backup(killed, Config(data=tmp_path / "after")) == []
+    after = make_cloud(name="after")
+    assert tree(after, after.accounts.principal("ann")) == tree(cloud, ann)
+
+
 def test_a_backup_of_an_older_version_goes_on(make_cloud, tmp_path, monkeypatch):
     """S11: its tables are brought to those of today; and what did not change is not written again."""
     migrations = cs.MIGRATIONS
@@ -9404,9 +9437,19 @@ class Medium:
             place.write_bytes(become[0]), os.utime(place, ns=(become[1],) * 2)
 
 
+def contents(files):
+    """How many files have which content, by its hash; but for large ones, which have several."""
+    return Counter(chunk(data)[0] for data in files.values() if data is not None and len(data) < 4 * MiB)
+
+
 class World:
     """An account, two laptops, a page, and a server whose directory can be put back; steps that try to lose something, and a
-    model that knows what may be lost: what the user gave up, what only a state had that was put back, and nothing else."""
+    model that knows what may be lost: what the user gave up, what only a state had that was put back, and nothing else.
+
+    promised    contents that somebody may rely on: in a folder, alive, in the trash or as a version
+    wanted      contents that nobody removed by hand: each is alive whenever all are alike
+    dead        contents that were nowhere alive when all were alike: only the page brings one back
+    """
 
     def __init__(self, tmp_path, rng, patch, folder=None):
         self.rng, self.data, self.saved, self.fake, self.port = rng, tmp_path / "data", tmp_path / "saved", FakeTime(), 0
@@ -9416,8 +9459,10 @@ class World:
         account(self.cloud)
         self.laptops = [Laptop(tmp_path / name, "http://ann@127.0.0.1:%d" % self.port, kind) for name, kind in (("one", None), ("two", folder))]
         self.folds, self.medium = folder is not None, Medium(self.laptops[0], patch)
-        self.promised, self.given_up = set(), set()      # hashes of contents that somebody may rely on; and of those nobody may
+        self.promised, self.given_up = set(), set()      # hashes; given up is what nobody may rely on any more
+        self.wanted, self.dead, self.seen = set(), set(), set()
         self.done = []                           # names of steps, to be shown when something goes wrong
+        patch.setattr(cs, "YOUNG", -1), patch.setattr(cs, "LATE_LOOK", 10)     # two writes in a tick of the clock are told apart by the next run
 
     # ---- the server
 
@@ -9448,16 +9493,32 @@ class World:
     # ---- what must not be lost
 
     def here(self, *machines):
-        """Hashes of the contents in folders."""
-        return {chunk(data)[0] for machine in machines or self.laptops for data in machine.tree().values() if data is not None and len(data) < 4 * MiB}
+        """Hashes of the contents in folders, and in how many files each is."""
+        return sum((contents(machine.tree()) for machine in machines or self.laptops), Counter())
+
+    def there(self):
+        """The same of what is alive on the server."""
+        return contents(self.tree())
 
     def check(self):
-        lost = self.promised - self.known() - self.here()
+        lost = self.promised - self.known() - self.here().keys()
         assert not lost, (len(lost), self.done[-30:])
+
+    @contextlib.contextmanager
+    def by_hand(self, look):
+        """What somebody does who sees look(): new contents are wanted, and none of which there are fewer files then."""
+        before = look()
+        yield
+        after = look()
+        self.wanted -= (before - after).keys()
+        self.wanted |= after.keys() - before.keys() - self.seen
+        self.seen |= after.keys()
+        if look == self.there:
+            self.dead -= after.keys()
 
     def run(self, machine, **how):
         """One run that nothing disturbs; what was there when it began is on the server then."""
-        before = self.here(machine)
+        before = self.here(machine).keys()
         try:
             machine.run(yes=True, **how)
         finally:
@@ -9470,16 +9531,42 @@ class World:
 
     # ---- steps
 
+    def work(self, machine, rng=None):
+        with self.by_hand(partial(self.here, machine)):
+            disturb(rng or self.rng, machine, [])
+
     def edit(self):
         machine = self.rng.choice(self.laptops)
-        disturb(self.rng, machine, [])
+        self.work(machine)
         if self.rng.random() < 0.4:
             self.crash(machine)
         else:
             self.run(machine)
 
+    def interfere(self):
+        """The page, and the person at a laptop, do something while it syncs."""
+        machine, moments = self.rng.choice(self.laptops), self.rng.sample(range(10), 3)
+        self.work(machine), self.use_page()
+        client = machine.start(yes=True)
+        count, lock = itertools.count(), threading.Lock()
+
+        def meanwhile(act, *rest):
+            with lock:
+                if next(count) in moments:
+                    self.rng.choice([self.use_page, partial(self.work, machine)])()
+            return act(*rest)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(client.session.link, "_ask", partial(meanwhile, client.session.link._ask))
+            for name in ("scan", "settle", "rename", "remove", "read", "secure"):
+                patch.setattr(client.folder, name, partial(meanwhile, getattr(client.folder, name)))
+            try:
+                client.run()
+            finally:
+                machine.stop()
+        self.check()
+
     def crash(self, machine):
-        before, client = self.here(machine), machine.start(yes=True)
+        before, client = self.here(machine).keys(), machine.start(yes=True)
         with pytest.MonkeyPatch.context() as patch:
             crash_somewhere(patch, self.rng, client)
             try:
@@ -9493,13 +9580,15 @@ class World:
         self.check()
 
     def use_page(self):
-        disturb_server(self.rng, self.cloud, self.ann)
-        self.promise({chunk(data)[0] for data in self.tree().values() if data is not None and len(data) < 4 * MiB})
+        with self.by_hand(self.there):
+            disturb_server(self.rng, self.cloud, self.ann)
+        self.promise(self.there().keys())
 
     def rewind(self):
         seq = self.rng.randrange(max(1, self.cloud.head() - 30), self.cloud.head() + 1)
         if self.cloud.db.read("SELECT 1 FROM journal WHERE seq = ?", (seq,)):
-            outcome(self.cloud.rewind, self.ann, (), seq)
+            with self.by_hand(self.there):
+                outcome(self.cloud.rewind, self.ann, (), seq)
 
     def empty_trash(self):
         self.give_up(lambda: outcome(self.cloud.empty_trash, self.ann))
@@ -9537,7 +9626,9 @@ class World:
         self.start()
         if self.rng.random() < 0.3:
             cs.begin_anew(self.cloud)
-        self.promised &= self.known() | self.here()
+        self.promised &= self.known() | self.here().keys()
+        self.wanted &= self.there().keys() | self.here().keys()
+        self.dead -= self.there().keys()
         self.given_up -= self.known()
         for machine in self.rng.sample(self.laptops, 2):
             if self.rng.random() < 0.5:
@@ -9606,14 +9697,14 @@ class World:
 
     def lose_power(self):
         machine = self.laptops[0]
-        disturb(self.rng, machine, [])
+        self.work(machine)
         self.run(machine)
         if not machine.problems:
             self.medium.cut(self.rng)
             self.check()
             self.run(machine)
 
-    STEPS = [(40, edit), (20, use_page), (4, rewind), (3, empty_trash), (3, collect), (3, save), (3, put_back), (4, vanish), (2, revoke), (4, lose_power)]
+    STEPS = [(40, edit), (10, interfere), (20, use_page), (4, rewind), (3, empty_trash), (3, collect), (3, save), (3, put_back), (4, vanish), (2, revoke), (4, lose_power)]
 
     def step(self):
         weights, steps = zip(*self.STEPS)
@@ -9630,6 +9721,10 @@ class World:
         assert one.tree() == self.tree(), (one.problems, self.done[-30:])
         assert self.folds or two.tree() == one.tree(), (two.problems, self.done[-30:])
         self.check()
+        alive = self.there().keys() | self.here().keys()
+        assert not self.wanted - alive, (len(self.wanted - alive), self.done[-30:])
+        assert not self.dead & alive, (len(self.dead & alive), self.done[-30:])
+        self.dead = self.seen - alive
         audit(self.cloud)
         assert cs.verify(self.cloud) == []
 
@@ -10654,74 +10749,117 @@ class Load:
     """Mixed writers against a server that may die at any moment; what they were told is what must hold.
 
     Each writer has names of its own.  For each name: the content last acknowledged, and what was asked after that and
-    never answered, which may or may not have happened.
+    never answered, which may or may not have happened.  What is answered once `closed` is set may be lost, too.
     """
 
-    def __init__(self, address, seed, known=None):
-        self.address, self.stop, writers = address, threading.Event(), 4
-        self.known = known or [{} for _ in range(writers)]   # name: (acknowledged, [unanswered, ...])
+    def __init__(self, address, seed, before=None):
+        self.address, self.stop, self.closed, writers = address, threading.Event(), threading.Event(), 4
+        self.known = before.known if before else [{} for _ in range(writers)]     # name: (acknowledged, [unanswered, ...])
+        self.chunks, self.uploads = set(), {}    # hashes of what was sent ahead; {address of an upload: bytes it has}
         self.count = 0
         self.threads = [threading.Thread(target=self.write, args=(n, random.Random(seed * 1000 + n))) for n in range(writers)]
         [thread.start() for thread in self.threads]
 
     def write(self, number, rng):
         known, connection = self.known[number], http.client.HTTPConnection(*self.address, timeout=20)
+
+        def ask(method, path, body=None, **headers):
+            connection.request(method, path, body, {"Authorization": basic(), **{name.replace("_", "-"): value for name, value in headers.items()}})
+            response = connection.getresponse()
+            return Answer(response, response.read())
         while not self.stop.is_set():
-            name = "w%d-%d" % (number, rng.randrange(12))
-            other = "w%d-%d" % (number, rng.randrange(12))
-            verb = rng.choice(("PUT", "PUT", "PUT", "DELETE", "MOVE"))
-            size = rng.choice((10, 4096, 70_000, 300_000))
-            data = b"%d %d " % (number, rng.getrandbits(60)) + bytes(size)
-            want = {"PUT": {name: data}, "DELETE": {name: None}, "MOVE": {name: None, other: known.get(name, (None, []))[0]}}[verb]
-            if verb == "MOVE" and (name == other or known.get(name, (None, []))[0] is None):
+            name, other = ["w%d-%d" % (number, rng.randrange(12)) for _ in range(2)]
+            verb = rng.choice(("put", "put", "put", "commit", "ahead", "parts", "delete", "delete", "move", "move"))
+            data = b"%d %d " % (number, rng.getrandbits(60)) + bytes(rng.choice((10, 4096, 70_000, 300_000)))
+            if verb == "move" and (name == other or self.possible(known, name) == [None]):
                 continue
-            for one, value in want.items():
-                known.setdefault(one, (None, []))[1].append(value)
+            want = {"delete": {name: [None]}, "move": {name: [None], other: self.possible(known, name)}}.get(verb, {name: [data]})
+            for one, values in want.items():
+                known.setdefault(one, (None, []))[1].extend(values)
             try:
-                connection.request(verb, "/dav/" + name, data if verb == "PUT" else None,
-                                   {"Authorization": basic(), "Destination": "/dav/" + other})
-                answer = connection.getresponse()
-                answer.read()
+                status = getattr(self, verb)(ask, name, other if verb == "move" else data)
             except (OSError, http.client.HTTPException):
                 return
-            for one, value in want.items():
-                if 200 <= answer.status < 300:
-                    known[one] = (value, [])
-                elif answer.status in (404, 412):            # refused: nothing changed
-                    known[one][1].pop()
-            self.count += 200 <= answer.status < 300
+            if not self.closed.is_set():
+                for one, values in want.items():
+                    if 200 <= status < 300:
+                        known[one] = (values[0], [])
+                    elif status in (404, 412):   # refused: nothing changed
+                        del known[one][1][-len(values):]
+                self.count += 200 <= status < 300
+
+    def possible(self, known, name):
+        acknowledged, unanswered = known.get(name, (None, []))
+        return [acknowledged, *unanswered]
+
+    # ---- each way to ask for it; returns the status of the answer
+
+    def put(self, ask, name, data):
+        return ask("PUT", "/dav/" + name, data).status
+
+    def delete(self, ask, name, data):
+        return ask("DELETE", "/dav/" + name).status
+
+    def move(self, ask, name, other):
+        return ask("MOVE", "/dav/" + name, Destination="/dav/" + other).status
+
+    def commit(self, ask, name, data, frames=True):
+        line = json.dumps({"op": os.urandom(8).hex(), "ops": [step_put(name, data)]}).encode()
+        answer = ask("POST", "/api/v1/commit", line + b"\n" + (cs.format_frame(data) if frames else b""))
+        return answer.json()["results"][0]["status"] if answer.status == 200 else answer.status
+
+    def ahead(self, ask, name, data):
+        assert ask("POST", "/api/v1/chunks", cs.format_frame(data)).status == 200
+        if not self.closed.is_set():
+            self.chunks.add(chunk(data)[0])
+        return self.commit(ask, name, data, frames=False)
+
+    def parts(self, ask, name, data):
+        where = ask("POST", "/tus", b"", Upload_Length=str(len(data)), Upload_Metadata=metadata(path=name), **TUS).headers["location"]
+        where, half = "/tus/" + where.rpartition("/")[2], len(data) // 2
+        assert ask("PATCH", where, data[:half], Upload_Offset="0", **PART).status == 204
+        if not self.closed.is_set():
+            self.uploads[where] = half
+        return ask("PATCH", where, data[half:], Upload_Offset=str(half), **PART).status
 
     def end(self):
         self.stop.set()
         [thread.join() for thread in self.threads]
 
-    def check(self, get):
-        """Compare with what is there now: get(name) gives bytes or None.  What was unanswered is settled by it."""
+    def check(self, call):
+        """Compare with what is there now.  What was unanswered is settled by it."""
         for known in self.known:
             for name, (acknowledged, unanswered) in known.items():
-                found = get(name)
-                assert found == acknowledged or found in unanswered, (name, found and found[:40], acknowledged and acknowledged[:40])
+                answer = call("GET", "/dav/" + name)
+                found = answer.body if answer.status == 200 else None
+                assert answer.status in (200, 404) and (found == acknowledged or found in unanswered), (
+                    name, answer.status, found and found[:40], acknowledged and acknowledged[:40])
                 known[name] = (found, [])
+        assert call("POST", "/api/v1/chunks/missing", {"hashes": sorted(self.chunks)}).json() == {"missing": []}
+        for where, size in self.uploads.items():
+            assert int(call("HEAD", where, **TUS).headers["upload-offset"]) >= size, where
 
 
-def crash_rounds(serve, tmp_path, rounds, seed):
-    rng, data, load = random.Random(seed), tmp_path / "crash", None
+def crash_rounds(serve, data, rounds, seed, disk=None):
+    """Under load the server is killed, or the power of the disk that its data is on is cut; returns how many writes were acknowledged."""
+    rng, load, count = random.Random(seed), None, 0
     for round in range(rounds):
         served = serve("--workers", 2, data=data)
         if load:
-            load.check(lambda name: (lambda answer: answer.body if answer.status == 200 else None)(served.call("GET", "/dav/" + name)))
-        load = Load(served.address, rng.getrandbits(30), load and load.known)
+            load.check(served.call)
+        load = Load(served.address, rng.getrandbits(30), load)
         time.sleep(rng.uniform(0.02, 0.7))
-        children = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
-        for pid in [served.process.pid, *map(int, children)]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        if disk:
+            time.sleep(rng.uniform(0.1, 0.7))
+            load.closed.set(), disk.freeze()
+        kill_all(served.process)
         load.end()
         served.kill()
+        count += load.count
+        if disk:
+            disk.thaw()
     served = serve("--workers", 2, data=data)
-    load.check(lambda name: (lambda answer: answer.body if answer.status == 200 else None)(served.call("GET", "/dav/" + name)))
+    load.check(served.call)
     assert served.stop() == 0
     done = run("verify", "--data", data)
     assert done.returncode == 0, done.stdout
@@ -10730,19 +10868,28 @@ def crash_rounds(serve, tmp_path, rounds, seed):
         audit(cloud)
     finally:
         cloud.close()
+    return count
+
+
+def kill_all(process):
+    """A program and its workers."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in [process.pid, *map(int, children)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @needs_fork
 def test_kill_9_under_load_loses_nothing(serve, tmp_path, rng):
     """R1, R6, R8"""
-    crash_rounds(serve, tmp_path, 5, rng.getrandbits(30))
+    assert crash_rounds(serve, tmp_path / "crash", 5, rng.getrandbits(30)) > 20
 
 
 @slow
 @needs_fork
 def test_kill_9_under_load_many_times(serve, tmp_path, rng):
     """R6"""
-    crash_rounds(serve, tmp_path, int(os.environ.get("ROUNDS", 40)), rng.getrandbits(30))
+    crash_rounds(serve, tmp_path / "crash", int(os.environ.get("ROUNDS", 40)), rng.getrandbits(30))
 
 
 class Disk:
@@ -11084,13 +11231,21 @@ class Drive:
     def mount(self):
         self._run("mount", "-o", "loop", self.image, self.place)
 
-    def cut(self):
-        """The power goes now, and comes back.  Nobody may hold anything on it open any more."""
-        after = self.under / "after.img"
-        subprocess.run(["cp", "--reflink=always", str(self.image), str(after)], check=True)
-        subprocess.run(["umount", str(self.place)], check=True)
-        os.replace(after, self.image)
+    def freeze(self):
+        """The power goes now: what happens from here on never did."""
+        subprocess.run(["cp", "--reflink=always", str(self.image), str(self.under / "after.img")], check=True)
+
+    def thaw(self):
+        """It comes back.  Nobody may hold anything open any more; who was killed may need a moment to be gone."""
+        for _ in range(100):
+            if subprocess.call(["umount", str(self.place)], stderr=subprocess.DEVNULL) == 0:
+                break
+            time.sleep(0.05)
+        os.replace(self.under / "after.img", self.image)
         self.mount()
+
+    def cut(self):
+        self.freeze(), self.thaw()
 
     def close(self):
         for place in (self.place, self.under):
@@ -11131,10 +11286,95 @@ def work_without_fsync(rng, place, names):
             path.unlink() if verb == "delete" else path.replace(place / rng.choice(names[:20]))
 
 
+CUTS = int(os.environ.get("POWER_CUTS") or 0)    # 1000 for longer
+
+
+@slow
+@needs_fork
+def test_power_is_cut_at_a_server(serve, disk, rng):
+    """R1, R2, R6, R8: for real; what any door acknowledged before is there afterwards."""
+    assert crash_rounds(serve, disk.place / "data", CUTS or 6, rng.getrandbits(30), disk) > 100
+
+
+def change_cloud(rng, cloud, ann):
+    """Some writes, replacements and deletions, so that a copy of it has something to do."""
+    for _ in range(rng.randrange(10, 60)):
+        path = rng.choice(["", "d/", "d/e/"]) + "f%d" % rng.randrange(25)
+        if rng.random() < 0.8:
+            put(cloud, ann, path, os.urandom(rng.choice([0, 10, 5_000, 90_000, 400_000])), parents=True)
+        else:
+            outcome(cloud.delete, ann, cs.split_path(path))
+
+
+def cut_power_at(rng, disk, whole, *words):
+    """Run the program, and cut the power when it has ended (whole), or in its work; returns True in the first case."""
+    process = subprocess.Popen([*PROGRAM, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        if whole:
+            said = process.communicate(timeout=60)[1]
+            assert process.returncode == 0, said
+        else:
+            time.sleep(0.2 + rng.random() * 0.8)
+        disk.freeze()
+    finally:
+        process.kill(), process.communicate()
+    disk.thaw()
+    return whole
+
+
+@slow
+def test_power_is_cut_at_a_backup(disk, cloud, ann, tmp_path, rng):
+    """S5, S20, R26: a backup that was said to be done is there; else there is it or the one before; and the next run goes on."""
+    to, good = disk.place / "backup", []         # states that a restore may bring
+    for count in range(CUTS or 8):
+        change_cloud(rng, cloud, ann)
+        now = tree(cloud, ann)
+        if cut_power_at(rng, disk, count % 3 == 2 or rng.random() < 0.4, "backup", to, "--data", cloud.config.data):
+            good = [now]
+        elif good:
+            good = [*good[-1:], now]
+        if good:
+            restored = tmp_path / ("restored%d" % count)
+            assert cs.restore_backup(to, Config(data=restored)) == []
+            with contextlib.closing(Cloud(Config(data=restored))) as again:
+                found = tree(again, again.accounts.principal("ann"))
+                audit(again)
+            assert found in good, count
+            good = [found]
+            shutil.rmtree(restored)
+
+
+@slow
+def test_power_is_cut_at_a_restore(disk, cloud, ann, tmp_path, rng):
+    """S20, S22: a directory that was said to be restored is; what was broken off is done by the next run, or by one elsewhere."""
+    for count in range(CUTS or 4):
+        change_cloud(rng, cloud, ann), cs.back_up(cloud, tmp_path / "backup")
+        data, whole = disk.place / ("restored%d" % count), count % 2 == 1
+        cut_power_at(rng, disk, whole, "restore", tmp_path / "backup", "--data", data)
+        if not whole and not (data / "cloud.db").exists():
+            assert cs.restore_backup(tmp_path / "backup", Config(data=data)) == []
+        with contextlib.closing(Cloud(Config(data=data))) as again:
+            assert tree(again, again.accounts.principal("ann")) == tree(cloud, ann) and cs.verify(again) == []
+
+
+@slow
+def test_power_is_cut_at_an_export(disk, cloud, ann, rng):
+    """S21: an export that was said to be done is there; each file of another is whole, old or new; and the next run ends it."""
+    to, before = disk.place / "deep/export", {}
+    for count in range(CUTS or 6):
+        change_cloud(rng, cloud, ann)
+        now = {path: data for path, data in tree(cloud, ann).items() if data is not None}
+        whole = cut_power_at(rng, disk, count % 3 == 2 or rng.random() < 0.4, "export", to, "--user", "ann", "--data", cloud.config.data)
+        found = {path: data for path, data in files_in(to).items() if not path.rpartition("/")[2].startswith(".cloudserver-")}
+        assert {path for path, data in found.items() if data not in (before.get(path), now.get(path))} == set(), count
+        assert not whole or {**found, **now} == found, count
+        before = found
+
+
 @slow
 @needs_fork
 def test_power_is_cut_at_a_laptop(household, disk, rng):
-    """Y20, Y21, Y22, R6, R8: for real, on file systems that forget; POWER_CUTS=1000 for longer."""
+    """Y20, Y21, Y22, R6, R8: for real, on file systems that forget."""
     home, names = "disk/mounted/one", ["f%d" % n for n in range(20)] + ["d%d/f%d" % (n % 3, n) for n in range(40)]
     place, other = disk.place / "one", household.tmp_path / "two"
     (place / "adopted").mkdir(parents=True), (other / "adopted").mkdir(parents=True)
@@ -11142,7 +11382,7 @@ def test_power_is_cut_at_a_laptop(household, disk, rng):
         for folder in (place, other):
             (folder / ("adopted/%d" % n)).write_bytes(b"%d" % n * 1000)
     household.sync("two")
-    for count in range(int(os.environ.get("POWER_CUTS") or 12)):
+    for count in range(CUTS or 12):
         work_without_fsync(rng, other, names)
         assert household.sync("two", "--yes")[0] == 0
         if rng.random() < 0.7:
