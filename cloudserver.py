@@ -15841,6 +15841,7 @@ class CloudServer(ThreadingHTTPServer):
                 self._close(connection)
         until = time.monotonic() + STOP_TIME
         while self.active and time.monotonic() < until:
+            self._take_all_back()                # what came back just when the loop ended is not waited for
             time.sleep(0.01)
 
     def stop(self) -> None:
@@ -15868,8 +15869,7 @@ class CloudServer(ThreadingHTTPServer):
             self._accept()
         elif what is self.waker:
             self.waker.recv(4096)
-            while self.returned:
-                self._take_back(self.returned.popleft())
+            self._take_all_back()
         else:
             self.stopping = True                 # the lifeline is cut
 
@@ -16023,6 +16023,10 @@ class CloudServer(ThreadingHTTPServer):
         request.watch()
         self.returned.append(request)
         self._wake()
+
+    def _take_all_back(self) -> None:
+        while self.returned:
+            self._take_back(self.returned.popleft())
 
     def _take_back(self, connection: Connection) -> None:
         self.active.discard(connection)
@@ -18079,8 +18083,10 @@ def storable(number: int) -> int:
 def here_of(path: str, about: os.stat_result) -> Here:
     if stat.S_ISDIR(about.st_mode):
         return Here(path, COLLECTION, 0, 0, 0, storable(about.st_ino))
-    return Here(path, FILE, about.st_size, storable(about.st_mtime_ns), storable(about.st_ctime_ns),
-                0 if os.name == "nt" else storable(about.st_ino))      # scandir has none on Windows, where lstat has
+    made, inode = about.st_ctime_ns, about.st_ino
+    if os.name == "nt":                          # what scandir, lstat and fstat agree on, there
+        made, inode = getattr(about, "st_birthtime_ns", made), 0       # fstat's ctime is another one since Python 3.12
+    return Here(path, FILE, about.st_size, storable(about.st_mtime_ns), storable(made), storable(inode))
 
 
 def is_like_here(one: Here | None, other: Here | None) -> bool:

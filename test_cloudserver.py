@@ -3792,11 +3792,10 @@ def test_an_answer_that_is_taken_slowly_arrives_whole(address, cloud):
     assert statuses(received) == [200] * 3
 
 
-def test_one_network_crowds_out_only_itself(cloud, ann, serve_cloud, monkeypatch):
+def test_one_network_crowds_out_only_itself(cloud, ann, monkeypatch, serve_cloud):
     """X9: connections beyond the limit close the oldest of the network that has most; an honest one that was there first stays."""
-    monkeypatch.setattr(cs.CloudServer, "_network", lambda self, connection: networks.setdefault(connection.sock.fileno(), "home") if len(networks) < 1 else
-                        networks.setdefault(connection.sock.fileno(), "strangers"))
     networks = {}
+    monkeypatch.setattr(cs.CloudServer, "_network", lambda self, connection: networks.setdefault(connection, "strangers" if networks else "home"))
     cloud.config = cs.replace(cloud.config, max_connections=20)
     address = serve_cloud(cloud)
     honest, = connect(address)
@@ -3808,6 +3807,22 @@ def test_one_network_crowds_out_only_itself(cloud, ann, serve_cloud, monkeypatch
     server = serve_cloud.servers[-1]
     assert len(server.watched) <= 20
     [sock.close() for sock in (honest, *strangers)]
+
+
+def test_a_connection_that_comes_back_just_when_the_server_stops_is_not_waited_for(cloud, ann, monkeypatch, serve_cloud):
+    """Each stop in such a moment would take all of STOP_TIME."""
+    address, watch = serve_cloud(cloud), cs.Connection.watch
+    server, = serve_cloud.servers
+
+    def at_that_moment(connection):
+        if threading.current_thread().name == "connection":
+            server.stop()
+            assert until(lambda: server.selector.get_map() is None, 5)     # its loop has ended
+        watch(connection)
+    monkeypatch.setattr(cs.Connection, "watch", at_that_moment)
+    assert exchange(address, "GET", "/dav/").status == 200
+    began = time.monotonic()
+    assert until(lambda: not server.active, 5) and time.monotonic() - began < cs.STOP_TIME / 2
 
 
 def test_the_crew_shrinks(monkeypatch):
@@ -8930,8 +8945,9 @@ def test_a_junction_is_not_walked_into():
 def test_paths_of_any_length_on_windows(monkeypatch, path, want):
     """O25"""
     assert cs.long_name(path) == path or os.name == "nt"
-    monkeypatch.setattr(cs.os, "name", "nt")
-    assert cs.long_name(path) == want
+    with monkeypatch.context() as windows:               # pytest itself must not take this for Windows
+        windows.setattr(cs.os, "name", "nt")
+        assert cs.long_name(path) == want
 
 
 def test_a_read_only_file_is_replaced_and_removed(laptop, cloud, ann, monkeypatch):
@@ -8954,11 +8970,9 @@ def test_a_read_only_file_is_replaced_and_removed(laptop, cloud, ann, monkeypatc
     monkeypatch.setattr(cs.os, "replace", as_windows(os.replace)), monkeypatch.setattr(cs.os, "unlink", as_windows(os.unlink))
 
     def patiently(folder, act, place):
-        monkeypatch.setattr(cs.os, "name", "nt")
-        try:
+        with monkeypatch.context() as windows:
+            windows.setattr(cs.os, "name", "nt")
             return patience(folder, act, place)
-        finally:
-            monkeypatch.setattr(cs.os, "name", "posix")
     monkeypatch.setattr(cs.Folder, "_patiently", patiently)
     one.run()
     assert one.problems == {} and one.tree() == {"ro.txt": b"new"} and refused
