@@ -15760,18 +15760,24 @@ class Balance:
 
 
 class Crew:
-    """Threads that take work as it comes; one that finds none for a while ends, so that a rush leaves nothing behind."""
+    """Threads that take work as it comes; one that finds none for a while ends, so that a rush leaves nothing behind.
+
+    What is submitted is promised to a thread at once: to one that waits, else to a new one, and only when there may be no
+    more of them to the next that gets free.  `_spare` is how many wait and are not promised, less what no one is promised.
+    """
 
     def __init__(self, most: int) -> None:
-        self.most, self.count, self._free = most, 0, 0
+        self.most, self.count, self._spare = most, 0, 0
         self._lock, self._work = threading.Lock(), queue.SimpleQueue()
 
     def submit(self, work: Callable[..., None], *args: Any) -> None:
         with self._lock:
-            self._work.put((work, args))
-            if self._free < self._work.qsize() and self.count < self.most:
+            if self._spare > 0 or self.count >= self.most:
+                self._spare -= 1
+            else:
                 self.count += 1
                 threading.Thread(target=self._run, name="connection", daemon=True).start()
+            self._work.put((work, args))
 
     def backlog(self) -> int:
         """How much waits for a thread."""
@@ -15779,19 +15785,18 @@ class Crew:
 
     def _run(self) -> None:
         while True:
-            with self._lock:
-                self._free += 1
             try:
                 work, args = self._work.get(timeout=CREW_IDLE)
             except queue.Empty:
-                work = None
+                with self._lock:
+                    if self._spare > 0:
+                        self._spare -= 1
+                        self.count -= 1
+                        return
+                continue                         # what it is promised is coming
+            work(*args)
             with self._lock:
-                self._free -= 1
-                if work is None and not self._work.qsize():
-                    self.count -= 1
-                    return
-            if work is not None:
-                work(*args)
+                self._spare += 1
 
 
 class CloudServer(ThreadingHTTPServer):

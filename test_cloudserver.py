@@ -3843,6 +3843,45 @@ def test_the_crew_shrinks(monkeypatch):
     assert 99 in done
 
 
+def test_no_work_waits_for_a_thread_that_took_other_work():
+    """Work that comes just after a thread took what it waited for, and before it says so, gets a thread of its own."""
+    crew, gate, done = cs.Crew(50), threading.Event(), threading.Event()
+
+    class Queue(cs.queue.SimpleQueue):
+        def get(self, **how):
+            taken = super().get(**how)
+            if taken[0] == gate.wait:
+                crew.submit(done.set)
+            return taken
+
+    crew._work = Queue()
+    idle = threading.Event()
+    crew.submit(idle.set)
+    assert idle.wait(10)
+    crew.submit(gate.wait)
+    assert done.wait(10)
+    gate.set()
+
+
+def test_a_crew_does_all_of_a_rush(rng, monkeypatch):
+    """Whoever submits, and however threads come and go: nothing waits while a thread could be had."""
+    monkeypatch.setattr(cs, "CREW_IDLE", 0.001)
+    crew, done = cs.Crew(6), []
+
+    def rush():
+        for n in range(200):
+            crew.submit(lambda pause: (time.sleep(pause), done.append(n)), rng.choice([0, 0, 0.0005]))
+            time.sleep(rng.choice([0, 0, 0.001, 0.002]))
+
+    threads = [threading.Thread(target=rush) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    until = time.monotonic() + 10
+    while (crew.count or len(done) < 800) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert (len(done), crew.count, crew._spare, crew.backlog()) == (800, 0, 0, 0)
+
+
 def test_no_account_takes_more_than_its_share(cloud, ann, address, monkeypatch):
     """X9, X17, R35: connections that are answered at a time, and waits for changes; others go on, and all is given back."""
     cloud._waits.most = 5
