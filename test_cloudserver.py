@@ -7818,6 +7818,16 @@ def no_inodes(monkeypatch):
         ctime_ns=0, **({} if stat.S_ISDIR(about.st_mode) else {"inode": 0})))
 
 
+def test_every_call_that_looks_at_a_file_sees_the_same(tmp_path):
+    """A scan, a look at a path and an open file, after all that sets one time and not another (O2)."""
+    folder = cs.Folder(tmp_path)
+    folder.open()
+    (tmp_path / "old").write_bytes(b"1"), (tmp_path / "old").rename(tmp_path / "new"), os.utime(tmp_path / "new", (OLD_TIME, OLD_TIME))
+    seen = folder.scan(cs.Rules([])).here["new"]
+    with folder.read("new", seen) as file:
+        assert cs.here_of("new", os.fstat(file.fileno())) == folder.look("new") == seen
+
+
 def test_where_a_system_gives_no_inode_and_no_time_of_change_nothing_is_lost(laptop, cloud, ann, no_inodes):
     """O1, O2: an edit that leaves size and time may go unseen there, but nobody's bytes are replaced or deleted for it."""
     one = laptop("one")
