@@ -8265,11 +8265,12 @@ def api_pin(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 @route("GET", API + "trash", needs="read", packs=True, before_="integer", limit_="integer")
 def api_trash(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """What was deleted, the latest first; go on with before=next."""
+    """What was deleted, the latest first; go on with before=next.  The moment before it went is seq:N, one less than its `seq`."""
     limit = read_limit(request.values["limit"])
     items = cloud.trash(who, request.values["before"] or 1 << 62, limit)
-    return json_response({"items": [{**api_node(item.node, item.path), "deleted": format_time(item.at), "by": item.account}
-                                    for item in items], "next": items[-1].node.until if len(items) == limit else None})
+    return json_response({"items": [{**api_node(item.node, item.path), "deleted": format_time(item.at), "seq": item.node.until,
+                                     "by": item.account} for item in items],
+                          "next": items[-1].node.until if len(items) == limit else None})
 
 
 @route("POST", API + "trash/restore", needs="write", nodes="ids")
@@ -13672,11 +13673,10 @@ function stepRow(step) {
     : t("Files");
   const words = t(ACTIVITY[step.detail.new ? "upload" : step.action] || step.action,
     {who: step.account || t("The server"), what: "\0", to: quoted(to), name: agentOf({kind, name})}).split("\0");
-  // after the step, or just before it went
-  const then = new Date(Date.parse(step.at) - gone).toISOString();
+  const at = momentOf(step.seq - gone);                  // after the step, or just before it went
   return h("li", {},
     h("div.what", {},
-      words[0], words.length > 1 && (place ? link(what, addressOf(place) + queryOf({at: then})) : what), words[1],
+      words[0], words.length > 1 && (place ? link(what, addressOf(place) + queryOf({at})) : what), words[1],
       h("div.soft", {}, dotted(dates.time.format(new Date(step.at)), deviceName(step.device)))
     ),
     h("div.acts", {}, step.undoable ? button(t("Undo"), () => attempt(() => undo([...seqsOf(step)].reverse()))) : null)
@@ -13686,20 +13686,30 @@ function stepRow(step) {
 // ---- a collection as it was
 
 // where a row leads; what lies in the trash is shown as it was just before it went
-const addressFor = ({path, deleted}) => deleted ? pastAddress(new Date(Date.parse(deleted) - 1).toISOString(), path)
-  : placeAddress(path);
+const addressFor = ({path, deleted, seq}) => deleted ? pastAddress(momentOf(seq - 1), path) : placeAddress(path);
 const placeAddress = path => view.at ? pastAddress(view.at, path) : addressOf(path);
 const pastAddress = (at, path) => PREFIX + "/past/" + encodeURIComponent(at) + (path && "/" + encodePath(path));
 
+// a step of the journal names a moment exactly: several may have the same time
+const momentOf = seq => "seq:" + seq;
+const seqOf = moment => Number(/^seq:(\d{1,15})$/.exec(moment)?.[1] || 0);
+
+// what an address says to the moment and the time that is shown for it; "now", or what is no moment: the last that
+// happened
+async function findMoment(text) {
+  const seq = seqOf(text);
+  if (text === view.at) return view;
+  if (!seq && !Number.isNaN(Date.parse(text))) return {at: text, time: text};
+  const {steps: [last]} = await api("GET", "activity", {limit: 1, before: seq ? seq + 1 : undefined});
+  const time = last ? last.at : new Date().toISOString();
+  return {at: seq || last ? momentOf(seq || last.seq) : time, time};
+}
+
 const HOW = {added: "added", deleted: "deleted", changed: "changed", moved: "moved"};
 
-async function showPast(at, address) {
-  const path = decodePath(address), turn = view.turn;
-  at = decodeURIComponent(at);
-  if (Number.isNaN(Date.parse(at))) {                    // "now", or what is no time: the last that happened there
-    const {steps: [last]} = await api("GET", "activity", {limit: 1});
-    at = last ? last.at : new Date().toISOString();      // our clock may be another
-  }
+async function showPast(moment, address) {
+  const path = decodePath(address), turn = view.turn, {at, time} = await findMoment(decodeURIComponent(moment));
+  if (turn !== view.turn) return;
   if (showInside(path, "past", at)) return;
   const there = await load(path, {at}).catch(absent), file = there.kind === "file";
   const place = file ? parentOf(path) : path;
@@ -13709,9 +13719,9 @@ async function showPast(at, address) {
       ? {count: 1, changes: [{how: "deleted", path: null, was: place}]} : absent(error))]);
   if (turn !== view.turn) return;
   const same = view.kind === "past" && view.path === place && find(".slider"), marks = marksOf(since.changes, place);
-  Object.assign(view, {kind: "past", path: place, at, since});
+  Object.assign(view, {kind: "past", path: place, at, time, since});
   setTitle(place ? nameOf(place) : t("Files"));
-  setCrumbs(...crumbsOf(place, path => pastAddress(at, path)), h("span.soft", {}, longTime(at)));
+  setCrumbs(...crumbsOf(place, path => pastAddress(at, path)), h("span.soft", {}, longTime(time)));
   if (!same) setContent(timeSlider(steps), h("details.changes"),
     ...makeList({columns: ["mtime", "size"], empty: () => h("p.big", {}, t("Nothing was here then"))}));
   find(".slider").show();
@@ -13755,19 +13765,19 @@ const changeRow = ({how, path, was}) => h("li", {}, h("div.what", {},
 function timeSlider(steps) {
   const here = path => path
     && ((path + "/").startsWith(view.path && view.path + "/") || view.path.startsWith(path + "/"));
-  const stops = [...new Set(steps
-    .filter(({undoable, detail: {path, to, count}}) => undoable && (count || here(path) || here(to)))
-    .map(step => step.at))].sort();
+  const stops = steps.filter(({undoable, detail: {path, to, count}}) => undoable && (count || here(path) || here(to)))
+    .reverse();
+  const isLater = ({seq, at}) => seqOf(view.at) ? seq > seqOf(view.at) : at > view.at;
   const words = h("output"), move = soon(at => go(pastAddress(at, view.path), {replace: true}), 150);
-  const say = at => {
-    words.textContent = range.ariaValueText = longTime(at);
+  const say = time => {
+    words.textContent = range.ariaValueText = longTime(time);
     earlier.disabled = range.value < 1;
     later.disabled = range.value > stops.length - 2;
   };
   const moveTo = n => {
     range.value = n;
-    say(stops[n]);
-    move(stops[n]);
+    say(stops[n].at);
+    move(momentOf(stops[n].seq));
   };
   const range = h("input",
     {type: "range", max: Math.max(0, stops.length - 1), "aria-label": t("Time"), oninput: () => moveTo(range.value)});
@@ -13777,8 +13787,8 @@ function timeSlider(steps) {
     later = button(t("Later"), () => moveTo(Number(range.value) + 1));
   const show = () => {
     if (![range, earlier, later].includes(document.activeElement))
-      range.value = stops.filter(stop => stop <= view.at).length - 1;
-    if (!(stops[range.value] > view.at)) say(view.at);   // else the reader is further by now
+      range.value = stops.filter(stop => !isLater(stop)).length - 1;
+    if (!stops.length || !isLater(stops[range.value])) say(view.time);    // else the reader is further by now
   };
   const slider = h("div.slider", {}, words, earlier, range, later, exact,
     link(t("Back to now"), addressOf(view.path), {className: "button"}));
@@ -13795,9 +13805,9 @@ async function bringBack(items) {
 }
 
 async function rewind() {
-  const {path, at} = view,
+  const {path, at, time} = view,
     {changed} = await api("POST", "rewind", {path, at, dry: true}),
-    when = longTime(at);
+    when = longTime(time);
   if (!changed) return toast(t("Nothing has changed since then."));
   if (
     !(await askYesNo(
@@ -13977,7 +13987,7 @@ function fillPreview(entry) {
   preview.box.setAttribute("aria-label", plain(entry.name));
   const title = h("div.title", {},
     h("strong", {}, h("bdi", {}, entry.name)),
-    view.at && h("span.tag", {}, longTime(view.at)),
+    view.at && h("span.tag", {}, longTime(view.time)),
     h("span.soft", {}, formatSize(entry.size)),
     button(t("Edit"), () => attempt(() => editFile(entry)), {"data-action": "edit", hidden: true}),
     act("download", t("Download"), () => saveFrom(contentAddress(entry))),

@@ -4168,6 +4168,7 @@ def test_the_api_tells_the_past(api, call, cloud, ann):
     assert call("GET", "/api/v1/content/d/a").body == b"new!"
     api("POST", "versions/restore", path="d/a", version=versions[1]["version"])
     item, = api("GET", "trash")["items"]
+    assert [c["name"] for c in api("GET", "files/d", at="seq:%d" % (item["seq"] - 1))["children"]] == ["a", "b"]
     assert item["path"] == "d/b" and api("POST", "trash/restore", nodes=[item["node"]])["paths"] == ["d/b"]
     assert api("POST", "rewind", path="d", at="seq:%d" % seq, dry=True) == {"seq": 0, "changed": 1}
     api("POST", "rewind", path="d", at="seq:%d" % seq)
@@ -12096,7 +12097,6 @@ def test_browser_shows_the_first_of_a_thousand_new_names(page):
 def test_browser_trash(page):
     for name in ("a", "b", "c"):
         page.put(name, name)
-    page.ahead[0] += 1                           # so that there is a time before they went
     page.cloud.delete(page.who, ("a",), ("b",), ("c",))
     page.open("/trash")
     page.shows("a", "b", "c")
@@ -13409,6 +13409,43 @@ def test_browser_steps_through_time(page):
     page.shows("a0.txt", "a1.txt", "a2.txt")
     page.shot("past-phone")
     assert page.run("return document.documentElement.scrollWidth") <= 390
+
+
+def test_browser_tells_apart_what_happened_in_the_same_millisecond(page, monkeypatch):
+    """A moment of the past is a step of the journal and not a time: the trash, the activity and the slider lead to it."""
+    now = page.cloud.clock.wall() / 1000
+    monkeypatch.setattr(page.cloud.clock, "_wall", lambda: now)
+    for text in ("one", "two", "three"):
+        page.put("box/a.txt", text)
+    page.put("box/b.txt", "other")
+    page.cloud.delete(page.who, ("box", "a.txt"))
+    shown = lambda text: page.wait("return document.querySelector('dialog pre')?.textContent === arguments[0]", text)
+    page.open("/trash")
+    page.shows("a.txt")
+    page.click("a.txt")
+    shown("three")
+    page.press("Escape")
+    page.wait("return location.pathname === '/trash'")
+    page.open("/activity")
+    page.sees("deleted “a.txt”")
+    page.run("[...document.querySelectorAll('.what')].find(one => one.textContent.includes('deleted')).querySelector('a').click()")
+    shown("three")
+    page.open("/past/now/box")
+    for names, text in ((["b.txt"], ""), (["a.txt", "b.txt"], "three"), (["a.txt"], "three"), (["a.txt"], "two"), (["a.txt"], "one")):
+        page.shows(*names)
+        if text:
+            page.click("a.txt")
+            shown(text)
+        if text != "one":
+            page.press("Escape")
+            page.wait("return !document.querySelector('dialog')")
+            before = page.path()
+            page.click("Earlier")
+            page.wait("return location.pathname !== arguments[0] && view.at === decodeURIComponent(location.pathname.split('/')[2])", before)
+    assert page.run("return document.querySelector('.slider button').disabled")
+    page.click("Bring back")
+    page.sees("“a.txt” brought back")
+    assert page.get("box/a.txt") == b"one"
 
 
 def test_browser_connects_devices(page):
