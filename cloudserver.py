@@ -1462,6 +1462,15 @@ def syncfs() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "syncfs", lambda fd: os.sync() or 0)
 
 
+@lru_cache(maxsize=None)
+def malloc_trim() -> Callable[[int], int]:
+    """glibc's call that gives the system back what malloc keeps; nothing elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return lambda pad: 0
+    import ctypes
+    return getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
+
+
 def has_sync_file_system() -> bool:
     return syncfs() is not None
 
@@ -1570,7 +1579,7 @@ O_EXTRA = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(o
 class Body:
     """Bytes on their way in.  The base class serves them from memory; HTTP reads them from a socket."""
 
-    def __init__(self, data: bytes = b"") -> None:
+    def __init__(self, data: bytes | memoryview = b"") -> None:
         self.length: int | None = len(data)      # None if not known beforehand
         self._rest = memoryview(data)
 
@@ -1713,10 +1722,30 @@ class Blobs:
             return self._inline(bytes(buffer[:count]), digests)
         return _Cutting(self, known, digests).run(body, buffer, count)
 
+    def put_bytes(self, data: memoryview, known: Callable[[str], bool]) -> Stored:
+        """The same for one chunk that is in memory; the caller waits, so that the memory is free to be used again."""
+        return self._inline(bytes(data), ()) if len(data) <= INLINE_LIMIT else _Cutting(self, known, ()).run(Body(data), data, len(data))
+
     def _inline(self, data: bytes, digests: Iterable[str]) -> Stored:
         hash = hashlib.sha256(data).hexdigest()
         sums = {name: hexdigest_of(name, data) for name in digests}
         return Stored(hash, len(data), hash, [(hash, len(data))], inline=data, head=data[:32], digests=sums)
+
+    @contextmanager
+    def unless_refused(self, stored: Stored) -> Iterator[None]:
+        """Remove the objects of an upload that is refused before its batch is written: nobody has paid for them."""
+        try:
+            yield
+        except CloudError as refused:
+            if refused.kind not in ("storage-failed", "internal"):       # then it may have been written after all
+                self.discard("%s-%s" % (hash, stored.tag) for hash, _ in stored.chunks if stored.tag and hash not in stored.relied)
+            raise
+
+    def discard(self, names: Iterable[str]) -> None:
+        """Remove objects that no row names, nor ever will."""
+        for name in names:
+            with suppress(OSError):
+                self.store.delete(name)
 
     def put_chunk(self, hash: str, data: bytes | memoryview, tag: str) -> str:
         """Store one chunk as an object; returns its name.  raises CloudError"""
@@ -1846,9 +1875,9 @@ class _Cutting:
         self.chunks: list[tuple[str, int]] = []
         self.written: dict[str, object] = {}         # hash: whose it is to write
         self.relied: list[str] = []                  # hashes of what was there already
-        self.flying: deque[tuple[Any, bytearray]] = deque()
+        self.flying: deque[tuple[Any, bytearray | memoryview]] = deque()
 
-    def run(self, body: Body, buffer: bytearray, count: int) -> Stored:
+    def run(self, body: Body, buffer: bytearray | memoryview, count: int) -> Stored:
         """Take `count` bytes that are in `buffer`, then the rest of `body`."""
         step, arrived = LARGE_CHUNK if (body.length or 0) > LARGE_BODY else CHUNK_SIZE, 0
         head = bytes(buffer[:32])
@@ -1861,13 +1890,16 @@ class _Cutting:
                 arrived += count
                 if count < len(buffer) or body.length == arrived:
                     break
-                buffer = self._land() if len(self.flying) >= BUFFERS - 1 else bytearray(step)
+                is_free = len(self.flying) >= BUFFERS - 1 or self.flying[0][0].done()        # who sends slowly needs only two
+                buffer = self._land() if is_free else bytearray(step)
                 count = fill(body, memoryview(buffer))
             while self.flying:
                 self._land()
-        finally:
-            for future, _ in self.flying:              # after a failure: nobody may write into freed buffers
+        except BaseException:
+            for future, _ in self.flying:              # nobody may write into freed buffers
                 future.cancel() or future.exception()
+            self.blobs.discard("%s-%s" % (hash, self.tag) for hash in self.written if hash not in self.relied)
+            raise
         size = sum(size for _, size in self.chunks)
         sums = {name: digest.hexdigest() for name, digest in self.digests.items()}
         return Stored(manifest_of(self.chunks), size, self.whole.hexdigest(), self.chunks, self.tag, self.relied, head=head,
@@ -2086,7 +2118,12 @@ CREATE TABLE known_place (              -- networks from which an account's pass
 VERSION_6 = """
 CREATE TABLE growing (node INTEGER PRIMARY KEY, home INTEGER NOT NULL, due INTEGER NOT NULL);        -- tops of copies that are being written
 """
-MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6]         # MIGRATIONS[0] leads from version 1 to 2
+VERSION_7 = """
+CREATE TABLE spent (                    -- what accounts with a quota made the server store, by days
+    home INTEGER NOT NULL, day INTEGER NOT NULL, bytes INTEGER NOT NULL, PRIMARY KEY (home, day)) WITHOUT ROWID;
+ALTER TABLE account ADD COLUMN extra INTEGER NOT NULL DEFAULT 0;     -- bytes beside its live files that count against its quota
+"""
+MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7]         # MIGRATIONS[0] leads from version 1 to 2
 INDEXES = (  # made where SQLite can: parts of names; words of contents
     "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
     "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
@@ -3431,6 +3468,9 @@ THUMBNAIL_LIMIT = 64 * KiB      # bytes of one
 STARRED = '<o:favorite xmlns:o="http://owncloud.org/ns">1</o:favorite>'
 RESERVED = "coalesce(sum(max(coalesce(size, 0), received)), 0)"          # bytes that uploads under way may come to
 STRIDE = 24                     # names that one statement walks down
+SPENT_DAYS, SPENT_TIMES = 3, 3  # in so many days an account may make the server store so many times its quota, and
+SPENT_FREE = 16 * MiB           # this; so much of rows, properties and thumbnails is free of charge, too
+ROW = KiB                       # what an entry takes on the disk, with its indexes
 RESERVE = 16 * MiB              # put by for the moment when the disk is full; less on a small one
 LOCK_MOST = 24 * 3600           # seconds a lock may be granted for
 KEEP_MOST = 36500               # days that history may be kept
@@ -3466,7 +3506,7 @@ def path_query(depth: int, content: bool) -> str:
                      % (name, name, above, name, name))
         above = name + ".node"
     parents = "".join("p%d.node, " % n for n in range(1, depth))
-    return ("SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota, r.size, k.node, %s%s%s FROM account a "
+    return ("SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota - a.extra, r.size, k.node, %s%s%s FROM account a "
             "JOIN collection r ON r.node = a.root %s LEFT JOIN collection c ON c.node = e.node "
             "LEFT JOIN collection k ON k.node = %s %s WHERE a.id = ?" % (
                 parents, NODE, ", " + CHUNK if content else "", " ".join(joins),
@@ -3492,15 +3532,22 @@ class Shares:
     def __init__(self, most: int, words: str, retry_after: int = 5) -> None:
         """`words` with %d for `most` tell who wants more."""
         self.most, self.words, self.retry_after = most, words, retry_after
-        self._lock, self._counts = threading.Lock(), {}
+        self._lock, self._counts, self._waiting = threading.Lock(), {}, 0
+        self._given = threading.Condition(self._lock)
 
-    def take(self, key: Any) -> None:
-        """raises CloudError busy"""
+    def take(self, key: Any, wait: float = 0) -> None:
+        """Have one, if need be after some seconds.  raises CloudError busy"""
         with self._lock:
-            count = self._counts.get(key, 0)
-            if count >= self.most:
+            if self._counts.get(key, 0) >= self.most and not self._wait(key, wait):
                 raise CloudError("busy", self.words % self.most, retry_after=self.retry_after)
-            self._counts[key] = count + 1
+            self._counts[key] = self._counts.get(key, 0) + 1
+
+    def _wait(self, key: Any, seconds: float) -> bool:
+        self._waiting += 1
+        try:
+            return self._given.wait_for(lambda: self._counts.get(key, 0) < self.most, seconds)
+        finally:
+            self._waiting -= 1
 
     def give(self, key: Any) -> None:
         with self._lock:
@@ -3508,6 +3555,8 @@ class Shares:
                 self._counts[key] -= 1
             else:
                 del self._counts[key]
+            if self._waiting:
+                self._given.notify_all()
 
     @contextmanager
     def of(self, key: Any) -> Iterator[None]:
@@ -3770,7 +3819,7 @@ class Tree:
     def _root_spot(self, who: Principal) -> Spot:
         above = self._above(who.root) if who.scoped else ()
         rows = self.db.read(
-            "SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota, r.size, " + NODE + " FROM account a "
+            "SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota - a.extra, r.size, " + NODE + " FROM account a "
             "JOIN collection r ON r.node = a.root LEFT JOIN entry e ON e.node = ? AND e.until IS NULL "
             "LEFT JOIN collection c ON c.node = e.node WHERE a.id = ?", (who.root, who.account))
         if not rows or rows[0][4] is None:
@@ -3937,8 +3986,40 @@ class Tree:
             raise CloudError("too-large", "files may have %s" % format_size(parse_size(self.config.max_file)))
         if spot.quota is not None and growth > 0 and spot.used + self._reserved(spot.home) + growth > spot.quota:
             raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, spot.quota - spot.used)))
+        if size and spot.quota is not None:
+            self._check_spent(self._overspent(spot.home, size, SPENT_FREE))
         if size and not self._disk_has_room():
             raise CloudError("disk-full", "the disk of the server is almost full")
+
+    def _check_spent(self, guard: Statement) -> None:
+        if self.db.read(guard.sql, guard.params):
+            raise CloudError("over-quota", OVERSPENT)
+
+    def _overspent(self, home: int, size: int, free: int) -> Statement:
+        """The guard that says: an account with a quota has not made the server store too much within some days.
+
+        Whatever it deletes or overwrites stays for days; without this a quota would bound next to nothing (Q2).
+        """
+        return Statement("SELECT 'quota' FROM account WHERE id = ? AND quota IS NOT NULL AND ? + (SELECT coalesce(sum(bytes), 0) FROM spent "
+                         "WHERE home = ? AND day > ?) > ? * quota + ?",
+                         (home, size, home, self.clock.due() // DAY - SPENT_DAYS, SPENT_TIMES, free))
+
+    def _pay(self, batch: Batch, home: int, quota: int | None, price: int = 0) -> Batch:
+        """Let an account with a quota pay for what a batch stores, and so many bytes more."""
+        size = 0 if quota is None else price + cost_of(batch.body)
+        if size:
+            batch.guards.append(self._overspent(home, size, 2 * SPENT_FREE))     # who may upload no more still moves and restores
+            self._check_spent(batch.guards[-1])
+            batch.body.append(Statement("INSERT INTO spent (home, day, bytes) VALUES (?, ?, ?) ON CONFLICT (home, day) DO UPDATE SET "
+                                        "bytes = bytes + excluded.bytes", (home, self.clock.due() // DAY, size)))
+        return batch
+
+    def _store(self, who: Principal, *body: Statement, price: int = 0) -> None:
+        """Commit statements that change no tree, for an account that pays for them.  raises CloudError over-quota"""
+        spot = self._spot(who, ())
+        batch = self._pay(Batch(list(body)), spot.home, spot.quota, price)
+        if batch.body:
+            self.db.write_once(batch, CloudError("over-quota", OVERSPENT))
 
     def _reserved(self, home: int) -> int:
         return self.db.read("SELECT " + RESERVED + " FROM upload WHERE home = ? AND done IS NULL", (home,))[0][0]
@@ -3968,9 +4049,6 @@ class Tree:
         self._require(who)
         spots = [self._spot_for_file(who, path, given, body.length or 0, parents)]   # before a byte is read
         stored = self.blobs.put(body, partial(self._knows, spots[0].home), sums or ())
-        for kind, value in (sums or {}).items():
-            if stored.digests[kind] != value:
-                raise CloudError("bad-checksum", "what arrived does not have the checksum that was announced")
         at = self.clock.wall() if mtime is None else mtime
 
         def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
@@ -3979,7 +4057,11 @@ class Tree:
             return self._batch(who, spot._replace(guards=spot.guards + still_stored(stored.relied)), "write",
                                name_written(path[:-1] + (change.after.name,), spot.node), [*made, change], self._store_rows(stored))
 
-        batch = self.db.write(attempt)
+        with self.blobs.unless_refused(stored):
+            for kind, value in (sums or {}).items():
+                if stored.digests[kind] != value:
+                    raise CloudError("bad-checksum", "what arrived does not have the checksum that was announced")
+            batch = self.db.write(attempt)
         change = batch.changes[-1]
         return change.after._replace(since=batch.seq, rev=batch.seq), change.before is None
 
@@ -4054,8 +4136,7 @@ class Tree:
         if len(stored.chunks) > 1:
             body += [Statement("INSERT OR IGNORE INTO manifest VALUES (?, ?, ?)",
                                (stored.manifest, stored.size, stored.sha256)),
-                     Statement("INSERT OR IGNORE INTO manifest_chunk VALUES (?, ?, ?)", Rows(partial(self._offsets, stored)),
-                               many=True)]
+                     Statement(PUT_OFFSET, Rows(partial(self._offsets, stored)), many=True)]
         if stored.digests:
             body.append(Statement("INSERT OR IGNORE INTO digest VALUES (?, ?, ?)",
                                   [(stored.manifest, kind, value) for kind, value in stored.digests.items()], many=True))
@@ -4231,6 +4312,7 @@ class Tree:
         with self._heavy(who):
             nodes, copies = [self.stat(who, source) for source, _ in pairs], Copies(self.db, who.account)
             tops, below = [copies.measure(node, deep) for node in nodes], ()
+            self._store(who, price=copies.cost())
             if copies.rows <= COPY_STEP:
                 below = copies.statements()
             else:
@@ -4271,7 +4353,7 @@ class Tree:
 
     def _property_rows(self, node: Node, properties: dict[str, str | None]) -> list[Statement]:
         return [Statement("DELETE FROM property WHERE node = ? AND name = ?", (node.node, name)) if value is None else
-                Statement("INSERT OR REPLACE INTO property VALUES (?, ?, ?)", (node.node, name, value))
+                Statement(PUT_PROPERTY, (node.node, name, value))
                 for name, value in properties.items()]
 
     def _check_properties(self, node: Node, properties: dict[str, str | None]) -> None:
@@ -4475,7 +4557,7 @@ class Tree:
         if spot.quota is not None and growth > 0:
             guards.append(Statement(
                 "SELECT 'quota' FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ? AND a.quota IS NOT NULL "
-                "AND r.size + ? + (SELECT " + RESERVED + " FROM upload WHERE home = a.id AND done IS NULL) > a.quota",
+                "AND r.size + ? + (SELECT " + RESERVED + " FROM upload WHERE home = a.id AND done IS NULL) > a.quota - a.extra",
                 (spot.home, growth)))
         body = [*extra]
         if ends and who.means == "token":
@@ -4484,10 +4566,7 @@ class Tree:
             body.append(Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? "
                                   "WHERE home = ? AND since = ? AND node = ?", ends, many=True))
         if begins:
-            body.append(Statement(
-                "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
-                "SELECT ?, s, ?, ?, ?, ?, ?, ?, ?, ?, ?, coalesce(?, s) FROM (SELECT max(seq) AS s FROM journal)",
-                begins, many=True))
+            body.append(Statement(BEGIN_ENTRY, begins, many=True))
         new = [(change.after.node,) for change in changes if change.after and change.after.kind and not change.before]
         if new:
             body.append(Statement("INSERT OR IGNORE INTO collection SELECT ?, max(seq), 0, 0 FROM journal", new, many=True))
@@ -4495,8 +4574,8 @@ class Tree:
                               "WHERE node = ?", [(*sum, node) for node, sum in sums.items()], many=True))
         if loose:
             body.append(raise_shape(spot.home))
-        return Batch(body, list(dict.fromkeys(guards)), Line(spot.home, who, action, detail), changes=changes, op=self.op,
-                     frees=not begins)
+        return self._pay(Batch(body, list(dict.fromkeys(guards)), Line(spot.home, who, action, detail), changes=changes, op=self.op,
+                               frees=not begins), spot.home, spot.quota)
 
     def _count(self, sums: dict[int, list[int]], chain: tuple[int, ...], size: int, files: int) -> None:
         for node in chain:
@@ -4537,6 +4616,25 @@ def check_presence(data: Path, how: str) -> None:
         raise CloudError("conflict", "%s holds %s but no database (cloud.db): restore a backup into another directory" % (data, left[0]))
     if how != "make":
         raise CloudError("not-found", "%s holds no cloud; give the right --data" % data)
+
+
+OVERSPENT = "too much was stored within some days, counting what was deleted or overwritten since; room comes back day by day"
+BEGIN_ENTRY = (
+    "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
+    "SELECT ?, s, ?, ?, ?, ?, ?, ?, ?, ?, ?, coalesce(?, s) FROM (SELECT max(seq) AS s FROM journal)")
+BEGIN_AGAIN = (
+    "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
+    "SELECT home, s, node, ?1, coalesce(?2, name), coalesce(?3, key), kind, manifest, size, mtime, media, CASE WHEN ?4 THEN s ELSE rev END "
+    "FROM entry, (SELECT max(seq) AS s FROM journal) WHERE home = ?5 AND since = ?6 AND node = ?7")
+PUT_OFFSET = "INSERT OR IGNORE INTO manifest_chunk VALUES (?, ?, ?)"
+PUT_PROPERTY = "INSERT INTO property (node, name, value) VALUES (?, ?, ?) ON CONFLICT (node, name) DO UPDATE SET value = excluded.value"
+PUT_THUMBNAIL = "INSERT INTO thumbnail (home, manifest, data) VALUES (?, ?, ?)"
+PUT_KEPT = "INSERT INTO kept (id, account, value, due) VALUES (?, ?, ?, ?)"
+
+
+def cost_of(body: Iterable[Statement]) -> int:
+    """Bytes that the statements of a batch store on the disk."""
+    return sum(COSTS[sql](row) for sql, params, many in body if sql in COSTS for row in (params if many else (params,)))
 
 
 def still_stored(hashes: Sequence[str]) -> tuple[Statement, ...]:
@@ -4677,6 +4775,16 @@ class Copies:
         self._parts += order
         return order[0]
 
+    def cost(self) -> int:
+        """Bytes that all of it takes on the disk, beside the contents, which are there."""
+        properties = sum(size for some in pieces(self._pairs) for size, in self.db.read(
+            "SELECT coalesce(sum(length(name) + length(value)), 0) FROM property WHERE node IN (" + marks(some) + ")",
+            [node for node, _ in some])) if self._has_properties else 0
+        properties += sum(size for one in self._parts for size, in self.db.read(
+            "SELECT coalesce(sum(length(p.name) + length(p.value)), 0) FROM (" + CHILDREN_AT + ") c JOIN property p ON p.node = c.node "
+            "WHERE c.kind = 0", {"parent": one.node, "seq": self.seq})) if self._has_properties else 0
+        return self.rows * ROW + properties
+
     def statements(self) -> list[Statement]:
         """All rows but the entries of the tops, which the batch is about."""
         return [*(statement for one in self._parts for body in self._steps(one, None, one.count) for statement in body),
@@ -4749,6 +4857,11 @@ COPY_FILES = (
     "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) SELECT :home, coalesce(:since, s), copy, "
     ":copy, name, key, kind, manifest, size, mtime, media, coalesce(:since, s) FROM (" + COPIED + "), (SELECT max(seq) AS s FROM journal)")
 COPY_PROPERTIES = "INSERT INTO property (node, name, value) SELECT c.copy, p.name, p.value FROM (" + COPIED + ") c JOIN property p ON p.node = c.node"
+
+
+COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row of it takes
+    CHUNK_ROWS: lambda row: row[1], PUT_OFFSET: lambda row: 64, BEGIN_ENTRY: lambda row: ROW, BEGIN_AGAIN: lambda row: ROW,
+    PUT_PROPERTY: lambda row: len(row[1]) + len(row[2]), PUT_THUMBNAIL: lambda row: len(row[2]), PUT_KEPT: lambda row: len(row[2])}
 
 
 class Rows:
@@ -5002,10 +5115,7 @@ class Reversal:
         return [
             Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? "
                       "WHERE home = ? AND since = ? AND node = ?", self.ends, many=True),
-            Statement("INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
-                      "SELECT home, s, node, ?1, coalesce(?2, name), coalesce(?3, key), kind, manifest, size, mtime, media, "
-                      "CASE WHEN ?4 THEN s ELSE rev END FROM entry, (SELECT max(seq) AS s FROM journal) "
-                      "WHERE home = ?5 AND since = ?6 AND node = ?7", self.begins, many=True),
+            Statement(BEGIN_AGAIN, self.begins, many=True),
             Statement("UPDATE collection SET seq = (SELECT max(seq) FROM journal), size = size + ?, files = files + ? "
                       "WHERE node = ?", [(*sum, node) for node, sum in self.sums.items()], many=True)]
 
@@ -5273,8 +5383,8 @@ class History(Tree):
         if len(data) >= node.size:
             raise CloudError("bad-request", "a thumbnail is smaller than its file")
         self._check_space(self._spot(who, ()), 0, len(data))
-        self.db.run(Statement("INSERT OR REPLACE INTO thumbnail (home, manifest, data) VALUES (?, ?, ?)",
-                              (who.account, node.manifest, data)))
+        self._store(who, Statement("DELETE FROM thumbnail WHERE home = ? AND manifest = ?", (who.account, node.manifest)),
+                    Statement(PUT_THUMBNAIL, (who.account, node.manifest, data)))        # a new row, which backups notice
 
     def pictured(self, who: Principal) -> set[str]:
         """What has a thumbnail in the account: {manifest}."""
@@ -5906,6 +6016,12 @@ class Received:
         self.waiting = 0                             # bytes in rows
 
 
+def land(flying: deque[tuple[Future, int]], size: int) -> None:
+    """Wait until no more than so many bytes are still being written."""
+    while flying and sum(size for _, size in flying) > size:
+        flying.popleft()[0].result()
+
+
 class Outcome(NamedTuple):
     """What became of one step of a commit."""
     status: int
@@ -6057,8 +6173,18 @@ class Sync(History):
 
     def _receive(self, who: Principal, frames: Iterable[bytes]) -> Received:
         """Take frames as they come, hashing and writing the large ones in the lane."""
-        received, tag, flying = Received(), secrets.token_hex(8), deque()
-        spot = self._spot(who, ())
+        received, flying = Received(), deque()
+        try:
+            self._take_frames(who, frames, received, flying)
+        except BaseException:
+            for future, _ in flying:
+                future.cancel() or future.exception()
+            self.blobs.discard(name for _, _, name, *_ in received.rows if name)
+            raise
+        return received
+
+    def _take_frames(self, who: Principal, frames: Iterable[bytes], received: Received, flying: deque[tuple[Future, int]]) -> None:
+        spot, tag = self._spot(who, ()), secrets.token_hex(8)
         (ahead,), = self.db.read("SELECT coalesce(sum(size), 0) FROM loose WHERE home = ? AND due > ?",
                                  (who.account, self.clock.due()))
         for data in frames:
@@ -6072,21 +6198,19 @@ class Sync(History):
                 received.rows.append((hash, len(data), None, self.clock.due(), data))
                 received.waiting += len(data)
                 if received.waiting > FLUSH:
+                    land(flying, 0)                  # a row names an object only when that is durable
                     self._flush(who, received)
             elif self._knows(who.account, hash):
                 received.relied.add(hash)
             else:
-                while flying and sum(size for _, size in flying) + len(data) > CHUNK_LIMIT:
-                    flying.popleft()[0].result()
+                land(flying, CHUNK_LIMIT - len(data))
                 flying.append((self.blobs.lane.submit(self.blobs.put_chunk, hash, data, tag), len(data)))
                 received.rows.append((hash, len(data), "%s-%s" % (hash, tag), self.clock.due(), None))
-        while flying:
-            flying.popleft()[0].result()
-        return received
+        land(flying, 0)
 
     def _flush(self, who: Principal, received: Received) -> None:
         """Write the rows that wait, and note whose they are."""
-        self.db.run(*self._loose_rows(who, received.rows))
+        self._store(who, *self._loose_rows(who, received.rows))
         received.rows, received.waiting = [], 0
 
     # ---- the commit
@@ -6146,14 +6270,14 @@ class Sync(History):
         outcomes = [self._take(who, draft, step) for step in steps]
         if atomic and any(outcome.problem for outcome in outcomes):
             failed = problem_of(CloudError("not-done", "another step failed, and all or none was asked for"))
-            return Batch(self._loose_rows(who, received.rows)), [
+            return self._pay(Batch(self._loose_rows(who, received.rows)), root.home, root.quota), [
                 outcome if outcome.problem else Outcome(424, None, failed) for outcome in outcomes]
         changes = draft.changes()
         outcomes = [outcome._replace(node=draft.state(outcome.node)) for outcome in outcomes]
         body = [*self._loose_rows(who, received.rows, draft.used), *draft.body,
                 *self._drop_locks(root, *(change.before for change in changes if change.before))]
         if not changes:
-            return Batch(body), outcomes
+            return self._pay(Batch(body), root.home, root.quota), outcomes
         paths = [split_path(step.get("to") or next(step[verb] for verb in COMMIT_STEPS if verb in step))
                  for step, outcome in zip(steps, outcomes) if not outcome.problem]
         relied = still_stored([hash for hash in draft.used if hash not in received.sizes or hash in received.relied])
@@ -6363,10 +6487,11 @@ class Cloud(Sync):
 
     def keep(self, who: Principal, value: Any) -> str:
         """Keep, for an hour, what a later request needs and cannot hold in its address; returns what to call it by."""
+        self._require(who)
         id, now = secrets.token_urlsafe(16), self.clock.due()
         if self.db.read("SELECT count(*) FROM kept WHERE account = ? AND due > ?", (who.account, now))[0][0] >= KEPT_MOST:
             raise CloudError("busy", "too much is kept for this account already", retry_after=60)
-        self.db.run(Statement("INSERT INTO kept VALUES (?, ?, ?, ?)", (id, who.account, json.dumps(value), now + HOUR)))
+        self._store(who, Statement(PUT_KEPT, (id, who.account, json.dumps(value), now + HOUR)))
         return id
 
     def kept(self, who: Principal, id: str) -> Any:
@@ -6432,7 +6557,7 @@ class Cloud(Sync):
                 digest.update(memoryview(buffer)[:count])
             if upload.size is not None and upload.received + count > upload.size:
                 raise CloudError("too-large", "more came than was announced")
-            upload = self._append_chunk(upload, bytes(memoryview(buffer)[:count]))
+            upload = self._append_chunk(upload, memoryview(buffer)[:count])
         if checksum and (broken or digest.digest() != checksum[1]):
             self._cut_back(upload, offset)
             raise broken or CloudError("bad-upload-checksum", "the part does not have the checksum that was announced")
@@ -6454,16 +6579,19 @@ class Cloud(Sync):
         self._check_space(self._spot(who, ()), 0, body.length or 1)
         return upload
 
-    def _append_chunk(self, upload: Upload, data: bytes) -> Upload:
-        stored = self.blobs.put(Body(data), partial(self._knows, upload.home))
+    def _append_chunk(self, upload: Upload, data: memoryview) -> Upload:
+        stored = self.blobs.put_bytes(data, partial(self._knows, upload.home))
         fresh = upload._replace(received=upload.received + stored.size, due=self.clock.due() + UPLOAD_LIFE)
-        self.db.write_once(
-            Batch([*self._store_rows(stored),
-                   Statement("INSERT INTO upload_chunk VALUES (?, 0, ?, ?, ?)", (upload.id, upload.received, stored.manifest, stored.size)),
-                   Statement("UPDATE upload SET received = ?, due = ? WHERE id = ?", (fresh.received, fresh.due, upload.id))],
-                  [*self._upload_guards(upload), *still_stored(stored.relied)]),
-            CloudError("offset", "another request writes to this upload"))
+        batch = Batch([*self._store_rows(stored),
+                       Statement("INSERT INTO upload_chunk VALUES (?, 0, ?, ?, ?)", (upload.id, upload.received, stored.manifest, stored.size)),
+                       Statement("UPDATE upload SET received = ?, due = ? WHERE id = ?", (fresh.received, fresh.due, upload.id))],
+                      [*self._upload_guards(upload), *still_stored(stored.relied)])
+        self.db.write_once(self._pay(batch, upload.home, self._quota_of(upload.home)),
+                           CloudError("offset", "another request writes to this upload"))
         return fresh
+
+    def _quota_of(self, home: int) -> int | None:
+        return self.db.read("SELECT quota FROM account WHERE id = ?", (home,))[0][0]
 
     def _upload_guards(self, upload: Upload) -> list[Statement]:
         return [Statement("SELECT 'upload' WHERE NOT EXISTS (SELECT 1 FROM upload WHERE id = ? AND received = ? "
@@ -6580,13 +6708,13 @@ class Cloud(Sync):
             rows.append((*key, offset, hash, size))
             offset += size
         there = bool(self.db.read("SELECT 1 FROM upload_chunk WHERE upload = ? AND part = ? LIMIT 1", key))
-        self.db.write(lambda: Batch([
+        self.db.write(lambda: self._pay(Batch([
             Statement(CHUNK_ROWS, self._chunk_rows(stored), many=True),
             Statement("UPDATE upload SET due = ?4, received = received + ?3 - (SELECT coalesce(sum(size), 0) FROM upload_chunk "
                       "WHERE upload = ?1 AND part = ?2) WHERE id = ?1", (*key, stored.size, self.clock.due() + UPLOAD_LIFE)),
             Statement("DELETE FROM upload_chunk WHERE upload = ? AND part = ?", key),
             Statement("INSERT INTO upload_chunk VALUES (?, ?, ?, ?, ?)", rows, many=True)],
-            [*self._part_guards(who, name), *still_stored(stored.relied)]))
+            [*self._part_guards(who, name), *still_stored(stored.relied)]), upload.home, self._quota_of(upload.home)))
         return not there
 
     def _part_guards(self, who: Principal, name: str) -> list[Statement]:
@@ -6713,6 +6841,7 @@ DRAIN_LIMIT = 256 * KiB
 RECEIVE = 64 * KiB
 THREADS, WAITING = 256, 256             # connections answered at a time, and waiting for that, per process
 SHARE = 64                              # ... of one account, or of one address that is not let in
+LARGE_BODIES, LARGE_WAIT = 16, 20       # of those so many with a large body; another waits for its turn, seconds
 SILENT = (BlockingIOError, socket.timeout, ssl.SSLWantReadError, ssl.SSLWantWriteError)     # nothing came for a tick
 REASONS = {**{status.value: status.phrase for status in HTTPStatus}, 460: "Checksum Mismatch"}
 STATUS_LINES = {status: "HTTP/1.1 %d %s\r\n" % (status, reason) for status, reason in REASONS.items()}
@@ -6728,7 +6857,7 @@ class Disconnected(Exception):
 class Request:
     """One request, parsed and checked; what a handler sees of HTTP."""
     __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "site", "who",
-                 "id", "values", "gone", "began", "prefix", "refusal", "share")
+                 "id", "values", "gone", "began", "prefix", "refusal", "share", "room")
 
     def __init__(self, method: str, path: tuple[str, ...], slash: bool, query: str, fields: dict[str, str], minor: int,
                  body: Body, address: str, https: bool, safe: bool, site: "Site | None" = None) -> None:
@@ -6746,6 +6875,7 @@ class Request:
         self.prefix: tuple[str, ...] = ()        # what a proxy cuts off every address: a server below /cloud/
         self.refusal: CloudError | None = None   # why its target is none, if it is
         self.share: Any = None                   # whose share of this process it has, until it is answered
+        self.room: int | None = None             # the account that it receives a large body for, until it is answered
 
     def href(self, address: Sequence[str]) -> str:
         """An address of this server as the client has to write it."""
@@ -6890,7 +7020,9 @@ def respond(cloud: Cloud, request: Request) -> Response:
         if not who.account:
             request.body.wait_if_small(SMALL_BODY)
         admit(cloud, who, request, found)
-        if not who.account:
+        if who.account:
+            take_room(who, request)
+        else:
             request.body.insist(SMALL_BODY)
         if found.values:
             request.values = read_values(request, found.values)
@@ -6925,6 +7057,13 @@ def take_share(who: Principal, request: Request) -> None:
         key = who.account or network_of(request.address)
         request.site.shares.take(key)
         request.share = key
+
+
+def take_room(who: Principal, request: Request) -> None:
+    """Wait for memory to receive a large body into, until the answer has gone (R33).  raises CloudError busy"""
+    if request.site and (request.body.length is None or request.body.length > DRAIN_LIMIT):
+        request.site.bodies.take(who.account, LARGE_WAIT)
+        request.room = who.account
 
 
 def admit(cloud: Cloud, who: Principal, request: Request, found: Route) -> None:
@@ -7260,6 +7399,7 @@ class Site:
                       *(name.strip().lower() for name in config.hostname.split(",") if name.strip())}
         self.plain_http = config.plain_http
         self.shares = Shares(SHARE, "%d requests of yours are under way already", 2)
+        self.bodies = Shares(LARGE_BODIES, "%d uploads of yours are under way already", 5)
         self.knows = lru_cache(maxsize=256)(self._knows)
 
     def _knows(self, host: str) -> bool:
@@ -7634,6 +7774,8 @@ class Handler(BaseHTTPRequestHandler, Source):
         finally:
             if request is not None and request.share is not None:
                 self.server.site.shares.give(request.share)
+            if request is not None and request.room is not None:
+                self.server.site.bodies.give(request.room)
 
     def _can_keep(self, request: Request, response: Response) -> bool:
         """May another request come after this answer?  Nothing is read for who was not let in (H14)."""
@@ -8172,7 +8314,7 @@ def api_delete(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": cloud.delete(who, *request.values["paths"])})
 
 
-@route("POST", API + "zip-names", needs="read", names="paths")
+@route("POST", API + "zip-names", needs="write", names="paths")
 def api_name_members(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Name the members of an archive that are too many for an address; the id that is returned is its `names`, for an hour."""
     names = list(map("/".join, request.values["names"]))
@@ -9933,7 +10075,7 @@ def nc_bulk(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response(answer)
 
 
-BULK_PART = 16 * MiB            # clients send files of up to a hundredth of that in bulk
+BULK_PART = MiB                 # bytes of a file in a bulk upload; clients send those of up to a tenth of that so
 
 
 def read_bulk(body: Body, boundary: bytes) -> Iterator[Writing]:
@@ -15799,10 +15941,12 @@ class Crew:
                 work, args = self._work.get(timeout=CREW_IDLE)
             except queue.Empty:
                 with self._lock:
-                    if self._spare > 0:
-                        self._spare -= 1
-                        self.count -= 1
-                        return
+                    is_over = self._spare > 0
+                    self._spare -= is_over
+                    self.count -= is_over
+                if is_over:
+                    malloc_trim()(0)             # else what a rush took stays taken
+                    return
                 continue                         # what it is promised is coming
             work(*args)
             with self._lock:
@@ -16319,11 +16463,12 @@ class Upkeep:
         return count
 
     def _cap_history(self) -> int:
-        """Where history has a limit: the oldest goes first until it fits."""
-        most, gone = self.cloud.policy().history, 0
-        if most is None:
-            return 0
-        for home, live in self.db.read("SELECT a.id, c.size FROM account a JOIN collection c ON c.node = a.root"):
+        """Where history has a limit, by itself or because the account has a quota: the oldest goes first until it fits."""
+        limit, gone = self.cloud.policy().history, 0
+        for home, live, quota in self.db.read("SELECT a.id, c.size, a.quota FROM account a JOIN collection c ON c.node = a.root"):
+            most = quota if limit is None else limit
+            if most is None:
+                continue
             over = self.db.read("SELECT coalesce(sum(size), 0) FROM entry WHERE home = ? AND kind = 0", (home,))[0][0] - live - most
             rows, dead = [], []
             for since, node, size, fate in self.db.read(
@@ -16505,6 +16650,15 @@ class Upkeep:
                         Statement("INSERT INTO text_index (rowid, home, body) VALUES (?, ?, ?)",
                                   [(id, home, text) for id, home, _, text in rows], many=True))
 
+    def reckon(self) -> None:
+        """What accounts with a quota have beside their live files, counted anew: rows, properties, thumbnails; some of it is free."""
+        rows = [(max(0, sum(self.db.read(
+            "SELECT (SELECT count(*) * ?1 FROM entry WHERE home = ?2), (SELECT coalesce(sum(length(data)), 0) FROM thumbnail WHERE home = ?2), "
+            "(SELECT coalesce(sum(length(p.name) + length(p.value)), 0) FROM entry e JOIN property p ON p.node = e.node WHERE e.home = ?2 "
+            "AND e.until IS NULL)", (ROW, home))[0]) - SPENT_FREE), home) for (home,) in self.db.read("SELECT id FROM account WHERE quota IS NOT NULL")]
+        self._write(Statement("UPDATE account SET extra = ? WHERE id = ?", rows, many=True),
+                    Statement("DELETE FROM spent WHERE day <= ?", (self.clock.due() // DAY - SPENT_DAYS,)))
+
     def tidy(self) -> None:
         """Drop thumbnails of what is gone; begin the index of contents anew when most of it is about what is gone."""
         gone = self.db.read("SELECT id FROM thumbnail t WHERE NOT EXISTS (SELECT 1 FROM entry WHERE manifest = t.manifest "
@@ -16623,6 +16777,7 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
     "names": (5 * SECOND, lambda janitor: janitor.upkeep.index_names()),
     "contents": (5 * SECOND, lambda janitor: janitor.upkeep.index_contents()),
     "tidy": (DAY, lambda janitor: janitor.upkeep.tidy()),
+    "reckon": (6 * HOUR, lambda janitor: janitor.upkeep.reckon()),
     "digest": (MINUTE, lambda janitor: janitor.upkeep.digest()),
     "age": (HOUR, lambda janitor: janitor.upkeep.mark_age()),
     "purge": (5 * MINUTE, lambda janitor: janitor.upkeep.purge()),

@@ -3903,6 +3903,30 @@ def test_no_account_takes_more_than_its_share(cloud, ann, address, monkeypatch):
     assert outcome(shares.take, "a") == "busy"
     shares.give("a"), shares.take("a")
     assert shares.taken() == 3
+    threading.Timer(0.05, shares.give, ["b"]).start()
+    threading.Timer(0.1, shares.give, ["a"]).start()
+    shares.take("a", 20)                         # waits for one of its own
+    assert outcome(shares.take, "a", 0.01) == "busy" and shares.taken() == 2
+
+
+def test_large_bodies_of_an_account_wait_for_their_turn(cloud, ann, address, monkeypatch):
+    """X18, R33: so many take memory at a time, others are read when those have ended; small ones and others' go on."""
+    monkeypatch.setattr(cs, "LARGE_WAIT", 0.3)
+    size, bob = 1_000_000, account(cloud, "bob")
+    held = connect(address, request_bytes("PUT", "/dav/a", b"", "Content-Length: %d" % size), cs.LARGE_BODIES)
+    for sock in held:
+        sock.sendall(bytes(1000))
+    until = time.monotonic() + 10
+    while exchange(address, "PUT", "/dav/b", bytes(size)).status != 503 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert exchange(address, "PUT", "/dav/b", bytes(size)).headers["retry-after"]
+    assert exchange(address, "PUT", "/dav/c", bytes(1000)).status in (201, 204)
+    assert exchange(address, "PUT", "/dav/d", bytes(size), user="bob").status == 201
+    monkeypatch.setattr(cs, "LARGE_WAIT", 20)
+    threading.Timer(0.1, held.pop().close).start()
+    assert exchange(address, "PUT", "/dav/b", bytes(size)).status in (201, 204)
+    for sock in held:
+        sock.close()
 
 
 def test_waits_and_downloads_end_when_the_client_leaves(cloud, ann, address):
@@ -5199,6 +5223,33 @@ def test_each_step_is_refused_by_itself(cloud, ann, step, code):
     assert codes(commit(cloud, ann, [step, {"mkdir": "after"}])) == [code, 201]
 
 
+def test_a_row_names_an_object_only_when_that_is_stored(cloud, ann, monkeypatch):
+    """R1: also while large frames are still being written; and what is refused leaves no objects."""
+    really, ended, wrote = cloud.blobs.put_chunk, [], cloud.db.write_once
+    large, small = [os.urandom(300_000) for _ in range(3)], [os.urandom(100) for _ in range(30)]
+
+    def put_chunk(hash, data, tag):
+        time.sleep(0.05)
+        ended.append(hash)
+        return really(hash, data, tag)
+
+    def write_once(batch, refusal):
+        named = {row[0] for sql, rows, _ in batch.body if sql == cs.CHUNK_ROWS for row in rows if row[2]}
+        assert named <= set(ended)
+        return wrote(batch, refusal)
+    monkeypatch.setattr(cs, "FLUSH", 1000)
+    monkeypatch.setattr(cloud.blobs, "put_chunk", put_chunk)
+    monkeypatch.setattr(cloud.db, "write_once", write_once)
+    cloud.send(ann, [*large, *small])
+    assert len(ended) == 3 and all(cloud.blobs.store.has(name) for name, in cloud.db.read("SELECT object FROM chunk WHERE object IS NOT NULL"))
+
+    def broken():
+        yield os.urandom(300_000)
+        raise CloudError("bad-request", "half a frame")
+    assert outcome(cloud.send, ann, broken()) == "bad-request"
+    assert sum(1 for shard in range(256) for _ in cloud.blobs.store.list("%02x" % shard)) == 3
+
+
 def test_a_commit_keeps_to_quota_locks_and_readers(cloud, ann):
     bob = account(cloud, "bob", quota=100)
     assert codes(commit(cloud, bob, [step_put("a", b"x" * 60), step_put("b", b"y" * 60), step_put("a", b"z" * 90)],
@@ -6429,6 +6480,60 @@ def aging(make_cloud, fake):
     return Aging()
 
 
+def spend(way, cloud, ann, n):
+    """Make the server store something that no quota of live bytes bounds, for the n-th time."""
+    name, some = "f%d" % n, os.urandom(40_000)
+    png = PNG + some
+
+    def move(a, b):
+        cloud.move(ann, ((a,), (b,)))
+    acts = {"deleted": lambda: (put(cloud, ann, name, some), cloud.delete(ann, (name,))),
+     "overwritten": lambda: put(cloud, ann, "f", some),
+     "empty": lambda: put(cloud, ann, name, b""),
+     "collections": lambda: cloud.make_collection(ann, ("c%d" % n,)),
+     "properties": lambda: (put(cloud, ann, name, b""), cloud.patch(ann, (name,), properties={"{x}%d" % k: "<a>%s</a>" % ("y" * 9_000) for k in range(4)})),
+     "thumbnails": lambda: (put(cloud, ann, name, png), cloud.put_thumbnail(ann, (name,), png[:30_000]), cloud.delete(ann, (name,))),
+     "kept": lambda: cloud.keep(ann, "z" * 20_000),
+     "frames": lambda: cloud.send(ann, [some]),
+     "copies": lambda: cloud.copy(ann, (("d",), ("c%d" % n,))),
+     "moved": lambda: (move("g", "h"), move("h", "g")),
+     "restored": lambda: (cloud.delete(ann, ("g",)), cloud.restore(ann, cloud.trash(ann)[0].node.node)),
+     "rewound": lambda: (cloud.delete(ann, ("d",)), cloud.rewind(ann, (), cloud.head() - 1)),
+     "uploads": lambda: cloud.drop_upload(ann, cloud.append(ann, cloud.create_upload(ann, (name,), len(some)).id, 0, Body(some[:39_999])).id),
+     "parts": lambda: (cloud.begin_parts(ann, name, len(some)), cloud.put_part(ann, name, 1, Body(some)), cloud.drop_parts(ann, name)),
+     "commits": lambda: codes(commit(cloud, ann, [step_put("f", some)], [some])),
+     }
+    if acts[way]() == ["over-quota"]:
+        raise CloudError("over-quota")
+
+
+@pytest.mark.parametrize("way", ["deleted", "overwritten", "empty", "collections", "properties", "thumbnails", "kept", "frames", "copies", "moved", "restored",
+                                 "rewound", "uploads", "parts", "commits"])
+def test_a_quota_bounds_all_that_an_account_makes_the_server_store(aging, monkeypatch, way):
+    """Q2, X19: what was deleted or overwritten, rows, properties, thumbnails, names of archives; room comes back day by day."""
+    monkeypatch.setattr(cs, "SPENT_FREE", 100_000)
+    monkeypatch.setattr(cs, "KEPT_MOST", 1000)
+    cloud, ann = aging.cloud, aging.ann
+    cloud.make_collection(ann, ("d",)), cloud.patch(ann, ("d",), properties={"{x}y": "<a>%s</a>" % ("y" * 9_000)})
+    for name in ["d/%d" % n for n in range(10)] + ["g", "read"]:
+        put(cloud, ann, name, "small")
+    cloud.accounts.update("ann", ann, quota=100_000)
+    count = 0
+    while count < 1000:
+        if outcome(spend, way, cloud, ann, count) == "over-quota":
+            break
+        count += 1
+    spent = cloud.db.read("SELECT sum(bytes) FROM spent")[0][0]
+    assert 1 < count < 1000 and spent <= 500_000 and (spent > 250_000 or way == "frames"), (count, spent)
+    assert get(cloud, ann, "read") == b"small" and cloud.delete(ann, ("read",))
+    assert len(aging.objects()) == cloud.db.read("SELECT count(object) FROM chunk")[0][0]
+    cloud.delete(ann, *[(name,) for name in tree(cloud, ann) if "/" not in name])
+    aging.days(40)
+    aging.work(), aging.upkeep.tidy(), aging.upkeep.reckon()
+    assert put(cloud, ann, "room again", os.urandom(80_000))
+    audit(cloud)
+
+
 def test_trash_goes_after_thirty_days_and_its_space_later(aging):
     """R13, R27"""
     cloud, ann = aging.cloud, aging.ann
@@ -6950,11 +7055,11 @@ def test_a_backup_of_an_older_version_goes_on(make_cloud, tmp_path, monkeypatch)
     with sqlite3.connect(cloud.config.data / "cloud.db") as source, sqlite3.connect(tmp_path / "backup" / "cloud.db") as target:
         source.backup(target)
     source.close(), target.close()
-    monkeypatch.setattr(cs, "MIGRATIONS", migrations + ["ALTER TABLE account ADD COLUMN extra INTEGER; ALTER TABLE chunk ADD COLUMN more"])
+    monkeypatch.setattr(cs, "MIGRATIONS", migrations + ["ALTER TABLE account ADD COLUMN added INTEGER; ALTER TABLE chunk ADD COLUMN more"])
     today = make_cloud(name="old")
     assert cs.back_up(today, tmp_path / "backup") == (0, 0, [])
     copy = sqlite3.connect(tmp_path / "backup" / "cloud.db")
-    assert copy.execute("SELECT name, extra FROM account").fetchall() == [("ann", None)]
+    assert copy.execute("SELECT name, added FROM account").fetchall() == [("ann", None)]
     assert copy.execute("PRAGMA user_version").fetchone() == (1 + len(cs.MIGRATIONS),)
     copy.close()
 
@@ -13626,8 +13731,8 @@ def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_p
     for name in ("one.bin", "two.bin", "three.bin"):
         (tmp_path / name).write_bytes(data)
     offline = page.offline
-    gate, put_chunk = threading.Event(), page.cloud.blobs.put          # nothing arrives for good before the gate opens
-    monkeypatch.setattr(page.cloud.blobs, "put", lambda *args, **how: gate.wait(20) and put_chunk(*args, **how))
+    gate, put_bytes = threading.Event(), page.cloud.blobs.put_bytes    # nothing arrives for good before the gate opens
+    monkeypatch.setattr(page.cloud.blobs, "put_bytes", lambda *args: gate.wait(20) and put_bytes(*args))
     page.open("/")
     page.sees("Nothing here yet")
     page.click("New")
