@@ -18854,9 +18854,11 @@ class Session:
         began = time.monotonic()
         try:
             if built or self.memory.is_changed:
-                self.folder.check_place()        # else what was put there is not where it will be looked for
+                self.folder.check_place()
                 self.folder.secure()
+                self.folder.check_place()        # it still is: else something else was brought to its medium
         except OSError as error:
+            self.folder.check_place()
             raise Stopped("the disk of %s fails: %s" % (self.folder.root, error.strerror)) from error
         self.memory.flush()
         self.remembered = time.monotonic()
