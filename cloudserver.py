@@ -8974,8 +8974,8 @@ def sync_commit(cloud: Cloud, who: Principal, request: Request) -> Response:
     {"put": path, "chunks": [[hash, size], ...], "mtime": ms, "if"?: etag or null}, {"mkdir": path},
     {"move": path, "to": path, "if"?: etag}, {"delete": path, "if"?: etag, "since"?: seq}; "if": null says that nothing is there,
     "since" that no other device changed anything since.  Each gets {"status", "etag", "node"} or a problem, in order.
-    The same `op` again changes nothing and is answered the same.  "cursor" and its "tag" come when no other device did anything
-    after `since`.  409 other-history, and nothing done, if `since` and `tag` are of another past.
+    The same `op` again changes nothing and is answered the same.  `seq` is where this is in the history, and its `tag`; it is
+    a "cursor", too, when no other device did anything after `since`.  409 other-history, and nothing done, if `since` and `tag` are of another past.
     """
     reader = FrameReader(request.body)
     line = reader.line(LINE_OF_OPS)
@@ -8986,7 +8986,7 @@ def sync_commit(cloud: Cloud, who: Principal, request: Request) -> Response:
     cloud.check_history(values.get("server"), since, values.get("tag"))
     seq, results, alone = cloud.commit(who, op, hashlib.sha256(line).hexdigest(), steps, reader,
                                        atomic=values.get("atomic") is True, since=since)
-    return json_response({"seq": seq, "results": results, **({"cursor": seq, "tag": cloud.tag_at(seq)} if alone and seq else {})})
+    return json_response({"seq": seq, "results": results, **({"tag": cloud.tag_at(seq)} if seq else {}), **({"cursor": seq} if alone and seq else {})})
 
 
 COMMIT_FIELDS = {"op": TEXT, "ops": "array", "atomic_": "boolean", "since_": "integer", "tag_": TEXT, "server_": TEXT}
@@ -17682,7 +17682,7 @@ def keep_on_core(index: int) -> None:
 #    looked for once more, in the very directory that was scanned.
 # 3. A file is built beside its place, brought to the medium, and put there at once.
 # 4. What is noted as agreed is true on both sides and on the media of both.  Whoever is killed, or loses power, only has to
-#    compare again.
+#    compare again; what he was about to take away here is noted before, for it is nobody's wish that it goes there, too.
 # 5. An answer that is not whole, or not of the history we know, says nothing about what is gone.
 # 6. Whatever a server sends is checked where it comes in, and no path is followed through a link.
 # 7. One bad thing costs one thing: it is named, and all the rest goes on.
@@ -18363,7 +18363,7 @@ SHAPES: dict[str, dict[str, Callable[[Any], bool]]] = {  # what answers are made
     "file": {"kind": lambda value: value == "file", "path": is_path, "node": is_word, "mtime": is_mtime, "etag": is_word,
              "size": is_count, "chunks": are_chunks},
     "gone": {"node": is_word},
-    "commit": {"results": is_list, "cursor_": is_count, "tag_": is_word},
+    "commit": {"results": is_list, "seq_": is_count, "cursor_": is_count, "tag_": is_word},
     "outcome": {"status": is_count, "etag": is_word, "node_": is_word, "problem_": lambda value: isinstance(value, dict)},
     "problem": {"code": is_word, "detail": lambda value: isinstance(value, str)},
     "missing": {"missing": are_hashes},
@@ -18631,6 +18631,12 @@ class Memory:
         return int(self.words.get("cursor", -1))
 
     @property
+    def latest(self) -> Cursor:
+        """The latest point of the server's history that a commit of ours was answered with; what is agreed on may be as new."""
+        seq, tag = json.loads(self.words.get("latest", "[-1, \"\"]"))
+        return seq, tag
+
+    @property
     def mounts(self) -> set[str]:
         """Keys of directories that were on file systems of their own."""
         return set(json.loads(self.words.get("mounts", "[]")))
@@ -18722,8 +18728,23 @@ class Memory:
         self.clear("twin")
         self.draw(twins)                         # one of two may be gone
 
+    @property
+    def leaving(self) -> list[str]:
+        """Keys of what we were about to take away here when we last wrote down anything."""
+        return json.loads(self.words.get("leaving", "[]"))
+
+    def take_away(self, keys: Collection[str]) -> None:
+        """Write down, on the medium, what we are about to delete or rename here: if we are killed before that is noted, what
+        is missing is our doing and no wish of anybody to have it deleted there.  raises Stopped"""
+        self.say(leaving=json.dumps([*self.leaving, *keys]))
+        with self._guarded():
+            self.db.execute("PRAGMA synchronous = FULL")
+            self.db.execute("REPLACE INTO word (name, value) VALUES ('leaving', ?)", (self.words["leaving"],))
+            self.db.execute("PRAGMA synchronous = NORMAL")
+
     def flush(self) -> None:
         """Write down what changed, all or nothing.  raises Stopped, and keeps it to be written"""
+        self.say(leaving="[]")
         with self._guarded():
             self.db.execute("BEGIN")
             try:
@@ -18770,7 +18791,7 @@ class Tally:
         return self.uploaded + self.downloaded + self.moved + self.deleted_here + self.deleted_there + self.conflicts
 
 
-Cursor = Tuple[int, str]        # (seq, tag)
+Cursor = Tuple[int, str]        # (seq, tag): a point in the history of a server
 
 
 class Session:
@@ -18868,15 +18889,18 @@ class Session:
 
     def commit(self, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The outcomes of steps, one for each."""
-        outcomes, cursor = self.send(steps)
-        if steps:
-            self.seen.append(cursor)
-        return outcomes
+        return self.saw(self.send(steps)) if steps else []
 
-    def send(self, steps: list[dict[str, Any]], frames: bytes = b"") -> tuple[list[dict[str, Any]], Cursor | None]:
-        """A commit, from any thread: outcomes, and a new cursor if nobody else wrote meanwhile."""
-        if not steps:
-            return [], None
+    def saw(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
+        """The outcomes of a commit.  From now on we know that its seq is in the history of the server."""
+        point = answer.get("seq", 0), answer.get("tag", "")
+        self.seen.append((answer["cursor"], point[1]) if "cursor" in answer else None)
+        if point > self.memory.latest:
+            self.memory.say(latest=json.dumps(point))
+        return answer["results"]
+
+    def send(self, steps: list[dict[str, Any]], frames: bytes = b"") -> dict[str, Any]:
+        """A commit, from any thread: the answer, whose results are outcomes, one for each step."""
         words = self.memory.words
         head = {"op": secrets.token_hex(16), "server": words["server"], "since": self.memory.cursor, "ops": steps,
                 **({"tag": words["tag"]} if words.get("tag") else {})}
@@ -18887,7 +18911,7 @@ class Session:
         for outcome in outcomes:
             if "problem" in outcome:
                 checked("problem", outcome["problem"])
-        return outcomes, (answer["cursor"], answer.get("tag", "")) if "cursor" in answer else None
+        return {**answer, "results": outcomes}
 
     def went_well(self, path: str, outcome: dict[str, Any]) -> bool:
         problem = outcome.get("problem")
@@ -18909,16 +18933,16 @@ class Follower:
     def __init__(self, session: Session) -> None:
         self.session, self.memory = session, session.memory
 
-    def address(self, more: str) -> str:
+    def address(self, more: str, since: Cursor | None = None) -> str:
         """Where to ask for changes since our cursor."""
-        words = self.memory.words
-        tag = "&tag=" + words["tag"] if words.get("tag") else ""
-        return "/api/v1/changes?since=%d&server=%s%s&%s" % (self.memory.cursor, words["server"], tag, more)
+        seq, tag = since or (self.memory.cursor, self.memory.words.get("tag"))
+        return "/api/v1/changes?since=%d&server=%s%s&%s" % (seq, self.memory.words["server"], "&tag=" + tag if tag else "", more)
 
     def fetch(self) -> None:
         """Bring it up to date.  raises Stopped"""
         if self.memory.cursor >= 0:
             try:
+                self._check_latest()
                 while self._fetch_changes():
                     pass
                 return
@@ -18928,6 +18952,11 @@ class Follower:
                 elif error.kind != "gone":
                     raise
         self._fetch_manifest()
+
+    def _check_latest(self) -> None:
+        """Where others wrote, or we were killed, our cursor is older than what we agreed on.  raises CloudError other-history"""
+        if self.memory.latest[0] > self.memory.cursor:
+            self.session.link.call("changes", "GET", self.address("limit=1", self.memory.latest))
 
     def _fetch_changes(self) -> bool:
         """One answer full of changes; are there more?"""
@@ -18965,7 +18994,7 @@ class Follower:
             self._start_over("this is not the server it was, or it was restored from a backup")
         elif self._is_elsewhere(first.get("node", "")):
             self._start_over("this account begins elsewhere than it did")
-        elif first["seq"] < memory.cursor:
+        elif first["seq"] < max(memory.cursor, memory.latest[0]):
             self._start_over("this server went back in time: an older state of its data was put back")
         memory.clear("there", "twin")
         memory.draw(found)
@@ -18980,7 +19009,7 @@ class Follower:
         if not self.session.yes:
             raise Stopped(why + "; nothing was touched. With --yes both sides are merged and nothing is deleted", ASK)
         self.memory.clear("base")
-        self.memory.say(cursor=-1)
+        self.memory.say(cursor=-1, latest=json.dumps((-1, "")))
 
 
 class Plan:
@@ -19393,16 +19422,14 @@ class Uploader:
         if self.session.progress:
             self.session.progress.add(sum(map(len, window.values())))
 
-    def _deliver(self, batch: Outgoing) -> tuple[list[dict[str, Any]], Cursor | None]:
+    def _deliver(self, batch: Outgoing) -> dict[str, Any]:
         """Commit files together with their chunks; what is not quite small is asked for first."""
         lacking = self._missing([hash for hash, data in batch.chunks.items() if len(data) > INLINE_LIMIT])
         frames = b"".join(format_frame(data) for hash, data in batch.chunks.items() if len(data) <= INLINE_LIMIT or hash in lacking)
         return self.session.send(batch.steps, frames)
 
-    def _delivered(self, batch: Outgoing, answer: tuple[list[dict[str, Any]], Cursor | None]) -> None:
-        outcomes, cursor = answer
-        self.session.seen.append(cursor)
-        for (key, here, there), outcome in zip(batch.items, outcomes):
+    def _delivered(self, batch: Outgoing, answer: dict[str, Any]) -> None:
+        for (key, here, there), outcome in zip(batch.items, self.session.saw(answer)):
             if self.session.went_well(here.path, outcome):
                 self.memory.agree(key, there._replace(node=outcome["node"], etag=outcome["etag"]), here)
                 self.session.tally.uploaded += 1
@@ -19663,6 +19690,8 @@ class Downloader:
 
     def delete(self, keys: list[str]) -> None:
         memory = self.memory
+        if keys:
+            memory.take_away(keys)
         for key in reversed(keys):
             base, seen = memory.base[key], self.session.scan.here[key]
             here = self.folder.look(seen.path)
@@ -19733,6 +19762,9 @@ class SyncClient:
         session.scan = session.scan._replace(here={})        # two of them would be much memory
         session.scan = self.folder.scan(session.rules)
         self.folder.check_place()
+        for key in self.memory.leaving:
+            if key not in session.scan.here:
+                self.memory.set("base", key, None)
         self.planner.begin()
         for key in self._mounts().difference(session.scan.mounts):
             session.scan.blocked[key] = Block(self.memory.base[key].path, "was a disk of its own, which is not mounted; "
@@ -19770,6 +19802,7 @@ class SyncClient:
                 memory.agree(key, there, self.downloader.respell(there, here))
                 self.folder.touch(here.path)
                 return
+            memory.take_away([key])
             self.folder.rename(here.path, self._conflict_name(here.path))
             self.session.tally.conflicts += 1    # the next round uploads it, and downloads theirs
             memory.set("base", key, None)

@@ -8090,6 +8090,55 @@ def test_nothing_is_noted_of_a_folder_that_vanishes_as_it_is_brought_to_its_medi
         assert db.execute("SELECT path FROM base").fetchall() == [("a",)]
 
 
+@pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize("back", ["brought back", "moved away"])
+def test_what_a_killed_run_deleted_here_is_nobodys_wish(laptop, cloud, ann, monkeypatch, after, back):
+    """R6: on the page it was brought back before the next run, or it only was not where it had been."""
+    one, left, remove = laptop(), [after], cs.Folder.remove
+    for path in ("a", "d/b", "d/e/c"):
+        one.write(path, path)
+    one.write("y", "in the way")
+    one.run()
+
+    def removing(folder, *args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Crash
+        return remove(folder, *args)
+    cloud.delete(ann, ("a",), ("y",)), move(cloud, ann, "d", "y")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cs.Folder, "remove", removing)
+        with pytest.raises(Crash):
+            one.run()
+    if back == "brought back":
+        cloud.undo(ann, cloud.head()), cloud.undo(ann, cloud.head() - 2)
+    else:
+        put(cloud, ann, "d/e/new", "new", parents=True)
+    want = tree(cloud, ann)
+    one.run()
+    assert one.tree() == tree(cloud, ann) == want and one.run().work() == 0
+
+
+def test_what_a_killed_run_renamed_for_a_conflict_is_nobodys_wish(laptop, cloud, ann, monkeypatch):
+    """R6: the page goes back to what was agreed on before the next run."""
+    one, rename = laptop(), cs.Folder.rename
+    one.write("f", "old")
+    one.run()
+    seq = cloud.head()
+    one.write("f", "here"), put(cloud, ann, "f", "there")
+
+    def renaming(*args):
+        rename(*args)
+        raise Crash
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cs.Folder, "rename", renaming)
+        with pytest.raises(Crash):
+            one.run()
+    cloud.rewind(ann, (), seq)
+    one.run()
+    assert one.tree() == tree(cloud, ann) and one.read("f") == b"old" and sorted(one.tree().values()) == [b"here", b"old"]
+
+
 def test_a_watched_folder_that_vanishes_ends_the_watch(laptop, cloud, ann, tmp_path, monkeypatch):
     """Y6"""
     monkeypatch.setattr(cs, "SCAN_LEAST", 0.05)
@@ -8607,7 +8656,7 @@ NONSENSE = {  # of each answer: field: values that no server may give it
     "changes": {"seq": BAD_NUMBERS + [0], "tag": BAD_TEXTS, "root": BAD_TEXTS + ["12345"], "more": [1, None, "x"], "changes": LISTS},
     "changes line": {"path": BAD_PATHS, "node": BAD_TEXTS, "kind": ["link", 5, None, []], "mtime": BAD_NUMBERS[1:-2] + [True, {}], "etag": BAD_TEXTS,
                      "size": BAD_NUMBERS + [99], "chunks": BAD_CHUNKS},
-    "commit": {"results": LISTS + [[]], "cursor": BAD_NUMBERS, "tag": BAD_TEXTS},
+    "commit": {"results": LISTS + [[]], "cursor": BAD_NUMBERS, "tag": BAD_TEXTS, "seq": BAD_NUMBERS},
     "commit line": {"status": BAD_NUMBERS, "etag": BAD_TEXTS, "node": BAD_TEXTS, "problem": [5, "x", [], {}, {"code": 5, "detail": "x"}, {"code": "x", "detail": None}]},
     "missing": {"missing": LISTS + [["f" * 64]]}}
 
@@ -8945,6 +8994,41 @@ def test_a_server_that_went_back_in_time_is_recognised_and_nothing_is_deleted(la
 def address_of(url):
     host, _, port = url.rpartition("@")[2].rpartition(":")
     return host, int(port)
+
+
+@pytest.mark.parametrize("how", ["alone", "beside another", "and used since"])
+def test_a_server_that_went_back_to_a_moment_within_our_run_is_recognised(laptop, cloud, ann, tmp_path, make_cloud, serve_cloud, how):
+    """Y1: what was agreed on is newer than the cursor of a client that was killed as it sent."""
+    one = laptop()
+    one.write("a", "a")
+    one.run()
+
+    def killed(session):
+        raise Crash
+
+    def go_on(cloud):
+        one.write("new", "new")
+        with pytest.MonkeyPatch.context() as patch:
+            if how == "beside another":
+                send = cs.Session.send
+                patch.setattr(cs.Session, "send", lambda *args: (put(cloud, ann, "other", "other"), send(*args))[1])
+            patch.setattr(cs.Session, "land_all", lambda session: (session._land(), killed(session)))
+            with pytest.raises(Crash):
+                one.run()
+        assert "new" in tree(cloud, ann)
+    back = put_back(make_cloud, tmp_path, cloud, ann, go_on)
+    again = back.accounts.principal("ann")
+    if how == "and used since":
+        [put(back, again, "since%d" % n, "since") for n in range(9)]
+    one.url = "http://ann@%s:%d" % serve_cloud(back)
+    with sqlite3.connect(one.path / cs.SYNC_HOME / "state.db") as db:
+        assert db.execute("SELECT path FROM base").fetchall() == [("a",), ("new",)]
+        db.execute("UPDATE word SET value = ? WHERE name = 'url'", (cs.plain_url(one.url)[0],))
+    with pytest.raises(cs.Stopped, match="went back in time") as stopped:
+        one.run(again=True)
+    assert stopped.value.code == 3 and one.tree() == {"a": b"a", "new": b"new"}
+    one.run(yes=True, again=True)
+    assert one.tree() == tree(back, again) and one.read("new") == b"new" and one.run().work() == 0
 
 
 def test_a_client_that_saw_nothing_of_what_was_lost_goes_on(laptop, cloud, ann, tmp_path, make_cloud, serve_cloud):
