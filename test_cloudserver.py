@@ -13284,10 +13284,11 @@ def test_browser_keeps_the_line_end_of_each_line_that_stays(page, rng):
     page.open("/login")
     cases = []
     for _ in range(200):
-        old = [(rng.choice("abc") * rng.randrange(1, 3), rng.choice(["\n", "\r\n", "\r"])) for _ in range(rng.randrange(1, 12))]
+        before = "".join(rng.choice("abc") * rng.randrange(3) + rng.choice(["\n", "\r\n", "\r"]) for _ in range(rng.randrange(1, 12)))
+        old = re.findall("([^\r\n]*)(\r\n|\r|\n)", before)           # an empty line after \r that ends in \n is none
         kept = [line for line in old if rng.random() < 0.8]
         new = [line for pair in kept for line in ([pair] if rng.random() < 0.8 else [("new%d" % rng.randrange(9), None), pair])]
-        cases.append((old, new, "".join(text + end for text, end in old) + "z", "\n".join([text for text, _ in new] + ["z"])))
+        cases.append((old, new, before + "z", "\n".join([text for text, _ in new] + ["z"])))
     found = page.run("return arguments[0].map(([before, typed]) => withEnds(before, typed))", [case[2:] for case in cases])
     for (old, new, before, typed), said in zip(cases, found):
         assert re.sub("\r\n?", "\n", said) == typed
