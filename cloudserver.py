@@ -8928,7 +8928,8 @@ def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 @route("GET", API + "events", needs="read")
 def sync_events(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Server-sent events: {"seq": N} whenever something in the account has changed."""
+    """Server-sent events: {"seq": N} whenever something in the account has changed, and again every 15 seconds: by its silence
+    a listener knows that the connection is dead."""
     cloud.await_change(who, cloud.newest(who), 0)        # refuse now what would be refused later
     return Response(200, sync_wake_ups(cloud, who), {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
                                                      "X-Accel-Buffering": "no"}, length=None)
@@ -8940,9 +8941,7 @@ def sync_wake_ups(cloud: Cloud, who: Principal) -> Iterator[bytes]:
     while time.monotonic() < until and not cloud.closing.is_set():
         if cloud.await_change(who, seq, 15):
             seq = cloud.newest(who)
-            yield b'data: {"seq":%d}\n\n' % seq
-        else:
-            yield b":\n\n"                               # finds out whether anybody still listens
+        yield b'data: {"seq":%d}\n\n' % seq             # finds out whether anybody still listens, too
 
 
 @route("POST", API + "chunks/missing", needs="read", hashes="hashes")
@@ -10993,7 +10992,7 @@ let words = {}, number, dates, sizes;
 async function setLanguage(name) {
   language = name in LANGUAGES ? name : "en";
   words = language === "en" ? {}
-    : await fetch(PREFIX + "/words/" + language).then(answer => answer.json()).catch(() => ({}));
+    : await reach(PREFIX + "/words/" + language).then(answer => answer.json()).catch(() => ({}));
   document.documentElement.lang = language;
   number = new Intl.NumberFormat(language);
   sizes = new Intl.NumberFormat(language, {maximumFractionDigits: 1});
@@ -11097,6 +11096,17 @@ const explain = error => plain(error.code === "throttled"
   : String(error));
 const HEADERS = {"X-Requested-By": "page"};
 
+// seconds without a sign of life after which a connection counts as dead: when something is asked for, while something
+// is sent, and while it tells what others do
+const PATIENCE = {answer: 60, sending: 60, news: 45};
+
+// fetch, but a server that begins no answer is not there; what it is to change may take as long as it takes
+function reach(address, how = {}) {
+  const dead = new AbortController(), reads = ["GET", "HEAD", undefined].includes(how.method);
+  const late = reads && setTimeout(() => dead.abort(trouble("network")), 1000 * PATIENCE.answer);
+  return fetch(address, {...how, signal: dead.signal}).finally(() => clearTimeout(late));
+}
+
 // api("POST", "move", {items}) or api("GET", "files/a%20b", {limit: 5}); throws Problem
 async function api(method, what, values = {}, headers = {}) {
   const inQuery = method !== "POST" && method !== "PATCH";
@@ -11109,7 +11119,7 @@ async function api(method, what, values = {}, headers = {}) {
 async function ask(address, how = {}) {
   let answer;
   try {
-    answer = await fetch(address, how);
+    answer = await reach(address, how);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw trouble("network");
@@ -11430,7 +11440,7 @@ let patience = 0;
 function startLater(wait = 5000) {
   clearTimeout(patience);
   patience = setTimeout(() =>
-    fetch(apiAddress("")).then(answer => answer.ok ? start() : startLater(), () => startLater()), wait);
+    reach(apiAddress("")).then(answer => answer.ok ? start() : startLater(), () => startLater()), wait);
 }
 
 // ---- the frame around every view
@@ -13087,7 +13097,7 @@ function forgetMe() {
 
 // where an upload stands, -1 if the server does not know it any more
 async function offsetOf(id) {
-  const answer = await fetch(PREFIX + "/tus/" + id, {method: "HEAD", headers: {...HEADERS, ...TUS}})
+  const answer = await reach(PREFIX + "/tus/" + id, {method: "HEAD", headers: {...HEADERS, ...TUS}})
     .catch(() => ({status: 502}));
   if (answer.ok) return Number(answer.headers.get("Upload-Offset"));
   if ([404, 410].includes(answer.status)) return -1;
@@ -13109,10 +13119,19 @@ function transmit(item, method, address, body, headers, from) {
     const abort = () => fail(new DOMException("", "AbortError"));
     if (item.state !== "sending") return abort();          // paused between two requests
     const request = (item.request = new XMLHttpRequest());
+    let late = 0;
+    const hope = () => {                         // of a server that died without a word nobody else would tell
+      clearTimeout(late);
+      late = setTimeout(() => {
+        fail(trouble("network"));
+        request.abort();
+      }, 1000 * PATIENCE.sending);
+    };
     request.open(method, address);
     const fields = Object.entries({...HEADERS, ...BODIES[method], ...headers});
     for (const [name, value] of fields) request.setRequestHeader(name, value);
     request.upload.onprogress = event => {
+      hope();
       item.sent = from + event.loaded;
       updateQueue();
     };
@@ -13125,6 +13144,8 @@ function transmit(item, method, address, body, headers, from) {
     };
     request.onerror = () => fail(trouble("network"));
     request.onabort = abort;
+    request.onloadend = () => clearTimeout(late);
+    hope();
     request.send(body);
   });
 }
@@ -14923,19 +14944,29 @@ async function showGrant(token) {
 
 // ---- what others do: changes as they happen, and the brake
 
-let source = null, seen = 0;
+let source = null, seen = 0, silent = 0;
 
 function watchServer() {
   if (source) source.close();
+  clearTimeout(silent);
   if (!me.name) return;
   source = document.hidden ? null : new EventSource(PREFIX + "/api/v1/events");
-  if (source)
+  if (source) {
+    awaitNews();
     source.onmessage = event => {
+      awaitNews();
       const {seq} = JSON.parse(event.data);
       if (seen !== seq) changed(seen);
       seen = seq;
     };
+  }
   showHeld();
+}
+
+// the server says something now and then; if not, it is asked anew
+function awaitNews() {
+  clearTimeout(silent);
+  silent = setTimeout(watchServer, 1000 * PATIENCE.news);
 }
 
 const changed = soon(async before => {

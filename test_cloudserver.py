@@ -5196,6 +5196,13 @@ def test_events_wake_up_who_listens(address, cloud, ann):
     connection.close()
 
 
+def test_events_come_though_nothing_happens(cloud, ann, monkeypatch):
+    """A listener knows by silence that the connection is dead."""
+    monkeypatch.setattr(cloud, "await_change", lambda who, seq, seconds: False)
+    said = [next(news) for news in [cs.sync_wake_ups(cloud, ann)] for _ in range(3)]
+    assert [line for part in said for line in part.split(b"\n") if line.startswith(b"data")] == [b'data: {"seq":%d}' % cloud.newest(ann)] * 3
+
+
 @pytest.mark.parametrize("body, status, code", [
     (b"", 400, "bad-request"), (b"{}\n", 400, "bad-request"), (b'{"op": "1", "ops": []}\n', 400, "bad-request"),
     (b'{"op": "1", "ops": [5]}\n', 400, "bad-request"), (b'{"op": "1", "ops": [{"put": "a", "chunks": [["x", 1]], "mtime": 1}]}\n', 400, "bad-request"),
@@ -13862,6 +13869,41 @@ def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_p
     page.run("[...document.querySelectorAll('.queue li.cancelled button')].forEach(one => one.click())")
     page.sees("3 files uploaded", seconds=20)
     assert page.get("two.bin") == data and page.run("return localStorage.getItem('uploads')") == "{}"
+
+
+def test_browser_gives_up_waiting_for_a_server_that_says_nothing(page, monkeypatch):
+    """A connection that is dead without a word: each request of an upload, what asks for a list, and what tells the news."""
+    gate, hung = threading.Event(), set()
+
+    def hang(name):
+        real = getattr(page.cloud, name)
+
+        def work(*args, **how):
+            if name not in hung:
+                hung.add(name)
+                gate.wait(60)
+            return real(*args, **how)
+        monkeypatch.setattr(page.cloud, name, work)
+
+    page.open("/")
+    page.sees("Nothing here yet")
+    page.run("PATIENCE.sending = PATIENCE.answer = .5; setTimeout = (real => (work, wait) => real(work, wait > 999 ? wait / 20 : wait))(setTimeout)")
+    for name in ("create_upload", "upload", "append", "write", "listing"):
+        hang(name)
+    data = os.urandom(5 * MiB)
+    page.run("""const data = Uint8Array.from(atob(arguments[0]), one => one.charCodeAt(0));
+        addUploads([{path: 'a.bin', file: new File([data], 'a.bin')}, {path: 'b.txt', file: new File(['b'], 'b.txt')}])""", base64.b64encode(data).decode())
+    page.sees("2 files uploaded")
+    page.shows("a.bin", "b.txt")
+    assert page.get("a.bin") == data and hung == {"create_upload", "upload", "append", "write", "listing"}
+    gate.set()
+    page.listens()
+    page.run("window.before = source; PATIENCE.news = .2; awaitNews()")
+    page.wait("return source !== before")
+    page.run("PATIENCE.news = 45")
+    page.listens()
+    page.put("c.txt")
+    page.shows("a.bin", "b.txt", "c.txt")
 
 
 def test_browser_says_what_the_end_of_a_page_broke_off(page, tmp_path):
