@@ -7869,6 +7869,8 @@ LOCAL_CHANGES = {  # what is done to a file of SAME: (how, the bytes it has then
     "deleted and made anew, size and time as before": (
         lambda place, about: (place.unlink(), place.write_bytes(NEW), os.utime(place, ns=(about.st_mtime_ns,) * 2)), NEW),
     "deleted": (lambda place, about: place.unlink(), None)}
+# Size and time are all that Windows tells of a file: a scan knows neither its inode nor when it was changed there (O1).
+VISIBLE_CHANGES = {name: change for name, change in LOCAL_CHANGES.items() if os.name != "nt" or "size and time as before" not in name}
 REMOTE_CHANGES = {  # what is done to it on the server: (how, the bytes it has then, under which name)
     "nothing": (lambda cloud, ann, f, g: None, SAME, "f"),
     "changed": (lambda cloud, ann, f, g: put(cloud, ann, f, b"there" * 60), b"there" * 60, "f"),
@@ -7887,9 +7889,9 @@ def wanted(here, there, name):
     return sorted({here, there} - {None})
 
 
-def change_in_every_way(cloud, ann, *laptops):
+def change_in_every_way(cloud, ann, *laptops, local=LOCAL_CHANGES):
     """A folder for each pair of changes; returns {folder: (bytes here, bytes there, name there)}."""
-    cases = {"%s, %s" % (here, there): (LOCAL_CHANGES[here], REMOTE_CHANGES[there]) for here in LOCAL_CHANGES for there in REMOTE_CHANGES}
+    cases = {"%s, %s" % (here, there): (local[here], REMOTE_CHANGES[there]) for here in local for there in REMOTE_CHANGES}
     one = laptops[0]
     for case in cases:
         one.write(case + "/f", SAME), one.write(case + "/other", case)
@@ -7908,7 +7910,7 @@ def test_whatever_is_done_here_and_there_bytes_decide(laptop, cloud, ann, large,
     if large:
         monkeypatch.setattr(cs, "CHUNK_SIZE", 100), monkeypatch.setattr(cs, "CUT_LEAST", 50), monkeypatch.setattr(cs, "CUT_MOST", 120)
     one, two = laptop("one"), laptop("two")
-    cases = change_in_every_way(cloud, ann, one, two)
+    cases = change_in_every_way(cloud, ann, one, two, local=VISIBLE_CHANGES)
     one.run(yes=True), two.run(yes=True), one.run(yes=True)
     assert one.tree() == two.tree() == tree(cloud, ann) and one.problems == {}
     for case, (ours, theirs, name) in cases.items():
@@ -7966,6 +7968,7 @@ def test_a_change_there_comes_down_where_there_are_no_inodes(laptop, cloud, ann,
     assert one.tree() == tree(cloud, ann) == {"hello.txt": b"two two", "rec2.dat": b"BBBB", "e": None, "e/1": b"1", "e/2": b"2"}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="size and time are all that Windows tells of a file, and both are as before")
 @pytest.mark.parametrize("clobber", ["in place", "by tar"])
 def test_a_tree_that_is_installed_anew_with_fixed_times_is_what_it_says(laptop, cloud, ann, clobber):
     """Y3: equal sizes, equal times, inodes that are given away again, and 300 candidates for each that moved."""
@@ -8170,10 +8173,14 @@ def test_a_watched_folder_that_vanishes_ends_the_watch(laptop, cloud, ann, tmp_p
 
 
 def wait_until(true, seconds=15):
+    """Look again and again.  On Windows a file that is just being replaced cannot be looked at."""
     until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "it never came true"
+    while time.monotonic() < until:
+        with contextlib.suppress(*[PermissionError] * (os.name == "nt")):
+            if true():
+                return
         time.sleep(0.01)
+    assert true(), "it never came true"
 
 
 @pytest.fixture
@@ -8452,7 +8459,8 @@ def test_a_file_that_is_replaced_keeps_its_mode(laptop, cloud, ann, mode):
         two.write(path, os.urandom(size))
     two.run(), one.run()
     assert one.tree() == two.tree()
-    assert [os.stat(one.path / path).st_mode & 0o7777 for path in ("small", "large")] == [mode & 0o777] * 2
+    kept = mode & 0o777 if os.name != "nt" else 0o666 if mode & 0o200 else 0o444         # Windows keeps but the right to write
+    assert [os.stat(one.path / path).st_mode & 0o7777 for path in ("small", "large")] == [kept] * 2
     assert one.run().work() == 0
 
 
@@ -8493,7 +8501,8 @@ def test_rules_that_are_there_and_cannot_be_read_are_not_no_rules(laptop, cloud,
     elif how == "a directory":
         (one.path / ".cloudignore").mkdir()
     elif how == "a link":
-        os.symlink("elsewhere", one.path / ".cloudignore")
+        if not make_link(one.path / ".cloudignore", "elsewhere"):
+            pytest.skip("links need rights there")
     elif how == "too large":
         one.write(".cloudignore", "#" * MiB + "\nsecret\n")
     else:
@@ -8512,6 +8521,7 @@ def test_a_mark_of_byte_order_and_lines_of_windows_are_understood(laptop, cloud,
 
 # ---- what is not synced is said
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among its files, and none of these names")
 def test_what_is_passed_over_is_named_once_and_counted(laptop, cloud, ann, capsys, monkeypatch):
     """Y17, Y18: in both modes; what kept a synced file away is a problem, not a note."""
     one = laptop()
@@ -8556,8 +8566,8 @@ def test_twins_are_named_after_a_new_start_and_come_when_they_can(laptop, cloud,
     assert len(tree(cloud, ann)) == 6
     move(cloud, ann, "Photos", "Pictures"), cloud.delete(ann, ("Read",))
     mac.run()
-    assert mac.problems == {} and mac.tree() == tree(cloud, ann) == {
-        "Pictures": None, "Pictures/1": b"Photos/1", "photos": None, "photos/2": b"photos/2", "read": b"read"}
+    assert tree(cloud, ann) == {"Pictures": None, "Pictures/1": b"Photos/1", "photos": None, "photos/2": b"photos/2", "read": b"read"}
+    assert mac.problems == {} and {"read" if WINE and path == "Read" else path: data for path, data in mac.tree().items()} == tree(cloud, ann)
     move(cloud, ann, "Pictures/1", "Pictures/one"), move(cloud, ann, "read", "PHOTOS")
     for _ in range(2):
         mac.run()
@@ -9402,6 +9412,7 @@ def test_a_manifest_that_breaks_off_deletes_nothing(laptop, cloud, ann, monkeypa
     assert outcome_of(one.run) is not None and len(one.tree()) == 20 and len(tree(cloud, ann)) == 20
 
 
+@pytest.mark.skipif(WINE, reason="a rename of a to A does nothing there")
 def test_case_only_renames(laptop, cloud, ann):
     one, two, mac = laptop("one"), laptop("two"), laptop("mac", FoldingFolder)
     one.write("Readme.txt", "r"), one.write("Dir/f", "f")
@@ -9482,9 +9493,12 @@ def test_a_file_that_is_being_written_waits(laptop, cloud, ann, monkeypatch):
 def test_links_and_pipes_are_listed_and_left_alone(laptop, cloud, ann, tmp_path):
     one = laptop()
     one.write("f", "f"), (tmp_path / "outside").mkdir(), (tmp_path / "outside/private").write_text("private")
-    os.symlink(tmp_path / "outside", one.path / "link"), os.mkfifo(one.path / "pipe")
+    if not make_link(one.path / "link", tmp_path / "outside"):
+        pytest.skip("links need rights there")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(one.path / "pipe")
     tally = one.run()
-    assert tally.skipped == 2 and not one.problems and tree(cloud, ann) == {"f": b"f"}
+    assert tally.skipped == 1 + hasattr(os, "mkfifo") and not one.problems and tree(cloud, ann) == {"f": b"f"}
     put(cloud, ann, "link/f", "written through", parents=True)               # nothing is ever written through a link
     one.run()
     assert os.listdir(tmp_path / "outside") == ["private"] and tree(cloud, ann)["link/f"] == b"written through"
@@ -9677,7 +9691,7 @@ class Medium:
         self.inodes = {os.stat(place).st_ino: place.read_bytes() for place in self.machine.path.rglob("*") if place.is_file()}      # under any name
         state = self.machine.path / cs.SYNC_HOME / "state.db"
         if state.exists():
-            with sqlite3.connect(":memory:") as copy, sqlite3.connect(state) as live:
+            with contextlib.closing(sqlite3.connect(":memory:")) as copy, contextlib.closing(sqlite3.connect(state)) as live:
                 live.backup(copy)
                 self.notes = "\n".join(copy.iterdump())
 
@@ -9697,7 +9711,7 @@ class Medium:
         if state.exists() and rng.random() < 0.5:                    # its last writes may be lost, but not what they were before
             for left in self.machine.path.glob(cs.SYNC_HOME + "/state.db*"):
                 left.unlink()
-            with sqlite3.connect(state) as db:
+            with contextlib.closing(sqlite3.connect(state)) as db:
                 db.executescript(self.notes)
 
     def _remove(self, place):
@@ -10087,7 +10101,7 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
         fsync, replace, flush = os.fsync, os.replace, cs.Memory.flush
         if not one_call:
             monkeypatch.setattr(cs, "syncfs", lambda: None)
-        name = lambda fd: os.path.realpath("/proc/self/fd/%d" % fd) if os.path.exists("/proc/self/fd") else str(fd)
+        name = lambda fd: os.path.realpath("/proc/self/fd/%d" % fd) if sys.platform == "linux" else str(fd)
         monkeypatch.setattr(cs.os, "fsync", lambda fd: told.append(("fsync", name(fd))) or fsync(fd))
         monkeypatch.setattr(cs, "sync_file_system", lambda place, **how: told.append(("all", place)) or one_call)
         monkeypatch.setattr(cs.os, "replace", lambda source, target: told.append(("replace", str(source), str(target))) or replace(source, target))
@@ -10103,7 +10117,7 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
                 assert before[-1][0] in ("all", "fsync") or not one_call and ("all", str(one.path)) in before
             if what == "replace":
                 assert one_call and ("all", str(one.path)) in before or ("fsync", about[0]) in before, about
-        if not one_call and os.path.exists("/proc/self/fd"):
+        if not one_call and sys.platform == "linux":
             kept = {about[0] for what, *about in told if what == "fsync"}
             assert {str(one.path / "mine"), str(one.path / "d/mine"), str(one.path), str(one.path / "d")} <= kept
         [cloud.delete(ann, (path,)) for path in list(tree(cloud, ann)) if "/" not in path]
