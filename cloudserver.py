@@ -44,6 +44,62 @@ Legend, kept to everywhere:
 """
 from __future__ import annotations
 
+import os
+import sys
+
+
+def runs_long(words: list[str]) -> bool:
+    return not words or words[0] in ("serve", "sync") or words[0].startswith("--") and words[0] not in ("--help", "--version")
+
+
+def run_compiled(script: str) -> None:
+    """Go on in a compiled copy of this script, in the same process; come back where there can be none.
+
+    Python keeps the tree of a script for as long as that runs: 40 MB here.  A copy counts if it is of this very file, by size
+    and time of change (PEP 552), and if nobody could write it but us, root and whoever the script is of.
+    """
+    import importlib.util
+    about = os.stat(script)
+    cache, owners = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), {0, os.geteuid(), about.st_uid}
+    head = importlib.util.MAGIC_NUMBER + b"".join((int(n) & 0xFFFFFFFF).to_bytes(4, "little") for n in (0, about.st_mtime, about.st_size))
+    for home in os.path.join(os.path.dirname(os.path.abspath(script)), "__pycache__"), os.path.join(cache, "cloudserver"):
+        copy = os.path.join(home, "cloudserver.py.%s.pyc" % sys.implementation.cache_tag)
+        try:
+            if has_copy(copy, head, owners) or not sys.dont_write_bytecode and make_copy(script, copy, head, owners):
+                words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])       # new in Python 3.10
+                os.execv(sys.executable, [*words[:-len(sys.argv)], copy, *sys.argv[1:]])
+        except OSError:
+            pass
+
+
+def has_copy(copy: str, head: bytes, owners: set[int]) -> bool:
+    try:
+        with open(copy, "rb") as file:
+            places = os.stat(os.path.dirname(copy)), os.fstat(file.fileno())
+            return file.read(len(head)) == head and all(place.st_uid in owners and not place.st_mode & 0o022 for place in places)
+    except FileNotFoundError:
+        return False
+
+
+def make_copy(script: str, copy: str, head: bytes, owners: set[int]) -> bool:
+    import marshal
+    os.makedirs(os.path.dirname(copy), 0o755, exist_ok=True)
+    with open(script, "rb") as file:
+        data, about = file.read(), os.fstat(file.fileno())
+    draft = "%s.%d" % (copy, os.getpid())
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+        file.write(head + marshal.dumps(compile(data, script, "exec", dont_inherit=True)))
+    os.replace(draft, copy)
+    if head.endswith(len(data).to_bytes(4, "little")) and int(about.st_mtime).to_bytes(4, "little") in head and has_copy(copy, head, owners):
+        return True
+    os.unlink(copy)                      # the script is changed just now, or others could write here
+    return False
+
+
+if __name__ == "__main__" and __spec__ is None and sys.implementation.name == "cpython" and os.name == "posix":
+    if __file__.endswith(".py") and not sys.flags.optimize and sys.executable and runs_long(sys.argv[1:]):
+        run_compiled(__file__)
+
 import argparse
 import base64
 import bisect
@@ -63,7 +119,6 @@ import logging
 import math
 import mimetypes
 import mmap
-import os
 import queue
 import re
 import secrets
@@ -76,7 +131,6 @@ import sqlite3
 import ssl
 import stat
 import struct
-import sys
 import tempfile
 import threading
 import time

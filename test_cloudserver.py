@@ -448,6 +448,63 @@ def test_the_file_needs_nothing_but_the_standard_library():
     assert known is None or imported <= set(known) | {"msvcrt"}
 
 
+@pytest.fixture
+def starter(tmp_path):
+    """The first lines of the program, which tell what they run in: starter.run(*words), starter.path, starter.cache."""
+    class Starter:
+        path, cache, beside = tmp_path / "app" / "cloudserver.py", tmp_path / "cache", tmp_path / "app" / "__pycache__"
+
+        def run(self, *words, **env):
+            env = {name: value for name, value in {**os.environ, "XDG_CACHE_HOME": str(self.cache), **env}.items() if name != "PYTHONDONTWRITEBYTECODE" or name in env}
+            done = subprocess.run([sys.executable, "-W", "error", str(self.path), *words], env=env, stdout=subprocess.PIPE, universal_newlines=True, check=True)
+            file, pid, said = done.stdout.splitlines()
+            assert said == repr(list(words))
+            return Path(file)
+    made = Starter()
+    made.path.parent.mkdir()
+    made.path.write_text(SOURCE.partition("import argparse\n")[0] + "print(__file__), print(os.getpid()), print(sys.argv[1:])\n", "utf-8")
+    return made
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot become another program there")
+def test_the_script_goes_on_in_a_compiled_copy_of_itself(starter):
+    for words in [(), ("serve", "--port", "1"), ("--port", "1"), ("sync", "a b", "c")]:
+        assert starter.run(*words).parent == starter.beside
+    for words in [("--version",), ("--help",), ("user", "list"), ("doctor",)]:
+        assert starter.run(*words) == starter.path
+    first = starter.run()
+    starter.path.write_text(starter.path.read_text("utf-8").replace("print(__file__)", "print(__file__ + '.new')"), "utf-8")
+    assert starter.run().name == first.name + ".new"
+    os.utime(starter.path, (1000, 1000))
+    assert starter.run().suffix == ".new" and [one.name for one in starter.beside.iterdir()] == [first.name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot become another program there")
+def test_a_compiled_copy_lies_where_it_can_or_nowhere(starter):
+    assert starter.run(PYTHONDONTWRITEBYTECODE="1") == starter.path and not starter.beside.exists()
+    starter.beside.write_text("in the way")
+    assert starter.run().parent == starter.cache / "cloudserver"
+    assert starter.run(PYTHONDONTWRITEBYTECODE="1").parent == starter.cache / "cloudserver"
+    assert starter.run(XDG_CACHE_HOME=str(starter.path / "x")) == starter.path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot become another program there")
+@pytest.mark.parametrize("how", ["others write it", "others write beside it", "another's", "of another state", "of another Python", "cut short", "gone"])
+def test_a_compiled_copy_counts_only_if_it_is_ours(starter, how):
+    copy = starter.run()
+    head, owners = copy.read_bytes()[:16], {os.geteuid()}
+    assert cs.has_copy(str(copy), head, owners) and not cs.has_copy(str(copy), head, {os.geteuid() + 1})
+    {"others write it": lambda: copy.chmod(0o646), "others write beside it": lambda: copy.parent.chmod(0o777), "another's": lambda: owners.clear(),
+     "of another state": lambda: copy.write_bytes(head[:-1] + b"?" + copy.read_bytes()[16:]), "cut short": lambda: copy.write_bytes(head[:10]),
+     "of another Python": lambda: copy.write_bytes(b"????" + copy.read_bytes()[4:]), "gone": copy.unlink}[how]()
+    assert not cs.has_copy(str(copy), head, owners)
+    if how in ("others write beside it", "others write it"):
+        copy.write_bytes(head + b"evil")
+        copy.chmod(0o644 if how == "others write beside it" else 0o646)
+    assert starter.run().parent in (starter.beside, starter.cache / "cloudserver")
+    assert (starter.run().parent == starter.beside) == (how != "others write beside it")
+
+
 # ==== 3. Grammar =========================================================================
 
 HEAD = b"GET /a HTTP/1.1\r\nHost: localhost\r\n"
