@@ -312,7 +312,7 @@ def serve_cloud():
     servers = []
 
     def serve(cloud):
-        listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        listener = socket.create_server(("127.0.0.1", 0), backlog=512)      # a client that finds it full tries again a second later
         server = CloudServer(cloud, listener)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
@@ -3385,7 +3385,7 @@ def test_pipelined_requests_are_answered_in_order(address):
     (GET_ROOT.replace(b"GET", b"PUT").replace(b"\r\n\r\n", b"\r\nExpect: magic\r\n\r\n"), [417]),   # H17
 ])
 def test_lines_on_the_wire(address, data, want):
-    assert statuses(raw(address, data, wait=1)) == want
+    assert statuses(raw(address, data, half_close=True)) == want
 
 
 @pytest.mark.parametrize("framing, body", [
@@ -3419,7 +3419,7 @@ def test_framing_errors_have_no_effect_and_end_the_connection(address, call, fra
 def test_chunked_bodies(address, call, body, pieces):
     """H12"""
     sent = request_bytes("PUT", "/dav/a", b"", "Transfer-Encoding: chunked") + body + GET_ROOT
-    assert statuses(raw(address, sent, pieces=pieces, wait=1)) == [201, 200]
+    assert statuses(raw(address, sent, pieces=pieces, half_close=True)) == [201, 200]
     assert call("GET", "/dav/a").body in (b"hello", b"x" * 10)
 
 
@@ -3440,7 +3440,7 @@ def test_an_unread_body_never_becomes_a_request(address, call, path, user):
     inner = request_bytes("PUT", "/dav/inner", b"x")
     for size in (0, 100_000, 400_000):
         body = inner + bytes(size)
-        received = raw(address, request_bytes("PUT", path, body, user=user) + GET_ROOT, wait=1)
+        received = raw(address, request_bytes("PUT", path, body, user=user) + GET_ROOT, half_close=True)
         assert statuses(received)[0] >= 400 and statuses(received)[1:] in ([], [200])
         assert size < 300_000 or b"Connection: close" in received
     assert call("GET", "/dav/inner").status == 404
@@ -3449,7 +3449,7 @@ def test_an_unread_body_never_becomes_a_request(address, call, path, user):
 def test_expect_is_answered_only_when_the_write_would_go_on(address, call):
     """H17"""
     call("PUT", "/dav/a", b"old")
-    ok = raw(address, request_bytes("PUT", "/dav/b", b"hello", "Expect: 100-continue"), wait=1)
+    ok = raw(address, request_bytes("PUT", "/dav/b", b"hello", "Expect: 100-continue"), half_close=True)
     assert statuses(ok) == [100, 201]
     for path, field in (("/dav/no/such", "X: y"), ("/dav/a", "If-None-Match: *"), ("/dav/a", 'If-Match: "no"')):
         refused = raw(address, request_bytes("PUT", path, b"", "Expect: 100-continue", "Content-Length: 5", field), wait=3)
@@ -3460,7 +3460,7 @@ def test_head_204_and_304_have_no_body(address, call):
     """H21"""
     etag = call("PUT", "/dav/a", b"hello").headers["etag"]
     received = raw(address, request_bytes("HEAD", "/dav/a") + request_bytes("GET", "/dav/a", b"", "If-None-Match: " + etag)
-                   + request_bytes("PUT", "/dav/a", b"x") + request_bytes("HEAD", "/dav/no") + GET_ROOT, wait=1)
+                   + request_bytes("PUT", "/dav/a", b"x") + request_bytes("HEAD", "/dav/no") + GET_ROOT, half_close=True)
     assert statuses(received) == [200, 304, 204, 404, 200]
     assert received.count(b"Content-Length: 5\r\n") == 1 and b"hello" not in received
 
@@ -3804,7 +3804,7 @@ def test_the_small_body_of_a_stranger_may_come_in_pieces(address, cloud, monkeyp
     body = json.dumps({"name": "ann", "password": PASSWORD}).encode()
     login = request_bytes("POST", "/api/v1/login", body, "Content-Type: application/json", user=None)
     again = request_bytes("GET", "/healthz", user=None)
-    assert statuses(raw(address, login + again, wait=2)) == [200, 200]
+    assert statuses(raw(address, login + again, half_close=True)) == [200, 200]
     head, _, rest = login.partition(b"\r\n\r\n")
     with socket.create_connection(address, timeout=5) as sock:
         for piece in (head[:20], head[20:] + b"\r\n\r\n", rest[:3], *[bytes([byte]) for byte in rest[3:]]):
@@ -10978,7 +10978,7 @@ def behind(serve, certificate, tmp_path):
     for process in started:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):     # Apache in one process waits for its connections
-            process.wait(3)
+            process.wait(0.5)
         process.kill()
         process.wait(20)
 
