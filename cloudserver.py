@@ -6446,10 +6446,10 @@ class Sync(History):
         if draft.is_made_here(node):
             raise CloudError("conflict", "it was made by this very commit")
         since = step.get("since")
-        if since is not None and node.kind:
+        if since is not None:
             others = Statement("SELECT 'changed' FROM journal WHERE home = ? AND seq > ? AND device <> ? LIMIT 1",
                                (who.account, since, who.device))
-            if node.seq > since and self.db.read(*others[:2]):
+            if max(node.since, node.seq or 0) > since and self.db.read(*others[:2]):       # or something else has taken its place
                 raise CloudError("precondition-failed", "something has changed since", now=node)
             draft.guards.append(others if self.db.read(*others[:2]) == [] else unchanged(spot))
         draft.apply(self._removal(node, spot))
@@ -17364,6 +17364,14 @@ def import_files(cloud: Cloud, who: Principal, source: Path, into: tuple[str, ..
     return stored[0], skipped
 
 
+MOUNT_POINT_TAG = 0xA0000003    # by which Windows marks a junction (MS-FSCC s2.1.2.1)
+
+
+def is_junction(about: os.stat_result) -> bool:
+    """Windows shows one as a directory, though it leads elsewhere."""
+    return getattr(about, "st_reparse_tag", 0) == MOUNT_POINT_TAG
+
+
 def scan_files(source: Path, skipped: list[str], cloud: Cloud | None = None, who: Principal = ANONYMOUS,
                into: tuple[str, ...] = ()) -> Iterator[tuple[Path, int]]:
     """(file, bytes) below a directory; given a cloud, its collections are made on the way, empty ones too.
@@ -17388,7 +17396,7 @@ def scan_files(source: Path, skipped: list[str], cloud: Cloud | None = None, who
                     skipped.append("%s: it is called the same as another one there" % entry.path)
                 elif cloud and entry.is_dir() and os.path.samefile(entry.path, cloud.config.data):
                     skipped.append("%s: the data directory itself" % entry.path)
-                elif entry.is_dir(follow_symlinks=False):
+                elif entry.is_dir(follow_symlinks=False) and not is_junction(entry.stat(follow_symlinks=False)):
                     pending.append(Path(entry.path))
                 elif entry.is_file(follow_symlinks=False):
                     yield Path(entry.path), entry.stat().st_size
@@ -17791,7 +17799,6 @@ CHANGES_LIMIT = 2_000           # nodes in one answer
 STRIKES = 3                     # answers in a row that break off before anything came: then it is the network
 RULES_LIMIT = 1_000             # lines of a .cloudignore that count
 LARGEST = (1 << 63) - 1
-MOUNT_POINT_TAG = 0xA0000003    # by which Windows marks a junction (MS-FSCC s2.1.2.1)
 FAILED, USAGE, ASK, REFUSED = 1, 2, 3, 4         # exit codes
 LINK, JUNCTION, NOT_A_FILE = "is a symbolic link", "is a junction", "is neither file nor directory"
 REGENERATED = (".DS_Store", "Thumbs.db", "desktop.ini", "._*")       # what systems make again, and a directory may go with
@@ -18353,7 +18360,7 @@ def why_not_a_file(about: os.stat_result) -> str:
     """What keeps something from being synced as a file or directory; "" if nothing does."""
     if stat.S_ISLNK(about.st_mode):
         return LINK
-    if getattr(about, "st_reparse_tag", 0) == MOUNT_POINT_TAG:
+    if is_junction(about):
         return JUNCTION
     return "" if stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode) else NOT_A_FILE
 

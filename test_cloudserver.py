@@ -5059,6 +5059,18 @@ def test_a_collection_is_deleted_only_if_no_other_device_changed_anything(cloud,
     assert codes(commit(cloud, mine, [{"delete": "d", "since": since}])) == [204]
 
 
+@pytest.mark.parametrize("kind", ["a file", "a collection"])
+def test_a_deletion_since_spares_what_was_moved_there_meanwhile(cloud, ann, kind):
+    """What a laptop lacks is the empty collection it knew; on the page something older was put in its place."""
+    mine, name = token_of(cloud, ann), {"a file": "d/f", "a collection": "d"}[kind]
+    put(cloud, ann, "d/f", "wanted", parents=True), cloud.make_collection(ann, ("x",))
+    since = cloud.head()
+    move(cloud, ann, name, "x")
+    assert codes(commit(cloud, mine, [{"delete": "x", "since": since}])) == ["precondition-failed"]
+    assert b"wanted" in tree(cloud, ann).values()
+    assert codes(commit(cloud, mine, [{"delete": "x", "since": cloud.head()}])) == [204]
+
+
 def test_atomic_is_all_or_none(cloud, ann):
     steps = [step_put("a", b"1"), {"delete": "none"}]
     results = commit(cloud, ann, steps, [b"1"], atomic=True)
@@ -9260,14 +9272,70 @@ def test_a_home_made_certificate_is_trusted_as_ssh_does(laptop, cloud, ann, cert
         assert db.execute("SELECT value FROM word WHERE name = 'trust'").fetchone() == ("",)
 
 
+def test_a_folder_is_forgotten_when_told_so_and_keeps_its_files(laptop, cloud, ann):
+    """Y19: also one that was deleted and made anew; what is asked for then is a first meeting."""
+    one = laptop()
+    one.write("a", "a"), one.write("d/b", "b")
+    names = lambda: [device.name for device in cloud.accounts.devices(ann)]
+    with pytest.raises(cs.Stopped, match="is not synced"):
+        cs.forget_folder(one.path)
+    one.run()
+    assert names() == ["one"] and "let go" in cs.forget_folder(one.path)
+    assert names() == [] and not (one.path / cs.SYNC_HOME).exists() and one.tree() == {"a": b"a", "d": None, "d/b": b"b"}
+    one.write("a", "edited")
+    tally = one.run()
+    assert (tally.uploaded, tally.downloaded, tally.conflicts) == (1, 1, 1) and names() == ["one"]
+    shutil.rmtree(one.path), one.path.mkdir()
+    with pytest.raises(cs.Stopped, match="--forget ends it") as stopped:
+        one.run()
+    assert stopped.value.code == 3 and len(tree(cloud, ann)) == 4
+    assert "on the page" in cs.forget_folder(one.path)
+    assert one.run().downloaded == 3 and one.tree() == tree(cloud, ann)
+
+
+def test_the_status_of_a_folder_that_never_met_its_server(laptop, capsys):
+    """Y16: what was begun there is no sync."""
+    one = laptop()
+    one.url = "http://ann@localhost:1"
+    for _ in range(2):
+        with pytest.raises(cs.Stopped, match="cannot reach"):
+            one.start()
+        with pytest.raises(cs.Stopped, match="is not synced with anything"):
+            cs.tell_status(argparse.Namespace(folder=one.path, json=False))
+    assert capsys.readouterr().out == ""
+
+
+def test_the_status_knows_what_the_folder_cannot_tell_apart(laptop, cloud, ann, capsys):
+    """O27: as the runs do, so that a clean folder has no changes; and an edit is one."""
+    one = laptop()
+    (one.path / cs.SYNC_HOME).mkdir(parents=True, mode=0o700), (one.path / cs.SYNC_HOME / "pROBE").touch()   # as if it were Probe
+    one.write("Gr\u00f6\u00dfe/LIESMICH", "1"), one.write("\u00c4", "2")
+    one.run()
+    for count in (0, 1):
+        cs.tell_status(argparse.Namespace(folder=one.path, json=True))
+        about = json.loads(capsys.readouterr().out)
+        assert (about["files"], about["changed_here"], about["account"]) == (2, count, "ann")
+        one.write("\u00c4", "edited")
+
+
 # ---- other systems
 
-def test_a_junction_is_not_walked_into():
-    """O24: Windows gives it as a directory; its tag tells."""
+def test_a_junction_is_not_walked_into(laptop, cloud, ann, tmp_path, monkeypatch):
+    """O24: Windows gives it as a directory; its tag tells.  Neither sync nor import goes there, up or down."""
     about = argparse.Namespace(st_mode=stat.S_IFDIR | 0o777, st_reparse_tag=getattr(stat, "IO_REPARSE_TAG_MOUNT_POINT", 0xA0000003))
     assert cs.why_not_a_file(about) == cs.JUNCTION
     about.st_reparse_tag = 0x9000001A                    # a file in the cloud of somebody: it is one
     assert cs.why_not_a_file(about) == ""
+    one = laptop()
+    one.write("f", "f"), one.write("j/private", "private")
+    leads_away = os.stat(one.path / "j").st_ino
+    monkeypatch.setattr(cs, "is_junction", lambda about: about.st_ino == leads_away)
+    put(cloud, ann, "j/theirs", "theirs", parents=True)
+    one.run(), one.run()
+    assert set(tree(cloud, ann)) == {"f", "j", "j/theirs"} and set(one.tree()) == {"f", "j", "j/private"} and cs.JUNCTION in one.problems["j"]
+    skipped = cs.import_files(cloud, ann, one.path, ("imported",))[1]
+    assert "%s: not a plain file" % (one.path / "j") in skipped
+    assert "imported/f" in tree(cloud, ann) and "imported/j" not in tree(cloud, ann)
 
 
 @pytest.mark.parametrize("path, want", [("C:\\Users\\ann", "\\\\?\\C:\\Users\\ann"), ("\\\\server\\share\\x", "\\\\?\\UNC\\server\\share\\x"),
@@ -10147,6 +10215,22 @@ def test_what_a_loss_of_power_takes_from_a_laptop_is_not_taken_from_the_server(l
         assert one.tree() == tree(cloud, ann) and one.run().work() == 0
         assert b"" not in tree(cloud, ann).values()
     audit(cloud)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="who has a file open cannot be seen here")
+def test_a_file_has_its_bytes_then_its_time_then_its_place(laptop, cloud, ann, monkeypatch):
+    """O5: where each file has to be told, and a time does not stick while the file is open."""
+    one, told = laptop(), []
+    put(cloud, ann, "small", "s"), put(cloud, ann, "large", os.urandom(5 * MiB)), put(cloud, ann, "d/small", "s", parents=True)
+    fsync, utime, replace = os.fsync, os.utime, os.replace
+    is_open = lambda name: any(os.path.realpath("/proc/self/fd/" + fd) == name for fd in os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(cs, "has_sync_file_system", lambda: False)
+    monkeypatch.setattr(cs.os, "fsync", lambda fd: told.append(("bytes", os.path.realpath("/proc/self/fd/%d" % fd))) or fsync(fd))
+    monkeypatch.setattr(cs.os, "utime", lambda place, *rest, **how: told.append(("time, open" if is_open(str(place)) else "time", str(place))) or utime(place, *rest, **how))
+    monkeypatch.setattr(cs.os, "replace", lambda source, target: told.append(("place", str(source))) or replace(source, target))
+    one.run()
+    placed = [name for what, name in told if what == "place"]
+    assert len(placed) == 3 and [[what for what, of in told if of == name] for name in placed] == [["bytes", "time", "place"]] * 3
 
 
 def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeypatch):
