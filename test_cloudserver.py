@@ -13815,9 +13815,15 @@ def test_browser_tells_apart_what_happened_in_the_same_millisecond(page, monkeyp
             page.click("Earlier")
             page.wait("return location.pathname !== arguments[0] && view.at === decodeURIComponent(location.pathname.split('/')[2])", before)
     assert page.run("return document.querySelector('.slider button').disabled")
+    page.shot("past-step")
     page.click("Bring back")
     page.sees("“a.txt” brought back")
     assert page.get("box/a.txt") == b"one"
+    page.size(390, 844, dark=True, touch=True)
+    page.open("/past/seq:%d/box" % (page.cloud.head() - 1))
+    page.sees("Back to now")
+    page.shot("past-step-phone")
+    assert page.run("return document.documentElement.scrollWidth") <= 390
 
 
 def test_browser_connects_devices(page):
@@ -14190,6 +14196,11 @@ def test_browser_does_not_begin_what_does_not_fit(page, monkeypatch):
     page.shot("no-room")
     page.click("Cancel")
     assert page.tree() == {"there.bin"} and page.run("return queue.items.length") == 0
+    page.run("window.fits = null; fitting([['a', 600000], ['b', 600000], ['c', 1000], ['d', 99001], ['e', 99000]].map(([path, size]) =>"
+             " ({path, size, file: new File([new Uint8Array(size)], path)}))).then(found => { fits = found.map(one => one.path).join(); })")
+    page.sees("There is no room for “b”, “d”.")    # what comes behind it and fits goes
+    page.click("Upload the others")
+    page.wait("return fits === 'a,c,e'")
     page.run(add, {"large.bin": 700_001})
     page.sees("Delete something and empty the trash, or choose less.")
     page.click("Close")
