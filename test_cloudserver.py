@@ -11892,12 +11892,25 @@ KEYS = {"Enter": "\ue007", "Escape": "\ue00c", "Delete": "\ue017", "F2": "\ue032
         "Control": "\ue009", "Shift": "\ue008", "End": "\ue010", "Home": "\ue011", "Tab": "\ue004"}
 
 
+def start_driver():
+    """(process, port) of a chromedriver.  On a machine that is busy it may end as it begins: then another, and in the end what they said."""
+    said = []
+    for _ in range(5):
+        process = subprocess.Popen([program("chromedriver"), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in process.stdout:
+            said.append(line)
+            if found := re.search(r"started successfully on port (\d+)", line):
+                return process, int(found[1])
+        process.stdout.close()
+        said.append("ended with %d\n" % process.wait())
+    raise AssertionError("".join(said))
+
+
 class Browser:
     """Chromium, driven by the W3C WebDriver protocol."""
 
     def __init__(self, downloads):
-        self.process = subprocess.Popen([program("chromedriver"), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        port = next(int(found[1]) for line in self.process.stdout for found in [re.search(r"started successfully on port (\d+)", line)] if found)
+        self.process, port = start_driver()
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
         self.address, self.downloads, self.session = ("127.0.0.1", port), downloads, ""
         self.connection = http.client.HTTPConnection(*self.address, timeout=60)
