@@ -9348,6 +9348,13 @@ def test_paths_of_any_length_on_windows(monkeypatch, path, want):
         assert cs.long_name(path) == want
 
 
+def test_every_path_of_a_folder_begins_with_its_long_name(tmp_path, monkeypatch):
+    """O25: so that no call meets the limit of the other form."""
+    monkeypatch.setattr(cs, "long_name", lambda root: "long form of %s" % root)
+    folder = cs.Folder(tmp_path)
+    assert folder.top == "long form of %s" % tmp_path and folder.place("a/b").startswith(folder.top)
+
+
 def test_a_read_only_file_is_replaced_and_removed(laptop, cloud, ann, monkeypatch):
     """O10: Windows refuses both until it is writable; who has it open is waited for."""
     one, refused = laptop(), []
@@ -11728,7 +11735,7 @@ CUTS = int(os.environ.get("POWER_CUTS") or 0)    # 1000 for longer
 @needs_fork
 def test_power_is_cut_at_a_server(serve, disk, rng):
     """R1, R2, R6, R8: for real; what any door acknowledged before is there afterwards."""
-    assert crash_rounds(serve, disk.place / "data", CUTS or 6, rng.getrandbits(30), disk) > 100
+    assert crash_rounds(serve, disk.place / "data", CUTS or 4, rng.getrandbits(30), disk) > 30
 
 
 def change_cloud(rng, cloud, ann):
@@ -11761,7 +11768,7 @@ def cut_power_at(rng, disk, whole, *words):
 def test_power_is_cut_at_a_backup(disk, cloud, ann, tmp_path, rng):
     """S5, S20, R26: a backup that was said to be done is there; else there is it or the one before; and the next run goes on."""
     to, good = disk.place / "backup", []         # states that a restore may bring
-    for count in range(CUTS or 8):
+    for count in range(CUTS or 6):
         change_cloud(rng, cloud, ann)
         now = tree(cloud, ann)
         if cut_power_at(rng, disk, count % 3 == 2 or rng.random() < 0.4, "backup", to, "--data", cloud.config.data):
