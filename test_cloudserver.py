@@ -8624,6 +8624,7 @@ def test_what_is_passed_over_is_named_once_and_counted(laptop, cloud, ann, capsy
     assert capsys.readouterr().err == "link: is a symbolic link\n"           # it was away, and is back
 
 
+@pytest.mark.skipif(WINE, reason="a file that another is moved over keeps its own spelling there")
 def test_twins_are_named_after_a_new_start_and_come_when_they_can(laptop, cloud, ann):
     """Y17: what the server tells apart and this computer does not is remembered, with all below it."""
     mac = laptop("mac", FoldingFolder)
@@ -8635,8 +8636,8 @@ def test_twins_are_named_after_a_new_start_and_come_when_they_can(laptop, cloud,
     assert len(tree(cloud, ann)) == 6
     move(cloud, ann, "Photos", "Pictures"), cloud.delete(ann, ("Read",))
     mac.run()
-    assert tree(cloud, ann) == {"Pictures": None, "Pictures/1": b"Photos/1", "photos": None, "photos/2": b"photos/2", "read": b"read"}
-    assert mac.problems == {} and {"read" if WINE and path == "Read" else path: data for path, data in mac.tree().items()} == tree(cloud, ann)
+    assert mac.problems == {} and mac.tree() == tree(cloud, ann) == {
+        "Pictures": None, "Pictures/1": b"Photos/1", "photos": None, "photos/2": b"photos/2", "read": b"read"}
     move(cloud, ann, "Pictures/1", "Pictures/one"), move(cloud, ann, "read", "PHOTOS")
     for _ in range(2):
         mac.run()
@@ -9760,11 +9761,14 @@ def crash_somewhere(patch, rng, client):
         patch.setattr(client.folder, name, mine(name, getattr(client.folder, name)))
 
 
+TELLS_CASES = os.name != "nt"     # else a name and its twin are one file: FoldingFolder's subject
+
+
 def disturb(rng, machine, written):
     """Some random work in a folder."""
     for _ in range(rng.randrange(4)):
         paths = sorted(machine.tree())
-        path = rng.choice(["", "d/", "d/e/", "D/"]) + rng.choice(["a", "b", "c", "\u00e4", "A"])
+        path = rng.choice(["", "d/", "d/e/", *["D/"] * TELLS_CASES]) + rng.choice(["a", "b", "c", "\u00e4", *["A"] * TELLS_CASES])
         verb = rng.choice(["write", "write", "write", "rename", "delete", "rmtree", "large"])
         try:
             if verb in ("write", "large"):
@@ -10249,10 +10253,16 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
         fsync, replace, flush = os.fsync, os.replace, cs.Memory.flush
         if not one_call:
             monkeypatch.setattr(cs, "syncfs", lambda: None)
-        name = lambda fd: os.path.realpath("/proc/self/fd/%d" % fd) if sys.platform == "linux" else str(fd)
-        monkeypatch.setattr(cs.os, "fsync", lambda fd: told.append(("fsync", name(fd))) or fsync(fd))
-        monkeypatch.setattr(cs, "sync_file_system", lambda place, **how: told.append(("all", place)) or one_call)
-        monkeypatch.setattr(cs.os, "replace", lambda source, target: told.append(("replace", str(source), str(target))) or replace(source, target))
+        names, plain = {}, lambda place: str(place).replace("\\\\?\\", "")       # as Windows takes long ones
+
+        def opened(place, *how, open=os.open, **more):
+            fd = open(place, *how, **more)
+            names[fd] = plain(place)
+            return fd
+        monkeypatch.setattr(cs.os, "open", opened)
+        monkeypatch.setattr(cs.os, "fsync", lambda fd: told.append(("fsync", names.get(fd, str(fd)))) or fsync(fd))
+        monkeypatch.setattr(cs, "sync_file_system", lambda place, **how: told.append(("all", plain(place))) or one_call)
+        monkeypatch.setattr(cs.os, "replace", lambda source, target: told.append(("replace", plain(source), plain(target))) or replace(source, target))
         monkeypatch.setattr(cs.Memory, "flush", lambda memory: told.append(("flush", memory.is_changed)) or flush(memory))
         one.write("mine", "mine"), one.write("d/mine", "mine")
         put(cloud, ann, "theirs", "theirs"), put(cloud, ann, "large", os.urandom(5 * MiB)), put(cloud, ann, "moves", "m")
@@ -10265,9 +10275,10 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
                 assert before[-1][0] in ("all", "fsync") or not one_call and ("all", str(one.path)) in before
             if what == "replace":
                 assert one_call and ("all", str(one.path)) in before or ("fsync", about[0]) in before, about
-        if not one_call and sys.platform == "linux":
+        if not one_call:
             kept = {about[0] for what, *about in told if what == "fsync"}
-            assert {str(one.path / "mine"), str(one.path / "d/mine"), str(one.path), str(one.path / "d")} <= kept
+            assert {str(one.path / "mine"), str(one.path / "d/mine")} <= kept
+            assert os.name == "nt" or {str(one.path), str(one.path / "d")} <= kept       # Windows syncs no directories
         [cloud.delete(ann, (path,)) for path in list(tree(cloud, ann)) if "/" not in path]
 
 
