@@ -7706,6 +7706,14 @@ class Laptop:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(data.encode() if isinstance(data, str) else data)
 
+    def at(self, path):
+        """Where a path leads to: a name that is there already, in whatever spelling, is not there twice."""
+        place, key = self.path, lambda name: cs.key_of(name).casefold() if self.folder else cs.key_of(name)
+        for name in path.split("/"):
+            there = os.listdir(place) if place.is_dir() else []
+            place = place / next((other for other in there if key(other) == key(name)), name)
+        return place
+
     def read(self, path):
         return (self.path / path).read_bytes()
 
@@ -9773,12 +9781,13 @@ def disturb(rng, machine, written):
         try:
             if verb in ("write", "large"):
                 data = b"%d" % rng.getrandbits(60) + bytes(5_000_000 if verb == "large" and rng.random() < 0.1 else 0)
-                machine.write(path, data)
+                machine.write(machine.at(path), data)
                 written.append(data)
             elif paths and verb == "rename":
-                (machine.path / path).parent.mkdir(parents=True, exist_ok=True)
-                if not os.path.lexists(machine.path / path):
-                    (machine.path / rng.choice(paths)).rename(machine.path / path)
+                target = machine.at(path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not os.path.lexists(target):
+                    (machine.path / rng.choice(paths)).rename(target)
             elif paths and verb == "delete":
                 (machine.path / rng.choice([path for path in paths])).unlink()
             elif paths and rng.random() < 0.3:
