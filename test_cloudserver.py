@@ -9953,6 +9953,8 @@ class World:
         self.seen |= after.keys()
         if look == self.there:
             self.dead -= after.keys()
+        elif self.folds:
+            self.promised -= (before - after).keys() - self.known()      # a twin could not be sent, once the server had lost it
 
     def run(self, machine, **how):
         """One run that nothing disturbs; what was there when it began is on the server then."""
