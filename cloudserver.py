@@ -18770,7 +18770,17 @@ class Memory:
             return [key]
         return [key] * (key in mine) + sorted(other for other in mine if other.startswith(prefix))
 
+    def take_twins_along(self, path: str, new: str | None = None) -> None:
+        """What could not be told apart, in a collection that we deleted there or moved to a new path: nobody tells us."""
+        for other in [other for other in self.twin if other.startswith(path + "/")]:
+            there = self.twin[other]
+            self.set("twin", other, None)
+            if new is not None:
+                self.set("twin", new + other[len(path):], there._replace(path=new + other[len(path):]))
+
     def forget(self, key: str) -> None:
+        if key in self.base:
+            self.take_twins_along(self.base[key].path)
         for tree in ("there", "base"):
             for other in self.below(tree, key):
                 self.set(tree, other, None)
@@ -19403,6 +19413,7 @@ class Mover:
             key, new = next(goals)
             if outcome["status"] < 300:
                 old = memory.base[key].path
+                memory.take_twins_along(old, here[new].path)
                 for tree in ("there", "base"):
                     memory.rekey(tree, key, old, new, here[new].path)
                 if not here[new].kind:

@@ -8653,6 +8653,24 @@ def test_twins_are_named_after_a_new_start_and_come_when_they_can(laptop, cloud,
     assert tree(cloud, ann)["PHOTOS"] == b"read"
 
 
+@pytest.mark.parametrize("how", ["deleted", "renamed"])
+def test_what_a_folder_does_to_a_collection_it_does_to_the_twins_in_it(laptop, cloud, ann, how):
+    """Y17: what the client knows of them goes, or moves, with it, for nobody tells it of its own doing."""
+    mac = laptop("mac", FoldingFolder)
+    put(cloud, ann, "D/A", "A", parents=True), put(cloud, ann, "D/a", "a"), put(cloud, ann, "rest", "rest")
+    mac.run()
+    assert mac.tree() == {"D": None, "D/A": b"A", "rest": b"rest"}
+    shutil.rmtree(mac.path / "D") if how == "deleted" else (mac.path / "D").rename(mac.path / "E")
+    mac.run()
+    for path in ("D/x", "E/x"):
+        put(cloud, ann, path, "x", parents=True)
+    mac.run()
+    there = tree(cloud, ann)
+    twins = {path: data for path, data in there.items() if data == b"a"}
+    assert len(twins) == (how == "renamed") and mac.tree() == {path: data for path, data in there.items() if path not in twins}
+    assert len(mac.problems) == len(twins) and mac.run().work() == 0
+
+
 # ---- nothing leads out of the folder
 
 def put_link(one, outside, above):
