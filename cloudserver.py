@@ -4505,11 +4505,11 @@ class Tree:
         """({kind: [bytes, files]} of what is live, bytes of other versions, bytes in the trash) of a whole account."""
         self._require_whole(who)
         kinds: dict[str, list[int]] = {}
-        with self._heavy(who):
+        with self._heavy(who):               # CROSS keeps the order: SQLite 3.53 would begin with the entries of everybody
             for media, size, files in self.db.each(
                     "WITH RECURSIVE live (node) AS (SELECT ? UNION ALL SELECT e.node FROM live JOIN entry e ON e.parent = live.node "
-                    "AND e.until IS NULL AND e.kind = 1) SELECT e.media, sum(e.size), count(*) FROM live JOIN entry e "
-                    "ON e.parent = live.node AND e.until IS NULL AND e.kind = 0 GROUP BY e.media", (who.root,)):
+                    "AND e.until IS NULL AND e.kind = 1) SELECT e.media, sum(e.size), count(*) FROM live CROSS JOIN entry e "
+                    "WHERE e.parent = live.node AND e.until IS NULL AND e.kind = 0 GROUP BY e.media", (who.root,)):
                 sums = kinds.setdefault(kind_of_media(media), [0, 0])
                 sums[0], sums[1] = sums[0] + size, sums[1] + files
             (versions,), = self.db.read(

@@ -11044,7 +11044,8 @@ def nginx_file(text, home, port, pem):
 
 
 def apache_file(text, home, port, pem):
-    modules = next(path for path in map(Path, ("/usr/lib/apache2/modules", "/usr/lib64/httpd/modules")) if path.exists())
+    places = list(map(Path, ("/usr/lib/apache2/modules", "/usr/lib64/httpd/modules")))
+    modules = next((path for path in places if path.exists()), places[0])
     load = "".join("LoadModule %s_module %s/mod_%s.so\n" % (name, modules, name) for name in (
         "mpm_event", "authz_core", "ssl", "headers", "proxy", "proxy_http", "socache_shmcb"))
     return load + "ServerRoot %s\nPidFile %s\nErrorLog %s\nListen 127.0.0.1:%d\nServerName x\nMutex file:%s\nUser nobody\n" % (
