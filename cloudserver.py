@@ -769,6 +769,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.I)
 _UNITS = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB, "P": 1 << 50}
 
 
+@lru_cache(maxsize=64)
 def parse_size(text: str) -> int:
     """Bytes of "10G", "1.5 MiB", "4096".  raises CloudError bad-request."""
     found = _SIZE.fullmatch(text.strip())
@@ -2042,7 +2043,7 @@ def storage_error(error: OSError) -> CloudError:
 # hold for a database behind a network.
 #
 # 1. A batch is guards, a journal line and a body.  Guards are SELECTs that return a reason where they fail.  Each
-#    batch has a savepoint: one that is refused, by whatever and whenever, leaves nothing and takes nobody with it.
+#    batch of several has a savepoint: one that is refused, by whatever and whenever, leaves nothing and takes nobody with it.
 # 2. Every batch with a journal line draws the next seq; inside its body (SELECT max(seq) FROM journal) is that seq.
 #    Its line has a random tag: two databases with the same tag at a seq have the same past up to there, others have not.
 # 3. The caller who finds no commit under way commits for all who wait: one BEGIN, one fsync, then all are answered.
@@ -2586,9 +2587,10 @@ class Database:
         with self._locked():
             try:
                 db.execute("BEGIN IMMEDIATE")
+                is_alone = len(group) == 1
                 for ticket in group:
-                    ticket.error = self._try(db, ticket.batch)
-                db.execute("COMMIT")
+                    ticket.error = self._try(db, ticket.batch, is_alone)
+                db.execute("ROLLBACK" if is_alone and group[0].error else "COMMIT")
             except BaseException as error:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
@@ -2599,9 +2601,10 @@ class Database:
                     self.broken = "a write failed; the server must be restarted and verified"
                 raise refusal from error
 
-    def _try(self, db: sqlite3.Connection, batch: Batch) -> Exception | None:
-        """Apply a batch within the transaction, or leave no trace of it and return why (invariant 1)."""
-        db.execute("SAVEPOINT batch")
+    def _try(self, db: sqlite3.Connection, batch: Batch, is_alone: bool) -> Exception | None:
+        """Apply a batch within the transaction, or leave no trace of it and return why (invariant 1); one that is alone has it to itself."""
+        if not is_alone:
+            db.execute("SAVEPOINT batch")
         try:
             self._apply(db, batch)
             refusal = None
@@ -2613,9 +2616,10 @@ class Database:
             if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, FAULTS):
                 raise                                        # of the disk or the file: it takes the whole group
             refusal = error
-        if refusal is not None:
+        if refusal is not None and not is_alone:
             db.execute("ROLLBACK TO batch")
-        db.execute("RELEASE batch")
+        if not is_alone:
+            db.execute("RELEASE batch")
         return refusal
 
     def _apply(self, db: sqlite3.Connection, batch: Batch) -> None:
@@ -7857,7 +7861,7 @@ class Handler(BaseHTTPRequestHandler, Source):
 
     def _next_head(self) -> bytes | None:
         """The next head, if it is there or comes within a tick; else None, and the listener waits for it."""
-        head = self.parser.head() if len(self.parser) else None
+        head = self.parser.head() if self.parser.at < len(self.parser.data) else None
         if head is None:
             crowded = self.server.is_crowded()
             if crowded:
@@ -16009,12 +16013,21 @@ class Crew:
 
     def submit(self, work: Callable[..., None], *args: Any) -> None:
         with self._lock:
-            if self._spare > 0 or self.count >= self.most:
-                self._spare -= 1
-            else:
+            if self._spare <= 0 and self.count < self.most and self._hire():
                 self.count += 1
-                threading.Thread(target=self._run, name="connection", daemon=True).start()
+            else:
+                self._spare -= 1
             self._work.put((work, args))
+
+    def _hire(self) -> bool:
+        """Begin a thread; False where the system has no more of them, and those there are have to do."""
+        try:
+            threading.Thread(target=self._run, name="connection", daemon=True).start()
+        except RuntimeError:
+            if not self.count:
+                raise
+            return False
+        return True
 
     def backlog(self) -> int:
         """How much waits for a thread."""

@@ -3882,6 +3882,24 @@ def test_a_connection_that_comes_back_just_when_the_server_stops_is_not_waited_f
     assert until(lambda: not server.active, 5) and time.monotonic() - began < cs.STOP_TIME / 2
 
 
+def test_a_crew_makes_do_where_the_system_gives_no_more_threads(monkeypatch):
+    crew, gate, done, start = cs.Crew(50), threading.Event(), [], threading.Thread.start
+
+    def refuse(thread):
+        if crew.count >= 3:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for n in range(20):
+        crew.submit(lambda n: (gate.wait(10), done.append(n)), n)
+    assert crew.count == 3
+    gate.set()
+    until = time.monotonic() + 10
+    while len(done) < 20 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert sorted(done) == list(range(20))
+
+
 def test_the_crew_shrinks(monkeypatch):
     """X18: threads that a rush needed end when it is over."""
     monkeypatch.setattr(cs, "CREW_IDLE", 0.1)
