@@ -19896,6 +19896,8 @@ class SyncClient:
         session, here, there = self.session, self.session.scan.here, self.memory.there
         if session.progress:
             session.progress.total += sum((here.get(key) or there[key]).size for key in plan.of("upload", "download", "compare"))
+        for key in plan.of("forget"):            # first, for it may be known in another place by the next note
+            self.memory.set("base", key, None)
         for key in plan.of("compare"):
             self._compare(key)
         self.downloader.make_directories([key for key in plan.of("download") if there[key].kind])
@@ -19904,8 +19906,6 @@ class SyncClient:
         self.downloader.download([key for key in plan.of("download") if not there[key].kind])
         self.downloader.delete(plan.of("delete here"))
         self.uploader.delete(plan.of("delete there"))
-        for key in plan.of("forget"):
-            self.memory.set("base", key, None)
         session.advance()
         if session.progress:
             session.progress.end()

@@ -8224,6 +8224,30 @@ def test_what_a_killed_run_deleted_here_is_nobodys_wish(laptop, cloud, ann, monk
     assert one.tree() == tree(cloud, ann) == want and one.run().work() == 0
 
 
+def test_a_killed_run_does_not_remember_a_file_in_two_places(laptop, cloud, ann, monkeypatch):
+    """R6: it was renamed here, and a run was killed after it had told the server, and the next as it had noted half; then the page goes back."""
+    one, send = laptop(), cs.Session.send
+    one.write("c", "wanted")
+    one.run()
+    seq = cloud.head()
+    (one.path / "c").rename(one.path / "b")
+
+    def die(*args):
+        raise Crash
+    one.write("new", "new")
+    for patches in ({"send": lambda *args: (send(*args), die())}, {"land_all": lambda session: (session._land(), die())}):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, act in patches.items():
+                patch.setattr(cs.Session, name, act)
+            with pytest.raises(Crash):
+                one.run()
+    with sqlite3.connect(one.path / cs.SYNC_HOME / "state.db") as db:
+        assert db.execute("SELECT path FROM base").fetchall() == [("b",), ("new",)]
+    cloud.rewind(ann, (), seq)
+    one.run()
+    assert one.tree() == tree(cloud, ann) and b"wanted" in one.tree().values()
+
+
 def test_what_a_killed_run_renamed_for_a_conflict_is_nobodys_wish(laptop, cloud, ann, monkeypatch):
     """R6: the page goes back to what was agreed on before the next run."""
     one, rename = laptop(), cs.Folder.rename
