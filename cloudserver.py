@@ -49,7 +49,7 @@ import sys
 
 
 def runs_long(words: list[str]) -> bool:
-    return not words or words[0] in ("serve", "sync") or words[0].startswith("--") and words[0] not in ("--help", "--version")
+    return "--once" not in words and (not words or words[0] in ("serve", "sync") or words[0].startswith("--") and words[0] not in ("--help", "--version"))
 
 
 def run_compiled(script: str) -> None:

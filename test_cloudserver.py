@@ -470,7 +470,7 @@ def starter(tmp_path):
 def test_the_script_goes_on_in_a_compiled_copy_of_itself(starter):
     for words in [(), ("serve", "--port", "1"), ("--port", "1"), ("sync", "a b", "c")]:
         assert starter.run(*words).parent == starter.beside
-    for words in [("--version",), ("--help",), ("user", "list"), ("doctor",)]:
+    for words in [("--version",), ("--help",), ("user", "list"), ("doctor",), ("sync", "a", "b", "--once")]:
         assert starter.run(*words) == starter.path
     first = starter.run()
     starter.path.write_text(starter.path.read_text("utf-8").replace("print(__file__)", "print(__file__ + '.new')"), "utf-8")
