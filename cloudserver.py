@@ -18609,7 +18609,8 @@ class Link:
         raises  CloudError as the server refuses; Stopped when it cannot be reached, turns us away or answers nonsense
         """
         def read(response: http.client.HTTPResponse) -> bytes:
-            data = response.read(ANSWER_LIMIT)
+            most = ANSWER_LIMIT if response.length is None else min(response.length, ANSWER_LIMIT)
+            data = response.read(most)           # Python 3.9 takes all the memory that it is asked for, each time
             if response.length or not response.isclosed() and response.read(1):
                 raise http.client.IncompleteRead(data)
             return data

@@ -8991,6 +8991,15 @@ def meddler(address, monkeypatch):
     proxy.listener.close()
 
 
+def test_no_answer_is_given_more_room_than_it_needs(laptop, cloud, ann, monkeypatch):
+    """Python 3.9 takes all the memory that a read may fill, and fills it with zeros, before anything comes."""
+    one, read, asked = laptop(), http.client.HTTPResponse.read, []
+    put(cloud, ann, "theirs"), one.write("mine", "mine")
+    monkeypatch.setattr(http.client.HTTPResponse, "read", lambda answer, most=-1: asked.append(most) or read(answer, most))
+    one.run()
+    assert one.tree() == tree(cloud, ann) and 0 < max(asked) <= MiB, asked
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_no_accident_of_the_network_ends_in_a_traceback_or_a_loss(laptop, cloud, ann, meddler, place):
     """Y10, R12: tried again, or said in a sentence; the next run is right, and nothing was done twice."""
