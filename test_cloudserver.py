@@ -32,6 +32,7 @@ if __name__ == "__main__":
             return sys.executable
         except ImportError:
             pass
+        import shutil
         import venv
         home = HERE / ".venv"
         python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -39,8 +40,12 @@ if __name__ == "__main__":
             try:
                 import ensurepip
             except ImportError:                  # Debian keeps it in a package of its own
-                sys.exit("The tests need pytest. Install it (on Debian: apt install python3-pytest), or what makes virtual environments "
-                         "(apt install python3-venv), and start them again.")
+                if shutil.which("apt-get") and os.geteuid() == 0:
+                    print("Debian keeps what makes virtual environments in a package of its own: installing python3-venv", file=sys.stderr)
+                    subprocess.call(["apt-get", "update", "-q"]), subprocess.check_call(["apt-get", "install", "-y", "-q", "python3-venv"])
+                else:
+                    sys.exit("The tests need pytest. Install it (on Debian: apt install python3-pytest), or what makes virtual environments "
+                             "(apt install python3-venv), and start them again.")
             print("making a virtual environment for pytest in %s" % home, file=sys.stderr)
             venv.create(home, with_pip=True, clear=True)
             if subprocess.call([python, "-m", "pip", "install", "-q", "pytest"]):
