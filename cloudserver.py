@@ -4127,7 +4127,7 @@ class Tree:
                        parents: bool) -> Spot:
         """Where a file of `size` bytes may be written, everything checked."""
         spot = self._spot(who, path)
-        if given.beside and spot.node:
+        while given.beside and spot.node:        # somebody may take the free name between the two
             spot = self._spot(who, path[:-1] + (self._free_name(spot.parent, path[-1]),))
         self._check_place(spot, path, parents)
         if spot.node and spot.node.kind:

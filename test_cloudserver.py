@@ -2891,6 +2891,32 @@ def test_what_lay_in_something_deleted_comes_back_to_where_it_was(api, cloud, an
     audit(cloud)
 
 
+def test_a_free_name_may_be_taken_by_somebody_faster(cloud, ann, monkeypatch):
+    """R14: it is looked for again, and what has it is not overwritten: by a new file, a copy, a move and by what comes back."""
+    find, faster = cloud._free_name, []
+
+    def free_name(parent, name, taken=()):
+        found = find(parent, name, taken)
+        if len(faster) < 2:
+            faster.append(found)
+            put(cloud, ann, found, "faster %d" % len(faster))
+        return found
+    for n in range(1, 5):
+        put(cloud, ann, "x%d" % n)
+        put(cloud, ann, "y%d" % n, "y")
+    cloud.delete(ann, ("x4",)), put(cloud, ann, "x4", "new")
+    for path, act in (("x1", lambda: put(cloud, ann, "x1", "kept", cs.Preconditions(beside=True)).name),
+                      ("x2", lambda: cloud.copy(ann, (("y2",), ("x2",)), clash="keep")[0][0].name),
+                      ("x3", lambda: cloud.move(ann, (("y3",), ("x3",)), clash="keep")[0][0].name),
+                      ("x4", lambda: "/".join(cloud.restore(ann, cloud.trash(ann)[0].node.node)[1][0]))):
+        faster.clear()
+        monkeypatch.setattr(cloud, "_free_name", free_name)
+        assert act() == path + " (4)" and faster == [path + " (2)", path + " (3)"]
+        monkeypatch.setattr(cloud, "_free_name", find)
+        assert [get(cloud, ann, path + " (%d)" % n) for n in (2, 3)] == [b"faster 1", b"faster 2"]
+    audit(cloud)
+
+
 def test_a_new_file_takes_a_free_name_beside_what_is_there(call, cloud, ann):
     """"Keep both", decided by the server in one step, by every way a file comes."""
     names = [call("PUT", "/api/v1/files/d/a.txt?parents=1&keep=1", b"%d" % n).json()["name"] for n in range(3)]
