@@ -1752,6 +1752,9 @@ def format_frame(data: bytes) -> bytes:
     return len(data).to_bytes(4, "big") + data
 
 
+UNCERTAIN = ("storage-failed", "internal")       # kinds of failure after which a batch may have been written after all
+
+
 class Blobs:
     """Bytes to chunks and back, over one store; the lane is where hashing and writing happen beside receiving."""
 
@@ -1792,7 +1795,7 @@ class Blobs:
         try:
             yield
         except CloudError as refused:
-            if refused.kind not in ("storage-failed", "internal"):       # then it may have been written after all
+            if refused.kind not in UNCERTAIN:
                 self.discard("%s-%s" % (hash, stored.tag) for hash, _ in stored.chunks if stored.tag and hash not in stored.relied)
             raise
 
@@ -6234,10 +6237,11 @@ class Sync(History):
         received, flying = Received(), deque()
         try:
             self._take_frames(who, frames, received, flying)
-        except BaseException:
+        except BaseException as error:
             for future, _ in flying:
                 future.cancel() or future.exception()
-            self.blobs.discard(name for _, _, name, *_ in received.rows if name)
+            if not isinstance(error, CloudError) or error.kind not in UNCERTAIN:
+                self.blobs.discard(name for _, _, name, *_ in received.rows if name)
             raise
         return received
 
