@@ -9,19 +9,26 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      1  Vocabulary      Config Principal Node Change Preconditions     the values that cross rooms
      2  Errors          ERRORS CloudError                              every refusal there is
      3  Grammar         parse_* format_* E read_xml                    text to values and back
-     4  Blobs           ObjectDirectory Pieces cut                     the only code that opens data files
-     5  Database        Database Batch SCHEMA MIGRATIONS               two calls: read and write
-     6  Accounts        Accounts                                       who is asking
-     7  Operations      Cloud                                          every verb, behind every door
-     8  HTTP            Request Response route respond Handler         the only code that touches a socket
-     9  JSON API        api_*                                          what the page and programs use
-    10  Transfer        tus_* sync_*                                   resumable uploads, native sync
-    11  WebDAV          dav_*                                          RFC 4918
-    12  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
-    13  Web pages       PAGE_* web_page                                the embedded page
-    14  Service         CloudServer Janitor Supervisor                 start, stop, logs, background jobs
-    15  Sync client     SyncClient Folder Memory Link                  a folder and an account kept alike
-    16  Command line    main                                           a function per command
+     4  Streams         Body FrameReader FileSlice                     bytes on their way
+     5  Formats         media_type find_words qr_code zip_archive      what files are made of
+     6  Store           ObjectDirectory Blobs Content                  the only code that opens data files
+     7  Database        Database Batch SCHEMA MIGRATIONS               two calls: read and write
+     8  Accounts        Accounts                                       who is asking
+     9  Tree            Tree Copies                                    the tree of files, read and written
+    10  History         History                                        what was, and how it comes back
+    11  Verbs           Cloud Sync                                     every verb, behind every door
+    12  HTTP            Request Response route respond Handler         the only code that touches a socket
+    13  JSON API        api_*                                          what the page and programs use
+    14  Transfer        tus_* sync_*                                   resumable uploads, native sync
+    15  WebDAV          dav_*                                          RFC 4918
+    16  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
+    17  Upkeep          Upkeep Janitor                                 background jobs
+    18  Service         CloudServer Supervisor                         start, stop, logs
+    19  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
+    20  Folder          Rules Folder Memory                            a folder on this computer
+    21  Sync client     SyncClient Link Planner                        a folder and an account kept alike
+    22  Command line    main                                           a function per command
+    23  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -29,7 +36,7 @@ The path of a request:
         1 identify    Accounts       who is asking?
         2 find_route  ROUTES         which function?                    404 405
         3 admit       Route.needs    may they knock?                    401 403
-        4 handler     rooms 9-13     words to values, one Cloud call, values to words
+        4 handler     rooms 13-16    words to values, one Cloud call, values to words
               Cloud                  this principal, on this node?      403 404 409 412 423 507
                   ObjectDirectory    bytes first, no lock held
                   Database           then guards, rows and one journal line, in one batch
@@ -796,6 +803,10 @@ _RANGE = re.compile(r"(\d*)-(\d*)")
 RANGES_LIMIT = 8
 
 
+def format_etag(node: Node) -> str:
+    return '"%s"' % node.etag
+
+
 def parse_etags(text: str, *, weak: bool) -> tuple[str, ...]:
     """Read an If-Match or If-None-Match field: ("*",) or tags without quotes (RFC 9110 s13.1).
 
@@ -1102,6 +1113,192 @@ def read_xml(body: bytes) -> ET.Element:
     return builder.close()
 
 
+# ==== 4. Streams =========================================================================
+#
+# Bytes on their way: bodies, frames, slices of files, digests.
+
+class Body:
+    """Bytes on their way in.  The base class serves them from memory; HTTP reads them from a socket."""
+
+    def __init__(self, data: bytes | memoryview = b"") -> None:
+        self.length: int | None = len(data)      # None if not known beforehand
+        self._rest = memoryview(data)
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill some of `buffer`; 0 at the end.  raises CloudError if the rest will never come."""
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def wait_if_small(self, limit: int) -> None:
+        """See that all of it is there, if it is small; in memory it is."""
+
+    def insist(self, limit: int) -> None:
+        """See that all of it is there."""
+
+    def skip(self) -> bool:
+        return True
+
+    def drain(self) -> bool:
+        return True
+
+    def read(self, limit: int) -> bytes:
+        """All of it.  raises CloudError too-large beyond `limit` bytes."""
+        if self.length is not None and self.length > limit:
+            raise CloudError("too-large", "the body may have %d bytes" % limit)
+        buffer = bytearray(limit + 1 if self.length is None else self.length)
+        count = fill(self, memoryview(buffer))
+        if count > limit:
+            raise CloudError("too-large", "the body may have %d bytes" % limit)
+        return bytes(buffer[:count])
+
+
+class FileBody(Body):
+    """The bytes of an open file."""
+
+    def __init__(self, file: BinaryIO, length: int | None = None) -> None:
+        self.length, self._file = length, file
+
+    def readinto(self, buffer: memoryview) -> int:
+        return self._file.readinto(buffer) or 0
+
+
+def fill_what_comes(body: Body, view: memoryview) -> tuple[int, CloudError | None]:
+    """As fill, but a body that breaks off gives what came of it, and the error."""
+    count = 0
+    try:
+        while count < len(view):
+            more = body.readinto(view[count:])
+            if not more:
+                break
+            count += more
+    except CloudError as error:
+        return count, error
+    return count, None
+
+
+def fill(body: Body, view: memoryview) -> int:
+    """Read until `view` is full or the body ends; returns the bytes read."""
+    count = 0
+    while count < len(view):
+        more = body.readinto(view[count:])
+        if not more:
+            break
+        count += more
+    return count
+
+
+class _RawBody(io.RawIOBase):
+    """A Body with the face of a raw file."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._body.readinto(memoryview(buffer))
+
+
+class FrameReader:
+    """A body that is a line of JSON, or none, and then frames: length (4 bytes, big endian), bytes."""
+
+    def __init__(self, body: Body) -> None:
+        self._file = io.BufferedReader(_RawBody(body), 256 * KiB)
+
+    def line(self, limit: int) -> bytes:
+        """The first line.  raises CloudError too-large"""
+        line = self._file.readline(limit + 1)
+        if len(line) > limit:
+            raise CloudError("too-large", "the first line may have %d bytes" % limit)
+        return line
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The bytes of each frame in turn.  raises CloudError bad-frame, too-large"""
+        total = 0
+        while True:
+            head = self._file.read(4)
+            if not head:
+                return
+            size = int.from_bytes(head, "big")
+            if len(head) < 4 or not 0 < size <= CHUNK_LIMIT:
+                raise CloudError("bad-frame", "a frame has 1 to %d bytes" % CHUNK_LIMIT)
+            total += size
+            if total > FRAMES_LIMIT:
+                raise CloudError("too-large", "the frames of a request may have %d bytes" % FRAMES_LIMIT)
+            data = self._file.read(size)
+            if len(data) < size:
+                raise CloudError("bad-frame", "the last frame is cut short")
+            yield data
+
+
+def format_frame(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + data
+
+
+class FileSlice(NamedTuple):
+    """Bytes of an open file, for sendfile."""
+    file: BinaryIO
+    start: int
+    count: int
+
+
+class _Adler32:
+    """zlib.adler32 with the face of a hash."""
+
+    def __init__(self) -> None:
+        self.value = 1
+
+    def update(self, data: bytes | memoryview) -> None:
+        self.value = zlib.adler32(data, self.value)
+
+    def hexdigest(self) -> str:
+        return "%08x" % self.value
+
+
+def new_digest(name: str) -> Any:
+    return _Adler32() if name == "adler32" else hashlib.new(name)
+
+
+def hexdigest_of(name: str, data: bytes) -> str:
+    digest = new_digest(name)
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def hash_file(file: BinaryIO) -> str:
+    """SHA-256 of all of an open file, in memory that does not grow with it."""
+    digest, buffer = hashlib.sha256(), bytearray(256 * KiB)
+    file.seek(0)
+    while True:
+        count = file.readinto(buffer)
+        if not count:
+            return digest.hexdigest()
+        digest.update(memoryview(buffer)[:count])
+
+
+def read_slice(part: bytes | FileSlice) -> bytes:
+    return part if isinstance(part, bytes) else b"".join(read_pieces(part, part.count))
+
+
+def read_pieces(part: FileSlice, step: int = 256 * KiB) -> Iterator[bytes]:
+    """The bytes of a slice, some at a time.  raises CloudError if the file is shorter"""
+    part.file.seek(part.start)
+    left = part.count
+    while left:
+        data = part.file.read(min(left, step))
+        if not data:
+            raise CloudError("storage-failed", "a part of the file is cut short")
+        left -= len(data)
+        yield data
+
+
+# ==== 5. Formats =========================================================================
+#
+# What files and codes are made of: kinds of media, words of a search, QR codes, zip files.
+
 # ---- QR codes (ISO 18004): bytes, correction level M, versions 1 to 10, mask 0
 
 _QR_TOTAL = (26, 44, 70, 100, 134, 172, 196, 242, 292, 346)     # codewords of each version
@@ -1357,7 +1554,49 @@ def media_type(name: str, head: bytes) -> str:
     return claimed or found or "application/octet-stream"
 
 
-# ==== 4. Blobs ===========================================================================
+# ---- zip files
+
+class _Sink(io.RawIOBase):
+    """Where zipfile writes to; what it wrote is taken away piece by piece."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.pieces.append(bytes(data))
+        return len(data)
+
+    def take(self) -> bytes:
+        data, self.pieces = b"".join(self.pieces), []
+        return data
+
+
+def zip_archive(contents: Iterator[tuple[tuple[str, ...], Node, Content | None]], top: str) -> Iterator[bytes]:
+    """A zip archive made while it is sent, not compressed; names are relative and unique (Z1)."""
+    sink = _Sink()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for path, node, content in contents:
+            moment = _EPOCH + timedelta(milliseconds=max(node.mtime, 315_532_800_000))       # not before 1980
+            info = zipfile.ZipInfo("/".join(path or (top,)) + "/" * node.kind, moment.timetuple()[:6] if moment.year < 2108
+                                   else (2107, 12, 31, 23, 59, 58))
+            info.external_attr = (0o40755 << 16 | 0x10) if node.kind else 0o100644 << 16
+            if content is None:
+                archive.writestr(info, b"")
+            else:
+                info.file_size = node.size
+                with archive.open(info, "w", force_zip64=node.size >= GiB) as member:
+                    for part in content.slices():
+                        for piece in (part,) if isinstance(part, bytes) else read_pieces(part):
+                            member.write(piece)
+                            yield sink.take()
+            yield sink.take()
+    yield sink.take()
+
+
+# ==== 6. Store ===========================================================================
 #
 # Chunks of bytes.  1. A chunk is named by the SHA-256 of its bytes and never changes.  2. The object that
 # holds it is named HASH-RANDOM and the name is never used again, so a late delete cannot hit a new upload.
@@ -1374,13 +1613,6 @@ class StoredChunk(NamedTuple):
     size: int
     data: bytes | None
     object: str | None
-
-
-class FileSlice(NamedTuple):
-    """Bytes of an open file, for sendfile."""
-    file: BinaryIO
-    start: int
-    count: int
 
 
 @dataclass
@@ -1630,128 +1862,6 @@ class ObjectDirectory:
 _OBJECT = re.compile(r"\.?[0-9a-f]{64}-[0-9a-f]{1,32}")
 O_EXTRA = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
-
-class Body:
-    """Bytes on their way in.  The base class serves them from memory; HTTP reads them from a socket."""
-
-    def __init__(self, data: bytes | memoryview = b"") -> None:
-        self.length: int | None = len(data)      # None if not known beforehand
-        self._rest = memoryview(data)
-
-    def readinto(self, buffer: memoryview) -> int:
-        """Fill some of `buffer`; 0 at the end.  raises CloudError if the rest will never come."""
-        count = min(len(buffer), len(self._rest))
-        buffer[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
-        return count
-
-    def wait_if_small(self, limit: int) -> None:
-        """See that all of it is there, if it is small; in memory it is."""
-
-    def insist(self, limit: int) -> None:
-        """See that all of it is there."""
-
-    def skip(self) -> bool:
-        return True
-
-    def drain(self) -> bool:
-        return True
-
-    def read(self, limit: int) -> bytes:
-        """All of it.  raises CloudError too-large beyond `limit` bytes."""
-        if self.length is not None and self.length > limit:
-            raise CloudError("too-large", "the body may have %d bytes" % limit)
-        buffer = bytearray(limit + 1 if self.length is None else self.length)
-        count = fill(self, memoryview(buffer))
-        if count > limit:
-            raise CloudError("too-large", "the body may have %d bytes" % limit)
-        return bytes(buffer[:count])
-
-
-class FileBody(Body):
-    """The bytes of an open file."""
-
-    def __init__(self, file: BinaryIO, length: int | None = None) -> None:
-        self.length, self._file = length, file
-
-    def readinto(self, buffer: memoryview) -> int:
-        return self._file.readinto(buffer) or 0
-
-
-def fill_what_comes(body: Body, view: memoryview) -> tuple[int, CloudError | None]:
-    """As fill, but a body that breaks off gives what came of it, and the error."""
-    count = 0
-    try:
-        while count < len(view):
-            more = body.readinto(view[count:])
-            if not more:
-                break
-            count += more
-    except CloudError as error:
-        return count, error
-    return count, None
-
-
-def fill(body: Body, view: memoryview) -> int:
-    """Read until `view` is full or the body ends; returns the bytes read."""
-    count = 0
-    while count < len(view):
-        more = body.readinto(view[count:])
-        if not more:
-            break
-        count += more
-    return count
-
-
-class _RawBody(io.RawIOBase):
-    """A Body with the face of a raw file."""
-
-    def __init__(self, body: Body) -> None:
-        self._body = body
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        return self._body.readinto(memoryview(buffer))
-
-
-class FrameReader:
-    """A body that is a line of JSON, or none, and then frames: length (4 bytes, big endian), bytes."""
-
-    def __init__(self, body: Body) -> None:
-        self._file = io.BufferedReader(_RawBody(body), 256 * KiB)
-
-    def line(self, limit: int) -> bytes:
-        """The first line.  raises CloudError too-large"""
-        line = self._file.readline(limit + 1)
-        if len(line) > limit:
-            raise CloudError("too-large", "the first line may have %d bytes" % limit)
-        return line
-
-    def __iter__(self) -> Iterator[bytes]:
-        """The bytes of each frame in turn.  raises CloudError bad-frame, too-large"""
-        total = 0
-        while True:
-            head = self._file.read(4)
-            if not head:
-                return
-            size = int.from_bytes(head, "big")
-            if len(head) < 4 or not 0 < size <= CHUNK_LIMIT:
-                raise CloudError("bad-frame", "a frame has 1 to %d bytes" % CHUNK_LIMIT)
-            total += size
-            if total > FRAMES_LIMIT:
-                raise CloudError("too-large", "the frames of a request may have %d bytes" % FRAMES_LIMIT)
-            data = self._file.read(size)
-            if len(data) < size:
-                raise CloudError("bad-frame", "the last frame is cut short")
-            yield data
-
-
-def format_frame(data: bytes) -> bytes:
-    return len(data).to_bytes(4, "big") + data
-
-
 UNCERTAIN = ("storage-failed", "internal")       # kinds of failure after which a batch may have been written after all
 
 
@@ -1980,56 +2090,6 @@ class _Cutting:
         return hash, len(view)
 
 
-class _Adler32:
-    """zlib.adler32 with the face of a hash."""
-
-    def __init__(self) -> None:
-        self.value = 1
-
-    def update(self, data: bytes | memoryview) -> None:
-        self.value = zlib.adler32(data, self.value)
-
-    def hexdigest(self) -> str:
-        return "%08x" % self.value
-
-
-def new_digest(name: str) -> Any:
-    return _Adler32() if name == "adler32" else hashlib.new(name)
-
-
-def hexdigest_of(name: str, data: bytes) -> str:
-    digest = new_digest(name)
-    digest.update(data)
-    return digest.hexdigest()
-
-
-def hash_file(file: BinaryIO) -> str:
-    """SHA-256 of all of an open file, in memory that does not grow with it."""
-    digest, buffer = hashlib.sha256(), bytearray(256 * KiB)
-    file.seek(0)
-    while True:
-        count = file.readinto(buffer)
-        if not count:
-            return digest.hexdigest()
-        digest.update(memoryview(buffer)[:count])
-
-
-def read_slice(part: bytes | FileSlice) -> bytes:
-    return part if isinstance(part, bytes) else b"".join(read_pieces(part, part.count))
-
-
-def read_pieces(part: FileSlice, step: int = 256 * KiB) -> Iterator[bytes]:
-    """The bytes of a slice, some at a time.  raises CloudError if the file is shorter"""
-    part.file.seek(part.start)
-    left = part.count
-    while left:
-        data = part.file.read(min(left, step))
-        if not data:
-            raise CloudError("storage-failed", "a part of the file is cut short")
-        left -= len(data)
-        yield data
-
-
 def storage_error(error: OSError) -> CloudError:
     """Word a failure of the disk (R18-R20)."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -2040,7 +2100,7 @@ def storage_error(error: OSError) -> CloudError:
     return CloudError("storage-failed", "the disk of the server fails")
 
 
-# ==== 5. Database ========================================================================
+# ==== 7. Database ========================================================================
 #
 # Two calls, read and write, and no open transaction ever spans a round trip: what holds for SQLite here can
 # hold for a database behind a network.
@@ -2816,7 +2876,7 @@ DATABASE_ERRORS = (  # (words of SQLite's, kind, what it means)
 )
 
 
-# ==== 6. Accounts ========================================================================
+# ==== 8. Accounts ========================================================================
 #
 # Who is asking.  1. Nothing a second process needs lives in memory: sessions, tokens and throttles are rows.
 # 2. What is remembered in memory is keyed by a digest of the credential under a key of this process, and counts
@@ -2945,7 +3005,6 @@ LAST_ADMIN = (  # is an account the only administrator?
     "SELECT 'admin' WHERE EXISTS (SELECT 1 FROM account WHERE id = :id AND admin = 1 AND removed IS NULL) "
     "AND NOT EXISTS (SELECT 1 FROM account WHERE id <> :id AND admin = 1 AND removed IS NULL)")
 KNOW_PLACE = "INSERT INTO known_place (account, network, due) VALUES (?, ?, ?) ON CONFLICT (account, network) DO UPDATE SET due = excluded.due"
-
 
 CROWD_OUT = (  # the oldest that waits, of the network that most wait from
     "DELETE FROM pairing WHERE token = (SELECT token FROM pairing WHERE account IS NULL AND address = (SELECT address FROM pairing "
@@ -3509,7 +3568,7 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
-# ==== 7. Operations ======================================================================
+# ==== 9. Tree ============================================================================
 #
 # Every verb, behind every door.  1. A verb takes who, then what, then Preconditions.  2. It checks rights, stores
 # bytes, then commits one batch; nothing it decided on can have changed by then, because guards restate it.
@@ -3536,6 +3595,7 @@ RESERVE = 16 * MiB              # put by for the moment when the disk is full; l
 LOCK_MOST = 24 * 3600           # seconds a lock may be granted for
 KEEP_MOST = 36500               # days that history may be kept
 LONG_HASH = 64 * MiB            # larger files are hashed in the lane for long work
+WAITERS, WAITS = 128, 32        # who may wait for changes at a time, per process: in all, and of one account
 
 
 class Spot(NamedTuple):
@@ -3692,7 +3752,6 @@ UP = (  # a live node and what holds it, upwards: (node, parent)
     "WITH RECURSIVE up (node, parent, level) AS (SELECT node, parent, 0 FROM entry WHERE node = ? AND until IS NULL "
     "UNION ALL SELECT e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.parent AND e.until IS NULL) "
     "SELECT node, parent FROM up ORDER BY level")
-
 
 BRAKE_FILES, BRAKE_SHARE, BRAKE_WINDOW = 200, 4, 10 * MINUTE       # held: over 200 files and over a quarter in the window
 BRAKE_FREE = HOUR               # how long a device that was allowed may do everything
@@ -4919,7 +4978,6 @@ COPY_FILES = (
     ":copy, name, key, kind, manifest, size, mtime, media, coalesce(:since, s) FROM (" + COPIED + "), (SELECT max(seq) AS s FROM journal)")
 COPY_PROPERTIES = "INSERT INTO property (node, name, value) SELECT c.copy, p.name, p.value FROM (" + COPIED + ") c JOIN property p ON p.node = c.node"
 
-
 COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row of it takes
     CHUNK_ROWS: lambda row: row[1], PUT_OFFSET: lambda row: 64, BEGIN_ENTRY: lambda row: ROW, BEGIN_AGAIN: lambda row: ROW,
     PUT_PROPERTY: lambda row: len(row[1]) + len(row[2]), PUT_THUMBNAIL: lambda row: len(row[2]), PUT_KEPT: lambda row: len(row[2])}
@@ -4935,7 +4993,9 @@ class Rows:
         return self.make()
 
 
-# ---- what was
+# ==== 10. History ========================================================================
+#
+# What was: versions, trash, activity, undo and rewind; search.
 
 class Version(NamedTuple):
     """A content that a file had, or has."""
@@ -5942,7 +6002,9 @@ def is_star(value: str) -> bool:
     return bool(found) and found[1].strip() in ("1", "yes", "true")
 
 
-# ---- native sync
+# ==== 11. Verbs ==========================================================================
+#
+# Native sync, uploads in parts; Cloud, which has every verb.
 
 class Place(NamedTuple):
     """One line of a manifest."""
@@ -6466,7 +6528,6 @@ class Sync(History):
 
 COMMIT_STEPS: dict[str, Callable[..., Outcome]] = {
     "put": Sync._take_put, "mkdir": Sync._take_mkdir, "move": Sync._take_move, "delete": Sync._take_delete}
-WAITERS, WAITS = 128, 32        # who may wait for changes at a time, per process: in all, and of one account
 LOOSE_LIFE = 20 * HOUR          # less than the sweep leaves a chunk alone that nobody refers to
 FLUSH = 16 * MiB                # bytes of small chunks that wait in memory for the commit
 OWNED = (  # does an account (?, ?) refer to chunk h, now or in its history?
@@ -6886,7 +6947,7 @@ def parts_id(who: Principal, name: str) -> str:
     return "%d:%d:%s" % (who.account, who.root, name)
 
 
-# ==== 8. HTTP ============================================================================
+# ==== 12. HTTP ===========================================================================
 #
 # The only code that touches a socket.  1. One parser, one path function, one gate for every request.
 # 2. An answer is one send if it is small.  3. An unread body never becomes the next request: it is drained, up to
@@ -8094,7 +8155,7 @@ def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
                                                    "Cache-Control": "no-store"})
 
 
-# ==== 9. JSON API ========================================================================
+# ==== 13. JSON API =======================================================================
 #
 # /api/v1/: everything the page can do, and so can any program.  Paths are strings like "photos/a.jpg", "" is the root;
 # times go out as RFC 3339 and come in so or as ms since 1970; ids and versions are decimal strings.
@@ -8399,46 +8460,6 @@ def zip_response(cloud: Cloud, who: Principal, path: tuple[str, ...], names: Seq
     archive = zip_archive(cloud.archive(who, path, names, moment), stem)
     return Response(200, archive, {"Content-Type": "application/zip", "Cache-Control": PRIVATE,
                                    "Content-Disposition": format_disposition(stem + ".zip"), "Content-Security-Policy": SANDBOX})
-
-
-class _Sink(io.RawIOBase):
-    """Where zipfile writes to; what it wrote is taken away piece by piece."""
-
-    def __init__(self) -> None:
-        self.pieces: list[bytes] = []
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.pieces.append(bytes(data))
-        return len(data)
-
-    def take(self) -> bytes:
-        data, self.pieces = b"".join(self.pieces), []
-        return data
-
-
-def zip_archive(contents: Iterator[tuple[tuple[str, ...], Node, Content | None]], top: str) -> Iterator[bytes]:
-    """A zip archive made while it is sent, not compressed; names are relative and unique (Z1)."""
-    sink = _Sink()
-    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for path, node, content in contents:
-            moment = _EPOCH + timedelta(milliseconds=max(node.mtime, 315_532_800_000))       # not before 1980
-            info = zipfile.ZipInfo("/".join(path or (top,)) + "/" * node.kind, moment.timetuple()[:6] if moment.year < 2108
-                                   else (2107, 12, 31, 23, 59, 58))
-            info.external_attr = (0o40755 << 16 | 0x10) if node.kind else 0o100644 << 16
-            if content is None:
-                archive.writestr(info, b"")
-            else:
-                info.file_size = node.size
-                with archive.open(info, "w", force_zip64=node.size >= GiB) as member:
-                    for part in content.slices():
-                        for piece in (part,) if isinstance(part, bytes) else read_pieces(part):
-                            member.write(piece)
-                            yield sink.take()
-            yield sink.take()
-    yield sink.take()
 
 
 # ---- what was
@@ -8786,7 +8807,7 @@ def describe_route(found: Route) -> dict[str, Any]:
     return about
 
 
-# ==== 10. Transfer =======================================================================
+# ==== 14. Transfer =======================================================================
 #
 # Resumable uploads by the tus protocol, 1.0: core, creation, creation-with-upload, creation-defer-length, checksum,
 # expiration, termination.  An upload is finished when its last byte has come; there is nothing to assemble.
@@ -9064,7 +9085,7 @@ def sync_step(step: Any) -> dict[str, Any]:
     return check_fields(step, STEP_FIELDS[verbs[0]])
 
 
-# ==== 11. WebDAV =========================================================================
+# ==== 15. WebDAV =========================================================================
 #
 # RFC 4918 classes 1, 2 and 3, with quotas (RFC 4331), extended MKCOL (RFC 5689) and sync-collection (RFC 6578).
 # A quirk of a client is a row or a few lines here, with the client named; the operations never learn of it.
@@ -9331,10 +9352,6 @@ class About:
         """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {manifest}; epoch"""
         value = self.__dict__[name] = self._fetch[name]()
         return value
-
-
-def format_etag(node: Node) -> str:
-    return '"%s"' % node.etag
 
 
 def format_sync_token(epoch: str, seq: int, tag: str) -> str:
@@ -9670,7 +9687,7 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
     return reached, [(below, *row) for below, row in rows.items()]
 
 
-# ==== 12. Nextcloud dialect ==============================================================
+# ==== 16. Nextcloud dialect ==============================================================
 #
 # What Nextcloud's and ownCloud's clients ask beside WebDAV: discovery, OCS, the login flow, uploads in chunks and in
 # bulk, trash, versions, search.  Words are translated to one Cloud call and back; the files themselves are served by
@@ -9679,7 +9696,6 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
 NC_VERSION = "28.0.4.1"         # whose dialect this is; clients refuse a server that calls itself too old
 PHP = ("", "/index.php")        # clients put either before an address
 OC, NC = "{http://owncloud.org/ns}", "{http://nextcloud.org/ns}"
-
 
 # ---- discovery
 
@@ -10026,7 +10042,6 @@ def nc_options(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
 
 for _address in ("/remote.php/dav", "/remote.php/dav/files/<path>", "/remote.php/webdav/<path>"):
     route("OPTIONS", _address, needs="nothing")(nc_options)
-
 
 # ---- uploads in chunks
 #
@@ -10509,7 +10524,4699 @@ def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tup
     return Response(201)
 
 
-# ==== 13. Web pages ======================================================================
+# ==== 17. Upkeep =========================================================================
+#
+# What goes on in the background.
+
+KEEP_CONDEMNED = DAY            # a chunk nobody refers to waits this long, then its row goes
+KEEP_BURIED = DAY               # ... and this long, longer than any download, then its object
+KEEP_ORPHANS = 7 * DAY          # objects no row knows: longer than any upload
+LADDER = ((365 * DAY, 7 * DAY), (5 * 365 * DAY, 30 * DAY))      # past --keep-days: (versions this old, one in each span)
+REFERRED = ("(EXISTS (SELECT 1 FROM entry WHERE manifest = chunk.hash) "
+            "OR EXISTS (SELECT 1 FROM manifest_chunk m WHERE m.chunk = chunk.hash) "
+            "OR EXISTS (SELECT 1 FROM upload_chunk u WHERE u.chunk = chunk.hash))")
+
+IS_LIVE = "EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.until IS NULL)"
+PURGED = (" AND EXISTS (SELECT 1 FROM entry g WHERE g.node = :node AND g.fate = 'purged') "
+          "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = :node AND l.until IS NULL)")
+PURGE = (  # what goes with a node: each if PURGED, and the entries last
+    "DELETE FROM property WHERE node = :node", "DELETE FROM pin WHERE node = :node", "DELETE FROM lock WHERE node = :node",
+    "DELETE FROM collection WHERE node = :node", "DELETE FROM name_row WHERE node = :node",
+    "UPDATE account SET fed = :until WHERE id = :home AND fed < :until",
+    "DELETE FROM entry WHERE node = :node AND until IS NOT NULL")
+LEASE = 2 * MINUTE
+
+
+class Upkeep:
+    """Keeps a cloud in order while it is used: history thins out, space comes back, bytes are checked.
+
+    Only the holder of the lease works; every batch guards that it still is the holder.  All times are due times, so
+    a wrong clock makes nothing early.
+    """
+
+    def __init__(self, cloud: Cloud) -> None:
+        self.cloud, self.db, self.clock = cloud, cloud.db, cloud.clock
+        self.owner, self.fence = secrets.token_hex(8), 0
+
+    def hold(self) -> bool:
+        """Take or renew the lease; False while another process has it."""
+        self.fence = self.db.lease("upkeep", self.owner, LEASE) or 0
+        return self.fence > 0
+
+    def release(self) -> None:
+        """Let the next one work at once."""
+        if self.fence:
+            self.db.release("upkeep", self.owner)
+
+    def _write(self, *body: Statement) -> None:
+        guard = Statement("SELECT 'lease' WHERE (SELECT fence FROM lease WHERE name = 'upkeep') IS NOT ?", (self.fence,))
+        self.db.write_once(Batch(list(body), [guard], frees=True), CloudError("busy", "another process took over the upkeep"))
+
+    # ---- what runs out
+
+    def expire(self) -> None:
+        """Locks, sessions, waits, uploads, operation ids, and removed accounts."""
+        now, keep = self.clock.due(), self.cloud.policy().keep_days * DAY
+        self._write(Statement("DELETE FROM lock WHERE due <= ?", (now,)),
+                    Statement("DELETE FROM device WHERE idle < ? OR due < ?", (now, now)),
+                    Statement("DELETE FROM throttle WHERE due < ?", (now - HOUR,)),
+                    Statement("DELETE FROM loose WHERE due < ?", (now,)),
+                    Statement("DELETE FROM brake WHERE held IS NULL AND due < ? AND free < ? OR device NOT IN "
+                              "(SELECT id FROM device)", (now, now)),
+                    Statement("DELETE FROM pairing WHERE due < ?", (now,)),
+                    Statement("DELETE FROM known_place WHERE due < ?", (now,)),
+                    Statement("INSERT INTO entry (home, since, node, until, name, key, kind, size, mtime, rev, fate) SELECT home, s, node, s, '', "
+                              "'', 1, 0, 0, s, 'purged' FROM growing, (SELECT max(seq) AS s FROM journal) WHERE due < ?", (now,)),
+                    Statement("DELETE FROM growing WHERE due < ?", (now,)),
+                    Statement("DELETE FROM kept WHERE due < ?", (now,)),
+                    Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
+                    Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
+                    Statement("DELETE FROM upload WHERE due < ?", (now,)),
+                    Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = 'purged' WHERE until IS NULL "
+                              "AND node IN (SELECT root FROM account WHERE removed < ?)", (now - keep,)))        # nobody's now
+
+    def look_after_crash(self) -> None:
+        """After a stop that was none: is the database whole? (R22)"""
+        if self.db.setting("unclean"):
+            wrong = [row[0] for row in self.db.read("PRAGMA quick_check") if row != ("ok",)]
+            if wrong:
+                log.error("the database is damaged: %s; stop the server and restore a backup", wrong[0])
+                self.db.broken = "the database is damaged"
+            else:
+                self._write(Statement("DELETE FROM setting WHERE name = 'unclean'"))
+
+    def mark_age(self) -> None:
+        """Note how far the journal is, to know later how old a seq is."""
+        self._write(Statement("INSERT OR REPLACE INTO age SELECT ?, max(seq) FROM journal", (self.clock.due(),)))
+
+    def seq_before(self, age: int) -> int:
+        """The newest seq that is at least `age` ms old; 0 if none is known to be."""
+        return self.db.read("SELECT coalesce(max(seq), 0) FROM age WHERE due <= ?", (self.clock.due() - age,))[0][0]
+
+    # ---- history
+
+    def thin(self) -> int:
+        """Past --keep-days: trash goes, versions thin out along the ladder, pinned ones stay; returns rows gone."""
+        cut = self.seq_before(self.cloud.policy().keep_days * DAY)
+        if not cut:
+            return 0
+        self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('oldest', ?)", (str(cut),)))
+        gone = 0
+        for (home,) in self.db.read("SELECT id FROM account"):
+            self._write(Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND fate = 'deleted' AND until <= ? AND "
+                                  + IS_LAST, (home, cut)), raise_shape(home))
+            rows = []
+            for row in self._thinned(home, cut):
+                rows.append(row)
+                if len(rows) == PIECE:
+                    gone += self._forget(rows)
+            gone += self._forget(rows)
+        return gone + self._cap_history()
+
+    def _thinned(self, home: int, cut: int) -> Iterator[tuple[int, int, int]]:
+        """Ended entries that the ladder gives up."""
+        ages = self.db.read("SELECT due, seq FROM age ORDER BY seq")
+        seqs = [seq for _, seq in ages]
+        last = None
+        for since, node, until, fate, pinned in self.db.each(
+                "SELECT e.since, e.node, e.until, e.fate, p.name IS NOT NULL FROM entry e "
+                "LEFT JOIN pin p ON p.node = e.node AND p.rev = e.rev "
+                "WHERE e.home = ? AND e.until <= ? AND e.fate <> 'purged' ORDER BY e.node, e.since DESC", (home, cut)):
+            ended = ages[bisect.bisect_left(seqs, until)][0]             # at the latest
+            span = next((span for most, span in LADDER if self.clock.due() - ended <= most), None)
+            place = node, span and ended // span
+            if fate == "replaced" and (pinned or span and place != last):
+                last = place
+            else:
+                yield home, since, node
+
+    def _forget(self, rows: list[tuple[int, int, int]]) -> int:
+        """Remove ended entries; a feed that begins before they ended would have a gap (R37)."""
+        count = len(rows)
+        if rows:
+            self._write(Statement("UPDATE account SET fed = (SELECT until FROM entry WHERE home = ?1 AND since = ?2 AND node = ?3) "
+                                  "WHERE id = ?1 AND fed < (SELECT until FROM entry WHERE home = ?1 AND since = ?2 AND node = ?3)",
+                                  list(rows), many=True),
+                        Statement("DELETE FROM entry WHERE home = ? AND since = ? AND node = ? AND until IS NOT NULL",
+                                  list(rows), many=True),
+                        *map(raise_shape, {home for home, _, _ in rows}))
+            rows.clear()
+        return count
+
+    def _cap_history(self) -> int:
+        """Where history has a limit, by itself or because the account has a quota: the oldest goes first until it fits."""
+        limit, gone = self.cloud.policy().history, 0
+        for home, live, quota in self.db.read("SELECT a.id, c.size, a.quota FROM account a JOIN collection c ON c.node = a.root"):
+            most = quota if limit is None else limit
+            if most is None:
+                continue
+            over = self.db.read("SELECT coalesce(sum(size), 0) FROM entry WHERE home = ? AND kind = 0", (home,))[0][0] - live - most
+            rows, dead = [], []
+            for since, node, size, fate in self.db.read(
+                    "SELECT e.since, e.node, CASE WHEN e.kind THEN c.size ELSE e.size END, e.fate FROM entry e "
+                    "LEFT JOIN collection c ON c.node = e.node LEFT JOIN pin p ON p.node = e.node AND p.rev = e.rev "
+                    "WHERE e.home = ? AND e.until IS NOT NULL AND e.fate <> 'purged' AND p.name IS NULL ORDER BY e.until", (home,)):
+                if over <= 0:
+                    break
+                (dead if fate == "deleted" else rows).append((home, since, node))
+                over -= size
+            gone += len(dead) + self._forget(rows)
+            if dead:
+                self._write(*give_up(dead), raise_shape(home))
+        return gone
+
+    def purge(self) -> int:
+        """Remove the rows of what was given up for good; returns nodes gone.
+
+        Every statement asks again whether the node is live: then nothing of it goes, and it is not given up any more.
+        """
+        self.cloud.give_up_below(self.db.read("SELECT node, max(until) FROM entry WHERE fate = 'purged' AND kind = 1 GROUP BY node"))
+        gone = 0
+        while True:
+            nodes = [{"node": node, "home": home, "until": until} for node, home, until in self.db.read(
+                "SELECT node, home, max(until) FROM entry WHERE fate = 'purged' GROUP BY node, home LIMIT ?", (PIECE,))]
+            if not nodes:
+                return gone
+            self._write(Statement("UPDATE entry SET fate = 'deleted' WHERE node = :node AND fate = 'purged' AND " + IS_LIVE, nodes, many=True),
+                        *(Statement(sql + PURGED, nodes, many=True) for sql in PURGE),
+                        *map(raise_shape, {row["home"] for row in nodes}))
+            gone += len(nodes)
+
+    # ---- space
+
+    def sweep(self, shards: Iterable[int] = range(256), *, at_once: bool = False) -> dict[str, int]:
+        """Give back the space of chunks nobody refers to (invariants of Blobs): condemn, bury, delete.
+
+        at_once   without the days between: who is reading what is gone for good is cut off, and who relies on a chunk is
+                  told by a guard that it is gone; objects that no row knows yet keep theirs
+        """
+        now, done = self.clock.due(), dict.fromkeys(("manifests", "condemned", "buried", "deleted"), 0)
+        if self.db.broken or int(self.db.setting("hold") or 0) > now:
+            return done                          # a backup copies what we might delete
+        for shard in shards:
+            prefix = "%02x" % shard
+            done["manifests"] += self._sweep_manifests(prefix)
+            done["condemned"] += self._condemn(prefix, now, now + 1 if at_once else now - DAY)
+            self._find_orphans(prefix, now)
+        done["buried"] = self._bury(now, now + 1 if at_once else now - KEEP_CONDEMNED, 0 if at_once else KEEP_BURIED)
+        done["deleted"] = self._delete(now + at_once)
+        return done
+
+    def _sweep_manifests(self, prefix: str) -> int:
+        rows = self.db.read("SELECT id FROM manifest WHERE id >= ? AND id < ? AND NOT EXISTS (SELECT 1 FROM entry "
+                            "WHERE manifest = manifest.id)", ("m" + prefix, "m" + prefix + "g"))
+        for piece in pieces(rows):
+            self._write(Statement("DELETE FROM manifest WHERE id = ? AND NOT EXISTS (SELECT 1 FROM entry "
+                                  "WHERE entry.manifest = manifest.id)", piece, many=True),
+                        Statement("DELETE FROM manifest_chunk WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest "
+                                  "WHERE id = ?1)", piece, many=True),
+                        Statement("DELETE FROM digest WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest "
+                                  "WHERE id = ?1)", piece, many=True))
+        return len(rows)
+
+    def _condemn(self, prefix: str, now: int, before: int) -> int:
+        """Note that nobody refers to chunks, nor sent them ahead, that came before a due time."""
+        unwanted = "NOT " + REFERRED + " AND NOT EXISTS (SELECT 1 FROM loose WHERE chunk = chunk.hash AND due > ?)"
+        rows = self.db.read("SELECT hash FROM chunk WHERE hash >= ? AND hash < ? AND condemned IS NULL AND at < ? AND " + unwanted,
+                            (prefix, prefix + "g", before, now))
+        for piece in pieces(rows):
+            self._write(Statement("UPDATE chunk SET condemned = ? WHERE hash = ? AND " + unwanted,
+                                  [(now, hash, now) for (hash,) in piece], many=True))
+        return len(rows)
+
+    def _bury(self, now: int, before: int, rest: int) -> int:
+        """Rows of chunks that were condemned before a due time go, their objects after a rest; one referred to again is acquitted."""
+        rows = self.db.read("SELECT hash FROM chunk WHERE condemned < ?", (before,))
+        for piece in pieces(rows):
+            self._write(
+                Statement("UPDATE chunk SET condemned = NULL WHERE hash = ? AND " + REFERRED, piece, many=True),
+                Statement("INSERT OR IGNORE INTO grave SELECT object, ? FROM chunk WHERE hash = ? AND condemned IS NOT NULL "
+                          "AND object IS NOT NULL", [(now + rest, hash) for (hash,) in piece], many=True),
+                Statement("DELETE FROM digest WHERE manifest = ? AND EXISTS (SELECT 1 FROM chunk WHERE hash = manifest "
+                          "AND condemned IS NOT NULL)", piece, many=True),
+                Statement("DELETE FROM chunk WHERE hash = ? AND condemned IS NOT NULL", piece, many=True))
+        return len(rows)
+
+    def _find_orphans(self, prefix: str, now: int) -> None:
+        """Objects without a row: uploads that broke off, or losers of a race.  They may yet get one."""
+        found = []
+        for name, _, _ in self.cloud.blobs.store.list(prefix):
+            if not self._is_object(name) and not self.db.read("SELECT 1 FROM grave WHERE object = ?", (name,)):
+                found.append((name, now + KEEP_ORPHANS))
+        for piece in pieces(found):
+            self._write(Statement("INSERT OR IGNORE INTO grave VALUES (?, ?)", piece, many=True))
+
+    def _is_object(self, name: str) -> bool:
+        return bool(self.db.read("SELECT 1 FROM chunk WHERE hash = ? AND object = ?", (name.lstrip(".")[:64], name)))
+
+    def _delete(self, now: int) -> int:
+        rows, left = self.db.read("SELECT object FROM grave WHERE due < ?", (now,)), 0
+        for piece in pieces(rows):
+            kept = [(now + HOUR, name) for (name,) in piece if not self._is_object(name) and not self._unlink(name)]
+            self._write(Statement("UPDATE grave SET due = ? WHERE object = ?", kept, many=True),
+                        Statement("DELETE FROM grave WHERE object = ? AND due < ?", [(name, now) for (name,) in piece], many=True))
+            left += len(kept)
+        return len(rows) - left
+
+    def _unlink(self, name: str) -> bool:
+        """Delete an object; False if it cannot be now: somebody reads it, on Windows.  Another time, then."""
+        try:
+            self.cloud.blobs.store.delete(name)
+        except OSError as error:
+            log.warning("object %s is left for later: %s", name, error.strerror)
+            return False
+        return True
+
+    # ---- what can be done later than the write
+
+    def index_names(self) -> None:
+        """Bring the index of names up to date, where SQLite has one."""
+        if not self.db.has_index():
+            return
+        done = int(self.db.setting("indexed") or 0)
+        reached = self._stretch(done, 20_000)
+        if reached == done:
+            return
+        (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM name_row")
+        rows = [row for (home,) in self.db.read("SELECT id FROM account") for row in self.db.read(
+            "SELECT node, key FROM entry e WHERE home = ? AND since > ? AND since <= ? AND NOT EXISTS (SELECT 1 FROM entry p "
+            "WHERE p.node = e.node AND p.until = e.since AND p.key = e.key) ORDER BY since", (home, done, reached))]
+        chosen = [(last + n, node, key) for n, (node, key) in enumerate(rows, 1)]
+        self._write(Statement("INSERT INTO name_row VALUES (?, ?)", [row[:2] for row in chosen], many=True),
+                    Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True),
+                    Statement("INSERT OR REPLACE INTO setting VALUES ('indexed', ?)", (str(reached),)))
+
+    def index_contents(self) -> None:
+        """Bring the index of contents up to date, where SQLite has one; a commit takes about a MiB, so that nobody waits long."""
+        if not self.db.has_index():
+            return
+        done = int(self.db.setting("read") or 0)
+        reached = self._stretch(done, 2_000)
+        rows, size = [], 0
+        for home, manifest, length in self._unread(done, reached):
+            rows.append((home, manifest, self._text_of(manifest, length)))
+            size += length
+            if size > MiB:
+                self._add_contents(rows)
+                rows, size = [], 0
+        self._add_contents(rows)
+        if reached != done:
+            self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('read', ?)", (str(reached),)))
+
+    def _text_of(self, manifest: str, size: int) -> str:
+        """What of a file goes into the index; nothing if it is no text, or cannot be read: the scrub tells of that."""
+        try:
+            return spread(decode_text(self.cloud.content_of(manifest, size).read(TEXT_LIMIT)) or "")
+        except CloudError as error:
+            log.warning("not indexed: %s", error)
+            return ""
+
+    def _unread(self, done: int, reached: int) -> Iterator[tuple[int, str, int]]:
+        """(home, manifest, bytes) of live text files that are not indexed yet."""
+        seen = set()
+        for (home,) in self.db.read("SELECT id FROM account"):
+            for manifest, size, media in self.db.read(
+                    "SELECT manifest, size, media FROM entry e WHERE home = ? AND since > ? AND since <= ? AND until IS NULL "
+                    "AND kind = 0 AND size BETWEEN 1 AND ? AND NOT EXISTS (SELECT 1 FROM text_row r WHERE r.home = e.home "
+                    "AND r.manifest = e.manifest)", (home, done, reached, TEXT_LIMIT)):
+                if kind_of_media(media) in ("text", "table") and (home, manifest) not in seen:
+                    seen.add((home, manifest))
+                    yield home, manifest, size
+
+    def _add_contents(self, rows: list[tuple[int, str, str]]) -> None:
+        (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM text_row")
+        rows = [(last + n, *row) for n, row in enumerate(rows, 1)]
+        if rows:
+            self._write(Statement("INSERT INTO text_row VALUES (?, ?, ?)", [row[:3] for row in rows], many=True),
+                        Statement("INSERT INTO text_index (rowid, home, body) VALUES (?, ?, ?)",
+                                  [(id, home, text) for id, home, _, text in rows], many=True))
+
+    def reckon(self) -> None:
+        """What accounts with a quota have beside their live files, counted anew: rows, properties, thumbnails; some of it is free."""
+        rows = [(max(0, sum(self.db.read(
+            "SELECT (SELECT count(*) * ?1 FROM entry WHERE home = ?2), (SELECT coalesce(sum(length(data)), 0) FROM thumbnail WHERE home = ?2), "
+            "(SELECT coalesce(sum(length(p.name) + length(p.value)), 0) FROM entry e JOIN property p ON p.node = e.node WHERE e.home = ?2 "
+            "AND e.until IS NULL)", (ROW, home))[0]) - SPENT_FREE), home) for (home,) in self.db.read("SELECT id FROM account WHERE quota IS NOT NULL")]
+        self._write(Statement("UPDATE account SET extra = ? WHERE id = ?", rows, many=True),
+                    Statement("DELETE FROM spent WHERE day <= ?", (self.clock.due() // DAY - SPENT_DAYS,)))
+
+    def tidy(self) -> None:
+        """Drop thumbnails of what is gone; begin the index of contents anew when most of it is about what is gone."""
+        gone = self.db.read("SELECT id FROM thumbnail t WHERE NOT EXISTS (SELECT 1 FROM entry WHERE manifest = t.manifest "
+                            "AND home = t.home)")
+        for piece in pieces(gone):
+            self._write(Statement("DELETE FROM thumbnail WHERE id = ?", piece, many=True))
+        stale, known = self.db.read("SELECT coalesce(sum(NOT EXISTS (SELECT 1 FROM entry e WHERE e.manifest = r.manifest "
+                                    "AND e.home = r.home AND until IS NULL)), 0), count(*) FROM text_row r")[0]
+        if stale > 1000 and 2 * stale > known:
+            self._write(Statement("INSERT INTO text_index (text_index) VALUES ('delete-all')"), Statement("DELETE FROM text_row"),
+                        Statement("DELETE FROM setting WHERE name = 'read'"))
+
+    def _stretch(self, done: int, most: int) -> int:
+        """The seq up to which some work goes that stands at `done`: about `most` entries of a home, and no batch in part."""
+        reached = self.cloud.head()
+        for (home,) in self.db.read("SELECT id FROM account"):
+            for (since,) in self.db.read("SELECT since FROM entry WHERE home = ? AND since > ? AND since <= ? ORDER BY since "
+                                         "LIMIT 1 OFFSET ?", (home, done, reached, most)):
+                reached = since
+        return reached
+
+    def digest(self, limit: int = GiB) -> None:
+        """Compute the SHA-256 of files that came in parts, some at a time."""
+        for manifest, size in self.db.read("SELECT id, size FROM manifest WHERE sha256 IS NULL LIMIT 100"):
+            whole = hashlib.sha256()
+            for part in self.cloud.content_of(manifest, size).slices():
+                for piece in (part,) if isinstance(part, bytes) else read_pieces(part):
+                    whole.update(piece)
+            self._write(Statement("UPDATE manifest SET sha256 = ? WHERE id = ?", (whole.hexdigest(), manifest)))
+            limit -= size
+            if limit < 0:
+                break
+
+    def scrub(self) -> None:
+        """Read one of 4096 parts of all chunks; each has its turn in 30 days (R25)."""
+        turn = int(self.db.setting("scrubbed") or 0) % 4096
+        for hash, _, wrong in check_chunks(self.cloud, "%03x" % turn):
+            if wrong:
+                log.error("chunk %s is %s; the command verify names the files", hash, wrong)
+        self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('scrubbed', ?)", (str(turn + 1),)))
+
+
+def check_chunks(cloud: Cloud, prefix: str = "", quick: bool = False) -> Iterator[tuple[str, int, str | None]]:
+    """Check the chunks whose hashes begin so: (hash, size, what is wrong or None); damage is noted in the rows.
+
+    quick   only that the bytes are there
+    """
+    for hash, size, object, bad, data in cloud.db.each(
+            "SELECT hash, size, object, bad, data FROM chunk WHERE hash >= ? AND hash < ?", (prefix, prefix + "g")):
+        wrong = None
+        try:
+            if object is None:
+                wrong = None if hashlib.sha256(data).hexdigest() == hash else "damaged"
+            else:
+                with cloud.blobs.store.get(object) as file:
+                    if os.fstat(file.fileno()).st_size != size or not quick and hash_file(file) != hash:
+                        wrong = "damaged"
+        except FileNotFoundError:
+            wrong = "missing"
+        except OSError as error:
+            wrong = str(error)
+        if bool(wrong) != bool(bad) and (wrong or not quick) and not cloud.db.readonly:
+            cloud.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ?", (cloud.clock.wall() if wrong else None, hash)))
+        yield hash, size, wrong
+
+
+class Janitor(threading.Thread):
+    """Does what is due, beside requests; what only one process may do, under the lease of Upkeep."""
+
+    def __init__(self, cloud: Cloud) -> None:
+        super().__init__(name="janitor", daemon=True)
+        self.cloud, self.upkeep, self.ended = cloud, Upkeep(cloud), threading.Event()
+        self.next = {job: cloud.clock.due() + min(every, MINUTE) for job, (every, _) in JOBS.items()}
+        self.shard = secrets.randbelow(256)
+        self.failing: dict[str, str] = {}                    # job: what was said of it last
+
+    def run(self) -> None:
+        while not self.ended.wait(1):
+            now = self.cloud.clock.due()
+            for job, (every, run) in JOBS.items():
+                if now >= self.next[job] and not self.ended.is_set():
+                    self.next[job] = now + every
+                    self._do(job, run)
+
+    def _do(self, job: str, run: Callable[[Janitor], Any]) -> None:
+        try:
+            if job in EVERYBODYS or self.upkeep.hold():
+                run(self)
+            self.failing.pop(job, None)
+        except CloudError as error:
+            if self.failing.get(job) != str(error):              # once, not every five seconds (R19)
+                log.warning("%s: %s", job, error)
+            self.failing[job] = str(error)
+        except Exception:
+            log.exception(job)
+
+    def sweep_some(self) -> None:
+        """One shard in turn: all have theirs within a day."""
+        self.shard = (self.shard + 1) % 256
+        self.upkeep.sweep([self.shard])
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.join(1)                             # a job may be ended at any moment
+        with suppress(CloudError):
+            self.upkeep.release()
+
+
+EVERYBODYS = ("devices",)        # what each process has to write
+JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what)
+    "devices": (MINUTE, lambda janitor: janitor.cloud.accounts.save_used()),
+    "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
+    "reserve": (MINUTE, lambda janitor: janitor.cloud.keep_reserve()),
+    "crash": (MINUTE, lambda janitor: janitor.upkeep.look_after_crash()),
+    "expire": (MINUTE, lambda janitor: janitor.upkeep.expire()),
+    "names": (5 * SECOND, lambda janitor: janitor.upkeep.index_names()),
+    "contents": (5 * SECOND, lambda janitor: janitor.upkeep.index_contents()),
+    "tidy": (DAY, lambda janitor: janitor.upkeep.tidy()),
+    "reckon": (6 * HOUR, lambda janitor: janitor.upkeep.reckon()),
+    "digest": (MINUTE, lambda janitor: janitor.upkeep.digest()),
+    "age": (HOUR, lambda janitor: janitor.upkeep.mark_age()),
+    "purge": (5 * MINUTE, lambda janitor: janitor.upkeep.purge()),
+    "sweep": (5 * MINUTE, Janitor.sweep_some),
+    "scrub": (10 * MINUTE, lambda janitor: janitor.upkeep.scrub()),
+    "thin": (DAY, lambda janitor: janitor.upkeep.thin()),
+}
+
+
+# ==== 18. Service ========================================================================
+#
+# One supervisor, several workers that share the listening socket.  1. The supervisor forks before any database is
+# opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
+# only under a lease, and each of their batches says by its guard that the lease still holds.
+
+STOP_TIME = 8                   # seconds that requests in flight get to finish; who stops a container waits 10
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+WATCHED_MOST = 480 if os.name == "nt" else math.inf      # connections that no thread has; select() on Windows takes 512 sockets in all
+CREW_IDLE = 10                  # seconds that a thread waits for work before it ends
+
+
+class Balance:
+    """How many connections each worker holds, in memory they share.  A hint and no more: who has more than another
+    leaves a new connection to that one, but not for long."""
+
+    def __init__(self, workers: int) -> None:
+        self._counts = memoryview(mmap.mmap(-1, 4 * workers)).cast("I")
+        self.index = 0                           # which one we are
+
+    def set(self, count: int) -> None:
+        self._counts[self.index] = count
+
+    def yields(self) -> bool:
+        """Should another worker take the next connection?"""
+        return self._counts[self.index] > min(self._counts)
+
+
+class Crew:
+    """Threads that take work as it comes; one that finds none for a while ends, so that a rush leaves nothing behind.
+
+    What is submitted is promised to a thread at once: to one that waits, else to a new one, and only when there may be no
+    more of them to the next that gets free.  `_spare` is how many wait and are not promised, less what no one is promised.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.count, self._spare = most, 0, 0
+        self._lock, self._work = threading.Lock(), queue.SimpleQueue()
+
+    def submit(self, work: Callable[..., None], *args: Any) -> None:
+        with self._lock:
+            if self._spare <= 0 and self.count < self.most and self._hire():
+                self.count += 1
+            else:
+                self._spare -= 1
+            self._work.put((work, args))
+
+    def _hire(self) -> bool:
+        """Begin a thread; False where the system has no more of them, and those there are have to do."""
+        try:
+            threading.Thread(target=self._run, name="connection", daemon=True).start()
+        except RuntimeError:
+            if not self.count:
+                raise
+            return False
+        return True
+
+    def backlog(self) -> int:
+        """How much waits for a thread."""
+        return self._work.qsize()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                work, args = self._work.get(timeout=CREW_IDLE)
+            except queue.Empty:
+                with self._lock:
+                    is_over = self._spare > 0
+                    self._spare -= is_over
+                    self.count -= is_over
+                if is_over:
+                    malloc_trim()(0)             # else what a rush took stays taken
+                    return
+                continue                         # what it is promised is coming
+            work(*args)
+            with self._lock:
+                self._spare += 1
+
+
+class CloudServer(ThreadingHTTPServer):
+    """One process that serves: accepts connections, watches those that nothing can be done for yet, gives the others a thread.
+
+    Nobody who is slow or silent has a thread: a handshake, a head, a small body of a stranger and an answer that a stranger
+    takes slowly are moved along here, without ever waiting (R32).
+    """
+    daemon_threads = True
+
+    def __init__(self, cloud: Cloud, listener: socket.socket, lifeline: int | None = None,
+                 balance: Balance | None = None) -> None:
+        """
+        listener    bound and listening; shared with other workers
+        lifeline    a descriptor that reads end of file when the supervisor is gone
+        """
+        super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket, self.cloud, self.lifeline, self.site = listener, cloud, lifeline, Site(cloud.config)
+        self.balance, self._yielded = balance or Balance(1), 0
+        self.tls = tls_context(cloud.config)
+        self.access_log = AccessLog(cloud.config.access_log) if cloud.config.access_log else None
+        self.stopping = False
+        self.crew = Crew(THREADS)
+        self.returned: deque[Connection] = deque()           # from threads: to be watched again
+        self.watched: dict[Connection, None] = {}            # the longest watched first
+        self.active: set[Connection] = set()                 # with a thread, or waiting for one
+        self.peers: dict[str, int] = {}                      # connections of each network
+        self.waker, self.wake = socket.socketpair()
+        for end in (self.waker, self.wake):
+            end.setblocking(False)
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Accept and watch until stop() is called or the supervisor is gone; then let requests finish."""
+        self.socket.setblocking(False)
+        with selectors.DefaultSelector() as self.selector:
+            for what in (self.socket, self.waker, *([] if self.lifeline is None else [self.lifeline])):
+                self.selector.register(what, selectors.EVENT_READ, what)
+            swept = time.monotonic()
+            while not self.stopping:
+                for key, _ in self.selector.select(poll_interval):
+                    self._notice(key.data)
+                if time.monotonic() - swept > 1:
+                    swept = time.monotonic()
+                    self._end_phases(swept)
+            for connection in list(self.watched):
+                self._close(connection)
+        until = time.monotonic() + STOP_TIME
+        while self.active and time.monotonic() < until:
+            self._take_all_back()                # what came back just when the loop ended is not waited for
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self.stopping = True
+        self.cloud.closing.set()
+        self._wake()
+
+    def is_crowded(self) -> bool:
+        """Are threads too dear to wait in for a connection that is silent now?"""
+        return self.crew.count > THREADS // 2
+
+    def _wake(self) -> None:
+        try:
+            self.wake.send(b".")
+        except BlockingIOError:
+            pass                                 # it is being woken already
+
+    # ---- coming and going
+
+    def _notice(self, what: Any) -> None:
+        if isinstance(what, Connection):
+            if what in self.watched:             # else it has just been closed
+                self._move_along(what)
+        elif what is self.socket:
+            self._accept()
+        elif what is self.waker:
+            self.waker.recv(4096)
+            self._take_all_back()
+        else:
+            self.stopping = True                 # the lifeline is cut
+
+    def _accept(self) -> None:
+        if self.balance.yields() and self._yielded < 4:
+            self._yielded += 1
+            time.sleep(0.0005)
+            return
+        self._yielded = 0
+        try:
+            sock, address = self.socket.accept()
+        except BlockingIOError:
+            return                               # another process was faster
+        except OSError as error:                 # out of descriptors (R19)
+            log.error("accept: %s", error)
+            for _ in range(64):
+                self._make_room()
+            time.sleep(0.05)
+            return
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = Connection(sock, address, HEAD)
+        connection.watch()
+        if self.tls:
+            connection.sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        network = self._network(connection)
+        self.peers[network] = self.peers.get(network, 0) + 1
+        connection.wait(HANDSHAKE if self.tls else HEAD, HANDSHAKE_TIME if self.tls else IDLE_TIME)
+        if len(self.watched) + len(self.active) >= self.cloud.config.max_connections or len(self.watched) >= WATCHED_MOST:
+            self._make_room()
+        self._watch(connection)
+        if not self.tls:
+            self._move_along(connection)         # what it wants is often there already
+
+    def _network(self, connection: Connection) -> str:
+        """Whom a connection counts for; all of a listed proxy's are many people's."""
+        return network_of(connection.peer)
+
+    def _make_room(self) -> None:
+        """Close one that has its answer; else what has been silent longest, of the network that has most connections: strangers
+        crowd out themselves."""
+        oldest: dict[str, Connection] = {}
+        for connection in self.watched:
+            if connection.phase == LINGER:
+                return self._close(connection)
+            if connection.phase != SENDING:
+                oldest.setdefault(self._network(connection), connection)
+        if oldest:
+            self._close(oldest[max(oldest, key=self.peers.__getitem__)])
+
+    def _watch(self, connection: Connection) -> None:
+        writes = connection.phase == SENDING or connection.phase == HANDSHAKE and connection.writes
+        self.watched[connection] = None
+        self.selector.register(connection.sock, selectors.EVENT_WRITE if writes else selectors.EVENT_READ, connection)
+
+    def _unwatch(self, connection: Connection) -> None:
+        del self.watched[connection]
+        self.selector.unregister(connection.sock)
+
+    def _close(self, connection: Connection) -> None:
+        if connection in self.watched:
+            self._unwatch(connection)
+        connection.sock.close()
+        network = self._network(connection)
+        self.peers[network] -= 1
+        if not self.peers[network]:
+            del self.peers[network]
+        self.balance.set(len(self.active) + len(self.watched))
+
+    # ---- what can be done without waiting
+
+    def _move_along(self, connection: Connection) -> None:
+        """Something came, or can go: do what can be done at once."""
+        try:
+            MOVES[connection.phase](self, connection)
+        except OSError:
+            self._close(connection)
+
+    def _go_on_with_handshake(self, connection: Connection) -> None:
+        self._start(connection)                  # its arithmetic is a thread's work
+
+    def _go_on_receiving(self, connection: Connection) -> None:
+        silent = not len(connection.parser)
+        came = connection.receive()
+        if came is False:
+            self._close(connection)
+        elif came:
+            if connection.is_settled():
+                self._start(connection)
+            elif silent and connection.phase == HEAD:
+                connection.wait(HEAD, HEADER_TIME)           # from its first byte on
+
+    def _go_on_sending(self, connection: Connection) -> None:
+        if connection.flush():
+            self._unwatch(connection)
+            self._go_on_after_answer(connection)
+
+    def _go_on_after_answer(self, connection: Connection) -> None:
+        if connection.keep:
+            connection.wait(HEAD, IDLE_TIME)
+        else:
+            connection.half_close()
+        self._take_back(connection)
+
+    def _go_on_discarding(self, connection: Connection) -> None:
+        with suppress(*SILENT):
+            if not connection.sock.recv(RECEIVE):
+                self._close(connection)
+
+    def _end_phases(self, now: float) -> None:
+        """End what has waited as long as it may."""
+        for connection in [connection for connection in self.watched if connection.until < now]:
+            if connection.phase == BODY or connection.phase == HEAD and len(connection.parser):
+                self._refuse(connection, CloudError("timeout", "the request did not arrive in time"))
+            else:
+                self._close(connection)
+
+    def _refuse(self, connection: Connection, error: CloudError) -> None:
+        """Say a word to a connection that gets no thread, and end it."""
+        response = json_error(error, NO_REQUEST)
+        connection.out = memoryview(format_head(response, False, False) + response.body)
+        with suppress(OSError):
+            connection.flush()
+        self._close(connection)
+
+    # ---- threads
+
+    def _start(self, connection: Connection) -> None:
+        self._unwatch(connection)
+        if self.crew.backlog() >= WAITING:
+            self._refuse(connection, CloudError("busy", "too many requests at once", retry_after=2))
+            return                               # overloaded: better to say so than to let everybody wait (R35)
+        self.active.add(connection)
+        self.balance.set(len(self.active) + len(self.watched))
+        if connection.phase != HANDSHAKE:
+            connection.seize()
+        self.process_request(connection, connection.peer)
+
+    def process_request(self, request: Connection, client_address: str) -> None:
+        self.crew.submit(self.process_request_thread, request, client_address)
+
+    def handle_error(self, request: Connection, client_address: str) -> None:
+        log.exception("connection")
+        request.phase = CLOSED
+
+    def shutdown_request(self, request: Connection) -> None:
+        """A thread is done with a connection, for now or for good."""
+        if self.stopping:
+            request.sock.close()
+            self.active.discard(request)
+            return
+        request.watch()
+        self.returned.append(request)
+        self._wake()
+
+    def _take_all_back(self) -> None:
+        while self.returned:
+            self._take_back(self.returned.popleft())
+
+    def _take_back(self, connection: Connection) -> None:
+        self.active.discard(connection)
+        if connection.phase == CLOSED or self.stopping:
+            self._close(connection)
+            return
+        if len(self.watched) >= WATCHED_MOST:
+            self._make_room()
+        self._watch(connection)
+        if isinstance(connection.sock, ssl.SSLSocket) and connection.sock.pending():
+            self._move_along(connection)         # the selector does not see what TLS has read already
+        elif connection.phase in (HEAD, BODY) and len(connection.parser) and connection.is_settled():
+            self._start(connection)
+
+    def log_access(self, request: Request, response: Response, sent: int) -> None:
+        if self.access_log:
+            self.access_log.write(request, response, sent)
+
+
+MOVES: dict[int, Callable[[CloudServer, Connection], None]] = {
+    HANDSHAKE: CloudServer._go_on_with_handshake, HEAD: CloudServer._go_on_receiving, BODY: CloudServer._go_on_receiving,
+    SENDING: CloudServer._go_on_sending, LINGER: CloudServer._go_on_discarding}
+
+SAFE_TLS = {(3, 9): (3, 9, 18), (3, 10): (3, 10, 13), (3, 11): (3, 11, 5)}       # N2: the first versions without the hole
+
+
+@lru_cache(maxsize=1)
+def tls_context(config: Config) -> ssl.SSLContext | None:
+    """Read once: who serves may not be who can read the key.  raises CloudError for certificates that cannot be used"""
+    if not config.tls_cert:
+        return None
+    if sys.version_info < SAFE_TLS.get(sys.version_info[:2], (0,)):
+        raise CloudError("bad-request", "this Python's TLS has a known hole (CVE-2023-40217); use %s or newer"
+                         % ".".join(map(str, SAFE_TLS[sys.version_info[:2]])))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key)
+    except (OSError, ValueError) as error:
+        raise CloudError("bad-request", "cannot use the certificate %s: %s" % (config.tls_cert, error)) from error
+    return context
+
+
+# ---- logs
+
+class AccessLog:
+    """Who asked for what, in the combined format; queries, which may hold secrets, are left out (L1, L4)."""
+    LIMIT, KEPT = 16 * MiB, 4
+
+    def __init__(self, target: str) -> None:
+        self.path = None if target == "-" else Path(target)
+        self._fd, self._lock = -1 if self.path else 1, threading.Lock()
+        self._limit = self.LIMIT                 # size at which a new file is due
+        if self.path:
+            self._open()
+
+    def close(self) -> None:
+        if self.path:
+            os.close(self._fd)
+
+    def reopen(self) -> None:
+        """Go on in the file that has the name now: after somebody else moved ours away."""
+        with self._lock, suppress(OSError):
+            if self.path:
+                self._open()
+
+    def _open(self) -> None:
+        before, self._fd = self._fd, os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | O_EXTRA, 0o600)
+        if before >= 0:
+            os.close(before)
+
+    def write(self, request: Request, response: Response, sent: int) -> None:
+        line = '%s - %s [%s] "%s %s HTTP/1.%d" %d %d "-" "%s"\n' % (
+            printable(request.address), printable(request.who.name) or "-", time.strftime("%d/%b/%Y:%H:%M:%S %z"), request.method,
+            format_path(loggable(request.path)), request.minor, response.status, sent,
+            printable(request.fields.get("user-agent", "-")))
+        with self._lock, suppress(OSError):      # failing to log never fails a request
+            if self._fd < 0:
+                self._open()
+            os.write(self._fd, line.encode("utf-8", "replace"))          # one call, appended whole
+            size = os.fstat(self._fd).st_size if self.path else 0
+            if size > self._limit:
+                self._limit = size + self.LIMIT // 16                    # if it cannot be moved now, not at once again
+                self._rotate()
+                self._limit = self.LIMIT
+
+    def _rotate(self) -> None:
+        """Start a new file; another process may have done so already.  raises OSError; then nothing was moved"""
+        names = [self.path, *(self.path.with_name("%s.%d" % (self.path.name, number)) for number in range(self.KEPT + 1))]
+        ours = self.path.exists() and os.path.samestat(os.fstat(self._fd), os.stat(self.path))
+        os.close(self._fd)                       # Windows renames no open file
+        self._fd = -1
+        try:
+            if ours:
+                os.replace(names[0], names[1])   # the one that can fail, because somebody else reads it, comes first
+                for older, oldest in reversed(list(zip(names[1:], names[2:]))):
+                    if older.exists():
+                        os.replace(older, oldest)
+        finally:
+            self._open()
+
+
+def printable(text: str) -> str:
+    """Text that can neither start a line nor a terminal escape, at most 1 KiB of it (L2)."""
+    return "".join(c if c.isprintable() and c not in '"\\' else "?" for c in text[:1024])
+
+
+class JsonFormatter(logging.Formatter):
+    """One event, one line of JSON, control characters escaped (L2)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = {"at": format_time(int(record.created * 1000)), "level": record.levelname.lower(),
+                 "event": record.getMessage()[:1024]}
+        event.update((name, str(getattr(record, name))[:1024]) for name in ("account", "address", "by") if hasattr(record, name))
+        if record.exc_info:
+            event["trace"] = self.formatException(record.exc_info)[-4096:]
+        return json.dumps(event)
+
+
+class SentenceFormatter(logging.Formatter):
+    """The same for eyes: a sentence, and what it is about."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        about = ["%s %s" % (name, getattr(record, name)) for name in ("account", "address", "by") if hasattr(record, name)]
+        lines = [record.getMessage() + (" (%s)" % ", ".join(about) if about else "")]
+        if record.exc_info:
+            lines += self.formatException(record.exc_info).splitlines()
+        return "\n".join("".join(c if c.isprintable() else "?" for c in line[:1024]) for line in lines)
+
+
+def start_logging(config: Config) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(SentenceFormatter() if sys.stderr.isatty() else JsonFormatter())
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.WARNING if config.quiet else logging.INFO)
+
+
+# ---- supervisor and workers
+
+def listen(config: Config) -> socket.socket:
+    """Bind the listening socket.  raises CloudError"""
+    listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    try:
+        # Elsewhere this lets us have a port whose last connections are fading; on Windows it would let anybody have ours.
+        listener.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
+        if listener.family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((config.host, config.port))
+        listener.listen(1024)
+        return listener
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = reason_of(error)
+        if getattr(error, "errno", 0) == errno.EADDRINUSE:
+            reason = "%s; --port %d takes another" % (
+                "a cloudserver runs there already" if '"cloudserver"' in ask(local_url(config, config.port), "/api/v1") else
+                "another program uses it", config.port % 65535 + 1)
+        raise CloudError("conflict", "cannot listen on %s port %d: %s" % (config.host, config.port, reason)) from error
+
+
+def ask(url: str, path: str) -> str:
+    """What a server on this machine answers to GET, at most 1 KiB; "" if it does not."""
+    parts = urlsplit(url)
+    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)            # it is our own machine, by its number
+    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
+    connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=4, context=anybody) if parts.scheme == "https" \
+        else http.client.HTTPConnection(parts.hostname, parts.port, timeout=4)
+    try:
+        with closing(connection):
+            connection.request("GET", path)
+            return connection.getresponse().read(KiB).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+def serve(config: Config) -> int:
+    """Serve until told to stop; returns the exit code.  raises CloudError"""
+    for number in STOP_SIGNALS:                  # until somebody takes over: nothing is under way yet
+        signal.signal(number, lambda number, frame: sys.exit(0))
+    if hasattr(signal, "SIGHUP"):                # a terminal that closes stops no server
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    start_logging(config)
+    listener = listen(config)
+    tls_context(config)                          # what can fail without a trace comes first; and what root alone may do
+    password = read_first_password(config)
+    claim_directory(config.data)
+    become_owner(config.data)
+    lock = FileLock(config.data / "serve.lock")
+    if not lock.acquire(wait=False):
+        raise CloudError("conflict", "another server runs on %s" % config.data)
+    if config.access_log:
+        AccessLog(config.access_log).close()     # can it be written?
+    announce(config, listener.getsockname()[1], password)
+    workers = config.workers or min(8, os.cpu_count() or 1)
+    alone = workers == 1 or not hasattr(os, "fork")
+    code = work(config, listener) if alone else Supervisor(config, listener, workers).run()
+    if code == 0:
+        with suppress(CloudError), closing(Cloud(config, how="open")) as cloud:      # else the next start looks at the database
+            cloud.db.run(Statement("DELETE FROM setting WHERE name = 'running'"), frees=True)
+        log.info("stopped")
+    return code
+
+
+def become_owner(home: Path) -> None:
+    """Started as root on a directory that is somebody's: be that somebody from here on.  raises CloudError
+
+    Else `sudo`, or a container that was given a directory, would leave files that their owner cannot read.
+    """
+    if not hasattr(os, "geteuid") or os.geteuid() or not home.exists() or not home.stat().st_uid:
+        return
+    about = home.stat()
+    try:
+        os.setgroups([])
+        os.setgid(about.st_gid)
+        os.setuid(about.st_uid)
+    except OSError as error:
+        raise CloudError("forbidden", "cannot become the owner of %s, uid %d: %s; start it as that user" % (
+            home, about.st_uid, error.strerror)) from error
+
+
+# ---- where we are found
+
+ANYWHERE = {"0.0.0.0": ("127.0.0.1", socket.AF_INET, "192.0.2.1"), "::": ("::1", socket.AF_INET6, "2001:db8::1")}
+HERE = ("127.0.0.1", "::1", "localhost")
+
+
+def format_url(secure: bool, host: str, port: int) -> str:
+    shown = "" if port == (443 if secure else 80) else ":%d" % port
+    return "%s://%s%s/" % ("https" if secure else "http", "[%s]" % host if ":" in host else host, shown)
+
+
+def local_url(config: Config, port: int) -> str:
+    """How a program on this machine reaches the server."""
+    return format_url(bool(config.tls_cert), ANYWHERE.get(config.host, (config.host,))[0], port)
+
+
+def urls_of(config: Config, port: int) -> list[str]:
+    """How people reach the server, the best first."""
+    names = [name.strip() for name in config.hostname.split(",") if name.strip()]
+    if config.behind_proxy and names:
+        return [format_url(True, name, 443) for name in names]
+    if config.host in ANYWHERE:                  # from elsewhere only where a password may come that way (N5)
+        others = [*addresses_of(config.host), *local_names()] if config.tls_cert or config.plain_http else []
+        hosts = [*names, "localhost", *others]
+    else:
+        hosts = ["localhost"] if config.host in HERE else [*names, config.host]
+    return [format_url(bool(config.tls_cert), host, port) for host in dict.fromkeys(hosts)]
+
+
+def addresses_of(anywhere: str) -> list[str]:
+    """The address by which this machine is reached from its network, if it has one; nothing is sent to find out."""
+    _, family, far = ANYWHERE[anywhere]
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((far, 9))
+        return [probe.getsockname()[0]]
+    return []
+
+
+def local_names() -> list[str]:
+    """NAME.local, where something answers for it (RFC 6762)."""
+    answers = sys.platform in ("darwin", "win32") or os.path.exists("/run/avahi-daemon/socket")
+    return [socket.gethostname().partition(".")[0].lower() + ".local"] if answers else []
+
+
+def read_first_password(config: Config) -> str | None:
+    """The password of the account that --admin names; None if its file is gone, as it may be once the account is there."""
+    if not config.admin or not config.admin_password_file.exists():
+        return None
+    return config.admin_password_file.read_text(encoding="utf-8-sig").rstrip("\r\n")
+
+
+def announce(config: Config, port: int, password: str | None) -> None:
+    """Make the database, and say where to find us; on the very first start, by what link to set up."""
+    urls = urls_of(config, port)
+    with closing(Cloud(config)) as cloud:
+        if cloud.db.setting("running"):
+            cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('unclean', '1')"), frees=True)      # the janitor looks (R22)
+        cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('running', ?)", (local_url(config, port),)), frees=True)
+        cloud.keep_reserve()
+        at = [*urls, *([local_url(config, port) + " for the proxy"] if config.behind_proxy else [])]
+        print("cloudserver serves %s at %s" % (config.data.resolve(), ", ".join(dict.fromkeys(at))))
+        if not cloud.accounts.is_set_up():
+            invite(config, cloud, urls, password)
+    if sys.stdout.isatty():
+        print("Ctrl-C stops it.")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        log.warning("running as root; give %s to an account of its own, and the server becomes that account", config.data)
+    if not (config.tls_cert or config.plain_http or config.behind_proxy or config.host in HERE):
+        log.warning("passwords over plain HTTP from other machines are refused: give a certificate (--tls-cert, --tls-key), "
+                    "a proxy (--behind-proxy) or, in a network you trust, --plain-http")
+    sys.stdout.flush()
+
+
+def invite(config: Config, cloud: Cloud, urls: Sequence[str], password: str | None) -> None:
+    """Have a first account: the one that --admin names, or that of whoever opens the link.  raises CloudError"""
+    if config.admin:
+        if password is None:
+            raise CloudError("not-found", "there is no %s to read the password of %s from" % (config.admin_password_file, config.admin))
+        cloud.accounts.add(config.admin, password, admin=True)
+        return
+    token = cloud.accounts.new_setup_token()
+    links = ["%ssetup#%s" % (url, token) for url in urls]
+    print("Not set up yet. Open this link to make your account; it works once:\n\n    %s\n" % "\n    ".join(links))
+    elsewhere = next((link for link in links if "//localhost" not in link), None)
+    if elsewhere and sys.stdout.isatty():
+        show_qr(elsewhere)                       # a phone can reach us, and has a camera
+
+
+def show_qr(text: str) -> None:
+    with suppress(UnicodeEncodeError):           # a terminal without these blocks
+        code = format_qr(qr_code(text))
+        code.encode(sys.stdout.encoding or "ascii")
+        print(code, "\n")
+
+
+def work(config: Config, listener: socket.socket, lifeline: int | None = None, balance: Balance | None = None) -> int:
+    """Be a worker until told to stop; returns the exit code."""
+    cloud = Cloud(config)
+    server, janitor = CloudServer(cloud, listener, lifeline, balance), Janitor(cloud)
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: os._exit(1) if server.stopping else server.stop())
+    if server.access_log and hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda number, frame: server.access_log.reopen())
+    janitor.start()
+    server.serve_forever()
+    janitor.stop()
+    with suppress(CloudError):                   # a disk that fails does not keep us
+        cloud.accounts.save_used()
+        cloud.db.save_clock()
+    if not server.active:
+        cloud.close()
+    return 0
+
+
+class Supervisor:
+    """Forks the workers, replaces one that dies, and passes on the signal to stop."""
+
+    def __init__(self, config: Config, listener: socket.socket, count: int) -> None:
+        self.config, self.listener, self.count = config, listener, count
+        self.pids: dict[int, tuple[int, float]] = {}             # pid: (index, since when)
+        self.ended = threading.Event()           # told to stop
+        self.pause = 0.2                         # seconds before a worker is replaced
+        self.lifeline, self._end = os.pipe()     # only the supervisor keeps the writing end
+        self.balance = Balance(count)
+
+    def run(self) -> int:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._stop)
+        signal.signal(signal.SIGHUP, self._pass_on)
+        for index in range(self.count):
+            self._fork(index)
+        while self.pids:
+            pid, status = os.wait()
+            index, since = self.pids.pop(pid, (None, 0))
+            if index is not None and not self.ended.is_set():
+                self._replace(index, status, time.monotonic() - since)
+        return 0
+
+    def _replace(self, index: int, status: int, life: float) -> None:
+        """Start another worker; where they end as they begin, after a longer and longer while."""
+        self.pause = min(30, 2 * self.pause) if life < 10 else 0.2
+        log.error("worker %d ended (status %d); starting another in %.1f s", index, os.waitstatus_to_exitcode(status), self.pause)
+        if not self.ended.wait(self.pause):
+            self._fork(index)
+
+    def _fork(self, index: int) -> None:
+        signals = {*STOP_SIGNALS, signal.SIGHUP}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)        # a child must never run our handler
+        pid = os.fork()
+        if pid:
+            self.pids[pid] = index, time.monotonic()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            if self.ended.is_set():
+                os.kill(pid, signal.SIGTERM)     # our handler ran before it knew of this one
+            return
+        code = 1
+        try:
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            os.close(self._end)
+            keep_on_core(index)
+            self.balance.index = index
+            self.balance.set(0)
+            code = work(self.config, self.listener, self.lifeline, self.balance)
+        except BaseException:
+            log.exception("worker")
+        finally:
+            os._exit(code)
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        for pid in self.pids:
+            with suppress(ProcessLookupError):   # it has just ended
+                os.kill(pid, number)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self._pass_on(signal.SIGKILL if self.ended.is_set() else signal.SIGTERM, frame)       # the second time, at once
+        self.ended.set()
+
+
+def keep_on_core(index: int) -> None:
+    """Keep a worker on one core: its threads then never fight over the GIL across cores."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[index % len(cores)]})
+
+
+# ==== 19. Custody ========================================================================
+#
+# What its keeper does with a cloud as a whole.
+
+# ---- verify
+
+class Progress:
+    """How far a long command is, on a terminal: count, bytes, rate, time left."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.count, self.done = what, total, 0, 0
+        self.began = self.shown = time.monotonic()
+        self.on = sys.stderr.isatty()
+
+    def add(self, size: int) -> None:
+        self.count, self.done = self.count + 1, self.done + size
+        if self.on and time.monotonic() - self.shown > 0.2:
+            self.shown = time.monotonic()
+            rate = self.done / max(0.001, self.shown - self.began)
+            left = (self.total - self.done) / rate if rate else 0
+            sys.stderr.write("\r" + ("%s: %d, %s of %s, %s/s, %d:%02d left" % (
+                self.what, self.count, format_size(self.done), format_size(self.total), format_size(rate), left // 60, left % 60)).ljust(78))
+            sys.stderr.flush()
+
+    def end(self) -> None:
+        if self.on:
+            sys.stderr.write("\r%78s\r" % "")
+
+
+def verify(cloud: Cloud, quick: bool = False) -> list[str]:
+    """Check everything there is; returns a line for each thing that is wrong.  It changes nothing but notes of damage."""
+    wrong = ["database: %s" % row for row in cloud.db.read("PRAGMA %s_check" % ("quick" if quick else "integrity"))
+             if row != ("ok",)]
+    wrong += ["sums of collection %d are wrong" % node for node, *_ in cloud.db.read(WRONG_SUMS)]
+    wrong += ["the bytes of %s are not known" % name for name in names_of(
+        cloud, "NOT EXISTS (SELECT 1 FROM chunk WHERE hash = e.manifest) AND NOT EXISTS (SELECT 1 FROM manifest WHERE id = e.manifest)", ())]
+    wrong += ["the parts of %s do not make its size" % row for row in cloud.db.read(WRONG_MANIFESTS)]
+    (total,), = cloud.db.read("SELECT coalesce(sum(size), 0) FROM chunk")
+    progress, bad = Progress("verify", total), []
+    for hash, size, what in check_chunks(cloud, quick=quick):
+        progress.add(size)
+        if what:
+            bad.append((hash, what))
+    progress.end()
+    return wrong + name_damage(cloud, dict(bad))
+
+
+def name_damage(cloud: Cloud, bad: dict[str, str]) -> list[str]:
+    """A line for each file, and each of its versions, that chunks {hash: what is wrong} belong to."""
+    return ["%s: a part is %s" % (name, what) for hash, what in bad.items()
+            for name in list(names_of(cloud, "e.manifest = ? OR e.manifest IN (SELECT manifest FROM manifest_chunk WHERE chunk = ?)",
+                                      (hash, hash))) or ["chunk " + hash + ", which nothing refers to"]]
+
+
+WRONG_SUMS = """SELECT c.node FROM collection c WHERE (c.size, c.files) <> (
+    SELECT coalesce(sum(CASE WHEN e.kind THEN k.size ELSE e.size END), 0), coalesce(sum(CASE WHEN e.kind THEN k.files ELSE 1 END), 0)
+    FROM entry e LEFT JOIN collection k ON k.node = e.node WHERE e.parent = c.node AND e.until IS NULL)
+    AND NOT EXISTS (SELECT 1 FROM entry WHERE node = c.node AND fate = 'purged')"""      # what was given up waits for the sweep
+WRONG_MANIFESTS = """SELECT m.id FROM manifest m WHERE m.size <> (SELECT coalesce(sum(h.size), -1) FROM manifest_chunk c
+    JOIN chunk h ON h.hash = c.chunk WHERE c.manifest = m.id)"""
+
+
+def names_of(cloud: Cloud, where: str, params: tuple[Any, ...]) -> Iterator[str]:
+    """Files whose present or past content a condition on entry e picks: "ann: photos/a.jpg, version of 2026-..."."""
+    for node, home, account, since, until, at in cloud.db.read(
+            "SELECT e.node, e.home, a.name, e.since, e.until, j.at FROM entry e JOIN account a ON a.id = e.home "
+            "LEFT JOIN journal j ON j.seq = e.rev WHERE e.kind = 0 AND (" + where + ")", params):
+        with cloud.db.snapshot() as read:
+            (root,), = read("SELECT root FROM account WHERE id = ?", (home,))
+            path = _Past(read, root, until - 1 if until else cloud.head()).path(node)
+        yield "%s: %s%s" % (account, "/".join(path or ("(deleted)",)), ", version of " + format_time(at or 0) if until else "")
+
+
+# ---- backup, restore, repair, export, import
+
+class Copying:
+    """Objects on their way into a store.  One that is missing, damaged or cannot be read costs only itself, and is noted."""
+
+    def __init__(self, target: ObjectDirectory) -> None:
+        self.target, self.count, self.size = target, 0, 0
+        self.bad: dict[str, str] = {}                        # {hash: what is wrong with it}
+
+    def run(self, source: ObjectDirectory, rows: Iterable[tuple[str, int, str]]) -> None:
+        """Copy what the target lacks of (hash, bytes, name).  raises OSError when the target cannot be written"""
+        rows = [row for row in rows if not self.target.has(row[2])]
+        progress = Progress("copy", sum(size for _, size, _ in rows))
+        for hash, size, name in rows:
+            data, wrong = read_object(source, name, hash)
+            if wrong:
+                self.bad[hash] = wrong
+            else:
+                self.target.put(name, data)
+                self.bad.pop(hash, None)
+                self.count, self.size = self.count + 1, self.size + size
+            progress.add(size)
+        progress.end()
+
+
+def read_object(store: ObjectDirectory, name: str, hash: str) -> tuple[bytes, str | None]:
+    """(the bytes of an object, what is wrong with it or None)"""
+    try:
+        with store.get(name) as file:
+            data = file.read()
+    except FileNotFoundError:
+        return b"", "missing"
+    except OSError as error:
+        return b"", error.strerror or str(error)
+    return data, None if hashlib.sha256(data).hexdigest() == hash else "damaged"
+
+
+def check_apart(data: Path, to: Path) -> None:
+    """raises CloudError if one of two directories is, or lies in, the other"""
+    if lies_in(to, data) or lies_in(data, to):
+        raise CloudError("conflict", "%s is, holds or lies in the data directory %s; give another place" % (to, data))
+
+
+def check_outside(data: Path, place: Path) -> None:
+    """raises CloudError if plain files would be written into, or read from, a data directory"""
+    if lies_in(place, data):
+        raise CloudError("conflict", "%s is or lies in the data directory %s; give another place" % (place, data))
+
+
+def lies_in(inner: Path, outer: Path) -> bool:
+    """Is it the other one, or below it?  By what is there, not by how it is spelt: links, mounts and case are seen through."""
+    inner = inner.resolve()
+    return outer.exists() and any(place.exists() and os.path.samefile(place, outer) for place in (inner, *inner.parents))
+
+
+def back_up(cloud: Cloud, to: Path) -> tuple[int, int, list[str]]:
+    """Bring a directory to the state of a cloud, which may be in use; returns (objects copied, bytes, what could not be).
+
+    Only what the directory lacks is copied.  It becomes the new state all at once, when its database commits; what only
+    the state before needed is removed after that.
+    raises  CloudError conflict for the backup of another cloud: what it holds would be removed
+    """
+    check_apart(cloud.config.data, to)
+    claim_directory(to)
+    lock = FileLock(to / "write.lock")
+    if not lock.acquire(wait=False):
+        raise CloudError("conflict", "%s is in use: another backup is being written there, or a server runs on it" % to)
+    db = sqlite3.connect(to / "cloud.db", isolation_level=None, uri=True)
+    try:
+        db.execute("ATTACH ? AS live", (cloud.db.address(),))
+        db.execute("PRAGMA main.synchronous = EXTRA")        # the journal's name is gone from the disk, too, before it is done
+        prepare_backup(db, to)
+        with sweep_held(cloud):
+            copying = Copying(ObjectDirectory(to / "objects"))
+            copying.target.create()
+            copying.run(cloud.blobs.store, cloud.db.each(OBJECTS))           # most of it, holding nothing
+            db.execute("BEGIN IMMEDIATE")
+            bad = {**copy_tables(db), **copying.bad}
+            copying.run(cloud.blobs.store, db.execute(OBJECTS))              # and what came meanwhile
+            db.execute("COMMIT")
+            sync_directory(to)
+            if db.execute("PRAGMA main.quick_check").fetchone() != ("ok",):
+                raise CloudError("storage-failed", "the copy of the database is damaged; back up to another place")
+            prune_objects(copying.target, db)
+    except sqlite3.Error as error:
+        raise database_error(error, to / "cloud.db") from error
+    finally:
+        db.close()
+        lock.close()
+    return copying.count, copying.size, name_damage(cloud, {**bad, **copying.bad})
+
+
+@contextmanager
+def sweep_held(cloud: Cloud) -> Iterator[None]:
+    """Nothing is swept meanwhile; what is deleted stays until we are done."""
+    if cloud.db.readonly:
+        yield                                    # nobody can sweep there
+        return
+    cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('hold', ?)", (str(cloud.clock.due() + 7 * DAY),)))
+    try:
+        yield
+    finally:
+        cloud.db.run(Statement("DELETE FROM setting WHERE name = 'hold'"), frees=True)
+
+
+OBJECTS = "SELECT hash, size, object FROM chunk WHERE object IS NOT NULL"
+
+
+def prepare_backup(db: sqlite3.Connection, to: Path) -> None:
+    """Bring the tables of a backup that an older version wrote to those of today, and see whose it is."""
+    (version,) = db.execute("PRAGMA main.user_version").fetchone()
+    check_version(version)
+    if not db.execute("SELECT 1 FROM main.sqlite_master WHERE name = 'setting'").fetchone():
+        return                                   # a new one, or one that was never finished
+    if identity_of(db, "main") not in (None, identity_of(db, "live")):
+        raise CloudError("conflict", "%s holds a backup of another cloud; give a directory of its own" % to)
+    if 0 < version <= len(MIGRATIONS):
+        migrate(db, steps_from(db, version))
+
+
+def identity_of(db: sqlite3.Connection, schema: str) -> Any:
+    """What tells clouds apart and survives every restore: the root of the first account; None without accounts."""
+    row = db.execute("SELECT root FROM %s.account ORDER BY id LIMIT 1" % schema).fetchone()
+    return row and row[0]
+
+
+def copy_tables(db: sqlite3.Connection) -> dict[str, str]:
+    """Bring the tables of `main` to those of `live`; chunks and thumbnails that are there are not copied again.
+
+    returns  {hash: "damaged"} of chunks in rows that are
+    """
+    there = {name for (name,) in db.execute("SELECT name FROM main.sqlite_master")}
+    for kind, name, sql in db.execute("SELECT type, name, sql FROM live.sqlite_master WHERE sql IS NOT NULL "
+                                      "AND name NOT LIKE '%_index%' ORDER BY type DESC").fetchall():
+        if name not in there:
+            db.execute(sql)
+        if kind == "table" and name not in ("chunk", "thumbnail", "name_row", "text_row", "lease"):
+            db.execute('DELETE FROM main."%s"' % name)
+            db.execute(copy_rows(db, name))
+    db.execute("PRAGMA main.user_version = %d" % (1 + len(MIGRATIONS)))
+    db.execute("DELETE FROM main.chunk WHERE NOT EXISTS (SELECT 1 FROM live.chunk l WHERE l.hash = chunk.hash)")
+    new = "NOT EXISTS (SELECT 1 FROM main.chunk c WHERE c.hash = l.hash)"
+    bad = {hash: "damaged" for hash, data in db.execute("SELECT hash, data FROM live.chunk l WHERE data IS NOT NULL AND " + new)
+           if hashlib.sha256(data).hexdigest() != hash}
+    db.execute(copy_rows(db, "chunk") + " l WHERE " + new)
+    db.execute("UPDATE main.chunk SET (object, at, condemned, bad) = (SELECT object, at, condemned, bad FROM live.chunk l "
+               "WHERE l.hash = chunk.hash) WHERE (object, at, condemned, bad) IS NOT (SELECT object, at, condemned, bad "
+               "FROM live.chunk l WHERE l.hash = chunk.hash)")
+    db.execute("DELETE FROM main.thumbnail WHERE NOT EXISTS (SELECT 1 FROM live.thumbnail l WHERE l.id = thumbnail.id "
+               "AND l.home = thumbnail.home AND l.manifest = thumbnail.manifest)")
+    db.execute(copy_rows(db, "thumbnail") + " l WHERE NOT EXISTS (SELECT 1 FROM main.thumbnail t WHERE t.id = l.id)")
+    db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed', 'read', 'running', 'unclean')")
+    return bad
+
+
+def copy_rows(db: sqlite3.Connection, table: str) -> str:
+    """The statement that copies a table from `live` to `main`, column by column, in whatever order each has them."""
+    columns = ", ".join('"%s"' % row[1] for row in db.execute('PRAGMA live.table_info("%s")' % table))
+    return 'INSERT INTO main."%s" (%s) SELECT %s FROM live."%s"' % (table, columns, columns, table)
+
+
+def prune_objects(store: ObjectDirectory, db: sqlite3.Connection) -> None:
+    """Remove objects that no row of a backup names."""
+    for shard in range(256):
+        for name, _, _ in list(store.list("%02x" % shard)):
+            if not db.execute("SELECT 1 FROM chunk WHERE hash = ? AND object = ?", (name[:64], name)).fetchone():
+                store.delete(name)
+
+
+def restore_backup(source: Path, config: Config) -> list[str]:
+    """Make a new data directory from a backup, and check it; returns what is wrong.
+
+    What is damaged or missing in the backup costs only the files it belongs to.  The server gets a new epoch, by which
+    clients know that what they miss is unknown, not deleted (R29).
+    """
+    if not (source / "cloud.db").exists():
+        raise CloudError("not-found", "%s holds no backup" % source)
+    if (config.data / "cloud.db").exists():
+        raise CloudError("conflict", "%s holds a cloud already; restore into an empty directory" % config.data)
+    check_apart(config.data, source)
+    claim_directory(config.data)
+    copying = Copying(ObjectDirectory(config.data / "objects"))
+    copying.target.create()
+    partial = config.data / "cloud.db.partial"
+    partial.unlink(missing_ok=True)
+    db = sqlite3.connect(partial, isolation_level=None)
+    try:
+        with opened_to_read(source / "cloud.db") as backup:
+            backup.backup(db)
+        check_version(db.execute("PRAGMA user_version").fetchone()[0])
+        copying.run(ObjectDirectory(source / "objects"), db.execute(OBJECTS))
+    except sqlite3.Error as error:
+        raise CloudError("storage-failed", "%s is no whole backup (%s)" % (source, error)) from error
+    finally:
+        db.close()
+    os.replace(partial, config.data / "cloud.db")
+    sync_directory(config.data)
+    with closing(Cloud(config, how="open")) as cloud:
+        begin_anew(cloud)
+        return verify(cloud)
+
+
+class Healing(NamedTuple):
+    """A chunk that is damaged or missing, and where its bytes are."""
+    hash: str
+    size: int
+    wrong: str
+    source: Callable[[], bytes] | None           # None: nowhere
+
+
+def find_healing(cloud: Cloud, source: Path) -> list[Healing]:
+    """Every chunk that is damaged or missing, and what of a directory has its bytes: a backup, a data directory, or plain
+    files such as an export or a sync folder.  Nothing is changed; bytes are compared by their hash alone."""
+    wanted = {hash: (size, wrong) for hash, size, wrong in check_chunks(cloud) if wrong}
+    for hash, size in cloud.db.read(UNKNOWN_CHUNKS):
+        wanted[hash] = size, "missing"
+    look = look_in_backup if (source / "cloud.db").exists() else look_in_files
+    found = look(cloud, source, {hash: size for hash, (size, _) in wanted.items()})
+    return [Healing(hash, size, wrong, found.get(hash)) for hash, (size, wrong) in sorted(wanted.items())]
+
+
+UNKNOWN_CHUNKS = (  # chunks that files name and no row knows, with their sizes
+    "SELECT e.manifest, max(e.size) FROM entry e WHERE e.kind = 0 AND e.manifest < 'g' AND NOT EXISTS (SELECT 1 FROM chunk "
+    "WHERE hash = e.manifest) GROUP BY e.manifest UNION SELECT m.chunk, coalesce((SELECT min(n.offset) FROM manifest_chunk n "
+    "WHERE n.manifest = m.manifest AND n.offset > m.offset), f.size) - m.offset FROM manifest_chunk m JOIN manifest f "
+    "ON f.id = m.manifest WHERE NOT EXISTS (SELECT 1 FROM chunk WHERE hash = m.chunk)")
+
+
+def look_in_backup(cloud: Cloud, source: Path, wanted: dict[str, int]) -> dict[str, Callable[[], bytes]]:
+    """Which of some chunks {hash: bytes} a backup or data directory has whole."""
+    store, found = ObjectDirectory(source / "objects"), {}
+    with opened_to_read(source / "cloud.db") as db:
+        for hash in wanted:
+            for name, data in db.execute("SELECT object, data FROM chunk WHERE hash = ?", (hash,)):
+                if name and read_object(store, name, hash)[1] is None:
+                    found[hash] = partial(lambda name, hash: read_object(store, name, hash)[0], name, hash)
+                elif data is not None and hashlib.sha256(data).hexdigest() == hash:
+                    found[hash] = partial(bytes, data)
+    return found
+
+
+def look_in_files(cloud: Cloud, source: Path, wanted: dict[str, int]) -> dict[str, Callable[[], bytes]]:
+    """Which of some chunks plain files have at the offset where ours had them; any file of the right size may be it."""
+    sizes: dict[int, list[Path]] = {}
+    for above, _, names in os.walk(source):
+        for name in names:
+            with suppress(OSError):
+                place = Path(above, name)
+                sizes.setdefault(place.stat().st_size, []).append(place)
+    found = {}
+    for hash, length in wanted.items():
+        for size, offset in cloud.db.read(
+                "SELECT DISTINCT e.size, 0 FROM entry e WHERE e.manifest = :hash UNION SELECT DISTINCT f.size, m.offset FROM "
+                "manifest_chunk m JOIN manifest f ON f.id = m.manifest WHERE m.chunk = :hash", {"hash": hash}):
+            for place in sizes.get(size, ()):
+                read = partial(read_range, place, offset, length)
+                if hash not in found and hashlib.sha256(read()).hexdigest() == hash:
+                    found[hash] = read
+    return found
+
+
+def read_range(place: Path, offset: int, count: int) -> bytes:
+    """Some bytes of a file; what cannot be read is not there."""
+    try:
+        with open(place, "rb") as file:
+            file.seek(offset)
+            return file.read(count)
+    except OSError:
+        return b""
+
+
+def heal(cloud: Cloud, healings: Iterable[Healing]) -> int:
+    """Put the bytes that were found in the place of the damaged ones; returns how many chunks are whole again."""
+    healed = 0
+    for hash, size, _, source in healings:
+        data = source() if source else b""
+        if hashlib.sha256(data).hexdigest() == hash:
+            inline = len(data) <= INLINE_LIMIT
+            name = None if inline else cloud.blobs.put_chunk(hash, data, secrets.token_hex(8))
+            cloud.db.run(
+                Statement("INSERT INTO chunk (hash, size, at) VALUES (?, ?, ?) ON CONFLICT (hash) DO NOTHING", (hash, size, cloud.clock.due())),
+                Statement("UPDATE chunk SET object = ?, data = ?, bad = NULL WHERE hash = ?", (name, data if inline else None, hash)))
+            healed += 1
+    return healed
+
+
+SEQS_LOST = 1 << 20             # more writes than a state that was put back can have lost
+
+
+def begin_anew(cloud: Cloud) -> None:
+    """Say that the data may be an older state than clients have seen: a new epoch, which is what Nextcloud's clients read, too.
+
+    The next seqs are left out: etags are made of them, and those of what was lost never come to mean something else.
+    """
+    cloud.db.run(Statement("UPDATE setting SET value = ? WHERE name = 'epoch'", (secrets.token_hex(8),)),
+                 Statement("INSERT INTO journal (seq, at, home, account, device, action, detail, tag) "
+                           "SELECT max(seq) + ?, ?, 0, 0, '', 'restored', '{}', ? FROM journal",
+                           (SEQS_LOST, cloud.clock.wall(), secrets.token_hex(8))))
+    log.warning("the data counts as restored: clients ask before they go on, and none deletes what is missing here")
+
+
+def export_files(cloud: Cloud, who: Principal, to: Path, top: tuple[str, ...] = ()) -> tuple[int, list[str]]:
+    """Write an account's files as plain files with their times, below `top` in a directory; (files written, what could not be).
+
+    When it returns all is on the medium.
+    """
+    check_outside(cloud.config.data, to)
+    make_directory(to)
+    progress, export = Progress("export", cloud.stat(who, ()).size), Export(to)
+    if top:
+        export.put(top)
+    for path, node, content in cloud.walk_contents(who, (), missed=lambda path, error: export.miss(top + path, error)):
+        export.put(top + path, node, content)
+        progress.add(node.size)
+    progress.end()
+    export.sync()
+    return export.written, export.failed
+
+
+class Export:
+    """Plain files on their way into a directory, whatever names its file system can hold and tell apart.
+
+    A name that would fall onto another is found before anything is written, and left out with all that is in it.  What is
+    there already with the same size, time and bytes is left, so a run that broke off goes on.
+    """
+
+    def __init__(self, to: Path) -> None:
+        self.to, self.written = to, 0
+        self.failed: list[str] = []              # what could not be written, and why
+        self.lost: set[tuple[str, ...]] = set()
+        self.touched: set[Path] = set()          # directories whose names are not durable yet
+        self.names = lru_cache(maxsize=DEPTH_LIMIT)(lambda above: {key_of(name) for name in os.listdir(above)})
+
+    def put(self, path: tuple[str, ...], node: Node | None = None, content: Content | None = None) -> None:
+        """Make a collection, or with `content` a file; or note why not."""
+        if any(path[:depth] in self.lost for depth in range(len(path))):
+            return                               # it was said of what holds it
+        try:
+            place = self._place_of(path)
+            if content is None:
+                place.mkdir(exist_ok=True)
+            elif not is_same_file(place, node, content):
+                write_file(place, node, content)
+                self.written += 1
+            self.touched.add(place.parent)
+        except (OSError, CloudError) as error:
+            self.miss(path, error)
+
+    def miss(self, path: tuple[str, ...], error: Exception) -> None:
+        self.lost.add(path)
+        self.failed.append("%s: %s" % ("/".join(path) or "(the top)", reason_of(error)))
+
+    def _place_of(self, path: tuple[str, ...]) -> Path:
+        """raises OSError, CloudError if nothing can, or may, be put there"""
+        name, place = path[-1], self.to.joinpath(*path)
+        check_name(name)                         # of an account, too
+        if os.name == "nt" and not is_windows_name(name):
+            raise OSError(errno.EINVAL, "Windows cannot hold this name")
+        if os.path.lexists(place) and key_of(name) not in self.names(place.parent):
+            raise OSError(errno.EEXIST, "this place cannot tell it from another name that is there")
+        return place
+
+    def sync(self) -> None:
+        for directory in self.touched:
+            sync_directory(directory)
+
+
+def is_same_file(place: Path, node: Node, content: Content) -> bool:
+    """Is a file there with this size, time and, whoever wrote it, these bytes?"""
+    try:
+        about = place.stat()
+        if about.st_size != node.size or abs(about.st_mtime_ns // 1_000_000 - node.mtime) > 2000:
+            return False
+        with open(place, "rb") as file:
+            return all(hashlib.sha256(file.read(size)).hexdigest() == hash for hash, size in content.parts())
+    except OSError:
+        return False
+
+
+def write_file(place: Path, node: Node, content: Content) -> None:
+    """Write a file beside its place and, when it is on the medium, put it there.  What a killed run left is written over."""
+    partial = place.with_name(".cloudserver-%s.partial" % hashlib.sha256(place.name.encode("utf-8", "replace")).hexdigest()[:16])
+    try:
+        with open(partial, "wb") as file:
+            for part in content.slices():
+                for piece in (part,) if isinstance(part, bytes) else read_pieces(part):
+                    file.write(piece)
+            file.flush()
+            sync_file(file.fileno())
+        os.utime(partial, ns=(node.mtime * 1_000_000,) * 2)
+        insist(os.replace, partial, place)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def import_files(cloud: Cloud, who: Principal, source: Path, into: tuple[str, ...]) -> tuple[int, list[str]]:
+    """Store a directory of plain files, with their times; returns (files stored, what could not be).
+
+    What is there already with the same size and time is left.  Links and devices are skipped, and named.
+    """
+    check_outside(cloud.config.data, source)
+    total = sum(size for _, size in scan_files(source, []))
+    progress, skipped, stored = Progress("import", total), [], [0]
+
+    def store(place: Path, size: int) -> None:
+        path = into + place.relative_to(source).parts
+        try:
+            at = place.stat().st_mtime_ns // 1_000_000
+            node = cloud.find(who, check_path(path))
+            if node is None or node.kind or node.size != size or node.mtime != at:
+                with open(place, "rb", buffering=0) as file:
+                    cloud.write(who, path, FileBody(file, size), mtime=check_mtime(at), parents=True)
+                stored[0] += 1
+        except (OSError, CloudError) as error:
+            skipped.append("%s: %s" % (place, reason_of(error)))
+        progress.add(size)
+
+    with ThreadPoolExecutor(8) as pool:
+        deque(pool.map(lambda item: store(*item), scan_files(source, skipped, cloud, who, into)), maxlen=0)
+    progress.end()
+    return stored[0], skipped
+
+
+MOUNT_POINT_TAG = 0xA0000003    # by which Windows marks a junction (MS-FSCC s2.1.2.1)
+
+
+def is_junction(about: os.stat_result) -> bool:
+    """Windows shows one as a directory, though it leads elsewhere."""
+    return getattr(about, "st_reparse_tag", 0) == MOUNT_POINT_TAG
+
+
+def scan_files(source: Path, skipped: list[str], cloud: Cloud | None = None, who: Principal = ANONYMOUS,
+               into: tuple[str, ...] = ()) -> Iterator[tuple[Path, int]]:
+    """(file, bytes) below a directory; given a cloud, its collections are made on the way, empty ones too.
+
+    What is no plain file, cannot be read, or is called what a file before it is called to us, is skipped, and named.
+    """
+    pending = [source]
+    while pending:
+        above = pending.pop()
+        try:
+            if cloud and into + above.relative_to(source).parts:
+                make_once(cloud, who, check_path(into + above.relative_to(source).parts))
+            with os.scandir(above) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except (CloudError, OSError) as error:
+            skipped.append("%s: %s" % (above, reason_of(error)))
+            continue
+        names: dict[str, str] = {}
+        for entry in found:
+            try:
+                if names.setdefault(key_of(entry.name), entry.name) != entry.name:
+                    skipped.append("%s: it is called the same as another one there" % entry.path)
+                elif cloud and entry.is_dir() and os.path.samefile(entry.path, cloud.config.data):
+                    skipped.append("%s: the data directory itself" % entry.path)
+                elif entry.is_dir(follow_symlinks=False) and not is_junction(entry.stat(follow_symlinks=False)):
+                    pending.append(Path(entry.path))
+                elif entry.is_file(follow_symlinks=False):
+                    yield Path(entry.path), entry.stat().st_size
+                else:
+                    skipped.append("%s: not a plain file" % entry.path)
+            except OSError as error:
+                skipped.append("%s: %s" % (entry.path, reason_of(error)))
+
+
+def make_once(cloud: Cloud, who: Principal, path: tuple[str, ...]) -> None:
+    """Make a collection that may be there already.  raises CloudError"""
+    try:
+        cloud.make_collection(who, path, parents=True)
+    except CloudError as error:
+        if error.kind != "exists":
+            raise
+
+
+# ---- doctor
+
+def examine(config: Config) -> Iterator[tuple[bool | None, str]]:
+    """Look at everything that is known to go wrong: (is it well? None: nobody could look, sentence)."""
+    yield sys.version_info >= (3, 9), "Python %s" % sys.version.split()[0]
+    yield sqlite3.sqlite_version_info >= (3, 34), "SQLite %s" % sqlite3.sqlite_version
+    yield not hasattr(os, "geteuid") or os.geteuid() != 0, "not running as root"
+    usage = shutil.disk_usage(config.data)
+    yield usage.free > min(parse_size(config.low_water), usage.total // 50), "%s free on the disk" % format_size(usage.free)
+    if os.name == "nt":                          # access lists, which the standard library does not read
+        yield None, "not checked: that the data directory is private; see its properties, Security"
+    else:
+        yield not config.data.stat().st_mode & 0o077, "the data directory is private"
+    began = time.monotonic()
+    probe = config.data / (".probe-" + secrets.token_hex(4))
+    fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    os.write(fd, b"x")
+    sync_file(fd)
+    os.close(fd)
+    probe.unlink()
+    yield time.monotonic() - began < 0.5, "writing to the disk takes %.0f ms" % ((time.monotonic() - began) * 1000)
+    kind = file_system_of(config.data)
+    if kind:
+        yield not kind.startswith(("nfs", "cifs", "smb", "fuse.sshfs", "9p")), "the data lie on %s" % kind
+    else:
+        yield None, "not checked: that the data lie on a disk of this machine; databases do not belong on network drives"
+    now = datetime.now(timezone.utc)
+    yield 2025 < now.year < 2100, "the clock says %s" % now.isoformat(timespec="seconds")
+    yield from examine_cloud(config)
+    yield from examine_server(config)
+    if config.tls_cert:
+        try:
+            yield tls_context(config) is not None, "the certificate can be used"
+        except CloudError as error:
+            yield False, str(error)
+
+
+def file_system_of(path: Path) -> str:
+    """The kind of file system a path is on, as Linux names it; "" elsewhere.  Databases do not belong on networks (R5)."""
+    best = ("", "")
+    if os.path.exists("/proc/mounts"):
+        with open("/proc/mounts") as mounts:
+            for line in mounts:
+                _, place, kind, *_ = line.split(" ")
+                place = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), place)          # blanks in it
+                if (str(path.resolve()) + "/").startswith(place.rstrip("/") + "/") and len(place) >= len(best[0]):
+                    best = place, kind
+    return best[1]
+
+
+def examine_cloud(config: Config) -> Iterator[tuple[bool, str]]:
+    try:
+        with closing(Cloud(config, how="open")) as cloud:
+            yield from examine_data(cloud)
+    except (CloudError, OSError) as error:       # whatever it is: this is where one comes to hear of it
+        yield False, str(error)
+
+
+def examine_data(cloud: Cloud) -> Iterator[tuple[bool, str]]:
+    yield cloud.db.read("PRAGMA quick_check") == [("ok",)], "the database is whole"
+    yield cloud.db.read("PRAGMA journal_mode") == [("wal",)], "the database keeps a write-ahead log"
+    yield cloud.accounts.is_set_up(), "there is an account"
+    numbers = cloud.numbers()
+    yield numbers["bad_chunks"] == 0, "%d damaged chunks%s" % (numbers["bad_chunks"], "; run verify, it names the files"
+                                                               if numbers["bad_chunks"] else "")
+    yield cloud.db.has_index(), "SQLite can index names (FTS5 with trigrams)"
+    stood = json.loads(cloud.db.setting("clock") or "[0, 0]")[1]
+    yield stood <= cloud.clock.wall() + HOUR, "the clock did not go back"
+
+
+def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
+    with closing(Cloud(config)) as cloud:
+        url = cloud.db.setting("running")
+    said = ask(url, "/healthz").strip() if url else ""
+    if url:
+        yield said == "ok", "the server at %s says %s" % (url, said or "nothing; has it been killed?")
+    else:
+        yield None, "no server runs on this data"
+
+
+# ==== 20. Folder =========================================================================
+#
+# Two-way sync of a folder with a server, over the sync protocol and nothing else.
+# 1. Each side is compared with what both last agreed on (base), never with the other.  Size, times and inode say that a
+#    file is the same only if they all do; what they leave open, its bytes decide.
+# 2. Here nothing is deleted or replaced whose bytes were not just compared with base; there nothing is deleted before it was
+#    looked for once more, in the very directory that was scanned.
+# 3. A file is built beside its place, brought to the medium, and put there at once.
+# 4. What is noted as agreed is true on both sides and on the media of both.  Whoever is killed, or loses power, only has to
+#    compare again; what he was about to take away here is noted before, for it is nobody's wish that it goes there, too.
+# 5. An answer that is not whole, or not of the history we know, says nothing about what is gone.
+# 6. Whatever a server sends is checked where it comes in, and no path is followed through a link.
+# 7. One bad thing costs one thing: it is named, and all the rest goes on.
+
+SYNC_HOME = ".cloudserver"      # the folder's own corner: state, lock, files under construction
+CUT_LEAST, CUT_MOST = MiB, 8 * MiB      # bytes of a chunk where content decides; smaller files than CHUNK_SIZE are one
+CUT_MARK = re.compile(rb"[\x05\x17\x2b\x3a\x4c\x5f\x61\x76\x88\x93\xa9\xb4\xc2\xd7\xe6\xfb]{5}")    # once per MiB of random bytes
+COMMIT_FILES, COMMIT_BYTES = 2_000, 8 * MiB      # of one commit, and of one download
+BUILT_MOST = 10_000             # small files that wait to be put in their places together
+LANES = 2                       # requests under way while the next is prepared
+WINDOW = 4 * MiB                # bytes of a large file after which its chunks travel
+ROUNDS = 12                     # until a run gives up to reach a fixed point
+BRAKE_LEAST = 50                # deletions that never stop a run
+SCAN_LEAST, SCAN_MOST = 1.0, 15.0       # seconds between two looks at a watched folder
+AGAIN_LEAST, AGAIN_MOST = 5.0, 600.0    # seconds until what could not be synced, or reached, is tried again
+YOUNG = 120_000_000_000         # ns after a write in which a memory map may write more and leave the time as it is
+LATE_LOOK = 0.25                # seconds of a run that may go into reading such files once more
+ANSWER_LIMIT = 256 * MiB        # bytes of one answer in JSON
+MANIFEST_LINE = 64 * MiB        # bytes of one line of a manifest: a file of 1 TiB has 20
+CHANGES_LIMIT = 2_000           # nodes in one answer
+STRIKES = 3                     # answers in a row that break off before anything came: then it is the network
+RULES_LIMIT = 1_000             # lines of a .cloudignore that count
+LARGEST = (1 << 63) - 1
+FAILED, USAGE, ASK, REFUSED = 1, 2, 3, 4         # exit codes
+LINK, JUNCTION, NOT_A_FILE = "is a symbolic link", "is a junction", "is neither file nor directory"
+REGENERATED = (".DS_Store", "Thumbs.db", "desktop.ini", "._*")       # what systems make again, and a directory may go with
+JUNK = (*REGENERATED, "~$*", ".~lock.*#", SYNC_HOME + "/")
+
+
+class There(NamedTuple):
+    """A node on the server."""
+    path: str
+    node: str
+    kind: int
+    etag: str
+    size: int
+    mtime: int                   # ms since 1970
+    content: str                 # names its bytes (manifest_of); "" of a collection
+    chunks: str                  # JSON: [[hash, size], ...] if there are several
+
+
+class Base(NamedTuple):
+    """What both sides agreed on: as it is There, and by what it is known Here."""
+    path: str
+    node: str
+    kind: int
+    etag: str
+    size: int
+    mtime: int
+    content: str
+    chunks: str
+    mtime_ns: int = 0
+    inode: int = 0
+    ctime_ns: int = 0            # -1: not to be trusted
+    sure: int = 1                # 0: its bytes were read so soon after a write that they are read once more
+
+
+class Here(NamedTuple):
+    """A file or directory of the folder.  0 is what a system does not give; it proves nothing."""
+    path: str
+    kind: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int                # Windows: when it was made
+    inode: int                   # Windows: of directories only
+
+
+class Stopped(Exception):
+    """A run must not go on.  code: FAILED, USAGE, ASK (the brake: a person has to look) or REFUSED (log in again)"""
+
+    def __init__(self, message: str, code: int = FAILED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+DECISIONS = {  # (here against base, there against base): what to do
+    ("same", "same"): "", ("none", "none"): "",
+    ("same", "changed"): "download", ("none", "new"): "download", ("gone", "changed"): "download",
+    ("changed", "same"): "upload", ("new", "none"): "upload", ("changed", "gone"): "upload",        # edits beat deletes
+    ("gone", "same"): "delete there", ("same", "gone"): "delete here", ("gone", "gone"): "forget",
+    ("changed", "changed"): "compare", ("new", "new"): "compare",
+    ("doubt", "same"): "upload", ("doubt", "changed"): "read", ("doubt", "gone"): "read"}   # who uploads, reads it anyway
+
+
+def state_here(base: Base | None, here: Here | None) -> str:
+    """How a file stands against base; one that became a directory, or the other way, is gone first."""
+    if base is None:
+        return "new" if here else "none"
+    if here is None or here.kind != base.kind:
+        return "gone"
+    if here.kind or (here.size, here.mtime_ns, here.ctime_ns, here.inode) == (base.size, base.mtime_ns, base.ctime_ns, base.inode):
+        return "same"
+    return "doubt" if here.size == base.size else "changed"
+
+
+def state_there(base: Base | None, there: There | None) -> str:
+    if base is None:
+        return "new" if there else "none"
+    if there is None or there.kind != base.kind:
+        return "gone"
+    return "same" if (there.node == base.node if there.kind else there.content == base.content) else "changed"
+
+
+def parent_of(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def lineage(key: str) -> Iterator[str]:
+    """A key and those of what holds it, upwards."""
+    while key:
+        yield key
+        key = parent_of(key)
+
+
+def one_line(text: str) -> str:
+    """Names and other people's sentences as a terminal may get them: no escapes, not endless."""
+    text = text if len(text) <= 400 else text[:200] + " ... " + text[-100:]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# ---- what is left out
+
+class Glob:
+    """One name's pattern: * is anything, ? one character, [a-z] and [!a-z] classes, \\ takes the next as it is.
+
+    The pieces between stars have a fixed width, so the leftmost place of each is as good as any: no way is tried twice.
+    raises  ValueError for what cannot be read
+    """
+
+    def __init__(self, text: str) -> None:
+        tokens = re.findall(r"\*+|\[(?:[!^]?\]?(?:\\.|[^\]\\])*)\]|\\.|[^*]", text, re.S)
+        parts: list[list[str]] = [[]]
+        for token in tokens:
+            if token[0] == "*":
+                parts.append([])
+            else:
+                parts[-1].append(self._token(token))
+        self.width = len(parts[-1])
+        self.plain = "".join(tokens) if len(parts) == 1 and not re.search(r"[\\\[?]", text) else None
+        self.first, *self.rest = [re.compile("".join(part), re.S) for part in parts]
+
+    def _token(self, token: str) -> str:
+        """A character or class as a regular expression that takes exactly one."""
+        if token == "?":
+            return "."
+        if len(token) > 1 and token[0] == "[":
+            mark, inner = ("^", token[2:-1]) if token[1] in "!^" else ("", token[1:-1])
+            if not inner or "[:" in inner:
+                raise ValueError(token)
+            inner = "".join(part if part == "-" else re.escape(part[-1]) for part in re.findall(r"\\.|.", inner, re.S))
+            return re.compile("[%s%s]" % (mark, inner)).pattern
+        if token in "[\\":
+            raise ValueError(token)
+        return re.escape(token[-1])
+
+    def fits(self, name: str) -> bool:
+        if self.plain is not None:
+            return name == self.plain
+        found = self.first.match(name)
+        if not found or not self.rest:
+            return bool(found) and found.end() == len(name)
+        for piece in self.rest[:-1]:
+            found = piece.search(name, found.end())
+            if not found:
+                return False
+        last = len(name) - self.width
+        return last >= found.end() and self.rest[-1].match(name, last) is not None
+
+
+class Rules:
+    """What is not synced, by lines like those of .gitignore: the last that fits decides, "!" takes back.
+
+    Paths have no slashes at their ends; what lies below an ignored directory is not the rules' business.
+    """
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.rules: list[tuple[list[Glob | None], bool, bool, bool]] = []    # names (None: **), anywhere, directories only, verdict
+        self.broken: list[str] = []                  # lines that cannot be read
+        for line in lines:
+            try:
+                self._add(key_of(line.rstrip("\r\n")))
+            except (ValueError, re.error):
+                self.broken.append(line)
+
+    def _add(self, line: str) -> None:
+        """raises ValueError, re.error"""
+        ended = line.rstrip(" ")
+        line = ended + " " * (ended.endswith("\\") and ended != line)
+        if not line or line.startswith("#"):
+            return
+        if "\0" in line or "\ufffd" in line or len(self.rules) >= RULES_LIMIT:
+            raise ValueError(line)
+        keep, line = line.startswith("!"), line[1:] if line[0] == "!" else line
+        only_directories, line = line.endswith("/"), line.rstrip("/")
+        anywhere, line = "/" not in line, line.lstrip("/")
+        names = [None if name == "**" else Glob(name) for name in line.split("/")]
+        if names[-1] is None:
+            names.append(Glob("*"))                  # a/** is what is below a, not a itself
+        self.rules.append((names, anywhere and len(names) == 1, only_directories, not keep))
+
+    def leaves_out(self, path: str, is_directory: bool) -> bool:
+        path = key_of(path)
+        names = path.split("/")
+        for globs, anywhere, only_directories, verdict in reversed(self.rules):
+            if (is_directory or not only_directories) and (globs[0].fits(names[-1]) if anywhere else self._fits(globs, names)):
+                return verdict
+        return False
+
+    def _fits(self, globs: list[Glob | None], names: list[str]) -> bool:
+        """Each ** takes as few names as will do; it is enough to go back to the last one."""
+        glob = name = 0
+        back: tuple[int, int] | None = None
+        while name < len(names):
+            if glob < len(globs) and globs[glob] is None:
+                back, glob = (glob + 1, name), glob + 1
+            elif glob < len(globs) and globs[glob].fits(names[name]):
+                glob, name = glob + 1, name + 1
+            elif back:
+                back = glob, name = back[0], back[1] + 1
+            else:
+                return False
+        return all(rest is None for rest in globs[glob:])
+
+
+JUNK_RULES, REGENERATED_RULES = Rules(JUNK), Rules(REGENERATED)
+
+# ---- the folder
+
+class Block(NamedTuple):
+    """What cannot be synced, with all below it."""
+    path: str
+    why: str
+
+
+class Scan(NamedTuple):
+    """One look at the folder."""
+    here: dict[str, Here]
+    blocked: dict[str, Block]    # by key
+    junk: list[str]              # paths left out because everybody's rules say so
+    mounts: dict[str, tuple[str, int]]   # directories that lie on another file system, by key: (path, device)
+    seconds: float
+
+
+class Folder:
+    """The folder on this computer; the only code of the client that touches its files.
+
+    Paths are relative with slashes.  A key is what names are compared by here: NFC, and without case where the file
+    system cannot tell cases apart.  Whatever is opened, made, renamed or removed: every directory above it was just
+    proven to be a real one (invariant 6).
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.top = root, long_name(root)
+        self.home = root / SYNC_HOME
+        self.folds = (self.home / "pROBE").exists()
+        self.mounts: dict[str, tuple[str, int]] = {}         # of the last scan
+        self._opened: list[tuple[int, int]] = []     # by what the place is known since it was opened
+        self._touched: set[str] = set()              # what may not be on the medium yet
+
+    def open(self) -> None:
+        """Make our corner, and find out what the file system can tell apart."""
+        make_private_directory(self.home)
+        (self.home / "tmp").mkdir(exist_ok=True)
+        for left in (self.home / "tmp").iterdir():
+            if not left.name.startswith("part-") or time.time() - left.stat().st_mtime > 7 * 86_400:
+                left.unlink()
+        (self.home / "Probe").touch()
+        self.folds = (self.home / "pROBE").exists()
+        self._opened = self._identity()
+
+    def _identity(self) -> list[tuple[int, int]]:
+        return [(about.st_dev, about.st_ino) for about in (os.lstat(self.top), os.lstat(self.home))]
+
+    def check_place(self) -> None:
+        """raises Stopped when this is not the directory that was opened, or what was mounted in it is not
+
+        Nothing that is missing in it is gone then, and nothing that was put there is where it seems to be.
+        """
+        try:
+            is_here = self._opened in ([], self._identity()) and all(
+                os.lstat(self.place(path)).st_dev == device for path, device in self.mounts.values())
+        except OSError:
+            is_here = False
+        if not is_here:
+            raise Stopped("%s is not the folder it was: was its disk taken away? Nothing was deleted" % self.root, ASK)
+
+    def key(self, path: str) -> str:
+        key = key_of(path)
+        return key.casefold() if self.folds else key
+
+    def place(self, path: str) -> str:
+        return os.path.join(self.top, *path.split("/")) if os.name == "nt" else self.top + "/" + path
+
+    def holds_names(self, names: Sequence[str]) -> bool:
+        """Can this system have files of these names?"""
+        return (os.name != "nt" or all(map(is_windows_name, names))) and all(name.casefold() != SYNC_HOME for name in names)
+
+    # ---- looking
+
+    def rules(self) -> Rules:
+        """What .cloudignore leaves out.  raises Stopped if it cannot be read"""
+        try:
+            with open(os.open(self.place(".cloudignore"), os.O_RDONLY | O_EXTRA), "rb") as file:
+                data = file.read(MiB)
+                text = data.decode("utf-8-sig", "replace") + "\n\0" * bool(file.read(1))
+        except FileNotFoundError:
+            text = ""
+        except OSError as error:
+            raise Stopped("cannot read .cloudignore: %s; nothing was touched" % error.strerror) from error
+        return Rules([*JUNK, *text.splitlines(), "/" + SYNC_HOME + "/"])
+
+    def scan(self, rules: Rules) -> Scan:
+        """Everything that is here and not left out."""
+        began = time.monotonic()
+        self.mounts = {}
+        self.check_place()
+        top = os.lstat(self.top)
+        scan, pending = Scan({}, {}, [], {}, 0.0), [(here_of("", top), top.st_dev)]
+        while pending:
+            above, device = pending.pop()
+            try:
+                for entry in self._entries(above, device):
+                    path = above.path + "/" + entry.name if above.path else entry.name
+                    about = self._look(entry, path, rules, scan)
+                    if about is None:
+                        continue
+                    key, here = self.key(path), here_of(path, about)
+                    if key in scan.here:
+                        scan.blocked[key] = Block(path, "cannot be told apart from %s" % scan.here[key].path)
+                        continue
+                    scan.here[key] = here
+                    if here.kind:
+                        pending.append((here, about.st_dev))
+                        if about.st_dev != device:
+                            scan.mounts[key] = path, about.st_dev
+            except OSError as error:
+                if not above.path:
+                    self.check_place()
+                    raise Stopped("cannot read %s: %s" % (self.root, error.strerror)) from error
+                scan.blocked[self.key(above.path)] = Block(above.path, "cannot be read: %s" % error.strerror)
+        self.mounts = scan.mounts
+        return scan._replace(seconds=time.monotonic() - began)
+
+    def _entries(self, above: Here, device: int) -> Iterator[os.DirEntry[str]]:
+        """What a directory holds, if it is still the one that was seen.  raises OSError"""
+        place = self.place(above.path) if above.path else self.top
+        if os.scandir not in os.supports_fd:
+            with os.scandir(place) as entries:
+                yield from entries
+            return
+        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | O_EXTRA)
+        try:
+            about = os.fstat(fd)
+            if (about.st_dev, storable(about.st_ino)) != (device, above.inode):
+                raise OSError(errno.EAGAIN, "something else took its place just now")
+            with os.scandir(fd) as entries:
+                yield from entries
+        finally:
+            os.close(fd)
+
+    def _look(self, entry: os.DirEntry[str], path: str, rules: Rules, scan: Scan) -> os.stat_result | None:
+        """What a scan sees at a path; None for what is left out, or blocked."""
+        is_directory = entry.is_dir(follow_symlinks=False)
+        if rules.leaves_out(path, is_directory):
+            if JUNK_RULES.leaves_out(path, is_directory) and entry.name != SYNC_HOME:
+                scan.junk.append(path)
+            return None
+        try:
+            about = entry.stat(follow_symlinks=False)
+            if os.name == "nt" and is_directory:
+                about = os.lstat(self.place(path))       # scandir knows no inode there
+        except OSError:
+            return None                          # it went while we looked
+        why = why_not_a_file(about) or why_not_a_name(entry.name, path)
+        if why:
+            scan.blocked[self.key(path)] = Block(path, why)
+            return None
+        return about
+
+    def look(self, path: str) -> Here | None:
+        """One file or directory as it is now."""
+        try:
+            about = os.lstat(self.place(path))
+        except OSError:
+            return None
+        return None if why_not_a_file(about) else here_of(path, about)
+
+    def prove(self, path: str) -> None:
+        """Is everything above a path a real directory, and none our corner?  raises OSError"""
+        home = self._opened[1:]
+        for above in reversed(list(lineage(parent_of(path)))):
+            about = os.lstat(self.place(above))
+            if why_not_a_file(about) or not stat.S_ISDIR(about.st_mode) or [(about.st_dev, about.st_ino)] == home:
+                raise OSError(errno.ENOTDIR, "%s %s" % (above, why_not_a_file(about) or "is no directory of this folder"))
+
+    def is_gone(self, path: str, above: Here | None, device: int | None) -> bool:
+        """Is nothing at a path, in the very directory that was scanned?  `above` is None for the top."""
+        try:
+            if above is not None:
+                self.prove(above.path + "/.")
+                about = os.lstat(self.place(above.path))
+                if (about.st_dev, storable(about.st_ino)) != (device or self._opened[0][0], above.inode):
+                    return False
+            self.check_place()
+            os.lstat(self.place(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            pass
+        return False
+
+    def read(self, path: str, expected: Here | None = None) -> BinaryIO:
+        """Open a file.  raises OSError, too if it is not the one that was expected"""
+        self.prove(path)
+        file = open(os.open(self.place(path), os.O_RDONLY | O_EXTRA | getattr(os, "O_NONBLOCK", 0)), "rb", buffering=0)
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode) or expected and not is_like_here(here_of(path, about), expected):
+            file.close()
+            raise Changing(errno.EAGAIN, "it changes while it is read", path)
+        return file
+
+    def holds(self, path: str, node: There | Base) -> bool:
+        """Are the bytes of a file those?  raises OSError"""
+        with self.read(path) as file:
+            chunks = chunks_of(node)
+            seen = [(hashlib.sha256(read_fully(file, size)).hexdigest(), size) for _, size in chunks]
+            return seen == chunks and not file.read(1)
+
+    # ---- writing
+
+    @contextmanager
+    def temporary(self, name: str = "") -> Iterator[BinaryIO]:
+        """A file under construction, gone in the end; under a name it stays, to be found again by a later run."""
+        place = str(self.home / "tmp" / (name or secrets.token_hex(8)))
+        how = os.O_CREAT | O_EXTRA | (0 if name else os.O_EXCL)
+        with open(place, "r+b", opener=lambda place, flags: os.open(place, flags | how, 0o666)) as file:
+            try:
+                yield file
+            finally:
+                file.close()
+                if not name:
+                    with suppress(FileNotFoundError):    # it got to its place
+                        self._patiently(partial(os.unlink, place), place)
+
+    def finish(self, file: BinaryIO, path: str, mtime: int, *, large: bool = False) -> None:
+        """Give a file under construction the mode of what it will replace, and its time.
+
+        If it is a large one, or no call brings a whole file system to the medium, its bytes are brought there now (invariant 3).
+        """
+        file.flush()
+        if large or not has_sync_file_system():
+            os.fsync(file.fileno())
+        file.close()                             # else the time may not stick, on Windows
+        with suppress(OSError, OverflowError):   # a time this file system cannot hold: the present one will do
+            os.utime(file.name, ns=(storable(mtime * 1_000_000),) * 2)
+        with suppress(OSError):
+            about = os.lstat(self.place(path))
+            if stat.S_ISREG(about.st_mode):
+                os.chmod(file.name, about.st_mode & 0o777)
+
+    def settle(self, file: BinaryIO, path: str, expected: Here | None, base: Base | None) -> Here | None:
+        """Put a finished file in its place, if what is there is what we saw, with the bytes of base; None if not (invariant 2)."""
+        self.prove(path)
+        if not is_like_here(self.look(path), expected):
+            return None
+        if expected and not (base and self.holds(path, base) and is_like_here(self.look(path), expected)):
+            return None
+        made = here_of(path, os.lstat(file.name))
+        self._patiently(lambda: os.replace(file.name, self.place(path)), self.place(path))
+        self.touch(path)
+        here = self.look(path)
+        same = here and here._replace(ctime_ns=0) == made._replace(ctime_ns=0)
+        return here if same else made._replace(ctime_ns=-1)      # somebody wrote to it since: its bytes will be looked at
+
+    def make_directory(self, path: str) -> Here:
+        """Make a directory, and those above it, unless they are there.  raises OSError"""
+        for above in reversed(list(lineage(path))):
+            try:
+                os.mkdir(self.place(above))
+                self._touched.add(parent_of(above))
+            except FileExistsError:
+                self.prove(above + "/.")
+        return self.look(path)
+
+    def rename(self, old: str, new: str) -> None:
+        """raises OSError; nothing is ever replaced"""
+        self.prove(old)
+        if self.key(old) != self.key(new) and os.path.lexists(self.place(new)):
+            raise FileExistsError(errno.EEXIST, "something is there", new)
+        if parent_of(new):
+            self.make_directory(parent_of(new))
+        self._patiently(lambda: os.rename(self.place(old), self.place(new)), self.place(old))
+        self._touched.update((parent_of(old), parent_of(new)))
+
+    def remove(self, path: str, expected: Here, base: Base) -> bool:
+        """Remove a file that holds the bytes of base, or a directory that holds nothing but what systems make again.
+
+        False if it holds something else.  raises OSError
+        """
+        self.prove(path)
+        place = self.place(path)
+        if not expected.kind:
+            if not self.holds(path, base) or not is_like_here(self.look(path), expected):
+                return False
+            self._patiently(lambda: os.unlink(place), place)
+        else:
+            names = os.listdir(place)
+            if any(not REGENERATED_RULES.leaves_out(name, False) or os.path.isdir(os.path.join(place, name)) for name in names):
+                return False
+            for name in names:
+                os.unlink(os.path.join(place, name))
+            self._patiently(lambda: os.rmdir(place), place)
+        self._touched.add(parent_of(path))
+        return True
+
+    def _patiently(self, act: Callable[[], None], place: str) -> None:
+        """Replace, rename or remove.  On Windows what is read-only is made writable, and what somebody reads is waited for."""
+        for attempt in range(5 if os.name == "nt" else 1):
+            try:
+                return act()
+            except PermissionError:
+                if os.name != "nt" or attempt == 4:
+                    raise
+                with suppress(OSError):
+                    os.chmod(place, stat.S_IWRITE | stat.S_IREAD)
+                time.sleep(0.02 * 2 ** attempt)
+
+    # ---- the medium
+
+    def touch(self, path: str) -> None:
+        """A file or directory is about to be noted as it is here."""
+        self._touched.update((path, parent_of(path)))
+
+    def secure(self) -> None:
+        """Bring to the medium what was written or read since, and the names of it (invariants 3 and 4).  raises OSError"""
+        touched, self._touched = self._touched, set()
+        if not sync_file_system(self.top, all=bool(self.mounts)):
+            for path in sorted(touched):
+                self._force(path)
+            with open(self.home / "Probe", "r+b") as file:
+                sync_file(file.fileno())         # one for all, where a disk has to be told (macOS)
+
+    def _force(self, path: str) -> None:
+        """One file or directory, where a system knows no other way; what is old got there by itself."""
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            place = self.place(path) if path else self.top
+            about = os.lstat(place)
+            is_young = time.time() - max(about.st_mtime, about.st_ctime) < 600
+            if stat.S_ISREG(about.st_mode) and is_young or stat.S_ISDIR(about.st_mode) and os.name != "nt":
+                fd = os.open(place, (os.O_RDWR if os.name == "nt" else os.O_RDONLY) | O_EXTRA)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+
+
+class Changing(OSError):
+    """Somebody writes to a file: in the next round."""
+
+
+def storable(number: int) -> int:
+    """A time or inode as a database can hold it, the same on both sides of every comparison."""
+    return number if -LARGEST <= number <= LARGEST else max(-LARGEST, min(LARGEST, number))
+
+
+def here_of(path: str, about: os.stat_result) -> Here:
+    if stat.S_ISDIR(about.st_mode):
+        return Here(path, COLLECTION, 0, 0, 0, storable(about.st_ino))
+    made, inode = about.st_ctime_ns, about.st_ino
+    if os.name == "nt":                          # what scandir, lstat and fstat agree on, there
+        made, inode = getattr(about, "st_birthtime_ns", made), 0       # fstat's ctime is another one since Python 3.12
+    return Here(path, FILE, about.st_size, storable(about.st_mtime_ns), storable(made), storable(inode))
+
+
+def is_like_here(one: Here | None, other: Here | None) -> bool:
+    """Are they the same file, unchanged, under whatever spelling of its name?"""
+    return one is other if one is None or other is None else one[1:] == other[1:]
+
+
+def why_not_a_file(about: os.stat_result) -> str:
+    """What keeps something from being synced as a file or directory; "" if nothing does."""
+    if stat.S_ISLNK(about.st_mode):
+        return LINK
+    if is_junction(about):
+        return JUNCTION
+    return "" if stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode) else NOT_A_FILE
+
+
+def why_not_a_name(name: str, path: str) -> str:
+    """What keeps a name from being stored on a server; "" if nothing does."""
+    try:
+        check_name(name)
+        if path.count("/") >= DEPTH_LIMIT or len(path) * 4 > PATH_LIMIT and len(path.encode()) > PATH_LIMIT:
+            return "lies too deep"
+    except CloudError as error:
+        return str(error)
+    return ""
+
+
+def read_fully(file: BinaryIO, size: int) -> bytes:
+    """As many bytes of an unbuffered file as there are, up to `size`."""
+    data = file.read(size)
+    while 0 < len(data) < size:
+        more = file.read(size - len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def cut_by_content(file: BinaryIO) -> Iterator[bytes]:
+    """The bytes of a file in chunks that end where the content says so: an insertion moves only those around it."""
+    data, at, ended = b"", 0, False
+    while True:
+        if len(data) - at < CUT_MOST and not ended:
+            more = file.read(2 * CUT_MOST)
+            ended = not more
+            data, at = data[at:] + more, 0
+            continue
+        if at == len(data):
+            return
+        found = CUT_MARK.search(data, at + CUT_LEAST, at + CUT_MOST)
+        stop = found.end() if found else min(at + CUT_MOST, len(data))
+        yield data[at:stop]
+        at = stop
+
+
+# ---- what both sides agreed on
+
+def chunks_of(node: There | Base) -> list[tuple[str, int]]:
+    """(hash, size) of its chunks."""
+    if node.chunks:
+        return [(hash, size) for hash, size in json.loads(node.chunks)]
+    return [(node.content, node.size)] if node.size else []
+
+
+class Memory:
+    """The memory of a folder, in its corner: base and there by key, and some words.
+
+    there   what the server has;  twin  what it has and this computer cannot tell apart from something there, by path
+    """
+
+    TREES = {"there": There, "base": Base, "twin": There}
+
+    def __init__(self, path: Path, key: Callable[[str], str]) -> None:
+        """raises Stopped"""
+        self.path, self.key = path, key
+        with self._guarded():
+            self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.execute("PRAGMA synchronous = NORMAL")
+            for name, kind in self.TREES.items():
+                self._make_table(name, kind._fields)
+            self.db.execute("CREATE TABLE IF NOT EXISTS word (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
+            self.words = dict(self.db.execute("SELECT name, value FROM word"))
+            rows = {name: self.db.execute("SELECT key, %s FROM %s" % (", ".join(kind._fields), name))
+                    for name, kind in self.TREES.items()}
+            self.there: dict[str, There] = {there.path if key == there.path else key: there for key, there in (
+                (row[0], There._make(row[1:])) for row in rows["there"])}
+            self.base: dict[str, Base] = {row[0]: self._with_words_of(self.there.get(row[0]), Base._make(row[1:])) for row in rows["base"]}
+            self.twin: dict[str, There] = {row[0]: There._make(row[1:]) for row in rows["twin"]}
+        self.young = {key for key, base in self.base.items() if not base.sure}
+        self._changed: dict[str, set[str]] = {name: set() for name in self.TREES}
+        self.steps = 0                               # how often something was agreed on
+
+    def _make_table(self, name: str, columns: Sequence[str]) -> None:
+        """Make a table, or give one of an older program the columns it lacks."""
+        self.db.execute("CREATE TABLE IF NOT EXISTS %s (key TEXT PRIMARY KEY, %s) WITHOUT ROWID" % (name, ", ".join(columns)))
+        known = {row[1] for row in self.db.execute("PRAGMA table_info(%s)" % name)}
+        for column in columns:
+            if column not in known:
+                self.db.execute("ALTER TABLE %s ADD COLUMN %s DEFAULT %d" % (name, column, column == "sure"))
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise Stopped("what %s remembers cannot be read or written: %s" % (self.path.parent.parent, error)) from error
+
+    def _with_words_of(self, there: There | None, base: Base) -> Base:
+        """The same, sharing its strings with what is on the server: they are most of our memory."""
+        return Base(*there, *base[8:]) if there == base[:8] else base
+
+    @property
+    def cursor(self) -> int:
+        return int(self.words.get("cursor", -1))
+
+    @property
+    def latest(self) -> Cursor:
+        """The latest point of the server's history that a commit of ours was answered with; what is agreed on may be as new."""
+        seq, tag = json.loads(self.words.get("latest", "[-1, \"\"]"))
+        return seq, tag
+
+    @property
+    def mounts(self) -> set[str]:
+        """Keys of directories that were on file systems of their own."""
+        return set(json.loads(self.words.get("mounts", "[]")))
+
+    def say(self, **words: Any) -> None:
+        self.words.update((name, str(value)) for name, value in words.items())
+
+    def set(self, tree: str, key: str, value: There | Base | None) -> None:
+        mine = getattr(self, tree)
+        if value is not None:
+            mine[key] = value
+        elif mine.pop(key, None) is None:
+            return
+        self._changed[tree].add(key)
+        if tree == "base":
+            self.steps += 1
+            (self.young.add if value and not value.sure else self.young.discard)(key)
+
+    def agree(self, key: str, there: There, here: Here) -> None:
+        """Both sides are the same now: the bytes that were just read, or written."""
+        sure = here.kind or abs(time.time_ns() - here.mtime_ns) > YOUNG
+        self.set("there", key, there)
+        self.set("base", key, Base(*there, here.mtime_ns, here.inode, here.ctime_ns, int(sure)))
+
+    def know(self, key: str, here: Here) -> None:
+        """What is here was found to hold the bytes of base."""
+        sure = here.kind or abs(time.time_ns() - here.mtime_ns) > YOUNG
+        self.set("base", key, self.base[key]._replace(mtime_ns=here.mtime_ns, inode=here.inode, ctime_ns=here.ctime_ns, sure=int(sure)))
+
+    def doubt(self, key: str) -> None:
+        """Whatever size and times say: the bytes of a file here have to be looked at."""
+        if key in self.base:
+            self.set("base", key, self.base[key]._replace(ctime_ns=-1, sure=1))
+
+    def below(self, tree: str, key: str) -> list[str]:
+        """Keys in a tree at and below one, from the top."""
+        mine, prefix = getattr(self, tree), key + "/"
+        if key in mine and not mine[key].kind:
+            return [key]
+        return [key] * (key in mine) + sorted(other for other in mine if other.startswith(prefix))
+
+    def take_twins_along(self, path: str, new: str | None = None) -> None:
+        """What could not be told apart, in a collection that we deleted there or moved to a new path: nobody tells us."""
+        for other in [other for other in self.twin if other.startswith(path + "/")]:
+            there = self.twin[other]
+            self.set("twin", other, None)
+            if new is not None:
+                self.set("twin", new + other[len(path):], there._replace(path=new + other[len(path):]))
+
+    def forget(self, key: str) -> None:
+        if key in self.base:
+            self.take_twins_along(self.base[key].path)
+        for tree in ("there", "base"):
+            for other in self.below(tree, key):
+                self.set(tree, other, None)
+
+    def clear(self, *trees: str) -> None:
+        for tree in trees:
+            for key in list(getattr(self, tree)):
+                self.set(tree, key, None)
+
+    def take(self, tree: str, key: str, path: str) -> list[tuple[str, str, Any]]:
+        """Take a node with all below it out of a tree: [(rest of key, rest of path, value), ...]."""
+        taken = []
+        for other in self.below(tree, key):
+            value = getattr(self, tree)[other]
+            taken.append((other[len(key):], value.path[len(path):], value))
+            self.set(tree, other, None)
+        return taken
+
+    def rekey(self, tree: str, key: str, path: str, new: str, new_path: str) -> None:
+        """A node has another place, and all below it."""
+        for rest_key, rest_path, value in self.take(tree, key, path):
+            self.set(tree, new + rest_key, value._replace(path=new_path + rest_path))
+
+    def draw(self, nodes: Iterable[There]) -> None:
+        """Enter what the server has, parents first; what looks like something else here becomes a twin, with all below it."""
+        for there in nodes:
+            key, above = self.key(there.path), parent_of(there.path)
+            other, parent = self.there.get(key), self.there.get(self.key(above))
+            if (other is None or other.node == there.node) and (parent is None or parent.path == above):
+                self.set("there", key, there)
+            else:
+                self.set("twin", there.path, there)
+
+    def redraw(self, changes: Sequence[tuple[str, There | None]]) -> None:
+        """Enter changes, (node, as it is now or None).
+
+        What was touched is taken out, the deepest first, so that each takes along only what stays with it; then it is put back.
+        """
+        touched = {node for node, _ in changes}
+        old = sorted(((tree, key, there) for tree in ("there", "twin") for key, there in getattr(self, tree).items()
+                      if there.node in touched), key=lambda item: item[1].count("/"), reverse=True)
+        taken = {there.node: self.take(tree, key, there.path) for tree, key, there in old}
+        for node, there in sorted(changes, key=lambda change: change[1].path.count("/") if change[1] else 0):
+            if there is not None:
+                self.draw([there, *(value._replace(path=there.path + rest) for _, rest, value in taken.get(node, ()) if rest)])
+        twins = sorted(self.twin.values(), key=lambda there: there.path.count("/"))
+        self.clear("twin")
+        self.draw(twins)                         # one of two may be gone
+
+    @property
+    def leaving(self) -> list[str]:
+        """Keys of what we were about to take away here when we last wrote down anything."""
+        return json.loads(self.words.get("leaving", "[]"))
+
+    def take_away(self, keys: Collection[str]) -> None:
+        """Write down, on the medium, what we are about to delete or rename here: if we are killed before that is noted, what
+        is missing is our doing and no wish of anybody to have it deleted there.  raises Stopped"""
+        self.say(leaving=json.dumps([*self.leaving, *keys]))
+        with self._guarded():
+            self.db.execute("PRAGMA synchronous = FULL")
+            self.db.execute("REPLACE INTO word (name, value) VALUES ('leaving', ?)", (self.words["leaving"],))
+            self.db.execute("PRAGMA synchronous = NORMAL")
+
+    def flush(self) -> None:
+        """Write down what changed, all or nothing.  raises Stopped, and keeps it to be written"""
+        self.say(leaving="[]")
+        with self._guarded():
+            self.db.execute("BEGIN")
+            try:
+                for tree, kind in self.TREES.items():
+                    mine, keys = getattr(self, tree), self._changed[tree]
+                    self.db.executemany("DELETE FROM %s WHERE key = ?" % tree, [(key,) for key in keys if key not in mine])
+                    self.db.executemany("REPLACE INTO %s (key, %s) VALUES (?%s)" % (tree, ", ".join(kind._fields), ", ?" * len(kind._fields)),
+                                        [(key, *mine[key]) for key in keys if key in mine])
+                self.db.executemany("REPLACE INTO word (name, value) VALUES (?, ?)", self.words.items())
+                self.db.execute("COMMIT")
+            except BaseException:
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                raise
+        for keys in self._changed.values():
+            keys.clear()
+
+    @property
+    def is_changed(self) -> bool:
+        """Is there anything to flush that speaks of files here?"""
+        return bool(self._changed["base"])
+
+    def close(self) -> None:
+        self.db.close()
+
+
+# ==== 21. Sync client ====================================================================
+#
+# The server at the other end, and a run.  The invariants are those of the room above.
+
+# ---- what an answer may hold (invariant 6)
+
+_PLAIN_WORD = re.compile(r"[\w.+/=~-]{0,200}", re.ASCII)
+
+
+def can(read: Callable[[Any], Any]) -> Callable[[Any], bool]:
+    """A test of whether something can be read."""
+    def test(value: Any) -> bool:
+        try:
+            read(value)
+        except CloudError:
+            return False
+        return True
+    return test
+
+
+def is_count(value: Any) -> bool:
+    return is_integer(value) and value >= 0
+
+
+def is_word(value: Any) -> bool:
+    """Something that may stand in an address or a field of a request as it is."""
+    return isinstance(value, str) and _PLAIN_WORD.fullmatch(value) is not None
+
+
+def is_path(value: Any) -> bool:
+    """A path that any server may have; it leads nowhere but down."""
+    if not isinstance(value, str):
+        return False
+    if len(value) < NAME_LIMIT and _SIMPLE.fullmatch("/" + value):
+        return True
+    names = value.split("/")
+    return len(names) <= DEPTH_LIMIT and not any(why_not_a_name(name, "") for name in names) and len(value.encode()) <= PATH_LIMIT
+
+
+def is_mtime(value: Any) -> bool:
+    return is_integer(value) and MTIME_MIN <= value <= MTIME_MAX
+
+
+def is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+are_hashes, are_chunks = can(each(read_hash)), can(each(read_chunk_of_file, sys.maxsize))
+SHAPES: dict[str, dict[str, Callable[[Any], bool]]] = {  # what answers are made of; a field with _ at its end may be missing
+    "manifest": {"seq": is_count, "tag_": is_word, "server": is_word, "node_": is_word},
+    "changes": {"seq": is_count, "tag_": is_word, "root_": is_word, "more": lambda value: isinstance(value, bool), "changes": is_list},
+    "collection": {"kind": lambda value: value == "collection", "path": is_path, "node": is_word, "mtime": is_mtime},
+    "file": {"kind": lambda value: value == "file", "path": is_path, "node": is_word, "mtime": is_mtime, "etag": is_word,
+             "size": is_count, "chunks": are_chunks},
+    "gone": {"node": is_word},
+    "commit": {"results": is_list, "seq_": is_count, "cursor_": is_count, "tag_": is_word},
+    "outcome": {"status": is_count, "etag": is_word, "node_": is_word, "problem_": lambda value: isinstance(value, dict)},
+    "problem": {"code": is_word, "detail": lambda value: isinstance(value, str)},
+    "missing": {"missing": are_hashes},
+    "device": {"token": lambda value: is_word(value) and value != ""},
+}
+
+
+def checked(shape: str, value: Any) -> dict[str, Any]:
+    """An answer, or part of one, that has its shape.  raises Stopped"""
+    if not isinstance(value, dict):
+        raise Stopped("the server sent what no cloudserver sends: %s" % shape)
+    for name, fits in SHAPES[shape].items():
+        key = name.rstrip("_")
+        if not (fits(value[key]) if key in value else name[-1] == "_"):
+            raise Stopped("the server sent what no cloudserver sends: the %s of a %s is %.100r" % (key, shape, value.get(key)))
+    return value
+
+
+def there_of(about: Any) -> There:
+    """A node as the protocol tells it.  raises Stopped"""
+    kind = about.get("kind") if isinstance(about, dict) else None
+    about = checked("collection" if kind == "collection" else "file", about)
+    if kind == "collection":
+        return There(about["path"], about["node"], COLLECTION, "", 0, about["mtime"], "", "")
+    chunks = [tuple(chunk) for chunk in about["chunks"]]
+    if sum(size for _, size in chunks) != about["size"]:
+        raise Stopped("the server sent what no cloudserver sends: chunks that do not make a file")
+    return There(about["path"], about["node"], FILE, about["etag"], about["size"], about["mtime"],
+                 manifest_of(chunks) if chunks else EMPTY, json.dumps(chunks) if len(chunks) > 1 else "")
+
+
+def change_of(about: Any) -> tuple[str, There | None]:
+    """(node, as it is now or None if it is gone), of a change as the protocol tells it.  raises Stopped"""
+    if isinstance(about, dict) and about.get("path", "") is None:
+        return checked("gone", about)["node"], None
+    there = there_of(about)
+    return there.node, there
+
+
+# ---- the other end
+
+class BrokenOff(Stopped):
+    """An answer that began well did not come whole."""
+
+
+class Link:
+    """A connection to the server.  Every call may be repeated: asking changes nothing, and a commit has its id."""
+
+    def __init__(self, url: str, authorization: str, agent: str, pin: str = "") -> None:
+        """
+        pin     SHA-256 of a certificate that counts although nobody vouches for it
+        raises  Stopped
+        """
+        try:
+            parts = urlsplit(url)
+            self.host, self.port = parts.hostname, parts.port
+        except ValueError:
+            parts, self.host = urlsplit(""), None
+        if parts.scheme not in ("http", "https") or not self.host:
+            raise Stopped("%s is not the address of a server, like https://ann@cloud.example" % url, USAGE)
+        self.secure, self.pin = parts.scheme == "https", pin
+        self.prefix = parts.path.rstrip("/")
+        self.fields = {"Authorization": authorization, "User-Agent": agent}
+        self._mine = threading.local()               # each thread has a connection of its own
+        self._opened: list[http.client.HTTPConnection] = []
+        self.sent = self.received = 0
+
+    def _connect(self) -> http.client.HTTPConnection:
+        connection = getattr(self._mine, "connection", None)
+        if connection is None:
+            connection = self._mine.connection = self._dial(bool(self.pin))
+            self._opened.append(connection)
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def _dial(self, pinned: bool) -> http.client.HTTPConnection:
+        """A new connection; a certificate that is pinned is compared before anything is sent."""
+        if not self.secure:
+            connection = http.client.HTTPConnection(self.host, self.port, timeout=90)
+            connection.connect()
+            return connection
+        context = ssl.create_default_context()
+        if pinned:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(self.host, self.port, timeout=90, context=context)
+        connection.connect()
+        if pinned and self._fingerprint(connection) != self.pin:
+            connection.close()
+            try:
+                return self._dial(False)             # it has one by now that others vouch for
+            except ssl.SSLCertVerificationError:
+                raise Stopped("the certificate of %s is not the one that was trusted, and nothing was sent. If its owner changed "
+                              "it, --trust trusts the new one" % self.host) from None
+        return connection
+
+    def _fingerprint(self, connection: http.client.HTTPConnection) -> str:
+        return hashlib.sha256(connection.sock.getpeercert(binary_form=True)).hexdigest()
+
+    def certificate(self) -> str:
+        """SHA-256 of a certificate that nobody vouches for; "" if it needs no trust.  raises Stopped"""
+        try:
+            if self.secure:
+                try:
+                    self._dial(False).close()
+                except ssl.SSLCertVerificationError:
+                    context = ssl.create_default_context()
+                    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                    connection = http.client.HTTPSConnection(self.host, self.port, timeout=90, context=context)
+                    connection.connect()
+                    with closing(connection):
+                        return self._fingerprint(connection)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+        return ""
+
+    def _drop(self) -> None:
+        """This thread's connection is of no use any more."""
+        connection, self._mine.connection = getattr(self._mine, "connection", None), None
+        if connection:
+            self._opened.remove(connection)
+            connection.close()
+
+    def close(self) -> None:
+        for connection in self._opened:
+            connection.close()
+
+    def call(self, shape: str, method: str, path: str, body: bytes | None = None, *, tries: int = 5) -> dict[str, Any]:
+        """An answer in JSON, of a shape; "" if it does not matter.
+
+        raises  CloudError as the server refuses; Stopped when it cannot be reached, turns us away or answers nonsense
+        """
+        def read(response: http.client.HTTPResponse) -> bytes:
+            most = ANSWER_LIMIT if response.length is None else min(response.length, ANSWER_LIMIT)
+            data = response.read(most)           # Python 3.9 takes all the memory that it is asked for, each time
+            if response.length or not response.isclosed() and response.read(1):
+                raise http.client.IncompleteRead(data)
+            return data
+        data = self._ask(method, path, body, tries, read)
+        self.received += len(data)
+        if not shape:
+            return {}
+        try:
+            return checked(shape, parse_json(data))
+        except CloudError as error:
+            raise self._nonsense() from error
+
+    @contextmanager
+    def open(self, method: str, path: str, body: bytes | None = None) -> Iterator[http.client.HTTPResponse]:
+        """As call, with the body to be read.  raises Stopped, too, where it breaks off"""
+        response = self._ask(method, path, body, 5, None)
+        try:
+            yield response
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise BrokenOff("the answer of %s broke off: %s" % (self.host, error or type(error).__name__)) from error
+        finally:
+            if not response.isclosed():
+                self._drop()                     # the rest of an answer that nobody wants
+
+    def _ask(self, method: str, path: str, body: bytes | None, tries: int, read: Callable[[http.client.HTTPResponse], bytes] | None) -> Any:
+        """The response, or with `read` what that makes of it; whatever the network does is tried again."""
+        for attempt in range(1, tries + 1):
+            try:
+                connection = self._connect()
+                connection.request(method, self.prefix + path, body, self.fields)
+                self.sent += len(body or b"")
+                response = connection.getresponse()
+                if 200 <= response.status < 300:
+                    return read(response) if read else response
+                error, wait = self._refusal(response), response.getheader("Retry-After") or ""
+            except (OSError, http.client.HTTPException, ValueError) as trouble:
+                self._drop()
+                if attempt == tries or isinstance(trouble, ssl.SSLError):
+                    raise self._unreachable(trouble) from trouble
+                time.sleep(0.1 * 2 ** attempt)
+                continue
+            if response.status not in (429, 503) or attempt == tries:
+                raise error
+            time.sleep(min(30, int(wait)) if re.fullmatch(r"\d{1,4}", wait, re.ASCII) else 1)
+        raise self._nonsense()
+
+    def _unreachable(self, error: Exception) -> Stopped:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return Stopped("the certificate of %s cannot be verified (%s), and nothing was sent. If it is home-made, --trust trusts it "
+                           "from now on, as ssh does" % (self.host, error.verify_message))
+        return Stopped("cannot reach %s: %s" % (self.host, error or type(error).__name__))
+
+    def _nonsense(self, status: int | None = None) -> Stopped:
+        return Stopped("%s does not answer as a cloudserver" % self.host + ("" if status is None else ": status %d" % status))
+
+    def _refusal(self, response: http.client.HTTPResponse) -> Exception:
+        """What the server says in place of what was asked."""
+        try:
+            problem = checked("problem", parse_json(response.read(MiB)))
+        except (CloudError, Stopped):
+            self._drop()
+            return self._nonsense(response.status)
+        code, detail = problem["code"], problem["detail"]
+        if response.status == 401:
+            return Stopped("the server does not let this device in any more (%s); nothing was touched. "
+                           "sync DIR https://NAME@HOST with the password logs in again" % detail, REFUSED)
+        missing = problem.get("missing")
+        return CloudError(code if code in ERRORS else "internal", detail,
+                          missing=missing if are_hashes(missing) else None)
+
+
+# ---- a run
+
+@dataclass
+class Tally:
+    """What a run did; the summary and --json."""
+    uploaded: int = 0
+    downloaded: int = 0
+    moved: int = 0
+    deleted_here: int = 0
+    deleted_there: int = 0
+    conflicts: int = 0
+    skipped: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+
+    def work(self) -> int:
+        return self.uploaded + self.downloaded + self.moved + self.deleted_here + self.deleted_there + self.conflicts
+
+
+Cursor = Tuple[int, str]        # (seq, tag): a point in the history of a server
+
+
+class Session:
+    """What the parts of the client share: both ends, what was agreed, how the folder looks now, and what a run did so far."""
+
+    def __init__(self, folder: Folder, memory: Memory, link: Link, *, only: Sequence[str] = (), yes: bool = False,
+                 show: bool = False) -> None:
+        self.folder, self.memory, self.link, self.yes = folder, memory, link, yes
+        self.only = [folder.key("/".join(split_path(path))) for path in only]
+        self.progress = Progress("sync", 0) if show else None
+        self.rules, self.scan = Rules(()), Scan({}, {}, [], {}, 0.0)
+        self.lane = ThreadPoolExecutor(LANES, "sync")
+        self.flying: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
+        self.remembered, self.pause = 0.0, 1.0
+        self.begin()
+
+    def begin(self) -> None:
+        """A new run; whatever an earlier one left under way does not count."""
+        for future, _ in self.flying:
+            future.cancel()
+        await_all([future for future, _ in self.flying])  # else a late commit would be one that nobody tells us of
+        self.flying.clear()
+        self.tally = Tally()
+        self.problems: dict[str, str] = {}           # what could not be synced, by key
+        self.kept: dict[str, str] = {}               # directories that stay because of what is left out, by path
+        self.unsettled: set[str] = set()             # paths that changed while they were read
+        self.lacking: dict[str, str] = {}            # paths whose bytes the server cannot give
+        self.refused: dict[str, str] = {}            # paths at which the server has something else than we know
+        self.seen: list[Cursor | None] = []          # that commits were answered with
+        self.held = False
+
+    def complain(self, path: str, problem: Any) -> None:
+        self.problems[self.folder.key(path)] = one_line("%s: %s" % (path, getattr(problem, "strerror", None) or problem))
+
+    @contextmanager
+    def forgiving(self, path: str) -> Iterator[None]:
+        """What goes wrong with one path costs that path (invariant 7)."""
+        try:
+            yield
+        except Changing:
+            self.unsettled.add(path)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                error.strerror = "the disk of %s is full" % self.folder.root
+            self.complain(path, error)
+
+    # ---- the lanes: requests are under way while the next is prepared; what they do is independent of each other
+
+    def fly(self, work: Callable[[], Any], land: Callable[[Any], None]) -> None:
+        self.flying.append((self.lane.submit(work), land))
+        while len(self.flying) > LANES:
+            self._land()
+
+    def _land(self) -> None:
+        future, land = self.flying.popleft()
+        land(future.result())
+
+    def land_all(self) -> None:
+        while self.flying:
+            self._land()
+        self.advance()
+
+    def advance(self) -> None:
+        """All our commits are answered: if nobody else did anything meanwhile, we need not be told of our own doing."""
+        if self.seen and None not in self.seen:
+            cursor, tag = max(self.seen)
+            if cursor > self.memory.cursor:
+                self.memory.say(cursor=cursor, tag=tag)
+        self.seen = []
+
+    @property
+    def is_time(self) -> bool:
+        """Did we write down nothing for a while?"""
+        return time.monotonic() - self.remembered > self.pause
+
+    def remember(self, *, built: bool = False) -> None:
+        """Write down what is agreed on; it is on the medium by then (invariant 4).  raises Stopped
+
+        built   files are about to be put in their places, and have to be there, too
+        """
+        began = time.monotonic()
+        try:
+            if built or self.memory.is_changed:
+                self.folder.check_place()
+                self.folder.secure()
+                self.folder.check_place()        # it still is: else something else was brought to its medium
+        except OSError as error:
+            self.folder.check_place()
+            raise Stopped("the disk of %s fails: %s" % (self.folder.root, error.strerror)) from error
+        self.memory.flush()
+        self.remembered = time.monotonic()
+        self.pause = max(1.0, 5 * (self.remembered - began))
+
+    # ---- asking for changes
+
+    def commit(self, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The outcomes of steps, one for each."""
+        return self.saw(self.send(steps)) if steps else []
+
+    def saw(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
+        """The outcomes of a commit.  From now on we know that its seq is in the history of the server."""
+        point = answer.get("seq", 0), answer.get("tag", "")
+        self.seen.append((answer["cursor"], point[1]) if "cursor" in answer else None)
+        if point > self.memory.latest:
+            self.memory.say(latest=json.dumps(point))
+        return answer["results"]
+
+    def send(self, steps: list[dict[str, Any]], frames: bytes = b"") -> dict[str, Any]:
+        """A commit, from any thread: the answer, whose results are outcomes, one for each step."""
+        words = self.memory.words
+        head = {"op": secrets.token_hex(16), "server": words["server"], "since": self.memory.cursor, "ops": steps,
+                **({"tag": words["tag"]} if words.get("tag") else {})}
+        answer = self.link.call("commit", "POST", "/api/v1/commit", format_json(head) + b"\n" + frames)
+        outcomes = [checked("outcome", outcome) for outcome in answer["results"]]
+        if len(outcomes) != len(steps):
+            raise Stopped("the server sent what no cloudserver sends: %d outcomes of %d steps" % (len(outcomes), len(steps)))
+        for outcome in outcomes:
+            if "problem" in outcome:
+                checked("problem", outcome["problem"])
+        return {**answer, "results": outcomes}
+
+    def went_well(self, path: str, outcome: dict[str, Any]) -> bool:
+        problem = outcome.get("problem")
+        if problem is None and outcome["status"] < 300 and (outcome.get("node") or outcome["status"] == 204):
+            return True
+        code, detail = (problem["code"], problem["detail"]) if problem else ("internal", "status %d" % outcome["status"])
+        if code == "held":
+            self.held = True
+        elif code in ("precondition-failed", "missing", "not-found"):    # the next round sees more
+            self.refused[path] = detail
+        else:
+            self.complain(path, detail)
+        return False
+
+
+class Follower:
+    """Keeps our picture of the server up to date (invariant 5)."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.memory = session, session.memory
+
+    def address(self, more: str, since: Cursor | None = None) -> str:
+        """Where to ask for changes since our cursor."""
+        seq, tag = since or (self.memory.cursor, self.memory.words.get("tag"))
+        return "/api/v1/changes?since=%d&server=%s%s&%s" % (seq, self.memory.words["server"], "&tag=" + tag if tag else "", more)
+
+    def fetch(self) -> None:
+        """Bring it up to date.  raises Stopped"""
+        if self.memory.cursor >= 0:
+            try:
+                self._check_latest()
+                while self._fetch_changes():
+                    pass
+                return
+            except CloudError as error:
+                if error.kind == "other-history":
+                    self._start_over(error.detail.get("why") or "this server went back in time: an older state of its data was put back")
+                elif error.kind != "gone":
+                    raise
+        self._fetch_manifest()
+
+    def _check_latest(self) -> None:
+        """Where others wrote, or we were killed, our cursor is older than what we agreed on.  raises CloudError other-history"""
+        if self.memory.latest[0] > self.memory.cursor:
+            self.session.link.call("changes", "GET", self.address("limit=1", self.memory.latest))
+
+    def _fetch_changes(self) -> bool:
+        """One answer full of changes; are there more?"""
+        memory = self.memory
+        answer = self.session.link.call("changes", "GET", self.address("chunks=1&limit=%d" % CHANGES_LIMIT))
+        changes, root = [change_of(about) for about in answer["changes"]], answer.get("root", "")
+        before = memory.cursor
+        if answer["seq"] < before:
+            raise CloudError("other-history")
+        if self._is_elsewhere(root):
+            raise CloudError("other-history", why="this account begins elsewhere than it did")
+        if changes:
+            memory.redraw(changes)
+        memory.say(cursor=answer["seq"], tag=answer.get("tag", ""), root=root)
+        return answer["more"] and answer["seq"] > before
+
+    def _fetch_manifest(self) -> None:
+        """Everything anew.  Another server, or one that was put back, agreed on nothing with us."""
+        memory, found, first, last = self.memory, [], None, None
+        with self.session.link.open("GET", "/api/v1/manifest?chunks=1") as response:
+            while True:
+                line = response.readline(MANIFEST_LINE)
+                if not line.endswith(b"\n"):
+                    break
+                self.session.link.received += len(line)
+                about = json.loads(line)
+                if isinstance(about, dict) and "path" in about:
+                    found.append(there_of(about))
+                first, last = first or about, about
+        if last != {"end": True, "count": len(found)} or first is last:
+            raise Stopped("the answer of the server broke off; nothing was touched")
+        first = checked("manifest", first)
+        known = memory.words.get("server")
+        if known not in (None, first["server"]):
+            self._start_over("this is not the server it was, or it was restored from a backup")
+        elif self._is_elsewhere(first.get("node", "")):
+            self._start_over("this account begins elsewhere than it did")
+        elif first["seq"] < max(memory.cursor, memory.latest[0]):
+            self._start_over("this server went back in time: an older state of its data was put back")
+        memory.clear("there", "twin")
+        memory.draw(found)
+        memory.say(server=first["server"], cursor=first["seq"], tag=first.get("tag", ""), root=first.get("node", ""))
+
+    def _is_elsewhere(self, root: str) -> bool:
+        """Is the node whose tree we are shown another than it was?  Older servers do not say."""
+        return bool(root) and self.memory.words.get("root") not in (None, "", root)
+
+    def _start_over(self, why: str) -> None:
+        """Nothing is agreed on any more.  raises Stopped, unless somebody said yes"""
+        if not self.session.yes:
+            raise Stopped(why + "; nothing was touched. With --yes both sides are merged and nothing is deleted", ASK)
+        self.memory.clear("base")
+        self.memory.say(cursor=-1, latest=json.dumps((-1, "")))
+
+
+class Plan:
+    """What a round will do, by key."""
+
+    def __init__(self) -> None:
+        self.actions: dict[str, str] = {}
+
+    def of(self, *actions: str) -> list[str]:
+        """Keys in the order of paths, so that collections come before what they hold."""
+        return sorted(key for key, action in self.actions.items() if action in actions)
+
+    def settle_directories(self, memory: Memory, scan: Scan, left_out: set[str]) -> None:
+        """A directory goes only if all that is below goes too; what is left out stays, and what holds it.
+
+        Where a file takes the place of a directory, or the other way, that is done first; what is in the directory comes in
+        the next round.
+        """
+        self._postpone_below({key for key in self.of("delete here", "delete there", "forget") if not memory.base[key].kind
+                              and any(key in side and side[key].kind for side in (scan.here, memory.there))})
+        stays: set[str] = set()
+        quiet = {above for key in left_out for above in lineage(key)}
+        for key in sorted(self.actions, reverse=True):
+            action = self.actions[key]
+            if key in stays and action in ("delete there", "delete here"):
+                action = "download" if action == "delete there" else "upload"
+                ours, theirs = scan.here.get(key), memory.there.get(key)
+                self.actions[key] = "compare" if ours and theirs and ours.kind != theirs.kind else action
+            elif key in quiet and action == "delete there":
+                del self.actions[key]
+            if action not in ("delete there", "delete here", "forget"):
+                stays.add(parent_of(key))
+        self._postpone_below({key for key in self.of("compare") if scan.here[key].kind != memory.there[key].kind})
+
+    def _postpone_below(self, keys: set[str]) -> None:
+        if keys:
+            self.actions = {key: action for key, action in self.actions.items() if keys.isdisjoint(lineage(parent_of(key)))}
+
+
+class Planner:
+    """Decides what is to be done, and touches nothing."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.folder, self.memory = session, session.folder, session.memory
+        self.stuck: set[str] = set()                 # keys of what should move to a place where it cannot be
+        self._contents: dict[tuple[str, tuple[int, ...]], str] = {}      # of files read in this round: (path, sizes of chunks)
+
+    def begin(self) -> None:
+        """A new look at the folder."""
+        self.stuck, self._contents = set(), {}
+
+    # ---- what is synced
+
+    def is_wanted(self, key: str) -> bool:
+        only = self.session.only
+        return not only or any((key + "/").startswith(part + "/") or (part + "/").startswith(key + "/") for part in only)
+
+    def is_blocked(self, key: str) -> bool:
+        """Is it, or something that holds it, what we cannot sync?"""
+        blocked = self.session.scan.blocked
+        return bool(blocked) and any(above in blocked for above in lineage(key))
+
+    def is_left_out(self, key: str) -> bool:
+        """Is it outside of what is synced?"""
+        if not self.is_wanted(key) or self.is_blocked(key):
+            return True
+        node = self.memory.there.get(key) or self.memory.base.get(key)
+        if node is None:
+            return False                         # it is here, so the scan has let it through
+        parts = node.path.split("/")
+        return any(self.session.rules.leaves_out("/".join(parts[:n]), n < len(parts) or bool(node.kind)) for n in range(1, len(parts) + 1))
+
+    def can_be_here(self, key: str) -> bool:
+        """Can this computer hold the name?  If not it stays on the server, and is not gone."""
+        path = self.memory.there[key].path
+        if self.folder.holds_names(path.split("/")):
+            return True
+        self.session.complain(path, "this computer cannot hold the name")
+        return False
+
+    def path_here(self, key: str, path: str) -> str:
+        """How a path is spelled here: names may be written in other ways that mean the same."""
+        here, above = self.session.scan.here.get(key), self.session.scan.here.get(parent_of(key))
+        return here.path if here else above.path + path[len(parent_of(path)):] if above else path
+
+    # ---- comparing (invariant 1)
+
+    def holds(self, path: str, node: There | Base) -> bool:
+        """Does a file hold those bytes?  Each is read once a round, however often it is asked for."""
+        sizes = tuple(size for _, size in chunks_of(node))
+        if (path, sizes) not in self._contents:
+            try:
+                with self.folder.read(path) as file:
+                    seen = [(hashlib.sha256(read_fully(file, size)).hexdigest(), size) for size in sizes]
+                    self._contents[path, sizes] = "" if file.read(1) else manifest_of(seen) if seen else EMPTY
+            except OSError as error:
+                self.session.complain(path, error)
+                return False
+        return self._contents[path, sizes] == node.content
+
+    def state_here(self, key: str) -> str:
+        """As the function of this name, in doubt after a look at the bytes."""
+        base, here = self.memory.base.get(key), self.session.scan.here.get(key)
+        state = state_here(base, here)
+        if state != "doubt":
+            return state
+        if not self.holds(here.path, base):
+            return "changed"
+        self.memory.know(key, here)
+        return "same"
+
+    def plan(self) -> Plan:
+        """Compare each side with base."""
+        memory, here, plan, left_out = self.memory, self.session.scan.here, Plan(), set(self.stuck)
+        for key in {*memory.base, *memory.there, *here}:
+            base, ours, theirs = memory.base.get(key), here.get(key), memory.there.get(key)
+            changed = state_there(base, theirs)
+            if changed == "same" and base[:8] != theirs and base.path == theirs.path:
+                memory.set("base", key, Base(*theirs, *base[8:]))    # the same bytes, written once more
+            action = DECISIONS[state_here(base, ours), changed]
+            if not action or key in left_out:
+                continue
+            if self.is_left_out(key) or key in self.session.problems:
+                left_out.add(key)
+                continue
+            if action == "read":
+                action = DECISIONS[self.state_here(key), changed]
+            if action in ("download", "upload") and ours and theirs and ours.kind != theirs.kind:
+                action = "compare"               # one made a file where the other has a directory
+            if key in self.session.problems or action == "download" and not self.can_be_here(key) or self._is_muted(key, action):
+                left_out.add(key)
+            else:
+                plan.actions[key] = action
+        if plan.actions:
+            plan.settle_directories(memory, self.session.scan, left_out)
+        return plan
+
+    def _is_muted(self, key: str, action: str) -> bool:
+        """While a rule cannot be read nothing goes up, but for the rules themselves."""
+        return bool(self.session.rules.broken) and action in ("upload", "delete there") and key != ".cloudignore"
+
+    def check_brake(self, plan: Plan) -> None:
+        """raises Stopped when a run would delete most of what there is"""
+        count = sum(action in ("delete here", "delete there") and not self.memory.base[key].kind
+                    for key, action in plan.actions.items())
+        files = sum(not base.kind for base in self.memory.base.values())
+        if count > BRAKE_LEAST and count * 2 > files and not self.session.yes:
+            raise Stopped("%d of %d files would be deleted; nothing was touched. With --yes it is done" % (count, files), ASK)
+
+    def look_late(self) -> bool:
+        """Read files once more that were read soon after a write: a memory map writes on, and no time tells.
+
+        A little at a time; true if one has changed.
+        """
+        until = time.monotonic() + LATE_LOOK
+        for key in list(self.memory.young):
+            base, here = self.memory.base[key], self.session.scan.here.get(key)
+            if state_here(base, here) != "same" or time.time_ns() - base.mtime_ns < YOUNG:
+                continue
+            if time.monotonic() > until:
+                break
+            if self.holds(here.path, base):
+                self.memory.know(key, here)
+            else:
+                self.memory.doubt(key)
+                return True
+        return False
+
+
+def is_at_home(base: Base, there: There | None) -> bool:
+    """Is a node where it was when it was agreed on?"""
+    return there is not None and there.node == base.node and there.path == base.path
+
+
+class Mover:
+    """Renames cost a rename: first those on the server, then ours."""
+
+    def __init__(self, session: Session, planner: Planner) -> None:
+        self.session, self.planner = session, planner
+        self.folder, self.memory = session.folder, session.memory
+
+    def follow(self) -> None:
+        while self._follow_there():              # once more for what was moved out of something that was moved
+            pass
+        here = not self.session.rules.broken
+        while here:
+            gone = [key for key, base in self.memory.base.items() if key not in self.session.scan.here or self._is_respelled(key, base)]
+            here = bool(gone) and self._follow_here(gone)
+
+    def _follow_there(self) -> bool:
+        """What has another path there is renamed here; was anything?"""
+        memory, here, before = self.memory, self.session.scan.here, self.session.tally.moved
+        astray = [key for key, base in memory.base.items() if not is_at_home(base, memory.there.get(key))]
+        if not astray:
+            return False
+        by_node = {there.node: key for key, there in memory.there.items()}
+        twins = {there.node for there in memory.twin.values()}
+        self.planner.stuck |= {key for key in astray if memory.base[key].node in twins}
+        for key in sorted(astray, key=lambda key: (key.count("/"), key)):
+            base = memory.base.get(key)
+            new = by_node.get(base.node) if base else None
+            there = memory.there.get(new)
+            if there is None or base.path == there.path or not self.planner.is_wanted(new) or (
+                    self.planner.state_here(key) != "same" or new != key and (new in here or new in memory.base)
+                    or any(above in here and not here[above].kind for above in lineage(parent_of(new)))):
+                continue                         # a parent took it along, or something is in the way
+            if self._is_stuck(new):
+                self.planner.stuck.add(key)
+                continue
+            with self.session.forgiving(there.path):
+                self._rename_here(key, new, there.path)
+        return self.session.tally.moved > before
+
+    def _is_stuck(self, new: str) -> bool:
+        """Can what is to move not be at its new place?"""
+        path = self.memory.there[new].path
+        for above in lineage(new):
+            if above in self.session.scan.blocked:
+                self.session.complain(path, "%s %s" % self.session.scan.blocked[above])
+                return True
+        return not self.planner.can_be_here(new)
+
+    def _rename_here(self, key: str, new: str, path: str) -> None:
+        """raises OSError"""
+        memory, here, base = self.memory, self.session.scan.here, self.memory.base[key]
+        old, target = here[key], self.planner.path_here(new, path) if new != key else path
+        if not is_like_here(self.folder.look(old.path), old):
+            raise Changing(errno.EAGAIN, "it has changed since it was looked at")
+        self.folder.rename(old.path, target)
+        memory.rekey("base", key, base.path, new, path)
+        for other in [key, *((other for other in here if other.startswith(key + "/")) if old.kind else ())]:
+            found = here.pop(other)
+            here[new + other[len(key):]] = found._replace(path=target + found.path[len(old.path):])
+        now = self.folder.look(target)
+        if not old.kind and now and now._replace(ctime_ns=0) == old._replace(path=target, ctime_ns=0):       # a rename changes ctime
+            here[new] = now
+            memory.know(new, now)
+        self.session.tally.moved += 1
+
+    def _is_respelled(self, key: str, base: Base) -> bool:
+        """Has only the case of its name changed, where the file system cannot tell cases apart?"""
+        here = self.session.scan.here[key]
+        return self.folder.folds and key_of(base.path.rpartition("/")[2]) != key_of(here.path.rpartition("/")[2])
+
+    def _follow_here(self, gone: list[str]) -> bool:
+        """What vanished in one place and turned up in another, told by inode, or by time, and content; was anything moved?"""
+        memory, here = self.memory, self.session.scan.here
+        twins: dict[Any, list[str]] = {}
+        for key, found in here.items():
+            if key not in memory.base and key not in memory.there:
+                for mark in self._marks(found):
+                    twins.setdefault(mark, []).append(key)
+        steps: list[tuple[str, str]] = []
+        taken: set[str] = set()
+        for key in sorted(gone, key=lambda key: (key.count("/"), key)):
+            base = memory.base.get(key)
+            if base is None or not taken.isdisjoint(lineage(parent_of(key))) or state_there(base, memory.there.get(key)) != "same" \
+                    or self.planner.is_left_out(key):
+                continue
+            new = key if key in here else next((new for mark in self._marks(base) for new in twins.get(mark, ())
+                                                if new not in taken and self._is_moved(key, base, new)), None)
+            if new is not None:
+                steps.append((key, new))
+                taken.update((key, new))
+        return any([self._move_there(some) for some in pieces(steps)])
+
+    def _marks(self, node: Here | Base) -> list[tuple[Any, ...]]:
+        """By what a node is known wherever it is; an inode of 0 is none."""
+        return [*([(node.kind, node.inode)] if node.inode else ()), *(() if node.kind else [(node.size, node.mtime_ns, "file")])]
+
+    def _is_moved(self, key: str, base: Base, new: str) -> bool:
+        found = self.session.scan.here[new]
+        if found.kind != base.kind:
+            return False
+        if base.kind:                            # an inode may be used again: something in it must be known
+            inside = [other for other in self.memory.base if other.startswith(key + "/")]
+            return not inside or any(new + other[len(key):] in self.session.scan.here for other in inside)
+        return (found.size, found.mtime_ns) == (base.size, base.mtime_ns) and self.planner.holds(found.path, base)
+
+    def _move_there(self, moves: list[tuple[str, str]]) -> bool:
+        memory, here, steps, made = self.memory, self.session.scan.here, [], set()
+        for key, new in moves:
+            path, above = here[new].path, []
+            while parent_of(path) and self.folder.key(parent_of(path)) not in memory.there:
+                path = parent_of(path)
+                above.append(path)
+            steps += [{"mkdir": path} for path in reversed(above) if path not in made]
+            made.update(above)
+            steps.append({"move": memory.base[key].path, "to": here[new].path,
+                          **({} if memory.base[key].kind else {"if": memory.there[key].etag})})
+        outcomes, done = self.session.commit(steps), 0
+        goals = iter(moves)
+        for step, outcome in zip(steps, outcomes):
+            if "mkdir" in step:
+                if outcome["status"] < 300:
+                    key = self.folder.key(step["mkdir"])
+                    memory.set("there", key, There(step["mkdir"], outcome.get("node", ""), COLLECTION, "", 0, 0, "", ""))
+                continue
+            key, new = next(goals)
+            if outcome["status"] < 300:
+                old = memory.base[key].path
+                memory.take_twins_along(old, here[new].path)
+                for tree in ("there", "base"):
+                    memory.rekey(tree, key, old, new, here[new].path)
+                if not here[new].kind:
+                    memory.know(new, here[new])
+                done += 1
+        self.session.tally.moved += done
+        return done > 0
+
+
+# ---- up
+
+class Outgoing:
+    """Files of one commit: its steps, the chunks they need, and (key, as it is here, as it will be there) of each."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.chunks: dict[str, bytes] = {}
+        self.items: list[tuple[str, Here, There]] = []
+        self.bytes = 0
+
+
+class Uploader:
+    """Brings the server to what is here."""
+
+    def __init__(self, session: Session, planner: Planner) -> None:
+        self.session, self.planner = session, planner
+        self.folder, self.memory, self.link = session.folder, session.memory, session.link
+
+    def make_collections(self, keys: list[str]) -> None:
+        for some in pieces(keys, COMMIT_FILES):
+            nodes = [self.session.scan.here[key] for key in some]
+            for key, here, outcome in zip(some, nodes, self.session.commit([{"mkdir": here.path} for here in nodes])):
+                if self.session.went_well(here.path, outcome):
+                    self.folder.touch(here.path)
+                    self.memory.agree(key, There(here.path, outcome["node"], COLLECTION, "", 0, 0, "", ""), here)
+
+    def upload(self, keys: list[str]) -> None:
+        """Small files by thousands in one commit; of large ones only the chunks the server lacks."""
+        batch = Outgoing()
+        for key in keys:
+            here = self.session.scan.here[key]
+            with self.session.forgiving(here.path):
+                self._take(batch, key, here)
+            if len(batch.steps) >= COMMIT_FILES or batch.bytes >= COMMIT_BYTES:
+                self.session.fly(partial(self._deliver, batch), partial(self._delivered, batch))
+                batch = Outgoing()
+        if batch.steps:
+            self.session.fly(partial(self._deliver, batch), partial(self._delivered, batch))
+        self.session.land_all()
+
+    def _take(self, batch: Outgoing, key: str, here: Here) -> None:
+        """Read a file into a batch.  raises OSError"""
+        base, data = self.memory.base.get(key), b""
+        if here.size > CHUNK_SIZE and state_here(base, here) == "doubt" and self.planner.holds(here.path, base):
+            self.memory.know(key, here)          # it may have been cut in another way
+            return
+        with self.folder.read(here.path, here) as file:
+            if here.size > CHUNK_SIZE:
+                chunks = self._send_ahead(file)
+            else:
+                data = read_fully(file, CHUNK_SIZE + 1)
+                chunks = [(hashlib.sha256(data).hexdigest(), len(data))] if data else []
+            now = here_of(here.path, os.fstat(file.fileno()))
+        if not is_like_here(now, here) or sum(size for _, size in chunks) != here.size:
+            raise Changing(errno.EAGAIN, "somebody writes to it")
+        self._offer(batch, key, here, chunks, data)
+
+    def _offer(self, batch: Outgoing, key: str, here: Here, chunks: list[tuple[str, int]], data: bytes) -> None:
+        base, there = self.memory.base.get(key), self.memory.there.get(key)
+        content, at = manifest_of(chunks) if chunks else EMPTY, min(max(here.mtime_ns // 1_000_000, MTIME_MIN), MTIME_MAX)
+        is_same_there = base is not None and state_there(base, there) == "same"
+        self.folder.touch(here.path)
+        if is_same_there and content == base.content:
+            self.memory.know(key, here)          # only its time was changed
+            return
+        batch.steps.append({"put": here.path, "chunks": chunks, "mtime": at, "if": there.etag if is_same_there else None})
+        batch.items.append((key, here, There(here.path, "", FILE, "", here.size, at, content,
+                                             json.dumps(chunks) if len(chunks) > 1 else "")))
+        if data:
+            batch.chunks[content] = data
+            batch.bytes += len(data)
+
+    def _send_ahead(self, file: BinaryIO) -> list[tuple[str, int]]:
+        """Cut a large file and send what the server lacks; returns its chunks."""
+        chunks, window, waiting = [], {}, 0
+        for data in cut_by_content(file):
+            hash = hashlib.sha256(data).hexdigest()
+            chunks.append((hash, len(data)))
+            window[hash] = data
+            waiting += len(data)
+            if waiting > WINDOW:
+                self.session.fly(partial(self._send_missing, window), lambda done: None)
+                window, waiting = {}, 0
+        self.session.fly(partial(self._send_missing, window), lambda done: None)
+        self.session.land_all()
+        return chunks
+
+    def _missing(self, hashes: Collection[str]) -> set[str]:
+        """Those that the server lacks."""
+        if not hashes:
+            return set()
+        body = format_json({"hashes": list(hashes)})
+        return set(self.link.call("missing", "POST", "/api/v1/chunks/missing", body)["missing"]).intersection(hashes)
+
+    def _send_missing(self, window: dict[str, bytes]) -> None:
+        frames = b"".join(format_frame(window[hash]) for hash in self._missing(window))
+        if frames:
+            self.link.call("", "POST", "/api/v1/chunks", frames)
+        if self.session.progress:
+            self.session.progress.add(sum(map(len, window.values())))
+
+    def _deliver(self, batch: Outgoing) -> dict[str, Any]:
+        """Commit files together with their chunks; what is not quite small is asked for first."""
+        lacking = self._missing([hash for hash, data in batch.chunks.items() if len(data) > INLINE_LIMIT])
+        frames = b"".join(format_frame(data) for hash, data in batch.chunks.items() if len(data) <= INLINE_LIMIT or hash in lacking)
+        return self.session.send(batch.steps, frames)
+
+    def _delivered(self, batch: Outgoing, answer: dict[str, Any]) -> None:
+        for (key, here, there), outcome in zip(batch.items, self.session.saw(answer)):
+            if self.session.went_well(here.path, outcome):
+                self.memory.agree(key, there._replace(node=outcome["node"], etag=outcome["etag"]), here)
+                self.session.tally.uploaded += 1
+                if self.session.progress and here.size <= CHUNK_SIZE:
+                    self.session.progress.add(here.size)
+        if self.session.is_time:
+            self.session.remember()
+
+    # ---- deletions, last
+
+    def delete(self, keys: list[str]) -> None:
+        memory, steps, last = self.memory, [], None
+        for key in keys:
+            if last is not None and key.startswith(last + "/"):
+                continue                         # it goes with what holds it
+            base = memory.base[key]
+            if base.kind:
+                last = key
+            if not self._is_gone(key, base):
+                self.session.unsettled.add(base.path)
+                continue
+            count = sum(not memory.base[other].kind for other in memory.below("base", key)) if base.kind else 1
+            steps.append((key, count, {"delete": base.path, **({"since": memory.cursor} if base.kind else {"if": memory.there[key].etag})}))
+        for some in pieces(steps, COMMIT_FILES):
+            for (key, count, step), outcome in zip(some, self.session.commit([step for _, _, step in some])):
+                if self.session.went_well(step["delete"], outcome):
+                    memory.forget(key)
+                    self.session.tally.deleted_there += count
+
+    def _is_gone(self, key: str, base: Base) -> bool:
+        """Is it not here, still (invariant 2)?  A directory that has taken its place counts."""
+        scan = self.session.scan
+        above = next((scan.here[above] for above in lineage(parent_of(key)) if above in scan.here), None)
+        device = next((scan.mounts[above][1] for above in lineage(parent_of(key)) if above in scan.mounts), None)
+        path = self.planner.path_here(key, base.path)
+        if key in scan.here:
+            self.folder.check_place()
+            return is_like_here(self.folder.look(path), scan.here[key])
+        return self.folder.is_gone(path, above, device)
+
+
+# ---- down
+
+class Built(NamedTuple):
+    """A file that waits to be put in its place."""
+    key: str
+    there: There
+    path: str
+    file: BinaryIO
+
+
+class Downloader:
+    """Brings this computer to what is there."""
+
+    def __init__(self, session: Session, planner: Planner) -> None:
+        self.session, self.planner = session, planner
+        self.folder, self.memory, self.link = session.folder, session.memory, session.link
+        self.built: list[Built] = []                 # small files, to be brought to the medium all at once
+        self.rubble = ExitStack()                    # what removes those that never get to their places
+
+    def make_directories(self, keys: list[str]) -> None:
+        for key in keys:
+            there = self.memory.there[key]
+            with self.session.forgiving(there.path):
+                self.memory.agree(key, there, self.folder.make_directory(self.planner.path_here(key, there.path)))
+
+    def download(self, keys: list[str]) -> None:
+        """Small files by thousands in one request; of large ones only the chunks that are not here."""
+        group, waiting, self.built = [], 0, []
+        with self.rubble:
+            for key in keys:
+                there = self.memory.there[key]
+                if there.chunks:
+                    self._download_large(key, there)
+                else:
+                    group.append(key)
+                    waiting += there.size
+                if len(group) >= COMMIT_FILES or waiting >= COMMIT_BYTES:
+                    self._fetch_group(group)
+                    group, waiting = [], 0
+            self._fetch_group(group)
+            self.session.land_all()
+            self._settle_all()
+
+    def _fetch_group(self, keys: list[str]) -> None:
+        wanted = dict(chunk for key in keys for chunk in chunks_of(self.memory.there[key]))
+        self.session.fly(partial(self._get, list(wanted.items())), partial(self._build_group, keys))
+
+    # ---- chunks
+
+    def _get(self, wanted: Sequence[tuple[str, int]]) -> dict[str, bytes]:
+        """Chunks by their hashes, checked; what cannot be had is not in it.
+
+        Where an answer breaks off, the chunk it broke at is asked for alone, and the rest again: one that is damaged costs
+        itself.  raises Stopped when nothing comes any more
+        """
+        found: dict[str, bytes] = {}
+        pending, alone, strikes = deque(pieces(wanted, OPS_LIMIT)), deque(), 0
+        while pending or alone:
+            some = pending.popleft() if pending else alone.popleft()
+            got, missing, trouble = self._ask(some)
+            found.update(got)
+            strikes = strikes + 1 if trouble else 0
+            if strikes > STRIKES and not found:
+                raise trouble
+            rest = [chunk for chunk in some if chunk[0] not in got and chunk[0] not in missing]
+            if len(some) > 1 and rest:
+                alone.append(rest[:1])
+                pending.extend([rest[1:]] if rest[1:] else ())
+        return found
+
+    def _ask(self, some: Sequence[tuple[str, int]]) -> tuple[dict[str, bytes], set[str], BrokenOff | None]:
+        """One request: (chunks that came whole, hashes the server has not, what broke it off)."""
+        got: dict[str, bytes] = {}
+        try:
+            with self.link.open("POST", "/api/v1/chunks/get", format_json({"hashes": [hash for hash, _ in some]})) as response:
+                for hash, size in some:
+                    length = int.from_bytes(read_fully(response, 4), "big")
+                    data = read_fully(response, size) if length == size else b""
+                    self.link.received += len(data) + 4
+                    if hashlib.sha256(data).hexdigest() != hash:
+                        raise BrokenOff("what arrived is not what was asked for")
+                    got[hash] = data
+                response.read(1)
+        except CloudError as error:
+            if error.kind not in ("missing", "storage-failed", "internal"):
+                raise
+            missing = set(error.detail.get("missing") or ()).intersection(hash for hash, _ in some)
+            return got, missing, None if missing else BrokenOff(str(error))
+        except BrokenOff as trouble:
+            return got, set(), trouble
+        return got, set(), None
+
+    # ---- small files
+
+    def _build_group(self, keys: list[str], datas: dict[str, bytes]) -> None:
+        for key in keys:
+            there = self.memory.there[key]
+            if any(hash not in datas for hash, _ in chunks_of(there)):
+                self.session.lacking[there.path] = "the server cannot give its bytes: they may be damaged there"
+                continue
+            path = self.planner.path_here(key, there.path)
+            with self.session.forgiving(there.path):
+                file = self.rubble.enter_context(self.folder.temporary())
+                for hash, _ in chunks_of(there):
+                    file.write(datas[hash])
+                self.folder.finish(file, path, there.mtime)
+                self.built.append(Built(key, there, path, file))
+        if self.session.is_time or len(self.built) >= BUILT_MOST:
+            self._settle_all()
+
+    def _settle_all(self) -> None:
+        """Bring what was built to the medium, and put it in place; what was put there before is noted now (invariants 3 and 4)."""
+        built, self.built = self.built, []
+        with self.rubble.pop_all():
+            if built:
+                self.session.remember(built=True)
+            for one in built:
+                self._settle(*one)
+
+    def _settle(self, key: str, there: There, path: str, file: BinaryIO) -> None:
+        """Put a finished file in its place."""
+        with self.session.forgiving(there.path):
+            here = self.folder.settle(file, path, self.session.scan.here.get(key), self.memory.base.get(key))
+            if here is None:
+                self.memory.doubt(key)
+                self.session.unsettled.add(there.path)       # somebody was faster: in the next round
+                return
+            self.memory.agree(key, there, self.respell(there, here))
+            self.session.tally.downloaded += 1
+            if self.session.progress:
+                self.session.progress.add(there.size)
+
+    def respell(self, there: There, here: Here) -> Here:
+        """Give what is agreed on the server's spelling of its name, where the file system takes both for one.  raises OSError"""
+        name = there.path.rpartition("/")[2]
+        if not self.folder.folds or key_of(name) == key_of(here.path.rpartition("/")[2]):
+            return here
+        path = here.path[:len(here.path) - len(here.path.rpartition("/")[2])] + name
+        self.folder.rename(here.path, path)
+        return self.folder.look(path) or here
+
+    # ---- large files
+
+    def _download_large(self, key: str, there: There) -> None:
+        """Build a file from chunks of its old self, of what an earlier run fetched, and of the server."""
+        self.session.land_all()
+        path = self.planner.path_here(key, there.path)
+        with self.session.forgiving(there.path), self.folder.temporary("part-" + there.content[:32]) as file:
+            chunks = chunks_of(there)
+            with self._old_self(key) as (old, places):
+                for window in self._windows(chunks[self._verified_part(file, chunks):]):
+                    if not self._build(file, window, old, places):
+                        self.session.lacking[there.path] = "the server cannot give all of its bytes: they may be damaged there"
+                        return
+            file.truncate(there.size)
+            self.folder.finish(file, path, there.mtime, large=True)
+            self._settle(key, there, path, file)
+        if self.session.is_time:
+            self.session.remember()
+
+    def _windows(self, chunks: list[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+        """Some chunks at a time, as many as are fetched at once."""
+        window: list[tuple[str, int]] = []
+        for chunk in chunks:
+            window.append(chunk)
+            if sum(size for _, size in window) > WINDOW:
+                yield window
+                window = []
+        if window:
+            yield window
+
+    @contextmanager
+    def _old_self(self, key: str) -> Iterator[tuple[BinaryIO, dict[str, tuple[int, int]]]]:
+        """The file as it is here, and where its chunks are: {hash: (offset, bytes)}."""
+        base, here, places, offset = self.memory.base.get(key), self.session.scan.here.get(key), {}, 0
+        if not base or not here or state_here(base, here) != "same":
+            yield io.BytesIO(), {}
+            return
+        for hash, size in chunks_of(base):
+            places[hash] = offset, size
+            offset += size
+        with self.folder.read(here.path, here) as file:
+            yield file, places
+
+    def _verified_part(self, file: BinaryIO, chunks: list[tuple[str, int]]) -> int:
+        """How many chunks an earlier run left; the file ends after them."""
+        file.seek(0)
+        offset = 0
+        for number, (hash, size) in enumerate(chunks):
+            if hashlib.sha256(file.read(size)).hexdigest() != hash:
+                file.seek(file.truncate(offset))
+                return number
+            offset += size
+        file.seek(file.truncate(offset))
+        return len(chunks)
+
+    def _build(self, file: BinaryIO, window: list[tuple[str, int]], old: BinaryIO, places: dict[str, tuple[int, int]]) -> bool:
+        """Append chunks to a file; False if one cannot be had."""
+        datas = {}
+        for hash, _ in window:
+            if hash in places:
+                old.seek(places[hash][0])
+                data = read_fully(old, places[hash][1])
+                if hashlib.sha256(data).hexdigest() == hash:
+                    datas[hash] = data
+        datas.update(self._get([(hash, size) for hash, size in dict(window).items() if hash not in datas]))
+        for hash, size in window:
+            if hash not in datas:
+                return False
+            if datas[hash].count(0) == size:
+                file.seek(size, os.SEEK_CUR)     # a hole stays one
+            else:
+                file.write(datas[hash])
+        return True
+
+    # ---- deletions, last
+
+    def delete(self, keys: list[str]) -> None:
+        memory = self.memory
+        if keys:
+            memory.take_away(keys)
+        for key in reversed(keys):
+            base, seen = memory.base[key], self.session.scan.here[key]
+            here = self.folder.look(seen.path)
+            with self.session.forgiving(seen.path):
+                if here is not None and (here.kind != seen.kind or not self.folder.remove(seen.path, here, base)):
+                    if here.kind and seen.kind:
+                        self.session.kept[seen.path] = "stays, for it holds files that are left out"
+                    else:
+                        memory.doubt(key)        # it has changed since: the next round sees that (invariant 2)
+                    continue
+                memory.set("base", key, None)
+                self.session.tally.deleted_here += 1 - base.kind
+
+
+# ---- the client
+
+class SyncClient:
+    """Keeps a folder and an account alike: run() once, or watch()."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.folder, self.memory = session, session.folder, session.memory
+        self.planner, self.follower = Planner(session), Follower(session)
+        self.mover = Mover(session, self.planner)
+        self.uploader, self.downloader = Uploader(session, self.planner), Downloader(session, self.planner)
+        self.lock: FileLock | None = None            # held for as long as we live
+
+    def run(self) -> Tally:
+        """Go on until both sides are alike.  raises Stopped, CloudError"""
+        session, began = self.session, time.monotonic()
+        session.begin()
+        sent, received = session.link.sent, session.link.received
+        asked_anew = False
+        for turn in range(ROUNDS):
+            session.unsettled, session.lacking, session.refused = set(), {}, {}
+            self.follower.fetch()
+            self._look()
+            self.mover.follow()
+            session.advance()
+            plan = self.planner.plan()
+            if not plan.actions and not self.planner.look_late():
+                break
+            self.planner.check_brake(plan)
+            before = session.tally.work(), self.memory.steps
+            self._execute(plan)
+            session.remember()
+            if session.held:
+                raise Stopped("the server holds this device because it deletes or overwrites so much; "
+                              "allow or undo it on the page", ASK)
+            if (session.tally.work(), self.memory.steps) == before and plan.actions:
+                if session.refused and not asked_anew:
+                    asked_anew = True
+                    self.memory.say(cursor=-1)   # what it has is not what we were told: read everything
+                elif not session.unsettled or turn > 4:
+                    break
+                else:
+                    time.sleep(0.2)              # somebody writes to a file: once more
+        self._name_what_is_left()
+        self.memory.say(mounts=json.dumps(sorted(self._mounts())))
+        session.remember()
+        session.tally.bytes_up, session.tally.bytes_down = session.link.sent - sent, session.link.received - received
+        session.tally.seconds = round(time.monotonic() - began, 3)
+        return session.tally
+
+    def _look(self) -> None:
+        """Scan the folder.  raises Stopped if it is not the one that was opened"""
+        session = self.session
+        session.rules = self.folder.rules()
+        session.scan = session.scan._replace(here={})        # two of them would be much memory
+        session.scan = self.folder.scan(session.rules)
+        self.folder.check_place()
+        for key in self.memory.leaving:
+            if key not in session.scan.here:
+                self.memory.set("base", key, None)
+        self.planner.begin()
+        for key in self._mounts().difference(session.scan.mounts):
+            session.scan.blocked[key] = Block(self.memory.base[key].path, "was a disk of its own, which is not mounted; "
+                                                                          "with --yes what is there now counts")
+
+    def _mounts(self) -> set[str]:
+        """Keys of directories that are, or should be, file systems of their own: what is missing in others is not gone."""
+        known = set() if self.session.yes else self.memory.mounts
+        return {key for key in known.union(self.session.scan.mounts) if key in self.memory.base}
+
+    def _execute(self, plan: Plan) -> None:
+        """In an order that is safe at every instant: copies first, deletions last."""
+        session, here, there = self.session, self.session.scan.here, self.memory.there
+        if session.progress:
+            session.progress.total += sum((here.get(key) or there[key]).size for key in plan.of("upload", "download", "compare"))
+        for key in plan.of("forget"):            # first, for it may be known in another place by the next note
+            self.memory.set("base", key, None)
+        for key in plan.of("compare"):
+            self._compare(key)
+        self.downloader.make_directories([key for key in plan.of("download") if there[key].kind])
+        self.uploader.make_collections([key for key in plan.of("upload") if here[key].kind])
+        self.uploader.upload([key for key in plan.of("upload") if not here[key].kind])
+        self.downloader.download([key for key in plan.of("download") if not there[key].kind])
+        self.downloader.delete(plan.of("delete here"))
+        self.uploader.delete(plan.of("delete there"))
+        session.advance()
+        if session.progress:
+            session.progress.end()
+
+    def _compare(self, key: str) -> None:
+        """Both sides have something new: the same, or a conflict, of which ours takes another name."""
+        memory, there, here = self.memory, self.memory.there[key], self.session.scan.here[key]
+        with self.session.forgiving(here.path):
+            if there.kind == here.kind and (there.kind or here.size == there.size and self.planner.holds(here.path, there)):
+                memory.agree(key, there, self.downloader.respell(there, here))
+                self.folder.touch(here.path)
+                return
+            memory.take_away([key])
+            self.folder.rename(here.path, self._conflict_name(here.path))
+            self.session.tally.conflicts += 1    # the next round uploads it, and downloads theirs
+            memory.set("base", key, None)
+
+    def _conflict_name(self, path: str) -> str:
+        above, _, name = path.rpartition("/")
+        stem, dot, suffix = name.rpartition(".")
+        if not stem or len(suffix) > 16:
+            stem, dot, suffix = name, "", ""
+        device = re.sub(r'[\x00-\x1f\x7f/\\<>:"|?*]', "-", self.memory.words.get("device", "here"))
+        mark = " (conflict %s %s)" % (cut_text(device, 100), time.strftime("%Y-%m-%d %H.%M"))
+        for count in itertools.count(1):
+            ending = mark + (" %d" % count if count > 1 else "") + dot + suffix
+            found = (above + "/" if above else "") + cut_text(stem, NAME_LIMIT - len(ending.encode())) + ending
+            if not os.path.lexists(self.folder.place(found)):
+                return found
+        raise AssertionError
+
+    # ---- what is not synced
+
+    def _name_what_is_left(self) -> None:
+        """Complain of everything that could not be synced."""
+        session = self.session
+        for path in session.unsettled:
+            session.complain(path, "it changes while it is read")
+        for path, reason in [*session.lacking.items(), *session.refused.items()]:
+            session.complain(path, reason)
+        for path in self.memory.twin:
+            session.complain(path, "cannot be told apart from another name here")
+        for line in session.rules.broken[:1]:
+            session.complain(".cloudignore", "nothing is sent until this line of it can be read: %s" % line.strip()[:80])
+        for key, block in session.scan.blocked.items():
+            if not self._is_harmless(key, block):
+                session.complain(block.path, block.why)
+        session.tally.skipped = len(session.problems) + len(session.kept) + len(session.scan.junk) + sum(
+            self._is_harmless(key, block) for key, block in session.scan.blocked.items())
+
+    def _is_harmless(self, key: str, block: Block) -> bool:
+        """Is something only passed over, and no file kept away by it?"""
+        return block.why in (LINK, JUNCTION, NOT_A_FILE) and key not in self.memory.base and key not in self.memory.there
+
+    def notes(self) -> list[str]:
+        """What a run could not do, and what it passed over: a line each."""
+        session = self.session
+        passed = [one_line("%s: %s" % block) for key, block in session.scan.blocked.items() if self._is_harmless(key, block)]
+        junk = ["passed over as always: %s%s" % (", ".join(map(one_line, session.scan.junk[:5])), ", ..." * (len(session.scan.junk) > 5))]
+        return [*session.problems.values(), *(one_line("%s: %s" % item) for item in session.kept.items()), *passed,
+                *(junk if session.scan.junk else ())]
+
+    def changed_here(self) -> list[str]:
+        """Paths that differ here from what was agreed on, without asking the server."""
+        self.session.rules = self.folder.rules()
+        self.session.scan = scan = self.folder.scan(self.session.rules)
+        return [key for key in {*self.memory.base, *scan.here} if not self.planner.is_left_out(key)
+                and self.planner.state_here(key) != "same"]
+
+    # ---- on and on
+
+    def watch(self, ended: threading.Event, tell: Callable[[SyncClient], None], listener: Link) -> None:
+        """Run whenever either side changes, until `ended` is set.  raises Stopped where a person has to look"""
+        news, pause, again, before, said = threading.Event(), 1.0, AGAIN_LEAST, {}, ""
+        threading.Thread(target=self._listen, args=(listener, news, ended), daemon=True).start()
+        while not ended.is_set():
+            news.clear()
+            try:
+                self.run()
+                trouble = ""
+            except Stopped as stopped:
+                if stopped.code != FAILED:
+                    raise
+                trouble = str(stopped)
+            except Exception as error:           # whatever it is: it is said, and by and by it may be over
+                trouble = "%s: %s" % (type(error).__name__, error)
+                log.debug("sync", exc_info=True)
+            if trouble:
+                if trouble != said:
+                    log.warning("%s", one_line(trouble))
+                said = trouble
+                ended.wait(pause)
+                pause = min(60.0, 2 * pause)
+                continue
+            tell(self)
+            pause, said, problems = 1.0, "", self.session.problems
+            again = AGAIN_LEAST if problems != before else min(AGAIN_MOST, 2 * again)
+            before = problems
+            self._wait(news, ended, again if problems else None)
+
+    def _wait(self, news: threading.Event, ended: threading.Event, again: float | None) -> None:
+        """Until there is something to do, or to try again."""
+        seen, began = self.session.scan, time.monotonic()
+        pause = min(max(SCAN_LEAST, 20 * seen.seconds), SCAN_MOST)
+        while not ended.is_set() and not news.wait(pause):
+            if self.session.unsettled or again is not None and time.monotonic() - began > again:
+                return
+            try:
+                if self.folder.scan(self.folder.rules())[:2] != seen[:2] or self.planner.look_late():
+                    return
+            except Stopped:
+                return                           # the next run says it
+
+    def _listen(self, link: Link, news: threading.Event, ended: threading.Event) -> None:
+        """Long-poll the server; what it says is only that there is something to ask for."""
+        pause = 2.0
+        while not ended.is_set():
+            cursor, began = self.memory.cursor, time.monotonic()
+            if cursor < 0:                       # the first run is under way
+                ended.wait(0.2)
+                continue
+            try:
+                answer = link.call("changes", "GET", self.follower.address("wait=30&limit=1"))
+                pause = 2.0
+                if answer["changes"] and answer["seq"] > self.memory.cursor:
+                    news.set()
+                    ended.wait(0.2)
+                elif time.monotonic() - began < 1:
+                    ended.wait(1)                # somebody between us does not let it wait
+            except Exception:                    # the run asks, too, and says what is wrong
+                news.set()
+                ended.wait(pause)
+                pause = min(60.0, 2 * pause)
+
+
+# ---- making a folder and an account known to each other
+
+AGENT = "cloudserver-sync/" + __version__
+
+
+def open_client(place: Path, url: str | None, *, password: Callable[[str], str], device: str = "", yes: bool = False,
+                only: Sequence[str] = (), show: bool = False, again: bool = False, trust: bool = False,
+                plain: bool = False) -> tuple[SyncClient, Link]:
+    """The client of a folder, and a second connection for listening.
+
+    password   asks for it, given a name, when folder and server first meet
+    again      and when the server does not let the device in any more
+    trust      take the certificate the server has now, whoever made it
+    plain      send the password without encryption
+    raises     Stopped
+    """
+    folder, known = Folder(place.resolve()), folder_record(place)
+    if not (folder.home / "state.db").exists():
+        if known.exists() and not yes:
+            raise Stopped("%s was synced before, and what it remembers is gone: is a disk not mounted? "
+                          "With --yes it is merged anew; --forget ends it" % place, ASK)
+        if not url:
+            raise Stopped("which server?  sync DIR https://ann@cloud.example", USAGE)
+        folder.root.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.open()
+    except CloudError as error:
+        raise Stopped(str(error)) from error
+    lock = FileLock(folder.home / "lock")
+    if not lock.acquire(wait=False):
+        raise Stopped("another process syncs this folder")
+    try:
+        memory = Memory(folder.home / "state.db", folder.key)
+        words = memory.words
+        if url and words.get("url") not in (None, plain_url(url)[0]):
+            raise Stopped("this folder belongs to %s" % words["url"], USAGE)
+        if trust:
+            memory.say(trust=Link(words.get("url") or plain_url(url)[0], "", AGENT).certificate())
+        if "token" not in words or again and not is_let_in(memory):
+            introduce(memory, url or "", device or words.get("device") or socket.gethostname(), password, plain=plain)
+            folder.secure()
+            record_folder(known, "%s\n%s\n" % (folder.root, words["url"]))
+        links = [Link(words["url"], "Bearer " + words["token"], AGENT, words.get("trust", "")) for _ in range(2)]
+    except BaseException:
+        lock.close()
+        raise
+    client = SyncClient(Session(folder, memory, links[0], only=only, yes=yes, show=show))
+    client.lock = lock
+    return client, links[1]
+
+
+def folder_record(place: Path) -> Path:
+    """Where the user's home remembers that a folder is synced: told apart from an empty mount point by that."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return home / "cloudserver" / hashlib.sha256(str(place.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
+
+def record_folder(known: Path, text: str) -> None:
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def forget_folder(place: Path) -> str:
+    """Forget that a folder was synced, here and, if it can be reached, on the server; no file is touched.  Returns what was done."""
+    folder, known, let_go = Folder(place.resolve()), folder_record(place), "revoke its device on the page"
+    if not known.exists() and not folder.home.exists():
+        raise Stopped("%s is not synced with anything" % place)
+    if (folder.home / "state.db").exists():
+        folder.open()
+        lock = FileLock(folder.home / "lock")
+        if not lock.acquire(wait=False):
+            raise Stopped("another process syncs this folder")
+        with suppress(Stopped, CloudError, KeyError), closing(Memory(folder.home / "state.db", folder.key)) as memory:
+            link = Link(memory.words["url"], "Bearer " + memory.words["token"], AGENT, memory.words.get("trust", ""))
+            with closing(link):
+                link.call("", "POST", "/api/v1/logout", b"", tries=1)
+            let_go = "its device is let go"
+        lock.close()
+    shutil.rmtree(folder.home, ignore_errors=True)
+    known.unlink(missing_ok=True)
+    return "%s is not synced any more; %s. Its files stay" % (place, let_go)
+
+
+def plain_url(url: str) -> tuple[str, str]:
+    """(the address without a name, the name)."""
+    try:
+        parts = urlsplit(url if "://" in url else "https://" + url)
+    except ValueError:
+        raise Stopped("%s is not the address of a server, like https://ann@cloud.example" % url, USAGE) from None
+    host = parts.netloc.rpartition("@")[2]
+    return "%s://%s%s" % (parts.scheme, host, parts.path.rstrip("/")), unquote_to_bytes(parts.username or "").decode("utf-8", "replace")
+
+
+def is_this_machine(host: str) -> bool:
+    """Does a name or address lead nowhere but here, whoever answers for names?"""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")
+
+
+def is_let_in(memory: Memory) -> bool:
+    """False only if the server says that it does not know this device any more."""
+    link = Link(memory.words["url"], "Bearer " + memory.words["token"], AGENT, memory.words.get("trust", ""))
+    try:
+        link.call("", "GET", "/api/v1/account", tries=1)
+    except Stopped as stopped:
+        return stopped.code != REFUSED
+    except CloudError:
+        pass
+    finally:
+        link.close()
+    return True
+
+
+def introduce(memory: Memory, url: str, device: str, password: Callable[[str], str], *, plain: bool = False) -> None:
+    """Get a token of our own for the account, and forget the password.  What was agreed on stays.  raises Stopped"""
+    address, name = plain_url(url or memory.words.get("url", ""))
+    name = name or memory.words.get("account") or getpass.getuser()
+    if memory.words.get("account", name) != name:
+        raise Stopped("this folder belongs to %s at %s" % (memory.words["account"], memory.words["url"]), USAGE)
+    link = Link(address, "", AGENT, memory.words.get("trust", ""))
+    if not (link.secure or plain or is_this_machine(link.host)):
+        raise Stopped("the password is not sent to %s over plain HTTP, where others may read it. Use https://; or say --plain-http, "
+                      "in a network where you trust everybody" % link.host, USAGE)
+    secret = base64.b64encode(("%s:%s" % (name, password(name))).encode()).decode()
+    link.fields["Authorization"] = "Basic " + secret
+    try:
+        answer = link.call("device", "POST", "/api/v1/devices", format_json({"name": device}), tries=2)
+    except CloudError as error:
+        raise Stopped(str(error)) from error
+    except Stopped as stopped:
+        if stopped.code == REFUSED:
+            raise Stopped("the server does not let %s in with this password" % name, REFUSED) from stopped
+        raise
+    finally:
+        link.close()
+    memory.say(url=address, token=answer["token"], account=name, device=device)
+    memory.flush()
+
+
+# ==== 22. Command line ===================================================================
+
+Arguments = argparse.Namespace
+GROUPS = {"user": "make, list, change and remove accounts"}
+
+
+class Command(NamedTuple):
+    """A row of COMMANDS."""
+    run: Callable[[Config, Arguments], Optional[int]]
+    arguments: tuple[tuple[Any, ...], ...]       # of add_argument: ("name", {"help": ...})
+    settings: tuple[str, ...]                    # fields of Config that mean something to it
+    outside: bool                                # works on places that root alone may reach; others do as the data's owner
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(name: str, *arguments: tuple[Any, ...], settings: Iterable[str] = ("data",), outside: bool = False
+            ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a function in COMMANDS."""
+    def enter(run: Callable[..., Any]) -> Callable[..., Any]:
+        COMMANDS[name] = Command(run, arguments, tuple(settings), outside)
+        return run
+    return enter
+
+
+def leave(code: int) -> None:
+    """End the process without waiting for threads whose clients did not finish in time."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextmanager
+def open_cloud(config: Config, how: str = "open") -> Iterator[Cloud]:
+    """The cloud in the data directory, for a command that works beside a running server or without one.
+
+    how   as of Cloud; "look": to read it, and note damage where that can be noted
+    """
+    check_upgrade(config.data)
+    try:
+        cloud = Cloud(config, how="open" if how == "look" else how)
+    except (CloudError, OSError) as error:
+        if how != "look" or getattr(error, "kind", "") in ("not-found", "conflict"):
+            raise
+        cloud = Cloud(config, how="read")        # a snapshot, a disk that turned read-only, or not a byte free
+    try:
+        yield cloud
+    finally:
+        cloud.close()
+
+
+def check_upgrade(data: Path) -> None:
+    """raises CloudError if a server of an older version runs on the data: its tables must not change under it"""
+    with suppress(sqlite3.Error), closing(sqlite3.connect((data / "cloud.db").resolve().as_uri() + "?mode=ro", uri=True)) as db:
+        if not 0 < db.execute("PRAGMA user_version").fetchone()[0] <= len(MIGRATIONS):
+            return
+        with closing(FileLock(data / "serve.lock")) as lock:
+            if not lock.acquire(wait=False):
+                raise CloudError("conflict", "a server of an older version runs on %s; restart it first" % data)
+
+
+PASSWORD_STDIN = ("--password-stdin", {"action": "store_true", "help": "read the password from standard input"})
+
+
+@command("serve", settings=[setting.name for setting in fields(Config)], outside=True)
+def run_serve(config: Config, given: Arguments) -> None:
+    """serve files until stopped (this is what happens without a command)"""
+    leave(serve(config))
+
+
+@command("user add", ("name", {"help": "what they log in by"}),
+         ("--admin", {"action": "store_true", "help": "may manage accounts"}), PASSWORD_STDIN, settings=("data", "quota"))
+def run_user_add(config: Config, given: Arguments) -> None:
+    """make an account; --quota limits it"""
+    with open_cloud(config, "make") as cloud:
+        cloud.accounts.add(given.name, read_password(given), admin=given.admin,
+                           quota=parse_size(config.quota) if config.quota else cloud.policy().quota)
+
+
+@command("user list")
+def run_user_list(config: Config, given: Arguments) -> None:
+    """list accounts, what they use and may use"""
+    with open_cloud(config, "look") as cloud:
+        for account in cloud.accounts.list():
+            print("%-24s %-6s %10s of %-10s %8d files" % (
+                account.name, "admin" if account.admin else "", format_size(account.used),
+                "any" if account.quota is None else format_size(account.quota), account.files))
+
+
+@command("user passwd", ("name", {"help": "whose password"}), PASSWORD_STDIN)
+def run_user_passwd(config: Config, given: Arguments) -> None:
+    """set a new password; ends every session and app password of the account"""
+    with open_cloud(config) as cloud:
+        cloud.accounts.get(given.name)
+        cloud.accounts.set_password(given.name, read_password(given))
+
+
+@command("user remove", ("name", {"help": "whose account"}), ("--yes", {"action": "store_true", "help": "do not ask"}))
+def run_user_remove(config: Config, given: Arguments) -> Optional[int]:
+    """end an account; its files go when history does"""
+    with open_cloud(config) as cloud:
+        account = cloud.accounts.get(given.name)
+        if not given.yes and not agree("Remove %s and %d files?" % (account.name, account.files)):
+            return 1
+        cloud.accounts.remove(given.name)
+    return None
+
+
+@command("verify", ("--quick", {"action": "store_true", "help": "only that every part is there, not its bytes"}))
+def run_verify(config: Config, given: Arguments) -> int:
+    """read everything and name every file that is damaged"""
+    with open_cloud(config, "look") as cloud:
+        wrong = verify(cloud, given.quick)
+        print("\n".join(wrong) or "all is well: %d chunks, seq %d" % (cloud.numbers()["chunks"], cloud.head()))
+    return 1 if wrong else 0
+
+
+@command("gc", ("--now", {"action": "store_true", "help": "empty every trash and give back at once what nothing needs any more"}),
+         ("--yes", {"action": "store_true", "help": "do not ask"}), settings=("data", "keep_days", "history"))
+def run_gc(config: Config, given: Arguments) -> int:
+    """give back space now (a running server does so by itself, bit by bit)"""
+    with open_cloud(config) as cloud:
+        upkeep = Upkeep(cloud)
+        if given.now and not given.yes and not agree("Give up for good what is in the trash of every account?"):
+            return 1
+        if not upkeep.hold():
+            raise CloudError("busy", "a running server is at it; try again in %d minutes, or stop it" % (LEASE // MINUTE))
+        try:
+            for account in cloud.accounts.list() if given.now else ():
+                print("%s: %d things given up" % (account.name, cloud.empty_trash(cloud.accounts.principal(account.name))))
+            upkeep.expire()
+            upkeep.mark_age()
+            print("history: %d rows thinned, %d nodes removed" % (upkeep.thin(), upkeep.purge()))
+            print("chunks: %(manifests)d manifests, %(condemned)d condemned, %(buried)d buried, %(deleted)d deleted"
+                  % upkeep.sweep(at_once=given.now))
+        finally:
+            upkeep.release()
+    return 0
+
+
+def agree(question: str) -> bool:
+    print(question + " [y/N] ", end="", flush=True)
+    return read_line().lower() == "y"
+
+
+@command("backup", ("to", {"metavar": "DIR", "type": Path, "help": "directory to bring up to date; only what it lacks is copied"}), outside=True)
+def run_backup(config: Config, given: Arguments) -> int:
+    """copy everything to a directory, while the server runs"""
+    with open_cloud(config, "look") as cloud:
+        count, size, damaged = back_up(cloud, given.to)
+    print("backed up to %s: %d chunks, %s copied" % (given.to, count, format_size(size)), *damaged, sep="\n")
+    return 1 if damaged else 0
+
+
+@command("repair", ("source", {"metavar": "FROM", "type": Path, "help": "a backup, or plain files: an export, a sync folder"}),
+         ("--yes", {"action": "store_true", "help": "do it; without this only the plan is shown"}))
+def run_repair(config: Config, given: Arguments) -> int:
+    """bring damaged and missing parts of files back from a backup or from plain files"""
+    if not given.source.is_dir():
+        raise CloudError("not-found", "%s is not a directory" % given.source)
+    with open_cloud(config, "open" if given.yes else "look") as cloud:
+        healings = find_healing(cloud, given.source)
+        known, lost = ({one.hash: one.wrong for one in healings if bool(one.source) == there} for there in (True, False))
+        print("%d parts are damaged or missing; %s has %d of them" % (len(healings), given.source, len(known)))
+        print(*("would heal " * (not given.yes) + line for line in name_damage(cloud, known)),
+              *("no help for " + line for line in name_damage(cloud, lost)), sep="\n")
+        if given.yes:
+            print("%d parts are whole again" % heal(cloud, healings))
+        elif known:
+            print("nothing was changed; --yes does it")
+    return 1 if lost or known and not given.yes else 0
+
+
+@command("restore", ("source", {"metavar": "FROM", "type": Path, "help": "directory that backup wrote"}), outside=True)
+def run_restore(config: Config, given: Arguments) -> int:
+    """make a new data directory from a backup, and verify it"""
+    wrong = restore_backup(given.source, config)
+    print("\n".join(wrong) or "restored to %s; all is well" % config.data)
+    return 1 if wrong else 0
+
+
+@command("restored")
+def run_restored(config: Config, given: Arguments) -> None:
+    """tell every client that an older state of the data was put back (a snapshot, a copy), so that none deletes what it lacks"""
+    with open_cloud(config) as cloud:
+        begin_anew(cloud)
+    print("Clients of %s know from now on that it may lack what they have seen.\n"
+          "Native sync clients stop; `sync DIR --once --yes` merges. Nextcloud clients keep and send again what is missing."
+          % config.data)
+
+
+ONE_USER = ("--user", {"default": "", "help": "whose files; all, each in a folder of its own, if not given"})
+
+
+@command("export", ("to", {"metavar": "DIR", "type": Path, "help": "where to write"}), ONE_USER, outside=True)
+def run_export(config: Config, given: Arguments) -> int:
+    """write the files as plain files, with their times"""
+    code = 0
+    with open_cloud(config, "look") as cloud:
+        for name in [given.user] if given.user else [account.name for account in cloud.accounts.list()]:
+            who = cloud.accounts.principal(name)
+            written, failed = export_files(cloud, who, given.to, () if given.user else (name,))
+            print("%s: %d files written" % (name, written), *failed, sep="\n")
+            code |= bool(failed)
+    return code
+
+
+@command("import", ("source", {"metavar": "DIR", "type": Path, "help": "what to store"}),
+         ("--user", {"required": True, "help": "whose it becomes"}), ("--into", {"default": "", "help": "collection to put it in"}),
+         outside=True)
+def run_import(config: Config, given: Arguments) -> int:
+    """store a directory of plain files, with their times"""
+    if not given.source.is_dir():
+        raise CloudError("not-found", "%s is not a directory" % given.source)
+    with open_cloud(config) as cloud:
+        stored, skipped = import_files(cloud, cloud.accounts.principal(given.user), given.source, split_path(given.into))
+    print("%d files stored" % stored, *skipped, sep="\n")
+    return 1 if skipped else 0
+
+
+@command("sync", ("folder", {"metavar": "DIR", "type": Path, "help": "the folder on this computer"}),
+         ("url", {"metavar": "URL", "nargs": "?", "help": "the server, as https://ann@cloud.example; needed once, and to log in again"}),
+         ("--once", {"action": "store_true", "help": "end when both sides are alike"}),
+         ("--only", {"action": "append", "default": [], "metavar": "PATH", "help": "sync this part only; may be given again"}),
+         ("--yes", {"action": "store_true", "help": "go on where the brake would stop"}),
+         ("--device", {"default": "", "metavar": "NAME", "help": "what this computer is called"}),
+         PASSWORD_STDIN,
+         ("--trust", {"action": "store_true", "help": "take the certificate the server has now, from now on, as ssh does"}),
+         ("--plain-http", {"action": "store_true", "help": "send the password without encryption to another machine"}),
+         ("--json", {"action": "store_true", "help": "tell what was done as JSON"}),
+         ("--status", {"action": "store_true", "help": "tell how things stand, and end"}),
+         ("--forget", {"action": "store_true", "help": "sync this folder no more; its files stay"}), settings=(), outside=True)
+def run_sync(config: Config, given: Arguments) -> int:
+    """keep a folder and an account alike, both ways, until stopped"""
+    try:
+        if given.status:
+            return tell_status(given)
+        if given.forget:
+            print(one_line(forget_folder(given.folder)))
+            return 0
+        client, listener = open_client(
+            given.folder, given.url, password=partial(ask_password, given), device=given.device, yes=given.yes, only=given.only,
+            show=sys.stderr.isatty() and not given.json, trust=given.trust, plain=given.plain_http,
+            again=bool(given.url or given.password_stdin or "CLOUDSERVER_PASSWORD" in os.environ))
+        tell = partial(tell_tally, given, set())
+        if given.once:
+            client.run()
+            tell(client)
+        else:
+            ended = threading.Event()
+            for number in STOP_SIGNALS:
+                signal.signal(number, lambda number, frame: ended.set())
+            client.watch(ended, tell, listener)
+        client.memory.close()
+        return 1 if given.once and client.session.problems else 0
+    except Stopped as stopped:
+        return complain(one_line(str(stopped)), stopped.code)
+
+
+def ask_password(given: Arguments, name: str) -> str:
+    found = os.environ.get("CLOUDSERVER_PASSWORD")
+    if found is None and (given.password_stdin or not sys.stdin.isatty()):
+        found = read_line()
+    return getpass.getpass("Password for %s: " % name) if found is None else found
+
+
+def tell_tally(given: Arguments, told: set[str], client: SyncClient) -> None:
+    """What a run did: a line, or JSON; what it could not do: a line each, once (`told`) for as long as it stays so."""
+    tally, notes = {setting.name: getattr(client.session.tally, setting.name) for setting in fields(Tally)}, client.notes()
+    if given.json:
+        print(json.dumps({**tally, "problems": sorted(client.session.problems.values()), "notes": notes}), flush=True)
+        return
+    if given.once or client.session.tally.work() or not told.issuperset(notes):
+        print("%(uploaded)d up, %(downloaded)d down, %(moved)d moved, %(deleted_here)d deleted here, %(deleted_there)d there, "
+              "%(conflicts)d conflicts, %(skipped)d skipped, %(seconds).2f s" % tally, flush=True)
+        print("".join(note + "\n" for note in notes if note not in told), end="", file=sys.stderr, flush=True)
+    told.intersection_update(notes)
+    told.update(notes)
+
+
+def tell_status(given: Arguments) -> int:
+    """How a folder stands, without asking the server."""
+    folder = Folder(given.folder.resolve())
+    memory = Memory(folder.home / "state.db", folder.key) if (folder.home / "state.db").exists() else None
+    if memory is None or "url" not in memory.words:
+        raise Stopped("%s is not synced with anything" % given.folder)
+    with closing(memory):
+        client = SyncClient(Session(folder, memory, Link(memory.words["url"], "", AGENT)))
+        about = {"server": memory.words["url"], "account": memory.words["account"], "device": memory.words["device"],
+                 "files": sum(not base.kind for base in memory.base.values()), "seq": memory.cursor, "changed_here": len(client.changed_here())}
+    print(json.dumps(about) if given.json else "\n".join("%-14s%s" % (name, one_line(str(value))) for name, value in about.items()))
+    return 0
+
+
+@command("doctor", ("--alive", {"action": "store_true", "help": "only ask the running server whether it is well"}),
+         settings=("data", "low_water", "tls_cert", "tls_key"))
+def run_doctor(config: Config, given: Arguments) -> int:
+    """look for what is known to go wrong"""
+    if not (config.data / "cloud.db").exists():
+        raise CloudError("not-found", "%s holds no cloud" % config.data)
+    code = 0
+    for well, sentence in examine_server(config) if given.alive else examine(config):
+        print("%s  %s" % ({True: "ok  ", False: "LOOK", None: "-   "}[well], sentence))
+        code |= well is False
+    return code
+
+
+def read_password(given: Arguments) -> str:
+    if given.password_stdin or not sys.stdin.isatty():
+        return read_line()
+    password = getpass.getpass("Password for %s: " % given.name)
+    if getpass.getpass("Again: ") != password:
+        raise CloudError("bad-request", "the two are not the same")
+    return password
+
+
+# ---- words in and out
+
+def prepare_streams() -> None:
+    """Give each standard stream a place, and none a character it must fail at.
+
+    Under pythonw, a task scheduler or `>&-` they are None, and the numbers 0 to 2 are free: a file opened next would get
+    one, and with it whatever is printed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")        # cp1252, ascii: a name is one_line, if not nicely
+
+
+def read_line() -> str:
+    """A line of standard input, as its sender meant it.  raises CloudError"""
+    line = getattr(sys.stdin, "buffer", sys.stdin).readline()
+    return line.rstrip("\r\n") if isinstance(line, str) else decode_line(line)
+
+
+def decode_line(line: bytes) -> str:
+    """UTF-8, or else what the console or locale speaks; without a byte order mark.  raises CloudError
+
+    The same text must come in alike from every shell: it is hashed.
+    """
+    line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
+    for encoding in ("utf-8", "oem" if os.name == "nt" else locale.getpreferredencoding(False)):
+        with suppress(UnicodeDecodeError):
+            if b"\0" not in line:
+                return line.rstrip(b"\r\n").decode(encoding)
+    raise CloudError("bad-request", "standard input is not text in UTF-8")
+
+
+EXAMPLES = """examples:
+  python3 cloudserver.py                                   serve on this computer, data in ./cloud-data
+  python3 cloudserver.py --data /srv/cloud --port 8766     the flags of serve need no word before them
+  python3 cloudserver.py user add bob --quota 50G
+  python3 cloudserver.py sync ~/Cloud https://ann@cloud.example
+  python3 cloudserver.py backup /mnt/disk/cloud
+
+Each command has its own --help; every flag is also an environment variable, as CLOUDSERVER_PORT."""
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows those defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says = action.default not in (None, "", [], False, argparse.SUPPRESS)
+        return (action.help or "") + (" (default: %(default)s)" if says else "")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, from COMMANDS and the fields of Config.  raises CloudError for a variable that says nothing"""
+    parser = argparse.ArgumentParser(prog="cloudserver.py", description="A personal cloud in one file.", epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version="cloudserver " + __version__)
+    groups = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
+    known = {setting.name: setting for setting in fields(Config)}
+    for name, row in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        if group not in groups:
+            inner = groups[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            groups[group] = inner.add_subparsers(metavar="COMMAND", required=True)
+        sub = groups[group].add_parser(last, help=row.run.__doc__, description=row.run.__doc__, formatter_class=HelpFormatter)
+        sub.set_defaults(command=row)
+        for *flags, how in row.arguments:
+            sub.add_argument(*flags, **how)
+        for setting in row.settings:
+            add_setting(sub, known[setting])
+    return parser
+
+
+SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def add_setting(parser: argparse.ArgumentParser, setting: Any) -> None:
+    """A field of Config as a flag, whose default the environment can change; an empty variable is as good as none."""
+    how, flag, variable = dict(setting.metadata), "--" + setting.name.replace("_", "-"), variable_of(setting)
+    how["help"] = "%s [%s]" % (how["help"].replace("%", "%%"), variable)
+    given = os.environ.get(variable) or setting.default
+    if not isinstance(setting.default, bool):
+        kind = int if isinstance(setting.default, int) else Path if "Path" in setting.type else str
+        parser.add_argument(flag, type=kind, default=given, **how)
+        return
+    if str(given).lower() not in SWITCHES:
+        raise CloudError("bad-request", "%s is one of %s" % (variable, ", ".join(SWITCHES)))
+    parser.add_argument(flag, action="store_true", default=SWITCHES[str(given).lower()], **how)
+
+
+def variable_of(setting: Any) -> str:
+    return "CLOUDSERVER_" + setting.name.upper()
+
+
+def check_environment() -> None:
+    """raises CloudError for a variable that is no setting: a slip there must not pass for consent"""
+    known = {"CLOUDSERVER_PASSWORD", *map(variable_of, fields(Config))}
+    for name in sorted(os.environ):
+        if name.startswith("CLOUDSERVER_") and name not in known:
+            raise CloudError("bad-request", "%s is not a setting; `serve --help` shows those there are" % name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 1 failed, 2 usage."""
+    prepare_streams()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
+        words.insert(0, "serve")
+    if words[0] != "sync":                       # what that writes are the user's own files
+        os.umask(0o077)
+    try:
+        check_environment()
+        given = build_parser().parse_args(words)
+        config = Config(**{name: getattr(given, name) for name in given.command.settings})
+        check_config(config)
+    except CloudError as error:
+        return complain(error, 2)
+    try:
+        if not given.command.outside:
+            become_owner(config.data)
+        return given.command.run(config, given) or 0
+    except (CloudError, OSError, sqlite3.Error) as error:
+        return complain(error, 1)
+    except EOFError:                             # Ctrl-D, or nobody there
+        return complain(CloudError("bad-request", "standard input has no answer"), 1)
+    except KeyboardInterrupt:
+        return 1
+
+
+def check_config(config: Config) -> None:
+    """raises CloudError for a setting that makes no sense"""
+    for name in ("max_file", "low_water", "quota", "history"):
+        if getattr(config, name):
+            parse_size(getattr(config, name))
+    try:
+        Site(config)
+    except ValueError as error:
+        raise CloudError("bad-request", "--behind-proxy: %s" % error) from error
+    if not 0 <= config.port <= 65535 or config.workers < 0 or not 0 <= config.keep_days <= KEEP_MOST or config.max_connections < 1:
+        raise CloudError("bad-request", "--port, --workers, --keep-days or --max-connections is out of range")
+    if config.windows_names not in ("allow", "refuse"):
+        raise CloudError("bad-request", "--windows-names is allow or refuse")
+    if bool(config.tls_cert) != bool(config.tls_key):
+        raise CloudError("bad-request", "--tls-cert and --tls-key go together")
+    if bool(config.admin) != bool(config.admin_password_file):
+        raise CloudError("bad-request", "--admin and --admin-password-file go together")
+
+
+def complain(error: Exception | str, code: int) -> int:
+    says = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        says = "%s: %s" % (error.filename, reason_of(error))
+    print("cloudserver: %s" % says, file=sys.stderr)
+    return code
+
+
+# ==== 23. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, PAGE_STYLE and PAGE_SCRIPT are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).
@@ -15716,7 +20423,6 @@ PAGE_HTML = r"""<!doctype html>
 </html>
 """
 
-
 # What makes small pictures of large ones, in a thread of its own beside the page.
 PAGE_PAINTER = r"""
 "use strict";
@@ -15790,7 +20496,6 @@ async function shrink(picture, turn) {
   return blob;
 }
 """
-
 
 # What keeps the page at hand when there is no network.  It knows the shell by name, and nothing of what anybody stored.
 PAGE_WORKER = r"""
@@ -15869,7 +20574,6 @@ def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/starred", "/trash", "/activity",
                  "/search", "/settings/<path>", "/login/v2/flow/<token>"):
     route("GET", _pattern, needs="nothing")(web_page)
-
 
 WORDS = {"de": PAGE_GERMAN}       # what the page says in other languages, JSON: another one is another row here and in LANGUAGES
 
@@ -15973,4692 +20677,6 @@ for _size in ICON_SIZES:
 def web_icon(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The program's own picture: no user's SVG is ever served as one (W1)."""
     return Response(200, ICON, {"Content-Type": "image/svg+xml", "Cache-Control": "max-age=86400", "Content-Security-Policy": SANDBOX})
-
-
-# ==== 14. Service ========================================================================
-#
-# One supervisor, several workers that share the listening socket.  1. The supervisor forks before any database is
-# opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
-# only under a lease, and each of their batches says by its guard that the lease still holds.
-
-STOP_TIME = 8                   # seconds that requests in flight get to finish; who stops a container waits 10
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
-LEASE = 2 * MINUTE
-WATCHED_MOST = 480 if os.name == "nt" else math.inf      # connections that no thread has; select() on Windows takes 512 sockets in all
-CREW_IDLE = 10                  # seconds that a thread waits for work before it ends
-
-
-class Balance:
-    """How many connections each worker holds, in memory they share.  A hint and no more: who has more than another
-    leaves a new connection to that one, but not for long."""
-
-    def __init__(self, workers: int) -> None:
-        self._counts = memoryview(mmap.mmap(-1, 4 * workers)).cast("I")
-        self.index = 0                           # which one we are
-
-    def set(self, count: int) -> None:
-        self._counts[self.index] = count
-
-    def yields(self) -> bool:
-        """Should another worker take the next connection?"""
-        return self._counts[self.index] > min(self._counts)
-
-
-class Crew:
-    """Threads that take work as it comes; one that finds none for a while ends, so that a rush leaves nothing behind.
-
-    What is submitted is promised to a thread at once: to one that waits, else to a new one, and only when there may be no
-    more of them to the next that gets free.  `_spare` is how many wait and are not promised, less what no one is promised.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most, self.count, self._spare = most, 0, 0
-        self._lock, self._work = threading.Lock(), queue.SimpleQueue()
-
-    def submit(self, work: Callable[..., None], *args: Any) -> None:
-        with self._lock:
-            if self._spare <= 0 and self.count < self.most and self._hire():
-                self.count += 1
-            else:
-                self._spare -= 1
-            self._work.put((work, args))
-
-    def _hire(self) -> bool:
-        """Begin a thread; False where the system has no more of them, and those there are have to do."""
-        try:
-            threading.Thread(target=self._run, name="connection", daemon=True).start()
-        except RuntimeError:
-            if not self.count:
-                raise
-            return False
-        return True
-
-    def backlog(self) -> int:
-        """How much waits for a thread."""
-        return self._work.qsize()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                work, args = self._work.get(timeout=CREW_IDLE)
-            except queue.Empty:
-                with self._lock:
-                    is_over = self._spare > 0
-                    self._spare -= is_over
-                    self.count -= is_over
-                if is_over:
-                    malloc_trim()(0)             # else what a rush took stays taken
-                    return
-                continue                         # what it is promised is coming
-            work(*args)
-            with self._lock:
-                self._spare += 1
-
-
-class CloudServer(ThreadingHTTPServer):
-    """One process that serves: accepts connections, watches those that nothing can be done for yet, gives the others a thread.
-
-    Nobody who is slow or silent has a thread: a handshake, a head, a small body of a stranger and an answer that a stranger
-    takes slowly are moved along here, without ever waiting (R32).
-    """
-    daemon_threads = True
-
-    def __init__(self, cloud: Cloud, listener: socket.socket, lifeline: int | None = None,
-                 balance: Balance | None = None) -> None:
-        """
-        listener    bound and listening; shared with other workers
-        lifeline    a descriptor that reads end of file when the supervisor is gone
-        """
-        super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket, self.cloud, self.lifeline, self.site = listener, cloud, lifeline, Site(cloud.config)
-        self.balance, self._yielded = balance or Balance(1), 0
-        self.tls = tls_context(cloud.config)
-        self.access_log = AccessLog(cloud.config.access_log) if cloud.config.access_log else None
-        self.stopping = False
-        self.crew = Crew(THREADS)
-        self.returned: deque[Connection] = deque()           # from threads: to be watched again
-        self.watched: dict[Connection, None] = {}            # the longest watched first
-        self.active: set[Connection] = set()                 # with a thread, or waiting for one
-        self.peers: dict[str, int] = {}                      # connections of each network
-        self.waker, self.wake = socket.socketpair()
-        for end in (self.waker, self.wake):
-            end.setblocking(False)
-
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Accept and watch until stop() is called or the supervisor is gone; then let requests finish."""
-        self.socket.setblocking(False)
-        with selectors.DefaultSelector() as self.selector:
-            for what in (self.socket, self.waker, *([] if self.lifeline is None else [self.lifeline])):
-                self.selector.register(what, selectors.EVENT_READ, what)
-            swept = time.monotonic()
-            while not self.stopping:
-                for key, _ in self.selector.select(poll_interval):
-                    self._notice(key.data)
-                if time.monotonic() - swept > 1:
-                    swept = time.monotonic()
-                    self._end_phases(swept)
-            for connection in list(self.watched):
-                self._close(connection)
-        until = time.monotonic() + STOP_TIME
-        while self.active and time.monotonic() < until:
-            self._take_all_back()                # what came back just when the loop ended is not waited for
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        self.stopping = True
-        self.cloud.closing.set()
-        self._wake()
-
-    def is_crowded(self) -> bool:
-        """Are threads too dear to wait in for a connection that is silent now?"""
-        return self.crew.count > THREADS // 2
-
-    def _wake(self) -> None:
-        try:
-            self.wake.send(b".")
-        except BlockingIOError:
-            pass                                 # it is being woken already
-
-    # ---- coming and going
-
-    def _notice(self, what: Any) -> None:
-        if isinstance(what, Connection):
-            if what in self.watched:             # else it has just been closed
-                self._move_along(what)
-        elif what is self.socket:
-            self._accept()
-        elif what is self.waker:
-            self.waker.recv(4096)
-            self._take_all_back()
-        else:
-            self.stopping = True                 # the lifeline is cut
-
-    def _accept(self) -> None:
-        if self.balance.yields() and self._yielded < 4:
-            self._yielded += 1
-            time.sleep(0.0005)
-            return
-        self._yielded = 0
-        try:
-            sock, address = self.socket.accept()
-        except BlockingIOError:
-            return                               # another process was faster
-        except OSError as error:                 # out of descriptors (R19)
-            log.error("accept: %s", error)
-            for _ in range(64):
-                self._make_room()
-            time.sleep(0.05)
-            return
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = Connection(sock, address, HEAD)
-        connection.watch()
-        if self.tls:
-            connection.sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        network = self._network(connection)
-        self.peers[network] = self.peers.get(network, 0) + 1
-        connection.wait(HANDSHAKE if self.tls else HEAD, HANDSHAKE_TIME if self.tls else IDLE_TIME)
-        if len(self.watched) + len(self.active) >= self.cloud.config.max_connections or len(self.watched) >= WATCHED_MOST:
-            self._make_room()
-        self._watch(connection)
-        if not self.tls:
-            self._move_along(connection)         # what it wants is often there already
-
-    def _network(self, connection: Connection) -> str:
-        """Whom a connection counts for; all of a listed proxy's are many people's."""
-        return network_of(connection.peer)
-
-    def _make_room(self) -> None:
-        """Close one that has its answer; else what has been silent longest, of the network that has most connections: strangers
-        crowd out themselves."""
-        oldest: dict[str, Connection] = {}
-        for connection in self.watched:
-            if connection.phase == LINGER:
-                return self._close(connection)
-            if connection.phase != SENDING:
-                oldest.setdefault(self._network(connection), connection)
-        if oldest:
-            self._close(oldest[max(oldest, key=self.peers.__getitem__)])
-
-    def _watch(self, connection: Connection) -> None:
-        writes = connection.phase == SENDING or connection.phase == HANDSHAKE and connection.writes
-        self.watched[connection] = None
-        self.selector.register(connection.sock, selectors.EVENT_WRITE if writes else selectors.EVENT_READ, connection)
-
-    def _unwatch(self, connection: Connection) -> None:
-        del self.watched[connection]
-        self.selector.unregister(connection.sock)
-
-    def _close(self, connection: Connection) -> None:
-        if connection in self.watched:
-            self._unwatch(connection)
-        connection.sock.close()
-        network = self._network(connection)
-        self.peers[network] -= 1
-        if not self.peers[network]:
-            del self.peers[network]
-        self.balance.set(len(self.active) + len(self.watched))
-
-    # ---- what can be done without waiting
-
-    def _move_along(self, connection: Connection) -> None:
-        """Something came, or can go: do what can be done at once."""
-        try:
-            MOVES[connection.phase](self, connection)
-        except OSError:
-            self._close(connection)
-
-    def _go_on_with_handshake(self, connection: Connection) -> None:
-        self._start(connection)                  # its arithmetic is a thread's work
-
-    def _go_on_receiving(self, connection: Connection) -> None:
-        silent = not len(connection.parser)
-        came = connection.receive()
-        if came is False:
-            self._close(connection)
-        elif came:
-            if connection.is_settled():
-                self._start(connection)
-            elif silent and connection.phase == HEAD:
-                connection.wait(HEAD, HEADER_TIME)           # from its first byte on
-
-    def _go_on_sending(self, connection: Connection) -> None:
-        if connection.flush():
-            self._unwatch(connection)
-            self._go_on_after_answer(connection)
-
-    def _go_on_after_answer(self, connection: Connection) -> None:
-        if connection.keep:
-            connection.wait(HEAD, IDLE_TIME)
-        else:
-            connection.half_close()
-        self._take_back(connection)
-
-    def _go_on_discarding(self, connection: Connection) -> None:
-        with suppress(*SILENT):
-            if not connection.sock.recv(RECEIVE):
-                self._close(connection)
-
-    def _end_phases(self, now: float) -> None:
-        """End what has waited as long as it may."""
-        for connection in [connection for connection in self.watched if connection.until < now]:
-            if connection.phase == BODY or connection.phase == HEAD and len(connection.parser):
-                self._refuse(connection, CloudError("timeout", "the request did not arrive in time"))
-            else:
-                self._close(connection)
-
-    def _refuse(self, connection: Connection, error: CloudError) -> None:
-        """Say a word to a connection that gets no thread, and end it."""
-        response = json_error(error, NO_REQUEST)
-        connection.out = memoryview(format_head(response, False, False) + response.body)
-        with suppress(OSError):
-            connection.flush()
-        self._close(connection)
-
-    # ---- threads
-
-    def _start(self, connection: Connection) -> None:
-        self._unwatch(connection)
-        if self.crew.backlog() >= WAITING:
-            self._refuse(connection, CloudError("busy", "too many requests at once", retry_after=2))
-            return                               # overloaded: better to say so than to let everybody wait (R35)
-        self.active.add(connection)
-        self.balance.set(len(self.active) + len(self.watched))
-        if connection.phase != HANDSHAKE:
-            connection.seize()
-        self.process_request(connection, connection.peer)
-
-    def process_request(self, request: Connection, client_address: str) -> None:
-        self.crew.submit(self.process_request_thread, request, client_address)
-
-    def handle_error(self, request: Connection, client_address: str) -> None:
-        log.exception("connection")
-        request.phase = CLOSED
-
-    def shutdown_request(self, request: Connection) -> None:
-        """A thread is done with a connection, for now or for good."""
-        if self.stopping:
-            request.sock.close()
-            self.active.discard(request)
-            return
-        request.watch()
-        self.returned.append(request)
-        self._wake()
-
-    def _take_all_back(self) -> None:
-        while self.returned:
-            self._take_back(self.returned.popleft())
-
-    def _take_back(self, connection: Connection) -> None:
-        self.active.discard(connection)
-        if connection.phase == CLOSED or self.stopping:
-            self._close(connection)
-            return
-        if len(self.watched) >= WATCHED_MOST:
-            self._make_room()
-        self._watch(connection)
-        if isinstance(connection.sock, ssl.SSLSocket) and connection.sock.pending():
-            self._move_along(connection)         # the selector does not see what TLS has read already
-        elif connection.phase in (HEAD, BODY) and len(connection.parser) and connection.is_settled():
-            self._start(connection)
-
-    def log_access(self, request: Request, response: Response, sent: int) -> None:
-        if self.access_log:
-            self.access_log.write(request, response, sent)
-
-
-MOVES: dict[int, Callable[[CloudServer, Connection], None]] = {
-    HANDSHAKE: CloudServer._go_on_with_handshake, HEAD: CloudServer._go_on_receiving, BODY: CloudServer._go_on_receiving,
-    SENDING: CloudServer._go_on_sending, LINGER: CloudServer._go_on_discarding}
-
-
-SAFE_TLS = {(3, 9): (3, 9, 18), (3, 10): (3, 10, 13), (3, 11): (3, 11, 5)}       # N2: the first versions without the hole
-
-
-@lru_cache(maxsize=1)
-def tls_context(config: Config) -> ssl.SSLContext | None:
-    """Read once: who serves may not be who can read the key.  raises CloudError for certificates that cannot be used"""
-    if not config.tls_cert:
-        return None
-    if sys.version_info < SAFE_TLS.get(sys.version_info[:2], (0,)):
-        raise CloudError("bad-request", "this Python's TLS has a known hole (CVE-2023-40217); use %s or newer"
-                         % ".".join(map(str, SAFE_TLS[sys.version_info[:2]])))
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
-    except (OSError, ValueError) as error:
-        raise CloudError("bad-request", "cannot use the certificate %s: %s" % (config.tls_cert, error)) from error
-    return context
-
-
-# ---- logs
-
-class AccessLog:
-    """Who asked for what, in the combined format; queries, which may hold secrets, are left out (L1, L4)."""
-    LIMIT, KEPT = 16 * MiB, 4
-
-    def __init__(self, target: str) -> None:
-        self.path = None if target == "-" else Path(target)
-        self._fd, self._lock = -1 if self.path else 1, threading.Lock()
-        self._limit = self.LIMIT                 # size at which a new file is due
-        if self.path:
-            self._open()
-
-    def close(self) -> None:
-        if self.path:
-            os.close(self._fd)
-
-    def reopen(self) -> None:
-        """Go on in the file that has the name now: after somebody else moved ours away."""
-        with self._lock, suppress(OSError):
-            if self.path:
-                self._open()
-
-    def _open(self) -> None:
-        before, self._fd = self._fd, os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | O_EXTRA, 0o600)
-        if before >= 0:
-            os.close(before)
-
-    def write(self, request: Request, response: Response, sent: int) -> None:
-        line = '%s - %s [%s] "%s %s HTTP/1.%d" %d %d "-" "%s"\n' % (
-            printable(request.address), printable(request.who.name) or "-", time.strftime("%d/%b/%Y:%H:%M:%S %z"), request.method,
-            format_path(loggable(request.path)), request.minor, response.status, sent,
-            printable(request.fields.get("user-agent", "-")))
-        with self._lock, suppress(OSError):      # failing to log never fails a request
-            if self._fd < 0:
-                self._open()
-            os.write(self._fd, line.encode("utf-8", "replace"))          # one call, appended whole
-            size = os.fstat(self._fd).st_size if self.path else 0
-            if size > self._limit:
-                self._limit = size + self.LIMIT // 16                    # if it cannot be moved now, not at once again
-                self._rotate()
-                self._limit = self.LIMIT
-
-    def _rotate(self) -> None:
-        """Start a new file; another process may have done so already.  raises OSError; then nothing was moved"""
-        names = [self.path, *(self.path.with_name("%s.%d" % (self.path.name, number)) for number in range(self.KEPT + 1))]
-        ours = self.path.exists() and os.path.samestat(os.fstat(self._fd), os.stat(self.path))
-        os.close(self._fd)                       # Windows renames no open file
-        self._fd = -1
-        try:
-            if ours:
-                os.replace(names[0], names[1])   # the one that can fail, because somebody else reads it, comes first
-                for older, oldest in reversed(list(zip(names[1:], names[2:]))):
-                    if older.exists():
-                        os.replace(older, oldest)
-        finally:
-            self._open()
-
-
-def printable(text: str) -> str:
-    """Text that can neither start a line nor a terminal escape, at most 1 KiB of it (L2)."""
-    return "".join(c if c.isprintable() and c not in '"\\' else "?" for c in text[:1024])
-
-
-class JsonFormatter(logging.Formatter):
-    """One event, one line of JSON, control characters escaped (L2)."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        event = {"at": format_time(int(record.created * 1000)), "level": record.levelname.lower(),
-                 "event": record.getMessage()[:1024]}
-        event.update((name, str(getattr(record, name))[:1024]) for name in ("account", "address", "by") if hasattr(record, name))
-        if record.exc_info:
-            event["trace"] = self.formatException(record.exc_info)[-4096:]
-        return json.dumps(event)
-
-
-class SentenceFormatter(logging.Formatter):
-    """The same for eyes: a sentence, and what it is about."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        about = ["%s %s" % (name, getattr(record, name)) for name in ("account", "address", "by") if hasattr(record, name)]
-        lines = [record.getMessage() + (" (%s)" % ", ".join(about) if about else "")]
-        if record.exc_info:
-            lines += self.formatException(record.exc_info).splitlines()
-        return "\n".join("".join(c if c.isprintable() else "?" for c in line[:1024]) for line in lines)
-
-
-def start_logging(config: Config) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(SentenceFormatter() if sys.stderr.isatty() else JsonFormatter())
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.WARNING if config.quiet else logging.INFO)
-
-
-# ---- what goes on in the background
-
-KEEP_CONDEMNED = DAY            # a chunk nobody refers to waits this long, then its row goes
-KEEP_BURIED = DAY               # ... and this long, longer than any download, then its object
-KEEP_ORPHANS = 7 * DAY          # objects no row knows: longer than any upload
-LADDER = ((365 * DAY, 7 * DAY), (5 * 365 * DAY, 30 * DAY))      # past --keep-days: (versions this old, one in each span)
-REFERRED = ("(EXISTS (SELECT 1 FROM entry WHERE manifest = chunk.hash) "
-            "OR EXISTS (SELECT 1 FROM manifest_chunk m WHERE m.chunk = chunk.hash) "
-            "OR EXISTS (SELECT 1 FROM upload_chunk u WHERE u.chunk = chunk.hash))")
-
-
-IS_LIVE = "EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.until IS NULL)"
-PURGED = (" AND EXISTS (SELECT 1 FROM entry g WHERE g.node = :node AND g.fate = 'purged') "
-          "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = :node AND l.until IS NULL)")
-PURGE = (  # what goes with a node: each if PURGED, and the entries last
-    "DELETE FROM property WHERE node = :node", "DELETE FROM pin WHERE node = :node", "DELETE FROM lock WHERE node = :node",
-    "DELETE FROM collection WHERE node = :node", "DELETE FROM name_row WHERE node = :node",
-    "UPDATE account SET fed = :until WHERE id = :home AND fed < :until",
-    "DELETE FROM entry WHERE node = :node AND until IS NOT NULL")
-
-
-class Upkeep:
-    """Keeps a cloud in order while it is used: history thins out, space comes back, bytes are checked.
-
-    Only the holder of the lease works; every batch guards that it still is the holder.  All times are due times, so
-    a wrong clock makes nothing early.
-    """
-
-    def __init__(self, cloud: Cloud) -> None:
-        self.cloud, self.db, self.clock = cloud, cloud.db, cloud.clock
-        self.owner, self.fence = secrets.token_hex(8), 0
-
-    def hold(self) -> bool:
-        """Take or renew the lease; False while another process has it."""
-        self.fence = self.db.lease("upkeep", self.owner, LEASE) or 0
-        return self.fence > 0
-
-    def release(self) -> None:
-        """Let the next one work at once."""
-        if self.fence:
-            self.db.release("upkeep", self.owner)
-
-    def _write(self, *body: Statement) -> None:
-        guard = Statement("SELECT 'lease' WHERE (SELECT fence FROM lease WHERE name = 'upkeep') IS NOT ?", (self.fence,))
-        self.db.write_once(Batch(list(body), [guard], frees=True), CloudError("busy", "another process took over the upkeep"))
-
-    # ---- what runs out
-
-    def expire(self) -> None:
-        """Locks, sessions, waits, uploads, operation ids, and removed accounts."""
-        now, keep = self.clock.due(), self.cloud.policy().keep_days * DAY
-        self._write(Statement("DELETE FROM lock WHERE due <= ?", (now,)),
-                    Statement("DELETE FROM device WHERE idle < ? OR due < ?", (now, now)),
-                    Statement("DELETE FROM throttle WHERE due < ?", (now - HOUR,)),
-                    Statement("DELETE FROM loose WHERE due < ?", (now,)),
-                    Statement("DELETE FROM brake WHERE held IS NULL AND due < ? AND free < ? OR device NOT IN "
-                              "(SELECT id FROM device)", (now, now)),
-                    Statement("DELETE FROM pairing WHERE due < ?", (now,)),
-                    Statement("DELETE FROM known_place WHERE due < ?", (now,)),
-                    Statement("INSERT INTO entry (home, since, node, until, name, key, kind, size, mtime, rev, fate) SELECT home, s, node, s, '', "
-                              "'', 1, 0, 0, s, 'purged' FROM growing, (SELECT max(seq) AS s FROM journal) WHERE due < ?", (now,)),
-                    Statement("DELETE FROM growing WHERE due < ?", (now,)),
-                    Statement("DELETE FROM kept WHERE due < ?", (now,)),
-                    Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
-                    Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
-                    Statement("DELETE FROM upload WHERE due < ?", (now,)),
-                    Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = 'purged' WHERE until IS NULL "
-                              "AND node IN (SELECT root FROM account WHERE removed < ?)", (now - keep,)))        # nobody's now
-
-    def look_after_crash(self) -> None:
-        """After a stop that was none: is the database whole? (R22)"""
-        if self.db.setting("unclean"):
-            wrong = [row[0] for row in self.db.read("PRAGMA quick_check") if row != ("ok",)]
-            if wrong:
-                log.error("the database is damaged: %s; stop the server and restore a backup", wrong[0])
-                self.db.broken = "the database is damaged"
-            else:
-                self._write(Statement("DELETE FROM setting WHERE name = 'unclean'"))
-
-    def mark_age(self) -> None:
-        """Note how far the journal is, to know later how old a seq is."""
-        self._write(Statement("INSERT OR REPLACE INTO age SELECT ?, max(seq) FROM journal", (self.clock.due(),)))
-
-    def seq_before(self, age: int) -> int:
-        """The newest seq that is at least `age` ms old; 0 if none is known to be."""
-        return self.db.read("SELECT coalesce(max(seq), 0) FROM age WHERE due <= ?", (self.clock.due() - age,))[0][0]
-
-    # ---- history
-
-    def thin(self) -> int:
-        """Past --keep-days: trash goes, versions thin out along the ladder, pinned ones stay; returns rows gone."""
-        cut = self.seq_before(self.cloud.policy().keep_days * DAY)
-        if not cut:
-            return 0
-        self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('oldest', ?)", (str(cut),)))
-        gone = 0
-        for (home,) in self.db.read("SELECT id FROM account"):
-            self._write(Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND fate = 'deleted' AND until <= ? AND "
-                                  + IS_LAST, (home, cut)), raise_shape(home))
-            rows = []
-            for row in self._thinned(home, cut):
-                rows.append(row)
-                if len(rows) == PIECE:
-                    gone += self._forget(rows)
-            gone += self._forget(rows)
-        return gone + self._cap_history()
-
-    def _thinned(self, home: int, cut: int) -> Iterator[tuple[int, int, int]]:
-        """Ended entries that the ladder gives up."""
-        ages = self.db.read("SELECT due, seq FROM age ORDER BY seq")
-        seqs = [seq for _, seq in ages]
-        last = None
-        for since, node, until, fate, pinned in self.db.each(
-                "SELECT e.since, e.node, e.until, e.fate, p.name IS NOT NULL FROM entry e "
-                "LEFT JOIN pin p ON p.node = e.node AND p.rev = e.rev "
-                "WHERE e.home = ? AND e.until <= ? AND e.fate <> 'purged' ORDER BY e.node, e.since DESC", (home, cut)):
-            ended = ages[bisect.bisect_left(seqs, until)][0]             # at the latest
-            span = next((span for most, span in LADDER if self.clock.due() - ended <= most), None)
-            place = node, span and ended // span
-            if fate == "replaced" and (pinned or span and place != last):
-                last = place
-            else:
-                yield home, since, node
-
-    def _forget(self, rows: list[tuple[int, int, int]]) -> int:
-        """Remove ended entries; a feed that begins before they ended would have a gap (R37)."""
-        count = len(rows)
-        if rows:
-            self._write(Statement("UPDATE account SET fed = (SELECT until FROM entry WHERE home = ?1 AND since = ?2 AND node = ?3) "
-                                  "WHERE id = ?1 AND fed < (SELECT until FROM entry WHERE home = ?1 AND since = ?2 AND node = ?3)",
-                                  list(rows), many=True),
-                        Statement("DELETE FROM entry WHERE home = ? AND since = ? AND node = ? AND until IS NOT NULL",
-                                  list(rows), many=True),
-                        *map(raise_shape, {home for home, _, _ in rows}))
-            rows.clear()
-        return count
-
-    def _cap_history(self) -> int:
-        """Where history has a limit, by itself or because the account has a quota: the oldest goes first until it fits."""
-        limit, gone = self.cloud.policy().history, 0
-        for home, live, quota in self.db.read("SELECT a.id, c.size, a.quota FROM account a JOIN collection c ON c.node = a.root"):
-            most = quota if limit is None else limit
-            if most is None:
-                continue
-            over = self.db.read("SELECT coalesce(sum(size), 0) FROM entry WHERE home = ? AND kind = 0", (home,))[0][0] - live - most
-            rows, dead = [], []
-            for since, node, size, fate in self.db.read(
-                    "SELECT e.since, e.node, CASE WHEN e.kind THEN c.size ELSE e.size END, e.fate FROM entry e "
-                    "LEFT JOIN collection c ON c.node = e.node LEFT JOIN pin p ON p.node = e.node AND p.rev = e.rev "
-                    "WHERE e.home = ? AND e.until IS NOT NULL AND e.fate <> 'purged' AND p.name IS NULL ORDER BY e.until", (home,)):
-                if over <= 0:
-                    break
-                (dead if fate == "deleted" else rows).append((home, since, node))
-                over -= size
-            gone += len(dead) + self._forget(rows)
-            if dead:
-                self._write(*give_up(dead), raise_shape(home))
-        return gone
-
-    def purge(self) -> int:
-        """Remove the rows of what was given up for good; returns nodes gone.
-
-        Every statement asks again whether the node is live: then nothing of it goes, and it is not given up any more.
-        """
-        self.cloud.give_up_below(self.db.read("SELECT node, max(until) FROM entry WHERE fate = 'purged' AND kind = 1 GROUP BY node"))
-        gone = 0
-        while True:
-            nodes = [{"node": node, "home": home, "until": until} for node, home, until in self.db.read(
-                "SELECT node, home, max(until) FROM entry WHERE fate = 'purged' GROUP BY node, home LIMIT ?", (PIECE,))]
-            if not nodes:
-                return gone
-            self._write(Statement("UPDATE entry SET fate = 'deleted' WHERE node = :node AND fate = 'purged' AND " + IS_LIVE, nodes, many=True),
-                        *(Statement(sql + PURGED, nodes, many=True) for sql in PURGE),
-                        *map(raise_shape, {row["home"] for row in nodes}))
-            gone += len(nodes)
-
-    # ---- space
-
-    def sweep(self, shards: Iterable[int] = range(256), *, at_once: bool = False) -> dict[str, int]:
-        """Give back the space of chunks nobody refers to (invariants of Blobs): condemn, bury, delete.
-
-        at_once   without the days between: who is reading what is gone for good is cut off, and who relies on a chunk is
-                  told by a guard that it is gone; objects that no row knows yet keep theirs
-        """
-        now, done = self.clock.due(), dict.fromkeys(("manifests", "condemned", "buried", "deleted"), 0)
-        if self.db.broken or int(self.db.setting("hold") or 0) > now:
-            return done                          # a backup copies what we might delete
-        for shard in shards:
-            prefix = "%02x" % shard
-            done["manifests"] += self._sweep_manifests(prefix)
-            done["condemned"] += self._condemn(prefix, now, now + 1 if at_once else now - DAY)
-            self._find_orphans(prefix, now)
-        done["buried"] = self._bury(now, now + 1 if at_once else now - KEEP_CONDEMNED, 0 if at_once else KEEP_BURIED)
-        done["deleted"] = self._delete(now + at_once)
-        return done
-
-    def _sweep_manifests(self, prefix: str) -> int:
-        rows = self.db.read("SELECT id FROM manifest WHERE id >= ? AND id < ? AND NOT EXISTS (SELECT 1 FROM entry "
-                            "WHERE manifest = manifest.id)", ("m" + prefix, "m" + prefix + "g"))
-        for piece in pieces(rows):
-            self._write(Statement("DELETE FROM manifest WHERE id = ? AND NOT EXISTS (SELECT 1 FROM entry "
-                                  "WHERE entry.manifest = manifest.id)", piece, many=True),
-                        Statement("DELETE FROM manifest_chunk WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest "
-                                  "WHERE id = ?1)", piece, many=True),
-                        Statement("DELETE FROM digest WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest "
-                                  "WHERE id = ?1)", piece, many=True))
-        return len(rows)
-
-    def _condemn(self, prefix: str, now: int, before: int) -> int:
-        """Note that nobody refers to chunks, nor sent them ahead, that came before a due time."""
-        unwanted = "NOT " + REFERRED + " AND NOT EXISTS (SELECT 1 FROM loose WHERE chunk = chunk.hash AND due > ?)"
-        rows = self.db.read("SELECT hash FROM chunk WHERE hash >= ? AND hash < ? AND condemned IS NULL AND at < ? AND " + unwanted,
-                            (prefix, prefix + "g", before, now))
-        for piece in pieces(rows):
-            self._write(Statement("UPDATE chunk SET condemned = ? WHERE hash = ? AND " + unwanted,
-                                  [(now, hash, now) for (hash,) in piece], many=True))
-        return len(rows)
-
-    def _bury(self, now: int, before: int, rest: int) -> int:
-        """Rows of chunks that were condemned before a due time go, their objects after a rest; one referred to again is acquitted."""
-        rows = self.db.read("SELECT hash FROM chunk WHERE condemned < ?", (before,))
-        for piece in pieces(rows):
-            self._write(
-                Statement("UPDATE chunk SET condemned = NULL WHERE hash = ? AND " + REFERRED, piece, many=True),
-                Statement("INSERT OR IGNORE INTO grave SELECT object, ? FROM chunk WHERE hash = ? AND condemned IS NOT NULL "
-                          "AND object IS NOT NULL", [(now + rest, hash) for (hash,) in piece], many=True),
-                Statement("DELETE FROM digest WHERE manifest = ? AND EXISTS (SELECT 1 FROM chunk WHERE hash = manifest "
-                          "AND condemned IS NOT NULL)", piece, many=True),
-                Statement("DELETE FROM chunk WHERE hash = ? AND condemned IS NOT NULL", piece, many=True))
-        return len(rows)
-
-    def _find_orphans(self, prefix: str, now: int) -> None:
-        """Objects without a row: uploads that broke off, or losers of a race.  They may yet get one."""
-        found = []
-        for name, _, _ in self.cloud.blobs.store.list(prefix):
-            if not self._is_object(name) and not self.db.read("SELECT 1 FROM grave WHERE object = ?", (name,)):
-                found.append((name, now + KEEP_ORPHANS))
-        for piece in pieces(found):
-            self._write(Statement("INSERT OR IGNORE INTO grave VALUES (?, ?)", piece, many=True))
-
-    def _is_object(self, name: str) -> bool:
-        return bool(self.db.read("SELECT 1 FROM chunk WHERE hash = ? AND object = ?", (name.lstrip(".")[:64], name)))
-
-    def _delete(self, now: int) -> int:
-        rows, left = self.db.read("SELECT object FROM grave WHERE due < ?", (now,)), 0
-        for piece in pieces(rows):
-            kept = [(now + HOUR, name) for (name,) in piece if not self._is_object(name) and not self._unlink(name)]
-            self._write(Statement("UPDATE grave SET due = ? WHERE object = ?", kept, many=True),
-                        Statement("DELETE FROM grave WHERE object = ? AND due < ?", [(name, now) for (name,) in piece], many=True))
-            left += len(kept)
-        return len(rows) - left
-
-    def _unlink(self, name: str) -> bool:
-        """Delete an object; False if it cannot be now: somebody reads it, on Windows.  Another time, then."""
-        try:
-            self.cloud.blobs.store.delete(name)
-        except OSError as error:
-            log.warning("object %s is left for later: %s", name, error.strerror)
-            return False
-        return True
-
-    # ---- what can be done later than the write
-
-    def index_names(self) -> None:
-        """Bring the index of names up to date, where SQLite has one."""
-        if not self.db.has_index():
-            return
-        done = int(self.db.setting("indexed") or 0)
-        reached = self._stretch(done, 20_000)
-        if reached == done:
-            return
-        (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM name_row")
-        rows = [row for (home,) in self.db.read("SELECT id FROM account") for row in self.db.read(
-            "SELECT node, key FROM entry e WHERE home = ? AND since > ? AND since <= ? AND NOT EXISTS (SELECT 1 FROM entry p "
-            "WHERE p.node = e.node AND p.until = e.since AND p.key = e.key) ORDER BY since", (home, done, reached))]
-        chosen = [(last + n, node, key) for n, (node, key) in enumerate(rows, 1)]
-        self._write(Statement("INSERT INTO name_row VALUES (?, ?)", [row[:2] for row in chosen], many=True),
-                    Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True),
-                    Statement("INSERT OR REPLACE INTO setting VALUES ('indexed', ?)", (str(reached),)))
-
-    def index_contents(self) -> None:
-        """Bring the index of contents up to date, where SQLite has one; a commit takes about a MiB, so that nobody waits long."""
-        if not self.db.has_index():
-            return
-        done = int(self.db.setting("read") or 0)
-        reached = self._stretch(done, 2_000)
-        rows, size = [], 0
-        for home, manifest, length in self._unread(done, reached):
-            rows.append((home, manifest, self._text_of(manifest, length)))
-            size += length
-            if size > MiB:
-                self._add_contents(rows)
-                rows, size = [], 0
-        self._add_contents(rows)
-        if reached != done:
-            self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('read', ?)", (str(reached),)))
-
-    def _text_of(self, manifest: str, size: int) -> str:
-        """What of a file goes into the index; nothing if it is no text, or cannot be read: the scrub tells of that."""
-        try:
-            return spread(decode_text(self.cloud.content_of(manifest, size).read(TEXT_LIMIT)) or "")
-        except CloudError as error:
-            log.warning("not indexed: %s", error)
-            return ""
-
-    def _unread(self, done: int, reached: int) -> Iterator[tuple[int, str, int]]:
-        """(home, manifest, bytes) of live text files that are not indexed yet."""
-        seen = set()
-        for (home,) in self.db.read("SELECT id FROM account"):
-            for manifest, size, media in self.db.read(
-                    "SELECT manifest, size, media FROM entry e WHERE home = ? AND since > ? AND since <= ? AND until IS NULL "
-                    "AND kind = 0 AND size BETWEEN 1 AND ? AND NOT EXISTS (SELECT 1 FROM text_row r WHERE r.home = e.home "
-                    "AND r.manifest = e.manifest)", (home, done, reached, TEXT_LIMIT)):
-                if kind_of_media(media) in ("text", "table") and (home, manifest) not in seen:
-                    seen.add((home, manifest))
-                    yield home, manifest, size
-
-    def _add_contents(self, rows: list[tuple[int, str, str]]) -> None:
-        (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM text_row")
-        rows = [(last + n, *row) for n, row in enumerate(rows, 1)]
-        if rows:
-            self._write(Statement("INSERT INTO text_row VALUES (?, ?, ?)", [row[:3] for row in rows], many=True),
-                        Statement("INSERT INTO text_index (rowid, home, body) VALUES (?, ?, ?)",
-                                  [(id, home, text) for id, home, _, text in rows], many=True))
-
-    def reckon(self) -> None:
-        """What accounts with a quota have beside their live files, counted anew: rows, properties, thumbnails; some of it is free."""
-        rows = [(max(0, sum(self.db.read(
-            "SELECT (SELECT count(*) * ?1 FROM entry WHERE home = ?2), (SELECT coalesce(sum(length(data)), 0) FROM thumbnail WHERE home = ?2), "
-            "(SELECT coalesce(sum(length(p.name) + length(p.value)), 0) FROM entry e JOIN property p ON p.node = e.node WHERE e.home = ?2 "
-            "AND e.until IS NULL)", (ROW, home))[0]) - SPENT_FREE), home) for (home,) in self.db.read("SELECT id FROM account WHERE quota IS NOT NULL")]
-        self._write(Statement("UPDATE account SET extra = ? WHERE id = ?", rows, many=True),
-                    Statement("DELETE FROM spent WHERE day <= ?", (self.clock.due() // DAY - SPENT_DAYS,)))
-
-    def tidy(self) -> None:
-        """Drop thumbnails of what is gone; begin the index of contents anew when most of it is about what is gone."""
-        gone = self.db.read("SELECT id FROM thumbnail t WHERE NOT EXISTS (SELECT 1 FROM entry WHERE manifest = t.manifest "
-                            "AND home = t.home)")
-        for piece in pieces(gone):
-            self._write(Statement("DELETE FROM thumbnail WHERE id = ?", piece, many=True))
-        stale, known = self.db.read("SELECT coalesce(sum(NOT EXISTS (SELECT 1 FROM entry e WHERE e.manifest = r.manifest "
-                                    "AND e.home = r.home AND until IS NULL)), 0), count(*) FROM text_row r")[0]
-        if stale > 1000 and 2 * stale > known:
-            self._write(Statement("INSERT INTO text_index (text_index) VALUES ('delete-all')"), Statement("DELETE FROM text_row"),
-                        Statement("DELETE FROM setting WHERE name = 'read'"))
-
-    def _stretch(self, done: int, most: int) -> int:
-        """The seq up to which some work goes that stands at `done`: about `most` entries of a home, and no batch in part."""
-        reached = self.cloud.head()
-        for (home,) in self.db.read("SELECT id FROM account"):
-            for (since,) in self.db.read("SELECT since FROM entry WHERE home = ? AND since > ? AND since <= ? ORDER BY since "
-                                         "LIMIT 1 OFFSET ?", (home, done, reached, most)):
-                reached = since
-        return reached
-
-    def digest(self, limit: int = GiB) -> None:
-        """Compute the SHA-256 of files that came in parts, some at a time."""
-        for manifest, size in self.db.read("SELECT id, size FROM manifest WHERE sha256 IS NULL LIMIT 100"):
-            whole = hashlib.sha256()
-            for part in self.cloud.content_of(manifest, size).slices():
-                for piece in (part,) if isinstance(part, bytes) else read_pieces(part):
-                    whole.update(piece)
-            self._write(Statement("UPDATE manifest SET sha256 = ? WHERE id = ?", (whole.hexdigest(), manifest)))
-            limit -= size
-            if limit < 0:
-                break
-
-    def scrub(self) -> None:
-        """Read one of 4096 parts of all chunks; each has its turn in 30 days (R25)."""
-        turn = int(self.db.setting("scrubbed") or 0) % 4096
-        for hash, _, wrong in check_chunks(self.cloud, "%03x" % turn):
-            if wrong:
-                log.error("chunk %s is %s; the command verify names the files", hash, wrong)
-        self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('scrubbed', ?)", (str(turn + 1),)))
-
-
-def check_chunks(cloud: Cloud, prefix: str = "", quick: bool = False) -> Iterator[tuple[str, int, str | None]]:
-    """Check the chunks whose hashes begin so: (hash, size, what is wrong or None); damage is noted in the rows.
-
-    quick   only that the bytes are there
-    """
-    for hash, size, object, bad, data in cloud.db.each(
-            "SELECT hash, size, object, bad, data FROM chunk WHERE hash >= ? AND hash < ?", (prefix, prefix + "g")):
-        wrong = None
-        try:
-            if object is None:
-                wrong = None if hashlib.sha256(data).hexdigest() == hash else "damaged"
-            else:
-                with cloud.blobs.store.get(object) as file:
-                    if os.fstat(file.fileno()).st_size != size or not quick and hash_file(file) != hash:
-                        wrong = "damaged"
-        except FileNotFoundError:
-            wrong = "missing"
-        except OSError as error:
-            wrong = str(error)
-        if bool(wrong) != bool(bad) and (wrong or not quick) and not cloud.db.readonly:
-            cloud.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ?", (cloud.clock.wall() if wrong else None, hash)))
-        yield hash, size, wrong
-
-
-class Janitor(threading.Thread):
-    """Does what is due, beside requests; what only one process may do, under the lease of Upkeep."""
-
-    def __init__(self, cloud: Cloud) -> None:
-        super().__init__(name="janitor", daemon=True)
-        self.cloud, self.upkeep, self.ended = cloud, Upkeep(cloud), threading.Event()
-        self.next = {job: cloud.clock.due() + min(every, MINUTE) for job, (every, _) in JOBS.items()}
-        self.shard = secrets.randbelow(256)
-        self.failing: dict[str, str] = {}                    # job: what was said of it last
-
-    def run(self) -> None:
-        while not self.ended.wait(1):
-            now = self.cloud.clock.due()
-            for job, (every, run) in JOBS.items():
-                if now >= self.next[job] and not self.ended.is_set():
-                    self.next[job] = now + every
-                    self._do(job, run)
-
-    def _do(self, job: str, run: Callable[[Janitor], Any]) -> None:
-        try:
-            if job in EVERYBODYS or self.upkeep.hold():
-                run(self)
-            self.failing.pop(job, None)
-        except CloudError as error:
-            if self.failing.get(job) != str(error):              # once, not every five seconds (R19)
-                log.warning("%s: %s", job, error)
-            self.failing[job] = str(error)
-        except Exception:
-            log.exception(job)
-
-    def sweep_some(self) -> None:
-        """One shard in turn: all have theirs within a day."""
-        self.shard = (self.shard + 1) % 256
-        self.upkeep.sweep([self.shard])
-
-    def stop(self) -> None:
-        self.ended.set()
-        self.join(1)                             # a job may be ended at any moment
-        with suppress(CloudError):
-            self.upkeep.release()
-
-
-EVERYBODYS = ("devices",)        # what each process has to write
-JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what)
-    "devices": (MINUTE, lambda janitor: janitor.cloud.accounts.save_used()),
-    "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
-    "reserve": (MINUTE, lambda janitor: janitor.cloud.keep_reserve()),
-    "crash": (MINUTE, lambda janitor: janitor.upkeep.look_after_crash()),
-    "expire": (MINUTE, lambda janitor: janitor.upkeep.expire()),
-    "names": (5 * SECOND, lambda janitor: janitor.upkeep.index_names()),
-    "contents": (5 * SECOND, lambda janitor: janitor.upkeep.index_contents()),
-    "tidy": (DAY, lambda janitor: janitor.upkeep.tidy()),
-    "reckon": (6 * HOUR, lambda janitor: janitor.upkeep.reckon()),
-    "digest": (MINUTE, lambda janitor: janitor.upkeep.digest()),
-    "age": (HOUR, lambda janitor: janitor.upkeep.mark_age()),
-    "purge": (5 * MINUTE, lambda janitor: janitor.upkeep.purge()),
-    "sweep": (5 * MINUTE, Janitor.sweep_some),
-    "scrub": (10 * MINUTE, lambda janitor: janitor.upkeep.scrub()),
-    "thin": (DAY, lambda janitor: janitor.upkeep.thin()),
-}
-
-
-# ---- verify
-
-class Progress:
-    """How far a long command is, on a terminal: count, bytes, rate, time left."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.count, self.done = what, total, 0, 0
-        self.began = self.shown = time.monotonic()
-        self.on = sys.stderr.isatty()
-
-    def add(self, size: int) -> None:
-        self.count, self.done = self.count + 1, self.done + size
-        if self.on and time.monotonic() - self.shown > 0.2:
-            self.shown = time.monotonic()
-            rate = self.done / max(0.001, self.shown - self.began)
-            left = (self.total - self.done) / rate if rate else 0
-            sys.stderr.write("\r" + ("%s: %d, %s of %s, %s/s, %d:%02d left" % (
-                self.what, self.count, format_size(self.done), format_size(self.total), format_size(rate), left // 60, left % 60)).ljust(78))
-            sys.stderr.flush()
-
-    def end(self) -> None:
-        if self.on:
-            sys.stderr.write("\r%78s\r" % "")
-
-
-def verify(cloud: Cloud, quick: bool = False) -> list[str]:
-    """Check everything there is; returns a line for each thing that is wrong.  It changes nothing but notes of damage."""
-    wrong = ["database: %s" % row for row in cloud.db.read("PRAGMA %s_check" % ("quick" if quick else "integrity"))
-             if row != ("ok",)]
-    wrong += ["sums of collection %d are wrong" % node for node, *_ in cloud.db.read(WRONG_SUMS)]
-    wrong += ["the bytes of %s are not known" % name for name in names_of(
-        cloud, "NOT EXISTS (SELECT 1 FROM chunk WHERE hash = e.manifest) AND NOT EXISTS (SELECT 1 FROM manifest WHERE id = e.manifest)", ())]
-    wrong += ["the parts of %s do not make its size" % row for row in cloud.db.read(WRONG_MANIFESTS)]
-    (total,), = cloud.db.read("SELECT coalesce(sum(size), 0) FROM chunk")
-    progress, bad = Progress("verify", total), []
-    for hash, size, what in check_chunks(cloud, quick=quick):
-        progress.add(size)
-        if what:
-            bad.append((hash, what))
-    progress.end()
-    return wrong + name_damage(cloud, dict(bad))
-
-
-def name_damage(cloud: Cloud, bad: dict[str, str]) -> list[str]:
-    """A line for each file, and each of its versions, that chunks {hash: what is wrong} belong to."""
-    return ["%s: a part is %s" % (name, what) for hash, what in bad.items()
-            for name in list(names_of(cloud, "e.manifest = ? OR e.manifest IN (SELECT manifest FROM manifest_chunk WHERE chunk = ?)",
-                                      (hash, hash))) or ["chunk " + hash + ", which nothing refers to"]]
-
-
-WRONG_SUMS = """SELECT c.node FROM collection c WHERE (c.size, c.files) <> (
-    SELECT coalesce(sum(CASE WHEN e.kind THEN k.size ELSE e.size END), 0), coalesce(sum(CASE WHEN e.kind THEN k.files ELSE 1 END), 0)
-    FROM entry e LEFT JOIN collection k ON k.node = e.node WHERE e.parent = c.node AND e.until IS NULL)
-    AND NOT EXISTS (SELECT 1 FROM entry WHERE node = c.node AND fate = 'purged')"""      # what was given up waits for the sweep
-WRONG_MANIFESTS = """SELECT m.id FROM manifest m WHERE m.size <> (SELECT coalesce(sum(h.size), -1) FROM manifest_chunk c
-    JOIN chunk h ON h.hash = c.chunk WHERE c.manifest = m.id)"""
-
-
-def names_of(cloud: Cloud, where: str, params: tuple[Any, ...]) -> Iterator[str]:
-    """Files whose present or past content a condition on entry e picks: "ann: photos/a.jpg, version of 2026-..."."""
-    for node, home, account, since, until, at in cloud.db.read(
-            "SELECT e.node, e.home, a.name, e.since, e.until, j.at FROM entry e JOIN account a ON a.id = e.home "
-            "LEFT JOIN journal j ON j.seq = e.rev WHERE e.kind = 0 AND (" + where + ")", params):
-        with cloud.db.snapshot() as read:
-            (root,), = read("SELECT root FROM account WHERE id = ?", (home,))
-            path = _Past(read, root, until - 1 if until else cloud.head()).path(node)
-        yield "%s: %s%s" % (account, "/".join(path or ("(deleted)",)), ", version of " + format_time(at or 0) if until else "")
-
-
-# ---- backup, restore, repair, export, import
-
-class Copying:
-    """Objects on their way into a store.  One that is missing, damaged or cannot be read costs only itself, and is noted."""
-
-    def __init__(self, target: ObjectDirectory) -> None:
-        self.target, self.count, self.size = target, 0, 0
-        self.bad: dict[str, str] = {}                        # {hash: what is wrong with it}
-
-    def run(self, source: ObjectDirectory, rows: Iterable[tuple[str, int, str]]) -> None:
-        """Copy what the target lacks of (hash, bytes, name).  raises OSError when the target cannot be written"""
-        rows = [row for row in rows if not self.target.has(row[2])]
-        progress = Progress("copy", sum(size for _, size, _ in rows))
-        for hash, size, name in rows:
-            data, wrong = read_object(source, name, hash)
-            if wrong:
-                self.bad[hash] = wrong
-            else:
-                self.target.put(name, data)
-                self.bad.pop(hash, None)
-                self.count, self.size = self.count + 1, self.size + size
-            progress.add(size)
-        progress.end()
-
-
-def read_object(store: ObjectDirectory, name: str, hash: str) -> tuple[bytes, str | None]:
-    """(the bytes of an object, what is wrong with it or None)"""
-    try:
-        with store.get(name) as file:
-            data = file.read()
-    except FileNotFoundError:
-        return b"", "missing"
-    except OSError as error:
-        return b"", error.strerror or str(error)
-    return data, None if hashlib.sha256(data).hexdigest() == hash else "damaged"
-
-
-def check_apart(data: Path, to: Path) -> None:
-    """raises CloudError if one of two directories is, or lies in, the other"""
-    if lies_in(to, data) or lies_in(data, to):
-        raise CloudError("conflict", "%s is, holds or lies in the data directory %s; give another place" % (to, data))
-
-
-def check_outside(data: Path, place: Path) -> None:
-    """raises CloudError if plain files would be written into, or read from, a data directory"""
-    if lies_in(place, data):
-        raise CloudError("conflict", "%s is or lies in the data directory %s; give another place" % (place, data))
-
-
-def lies_in(inner: Path, outer: Path) -> bool:
-    """Is it the other one, or below it?  By what is there, not by how it is spelt: links, mounts and case are seen through."""
-    inner = inner.resolve()
-    return outer.exists() and any(place.exists() and os.path.samefile(place, outer) for place in (inner, *inner.parents))
-
-
-def back_up(cloud: Cloud, to: Path) -> tuple[int, int, list[str]]:
-    """Bring a directory to the state of a cloud, which may be in use; returns (objects copied, bytes, what could not be).
-
-    Only what the directory lacks is copied.  It becomes the new state all at once, when its database commits; what only
-    the state before needed is removed after that.
-    raises  CloudError conflict for the backup of another cloud: what it holds would be removed
-    """
-    check_apart(cloud.config.data, to)
-    claim_directory(to)
-    lock = FileLock(to / "write.lock")
-    if not lock.acquire(wait=False):
-        raise CloudError("conflict", "%s is in use: another backup is being written there, or a server runs on it" % to)
-    db = sqlite3.connect(to / "cloud.db", isolation_level=None, uri=True)
-    try:
-        db.execute("ATTACH ? AS live", (cloud.db.address(),))
-        db.execute("PRAGMA main.synchronous = EXTRA")        # the journal's name is gone from the disk, too, before it is done
-        prepare_backup(db, to)
-        with sweep_held(cloud):
-            copying = Copying(ObjectDirectory(to / "objects"))
-            copying.target.create()
-            copying.run(cloud.blobs.store, cloud.db.each(OBJECTS))           # most of it, holding nothing
-            db.execute("BEGIN IMMEDIATE")
-            bad = {**copy_tables(db), **copying.bad}
-            copying.run(cloud.blobs.store, db.execute(OBJECTS))              # and what came meanwhile
-            db.execute("COMMIT")
-            sync_directory(to)
-            if db.execute("PRAGMA main.quick_check").fetchone() != ("ok",):
-                raise CloudError("storage-failed", "the copy of the database is damaged; back up to another place")
-            prune_objects(copying.target, db)
-    except sqlite3.Error as error:
-        raise database_error(error, to / "cloud.db") from error
-    finally:
-        db.close()
-        lock.close()
-    return copying.count, copying.size, name_damage(cloud, {**bad, **copying.bad})
-
-
-@contextmanager
-def sweep_held(cloud: Cloud) -> Iterator[None]:
-    """Nothing is swept meanwhile; what is deleted stays until we are done."""
-    if cloud.db.readonly:
-        yield                                    # nobody can sweep there
-        return
-    cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('hold', ?)", (str(cloud.clock.due() + 7 * DAY),)))
-    try:
-        yield
-    finally:
-        cloud.db.run(Statement("DELETE FROM setting WHERE name = 'hold'"), frees=True)
-
-
-OBJECTS = "SELECT hash, size, object FROM chunk WHERE object IS NOT NULL"
-
-
-def prepare_backup(db: sqlite3.Connection, to: Path) -> None:
-    """Bring the tables of a backup that an older version wrote to those of today, and see whose it is."""
-    (version,) = db.execute("PRAGMA main.user_version").fetchone()
-    check_version(version)
-    if not db.execute("SELECT 1 FROM main.sqlite_master WHERE name = 'setting'").fetchone():
-        return                                   # a new one, or one that was never finished
-    if identity_of(db, "main") not in (None, identity_of(db, "live")):
-        raise CloudError("conflict", "%s holds a backup of another cloud; give a directory of its own" % to)
-    if 0 < version <= len(MIGRATIONS):
-        migrate(db, steps_from(db, version))
-
-
-def identity_of(db: sqlite3.Connection, schema: str) -> Any:
-    """What tells clouds apart and survives every restore: the root of the first account; None without accounts."""
-    row = db.execute("SELECT root FROM %s.account ORDER BY id LIMIT 1" % schema).fetchone()
-    return row and row[0]
-
-
-def copy_tables(db: sqlite3.Connection) -> dict[str, str]:
-    """Bring the tables of `main` to those of `live`; chunks and thumbnails that are there are not copied again.
-
-    returns  {hash: "damaged"} of chunks in rows that are
-    """
-    there = {name for (name,) in db.execute("SELECT name FROM main.sqlite_master")}
-    for kind, name, sql in db.execute("SELECT type, name, sql FROM live.sqlite_master WHERE sql IS NOT NULL "
-                                      "AND name NOT LIKE '%_index%' ORDER BY type DESC").fetchall():
-        if name not in there:
-            db.execute(sql)
-        if kind == "table" and name not in ("chunk", "thumbnail", "name_row", "text_row", "lease"):
-            db.execute('DELETE FROM main."%s"' % name)
-            db.execute(copy_rows(db, name))
-    db.execute("PRAGMA main.user_version = %d" % (1 + len(MIGRATIONS)))
-    db.execute("DELETE FROM main.chunk WHERE NOT EXISTS (SELECT 1 FROM live.chunk l WHERE l.hash = chunk.hash)")
-    new = "NOT EXISTS (SELECT 1 FROM main.chunk c WHERE c.hash = l.hash)"
-    bad = {hash: "damaged" for hash, data in db.execute("SELECT hash, data FROM live.chunk l WHERE data IS NOT NULL AND " + new)
-           if hashlib.sha256(data).hexdigest() != hash}
-    db.execute(copy_rows(db, "chunk") + " l WHERE " + new)
-    db.execute("UPDATE main.chunk SET (object, at, condemned, bad) = (SELECT object, at, condemned, bad FROM live.chunk l "
-               "WHERE l.hash = chunk.hash) WHERE (object, at, condemned, bad) IS NOT (SELECT object, at, condemned, bad "
-               "FROM live.chunk l WHERE l.hash = chunk.hash)")
-    db.execute("DELETE FROM main.thumbnail WHERE NOT EXISTS (SELECT 1 FROM live.thumbnail l WHERE l.id = thumbnail.id "
-               "AND l.home = thumbnail.home AND l.manifest = thumbnail.manifest)")
-    db.execute(copy_rows(db, "thumbnail") + " l WHERE NOT EXISTS (SELECT 1 FROM main.thumbnail t WHERE t.id = l.id)")
-    db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed', 'read', 'running', 'unclean')")
-    return bad
-
-
-def copy_rows(db: sqlite3.Connection, table: str) -> str:
-    """The statement that copies a table from `live` to `main`, column by column, in whatever order each has them."""
-    columns = ", ".join('"%s"' % row[1] for row in db.execute('PRAGMA live.table_info("%s")' % table))
-    return 'INSERT INTO main."%s" (%s) SELECT %s FROM live."%s"' % (table, columns, columns, table)
-
-
-def prune_objects(store: ObjectDirectory, db: sqlite3.Connection) -> None:
-    """Remove objects that no row of a backup names."""
-    for shard in range(256):
-        for name, _, _ in list(store.list("%02x" % shard)):
-            if not db.execute("SELECT 1 FROM chunk WHERE hash = ? AND object = ?", (name[:64], name)).fetchone():
-                store.delete(name)
-
-
-def restore_backup(source: Path, config: Config) -> list[str]:
-    """Make a new data directory from a backup, and check it; returns what is wrong.
-
-    What is damaged or missing in the backup costs only the files it belongs to.  The server gets a new epoch, by which
-    clients know that what they miss is unknown, not deleted (R29).
-    """
-    if not (source / "cloud.db").exists():
-        raise CloudError("not-found", "%s holds no backup" % source)
-    if (config.data / "cloud.db").exists():
-        raise CloudError("conflict", "%s holds a cloud already; restore into an empty directory" % config.data)
-    check_apart(config.data, source)
-    claim_directory(config.data)
-    copying = Copying(ObjectDirectory(config.data / "objects"))
-    copying.target.create()
-    partial = config.data / "cloud.db.partial"
-    partial.unlink(missing_ok=True)
-    db = sqlite3.connect(partial, isolation_level=None)
-    try:
-        with opened_to_read(source / "cloud.db") as backup:
-            backup.backup(db)
-        check_version(db.execute("PRAGMA user_version").fetchone()[0])
-        copying.run(ObjectDirectory(source / "objects"), db.execute(OBJECTS))
-    except sqlite3.Error as error:
-        raise CloudError("storage-failed", "%s is no whole backup (%s)" % (source, error)) from error
-    finally:
-        db.close()
-    os.replace(partial, config.data / "cloud.db")
-    sync_directory(config.data)
-    with closing(Cloud(config, how="open")) as cloud:
-        begin_anew(cloud)
-        return verify(cloud)
-
-
-class Healing(NamedTuple):
-    """A chunk that is damaged or missing, and where its bytes are."""
-    hash: str
-    size: int
-    wrong: str
-    source: Callable[[], bytes] | None           # None: nowhere
-
-
-def find_healing(cloud: Cloud, source: Path) -> list[Healing]:
-    """Every chunk that is damaged or missing, and what of a directory has its bytes: a backup, a data directory, or plain
-    files such as an export or a sync folder.  Nothing is changed; bytes are compared by their hash alone."""
-    wanted = {hash: (size, wrong) for hash, size, wrong in check_chunks(cloud) if wrong}
-    for hash, size in cloud.db.read(UNKNOWN_CHUNKS):
-        wanted[hash] = size, "missing"
-    look = look_in_backup if (source / "cloud.db").exists() else look_in_files
-    found = look(cloud, source, {hash: size for hash, (size, _) in wanted.items()})
-    return [Healing(hash, size, wrong, found.get(hash)) for hash, (size, wrong) in sorted(wanted.items())]
-
-
-UNKNOWN_CHUNKS = (  # chunks that files name and no row knows, with their sizes
-    "SELECT e.manifest, max(e.size) FROM entry e WHERE e.kind = 0 AND e.manifest < 'g' AND NOT EXISTS (SELECT 1 FROM chunk "
-    "WHERE hash = e.manifest) GROUP BY e.manifest UNION SELECT m.chunk, coalesce((SELECT min(n.offset) FROM manifest_chunk n "
-    "WHERE n.manifest = m.manifest AND n.offset > m.offset), f.size) - m.offset FROM manifest_chunk m JOIN manifest f "
-    "ON f.id = m.manifest WHERE NOT EXISTS (SELECT 1 FROM chunk WHERE hash = m.chunk)")
-
-
-def look_in_backup(cloud: Cloud, source: Path, wanted: dict[str, int]) -> dict[str, Callable[[], bytes]]:
-    """Which of some chunks {hash: bytes} a backup or data directory has whole."""
-    store, found = ObjectDirectory(source / "objects"), {}
-    with opened_to_read(source / "cloud.db") as db:
-        for hash in wanted:
-            for name, data in db.execute("SELECT object, data FROM chunk WHERE hash = ?", (hash,)):
-                if name and read_object(store, name, hash)[1] is None:
-                    found[hash] = partial(lambda name, hash: read_object(store, name, hash)[0], name, hash)
-                elif data is not None and hashlib.sha256(data).hexdigest() == hash:
-                    found[hash] = partial(bytes, data)
-    return found
-
-
-def look_in_files(cloud: Cloud, source: Path, wanted: dict[str, int]) -> dict[str, Callable[[], bytes]]:
-    """Which of some chunks plain files have at the offset where ours had them; any file of the right size may be it."""
-    sizes: dict[int, list[Path]] = {}
-    for above, _, names in os.walk(source):
-        for name in names:
-            with suppress(OSError):
-                place = Path(above, name)
-                sizes.setdefault(place.stat().st_size, []).append(place)
-    found = {}
-    for hash, length in wanted.items():
-        for size, offset in cloud.db.read(
-                "SELECT DISTINCT e.size, 0 FROM entry e WHERE e.manifest = :hash UNION SELECT DISTINCT f.size, m.offset FROM "
-                "manifest_chunk m JOIN manifest f ON f.id = m.manifest WHERE m.chunk = :hash", {"hash": hash}):
-            for place in sizes.get(size, ()):
-                read = partial(read_range, place, offset, length)
-                if hash not in found and hashlib.sha256(read()).hexdigest() == hash:
-                    found[hash] = read
-    return found
-
-
-def read_range(place: Path, offset: int, count: int) -> bytes:
-    """Some bytes of a file; what cannot be read is not there."""
-    try:
-        with open(place, "rb") as file:
-            file.seek(offset)
-            return file.read(count)
-    except OSError:
-        return b""
-
-
-def heal(cloud: Cloud, healings: Iterable[Healing]) -> int:
-    """Put the bytes that were found in the place of the damaged ones; returns how many chunks are whole again."""
-    healed = 0
-    for hash, size, _, source in healings:
-        data = source() if source else b""
-        if hashlib.sha256(data).hexdigest() == hash:
-            inline = len(data) <= INLINE_LIMIT
-            name = None if inline else cloud.blobs.put_chunk(hash, data, secrets.token_hex(8))
-            cloud.db.run(
-                Statement("INSERT INTO chunk (hash, size, at) VALUES (?, ?, ?) ON CONFLICT (hash) DO NOTHING", (hash, size, cloud.clock.due())),
-                Statement("UPDATE chunk SET object = ?, data = ?, bad = NULL WHERE hash = ?", (name, data if inline else None, hash)))
-            healed += 1
-    return healed
-
-
-SEQS_LOST = 1 << 20             # more writes than a state that was put back can have lost
-
-
-def begin_anew(cloud: Cloud) -> None:
-    """Say that the data may be an older state than clients have seen: a new epoch, which is what Nextcloud's clients read, too.
-
-    The next seqs are left out: etags are made of them, and those of what was lost never come to mean something else.
-    """
-    cloud.db.run(Statement("UPDATE setting SET value = ? WHERE name = 'epoch'", (secrets.token_hex(8),)),
-                 Statement("INSERT INTO journal (seq, at, home, account, device, action, detail, tag) "
-                           "SELECT max(seq) + ?, ?, 0, 0, '', 'restored', '{}', ? FROM journal",
-                           (SEQS_LOST, cloud.clock.wall(), secrets.token_hex(8))))
-    log.warning("the data counts as restored: clients ask before they go on, and none deletes what is missing here")
-
-
-def export_files(cloud: Cloud, who: Principal, to: Path, top: tuple[str, ...] = ()) -> tuple[int, list[str]]:
-    """Write an account's files as plain files with their times, below `top` in a directory; (files written, what could not be).
-
-    When it returns all is on the medium.
-    """
-    check_outside(cloud.config.data, to)
-    make_directory(to)
-    progress, export = Progress("export", cloud.stat(who, ()).size), Export(to)
-    if top:
-        export.put(top)
-    for path, node, content in cloud.walk_contents(who, (), missed=lambda path, error: export.miss(top + path, error)):
-        export.put(top + path, node, content)
-        progress.add(node.size)
-    progress.end()
-    export.sync()
-    return export.written, export.failed
-
-
-class Export:
-    """Plain files on their way into a directory, whatever names its file system can hold and tell apart.
-
-    A name that would fall onto another is found before anything is written, and left out with all that is in it.  What is
-    there already with the same size, time and bytes is left, so a run that broke off goes on.
-    """
-
-    def __init__(self, to: Path) -> None:
-        self.to, self.written = to, 0
-        self.failed: list[str] = []              # what could not be written, and why
-        self.lost: set[tuple[str, ...]] = set()
-        self.touched: set[Path] = set()          # directories whose names are not durable yet
-        self.names = lru_cache(maxsize=DEPTH_LIMIT)(lambda above: {key_of(name) for name in os.listdir(above)})
-
-    def put(self, path: tuple[str, ...], node: Node | None = None, content: Content | None = None) -> None:
-        """Make a collection, or with `content` a file; or note why not."""
-        if any(path[:depth] in self.lost for depth in range(len(path))):
-            return                               # it was said of what holds it
-        try:
-            place = self._place_of(path)
-            if content is None:
-                place.mkdir(exist_ok=True)
-            elif not is_same_file(place, node, content):
-                write_file(place, node, content)
-                self.written += 1
-            self.touched.add(place.parent)
-        except (OSError, CloudError) as error:
-            self.miss(path, error)
-
-    def miss(self, path: tuple[str, ...], error: Exception) -> None:
-        self.lost.add(path)
-        self.failed.append("%s: %s" % ("/".join(path) or "(the top)", reason_of(error)))
-
-    def _place_of(self, path: tuple[str, ...]) -> Path:
-        """raises OSError, CloudError if nothing can, or may, be put there"""
-        name, place = path[-1], self.to.joinpath(*path)
-        check_name(name)                         # of an account, too
-        if os.name == "nt" and not is_windows_name(name):
-            raise OSError(errno.EINVAL, "Windows cannot hold this name")
-        if os.path.lexists(place) and key_of(name) not in self.names(place.parent):
-            raise OSError(errno.EEXIST, "this place cannot tell it from another name that is there")
-        return place
-
-    def sync(self) -> None:
-        for directory in self.touched:
-            sync_directory(directory)
-
-
-def is_same_file(place: Path, node: Node, content: Content) -> bool:
-    """Is a file there with this size, time and, whoever wrote it, these bytes?"""
-    try:
-        about = place.stat()
-        if about.st_size != node.size or abs(about.st_mtime_ns // 1_000_000 - node.mtime) > 2000:
-            return False
-        with open(place, "rb") as file:
-            return all(hashlib.sha256(file.read(size)).hexdigest() == hash for hash, size in content.parts())
-    except OSError:
-        return False
-
-
-def write_file(place: Path, node: Node, content: Content) -> None:
-    """Write a file beside its place and, when it is on the medium, put it there.  What a killed run left is written over."""
-    partial = place.with_name(".cloudserver-%s.partial" % hashlib.sha256(place.name.encode("utf-8", "replace")).hexdigest()[:16])
-    try:
-        with open(partial, "wb") as file:
-            for part in content.slices():
-                for piece in (part,) if isinstance(part, bytes) else read_pieces(part):
-                    file.write(piece)
-            file.flush()
-            sync_file(file.fileno())
-        os.utime(partial, ns=(node.mtime * 1_000_000,) * 2)
-        insist(os.replace, partial, place)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def import_files(cloud: Cloud, who: Principal, source: Path, into: tuple[str, ...]) -> tuple[int, list[str]]:
-    """Store a directory of plain files, with their times; returns (files stored, what could not be).
-
-    What is there already with the same size and time is left.  Links and devices are skipped, and named.
-    """
-    check_outside(cloud.config.data, source)
-    total = sum(size for _, size in scan_files(source, []))
-    progress, skipped, stored = Progress("import", total), [], [0]
-
-    def store(place: Path, size: int) -> None:
-        path = into + place.relative_to(source).parts
-        try:
-            at = place.stat().st_mtime_ns // 1_000_000
-            node = cloud.find(who, check_path(path))
-            if node is None or node.kind or node.size != size or node.mtime != at:
-                with open(place, "rb", buffering=0) as file:
-                    cloud.write(who, path, FileBody(file, size), mtime=check_mtime(at), parents=True)
-                stored[0] += 1
-        except (OSError, CloudError) as error:
-            skipped.append("%s: %s" % (place, reason_of(error)))
-        progress.add(size)
-
-    with ThreadPoolExecutor(8) as pool:
-        deque(pool.map(lambda item: store(*item), scan_files(source, skipped, cloud, who, into)), maxlen=0)
-    progress.end()
-    return stored[0], skipped
-
-
-MOUNT_POINT_TAG = 0xA0000003    # by which Windows marks a junction (MS-FSCC s2.1.2.1)
-
-
-def is_junction(about: os.stat_result) -> bool:
-    """Windows shows one as a directory, though it leads elsewhere."""
-    return getattr(about, "st_reparse_tag", 0) == MOUNT_POINT_TAG
-
-
-def scan_files(source: Path, skipped: list[str], cloud: Cloud | None = None, who: Principal = ANONYMOUS,
-               into: tuple[str, ...] = ()) -> Iterator[tuple[Path, int]]:
-    """(file, bytes) below a directory; given a cloud, its collections are made on the way, empty ones too.
-
-    What is no plain file, cannot be read, or is called what a file before it is called to us, is skipped, and named.
-    """
-    pending = [source]
-    while pending:
-        above = pending.pop()
-        try:
-            if cloud and into + above.relative_to(source).parts:
-                make_once(cloud, who, check_path(into + above.relative_to(source).parts))
-            with os.scandir(above) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
-        except (CloudError, OSError) as error:
-            skipped.append("%s: %s" % (above, reason_of(error)))
-            continue
-        names: dict[str, str] = {}
-        for entry in found:
-            try:
-                if names.setdefault(key_of(entry.name), entry.name) != entry.name:
-                    skipped.append("%s: it is called the same as another one there" % entry.path)
-                elif cloud and entry.is_dir() and os.path.samefile(entry.path, cloud.config.data):
-                    skipped.append("%s: the data directory itself" % entry.path)
-                elif entry.is_dir(follow_symlinks=False) and not is_junction(entry.stat(follow_symlinks=False)):
-                    pending.append(Path(entry.path))
-                elif entry.is_file(follow_symlinks=False):
-                    yield Path(entry.path), entry.stat().st_size
-                else:
-                    skipped.append("%s: not a plain file" % entry.path)
-            except OSError as error:
-                skipped.append("%s: %s" % (entry.path, reason_of(error)))
-
-
-def make_once(cloud: Cloud, who: Principal, path: tuple[str, ...]) -> None:
-    """Make a collection that may be there already.  raises CloudError"""
-    try:
-        cloud.make_collection(who, path, parents=True)
-    except CloudError as error:
-        if error.kind != "exists":
-            raise
-
-
-# ---- doctor
-
-def examine(config: Config) -> Iterator[tuple[bool | None, str]]:
-    """Look at everything that is known to go wrong: (is it well? None: nobody could look, sentence)."""
-    yield sys.version_info >= (3, 9), "Python %s" % sys.version.split()[0]
-    yield sqlite3.sqlite_version_info >= (3, 34), "SQLite %s" % sqlite3.sqlite_version
-    yield not hasattr(os, "geteuid") or os.geteuid() != 0, "not running as root"
-    usage = shutil.disk_usage(config.data)
-    yield usage.free > min(parse_size(config.low_water), usage.total // 50), "%s free on the disk" % format_size(usage.free)
-    if os.name == "nt":                          # access lists, which the standard library does not read
-        yield None, "not checked: that the data directory is private; see its properties, Security"
-    else:
-        yield not config.data.stat().st_mode & 0o077, "the data directory is private"
-    began = time.monotonic()
-    probe = config.data / (".probe-" + secrets.token_hex(4))
-    fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    os.write(fd, b"x")
-    sync_file(fd)
-    os.close(fd)
-    probe.unlink()
-    yield time.monotonic() - began < 0.5, "writing to the disk takes %.0f ms" % ((time.monotonic() - began) * 1000)
-    kind = file_system_of(config.data)
-    if kind:
-        yield not kind.startswith(("nfs", "cifs", "smb", "fuse.sshfs", "9p")), "the data lie on %s" % kind
-    else:
-        yield None, "not checked: that the data lie on a disk of this machine; databases do not belong on network drives"
-    now = datetime.now(timezone.utc)
-    yield 2025 < now.year < 2100, "the clock says %s" % now.isoformat(timespec="seconds")
-    yield from examine_cloud(config)
-    yield from examine_server(config)
-    if config.tls_cert:
-        try:
-            yield tls_context(config) is not None, "the certificate can be used"
-        except CloudError as error:
-            yield False, str(error)
-
-
-def file_system_of(path: Path) -> str:
-    """The kind of file system a path is on, as Linux names it; "" elsewhere.  Databases do not belong on networks (R5)."""
-    best = ("", "")
-    if os.path.exists("/proc/mounts"):
-        with open("/proc/mounts") as mounts:
-            for line in mounts:
-                _, place, kind, *_ = line.split(" ")
-                place = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), place)          # blanks in it
-                if (str(path.resolve()) + "/").startswith(place.rstrip("/") + "/") and len(place) >= len(best[0]):
-                    best = place, kind
-    return best[1]
-
-
-def examine_cloud(config: Config) -> Iterator[tuple[bool, str]]:
-    try:
-        with closing(Cloud(config, how="open")) as cloud:
-            yield from examine_data(cloud)
-    except (CloudError, OSError) as error:       # whatever it is: this is where one comes to hear of it
-        yield False, str(error)
-
-
-def examine_data(cloud: Cloud) -> Iterator[tuple[bool, str]]:
-    yield cloud.db.read("PRAGMA quick_check") == [("ok",)], "the database is whole"
-    yield cloud.db.read("PRAGMA journal_mode") == [("wal",)], "the database keeps a write-ahead log"
-    yield cloud.accounts.is_set_up(), "there is an account"
-    numbers = cloud.numbers()
-    yield numbers["bad_chunks"] == 0, "%d damaged chunks%s" % (numbers["bad_chunks"], "; run verify, it names the files"
-                                                               if numbers["bad_chunks"] else "")
-    yield cloud.db.has_index(), "SQLite can index names (FTS5 with trigrams)"
-    stood = json.loads(cloud.db.setting("clock") or "[0, 0]")[1]
-    yield stood <= cloud.clock.wall() + HOUR, "the clock did not go back"
-
-
-def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
-    with closing(Cloud(config)) as cloud:
-        url = cloud.db.setting("running")
-    said = ask(url, "/healthz").strip() if url else ""
-    if url:
-        yield said == "ok", "the server at %s says %s" % (url, said or "nothing; has it been killed?")
-    else:
-        yield None, "no server runs on this data"
-
-
-# ---- supervisor and workers
-
-def listen(config: Config) -> socket.socket:
-    """Bind the listening socket.  raises CloudError"""
-    listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
-    try:
-        # Elsewhere this lets us have a port whose last connections are fading; on Windows it would let anybody have ours.
-        listener.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
-        if listener.family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((config.host, config.port))
-        listener.listen(1024)
-        return listener
-    except (OSError, OverflowError) as error:
-        listener.close()
-        reason = reason_of(error)
-        if getattr(error, "errno", 0) == errno.EADDRINUSE:
-            reason = "%s; --port %d takes another" % (
-                "a cloudserver runs there already" if '"cloudserver"' in ask(local_url(config, config.port), "/api/v1") else
-                "another program uses it", config.port % 65535 + 1)
-        raise CloudError("conflict", "cannot listen on %s port %d: %s" % (config.host, config.port, reason)) from error
-
-
-def ask(url: str, path: str) -> str:
-    """What a server on this machine answers to GET, at most 1 KiB; "" if it does not."""
-    parts = urlsplit(url)
-    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)            # it is our own machine, by its number
-    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
-    connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=4, context=anybody) if parts.scheme == "https" \
-        else http.client.HTTPConnection(parts.hostname, parts.port, timeout=4)
-    try:
-        with closing(connection):
-            connection.request("GET", path)
-            return connection.getresponse().read(KiB).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        return ""
-
-
-def serve(config: Config) -> int:
-    """Serve until told to stop; returns the exit code.  raises CloudError"""
-    for number in STOP_SIGNALS:                  # until somebody takes over: nothing is under way yet
-        signal.signal(number, lambda number, frame: sys.exit(0))
-    if hasattr(signal, "SIGHUP"):                # a terminal that closes stops no server
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    start_logging(config)
-    listener = listen(config)
-    tls_context(config)                          # what can fail without a trace comes first; and what root alone may do
-    password = read_first_password(config)
-    claim_directory(config.data)
-    become_owner(config.data)
-    lock = FileLock(config.data / "serve.lock")
-    if not lock.acquire(wait=False):
-        raise CloudError("conflict", "another server runs on %s" % config.data)
-    if config.access_log:
-        AccessLog(config.access_log).close()     # can it be written?
-    announce(config, listener.getsockname()[1], password)
-    workers = config.workers or min(8, os.cpu_count() or 1)
-    alone = workers == 1 or not hasattr(os, "fork")
-    code = work(config, listener) if alone else Supervisor(config, listener, workers).run()
-    if code == 0:
-        with suppress(CloudError), closing(Cloud(config, how="open")) as cloud:      # else the next start looks at the database
-            cloud.db.run(Statement("DELETE FROM setting WHERE name = 'running'"), frees=True)
-        log.info("stopped")
-    return code
-
-
-def become_owner(home: Path) -> None:
-    """Started as root on a directory that is somebody's: be that somebody from here on.  raises CloudError
-
-    Else `sudo`, or a container that was given a directory, would leave files that their owner cannot read.
-    """
-    if not hasattr(os, "geteuid") or os.geteuid() or not home.exists() or not home.stat().st_uid:
-        return
-    about = home.stat()
-    try:
-        os.setgroups([])
-        os.setgid(about.st_gid)
-        os.setuid(about.st_uid)
-    except OSError as error:
-        raise CloudError("forbidden", "cannot become the owner of %s, uid %d: %s; start it as that user" % (
-            home, about.st_uid, error.strerror)) from error
-
-
-# ---- where we are found
-
-ANYWHERE = {"0.0.0.0": ("127.0.0.1", socket.AF_INET, "192.0.2.1"), "::": ("::1", socket.AF_INET6, "2001:db8::1")}
-HERE = ("127.0.0.1", "::1", "localhost")
-
-
-def format_url(secure: bool, host: str, port: int) -> str:
-    shown = "" if port == (443 if secure else 80) else ":%d" % port
-    return "%s://%s%s/" % ("https" if secure else "http", "[%s]" % host if ":" in host else host, shown)
-
-
-def local_url(config: Config, port: int) -> str:
-    """How a program on this machine reaches the server."""
-    return format_url(bool(config.tls_cert), ANYWHERE.get(config.host, (config.host,))[0], port)
-
-
-def urls_of(config: Config, port: int) -> list[str]:
-    """How people reach the server, the best first."""
-    names = [name.strip() for name in config.hostname.split(",") if name.strip()]
-    if config.behind_proxy and names:
-        return [format_url(True, name, 443) for name in names]
-    if config.host in ANYWHERE:                  # from elsewhere only where a password may come that way (N5)
-        others = [*addresses_of(config.host), *local_names()] if config.tls_cert or config.plain_http else []
-        hosts = [*names, "localhost", *others]
-    else:
-        hosts = ["localhost"] if config.host in HERE else [*names, config.host]
-    return [format_url(bool(config.tls_cert), host, port) for host in dict.fromkeys(hosts)]
-
-
-def addresses_of(anywhere: str) -> list[str]:
-    """The address by which this machine is reached from its network, if it has one; nothing is sent to find out."""
-    _, family, far = ANYWHERE[anywhere]
-    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((far, 9))
-        return [probe.getsockname()[0]]
-    return []
-
-
-def local_names() -> list[str]:
-    """NAME.local, where something answers for it (RFC 6762)."""
-    answers = sys.platform in ("darwin", "win32") or os.path.exists("/run/avahi-daemon/socket")
-    return [socket.gethostname().partition(".")[0].lower() + ".local"] if answers else []
-
-
-def read_first_password(config: Config) -> str | None:
-    """The password of the account that --admin names; None if its file is gone, as it may be once the account is there."""
-    if not config.admin or not config.admin_password_file.exists():
-        return None
-    return config.admin_password_file.read_text(encoding="utf-8-sig").rstrip("\r\n")
-
-
-def announce(config: Config, port: int, password: str | None) -> None:
-    """Make the database, and say where to find us; on the very first start, by what link to set up."""
-    urls = urls_of(config, port)
-    with closing(Cloud(config)) as cloud:
-        if cloud.db.setting("running"):
-            cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('unclean', '1')"), frees=True)      # the janitor looks (R22)
-        cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('running', ?)", (local_url(config, port),)), frees=True)
-        cloud.keep_reserve()
-        at = [*urls, *([local_url(config, port) + " for the proxy"] if config.behind_proxy else [])]
-        print("cloudserver serves %s at %s" % (config.data.resolve(), ", ".join(dict.fromkeys(at))))
-        if not cloud.accounts.is_set_up():
-            invite(config, cloud, urls, password)
-    if sys.stdout.isatty():
-        print("Ctrl-C stops it.")
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        log.warning("running as root; give %s to an account of its own, and the server becomes that account", config.data)
-    if not (config.tls_cert or config.plain_http or config.behind_proxy or config.host in HERE):
-        log.warning("passwords over plain HTTP from other machines are refused: give a certificate (--tls-cert, --tls-key), "
-                    "a proxy (--behind-proxy) or, in a network you trust, --plain-http")
-    sys.stdout.flush()
-
-
-def invite(config: Config, cloud: Cloud, urls: Sequence[str], password: str | None) -> None:
-    """Have a first account: the one that --admin names, or that of whoever opens the link.  raises CloudError"""
-    if config.admin:
-        if password is None:
-            raise CloudError("not-found", "there is no %s to read the password of %s from" % (config.admin_password_file, config.admin))
-        cloud.accounts.add(config.admin, password, admin=True)
-        return
-    token = cloud.accounts.new_setup_token()
-    links = ["%ssetup#%s" % (url, token) for url in urls]
-    print("Not set up yet. Open this link to make your account; it works once:\n\n    %s\n" % "\n    ".join(links))
-    elsewhere = next((link for link in links if "//localhost" not in link), None)
-    if elsewhere and sys.stdout.isatty():
-        show_qr(elsewhere)                       # a phone can reach us, and has a camera
-
-
-def show_qr(text: str) -> None:
-    with suppress(UnicodeEncodeError):           # a terminal without these blocks
-        code = format_qr(qr_code(text))
-        code.encode(sys.stdout.encoding or "ascii")
-        print(code, "\n")
-
-
-def work(config: Config, listener: socket.socket, lifeline: int | None = None, balance: Balance | None = None) -> int:
-    """Be a worker until told to stop; returns the exit code."""
-    cloud = Cloud(config)
-    server, janitor = CloudServer(cloud, listener, lifeline, balance), Janitor(cloud)
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda number, frame: os._exit(1) if server.stopping else server.stop())
-    if server.access_log and hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda number, frame: server.access_log.reopen())
-    janitor.start()
-    server.serve_forever()
-    janitor.stop()
-    with suppress(CloudError):                   # a disk that fails does not keep us
-        cloud.accounts.save_used()
-        cloud.db.save_clock()
-    if not server.active:
-        cloud.close()
-    return 0
-
-
-class Supervisor:
-    """Forks the workers, replaces one that dies, and passes on the signal to stop."""
-
-    def __init__(self, config: Config, listener: socket.socket, count: int) -> None:
-        self.config, self.listener, self.count = config, listener, count
-        self.pids: dict[int, tuple[int, float]] = {}             # pid: (index, since when)
-        self.ended = threading.Event()           # told to stop
-        self.pause = 0.2                         # seconds before a worker is replaced
-        self.lifeline, self._end = os.pipe()     # only the supervisor keeps the writing end
-        self.balance = Balance(count)
-
-    def run(self) -> int:
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._stop)
-        signal.signal(signal.SIGHUP, self._pass_on)
-        for index in range(self.count):
-            self._fork(index)
-        while self.pids:
-            pid, status = os.wait()
-            index, since = self.pids.pop(pid, (None, 0))
-            if index is not None and not self.ended.is_set():
-                self._replace(index, status, time.monotonic() - since)
-        return 0
-
-    def _replace(self, index: int, status: int, life: float) -> None:
-        """Start another worker; where they end as they begin, after a longer and longer while."""
-        self.pause = min(30, 2 * self.pause) if life < 10 else 0.2
-        log.error("worker %d ended (status %d); starting another in %.1f s", index, os.waitstatus_to_exitcode(status), self.pause)
-        if not self.ended.wait(self.pause):
-            self._fork(index)
-
-    def _fork(self, index: int) -> None:
-        signals = {*STOP_SIGNALS, signal.SIGHUP}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)        # a child must never run our handler
-        pid = os.fork()
-        if pid:
-            self.pids[pid] = index, time.monotonic()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-            if self.ended.is_set():
-                os.kill(pid, signal.SIGTERM)     # our handler ran before it knew of this one
-            return
-        code = 1
-        try:
-            for number in STOP_SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-            os.close(self._end)
-            keep_on_core(index)
-            self.balance.index = index
-            self.balance.set(0)
-            code = work(self.config, self.listener, self.lifeline, self.balance)
-        except BaseException:
-            log.exception("worker")
-        finally:
-            os._exit(code)
-
-    def _pass_on(self, number: int, frame: Any) -> None:
-        for pid in self.pids:
-            with suppress(ProcessLookupError):   # it has just ended
-                os.kill(pid, number)
-
-    def _stop(self, number: int, frame: Any) -> None:
-        self._pass_on(signal.SIGKILL if self.ended.is_set() else signal.SIGTERM, frame)       # the second time, at once
-        self.ended.set()
-
-
-def keep_on_core(index: int) -> None:
-    """Keep a worker on one core: its threads then never fight over the GIL across cores."""
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[index % len(cores)]})
-
-
-# ==== 15. Sync client ====================================================================
-#
-# Two-way sync of a folder with a server, over the sync protocol and nothing else.
-# 1. Each side is compared with what both last agreed on (base), never with the other.  Size, times and inode say that a
-#    file is the same only if they all do; what they leave open, its bytes decide.
-# 2. Here nothing is deleted or replaced whose bytes were not just compared with base; there nothing is deleted before it was
-#    looked for once more, in the very directory that was scanned.
-# 3. A file is built beside its place, brought to the medium, and put there at once.
-# 4. What is noted as agreed is true on both sides and on the media of both.  Whoever is killed, or loses power, only has to
-#    compare again; what he was about to take away here is noted before, for it is nobody's wish that it goes there, too.
-# 5. An answer that is not whole, or not of the history we know, says nothing about what is gone.
-# 6. Whatever a server sends is checked where it comes in, and no path is followed through a link.
-# 7. One bad thing costs one thing: it is named, and all the rest goes on.
-
-SYNC_HOME = ".cloudserver"      # the folder's own corner: state, lock, files under construction
-CUT_LEAST, CUT_MOST = MiB, 8 * MiB      # bytes of a chunk where content decides; smaller files than CHUNK_SIZE are one
-CUT_MARK = re.compile(rb"[\x05\x17\x2b\x3a\x4c\x5f\x61\x76\x88\x93\xa9\xb4\xc2\xd7\xe6\xfb]{5}")    # once per MiB of random bytes
-COMMIT_FILES, COMMIT_BYTES = 2_000, 8 * MiB      # of one commit, and of one download
-BUILT_MOST = 10_000             # small files that wait to be put in their places together
-LANES = 2                       # requests under way while the next is prepared
-WINDOW = 4 * MiB                # bytes of a large file after which its chunks travel
-ROUNDS = 12                     # until a run gives up to reach a fixed point
-BRAKE_LEAST = 50                # deletions that never stop a run
-SCAN_LEAST, SCAN_MOST = 1.0, 15.0       # seconds between two looks at a watched folder
-AGAIN_LEAST, AGAIN_MOST = 5.0, 600.0    # seconds until what could not be synced, or reached, is tried again
-YOUNG = 120_000_000_000         # ns after a write in which a memory map may write more and leave the time as it is
-LATE_LOOK = 0.25                # seconds of a run that may go into reading such files once more
-ANSWER_LIMIT = 256 * MiB        # bytes of one answer in JSON
-MANIFEST_LINE = 64 * MiB        # bytes of one line of a manifest: a file of 1 TiB has 20
-CHANGES_LIMIT = 2_000           # nodes in one answer
-STRIKES = 3                     # answers in a row that break off before anything came: then it is the network
-RULES_LIMIT = 1_000             # lines of a .cloudignore that count
-LARGEST = (1 << 63) - 1
-FAILED, USAGE, ASK, REFUSED = 1, 2, 3, 4         # exit codes
-LINK, JUNCTION, NOT_A_FILE = "is a symbolic link", "is a junction", "is neither file nor directory"
-REGENERATED = (".DS_Store", "Thumbs.db", "desktop.ini", "._*")       # what systems make again, and a directory may go with
-JUNK = (*REGENERATED, "~$*", ".~lock.*#", SYNC_HOME + "/")
-
-
-class There(NamedTuple):
-    """A node on the server."""
-    path: str
-    node: str
-    kind: int
-    etag: str
-    size: int
-    mtime: int                   # ms since 1970
-    content: str                 # names its bytes (manifest_of); "" of a collection
-    chunks: str                  # JSON: [[hash, size], ...] if there are several
-
-
-class Base(NamedTuple):
-    """What both sides agreed on: as it is There, and by what it is known Here."""
-    path: str
-    node: str
-    kind: int
-    etag: str
-    size: int
-    mtime: int
-    content: str
-    chunks: str
-    mtime_ns: int = 0
-    inode: int = 0
-    ctime_ns: int = 0            # -1: not to be trusted
-    sure: int = 1                # 0: its bytes were read so soon after a write that they are read once more
-
-
-class Here(NamedTuple):
-    """A file or directory of the folder.  0 is what a system does not give; it proves nothing."""
-    path: str
-    kind: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int                # Windows: when it was made
-    inode: int                   # Windows: of directories only
-
-
-class Stopped(Exception):
-    """A run must not go on.  code: FAILED, USAGE, ASK (the brake: a person has to look) or REFUSED (log in again)"""
-
-    def __init__(self, message: str, code: int = FAILED) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-DECISIONS = {  # (here against base, there against base): what to do
-    ("same", "same"): "", ("none", "none"): "",
-    ("same", "changed"): "download", ("none", "new"): "download", ("gone", "changed"): "download",
-    ("changed", "same"): "upload", ("new", "none"): "upload", ("changed", "gone"): "upload",        # edits beat deletes
-    ("gone", "same"): "delete there", ("same", "gone"): "delete here", ("gone", "gone"): "forget",
-    ("changed", "changed"): "compare", ("new", "new"): "compare",
-    ("doubt", "same"): "upload", ("doubt", "changed"): "read", ("doubt", "gone"): "read"}   # who uploads, reads it anyway
-
-
-def state_here(base: Base | None, here: Here | None) -> str:
-    """How a file stands against base; one that became a directory, or the other way, is gone first."""
-    if base is None:
-        return "new" if here else "none"
-    if here is None or here.kind != base.kind:
-        return "gone"
-    if here.kind or (here.size, here.mtime_ns, here.ctime_ns, here.inode) == (base.size, base.mtime_ns, base.ctime_ns, base.inode):
-        return "same"
-    return "doubt" if here.size == base.size else "changed"
-
-
-def state_there(base: Base | None, there: There | None) -> str:
-    if base is None:
-        return "new" if there else "none"
-    if there is None or there.kind != base.kind:
-        return "gone"
-    return "same" if (there.node == base.node if there.kind else there.content == base.content) else "changed"
-
-
-def parent_of(path: str) -> str:
-    return path.rpartition("/")[0]
-
-
-def lineage(key: str) -> Iterator[str]:
-    """A key and those of what holds it, upwards."""
-    while key:
-        yield key
-        key = parent_of(key)
-
-
-def one_line(text: str) -> str:
-    """Names and other people's sentences as a terminal may get them: no escapes, not endless."""
-    text = text if len(text) <= 400 else text[:200] + " ... " + text[-100:]
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-# ---- what is left out
-
-class Glob:
-    """One name's pattern: * is anything, ? one character, [a-z] and [!a-z] classes, \\ takes the next as it is.
-
-    The pieces between stars have a fixed width, so the leftmost place of each is as good as any: no way is tried twice.
-    raises  ValueError for what cannot be read
-    """
-
-    def __init__(self, text: str) -> None:
-        tokens = re.findall(r"\*+|\[(?:[!^]?\]?(?:\\.|[^\]\\])*)\]|\\.|[^*]", text, re.S)
-        parts: list[list[str]] = [[]]
-        for token in tokens:
-            if token[0] == "*":
-                parts.append([])
-            else:
-                parts[-1].append(self._token(token))
-        self.width = len(parts[-1])
-        self.plain = "".join(tokens) if len(parts) == 1 and not re.search(r"[\\\[?]", text) else None
-        self.first, *self.rest = [re.compile("".join(part), re.S) for part in parts]
-
-    def _token(self, token: str) -> str:
-        """A character or class as a regular expression that takes exactly one."""
-        if token == "?":
-            return "."
-        if len(token) > 1 and token[0] == "[":
-            mark, inner = ("^", token[2:-1]) if token[1] in "!^" else ("", token[1:-1])
-            if not inner or "[:" in inner:
-                raise ValueError(token)
-            inner = "".join(part if part == "-" else re.escape(part[-1]) for part in re.findall(r"\\.|.", inner, re.S))
-            return re.compile("[%s%s]" % (mark, inner)).pattern
-        if token in "[\\":
-            raise ValueError(token)
-        return re.escape(token[-1])
-
-    def fits(self, name: str) -> bool:
-        if self.plain is not None:
-            return name == self.plain
-        found = self.first.match(name)
-        if not found or not self.rest:
-            return bool(found) and found.end() == len(name)
-        for piece in self.rest[:-1]:
-            found = piece.search(name, found.end())
-            if not found:
-                return False
-        last = len(name) - self.width
-        return last >= found.end() and self.rest[-1].match(name, last) is not None
-
-
-class Rules:
-    """What is not synced, by lines like those of .gitignore: the last that fits decides, "!" takes back.
-
-    Paths have no slashes at their ends; what lies below an ignored directory is not the rules' business.
-    """
-
-    def __init__(self, lines: Iterable[str]) -> None:
-        self.rules: list[tuple[list[Glob | None], bool, bool, bool]] = []    # names (None: **), anywhere, directories only, verdict
-        self.broken: list[str] = []                  # lines that cannot be read
-        for line in lines:
-            try:
-                self._add(key_of(line.rstrip("\r\n")))
-            except (ValueError, re.error):
-                self.broken.append(line)
-
-    def _add(self, line: str) -> None:
-        """raises ValueError, re.error"""
-        ended = line.rstrip(" ")
-        line = ended + " " * (ended.endswith("\\") and ended != line)
-        if not line or line.startswith("#"):
-            return
-        if "\0" in line or "\ufffd" in line or len(self.rules) >= RULES_LIMIT:
-            raise ValueError(line)
-        keep, line = line.startswith("!"), line[1:] if line[0] == "!" else line
-        only_directories, line = line.endswith("/"), line.rstrip("/")
-        anywhere, line = "/" not in line, line.lstrip("/")
-        names = [None if name == "**" else Glob(name) for name in line.split("/")]
-        if names[-1] is None:
-            names.append(Glob("*"))                  # a/** is what is below a, not a itself
-        self.rules.append((names, anywhere and len(names) == 1, only_directories, not keep))
-
-    def leaves_out(self, path: str, is_directory: bool) -> bool:
-        path = key_of(path)
-        names = path.split("/")
-        for globs, anywhere, only_directories, verdict in reversed(self.rules):
-            if (is_directory or not only_directories) and (globs[0].fits(names[-1]) if anywhere else self._fits(globs, names)):
-                return verdict
-        return False
-
-    def _fits(self, globs: list[Glob | None], names: list[str]) -> bool:
-        """Each ** takes as few names as will do; it is enough to go back to the last one."""
-        glob = name = 0
-        back: tuple[int, int] | None = None
-        while name < len(names):
-            if glob < len(globs) and globs[glob] is None:
-                back, glob = (glob + 1, name), glob + 1
-            elif glob < len(globs) and globs[glob].fits(names[name]):
-                glob, name = glob + 1, name + 1
-            elif back:
-                back = glob, name = back[0], back[1] + 1
-            else:
-                return False
-        return all(rest is None for rest in globs[glob:])
-
-
-JUNK_RULES, REGENERATED_RULES = Rules(JUNK), Rules(REGENERATED)
-
-
-# ---- the folder
-
-class Block(NamedTuple):
-    """What cannot be synced, with all below it."""
-    path: str
-    why: str
-
-
-class Scan(NamedTuple):
-    """One look at the folder."""
-    here: dict[str, Here]
-    blocked: dict[str, Block]    # by key
-    junk: list[str]              # paths left out because everybody's rules say so
-    mounts: dict[str, tuple[str, int]]   # directories that lie on another file system, by key: (path, device)
-    seconds: float
-
-
-class Folder:
-    """The folder on this computer; the only code of the client that touches its files.
-
-    Paths are relative with slashes.  A key is what names are compared by here: NFC, and without case where the file
-    system cannot tell cases apart.  Whatever is opened, made, renamed or removed: every directory above it was just
-    proven to be a real one (invariant 6).
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.top = root, long_name(root)
-        self.home = root / SYNC_HOME
-        self.folds = (self.home / "pROBE").exists()
-        self.mounts: dict[str, tuple[str, int]] = {}         # of the last scan
-        self._opened: list[tuple[int, int]] = []     # by what the place is known since it was opened
-        self._touched: set[str] = set()              # what may not be on the medium yet
-
-    def open(self) -> None:
-        """Make our corner, and find out what the file system can tell apart."""
-        make_private_directory(self.home)
-        (self.home / "tmp").mkdir(exist_ok=True)
-        for left in (self.home / "tmp").iterdir():
-            if not left.name.startswith("part-") or time.time() - left.stat().st_mtime > 7 * 86_400:
-                left.unlink()
-        (self.home / "Probe").touch()
-        self.folds = (self.home / "pROBE").exists()
-        self._opened = self._identity()
-
-    def _identity(self) -> list[tuple[int, int]]:
-        return [(about.st_dev, about.st_ino) for about in (os.lstat(self.top), os.lstat(self.home))]
-
-    def check_place(self) -> None:
-        """raises Stopped when this is not the directory that was opened, or what was mounted in it is not
-
-        Nothing that is missing in it is gone then, and nothing that was put there is where it seems to be.
-        """
-        try:
-            is_here = self._opened in ([], self._identity()) and all(
-                os.lstat(self.place(path)).st_dev == device for path, device in self.mounts.values())
-        except OSError:
-            is_here = False
-        if not is_here:
-            raise Stopped("%s is not the folder it was: was its disk taken away? Nothing was deleted" % self.root, ASK)
-
-    def key(self, path: str) -> str:
-        key = key_of(path)
-        return key.casefold() if self.folds else key
-
-    def place(self, path: str) -> str:
-        return os.path.join(self.top, *path.split("/")) if os.name == "nt" else self.top + "/" + path
-
-    def holds_names(self, names: Sequence[str]) -> bool:
-        """Can this system have files of these names?"""
-        return (os.name != "nt" or all(map(is_windows_name, names))) and all(name.casefold() != SYNC_HOME for name in names)
-
-    # ---- looking
-
-    def rules(self) -> Rules:
-        """What .cloudignore leaves out.  raises Stopped if it cannot be read"""
-        try:
-            with open(os.open(self.place(".cloudignore"), os.O_RDONLY | O_EXTRA), "rb") as file:
-                data = file.read(MiB)
-                text = data.decode("utf-8-sig", "replace") + "\n\0" * bool(file.read(1))
-        except FileNotFoundError:
-            text = ""
-        except OSError as error:
-            raise Stopped("cannot read .cloudignore: %s; nothing was touched" % error.strerror) from error
-        return Rules([*JUNK, *text.splitlines(), "/" + SYNC_HOME + "/"])
-
-    def scan(self, rules: Rules) -> Scan:
-        """Everything that is here and not left out."""
-        began = time.monotonic()
-        self.mounts = {}
-        self.check_place()
-        top = os.lstat(self.top)
-        scan, pending = Scan({}, {}, [], {}, 0.0), [(here_of("", top), top.st_dev)]
-        while pending:
-            above, device = pending.pop()
-            try:
-                for entry in self._entries(above, device):
-                    path = above.path + "/" + entry.name if above.path else entry.name
-                    about = self._look(entry, path, rules, scan)
-                    if about is None:
-                        continue
-                    key, here = self.key(path), here_of(path, about)
-                    if key in scan.here:
-                        scan.blocked[key] = Block(path, "cannot be told apart from %s" % scan.here[key].path)
-                        continue
-                    scan.here[key] = here
-                    if here.kind:
-                        pending.append((here, about.st_dev))
-                        if about.st_dev != device:
-                            scan.mounts[key] = path, about.st_dev
-            except OSError as error:
-                if not above.path:
-                    self.check_place()
-                    raise Stopped("cannot read %s: %s" % (self.root, error.strerror)) from error
-                scan.blocked[self.key(above.path)] = Block(above.path, "cannot be read: %s" % error.strerror)
-        self.mounts = scan.mounts
-        return scan._replace(seconds=time.monotonic() - began)
-
-    def _entries(self, above: Here, device: int) -> Iterator[os.DirEntry[str]]:
-        """What a directory holds, if it is still the one that was seen.  raises OSError"""
-        place = self.place(above.path) if above.path else self.top
-        if os.scandir not in os.supports_fd:
-            with os.scandir(place) as entries:
-                yield from entries
-            return
-        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | O_EXTRA)
-        try:
-            about = os.fstat(fd)
-            if (about.st_dev, storable(about.st_ino)) != (device, above.inode):
-                raise OSError(errno.EAGAIN, "something else took its place just now")
-            with os.scandir(fd) as entries:
-                yield from entries
-        finally:
-            os.close(fd)
-
-    def _look(self, entry: os.DirEntry[str], path: str, rules: Rules, scan: Scan) -> os.stat_result | None:
-        """What a scan sees at a path; None for what is left out, or blocked."""
-        is_directory = entry.is_dir(follow_symlinks=False)
-        if rules.leaves_out(path, is_directory):
-            if JUNK_RULES.leaves_out(path, is_directory) and entry.name != SYNC_HOME:
-                scan.junk.append(path)
-            return None
-        try:
-            about = entry.stat(follow_symlinks=False)
-            if os.name == "nt" and is_directory:
-                about = os.lstat(self.place(path))       # scandir knows no inode there
-        except OSError:
-            return None                          # it went while we looked
-        why = why_not_a_file(about) or why_not_a_name(entry.name, path)
-        if why:
-            scan.blocked[self.key(path)] = Block(path, why)
-            return None
-        return about
-
-    def look(self, path: str) -> Here | None:
-        """One file or directory as it is now."""
-        try:
-            about = os.lstat(self.place(path))
-        except OSError:
-            return None
-        return None if why_not_a_file(about) else here_of(path, about)
-
-    def prove(self, path: str) -> None:
-        """Is everything above a path a real directory, and none our corner?  raises OSError"""
-        home = self._opened[1:]
-        for above in reversed(list(lineage(parent_of(path)))):
-            about = os.lstat(self.place(above))
-            if why_not_a_file(about) or not stat.S_ISDIR(about.st_mode) or [(about.st_dev, about.st_ino)] == home:
-                raise OSError(errno.ENOTDIR, "%s %s" % (above, why_not_a_file(about) or "is no directory of this folder"))
-
-    def is_gone(self, path: str, above: Here | None, device: int | None) -> bool:
-        """Is nothing at a path, in the very directory that was scanned?  `above` is None for the top."""
-        try:
-            if above is not None:
-                self.prove(above.path + "/.")
-                about = os.lstat(self.place(above.path))
-                if (about.st_dev, storable(about.st_ino)) != (device or self._opened[0][0], above.inode):
-                    return False
-            self.check_place()
-            os.lstat(self.place(path))
-        except (FileNotFoundError, NotADirectoryError):
-            return True
-        except OSError:
-            pass
-        return False
-
-    def read(self, path: str, expected: Here | None = None) -> BinaryIO:
-        """Open a file.  raises OSError, too if it is not the one that was expected"""
-        self.prove(path)
-        file = open(os.open(self.place(path), os.O_RDONLY | O_EXTRA | getattr(os, "O_NONBLOCK", 0)), "rb", buffering=0)
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode) or expected and not is_like_here(here_of(path, about), expected):
-            file.close()
-            raise Changing(errno.EAGAIN, "it changes while it is read", path)
-        return file
-
-    def holds(self, path: str, node: There | Base) -> bool:
-        """Are the bytes of a file those?  raises OSError"""
-        with self.read(path) as file:
-            chunks = chunks_of(node)
-            seen = [(hashlib.sha256(read_fully(file, size)).hexdigest(), size) for _, size in chunks]
-            return seen == chunks and not file.read(1)
-
-    # ---- writing
-
-    @contextmanager
-    def temporary(self, name: str = "") -> Iterator[BinaryIO]:
-        """A file under construction, gone in the end; under a name it stays, to be found again by a later run."""
-        place = str(self.home / "tmp" / (name or secrets.token_hex(8)))
-        how = os.O_CREAT | O_EXTRA | (0 if name else os.O_EXCL)
-        with open(place, "r+b", opener=lambda place, flags: os.open(place, flags | how, 0o666)) as file:
-            try:
-                yield file
-            finally:
-                file.close()
-                if not name:
-                    with suppress(FileNotFoundError):    # it got to its place
-                        self._patiently(partial(os.unlink, place), place)
-
-    def finish(self, file: BinaryIO, path: str, mtime: int, *, large: bool = False) -> None:
-        """Give a file under construction the mode of what it will replace, and its time.
-
-        If it is a large one, or no call brings a whole file system to the medium, its bytes are brought there now (invariant 3).
-        """
-        file.flush()
-        if large or not has_sync_file_system():
-            os.fsync(file.fileno())
-        file.close()                             # else the time may not stick, on Windows
-        with suppress(OSError, OverflowError):   # a time this file system cannot hold: the present one will do
-            os.utime(file.name, ns=(storable(mtime * 1_000_000),) * 2)
-        with suppress(OSError):
-            about = os.lstat(self.place(path))
-            if stat.S_ISREG(about.st_mode):
-                os.chmod(file.name, about.st_mode & 0o777)
-
-    def settle(self, file: BinaryIO, path: str, expected: Here | None, base: Base | None) -> Here | None:
-        """Put a finished file in its place, if what is there is what we saw, with the bytes of base; None if not (invariant 2)."""
-        self.prove(path)
-        if not is_like_here(self.look(path), expected):
-            return None
-        if expected and not (base and self.holds(path, base) and is_like_here(self.look(path), expected)):
-            return None
-        made = here_of(path, os.lstat(file.name))
-        self._patiently(lambda: os.replace(file.name, self.place(path)), self.place(path))
-        self.touch(path)
-        here = self.look(path)
-        same = here and here._replace(ctime_ns=0) == made._replace(ctime_ns=0)
-        return here if same else made._replace(ctime_ns=-1)      # somebody wrote to it since: its bytes will be looked at
-
-    def make_directory(self, path: str) -> Here:
-        """Make a directory, and those above it, unless they are there.  raises OSError"""
-        for above in reversed(list(lineage(path))):
-            try:
-                os.mkdir(self.place(above))
-                self._touched.add(parent_of(above))
-            except FileExistsError:
-                self.prove(above + "/.")
-        return self.look(path)
-
-    def rename(self, old: str, new: str) -> None:
-        """raises OSError; nothing is ever replaced"""
-        self.prove(old)
-        if self.key(old) != self.key(new) and os.path.lexists(self.place(new)):
-            raise FileExistsError(errno.EEXIST, "something is there", new)
-        if parent_of(new):
-            self.make_directory(parent_of(new))
-        self._patiently(lambda: os.rename(self.place(old), self.place(new)), self.place(old))
-        self._touched.update((parent_of(old), parent_of(new)))
-
-    def remove(self, path: str, expected: Here, base: Base) -> bool:
-        """Remove a file that holds the bytes of base, or a directory that holds nothing but what systems make again.
-
-        False if it holds something else.  raises OSError
-        """
-        self.prove(path)
-        place = self.place(path)
-        if not expected.kind:
-            if not self.holds(path, base) or not is_like_here(self.look(path), expected):
-                return False
-            self._patiently(lambda: os.unlink(place), place)
-        else:
-            names = os.listdir(place)
-            if any(not REGENERATED_RULES.leaves_out(name, False) or os.path.isdir(os.path.join(place, name)) for name in names):
-                return False
-            for name in names:
-                os.unlink(os.path.join(place, name))
-            self._patiently(lambda: os.rmdir(place), place)
-        self._touched.add(parent_of(path))
-        return True
-
-    def _patiently(self, act: Callable[[], None], place: str) -> None:
-        """Replace, rename or remove.  On Windows what is read-only is made writable, and what somebody reads is waited for."""
-        for attempt in range(5 if os.name == "nt" else 1):
-            try:
-                return act()
-            except PermissionError:
-                if os.name != "nt" or attempt == 4:
-                    raise
-                with suppress(OSError):
-                    os.chmod(place, stat.S_IWRITE | stat.S_IREAD)
-                time.sleep(0.02 * 2 ** attempt)
-
-    # ---- the medium
-
-    def touch(self, path: str) -> None:
-        """A file or directory is about to be noted as it is here."""
-        self._touched.update((path, parent_of(path)))
-
-    def secure(self) -> None:
-        """Bring to the medium what was written or read since, and the names of it (invariants 3 and 4).  raises OSError"""
-        touched, self._touched = self._touched, set()
-        if not sync_file_system(self.top, all=bool(self.mounts)):
-            for path in sorted(touched):
-                self._force(path)
-            with open(self.home / "Probe", "r+b") as file:
-                sync_file(file.fileno())         # one for all, where a disk has to be told (macOS)
-
-    def _force(self, path: str) -> None:
-        """One file or directory, where a system knows no other way; what is old got there by itself."""
-        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            place = self.place(path) if path else self.top
-            about = os.lstat(place)
-            is_young = time.time() - max(about.st_mtime, about.st_ctime) < 600
-            if stat.S_ISREG(about.st_mode) and is_young or stat.S_ISDIR(about.st_mode) and os.name != "nt":
-                fd = os.open(place, (os.O_RDWR if os.name == "nt" else os.O_RDONLY) | O_EXTRA)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-
-
-class Changing(OSError):
-    """Somebody writes to a file: in the next round."""
-
-
-def storable(number: int) -> int:
-    """A time or inode as a database can hold it, the same on both sides of every comparison."""
-    return number if -LARGEST <= number <= LARGEST else max(-LARGEST, min(LARGEST, number))
-
-
-def here_of(path: str, about: os.stat_result) -> Here:
-    if stat.S_ISDIR(about.st_mode):
-        return Here(path, COLLECTION, 0, 0, 0, storable(about.st_ino))
-    made, inode = about.st_ctime_ns, about.st_ino
-    if os.name == "nt":                          # what scandir, lstat and fstat agree on, there
-        made, inode = getattr(about, "st_birthtime_ns", made), 0       # fstat's ctime is another one since Python 3.12
-    return Here(path, FILE, about.st_size, storable(about.st_mtime_ns), storable(made), storable(inode))
-
-
-def is_like_here(one: Here | None, other: Here | None) -> bool:
-    """Are they the same file, unchanged, under whatever spelling of its name?"""
-    return one is other if one is None or other is None else one[1:] == other[1:]
-
-
-def why_not_a_file(about: os.stat_result) -> str:
-    """What keeps something from being synced as a file or directory; "" if nothing does."""
-    if stat.S_ISLNK(about.st_mode):
-        return LINK
-    if is_junction(about):
-        return JUNCTION
-    return "" if stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode) else NOT_A_FILE
-
-
-def why_not_a_name(name: str, path: str) -> str:
-    """What keeps a name from being stored on a server; "" if nothing does."""
-    try:
-        check_name(name)
-        if path.count("/") >= DEPTH_LIMIT or len(path) * 4 > PATH_LIMIT and len(path.encode()) > PATH_LIMIT:
-            return "lies too deep"
-    except CloudError as error:
-        return str(error)
-    return ""
-
-
-def read_fully(file: BinaryIO, size: int) -> bytes:
-    """As many bytes of an unbuffered file as there are, up to `size`."""
-    data = file.read(size)
-    while 0 < len(data) < size:
-        more = file.read(size - len(data))
-        if not more:
-            break
-        data += more
-    return data
-
-
-def cut_by_content(file: BinaryIO) -> Iterator[bytes]:
-    """The bytes of a file in chunks that end where the content says so: an insertion moves only those around it."""
-    data, at, ended = b"", 0, False
-    while True:
-        if len(data) - at < CUT_MOST and not ended:
-            more = file.read(2 * CUT_MOST)
-            ended = not more
-            data, at = data[at:] + more, 0
-            continue
-        if at == len(data):
-            return
-        found = CUT_MARK.search(data, at + CUT_LEAST, at + CUT_MOST)
-        stop = found.end() if found else min(at + CUT_MOST, len(data))
-        yield data[at:stop]
-        at = stop
-
-
-# ---- what an answer may hold (invariant 6)
-
-_PLAIN_WORD = re.compile(r"[\w.+/=~-]{0,200}", re.ASCII)
-
-
-def can(read: Callable[[Any], Any]) -> Callable[[Any], bool]:
-    """A test of whether something can be read."""
-    def test(value: Any) -> bool:
-        try:
-            read(value)
-        except CloudError:
-            return False
-        return True
-    return test
-
-
-def is_count(value: Any) -> bool:
-    return is_integer(value) and value >= 0
-
-
-def is_word(value: Any) -> bool:
-    """Something that may stand in an address or a field of a request as it is."""
-    return isinstance(value, str) and _PLAIN_WORD.fullmatch(value) is not None
-
-
-def is_path(value: Any) -> bool:
-    """A path that any server may have; it leads nowhere but down."""
-    if not isinstance(value, str):
-        return False
-    if len(value) < NAME_LIMIT and _SIMPLE.fullmatch("/" + value):
-        return True
-    names = value.split("/")
-    return len(names) <= DEPTH_LIMIT and not any(why_not_a_name(name, "") for name in names) and len(value.encode()) <= PATH_LIMIT
-
-
-def is_mtime(value: Any) -> bool:
-    return is_integer(value) and MTIME_MIN <= value <= MTIME_MAX
-
-
-def is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-are_hashes, are_chunks = can(each(read_hash)), can(each(read_chunk_of_file, sys.maxsize))
-SHAPES: dict[str, dict[str, Callable[[Any], bool]]] = {  # what answers are made of; a field with _ at its end may be missing
-    "manifest": {"seq": is_count, "tag_": is_word, "server": is_word, "node_": is_word},
-    "changes": {"seq": is_count, "tag_": is_word, "root_": is_word, "more": lambda value: isinstance(value, bool), "changes": is_list},
-    "collection": {"kind": lambda value: value == "collection", "path": is_path, "node": is_word, "mtime": is_mtime},
-    "file": {"kind": lambda value: value == "file", "path": is_path, "node": is_word, "mtime": is_mtime, "etag": is_word,
-             "size": is_count, "chunks": are_chunks},
-    "gone": {"node": is_word},
-    "commit": {"results": is_list, "seq_": is_count, "cursor_": is_count, "tag_": is_word},
-    "outcome": {"status": is_count, "etag": is_word, "node_": is_word, "problem_": lambda value: isinstance(value, dict)},
-    "problem": {"code": is_word, "detail": lambda value: isinstance(value, str)},
-    "missing": {"missing": are_hashes},
-    "device": {"token": lambda value: is_word(value) and value != ""},
-}
-
-
-def checked(shape: str, value: Any) -> dict[str, Any]:
-    """An answer, or part of one, that has its shape.  raises Stopped"""
-    if not isinstance(value, dict):
-        raise Stopped("the server sent what no cloudserver sends: %s" % shape)
-    for name, fits in SHAPES[shape].items():
-        key = name.rstrip("_")
-        if not (fits(value[key]) if key in value else name[-1] == "_"):
-            raise Stopped("the server sent what no cloudserver sends: the %s of a %s is %.100r" % (key, shape, value.get(key)))
-    return value
-
-
-def there_of(about: Any) -> There:
-    """A node as the protocol tells it.  raises Stopped"""
-    kind = about.get("kind") if isinstance(about, dict) else None
-    about = checked("collection" if kind == "collection" else "file", about)
-    if kind == "collection":
-        return There(about["path"], about["node"], COLLECTION, "", 0, about["mtime"], "", "")
-    chunks = [tuple(chunk) for chunk in about["chunks"]]
-    if sum(size for _, size in chunks) != about["size"]:
-        raise Stopped("the server sent what no cloudserver sends: chunks that do not make a file")
-    return There(about["path"], about["node"], FILE, about["etag"], about["size"], about["mtime"],
-                 manifest_of(chunks) if chunks else EMPTY, json.dumps(chunks) if len(chunks) > 1 else "")
-
-
-def change_of(about: Any) -> tuple[str, There | None]:
-    """(node, as it is now or None if it is gone), of a change as the protocol tells it.  raises Stopped"""
-    if isinstance(about, dict) and about.get("path", "") is None:
-        return checked("gone", about)["node"], None
-    there = there_of(about)
-    return there.node, there
-
-
-def chunks_of(node: There | Base) -> list[tuple[str, int]]:
-    """(hash, size) of its chunks."""
-    if node.chunks:
-        return [(hash, size) for hash, size in json.loads(node.chunks)]
-    return [(node.content, node.size)] if node.size else []
-
-
-# ---- the other end
-
-class BrokenOff(Stopped):
-    """An answer that began well did not come whole."""
-
-
-
-class Link:
-    """A connection to the server.  Every call may be repeated: asking changes nothing, and a commit has its id."""
-
-    def __init__(self, url: str, authorization: str, agent: str, pin: str = "") -> None:
-        """
-        pin     SHA-256 of a certificate that counts although nobody vouches for it
-        raises  Stopped
-        """
-        try:
-            parts = urlsplit(url)
-            self.host, self.port = parts.hostname, parts.port
-        except ValueError:
-            parts, self.host = urlsplit(""), None
-        if parts.scheme not in ("http", "https") or not self.host:
-            raise Stopped("%s is not the address of a server, like https://ann@cloud.example" % url, USAGE)
-        self.secure, self.pin = parts.scheme == "https", pin
-        self.prefix = parts.path.rstrip("/")
-        self.fields = {"Authorization": authorization, "User-Agent": agent}
-        self._mine = threading.local()               # each thread has a connection of its own
-        self._opened: list[http.client.HTTPConnection] = []
-        self.sent = self.received = 0
-
-    def _connect(self) -> http.client.HTTPConnection:
-        connection = getattr(self._mine, "connection", None)
-        if connection is None:
-            connection = self._mine.connection = self._dial(bool(self.pin))
-            self._opened.append(connection)
-            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
-
-    def _dial(self, pinned: bool) -> http.client.HTTPConnection:
-        """A new connection; a certificate that is pinned is compared before anything is sent."""
-        if not self.secure:
-            connection = http.client.HTTPConnection(self.host, self.port, timeout=90)
-            connection.connect()
-            return connection
-        context = ssl.create_default_context()
-        if pinned:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(self.host, self.port, timeout=90, context=context)
-        connection.connect()
-        if pinned and self._fingerprint(connection) != self.pin:
-            connection.close()
-            try:
-                return self._dial(False)             # it has one by now that others vouch for
-            except ssl.SSLCertVerificationError:
-                raise Stopped("the certificate of %s is not the one that was trusted, and nothing was sent. If its owner changed "
-                              "it, --trust trusts the new one" % self.host) from None
-        return connection
-
-    def _fingerprint(self, connection: http.client.HTTPConnection) -> str:
-        return hashlib.sha256(connection.sock.getpeercert(binary_form=True)).hexdigest()
-
-    def certificate(self) -> str:
-        """SHA-256 of a certificate that nobody vouches for; "" if it needs no trust.  raises Stopped"""
-        try:
-            if self.secure:
-                try:
-                    self._dial(False).close()
-                except ssl.SSLCertVerificationError:
-                    context = ssl.create_default_context()
-                    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-                    connection = http.client.HTTPSConnection(self.host, self.port, timeout=90, context=context)
-                    connection.connect()
-                    with closing(connection):
-                        return self._fingerprint(connection)
-        except (OSError, http.client.HTTPException) as error:
-            raise self._unreachable(error) from error
-        return ""
-
-    def _drop(self) -> None:
-        """This thread's connection is of no use any more."""
-        connection, self._mine.connection = getattr(self._mine, "connection", None), None
-        if connection:
-            self._opened.remove(connection)
-            connection.close()
-
-    def close(self) -> None:
-        for connection in self._opened:
-            connection.close()
-
-    def call(self, shape: str, method: str, path: str, body: bytes | None = None, *, tries: int = 5) -> dict[str, Any]:
-        """An answer in JSON, of a shape; "" if it does not matter.
-
-        raises  CloudError as the server refuses; Stopped when it cannot be reached, turns us away or answers nonsense
-        """
-        def read(response: http.client.HTTPResponse) -> bytes:
-            most = ANSWER_LIMIT if response.length is None else min(response.length, ANSWER_LIMIT)
-            data = response.read(most)           # Python 3.9 takes all the memory that it is asked for, each time
-            if response.length or not response.isclosed() and response.read(1):
-                raise http.client.IncompleteRead(data)
-            return data
-        data = self._ask(method, path, body, tries, read)
-        self.received += len(data)
-        if not shape:
-            return {}
-        try:
-            return checked(shape, parse_json(data))
-        except CloudError as error:
-            raise self._nonsense() from error
-
-    @contextmanager
-    def open(self, method: str, path: str, body: bytes | None = None) -> Iterator[http.client.HTTPResponse]:
-        """As call, with the body to be read.  raises Stopped, too, where it breaks off"""
-        response = self._ask(method, path, body, 5, None)
-        try:
-            yield response
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise BrokenOff("the answer of %s broke off: %s" % (self.host, error or type(error).__name__)) from error
-        finally:
-            if not response.isclosed():
-                self._drop()                     # the rest of an answer that nobody wants
-
-    def _ask(self, method: str, path: str, body: bytes | None, tries: int, read: Callable[[http.client.HTTPResponse], bytes] | None) -> Any:
-        """The response, or with `read` what that makes of it; whatever the network does is tried again."""
-        for attempt in range(1, tries + 1):
-            try:
-                connection = self._connect()
-                connection.request(method, self.prefix + path, body, self.fields)
-                self.sent += len(body or b"")
-                response = connection.getresponse()
-                if 200 <= response.status < 300:
-                    return read(response) if read else response
-                error, wait = self._refusal(response), response.getheader("Retry-After") or ""
-            except (OSError, http.client.HTTPException, ValueError) as trouble:
-                self._drop()
-                if attempt == tries or isinstance(trouble, ssl.SSLError):
-                    raise self._unreachable(trouble) from trouble
-                time.sleep(0.1 * 2 ** attempt)
-                continue
-            if response.status not in (429, 503) or attempt == tries:
-                raise error
-            time.sleep(min(30, int(wait)) if re.fullmatch(r"\d{1,4}", wait, re.ASCII) else 1)
-        raise self._nonsense()
-
-    def _unreachable(self, error: Exception) -> Stopped:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return Stopped("the certificate of %s cannot be verified (%s), and nothing was sent. If it is home-made, --trust trusts it "
-                           "from now on, as ssh does" % (self.host, error.verify_message))
-        return Stopped("cannot reach %s: %s" % (self.host, error or type(error).__name__))
-
-    def _nonsense(self, status: int | None = None) -> Stopped:
-        return Stopped("%s does not answer as a cloudserver" % self.host + ("" if status is None else ": status %d" % status))
-
-    def _refusal(self, response: http.client.HTTPResponse) -> Exception:
-        """What the server says in place of what was asked."""
-        try:
-            problem = checked("problem", parse_json(response.read(MiB)))
-        except (CloudError, Stopped):
-            self._drop()
-            return self._nonsense(response.status)
-        code, detail = problem["code"], problem["detail"]
-        if response.status == 401:
-            return Stopped("the server does not let this device in any more (%s); nothing was touched. "
-                           "sync DIR https://NAME@HOST with the password logs in again" % detail, REFUSED)
-        missing = problem.get("missing")
-        return CloudError(code if code in ERRORS else "internal", detail,
-                          missing=missing if are_hashes(missing) else None)
-
-
-# ---- what both sides agreed on
-
-class Memory:
-    """The memory of a folder, in its corner: base and there by key, and some words.
-
-    there   what the server has;  twin  what it has and this computer cannot tell apart from something there, by path
-    """
-
-    TREES = {"there": There, "base": Base, "twin": There}
-
-    def __init__(self, path: Path, key: Callable[[str], str]) -> None:
-        """raises Stopped"""
-        self.path, self.key = path, key
-        with self._guarded():
-            self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self.db.execute("PRAGMA journal_mode = WAL")
-            self.db.execute("PRAGMA synchronous = NORMAL")
-            for name, kind in self.TREES.items():
-                self._make_table(name, kind._fields)
-            self.db.execute("CREATE TABLE IF NOT EXISTS word (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
-            self.words = dict(self.db.execute("SELECT name, value FROM word"))
-            rows = {name: self.db.execute("SELECT key, %s FROM %s" % (", ".join(kind._fields), name))
-                    for name, kind in self.TREES.items()}
-            self.there: dict[str, There] = {there.path if key == there.path else key: there for key, there in (
-                (row[0], There._make(row[1:])) for row in rows["there"])}
-            self.base: dict[str, Base] = {row[0]: self._with_words_of(self.there.get(row[0]), Base._make(row[1:])) for row in rows["base"]}
-            self.twin: dict[str, There] = {row[0]: There._make(row[1:]) for row in rows["twin"]}
-        self.young = {key for key, base in self.base.items() if not base.sure}
-        self._changed: dict[str, set[str]] = {name: set() for name in self.TREES}
-        self.steps = 0                               # how often something was agreed on
-
-    def _make_table(self, name: str, columns: Sequence[str]) -> None:
-        """Make a table, or give one of an older program the columns it lacks."""
-        self.db.execute("CREATE TABLE IF NOT EXISTS %s (key TEXT PRIMARY KEY, %s) WITHOUT ROWID" % (name, ", ".join(columns)))
-        known = {row[1] for row in self.db.execute("PRAGMA table_info(%s)" % name)}
-        for column in columns:
-            if column not in known:
-                self.db.execute("ALTER TABLE %s ADD COLUMN %s DEFAULT %d" % (name, column, column == "sure"))
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise Stopped("what %s remembers cannot be read or written: %s" % (self.path.parent.parent, error)) from error
-
-    def _with_words_of(self, there: There | None, base: Base) -> Base:
-        """The same, sharing its strings with what is on the server: they are most of our memory."""
-        return Base(*there, *base[8:]) if there == base[:8] else base
-
-    @property
-    def cursor(self) -> int:
-        return int(self.words.get("cursor", -1))
-
-    @property
-    def latest(self) -> Cursor:
-        """The latest point of the server's history that a commit of ours was answered with; what is agreed on may be as new."""
-        seq, tag = json.loads(self.words.get("latest", "[-1, \"\"]"))
-        return seq, tag
-
-    @property
-    def mounts(self) -> set[str]:
-        """Keys of directories that were on file systems of their own."""
-        return set(json.loads(self.words.get("mounts", "[]")))
-
-    def say(self, **words: Any) -> None:
-        self.words.update((name, str(value)) for name, value in words.items())
-
-    def set(self, tree: str, key: str, value: There | Base | None) -> None:
-        mine = getattr(self, tree)
-        if value is not None:
-            mine[key] = value
-        elif mine.pop(key, None) is None:
-            return
-        self._changed[tree].add(key)
-        if tree == "base":
-            self.steps += 1
-            (self.young.add if value and not value.sure else self.young.discard)(key)
-
-    def agree(self, key: str, there: There, here: Here) -> None:
-        """Both sides are the same now: the bytes that were just read, or written."""
-        sure = here.kind or abs(time.time_ns() - here.mtime_ns) > YOUNG
-        self.set("there", key, there)
-        self.set("base", key, Base(*there, here.mtime_ns, here.inode, here.ctime_ns, int(sure)))
-
-    def know(self, key: str, here: Here) -> None:
-        """What is here was found to hold the bytes of base."""
-        sure = here.kind or abs(time.time_ns() - here.mtime_ns) > YOUNG
-        self.set("base", key, self.base[key]._replace(mtime_ns=here.mtime_ns, inode=here.inode, ctime_ns=here.ctime_ns, sure=int(sure)))
-
-    def doubt(self, key: str) -> None:
-        """Whatever size and times say: the bytes of a file here have to be looked at."""
-        if key in self.base:
-            self.set("base", key, self.base[key]._replace(ctime_ns=-1, sure=1))
-
-    def below(self, tree: str, key: str) -> list[str]:
-        """Keys in a tree at and below one, from the top."""
-        mine, prefix = getattr(self, tree), key + "/"
-        if key in mine and not mine[key].kind:
-            return [key]
-        return [key] * (key in mine) + sorted(other for other in mine if other.startswith(prefix))
-
-    def take_twins_along(self, path: str, new: str | None = None) -> None:
-        """What could not be told apart, in a collection that we deleted there or moved to a new path: nobody tells us."""
-        for other in [other for other in self.twin if other.startswith(path + "/")]:
-            there = self.twin[other]
-            self.set("twin", other, None)
-            if new is not None:
-                self.set("twin", new + other[len(path):], there._replace(path=new + other[len(path):]))
-
-    def forget(self, key: str) -> None:
-        if key in self.base:
-            self.take_twins_along(self.base[key].path)
-        for tree in ("there", "base"):
-            for other in self.below(tree, key):
-                self.set(tree, other, None)
-
-    def clear(self, *trees: str) -> None:
-        for tree in trees:
-            for key in list(getattr(self, tree)):
-                self.set(tree, key, None)
-
-    def take(self, tree: str, key: str, path: str) -> list[tuple[str, str, Any]]:
-        """Take a node with all below it out of a tree: [(rest of key, rest of path, value), ...]."""
-        taken = []
-        for other in self.below(tree, key):
-            value = getattr(self, tree)[other]
-            taken.append((other[len(key):], value.path[len(path):], value))
-            self.set(tree, other, None)
-        return taken
-
-    def rekey(self, tree: str, key: str, path: str, new: str, new_path: str) -> None:
-        """A node has another place, and all below it."""
-        for rest_key, rest_path, value in self.take(tree, key, path):
-            self.set(tree, new + rest_key, value._replace(path=new_path + rest_path))
-
-    def draw(self, nodes: Iterable[There]) -> None:
-        """Enter what the server has, parents first; what looks like something else here becomes a twin, with all below it."""
-        for there in nodes:
-            key, above = self.key(there.path), parent_of(there.path)
-            other, parent = self.there.get(key), self.there.get(self.key(above))
-            if (other is None or other.node == there.node) and (parent is None or parent.path == above):
-                self.set("there", key, there)
-            else:
-                self.set("twin", there.path, there)
-
-    def redraw(self, changes: Sequence[tuple[str, There | None]]) -> None:
-        """Enter changes, (node, as it is now or None).
-
-        What was touched is taken out, the deepest first, so that each takes along only what stays with it; then it is put back.
-        """
-        touched = {node for node, _ in changes}
-        old = sorted(((tree, key, there) for tree in ("there", "twin") for key, there in getattr(self, tree).items()
-                      if there.node in touched), key=lambda item: item[1].count("/"), reverse=True)
-        taken = {there.node: self.take(tree, key, there.path) for tree, key, there in old}
-        for node, there in sorted(changes, key=lambda change: change[1].path.count("/") if change[1] else 0):
-            if there is not None:
-                self.draw([there, *(value._replace(path=there.path + rest) for _, rest, value in taken.get(node, ()) if rest)])
-        twins = sorted(self.twin.values(), key=lambda there: there.path.count("/"))
-        self.clear("twin")
-        self.draw(twins)                         # one of two may be gone
-
-    @property
-    def leaving(self) -> list[str]:
-        """Keys of what we were about to take away here when we last wrote down anything."""
-        return json.loads(self.words.get("leaving", "[]"))
-
-    def take_away(self, keys: Collection[str]) -> None:
-        """Write down, on the medium, what we are about to delete or rename here: if we are killed before that is noted, what
-        is missing is our doing and no wish of anybody to have it deleted there.  raises Stopped"""
-        self.say(leaving=json.dumps([*self.leaving, *keys]))
-        with self._guarded():
-            self.db.execute("PRAGMA synchronous = FULL")
-            self.db.execute("REPLACE INTO word (name, value) VALUES ('leaving', ?)", (self.words["leaving"],))
-            self.db.execute("PRAGMA synchronous = NORMAL")
-
-    def flush(self) -> None:
-        """Write down what changed, all or nothing.  raises Stopped, and keeps it to be written"""
-        self.say(leaving="[]")
-        with self._guarded():
-            self.db.execute("BEGIN")
-            try:
-                for tree, kind in self.TREES.items():
-                    mine, keys = getattr(self, tree), self._changed[tree]
-                    self.db.executemany("DELETE FROM %s WHERE key = ?" % tree, [(key,) for key in keys if key not in mine])
-                    self.db.executemany("REPLACE INTO %s (key, %s) VALUES (?%s)" % (tree, ", ".join(kind._fields), ", ?" * len(kind._fields)),
-                                        [(key, *mine[key]) for key in keys if key in mine])
-                self.db.executemany("REPLACE INTO word (name, value) VALUES (?, ?)", self.words.items())
-                self.db.execute("COMMIT")
-            except BaseException:
-                if self.db.in_transaction:
-                    self.db.execute("ROLLBACK")
-                raise
-        for keys in self._changed.values():
-            keys.clear()
-
-    @property
-    def is_changed(self) -> bool:
-        """Is there anything to flush that speaks of files here?"""
-        return bool(self._changed["base"])
-
-    def close(self) -> None:
-        self.db.close()
-
-
-# ---- a run
-
-@dataclass
-class Tally:
-    """What a run did; the summary and --json."""
-    uploaded: int = 0
-    downloaded: int = 0
-    moved: int = 0
-    deleted_here: int = 0
-    deleted_there: int = 0
-    conflicts: int = 0
-    skipped: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    seconds: float = 0.0
-
-    def work(self) -> int:
-        return self.uploaded + self.downloaded + self.moved + self.deleted_here + self.deleted_there + self.conflicts
-
-
-Cursor = Tuple[int, str]        # (seq, tag): a point in the history of a server
-
-
-class Session:
-    """What the parts of the client share: both ends, what was agreed, how the folder looks now, and what a run did so far."""
-
-    def __init__(self, folder: Folder, memory: Memory, link: Link, *, only: Sequence[str] = (), yes: bool = False,
-                 show: bool = False) -> None:
-        self.folder, self.memory, self.link, self.yes = folder, memory, link, yes
-        self.only = [folder.key("/".join(split_path(path))) for path in only]
-        self.progress = Progress("sync", 0) if show else None
-        self.rules, self.scan = Rules(()), Scan({}, {}, [], {}, 0.0)
-        self.lane = ThreadPoolExecutor(LANES, "sync")
-        self.flying: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
-        self.remembered, self.pause = 0.0, 1.0
-        self.begin()
-
-    def begin(self) -> None:
-        """A new run; whatever an earlier one left under way does not count."""
-        for future, _ in self.flying:
-            future.cancel()
-        await_all([future for future, _ in self.flying])  # else a late commit would be one that nobody tells us of
-        self.flying.clear()
-        self.tally = Tally()
-        self.problems: dict[str, str] = {}           # what could not be synced, by key
-        self.kept: dict[str, str] = {}               # directories that stay because of what is left out, by path
-        self.unsettled: set[str] = set()             # paths that changed while they were read
-        self.lacking: dict[str, str] = {}            # paths whose bytes the server cannot give
-        self.refused: dict[str, str] = {}            # paths at which the server has something else than we know
-        self.seen: list[Cursor | None] = []          # that commits were answered with
-        self.held = False
-
-    def complain(self, path: str, problem: Any) -> None:
-        self.problems[self.folder.key(path)] = one_line("%s: %s" % (path, getattr(problem, "strerror", None) or problem))
-
-    @contextmanager
-    def forgiving(self, path: str) -> Iterator[None]:
-        """What goes wrong with one path costs that path (invariant 7)."""
-        try:
-            yield
-        except Changing:
-            self.unsettled.add(path)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                error.strerror = "the disk of %s is full" % self.folder.root
-            self.complain(path, error)
-
-    # ---- the lanes: requests are under way while the next is prepared; what they do is independent of each other
-
-    def fly(self, work: Callable[[], Any], land: Callable[[Any], None]) -> None:
-        self.flying.append((self.lane.submit(work), land))
-        while len(self.flying) > LANES:
-            self._land()
-
-    def _land(self) -> None:
-        future, land = self.flying.popleft()
-        land(future.result())
-
-    def land_all(self) -> None:
-        while self.flying:
-            self._land()
-        self.advance()
-
-    def advance(self) -> None:
-        """All our commits are answered: if nobody else did anything meanwhile, we need not be told of our own doing."""
-        if self.seen and None not in self.seen:
-            cursor, tag = max(self.seen)
-            if cursor > self.memory.cursor:
-                self.memory.say(cursor=cursor, tag=tag)
-        self.seen = []
-
-    @property
-    def is_time(self) -> bool:
-        """Did we write down nothing for a while?"""
-        return time.monotonic() - self.remembered > self.pause
-
-    def remember(self, *, built: bool = False) -> None:
-        """Write down what is agreed on; it is on the medium by then (invariant 4).  raises Stopped
-
-        built   files are about to be put in their places, and have to be there, too
-        """
-        began = time.monotonic()
-        try:
-            if built or self.memory.is_changed:
-                self.folder.check_place()
-                self.folder.secure()
-                self.folder.check_place()        # it still is: else something else was brought to its medium
-        except OSError as error:
-            self.folder.check_place()
-            raise Stopped("the disk of %s fails: %s" % (self.folder.root, error.strerror)) from error
-        self.memory.flush()
-        self.remembered = time.monotonic()
-        self.pause = max(1.0, 5 * (self.remembered - began))
-
-    # ---- asking for changes
-
-    def commit(self, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The outcomes of steps, one for each."""
-        return self.saw(self.send(steps)) if steps else []
-
-    def saw(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
-        """The outcomes of a commit.  From now on we know that its seq is in the history of the server."""
-        point = answer.get("seq", 0), answer.get("tag", "")
-        self.seen.append((answer["cursor"], point[1]) if "cursor" in answer else None)
-        if point > self.memory.latest:
-            self.memory.say(latest=json.dumps(point))
-        return answer["results"]
-
-    def send(self, steps: list[dict[str, Any]], frames: bytes = b"") -> dict[str, Any]:
-        """A commit, from any thread: the answer, whose results are outcomes, one for each step."""
-        words = self.memory.words
-        head = {"op": secrets.token_hex(16), "server": words["server"], "since": self.memory.cursor, "ops": steps,
-                **({"tag": words["tag"]} if words.get("tag") else {})}
-        answer = self.link.call("commit", "POST", "/api/v1/commit", format_json(head) + b"\n" + frames)
-        outcomes = [checked("outcome", outcome) for outcome in answer["results"]]
-        if len(outcomes) != len(steps):
-            raise Stopped("the server sent what no cloudserver sends: %d outcomes of %d steps" % (len(outcomes), len(steps)))
-        for outcome in outcomes:
-            if "problem" in outcome:
-                checked("problem", outcome["problem"])
-        return {**answer, "results": outcomes}
-
-    def went_well(self, path: str, outcome: dict[str, Any]) -> bool:
-        problem = outcome.get("problem")
-        if problem is None and outcome["status"] < 300 and (outcome.get("node") or outcome["status"] == 204):
-            return True
-        code, detail = (problem["code"], problem["detail"]) if problem else ("internal", "status %d" % outcome["status"])
-        if code == "held":
-            self.held = True
-        elif code in ("precondition-failed", "missing", "not-found"):    # the next round sees more
-            self.refused[path] = detail
-        else:
-            self.complain(path, detail)
-        return False
-
-
-class Follower:
-    """Keeps our picture of the server up to date (invariant 5)."""
-
-    def __init__(self, session: Session) -> None:
-        self.session, self.memory = session, session.memory
-
-    def address(self, more: str, since: Cursor | None = None) -> str:
-        """Where to ask for changes since our cursor."""
-        seq, tag = since or (self.memory.cursor, self.memory.words.get("tag"))
-        return "/api/v1/changes?since=%d&server=%s%s&%s" % (seq, self.memory.words["server"], "&tag=" + tag if tag else "", more)
-
-    def fetch(self) -> None:
-        """Bring it up to date.  raises Stopped"""
-        if self.memory.cursor >= 0:
-            try:
-                self._check_latest()
-                while self._fetch_changes():
-                    pass
-                return
-            except CloudError as error:
-                if error.kind == "other-history":
-                    self._start_over(error.detail.get("why") or "this server went back in time: an older state of its data was put back")
-                elif error.kind != "gone":
-                    raise
-        self._fetch_manifest()
-
-    def _check_latest(self) -> None:
-        """Where others wrote, or we were killed, our cursor is older than what we agreed on.  raises CloudError other-history"""
-        if self.memory.latest[0] > self.memory.cursor:
-            self.session.link.call("changes", "GET", self.address("limit=1", self.memory.latest))
-
-    def _fetch_changes(self) -> bool:
-        """One answer full of changes; are there more?"""
-        memory = self.memory
-        answer = self.session.link.call("changes", "GET", self.address("chunks=1&limit=%d" % CHANGES_LIMIT))
-        changes, root = [change_of(about) for about in answer["changes"]], answer.get("root", "")
-        before = memory.cursor
-        if answer["seq"] < before:
-            raise CloudError("other-history")
-        if self._is_elsewhere(root):
-            raise CloudError("other-history", why="this account begins elsewhere than it did")
-        if changes:
-            memory.redraw(changes)
-        memory.say(cursor=answer["seq"], tag=answer.get("tag", ""), root=root)
-        return answer["more"] and answer["seq"] > before
-
-    def _fetch_manifest(self) -> None:
-        """Everything anew.  Another server, or one that was put back, agreed on nothing with us."""
-        memory, found, first, last = self.memory, [], None, None
-        with self.session.link.open("GET", "/api/v1/manifest?chunks=1") as response:
-            while True:
-                line = response.readline(MANIFEST_LINE)
-                if not line.endswith(b"\n"):
-                    break
-                self.session.link.received += len(line)
-                about = json.loads(line)
-                if isinstance(about, dict) and "path" in about:
-                    found.append(there_of(about))
-                first, last = first or about, about
-        if last != {"end": True, "count": len(found)} or first is last:
-            raise Stopped("the answer of the server broke off; nothing was touched")
-        first = checked("manifest", first)
-        known = memory.words.get("server")
-        if known not in (None, first["server"]):
-            self._start_over("this is not the server it was, or it was restored from a backup")
-        elif self._is_elsewhere(first.get("node", "")):
-            self._start_over("this account begins elsewhere than it did")
-        elif first["seq"] < max(memory.cursor, memory.latest[0]):
-            self._start_over("this server went back in time: an older state of its data was put back")
-        memory.clear("there", "twin")
-        memory.draw(found)
-        memory.say(server=first["server"], cursor=first["seq"], tag=first.get("tag", ""), root=first.get("node", ""))
-
-    def _is_elsewhere(self, root: str) -> bool:
-        """Is the node whose tree we are shown another than it was?  Older servers do not say."""
-        return bool(root) and self.memory.words.get("root") not in (None, "", root)
-
-    def _start_over(self, why: str) -> None:
-        """Nothing is agreed on any more.  raises Stopped, unless somebody said yes"""
-        if not self.session.yes:
-            raise Stopped(why + "; nothing was touched. With --yes both sides are merged and nothing is deleted", ASK)
-        self.memory.clear("base")
-        self.memory.say(cursor=-1, latest=json.dumps((-1, "")))
-
-
-class Plan:
-    """What a round will do, by key."""
-
-    def __init__(self) -> None:
-        self.actions: dict[str, str] = {}
-
-    def of(self, *actions: str) -> list[str]:
-        """Keys in the order of paths, so that collections come before what they hold."""
-        return sorted(key for key, action in self.actions.items() if action in actions)
-
-    def settle_directories(self, memory: Memory, scan: Scan, left_out: set[str]) -> None:
-        """A directory goes only if all that is below goes too; what is left out stays, and what holds it.
-
-        Where a file takes the place of a directory, or the other way, that is done first; what is in the directory comes in
-        the next round.
-        """
-        self._postpone_below({key for key in self.of("delete here", "delete there", "forget") if not memory.base[key].kind
-                              and any(key in side and side[key].kind for side in (scan.here, memory.there))})
-        stays: set[str] = set()
-        quiet = {above for key in left_out for above in lineage(key)}
-        for key in sorted(self.actions, reverse=True):
-            action = self.actions[key]
-            if key in stays and action in ("delete there", "delete here"):
-                action = "download" if action == "delete there" else "upload"
-                ours, theirs = scan.here.get(key), memory.there.get(key)
-                self.actions[key] = "compare" if ours and theirs and ours.kind != theirs.kind else action
-            elif key in quiet and action == "delete there":
-                del self.actions[key]
-            if action not in ("delete there", "delete here", "forget"):
-                stays.add(parent_of(key))
-        self._postpone_below({key for key in self.of("compare") if scan.here[key].kind != memory.there[key].kind})
-
-    def _postpone_below(self, keys: set[str]) -> None:
-        if keys:
-            self.actions = {key: action for key, action in self.actions.items() if keys.isdisjoint(lineage(parent_of(key)))}
-
-
-class Planner:
-    """Decides what is to be done, and touches nothing."""
-
-    def __init__(self, session: Session) -> None:
-        self.session, self.folder, self.memory = session, session.folder, session.memory
-        self.stuck: set[str] = set()                 # keys of what should move to a place where it cannot be
-        self._contents: dict[tuple[str, tuple[int, ...]], str] = {}      # of files read in this round: (path, sizes of chunks)
-
-    def begin(self) -> None:
-        """A new look at the folder."""
-        self.stuck, self._contents = set(), {}
-
-    # ---- what is synced
-
-    def is_wanted(self, key: str) -> bool:
-        only = self.session.only
-        return not only or any((key + "/").startswith(part + "/") or (part + "/").startswith(key + "/") for part in only)
-
-    def is_blocked(self, key: str) -> bool:
-        """Is it, or something that holds it, what we cannot sync?"""
-        blocked = self.session.scan.blocked
-        return bool(blocked) and any(above in blocked for above in lineage(key))
-
-    def is_left_out(self, key: str) -> bool:
-        """Is it outside of what is synced?"""
-        if not self.is_wanted(key) or self.is_blocked(key):
-            return True
-        node = self.memory.there.get(key) or self.memory.base.get(key)
-        if node is None:
-            return False                         # it is here, so the scan has let it through
-        parts = node.path.split("/")
-        return any(self.session.rules.leaves_out("/".join(parts[:n]), n < len(parts) or bool(node.kind)) for n in range(1, len(parts) + 1))
-
-    def can_be_here(self, key: str) -> bool:
-        """Can this computer hold the name?  If not it stays on the server, and is not gone."""
-        path = self.memory.there[key].path
-        if self.folder.holds_names(path.split("/")):
-            return True
-        self.session.complain(path, "this computer cannot hold the name")
-        return False
-
-    def path_here(self, key: str, path: str) -> str:
-        """How a path is spelled here: names may be written in other ways that mean the same."""
-        here, above = self.session.scan.here.get(key), self.session.scan.here.get(parent_of(key))
-        return here.path if here else above.path + path[len(parent_of(path)):] if above else path
-
-    # ---- comparing (invariant 1)
-
-    def holds(self, path: str, node: There | Base) -> bool:
-        """Does a file hold those bytes?  Each is read once a round, however often it is asked for."""
-        sizes = tuple(size for _, size in chunks_of(node))
-        if (path, sizes) not in self._contents:
-            try:
-                with self.folder.read(path) as file:
-                    seen = [(hashlib.sha256(read_fully(file, size)).hexdigest(), size) for size in sizes]
-                    self._contents[path, sizes] = "" if file.read(1) else manifest_of(seen) if seen else EMPTY
-            except OSError as error:
-                self.session.complain(path, error)
-                return False
-        return self._contents[path, sizes] == node.content
-
-    def state_here(self, key: str) -> str:
-        """As the function of this name, in doubt after a look at the bytes."""
-        base, here = self.memory.base.get(key), self.session.scan.here.get(key)
-        state = state_here(base, here)
-        if state != "doubt":
-            return state
-        if not self.holds(here.path, base):
-            return "changed"
-        self.memory.know(key, here)
-        return "same"
-
-    def plan(self) -> Plan:
-        """Compare each side with base."""
-        memory, here, plan, left_out = self.memory, self.session.scan.here, Plan(), set(self.stuck)
-        for key in {*memory.base, *memory.there, *here}:
-            base, ours, theirs = memory.base.get(key), here.get(key), memory.there.get(key)
-            changed = state_there(base, theirs)
-            if changed == "same" and base[:8] != theirs and base.path == theirs.path:
-                memory.set("base", key, Base(*theirs, *base[8:]))    # the same bytes, written once more
-            action = DECISIONS[state_here(base, ours), changed]
-            if not action or key in left_out:
-                continue
-            if self.is_left_out(key) or key in self.session.problems:
-                left_out.add(key)
-                continue
-            if action == "read":
-                action = DECISIONS[self.state_here(key), changed]
-            if action in ("download", "upload") and ours and theirs and ours.kind != theirs.kind:
-                action = "compare"               # one made a file where the other has a directory
-            if key in self.session.problems or action == "download" and not self.can_be_here(key) or self._is_muted(key, action):
-                left_out.add(key)
-            else:
-                plan.actions[key] = action
-        if plan.actions:
-            plan.settle_directories(memory, self.session.scan, left_out)
-        return plan
-
-    def _is_muted(self, key: str, action: str) -> bool:
-        """While a rule cannot be read nothing goes up, but for the rules themselves."""
-        return bool(self.session.rules.broken) and action in ("upload", "delete there") and key != ".cloudignore"
-
-    def check_brake(self, plan: Plan) -> None:
-        """raises Stopped when a run would delete most of what there is"""
-        count = sum(action in ("delete here", "delete there") and not self.memory.base[key].kind
-                    for key, action in plan.actions.items())
-        files = sum(not base.kind for base in self.memory.base.values())
-        if count > BRAKE_LEAST and count * 2 > files and not self.session.yes:
-            raise Stopped("%d of %d files would be deleted; nothing was touched. With --yes it is done" % (count, files), ASK)
-
-    def look_late(self) -> bool:
-        """Read files once more that were read soon after a write: a memory map writes on, and no time tells.
-
-        A little at a time; true if one has changed.
-        """
-        until = time.monotonic() + LATE_LOOK
-        for key in list(self.memory.young):
-            base, here = self.memory.base[key], self.session.scan.here.get(key)
-            if state_here(base, here) != "same" or time.time_ns() - base.mtime_ns < YOUNG:
-                continue
-            if time.monotonic() > until:
-                break
-            if self.holds(here.path, base):
-                self.memory.know(key, here)
-            else:
-                self.memory.doubt(key)
-                return True
-        return False
-
-
-def is_at_home(base: Base, there: There | None) -> bool:
-    """Is a node where it was when it was agreed on?"""
-    return there is not None and there.node == base.node and there.path == base.path
-
-
-class Mover:
-    """Renames cost a rename: first those on the server, then ours."""
-
-    def __init__(self, session: Session, planner: Planner) -> None:
-        self.session, self.planner = session, planner
-        self.folder, self.memory = session.folder, session.memory
-
-    def follow(self) -> None:
-        while self._follow_there():              # once more for what was moved out of something that was moved
-            pass
-        here = not self.session.rules.broken
-        while here:
-            gone = [key for key, base in self.memory.base.items() if key not in self.session.scan.here or self._is_respelled(key, base)]
-            here = bool(gone) and self._follow_here(gone)
-
-    def _follow_there(self) -> bool:
-        """What has another path there is renamed here; was anything?"""
-        memory, here, before = self.memory, self.session.scan.here, self.session.tally.moved
-        astray = [key for key, base in memory.base.items() if not is_at_home(base, memory.there.get(key))]
-        if not astray:
-            return False
-        by_node = {there.node: key for key, there in memory.there.items()}
-        twins = {there.node for there in memory.twin.values()}
-        self.planner.stuck |= {key for key in astray if memory.base[key].node in twins}
-        for key in sorted(astray, key=lambda key: (key.count("/"), key)):
-            base = memory.base.get(key)
-            new = by_node.get(base.node) if base else None
-            there = memory.there.get(new)
-            if there is None or base.path == there.path or not self.planner.is_wanted(new) or (
-                    self.planner.state_here(key) != "same" or new != key and (new in here or new in memory.base)
-                    or any(above in here and not here[above].kind for above in lineage(parent_of(new)))):
-                continue                         # a parent took it along, or something is in the way
-            if self._is_stuck(new):
-                self.planner.stuck.add(key)
-                continue
-            with self.session.forgiving(there.path):
-                self._rename_here(key, new, there.path)
-        return self.session.tally.moved > before
-
-    def _is_stuck(self, new: str) -> bool:
-        """Can what is to move not be at its new place?"""
-        path = self.memory.there[new].path
-        for above in lineage(new):
-            if above in self.session.scan.blocked:
-                self.session.complain(path, "%s %s" % self.session.scan.blocked[above])
-                return True
-        return not self.planner.can_be_here(new)
-
-    def _rename_here(self, key: str, new: str, path: str) -> None:
-        """raises OSError"""
-        memory, here, base = self.memory, self.session.scan.here, self.memory.base[key]
-        old, target = here[key], self.planner.path_here(new, path) if new != key else path
-        if not is_like_here(self.folder.look(old.path), old):
-            raise Changing(errno.EAGAIN, "it has changed since it was looked at")
-        self.folder.rename(old.path, target)
-        memory.rekey("base", key, base.path, new, path)
-        for other in [key, *((other for other in here if other.startswith(key + "/")) if old.kind else ())]:
-            found = here.pop(other)
-            here[new + other[len(key):]] = found._replace(path=target + found.path[len(old.path):])
-        now = self.folder.look(target)
-        if not old.kind and now and now._replace(ctime_ns=0) == old._replace(path=target, ctime_ns=0):       # a rename changes ctime
-            here[new] = now
-            memory.know(new, now)
-        self.session.tally.moved += 1
-
-    def _is_respelled(self, key: str, base: Base) -> bool:
-        """Has only the case of its name changed, where the file system cannot tell cases apart?"""
-        here = self.session.scan.here[key]
-        return self.folder.folds and key_of(base.path.rpartition("/")[2]) != key_of(here.path.rpartition("/")[2])
-
-    def _follow_here(self, gone: list[str]) -> bool:
-        """What vanished in one place and turned up in another, told by inode, or by time, and content; was anything moved?"""
-        memory, here = self.memory, self.session.scan.here
-        twins: dict[Any, list[str]] = {}
-        for key, found in here.items():
-            if key not in memory.base and key not in memory.there:
-                for mark in self._marks(found):
-                    twins.setdefault(mark, []).append(key)
-        steps: list[tuple[str, str]] = []
-        taken: set[str] = set()
-        for key in sorted(gone, key=lambda key: (key.count("/"), key)):
-            base = memory.base.get(key)
-            if base is None or not taken.isdisjoint(lineage(parent_of(key))) or state_there(base, memory.there.get(key)) != "same" \
-                    or self.planner.is_left_out(key):
-                continue
-            new = key if key in here else next((new for mark in self._marks(base) for new in twins.get(mark, ())
-                                                if new not in taken and self._is_moved(key, base, new)), None)
-            if new is not None:
-                steps.append((key, new))
-                taken.update((key, new))
-        return any([self._move_there(some) for some in pieces(steps)])
-
-    def _marks(self, node: Here | Base) -> list[tuple[Any, ...]]:
-        """By what a node is known wherever it is; an inode of 0 is none."""
-        return [*([(node.kind, node.inode)] if node.inode else ()), *(() if node.kind else [(node.size, node.mtime_ns, "file")])]
-
-    def _is_moved(self, key: str, base: Base, new: str) -> bool:
-        found = self.session.scan.here[new]
-        if found.kind != base.kind:
-            return False
-        if base.kind:                            # an inode may be used again: something in it must be known
-            inside = [other for other in self.memory.base if other.startswith(key + "/")]
-            return not inside or any(new + other[len(key):] in self.session.scan.here for other in inside)
-        return (found.size, found.mtime_ns) == (base.size, base.mtime_ns) and self.planner.holds(found.path, base)
-
-    def _move_there(self, moves: list[tuple[str, str]]) -> bool:
-        memory, here, steps, made = self.memory, self.session.scan.here, [], set()
-        for key, new in moves:
-            path, above = here[new].path, []
-            while parent_of(path) and self.folder.key(parent_of(path)) not in memory.there:
-                path = parent_of(path)
-                above.append(path)
-            steps += [{"mkdir": path} for path in reversed(above) if path not in made]
-            made.update(above)
-            steps.append({"move": memory.base[key].path, "to": here[new].path,
-                          **({} if memory.base[key].kind else {"if": memory.there[key].etag})})
-        outcomes, done = self.session.commit(steps), 0
-        goals = iter(moves)
-        for step, outcome in zip(steps, outcomes):
-            if "mkdir" in step:
-                if outcome["status"] < 300:
-                    key = self.folder.key(step["mkdir"])
-                    memory.set("there", key, There(step["mkdir"], outcome.get("node", ""), COLLECTION, "", 0, 0, "", ""))
-                continue
-            key, new = next(goals)
-            if outcome["status"] < 300:
-                old = memory.base[key].path
-                memory.take_twins_along(old, here[new].path)
-                for tree in ("there", "base"):
-                    memory.rekey(tree, key, old, new, here[new].path)
-                if not here[new].kind:
-                    memory.know(new, here[new])
-                done += 1
-        self.session.tally.moved += done
-        return done > 0
-
-
-# ---- up
-
-class Outgoing:
-    """Files of one commit: its steps, the chunks they need, and (key, as it is here, as it will be there) of each."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, Any]] = []
-        self.chunks: dict[str, bytes] = {}
-        self.items: list[tuple[str, Here, There]] = []
-        self.bytes = 0
-
-
-class Uploader:
-    """Brings the server to what is here."""
-
-    def __init__(self, session: Session, planner: Planner) -> None:
-        self.session, self.planner = session, planner
-        self.folder, self.memory, self.link = session.folder, session.memory, session.link
-
-    def make_collections(self, keys: list[str]) -> None:
-        for some in pieces(keys, COMMIT_FILES):
-            nodes = [self.session.scan.here[key] for key in some]
-            for key, here, outcome in zip(some, nodes, self.session.commit([{"mkdir": here.path} for here in nodes])):
-                if self.session.went_well(here.path, outcome):
-                    self.folder.touch(here.path)
-                    self.memory.agree(key, There(here.path, outcome["node"], COLLECTION, "", 0, 0, "", ""), here)
-
-    def upload(self, keys: list[str]) -> None:
-        """Small files by thousands in one commit; of large ones only the chunks the server lacks."""
-        batch = Outgoing()
-        for key in keys:
-            here = self.session.scan.here[key]
-            with self.session.forgiving(here.path):
-                self._take(batch, key, here)
-            if len(batch.steps) >= COMMIT_FILES or batch.bytes >= COMMIT_BYTES:
-                self.session.fly(partial(self._deliver, batch), partial(self._delivered, batch))
-                batch = Outgoing()
-        if batch.steps:
-            self.session.fly(partial(self._deliver, batch), partial(self._delivered, batch))
-        self.session.land_all()
-
-    def _take(self, batch: Outgoing, key: str, here: Here) -> None:
-        """Read a file into a batch.  raises OSError"""
-        base, data = self.memory.base.get(key), b""
-        if here.size > CHUNK_SIZE and state_here(base, here) == "doubt" and self.planner.holds(here.path, base):
-            self.memory.know(key, here)          # it may have been cut in another way
-            return
-        with self.folder.read(here.path, here) as file:
-            if here.size > CHUNK_SIZE:
-                chunks = self._send_ahead(file)
-            else:
-                data = read_fully(file, CHUNK_SIZE + 1)
-                chunks = [(hashlib.sha256(data).hexdigest(), len(data))] if data else []
-            now = here_of(here.path, os.fstat(file.fileno()))
-        if not is_like_here(now, here) or sum(size for _, size in chunks) != here.size:
-            raise Changing(errno.EAGAIN, "somebody writes to it")
-        self._offer(batch, key, here, chunks, data)
-
-    def _offer(self, batch: Outgoing, key: str, here: Here, chunks: list[tuple[str, int]], data: bytes) -> None:
-        base, there = self.memory.base.get(key), self.memory.there.get(key)
-        content, at = manifest_of(chunks) if chunks else EMPTY, min(max(here.mtime_ns // 1_000_000, MTIME_MIN), MTIME_MAX)
-        is_same_there = base is not None and state_there(base, there) == "same"
-        self.folder.touch(here.path)
-        if is_same_there and content == base.content:
-            self.memory.know(key, here)          # only its time was changed
-            return
-        batch.steps.append({"put": here.path, "chunks": chunks, "mtime": at, "if": there.etag if is_same_there else None})
-        batch.items.append((key, here, There(here.path, "", FILE, "", here.size, at, content,
-                                             json.dumps(chunks) if len(chunks) > 1 else "")))
-        if data:
-            batch.chunks[content] = data
-            batch.bytes += len(data)
-
-    def _send_ahead(self, file: BinaryIO) -> list[tuple[str, int]]:
-        """Cut a large file and send what the server lacks; returns its chunks."""
-        chunks, window, waiting = [], {}, 0
-        for data in cut_by_content(file):
-            hash = hashlib.sha256(data).hexdigest()
-            chunks.append((hash, len(data)))
-            window[hash] = data
-            waiting += len(data)
-            if waiting > WINDOW:
-                self.session.fly(partial(self._send_missing, window), lambda done: None)
-                window, waiting = {}, 0
-        self.session.fly(partial(self._send_missing, window), lambda done: None)
-        self.session.land_all()
-        return chunks
-
-    def _missing(self, hashes: Collection[str]) -> set[str]:
-        """Those that the server lacks."""
-        if not hashes:
-            return set()
-        body = format_json({"hashes": list(hashes)})
-        return set(self.link.call("missing", "POST", "/api/v1/chunks/missing", body)["missing"]).intersection(hashes)
-
-    def _send_missing(self, window: dict[str, bytes]) -> None:
-        frames = b"".join(format_frame(window[hash]) for hash in self._missing(window))
-        if frames:
-            self.link.call("", "POST", "/api/v1/chunks", frames)
-        if self.session.progress:
-            self.session.progress.add(sum(map(len, window.values())))
-
-    def _deliver(self, batch: Outgoing) -> dict[str, Any]:
-        """Commit files together with their chunks; what is not quite small is asked for first."""
-        lacking = self._missing([hash for hash, data in batch.chunks.items() if len(data) > INLINE_LIMIT])
-        frames = b"".join(format_frame(data) for hash, data in batch.chunks.items() if len(data) <= INLINE_LIMIT or hash in lacking)
-        return self.session.send(batch.steps, frames)
-
-    def _delivered(self, batch: Outgoing, answer: dict[str, Any]) -> None:
-        for (key, here, there), outcome in zip(batch.items, self.session.saw(answer)):
-            if self.session.went_well(here.path, outcome):
-                self.memory.agree(key, there._replace(node=outcome["node"], etag=outcome["etag"]), here)
-                self.session.tally.uploaded += 1
-                if self.session.progress and here.size <= CHUNK_SIZE:
-                    self.session.progress.add(here.size)
-        if self.session.is_time:
-            self.session.remember()
-
-    # ---- deletions, last
-
-    def delete(self, keys: list[str]) -> None:
-        memory, steps, last = self.memory, [], None
-        for key in keys:
-            if last is not None and key.startswith(last + "/"):
-                continue                         # it goes with what holds it
-            base = memory.base[key]
-            if base.kind:
-                last = key
-            if not self._is_gone(key, base):
-                self.session.unsettled.add(base.path)
-                continue
-            count = sum(not memory.base[other].kind for other in memory.below("base", key)) if base.kind else 1
-            steps.append((key, count, {"delete": base.path, **({"since": memory.cursor} if base.kind else {"if": memory.there[key].etag})}))
-        for some in pieces(steps, COMMIT_FILES):
-            for (key, count, step), outcome in zip(some, self.session.commit([step for _, _, step in some])):
-                if self.session.went_well(step["delete"], outcome):
-                    memory.forget(key)
-                    self.session.tally.deleted_there += count
-
-    def _is_gone(self, key: str, base: Base) -> bool:
-        """Is it not here, still (invariant 2)?  A directory that has taken its place counts."""
-        scan = self.session.scan
-        above = next((scan.here[above] for above in lineage(parent_of(key)) if above in scan.here), None)
-        device = next((scan.mounts[above][1] for above in lineage(parent_of(key)) if above in scan.mounts), None)
-        path = self.planner.path_here(key, base.path)
-        if key in scan.here:
-            self.folder.check_place()
-            return is_like_here(self.folder.look(path), scan.here[key])
-        return self.folder.is_gone(path, above, device)
-
-
-# ---- down
-
-class Built(NamedTuple):
-    """A file that waits to be put in its place."""
-    key: str
-    there: There
-    path: str
-    file: BinaryIO
-
-
-class Downloader:
-    """Brings this computer to what is there."""
-
-    def __init__(self, session: Session, planner: Planner) -> None:
-        self.session, self.planner = session, planner
-        self.folder, self.memory, self.link = session.folder, session.memory, session.link
-        self.built: list[Built] = []                 # small files, to be brought to the medium all at once
-        self.rubble = ExitStack()                    # what removes those that never get to their places
-
-    def make_directories(self, keys: list[str]) -> None:
-        for key in keys:
-            there = self.memory.there[key]
-            with self.session.forgiving(there.path):
-                self.memory.agree(key, there, self.folder.make_directory(self.planner.path_here(key, there.path)))
-
-    def download(self, keys: list[str]) -> None:
-        """Small files by thousands in one request; of large ones only the chunks that are not here."""
-        group, waiting, self.built = [], 0, []
-        with self.rubble:
-            for key in keys:
-                there = self.memory.there[key]
-                if there.chunks:
-                    self._download_large(key, there)
-                else:
-                    group.append(key)
-                    waiting += there.size
-                if len(group) >= COMMIT_FILES or waiting >= COMMIT_BYTES:
-                    self._fetch_group(group)
-                    group, waiting = [], 0
-            self._fetch_group(group)
-            self.session.land_all()
-            self._settle_all()
-
-    def _fetch_group(self, keys: list[str]) -> None:
-        wanted = dict(chunk for key in keys for chunk in chunks_of(self.memory.there[key]))
-        self.session.fly(partial(self._get, list(wanted.items())), partial(self._build_group, keys))
-
-    # ---- chunks
-
-    def _get(self, wanted: Sequence[tuple[str, int]]) -> dict[str, bytes]:
-        """Chunks by their hashes, checked; what cannot be had is not in it.
-
-        Where an answer breaks off, the chunk it broke at is asked for alone, and the rest again: one that is damaged costs
-        itself.  raises Stopped when nothing comes any more
-        """
-        found: dict[str, bytes] = {}
-        pending, alone, strikes = deque(pieces(wanted, OPS_LIMIT)), deque(), 0
-        while pending or alone:
-            some = pending.popleft() if pending else alone.popleft()
-            got, missing, trouble = self._ask(some)
-            found.update(got)
-            strikes = strikes + 1 if trouble else 0
-            if strikes > STRIKES and not found:
-                raise trouble
-            rest = [chunk for chunk in some if chunk[0] not in got and chunk[0] not in missing]
-            if len(some) > 1 and rest:
-                alone.append(rest[:1])
-                pending.extend([rest[1:]] if rest[1:] else ())
-        return found
-
-    def _ask(self, some: Sequence[tuple[str, int]]) -> tuple[dict[str, bytes], set[str], BrokenOff | None]:
-        """One request: (chunks that came whole, hashes the server has not, what broke it off)."""
-        got: dict[str, bytes] = {}
-        try:
-            with self.link.open("POST", "/api/v1/chunks/get", format_json({"hashes": [hash for hash, _ in some]})) as response:
-                for hash, size in some:
-                    length = int.from_bytes(read_fully(response, 4), "big")
-                    data = read_fully(response, size) if length == size else b""
-                    self.link.received += len(data) + 4
-                    if hashlib.sha256(data).hexdigest() != hash:
-                        raise BrokenOff("what arrived is not what was asked for")
-                    got[hash] = data
-                response.read(1)
-        except CloudError as error:
-            if error.kind not in ("missing", "storage-failed", "internal"):
-                raise
-            missing = set(error.detail.get("missing") or ()).intersection(hash for hash, _ in some)
-            return got, missing, None if missing else BrokenOff(str(error))
-        except BrokenOff as trouble:
-            return got, set(), trouble
-        return got, set(), None
-
-    # ---- small files
-
-    def _build_group(self, keys: list[str], datas: dict[str, bytes]) -> None:
-        for key in keys:
-            there = self.memory.there[key]
-            if any(hash not in datas for hash, _ in chunks_of(there)):
-                self.session.lacking[there.path] = "the server cannot give its bytes: they may be damaged there"
-                continue
-            path = self.planner.path_here(key, there.path)
-            with self.session.forgiving(there.path):
-                file = self.rubble.enter_context(self.folder.temporary())
-                for hash, _ in chunks_of(there):
-                    file.write(datas[hash])
-                self.folder.finish(file, path, there.mtime)
-                self.built.append(Built(key, there, path, file))
-        if self.session.is_time or len(self.built) >= BUILT_MOST:
-            self._settle_all()
-
-    def _settle_all(self) -> None:
-        """Bring what was built to the medium, and put it in place; what was put there before is noted now (invariants 3 and 4)."""
-        built, self.built = self.built, []
-        with self.rubble.pop_all():
-            if built:
-                self.session.remember(built=True)
-            for one in built:
-                self._settle(*one)
-
-    def _settle(self, key: str, there: There, path: str, file: BinaryIO) -> None:
-        """Put a finished file in its place."""
-        with self.session.forgiving(there.path):
-            here = self.folder.settle(file, path, self.session.scan.here.get(key), self.memory.base.get(key))
-            if here is None:
-                self.memory.doubt(key)
-                self.session.unsettled.add(there.path)       # somebody was faster: in the next round
-                return
-            self.memory.agree(key, there, self.respell(there, here))
-            self.session.tally.downloaded += 1
-            if self.session.progress:
-                self.session.progress.add(there.size)
-
-    def respell(self, there: There, here: Here) -> Here:
-        """Give what is agreed on the server's spelling of its name, where the file system takes both for one.  raises OSError"""
-        name = there.path.rpartition("/")[2]
-        if not self.folder.folds or key_of(name) == key_of(here.path.rpartition("/")[2]):
-            return here
-        path = here.path[:len(here.path) - len(here.path.rpartition("/")[2])] + name
-        self.folder.rename(here.path, path)
-        return self.folder.look(path) or here
-
-    # ---- large files
-
-    def _download_large(self, key: str, there: There) -> None:
-        """Build a file from chunks of its old self, of what an earlier run fetched, and of the server."""
-        self.session.land_all()
-        path = self.planner.path_here(key, there.path)
-        with self.session.forgiving(there.path), self.folder.temporary("part-" + there.content[:32]) as file:
-            chunks = chunks_of(there)
-            with self._old_self(key) as (old, places):
-                for window in self._windows(chunks[self._verified_part(file, chunks):]):
-                    if not self._build(file, window, old, places):
-                        self.session.lacking[there.path] = "the server cannot give all of its bytes: they may be damaged there"
-                        return
-            file.truncate(there.size)
-            self.folder.finish(file, path, there.mtime, large=True)
-            self._settle(key, there, path, file)
-        if self.session.is_time:
-            self.session.remember()
-
-    def _windows(self, chunks: list[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
-        """Some chunks at a time, as many as are fetched at once."""
-        window: list[tuple[str, int]] = []
-        for chunk in chunks:
-            window.append(chunk)
-            if sum(size for _, size in window) > WINDOW:
-                yield window
-                window = []
-        if window:
-            yield window
-
-    @contextmanager
-    def _old_self(self, key: str) -> Iterator[tuple[BinaryIO, dict[str, tuple[int, int]]]]:
-        """The file as it is here, and where its chunks are: {hash: (offset, bytes)}."""
-        base, here, places, offset = self.memory.base.get(key), self.session.scan.here.get(key), {}, 0
-        if not base or not here or state_here(base, here) != "same":
-            yield io.BytesIO(), {}
-            return
-        for hash, size in chunks_of(base):
-            places[hash] = offset, size
-            offset += size
-        with self.folder.read(here.path, here) as file:
-            yield file, places
-
-    def _verified_part(self, file: BinaryIO, chunks: list[tuple[str, int]]) -> int:
-        """How many chunks an earlier run left; the file ends after them."""
-        file.seek(0)
-        offset = 0
-        for number, (hash, size) in enumerate(chunks):
-            if hashlib.sha256(file.read(size)).hexdigest() != hash:
-                file.seek(file.truncate(offset))
-                return number
-            offset += size
-        file.seek(file.truncate(offset))
-        return len(chunks)
-
-    def _build(self, file: BinaryIO, window: list[tuple[str, int]], old: BinaryIO, places: dict[str, tuple[int, int]]) -> bool:
-        """Append chunks to a file; False if one cannot be had."""
-        datas = {}
-        for hash, _ in window:
-            if hash in places:
-                old.seek(places[hash][0])
-                data = read_fully(old, places[hash][1])
-                if hashlib.sha256(data).hexdigest() == hash:
-                    datas[hash] = data
-        datas.update(self._get([(hash, size) for hash, size in dict(window).items() if hash not in datas]))
-        for hash, size in window:
-            if hash not in datas:
-                return False
-            if datas[hash].count(0) == size:
-                file.seek(size, os.SEEK_CUR)     # a hole stays one
-            else:
-                file.write(datas[hash])
-        return True
-
-    # ---- deletions, last
-
-    def delete(self, keys: list[str]) -> None:
-        memory = self.memory
-        if keys:
-            memory.take_away(keys)
-        for key in reversed(keys):
-            base, seen = memory.base[key], self.session.scan.here[key]
-            here = self.folder.look(seen.path)
-            with self.session.forgiving(seen.path):
-                if here is not None and (here.kind != seen.kind or not self.folder.remove(seen.path, here, base)):
-                    if here.kind and seen.kind:
-                        self.session.kept[seen.path] = "stays, for it holds files that are left out"
-                    else:
-                        memory.doubt(key)        # it has changed since: the next round sees that (invariant 2)
-                    continue
-                memory.set("base", key, None)
-                self.session.tally.deleted_here += 1 - base.kind
-
-
-# ---- the client
-
-class SyncClient:
-    """Keeps a folder and an account alike: run() once, or watch()."""
-
-    def __init__(self, session: Session) -> None:
-        self.session, self.folder, self.memory = session, session.folder, session.memory
-        self.planner, self.follower = Planner(session), Follower(session)
-        self.mover = Mover(session, self.planner)
-        self.uploader, self.downloader = Uploader(session, self.planner), Downloader(session, self.planner)
-        self.lock: FileLock | None = None            # held for as long as we live
-
-    def run(self) -> Tally:
-        """Go on until both sides are alike.  raises Stopped, CloudError"""
-        session, began = self.session, time.monotonic()
-        session.begin()
-        sent, received = session.link.sent, session.link.received
-        asked_anew = False
-        for turn in range(ROUNDS):
-            session.unsettled, session.lacking, session.refused = set(), {}, {}
-            self.follower.fetch()
-            self._look()
-            self.mover.follow()
-            session.advance()
-            plan = self.planner.plan()
-            if not plan.actions and not self.planner.look_late():
-                break
-            self.planner.check_brake(plan)
-            before = session.tally.work(), self.memory.steps
-            self._execute(plan)
-            session.remember()
-            if session.held:
-                raise Stopped("the server holds this device because it deletes or overwrites so much; "
-                              "allow or undo it on the page", ASK)
-            if (session.tally.work(), self.memory.steps) == before and plan.actions:
-                if session.refused and not asked_anew:
-                    asked_anew = True
-                    self.memory.say(cursor=-1)   # what it has is not what we were told: read everything
-                elif not session.unsettled or turn > 4:
-                    break
-                else:
-                    time.sleep(0.2)              # somebody writes to a file: once more
-        self._name_what_is_left()
-        self.memory.say(mounts=json.dumps(sorted(self._mounts())))
-        session.remember()
-        session.tally.bytes_up, session.tally.bytes_down = session.link.sent - sent, session.link.received - received
-        session.tally.seconds = round(time.monotonic() - began, 3)
-        return session.tally
-
-    def _look(self) -> None:
-        """Scan the folder.  raises Stopped if it is not the one that was opened"""
-        session = self.session
-        session.rules = self.folder.rules()
-        session.scan = session.scan._replace(here={})        # two of them would be much memory
-        session.scan = self.folder.scan(session.rules)
-        self.folder.check_place()
-        for key in self.memory.leaving:
-            if key not in session.scan.here:
-                self.memory.set("base", key, None)
-        self.planner.begin()
-        for key in self._mounts().difference(session.scan.mounts):
-            session.scan.blocked[key] = Block(self.memory.base[key].path, "was a disk of its own, which is not mounted; "
-                                                                          "with --yes what is there now counts")
-
-    def _mounts(self) -> set[str]:
-        """Keys of directories that are, or should be, file systems of their own: what is missing in others is not gone."""
-        known = set() if self.session.yes else self.memory.mounts
-        return {key for key in known.union(self.session.scan.mounts) if key in self.memory.base}
-
-    def _execute(self, plan: Plan) -> None:
-        """In an order that is safe at every instant: copies first, deletions last."""
-        session, here, there = self.session, self.session.scan.here, self.memory.there
-        if session.progress:
-            session.progress.total += sum((here.get(key) or there[key]).size for key in plan.of("upload", "download", "compare"))
-        for key in plan.of("forget"):            # first, for it may be known in another place by the next note
-            self.memory.set("base", key, None)
-        for key in plan.of("compare"):
-            self._compare(key)
-        self.downloader.make_directories([key for key in plan.of("download") if there[key].kind])
-        self.uploader.make_collections([key for key in plan.of("upload") if here[key].kind])
-        self.uploader.upload([key for key in plan.of("upload") if not here[key].kind])
-        self.downloader.download([key for key in plan.of("download") if not there[key].kind])
-        self.downloader.delete(plan.of("delete here"))
-        self.uploader.delete(plan.of("delete there"))
-        session.advance()
-        if session.progress:
-            session.progress.end()
-
-    def _compare(self, key: str) -> None:
-        """Both sides have something new: the same, or a conflict, of which ours takes another name."""
-        memory, there, here = self.memory, self.memory.there[key], self.session.scan.here[key]
-        with self.session.forgiving(here.path):
-            if there.kind == here.kind and (there.kind or here.size == there.size and self.planner.holds(here.path, there)):
-                memory.agree(key, there, self.downloader.respell(there, here))
-                self.folder.touch(here.path)
-                return
-            memory.take_away([key])
-            self.folder.rename(here.path, self._conflict_name(here.path))
-            self.session.tally.conflicts += 1    # the next round uploads it, and downloads theirs
-            memory.set("base", key, None)
-
-    def _conflict_name(self, path: str) -> str:
-        above, _, name = path.rpartition("/")
-        stem, dot, suffix = name.rpartition(".")
-        if not stem or len(suffix) > 16:
-            stem, dot, suffix = name, "", ""
-        device = re.sub(r'[\x00-\x1f\x7f/\\<>:"|?*]', "-", self.memory.words.get("device", "here"))
-        mark = " (conflict %s %s)" % (cut_text(device, 100), time.strftime("%Y-%m-%d %H.%M"))
-        for count in itertools.count(1):
-            ending = mark + (" %d" % count if count > 1 else "") + dot + suffix
-            found = (above + "/" if above else "") + cut_text(stem, NAME_LIMIT - len(ending.encode())) + ending
-            if not os.path.lexists(self.folder.place(found)):
-                return found
-        raise AssertionError
-
-    # ---- what is not synced
-
-    def _name_what_is_left(self) -> None:
-        """Complain of everything that could not be synced."""
-        session = self.session
-        for path in session.unsettled:
-            session.complain(path, "it changes while it is read")
-        for path, reason in [*session.lacking.items(), *session.refused.items()]:
-            session.complain(path, reason)
-        for path in self.memory.twin:
-            session.complain(path, "cannot be told apart from another name here")
-        for line in session.rules.broken[:1]:
-            session.complain(".cloudignore", "nothing is sent until this line of it can be read: %s" % line.strip()[:80])
-        for key, block in session.scan.blocked.items():
-            if not self._is_harmless(key, block):
-                session.complain(block.path, block.why)
-        session.tally.skipped = len(session.problems) + len(session.kept) + len(session.scan.junk) + sum(
-            self._is_harmless(key, block) for key, block in session.scan.blocked.items())
-
-    def _is_harmless(self, key: str, block: Block) -> bool:
-        """Is something only passed over, and no file kept away by it?"""
-        return block.why in (LINK, JUNCTION, NOT_A_FILE) and key not in self.memory.base and key not in self.memory.there
-
-    def notes(self) -> list[str]:
-        """What a run could not do, and what it passed over: a line each."""
-        session = self.session
-        passed = [one_line("%s: %s" % block) for key, block in session.scan.blocked.items() if self._is_harmless(key, block)]
-        junk = ["passed over as always: %s%s" % (", ".join(map(one_line, session.scan.junk[:5])), ", ..." * (len(session.scan.junk) > 5))]
-        return [*session.problems.values(), *(one_line("%s: %s" % item) for item in session.kept.items()), *passed,
-                *(junk if session.scan.junk else ())]
-
-    def changed_here(self) -> list[str]:
-        """Paths that differ here from what was agreed on, without asking the server."""
-        self.session.rules = self.folder.rules()
-        self.session.scan = scan = self.folder.scan(self.session.rules)
-        return [key for key in {*self.memory.base, *scan.here} if not self.planner.is_left_out(key)
-                and self.planner.state_here(key) != "same"]
-
-    # ---- on and on
-
-    def watch(self, ended: threading.Event, tell: Callable[[SyncClient], None], listener: Link) -> None:
-        """Run whenever either side changes, until `ended` is set.  raises Stopped where a person has to look"""
-        news, pause, again, before, said = threading.Event(), 1.0, AGAIN_LEAST, {}, ""
-        threading.Thread(target=self._listen, args=(listener, news, ended), daemon=True).start()
-        while not ended.is_set():
-            news.clear()
-            try:
-                self.run()
-                trouble = ""
-            except Stopped as stopped:
-                if stopped.code != FAILED:
-                    raise
-                trouble = str(stopped)
-            except Exception as error:           # whatever it is: it is said, and by and by it may be over
-                trouble = "%s: %s" % (type(error).__name__, error)
-                log.debug("sync", exc_info=True)
-            if trouble:
-                if trouble != said:
-                    log.warning("%s", one_line(trouble))
-                said = trouble
-                ended.wait(pause)
-                pause = min(60.0, 2 * pause)
-                continue
-            tell(self)
-            pause, said, problems = 1.0, "", self.session.problems
-            again = AGAIN_LEAST if problems != before else min(AGAIN_MOST, 2 * again)
-            before = problems
-            self._wait(news, ended, again if problems else None)
-
-    def _wait(self, news: threading.Event, ended: threading.Event, again: float | None) -> None:
-        """Until there is something to do, or to try again."""
-        seen, began = self.session.scan, time.monotonic()
-        pause = min(max(SCAN_LEAST, 20 * seen.seconds), SCAN_MOST)
-        while not ended.is_set() and not news.wait(pause):
-            if self.session.unsettled or again is not None and time.monotonic() - began > again:
-                return
-            try:
-                if self.folder.scan(self.folder.rules())[:2] != seen[:2] or self.planner.look_late():
-                    return
-            except Stopped:
-                return                           # the next run says it
-
-    def _listen(self, link: Link, news: threading.Event, ended: threading.Event) -> None:
-        """Long-poll the server; what it says is only that there is something to ask for."""
-        pause = 2.0
-        while not ended.is_set():
-            cursor, began = self.memory.cursor, time.monotonic()
-            if cursor < 0:                       # the first run is under way
-                ended.wait(0.2)
-                continue
-            try:
-                answer = link.call("changes", "GET", self.follower.address("wait=30&limit=1"))
-                pause = 2.0
-                if answer["changes"] and answer["seq"] > self.memory.cursor:
-                    news.set()
-                    ended.wait(0.2)
-                elif time.monotonic() - began < 1:
-                    ended.wait(1)                # somebody between us does not let it wait
-            except Exception:                    # the run asks, too, and says what is wrong
-                news.set()
-                ended.wait(pause)
-                pause = min(60.0, 2 * pause)
-
-
-# ---- making a folder and an account known to each other
-
-AGENT = "cloudserver-sync/" + __version__
-
-
-def open_client(place: Path, url: str | None, *, password: Callable[[str], str], device: str = "", yes: bool = False,
-                only: Sequence[str] = (), show: bool = False, again: bool = False, trust: bool = False,
-                plain: bool = False) -> tuple[SyncClient, Link]:
-    """The client of a folder, and a second connection for listening.
-
-    password   asks for it, given a name, when folder and server first meet
-    again      and when the server does not let the device in any more
-    trust      take the certificate the server has now, whoever made it
-    plain      send the password without encryption
-    raises     Stopped
-    """
-    folder, known = Folder(place.resolve()), folder_record(place)
-    if not (folder.home / "state.db").exists():
-        if known.exists() and not yes:
-            raise Stopped("%s was synced before, and what it remembers is gone: is a disk not mounted? "
-                          "With --yes it is merged anew; --forget ends it" % place, ASK)
-        if not url:
-            raise Stopped("which server?  sync DIR https://ann@cloud.example", USAGE)
-        folder.root.mkdir(parents=True, exist_ok=True)
-    try:
-        folder.open()
-    except CloudError as error:
-        raise Stopped(str(error)) from error
-    lock = FileLock(folder.home / "lock")
-    if not lock.acquire(wait=False):
-        raise Stopped("another process syncs this folder")
-    try:
-        memory = Memory(folder.home / "state.db", folder.key)
-        words = memory.words
-        if url and words.get("url") not in (None, plain_url(url)[0]):
-            raise Stopped("this folder belongs to %s" % words["url"], USAGE)
-        if trust:
-            memory.say(trust=Link(words.get("url") or plain_url(url)[0], "", AGENT).certificate())
-        if "token" not in words or again and not is_let_in(memory):
-            introduce(memory, url or "", device or words.get("device") or socket.gethostname(), password, plain=plain)
-            folder.secure()
-            record_folder(known, "%s\n%s\n" % (folder.root, words["url"]))
-        links = [Link(words["url"], "Bearer " + words["token"], AGENT, words.get("trust", "")) for _ in range(2)]
-    except BaseException:
-        lock.close()
-        raise
-    client = SyncClient(Session(folder, memory, links[0], only=only, yes=yes, show=show))
-    client.lock = lock
-    return client, links[1]
-
-
-def folder_record(place: Path) -> Path:
-    """Where the user's home remembers that a folder is synced: told apart from an empty mount point by that."""
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return home / "cloudserver" / hashlib.sha256(str(place.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:24]
-
-
-def record_folder(known: Path, text: str) -> None:
-    known.parent.mkdir(parents=True, exist_ok=True)
-    known.write_text(text, encoding="utf-8", errors="surrogateescape")
-
-
-def forget_folder(place: Path) -> str:
-    """Forget that a folder was synced, here and, if it can be reached, on the server; no file is touched.  Returns what was done."""
-    folder, known, let_go = Folder(place.resolve()), folder_record(place), "revoke its device on the page"
-    if not known.exists() and not folder.home.exists():
-        raise Stopped("%s is not synced with anything" % place)
-    if (folder.home / "state.db").exists():
-        folder.open()
-        lock = FileLock(folder.home / "lock")
-        if not lock.acquire(wait=False):
-            raise Stopped("another process syncs this folder")
-        with suppress(Stopped, CloudError, KeyError), closing(Memory(folder.home / "state.db", folder.key)) as memory:
-            link = Link(memory.words["url"], "Bearer " + memory.words["token"], AGENT, memory.words.get("trust", ""))
-            with closing(link):
-                link.call("", "POST", "/api/v1/logout", b"", tries=1)
-            let_go = "its device is let go"
-        lock.close()
-    shutil.rmtree(folder.home, ignore_errors=True)
-    known.unlink(missing_ok=True)
-    return "%s is not synced any more; %s. Its files stay" % (place, let_go)
-
-
-def plain_url(url: str) -> tuple[str, str]:
-    """(the address without a name, the name)."""
-    try:
-        parts = urlsplit(url if "://" in url else "https://" + url)
-    except ValueError:
-        raise Stopped("%s is not the address of a server, like https://ann@cloud.example" % url, USAGE) from None
-    host = parts.netloc.rpartition("@")[2]
-    return "%s://%s%s" % (parts.scheme, host, parts.path.rstrip("/")), unquote_to_bytes(parts.username or "").decode("utf-8", "replace")
-
-
-def is_this_machine(host: str) -> bool:
-    """Does a name or address lead nowhere but here, whoever answers for names?"""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost" or host.lower().endswith(".localhost")
-
-
-def is_let_in(memory: Memory) -> bool:
-    """False only if the server says that it does not know this device any more."""
-    link = Link(memory.words["url"], "Bearer " + memory.words["token"], AGENT, memory.words.get("trust", ""))
-    try:
-        link.call("", "GET", "/api/v1/account", tries=1)
-    except Stopped as stopped:
-        return stopped.code != REFUSED
-    except CloudError:
-        pass
-    finally:
-        link.close()
-    return True
-
-
-def introduce(memory: Memory, url: str, device: str, password: Callable[[str], str], *, plain: bool = False) -> None:
-    """Get a token of our own for the account, and forget the password.  What was agreed on stays.  raises Stopped"""
-    address, name = plain_url(url or memory.words.get("url", ""))
-    name = name or memory.words.get("account") or getpass.getuser()
-    if memory.words.get("account", name) != name:
-        raise Stopped("this folder belongs to %s at %s" % (memory.words["account"], memory.words["url"]), USAGE)
-    link = Link(address, "", AGENT, memory.words.get("trust", ""))
-    if not (link.secure or plain or is_this_machine(link.host)):
-        raise Stopped("the password is not sent to %s over plain HTTP, where others may read it. Use https://; or say --plain-http, "
-                      "in a network where you trust everybody" % link.host, USAGE)
-    secret = base64.b64encode(("%s:%s" % (name, password(name))).encode()).decode()
-    link.fields["Authorization"] = "Basic " + secret
-    try:
-        answer = link.call("device", "POST", "/api/v1/devices", format_json({"name": device}), tries=2)
-    except CloudError as error:
-        raise Stopped(str(error)) from error
-    except Stopped as stopped:
-        if stopped.code == REFUSED:
-            raise Stopped("the server does not let %s in with this password" % name, REFUSED) from stopped
-        raise
-    finally:
-        link.close()
-    memory.say(url=address, token=answer["token"], account=name, device=device)
-    memory.flush()
-
-
-# ==== 16. Command line ===================================================================
-
-Arguments = argparse.Namespace
-GROUPS = {"user": "make, list, change and remove accounts"}
-
-
-class Command(NamedTuple):
-    """A row of COMMANDS."""
-    run: Callable[[Config, Arguments], Optional[int]]
-    arguments: tuple[tuple[Any, ...], ...]       # of add_argument: ("name", {"help": ...})
-    settings: tuple[str, ...]                    # fields of Config that mean something to it
-    outside: bool                                # works on places that root alone may reach; others do as the data's owner
-
-
-COMMANDS: dict[str, Command] = {}
-
-
-def command(name: str, *arguments: tuple[Any, ...], settings: Iterable[str] = ("data",), outside: bool = False
-            ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter a function in COMMANDS."""
-    def enter(run: Callable[..., Any]) -> Callable[..., Any]:
-        COMMANDS[name] = Command(run, arguments, tuple(settings), outside)
-        return run
-    return enter
-
-
-def leave(code: int) -> None:
-    """End the process without waiting for threads whose clients did not finish in time."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-@contextmanager
-def open_cloud(config: Config, how: str = "open") -> Iterator[Cloud]:
-    """The cloud in the data directory, for a command that works beside a running server or without one.
-
-    how   as of Cloud; "look": to read it, and note damage where that can be noted
-    """
-    check_upgrade(config.data)
-    try:
-        cloud = Cloud(config, how="open" if how == "look" else how)
-    except (CloudError, OSError) as error:
-        if how != "look" or getattr(error, "kind", "") in ("not-found", "conflict"):
-            raise
-        cloud = Cloud(config, how="read")        # a snapshot, a disk that turned read-only, or not a byte free
-    try:
-        yield cloud
-    finally:
-        cloud.close()
-
-
-def check_upgrade(data: Path) -> None:
-    """raises CloudError if a server of an older version runs on the data: its tables must not change under it"""
-    with suppress(sqlite3.Error), closing(sqlite3.connect((data / "cloud.db").resolve().as_uri() + "?mode=ro", uri=True)) as db:
-        if not 0 < db.execute("PRAGMA user_version").fetchone()[0] <= len(MIGRATIONS):
-            return
-        with closing(FileLock(data / "serve.lock")) as lock:
-            if not lock.acquire(wait=False):
-                raise CloudError("conflict", "a server of an older version runs on %s; restart it first" % data)
-
-
-PASSWORD_STDIN = ("--password-stdin", {"action": "store_true", "help": "read the password from standard input"})
-
-
-@command("serve", settings=[setting.name for setting in fields(Config)], outside=True)
-def run_serve(config: Config, given: Arguments) -> None:
-    """serve files until stopped (this is what happens without a command)"""
-    leave(serve(config))
-
-
-@command("user add", ("name", {"help": "what they log in by"}),
-         ("--admin", {"action": "store_true", "help": "may manage accounts"}), PASSWORD_STDIN, settings=("data", "quota"))
-def run_user_add(config: Config, given: Arguments) -> None:
-    """make an account; --quota limits it"""
-    with open_cloud(config, "make") as cloud:
-        cloud.accounts.add(given.name, read_password(given), admin=given.admin,
-                           quota=parse_size(config.quota) if config.quota else cloud.policy().quota)
-
-
-@command("user list")
-def run_user_list(config: Config, given: Arguments) -> None:
-    """list accounts, what they use and may use"""
-    with open_cloud(config, "look") as cloud:
-        for account in cloud.accounts.list():
-            print("%-24s %-6s %10s of %-10s %8d files" % (
-                account.name, "admin" if account.admin else "", format_size(account.used),
-                "any" if account.quota is None else format_size(account.quota), account.files))
-
-
-@command("user passwd", ("name", {"help": "whose password"}), PASSWORD_STDIN)
-def run_user_passwd(config: Config, given: Arguments) -> None:
-    """set a new password; ends every session and app password of the account"""
-    with open_cloud(config) as cloud:
-        cloud.accounts.get(given.name)
-        cloud.accounts.set_password(given.name, read_password(given))
-
-
-@command("user remove", ("name", {"help": "whose account"}), ("--yes", {"action": "store_true", "help": "do not ask"}))
-def run_user_remove(config: Config, given: Arguments) -> Optional[int]:
-    """end an account; its files go when history does"""
-    with open_cloud(config) as cloud:
-        account = cloud.accounts.get(given.name)
-        if not given.yes and not agree("Remove %s and %d files?" % (account.name, account.files)):
-            return 1
-        cloud.accounts.remove(given.name)
-    return None
-
-
-@command("verify", ("--quick", {"action": "store_true", "help": "only that every part is there, not its bytes"}))
-def run_verify(config: Config, given: Arguments) -> int:
-    """read everything and name every file that is damaged"""
-    with open_cloud(config, "look") as cloud:
-        wrong = verify(cloud, given.quick)
-        print("\n".join(wrong) or "all is well: %d chunks, seq %d" % (cloud.numbers()["chunks"], cloud.head()))
-    return 1 if wrong else 0
-
-
-@command("gc", ("--now", {"action": "store_true", "help": "empty every trash and give back at once what nothing needs any more"}),
-         ("--yes", {"action": "store_true", "help": "do not ask"}), settings=("data", "keep_days", "history"))
-def run_gc(config: Config, given: Arguments) -> int:
-    """give back space now (a running server does so by itself, bit by bit)"""
-    with open_cloud(config) as cloud:
-        upkeep = Upkeep(cloud)
-        if given.now and not given.yes and not agree("Give up for good what is in the trash of every account?"):
-            return 1
-        if not upkeep.hold():
-            raise CloudError("busy", "a running server is at it; try again in %d minutes, or stop it" % (LEASE // MINUTE))
-        try:
-            for account in cloud.accounts.list() if given.now else ():
-                print("%s: %d things given up" % (account.name, cloud.empty_trash(cloud.accounts.principal(account.name))))
-            upkeep.expire()
-            upkeep.mark_age()
-            print("history: %d rows thinned, %d nodes removed" % (upkeep.thin(), upkeep.purge()))
-            print("chunks: %(manifests)d manifests, %(condemned)d condemned, %(buried)d buried, %(deleted)d deleted"
-                  % upkeep.sweep(at_once=given.now))
-        finally:
-            upkeep.release()
-    return 0
-
-
-def agree(question: str) -> bool:
-    print(question + " [y/N] ", end="", flush=True)
-    return read_line().lower() == "y"
-
-
-@command("backup", ("to", {"metavar": "DIR", "type": Path, "help": "directory to bring up to date; only what it lacks is copied"}), outside=True)
-def run_backup(config: Config, given: Arguments) -> int:
-    """copy everything to a directory, while the server runs"""
-    with open_cloud(config, "look") as cloud:
-        count, size, damaged = back_up(cloud, given.to)
-    print("backed up to %s: %d chunks, %s copied" % (given.to, count, format_size(size)), *damaged, sep="\n")
-    return 1 if damaged else 0
-
-
-@command("repair", ("source", {"metavar": "FROM", "type": Path, "help": "a backup, or plain files: an export, a sync folder"}),
-         ("--yes", {"action": "store_true", "help": "do it; without this only the plan is shown"}))
-def run_repair(config: Config, given: Arguments) -> int:
-    """bring damaged and missing parts of files back from a backup or from plain files"""
-    if not given.source.is_dir():
-        raise CloudError("not-found", "%s is not a directory" % given.source)
-    with open_cloud(config, "open" if given.yes else "look") as cloud:
-        healings = find_healing(cloud, given.source)
-        known, lost = ({one.hash: one.wrong for one in healings if bool(one.source) == there} for there in (True, False))
-        print("%d parts are damaged or missing; %s has %d of them" % (len(healings), given.source, len(known)))
-        print(*("would heal " * (not given.yes) + line for line in name_damage(cloud, known)),
-              *("no help for " + line for line in name_damage(cloud, lost)), sep="\n")
-        if given.yes:
-            print("%d parts are whole again" % heal(cloud, healings))
-        elif known:
-            print("nothing was changed; --yes does it")
-    return 1 if lost or known and not given.yes else 0
-
-
-@command("restore", ("source", {"metavar": "FROM", "type": Path, "help": "directory that backup wrote"}), outside=True)
-def run_restore(config: Config, given: Arguments) -> int:
-    """make a new data directory from a backup, and verify it"""
-    wrong = restore_backup(given.source, config)
-    print("\n".join(wrong) or "restored to %s; all is well" % config.data)
-    return 1 if wrong else 0
-
-
-@command("restored")
-def run_restored(config: Config, given: Arguments) -> None:
-    """tell every client that an older state of the data was put back (a snapshot, a copy), so that none deletes what it lacks"""
-    with open_cloud(config) as cloud:
-        begin_anew(cloud)
-    print("Clients of %s know from now on that it may lack what they have seen.\n"
-          "Native sync clients stop; `sync DIR --once --yes` merges. Nextcloud clients keep and send again what is missing."
-          % config.data)
-
-
-ONE_USER = ("--user", {"default": "", "help": "whose files; all, each in a folder of its own, if not given"})
-
-
-@command("export", ("to", {"metavar": "DIR", "type": Path, "help": "where to write"}), ONE_USER, outside=True)
-def run_export(config: Config, given: Arguments) -> int:
-    """write the files as plain files, with their times"""
-    code = 0
-    with open_cloud(config, "look") as cloud:
-        for name in [given.user] if given.user else [account.name for account in cloud.accounts.list()]:
-            who = cloud.accounts.principal(name)
-            written, failed = export_files(cloud, who, given.to, () if given.user else (name,))
-            print("%s: %d files written" % (name, written), *failed, sep="\n")
-            code |= bool(failed)
-    return code
-
-
-@command("import", ("source", {"metavar": "DIR", "type": Path, "help": "what to store"}),
-         ("--user", {"required": True, "help": "whose it becomes"}), ("--into", {"default": "", "help": "collection to put it in"}),
-         outside=True)
-def run_import(config: Config, given: Arguments) -> int:
-    """store a directory of plain files, with their times"""
-    if not given.source.is_dir():
-        raise CloudError("not-found", "%s is not a directory" % given.source)
-    with open_cloud(config) as cloud:
-        stored, skipped = import_files(cloud, cloud.accounts.principal(given.user), given.source, split_path(given.into))
-    print("%d files stored" % stored, *skipped, sep="\n")
-    return 1 if skipped else 0
-
-
-@command("sync", ("folder", {"metavar": "DIR", "type": Path, "help": "the folder on this computer"}),
-         ("url", {"metavar": "URL", "nargs": "?", "help": "the server, as https://ann@cloud.example; needed once, and to log in again"}),
-         ("--once", {"action": "store_true", "help": "end when both sides are alike"}),
-         ("--only", {"action": "append", "default": [], "metavar": "PATH", "help": "sync this part only; may be given again"}),
-         ("--yes", {"action": "store_true", "help": "go on where the brake would stop"}),
-         ("--device", {"default": "", "metavar": "NAME", "help": "what this computer is called"}),
-         PASSWORD_STDIN,
-         ("--trust", {"action": "store_true", "help": "take the certificate the server has now, from now on, as ssh does"}),
-         ("--plain-http", {"action": "store_true", "help": "send the password without encryption to another machine"}),
-         ("--json", {"action": "store_true", "help": "tell what was done as JSON"}),
-         ("--status", {"action": "store_true", "help": "tell how things stand, and end"}),
-         ("--forget", {"action": "store_true", "help": "sync this folder no more; its files stay"}), settings=(), outside=True)
-def run_sync(config: Config, given: Arguments) -> int:
-    """keep a folder and an account alike, both ways, until stopped"""
-    try:
-        if given.status:
-            return tell_status(given)
-        if given.forget:
-            print(one_line(forget_folder(given.folder)))
-            return 0
-        client, listener = open_client(
-            given.folder, given.url, password=partial(ask_password, given), device=given.device, yes=given.yes, only=given.only,
-            show=sys.stderr.isatty() and not given.json, trust=given.trust, plain=given.plain_http,
-            again=bool(given.url or given.password_stdin or "CLOUDSERVER_PASSWORD" in os.environ))
-        tell = partial(tell_tally, given, set())
-        if given.once:
-            client.run()
-            tell(client)
-        else:
-            ended = threading.Event()
-            for number in STOP_SIGNALS:
-                signal.signal(number, lambda number, frame: ended.set())
-            client.watch(ended, tell, listener)
-        client.memory.close()
-        return 1 if given.once and client.session.problems else 0
-    except Stopped as stopped:
-        return complain(one_line(str(stopped)), stopped.code)
-
-
-def ask_password(given: Arguments, name: str) -> str:
-    found = os.environ.get("CLOUDSERVER_PASSWORD")
-    if found is None and (given.password_stdin or not sys.stdin.isatty()):
-        found = read_line()
-    return getpass.getpass("Password for %s: " % name) if found is None else found
-
-
-def tell_tally(given: Arguments, told: set[str], client: SyncClient) -> None:
-    """What a run did: a line, or JSON; what it could not do: a line each, once (`told`) for as long as it stays so."""
-    tally, notes = {setting.name: getattr(client.session.tally, setting.name) for setting in fields(Tally)}, client.notes()
-    if given.json:
-        print(json.dumps({**tally, "problems": sorted(client.session.problems.values()), "notes": notes}), flush=True)
-        return
-    if given.once or client.session.tally.work() or not told.issuperset(notes):
-        print("%(uploaded)d up, %(downloaded)d down, %(moved)d moved, %(deleted_here)d deleted here, %(deleted_there)d there, "
-              "%(conflicts)d conflicts, %(skipped)d skipped, %(seconds).2f s" % tally, flush=True)
-        print("".join(note + "\n" for note in notes if note not in told), end="", file=sys.stderr, flush=True)
-    told.intersection_update(notes)
-    told.update(notes)
-
-
-def tell_status(given: Arguments) -> int:
-    """How a folder stands, without asking the server."""
-    folder = Folder(given.folder.resolve())
-    memory = Memory(folder.home / "state.db", folder.key) if (folder.home / "state.db").exists() else None
-    if memory is None or "url" not in memory.words:
-        raise Stopped("%s is not synced with anything" % given.folder)
-    with closing(memory):
-        client = SyncClient(Session(folder, memory, Link(memory.words["url"], "", AGENT)))
-        about = {"server": memory.words["url"], "account": memory.words["account"], "device": memory.words["device"],
-                 "files": sum(not base.kind for base in memory.base.values()), "seq": memory.cursor, "changed_here": len(client.changed_here())}
-    print(json.dumps(about) if given.json else "\n".join("%-14s%s" % (name, one_line(str(value))) for name, value in about.items()))
-    return 0
-
-
-@command("doctor", ("--alive", {"action": "store_true", "help": "only ask the running server whether it is well"}),
-         settings=("data", "low_water", "tls_cert", "tls_key"))
-def run_doctor(config: Config, given: Arguments) -> int:
-    """look for what is known to go wrong"""
-    if not (config.data / "cloud.db").exists():
-        raise CloudError("not-found", "%s holds no cloud" % config.data)
-    code = 0
-    for well, sentence in examine_server(config) if given.alive else examine(config):
-        print("%s  %s" % ({True: "ok  ", False: "LOOK", None: "-   "}[well], sentence))
-        code |= well is False
-    return code
-
-
-def read_password(given: Arguments) -> str:
-    if given.password_stdin or not sys.stdin.isatty():
-        return read_line()
-    password = getpass.getpass("Password for %s: " % given.name)
-    if getpass.getpass("Again: ") != password:
-        raise CloudError("bad-request", "the two are not the same")
-    return password
-
-
-# ---- words in and out
-
-def prepare_streams() -> None:
-    """Give each standard stream a place, and none a character it must fail at.
-
-    Under pythonw, a task scheduler or `>&-` they are None, and the numbers 0 to 2 are free: a file opened next would get
-    one, and with it whatever is printed.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-        elif mode == "w" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")        # cp1252, ascii: a name is one_line, if not nicely
-
-
-def read_line() -> str:
-    """A line of standard input, as its sender meant it.  raises CloudError"""
-    line = getattr(sys.stdin, "buffer", sys.stdin).readline()
-    return line.rstrip("\r\n") if isinstance(line, str) else decode_line(line)
-
-
-def decode_line(line: bytes) -> str:
-    """UTF-8, or else what the console or locale speaks; without a byte order mark.  raises CloudError
-
-    The same text must come in alike from every shell: it is hashed.
-    """
-    line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
-    for encoding in ("utf-8", "oem" if os.name == "nt" else locale.getpreferredencoding(False)):
-        with suppress(UnicodeDecodeError):
-            if b"\0" not in line:
-                return line.rstrip(b"\r\n").decode(encoding)
-    raise CloudError("bad-request", "standard input is not text in UTF-8")
-
-
-EXAMPLES = """examples:
-  python3 cloudserver.py                                   serve on this computer, data in ./cloud-data
-  python3 cloudserver.py --data /srv/cloud --port 8766     the flags of serve need no word before them
-  python3 cloudserver.py user add bob --quota 50G
-  python3 cloudserver.py sync ~/Cloud https://ann@cloud.example
-  python3 cloudserver.py backup /mnt/disk/cloud
-
-Each command has its own --help; every flag is also an environment variable, as CLOUDSERVER_PORT."""
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """Shows those defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        says = action.default not in (None, "", [], False, argparse.SUPPRESS)
-        return (action.help or "") + (" (default: %(default)s)" if says else "")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line, from COMMANDS and the fields of Config.  raises CloudError for a variable that says nothing"""
-    parser = argparse.ArgumentParser(prog="cloudserver.py", description="A personal cloud in one file.", epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version="cloudserver " + __version__)
-    groups = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
-    known = {setting.name: setting for setting in fields(Config)}
-    for name, row in COMMANDS.items():
-        group, _, last = name.rpartition(" ")
-        if group not in groups:
-            inner = groups[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
-            groups[group] = inner.add_subparsers(metavar="COMMAND", required=True)
-        sub = groups[group].add_parser(last, help=row.run.__doc__, description=row.run.__doc__, formatter_class=HelpFormatter)
-        sub.set_defaults(command=row)
-        for *flags, how in row.arguments:
-            sub.add_argument(*flags, **how)
-        for setting in row.settings:
-            add_setting(sub, known[setting])
-    return parser
-
-
-SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-
-
-def add_setting(parser: argparse.ArgumentParser, setting: Any) -> None:
-    """A field of Config as a flag, whose default the environment can change; an empty variable is as good as none."""
-    how, flag, variable = dict(setting.metadata), "--" + setting.name.replace("_", "-"), variable_of(setting)
-    how["help"] = "%s [%s]" % (how["help"].replace("%", "%%"), variable)
-    given = os.environ.get(variable) or setting.default
-    if not isinstance(setting.default, bool):
-        kind = int if isinstance(setting.default, int) else Path if "Path" in setting.type else str
-        parser.add_argument(flag, type=kind, default=given, **how)
-        return
-    if str(given).lower() not in SWITCHES:
-        raise CloudError("bad-request", "%s is one of %s" % (variable, ", ".join(SWITCHES)))
-    parser.add_argument(flag, action="store_true", default=SWITCHES[str(given).lower()], **how)
-
-
-def variable_of(setting: Any) -> str:
-    return "CLOUDSERVER_" + setting.name.upper()
-
-
-def check_environment() -> None:
-    """raises CloudError for a variable that is no setting: a slip there must not pass for consent"""
-    known = {"CLOUDSERVER_PASSWORD", *map(variable_of, fields(Config))}
-    for name in sorted(os.environ):
-        if name.startswith("CLOUDSERVER_") and name not in known:
-            raise CloudError("bad-request", "%s is not a setting; `serve --help` shows those there are" % name)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 failed, 2 usage."""
-    prepare_streams()
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
-        words.insert(0, "serve")
-    if words[0] != "sync":                       # what that writes are the user's own files
-        os.umask(0o077)
-    try:
-        check_environment()
-        given = build_parser().parse_args(words)
-        config = Config(**{name: getattr(given, name) for name in given.command.settings})
-        check_config(config)
-    except CloudError as error:
-        return complain(error, 2)
-    try:
-        if not given.command.outside:
-            become_owner(config.data)
-        return given.command.run(config, given) or 0
-    except (CloudError, OSError, sqlite3.Error) as error:
-        return complain(error, 1)
-    except EOFError:                             # Ctrl-D, or nobody there
-        return complain(CloudError("bad-request", "standard input has no answer"), 1)
-    except KeyboardInterrupt:
-        return 1
-
-
-def check_config(config: Config) -> None:
-    """raises CloudError for a setting that makes no sense"""
-    for name in ("max_file", "low_water", "quota", "history"):
-        if getattr(config, name):
-            parse_size(getattr(config, name))
-    try:
-        Site(config)
-    except ValueError as error:
-        raise CloudError("bad-request", "--behind-proxy: %s" % error) from error
-    if not 0 <= config.port <= 65535 or config.workers < 0 or not 0 <= config.keep_days <= KEEP_MOST or config.max_connections < 1:
-        raise CloudError("bad-request", "--port, --workers, --keep-days or --max-connections is out of range")
-    if config.windows_names not in ("allow", "refuse"):
-        raise CloudError("bad-request", "--windows-names is allow or refuse")
-    if bool(config.tls_cert) != bool(config.tls_key):
-        raise CloudError("bad-request", "--tls-cert and --tls-key go together")
-    if bool(config.admin) != bool(config.admin_password_file):
-        raise CloudError("bad-request", "--admin and --admin-password-file go together")
-
-
-def complain(error: Exception | str, code: int) -> int:
-    says = str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        says = "%s: %s" % (error.filename, reason_of(error))
-    print("cloudserver: %s" % says, file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

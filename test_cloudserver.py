@@ -377,6 +377,11 @@ def room(line):
     return max((number for number, start, _ in ROOMS if start <= line), default=0)
 
 
+def room_of(node):
+    """The title of the room that a piece of the program stands in."""
+    return next((title for _, start, title in reversed(ROOMS) if start <= getattr(node, "lineno", 1)), "")
+
+
 def top_level():
     """{name: room} of everything defined at the top level."""
     home = {}
@@ -425,9 +430,11 @@ def test_every_kind_of_refusal_is_in_the_table():
 
 
 def test_front_ends_stay_thin():
-    """Rooms 9 to 13 reach neither database nor blobs, and catch nothing."""
+    """The doors reach neither database nor blobs, and catch nothing."""
+    doors = {"JSON API", "Transfer", "WebDAV", "Nextcloud dialect", "Page"}
+    assert doors <= {title for *_, title in ROOMS}
     for node in ast.walk(TREE):
-        if 9 <= room(getattr(node, "lineno", 1)) <= 13:
+        if room_of(node) in doors:
             assert not isinstance(node, ast.Try), node.lineno
             assert getattr(node, "attr", "") not in ("db", "blobs"), node.lineno
 
@@ -805,7 +812,7 @@ def test_a_text_may_be_too_long_for_a_qr_code(api):
     assert len(lines) == 15 and lines[0] == "\x1b[40;97m" + "\u2588" * 29 + "\x1b[0m"
 
 
-# ==== 4. Blobs ===========================================================================
+# ==== 6. Store ===========================================================================
 
 @pytest.fixture
 def blobs(tmp_path):
@@ -972,7 +979,7 @@ def test_a_file_that_repeats_itself(tmp_path):
     blobs.lane.shutdown()
 
 
-# ==== 5. Database ========================================================================
+# ==== 7. Database ========================================================================
 
 def test_only_a_lock_that_is_held_is_waited_for_on_windows(tmp_path, monkeypatch):
     """O23: any other error would be waited for without end"""
@@ -1246,7 +1253,7 @@ def test_the_clock_for_deadlines_never_jumps(tmp_path, fake):
     db.close()
 
 
-# ==== 6. Accounts ========================================================================
+# ==== 8. Accounts ========================================================================
 
 def identify(cloud, authorization="", cookie="", address="127.0.0.1", secure=True):
     return cloud.accounts.identify(authorization, cookie, address, secure=secure)
@@ -1634,7 +1641,7 @@ def test_devices_are_let_in_once(make_cloud, fake):
     assert outcome(cloud.accounts.begin_pairing, "x", "10.0.0.1") == "throttled" and cloud.accounts.begin_pairing("x", "10.0.0.2")
 
 
-# ==== 7. Operations ======================================================================
+# ==== 9. Tree, history and verbs =========================================================
 
 def test_a_file_comes_back_as_it_was_given(cloud, ann):
     node, new = cloud.write(ann, ("a.txt",), Body(b"hello"), mtime=-5000)
@@ -3367,7 +3374,7 @@ def test_a_request_that_comes_twice_counts_once(make_cloud, fake):
     assert cloud.once("op", lambda acting: put(acting, ann, "a", b"3")).size == 1
 
 
-# ==== 8. HTTP ============================================================================
+# ==== 12. HTTP ===========================================================================
 
 GET_ROOT = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -4213,7 +4220,7 @@ def test_long_reads_end_when_nobody_waits_for_the_answer(cloud, ann, serve_cloud
     assert ended.wait(5) and until(lambda: not cloud._lanes.taken(), 2)
 
 
-# ==== 9. JSON API ========================================================================
+# ==== 13. JSON API =======================================================================
 
 @pytest.fixture
 def api(call):
@@ -4883,7 +4890,7 @@ def test_the_description_fits_the_routes(call):
             assert about["summary"], route.pattern
 
 
-# ==== 10. Transfer =======================================================================
+# ==== 14. Transfer =======================================================================
 
 TUS = {"Tus_Resumable": "1.0.0"}
 PART = {**TUS, "Content_Type": "application/offset+octet-stream"}
@@ -5451,7 +5458,7 @@ def test_a_held_device_may_still_add_by_a_commit(make_cloud, fake, serve_cloud):
     assert codes(commit(cloud, device, [{"delete": "d"}])) == [204]
 
 
-# ==== 11. WebDAV =========================================================================
+# ==== 15. WebDAV =========================================================================
 
 def propfind(call, path, *names, depth="0", **headers):
     """{href: {name: element}} of a PROPFIND for properties like "d:getetag"."""
@@ -5855,7 +5862,7 @@ def test_quota_properties(call, cloud, ann):
     assert call("PUT", "/dav/b", bytes(800)).status == 507
 
 
-# ==== 12. Nextcloud dialect ==============================================================
+# ==== 16. Nextcloud dialect ==============================================================
 
 FILES = "/remote.php/dav/files/ann"
 UPLOADS = "/remote.php/dav/uploads/ann/"
@@ -6394,189 +6401,7 @@ def test_a_poll_that_finds_nothing_new_is_cheap(call, cloud, ann):
     assert len([sql for sql in steps if sql.startswith("SELECT")]) <= 4, steps
 
 
-# ==== 13. Web pages ======================================================================
-
-def test_the_browser_is_not_made_to_ask_for_a_password(call):
-    assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
-    assert call("GET", "/api/v1/account", user=None, X_Requested_By="page").headers["www-authenticate"].startswith("Session")
-    assert call("GET", "/api/v1/events", user=None, Cookie="session=old").headers["www-authenticate"].startswith("Session")
-    assert call("GET", "/api/v1", user=None).json()["account"] is None and call("GET", "/api/v1").json()["account"] == "ann"
-
-
-SCRIPT, STYLE, PAGE = cs.PAGE_SCRIPT, cs.PAGE_STYLE, cs.page_as_sent(False)[0]
-
-
-def test_the_page_is_small_and_loads_nothing():
-    """W3, K5"""
-    assert len(cs.page_as_sent(True)[0]) < 60_000
-    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg|example\.)", re.sub(r"//localhost\S*", "", SCRIPT + STYLE)), "another host"
-    assert not re.search(r"@import|url\(", STYLE)
-    assert PAGE.count(b"<script") == 1 and PAGE.count(b"<style") == 1 and b" style=" not in PAGE
-    assert not re.search(rb"<\w[^>]* on\w+=", cs.PAGE_HTML.encode())
-
-
-def test_the_page_is_sent_as_it_is_written():
-    """But for indentation and comments, which one plain rule has to find: none in a string, no string over several lines."""
-    for source in (SCRIPT, STYLE, cs.PAGE_WORKER, cs.PAGE_PAINTER):
-        assert not [line for line in source.splitlines() if len(line) > 120 or line != line.rstrip() or "\t" in line]
-        assert all(line.count("`") % 2 == 0 for line in re.sub(r"/\S*`\S*/", "", source).splitlines()), "a template that spans lines"
-        assert not re.search(r"""(["'`])(?:(?!\1)[^\\\n]|\\.)* // (?:(?!\1)[^\\\n]|\\.)*\1""", re.sub(r"(?m)^ *//.*$|(?<=[;{},(>]) +// .*$", "", source))
-        sent = cs.bare(source)
-        assert not re.search(r"(?m)^ |(^|\s)// |^/\*|^$\n", sent)
-        assert [re.sub(" +// .*", "", line).strip() for line in source.splitlines()
-                if line.strip() and not re.match(r" *(//|/\*)", line)] == sent.splitlines()
-
-
-def test_the_script_makes_no_markup_of_text():
-    """W5, B4"""
-    for word in (r"\beval\b", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "new Function", "DOMParser", "srcdoc",
-                 r"setTimeout\(\s*[\"'`]", "createContextualFragment", "javascript:", "importScripts"):
-        assert not re.search(word, SCRIPT + cs.PAGE_PAINTER + cs.PAGE_WORKER), word
-
-
-def test_the_policy_names_the_script_and_the_style(call):
-    """W3: what the hashes cover is exactly what stands in the page."""
-    page = call("GET", "/files/a/b", user=None)
-    policy = page.headers["content-security-policy"]
-    for tag in ("script", "style"):
-        source, = re.findall(r"<%s>(.*?)</%s>" % (tag, tag), page.body.decode(), re.S)
-        assert "%s-src 'sha256-%s'" % (tag, base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()) in policy
-    assert "unsafe" not in policy and "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
-    again = call("GET", "/", user=None, If_None_Match=page.headers["etag"])
-    assert again.status == 304 and not again.body
-    packed = call("GET", "/", user=None, Accept_Encoding="br, gzip")
-    assert packed.headers["content-encoding"] == "gzip" and packed.headers["etag"] != page.headers["etag"]
-    assert gzip.decompress(packed.body) == page.body and packed.headers["content-security-policy"] == policy
-
-
-@pytest.mark.parametrize("field, want", [
-    ("gzip", True), ("br, gzip;q=0.5", True), ("GZIP", True), ("x-gzip", True), ("*", True), ("", False), ("identity", False), ("br", False),
-    ("gzip;q=0", False), ("gzip; q=0.000, *", False), ("*;q=0", False), ("gzip;q=1, identity;q=0", True), ("nogzip", False)])
-def test_takes_gzip(field, want):
-    assert cs.takes_gzip(field) == want
-
-
-PACKED_ROUTES = {"/api/v1/files/<path>", "/api/v1/versions/<path>", "/api/v1/trash", "/api/v1/starred", "/api/v1/activity", "/api/v1/differences/<path>",
-                 "/api/v1/openapi.json", "/words/<language>", "/painter.js"}
-
-
-def test_large_answers_are_compressed_for_who_takes_it(call, cloud, ann):
-    """P17: lists of what is one's own; nothing that holds a secret, nor what a stranger could choose words for (BREACH)."""
-    assert {found.pattern for found in cs.walk_routes(cs.ROUTES) if found.packs} == PACKED_ROUTES
-    for n in range(100):
-        put(cloud, ann, "d/a name of a file %d.txt" % n, parents=True)
-    for path in ("/api/v1/files/d", "/api/v1/files/d?at=seq:90", "/api/v1/activity", "/api/v1/openapi.json", "/words/de"):
-        plain, packed = call("GET", path), call("GET", path, Accept_Encoding="gzip, br")
-        assert "content-encoding" not in plain.headers and packed.headers["content-encoding"] == "gzip", path
-        assert gzip.decompress(packed.body) == plain.body and len(packed.body) < len(plain.body) / 2
-        assert plain.headers["vary"] == packed.headers["vary"] == "Accept-Encoding" and int(packed.headers["content-length"]) == len(packed.body)
-        head = call("HEAD", path, Accept_Encoding="gzip")
-        assert head.headers["content-length"] == packed.headers["content-length"] and not head.body
-        for answer in (plain, packed):
-            if "etag" in answer.headers:
-                assert plain.headers["etag"] != packed.headers["etag"]
-                again = call("GET", path, Accept_Encoding="gzip", If_None_Match=answer.headers["etag"])
-                assert (again.status, again.body, again.headers["etag"]) == (304, b"", answer.headers["etag"])
-    small = call("GET", "/api/v1/trash", Accept_Encoding="gzip")
-    assert "content-encoding" not in small.headers and small.headers["vary"] == "Accept-Encoding"
-    assert "content-encoding" not in call("GET", "/api/v1/files/d/none", Accept_Encoding="gzip").headers
-
-
-def test_a_phone_can_put_the_page_on_its_home_screen(call):
-    manifest = call("GET", "/manifest.json", user=None)
-    icon = call("GET", "/" + manifest.json()["icons"][0]["src"], user=None)
-    assert manifest.headers["content-type"] == "application/manifest+json" and icon.headers["content-type"] == "image/svg+xml"
-    assert "sandbox" in icon.headers["content-security-policy"]
-    assert {(one["sizes"], one["purpose"]) for one in manifest.json()["icons"]} == {
-        (size, purpose) for size in ("any", "192x192", "512x512") for purpose in ("any", "maskable")}
-
-
-@pytest.mark.parametrize("size", [180, 192, 512])
-def test_the_icon_is_drawn_in_the_sizes_that_phones_want(call, size):
-    answer = call("GET", "/icon-%d.png" % size, user=None)
-    assert answer.headers["content-type"] == "image/png" and len(answer.body) < 5000
-    assert answer.body[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", answer.body[16:24]) == (size, size)
-    rows = zlib.decompress(answer.body[answer.body.index(b"IDAT") + 4:-16])
-    pixel = lambda x, y: rows[round(y * size / 24) * (size + 1) + 1 + round(x * size / 24)]
-    assert len(rows) == size * (size + 1)
-    assert [pixel(x, y) for x, y in ((1, 1), (4, 12), (20, 12), (12, 19), (17, 7))] == [0] * 5, "blue around the folder"
-    assert [pixel(x, y) for x, y in ((12, 12), (6, 14), (18, 10), (8, 7.5), (12, 17))] == [255] * 5, "white in it"
-    assert set(rows) - {0, 255}, "soft edges"
-
-
-def test_the_service_worker_knows_the_shell_alone(call):
-    """What anybody stored never passes through it, and it can keep nothing of that."""
-    answer = call("GET", "/service-worker.js", user=None)
-    text = answer.body.decode()
-    assert answer.headers["content-type"].startswith("text/javascript") and answer.headers["cache-control"] == "no-cache"
-    assert "default-src 'none'" in answer.headers["content-security-policy"]
-    kept, views = (set(json.loads(re.search(name + r" = (\[.*?\])", text)[1])) for name in ("KEPT", "VIEWS"))
-    assert kept == {"", "icon.svg", "manifest.json"} | {"words/" + language for language in cs.WORDS}
-    assert views >= {"", "files", "settings", "trash"} and not views & {"api", "tus", "dav", "remote.php", "s", "words", "index.php"}
-    assert not re.search(r"api|tus/|dav|remote|content|token|cookie", text)
-    assert all(call("GET", "/" + name, user=None).status == 200 for name in kept) and "worker-src 'self'" in call("GET", "/", user=None).headers["content-security-policy"]
-    assert call("GET", "/service-worker.js", user=None, If_None_Match=answer.headers["etag"]).status == 304
-
-
-def test_a_move_tells_the_step_that_undoes_it(call, cloud):
-    """And not a later one, of whomever."""
-    bob = account(cloud, "bob")
-    for name in ("a", "b"):
-        call("PUT", "/dav/" + name, b"x")
-    head, move = cloud.head, cloud.move
-    cloud.move = lambda *args, **how: (move(*args, **how), put(cloud, bob, "other"))[0]
-    seq = call("POST", "/api/v1/move", {"items": [{"from": "a", "to": "c"}, {"from": "b", "to": "d"}]}).json()["seq"]
-    assert seq < head() and call("POST", "/api/v1/undo", {"seq": seq}).status == 200
-    assert call("GET", "/dav/").body == b"a\nb\n"
-
-
-def words_of_the_script():
-    """Every text the script may say, as it stands in t(), plural() and the tables."""
-    text, other = r'"((?:[^"\\]|\\.)*)"', r'\? "([^"]*)"\s*: "([^"]*)"'
-    said = set(re.findall(r"\bt\(\s*" + text, SCRIPT)) | set(re.findall(r"\b(?:label|detail): " + text, SCRIPT))
-    for pair in re.findall(r'\bplural\([^"]*?"([^"]*)",\s*"([^"]*)"', SCRIPT) + re.findall(r"\bt\([^()\"]*" + other, SCRIPT):
-        said.update(pair)
-    for table in ("PROBLEMS", "ACTIVITY", "STATES", "COLUMNS", "KIND_WORDS", "WITHIN", "SIZES", "CHANGED", "FILTERS", "HOW"):
-        said.update(filter(None, re.findall(": " + text, re.search(r"const %s = \{(.*?)\};" % table, SCRIPT, re.S)[1])))
-    for label, rows in re.findall(r'\bchoice\("([^"]*)", "\w+", (\{.*?\})?', SCRIPT):
-        said.update([label], re.findall(": " + text, rows))
-    for table in ("NAVIGATION", "SECTIONS"):
-        said.update(re.findall(r'\["\w*", "([^"]*)"', re.search(r"const %s = \[(.*?)\];" % table, SCRIPT, re.S)[1]))
-    return said
-
-
-def test_every_word_is_there_in_both_languages():
-    german = json.loads(cs.PAGE_GERMAN)
-    said = words_of_the_script()
-    assert len(said) > 150 and said <= set(german), sorted(said - set(german))
-    for english, words in german.items():
-        assert sorted(re.findall(r"\{\w+\}", english)) == sorted(re.findall(r"\{\w+\}", words)), english
-
-
-def test_what_accounts_say_to_people_is_there_in_both_languages():
-    """P21: refusals that the page shows in the server's own words, as they say more than their kind does."""
-    said = {node.args[1].value for node in ast.walk(TREE) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CloudError"
-            and room(node.lineno) == 6 and len(node.args) > 1 and isinstance(node.args[1], ast.Constant)
-            and node.args[0].value in ("bad-request", "conflict", "insecure", "forbidden", "exists")}
-    assert len(said) > 5 and said <= set(json.loads(cs.PAGE_GERMAN)), sorted(said - set(json.loads(cs.PAGE_GERMAN)))
-
-
-def test_the_words_of_a_language_are_sent_when_they_changed(call):
-    words = call("GET", "/words/de", user=None)
-    assert words.json()["Files"] == "Dateien" and words.headers["cache-control"] == "no-cache"
-    assert call("GET", "/words/de", user=None, If_None_Match=words.headers["etag"]).status == 304
-    assert call("GET", "/words/en", user=None).status == 404
-    assert set(cs.WORDS) == set(re.findall(r"(\w+): \"", re.search(r"const LANGUAGES = \{(.*?)\};", SCRIPT)[1])) - {"en"}
-
-
-def test_every_address_of_the_page_answers_with_the_page(call):
-    for path in ("/", "/setup", "/login", "/files", "/files/a%20b/c", "/past/seq:3/a", "/versions/a", "/starred", "/trash", "/activity", "/search?q=x",
-                 "/settings", "/settings/devices", "/login/v2/flow/abc"):
-        answer = call("GET", path, user=None)
-        assert answer.status == 200 and answer.body == PAGE, path
-
-
-# ==== 14. Service: upkeep ================================================================
+# ==== 17. Upkeep and custody =============================================================
 
 @pytest.fixture
 def aging(make_cloud, fake):
@@ -7616,7 +7441,351 @@ def test_commands_work_beside_a_running_server(serve, tmp_path):
     assert name is None or done.returncode == 1 and "damaged" in done.stdout
 
 
-# ==== 15. Sync client ====================================================================
+# ==== 18. Service ========================================================================
+
+def test_first_start_prints_a_setup_link(serve):
+    served = serve(user=None)
+    lines = served.greeting + "".join(served.process.stdout.readline() for _ in range(3))
+    assert re.search(r"http://localhost:\d+/setup#[\w-]{22}\n", lines)
+    assert served.call("GET", "/dav/", user=None).status == 401
+    assert served.stop() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_serves_stops_and_keeps(serve, workers):
+    """R36"""
+    served = serve("--workers", workers)
+    assert served.call("PUT", "/dav/a", b"kept").status == 201
+    assert served.stop() == 0
+    served = serve("--workers", workers)
+    assert served.call("GET", "/dav/a").body == b"kept"
+    assert served.stop(signal.SIGINT) == 0
+
+
+def test_a_second_server_on_the_same_data_is_refused(serve):
+    """R21"""
+    served = serve()
+    second = run("serve", "--data", served.data, "--port", "0")
+    assert second.returncode == 1 and second.stderr.strip().endswith("another server runs on %s" % served.data)
+    assert run("user", "list", "--data", served.data).returncode == 0        # admin commands work beside it
+
+
+def test_a_port_in_use_is_refused_in_one_line_and_leaves_nothing(serve, tmp_path):
+    served = serve()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        for port, says in ((served.address[1], "a cloudserver runs there already"), (other.getsockname()[1], "another program uses it")):
+            second = run("serve", "--data", tmp_path / "other", "--port", port)
+            assert second.returncode == 1 and second.stderr.count("\n") == 1 and not (tmp_path / "other").exists()
+            assert says in second.stderr and "--port %d takes another" % (port + 1) in second.stderr
+
+
+def test_a_bad_certificate_leaves_nothing(tmp_path):
+    (tmp_path / "no.pem").write_text("no")
+    done = run("serve", "--data", tmp_path / "d", "--port", "0", "--tls-cert", tmp_path / "no.pem", "--tls-key", tmp_path / "no.pem")
+    assert done.returncode == 1 and "certificate" in done.stderr and not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("settings, want", [
+    (dict(), "http://localhost:8765/"),
+    (dict(host="::1"), "http://localhost:8765/"),
+    (dict(tls_cert="c", port=443), "https://localhost/"),
+    (dict(behind_proxy="127.0.0.1", hostname="cloud.example"), "https://cloud.example/"),
+    (dict(behind_proxy="10.0.0.0/8", host="0.0.0.0", hostname="a.example, b.example"), "https://a.example/ https://b.example/"),
+    (dict(host="0.0.0.0"), "http://localhost:8765/"),                            # a password is not taken from elsewhere
+    (dict(host="0.0.0.0", plain_http=True), "http://localhost:8765/ http://198.51.100.7:8765/ http://nas.local:8765/"),
+    (dict(host="::", plain_http=True), "http://localhost:8765/ http://[2001:db8::7]:8765/ http://nas.local:8765/"),
+    (dict(host="0.0.0.0", tls_cert="c", hostname="cloud.example"),
+     "https://cloud.example:8765/ https://localhost:8765/ https://198.51.100.7:8765/ https://nas.local:8765/"),
+    (dict(host="198.51.100.9", plain_http=True, port=80), "http://198.51.100.9/"),
+    (dict(host="2001:db8::9", tls_cert="c"), "https://[2001:db8::9]:8765/"),
+])
+def test_addresses_are_those_by_which_people_reach_it(monkeypatch, settings, want):
+    """O16"""
+    monkeypatch.setattr(cs, "addresses_of", lambda host: ["2001:db8::7" if ":" in host else "198.51.100.7"])
+    monkeypatch.setattr(cs, "local_names", lambda: ["nas.local"])
+    config = Config(**settings)
+    assert " ".join(cs.urls_of(config, config.port)) == want
+    for url in want.split():                     # and it takes them for its own
+        assert cs.Site(config).knows(re.match(r"https?://(.*)/$", url)[1]) or "nas.local" in url
+
+
+def test_every_address_it_prints_opens(serve):
+    """O16"""
+    served = serve("--host", "0.0.0.0", "--plain-http", user=None)
+    links = re.findall(r"    (http://(\S+):(\d+)/setup#\S+)\n", "".join(served.process.stdout.readline() for _ in range(4)))
+    assert links
+    for link, host, port in links:
+        if not host.endswith(".local"):
+            assert exchange((host, int(port)), "GET", "/setup", user=None).status == 200, link
+
+
+def test_the_first_account_can_come_from_the_environment(tmp_path):
+    """O19: of a container, which nobody watches"""
+    (tmp_path / "secret").write_bytes(b"\xef\xbb\xbf" + PASSWORD.encode() + b"\r\n")
+    env = {**os.environ, "CLOUDSERVER_ADMIN": "ann", "CLOUDSERVER_ADMIN_PASSWORD_FILE": str(tmp_path / "secret")}
+    for start in range(2):
+        served = Served(tmp_path / "d", "--workers", 1, env=env)
+        assert served.call("GET", "/api/v1").json()["me"]["admin"]
+        served.stop()
+        (tmp_path / "secret").unlink(missing_ok=True)            # it is read once
+    for settings, code in ((env, 1), ({**env, "CLOUDSERVER_ADMIN_PASSWORD_FILE": ""}, 2)):
+        done = run("serve", "--data", tmp_path / "e", "--port", "0", env=settings)
+        assert done.returncode == code and "password" in done.stderr and done.stderr.count("\n") == 1
+
+
+@needs_fork
+def test_a_hangup_stops_nothing_and_opens_the_access_log_anew(serve, tmp_path):
+    """O30: a terminal that closes, and logrotate"""
+    log = tmp_path / "access.log"
+    served = serve("--access-log", log, "--workers", 2)
+    children = workers_of(served, 2)
+    served.call("GET", "/healthz")
+    log.rename(tmp_path / "older.log")
+    served.process.send_signal(signal.SIGHUP)
+    since = time.monotonic()
+    while not log.exists() or "healthz" not in log.read_text():
+        assert served.call("GET", "/healthz").status == 200 and time.monotonic() - since < 10
+    assert workers_of(served, 2) == children and served.stop() == 0
+
+
+@needs_fork
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("owner", [0, 65534])
+def test_what_root_does_in_somebodys_directory_is_that_somebodys(owner):
+    """O19: in a container that was given a directory, and under sudo"""
+    home = Path(tempfile.mkdtemp())
+    home.chmod(0o755)
+    (home / "data").mkdir()
+    os.chown(home / "data", owner, owner)
+    (home / "mine").mkdir(mode=0o700)            # what root alone may read
+    (home / "mine/file").write_bytes(os.urandom(100_000))
+
+    def root(*words, alive=False):
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if not pid:
+            sys.stdin, sys.stdout, sys.stderr = io.StringIO(PASSWORD), open(writing, "w", buffering=1), sys.__stderr__
+            os._exit(cs.main([*words, "--data", str(home / "data")]))
+        os.close(writing)
+        with open(reading) as output:
+            told = output.readline() if alive else output.read()
+        return (pid, told) if alive else os.waitpid(pid, 0)[1] >> 8
+    try:
+        assert root("user", "add", "ann", "--password-stdin") == 0
+        assert root("import", str(home / "mine"), "--user", "ann") == 0
+        pid, told = root("serve", "--port", "0", "--workers", "1", alive=True)
+        served = "127.0.0.1", int(re.search(r":(\d+)/", told)[1])
+        assert exchange(served, "PUT", "/dav/new", os.urandom(100_000)).status == 201
+        assert os.stat("/proc/%d" % pid).st_uid == owner and exchange(served, "GET", "/dav/file").body == (home / "mine/file").read_bytes()
+        assert root("doctor", "--alive") == 0
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert root("backup", str(home / "mine/backup")) == 0 and root("gc") == 0
+        assert {path.stat().st_uid for path in (home / "data").rglob("*")} == {owner}
+    finally:
+        shutil.rmtree(home)
+
+
+def test_a_directory_of_somebody_else_is_named_with_its_owner(tmp_path, monkeypatch):
+    """O19"""
+    if os.name == "nt":
+        pytest.skip("Windows has no numbers for users")
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(CloudError) as refused:
+        cs.make_private_directory(tmp_path)
+    assert str(refused.value).endswith("cannot be written by uid %d; it belongs to uid %d" % (os.getuid(), os.getuid()))
+
+
+class Rows:
+    """Requests and answers for an access log."""
+
+    def __init__(self, path, monkeypatch, limit=4000):
+        monkeypatch.setattr(cs.AccessLog, "LIMIT", limit)
+        self.path, self.log = path, cs.AccessLog(str(path))
+
+    def write(self, *names):
+        for name in names:
+            self.log.write(cs.Request("GET", ("dav", str(name)), False, "", {}, 1, Body(), "127.0.0.1", True, True), cs.Response(), 0)
+
+    def there(self, number=None):
+        path = self.path.with_name(self.path.name + ("" if number is None else ".%d" % number))
+        return re.findall(r"/dav/(\d+)", path.read_text()) if path.exists() else None
+
+
+def test_the_access_log_starts_anew_when_it_is_large(tmp_path, monkeypatch):
+    """L4"""
+    rows = Rows(tmp_path / "log", monkeypatch)
+    rows.write(*range(500))
+    found = [rows.there(number) or [] for number in (4, 3, 2, 1, None)]
+    assert sum(found, []) == [str(n) for n in range(500)][-len(sum(found, [])):] and rows.there(5) is None
+    assert all(len(part) > 30 for part in found[:4])
+
+
+def test_a_log_that_cannot_be_moved_is_kept_whole_and_tried_again_later(tmp_path, monkeypatch):
+    """O12: on Windows, while another program reads it"""
+    rows = Rows(tmp_path / "log", monkeypatch)
+    rows.write(*range(60))
+    first = rows.there(1)
+    assert first
+    held = Refuses(os.replace, PermissionError(errno.EACCES, "it is used by another process"), only=lambda old, new: old == rows.path)
+    monkeypatch.setattr(os, "replace", held)
+    rows.write(*range(60, 200))
+    assert rows.there(1) == first and rows.there(2) is None and rows.there() == [str(n) for n in range(len(first), 200)]
+    assert 1 < held.asked < 40                   # not at each request
+    monkeypatch.setattr(os, "replace", held.act)
+    rows.write(*range(200, 206))
+    assert rows.there(2) == first and len(rows.there(1)) > 140
+
+
+def test_threads_that_log_while_the_log_is_rotated_write_nowhere_else(tmp_path, monkeypatch):
+    """A descriptor that was closed may be another file's the next moment"""
+    monkeypatch.setattr(cs.AccessLog, "KEPT", 60)
+    rows = Rows(tmp_path / "log", monkeypatch, 2000)
+    threads = [threading.Thread(target=rows.write, args=range(start, start + 100)) for start in range(0, 800, 100)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        (tmp_path / "other").write_bytes(b"mine")                # takes the numbers that become free
+        assert (tmp_path / "other").read_bytes() == b"mine"
+    found = [row for number in [None, *range(1, 60)] for row in rows.there(number) or []]
+    assert sorted(map(int, found)) == list(range(800))
+
+
+def test_logs_are_sentences_for_eyes_and_lines_of_json_for_programs(tmp_path, monkeypatch):
+    """L2: neither lets a client start a line or a terminal escape"""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        logger = cs.logging.Logger("x")
+        monkeypatch.setattr(cs, "log", logger)
+        cs.start_logging(Config())
+        try:
+            raise ValueError("evil\x1b[31m")
+        except ValueError:
+            cs.log.exception("bad\nname", extra={"account": "a\x1b"})
+        said = stream.getvalue()
+        assert "\x1b" not in said and "bad?name (account a?)" in said.splitlines()[0] if stream.isatty() else json.loads(said)["event"] == "bad\nname"
+
+
+def workers_of(served, count, *, without=()):
+    """Wait until a server has so many workers; their process ids."""
+    found, since = [], time.monotonic()
+    while len(found) != count or set(found) & set(without):
+        assert time.monotonic() - since < 20, found
+        time.sleep(0.05)
+        found = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
+    return found
+
+
+@needs_fork
+def test_a_worker_that_dies_is_replaced(serve):
+    served = serve("--workers", 2)
+    children = workers_of(served, 2)
+    os.kill(int(children[0]), signal.SIGKILL)
+    time.sleep(0.1)
+    for _ in range(20):
+        assert served.call("GET", "/healthz").status == 200
+    assert children[1] in workers_of(served, 2, without=children[:1])
+
+
+@needs_fork
+def test_workers_that_end_as_they_begin_are_replaced_more_and_more_slowly(tmp_path):
+    """and a supervisor that is told to stop meanwhile stops at once, and starts none any more"""
+    program = [sys.executable, "-c", "import sys; sys.path.insert(0, %r); import cloudserver as cs; cs.work = lambda *args: 1 / 0; sys.exit(cs.main())"
+               % str(HERE)]
+    served = Served(tmp_path / "d", "--workers", 2, program=program)
+    lines = []
+    for line in served.process.stderr:
+        lines += re.findall(r"another in ([0-9.]+) s", line)
+        if len(lines) == 3:
+            break
+    assert lines == ["0.4", "0.8", "1.6"]
+    began = time.monotonic()
+    served.process.send_signal(signal.SIGTERM)
+    rest = served.process.stderr.read()
+    assert served.stop() == 0 and time.monotonic() - began < 1 and "another" not in rest
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_access_log_that_cannot_be_written_is_said_at_the_start(tmp_path, workers):
+    done = run("serve", "--data", tmp_path / "d", "--port", "0", "--workers", workers, "--access-log", tmp_path / "no/log", timeout=20)
+    assert done.returncode == 1 and "No such file" in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+@needs_fork
+def test_workers_end_with_their_supervisor(serve):
+    served = serve("--workers", 2)
+    children = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
+    served.kill()
+    for _ in range(50):
+        if not any(os.path.exists("/proc/%s" % pid) for pid in children):
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("a worker outlived its supervisor")
+
+
+def test_the_data_directory_is_private(serve):
+    """K2"""
+    served = serve()
+    assert is_private(served.data)
+    served.call("PUT", "/dav/a", bytes(100_000))                 # its workers have the database open for good by now
+    assert not [path for path in served.data.rglob("*") if path.is_file() and not is_private(path)]
+
+
+def test_no_log_holds_a_secret(tmp_path):
+    """L1: every log of a run with secrets planted in all the places they travel in"""
+    data, access = tmp_path / "d", tmp_path / "access"
+    served = Served(data, "--access-log", access, "--workers", 1)
+    token = re.search(r"setup#(\S+)", "".join(served.process.stdout.readline() for _ in range(3)))[1]
+    browser = Session(served.address)
+    assert browser.call("POST", "/api/v1/setup", {"token": token, "name": "ann", "password": PASSWORD}).status == 200
+    made = browser.call("POST", "/api/v1/devices", {"name": "phone"}).json()["token"]
+    for authorization in (basic(), basic("ann", made), "Bearer " + made, basic("ann", "wrong-secret-1"), "Bearer wrong-secret-2"):
+        served.call("PUT", "/dav/a?token=secret-in-query", b"secret-in-content", user=None, Authorization=authorization)
+    where = served.call("POST", "/tus", b"", Upload_Length="5", Upload_Metadata=metadata(path="x"), **TUS).headers["location"]
+    served.call("HEAD", where, **TUS)
+    served.process.terminate()
+    logs = served.process.stdout.read() + served.process.stderr.read() + access.read_text()
+    served.stop()
+    assert "login failed" in logs and '"PUT /dav/a HTTP/1.1"' in logs
+    for secret in (token, PASSWORD, browser.cookie.partition("=")[2], made, "wrong-secret", "secret-in", where[5:], basic()[6:]):
+        assert secret not in logs, secret
+
+
+def test_after_a_crash_the_database_is_looked_at(make_cloud):
+    """R22"""
+    cloud = make_cloud()
+    upkeep = cs.Upkeep(cloud)
+    upkeep.hold()
+    cloud.db.run(Statement("INSERT INTO setting VALUES ('unclean', '1')"))
+    upkeep.look_after_crash()
+    assert cloud.db.setting("unclean") is None and not cloud.db.broken
+
+
+def test_metrics_are_for_this_machine(call, cloud, ann):
+    """N6"""
+    assert b"cloudserver_accounts 1\n" in call("GET", "/metrics", user=None).body
+    assert call("GET", "/metrics", user=None, X_Forwarded_For="8.8.8.8").status == 200      # nobody listed a proxy
+    request = cs.Request("GET", ("metrics",), False, "", {}, 1, Body(), "8.8.8.8", True, True)
+    assert outcome(cs.metrics, cloud, cs.ANONYMOUS, request) == "forbidden"
+
+
+def test_the_access_log_is_combined_and_keeps_secrets(serve, tmp_path):
+    """L1, L2, L4"""
+    log = tmp_path / "access.log"
+    served = serve("--access-log", log, "--workers", 1)
+    served.call("PUT", "/dav/a%20b?secret=1", b"hello", User_Agent="x\"y")
+    served.call("GET", "/dav/a%20b")
+    assert served.stop() == 0
+    lines = log.read_text().splitlines()
+    assert re.fullmatch(r'127\.0\.0\.1 - ann \[[^]]+\] "PUT /dav/a%20b HTTP/1\.1" 201 0 "-" "x\?y"', lines[0])
+    assert '"GET /dav/a%20b HTTP/1.1" 200 5' in lines[1] and "secret" not in log.read_text() and is_private(log)
+
+
+# ==== 20. Folder and sync client =========================================================
 
 @pytest.mark.parametrize("lines, ignored, kept", [
     (["*.log"], ["a.log", "d/a.log"], ["a.log.txt", "log"]),
@@ -10394,7 +10563,7 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
         [cloud.delete(ann, (path,)) for path in list(tree(cloud, ann)) if "/" not in path]
 
 
-# ==== 16. Command line ===================================================================
+# ==== 22. Command line ===================================================================
 
 def run(*words, input=None, timeout=60, **how):
     """Run the real program; returns the finished process."""
@@ -10712,348 +10881,186 @@ def test_accounts_from_the_command_line(tmp_path):
     assert "bob" not in run("user", "list", *data).stdout
 
 
-# ==== 14. Service ========================================================================
+# ==== 23. Page ===========================================================================
 
-def test_first_start_prints_a_setup_link(serve):
-    served = serve(user=None)
-    lines = served.greeting + "".join(served.process.stdout.readline() for _ in range(3))
-    assert re.search(r"http://localhost:\d+/setup#[\w-]{22}\n", lines)
-    assert served.call("GET", "/dav/", user=None).status == 401
-    assert served.stop() == 0
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_it_serves_stops_and_keeps(serve, workers):
-    """R36"""
-    served = serve("--workers", workers)
-    assert served.call("PUT", "/dav/a", b"kept").status == 201
-    assert served.stop() == 0
-    served = serve("--workers", workers)
-    assert served.call("GET", "/dav/a").body == b"kept"
-    assert served.stop(signal.SIGINT) == 0
+def test_the_browser_is_not_made_to_ask_for_a_password(call):
+    assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
+    assert call("GET", "/api/v1/account", user=None, X_Requested_By="page").headers["www-authenticate"].startswith("Session")
+    assert call("GET", "/api/v1/events", user=None, Cookie="session=old").headers["www-authenticate"].startswith("Session")
+    assert call("GET", "/api/v1", user=None).json()["account"] is None and call("GET", "/api/v1").json()["account"] == "ann"
 
 
-def test_a_second_server_on_the_same_data_is_refused(serve):
-    """R21"""
-    served = serve()
-    second = run("serve", "--data", served.data, "--port", "0")
-    assert second.returncode == 1 and second.stderr.strip().endswith("another server runs on %s" % served.data)
-    assert run("user", "list", "--data", served.data).returncode == 0        # admin commands work beside it
+SCRIPT, STYLE, PAGE = cs.PAGE_SCRIPT, cs.PAGE_STYLE, cs.page_as_sent(False)[0]
 
 
-def test_a_port_in_use_is_refused_in_one_line_and_leaves_nothing(serve, tmp_path):
-    served = serve()
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        for port, says in ((served.address[1], "a cloudserver runs there already"), (other.getsockname()[1], "another program uses it")):
-            second = run("serve", "--data", tmp_path / "other", "--port", port)
-            assert second.returncode == 1 and second.stderr.count("\n") == 1 and not (tmp_path / "other").exists()
-            assert says in second.stderr and "--port %d takes another" % (port + 1) in second.stderr
+def test_the_page_is_small_and_loads_nothing():
+    """W3, K5"""
+    assert len(cs.page_as_sent(True)[0]) < 60_000
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg|example\.)", re.sub(r"//localhost\S*", "", SCRIPT + STYLE)), "another host"
+    assert not re.search(r"@import|url\(", STYLE)
+    assert PAGE.count(b"<script") == 1 and PAGE.count(b"<style") == 1 and b" style=" not in PAGE
+    assert not re.search(rb"<\w[^>]* on\w+=", cs.PAGE_HTML.encode())
 
 
-def test_a_bad_certificate_leaves_nothing(tmp_path):
-    (tmp_path / "no.pem").write_text("no")
-    done = run("serve", "--data", tmp_path / "d", "--port", "0", "--tls-cert", tmp_path / "no.pem", "--tls-key", tmp_path / "no.pem")
-    assert done.returncode == 1 and "certificate" in done.stderr and not (tmp_path / "d").exists()
+def test_the_page_is_sent_as_it_is_written():
+    """But for indentation and comments, which one plain rule has to find: none in a string, no string over several lines."""
+    for source in (SCRIPT, STYLE, cs.PAGE_WORKER, cs.PAGE_PAINTER):
+        assert not [line for line in source.splitlines() if len(line) > 120 or line != line.rstrip() or "\t" in line]
+        assert all(line.count("`") % 2 == 0 for line in re.sub(r"/\S*`\S*/", "", source).splitlines()), "a template that spans lines"
+        assert not re.search(r"""(["'`])(?:(?!\1)[^\\\n]|\\.)* // (?:(?!\1)[^\\\n]|\\.)*\1""", re.sub(r"(?m)^ *//.*$|(?<=[;{},(>]) +// .*$", "", source))
+        sent = cs.bare(source)
+        assert not re.search(r"(?m)^ |(^|\s)// |^/\*|^$\n", sent)
+        assert [re.sub(" +// .*", "", line).strip() for line in source.splitlines()
+                if line.strip() and not re.match(r" *(//|/\*)", line)] == sent.splitlines()
 
 
-@pytest.mark.parametrize("settings, want", [
-    (dict(), "http://localhost:8765/"),
-    (dict(host="::1"), "http://localhost:8765/"),
-    (dict(tls_cert="c", port=443), "https://localhost/"),
-    (dict(behind_proxy="127.0.0.1", hostname="cloud.example"), "https://cloud.example/"),
-    (dict(behind_proxy="10.0.0.0/8", host="0.0.0.0", hostname="a.example, b.example"), "https://a.example/ https://b.example/"),
-    (dict(host="0.0.0.0"), "http://localhost:8765/"),                            # a password is not taken from elsewhere
-    (dict(host="0.0.0.0", plain_http=True), "http://localhost:8765/ http://198.51.100.7:8765/ http://nas.local:8765/"),
-    (dict(host="::", plain_http=True), "http://localhost:8765/ http://[2001:db8::7]:8765/ http://nas.local:8765/"),
-    (dict(host="0.0.0.0", tls_cert="c", hostname="cloud.example"),
-     "https://cloud.example:8765/ https://localhost:8765/ https://198.51.100.7:8765/ https://nas.local:8765/"),
-    (dict(host="198.51.100.9", plain_http=True, port=80), "http://198.51.100.9/"),
-    (dict(host="2001:db8::9", tls_cert="c"), "https://[2001:db8::9]:8765/"),
-])
-def test_addresses_are_those_by_which_people_reach_it(monkeypatch, settings, want):
-    """O16"""
-    monkeypatch.setattr(cs, "addresses_of", lambda host: ["2001:db8::7" if ":" in host else "198.51.100.7"])
-    monkeypatch.setattr(cs, "local_names", lambda: ["nas.local"])
-    config = Config(**settings)
-    assert " ".join(cs.urls_of(config, config.port)) == want
-    for url in want.split():                     # and it takes them for its own
-        assert cs.Site(config).knows(re.match(r"https?://(.*)/$", url)[1]) or "nas.local" in url
+def test_the_script_makes_no_markup_of_text():
+    """W5, B4"""
+    for word in (r"\beval\b", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "new Function", "DOMParser", "srcdoc",
+                 r"setTimeout\(\s*[\"'`]", "createContextualFragment", "javascript:", "importScripts"):
+        assert not re.search(word, SCRIPT + cs.PAGE_PAINTER + cs.PAGE_WORKER), word
 
 
-def test_every_address_it_prints_opens(serve):
-    """O16"""
-    served = serve("--host", "0.0.0.0", "--plain-http", user=None)
-    links = re.findall(r"    (http://(\S+):(\d+)/setup#\S+)\n", "".join(served.process.stdout.readline() for _ in range(4)))
-    assert links
-    for link, host, port in links:
-        if not host.endswith(".local"):
-            assert exchange((host, int(port)), "GET", "/setup", user=None).status == 200, link
+def test_the_policy_names_the_script_and_the_style(call):
+    """W3: what the hashes cover is exactly what stands in the page."""
+    page = call("GET", "/files/a/b", user=None)
+    policy = page.headers["content-security-policy"]
+    for tag in ("script", "style"):
+        source, = re.findall(r"<%s>(.*?)</%s>" % (tag, tag), page.body.decode(), re.S)
+        assert "%s-src 'sha256-%s'" % (tag, base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()) in policy
+    assert "unsafe" not in policy and "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+    again = call("GET", "/", user=None, If_None_Match=page.headers["etag"])
+    assert again.status == 304 and not again.body
+    packed = call("GET", "/", user=None, Accept_Encoding="br, gzip")
+    assert packed.headers["content-encoding"] == "gzip" and packed.headers["etag"] != page.headers["etag"]
+    assert gzip.decompress(packed.body) == page.body and packed.headers["content-security-policy"] == policy
 
 
-def test_the_first_account_can_come_from_the_environment(tmp_path):
-    """O19: of a container, which nobody watches"""
-    (tmp_path / "secret").write_bytes(b"\xef\xbb\xbf" + PASSWORD.encode() + b"\r\n")
-    env = {**os.environ, "CLOUDSERVER_ADMIN": "ann", "CLOUDSERVER_ADMIN_PASSWORD_FILE": str(tmp_path / "secret")}
-    for start in range(2):
-        served = Served(tmp_path / "d", "--workers", 1, env=env)
-        assert served.call("GET", "/api/v1").json()["me"]["admin"]
-        served.stop()
-        (tmp_path / "secret").unlink(missing_ok=True)            # it is read once
-    for settings, code in ((env, 1), ({**env, "CLOUDSERVER_ADMIN_PASSWORD_FILE": ""}, 2)):
-        done = run("serve", "--data", tmp_path / "e", "--port", "0", env=settings)
-        assert done.returncode == code and "password" in done.stderr and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("field, want", [
+    ("gzip", True), ("br, gzip;q=0.5", True), ("GZIP", True), ("x-gzip", True), ("*", True), ("", False), ("identity", False), ("br", False),
+    ("gzip;q=0", False), ("gzip; q=0.000, *", False), ("*;q=0", False), ("gzip;q=1, identity;q=0", True), ("nogzip", False)])
+def test_takes_gzip(field, want):
+    assert cs.takes_gzip(field) == want
 
 
-@needs_fork
-def test_a_hangup_stops_nothing_and_opens_the_access_log_anew(serve, tmp_path):
-    """O30: a terminal that closes, and logrotate"""
-    log = tmp_path / "access.log"
-    served = serve("--access-log", log, "--workers", 2)
-    children = workers_of(served, 2)
-    served.call("GET", "/healthz")
-    log.rename(tmp_path / "older.log")
-    served.process.send_signal(signal.SIGHUP)
-    since = time.monotonic()
-    while not log.exists() or "healthz" not in log.read_text():
-        assert served.call("GET", "/healthz").status == 200 and time.monotonic() - since < 10
-    assert workers_of(served, 2) == children and served.stop() == 0
+PACKED_ROUTES = {"/api/v1/files/<path>", "/api/v1/versions/<path>", "/api/v1/trash", "/api/v1/starred", "/api/v1/activity", "/api/v1/differences/<path>",
+                 "/api/v1/openapi.json", "/words/<language>", "/painter.js"}
 
 
-@needs_fork
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root can become somebody else")
-@pytest.mark.parametrize("owner", [0, 65534])
-def test_what_root_does_in_somebodys_directory_is_that_somebodys(owner):
-    """O19: in a container that was given a directory, and under sudo"""
-    home = Path(tempfile.mkdtemp())
-    home.chmod(0o755)
-    (home / "data").mkdir()
-    os.chown(home / "data", owner, owner)
-    (home / "mine").mkdir(mode=0o700)            # what root alone may read
-    (home / "mine/file").write_bytes(os.urandom(100_000))
-
-    def root(*words, alive=False):
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if not pid:
-            sys.stdin, sys.stdout, sys.stderr = io.StringIO(PASSWORD), open(writing, "w", buffering=1), sys.__stderr__
-            os._exit(cs.main([*words, "--data", str(home / "data")]))
-        os.close(writing)
-        with open(reading) as output:
-            told = output.readline() if alive else output.read()
-        return (pid, told) if alive else os.waitpid(pid, 0)[1] >> 8
-    try:
-        assert root("user", "add", "ann", "--password-stdin") == 0
-        assert root("import", str(home / "mine"), "--user", "ann") == 0
-        pid, told = root("serve", "--port", "0", "--workers", "1", alive=True)
-        served = "127.0.0.1", int(re.search(r":(\d+)/", told)[1])
-        assert exchange(served, "PUT", "/dav/new", os.urandom(100_000)).status == 201
-        assert os.stat("/proc/%d" % pid).st_uid == owner and exchange(served, "GET", "/dav/file").body == (home / "mine/file").read_bytes()
-        assert root("doctor", "--alive") == 0
-        os.kill(pid, signal.SIGTERM)
-        assert os.waitpid(pid, 0)[1] == 0
-        assert root("backup", str(home / "mine/backup")) == 0 and root("gc") == 0
-        assert {path.stat().st_uid for path in (home / "data").rglob("*")} == {owner}
-    finally:
-        shutil.rmtree(home)
+def test_large_answers_are_compressed_for_who_takes_it(call, cloud, ann):
+    """P17: lists of what is one's own; nothing that holds a secret, nor what a stranger could choose words for (BREACH)."""
+    assert {found.pattern for found in cs.walk_routes(cs.ROUTES) if found.packs} == PACKED_ROUTES
+    for n in range(100):
+        put(cloud, ann, "d/a name of a file %d.txt" % n, parents=True)
+    for path in ("/api/v1/files/d", "/api/v1/files/d?at=seq:90", "/api/v1/activity", "/api/v1/openapi.json", "/words/de"):
+        plain, packed = call("GET", path), call("GET", path, Accept_Encoding="gzip, br")
+        assert "content-encoding" not in plain.headers and packed.headers["content-encoding"] == "gzip", path
+        assert gzip.decompress(packed.body) == plain.body and len(packed.body) < len(plain.body) / 2
+        assert plain.headers["vary"] == packed.headers["vary"] == "Accept-Encoding" and int(packed.headers["content-length"]) == len(packed.body)
+        head = call("HEAD", path, Accept_Encoding="gzip")
+        assert head.headers["content-length"] == packed.headers["content-length"] and not head.body
+        for answer in (plain, packed):
+            if "etag" in answer.headers:
+                assert plain.headers["etag"] != packed.headers["etag"]
+                again = call("GET", path, Accept_Encoding="gzip", If_None_Match=answer.headers["etag"])
+                assert (again.status, again.body, again.headers["etag"]) == (304, b"", answer.headers["etag"])
+    small = call("GET", "/api/v1/trash", Accept_Encoding="gzip")
+    assert "content-encoding" not in small.headers and small.headers["vary"] == "Accept-Encoding"
+    assert "content-encoding" not in call("GET", "/api/v1/files/d/none", Accept_Encoding="gzip").headers
 
 
-def test_a_directory_of_somebody_else_is_named_with_its_owner(tmp_path, monkeypatch):
-    """O19"""
-    if os.name == "nt":
-        pytest.skip("Windows has no numbers for users")
-    monkeypatch.setattr(os, "access", lambda *args: False)
-    with pytest.raises(CloudError) as refused:
-        cs.make_private_directory(tmp_path)
-    assert str(refused.value).endswith("cannot be written by uid %d; it belongs to uid %d" % (os.getuid(), os.getuid()))
+def test_a_phone_can_put_the_page_on_its_home_screen(call):
+    manifest = call("GET", "/manifest.json", user=None)
+    icon = call("GET", "/" + manifest.json()["icons"][0]["src"], user=None)
+    assert manifest.headers["content-type"] == "application/manifest+json" and icon.headers["content-type"] == "image/svg+xml"
+    assert "sandbox" in icon.headers["content-security-policy"]
+    assert {(one["sizes"], one["purpose"]) for one in manifest.json()["icons"]} == {
+        (size, purpose) for size in ("any", "192x192", "512x512") for purpose in ("any", "maskable")}
 
 
-class Rows:
-    """Requests and answers for an access log."""
-
-    def __init__(self, path, monkeypatch, limit=4000):
-        monkeypatch.setattr(cs.AccessLog, "LIMIT", limit)
-        self.path, self.log = path, cs.AccessLog(str(path))
-
-    def write(self, *names):
-        for name in names:
-            self.log.write(cs.Request("GET", ("dav", str(name)), False, "", {}, 1, Body(), "127.0.0.1", True, True), cs.Response(), 0)
-
-    def there(self, number=None):
-        path = self.path.with_name(self.path.name + ("" if number is None else ".%d" % number))
-        return re.findall(r"/dav/(\d+)", path.read_text()) if path.exists() else None
+@pytest.mark.parametrize("size", [180, 192, 512])
+def test_the_icon_is_drawn_in_the_sizes_that_phones_want(call, size):
+    answer = call("GET", "/icon-%d.png" % size, user=None)
+    assert answer.headers["content-type"] == "image/png" and len(answer.body) < 5000
+    assert answer.body[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", answer.body[16:24]) == (size, size)
+    rows = zlib.decompress(answer.body[answer.body.index(b"IDAT") + 4:-16])
+    pixel = lambda x, y: rows[round(y * size / 24) * (size + 1) + 1 + round(x * size / 24)]
+    assert len(rows) == size * (size + 1)
+    assert [pixel(x, y) for x, y in ((1, 1), (4, 12), (20, 12), (12, 19), (17, 7))] == [0] * 5, "blue around the folder"
+    assert [pixel(x, y) for x, y in ((12, 12), (6, 14), (18, 10), (8, 7.5), (12, 17))] == [255] * 5, "white in it"
+    assert set(rows) - {0, 255}, "soft edges"
 
 
-def test_the_access_log_starts_anew_when_it_is_large(tmp_path, monkeypatch):
-    """L4"""
-    rows = Rows(tmp_path / "log", monkeypatch)
-    rows.write(*range(500))
-    found = [rows.there(number) or [] for number in (4, 3, 2, 1, None)]
-    assert sum(found, []) == [str(n) for n in range(500)][-len(sum(found, [])):] and rows.there(5) is None
-    assert all(len(part) > 30 for part in found[:4])
+def test_the_service_worker_knows_the_shell_alone(call):
+    """What anybody stored never passes through it, and it can keep nothing of that."""
+    answer = call("GET", "/service-worker.js", user=None)
+    text = answer.body.decode()
+    assert answer.headers["content-type"].startswith("text/javascript") and answer.headers["cache-control"] == "no-cache"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    kept, views = (set(json.loads(re.search(name + r" = (\[.*?\])", text)[1])) for name in ("KEPT", "VIEWS"))
+    assert kept == {"", "icon.svg", "manifest.json"} | {"words/" + language for language in cs.WORDS}
+    assert views >= {"", "files", "settings", "trash"} and not views & {"api", "tus", "dav", "remote.php", "s", "words", "index.php"}
+    assert not re.search(r"api|tus/|dav|remote|content|token|cookie", text)
+    assert all(call("GET", "/" + name, user=None).status == 200 for name in kept) and "worker-src 'self'" in call("GET", "/", user=None).headers["content-security-policy"]
+    assert call("GET", "/service-worker.js", user=None, If_None_Match=answer.headers["etag"]).status == 304
 
 
-def test_a_log_that_cannot_be_moved_is_kept_whole_and_tried_again_later(tmp_path, monkeypatch):
-    """O12: on Windows, while another program reads it"""
-    rows = Rows(tmp_path / "log", monkeypatch)
-    rows.write(*range(60))
-    first = rows.there(1)
-    assert first
-    held = Refuses(os.replace, PermissionError(errno.EACCES, "it is used by another process"), only=lambda old, new: old == rows.path)
-    monkeypatch.setattr(os, "replace", held)
-    rows.write(*range(60, 200))
-    assert rows.there(1) == first and rows.there(2) is None and rows.there() == [str(n) for n in range(len(first), 200)]
-    assert 1 < held.asked < 40                   # not at each request
-    monkeypatch.setattr(os, "replace", held.act)
-    rows.write(*range(200, 206))
-    assert rows.there(2) == first and len(rows.there(1)) > 140
+def test_a_move_tells_the_step_that_undoes_it(call, cloud):
+    """And not a later one, of whomever."""
+    bob = account(cloud, "bob")
+    for name in ("a", "b"):
+        call("PUT", "/dav/" + name, b"x")
+    head, move = cloud.head, cloud.move
+    cloud.move = lambda *args, **how: (move(*args, **how), put(cloud, bob, "other"))[0]
+    seq = call("POST", "/api/v1/move", {"items": [{"from": "a", "to": "c"}, {"from": "b", "to": "d"}]}).json()["seq"]
+    assert seq < head() and call("POST", "/api/v1/undo", {"seq": seq}).status == 200
+    assert call("GET", "/dav/").body == b"a\nb\n"
 
 
-def test_threads_that_log_while_the_log_is_rotated_write_nowhere_else(tmp_path, monkeypatch):
-    """A descriptor that was closed may be another file's the next moment"""
-    monkeypatch.setattr(cs.AccessLog, "KEPT", 60)
-    rows = Rows(tmp_path / "log", monkeypatch, 2000)
-    threads = [threading.Thread(target=rows.write, args=range(start, start + 100)) for start in range(0, 800, 100)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        (tmp_path / "other").write_bytes(b"mine")                # takes the numbers that become free
-        assert (tmp_path / "other").read_bytes() == b"mine"
-    found = [row for number in [None, *range(1, 60)] for row in rows.there(number) or []]
-    assert sorted(map(int, found)) == list(range(800))
+def words_of_the_script():
+    """Every text the script may say, as it stands in t(), plural() and the tables."""
+    text, other = r'"((?:[^"\\]|\\.)*)"', r'\? "([^"]*)"\s*: "([^"]*)"'
+    said = set(re.findall(r"\bt\(\s*" + text, SCRIPT)) | set(re.findall(r"\b(?:label|detail): " + text, SCRIPT))
+    for pair in re.findall(r'\bplural\([^"]*?"([^"]*)",\s*"([^"]*)"', SCRIPT) + re.findall(r"\bt\([^()\"]*" + other, SCRIPT):
+        said.update(pair)
+    for table in ("PROBLEMS", "ACTIVITY", "STATES", "COLUMNS", "KIND_WORDS", "WITHIN", "SIZES", "CHANGED", "FILTERS", "HOW"):
+        said.update(filter(None, re.findall(": " + text, re.search(r"const %s = \{(.*?)\};" % table, SCRIPT, re.S)[1])))
+    for label, rows in re.findall(r'\bchoice\("([^"]*)", "\w+", (\{.*?\})?', SCRIPT):
+        said.update([label], re.findall(": " + text, rows))
+    for table in ("NAVIGATION", "SECTIONS"):
+        said.update(re.findall(r'\["\w*", "([^"]*)"', re.search(r"const %s = \[(.*?)\];" % table, SCRIPT, re.S)[1]))
+    return said
 
 
-def test_logs_are_sentences_for_eyes_and_lines_of_json_for_programs(tmp_path, monkeypatch):
-    """L2: neither lets a client start a line or a terminal escape"""
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-    for stream in (Terminal(), io.StringIO()):
-        monkeypatch.setattr(sys, "stderr", stream)
-        logger = cs.logging.Logger("x")
-        monkeypatch.setattr(cs, "log", logger)
-        cs.start_logging(Config())
-        try:
-            raise ValueError("evil\x1b[31m")
-        except ValueError:
-            cs.log.exception("bad\nname", extra={"account": "a\x1b"})
-        said = stream.getvalue()
-        assert "\x1b" not in said and "bad?name (account a?)" in said.splitlines()[0] if stream.isatty() else json.loads(said)["event"] == "bad\nname"
+def test_every_word_is_there_in_both_languages():
+    german = json.loads(cs.PAGE_GERMAN)
+    said = words_of_the_script()
+    assert len(said) > 150 and said <= set(german), sorted(said - set(german))
+    for english, words in german.items():
+        assert sorted(re.findall(r"\{\w+\}", english)) == sorted(re.findall(r"\{\w+\}", words)), english
 
 
-def workers_of(served, count, *, without=()):
-    """Wait until a server has so many workers; their process ids."""
-    found, since = [], time.monotonic()
-    while len(found) != count or set(found) & set(without):
-        assert time.monotonic() - since < 20, found
-        time.sleep(0.05)
-        found = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
-    return found
+def test_what_accounts_say_to_people_is_there_in_both_languages():
+    """P21: refusals that the page shows in the server's own words, as they say more than their kind does."""
+    said = {node.args[1].value for node in ast.walk(TREE) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CloudError"
+            and room_of(node) == "Accounts" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant)
+            and node.args[0].value in ("bad-request", "conflict", "insecure", "forbidden", "exists")}
+    assert len(said) > 5 and said <= set(json.loads(cs.PAGE_GERMAN)), sorted(said - set(json.loads(cs.PAGE_GERMAN)))
 
 
-@needs_fork
-def test_a_worker_that_dies_is_replaced(serve):
-    served = serve("--workers", 2)
-    children = workers_of(served, 2)
-    os.kill(int(children[0]), signal.SIGKILL)
-    time.sleep(0.1)
-    for _ in range(20):
-        assert served.call("GET", "/healthz").status == 200
-    assert children[1] in workers_of(served, 2, without=children[:1])
+def test_the_words_of_a_language_are_sent_when_they_changed(call):
+    words = call("GET", "/words/de", user=None)
+    assert words.json()["Files"] == "Dateien" and words.headers["cache-control"] == "no-cache"
+    assert call("GET", "/words/de", user=None, If_None_Match=words.headers["etag"]).status == 304
+    assert call("GET", "/words/en", user=None).status == 404
+    assert set(cs.WORDS) == set(re.findall(r"(\w+): \"", re.search(r"const LANGUAGES = \{(.*?)\};", SCRIPT)[1])) - {"en"}
 
 
-@needs_fork
-def test_workers_that_end_as_they_begin_are_replaced_more_and_more_slowly(tmp_path):
-    """and a supervisor that is told to stop meanwhile stops at once, and starts none any more"""
-    program = [sys.executable, "-c", "import sys; sys.path.insert(0, %r); import cloudserver as cs; cs.work = lambda *args: 1 / 0; sys.exit(cs.main())"
-               % str(HERE)]
-    served = Served(tmp_path / "d", "--workers", 2, program=program)
-    lines = []
-    for line in served.process.stderr:
-        lines += re.findall(r"another in ([0-9.]+) s", line)
-        if len(lines) == 3:
-            break
-    assert lines == ["0.4", "0.8", "1.6"]
-    began = time.monotonic()
-    served.process.send_signal(signal.SIGTERM)
-    rest = served.process.stderr.read()
-    assert served.stop() == 0 and time.monotonic() - began < 1 and "another" not in rest
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_access_log_that_cannot_be_written_is_said_at_the_start(tmp_path, workers):
-    done = run("serve", "--data", tmp_path / "d", "--port", "0", "--workers", workers, "--access-log", tmp_path / "no/log", timeout=20)
-    assert done.returncode == 1 and "No such file" in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
-
-
-@needs_fork
-def test_workers_end_with_their_supervisor(serve):
-    served = serve("--workers", 2)
-    children = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
-    served.kill()
-    for _ in range(50):
-        if not any(os.path.exists("/proc/%s" % pid) for pid in children):
-            break
-        time.sleep(0.1)
-    else:
-        raise AssertionError("a worker outlived its supervisor")
-
-
-def test_the_data_directory_is_private(serve):
-    """K2"""
-    served = serve()
-    assert is_private(served.data)
-    served.call("PUT", "/dav/a", bytes(100_000))                 # its workers have the database open for good by now
-    assert not [path for path in served.data.rglob("*") if path.is_file() and not is_private(path)]
-
-
-def test_no_log_holds_a_secret(tmp_path):
-    """L1: every log of a run with secrets planted in all the places they travel in"""
-    data, access = tmp_path / "d", tmp_path / "access"
-    served = Served(data, "--access-log", access, "--workers", 1)
-    token = re.search(r"setup#(\S+)", "".join(served.process.stdout.readline() for _ in range(3)))[1]
-    browser = Session(served.address)
-    assert browser.call("POST", "/api/v1/setup", {"token": token, "name": "ann", "password": PASSWORD}).status == 200
-    made = browser.call("POST", "/api/v1/devices", {"name": "phone"}).json()["token"]
-    for authorization in (basic(), basic("ann", made), "Bearer " + made, basic("ann", "wrong-secret-1"), "Bearer wrong-secret-2"):
-        served.call("PUT", "/dav/a?token=secret-in-query", b"secret-in-content", user=None, Authorization=authorization)
-    where = served.call("POST", "/tus", b"", Upload_Length="5", Upload_Metadata=metadata(path="x"), **TUS).headers["location"]
-    served.call("HEAD", where, **TUS)
-    served.process.terminate()
-    logs = served.process.stdout.read() + served.process.stderr.read() + access.read_text()
-    served.stop()
-    assert "login failed" in logs and '"PUT /dav/a HTTP/1.1"' in logs
-    for secret in (token, PASSWORD, browser.cookie.partition("=")[2], made, "wrong-secret", "secret-in", where[5:], basic()[6:]):
-        assert secret not in logs, secret
-
-
-def test_after_a_crash_the_database_is_looked_at(make_cloud):
-    """R22"""
-    cloud = make_cloud()
-    upkeep = cs.Upkeep(cloud)
-    upkeep.hold()
-    cloud.db.run(Statement("INSERT INTO setting VALUES ('unclean', '1')"))
-    upkeep.look_after_crash()
-    assert cloud.db.setting("unclean") is None and not cloud.db.broken
-
-
-def test_metrics_are_for_this_machine(call, cloud, ann):
-    """N6"""
-    assert b"cloudserver_accounts 1\n" in call("GET", "/metrics", user=None).body
-    assert call("GET", "/metrics", user=None, X_Forwarded_For="8.8.8.8").status == 200      # nobody listed a proxy
-    request = cs.Request("GET", ("metrics",), False, "", {}, 1, Body(), "8.8.8.8", True, True)
-    assert outcome(cs.metrics, cloud, cs.ANONYMOUS, request) == "forbidden"
-
-
-def test_the_access_log_is_combined_and_keeps_secrets(serve, tmp_path):
-    """L1, L2, L4"""
-    log = tmp_path / "access.log"
-    served = serve("--access-log", log, "--workers", 1)
-    served.call("PUT", "/dav/a%20b?secret=1", b"hello", User_Agent="x\"y")
-    served.call("GET", "/dav/a%20b")
-    assert served.stop() == 0
-    lines = log.read_text().splitlines()
-    assert re.fullmatch(r'127\.0\.0\.1 - ann \[[^]]+\] "PUT /dav/a%20b HTTP/1\.1" 201 0 "-" "x\?y"', lines[0])
-    assert '"GET /dav/a%20b HTTP/1.1" 200 5' in lines[1] and "secret" not in log.read_text() and is_private(log)
+def test_every_address_of_the_page_answers_with_the_page(call):
+    for path in ("/", "/setup", "/login", "/files", "/files/a%20b/c", "/past/seq:3/a", "/versions/a", "/starred", "/trash", "/activity", "/search?q=x",
+                 "/settings", "/settings/devices", "/login/v2/flow/abc"):
+        answer = call("GET", path, user=None)
+        assert answer.status == 200 and answer.body == PAGE, path
 
 
 # ==== stories over real servers ==========================================================
