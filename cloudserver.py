@@ -11,7 +11,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      3  Grammar         parse_* format_* E read_xml                    text to values and back
      4  Streams         Body FrameReader FileSlice                     bytes on their way
      5  Formats         media_type find_words qr_code zip_archive      what files are made of
-     6  Store           ObjectDirectory Blobs Content                  the only code that opens data files
+     6  Store           Store Directory Blobs Content                  the only code that opens data files
      7  Database        Database Batch SCHEMA MIGRATIONS               two calls: read and write
      8  Accounts        Accounts                                       who is asking
      9  Tree            Tree Copies                                    the tree of files, read and written
@@ -38,7 +38,7 @@ The path of a request:
         3 admit       Route.needs    may they knock?                    401 403
         4 handler     rooms 13-16    words to values, one Cloud call, values to words
               Cloud                  this principal, on this node?      403 404 409 412 423 507
-                  ObjectDirectory    bytes first, no lock held
+                  Store              bytes first, no lock held
                   Database           then guards, rows and one journal line, in one batch
         5 refuse      Route.refuse   how this dialect words a CloudError
 
@@ -1790,31 +1790,69 @@ def long_name(path: Path) -> str:
     return "\\\\?\\UNC\\" + text[2:] if text.startswith("\\\\") else "\\\\?\\" + text
 
 
-class ObjectDirectory:
-    """A blob store of four verbs, put, get, delete and list, over a directory: objects/ab/abcd...-RANDOM.
+class Store:
+    """Where objects are kept: bytes under names.  What is written here is the promise; one suite of tests holds every store
+    to it, and a store elsewhere, such as a bucket, is one more class.
 
-    Names are made by the server alone, and no link is followed (P16).
+    name    HASH-RANDOM, as OBJECT says: made by the server alone and never used again for other bytes.  Nothing is to be
+            found under anything else
+    raises  OSError, whatever fails; FileNotFoundError where there is no object of that name
+    Any number of threads and processes may call at once.
     """
+
+    def create(self) -> None:
+        """Make what objects need to be kept, durably; what is there already is left as it is."""
+        raise NotImplementedError
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        """Store an object: when it returns, the object survives a loss of power, and everybody finds it.
+
+        The same bytes under the same name once more change nothing.  If it raises, nothing is found under the name; who is
+        killed meanwhile may leave what only list() and delete() see.
+        """
+        raise NotImplementedError
+
+    def get(self, name: str) -> BinaryIO:
+        """Open an object as an unbuffered file with a descriptor, all of it, to be read from anywhere: a store elsewhere fetches
+        it first.  Whether the bytes are right is for the caller to find out."""
+        raise NotImplementedError
+
+    def has(self, name: str) -> bool:
+        """Is there an object of that name?"""
+        raise NotImplementedError
+
+    def delete(self, name: str) -> None:
+        """Remove an object, or what is left of one; what is gone already is fine.  Who has it open reads on, or it raises."""
+        raise NotImplementedError
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """The names that begin so, in no order, and "." and the name of what was left half made; what comes or goes
+        meanwhile may be among them.  Objects may be deleted on the way."""
+        raise NotImplementedError
+
+
+class Directory(Store):
+    """A store in a directory: ab/abcd...-RANDOM.  No link is followed (P16)."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
 
     def create(self) -> None:
-        """Make the directories, durably."""
+        if (self.home / SHARDS[-1]).exists():
+            return
         make_directory(self.home, 0o700)
-        for shard in range(256):
-            (self.home / ("%02x" % shard)).mkdir(mode=0o700, exist_ok=True)
+        for shard in SHARDS:
+            (self.home / shard).mkdir(mode=0o700, exist_ok=True)
         sync_directory(self.home)
 
     def _place(self, name: str) -> Path:
-        """Where an object lies.  raises FileNotFoundError for what is no name of an object: nothing of that name is there"""
-        if not _OBJECT.fullmatch(name):
+        if not OBJECT.fullmatch(name):
             raise FileNotFoundError(errno.ENOENT, "not the name of an object", name)
-        return self.home / name.lstrip(".")[:2] / name           # a file that is being written begins with a dot
+        return self.home / name[:2] / name
 
     def put(self, name: str, data: bytes | memoryview) -> None:
-        """Store an object durably.  raises OSError; then nothing of that name is there."""
-        place, temporary = self._place(name), self._place("." + name)
+        place = self._place(name)
+        temporary = place.with_name("." + name)
         with suppress(FileNotFoundError):                # a leftover of somebody who was killed
             insist(os.unlink, temporary)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_EXTRA, 0o600)
@@ -1835,7 +1873,6 @@ class ObjectDirectory:
         sync_directory(place.parent)
 
     def get(self, name: str) -> BinaryIO:
-        """Open an object.  raises FileNotFoundError."""
         return open(os.open(self._place(name), os.O_RDONLY | O_EXTRA), "rb", buffering=0)
 
     def has(self, name: str) -> bool:
@@ -1845,22 +1882,21 @@ class ObjectDirectory:
             return False
 
     def delete(self, name: str) -> None:
-        """Remove an object; one that is gone already is fine.  raises OSError, e.g. while another program has it open"""
         with suppress(FileNotFoundError):
-            insist(os.unlink, self._place(name))
+            insist(os.unlink, self._place(name.lstrip(".")).with_name(name))
 
-    def list(self, shard: str) -> Iterator[tuple[str, int, int]]:
-        """(name, bytes, ms since 1970 of its last change) of each object in one of the shards 00 to ff."""
-        with os.scandir(self.home / shard) as entries:
-            for entry in entries:
-                if not _OBJECT.fullmatch(entry.name):
-                    continue                             # not ours
-                about = entry.stat(follow_symlinks=False)
-                yield entry.name, about.st_size, about.st_mtime_ns // 1_000_000
+    def list(self, prefix: str = "") -> Iterator[str]:
+        for shard in SHARDS:
+            if shard.startswith(prefix[:2]):
+                for name in os.listdir(self.home / shard):
+                    if OBJECT.fullmatch(name.lstrip(".")) and name.lstrip(".").startswith(prefix):
+                        yield name
 
 
-_OBJECT = re.compile(r"\.?[0-9a-f]{64}-[0-9a-f]{1,32}")
+OBJECT = re.compile(r"[0-9a-f]{64}-[0-9a-f]{1,32}")
+SHARDS = ["%02x" % number for number in range(256)]
 O_EXTRA = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
 
 UNCERTAIN = ("storage-failed", "internal")       # kinds of failure after which a batch may have been written after all
 
@@ -1868,7 +1904,7 @@ UNCERTAIN = ("storage-failed", "internal")       # kinds of failure after which 
 class Blobs:
     """Bytes to chunks and back, over one store; the lane is where hashing and writing happen beside receiving."""
 
-    def __init__(self, store: ObjectDirectory) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
         self.lane = ThreadPoolExecutor(max_workers=4, thread_name_prefix="bytes")
         self._verified: dict[str, tuple[int, int]] = {}      # object: (size, mtime) when its hash was right
@@ -3796,11 +3832,10 @@ class Tree:
         """
         self.config, self.clock = config, clock or Clock()
         check_presence(config.data, how)
-        store = ObjectDirectory(config.data / "objects")
+        store = Directory(config.data / "objects")
         if how != "read":
             claim_directory(config.data)
-            if not (config.data / "objects" / "ff").exists():
-                store.create()
+            store.create()
         self.blobs = Blobs(store)
         self.db = Database(config.data / "cloud.db", self.clock, readonly=how == "read")
         self.accounts = Accounts(self.db, self.clock)
@@ -10760,7 +10795,7 @@ class Upkeep:
     def _find_orphans(self, prefix: str, now: int) -> None:
         """Objects without a row: uploads that broke off, or losers of a race.  They may yet get one."""
         found = []
-        for name, _, _ in self.cloud.blobs.store.list(prefix):
+        for name in self.cloud.blobs.store.list(prefix):
             if not self._is_object(name) and not self.db.read("SELECT 1 FROM grave WHERE object = ?", (name,)):
                 found.append((name, now + KEEP_ORPHANS))
         for piece in pieces(found):
@@ -11787,11 +11822,11 @@ def names_of(cloud: Cloud, where: str, params: tuple[Any, ...]) -> Iterator[str]
 class Copying:
     """Objects on their way into a store.  One that is missing, damaged or cannot be read costs only itself, and is noted."""
 
-    def __init__(self, target: ObjectDirectory) -> None:
+    def __init__(self, target: Store) -> None:
         self.target, self.count, self.size = target, 0, 0
         self.bad: dict[str, str] = {}                        # {hash: what is wrong with it}
 
-    def run(self, source: ObjectDirectory, rows: Iterable[tuple[str, int, str]]) -> None:
+    def run(self, source: Store, rows: Iterable[tuple[str, int, str]]) -> None:
         """Copy what the target lacks of (hash, bytes, name).  raises OSError when the target cannot be written"""
         rows = [row for row in rows if not self.target.has(row[2])]
         progress = Progress("copy", sum(size for _, size, _ in rows))
@@ -11807,7 +11842,7 @@ class Copying:
         progress.end()
 
 
-def read_object(store: ObjectDirectory, name: str, hash: str) -> tuple[bytes, str | None]:
+def read_object(store: Store, name: str, hash: str) -> tuple[bytes, str | None]:
     """(the bytes of an object, what is wrong with it or None)"""
     try:
         with store.get(name) as file:
@@ -11855,7 +11890,7 @@ def back_up(cloud: Cloud, to: Path) -> tuple[int, int, list[str]]:
         db.execute("PRAGMA main.synchronous = EXTRA")        # the journal's name is gone from the disk, too, before it is done
         prepare_backup(db, to)
         with sweep_held(cloud):
-            copying = Copying(ObjectDirectory(to / "objects"))
+            copying = Copying(Directory(to / "objects"))
             copying.target.create()
             copying.run(cloud.blobs.store, cloud.db.each(OBJECTS))           # most of it, holding nothing
             db.execute("BEGIN IMMEDIATE")
@@ -11943,12 +11978,11 @@ def copy_rows(db: sqlite3.Connection, table: str) -> str:
     return 'INSERT INTO main."%s" (%s) SELECT %s FROM live."%s"' % (table, columns, columns, table)
 
 
-def prune_objects(store: ObjectDirectory, db: sqlite3.Connection) -> None:
+def prune_objects(store: Store, db: sqlite3.Connection) -> None:
     """Remove objects that no row of a backup names."""
-    for shard in range(256):
-        for name, _, _ in list(store.list("%02x" % shard)):
-            if not db.execute("SELECT 1 FROM chunk WHERE hash = ? AND object = ?", (name[:64], name)).fetchone():
-                store.delete(name)
+    for name in store.list():
+        if not db.execute("SELECT 1 FROM chunk WHERE hash = ? AND object = ?", (name[:64], name)).fetchone():
+            store.delete(name)
 
 
 def restore_backup(source: Path, config: Config) -> list[str]:
@@ -11963,7 +11997,7 @@ def restore_backup(source: Path, config: Config) -> list[str]:
         raise CloudError("conflict", "%s holds a cloud already; restore into an empty directory" % config.data)
     check_apart(config.data, source)
     claim_directory(config.data)
-    copying = Copying(ObjectDirectory(config.data / "objects"))
+    copying = Copying(Directory(config.data / "objects"))
     copying.target.create()
     partial = config.data / "cloud.db.partial"
     partial.unlink(missing_ok=True)
@@ -11972,7 +12006,7 @@ def restore_backup(source: Path, config: Config) -> list[str]:
         with opened_to_read(source / "cloud.db") as backup:
             backup.backup(db)
         check_version(db.execute("PRAGMA user_version").fetchone()[0])
-        copying.run(ObjectDirectory(source / "objects"), db.execute(OBJECTS))
+        copying.run(Directory(source / "objects"), db.execute(OBJECTS))
     except sqlite3.Error as error:
         raise CloudError("storage-failed", "%s is no whole backup (%s)" % (source, error)) from error
     finally:
@@ -12012,7 +12046,7 @@ UNKNOWN_CHUNKS = (  # chunks that files name and no row knows, with their sizes
 
 def look_in_backup(cloud: Cloud, source: Path, wanted: dict[str, int]) -> dict[str, Callable[[], bytes]]:
     """Which of some chunks {hash: bytes} a backup or data directory has whole."""
-    store, found = ObjectDirectory(source / "objects"), {}
+    store, found = Directory(source / "objects"), {}
     with opened_to_read(source / "cloud.db") as db:
         for hash in wanted:
             for name, data in db.execute("SELECT object, data FROM chunk WHERE hash = ?", (hash,)):
