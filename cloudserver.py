@@ -442,8 +442,8 @@ def reason_of(error: Exception) -> str:
 # ---- the head of a request (RFC 9112 s2-s5)
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE = re.compile(r"(%s) ([\x21\x22\x24-\x7e]+) HTTP/(\d)\.(\d)\r\n" % _TOKEN)
-_FIELD = re.compile(r"(?<=\n)(%s):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n" % _TOKEN)
+_REQUEST_LINE = re.compile(r"(%s) ([\x21\x22\x24-\x7e]+) HTTP/(\d\.\d)\r\n" % _TOKEN)
+_FIELD = re.compile(r"(?m)^(%s):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n" % _TOKEN)
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z.\-_]+)(?::\d{1,5})?")
 _LENGTH = re.compile(r"[0-9]{1,19}")
 
@@ -454,36 +454,36 @@ LIST_FIELDS = frozenset("accept accept-charset accept-encoding accept-language c
 LINE_LIMIT, HEAD_LIMIT, FIELD_LIMIT = 16 * KiB, 64 * KiB, 100
 
 
-class Head(NamedTuple):
-    """The first lines of a request, checked."""
-    method: str
-    target: str
-    minor: int                   # of HTTP/1.minor
-    fields: dict[str, str]       # names in lower case
-
-
 def refuse_head(kind: str, message: str) -> CloudError:
     return CloudError(kind, message, close=True)
 
 
-def parse_head(head: bytes) -> Head:
-    """Read request line and fields, up to and with the empty line (security.md H1-H8, H16).
+def parse_request_line(line: bytes) -> tuple[str, str, int]:
+    """(method, target, minor of HTTP/1.minor) (security.md H1-H8).
 
     raises  CloudError, always with close: what follows on this connection cannot be trusted
     """
-    text = head.decode("latin-1")
-    line = _REQUEST_LINE.match(text)
-    if not line:
+    found = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
+    if not found:
         raise refuse_head("bad-request", "malformed request line")
-    method, target, major, minor = line.groups()
-    if major != "1" or minor not in "01":
+    method, target, version = found.groups()
+    if version not in ("1.1", "1.0"):
         raise refuse_head("http-version", "this server speaks HTTP/1.1")
-    if line.end() > LINE_LIMIT:
+    if len(line) > LINE_LIMIT:
         raise refuse_head("uri-too-long", "request line over %d bytes" % LINE_LIMIT)
     if method not in METHODS:
         raise refuse_head("not-implemented", "unknown method")
-    found = _FIELD.findall(text, line.end() - 1)
-    if len(found) != text.count("\n", line.end()) - 1:       # each line is a field, or the empty one at the end
+    return method, target, int(version[2])
+
+
+def parse_fields(block: bytes, minor: int) -> dict[str, str]:
+    """{name in lower case: value} of the lines of a head after its first, up to and with the empty one (H5, H16).
+
+    raises  CloudError, always with close
+    """
+    text = block.decode("latin-1")
+    found = _FIELD.findall(text)
+    if len(found) != text.count("\n") - 1:                   # each line is a field, or the empty one at the end
         raise refuse_head("bad-request", "malformed header field")
     values = {name.lower(): value.strip(" \t") for name, value in found}
     if len(values) != len(found):
@@ -491,9 +491,9 @@ def parse_head(head: bytes) -> Head:
     if len(found) > FIELD_LIMIT:
         raise refuse_head("headers-too-large", "over %d header fields" % FIELD_LIMIT)
     host = values.get("host")
-    if host is None and minor == "1" or host is not None and not _HOST.fullmatch(host):
+    if host is None and minor or host is not None and not _HOST.fullmatch(host):
         raise refuse_head("bad-request", "missing or malformed Host")
-    return Head(method, target, int(minor), values)
+    return values
 
 
 def join_fields(found: list[tuple[str, str]]) -> dict[str, str]:
@@ -508,16 +508,16 @@ def join_fields(found: list[tuple[str, str]]) -> dict[str, str]:
     return values
 
 
-def parse_framing(head: Head) -> int | None:
+def parse_framing(fields: dict[str, str], minor: int) -> int | None:
     """How long is the body?  0 none, n bytes, None chunked (RFC 9112 s6; H9-H11)."""
-    length, coding = head.fields.get("content-length"), head.fields.get("transfer-encoding")
+    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
     if coding is None:
         if length is None:
             return 0
         if not _LENGTH.fullmatch(length):
             raise refuse_head("bad-request", "malformed Content-Length")
         return int(length)
-    if length is not None or head.minor == 0:
+    if length is not None or minor == 0:
         raise refuse_head("bad-request", "Transfer-Encoding does not go with that")
     if coding.lower() != "chunked":
         raise refuse_head("not-implemented", "only the chunked transfer coding is known")
@@ -2034,10 +2034,13 @@ class Content:
         more    a function from an offset to some chunks in order, the first of which holds that byte
         """
         self.blobs, self.size, self.only, self.more = blobs, size, only, more
+        self._checked: bytes | None = None           # those of a row that are what its name says
 
     def inline(self) -> bytes | None:
         """All bytes at once, if they lie in a row of the database.  raises CloudError if they are damaged"""
-        return None if self.only is None or self.only.data is None else check_inline(self.only)
+        if self._checked is None and self.only is not None and self.only.data is not None:
+            self._checked = check_inline(self.only)
+        return self._checked
 
     def slices(self, start: int = 0, stop: int | None = None) -> Iterator[bytes | FileSlice]:
         """The bytes of [start, stop) in pieces to send.  raises CloudError if one is missing or damaged"""
@@ -2149,6 +2152,8 @@ def storage_error(error: OSError) -> CloudError:
 #    No body reads the database on its way: the connection that writes is the only one at work.
 # 4. Between processes a lock file queues commits, and checkpoints happen inside commits: the two never overlap.
 # 5. Ids and times come from the process as parameters, never from the database.
+# 6. What was read before may be used again as long as no process has written since: the lock for writing counts, before
+#    and after.  What ends by time is looked at each time.
 
 SCHEMA = """
 CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -2286,6 +2291,7 @@ INDEXES = (  # made where SQLite can: parts of names; words of contents
 GROUP_LIMIT = 64                # batches in one commit
 ATTEMPTS = 50                   # times a batch may find that somebody was faster
 PIECE = 500                     # rows that are asked for, or touched, at a time
+RECENT_LARGEST, RECENT_MOST = 64 * KiB, 16 * MiB        # bytes of an answer that is remembered, and of all
 
 
 def pieces(rows: Sequence[Any], size: int = PIECE) -> Iterator[list[Any]]:
@@ -2362,6 +2368,48 @@ class FileLock:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+class CountingLock(FileLock):
+    """A lock whose file counts, in memory that all processes map, how often it was taken and given back (a seqcount).
+
+    The word is odd while somebody has the lock, or died with it; what was read at an even word holds as long as that stands.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._memory, self.count = None, [1]     # where files cannot be shared as memory, nothing holds
+        with suppress(OSError, ValueError):
+            if os.fstat(self._fd).st_size < 4:
+                os.write(self._fd, bytes(4))     # not a hole: a full disk would end who writes into one
+            self._memory = mmap.mmap(self._fd, 4)
+            self.count = memoryview(self._memory).cast("I")
+
+    def acquire(self, *, wait: bool = True) -> bool:
+        taken = super().acquire(wait=wait)
+        if taken and self._memory:
+            self.count[0] = (self.count[0] + 1 | 1) & 0xFFFFFFFF
+        return taken
+
+    def release(self) -> None:
+        if self._memory:
+            self.count[0] = self.count[0] + 1 & 0xFFFFFFFF
+        super().release()
+
+    def close(self) -> None:
+        if self._memory:
+            self.count.release()
+            self.count = [1]
+            self._memory.close()
+        super().close()
+
+
+class Recent:
+    """What was read at one word of the lock, by key."""
+    __slots__ = ("word", "values", "weight")
+
+    def __init__(self, word: int) -> None:
+        self.word, self.values, self.weight = word, {}, 0
 
 
 class Statement(NamedTuple):
@@ -2454,6 +2502,7 @@ class Database:
         self._committing = False
         self.broken = ""                                    # why nothing is written any more (R4)
         self._index: bool | None = None                      # is there an index of names?
+        self._recent = Recent(1)                             # an odd word: never trusted
         self._last_id, self._drawing = 0, threading.Lock()
         self._slot = secrets.randbelow(4096)
         try:
@@ -2463,7 +2512,7 @@ class Database:
         self._resume_clock()
 
     def _open_to_write(self) -> None:
-        self._lock = FileLock(self.path.parent / "write.lock")
+        self._lock = CountingLock(self.path.parent / "write.lock")
         with self._locked():
             try:
                 self._writer = self._connect(writes=True)
@@ -2491,6 +2540,25 @@ class Database:
             raise self._failed(error) from error
         finally:
             self._idle.append(db)
+
+    def recall(self, key: Any, ask: Callable[[], Any], weigh: Callable[[Any], int]) -> Any:
+        """What `ask` reads from here; for a while not asked again while nobody writes (invariant 6).
+
+        weigh   how many bytes an answer takes; what is over RECENT_LARGEST is not kept
+        """
+        word = 1 if self.readonly else self._lock.count[0]   # before anything is read
+        recent = self._recent
+        if word == recent.word:
+            value = recent.values.get(key)
+            if value is not None:
+                return value
+        value = ask()
+        weight = weigh(value)
+        if not word & 1 and weight <= RECENT_LARGEST:
+            if recent.word != word or recent.weight + weight > RECENT_MOST:
+                recent = self._recent = Recent(word)
+            recent.values[key], recent.weight = value, recent.weight + weight
+        return value
 
     @contextmanager
     def snapshot(self) -> Iterator[Callable[..., Iterator[tuple[Any, ...]]]]:
@@ -3895,6 +3963,9 @@ class Tree:
 
     def open(self, who: Principal, path: tuple[str, ...]) -> tuple[Node, Content | None]:
         """A file and its bytes; None in place of bytes for a collection.  raises CloudError not-found"""
+        return self.db.recall((who.account, who.root, who.scoped, path), lambda: self._open(who, path), weight_of)
+
+    def _open(self, who: Principal, path: tuple[str, ...]) -> tuple[Node, Content | None]:
         spot = self._spot(who, path, content=True)
         node = self._found(spot)
         return node, None if node.kind else self._content(node, spot.chunk)
@@ -4737,6 +4808,12 @@ class Tree:
             sum = sums.setdefault(node, [0, 0])
             sum[0] += size
             sum[1] += files
+
+
+def weight_of(opened: tuple[Node, Content | None]) -> int:
+    """What a file that is kept open in memory takes there, bytes."""
+    node, content = opened
+    return KiB + (node.size if content is not None and content.only is not None and content.only.data is not None else 0)
 
 
 def unchanged(spot: Spot) -> Statement:
@@ -7012,25 +7089,34 @@ class Disconnected(Exception):
     """The peer went away, or is too slow to be waited for."""
 
 
+class Envelope(NamedTuple):
+    """What the fields of a head say, whatever its first line does: who sends it, from where, how it is framed."""
+    minor: int = 1                   # of HTTP/1.minor
+    fields: dict[str, str] = {}      # names in lower case; shared by the requests that say the same, so never changed
+    address: str = "-"               # of the client, seen through listed proxies
+    https: bool = False              # did the client speak HTTPS?
+    safe: bool = False               # may a password travel this way?
+    prefix: tuple[str, ...] = ()     # what a proxy cuts off every address: a server below /cloud/
+    length: int | None = 0           # bytes of the body; None: in chunks
+    expects: bool = False            # does the client wait for 100 Continue?
+    block: bytes = b""               # the lines themselves
+
+
 class Request:
     """One request, parsed and checked; what a handler sees of HTTP."""
-    __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "site", "who",
-                 "id", "values", "gone", "began", "prefix", "refusal", "share", "room")
+    __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "site",
+                 "who", "id", "values", "sock", "began", "prefix", "refusal", "share", "room")
 
-    def __init__(self, method: str, path: tuple[str, ...], slash: bool, query: str, fields: dict[str, str], minor: int,
-                 body: Body, address: str, https: bool, safe: bool, site: "Site | None" = None) -> None:
-        self.method, self.path, self.slash, self.query, self.fields = method, path, slash, query, fields
-        self.minor, self.body = minor, body
-        self.address = address           # of the client, seen through listed proxies
-        self.https = https               # did the client speak HTTPS?
-        self.safe = safe                 # may a password travel this way?
-        self.site = site                 # knows the names of this server
+    def __init__(self, method: str, target: tuple[tuple[str, ...], bool, str], envelope: "Envelope", body: Body,
+                 site: "Site | None" = None, sock: socket.socket | None = None) -> None:
+        self.method, self.body, self.site, self.sock = method, body, site, sock
+        self.path, self.slash, self.query = target
+        self.minor, self.fields, self.prefix = envelope.minor, envelope.fields, envelope.prefix
+        self.address, self.https, self.safe = envelope.address, envelope.https, envelope.safe
         self.who = ANONYMOUS             # for the access log
         self.id = ""                     # names the request in the log, if it fails
         self.values: dict[str, Any] = {} # declared arguments of the route
-        self.gone: Callable[[], bool] = lambda: False    # has the client closed its side?
         self.began = time.monotonic()
-        self.prefix: tuple[str, ...] = ()        # what a proxy cuts off every address: a server below /cloud/
         self.refusal: CloudError | None = None   # why its target is none, if it is
         self.share: Any = None                   # whose share of this process it has, until it is answered
         self.room: int | None = None             # the account that it receives a large body for, until it is answered
@@ -7048,7 +7134,7 @@ class Request:
         taken = time.monotonic() - self.began
         if taken > seconds:
             raise CloudError("busy", "this takes too long; ask for less", retry_after=60)
-        if taken > LONG and self.gone():
+        if taken > LONG and self.sock is not None and has_left(self.sock):
             raise Disconnected
 
     def __getitem__(self, name: str) -> str | None:
@@ -7072,11 +7158,12 @@ class Request:
 
 class Response:
     """One answer.  body: bytes, or pieces to send one after the other; length: of all pieces, None if unknown."""
-    __slots__ = ("status", "fields", "body", "length", "close")
+    __slots__ = ("status", "fields", "lines", "body", "length", "close")
 
     def __init__(self, status: int = 200, body: bytes | Iterator[bytes | FileSlice] = b"",
-                 fields: dict[str, str] | None = None, *, length: int | None = None) -> None:
+                 fields: dict[str, str] | None = None, *, length: int | None = None, lines: str = "") -> None:
         self.status, self.body, self.fields = status, body, fields if fields is not None else {}
+        self.lines = lines               # fields that are written out already
         self.length = len(body) if isinstance(body, bytes) else length
         self.close = False
 
@@ -7444,32 +7531,41 @@ def kept_response(request: Request, body: bytes, fields: dict[str, str]) -> Resp
 
 def content_response(request: Request, node: Node, content: Content) -> Response:
     """Serve a version of a file: conditions, ranges and safe headers (RFC 9110 s13, s14; W1)."""
-    etag = '"%s"' % node.etag
-    fields = {"ETag": etag, "Last-Modified": format_http_date(node.mtime), "Accept-Ranges": "bytes",
-              "Cache-Control": PRIVATE}
     given = read_conditions(request)
     if given is not ANY:
         answer = unmet(given, node)
         if answer == 304:
-            return Response(304, b"", fields)
+            return Response(304, b"", version_fields(node.etag, node.mtime))
         if answer:
             raise CloudError("precondition-failed", "it has changed")
-    media = node.media or "application/octet-stream"
-    plain = media.startswith("text/") and media != "text/html"
-    fields["Content-Type"] = "text/plain; charset=utf-8" if plain else media
-    fields["Content-Disposition"] = format_disposition(node.name, inline=plain or media in INLINE_MEDIA)
-    fields["Content-Security-Policy"] = SANDBOX
-    fields["Cross-Origin-Resource-Policy"] = "same-origin"
     if "range" in request.fields and request.method == "GET" and may_range(request["if-range"], node):
         ranges = parse_ranges(request["range"], node.size)
         if ranges:
-            return range_response(fields, content, ranges)
+            return range_response({**version_fields(node.etag, node.mtime), **content_fields(node.media, node.name)}, content, ranges)
+    lines = content_lines(node.etag, node.mtime, node.media, node.name)
     if request.method == "HEAD":
-        return Response(200, iter(()), fields, length=node.size)
+        return Response(200, iter(()), length=node.size, lines=lines)
     data = content.inline()
     if data is not None:
-        return Response(200, data, fields)
-    return Response(200, begun(content.slices()), fields, length=content.size)
+        return Response(200, data, lines=lines)
+    return Response(200, begun(content.slices()), length=content.size, lines=lines)
+
+
+def version_fields(etag: str, mtime: int) -> dict[str, str]:
+    return {"ETag": '"%s"' % etag, "Last-Modified": format_http_date(mtime), "Accept-Ranges": "bytes", "Cache-Control": PRIVATE}
+
+
+def content_fields(media: str | None, name: str) -> dict[str, str]:
+    media = media or "application/octet-stream"
+    plain = media.startswith("text/") and media != "text/html"
+    return {"Content-Type": "text/plain; charset=utf-8" if plain else media,
+            "Content-Disposition": format_disposition(name, inline=plain or media in INLINE_MEDIA),
+            "Content-Security-Policy": SANDBOX, "Cross-Origin-Resource-Policy": "same-origin"}
+
+
+@lru_cache(maxsize=4096)
+def content_lines(etag: str, mtime: int, media: str | None, name: str) -> str:
+    return format_fields({**version_fields(etag, mtime), **content_fields(media, name)})
 
 
 def begun(parts: Iterator[bytes | FileSlice]) -> Iterator[bytes | FileSlice]:
@@ -7773,6 +7869,9 @@ class RequestBody(Body):
         return self.ended
 
 
+NO_BODY = RequestBody(Parser(), Source(), 0, False)
+
+
 def read_target(target: str) -> tuple[str, tuple[str, ...], bool, str, CloudError | None]:
     """parse_target, and None; or of a target that is refused the names before the first bad one, and why.
 
@@ -7817,12 +7916,13 @@ class Connection:
         SENDING       the peer takes an answer slowly; then HEAD, or LINGER if not `keep`
         LINGER      the answer has gone; the peer gets a moment to read it before the connection ends (H18)
     """
-    __slots__ = ("sock", "peer", "parser", "phase", "until", "wanted", "out", "keep", "continued", "writes", "_patient")
+    __slots__ = ("sock", "peer", "parser", "envelope", "phase", "until", "wanted", "out", "keep", "continued", "writes", "_patient")
 
     def __init__(self, sock: socket.socket, address: Any, phase: int) -> None:
         self.sock, self.phase, self.parser = sock, phase, Parser()
         peer = address[0].partition("%")[0]
         self.peer = peer[7:] if peer.startswith("::ffff:") else peer
+        self.envelope = Envelope()               # of its last request
         self.until = 0.0                         # when its phase ends, at the latest
         self.wanted, self.out, self.keep, self.continued = 0, memoryview(b""), False, False
         self.writes = False                      # in HANDSHAKE: it waits for room to send
@@ -7977,29 +8077,36 @@ class Handler(BaseHTTPRequestHandler, Source):
                 self.link.seize()
         return head
 
-    def _read_request(self, data: bytes) -> Request:
-        head = parse_head(data)
-        length = parse_framing(head)
-        expect = head.fields.get("expect")
-        if expect is not None and (expect.lower() != "100-continue" or head.minor == 0):
-            raise CloudError("expectation-failed", "only 100-continue can be expected")
-        if head.target == "*" and head.method == "OPTIONS":
+    def _read_request(self, head: bytes) -> Request:
+        end, envelope, site = head.find(b"\n") + 1, self.link.envelope, self.server.site
+        method, target, minor = parse_request_line(head[:end])
+        block = head[end:]
+        if block != envelope.block or minor != envelope.minor:
+            envelope = self.link.envelope = self._read_envelope(block, minor)
+        if target == "*" and method == "OPTIONS":
             authority, path, slash, query, refusal = "", (), True, "", None
         else:
-            authority, path, slash, query, refusal = read_target(head.target)
+            authority, path, slash, query, refusal = read_target(target)
         if authority:
-            head.fields["host"] = authority
-        site = self.server.site
-        if not site.knows(head.fields.get("host", "localhost")):
+            envelope = envelope._replace(fields={**envelope.fields, "host": authority})
+        if not site.knows(envelope.fields.get("host", "localhost")):
             raise CloudError("misdirected", "this server does not go by that name; see --hostname")
-        address, https, safe = site.locate(self.peer, self.server.tls is not None, head.fields)
-        body = RequestBody(self.parser, self, length, expect is not None and not self.link.continued)
-        if length != 0:
+        body: Body = NO_BODY
+        if envelope.length != 0:
+            body = RequestBody(self.parser, self, envelope.length, envelope.expects and not self.link.continued)
             self.pace, self.hurried = Pace(BODY_WINDOW), False
-        request = Request(head.method, path, slash, query, head.fields, head.minor, body, address, https, safe, site)
-        request.gone, request.refusal = partial(has_left, self.sock), refusal
-        request.prefix = site.prefix(self.peer, head.fields)
+        request = Request(method, (path, slash, query), envelope, body, site, self.sock)
+        request.refusal = refusal
         return request
+
+    def _read_envelope(self, block: bytes, minor: int) -> Envelope:
+        """What the fields say; mostly they are those of the request before, and this is not asked.  raises CloudError"""
+        site, fields = self.server.site, parse_fields(block, minor)
+        length, expect = parse_framing(fields, minor), fields.get("expect")
+        if expect is not None and (expect.lower() != "100-continue" or minor == 0):
+            raise CloudError("expectation-failed", "only 100-continue can be expected")
+        address, https, safe = site.locate(self.peer, self.server.tls is not None, fields)
+        return Envelope(minor, fields, address, https, safe, site.prefix(self.peer, fields), length, expect is not None, block)
 
     def receive_into(self, buffer: memoryview) -> int:
         if not self.hurried:
@@ -8143,18 +8250,23 @@ def has_left(sock: socket.socket) -> bool:
 
 def format_head(response: Response, chunked: bool, keep: bool) -> bytes:
     """Status line and fields, to the empty line (H21, H23)."""
-    lines = ["%s: %s\r\n" % item for item in response.fields.items()]
+    framing = ""
     if chunked:
-        lines.append("Transfer-Encoding: chunked\r\n")
+        framing = "Transfer-Encoding: chunked\r\n"
     elif response.length is not None and response.status not in (204, 304):
-        lines.append("Content-Length: %d\r\n" % response.length)
+        framing = "Content-Length: %d\r\n" % response.length
     if not keep:
-        lines.append("Connection: close\r\n")
-    text = "".join(lines)
-    if text.count("\n") != len(lines) or text.count("\r") != len(lines) or "\0" in text:
+        framing += "Connection: close\r\n"
+    lines = response.lines + format_fields(response.fields) if response.fields else response.lines
+    return (STATUS_LINES[response.status] + lines + framing + ALWAYS + date_line(int(time.time()))).encode("latin-1")
+
+
+def format_fields(fields: dict[str, str]) -> str:
+    """Fields as lines.  raises CloudError internal for one that would be several"""
+    lines = "".join(["%s: %s\r\n" % item for item in fields.items()])
+    if lines.count("\n") != len(fields) or lines.count("\r") != len(fields) or "\0" in lines:
         raise CloudError("internal", "a header field holds a line break")
-    now = int(time.time())
-    return (STATUS_LINES[response.status] + text + ALWAYS + date_line(now)).encode("latin-1")
+    return lines
 
 
 @lru_cache(maxsize=2)
@@ -8163,7 +8275,7 @@ def date_line(second: int) -> str:
 
 
 QUICKACK = getattr(socket, "TCP_QUICKACK", None)
-NO_REQUEST = Request("-", (), False, "", {}, 1, Body(), "-", False, False)
+NO_REQUEST = Request("-", ((), False, ""), Envelope(), Body())
 
 
 @route("OPTIONS", "/", needs="nothing")

@@ -582,6 +582,13 @@ def test_a_compiled_copy_counts_only_if_it_is_ours(starter, how):
 HEAD = b"GET /a HTTP/1.1\r\nHost: localhost\r\n"
 
 
+def read_head(head):
+    """(method, target, minor, fields) of a whole head."""
+    line, block = head[:head.index(b"\n") + 1], head[head.index(b"\n") + 1:]
+    first = cs.parse_request_line(line)
+    return (*first, cs.parse_fields(block, first[2]))
+
+
 @pytest.mark.parametrize("head, want", [
     (HEAD + b"\r\n", ("GET", "/a", 1)),
     (HEAD + b"X-A: \t b \t\r\n\r\n", ("GET", "/a", 1)),
@@ -613,16 +620,16 @@ HEAD = b"GET /a HTTP/1.1\r\nHost: localhost\r\n"
     (HEAD + b"Range: bytes=0-1\r\nRange: bytes=0-1\r\n\r\n", "bad-request"),  # H16
 ])
 def test_parse_head(head, want):
-    found = outcome(cs.parse_head, head)
-    assert found == want or found[:2] + found[2:3] == want
+    found = outcome(read_head, head)
+    assert found == want or found[:3] == want
 
 
 def test_an_underscore_in_a_field_name_is_not_a_dash():
-    assert "content-length" not in cs.parse_head(HEAD + b"Content_Length: 5\r\n\r\n").fields      # H16
+    assert "content-length" not in read_head(HEAD + b"Content_Length: 5\r\n\r\n")[3]      # H16
 
 
 def test_list_fields_may_be_repeated():
-    fields = cs.parse_head(HEAD + b"Accept: a\r\nAccept: b\r\nCookie: x=1\r\nCookie: y=2\r\n\r\n").fields
+    fields = read_head(HEAD + b"Accept: a\r\nAccept: b\r\nCookie: x=1\r\nCookie: y=2\r\n\r\n")[3]
     assert (fields["accept"], fields["cookie"]) == ("a, b", "x=1; y=2")
 
 
@@ -636,7 +643,7 @@ def test_list_fields_may_be_repeated():
     ({"transfer-encoding": "chunked", "content-length": "5"}, 1, "bad-request"),                  # H11
 ])
 def test_parse_framing(fields, minor, want):
-    assert outcome(cs.parse_framing, cs.Head("PUT", "/", minor, fields)) == want
+    assert outcome(cs.parse_framing, fields, minor) == want
 
 
 @pytest.mark.parametrize("line, want", [
@@ -1173,6 +1180,61 @@ def db(tmp_path):
     database = Database(tmp_path / "cloud.db", Clock())
     yield database
     database.close()
+
+
+def test_a_lock_counts_for_every_process_how_often_it_was_taken(tmp_path):
+    one, other = cs.CountingLock(tmp_path / "lock"), cs.CountingLock(tmp_path / "lock")
+    assert one.count[0] == other.count[0] == 0
+    one.acquire()
+    assert other.count[0] == 1 and other.count[0] & 1
+    one.release()
+    assert other.count[0] == 2
+    one.acquire()
+    one.close()                                  # as when its process is killed: nobody knows what it did
+    assert other.count[0] == 3
+    other.acquire()
+    assert other.count[0] == 5
+    other.release()
+    assert other.count[0] == 6
+    other.count[0] = 0xFFFFFFFE
+    other.acquire(), other.release()
+    assert other.count[0] == 0
+    other.close()
+
+
+def test_what_was_read_is_asked_again_once_anybody_may_have_written(db, tmp_path):
+    other, asked = Database(tmp_path / "cloud.db", Clock()), []
+
+    def look(weight=1):
+        return db.recall("key", lambda: asked.append(1) or db.setting("name"), lambda value: weight)
+
+    def put(value):
+        other.run(cs.Statement("INSERT INTO setting (name, value) VALUES ('name', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (value,)))
+    put("a")
+    assert (look(), look(), len(asked)) == ("a", "a", 1)
+    put("b")
+    assert (look(), look(), len(asked)) == ("b", "b", 2)
+    other._lock.acquire()                        # under way, or killed on the way
+    assert (look(), look(), len(asked)) == ("b", "b", 4)
+    other._lock.release()
+    assert (look(cs.RECENT_LARGEST + 1), look(cs.RECENT_LARGEST + 1), len(asked)) == ("b", "b", 6)
+    for n in range(3 * cs.RECENT_MOST // cs.RECENT_LARGEST):
+        db.recall(n, lambda: n, lambda value: cs.RECENT_LARGEST)
+        assert db._recent.weight <= cs.RECENT_MOST
+    other.close()
+
+
+def test_what_was_read_while_somebody_writes_is_not_kept(db, tmp_path):
+    """A commit that comes between the question and its answer makes the answer one of neither before nor after."""
+    other = Database(tmp_path / "cloud.db", Clock())
+
+    def overtaken():
+        value = db.setting("schema of the day") or "before"
+        other.run(cs.Statement("INSERT INTO setting (name, value) VALUES ('schema of the day', 'after')"))
+        return value
+    assert db.recall("key", overtaken, len) == "before"
+    assert db.recall("key", lambda: db.setting("schema of the day"), len) == "after"
+    other.close()
 
 
 def set_batch(name, value, *guards, **how):
@@ -1843,6 +1905,30 @@ def test_every_collection_above_a_change_gets_a_new_etag(cloud, ann):
     after = {path: cloud.stat(ann, cs.split_path(path)).etag for path in ("", "a", "a/b", "other")}
     assert {path for path in before if before[path] != after[path]} == {"", "a", "a/b"}
     assert [cloud.stat(ann, cs.split_path(path)).size for path in ("", "a", "a/b", "other")] == [1, 1, 1, 0]
+
+
+def test_what_one_process_writes_another_reads_at_once(cloud, ann, rng):
+    """Files that were read are remembered, but never longer than until somebody, anywhere, may have changed something."""
+    other = cs.Cloud(cloud.config)
+    bob = account(cloud, "bob")
+    paths = [cs.split_path(path) for path in ("a", "b", "c/a", "c/b", "d/e/f")]
+    steps = [
+        lambda one, who, path: one.write(who, path, Body(rng.getrandbits(64).to_bytes(8, "big") * rng.randrange(1, 2000)), parents=True),
+        lambda one, who, path: one.delete(who, path[:rng.randrange(1, len(path) + 1)]),
+        lambda one, who, path: one.move(who, (path, rng.choice(paths))),
+        lambda one, who, path: one.make_collection(who, path[:1])]
+    places = list(itertools.product((ann, bob), paths))
+
+    def read(ask, who, path):
+        node, content = ask(who, path)
+        return node, content and content.inline()
+    for _ in range(60):
+        for one, place in itertools.product((cloud, other), places):     # both have read all of it
+            outcome(one.open, *place)
+        outcome(rng.choice(steps), rng.choice((cloud, other)), *rng.choice(places))
+        for place in places:
+            assert outcome(read, cloud.open, *place) == outcome(read, other.open, *place) == outcome(read, cloud._open, *place)
+    other.close()
 
 
 def test_accounts_never_see_each_other(cloud, ann):
@@ -3574,6 +3660,27 @@ def test_a_request_may_come_byte_by_byte(address):
     assert statuses(raw(address, request_bytes("PUT", "/dav/a", b"hello"), pieces=True, wait=1)) == [201]
 
 
+def test_fields_count_for_the_request_they_came_with(address, ann, cloud):
+    """The fields of a connection's last request are remembered: another request has its own."""
+    bob = account(cloud, "bob")
+    put(cloud, ann, "f", b"of ann")
+    put(cloud, bob, "f", b"of bob")
+
+    def ask(target="/dav/f", version="1.1", host="localhost", **fields):
+        lines = "".join("%s: %s\r\n" % item for item in {**({"Host": host} if host else {}), **fields}.items())
+        return ("GET %s HTTP/%s\r\n%s\r\n" % (target, version, lines)).encode()
+    by_ann, by_bob = basic("ann"), basic("bob")
+    requests = [ask(Authorization=by_ann), ask(Authorization=by_bob), ask(Authorization=by_ann), ask(), ask(Authorization=by_ann, Range="bytes=3-"),
+                ask(Authorization=by_ann), ask("http://127.0.0.1/dav/f", Authorization=by_bob), ask(Authorization=by_bob),
+                ask("http://elsewhere.example/dav/f", Authorization=by_bob)]
+    answers = raw(address, b"".join(requests)).split(b"HTTP/1.1 ")[1:]
+    assert [(int(answer[:3]), answer.partition(b"\r\n\r\n")[2][:6]) for answer in answers[:3]] == [(200, b"of ann"), (200, b"of bob"), (200, b"of ann")]
+    assert statuses(b"".join(b"HTTP/1.1 " + answer for answer in answers)) == [200, 200, 200, 401, 206, 200, 200, 200, 421]
+    assert answers[6].endswith(b"of bob") and answers[7].endswith(b"of bob")
+    answers = raw(address, ask(Authorization=by_ann) + ask(version="1.0", Authorization=by_ann) + ask(Authorization=by_ann))
+    assert statuses(answers) == [200, 200] and answers.count(b"Connection: close") == 1
+
+
 def test_pipelined_requests_are_answered_in_order(address):
     """H15"""
     received = raw(address, request_bytes("PUT", "/dav/a", b"one") + request_bytes("GET", "/dav/a") * 50
@@ -3925,9 +4032,9 @@ def parse(pieces):
                     return found, None
                 parser.feed(source.pieces.pop(0))
                 head = parser.head()
-            parsed = cs.parse_head(head)
-            body = cs.RequestBody(parser, source, cs.parse_framing(parsed), False)
-            found.append(("%s %s" % parsed[:2], body.read(1 << 20)))
+            method, target, minor, fields = read_head(head)
+            body = cs.RequestBody(parser, source, cs.parse_framing(fields, minor), False)
+            found.append(("%s %s" % (method, target), body.read(1 << 20)))
     except CloudError as error:
         return found, error.kind
 
@@ -4245,11 +4352,12 @@ def test_who_reads_too_slowly_is_given_up(address, cloud, ann, serve_cloud, monk
 
 def test_silent_connections_are_parked_and_come_back(address):
     """R32: a connection that says nothing holds no thread, and works when it speaks again."""
+    before = set(threading.enumerate())          # another server's may be on their way out
     connections = [http.client.HTTPConnection(*address, timeout=10) for _ in range(50)]
     for connection in connections:
         connection.connect()
     time.sleep(1.6)
-    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("connection")]
+    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("connection") and thread not in before]
     for connection in connections:
         connection.request("GET", "/healthz")
         assert connection.getresponse().read() == b"ok\n"
@@ -4877,8 +4985,8 @@ def answer_of(cloud, method, target, body=b"", **fields):
         authority, path, slash, query = cs.parse_target(target)
     except CloudError as error:
         return error.status
-    request = cs.Request(method, path, slash, query, {"host": "localhost", "authorization": basic(), **{k.replace("_", "-"): v for k, v in fields.items()}}, 1,
-                         Body(body), "127.0.0.1", False, True, cs.Site(cloud.config))
+    fields = {"host": "localhost", "authorization": basic(), **{k.replace("_", "-"): v for k, v in fields.items()}}
+    request = cs.Request(method, (path, slash, query), cs.Envelope(1, fields, "127.0.0.1", safe=True), Body(body), cs.Site(cloud.config))
     response = cs.respond(cloud, request)
     cs.format_head(response, False, True)
     for part in () if isinstance(response.body, bytes) else response.body:
@@ -4942,7 +5050,7 @@ def test_no_declared_value_is_taken_for_what_it_is_not(careless, cloud, ann):
         if route.values and route.method not in cs.IN_QUERY:
             for name, kind in route.values.items():
                 for value in HOSTILE_JSON:
-                    request = cs.Request(route.method, (), False, "", {}, 1, Body(('{"%s": %s}' % (name.rstrip("_"), value)).encode()), "", False, True)
+                    request = cs.Request(route.method, ((), False, ""), cs.Envelope(), Body(('{"%s": %s}' % (name.rstrip("_"), value)).encode()))
                     found = outcome(cs.read_values, request, {name: kind})
                     seen += [(kind, found[name.rstrip("_")])] if isinstance(found, dict) else []
     kinds = {"string": str, "integer": int, "boolean": bool, "array": list, "path": tuple, "paths": list, "id": int, "ids": list, "time": int, "moment": tuple,
@@ -7779,7 +7887,7 @@ class Rows:
 
     def write(self, *names):
         for name in names:
-            self.log.write(cs.Request("GET", ("dav", str(name)), False, "", {}, 1, Body(), "127.0.0.1", True, True), cs.Response(), 0)
+            self.log.write(cs.Request("GET", (("dav", str(name)), False, ""), cs.Envelope(), Body()), cs.Response(), 0)
 
     def there(self, number=None):
         path = self.path.with_name(self.path.name + ("" if number is None else ".%d" % number))
@@ -7943,7 +8051,7 @@ def test_metrics_are_for_this_machine(call, cloud, ann):
     """N6"""
     assert b"cloudserver_accounts 1\n" in call("GET", "/metrics", user=None).body
     assert call("GET", "/metrics", user=None, X_Forwarded_For="8.8.8.8").status == 200      # nobody listed a proxy
-    request = cs.Request("GET", ("metrics",), False, "", {}, 1, Body(), "8.8.8.8", True, True)
+    request = cs.Request("GET", (("metrics",), False, ""), cs.Envelope(address="8.8.8.8"), Body())
     assert outcome(cs.metrics, cloud, cs.ANONYMOUS, request) == "forbidden"
 
 
