@@ -2541,8 +2541,8 @@ class Database:
         finally:
             self._idle.append(db)
 
-    def recall(self, key: Any, ask: Callable[[], Any], weigh: Callable[[Any], int]) -> Any:
-        """What `ask` reads from here; for a while not asked again while nobody writes (invariant 6).
+    def recall(self, key: Any, look: Callable[[], Any], weigh: Callable[[Any], int]) -> Any:
+        """What `look` reads from here; for a while not asked again while nobody writes (invariant 6).
 
         weigh   how many bytes an answer takes; what is over RECENT_LARGEST is not kept
         """
@@ -2552,7 +2552,7 @@ class Database:
             value = recent.values.get(key)
             if value is not None:
                 return value
-        value = ask()
+        value = look()
         weight = weigh(value)
         if not word & 1 and weight <= RECENT_LARGEST:
             if recent.word != word or recent.weight + weight > RECENT_MOST:
