@@ -17,7 +17,8 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      9  Tree            Tree Copies                                    the tree of files, read and written
     10  History         History                                        what was, and how it comes back
     11  Verbs           Cloud Sync                                     every verb, behind every door
-    12  HTTP            Request Response route respond Handler         the only code that touches a socket
+    12  HTTP            Request Response route respond                 what is asked, and the gate
+    12  Connections     Parser Connection Handler                      the only code that touches a socket
     13  JSON API        api_*                                          what the page and programs use
     14  Transfer        tus_* sync_*                                   resumable uploads, native sync
     15  WebDAV          dav_*                                          RFC 4918
@@ -2036,6 +2037,10 @@ class Content:
         self.blobs, self.size, self.only, self.more = blobs, size, only, more
         self._checked: bytes | None = None           # those of a row that are what its name says
 
+    def weight(self) -> int:
+        """How many bytes of it are in memory."""
+        return len(self.only.data) if self.only is not None and self.only.data is not None else 0
+
     def inline(self) -> bytes | None:
         """All bytes at once, if they lie in a row of the database.  raises CloudError if they are damaged"""
         if self._checked is None and self.only is not None and self.only.data is not None:
@@ -2399,17 +2404,34 @@ class CountingLock(FileLock):
     def close(self) -> None:
         if self._memory:
             self.count.release()
-            self.count = [1]
             self._memory.close()
         super().close()
 
 
 class Recent:
-    """What was read at one word of the lock, by key."""
-    __slots__ = ("word", "values", "weight")
+    """What was read since anybody wrote last, by key (invariant 6)."""
 
-    def __init__(self, word: int) -> None:
-        self.word, self.values, self.weight = word, {}, 0
+    def __init__(self, lock: CountingLock | None) -> None:
+        """lock  counts who writes; without one nothing is remembered"""
+        self._count, self._weight = lock.count if lock else [1], 0
+        self._kept: tuple[int, dict[Any, Any]] = 1, {}       # what was read at that word; never an odd one, but for this
+
+    def get(self, key: Any, look: Callable[[], tuple[Any, int]]) -> Any:
+        """What `look` reads from the database, with the bytes that takes in memory; not looked for again while nobody writes."""
+        word = self._count[0]                    # before anything is read
+        since, values = self._kept
+        if word == since:
+            value = values.get(key)
+            if value is not None:
+                return value
+        value, weight = look()
+        if not word & 1 and weight <= RECENT_LARGEST:
+            if since != word or self._weight + weight > RECENT_MOST:
+                values, self._weight = {}, 0
+                self._kept = word, values
+            values[key] = value
+            self._weight += weight
+        return value
 
 
 class Statement(NamedTuple):
@@ -2502,13 +2524,13 @@ class Database:
         self._committing = False
         self.broken = ""                                    # why nothing is written any more (R4)
         self._index: bool | None = None                      # is there an index of names?
-        self._recent = Recent(1)                             # an odd word: never trusted
         self._last_id, self._drawing = 0, threading.Lock()
         self._slot = secrets.randbelow(4096)
         try:
             self._open_to_read() if readonly else self._open_to_write()
         except sqlite3.DatabaseError as error:
             raise database_error(error, path) from error
+        self.recent = Recent(None if readonly else self._lock)
         self._resume_clock()
 
     def _open_to_write(self) -> None:
@@ -2540,25 +2562,6 @@ class Database:
             raise self._failed(error) from error
         finally:
             self._idle.append(db)
-
-    def recall(self, key: Any, look: Callable[[], Any], weigh: Callable[[Any], int]) -> Any:
-        """What `look` reads from here; for a while not asked again while nobody writes (invariant 6).
-
-        weigh   how many bytes an answer takes; what is over RECENT_LARGEST is not kept
-        """
-        word = 1 if self.readonly else self._lock.count[0]   # before anything is read
-        recent = self._recent
-        if word == recent.word:
-            value = recent.values.get(key)
-            if value is not None:
-                return value
-        value = look()
-        weight = weigh(value)
-        if not word & 1 and weight <= RECENT_LARGEST:
-            if recent.word != word or recent.weight + weight > RECENT_MOST:
-                recent = self._recent = Recent(word)
-            recent.values[key], recent.weight = value, recent.weight + weight
-        return value
 
     @contextmanager
     def snapshot(self) -> Iterator[Callable[..., Iterator[tuple[Any, ...]]]]:
@@ -3963,12 +3966,12 @@ class Tree:
 
     def open(self, who: Principal, path: tuple[str, ...]) -> tuple[Node, Content | None]:
         """A file and its bytes; None in place of bytes for a collection.  raises CloudError not-found"""
-        return self.db.recall((who.account, who.root, who.scoped, path), lambda: self._open(who, path), weight_of)
-
-    def _open(self, who: Principal, path: tuple[str, ...]) -> tuple[Node, Content | None]:
-        spot = self._spot(who, path, content=True)
-        node = self._found(spot)
-        return node, None if node.kind else self._content(node, spot.chunk)
+        def look() -> tuple[Any, int]:
+            spot = self._spot(who, path, content=True)
+            node = self._found(spot)
+            content = None if node.kind else self._content(node, spot.chunk)
+            return (node, content), KiB + (content.weight() if content else 0)
+        return self.db.recent.get((who, path), look)
 
     @contextmanager
     def listing(self, who: Principal, path: tuple[str, ...]) -> Iterator["Listing"]:
@@ -4808,12 +4811,6 @@ class Tree:
             sum = sums.setdefault(node, [0, 0])
             sum[0] += size
             sum[1] += files
-
-
-def weight_of(opened: tuple[Node, Content | None]) -> int:
-    """What a file that is kept open in memory takes there, bytes."""
-    node, content = opened
-    return KiB + (node.size if content is not None and content.only is not None and content.only.data is not None else 0)
 
 
 def unchanged(spot: Spot) -> Statement:
@@ -7637,6 +7634,36 @@ class Spool:
         return Response(status, iter([FileSlice(self._file, 0, length)]), fields, length=length)
 
 
+# ---- the server as a whole
+
+@route("OPTIONS", "/", needs="nothing")
+def options(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What the server as a whole can do."""
+    return Response(204, fields={"Allow": ", ".join(sorted(METHODS))})
+
+
+@route("GET", "/healthz", needs="nothing")
+def health(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Is the server alive, and can it write?  "ok", "low" on disk, or "read-only" (N6)."""
+    state = cloud.health()
+    return Response(200 if state == "ok" else 503, state.encode() + b"\n", {"Content-Type": "text/plain; charset=utf-8",
+                                                                            "Cache-Control": "no-store"})
+
+
+@route("GET", "/metrics", needs="nothing")
+def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Numbers in Prometheus' text format, to this machine and to administrators (N6)."""
+    if not who.admin and not ipaddress.ip_address(request.address).is_loopback:
+        raise CloudError("forbidden", "metrics are for this machine and for administrators")
+    lines = ["# TYPE cloudserver_%s gauge\ncloudserver_%s %d\n" % (name, name, value) for name, value in cloud.numbers().items()]
+    return Response(200, "".join(lines).encode(), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8",
+                                                   "Cache-Control": "no-store"})
+
+
+# ==== 12. Connections ====================================================================
+#
+# From bytes to requests, and answers to bytes.  The invariants are those of the room above.
+
 # ---- where a request comes from
 
 _KNOWN_HOST = re.compile(r"\[[0-9a-f:.]+\]|\d{1,3}(?:\.\d{1,3}){3}|localhost")
@@ -8276,30 +8303,6 @@ def date_line(second: int) -> str:
 
 QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 NO_REQUEST = Request("-", ((), False, ""), Envelope(), Body())
-
-
-@route("OPTIONS", "/", needs="nothing")
-def options(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """What the server as a whole can do."""
-    return Response(204, fields={"Allow": ", ".join(sorted(METHODS))})
-
-
-@route("GET", "/healthz", needs="nothing")
-def health(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Is the server alive, and can it write?  "ok", "low" on disk, or "read-only" (N6)."""
-    state = cloud.health()
-    return Response(200 if state == "ok" else 503, state.encode() + b"\n", {"Content-Type": "text/plain; charset=utf-8",
-                                                                            "Cache-Control": "no-store"})
-
-
-@route("GET", "/metrics", needs="nothing")
-def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Numbers in Prometheus' text format, to this machine and to administrators (N6)."""
-    if not who.admin and not ipaddress.ip_address(request.address).is_loopback:
-        raise CloudError("forbidden", "metrics are for this machine and for administrators")
-    lines = ["# TYPE cloudserver_%s gauge\ncloudserver_%s %d\n" % (name, name, value) for name, value in cloud.numbers().items()]
-    return Response(200, "".join(lines).encode(), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8",
-                                                   "Cache-Control": "no-store"})
 
 
 # ==== 13. JSON API =======================================================================
