@@ -1,61 +1,219 @@
 #!/usr/bin/env python3
 """Tests of cloudserver.py, in the order of its rooms; then stories over real servers; then real clients.
 
-    python3 test_cloudserver.py                 all but the slow ones, under three minutes
-    python3 test_cloudserver.py -m slow         the slow ones: crash loops, large files, a million nodes
+    python3 test_cloudserver.py                 all but the slow ones, in as many processes as there are cores
+    python3 test_cloudserver.py -m slow         the slow ones, one by one: crash loops, large files, a million nodes
+    python3 test_cloudserver.py -k x --pdb      further words are pytest's; --processes 1 runs all in this one process
     SEED=123 python3 test_cloudserver.py -k x   with the randomness of an earlier run
 
 Codes like H9 or R14 in names and comments are the numbered promises listed at the end of README.md.
 """
 from __future__ import annotations
 
+import ast
 import os
+import queue
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-if __name__ == "__main__":
-    def run_pytest(python: str) -> int:
-        words = sys.argv[1:]
-        chosen = [] if any(word.startswith("-m") for word in words) else ["-m", "not slow"]
-        return subprocess.call([python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-o", "markers=slow",
-                                *chosen, str(HERE / Path(__file__).name),
-                                *words], cwd=HERE)
 
-    def private_python() -> str:
-        """A Python that has pytest: this one, or one in a virtual environment made for it."""
+# ==== running them =======================================================================
+
+def main(words):
+    """Run pytest over this file; returns its exit code."""
+    python = private_python()
+    if python != sys.executable:
+        return subprocess.call([python, __file__, *words])
+    import pytest
+    os.chdir(HERE)
+    if words[:1] == ["--worker"]:
+        home, number, count, *words = words[1:]
+        return pytest.main(arguments(words, home), plugins=[Worker(home, int(number), int(count))])
+    if not any(word.startswith("-m") for word in words):
+        words = ["-m", "not slow", "--processes", str(os.cpu_count() or 1), *words]
+        work_in_memory()
+    with tempfile.TemporaryDirectory() as home:
+        return pytest.main(arguments(words, home), plugins=[Leader(home, words)])
+
+
+def arguments(words, home):
+    if sys.dont_write_bytecode:                  # then the processes share what goes with them: to compile this file takes seconds
+        sys.dont_write_bytecode, sys.pycache_prefix = False, os.path.join(home, "python")
+    return ["-p", "no:cacheprovider", "-q", "-o", "markers=slow", "-o", "tmp_path_retention_policy=failed",
+            *([] if any(Path(__file__).name in word for word in words) else [__file__]), *words]
+
+
+def work_in_memory():
+    """Each test makes some hundred files and takes them away again: in memory, where there is room."""
+    memory = Path("/dev/shm")
+    if "TMPDIR" not in os.environ and memory.is_dir() and shutil.disk_usage(memory).free > 8 << 30:
+        os.environ.update(TEST_DISK=tempfile.gettempdir(), TMPDIR=str(memory))
+        tempfile.tempdir = None
+
+
+def private_python():
+    """A Python that has pytest: this one, or one in a virtual environment made for it."""
+    try:
+        import pytest
+        return sys.executable
+    except ImportError:
+        pass
+    import venv
+    home = HERE / ".venv"
+    python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists() or subprocess.call([python, "-c", "import pytest"], stderr=subprocess.DEVNULL):
         try:
-            import pytest
-            return sys.executable
-        except ImportError:
-            pass
-        import shutil
-        import venv
-        home = HERE / ".venv"
-        python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        if not python.exists() or subprocess.call([python, "-c", "import pytest"], stderr=subprocess.DEVNULL):
-            try:
-                import ensurepip
-            except ImportError:                  # Debian keeps it in a package of its own
-                if shutil.which("apt-get") and os.geteuid() == 0:
-                    print("Debian keeps what makes virtual environments in a package of its own: installing python3-venv", file=sys.stderr)
-                    subprocess.call(["apt-get", "update", "-q"]), subprocess.check_call(["apt-get", "install", "-y", "-q", "python3-venv"])
-                else:
-                    sys.exit("The tests need pytest. Install it (on Debian: apt install python3-pytest), or what makes virtual environments "
-                             "(apt install python3-venv), and start them again.")
-            print("making a virtual environment for pytest in %s" % home, file=sys.stderr)
-            venv.create(home, with_pip=True, clear=True)
-            if subprocess.call([python, "-m", "pip", "install", "-q", "pytest"]):
-                sys.exit("pip could not install pytest; any Python that has it will do.")
-        return str(python)
+            import ensurepip
+        except ImportError:                      # Debian keeps it in a package of its own
+            if shutil.which("apt-get") and os.geteuid() == 0:
+                print("Debian keeps what makes virtual environments in a package of its own: installing python3-venv", file=sys.stderr)
+                subprocess.call(["apt-get", "update", "-q"]), subprocess.check_call(["apt-get", "install", "-y", "-q", "python3-venv"])
+            else:
+                sys.exit("The tests need pytest. Install it (on Debian: apt install python3-pytest), or what makes virtual environments "
+                         "(apt install python3-venv), and start them again.")
+        print("making a virtual environment for pytest in %s" % home, file=sys.stderr)
+        venv.create(home, with_pip=True, clear=True)
+        if subprocess.call([python, "-m", "pip", "install", "-q", "pytest"]):
+            sys.exit("pip could not install pytest; any Python that has it will do.")
+    return str(python)
 
-    sys.exit(run_pytest(private_python()))
+
+class Crew:
+    """The processes that run the tests: a leader, who tells about them, and workers.
+
+    Each collects all tests.  A worker begins at a place of its own, runs what nobody has begun yet, and goes round.
+    """
+
+    def __init__(self, home):
+        self.home = Path(home)
+
+    def pytest_addoption(self, parser):
+        parser.addoption("--processes", type=int, default=1, help="run the tests in so many processes")
+
+    def take(self, number):
+        """Is it mine?  A test is whose file of its number it is."""
+        try:
+            os.close(os.open(self.home / str(number), os.O_CREAT | os.O_EXCL))
+            return True
+        except FileExistsError:
+            return False
+
+
+class Worker(Crew):
+    def __init__(self, home, number, count):
+        super().__init__(home)
+        self.number, self.count, self.reports = number, count, []
+        self.out = os.fdopen(os.dup(1), "w", encoding="ascii")
+        os.dup2(os.open(self.home / ("worker-%d" % number), os.O_WRONLY | os.O_CREAT), 1)
+
+    def tell(self, *values):
+        print(ascii(values), file=self.out, flush=True)
+
+    def pytest_runtestloop(self, session):
+        self.config, items = session.config, session.items
+        first = len(items) * self.number // self.count
+        for n in filter(self.take, [*range(first, len(items)), *range(first)]):
+            about = items[n].nodeid, items[n].location
+            self.tell("begins", *about)
+            self.config.hook.pytest_runtest_protocol(item=items[n], nextitem=items[n - 1])
+            self.tell("ended", *about, self.reports)
+            self.reports = []
+            if session.shouldfail:
+                raise session.Failed(session.shouldfail)
+        return True
+
+    def pytest_runtest_logreport(self, report):
+        self.reports.append(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
+
+    def pytest_warning_recorded(self, warning_message, when, nodeid, location):
+        if when == "runtest":
+            text = "%s: %s" % (warning_message.category.__name__, warning_message.message)
+            self.tell("warns", nodeid, location, (text, warning_message.filename, warning_message.lineno))
+
+
+class Leader(Crew):
+    def __init__(self, home, words):
+        super().__init__(home)
+        self.words, self.told = words, queue.SimpleQueue()
+
+    def pytest_runtestloop(self, session):
+        option = session.config.option
+        count = min(option.processes, len(session.items) // 10)
+        if count < 2 or session.testsfailed or option.collectonly or option.usepdb or option.trace or option.capture == "no":
+            return None                          # pytest's own way, in this process
+        workers = [subprocess.Popen([sys.executable, __file__, "--worker", self.home, str(n), str(count), *self.words],
+                                    stdout=subprocess.PIPE, encoding="ascii") for n in range(count)]
+        try:
+            self.follow(session, workers)
+        finally:
+            self.take_all(session)
+            codes = [worker.wait() for worker in workers]
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if self.left or {2, 3, 4} & set(codes):              # pytest's own troubles
+            raise session.Interrupted("%d tests were not run\n%s" % (self.left, "".join(
+                (self.home / ("worker-%d" % n)).read_text("utf-8", "replace") for n in range(count))))
+        return True
+
+    def take_all(self, session):
+        """Let nobody begin another one."""
+        for n in range(len(session.items)):
+            self.take(n)
+
+    def follow(self, session, workers):
+        """Tell pytest, and whoever reads what it prints, what the workers tell."""
+        def listen(worker):
+            for line in worker.stdout:
+                self.told.put((worker, ast.literal_eval(line)))
+            self.told.put((worker, None))
+        for worker in workers:
+            threading.Thread(target=listen, args=(worker,), daemon=True).start()
+        under_way, self.left = dict.fromkeys(workers), len(session.items)
+        while under_way:
+            worker, message = self.told.get()
+            if message is None:
+                about = under_way.pop(worker)
+                if about:
+                    self.tell_lost(session, about, worker.wait())
+            elif message[0] == "begins":
+                under_way[worker] = message[1:]
+            elif message[0] == "warns":
+                self.tell_warning(session, *message[1:])
+            else:
+                under_way[worker] = None
+                self.tell(session, *message[1:])
+
+    def tell(self, session, nodeid, location, reports):
+        hook, self.left = session.config.hook, self.left - 1
+        hook.pytest_runtest_logstart(nodeid=nodeid, location=location)
+        for data in reports:
+            hook.pytest_runtest_logreport(report=hook.pytest_report_from_serializable(config=session.config, data=data))
+        hook.pytest_runtest_logfinish(nodeid=nodeid, location=location)
+        if session.shouldfail:
+            self.take_all(session)
+
+    def tell_lost(self, session, about, code):
+        import pytest
+        lost = pytest.TestReport(*about, {}, "failed", "the process of this test ended with %d" % code, "call")
+        self.tell(session, *about, [session.config.hook.pytest_report_to_serializable(config=session.config, report=lost)])
+
+    def tell_warning(self, session, nodeid, location, about):
+        import warnings
+        session.config.hook.pytest_warning_recorded.call_historic(kwargs=dict(
+            warning_message=warnings.WarningMessage(about[0], Warning, *about[1:]), when="runtest", nodeid=nodeid, location=location))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
 
 import argparse
-import ast
+import atexit
 import base64
 import contextlib
 import errno
@@ -69,10 +227,10 @@ import itertools
 import json
 import mmap
 import math
+import py_compile
 import random
 import re
 import select
-import shutil
 import signal
 import socket
 import sqlite3
@@ -80,7 +238,6 @@ import stat
 import struct
 import tarfile
 import textwrap
-import threading
 import time
 import unicodedata
 import zlib
@@ -101,7 +258,11 @@ if os.environ.get("TEST_STOP"):                  # Windows lets nobody send anot
         signal.raise_signal(signal.SIGBREAK)
     threading.Thread(target=wait, daemon=True).start()
 """
-PROGRAM = [sys.executable, str(HERE / "cloudserver.py")]
+COMPILED = Path(tempfile.mkdtemp(), "cloudserver.pyc")       # compiled once, for the hundreds of times that tests start it
+COMPILED.parent.chmod(0o755)
+atexit.register(shutil.rmtree, COMPILED.parent, ignore_errors=True)
+SCRIPT = [sys.executable, str(HERE / "cloudserver.py")]
+PROGRAM = [sys.executable, py_compile.compile(SCRIPT[1], str(COMPILED), doraise=True)]
 WINE = False
 if os.name == "nt":
     PROGRAM = [sys.executable, "-c", STOPPABLE + "import runpy; sys.argv[0] = %r; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -150,6 +311,20 @@ class FakeTime:
 @pytest.fixture
 def fake():
     return FakeTime()
+
+
+@pytest.fixture
+def on_disk():
+    """For tests about what only a disk does, like giving an inode away again: their tmp_path is on one, and not in memory."""
+
+
+@pytest.fixture
+def tmp_path(request, tmp_path):
+    if "on_disk" not in request.fixturenames or "TEST_DISK" not in os.environ:
+        yield tmp_path
+    else:
+        with tempfile.TemporaryDirectory(dir=os.environ["TEST_DISK"]) as place:
+            yield Path(place)
 
 
 @pytest.fixture
@@ -8482,6 +8657,7 @@ def change_in_every_way(cloud, ann, *laptops, local=LOCAL_CHANGES):
     return {case: (ours, theirs, name) for case, ((_, ours), (_, theirs, name)) in cases.items()}
 
 
+@pytest.mark.usefixtures("on_disk")
 @pytest.mark.parametrize("large", [False, True])
 def test_whatever_is_done_here_and_there_bytes_decide(laptop, cloud, ann, large, monkeypatch):
     """Y2, Y3, Y4, R15: size, time and inode of a file lie in every way that a program can make them lie."""
@@ -8521,6 +8697,7 @@ def test_every_call_that_looks_at_a_file_sees_the_same(tmp_path):
         assert cs.here_of("new", os.fstat(file.fileno())) == folder.look("new") == seen
 
 
+@pytest.mark.usefixtures("on_disk")
 def test_where_a_system_gives_no_inode_and_no_time_of_change_nothing_is_lost(laptop, cloud, ann, no_inodes):
     """O1, O2: an edit that leaves size and time may go unseen there, but nobody's bytes are replaced or deleted for it."""
     one = laptop("one")
@@ -8532,6 +8709,7 @@ def test_where_a_system_gives_no_inode_and_no_time_of_change_nothing_is_lost(lap
     assert one.problems == {}
 
 
+@pytest.mark.usefixtures("on_disk")
 def test_a_change_there_comes_down_where_there_are_no_inodes(laptop, cloud, ann, no_inodes):
     """O1, O2"""
     one = laptop()
@@ -8546,6 +8724,7 @@ def test_a_change_there_comes_down_where_there_are_no_inodes(laptop, cloud, ann,
     assert one.tree() == tree(cloud, ann) == {"hello.txt": b"two two", "rec2.dat": b"BBBB", "e": None, "e/1": b"1", "e/2": b"2"}
 
 
+@pytest.mark.usefixtures("on_disk")
 @pytest.mark.skipif(os.name == "nt", reason="size and time are all that Windows tells of a file, and both are as before")
 @pytest.mark.parametrize("clobber", ["in place", "by tar"])
 def test_a_tree_that_is_installed_anew_with_fixed_times_is_what_it_says(laptop, cloud, ann, clobber):
@@ -10752,6 +10931,7 @@ def test_a_laptop_that_folds_names_among_others(tmp_path, rng, monkeypatch):
 
 # ---- loss of power at a laptop
 
+@pytest.mark.usefixtures("on_disk")
 @pytest.mark.parametrize("moment", ["after the run", "killed in it"])
 def test_what_a_loss_of_power_takes_from_a_laptop_is_not_taken_from_the_server(laptop, cloud, ann, rng, monkeypatch, moment):
     """Y20, Y21, Y22, R6: saved without fsync and uploaded, downloaded, moved, deleted or adopted; then the power goes."""
