@@ -14,7 +14,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      6  Store           Store Directory Blobs Content                  the only code that opens data files
      7  Database        Database Batch SCHEMA MIGRATIONS               two calls: read and write
      8  Accounts        Accounts                                       who is asking
-     9  Tree            Tree Copies                                    the tree of files, read and written
+     9  Tree            Moment Span Tree Copies                        the tree of files, read and written
     10  History         History                                        what was, and how it comes back
     11  Verbs           Cloud Sync                                     every verb, behind every door
     12  HTTP            Request Response route respond                 what is asked, and the gate
@@ -3800,65 +3800,247 @@ class Shares:
         return sum(self._counts.values())
 
 
-class Listing:
-    """A node and its children under one snapshot, for as long as that is held."""
+Read = Callable[..., Iterable[Tuple[Any, ...]]]          # db.read, or that of a snapshot
 
-    def __init__(self, node: Node, read: Callable[..., Iterator[tuple[Any, ...]]], now: int) -> None:
-        self.node, self.read, self.now = node, read, now
-        self._locks: list[Lock] | None = None
+UNPURGED = " AND NOT EXISTS (SELECT 1 FROM entry g WHERE g.node = e.node AND g.fate = 'purged')"      # of an ended entry e
 
-    def children(self) -> Iterator[Node]:
-        """In the order of names."""
-        return map(Node._make, self.read(
-            "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
-            "WHERE e.parent = ? AND e.until IS NULL ORDER BY e.key", (self.node.node,)))
 
-    def page(self, order: str, descending: bool, start: int, limit: int, *, collections_first: bool = False) -> Iterator[Node]:
-        """Some of the children; `order` is an expression of SORTS."""
-        direction = " DESC" if descending else ""
-        return map(Node._make, self.read(
-            "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.parent = ? AND e.until IS NULL "
-            "ORDER BY " + "e.kind DESC, " * collections_first + order + direction + ", e.key" + direction + " LIMIT ? OFFSET ?", (self.node.node, limit, start)))
+def select_entries(where: str, columns: str = NODE, source: str = "entry e") -> str:
+    """A SELECT of entries e, with the sums c of those that are collections."""
+    return "SELECT " + columns + " FROM " + source + " LEFT JOIN collection c ON c.node = e.node WHERE " + where
 
-    def properties(self) -> dict[int, dict[str, str]]:
-        """Dead properties of the node and its children: {node: {"{namespace}name": XML}}."""
+
+@lru_cache(maxsize=64)
+def entries_now(where: str, columns: str = NODE, source: str = "entry e") -> str:
+    return select_entries(where + " AND e.until IS NULL", columns, source)
+
+
+@lru_cache(maxsize=64)
+def entries_at(where: str, columns: str = NODE, ended: str = UNPURGED) -> str:
+    """The same as of :seq, in two parts, each of which has its index."""
+    return (select_entries(where + " AND e.until IS NULL AND e.since <= :seq", columns) + " UNION ALL "
+            + select_entries(where + " AND e.until > :seq AND e.since <= :seq" + ended, columns))
+
+
+LINE = (  # a live node and what holds it, upwards: :node
+    "WITH RECURSIVE up (id, above, level) AS (SELECT node, parent, 0 FROM entry WHERE node = :node AND until IS NULL "
+    "UNION ALL SELECT e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL) "
+    + entries_now("e.node = up.id", source="up CROSS JOIN entry e") + " ORDER BY up.level")
+IN_ORDER = "e.parent = :parent AND e.key > :after", NODE + ", e.key AS key"      # what a collection holds, and what it is sorted by
+
+
+class Moment:
+    """What lies below a collection, now or as of a seq: the one reader of the tree.
+
+    It keeps the nodes that it read, so it is for one snapshot, for a past, or for the length of one verb.  What was
+    given up for good was never there: one purged entry hides all entries of its node.  Only the feed of changes sees
+    it, to tell that it is gone (`purged`).
+    """
+
+    def __init__(self, read: Read, top: int, seq: int | None = None, *, purged: bool = False) -> None:
+        self.read, self.top, self.seq, self.purged = read, top, seq, purged
+        self._nodes: dict[int, Node | None] = {}
+        self._paths: dict[int, tuple[str, ...] | None] = {top: ()}
+
+    def _select(self, where: str, params: dict[str, Any], columns: str = NODE, tail: str = "") -> Iterable[tuple[Any, ...]]:
+        if self.seq is None:
+            return self.read(entries_now(where, columns) + tail, params)
+        return self.read(entries_at(where, columns, "" if self.purged else UNPURGED) + tail, {**params, "seq": self.seq})
+
+    def node(self, id: int) -> Node | None:
+        """The node; None if it is not there."""
+        if id not in self._nodes:
+            self._nodes[id] = next(map(Node._make, self._select("e.node = :node", {"node": id})), None)
+        return self._nodes[id]
+
+    def child(self, id: int, name: str) -> Node | None:
+        """What a collection holds under a name."""
+        return next(map(Node._make, self._select("e.parent = :parent AND e.key = :key", {"parent": id, "key": key_of(name)})), None)
+
+    def find(self, path: tuple[str, ...]) -> Node | None:
+        """The node at a path from the top."""
+        node = self.node(self.top)
+        for name in path:
+            node = self.child(node.node, name) if node and node.kind else None
+        return node
+
+    def children(self, id: int) -> Iterator[Node]:
+        """What a collection holds, in the order of names; read some at a time, so that nobody slow keeps a snapshot open."""
+        where, columns = IN_ORDER
+        after: str | None = ""
+        while after is not None:
+            rows = list(self._select(where, {"parent": id, "after": after, "limit": PIECE}, columns, " ORDER BY key LIMIT :limit"))
+            for *node, _ in rows:
+                yield Node._make(node)
+            after = rows[-1][-1] if len(rows) == PIECE else None
+
+    def page(self, id: int, order: str, start: int, limit: int) -> Iterator[Node]:
+        """Some of what a collection holds now; `order` is made of SORTS."""
+        return map(Node._make, self.read(entries_now("e.parent = :parent") + " ORDER BY " + order + " LIMIT :limit OFFSET :start",
+                                         {"parent": id, "limit": limit, "start": start}))
+
+    def walk(self, id: int, path: tuple[str, ...] = (),
+             missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node]]:
+        """(path, node) of everything below a collection, that at `path`, in the order of paths.
+
+        missed   told of each collection that cannot be read, and of why; without it that ends the walk
+        """
+        pending = [(path, self.children(id))]
+        while pending:
+            above, nodes = pending[-1]
+            try:
+                node = next(nodes, None)
+            except CloudError as error:
+                if missed is None:
+                    raise
+                node = missed(above, error)
+            if node is None:
+                pending.pop()
+                continue
+            yield above + (node.name,), node
+            if node.kind:
+                pending.append((above + (node.name,), self.children(node.node)))
+
+    def line(self, id: int | None) -> Iterator[int]:
+        """A node and what held it, upwards, even if that hung nowhere."""
+        while id is not None:
+            yield id
+            node = self.node(id)
+            id = node.parent if node else None
+
+    def above(self, id: int) -> tuple[int, ...] | None:
+        """Ids of the collections that hold a node now, the root of its home first; None if it, or one of them, is not live."""
+        line = [Node._make(row) for row in self.read(LINE, {"node": id})]
+        self._nodes.update((node.node, node) for node in line)
+        return tuple(node.node for node in reversed(line[1:])) if line and line[-1].parent is None else None
+
+    def path(self, id: int) -> tuple[str, ...] | None:
+        """Where a node is below the top; None if elsewhere or nowhere."""
+        if self.seq is None and not self._nodes and id != self.top:
+            self.above(id)                               # the first: all on the way at once
+        walked = []
+        while id not in self._paths:
+            walked.append(id)
+            node = self.node(id)
+            if node is None or node.parent is None:
+                self._paths[id] = None
+            else:
+                id = node.parent
+        for id in reversed(walked):
+            if id not in self._paths:
+                node = self.node(id)
+                above = self._paths[node.parent]
+                self._paths[id] = None if above is None else above + (node.name,)
+        return self._paths[walked[0] if walked else id]
+
+    def here(self, id: int) -> Node | None:
+        """The node if it is somewhere below the top."""
+        return None if self.path(id) is None else self.node(id)
+
+    def chain(self, id: int) -> list[int]:
+        """A node that is below the top, and what holds it, up to there."""
+        return list(itertools.takewhile(lambda one: one != self.top, self.line(id))) if self.here(id) else []
+
+    # ---- what belongs to a node and to its children, as it is now
+
+    def properties(self, node: Node) -> dict[int, dict[str, str]]:
+        """Dead properties: {node: {"{namespace}name": XML}}."""
         found: dict[int, dict[str, str]] = {}
-        for node, name, value in self.read(
+        for id, name, value in self.read(
                 "SELECT node, name, value FROM property WHERE node = ? UNION ALL SELECT p.node, p.name, p.value FROM entry e "
-                "JOIN property p ON p.node = e.node WHERE e.parent = ? AND e.until IS NULL", (self.node.node,) * 2):
-            found.setdefault(node, {})[name] = value
+                "JOIN property p ON p.node = e.node WHERE e.parent = ? AND e.until IS NULL", (node.node,) * 2):
+            found.setdefault(id, {})[name] = value
         return found
 
-    def digests(self) -> dict[str, list[tuple[str, str]]]:
-        """Checksums of the file or of the children that are files: {manifest: [("sha1", hex), ...]}."""
+    def digests(self, node: Node) -> dict[str, list[tuple[str, str]]]:
+        """Checksums of files: {manifest: [("sha1", hex), ...]}."""
         found: dict[str, list[tuple[str, str]]] = {}
         for manifest, kind, value in self.read(
                 "SELECT d.manifest, d.kind, d.value FROM digest d WHERE d.manifest = ? UNION SELECT d.manifest, d.kind, d.value "
-                "FROM entry e JOIN digest d ON d.manifest = e.manifest WHERE e.parent = ? AND e.until IS NULL",
-                (self.node.manifest, self.node.node)):
+                "FROM entry e JOIN digest d ON d.manifest = e.manifest WHERE e.parent = ? AND e.until IS NULL", (node.manifest, node.node)):
             found.setdefault(manifest, []).append((kind, value))
         return found
 
-    def pictured(self) -> set[str]:
+    def pictured(self, node: Node) -> set[str]:
         """Which of the contents have a thumbnail: {manifest}."""
         return {manifest for (manifest,) in self.read(
             "SELECT t.manifest FROM thumbnail t WHERE t.home = ? AND t.manifest = ? UNION SELECT t.manifest FROM entry e "
             "JOIN thumbnail t ON t.home = e.home AND t.manifest = e.manifest WHERE e.parent = ? AND e.until IS NULL",
-            (self.node.home, self.node.manifest, self.node.node))}
-
-    def locks(self, node: Node) -> list[Lock]:
-        """The locks that hold the node or one of its children."""
-        if self._locks is None:
-            self._locks = [Lock._make(row) for row in self.read("SELECT * FROM lock WHERE home = ? AND due > ?",
-                                                                (self.node.home, self.now))]
-            self._above = {id for id, _ in self.read(UP, (self.node.node,))} if self._locks else set()
-        return [lock for lock in self._locks if lock.node == node.node or lock.deep and lock.node in self._above]
+            (node.home, node.manifest, node.node))}
 
 
-UP = (  # a live node and what holds it, upwards: (node, parent)
-    "WITH RECURSIVE up (node, parent, level) AS (SELECT node, parent, 0 FROM entry WHERE node = ? AND until IS NULL "
-    "UNION ALL SELECT e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.parent AND e.until IS NULL) "
-    "SELECT node, parent FROM up ORDER BY level")
+class Difference(NamedTuple):
+    """What became of a node between two moments, seen from a collection; None: not below it."""
+    then: Node | None
+    now: Node | None
+    was: tuple[str, ...] | None
+    path: tuple[str, ...] | None
+
+    @property
+    def how(self) -> str:
+        """added, deleted, moved (and perhaps changed as well) or changed"""
+        if self.then is None or self.now is None:
+            return "added" if self.then is None else "deleted"
+        return "changed" if self.was == self.path else "moved"
+
+
+class Span:
+    """What became of what lies below a collection since a moment: the one reader of differences."""
+
+    def __init__(self, then: Moment, now: Moment) -> None:
+        self.then, self.now = then, now
+        self._whole: Moment | None = None                # then, with what was given up
+
+    def touched(self, home: int, reached: int = 1 << 62) -> list[int]:
+        """Nodes of a home that batches after then, up to `reached`, touched."""
+        return [id for (id,) in self.now.read(
+            "SELECT node FROM entry WHERE home = :home AND since > :seq AND since <= :reached "
+            "UNION SELECT node FROM entry WHERE home = :home AND until > :seq AND until <= :reached",
+            {"home": home, "seq": self.then.seq, "reached": reached})]
+
+    def of(self, id: int) -> Difference:
+        return Difference(self.then.here(id), self.now.here(id), self.then.path(id), self.now.path(id))
+
+    def differs(self, id: int) -> bool:
+        """Would bringing a node back change anything?"""
+        then, now = self.then.here(id), self.now.here(id)
+        if then is None or now is None:
+            return then is not now
+        return (then.parent, then.name, then.manifest, then.mtime) != (now.parent, now.name, now.manifest, now.mtime)
+
+    def is_in_place(self, id: int) -> bool:
+        """Is a node, now, where it was and what it was, though in another collection there, as that one is gone?"""
+        then, now = self.then.here(id), self.now.here(id)
+        return (bool(then and now) and self.then.path(id) == self.now.path(id) and not self.now.here(then.parent)
+                and (then.manifest, then.mtime) == (now.manifest, now.mtime))
+
+    def would_come_along(self, id: int) -> bool:
+        """Does it hang below a collection that was here then, though that is deleted or elsewhere by now?"""
+        return any(map(self.then.here, itertools.islice(self.now.line(id), 1, None)))
+
+    def with_what_came_along(self, ids: list[int], alive: Callable[[], None]) -> list[int]:
+        """Touched nodes, and what lies in collections that came into sight whole: from the trash, or from elsewhere."""
+        found, here = dict.fromkeys(ids), self.now.here
+        pending = [id for id in watched(ids, alive) if here(id) and here(id).kind and not self.then.here(id)]
+        while pending:
+            for child in watched(self.now.children(pending.pop()), alive):
+                if child.node not in found:
+                    found[child.node] = None
+                    if child.kind:
+                        pending.append(child.node)
+        return list(found)
+
+    def was_in_sight(self, id: int) -> bool:
+        """Did a node come and go since?  Who made it knows of it, and has to be told."""
+        ends = list(self.now.read("SELECT until FROM entry WHERE node = ? AND until > ?", (id, self.then.seq)))
+        return any(Moment(self.now.read, self.now.top, until - 1, purged=True).path(id) is not None for until, in ends)
+
+    def is_lost(self, id: int) -> bool:
+        """Was a node here that can never be brought back here: it, or what held it, was given up for good?"""
+        then = self.then
+        self._whole = self._whole or Moment(then.read, then.top, then.seq, purged=True)
+        return then.path(id) is None and self._whole.path(id) is not None
+
 
 BRAKE_FILES, BRAKE_SHARE, BRAKE_WINDOW = 200, 4, 10 * MINUTE       # held: over 200 files and over a quarter in the window
 BRAKE_FREE = HOUR               # how long a device that was allowed may do everything
@@ -3974,15 +4156,21 @@ class Tree:
         return self.db.recent.get((who, path), look)
 
     @contextmanager
-    def listing(self, who: Principal, path: tuple[str, ...]) -> Iterator["Listing"]:
-        """A node and what it holds, all of one moment.  raises CloudError not-found"""
-        node = self.stat(who, path)
+    def listing(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[Node, Moment]]:
+        """A node, and the moment from which to read what it holds.  raises CloudError not-found"""
+        id = self.stat(who, path).node
         with self.db.snapshot() as read:
-            rows = list(read("SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
-                             "WHERE e.node = ? AND e.until IS NULL", (node.node,)))
-            if not rows:
+            now = Moment(read, id)
+            node = now.node(id)
+            if node is None:
                 raise CloudError("not-found", "it was just deleted")
-            yield Listing(Node._make(rows[0]), read, self.clock.due())
+            yield node, now
+
+    def locks_near(self, now: Moment, node: Node) -> Callable[[Node], list[Lock]]:
+        """Tells which locks hold the node or one of its children."""
+        locks = [Lock._make(row) for row in now.read("SELECT * FROM lock WHERE home = ? AND due > ?", (node.home, self.clock.due()))]
+        above = {node.node, *(now.above(node.node) or ())} if locks else set()
+        return lambda one: [lock for lock in locks if lock.node == one.node or lock.deep and lock.node in above]
 
     def _found(self, spot: Spot) -> Node:
         if spot.node is None:
@@ -4017,7 +4205,7 @@ class Tree:
             raise CloudError("forbidden", "nobody is logged in")
         if not path:
             return self._root_spot(who)
-        above = self._above(who.root) + (who.root,) if who.scoped else (who.root,)
+        above = self._above_root(who) + (who.root,) if who.scoped else (who.root,)
         keys = [key_of(name) for name in path]
         walked = 0
         while len(keys) - walked > STRIDE:                   # far down: in several steps
@@ -4046,7 +4234,7 @@ class Tree:
         return rows[0]
 
     def _root_spot(self, who: Principal) -> Spot:
-        above = self._above(who.root) if who.scoped else ()
+        above = self._above_root(who)
         rows = self.db.read(
             "SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota - a.extra, r.size, " + NODE + " FROM account a "
             "JOIN collection r ON r.node = a.root LEFT JOIN entry e ON e.node = ? AND e.until IS NULL "
@@ -4059,46 +4247,29 @@ class Tree:
     def _is_collection(self, node: int) -> bool:
         return bool(self.db.read("SELECT 1 FROM collection WHERE node = ?", (node,)))
 
-    def _above(self, node: int) -> tuple[int, ...]:
-        """Ids of the collections that hold a node now, the root of its home first.
-
-        raises  CloudError not-found if it, or one of them, is not live
-        """
-        rows = self.db.read(UP, (node,))
-        if not rows or rows[-1][1] is not None:
+    def _above_root(self, who: Principal) -> tuple[int, ...]:
+        """What holds the collection that `who` is limited to.  raises CloudError not-found if that is in the trash"""
+        above = Moment(self.db.read, who.root).above(who.root) if who.scoped else ()
+        if above is None:
             raise CloudError("not-found", "there is nothing of that id")
-        return tuple(id for id, _ in reversed(rows))[:-1]
+        return above
+
+    def now(self, who: Principal) -> Moment:
+        """What `who` sees, as it is now: nothing, if the collection that a device is limited to is in the trash."""
+        hidden = who.scoped and Moment(self.db.read, who.root).above(who.root) is None
+        return Moment(self.db.read, 0 if hidden else who.root)
 
     def path_of(self, who: Principal, node: int) -> tuple[str, ...]:
         """Where a live node is for `who`.  raises CloudError not-found if that is nowhere"""
-        rows = self.db.read(
-            "WITH RECURSIVE up (node, parent, name, level) AS (SELECT node, parent, name, 0 FROM entry WHERE node = ? "
-            "AND until IS NULL UNION ALL SELECT e.node, e.parent, e.name, level + 1 FROM up JOIN entry e "
-            "ON e.node = up.parent AND e.until IS NULL WHERE up.node <> ?) SELECT node, name FROM up ORDER BY level",
-            (node, who.root))
-        if not rows or rows[-1][0] != who.root:
+        path = self.now(who).path(node)
+        if path is None:
             raise CloudError("not-found", "there is nothing of that id")
-        if who.scoped:
-            self._above(who.root)                        # a device whose collection is in the trash sees nothing
-        return tuple(name for _, name in reversed(rows[:-1]))
-
-    def _path_or_none(self, who: Principal, node: int) -> tuple[str, ...] | None:
-        try:
-            return self.path_of(who, node)
-        except CloudError:
-            return None
+        return path
 
     def walk(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Node]]:
         """Everything below a path, (path from there, node), collections before what they hold."""
-        pending = [((), self.stat(who, path))]
-        while pending:
-            above, node = pending.pop()
-            for child in map(Node._make, self.db.each(
-                    "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
-                    "WHERE e.parent = ? AND e.until IS NULL ORDER BY e.key", (node.node,))):
-                yield above + (child.name,), child
-                if child.kind:
-                    pending.append((above + (child.name,), child))
+        top = self.stat(who, path)
+        return Moment(self.db.read, top.node).walk(top.node)
 
     def sums(self, node: Node) -> dict[str, str]:
         """The checksums that are known of a file: {"sha1": hex}."""
@@ -4196,18 +4367,15 @@ class Tree:
             held += [lock for lock in locks if lock.node == spot.parent and not lock.deep]
         if below and spot.node:
             held += [lock for lock in locks if lock.node != spot.node.node and lock not in held
-                     and spot.node.node in self._above_or_none(lock.node)]
+                     and spot.node.node in self._above(lock.node)]
         mine = {lock.token for lock in held if lock.account == who.account and lock.token in given.tokens}
         shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
         for lock in held:
             if lock.token not in mine and (lock.exclusive or lock.node not in shared):
-                raise CloudError("locked", "it is locked", path=self._path_or_none(who, lock.node))
+                raise CloudError("locked", "it is locked", path=self.now(who).path(lock.node))
 
-    def _above_or_none(self, node: int) -> tuple[int, ...]:
-        try:
-            return self._above(node)
-        except CloudError:
-            return ()
+    def _above(self, node: int) -> tuple[int, ...]:
+        return Moment(self.db.read, node).above(node) or ()
 
     def _check_space(self, spot: Spot, growth: int, size: int) -> None:
         """Refuse what exceeds quota or disk.  `growth` of the live bytes, `size` to be stored; both in bytes."""
@@ -4509,7 +4677,7 @@ class Tree:
             return []
         gone = {node.node for node in nodes}
         return [Statement("DELETE FROM lock WHERE token = ?", (lock.token,)) for lock in self._locks(spot)
-                if lock.node in gone or gone & set(self._above_or_none(lock.node))]
+                if lock.node in gone or gone & set(self._above(lock.node))]
 
     def copy(self, who: Principal, *pairs: tuple[tuple[str, ...], tuple[str, ...]], given: Preconditions = ANY,
              clash: str | Sequence[str] = "replace", deep: bool = True, alive: Callable[[], None] = unwatched) -> list[tuple[Node, bool]]:
@@ -4633,10 +4801,10 @@ class Tree:
         locks = self._locks(spot)
         near = self._covering(spot, locks)
         if deep and spot.node:
-            near += [lock for lock in locks if spot.node.node in self._above_or_none(lock.node)]
+            near += [lock for lock in locks if spot.node.node in self._above(lock.node)]
         for lock in near:
             if exclusive or lock.exclusive:
-                raise CloudError("lock-conflict", "it is locked", path=self._path_or_none(who, lock.node))
+                raise CloudError("lock-conflict", "it is locked", path=self.now(who).path(lock.node))
         if len(locks) >= 10_000:
             raise CloudError("busy", "this account has 10000 locks")
 
@@ -4941,11 +5109,7 @@ def cut_text(text: str, size: int) -> str:
     return text.encode()[:size].decode("utf-8", "ignore")
 
 
-UNPURGED = " AND NOT EXISTS (SELECT 1 FROM entry g WHERE g.node = e.node AND g.fate = 'purged')"      # of an ended entry e
-CHILDREN_AT = (  # what a collection held as of a seq: :parent, :seq
-    "SELECT node, kind, name, key, manifest, size, mtime, media FROM entry WHERE parent = :parent AND until IS NULL AND since <= :seq "
-    "UNION ALL SELECT node, kind, name, key, manifest, size, mtime, media FROM entry e "
-    "WHERE parent = :parent AND until > :seq AND since <= :seq" + UNPURGED)
+COPIED = entries_at("e.parent = :parent", "e.node, e.kind, e.name, e.key, e.manifest, e.size, e.mtime, e.media")
 
 
 @dataclass(eq=False)
@@ -4990,9 +5154,9 @@ class Copies:
         order = [CopiedCollection(node, copy)]
         for one in order if deep else ():
             where = {"parent": one.node, "seq": self.seq}
-            (one.count, one.size), = self.db.read("SELECT count(*), coalesce(sum(size), 0) FROM (" + CHILDREN_AT + ") WHERE kind = 0", where)
+            (one.count, one.size), = self.db.read("SELECT count(*), coalesce(sum(size), 0) FROM (" + COPIED + ") WHERE kind = 0", where)
             one.files, one.first = one.count, self.db.new_ids(one.count)
-            for child, *about in self.db.read("SELECT node, name, key, mtime FROM (" + CHILDREN_AT + ") WHERE kind = 1", where):
+            for child, *about in self.db.read("SELECT node, name, key, mtime FROM (" + COPIED + ") WHERE kind = 1", where):
                 order.append(CopiedCollection(child, self.db.new_id(), one))
                 one.below.append((order[-1].copy, *about))
                 self._pairs.append((child, order[-1].copy))
@@ -5010,7 +5174,7 @@ class Copies:
             "SELECT coalesce(sum(length(name) + length(value)), 0) FROM property WHERE node IN (" + marks(some) + ")",
             [node for node, _ in some])) if self._has_properties else 0
         properties += sum(size for one in self._parts for size, in self.db.read(
-            "SELECT coalesce(sum(length(p.name) + length(p.value)), 0) FROM (" + CHILDREN_AT + ") c JOIN property p ON p.node = c.node "
+            "SELECT coalesce(sum(length(p.name) + length(p.value)), 0) FROM (" + COPIED + ") c JOIN property p ON p.node = c.node "
             "WHERE c.kind = 0", {"parent": one.node, "seq": self.seq})) if self._has_properties else 0
         return self.rows * ROW + properties
 
@@ -5060,7 +5224,7 @@ class Copies:
         for done in range(0, one.count, max(1, step)):
             piece = {**values, "first": one.first + (done << 12), "count": step}
             yield [Statement(COPY_FILES, piece), *([Statement(COPY_PROPERTIES, piece)] if self._has_properties else ())]
-            for last, in self.db.read("SELECT key FROM (" + CHILDREN_AT + ") WHERE kind = 0 AND key > :after ORDER BY key LIMIT 1 OFFSET :step",
+            for last, in self.db.read("SELECT key FROM (" + COPIED + ") WHERE kind = 0 AND key > :after ORDER BY key LIMIT 1 OFFSET :step",
                                       {**values, "step": step - 1}) if done + step < one.count else ():
                 values["after"] = last
         if one.below:
@@ -5079,13 +5243,13 @@ class Copies:
 
 COPY_STEP = 2_000               # rows that a copy writes in one batch
 COPY_TIME = HOUR                # a copy that takes longer was given up
-COPIED = (  # the next files of a collection as of a seq, and the ids of their copies
-    "SELECT *, :first + (row_number() OVER (ORDER BY key) - 1) * 4096 AS copy FROM (" + CHILDREN_AT + ") WHERE kind = 0 AND key > :after "
+NEXT_FILES = (  # of a collection as of a seq, and the ids of their copies
+    "SELECT *, :first + (row_number() OVER (ORDER BY key) - 1) * 4096 AS copy FROM (" + COPIED + ") WHERE kind = 0 AND key > :after "
     "ORDER BY key LIMIT :count")
 COPY_FILES = (
     "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) SELECT :home, coalesce(:since, s), copy, "
-    ":copy, name, key, kind, manifest, size, mtime, media, coalesce(:since, s) FROM (" + COPIED + "), (SELECT max(seq) AS s FROM journal)")
-COPY_PROPERTIES = "INSERT INTO property (node, name, value) SELECT c.copy, p.name, p.value FROM (" + COPIED + ") c JOIN property p ON p.node = c.node"
+    ":copy, name, key, kind, manifest, size, mtime, media, coalesce(:since, s) FROM (" + NEXT_FILES + "), (SELECT max(seq) AS s FROM journal)")
+COPY_PROPERTIES = "INSERT INTO property (node, name, value) SELECT c.copy, p.name, p.value FROM (" + NEXT_FILES + ") c JOIN property p ON p.node = c.node"
 
 COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row of it takes
     CHUNK_ROWS: lambda row: row[1], PUT_OFFSET: lambda row: 64, BEGIN_ENTRY: lambda row: ROW, BEGIN_AGAIN: lambda row: ROW,
@@ -5137,21 +5301,6 @@ class Step(NamedTuple):
     undoable: bool
 
 
-class Difference(NamedTuple):
-    """What became of a node between two moments, seen from a collection; None: not below it."""
-    then: Node | None
-    now: Node | None
-    was: tuple[str, ...] | None
-    path: tuple[str, ...] | None
-
-    @property
-    def how(self) -> str:
-        """added, deleted, moved (and perhaps changed as well) or changed"""
-        if self.then is None or self.now is None:
-            return "added" if self.then is None else "deleted"
-        return "changed" if self.was == self.path else "moved"
-
-
 class Found(NamedTuple):
     """A hit of a search."""
     path: tuple[str, ...]
@@ -5176,102 +5325,6 @@ STEP = (  # the columns of Step, and where they come from
     "j.seq, j.at, j.action, j.detail, coalesce(a.name, ''), coalesce(d.name, ''), "
     "EXISTS (SELECT 1 FROM entry WHERE home = j.home AND since = j.seq) OR EXISTS (SELECT 1 FROM entry WHERE home = j.home "
     "AND until = j.seq) FROM journal j LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device")
-
-
-class _Past:
-    """The tree below a collection as of a seq, node by node.
-
-    What was given up for good was never there: one purged entry hides all entries of its node.  Only the feed of
-    changes sees it, to tell that it is gone (`purged`).
-    """
-
-    def __init__(self, read: Callable[..., Iterator[tuple[Any, ...]]], top: int, seq: int, *, purged: bool = False) -> None:
-        self.read, self.top, self.seq, self.ended = read, top, seq, "" if purged else UNPURGED
-        self._nodes: dict[int, Node | None] = {}
-        self._paths: dict[int, tuple[str, ...] | None] = {top: ()}
-        self._whole = self if purged else None           # this moment with what was given up
-
-    def node(self, id: int) -> Node | None:
-        """The node as it was; None if it was not, or not any more."""
-        if id not in self._nodes:
-            self._nodes[id] = next(self._rows("e.node = :id", {"id": id}), None)
-        return self._nodes[id]
-
-    def children(self, id: int) -> list[Node]:
-        """What a collection held, in the order of names."""
-        return sorted(self._rows("e.parent = :id", {"id": id}), key=lambda node: key_of(node.name))
-
-    def child(self, id: int, key: str) -> Node | None:
-        return next(self._rows("e.parent = :id AND e.key = :key", {"id": id, "key": key}), None)
-
-    def _rows(self, where: str, params: dict[str, Any]) -> Iterator[Node]:
-        return map(Node._make, self.read(
-            "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE " + where
-            + " AND e.until IS NULL AND e.since <= :seq UNION ALL "
-            "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE " + where
-            + " AND e.until > :seq AND e.since <= :seq" + self.ended, {**params, "seq": self.seq}))
-
-    def would_come_along(self, then: _Past, id: int) -> bool:
-        """Does it hang below a collection that was here `then`, though that is deleted or elsewhere by now?"""
-        node = self.node(id)
-        while node is not None and node.parent is not None:
-            if then.here(node.parent):
-                return True
-            node = self.node(node.parent)
-        return False
-
-    def is_as(self, now: _Past, id: int) -> bool:
-        """Is a node, now, where it was and what it was, though in another collection there, as that one is gone?"""
-        one, other = self.here(id), now.here(id)
-        return (bool(one and other) and self.path(id) == now.path(id) and not now.here(one.parent)
-                and (one.manifest, one.mtime) == (other.manifest, other.mtime))
-
-    def line(self, id: int | None) -> Iterator[int]:
-        """A node and what held it, upwards, even if that hung nowhere."""
-        while id is not None:
-            yield id
-            node = self.node(id)
-            id = node.parent if node else None
-
-    def touched_since(self, home: int, seq: int) -> list[int]:
-        """Nodes of a home that batches after a seq touched."""
-        return [id for (id,) in self.read("SELECT node FROM entry WHERE home = :home AND since > :seq "
-                                          "UNION SELECT node FROM entry WHERE home = :home AND until > :seq",
-                                          {"home": home, "seq": seq})]
-
-    def path(self, id: int) -> tuple[str, ...] | None:
-        """Where it was below the collection; None if elsewhere or nowhere."""
-        walked = []
-        while id not in self._paths:
-            walked.append(id)
-            node = self.node(id)
-            if node is None or node.parent is None:
-                self._paths[id] = None
-            else:
-                id = node.parent
-        for id in reversed(walked):
-            if id not in self._paths:
-                node = self.node(id)
-                above = self._paths[node.parent]
-                self._paths[id] = None if above is None else above + (node.name,)
-        return self._paths[walked[0] if walked else id]
-
-    def chain(self, id: int) -> list[int]:
-        """A node that was below the collection, and what held it, up to there."""
-        found: list[int] = []
-        while id != self.top and self.here(id):
-            found.append(id)
-            id = self.node(id).parent
-        return found
-
-    def here(self, id: int) -> Node | None:
-        """The node if it was somewhere below the collection."""
-        return None if self.path(id) is None else self.node(id)
-
-    def is_lost(self, id: int) -> bool:
-        """Was a node here that can never be brought back here: it, or what held it, was given up for good?"""
-        self._whole = self._whole or _Past(self.read, self.top, self.seq, purged=True)
-        return self.path(id) is None and self._whole.path(id) is not None
 
 
 class Reversal:
@@ -5371,37 +5424,18 @@ class History(Tree):
             (fed,), = read("SELECT fed FROM account WHERE id = ?", (top.home,))
             if since < max(fed, self.oldest_seq()):
                 raise CloudError("gone", "what happened since then is not known any more; read everything anew")
+            if since == head:
+                return head, []
             reached = min([head, *(seq for column in ("since", "until") for (seq,) in read(
                 "SELECT %s FROM entry WHERE home = ? AND %s > ? ORDER BY %s LIMIT 1 OFFSET ?" % ((column,) * 3),
                 (top.home, since, limit)))])
-            then, now = _Past(read, top.node, since, purged=True), _Past(read, top.node, head)
-            ids = [id for (id,) in read(
-                "SELECT node FROM entry WHERE home = ? AND since > ? AND since <= ? "
-                "UNION SELECT node FROM entry WHERE home = ? AND until > ? AND until <= ?",
-                (top.home, since, reached) * 2)]
-            ids = self._with_what_came_along(ids, then, now, alive)
+            span = Span(Moment(read, top.node, since, purged=True), Moment(read, top.node))
+            ids = span.with_what_came_along(span.touched(top.home, reached), alive)
+            then, now = span.then, span.now
             found = [Changed(id, getattr(now.node(id) or then.node(id), "kind", FILE), now.node(id), now.path(id), then.path(id))
                      for id in watched(ids, alive) if id != top.node]
-            found = [c for c in found if c.path is not None or c.was is not None or self._was_in_sight(read, top.node, c.id, since)]
+            found = [c for c in found if c.path is not None or c.was is not None or span.was_in_sight(c.id)]
         return reached, sorted(found, key=lambda c: c.path or c.was or ())
-
-    def _was_in_sight(self, read: Callable[..., Iterator[tuple[Any, ...]]], top: int, node: int, since: int) -> bool:
-        """Did a node come and go after `since`?  Who made it knows of it, and has to be told."""
-        ends = list(read("SELECT until FROM entry WHERE node = ? AND until > ?", (node, since)))
-        return any(_Past(read, top, until - 1, purged=True).path(node) is not None for until, in ends)
-
-    def _with_what_came_along(self, ids: list[int], then: _Past, now: _Past, alive: Callable[[], None]) -> list[int]:
-        """Touched nodes, and what lies in collections that came into sight whole: from the trash, or from elsewhere."""
-        found = dict.fromkeys(ids)
-        pending = [id for id in watched(ids, alive) if now.here(id) and now.node(id).kind and not then.here(id)]
-        while pending:
-            alive()
-            for child in now.children(pending.pop()):
-                if child.node not in found:
-                    found[child.node] = None
-                    if child.kind:
-                        pending.append(child.node)
-        return list(found)
 
     def head(self) -> int:
         """The newest seq."""
@@ -5435,29 +5469,21 @@ class History(Tree):
         missed   told of each path that cannot be read, and of why; without it that ends the walk
         """
         seq = self.head() if seq is None else seq
-        first = [(name, self.past(who, path + name, seq)[0]) for name in names] or [((), self.past(who, path, seq)[0])]
-        return self._walk_past(first, seq, missed)
+        first = [(name, self.past(who, path + name, seq)[0]) for name in names or [()]]
+        return self._with_contents(first, Moment(self.db.read, who.root, seq), missed)
 
-    def _walk_past(self, pending: list[tuple[tuple[str, ...], Node]], seq: int,
-                   missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
-        pending.reverse()
-        while pending:
-            path, node = pending.pop()
-            try:
-                found = self._content(node) if node.kind == FILE else None
-                children = self._children_at(node, seq) if node.kind else []
-            except CloudError as error:
-                if missed is None:
-                    raise
-                missed(path, error)
-                continue
-            if path or node.kind == FILE:
-                yield path, node, found
-            pending += [(path + (child.name,), child) for child in reversed(children)]
-
-    def _children_at(self, node: Node, seq: int) -> list[Node]:
-        with self.db.snapshot() as read:
-            return _Past(read, node.node, seq).children(node.node)
+    def _with_contents(self, first: list[tuple[tuple[str, ...], Node]], then: Moment,
+                       missed: Callable[[tuple[str, ...], CloudError], None] | None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
+        for path, top in first:
+            for place, node in itertools.chain([(path, top)] if path or not top.kind else (), then.walk(top.node, path, missed) if top.kind else ()):
+                try:
+                    content = None if node.kind else self._content(node)
+                except CloudError as error:
+                    if missed is None:
+                        raise
+                    missed(place, error)
+                else:
+                    yield place, node, content
 
     def archive(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
                 seq: int | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
@@ -5488,15 +5514,13 @@ class History(Tree):
         """The node that was at a path as of a seq and what it held.  raises CloudError not-found, gone"""
         self._root_spot(who)
         with self.db.snapshot() as read:
-            past = _Past(read, who.root, seq)
-            node = self._past_node(past, path)
-            return node, past.children(node.node) if node.kind else []
+            then = Moment(read, who.root, seq)
+            node = self._past_node(then, path)
+            return node, list(then.children(node.node)) if node.kind else []
 
-    def _past_node(self, past: _Past, path: tuple[str, ...]) -> Node:
-        self._check_reach(past.seq)
-        node = past.node(past.top)
-        for name in path:
-            node = past.child(node.node, key_of(name)) if node and node.kind else None
+    def _past_node(self, then: Moment, path: tuple[str, ...]) -> Node:
+        self._check_reach(then.seq)
+        node = then.find(path)
         if node is None:
             raise CloudError("not-found", "there was nothing at this path")
         return node
@@ -5532,9 +5556,8 @@ class History(Tree):
     def version(self, who: Principal, path: tuple[str, ...], rev: int) -> tuple[Node, Content]:
         """A file as it was in one of its versions.  raises CloudError not-found"""
         live = self.stat(who, path)
-        rows = self.db.read("SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.rev = :rev "
-                            "AND e.kind = 0 AND (e.node = :node AND e.until IS NULL OR e.node = :node AND e.until IS NOT NULL) "
-                            "ORDER BY e.since LIMIT 1", {"rev": rev, "node": live.node})
+        rows = self.db.read(select_entries("e.rev = :rev AND e.kind = 0 AND (e.node = :node AND e.until IS NULL OR e.node = :node AND e.until "
+                                    "IS NOT NULL)") + " ORDER BY e.since LIMIT 1", {"rev": rev, "node": live.node})
         if not rows or not self._was_within(who, live.node, rev):
             raise CloudError("not-found", "there is no such version")
         node = Node._make(rows[0])._replace(name=live.name)
@@ -5635,12 +5658,11 @@ class History(Tree):
 
     def _trashed(self, who: Principal, where: str, value: int, limit: int) -> list[Trashed]:
         rows = self.db.read(
-            "SELECT j.at, coalesce(a.name, ''), " + NODE + " FROM entry e JOIN journal j ON j.seq = e.until "
-            "LEFT JOIN account a ON a.id = j.account LEFT JOIN collection c ON c.node = e.node "
-            "WHERE e.home = ? AND e.fate = 'deleted' AND " + where + self._LAST + "ORDER BY e.until DESC, e.node LIMIT ?",
-            (who.account, value, limit))
+            select_entries("e.home = ? AND e.fate = 'deleted' AND " + where + self._LAST, "j.at, coalesce(a.name, ''), " + NODE,
+                    "entry e JOIN journal j ON j.seq = e.until LEFT JOIN account a ON a.id = j.account")
+            + "ORDER BY e.until DESC, e.node LIMIT ?", (who.account, value, limit))
         with self.db.snapshot() as read:
-            return [Trashed(node, at, account, (_Past(read, who.root, node.until - 1).path(node.parent) or ()) + (node.name,))
+            return [Trashed(node, at, account, (Moment(read, who.root, node.until - 1).path(node.parent) or ()) + (node.name,))
                     for at, account, node in ((at, account, Node._make(columns)) for at, account, *columns in rows)]
 
     _LAST = ("AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL) "       # it did not come back
@@ -5655,7 +5677,7 @@ class History(Tree):
         self._require(who)
         self._require_whole(who)
         for item in self._find_trashed(who, nodes):
-            if len(item.path) > 1 and item.node.parent not in nodes and self._path_or_none(who, item.node.parent) is None:
+            if len(item.path) > 1 and item.node.parent not in nodes and self.now(who).path(item.node.parent) is None:
                 self._make_or_find(who, item.path[:-1])
 
         def attempt() -> Batch:
@@ -5748,22 +5770,19 @@ class History(Tree):
         """
         self._require_whole(who)
 
-        def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
-            touched = [id for (id,) in now.read("SELECT node FROM entry WHERE home = :home AND since = :seq "
-                                                "UNION SELECT node FROM entry WHERE home = :home AND until = :seq",
-                                                {"home": who.account, "seq": seq}) if id != now.top]
+        def choose(span: Span) -> tuple[list[int], int]:
+            now = span.now
+            touched = [id for id in span.touched(who.account, seq) if id != now.top]
             if not touched:
                 raise CloudError("not-found", "there is nothing of that number to take back")
             later = {id for id in touched if list(now.read(
                 "SELECT 1 FROM entry WHERE node = :id AND until IS NULL AND since > :seq UNION ALL "
                 "SELECT 1 FROM entry WHERE node = :id AND until > :seq UNION ALL "
                 "SELECT 1 FROM entry WHERE parent = :id AND until IS NULL AND since > :seq", {"id": id, "seq": seq}))}
-            for id in [id for id in later if now.here(id)]:              # what holds them stays, too
-                while id is not None and id != now.top:
-                    later.add(id)
-                    id = now.node(id).parent
-            mine = [id for id in touched if id not in later and differs(then.here(id), now.here(id))]
-            if not mine and any(then.is_lost(id) for id in touched):
+            for id in list(later):                       # what holds them stays, too
+                later.update(now.chain(id))
+            mine = [id for id in touched if id not in later and span.differs(id)]
+            if not mine and any(map(span.is_lost, touched)):
                 raise CloudError("gone", "what this step removed was given up for good")
             return mine, len(touched) - len(mine)
 
@@ -5774,13 +5793,14 @@ class History(Tree):
 
         dry     only count
         """
-        def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
-            mine = [id for id in now.touched_since(who.account, seq) if id != now.top and differs(then.here(id), now.here(id))
-                    or not then.here(id) and now.would_come_along(then, id)]
-            holders = {id for id, _ in now.read(UP, (now.top,))}         # what holds the collection by now stays where it is, and all
-            mine = [id for id in mine if not then.is_lost(id) and not holders & set(then.chain(id))      # that it held then
-                    and self._may_bring_back(who, then, now, id)]
-            return mine, sum(differs(then.here(id), now.here(id)) for id in mine)
+        def choose(span: Span) -> tuple[list[int], int]:
+            top = span.now.top
+            mine = [id for id in span.touched(who.account) if id != top and span.differs(id)
+                    or not span.then.here(id) and span.would_come_along(id)]
+            holders = {top, *(span.now.above(top) or ())}        # what holds the collection by now stays where it is, and all
+            mine = [id for id in mine if not span.is_lost(id) and not holders & set(span.then.chain(id))     # that it held then
+                    and self._may_bring_back(who, span, id)]
+            return mine, sum(map(span.differs, mine))
 
         if dry:
             return 0, len(self.differences(who, path, seq))
@@ -5795,34 +5815,35 @@ class History(Tree):
         self._require(who)
         paths = tuple(outermost(paths))
         with self.db.snapshot() as read:
-            then, now = _Past(read, who.root, seq), _Past(read, who.root, self.head())
-            nodes = [self._past_node(then, path) for path in paths]
+            span = Span(Moment(read, who.root, seq), Moment(read, who.root))
+            nodes = [self._past_node(span.then, path) for path in paths]
             chosen = {node.node for node in nodes}
 
-            def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
+            def choose(span: Span) -> tuple[list[int], int]:
+                then, now = span.then, span.now
                 inside = lambda id: any(above in chosen for above in then.line(id))
-                touched = [id for id in {*chosen, *now.touched_since(who.account, seq)}
-                           if id != now.top and any(map(inside, now.line(id)))]
-                mine = [id for id in touched if differs(then.here(id), now.here(id)) or not then.here(id) and now.node(id)]
-                mine = [id for id in mine if not then.is_lost(id) and self._may_bring_back(who, then, now, id)
-                        and not (id in chosen and then.is_as(now, id))]
+                touched = [id for id in {*chosen, *span.touched(who.account)} if id != now.top and any(map(inside, now.line(id)))]
+                mine = [id for id in touched if span.differs(id) or not then.here(id) and now.node(id)]
+                mine = [id for id in mine if not span.is_lost(id) and self._may_bring_back(who, span, id)
+                        and not (id in chosen and span.is_in_place(id))]
                 return mine, len(mine)
 
-            if not choose(then, now)[0]:
+            if not choose(span)[0]:
                 return 0, 0
         for path, node in zip(paths, nodes):
-            if len(path) > 1 and self._path_or_none(who, node.parent) is None:
+            if len(path) > 1 and self.now(who).path(node.parent) is None:
                 self._make_or_find(who, path[:-1])
         return self._revert(who, (), seq, choose, "rewind", {"path": "/".join(paths[0]), "to": seq})
 
-    def _may_bring_back(self, who: Principal, then: _Past, now: _Past, id: int) -> bool:
-        """May a device change this node by going back to `then`?  Only if it lies, or died, in what the device is limited to,
-        and lay nowhere else then."""
+    def _may_bring_back(self, who: Principal, span: Span, id: int) -> bool:
+        """May a device change this node by going back?  Only if it lies, or died, in what the device is limited to, and lay
+        nowhere else then."""
         if not who.scoped:
             return True
+        then, now = span.then, span.now
         ended = list(now.read("SELECT max(until) FROM entry WHERE node = ? AND until IS NOT NULL", (id,)))[0][0]
-        last = _Past(now.read, who.root, now.seq if now.node(id) else (ended or 1) - 1)
-        return last.here(id) is not None and (then.node(id) is None or _Past(then.read, who.root, then.seq).here(id) is not None)
+        last = Moment(now.read, who.root, None if now.node(id) else (ended or 1) - 1)
+        return last.here(id) is not None and (then.node(id) is None or Moment(then.read, who.root, then.seq).here(id) is not None)
 
     def differences(self, who: Principal, path: tuple[str, ...], seq: int,
                     alive: Callable[[], None] = unwatched) -> list[Difference]:
@@ -5830,10 +5851,8 @@ class History(Tree):
         top = self.stat(who, path).node
         self._check_reach(seq)
         with self.db.snapshot() as read:
-            then, now = _Past(read, top, seq), _Past(read, top, self.head())
-            found = [Difference(then.here(id), now.here(id), then.path(id), now.path(id))
-                     for id in watched(now.touched_since(who.account, seq), alive)
-                     if id != top and differs(then.here(id), now.here(id))]
+            span = Span(Moment(read, top, seq), Moment(read, top))
+            found = [span.of(id) for id in watched(span.touched(who.account), alive) if id != top and span.differs(id)]
         return sorted(found, key=lambda one: one.path or one.was)
 
     def held(self, who: Principal) -> list[tuple[Brake, str]]:
@@ -5863,21 +5882,21 @@ class History(Tree):
         """
         brake = self._held(who, device)
 
-        def choose(then: _Past, now: _Past) -> tuple[list[int], int]:
-            touched = [id for (id,) in now.read(
+        def choose(span: Span) -> tuple[list[int], int]:
+            touched = [id for (id,) in span.now.read(
                 "SELECT e.node FROM journal j JOIN entry e ON e.home = j.home AND e.since = j.seq "
                 "WHERE j.home = :home AND j.seq > :seq AND j.device = :device UNION "
                 "SELECT e.node FROM journal j JOIN entry e ON e.home = j.home AND e.until = j.seq "
                 "WHERE j.home = :home AND j.seq > :seq AND j.device = :device",
                 {"home": who.account, "seq": brake.seq, "device": device})]
-            mine = [id for id in touched if differs(then.here(id), now.here(id))]
+            mine = list(filter(span.differs, touched))
             return mine, len(mine)
 
         done = self._revert(who, (), brake.seq, choose, "undo", {"device": device, "seq": brake.seq})
         self.db.run(Statement("DELETE FROM brake WHERE device = ?", (device,)))
         return done
 
-    def _revert(self, who: Principal, path: tuple[str, ...], seq: int, choose: Callable[[_Past, _Past], tuple[list[int], int]],
+    def _revert(self, who: Principal, path: tuple[str, ...], seq: int, choose: Callable[[Span], tuple[list[int], int]],
                 action: str, detail: dict[str, Any]) -> tuple[int, int]:
         """Bring the chosen nodes below a path back to what they were as of a seq."""
         self._require(who)
@@ -5891,20 +5910,20 @@ class History(Tree):
                 top = self._found(spot).node
                 if spot.locked:
                     self._check_locks(who, spot, ANY, below=True)
-                then, now = _Past(read, top, seq), _Past(read, top, head)
-                chosen, told[0] = choose(then, now)
+                span = Span(Moment(read, top, seq), Moment(read, top))
+                chosen, told[0] = choose(span)
                 root = (*spot.chain, top)[0]
-                plan = self._plan_reversal(read, root, then, now, chosen)
+                plan = self._plan_reversal(span, root, chosen)
                 self._check_space(spot, plan.sums.get(root, [0])[0], 0)
                 return self._reversal_batch(who, spot, head, plan, action, {**detail, "count": len(chosen)})
 
         with self._heavy(who):
             return self.db.write(attempt).seq, told[0]
 
-    def _plan_reversal(self, read: Callable[..., Iterator[tuple[Any, ...]]], root: int, then: _Past, now: _Past,
-                       chosen: list[int]) -> Reversal:
+    def _plan_reversal(self, span: Span, root: int, chosen: list[int]) -> Reversal:
         """First what must go, then what comes back or moves, from the top down."""
-        plan, taken = Reversal(read, root), set()
+        then, now, taken = span.then, span.now, set()
+        plan = Reversal(now.read, root)
         wanted = sorted((id for id in chosen if then.here(id)), key=lambda id: len(then.path(id)))
         unwanted = set(chosen).difference(wanted)
         freed = {(node.parent, key_of(node.name)) for node in map(now.node, chosen) if node}
@@ -5914,24 +5933,24 @@ class History(Tree):
             old = then.node(id)
             parent = old.parent
             if not plan.lives(parent) or plan.would_hold_itself(id, parent):
-                parent = self._stand_in(plan, then, now, parent, chosen)
+                parent = self._stand_in(plan, span, parent, chosen)
             plan.restore(old, now.node(id), parent, self._name_for(parent, old.name, taken, freed))
         for id in unwanted:
             if not now.here(id) and then.top in plan.chain(id):          # it came along with what is back
                 plan.remove(now.node(id))
         return plan
 
-    def _stand_in(self, plan: Reversal, then: _Past, now: _Past, id: int, chosen: Container[int]) -> int:
+    def _stand_in(self, plan: Reversal, span: Span, id: int, chosen: Container[int]) -> int:
         """The collection that is where one was that is gone, and stays there; the top if there is none."""
-        found = then.top
-        for name in then.path(id) or ():
-            child = now.child(found, key_of(name))
+        top = found = span.now.top
+        for name in span.then.path(id) or ():
+            child = span.now.child(found, name)
             if child is None or not child.kind or child.node in chosen:
-                return then.top
+                return top
             found = child.node
-        return found if plan.lives(found) else then.top
+        return found if plan.lives(found) else top
 
-    def _return_or_remove(self, plan: Reversal, then: _Past, taken: set[tuple[int, str]], nodes: Iterable[Node]) -> set[tuple[int, str]]:
+    def _return_or_remove(self, plan: Reversal, then: Moment, taken: set[tuple[int, str]], nodes: Iterable[Node]) -> set[tuple[int, str]]:
         """Nodes that were not below the collection: each back to where it was, if that is still there, else to the trash.
 
         A place that lies in the node itself comes free when what is between has gone back; if it does not, the node
@@ -6001,13 +6020,13 @@ class History(Tree):
         Words stand anywhere in a name, in any case; in contents at the beginning of a word.
         """
         self.stat(who, path)
-        found, seen = [], set()
+        found, seen, here = [], set(), self.now(who)
         with nullcontext() if query.words else self._heavy(who):         # without words everything is looked at
             for node, inside in self._hits(who, query, alive):
                 if node.node in seen or not fits(query, node):
                     continue
                 seen.add(node.node)
-                where = self._path_or_none(who, node.node)
+                where = here.path(node.node)
                 if where is not None and where[:len(path)] == path and len(where) > len(path):
                     if len(found) == limit:
                         return found, True
@@ -6024,9 +6043,8 @@ class History(Tree):
         if query.within != "names" and query.words and self.db.has_index():
             wanted = " AND ".join(map(match_words, query.words)) + "".join(" NOT " + match_words(word) for word in query.without)
             for row in watched(self.db.each(
-                    "SELECT " + NODE + " FROM text_index i JOIN text_row r ON r.id = i.rowid JOIN entry e ON e.manifest = r.manifest "
-                    "AND e.home = r.home AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node "
-                    "WHERE text_index MATCH ? AND r.home = ? ORDER BY i.rowid DESC",
+                    entries_now("text_index MATCH ? AND r.home = ?", source="text_index i JOIN text_row r ON r.id = i.rowid JOIN entry e "
+                                "ON e.manifest = r.manifest AND e.home = r.home") + " ORDER BY i.rowid DESC",
                     ('home : "%d" AND body : (%s)' % (who.account, wanted), who.account)), alive):
                 yield Node._make(row), True
 
@@ -6042,26 +6060,24 @@ class History(Tree):
 
     def marked(self, who: Principal, name: str) -> list[tuple[tuple[str, ...], Node, str]]:
         """(path, node, value) of all nodes that bear a dead property."""
-        found = [(self._path_or_none(who, id), id, value) for id, value in self.db.read(
-            "SELECT p.node, p.value FROM property p JOIN entry e ON e.node = p.node AND e.until IS NULL "
-            "WHERE p.name = ? AND e.home = ?", (name, who.account))]
-        return sorted((path, self._node(id), value) for path, id, value in found if path is not None)
+        here, rows = self.now(who), self.db.read("SELECT p.node, p.value FROM property p JOIN entry e ON e.node = p.node AND e.until IS NULL "
+                                                 "WHERE p.name = ? AND e.home = ?", (name, who.account))
+        return sorted((here.path(id), here.node(id), value) for id, value in rows if here.path(id) is not None)
 
     def _candidates(self, who: Principal, query: Query) -> Iterator[Node]:
         """Live nodes of the account: those the index of names knows to fit, and all it has not seen yet."""
         usable = query.words and all(len(word) > 2 for word in query.words)
         indexed = int(self.db.setting("indexed") or 0) if usable else 0
         yield from map(Node._make, self.db.each(
-            "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.home = ? AND e.since > ? "
-            "AND e.until IS NULL AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ? ORDER BY e.since DESC",
+            entries_now("e.home = ? AND e.since > ? AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ?")
+            + " ORDER BY e.since DESC",
             (who.account, indexed, query.least or 0, sys.maxsize if query.most is None else query.most,
              MTIME_MIN if query.after is None else query.after, MTIME_MAX + 1 if query.before is None else query.before)))
         if indexed:
             wanted = " AND ".join('"%s"' % word.replace('"', '""') for word in query.words)
             yield from map(Node._make, self.db.each(
-                "SELECT " + NODE + " FROM name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e ON e.node = r.node "
-                "AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node WHERE name_index MATCH ? AND e.home = ? "
-                "ORDER BY i.rowid DESC", (wanted, who.account)))
+                entries_now("name_index MATCH ? AND e.home = ?", source="name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e "
+                            "ON e.node = r.node") + " ORDER BY i.rowid DESC", (wanted, who.account)))
 
     def star(self, who: Principal, *paths: tuple[str, ...], on: bool) -> None:
         """Mark files and collections with a star, in one step, or take it away."""
@@ -6087,22 +6103,9 @@ class History(Tree):
 
     def by_id(self, who: Principal, node: int) -> list[tuple[tuple[str, ...], Node]]:
         """(path, node) of a live node, if `who` can see it."""
-        path = self._path_or_none(who, node)
-        return [] if path is None else [(path, self._node(node))]
-
-    def _node(self, id: int) -> Node:
-        rows = self.db.read("SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
-                            "WHERE e.node = ? AND e.until IS NULL", (id,))
-        if not rows:
-            raise CloudError("not-found", "it was just deleted")
-        return Node._make(rows[0])
-
-
-def differs(then: Node | None, now: Node | None) -> bool:
-    """Would bringing a node back change anything?"""
-    if then is None or now is None:
-        return then is not now
-    return (then.parent, then.name, then.manifest, then.mtime) != (now.parent, now.name, now.manifest, now.mtime)
+        here = self.now(who)
+        path = here.path(node)
+        return [] if path is None else [(path, here.node(node))]
 
 
 def is_star(value: str) -> bool:
@@ -6114,6 +6117,11 @@ def is_star(value: str) -> bool:
 # ==== 11. Verbs ==========================================================================
 #
 # Native sync, uploads in parts; Cloud, which has every verb.
+
+def is_composed(node: Node) -> bool:
+    """Has a file several chunks, listed under its manifest?"""
+    return node.kind == FILE and node.manifest[0] == "m"
+
 
 class Place(NamedTuple):
     """One line of a manifest."""
@@ -6135,7 +6143,7 @@ class Draft:
         root      where who asks begins
         held      nothing may be deleted or overwritten
         """
-        self.db, self.root, self.received, self.held = db, root, received, held
+        self.now, self.root, self.received, self.held = Moment(db.read, root.node.node), root, received, held
         self.known: dict[str, int] = {}              # {hash: bytes} of chunks that steps may name
         self.used: set[str] = set()                  # those that they did name
         self.body: list[Statement] = []              # rows of manifests
@@ -6178,10 +6186,7 @@ class Draft:
     def _child(self, parent: int, name: str) -> Node | None:
         place = parent, key_of(name)
         if place not in self._places:
-            rows = () if parent in self._made else self.db.read(
-                "SELECT " + NODE + " FROM entry e LEFT JOIN collection c ON c.node = e.node "
-                "WHERE e.parent = ? AND e.key = ? AND e.until IS NULL", place)
-            self._places[place] = Node._make(rows[0]) if rows else None
+            self._places[place] = None if parent in self._made else self.now.child(parent, name)
         return self._places[place]
 
     def rely_on(self, spot: Spot) -> None:
@@ -6275,48 +6280,29 @@ class Sync(History):
         seq = self.head() if seq is None else seq
         self._root_spot(who)
         with self.db.snapshot() as read:
-            top = self._past_node(_Past(read, who.root, seq), path)
-        return seq, top, self._manifest(top, path, seq, chunks)
+            top = self._past_node(Moment(read, who.root, seq), path)
+        return seq, top, self._places(Moment(self.db.read, top.node, seq).walk(top.node, path), chunks)
 
-    def _manifest(self, top: Node, path: tuple[str, ...], seq: int, chunks: bool) -> Iterator[Place]:
-        pending = [(path, self._rows_at(top.node, seq))]
-        while pending:
-            above, rows = pending[-1]
-            row = next(rows, None)
-            if row is None:
-                pending.pop()
-                continue
-            place = self._place(above, Node._make(row[:15]), row[15], chunks)
-            yield place
-            if place.node.kind:
-                pending.append((place.path, self._rows_at(place.node.node, seq)))
-
-    def _rows_at(self, parent: int, seq: int) -> Iterator[tuple[Any, ...]]:
-        """Rows of PLACES_AT, some at a time: nobody who reads slowly keeps a snapshot open."""
-        after = ""
+    def _places(self, nodes: Iterator[tuple[tuple[str, ...], Node]], chunks: bool) -> Iterator[Place]:
         while True:
-            rows = self.db.read(PLACES_AT, {"parent": parent, "seq": seq, "after": after, "limit": PIECE})
-            yield from rows
-            if len(rows) < PIECE:
+            some = list(itertools.islice(nodes, PIECE))
+            ids = [node.manifest for _, node in some if is_composed(node)]
+            sums = dict(self.db.read("SELECT id, sha256 FROM manifest WHERE id IN (" + marks(ids) + ")", ids)) if ids else {}
+            for path, node in some:
+                yield Place(path, node, sums.get(node.manifest, node.manifest), self.chunks_of(node) if chunks and not node.kind else None)
+            if len(some) < PIECE:
                 return
-            after = rows[-1][16]
-
-    def _place(self, above: tuple[str, ...], node: Node, sha256: str | None, chunks: bool) -> Place:
-        single = node.kind == FILE and node.manifest[0] != "m"
-        return Place(above + (node.name,), node, node.manifest if single else sha256,
-                     self.chunks_of(node) if chunks and not node.kind else None)
 
     def chunks_of(self, node: Node) -> list[tuple[str, int]]:
         """(hash, size) of the chunks of a file in order; an empty file has none."""
-        if node.manifest[0] != "m":
+        if not is_composed(node):
             return [(node.manifest, node.size)] if node.size else []
         return self.db.read("SELECT m.chunk, h.size FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
                             "WHERE m.manifest = ? ORDER BY m.offset", (node.manifest,))
 
     def place_of(self, node: Node, path: tuple[str, ...], chunks: bool) -> Place:
         """A live node as a manifest tells it."""
-        rows = [] if node.kind else self.db.read("SELECT sha256 FROM manifest WHERE id = ?", (node.manifest,))
-        return self._place(path[:-1], node, rows[0][0] if rows else None, chunks)
+        return next(self._places(iter([(path, node)]), chunks))
 
     def await_change(self, who: Principal, since: int, seconds: float, alive: Callable[[], None] = unwatched) -> bool:
         """Wait until something in the account is newer than a seq; False if nothing was in time.
@@ -6359,7 +6345,7 @@ class Sync(History):
         nodes = self.db.read("SELECT node FROM entry WHERE manifest = :hash AND home = :home AND until IS NULL UNION "
                              "SELECT e.node FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest "
                              "WHERE m.chunk = :hash AND e.home = :home AND e.until IS NULL", {"hash": hash, "home": who.account})
-        return any(who.root in self._above_or_none(node) for (node,) in nodes) or bool(self.db.read(
+        return any(who.root in self._above(node) for (node,) in nodes) or bool(self.db.read(
             "SELECT 1 FROM loose WHERE home = ? AND chunk = ? AND root = ? AND due > ?", (who.account, hash, who.root, now)))
 
     def missing(self, who: Principal, hashes: Sequence[str]) -> list[str]:
@@ -6642,12 +6628,6 @@ FLUSH = 16 * MiB                # bytes of small chunks that wait in memory for 
 OWNED = (  # does an account (?, ?) refer to chunk h, now or in its history?
     "EXISTS (SELECT 1 FROM entry WHERE manifest = h.hash AND home = ?) OR EXISTS (SELECT 1 FROM manifest_chunk m "
     "JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = h.hash AND e.home = ?)")
-PLACES_AT = (  # what a collection held as of a seq, with the hashes of files of several chunks: :parent, :seq, :after, :limit
-    "SELECT " + NODE + ", m.sha256, e.key AS key FROM entry e LEFT JOIN collection c ON c.node = e.node LEFT JOIN manifest m "
-    "ON m.id = e.manifest WHERE e.parent = :parent AND e.until IS NULL AND e.key > :after AND e.since <= :seq UNION ALL "
-    "SELECT " + NODE + ", m.sha256, e.key AS key FROM entry e LEFT JOIN collection c ON c.node = e.node LEFT JOIN manifest m "
-    "ON m.id = e.manifest WHERE e.parent = :parent AND e.until > :seq AND e.key > :after AND e.since <= :seq" + UNPURGED +
-    " ORDER BY key LIMIT :limit")
 
 
 def describe_outcomes(outcomes: Sequence[Outcome], seq: int | None) -> list[dict[str, Any]]:
@@ -8501,14 +8481,15 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     if values["sort"] not in (None, *SORTS) or values["order"] not in (None, "asc", "desc"):
         raise CloudError("bad-request", "sort by name, size, mtime or kind; order is asc or desc")
     limit, start = read_limit(values["limit"]), max(0, values["after"] or 0)
-    with cloud.listing(who, path) as listing:
-        page = list(listing.page(SORTS[values["sort"] or "name"], values["order"] == "desc", start, limit + 1,
-                                 collections_first=bool(values["collections_first"])))
-    answer, *children = api_nodes(cloud, [(path, listing.node), *((path + (child.name,), child) for child in page[:limit])])
-    if listing.node.kind:
+    direction = " DESC" if values["order"] == "desc" else ""
+    order = "e.kind DESC, " * bool(values["collections_first"]) + SORTS[values["sort"] or "name"] + direction + ", e.key" + direction
+    with cloud.listing(who, path) as (node, now):
+        page = list(now.page(node.node, order, start, limit + 1))
+    answer, *children = api_nodes(cloud, [(path, node), *((path + (child.name,), child) for child in page[:limit])])
+    if node.kind:
         answer["children"], answer["next"] = children, start + limit if len(page) > limit else None
     elif values["chunks"]:
-        answer["chunks"] = cloud.chunks_of(listing.node)
+        answer["chunks"] = cloud.chunks_of(node)
     return json_response(answer)
 
 
@@ -9395,8 +9376,8 @@ def dav_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
         return Response(304, b"", fields)
     spool, base, between = Spool(), dav_href(request, path, True), ""
     spool.write(form.head)
-    with cloud.listing(who, path) as listing:
-        for child in watched(listing.children(), request.check_alive):
+    with cloud.listing(who, path) as (node, now):
+        for child in watched(now.children(node.node), request.check_alive):
             spool.write(between + form.row(child, base + quote(child.name, safe="~") + "/" * child.kind))
             between = form.between
     spool.write(form.tail)
@@ -9493,13 +9474,13 @@ def dav_allow(path: tuple[str, ...]) -> str:
 class About:
     """What live properties may need beside the node itself; fetched when first asked for."""
 
-    def __init__(self, cloud: Cloud, who: Principal, listing: Listing) -> None:
-        self.who, self.locks, self.tag_at = who, listing.locks, cloud.tag_at
-        self._fetch = {"quota": lambda: cloud.quota(who), "digests": listing.digests, "dead": listing.properties,
-                       "pictured": listing.pictured, "epoch": lambda: cloud.epoch}
+    def __init__(self, cloud: Cloud, who: Principal, node: Node, now: Moment) -> None:
+        self.who, self.tag_at = who, cloud.tag_at
+        self._fetch = {"quota": lambda: cloud.quota(who), "digests": lambda: now.digests(node), "dead": lambda: now.properties(node),
+                       "pictured": lambda: now.pictured(node), "locks": lambda: cloud.locks_near(now, node), "epoch": lambda: cloud.epoch}
 
     def __getattr__(self, name: str) -> Any:
-        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {manifest}; epoch"""
+        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {manifest}; locks(node); epoch"""
         value = self.__dict__[name] = self._fetch[name]()
         return value
 
@@ -9667,19 +9648,19 @@ def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str
     names, values = read_propfind(read_body(request))
     depth = parse_depth(request["depth"], "1")
     door = find_door(request.path)[0]
-    with cloud.listing(who, path) as listing:
-        if depth == "infinity" and listing.node.kind:
+    with cloud.listing(who, path) as (node, now):
+        if depth == "infinity" and node.kind:
             raise CloudError("infinite-depth", "ask for Depth 0 or 1")
-        about, asked = About(cloud, who, listing), names is not None
+        about, asked = About(cloud, who, node, now), names is not None
         if not asked:
             names = ALLPROP + tuple(sorted({name for found in about.dead.values() for name in found}))
         answer = Multistatus(names, door, values=values, complete=asked and not is_minimal(request))
         readers = [property_reader(door, name) for name in names]
-        base = dav_href(request, path, bool(listing.node.kind))
-        answer.add(base, [read(listing.node, about) for read in readers])
-        for node in watched(listing.children(), request.check_alive) if depth == "1" and listing.node.kind else ():
-            name = node.name if _PLAIN.fullmatch(node.name) else quote(node.name, safe="~")
-            answer.add(base + name + "/" * node.kind, [read(node, about) for read in readers])
+        base = dav_href(request, path, bool(node.kind))
+        answer.add(base, [read(node, about) for read in readers])
+        for child in watched(now.children(node.node), request.check_alive) if depth == "1" and node.kind else ():
+            name = child.name if _PLAIN.fullmatch(child.name) else quote(child.name, safe="~")
+            answer.add(base + name + "/" * child.kind, [read(child, about) for read in readers])
     return answer.response()
 
 
@@ -9787,21 +9768,21 @@ def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
     if level not in ("1", "infinite", "infinity") or not re.fullmatch(r"[1-9]\d{0,6}", limit):
         raise CloudError("bad-request", "malformed sync-collection")
     token = (body.findtext("{DAV:}sync-token") or "").strip()
-    with cloud.listing(who, path) as listing:
-        if not listing.node.kind:
+    with cloud.listing(who, path) as (top, now):
+        if not top.kind:
             raise CloudError("no-such-report", "only a collection can be synced")
         door = find_door(request.path)[0]
-        about, answer = About(cloud, who, listing), Multistatus(names, door, complete=not is_minimal(request))
-    readers = [property_reader(door, name) for name in names]
-    reached, rows = sync_rows(cloud, who, path, read_sync_token(cloud, token), int(limit), request.check_alive)
-    for below, kind, node in rows:
-        if level == "1" and len(below) > 1:
-            continue
-        href = dav_href(request, path + below, bool(kind))
-        if node is None:
-            answer.add_part(E("d:response", E("d:href", href), E("d:status", "HTTP/1.1 404 Not Found")))
-        else:
-            answer.add(href, [read(node, about) for read in readers])
+        about, answer = About(cloud, who, top, now), Multistatus(names, door, complete=not is_minimal(request))
+        readers = [property_reader(door, name) for name in names]
+        reached, rows = sync_rows(cloud, who, path, read_sync_token(cloud, token), int(limit), request.check_alive)
+        for below, kind, node in rows:
+            if level == "1" and len(below) > 1:
+                continue
+            href = dav_href(request, path + below, bool(kind))
+            if node is None:
+                answer.add_part(E("d:response", E("d:href", href), E("d:status", "HTTP/1.1 404 Not Found")))
+            else:
+                answer.add(href, [read(node, about) for read in readers])
     answer.add_part(E("d:sync-token", format_sync_token(cloud.epoch, reached, cloud.tag_at(reached))))
     return answer.response()
 
@@ -10415,7 +10396,7 @@ class Scattered(About):
     """What properties need of nodes that come from everywhere."""
 
     def __init__(self, cloud: Cloud, who: Principal) -> None:
-        self.who, self.locks, self.tag_at = who, lambda node: [], cloud.tag_at
+        self.who, self.tag_at, self.locks = who, cloud.tag_at, lambda node: []
         self._fetch = {"epoch": lambda: cloud.epoch, "quota": lambda: cloud.quota(who), "digests": dict, "pictured": lambda: cloud.pictured(who), "dead": lambda: {
             node.node: {FAVORITE: value} for _, node, value in cloud.marked(who, FAVORITE)}}
 
@@ -11928,7 +11909,7 @@ def names_of(cloud: Cloud, where: str, params: tuple[Any, ...]) -> Iterator[str]
             "LEFT JOIN journal j ON j.seq = e.rev WHERE e.kind = 0 AND (" + where + ")", params):
         with cloud.db.snapshot() as read:
             (root,), = read("SELECT root FROM account WHERE id = ?", (home,))
-            path = _Past(read, root, until - 1 if until else cloud.head()).path(node)
+            path = Moment(read, root, until - 1 if until else None).path(node)
         yield "%s: %s%s" % (account, "/".join(path or ("(deleted)",)), ", version of " + format_time(at or 0) if until else "")
 
 
