@@ -1203,11 +1203,16 @@ class _RawBody(io.RawIOBase):
         return self._body.readinto(memoryview(buffer))
 
 
+def buffered(body: Body) -> io.BufferedReader:
+    """A body as a file that is read by lines and by counts."""
+    return io.BufferedReader(_RawBody(body), 256 * KiB)
+
+
 class FrameReader:
     """A body that is a line of JSON, or none, and then frames: length (4 bytes, big endian), bytes."""
 
     def __init__(self, body: Body) -> None:
-        self._file = io.BufferedReader(_RawBody(body), 256 * KiB)
+        self._file = buffered(body)
 
     def line(self, limit: int) -> bytes:
         """The first line.  raises CloudError too-large"""
@@ -1281,11 +1286,14 @@ def hash_file(file: BinaryIO) -> str:
 
 
 def read_slice(part: bytes | FileSlice) -> bytes:
-    return part if isinstance(part, bytes) else b"".join(read_pieces(part, part.count))
+    return b"".join(read_pieces(part, CHUNK_LIMIT))
 
 
-def read_pieces(part: FileSlice, step: int = 256 * KiB) -> Iterator[bytes]:
-    """The bytes of a slice, some at a time.  raises CloudError if the file is shorter"""
+def read_pieces(part: bytes | FileSlice, step: int = 256 * KiB) -> Iterator[bytes]:
+    """What there is to send, a slice some bytes at a time.  raises CloudError if the file is shorter"""
+    if isinstance(part, bytes):
+        yield part
+        return
     part.file.seek(part.start)
     left = part.count
     while left:
@@ -1589,10 +1597,9 @@ def zip_archive(contents: Iterator[tuple[tuple[str, ...], Node, Content | None]]
             else:
                 info.file_size = node.size
                 with archive.open(info, "w", force_zip64=node.size >= GiB) as member:
-                    for part in content.slices():
-                        for piece in (part,) if isinstance(part, bytes) else read_pieces(part):
-                            member.write(piece)
-                            yield sink.take()
+                    for piece in content.pieces():
+                        member.write(piece)
+                        yield sink.take()
             yield sink.take()
     yield sink.take()
 
@@ -2053,6 +2060,10 @@ class Content:
         if self.only is not None and self.only.data is not None:
             return self.blobs.slices(iter([(self.only, start, stop)]) if start < stop else iter(()))
         return self.blobs.slices(self._chunks(start, stop))
+
+    def pieces(self) -> Iterator[bytes]:
+        """All bytes, some at a time.  raises CloudError if some are missing or damaged"""
+        return itertools.chain.from_iterable(map(read_pieces, self.slices()))
 
     def _chunks(self, start: int, stop: int) -> Iterator[tuple[StoredChunk, int, int]]:
         while start < stop:
@@ -4287,9 +4298,8 @@ class Tree:
         if known is None:
             digest = new_digest(kind)
             with self._heavy(who) if node.size > LONG_HASH else nullcontext():
-                for part in content.slices():
-                    for piece in watched((part,) if isinstance(part, bytes) else read_pieces(part), alive):
-                        digest.update(piece)
+                for piece in watched(content.pieces(), alive):
+                    digest.update(piece)
             known = digest.hexdigest()
             self.db.run(Statement("INSERT INTO digest (manifest, kind, value) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
                                   (node.manifest, kind, known)))
@@ -8177,7 +8187,7 @@ class Handler(BaseHTTPRequestHandler, Source):
                 pending = b""
                 sent += self._send_slice(part, pace)
                 continue
-            for data in (part,) if isinstance(part, bytes) else read_pieces(part):
+            for data in read_pieces(part):
                 sent += len(data)
                 self.send_all(pending + (b"%x\r\n%b\r\n" % (len(data), data) if chunked else data), pace)
                 pending = b""
@@ -10287,24 +10297,33 @@ BULK_PART = MiB                 # bytes of a file in a bulk upload; clients send
 
 def read_bulk(body: Body, boundary: bytes) -> Iterator[Writing]:
     """The files in a bulk, one after the other."""
-    lines = Lines(body)
+    file = buffered(body)
     while True:
-        line = lines.next()
+        line = read_bulk_line(file)
         if line == b"--" + boundary + b"--":
             return
         if line == b"--" + boundary:
-            fields = dict(itertools.islice(iter(partial(read_part_field, lines), None), FIELD_LIMIT))
+            fields = dict(itertools.islice(iter(partial(read_part_field, file), None), FIELD_LIMIT))
             length = fields.get("content-length", "")
             if not _LENGTH.fullmatch(length) or int(length) > BULK_PART:
                 raise CloudError("bad-request", "a part has no proper Content-Length")
-            data = lines.take(int(length))
+            data = file.read(int(length))
+            if len(data) < int(length):
+                raise CloudError("bad-request", "the body ended early")
             yield bulk_file(fields, data)
         elif line:
             raise CloudError("bad-request", "malformed bulk")
 
 
-def read_part_field(lines: "Lines") -> tuple[str, str] | None:
-    line = lines.next()
+def read_bulk_line(file: io.BufferedReader) -> bytes:
+    line = file.readline(LINE_LIMIT)
+    if not line.endswith(b"\r\n"):
+        raise CloudError("bad-request", "malformed bulk")
+    return line[:-2]
+
+
+def read_part_field(file: io.BufferedReader) -> tuple[str, str] | None:
+    line = read_bulk_line(file)
     name, mark, value = line.decode("utf-8", "replace").partition(":")
     if line and not mark:
         raise CloudError("bad-request", "malformed bulk")
@@ -10319,36 +10338,6 @@ def bulk_file(fields: dict[str, str], data: bytes) -> Writing:
     given = Preconditions(if_match=parse_etags(fields["if-match"], weak=False)) if "if-match" in fields else ANY
     return Writing(fields.get("x-file-path", ""), Body(data), given,
                    parse_seconds(fields.get("x-file-mtime", fields.get("x-oc-mtime"))), sums)
-
-
-class Lines:
-    """A body read by lines and by counts."""
-
-    def __init__(self, body: Body) -> None:
-        self.body, self.rest = body, bytearray()
-
-    def _more(self) -> None:
-        piece = bytearray(RECEIVE)
-        count = self.body.readinto(memoryview(piece))
-        if not count:
-            raise CloudError("bad-request", "the body ended early")
-        self.rest += piece[:count]
-
-    def next(self) -> bytes:
-        while b"\r\n" not in self.rest:
-            if len(self.rest) > LINE_LIMIT:
-                raise CloudError("bad-request", "malformed bulk")
-            self._more()
-        line = self.take(self.rest.index(b"\r\n"))
-        del self.rest[:2]
-        return line
-
-    def take(self, count: int) -> bytes:
-        while len(self.rest) < count:
-            self._more()
-        data = bytes(self.rest[:count])
-        del self.rest[:count]
-        return data
 
 
 # ---- previews: the thumbnails that browsers made
@@ -11016,9 +11005,8 @@ class Upkeep:
         """Compute the SHA-256 of files that came in parts, some at a time."""
         for manifest, size in self.db.read("SELECT id, size FROM manifest WHERE sha256 IS NULL LIMIT 100"):
             whole = hashlib.sha256()
-            for part in self.cloud.content_of(manifest, size).slices():
-                for piece in (part,) if isinstance(part, bytes) else read_pieces(part):
-                    whole.update(piece)
+            for piece in self.cloud.content_of(manifest, size).pieces():
+                whole.update(piece)
             self._write(Statement("UPDATE manifest SET sha256 = ? WHERE id = ?", (whole.hexdigest(), manifest)))
             limit -= size
             if limit < 0:
@@ -12296,9 +12284,8 @@ def write_file(place: Path, node: Node, content: Content) -> None:
     partial = place.with_name(".cloudserver-%s.partial" % hashlib.sha256(place.name.encode("utf-8", "replace")).hexdigest()[:16])
     try:
         with open(partial, "wb") as file:
-            for part in content.slices():
-                for piece in (part,) if isinstance(part, bytes) else read_pieces(part):
-                    file.write(piece)
+            for piece in content.pieces():
+                file.write(piece)
             file.flush()
             sync_file(file.fileno())
         os.utime(partial, ns=(node.mtime * 1_000_000,) * 2)
