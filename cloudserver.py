@@ -1612,7 +1612,7 @@ def zip_archive(contents: Iterator[tuple[tuple[str, ...], Node, Content | None]]
 
 EMPTY = hashlib.sha256(b"").hexdigest()
 BUFFERS = 3                     # chunks in memory per upload: one arrives, two are hashed and written
-VERIFIED_LIMIT = 20_000         # objects remembered as whole since the start
+WHOLE_SLOTS = 1 << 15           # objects remembered as whole since the start
 
 
 class StoredChunk(NamedTuple):
@@ -1812,11 +1812,12 @@ class Store:
         """Make what objects need to be kept, durably; what is there already is left as it is."""
         raise NotImplementedError
 
-    def put(self, name: str, data: bytes | memoryview) -> None:
+    def put(self, name: str, data: bytes | memoryview) -> os.stat_result:
         """Store an object: when it returns, the object survives a loss of power, and everybody finds it.
 
         The same bytes under the same name once more change nothing.  If it raises, nothing is found under the name; who is
         killed meanwhile may leave what only list() and delete() see.
+        returns  what fstat() says of the file that get() opens, as long as nobody changes it
         """
         raise NotImplementedError
 
@@ -1858,7 +1859,7 @@ class Directory(Store):
             raise FileNotFoundError(errno.ENOENT, "not the name of an object", name)
         return self.home / name[:2] / name
 
-    def put(self, name: str, data: bytes | memoryview) -> None:
+    def put(self, name: str, data: bytes | memoryview) -> os.stat_result:
         place = self._place(name)
         temporary = place.with_name("." + name)
         with suppress(FileNotFoundError):                # a leftover of somebody who was killed
@@ -1871,6 +1872,7 @@ class Directory(Store):
                 while view:
                     view = view[os.write(fd, view):]
                 sync_file(fd)
+                about = os.fstat(fd)
             finally:
                 os.close(fd)
             insist(os.replace, temporary, place)
@@ -1879,6 +1881,7 @@ class Directory(Store):
                 insist(os.unlink, temporary)
             raise
         sync_directory(place.parent)
+        return about
 
     def get(self, name: str) -> BinaryIO:
         return open(os.open(self._place(name), os.O_RDONLY | O_EXTRA), "rb", buffering=0)
@@ -1909,13 +1912,44 @@ O_EXTRA = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(o
 UNCERTAIN = ("storage-failed", "internal")       # kinds of failure after which a batch may have been written after all
 
 
+class Whole:
+    """Which objects are known to be whole, as they are: by size and time of change.  The memory is shared with processes that
+    are forked later, so that one check, or the hash of whoever wrote an object, does for all."""
+
+    def __init__(self, slots: int = WHOLE_SLOTS) -> None:
+        self._slots, self._marks = slots, mmap.mmap(-1, 16 * slots)
+
+    def _mark(self, name: str, about: os.stat_result) -> tuple[slice, bytes]:
+        """Where the mark of an object stands, in the place of others now and then, and what it is."""
+        mark = hashlib.blake2b(b"%s %d %d" % (name.encode(), about.st_size, about.st_mtime_ns), digest_size=16).digest()
+        start = 16 * (int.from_bytes(mark[:4], "big") % self._slots)
+        return slice(start, start + 16), mark
+
+    def add(self, name: str, about: os.stat_result) -> None:
+        place, mark = self._mark(name, about)
+        self._marks[place] = mark
+
+    def has(self, name: str, about: os.stat_result) -> bool:
+        place, mark = self._mark(name, about)
+        return self._marks[place] == mark
+
+
+def use_all_cores() -> None:
+    """Let this thread run wherever the program may, although its process is kept on one core."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, CORES)
+
+
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()       # as it was when the program began
+
+
 class Blobs:
     """Bytes to chunks and back, over one store; the lane is where hashing and writing happen beside receiving."""
+    whole = Whole()                              # made before there are workers, who share it
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.lane = ThreadPoolExecutor(max_workers=4, thread_name_prefix="bytes")
-        self._verified: dict[str, tuple[int, int]] = {}      # object: (size, mtime) when its hash was right
+        self.lane = ThreadPoolExecutor(max_workers=4, thread_name_prefix="bytes", initializer=use_all_cores)
 
     def put(self, body: Body, known: Callable[[str], bool], digests: Iterable[str] = ()) -> Stored:
         """Cut a body into chunks and make them durable.
@@ -1963,65 +1997,59 @@ class Blobs:
         """Store one chunk as an object; returns its name.  raises CloudError"""
         name = "%s-%s" % (hash, tag)
         try:
-            self.store.put(name, data)
+            self.whole.add(name, self.store.put(name, data))
         except OSError as error:
             raise storage_error(error) from error
         return name
 
-    def open(self, chunk: StoredChunk) -> BinaryIO:
-        """Open a chunk's object, its bytes checked once per start and after any change of the file (R25)."""
+    def _open(self, chunk: StoredChunk) -> Future:
+        """Open a chunk's object: in a while the file, its bytes checked once per start and after any change of the file (R25)."""
         try:
             file = self.store.get(chunk.object)
         except OSError as error:
             raise CloudError("storage-failed", "a part of the file cannot be read") from error
+        if not self.whole.has(chunk.object, os.fstat(file.fileno())):
+            return self.lane.submit(self._check, chunk, file)
+        opened: Future = Future()
+        opened.set_result(file)
+        return opened
+
+    def _check(self, chunk: StoredChunk, file: BinaryIO) -> BinaryIO:
         about = os.fstat(file.fileno())
-        seen = about.st_size, about.st_mtime_ns
-        if self._verified.get(chunk.object) != seen:
-            if hash_file(file) != chunk.hash:
-                file.close()
-                log.error("damaged chunk %s", chunk.hash)
-                raise CloudError("storage-failed", "a part of the file is damaged")
-            if len(self._verified) >= VERIFIED_LIMIT:
-                self._verified.clear()
-            self._verified[chunk.object] = seen
+        if hash_file(file) != chunk.hash:
+            file.close()
+            log.error("damaged chunk %s", chunk.hash)
+            raise CloudError("storage-failed", "a part of the file is damaged")
+        self.whole.add(chunk.object, about)
         return file
 
-    def is_open(self, chunk: StoredChunk) -> bool:
-        """Would open() return at once?"""
-        return chunk.object in self._verified
-
-    def slices(self, chunks: Iterator[tuple[StoredChunk, int, int]]) -> Iterator[bytes | FileSlice]:
+    def slices(self, chunks: Iterable[tuple[StoredChunk, int, int]]) -> Iterator[bytes | FileSlice]:
         """Bytes to send for (chunk, start, stop) in turn; the next chunk is checked while one is sent."""
-        ahead: deque[tuple[StoredChunk, int, int, Any]] = deque()
-
-        def more() -> None:
-            for chunk, start, stop in chunks:
-                file = None
-                if chunk.data is None:
-                    file = self.open(chunk) if self.is_open(chunk) else self.lane.submit(self.open, chunk)
-                ahead.append((chunk, start, stop, file))
-                return
-
+        ahead: deque[tuple[StoredChunk, int, int, Future | None]] = deque()
         try:
-            more()
+            for chunk, start, stop in chunks:
+                ahead.append((chunk, start, stop, self._open(chunk) if chunk.data is None else None))
+                if len(ahead) > 1:
+                    yield from slice_of(*ahead.popleft())
             while ahead:
-                more()
-                chunk, start, stop, file = ahead.popleft()
-                if chunk.data is not None:
-                    yield check_inline(chunk)[start:stop]
-                    continue
-                with (file.result() if isinstance(file, Future) else file) as opened:
-                    yield FileSlice(opened, start, stop - start)
+                yield from slice_of(*ahead.popleft())
         finally:
-            for *_, file in ahead:
-                if isinstance(file, Future):
-                    file.add_done_callback(lambda done: None if done.exception() else done.result().close())
-                elif file is not None:
-                    file.close()
+            for *_, opened in ahead:
+                if opened:
+                    opened.add_done_callback(lambda done: None if done.exception() else done.result().close())
 
     def read(self, chunk: StoredChunk) -> bytes:
         """All bytes of a chunk, checked."""
-        return b"".join(read_slice(part) for part in self.slices(iter([(chunk, 0, chunk.size)])))
+        return b"".join(read_slice(part) for part in self.slices([(chunk, 0, chunk.size)]))
+
+
+def slice_of(chunk: StoredChunk, start: int, stop: int, opened: Future | None) -> Iterator[bytes | FileSlice]:
+    """The bytes from start to stop of a chunk that lies in its row, or in an object that is being opened, and open meanwhile."""
+    if opened is None:
+        yield check_inline(chunk)[start:stop]
+    else:
+        with opened.result() as file:
+            yield FileSlice(file, start, stop - start)
 
 
 def check_inline(chunk: StoredChunk) -> bytes:
@@ -2058,7 +2086,7 @@ class Content:
         """The bytes of [start, stop) in pieces to send.  raises CloudError if one is missing or damaged"""
         stop = self.size if stop is None else stop
         if self.only is not None and self.only.data is not None:
-            return self.blobs.slices(iter([(self.only, start, stop)]) if start < stop else iter(()))
+            return self.blobs.slices([(self.only, start, stop)] if start < stop else ())
         return self.blobs.slices(self._chunks(start, stop))
 
     def pieces(self) -> Iterator[bytes]:
@@ -2107,11 +2135,14 @@ class _Cutting:
         try:
             while count:
                 view = memoryview(buffer)[:count]
-                self.flying.append((self.blobs.lane.submit(self._write, view), buffer))
-                for digest in (self.whole, *self.digests.values()):
-                    digest.update(view)
                 arrived += count
-                if count < len(buffer) or body.length == arrived:
+                is_last = count < len(buffer) or body.length == arrived
+                self.flying.append((self.blobs.lane.submit(self._write, view), buffer))
+                if not is_last or arrived > count:       # else the hash of the only chunk is that of the whole
+                    self.whole.update(view)
+                for digest in self.digests.values():
+                    digest.update(view)
+                if is_last:
                     break
                 is_free = len(self.flying) >= BUFFERS - 1 or self.flying[0][0].done()        # who sends slowly needs only two
                 buffer = self._land() if is_free else bytearray(step)
@@ -2125,7 +2156,8 @@ class _Cutting:
             raise
         size = sum(size for _, size in self.chunks)
         sums = {name: digest.hexdigest() for name, digest in self.digests.items()}
-        return Stored(manifest_of(self.chunks), size, self.whole.hexdigest(), self.chunks, self.tag, self.relied, head=head,
+        sha256 = self.whole.hexdigest() if len(self.chunks) > 1 else self.chunks[0][0]
+        return Stored(manifest_of(self.chunks), size, sha256, self.chunks, self.tag, self.relied, head=head,
                       digests=sums)
 
     def _land(self) -> bytearray:
@@ -6382,7 +6414,7 @@ class Sync(History):
 
     def _frame(self, chunk: StoredChunk) -> Iterator[bytes | FileSlice]:
         """A chunk as it is sent.  One that is damaged is noted, and missing from now on: it costs only who needs it."""
-        slices = self.blobs.slices(iter([(chunk, 0, chunk.size)]))
+        slices = self.blobs.slices([(chunk, 0, chunk.size)])
         try:
             first = next(slices)
         except CloudError:
@@ -11824,8 +11856,7 @@ class Supervisor:
 def keep_on_core(index: int) -> None:
     """Keep a worker on one core: its threads then never fight over the GIL across cores."""
     if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[index % len(cores)]})
+        os.sched_setaffinity(0, {sorted(CORES)[index % len(CORES)]})
 
 
 # ==== 19. Custody ========================================================================
