@@ -1313,6 +1313,71 @@ def test_a_damaged_object_is_never_served(blobs):
     assert outcome(blobs.read, chunk) == "storage-failed"
 
 
+def test_an_object_is_hashed_once_and_by_whoever_wrote_it(blobs, monkeypatch):
+    """R25: not again while its file stays as it is; but after a start, and after any change of the file"""
+    hashed, really = [], cs.hash_file
+    monkeypatch.setattr(cs, "hash_file", lambda file: hashed.append(1) or really(file))
+    stored = blobs.put(Body(os.urandom(cs.CHUNK_SIZE + 100_000)), lambda hash: False)
+    chunks = [cs.StoredChunk(hash, size, None, "%s-%s" % (hash, stored.tag)) for hash, size in stored.chunks]
+    assert sum(len(blobs.read(chunk)) for chunk in chunks) == stored.size and not hashed
+    monkeypatch.setattr(cs.Blobs, "whole", cs.Whole())       # as after a start
+    for _ in range(2):
+        assert sum(len(blobs.read(chunk)) for chunk in chunks) == stored.size and len(hashed) == 2
+    os.utime(blobs.store.home / chunks[0].hash[:2] / chunks[0].object, (1, 1))
+    assert sum(len(blobs.read(chunk)) for chunk in chunks) == stored.size and len(hashed) == 3
+
+
+@needs_fork
+def test_what_one_worker_found_whole_the_others_need_not_check(tmp_path):
+    whole, about = cs.Whole(), os.stat(tmp_path)
+    pid = os.fork()
+    if not pid:
+        whole.add("a", about)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert whole.has("a", about) and not whole.has("b", about) and not whole.has("a", os.stat(__file__))
+
+
+def test_as_many_objects_are_known_to_be_whole_as_there_is_room_for(tmp_path):
+    whole, about = cs.Whole(8), os.stat(tmp_path)
+    for n in range(100):
+        whole.add("%d" % n, about)
+        assert whole.has("%d" % n, about)
+    assert 0 < sum(whole.has("%d" % n, about) for n in range(100)) <= 8
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system keeps no process on a core")
+def test_a_worker_that_is_kept_on_one_core_hashes_on_all_of_them(blobs):
+    every = os.sched_getaffinity(0)
+    try:
+        cs.keep_on_core(0)
+        assert len(os.sched_getaffinity(0)) == 1
+        assert blobs.lane.submit(os.sched_getaffinity, 0).result() == every
+    finally:
+        os.sched_setaffinity(0, every)
+
+
+@pytest.mark.parametrize("size", [100_000, cs.CHUNK_SIZE, cs.CHUNK_SIZE + 1])
+def test_a_file_of_one_chunk_is_hashed_once(blobs, monkeypatch, size):
+    hashed, really = [0], hashlib.sha256
+
+    class Counting:
+        def __init__(self, data=b""):
+            self.digest = really()
+            self.update(data)
+
+        def update(self, data):
+            hashed[0] += len(data)
+            self.digest.update(data)
+
+        def hexdigest(self):
+            return self.digest.hexdigest()
+    monkeypatch.setattr(cs.hashlib, "sha256", Counting)
+    data = os.urandom(size)
+    assert blobs.put(Body(data), lambda hash: False).sha256 == really(data).hexdigest()
+    assert size <= hashed[0] < size + 200 if size <= cs.CHUNK_SIZE else hashed[0] >= 2 * size
+
+
 def test_a_body_that_breaks_off_leaves_no_object(blobs, rng):
     class Broken(Trickle):
         def readinto(self, buffer):
