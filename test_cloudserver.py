@@ -118,11 +118,13 @@ class Worker(Crew):
     def pytest_runtestloop(self, session):
         self.config, items = session.config, session.items
         first = len(items) * self.number // self.count
-        for n in filter(self.take, [*range(first, len(items)), *range(first)]):
-            about = items[n].nodeid, items[n].location
-            self.tell("begins", *about)
-            self.config.hook.pytest_runtest_protocol(item=items[n], nextitem=items[n - 1])
-            self.tell("ended", *about, self.reports)
+        mine = (items[n] for n in [*range(first, len(items)), *range(first)] if self.take(n))
+        following = next(mine, None)
+        while following:
+            item, following = following, next(mine, None)              # pytest ends what the next one does not share
+            self.tell("begins", item.nodeid, item.location)
+            self.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            self.tell("ended", item.nodeid, item.location, self.reports)
             self.reports = []
             if session.shouldfail:
                 raise session.Failed(session.shouldfail)
