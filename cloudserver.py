@@ -988,8 +988,11 @@ def format_disposition(name: str, *, inline: bool = False) -> str:
     return plain if _PLAIN.fullmatch(name) else "%s; filename*=UTF-8''%s" % (plain, quote(name, safe=""))
 
 
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode        # json.dumps would make an encoder each time
+
+
 def format_json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return to_json(value).encode()
 
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
@@ -2401,6 +2404,13 @@ class FileLock:
         else:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
+    def __enter__(self) -> "FileLock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
     def _acquire_windows(self, wait: bool) -> bool:
         while True:
             try:
@@ -2506,6 +2516,14 @@ class Batch:
     tag: str = ""                                # with this
 
 
+def fresh_tags() -> Iterator[str]:
+    """64 random bits in hex, again and again; drawn by the hundred, as the system is asked each time."""
+    while True:
+        drawn = secrets.token_hex(8 * 100)
+        for at in range(0, len(drawn), 16):
+            yield drawn[at:at + 16]
+
+
 class _Ticket:
     """A batch in the queue and, in the end, what became of it."""
     __slots__ = ("batch", "settled", "error")
@@ -2563,6 +2581,7 @@ class Database:
         self._address, self._copy = str(path), None          # _copy: where a log that cannot be read in place is read
         self._idle: deque[sqlite3.Connection] = deque()      # connections for reading
         self._queue: deque[_Ticket] = deque()
+        self._tags = fresh_tags()
         self._turn = threading.Condition()                   # of the queue, and of _committing
         self._committing = False
         self.broken = ""                                    # why nothing is written any more (R4)
@@ -2578,7 +2597,7 @@ class Database:
 
     def _open_to_write(self) -> None:
         self._lock = CountingLock(self.path.parent / "write.lock")
-        with self._locked():
+        with self._lock:
             try:
                 self._writer = self._connect(writes=True)
             except sqlite3.OperationalError:
@@ -2740,7 +2759,7 @@ class Database:
         with self._turn:
             while self._committing:
                 self._turn.wait()
-        with nullcontext() if self.readonly else self._locked():
+        with nullcontext() if self.readonly else self._lock:
             for db in self._idle:
                 db.close()
             if not self.readonly:
@@ -2797,7 +2816,7 @@ class Database:
         if self.broken:
             raise CloudError("storage-failed", self.broken)
         db = self._writer
-        with self._locked():
+        with self._lock:
             try:
                 db.execute("BEGIN IMMEDIATE")
                 is_alone = len(group) == 1
@@ -2846,25 +2865,17 @@ class Database:
                     raise _Failed(reason)
         if batch.line:
             home, who, action, detail = batch.line
-            batch.tag = secrets.token_hex(8)
+            batch.tag = next(self._tags)
             batch.seq = db.execute(
                 "INSERT INTO journal (seq, at, home, account, device, action, detail, tag) "
                 "SELECT max(seq) + 1, ?, ?, ?, ?, ?, ?, ? FROM journal",
                 (self.clock.wall(), home, who.account, who.device, action,
-                 json.dumps(detail, ensure_ascii=False), batch.tag)).lastrowid
+                 to_json(detail), batch.tag)).lastrowid
         for sql, params, many in batch.body:
             (db.executemany if many else db.execute)(sql, params)
         if batch.op:
             db.execute("INSERT INTO op (id, seq, digest, result, at) VALUES (?, ?, ?, ?, ?)",
                        (batch.op[0], batch.seq, batch.op[1], batch.result, self.clock.due()))
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        self._lock.acquire()
-        try:
-            yield
-        finally:
-            self._lock.release()
 
     # ---- opening
 
@@ -9443,7 +9454,8 @@ def dav_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
 
 def stored_response(request: Request, node: Node, new: bool, href: str) -> Response:
     """A node was made or replaced; with the fields ownCloud's and Nextcloud's clients look for."""
-    fields = {"ETag": format_etag(node), "OC-ETag": format_etag(node), "OC-FileId": format_id(node), "Location": href}
+    etag = format_etag(node)
+    fields = {"ETag": etag, "OC-ETag": etag, "OC-FileId": format_id(node), "Location": href}
     if "x-oc-mtime" in request.fields:
         fields["X-OC-MTime"] = "accepted"
     return Response(201 if new else 204, b"", fields)
