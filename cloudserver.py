@@ -52,6 +52,7 @@ Legend, kept to everywhere:
 """
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -66,10 +67,10 @@ def run_compiled(script: str) -> None:
     Python keeps the tree of a script for as long as that runs: 40 MB here.  A copy counts if it is of this very file, by size
     and time of change (PEP 552), and if nobody could write it but us, root and whoever the script is of.
     """
-    import importlib.util
+    from importlib._bootstrap_external import MAGIC_NUMBER       # importlib.util, where it is public, takes a tenth of a start
     about = os.stat(script)
     cache, owners = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), {0, os.geteuid(), about.st_uid}
-    head = importlib.util.MAGIC_NUMBER + b"".join((int(n) & 0xFFFFFFFF).to_bytes(4, "little") for n in (0, about.st_mtime, about.st_size))
+    head = MAGIC_NUMBER + b"".join((int(n) & 0xFFFFFFFF).to_bytes(4, "little") for n in (0, about.st_mtime, about.st_size))
     for home in os.path.join(os.path.dirname(os.path.abspath(script)), "__pycache__"), os.path.join(cache, "cloudserver"):
         copy = os.path.join(home, "cloudserver.py.%s.pyc" % sys.implementation.cache_tag)
         try:
@@ -107,6 +108,9 @@ def make_copy(script: str, copy: str, head: bytes, owners: set[int]) -> bool:
 if __name__ == "__main__" and __spec__ is None and sys.implementation.name == "cpython" and os.name == "posix":
     if __file__.endswith(".py") and not sys.flags.optimize and sys.executable and runs_long(sys.argv[1:]):
         run_compiled(__file__)
+
+if __name__ == "__main__":
+    gc.disable()                         # what is made until `main` runs stays: there is nothing to look for
 
 import argparse
 import base64
@@ -1442,9 +1446,7 @@ _MAGIC = (  # (offset, bytes, media type): enough to believe the name (W1)
     (0, b"ID3", "audio/mpeg"), (0, b"\xff\xfb", "audio/mpeg"), (0, b"\xff\xf3", "audio/mpeg"),
     (0, b"fLaC", "audio/flac"), (0, b"OggS", "audio/ogg"), (8, b"WAVE", "audio/wav"), (4, b"ftypM4A", "audio/mp4"),
     (4, b"ftyp", "video/mp4"), (0, b"\x1aE\xdf\xa3", "video/webm"))
-_MEDIA = mimetypes.MimeTypes()   # the module's own table, not the system's: every machine says the same
-_MEDIA.encodings_map = {}        # a.gz is a gzip file, not an encoded something
-for _media, _suffixes in {
+_MEDIA = {                       # media type: suffixes that the table of Python lacks, or knows as something else
         "image/webp": "webp", "image/avif": "avif", "image/heic": "heic heif", "audio/flac": "flac", "audio/mp4": "m4a",
         "audio/ogg": "ogg oga opus", "audio/wav": "wav", "video/mp4": "m4v", "video/webm": "webm",
         "video/x-matroska": "mkv", "text/markdown": "md markdown", "text/javascript": "js mjs", "text/csv": "csv",
@@ -1459,17 +1461,25 @@ for _media, _suffixes in {
         "application/vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
         "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet": "xlsx",
         "application/vnd.openxmlformats-officedocument.presentationml.presentation": "pptx",
-        "application/vnd.oasis.opendocument.text": "odt", "application/vnd.oasis.opendocument.spreadsheet": "ods"}.items():
-    for _suffix in _suffixes.split():
-        _MEDIA.add_type(_media, "." + _suffix)
+        "application/vnd.oasis.opendocument.text": "odt", "application/vnd.oasis.opendocument.spreadsheet": "ods"}
 _PLAIN_NAMES = frozenset("makefile dockerfile license licence readme changelog authors copying todo".split())
 INLINE_MEDIA = frozenset(media for _, _, media in _MAGIC)        # a browser may show these from our origin
+
+
+@lru_cache(maxsize=1)
+def media_table() -> mimetypes.MimeTypes:
+    table = mimetypes.MimeTypes()            # the module's own table, not the system's: every machine says the same
+    table.encodings_map = {}                 # a.gz is a gzip file, not an encoded something
+    for media, suffixes in _MEDIA.items():
+        for suffix in suffixes.split():
+            table.add_type(media, "." + suffix)
+    return table
 
 
 @lru_cache(maxsize=512)
 def media_of_suffix(suffix: str) -> str:
     """The media type a suffix claims; "" if it claims none."""
-    return _MEDIA.guess_type("x." + suffix)[0] or ""
+    return media_table().guess_type("x." + suffix)[0] or ""
 
 
 def media_of_name(name: str) -> str:
@@ -1529,12 +1539,12 @@ def parse_words(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
             tuple(word for sign, word in found if word and sign)[:WORDS_MOST])
 
 
-_NO_BLANKS = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])")
+_NO_BLANKS = "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])"      # compiled when first used
 
 
 def spread(text: str) -> str:
     """A text as it is indexed: folded; signs of writing that has no blanks between words stand each for itself."""
-    return _NO_BLANKS.sub(r" \1 ", text.casefold())
+    return re.sub(_NO_BLANKS, r" \1 ", text.casefold())
 
 
 def find_words(text: str, words: Sequence[str]) -> tuple[str, str, str] | None:
@@ -2988,9 +2998,10 @@ class Reserve:
         try:
             with open(self.path, "ab", buffering=0) as file:
                 missing = size - file.tell()
-                while missing > 0:
-                    missing -= file.write(os.urandom(min(missing, MiB)))       # no file system can store that in less
-                os.fsync(file.fileno())
+                if missing > 0:
+                    while missing > 0:
+                        missing -= file.write(os.urandom(min(missing, MiB)))   # no file system can store that in less
+                    os.fsync(file.fileno())
         except OSError as error:
             log.info("the reserve for a full disk is not whole: %s", error.strerror)
 
@@ -11096,16 +11107,18 @@ class Janitor(threading.Thread):
         super().__init__(name="janitor", daemon=True)
         self.cloud, self.upkeep, self.ended = cloud, Upkeep(cloud), threading.Event()
         self.next = {job: cloud.clock.due() + min(every, MINUTE) for job, (every, _) in JOBS.items()}
+        self.next["reserve"] = 0                             # at once, while there is room
         self.shard = secrets.randbelow(256)
         self.failing: dict[str, str] = {}                    # job: what was said of it last
 
     def run(self) -> None:
-        while not self.ended.wait(1):
+        while not self.ended.is_set():
             now = self.cloud.clock.due()
             for job, (every, run) in JOBS.items():
                 if now >= self.next[job] and not self.ended.is_set():
                     self.next[job] = now + every
                     self._do(job, run)
+            self.ended.wait(1)
 
     def _do(self, job: str, run: Callable[[Janitor], Any]) -> None:
         try:
@@ -11741,8 +11754,6 @@ def announce(config: Config, port: int, password: str | None) -> None:
     with closing(Cloud(config)) as cloud:
         if cloud.db.setting("running"):
             cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('unclean', '1')"), frees=True)      # the janitor looks (R22)
-        cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('running', ?)", (local_url(config, port),)), frees=True)
-        cloud.keep_reserve()
         at = [*urls, *([local_url(config, port) + " for the proxy"] if config.behind_proxy else [])]
         print("cloudserver serves %s at %s" % (config.data.resolve(), ", ".join(dict.fromkeys(at))))
         if not cloud.accounts.is_set_up():
@@ -11781,7 +11792,9 @@ def show_qr(text: str) -> None:
 
 def work(config: Config, listener: socket.socket, lifeline: int | None = None, balance: Balance | None = None) -> int:
     """Be a worker until told to stop; returns the exit code."""
-    cloud = Cloud(config)
+    cloud, url = Cloud(config), local_url(config, listener.getsockname()[1])
+    if cloud.db.setting("running") != url:
+        cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('running', ?)", (url,)), frees=True)
     server, janitor = CloudServer(cloud, listener, lifeline, balance), Janitor(cloud)
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: os._exit(1) if server.stopping else server.stop())
@@ -15272,8 +15285,11 @@ class HelpFormatter(argparse.HelpFormatter):
         return (action.help or "") + (" (default: %(default)s)" if says else "")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line, from COMMANDS and the fields of Config.  raises CloudError for a variable that says nothing"""
+def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line, from COMMANDS and the fields of Config: all commands, and the arguments of the one that words begin with.
+
+    raises  CloudError for a variable that says nothing
+    """
     parser = argparse.ArgumentParser(prog="cloudserver.py", description="A personal cloud in one file.", epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version="cloudserver " + __version__)
@@ -15286,10 +15302,11 @@ def build_parser() -> argparse.ArgumentParser:
             groups[group] = inner.add_subparsers(metavar="COMMAND", required=True)
         sub = groups[group].add_parser(last, help=row.run.__doc__, description=row.run.__doc__, formatter_class=HelpFormatter)
         sub.set_defaults(command=row)
-        for *flags, how in row.arguments:
-            sub.add_argument(*flags, **how)
-        for setting in row.settings:
-            add_setting(sub, known[setting])
+        if name.split() == list(words[:name.count(" ") + 1]):
+            for *flags, how in row.arguments:
+                sub.add_argument(*flags, **how)
+            for setting in row.settings:
+                add_setting(sub, known[setting])
     return parser
 
 
@@ -15332,7 +15349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.umask(0o077)
     try:
         check_environment()
-        given = build_parser().parse_args(words)
+        given = build_parser(words).parse_args(words)
         config = Config(**{name: getattr(given, name) for name in given.command.settings})
         check_config(config)
     except CloudError as error:
@@ -20840,4 +20857,6 @@ def web_icon(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 
 if __name__ == "__main__":
+    gc.freeze()                  # nor later, in all that the workers share
+    gc.enable()
     sys.exit(main())

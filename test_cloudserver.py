@@ -11251,7 +11251,7 @@ def test_an_empty_directory_and_one_of_ours_are_made_private(tmp_path, leaves):
 def test_help_shows_no_default_that_says_nothing_and_a_description_of_everything(capsys):
     for words in [[]] + [name.split() for name in (*cs.COMMANDS, *cs.GROUPS)]:
         with pytest.raises(SystemExit):
-            cs.build_parser().parse_args([*words, "--help"])
+            cs.build_parser(words).parse_args([*words, "--help"])
         shown = capsys.readouterr().out
         assert not re.search(r"\(default:\s+(None|\[\]|False|)\)", shown) and "  -h, --help" in shown, words
         assert re.search(r"\n\n[a-z(]", shown) or not words and "--port" in shown and "--data" in shown, words
@@ -11393,7 +11393,7 @@ def test_the_image_uses_settings_and_commands_there_are():
     assert len(commands) == 3 and [words for words in commands if words[0] == "python3"]
     for words in commands:
         words = words[words.index("cloudserver") + 1:] if "cloudserver" in words else words
-        assert not words or cs.build_parser().parse_args(words).command
+        assert not words or cs.build_parser(words).parse_args(words).command
 
 
 @pytest.mark.parametrize("command", ["user list", "verify", "export {}/out", "backup {}/backup", "user add bob --password-stdin"])
@@ -11780,7 +11780,7 @@ def test_the_units_of_readme_say_what_systemd_knows(tmp_path):
     for number, start in enumerate(("[Unit]\nDescription=cloudserver", "[Unit]\nDescription=Sync")):
         text = recipe(start)
         words = re.search(r"^ExecStart=/usr/bin/python3 -m cloudserver (.*)$", text, re.M)[1].split()
-        assert cs.build_parser().parse_args(words).command
+        assert cs.build_parser(words).parse_args(words).command
         assert "PYTHONPYCACHEPREFIX" in text and "WorkingDirectory" in text
         if shutil.which("systemd-analyze"):
             unit = tmp_path / ("unit%d.service" % number)
@@ -11796,7 +11796,7 @@ def test_every_command_readme_shows_is_understood():
     parsed = [words for words in parsed if "--help" not in words]
     assert len(parsed) > 12
     for words in parsed:
-        assert cs.build_parser().parse_args(words).command, words
+        assert cs.build_parser(words).parse_args(words).command, words
 
 
 def test_a_silent_tls_client_delays_nobody(serve, certificate):
