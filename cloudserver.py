@@ -13,7 +13,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      5  Formats         media_type find_words qr_code zip_archive      what files are made of
      6  Store           Store Directory Blobs Content                  the only code that opens data files
      7  Database        Database Batch SCHEMA MIGRATIONS               two calls: read and write
-     8  Accounts        Accounts                                       who is asking
+     8  Accounts        Credentials Accounts Devices                   who is asking
      9  Tree            Moment Span Tree Copies                        the tree of files, read and written
     10  History         History                                        what was, and how it comes back
     11  Verbs           Cloud Sync                                     every verb, behind every door
@@ -34,7 +34,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
 The path of a request:
 
     socket > Handler.serve > Request > respond
-        1 identify    Accounts       who is asking?
+        1 identify    Credentials    who is asking?
         2 find_route  ROUTES         which function?                    404 405
         3 admit       Route.needs    may they knock?                    401 403
         4 handler     rooms 13-16    words to values, one Cloud call, values to words
@@ -3126,7 +3126,7 @@ EDGES = "0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ "
 
 
 class Device(NamedTuple):
-    """A session or an app password, as its owner sees it.  The order is that of Accounts.devices."""
+    """A session or an app password, as its owner sees it.  The order is that of Devices.list."""
     id: str
     kind: str
     name: str
@@ -3213,21 +3213,47 @@ class HashingLane:
                     del self._waiting[network]
 
 
-class Accounts:
-    """Who there is, and by what they prove it."""
+class Throttle:
+    """Who guesses waits; nobody waits for what others guess (A4).  A subject is whatever a wait belongs to."""
 
     def __init__(self, db: Database, clock: Clock) -> None:
         self.db, self.clock = db, clock
+
+    def check(self, subject: str) -> None:
+        now = self.clock.due()
+        rows = self.db.read("SELECT due FROM throttle WHERE subject = ? AND due > ?", (subject, now))
+        if rows:
+            wait = (rows[0][0] - now + 999) // 1000
+            log.warning("login throttled", extra={"address": subject[:128]})
+            raise CloudError("throttled", "too many wrong passwords; wait %d s" % wait, retry_after=wait)
+
+    def record(self, *subjects: str) -> None:
+        """Double the wait of each; an hour of quiet forgets.  Counted in one statement: none gets lost between two that fail at once."""
+        now = self.clock.due()
+        self.db.run(Statement(
+            "INSERT INTO throttle (subject, failures, due) VALUES (?1, 1, ?2 + ?3) ON CONFLICT (subject) DO UPDATE SET "
+            "failures = CASE WHEN due > ?4 THEN failures + 1 ELSE 1 END, "
+            "due = ?2 + CASE WHEN due <= ?4 THEN ?3 WHEN failures < 10 THEN ?3 << failures ELSE ?5 END",
+            [(subject, now, WAIT_FIRST, now - HOUR, WAIT_MOST) for subject in subjects], many=True))
+
+    def pressure(self, crowd: tuple[str, ...]) -> int:
+        """How many wrong passwords strangers have given of late: for an account, or in all."""
+        return self.db.read("SELECT coalesce(max(failures), 0) FROM throttle WHERE subject IN (" + marks(crowd) + ") AND due > ?",
+                            (*crowd, self.clock.due() - HOUR))[0][0]
+
+
+class Credentials:
+    """Who is it?  Passwords, sessions and app passwords are checked here, and those that were right remembered for a while."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self.db, self.clock, self.throttle = db, clock, Throttle(db, clock)
         self._key = secrets.token_bytes(32)
         self._remembered: dict[bytes, tuple[Principal, str, int]] = {}     # credential: (who, generation, due)
-        self._used: dict[str, tuple[int, str]] = {}          # device: when and whence, not yet written
+        self.used: dict[str, tuple[int, str]] = {}           # device: when and whence, not yet written
         self._refused: dict[bytes, str] = {}                 # wrong credential: generation at which it was
         self._known_lane, self._strangers_lane = HashingLane(), HashingLane()
-        self._set_up = False
         self._changes = 0                                    # of accounts and devices, made by this process
         self._seen = "", 0.0, 0                              # the generation, when to look again, changes before the look
-
-    # ---- who is asking
 
     def identify(self, authorization: str, cookie: str, address: str, *, secure: bool) -> Principal:
         """Who sends these credentials?  ANONYMOUS for none; with a `refusal` for those that do not count.
@@ -3256,7 +3282,7 @@ class Accounts:
                 self._remembered.clear()
             self._remembered[key] = who, generation, self.clock.due() + REMEMBER
         if who.device:
-            self._used[who.device] = self.clock.wall(), address
+            self.used[who.device] = self.clock.wall(), address
         return who
 
     def _generation(self) -> str:
@@ -3268,7 +3294,7 @@ class Accounts:
             self._seen = known, now + NOTICE, changes
         return known
 
-    def _raise_generation(self, attempt: Callable[[], Batch]) -> None:
+    def commit(self, attempt: Callable[[], Batch]) -> None:
         """Commit a change after which nobody is remembered, here at once and elsewhere within NOTICE."""
         def raised() -> Batch:
             batch = attempt()
@@ -3292,7 +3318,7 @@ class Accounts:
             if key_of(who.name.casefold()) != key_of(pair[0].casefold()):
                 raise CloudError("unauthenticated", "wrong name or password")
             return who
-        return self._by_password(*pair, address, key)
+        return self.by_password(*pair, address, key)
 
     def _by_secret(self, secret: str, kind: str) -> Principal:
         now = self.clock.due()
@@ -3307,7 +3333,7 @@ class Accounts:
         return Principal(account, name, root, bool(admin) and kind == "session", kind, device, bool(readonly),
                          bool(scoped), confirmed)
 
-    def _by_password(self, name: str, password: str, address: str, key: bytes = b"") -> Principal:
+    def by_password(self, name: str, password: str, address: str, key: bytes = b"") -> Principal:
         """Check name and password, at the same cost whether or not there is such an account (A6).
 
         The same wrong password once more, as of a device that was not told of a new one, is refused for nothing and
@@ -3330,7 +3356,7 @@ class Accounts:
             remembered = self._remembered.get(key)           # a request beside this one may have been first
             if remembered and remembered[1] == self._generation() and remembered[2] > now:
                 return remembered[0]
-            self._check_throttle(guess.pair)
+            self.throttle.check(guess.pair)
             if not check_password(password, rows[0][4] if rows else ""):
                 self._refuse(guess, digest, generation)
         account, name, root, admin, stored, _ = rows[0]
@@ -3340,14 +3366,18 @@ class Accounts:
                                   (hash_password(password), account, stored)))
         return Principal(account, name, root, bool(admin), "password", confirmed=self.clock.due() + CONFIRMED)
 
+    def check(self, who: Principal, password: str, address: str) -> None:
+        """Is it the password of the account?  raises CloudError unauthenticated, throttled"""
+        self.by_password(who.name, password, address)
+
     def _refuse(self, guess: Guess, digest: bytes, generation: str) -> None:
         """Note a wrong password.  raises CloudError unauthenticated, always"""
         if len(self._refused) > 1000:
             self._refused.clear()
         self._refused[digest] = generation
-        self._record_failure(guess.pair, *guess.crowd)
+        self.throttle.record(guess.pair, *guess.crowd)
         log.warning("login failed", extra={"account": guess.account[:64], "address": guess.network})
-        if guess.crowd and self._pressure(guess.crowd) > PRESSURE:
+        if guess.crowd and self.throttle.pressure(guess.crowd) > PRESSURE:
             time.sleep(SLOWED)                               # in the strangers' lane: who is known does not wait for it
         raise CloudError("unauthenticated", "wrong name or password")
 
@@ -3362,29 +3392,13 @@ class Accounts:
                         Statement("DELETE FROM known_place WHERE account = ?1 AND network NOT IN (SELECT network FROM known_place "
                                   "WHERE account = ?1 ORDER BY due DESC LIMIT ?2)", (account, KNOWN_MOST)))
 
-    # ---- throttling (A4): who guesses waits; nobody waits for what others guess
 
-    def _check_throttle(self, subject: str) -> None:
-        now = self.clock.due()
-        rows = self.db.read("SELECT due FROM throttle WHERE subject = ? AND due > ?", (subject, now))
-        if rows:
-            wait = (rows[0][0] - now + 999) // 1000
-            log.warning("login throttled", extra={"address": subject[:128]})
-            raise CloudError("throttled", "too many wrong passwords; wait %d s" % wait, retry_after=wait)
+class Accounts:
+    """Who there is."""
 
-    def _record_failure(self, *subjects: str) -> None:
-        """Double the wait of each; an hour of quiet forgets.  Counted in one statement: none gets lost between two that fail at once."""
-        now = self.clock.due()
-        self.db.run(Statement(
-            "INSERT INTO throttle (subject, failures, due) VALUES (?1, 1, ?2 + ?3) ON CONFLICT (subject) DO UPDATE SET "
-            "failures = CASE WHEN due > ?4 THEN failures + 1 ELSE 1 END, "
-            "due = ?2 + CASE WHEN due <= ?4 THEN ?3 WHEN failures < 10 THEN ?3 << failures ELSE ?5 END",
-            [(subject, now, WAIT_FIRST, now - HOUR, WAIT_MOST) for subject in subjects], many=True))
-
-    def _pressure(self, crowd: tuple[str, ...]) -> int:
-        """How many wrong passwords strangers have given of late: for an account, or in all."""
-        return self.db.read("SELECT coalesce(max(failures), 0) FROM throttle WHERE subject IN (" + marks(crowd) + ") AND due > ?",
-                            (*crowd, self.clock.due() - HOUR))[0][0]
+    def __init__(self, db: Database, clock: Clock, credentials: Credentials) -> None:
+        self.db, self.clock, self.credentials = db, clock, credentials
+        self._set_up = False
 
     # ---- set-up
 
@@ -3401,10 +3415,10 @@ class Accounts:
     def claim(self, token: str, name: str, password: str, address: str) -> None:
         """Make the first account, an administrator's.  raises CloudError forbidden for a wrong or used token"""
         subject = "setup " + network_of(address)
-        self._check_throttle(subject)
+        self.credentials.throttle.check(subject)
         stored = self.db.setting("setup")
         if self.is_set_up() or not stored or not hmac.compare_digest(stored, sha256_text(token)):
-            self._record_failure(subject)
+            self.credentials.throttle.record(subject)
             raise CloudError("forbidden", "this setup link is not valid any more")
         self.add(name, password, admin=True, first=True)
 
@@ -3500,17 +3514,28 @@ class Accounts:
                 raise CloudError("conflict", unless[1])
             return Batch(list(body), list(guards), line=Line(account.id, who, action, {"name": account.name}))
 
-        self._raise_generation(attempt)
+        self.credentials.commit(attempt)
         log.info(action, extra={"account": account.name, "by": who.name})
 
-    # ---- sessions and app passwords
+
+class Devices:
+    """What accounts are used with: sessions of browsers, app passwords, and devices that wait for a browser to let them in."""
+
+    def __init__(self, db: Database, clock: Clock, credentials: Credentials) -> None:
+        self.db, self.clock, self.credentials = db, clock, credentials
+
+    def list(self, who: Principal) -> list[Device]:
+        return [Device._make(row) for row in self.db.read(
+            "SELECT id, kind, name, readonly, node, created, used, address FROM device WHERE account = ? "
+            "AND coalesce(idle, ?) >= ? AND coalesce(due, ?) >= ? ORDER BY created DESC",
+            (who.account, *[self.clock.due()] * 4))]
 
     def log_in(self, name: str, password: str, address: str, agent: str) -> tuple[str, Principal]:
         """Open a session; returns its cookie.  raises CloudError unauthenticated, throttled"""
-        who = self._by_password(name, password, address)
+        who = self.credentials.by_password(name, password, address)
         log.info("login", extra={"account": who.name, "address": address})
         secret = secrets.token_urlsafe(32)
-        device = self._add_device(who, "session", agent[:100] or "browser", secret, address, idle=SESSION_IDLE,
+        device = self._add(who, "session", agent[:100] or "browser", secret, address, idle=SESSION_IDLE,
                                   life=SESSION_LIFE)
         return secret, who._replace(means="session", device=device)
 
@@ -3519,18 +3544,18 @@ class Accounts:
         """Make an app password; returns (device id, the secret, which is shown this once)."""
         if not name.strip() or len(name) > 100:
             raise CloudError("bad-request", "give the device a name of 1 to 100 characters")
-        if len(self.devices(who)) >= 500:
+        if len(self.list(who)) >= 500:
             raise CloudError("conflict", "this account has 500 devices; revoke some first")
         secret = TOKEN_MARK + secrets.token_urlsafe(24)
-        return self._add_device(who, "token", name.strip(), secret, "", readonly, node, life=life), secret
+        return self._add(who, "token", name.strip(), secret, "", readonly, node, life=life), secret
 
-    def _add_device(self, who: Principal, kind: str, name: str, secret: str, address: str, readonly: bool = False,
+    def _add(self, who: Principal, kind: str, name: str, secret: str, address: str, readonly: bool = False,
                     node: int | None = None, idle: int | None = None, life: int | None = None) -> str:
-        batch = self._device_batch(who, kind, name, secret, address, readonly, node, idle, life)
+        batch = self._batch(who, kind, name, secret, address, readonly, node, idle, life)
         self.db.write(lambda: batch)
         return batch.body[0].params[0]
 
-    def _device_batch(self, who: Principal, kind: str, name: str, secret: str, address: str, readonly: bool = False,
+    def _batch(self, who: Principal, kind: str, name: str, secret: str, address: str, readonly: bool = False,
                       node: int | None = None, idle: int | None = None, life: int | None = None) -> Batch:
         id, now = secrets.token_hex(8), self.clock.due()
         row = (id, who.account, kind, name, sha256_text(secret), int(readonly), node, self.clock.wall(), address,
@@ -3538,6 +3563,36 @@ class Accounts:
         return Batch(line=Line(who.account, who, "device-add", {"name": name, "kind": kind}), body=[
             Statement("INSERT INTO device (id, account, kind, name, secret, readonly, node, created, address, confirmed, "
                       "idle, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)])
+
+    def revoke(self, who: Principal, id: str) -> None:
+        """End a session or token of the same account, at once.  raises CloudError not-found"""
+        for device in self.list(who):
+            if device.id == id:
+                self.credentials.commit(lambda: Batch([Statement("DELETE FROM device WHERE id = ?", (id,))],
+                                                     line=Line(who.account, who, "device-remove", {"name": device.name})))
+                return
+        raise CloudError("not-found", "there is no such device")
+
+    def confirm(self, who: Principal, password: str, address: str) -> None:
+        """Take the password once more, for what needs it fresh (A16)."""
+        if who.means == "session":
+            self.credentials.check(who, password, address)
+            self.credentials.commit(lambda: Batch([Statement("UPDATE device SET confirmed = ? WHERE id = ?",
+                                                            (self.clock.due() + CONFIRMED, who.device))]))
+
+    def save_used(self) -> None:
+        """Write when and whence devices were last used; the janitor does so every minute."""
+        used, self.credentials.used = self.credentials.used, {}
+        old = {id: at or 0 for id, at in self.db.read("SELECT id, used FROM device")} if used else {}
+        rows = [(at, address, self.clock.due() + SESSION_IDLE, id) for id, (at, address) in used.items()
+                if at - old.get(id, at) >= USED_EVERY or not old.get(id, 1)]
+        if rows:
+            due = self.clock.due() + KNOWN_LIFE
+            self.db.run(Statement("UPDATE device SET used = ?, address = ?, "
+                                  "idle = CASE WHEN idle IS NULL THEN NULL ELSE ? END WHERE id = ?", rows, many=True),
+                        Statement("INSERT INTO known_place (account, network, due) SELECT account, ?, ? FROM device WHERE id = ? "
+                                  "ON CONFLICT (account, network) DO UPDATE SET due = excluded.due",
+                                  [(network_of(address), due, id) for _, address, _, id in rows], many=True))
 
     # ---- devices that a browser lets in
 
@@ -3591,7 +3646,7 @@ class Accounts:
             if not rows:
                 raise CloudError("not-found", "nobody has let this device in yet")
             who = Principal(*rows[0][:2])
-            batch = self._device_batch(who, "token", rows[0][2], secret, "")
+            batch = self._batch(who, "token", rows[0][2], secret, "")
             batch.body.append(Statement("DELETE FROM pairing WHERE poll = ?", (hash,)))
             batch.guards.append(Statement("SELECT 'pairing' WHERE NOT EXISTS (SELECT 1 FROM pairing WHERE poll = ?)", (hash,)))
             names.append(who.name)
@@ -3600,46 +3655,6 @@ class Accounts:
         names: list[str] = []
         self.db.write(attempt)
         return names[-1], secret
-
-    def devices(self, who: Principal) -> list[Device]:
-        return [Device._make(row) for row in self.db.read(
-            "SELECT id, kind, name, readonly, node, created, used, address FROM device WHERE account = ? "
-            "AND coalesce(idle, ?) >= ? AND coalesce(due, ?) >= ? ORDER BY created DESC",
-            (who.account, *[self.clock.due()] * 4))]
-
-    def revoke(self, who: Principal, id: str) -> None:
-        """End a session or token of the same account, at once.  raises CloudError not-found"""
-        for device in self.devices(who):
-            if device.id == id:
-                self._raise_generation(lambda: Batch([Statement("DELETE FROM device WHERE id = ?", (id,))],
-                                                     line=Line(who.account, who, "device-remove", {"name": device.name})))
-                return
-        raise CloudError("not-found", "there is no such device")
-
-    def check(self, who: Principal, password: str, address: str) -> None:
-        """Is it the password of the account?  raises CloudError unauthenticated, throttled"""
-        self._by_password(who.name, password, address)
-
-    def confirm(self, who: Principal, password: str, address: str) -> None:
-        """Take the password once more, for what needs it fresh (A16)."""
-        if who.means == "session":
-            self._by_password(who.name, password, address)
-            self._raise_generation(lambda: Batch([Statement("UPDATE device SET confirmed = ? WHERE id = ?",
-                                                            (self.clock.due() + CONFIRMED, who.device))]))
-
-    def save_used(self) -> None:
-        """Write when and whence devices were last used; the janitor does so every minute."""
-        used, self._used = self._used, {}
-        old = {id: at or 0 for id, at in self.db.read("SELECT id, used FROM device")} if used else {}
-        rows = [(at, address, self.clock.due() + SESSION_IDLE, id) for id, (at, address) in used.items()
-                if at - old.get(id, at) >= USED_EVERY or not old.get(id, 1)]
-        if rows:
-            due = self.clock.due() + KNOWN_LIFE
-            self.db.run(Statement("UPDATE device SET used = ?, address = ?, "
-                                  "idle = CASE WHEN idle IS NULL THEN NULL ELSE ? END WHERE id = ?", rows, many=True),
-                        Statement("INSERT INTO known_place (account, network, due) SELECT account, ?, ? FROM device WHERE id = ? "
-                                  "ON CONFLICT (account, network) DO UPDATE SET due = excluded.due",
-                                  [(network_of(address), due, id) for _, address, _, id in rows], many=True))
 
 
 def account_key(name: str) -> str:
@@ -4156,7 +4171,9 @@ class Tree:
             store.create()
         self.blobs = Blobs(store)
         self.db = Database(config.data / "cloud.db", self.clock, readonly=how == "read")
-        self.accounts = Accounts(self.db, self.clock)
+        self.credentials = Credentials(self.db, self.clock)
+        self.accounts = Accounts(self.db, self.clock, self.credentials)
+        self.devices = Devices(self.db, self.clock, self.credentials)
         self.op: tuple[str, str] | None = None           # what batches bear: see Cloud.once
         self._free: tuple[int, bool] = (0, True)         # until when the disk counts as free
         self._lanes = Shares(2, "%d long operations of this account are under way already")
@@ -7295,7 +7312,7 @@ def respond(cloud: Cloud, request: Request) -> Response:
     """Answer one request.  Every request takes these steps, in this order, and no others."""
     refuse = json_error
     try:
-        who = request.who = cloud.accounts.identify(
+        who = request.who = cloud.credentials.identify(
             request.fields.get("authorization", ""), request.cookie if "cookie" in request.fields else "",
             request.address, secure=request.safe)
         found, names = find_route(request)
@@ -8418,7 +8435,7 @@ def api_login(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Open a session; its cookie comes with the answer."""
     check_safe(request)
     values = request.values
-    secret, who = cloud.accounts.log_in(values["name"], values["password"], request.address,
+    secret, who = cloud.devices.log_in(values["name"], values["password"], request.address,
                                         request.fields.get("user-agent", ""))
     return json_response(api_account_of(cloud, who), 200, **{"Set-Cookie": format_cookie(request, secret, SESSION_LIFE // 1000)})
 
@@ -8438,14 +8455,14 @@ def format_cookie(request: Request, secret: str, seconds: int) -> str:
 def api_logout(cloud: Cloud, who: Principal, request: Request) -> Response:
     """End this session, or the token that asks."""
     if who.device:
-        cloud.accounts.revoke(who, who.device)
+        cloud.devices.revoke(who, who.device)
     return Response(204, b"", {"Set-Cookie": format_cookie(request, "", 0)})
 
 
 @route("POST", API + "confirm", needs="account", password=TEXT)
 def api_confirm(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Give the password once more, for what needs it fresh."""
-    cloud.accounts.confirm(who, request.values["password"], request.address)
+    cloud.devices.confirm(who, request.values["password"], request.address)
     return Response(204)
 
 
@@ -8473,7 +8490,7 @@ def api_usage(cloud: Cloud, who: Principal, request: Request) -> Response:
 @route("POST", API + "account/password", needs="account", old=TEXT, new=TEXT)
 def api_password(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Change the password; every session and app password ends."""
-    cloud.accounts.check(who, request.values["old"], request.address)
+    cloud.credentials.check(who, request.values["old"], request.address)
     cloud.accounts.set_password(who.name, request.values["new"], who)
     return Response(204, b"", {"Set-Cookie": format_cookie(request, "", 0)})
 
@@ -8485,7 +8502,7 @@ def api_devices(cloud: Cloud, who: Principal, request: Request) -> Response:
         {"id": device.id, "kind": device.kind, "name": device.name, "readonly": bool(device.readonly),
          "limited": device.node is not None, "created": format_time(device.created), "address": device.address,
          "used": device.used and format_time(device.used), "this": device.id == who.device}
-        for device in cloud.accounts.devices(who)]})
+        for device in cloud.devices.list(who)]})
 
 
 @route("POST", API + "devices", needs="account fresh", name=TEXT, readonly_="boolean", path_="path", days_="integer")
@@ -8497,7 +8514,7 @@ def api_add_device(cloud: Cloud, who: Principal, request: Request) -> Response:
         raise CloudError("bad-request", "a device can be limited to a collection only")
     if values["days"] is not None and not 1 <= values["days"] <= 3650:
         raise CloudError("bad-request", "days is 1 to 3650")
-    id, token = cloud.accounts.add_token(who, values["name"], readonly=bool(values["readonly"]), node=node and node.node,
+    id, token = cloud.devices.add_token(who, values["name"], readonly=bool(values["readonly"]), node=node and node.node,
                                          life=values["days"] and values["days"] * DAY)
     return json_response({"id": id, "token": token}, 201)
 
@@ -8505,7 +8522,7 @@ def api_add_device(cloud: Cloud, who: Principal, request: Request) -> Response:
 @route("DELETE", API + "devices/<id>", needs="account")
 def api_revoke(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
     """End a session or app password, at once."""
-    cloud.accounts.revoke(who, id)
+    cloud.devices.revoke(who, id)
     return Response(204)
 
 
@@ -8515,7 +8532,7 @@ def api_pairing(cloud: Cloud, who: Principal, request: Request, token: str) -> R
 
     near  whether it asked from where this question comes from
     """
-    pairing = cloud.accounts.pairing(token)
+    pairing = cloud.devices.pairing(token)
     return json_response({"device": pairing.device, "address": pairing.address, "code": pairing.code,
                           "minutes": pairing.age // MINUTE, "near": pairing.address == network_of(request.address)})
 
@@ -8523,7 +8540,7 @@ def api_pairing(cloud: Cloud, who: Principal, request: Request, token: str) -> R
 @route("POST", API + "grants/<token>", needs="account fresh")
 def api_grant(cloud: Cloud, who: Principal, request: Request, token: str) -> Response:
     """Let it in: it gets an app password of its own, which can be revoked like any."""
-    cloud.accounts.grant(who, token)
+    cloud.devices.grant(who, token)
     return Response(204)
 
 
@@ -8813,7 +8830,7 @@ def api_server_activity(cloud: Cloud, who: Principal, request: Request) -> Respo
 @route("GET", API + "activity/devices", needs="account")
 def api_activity_devices(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The devices of the account by the names that steps bear."""
-    names = {device.name: device.kind for device in cloud.accounts.devices(who)}
+    names = {device.name: device.kind for device in cloud.devices.list(who)}
     return json_response({"devices": [{"name": name, "kind": kind} for name, kind in sorted(names.items())]})
 
 
@@ -10050,7 +10067,7 @@ def device_name(request: Request) -> str:
 def nc_login(cloud: Cloud, who: Principal, request: Request) -> Response:
     """A device wants in: what it shall open in a browser, and where it then asks for its app password."""
     check_safe(request)
-    poll, token = cloud.accounts.begin_pairing(device_name(request), request.address)
+    poll, token = cloud.devices.begin_pairing(device_name(request), request.address)
     base = base_url(request)
     return json_response({"poll": {"token": poll, "endpoint": base + "/login/v2/poll"}, "login": base + "/login/v2/flow/" + token,
                           "code": pairing_code(token)})        # of ours: for whoever can show it
@@ -10065,14 +10082,14 @@ def nc_poll(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The app password, once somebody let the device in; iOS sends the token in the query."""
     check_safe(request)
     form = parse_query(request.body.read(64 * KiB).decode("utf-8", "replace"))
-    name, secret = cloud.accounts.collect(form.get("token") or request.argument("token") or "")
+    name, secret = cloud.devices.collect(form.get("token") or request.argument("token") or "")
     return json_response({"server": base_url(request), "loginName": name, "appPassword": secret})
 
 
 @ocs_route("GET", "core/getapppassword", "password")
 def ocs_app_password(cloud: Cloud, who: Principal, request: Request) -> Response:
     """An app password in exchange for the account's own."""
-    _, secret = cloud.accounts.add_token(who, device_name(request))
+    _, secret = cloud.devices.add_token(who, device_name(request))
     return ocs_response(request, {"apppassword": secret})
 
 
@@ -10081,7 +10098,7 @@ def ocs_drop_app_password(cloud: Cloud, who: Principal, request: Request) -> Res
     """The device logs out: its app password ends."""
     if who.means != "token":
         raise CloudError("forbidden", "this is not an app password")
-    cloud.accounts.revoke(who, who.device)
+    cloud.devices.revoke(who, who.device)
     return ocs_response(request, [])
 
 
@@ -11146,7 +11163,7 @@ class Janitor(threading.Thread):
 
 EVERYBODYS = ("devices",)        # what each process has to write
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what)
-    "devices": (MINUTE, lambda janitor: janitor.cloud.accounts.save_used()),
+    "devices": (MINUTE, lambda janitor: janitor.cloud.devices.save_used()),
     "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
     "reserve": (MINUTE, lambda janitor: janitor.cloud.keep_reserve()),
     "crash": (MINUTE, lambda janitor: janitor.upkeep.look_after_crash()),
@@ -11804,7 +11821,7 @@ def work(config: Config, listener: socket.socket, lifeline: int | None = None, b
     server.serve_forever()
     janitor.stop()
     with suppress(CloudError):                   # a disk that fails does not keep us
-        cloud.accounts.save_used()
+        cloud.devices.save_used()
         cloud.db.save_clock()
     if not server.active:
         cloud.close()

@@ -275,7 +275,7 @@ if os.name == "nt":
     if WINE:
         del _winapi.CopyFile2                    # which shutil would use, and Wine has not
 import cloudserver as cs
-from cloudserver import (ANY, Accounts, Batch, Body, Change, Clock, Cloud, CloudError, CloudServer, Config, Conflict, Database,
+from cloudserver import (ANY, Batch, Body, Change, Clock, Cloud, CloudError, CloudServer, Config, Conflict, Database,
                          MiB, KiB, Moment, Preconditions, Principal, Statement)
 
 SOURCE = (HERE / "cloudserver.py").read_text(encoding="utf-8")
@@ -596,13 +596,13 @@ def test_functions_stay_short():
 MOST_METHODS, MOST_PARAMETERS, MOST_LINES = 25, 6, 1100
 LARGE_CLASSES = {
     "Tree": 77, "History": 63, "Cloud": 31, "Sync": 27,
-    "Accounts": 36, "Database": 32,
+    "Database": 32,
     "Upkeep": 31, "CloudServer": 27,
     "Folder": 26}
 LONG_SIGNATURES = {
     "Tree._batch": 8, "Tree.write": 7, "Tree.lock": 7, "Tree._make_room": 7, "History.activity": 7, "Sync.commit": 7, "Cloud.create_upload": 7,
     "Cloud.join_parts": 7, "Cloud._finish": 7,
-    "Accounts._device_batch": 9, "Accounts._add_device": 9,
+    "Devices._batch": 9, "Devices._add": 9,
     "nc_legacy_chunk": 7,
     "open_client": 10}
 LARGE_ROOMS = {
@@ -1746,7 +1746,7 @@ def test_the_clock_for_deadlines_never_jumps(tmp_path, fake):
 # ==== 8. Accounts ========================================================================
 
 def identify(cloud, authorization="", cookie="", address="127.0.0.1", secure=True):
-    return cloud.accounts.identify(authorization, cookie, address, secure=secure)
+    return cloud.credentials.identify(authorization, cookie, address, secure=secure)
 
 
 def test_credentials_are_recognised(cloud, ann):
@@ -1872,8 +1872,8 @@ def test_throttling_is_shared_between_processes_and_spares_tokens(make_cloud, tm
     """A4, C3"""
     one = make_cloud()
     who = account(one)
-    _, token = one.accounts.add_token(who, "laptop")
-    cookie, _ = one.accounts.log_in("ann", PASSWORD, "127.0.0.1", "x")
+    _, token = one.devices.add_token(who, "laptop")
+    cookie, _ = one.devices.log_in("ann", PASSWORD, "127.0.0.1", "x")
     two = make_cloud(one.config)
     for n in range(4):
         identify(one, wrong(n), address="10.1.1.1")
@@ -1894,7 +1894,7 @@ def test_who_knows_the_password_is_never_locked_out_by_who_does_not(make_cloud, 
     assert identify(cloud, basic(), address="10.9.9.9").account                         # a fresh address
     for n in range(20):
         identify(cloud, wrong(1000 + n), address="10.7.7.7")
-    cloud.accounts._remembered.clear()           # credentials that were good a moment ago are believed from anywhere
+    cloud.credentials._remembered.clear()           # credentials that were good a moment ago are believed from anywhere
     assert identify(cloud, basic(), address="10.7.7.7").refusal.kind == "throttled"     # who guesses waits
     assert identify(cloud, basic("bob"), address="10.7.7.7").account                    # for that account alone
     assert identify(cloud, basic(), address="192.168.0.9").account
@@ -1929,7 +1929,7 @@ def test_parallel_guesses_are_all_counted(cloud, ann, monkeypatch):
     assert cloud.db.read("SELECT failures FROM throttle WHERE subject LIKE 'guess%'") == [(len(tried),)]
     clouds = [cloud, cs.Cloud(cloud.config)]
     for n in range(20):
-        threads = [threading.Thread(target=other.accounts._record_failure, args=("both",)) for other in clouds]
+        threads = [threading.Thread(target=other.credentials.throttle.record, args=("both",)) for other in clouds]
         [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert cloud.db.read("SELECT failures FROM throttle WHERE subject = 'both'") == [(40,)]
     clouds[1].close()
@@ -1938,7 +1938,7 @@ def test_parallel_guesses_are_all_counted(cloud, ann, monkeypatch):
 def test_strangers_do_not_fill_the_lane_of_who_is_known(cloud, ann, monkeypatch):
     """X14, A5: while strangers' passwords are hashed and queue, a known place logs in at once; a network queues only so deep."""
     assert identify(cloud, basic(), address="192.168.0.9").account
-    cloud.accounts._remembered.clear()
+    cloud.credentials._remembered.clear()
     gate, scrypt, found = threading.Event(), cs.scrypt, []
     monkeypatch.setattr(cs, "scrypt", lambda password, *how: (password == PASSWORD or gate.wait(10)) and scrypt(password, *how))
     threads = [threading.Thread(target=lambda n: found.append(identify(cloud, wrong(n), address="10.3.%d.3" % (n % 10)).refusal.kind), args=(n,))
@@ -1958,12 +1958,12 @@ def test_devices_make_their_networks_known(make_cloud, fake):
     """A4: a token that is used from somewhere says that the account is."""
     cloud = make_cloud(clock=fake.clock())
     ann = account(cloud)
-    _, token = cloud.accounts.add_token(ann, "laptop")
+    _, token = cloud.devices.add_token(ann, "laptop")
     assert identify(cloud, "Bearer " + token, address="10.5.5.5").account
-    cloud.accounts.save_used()
+    cloud.devices.save_used()
     assert cloud.db.read("SELECT account, network FROM known_place") == [(ann.account, "10.5.5.5")]
     for n in range(cs.KNOWN_MOST + 30):
-        cloud.accounts._welcome(ann.account, cs.Guess("ann", "10.6.%d.%d" % divmod(n, 250), False))
+        cloud.credentials._welcome(ann.account, cs.Guess("ann", "10.6.%d.%d" % divmod(n, 250), False))
         fake.pass_(1000)
     assert cloud.db.read("SELECT count(*) FROM known_place") == [(cs.KNOWN_MOST,)]
     fake.pass_(cs.KNOWN_LIFE)
@@ -1988,12 +1988,12 @@ def test_strangers_who_wait_to_be_let_in_crowd_out_themselves(make_cloud, fake, 
     monkeypatch.setattr(cs, "PAIRINGS", 100)
     cloud = make_cloud(clock=fake.clock())
     ann = account(cloud)
-    poll, token = cloud.accounts.begin_pairing("phone", "192.168.0.9")
+    poll, token = cloud.devices.begin_pairing("phone", "192.168.0.9")
     for n in range(400):
-        cloud.accounts.begin_pairing("x", "2001:db8:0:%x::1" % (n % 40))
-    assert cloud.accounts.pairing(token) and cloud.db.read("SELECT count(*) FROM pairing") == [(100,)]
-    cloud.accounts.grant(ann, token)
-    assert cloud.accounts.collect(poll)[0] == "ann"
+        cloud.devices.begin_pairing("x", "2001:db8:0:%x::1" % (n % 40))
+    assert cloud.devices.pairing(token) and cloud.db.read("SELECT count(*) FROM pairing") == [(100,)]
+    cloud.devices.grant(ann, token)
+    assert cloud.devices.collect(poll)[0] == "ann"
 
 
 @pytest.mark.parametrize("one, two, same", [("10.0.0.1", "10.0.0.2", False), ("2001:db8::1", "2001:db8::ffff", True),
@@ -2019,9 +2019,9 @@ def test_sessions_live_in_rows_and_end_at_once(make_cloud):
     one = make_cloud()
     account(one)
     two = make_cloud(one.config)
-    cookie, who = one.accounts.log_in("ann", PASSWORD, "127.0.0.1", "Firefox")
+    cookie, who = one.devices.log_in("ann", PASSWORD, "127.0.0.1", "Firefox")
     assert identify(two, cookie=cookie).means == "session" and cookie not in str(one.db.read("SELECT * FROM device"))
-    one.accounts.revoke(who, who.device)
+    one.devices.revoke(who, who.device)
     time.sleep(cs.NOTICE)
     assert identify(two, cookie=cookie).refusal.kind == "unauthenticated"
     assert identify(one, cookie=cookie).refusal.kind == "unauthenticated"
@@ -2034,8 +2034,8 @@ def test_a_new_password_or_the_end_of_an_account_ends_everything(make_cloud, end
     who = account(one)
     account(one, "bob", admin=True)
     two = make_cloud(one.config)
-    cookie, _ = one.accounts.log_in("ann", PASSWORD, "127.0.0.1", "")
-    _, token = one.accounts.add_token(who, "laptop")
+    cookie, _ = one.devices.log_in("ann", PASSWORD, "127.0.0.1", "")
+    _, token = one.devices.add_token(who, "laptop")
     assert identify(two, cookie=cookie).account and identify(two, "Bearer " + token).account and identify(two, basic()).account
     if end == "password":
         one.accounts.set_password("ann", "another horse 9")
@@ -2049,31 +2049,31 @@ def test_sessions_end_when_unused_and_after_ninety_days(make_cloud, fake):
     """A9"""
     cloud = make_cloud(clock=fake.clock())
     account(cloud)
-    cookie, _ = cloud.accounts.log_in("ann", PASSWORD, "127.0.0.1", "")
+    cookie, _ = cloud.devices.log_in("ann", PASSWORD, "127.0.0.1", "")
     for day in range(89):
         fake.pass_(cs.DAY)
         assert identify(cloud, cookie=cookie).account, day
-        cloud.accounts.save_used()
+        cloud.devices.save_used()
     fake.pass_(2 * cs.DAY)
     assert not identify(cloud, cookie=cookie).account
-    cookie, _ = cloud.accounts.log_in("ann", PASSWORD, "127.0.0.1", "")
+    cookie, _ = cloud.devices.log_in("ann", PASSWORD, "127.0.0.1", "")
     fake.pass_(15 * cs.DAY)
     assert not identify(cloud, cookie=cookie).account
 
 
 def test_a_change_counts_at_once_though_somebody_looks_at_that_moment(cloud, ann, monkeypatch):
     """A9"""
-    token = "Bearer " + cloud.accounts.add_token(ann, "laptop")[1]
+    token = "Bearer " + cloud.devices.add_token(ann, "laptop")[1]
     who, look = identify(cloud, token), cloud.db.read
 
     def read_and_be_overtaken(sql, *params):
         rows = look(sql, *params)
         if "generation" in sql:
             monkeypatch.undo()
-            cloud.accounts.revoke(ann, who.device)
+            cloud.devices.revoke(ann, who.device)
         return rows
     monkeypatch.setattr(cs, "NOTICE", 60)
-    cloud.accounts._changes += 1
+    cloud.credentials._changes += 1
     monkeypatch.setattr(cloud.db, "read", read_and_be_overtaken)
     identify(cloud, token)
     assert not identify(cloud, token).account
@@ -2081,22 +2081,22 @@ def test_a_change_counts_at_once_though_somebody_looks_at_that_moment(cloud, ann
 
 def test_app_passwords_are_named_shown_once_and_revoked_at_once(cloud, ann):
     """A10"""
-    id, token = cloud.accounts.add_token(ann, "rclone on laptop")
+    id, token = cloud.devices.add_token(ann, "rclone on laptop")
     for authorization in ("Bearer " + token, basic("ann", token)):
         who = identify(cloud, authorization)
         assert (who.name, who.means, who.admin, who.device) == ("ann", "token", False, id)
     assert identify(cloud, basic("bob", token)).refusal.kind == "unauthenticated"
-    cloud.accounts.save_used()
-    device, = cloud.accounts.devices(ann)
+    cloud.devices.save_used()
+    device, = cloud.devices.list(ann)
     assert device.name == "rclone on laptop" and device.used and token not in str(cloud.db.read("SELECT * FROM device"))
-    cloud.accounts.revoke(ann, id)
+    cloud.devices.revoke(ann, id)
     assert identify(cloud, "Bearer " + token).refusal.kind == "unauthenticated"
 
 
 def test_nobody_revokes_the_device_of_another(cloud, ann):
     bob = account(cloud, "bob")
-    id, token = cloud.accounts.add_token(ann, "laptop")
-    assert outcome(cloud.accounts.revoke, bob, id) == "not-found" and identify(cloud, "Bearer " + token).account
+    id, token = cloud.devices.add_token(ann, "laptop")
+    assert outcome(cloud.devices.revoke, bob, id) == "not-found" and identify(cloud, "Bearer " + token).account
 
 
 def test_passwords_do_not_travel_in_the_clear(cloud, ann):
@@ -2113,22 +2113,22 @@ def test_the_last_administrator_stays(cloud, ann):
 def test_devices_are_let_in_once(make_cloud, fake):
     cloud = make_cloud(clock=fake.clock())
     ann = account(cloud)
-    poll, token = cloud.accounts.begin_pairing("Nextcloud on a phone", "10.0.0.1")
-    assert cloud.accounts.pairing(token).device == "Nextcloud on a phone" and outcome(cloud.accounts.collect, poll) == "not-found"
-    assert outcome(cloud.accounts.pairing, poll) == outcome(cloud.accounts.collect, token) == outcome(cloud.accounts.grant, ann, poll) == "not-found"
-    cloud.accounts.grant(ann, token)
-    assert outcome(cloud.accounts.pairing, token) == outcome(cloud.accounts.grant, ann, token) == "not-found"
-    name, secret = cloud.accounts.collect(poll)
-    assert identify(cloud, basic(name, secret)).account == ann.account and outcome(cloud.accounts.collect, poll) == "not-found"
-    assert [(device.name, device.kind) for device in cloud.accounts.devices(ann)] == [("Nextcloud on a phone", "token")]
-    poll, token = cloud.accounts.begin_pairing("", "10.0.0.1")
+    poll, token = cloud.devices.begin_pairing("Nextcloud on a phone", "10.0.0.1")
+    assert cloud.devices.pairing(token).device == "Nextcloud on a phone" and outcome(cloud.devices.collect, poll) == "not-found"
+    assert outcome(cloud.devices.pairing, poll) == outcome(cloud.devices.collect, token) == outcome(cloud.devices.grant, ann, poll) == "not-found"
+    cloud.devices.grant(ann, token)
+    assert outcome(cloud.devices.pairing, token) == outcome(cloud.devices.grant, ann, token) == "not-found"
+    name, secret = cloud.devices.collect(poll)
+    assert identify(cloud, basic(name, secret)).account == ann.account and outcome(cloud.devices.collect, poll) == "not-found"
+    assert [(device.name, device.kind) for device in cloud.devices.list(ann)] == [("Nextcloud on a phone", "token")]
+    poll, token = cloud.devices.begin_pairing("", "10.0.0.1")
     rows = str(cloud.db.read("SELECT * FROM pairing") + cloud.db.read("SELECT * FROM device"))
     assert poll not in rows and token not in rows and secret not in rows         # hashed, whoever reads the database
     fake.pass_(cs.PAIRING + 1000)
-    assert outcome(cloud.accounts.grant, ann, token) == "not-found"
+    assert outcome(cloud.devices.grant, ann, token) == "not-found"
     for _ in range(cs.PAIRINGS_HERE):
-        cloud.accounts.begin_pairing("x", "10.0.0.1")
-    assert outcome(cloud.accounts.begin_pairing, "x", "10.0.0.1") == "throttled" and cloud.accounts.begin_pairing("x", "10.0.0.2")
+        cloud.devices.begin_pairing("x", "10.0.0.1")
+    assert outcome(cloud.devices.begin_pairing, "x", "10.0.0.1") == "throttled" and cloud.devices.begin_pairing("x", "10.0.0.2")
 
 
 # ==== 9. Tree, history and verbs =========================================================
@@ -2205,7 +2205,7 @@ def test_a_device_limited_to_a_collection_sees_nothing_else(cloud, ann):
     """A10"""
     put(cloud, ann, "in/a", b"1", parents=True)
     put(cloud, ann, "out", b"2")
-    _, token = cloud.accounts.add_token(ann, "camera", node=cloud.stat(ann, ("in",)).node)
+    _, token = cloud.devices.add_token(ann, "camera", node=cloud.stat(ann, ("in",)).node)
     who = identify(cloud, "Bearer " + token)
     assert tree(cloud, who) == {"a": b"1"} and outcome(get, cloud, who, "out") == "not-found"
     put(cloud, who, "sub/b", b"333", parents=True)
@@ -3552,7 +3552,7 @@ def test_times_lead_to_moments(make_cloud, fake):
 
 
 def test_activity_tells_who_did_what_with_what(cloud, ann):
-    _, token = cloud.accounts.add_token(ann, "laptop")
+    _, token = cloud.devices.add_token(ann, "laptop")
     put(cloud, identify(cloud, "Bearer " + token), "a")
     cloud.delete(ann, ("a",))
     steps = cloud.activity(ann)
@@ -5032,7 +5032,7 @@ def test_usage_by_kind_versions_and_trash(api, cloud, ann):
 
 
 def test_activity_by_device_and_time_and_of_the_server(api, cloud, ann):
-    id, _ = cloud.accounts.add_token(ann, "laptop")
+    id, _ = cloud.devices.add_token(ann, "laptop")
     put(cloud, ann._replace(device=id), "a")
     put(cloud, ann, "b")
     account(cloud, "bob")
@@ -5103,15 +5103,15 @@ def test_app_passwords_through_the_api(call, cloud, ann, address):
 
 
 def test_a_browser_lets_a_device_in(call, cloud, ann, address):
-    poll, token = cloud.accounts.begin_pairing("a phone", "10.0.0.1")
+    poll, token = cloud.devices.begin_pairing("a phone", "10.0.0.1")
     asked = call("GET", "/api/v1/grants/" + token, user=None).json()
     assert asked == {"device": "a phone", "address": "10.0.0.1", "minutes": 0, "near": False, "code": cs.pairing_code(token)}      # X27
-    assert re.fullmatch(r"\d{3} \d{3}", asked["code"]) and asked["code"] != cs.pairing_code(cloud.accounts.begin_pairing("b", "::1")[1])
+    assert re.fullmatch(r"\d{3} \d{3}", asked["code"]) and asked["code"] != cs.pairing_code(cloud.devices.begin_pairing("b", "::1")[1])
     assert call("GET", "/api/v1/grants/no").status == 404 and call("POST", "/api/v1/grants/" + token, user=None).status == 401
-    _, secret = cloud.accounts.add_token(ann, "thief")
+    _, secret = cloud.devices.add_token(ann, "thief")
     assert call("POST", "/api/v1/grants/" + token, Authorization=basic("ann", secret)).status == 403        # A10
     assert call("POST", "/api/v1/grants/" + token).status == 204 and call("GET", "/api/v1/grants/" + token).status == 404
-    assert cloud.accounts.collect(poll)[0] == "ann"
+    assert cloud.devices.collect(poll)[0] == "ann"
 
 
 def test_a_password_that_comes_with_each_request_is_always_fresh(make_cloud, serve_cloud, fake):
@@ -5155,18 +5155,18 @@ def test_what_changes_credentials_or_accounts_wants_a_fresh_password(make_cloud,
     browser = Session(address)
     browser.call("POST", "/api/v1/login", {"name": "ann", "password": PASSWORD})
     fake.pass_(cs.CONFIRMED + 1000)
-    before = cloud.accounts.list(), cloud.policy(), len(cloud.accounts.devices(ann))
+    before = cloud.accounts.list(), cloud.policy(), len(cloud.devices.list(ann))
     assert browser.call(method, "/api/v1/" + what, values).json()["code"] == "unconfirmed"
-    token = cloud.accounts.add_token(ann, "token")[1]
+    token = cloud.devices.add_token(ann, "token")[1]
     assert exchange(address, method, "/api/v1/" + what, values, user=None, Authorization="Bearer " + token).json()["code"] == "forbidden"
-    assert (cloud.accounts.list(), cloud.policy(), len(cloud.accounts.devices(ann)) - 1) == before
+    assert (cloud.accounts.list(), cloud.policy(), len(cloud.devices.list(ann)) - 1) == before
     assert browser.call("POST", "/api/v1/confirm", {"password": PASSWORD}).status == 204
     assert browser.call(method, "/api/v1/" + what, values).status == (404 if "grants" in what else {"POST": 201, "PATCH": 200, "DELETE": 204}[method])
 
 
 def test_every_route_that_changes_credentials_is_among_them():
     """X21: whoever adds one has to think of it."""
-    makers = re.compile(r"accounts\.(add|add_token|set_password|update|remove|grant)\(|\.set_policy\(")
+    makers = re.compile(r"(?:accounts|devices)\.(add|add_token|set_password|update|remove|grant)\(|\.set_policy\(")
     needs = {route.handler.__name__: route.needs for route in cs.walk_routes(cs.ROUTES) if makers.search(cs.inspect.getsource(route.handler))}
     assert needs == {**dict.fromkeys(["api_add_account", "api_change_account", "api_remove_account", "api_change_settings"], "admin fresh"),
                      **dict.fromkeys(["api_add_device", "api_grant"], "account fresh"), "api_password": "account", "ocs_app_password": "password"}
@@ -5190,7 +5190,7 @@ def test_an_app_password_is_given_for_the_password_alone(make_cloud, serve_cloud
         assert [browser.call(method, where, **how).status for method in ("GET", "HEAD")] == [403, 403]
     for how in ({"Sec_Fetch_Site": "cross-site"}, {"Origin": "http://evil.example"}, {"Sec_Fetch_Site": "same-site"}):
         assert [exchange(address, method, where, **how).status for method in ("GET", "HEAD")] == [403, 403]
-    assert len(cloud.accounts.devices(ann)) == 1 and exchange(address, "GET", where).status == 200 and len(cloud.accounts.devices(ann)) == 2
+    assert len(cloud.devices.list(ann)) == 1 and exchange(address, "GET", where).status == 200 and len(cloud.devices.list(ann)) == 2
 
 
 def test_reading_changes_nothing(cloud, ann, address):
@@ -5252,7 +5252,7 @@ def answer_of(cloud, method, target, body=b"", **fields):
 @pytest.fixture
 def careless(cloud, ann, monkeypatch):
     """A cloud that never waits or throttles, with a few things in it."""
-    monkeypatch.setattr(Accounts, "_check_throttle", lambda *_: None)
+    monkeypatch.setattr(cs.Throttle, "check", lambda *_: None)
     monkeypatch.setattr(cs, "EVENTS_LIFE", 0)
     monkeypatch.setattr(Cloud, "await_change", lambda *_: False)
     put(cloud, ann, "d/a", parents=True), put(cloud, ann, "f", "1"), put(cloud, ann, "f", "2")
@@ -5536,8 +5536,8 @@ def codes(results):
 
 def token_of(cloud, who, name="laptop", **how):
     """A device of an account, as who comes with its token."""
-    _, token = cloud.accounts.add_token(who, name, **how)
-    return cloud.accounts.identify("Bearer " + token, "", "127.0.0.1", secure=True)
+    _, token = cloud.devices.add_token(who, name, **how)
+    return cloud.credentials.identify("Bearer " + token, "", "127.0.0.1", secure=True)
 
 
 def test_a_commit_makes_a_tree_in_one_batch(cloud, ann):
@@ -6455,7 +6455,7 @@ def test_bulk_upload_is_announced_only_to_clients_that_can(call, agent, bulk):
     ("", "device")])
 def test_devices_get_names_people_know(call, cloud, ann, agent, name):
     call("GET", "/ocs/v2.php/core/getapppassword", User_Agent=agent)
-    assert [device.name for device in cloud.accounts.devices(ann)] == [name]
+    assert [device.name for device in cloud.devices.list(ann)] == [name]
 
 
 def test_login_flow(call, cloud, ann):
@@ -6506,7 +6506,7 @@ def test_nextcloud_properties(call, cloud, ann):
     assert plain.headers["content-type"] == "application/xml; charset=utf-8"                 # ownCloud takes no other spelling
     assert call("PROPFIND", "/remote.php/dav/files/bob", b"", Depth="0").status == 404
     assert call("HEAD", FILES).status == 200
-    _, token = cloud.accounts.add_token(ann, "reader", readonly=True)
+    _, token = cloud.devices.add_token(ann, "reader", readonly=True)
     found = propfind(call, FILES + "/d", "oc:permissions", depth="1", Authorization=basic("ann", token))
     assert {about["{http://owncloud.org/ns}permissions"].text for about in found.values()} == {"G"}
 
@@ -10014,7 +10014,7 @@ def test_a_device_that_is_let_in_is_not_asked_again(laptop, cloud, ann):
     one = laptop()
     one.run()
     one.run(again=True, password=None)                   # to ask for it would raise
-    assert len([device for device in cloud.accounts.devices(ann) if device.name == "one"]) == 1
+    assert len([device for device in cloud.devices.list(ann) if device.name == "one"]) == 1
 
 
 def test_a_revoked_device_ends_its_watch(laptop, cloud, ann, monkeypatch):
@@ -10031,8 +10031,8 @@ def test_a_revoked_device_ends_its_watch(laptop, cloud, ann, monkeypatch):
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     wait_until(lambda: client.memory.cursor > 0)
-    device, = [device for device in cloud.accounts.devices(ann) if device.name == "one"]
-    cloud.accounts.revoke(ann, device.id)
+    device, = [device for device in cloud.devices.list(ann) if device.name == "one"]
+    cloud.devices.revoke(ann, device.id)
     one.write("b", "b")
     thread.join(20)
     assert codes_ == [4] and tree(cloud, ann) == {} and one.tree() == {"b": b"b"}
@@ -10073,7 +10073,7 @@ def test_a_home_made_certificate_is_trusted_as_ssh_does(laptop, cloud, ann, cert
     one.url = "https://ann@localhost:%d" % port
     with pytest.raises(cs.Stopped, match="--trust") as stopped:
         one.run()
-    assert stopped.value.code == 1 and cloud.accounts.devices(ann) == []
+    assert stopped.value.code == 1 and cloud.devices.list(ann) == []
     assert one.run(trust=True).uploaded == 1
     one.write("b", "b")
     assert one.run().uploaded == 1                       # remembered
@@ -10096,7 +10096,7 @@ def test_a_folder_is_forgotten_when_told_so_and_keeps_its_files(laptop, cloud, a
     """Y19: also one that was deleted and made anew; what is asked for then is a first meeting."""
     one = laptop()
     one.write("a", "a"), one.write("d/b", "b")
-    names = lambda: [device.name for device in cloud.accounts.devices(ann)]
+    names = lambda: [device.name for device in cloud.devices.list(ann)]
     with pytest.raises(cs.Stopped, match="is not synced"):
         cs.forget_folder(one.path)
     one.run()
@@ -10524,8 +10524,8 @@ def test_a_revoked_device_stops_and_touches_nothing(laptop, cloud, ann):
     one = laptop()
     one.write("a", "a")
     one.run()
-    device, = [device for device in cloud.accounts.devices(ann) if device.name == "one"]
-    cloud.accounts.revoke(ann, device.id)
+    device, = [device for device in cloud.devices.list(ann) if device.name == "one"]
+    cloud.devices.revoke(ann, device.id)
     one.write("b", "b"), (one.path / "a").unlink()
     with pytest.raises(cs.Stopped, match="does not let this device in"):
         one.run()
@@ -10937,9 +10937,9 @@ class World:
     def revoke(self):
         """A laptop is not let in any more, and then it is."""
         machine = self.rng.choice(self.laptops)
-        for device in self.cloud.accounts.devices(self.ann):
+        for device in self.cloud.devices.list(self.ann):
             if device.name == machine.path.name:
-                self.cloud.accounts.revoke(self.ann, device.id)
+                self.cloud.devices.revoke(self.ann, device.id)
         if (machine.path / cs.SYNC_HOME).exists():
             with pytest.raises(cs.Stopped) as stopped:
                 machine.run(yes=True)
@@ -12820,7 +12820,7 @@ def page(browser, shared, request):
     name = "ann-%d" % (len(cloud.accounts.list()) + 1)
     page = Page(browser, cloud, "http://127.0.0.1:%d" % address[1], account(cloud, name))
     page.ahead = ahead
-    secret, _ = cloud.accounts.log_in(name, PASSWORD, "127.0.0.1", "Firefox Linux")
+    secret, _ = cloud.devices.log_in(name, PASSWORD, "127.0.0.1", "Firefox Linux")
     browser.cdp("Network.clearBrowserCookies")
     browser.cdp("Network.setCookie", url=page.home, name="session", value=secret, httpOnly=True, sameSite="Lax")
     page.size(1280, 800)
@@ -13282,7 +13282,7 @@ def test_browser_finds_the_shortest_way_from_one_text_to_another(page):
 
 def test_browser_settings(page):
     page.put("a", b"x" * 5000)
-    page.cloud.accounts.add_token(page.who, "laptop")
+    page.cloud.devices.add_token(page.who, "laptop")
     page.put("b.png", PNG * 100)
     page.put("b.png", PNG)
     page.cloud.delete(page.who, ("b.png",))
@@ -13298,14 +13298,14 @@ def test_browser_settings(page):
     page.shot("devices")
     page.click("Revoke laptop")
     page.misses("laptop")
-    assert [device.kind for device in page.cloud.accounts.devices(page.who)] == ["session"]
+    assert [device.kind for device in page.cloud.devices.list(page.who)] == ["session"]
     page.click("Account")
     page.click("Change password")
     for name, text in (("old", PASSWORD), ("new", "another horse 9"), ("again", "another horse 9")):
         page.fill("input[name=%s]" % name, text)
     page.click("button.primary")
     page.sees("Log in")
-    assert page.cloud.accounts.log_in(page.who.name, "another horse 9", "127.0.0.1", "")[0]
+    assert page.cloud.devices.log_in(page.who.name, "another horse 9", "127.0.0.1", "")[0]
     page.click("Deutsch")
     page.sees("Anmelden", "Passwort")
 
@@ -14325,8 +14325,8 @@ def test_browser_asks_for_the_password_when_the_session_has_ended(page):
     page.put("a.txt")
     page.open("/")
     page.click("Select a.txt")
-    for device in page.cloud.accounts.devices(page.who):
-        page.cloud.accounts.revoke(page.who, device.id)
+    for device in page.cloud.devices.list(page.who):
+        page.cloud.devices.revoke(page.who, device.id)
     page.run("act(ACTIONS.find(one => one.name === 'delete'))")        # the live updates may have noticed and asked before
     page.sees("Please log in again")
     page.fill("dialog input[name=password]", PASSWORD)
@@ -14566,7 +14566,7 @@ def test_browser_names_commands_that_work(page, tmp_path):
     """What the page says for rclone and curl, as a shell runs it, whatever the account is called."""
     page.cloud.accounts.add("o'neil $x", PASSWORD)
     who = page.cloud.accounts.principal("o'neil $x")
-    _, token = page.cloud.accounts.add_token(who, "laptop")
+    _, token = page.cloud.devices.add_token(who, "laptop")
     page.open("/")
     ways = {way[0]: way[2] for way in page.run("return WAYS(davAddress(''), arguments[0], arguments[1]).map(way => way.slice(0, 3))", who.name, token)}
     (tmp_path / "FILE").write_text("hello")
@@ -14620,7 +14620,7 @@ def test_browser_asks_administrators_for_their_password(page):
         page.press("Enter")
         page.misses("Your password, please")
         assert check is None or until(check, 5), name
-    assert page.cloud.accounts.identify(basic("xen", PASSWORD + "2"), "", "127.0.0.1", secure=True).name == "xen"
+    assert page.cloud.credentials.identify(basic("xen", PASSWORD + "2"), "", "127.0.0.1", secure=True).name == "xen"
 
 
 def test_browser_sets_what_the_server_keeps(page):
@@ -14660,8 +14660,8 @@ def test_browser_shows_the_brake(page):
     for n in range(250):
         page.put("f%03d" % n)
     page.ahead[0] += 3600
-    _, token = page.cloud.accounts.add_token(page.who, "laptop")
-    laptop = page.cloud.accounts.identify("Bearer " + token, "", "127.0.0.1", secure=True)
+    _, token = page.cloud.devices.add_token(page.who, "laptop")
+    laptop = page.cloud.credentials.identify("Bearer " + token, "", "127.0.0.1", secure=True)
     assert outcome(page.cloud.delete, laptop, *[("f%03d" % n,) for n in range(250)]) == "held"
     page.open("/")
     page.sees("“laptop” is held: it wants to delete 250 files.")
@@ -14683,7 +14683,7 @@ def test_browser_lets_a_device_in(page):
     page.fill("dialog input[name=password]", PASSWORD)
     page.click("Continue")
     page.sees("You can close this window now.")
-    _, far = page.cloud.accounts.begin_pairing("far away", "203.0.113.7")
+    _, far = page.cloud.devices.begin_pairing("far away", "203.0.113.7")
     page.open("/login/v2/flow/" + far)
     page.sees("203.0.113.7", "Just now", "It asks from another network than the one you are in.")
     page.shot("grant-far")
@@ -15215,7 +15215,7 @@ def test_browser_keeps_nobody_out(page, axe, width, height, dark):
     page.cloud.delete(page.who, ("gone.txt",))
     page.cloud.star(page.who, ("a.txt",), on=True)
     page.size(width, height, dark=dark, touch=width < 720)
-    _, token = page.cloud.accounts.begin_pairing("a phone", "203.0.113.7")
+    _, token = page.cloud.devices.begin_pairing("a phone", "203.0.113.7")
     found = [one for place, *how in AUDITED for one in audit_page(page, axe, place.replace("TOKEN", token), *how)]
     assert not found, "\n".join(found)
 
@@ -15709,7 +15709,7 @@ def test_a_desktop_client_that_deletes_much_is_held_and_others_lose_nothing(make
         put(cloud, ann, "d%d/f%d" % (n % 4, n), b"%d" % n, parents=True)
     fake.pass_(2 * cs.BRAKE_WINDOW)
     served = argparse.Namespace(address=serve_cloud(cloud))
-    one, two = (Desktop(kind, served, tmp_path, name, password=cloud.accounts.add_token(ann, name)[1]) for name in ("one", "two"))
+    one, two = (Desktop(kind, served, tmp_path, name, password=cloud.devices.add_token(ann, name)[1]) for name in ("one", "two"))
     one.sync(), two.sync()
     before = two.tree()
     shutil.rmtree(one.folder / "d1"), shutil.rmtree(one.folder / "d2")
