@@ -3137,6 +3137,18 @@ class Device(NamedTuple):
     address: str
 
 
+class NewDevice(NamedTuple):
+    """A session or an app password that is to be."""
+    kind: str
+    name: str
+    secret: str
+    address: str = ""
+    readonly: bool = False
+    node: int | None = None      # the collection it is confined to
+    idle: int | None = None      # ms; unused for so long it ends,
+    life: int | None = None      # and after so many in any case
+
+
 class Pairing(NamedTuple):
     """A device that waits to be let in, as whoever is asked sees it."""
     device: str                  # the name it gave itself
@@ -3535,8 +3547,7 @@ class Devices:
         who = self.credentials.by_password(name, password, address)
         log.info("login", extra={"account": who.name, "address": address})
         secret = secrets.token_urlsafe(32)
-        device = self._add(who, "session", agent[:100] or "browser", secret, address, idle=SESSION_IDLE,
-                                  life=SESSION_LIFE)
+        device = self._add(who, NewDevice("session", agent[:100] or "browser", secret, address, idle=SESSION_IDLE, life=SESSION_LIFE))
         return secret, who._replace(means="session", device=device)
 
     def add_token(self, who: Principal, name: str, *, readonly: bool = False, node: int | None = None,
@@ -3547,20 +3558,18 @@ class Devices:
         if len(self.list(who)) >= 500:
             raise CloudError("conflict", "this account has 500 devices; revoke some first")
         secret = TOKEN_MARK + secrets.token_urlsafe(24)
-        return self._add(who, "token", name.strip(), secret, "", readonly, node, life=life), secret
+        return self._add(who, NewDevice("token", name.strip(), secret, readonly=readonly, node=node, life=life)), secret
 
-    def _add(self, who: Principal, kind: str, name: str, secret: str, address: str, readonly: bool = False,
-                    node: int | None = None, idle: int | None = None, life: int | None = None) -> str:
-        batch = self._batch(who, kind, name, secret, address, readonly, node, idle, life)
-        self.db.write(lambda: batch)
-        return batch.body[0].params[0]
+    def _add(self, who: Principal, new: NewDevice) -> str:
+        id = secrets.token_hex(8)
+        self.db.write(lambda: self._batch(who, id, new))
+        return id
 
-    def _batch(self, who: Principal, kind: str, name: str, secret: str, address: str, readonly: bool = False,
-                      node: int | None = None, idle: int | None = None, life: int | None = None) -> Batch:
-        id, now = secrets.token_hex(8), self.clock.due()
-        row = (id, who.account, kind, name, sha256_text(secret), int(readonly), node, self.clock.wall(), address,
-               now + CONFIRMED if kind == "session" else 0, idle and now + idle, life and now + life)
-        return Batch(line=Line(who.account, who, "device-add", {"name": name, "kind": kind}), body=[
+    def _batch(self, who: Principal, id: str, new: NewDevice) -> Batch:
+        now = self.clock.due()
+        row = (id, who.account, new.kind, new.name, sha256_text(new.secret), int(new.readonly), new.node, self.clock.wall(), new.address,
+               now + CONFIRMED if new.kind == "session" else 0, new.idle and now + new.idle, new.life and now + new.life)
+        return Batch(line=Line(who.account, who, "device-add", {"name": new.name, "kind": new.kind}), body=[
             Statement("INSERT INTO device (id, account, kind, name, secret, readonly, node, created, address, confirmed, "
                       "idle, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)])
 
@@ -3638,7 +3647,7 @@ class Devices:
 
         The secret is made here and nowhere kept, so whoever reads the database cannot use it.
         """
-        secret, hash = TOKEN_MARK + secrets.token_urlsafe(24), sha256_text(poll)
+        id, secret, hash = secrets.token_hex(8), TOKEN_MARK + secrets.token_urlsafe(24), sha256_text(poll)
 
         def attempt() -> Batch:
             rows = self.db.read("SELECT a.id, a.name, p.device FROM pairing p JOIN account a ON a.id = p.account "
@@ -3646,15 +3655,12 @@ class Devices:
             if not rows:
                 raise CloudError("not-found", "nobody has let this device in yet")
             who = Principal(*rows[0][:2])
-            batch = self._batch(who, "token", rows[0][2], secret, "")
+            batch = self._batch(who, id, NewDevice("token", rows[0][2], secret))
             batch.body.append(Statement("DELETE FROM pairing WHERE poll = ?", (hash,)))
             batch.guards.append(Statement("SELECT 'pairing' WHERE NOT EXISTS (SELECT 1 FROM pairing WHERE poll = ?)", (hash,)))
-            names.append(who.name)
             return batch
 
-        names: list[str] = []
-        self.db.write(attempt)
-        return names[-1], secret
+        return self.db.write(attempt).line.who.name, secret
 
 
 def account_key(name: str) -> str:

@@ -602,7 +602,6 @@ LARGE_CLASSES = {
 LONG_SIGNATURES = {
     "Tree._batch": 8, "Tree.write": 7, "Tree.lock": 7, "Tree._make_room": 7, "History.activity": 7, "Sync.commit": 7, "Cloud.create_upload": 7,
     "Cloud.join_parts": 7, "Cloud._finish": 7,
-    "Devices._batch": 9, "Devices._add": 9,
     "nc_legacy_chunk": 7,
     "open_client": 10}
 LARGE_ROOMS = {
