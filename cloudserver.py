@@ -4804,9 +4804,10 @@ class Tree:
                 below = copies.write_below(who, tops, detail, alive)
             return self._arrivals(self.db.write(attempt))
 
-    def taken(self, who: Principal, *paths: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """Those of some paths at which there is something."""
-        return [path for path in paths if self.find(who, path)]
+    def taken(self, who: Principal, *paths: tuple[str, ...]) -> list[tuple[tuple[str, ...], Node]]:
+        """Those of some paths at which there is something, and what."""
+        found = ((path, self.find(who, path)) for path in paths)
+        return [(path, node) for path, node in found if node]
 
     def _heavy(self, who: Principal) -> ContextManager[None]:
         """A lane for long work, some at a time for each account (Q3)."""
@@ -8645,8 +8646,9 @@ def api_transfer(cloud: Cloud, who: Principal, verb: Callable[..., list[tuple[No
 
 @route("POST", API + "taken", needs="read", paths="paths")
 def api_taken(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Those of some paths at which there is something, so that moving there needs a decision."""
-    return json_response({"taken": list(map("/".join, cloud.taken(who, *request.values["paths"])))})
+    """Those of some paths at which there is something, so that moving or uploading there needs a decision; and what it is."""
+    found = cloud.taken(who, *request.values["paths"])
+    return json_response({"taken": ["/".join(path) for path, _ in found], "items": [api_node(node, path) for path, node in found]})
 
 
 @route("POST", API + "delete", needs="write", paths="paths")
@@ -17775,7 +17777,7 @@ async function showInFolder(entry) {
 const SMALL = 4 << 20, PART = 16 << 20, AT_ONCE = 4;
 const queue = {
   items: [], next: 0, running: 0, paused: false, all: "", asking: Promise.resolve(), box: null, failed: 0,
-  delayed: new Set(), pictures: Promise.resolve(), places: new Map(), base: "", pace: null, percent: null, phase: ""
+  delayed: new Set(), pictures: Promise.resolve(), pace: null, percent: null, phase: ""
 };
 const PARTS = "uploads";               // what localStorage remembers of unfinished uploads: {fingerprint: id}
 
@@ -17827,9 +17829,6 @@ async function walkDropped(entry, target, found) {
 
 // found: [{path, file}]; a collection that holds nothing has no file
 async function addUploads(found) {
-  queue.places = new Map();
-  queue.base = inFiles() ? view.path : "";
-  if (inFiles()) queue.places.set(view.path, byName(list.entries));
   found = await fitting(found.map(one => ({...one, size: one.file ? one.file.size : 0})));
   if (!found.length) return;
   if (!busy()) Object.assign(queue, {items: [], next: 0, all: "", failed: 0, pace: null});
@@ -17876,7 +17875,6 @@ async function failItem(item, error) {
   if (["network", "busy", "offset", "paused"].includes(error.code)) {  // offset: the server still ends what was cut off
     item.state = "waiting";
     queue.delayed.add(item);
-    queue.places.clear();
     if (error.code === "paused") return showItem(item);
     item.error = t("Waiting for the connection…");
     showItem(item);
@@ -17899,7 +17897,17 @@ function again(item) {
 // ---- before anything is sent: does it fit, and is it there already?
 
 const isBelow = (path, place) => path.startsWith(place && place + "/");
-const byName = entries => new Map(entries.map(entry => [entry.name.normalize(), entry]));
+
+// what stands where one of many would go, as far as the server can say: asked for a thousand at a time
+function lookFor(one, all) {
+  if (!one.there) {
+    const some = all.slice(all.indexOf(one)).filter(other => other.file && !other.there).slice(0, 1000);
+    const there = api("POST", "taken", {paths: some.map(other => other.path)}).catch(() => ({items: []}))
+      .then(({items}) => new Map(items.map(entry => [entry.path, entry])));
+    for (const other of some) other.there = there;
+  }
+  return one.there.then(there => there.get(one.path));
+}
 
 // what of this is to be uploaded: nothing starts that could not end
 async function fitting(found) {
@@ -17916,7 +17924,7 @@ async function fitting(found) {
   const fits = [];
   let need = begun, room = left - begun;
   for (const one of found) {
-    const cost = one.size - await saved(one);
+    const cost = one.size - await saved(one, found);
     need += cost;
     if (cost > room) continue;
     room -= cost;
@@ -17939,38 +17947,16 @@ const tellUnfit = (title, others, ...texts) => sheet(title, close => [texts.map(
   others && button(t("Upload the others"), () => close(true), {className: "primary", autofocus: true}))]);
 
 // bytes that need no room: what is there would be replaced, and what was begun before is counted already
-async function saved(one) {
+async function saved(one, all) {
   if (!one.file || readParts()[printOf(one)]) return one.size;
-  const there = await lookFor(one.path);
+  const there = await lookFor(one, all);
   return there ? Math.min(there.size, one.size) : 0;
-}
-
-const lookFor = async path => (await holding(parentOf(path))).get(nameOf(path).normalize());
-
-// what a collection holds, by name, asked for once
-function holding(path) {
-  if (!queue.places.has(path)) queue.places.set(path, lookInto(path));
-  return queue.places.get(path);
-}
-
-// in what is not there nothing needs to be looked for
-async function lookInto(path) {
-  const here = queue.base, entries = [];
-  if (path && isBelow(path, here)) {
-    const entry = await lookFor(path);
-    if (!entry || entry.kind === "file") return new Map();
-  }
-  for (let after = 0; after !== null;) {
-    const {children = [], next = null} = await load(path, {after}).catch(unless("not-found")) || {};
-    entries.push(...children);
-    after = next;
-  }
-  return byName(entries);
 }
 
 // what stands where it would go: the same bytes need no sending, about others somebody has to decide
 async function meet(item) {
-  const there = item.refused ? await load(item.path) : await lookFor(item.path);
+  const there = item.refused || item.tries ? await load(item.path).catch(unless("not-found"))
+    : await lookFor(item, queue.items);
   if (!there) return;
   const same = await isSame(item, there);
   item.compared = 0;

@@ -3455,7 +3455,9 @@ def test_a_new_file_takes_a_free_name_beside_what_is_there(call, cloud, ann):
     assert [one["path"] for one in copied["items"]] == ["d/a (5).txt", "d/a (2).txt", "d/c"] and get(cloud, ann, "d/a (2).txt") == get(cloud, ann, "d/b")
     assert call("POST", "/api/v1/copy", {"items": items[1:], "clash": "keep"}).json()["items"][1]["path"] == "d/c (2)"
     assert call("POST", "/api/v1/copy", {"items": [{**items[2], "clash": "toss"}]}).json()["code"] == "bad-request"
-    assert call("POST", "/api/v1/taken", {"paths": ["d/a.txt", "d/none", "none/a", "d"]}).json() == {"taken": ["d/a.txt", "d"]}
+    assert call("POST", "/api/v1/taken", {"paths": ["d/a.txt", "d/none", "none/a", "d"]}).json() == {
+        "taken": ["d/a.txt", "d"], "items": [{name: value for name, value in call("GET", "/api/v1/files/" + path).json().items() if name not in ("children", "next")}
+                                             for path in ("d/a.txt", "d")]}
     audit(cloud)
 
 
