@@ -15944,11 +15944,8 @@ const categoryOf = entry => entry.kind === "collection" ? "collection" : entry.c
 
 function icon(kind) {
   const [body, detail] = (ICONS[kind] || SHEET).split("|");
-  const drawing = svg(
-    "svg",
-    {viewBox: "0 0 24 24", class: "icon " + kind, "aria-hidden": "true"},
-    svg("path", {d: body, class: "body"})
-  );
+  const drawing = svg("svg", {viewBox: "0 0 24 24", class: "icon " + kind, "aria-hidden": "true"},
+    svg("path", {d: body, class: "body"}));
   if (detail) drawing.append(svg("path", {d: detail, class: "detail"}));
   return drawing;
 }
@@ -16191,56 +16188,38 @@ const askToLeave = () => askYesNo(t("Leave without saving?"), t("What you typed 
 function askForm(title, fields, yes, run, hint) {
   return sheet(title, close => {
     const problem = h("p.problem", {role: "alert"});
-    return h(
-      "form",
-      {
-        onsubmit: async event => {
-          event.preventDefault();
-          problem.textContent = "";
-          try {
-            close(await run(Object.fromEntries(new FormData(event.target)), event.target));
-          } catch (error) {
-            problem.textContent = explain(error);
-          }
+    return h("form", {
+      onsubmit: async event => {
+        event.preventDefault();
+        problem.textContent = "";
+        try {
+          close(await run(Object.fromEntries(new FormData(event.target)), event.target));
+        } catch (error) {
+          problem.textContent = explain(error);
         }
-      },
-      hint && h("p", {}, hint),
-      fields,
-      problem,
-      buttonsRow(button(t("Cancel"), () => close()), h("button.primary", {}, yes))
-    );
+      }
+    }, hint && h("p", {}, hint), fields, problem,
+      buttonsRow(button(t("Cancel"), () => close()), h("button.primary", {}, yes)));
   });
 }
 
 // rows: {label, run, key, mark} or null for a line; at: {x, y} or an element
 function menu(at, rows, title = t("Actions")) {
-  return sheet(
-    "",
-    close => {
-      const items = rows.map(row =>
-        row ? h(
-              "button.item",
-              {
-                type: "button",
-                role: "menuitem" + (row.mark === undefined ? "" : "radio"),
-                "aria-checked": row.mark === undefined ? null : String(row.mark),
-                onclick: () => {
-                  close();
-                  row.run();
-                }
-              },
-              h("span", {}, row.label),
-              row.key && h("kbd", {}, row.key)
-            ) : h("hr")
-      );
-      const box = h("div.items", {role: "menu", "aria-label": title, onkeydown: event => moveInMenu(event, box)},
-        items
-      );
-      requestAnimationFrame(() => placeMenu(box.closest("dialog"), at));
-      return box;
-    },
-    ".menu"
-  );
+  return sheet("", close => {
+    const item = ({label, key, mark, run}) => h("button.item", {
+      type: "button",
+      role: "menuitem" + (mark === undefined ? "" : "radio"),
+      "aria-checked": mark === undefined ? null : String(mark),
+      onclick: () => {
+        close();
+        run();
+      }
+    }, h("span", {}, label), key && h("kbd", {}, key));
+    const items = rows.map(row => row ? item(row) : h("hr"));
+    const box = h("div.items", {role: "menu", "aria-label": title, onkeydown: event => moveInMenu(event, box)}, items);
+    requestAnimationFrame(() => placeMenu(box.closest("dialog"), at));
+    return box;
+  }, ".menu");
 }
 
 function placeMenu(box, at) {
@@ -16321,19 +16300,15 @@ function showSetup() {
   const password = passwordField(t("Password"), {autocomplete: "new-password", minLength: 10,
     placeholder: t("10 characters or more")});
   const again = passwordField(t("Password again"), {name: "again", autocomplete: "new-password"});
-  showGate(
-    t("Welcome"),
+  showGate(t("Welcome"),
     t("Choose a name and a password for the first account. It may do everything, also make further accounts."),
-    [nameField(), password, again],
-    t("Create account"),
-    async values => {
+    [nameField(), password, again], t("Create account"), async values => {
       if (values.password !== values.again)
         throw new Problem(0, {code: "bad-request", detail: "The two passwords differ."});
       await api("POST", "setup", {token, name: values.name.trim(), password: values.password});
       history.replaceState(null, "", addressOf(""));
       await start();
-    }
-  );
+    });
 }
 
 function showLogin() {
@@ -16492,11 +16467,13 @@ function drawTitle() {
   document.title = percent + view.title + " – cloudserver";
 }
 
+const withSlashes = parts =>
+  parts.flatMap((part, n) => n ? [h("span.slash", {"aria-hidden": "true"}, "/"), part] : [part]);
+
 // in one line; of a long way the end is in sight
 function setCrumbs(...parts) {
   const crumbs = find(".crumbs");
-  const slash = () => h("span.slash", {"aria-hidden": "true"}, "/");
-  crumbs.replaceChildren(...parts.flatMap((part, n) => n ? [slash(), part] : [part]));
+  crumbs.replaceChildren(...withSlashes(parts));
   crumbs.scrollLeft = crumbs.scrollWidth;
 }
 
@@ -16614,10 +16591,8 @@ function onLinkClick(event) {
   if (!target || event.defaultPrevented || event.button || event.metaKey || event.ctrlKey || event.shiftKey
     || event.altKey)
     return;
-  if (
-    target.origin !== location.origin || target.hasAttribute("download") ||
-    target.target || target.getAttribute("href")[0] === "#"
-  )
+  if (target.origin !== location.origin || target.hasAttribute("download") || target.target
+    || target.getAttribute("href")[0] === "#")
     return;
   if (target.pathname.startsWith(PREFIX + "/api/")) return;
   event.preventDefault();
@@ -16656,14 +16631,11 @@ function sortKeyOf(name) {
 }
 
 function sortEntries(entries) {
-  const order = SORTS[sorting.by] || SORTS.name,
-    sign = sorting.down ? -1 : 1;
+  const order = SORTS[sorting.by] || SORTS.name, sign = sorting.down ? -1 : 1;
   for (const entry of entries) entry.sortKey = entry.sortKey || sortKeyOf(entry.name);
-  return entries.sort(
-    (a, b) =>
-      (a.kind === "file") - (b.kind === "file") ||
-      sign * order(a, b) || compare(a.sortKey, b.sortKey) || compare(a.name, b.name)
-  );
+  return entries.sort((a, b) =>
+    (a.kind === "file") - (b.kind === "file") ||
+    sign * order(a, b) || compare(a.sortKey, b.sortKey) || compare(a.name, b.name));
 }
 
 function sortBy(by) {
@@ -16682,29 +16654,19 @@ function makeList({columns, sortable = true, empty}) {
   list.selected.clear();
   list.rows.clear();
   const head = ["name", ...columns].map(name =>
-    h(
-      "div." + name,
-      {role: "columnheader"},
-      sortable ? button(t(COLUMNS[name]), () => sortBy(name), {"data-sort": name}) : h("span", {}, t(COLUMNS[name]))
-    )
-  );
+    h("div." + name, {role: "columnheader"},
+      sortable ? button(t(COLUMNS[name]), () => sortBy(name), {"data-sort": name}) : h("span", {}, t(COLUMNS[name]))));
   list.body = h("div.rows", {role: "rowgroup"});
   list.head = h("div.head", {role: "rowgroup"},
-    h("div.cells", {role: "row", "aria-rowindex": 1}, h("div.check", {role: "columnheader"}, checkAll()), head)
-  );
-  list.box = h(
-    "div.grid",
-    {
-      role: "grid",
-      tabIndex: 0,
-      "aria-multiselectable": "true",
-      "aria-label": t("Files"),
-      onkeydown: onListKey,
-      onfocus: () => { if (list.at < 0 && list.entries.length) setCursor(0); }
-    },
-    list.head,
-    list.body
-  );
+    h("div.cells", {role: "row", "aria-rowindex": 1}, h("div.check", {role: "columnheader"}, checkAll()), head));
+  list.box = h("div.grid", {
+    role: "grid",
+    tabIndex: 0,
+    "aria-multiselectable": "true",
+    "aria-label": t("Files"),
+    onkeydown: onListKey,
+    onfocus: () => { if (list.at < 0 && list.entries.length) setCursor(0); }
+  }, list.head, list.body);
   list.note = h("div.empty", {hidden: true});
   watchPointer(list.body);
   return [list.box, list.note];
@@ -16760,8 +16722,7 @@ function measureList() {
 function drawRows() {
   if (!list.box || !list.box.isConnected || list.box.hidden) return;
   const {columns, width, height} = (list.size = measureList());
-  const total = Math.ceil(list.entries.length / columns) * height,
-    top = list.body.getBoundingClientRect().top;
+  const total = Math.ceil(list.entries.length / columns) * height, top = list.body.getBoundingClientRect().top;
   if (list.total !== total || list.body.style.height !== total + "px")
     list.body.style.height = (list.total = total) + "px";
   const first = Math.max(0, Math.floor((-top - 200) / height) * columns);
@@ -16789,20 +16750,16 @@ function makeRow(entry, index) {
     {role: "row", id: "row" + index, "aria-rowindex": index + 2, "aria-selected": String(chosen)},
     h("div.check", {role: "gridcell"},
       h("input", {type: "checkbox", tabIndex: -1, checked: chosen,
-        "aria-label": t("Select {name}", {name: entry.name})})
-    ),
+        "aria-label": t("Select {name}", {name: entry.name})})),
     h("div.name", {role: "gridcell"},
       shape === "tiles" ? tilePicture(entry) : icon(categoryOf(entry)),
       list.editing === entry ? renameField(entry) : entryName(entry),
       entry.since && h("span.tag", {}, t("{how} since", {how: t(HOW[entry.since])})),
       entry.starred && svg("svg", {viewBox: "0 0 24 24", class: "star", role: "img", "aria-label": t("Starred")},
-        svg("path", {d: STAR}))
-    ),
+        svg("path", {d: STAR}))),
     list.columns.map(column => h("div." + column, {role: "gridcell"}, cellOf(entry, column))),
     h("div.more", {role: "gridcell"},
-      h("button", {type: "button", tabIndex: -1, "aria-label": t("Actions for {name}", {name: entry.name})}, "⋯")
-    )
-  );
+      h("button", {type: "button", tabIndex: -1, "aria-label": t("Actions for {name}", {name: entry.name})}, "⋯")));
   row.entry = entry;
   row.classList.toggle("cursor", index === list.at);
   row.classList.toggle("cut", clip.verb === "move" && clip.ids.has(entry.node));
@@ -16820,12 +16777,9 @@ function entryName(entry) {
     h("div.second" + (where ? ".where" : ""), {},
       where && h("bdi", {}, where),
       h("span.small", {},
-        (where ? " · " : "") + formatTime(entry.deleted || entry.mtime) + " · " + formatSize(entry.size)
-      )
-    ),
+        (where ? " · " : "") + formatTime(entry.deleted || entry.mtime) + " · " + formatSize(entry.size))),
     entry.snippet && h("div.snippet", {}, entry.snippet.before.replace(/^.+? (?=.{0,30}$)/, "… "),
-      h("mark", {}, entry.snippet.match), entry.snippet.after)
-  );
+      h("mark", {}, entry.snippet.match), entry.snippet.after));
 }
 
 function tilePicture(entry) {
@@ -16977,8 +16931,7 @@ const indexAt = target => {
 };
 
 function watchPointer(body) {
-  let held = 0,
-    touch = false;
+  let held = 0, touch = false;
   body.addEventListener("pointerdown", event => {
     touch = event.pointerType === "touch";
     clearTimeout(held);
@@ -17069,17 +17022,11 @@ function startBand(event) {
 }
 
 function entriesIn({left, top, width, height}) {
-  const {columns, width: wide, height: high} = list.size,
-    origin = list.body.getBoundingClientRect();
-  const x = left - origin.left - scrollX,
-    y = top - origin.top - scrollY,
-    ids = [];
+  const {columns, width: wide, height: high} = list.size, origin = list.body.getBoundingClientRect();
+  const x = left - origin.left - scrollX, y = top - origin.top - scrollY, ids = [];
   for (let line = Math.max(0, Math.floor(y / high)); line <= Math.floor((y + height) / high); line++) {
-    for (
-      let column = Math.max(0, Math.floor(x / wide));
-      column <= Math.min(columns - 1, Math.floor((x + width) / wide));
-      column++
-    ) {
+    const last = Math.min(columns - 1, Math.floor((x + width) / wide));
+    for (let column = Math.max(0, Math.floor(x / wide)); column <= last; column++) {
       const entry = list.entries[line * columns + column];
       if (entry) ids.push(entry.node);
     }
@@ -17106,10 +17053,8 @@ function onListKey(event) {
   if (event.key === " " && list.at >= 0) pick(list.at, {toggle: true});
   else if (!steps[event.key] || event.altKey || event.metaKey) return typeAhead(event);
   else {
-    const next = Math.max(
-      0,
-      Math.min(list.entries.length - 1, (list.at < 0 ? -Math.sign(steps[event.key]) && -1 : list.at) + steps[event.key])
-    );
+    const step = steps[event.key], from = list.at < 0 ? -Math.sign(step) && -1 : list.at;
+    const next = Math.max(0, Math.min(list.entries.length - 1, from + step));
     if (event.shiftKey) {
       if (list.anchor < 0) list.anchor = Math.max(0, list.at);
       pick(next, {range: true});
@@ -17204,9 +17149,7 @@ function crumbsOf(path, address) {
     link(t("Files"), address(""), {"data-path": ""}),
     ...names.map((name, n) =>
       h("a", {href: address(names.slice(0, n + 1).join("/")), "data-path": names.slice(0, n + 1).join("/")},
-        h("bdi", {}, name)
-      )
-    )
+        h("bdi", {}, name)))
   ];
   parts[parts.length - 1].setAttribute("aria-current", "page");
   return parts;
@@ -17341,8 +17284,7 @@ const placeRows = () => [...menuRows(actionsFor("place")), ...viewRows()];
 
 // what the bar shows: the actions of what is selected, else those of the place
 function showBar() {
-  const items = selection(),
-    all = find("input.all");
+  const items = selection(), all = find("input.all");
   if (all)
     Object.assign(all, {
       checked: items.length > 0 && items.length === list.entries.length,
@@ -17350,13 +17292,11 @@ function showBar() {
     });
   document.body.classList.toggle("selecting", items.length > 0);
   if (!items.length) return setBar(h("span.count", {}, countWords()), placeButtons());
-  setBar(
-    button(t("Clear"), clearSelection, {className: "quiet", "aria-label": t("Clear the selection")}),
+  setBar(button(t("Clear"), clearSelection, {className: "quiet", "aria-label": t("Clear the selection")}),
     h("strong.count", {role: "status"}, plural(items.length, "{n} selected", "{n} selected")),
     actionsFor("items", items).filter(action => !action.menu).map(action =>
       button(t(action.label), () => act(action), {className: action.prime ? "prime" : "", "data-action": action.name})),
-    button(t("More"), event => openMenu(event.currentTarget), {className: "prime", "aria-haspopup": "menu"})
-  );
+    button(t("More"), event => openMenu(event.currentTarget), {className: "prime", "aria-haspopup": "menu"}));
   return fitBar();
 }
 
@@ -17367,8 +17307,7 @@ function fitBar() {
 }
 
 function countWords() {
-  const files = list.entries.filter(entry => entry.kind === "file").length,
-    collections = list.entries.length - files;
+  const files = list.entries.filter(entry => entry.kind === "file").length, collections = list.entries.length - files;
   return [collections && plural(collections, "{n} folder", "{n} folders"),
     files && plural(files, "{n} file", "{n} files")].filter(Boolean).join(", ") + (list.more ? " …" : "");
 }
@@ -17387,10 +17326,8 @@ const viewRows = () => [
     mark: sorting.by === name,
     run: () => sortBy(name)
   })), null],
-  ...[
-    ["list", "List"],
-    ["tiles", "Tiles"]
-  ].map(([name, label]) => ({label: t(label), mark: shape === name, run: () => setShape(name)}))
+  ...[["list", "List"], ["tiles", "Tiles"]].map(([name, label]) =>
+    ({label: t(label), mark: shape === name, run: () => setShape(name)}))
 ];
 
 function setShape(name) {
@@ -17418,10 +17355,8 @@ function undoLast() {
 async function undo(seqs) {
   let skipped = 0;
   for (const seq of [...seqs].reverse()) skipped += (await api("POST", "undo", {seq})).skipped;
-  toast(
-    skipped ? plural(skipped, "Undone, except {n} that changed since.", "Undone, except {n} that changed since.")
-      : t("Undone.")
-  );
+  toast(skipped ? plural(skipped, "Undone, except {n} that changed since.", "Undone, except {n} that changed since.")
+    : t("Undone."));
   await refresh();
 }
 
@@ -17441,12 +17376,9 @@ function dropRows(items) {
 }
 
 function download(items) {
-  if (items.length === 1 && items[0].kind === "file") return saveFrom(contentAddress(items[0]));
-  if (isFound() && items.length > 1)
-    return items.forEach((entry, n) =>
-      setTimeout(() => saveFrom(entry.kind === "file" ? contentAddress(entry) : apiAddress("zip", entry.path)), n * 400)
-    );
-  if (isFound()) return saveFrom(apiAddress("zip", items[0].path));
+  if (oneFile(items)) return saveFrom(contentAddress(items[0]));
+  const whole = entry => entry.kind === "file" ? contentAddress(entry) : apiAddress("zip", entry.path);
+  if (isFound()) return items.forEach((entry, n) => setTimeout(() => saveFrom(whole(entry)), n * 400));
   return downloadZip(items.length === list.entries.length ? [] : items.map(entry => entry.name));
 }
 
@@ -17633,11 +17565,9 @@ function putOnClip(verb, items) {
   Object.assign(clip, {verb, items, ids: new Set(items.map(entry => entry.node))});
   redrawRows();
   clearSelection();
-  toast(
-    verb === "move"
-      ? t("{what} ready to be moved: paste it where it belongs.", {what: namesOf(items)})
-      : t("{what} ready to be copied: paste it where you want it.", {what: namesOf(items)})
-  );
+  toast(verb === "move"
+    ? t("{what} ready to be moved: paste it where it belongs.", {what: namesOf(items)})
+    : t("{what} ready to be copied: paste it where you want it.", {what: namesOf(items)}));
 }
 
 async function pasteClip() {
@@ -17654,10 +17584,8 @@ async function pasteClip() {
 async function moveTo(items, verb) {
   const target = await chooseCollection(
     verb === "move" ? t("Move {what} to", {what: namesOf(items)}) : t("Copy {what} to", {what: namesOf(items)}),
-    verb === "move" ? t("Move here") : t("Copy here"),
-    view.kind === "files" ? view.path : parentOf(items[0].path),
-    items
-  );
+    verb === "move" ? t("Move here") : t("Copy here"), view.kind === "files" ? view.path : parentOf(items[0].path),
+    items);
   if (target !== undefined) await transfer(verb, items, target);
 }
 
@@ -17706,16 +17634,10 @@ async function askClash(name, more) {
     const choice = (label, how, about) => button(label, () => close({how, all: all.checked}), about);
     return [
       h("p", {}, t("What should happen with the new one?")),
-      more === 0 ? null : h("label.tick", {},
-            all,
-            more ? plural(more, "Do the same for {n} more", "Do the same for {n} more")
-              : t("Do the same for all others")
-          ),
-      buttonsRow(
-        choice(t("Skip"), "skip"),
-        choice(t("Replace"), "replace"),
-        choice(t("Keep both"), "keep", {className: "primary", autofocus: true})
-      )
+      more === 0 ? null : h("label.tick", {}, all,
+        more ? plural(more, "Do the same for {n} more", "Do the same for {n} more") : t("Do the same for all others")),
+      buttonsRow(choice(t("Skip"), "skip"), choice(t("Replace"), "replace"),
+        choice(t("Keep both"), "keep", {className: "primary", autofocus: true}))
     ];
   });
   return answer || {how: "skip", all: false};
@@ -17725,37 +17647,23 @@ async function askClash(name, more) {
 function chooseCollection(title, yes, from, items = []) {
   const moving = new Set(items.map(entry => entry.path));
   return sheet(title, close => {
-    const box = h("div.walk"),
-      crumbs = h("nav.crumbs"),
+    const box = h("div.walk"), crumbs = h("nav.crumbs"),
       choose = button(yes, () => close(here), {className: "primary"});
     let here = from;
-    const enter = path =>
-      attempt(async () => {
-        const {children} = await load(path);
-        here = path;
-        crumbs.replaceChildren(
-          ...crumbsOf(path, () => "#").flatMap((part, n) => (n ? [h("span.slash", {}, "/"), part] : [part]))
-        );
-        const inside = sortEntries(children.filter(entry => entry.kind === "collection" && !moving.has(entry.path)));
-        box.replaceChildren(
-          ...inside.map(entry =>
-            h("button.item", {type: "button", onclick: () => enter(entry.path)},
-              icon("collection"),
-              h("bdi", {}, entry.name)
-            )
-          ),
-          ...(inside.length ? [] : [h("p.soft", {}, t("No folders in here"))])
-        );
-        choose.disabled = items.length > 0 && items.every(entry => parentOf(entry.path) === here);
-      });
-    const make = button(
-      t("New folder"),
-      async () => {
-        const made = await makeCollection(here);
-        if (made) enter(made.path);
-      },
-      {className: "quiet"}
-    );
+    const enter = path => attempt(async () => {
+      const {children} = await load(path);
+      here = path;
+      crumbs.replaceChildren(...withSlashes(crumbsOf(path, () => "#")));
+      const inside = sortEntries(children.filter(entry => entry.kind === "collection" && !moving.has(entry.path)));
+      box.replaceChildren(...inside.map(entry => h("button.item", {type: "button", onclick: () => enter(entry.path)},
+        icon("collection"), h("bdi", {}, entry.name))));
+      if (!inside.length) box.append(h("p.soft", {}, t("No folders in here")));
+      choose.disabled = items.length > 0 && items.every(entry => parentOf(entry.path) === here);
+    });
+    const make = button(t("New folder"), async () => {
+      const made = await makeCollection(here);
+      if (made) enter(made.path);
+    }, {className: "quiet"});
     enter(from);
     crumbs.onclick = event => {
       event.preventDefault();
@@ -18357,10 +18265,8 @@ function onDragStart(event) {
   event.dataTransfer.setData(MARK, "1");
   event.dataTransfer.effectAllowed = "copyMove";
   if (items.length === 1 && items[0].kind === "file")
-    event.dataTransfer.setData(
-      "DownloadURL",
-      "application/octet-stream:" + items[0].name + ":" + location.origin + contentAddress(items[0])
-    );
+    event.dataTransfer.setData("DownloadURL",
+      "application/octet-stream:" + items[0].name + ":" + location.origin + contentAddress(items[0]));
   const ghost = h("div.ghost", {}, namesOf(items));
   document.body.append(ghost);
   event.dataTransfer.setDragImage(ghost, -12, -12);
@@ -18368,9 +18274,7 @@ function onDragStart(event) {
 }
 
 function onDragOver(event) {
-  const types = event.dataTransfer.types,
-    files = types.includes("Files"),
-    inside = types.includes(MARK),
+  const types = event.dataTransfer.types, files = types.includes("Files"), inside = types.includes(MARK),
     target = me.name && dropTarget(event);
   unmarkDrop();
   if (!files && !inside) return;
@@ -18391,8 +18295,7 @@ function unmarkDrop() {
 }
 
 function onDrop(event) {
-  const types = event.dataTransfer.types,
-    target = me.name && dropTarget(event);
+  const types = event.dataTransfer.types, target = me.name && dropTarget(event);
   unmarkDrop();
   if (!types.includes("Files") && !types.includes(MARK)) return;
   event.preventDefault();
@@ -18457,14 +18360,11 @@ function versionRow(path, {version, at, size, account, device, name}, n, chosen)
       link(longTime(at), versionsAddress(path, {version}), {"aria-current": chosen ? "true" : null}),
       n ? null : h("span.tag", {}, t("Now")),
       name && h("span.tag", {}, name),
-      h("div.soft", {}, dotted(formatSize(size), account, deviceName(device)))
-    ),
+      h("div.soft", {}, dotted(formatSize(size), account, deviceName(device)))),
     h("div.acts", {},
       h("a.button", {href: apiAddress("content", path, {version}), download: ""}, t("Download")),
       n ? button(t("Restore"), () => attempt(restore)) : null,
-      name ? button(t("Let go"), () => attempt(() => pin(null))) : button(t("Keep for good"), keep)
-    )
-  );
+      name ? button(t("Let go"), () => attempt(() => pin(null))) : button(t("Keep for good"), keep)));
 }
 
 // one version as the preview would show it, or line by line beside another
@@ -18573,11 +18473,8 @@ async function restoreItems(items) {
   const {seq, paths} = await api("POST", "trash/restore", {nodes: items.map(entry => entry.node)});
   clearSelection();
   dropRows(items);
-  offerUndo(
-    paths.length === 1 ? t("Restored to {place}", {place: parentOf(paths[0]) || t("Files")})
-      : plural(paths.length, "{n} item restored", "{n} items restored"),
-    seq
-  );
+  offerUndo(paths.length === 1 ? t("Restored to {place}", {place: parentOf(paths[0]) || t("Files")})
+    : plural(paths.length, "{n} item restored", "{n} items restored"), seq);
   await refresh();
 }
 
@@ -18733,8 +18630,7 @@ async function showActivity() {
   const turn = view.turn, asked = Object.fromEntries(new URLSearchParams(location.search)),
     {action, device, after, until} = asked;
   const time = (day, hour) => day && new Date(day + hour).toISOString();
-  const get = before => api("GET", "activity",
-    {limit: 100, grouped: 1, action, device, before,
+  const get = before => api("GET", "activity", {limit: 100, grouped: 1, action, device, before,
      after: time(after, "T00:00"), until: time(until, "T23:59:59.999")});
   const same = view.kind === "activity" && find(".days");
   const [{steps}, {devices}] = await Promise.all([get(), same ? {} : api("GET", "activity/devices")]);
@@ -18763,8 +18659,7 @@ function stepFilters(devices) {
   const choose = (name, label, all, rows) => h("select", {name, "aria-label": label},
     h("option", {value: ""}, all), rows.map(([value, words]) => h("option", {value}, words)));
   const day = (name, label) => h("label", {}, label, h("input", {type: "date", name}));
-  const form = h("form.limits", {onchange: change},
-    choose("action", t("What"), t("Everything"),
+  const form = h("form.limits", {onchange: change}, choose("action", t("What"), t("Everything"),
       Object.keys(ACTIVITY).filter(name => name !== "upload" && ACTIVITY[name].startsWith("{who}"))
       .map(name => [name, t(ACTIVITY[name], {who: "", what: "…", to: "…"})])),
     choose("device", t("Device"), t("All devices"), devices.map(one => [one.name, agentOf(one)])),
@@ -18795,10 +18690,9 @@ function stepRow(step) {
   return h("li", {},
     h("div.what", {},
       words[0], words.length > 1 && (place ? link(what, addressOf(place) + queryOf({at})) : what), words[1],
-      h("div.soft", {}, dotted(dates.time.format(new Date(step.at)), deviceName(step.device)))
-    ),
-    h("div.acts", {}, step.undoable ? button(t("Undo"), () => attempt(() => undo([...seqsOf(step)].reverse()))) : null)
-  );
+      h("div.soft", {}, dotted(dates.time.format(new Date(step.at)), deviceName(step.device)))),
+    h("div.acts", {},
+      step.undoable ? button(t("Undo"), () => attempt(() => undo([...seqsOf(step)].reverse()))) : null));
 }
 
 // ---- a collection as it was
@@ -18923,20 +18817,12 @@ async function bringBack(items) {
 }
 
 async function rewind() {
-  const {path, at, time} = view,
-    {changed} = await api("POST", "rewind", {path, at, dry: true}),
-    when = longTime(time);
+  const {path, at, time} = view, {changed} = await api("POST", "rewind", {path, at, dry: true}), when = longTime(time);
   if (!changed) return toast(t("Nothing has changed since then."));
-  if (
-    !(await askYesNo(
-      t("Bring this time back?"),
-      plural(changed, "{what} becomes what it was on {when}. {n} thing changes; you can undo this.",
-        "{what} becomes what it was on {when}. {n} things change; you can undo this.",
-        {what: path ? quoted(nameOf(path)) : t("Everything"), when}),
-      t("Bring it back")
-    ))
-  )
-    return undefined;
+  const words = plural(changed, "{what} becomes what it was on {when}. {n} thing changes; you can undo this.",
+    "{what} becomes what it was on {when}. {n} things change; you can undo this.",
+    {what: path ? quoted(nameOf(path)) : t("Everything"), when});
+  if (!await askYesNo(t("Bring this time back?"), words, t("Bring it back"))) return undefined;
   const {seq} = await api("POST", "rewind", {path, at});
   await go(addressOf(path));
   return offerUndo(t("As it was on {when}", {when}), seq);
@@ -18958,13 +18844,9 @@ async function showSettings(name) {
   const parts = await build();
   if (turn !== view.turn) return;
   enterView("settings", t("Settings"));
-  setBar(
-    SECTIONS.filter(([, , , admin]) => !admin || me.admin).map(([one, words]) =>
-      h("a.tab", {href: PREFIX + "/settings" + (one && "/" + one), "aria-current": words === label ? "page" : null},
-        t(words)
-      )
-    )
-  );
+  setBar(SECTIONS.filter(([, , , admin]) => !admin || me.admin).map(([one, words]) =>
+    h("a.tab", {href: PREFIX + "/settings" + (one && "/" + one), "aria-current": words === label ? "page" : null},
+      t(words))));
   setContent(h("div.settings", {}, parts));
 }
 
@@ -18999,23 +18881,17 @@ async function accountSection() {
 }
 
 const changePassword = () =>
-  askForm(
-    t("Change password"),
-    [
-      ownName(),
-      passwordField(t("Present password"), {name: "old", autofocus: true}),
-      passwordField(t("New password"), {name: "new", autocomplete: "new-password", minLength: 10}),
-      passwordField(t("New password again"), {name: "again", autocomplete: "new-password"})
-    ],
-    t("Change password"),
-    async values => {
-      if (values.new !== values.again) throw trouble("", t("The two passwords differ."));
-      await api("POST", "account/password", {old: values.old, new: values.new});
-      showLogin();
-      return true;
-    },
-    t("Every device has to log in again after this.")
-  );
+  askForm(t("Change password"), [
+    ownName(),
+    passwordField(t("Present password"), {name: "old", autofocus: true}),
+    passwordField(t("New password"), {name: "new", autocomplete: "new-password", minLength: 10}),
+    passwordField(t("New password again"), {name: "again", autocomplete: "new-password"})
+  ], t("Change password"), async values => {
+    if (values.new !== values.again) throw trouble("", t("The two passwords differ."));
+    await api("POST", "account/password", {old: values.old, new: values.new});
+    showLogin();
+    return true;
+  }, t("Every device has to log in again after this."));
 
 async function devicesSection() {
   const {devices} = await api("GET", "devices");
@@ -19024,34 +18900,20 @@ async function devicesSection() {
       h("div.what", {},
         h("strong", {}, h("bdi", {}, agentOf(device))),
         device.this ? h("span.tag", {}, t("This one")) : null,
-        h("div.soft", {},
-          [
-            t(device.kind === "session" ? "Browser" : "App password"),
-            t(device.readonly ? "reads only" : "reads and changes"),
-            t(device.limited ? "one folder" : "everything"),
-            device.used ? t("used {when}", {when: longTime(device.used)})
-              : t("added {when}", {when: longTime(device.created)}),
-            device.address
-          ].filter(Boolean).join(" · ")
-        )
-      ),
-      h("div.acts", {},
-        button(
-          t("Revoke"),
-          () =>
-            attempt(async () => {
-              await api("DELETE", "devices/" + device.id);
-              device.this ? showLogin() : show();
-            }),
-          {"aria-label": t("Revoke {name}", {name: agentOf(device)})}
-        )
-      )
-    );
-  return section(
-    t("Where you are logged in"),
+        h("div.soft", {}, dotted(
+          t(device.kind === "session" ? "Browser" : "App password"),
+          t(device.readonly ? "reads only" : "reads and changes"),
+          t(device.limited ? "one folder" : "everything"),
+          device.used ? t("used {when}", {when: longTime(device.used)})
+            : t("added {when}", {when: longTime(device.created)}),
+          device.address))),
+      h("div.acts", {}, button(t("Revoke"), () => attempt(async () => {
+        await api("DELETE", "devices/" + device.id);
+        device.this ? showLogin() : show();
+      }), {"aria-label": t("Revoke {name}", {name: agentOf(device)})})));
+  return section(t("Where you are logged in"),
     h("p.soft", {}, t("Revoke what you do not use any more: it is locked out at once.")),
-    h("ul.steps", {}, devices.map(row))
-  );
+    h("ul.steps", {}, devices.map(row)));
 }
 
 // "Firefox, Linux" is all a person wants to know of a browser's name
@@ -19103,8 +18965,7 @@ function fillPreview(entry) {
   const act = (name, label, run, when = true) => when && button(label, run, {"data-action": name});
   Object.assign(preview, {entry, edit: null, body: h("div.body"), note: h("div.note", {role: "status"})});
   preview.box.setAttribute("aria-label", plain(entry.name));
-  const title = h("div.title", {},
-    h("strong", {}, h("bdi", {}, entry.name)),
+  const title = h("div.title", {}, h("strong", {}, h("bdi", {}, entry.name)),
     view.at && h("span.tag", {}, longTime(view.time)),
     h("span.soft", {}, formatSize(entry.size)),
     button(t("Edit"), () => attempt(() => editFile(entry)), {"data-action": "edit", hidden: true}),
@@ -19529,8 +19390,7 @@ function parseTable(text, comma) {
   const first = text.slice(0, text.indexOf("\n") >>> 0);
   comma = comma || [",", ";", "\t"].reduce((best, mark) =>
     (first.split(mark).length > first.split(best).length ? mark : best));
-  const rows = [[]],
-    cell = new RegExp(`(?:"((?:[^"]|"")*)"|([^"\\r\\n${comma}]*))(${comma}|\\r?\\n|$)`, "y");
+  const rows = [[]], cell = new RegExp(`(?:"((?:[^"]|"")*)"|([^"\\r\\n${comma}]*))(${comma}|\\r?\\n|$)`, "y");
   for (let found; rows.length < ROWS_MOST + 2 && cell.lastIndex < text.length && (found = cell.exec(text));) {
     rows[rows.length - 1].push(found[1] === undefined ? found[2] : found[1].replace(/""/g, '"'));
     if (found[3] !== comma) rows.push([]);
@@ -19542,17 +19402,11 @@ const tableOf = ([head, ...rows]) =>
   h("table", {},
     h("thead", {},
       h("tr", {},
-        (head || []).map(cell => h("th", {scope: "col"}, cell))
-      )
-    ),
+        (head || []).map(cell => h("th", {scope: "col"}, cell)))),
     h("tbody", {},
       rows.map(row =>
         h("tr", {},
-          row.map(cell => h("td", {}, cell))
-        )
-      )
-    )
-  );
+          row.map(cell => h("td", {}, cell))))));
 const tableView = rows => h("div.sheetful", {tabIndex: 0}, tableOf(rows.map(row => row.map(raw))));
 
 // ---- Markdown, to elements of a fixed list and never by way of markup
@@ -19587,8 +19441,7 @@ function blocks(lines, place, depth) {
 
 // the block that begins at a line, and the line after it
 function block(lines, at, place, depth) {
-  const line = lines[at],
-    until = test => {
+  const line = lines[at], until = test => {
       let end = at;
       while (end < lines.length && test(lines[end], end)) end++;
       return end;
@@ -19608,44 +19461,33 @@ function block(lines, at, place, depth) {
   }
   if (ITEM.test(line) && depth < 20) return listBlock(lines, at, place, depth);
   if (line.includes("|") && /^[\s|:-]*-[\s|:-]*$/.test(lines[at + 1] || "") && lines[at + 1].includes("|")) {
-    const end = until(one => one.includes("|")),
-      cells = one =>
+    const end = until(one => one.includes("|")), cells = one =>
         one.trim().replace(/^\||\|$/g, "")
           .split("|")
           .map(cell => inline(cell.trim(), place));
     return [tableOf([cells(line), ...lines.slice(at + 2, end).map(cells)]), end];
   }
-  const end = Math.max(
-    at + 1,
-    until((one, n) => one.trim() && (n === at || !(/^#{1,6}\s|^\s*>/.test(one) || FENCE.test(one) || ITEM.test(one))))
-  );
+  const end = Math.max(at + 1,
+    until((one, n) => one.trim() && (n === at || !(/^#{1,6}\s|^\s*>/.test(one) || FENCE.test(one) || ITEM.test(one)))));
   return [h("p", {}, inline(lines.slice(at, end).join("\n"), place)), end];
 }
 
 function listBlock(lines, at, place, depth) {
-  const [, indent, mark] = lines[at].match(ITEM),
-    ordered = /\d/.test(mark),
-    items = [];
+  const [, indent, mark] = lines[at].match(ITEM), ordered = /\d/.test(mark), items = [];
   for (;;) {
     const start = at < lines.length && lines[at].match(ITEM);
     if (!start || start[1].length !== indent.length || /\d/.test(start[2]) !== ordered) break;
     const inside = [start[3]];
-    for (
-      at++;
-      at < lines.length && (lines[at].trim() ? lines[at].search(/\S/) > indent.length
-        : ITEM.test(lines[at + 1] || "") || /^\s{2}/.test(lines[at + 1] || ""));
-      at++
-    )
+    const isInside = (line, next = "") => line.trim() ? line.search(/\S/) > indent.length
+      : ITEM.test(next) || /^\s{2}/.test(next);
+    for (at++; at < lines.length && isInside(lines[at], lines[at + 1]); at++)
       inside.push(lines[at].slice(Math.min(indent.length + 2, lines[at].search(/\S|$/))));
     const tick = inside[0].match(/^\[([ xX])\]\s+/);
     if (tick) inside[0] = inside[0].slice(tick[0].length);
     const plain = inside.length === 1 ? inline(inside[0], place) : blocks(inside, place, depth + 1);
-    items.push(
-      h("li", {},
-        tick && h("input", {type: "checkbox", disabled: true, checked: tick[1] !== " ", "aria-label": t("Done")}),
-        plain
-      )
-    );
+    items.push(h("li", {},
+      tick && h("input", {type: "checkbox", disabled: true, checked: tick[1] !== " ", "aria-label": t("Done")}),
+      plain));
   }
   return [h(ordered ? "ol" : "ul", {}, items), at];
 }
@@ -19882,19 +19724,16 @@ async function showGrant(token) {
   const {device, address, minutes, code, near} = asked;
   const facts = [[t("It calls itself"), device], [t("It asks from"), address],
     [t("Asked"), minutes ? plural(minutes, "{n} minute ago", "{n} minutes ago") : t("Just now")], [t("Code"), code]];
-  return showGate(
-    t("Grant access?"),
+  return showGate(t("Grant access?"),
     t("A device wants to see and change the files of {name}. Grant it only if you started this yourself, just now.",
       me),
     [h("dl.keys", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, h("bdi", {}, value))))),
      h("p.soft", {}, t("If the device shows a code, it has to be the same.")),
-     near ? "" : h("p.problem", {}, t("It asks from another network than the one you are in."))],
-    t("Grant access"),
+     near ? "" : h("p.problem", {}, t("It asks from another network than the one you are in."))], t("Grant access"),
     async () => {
       await api("POST", "grants/" + token);
       showGate(t("Done"), t("You can close this window now."), [], "", null);
-    }
-  );
+    });
 }
 
 // ---- what others do: changes as they happen, and the brake
@@ -19951,8 +19790,7 @@ async function followPreview() {
 }
 
 const showHeld = soon(async () => {
-  const {held} = await api("GET", "held"),
-    box = find(".banners");
+  const {held} = await api("GET", "held"), box = find(".banners");
   if (!box) return;
   const decide = (what, device) =>
     attempt(async () => {
@@ -19984,21 +19822,16 @@ function showHelp() {
   ];
   return sheet(t("Keyboard shortcuts"), close => [
     h("dl.keys", {tabIndex: 0},
-      rows.map(([label, key]) => h("div", {}, h("dt", {}, label), h("dd", {}, h("kbd", {}, key))))
-    ),
-    buttonsRow(button(t("Close"), () => close(), {className: "primary", autofocus: true}))
-  ]);
+      rows.map(([label, key]) => h("div", {}, h("dt", {}, label), h("dd", {}, h("kbd", {}, key))))),
+    buttonsRow(button(t("Close"), () => close(), {className: "primary", autofocus: true}))]);
 }
 
 function keyOf(event) {
   const plain = event.key.length === 1 && !event.ctrlKey && !event.metaKey ? event.key.toUpperCase() : event.key;
   const name = event.key.length === 1 ? event.key.toUpperCase() : event.key;
   const letter = /^[A-Z]$/.test(name);
-  return (
-    (event.ctrlKey || event.metaKey ? "Ctrl+" : "") +
-    (event.shiftKey && (letter || event.key.length > 1) ? "Shift+" : "") +
-    (letter ? name : plain)
-  );
+  return (event.ctrlKey || event.metaKey ? "Ctrl+" : "")
+    + (event.shiftKey && (letter || event.key.length > 1) ? "Shift+" : "") + (letter ? name : plain);
 }
 
 function actionOf(event) {
@@ -20049,11 +19882,8 @@ function listen() {
   document.addEventListener("visibilitychange", keepDraft);
   document.addEventListener("click", onLinkClick);
   document.addEventListener("contextmenu", event => {
-    if (
-      !event.target.closest("main") ||
-      event.target.closest("a, button, input, textarea, pre, dialog") ||
-      !list.box?.isConnected
-    )
+    if (!event.target.closest("main") || event.target.closest("a, button, input, textarea, pre, dialog")
+      || !list.box?.isConnected)
       return;
     event.preventDefault();
     const row = event.target === list.box && list.rows.get(list.at);       // by a key: where the cursor is

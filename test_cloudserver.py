@@ -11450,6 +11450,10 @@ def test_the_page_is_sent_as_it_is_written():
     """But for indentation and comments, which one plain rule has to find: none in a string, no string over several lines."""
     for source in (SCRIPT, STYLE, cs.PAGE_WORKER, cs.PAGE_PAINTER):
         assert not [line for line in source.splitlines() if len(line) > 120 or line != line.rstrip() or "\t" in line]
+        lines = source.splitlines()
+        assert not [line for line in lines if re.fullmatch(r" *\)+[;,]?", line)], "a bracket closes where its last word ends"
+        assert not [line for line, more in zip(lines, lines[1:]) if re.match(" *(const|let) [^/]*,$", line) and re.match(r" *\w+ = ", more)
+                    and len(line + more.strip()) < 120], "a line goes on while there is room"
         assert all(line.count("`") % 2 == 0 for line in re.sub(r"/\S*`\S*/", "", source).splitlines()), "a template that spans lines"
         assert not re.search(r"""(["'`])(?:(?!\1)[^\\\n]|\\.)* // (?:(?!\1)[^\\\n]|\\.)*\1""", re.sub(r"(?m)^ *//.*$|(?<=[;{},(>]) +// .*$", "", source))
         sent = cs.bare(source)
