@@ -10748,7 +10748,7 @@ LEASE = 2 * MINUTE
 
 
 class Upkeep:
-    """Keeps a cloud in order while it is used: history thins out, space comes back, bytes are checked.
+    """Keeps a cloud in order while it is used: what runs out goes, history thins out, space comes back, bytes are checked.
 
     Only the holder of the lease works; every batch guards that it still is the holder.  All times are due times, so
     a wrong clock makes nothing early.
@@ -10757,6 +10757,7 @@ class Upkeep:
     def __init__(self, cloud: Cloud) -> None:
         self.cloud, self.db, self.clock = cloud, cloud.db, cloud.clock
         self.owner, self.fence = secrets.token_hex(8), 0
+        self.thinning, self.sweep, self.indexing = Thinning(self), Sweep(self), Indexing(self)
 
     def hold(self) -> bool:
         """Take or renew the lease; False while another process has it."""
@@ -10768,32 +10769,30 @@ class Upkeep:
         if self.fence:
             self.db.release("upkeep", self.owner)
 
-    def _write(self, *body: Statement) -> None:
+    def write(self, *body: Statement) -> None:
         guard = Statement("SELECT 'lease' WHERE (SELECT fence FROM lease WHERE name = 'upkeep') IS NOT ?", (self.fence,))
         self.db.write_once(Batch(list(body), [guard], frees=True), CloudError("busy", "another process took over the upkeep"))
-
-    # ---- what runs out
 
     def expire(self) -> None:
         """Locks, sessions, waits, uploads, operation ids, and removed accounts."""
         now, keep = self.clock.due(), self.cloud.policy().keep_days * DAY
-        self._write(Statement("DELETE FROM lock WHERE due <= ?", (now,)),
-                    Statement("DELETE FROM device WHERE idle < ? OR due < ?", (now, now)),
-                    Statement("DELETE FROM throttle WHERE due < ?", (now - HOUR,)),
-                    Statement("DELETE FROM loose WHERE due < ?", (now,)),
-                    Statement("DELETE FROM brake WHERE held IS NULL AND due < ? AND free < ? OR device NOT IN "
-                              "(SELECT id FROM device)", (now, now)),
-                    Statement("DELETE FROM pairing WHERE due < ?", (now,)),
-                    Statement("DELETE FROM known_place WHERE due < ?", (now,)),
-                    Statement("INSERT INTO entry (home, since, node, until, name, key, kind, size, mtime, rev, fate) SELECT home, s, node, s, '', "
-                              "'', 1, 0, 0, s, 'purged' FROM growing, (SELECT max(seq) AS s FROM journal) WHERE due < ?", (now,)),
-                    Statement("DELETE FROM growing WHERE due < ?", (now,)),
-                    Statement("DELETE FROM kept WHERE due < ?", (now,)),
-                    Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
-                    Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
-                    Statement("DELETE FROM upload WHERE due < ?", (now,)),
-                    Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = 'purged' WHERE until IS NULL "
-                              "AND node IN (SELECT root FROM account WHERE removed < ?)", (now - keep,)))        # nobody's now
+        self.write(Statement("DELETE FROM lock WHERE due <= ?", (now,)),
+                   Statement("DELETE FROM device WHERE idle < ? OR due < ?", (now, now)),
+                   Statement("DELETE FROM throttle WHERE due < ?", (now - HOUR,)),
+                   Statement("DELETE FROM loose WHERE due < ?", (now,)),
+                   Statement("DELETE FROM brake WHERE held IS NULL AND due < ? AND free < ? OR device NOT IN "
+                             "(SELECT id FROM device)", (now, now)),
+                   Statement("DELETE FROM pairing WHERE due < ?", (now,)),
+                   Statement("DELETE FROM known_place WHERE due < ?", (now,)),
+                   Statement("INSERT INTO entry (home, since, node, until, name, key, kind, size, mtime, rev, fate) SELECT home, s, node, s, '', "
+                             "'', 1, 0, 0, s, 'purged' FROM growing, (SELECT max(seq) AS s FROM journal) WHERE due < ?", (now,)),
+                   Statement("DELETE FROM growing WHERE due < ?", (now,)),
+                   Statement("DELETE FROM kept WHERE due < ?", (now,)),
+                   Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
+                   Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
+                   Statement("DELETE FROM upload WHERE due < ?", (now,)),
+                   Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = 'purged' WHERE until IS NULL "
+                             "AND node IN (SELECT root FROM account WHERE removed < ?)", (now - keep,)))        # nobody's now
 
     def look_after_crash(self) -> None:
         """After a stop that was none: is the database whole? (R22)"""
@@ -10803,28 +10802,65 @@ class Upkeep:
                 log.error("the database is damaged: %s; stop the server and restore a backup", wrong[0])
                 self.db.broken = "the database is damaged"
             else:
-                self._write(Statement("DELETE FROM setting WHERE name = 'unclean'"))
+                self.write(Statement("DELETE FROM setting WHERE name = 'unclean'"))
+
+    def reckon(self) -> None:
+        """What accounts with a quota have beside their live files, counted anew: rows, properties, thumbnails; some of it is free."""
+        rows = [(max(0, sum(self.db.read(
+            "SELECT (SELECT count(*) * ?1 FROM entry WHERE home = ?2), (SELECT coalesce(sum(length(data)), 0) FROM thumbnail WHERE home = ?2), "
+            "(SELECT coalesce(sum(length(p.name) + length(p.value)), 0) FROM entry e JOIN property p ON p.node = e.node WHERE e.home = ?2 "
+            "AND e.until IS NULL)", (ROW, home))[0]) - SPENT_FREE), home) for (home,) in self.db.read("SELECT id FROM account WHERE quota IS NOT NULL")]
+        self.write(Statement("UPDATE account SET extra = ? WHERE id = ?", rows, many=True),
+                   Statement("DELETE FROM spent WHERE day <= ?", (self.clock.due() // DAY - SPENT_DAYS,)))
+
+    def digest(self, limit: int = GiB) -> None:
+        """Compute the SHA-256 of files that came in parts, some at a time."""
+        for manifest, size in self.db.read("SELECT id, size FROM manifest WHERE sha256 IS NULL LIMIT 100"):
+            whole = hashlib.sha256()
+            for piece in self.cloud.content_of(manifest, size).pieces():
+                whole.update(piece)
+            self.write(Statement("UPDATE manifest SET sha256 = ? WHERE id = ?", (whole.hexdigest(), manifest)))
+            limit -= size
+            if limit < 0:
+                break
+
+    def scrub(self) -> None:
+        """Read one of 4096 parts of all chunks; each has its turn in 30 days (R25)."""
+        turn = int(self.db.setting("scrubbed") or 0) % 4096
+        for hash, _, wrong in check_chunks(self.cloud, "%03x" % turn):
+            if wrong:
+                log.error("chunk %s is %s; the command verify names the files", hash, wrong)
+        self.write(Statement("INSERT OR REPLACE INTO setting VALUES ('scrubbed', ?)", (str(turn + 1),)))
+
+
+class Duty:
+    """A part of Upkeep, which it writes through."""
+
+    def __init__(self, upkeep: Upkeep) -> None:
+        self.cloud, self.db, self.clock, self.write = upkeep.cloud, upkeep.db, upkeep.clock, upkeep.write
+
+
+class Thinning(Duty):
+    """What was is forgotten in time: past --keep-days, and where history takes too much."""
 
     def mark_age(self) -> None:
         """Note how far the journal is, to know later how old a seq is."""
-        self._write(Statement("INSERT OR REPLACE INTO age SELECT ?, max(seq) FROM journal", (self.clock.due(),)))
+        self.write(Statement("INSERT OR REPLACE INTO age SELECT ?, max(seq) FROM journal", (self.clock.due(),)))
 
     def seq_before(self, age: int) -> int:
         """The newest seq that is at least `age` ms old; 0 if none is known to be."""
         return self.db.read("SELECT coalesce(max(seq), 0) FROM age WHERE due <= ?", (self.clock.due() - age,))[0][0]
-
-    # ---- history
 
     def thin(self) -> int:
         """Past --keep-days: trash goes, versions thin out along the ladder, pinned ones stay; returns rows gone."""
         cut = self.seq_before(self.cloud.policy().keep_days * DAY)
         if not cut:
             return 0
-        self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('oldest', ?)", (str(cut),)))
+        self.write(Statement("INSERT OR REPLACE INTO setting VALUES ('oldest', ?)", (str(cut),)))
         gone = 0
         for (home,) in self.db.read("SELECT id FROM account"):
-            self._write(Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND fate = 'deleted' AND until <= ? AND "
-                                  + IS_LAST, (home, cut)), raise_shape(home))
+            self.write(Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND fate = 'deleted' AND until <= ? AND "
+                                 + IS_LAST, (home, cut)), raise_shape(home))
             rows = []
             for row in self._thinned(home, cut):
                 rows.append(row)
@@ -10854,12 +10890,12 @@ class Upkeep:
         """Remove ended entries; a feed that begins before they ended would have a gap (R37)."""
         count = len(rows)
         if rows:
-            self._write(Statement("UPDATE account SET fed = (SELECT until FROM entry WHERE home = ?1 AND since = ?2 AND node = ?3) "
-                                  "WHERE id = ?1 AND fed < (SELECT until FROM entry WHERE home = ?1 AND since = ?2 AND node = ?3)",
-                                  list(rows), many=True),
-                        Statement("DELETE FROM entry WHERE home = ? AND since = ? AND node = ? AND until IS NOT NULL",
-                                  list(rows), many=True),
-                        *map(raise_shape, {home for home, _, _ in rows}))
+            self.write(Statement("UPDATE account SET fed = (SELECT until FROM entry WHERE home = ?1 AND since = ?2 AND node = ?3) "
+                                 "WHERE id = ?1 AND fed < (SELECT until FROM entry WHERE home = ?1 AND since = ?2 AND node = ?3)",
+                                 list(rows), many=True),
+                       Statement("DELETE FROM entry WHERE home = ? AND since = ? AND node = ? AND until IS NOT NULL",
+                                 list(rows), many=True),
+                       *map(raise_shape, {home for home, _, _ in rows}))
             rows.clear()
         return count
 
@@ -10882,7 +10918,7 @@ class Upkeep:
                 over -= size
             gone += len(dead) + self._forget(rows)
             if dead:
-                self._write(*give_up(dead), raise_shape(home))
+                self.write(*give_up(dead), raise_shape(home))
         return gone
 
     def purge(self) -> int:
@@ -10897,14 +10933,16 @@ class Upkeep:
                 "SELECT node, home, max(until) FROM entry WHERE fate = 'purged' GROUP BY node, home LIMIT ?", (PIECE,))]
             if not nodes:
                 return gone
-            self._write(Statement("UPDATE entry SET fate = 'deleted' WHERE node = :node AND fate = 'purged' AND " + IS_LIVE, nodes, many=True),
-                        *(Statement(sql + PURGED, nodes, many=True) for sql in PURGE),
-                        *map(raise_shape, {row["home"] for row in nodes}))
+            self.write(Statement("UPDATE entry SET fate = 'deleted' WHERE node = :node AND fate = 'purged' AND " + IS_LIVE, nodes, many=True),
+                       *(Statement(sql + PURGED, nodes, many=True) for sql in PURGE),
+                       *map(raise_shape, {row["home"] for row in nodes}))
             gone += len(nodes)
 
-    # ---- space
 
-    def sweep(self, shards: Iterable[int] = range(256), *, at_once: bool = False) -> dict[str, int]:
+class Sweep(Duty):
+    """The space of chunks that nobody refers to comes back (invariants of Blobs)."""
+
+    def run(self, shards: Iterable[int] = range(256), *, at_once: bool = False) -> dict[str, int]:
         """Give back the space of chunks nobody refers to (invariants of Blobs): condemn, bury, delete.
 
         at_once   without the days between: who is reading what is gone for good is cut off, and who relies on a chunk is
@@ -10926,12 +10964,12 @@ class Upkeep:
         rows = self.db.read("SELECT id FROM manifest WHERE id >= ? AND id < ? AND NOT EXISTS (SELECT 1 FROM entry "
                             "WHERE manifest = manifest.id)", ("m" + prefix, "m" + prefix + "g"))
         for piece in pieces(rows):
-            self._write(Statement("DELETE FROM manifest WHERE id = ? AND NOT EXISTS (SELECT 1 FROM entry "
-                                  "WHERE entry.manifest = manifest.id)", piece, many=True),
-                        Statement("DELETE FROM manifest_chunk WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest "
-                                  "WHERE id = ?1)", piece, many=True),
-                        Statement("DELETE FROM digest WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest "
-                                  "WHERE id = ?1)", piece, many=True))
+            self.write(Statement("DELETE FROM manifest WHERE id = ? AND NOT EXISTS (SELECT 1 FROM entry "
+                                 "WHERE entry.manifest = manifest.id)", piece, many=True),
+                       Statement("DELETE FROM manifest_chunk WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest "
+                                 "WHERE id = ?1)", piece, many=True),
+                       Statement("DELETE FROM digest WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest "
+                                 "WHERE id = ?1)", piece, many=True))
         return len(rows)
 
     def _condemn(self, prefix: str, now: int, before: int) -> int:
@@ -10940,15 +10978,15 @@ class Upkeep:
         rows = self.db.read("SELECT hash FROM chunk WHERE hash >= ? AND hash < ? AND condemned IS NULL AND at < ? AND " + unwanted,
                             (prefix, prefix + "g", before, now))
         for piece in pieces(rows):
-            self._write(Statement("UPDATE chunk SET condemned = ? WHERE hash = ? AND " + unwanted,
-                                  [(now, hash, now) for (hash,) in piece], many=True))
+            self.write(Statement("UPDATE chunk SET condemned = ? WHERE hash = ? AND " + unwanted,
+                                 [(now, hash, now) for (hash,) in piece], many=True))
         return len(rows)
 
     def _bury(self, now: int, before: int, rest: int) -> int:
         """Rows of chunks that were condemned before a due time go, their objects after a rest; one referred to again is acquitted."""
         rows = self.db.read("SELECT hash FROM chunk WHERE condemned < ?", (before,))
         for piece in pieces(rows):
-            self._write(
+            self.write(
                 Statement("UPDATE chunk SET condemned = NULL WHERE hash = ? AND " + REFERRED, piece, many=True),
                 Statement("INSERT OR IGNORE INTO grave SELECT object, ? FROM chunk WHERE hash = ? AND condemned IS NOT NULL "
                           "AND object IS NOT NULL", [(now + rest, hash) for (hash,) in piece], many=True),
@@ -10964,7 +11002,7 @@ class Upkeep:
             if not self._is_object(name) and not self.db.read("SELECT 1 FROM grave WHERE object = ?", (name,)):
                 found.append((name, now + KEEP_ORPHANS))
         for piece in pieces(found):
-            self._write(Statement("INSERT OR IGNORE INTO grave VALUES (?, ?)", piece, many=True))
+            self.write(Statement("INSERT OR IGNORE INTO grave VALUES (?, ?)", piece, many=True))
 
     def _is_object(self, name: str) -> bool:
         return bool(self.db.read("SELECT 1 FROM chunk WHERE hash = ? AND object = ?", (name.lstrip(".")[:64], name)))
@@ -10973,8 +11011,8 @@ class Upkeep:
         rows, left = self.db.read("SELECT object FROM grave WHERE due < ?", (now,)), 0
         for piece in pieces(rows):
             kept = [(now + HOUR, name) for (name,) in piece if not self._is_object(name) and not self._unlink(name)]
-            self._write(Statement("UPDATE grave SET due = ? WHERE object = ?", kept, many=True),
-                        Statement("DELETE FROM grave WHERE object = ? AND due < ?", [(name, now) for (name,) in piece], many=True))
+            self.write(Statement("UPDATE grave SET due = ? WHERE object = ?", kept, many=True),
+                       Statement("DELETE FROM grave WHERE object = ? AND due < ?", [(name, now) for (name,) in piece], many=True))
             left += len(kept)
         return len(rows) - left
 
@@ -10987,7 +11025,9 @@ class Upkeep:
             return False
         return True
 
-    # ---- what can be done later than the write
+
+class Indexing(Duty):
+    """Searches are prepared after the write: names and contents, where SQLite has indexes for them (FTS5)."""
 
     def index_names(self) -> None:
         """Bring the index of names up to date, where SQLite has one."""
@@ -11002,9 +11042,9 @@ class Upkeep:
             "SELECT node, key FROM entry e WHERE home = ? AND since > ? AND since <= ? AND NOT EXISTS (SELECT 1 FROM entry p "
             "WHERE p.node = e.node AND p.until = e.since AND p.key = e.key) ORDER BY since", (home, done, reached))]
         chosen = [(last + n, node, key) for n, (node, key) in enumerate(rows, 1)]
-        self._write(Statement("INSERT INTO name_row VALUES (?, ?)", [row[:2] for row in chosen], many=True),
-                    Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True),
-                    Statement("INSERT OR REPLACE INTO setting VALUES ('indexed', ?)", (str(reached),)))
+        self.write(Statement("INSERT INTO name_row VALUES (?, ?)", [row[:2] for row in chosen], many=True),
+                   Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True),
+                   Statement("INSERT OR REPLACE INTO setting VALUES ('indexed', ?)", (str(reached),)))
 
     def index_contents(self) -> None:
         """Bring the index of contents up to date, where SQLite has one; a commit takes about a MiB, so that nobody waits long."""
@@ -11021,7 +11061,7 @@ class Upkeep:
                 rows, size = [], 0
         self._add_contents(rows)
         if reached != done:
-            self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('read', ?)", (str(reached),)))
+            self.write(Statement("INSERT OR REPLACE INTO setting VALUES ('read', ?)", (str(reached),)))
 
     def _text_of(self, manifest: str, size: int) -> str:
         """What of a file goes into the index; nothing if it is no text, or cannot be read: the scrub tells of that."""
@@ -11047,30 +11087,9 @@ class Upkeep:
         (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM text_row")
         rows = [(last + n, *row) for n, row in enumerate(rows, 1)]
         if rows:
-            self._write(Statement("INSERT INTO text_row VALUES (?, ?, ?)", [row[:3] for row in rows], many=True),
-                        Statement("INSERT INTO text_index (rowid, home, body) VALUES (?, ?, ?)",
-                                  [(id, home, text) for id, home, _, text in rows], many=True))
-
-    def reckon(self) -> None:
-        """What accounts with a quota have beside their live files, counted anew: rows, properties, thumbnails; some of it is free."""
-        rows = [(max(0, sum(self.db.read(
-            "SELECT (SELECT count(*) * ?1 FROM entry WHERE home = ?2), (SELECT coalesce(sum(length(data)), 0) FROM thumbnail WHERE home = ?2), "
-            "(SELECT coalesce(sum(length(p.name) + length(p.value)), 0) FROM entry e JOIN property p ON p.node = e.node WHERE e.home = ?2 "
-            "AND e.until IS NULL)", (ROW, home))[0]) - SPENT_FREE), home) for (home,) in self.db.read("SELECT id FROM account WHERE quota IS NOT NULL")]
-        self._write(Statement("UPDATE account SET extra = ? WHERE id = ?", rows, many=True),
-                    Statement("DELETE FROM spent WHERE day <= ?", (self.clock.due() // DAY - SPENT_DAYS,)))
-
-    def tidy(self) -> None:
-        """Drop thumbnails of what is gone; begin the index of contents anew when most of it is about what is gone."""
-        gone = self.db.read("SELECT id FROM thumbnail t WHERE NOT EXISTS (SELECT 1 FROM entry WHERE manifest = t.manifest "
-                            "AND home = t.home)")
-        for piece in pieces(gone):
-            self._write(Statement("DELETE FROM thumbnail WHERE id = ?", piece, many=True))
-        stale, known = self.db.read("SELECT coalesce(sum(NOT EXISTS (SELECT 1 FROM entry e WHERE e.manifest = r.manifest "
-                                    "AND e.home = r.home AND until IS NULL)), 0), count(*) FROM text_row r")[0]
-        if stale > 1000 and 2 * stale > known:
-            self._write(Statement("INSERT INTO text_index (text_index) VALUES ('delete-all')"), Statement("DELETE FROM text_row"),
-                        Statement("DELETE FROM setting WHERE name = 'read'"))
+            self.write(Statement("INSERT INTO text_row VALUES (?, ?, ?)", [row[:3] for row in rows], many=True),
+                       Statement("INSERT INTO text_index (rowid, home, body) VALUES (?, ?, ?)",
+                                 [(id, home, text) for id, home, _, text in rows], many=True))
 
     def _stretch(self, done: int, most: int) -> int:
         """The seq up to which some work goes that stands at `done`: about `most` entries of a home, and no batch in part."""
@@ -11081,24 +11100,17 @@ class Upkeep:
                 reached = since
         return reached
 
-    def digest(self, limit: int = GiB) -> None:
-        """Compute the SHA-256 of files that came in parts, some at a time."""
-        for manifest, size in self.db.read("SELECT id, size FROM manifest WHERE sha256 IS NULL LIMIT 100"):
-            whole = hashlib.sha256()
-            for piece in self.cloud.content_of(manifest, size).pieces():
-                whole.update(piece)
-            self._write(Statement("UPDATE manifest SET sha256 = ? WHERE id = ?", (whole.hexdigest(), manifest)))
-            limit -= size
-            if limit < 0:
-                break
-
-    def scrub(self) -> None:
-        """Read one of 4096 parts of all chunks; each has its turn in 30 days (R25)."""
-        turn = int(self.db.setting("scrubbed") or 0) % 4096
-        for hash, _, wrong in check_chunks(self.cloud, "%03x" % turn):
-            if wrong:
-                log.error("chunk %s is %s; the command verify names the files", hash, wrong)
-        self._write(Statement("INSERT OR REPLACE INTO setting VALUES ('scrubbed', ?)", (str(turn + 1),)))
+    def tidy(self) -> None:
+        """Drop thumbnails of what is gone; begin the index of contents anew when most of it is about what is gone."""
+        gone = self.db.read("SELECT id FROM thumbnail t WHERE NOT EXISTS (SELECT 1 FROM entry WHERE manifest = t.manifest "
+                            "AND home = t.home)")
+        for piece in pieces(gone):
+            self.write(Statement("DELETE FROM thumbnail WHERE id = ?", piece, many=True))
+        stale, known = self.db.read("SELECT coalesce(sum(NOT EXISTS (SELECT 1 FROM entry e WHERE e.manifest = r.manifest "
+                                    "AND e.home = r.home AND until IS NULL)), 0), count(*) FROM text_row r")[0]
+        if stale > 1000 and 2 * stale > known:
+            self.write(Statement("INSERT INTO text_index (text_index) VALUES ('delete-all')"), Statement("DELETE FROM text_row"),
+                       Statement("DELETE FROM setting WHERE name = 'read'"))
 
 
 def check_chunks(cloud: Cloud, prefix: str = "", quick: bool = False) -> Iterator[tuple[str, int, str | None]]:
@@ -11160,7 +11172,7 @@ class Janitor(threading.Thread):
     def sweep_some(self) -> None:
         """One shard in turn: all have theirs within a day."""
         self.shard = (self.shard + 1) % 256
-        self.upkeep.sweep([self.shard])
+        self.upkeep.sweep.run([self.shard])
 
     def stop(self) -> None:
         self.ended.set()
@@ -11176,16 +11188,16 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
     "reserve": (MINUTE, lambda janitor: janitor.cloud.keep_reserve()),
     "crash": (MINUTE, lambda janitor: janitor.upkeep.look_after_crash()),
     "expire": (MINUTE, lambda janitor: janitor.upkeep.expire()),
-    "names": (5 * SECOND, lambda janitor: janitor.upkeep.index_names()),
-    "contents": (5 * SECOND, lambda janitor: janitor.upkeep.index_contents()),
-    "tidy": (DAY, lambda janitor: janitor.upkeep.tidy()),
+    "names": (5 * SECOND, lambda janitor: janitor.upkeep.indexing.index_names()),
+    "contents": (5 * SECOND, lambda janitor: janitor.upkeep.indexing.index_contents()),
+    "tidy": (DAY, lambda janitor: janitor.upkeep.indexing.tidy()),
     "reckon": (6 * HOUR, lambda janitor: janitor.upkeep.reckon()),
     "digest": (MINUTE, lambda janitor: janitor.upkeep.digest()),
-    "age": (HOUR, lambda janitor: janitor.upkeep.mark_age()),
-    "purge": (5 * MINUTE, lambda janitor: janitor.upkeep.purge()),
+    "age": (HOUR, lambda janitor: janitor.upkeep.thinning.mark_age()),
+    "purge": (5 * MINUTE, lambda janitor: janitor.upkeep.thinning.purge()),
     "sweep": (5 * MINUTE, Janitor.sweep_some),
     "scrub": (10 * MINUTE, lambda janitor: janitor.upkeep.scrub()),
-    "thin": (DAY, lambda janitor: janitor.upkeep.thin()),
+    "thin": (DAY, lambda janitor: janitor.upkeep.thinning.thin()),
 }
 
 
@@ -11368,7 +11380,7 @@ class CloudServer(ThreadingHTTPServer):
         connection.watch()
         if self.tls:
             connection.sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        network = self._network(connection)
+        network = network_of(connection.peer)
         self.peers[network] = self.peers.get(network, 0) + 1
         connection.wait(HANDSHAKE if self.tls else HEAD, HANDSHAKE_TIME if self.tls else IDLE_TIME)
         if len(self.watched) + len(self.active) >= self.cloud.config.max_connections or len(self.watched) >= WATCHED_MOST:
@@ -11376,10 +11388,6 @@ class CloudServer(ThreadingHTTPServer):
         self._watch(connection)
         if not self.tls:
             self._move_along(connection)         # what it wants is often there already
-
-    def _network(self, connection: Connection) -> str:
-        """Whom a connection counts for; all of a listed proxy's are many people's."""
-        return network_of(connection.peer)
 
     def _make_room(self) -> None:
         """Close one that has its answer; else what has been silent longest, of the network that has most connections: strangers
@@ -11389,7 +11397,7 @@ class CloudServer(ThreadingHTTPServer):
             if connection.phase == LINGER:
                 return self._close(connection)
             if connection.phase != SENDING:
-                oldest.setdefault(self._network(connection), connection)
+                oldest.setdefault(network_of(connection.peer), connection)
         if oldest:
             self._close(oldest[max(oldest, key=self.peers.__getitem__)])
 
@@ -11406,7 +11414,7 @@ class CloudServer(ThreadingHTTPServer):
         if connection in self.watched:
             self._unwatch(connection)
         connection.sock.close()
-        network = self._network(connection)
+        network = network_of(connection.peer)
         self.peers[network] -= 1
         if not self.peers[network]:
             del self.peers[network]
@@ -11420,9 +11428,6 @@ class CloudServer(ThreadingHTTPServer):
             MOVES[connection.phase](self, connection)
         except OSError:
             self._close(connection)
-
-    def _go_on_with_handshake(self, connection: Connection) -> None:
-        self._start(connection)                  # its arithmetic is a thread's work
 
     def _go_on_receiving(self, connection: Connection) -> None:
         silent = not len(connection.parser)
@@ -11521,7 +11526,7 @@ class CloudServer(ThreadingHTTPServer):
 
 
 MOVES: dict[int, Callable[[CloudServer, Connection], None]] = {
-    HANDSHAKE: CloudServer._go_on_with_handshake, HEAD: CloudServer._go_on_receiving, BODY: CloudServer._go_on_receiving,
+    HANDSHAKE: CloudServer._start, HEAD: CloudServer._go_on_receiving, BODY: CloudServer._go_on_receiving,
     SENDING: CloudServer._go_on_sending, LINGER: CloudServer._go_on_discarding}
 
 SAFE_TLS = {(3, 9): (3, 9, 18), (3, 10): (3, 10, 13), (3, 11): (3, 11, 5)}       # N2: the first versions without the hole
@@ -15072,10 +15077,10 @@ def run_gc(config: Config, given: Arguments) -> int:
             for account in cloud.accounts.list() if given.now else ():
                 print("%s: %d things given up" % (account.name, cloud.empty_trash(cloud.accounts.principal(account.name))))
             upkeep.expire()
-            upkeep.mark_age()
-            print("history: %d rows thinned, %d nodes removed" % (upkeep.thin(), upkeep.purge()))
+            upkeep.thinning.mark_age()
+            print("history: %d rows thinned, %d nodes removed" % (upkeep.thinning.thin(), upkeep.thinning.purge()))
             print("chunks: %(manifests)d manifests, %(condemned)d condemned, %(buried)d buried, %(deleted)d deleted"
-                  % upkeep.sweep(at_once=given.now))
+                  % upkeep.sweep.run(at_once=given.now))
         finally:
             upkeep.release()
     return 0

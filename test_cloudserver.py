@@ -597,7 +597,6 @@ MOST_METHODS, MOST_PARAMETERS, MOST_LINES = 25, 6, 1100
 LARGE_CLASSES = {
     "Tree": 77, "History": 63, "Cloud": 31, "Sync": 27,
     "Database": 32,
-    "Upkeep": 31, "CloudServer": 27,
     "Folder": 26}
 LONG_SIGNATURES = {
     "Tree._batch": 8, "Tree.write": 7, "Tree.lock": 7, "Tree._make_room": 7, "History.activity": 7, "Sync.commit": 7, "Cloud.create_upload": 7,
@@ -611,7 +610,7 @@ READS_OF_THE_ASKER = {
     "Tree": 31, "History": 34, "Verbs": 32,
     "HTTP": 8,
     "JSON API": 2, "Nextcloud dialect": 2, "Transfer": 1, "WebDAV": 1}
-WRITERS_OF_TREES = {"Tree", "History", "Reversal", "Copies", "BEGIN_ENTRY", "BEGIN_AGAIN", "COPY_FILES", "give_up", "Accounts", "Upkeep", "PURGE"}
+WRITERS_OF_TREES = {"Tree", "History", "Reversal", "Copies", "BEGIN_ENTRY", "BEGIN_AGAIN", "COPY_FILES", "give_up", "Accounts", "Upkeep", "Thinning", "PURGE"}
 
 
 def check_breaches(found, noted):
@@ -2721,13 +2720,13 @@ def test_what_is_given_up_can_neither_be_read_nor_brought_back(cloud, ann, delet
     assert upkeep.hold() and len(cloud.trash(ann)) == 1
     GIVE_UP[give_up](cloud, ann, upkeep)
     if purged:
-        upkeep.purge()
+        upkeep.thinning.purge()
     assert cloud.trash(ann) == []
     assert not set(past_tree(cloud, ann, seq - 1)) & set(gone)
     assert {place.path for place in cloud.manifest(ann, (), seq - 1)[2]} == {tuple(path.split("/")) for path in left}
     outcome(BRING_BACK[back], cloud, ann, seq)
     assert tree(cloud, ann) == left
-    upkeep.purge(), upkeep.sweep()
+    upkeep.thinning.purge(), upkeep.sweep.run()
     assert tree(cloud, ann) == left and cs.verify(cloud) == []
     assert outcome(cloud.undo, ann, seq) in ("gone", "not-found")
     audit(cloud)
@@ -2743,7 +2742,7 @@ def test_what_came_back_first_is_never_given_up(cloud, ann, monkeypatch, back, g
     before_commit(monkeypatch, cloud, lambda: BRING_BACK[back](cloud, ann, seq))
     GIVE_UP[give_up](cloud, ann, upkeep)
     assert upkeep.hold()
-    upkeep.purge(), upkeep.sweep()
+    upkeep.thinning.purge(), upkeep.sweep.run()
     assert tree(cloud, ann) == before and cs.verify(cloud) == []
     audit(cloud)
 
@@ -2754,9 +2753,9 @@ def test_bringing_back_notices_that_the_trash_was_emptied_meanwhile(cloud, ann, 
     put(cloud, ann, "d/f", b"1", parents=True)
     cloud.d = cloud.stat(ann, ("d",))
     seq, upkeep = cloud.delete(ann, ("d",)), cs.Upkeep(cloud)
-    before_commit(monkeypatch, cloud, lambda: (cloud.empty_trash(ann), upkeep.hold(), upkeep.purge()))
+    before_commit(monkeypatch, cloud, lambda: (cloud.empty_trash(ann), upkeep.hold(), upkeep.thinning.purge()))
     outcome(BRING_BACK[back], cloud, ann, seq)
-    upkeep.purge()
+    upkeep.thinning.purge()
     assert tree(cloud, ann) == {} and cs.verify(cloud) == []
     audit(cloud)
 
@@ -2769,7 +2768,7 @@ def test_a_directory_where_the_trash_was_undone_after_it_was_emptied_is_healed(c
     cloud.db.run(Statement("UPDATE entry SET fate = 'purged' WHERE fate = 'deleted'"))
     upkeep = cs.Upkeep(cloud)
     assert upkeep.hold()
-    upkeep.purge()
+    upkeep.thinning.purge()
     assert tree(cloud, ann) == before and cs.verify(cloud) == []
     assert cloud.db.read("SELECT count(*) FROM entry WHERE fate = 'purged'") == [(0,)]
 
@@ -2818,7 +2817,7 @@ def test_random_giving_up_loses_nothing_live_and_gives_back_nothing_gone(cloud, 
         known[put(cloud, ann, path, data).manifest] = data
 
     game = Random(cloud, ann, rng)
-    verbs = [write] * 6 + [game.mkcol, game.move, game.move, game.delete, game.delete, empty, upkeep.purge,
+    verbs = [write] * 6 + [game.mkcol, game.move, game.move, game.delete, game.delete, empty, upkeep.thinning.purge,
                            lambda: cloud.undo(ann, rng.randint(2, cloud.head())),
                            lambda: cloud.rewind(ann, (), rng.randint(2, cloud.head())),
                            lambda: cloud.restore(ann, rng.choice(cloud.trash(ann)).node.node)]
@@ -2832,11 +2831,11 @@ def test_random_giving_up_loses_nothing_live_and_gives_back_nothing_gone(cloud, 
             pass
         now = live()
         assert not now & dead, verb
-        if verb in (empty, upkeep.purge):
+        if verb in (empty, upkeep.thinning.purge):
             assert now == before and not before & dead, verb
         if n % 10 == 0:
             cursors.append((cloud.head(), tree(cloud, ann), {node.node: path for path, node in cloud.walk(ann, ())}))
-    upkeep.purge(), upkeep.sweep()
+    upkeep.thinning.purge(), upkeep.sweep.run()
     assert cs.verify(cloud) == []
     audit(cloud)
     for seq, then, places in cursors:
@@ -3054,7 +3053,7 @@ def test_a_copy_that_breaks_off_leaves_nothing(make_cloud, fake, monkeypatch, cu
     fake.pass_(cs.COPY_TIME + 1)
     upkeep = cs.Upkeep(cloud)
     assert upkeep.hold()
-    upkeep.expire(), upkeep.purge()
+    upkeep.expire(), upkeep.thinning.purge()
     assert cloud.db.read("SELECT count(*) FROM entry") == rows and cloud.db.read("SELECT * FROM growing") == []
     assert cloud.db.read("SELECT count(*) FROM collection") == [(5,)] and cloud.db.read("SELECT count(*) FROM property") == [(4,)]
     assert look(cloud, ann, "") == before and cs.verify(cloud) == []
@@ -3071,11 +3070,11 @@ def test_a_long_copy_notices_what_happens_meanwhile(make_cloud, fake, monkeypatc
 
     def act():
         if len(count) == 5:
-            {"give up": lambda: (cloud.delete(ann, ("w",)), cloud.empty_trash(ann), upkeep.hold(), upkeep.purge()),
+            {"give up": lambda: (cloud.delete(ann, ("w",)), cloud.empty_trash(ann), upkeep.hold(), upkeep.thinning.purge()),
              "move": lambda: move(cloud, ann, "w", "elsewhere"),
              "replace": lambda: (move(cloud, ann, "w", "elsewhere"), cloud.make_collection(ann, ("w",))),
              "change": lambda: (put(cloud, ann, "w/f01", b"new"), cloud.delete(ann, ("w", "d", "e", "g03"))),
-             "expire": lambda: (fake.pass_(cs.COPY_TIME + 1), upkeep.hold(), upkeep.expire(), upkeep.purge())}[meanwhile]()
+             "expire": lambda: (fake.pass_(cs.COPY_TIME + 1), upkeep.hold(), upkeep.expire(), upkeep.thinning.purge())}[meanwhile]()
         count.append(1)
     found = outcome(cloud.copy, ann, (("w",), ("c",)), alive=act)
     if want is None:
@@ -3084,7 +3083,7 @@ def test_a_long_copy_notices_what_happens_meanwhile(make_cloud, fake, monkeypatc
         assert found == want and "c" not in tree(cloud, ann)
     fake.pass_(2 * cs.COPY_TIME)
     assert upkeep.hold()
-    upkeep.expire(), upkeep.purge()
+    upkeep.expire(), upkeep.thinning.purge()
     assert cs.verify(cloud) == []
     audit(cloud)
 
@@ -3632,7 +3631,7 @@ def test_search_in_the_contents_of_text_files(cloud, ann):
         put(cloud, ann, path, text if isinstance(text, bytes) else text.encode(), parents=True)
     put(cloud, bob, "his.txt", b"harbour of bob")
     put(cloud, ann, "large.txt", b"harbour " + b"x" * MiB)
-    upkeep.index_contents()
+    upkeep.indexing.index_contents()
     paths = lambda text, who=ann, **how: {"/".join(found.path) for found in look_for(cloud, who, text, **how)}
     assert paths("harbour") == {"letter.txt", "d/data.csv", "wide.txt"} and paths("harbour", bob) == {"his.txt"}
     assert paths("CAFE nine") == {"letter.txt"} and paths("harb open") == {"letter.txt"} and paths("arbour") == set() and paths("harbour -dear") == {"d/data.csv", "wide.txt"}
@@ -3647,7 +3646,7 @@ def test_search_in_the_contents_of_text_files(cloud, ann):
     put(cloud, ann, "d/data.csv", b"something else")
     cloud.copy(ann, (("wide.txt",), ("copy.txt",)))
     assert paths("harbour") == {"d/moved.txt", "wide.txt", "copy.txt"}
-    upkeep.index_contents()
+    upkeep.indexing.index_contents()
     assert paths("something") == {"d/data.csv"} and cloud.db.read("SELECT count(*) FROM text_row WHERE home = 1") == [(7,)]
 
 
@@ -3657,7 +3656,7 @@ def test_a_damaged_file_does_not_hold_up_the_index(cloud, ann):
     put(cloud, ann, "bad.txt", b"word one")
     put(cloud, ann, "good.txt", b"word two")
     cloud.db.run(Statement("UPDATE chunk SET data = x'78' WHERE hash = ?", (hashlib.sha256(b"word one").hexdigest(),)))
-    upkeep.index_contents()
+    upkeep.indexing.index_contents()
     assert [found.path for found in look_for(cloud, ann, "word")] == [("good.txt",)]
 
 
@@ -3667,10 +3666,10 @@ def test_the_index_of_contents_begins_anew_when_it_is_mostly_stale(cloud, ann, m
     for n in range(2100):
         cloud.db.run(Statement("INSERT INTO text_row VALUES (?, 1, ?)", (n + 10, "gone%d" % n)))
     put(cloud, ann, "a.txt", b"word")
-    upkeep.index_contents()
-    upkeep.tidy()
+    upkeep.indexing.index_contents()
+    upkeep.indexing.tidy()
     assert cloud.db.read("SELECT count(*) FROM text_row") == [(0,)] and not look_for(cloud, ann, "word")
-    upkeep.index_contents()
+    upkeep.indexing.index_contents()
     assert len(look_for(cloud, ann, "word")) == 1
 
 
@@ -4426,8 +4425,13 @@ def test_an_answer_that_is_taken_slowly_arrives_whole(address, cloud):
 
 def test_one_network_crowds_out_only_itself(cloud, ann, monkeypatch, serve_cloud):
     """X9: connections beyond the limit close the oldest of the network that has most; an honest one that was there first stays."""
-    networks = {}
-    monkeypatch.setattr(cs.CloudServer, "_network", lambda self, connection: networks.setdefault(connection, "strangers" if networks else "home"))
+    class Placed(cs.Connection):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.peer = "198.51.100.1" if seen else "192.0.2.1"
+            seen.append(self)
+    seen = []
+    monkeypatch.setattr(cs, "Connection", Placed)
     cloud.config = cs.replace(cloud.config, max_connections=20)
     address = serve_cloud(cloud)
     honest, = connect(address)
@@ -4979,10 +4983,10 @@ def test_thumbnails_are_kept_per_account_under_the_content(api, call, cloud, ann
         assert call("PUT", "/api/v1/thumbnails/" + path, body).status == want, path
     upkeep = cs.Upkeep(cloud)
     upkeep.hold()
-    upkeep.tidy()
+    upkeep.indexing.tidy()
     assert cloud.db.read("SELECT count(*) FROM thumbnail") == [(1,)]
     cloud.db.run(Statement("DELETE FROM entry WHERE manifest = ? AND home = 1", (hashlib.sha256(data).hexdigest(),)))
-    upkeep.tidy()
+    upkeep.indexing.tidy()
     assert cloud.db.read("SELECT count(*) FROM thumbnail") == [(0,)]
 
 
@@ -5756,7 +5760,7 @@ def test_loose_chunks_are_forgotten_and_swept(make_cloud, fake):
     for _ in range(6):
         fake.pass_(16 * cs.HOUR)
         assert upkeep.hold()
-        upkeep.expire(), upkeep.sweep()
+        upkeep.expire(), upkeep.sweep.run()
         if cloud.missing(ann, [used]) == []:
             commit(cloud, ann, [{"put": "y", "chunks": [(used, 100_000)], "mtime": 5}])
     assert cloud.missing(ann, [hash, used]) == [hash]
@@ -6955,11 +6959,11 @@ def aging(make_cloud, fake):
             for _ in range(count):
                 fake.pass_(cs.DAY)
                 self.upkeep.hold()
-                self.upkeep.mark_age()
+                self.upkeep.thinning.mark_age()
 
         def work(self):
             self.upkeep.hold()
-            return self.upkeep.thin(), self.upkeep.purge(), self.upkeep.sweep()
+            return self.upkeep.thinning.thin(), self.upkeep.thinning.purge(), self.upkeep.sweep.run()
 
         def chunks(self):
             return self.cloud.db.read("SELECT count(*) FROM chunk")[0][0]
@@ -7018,7 +7022,7 @@ def test_a_quota_bounds_all_that_an_account_makes_the_server_store(aging, monkey
     assert len(aging.objects()) == cloud.db.read("SELECT count(object) FROM chunk")[0][0]
     cloud.delete(ann, *[(name,) for name in tree(cloud, ann) if "/" not in name])
     aging.days(40)
-    aging.work(), aging.upkeep.tidy(), aging.upkeep.reckon()
+    aging.work(), aging.upkeep.indexing.tidy(), aging.upkeep.reckon()
     assert put(cloud, ann, "room again", os.urandom(80_000))
     audit(cloud)
 
@@ -7031,7 +7035,7 @@ def test_trash_goes_after_thirty_days_and_its_space_later(aging):
     put(cloud, ann, "d/huge", os.urandom(5 * MiB))
     put(cloud, ann, "keep", b"2")
     cloud.delete(ann, ("d",))
-    aging.upkeep.mark_age()
+    aging.upkeep.thinning.mark_age()
     for day in range(30):
         aging.work()
         assert len(cloud.trash(ann)) == 1, day
@@ -7082,7 +7086,7 @@ def test_a_wrong_clock_sweeps_and_forgets_nothing(aging, fake):
     cloud.delete(ann, ("a",))
     for jump in (10 * 365, -20 * 365, 10 * 365):
         fake.wall += jump * 86400
-        aging.upkeep.mark_age()
+        aging.upkeep.thinning.mark_age()
         aging.work()
     assert len(cloud.trash(ann)) == 1 and aging.chunks() == 2 and len(aging.objects()) == 1
 
@@ -7155,14 +7159,14 @@ def test_history_may_have_a_limit(make_cloud, fake):
     for n in range(10):
         put(cloud, ann, "a", b"%d" % n * 200)
         upkeep.hold()
-        upkeep.mark_age()
+        upkeep.thinning.mark_age()
         fake.pass_(1000)
     put(cloud, ann, "b", bytes(500))
     cloud.delete(ann, ("b",))
     fake.pass_(31 * cs.DAY)
     upkeep.hold()
-    upkeep.thin()
-    upkeep.purge()
+    upkeep.thinning.thin()
+    upkeep.thinning.purge()
     assert sum(v.size for v in cloud.versions(ann, ("a",))[1:]) <= 1000 and get(cloud, ann, "a") == b"9" * 200
 
 
@@ -7199,7 +7203,7 @@ def test_the_index_of_names_agrees_with_looking(cloud, ann, rng):
             source = rng.choice(list(tree(cloud, ann)))
             outcome(move, cloud, ann, source, "other name %d" % n)
         if rng.random() < 0.2:
-            upkeep.index_names()
+            upkeep.indexing.index_names()
     for text in ("long name", "other", "name 1", "OTHER NAME", "nothing"):
         want = {path for path in tree(cloud, ann) if all(w in path.casefold() for w in text.casefold().split())}
         assert {"/".join(found.path) for found in look_for(cloud, ann, text)} == want
@@ -7208,8 +7212,8 @@ def test_the_index_of_names_agrees_with_looking(cloud, ann, rng):
 def test_the_index_of_names_leaves_out_nobody_when_there_is_much(cloud, ann, monkeypatch):
     """The stretch of one run ends where the fullest account says, and never within a batch."""
     upkeep, bob, found = cs.Upkeep(cloud), account(cloud, "bob"), []
-    stretch = upkeep._stretch
-    monkeypatch.setattr(upkeep, "_stretch", lambda done, most: found.append(stretch(done, 10)) or found[-1])
+    stretch = upkeep.indexing._stretch
+    monkeypatch.setattr(upkeep.indexing, "_stretch", lambda done, most: found.append(stretch(done, 10)) or found[-1])
     upkeep.hold()
     for n in range(25):
         put(cloud, ann, "ann's %d" % n)
@@ -7217,7 +7221,7 @@ def test_the_index_of_names_leaves_out_nobody_when_there_is_much(cloud, ann, mon
     cloud.copy(ann, *(((f"ann's {n}",), (f"copy {n}",)) for n in range(25)))
     put(cloud, bob, "bob's")
     while not found or found[-1] < cloud.head():
-        upkeep.index_names()
+        upkeep.indexing.index_names()
     assert len(found) > 3 and len(look_for(cloud, ann, "ann's")) == len(look_for(cloud, ann, "copy")) == 25
     assert len(look_for(cloud, bob, "bob's")) == len(look_for(cloud, bob, "some")) == 1
 
@@ -7309,7 +7313,7 @@ def test_backup_is_incremental_and_restores(make_cloud, tmp_path, rng):
     assert restored.thumbnail(back, ("many words.txt",)) == b"\xff\xd8\xff more" and restored.db.read("SELECT count(*) FROM thumbnail") == [(2,)]
     upkeep = cs.Upkeep(restored)
     upkeep.hold()
-    upkeep.index_names()
+    upkeep.indexing.index_names()
     assert [found.path for found in look_for(restored, back, "many words")] == [("many words.txt",)]
     put(restored, back, "goes on", b"1")
     assert outcome(cs.restore_backup, tmp_path / "backup", config) == "conflict"
@@ -7615,7 +7619,7 @@ def test_who_relied_on_a_chunk_that_was_swept_meanwhile_is_told(cloud, ann, monk
     data, upkeep = os.urandom(100_000), cs.Upkeep(cloud)
     def sweep():
         cloud.delete(ann, ("f",)), cloud.empty_trash(ann)
-        assert upkeep.hold() and upkeep.purge() and upkeep.sweep(at_once=True)["deleted"] == 1
+        assert upkeep.hold() and upkeep.thinning.purge() and upkeep.sweep.run(at_once=True)["deleted"] == 1
     monkeypatch.setattr(cs, "ATTEMPTS", 3)
     hash = put(cloud, ann, "f", data).manifest
     before_commit(monkeypatch, cloud, sweep)
@@ -10849,7 +10853,7 @@ class World:
         def gc():
             upkeep = cs.Upkeep(self.cloud)
             if upkeep.hold():
-                upkeep.expire(), upkeep.mark_age(), upkeep.thin(), upkeep.purge(), upkeep.sweep(), upkeep.release()
+                upkeep.expire(), upkeep.thinning.mark_age(), upkeep.thinning.thin(), upkeep.thinning.purge(), upkeep.sweep.run(), upkeep.release()
         self.fake.pass_(self.rng.randrange(100) * 3_600_000)
         self.give_up(gc)
 
@@ -14264,7 +14268,7 @@ def test_browser_searches_by_filters_that_stand_in_the_address(page):
     page.shows("geneva.txt", "lake.txt")
     upkeep = cs.Upkeep(page.cloud)
     upkeep.hold()
-    upkeep.index_contents()
+    upkeep.indexing.index_contents()
     page.press("/")
     page.keys("lake")
     page.wait("return document.querySelectorAll('.rows .row').length === 3")
