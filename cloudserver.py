@@ -12557,6 +12557,8 @@ SYNC_HOME = ".cloudserver"      # the folder's own corner: state, lock, files un
 CUT_LEAST, CUT_MOST = MiB, 8 * MiB      # bytes of a chunk where content decides; smaller files than CHUNK_SIZE are one
 CUT_MARK = re.compile(rb"[\x05\x17\x2b\x3a\x4c\x5f\x61\x76\x88\x93\xa9\xb4\xc2\xd7\xe6\xfb]{5}")    # once per MiB of random bytes
 COMMIT_FILES, COMMIT_BYTES = 2_000, 8 * MiB      # of one commit, and of one download
+FIRST_FILES = 250               # of the first, that both sides are soon at work; each has twice as many as the one before
+PIECE_READ = 256 * KiB          # bytes of an answer that are taken at once
 BUILT_MOST = 10_000             # small files that wait to be put in their places together
 LANES = 2                       # requests under way while the next is prepared
 WINDOW = 4 * MiB                # bytes of a large file after which its chunks travel
@@ -12687,6 +12689,7 @@ class Glob:
             else:
                 parts[-1].append(self._token(token))
         self.width = len(parts[-1])
+        self.begins = "" if not tokens or tokens[0][0] in "*?[" else tokens[0][-1]     # with what its names do, if with one thing
         self.plain = "".join(tokens) if len(parts) == 1 and not re.search(r"[\\\[?]", text) else None
         self.first, *self.rest = [re.compile("".join(part), re.S) for part in parts]
 
@@ -12718,6 +12721,14 @@ class Glob:
         return last >= found.end() and self.rest[-1].match(name, last) is not None
 
 
+class Rule(NamedTuple):
+    """A line that says what is not synced."""
+    globs: list[Glob | None]     # of the names of a path; None is **
+    anywhere: bool               # it is about names, wherever they are
+    only_directories: bool
+    verdict: bool
+
+
 class Rules:
     """What is not synced, by lines like those of .gitignore: the last that fits decides, "!" takes back.
 
@@ -12725,13 +12736,15 @@ class Rules:
     """
 
     def __init__(self, lines: Iterable[str]) -> None:
-        self.rules: list[tuple[list[Glob | None], bool, bool, bool]] = []    # names (None: **), anywhere, directories only, verdict
+        self.rules: list[Rule] = []
         self.broken: list[str] = []                  # lines that cannot be read
         for line in lines:
             try:
                 self._add(key_of(line.rstrip("\r\n")))
             except (ValueError, re.error):
                 self.broken.append(line)
+        beginnings = {rule.globs[-1].begins for rule in self.rules} | {""}
+        self.by_beginning = {first: [rule for rule in reversed(self.rules) if rule.globs[-1].begins in ("", first)] for first in beginnings}
 
     def _add(self, line: str) -> None:
         """raises ValueError, re.error"""
@@ -12747,14 +12760,15 @@ class Rules:
         names = [None if name == "**" else Glob(name) for name in line.split("/")]
         if names[-1] is None:
             names.append(Glob("*"))                  # a/** is what is below a, not a itself
-        self.rules.append((names, anywhere and len(names) == 1, only_directories, not keep))
+        self.rules.append(Rule(names, anywhere and len(names) == 1, only_directories, not keep))
 
     def leaves_out(self, path: str, is_directory: bool) -> bool:
         path = key_of(path)
-        names = path.split("/")
-        for globs, anywhere, only_directories, verdict in reversed(self.rules):
-            if (is_directory or not only_directories) and (globs[0].fits(names[-1]) if anywhere else self._fits(globs, names)):
-                return verdict
+        name = path.rpartition("/")[2]
+        for rule in self.by_beginning.get(name[:1]) or self.by_beginning[""]:
+            if (is_directory or not rule.only_directories) and rule.globs[-1].fits(name) and (
+                    rule.anywhere or self._fits(rule.globs, path.split("/"))):
+                return rule.verdict
         return False
 
     def _fits(self, globs: list[Glob | None], names: list[str]) -> bool:
@@ -12803,6 +12817,7 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root, self.top = root, long_name(root)
         self.home = root / SYNC_HOME
+        self._nursery, self._mark, self._count = str(self.home / "tmp" / "x")[:-1], secrets.token_hex(8), itertools.count()
         self.folds = (self.home / "pROBE").exists()
         self.mounts: dict[str, tuple[str, int]] = {}         # of the last scan
         self._opened: list[tuple[int, int]] = []     # by what the place is known since it was opened
@@ -12979,49 +12994,39 @@ class Folder:
 
     # ---- writing
 
-    @contextmanager
-    def temporary(self, name: str = "") -> Iterator[BinaryIO]:
-        """A file under construction, gone in the end; under a name it stays, to be found again by a later run."""
-        place = str(self.home / "tmp" / (name or secrets.token_hex(8)))
-        how = os.O_CREAT | O_EXTRA | (0 if name else os.O_EXCL)
-        with open(place, "r+b", opener=lambda place, flags: os.open(place, flags | how, 0o666)) as file:
-            try:
-                yield file
-            finally:
-                file.close()
-                if not name:
-                    with suppress(FileNotFoundError):    # it got to its place
-                        self._patiently(partial(os.unlink, place), place)
+    def temporary(self, name: str = "") -> Temporary:
+        """A file under construction; under a name it stays, to be found again by a later run."""
+        return Temporary(self._nursery + (name or self._mark + "-%d" % next(self._count)), keeps=bool(name))
 
-    def finish(self, file: BinaryIO, path: str, mtime: int, *, large: bool = False) -> None:
+    def finish(self, file: Temporary, mtime: int, replaced: Here | None, *, large: bool = False) -> None:
         """Give a file under construction the mode of what it will replace, and its time.
 
         If it is a large one, or no call brings a whole file system to the medium, its bytes are brought there now (invariant 3).
         """
-        file.flush()
         if large or not has_sync_file_system():
             os.fsync(file.fileno())
         file.close()                             # else the time may not stick, on Windows
         with suppress(OSError, OverflowError):   # a time this file system cannot hold: the present one will do
-            os.utime(file.name, ns=(storable(mtime * 1_000_000),) * 2)
-        with suppress(OSError):
-            about = os.lstat(self.place(path))
-            if stat.S_ISREG(about.st_mode):
-                os.chmod(file.name, about.st_mode & 0o777)
+            os.utime(file.place, ns=(storable(mtime * 1_000_000),) * 2)
+        if replaced:
+            with suppress(OSError):
+                about = os.lstat(self.place(replaced.path))
+                if stat.S_ISREG(about.st_mode):
+                    os.chmod(file.place, about.st_mode & 0o777)
 
-    def settle(self, file: BinaryIO, path: str, expected: Here | None, base: Base | None) -> Here | None:
+    def settle(self, file: Temporary, path: str, expected: Here | None, base: Base | None) -> Here | None:
         """Put a finished file in its place, if what is there is what we saw, with the bytes of base; None if not (invariant 2)."""
         self.prove(path)
         if not is_like_here(self.look(path), expected):
             return None
         if expected and not (base and self.holds(path, base) and is_like_here(self.look(path), expected)):
             return None
-        made = here_of(path, os.lstat(file.name))
-        self._patiently(lambda: os.replace(file.name, self.place(path)), self.place(path))
+        made, place = here_of(path, os.lstat(file.place)), self.place(path)
+        patiently(partial(os.replace, file.place, place), place)
+        file.settled = True
         self.touch(path)
         here = self.look(path)
-        same = here and here._replace(ctime_ns=0) == made._replace(ctime_ns=0)
-        return here if same else made._replace(ctime_ns=-1)      # somebody wrote to it since: its bytes will be looked at
+        return here if here and has_same_bytes(here, made) else made._replace(ctime_ns=-1)       # somebody wrote to it since
 
     def make_directory(self, path: str) -> Here:
         """Make a directory, and those above it, unless they are there.  raises OSError"""
@@ -13040,7 +13045,7 @@ class Folder:
             raise FileExistsError(errno.EEXIST, "something is there", new)
         if parent_of(new):
             self.make_directory(parent_of(new))
-        self._patiently(lambda: os.rename(self.place(old), self.place(new)), self.place(old))
+        patiently(partial(os.rename, self.place(old), self.place(new)), self.place(old))
         self._touched.update((parent_of(old), parent_of(new)))
 
     def remove(self, path: str, expected: Here, base: Base) -> bool:
@@ -13053,28 +13058,16 @@ class Folder:
         if not expected.kind:
             if not self.holds(path, base) or not is_like_here(self.look(path), expected):
                 return False
-            self._patiently(lambda: os.unlink(place), place)
+            patiently(partial(os.unlink, place), place)
         else:
             names = os.listdir(place)
             if any(not REGENERATED_RULES.leaves_out(name, False) or os.path.isdir(os.path.join(place, name)) for name in names):
                 return False
             for name in names:
                 os.unlink(os.path.join(place, name))
-            self._patiently(lambda: os.rmdir(place), place)
+            patiently(partial(os.rmdir, place), place)
         self._touched.add(parent_of(path))
         return True
-
-    def _patiently(self, act: Callable[[], None], place: str) -> None:
-        """Replace, rename or remove.  On Windows what is read-only is made writable, and what somebody reads is waited for."""
-        for attempt in range(5 if os.name == "nt" else 1):
-            try:
-                return act()
-            except PermissionError:
-                if os.name != "nt" or attempt == 4:
-                    raise
-                with suppress(OSError):
-                    os.chmod(place, stat.S_IWRITE | stat.S_IREAD)
-                time.sleep(0.02 * 2 ** attempt)
 
     # ---- the medium
 
@@ -13105,6 +13098,44 @@ class Folder:
                     os.close(fd)
 
 
+class Temporary(io.FileIO):
+    """A file under construction in our corner: gone in the end, unless it was settled in its place or is to be found again."""
+
+    def __init__(self, place: str, *, keeps: bool) -> None:
+        self.place, self.keeps, self.settled = place, keeps, False
+        how = os.O_CREAT | O_EXTRA | (0 if keeps else os.O_EXCL)
+        super().__init__(place, "r+", opener=lambda place, flags: os.open(place, flags | how, 0o666))
+
+    def append(self, data: bytes) -> None:
+        """Write all of it, or raise OSError."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self.write(rest):]
+
+    def discard(self) -> None:
+        """It is not needed any more, if it ever was."""
+        self.close()
+        if not (self.keeps or self.settled):
+            with suppress(FileNotFoundError):
+                patiently(partial(os.unlink, self.place), self.place)
+
+    def __exit__(self, *trouble: Any) -> None:
+        self.discard()
+
+
+def patiently(act: Callable[[], None], place: str) -> None:
+    """Replace, rename or remove.  On Windows what is read-only is made writable, and what somebody reads is waited for."""
+    for attempt in range(5 if os.name == "nt" else 1):
+        try:
+            return act()
+        except PermissionError:
+            if os.name != "nt" or attempt == 4:
+                raise
+            with suppress(OSError):
+                os.chmod(place, stat.S_IWRITE | stat.S_IREAD)
+            time.sleep(0.02 * 2 ** attempt)
+
+
 class Changing(OSError):
     """Somebody writes to a file: in the next round."""
 
@@ -13121,6 +13152,11 @@ def here_of(path: str, about: os.stat_result) -> Here:
     if os.name == "nt":                          # what scandir, lstat and fstat agree on, there
         made, inode = getattr(about, "st_birthtime_ns", made), 0       # fstat's ctime is another one since Python 3.12
     return Here(path, FILE, about.st_size, storable(about.st_mtime_ns), storable(made), storable(inode))
+
+
+def has_same_bytes(one: Here, other: Here) -> bool:
+    """May they be the same file with the same bytes?  A rename changes ctime and says nothing."""
+    return one.kind == other.kind and one.size == other.size and one.mtime_ns == other.mtime_ns and one.inode == other.inode
 
 
 def is_like_here(one: Here | None, other: Here | None) -> bool:
@@ -13449,16 +13485,16 @@ SHAPES: dict[str, dict[str, Callable[[Any], bool]]] = {  # what answers are made
     "missing": {"missing": are_hashes},
     "device": {"token": lambda value: is_word(value) and value != ""},
 }
+FIELDS = {shape: [(name.rstrip("_"), name[-1] == "_", fits) for name, fits in fields.items()] for shape, fields in SHAPES.items()}
 
 
 def checked(shape: str, value: Any) -> dict[str, Any]:
     """An answer, or part of one, that has its shape.  raises Stopped"""
     if not isinstance(value, dict):
         raise Stopped("the server sent what no cloudserver sends: %s" % shape)
-    for name, fits in SHAPES[shape].items():
-        key = name.rstrip("_")
-        if not (fits(value[key]) if key in value else name[-1] == "_"):
-            raise Stopped("the server sent what no cloudserver sends: the %s of a %s is %.100r" % (key, shape, value.get(key)))
+    for name, may_be_missing, fits in FIELDS[shape]:
+        if not (fits(value[name]) if name in value else may_be_missing):
+            raise Stopped("the server sent what no cloudserver sends: the %s of a %s is %.100r" % (name, shape, value.get(name)))
     return value
 
 
@@ -13683,7 +13719,6 @@ class Session:
         self.rules, self.scan = Rules(()), Scan({}, {}, [], {}, 0.0)
         self.lane = ThreadPoolExecutor(LANES, "sync")
         self.flying: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
-        self.remembered, self.pause = 0.0, 1.0
         self.begin()
 
     def begin(self) -> None:
@@ -13692,6 +13727,7 @@ class Session:
             future.cancel()
         await_all([future for future, _ in self.flying])  # else a late commit would be one that nobody tells us of
         self.flying.clear()
+        self.remembered, self.pause = time.monotonic(), 1.0
         self.tally = Tally()
         self.problems: dict[str, str] = {}           # what could not be synced, by key
         self.kept: dict[str, str] = {}               # directories that stay because of what is left out, by path
@@ -13855,12 +13891,13 @@ class Follower:
         """Everything anew.  Another server, or one that was put back, agreed on nothing with us."""
         memory, found, first, last = self.memory, [], None, None
         with self.session.link.open("GET", "/api/v1/manifest?chunks=1") as response:
+            lines = io.BufferedReader(response, 64 * KiB)
             while True:
-                line = response.readline(MANIFEST_LINE)
+                line = lines.readline(MANIFEST_LINE)
                 if not line.endswith(b"\n"):
                     break
                 self.session.link.received += len(line)
-                about = json.loads(line)
+                about = json.loads(str(line, "utf-8"))
                 if isinstance(about, dict) and "path" in about:
                     found.append(there_of(about))
                 first, last = first or about, about
@@ -13934,10 +13971,11 @@ class Planner:
         self.session, self.folder, self.memory = session, session.folder, session.memory
         self.stuck: set[str] = set()                 # keys of what should move to a place where it cannot be
         self._contents: dict[tuple[str, tuple[int, ...]], str] = {}      # of files read in this round: (path, sizes of chunks)
+        self._ignored: dict[str, bool] = {}          # directories that the rules of this round were asked about
 
     def begin(self) -> None:
         """A new look at the folder."""
-        self.stuck, self._contents = set(), {}
+        self.stuck, self._contents, self._ignored = set(), {}, {}
 
     # ---- what is synced
 
@@ -13957,8 +13995,14 @@ class Planner:
         node = self.memory.there.get(key) or self.memory.base.get(key)
         if node is None:
             return False                         # it is here, so the scan has let it through
-        parts = node.path.split("/")
-        return any(self.session.rules.leaves_out("/".join(parts[:n]), n < len(parts) or bool(node.kind)) for n in range(1, len(parts) + 1))
+        return self._is_ignored(node.path, bool(node.kind))
+
+    def _is_ignored(self, path: str, is_directory: bool) -> bool:
+        """Do the rules leave out something on the server, or what holds it?"""
+        above = parent_of(path)
+        if above and above not in self._ignored:
+            self._ignored[above] = self._is_ignored(above, True)
+        return bool(above) and self._ignored[above] or self.session.rules.leaves_out(path, is_directory)
 
     def can_be_here(self, key: str) -> bool:
         """Can this computer hold the name?  If not it stays on the server, and is not gone."""
@@ -14122,7 +14166,7 @@ class Mover:
             found = here.pop(other)
             here[new + other[len(key):]] = found._replace(path=target + found.path[len(old.path):])
         now = self.folder.look(target)
-        if not old.kind and now and now._replace(ctime_ns=0) == old._replace(path=target, ctime_ns=0):       # a rename changes ctime
+        if not old.kind and now and has_same_bytes(now, old):
             here[new] = now
             memory.know(new, now)
         self.session.tally.moved += 1
@@ -14228,14 +14272,14 @@ class Uploader:
 
     def upload(self, keys: list[str]) -> None:
         """Small files by thousands in one commit; of large ones only the chunks the server lacks."""
-        batch = Outgoing()
+        batch, most = Outgoing(), FIRST_FILES
         for key in keys:
             here = self.session.scan.here[key]
             with self.session.forgiving(here.path):
                 self._take(batch, key, here)
-            if len(batch.steps) >= COMMIT_FILES or batch.bytes >= COMMIT_BYTES:
+            if len(batch.steps) >= most or batch.bytes >= COMMIT_BYTES:
                 self.session.fly(partial(self._deliver, batch), partial(self._delivered, batch))
-                batch = Outgoing()
+                batch, most = Outgoing(), min(2 * most, COMMIT_FILES)
         if batch.steps:
             self.session.fly(partial(self._deliver, batch), partial(self._delivered, batch))
         self.session.land_all()
@@ -14250,7 +14294,7 @@ class Uploader:
             if here.size > CHUNK_SIZE:
                 chunks = self._send_ahead(file)
             else:
-                data = read_fully(file, CHUNK_SIZE + 1)
+                data = read_fully(file, here.size)
                 chunks = [(hashlib.sha256(data).hexdigest(), len(data))] if data else []
             now = here_of(here.path, os.fstat(file.fileno()))
         if not is_like_here(now, here) or sum(size for _, size in chunks) != here.size:
@@ -14357,7 +14401,74 @@ class Built(NamedTuple):
     key: str
     there: There
     path: str
-    file: BinaryIO
+    file: Temporary
+
+
+class Answer(NamedTuple):
+    """What came when chunks were asked for."""
+    frames: bytearray            # as far as they came
+    missing: set[str]            # hashes that the server has not
+    trouble: BrokenOff | None    # what broke it off
+
+
+class Fetcher:
+    """Gets chunks from the server, and believes none that is not what was asked for (invariant 6)."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+
+    def ask(self, some: Sequence[tuple[str, int]]) -> Answer:
+        """One request, from any thread.  Nothing is checked here: threads that hash small things are in each other's way."""
+        frames, whole = bytearray(), sum(size + 4 for _, size in some)
+        try:
+            with self.link.open("POST", "/api/v1/chunks/get", format_json({"hashes": [hash for hash, _ in some]})) as response:
+                while len(frames) < whole:
+                    piece = response.read(min(whole - len(frames), PIECE_READ))
+                    if not piece:
+                        raise BrokenOff("the answer ended early")
+                    frames += piece
+                response.read(1)
+        except CloudError as error:
+            if error.kind not in ("missing", "storage-failed", "internal"):
+                raise
+            missing = set(error.detail.get("missing") or ()).intersection(hash for hash, _ in some)
+            return Answer(frames, missing, None if missing else BrokenOff(str(error)))
+        except BrokenOff as trouble:
+            return Answer(frames, set(), trouble)
+        return Answer(frames, set(), None)
+
+    def get(self, wanted: Sequence[tuple[str, int]], asked: Answer | None = None) -> dict[str, bytes]:
+        """Chunks by their hashes, checked; what cannot be had is not in it.  `asked` is what came for all of them, if that was asked.
+
+        Where an answer breaks off, the chunk it broke at is asked for alone, and the rest again: one that is damaged costs
+        itself.  raises Stopped when nothing comes any more
+        """
+        found: dict[str, bytes] = {}
+        pending, alone, strikes = deque(pieces(wanted, OPS_LIMIT)), deque(), 0
+        while pending or alone:
+            some = pending.popleft() if pending else alone.popleft()
+            answer, asked = asked or self.ask(some), None
+            trouble = self._take(some, answer, found)
+            strikes = strikes + 1 if trouble else 0
+            if strikes > STRIKES and not found:
+                raise trouble
+            rest = [chunk for chunk in some if chunk[0] not in found and chunk[0] not in answer.missing]
+            if len(some) > 1 and rest:
+                alone.append(rest[:1])
+                pending.extend([rest[1:]] if rest[1:] else ())
+        return found
+
+    def _take(self, some: Sequence[tuple[str, int]], answer: Answer, found: dict[str, bytes]) -> BrokenOff | None:
+        """Take the chunks that came whole; returns what the answer broke off at."""
+        frames, at = memoryview(answer.frames), 0
+        self.link.received += len(frames)
+        for hash, size in some:
+            data = bytes(frames[at + 4:at + 4 + size])
+            if frames[at:at + 4] != size.to_bytes(4, "big") or hashlib.sha256(data).hexdigest() != hash:
+                return answer.trouble or (None if answer.missing else BrokenOff("what arrived is not what was asked for"))
+            found[hash] = data
+            at += 4 + size
+        return answer.trouble
 
 
 class Downloader:
@@ -14365,9 +14476,9 @@ class Downloader:
 
     def __init__(self, session: Session, planner: Planner) -> None:
         self.session, self.planner = session, planner
-        self.folder, self.memory, self.link = session.folder, session.memory, session.link
+        self.folder, self.memory, self.fetcher = session.folder, session.memory, Fetcher(session.link)
         self.built: list[Built] = []                 # small files, to be brought to the medium all at once
-        self.rubble = ExitStack()                    # what removes those that never get to their places
+        self.begun: list[Temporary] = []             # theirs, and those that could not be finished
 
     def make_directories(self, keys: list[str]) -> None:
         for key in keys:
@@ -14377,8 +14488,8 @@ class Downloader:
 
     def download(self, keys: list[str]) -> None:
         """Small files by thousands in one request; of large ones only the chunks that are not here."""
-        group, waiting, self.built = [], 0, []
-        with self.rubble:
+        group, waiting, most, self.built = [], 0, FIRST_FILES, []
+        try:
             for key in keys:
                 there = self.memory.there[key]
                 if there.chunks:
@@ -14386,76 +14497,37 @@ class Downloader:
                 else:
                     group.append(key)
                     waiting += there.size
-                if len(group) >= COMMIT_FILES or waiting >= COMMIT_BYTES:
+                if len(group) >= most or waiting >= COMMIT_BYTES:
                     self._fetch_group(group)
-                    group, waiting = [], 0
+                    group, waiting, most = [], 0, min(2 * most, COMMIT_FILES)
             self._fetch_group(group)
             self.session.land_all()
             self._settle_all()
+        finally:
+            self._discard()
 
     def _fetch_group(self, keys: list[str]) -> None:
-        wanted = dict(chunk for key in keys for chunk in chunks_of(self.memory.there[key]))
-        self.session.fly(partial(self._get, list(wanted.items())), partial(self._build_group, keys))
-
-    # ---- chunks
-
-    def _get(self, wanted: Sequence[tuple[str, int]]) -> dict[str, bytes]:
-        """Chunks by their hashes, checked; what cannot be had is not in it.
-
-        Where an answer breaks off, the chunk it broke at is asked for alone, and the rest again: one that is damaged costs
-        itself.  raises Stopped when nothing comes any more
-        """
-        found: dict[str, bytes] = {}
-        pending, alone, strikes = deque(pieces(wanted, OPS_LIMIT)), deque(), 0
-        while pending or alone:
-            some = pending.popleft() if pending else alone.popleft()
-            got, missing, trouble = self._ask(some)
-            found.update(got)
-            strikes = strikes + 1 if trouble else 0
-            if strikes > STRIKES and not found:
-                raise trouble
-            rest = [chunk for chunk in some if chunk[0] not in got and chunk[0] not in missing]
-            if len(some) > 1 and rest:
-                alone.append(rest[:1])
-                pending.extend([rest[1:]] if rest[1:] else ())
-        return found
-
-    def _ask(self, some: Sequence[tuple[str, int]]) -> tuple[dict[str, bytes], set[str], BrokenOff | None]:
-        """One request: (chunks that came whole, hashes the server has not, what broke it off)."""
-        got: dict[str, bytes] = {}
-        try:
-            with self.link.open("POST", "/api/v1/chunks/get", format_json({"hashes": [hash for hash, _ in some]})) as response:
-                for hash, size in some:
-                    length = int.from_bytes(read_fully(response, 4), "big")
-                    data = read_fully(response, size) if length == size else b""
-                    self.link.received += len(data) + 4
-                    if hashlib.sha256(data).hexdigest() != hash:
-                        raise BrokenOff("what arrived is not what was asked for")
-                    got[hash] = data
-                response.read(1)
-        except CloudError as error:
-            if error.kind not in ("missing", "storage-failed", "internal"):
-                raise
-            missing = set(error.detail.get("missing") or ()).intersection(hash for hash, _ in some)
-            return got, missing, None if missing else BrokenOff(str(error))
-        except BrokenOff as trouble:
-            return got, set(), trouble
-        return got, set(), None
+        wanted = list(dict(chunk for key in keys for chunk in chunks_of(self.memory.there[key])).items())
+        if wanted:
+            self.session.fly(partial(self.fetcher.ask, wanted), partial(self._build_group, keys, wanted))
+        else:
+            self._build_group(keys, wanted, None)
 
     # ---- small files
 
-    def _build_group(self, keys: list[str], datas: dict[str, bytes]) -> None:
+    def _build_group(self, keys: list[str], wanted: list[tuple[str, int]], answer: Answer | None) -> None:
+        datas = self.fetcher.get(wanted, answer)
         for key in keys:
             there = self.memory.there[key]
-            if any(hash not in datas for hash, _ in chunks_of(there)):
+            if there.size and there.content not in datas:
                 self.session.lacking[there.path] = "the server cannot give its bytes: they may be damaged there"
                 continue
             path = self.planner.path_here(key, there.path)
             with self.session.forgiving(there.path):
-                file = self.rubble.enter_context(self.folder.temporary())
-                for hash, _ in chunks_of(there):
-                    file.write(datas[hash])
-                self.folder.finish(file, path, there.mtime)
+                file = self.folder.temporary()
+                self.begun.append(file)
+                file.append(datas[there.content] if there.size else b"")
+                self.folder.finish(file, there.mtime, self.session.scan.here.get(key))
                 self.built.append(Built(key, there, path, file))
         if self.session.is_time or len(self.built) >= BUILT_MOST:
             self._settle_all()
@@ -14463,16 +14535,23 @@ class Downloader:
     def _settle_all(self) -> None:
         """Bring what was built to the medium, and put it in place; what was put there before is noted now (invariants 3 and 4)."""
         built, self.built = self.built, []
-        with self.rubble.pop_all():
-            if built:
-                self.session.remember(built=True)
-            for one in built:
-                self._settle(*one)
+        if built:
+            self.session.remember(built=True)
+        for one in built:
+            self._settle(one)
+        self._discard()
 
-    def _settle(self, key: str, there: There, path: str, file: BinaryIO) -> None:
+    def _discard(self) -> None:
+        """Remove what did not get to its place."""
+        begun, self.begun = self.begun, []
+        for file in begun:
+            file.discard()
+
+    def _settle(self, built: Built) -> None:
         """Put a finished file in its place."""
+        key, there = built.key, built.there
         with self.session.forgiving(there.path):
-            here = self.folder.settle(file, path, self.session.scan.here.get(key), self.memory.base.get(key))
+            here = self.folder.settle(built.file, built.path, self.session.scan.here.get(key), self.memory.base.get(key))
             if here is None:
                 self.memory.doubt(key)
                 self.session.unsettled.add(there.path)       # somebody was faster: in the next round
@@ -14505,8 +14584,8 @@ class Downloader:
                         self.session.lacking[there.path] = "the server cannot give all of its bytes: they may be damaged there"
                         return
             file.truncate(there.size)
-            self.folder.finish(file, path, there.mtime, large=True)
-            self._settle(key, there, path, file)
+            self.folder.finish(file, there.mtime, self.session.scan.here.get(key), large=True)
+            self._settle(Built(key, there, path, file))
         if self.session.is_time:
             self.session.remember()
 
@@ -14534,19 +14613,19 @@ class Downloader:
         with self.folder.read(here.path, here) as file:
             yield file, places
 
-    def _verified_part(self, file: BinaryIO, chunks: list[tuple[str, int]]) -> int:
+    def _verified_part(self, file: Temporary, chunks: list[tuple[str, int]]) -> int:
         """How many chunks an earlier run left; the file ends after them."""
         file.seek(0)
         offset = 0
         for number, (hash, size) in enumerate(chunks):
-            if hashlib.sha256(file.read(size)).hexdigest() != hash:
+            if hashlib.sha256(read_fully(file, size)).hexdigest() != hash:
                 file.seek(file.truncate(offset))
                 return number
             offset += size
         file.seek(file.truncate(offset))
         return len(chunks)
 
-    def _build(self, file: BinaryIO, window: list[tuple[str, int]], old: BinaryIO, places: dict[str, tuple[int, int]]) -> bool:
+    def _build(self, file: Temporary, window: list[tuple[str, int]], old: BinaryIO, places: dict[str, tuple[int, int]]) -> bool:
         """Append chunks to a file; False if one cannot be had."""
         datas = {}
         for hash, _ in window:
@@ -14555,14 +14634,14 @@ class Downloader:
                 data = read_fully(old, places[hash][1])
                 if hashlib.sha256(data).hexdigest() == hash:
                     datas[hash] = data
-        datas.update(self._get([(hash, size) for hash, size in dict(window).items() if hash not in datas]))
+        datas.update(self.fetcher.get([(hash, size) for hash, size in dict(window).items() if hash not in datas]))
         for hash, size in window:
             if hash not in datas:
                 return False
             if datas[hash].count(0) == size:
                 file.seek(size, os.SEEK_CUR)     # a hole stays one
             else:
-                file.write(datas[hash])
+                file.append(datas[hash])
         return True
 
     # ---- deletions, last

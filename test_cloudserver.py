@@ -8982,7 +8982,7 @@ def test_a_killed_run_does_not_remember_a_file_in_two_places(laptop, cloud, ann,
     def die(*args):
         raise Crash
     one.write("new", "new")
-    for patches in ({"send": lambda *args: (send(*args), die())}, {"land_all": lambda session: (session._land(), die())}):
+    for patches in ({"send": lambda *args: (send(*args), die())}, {"land_all": lambda session: (session._land(), die()), "is_time": True}):
         with pytest.MonkeyPatch.context() as patch:
             for name, act in patches.items():
                 patch.setattr(cs.Session, name, act)
@@ -9923,6 +9923,7 @@ def test_a_server_that_went_back_to_a_moment_within_our_run_is_recognised(laptop
             if how == "beside another":
                 send = cs.Session.send
                 patch.setattr(cs.Session, "send", lambda *args: (put(cloud, ann, "other", "other"), send(*args))[1])
+            patch.setattr(cs.Session, "is_time", True)
             patch.setattr(cs.Session, "land_all", lambda session: (session._land(), killed(session)))
             with pytest.raises(Crash):
                 one.run()
@@ -10196,14 +10197,14 @@ def test_a_read_only_file_is_replaced_and_removed(laptop, cloud, ann, monkeypatc
                 raise PermissionError(13, "Access is denied")
             return act(*places)
         return checked
-    patience = cs.Folder._patiently
+    patience = cs.patiently
     monkeypatch.setattr(cs.os, "replace", as_windows(os.replace)), monkeypatch.setattr(cs.os, "unlink", as_windows(os.unlink))
 
-    def patiently(folder, act, place):
+    def patiently(act, place):
         with monkeypatch.context() as windows:
             windows.setattr(cs.os, "name", "nt")
-            return patience(folder, act, place)
-    monkeypatch.setattr(cs.Folder, "_patiently", patiently)
+            return patience(act, place)
+    monkeypatch.setattr(cs, "patiently", patiently)
     one.run()
     assert one.problems == {} and one.tree() == {"ro.txt": b"new"} and refused
 
