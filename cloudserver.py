@@ -12953,6 +12953,8 @@ class Folder:
 
     def prove(self, path: str) -> None:
         """Is everything above a path a real directory, and none our corner?  raises OSError"""
+        if "/" not in path:
+            return
         home = self._opened[1:]
         for above in reversed(list(lineage(parent_of(path)))):
             about = os.lstat(self.place(above))
@@ -12998,21 +13000,26 @@ class Folder:
         """A file under construction; under a name it stays, to be found again by a later run."""
         return Temporary(self._nursery + (name or self._mark + "-%d" % next(self._count)), keeps=bool(name))
 
-    def finish(self, file: Temporary, mtime: int, replaced: Here | None, *, large: bool = False) -> None:
-        """Give a file under construction the mode of what it will replace, and its time.
+    def finish(self, file: Temporary, path: str, mtime: int, replaced: Here | None, *, large: bool = False) -> None:
+        """Give a file under construction its time, and the mode of what it will replace.
 
         If it is a large one, or no call brings a whole file system to the medium, its bytes are brought there now (invariant 3).
         """
         if large or not has_sync_file_system():
             os.fsync(file.fileno())
-        file.close()                             # else the time may not stick, on Windows
+        target: int | str = file.fileno()
+        if os.utime not in os.supports_fd:       # Windows, where the time may not stick to an open file either
+            file.close()
+            target = file.place
         with suppress(OSError, OverflowError):   # a time this file system cannot hold: the present one will do
-            os.utime(file.place, ns=(storable(mtime * 1_000_000),) * 2)
+            os.utime(target, ns=(storable(mtime * 1_000_000),) * 2)
         if replaced:
             with suppress(OSError):
                 about = os.lstat(self.place(replaced.path))
                 if stat.S_ISREG(about.st_mode):
-                    os.chmod(file.place, about.st_mode & 0o777)
+                    os.chmod(target, about.st_mode & 0o777)
+        file.made = here_of(path, os.stat(target))
+        file.close()
 
     def settle(self, file: Temporary, path: str, expected: Here | None, base: Base | None) -> Here | None:
         """Put a finished file in its place, if what is there is what we saw, with the bytes of base; None if not (invariant 2)."""
@@ -13021,12 +13028,12 @@ class Folder:
             return None
         if expected and not (base and self.holds(path, base) and is_like_here(self.look(path), expected)):
             return None
-        made, place = here_of(path, os.lstat(file.place)), self.place(path)
+        place = self.place(path)
         patiently(partial(os.replace, file.place, place), place)
         file.settled = True
         self.touch(path)
         here = self.look(path)
-        return here if here and has_same_bytes(here, made) else made._replace(ctime_ns=-1)       # somebody wrote to it since
+        return here if here and has_same_bytes(here, file.made) else file.made._replace(ctime_ns=-1)     # somebody wrote to it since
 
     def make_directory(self, path: str) -> Here:
         """Make a directory, and those above it, unless they are there.  raises OSError"""
@@ -13103,6 +13110,7 @@ class Temporary(io.FileIO):
 
     def __init__(self, place: str, *, keeps: bool) -> None:
         self.place, self.keeps, self.settled = place, keeps, False
+        self.made: Here | None = None            # as it is when it is finished
         how = os.O_CREAT | O_EXTRA | (0 if keeps else os.O_EXCL)
         super().__init__(place, "r+", opener=lambda place, flags: os.open(place, flags | how, 0o666))
 
@@ -13290,6 +13298,8 @@ class Memory:
     def set(self, tree: str, key: str, value: There | Base | None) -> None:
         mine = getattr(self, tree)
         if value is not None:
+            if tree != "base" and mine.get(key) is value:
+                return
             mine[key] = value
         elif mine.pop(key, None) is None:
             return
@@ -13708,6 +13718,25 @@ class Tally:
 Cursor = Tuple[int, str]        # (seq, tag): a point in the history of a server
 
 
+class Forgiving:
+    """What goes wrong with one path costs that path (invariant 7)."""
+
+    def __init__(self, session: Session, path: str) -> None:
+        self.session, self.path = session, path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, Changing):
+            self.session.unsettled.add(self.path)
+        elif isinstance(error, OSError):
+            if error.errno == errno.ENOSPC:
+                error.strerror = "the disk of %s is full" % self.session.folder.root
+            self.session.complain(self.path, error)
+        return isinstance(error, OSError)
+
+
 class Session:
     """What the parts of the client share: both ends, what was agreed, how the folder looks now, and what a run did so far."""
 
@@ -13740,17 +13769,8 @@ class Session:
     def complain(self, path: str, problem: Any) -> None:
         self.problems[self.folder.key(path)] = one_line("%s: %s" % (path, getattr(problem, "strerror", None) or problem))
 
-    @contextmanager
-    def forgiving(self, path: str) -> Iterator[None]:
-        """What goes wrong with one path costs that path (invariant 7)."""
-        try:
-            yield
-        except Changing:
-            self.unsettled.add(path)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                error.strerror = "the disk of %s is full" % self.folder.root
-            self.complain(path, error)
+    def forgiving(self, path: str) -> Forgiving:
+        return Forgiving(self, path)
 
     # ---- the lanes: requests are under way while the next is prepared; what they do is independent of each other
 
@@ -14527,7 +14547,7 @@ class Downloader:
                 file = self.folder.temporary()
                 self.begun.append(file)
                 file.append(datas[there.content] if there.size else b"")
-                self.folder.finish(file, there.mtime, self.session.scan.here.get(key))
+                self.folder.finish(file, path, there.mtime, self.session.scan.here.get(key))
                 self.built.append(Built(key, there, path, file))
         if self.session.is_time or len(self.built) >= BUILT_MOST:
             self._settle_all()
@@ -14584,7 +14604,7 @@ class Downloader:
                         self.session.lacking[there.path] = "the server cannot give all of its bytes: they may be damaged there"
                         return
             file.truncate(there.size)
-            self.folder.finish(file, there.mtime, self.session.scan.here.get(key), large=True)
+            self.folder.finish(file, path, there.mtime, self.session.scan.here.get(key), large=True)
             self._settle(Built(key, there, path, file))
         if self.session.is_time:
             self.session.remember()
