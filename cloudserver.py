@@ -116,6 +116,7 @@ import argparse
 import base64
 import bisect
 import errno
+import gc
 import getpass
 import gzip
 import hashlib
@@ -152,7 +153,7 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait as await_all
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
@@ -15279,6 +15280,7 @@ def run_import(config: Config, given: Arguments) -> int:
          ("--forget", {"action": "store_true", "help": "sync this folder no more; its files stay"}), settings=(), outside=True)
 def run_sync(config: Config, given: Arguments) -> int:
     """keep a folder and an account alike, both ways, until stopped"""
+    gc.set_threshold(20_000)     # what a run learns it keeps: to look for cycles in that each time it grew a little costs a tenth
     try:
         if given.status:
             return tell_status(given)
