@@ -27,7 +27,8 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
     18  Service         CloudServer Supervisor                         start, stop, logs
     19  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
     20  Folder          Rules Folder Memory                            a folder on this computer
-    21  Sync client     SyncClient Link Planner                        a folder and an account kept alike
+    21  Link            Link Fetcher introduce                         the server at the other end of a sync
+    21  Sync client     SyncClient Planner Uploader Downloader         a folder and an account kept alike
     22  Command line    main                                           a function per command
     23  Page            PAGE_* web_page                                the embedded page
 
@@ -12557,22 +12558,7 @@ def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
 SYNC_HOME = ".cloudserver"      # the folder's own corner: state, lock, files under construction
 CUT_LEAST, CUT_MOST = MiB, 8 * MiB      # bytes of a chunk where content decides; smaller files than CHUNK_SIZE are one
 CUT_MARK = re.compile(rb"[\x05\x17\x2b\x3a\x4c\x5f\x61\x76\x88\x93\xa9\xb4\xc2\xd7\xe6\xfb]{5}")    # once per MiB of random bytes
-COMMIT_FILES, COMMIT_BYTES = 2_000, 8 * MiB      # of one commit, and of one download
-FIRST_FILES = 250               # of the first, that both sides are soon at work; each has twice as many as the one before
-PIECE_READ = 256 * KiB          # bytes of an answer that are taken at once
-BUILT_MOST = 10_000             # small files that wait to be put in their places together
-LANES = 2                       # requests under way while the next is prepared
-WINDOW = 4 * MiB                # bytes of a large file after which its chunks travel
-ROUNDS = 12                     # until a run gives up to reach a fixed point
-BRAKE_LEAST = 50                # deletions that never stop a run
-SCAN_LEAST, SCAN_MOST = 1.0, 15.0       # seconds between two looks at a watched folder
-AGAIN_LEAST, AGAIN_MOST = 5.0, 600.0    # seconds until what could not be synced, or reached, is tried again
 YOUNG = 120_000_000_000         # ns after a write in which a memory map may write more and leave the time as it is
-LATE_LOOK = 0.25                # seconds of a run that may go into reading such files once more
-ANSWER_LIMIT = 256 * MiB        # bytes of one answer in JSON
-MANIFEST_LINE = 64 * MiB        # bytes of one line of a manifest: a file of 1 TiB has 20
-CHANGES_LIMIT = 2_000           # nodes in one answer
-STRIKES = 3                     # answers in a row that break off before anything came: then it is the network
 RULES_LIMIT = 1_000             # lines of a .cloudignore that count
 LARGEST = (1 << 63) - 1
 FAILED, USAGE, ASK, REFUSED = 1, 2, 3, 4         # exit codes
@@ -13435,9 +13421,13 @@ class Memory:
         self.db.close()
 
 
-# ==== 21. Sync client ====================================================================
+# ==== 21. Link ===========================================================================
 #
-# The server at the other end, and a run.  The invariants are those of the room above.
+# The server at the other end of a sync: what it answers is checked here (invariant 6).
+
+ANSWER_LIMIT = 256 * MiB        # bytes of one answer in JSON
+PIECE_READ = 256 * KiB          # bytes of an answer that are taken at once
+STRIKES = 3                     # answers in a row that break off before anything came: then it is the network
 
 # ---- what an answer may hold (invariant 6)
 
@@ -13695,6 +13685,185 @@ class Link:
         return CloudError(code if code in ERRORS else "internal", detail,
                           missing=missing if are_hashes(missing) else None)
 
+
+class Answer(NamedTuple):
+    """What came when chunks were asked for."""
+    frames: bytearray            # as far as they came
+    missing: set[str]            # hashes that the server has not
+    trouble: BrokenOff | None    # what broke it off
+
+
+class Fetcher:
+    """Gets chunks from the server, and believes none that is not what was asked for (invariant 6)."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+
+    def ask(self, some: Sequence[tuple[str, int]]) -> Answer:
+        """One request, from any thread.  Nothing is checked here: threads that hash small things are in each other's way."""
+        frames, whole = bytearray(), sum(size + 4 for _, size in some)
+        try:
+            with self.link.open("POST", "/api/v1/chunks/get", format_json({"hashes": [hash for hash, _ in some]})) as response:
+                while len(frames) < whole:
+                    piece = response.read(min(whole - len(frames), PIECE_READ))
+                    if not piece:
+                        raise BrokenOff("the answer ended early")
+                    frames += piece
+                response.read(1)
+        except CloudError as error:
+            if error.kind not in ("missing", "storage-failed", "internal"):
+                raise
+            missing = set(error.detail.get("missing") or ()).intersection(hash for hash, _ in some)
+            return Answer(frames, missing, None if missing else BrokenOff(str(error)))
+        except BrokenOff as trouble:
+            return Answer(frames, set(), trouble)
+        return Answer(frames, set(), None)
+
+    def get(self, wanted: Sequence[tuple[str, int]], asked: Answer | None = None) -> dict[str, bytes]:
+        """Chunks by their hashes, checked; what cannot be had is not in it.  `asked` is what came for all of them, if that was asked.
+
+        Where an answer breaks off, the chunk it broke at is asked for alone, and the rest again: one that is damaged costs
+        itself.  raises Stopped when nothing comes any more
+        """
+        found: dict[str, bytes] = {}
+        pending, alone, strikes = deque(pieces(wanted, OPS_LIMIT)), deque(), 0
+        while pending or alone:
+            some = pending.popleft() if pending else alone.popleft()
+            answer, asked = asked or self.ask(some), None
+            trouble = self._take(some, answer, found)
+            strikes = strikes + 1 if trouble else 0
+            if strikes > STRIKES and not found:
+                raise trouble
+            rest = [chunk for chunk in some if chunk[0] not in found and chunk[0] not in answer.missing]
+            if len(some) > 1 and rest:
+                alone.append(rest[:1])
+                pending.extend([rest[1:]] if rest[1:] else ())
+        return found
+
+    def _take(self, some: Sequence[tuple[str, int]], answer: Answer, found: dict[str, bytes]) -> BrokenOff | None:
+        """Take the chunks that came whole; returns what the answer broke off at."""
+        frames, at = memoryview(answer.frames), 0
+        self.link.received += len(frames)
+        for hash, size in some:
+            data = bytes(frames[at + 4:at + 4 + size])
+            if frames[at:at + 4] != size.to_bytes(4, "big") or hashlib.sha256(data).hexdigest() != hash:
+                return answer.trouble or (None if answer.missing else BrokenOff("what arrived is not what was asked for"))
+            found[hash] = data
+            at += 4 + size
+        return answer.trouble
+
+
+# ---- making a folder and an account known to each other
+
+AGENT = "cloudserver-sync/" + __version__
+
+
+def folder_record(place: Path) -> Path:
+    """Where the user's home remembers that a folder is synced: told apart from an empty mount point by that."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return home / "cloudserver" / hashlib.sha256(str(place.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
+
+def record_folder(known: Path, text: str) -> None:
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def forget_folder(place: Path) -> str:
+    """Forget that a folder was synced, here and, if it can be reached, on the server; no file is touched.  Returns what was done."""
+    folder, known, let_go = Folder(place.resolve()), folder_record(place), "revoke its device on the page"
+    if not known.exists() and not folder.home.exists():
+        raise Stopped("%s is not synced with anything" % place)
+    if (folder.home / "state.db").exists():
+        folder.open()
+        lock = FileLock(folder.home / "lock")
+        if not lock.acquire(wait=False):
+            raise Stopped("another process syncs this folder")
+        with suppress(Stopped, CloudError, KeyError), closing(Memory(folder.home / "state.db", folder.key)) as memory:
+            link = Link(memory.words["url"], "Bearer " + memory.words["token"], AGENT, memory.words.get("trust", ""))
+            with closing(link):
+                link.call("", "POST", "/api/v1/logout", b"", tries=1)
+            let_go = "its device is let go"
+        lock.close()
+    shutil.rmtree(folder.home, ignore_errors=True)
+    known.unlink(missing_ok=True)
+    return "%s is not synced any more; %s. Its files stay" % (place, let_go)
+
+
+def plain_url(url: str) -> tuple[str, str]:
+    """(the address without a name, the name)."""
+    try:
+        parts = urlsplit(url if "://" in url else "https://" + url)
+    except ValueError:
+        raise Stopped("%s is not the address of a server, like https://ann@cloud.example" % url, USAGE) from None
+    host = parts.netloc.rpartition("@")[2]
+    return "%s://%s%s" % (parts.scheme, host, parts.path.rstrip("/")), unquote_to_bytes(parts.username or "").decode("utf-8", "replace")
+
+
+def is_this_machine(host: str) -> bool:
+    """Does a name or address lead nowhere but here, whoever answers for names?"""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")
+
+
+def is_let_in(memory: Memory) -> bool:
+    """False only if the server says that it does not know this device any more."""
+    link = Link(memory.words["url"], "Bearer " + memory.words["token"], AGENT, memory.words.get("trust", ""))
+    try:
+        link.call("", "GET", "/api/v1/account", tries=1)
+    except Stopped as stopped:
+        return stopped.code != REFUSED
+    except CloudError:
+        pass
+    finally:
+        link.close()
+    return True
+
+
+def introduce(memory: Memory, url: str, device: str, password: Callable[[str], str], *, plain: bool = False) -> None:
+    """Get a token of our own for the account, and forget the password.  What was agreed on stays.  raises Stopped"""
+    address, name = plain_url(url or memory.words.get("url", ""))
+    name = name or memory.words.get("account") or getpass.getuser()
+    if memory.words.get("account", name) != name:
+        raise Stopped("this folder belongs to %s at %s" % (memory.words["account"], memory.words["url"]), USAGE)
+    link = Link(address, "", AGENT, memory.words.get("trust", ""))
+    if not (link.secure or plain or is_this_machine(link.host)):
+        raise Stopped("the password is not sent to %s over plain HTTP, where others may read it. Use https://; or say --plain-http, "
+                      "in a network where you trust everybody" % link.host, USAGE)
+    secret = base64.b64encode(("%s:%s" % (name, password(name))).encode()).decode()
+    link.fields["Authorization"] = "Basic " + secret
+    try:
+        answer = link.call("device", "POST", "/api/v1/devices", format_json({"name": device}), tries=2)
+    except CloudError as error:
+        raise Stopped(str(error)) from error
+    except Stopped as stopped:
+        if stopped.code == REFUSED:
+            raise Stopped("the server does not let %s in with this password" % name, REFUSED) from stopped
+        raise
+    finally:
+        link.close()
+    memory.say(url=address, token=answer["token"], account=name, device=device)
+    memory.flush()
+
+
+# ==== 21. Sync client ====================================================================
+#
+# A run: what is to be done, and doing it.  The invariants are those of the room Folder.
+
+COMMIT_FILES, COMMIT_BYTES = 2_000, 8 * MiB      # of one commit, and of one download
+FIRST_FILES = 250               # of the first, that both sides are soon at work; each has twice as many as the one before
+BUILT_MOST = 10_000             # small files that wait to be put in their places together
+LANES = 2                       # requests under way while the next is prepared
+WINDOW = 4 * MiB                # bytes of a large file after which its chunks travel
+ROUNDS = 12                     # until a run gives up to reach a fixed point
+BRAKE_LEAST = 50                # deletions that never stop a run
+SCAN_LEAST, SCAN_MOST = 1.0, 15.0       # seconds between two looks at a watched folder
+AGAIN_LEAST, AGAIN_MOST = 5.0, 600.0    # seconds until what could not be synced, or reached, is tried again
+LATE_LOOK = 0.25                # seconds of a run that may go into reading such files once more
+MANIFEST_LINE = 64 * MiB        # bytes of one line of a manifest: a file of 1 TiB has 20
+CHANGES_LIMIT = 2_000           # nodes in one answer
 
 # ---- a run
 
@@ -14425,73 +14594,6 @@ class Built(NamedTuple):
     file: Temporary
 
 
-class Answer(NamedTuple):
-    """What came when chunks were asked for."""
-    frames: bytearray            # as far as they came
-    missing: set[str]            # hashes that the server has not
-    trouble: BrokenOff | None    # what broke it off
-
-
-class Fetcher:
-    """Gets chunks from the server, and believes none that is not what was asked for (invariant 6)."""
-
-    def __init__(self, link: Link) -> None:
-        self.link = link
-
-    def ask(self, some: Sequence[tuple[str, int]]) -> Answer:
-        """One request, from any thread.  Nothing is checked here: threads that hash small things are in each other's way."""
-        frames, whole = bytearray(), sum(size + 4 for _, size in some)
-        try:
-            with self.link.open("POST", "/api/v1/chunks/get", format_json({"hashes": [hash for hash, _ in some]})) as response:
-                while len(frames) < whole:
-                    piece = response.read(min(whole - len(frames), PIECE_READ))
-                    if not piece:
-                        raise BrokenOff("the answer ended early")
-                    frames += piece
-                response.read(1)
-        except CloudError as error:
-            if error.kind not in ("missing", "storage-failed", "internal"):
-                raise
-            missing = set(error.detail.get("missing") or ()).intersection(hash for hash, _ in some)
-            return Answer(frames, missing, None if missing else BrokenOff(str(error)))
-        except BrokenOff as trouble:
-            return Answer(frames, set(), trouble)
-        return Answer(frames, set(), None)
-
-    def get(self, wanted: Sequence[tuple[str, int]], asked: Answer | None = None) -> dict[str, bytes]:
-        """Chunks by their hashes, checked; what cannot be had is not in it.  `asked` is what came for all of them, if that was asked.
-
-        Where an answer breaks off, the chunk it broke at is asked for alone, and the rest again: one that is damaged costs
-        itself.  raises Stopped when nothing comes any more
-        """
-        found: dict[str, bytes] = {}
-        pending, alone, strikes = deque(pieces(wanted, OPS_LIMIT)), deque(), 0
-        while pending or alone:
-            some = pending.popleft() if pending else alone.popleft()
-            answer, asked = asked or self.ask(some), None
-            trouble = self._take(some, answer, found)
-            strikes = strikes + 1 if trouble else 0
-            if strikes > STRIKES and not found:
-                raise trouble
-            rest = [chunk for chunk in some if chunk[0] not in found and chunk[0] not in answer.missing]
-            if len(some) > 1 and rest:
-                alone.append(rest[:1])
-                pending.extend([rest[1:]] if rest[1:] else ())
-        return found
-
-    def _take(self, some: Sequence[tuple[str, int]], answer: Answer, found: dict[str, bytes]) -> BrokenOff | None:
-        """Take the chunks that came whole; returns what the answer broke off at."""
-        frames, at = memoryview(answer.frames), 0
-        self.link.received += len(frames)
-        for hash, size in some:
-            data = bytes(frames[at + 4:at + 4 + size])
-            if frames[at:at + 4] != size.to_bytes(4, "big") or hashlib.sha256(data).hexdigest() != hash:
-                return answer.trouble or (None if answer.missing else BrokenOff("what arrived is not what was asked for"))
-            found[hash] = data
-            at += 4 + size
-        return answer.trouble
-
-
 class Downloader:
     """Brings this computer to what is there."""
 
@@ -14904,10 +15006,7 @@ class SyncClient:
                 pause = min(60.0, 2 * pause)
 
 
-# ---- making a folder and an account known to each other
-
-AGENT = "cloudserver-sync/" + __version__
-
+# ---- a folder and its account
 
 def open_client(place: Path, url: str | None, *, password: Callable[[str], str], device: str = "", yes: bool = False,
                 only: Sequence[str] = (), show: bool = False, again: bool = False, trust: bool = False,
@@ -14953,96 +15052,6 @@ def open_client(place: Path, url: str | None, *, password: Callable[[str], str],
     client = SyncClient(Session(folder, memory, links[0], only=only, yes=yes, show=show))
     client.lock = lock
     return client, links[1]
-
-
-def folder_record(place: Path) -> Path:
-    """Where the user's home remembers that a folder is synced: told apart from an empty mount point by that."""
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return home / "cloudserver" / hashlib.sha256(str(place.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:24]
-
-
-def record_folder(known: Path, text: str) -> None:
-    known.parent.mkdir(parents=True, exist_ok=True)
-    known.write_text(text, encoding="utf-8", errors="surrogateescape")
-
-
-def forget_folder(place: Path) -> str:
-    """Forget that a folder was synced, here and, if it can be reached, on the server; no file is touched.  Returns what was done."""
-    folder, known, let_go = Folder(place.resolve()), folder_record(place), "revoke its device on the page"
-    if not known.exists() and not folder.home.exists():
-        raise Stopped("%s is not synced with anything" % place)
-    if (folder.home / "state.db").exists():
-        folder.open()
-        lock = FileLock(folder.home / "lock")
-        if not lock.acquire(wait=False):
-            raise Stopped("another process syncs this folder")
-        with suppress(Stopped, CloudError, KeyError), closing(Memory(folder.home / "state.db", folder.key)) as memory:
-            link = Link(memory.words["url"], "Bearer " + memory.words["token"], AGENT, memory.words.get("trust", ""))
-            with closing(link):
-                link.call("", "POST", "/api/v1/logout", b"", tries=1)
-            let_go = "its device is let go"
-        lock.close()
-    shutil.rmtree(folder.home, ignore_errors=True)
-    known.unlink(missing_ok=True)
-    return "%s is not synced any more; %s. Its files stay" % (place, let_go)
-
-
-def plain_url(url: str) -> tuple[str, str]:
-    """(the address without a name, the name)."""
-    try:
-        parts = urlsplit(url if "://" in url else "https://" + url)
-    except ValueError:
-        raise Stopped("%s is not the address of a server, like https://ann@cloud.example" % url, USAGE) from None
-    host = parts.netloc.rpartition("@")[2]
-    return "%s://%s%s" % (parts.scheme, host, parts.path.rstrip("/")), unquote_to_bytes(parts.username or "").decode("utf-8", "replace")
-
-
-def is_this_machine(host: str) -> bool:
-    """Does a name or address lead nowhere but here, whoever answers for names?"""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost" or host.lower().endswith(".localhost")
-
-
-def is_let_in(memory: Memory) -> bool:
-    """False only if the server says that it does not know this device any more."""
-    link = Link(memory.words["url"], "Bearer " + memory.words["token"], AGENT, memory.words.get("trust", ""))
-    try:
-        link.call("", "GET", "/api/v1/account", tries=1)
-    except Stopped as stopped:
-        return stopped.code != REFUSED
-    except CloudError:
-        pass
-    finally:
-        link.close()
-    return True
-
-
-def introduce(memory: Memory, url: str, device: str, password: Callable[[str], str], *, plain: bool = False) -> None:
-    """Get a token of our own for the account, and forget the password.  What was agreed on stays.  raises Stopped"""
-    address, name = plain_url(url or memory.words.get("url", ""))
-    name = name or memory.words.get("account") or getpass.getuser()
-    if memory.words.get("account", name) != name:
-        raise Stopped("this folder belongs to %s at %s" % (memory.words["account"], memory.words["url"]), USAGE)
-    link = Link(address, "", AGENT, memory.words.get("trust", ""))
-    if not (link.secure or plain or is_this_machine(link.host)):
-        raise Stopped("the password is not sent to %s over plain HTTP, where others may read it. Use https://; or say --plain-http, "
-                      "in a network where you trust everybody" % link.host, USAGE)
-    secret = base64.b64encode(("%s:%s" % (name, password(name))).encode()).decode()
-    link.fields["Authorization"] = "Basic " + secret
-    try:
-        answer = link.call("device", "POST", "/api/v1/devices", format_json({"name": device}), tries=2)
-    except CloudError as error:
-        raise Stopped(str(error)) from error
-    except Stopped as stopped:
-        if stopped.code == REFUSED:
-            raise Stopped("the server does not let %s in with this password" % name, REFUSED) from stopped
-        raise
-    finally:
-        link.close()
-    memory.say(url=address, token=answer["token"], account=name, device=device)
-    memory.flush()
 
 
 # ==== 22. Command line ===================================================================

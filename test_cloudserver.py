@@ -604,7 +604,7 @@ LONG_SIGNATURES = {
     "open_client": 10}
 LARGE_ROOMS = {
     "Tree": 1600,
-    "Sync client": 1557}
+    "Sync client": 1206}
 READS_OF_THE_ASKER = {
     "Tree": 31, "History": 34, "Verbs": 32,
     "HTTP": 8,
