@@ -2538,10 +2538,10 @@ def fresh_tags() -> Iterator[str]:
 
 class _Ticket:
     """A batch in the queue and, in the end, what became of it."""
-    __slots__ = ("batch", "settled", "error")
+    __slots__ = ("batch", "gate", "settled", "error")
 
     def __init__(self, batch: Batch) -> None:
-        self.batch, self.settled, self.error = batch, False, None
+        self.batch, self.gate, self.settled, self.error = batch, threading.Lock(), False, None
 
 
 SETTINGS = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA fullfsync = 1", "PRAGMA checkpoint_fullfsync = 1",
@@ -2580,6 +2580,156 @@ def opened_to_read(path: Path) -> Iterator[sqlite3.Connection]:
         yield db
 
 
+class Writer:
+    """The connection that writes, and who waits for it (invariants 1 to 4)."""
+
+    def __init__(self, lock: CountingLock | None, clock: Clock, reserve: Reserve) -> None:
+        self.lock, self.clock, self.reserve = lock, clock, reserve
+        self.connection: sqlite3.Connection | None = None    # None: nothing can be written here
+        self.broken = ""                                     # why nothing is written any more (R4)
+        self._queue: deque[_Ticket] = deque()
+        self._led, self._turn = False, threading.Lock()      # does somebody commit?  _turn: of this, and of the queue
+        self._tags = fresh_tags()
+
+    def commit(self, batch: Batch) -> None:
+        """Come back when a batch is committed.  raises CloudError, Conflict, and what its rows raise"""
+        if self.connection is None:
+            raise CloudError("read-only", "the data is open for reading only")
+        ticket = _Ticket(batch)
+        if self._leads(ticket):
+            self._lead(ticket)
+        if ticket.error is not None:
+            raise ticket.error
+
+    def close(self, readers: Iterable[sqlite3.Connection]) -> None:
+        """Let those who wait be done, and nobody after them; the last connection that is closed may write, too."""
+        while not self._leads(_Ticket(Batch([]))):
+            pass
+        with self.lock or nullcontext():
+            for db in (*readers, *(() if self.connection is None else (self.connection,))):
+                db.close()
+        if self.lock:
+            self.lock.close()
+
+    def _leads(self, ticket: _Ticket) -> bool:
+        """Wait until a ticket is settled, which is False, or has to see to it itself, and to all who come meanwhile."""
+        with self._turn:
+            if not self._led:
+                self._led = True
+                return True
+            ticket.gate.acquire()
+            self._queue.append(ticket)
+        ticket.gate.acquire()
+        return not ticket.settled
+
+    def _lead(self, ticket: _Ticket) -> None:
+        """Commit for all who wait once it is this process's turn, then hand on to the first who came too late (invariant 3)."""
+        group = [ticket]
+        try:
+            with self.lock:
+                while self._queue and len(group) < GROUP_LIMIT:
+                    group.append(self._queue.popleft())      # others only append
+                self._commit_group(group)
+        except BaseException as error:           # not of the database: the lock, or the process is interrupted
+            for one in group:
+                one.error = error if isinstance(error, Exception) else CloudError("storage-failed", "the server was interrupted")
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            with self._turn:
+                heir = self._queue.popleft() if self._queue else None
+                self._led = heir is not None
+            if heir:
+                heir.gate.release()
+            for other in group[1:]:
+                other.settled = True
+                other.gate.release()
+
+    def _commit_group(self, group: list[_Ticket]) -> None:
+        """One transaction for all, and for those that give room back another one with the reserve's if the disk is full."""
+        try:
+            self._transact(group)
+        except Exception as error:
+            freeing = [ticket for ticket in group if ticket.batch.frees]
+            for ticket in group:
+                ticket.error = error
+            if freeing and isinstance(error, CloudError) and error.kind == "disk-full" and self.reserve.give_up():
+                for ticket in freeing:
+                    ticket.error = None
+                try:
+                    self._transact(freeing)
+                except Exception as again:
+                    for ticket in freeing:
+                        ticket.error = again
+
+    def _transact(self, group: list[_Ticket]) -> None:
+        """Commit some batches; notes the errors of those that are refused.  raises what takes them all"""
+        if self.broken:
+            raise CloudError("storage-failed", self.broken)
+        db = self.connection
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            is_alone = len(group) == 1
+            for ticket in group:
+                ticket.error = self._try(ticket.batch, is_alone)
+            db.execute("ROLLBACK" if is_alone and group[0].error else "COMMIT")
+        except BaseException as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            if not isinstance(error, sqlite3.Error):
+                raise
+            refusal = database_error(error)
+            if refusal.kind == "storage-failed":
+                self.broken = "a write failed; the server must be restarted and verified"
+            raise refusal from error
+
+    def _try(self, batch: Batch, is_alone: bool) -> Exception | None:
+        """Apply a batch within the transaction, or leave no trace of it and return why (invariant 1); one that is alone has it to itself."""
+        db = self.connection
+        if not is_alone:
+            db.execute("SAVEPOINT batch")
+        try:
+            self._apply(batch)
+            refusal = None
+        except _Failed as failed:
+            refusal = Conflict(str(failed))
+        except sqlite3.IntegrityError as error:              # a unique index guards, too
+            refusal = Conflict(str(error))
+        except Exception as error:
+            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, FAULTS):
+                raise                                        # of the disk or the file: it takes the whole group
+            refusal = error
+        if refusal is not None and not is_alone:
+            db.execute("ROLLBACK TO batch")
+        if not is_alone:
+            db.execute("RELEASE batch")
+        return refusal
+
+    def _apply(self, batch: Batch) -> None:
+        """raises _Failed, CloudError, sqlite3.Error, and what its rows raise"""
+        db = self.connection
+        if batch.op:
+            for seq, digest in db.execute("SELECT seq, digest FROM op WHERE id = ?", batch.op[:1]):
+                raise Replayed(seq, digest == batch.op[1])
+        for guard in batch.guards:
+            for (reason,) in db.execute(guard.sql, guard.params):
+                if reason is not None:
+                    raise _Failed(reason)
+        if batch.line:
+            home, who, action, detail = batch.line
+            batch.tag = next(self._tags)
+            batch.seq = db.execute(
+                "INSERT INTO journal (seq, at, home, account, device, action, detail, tag) "
+                "SELECT max(seq) + 1, ?, ?, ?, ?, ?, ?, ? FROM journal",
+                (self.clock.wall(), home, who.account, who.device, action,
+                 to_json(detail), batch.tag)).lastrowid
+        for sql, params, many in batch.body:
+            (db.executemany if many else db.execute)(sql, params)
+        if batch.op:
+            db.execute("INSERT INTO op (id, seq, digest, result, at) VALUES (?, ?, ?, ?, ?)",
+                       (batch.op[0], batch.seq, batch.op[1], batch.result, self.clock.due()))
+
+
 class Database:
     """SQLite with write-ahead log.  `read` and `write` may be called from any thread."""
 
@@ -2590,13 +2740,9 @@ class Database:
         """
         self.path, self.clock, self.readonly = path, clock, readonly
         self.reserve = Reserve(path.parent / "reserve")
+        self.writer = Writer(None if readonly else CountingLock(path.parent / "write.lock"), clock, self.reserve)
         self._address, self._copy = str(path), None          # _copy: where a log that cannot be read in place is read
         self._idle: deque[sqlite3.Connection] = deque()      # connections for reading
-        self._queue: deque[_Ticket] = deque()
-        self._tags = fresh_tags()
-        self._turn = threading.Condition()                   # of the queue, and of _committing
-        self._committing = False
-        self.broken = ""                                    # why nothing is written any more (R4)
         self._index: bool | None = None                      # is there an index of names?
         self._last_id, self._drawing = 0, threading.Lock()
         self._slot = secrets.randbelow(4096)
@@ -2604,19 +2750,18 @@ class Database:
             self._open_to_read() if readonly else self._open_to_write()
         except sqlite3.DatabaseError as error:
             raise database_error(error, path) from error
-        self.recent = Recent(None if readonly else self._lock)
+        self.recent = Recent(None if readonly else self.writer.lock)
         self._resume_clock()
 
     def _open_to_write(self) -> None:
-        self._lock = CountingLock(self.path.parent / "write.lock")
-        with self._lock:
+        with self.writer.lock:
             try:
-                self._writer = self._connect(writes=True)
+                self.writer.connection = self._connect(writes=True)
             except sqlite3.OperationalError:
                 if not self.reserve.give_up():               # a full disk has no room for the log's index (R18)
                     raise
-                self._writer = self._connect(writes=True)
-            self._migrate(self._writer)
+                self.writer.connection = self._connect(writes=True)
+            self._migrate(self.writer.connection)
 
     def _open_to_read(self) -> None:
         self._address, self._copy = address_to_read(self.path)
@@ -2653,7 +2798,7 @@ class Database:
         """Word a failure; a file that is found damaged is not written any more: what is acknowledged must be kept (R4)."""
         refusal = database_error(error)
         if refusal.kind == "storage-failed" and "damaged" in str(refusal):
-            self.broken = self.broken or str(refusal)
+            self.writer.broken = self.writer.broken or str(refusal)
         return refusal
 
     def _reader(self) -> sqlite3.Connection:
@@ -2686,12 +2831,10 @@ class Database:
                   again when a guard finds that somebody was faster
         raises    what attempt raises; CloudError busy, disk-full, read-only, storage-failed
         """
-        if self.readonly:
-            raise CloudError("read-only", "the data is open for reading only")
         for count in range(ATTEMPTS):
             batch = attempt()
             try:
-                self._commit(batch)
+                self.writer.commit(batch)
                 return batch
             except Conflict:
                 if count > 2:
@@ -2700,10 +2843,8 @@ class Database:
 
     def write_once(self, batch: Batch, refusal: CloudError) -> None:
         """Commit a batch that cannot be decided anew.  raises `refusal` if a guard does not hold, and as write"""
-        if self.readonly:
-            raise CloudError("read-only", "the data is open for reading only")
         try:
-            self._commit(batch)
+            self.writer.commit(batch)
         except Conflict:
             raise refusal from None
 
@@ -2768,126 +2909,9 @@ class Database:
         return rows[0][0] if rows else None
 
     def close(self) -> None:
-        with self._turn:
-            while self._committing:
-                self._turn.wait()
-        with nullcontext() if self.readonly else self._lock:
-            for db in self._idle:
-                db.close()
-            if not self.readonly:
-                self._writer.close()
-        if not self.readonly:
-            self._lock.close()
+        self.writer.close(self._idle)
         if self._copy:
             self._copy.cleanup()
-
-    # ---- committing (invariants 1 to 4)
-
-    def _commit(self, batch: Batch) -> None:
-        """Queue a batch and come back when it is settled, committing for all who wait if nobody else does (invariant 3)."""
-        ticket = _Ticket(batch)
-        with self._turn:
-            self._queue.append(ticket)
-        while not ticket.settled:
-            with self._turn:
-                while self._committing and not ticket.settled:
-                    self._turn.wait()
-                if ticket.settled:
-                    break
-                self._committing = True
-            try:
-                self._commit_group([self._queue.popleft() for _ in range(min(len(self._queue), GROUP_LIMIT))])
-            finally:
-                with self._turn:
-                    self._committing = False
-                    self._turn.notify_all()
-        if ticket.error is not None:
-            raise ticket.error
-
-    def _commit_group(self, group: list[_Ticket]) -> None:
-        """One transaction for all, and for those that give room back another one with the reserve's if the disk is full."""
-        try:
-            self._transact(group)
-        except Exception as error:
-            freeing = [ticket for ticket in group if ticket.batch.frees]
-            for ticket in group:
-                ticket.error = error
-            if freeing and isinstance(error, CloudError) and error.kind == "disk-full" and self.reserve.give_up():
-                for ticket in freeing:
-                    ticket.error = None
-                try:
-                    self._transact(freeing)
-                except Exception as again:
-                    for ticket in freeing:
-                        ticket.error = again
-        for ticket in group:
-            ticket.settled = True
-
-    def _transact(self, group: list[_Ticket]) -> None:
-        """Commit some batches; notes the errors of those that are refused.  raises what takes them all"""
-        if self.broken:
-            raise CloudError("storage-failed", self.broken)
-        db = self._writer
-        with self._lock:
-            try:
-                db.execute("BEGIN IMMEDIATE")
-                is_alone = len(group) == 1
-                for ticket in group:
-                    ticket.error = self._try(db, ticket.batch, is_alone)
-                db.execute("ROLLBACK" if is_alone and group[0].error else "COMMIT")
-            except BaseException as error:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                if not isinstance(error, sqlite3.Error):
-                    raise
-                refusal = database_error(error)
-                if refusal.kind == "storage-failed":
-                    self.broken = "a write failed; the server must be restarted and verified"
-                raise refusal from error
-
-    def _try(self, db: sqlite3.Connection, batch: Batch, is_alone: bool) -> Exception | None:
-        """Apply a batch within the transaction, or leave no trace of it and return why (invariant 1); one that is alone has it to itself."""
-        if not is_alone:
-            db.execute("SAVEPOINT batch")
-        try:
-            self._apply(db, batch)
-            refusal = None
-        except _Failed as failed:
-            refusal = Conflict(str(failed))
-        except sqlite3.IntegrityError as error:              # a unique index guards, too
-            refusal = Conflict(str(error))
-        except Exception as error:
-            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, FAULTS):
-                raise                                        # of the disk or the file: it takes the whole group
-            refusal = error
-        if refusal is not None and not is_alone:
-            db.execute("ROLLBACK TO batch")
-        if not is_alone:
-            db.execute("RELEASE batch")
-        return refusal
-
-    def _apply(self, db: sqlite3.Connection, batch: Batch) -> None:
-        """raises _Failed, CloudError, sqlite3.Error, and what its rows raise"""
-        if batch.op:
-            for seq, digest in db.execute("SELECT seq, digest FROM op WHERE id = ?", batch.op[:1]):
-                raise Replayed(seq, digest == batch.op[1])
-        for guard in batch.guards:
-            for (reason,) in db.execute(guard.sql, guard.params):
-                if reason is not None:
-                    raise _Failed(reason)
-        if batch.line:
-            home, who, action, detail = batch.line
-            batch.tag = next(self._tags)
-            batch.seq = db.execute(
-                "INSERT INTO journal (seq, at, home, account, device, action, detail, tag) "
-                "SELECT max(seq) + 1, ?, ?, ?, ?, ?, ?, ? FROM journal",
-                (self.clock.wall(), home, who.account, who.device, action,
-                 to_json(detail), batch.tag)).lastrowid
-        for sql, params, many in batch.body:
-            (db.executemany if many else db.execute)(sql, params)
-        if batch.op:
-            db.execute("INSERT INTO op (id, seq, digest, result, at) VALUES (?, ?, ?, ?, ?)",
-                       (batch.op[0], batch.seq, batch.op[1], batch.result, self.clock.due()))
 
     # ---- opening
 
@@ -4226,7 +4250,7 @@ class Tree:
 
     def health(self) -> str:
         """"ok", "low" when the disk is almost full, "read-only" when nothing can be written."""
-        if self.db.broken:
+        if self.db.writer.broken:
             return "read-only"
         return "ok" if self._disk_has_room() else "low"
 
@@ -10802,7 +10826,7 @@ class Upkeep:
             wrong = [row[0] for row in self.db.read("PRAGMA quick_check") if row != ("ok",)]
             if wrong:
                 log.error("the database is damaged: %s; stop the server and restore a backup", wrong[0])
-                self.db.broken = "the database is damaged"
+                self.db.writer.broken = "the database is damaged"
             else:
                 self.write(Statement("DELETE FROM setting WHERE name = 'unclean'"))
 
@@ -10951,7 +10975,7 @@ class Sweep(Duty):
                   told by a guard that it is gone; objects that no row knows yet keep theirs
         """
         now, done = self.clock.due(), dict.fromkeys(("manifests", "condemned", "buried", "deleted"), 0)
-        if self.db.broken or int(self.db.setting("hold") or 0) > now:
+        if self.db.writer.broken or int(self.db.setting("hold") or 0) > now:
             return done                          # a backup copies what we might delete
         for shard in shards:
             prefix = "%02x" % shard

@@ -479,14 +479,14 @@ def exchange(address, method, path, body=None, user="ann", **headers):
 
 def before_commit(monkeypatch, cloud, act):
     """Let something happen between the moment when the next write is decided and the moment when it is done."""
-    commit = Database._commit
+    commit = cs.Writer.commit
 
     def once(db, batch):
-        monkeypatch.setattr(Database, "_commit", commit)
+        monkeypatch.setattr(cs.Writer, "commit", commit)
         act()
         return commit(db, batch)
 
-    monkeypatch.setattr(Database, "_commit", once)
+    monkeypatch.setattr(cs.Writer, "commit", once)
 
 
 @pytest.fixture
@@ -1465,9 +1465,9 @@ def test_what_was_read_is_asked_again_once_anybody_may_have_written(db, tmp_path
     assert (look(), look(), len(asked)) == ("a", "a", 1)
     put("b")
     assert (look(), look(), len(asked)) == ("b", "b", 2)
-    other._lock.acquire()                        # under way, or killed on the way
+    other.writer.lock.acquire()                        # under way, or killed on the way
     assert (look(), look(), len(asked)) == ("b", "b", 4)
-    other._lock.release()
+    other.writer.lock.release()
     assert (look(cs.RECENT_LARGEST + 1), look(cs.RECENT_LARGEST + 1), len(asked)) == ("b", "b", 6)
     for n in range(3 * cs.RECENT_MOST // cs.RECENT_LARGEST):
         db.recent.get(n, lambda: (n, cs.RECENT_LARGEST))
@@ -1526,7 +1526,7 @@ def test_batches_of_one_group_stand_and_fall_alone(db):
     good = [cs._Ticket(set_batch("good%d" % n, "1", line=line())) for n in range(3)]
     guard = cs._Ticket(set_batch("guarded", "1", Statement("SELECT 'no'")))
     broken = cs._Ticket(Batch([*set_batch("half", "1").body, Statement("INSERT INTO setting VALUES ('good0', 'x')")], line=line()))
-    db._commit_group([good[0], guard, broken, *good[1:]])
+    db.writer._commit_group([good[0], guard, broken, *good[1:]])
     assert [t.error is None for t in good] == [True] * 3
     assert isinstance(guard.error, Conflict) and isinstance(broken.error, Conflict)
     assert db.setting("half") is None and db.setting("guarded") is None and db.setting("good2") == "1"
@@ -1547,31 +1547,62 @@ def test_a_batch_leaves_nothing_whatever_raises_and_when(db, fault):
 
     good = [cs._Ticket(set_batch("good%d" % n, "1", line=line())) for n in range(2)]
     alone, between = bad(), bad()
-    db._commit_group([alone])
-    db._commit_group([good[0], between, good[1]])
+    db.writer._commit_group([alone])
+    db.writer._commit_group([good[0], between, good[1]])
     assert alone.error is not None and between.error is not None and good[0].error is good[1].error is None
     assert db.read("SELECT name FROM setting WHERE name LIKE '%half%' UNION SELECT id FROM op") == []
-    assert db.read("SELECT count(*), max(seq) FROM journal") == [(3, 3)] and db.setting("good1") == "1" and not db.broken
+    assert db.read("SELECT count(*), max(seq) FROM journal") == [(3, 3)] and db.setting("good1") == "1" and not db.writer.broken
 
 
 def test_who_waits_shares_the_next_commit(db):
     """S18: while one group is written all others queue, and go together in the next."""
-    sizes, real, gate = [], db._transact, threading.Event()
+    sizes, real, gate = [], db.writer._transact, threading.Event()
 
     def transact(group):
         sizes.append(len(group))
         if len(sizes) == 1:
             gate.wait(5)
         real(group)
-    db._transact = transact
+    db.writer._transact = transact
     threads = [threading.Thread(target=db.run, args=(Statement("INSERT INTO setting VALUES (?, '')", ("t%d" % n,)),)) for n in range(20)]
     for thread in threads:
         thread.start()
-    while len(db._queue) < 19:
+    while len(db.writer._queue) < 19:
         time.sleep(0.001)
     gate.set()
     [thread.join() for thread in threads]
     assert sizes == [1, 19]
+
+
+def test_who_led_when_the_process_was_interrupted_takes_nobody_along(db):
+    """Nothing is acknowledged that was not committed, and the next who waits goes on."""
+    real, gate, outcomes = db.writer._transact, threading.Event(), {}
+
+    def transact(group):
+        db.writer._transact = real if len(group) > 1 else transact
+        gate.wait(5)
+        if len(group) == 1:
+            return real(group)
+        late.start()
+        while not db.writer._queue:
+            time.sleep(0.001)
+        raise KeyboardInterrupt
+
+    def work(n):
+        try:
+            outcomes[n] = outcome(db.run, Statement("INSERT INTO setting VALUES (?, '')", ("t%d" % n,)))
+        except KeyboardInterrupt:
+            outcomes[n] = "interrupted"
+    db.writer._transact = transact
+    threads, late = [threading.Thread(target=work, args=(n,)) for n in range(4)], threading.Thread(target=work, args=(4,))
+    for thread in threads:
+        thread.start()
+    while len(db.writer._queue) < 3:
+        time.sleep(0.001)
+    gate.set()
+    [thread.join(10) for thread in (*threads, late)]
+    assert sorted(map(str, outcomes.values())) == ["None", "None", "interrupted", "storage-failed", "storage-failed"] and outcomes[4] is None
+    assert {name for (name,) in db.read("SELECT name FROM setting WHERE name LIKE 't_'")} == {"t%d" % n for n, how in outcomes.items() if how is None}
 
 
 def test_many_threads_share_commits_and_lose_nothing(db):
@@ -1715,11 +1746,11 @@ def test_a_failed_commit_is_never_retried_into_success(db, monkeypatch):
             if sql == "COMMIT":
                 raise sqlite3.OperationalError("disk I/O error")
             return iter(())
-    real, db._writer = db._writer, Failing()
+    real, db.writer.connection = db.writer.connection, Failing()
     assert outcome(db.run, Statement("SELECT 1")) == "storage-failed"
-    db._writer = real
+    db.writer.connection = real
     assert outcome(db.run, Statement("INSERT INTO setting VALUES ('a', '1')")) == "storage-failed"
-    assert db.setting("a") is None and db.broken
+    assert db.setting("a") is None and db.writer.broken
 
 
 def test_the_clock_for_deadlines_never_jumps(tmp_path, fake):
@@ -3015,7 +3046,7 @@ def test_a_copy_has_all_of_it_and_none_of_its_past(cloud, ann, steps):
 def test_a_copy_comes_into_sight_whole(cloud, ann, steps, monkeypatch):
     """R9, R11, R37: nothing of it is seen before, by nobody, in no feed, search or sum; and a client of any moment comes to have it."""
     wood(cloud, ann)
-    cursors, before, commit = [], look(cloud, ann, ""), Database._commit
+    cursors, before, commit = [], look(cloud, ann, ""), cs.Writer.commit
 
     def watched(db, batch):
         if cloud.head() not in cursors:
@@ -3024,9 +3055,9 @@ def test_a_copy_comes_into_sight_whole(cloud, ann, steps, monkeypatch):
             assert {place.path[0] for place in cloud.manifest(ann, ())[2]} == {"w"} and cloud.changes(ann, (), cursors[0])[1] == []
             assert all(found.path[0] == "w" for found in look_for(cloud, ann, "f03"))
         return commit(db, batch)
-    monkeypatch.setattr(Database, "_commit", watched)
+    monkeypatch.setattr(cs.Writer, "commit", watched)
     cloud.copy(ann, (("w",), ("c",)))
-    monkeypatch.setattr(Database, "_commit", commit)
+    monkeypatch.setattr(cs.Writer, "commit", commit)
     assert (len(cursors) > 1) == (steps < 100)
     for seq in cursors:
         there = {changed.path for changed in cloud.changes(ann, (), seq)[1]}
@@ -3680,7 +3711,7 @@ def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann, monkeypatch):
         db.set_trace_callback(lambda sql: seen.setdefault(sql.split("/*")[0], db) if not getattr(local, "off", False) else None)
     for _ in range(3):
         cloud.db.read("SELECT 1")
-    for db in [*cloud.db._idle, cloud.db._writer]:
+    for db in [*cloud.db._idle, cloud.db.writer.connection]:
         watch(db)
     monkeypatch.setattr(cloud.db, "_connect", lambda writes=False, make=cloud.db._connect: (lambda db: watch(db) or db)(make(writes)))
     put(cloud, ann, "a/b/c", b"1", parents=True)
@@ -7773,7 +7804,7 @@ def test_one_connection_too_many_costs_one_request(cloud, ann, monkeypatch):
     assert outcome(cloud.stat, ann, ("a",)) == "storage-failed"
     assert outcome(lambda: cloud.db.snapshot().__enter__()) == "storage-failed"
     monkeypatch.setattr(Database, "_connect", connect)
-    assert get(cloud, ann, "a") == b"x" and put(cloud, ann, "b") and not cloud.db.broken
+    assert get(cloud, ann, "a") == b"x" and put(cloud, ann, "b") and not cloud.db.writer.broken
     cloud.db._idle.extend(idle)
 
 
@@ -8304,7 +8335,7 @@ def test_after_a_crash_the_database_is_looked_at(make_cloud):
     upkeep.hold()
     cloud.db.run(Statement("INSERT INTO setting VALUES ('unclean', '1')"))
     upkeep.look_after_crash()
-    assert cloud.db.setting("unclean") is None and not cloud.db.broken
+    assert cloud.db.setting("unclean") is None and not cloud.db.writer.broken
 
 
 def test_metrics_are_for_this_machine(call, cloud, ann):
