@@ -7196,7 +7196,7 @@ class Envelope(NamedTuple):
 class Request:
     """One request, parsed and checked; what a handler sees of HTTP."""
     __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "site",
-                 "who", "id", "values", "sock", "began", "prefix", "refusal", "share", "room")
+                 "who", "id", "values", "sock", "began", "prefix", "refusal", "share", "room", "door")
 
     def __init__(self, method: str, target: tuple[tuple[str, ...], bool, str], envelope: "Envelope", body: Body,
                  site: "Site | None" = None, sock: socket.socket | None = None) -> None:
@@ -7211,6 +7211,7 @@ class Request:
         self.refusal: CloudError | None = None   # why its target is none, if it is
         self.share: Any = None                   # whose share of this process it has, until it is answered
         self.room: int | None = None             # the account that it receives a large body for, until it is answered
+        self.door: Any = None                    # by which the files of an account are reached, as the route says
 
     def href(self, address: Sequence[str]) -> str:
         """An address of this server as the client has to write it."""
@@ -7266,10 +7267,11 @@ class Route(NamedTuple):
     handler: Callable[..., Response]
     needs: str
     refuse: Callable[[CloudError, Request], Response]
-    values: dict[str, str]               # declared arguments: {"path": "string", "parents?": "boolean"}
-    tail: str                            # the name of the last part, if it is a variable
-    many: bool                           # ... that takes all the rest of the path
-    packs: bool                          # may its answers be compressed?
+    values: dict[str, str] = {}          # declared arguments: {"path": "string", "parents_": "boolean"}
+    tail: str = ""                       # the name of the last part, if it is a variable
+    owned: bool = False                  # does that begin with the name of the account that asks?
+    packs: bool = False                  # may its answers be compressed?
+    door: Any = None                     # into the files of an account
 
 
 # ---- the table of routes, and the gate
@@ -7287,26 +7289,29 @@ UNSAFE = METHODS - {"GET", "HEAD", "OPTIONS", "PROPFIND", "REPORT", "SEARCH"}
 ROUTES: dict[str, Any] = {}              # a tree: names to trees; "" holds {method: Route} of the place itself
 
 
-def route(methods: str, pattern: str, *, needs: str, refuse: Callable[[CloudError, Request], Response] | None = None,
-          packs: bool = False, **values: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+def route(methods: str, *patterns: str, needs: str, refuse: Callable[[CloudError, Request], Response] | None = None,
+          packs: bool = False, door: Any = None, **values: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
     """Enter a handler in ROUTES.
 
-    pattern  "/a/b", "/a/<name>" or "/dav/<path>", whose last part takes the rest, decoded
+    patterns "/a/b", "/a/<name>" or "/dav/<path>", whose last part takes the rest, decoded; "/a/<owner>/<path>" is for the
+             account of that name alone
     needs    words of NEEDS, looked at in this order; all but "nothing" imply "read"
     packs    answers may be compressed: large ones that hold no secret beside what the asker can choose, as its length
              would tell it piece by piece (BREACH)
+    door     by which the address leads to files
     values   declared arguments, of the query for GET, else of a JSON body; `name_` is optional
     """
     def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
-        parts = pattern.strip("/").split("/") if pattern != "/" else []
-        tail = parts.pop()[1:-1] if parts and parts[-1].startswith("<") else ""
-        place = ROUTES
-        for part in parts:
-            place = place.setdefault(part, {})
-        key = "<path>" if tail == "path" else "<>" if tail else ""
-        for method in methods.split():
-            place.setdefault(key, {})[method] = Route(method, pattern, handler, needs, refuse or json_error, values, tail,
-                                                      tail == "path", packs)
+        for pattern in patterns:
+            parts = list(filter(None, pattern.replace("/<owner>", "").split("/")))
+            tail = parts.pop()[1:-1] if parts and parts[-1].startswith("<") else ""
+            place = ROUTES
+            for part in parts:
+                place = place.setdefault(part, {})
+            key = "<path>" if tail == "path" else "<>" if tail else ""
+            for method in methods.split():
+                place.setdefault(key, {})[method] = Route(method, pattern, handler, needs, refuse or json_error, values, tail,
+                                                          "/<owner>" in pattern, packs, door)
         return handler
     return enter
 
@@ -7335,7 +7340,7 @@ def find_route(request: Request) -> tuple[Route, dict[str, Any]]:
         allow = sorted({*methods, *(("HEAD",) if "GET" in methods else ()), "OPTIONS"})
         if request.method == "OPTIONS":
             return Route("OPTIONS", "", lambda cloud, who, request: Response(204, fields={"Allow": ", ".join(allow)}),
-                         "nothing", json_error, {}, "", False, False), {}
+                         "nothing", json_error), {}
         raise CloudError("method-not-allowed", "try %s" % ", ".join(allow), allow=", ".join(allow),
                          refuse=next(iter(methods.values())).refuse)
     return found, {found.tail: rest} if found.tail else {}
@@ -7349,7 +7354,7 @@ def respond(cloud: Cloud, request: Request) -> Response:
             request.fields.get("authorization", ""), request.cookie if "cookie" in request.fields else "",
             request.address, secure=request.safe)
         found, names = find_route(request)
-        refuse = found.refuse
+        refuse, request.door = found.refuse, found.door
         if request.refusal:
             raise request.refusal
         take_share(who, request)
@@ -7360,6 +7365,8 @@ def respond(cloud: Cloud, request: Request) -> Response:
             take_room(who, request)
         else:
             request.body.insist(SMALL_BODY)
+        if found.owned:
+            names["path"] = own_path(who, names["path"])
         if found.values:
             request.values = read_values(request, found.values)
         response = found.handler(cloud, who, request, **names)
@@ -7416,6 +7423,18 @@ def admit(cloud: Cloud, who: Principal, request: Request, found: Route) -> None:
                                  "this is not allowed with these credentials")
     if request.method in UNSAFE or found.needs == "password":        # Nextcloud's clients get an app password by GET
         check_origin(who, request)
+
+
+def own_path(who: Principal, path: tuple[str, ...]) -> tuple[str, ...]:
+    """What follows the name of the account in an address.  raises CloudError not-found for that of another"""
+    check_owner(who, path[0] if path else "")
+    return path[1:]
+
+
+def check_owner(who: Principal, name: str) -> None:
+    """raises CloudError not-found unless an address names the account of who asks"""
+    if account_key(name) != account_key(who.name):
+        raise CloudError("not-found", "there is nothing at this address")
 
 
 def check_origin(who: Principal, request: Request) -> None:
@@ -9336,7 +9355,6 @@ def sync_step(step: Any) -> dict[str, Any]:
 # RFC 4918 classes 1, 2 and 3, with quotas (RFC 4331), extended MKCOL (RFC 5689) and sync-collection (RFC 6578).
 # A quirk of a client is a row or a few lines here, with the client named; the operations never learn of it.
 
-DAV = "/dav/<path>"
 CLASSES = "1, 2, 3, extended-mkcol"
 XML_TYPE = "application/xml; charset=utf-8"      # exactly so: ownCloud's client refuses any other spelling
 LOCK_DEFAULT = 3600                              # seconds, when a client names no Timeout
@@ -9347,26 +9365,29 @@ class Door(NamedTuple):
     """Addresses under which the files of an account are reached, and what is told of them there."""
     names: tuple[str, ...]               # what they begin with
     owned: bool                          # the name of the account follows
-    properties: dict[str, Callable[[Node, "About"], Optional[str]]]
+    properties: dict[str, Callable[[Node, "About"], Optional[str]]]         # live ones
+    kept: frozenset[str]                 # of those, what shows what was stored as a dead one
+    reports: dict[str, Callable[..., Response]]          # by the element that asks for one
+
+    def root(self, address: tuple[str, ...]) -> tuple[str, ...]:
+        """An address up to the root of the files."""
+        return address[:len(self.names) + self.owned]
 
 
 DOORS: list[Door] = []                   # the first whose names fit
 
 
-def find_door(address: tuple[str, ...]) -> tuple[Door, tuple[str, ...], tuple[str, ...]]:
-    """The door of an address, and the address cut in two: up to the root of the files, and the path from there.
-
-    raises  CloudError bad-gateway, forbidden
-    """
-    for door in DOORS:
-        count = len(door.names) + door.owned
-        if address[:len(door.names)] == door.names and len(address) >= count:
-            return door, address[:count], address[count:]
-    raise CloudError("bad-gateway", "this is not an address of files")
+def open_door(door: Door, refuse: Callable[..., Response], handlers: dict[str, tuple[str, Callable[..., Response]]]) -> None:
+    """Serve files at its addresses: handlers are {methods: (needs, handler)}."""
+    pattern = "/" + "/".join(door.names) + "/<owner>" * door.owned + "/<path>"
+    for methods, (needs, handler) in handlers.items():
+        route(methods, pattern, needs=needs, refuse=refuse, door=door)(handler)
+    DOORS.append(door)
 
 
 def dav_error(error: CloudError, request: Request, *parts: Markup) -> Response:
     """A refusal as WebDAV words it (RFC 4918 s16), with the sentence for people."""
+    error = refuse_mkcol(error, request, dav_allow(request.path[1:]))
     if error.condition:
         held = [E("d:href", dav_href(request, error.detail["path"]))] if error.detail.get("path") is not None else []
         parts += (E("d:" + error.condition, *held),)
@@ -9379,12 +9400,14 @@ def dav_error(error: CloudError, request: Request, *parts: Markup) -> Response:
 
 def dav_href(request: Request, path: Sequence[str], collection: bool = False) -> str:
     """The address of a path, through the door by which the request came."""
-    href = request.href(find_door(request.path)[1] + tuple(path))
+    href = request.href(request.door.root(request.path) + tuple(path))
     return href + "/" if collection or not path else href
 
 
-def dav_route(methods: str, needs: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
-    return route(methods, DAV, needs=needs, refuse=dav_error)
+def refuse_mkcol(error: CloudError, request: Request, allow: str) -> CloudError:
+    """Something is there already: 405 (RFC 4918 s9.3.1), which clients take for done."""
+    exists = error.kind == "exists" and request.method == "MKCOL"
+    return CloudError("method-not-allowed", str(error), allow=allow) if exists else error
 
 
 # ---- what a request says
@@ -9412,16 +9435,14 @@ def read_resource(request: Request, uri: str) -> tuple[str, ...]:
     if authority and authority.lower() != request.fields["host"].lower() and not request.site.knows(authority):
         raise CloudError("bad-gateway", "the destination is on another server")
     below_prefix = request.prefix and path[:len(request.prefix)] == request.prefix
-    door, above, below = find_door(path[len(request.prefix):] if below_prefix else path)
-    if door.owned:
-        check_owner(request.who, above[-1])
-    return below
-
-
-def check_owner(who: Principal, name: str) -> None:
-    """raises CloudError not-found unless an address names the account of who asks"""
-    if account_key(name) != account_key(who.name):
-        raise CloudError("not-found", "there is nothing at this address")
+    path = path[len(request.prefix):] if below_prefix else path
+    for door in DOORS:
+        root = door.root(path)
+        if root[:len(door.names)] == door.names and len(root) == len(door.names) + door.owned:
+            if door.owned:
+                check_owner(request.who, root[-1])
+            return path[len(root):]
+    raise CloudError("bad-gateway", "this is not an address of files")
 
 
 def read_destination(request: Request) -> tuple[str, ...]:
@@ -9475,7 +9496,6 @@ def list_form(request: Request) -> ListForm:
     return LIST_FORMS["links" if FOLLOWS_LINKS.match(request.fields.get("user-agent", "")) else "lines"]
 
 
-@dav_route("GET", "read")
 def dav_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Fetch a file; of a collection, the names: one per line, as JSON, as links, or to a browser as the page."""
     node, content = cloud.open(who, path)
@@ -9499,7 +9519,6 @@ def dav_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
     return spool.response(200, fields)
 
 
-@dav_route("PUT", "write")
 def dav_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Store a file.  ?parents=1 makes missing collections; X-OC-Mtime sets its time, OC-Checksum is verified."""
     fields = request.fields
@@ -9523,7 +9542,6 @@ def stored_response(request: Request, node: Node, new: bool, href: str) -> Respo
     return Response(201 if new else 204, b"", fields)
 
 
-@dav_route("DELETE", "write")
 def dav_delete(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Move a file or collection to the trash."""
     if request["depth"] is not None and request.slash and parse_depth(request["depth"], "") != "infinity":
@@ -9532,14 +9550,6 @@ def dav_delete(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
     return Response(204)
 
 
-def mkcol_error(error: CloudError, request: Request) -> Response:
-    """Something is there already: 405 (RFC 4918 s9.3.1)."""
-    if error.kind == "exists":
-        error = CloudError("method-not-allowed", str(error), allow=dav_allow(find_door(request.path)[2]))
-    return dav_error(error, request)
-
-
-@route("MKCOL", DAV, needs="write", refuse=mkcol_error)
 def dav_mkcol(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Make a collection, with properties if the body sets some (RFC 5689)."""
     if request.body.length != 0 and "xml" not in request.fields.get("content-type", "xml").lower():
@@ -9558,7 +9568,6 @@ def dav_mkcol(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     return stored_response(request, node, True, dav_href(request, path, True))
 
 
-@dav_route("MOVE COPY", "write")
 def dav_transfer(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """MOVE or COPY to Destination; Overwrite: F spares what is there.
 
@@ -9574,7 +9583,7 @@ def dav_transfer(cloud: Cloud, who: Principal, request: Request, path: tuple[str
     return stored_response(request, node, new, dav_href(request, target, bool(node.kind)))
 
 
-@dav_route("OPTIONS", "nothing")
+@route("OPTIONS", "/dav/<path>", needs="nothing", refuse=dav_error)
 def dav_options(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What this address can do.  MS-Author-Via makes Windows treat it as WebDAV."""
     return Response(200, b"", {"DAV": CLASSES, "Allow": dav_allow(path), "MS-Author-Via": "DAV"})
@@ -9662,9 +9671,7 @@ PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {   # live ones 
     "{http://owncloud.org/ns}permissions": lambda node, about: (
         "G" if about.who.readonly else "RGDNVCK" if node.kind else "RGDNVW"),
 }
-DOORS.append(Door(("dav",), False, PROPERTIES))
 ALLPROP = tuple(PROPERTIES)[:9]                  # RFC 4918 s9.1: what RFC 4918 itself defines
-KEPT: set[str] = set()                           # live ones that show what was stored as a dead one
 SETTABLE: dict[str, Callable[[str], Optional[int]]] = {  # live properties that set the time of a node, and how to read them
     "{DAV:}getlastmodified": parse_http_date,                                                  # Nextcloud's clients
     "{DAV:}lastmodified": lambda text: int(text) * 1000 if re.fullmatch(r"\d{1,11}", text) else None,          # rclone
@@ -9754,7 +9761,6 @@ def read_propfind(body: ET.Element | None) -> tuple[tuple[str, ...] | None, bool
     return None, kinds[0] == "{DAV:}allprop"
 
 
-@dav_route("PROPFIND", "read")
 def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Properties of a node and, unless Depth is 0, of what it holds.
 
@@ -9763,7 +9769,7 @@ def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str
     """
     names, values = read_propfind(read_body(request))
     depth = parse_depth(request["depth"], "1")
-    door = find_door(request.path)[0]
+    door = request.door
     with cloud.listing(who, path) as (node, now):
         if depth == "infinity" and node.kind:
             raise CloudError("infinite-depth", "ask for Depth 0 or 1")
@@ -9785,7 +9791,6 @@ def is_minimal(request: Request) -> bool:
     return "return=minimal" in request.fields.get("prefer", "") or request.fields.get("brief", "").lower() == "t"
 
 
-@dav_route("PROPPATCH", "write")
 def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Set and remove properties, all or none (RFC 4918 s9.2)."""
     body = read_body(request)
@@ -9793,7 +9798,7 @@ def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[st
         raise CloudError("bad-request", "this is not a propertyupdate")
     properties: dict[str, str | None] = {}
     mtime, verdicts = None, {}
-    live = set(find_door(request.path)[0].properties) - KEPT
+    live = set(request.door.properties) - request.door.kept
     for step in body:
         for prop in step.iterfind("{DAV:}prop/*"):
             if step.tag == "{DAV:}set" and prop.tag in SETTABLE:
@@ -9828,7 +9833,6 @@ def has_checksums(cloud: Cloud, who: Principal, request: Request, path: tuple[st
 
 # ---- locks (RFC 4918 s9.10, s9.11)
 
-@dav_route("LOCK", "write")
 def dav_lock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Take a write lock, or refresh one that If names.  Locking nothing makes an empty file."""
     body, given, new = read_body(request), read_dav_conditions(request), False
@@ -9853,7 +9857,6 @@ def dav_lock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
         "Content-Type": XML_TYPE, "Cache-Control": "no-store", **({"Lock-Token": "<%s>" % lock.token} if body is not None else {})})
 
 
-@dav_route("UNLOCK", "write")
 def dav_unlock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """End the lock that Lock-Token names."""
     cloud.unlock(who, path, parse_lock_token(request.fields.get("lock-token", "")))
@@ -9862,13 +9865,12 @@ def dav_unlock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
 
 # ---- what changed (RFC 6578)
 
-@dav_route("REPORT", "read")
 def dav_report(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A report on a collection (RFC 3253 s3.6); its body says which."""
-    body = read_body(request)
-    if body is None or body.tag not in REPORT_KINDS:
-        raise CloudError("no-such-report", "only %s are known" % ", ".join(map(local_name, REPORT_KINDS)))
-    return REPORT_KINDS[body.tag](cloud, who, request, path, body)
+    body, known = read_body(request), request.door.reports
+    if body is None or body.tag not in known:
+        raise CloudError("no-such-report", "only %s are known" % ", ".join(map(local_name, known)))
+    return known[body.tag](cloud, who, request, path, body)
 
 
 def local_name(tag: str) -> str:
@@ -9887,7 +9889,7 @@ def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
     with cloud.listing(who, path) as (top, now):
         if not top.kind:
             raise CloudError("no-such-report", "only a collection can be synced")
-        door = find_door(request.path)[0]
+        door = request.door
         about, answer = About(cloud, who, top, now), Multistatus(names, door, complete=not is_minimal(request))
         readers = [property_reader(door, name) for name in names]
         reached, rows = sync_rows(cloud, who, path, read_sync_token(cloud, token), int(limit), request.check_alive)
@@ -9901,9 +9903,6 @@ def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
                 answer.add(href, [read(node, about) for read in readers])
     answer.add_part(E("d:sync-token", format_sync_token(cloud.epoch, reached, cloud.tag_at(reached))))
     return answer.response()
-
-
-REPORT_KINDS: dict[str, Callable[..., Response]] = {"{DAV:}sync-collection": dav_changes}
 
 
 def read_sync_token(cloud: Cloud, text: str) -> int | None:
@@ -9934,6 +9933,22 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
     return reached, [(below, *row) for below, row in rows.items()]
 
 
+HANDLERS = {  # what can be done to files by a door: {methods: (needs, handler)}
+    "GET": ("read", dav_get),
+    "PUT": ("write", dav_put),
+    "MKCOL": ("write", dav_mkcol),
+    "DELETE": ("write", dav_delete),
+    "MOVE COPY": ("write", dav_transfer),
+    "PROPFIND": ("read", dav_propfind),
+    "PROPPATCH": ("write", dav_proppatch),
+    "LOCK": ("write", dav_lock),
+    "UNLOCK": ("write", dav_unlock),
+    "REPORT": ("read", dav_report),
+}
+REPORT_KINDS = {"{DAV:}sync-collection": dav_changes}
+open_door(Door(("dav",), False, PROPERTIES, frozenset(), REPORT_KINDS), dav_error, HANDLERS)
+
+
 # ==== 16. Nextcloud dialect ==============================================================
 #
 # What Nextcloud's and ownCloud's clients ask beside WebDAV: discovery, OCS, the login flow, uploads in chunks and in
@@ -9941,7 +9956,6 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
 # the WebDAV room, through two more doors with more properties.  Nothing is announced that is not there.
 
 NC_VERSION = "28.0.4.1"         # whose dialect this is; clients refuse a server that calls itself too old
-PHP = ("", "/index.php")        # clients put either before an address
 OC, NC = "{http://owncloud.org/ns}", "{http://nextcloud.org/ns}"
 
 # ---- discovery
@@ -9958,13 +9972,9 @@ def nc_about(cloud: Cloud) -> dict[str, Any]:
             "extendedSupport": True}     # else Android's app warns of an old server
 
 
-def ocs_route(methods: str, name: str, needs: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
-    """Enter a handler under both versions of OCS."""
-    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
-        for version in ("v1.php", "v2.php"):
-            route(methods, "/ocs/%s/%s" % (version, name), needs=needs, refuse=ocs_error)(handler)
-        return handler
-    return enter
+def ocs(name: str) -> list[str]:
+    """The addresses of a function, in both versions of OCS."""
+    return ["/ocs/%s/%s" % (version, name) for version in ("v1.php", "v2.php")]
 
 
 OCS_CODES = {401: 997, 404: 998, 500: 996}       # what version 1 says instead of HTTP's
@@ -9996,13 +10006,13 @@ def ocs_error(error: CloudError, request: Request) -> Response:
     return response
 
 
-@ocs_route("GET POST PUT DELETE", "<path>", "nothing")
+@route("GET POST PUT DELETE", *ocs("<path>"), needs="nothing", refuse=ocs_error)
 def ocs_unknown(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What is not here: sharing between accounts, notifications, activity, and whatever will be thought of."""
     raise CloudError("not-found", "this server has no such function")
 
 
-@ocs_route("GET", "cloud/capabilities", "nothing")
+@route("GET", *ocs("cloud/capabilities"), needs="nothing", refuse=ocs_error)
 def ocs_capabilities(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What this server can do; without it, and to anybody, for the desktop client asks before it logs in."""
     major, minor, micro, _ = map(int, NC_VERSION.split("."))
@@ -10028,7 +10038,7 @@ def knows_bulk(agent: str) -> bool:
     return bool(found) and "nextcloud" in agent.lower() and (int(found[1]), int(found[2])) >= (3, 10)
 
 
-@ocs_route("GET", "cloud/user", "read")
+@route("GET", *ocs("cloud/user"), needs="read", refuse=ocs_error)
 def ocs_user(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Who is logged in; `id` is what goes into addresses."""
     used, left = cloud.quota(who)
@@ -10042,21 +10052,20 @@ def ocs_user(cloud: Cloud, who: Principal, request: Request) -> Response:
                   "quota": used + left}})
 
 
-@ocs_route("GET", "cloud/users/<name>", "read")
+@route("GET", *ocs("cloud/users/<name>"), needs="read", refuse=ocs_error)
 def ocs_named_user(cloud: Cloud, who: Principal, request: Request, name: str) -> Response:
     """The same; nobody is told of others."""
     check_owner(who, name)
     return ocs_user(cloud, who, request)
 
 
-@ocs_route("GET", "apps/files_sharing/api/v1/shares", "read")
-@ocs_route("GET", "core/navigation/apps", "read")
+@route("GET", *ocs("apps/files_sharing/api/v1/shares"), *ocs("core/navigation/apps"), needs="read", refuse=ocs_error)
 def ocs_nothing(cloud: Cloud, who: Principal, request: Request) -> Response:
     """There are none."""
     return ocs_response(request, [])
 
 
-@ocs_route("GET", "apps/files_sharing/api/v1/sharees", "read")
+@route("GET", *ocs("apps/files_sharing/api/v1/sharees"), needs="read", refuse=ocs_error)
 def ocs_sharees(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Nobody to share with."""
     none: dict[str, Any] = {"users": [], "groups": [], "remotes": []}
@@ -10065,13 +10074,9 @@ def ocs_sharees(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 # ---- logging in: a browser lets the device in, which then gets an app password
 
-def nc_login_route(methods: str, name: str, needs: str, refuse: Callable[[CloudError, Request], Response] = json_error,
-                   ) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
-    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
-        for before in PHP:
-            route(methods, before + name, needs=needs, refuse=refuse)(handler)
-        return handler
-    return enter
+def php(name: str) -> list[str]:
+    """The addresses of a page: clients put index.php before it, or nothing."""
+    return [name, "/index.php" + name]
 
 
 def base_url(request: Request) -> str:
@@ -10097,7 +10102,7 @@ def device_name(request: Request) -> str:
     return agent[:100] or "device"
 
 
-@nc_login_route("POST", "/login/v2", "nothing")
+@route("POST", *php("/login/v2"), needs="nothing")
 def nc_login(cloud: Cloud, who: Principal, request: Request) -> Response:
     """A device wants in: what it shall open in a browser, and where it then asks for its app password."""
     check_safe(request)
@@ -10111,7 +10116,7 @@ def nc_poll_error(error: CloudError, request: Request) -> Response:
     return json_response([], 404) if error.kind == "not-found" else json_error(error, request)
 
 
-@nc_login_route("POST", "/login/v2/poll", "nothing", nc_poll_error)
+@route("POST", *php("/login/v2/poll"), needs="nothing", refuse=nc_poll_error)
 def nc_poll(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The app password, once somebody let the device in; iOS sends the token in the query."""
     check_safe(request)
@@ -10120,14 +10125,14 @@ def nc_poll(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"server": base_url(request), "loginName": name, "appPassword": secret})
 
 
-@ocs_route("GET", "core/getapppassword", "password")
+@route("GET", *ocs("core/getapppassword"), needs="password", refuse=ocs_error)
 def ocs_app_password(cloud: Cloud, who: Principal, request: Request) -> Response:
     """An app password in exchange for the account's own."""
     _, secret = cloud.devices.add_token(who, device_name(request))
     return ocs_response(request, {"apppassword": secret})
 
 
-@ocs_route("DELETE", "core/apppassword", "read")
+@route("DELETE", *ocs("core/apppassword"), needs="read", refuse=ocs_error)
 def ocs_drop_app_password(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The device logs out: its app password ends."""
     if who.means != "token":
@@ -10145,7 +10150,6 @@ def stored_text(node: Node, about: About, name: str) -> str:
 
 
 FAVORITE, LIVE_PHOTO = STAR, NC + "metadata-files-live-photo"
-KEPT.update([FAVORITE, LIVE_PHOTO])
 NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
     **PROPERTIES,
     "{DAV:}getlastmodified": lambda node, about: format_http_date(max(node.mtime, SECOND)),  # Nextcloud's refuses times before
@@ -10169,8 +10173,6 @@ NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
         "contained-folder-count contained-file-count download-url-expiration "
         "trashbin-filename trashbin-original-location trashbin-deletion-time version-label version-author".split()],
         lambda node, about: None)}               # asked in every listing; known not to be there
-NC_FILES = Door(("remote.php", "dav", "files"), True, NC_PROPERTIES)
-DOORS.extend([NC_FILES, Door(("remote.php", "webdav"), False, NC_PROPERTIES)])
 NC_CLASSES = CLASSES + ", nextcloud-checksum-update"
 NC_METHODS = "OPTIONS, GET, HEAD, PUT, PATCH, DELETE, PROPFIND, PROPPATCH, MKCOL, COPY, MOVE, LOCK, UNLOCK, REPORT, SEARCH"
 
@@ -10182,32 +10184,10 @@ PASSING = {"busy"}              # of the 503s: concerns this request alone, whil
 
 
 def nc_error(error: CloudError, request: Request) -> Response:
+    error = refuse_mkcol(error, request, NC_METHODS)
     name = "Conflict" if error.kind in PASSING else EXCEPTIONS.get(error.status, "Exception")
     error.detail.pop("path", None)
     return dav_error(error, request, E("s:exception", "Sabre\\DAV\\Exception\\" + name))
-
-
-def nc_mkcol_error(error: CloudError, request: Request) -> Response:
-    """Something is there already: 405, which clients take for done."""
-    return nc_error(CloudError("method-not-allowed", str(error), allow=NC_METHODS) if error.kind == "exists" else error, request)
-
-
-def for_owner(handler: Callable[..., Response]) -> Callable[..., Response]:
-    """A handler of addresses that go on with the name of the account."""
-    def enter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-        check_owner(who, path[0] if path else "")
-        return handler(cloud, who, request, path[1:])
-    return enter
-
-
-def nc_route(methods: str, needs: str, refuse: Callable[[CloudError, Request], Response] = nc_error,
-             ) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
-    """Enter a handler of an account's files at both their addresses."""
-    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
-        route(methods, "/remote.php/webdav/<path>", needs=needs, refuse=refuse)(handler)
-        route(methods, "/remote.php/dav/files/<path>", needs=needs, refuse=refuse)(for_owner(handler))
-        return handler
-    return enter
 
 
 def done_once(handler: Callable[..., Response]) -> Callable[..., Response]:
@@ -10239,7 +10219,6 @@ def nc_again(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     return stored_response(request, node, True, dav_href(request, place, bool(node.kind)))
 
 
-@nc_route("GET", "read")
 def nc_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A file, with what clients compare it by."""
     node, content = cloud.open(who, path)
@@ -10255,7 +10234,6 @@ def nc_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]
     return response
 
 
-@nc_route("PATCH", "write")
 def nc_checksum(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """X-Recalculate-Hash: what is the checksum of the file?  rclone asks after uploads and changes of the time that have none to show."""
     kind = _CHECKSUMS.get(request.fields.get("x-recalculate-hash", "").upper())
@@ -10265,8 +10243,6 @@ def nc_checksum(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
     return Response(204, b"", {"OC-Checksum": format_checksum(kind, value), "ETag": format_etag(node)})
 
 
-@nc_route("PUT", "write")
-@done_once
 def nc_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A file, or the chunk of one as ownCloud's clients sent them before there were upload folders."""
     found = LEGACY.fullmatch(path[-1]) if path and "oc-chunked" in request.fields else None
@@ -10274,21 +10250,11 @@ def nc_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]
         cloud, who, request, path)
 
 
-for _methods, _needs, _handler in (
-        ("PROPFIND", "read", dav_propfind), ("REPORT", "read", dav_report), ("PROPPATCH", "write", dav_proppatch),
-        ("LOCK", "write", dav_lock), ("UNLOCK", "write", dav_unlock), ("DELETE", "write", done_once(dav_delete)),
-        ("MOVE COPY", "write", done_once(dav_transfer))):
-    nc_route(_methods, _needs)(_handler)
-nc_route("MKCOL", "write", nc_mkcol_error)(done_once(dav_mkcol))
-
-
+@route("OPTIONS", "/remote.php/dav", "/remote.php/dav/files/<path>", "/remote.php/webdav/<path>", needs="nothing")
 def nc_options(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = ()) -> Response:
     """What can be done here; Android looks for SEARCH."""
     return Response(200, b"", {"DAV": NC_CLASSES, "Allow": NC_METHODS})
 
-
-for _address in ("/remote.php/dav", "/remote.php/dav/files/<path>", "/remote.php/webdav/<path>"):
-    route("OPTIONS", _address, needs="nothing")(nc_options)
 
 # ---- uploads in chunks
 #
@@ -10296,16 +10262,8 @@ for _address in ("/remote.php/dav", "/remote.php/dav/files/<path>", "/remote.php
 # Their names are numbers: offsets (ownCloud; rclone, with the end behind a dash), or counted from 0 or 1, with zeros before
 # (Nextcloud, Android) or without (iOS).
 
-NC_UPLOADS = "/remote.php/dav/uploads/<path>"
+NC_UPLOADS = "/remote.php/dav/uploads/<owner>/<path>"
 LEGACY = re.compile(r"(.+)-chunking-(\d{1,20})-(\d{1,6})-(\d{1,6})", re.S)
-
-
-def upload_route(method: str, needs: str, refuse: Callable[[CloudError, Request], Response] = nc_error,
-                 ) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
-    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
-        route(method, NC_UPLOADS, needs=needs, refuse=refuse)(for_owner(handler))
-        return handler
-    return enter
 
 
 def read_chunk(path: tuple[str, ...]) -> tuple[str, Optional[int]]:
@@ -10318,7 +10276,7 @@ def read_chunk(path: tuple[str, ...]) -> tuple[str, Optional[int]]:
     return path[0], int(found[1]) if found else None
 
 
-@upload_route("MKCOL", "write", nc_mkcol_error)
+@route("MKCOL", NC_UPLOADS, needs="write", refuse=nc_error)
 def nc_begin(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Begin an upload; newer clients tell its size and place."""
     if len(path) != 1:
@@ -10328,7 +10286,7 @@ def nc_begin(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     return Response(201)
 
 
-@upload_route("PUT", "write")
+@route("PUT", NC_UPLOADS, needs="write", refuse=nc_error)
 def nc_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A chunk; whole or not at all."""
     name, number = read_chunk(path)
@@ -10337,7 +10295,7 @@ def nc_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     return Response(201 if cloud.put_part(who, name, number, request.body) else 204)
 
 
-@upload_route("PROPFIND", "read")
+@route("PROPFIND", NC_UPLOADS, needs="read", refuse=nc_error)
 def nc_chunks(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What has come of an upload, so that the client sends the rest."""
     names, values = read_propfind(read_body(request))
@@ -10352,14 +10310,14 @@ def nc_chunks(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     return answer.response()
 
 
-@upload_route("DELETE", "write")
+@route("DELETE", NC_UPLOADS, needs="write", refuse=nc_error)
 def nc_drop(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Give up an upload, or a chunk of it."""
     cloud.drop_parts(who, *read_chunk(path))
     return Response(204)
 
 
-@upload_route("MOVE", "write")
+@route("MOVE", NC_UPLOADS, needs="write", refuse=nc_error)
 def nc_join(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Make the chunks a file.  Conditions are on what is there."""
     if len(path) != 2 or path[1] != ".file":
@@ -10448,8 +10406,7 @@ def bulk_file(fields: dict[str, str], data: bytes) -> Writing:
 
 # ---- previews: the thumbnails that browsers made
 
-@route("GET", "/index.php/core/preview", needs="read")
-@route("GET", "/index.php/core/preview.png", needs="read")
+@route("GET", "/index.php/core/preview", "/index.php/core/preview.png", needs="read")
 def nc_preview(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The thumbnail of a file, by its id or its path; whatever size is asked for, there is one."""
     asked = dict(parse_pairs(request.query))
@@ -10470,8 +10427,7 @@ def read_file_id(text: str) -> int:
     return parse_id(re.match("[0-9]{0,19}", text)[0])
 
 
-@route("GET", "/index.php/apps/files/ajax/download.php", needs="read")
-@route("GET", "/apps/files/ajax/download.php", needs="read")
+@route("GET", *php("/apps/files/ajax/download.php"), needs="read")
 def nc_download(cloud: Cloud, who: Principal, request: Request) -> Response:
     """A collection as an archive, or those of its members that `files` names, as JSON or one alone; a file alone comes as it is."""
     asked = parse_query(request.query)
@@ -10510,12 +10466,17 @@ def nc_filter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     """filter-files: the favourites below a collection.  Of other rules, nothing here is known to fit."""
     names = read_names(body.iterfind("{DAV:}prop/*"))
     wanted = (body.findtext(OC + "filter-rules/" + FAVORITE) or "").strip() in TRUE
-    about, base = Scattered(cloud, who), find_door(request.path)[1]
+    about, base = Scattered(cloud, who), request.door.root(request.path)
     return nc_rows(request, about, base, names, ((place, node) for place, node in cloud.starred(who)
                                                  if wanted and place[:len(path)] == path))
 
 
-REPORT_KINDS[OC + "filter-files"] = nc_filter
+NC_HANDLERS = {**HANDLERS, "GET": ("read", nc_get), "PUT": ("write", done_once(nc_put)), "PATCH": ("write", nc_checksum),
+               "MKCOL": ("write", done_once(dav_mkcol)), "DELETE": ("write", done_once(dav_delete)), "MOVE COPY": ("write", done_once(dav_transfer))}
+NC_REPORTS = {**REPORT_KINDS, OC + "filter-files": nc_filter}
+NC_FILES = Door(("remote.php", "dav", "files"), True, NC_PROPERTIES, frozenset([FAVORITE, LIVE_PHOTO]), NC_REPORTS)
+for _door in NC_FILES, NC_FILES._replace(names=("remote.php", "webdav"), owned=False):
+    open_door(_door, nc_error, NC_HANDLERS)
 TRUE = ("1", "yes", "true")
 
 
@@ -10661,11 +10622,7 @@ TRASHED: dict[str, Callable[[Trashed], str]] = {
 }
 
 
-def trash_route(method: str, needs: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
-    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
-        route(method, "/remote.php/dav/trashbin/<path>", needs=needs, refuse=nc_error)(for_owner(handler))
-        return handler
-    return enter
+NC_TRASH, NC_VERSIONS = "/remote.php/dav/trashbin/<owner>/<path>", "/remote.php/dav/versions/<owner>/<path>"
 
 
 def check_place(path: tuple[str, ...], *first: str) -> None:
@@ -10673,7 +10630,7 @@ def check_place(path: tuple[str, ...], *first: str) -> None:
         raise CloudError("not-found", "there is nothing at this address")
 
 
-@trash_route("PROPFIND", "read")
+@route("PROPFIND", NC_TRASH, needs="read", refuse=nc_error)
 def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What was deleted, each by its id; or what a deleted collection held."""
     check_place(path, "trash")
@@ -10694,7 +10651,7 @@ def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     return answer.response()
 
 
-@trash_route("DELETE", "write")
+@route("DELETE", NC_TRASH, needs="write", refuse=nc_error)
 def nc_purge(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Give up one deleted thing for good, or all."""
     check_place(path, "trash")
@@ -10702,7 +10659,7 @@ def nc_purge(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     return Response(204)
 
 
-@trash_route("MOVE", "write")
+@route("MOVE", NC_TRASH, needs="write", refuse=nc_error)
 def nc_restore(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Bring a deleted thing back to where it was; the destination only says that it shall be."""
     check_place(path, "trash")
@@ -10710,21 +10667,16 @@ def nc_restore(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
     return Response(201)
 
 
-def versions_route(method: str, needs: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
-    """Enter a handler of (the path of a file, one of its versions or None)."""
-    def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
-        def find(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-            check_place(path, "versions")
-            place = cloud.path_of(who, read_file_id("".join(path[1:2])))
-            return handler(cloud, who, request, place, parse_id(path[2]) if len(path) == 3 else None)
-        route(method, "/remote.php/dav/versions/<path>", needs=needs, refuse=nc_error)(for_owner(find))
-        return handler
-    return enter
+def find_version(cloud: Cloud, who: Principal, path: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
+    """(path of a file, one of its versions or 0) of an address."""
+    check_place(path, "versions")
+    return cloud.path_of(who, read_file_id("".join(path[1:2]))), parse_id(path[2]) if len(path) == 3 else 0
 
 
-@versions_route("PROPFIND", "read")
-def nc_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], rev: int | None) -> Response:
+@route("PROPFIND", NC_VERSIONS, needs="read", refuse=nc_error)
+def nc_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """The versions of a file before the present one."""
+    path, _ = find_version(cloud, who, path)
     names = read_propfind(read_body(request))[0] or ALLPROP
     live, about = cloud.stat(who, path), Scattered(cloud, who)
     answer, base = Multistatus(names, NC_FILES), request.href(request.path)
@@ -10737,16 +10689,16 @@ def nc_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
     return answer.response()
 
 
-@versions_route("GET", "read")
-def nc_version(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], rev: int | None) -> Response:
+@route("GET", NC_VERSIONS, needs="read", refuse=nc_error)
+def nc_version(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """The bytes of a version."""
-    return content_response(request, *cloud.version(who, path, rev or 0))
+    return content_response(request, *cloud.version(who, *find_version(cloud, who, path)))
 
 
-@versions_route("MOVE", "write")
-def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], rev: int | None) -> Response:
+@route("MOVE", NC_VERSIONS, needs="write", refuse=nc_error)
+def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Make a version the present one."""
-    cloud.restore_version(who, path, rev or 0)
+    cloud.restore_version(who, *find_version(cloud, who, path))
     return Response(201)
 
 
@@ -20718,6 +20670,8 @@ def page_as_sent(packed: bool) -> tuple[bytes, dict[str, str]]:
         "Permissions-Policy": "camera=(), geolocation=(), microphone=()", **({"Content-Encoding": "gzip"} if packed else {})}
 
 
+@route("GET", "/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/starred", "/trash", "/activity", "/search",
+       "/settings/<path>", "/login/v2/flow/<token>", needs="nothing")
 def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = (), token: str = "") -> Response:
     """The page; what it shows is up to its script, which reads the address."""
     body, fields = page_as_sent(takes_gzip(request.fields.get("accept-encoding", "")))
@@ -20725,10 +20679,6 @@ def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
         return Response(304, b"", {name: value for name, value in fields.items() if name != "Content-Encoding"})
     return Response(200, body, dict(fields))
 
-
-for _pattern in ("/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/starred", "/trash", "/activity",
-                 "/search", "/settings/<path>", "/login/v2/flow/<token>"):
-    route("GET", _pattern, needs="nothing")(web_page)
 
 WORDS = {"de": PAGE_GERMAN}       # what the page says in other languages, JSON: another one is another row here and in LANGUAGES
 
@@ -20819,13 +20769,11 @@ def folder_at(y: float) -> tuple[float, float]:
     return 6.5 - round_off(max(8 - y, y - 16)), 10.1 + 0.75 * (y - 6.5) if y < 8.5 else 17.5 + round_off(max(10 - y, y - 16))
 
 
-def web_picture(size: int) -> Callable[[Cloud, Principal, Request], Response]:
-    """The handler of the icon in a size."""
-    return lambda cloud, who, request: Response(200, draw_icon(size), {"Content-Type": "image/png", "Cache-Control": "max-age=86400"})
-
-
-for _size in ICON_SIZES:
-    route("GET", "/icon-%d.png" % _size, needs="nothing")(web_picture(_size))
+@route("GET", *map("/icon-{}.png".format, ICON_SIZES), needs="nothing")
+def web_picture(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The icon in a size."""
+    size = int(re.sub("[^0-9]", "", request.path[0]))
+    return Response(200, draw_icon(size), {"Content-Type": "image/png", "Cache-Control": "max-age=86400"})
 
 
 @route("GET", "/icon.svg", needs="nothing")
