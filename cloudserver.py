@@ -1932,21 +1932,20 @@ class Whole:
     are forked later, so that one check, or the hash of whoever wrote an object, does for all."""
 
     def __init__(self, slots: int = WHOLE_SLOTS) -> None:
-        self._slots, self._marks = slots, mmap.mmap(-1, 16 * slots)
-
-    def _mark(self, name: str, about: os.stat_result) -> tuple[slice, bytes]:
-        """Where the mark of an object stands, in the place of others now and then, and what it is."""
-        mark = hashlib.blake2b(b"%s %d %d" % (name.encode(), about.st_size, about.st_mtime_ns), digest_size=16).digest()
-        start = 16 * (int.from_bytes(mark[:4], "big") % self._slots)
-        return slice(start, start + 16), mark
+        self._marks = memoryview(mmap.mmap(-1, 8 * slots)).cast("q")
 
     def add(self, name: str, about: os.stat_result) -> None:
-        place, mark = self._mark(name, about)
-        self._marks[place] = mark
+        mark = mark_of(name, about)
+        self._marks[mark % len(self._marks)] = mark          # in the place of another, now and then
 
     def has(self, name: str, about: os.stat_result) -> bool:
-        place, mark = self._mark(name, about)
-        return self._marks[place] == mark
+        mark = mark_of(name, about)
+        return self._marks[mark % len(self._marks)] == mark
+
+
+def mark_of(name: str, about: os.stat_result) -> int:
+    """64 bits that stand for an object in a certain state, the same in all processes that were forked from one."""
+    return hash((name, about.st_size, about.st_mtime_ns))
 
 
 def use_all_cores() -> None:
@@ -2017,17 +2016,13 @@ class Blobs:
             raise storage_error(error) from error
         return name
 
-    def _open(self, chunk: StoredChunk) -> Future:
-        """Open a chunk's object: in a while the file, its bytes checked once per start and after any change of the file (R25)."""
+    def _open(self, chunk: StoredChunk) -> BinaryIO | Future:
+        """Open a chunk's object; once per start, and after any change of the file, its bytes are checked first, in the lane (R25)."""
         try:
             file = self.store.get(chunk.object)
         except OSError as error:
             raise CloudError("storage-failed", "a part of the file cannot be read") from error
-        if not self.whole.has(chunk.object, os.fstat(file.fileno())):
-            return self.lane.submit(self._check, chunk, file)
-        opened: Future = Future()
-        opened.set_result(file)
-        return opened
+        return file if self.whole.has(chunk.object, os.fstat(file.fileno())) else self.lane.submit(self._check, chunk, file)
 
     def _check(self, chunk: StoredChunk, file: BinaryIO) -> BinaryIO:
         about = os.fstat(file.fileno())
@@ -2040,7 +2035,7 @@ class Blobs:
 
     def slices(self, chunks: Iterable[tuple[StoredChunk, int, int]]) -> Iterator[bytes | FileSlice]:
         """Bytes to send for (chunk, start, stop) in turn; the next chunk is checked while one is sent."""
-        ahead: deque[tuple[StoredChunk, int, int, Future | None]] = deque()
+        ahead: deque[tuple[StoredChunk, int, int, BinaryIO | Future | None]] = deque()
         try:
             for chunk, start, stop in chunks:
                 ahead.append((chunk, start, stop, self._open(chunk) if chunk.data is None else None))
@@ -2050,20 +2045,22 @@ class Blobs:
                 yield from slice_of(*ahead.popleft())
         finally:
             for *_, opened in ahead:
-                if opened:
+                if isinstance(opened, Future):
                     opened.add_done_callback(lambda done: None if done.exception() else done.result().close())
+                elif opened is not None:
+                    opened.close()
 
     def read(self, chunk: StoredChunk) -> bytes:
         """All bytes of a chunk, checked."""
         return b"".join(read_slice(part) for part in self.slices([(chunk, 0, chunk.size)]))
 
 
-def slice_of(chunk: StoredChunk, start: int, stop: int, opened: Future | None) -> Iterator[bytes | FileSlice]:
+def slice_of(chunk: StoredChunk, start: int, stop: int, opened: BinaryIO | Future | None) -> Iterator[bytes | FileSlice]:
     """The bytes from start to stop of a chunk that lies in its row, or in an object that is being opened, and open meanwhile."""
     if opened is None:
         yield check_inline(chunk)[start:stop]
     else:
-        with opened.result() as file:
+        with opened.result() if isinstance(opened, Future) else opened as file:
             yield FileSlice(file, start, stop - start)
 
 
