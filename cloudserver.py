@@ -3267,8 +3267,8 @@ class Throttle:
         now = self.clock.due()
         self.db.run(Statement(
             "INSERT INTO throttle (subject, failures, due) VALUES (?1, 1, ?2 + ?3) ON CONFLICT (subject) DO UPDATE SET "
-            "failures = CASE WHEN due > ?4 THEN failures + 1 ELSE 1 END, "
-            "due = ?2 + CASE WHEN due <= ?4 THEN ?3 WHEN failures < 10 THEN ?3 << failures ELSE ?5 END",
+            "failures = CASE WHEN throttle.due > ?4 THEN throttle.failures + 1 ELSE 1 END, due = ?2 + CASE WHEN throttle.due <= ?4 THEN ?3 "
+            "WHEN throttle.failures < 10 THEN ?3 << throttle.failures ELSE ?5 END",
             [(subject, now, WAIT_FIRST, now - HOUR, WAIT_MOST) for subject in subjects], many=True))
 
     def pressure(self, crowd: tuple[str, ...]) -> int:
@@ -3444,7 +3444,8 @@ class Accounts:
     def new_setup_token(self) -> str:
         """A token that opens /setup once; the one before it is void."""
         token = secrets.token_urlsafe(16)
-        self.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('setup', ?)", (sha256_text(token),)))
+        self.db.run(Statement("INSERT INTO setting (name, value) VALUES ('setup', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                              (sha256_text(token),)))
         return token
 
     def claim(self, token: str, name: str, password: str, address: str) -> None:
@@ -3485,7 +3486,7 @@ class Accounts:
                           (account, name, account_key(name), root, int(admin), quota, stored, now)),
                 Statement("INSERT INTO entry (home, since, node, name, key, kind, size, mtime, rev) "
                           "SELECT ?, max(seq), ?, '', '', ?, 0, ?, max(seq) FROM journal", (account, root, COLLECTION, now)),
-                Statement("INSERT INTO collection SELECT ?, max(seq), 0, 0 FROM journal", (root,)),
+                Statement("INSERT INTO collection (node, seq, size, files) SELECT ?, max(seq), 0, 0 FROM journal", (root,)),
                 Statement("DELETE FROM setting WHERE name = 'setup'")])
 
         return self.db.write(attempt).line.home
@@ -3635,13 +3636,13 @@ class Devices:
         raises  CloudError throttled when too many wait from there
         """
         now, network = self.clock.due(), network_of(address)
-        waiting, here = self.db.read("SELECT count(*), coalesce(sum(address = ?), 0) FROM pairing WHERE due > ?", (network, now))[0]
+        waiting, here = self.db.read("SELECT count(*), count(CASE WHEN address = ? THEN 1 END) FROM pairing WHERE due > ?", (network, now))[0]
         if here >= PAIRINGS_HERE:
             raise CloudError("throttled", "too many devices wait to be let in", retry_after=60)
         poll, token = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         self.db.run(Statement("DELETE FROM pairing WHERE due <= ?", (now,)),
                     *([Statement(CROWD_OUT)] if waiting >= PAIRINGS else ()),
-                    Statement("INSERT INTO pairing VALUES (?, ?, ?, ?, NULL, ?)",
+                    Statement("INSERT INTO pairing (token, poll, device, address, account, due) VALUES (?, ?, ?, ?, NULL, ?)",
                               (sha256_text(token), sha256_text(poll), device.strip()[:100] or "device", network, now + PAIRING)))
         return poll, token
 
