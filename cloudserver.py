@@ -11200,9 +11200,9 @@ class Balance:
     def set(self, count: int) -> None:
         self._counts[self.index] = count
 
-    def yields(self) -> bool:
-        """Should another worker take the next connection?"""
-        return self._counts[self.index] > min(self._counts)
+    def excess(self) -> int:
+        """How many more we have than who has fewest."""
+        return self._counts[self.index] - min(self._counts)
 
 
 class Crew:
@@ -11336,7 +11336,7 @@ class CloudServer(ThreadingHTTPServer):
             self.stopping = True                 # the lifeline is cut
 
     def _accept(self) -> None:
-        if self.balance.yields() and self._yielded < 4:
+        if self._yielded < min(4 * self.balance.excess(), 20):           # for the others to take it
             self._yielded += 1
             time.sleep(0.0005)
             return
@@ -11362,6 +11362,7 @@ class CloudServer(ThreadingHTTPServer):
         if len(self.watched) + len(self.active) >= self.cloud.config.max_connections or len(self.watched) >= WATCHED_MOST:
             self._make_room()
         self._watch(connection)
+        self.balance.set(len(self.active) + len(self.watched))           # at once: the others look before they take the next
         if not self.tls:
             self._move_along(connection)         # what it wants is often there already
 
@@ -11457,7 +11458,6 @@ class CloudServer(ThreadingHTTPServer):
             self._refuse(connection, CloudError("busy", "too many requests at once", retry_after=2))
             return                               # overloaded: better to say so than to let everybody wait (R35)
         self.active.add(connection)
-        self.balance.set(len(self.active) + len(self.watched))
         if connection.phase != HANDSHAKE:
             connection.seize()
         self.process_request(connection, connection.peer)
