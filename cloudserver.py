@@ -14,9 +14,11 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      6  Store           Store Directory Blobs Content                  the only code that opens data files
      7  Database        Database Batch SCHEMA MIGRATIONS               two calls: read and write
      8  Accounts        Credentials Accounts Devices                   who is asking
-     9  Tree            Moment Span Tree Copies                        the tree of files, read and written
-    10  History         History                                        what was, and how it comes back
-    11  Verbs           Cloud Sync                                     every verb, behind every door
+     9  Tree            Moment Span Spot                               the tree of files, read
+     9  Changes         Contents Space Locks Brake Tree                how it is changed
+    10  Files           Files Copies Search                            the verbs of what is
+    10  History         Journal History Versions Trash                 ... and of what was
+    11  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
     12  HTTP            Request Response route respond                 what is asked, and the gate
     12  Connections     Parser Connection Handler                      the only code that touches a socket
     13  JSON API        api_*                                          what the page and programs use
@@ -39,7 +41,7 @@ The path of a request:
         2 find_route  ROUTES         which function?                    404 405
         3 admit       Route.needs    may they knock?                    401 403
         4 handler     rooms 13-16    words to values, one Cloud call, values to words
-              Cloud                  this principal, on this node?      403 404 409 412 423 507
+              Files, History, ...    this principal, on this node?      403 404 409 412 423 507
                   Store              bytes first, no lock held
                   Database           then guards, rows and one journal line, in one batch
         5 refuse      Route.refuse   how this dialect words a CloudError
@@ -260,6 +262,7 @@ class Principal(NamedTuple):
     scoped: bool = False         # root is not the root of the account
     confirmed: int = 0           # due time until which the password counts as freshly given
     refusal: Optional["CloudError"] = None    # why credentials that were sent do not count
+    op: Optional[Tuple[str, str]] = None      # what a batch of theirs bears: see Cloud.once
 
 
 ANONYMOUS = Principal()
@@ -3787,9 +3790,9 @@ def network_of(address: str) -> str:
 
 # ==== 9. Tree ============================================================================
 #
-# Every verb, behind every door.  1. A verb takes who, then what, then Preconditions.  2. It checks rights, stores
+# What every verb stands on.  1. A verb takes who, then what, then Preconditions.  2. It checks rights, stores
 # bytes, then commits one batch; nothing it decided on can have changed by then, because guards restate it.
-# 3. The tree changes only through _batch(), which turns Changes into rows, sums and one journal line.
+# 3. The tree changes only through Tree.batch, which turns Changes into rows, sums and one journal line.
 # 4. Sums: a collection's row counts the live files below it, and its seq is the last write anywhere below.
 # 5. account.shape is raised whenever a collection leaves its place, a lock appears or history is given up; a batch
 #    that was decided at the same shape may rely on its path, on the locks and on the past it saw.
@@ -3832,6 +3835,12 @@ class Spot(NamedTuple):
     @property
     def parent(self) -> int:
         return self.chain[-1]
+
+    def found(self) -> Node:
+        """The node.  raises CloudError not-found"""
+        if self.node is None:
+            raise CloudError("not-found", "there is nothing at this path")
+        return self.node
 
 
 @lru_cache(maxsize=2 * STRIDE + 2)
@@ -4152,11 +4161,50 @@ class Span:
         return then.path(id) is None and self._whole.path(id) is not None
 
 
+def seen_by(read: Read, who: Principal) -> Moment:
+    """What somebody sees, as it is now: nothing, if the collection that a device is limited to is in the trash."""
+    hidden = who.scoped and Moment(read, who.root).above(who.root) is None
+    return Moment(read, 0 if hidden else who.root)
+
+
+def above_root(read: Read, who: Principal) -> tuple[int, ...]:
+    """What holds the collection that a device is limited to.  raises CloudError not-found if that is in the trash"""
+    above = Moment(read, who.root).above(who.root) if who.scoped else ()
+    if above is None:
+        raise CloudError("not-found", "there is nothing of that id")
+    return above
+
+
+def holders(read: Read, node: int) -> tuple[int, ...]:
+    """Ids of the collections that hold a live node."""
+    return Moment(read, node).above(node) or ()
+
+
+class Changed(NamedTuple):
+    """A node that a batch touched: where it is now and where it was, seen from a collection; None: out of sight."""
+    id: int
+    kind: int
+    node: Node | None
+    path: tuple[str, ...] | None
+    was: tuple[str, ...] | None
+
+
+# ==== 9. Changes =========================================================================
+#
+# What a change of the tree needs, and how it becomes a batch.
+
+CHUNK_ROWS = (  # makes chunks known; one that was given up or found damaged is good again
+    "INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
+    "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
+    "object = CASE WHEN bad IS NULL THEN object ELSE excluded.object END, "
+    "data = CASE WHEN bad IS NULL THEN data ELSE excluded.data END WHERE condemned IS NOT NULL OR bad IS NOT NULL")
+
+
 BRAKE_FILES, BRAKE_SHARE, BRAKE_WINDOW = 200, 4, 10 * MINUTE       # held: over 200 files and over a quarter in the window
 BRAKE_FREE = HOUR               # how long a device that was allowed may do everything
 
 
-class Brake(NamedTuple):
+class Window(NamedTuple):
     """What a device deleted and overwrote of late.  The order is that of the table's columns."""
     device: str
     home: int
@@ -4169,135 +4217,22 @@ class Brake(NamedTuple):
     free: int
 
 
-CHUNK_ROWS = (  # makes chunks known; one that was given up or found damaged is good again
-    "INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
-    "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
-    "object = CASE WHEN bad IS NULL THEN object ELSE excluded.object END, "
-    "data = CASE WHEN bad IS NULL THEN data ELSE excluded.data END WHERE condemned IS NOT NULL OR bad IS NOT NULL")
+def is_composed(node: Node) -> bool:
+    """Has a file several chunks, listed under its manifest?"""
+    return node.kind == FILE and node.manifest[0] == "m"
 
 
-class Changed(NamedTuple):
-    """A node that a batch touched: where it is now and where it was, seen from a collection; None: out of sight."""
-    id: int
-    kind: int
-    node: Node | None
-    path: tuple[str, ...] | None
-    was: tuple[str, ...] | None
+class Contents:
+    """The bytes of files: what is known of chunks and manifests, and the rows that make them known."""
 
+    def __init__(self, db: Database, clock: Clock, blobs: Blobs) -> None:
+        self.db, self.clock, self.blobs = db, clock, blobs
 
-class Tree:
-    """The live tree: finding, writing, moving, properties, locks.  The ground floor of Cloud."""
-
-    def __init__(self, config: Config, clock: Clock | None = None, *, how: str = "make") -> None:
-        """Open the data directory.  raises CloudError, OSError
-
-        how   "make": making it if need be; "open": it must be there; "read": it must be there, and stays as it is
-        """
-        self.config, self.clock = config, clock or Clock()
-        check_presence(config.data, how)
-        store = Directory(config.data / "objects")
-        if how != "read":
-            claim_directory(config.data)
-            store.create()
-        self.blobs = Blobs(store)
-        self.db = Database(config.data / "cloud.db", self.clock, readonly=how == "read")
-        self.credentials = Credentials(self.db, self.clock)
-        self.accounts = Accounts(self.db, self.clock, self.credentials)
-        self.devices = Devices(self.db, self.clock, self.credentials)
-        self.op: tuple[str, str] | None = None           # what batches bear: see Cloud.once
-        self._free: tuple[int, bool] = (0, True)         # until when the disk counts as free
-        self._lanes = Shares(2, "%d long operations of this account are under way already")
-        self._waits = Shares(WAITS, "%d of this account wait for changes already")
-        self.closing = threading.Event()
-
-    def close(self) -> None:
-        self.blobs.lane.shutdown(wait=True)
-        self.db.close()
-
-    @property
-    def epoch(self) -> str:
-        """Which server this is; a new one after a restore (R29)."""
-        return self.db.setting("epoch")
-
-    def policy(self) -> Policy:
-        """What an administrator may change while the server runs; until then it is what the command line says."""
-        given = Policy(self.config.keep_days, *(parse_size(text) if text else None
-                                                for text in (self.config.history, self.config.quota)))
-        return given._replace(**json.loads(self.db.setting("policy") or "{}"))
-
-    def set_policy(self, who: Principal, **values: int | None) -> Policy:
-        """Change some of it; returns the whole.  What somebody else changes at the same time stays changed."""
-        def attempt() -> Batch:
-            stored, policy = self.db.setting("policy"), self.policy()._replace(**values)
-            if not 0 <= policy.keep_days <= KEEP_MOST:
-                raise CloudError("bad-request", "keep_days is 0 to %d" % KEEP_MOST)
-            return Batch([Statement("INSERT OR REPLACE INTO setting VALUES ('policy', ?)", (json.dumps(policy._asdict()),))],
-                         [Statement("SELECT 'policy' WHERE (SELECT value FROM setting WHERE name = 'policy') IS NOT ?", (stored,))],
-                         line=Line(0, who, "settings", values))
-
-        self.db.write(attempt)
-        log.info("settings", extra={"by": who.name})
-        return self.policy()
-
-    def keep_reserve(self) -> None:
-        """Have room put by for the moment when the disk is full, as long as it is not (R18)."""
-        usage = shutil.disk_usage(self.config.data)
-        size = min(RESERVE, usage.total // 64)
-        if usage.free > size + min(parse_size(self.config.low_water), usage.total // 50):
-            self.db.reserve.keep(size)
-
-    def health(self) -> str:
-        """"ok", "low" when the disk is almost full, "read-only" when nothing can be written."""
-        if self.db.writer.broken:
-            return "read-only"
-        return "ok" if self._disk_has_room() else "low"
-
-    # ---- finding
-
-    def stat(self, who: Principal, path: tuple[str, ...]) -> Node:
-        """The node at a path.  raises CloudError not-found"""
-        return self._found(self._spot(who, path))
-
-    def open(self, who: Principal, path: tuple[str, ...]) -> tuple[Node, Content | None]:
-        """A file and its bytes; None in place of bytes for a collection.  raises CloudError not-found"""
-        def look() -> tuple[Any, int]:
-            spot = self._spot(who, path, content=True)
-            node = self._found(spot)
-            content = None if node.kind else self._content(node, spot.chunk)
-            return (node, content), KiB + (content.weight() if content else 0)
-        return self.db.recent.get((who, path), look)
-
-    @contextmanager
-    def listing(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[Node, Moment]]:
-        """A node, and the moment from which to read what it holds.  raises CloudError not-found"""
-        id = self.stat(who, path).node
-        with self.db.snapshot() as read:
-            now = Moment(read, id)
-            node = now.node(id)
-            if node is None:
-                raise CloudError("not-found", "it was just deleted")
-            yield node, now
-
-    def locks_near(self, now: Moment, node: Node) -> Callable[[Node], list[Lock]]:
-        """Tells which locks hold the node or one of its children."""
-        locks = [Lock._make(row) for row in now.read("SELECT * FROM lock WHERE home = ? AND due > ?", (node.home, self.clock.due()))]
-        above = {node.node, *(now.above(node.node) or ())} if locks else set()
-        return lambda one: [lock for lock in locks if lock.node == one.node or lock.deep and lock.node in above]
-
-    def _found(self, spot: Spot) -> Node:
-        if spot.node is None:
-            raise CloudError("not-found", "there is nothing at this path")
-        return spot.node
-
-    def find(self, who: Principal, path: tuple[str, ...]) -> Node | None:
-        """The node at a path, if there is one."""
-        return self._spot(who, path).node
-
-    def _content(self, node: Node, only: StoredChunk | None = None) -> Content:
+    def of(self, node: Node, only: StoredChunk | None = None) -> Content:
         """The bytes of a version; `only` is its chunk if it has one and the caller has read it."""
-        return self.content_of(node.manifest, node.size, only)
+        return self.content(node.manifest, node.size, only)
 
-    def content_of(self, manifest: str, size: int, only: StoredChunk | None = None) -> Content:
+    def content(self, manifest: str, size: int, only: StoredChunk | None = None) -> Content:
         if manifest[0] != "m":
             if only is None:
                 rows = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (manifest,))
@@ -4311,13 +4246,278 @@ class Tree:
                 "WHERE m.manifest = ? AND m.offset >= (SELECT max(offset) FROM manifest_chunk WHERE manifest = ? "
                 "AND offset <= ?) ORDER BY m.offset LIMIT 64", (manifest, manifest, offset))])
 
-    def _spot(self, who: Principal, path: tuple[str, ...], *, content: bool = False) -> Spot:
+    def knows(self, home: int, hash: str) -> bool:
+        """Does this home refer to a chunk already, so that telling its owner so betrays nothing? (D3)"""
+        return bool(self.db.read(
+            "SELECT 1 FROM chunk h WHERE h.hash = :hash AND h.bad IS NULL AND h.condemned IS NULL AND (EXISTS ("
+            "SELECT 1 FROM entry WHERE manifest = :hash AND home = :home) OR EXISTS ("
+            "SELECT 1 FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = :hash AND e.home = :home))",
+            {"hash": hash, "home": home}))
+
+    def rows(self, stored: Stored, *, new: bool = True) -> list[Statement]:
+        """Rows that make stored bytes known: the chunks, if they are new, and the manifest if there are several."""
+        body = [Statement(CHUNK_ROWS, self.chunk_rows(stored), many=True)] if new else []
+        if len(stored.chunks) > 1:
+            body += [Statement("INSERT OR IGNORE INTO manifest VALUES (?, ?, ?)",
+                               (stored.manifest, stored.size, stored.sha256)),
+                     Statement(PUT_OFFSET, Rows(partial(self._offsets, stored)), many=True)]
+        if stored.digests:
+            body.append(Statement("INSERT OR IGNORE INTO digest VALUES (?, ?, ?)",
+                                  [(stored.manifest, kind, value) for kind, value in stored.digests.items()], many=True))
+        return body
+
+    def chunk_rows(self, stored: Stored) -> list[tuple[Any, ...]]:
+        now = self.clock.due()
+        if stored.inline is not None:
+            return [(stored.manifest, stored.size, None, now, stored.inline)]
+        return [(hash, size, "%s-%s" % (hash, stored.tag), now, None) for hash, size in dict(stored.chunks).items()
+                if hash not in stored.relied]
+
+    def _offsets(self, stored: Stored) -> Iterator[tuple[str, int, str]]:
+        offset = 0
+        for hash, size in stored.chunks:
+            yield stored.manifest, offset, hash
+            offset += size
+
+    def sums(self, node: Node) -> dict[str, str]:
+        """The checksums that are known of a file: {"sha1": hex}."""
+        found = dict(self.db.read("SELECT kind, value FROM digest WHERE manifest = ? UNION ALL SELECT 'sha256', sha256 "
+                                  "FROM manifest WHERE id = ? AND sha256 IS NOT NULL", (node.manifest,) * 2))
+        return found if node.manifest[0] == "m" else {**found, "sha256": node.manifest}
+
+    def chunks(self, node: Node) -> list[tuple[str, int]]:
+        """(hash, size) of the chunks of a file in order; an empty file has none."""
+        if not is_composed(node):
+            return [(node.manifest, node.size)] if node.size else []
+        return self.db.read("SELECT m.chunk, h.size FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
+                            "WHERE m.manifest = ? ORDER BY m.offset", (node.manifest,))
+
+    def chunk(self, hash: str) -> StoredChunk:
+        return StoredChunk._make(self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (hash,))[0])
+
+
+class Space:
+    """What may be stored: quotas, what was spent of late, the disk."""
+
+    def __init__(self, db: Database, clock: Clock, config: Config) -> None:
+        self.db, self.clock, self.config = db, clock, config
+        self._free: tuple[int, bool] = (0, True)         # until when the disk counts as free
+
+    def check(self, spot: Spot, growth: int, size: int) -> None:
+        """Refuse what exceeds quota or disk.  `growth` of the live bytes, `size` to be stored; both in bytes."""
+        if size > parse_size(self.config.max_file):
+            raise CloudError("too-large", "files may have %s" % format_size(parse_size(self.config.max_file)))
+        if spot.quota is not None and growth > 0 and spot.used + self.reserved(spot.home) + growth > spot.quota:
+            raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, spot.quota - spot.used)))
+        if size and spot.quota is not None:
+            self._check_spent(self._overspent(spot.home, size, SPENT_FREE))
+        if size and not self.has_room():
+            raise CloudError("disk-full", "the disk of the server is almost full")
+
+    def _check_spent(self, guard: Statement) -> None:
+        if self.db.read(guard.sql, guard.params):
+            raise CloudError("over-quota", OVERSPENT)
+
+    def _overspent(self, home: int, size: int, free: int) -> Statement:
+        """The guard that says: an account with a quota has not made the server store too much within some days.
+
+        Whatever it deletes or overwrites stays for days; without this a quota would bound next to nothing (Q2).
+        """
+        return Statement("SELECT 'quota' FROM account WHERE id = ? AND quota IS NOT NULL AND ? + (SELECT coalesce(sum(bytes), 0) FROM spent "
+                         "WHERE home = ? AND day > ?) > ? * quota + ?",
+                         (home, size, home, self.clock.due() // DAY - SPENT_DAYS, SPENT_TIMES, free))
+
+    def pay(self, batch: Batch, home: int, quota: int | None, price: int = 0) -> Batch:
+        """Let an account with a quota pay for what a batch stores, and so many bytes more."""
+        size = 0 if quota is None else price + cost_of(batch.body)
+        if size:
+            batch.guards.append(self._overspent(home, size, 2 * SPENT_FREE))     # who may upload no more still moves and restores
+            self._check_spent(batch.guards[-1])
+            batch.body.append(Statement("INSERT INTO spent (home, day, bytes) VALUES (?, ?, ?) ON CONFLICT (home, day) DO UPDATE SET "
+                                        "bytes = bytes + excluded.bytes", (home, self.clock.due() // DAY, size)))
+        return batch
+
+    def reserved(self, home: int) -> int:
+        return self.db.read("SELECT " + RESERVED + " FROM upload WHERE home = ? AND done IS NULL", (home,))[0][0]
+
+    def quota_of(self, home: int) -> int | None:
+        return self.db.read("SELECT quota FROM account WHERE id = ?", (home,))[0][0]
+
+    def has_room(self) -> bool:
+        """Is there more free space than the low-water mark?  Looked up once a second (R18)."""
+        now = self.clock.due()
+        if now >= self._free[0]:
+            usage = shutil.disk_usage(self.config.data)
+            self._free = now + SECOND, usage.free >= min(parse_size(self.config.low_water), usage.total // 50)
+        return self._free[1]
+
+    def keep_reserve(self) -> None:
+        """Have room put by for the moment when the disk is full, as long as it is not (R18)."""
+        usage = shutil.disk_usage(self.config.data)
+        size = min(RESERVE, usage.total // 64)
+        if usage.free > size + min(parse_size(self.config.low_water), usage.total // 50):
+            self.db.reserve.keep(size)
+
+
+class Locks:
+    """Which locks there are, and what they forbid (RFC 4918 s6, s7)."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self.db, self.clock = db, clock
+
+    def of(self, spot: Spot) -> list[Lock]:
+        return [Lock._make(row) for row in self.db.read("SELECT * FROM lock WHERE home = ? AND due > ?",
+                                                        (spot.home, self.clock.due()))]
+
+    def covering(self, spot: Spot, locks: list[Lock]) -> list[Lock]:
+        """The locks that hold the node at a spot: its own, and deep ones from above."""
+        return [lock for lock in locks
+                if spot.node and lock.node == spot.node.node or lock.deep and lock.node in spot.chain]
+
+    def check(self, who: Principal, spot: Spot, given: Preconditions, *, below: bool = False,
+                     member: bool | None = None) -> None:
+        """Refuse unless the locks in the way are the caller's and were submitted (RFC 4918 s7).
+
+        below    what hangs below the node is affected too: delete, move, overwrite
+        member   the parent gains or loses a member; None means: if there is no node yet
+        """
+        locks = self.of(spot)
+        held = self.covering(spot, locks)
+        if (spot.node is None if member is None else member) and spot.chain:
+            held += [lock for lock in locks if lock.node == spot.parent and not lock.deep]
+        if below and spot.node:
+            held += [lock for lock in locks if lock.node != spot.node.node and lock not in held
+                     and spot.node.node in holders(self.db.read, lock.node)]
+        mine = {lock.token for lock in held if lock.account == who.account and lock.token in given.tokens}
+        shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
+        for lock in held:
+            if lock.token not in mine and (lock.exclusive or lock.node not in shared):
+                raise CloudError("locked", "it is locked", path=seen_by(self.db.read, who).path(lock.node))
+
+    def check_conflict(self, who: Principal, spot: Spot, exclusive: bool, deep: bool) -> None:
+        locks = self.of(spot)
+        near = self.covering(spot, locks)
+        if deep and spot.node:
+            near += [lock for lock in locks if spot.node.node in holders(self.db.read, lock.node)]
+        for lock in near:
+            if exclusive or lock.exclusive:
+                raise CloudError("lock-conflict", "it is locked", path=seen_by(self.db.read, who).path(lock.node))
+        if len(locks) >= 10_000:
+            raise CloudError("busy", "this account has 10000 locks")
+
+    def drop(self, spot: Spot, *nodes: Node) -> list[Statement]:
+        """Locks do not outlive the place of a node (RFC 4918 s7.5, s9.6.1)."""
+        if not spot.locked:
+            return []
+        gone = {node.node for node in nodes}
+        return [Statement("DELETE FROM lock WHERE token = ?", (lock.token,)) for lock in self.of(spot)
+                if lock.node in gone or gone & set(holders(self.db.read, lock.node))]
+
+    def near(self, now: Moment, node: Node) -> Callable[[Node], list[Lock]]:
+        """Tells which locks hold the node or one of its children."""
+        locks = [Lock._make(row) for row in now.read("SELECT * FROM lock WHERE home = ? AND due > ?", (node.home, self.clock.due()))]
+        above = {node.node, *(now.above(node.node) or ())} if locks else set()
+        return lambda one: [lock for lock in locks if lock.node == one.node or lock.deep and lock.node in above]
+
+
+class Brake:
+    """Holds a device that destroys much in little time, until somebody looks."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self.db, self.clock = db, clock
+
+    def count(self, who: Principal, destroyed: Iterable[tuple[Node, Node | None]]) -> list[Statement]:
+        """Count what a device deletes and overwrites; returns the statement that notes it.  raises CloudError held
+
+        destroyed   (what was, what takes its place or None), whichever verb does it
+        What it made itself within the window does not count, nor does a file that it overwrites once more.
+        """
+        recent = self.clock.wall() - BRAKE_WINDOW
+        gone = [(before, after) for before, after in destroyed if before.created < recent]
+        deletes = sum(before.files if before.kind else 1 for before, after in gone if after is None)
+        overwrites = sum(before.kind == FILE and after.manifest != before.manifest for before, after in gone if after)
+        if not deletes + overwrites:
+            return []
+        now, brake = self.clock.due(), self._brake_of(who)
+        if brake and brake.free > now:
+            return []
+        if brake and brake.held is None and brake.due > now:
+            note = Statement("UPDATE brake SET deletes = deletes + ?, overwrites = overwrites + ? WHERE device = ?",
+                             (deletes, overwrites, who.device))
+        else:
+            seq, files = self.db.read("SELECT (SELECT max(seq) FROM journal), c.files FROM account a JOIN collection c "
+                                      "ON c.node = a.root WHERE a.id = ?", (who.account,))[0]
+            brake = brake if brake and brake.held is not None else Window(
+                who.device, who.account, seq, now + BRAKE_WINDOW, files, 0, 0, None, 0)
+            note = Statement("INSERT OR REPLACE INTO brake VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                             brake._replace(deletes=deletes, overwrites=overwrites))
+        self._check(who, brake, deletes, overwrites)
+        return [note]
+
+    def _brake_of(self, who: Principal) -> Window | None:
+        rows = self.db.read("SELECT * FROM brake WHERE device = ?", (who.device,))
+        return Window._make(rows[0]) if rows else None
+
+    def _check(self, who: Principal, brake: Window, deletes: int, overwrites: int) -> None:
+        """raises CloudError held if this would be too much, or something was before"""
+        def is_too_much() -> bool:
+            count = deletes + overwrites + brake.deletes + brake.overwrites
+            return count > BRAKE_FILES and count * BRAKE_SHARE > brake.files
+
+        if brake.held is None and is_too_much():
+            (files,), = self.db.read(
+                "SELECT count(DISTINCT e.node) FROM journal j JOIN entry e ON e.home = j.home AND e.until = j.seq "
+                "WHERE j.home = ? AND j.seq > ? AND j.device = ? AND e.fate = 'replaced'", (who.account, brake.seq, who.device))
+            brake = brake._replace(overwrites=min(files, brake.overwrites))
+            if not is_too_much():
+                self.db.run(Statement("UPDATE brake SET overwrites = ? WHERE device = ?", (files, who.device)))
+                return
+            held = brake._replace(deletes=brake.deletes + deletes, overwrites=brake.overwrites + overwrites,
+                                  held=self.clock.wall())
+            self.db.write(lambda: Batch([Statement("INSERT OR REPLACE INTO brake VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", held)],
+                                        line=Line(who.account, who, "hold", {"count": held.deletes + held.overwrites})))
+            log.warning("a device is held by the brake", extra={"account": who.name, "by": who.device})
+            brake = held
+        if brake.held is not None:
+            raise CloudError("held", "this device deletes or overwrites so much that it is held; allow or undo it on the page")
+
+    def held(self, who: Principal) -> list[tuple[Window, str]]:
+        """Devices of the account that the brake holds, and their names."""
+        rows = self.db.read("SELECT b.*, d.name FROM brake b JOIN device d ON d.id = b.device "
+                            "WHERE d.account = ? AND b.held IS NOT NULL ORDER BY b.held", (who.account,))
+        return [(Window._make(columns), name) for *columns, name in rows]
+
+    def find(self, who: Principal, device: str) -> Window:
+        found = next((brake for brake, _ in self.held(who) if brake.device == device), None)
+        if found is None:
+            raise CloudError("not-found", "this device is not held")
+        return found
+
+    def allow(self, who: Principal, device: str) -> None:
+        """Let a held device go on; for a while everything is allowed to it.  raises CloudError not-found"""
+        self.find(who, device)
+        free = self.clock.due() + BRAKE_FREE
+        self.db.write(lambda: Batch([Statement("UPDATE brake SET held = NULL, deletes = 0, overwrites = 0, free = ? "
+                                               "WHERE device = ?", (free, device))],
+                                    line=Line(who.account, who, "allow", {"device": device})))
+
+
+class Tree:
+    """The way into the tree, and the one way to change it: where a path leads, what must hold there, the batch."""
+
+    def __init__(self, config: Config, db: Database, clock: Clock, blobs: Blobs) -> None:
+        self.config, self.db, self.clock, self.blobs = config, db, clock, blobs
+        self.contents, self.space = Contents(db, clock, blobs), Space(db, clock, config)
+        self.locks, self.brake = Locks(db, clock), Brake(db, clock)
+        self.lanes = Shares(2, "%d long operations of this account are under way already")
+
+    def spot(self, who: Principal, path: tuple[str, ...], *, content: bool = False) -> Spot:
         """Follow a path from the root of `who`.  raises CloudError forbidden for nobody"""
         if not who.account:
             raise CloudError("forbidden", "nobody is logged in")
         if not path:
-            return self._root_spot(who)
-        above = self._above_root(who) + (who.root,) if who.scoped else (who.root,)
+            return self.root_spot(who)
+        above = above_root(self.db.read, who) + (who.root,) if who.scoped else (who.root,)
         keys = [key_of(name) for name in path]
         walked = 0
         while len(keys) - walked > STRIDE:                   # far down: in several steps
@@ -4345,8 +4545,8 @@ class Tree:
             raise CloudError("forbidden", "this account does not exist any more")
         return rows[0]
 
-    def _root_spot(self, who: Principal) -> Spot:
-        above = self._above_root(who)
+    def root_spot(self, who: Principal) -> Spot:
+        above = above_root(self.db.read, who)
         rows = self.db.read(
             "SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota - a.extra, r.size, " + NODE + " FROM account a "
             "JOIN collection r ON r.node = a.root LEFT JOIN entry e ON e.node = ? AND e.until IS NULL "
@@ -4359,69 +4559,42 @@ class Tree:
     def _is_collection(self, node: int) -> bool:
         return bool(self.db.read("SELECT 1 FROM collection WHERE node = ?", (node,)))
 
-    def _above_root(self, who: Principal) -> tuple[int, ...]:
-        """What holds the collection that `who` is limited to.  raises CloudError not-found if that is in the trash"""
-        above = Moment(self.db.read, who.root).above(who.root) if who.scoped else ()
-        if above is None:
-            raise CloudError("not-found", "there is nothing of that id")
-        return above
+    def store(self, who: Principal, *body: Statement, price: int = 0) -> None:
+        """Commit statements that change no tree, for an account that pays for them.  raises CloudError over-quota"""
+        spot = self.spot(who, ())
+        batch = self.space.pay(Batch(list(body)), spot.home, spot.quota, price)
+        if batch.body:
+            self.db.write_once(batch, CloudError("over-quota", OVERSPENT))
 
-    def now(self, who: Principal) -> Moment:
-        """What `who` sees, as it is now: nothing, if the collection that a device is limited to is in the trash."""
-        hidden = who.scoped and Moment(self.db.read, who.root).above(who.root) is None
-        return Moment(self.db.read, 0 if hidden else who.root)
+    def lane(self, who: Principal) -> ContextManager[None]:
+        """A lane for long work, some at a time for each account (Q3)."""
+        return self.lanes.of(who.account)
 
-    def path_of(self, who: Principal, node: int) -> tuple[str, ...]:
-        """Where a live node is for `who`.  raises CloudError not-found if that is nowhere"""
-        path = self.now(who).path(node)
-        if path is None:
-            raise CloudError("not-found", "there is nothing of that id")
-        return path
-
-    def walk(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Node]]:
-        """Everything below a path, (path from there, node), collections before what they hold."""
-        top = self.stat(who, path)
-        return Moment(self.db.read, top.node).walk(top.node)
-
-    def sums(self, node: Node) -> dict[str, str]:
-        """The checksums that are known of a file: {"sha1": hex}."""
-        found = dict(self.db.read("SELECT kind, value FROM digest WHERE manifest = ? UNION ALL SELECT 'sha256', sha256 "
-                                  "FROM manifest WHERE id = ? AND sha256 IS NOT NULL", (node.manifest,) * 2))
-        return found if node.manifest[0] == "m" else {**found, "sha256": node.manifest}
-
-    def checksum(self, who: Principal, path: tuple[str, ...], kind: str, alive: Callable[[], None] = unwatched) -> tuple[Node, str]:
-        """A file and its checksum of a kind ("sha1"), computed if it is not known, and then kept."""
-        self._require(who)
-        node, content = self.open(who, path)
-        if content is None:
-            raise CloudError("conflict", "a collection has no checksum")
-        known = self.sums(node).get(kind)
-        if known is None:
-            digest = new_digest(kind)
-            with self._heavy(who) if node.size > LONG_HASH else nullcontext():
-                for piece in watched(content.pieces(), alive):
-                    digest.update(piece)
-            known = digest.hexdigest()
-            self.db.run(Statement("INSERT INTO digest (manifest, kind, value) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-                                  (node.manifest, kind, known)))
-        return node, known
+    def spot_for_file(self, who: Principal, path: tuple[str, ...], given: Preconditions, size: int,
+                       parents: bool) -> Spot:
+        """Where a file of `size` bytes may be written, everything checked."""
+        spot = self.spot(who, path)
+        while given.beside and spot.node:        # somebody may take the free name between the two
+            spot = self.spot(who, path[:-1] + (self.free_name(spot.parent, path[-1]),))
+        self.check_place(spot, path, parents)
+        if spot.node and spot.node.kind:
+            raise CloudError("conflict", "a collection is at this path")
+        spot = self.admit(who, spot, path, given)
+        self.space.check(spot, size - (spot.node.size if spot.node else 0), size)
+        return spot
 
     # ---- what must hold before a write
 
-    def _require(self, who: Principal) -> None:
-        if who.readonly:
-            raise CloudError("forbidden", "this device may only read")
-
-    def _admit(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> Spot:
+    def admit(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> Spot:
         """Check conditions and locks for a change of what is at a path, or of what shall be there; returns the spot with
         the guards that restate them."""
         if given is not ANY:
-            spot = self._check_conditions(who, spot, path, given)
+            spot = self.check_conditions(who, spot, path, given)
         if spot.locked:
-            self._check_locks(who, spot, given)
+            self.locks.check(who, spot, given)
         return spot
 
-    def _check_conditions(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> Spot:
+    def check_conditions(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> Spot:
         """Refuse unless what a request demands of the present state holds; returns the spot with guards that restate it (R14)."""
         if given is ANY:
             return spot
@@ -4447,8 +4620,8 @@ class Tree:
     def _holds(self, who: Principal, path: tuple[str, ...], other: tuple[str, ...] | None,
                conditions: tuple[tuple[bool, str, str], ...]) -> list[Statement] | None:
         """The guards that restate one list of an If field; None if it does not hold for its resource (RFC 4918 s10.4.3)."""
-        spot = self._spot(who, path if other is None else other)
-        tokens = {lock.token for lock in self._covering(spot, self._locks(spot))} if spot.locked else set()
+        spot = self.spot(who, path if other is None else other)
+        tokens = {lock.token for lock in self.locks.covering(spot, self.locks.of(spot))} if spot.locked else set()
         etag = spot.node.etag if spot.node else None
         if not all(wanted == (value in tokens if kind == "token" else value == etag) for wanted, kind, value in conditions):
             return None
@@ -4456,137 +4629,17 @@ class Tree:
                                              (value, self.clock.due()))
                                    for wanted, kind, value in conditions if wanted and kind == "token")]
 
-    def _locks(self, spot: Spot) -> list[Lock]:
-        return [Lock._make(row) for row in self.db.read("SELECT * FROM lock WHERE home = ? AND due > ?",
-                                                        (spot.home, self.clock.due()))]
-
-    def _covering(self, spot: Spot, locks: list[Lock]) -> list[Lock]:
-        """The locks that hold the node at a spot: its own, and deep ones from above."""
-        return [lock for lock in locks
-                if spot.node and lock.node == spot.node.node or lock.deep and lock.node in spot.chain]
-
-    def _check_locks(self, who: Principal, spot: Spot, given: Preconditions, *, below: bool = False,
-                     member: bool | None = None) -> None:
-        """Refuse unless the locks in the way are the caller's and were submitted (RFC 4918 s7).
-
-        below    what hangs below the node is affected too: delete, move, overwrite
-        member   the parent gains or loses a member; None means: if there is no node yet
-        """
-        locks = self._locks(spot)
-        held = self._covering(spot, locks)
-        if (spot.node is None if member is None else member) and spot.chain:
-            held += [lock for lock in locks if lock.node == spot.parent and not lock.deep]
-        if below and spot.node:
-            held += [lock for lock in locks if lock.node != spot.node.node and lock not in held
-                     and spot.node.node in self._above(lock.node)]
-        mine = {lock.token for lock in held if lock.account == who.account and lock.token in given.tokens}
-        shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
-        for lock in held:
-            if lock.token not in mine and (lock.exclusive or lock.node not in shared):
-                raise CloudError("locked", "it is locked", path=self.now(who).path(lock.node))
-
-    def _above(self, node: int) -> tuple[int, ...]:
-        return Moment(self.db.read, node).above(node) or ()
-
-    def _check_space(self, spot: Spot, growth: int, size: int) -> None:
-        """Refuse what exceeds quota or disk.  `growth` of the live bytes, `size` to be stored; both in bytes."""
-        if size > parse_size(self.config.max_file):
-            raise CloudError("too-large", "files may have %s" % format_size(parse_size(self.config.max_file)))
-        if spot.quota is not None and growth > 0 and spot.used + self._reserved(spot.home) + growth > spot.quota:
-            raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, spot.quota - spot.used)))
-        if size and spot.quota is not None:
-            self._check_spent(self._overspent(spot.home, size, SPENT_FREE))
-        if size and not self._disk_has_room():
-            raise CloudError("disk-full", "the disk of the server is almost full")
-
-    def _check_spent(self, guard: Statement) -> None:
-        if self.db.read(guard.sql, guard.params):
-            raise CloudError("over-quota", OVERSPENT)
-
-    def _overspent(self, home: int, size: int, free: int) -> Statement:
-        """The guard that says: an account with a quota has not made the server store too much within some days.
-
-        Whatever it deletes or overwrites stays for days; without this a quota would bound next to nothing (Q2).
-        """
-        return Statement("SELECT 'quota' FROM account WHERE id = ? AND quota IS NOT NULL AND ? + (SELECT coalesce(sum(bytes), 0) FROM spent "
-                         "WHERE home = ? AND day > ?) > ? * quota + ?",
-                         (home, size, home, self.clock.due() // DAY - SPENT_DAYS, SPENT_TIMES, free))
-
-    def _pay(self, batch: Batch, home: int, quota: int | None, price: int = 0) -> Batch:
-        """Let an account with a quota pay for what a batch stores, and so many bytes more."""
-        size = 0 if quota is None else price + cost_of(batch.body)
-        if size:
-            batch.guards.append(self._overspent(home, size, 2 * SPENT_FREE))     # who may upload no more still moves and restores
-            self._check_spent(batch.guards[-1])
-            batch.body.append(Statement("INSERT INTO spent (home, day, bytes) VALUES (?, ?, ?) ON CONFLICT (home, day) DO UPDATE SET "
-                                        "bytes = bytes + excluded.bytes", (home, self.clock.due() // DAY, size)))
-        return batch
-
-    def _store(self, who: Principal, *body: Statement, price: int = 0) -> None:
-        """Commit statements that change no tree, for an account that pays for them.  raises CloudError over-quota"""
-        spot = self._spot(who, ())
-        batch = self._pay(Batch(list(body)), spot.home, spot.quota, price)
-        if batch.body:
-            self.db.write_once(batch, CloudError("over-quota", OVERSPENT))
-
-    def _reserved(self, home: int) -> int:
-        return self.db.read("SELECT " + RESERVED + " FROM upload WHERE home = ? AND done IS NULL", (home,))[0][0]
-
-    def _disk_has_room(self) -> bool:
-        """Is there more free space than the low-water mark?  Looked up once a second (R18)."""
-        now = self.clock.due()
-        if now >= self._free[0]:
-            usage = shutil.disk_usage(self.config.data)
-            self._free = now + SECOND, usage.free >= min(parse_size(self.config.low_water), usage.total // 50)
-        return self._free[1]
-
-    # ---- writing
-
-    def write(self, who: Principal, path: tuple[str, ...], body: Body, given: Preconditions = ANY, *,
-              mtime: int | None = None, sums: dict[str, str] | None = None, parents: bool = False) -> tuple[Node, bool]:
-        """Make `body` the new content of the file at a path; returns the node it became and whether it is new.
-
-        mtime    ms since 1970; now if None
-        sums     checksums the bytes must have: {"sha1": hex}
-        parents  make missing collections on the way
-        raises   CloudError no-parent, conflict, precondition-failed, locked, over-quota, disk-full, bad-checksum
-
-        Bytes go first and hold no lock; one batch then only moves a pointer.  A crash between the two leaves
-        unreferenced chunks, which the sweep removes, and never a node without its bytes.
-        """
-        self._require(who)
-        spots = [self._spot_for_file(who, path, given, body.length or 0, parents)]   # before a byte is read
-        stored = self.blobs.put(body, partial(self._knows, spots[0].home), sums or ())
-        at = self.clock.wall() if mtime is None else mtime
-
-        def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
-            spot = spots.pop() if spots else self._spot_for_file(who, path, given, stored.size, parents)
-            change, made = self._put_change(spot, path, stored, at)
-            return self._batch(who, spot._replace(guards=spot.guards + still_stored(stored.relied)), "write",
-                               name_written(path[:-1] + (change.after.name,), spot.node), [*made, change], self._store_rows(stored))
-
-        with self.blobs.unless_refused(stored):
-            for kind, value in (sums or {}).items():
-                if stored.digests[kind] != value:
-                    raise CloudError("bad-checksum", "what arrived does not have the checksum that was announced")
-            batch = self.db.write(attempt)
-        change = batch.changes[-1]
-        return change.after._replace(since=batch.seq, rev=batch.seq), change.before is None
-
-    def _spot_for_file(self, who: Principal, path: tuple[str, ...], given: Preconditions, size: int,
-                       parents: bool) -> Spot:
-        """Where a file of `size` bytes may be written, everything checked."""
-        spot = self._spot(who, path)
-        while given.beside and spot.node:        # somebody may take the free name between the two
-            spot = self._spot(who, path[:-1] + (self._free_name(spot.parent, path[-1]),))
-        self._check_place(spot, path, parents)
-        if spot.node and spot.node.kind:
-            raise CloudError("conflict", "a collection is at this path")
-        spot = self._admit(who, spot, path, given)
-        self._check_space(spot, size - (spot.node.size if spot.node else 0), size)
+    def admit_removal(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> Spot:
+        """What must hold for a node to leave its place; returns the spot with the guards that restate it."""
+        spot.found()
+        if not path:
+            raise CloudError("forbidden", "the root stays where it is")
+        spot = self.check_conditions(who, spot, path, given)
+        if spot.locked:
+            self.locks.check(who, spot, given, below=True, member=True)
         return spot
 
-    def _check_place(self, spot: Spot, path: tuple[str, ...], parents: bool = False) -> None:
+    def check_place(self, spot: Spot, path: tuple[str, ...], parents: bool = False) -> None:
         """Refuse a path at which nothing can be."""
         if not spot.open:
             raise CloudError("conflict", "a file is in the way")
@@ -4607,9 +4660,11 @@ class Tree:
             if other.casefold() == name.casefold():
                 raise CloudError("conflict", "%s is there, and Windows cannot tell the two apart" % other)
 
-    def _put_change(self, spot: Spot, path: tuple[str, ...], stored: Stored, mtime: int) -> tuple[Change, list[Change]]:
+    # ---- changes
+
+    def put_change(self, spot: Spot, path: tuple[str, ...], stored: Stored, mtime: int) -> tuple[Change, list[Change]]:
         """The change that puts stored bytes at a spot, and those that make the collections it lacks."""
-        made, chain = self._make_parents(spot)
+        made, chain = self.make_parents(spot)
         if spot.node:
             media = media_type(spot.node.name, stored.head)
             after = spot.node._replace(manifest=stored.manifest, size=stored.size, mtime=mtime, media=media, rev=0)
@@ -4618,158 +4673,19 @@ class Tree:
                          mtime, media_type(spot.rest[-1], stored.head), 0, None)
         return Change(spot.node, after, chain, chain), made
 
-    def _make_parents(self, spot: Spot) -> tuple[list[Change], tuple[int, ...]]:
+    def make_parents(self, spot: Spot) -> tuple[list[Change], tuple[int, ...]]:
         """Changes that make the collections a spot lacks above its last name; and the chain with them."""
         made, chain = [], spot.chain
         for name in spot.rest[:-1]:
-            made.append(Change(None, self._new_collection(spot.home, chain[-1], name), (), chain))
+            made.append(Change(None, self.new_collection(spot.home, chain[-1], name), (), chain))
             chain += (made[-1].after.node,)
         return made, chain
 
-    def _new_collection(self, home: int, parent: int, name: str) -> Node:
+    def new_collection(self, home: int, parent: int, name: str) -> Node:
         return Node(self.db.new_id(), home, 0, None, parent, name, COLLECTION, None, 0, self.clock.wall(), None, 0, None,
                     0, 0)
 
-    def _knows(self, home: int, hash: str) -> bool:
-        """Does this home refer to a chunk already, so that telling its owner so betrays nothing? (D3)"""
-        return bool(self.db.read(
-            "SELECT 1 FROM chunk h WHERE h.hash = :hash AND h.bad IS NULL AND h.condemned IS NULL AND (EXISTS ("
-            "SELECT 1 FROM entry WHERE manifest = :hash AND home = :home) OR EXISTS ("
-            "SELECT 1 FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = :hash AND e.home = :home))",
-            {"hash": hash, "home": home}))
-
-    def _store_rows(self, stored: Stored, *, new: bool = True) -> list[Statement]:
-        """Rows that make stored bytes known: the chunks, if they are new, and the manifest if there are several."""
-        body = [Statement(CHUNK_ROWS, self._chunk_rows(stored), many=True)] if new else []
-        if len(stored.chunks) > 1:
-            body += [Statement("INSERT OR IGNORE INTO manifest VALUES (?, ?, ?)",
-                               (stored.manifest, stored.size, stored.sha256)),
-                     Statement(PUT_OFFSET, Rows(partial(self._offsets, stored)), many=True)]
-        if stored.digests:
-            body.append(Statement("INSERT OR IGNORE INTO digest VALUES (?, ?, ?)",
-                                  [(stored.manifest, kind, value) for kind, value in stored.digests.items()], many=True))
-        return body
-
-    def _chunk_rows(self, stored: Stored) -> list[tuple[Any, ...]]:
-        now = self.clock.due()
-        if stored.inline is not None:
-            return [(stored.manifest, stored.size, None, now, stored.inline)]
-        return [(hash, size, "%s-%s" % (hash, stored.tag), now, None) for hash, size in dict(stored.chunks).items()
-                if hash not in stored.relied]
-
-    def _offsets(self, stored: Stored) -> Iterator[tuple[str, int, str]]:
-        offset = 0
-        for hash, size in stored.chunks:
-            yield stored.manifest, offset, hash
-            offset += size
-
-    def make_collection(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *,
-                        parents: bool = False, properties: dict[str, str] | None = None) -> Node:
-        """Make an empty collection, with dead properties if some are given.  raises CloudError exists, no-parent, conflict, locked"""
-        self._require(who)
-
-        def attempt() -> Batch:
-            spot = self._spot(who, path)
-            self._check_place(spot, path, parents)
-            if spot.node:
-                raise CloudError("exists", "there is something at this path already")
-            spot = self._admit(who, spot, path, given)
-            self._check_space(spot, 0, 1)
-            made, chain = self._make_parents(spot)
-            node = self._new_collection(spot.home, chain[-1], path[-1])
-            self._check_properties(node, properties or {})
-            return self._batch(who, spot, "make-collection", {"path": "/".join(path)}, [*made, Change(None, node, (), chain)],
-                               self._property_rows(node, properties or {}))
-
-        batch = self.db.write(attempt)
-        return batch.changes[-1].after._replace(since=batch.seq, rev=batch.seq, seq=batch.seq)
-
-    def delete(self, who: Principal, *paths: tuple[str, ...], given: Preconditions = ANY) -> int:
-        """Move nodes to the trash, in one step; returns its seq.  raises CloudError not-found, forbidden, locked"""
-        self._require(who)
-
-        def attempt() -> Batch:
-            spots = [self._admit_removal(who, self._spot(who, path), path, given) for path in outermost(paths)]
-            changes = [self._removal(spot.node, spot) for spot in spots]
-            return self._batch(who, together(spots), "delete", name_paths(paths), changes,
-                               self._drop_locks(spots[0], *(change.before for change in changes)))
-
-        return self.db.write(attempt).seq
-
-    def _admit_removal(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> Spot:
-        """What must hold for a node to leave its place; returns the spot with the guards that restate it."""
-        self._found(spot)
-        if not path:
-            raise CloudError("forbidden", "the root stays where it is")
-        spot = self._check_conditions(who, spot, path, given)
-        if spot.locked:
-            self._check_locks(who, spot, given, below=True, member=True)
-        return spot
-
-    def _removal(self, node: Node, spot: Spot) -> Change:
-        return Change(node, None, spot.chain, (), "deleted")
-
-    # ---- moving and copying
-
-    def move(self, who: Principal, *pairs: tuple[tuple[str, ...], tuple[str, ...]], given: Preconditions = ANY,
-             clash: str | Sequence[str] = "replace") -> list[tuple[Node, bool]]:
-        """Give nodes other places and names, in one step; returns each and whether nothing was there before.
-
-        pairs    (source, target) paths
-        clash    what to do if something is at a target: "replace" puts it into the trash, "keep" takes a free name
-                 like "a (2).txt", "refuse" raises; for all of them, or for each
-        raises   CloudError not-found, no-parent, same-place, precondition-failed, locked
-
-        Ids, versions and the ETags of files stay.
-        """
-        self._require(who)
-        check_disjoint(pairs)
-
-        def attempt() -> Batch:
-            changes, spots, taken = [], [], set()
-            for (source, target), how in zip(pairs, for_each(clash, pairs)):
-                here = self._admit_removal(who, self._spot(who, source), source, given)
-                there, target, removal = self._make_room(who, here.node, source, target, given, how, taken)
-                after = here.node._replace(parent=there.parent, name=target[-1])
-                changes += [*removal, Change(here.node, after, here.chain, there.chain, "moved")]
-                spots.append(here)
-            return self._batch(who, together(spots), "move", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])},
-                               changes, self._drop_locks(spots[0], *(change.before for change in changes)))
-
-        return self._arrivals(self.db.write(attempt))
-
-    def _arrivals(self, batch: Batch) -> list[tuple[Node, bool]]:
-        """What a batch brought to new places, and whether each place was free."""
-        found, free = [], True
-        for change in batch.changes:
-            if change.after:
-                found.append((change.after._replace(since=batch.seq, rev=change.after.rev or batch.seq), free))
-            free = bool(change.after)
-        return found
-
-    def _make_room(self, who: Principal, node: Node, source: tuple[str, ...], target: tuple[str, ...], given: Preconditions,
-                   clash: str, taken: set[tuple[int, str]]) -> tuple[Spot, tuple[str, ...], list[Change]]:
-        """Check that a node may come to a place, or find one beside it; and the change that removes what is there.
-
-        taken    places that this batch has given away: (parent, key)
-        """
-        ours, theirs = list(map(key_of, source)), list(map(key_of, target))
-        if not target or source == target or ours[:len(theirs)] == theirs != ours or theirs[:len(ours)] == ours != theirs:
-            raise CloudError("same-place", "one of the two places is, or lies in, the other")
-        there = self._spot(who, target)
-        self._check_place(there, target)
-        other = there.node if there.node and there.node.node != node.node else None      # not just another form of the name
-        if clash == "keep" and (other or (there.parent, key_of(target[-1])) in taken):
-            target = target[:-1] + (self._free_name(there.parent, target[-1], taken),)
-            there, other = self._spot(who, target), None
-        taken.add((there.parent, key_of(target[-1])))
-        if there.locked:
-            self._check_locks(who, there, given, below=True, member=True)
-        if other and clash != "replace":
-            raise CloudError("precondition-failed", "there is something at the destination")
-        return there, target, [self._removal(other, there)] if other else []
-
-    def _free_name(self, parent: int, name: str, taken: Container[tuple[int, str]] = ()) -> str:
+    def free_name(self, parent: int, name: str, taken: Container[tuple[int, str]] = ()) -> str:
         """A name like this one that nothing in a collection has: "a (2).txt"."""
         stem, dot, suffix = name.rpartition(".")
         if not stem or len(suffix) > 16:
@@ -4782,261 +4698,18 @@ class Tree:
                 return found
         raise CloudError("conflict", "there are 10000 of that name")
 
-    def _drop_locks(self, spot: Spot, *nodes: Node) -> list[Statement]:
-        """Locks do not outlive the place of a node (RFC 4918 s7.5, s9.6.1)."""
-        if not spot.locked:
-            return []
-        gone = {node.node for node in nodes}
-        return [Statement("DELETE FROM lock WHERE token = ?", (lock.token,)) for lock in self._locks(spot)
-                if lock.node in gone or gone & set(self._above(lock.node))]
-
-    def copy(self, who: Principal, *pairs: tuple[tuple[str, ...], tuple[str, ...]], given: Preconditions = ANY,
-             clash: str | Sequence[str] = "replace", deep: bool = True, alive: Callable[[], None] = unwatched) -> list[tuple[Node, bool]]:
-        """Make second nodes with the same content; of a collection with all below it, unless `deep` is False.
-
-        No byte moves: the copies refer to the same manifests.  Otherwise as move; raises also over-quota, too-many
-        """
-        self._require(who)
-        detail = {**name_paths([source for source, _ in pairs]), "to": "/".join(pairs[0][1])}
-
-        def attempt() -> Batch:
-            changes, extra, spots, taken, growth = [], list(below), [], set(), 0
-            for (source, target), how, node, top in zip(pairs, for_each(clash, pairs), nodes, tops):
-                here = self._check_conditions(who, self._spot(who, source), source, given)
-                spots.append(here)
-                if self._found(here).node != node.node:
-                    raise CloudError("conflict", "something else is there by now")
-                if source == target and how == "keep":
-                    target = target[:-1] + (self._free_name(here.parent, target[-1], taken),)
-                there, target, removal = self._make_room(who, here.node, source, target, given, how, taken)
-                if there.node and there.node.node == node.node:
-                    raise CloudError("same-place", "source and destination are one")
-                growth += top.size - sum(change.before.size for change in removal)
-                self._check_space(there, growth, 1)
-                changes += [*removal, Change(None, top._replace(parent=there.parent, name=target[-1]), (), there.chain)]
-                extra += self._drop_locks(there, *(change.before for change in removal))
-            return self._batch(who, together(spots), "copy", detail, changes, extra)
-
-        with self._heavy(who):
-            nodes, copies = [self.stat(who, source) for source, _ in pairs], Copies(self.db, who.account)
-            tops, below = [copies.measure(node, deep) for node in nodes], ()
-            self._store(who, price=copies.cost())
-            if copies.rows <= COPY_STEP:
-                below = copies.statements()
-            else:
-                attempt()                                    # whatever can be refused now is
-                below = copies.write_below(who, tops, detail, alive)
-            return self._arrivals(self.db.write(attempt))
-
-    def taken(self, who: Principal, *paths: tuple[str, ...]) -> list[tuple[tuple[str, ...], Node]]:
-        """Those of some paths at which there is something, and what."""
-        found = ((path, self.find(who, path)) for path in paths)
-        return [(path, node) for path, node in found if node]
-
-    def _heavy(self, who: Principal) -> ContextManager[None]:
-        """A lane for long work, some at a time for each account (Q3)."""
-        return self._lanes.of(who.account)
-
-    # ---- properties
-
-    def patch(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *,
-              properties: dict[str, str | None] | None = None, mtime: int | None = None) -> Node:
-        """Set or remove (None) dead properties, and the time of a node, in one step.
-
-        properties   {"{namespace}name": XML of the whole element}
-        """
-        self._require(who)
-
-        def attempt() -> Batch:
-            spot = self._spot(who, path)
-            node = self._found(spot)
-            spot = self._admit(who, spot, path, given)
-            self._check_properties(node, properties or {})
-            changes = [] if mtime in (None, node.mtime) else [
-                Change(node, node._replace(mtime=mtime, rev=0), spot.chain, spot.chain)]
-            return self._batch(who, spot, "patch", {"path": "/".join(path)}, changes,
-                               self._property_rows(node, properties or {}))
-
-        self.db.write(attempt)
-        return self.stat(who, path)
-
-    def _property_rows(self, node: Node, properties: dict[str, str | None]) -> list[Statement]:
-        return [Statement("DELETE FROM property WHERE node = ? AND name = ?", (node.node, name)) if value is None else
-                Statement(PUT_PROPERTY, (node.node, name, value))
-                for name, value in properties.items()]
-
-    def _check_properties(self, node: Node, properties: dict[str, str | None]) -> None:
-        """raises CloudError too-large beyond what a node may hold (X4)"""
-        rows = dict(self.db.read("SELECT name, length(name) + length(value) FROM property WHERE node = ?", (node.node,)))
-        rows.update((name, len(name) + len(value or "")) for name, value in properties.items())
-        if any(size > PROPERTY_LIMIT for size in rows.values()) or sum(rows.values()) > 16 * PROPERTY_LIMIT:
-            raise CloudError("too-large", "properties may have %s each" % format_size(PROPERTY_LIMIT))
-
-    # ---- locks (RFC 4918 s6, s7)
-
-    def lock(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *, deep: bool, exclusive: bool,
-             owner: str, seconds: int) -> tuple[Lock, bool]:
-        """Lock a node, making an empty file if nothing is there; returns the lock and whether it is new.
-
-        raises  CloudError lock-conflict, no-parent, precondition-failed
-        """
-        self._require(who)
-        empty = self.blobs.put(Body(b""), lambda hash: False)
-
-        def attempt() -> Batch:
-            spot = self._spot(who, path)
-            self._check_place(spot, path)
-            spot = self._check_conditions(who, spot, path, given)
-            if spot.locked:
-                self._check_lock_conflict(who, spot, exclusive, deep)
-            node, changes = spot.node, []
-            if node is None:
-                if spot.locked:
-                    self._check_locks(who, spot, given)
-                self._check_space(spot, 0, 1)
-                changes = [self._put_change(spot, path, empty, self.clock.wall())[0]]
-                node = changes[0].after
-            now = self.clock.due()
-            granted.append(Lock(new_lock_token(), spot.home, node.node, who.account, deep, exclusive, owner,
-                                seconds, now + seconds * 1000))
-            return self._batch(who, spot, "lock", {"path": "/".join(path)}, changes, [
-                *(self._store_rows(empty) if changes else ()),
-                Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (spot.home, now)),
-                Statement("INSERT INTO lock VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", granted[-1]),
-                raise_shape(spot.home)])
-
-        granted: list[Lock] = []
-        batch = self.db.write(attempt)
-        return granted[-1], bool(batch.changes)
-
-    def _check_lock_conflict(self, who: Principal, spot: Spot, exclusive: bool, deep: bool) -> None:
-        locks = self._locks(spot)
-        near = self._covering(spot, locks)
-        if deep and spot.node:
-            near += [lock for lock in locks if spot.node.node in self._above(lock.node)]
-        for lock in near:
-            if exclusive or lock.exclusive:
-                raise CloudError("lock-conflict", "it is locked", path=self.now(who).path(lock.node))
-        if len(locks) >= 10_000:
-            raise CloudError("busy", "this account has 10000 locks")
-
-    def refresh(self, who: Principal, path: tuple[str, ...], tokens: frozenset[str], seconds: int) -> Lock:
-        """Start the time of a lock anew.  raises CloudError precondition-failed if none of the tokens holds the node"""
-        fresh: list[Lock] = []
-
-        def attempt() -> Batch:
-            spot = self._spot(who, path)
-            lock = next((lock for lock in self._covering(spot, self._locks(spot))
-                         if lock.token in tokens and lock.account == who.account), None)
-            if lock is None:
-                raise CloudError("precondition-failed", "there is no such lock on this")
-            fresh[:] = [lock._replace(seconds=seconds, due=self.clock.due() + seconds * 1000)]
-            return Batch([Statement("UPDATE lock SET seconds = ?, due = ? WHERE token = ?", (seconds, fresh[0].due, lock.token))],
-                         [Statement("SELECT 'lock' WHERE NOT EXISTS (SELECT 1 FROM lock WHERE token = ?)", (lock.token,))])
-
-        self.db.write(attempt)
-        return fresh[0]
-
-    def unlock(self, who: Principal, path: tuple[str, ...], token: str) -> None:
-        """End a lock.  raises CloudError no-token if it does not hold the node, forbidden if it is another's"""
-        self._require(who)
-        spot = self._spot(who, path)
-        self._found(spot)
-        for lock in self._covering(spot, self._locks(spot)):
-            if lock.token == token:
-                if lock.account != who.account and not who.admin:
-                    raise CloudError("forbidden", "this lock belongs to somebody else")
-                self.db.run(Statement("DELETE FROM lock WHERE token = ?", (token,)))
-                return
-        raise CloudError("no-token", "there is no such lock on this")
-
-    def quota(self, who: Principal) -> tuple[int, int | None]:
-        """(bytes used, bytes left): of the quota, or of the disk where there is none."""
-        spot = self._spot(who, ())
-        free = shutil.disk_usage(self.config.data).free
-        return spot.used, free if spot.quota is None else max(0, min(free, spot.quota - spot.used - self._reserved(spot.home)))
-
-    def usage(self, who: Principal) -> tuple[dict[str, list[int]], int, int]:
-        """({kind: [bytes, files]} of what is live, bytes of other versions, bytes in the trash) of a whole account."""
-        self._require_whole(who)
-        kinds: dict[str, list[int]] = {}
-        with self._heavy(who):               # CROSS keeps the order: SQLite 3.53 would begin with the entries of everybody
-            for media, size, files in self.db.each(
-                    "WITH RECURSIVE live (node) AS (SELECT ? UNION ALL SELECT e.node FROM live JOIN entry e ON e.parent = live.node "
-                    "AND e.until IS NULL AND e.kind = 1) SELECT e.media, sum(e.size), count(*) FROM live CROSS JOIN entry e "
-                    "WHERE e.parent = live.node AND e.until IS NULL AND e.kind = 0 GROUP BY e.media", (who.root,)):
-                sums = kinds.setdefault(kind_of_media(media), [0, 0])
-                sums[0], sums[1] = sums[0] + size, sums[1] + files
-            (versions,), = self.db.read(
-                "SELECT coalesce(sum(size), 0) FROM (SELECT DISTINCT manifest, size FROM entry e WHERE home = ? AND fate = 'replaced' "
-                "AND kind = 0 AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.manifest = e.manifest AND l.home = e.home "
-                "AND l.until IS NULL))", (who.account,))
-            (trash,), = self.db.read(
-                "SELECT coalesce(sum(CASE WHEN e.kind THEN c.size ELSE e.size END), 0) FROM entry e LEFT JOIN collection c "
-                "ON c.node = e.node WHERE e.home = ? AND e.fate = 'deleted' "
-                "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL)", (who.account,))
-        return kinds, versions, trash
-
-    # ---- the brake: a device that destroys much in little time is held until somebody looks
-
-    def _brake(self, who: Principal, destroyed: Iterable[tuple[Node, Node | None]]) -> list[Statement]:
-        """Count what a device deletes and overwrites; returns the statement that notes it.  raises CloudError held
-
-        destroyed   (what was, what takes its place or None), whichever verb does it
-        What it made itself within the window does not count, nor does a file that it overwrites once more.
-        """
-        recent = self.clock.wall() - BRAKE_WINDOW
-        gone = [(before, after) for before, after in destroyed if before.created < recent]
-        deletes = sum(before.files if before.kind else 1 for before, after in gone if after is None)
-        overwrites = sum(before.kind == FILE and after.manifest != before.manifest for before, after in gone if after)
-        if not deletes + overwrites:
-            return []
-        now, brake = self.clock.due(), self._brake_of(who)
-        if brake and brake.free > now:
-            return []
-        if brake and brake.held is None and brake.due > now:
-            note = Statement("UPDATE brake SET deletes = deletes + ?, overwrites = overwrites + ? WHERE device = ?",
-                             (deletes, overwrites, who.device))
-        else:
-            seq, files = self.db.read("SELECT (SELECT max(seq) FROM journal), c.files FROM account a JOIN collection c "
-                                      "ON c.node = a.root WHERE a.id = ?", (who.account,))[0]
-            brake = brake if brake and brake.held is not None else Brake(
-                who.device, who.account, seq, now + BRAKE_WINDOW, files, 0, 0, None, 0)
-            note = Statement("INSERT OR REPLACE INTO brake VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                             brake._replace(deletes=deletes, overwrites=overwrites))
-        self._check_brake(who, brake, deletes, overwrites)
-        return [note]
-
-    def _brake_of(self, who: Principal) -> Brake | None:
-        rows = self.db.read("SELECT * FROM brake WHERE device = ?", (who.device,))
-        return Brake._make(rows[0]) if rows else None
-
-    def _check_brake(self, who: Principal, brake: Brake, deletes: int, overwrites: int) -> None:
-        """raises CloudError held if this would be too much, or something was before"""
-        def is_too_much() -> bool:
-            count = deletes + overwrites + brake.deletes + brake.overwrites
-            return count > BRAKE_FILES and count * BRAKE_SHARE > brake.files
-
-        if brake.held is None and is_too_much():
-            (files,), = self.db.read(
-                "SELECT count(DISTINCT e.node) FROM journal j JOIN entry e ON e.home = j.home AND e.until = j.seq "
-                "WHERE j.home = ? AND j.seq > ? AND j.device = ? AND e.fate = 'replaced'", (who.account, brake.seq, who.device))
-            brake = brake._replace(overwrites=min(files, brake.overwrites))
-            if not is_too_much():
-                self.db.run(Statement("UPDATE brake SET overwrites = ? WHERE device = ?", (files, who.device)))
-                return
-            held = brake._replace(deletes=brake.deletes + deletes, overwrites=brake.overwrites + overwrites,
-                                  held=self.clock.wall())
-            self.db.write(lambda: Batch([Statement("INSERT OR REPLACE INTO brake VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", held)],
-                                        line=Line(who.account, who, "hold", {"count": held.deletes + held.overwrites})))
-            log.warning("a device is held by the brake", extra={"account": who.name, "by": who.device})
-            brake = held
-        if brake.held is not None:
-            raise CloudError("held", "this device deletes or overwrites so much that it is held; allow or undo it on the page")
+    def name_for(self, parent: int, name: str, taken: set[tuple[int, str]], freed: Container[tuple[int, str]]) -> str:
+        """The name, or one like it if something else has it; `taken` and `freed` are places (parent, key) of this batch."""
+        place = parent, key_of(name)
+        if place in taken or place not in freed and self.db.read(
+                "SELECT 1 FROM entry WHERE parent = ? AND key = ? AND until IS NULL", place):
+            name = self.free_name(parent, name, taken)
+        taken.add((parent, key_of(name)))
+        return name
 
     # ---- the one way into the tree
 
-    def _batch(self, who: Principal, spot: Spot, action: str, detail: dict[str, Any], changes: Sequence[Change],
+    def batch(self, who: Principal, spot: Spot, action: str, detail: dict[str, Any], changes: Sequence[Change],
                extra: Sequence[Statement] = (), credit: int = 0, sums: dict[int, list[int]] | None = None) -> Batch:
         """Turn changes, decided at a spot, into a batch (invariants 3 to 5).
 
@@ -5070,7 +4743,7 @@ class Tree:
                 (spot.home, growth)))
         body = [*extra]
         if ends and who.means == "token":
-            body += self._brake(who, [(change.before, change.after) for change in changes if change.before])
+            body += self.brake.count(who, [(change.before, change.after) for change in changes if change.before])
         if ends:
             body.append(Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? "
                                   "WHERE home = ? AND since = ? AND node = ?", ends, many=True))
@@ -5083,7 +4756,7 @@ class Tree:
                               "WHERE node = ?", [(*sum, node) for node, sum in sums.items()], many=True))
         if loose:
             body.append(raise_shape(spot.home))
-        return self._pay(Batch(body, list(dict.fromkeys(guards)), Line(spot.home, who, action, detail), changes=changes, op=self.op,
+        return self.space.pay(Batch(body, list(dict.fromkeys(guards)), Line(spot.home, who, action, detail), changes=changes, op=who.op,
                                frees=not begins), spot.home, spot.quota)
 
     def _count(self, sums: dict[int, list[int]], chain: tuple[int, ...], size: int, files: int) -> None:
@@ -5091,6 +4764,20 @@ class Tree:
             sum = sums.setdefault(node, [0, 0])
             sum[0] += size
             sum[1] += files
+
+
+def require_writer(who: Principal) -> None:
+    if who.readonly:
+        raise CloudError("forbidden", "this device may only read")
+
+
+def require_whole(who: Principal) -> None:
+    if who.scoped:
+        raise CloudError("forbidden", "this device is limited to one collection")
+
+
+def removal_of(node: Node, spot: Spot) -> Change:
+    return Change(node, None, spot.chain, (), "deleted")
 
 
 def unchanged(spot: Spot) -> Statement:
@@ -5108,23 +4795,6 @@ def still_there(node: Node) -> Statement:
     """The guard that says: this very entry is what the node is now."""
     return Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry WHERE home = ? AND since = ? AND node = ? "
                      "AND until IS NULL)", (node.home, node.since, node.node))
-
-
-def check_presence(data: Path, how: str) -> None:
-    """Is there a cloud in a directory, or, to make one, nothing of another?  raises CloudError
-
-    A database that was lost must never look like a cloud without files: clients would believe it, backups would be
-    brought up to date with it, and its objects would be swept.
-    """
-    if (data / "cloud.db").exists() and (data / "cloud.db").stat().st_size:
-        return
-    left = [name for name in ("cloud.db-wal", "reserve") if (data / name).exists()] + [
-        "objects" for shard in (data / "objects").glob("??") if any(shard.iterdir())][:1] + [
-        file.name for file in data.glob("cloud-version-*.db")]
-    if left:
-        raise CloudError("conflict", "%s holds %s but no database (cloud.db): restore a backup into another directory" % (data, left[0]))
-    if how != "make":
-        raise CloudError("not-found", "%s holds no cloud; give the right --data" % data)
 
 
 OVERSPENT = "too much was stored within some days, counting what was deleted or overwritten since; room comes back day by day"
@@ -5220,6 +4890,25 @@ def cut_text(text: str, size: int) -> str:
     """The beginning of a text that fits into `size` bytes of UTF-8."""
     return text.encode()[:size].decode("utf-8", "ignore")
 
+
+COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row of it takes
+    CHUNK_ROWS: lambda row: row[1], PUT_OFFSET: lambda row: 64, BEGIN_ENTRY: lambda row: ROW, BEGIN_AGAIN: lambda row: ROW,
+    PUT_PROPERTY: lambda row: len(row[1]) + len(row[2]), PUT_THUMBNAIL: lambda row: len(row[2]), PUT_KEPT: lambda row: len(row[2])}
+
+
+class Rows:
+    """Rows for many=True that are made anew each time a batch is tried."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.make()
+
+
+# ==== 10. Files ==========================================================================
+#
+# Files and collections as they are now: reading, writing, moving, copying, properties, locks; pictures of them; what is found.
 
 COPIED = entries_at("e.parent = :parent", "e.node, e.kind, e.name, e.key, e.manifest, e.size, e.mtime, e.media")
 
@@ -5363,24 +5052,509 @@ COPY_FILES = (
     ":copy, name, key, kind, manifest, size, mtime, media, coalesce(:since, s) FROM (" + NEXT_FILES + "), (SELECT max(seq) AS s FROM journal)")
 COPY_PROPERTIES = "INSERT INTO property (node, name, value) SELECT c.copy, p.name, p.value FROM (" + NEXT_FILES + ") c JOIN property p ON p.node = c.node"
 
-COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row of it takes
-    CHUNK_ROWS: lambda row: row[1], PUT_OFFSET: lambda row: 64, BEGIN_ENTRY: lambda row: ROW, BEGIN_AGAIN: lambda row: ROW,
-    PUT_PROPERTY: lambda row: len(row[1]) + len(row[2]), PUT_THUMBNAIL: lambda row: len(row[2]), PUT_KEPT: lambda row: len(row[2])}
+
+class Files:
+    """Files and collections as they are now."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree, self.db, self.clock = tree, tree.db, tree.clock
+
+    def stat(self, who: Principal, path: tuple[str, ...]) -> Node:
+        """The node at a path.  raises CloudError not-found"""
+        return self.tree.spot(who, path).found()
+
+    def find(self, who: Principal, path: tuple[str, ...]) -> Node | None:
+        """The node at a path, if there is one."""
+        return self.tree.spot(who, path).node
+
+    def open(self, who: Principal, path: tuple[str, ...]) -> tuple[Node, Content | None]:
+        """A file and its bytes; None in place of bytes for a collection.  raises CloudError not-found"""
+        def look() -> tuple[Any, int]:
+            spot = self.tree.spot(who, path, content=True)
+            node = spot.found()
+            content = None if node.kind else self.tree.contents.of(node, spot.chunk)
+            return (node, content), KiB + (content.weight() if content else 0)
+        return self.db.recent.get((who, path), look)
+
+    @contextmanager
+    def listing(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[Node, Moment]]:
+        """A node, and the moment from which to read what it holds.  raises CloudError not-found"""
+        id = self.stat(who, path).node
+        with self.db.snapshot() as read:
+            now = Moment(read, id)
+            node = now.node(id)
+            if node is None:
+                raise CloudError("not-found", "it was just deleted")
+            yield node, now
+
+    def walk(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Node]]:
+        """Everything below a path, (path from there, node), collections before what they hold."""
+        top = self.stat(who, path)
+        return Moment(self.db.read, top.node).walk(top.node)
+
+    def path_of(self, who: Principal, node: int) -> tuple[str, ...]:
+        """Where a live node is for `who`.  raises CloudError not-found if that is nowhere"""
+        path = seen_by(self.db.read, who).path(node)
+        if path is None:
+            raise CloudError("not-found", "there is nothing of that id")
+        return path
+
+    def taken(self, who: Principal, *paths: tuple[str, ...]) -> list[tuple[tuple[str, ...], Node]]:
+        """Those of some paths at which there is something, and what."""
+        found = ((path, self.find(who, path)) for path in paths)
+        return [(path, node) for path, node in found if node]
+
+    def checksum(self, who: Principal, path: tuple[str, ...], kind: str, alive: Callable[[], None] = unwatched) -> tuple[Node, str]:
+        """A file and its checksum of a kind ("sha1"), computed if it is not known, and then kept."""
+        require_writer(who)
+        node, content = self.open(who, path)
+        if content is None:
+            raise CloudError("conflict", "a collection has no checksum")
+        known = self.tree.contents.sums(node).get(kind)
+        if known is None:
+            digest = new_digest(kind)
+            with self.tree.lane(who) if node.size > LONG_HASH else nullcontext():
+                for piece in watched(content.pieces(), alive):
+                    digest.update(piece)
+            known = digest.hexdigest()
+            self.db.run(Statement("INSERT INTO digest (manifest, kind, value) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+                                  (node.manifest, kind, known)))
+        return node, known
+
+    # ---- writing
+
+    def write(self, who: Principal, path: tuple[str, ...], body: Body, given: Preconditions = ANY, *,
+              mtime: int | None = None, sums: dict[str, str] | None = None, parents: bool = False) -> tuple[Node, bool]:
+        """Make `body` the new content of the file at a path; returns the node it became and whether it is new.
+
+        mtime    ms since 1970; now if None
+        sums     checksums the bytes must have: {"sha1": hex}
+        parents  make missing collections on the way
+        raises   CloudError no-parent, conflict, precondition-failed, locked, over-quota, disk-full, bad-checksum
+
+        Bytes go first and hold no lock; one batch then only moves a pointer.  A crash between the two leaves
+        unreferenced chunks, which the sweep removes, and never a node without its bytes.
+        """
+        require_writer(who)
+        spots = [self.tree.spot_for_file(who, path, given, body.length or 0, parents)]   # before a byte is read
+        stored = self.tree.blobs.put(body, partial(self.tree.contents.knows, spots[0].home), sums or ())
+        at = self.clock.wall() if mtime is None else mtime
+
+        def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
+            spot = spots.pop() if spots else self.tree.spot_for_file(who, path, given, stored.size, parents)
+            change, made = self.tree.put_change(spot, path, stored, at)
+            return self.tree.batch(who, spot._replace(guards=spot.guards + still_stored(stored.relied)), "write",
+                               name_written(path[:-1] + (change.after.name,), spot.node), [*made, change], self.tree.contents.rows(stored))
+
+        with self.tree.blobs.unless_refused(stored):
+            for kind, value in (sums or {}).items():
+                if stored.digests[kind] != value:
+                    raise CloudError("bad-checksum", "what arrived does not have the checksum that was announced")
+            batch = self.db.write(attempt)
+        change = batch.changes[-1]
+        return change.after._replace(since=batch.seq, rev=batch.seq), change.before is None
+
+    def write_each(self, who: Principal, files: Iterable["Writing"]) -> Iterator[tuple[str, Node | CloudError]]:
+        """Write files one after the other; (path as given, what became of it) of each."""
+        for path, body, given, mtime, sums in files:
+            try:
+                outcome: Node | CloudError = self.write(who, split_path(path), body, given, mtime=mtime, sums=sums)[0]
+            except CloudError as error:
+                outcome = error
+            yield path, outcome
+
+    def make_collection(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *,
+                        parents: bool = False, properties: dict[str, str] | None = None) -> Node:
+        """Make an empty collection, with dead properties if some are given.  raises CloudError exists, no-parent, conflict, locked"""
+        require_writer(who)
+
+        def attempt() -> Batch:
+            spot = self.tree.spot(who, path)
+            self.tree.check_place(spot, path, parents)
+            if spot.node:
+                raise CloudError("exists", "there is something at this path already")
+            spot = self.tree.admit(who, spot, path, given)
+            self.tree.space.check(spot, 0, 1)
+            made, chain = self.tree.make_parents(spot)
+            node = self.tree.new_collection(spot.home, chain[-1], path[-1])
+            self._check_properties(node, properties or {})
+            return self.tree.batch(who, spot, "make-collection", {"path": "/".join(path)}, [*made, Change(None, node, (), chain)],
+                               property_rows(node, properties or {}))
+
+        batch = self.db.write(attempt)
+        return batch.changes[-1].after._replace(since=batch.seq, rev=batch.seq, seq=batch.seq)
+
+    def delete(self, who: Principal, *paths: tuple[str, ...], given: Preconditions = ANY) -> int:
+        """Move nodes to the trash, in one step; returns its seq.  raises CloudError not-found, forbidden, locked"""
+        require_writer(who)
+
+        def attempt() -> Batch:
+            spots = [self.tree.admit_removal(who, self.tree.spot(who, path), path, given) for path in outermost(paths)]
+            changes = [removal_of(spot.node, spot) for spot in spots]
+            return self.tree.batch(who, together(spots), "delete", name_paths(paths), changes,
+                               self.tree.locks.drop(spots[0], *(change.before for change in changes)))
+
+        return self.db.write(attempt).seq
+
+    # ---- moving and copying
+
+    def move(self, who: Principal, *pairs: tuple[tuple[str, ...], tuple[str, ...]], given: Preconditions = ANY,
+             clash: str | Sequence[str] = "replace") -> list[tuple[Node, bool]]:
+        """Give nodes other places and names, in one step; returns each and whether nothing was there before.
+
+        pairs    (source, target) paths
+        clash    what to do if something is at a target: "replace" puts it into the trash, "keep" takes a free name
+                 like "a (2).txt", "refuse" raises; for all of them, or for each
+        raises   CloudError not-found, no-parent, same-place, precondition-failed, locked
+
+        Ids, versions and the ETags of files stay.
+        """
+        require_writer(who)
+        check_disjoint(pairs)
+
+        def attempt() -> Batch:
+            changes, spots, taken = [], [], set()
+            for (source, target), how in zip(pairs, for_each(clash, pairs)):
+                here = self.tree.admit_removal(who, self.tree.spot(who, source), source, given)
+                there, target, removal = self._make_room(who, here.node, source, target, given, how, taken)
+                after = here.node._replace(parent=there.parent, name=target[-1])
+                changes += [*removal, Change(here.node, after, here.chain, there.chain, "moved")]
+                spots.append(here)
+            return self.tree.batch(who, together(spots), "move", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])},
+                               changes, self.tree.locks.drop(spots[0], *(change.before for change in changes)))
+
+        return arrivals(self.db.write(attempt))
+
+    def _make_room(self, who: Principal, node: Node, source: tuple[str, ...], target: tuple[str, ...], given: Preconditions,
+                   clash: str, taken: set[tuple[int, str]]) -> tuple[Spot, tuple[str, ...], list[Change]]:
+        """Check that a node may come to a place, or find one beside it; and the change that removes what is there.
+
+        taken    places that this batch has given away: (parent, key)
+        """
+        ours, theirs = list(map(key_of, source)), list(map(key_of, target))
+        if not target or source == target or ours[:len(theirs)] == theirs != ours or theirs[:len(ours)] == ours != theirs:
+            raise CloudError("same-place", "one of the two places is, or lies in, the other")
+        there = self.tree.spot(who, target)
+        self.tree.check_place(there, target)
+        other = there.node if there.node and there.node.node != node.node else None      # not just another form of the name
+        if clash == "keep" and (other or (there.parent, key_of(target[-1])) in taken):
+            target = target[:-1] + (self.tree.free_name(there.parent, target[-1], taken),)
+            there, other = self.tree.spot(who, target), None
+        taken.add((there.parent, key_of(target[-1])))
+        if there.locked:
+            self.tree.locks.check(who, there, given, below=True, member=True)
+        if other and clash != "replace":
+            raise CloudError("precondition-failed", "there is something at the destination")
+        return there, target, [removal_of(other, there)] if other else []
+
+    def copy(self, who: Principal, *pairs: tuple[tuple[str, ...], tuple[str, ...]], given: Preconditions = ANY,
+             clash: str | Sequence[str] = "replace", deep: bool = True, alive: Callable[[], None] = unwatched) -> list[tuple[Node, bool]]:
+        """Make second nodes with the same content; of a collection with all below it, unless `deep` is False.
+
+        No byte moves: the copies refer to the same manifests.  Otherwise as move; raises also over-quota, too-many
+        """
+        require_writer(who)
+        detail = {**name_paths([source for source, _ in pairs]), "to": "/".join(pairs[0][1])}
+
+        def attempt() -> Batch:
+            changes, extra, spots, taken, growth = [], list(below), [], set(), 0
+            for (source, target), how, node, top in zip(pairs, for_each(clash, pairs), nodes, tops):
+                here = self.tree.check_conditions(who, self.tree.spot(who, source), source, given)
+                spots.append(here)
+                if here.found().node != node.node:
+                    raise CloudError("conflict", "something else is there by now")
+                if source == target and how == "keep":
+                    target = target[:-1] + (self.tree.free_name(here.parent, target[-1], taken),)
+                there, target, removal = self._make_room(who, here.node, source, target, given, how, taken)
+                if there.node and there.node.node == node.node:
+                    raise CloudError("same-place", "source and destination are one")
+                growth += top.size - sum(change.before.size for change in removal)
+                self.tree.space.check(there, growth, 1)
+                changes += [*removal, Change(None, top._replace(parent=there.parent, name=target[-1]), (), there.chain)]
+                extra += self.tree.locks.drop(there, *(change.before for change in removal))
+            return self.tree.batch(who, together(spots), "copy", detail, changes, extra)
+
+        with self.tree.lane(who):
+            nodes, copies = [self.stat(who, source) for source, _ in pairs], Copies(self.db, who.account)
+            tops, below = [copies.measure(node, deep) for node in nodes], ()
+            self.tree.store(who, price=copies.cost())
+            if copies.rows <= COPY_STEP:
+                below = copies.statements()
+            else:
+                attempt()                                    # whatever can be refused now is
+                below = copies.write_below(who, tops, detail, alive)
+            return arrivals(self.db.write(attempt))
+
+    # ---- properties
+
+    def patch(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *,
+              properties: dict[str, str | None] | None = None, mtime: int | None = None) -> Node:
+        """Set or remove (None) dead properties, and the time of a node, in one step.
+
+        properties   {"{namespace}name": XML of the whole element}
+        """
+        require_writer(who)
+
+        def attempt() -> Batch:
+            spot = self.tree.spot(who, path)
+            node = spot.found()
+            spot = self.tree.admit(who, spot, path, given)
+            self._check_properties(node, properties or {})
+            changes = [] if mtime in (None, node.mtime) else [
+                Change(node, node._replace(mtime=mtime, rev=0), spot.chain, spot.chain)]
+            return self.tree.batch(who, spot, "patch", {"path": "/".join(path)}, changes,
+                               property_rows(node, properties or {}))
+
+        self.db.write(attempt)
+        return self.stat(who, path)
+
+    def _check_properties(self, node: Node, properties: dict[str, str | None]) -> None:
+        """raises CloudError too-large beyond what a node may hold (X4)"""
+        rows = dict(self.db.read("SELECT name, length(name) + length(value) FROM property WHERE node = ?", (node.node,)))
+        rows.update((name, len(name) + len(value or "")) for name, value in properties.items())
+        if any(size > PROPERTY_LIMIT for size in rows.values()) or sum(rows.values()) > 16 * PROPERTY_LIMIT:
+            raise CloudError("too-large", "properties may have %s each" % format_size(PROPERTY_LIMIT))
+
+    # ---- locks (RFC 4918 s6, s7)
+
+    def lock(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *, deep: bool, exclusive: bool,
+             owner: str, seconds: int) -> tuple[Lock, bool]:
+        """Lock a node, making an empty file if nothing is there; returns the lock and whether it is new.
+
+        raises  CloudError lock-conflict, no-parent, precondition-failed
+        """
+        require_writer(who)
+        empty = self.tree.blobs.put(Body(b""), lambda hash: False)
+
+        def attempt() -> Batch:
+            spot = self.tree.spot(who, path)
+            self.tree.check_place(spot, path)
+            spot = self.tree.check_conditions(who, spot, path, given)
+            if spot.locked:
+                self.tree.locks.check_conflict(who, spot, exclusive, deep)
+            node, changes = spot.node, []
+            if node is None:
+                if spot.locked:
+                    self.tree.locks.check(who, spot, given)
+                self.tree.space.check(spot, 0, 1)
+                changes = [self.tree.put_change(spot, path, empty, self.clock.wall())[0]]
+                node = changes[0].after
+            now = self.clock.due()
+            granted.append(Lock(new_lock_token(), spot.home, node.node, who.account, deep, exclusive, owner,
+                                seconds, now + seconds * 1000))
+            return self.tree.batch(who, spot, "lock", {"path": "/".join(path)}, changes, [
+                *(self.tree.contents.rows(empty) if changes else ()),
+                Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (spot.home, now)),
+                Statement("INSERT INTO lock VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", granted[-1]),
+                raise_shape(spot.home)])
+
+        granted: list[Lock] = []
+        batch = self.db.write(attempt)
+        return granted[-1], bool(batch.changes)
+
+    def refresh(self, who: Principal, path: tuple[str, ...], tokens: frozenset[str], seconds: int) -> Lock:
+        """Start the time of a lock anew.  raises CloudError precondition-failed if none of the tokens holds the node"""
+        fresh: list[Lock] = []
+
+        def attempt() -> Batch:
+            spot = self.tree.spot(who, path)
+            lock = next((lock for lock in self.tree.locks.covering(spot, self.tree.locks.of(spot))
+                         if lock.token in tokens and lock.account == who.account), None)
+            if lock is None:
+                raise CloudError("precondition-failed", "there is no such lock on this")
+            fresh[:] = [lock._replace(seconds=seconds, due=self.clock.due() + seconds * 1000)]
+            return Batch([Statement("UPDATE lock SET seconds = ?, due = ? WHERE token = ?", (seconds, fresh[0].due, lock.token))],
+                         [Statement("SELECT 'lock' WHERE NOT EXISTS (SELECT 1 FROM lock WHERE token = ?)", (lock.token,))])
+
+        self.db.write(attempt)
+        return fresh[0]
+
+    def unlock(self, who: Principal, path: tuple[str, ...], token: str) -> None:
+        """End a lock.  raises CloudError no-token if it does not hold the node, forbidden if it is another's"""
+        require_writer(who)
+        spot = self.tree.spot(who, path)
+        spot.found()
+        for lock in self.tree.locks.covering(spot, self.tree.locks.of(spot)):
+            if lock.token == token:
+                if lock.account != who.account and not who.admin:
+                    raise CloudError("forbidden", "this lock belongs to somebody else")
+                self.db.run(Statement("DELETE FROM lock WHERE token = ?", (token,)))
+                return
+        raise CloudError("no-token", "there is no such lock on this")
+
+    def quota(self, who: Principal) -> tuple[int, int | None]:
+        """(bytes used, bytes left): of the quota, or of the disk where there is none."""
+        spot = self.tree.spot(who, ())
+        free = shutil.disk_usage(self.tree.config.data).free
+        return spot.used, free if spot.quota is None else max(0, min(free, spot.quota - spot.used - self.tree.space.reserved(spot.home)))
+
+    def usage(self, who: Principal) -> tuple[dict[str, list[int]], int, int]:
+        """({kind: [bytes, files]} of what is live, bytes of other versions, bytes in the trash) of a whole account."""
+        require_whole(who)
+        kinds: dict[str, list[int]] = {}
+        with self.tree.lane(who):               # CROSS keeps the order: SQLite 3.53 would begin with the entries of everybody
+            for media, size, files in self.db.each(
+                    "WITH RECURSIVE live (node) AS (SELECT ? UNION ALL SELECT e.node FROM live JOIN entry e ON e.parent = live.node "
+                    "AND e.until IS NULL AND e.kind = 1) SELECT e.media, sum(e.size), count(*) FROM live CROSS JOIN entry e "
+                    "WHERE e.parent = live.node AND e.until IS NULL AND e.kind = 0 GROUP BY e.media", (who.root,)):
+                sums = kinds.setdefault(kind_of_media(media), [0, 0])
+                sums[0], sums[1] = sums[0] + size, sums[1] + files
+            (versions,), = self.db.read(
+                "SELECT coalesce(sum(size), 0) FROM (SELECT DISTINCT manifest, size FROM entry e WHERE home = ? AND fate = 'replaced' "
+                "AND kind = 0 AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.manifest = e.manifest AND l.home = e.home "
+                "AND l.until IS NULL))", (who.account,))
+            (trash,), = self.db.read(
+                "SELECT coalesce(sum(CASE WHEN e.kind THEN c.size ELSE e.size END), 0) FROM entry e LEFT JOIN collection c "
+                "ON c.node = e.node WHERE e.home = ? AND e.fate = 'deleted' "
+                "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL)", (who.account,))
+        return kinds, versions, trash
 
 
-class Rows:
-    """Rows for many=True that are made anew each time a batch is tried."""
+def arrivals(batch: Batch) -> list[tuple[Node, bool]]:
+    """What a batch brought to new places, and whether each place was free."""
+    found, free = [], True
+    for change in batch.changes:
+        if change.after:
+            found.append((change.after._replace(since=batch.seq, rev=change.after.rev or batch.seq), free))
+        free = bool(change.after)
+    return found
 
-    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
-        self.make = make
 
-    def __iter__(self) -> Iterator[Any]:
-        return self.make()
+def property_rows(node: Node, properties: dict[str, str | None]) -> list[Statement]:
+    return [Statement("DELETE FROM property WHERE node = ? AND name = ?", (node.node, name)) if value is None else
+            Statement(PUT_PROPERTY, (node.node, name, value))
+            for name, value in properties.items()]
+
+
+class Found(NamedTuple):
+    """A hit of a search."""
+    path: tuple[str, ...]
+    node: Node
+    snippet: tuple[str, str, str] | None         # (before, word, after), of a hit in the contents
+
+
+def fits(query: Query, node: Node) -> bool:
+    """Do kind, size and time of a node fit?  A collection has no size that anybody looks for."""
+    sized = query.least is not None or query.most is not None
+    return ((not query.kind or query.kind == kind_of_media(node.media))
+            and not (sized and node.kind) and (query.least or 0) <= node.size <= (sys.maxsize if query.most is None else query.most)
+            and (query.after is None or node.mtime >= query.after) and (query.before is None or node.mtime < query.before))
+
+
+def match_words(word: str) -> str:
+    """A word, or beginning of one, in the language of FTS5."""
+    return '"%s"*' % spread(word).replace('"', '""')
+
+
+class Search:
+    """What is found by words, by marks, or by looking at everything."""
+
+    def __init__(self, tree: Tree, files: Files) -> None:
+        self.tree, self.files, self.db = tree, files, tree.db
+
+    def find(self, who: Principal, query: Query, path: tuple[str, ...] = (), limit: int = 200,
+               alive: Callable[[], None] = unwatched) -> tuple[list[Found], bool]:
+        """What fits a query below a path, the latest changed first, names before contents; and whether there is more.
+
+        Words stand anywhere in a name, in any case; in contents at the beginning of a word.
+        """
+        self.files.stat(who, path)
+        found, seen, here = [], set(), seen_by(self.db.read, who)
+        with nullcontext() if query.words else self.tree.lane(who):         # without words everything is looked at
+            for node, inside in self._hits(who, query, alive):
+                if node.node in seen or not fits(query, node):
+                    continue
+                seen.add(node.node)
+                where = here.path(node.node)
+                if where is not None and where[:len(path)] == path and len(where) > len(path):
+                    if len(found) == limit:
+                        return found, True
+                    found.append(Found(where, node, self._snippet(node, query.words) if inside else None))
+        return found, False
+
+    def _hits(self, who: Principal, query: Query, alive: Callable[[], None]) -> Iterator[tuple[Node, bool]]:
+        """(node, do the words stand in its contents?) of nodes that may fit."""
+        if query.within != "contents" or not query.words:
+            for node in watched(self._candidates(who, query), alive):
+                folded = node.name.casefold()
+                if all(word in folded for word in query.words) and not any(word in folded for word in query.without):
+                    yield node, False
+        if query.within != "names" and query.words and self.db.has_index():
+            wanted = " AND ".join(map(match_words, query.words)) + "".join(" NOT " + match_words(word) for word in query.without)
+            for row in watched(self.db.each(
+                    entries_now("text_index MATCH ? AND r.home = ?", source="text_index i JOIN text_row r ON r.id = i.rowid JOIN entry e "
+                                "ON e.manifest = r.manifest AND e.home = r.home") + " ORDER BY i.rowid DESC",
+                    ('home : "%d" AND body : (%s)' % (who.account, wanted), who.account)), alive):
+                yield Node._make(row), True
+
+    def _snippet(self, node: Node, words: Sequence[str]) -> tuple[str, str, str] | None:
+        text = decode_text(self.tree.contents.of(node).read(TEXT_LIMIT))
+        return text and find_words(unicodedata.normalize("NFC", text), words)
+
+    def find_all(self, who: Principal, path: tuple[str, ...], test: Callable[[Node], bool],
+                 alive: Callable[[], None] = unwatched) -> list[tuple[tuple[str, ...], Node]]:
+        """(path from there, node) of all below a path that pass a test."""
+        with self.tree.lane(who):
+            return [row for row in watched(self.files.walk(who, path), alive) if test(row[1])]
+
+    def marked(self, who: Principal, name: str) -> list[tuple[tuple[str, ...], Node, str]]:
+        """(path, node, value) of all nodes that bear a dead property."""
+        here, rows = seen_by(self.db.read, who), self.db.read("SELECT p.node, p.value FROM property p JOIN entry e ON e.node = p.node AND e.until IS NULL "
+                                                 "WHERE p.name = ? AND e.home = ?", (name, who.account))
+        return sorted((here.path(id), here.node(id), value) for id, value in rows if here.path(id) is not None)
+
+    def _candidates(self, who: Principal, query: Query) -> Iterator[Node]:
+        """Live nodes of the account: those the index of names knows to fit, and all it has not seen yet."""
+        usable = query.words and all(len(word) > 2 for word in query.words)
+        indexed = int(self.db.setting("indexed") or 0) if usable else 0
+        yield from map(Node._make, self.db.each(
+            entries_now("e.home = ? AND e.since > ? AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ?")
+            + " ORDER BY e.since DESC",
+            (who.account, indexed, query.least or 0, sys.maxsize if query.most is None else query.most,
+             MTIME_MIN if query.after is None else query.after, MTIME_MAX + 1 if query.before is None else query.before)))
+        if indexed:
+            wanted = " AND ".join('"%s"' % word.replace('"', '""') for word in query.words)
+            yield from map(Node._make, self.db.each(
+                entries_now("name_index MATCH ? AND e.home = ?", source="name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e "
+                            "ON e.node = r.node") + " ORDER BY i.rowid DESC", (wanted, who.account)))
+
+    def star(self, who: Principal, *paths: tuple[str, ...], on: bool) -> None:
+        """Mark files and collections with a star, in one step, or take it away."""
+        require_writer(who)
+
+        def attempt() -> Batch:
+            nodes = [self.tree.spot(who, path).found() for path in paths]
+            rows = [row for node in nodes for row in property_rows(node, {STAR: STARRED if on else None})]
+            return self.tree.batch(who, self.tree.spot(who, ()), "star" if on else "unstar", name_paths(paths), [], rows)
+
+        self.db.write(attempt)
+
+    def starred(self, who: Principal) -> list[tuple[tuple[str, ...], Node]]:
+        """(path, node) of all that bears a star, in the order of paths."""
+        return [(path, node) for path, node, value in self.marked(who, STAR) if is_star(value)]
+
+    def stars_among(self, nodes: Iterable[Node]) -> set[int]:
+        """Which of some nodes bear a star."""
+        if not self.db.read("SELECT 1 FROM property WHERE name = ? LIMIT 1", (STAR,)):
+            return set()
+        return {id for piece in pieces([node.node for node in nodes]) for id, value in self.db.read(
+            "SELECT node, value FROM property WHERE name = ? AND node IN (" + marks(piece) + ")", (STAR, *piece)) if is_star(value)}
+
+    def by_id(self, who: Principal, node: int) -> list[tuple[tuple[str, ...], Node]]:
+        """(path, node) of a live node, if `who` can see it."""
+        here = seen_by(self.db.read, who)
+        path = here.path(node)
+        return [] if path is None else [(path, here.node(node))]
+
+def is_star(value: str) -> bool:
+    """Does this value of STAR, an element, say yes?"""
+    found = re.search(">([^<]*)<", value)
+    return bool(found) and found[1].strip() in ("1", "yes", "true")
 
 
 # ==== 10. History ========================================================================
 #
-# What was: versions, trash, activity, undo and rewind; search.
+# What was: versions, trash, activity, undo and rewind.
 
 class Version(NamedTuple):
     """A content that a file had, or has."""
@@ -5411,26 +5585,6 @@ class Step(NamedTuple):
     account: str
     device: str
     undoable: bool
-
-
-class Found(NamedTuple):
-    """A hit of a search."""
-    path: tuple[str, ...]
-    node: Node
-    snippet: tuple[str, str, str] | None         # (before, word, after), of a hit in the contents
-
-
-def fits(query: Query, node: Node) -> bool:
-    """Do kind, size and time of a node fit?  A collection has no size that anybody looks for."""
-    sized = query.least is not None or query.most is not None
-    return ((not query.kind or query.kind == kind_of_media(node.media))
-            and not (sized and node.kind) and (query.least or 0) <= node.size <= (sys.maxsize if query.most is None else query.most)
-            and (query.after is None or node.mtime >= query.after) and (query.before is None or node.mtime < query.before))
-
-
-def match_words(word: str) -> str:
-    """A word, or beginning of one, in the language of FTS5."""
-    return '"%s"*' % spread(word).replace('"', '""')
 
 
 STEP = (  # the columns of Step, and where they come from
@@ -5518,8 +5672,112 @@ class Reversal:
 WENT_BACK = "this server does not know what it said then: an older state of its data was put back"
 
 
-class History(Tree):
-    """What was: versions, trash, any moment of any collection, undo, and the feed of changes.  The first floor of Cloud."""
+class Journal:
+    """The line of batches: where it stands, and what was done when and by whom."""
+
+    def __init__(self, db: Database) -> None:
+        self.db, self.closing = db, threading.Event()
+        self.waits = Shares(WAITS, "%d of this account wait for changes already")
+
+    def head(self) -> int:
+        """The newest seq."""
+        return self.db.read("SELECT max(seq) FROM journal")[0][0]
+
+    def tag_at(self, seq: int) -> str | None:
+        """What tells the history up to a seq from others; None if there is no such seq."""
+        rows = self.db.read("SELECT tag FROM journal WHERE seq = ?", (seq,))
+        return rows[0][0] if rows else None
+
+    def check(self, epoch: str | None, since: int | None, tag: str | None) -> None:
+        """Is a client's cursor a point of our own past?  What it does not say is not asked.
+
+        raises  CloudError gone for another server, other-history when this one was put back to an older state
+        """
+        if epoch not in (None, self.db.setting("epoch")):
+            raise CloudError("gone", "this is not the server it was, or it was restored from a backup; read everything anew")
+        if since is not None and tag is not None and self.tag_at(since) != tag:
+            log.warning("a client knows another history: if an older state of the data was put back, run the command `restored`")
+            raise CloudError("other-history", WENT_BACK)
+
+    def oldest(self) -> int:
+        """History before this seq may have been thinned out."""
+        return int(self.db.setting("oldest") or 1)
+
+    def check_reach(self, seq: int) -> None:
+        if seq < self.oldest():
+            raise CloudError("gone", "history does not reach back that far")
+
+    def seq_at(self, at: int) -> int:
+        """The seq that was the newest at a time, ms since 1970."""
+        low, high = 1, self.head()
+        while low < high:                                # the journal's times rise, but for steps of the clock
+            middle = (low + high + 1) // 2
+            (seq, then), = self.db.read("SELECT seq, at FROM journal WHERE seq <= ? ORDER BY seq DESC LIMIT 1", (middle,))
+            low, high = (middle, high) if then <= at else (low, max(low, seq - 1))
+        return low
+
+    def at(self, seq: int) -> int:
+        """When a batch was written, ms since 1970."""
+        rows = self.db.read("SELECT at FROM journal WHERE seq = ?", (seq,))
+        return rows[0][0] if rows else 0
+
+    def newest(self, who: Principal) -> int:
+        """The seq of the last change of an account's tree."""
+        rows = self.db.read("SELECT c.seq FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ? "
+                            "AND (? = '' OR EXISTS (SELECT 1 FROM device WHERE id = ?))", (who.account, who.device, who.device))
+        if not rows:
+            raise CloudError("unauthenticated", "this device was revoked")
+        return rows[0][0]
+
+    def await_change(self, who: Principal, since: int, seconds: float, alive: Callable[[], None] = unwatched) -> bool:
+        """Wait until something in the account is newer than a seq; False if nothing was in time.
+
+        Somebody who waits looks at one row every tenth of a second; so many may wait at a time and no more.
+        raises  CloudError busy
+        """
+        until = time.monotonic() + seconds
+        if self.waits.taken() >= WAITERS:
+            raise CloudError("busy", "%d wait for changes already" % WAITERS, retry_after=5)
+        with self.waits.of(who.account):
+            while self.newest(who) <= since:
+                alive()
+                if time.monotonic() >= until or self.closing.wait(0.1):
+                    return False
+            return True
+
+    # ---- activity
+
+    def activity(self, who: Principal, before: int = 1 << 62, limit: int = 100, *, action: str | None = None,
+                 device: str | None = None, after: int = 0, until: int = 1 << 62) -> list[Step]:
+        """The journal of the account, the latest first.
+
+        before         a seq to go on from;  action, device  only these
+        after, until   ms since 1970
+        """
+        require_whole(who)
+        rows = self.db.read(
+            "SELECT " + STEP + " WHERE j.home = ? AND j.action <> 'copy-begin' AND j.seq < ? AND (? IS NULL OR j.action = ?) AND (? IS NULL OR d.name = ?) "
+            "AND j.at >= ? AND j.at < ? ORDER BY j.seq DESC LIMIT ?",
+            (who.account, before, action, action, device, device, after, until, limit))
+        return self._steps(rows)
+
+    def server_activity(self, before: int = 1 << 62, limit: int = 100) -> list[Step]:
+        """What happened to accounts and settings of the whole server, the latest first: what the index journal_server holds."""
+        return self._steps(self.db.read(
+            "SELECT " + STEP + " WHERE j.action IN ('account-add', 'account-password', 'account-admin', 'account-quota', "
+            "'account-remove', 'settings', 'hold') AND j.seq < ? ORDER BY j.seq DESC LIMIT ?", (before, limit)))
+
+    def _steps(self, rows: list[tuple[Any, ...]]) -> list[Step]:
+        return [Step(seq, at, action, json.loads(detail), account, device,
+                     bool(undoable) and action[:8] != "account-" and seq > self.oldest())
+                for seq, at, action, detail, account, device, undoable in rows]
+
+
+class History:
+    """What was: any moment of any collection, the feed of changes, and going back."""
+
+    def __init__(self, tree: Tree, journal: Journal, files: Files) -> None:
+        self.tree, self.journal, self.files, self.db = tree, journal, files, tree.db
 
     def changes(self, who: Principal, path: tuple[str, ...], since: int, limit: int = 10_000,
                 alive: Callable[[], None] = unwatched) -> tuple[int, list[Changed]]:
@@ -5528,13 +5786,13 @@ class History(Tree):
         A batch is never split, so there may be more than `limit`.  What came and went meanwhile has neither path.
         raises  CloudError gone if history does not reach back to `since`, other-history if it does not reach so far
         """
-        top = self.stat(who, path)
+        top = self.files.stat(who, path)
         with self.db.snapshot() as read:
             (head,), = read("SELECT max(seq) FROM journal")
             if since > head:
                 raise CloudError("other-history", WENT_BACK)
             (fed,), = read("SELECT fed FROM account WHERE id = ?", (top.home,))
-            if since < max(fed, self.oldest_seq()):
+            if since < max(fed, self.journal.oldest()):
                 raise CloudError("gone", "what happened since then is not known any more; read everything anew")
             if since == head:
                 return head, []
@@ -5549,38 +5807,14 @@ class History(Tree):
             found = [c for c in found if c.path is not None or c.was is not None or span.was_in_sight(c.id)]
         return reached, sorted(found, key=lambda c: c.path or c.was or ())
 
-    def head(self) -> int:
-        """The newest seq."""
-        return self.db.read("SELECT max(seq) FROM journal")[0][0]
-
-    def tag_at(self, seq: int) -> str | None:
-        """What tells the history up to a seq from others; None if there is no such seq."""
-        rows = self.db.read("SELECT tag FROM journal WHERE seq = ?", (seq,))
-        return rows[0][0] if rows else None
-
-    def check_history(self, epoch: str | None, since: int | None, tag: str | None) -> None:
-        """Is a client's cursor a point of our own past?  What it does not say is not asked.
-
-        raises  CloudError gone for another server, other-history when this one was put back to an older state
-        """
-        if epoch not in (None, self.epoch):
-            raise CloudError("gone", "this is not the server it was, or it was restored from a backup; read everything anew")
-        if since is not None and tag is not None and self.tag_at(since) != tag:
-            log.warning("a client knows another history: if an older state of the data was put back, run the command `restored`")
-            raise CloudError("other-history", WENT_BACK)
-
-    def oldest_seq(self) -> int:
-        """History before this seq may have been thinned out."""
-        return int(self.db.setting("oldest") or 1)
-
-    def walk_contents(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
+    def walk(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
                       seq: int | None = None, missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
         """(path from there, node, bytes or None for a collection) of all below a path, as of now or of a seq.
 
         names    only these members; a single file as `path` gives itself, with the path ()
         missed   told of each path that cannot be read, and of why; without it that ends the walk
         """
-        seq = self.head() if seq is None else seq
+        seq = self.journal.head() if seq is None else seq
         first = [(name, self.past(who, path + name, seq)[0]) for name in names or [()]]
         return self._with_contents(first, Moment(self.db.read, who.root, seq), missed)
 
@@ -5589,7 +5823,7 @@ class History(Tree):
         for path, top in first:
             for place, node in itertools.chain([(path, top)] if path or not top.kind else (), then.walk(top.node, path, missed) if top.kind else ()):
                 try:
-                    content = None if node.kind else self._content(node)
+                    content = None if node.kind else self.tree.contents.of(node)
                 except CloudError as error:
                     if missed is None:
                         raise
@@ -5600,38 +5834,24 @@ class History(Tree):
     def archive(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
                 seq: int | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
         """As walk_contents, in the lane for long work (Q3)."""
-        return self._in_lane(who, self.walk_contents(who, path, names, seq))
+        return self._in_lane(who, self.walk(who, path, names, seq))
 
     def _in_lane(self, who: Principal, items: Iterator[Any]) -> Iterator[Any]:
-        with self._heavy(who):
+        with self.tree.lane(who):
             yield from items
-
-    def seq_at(self, at: int) -> int:
-        """The seq that was the newest at a time, ms since 1970."""
-        low, high = 1, self.head()
-        while low < high:                                # the journal's times rise, but for steps of the clock
-            middle = (low + high + 1) // 2
-            (seq, then), = self.db.read("SELECT seq, at FROM journal WHERE seq <= ? ORDER BY seq DESC LIMIT 1", (middle,))
-            low, high = (middle, high) if then <= at else (low, max(low, seq - 1))
-        return low
-
-    def journal_at(self, seq: int) -> int:
-        """When a batch was written, ms since 1970."""
-        rows = self.db.read("SELECT at FROM journal WHERE seq = ?", (seq,))
-        return rows[0][0] if rows else 0
 
     # ---- a collection as it was
 
     def past(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, list[Node]]:
         """The node that was at a path as of a seq and what it held.  raises CloudError not-found, gone"""
-        self._root_spot(who)
+        self.tree.root_spot(who)
         with self.db.snapshot() as read:
             then = Moment(read, who.root, seq)
-            node = self._past_node(then, path)
+            node = self.past_node(then, path)
             return node, list(then.children(node.node)) if node.kind else []
 
-    def _past_node(self, then: Moment, path: tuple[str, ...]) -> Node:
-        self._check_reach(then.seq)
+    def past_node(self, then: Moment, path: tuple[str, ...]) -> Node:
+        self.journal.check_reach(then.seq)
         node = then.find(path)
         if node is None:
             raise CloudError("not-found", "there was nothing at this path")
@@ -5642,236 +5862,7 @@ class History(Tree):
         node, _ = self.past(who, path, seq)
         if node.kind:
             raise CloudError("conflict", "this was a collection")
-        return node, self._content(node)
-
-    def _check_reach(self, seq: int) -> None:
-        if seq < self.oldest_seq():
-            raise CloudError("gone", "history does not reach back that far")
-
-    # ---- versions
-
-    def versions(self, who: Principal, path: tuple[str, ...]) -> list[Version]:
-        """Every content a file had, the newest first."""
-        node = self.stat(who, path)
-        if node.kind:
-            raise CloudError("conflict", "a collection has no versions; ask for it as of a time")
-        rows = self.db.read(
-            "SELECT v.rev, j.at, v.size, v.mtime, v.manifest, a.name, coalesce(d.name, ''), p.name "
-            "FROM (SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NULL "
-            "UNION SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NOT NULL) v "
-            "LEFT JOIN journal j ON j.seq = v.rev LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device "
-            "LEFT JOIN pin p ON p.node = :node AND p.rev = v.rev ORDER BY v.rev DESC", {"node": node.node})
-        found = [version for version in map(Version._make, rows) if self._was_within(who, node.node, version.rev)]
-        return [version for version, older in itertools.zip_longest(found, found[1:])
-                if older is None or older.manifest != version.manifest or version.name]
-
-    def version(self, who: Principal, path: tuple[str, ...], rev: int) -> tuple[Node, Content]:
-        """A file as it was in one of its versions.  raises CloudError not-found"""
-        live = self.stat(who, path)
-        rows = self.db.read(select_entries("e.rev = :rev AND e.kind = 0 AND (e.node = :node AND e.until IS NULL OR e.node = :node AND e.until "
-                                    "IS NOT NULL)") + " ORDER BY e.since LIMIT 1", {"rev": rev, "node": live.node})
-        if not rows or not self._was_within(who, live.node, rev):
-            raise CloudError("not-found", "there is no such version")
-        node = Node._make(rows[0])._replace(name=live.name)
-        return node, self._content(node)
-
-    def _was_within(self, who: Principal, node: int, rev: int) -> bool:
-        """Did a file lie below the root of `who` at any moment while it had the content of `rev`?"""
-        if not who.scoped:
-            return True
-        pending = [(parent, since, until) for since, until, parent, content in self._stays(node) if content == rev]
-        seen = set(pending)
-        while pending:                                   # upwards, each time for as long as what is below was there
-            above, start, stop = pending.pop()
-            if above == who.root:
-                return True
-            for since, until, parent, _ in self._stays(above):
-                stay = parent, max(start, since), min(stop, until)
-                if parent is not None and stay[1] < stay[2] and stay not in seen:
-                    seen.add(stay)
-                    pending.append(stay)
-        return False
-
-    def _stays(self, node: int) -> list[tuple[int, int, int | None, int]]:
-        """(since, until, parent, rev) of all that a node ever was."""
-        return self.db.read("SELECT since, :ever, parent, rev FROM entry WHERE node = :node AND until IS NULL UNION ALL "
-                            "SELECT since, until, parent, rev FROM entry WHERE node = :node AND until IS NOT NULL",
-                            {"node": node, "ever": 1 << 62})
-
-    def restore_version(self, who: Principal, path: tuple[str, ...], rev: int, given: Preconditions = ANY) -> Node:
-        """Make an old content the present one; the present one becomes a version."""
-        self._require(who)
-
-        def attempt() -> Batch:
-            spot = self._spot(who, path)
-            node = self._found(spot)
-            spot = self._admit(who, spot, path, given)
-            old, _ = self.version(who, path, rev)
-            self._check_space(spot, old.size - node.size, 1)
-            after = node._replace(manifest=old.manifest, size=old.size, mtime=old.mtime, media=old.media, rev=0)
-            return self._batch(who, spot, "restore-version", {"path": "/".join(path), "rev": rev},
-                               [Change(node, after, spot.chain, spot.chain)])
-
-        batch = self.db.write(attempt)
-        return batch.changes[0].after._replace(since=batch.seq, rev=batch.seq)
-
-    def pin(self, who: Principal, path: tuple[str, ...], rev: int, name: str | None) -> None:
-        """Keep a version for good under a name; None lets go of it."""
-        self._require(who)
-        node, _ = self.version(who, path, rev)
-        if name is not None and not 0 < len(name) <= 200:
-            raise CloudError("bad-request", "the name of a version has 1 to 200 characters")
-        if name is None:
-            self.db.run(Statement("DELETE FROM pin WHERE node = ? AND rev = ?", (node.node, rev)))
-        elif len(self.db.read("SELECT 1 FROM pin WHERE node = ?", (node.node,))) >= 1000:
-            raise CloudError("conflict", "1000 versions of this file are pinned already")
-        else:
-            self.db.run(Statement("INSERT OR REPLACE INTO pin VALUES (?, ?, ?)", (node.node, rev, name)))
-
-    # ---- thumbnails: small pictures that browsers make, kept under what they show
-
-    def thumbnail(self, who: Principal, path: tuple[str, ...], rev: int | None = None) -> bytes | None:
-        """The thumbnail of a file, or of one of its versions; None if nobody made one yet."""
-        rows = self.db.read("SELECT data FROM thumbnail WHERE home = ? AND manifest = ?",
-                            (who.account, self._pictured(who, path, rev).manifest))
-        return rows[0][0] if rows else None
-
-    def put_thumbnail(self, who: Principal, path: tuple[str, ...], data: bytes, rev: int | None = None) -> None:
-        """Keep a thumbnail.  Whoever has the same content in another account does not get it: it could be a lie (D1).
-
-        raises  CloudError unsupported-media if it is no picture, bad-request if it is larger than what it stands for
-        """
-        self._require(who)
-        node = self._pictured(who, path, rev)
-        if media_of_picture(data) is None:
-            raise CloudError("unsupported-media", "a thumbnail is WebP, JPEG or PNG")
-        if len(data) >= node.size:
-            raise CloudError("bad-request", "a thumbnail is smaller than its file")
-        self._check_space(self._spot(who, ()), 0, len(data))
-        self._store(who, Statement("DELETE FROM thumbnail WHERE home = ? AND manifest = ?", (who.account, node.manifest)),
-                    Statement(PUT_THUMBNAIL, (who.account, node.manifest, data)))        # a new row, which backups notice
-
-    def pictured(self, who: Principal) -> set[str]:
-        """What has a thumbnail in the account: {manifest}."""
-        return {manifest for (manifest,) in self.db.read("SELECT manifest FROM thumbnail WHERE home = ?", (who.account,))}
-
-    def _pictured(self, who: Principal, path: tuple[str, ...], rev: int | None) -> Node:
-        node = self.stat(who, path)
-        if node.kind:
-            raise CloudError("conflict", "a collection has no thumbnail")
-        return node if rev in (None, node.rev) else self.version(who, path, rev)[0]
-
-    # ---- trash
-
-    def trash(self, who: Principal, before: int = 1 << 62, limit: int = 1000) -> list[Trashed]:
-        """What was deleted and can be restored, the latest first; `before` is a seq to go on from."""
-        self._require_whole(who)
-        return self._trashed(who, "e.until < ? ", before, limit)
-
-    def _trashed(self, who: Principal, where: str, value: int, limit: int) -> list[Trashed]:
-        rows = self.db.read(
-            select_entries("e.home = ? AND e.fate = 'deleted' AND " + where + self._LAST, "j.at, coalesce(a.name, ''), " + NODE,
-                    "entry e JOIN journal j ON j.seq = e.until LEFT JOIN account a ON a.id = j.account")
-            + "ORDER BY e.until DESC, e.node LIMIT ?", (who.account, value, limit))
-        with self.db.snapshot() as read:
-            return [Trashed(node, at, account, (Moment(read, who.root, node.until - 1).path(node.parent) or ()) + (node.name,))
-                    for at, account, node in ((at, account, Node._make(columns)) for at, account, *columns in rows)]
-
-    _LAST = ("AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL) "       # it did not come back
-             "AND NOT EXISTS (SELECT 1 FROM entry p WHERE p.node = e.node AND p.since >= e.until AND p.until IS NOT NULL) ")
-
-    def restore(self, who: Principal, *nodes: int) -> tuple[int, list[tuple[str, ...]]]:
-        """Bring nodes back from the trash to where they were; returns the seq and where each is now.
-
-        Collections that are gone too are made anew; a name that is taken is changed.
-        raises  CloudError not-found if one is not in the trash
-        """
-        self._require(who)
-        self._require_whole(who)
-        for item in self._find_trashed(who, nodes):
-            if len(item.path) > 1 and item.node.parent not in nodes and self.now(who).path(item.node.parent) is None:
-                self._make_or_find(who, item.path[:-1])
-
-        def attempt() -> Batch:
-            with self.db.snapshot() as read:
-                (head,), = read("SELECT max(seq) FROM journal")
-                spot, taken = self._spot(who, ()), set()
-                plan = Reversal(read, who.root)
-                items = sorted(self._find_trashed(who, nodes), key=lambda item: len(item.path))
-                for item in items:
-                    if self._is_live(item.node.node):
-                        raise CloudError("conflict", "it is back already")
-                    parent = item.node.parent
-                    if not plan.lives(parent):
-                        there = self._spot(who, item.path)
-                        parent = there.parent if there.open and len(there.rest) < 2 else who.root
-                    plan.restore(item.node, None, parent, self._name_for(parent, item.node.name, taken, ()))
-                self._check_space(spot, plan.sums[who.root][0], 0)
-                return self._reversal_batch(who, spot, head, plan, "restore", name_paths([item.path for item in items]))
-
-        seq = self.db.write(attempt).seq
-        return seq, [self.path_of(who, node) for node in dict.fromkeys(nodes)]
-
-    def trashed(self, who: Principal, node: int) -> Trashed:
-        """One of them.  raises CloudError not-found"""
-        self._require_whole(who)
-        return self._find_trashed(who, [node])[0]
-
-    def _find_trashed(self, who: Principal, nodes: Sequence[int]) -> list[Trashed]:
-        found = [item for node in dict.fromkeys(nodes) for item in self._trashed(who, "e.node = ? ", node, 1)]
-        if not nodes or len(found) < len(set(nodes)):
-            raise CloudError("not-found", "it is not in the trash")
-        return found
-
-    def _name_for(self, parent: int, name: str, taken: set[tuple[int, str]], freed: Container[tuple[int, str]]) -> str:
-        """The name, or one like it if something else has it; `taken` and `freed` are places (parent, key) of this batch."""
-        place = parent, key_of(name)
-        if place in taken or place not in freed and self.db.read(
-                "SELECT 1 FROM entry WHERE parent = ? AND key = ? AND until IS NULL", place):
-            name = self._free_name(parent, name, taken)
-        taken.add((parent, key_of(name)))
-        return name
-
-    def _make_or_find(self, who: Principal, path: tuple[str, ...]) -> None:
-        try:
-            self.make_collection(who, path, parents=True)
-        except CloudError as error:
-            if error.kind not in ("exists", "conflict"):
-                raise
-
-    def _is_live(self, node: int) -> bool:
-        return bool(self.db.read("SELECT 1 FROM entry WHERE node = ? AND until IS NULL", (node,)))
-
-    def empty_trash(self, who: Principal, *nodes: int) -> int:
-        """Give up deleted nodes for good, all of them if none is named; returns how many.
-
-        They vanish at once; their bytes follow when the sweep has been.  A token cannot do this: whatever it deletes, the
-        owner can bring back for as long as history is kept (R13).
-        """
-        self._require(who)
-        self._require_whole(who)
-        if who.means == "token":
-            raise CloudError("forbidden", "an app password cannot empty the trash; do so on the page")
-        chosen = [item.node for item in (self._find_trashed(who, nodes) if nodes else self.trash(who, limit=1 << 40))]
-        rows = [(node.home, node.since, node.node) for node in chosen]
-        self.db.write(lambda: Batch([*give_up(rows), raise_shape(who.account)], frees=True,
-                                    line=Line(who.account, who, "empty-trash", {"count": len(rows)})))
-        self.give_up_below((node.node, node.until) for node in chosen if node.kind)
-        return len(rows)
-
-    def give_up_below(self, tops: Iterable[tuple[int, int]]) -> None:
-        """Mark all that hangs below collections (node, until) that were given up: nothing of it can be had at an earlier place."""
-        pending = list(tops)
-        while pending:
-            top, until = pending.pop()
-            rows = self.db.read("SELECT home, since, node, kind FROM entry WHERE parent = ? AND until IS NULL AND " + IS_GIVEN_UP
-                                + " LIMIT ?", (top, PIECE))
-            if rows:
-                marked = [(until, *row[:3]) for row in rows]
-                self.db.write(lambda: Batch([Statement(
-                    "UPDATE entry SET until = ?, fate = 'purged' WHERE home = ? AND since = ? AND node = ? AND until IS NULL AND "
-                    + IS_GIVEN_UP, marked, many=True), *map(raise_shape, {row[0] for row in rows})], frees=True))
-                pending += [(top, until), *((node, until) for _, _, node, kind in rows if kind)]
+        return node, self.tree.contents.of(node)
 
     # ---- undo and restore to a moment
 
@@ -5880,7 +5871,7 @@ class History(Tree):
 
         raises  CloudError not-found if there is nothing to take back, gone if that is too long ago, or given up for good
         """
-        self._require_whole(who)
+        require_whole(who)
 
         def choose(span: Span) -> tuple[list[int], int]:
             now = span.now
@@ -5924,11 +5915,11 @@ class History(Tree):
         What came into it since goes back to where it was, or to the trash.  Returns (seq of doing so, nodes changed), or (0, 0) if nothing has changed.  What held it and is gone by now is
         made anew.  raises CloudError not-found, gone
         """
-        self._require(who)
+        require_writer(who)
         paths = tuple(outermost(paths))
         with self.db.snapshot() as read:
             span = Span(Moment(read, who.root, seq), Moment(read, who.root))
-            nodes = [self._past_node(span.then, path) for path in paths]
+            nodes = [self.past_node(span.then, path) for path in paths]
             chosen = {node.node for node in nodes}
 
             def choose(span: Span) -> tuple[list[int], int]:
@@ -5943,8 +5934,8 @@ class History(Tree):
             if not choose(span)[0]:
                 return 0, 0
         for path, node in zip(paths, nodes):
-            if len(path) > 1 and self.now(who).path(node.parent) is None:
-                self._make_or_find(who, path[:-1])
+            if len(path) > 1 and seen_by(self.db.read, who).path(node.parent) is None:
+                self.make_or_find(who, path[:-1])
         return self._revert(who, (), seq, choose, "rewind", {"path": "/".join(paths[0]), "to": seq})
 
     def _may_bring_back(self, who: Principal, span: Span, id: int) -> bool:
@@ -5960,39 +5951,19 @@ class History(Tree):
     def differences(self, who: Principal, path: tuple[str, ...], seq: int,
                     alive: Callable[[], None] = unwatched) -> list[Difference]:
         """What became of the things below a collection since a seq, in the order of paths."""
-        top = self.stat(who, path).node
-        self._check_reach(seq)
+        top = self.files.stat(who, path).node
+        self.journal.check_reach(seq)
         with self.db.snapshot() as read:
             span = Span(Moment(read, top, seq), Moment(read, top))
             found = [span.of(id) for id in watched(span.touched(who.account), alive) if id != top and span.differs(id)]
         return sorted(found, key=lambda one: one.path or one.was)
-
-    def held(self, who: Principal) -> list[tuple[Brake, str]]:
-        """Devices of the account that the brake holds, and their names."""
-        rows = self.db.read("SELECT b.*, d.name FROM brake b JOIN device d ON d.id = b.device "
-                            "WHERE d.account = ? AND b.held IS NOT NULL ORDER BY b.held", (who.account,))
-        return [(Brake._make(columns), name) for *columns, name in rows]
-
-    def _held(self, who: Principal, device: str) -> Brake:
-        found = next((brake for brake, _ in self.held(who) if brake.device == device), None)
-        if found is None:
-            raise CloudError("not-found", "this device is not held")
-        return found
-
-    def allow(self, who: Principal, device: str) -> None:
-        """Let a held device go on; for a while everything is allowed to it.  raises CloudError not-found"""
-        self._held(who, device)
-        free = self.clock.due() + BRAKE_FREE
-        self.db.write(lambda: Batch([Statement("UPDATE brake SET held = NULL, deletes = 0, overwrites = 0, free = ? "
-                                               "WHERE device = ?", (free, device))],
-                                    line=Line(who.account, who, "allow", {"device": device})))
 
     def undo_device(self, who: Principal, device: str) -> tuple[int, int]:
         """Take back what a held device did since its window began, in one step; returns (seq, nodes changed).
 
         It is not held any more, but counted anew.  raises CloudError not-found
         """
-        brake = self._held(who, device)
+        brake = self.tree.brake.find(who, device)
 
         def choose(span: Span) -> tuple[list[int], int]:
             touched = [id for (id,) in span.now.read(
@@ -6011,25 +5982,25 @@ class History(Tree):
     def _revert(self, who: Principal, path: tuple[str, ...], seq: int, choose: Callable[[Span], tuple[list[int], int]],
                 action: str, detail: dict[str, Any]) -> tuple[int, int]:
         """Bring the chosen nodes below a path back to what they were as of a seq."""
-        self._require(who)
-        self._check_reach(seq)
+        require_writer(who)
+        self.journal.check_reach(seq)
         told = [0]
 
         def attempt() -> Batch:
             with self.db.snapshot() as read:
                 (head,), = read("SELECT max(seq) FROM journal")
-                spot = self._spot(who, path)
-                top = self._found(spot).node
+                spot = self.tree.spot(who, path)
+                top = spot.found().node
                 if spot.locked:
-                    self._check_locks(who, spot, ANY, below=True)
+                    self.tree.locks.check(who, spot, ANY, below=True)
                 span = Span(Moment(read, top, seq), Moment(read, top))
                 chosen, told[0] = choose(span)
                 root = (*spot.chain, top)[0]
                 plan = self._plan_reversal(span, root, chosen)
-                self._check_space(spot, plan.sums.get(root, [0])[0], 0)
-                return self._reversal_batch(who, spot, head, plan, action, {**detail, "count": len(chosen)})
+                self.tree.space.check(spot, plan.sums.get(root, [0])[0], 0)
+                return self.batch(who, spot, head, plan, action, {**detail, "count": len(chosen)})
 
-        with self._heavy(who):
+        with self.tree.lane(who):
             return self.db.write(attempt).seq, told[0]
 
     def _plan_reversal(self, span: Span, root: int, chosen: list[int]) -> Reversal:
@@ -6046,7 +6017,7 @@ class History(Tree):
             parent = old.parent
             if not plan.lives(parent) or plan.would_hold_itself(id, parent):
                 parent = self._stand_in(plan, span, parent, chosen)
-            plan.restore(old, now.node(id), parent, self._name_for(parent, old.name, taken, freed))
+            plan.restore(old, now.node(id), parent, self.tree.name_for(parent, old.name, taken, freed))
         for id in unwanted:
             if not now.here(id) and then.top in plan.chain(id):          # it came along with what is back
                 plan.remove(now.node(id))
@@ -6079,161 +6050,218 @@ class History(Tree):
                 stuck += 1
                 continue
             else:
-                plan.restore(old, node, old.parent, self._name_for(old.parent, old.name, taken, ()))
+                plan.restore(old, node, old.parent, self.tree.name_for(old.parent, old.name, taken, ()))
             stuck = 0
         return {(node.parent, key_of(node.name)) for node in pending}
 
-    def _reversal_batch(self, who: Principal, spot: Spot, head: int, plan: Reversal, action: str,
+    def batch(self, who: Principal, spot: Spot, head: int, plan: Reversal, action: str,
                         detail: dict[str, Any]) -> Batch:
         """The batch of a Reversal planned at `head`; nothing in the home may have changed since."""
-        brake = self._brake(who, plan.destroyed) if who.means == "token" else []
-        batch = self._batch(who, spot, action, detail, [], [*brake, *plan.statements()])
+        brake = self.tree.brake.count(who, plan.destroyed) if who.means == "token" else []
+        batch = self.tree.batch(who, spot, action, detail, [], [*brake, *plan.statements()])
         batch.guards.append(Statement("SELECT 'changed' FROM account a JOIN collection c ON c.node = a.root "
                                       "WHERE a.id = ? AND c.seq > ?", (spot.home, head)))
         if plan.loose:
             batch.body.append(raise_shape(spot.home))
         return batch
 
-    def _require_whole(self, who: Principal) -> None:
-        if who.scoped:
-            raise CloudError("forbidden", "this device is limited to one collection")
+    def make_or_find(self, who: Principal, path: tuple[str, ...]) -> None:
+        try:
+            self.files.make_collection(who, path, parents=True)
+        except CloudError as error:
+            if error.kind not in ("exists", "conflict"):
+                raise
 
-    # ---- activity and search
 
-    def activity(self, who: Principal, before: int = 1 << 62, limit: int = 100, *, action: str | None = None,
-                 device: str | None = None, after: int = 0, until: int = 1 << 62) -> list[Step]:
-        """The journal of the account, the latest first.
+class Versions:
+    """The contents that a file had."""
 
-        before         a seq to go on from;  action, device  only these
-        after, until   ms since 1970
-        """
-        self._require_whole(who)
+    def __init__(self, tree: Tree, files: Files) -> None:
+        self.tree, self.files, self.db = tree, files, tree.db
+
+    def list(self, who: Principal, path: tuple[str, ...]) -> list[Version]:
+        """Every content a file had, the newest first."""
+        node = self.files.stat(who, path)
+        if node.kind:
+            raise CloudError("conflict", "a collection has no versions; ask for it as of a time")
         rows = self.db.read(
-            "SELECT " + STEP + " WHERE j.home = ? AND j.action <> 'copy-begin' AND j.seq < ? AND (? IS NULL OR j.action = ?) AND (? IS NULL OR d.name = ?) "
-            "AND j.at >= ? AND j.at < ? ORDER BY j.seq DESC LIMIT ?",
-            (who.account, before, action, action, device, device, after, until, limit))
-        return self._steps(rows)
+            "SELECT v.rev, j.at, v.size, v.mtime, v.manifest, a.name, coalesce(d.name, ''), p.name "
+            "FROM (SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NULL "
+            "UNION SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NOT NULL) v "
+            "LEFT JOIN journal j ON j.seq = v.rev LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device "
+            "LEFT JOIN pin p ON p.node = :node AND p.rev = v.rev ORDER BY v.rev DESC", {"node": node.node})
+        found = [version for version in map(Version._make, rows) if self._was_within(who, node.node, version.rev)]
+        return [version for version, older in itertools.zip_longest(found, found[1:])
+                if older is None or older.manifest != version.manifest or version.name]
 
-    def server_activity(self, before: int = 1 << 62, limit: int = 100) -> list[Step]:
-        """What happened to accounts and settings of the whole server, the latest first: what the index journal_server holds."""
-        return self._steps(self.db.read(
-            "SELECT " + STEP + " WHERE j.action IN ('account-add', 'account-password', 'account-admin', 'account-quota', "
-            "'account-remove', 'settings', 'hold') AND j.seq < ? ORDER BY j.seq DESC LIMIT ?", (before, limit)))
+    def read(self, who: Principal, path: tuple[str, ...], rev: int) -> tuple[Node, Content]:
+        """A file as it was in one of its versions.  raises CloudError not-found"""
+        live = self.files.stat(who, path)
+        rows = self.db.read(select_entries("e.rev = :rev AND e.kind = 0 AND (e.node = :node AND e.until IS NULL OR e.node = :node AND e.until "
+                                    "IS NOT NULL)") + " ORDER BY e.since LIMIT 1", {"rev": rev, "node": live.node})
+        if not rows or not self._was_within(who, live.node, rev):
+            raise CloudError("not-found", "there is no such version")
+        node = Node._make(rows[0])._replace(name=live.name)
+        return node, self.tree.contents.of(node)
 
-    def _steps(self, rows: list[tuple[Any, ...]]) -> list[Step]:
-        return [Step(seq, at, action, json.loads(detail), account, device,
-                     bool(undoable) and action[:8] != "account-" and seq > self.oldest_seq())
-                for seq, at, action, detail, account, device, undoable in rows]
+    def _was_within(self, who: Principal, node: int, rev: int) -> bool:
+        """Did a file lie below the root of `who` at any moment while it had the content of `rev`?"""
+        if not who.scoped:
+            return True
+        pending = [(parent, since, until) for since, until, parent, content in self._stays(node) if content == rev]
+        seen = set(pending)
+        while pending:                                   # upwards, each time for as long as what is below was there
+            above, start, stop = pending.pop()
+            if above == who.root:
+                return True
+            for since, until, parent, _ in self._stays(above):
+                stay = parent, max(start, since), min(stop, until)
+                if parent is not None and stay[1] < stay[2] and stay not in seen:
+                    seen.add(stay)
+                    pending.append(stay)
+        return False
 
-    def search(self, who: Principal, query: Query, path: tuple[str, ...] = (), limit: int = 200,
-               alive: Callable[[], None] = unwatched) -> tuple[list[Found], bool]:
-        """What fits a query below a path, the latest changed first, names before contents; and whether there is more.
+    def _stays(self, node: int) -> list[tuple[int, int, int | None, int]]:
+        """(since, until, parent, rev) of all that a node ever was."""
+        return self.db.read("SELECT since, :ever, parent, rev FROM entry WHERE node = :node AND until IS NULL UNION ALL "
+                            "SELECT since, until, parent, rev FROM entry WHERE node = :node AND until IS NOT NULL",
+                            {"node": node, "ever": 1 << 62})
 
-        Words stand anywhere in a name, in any case; in contents at the beginning of a word.
-        """
-        self.stat(who, path)
-        found, seen, here = [], set(), self.now(who)
-        with nullcontext() if query.words else self._heavy(who):         # without words everything is looked at
-            for node, inside in self._hits(who, query, alive):
-                if node.node in seen or not fits(query, node):
-                    continue
-                seen.add(node.node)
-                where = here.path(node.node)
-                if where is not None and where[:len(path)] == path and len(where) > len(path):
-                    if len(found) == limit:
-                        return found, True
-                    found.append(Found(where, node, self._snippet(node, query.words) if inside else None))
-        return found, False
-
-    def _hits(self, who: Principal, query: Query, alive: Callable[[], None]) -> Iterator[tuple[Node, bool]]:
-        """(node, do the words stand in its contents?) of nodes that may fit."""
-        if query.within != "contents" or not query.words:
-            for node in watched(self._candidates(who, query), alive):
-                folded = node.name.casefold()
-                if all(word in folded for word in query.words) and not any(word in folded for word in query.without):
-                    yield node, False
-        if query.within != "names" and query.words and self.db.has_index():
-            wanted = " AND ".join(map(match_words, query.words)) + "".join(" NOT " + match_words(word) for word in query.without)
-            for row in watched(self.db.each(
-                    entries_now("text_index MATCH ? AND r.home = ?", source="text_index i JOIN text_row r ON r.id = i.rowid JOIN entry e "
-                                "ON e.manifest = r.manifest AND e.home = r.home") + " ORDER BY i.rowid DESC",
-                    ('home : "%d" AND body : (%s)' % (who.account, wanted), who.account)), alive):
-                yield Node._make(row), True
-
-    def _snippet(self, node: Node, words: Sequence[str]) -> tuple[str, str, str] | None:
-        text = decode_text(self._content(node).read(TEXT_LIMIT))
-        return text and find_words(unicodedata.normalize("NFC", text), words)
-
-    def find_all(self, who: Principal, path: tuple[str, ...], test: Callable[[Node], bool],
-                 alive: Callable[[], None] = unwatched) -> list[tuple[tuple[str, ...], Node]]:
-        """(path from there, node) of all below a path that pass a test."""
-        with self._heavy(who):
-            return [row for row in watched(self.walk(who, path), alive) if test(row[1])]
-
-    def marked(self, who: Principal, name: str) -> list[tuple[tuple[str, ...], Node, str]]:
-        """(path, node, value) of all nodes that bear a dead property."""
-        here, rows = self.now(who), self.db.read("SELECT p.node, p.value FROM property p JOIN entry e ON e.node = p.node AND e.until IS NULL "
-                                                 "WHERE p.name = ? AND e.home = ?", (name, who.account))
-        return sorted((here.path(id), here.node(id), value) for id, value in rows if here.path(id) is not None)
-
-    def _candidates(self, who: Principal, query: Query) -> Iterator[Node]:
-        """Live nodes of the account: those the index of names knows to fit, and all it has not seen yet."""
-        usable = query.words and all(len(word) > 2 for word in query.words)
-        indexed = int(self.db.setting("indexed") or 0) if usable else 0
-        yield from map(Node._make, self.db.each(
-            entries_now("e.home = ? AND e.since > ? AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ?")
-            + " ORDER BY e.since DESC",
-            (who.account, indexed, query.least or 0, sys.maxsize if query.most is None else query.most,
-             MTIME_MIN if query.after is None else query.after, MTIME_MAX + 1 if query.before is None else query.before)))
-        if indexed:
-            wanted = " AND ".join('"%s"' % word.replace('"', '""') for word in query.words)
-            yield from map(Node._make, self.db.each(
-                entries_now("name_index MATCH ? AND e.home = ?", source="name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e "
-                            "ON e.node = r.node") + " ORDER BY i.rowid DESC", (wanted, who.account)))
-
-    def star(self, who: Principal, *paths: tuple[str, ...], on: bool) -> None:
-        """Mark files and collections with a star, in one step, or take it away."""
-        self._require(who)
+    def restore(self, who: Principal, path: tuple[str, ...], rev: int, given: Preconditions = ANY) -> Node:
+        """Make an old content the present one; the present one becomes a version."""
+        require_writer(who)
 
         def attempt() -> Batch:
-            nodes = [self._found(self._spot(who, path)) for path in paths]
-            rows = [row for node in nodes for row in self._property_rows(node, {STAR: STARRED if on else None})]
-            return self._batch(who, self._spot(who, ()), "star" if on else "unstar", name_paths(paths), [], rows)
+            spot = self.tree.spot(who, path)
+            node = spot.found()
+            spot = self.tree.admit(who, spot, path, given)
+            old, _ = self.read(who, path, rev)
+            self.tree.space.check(spot, old.size - node.size, 1)
+            after = node._replace(manifest=old.manifest, size=old.size, mtime=old.mtime, media=old.media, rev=0)
+            return self.tree.batch(who, spot, "restore-version", {"path": "/".join(path), "rev": rev},
+                               [Change(node, after, spot.chain, spot.chain)])
 
-        self.db.write(attempt)
+        batch = self.db.write(attempt)
+        return batch.changes[0].after._replace(since=batch.seq, rev=batch.seq)
 
-    def starred(self, who: Principal) -> list[tuple[tuple[str, ...], Node]]:
-        """(path, node) of all that bears a star, in the order of paths."""
-        return [(path, node) for path, node, value in self.marked(who, STAR) if is_star(value)]
-
-    def stars_among(self, nodes: Iterable[Node]) -> set[int]:
-        """Which of some nodes bear a star."""
-        if not self.db.read("SELECT 1 FROM property WHERE name = ? LIMIT 1", (STAR,)):
-            return set()
-        return {id for piece in pieces([node.node for node in nodes]) for id, value in self.db.read(
-            "SELECT node, value FROM property WHERE name = ? AND node IN (" + marks(piece) + ")", (STAR, *piece)) if is_star(value)}
-
-    def by_id(self, who: Principal, node: int) -> list[tuple[tuple[str, ...], Node]]:
-        """(path, node) of a live node, if `who` can see it."""
-        here = self.now(who)
-        path = here.path(node)
-        return [] if path is None else [(path, here.node(node))]
+    def pin(self, who: Principal, path: tuple[str, ...], rev: int, name: str | None) -> None:
+        """Keep a version for good under a name; None lets go of it."""
+        require_writer(who)
+        node, _ = self.read(who, path, rev)
+        if name is not None and not 0 < len(name) <= 200:
+            raise CloudError("bad-request", "the name of a version has 1 to 200 characters")
+        if name is None:
+            self.db.run(Statement("DELETE FROM pin WHERE node = ? AND rev = ?", (node.node, rev)))
+        elif len(self.db.read("SELECT 1 FROM pin WHERE node = ?", (node.node,))) >= 1000:
+            raise CloudError("conflict", "1000 versions of this file are pinned already")
+        else:
+            self.db.run(Statement("INSERT OR REPLACE INTO pin VALUES (?, ?, ?)", (node.node, rev, name)))
 
 
-def is_star(value: str) -> bool:
-    """Does this value of STAR, an element, say yes?"""
-    found = re.search(">([^<]*)<", value)
-    return bool(found) and found[1].strip() in ("1", "yes", "true")
+class Trash:
+    """What was deleted, until it is given up."""
+
+    def __init__(self, tree: Tree, files: Files, history: History) -> None:
+        self.tree, self.files, self.history, self.db = tree, files, history, tree.db
+
+    def list(self, who: Principal, before: int = 1 << 62, limit: int = 1000) -> list[Trashed]:
+        """What was deleted and can be restored, the latest first; `before` is a seq to go on from."""
+        require_whole(who)
+        return self._trashed(who, "e.until < ? ", before, limit)
+
+    def _trashed(self, who: Principal, where: str, value: int, limit: int) -> list[Trashed]:
+        rows = self.db.read(
+            select_entries("e.home = ? AND e.fate = 'deleted' AND " + where + self._LAST, "j.at, coalesce(a.name, ''), " + NODE,
+                    "entry e JOIN journal j ON j.seq = e.until LEFT JOIN account a ON a.id = j.account")
+            + "ORDER BY e.until DESC, e.node LIMIT ?", (who.account, value, limit))
+        with self.db.snapshot() as read:
+            return [Trashed(node, at, account, (Moment(read, who.root, node.until - 1).path(node.parent) or ()) + (node.name,))
+                    for at, account, node in ((at, account, Node._make(columns)) for at, account, *columns in rows)]
+
+    _LAST = ("AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL) "       # it did not come back
+             "AND NOT EXISTS (SELECT 1 FROM entry p WHERE p.node = e.node AND p.since >= e.until AND p.until IS NOT NULL) ")
+
+    def restore(self, who: Principal, *nodes: int) -> tuple[int, list[tuple[str, ...]]]:
+        """Bring nodes back from the trash to where they were; returns the seq and where each is now.
+
+        Collections that are gone too are made anew; a name that is taken is changed.
+        raises  CloudError not-found if one is not in the trash
+        """
+        require_writer(who)
+        require_whole(who)
+        for item in self._find_trashed(who, nodes):
+            if len(item.path) > 1 and item.node.parent not in nodes and seen_by(self.db.read, who).path(item.node.parent) is None:
+                self.history.make_or_find(who, item.path[:-1])
+
+        def attempt() -> Batch:
+            with self.db.snapshot() as read:
+                (head,), = read("SELECT max(seq) FROM journal")
+                spot, taken = self.tree.spot(who, ()), set()
+                plan = Reversal(read, who.root)
+                items = sorted(self._find_trashed(who, nodes), key=lambda item: len(item.path))
+                for item in items:
+                    if self._is_live(item.node.node):
+                        raise CloudError("conflict", "it is back already")
+                    parent = item.node.parent
+                    if not plan.lives(parent):
+                        there = self.tree.spot(who, item.path)
+                        parent = there.parent if there.open and len(there.rest) < 2 else who.root
+                    plan.restore(item.node, None, parent, self.tree.name_for(parent, item.node.name, taken, ()))
+                self.tree.space.check(spot, plan.sums[who.root][0], 0)
+                return self.history.batch(who, spot, head, plan, "restore", name_paths([item.path for item in items]))
+
+        seq = self.db.write(attempt).seq
+        return seq, [self.files.path_of(who, node) for node in dict.fromkeys(nodes)]
+
+    def item(self, who: Principal, node: int) -> Trashed:
+        """One of them.  raises CloudError not-found"""
+        require_whole(who)
+        return self._find_trashed(who, [node])[0]
+
+    def _find_trashed(self, who: Principal, nodes: Sequence[int]) -> list[Trashed]:
+        found = [item for node in dict.fromkeys(nodes) for item in self._trashed(who, "e.node = ? ", node, 1)]
+        if not nodes or len(found) < len(set(nodes)):
+            raise CloudError("not-found", "it is not in the trash")
+        return found
+
+    def _is_live(self, node: int) -> bool:
+        return bool(self.db.read("SELECT 1 FROM entry WHERE node = ? AND until IS NULL", (node,)))
+
+    def empty(self, who: Principal, *nodes: int) -> int:
+        """Give up deleted nodes for good, all of them if none is named; returns how many.
+
+        They vanish at once; their bytes follow when the sweep has been.  A token cannot do this: whatever it deletes, the
+        owner can bring back for as long as history is kept (R13).
+        """
+        require_writer(who)
+        require_whole(who)
+        if who.means == "token":
+            raise CloudError("forbidden", "an app password cannot empty the trash; do so on the page")
+        chosen = [item.node for item in (self._find_trashed(who, nodes) if nodes else self.list(who, limit=1 << 40))]
+        rows = [(node.home, node.since, node.node) for node in chosen]
+        self.db.write(lambda: Batch([*give_up(rows), raise_shape(who.account)], frees=True,
+                                    line=Line(who.account, who, "empty-trash", {"count": len(rows)})))
+        self.give_up_below((node.node, node.until) for node in chosen if node.kind)
+        return len(rows)
+
+    def give_up_below(self, tops: Iterable[tuple[int, int]]) -> None:
+        """Mark all that hangs below collections (node, until) that were given up: nothing of it can be had at an earlier place."""
+        pending = list(tops)
+        while pending:
+            top, until = pending.pop()
+            rows = self.db.read("SELECT home, since, node, kind FROM entry WHERE parent = ? AND until IS NULL AND " + IS_GIVEN_UP
+                                + " LIMIT ?", (top, PIECE))
+            if rows:
+                marked = [(until, *row[:3]) for row in rows]
+                self.db.write(lambda: Batch([Statement(
+                    "UPDATE entry SET until = ?, fate = 'purged' WHERE home = ? AND since = ? AND node = ? AND until IS NULL AND "
+                    + IS_GIVEN_UP, marked, many=True), *map(raise_shape, {row[0] for row in rows})], frees=True))
+                pending += [(top, until), *((node, until) for _, _, node, kind in rows if kind)]
 
 
 # ==== 11. Verbs ==========================================================================
 #
-# Native sync, uploads in parts; Cloud, which has every verb.
-
-def is_composed(node: Node) -> bool:
-    """Has a file several chunks, listed under its manifest?"""
-    return node.kind == FILE and node.manifest[0] == "m"
-
+# Native sync, uploads in parts, pictures; Cloud, which holds every verb.
 
 class Place(NamedTuple):
     """One line of a manifest."""
@@ -6378,10 +6406,11 @@ class Outcome(NamedTuple):
     problem: dict[str, Any] | None = None
 
 
-class Sync(History):
-    """Many small things in one request, and of a large one only what the other side lacks.  The second floor of Cloud."""
+class Sync:
+    """Many small things in one request, and of a large one only what the other side lacks."""
 
-    # ---- what there is
+    def __init__(self, tree: Tree, journal: Journal, history: History) -> None:
+        self.tree, self.journal, self.history, self.db, self.clock = tree, journal, history, tree.db, tree.clock
 
     def manifest(self, who: Principal, path: tuple[str, ...], seq: int | None = None,
                  chunks: bool = False) -> tuple[int, Node, Iterator[Place]]:
@@ -6389,10 +6418,10 @@ class Sync(History):
 
         raises  CloudError not-found, gone
         """
-        seq = self.head() if seq is None else seq
-        self._root_spot(who)
+        seq = self.journal.head() if seq is None else seq
+        self.tree.root_spot(who)
         with self.db.snapshot() as read:
-            top = self._past_node(Moment(read, who.root, seq), path)
+            top = self.history.past_node(Moment(read, who.root, seq), path)
         return seq, top, self._places(Moment(self.db.read, top.node, seq).walk(top.node, path), chunks)
 
     def _places(self, nodes: Iterator[tuple[tuple[str, ...], Node]], chunks: bool) -> Iterator[Place]:
@@ -6401,44 +6430,13 @@ class Sync(History):
             ids = [node.manifest for _, node in some if is_composed(node)]
             sums = dict(self.db.read("SELECT id, sha256 FROM manifest WHERE id IN (" + marks(ids) + ")", ids)) if ids else {}
             for path, node in some:
-                yield Place(path, node, sums.get(node.manifest, node.manifest), self.chunks_of(node) if chunks and not node.kind else None)
+                yield Place(path, node, sums.get(node.manifest, node.manifest), self.tree.contents.chunks(node) if chunks and not node.kind else None)
             if len(some) < PIECE:
                 return
-
-    def chunks_of(self, node: Node) -> list[tuple[str, int]]:
-        """(hash, size) of the chunks of a file in order; an empty file has none."""
-        if not is_composed(node):
-            return [(node.manifest, node.size)] if node.size else []
-        return self.db.read("SELECT m.chunk, h.size FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
-                            "WHERE m.manifest = ? ORDER BY m.offset", (node.manifest,))
 
     def place_of(self, node: Node, path: tuple[str, ...], chunks: bool) -> Place:
         """A live node as a manifest tells it."""
         return next(self._places(iter([(path, node)]), chunks))
-
-    def await_change(self, who: Principal, since: int, seconds: float, alive: Callable[[], None] = unwatched) -> bool:
-        """Wait until something in the account is newer than a seq; False if nothing was in time.
-
-        Somebody who waits looks at one row every tenth of a second; so many may wait at a time and no more.
-        raises  CloudError busy
-        """
-        until = time.monotonic() + seconds
-        if self._waits.taken() >= WAITERS:
-            raise CloudError("busy", "%d wait for changes already" % WAITERS, retry_after=5)
-        with self._waits.of(who.account):
-            while self.newest(who) <= since:
-                alive()
-                if time.monotonic() >= until or self.closing.wait(0.1):
-                    return False
-            return True
-
-    def newest(self, who: Principal) -> int:
-        """The seq of the last change of an account's tree."""
-        rows = self.db.read("SELECT c.seq FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ? "
-                            "AND (? = '' OR EXISTS (SELECT 1 FROM device WHERE id = ?))", (who.account, who.device, who.device))
-        if not rows:
-            raise CloudError("unauthenticated", "this device was revoked")
-        return rows[0][0]
 
     # ---- chunks
 
@@ -6457,7 +6455,7 @@ class Sync(History):
         nodes = self.db.read("SELECT node FROM entry WHERE manifest = :hash AND home = :home AND until IS NULL UNION "
                              "SELECT e.node FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest "
                              "WHERE m.chunk = :hash AND e.home = :home AND e.until IS NULL", {"hash": hash, "home": who.account})
-        return any(who.root in self._above(node) for (node,) in nodes) or bool(self.db.read(
+        return any(who.root in holders(self.db.read, node) for (node,) in nodes) or bool(self.db.read(
             "SELECT 1 FROM loose WHERE home = ? AND chunk = ? AND root = ? AND due > ?", (who.account, hash, who.root, now)))
 
     def missing(self, who: Principal, hashes: Sequence[str]) -> list[str]:
@@ -6484,7 +6482,7 @@ class Sync(History):
 
     def _frame(self, chunk: StoredChunk) -> Iterator[bytes | FileSlice]:
         """A chunk as it is sent.  One that is damaged is noted, and missing from now on: it costs only who needs it."""
-        slices = self.blobs.slices([(chunk, 0, chunk.size)])
+        slices = self.tree.blobs.slices([(chunk, 0, chunk.size)])
         try:
             first = next(slices)
         except CloudError:
@@ -6496,7 +6494,7 @@ class Sync(History):
 
     def send(self, who: Principal, frames: Iterable[bytes]) -> list[str]:
         """Store chunks ahead of the commit that will name them; returns their hashes.  raises CloudError over-quota"""
-        self._require(who)
+        require_writer(who)
         received = self._receive(who, frames)
         self._flush(who, received)
         return list(received.sizes)
@@ -6510,12 +6508,12 @@ class Sync(History):
             for future, _ in flying:
                 future.cancel() or future.exception()
             if not isinstance(error, CloudError) or error.kind not in UNCERTAIN:
-                self.blobs.discard(name for _, _, name, *_ in received.rows if name)
+                self.tree.blobs.discard(name for _, _, name, *_ in received.rows if name)
             raise
         return received
 
     def _take_frames(self, who: Principal, frames: Iterable[bytes], received: Received, flying: deque[tuple[Future, int]]) -> None:
-        spot, tag = self._spot(who, ()), secrets.token_hex(8)
+        spot, tag = self.tree.spot(who, ()), secrets.token_hex(8)
         (ahead,), = self.db.read("SELECT coalesce(sum(size), 0) FROM loose WHERE home = ? AND due > ?",
                                  (who.account, self.clock.due()))
         for data in frames:
@@ -6523,7 +6521,7 @@ class Sync(History):
             if hash in received.sizes:
                 continue
             ahead += len(data)
-            self._check_space(spot, ahead, len(data))
+            self.tree.space.check(spot, ahead, len(data))
             received.sizes[hash], received.heads[hash] = len(data), data[:32]
             if len(data) <= INLINE_LIMIT:
                 received.rows.append((hash, len(data), None, self.clock.due(), data))
@@ -6531,17 +6529,17 @@ class Sync(History):
                 if received.waiting > FLUSH:
                     land(flying, 0)                  # a row names an object only when that is durable
                     self._flush(who, received)
-            elif self._knows(who.account, hash):
+            elif self.tree.contents.knows(who.account, hash):
                 received.relied.add(hash)
             else:
                 land(flying, CHUNK_LIMIT - len(data))
-                flying.append((self.blobs.lane.submit(self.blobs.put_chunk, hash, data, tag), len(data)))
+                flying.append((self.tree.blobs.lane.submit(self.tree.blobs.put_chunk, hash, data, tag), len(data)))
                 received.rows.append((hash, len(data), "%s-%s" % (hash, tag), self.clock.due(), None))
         land(flying, 0)
 
     def _flush(self, who: Principal, received: Received) -> None:
         """Write the rows that wait, and note whose they are."""
-        self._store(who, *self._loose_rows(who, received.rows))
+        self.tree.store(who, *self._loose_rows(who, received.rows))
         received.rows, received.waiting = [], 0
 
     # ---- the commit
@@ -6557,7 +6555,7 @@ class Sync(History):
         since    a seq of the client's; the last result says whether all that is newer was done by this device
         raises   CloudError op-reused, bad-frame, over-quota, busy
         """
-        self._require(who)
+        require_writer(who)
         id = "%d:%s" % (who.account, op)
         again = self._answer_again(id, digest)
         received = self._receive(who, frames)
@@ -6594,25 +6592,25 @@ class Sync(History):
     def _plan_commit(self, who: Principal, op: tuple[str, str], steps: Sequence[dict[str, Any]], received: Received,
                      atomic: bool, held: bool) -> tuple[Batch, list[Outcome]]:
         """Decide every step on the tree as the steps before it leave it."""
-        root = self._spot(who, ())
+        root = self.tree.spot(who, ())
         draft = Draft(self.db, root, received, held=held)
         draft.known = {**self.known(who, [hash for step in steps for hash, _ in step.get("chunks") or ()
                                           if hash not in received.sizes]), **received.sizes}
         outcomes = [self._take(who, draft, step) for step in steps]
         if atomic and any(outcome.problem for outcome in outcomes):
             failed = problem_of(CloudError("not-done", "another step failed, and all or none was asked for"))
-            return self._pay(Batch(self._loose_rows(who, received.rows)), root.home, root.quota), [
+            return self.tree.space.pay(Batch(self._loose_rows(who, received.rows)), root.home, root.quota), [
                 outcome if outcome.problem else Outcome(424, None, failed) for outcome in outcomes]
         changes = draft.changes()
         outcomes = [outcome._replace(node=draft.state(outcome.node)) for outcome in outcomes]
         body = [*self._loose_rows(who, received.rows, draft.used), *draft.body,
-                *self._drop_locks(root, *(change.before for change in changes if change.before))]
+                *self.tree.locks.drop(root, *(change.before for change in changes if change.before))]
         if not changes:
-            return self._pay(Batch(body), root.home, root.quota), outcomes
+            return self.tree.space.pay(Batch(body), root.home, root.quota), outcomes
         paths = [split_path(step.get("to") or next(step[verb] for verb in COMMIT_STEPS if verb in step))
                  for step, outcome in zip(steps, outcomes) if not outcome.problem]
         relied = still_stored([hash for hash in draft.used if hash not in received.sizes or hash in received.relied])
-        batch = self._batch(who, root._replace(guards=(*draft.guards, *relied)), "sync", name_paths(paths), changes, body, sums=draft.sums)
+        batch = self.tree.batch(who, root._replace(guards=(*draft.guards, *relied)), "sync", name_paths(paths), changes, body, sums=draft.sums)
         batch.op, batch.result = op, json.dumps(describe_outcomes(outcomes, None))
         return batch, outcomes
 
@@ -6645,20 +6643,20 @@ class Sync(History):
         if any(draft.known[hash] != size for hash, size in chunks):
             raise CloudError("bad-request", "a chunk has another size")
         spot, size = draft.spot(path), sum(size for _, size in chunks)
-        self._check_place(spot, path)
+        self.tree.check_place(spot, path)
         if spot.node and spot.node.kind:
             raise CloudError("conflict", "a collection is at this path", now=spot.node)
         self._admit_step(who, draft, spot, path, step)
-        self._check_space(spot, size - (spot.node.size if spot.node else 0), size)
+        self.tree.space.check(spot, size - (spot.node.size if spot.node else 0), size)
         stored = Stored(manifest_of(chunks) if chunks else EMPTY, size, None, chunks, inline=None if chunks else b"",
                         head=self._head_of(draft, path[-1], chunks))
         if spot.node and spot.node.manifest != stored.manifest:
             draft.check_brake()
-        change, _ = self._put_change(spot, path, stored, step["mtime"])
+        change, _ = self.tree.put_change(spot, path, stored, step["mtime"])
         draft.apply(change)
         draft.used.update(hash for hash, _ in chunks)
         if len(chunks) != 1:
-            draft.body += self._store_rows(stored, new=not chunks)
+            draft.body += self.tree.contents.rows(stored, new=not chunks)
         return Outcome(200 if change.before else 201, change.after)
 
     def _head_of(self, draft: Draft, name: str, chunks: Sequence[tuple[str, int]]) -> bytes:
@@ -6668,7 +6666,7 @@ class Sync(History):
         if chunks[0][0] in draft.received.heads:
             return draft.received.heads[chunks[0][0]]
         rows = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (chunks[0][0],))
-        return self.blobs.read(StoredChunk._make(rows[0]))[:32]
+        return self.tree.blobs.read(StoredChunk._make(rows[0]))[:32]
 
     def _admit_step(self, who: Principal, draft: Draft, spot: Spot, path: tuple[str, ...], step: dict[str, Any],
                     **locks: bool) -> None:
@@ -6676,24 +6674,24 @@ class Sync(History):
         wanted = step.get("if", ...)
         given = ANY if wanted is ... else Preconditions(if_none_match=("*",)) if wanted is None else Preconditions(if_match=(wanted,))
         try:
-            draft.rely_on(self._check_conditions(who, spot, path, given))
+            draft.rely_on(self.tree.check_conditions(who, spot, path, given))
         except CloudError as error:
             error.detail["now"] = spot.node
             raise
         if spot.locked:
-            self._check_locks(who, spot, ANY, **locks)
+            self.tree.locks.check(who, spot, ANY, **locks)
 
     def _take_mkdir(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
         spot = draft.spot(path)
         if spot.node and spot.node.kind:
             return Outcome(200, spot.node)
-        self._check_place(spot, path)
+        self.tree.check_place(spot, path)
         if spot.node:
             raise CloudError("exists", "a file is at this path", now=spot.node)
         if spot.locked:
-            self._check_locks(who, spot, ANY)
-        self._check_space(spot, 0, 1)
-        node = self._new_collection(spot.home, spot.parent, path[-1])
+            self.tree.locks.check(who, spot, ANY)
+        self.tree.space.check(spot, 0, 1)
+        node = self.tree.new_collection(spot.home, spot.parent, path[-1])
         draft.apply(Change(None, node, (), spot.chain))
         return Outcome(201, node)
 
@@ -6703,21 +6701,21 @@ class Sync(History):
         if not target or path == target or theirs[:len(ours)] == ours != theirs:
             raise CloudError("same-place", "one of the two places is, or lies in, the other")
         here = draft.spot(path)
-        node = self._found(here)
+        node = here.found()
         self._admit_step(who, draft, here, path, step, below=True, member=True)
         there = draft.spot(target)
-        self._check_place(there, target)
+        self.tree.check_place(there, target)
         if there.node and there.node.node != node.node:
             raise CloudError("precondition-failed", "there is something at the destination", now=there.node)
         if there.locked:
-            self._check_locks(who, there, ANY, below=True, member=True)
+            self.tree.locks.check(who, there, ANY, below=True, member=True)
         after = node._replace(parent=there.parent, name=target[-1])
         draft.apply(Change(node, after, here.chain, there.chain, "moved"))
         return Outcome(200, after)
 
     def _take_delete(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
         spot = draft.spot(path)
-        node = self._found(spot)
+        node = spot.found()
         self._admit_step(who, draft, spot, path, step, below=True, member=True)
         draft.check_brake()
         if draft.is_made_here(node):
@@ -6729,9 +6727,8 @@ class Sync(History):
             if max(node.since, node.seq or 0) > since and self.db.read(*others[:2]):       # or something else has taken its place
                 raise CloudError("precondition-failed", "something has changed since", now=node)
             draft.guards.append(others if self.db.read(*others[:2]) == [] else unchanged(spot))
-        draft.apply(self._removal(node, spot))
+        draft.apply(removal_of(node, spot))
         return Outcome(204)
-
 
 COMMIT_STEPS: dict[str, Callable[..., Outcome]] = {
     "put": Sync._take_put, "mkdir": Sync._take_mkdir, "move": Sync._take_move, "delete": Sync._take_delete}
@@ -6797,44 +6794,20 @@ PARTS_OPEN = "SELECT 'upload' FROM upload WHERE id = ? AND done IS NULL AND due 
 UPLOAD_LIMIT = 1000             # at a time, per account
 
 
-class Cloud(Sync):
-    """The cloud of all accounts: what any door can do, it does by one call here."""
+class Uploads:
+    """Resumable uploads: parts go straight into chunks, finishing moves a pointer."""
 
-    def numbers(self) -> dict[str, int]:
-        """How much there is, for an administrator."""
-        names = ("accounts", "seq", "uploads", "locks", "chunks", "bad_chunks")
-        counts = self.db.read("SELECT (SELECT count(*) FROM account WHERE removed IS NULL), (SELECT max(seq) FROM journal), "
-                              "(SELECT count(*) FROM upload WHERE done IS NULL), (SELECT count(*) FROM lock), "
-                              "(SELECT count(*) FROM chunk), (SELECT count(*) FROM chunk WHERE bad IS NOT NULL)")[0]
-        usage = shutil.disk_usage(self.config.data)
-        return {**dict(zip(names, counts)), "disk_free": usage.free, "disk_total": usage.total}
+    def __init__(self, tree: Tree, files: Files) -> None:
+        self.tree, self.files, self.db, self.clock = tree, files, tree.db, tree.clock
 
-    def keep(self, who: Principal, value: Any) -> str:
-        """Keep, for an hour, what a later request needs and cannot hold in its address; returns what to call it by."""
-        self._require(who)
-        id, now = secrets.token_urlsafe(16), self.clock.due()
-        if self.db.read("SELECT count(*) FROM kept WHERE account = ? AND due > ?", (who.account, now))[0][0] >= KEPT_MOST:
-            raise CloudError("busy", "too much is kept for this account already", retry_after=60)
-        self._store(who, Statement(PUT_KEPT, (id, who.account, json.dumps(value), now + HOUR)))
-        return id
-
-    def kept(self, who: Principal, id: str) -> Any:
-        """What was kept under a name.  raises CloudError not-found"""
-        rows = self.db.read("SELECT value FROM kept WHERE id = ? AND account = ? AND due > ?", (id, who.account, self.clock.due()))
-        if not rows:
-            raise CloudError("not-found", "this is not kept any more")
-        return json.loads(rows[0][0])
-
-    # ---- resumable uploads: parts go straight into chunks, finishing moves a pointer
-
-    def create_upload(self, who: Principal, path: tuple[str, ...], size: int | None, given: Preconditions = ANY, *,
+    def create(self, who: Principal, path: tuple[str, ...], size: int | None, given: Preconditions = ANY, *,
                       mtime: int | None = None, parents: bool = False, note: str = "") -> Upload:
         """Announce a file that will come in parts; everything that can be refused now is.
 
         size    bytes; None if not known yet.  What is announced counts against the quota at once.
         """
-        self._require(who)
-        self._spot_for_file(who, path, given, size or 0, parents)
+        require_writer(who)
+        self.tree.spot_for_file(who, path, given, size or 0, parents)
         self._check_uploads(who)
         now = self.clock.due()
         upload = Upload(secrets.token_urlsafe(16), who.account, who.account, who.root, json.dumps(path),
@@ -6868,7 +6841,7 @@ class Cloud(Sync):
         checksum  (name, digest) the part must have; if it has not, none of it counts
         raises    CloudError offset, too-large, bad-upload-checksum, and as write when it is whole
         """
-        self._require(who)
+        require_writer(who)
         upload = self._checked_part(who, self.upload(who, id), offset, body, size)
         digest = new_digest(checksum[0]) if checksum else None
         buffer = bytearray(CHUNK_SIZE if body.length is None else min(CHUNK_SIZE, body.length or 1))
@@ -6895,27 +6868,24 @@ class Cloud(Sync):
         if size is not None and upload.size not in (None, size):
             raise CloudError("bad-request", "the length was announced as %d" % upload.size)
         if size is not None and upload.size is None:
-            self._check_space(self._spot(who, ()), size, size)
+            self.tree.space.check(self.tree.spot(who, ()), size, size)
             self.db.run(Statement("UPDATE upload SET size = ? WHERE id = ? AND size IS NULL", (size, upload.id)))
             upload = upload._replace(size=size)
         if body.length is not None and upload.size is not None and offset + body.length > upload.size:
             raise CloudError("too-large", "more was sent than was announced")
-        self._check_space(self._spot(who, ()), 0, body.length or 1)
+        self.tree.space.check(self.tree.spot(who, ()), 0, body.length or 1)
         return upload
 
     def _append_chunk(self, upload: Upload, data: memoryview) -> Upload:
-        stored = self.blobs.put_bytes(data, partial(self._knows, upload.home))
+        stored = self.tree.blobs.put_bytes(data, partial(self.tree.contents.knows, upload.home))
         fresh = upload._replace(received=upload.received + stored.size, due=self.clock.due() + UPLOAD_LIFE)
-        batch = Batch([*self._store_rows(stored),
+        batch = Batch([*self.tree.contents.rows(stored),
                        Statement("INSERT INTO upload_chunk VALUES (?, 0, ?, ?, ?)", (upload.id, upload.received, stored.manifest, stored.size)),
                        Statement("UPDATE upload SET received = ?, due = ? WHERE id = ?", (fresh.received, fresh.due, upload.id))],
                       [*self._upload_guards(upload), *still_stored(stored.relied)])
-        self.db.write_once(self._pay(batch, upload.home, self._quota_of(upload.home)),
+        self.db.write_once(self.tree.space.pay(batch, upload.home, self.tree.space.quota_of(upload.home)),
                            CloudError("offset", "another request writes to this upload"))
         return fresh
-
-    def _quota_of(self, home: int) -> int | None:
-        return self.db.read("SELECT quota FROM account WHERE id = ?", (home,))[0][0]
 
     def _upload_guards(self, upload: Upload) -> list[Statement]:
         return [Statement("SELECT 'upload' WHERE NOT EXISTS (SELECT 1 FROM upload WHERE id = ? AND received = ? "
@@ -6940,12 +6910,9 @@ class Cloud(Sync):
         rows = self.db.read("SELECT u.chunk, u.size FROM upload_chunk u WHERE u.upload = ? AND u.size > 0 "
                             "ORDER BY u.part, u.offset", (upload.id,))
         if not rows:
-            return self.blobs.put(Body(b""), lambda hash: False)
-        manifest, head = manifest_of(rows), self.blobs.read(self._chunk(rows[0][0]))[:32]
+            return self.tree.blobs.put(Body(b""), lambda hash: False)
+        manifest, head = manifest_of(rows), self.tree.blobs.read(self.tree.contents.chunk(rows[0][0]))[:32]
         return Stored(manifest, sum(size for _, size in rows), manifest if len(rows) == 1 else None, rows, head=head)
-
-    def _chunk(self, hash: str) -> StoredChunk:
-        return StoredChunk._make(self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (hash,))[0])
 
     def _finish(self, who: Principal, upload: Upload, path: tuple[str, ...], given: Preconditions, stored: Stored,
                 mtime: int | None, *, parents: bool = False) -> tuple[Change, int]:
@@ -6953,11 +6920,11 @@ class Cloud(Sync):
         credit = max(upload.size or 0, upload.received)
 
         def attempt() -> Batch:
-            spot = self._spot_for_file(who, path, given, 0, parents)
+            spot = self.tree.spot_for_file(who, path, given, 0, parents)
             self._check_arrival(spot, stored.size, credit)
-            change, made = self._put_change(spot, path, stored, self.clock.wall() if mtime is None else mtime)
-            batch = self._batch(who, spot, "write", name_written(path[:-1] + (change.after.name,), spot.node), [*made, change], [
-                *self._store_rows(stored, new=not stored.size),
+            change, made = self.tree.put_change(spot, path, stored, self.clock.wall() if mtime is None else mtime)
+            batch = self.tree.batch(who, spot, "write", name_written(path[:-1] + (change.after.name,), spot.node), [*made, change], [
+                *self.tree.contents.rows(stored, new=not stored.size),
                 Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
                 Statement("UPDATE upload SET done = ? || (SELECT max(seq) FROM journal) || '}' WHERE id = ?",
                           ('{"node": %d, "rev": ' % change.after.node, upload.id))], credit=credit)
@@ -6971,16 +6938,16 @@ class Cloud(Sync):
     def _check_arrival(self, spot: Spot, size: int, credit: int) -> None:
         """Refuse an upload whose place was not known when room was reserved for it, if its growth does not fit."""
         growth = size - (spot.node.size if spot.node else 0)
-        if spot.quota is not None and spot.used + self._reserved(spot.home) - credit + growth > spot.quota and growth > 0:
+        if spot.quota is not None and spot.used + self.tree.space.reserved(spot.home) - credit + growth > spot.quota and growth > 0:
             raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, spot.quota - spot.used)))
 
-    def drop_upload(self, who: Principal, id: str) -> None:
+    def drop(self, who: Principal, id: str) -> None:
         """Forget an upload; its chunks go with the sweep."""
-        self._require(who)
+        require_writer(who)
         self.upload(who, id)
-        self._forget_upload(id)
+        self._forget(id)
 
-    def _forget_upload(self, id: str) -> None:
+    def _forget(self, id: str) -> None:
         self.db.run(Statement("DELETE FROM upload_chunk WHERE upload = ?", (id,)),
                     Statement("DELETE FROM upload WHERE id = ?", (id,)))
 
@@ -6994,10 +6961,10 @@ class Cloud(Sync):
         again        an upload of that name that is under way will do
         raises       CloudError exists, over-quota, too-large, and as write
         """
-        self._require(who)
+        require_writer(who)
         if again and self.db.read(PARTS_OPEN, (parts_id(who, name), self.clock.due())):
             return
-        spot = self._spot(who, ()) if path is None else self._spot_for_file(who, path, ANY, size or 0, False)
+        spot = self.tree.spot(who, ()) if path is None else self.tree.spot_for_file(who, path, ANY, size or 0, False)
         self._check_parts(spot, size or 0, size or 0)
         self._check_uploads(who)
         now = self.clock.due()
@@ -7017,28 +6984,28 @@ class Cloud(Sync):
 
     def _check_parts(self, spot: Spot, growth: int, size: int) -> None:
         """Refuse parts that no file could be made of: all uploads of an account together fit into its quota."""
-        self._check_space(spot, 0, size)
-        if spot.quota is not None and growth > 0 and self._reserved(spot.home) + growth > spot.quota:
+        self.tree.space.check(spot, 0, size)
+        if spot.quota is not None and growth > 0 and self.tree.space.reserved(spot.home) + growth > spot.quota:
             raise CloudError("over-quota", "uploads under way fill the quota")
 
     def put_part(self, who: Principal, name: str, number: int, body: Body) -> bool:
         """Take one part, whole or not at all; one that came before is replaced.  Returns whether it is new."""
-        self._require(who)
+        require_writer(who)
         upload = self._parts(who, name)
-        self._check_parts(self._spot(who, ()), max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
-        stored = self.blobs.put(body, partial(self._knows, upload.home))
+        self._check_parts(self.tree.spot(who, ()), max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
+        stored = self.tree.blobs.put(body, partial(self.tree.contents.knows, upload.home))
         key, rows, offset = (upload.id, number), [], 0
         for hash, size in stored.chunks:
             rows.append((*key, offset, hash, size))
             offset += size
         there = bool(self.db.read("SELECT 1 FROM upload_chunk WHERE upload = ? AND part = ? LIMIT 1", key))
-        self.db.write(lambda: self._pay(Batch([
-            Statement(CHUNK_ROWS, self._chunk_rows(stored), many=True),
+        self.db.write(lambda: self.tree.space.pay(Batch([
+            Statement(CHUNK_ROWS, self.tree.contents.chunk_rows(stored), many=True),
             Statement("UPDATE upload SET due = ?4, received = received + ?3 - (SELECT coalesce(sum(size), 0) FROM upload_chunk "
                       "WHERE upload = ?1 AND part = ?2) WHERE id = ?1", (*key, stored.size, self.clock.due() + UPLOAD_LIFE)),
             Statement("DELETE FROM upload_chunk WHERE upload = ? AND part = ?", key),
             Statement("INSERT INTO upload_chunk VALUES (?, ?, ?, ?, ?)", rows, many=True)],
-            [*self._part_guards(who, name), *still_stored(stored.relied)]), upload.home, self._quota_of(upload.home)))
+            [*self._part_guards(who, name), *still_stored(stored.relied)]), upload.home, self.tree.space.quota_of(upload.home)))
         return not there
 
     def _part_guards(self, who: Principal, name: str) -> list[Statement]:
@@ -7060,10 +7027,10 @@ class Cloud(Sync):
 
     def drop_parts(self, who: Principal, name: str, number: int | None = None) -> None:
         """Forget an upload in numbered parts, or one of them.  raises CloudError not-found"""
-        self._require(who)
+        require_writer(who)
         upload, parts = self.parts(who, name)
         if number is None:
-            return self._forget_upload(upload.id)
+            return self._forget(upload.id)
         if number not in dict(parts):
             raise CloudError("not-found", "there is no such part")
         self.db.run(Statement("UPDATE upload SET received = received - ? WHERE id = ?", (dict(parts)[number], upload.id)),
@@ -7076,14 +7043,14 @@ class Cloud(Sync):
         Asked again, for the answer got lost, it returns the file it made.
         raises  CloudError bad-request if bytes are missing, bad-checksum, and as write; the parts stay then
         """
-        self._require(who)
+        require_writer(who)
         upload = self.upload(who, parts_id(who, name), numbered=True)
         if upload.done:
-            made, node = json.loads(upload.done), self.find(who, path)
+            made, node = json.loads(upload.done), self.files.find(who, path)
             if node is None or (node.node, node.rev) != (made["node"], made["rev"]):
                 raise CloudError("not-found", "there is no such upload")
             return node, True
-        self._spot_for_file(who, path, given, 0, False)
+        self.tree.spot_for_file(who, path, given, 0, False)
         stored, wanted = self._assembled(upload), upload.size if size is None else size
         if wanted not in (None, stored.size):
             raise CloudError("bad-request", "%d bytes came, %d were announced" % (stored.size, wanted))
@@ -7096,7 +7063,7 @@ class Cloud(Sync):
         """Read what came in parts and compare; its SHA-256 is known then, too."""
         digests = {name: new_digest(name) for name in {"sha256", *sums}}
         for hash, _ in stored.chunks:
-            data = self.blobs.read(self._chunk(hash))
+            data = self.tree.blobs.read(self.tree.contents.chunk(hash))
             for digest in digests.values():
                 digest.update(data)
         found = {name: digest.hexdigest() for name, digest in digests.items()}
@@ -7105,38 +7072,170 @@ class Cloud(Sync):
         if any(found[name] != value for name, value in sums.items()):
             raise CloudError("bad-checksum", "what arrived does not have the checksum that was announced")
 
-    def write_each(self, who: Principal, files: Iterable["Writing"]) -> Iterator[tuple[str, Node | CloudError]]:
-        """Write files one after the other; (path as given, what became of it) of each."""
-        for path, body, given, mtime, sums in files:
-            try:
-                outcome: Node | CloudError = self.write(who, split_path(path), body, given, mtime=mtime, sums=sums)[0]
-            except CloudError as error:
-                outcome = error
-            yield path, outcome
+
+class Pictures:
+    """Thumbnails: small pictures that browsers make, kept under what they show."""
+
+    def __init__(self, tree: Tree, files: Files, versions: Versions) -> None:
+        self.tree, self.files, self.versions, self.db = tree, files, versions, tree.db
+
+    def thumbnail(self, who: Principal, path: tuple[str, ...], rev: int | None = None) -> bytes | None:
+        """The thumbnail of a file, or of one of its versions; None if nobody made one yet."""
+        rows = self.db.read("SELECT data FROM thumbnail WHERE home = ? AND manifest = ?",
+                            (who.account, self._pictured(who, path, rev).manifest))
+        return rows[0][0] if rows else None
+
+    def put(self, who: Principal, path: tuple[str, ...], data: bytes, rev: int | None = None) -> None:
+        """Keep a thumbnail.  Whoever has the same content in another account does not get it: it could be a lie (D1).
+
+        raises  CloudError unsupported-media if it is no picture, bad-request if it is larger than what it stands for
+        """
+        require_writer(who)
+        node = self._pictured(who, path, rev)
+        if media_of_picture(data) is None:
+            raise CloudError("unsupported-media", "a thumbnail is WebP, JPEG or PNG")
+        if len(data) >= node.size:
+            raise CloudError("bad-request", "a thumbnail is smaller than its file")
+        self.tree.space.check(self.tree.spot(who, ()), 0, len(data))
+        self.tree.store(who, Statement("DELETE FROM thumbnail WHERE home = ? AND manifest = ?", (who.account, node.manifest)),
+                    Statement(PUT_THUMBNAIL, (who.account, node.manifest, data)))        # a new row, which backups notice
+
+    def known(self, who: Principal) -> set[str]:
+        """What has a thumbnail in the account: {manifest}."""
+        return {manifest for (manifest,) in self.db.read("SELECT manifest FROM thumbnail WHERE home = ?", (who.account,))}
+
+    def _pictured(self, who: Principal, path: tuple[str, ...], rev: int | None) -> Node:
+        node = self.files.stat(who, path)
+        if node.kind:
+            raise CloudError("conflict", "a collection has no thumbnail")
+        return node if rev in (None, node.rev) else self.versions.read(who, path, rev)[0]
+
+
+def check_presence(data: Path, how: str) -> None:
+    """Is there a cloud in a directory, or, to make one, nothing of another?  raises CloudError
+
+    A database that was lost must never look like a cloud without files: clients would believe it, backups would be
+    brought up to date with it, and its objects would be swept.
+    """
+    if (data / "cloud.db").exists() and (data / "cloud.db").stat().st_size:
+        return
+    left = [name for name in ("cloud.db-wal", "reserve") if (data / name).exists()] + [
+        "objects" for shard in (data / "objects").glob("??") if any(shard.iterdir())][:1] + [
+        file.name for file in data.glob("cloud-version-*.db")]
+    if left:
+        raise CloudError("conflict", "%s holds %s but no database (cloud.db): restore a backup into another directory" % (data, left[0]))
+    if how != "make":
+        raise CloudError("not-found", "%s holds no cloud; give the right --data" % data)
+
+
+class Cloud:
+    """The cloud of all accounts: what any door can do, it does by one call of one of these."""
+
+    def __init__(self, config: Config, clock: Clock | None = None, *, how: str = "make") -> None:
+        """Open the data directory.  raises CloudError, OSError
+
+        how   "make": making it if need be; "open": it must be there; "read": it must be there, and stays as it is
+        """
+        self.config, self.clock = config, clock or Clock()
+        check_presence(config.data, how)
+        store = Directory(config.data / "objects")
+        if how != "read":
+            claim_directory(config.data)
+            store.create()
+        self.blobs = Blobs(store)
+        self.db = Database(config.data / "cloud.db", self.clock, readonly=how == "read")
+        self.credentials = Credentials(self.db, self.clock)
+        self.accounts = Accounts(self.db, self.clock, self.credentials)
+        self.devices = Devices(self.db, self.clock, self.credentials)
+        self.tree = tree = Tree(config, self.db, self.clock, self.blobs)
+        self.contents, self.space, self.locks, self.brake = tree.contents, tree.space, tree.locks, tree.brake
+        self.files, self.journal = Files(tree), Journal(self.db)
+        self.history, self.versions = History(tree, self.journal, self.files), Versions(tree, self.files)
+        self.trash, self.pictures = Trash(tree, self.files, self.history), Pictures(tree, self.files, self.versions)
+        self.search, self.uploads, self.sync = Search(tree, self.files), Uploads(tree, self.files), Sync(tree, self.journal, self.history)
+
+    def close(self) -> None:
+        self.blobs.lane.shutdown(wait=True)
+        self.db.close()
+
+    @property
+    def epoch(self) -> str:
+        """Which server this is; a new one after a restore (R29)."""
+        return self.db.setting("epoch")
+
+    def policy(self) -> Policy:
+        """What an administrator may change while the server runs; until then it is what the command line says."""
+        given = Policy(self.config.keep_days, *(parse_size(text) if text else None
+                                                for text in (self.config.history, self.config.quota)))
+        return given._replace(**json.loads(self.db.setting("policy") or "{}"))
+
+    def set_policy(self, who: Principal, **values: int | None) -> Policy:
+        """Change some of it; returns the whole.  What somebody else changes at the same time stays changed."""
+        def attempt() -> Batch:
+            stored, policy = self.db.setting("policy"), self.policy()._replace(**values)
+            if not 0 <= policy.keep_days <= KEEP_MOST:
+                raise CloudError("bad-request", "keep_days is 0 to %d" % KEEP_MOST)
+            return Batch([Statement("INSERT OR REPLACE INTO setting VALUES ('policy', ?)", (json.dumps(policy._asdict()),))],
+                         [Statement("SELECT 'policy' WHERE (SELECT value FROM setting WHERE name = 'policy') IS NOT ?", (stored,))],
+                         line=Line(0, who, "settings", values))
+
+        self.db.write(attempt)
+        log.info("settings", extra={"by": who.name})
+        return self.policy()
+
+    def health(self) -> str:
+        """"ok", "low" when the disk is almost full, "read-only" when nothing can be written."""
+        if self.db.writer.broken:
+            return "read-only"
+        return "ok" if self.space.has_room() else "low"
+
+    def numbers(self) -> dict[str, int]:
+        """How much there is, for an administrator."""
+        names = ("accounts", "seq", "uploads", "locks", "chunks", "bad_chunks")
+        counts = self.db.read("SELECT (SELECT count(*) FROM account WHERE removed IS NULL), (SELECT max(seq) FROM journal), "
+                              "(SELECT count(*) FROM upload WHERE done IS NULL), (SELECT count(*) FROM lock), "
+                              "(SELECT count(*) FROM chunk), (SELECT count(*) FROM chunk WHERE bad IS NOT NULL)")[0]
+        usage = shutil.disk_usage(self.config.data)
+        return {**dict(zip(names, counts)), "disk_free": usage.free, "disk_total": usage.total}
+
+    # ---- values that a later request needs
+
+    def keep(self, who: Principal, value: Any) -> str:
+        """Keep, for an hour, what a later request needs and cannot hold in its address; returns what to call it by."""
+        require_writer(who)
+        id, now = secrets.token_urlsafe(16), self.clock.due()
+        if self.db.read("SELECT count(*) FROM kept WHERE account = ? AND due > ?", (who.account, now))[0][0] >= KEPT_MOST:
+            raise CloudError("busy", "too much is kept for this account already", retry_after=60)
+        self.tree.store(who, Statement(PUT_KEPT, (id, who.account, json.dumps(value), now + HOUR)))
+        return id
+
+    def kept(self, who: Principal, id: str) -> Any:
+        """What was kept under a name.  raises CloudError not-found"""
+        rows = self.db.read("SELECT value FROM kept WHERE id = ? AND account = ? AND due > ?", (id, who.account, self.clock.due()))
+        if not rows:
+            raise CloudError("not-found", "this is not kept any more")
+        return json.loads(rows[0][0])
 
     # ---- requests that may come twice
-
-    def once(self, op: str, verb: Callable[["Cloud"], Any]) -> Any:
-        """Do a verb with a cloud whose batch bears an operation id; None if that was done before, in the last minute or two.
-
-        A client whose connection broke before the answer sends the same again; the id is in the database by then, so
-        it does not matter which server it asks.
-        """
-        if self.done(op) is None:
-            view = object.__new__(type(self))
-            view.__dict__.update(self.__dict__, op=(op_ids(op, self.clock.due())[0], ""))
-            try:
-                return verb(view)
-            except CloudError:
-                if self.done(op) is None:
-                    raise
-        return None
 
     def done(self, op: str) -> int | None:
         """The seq of the batch that bears an operation id."""
         rows = self.db.read("SELECT seq FROM op WHERE id IN (?, ?)", op_ids(op, self.clock.due()))
         return rows[0][0] if rows else None
 
+    def once(self, op: str, who: Principal, verb: Callable[[Principal], Any]) -> Any:
+        """Do a verb with a batch that bears an operation id; None if that was done before, in the last minute or two.
+
+        A client whose connection broke before the answer sends the same again; the id is in the database by then, so
+        it does not matter which server it asks.
+        """
+        if self.done(op) is None:
+            try:
+                return verb(who._replace(op=(op_ids(op, self.clock.due())[0], "")))
+            except CloudError:
+                if self.done(op) is None:
+                    raise
+        return None
 
 def op_ids(op: str, now: int) -> tuple[str, str]:
     """Names of an operation in this minute and in the one before: an id counts no longer than that."""
@@ -8443,13 +8542,13 @@ def api_node(node: Node, path: Sequence[str]) -> dict[str, Any]:
 def api_nodes(cloud: Cloud, rows: Iterable[tuple[Sequence[str], Node]]) -> list[dict[str, Any]]:
     """Live nodes, (path, node), with their stars."""
     rows = list(rows)
-    stars = cloud.stars_among(node for _, node in rows)
+    stars = cloud.search.stars_among(node for _, node in rows)
     return [{**api_node(node, path), "starred": True} if node.node in stars else api_node(node, path) for path, node in rows]
 
 
 def seq_of(cloud: Cloud, moment: tuple[str, int]) -> int:
     """The seq of a moment."""
-    return moment[1] if moment[0] == "seq" else cloud.seq_at(moment[1])
+    return moment[1] if moment[0] == "seq" else cloud.journal.seq_at(moment[1])
 
 
 def read_limit(value: int | None, most: int = PAGE_LIMIT) -> int:
@@ -8523,7 +8622,7 @@ def api_account(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 
 def api_account_of(cloud: Cloud, who: Principal) -> dict[str, Any]:
-    used, left = cloud.quota(who)
+    used, left = cloud.files.quota(who)
     return {"name": who.name, "admin": who.admin, "means": who.means, "readonly": who.readonly, "used": used, "left": left,
             "quota": cloud.accounts.get(who.name).quota}
 
@@ -8531,7 +8630,7 @@ def api_account_of(cloud: Cloud, who: Principal) -> dict[str, Any]:
 @route("GET", API + "usage", needs="read")
 def api_usage(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What takes how much: live files by kind, versions that were replaced, the trash; in bytes."""
-    kinds, versions, trash = cloud.usage(who)
+    kinds, versions, trash = cloud.files.usage(who)
     return json_response({"kinds": [{"kind": kind, "size": size, "files": files}
                                     for kind, (size, files) in sorted(kinds.items(), key=lambda row: -row[1][0])],
                           "live": sum(size for size, _ in kinds.values()), "versions": versions, "trash": trash})
@@ -8559,7 +8658,7 @@ def api_devices(cloud: Cloud, who: Principal, request: Request) -> Response:
 def api_add_device(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make an app password, perhaps for reading only, for one collection, or for some days; it is shown this once."""
     values = request.values
-    node = None if values["path"] is None else cloud.stat(who, values["path"])
+    node = None if values["path"] is None else cloud.files.stat(who, values["path"])
     if node and not node.kind:
         raise CloudError("bad-request", "a device can be limited to a collection only")
     if values["days"] is not None and not 1 <= values["days"] <= 3650:
@@ -8606,7 +8705,7 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     """
     values = request.values
     if values["at"] is not None:
-        node, children = cloud.past(who, path, seq_of(cloud, values["at"]))
+        node, children = cloud.history.past(who, path, seq_of(cloud, values["at"]))
         return json_response({**api_node(node, path), "children": [api_node(child, path + (child.name,)) for child in children],
                               "next": None})
     if values["sort"] not in (None, *SORTS) or values["order"] not in (None, "asc", "desc"):
@@ -8614,13 +8713,13 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     limit, start = read_limit(values["limit"]), max(0, values["after"] or 0)
     direction = " DESC" if values["order"] == "desc" else ""
     order = "e.kind DESC, " * bool(values["collections_first"]) + SORTS[values["sort"] or "name"] + direction + ", e.key" + direction
-    with cloud.listing(who, path) as (node, now):
+    with cloud.files.listing(who, path) as (node, now):
         page = list(now.page(node.node, order, start, limit + 1))
     answer, *children = api_nodes(cloud, [(path, node), *((path + (child.name,), child) for child in page[:limit])])
     if node.kind:
         answer["children"], answer["next"] = children, start + limit if len(page) > limit else None
     elif values["chunks"]:
-        answer["chunks"] = cloud.chunks_of(node)
+        answer["chunks"] = cloud.contents.chunks(node)
     return json_response(answer)
 
 
@@ -8629,7 +8728,7 @@ def api_write(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     """Store the body as a file; keep: beside what is there, under a free name."""
     values = request.values
     given = replace(read_conditions(request), beside=True) if values["keep"] else read_conditions(request)
-    node, new = cloud.write(who, path, request.body, given, parents=bool(values["parents"]),
+    node, new = cloud.files.write(who, path, request.body, given, parents=bool(values["parents"]),
                             mtime=values["mtime"])
     return json_response(api_node(node, path[:-1] + (node.name,)), 201 if new else 200, ETag='"%s"' % node.etag)
 
@@ -8637,7 +8736,7 @@ def api_write(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
 @route("PATCH", API + "files/<path>", needs="write", mtime="time")
 def api_patch(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Set the time of a file or collection."""
-    return json_response(api_node(cloud.patch(who, path, read_conditions(request), mtime=request.values["mtime"]), path))
+    return json_response(api_node(cloud.files.patch(who, path, read_conditions(request), mtime=request.values["mtime"]), path))
 
 
 @route("GET", API + "content/<path>", needs="read", at_="moment", version_="id")
@@ -8645,10 +8744,10 @@ def api_content(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
     """The bytes of a file: as it is, as it was at a time, or in a version."""
     values = request.values
     if values["version"] is not None:
-        return content_response(request, *cloud.version(who, path, values["version"]))
+        return content_response(request, *cloud.versions.read(who, path, values["version"]))
     if values["at"] is not None:
-        return content_response(request, *cloud.past_content(who, path, seq_of(cloud, values["at"])))
-    node, content = cloud.open(who, path)
+        return content_response(request, *cloud.history.past_content(who, path, seq_of(cloud, values["at"])))
+    node, content = cloud.files.open(who, path)
     if content is None:
         raise CloudError("conflict", "this is a collection; ask for it as /api/v1/zip/")
     return content_response(request, node, content)
@@ -8658,7 +8757,7 @@ def api_content(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
 def api_make_collection(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make a collection."""
     path = request.values["path"]
-    return json_response(api_node(cloud.make_collection(who, path, parents=bool(request.values["parents"])), path), 201)
+    return json_response(api_node(cloud.files.make_collection(who, path, parents=bool(request.values["parents"])), path), 201)
 
 
 @route("POST", API + "move", needs="write", items="transfers", clash_=TEXT)
@@ -8668,13 +8767,13 @@ def api_move(cloud: Cloud, who: Principal, request: Request) -> Response:
     items  [{"from": path, "to": path}], each perhaps with its own "clash"
     clash  what to do if a place is taken: refuse, replace, keep (both)
     """
-    return api_transfer(cloud, who, cloud.move, request.values)
+    return api_transfer(cloud, who, cloud.files.move, request.values)
 
 
 @route("POST", API + "copy", needs="write", items="transfers", clash_=TEXT)
 def api_copy(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Copy, many in one step; as move."""
-    return api_transfer(cloud, who, partial(cloud.copy, alive=request.check_alive), request.values)
+    return api_transfer(cloud, who, partial(cloud.files.copy, alive=request.check_alive), request.values)
 
 
 def api_transfer(cloud: Cloud, who: Principal, verb: Callable[..., list[tuple[Node, bool]]], values: dict[str, Any]) -> Response:
@@ -8690,14 +8789,14 @@ def api_transfer(cloud: Cloud, who: Principal, verb: Callable[..., list[tuple[No
 @route("POST", API + "taken", needs="read", paths="paths")
 def api_taken(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Those of some paths at which there is something, so that moving or uploading there needs a decision; and what it is."""
-    found = cloud.taken(who, *request.values["paths"])
+    found = cloud.files.taken(who, *request.values["paths"])
     return json_response({"taken": ["/".join(path) for path, _ in found], "items": [api_node(node, path) for path, node in found]})
 
 
 @route("POST", API + "delete", needs="write", paths="paths")
 def api_delete(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Move to the trash, many in one step; returns the seq to undo."""
-    return json_response({"seq": cloud.delete(who, *request.values["paths"])})
+    return json_response({"seq": cloud.files.delete(who, *request.values["paths"])})
 
 
 @route("POST", API + "zip-names", needs="write", names="paths")
@@ -8720,7 +8819,7 @@ def zip_response(cloud: Cloud, who: Principal, path: tuple[str, ...], names: Seq
     """All below a path, or only some members, as of now or of a seq."""
     where = path + names[0] if len(names) == 1 else path
     stem = where[-1] if where else "files"
-    archive = zip_archive(cloud.archive(who, path, names, moment), stem)
+    archive = zip_archive(cloud.history.archive(who, path, names, moment), stem)
     return Response(200, archive, {"Content-Type": "application/zip", "Cache-Control": PRIVATE,
                                    "Content-Disposition": format_disposition(stem + ".zip"), "Content-Security-Policy": SANDBOX})
 
@@ -8733,21 +8832,21 @@ def api_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str
     return json_response({"versions": [
         {"version": str(v.rev), "at": format_time(v.at), "size": v.size, "mtime": format_time(v.mtime), "account": v.account,
          "device": v.device, "name": v.name, **({"sha256": v.manifest} if v.manifest[0] != "m" else {})}
-        for v in cloud.versions(who, path)]})
+        for v in cloud.versions.list(who, path)]})
 
 
 @route("POST", API + "versions/restore", needs="write", path="path", version="id")
 def api_restore_version(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make an old version the present one; returns the file, and the seq to undo."""
     path = request.values["path"]
-    node = cloud.restore_version(who, path, request.values["version"])
+    node = cloud.versions.restore(who, path, request.values["version"])
     return json_response({**api_node(node, path), "seq": node.since})
 
 
 @route("POST", API + "versions/pin", needs="write", path="path", version="id", name_=TEXT)
 def api_pin(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Keep a version for good under a name; without a name, let go of it."""
-    cloud.pin(who, request.values["path"], request.values["version"], request.values["name"])
+    cloud.versions.pin(who, request.values["path"], request.values["version"], request.values["name"])
     return Response(204)
 
 
@@ -8755,7 +8854,7 @@ def api_pin(cloud: Cloud, who: Principal, request: Request) -> Response:
 def api_trash(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What was deleted, the latest first; go on with before=next.  The moment before it went is seq:N, one less than its `seq`."""
     limit = read_limit(request.values["limit"])
-    items = cloud.trash(who, request.values["before"] or 1 << 62, limit)
+    items = cloud.trash.list(who, request.values["before"] or 1 << 62, limit)
     return json_response({"items": [{**api_node(item.node, item.path), "deleted": format_time(item.at), "seq": item.node.until,
                                      "by": item.account} for item in items],
                           "next": items[-1].node.until if len(items) == limit else None})
@@ -8764,7 +8863,7 @@ def api_trash(cloud: Cloud, who: Principal, request: Request) -> Response:
 @route("POST", API + "trash/restore", needs="write", nodes="ids")
 def api_restore(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Bring deleted nodes back to where they were."""
-    seq, places = cloud.restore(who, *request.values["nodes"])
+    seq, places = cloud.trash.restore(who, *request.values["nodes"])
     return json_response({"seq": seq, "paths": ["/".join(path) for path in places]})
 
 
@@ -8772,20 +8871,20 @@ def api_restore(cloud: Cloud, who: Principal, request: Request) -> Response:
 def api_empty_trash(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Give up deleted nodes for good: those named, or all."""
     nodes = request.values["nodes"]
-    return json_response({"removed": 0 if nodes == [] else cloud.empty_trash(who, *nodes or ())})
+    return json_response({"removed": 0 if nodes == [] else cloud.trash.empty(who, *nodes or ())})
 
 
 @route("POST", API + "undo", needs="write", seq="integer")
 def api_undo(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Take back one step of the journal; `skipped` counts what changed since and was left alone."""
-    seq, skipped = cloud.undo(who, request.values["seq"])
+    seq, skipped = cloud.history.undo(who, request.values["seq"])
     return json_response({"seq": seq, "skipped": skipped})
 
 
 @route("POST", API + "rewind", needs="write", path="path", at="moment", dry_="boolean")
 def api_rewind(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make a collection what it was at a time; dry only counts."""
-    seq, changed = cloud.rewind(who, request.values["path"], seq_of(cloud, request.values["at"]),
+    seq, changed = cloud.history.rewind(who, request.values["path"], seq_of(cloud, request.values["at"]),
                                 dry=bool(request.values["dry"]))
     return json_response({"seq": seq, "changed": changed})
 
@@ -8793,14 +8892,14 @@ def api_rewind(cloud: Cloud, who: Principal, request: Request) -> Response:
 @route("POST", API + "bring-back", needs="write", at="moment", paths="paths")
 def api_bring_back(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make what was at paths at a time what it was, with all that it held; the rest stays.  changed: 0 if it is so already."""
-    seq, changed = cloud.bring_back(who, seq_of(cloud, request.values["at"]), *request.values["paths"])
+    seq, changed = cloud.history.bring_back(who, seq_of(cloud, request.values["at"]), *request.values["paths"])
     return json_response({"seq": seq, "changed": changed})
 
 
 @route("GET", API + "differences/<path>", needs="read", packs=True, at="moment", limit_="integer")
 def api_differences(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What was added, deleted, changed or moved below a collection since a time, in the order of paths."""
-    found = cloud.differences(who, path, seq_of(cloud, request.values["at"]), request.check_alive)
+    found = cloud.history.differences(who, path, seq_of(cloud, request.values["at"]), request.check_alive)
     return json_response({"count": len(found), "changes": [
         {"how": one.how, "kind": "collection" if (one.now or one.then).kind else "file", "size": (one.now or one.then).size,
          "path": one.path and "/".join(path + one.path), "was": one.was and "/".join(path + one.was)}
@@ -8811,20 +8910,20 @@ def api_differences(cloud: Cloud, who: Principal, request: Request, path: tuple[
 def api_held(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Devices that are held because they delete or overwrite too much."""
     return json_response({"held": [{"device": brake.device, "name": name, "deletes": brake.deletes, "overwrites": brake.overwrites,
-                                    "since": format_time(brake.held)} for brake, name in cloud.held(who)]})
+                                    "since": format_time(brake.held)} for brake, name in cloud.brake.held(who)]})
 
 
 @route("POST", API + "allow", needs="account", device=TEXT)
 def api_allow(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Let a held device go on."""
-    cloud.allow(who, request.values["device"])
+    cloud.brake.allow(who, request.values["device"])
     return Response(204)
 
 
 @route("POST", API + "undo-device", needs="account", device=TEXT)
 def api_undo_device(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Take back what a held device did, in one step that can be undone itself."""
-    seq, changed = cloud.undo_device(who, request.values["device"])
+    seq, changed = cloud.history.undo_device(who, request.values["device"])
     return json_response({"seq": seq, "changed": changed})
 
 
@@ -8837,7 +8936,7 @@ def api_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
     grouped          many steps of one act are told as one: `seqs` names them all, the latest first, detail.count what they touched
     """
     values, limit = request.values, read_limit(request.values["limit"])
-    steps = cloud.activity(
+    steps = cloud.journal.activity(
         who, values["before"] or 1 << 62, PAGE_LIMIT // 2 if values["grouped"] else limit, action=values["action"],
         device=values["device"], after=values["after"] or 0, until=1 << 62 if values["until"] is None else values["until"])
     return json_response({"steps": list(map(api_act, group_steps(steps)[:limit])) if values["grouped"] else list(map(api_step, steps))})
@@ -8875,7 +8974,7 @@ def group_steps(steps: Iterable[Step]) -> list[list[Step]]:
 def api_server_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What happened to accounts and settings of the whole server, the latest first."""
     values = request.values
-    return json_response({"steps": list(map(api_step, cloud.server_activity(values["before"] or 1 << 62, read_limit(values["limit"]))))})
+    return json_response({"steps": list(map(api_step, cloud.journal.server_activity(values["before"] or 1 << 62, read_limit(values["limit"]))))})
 
 
 @route("GET", API + "activity/devices", needs="account")
@@ -8903,7 +9002,7 @@ def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
         raise CloudError("bad-request", "within is names or contents; kind is collection, %s" % ", ".join(KINDS))
     if query == Query(within=query.within):
         return json_response({"items": [], "more": False})
-    found, more = cloud.search(who, query, values["path"] or (), read_limit(values["limit"], 1000),
+    found, more = cloud.search.find(who, query, values["path"] or (), read_limit(values["limit"], 1000),
                                partial(request.check_alive, SEARCH_TIME))
     items = api_nodes(cloud, ((hit.path, hit.node) for hit in found))
     for item, hit in zip(items, found):
@@ -8916,7 +9015,7 @@ def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
 def api_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A small picture of a file or of one of its versions; 204 if nobody made one yet."""
     version = request.values["version"]
-    answer = api_thumbnail_response(request, cloud.thumbnail(who, path, version))
+    answer = api_thumbnail_response(request, cloud.pictures.thumbnail(who, path, version))
     if version is not None and answer.status == 200:
         answer.fields["Cache-Control"] = "private, max-age=31536000, immutable"
     return answer
@@ -8935,7 +9034,7 @@ def api_put_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tupl
     version, data = request.values["version"], request.body.read(THUMBNAIL_LIMIT + 1)
     if len(data) > THUMBNAIL_LIMIT:
         raise CloudError("too-large", "a thumbnail has at most %s" % format_size(THUMBNAIL_LIMIT))
-    cloud.put_thumbnail(who, path, data, version)
+    cloud.pictures.put(who, path, data, version)
     return Response(204)
 
 
@@ -8945,14 +9044,14 @@ def api_star(cloud: Cloud, who: Principal, request: Request) -> Response:
     paths = request.values["paths"]
     if not paths:
         raise CloudError("bad-request", "paths are 1 to %d" % PAGE_LIMIT)
-    cloud.star(who, *paths, on=request.values["starred"])
+    cloud.search.star(who, *paths, on=request.values["starred"])
     return Response(204)
 
 
 @route("GET", API + "starred", needs="read", packs=True)
 def api_starred(cloud: Cloud, who: Principal, request: Request) -> Response:
     """All that bears a star, in the order of paths."""
-    return json_response({"items": api_nodes(cloud, cloud.starred(who))})
+    return json_response({"items": api_nodes(cloud, cloud.search.starred(who))})
 
 
 @route("POST", API + "qr", needs="read", text=TEXT)
@@ -9147,10 +9246,10 @@ def tus_create(cloud: Cloud, who: Principal, request: Request) -> Response:
     given = replace(read_conditions(request), beside=about.get("clash") == "keep")
     if about.get("clash") == "refuse":
         given = replace(given, if_none_match=("*",))
-    upload = cloud.create_upload(who, path, size, given, parents="parents" in about, note=text,
+    upload = cloud.uploads.create(who, path, size, given, parents="parents" in about, note=text,
                                  mtime=parse_time(about["mtime"]) if "mtime" in about else None)
     if request["content-type"] == "application/offset+octet-stream" and not upload.done:
-        upload = cloud.append(who, upload.id, 0, request.body, checksum=read_tus_checksum(request))
+        upload = cloud.uploads.append(who, upload.id, 0, request.body, checksum=read_tus_checksum(request))
     return tus_response(201, upload, cloud.clock.due(), cloud.clock.wall(), Location=request.href(("tus", upload.id)))
 
 
@@ -9158,7 +9257,7 @@ def tus_create(cloud: Cloud, who: Principal, request: Request) -> Response:
 def tus_head(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
     """Where an upload stands."""
     check_tus(request)
-    upload = cloud.upload(who, id)
+    upload = cloud.uploads.upload(who, id)
     fields = {"Upload_Length": str(upload.size)} if upload.size is not None else {"Upload_Defer_Length": "1"}
     if upload.note:
         fields["Upload_Metadata"] = upload.note
@@ -9174,7 +9273,7 @@ def tus_patch(cloud: Cloud, who: Principal, request: Request, id: str) -> Respon
     offset = read_number(request, "upload-offset")
     if offset is None:
         raise CloudError("bad-request", "Upload-Offset is missing")
-    upload = cloud.append(who, id, offset, request.body, size=read_number(request, "upload-length"),
+    upload = cloud.uploads.append(who, id, offset, request.body, size=read_number(request, "upload-length"),
                           checksum=read_tus_checksum(request))
     return tus_response(204, upload, cloud.clock.due(), cloud.clock.wall())
 
@@ -9183,7 +9282,7 @@ def tus_patch(cloud: Cloud, who: Principal, request: Request, id: str) -> Respon
 def tus_delete(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
     """Give an upload up."""
     check_tus(request)
-    cloud.drop_upload(who, id)
+    cloud.uploads.drop(who, id)
     return tus_response(204)
 
 
@@ -9227,11 +9326,11 @@ def sync_manifest(cloud: Cloud, who: Principal, request: Request) -> Response:
     not deleted.
     """
     values = request.values
-    cloud.check_history(None, values["since"], values["tag"])
+    cloud.journal.check(None, values["since"], values["tag"])
     path = values["path"] or ()
-    seq, top, places = cloud.manifest(who, path, None if values["at"] is None else seq_of(cloud, values["at"]),
+    seq, top, places = cloud.sync.manifest(who, path, None if values["at"] is None else seq_of(cloud, values["at"]),
                                       bool(values["chunks"]))
-    first = {"seq": seq, "tag": cloud.tag_at(seq), "server": cloud.epoch, "node": str(top.node)}
+    first = {"seq": seq, "tag": cloud.journal.tag_at(seq), "server": cloud.epoch, "node": str(top.node)}
     return Response(200, sync_lines(first, places), {"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"}, length=None)
 
 
@@ -9256,19 +9355,19 @@ def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
     and its `tag` are of another past: an older state was put back, and what is missing is not deleted.
     """
     values = request.values
-    cloud.check_history(values["server"], values["since"], values["tag"])
+    cloud.journal.check(values["server"], values["since"], values["tag"])
     since, wait = values["since"], min(max(0, values["wait"] or 0), WAIT_LIMIT)
-    if wait and cloud.newest(who) <= since <= cloud.head():
-        cloud.await_change(who, since, wait, request.check_alive)
-    reached, changes = cloud.changes(who, (), since, read_limit(values["limit"]), request.check_alive)
+    if wait and cloud.journal.newest(who) <= since <= cloud.journal.head():
+        cloud.journal.await_change(who, since, wait, request.check_alive)
+    reached, changes = cloud.history.changes(who, (), since, read_limit(values["limit"]), request.check_alive)
     found = []
     for change in changes:
         about = {"path": None, "node": str(change.id), "kind": "collection" if change.kind else "file",
                  "gone": "moved" if change.node else "deleted"}
         if change.path is not None:
-            about = sync_place(cloud.place_of(change.node, change.path, bool(values["chunks"])))
+            about = sync_place(cloud.sync.place_of(change.node, change.path, bool(values["chunks"])))
         found.append({**about, "was": None if change.was is None else "/".join(change.was)})
-    return json_response({"seq": reached, "tag": cloud.tag_at(reached), "more": reached < cloud.head(), "root": str(who.root),
+    return json_response({"seq": reached, "tag": cloud.journal.tag_at(reached), "more": reached < cloud.journal.head(), "root": str(who.root),
                           "changes": found})
 
 
@@ -9276,37 +9375,37 @@ def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
 def sync_events(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Server-sent events: {"seq": N} whenever something in the account has changed, and again every 15 seconds: by its silence
     a listener knows that the connection is dead."""
-    cloud.await_change(who, cloud.newest(who), 0)        # refuse now what would be refused later
+    cloud.journal.await_change(who, cloud.journal.newest(who), 0)        # refuse now what would be refused later
     return Response(200, sync_wake_ups(cloud, who), {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
                                                      "X-Accel-Buffering": "no"}, length=None)
 
 
 def sync_wake_ups(cloud: Cloud, who: Principal) -> Iterator[bytes]:
-    seq, until = cloud.newest(who), time.monotonic() + EVENTS_LIFE
+    seq, until = cloud.journal.newest(who), time.monotonic() + EVENTS_LIFE
     yield b'retry: 2000\ndata: {"seq":%d}\n\n' % seq
-    while time.monotonic() < until and not cloud.closing.is_set():
-        if cloud.await_change(who, seq, 15):
-            seq = cloud.newest(who)
+    while time.monotonic() < until and not cloud.journal.closing.is_set():
+        if cloud.journal.await_change(who, seq, 15):
+            seq = cloud.journal.newest(who)
         yield b'data: {"seq":%d}\n\n' % seq             # finds out whether anybody still listens, too
 
 
 @route("POST", API + "chunks/missing", needs="read", hashes="hashes")
 def sync_missing(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Which of these chunks would have to be sent?  Those of other accounts count as missing."""
-    return json_response({"missing": cloud.missing(who, request.values["hashes"])})
+    return json_response({"missing": cloud.sync.missing(who, request.values["hashes"])})
 
 
 @route("POST", API + "chunks", needs="write")
 def sync_send(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Store chunks ahead of the commit that will name them: frames of length (4 bytes, big endian) and bytes."""
-    return json_response({"stored": cloud.send(who, FrameReader(request.body))})
+    return json_response({"stored": cloud.sync.send(who, FrameReader(request.body))})
 
 
 @route("POST", API + "chunks/get", needs="read", hashes="hashes")
 def sync_get(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The frames of these chunks, in this order."""
     hashes = request.values["hashes"]
-    size, parts = cloud.read_chunks(who, hashes)
+    size, parts = cloud.sync.read_chunks(who, hashes)
     return Response(200, parts, {"Content-Type": "application/octet-stream", "Cache-Control": "no-store"},
                     length=size + 4 * len(hashes))
 
@@ -9328,10 +9427,10 @@ def sync_commit(cloud: Cloud, who: Principal, request: Request) -> Response:
     op, steps, since = values["op"], list(map(sync_step, values["ops"])), values.get("since")
     if not 0 < len(op) <= 64 or not 0 < len(steps) <= OPS_LIMIT:
         raise CloudError("bad-request", 'the first line is {"op": id, "ops": [1 to %d steps]}' % OPS_LIMIT)
-    cloud.check_history(values.get("server"), since, values.get("tag"))
-    seq, results, alone = cloud.commit(who, op, hashlib.sha256(line).hexdigest(), steps, reader,
+    cloud.journal.check(values.get("server"), since, values.get("tag"))
+    seq, results, alone = cloud.sync.commit(who, op, hashlib.sha256(line).hexdigest(), steps, reader,
                                        atomic=values.get("atomic") is True, since=since)
-    return json_response({"seq": seq, "results": results, **({"tag": cloud.tag_at(seq)} if seq else {}), **({"cursor": seq} if alone and seq else {})})
+    return json_response({"seq": seq, "results": results, **({"tag": cloud.journal.tag_at(seq)} if seq else {}), **({"cursor": seq} if alone and seq else {})})
 
 
 COMMIT_FIELDS = {"op": TEXT, "ops": "array", "atomic_": "boolean", "since_": "integer", "tag_": TEXT, "server_": TEXT}
@@ -9496,7 +9595,7 @@ def list_form(request: Request) -> ListForm:
 
 def dav_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Fetch a file; of a collection, the names: one per line, as JSON, as links, or to a browser as the page."""
-    node, content = cloud.open(who, path)
+    node, content = cloud.files.open(who, path)
     if content is not None:
         return content_response(request, node, content)
     if "text/html" in request.fields.get("accept", "") and "mozilla" in request.fields.get("user-agent", "").lower():
@@ -9509,7 +9608,7 @@ def dav_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
         return Response(304, b"", fields)
     spool, base, between = Spool(), dav_href(request, path, True), ""
     spool.write(form.head)
-    with cloud.listing(who, path) as (node, now):
+    with cloud.files.listing(who, path) as (node, now):
         for child in watched(now.children(node.node), request.check_alive):
             spool.write(between + form.row(child, base + quote(child.name, safe="~") + "/" * child.kind))
             between = form.between
@@ -9526,7 +9625,7 @@ def dav_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
         raise CloudError("unsupported-media", "the body may not be encoded")
     if request.slash:
         raise CloudError("conflict", "a file's address has no slash at its end")
-    node, new = cloud.write(who, path, request.body, read_dav_conditions(request), mtime=read_mtime(request),
+    node, new = cloud.files.write(who, path, request.body, read_dav_conditions(request), mtime=read_mtime(request),
                             sums=read_sums(request), parents=bool(request.query) and request.argument("parents") == "1")
     return stored_response(request, node, new, dav_href(request, path))
 
@@ -9544,7 +9643,7 @@ def dav_delete(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
     """Move a file or collection to the trash."""
     if request["depth"] is not None and request.slash and parse_depth(request["depth"], "") != "infinity":
         raise CloudError("bad-request", "a collection goes with all below it")       # RFC 4918 s9.6.1
-    cloud.delete(who, path, given=read_dav_conditions(request))
+    cloud.files.delete(who, path, given=read_dav_conditions(request))
     return Response(204)
 
 
@@ -9562,7 +9661,7 @@ def dav_mkcol(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
                     raise CloudError("bad-resource-type", "only plain collections can be made")
             else:
                 properties[prop.tag] = ET.tostring(prop, encoding="unicode").strip()
-    node = cloud.make_collection(who, path, read_dav_conditions(request), properties=properties)
+    node = cloud.files.make_collection(who, path, read_dav_conditions(request), properties=properties)
     return stored_response(request, node, True, dav_href(request, path, True))
 
 
@@ -9574,9 +9673,9 @@ def dav_transfer(cloud: Cloud, who: Principal, request: Request, path: tuple[str
     target, clash = read_destination(request), "replace" if parse_overwrite(request["overwrite"]) else "refuse"
     given = read_dav_conditions(request)
     if request.method == "MOVE":
-        (node, new), = cloud.move(who, (path, target), given=given, clash=clash)
+        (node, new), = cloud.files.move(who, (path, target), given=given, clash=clash)
     else:
-        (node, new), = cloud.copy(who, (path, target), given=given, clash=clash,
+        (node, new), = cloud.files.copy(who, (path, target), given=given, clash=clash,
                                   deep=parse_depth(request["depth"], "infinity") != "0", alive=request.check_alive)
     return stored_response(request, node, new, dav_href(request, target, bool(node.kind)))
 
@@ -9598,9 +9697,9 @@ class About:
     """What live properties may need beside the node itself; fetched when first asked for."""
 
     def __init__(self, cloud: Cloud, who: Principal, node: Node, now: Moment) -> None:
-        self.who, self.tag_at = who, cloud.tag_at
-        self._fetch = {"quota": lambda: cloud.quota(who), "digests": lambda: now.digests(node), "dead": lambda: now.properties(node),
-                       "pictured": lambda: now.pictured(node), "locks": lambda: cloud.locks_near(now, node), "epoch": lambda: cloud.epoch}
+        self.who, self.tag_at = who, cloud.journal.tag_at
+        self._fetch = {"quota": lambda: cloud.files.quota(who), "digests": lambda: now.digests(node), "dead": lambda: now.properties(node),
+                       "pictured": lambda: now.pictured(node), "locks": lambda: cloud.locks.near(now, node), "epoch": lambda: cloud.epoch}
 
     def __getattr__(self, name: str) -> Any:
         """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {manifest}; locks(node); epoch"""
@@ -9768,7 +9867,7 @@ def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str
     names, values = read_propfind(read_body(request))
     depth = parse_depth(request["depth"], "1")
     door = request.door
-    with cloud.listing(who, path) as (node, now):
+    with cloud.files.listing(who, path) as (node, now):
         if depth == "infinity" and node.kind:
             raise CloudError("infinite-depth", "ask for Depth 0 or 1")
         about, asked = About(cloud, who, node, now), names is not None
@@ -9812,9 +9911,9 @@ def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[st
     if not verdicts:
         raise CloudError("bad-request", "no property is named")
     if set(verdicts.values()) == {200}:
-        node = cloud.patch(who, path, read_dav_conditions(request), properties=properties, mtime=mtime)
+        node = cloud.files.patch(who, path, read_dav_conditions(request), properties=properties, mtime=mtime)
     else:
-        node = cloud.stat(who, path)
+        node = cloud.files.stat(who, path)
         verdicts = {name: 424 if verdict == 200 else verdict for name, verdict in verdicts.items()}
     answer = Multistatus()
     answer.add_part(E("d:response", E("d:href", dav_href(request, path, bool(node.kind))), *(
@@ -9826,7 +9925,7 @@ def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[st
 
 def has_checksums(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], text: str) -> bool:
     """Does a file have these checksums?  rclone 1.76, vendor owncloud, sets them again whenever it sets the time."""
-    return all(cloud.checksum(who, path, kind, request.check_alive)[1] == value for kind, value in map(parse_checksum, text.split()))
+    return all(cloud.files.checksum(who, path, kind, request.check_alive)[1] == value for kind, value in map(parse_checksum, text.split()))
 
 
 # ---- locks (RFC 4918 s9.10, s9.11)
@@ -9836,7 +9935,7 @@ def dav_lock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     body, given, new = read_body(request), read_dav_conditions(request), False
     seconds = parse_timeout(request["timeout"], LOCK_DEFAULT, LOCK_MOST)
     if body is None or given.tokens and request.fields["if"][:1] not in "(<":    # webdav 5 for JavaScript refreshes with a body
-        lock = cloud.refresh(who, path, given.tokens, seconds)
+        lock = cloud.files.refresh(who, path, given.tokens, seconds)
     else:
         depth = parse_depth(request["depth"], "infinity")
         scope = [part.tag for part in body.iterfind("{DAV:}lockscope/*")]
@@ -9848,7 +9947,7 @@ def dav_lock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
         text = "" if owner is None else ET.tostring(owner, encoding="unicode").strip()
         if len(text) > 4 * KiB:
             raise CloudError("bad-request", "the owner of a lock may have 4 KiB")
-        lock, new = cloud.lock(who, path, given, deep=depth == "infinity", exclusive=scope == ["{DAV:}exclusive"], owner=text,
+        lock, new = cloud.files.lock(who, path, given, deep=depth == "infinity", exclusive=scope == ["{DAV:}exclusive"], owner=text,
                                seconds=seconds)
     answer = E("d:prop", E("d:lockdiscovery", format_lock(lock, who)), **ROOT_NAMESPACES)
     return Response(201 if new else 200, format_xml(answer), {
@@ -9857,7 +9956,7 @@ def dav_lock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 
 def dav_unlock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """End the lock that Lock-Token names."""
-    cloud.unlock(who, path, parse_lock_token(request.fields.get("lock-token", "")))
+    cloud.files.unlock(who, path, parse_lock_token(request.fields.get("lock-token", "")))
     return Response(204)
 
 
@@ -9884,7 +9983,7 @@ def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
     if level not in ("1", "infinite", "infinity") or not re.fullmatch(r"[1-9]\d{0,6}", limit):
         raise CloudError("bad-request", "malformed sync-collection")
     token = (body.findtext("{DAV:}sync-token") or "").strip()
-    with cloud.listing(who, path) as (top, now):
+    with cloud.files.listing(who, path) as (top, now):
         if not top.kind:
             raise CloudError("no-such-report", "only a collection can be synced")
         door = request.door
@@ -9899,7 +9998,7 @@ def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
                 answer.add_part(E("d:response", E("d:href", href), E("d:status", "HTTP/1.1 404 Not Found")))
             else:
                 answer.add(href, [read(node, about) for read in readers])
-    answer.add_part(E("d:sync-token", format_sync_token(cloud.epoch, reached, cloud.tag_at(reached))))
+    answer.add_part(E("d:sync-token", format_sync_token(cloud.epoch, reached, cloud.journal.tag_at(reached))))
     return answer.response()
 
 
@@ -9910,7 +10009,7 @@ def read_sync_token(cloud: Cloud, text: str) -> int | None:
     found = re.fullmatch(r"urn:cloudserver:sync:([0-9a-f]+):(\d{1,18})(?::([0-9a-f]*))?", text)
     if not found or found[1] != cloud.epoch:
         raise CloudError("bad-sync-token", "this sync token is not one of this server")
-    cloud.check_history(None, int(found[2]), found[3])
+    cloud.journal.check(None, int(found[2]), found[3])
     return int(found[2])
 
 
@@ -9918,16 +10017,16 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
               alive: Callable[[], None]) -> tuple[int, list[tuple[tuple[str, ...], int, Optional[Node]]]]:
     """The seq reached and (path, kind, node or None for gone) of what changed; everything if `since` is None."""
     if since is None:
-        reached, changed, rows = cloud.head(), [], {below: (node.kind, node) for below, node in watched(cloud.walk(who, path), alive)}
+        reached, changed, rows = cloud.journal.head(), [], {below: (node.kind, node) for below, node in watched(cloud.files.walk(who, path), alive)}
     else:
-        reached, changed = cloud.changes(who, path, since, limit, alive)
+        reached, changed = cloud.history.changes(who, path, since, limit, alive)
         rows = {change.was: (change.kind, None) for change in changed if change.was is not None and change.was != change.path}
     for change in changed:
         if change.path is not None:
             rows[change.path] = change.kind, change.node
             if change.kind and change.was != change.path:                # it came with all that hangs below
                 rows.update((change.path + below, (node.kind, node))
-                            for below, node in watched(cloud.walk(who, path + change.path), alive))
+                            for below, node in watched(cloud.files.walk(who, path + change.path), alive))
     return reached, [(below, *row) for below, row in rows.items()]
 
 
@@ -10039,7 +10138,7 @@ def knows_bulk(agent: str) -> bool:
 @route("GET", *ocs("cloud/user"), needs="read", refuse=ocs_error)
 def ocs_user(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Who is logged in; `id` is what goes into addresses."""
-    used, left = cloud.quota(who)
+    used, left = cloud.files.quota(who)
     return ocs_response(request, {
         "id": who.name, "enabled": True, "display-name": who.name, "displayname": who.name, "email": "", "phone": "",
         "address": "", "website": "", "twitter": "", "fediverse": "", "organisation": "", "role": "", "headline": "", "biography": "",
@@ -10199,7 +10298,7 @@ def done_once(handler: Callable[..., Response]) -> Callable[..., Response]:
             return handler(cloud, who, request, path)
         op = sha256_text("\n".join([str(who.account), str(who.root), request.method, *path, *(
             request.fields.get(name, "") for name in SAME_REQUEST)]))
-        return cloud.once(op, lambda acting: handler(acting, who, request, path)) or nc_again(cloud, who, request, path, op)
+        return cloud.once(op, who, lambda acting: handler(cloud, acting, request, path)) or nc_again(cloud, who, request, path, op)
     return enter
 
 
@@ -10211,7 +10310,7 @@ def nc_again(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     if request.method == "DELETE":
         return Response(204)
     place = read_destination(request) if request.method in ("MOVE", "COPY") else path
-    node = cloud.stat(who, place)
+    node = cloud.files.stat(who, place)
     if request.method == "PUT" and node.rev != cloud.done(op):
         raise CloudError("precondition-failed", "it has changed since")
     return stored_response(request, node, True, dav_href(request, place, bool(node.kind)))
@@ -10219,12 +10318,12 @@ def nc_again(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 
 def nc_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A file, with what clients compare it by."""
-    node, content = cloud.open(who, path)
+    node, content = cloud.files.open(who, path)
     if content is None:
         return dav_get(cloud, who, request, path)
     response = content_response(request, node, content)
     response.fields.update({"OC-ETag": format_etag(node), "OC-FileId": format_id(node)})
-    sums = cloud.sums(node)
+    sums = cloud.contents.sums(node)
     for kind in ("sha1", "sha256"):
         if kind in sums:
             response.fields["OC-Checksum"] = format_checksum(kind, sums[kind])
@@ -10237,7 +10336,7 @@ def nc_checksum(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
     kind = _CHECKSUMS.get(request.fields.get("x-recalculate-hash", "").upper())
     if kind is None:
         raise CloudError("unprocessable", "X-Recalculate-Hash is one of %s" % ", ".join(_CHECKSUMS))
-    node, value = cloud.checksum(who, path, kind, request.check_alive)
+    node, value = cloud.files.checksum(who, path, kind, request.check_alive)
     return Response(204, b"", {"OC-Checksum": format_checksum(kind, value), "ETag": format_etag(node)})
 
 
@@ -10279,7 +10378,7 @@ def nc_begin(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     """Begin an upload; newer clients tell its size and place."""
     if len(path) != 1:
         raise CloudError("conflict", "an upload is one folder")
-    cloud.begin_parts(who, path[0], read_number(request, "oc-total-length"),
+    cloud.uploads.begin_parts(who, path[0], read_number(request, "oc-total-length"),
                       read_destination(request) if "destination" in request.fields else None)
     return Response(201)
 
@@ -10290,14 +10389,14 @@ def nc_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     name, number = read_chunk(path)
     if number is None:
         raise CloudError("conflict", "a chunk goes into an upload")
-    return Response(201 if cloud.put_part(who, name, number, request.body) else 204)
+    return Response(201 if cloud.uploads.put_part(who, name, number, request.body) else 204)
 
 
 @route("PROPFIND", NC_UPLOADS, needs="read", refuse=nc_error)
 def nc_chunks(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What has come of an upload, so that the client sends the rest."""
     names, values = read_propfind(read_body(request))
-    _, chunks = cloud.parts(who, read_chunk(path)[0])
+    _, chunks = cloud.uploads.parts(who, read_chunk(path)[0])
     names = names or ("{DAV:}resourcetype", "{DAV:}getcontentlength")
     answer = Multistatus(names, NC_FILES, values=values)
     base = request.href(request.path) + "/"
@@ -10311,7 +10410,7 @@ def nc_chunks(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
 @route("DELETE", NC_UPLOADS, needs="write", refuse=nc_error)
 def nc_drop(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Give up an upload, or a chunk of it."""
-    cloud.drop_parts(who, *read_chunk(path))
+    cloud.uploads.drop_parts(who, *read_chunk(path))
     return Response(204)
 
 
@@ -10321,7 +10420,7 @@ def nc_join(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
     if len(path) != 2 or path[1] != ".file":
         raise CloudError("not-found", "there is nothing at this address")
     target, mtime = read_destination(request), read_mtime(request)
-    node, new = cloud.join_parts(who, path[0], target, read_dav_conditions(request), mtime=mtime, sums=read_sums(request),
+    node, new = cloud.uploads.join_parts(who, path[0], target, read_dav_conditions(request), mtime=mtime, sums=read_sums(request),
                                  size=read_number(request, "oc-total-length"))
     return stored_response(request, node, new, request.href(NC_FILES.names + (who.name,) + target))
 
@@ -10330,11 +10429,11 @@ def nc_legacy_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[
                     index: str) -> Response:
     """A chunk of a file that is put as NAME-chunking-TRANSFER-COUNT-INDEX; with the last one they become the file."""
     name = sha256_text("\n".join((transfer, *path)))
-    cloud.begin_parts(who, name, read_number(request, "oc-total-length"), again=True)
-    cloud.put_part(who, name, int(index), request.body)
-    if len(cloud.parts(who, name)[1]) < int(count):
+    cloud.uploads.begin_parts(who, name, read_number(request, "oc-total-length"), again=True)
+    cloud.uploads.put_part(who, name, int(index), request.body)
+    if len(cloud.uploads.parts(who, name)[1]) < int(count):
         return Response(201)                     # without any ETag: that means more is to come
-    node, new = cloud.join_parts(who, name, path, read_dav_conditions(request), mtime=read_mtime(request), sums=read_sums(request))
+    node, new = cloud.uploads.join_parts(who, name, path, read_dav_conditions(request), mtime=read_mtime(request), sums=read_sums(request))
     return stored_response(request, node, new, dav_href(request, path))
 
 
@@ -10347,7 +10446,7 @@ def nc_bulk(cloud: Cloud, who: Principal, request: Request) -> Response:
     if not found:
         raise CloudError("bad-request", "this is not multipart/related")
     answer, files = {}, read_bulk(request.body, found[1].encode("latin-1"))
-    for place, outcome in cloud.write_each(who, itertools.islice(files, PAGE_LIMIT)):
+    for place, outcome in cloud.files.write_each(who, itertools.islice(files, PAGE_LIMIT)):
         answer[place] = {"error": True, "message": str(outcome)} if isinstance(outcome, CloudError) else {
             "error": False, "etag": outcome.etag, "fileid": str(outcome.node), "OC-FileID": format_id(outcome),
             "permissions": "RGDNVW"}
@@ -10408,8 +10507,8 @@ def bulk_file(fields: dict[str, str], data: bytes) -> Writing:
 def nc_preview(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The thumbnail of a file, by its id or its path; whatever size is asked for, there is one."""
     asked = dict(parse_pairs(request.query))
-    path = read_path(asked["file"]) if "file" in asked else cloud.path_of(who, read_file_id(asked.get("fileId", "")))
-    answer = api_thumbnail_response(request, cloud.thumbnail(who, path))
+    path = read_path(asked["file"]) if "file" in asked else cloud.files.path_of(who, read_file_id(asked.get("fileId", "")))
+    answer = api_thumbnail_response(request, cloud.pictures.thumbnail(who, path))
     if answer.status == 204:
         raise CloudError("not-found", "there is no preview")
     return answer
@@ -10433,7 +10532,7 @@ def nc_download(cloud: Cloud, who: Principal, request: Request) -> Response:
     names = parse_json(b'{"names":%s}' % files.encode())["names"] if files[:1] == "[" else [files] if files else []
     paths = [split_path(name) for name in names]
     if len(paths) == 1:
-        node, content = cloud.open(who, path + paths[0])
+        node, content = cloud.files.open(who, path + paths[0])
         if content is not None:
             return content_response(request, node, content)
     return zip_response(cloud, who, path, paths, None)
@@ -10445,9 +10544,9 @@ class Scattered(About):
     """What properties need of nodes that come from everywhere."""
 
     def __init__(self, cloud: Cloud, who: Principal) -> None:
-        self.who, self.tag_at, self.locks = who, cloud.tag_at, lambda node: []
-        self._fetch = {"epoch": lambda: cloud.epoch, "quota": lambda: cloud.quota(who), "digests": dict, "pictured": lambda: cloud.pictured(who), "dead": lambda: {
-            node.node: {FAVORITE: value} for _, node, value in cloud.marked(who, FAVORITE)}}
+        self.who, self.tag_at, self.locks = who, cloud.journal.tag_at, lambda node: []
+        self._fetch = {"epoch": lambda: cloud.epoch, "quota": lambda: cloud.files.quota(who), "digests": dict, "pictured": lambda: cloud.pictures.known(who), "dead": lambda: {
+            node.node: {FAVORITE: value} for _, node, value in cloud.search.marked(who, FAVORITE)}}
 
 
 def nc_rows(request: Request, about: About, base: tuple[str, ...], names: Sequence[str],
@@ -10465,7 +10564,7 @@ def nc_filter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     names = read_names(body.iterfind("{DAV:}prop/*"))
     wanted = (body.findtext(OC + "filter-rules/" + FAVORITE) or "").strip() in TRUE
     about, base = Scattered(cloud, who), request.door.root(request.path)
-    return nc_rows(request, about, base, names, ((place, node) for place, node in cloud.starred(who)
+    return nc_rows(request, about, base, names, ((place, node) for place, node in cloud.search.starred(who)
                                                  if wanted and place[:len(path)] == path))
 
 
@@ -10561,7 +10660,7 @@ def search_nodes(cloud: Cloud, who: Principal, path: tuple[str, ...], where: ET.
         known = lookup(cloud, who, (part.findtext("{DAV:}literal") or "").strip()) if lookup else None
         if known is not None:
             return [(place, node) for place, node in known if place[:len(path)] == path != place and test(node, about)]
-    return [(path + place, node) for place, node in cloud.find_all(who, path, lambda node: test(node, about), alive)]
+    return [(path + place, node) for place, node in cloud.search.find_all(who, path, lambda node: test(node, about), alive)]
 
 
 def look_up_name(cloud: Cloud, who: Principal, pattern: str) -> list[tuple[tuple[str, ...], Node]] | None:
@@ -10569,16 +10668,16 @@ def look_up_name(cloud: Cloud, who: Principal, pattern: str) -> list[tuple[tuple
     before, words, after = pattern.split("%") if pattern.count("%") == 2 else ("", "", "")
     if not words.strip() or before + after:
         return None
-    return [(path, node) for path, node, _ in cloud.search(who, Query(parse_words(words)[0], within="names"), limit=SEARCH_MOST)[0]]
+    return [(path, node) for path, node, _ in cloud.search.find(who, Query(parse_words(words)[0], within="names"), limit=SEARCH_MOST)[0]]
 
 
 def look_up_favorites(cloud: Cloud, who: Principal, value: str) -> list[tuple[tuple[str, ...], Node]] | None:
-    return cloud.starred(who) if value in TRUE else None
+    return cloud.search.starred(who) if value in TRUE else None
 
 
 LOOKUPS: dict[tuple[str, str], Callable[[Cloud, Principal, str], Optional[list[tuple[tuple[str, ...], Node]]]]] = {
     ("like", "displayname"): look_up_name,
-    ("eq", "fileid"): lambda cloud, who, value: cloud.by_id(who, read_file_id(value)),
+    ("eq", "fileid"): lambda cloud, who, value: cloud.search.by_id(who, read_file_id(value)),
     ("eq", "favorite"): look_up_favorites}
 SEARCH_MOST = 5000              # rows of an answer
 SEARCH_CONDITIONS = 100         # clients send up to a dozen
@@ -10634,11 +10733,11 @@ def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     check_place(path, "trash")
     names, about = read_propfind(read_body(request))[0] or tuple(TRASHED) + ALLPROP, Scattered(cloud, who)
     if len(path) == 1:
-        root, items = cloud.stat(who, ()), cloud.trash(who, limit=PAGE_LIMIT)
+        root, items = cloud.files.stat(who, ()), cloud.trash.list(who, limit=PAGE_LIMIT)
         rows = [((str(item.node.node),), item.node, item) for item in items]
     else:
-        item = cloud.trashed(who, read_file_id(path[1]))
-        root, children = cloud.past(who, item.path + path[2:], item.node.until - 1)
+        item = cloud.trash.item(who, read_file_id(path[1]))
+        root, children = cloud.history.past(who, item.path + path[2:], item.node.until - 1)
         rows = [((child.name,), child, item._replace(node=child, path=item.path + path[2:] + (child.name,))) for child in children]
     answer, base = Multistatus(names, NC_FILES), request.href(request.path)
     answer.add(base + "/", [None if len(path) == 1 and name in ROOTS_LACK else property_reader(NC_FILES, name)(root, about)
@@ -10653,7 +10752,7 @@ def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 def nc_purge(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Give up one deleted thing for good, or all."""
     check_place(path, "trash")
-    cloud.empty_trash(who, *map(read_file_id, path[1:2]))
+    cloud.trash.empty(who, *map(read_file_id, path[1:2]))
     return Response(204)
 
 
@@ -10661,14 +10760,14 @@ def nc_purge(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 def nc_restore(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Bring a deleted thing back to where it was; the destination only says that it shall be."""
     check_place(path, "trash")
-    cloud.restore(who, read_file_id("".join(path[1:])))
+    cloud.trash.restore(who, read_file_id("".join(path[1:])))
     return Response(201)
 
 
 def find_version(cloud: Cloud, who: Principal, path: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
     """(path of a file, one of its versions or 0) of an address."""
     check_place(path, "versions")
-    return cloud.path_of(who, read_file_id("".join(path[1:2]))), parse_id(path[2]) if len(path) == 3 else 0
+    return cloud.files.path_of(who, read_file_id("".join(path[1:2]))), parse_id(path[2]) if len(path) == 3 else 0
 
 
 @route("PROPFIND", NC_VERSIONS, needs="read", refuse=nc_error)
@@ -10676,12 +10775,12 @@ def nc_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
     """The versions of a file before the present one."""
     path, _ = find_version(cloud, who, path)
     names = read_propfind(read_body(request))[0] or ALLPROP
-    live, about = cloud.stat(who, path), Scattered(cloud, who)
+    live, about = cloud.files.stat(who, path), Scattered(cloud, who)
     answer, base = Multistatus(names, NC_FILES), request.href(request.path)
     readers = [property_reader(NC_FILES, name) for name in names]
     root = live._replace(kind=COLLECTION, seq=live.rev)
     answer.add(base + "/", [None if name in ROOTS_LACK else read(root, about) for name, read in zip(names, readers)])
-    for version in cloud.versions(who, path)[1:] if request["depth"] != "0" else ():
+    for version in cloud.versions.list(who, path)[1:] if request["depth"] != "0" else ():
         node = live._replace(rev=version.rev, size=version.size, mtime=version.mtime, manifest=version.manifest)
         answer.add("%s/%d" % (base, version.rev), [read(node, about) for read in readers])
     return answer.response()
@@ -10690,13 +10789,13 @@ def nc_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
 @route("GET", NC_VERSIONS, needs="read", refuse=nc_error)
 def nc_version(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """The bytes of a version."""
-    return content_response(request, *cloud.version(who, *find_version(cloud, who, path)))
+    return content_response(request, *cloud.versions.read(who, *find_version(cloud, who, path)))
 
 
 @route("MOVE", NC_VERSIONS, needs="write", refuse=nc_error)
 def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Make a version the present one."""
-    cloud.restore_version(who, *find_version(cloud, who, path))
+    cloud.versions.restore(who, *find_version(cloud, who, path))
     return Response(201)
 
 
@@ -10793,7 +10892,7 @@ class Upkeep:
         """Compute the SHA-256 of files that came in parts, some at a time."""
         for manifest, size in self.db.read("SELECT id, size FROM manifest WHERE sha256 IS NULL LIMIT 100"):
             whole = hashlib.sha256()
-            for piece in self.cloud.content_of(manifest, size).pieces():
+            for piece in self.cloud.contents.content(manifest, size).pieces():
                 whole.update(piece)
             self.write(Statement("UPDATE manifest SET sha256 = ? WHERE id = ?", (whole.hexdigest(), manifest)))
             limit -= size
@@ -10902,7 +11001,7 @@ class Thinning(Duty):
 
         Every statement asks again whether the node is live: then nothing of it goes, and it is not given up any more.
         """
-        self.cloud.give_up_below(self.db.read("SELECT node, max(until) FROM entry WHERE fate = 'purged' AND kind = 1 GROUP BY node"))
+        self.cloud.trash.give_up_below(self.db.read("SELECT node, max(until) FROM entry WHERE fate = 'purged' AND kind = 1 GROUP BY node"))
         gone = 0
         while True:
             nodes = [{"node": node, "home": home, "until": until} for node, home, until in self.db.read(
@@ -11042,7 +11141,7 @@ class Indexing(Duty):
     def _text_of(self, manifest: str, size: int) -> str:
         """What of a file goes into the index; nothing if it is no text, or cannot be read: the scrub tells of that."""
         try:
-            return spread(decode_text(self.cloud.content_of(manifest, size).read(TEXT_LIMIT)) or "")
+            return spread(decode_text(self.cloud.contents.content(manifest, size).read(TEXT_LIMIT)) or "")
         except CloudError as error:
             log.warning("not indexed: %s", error)
             return ""
@@ -11069,7 +11168,7 @@ class Indexing(Duty):
 
     def _stretch(self, done: int, most: int) -> int:
         """The seq up to which some work goes that stands at `done`: about `most` entries of a home, and no batch in part."""
-        reached = self.cloud.head()
+        reached = self.cloud.journal.head()
         for (home,) in self.db.read("SELECT id FROM account"):
             for (since,) in self.db.read("SELECT since FROM entry WHERE home = ? AND since > ? AND since <= ? ORDER BY since "
                                          "LIMIT 1 OFFSET ?", (home, done, reached, most)):
@@ -11161,7 +11260,7 @@ EVERYBODYS = ("devices",)        # what each process has to write
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what)
     "devices": (MINUTE, lambda janitor: janitor.cloud.devices.save_used()),
     "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
-    "reserve": (MINUTE, lambda janitor: janitor.cloud.keep_reserve()),
+    "reserve": (MINUTE, lambda janitor: janitor.cloud.space.keep_reserve()),
     "crash": (MINUTE, lambda janitor: janitor.upkeep.look_after_crash()),
     "expire": (MINUTE, lambda janitor: janitor.upkeep.expire()),
     "names": (5 * SECOND, lambda janitor: janitor.upkeep.indexing.index_names()),
@@ -11308,7 +11407,7 @@ class CloudServer(ThreadingHTTPServer):
 
     def stop(self) -> None:
         self.stopping = True
-        self.cloud.closing.set()
+        self.cloud.journal.closing.set()
         self._wake()
 
     def is_crowded(self) -> bool:
@@ -12270,10 +12369,10 @@ def export_files(cloud: Cloud, who: Principal, to: Path, top: tuple[str, ...] = 
     """
     check_outside(cloud.config.data, to)
     make_directory(to)
-    progress, export = Progress("export", cloud.stat(who, ()).size), Export(to)
+    progress, export = Progress("export", cloud.files.stat(who, ()).size), Export(to)
     if top:
         export.put(top)
-    for path, node, content in cloud.walk_contents(who, (), missed=lambda path, error: export.miss(top + path, error)):
+    for path, node, content in cloud.history.walk(who, (), missed=lambda path, error: export.miss(top + path, error)):
         export.put(top + path, node, content)
         progress.add(node.size)
     progress.end()
@@ -12369,10 +12468,10 @@ def import_files(cloud: Cloud, who: Principal, source: Path, into: tuple[str, ..
         path = into + place.relative_to(source).parts
         try:
             at = place.stat().st_mtime_ns // 1_000_000
-            node = cloud.find(who, check_path(path))
+            node = cloud.files.find(who, check_path(path))
             if node is None or node.kind or node.size != size or node.mtime != at:
                 with open(place, "rb", buffering=0) as file:
-                    cloud.write(who, path, FileBody(file, size), mtime=check_mtime(at), parents=True)
+                    cloud.files.write(who, path, FileBody(file, size), mtime=check_mtime(at), parents=True)
                 stored[0] += 1
         except (OSError, CloudError) as error:
             skipped.append("%s: %s" % (place, reason_of(error)))
@@ -12429,7 +12528,7 @@ def scan_files(source: Path, skipped: list[str], cloud: Cloud | None = None, who
 def make_once(cloud: Cloud, who: Principal, path: tuple[str, ...]) -> None:
     """Make a collection that may be there already.  raises CloudError"""
     try:
-        cloud.make_collection(who, path, parents=True)
+        cloud.files.make_collection(who, path, parents=True)
     except CloudError as error:
         if error.kind != "exists":
             raise
@@ -15142,7 +15241,7 @@ def run_verify(config: Config, given: Arguments) -> int:
     """read everything and name every file that is damaged"""
     with open_cloud(config, "look") as cloud:
         wrong = verify(cloud, given.quick)
-        print("\n".join(wrong) or "all is well: %d chunks, seq %d" % (cloud.numbers()["chunks"], cloud.head()))
+        print("\n".join(wrong) or "all is well: %d chunks, seq %d" % (cloud.numbers()["chunks"], cloud.journal.head()))
     return 1 if wrong else 0
 
 
@@ -15158,7 +15257,7 @@ def run_gc(config: Config, given: Arguments) -> int:
             raise CloudError("busy", "a running server is at it; try again in %d minutes, or stop it" % (LEASE // MINUTE))
         try:
             for account in cloud.accounts.list() if given.now else ():
-                print("%s: %d things given up" % (account.name, cloud.empty_trash(cloud.accounts.principal(account.name))))
+                print("%s: %d things given up" % (account.name, cloud.trash.empty(cloud.accounts.principal(account.name))))
             upkeep.expire()
             upkeep.thinning.mark_age()
             print("history: %d rows thinned, %d nodes removed" % (upkeep.thinning.thin(), upkeep.thinning.purge()))
