@@ -7547,6 +7547,7 @@ def check_origin(who: Principal, request: Request) -> None:
 IN_QUERY = ("GET", "HEAD", "PUT", "DELETE")      # methods whose declared arguments stand in the query
 TEXT_VALUES = {"integer": lambda text: int(text) if re.fullmatch("-?[0-9]{1,18}", text) else text,
                "boolean": lambda text: {"1": True, "true": True, "0": False, "false": False}.get(text, text)}
+Declared = Tuple[Callable[[Any], Any], dict[str, Any]]          # how a value is read, and its JSON Schema
 
 
 def is_integer(value: Any) -> bool:
@@ -7559,6 +7560,22 @@ def of_type(name: str, test: Callable[[Any], bool]) -> Callable[[Any], Any]:
             raise CloudError("bad-request", "it must be of type " + name)
         return value
     return check
+
+
+def one_of(*words: str) -> Declared:
+    def check(value: Any) -> str:
+        if value not in words:
+            raise CloudError("bad-request", "it must be one of %s" % ", ".join(filter(None, words)))
+        return value
+    return check, {"type": "string", "enum": list(words)}
+
+
+def between(least: int, most: int) -> Declared:
+    def check(value: Any) -> int:
+        if not is_integer(value) or not least <= value <= most:
+            raise CloudError("bad-request", "it must be an integer, %d to %d" % (least, most))
+        return value
+    return check, {"type": "integer", "minimum": least, "maximum": most}
 
 
 def each(read: Callable[[Any], Any], most: int = OPS_LIMIT) -> Callable[[Any], list[Any]]:
@@ -7579,13 +7596,7 @@ def read_moment(value: Any) -> tuple[str, int]:
 def read_transfer(value: Any) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     if not isinstance(value, dict) or not {"from", "to"} <= set(value) <= {"from", "to", "clash"}:
         raise CloudError("bad-request", 'an item is {"from": path, "to": path}, perhaps with a "clash" of its own')
-    return split_path(value["from"]), split_path(value["to"]), read_clash(value.get("clash", ""))
-
-
-def read_clash(value: Any) -> str:
-    if value not in ("", "refuse", "replace", "keep"):
-        raise CloudError("bad-request", "clash is refuse, replace or keep")
-    return value
+    return split_path(value["from"]), split_path(value["to"]), CLASH[0](value.get("clash", ""))
 
 
 def read_hash(value: Any) -> str:
@@ -7601,7 +7612,8 @@ def read_chunk_of_file(value: Any) -> tuple[str, int]:
 
 
 STRING = {"type": "string"}
-VALUES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {      # what can be declared: how it is read; its JSON Schema
+CLASH = one_of("", "refuse", "replace", "keep")          # what to do where a place is taken
+VALUES: dict[str, Declared] = {          # what can be declared
     "string": (of_type("string", lambda value: isinstance(value, str)), STRING),
     "integer": (of_type("integer", is_integer), {"type": "integer", "format": "int64"}),
     "boolean": (of_type("boolean", lambda value: isinstance(value, bool)), {"type": "boolean"}),
@@ -7610,10 +7622,13 @@ VALUES: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {      # what c
     "id": (parse_id, STRING), "ids": (each(parse_id, PAGE_LIMIT), {"type": "array", "items": STRING}),
     "time": (parse_time, {"type": ["string", "integer"]}), "moment": (read_moment, {"type": ["string", "integer"]}),
     "transfers": (each(read_transfer, PAGE_LIMIT), {"type": "array", "items": {
-        "type": "object", "properties": {"from": STRING, "to": STRING, "clash": STRING}, "required": ["from", "to"]}}),
+        "type": "object", "properties": {"from": STRING, "to": STRING, "clash": CLASH[1]}, "required": ["from", "to"]}}),
     "hashes": (each(read_hash), {"type": "array", "items": STRING}),
     "chunks": (each(read_chunk_of_file, 100_000), {"type": "array", "items": {"type": "array"}}),
     "etag": (of_type("string, or null", lambda value: value is None or isinstance(value, str)), {"type": ["string", "null"]}),
+    "clash": CLASH, "sort": one_of("name", "size", "mtime", "kind"), "order": one_of("asc", "desc"),
+    "within": one_of("", "names", "contents"), "category": one_of("", "collection", *KINDS),
+    "limit": between(1, PAGE_LIMIT), "days": between(1, 3650),
 }
 
 
@@ -7646,7 +7661,7 @@ def read_values(request: Request, declared: dict[str, str]) -> dict[str, Any]:
             if VALUES[kinds.get(name, "string")][1]["type"] == "array":
                 values.setdefault(name, []).append(text)
             else:
-                values[name] = TEXT_VALUES.get(kinds.get(name, ""), str)(text)
+                values[name] = TEXT_VALUES.get(str(VALUES[kinds.get(name, "string")][1]["type"]), str)(text)
     else:
         values = parse_json(request.body.read(JSON_LIMIT) or b"{}")
     return {**{name[:-1]: None for name in declared if name[-1] == "_"}, **check_fields(values, declared)}
@@ -8551,10 +8566,7 @@ def seq_of(cloud: Cloud, moment: tuple[str, int]) -> int:
     return moment[1] if moment[0] == "seq" else cloud.journal.seq_at(moment[1])
 
 
-def read_limit(value: int | None, most: int = PAGE_LIMIT) -> int:
-    if value is not None and not 1 <= value <= most:
-        raise CloudError("bad-request", "limit is 1 to %d" % most)
-    return value or min(1000, most)
+LIMIT = 1000                    # rows of an answer, if nobody says how many
 
 
 @route("GET", "/api/v1", needs="nothing")
@@ -8654,15 +8666,13 @@ def api_devices(cloud: Cloud, who: Principal, request: Request) -> Response:
         for device in cloud.devices.list(who)]})
 
 
-@route("POST", API + "devices", needs="account fresh", name=TEXT, readonly_="boolean", path_="path", days_="integer")
+@route("POST", API + "devices", needs="account fresh", name=TEXT, readonly_="boolean", path_="path", days_="days")
 def api_add_device(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make an app password, perhaps for reading only, for one collection, or for some days; it is shown this once."""
     values = request.values
     node = None if values["path"] is None else cloud.files.stat(who, values["path"])
     if node and not node.kind:
         raise CloudError("bad-request", "a device can be limited to a collection only")
-    if values["days"] is not None and not 1 <= values["days"] <= 3650:
-        raise CloudError("bad-request", "days is 1 to 3650")
     id, token = cloud.devices.add_token(who, values["name"], readonly=bool(values["readonly"]), node=node and node.node,
                                          life=values["days"] and values["days"] * DAY)
     return json_response({"id": id, "token": token}, 201)
@@ -8695,7 +8705,7 @@ def api_grant(cloud: Cloud, who: Principal, request: Request, token: str) -> Res
 
 # ---- files
 
-@route("GET", API + "files/<path>", needs="read", packs=True, at_="moment", sort_=TEXT, order_=TEXT, limit_="integer", after_="integer",
+@route("GET", API + "files/<path>", needs="read", packs=True, at_="moment", sort_="sort", order_="order", limit_="limit", after_="integer",
        chunks_="boolean", collections_first_="boolean")
 def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A node and, of a collection, a page of what it holds; `at` asks for a moment of the past.
@@ -8708,9 +8718,7 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
         node, children = cloud.history.past(who, path, seq_of(cloud, values["at"]))
         return json_response({**api_node(node, path), "children": [api_node(child, path + (child.name,)) for child in children],
                               "next": None})
-    if values["sort"] not in (None, *SORTS) or values["order"] not in (None, "asc", "desc"):
-        raise CloudError("bad-request", "sort by name, size, mtime or kind; order is asc or desc")
-    limit, start = read_limit(values["limit"]), max(0, values["after"] or 0)
+    limit, start = values["limit"] or LIMIT, max(0, values["after"] or 0)
     direction = " DESC" if values["order"] == "desc" else ""
     order = "e.kind DESC, " * bool(values["collections_first"]) + SORTS[values["sort"] or "name"] + direction + ", e.key" + direction
     with cloud.files.listing(who, path) as (node, now):
@@ -8760,7 +8768,7 @@ def api_make_collection(cloud: Cloud, who: Principal, request: Request) -> Respo
     return json_response(api_node(cloud.files.make_collection(who, path, parents=bool(request.values["parents"])), path), 201)
 
 
-@route("POST", API + "move", needs="write", items="transfers", clash_=TEXT)
+@route("POST", API + "move", needs="write", items="transfers", clash_="clash")
 def api_move(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Move and rename, many in one step.
 
@@ -8770,14 +8778,14 @@ def api_move(cloud: Cloud, who: Principal, request: Request) -> Response:
     return api_transfer(cloud, who, cloud.files.move, request.values)
 
 
-@route("POST", API + "copy", needs="write", items="transfers", clash_=TEXT)
+@route("POST", API + "copy", needs="write", items="transfers", clash_="clash")
 def api_copy(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Copy, many in one step; as move."""
     return api_transfer(cloud, who, partial(cloud.files.copy, alive=request.check_alive), request.values)
 
 
 def api_transfer(cloud: Cloud, who: Principal, verb: Callable[..., list[tuple[Node, bool]]], values: dict[str, Any]) -> Response:
-    clash = read_clash(values["clash"] or "refuse")
+    clash = values["clash"] or "refuse"
     pairs = [(source, target) for source, target, _ in values["items"]]
     if not pairs:
         raise CloudError("bad-request", "items are 1 to %d" % PAGE_LIMIT)
@@ -8850,10 +8858,10 @@ def api_pin(cloud: Cloud, who: Principal, request: Request) -> Response:
     return Response(204)
 
 
-@route("GET", API + "trash", needs="read", packs=True, before_="integer", limit_="integer")
+@route("GET", API + "trash", needs="read", packs=True, before_="integer", limit_="limit")
 def api_trash(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What was deleted, the latest first; go on with before=next.  The moment before it went is seq:N, one less than its `seq`."""
-    limit = read_limit(request.values["limit"])
+    limit = request.values["limit"] or LIMIT
     items = cloud.trash.list(who, request.values["before"] or 1 << 62, limit)
     return json_response({"items": [{**api_node(item.node, item.path), "deleted": format_time(item.at), "seq": item.node.until,
                                      "by": item.account} for item in items],
@@ -8896,14 +8904,14 @@ def api_bring_back(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": seq, "changed": changed})
 
 
-@route("GET", API + "differences/<path>", needs="read", packs=True, at="moment", limit_="integer")
+@route("GET", API + "differences/<path>", needs="read", packs=True, at="moment", limit_="limit")
 def api_differences(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What was added, deleted, changed or moved below a collection since a time, in the order of paths."""
     found = cloud.history.differences(who, path, seq_of(cloud, request.values["at"]), request.check_alive)
     return json_response({"count": len(found), "changes": [
         {"how": one.how, "kind": "collection" if (one.now or one.then).kind else "file", "size": (one.now or one.then).size,
          "path": one.path and "/".join(path + one.path), "was": one.was and "/".join(path + one.was)}
-        for one in found[:read_limit(request.values["limit"])]]})
+        for one in found[:request.values["limit"] or LIMIT]]})
 
 
 @route("GET", API + "held", needs="account")
@@ -8927,7 +8935,7 @@ def api_undo_device(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": seq, "changed": changed})
 
 
-@route("GET", API + "activity", needs="read", packs=True, before_="integer", limit_="integer", action_=TEXT, device_=TEXT, after_="time",
+@route("GET", API + "activity", needs="read", packs=True, before_="integer", limit_="limit", action_=TEXT, device_=TEXT, after_="time",
        until_="time", grouped_="boolean")
 def api_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The journal of the account, the latest first; go on with before = seq of the last.
@@ -8935,7 +8943,7 @@ def api_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
     action, device   only these;  after, until  only between these times
     grouped          many steps of one act are told as one: `seqs` names them all, the latest first, detail.count what they touched
     """
-    values, limit = request.values, read_limit(request.values["limit"])
+    values, limit = request.values, request.values["limit"] or LIMIT
     steps = cloud.journal.activity(
         who, values["before"] or 1 << 62, PAGE_LIMIT // 2 if values["grouped"] else limit, action=values["action"],
         device=values["device"], after=values["after"] or 0, until=1 << 62 if values["until"] is None else values["until"])
@@ -8970,11 +8978,11 @@ def group_steps(steps: Iterable[Step]) -> list[list[Step]]:
     return groups
 
 
-@route("GET", API + "activity/server", needs="admin", before_="integer", limit_="integer")
+@route("GET", API + "activity/server", needs="admin", before_="integer", limit_="limit")
 def api_server_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What happened to accounts and settings of the whole server, the latest first."""
     values = request.values
-    return json_response({"steps": list(map(api_step, cloud.journal.server_activity(values["before"] or 1 << 62, read_limit(values["limit"]))))})
+    return json_response({"steps": list(map(api_step, cloud.journal.server_activity(values["before"] or 1 << 62, values["limit"] or LIMIT)))})
 
 
 @route("GET", API + "activity/devices", needs="account")
@@ -8984,8 +8992,8 @@ def api_activity_devices(cloud: Cloud, who: Principal, request: Request) -> Resp
     return json_response({"devices": [{"name": name, "kind": kind} for name, kind in sorted(names.items())]})
 
 
-@route("GET", API + "search", needs="read", q_=TEXT, path_="path", within_=TEXT, kind_=TEXT, larger_="integer", smaller_="integer",
-       after_="time", before_="time", limit_="integer")
+@route("GET", API + "search", needs="read", q_=TEXT, path_="path", within_="within", kind_="category", larger_="integer", smaller_="integer",
+       after_="time", before_="time", limit_="limit")
 def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Files and collections by words of their names and, of text files, contents; the latest changed first.
 
@@ -8998,11 +9006,9 @@ def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
     words, without = parse_words(values["q"] or "")
     query = Query(words, without, values["within"] or "", values["kind"] or "", values["larger"], values["smaller"],
                   values["after"], values["before"])
-    if query.within not in ("", "names", "contents") or query.kind not in ("", "collection", *KINDS):
-        raise CloudError("bad-request", "within is names or contents; kind is collection, %s" % ", ".join(KINDS))
     if query == Query(within=query.within):
         return json_response({"items": [], "more": False})
-    found, more = cloud.search.find(who, query, values["path"] or (), read_limit(values["limit"], 1000),
+    found, more = cloud.search.find(who, query, values["path"] or (), min(LIMIT, values["limit"] or LIMIT),
                                partial(request.check_alive, SEARCH_TIME))
     items = api_nodes(cloud, ((hit.path, hit.node) for hit in found))
     for item, hit in zip(items, found):
@@ -9345,7 +9351,7 @@ def sync_lines(first: dict[str, Any], places: Iterator[Place]) -> Iterator[bytes
     yield b"\n".join([*lines, format_json({"end": True, "count": count})]) + b"\n"
 
 
-@route("GET", API + "changes", needs="read", since="integer", wait_="integer", limit_="integer", chunks_="boolean", server_=TEXT,
+@route("GET", API + "changes", needs="read", since="integer", wait_="integer", limit_="limit", chunks_="boolean", server_=TEXT,
        tag_=TEXT)
 def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The newest state of every node touched since a seq, each once; `wait` holds the answer, seconds, until there is one.
@@ -9359,7 +9365,7 @@ def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
     since, wait = values["since"], min(max(0, values["wait"] or 0), WAIT_LIMIT)
     if wait and cloud.journal.newest(who) <= since <= cloud.journal.head():
         cloud.journal.await_change(who, since, wait, request.check_alive)
-    reached, changes = cloud.history.changes(who, (), since, read_limit(values["limit"]), request.check_alive)
+    reached, changes = cloud.history.changes(who, (), since, values["limit"] or LIMIT, request.check_alive)
     found = []
     for change in changes:
         about = {"path": None, "node": str(change.id), "kind": "collection" if change.kind else "file",

@@ -5265,7 +5265,8 @@ HOSTILE_TEXT = ["", "%00", "a%00b", "%ff", "%ed%a0%80", "%", "%zz", "a" * 300, "
                 "%2f", "a%5cb", "seq:" + "9" * 18, "9999-12-31T23:59:59%2B99:99", "%22", "*", "AND", "-x", "%F0%9F%98%80", "%C3%A4", "%E4"]
 FILES_OF_ANN = "/remote.php/dav/files/ann"
 PLAIN_VALUES = {"string": "x", "integer": 1, "boolean": True, "array": [], "path": "f", "paths": ["f"], "id": "1", "ids": ["1"], "time": 0, "moment": "seq:1",
-                "transfers": [{"from": "f", "to": "g"}], "hashes": []}
+                "transfers": [{"from": "f", "to": "g"}], "hashes": [], "clash": "keep", "sort": "name", "order": "asc", "within": "names", "category": "pdf",
+                "limit": 1, "days": 1}
 
 
 def answer_of(cloud, method, target, body=b"", **fields):
@@ -5343,7 +5344,7 @@ def test_no_declared_value_is_taken_for_what_it_is_not(careless, cloud, ann):
                     found = outcome(cs.read_values, request, {name: kind})
                     seen += [(kind, found[name.rstrip("_")])] if isinstance(found, dict) else []
     kinds = {"string": str, "integer": int, "boolean": bool, "array": list, "path": tuple, "paths": list, "id": int, "ids": list, "time": int, "moment": tuple,
-             "transfers": list, "hashes": list}
+             "transfers": list, "hashes": list, "clash": str, "days": int}
     assert {kind for kind, _ in seen} >= set(kinds) - {"array", "id"}
     for kind, value in seen:
         assert value is None or type(value) is kinds[kind], (kind, value)
