@@ -1158,8 +1158,8 @@ class TestStore:
 
     def test_who_is_killed_leaves_nothing_that_is_found(self, store, tmp_path, request):
         """Only the list shows what is left, if anything, under a name by which it can be deleted or put once more."""
-        code = "import sys, os, pathlib, cloudserver as cs, test_cloudserver as tests; setattr(cs, sys.argv[3], lambda *_: os._exit(9)); " \
-            "tests.STORES[sys.argv[1]](pathlib.Path(sys.argv[2])).put(tests.object_name(b'a'), b'a')"
+        code = "import sys, os, pathlib; sys.path.insert(0, os.getcwd()); import cloudserver as cs, test_cloudserver as tests; " \
+            "setattr(cs, sys.argv[3], lambda *_: os._exit(9)); tests.STORES[sys.argv[1]](pathlib.Path(sys.argv[2])).put(tests.object_name(b'a'), b'a')"
         kind = request.node.callspec.params["store"]
         assert subprocess.run([sys.executable, "-c", code, kind, str(tmp_path), KILLED_IN[kind]], cwd=str(Path(__file__).parent)).returncode == 9
         assert not store.has(object_name(b"a")) and set(store.list("ca")) <= {"." + object_name(b"a")}
