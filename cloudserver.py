@@ -14,7 +14,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      6  Store           Store Directory Blobs Content                  the only code that opens data files
      7  Database        Database Batch SCHEMA MIGRATIONS               two calls: read and write
      8  Accounts        Credentials Accounts Devices                   who is asking
-     9  Tree            Moment Span Spot                               the tree of files, read
+     9  Tree            View Place Moment Span                         the tree of files, read
      9  Changes         Contents Space Locks Brake Tree                how it is changed
     10  Files           Files Copies Search                            the verbs of what is
     10  History         Journal History Versions Trash                 ... and of what was
@@ -2231,7 +2231,7 @@ CREATE TABLE account (
     quota INTEGER,                      -- bytes; NULL is none
     password TEXT NOT NULL, created INTEGER NOT NULL,
     removed INTEGER,                    -- due time of its end; key is NULL then
-    shape INTEGER NOT NULL DEFAULT 0);  -- raised when collections leave their places or locks appear: see Spot
+    shape INTEGER NOT NULL DEFAULT 0);  -- raised when collections leave their places or locks appear: see Place
 CREATE TABLE entry (                    -- the temporal tree: what a node was during [since, until)
     home INTEGER NOT NULL, since INTEGER NOT NULL, node INTEGER NOT NULL, until INTEGER,
     parent INTEGER, name TEXT NOT NULL, key TEXT NOT NULL, kind INTEGER NOT NULL,
@@ -3790,8 +3790,8 @@ def network_of(address: str) -> str:
 
 # ==== 9. Tree ============================================================================
 #
-# What every verb stands on.  1. A verb takes who, then what, then Preconditions.  2. It checks rights, stores
-# bytes, then commits one batch; nothing it decided on can have changed by then, because guards restate it.
+# What every verb stands on.  1. A verb takes who, then what, then Preconditions.  2. It enters where somebody may go (View,
+# Place), says what right it needs, stores bytes, then commits one batch; nothing it decided on can have changed by then, because guards restate it.
 # 3. The tree changes only through Tree.batch, which turns Changes into rows, sums and one journal line.
 # 4. Sums: a collection's row counts the live files below it, and its seq is the last write anywhere below.
 # 5. account.shape is raised whenever a collection leaves its place, a lock appears or history is given up; a batch
@@ -3818,9 +3818,38 @@ LONG_HASH = 64 * MiB            # larger files are hashed in the lane for long w
 WAITERS, WAITS = 128, 32        # who may wait for changes at a time, per process: in all, and of one account
 
 
-class Spot(NamedTuple):
-    """Where a path leads."""
-    home: int
+READ, CREATE, UPDATE, DELETE, PAST = RIGHTS = ("read", "create", "update", "delete", "past")
+
+
+class View(NamedTuple):
+    """What somebody may see and do: what lies below a node, and nothing else.  Outside of it nothing exists for them."""
+    who: Principal
+    home: int                    # whose tree it is
+    top: int                     # the collection that is "/" to them
+    rights: frozenset[str]       # out of RIGHTS
+    whole: bool                  # is top the root of the home?
+
+    def need(self, right: str) -> None:
+        """raises CloudError forbidden without that right"""
+        if right not in self.rights:
+            raise CloudError("forbidden", "this device may only read" if self.rights else "nobody is logged in")
+
+    def need_whole(self) -> None:
+        """raises CloudError forbidden if there is more in the home than is seen from here"""
+        if not self.whole:
+            raise CloudError("forbidden", "this device is limited to one collection")
+
+
+@lru_cache(maxsize=1024)
+def view_of(who: Principal) -> View:
+    """The one place that knows what somebody may see and do."""
+    rights = () if not who.account else (READ, PAST) if who.readonly else RIGHTS
+    return View(who, who.account, who.root, frozenset(rights), not who.scoped)
+
+
+class Place(NamedTuple):
+    """Where a path leads, for somebody."""
+    view: View
     shape: int
     locked: bool                 # are there locks in this home at all?
     quota: int | None
@@ -3845,7 +3874,7 @@ class Spot(NamedTuple):
 
 @lru_cache(maxsize=2 * STRIDE + 2)
 def path_query(depth: int, content: bool) -> str:
-    """A SELECT from the start node and `depth` keys to everything Spot needs: one index search per name."""
+    """A SELECT from the start node and `depth` keys to everything Place needs: one index search per name."""
     names = ["p%d" % n for n in range(1, depth)] + ["e"]
     joins, above = [], "?"
     for name in names:
@@ -4163,13 +4192,14 @@ class Span:
 
 def seen_by(read: Read, who: Principal) -> Moment:
     """What somebody sees, as it is now: nothing, if the collection that a device is limited to is in the trash."""
-    hidden = who.scoped and Moment(read, who.root).above(who.root) is None
-    return Moment(read, 0 if hidden else who.root)
+    _, _, top, _, whole = view_of(who)
+    hidden = not whole and Moment(read, top).above(top) is None
+    return Moment(read, 0 if hidden else top)
 
 
-def above_root(read: Read, who: Principal) -> tuple[int, ...]:
+def above_top(read: Read, view: View) -> tuple[int, ...]:
     """What holds the collection that a device is limited to.  raises CloudError not-found if that is in the trash"""
-    above = Moment(read, who.root).above(who.root) if who.scoped else ()
+    above = () if view.whole else Moment(read, view.top).above(view.top)
     if above is None:
         raise CloudError("not-found", "there is nothing of that id")
     return above
@@ -4303,14 +4333,14 @@ class Space:
         self.db, self.clock, self.config = db, clock, config
         self._free: tuple[int, bool] = (0, True)         # until when the disk counts as free
 
-    def check(self, spot: Spot, growth: int, size: int) -> None:
+    def check(self, place: Place, growth: int, size: int) -> None:
         """Refuse what exceeds quota or disk.  `growth` of the live bytes, `size` to be stored; both in bytes."""
         if size > parse_size(self.config.max_file):
             raise CloudError("too-large", "files may have %s" % format_size(parse_size(self.config.max_file)))
-        if spot.quota is not None and growth > 0 and spot.used + self.reserved(spot.home) + growth > spot.quota:
-            raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, spot.quota - spot.used)))
-        if size and spot.quota is not None:
-            self._check_spent(self._overspent(spot.home, size, SPENT_FREE))
+        if place.quota is not None and growth > 0 and place.used + self.reserved(place.view.home) + growth > place.quota:
+            raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, place.quota - place.used)))
+        if size and place.quota is not None:
+            self._check_spent(self._overspent(place.view.home, size, SPENT_FREE))
         if size and not self.has_room():
             raise CloudError("disk-full", "the disk of the server is almost full")
 
@@ -4365,52 +4395,52 @@ class Locks:
     def __init__(self, db: Database, clock: Clock) -> None:
         self.db, self.clock = db, clock
 
-    def of(self, spot: Spot) -> list[Lock]:
+    def of(self, place: Place) -> list[Lock]:
         return [Lock._make(row) for row in self.db.read("SELECT * FROM lock WHERE home = ? AND due > ?",
-                                                        (spot.home, self.clock.due()))]
+                                                        (place.view.home, self.clock.due()))]
 
-    def covering(self, spot: Spot, locks: list[Lock]) -> list[Lock]:
-        """The locks that hold the node at a spot: its own, and deep ones from above."""
+    def covering(self, place: Place, locks: list[Lock]) -> list[Lock]:
+        """The locks that hold the node at a place: its own, and deep ones from above."""
         return [lock for lock in locks
-                if spot.node and lock.node == spot.node.node or lock.deep and lock.node in spot.chain]
+                if place.node and lock.node == place.node.node or lock.deep and lock.node in place.chain]
 
-    def check(self, who: Principal, spot: Spot, given: Preconditions, *, below: bool = False,
+    def check(self, who: Principal, place: Place, given: Preconditions, *, below: bool = False,
                      member: bool | None = None) -> None:
         """Refuse unless the locks in the way are the caller's and were submitted (RFC 4918 s7).
 
         below    what hangs below the node is affected too: delete, move, overwrite
         member   the parent gains or loses a member; None means: if there is no node yet
         """
-        locks = self.of(spot)
-        held = self.covering(spot, locks)
-        if (spot.node is None if member is None else member) and spot.chain:
-            held += [lock for lock in locks if lock.node == spot.parent and not lock.deep]
-        if below and spot.node:
-            held += [lock for lock in locks if lock.node != spot.node.node and lock not in held
-                     and spot.node.node in holders(self.db.read, lock.node)]
+        locks = self.of(place)
+        held = self.covering(place, locks)
+        if (place.node is None if member is None else member) and place.chain:
+            held += [lock for lock in locks if lock.node == place.parent and not lock.deep]
+        if below and place.node:
+            held += [lock for lock in locks if lock.node != place.node.node and lock not in held
+                     and place.node.node in holders(self.db.read, lock.node)]
         mine = {lock.token for lock in held if lock.account == who.account and lock.token in given.tokens}
         shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
         for lock in held:
             if lock.token not in mine and (lock.exclusive or lock.node not in shared):
                 raise CloudError("locked", "it is locked", path=seen_by(self.db.read, who).path(lock.node))
 
-    def check_conflict(self, who: Principal, spot: Spot, exclusive: bool, deep: bool) -> None:
-        locks = self.of(spot)
-        near = self.covering(spot, locks)
-        if deep and spot.node:
-            near += [lock for lock in locks if spot.node.node in holders(self.db.read, lock.node)]
+    def check_conflict(self, who: Principal, place: Place, exclusive: bool, deep: bool) -> None:
+        locks = self.of(place)
+        near = self.covering(place, locks)
+        if deep and place.node:
+            near += [lock for lock in locks if place.node.node in holders(self.db.read, lock.node)]
         for lock in near:
             if exclusive or lock.exclusive:
                 raise CloudError("lock-conflict", "it is locked", path=seen_by(self.db.read, who).path(lock.node))
         if len(locks) >= 10_000:
             raise CloudError("busy", "this account has 10000 locks")
 
-    def drop(self, spot: Spot, *nodes: Node) -> list[Statement]:
+    def drop(self, place: Place, *nodes: Node) -> list[Statement]:
         """Locks do not outlive the place of a node (RFC 4918 s7.5, s9.6.1)."""
-        if not spot.locked:
+        if not place.locked:
             return []
         gone = {node.node for node in nodes}
-        return [Statement("DELETE FROM lock WHERE token = ?", (lock.token,)) for lock in self.of(spot)
+        return [Statement("DELETE FROM lock WHERE token = ?", (lock.token,)) for lock in self.of(place)
                 if lock.node in gone or gone & set(holders(self.db.read, lock.node))]
 
     def near(self, now: Moment, node: Node) -> Callable[[Node], list[Lock]]:
@@ -4432,6 +4462,7 @@ class Brake:
         destroyed   (what was, what takes its place or None), whichever verb does it
         What it made itself within the window does not count, nor does a file that it overwrites once more.
         """
+        view = view_of(who)
         recent = self.clock.wall() - BRAKE_WINDOW
         gone = [(before, after) for before, after in destroyed if before.created < recent]
         deletes = sum(before.files if before.kind else 1 for before, after in gone if after is None)
@@ -4446,9 +4477,9 @@ class Brake:
                              (deletes, overwrites, who.device))
         else:
             seq, files = self.db.read("SELECT (SELECT max(seq) FROM journal), c.files FROM account a JOIN collection c "
-                                      "ON c.node = a.root WHERE a.id = ?", (who.account,))[0]
+                                      "ON c.node = a.root WHERE a.id = ?", (view.home,))[0]
             brake = brake if brake and brake.held is not None else Window(
-                who.device, who.account, seq, now + BRAKE_WINDOW, files, 0, 0, None, 0)
+                who.device, view.home, seq, now + BRAKE_WINDOW, files, 0, 0, None, 0)
             note = Statement("INSERT OR REPLACE INTO brake VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                              brake._replace(deletes=deletes, overwrites=overwrites))
         self._check(who, brake, deletes, overwrites)
@@ -4460,6 +4491,7 @@ class Brake:
 
     def _check(self, who: Principal, brake: Window, deletes: int, overwrites: int) -> None:
         """raises CloudError held if this would be too much, or something was before"""
+        view = view_of(who)
         def is_too_much() -> bool:
             count = deletes + overwrites + brake.deletes + brake.overwrites
             return count > BRAKE_FILES and count * BRAKE_SHARE > brake.files
@@ -4467,7 +4499,7 @@ class Brake:
         if brake.held is None and is_too_much():
             (files,), = self.db.read(
                 "SELECT count(DISTINCT e.node) FROM journal j JOIN entry e ON e.home = j.home AND e.until = j.seq "
-                "WHERE j.home = ? AND j.seq > ? AND j.device = ? AND e.fate = 'replaced'", (who.account, brake.seq, who.device))
+                "WHERE j.home = ? AND j.seq > ? AND j.device = ? AND e.fate = 'replaced'", (view.home, brake.seq, who.device))
             brake = brake._replace(overwrites=min(files, brake.overwrites))
             if not is_too_much():
                 self.db.run(Statement("UPDATE brake SET overwrites = ? WHERE device = ?", (files, who.device)))
@@ -4475,7 +4507,7 @@ class Brake:
             held = brake._replace(deletes=brake.deletes + deletes, overwrites=brake.overwrites + overwrites,
                                   held=self.clock.wall())
             self.db.write(lambda: Batch([Statement("INSERT OR REPLACE INTO brake VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", held)],
-                                        line=Line(who.account, who, "hold", {"count": held.deletes + held.overwrites})))
+                                        line=Line(view.home, who, "hold", {"count": held.deletes + held.overwrites})))
             log.warning("a device is held by the brake", extra={"account": who.name, "by": who.device})
             brake = held
         if brake.held is not None:
@@ -4511,17 +4543,18 @@ class Tree:
         self.locks, self.brake = Locks(db, clock), Brake(db, clock)
         self.lanes = Shares(2, "%d long operations of this account are under way already")
 
-    def spot(self, who: Principal, path: tuple[str, ...], *, content: bool = False) -> Spot:
-        """Follow a path from the root of `who`.  raises CloudError forbidden for nobody"""
-        if not who.account:
-            raise CloudError("forbidden", "nobody is logged in")
+    def enter(self, who: Principal, path: tuple[str, ...], right: str | None = None, *, content: bool = False) -> Place:
+        """The one way in: follow a path from the top of what `who` sees.  raises CloudError forbidden, for nobody and without the right"""
+        view = view_of(who)
+        if not view.rights or right and right not in view.rights:
+            view.need(right or READ)
         if not path:
-            return self.root_spot(who)
-        above = above_root(self.db.read, who) + (who.root,) if who.scoped else (who.root,)
+            return self.enter_top(who)
+        above = (view.top,) if view.whole else above_top(self.db.read, view) + (view.top,)
         keys = [key_of(name) for name in path]
         walked = 0
         while len(keys) - walked > STRIDE:                   # far down: in several steps
-            ids = self._spot_row(above[-1], keys[walked:walked + STRIDE], who.account, False)
+            ids = self._place_row(above[-1], keys[walked:walked + STRIDE], view.home, False)
             below = ids[5:4 + STRIDE] + ids[4 + STRIDE:5 + STRIDE]
             there = next((n for n, id in enumerate(below) if id is None), STRIDE)
             above += below[:there]
@@ -4529,40 +4562,41 @@ class Tree:
             if there < STRIDE:
                 break
         depth = min(len(keys) - walked, STRIDE)
-        row = self._spot_row(above[-1], keys[walked:walked + depth], who.account, content)
+        row = self._place_row(above[-1], keys[walked:walked + depth], view.home, content)
         parents, tail = row[5:4 + depth], row[4 + depth:]
         there = next((n for n, id in enumerate(parents) if id is None), depth - 1)
         chain, rest = above + parents[:there], path[walked + there:]
         node = Node._make(tail[:15]) if tail[0] is not None else None
         chunk = StoredChunk._make(tail[15:]) if content and tail[15] is not None else None
         is_open = row[4] is not None if there == depth - 1 else self._is_collection(chain[-1])
-        return Spot(who.account, row[0], bool(row[1]), row[2], row[3], chain, is_open, () if node else rest, node, chunk)
+        return Place(view, row[0], bool(row[1]), row[2], row[3], chain, is_open, () if node else rest, node, chunk)
 
-    def _spot_row(self, start: int, keys: Sequence[str], account: int, content: bool) -> tuple[Any, ...]:
+    def _place_row(self, start: int, keys: Sequence[str], account: int, content: bool) -> tuple[Any, ...]:
         params = (start, *keys, start, account) if len(keys) == 1 else (start, *keys, account)
         rows = self.db.read(path_query(len(keys), content), params)
         if not rows:
             raise CloudError("forbidden", "this account does not exist any more")
         return rows[0]
 
-    def root_spot(self, who: Principal) -> Spot:
-        above = above_root(self.db.read, who)
+    def enter_top(self, who: Principal) -> Place:
+        view = view_of(who)
+        above = above_top(self.db.read, view)
         rows = self.db.read(
             "SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota - a.extra, r.size, " + NODE + " FROM account a "
             "JOIN collection r ON r.node = a.root LEFT JOIN entry e ON e.node = ? AND e.until IS NULL "
-            "LEFT JOIN collection c ON c.node = e.node WHERE a.id = ?", (who.root, who.account))
+            "LEFT JOIN collection c ON c.node = e.node WHERE a.id = ?", (view.top, view.home))
         if not rows or rows[0][4] is None:
             raise CloudError("not-found", "the collection this device is limited to is gone")
         shape, locked, quota, used, *node = rows[0]
-        return Spot(who.account, shape, bool(locked), quota, used, above, True, (), Node._make(node))
+        return Place(view, shape, bool(locked), quota, used, above, True, (), Node._make(node))
 
     def _is_collection(self, node: int) -> bool:
         return bool(self.db.read("SELECT 1 FROM collection WHERE node = ?", (node,)))
 
     def store(self, who: Principal, *body: Statement, price: int = 0) -> None:
         """Commit statements that change no tree, for an account that pays for them.  raises CloudError over-quota"""
-        spot = self.spot(who, ())
-        batch = self.space.pay(Batch(list(body)), spot.home, spot.quota, price)
+        place = self.enter(who, ())
+        batch = self.space.pay(Batch(list(body)), place.view.home, place.quota, price)
         if batch.body:
             self.db.write_once(batch, CloudError("over-quota", OVERSPENT))
 
@@ -4570,35 +4604,36 @@ class Tree:
         """A lane for long work, some at a time for each account (Q3)."""
         return self.lanes.of(who.account)
 
-    def spot_for_file(self, who: Principal, path: tuple[str, ...], given: Preconditions, size: int,
-                       parents: bool) -> Spot:
+    def place_for_file(self, who: Principal, path: tuple[str, ...], given: Preconditions, size: int,
+                       parents: bool) -> Place:
         """Where a file of `size` bytes may be written, everything checked."""
-        spot = self.spot(who, path)
-        while given.beside and spot.node:        # somebody may take the free name between the two
-            spot = self.spot(who, path[:-1] + (self.free_name(spot.parent, path[-1]),))
-        self.check_place(spot, path, parents)
-        if spot.node and spot.node.kind:
+        place = self.enter(who, path)
+        while given.beside and place.node:        # somebody may take the free name between the two
+            place = self.enter(who, path[:-1] + (self.free_name(place.parent, path[-1]),))
+        self.check_place(place, path, parents)
+        place.view.need(UPDATE if place.node else CREATE)
+        if place.node and place.node.kind:
             raise CloudError("conflict", "a collection is at this path")
-        spot = self.admit(who, spot, path, given)
-        self.space.check(spot, size - (spot.node.size if spot.node else 0), size)
-        return spot
+        place = self.admit(who, place, path, given)
+        self.space.check(place, size - (place.node.size if place.node else 0), size)
+        return place
 
     # ---- what must hold before a write
 
-    def admit(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> Spot:
-        """Check conditions and locks for a change of what is at a path, or of what shall be there; returns the spot with
+    def admit(self, who: Principal, place: Place, path: tuple[str, ...], given: Preconditions) -> Place:
+        """Check conditions and locks for a change of what is at a path, or of what shall be there; returns the place with
         the guards that restate them."""
         if given is not ANY:
-            spot = self.check_conditions(who, spot, path, given)
-        if spot.locked:
-            self.locks.check(who, spot, given)
-        return spot
+            place = self.check_conditions(who, place, path, given)
+        if place.locked:
+            self.locks.check(who, place, given)
+        return place
 
-    def check_conditions(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> Spot:
-        """Refuse unless what a request demands of the present state holds; returns the spot with guards that restate it (R14)."""
+    def check_conditions(self, who: Principal, place: Place, path: tuple[str, ...], given: Preconditions) -> Place:
+        """Refuse unless what a request demands of the present state holds; returns the place with guards that restate it (R14)."""
         if given is ANY:
-            return spot
-        node = spot.node
+            return place
+        node = place.node
         if given.if_match:
             if node is None or not ("*" in given.if_match or node.etag in given.if_match):
                 raise CloudError("precondition-failed", "it has changed")
@@ -4609,75 +4644,75 @@ class Tree:
                 raise CloudError("twin", "the same name is there in another Unicode form")
             if "*" in given.if_none_match or node.etag in given.if_none_match:
                 raise CloudError("precondition-failed", "it is there already")
-        guards = [unchanged(spot)] if node else []       # a name that must be free is guarded by its index
+        guards = [unchanged(place)] if node else []       # a name that must be free is guarded by its index
         if given.lists:
             held = next(filter(None, (self._holds(who, path, *conditions) for conditions in given.lists)), None)
             if held is None:
                 raise CloudError("precondition-failed", "the If field does not hold")
             guards += held
-        return spot._replace(guards=spot.guards + tuple(guards))
+        return place._replace(guards=place.guards + tuple(guards))
 
     def _holds(self, who: Principal, path: tuple[str, ...], other: tuple[str, ...] | None,
                conditions: tuple[tuple[bool, str, str], ...]) -> list[Statement] | None:
         """The guards that restate one list of an If field; None if it does not hold for its resource (RFC 4918 s10.4.3)."""
-        spot = self.spot(who, path if other is None else other)
-        tokens = {lock.token for lock in self.locks.covering(spot, self.locks.of(spot))} if spot.locked else set()
-        etag = spot.node.etag if spot.node else None
+        place = self.enter(who, path if other is None else other)
+        tokens = {lock.token for lock in self.locks.covering(place, self.locks.of(place))} if place.locked else set()
+        etag = place.node.etag if place.node else None
         if not all(wanted == (value in tokens if kind == "token" else value == etag) for wanted, kind, value in conditions):
             return None
-        return [unchanged(spot), *(Statement("SELECT 'lock' WHERE NOT EXISTS (SELECT 1 FROM lock WHERE token = ? AND due > ?)",
+        return [unchanged(place), *(Statement("SELECT 'lock' WHERE NOT EXISTS (SELECT 1 FROM lock WHERE token = ? AND due > ?)",
                                              (value, self.clock.due()))
                                    for wanted, kind, value in conditions if wanted and kind == "token")]
 
-    def admit_removal(self, who: Principal, spot: Spot, path: tuple[str, ...], given: Preconditions) -> Spot:
-        """What must hold for a node to leave its place; returns the spot with the guards that restate it."""
-        spot.found()
+    def admit_removal(self, who: Principal, place: Place, path: tuple[str, ...], given: Preconditions) -> Place:
+        """What must hold for a node to leave its place; returns the place with the guards that restate it."""
+        place.found()
         if not path:
             raise CloudError("forbidden", "the root stays where it is")
-        spot = self.check_conditions(who, spot, path, given)
-        if spot.locked:
-            self.locks.check(who, spot, given, below=True, member=True)
-        return spot
+        place = self.check_conditions(who, place, path, given)
+        if place.locked:
+            self.locks.check(who, place, given, below=True, member=True)
+        return place
 
-    def check_place(self, spot: Spot, path: tuple[str, ...], parents: bool = False) -> None:
+    def check_place(self, place: Place, path: tuple[str, ...], parents: bool = False) -> None:
         """Refuse a path at which nothing can be."""
-        if not spot.open:
+        if not place.open:
             raise CloudError("conflict", "a file is in the way")
-        if spot.node is None:
-            if len(spot.rest) > 1 and not parents:
+        if place.node is None:
+            if len(place.rest) > 1 and not parents:
                 raise CloudError("no-parent", "the collection %s does not exist" % "/".join(path[:-1]))
-            if len(spot.chain) - 1 + len(spot.rest) > DEPTH_LIMIT:
+            if len(place.chain) - 1 + len(place.rest) > DEPTH_LIMIT:
                 raise CloudError("bad-request", "over %d levels deep" % DEPTH_LIMIT)
             if self.config.windows_names == "refuse":
-                self._check_windows(spot, path)
+                self._check_windows(place, path)
 
-    def _check_windows(self, spot: Spot, path: tuple[str, ...]) -> None:
+    def _check_windows(self, place: Place, path: tuple[str, ...]) -> None:
         """Refuse names Windows cannot hold beside what is there (P11)."""
-        name = spot.rest[0]
-        if not all(map(is_windows_name, spot.rest)):
+        name = place.rest[0]
+        if not all(map(is_windows_name, place.rest)):
             raise CloudError("conflict", "Windows cannot hold the name %s" % name)
-        for (other,) in self.db.read("SELECT name FROM entry WHERE parent = ? AND until IS NULL", (spot.parent,)):
+        for (other,) in self.db.read("SELECT name FROM entry WHERE parent = ? AND until IS NULL", (place.parent,)):
             if other.casefold() == name.casefold():
                 raise CloudError("conflict", "%s is there, and Windows cannot tell the two apart" % other)
 
     # ---- changes
 
-    def put_change(self, spot: Spot, path: tuple[str, ...], stored: Stored, mtime: int) -> tuple[Change, list[Change]]:
-        """The change that puts stored bytes at a spot, and those that make the collections it lacks."""
-        made, chain = self.make_parents(spot)
-        if spot.node:
-            media = media_type(spot.node.name, stored.head)
-            after = spot.node._replace(manifest=stored.manifest, size=stored.size, mtime=mtime, media=media, rev=0)
+    def put_change(self, place: Place, path: tuple[str, ...], stored: Stored, mtime: int) -> tuple[Change, list[Change]]:
+        """The change that puts stored bytes at a place, and those that make the collections it lacks."""
+        made, chain = self.make_parents(place)
+        if place.node:
+            media = media_type(place.node.name, stored.head)
+            after = place.node._replace(manifest=stored.manifest, size=stored.size, mtime=mtime, media=media, rev=0)
         else:
-            after = Node(self.db.new_id(), spot.home, 0, None, chain[-1], spot.rest[-1], FILE, stored.manifest, stored.size,
-                         mtime, media_type(spot.rest[-1], stored.head), 0, None)
-        return Change(spot.node, after, chain, chain), made
+            after = Node(self.db.new_id(), place.view.home, 0, None, chain[-1], place.rest[-1], FILE, stored.manifest, stored.size,
+                         mtime, media_type(place.rest[-1], stored.head), 0, None)
+        return Change(place.node, after, chain, chain), made
 
-    def make_parents(self, spot: Spot) -> tuple[list[Change], tuple[int, ...]]:
-        """Changes that make the collections a spot lacks above its last name; and the chain with them."""
-        made, chain = [], spot.chain
-        for name in spot.rest[:-1]:
-            made.append(Change(None, self.new_collection(spot.home, chain[-1], name), (), chain))
+    def make_parents(self, place: Place) -> tuple[list[Change], tuple[int, ...]]:
+        """Changes that make the collections a place lacks above its last name; and the chain with them."""
+        made, chain = [], place.chain
+        for name in place.rest[:-1]:
+            made.append(Change(None, self.new_collection(place.view.home, chain[-1], name), (), chain))
             chain += (made[-1].after.node,)
         return made, chain
 
@@ -4709,15 +4744,15 @@ class Tree:
 
     # ---- the one way into the tree
 
-    def batch(self, who: Principal, spot: Spot, action: str, detail: dict[str, Any], changes: Sequence[Change],
+    def batch(self, who: Principal, place: Place, action: str, detail: dict[str, Any], changes: Sequence[Change],
                extra: Sequence[Statement] = (), credit: int = 0, sums: dict[int, list[int]] | None = None) -> Batch:
-        """Turn changes, decided at a spot, into a batch (invariants 3 to 5).
+        """Turn changes, decided at a place, into a batch (invariants 3 to 5).
 
         credit  bytes of growth that were reserved before
         sums    {collection: [bytes, files]} if they were added up already; the changes then name no collections
         """
         guards = [Statement("SELECT 'shape' WHERE (SELECT shape FROM account WHERE id = ?) IS NOT ?",
-                            (spot.home, spot.shape)), *spot.guards]
+                            (place.view.home, place.shape)), *place.guards]
         ends, begins, sums = [], [], {} if sums is None else sums
         growth, loose = -credit, False
         for change in changes:
@@ -4736,11 +4771,11 @@ class Tree:
                                after.manifest, 0 if after.kind else after.size, after.mtime, after.media, after.rev or None))
                 self._count(sums, change.joined, after.size, after.files if after.kind else 1)
                 growth += after.size
-        if spot.quota is not None and growth > 0:
+        if place.quota is not None and growth > 0:
             guards.append(Statement(
                 "SELECT 'quota' FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ? AND a.quota IS NOT NULL "
                 "AND r.size + ? + (SELECT " + RESERVED + " FROM upload WHERE home = a.id AND done IS NULL) > a.quota - a.extra",
-                (spot.home, growth)))
+                (place.view.home, growth)))
         body = [*extra]
         if ends and who.means == "token":
             body += self.brake.count(who, [(change.before, change.after) for change in changes if change.before])
@@ -4755,9 +4790,9 @@ class Tree:
         body.append(Statement("UPDATE collection SET seq = (SELECT max(seq) FROM journal), size = size + ?, files = files + ? "
                               "WHERE node = ?", [(*sum, node) for node, sum in sums.items()], many=True))
         if loose:
-            body.append(raise_shape(spot.home))
-        return self.space.pay(Batch(body, list(dict.fromkeys(guards)), Line(spot.home, who, action, detail), changes=changes, op=who.op,
-                               frees=not begins), spot.home, spot.quota)
+            body.append(raise_shape(place.view.home))
+        return self.space.pay(Batch(body, list(dict.fromkeys(guards)), Line(place.view.home, who, action, detail), changes=changes, op=who.op,
+                               frees=not begins), place.view.home, place.quota)
 
     def _count(self, sums: dict[int, list[int]], chain: tuple[int, ...], size: int, files: int) -> None:
         for node in chain:
@@ -4766,26 +4801,16 @@ class Tree:
             sum[1] += files
 
 
-def require_writer(who: Principal) -> None:
-    if who.readonly:
-        raise CloudError("forbidden", "this device may only read")
+def removal_of(node: Node, place: Place) -> Change:
+    return Change(node, None, place.chain, (), "deleted")
 
 
-def require_whole(who: Principal) -> None:
-    if who.scoped:
-        raise CloudError("forbidden", "this device is limited to one collection")
-
-
-def removal_of(node: Node, spot: Spot) -> Change:
-    return Change(node, None, spot.chain, (), "deleted")
-
-
-def unchanged(spot: Spot) -> Statement:
-    """The guard that says: what is at a spot, or that nothing is, is as it was when somebody looked."""
-    node = spot.node
+def unchanged(place: Place) -> Statement:
+    """The guard that says: what is at a place, or that nothing is, is as it was when somebody looked."""
+    node = place.node
     if node is None:
         return Statement("SELECT 'changed' FROM entry WHERE parent = ? AND key = ? AND until IS NULL",
-                         (spot.parent, key_of(spot.rest[0])))
+                         (place.parent, key_of(place.rest[0])))
     if node.kind:
         return Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM collection WHERE node = ? AND seq = ?)", (node.node, node.seq))
     return still_there(node)
@@ -4847,9 +4872,9 @@ def new_lock_token() -> str:
     return "urn:uuid:%s-%s-4%s-a%s-%s" % (digits[:8], digits[8:12], digits[13:16], digits[17:20], digits[20:])
 
 
-def together(spots: Sequence[Spot]) -> Spot:
-    """The first of several spots, with the guards of them all."""
-    return spots[0]._replace(guards=tuple(guard for spot in spots for guard in spot.guards))
+def together(places: Sequence[Place]) -> Place:
+    """The first of several places, with the guards of them all."""
+    return places[0]._replace(guards=tuple(guard for place in places for guard in place.guards))
 
 
 def outermost(paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -5061,18 +5086,18 @@ class Files:
 
     def stat(self, who: Principal, path: tuple[str, ...]) -> Node:
         """The node at a path.  raises CloudError not-found"""
-        return self.tree.spot(who, path).found()
+        return self.tree.enter(who, path, READ).found()
 
     def find(self, who: Principal, path: tuple[str, ...]) -> Node | None:
         """The node at a path, if there is one."""
-        return self.tree.spot(who, path).node
+        return self.tree.enter(who, path, READ).node
 
     def open(self, who: Principal, path: tuple[str, ...]) -> tuple[Node, Content | None]:
         """A file and its bytes; None in place of bytes for a collection.  raises CloudError not-found"""
         def look() -> tuple[Any, int]:
-            spot = self.tree.spot(who, path, content=True)
-            node = spot.found()
-            content = None if node.kind else self.tree.contents.of(node, spot.chunk)
+            place = self.tree.enter(who, path, READ, content=True)
+            node = place.found()
+            content = None if node.kind else self.tree.contents.of(node, place.chunk)
             return (node, content), KiB + (content.weight() if content else 0)
         return self.db.recent.get((who, path), look)
 
@@ -5106,7 +5131,7 @@ class Files:
 
     def checksum(self, who: Principal, path: tuple[str, ...], kind: str, alive: Callable[[], None] = unwatched) -> tuple[Node, str]:
         """A file and its checksum of a kind ("sha1"), computed if it is not known, and then kept."""
-        require_writer(who)
+        view_of(who).need(UPDATE)
         node, content = self.open(who, path)
         if content is None:
             raise CloudError("conflict", "a collection has no checksum")
@@ -5135,16 +5160,15 @@ class Files:
         Bytes go first and hold no lock; one batch then only moves a pointer.  A crash between the two leaves
         unreferenced chunks, which the sweep removes, and never a node without its bytes.
         """
-        require_writer(who)
-        spots = [self.tree.spot_for_file(who, path, given, body.length or 0, parents)]   # before a byte is read
-        stored = self.tree.blobs.put(body, partial(self.tree.contents.knows, spots[0].home), sums or ())
+        places = [self.tree.place_for_file(who, path, given, body.length or 0, parents)]   # before a byte is read
+        stored = self.tree.blobs.put(body, partial(self.tree.contents.knows, places[0].view.home), sums or ())
         at = self.clock.wall() if mtime is None else mtime
 
         def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
-            spot = spots.pop() if spots else self.tree.spot_for_file(who, path, given, stored.size, parents)
-            change, made = self.tree.put_change(spot, path, stored, at)
-            return self.tree.batch(who, spot._replace(guards=spot.guards + still_stored(stored.relied)), "write",
-                               name_written(path[:-1] + (change.after.name,), spot.node), [*made, change], self.tree.contents.rows(stored))
+            place = places.pop() if places else self.tree.place_for_file(who, path, given, stored.size, parents)
+            change, made = self.tree.put_change(place, path, stored, at)
+            return self.tree.batch(who, place._replace(guards=place.guards + still_stored(stored.relied)), "write",
+                               name_written(path[:-1] + (change.after.name,), place.node), [*made, change], self.tree.contents.rows(stored))
 
         with self.tree.blobs.unless_refused(stored):
             for kind, value in (sums or {}).items():
@@ -5166,19 +5190,19 @@ class Files:
     def make_collection(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *,
                         parents: bool = False, properties: dict[str, str] | None = None) -> Node:
         """Make an empty collection, with dead properties if some are given.  raises CloudError exists, no-parent, conflict, locked"""
-        require_writer(who)
+        view_of(who).need(CREATE)
 
         def attempt() -> Batch:
-            spot = self.tree.spot(who, path)
-            self.tree.check_place(spot, path, parents)
-            if spot.node:
+            place = self.tree.enter(who, path)
+            self.tree.check_place(place, path, parents)
+            if place.node:
                 raise CloudError("exists", "there is something at this path already")
-            spot = self.tree.admit(who, spot, path, given)
-            self.tree.space.check(spot, 0, 1)
-            made, chain = self.tree.make_parents(spot)
-            node = self.tree.new_collection(spot.home, chain[-1], path[-1])
+            place = self.tree.admit(who, place, path, given)
+            self.tree.space.check(place, 0, 1)
+            made, chain = self.tree.make_parents(place)
+            node = self.tree.new_collection(place.view.home, chain[-1], path[-1])
             self._check_properties(node, properties or {})
-            return self.tree.batch(who, spot, "make-collection", {"path": "/".join(path)}, [*made, Change(None, node, (), chain)],
+            return self.tree.batch(who, place, "make-collection", {"path": "/".join(path)}, [*made, Change(None, node, (), chain)],
                                property_rows(node, properties or {}))
 
         batch = self.db.write(attempt)
@@ -5186,13 +5210,13 @@ class Files:
 
     def delete(self, who: Principal, *paths: tuple[str, ...], given: Preconditions = ANY) -> int:
         """Move nodes to the trash, in one step; returns its seq.  raises CloudError not-found, forbidden, locked"""
-        require_writer(who)
+        view_of(who).need(DELETE)
 
         def attempt() -> Batch:
-            spots = [self.tree.admit_removal(who, self.tree.spot(who, path), path, given) for path in outermost(paths)]
-            changes = [removal_of(spot.node, spot) for spot in spots]
-            return self.tree.batch(who, together(spots), "delete", name_paths(paths), changes,
-                               self.tree.locks.drop(spots[0], *(change.before for change in changes)))
+            places = [self.tree.admit_removal(who, self.tree.enter(who, path), path, given) for path in outermost(paths)]
+            changes = [removal_of(place.node, place) for place in places]
+            return self.tree.batch(who, together(places), "delete", name_paths(paths), changes,
+                               self.tree.locks.drop(places[0], *(change.before for change in changes)))
 
         return self.db.write(attempt).seq
 
@@ -5209,24 +5233,24 @@ class Files:
 
         Ids, versions and the ETags of files stay.
         """
-        require_writer(who)
+        view_of(who).need(UPDATE)
         check_disjoint(pairs)
 
         def attempt() -> Batch:
-            changes, spots, taken = [], [], set()
+            changes, places, taken = [], [], set()
             for (source, target), how in zip(pairs, for_each(clash, pairs)):
-                here = self.tree.admit_removal(who, self.tree.spot(who, source), source, given)
+                here = self.tree.admit_removal(who, self.tree.enter(who, source), source, given)
                 there, target, removal = self._make_room(who, here.node, source, target, given, how, taken)
                 after = here.node._replace(parent=there.parent, name=target[-1])
                 changes += [*removal, Change(here.node, after, here.chain, there.chain, "moved")]
-                spots.append(here)
-            return self.tree.batch(who, together(spots), "move", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])},
-                               changes, self.tree.locks.drop(spots[0], *(change.before for change in changes)))
+                places.append(here)
+            return self.tree.batch(who, together(places), "move", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])},
+                               changes, self.tree.locks.drop(places[0], *(change.before for change in changes)))
 
         return arrivals(self.db.write(attempt))
 
     def _make_room(self, who: Principal, node: Node, source: tuple[str, ...], target: tuple[str, ...], given: Preconditions,
-                   clash: str, taken: set[tuple[int, str]]) -> tuple[Spot, tuple[str, ...], list[Change]]:
+                   clash: str, taken: set[tuple[int, str]]) -> tuple[Place, tuple[str, ...], list[Change]]:
         """Check that a node may come to a place, or find one beside it; and the change that removes what is there.
 
         taken    places that this batch has given away: (parent, key)
@@ -5234,12 +5258,12 @@ class Files:
         ours, theirs = list(map(key_of, source)), list(map(key_of, target))
         if not target or source == target or ours[:len(theirs)] == theirs != ours or theirs[:len(ours)] == ours != theirs:
             raise CloudError("same-place", "one of the two places is, or lies in, the other")
-        there = self.tree.spot(who, target)
+        there = self.tree.enter(who, target)
         self.tree.check_place(there, target)
         other = there.node if there.node and there.node.node != node.node else None      # not just another form of the name
         if clash == "keep" and (other or (there.parent, key_of(target[-1])) in taken):
             target = target[:-1] + (self.tree.free_name(there.parent, target[-1], taken),)
-            there, other = self.tree.spot(who, target), None
+            there, other = self.tree.enter(who, target), None
         taken.add((there.parent, key_of(target[-1])))
         if there.locked:
             self.tree.locks.check(who, there, given, below=True, member=True)
@@ -5253,14 +5277,15 @@ class Files:
 
         No byte moves: the copies refer to the same manifests.  Otherwise as move; raises also over-quota, too-many
         """
-        require_writer(who)
+        view = view_of(who)
+        view.need(CREATE)
         detail = {**name_paths([source for source, _ in pairs]), "to": "/".join(pairs[0][1])}
 
         def attempt() -> Batch:
-            changes, extra, spots, taken, growth = [], list(below), [], set(), 0
+            changes, extra, places, taken, growth = [], list(below), [], set(), 0
             for (source, target), how, node, top in zip(pairs, for_each(clash, pairs), nodes, tops):
-                here = self.tree.check_conditions(who, self.tree.spot(who, source), source, given)
-                spots.append(here)
+                here = self.tree.check_conditions(who, self.tree.enter(who, source), source, given)
+                places.append(here)
                 if here.found().node != node.node:
                     raise CloudError("conflict", "something else is there by now")
                 if source == target and how == "keep":
@@ -5272,10 +5297,10 @@ class Files:
                 self.tree.space.check(there, growth, 1)
                 changes += [*removal, Change(None, top._replace(parent=there.parent, name=target[-1]), (), there.chain)]
                 extra += self.tree.locks.drop(there, *(change.before for change in removal))
-            return self.tree.batch(who, together(spots), "copy", detail, changes, extra)
+            return self.tree.batch(who, together(places), "copy", detail, changes, extra)
 
         with self.tree.lane(who):
-            nodes, copies = [self.stat(who, source) for source, _ in pairs], Copies(self.db, who.account)
+            nodes, copies = [self.stat(who, source) for source, _ in pairs], Copies(self.db, view.home)
             tops, below = [copies.measure(node, deep) for node in nodes], ()
             self.tree.store(who, price=copies.cost())
             if copies.rows <= COPY_STEP:
@@ -5293,16 +5318,16 @@ class Files:
 
         properties   {"{namespace}name": XML of the whole element}
         """
-        require_writer(who)
+        view_of(who).need(UPDATE)
 
         def attempt() -> Batch:
-            spot = self.tree.spot(who, path)
-            node = spot.found()
-            spot = self.tree.admit(who, spot, path, given)
+            place = self.tree.enter(who, path)
+            node = place.found()
+            place = self.tree.admit(who, place, path, given)
             self._check_properties(node, properties or {})
             changes = [] if mtime in (None, node.mtime) else [
-                Change(node, node._replace(mtime=mtime, rev=0), spot.chain, spot.chain)]
-            return self.tree.batch(who, spot, "patch", {"path": "/".join(path)}, changes,
+                Change(node, node._replace(mtime=mtime, rev=0), place.chain, place.chain)]
+            return self.tree.batch(who, place, "patch", {"path": "/".join(path)}, changes,
                                property_rows(node, properties or {}))
 
         self.db.write(attempt)
@@ -5323,30 +5348,30 @@ class Files:
 
         raises  CloudError lock-conflict, no-parent, precondition-failed
         """
-        require_writer(who)
+        view_of(who).need(UPDATE)
         empty = self.tree.blobs.put(Body(b""), lambda hash: False)
 
         def attempt() -> Batch:
-            spot = self.tree.spot(who, path)
-            self.tree.check_place(spot, path)
-            spot = self.tree.check_conditions(who, spot, path, given)
-            if spot.locked:
-                self.tree.locks.check_conflict(who, spot, exclusive, deep)
-            node, changes = spot.node, []
+            place = self.tree.enter(who, path)
+            self.tree.check_place(place, path)
+            place = self.tree.check_conditions(who, place, path, given)
+            if place.locked:
+                self.tree.locks.check_conflict(who, place, exclusive, deep)
+            node, changes = place.node, []
             if node is None:
-                if spot.locked:
-                    self.tree.locks.check(who, spot, given)
-                self.tree.space.check(spot, 0, 1)
-                changes = [self.tree.put_change(spot, path, empty, self.clock.wall())[0]]
+                if place.locked:
+                    self.tree.locks.check(who, place, given)
+                self.tree.space.check(place, 0, 1)
+                changes = [self.tree.put_change(place, path, empty, self.clock.wall())[0]]
                 node = changes[0].after
             now = self.clock.due()
-            granted.append(Lock(new_lock_token(), spot.home, node.node, who.account, deep, exclusive, owner,
+            granted.append(Lock(new_lock_token(), place.view.home, node.node, who.account, deep, exclusive, owner,
                                 seconds, now + seconds * 1000))
-            return self.tree.batch(who, spot, "lock", {"path": "/".join(path)}, changes, [
+            return self.tree.batch(who, place, "lock", {"path": "/".join(path)}, changes, [
                 *(self.tree.contents.rows(empty) if changes else ()),
-                Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (spot.home, now)),
+                Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (place.view.home, now)),
                 Statement("INSERT INTO lock VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", granted[-1]),
-                raise_shape(spot.home)])
+                raise_shape(place.view.home)])
 
         granted: list[Lock] = []
         batch = self.db.write(attempt)
@@ -5357,8 +5382,8 @@ class Files:
         fresh: list[Lock] = []
 
         def attempt() -> Batch:
-            spot = self.tree.spot(who, path)
-            lock = next((lock for lock in self.tree.locks.covering(spot, self.tree.locks.of(spot))
+            place = self.tree.enter(who, path)
+            lock = next((lock for lock in self.tree.locks.covering(place, self.tree.locks.of(place))
                          if lock.token in tokens and lock.account == who.account), None)
             if lock is None:
                 raise CloudError("precondition-failed", "there is no such lock on this")
@@ -5371,10 +5396,10 @@ class Files:
 
     def unlock(self, who: Principal, path: tuple[str, ...], token: str) -> None:
         """End a lock.  raises CloudError no-token if it does not hold the node, forbidden if it is another's"""
-        require_writer(who)
-        spot = self.tree.spot(who, path)
-        spot.found()
-        for lock in self.tree.locks.covering(spot, self.tree.locks.of(spot)):
+        view_of(who).need(UPDATE)
+        place = self.tree.enter(who, path)
+        place.found()
+        for lock in self.tree.locks.covering(place, self.tree.locks.of(place)):
             if lock.token == token:
                 if lock.account != who.account and not who.admin:
                     raise CloudError("forbidden", "this lock belongs to somebody else")
@@ -5384,29 +5409,30 @@ class Files:
 
     def quota(self, who: Principal) -> tuple[int, int | None]:
         """(bytes used, bytes left): of the quota, or of the disk where there is none."""
-        spot = self.tree.spot(who, ())
+        place = self.tree.enter(who, ())
         free = shutil.disk_usage(self.tree.config.data).free
-        return spot.used, free if spot.quota is None else max(0, min(free, spot.quota - spot.used - self.tree.space.reserved(spot.home)))
+        return place.used, free if place.quota is None else max(0, min(free, place.quota - place.used - self.tree.space.reserved(place.view.home)))
 
     def usage(self, who: Principal) -> tuple[dict[str, list[int]], int, int]:
         """({kind: [bytes, files]} of what is live, bytes of other versions, bytes in the trash) of a whole account."""
-        require_whole(who)
+        view = view_of(who)
+        view.need_whole()
         kinds: dict[str, list[int]] = {}
         with self.tree.lane(who):               # CROSS keeps the order: SQLite 3.53 would begin with the entries of everybody
             for media, size, files in self.db.each(
                     "WITH RECURSIVE live (node) AS (SELECT ? UNION ALL SELECT e.node FROM live JOIN entry e ON e.parent = live.node "
                     "AND e.until IS NULL AND e.kind = 1) SELECT e.media, sum(e.size), count(*) FROM live CROSS JOIN entry e "
-                    "WHERE e.parent = live.node AND e.until IS NULL AND e.kind = 0 GROUP BY e.media", (who.root,)):
+                    "WHERE e.parent = live.node AND e.until IS NULL AND e.kind = 0 GROUP BY e.media", (view.top,)):
                 sums = kinds.setdefault(kind_of_media(media), [0, 0])
                 sums[0], sums[1] = sums[0] + size, sums[1] + files
             (versions,), = self.db.read(
                 "SELECT coalesce(sum(size), 0) FROM (SELECT DISTINCT manifest, size FROM entry e WHERE home = ? AND fate = 'replaced' "
                 "AND kind = 0 AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.manifest = e.manifest AND l.home = e.home "
-                "AND l.until IS NULL))", (who.account,))
+                "AND l.until IS NULL))", (view.home,))
             (trash,), = self.db.read(
                 "SELECT coalesce(sum(CASE WHEN e.kind THEN c.size ELSE e.size END), 0) FROM entry e LEFT JOIN collection c "
                 "ON c.node = e.node WHERE e.home = ? AND e.fate = 'deleted' "
-                "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL)", (who.account,))
+                "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL)", (view.home,))
         return kinds, versions, trash
 
 
@@ -5474,6 +5500,7 @@ class Search:
 
     def _hits(self, who: Principal, query: Query, alive: Callable[[], None]) -> Iterator[tuple[Node, bool]]:
         """(node, do the words stand in its contents?) of nodes that may fit."""
+        view = view_of(who)
         if query.within != "contents" or not query.words:
             for node in watched(self._candidates(who, query), alive):
                 folded = node.name.casefold()
@@ -5484,7 +5511,7 @@ class Search:
             for row in watched(self.db.each(
                     entries_now("text_index MATCH ? AND r.home = ?", source="text_index i JOIN text_row r ON r.id = i.rowid JOIN entry e "
                                 "ON e.manifest = r.manifest AND e.home = r.home") + " ORDER BY i.rowid DESC",
-                    ('home : "%d" AND body : (%s)' % (who.account, wanted), who.account)), alive):
+                    ('home : "%d" AND body : (%s)' % (view.home, wanted), view.home)), alive):
                 yield Node._make(row), True
 
     def _snippet(self, node: Node, words: Sequence[str]) -> tuple[str, str, str] | None:
@@ -5500,32 +5527,33 @@ class Search:
     def marked(self, who: Principal, name: str) -> list[tuple[tuple[str, ...], Node, str]]:
         """(path, node, value) of all nodes that bear a dead property."""
         here, rows = seen_by(self.db.read, who), self.db.read("SELECT p.node, p.value FROM property p JOIN entry e ON e.node = p.node AND e.until IS NULL "
-                                                 "WHERE p.name = ? AND e.home = ?", (name, who.account))
+                                                 "WHERE p.name = ? AND e.home = ?", (name, view_of(who).home))
         return sorted((here.path(id), here.node(id), value) for id, value in rows if here.path(id) is not None)
 
     def _candidates(self, who: Principal, query: Query) -> Iterator[Node]:
         """Live nodes of the account: those the index of names knows to fit, and all it has not seen yet."""
+        view = view_of(who)
         usable = query.words and all(len(word) > 2 for word in query.words)
         indexed = int(self.db.setting("indexed") or 0) if usable else 0
         yield from map(Node._make, self.db.each(
             entries_now("e.home = ? AND e.since > ? AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ?")
             + " ORDER BY e.since DESC",
-            (who.account, indexed, query.least or 0, sys.maxsize if query.most is None else query.most,
+            (view.home, indexed, query.least or 0, sys.maxsize if query.most is None else query.most,
              MTIME_MIN if query.after is None else query.after, MTIME_MAX + 1 if query.before is None else query.before)))
         if indexed:
             wanted = " AND ".join('"%s"' % word.replace('"', '""') for word in query.words)
             yield from map(Node._make, self.db.each(
                 entries_now("name_index MATCH ? AND e.home = ?", source="name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e "
-                            "ON e.node = r.node") + " ORDER BY i.rowid DESC", (wanted, who.account)))
+                            "ON e.node = r.node") + " ORDER BY i.rowid DESC", (wanted, view.home)))
 
     def star(self, who: Principal, *paths: tuple[str, ...], on: bool) -> None:
         """Mark files and collections with a star, in one step, or take it away."""
-        require_writer(who)
+        view_of(who).need(UPDATE)
 
         def attempt() -> Batch:
-            nodes = [self.tree.spot(who, path).found() for path in paths]
+            nodes = [self.tree.enter(who, path).found() for path in paths]
             rows = [row for node in nodes for row in property_rows(node, {STAR: STARRED if on else None})]
-            return self.tree.batch(who, self.tree.spot(who, ()), "star" if on else "unstar", name_paths(paths), [], rows)
+            return self.tree.batch(who, self.tree.enter(who, ()), "star" if on else "unstar", name_paths(paths), [], rows)
 
         self.db.write(attempt)
 
@@ -5724,7 +5752,7 @@ class Journal:
     def newest(self, who: Principal) -> int:
         """The seq of the last change of an account's tree."""
         rows = self.db.read("SELECT c.seq FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ? "
-                            "AND (? = '' OR EXISTS (SELECT 1 FROM device WHERE id = ?))", (who.account, who.device, who.device))
+                            "AND (? = '' OR EXISTS (SELECT 1 FROM device WHERE id = ?))", (view_of(who).home, who.device, who.device))
         if not rows:
             raise CloudError("unauthenticated", "this device was revoked")
         return rows[0][0]
@@ -5754,11 +5782,12 @@ class Journal:
         before         a seq to go on from;  action, device  only these
         after, until   ms since 1970
         """
-        require_whole(who)
+        view = view_of(who)
+        view.need_whole()
         rows = self.db.read(
             "SELECT " + STEP + " WHERE j.home = ? AND j.action <> 'copy-begin' AND j.seq < ? AND (? IS NULL OR j.action = ?) AND (? IS NULL OR d.name = ?) "
             "AND j.at >= ? AND j.at < ? ORDER BY j.seq DESC LIMIT ?",
-            (who.account, before, action, action, device, device, after, until, limit))
+            (view.home, before, action, action, device, device, after, until, limit))
         return self._steps(rows)
 
     def server_activity(self, before: int = 1 << 62, limit: int = 100) -> list[Step]:
@@ -5816,7 +5845,7 @@ class History:
         """
         seq = self.journal.head() if seq is None else seq
         first = [(name, self.past(who, path + name, seq)[0]) for name in names or [()]]
-        return self._with_contents(first, Moment(self.db.read, who.root, seq), missed)
+        return self._with_contents(first, Moment(self.db.read, view_of(who).top, seq), missed)
 
     def _with_contents(self, first: list[tuple[tuple[str, ...], Node]], then: Moment,
                        missed: Callable[[tuple[str, ...], CloudError], None] | None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
@@ -5844,9 +5873,9 @@ class History:
 
     def past(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, list[Node]]:
         """The node that was at a path as of a seq and what it held.  raises CloudError not-found, gone"""
-        self.tree.root_spot(who)
+        self.tree.enter_top(who)
         with self.db.snapshot() as read:
-            then = Moment(read, who.root, seq)
+            then = Moment(read, view_of(who).top, seq)
             node = self.past_node(then, path)
             return node, list(then.children(node.node)) if node.kind else []
 
@@ -5871,11 +5900,12 @@ class History:
 
         raises  CloudError not-found if there is nothing to take back, gone if that is too long ago, or given up for good
         """
-        require_whole(who)
+        view = view_of(who)
+        view.need_whole()
 
         def choose(span: Span) -> tuple[list[int], int]:
             now = span.now
-            touched = [id for id in span.touched(who.account, seq) if id != now.top]
+            touched = [id for id in span.touched(view.home, seq) if id != now.top]
             if not touched:
                 raise CloudError("not-found", "there is nothing of that number to take back")
             later = {id for id in touched if list(now.read(
@@ -5898,7 +5928,7 @@ class History:
         """
         def choose(span: Span) -> tuple[list[int], int]:
             top = span.now.top
-            mine = [id for id in span.touched(who.account) if id != top and span.differs(id)
+            mine = [id for id in span.touched(view_of(who).home) if id != top and span.differs(id)
                     or not span.then.here(id) and span.would_come_along(id)]
             holders = {top, *(span.now.above(top) or ())}        # what holds the collection by now stays where it is, and all
             mine = [id for id in mine if not span.is_lost(id) and not holders & set(span.then.chain(id))     # that it held then
@@ -5915,17 +5945,18 @@ class History:
         What came into it since goes back to where it was, or to the trash.  Returns (seq of doing so, nodes changed), or (0, 0) if nothing has changed.  What held it and is gone by now is
         made anew.  raises CloudError not-found, gone
         """
-        require_writer(who)
+        view = view_of(who)
+        view.need(UPDATE)
         paths = tuple(outermost(paths))
         with self.db.snapshot() as read:
-            span = Span(Moment(read, who.root, seq), Moment(read, who.root))
+            span = Span(Moment(read, view.top, seq), Moment(read, view.top))
             nodes = [self.past_node(span.then, path) for path in paths]
             chosen = {node.node for node in nodes}
 
             def choose(span: Span) -> tuple[list[int], int]:
                 then, now = span.then, span.now
                 inside = lambda id: any(above in chosen for above in then.line(id))
-                touched = [id for id in {*chosen, *span.touched(who.account)} if id != now.top and any(map(inside, now.line(id)))]
+                touched = [id for id in {*chosen, *span.touched(view.home)} if id != now.top and any(map(inside, now.line(id)))]
                 mine = [id for id in touched if span.differs(id) or not then.here(id) and now.node(id)]
                 mine = [id for id in mine if not span.is_lost(id) and self._may_bring_back(who, span, id)
                         and not (id in chosen and span.is_in_place(id))]
@@ -5941,12 +5972,13 @@ class History:
     def _may_bring_back(self, who: Principal, span: Span, id: int) -> bool:
         """May a device change this node by going back?  Only if it lies, or died, in what the device is limited to, and lay
         nowhere else then."""
-        if not who.scoped:
+        view = view_of(who)
+        if view.whole:
             return True
         then, now = span.then, span.now
         ended = list(now.read("SELECT max(until) FROM entry WHERE node = ? AND until IS NOT NULL", (id,)))[0][0]
-        last = Moment(now.read, who.root, None if now.node(id) else (ended or 1) - 1)
-        return last.here(id) is not None and (then.node(id) is None or Moment(then.read, who.root, then.seq).here(id) is not None)
+        last = Moment(now.read, view.top, None if now.node(id) else (ended or 1) - 1)
+        return last.here(id) is not None and (then.node(id) is None or Moment(then.read, view.top, then.seq).here(id) is not None)
 
     def differences(self, who: Principal, path: tuple[str, ...], seq: int,
                     alive: Callable[[], None] = unwatched) -> list[Difference]:
@@ -5955,7 +5987,7 @@ class History:
         self.journal.check_reach(seq)
         with self.db.snapshot() as read:
             span = Span(Moment(read, top, seq), Moment(read, top))
-            found = [span.of(id) for id in watched(span.touched(who.account), alive) if id != top and span.differs(id)]
+            found = [span.of(id) for id in watched(span.touched(view_of(who).home), alive) if id != top and span.differs(id)]
         return sorted(found, key=lambda one: one.path or one.was)
 
     def undo_device(self, who: Principal, device: str) -> tuple[int, int]:
@@ -5971,7 +6003,7 @@ class History:
                 "WHERE j.home = :home AND j.seq > :seq AND j.device = :device UNION "
                 "SELECT e.node FROM journal j JOIN entry e ON e.home = j.home AND e.until = j.seq "
                 "WHERE j.home = :home AND j.seq > :seq AND j.device = :device",
-                {"home": who.account, "seq": brake.seq, "device": device})]
+                {"home": view_of(who).home, "seq": brake.seq, "device": device})]
             mine = list(filter(span.differs, touched))
             return mine, len(mine)
 
@@ -5982,23 +6014,23 @@ class History:
     def _revert(self, who: Principal, path: tuple[str, ...], seq: int, choose: Callable[[Span], tuple[list[int], int]],
                 action: str, detail: dict[str, Any]) -> tuple[int, int]:
         """Bring the chosen nodes below a path back to what they were as of a seq."""
-        require_writer(who)
+        view_of(who).need(UPDATE)
         self.journal.check_reach(seq)
         told = [0]
 
         def attempt() -> Batch:
             with self.db.snapshot() as read:
                 (head,), = read("SELECT max(seq) FROM journal")
-                spot = self.tree.spot(who, path)
-                top = spot.found().node
-                if spot.locked:
-                    self.tree.locks.check(who, spot, ANY, below=True)
+                place = self.tree.enter(who, path)
+                top = place.found().node
+                if place.locked:
+                    self.tree.locks.check(who, place, ANY, below=True)
                 span = Span(Moment(read, top, seq), Moment(read, top))
                 chosen, told[0] = choose(span)
-                root = (*spot.chain, top)[0]
+                root = (*place.chain, top)[0]
                 plan = self._plan_reversal(span, root, chosen)
-                self.tree.space.check(spot, plan.sums.get(root, [0])[0], 0)
-                return self.batch(who, spot, head, plan, action, {**detail, "count": len(chosen)})
+                self.tree.space.check(place, plan.sums.get(root, [0])[0], 0)
+                return self.batch(who, place, head, plan, action, {**detail, "count": len(chosen)})
 
         with self.tree.lane(who):
             return self.db.write(attempt).seq, told[0]
@@ -6054,15 +6086,15 @@ class History:
             stuck = 0
         return {(node.parent, key_of(node.name)) for node in pending}
 
-    def batch(self, who: Principal, spot: Spot, head: int, plan: Reversal, action: str,
+    def batch(self, who: Principal, place: Place, head: int, plan: Reversal, action: str,
                         detail: dict[str, Any]) -> Batch:
         """The batch of a Reversal planned at `head`; nothing in the home may have changed since."""
         brake = self.tree.brake.count(who, plan.destroyed) if who.means == "token" else []
-        batch = self.tree.batch(who, spot, action, detail, [], [*brake, *plan.statements()])
+        batch = self.tree.batch(who, place, action, detail, [], [*brake, *plan.statements()])
         batch.guards.append(Statement("SELECT 'changed' FROM account a JOIN collection c ON c.node = a.root "
-                                      "WHERE a.id = ? AND c.seq > ?", (spot.home, head)))
+                                      "WHERE a.id = ? AND c.seq > ?", (place.view.home, head)))
         if plan.loose:
-            batch.body.append(raise_shape(spot.home))
+            batch.body.append(raise_shape(place.view.home))
         return batch
 
     def make_or_find(self, who: Principal, path: tuple[str, ...]) -> None:
@@ -6106,13 +6138,14 @@ class Versions:
 
     def _was_within(self, who: Principal, node: int, rev: int) -> bool:
         """Did a file lie below the root of `who` at any moment while it had the content of `rev`?"""
-        if not who.scoped:
+        view = view_of(who)
+        if view.whole:
             return True
         pending = [(parent, since, until) for since, until, parent, content in self._stays(node) if content == rev]
         seen = set(pending)
         while pending:                                   # upwards, each time for as long as what is below was there
             above, start, stop = pending.pop()
-            if above == who.root:
+            if above == view.top:
                 return True
             for since, until, parent, _ in self._stays(above):
                 stay = parent, max(start, since), min(stop, until)
@@ -6129,24 +6162,24 @@ class Versions:
 
     def restore(self, who: Principal, path: tuple[str, ...], rev: int, given: Preconditions = ANY) -> Node:
         """Make an old content the present one; the present one becomes a version."""
-        require_writer(who)
+        view_of(who).need(CREATE)
 
         def attempt() -> Batch:
-            spot = self.tree.spot(who, path)
-            node = spot.found()
-            spot = self.tree.admit(who, spot, path, given)
+            place = self.tree.enter(who, path)
+            node = place.found()
+            place = self.tree.admit(who, place, path, given)
             old, _ = self.read(who, path, rev)
-            self.tree.space.check(spot, old.size - node.size, 1)
+            self.tree.space.check(place, old.size - node.size, 1)
             after = node._replace(manifest=old.manifest, size=old.size, mtime=old.mtime, media=old.media, rev=0)
-            return self.tree.batch(who, spot, "restore-version", {"path": "/".join(path), "rev": rev},
-                               [Change(node, after, spot.chain, spot.chain)])
+            return self.tree.batch(who, place, "restore-version", {"path": "/".join(path), "rev": rev},
+                               [Change(node, after, place.chain, place.chain)])
 
         batch = self.db.write(attempt)
         return batch.changes[0].after._replace(since=batch.seq, rev=batch.seq)
 
     def pin(self, who: Principal, path: tuple[str, ...], rev: int, name: str | None) -> None:
         """Keep a version for good under a name; None lets go of it."""
-        require_writer(who)
+        view_of(who).need(UPDATE)
         node, _ = self.read(who, path, rev)
         if name is not None and not 0 < len(name) <= 200:
             raise CloudError("bad-request", "the name of a version has 1 to 200 characters")
@@ -6166,16 +6199,17 @@ class Trash:
 
     def list(self, who: Principal, before: int = 1 << 62, limit: int = 1000) -> list[Trashed]:
         """What was deleted and can be restored, the latest first; `before` is a seq to go on from."""
-        require_whole(who)
+        view_of(who).need_whole()
         return self._trashed(who, "e.until < ? ", before, limit)
 
     def _trashed(self, who: Principal, where: str, value: int, limit: int) -> list[Trashed]:
+        view = view_of(who)
         rows = self.db.read(
             select_entries("e.home = ? AND e.fate = 'deleted' AND " + where + self._LAST, "j.at, coalesce(a.name, ''), " + NODE,
                     "entry e JOIN journal j ON j.seq = e.until LEFT JOIN account a ON a.id = j.account")
-            + "ORDER BY e.until DESC, e.node LIMIT ?", (who.account, value, limit))
+            + "ORDER BY e.until DESC, e.node LIMIT ?", (view.home, value, limit))
         with self.db.snapshot() as read:
-            return [Trashed(node, at, account, (Moment(read, who.root, node.until - 1).path(node.parent) or ()) + (node.name,))
+            return [Trashed(node, at, account, (Moment(read, view.top, node.until - 1).path(node.parent) or ()) + (node.name,))
                     for at, account, node in ((at, account, Node._make(columns)) for at, account, *columns in rows)]
 
     _LAST = ("AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL) "       # it did not come back
@@ -6187,8 +6221,9 @@ class Trash:
         Collections that are gone too are made anew; a name that is taken is changed.
         raises  CloudError not-found if one is not in the trash
         """
-        require_writer(who)
-        require_whole(who)
+        view = view_of(who)
+        view.need(CREATE)
+        view.need_whole()
         for item in self._find_trashed(who, nodes):
             if len(item.path) > 1 and item.node.parent not in nodes and seen_by(self.db.read, who).path(item.node.parent) is None:
                 self.history.make_or_find(who, item.path[:-1])
@@ -6196,26 +6231,26 @@ class Trash:
         def attempt() -> Batch:
             with self.db.snapshot() as read:
                 (head,), = read("SELECT max(seq) FROM journal")
-                spot, taken = self.tree.spot(who, ()), set()
-                plan = Reversal(read, who.root)
+                place, taken = self.tree.enter(who, ()), set()
+                plan = Reversal(read, view.top)
                 items = sorted(self._find_trashed(who, nodes), key=lambda item: len(item.path))
                 for item in items:
                     if self._is_live(item.node.node):
                         raise CloudError("conflict", "it is back already")
                     parent = item.node.parent
                     if not plan.lives(parent):
-                        there = self.tree.spot(who, item.path)
-                        parent = there.parent if there.open and len(there.rest) < 2 else who.root
+                        there = self.tree.enter(who, item.path)
+                        parent = there.parent if there.open and len(there.rest) < 2 else view.top
                     plan.restore(item.node, None, parent, self.tree.name_for(parent, item.node.name, taken, ()))
-                self.tree.space.check(spot, plan.sums[who.root][0], 0)
-                return self.history.batch(who, spot, head, plan, "restore", name_paths([item.path for item in items]))
+                self.tree.space.check(place, plan.sums[view.top][0], 0)
+                return self.history.batch(who, place, head, plan, "restore", name_paths([item.path for item in items]))
 
         seq = self.db.write(attempt).seq
         return seq, [self.files.path_of(who, node) for node in dict.fromkeys(nodes)]
 
     def item(self, who: Principal, node: int) -> Trashed:
         """One of them.  raises CloudError not-found"""
-        require_whole(who)
+        view_of(who).need_whole()
         return self._find_trashed(who, [node])[0]
 
     def _find_trashed(self, who: Principal, nodes: Sequence[int]) -> list[Trashed]:
@@ -6233,14 +6268,15 @@ class Trash:
         They vanish at once; their bytes follow when the sweep has been.  A token cannot do this: whatever it deletes, the
         owner can bring back for as long as history is kept (R13).
         """
-        require_writer(who)
-        require_whole(who)
+        view = view_of(who)
+        view.need(DELETE)
+        view.need_whole()
         if who.means == "token":
             raise CloudError("forbidden", "an app password cannot empty the trash; do so on the page")
         chosen = [item.node for item in (self._find_trashed(who, nodes) if nodes else self.list(who, limit=1 << 40))]
         rows = [(node.home, node.since, node.node) for node in chosen]
-        self.db.write(lambda: Batch([*give_up(rows), raise_shape(who.account)], frees=True,
-                                    line=Line(who.account, who, "empty-trash", {"count": len(rows)})))
+        self.db.write(lambda: Batch([*give_up(rows), raise_shape(view.home)], frees=True,
+                                    line=Line(view.home, who, "empty-trash", {"count": len(rows)})))
         self.give_up_below((node.node, node.until) for node in chosen if node.kind)
         return len(rows)
 
@@ -6263,7 +6299,7 @@ class Trash:
 #
 # Native sync, uploads in parts, pictures; Cloud, which holds every verb.
 
-class Place(NamedTuple):
+class Listed(NamedTuple):
     """One line of a manifest."""
     path: tuple[str, ...]
     node: Node
@@ -6278,7 +6314,7 @@ class Draft:
     the collections that hold the node by then.
     """
 
-    def __init__(self, db: Database, root: Spot, received: "Received", *, held: bool) -> None:
+    def __init__(self, db: Database, root: Place, received: "Received", *, held: bool) -> None:
         """
         root      where who asks begins
         held      nothing may be deleted or overwritten
@@ -6295,7 +6331,7 @@ class Draft:
         self._chains: dict[tuple[str, ...], tuple[int, ...] | None] = {}
         self._made: set[int] = set()
 
-    def spot(self, path: tuple[str, ...]) -> Spot:
+    def place(self, path: tuple[str, ...]) -> Place:
         """Where a path leads by now."""
         if not path:
             return self.root
@@ -6329,10 +6365,10 @@ class Draft:
             self._places[place] = None if parent in self._made else self.now.child(parent, name)
         return self._places[place]
 
-    def rely_on(self, spot: Spot) -> None:
-        """What was checked at a spot must hold when the steps are done, unless a step before made it so."""
-        if spot.node and spot.node.node not in self._states:
-            self.guards += spot.guards
+    def rely_on(self, place: Place) -> None:
+        """What was checked at a place must hold when the steps are done, unless a step before made it so."""
+        if place.node and place.node.node not in self._states:
+            self.guards += place.guards
 
     def check_brake(self) -> None:
         """Before something is deleted or overwritten.  raises CloudError held"""
@@ -6413,28 +6449,28 @@ class Sync:
         self.tree, self.journal, self.history, self.db, self.clock = tree, journal, history, tree.db, tree.clock
 
     def manifest(self, who: Principal, path: tuple[str, ...], seq: int | None = None,
-                 chunks: bool = False) -> tuple[int, Node, Iterator[Place]]:
+                 chunks: bool = False) -> tuple[int, Node, Iterator[Listed]]:
         """(seq, the node at a path, all below it in the order of paths), as of now or of a seq.
 
         raises  CloudError not-found, gone
         """
         seq = self.journal.head() if seq is None else seq
-        self.tree.root_spot(who)
+        self.tree.enter_top(who)
         with self.db.snapshot() as read:
-            top = self.history.past_node(Moment(read, who.root, seq), path)
+            top = self.history.past_node(Moment(read, view_of(who).top, seq), path)
         return seq, top, self._places(Moment(self.db.read, top.node, seq).walk(top.node, path), chunks)
 
-    def _places(self, nodes: Iterator[tuple[tuple[str, ...], Node]], chunks: bool) -> Iterator[Place]:
+    def _places(self, nodes: Iterator[tuple[tuple[str, ...], Node]], chunks: bool) -> Iterator[Listed]:
         while True:
             some = list(itertools.islice(nodes, PIECE))
             ids = [node.manifest for _, node in some if is_composed(node)]
             sums = dict(self.db.read("SELECT id, sha256 FROM manifest WHERE id IN (" + marks(ids) + ")", ids)) if ids else {}
             for path, node in some:
-                yield Place(path, node, sums.get(node.manifest, node.manifest), self.tree.contents.chunks(node) if chunks and not node.kind else None)
+                yield Listed(path, node, sums.get(node.manifest, node.manifest), self.tree.contents.chunks(node) if chunks and not node.kind else None)
             if len(some) < PIECE:
                 return
 
-    def place_of(self, node: Node, path: tuple[str, ...], chunks: bool) -> Place:
+    def place_of(self, node: Node, path: tuple[str, ...], chunks: bool) -> Listed:
         """A live node as a manifest tells it."""
         return next(self._places(iter([(path, node)]), chunks))
 
@@ -6442,21 +6478,23 @@ class Sync:
 
     def known(self, who: Principal, hashes: Iterable[str]) -> dict[str, int]:
         """{hash: size} of the chunks that `who` may read already or has sent: nobody else's count (D3)."""
+        view = view_of(who)
         found, now = {}, self.clock.due()
         for some in pieces(list(dict.fromkeys(hashes))):
             found.update(self.db.read(
                 "SELECT h.hash, h.size FROM chunk h WHERE h.hash IN (" + marks(some) + ") AND h.bad IS NULL AND h.condemned IS NULL "
                 "AND (EXISTS (SELECT 1 FROM loose WHERE home = ? AND chunk = h.hash AND due > ?) OR " + OWNED + ")",
-                (*some, who.account, now, who.account, who.account)))
-        return {hash: size for hash, size in found.items() if self._is_within(who, hash, now)} if who.scoped else found
+                (*some, view.home, now, view.home, view.home)))
+        return {hash: size for hash, size in found.items() if self._is_within(who, hash, now)} if not view.whole else found
 
     def _is_within(self, who: Principal, hash: str, now: int) -> bool:
         """Is a chunk part of a live file below the root of a device that is limited to that, or did such a device send it?"""
+        view = view_of(who)
         nodes = self.db.read("SELECT node FROM entry WHERE manifest = :hash AND home = :home AND until IS NULL UNION "
                              "SELECT e.node FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest "
-                             "WHERE m.chunk = :hash AND e.home = :home AND e.until IS NULL", {"hash": hash, "home": who.account})
-        return any(who.root in holders(self.db.read, node) for (node,) in nodes) or bool(self.db.read(
-            "SELECT 1 FROM loose WHERE home = ? AND chunk = ? AND root = ? AND due > ?", (who.account, hash, who.root, now)))
+                             "WHERE m.chunk = :hash AND e.home = :home AND e.until IS NULL", {"hash": hash, "home": view.home})
+        return any(view.top in holders(self.db.read, node) for (node,) in nodes) or bool(self.db.read(
+            "SELECT 1 FROM loose WHERE home = ? AND chunk = ? AND root = ? AND due > ?", (view.home, hash, view.top, now)))
 
     def missing(self, who: Principal, hashes: Sequence[str]) -> list[str]:
         """Those that would have to be sent."""
@@ -6494,7 +6532,7 @@ class Sync:
 
     def send(self, who: Principal, frames: Iterable[bytes]) -> list[str]:
         """Store chunks ahead of the commit that will name them; returns their hashes.  raises CloudError over-quota"""
-        require_writer(who)
+        view_of(who).need(CREATE)
         received = self._receive(who, frames)
         self._flush(who, received)
         return list(received.sizes)
@@ -6513,15 +6551,16 @@ class Sync:
         return received
 
     def _take_frames(self, who: Principal, frames: Iterable[bytes], received: Received, flying: deque[tuple[Future, int]]) -> None:
-        spot, tag = self.tree.spot(who, ()), secrets.token_hex(8)
+        view = view_of(who)
+        place, tag = self.tree.enter(who, ()), secrets.token_hex(8)
         (ahead,), = self.db.read("SELECT coalesce(sum(size), 0) FROM loose WHERE home = ? AND due > ?",
-                                 (who.account, self.clock.due()))
+                                 (view.home, self.clock.due()))
         for data in frames:
             hash = hashlib.sha256(data).hexdigest()
             if hash in received.sizes:
                 continue
             ahead += len(data)
-            self.tree.space.check(spot, ahead, len(data))
+            self.tree.space.check(place, ahead, len(data))
             received.sizes[hash], received.heads[hash] = len(data), data[:32]
             if len(data) <= INLINE_LIMIT:
                 received.rows.append((hash, len(data), None, self.clock.due(), data))
@@ -6529,7 +6568,7 @@ class Sync:
                 if received.waiting > FLUSH:
                     land(flying, 0)                  # a row names an object only when that is durable
                     self._flush(who, received)
-            elif self.tree.contents.knows(who.account, hash):
+            elif self.tree.contents.knows(view.home, hash):
                 received.relied.add(hash)
             else:
                 land(flying, CHUNK_LIMIT - len(data))
@@ -6555,7 +6594,8 @@ class Sync:
         since    a seq of the client's; the last result says whether all that is newer was done by this device
         raises   CloudError op-reused, bad-frame, over-quota, busy
         """
-        require_writer(who)
+        view = view_of(who)
+        view.need(UPDATE)
         id = "%d:%s" % (who.account, op)
         again = self._answer_again(id, digest)
         received = self._receive(who, frames)
@@ -6579,7 +6619,7 @@ class Sync:
             return (*(self._answer_again(id, digest) or (0, [])), False)
         alone = since is not None and not self.db.read(
             "SELECT 1 FROM journal WHERE home = ? AND seq > ? AND seq <> ? AND (device = '' OR device <> ?) LIMIT 1",
-            (who.account, since, batch.seq, who.device))
+            (view.home, since, batch.seq, who.device))
         return batch.seq, describe_outcomes(last[0], batch.seq), alone
 
     def _answer_again(self, id: str, digest: str) -> tuple[int, list[dict[str, Any]]] | None:
@@ -6592,21 +6632,21 @@ class Sync:
     def _plan_commit(self, who: Principal, op: tuple[str, str], steps: Sequence[dict[str, Any]], received: Received,
                      atomic: bool, held: bool) -> tuple[Batch, list[Outcome]]:
         """Decide every step on the tree as the steps before it leave it."""
-        root = self.tree.spot(who, ())
+        root = self.tree.enter(who, ())
         draft = Draft(self.db, root, received, held=held)
         draft.known = {**self.known(who, [hash for step in steps for hash, _ in step.get("chunks") or ()
                                           if hash not in received.sizes]), **received.sizes}
         outcomes = [self._take(who, draft, step) for step in steps]
         if atomic and any(outcome.problem for outcome in outcomes):
             failed = problem_of(CloudError("not-done", "another step failed, and all or none was asked for"))
-            return self.tree.space.pay(Batch(self._loose_rows(who, received.rows)), root.home, root.quota), [
+            return self.tree.space.pay(Batch(self._loose_rows(who, received.rows)), root.view.home, root.quota), [
                 outcome if outcome.problem else Outcome(424, None, failed) for outcome in outcomes]
         changes = draft.changes()
         outcomes = [outcome._replace(node=draft.state(outcome.node)) for outcome in outcomes]
         body = [*self._loose_rows(who, received.rows, draft.used), *draft.body,
                 *self.tree.locks.drop(root, *(change.before for change in changes if change.before))]
         if not changes:
-            return self.tree.space.pay(Batch(body), root.home, root.quota), outcomes
+            return self.tree.space.pay(Batch(body), root.view.home, root.quota), outcomes
         paths = [split_path(step.get("to") or next(step[verb] for verb in COMMIT_STEPS if verb in step))
                  for step, outcome in zip(steps, outcomes) if not outcome.problem]
         relied = still_stored([hash for hash in draft.used if hash not in received.sizes or hash in received.relied])
@@ -6616,8 +6656,9 @@ class Sync:
 
     def _loose_rows(self, who: Principal, rows: list[tuple[Any, ...]], used: Container[str] = ()) -> list[Statement]:
         """Make chunks known; those that nothing uses yet stay with the account for a while."""
+        view = view_of(who)
         due = self.clock.due() + LOOSE_LIFE
-        loose = [(who.account, row[0], row[1], due, who.root) for row in rows if row[0] not in used]
+        loose = [(view.home, row[0], row[1], due, view.top) for row in rows if row[0] not in used]
         return [*([Statement(CHUNK_ROWS, rows, many=True)] if rows else ()),
                 *([Statement("INSERT OR REPLACE INTO loose (home, chunk, size, due, root) VALUES (?, ?, ?, ?, ?)", loose, many=True)]
                   if loose else ())]
@@ -6642,17 +6683,17 @@ class Sync:
             raise CloudError("missing", "these chunks have to be sent first", missing=lacking)
         if any(draft.known[hash] != size for hash, size in chunks):
             raise CloudError("bad-request", "a chunk has another size")
-        spot, size = draft.spot(path), sum(size for _, size in chunks)
-        self.tree.check_place(spot, path)
-        if spot.node and spot.node.kind:
-            raise CloudError("conflict", "a collection is at this path", now=spot.node)
-        self._admit_step(who, draft, spot, path, step)
-        self.tree.space.check(spot, size - (spot.node.size if spot.node else 0), size)
+        place, size = draft.place(path), sum(size for _, size in chunks)
+        self.tree.check_place(place, path)
+        if place.node and place.node.kind:
+            raise CloudError("conflict", "a collection is at this path", now=place.node)
+        self._admit_step(who, draft, place, path, step)
+        self.tree.space.check(place, size - (place.node.size if place.node else 0), size)
         stored = Stored(manifest_of(chunks) if chunks else EMPTY, size, None, chunks, inline=None if chunks else b"",
                         head=self._head_of(draft, path[-1], chunks))
-        if spot.node and spot.node.manifest != stored.manifest:
+        if place.node and place.node.manifest != stored.manifest:
             draft.check_brake()
-        change, _ = self.tree.put_change(spot, path, stored, step["mtime"])
+        change, _ = self.tree.put_change(place, path, stored, step["mtime"])
         draft.apply(change)
         draft.used.update(hash for hash, _ in chunks)
         if len(chunks) != 1:
@@ -6668,31 +6709,31 @@ class Sync:
         rows = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (chunks[0][0],))
         return self.tree.blobs.read(StoredChunk._make(rows[0]))[:32]
 
-    def _admit_step(self, who: Principal, draft: Draft, spot: Spot, path: tuple[str, ...], step: dict[str, Any],
+    def _admit_step(self, who: Principal, draft: Draft, place: Place, path: tuple[str, ...], step: dict[str, Any],
                     **locks: bool) -> None:
         """Check what a step says of the present state, and locks."""
         wanted = step.get("if", ...)
         given = ANY if wanted is ... else Preconditions(if_none_match=("*",)) if wanted is None else Preconditions(if_match=(wanted,))
         try:
-            draft.rely_on(self.tree.check_conditions(who, spot, path, given))
+            draft.rely_on(self.tree.check_conditions(who, place, path, given))
         except CloudError as error:
-            error.detail["now"] = spot.node
+            error.detail["now"] = place.node
             raise
-        if spot.locked:
-            self.tree.locks.check(who, spot, ANY, **locks)
+        if place.locked:
+            self.tree.locks.check(who, place, ANY, **locks)
 
     def _take_mkdir(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
-        spot = draft.spot(path)
-        if spot.node and spot.node.kind:
-            return Outcome(200, spot.node)
-        self.tree.check_place(spot, path)
-        if spot.node:
-            raise CloudError("exists", "a file is at this path", now=spot.node)
-        if spot.locked:
-            self.tree.locks.check(who, spot, ANY)
-        self.tree.space.check(spot, 0, 1)
-        node = self.tree.new_collection(spot.home, spot.parent, path[-1])
-        draft.apply(Change(None, node, (), spot.chain))
+        place = draft.place(path)
+        if place.node and place.node.kind:
+            return Outcome(200, place.node)
+        self.tree.check_place(place, path)
+        if place.node:
+            raise CloudError("exists", "a file is at this path", now=place.node)
+        if place.locked:
+            self.tree.locks.check(who, place, ANY)
+        self.tree.space.check(place, 0, 1)
+        node = self.tree.new_collection(place.view.home, place.parent, path[-1])
+        draft.apply(Change(None, node, (), place.chain))
         return Outcome(201, node)
 
     def _take_move(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
@@ -6700,10 +6741,10 @@ class Sync:
         ours, theirs = [key_of(name) for name in path], [key_of(name) for name in target]
         if not target or path == target or theirs[:len(ours)] == ours != theirs:
             raise CloudError("same-place", "one of the two places is, or lies in, the other")
-        here = draft.spot(path)
+        here = draft.place(path)
         node = here.found()
         self._admit_step(who, draft, here, path, step, below=True, member=True)
-        there = draft.spot(target)
+        there = draft.place(target)
         self.tree.check_place(there, target)
         if there.node and there.node.node != node.node:
             raise CloudError("precondition-failed", "there is something at the destination", now=there.node)
@@ -6714,20 +6755,20 @@ class Sync:
         return Outcome(200, after)
 
     def _take_delete(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
-        spot = draft.spot(path)
-        node = spot.found()
-        self._admit_step(who, draft, spot, path, step, below=True, member=True)
+        place = draft.place(path)
+        node = place.found()
+        self._admit_step(who, draft, place, path, step, below=True, member=True)
         draft.check_brake()
         if draft.is_made_here(node):
             raise CloudError("conflict", "it was made by this very commit")
         since = step.get("since")
         if since is not None:
             others = Statement("SELECT 'changed' FROM journal WHERE home = ? AND seq > ? AND device <> ? LIMIT 1",
-                               (who.account, since, who.device))
+                               (view_of(who).home, since, who.device))
             if max(node.since, node.seq or 0) > since and self.db.read(*others[:2]):       # or something else has taken its place
                 raise CloudError("precondition-failed", "something has changed since", now=node)
-            draft.guards.append(others if self.db.read(*others[:2]) == [] else unchanged(spot))
-        draft.apply(removal_of(node, spot))
+            draft.guards.append(others if self.db.read(*others[:2]) == [] else unchanged(place))
+        draft.apply(removal_of(node, place))
         return Outcome(204)
 
 COMMIT_STEPS: dict[str, Callable[..., Outcome]] = {
@@ -6806,11 +6847,12 @@ class Uploads:
 
         size    bytes; None if not known yet.  What is announced counts against the quota at once.
         """
-        require_writer(who)
-        self.tree.spot_for_file(who, path, given, size or 0, parents)
+        view = view_of(who)
+        view.need(CREATE)
+        self.tree.place_for_file(who, path, given, size or 0, parents)
         self._check_uploads(who)
         now = self.clock.due()
-        upload = Upload(secrets.token_urlsafe(16), who.account, who.account, who.root, json.dumps(path),
+        upload = Upload(secrets.token_urlsafe(16), view.home, who.account, view.top, json.dumps(path),
                         json.dumps({"if_match": given.if_match, "if_none_match": given.if_none_match, "parents": parents,
                                     "beside": given.beside}),
                         size, mtime, note, 0, now, now + UPLOAD_LIFE, None)
@@ -6818,13 +6860,13 @@ class Uploads:
         return self._finish_if_whole(who, upload)
 
     def _check_uploads(self, who: Principal) -> None:
-        if len(self.db.read("SELECT 1 FROM upload WHERE home = ? AND done IS NULL", (who.account,))) >= UPLOAD_LIMIT:
+        if len(self.db.read("SELECT 1 FROM upload WHERE home = ? AND done IS NULL", (view_of(who).home,))) >= UPLOAD_LIMIT:
             raise CloudError("conflict", "%d uploads are under way already" % UPLOAD_LIMIT)
 
     def upload(self, who: Principal, id: str, *, numbered: bool = False) -> Upload:
         """Where an upload stands.  raises CloudError not-found for another's too, gone when it has expired"""
         rows = self.db.read("SELECT * FROM upload WHERE id = ? AND account = ? AND root = ? AND (path IS NULL) = ?",
-                            (id, who.account, who.root, numbered))
+                            (id, who.account, view_of(who).top, numbered))
         if not rows:
             raise CloudError("not-found", "there is no such upload")
         upload = Upload._make(rows[0])
@@ -6841,7 +6883,7 @@ class Uploads:
         checksum  (name, digest) the part must have; if it has not, none of it counts
         raises    CloudError offset, too-large, bad-upload-checksum, and as write when it is whole
         """
-        require_writer(who)
+        view_of(who).need(CREATE)
         upload = self._checked_part(who, self.upload(who, id), offset, body, size)
         digest = new_digest(checksum[0]) if checksum else None
         buffer = bytearray(CHUNK_SIZE if body.length is None else min(CHUNK_SIZE, body.length or 1))
@@ -6868,12 +6910,12 @@ class Uploads:
         if size is not None and upload.size not in (None, size):
             raise CloudError("bad-request", "the length was announced as %d" % upload.size)
         if size is not None and upload.size is None:
-            self.tree.space.check(self.tree.spot(who, ()), size, size)
+            self.tree.space.check(self.tree.enter(who, ()), size, size)
             self.db.run(Statement("UPDATE upload SET size = ? WHERE id = ? AND size IS NULL", (size, upload.id)))
             upload = upload._replace(size=size)
         if body.length is not None and upload.size is not None and offset + body.length > upload.size:
             raise CloudError("too-large", "more was sent than was announced")
-        self.tree.space.check(self.tree.spot(who, ()), 0, body.length or 1)
+        self.tree.space.check(self.tree.enter(who, ()), 0, body.length or 1)
         return upload
 
     def _append_chunk(self, upload: Upload, data: memoryview) -> Upload:
@@ -6920,10 +6962,10 @@ class Uploads:
         credit = max(upload.size or 0, upload.received)
 
         def attempt() -> Batch:
-            spot = self.tree.spot_for_file(who, path, given, 0, parents)
-            self._check_arrival(spot, stored.size, credit)
-            change, made = self.tree.put_change(spot, path, stored, self.clock.wall() if mtime is None else mtime)
-            batch = self.tree.batch(who, spot, "write", name_written(path[:-1] + (change.after.name,), spot.node), [*made, change], [
+            place = self.tree.place_for_file(who, path, given, 0, parents)
+            self._check_arrival(place, stored.size, credit)
+            change, made = self.tree.put_change(place, path, stored, self.clock.wall() if mtime is None else mtime)
+            batch = self.tree.batch(who, place, "write", name_written(path[:-1] + (change.after.name,), place.node), [*made, change], [
                 *self.tree.contents.rows(stored, new=not stored.size),
                 Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
                 Statement("UPDATE upload SET done = ? || (SELECT max(seq) FROM journal) || '}' WHERE id = ?",
@@ -6935,15 +6977,15 @@ class Uploads:
         change = batch.changes[-1]
         return change._replace(after=change.after._replace(since=batch.seq, rev=batch.seq)), batch.seq
 
-    def _check_arrival(self, spot: Spot, size: int, credit: int) -> None:
+    def _check_arrival(self, place: Place, size: int, credit: int) -> None:
         """Refuse an upload whose place was not known when room was reserved for it, if its growth does not fit."""
-        growth = size - (spot.node.size if spot.node else 0)
-        if spot.quota is not None and spot.used + self.tree.space.reserved(spot.home) - credit + growth > spot.quota and growth > 0:
-            raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, spot.quota - spot.used)))
+        growth = size - (place.node.size if place.node else 0)
+        if place.quota is not None and place.used + self.tree.space.reserved(place.view.home) - credit + growth > place.quota and growth > 0:
+            raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, place.quota - place.used)))
 
     def drop(self, who: Principal, id: str) -> None:
         """Forget an upload; its chunks go with the sweep."""
-        require_writer(who)
+        view_of(who).need(CREATE)
         self.upload(who, id)
         self._forget(id)
 
@@ -6961,14 +7003,15 @@ class Uploads:
         again        an upload of that name that is under way will do
         raises       CloudError exists, over-quota, too-large, and as write
         """
-        require_writer(who)
+        view = view_of(who)
+        view.need(CREATE)
         if again and self.db.read(PARTS_OPEN, (parts_id(who, name), self.clock.due())):
             return
-        spot = self.tree.spot(who, ()) if path is None else self.tree.spot_for_file(who, path, ANY, size or 0, False)
-        self._check_parts(spot, size or 0, size or 0)
+        place = self.tree.enter(who, ()) if path is None else self.tree.place_for_file(who, path, ANY, size or 0, False)
+        self._check_parts(place, size or 0, size or 0)
         self._check_uploads(who)
         now = self.clock.due()
-        upload = Upload(parts_id(who, name), who.account, who.account, who.root, None, "{}", size, None, "", 0, now,
+        upload = Upload(parts_id(who, name), view.home, who.account, view.top, None, "{}", size, None, "", 0, now,
                         now + UPLOAD_LIFE, None)
 
         def attempt() -> Batch:
@@ -6982,17 +7025,17 @@ class Uploads:
 
         self.db.write(attempt)
 
-    def _check_parts(self, spot: Spot, growth: int, size: int) -> None:
+    def _check_parts(self, place: Place, growth: int, size: int) -> None:
         """Refuse parts that no file could be made of: all uploads of an account together fit into its quota."""
-        self.tree.space.check(spot, 0, size)
-        if spot.quota is not None and growth > 0 and self.tree.space.reserved(spot.home) + growth > spot.quota:
+        self.tree.space.check(place, 0, size)
+        if place.quota is not None and growth > 0 and self.tree.space.reserved(place.view.home) + growth > place.quota:
             raise CloudError("over-quota", "uploads under way fill the quota")
 
     def put_part(self, who: Principal, name: str, number: int, body: Body) -> bool:
         """Take one part, whole or not at all; one that came before is replaced.  Returns whether it is new."""
-        require_writer(who)
+        view_of(who).need(CREATE)
         upload = self._parts(who, name)
-        self._check_parts(self.tree.spot(who, ()), max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
+        self._check_parts(self.tree.enter(who, ()), max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
         stored = self.tree.blobs.put(body, partial(self.tree.contents.knows, upload.home))
         key, rows, offset = (upload.id, number), [], 0
         for hash, size in stored.chunks:
@@ -7027,7 +7070,7 @@ class Uploads:
 
     def drop_parts(self, who: Principal, name: str, number: int | None = None) -> None:
         """Forget an upload in numbered parts, or one of them.  raises CloudError not-found"""
-        require_writer(who)
+        view_of(who).need(CREATE)
         upload, parts = self.parts(who, name)
         if number is None:
             return self._forget(upload.id)
@@ -7043,14 +7086,14 @@ class Uploads:
         Asked again, for the answer got lost, it returns the file it made.
         raises  CloudError bad-request if bytes are missing, bad-checksum, and as write; the parts stay then
         """
-        require_writer(who)
+        view_of(who).need(CREATE)
         upload = self.upload(who, parts_id(who, name), numbered=True)
         if upload.done:
             made, node = json.loads(upload.done), self.files.find(who, path)
             if node is None or (node.node, node.rev) != (made["node"], made["rev"]):
                 raise CloudError("not-found", "there is no such upload")
             return node, True
-        self.tree.spot_for_file(who, path, given, 0, False)
+        self.tree.place_for_file(who, path, given, 0, False)
         stored, wanted = self._assembled(upload), upload.size if size is None else size
         if wanted not in (None, stored.size):
             raise CloudError("bad-request", "%d bytes came, %d were announced" % (stored.size, wanted))
@@ -7082,7 +7125,7 @@ class Pictures:
     def thumbnail(self, who: Principal, path: tuple[str, ...], rev: int | None = None) -> bytes | None:
         """The thumbnail of a file, or of one of its versions; None if nobody made one yet."""
         rows = self.db.read("SELECT data FROM thumbnail WHERE home = ? AND manifest = ?",
-                            (who.account, self._pictured(who, path, rev).manifest))
+                            (view_of(who).home, self._pictured(who, path, rev).manifest))
         return rows[0][0] if rows else None
 
     def put(self, who: Principal, path: tuple[str, ...], data: bytes, rev: int | None = None) -> None:
@@ -7090,19 +7133,20 @@ class Pictures:
 
         raises  CloudError unsupported-media if it is no picture, bad-request if it is larger than what it stands for
         """
-        require_writer(who)
+        view = view_of(who)
+        view.need(UPDATE)
         node = self._pictured(who, path, rev)
         if media_of_picture(data) is None:
             raise CloudError("unsupported-media", "a thumbnail is WebP, JPEG or PNG")
         if len(data) >= node.size:
             raise CloudError("bad-request", "a thumbnail is smaller than its file")
-        self.tree.space.check(self.tree.spot(who, ()), 0, len(data))
-        self.tree.store(who, Statement("DELETE FROM thumbnail WHERE home = ? AND manifest = ?", (who.account, node.manifest)),
-                    Statement(PUT_THUMBNAIL, (who.account, node.manifest, data)))        # a new row, which backups notice
+        self.tree.space.check(self.tree.enter(who, ()), 0, len(data))
+        self.tree.store(who, Statement("DELETE FROM thumbnail WHERE home = ? AND manifest = ?", (view.home, node.manifest)),
+                    Statement(PUT_THUMBNAIL, (view.home, node.manifest, data)))        # a new row, which backups notice
 
     def known(self, who: Principal) -> set[str]:
         """What has a thumbnail in the account: {manifest}."""
-        return {manifest for (manifest,) in self.db.read("SELECT manifest FROM thumbnail WHERE home = ?", (who.account,))}
+        return {manifest for (manifest,) in self.db.read("SELECT manifest FROM thumbnail WHERE home = ?", (view_of(who).home,))}
 
     def _pictured(self, who: Principal, path: tuple[str, ...], rev: int | None) -> Node:
         node = self.files.stat(who, path)
@@ -7202,7 +7246,7 @@ class Cloud:
 
     def keep(self, who: Principal, value: Any) -> str:
         """Keep, for an hour, what a later request needs and cannot hold in its address; returns what to call it by."""
-        require_writer(who)
+        view_of(who).need(UPDATE)
         id, now = secrets.token_urlsafe(16), self.clock.due()
         if self.db.read("SELECT count(*) FROM kept WHERE account = ? AND due > ?", (who.account, now))[0][0] >= KEPT_MOST:
             raise CloudError("busy", "too much is kept for this account already", retry_after=60)
@@ -7244,7 +7288,7 @@ def op_ids(op: str, now: int) -> tuple[str, str]:
 
 def parts_id(who: Principal, name: str) -> str:
     """The id of an upload that a client named; no other kind has colons."""
-    return "%d:%d:%s" % (who.account, who.root, name)
+    return "%d:%d:%s" % (who.account, view_of(who).top, name)
 
 
 # ==== 12. HTTP ===========================================================================
@@ -9311,7 +9355,7 @@ WAIT_LIMIT = 60                 # seconds that a question may wait for its answe
 EVENTS_LIFE = 10 * 60           # seconds after which a listener has to ask again
 
 
-def sync_place(place: Place) -> dict[str, Any]:
+def sync_place(place: Listed) -> dict[str, Any]:
     """A node as sync tells it; times are ms since 1970."""
     node = place.node
     about = {"path": "/".join(place.path), "node": str(node.node), "kind": "collection" if node.kind else "file",
@@ -9340,7 +9384,7 @@ def sync_manifest(cloud: Cloud, who: Principal, request: Request) -> Response:
     return Response(200, sync_lines(first, places), {"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"}, length=None)
 
 
-def sync_lines(first: dict[str, Any], places: Iterator[Place]) -> Iterator[bytes]:
+def sync_lines(first: dict[str, Any], places: Iterator[Listed]) -> Iterator[bytes]:
     count, lines = 0, [format_json(first)]
     for place in places:
         count += 1
@@ -9373,7 +9417,7 @@ def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
         if change.path is not None:
             about = sync_place(cloud.sync.place_of(change.node, change.path, bool(values["chunks"])))
         found.append({**about, "was": None if change.was is None else "/".join(change.was)})
-    return json_response({"seq": reached, "tag": cloud.journal.tag_at(reached), "more": reached < cloud.journal.head(), "root": str(who.root),
+    return json_response({"seq": reached, "tag": cloud.journal.tag_at(reached), "more": reached < cloud.journal.head(), "root": str(view_of(who).top),
                           "changes": found})
 
 
@@ -9772,7 +9816,7 @@ PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {   # live ones 
     "{http://owncloud.org/ns}fileid": lambda node, about: str(node.node),
     "{http://owncloud.org/ns}id": lambda node, about: format_id(node),
     "{http://owncloud.org/ns}permissions": lambda node, about: (
-        "G" if about.who.readonly else "RGDNVCK" if node.kind else "RGDNVW"),
+        "G" if UPDATE not in view_of(about.who).rights else "RGDNVCK" if node.kind else "RGDNVW"),
 }
 ALLPROP = tuple(PROPERTIES)[:9]                  # RFC 4918 s9.1: what RFC 4918 itself defines
 SETTABLE: dict[str, Callable[[str], Optional[int]]] = {  # live properties that set the time of a node, and how to read them
