@@ -4192,8 +4192,8 @@ class Span:
 
 def seen_by(read: Read, who: Principal) -> Moment:
     """What somebody sees, as it is now: nothing, if the collection that a device is limited to is in the trash."""
-    _, _, top, _, whole = view_of(who)
-    hidden = not whole and Moment(read, top).above(top) is None
+    _, _, top, rights, whole = view_of(who)
+    hidden = READ not in rights or not whole and Moment(read, top).above(top) is None
     return Moment(read, 0 if hidden else top)
 
 
@@ -4549,7 +4549,7 @@ class Tree:
         if not view.rights or right and right not in view.rights:
             view.need(right or READ)
         if not path:
-            return self.enter_top(who)
+            return self._enter_top(view)
         above = (view.top,) if view.whole else above_top(self.db.read, view) + (view.top,)
         keys = [key_of(name) for name in path]
         walked = 0
@@ -4578,8 +4578,7 @@ class Tree:
             raise CloudError("forbidden", "this account does not exist any more")
         return rows[0]
 
-    def enter_top(self, who: Principal) -> Place:
-        view = view_of(who)
+    def _enter_top(self, view: View) -> Place:
         above = above_top(self.db.read, view)
         rows = self.db.read(
             "SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota - a.extra, r.size, " + NODE + " FROM account a "
@@ -5837,15 +5836,17 @@ class History:
         return reached, sorted(found, key=lambda c: c.path or c.was or ())
 
     def walk(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
-                      seq: int | None = None, missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
+             seq: int | None = None, missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
         """(path from there, node, bytes or None for a collection) of all below a path, as of now or of a seq.
 
         names    only these members; a single file as `path` gives itself, with the path ()
         missed   told of each path that cannot be read, and of why; without it that ends the walk
         """
+        view = view_of(who)
+        view.need(READ if seq is None else PAST)
         seq = self.journal.head() if seq is None else seq
-        first = [(name, self.past(who, path + name, seq)[0]) for name in names or [()]]
-        return self._with_contents(first, Moment(self.db.read, view_of(who).top, seq), missed)
+        first = [(name, self._as_of(who, path + name, seq)[0]) for name in names or [()]]
+        return self._with_contents(first, Moment(self.db.read, view.top, seq), missed)
 
     def _with_contents(self, first: list[tuple[tuple[str, ...], Node]], then: Moment,
                        missed: Callable[[tuple[str, ...], CloudError], None] | None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
@@ -5862,7 +5863,7 @@ class History:
 
     def archive(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
                 seq: int | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
-        """As walk_contents, in the lane for long work (Q3)."""
+        """As walk, in the lane for long work (Q3)."""
         return self._in_lane(who, self.walk(who, path, names, seq))
 
     def _in_lane(self, who: Principal, items: Iterator[Any]) -> Iterator[Any]:
@@ -5873,7 +5874,11 @@ class History:
 
     def past(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, list[Node]]:
         """The node that was at a path as of a seq and what it held.  raises CloudError not-found, gone"""
-        self.tree.enter_top(who)
+        view_of(who).need(PAST)
+        return self._as_of(who, path, seq)
+
+    def _as_of(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, list[Node]]:
+        self.tree.enter(who, ())
         with self.db.snapshot() as read:
             then = Moment(read, view_of(who).top, seq)
             node = self.past_node(then, path)
@@ -5983,6 +5988,7 @@ class History:
     def differences(self, who: Principal, path: tuple[str, ...], seq: int,
                     alive: Callable[[], None] = unwatched) -> list[Difference]:
         """What became of the things below a collection since a seq, in the order of paths."""
+        view_of(who).need(PAST)
         top = self.files.stat(who, path).node
         self.journal.check_reach(seq)
         with self.db.snapshot() as read:
@@ -6113,6 +6119,7 @@ class Versions:
 
     def list(self, who: Principal, path: tuple[str, ...]) -> list[Version]:
         """Every content a file had, the newest first."""
+        view_of(who).need(PAST)
         node = self.files.stat(who, path)
         if node.kind:
             raise CloudError("conflict", "a collection has no versions; ask for it as of a time")
@@ -6128,9 +6135,10 @@ class Versions:
 
     def read(self, who: Principal, path: tuple[str, ...], rev: int) -> tuple[Node, Content]:
         """A file as it was in one of its versions.  raises CloudError not-found"""
+        view_of(who).need(PAST)
         live = self.files.stat(who, path)
         rows = self.db.read(select_entries("e.rev = :rev AND e.kind = 0 AND (e.node = :node AND e.until IS NULL OR e.node = :node AND e.until "
-                                    "IS NOT NULL)") + " ORDER BY e.since LIMIT 1", {"rev": rev, "node": live.node})
+                                           "IS NOT NULL)") + " ORDER BY e.since LIMIT 1", {"rev": rev, "node": live.node})
         if not rows or not self._was_within(who, live.node, rev):
             raise CloudError("not-found", "there is no such version")
         node = Node._make(rows[0])._replace(name=live.name)
@@ -6454,10 +6462,10 @@ class Sync:
 
         raises  CloudError not-found, gone
         """
+        view = self.tree.enter(who, (), READ if seq is None else PAST).view
         seq = self.journal.head() if seq is None else seq
-        self.tree.enter_top(who)
         with self.db.snapshot() as read:
-            top = self.history.past_node(Moment(read, view_of(who).top, seq), path)
+            top = self.history.past_node(Moment(read, view.top, seq), path)
         return seq, top, self._places(Moment(self.db.read, top.node, seq).walk(top.node, path), chunks)
 
     def _places(self, nodes: Iterator[tuple[tuple[str, ...], Node]], chunks: bool) -> Iterator[Listed]:
@@ -6503,6 +6511,7 @@ class Sync:
 
     def read_chunks(self, who: Principal, hashes: Sequence[str]) -> tuple[int, Iterator[bytes | FileSlice]]:
         """(bytes of them all, their bytes in turn).  raises CloudError missing"""
+        view_of(who).need(READ)
         known = self.known(who, hashes)
         if len(known) < len(set(hashes)):
             raise CloudError("missing", "not all of these chunks can be read",
@@ -6672,7 +6681,10 @@ class Sync:
             path = split_path(step[verb])
             if not path:
                 raise CloudError("forbidden", "the root stays as it is")
-            return COMMIT_STEPS[verb](self, who, draft, path, step)
+            right, take = COMMIT_STEPS[verb]
+            if right not in draft.root.view.rights:
+                draft.root.view.need(right)
+            return take(self, who, draft, path, step)
         except CloudError as error:
             return Outcome(error.status, None, problem_of(error))
 
@@ -6771,8 +6783,8 @@ class Sync:
         draft.apply(removal_of(node, place))
         return Outcome(204)
 
-COMMIT_STEPS: dict[str, Callable[..., Outcome]] = {
-    "put": Sync._take_put, "mkdir": Sync._take_mkdir, "move": Sync._take_move, "delete": Sync._take_delete}
+COMMIT_STEPS: dict[str, tuple[str, Callable[..., Outcome]]] = {
+    "put": (UPDATE, Sync._take_put), "mkdir": (CREATE, Sync._take_mkdir), "move": (UPDATE, Sync._take_move), "delete": (DELETE, Sync._take_delete)}
 LOOSE_LIFE = 20 * HOUR          # less than the sweep leaves a chunk alone that nobody refers to
 FLUSH = 16 * MiB                # bytes of small chunks that wait in memory for the commit
 OWNED = (  # does an account (?, ?) refer to chunk h, now or in its history?

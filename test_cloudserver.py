@@ -2212,6 +2212,35 @@ def test_what_one_process_writes_another_reads_at_once(cloud, ann, rng):
     other.close(), fresh.close()
 
 
+NEEDS = {  # what a verb needs beside READ, and the verb, on f and d/g
+    "stat": (cs.READ, lambda c, a: c.files.stat(a, ("f",))), "open": (cs.READ, lambda c, a: c.files.open(a, ("f",))),
+    "search": (cs.READ, lambda c, a: look_for(c, a, "f")), "manifest": (cs.READ, lambda c, a: list(c.sync.manifest(a, ())[2])),
+    "zip": (cs.READ, lambda c, a: list(c.history.archive(a, ()))), "changes": (cs.READ, lambda c, a: c.history.changes(a, (), 1)),
+    "chunks": (cs.READ, lambda c, a: c.sync.read_chunks(a, [])),
+    "create": (cs.CREATE, lambda c, a: put(c, a, "new")), "mkdir": (cs.CREATE, lambda c, a: c.files.make_collection(a, ("new",))),
+    "copy": (cs.CREATE, lambda c, a: copy(c, a, "f", "new")), "upload": (cs.CREATE, lambda c, a: c.uploads.create(a, ("new",), 3)),
+    "send": (cs.CREATE, lambda c, a: c.sync.send(a, [b"chunk"])), "restore": (cs.CREATE, lambda c, a: c.trash.restore(a, c.trash.list(a)[0].node.node)),
+    "overwrite": (cs.UPDATE, lambda c, a: put(c, a, "f", b"2")), "move": (cs.UPDATE, lambda c, a: move(c, a, "f", "new")),
+    "patch": (cs.UPDATE, lambda c, a: c.files.patch(a, ("f",), mtime=5)), "lock": (cs.UPDATE, lambda c, a: take_lock(c, a, "f")),
+    "star": (cs.UPDATE, lambda c, a: c.search.star(a, ("f",), on=True)), "rewind": (cs.UPDATE, lambda c, a: c.history.rewind(a, (), 3)),
+    "delete": (cs.DELETE, lambda c, a: c.files.delete(a, ("f",))), "empty the trash": (cs.DELETE, lambda c, a: c.trash.empty(a)),
+    "versions": (cs.PAST, lambda c, a: c.versions.list(a, ("f",))), "past": (cs.PAST, lambda c, a: c.history.past(a, (), 3)),
+    "past manifest": (cs.PAST, lambda c, a: c.sync.manifest(a, (), 3)), "past zip": (cs.PAST, lambda c, a: list(c.history.archive(a, (), seq=3))),
+    "differences": (cs.PAST, lambda c, a: c.history.differences(a, (), 3))}
+
+
+@pytest.mark.parametrize("verb", NEEDS)
+def test_a_verb_needs_its_right_and_no_other(cloud, ann, monkeypatch, verb):
+    right, act = NEEDS[verb]
+    put(cloud, ann, "f"), put(cloud, ann, "d/g", parents=True), put(cloud, ann, "gone"), cloud.files.delete(ann, ("gone",))
+    whole = cs.view_of(ann)
+    monkeypatch.setattr(cs, "view_of", lambda who: whole._replace(rights=frozenset(cs.RIGHTS) - {right}))
+    before = tree(cloud, ann) if right != cs.READ else None
+    assert outcome(act, cloud, ann) == "forbidden" and (before is None or tree(cloud, ann) == before)
+    monkeypatch.setattr(cs, "view_of", lambda who: whole._replace(rights=frozenset({cs.READ, right})))
+    assert not isinstance(outcome(act, cloud, ann), str)
+
+
 def test_accounts_never_see_each_other(cloud, ann):
     bob = account(cloud, "bob")
     put(cloud, ann, "secret", b"x")
