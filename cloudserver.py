@@ -12730,6 +12730,13 @@ class Base(NamedTuple):
     ctime_ns: int = 0            # -1: not to be trusted
     sure: int = 1                # 0: its bytes were read so soon after a write that they are read once more
 
+    @property
+    def there(self) -> There:
+        return There(self.path, self.node, self.kind, self.etag, self.size, self.mtime, self.content, self.chunks)
+
+    def with_there(self, there: There) -> Base:
+        return Base(*there, self.mtime_ns, self.inode, self.ctime_ns, self.sure)
+
 
 class Here(NamedTuple):
     """A file or directory of the folder.  0 is what a system does not give; it proves nothing."""
@@ -12739,6 +12746,9 @@ class Here(NamedTuple):
     mtime_ns: int
     ctime_ns: int                # Windows: when it was made
     inode: int                   # Windows: of directories only
+
+
+Cursor = Tuple[int, str]        # (seq, tag): a point in the history of a server
 
 
 class Stopped(Exception):
@@ -12756,6 +12766,20 @@ DECISIONS = {  # (here against base, there against base): what to do
     ("gone", "same"): "delete there", ("same", "gone"): "delete here", ("gone", "gone"): "forget",
     ("changed", "changed"): "compare", ("new", "new"): "compare",
     ("doubt", "same"): "upload", ("doubt", "changed"): "read", ("doubt", "gone"): "read"}   # who uploads, reads it anyway
+
+
+def collection_there(path: str, node: str, mtime: int = 0) -> There:
+    return There(path, node, COLLECTION, "", 0, mtime, "", "")
+
+
+def file_there(path: str, node: str, etag: str, mtime: int, chunks: Sequence[tuple[str, int]]) -> There:
+    return There(path, node, FILE, etag, sum(size for _, size in chunks), mtime, content_of(chunks),
+                 json.dumps(chunks) if len(chunks) > 1 else "")
+
+
+def content_of(chunks: Sequence[tuple[str, int]]) -> str:
+    """What names the bytes of a file of these chunks."""
+    return manifest_of(chunks) if chunks else EMPTY
 
 
 def state_here(base: Base | None, here: Here | None) -> str:
@@ -12786,6 +12810,11 @@ def lineage(key: str) -> Iterator[str]:
     while key:
         yield key
         key = parent_of(key)
+
+
+def ancestors_of(key: str) -> Iterator[str]:
+    """Keys of what holds something, upwards."""
+    return lineage(parent_of(key))
 
 
 def one_line(text: str) -> str:
@@ -12980,10 +13009,6 @@ class Folder:
     def place(self, path: str) -> str:
         return os.path.join(self.top, *path.split("/")) if os.name == "nt" else self.top + "/" + path
 
-    def holds_names(self, names: Sequence[str]) -> bool:
-        """Can this system have files of these names?"""
-        return (os.name != "nt" or all(map(is_windows_name, names))) and all(name.casefold() != SYNC_HOME for name in names)
-
     # ---- looking
 
     def rules(self) -> Rules:
@@ -13079,7 +13104,7 @@ class Folder:
         if "/" not in path:
             return
         home = self._opened[1:]
-        for above in reversed(list(lineage(parent_of(path)))):
+        for above in reversed(list(ancestors_of(path))):
             about = os.lstat(self.place(above))
             if why_not_a_file(about) or not stat.S_ISDIR(about.st_mode) or [(about.st_dev, about.st_ino)] == home:
                 raise OSError(errno.ENOTDIR, "%s %s" % (above, why_not_a_file(about) or "is no directory of this folder"))
@@ -13110,12 +13135,15 @@ class Folder:
             raise Changing(errno.EAGAIN, "it changes while it is read", path)
         return file
 
+    def content(self, path: str, sizes: Sequence[int]) -> str:
+        """What names the bytes of a file, cut into chunks of these sizes; "" if it has more.  raises OSError"""
+        with self.read(path) as file:
+            chunks = [(hashlib.sha256(read_fully(file, size)).hexdigest(), size) for size in sizes]
+            return "" if file.read(1) else content_of(chunks)
+
     def holds(self, path: str, node: There | Base) -> bool:
         """Are the bytes of a file those?  raises OSError"""
-        with self.read(path) as file:
-            chunks = chunks_of(node)
-            seen = [(hashlib.sha256(read_fully(file, size)).hexdigest(), size) for _, size in chunks]
-            return seen == chunks and not file.read(1)
+        return self.content(path, [size for _, size in chunks_of(node)]) == node.content
 
     # ---- writing
 
@@ -13315,6 +13343,11 @@ def why_not_a_name(name: str, path: str) -> str:
     return ""
 
 
+def can_be_held(names: Sequence[str]) -> bool:
+    """Can this system have files of these names?"""
+    return (os.name != "nt" or all(map(is_windows_name, names))) and all(name.casefold() != SYNC_HOME for name in names)
+
+
 def read_fully(file: BinaryIO, size: int) -> bytes:
     """As many bytes of an unbuffered file as there are, up to `size`."""
     data = file.read(size)
@@ -13398,7 +13431,7 @@ class Memory:
 
     def _with_words_of(self, there: There | None, base: Base) -> Base:
         """The same, sharing its strings with what is on the server: they are most of our memory."""
-        return Base(*there, *base[8:]) if there == base[:8] else base
+        return base.with_there(there) if there == base.there else base
 
     @property
     def cursor(self) -> int:
@@ -13562,6 +13595,8 @@ class Memory:
 # The server at the other end of a sync: what it answers is checked here (invariant 6).
 
 ANSWER_LIMIT = 256 * MiB        # bytes of one answer in JSON
+MANIFEST_LINE = 64 * MiB        # bytes of one line of a manifest: a file of 1 TiB has 20
+CHANGES_LIMIT = 2_000           # nodes in one answer
 PIECE_READ = 256 * KiB          # bytes of an answer that are taken at once
 STRIKES = 3                     # answers in a row that break off before anything came: then it is the network
 
@@ -13640,12 +13675,11 @@ def there_of(about: Any) -> There:
     kind = about.get("kind") if isinstance(about, dict) else None
     about = checked("collection" if kind == "collection" else "file", about)
     if kind == "collection":
-        return There(about["path"], about["node"], COLLECTION, "", 0, about["mtime"], "", "")
-    chunks = [tuple(chunk) for chunk in about["chunks"]]
-    if sum(size for _, size in chunks) != about["size"]:
+        return collection_there(about["path"], about["node"], about["mtime"])
+    there = file_there(about["path"], about["node"], about["etag"], about["mtime"], [tuple(chunk) for chunk in about["chunks"]])
+    if there.size != about["size"]:
         raise Stopped("the server sent what no cloudserver sends: chunks that do not make a file")
-    return There(about["path"], about["node"], FILE, about["etag"], about["size"], about["mtime"],
-                 manifest_of(chunks) if chunks else EMPTY, json.dumps(chunks) if len(chunks) > 1 else "")
+    return there
 
 
 def change_of(about: Any) -> tuple[str, There | None]:
@@ -13822,6 +13856,134 @@ class Link:
                           missing=missing if are_hashes(missing) else None)
 
 
+class Follower:
+    """Keeps our picture of the server up to date (invariant 5)."""
+
+    def __init__(self, link: Link, memory: Memory, *, yes: bool) -> None:
+        self.link, self.memory, self.yes = link, memory, yes
+
+    def address(self, more: str, since: Cursor | None = None) -> str:
+        """Where to ask for changes since our cursor."""
+        seq, tag = since or (self.memory.cursor, self.memory.words.get("tag"))
+        return "/api/v1/changes?since=%d&server=%s%s&%s" % (seq, self.memory.words["server"], "&tag=" + tag if tag else "", more)
+
+    def fetch(self) -> None:
+        """Bring it up to date.  raises Stopped"""
+        if self.memory.cursor >= 0:
+            try:
+                self._check_latest()
+                while self._fetch_changes():
+                    pass
+                return
+            except CloudError as error:
+                if error.kind == "other-history":
+                    self._start_over(error.detail.get("why") or "this server went back in time: an older state of its data was put back")
+                elif error.kind != "gone":
+                    raise
+        self._fetch_manifest()
+
+    def _check_latest(self) -> None:
+        """Where others wrote, or we were killed, our cursor is older than what we agreed on.  raises CloudError other-history"""
+        if self.memory.latest[0] > self.memory.cursor:
+            self.link.call("changes", "GET", self.address("limit=1", self.memory.latest))
+
+    def _fetch_changes(self) -> bool:
+        """One answer full of changes; are there more?"""
+        memory = self.memory
+        answer = self.link.call("changes", "GET", self.address("chunks=1&limit=%d" % CHANGES_LIMIT))
+        changes, root = [change_of(about) for about in answer["changes"]], answer.get("root", "")
+        before = memory.cursor
+        if answer["seq"] < before:
+            raise CloudError("other-history")
+        if self._is_elsewhere(root):
+            raise CloudError("other-history", why="this account begins elsewhere than it did")
+        if changes:
+            memory.redraw(changes)
+        memory.say(cursor=answer["seq"], tag=answer.get("tag", ""), root=root)
+        return answer["more"] and answer["seq"] > before
+
+    def _fetch_manifest(self) -> None:
+        """Everything anew.  Another server, or one that was put back, agreed on nothing with us."""
+        memory, found, first, last = self.memory, [], None, None
+        with self.link.open("GET", "/api/v1/manifest?chunks=1") as response:
+            lines = io.BufferedReader(response, 64 * KiB)
+            while True:
+                line = lines.readline(MANIFEST_LINE)
+                if not line.endswith(b"\n"):
+                    break
+                self.link.received += len(line)
+                about = json.loads(str(line, "utf-8"))
+                if isinstance(about, dict) and "path" in about:
+                    found.append(there_of(about))
+                first, last = first or about, about
+        if last != {"end": True, "count": len(found)} or first is last:
+            raise Stopped("the answer of the server broke off; nothing was touched")
+        first = checked("manifest", first)
+        known = memory.words.get("server")
+        if known not in (None, first["server"]):
+            self._start_over("this is not the server it was, or it was restored from a backup")
+        elif self._is_elsewhere(first.get("node", "")):
+            self._start_over("this account begins elsewhere than it did")
+        elif first["seq"] < max(memory.cursor, memory.latest[0]):
+            self._start_over("this server went back in time: an older state of its data was put back")
+        memory.clear("there", "twin")
+        memory.draw(found)
+        memory.say(server=first["server"], cursor=first["seq"], tag=first.get("tag", ""), root=first.get("node", ""))
+
+    def _is_elsewhere(self, root: str) -> bool:
+        """Is the node whose tree we are shown another than it was?  Older servers do not say."""
+        return bool(root) and self.memory.words.get("root") not in (None, "", root)
+
+    def _start_over(self, why: str) -> None:
+        """Nothing is agreed on any more.  raises Stopped, unless somebody said yes"""
+        if not self.yes:
+            raise Stopped(why + "; nothing was touched. With --yes both sides are merged and nothing is deleted", ASK)
+        self.memory.clear("base")
+        self.memory.say(cursor=-1, latest=json.dumps((-1, "")))
+
+
+class Commits:
+    """Asks the server for changes, and for none twice."""
+
+    def __init__(self, link: Link, memory: Memory) -> None:
+        self.link, self.memory = link, memory
+        self.seen: list[Cursor | None] = []          # that they were answered with
+
+    def commit(self, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The outcomes of steps, one for each."""
+        return self.saw(self.send(steps)) if steps else []
+
+    def saw(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
+        """The outcomes of a commit.  From now on we know that its seq is in the history of the server."""
+        point = answer.get("seq", 0), answer.get("tag", "")
+        self.seen.append((answer["cursor"], point[1]) if "cursor" in answer else None)
+        if point > self.memory.latest:
+            self.memory.say(latest=json.dumps(point))
+        return answer["results"]
+
+    def send(self, steps: list[dict[str, Any]], frames: bytes = b"") -> dict[str, Any]:
+        """A commit, from any thread: the answer, whose results are outcomes, one for each step."""
+        words = self.memory.words
+        head = {"op": secrets.token_hex(16), "server": words["server"], "since": self.memory.cursor, "ops": steps,
+                **({"tag": words["tag"]} if words.get("tag") else {})}
+        answer = self.link.call("commit", "POST", "/api/v1/commit", format_json(head) + b"\n" + frames)
+        outcomes = [checked("outcome", outcome) for outcome in answer["results"]]
+        if len(outcomes) != len(steps):
+            raise Stopped("the server sent what no cloudserver sends: %d outcomes of %d steps" % (len(outcomes), len(steps)))
+        for outcome in outcomes:
+            if "problem" in outcome:
+                checked("problem", outcome["problem"])
+        return {**answer, "results": outcomes}
+
+    def advance(self) -> None:
+        """All our commits are answered: if nobody else did anything meanwhile, we need not be told of our own doing."""
+        if self.seen and None not in self.seen:
+            cursor, tag = max(self.seen)
+            if cursor > self.memory.cursor:
+                self.memory.say(cursor=cursor, tag=tag)
+        self.seen = []
+
+
 class Answer(NamedTuple):
     """What came when chunks were asked for."""
     frames: bytearray            # as far as they came
@@ -13894,35 +14056,48 @@ class Fetcher:
 AGENT = "cloudserver-sync/" + __version__
 
 
+def link_of(memory: Memory) -> Link:
+    """A connection to the server that a folder belongs to."""
+    return Link(memory.words["url"], "Bearer " + memory.words["token"], AGENT, memory.words.get("trust", ""))
+
+
+def open_alone(folder: Folder) -> FileLock:
+    """Open a folder that nobody else syncs now.  raises Stopped"""
+    try:
+        folder.open()
+    except CloudError as error:
+        raise Stopped(str(error)) from error
+    lock = FileLock(folder.home / "lock")
+    if not lock.acquire(wait=False):
+        raise Stopped("another process syncs this folder")
+    return lock
+
+
 def folder_record(place: Path) -> Path:
     """Where the user's home remembers that a folder is synced: told apart from an empty mount point by that."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return home / "cloudserver" / hashlib.sha256(str(place.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
-def record_folder(known: Path, text: str) -> None:
-    known.parent.mkdir(parents=True, exist_ok=True)
-    known.write_text(text, encoding="utf-8", errors="surrogateescape")
+def record_folder(record: Path, text: str) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def forget_folder(place: Path) -> str:
     """Forget that a folder was synced, here and, if it can be reached, on the server; no file is touched.  Returns what was done."""
-    folder, known, let_go = Folder(place.resolve()), folder_record(place), "revoke its device on the page"
-    if not known.exists() and not folder.home.exists():
+    folder, record, let_go = Folder(place.resolve()), folder_record(place), "revoke its device on the page"
+    if not record.exists() and not folder.home.exists():
         raise Stopped("%s is not synced with anything" % place)
     if (folder.home / "state.db").exists():
-        folder.open()
-        lock = FileLock(folder.home / "lock")
-        if not lock.acquire(wait=False):
-            raise Stopped("another process syncs this folder")
+        lock = open_alone(folder)
         with suppress(Stopped, CloudError, KeyError), closing(Memory(folder.home / "state.db", folder.key)) as memory:
-            link = Link(memory.words["url"], "Bearer " + memory.words["token"], AGENT, memory.words.get("trust", ""))
-            with closing(link):
+            with closing(link_of(memory)) as link:
                 link.call("", "POST", "/api/v1/logout", b"", tries=1)
             let_go = "its device is let go"
         lock.close()
     shutil.rmtree(folder.home, ignore_errors=True)
-    known.unlink(missing_ok=True)
+    record.unlink(missing_ok=True)
     return "%s is not synced any more; %s. Its files stay" % (place, let_go)
 
 
@@ -13946,15 +14121,13 @@ def is_this_machine(host: str) -> bool:
 
 def is_let_in(memory: Memory) -> bool:
     """False only if the server says that it does not know this device any more."""
-    link = Link(memory.words["url"], "Bearer " + memory.words["token"], AGENT, memory.words.get("trust", ""))
-    try:
-        link.call("", "GET", "/api/v1/account", tries=1)
-    except Stopped as stopped:
-        return stopped.code != REFUSED
-    except CloudError:
-        pass
-    finally:
-        link.close()
+    with closing(link_of(memory)) as link:
+        try:
+            link.call("", "GET", "/api/v1/account", tries=1)
+        except Stopped as stopped:
+            return stopped.code != REFUSED
+        except CloudError:
+            pass
     return True
 
 
@@ -13998,8 +14171,6 @@ BRAKE_LEAST = 50                # deletions that never stop a run
 SCAN_LEAST, SCAN_MOST = 1.0, 15.0       # seconds between two looks at a watched folder
 AGAIN_LEAST, AGAIN_MOST = 5.0, 600.0    # seconds until what could not be synced, or reached, is tried again
 LATE_LOOK = 0.25                # seconds of a run that may go into reading such files once more
-MANIFEST_LINE = 64 * MiB        # bytes of one line of a manifest: a file of 1 TiB has 20
-CHANGES_LIMIT = 2_000           # nodes in one answer
 
 # ---- a run
 
@@ -14021,7 +14192,16 @@ class Tally:
         return self.uploaded + self.downloaded + self.moved + self.deleted_here + self.deleted_there + self.conflicts
 
 
-Cursor = Tuple[int, str]        # (seq, tag): a point in the history of a server
+@dataclass(frozen=True)
+class Wishes:
+    """What somebody wants of a sync."""
+    only: Sequence[str] = ()     # paths that are synced, if not all
+    yes: bool = False            # go on where a person has to look
+    show: bool = False           # progress
+    device: str = ""             # what this computer is called there
+    again: bool = False          # log in again if the server does not let the device in any more
+    trust: bool = False          # take the certificate the server has now, whoever made it
+    plain: bool = False          # send the password without encryption
 
 
 class Forgiving:
@@ -14046,11 +14226,11 @@ class Forgiving:
 class Session:
     """What the parts of the client share: both ends, what was agreed, how the folder looks now, and what a run did so far."""
 
-    def __init__(self, folder: Folder, memory: Memory, link: Link, *, only: Sequence[str] = (), yes: bool = False,
-                 show: bool = False) -> None:
-        self.folder, self.memory, self.link, self.yes = folder, memory, link, yes
-        self.only = [folder.key("/".join(split_path(path))) for path in only]
-        self.progress = Progress("sync", 0) if show else None
+    def __init__(self, folder: Folder, memory: Memory, link: Link, wishes: Wishes) -> None:
+        self.folder, self.memory, self.link, self.yes = folder, memory, link, wishes.yes
+        self.commits = Commits(link, memory)
+        self.only = [folder.key("/".join(split_path(path))) for path in wishes.only]
+        self.progress = Progress("sync", 0) if wishes.show else None
         self.rules, self.scan = Rules(()), Scan({}, {}, [], {}, 0.0)
         self.lane = ThreadPoolExecutor(LANES, "sync")
         self.flying: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
@@ -14069,7 +14249,7 @@ class Session:
         self.unsettled: set[str] = set()             # paths that changed while they were read
         self.lacking: dict[str, str] = {}            # paths whose bytes the server cannot give
         self.refused: dict[str, str] = {}            # paths at which the server has something else than we know
-        self.seen: list[Cursor | None] = []          # that commits were answered with
+        self.commits.seen = []
         self.held = False
 
     def complain(self, path: str, problem: Any) -> None:
@@ -14092,15 +14272,7 @@ class Session:
     def land_all(self) -> None:
         while self.flying:
             self._land()
-        self.advance()
-
-    def advance(self) -> None:
-        """All our commits are answered: if nobody else did anything meanwhile, we need not be told of our own doing."""
-        if self.seen and None not in self.seen:
-            cursor, tag = max(self.seen)
-            if cursor > self.memory.cursor:
-                self.memory.say(cursor=cursor, tag=tag)
-        self.seen = []
+        self.commits.advance()
 
     @property
     def is_time(self) -> bool:
@@ -14125,34 +14297,6 @@ class Session:
         self.remembered = time.monotonic()
         self.pause = max(1.0, 5 * (self.remembered - began))
 
-    # ---- asking for changes
-
-    def commit(self, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The outcomes of steps, one for each."""
-        return self.saw(self.send(steps)) if steps else []
-
-    def saw(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
-        """The outcomes of a commit.  From now on we know that its seq is in the history of the server."""
-        point = answer.get("seq", 0), answer.get("tag", "")
-        self.seen.append((answer["cursor"], point[1]) if "cursor" in answer else None)
-        if point > self.memory.latest:
-            self.memory.say(latest=json.dumps(point))
-        return answer["results"]
-
-    def send(self, steps: list[dict[str, Any]], frames: bytes = b"") -> dict[str, Any]:
-        """A commit, from any thread: the answer, whose results are outcomes, one for each step."""
-        words = self.memory.words
-        head = {"op": secrets.token_hex(16), "server": words["server"], "since": self.memory.cursor, "ops": steps,
-                **({"tag": words["tag"]} if words.get("tag") else {})}
-        answer = self.link.call("commit", "POST", "/api/v1/commit", format_json(head) + b"\n" + frames)
-        outcomes = [checked("outcome", outcome) for outcome in answer["results"]]
-        if len(outcomes) != len(steps):
-            raise Stopped("the server sent what no cloudserver sends: %d outcomes of %d steps" % (len(outcomes), len(steps)))
-        for outcome in outcomes:
-            if "problem" in outcome:
-                checked("problem", outcome["problem"])
-        return {**answer, "results": outcomes}
-
     def went_well(self, path: str, outcome: dict[str, Any]) -> bool:
         problem = outcome.get("problem")
         if problem is None and outcome["status"] < 300 and (outcome.get("node") or outcome["status"] == 204):
@@ -14165,92 +14309,6 @@ class Session:
         else:
             self.complain(path, detail)
         return False
-
-
-class Follower:
-    """Keeps our picture of the server up to date (invariant 5)."""
-
-    def __init__(self, session: Session) -> None:
-        self.session, self.memory = session, session.memory
-
-    def address(self, more: str, since: Cursor | None = None) -> str:
-        """Where to ask for changes since our cursor."""
-        seq, tag = since or (self.memory.cursor, self.memory.words.get("tag"))
-        return "/api/v1/changes?since=%d&server=%s%s&%s" % (seq, self.memory.words["server"], "&tag=" + tag if tag else "", more)
-
-    def fetch(self) -> None:
-        """Bring it up to date.  raises Stopped"""
-        if self.memory.cursor >= 0:
-            try:
-                self._check_latest()
-                while self._fetch_changes():
-                    pass
-                return
-            except CloudError as error:
-                if error.kind == "other-history":
-                    self._start_over(error.detail.get("why") or "this server went back in time: an older state of its data was put back")
-                elif error.kind != "gone":
-                    raise
-        self._fetch_manifest()
-
-    def _check_latest(self) -> None:
-        """Where others wrote, or we were killed, our cursor is older than what we agreed on.  raises CloudError other-history"""
-        if self.memory.latest[0] > self.memory.cursor:
-            self.session.link.call("changes", "GET", self.address("limit=1", self.memory.latest))
-
-    def _fetch_changes(self) -> bool:
-        """One answer full of changes; are there more?"""
-        memory = self.memory
-        answer = self.session.link.call("changes", "GET", self.address("chunks=1&limit=%d" % CHANGES_LIMIT))
-        changes, root = [change_of(about) for about in answer["changes"]], answer.get("root", "")
-        before = memory.cursor
-        if answer["seq"] < before:
-            raise CloudError("other-history")
-        if self._is_elsewhere(root):
-            raise CloudError("other-history", why="this account begins elsewhere than it did")
-        if changes:
-            memory.redraw(changes)
-        memory.say(cursor=answer["seq"], tag=answer.get("tag", ""), root=root)
-        return answer["more"] and answer["seq"] > before
-
-    def _fetch_manifest(self) -> None:
-        """Everything anew.  Another server, or one that was put back, agreed on nothing with us."""
-        memory, found, first, last = self.memory, [], None, None
-        with self.session.link.open("GET", "/api/v1/manifest?chunks=1") as response:
-            lines = io.BufferedReader(response, 64 * KiB)
-            while True:
-                line = lines.readline(MANIFEST_LINE)
-                if not line.endswith(b"\n"):
-                    break
-                self.session.link.received += len(line)
-                about = json.loads(str(line, "utf-8"))
-                if isinstance(about, dict) and "path" in about:
-                    found.append(there_of(about))
-                first, last = first or about, about
-        if last != {"end": True, "count": len(found)} or first is last:
-            raise Stopped("the answer of the server broke off; nothing was touched")
-        first = checked("manifest", first)
-        known = memory.words.get("server")
-        if known not in (None, first["server"]):
-            self._start_over("this is not the server it was, or it was restored from a backup")
-        elif self._is_elsewhere(first.get("node", "")):
-            self._start_over("this account begins elsewhere than it did")
-        elif first["seq"] < max(memory.cursor, memory.latest[0]):
-            self._start_over("this server went back in time: an older state of its data was put back")
-        memory.clear("there", "twin")
-        memory.draw(found)
-        memory.say(server=first["server"], cursor=first["seq"], tag=first.get("tag", ""), root=first.get("node", ""))
-
-    def _is_elsewhere(self, root: str) -> bool:
-        """Is the node whose tree we are shown another than it was?  Older servers do not say."""
-        return bool(root) and self.memory.words.get("root") not in (None, "", root)
-
-    def _start_over(self, why: str) -> None:
-        """Nothing is agreed on any more.  raises Stopped, unless somebody said yes"""
-        if not self.session.yes:
-            raise Stopped(why + "; nothing was touched. With --yes both sides are merged and nothing is deleted", ASK)
-        self.memory.clear("base")
-        self.memory.say(cursor=-1, latest=json.dumps((-1, "")))
 
 
 class Plan:
@@ -14287,7 +14345,7 @@ class Plan:
 
     def _postpone_below(self, keys: set[str]) -> None:
         if keys:
-            self.actions = {key: action for key, action in self.actions.items() if keys.isdisjoint(lineage(parent_of(key)))}
+            self.actions = {key: action for key, action in self.actions.items() if keys.isdisjoint(ancestors_of(key))}
 
 
 class Planner:
@@ -14333,7 +14391,7 @@ class Planner:
     def can_be_here(self, key: str) -> bool:
         """Can this computer hold the name?  If not it stays on the server, and is not gone."""
         path = self.memory.there[key].path
-        if self.folder.holds_names(path.split("/")):
+        if can_be_held(path.split("/")):
             return True
         self.session.complain(path, "this computer cannot hold the name")
         return False
@@ -14350,9 +14408,7 @@ class Planner:
         sizes = tuple(size for _, size in chunks_of(node))
         if (path, sizes) not in self._contents:
             try:
-                with self.folder.read(path) as file:
-                    seen = [(hashlib.sha256(read_fully(file, size)).hexdigest(), size) for size in sizes]
-                    self._contents[path, sizes] = "" if file.read(1) else manifest_of(seen) if seen else EMPTY
+                self._contents[path, sizes] = self.folder.content(path, sizes)
             except OSError as error:
                 self.session.complain(path, error)
                 return False
@@ -14375,8 +14431,8 @@ class Planner:
         for key in {*memory.base, *memory.there, *here}:
             base, ours, theirs = memory.base.get(key), here.get(key), memory.there.get(key)
             changed = state_there(base, theirs)
-            if changed == "same" and base[:8] != theirs and base.path == theirs.path:
-                memory.set("base", key, Base(*theirs, *base[8:]))    # the same bytes, written once more
+            if changed == "same" and base.there != theirs and base.path == theirs.path:
+                memory.set("base", key, base.with_there(theirs))     # the same bytes, written once more
             action = DECISIONS[state_here(base, ours), changed]
             if not action or key in left_out:
                 continue
@@ -14462,7 +14518,7 @@ class Mover:
             there = memory.there.get(new)
             if there is None or base.path == there.path or not self.planner.is_wanted(new) or (
                     self.planner.state_here(key) != "same" or new != key and (new in here or new in memory.base)
-                    or any(above in here and not here[above].kind for above in lineage(parent_of(new)))):
+                    or any(above in here and not here[above].kind for above in ancestors_of(new))):
                 continue                         # a parent took it along, or something is in the way
             if self._is_stuck(new):
                 self.planner.stuck.add(key)
@@ -14514,7 +14570,7 @@ class Mover:
         taken: set[str] = set()
         for key in sorted(gone, key=lambda key: (key.count("/"), key)):
             base = memory.base.get(key)
-            if base is None or not taken.isdisjoint(lineage(parent_of(key))) or state_there(base, memory.there.get(key)) != "same" \
+            if base is None or not taken.isdisjoint(ancestors_of(key)) or state_there(base, memory.there.get(key)) != "same" \
                     or self.planner.is_left_out(key):
                 continue
             new = key if key in here else next((new for mark in self._marks(base) for new in twins.get(mark, ())
@@ -14548,13 +14604,13 @@ class Mover:
             made.update(above)
             steps.append({"move": memory.base[key].path, "to": here[new].path,
                           **({} if memory.base[key].kind else {"if": memory.there[key].etag})})
-        outcomes, done = self.session.commit(steps), 0
+        outcomes, done = self.session.commits.commit(steps), 0
         goals = iter(moves)
         for step, outcome in zip(steps, outcomes):
             if "mkdir" in step:
                 if outcome["status"] < 300:
                     key = self.folder.key(step["mkdir"])
-                    memory.set("there", key, There(step["mkdir"], outcome.get("node", ""), COLLECTION, "", 0, 0, "", ""))
+                    memory.set("there", key, collection_there(step["mkdir"], outcome.get("node", "")))
                 continue
             key, new = next(goals)
             if outcome["status"] < 300:
@@ -14591,10 +14647,10 @@ class Uploader:
     def make_collections(self, keys: list[str]) -> None:
         for some in pieces(keys, COMMIT_FILES):
             nodes = [self.session.scan.here[key] for key in some]
-            for key, here, outcome in zip(some, nodes, self.session.commit([{"mkdir": here.path} for here in nodes])):
+            for key, here, outcome in zip(some, nodes, self.session.commits.commit([{"mkdir": here.path} for here in nodes])):
                 if self.session.went_well(here.path, outcome):
                     self.folder.touch(here.path)
-                    self.memory.agree(key, There(here.path, outcome["node"], COLLECTION, "", 0, 0, "", ""), here)
+                    self.memory.agree(key, collection_there(here.path, outcome["node"]), here)
 
     def upload(self, keys: list[str]) -> None:
         """Small files by thousands in one commit; of large ones only the chunks the server lacks."""
@@ -14629,17 +14685,16 @@ class Uploader:
 
     def _offer(self, batch: Outgoing, key: str, here: Here, chunks: list[tuple[str, int]], data: bytes) -> None:
         base, there = self.memory.base.get(key), self.memory.there.get(key)
-        content, at = manifest_of(chunks) if chunks else EMPTY, min(max(here.mtime_ns // 1_000_000, MTIME_MIN), MTIME_MAX)
+        new = file_there(here.path, "", "", min(max(here.mtime_ns // 1_000_000, MTIME_MIN), MTIME_MAX), chunks)
         is_same_there = base is not None and state_there(base, there) == "same"
         self.folder.touch(here.path)
-        if is_same_there and content == base.content:
+        if is_same_there and new.content == base.content:
             self.memory.know(key, here)          # only its time was changed
             return
-        batch.steps.append({"put": here.path, "chunks": chunks, "mtime": at, "if": there.etag if is_same_there else None})
-        batch.items.append((key, here, There(here.path, "", FILE, "", here.size, at, content,
-                                             json.dumps(chunks) if len(chunks) > 1 else "")))
+        batch.steps.append({"put": here.path, "chunks": chunks, "mtime": new.mtime, "if": there.etag if is_same_there else None})
+        batch.items.append((key, here, new))
         if data:
-            batch.chunks[content] = data
+            batch.chunks[new.content] = data
             batch.bytes += len(data)
 
     def _send_ahead(self, file: BinaryIO) -> list[tuple[str, int]]:
@@ -14675,10 +14730,10 @@ class Uploader:
         """Commit files together with their chunks; what is not quite small is asked for first."""
         lacking = self._missing([hash for hash, data in batch.chunks.items() if len(data) > INLINE_LIMIT])
         frames = b"".join(format_frame(data) for hash, data in batch.chunks.items() if len(data) <= INLINE_LIMIT or hash in lacking)
-        return self.session.send(batch.steps, frames)
+        return self.session.commits.send(batch.steps, frames)
 
     def _delivered(self, batch: Outgoing, answer: dict[str, Any]) -> None:
-        for (key, here, there), outcome in zip(batch.items, self.session.saw(answer)):
+        for (key, here, there), outcome in zip(batch.items, self.session.commits.saw(answer)):
             if self.session.went_well(here.path, outcome):
                 self.memory.agree(key, there._replace(node=outcome["node"], etag=outcome["etag"]), here)
                 self.session.tally.uploaded += 1
@@ -14703,7 +14758,7 @@ class Uploader:
             count = sum(not memory.base[other].kind for other in memory.below("base", key)) if base.kind else 1
             steps.append((key, count, {"delete": base.path, **({"since": memory.cursor} if base.kind else {"if": memory.there[key].etag})}))
         for some in pieces(steps, COMMIT_FILES):
-            for (key, count, step), outcome in zip(some, self.session.commit([step for _, _, step in some])):
+            for (key, count, step), outcome in zip(some, self.session.commits.commit([step for _, _, step in some])):
                 if self.session.went_well(step["delete"], outcome):
                     memory.forget(key)
                     self.session.tally.deleted_there += count
@@ -14711,8 +14766,8 @@ class Uploader:
     def _is_gone(self, key: str, base: Base) -> bool:
         """Is it not here, still (invariant 2)?  A directory that has taken its place counts."""
         scan = self.session.scan
-        above = next((scan.here[above] for above in lineage(parent_of(key)) if above in scan.here), None)
-        device = next((scan.mounts[above][1] for above in lineage(parent_of(key)) if above in scan.mounts), None)
+        above = next((scan.here[above] for above in ancestors_of(key) if above in scan.here), None)
+        device = next((scan.mounts[above][1] for above in ancestors_of(key) if above in scan.mounts), None)
         path = self.planner.path_here(key, base.path)
         if key in scan.here:
             self.folder.check_place()
@@ -14930,7 +14985,7 @@ class SyncClient:
 
     def __init__(self, session: Session) -> None:
         self.session, self.folder, self.memory = session, session.folder, session.memory
-        self.planner, self.follower = Planner(session), Follower(session)
+        self.planner, self.follower = Planner(session), Follower(session.link, session.memory, yes=session.yes)
         self.mover = Mover(session, self.planner)
         self.uploader, self.downloader = Uploader(session, self.planner), Downloader(session, self.planner)
         self.lock: FileLock | None = None            # held for as long as we live
@@ -14946,7 +15001,7 @@ class SyncClient:
             self.follower.fetch()
             self._look()
             self.mover.follow()
-            session.advance()
+            session.commits.advance()
             plan = self.planner.plan()
             if not plan.actions and not self.planner.look_late():
                 break
@@ -15007,7 +15062,7 @@ class SyncClient:
         self.downloader.download([key for key in plan.of("download") if not there[key].kind])
         self.downloader.delete(plan.of("delete here"))
         self.uploader.delete(plan.of("delete there"))
-        session.advance()
+        session.commits.advance()
         if session.progress:
             session.progress.end()
 
@@ -15144,50 +15199,38 @@ class SyncClient:
 
 # ---- a folder and its account
 
-def open_client(place: Path, url: str | None, *, password: Callable[[str], str], device: str = "", yes: bool = False,
-                only: Sequence[str] = (), show: bool = False, again: bool = False, trust: bool = False,
-                plain: bool = False) -> tuple[SyncClient, Link]:
+def open_client(place: Path, url: str | None, password: Callable[[str], str], wishes: Wishes) -> tuple[SyncClient, Link]:
     """The client of a folder, and a second connection for listening.
 
     password   asks for it, given a name, when folder and server first meet
-    again      and when the server does not let the device in any more
-    trust      take the certificate the server has now, whoever made it
-    plain      send the password without encryption
     raises     Stopped
     """
-    folder, known = Folder(place.resolve()), folder_record(place)
+    folder, record = Folder(place.resolve()), folder_record(place)
     if not (folder.home / "state.db").exists():
-        if known.exists() and not yes:
+        if record.exists() and not wishes.yes:
             raise Stopped("%s was synced before, and what it remembers is gone: is a disk not mounted? "
                           "With --yes it is merged anew; --forget ends it" % place, ASK)
         if not url:
             raise Stopped("which server?  sync DIR https://ann@cloud.example", USAGE)
         folder.root.mkdir(parents=True, exist_ok=True)
-    try:
-        folder.open()
-    except CloudError as error:
-        raise Stopped(str(error)) from error
-    lock = FileLock(folder.home / "lock")
-    if not lock.acquire(wait=False):
-        raise Stopped("another process syncs this folder")
+    lock = open_alone(folder)
     try:
         memory = Memory(folder.home / "state.db", folder.key)
         words = memory.words
         if url and words.get("url") not in (None, plain_url(url)[0]):
             raise Stopped("this folder belongs to %s" % words["url"], USAGE)
-        if trust:
+        if wishes.trust:
             memory.say(trust=Link(words.get("url") or plain_url(url)[0], "", AGENT).certificate())
-        if "token" not in words or again and not is_let_in(memory):
-            introduce(memory, url or "", device or words.get("device") or socket.gethostname(), password, plain=plain)
+        if "token" not in words or wishes.again and not is_let_in(memory):
+            introduce(memory, url or "", wishes.device or words.get("device") or socket.gethostname(), password, plain=wishes.plain)
             folder.secure()
-            record_folder(known, "%s\n%s\n" % (folder.root, words["url"]))
-        links = [Link(words["url"], "Bearer " + words["token"], AGENT, words.get("trust", "")) for _ in range(2)]
+            record_folder(record, "%s\n%s\n" % (folder.root, words["url"]))
+        client = SyncClient(Session(folder, memory, link_of(memory), wishes))
+        client.lock = lock
+        return client, link_of(memory)
     except BaseException:
         lock.close()
         raise
-    client = SyncClient(Session(folder, memory, links[0], only=only, yes=yes, show=show))
-    client.lock = lock
-    return client, links[1]
 
 
 # ==== 22. Command line ===================================================================
@@ -15432,10 +15475,9 @@ def run_sync(config: Config, given: Arguments) -> int:
         if given.forget:
             print(one_line(forget_folder(given.folder)))
             return 0
-        client, listener = open_client(
-            given.folder, given.url, password=partial(ask_password, given), device=given.device, yes=given.yes, only=given.only,
-            show=sys.stderr.isatty() and not given.json, trust=given.trust, plain=given.plain_http,
-            again=bool(given.url or given.password_stdin or "CLOUDSERVER_PASSWORD" in os.environ))
+        client, listener = open_client(given.folder, given.url, partial(ask_password, given), Wishes(
+            only=given.only, yes=given.yes, show=sys.stderr.isatty() and not given.json, device=given.device,
+            again=bool(given.url or given.password_stdin or "CLOUDSERVER_PASSWORD" in os.environ), trust=given.trust, plain=given.plain_http))
         tell = partial(tell_tally, given, set())
         if given.once:
             client.run()
@@ -15479,7 +15521,7 @@ def tell_status(given: Arguments) -> int:
     if memory is None or "url" not in memory.words:
         raise Stopped("%s is not synced with anything" % given.folder)
     with closing(memory):
-        client = SyncClient(Session(folder, memory, Link(memory.words["url"], "", AGENT)))
+        client = SyncClient(Session(folder, memory, Link(memory.words["url"], "", AGENT), Wishes()))
         about = {"server": memory.words["url"], "account": memory.words["account"], "device": memory.words["device"],
                  "files": sum(not base.kind for base in memory.base.values()), "seq": memory.cursor, "changed_here": len(client.changed_here())}
     print(json.dumps(about) if given.json else "\n".join("%-14s%s" % (name, one_line(str(value))) for name, value in about.items()))
