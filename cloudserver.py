@@ -12,7 +12,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      4  Streams         Body FrameReader FileSlice                     bytes on their way
      5  Formats         media_type find_words qr_code zip_archive      what files are made of
      6  Store           Store Directory Blobs Content                  the only code that opens data files
-     7  Database        Database Batch SCHEMA MIGRATIONS               two calls: read and write
+     7  Database        Database Sqlite Batch SCHEMA MIGRATIONS        two calls: read and write
      8  Accounts        Credentials Accounts Devices                   who is asking
      9  Tree            View Place Moment Span                         the tree of files, read
      9  Changes         Contents Space Locks Brake Tree                how it is changed
@@ -2507,6 +2507,10 @@ class Statement(NamedTuple):
     many: bool = False
 
 
+def put_setting(name: str, value: str) -> Statement:
+    return Statement("INSERT INTO setting (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value))
+
+
 class Line(NamedTuple):
     """What a batch leaves in the journal."""
     home: int
@@ -2594,8 +2598,6 @@ class Writer:
 
     def commit(self, batch: Batch) -> None:
         """Come back when a batch is committed.  raises CloudError, Conflict, and what its rows raise"""
-        if self.connection is None:
-            raise CloudError("read-only", "the data is open for reading only")
         ticket = _Ticket(batch)
         if self._leads(ticket):
             self._lead(ticket)
@@ -2611,6 +2613,8 @@ class Writer:
                 db.close()
         if self.lock:
             self.lock.close()
+        self.lock = self.connection = None
+        self._hand_on([])
 
     def _leads(self, ticket: _Ticket) -> bool:
         """Wait until a ticket is settled, which is False, or has to see to it itself, and to all who come meanwhile."""
@@ -2627,6 +2631,8 @@ class Writer:
         """Commit for all who wait once it is this process's turn, then hand on to the first who came too late (invariant 3)."""
         group = [ticket]
         try:
+            if self.lock is None:
+                raise CloudError("read-only", "the data is open for reading only, or not any more")
             with self.lock:
                 while self._queue and len(group) < GROUP_LIMIT:
                     group.append(self._queue.popleft())      # others only append
@@ -2637,14 +2643,17 @@ class Writer:
             if not isinstance(error, Exception):
                 raise
         finally:
-            with self._turn:
-                heir = self._queue.popleft() if self._queue else None
-                self._led = heir is not None
-            if heir:
-                heir.gate.release()
-            for other in group[1:]:
-                other.settled = True
-                other.gate.release()
+            self._hand_on(group[1:])
+
+    def _hand_on(self, settled: list[_Ticket]) -> None:
+        with self._turn:
+            heir = self._queue.popleft() if self._queue else None
+            self._led = heir is not None
+        if heir:
+            heir.gate.release()
+        for ticket in settled:
+            ticket.settled = True
+            ticket.gate.release()
 
     def _commit_group(self, group: list[_Ticket]) -> None:
         """One transaction for all, and for those that give room back another one with the reserve's if the disk is full."""
@@ -2732,6 +2741,137 @@ class Writer:
 
 
 class Database:
+    """Where rows are kept.  What is written here is the promise; one suite of tests holds every engine to it, and a database
+    behind a network is one more class.
+
+    Any number of threads and processes may call at once.  Text compares by its bytes; a SELECT sees all that was
+    acknowledged before it began, whoever wrote it.
+    """
+
+    def __init__(self, clock: Clock, recent: Recent) -> None:
+        self.clock, self.recent = clock, recent
+        self._last_id, self._drawing = 0, threading.Lock()
+        self._slot = secrets.randbelow(4096)
+
+    # ---- what an engine does
+
+    def read(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows of one SELECT, as of the last commit.  raises CloudError"""
+        raise NotImplementedError
+
+    def snapshot(self) -> ContextManager[Callable[..., Iterator[tuple[Any, ...]]]]:
+        """Several SELECTs that see the same commit: with db.snapshot() as read: for row in read(sql, params)."""
+        raise NotImplementedError
+
+    def commit(self, batch: Batch) -> None:
+        """Come back when a batch is durable, its seq and tag noted in it; or raise, and then nothing of it is ever seen.
+
+        raises  Conflict where a guard says why not, or a unique index; Replayed where its op was done before; what its rows
+                raise; CloudError read-only, disk-full, storage-failed, busy
+        """
+        raise NotImplementedError
+
+    def has_index(self) -> bool:
+        """Are there indexes of names and contents?  They are made on the first call, where the engine can."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let those who wait for a commit be done, and end."""
+        raise NotImplementedError
+
+    # ---- what is made of that
+
+    def each(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> Iterator[tuple[Any, ...]]:
+        """The rows of one SELECT as they are asked for, all of one moment; not to be held longer than needed."""
+        with self.snapshot() as read:
+            yield from read(sql, params)
+
+    def write(self, attempt: Callable[[], Batch]) -> Batch:
+        """Commit what `attempt` decides; returns the batch with its seq.
+
+        attempt   reads, decides and returns a batch whose guards restate what it relied on; it is called
+                  again when a guard finds that somebody was faster
+        raises    what attempt raises; CloudError busy, disk-full, read-only, storage-failed
+        """
+        for count in range(ATTEMPTS):
+            batch = attempt()
+            try:
+                self.commit(batch)
+                return batch
+            except Conflict:
+                if count > 2:
+                    time.sleep(secrets.randbelow(count) / 1000)
+        raise CloudError("busy", "too many writers at one place", retry_after=1)
+
+    def write_once(self, batch: Batch, refusal: CloudError) -> None:
+        """Commit a batch that cannot be decided anew.  raises `refusal` if a guard does not hold, and as write"""
+        try:
+            self.commit(batch)
+        except Conflict:
+            raise refusal from None
+
+    def run(self, *body: Statement, frees: bool = False) -> None:
+        """Commit statements that rely on nothing and change no tree."""
+        self.write(lambda: Batch(list(body), frees=frees))
+
+    def new_id(self) -> int:
+        """A number for a node: microseconds since 2020, and a slot that differs between processes.
+
+        Ids of one process rise, so that rows which are made together lie together.
+        """
+        return self.new_ids(1)
+
+    def new_ids(self, count: int) -> int:
+        """The first of `count` numbers, each 4096 more than the one before."""
+        with self._drawing:
+            first = max((self.clock.wall() - ID_EPOCH) * 1000, self._last_id + 1)
+            self._last_id = first + count - 1
+        return first << 12 | self._slot
+
+    def head(self) -> int:
+        """The newest seq."""
+        return self.read("SELECT max(seq) FROM journal")[0][0]
+
+    def setting(self, name: str) -> str | None:
+        rows = self.read("SELECT value FROM setting WHERE name = ?", (name,))
+        return rows[0][0] if rows else None
+
+    def lease(self, name: str, owner: str, life: int) -> int | None:
+        """Take or renew a lease for `life` ms; returns its fence, or None while somebody else holds it.
+
+        The fence rises with every new holder; a job's batches guard that it is still theirs.
+        """
+        def attempt() -> Batch:
+            now = self.clock.due()
+            rows = self.read("SELECT owner, fence, due FROM lease WHERE name = ?", (name,))
+            holder, fence, due = rows[0] if rows else ("", 0, 0)
+            if holder != owner and due > now:
+                raise Conflict
+            ours = fence + (holder != owner)
+            return Batch([Statement("INSERT INTO lease (name, owner, fence, due) VALUES (?, ?, ?, ?) ON CONFLICT (name) DO UPDATE "
+                                    "SET owner = excluded.owner, fence = excluded.fence, due = excluded.due", (name, owner, ours, now + life))],
+                         [Statement("SELECT 'lease' WHERE coalesce((SELECT fence FROM lease WHERE name = ?), 0) <> ?",
+                                    (name, fence))], result=str(ours))
+        try:
+            return int(self.write(attempt).result)
+        except Conflict:
+            return None
+
+    def release(self, name: str, owner: str) -> None:
+        """Give a lease back, for the next one who asks; its fence still rises."""
+        self.run(Statement("UPDATE lease SET due = 0 WHERE name = ? AND owner = ?", (name, owner)), frees=True)
+
+    def _resume_clock(self) -> None:
+        stood = self.setting("clock")
+        if stood:
+            self.clock.resume(*json.loads(stood))
+
+    def save_clock(self) -> None:
+        """Note where due() stands; the janitor does so every minute."""
+        self.run(put_setting("clock", to_json([self.clock.due(), self.clock.wall()])), frees=True)
+
+
+class Sqlite(Database):
     """SQLite with write-ahead log.  `read` and `write` may be called from any thread."""
 
     def __init__(self, path: Path, clock: Clock, *, readonly: bool = False) -> None:
@@ -2739,19 +2879,16 @@ class Database:
 
         readonly   change nothing, not even on the way: a disk that turned read-only, a mounted snapshot
         """
-        self.path, self.clock, self.readonly = path, clock, readonly
-        self.reserve = Reserve(path.parent / "reserve")
+        self.path, self.readonly, self.reserve = path, readonly, Reserve(path.parent / "reserve")
         self.writer = Writer(None if readonly else CountingLock(path.parent / "write.lock"), clock, self.reserve)
         self._address, self._copy = str(path), None          # _copy: where a log that cannot be read in place is read
         self._idle: deque[sqlite3.Connection] = deque()      # connections for reading
         self._index: bool | None = None                      # is there an index of names?
-        self._last_id, self._drawing = 0, threading.Lock()
-        self._slot = secrets.randbelow(4096)
+        super().__init__(clock, Recent(self.writer.lock))
         try:
             self._open_to_read() if readonly else self._open_to_write()
         except sqlite3.DatabaseError as error:
             raise database_error(error, path) from error
-        self.recent = Recent(None if readonly else self.writer.lock)
         self._resume_clock()
 
     def _open_to_write(self) -> None:
@@ -2774,7 +2911,6 @@ class Database:
     # ---- reading
 
     def read(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows of one SELECT, as of the last commit.  raises CloudError"""
         db = self._reader()
         try:
             return db.execute(sql, params).fetchall()
@@ -2785,7 +2921,6 @@ class Database:
 
     @contextmanager
     def snapshot(self) -> Iterator[Callable[..., Iterator[tuple[Any, ...]]]]:
-        """Several SELECTs that see the same commit: with db.snapshot() as read: for row in read(sql, params)."""
         db = self._reader()
         try:
             db.execute("BEGIN")
@@ -2818,57 +2953,13 @@ class Database:
             db.rollback()                        # it read: there is nothing to lose
         self._idle.append(db)
 
-    def each(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> Iterator[tuple[Any, ...]]:
-        """The rows of one SELECT as they are asked for, all of one moment; not to be held longer than needed."""
-        with self.snapshot() as read:
-            yield from read(sql, params)
-
     # ---- writing
 
-    def write(self, attempt: Callable[[], Batch]) -> Batch:
-        """Commit what `attempt` decides; returns the batch with its seq.
-
-        attempt   reads, decides and returns a batch whose guards restate what it relied on; it is called
-                  again when a guard finds that somebody was faster
-        raises    what attempt raises; CloudError busy, disk-full, read-only, storage-failed
-        """
-        for count in range(ATTEMPTS):
-            batch = attempt()
-            try:
-                self.writer.commit(batch)
-                return batch
-            except Conflict:
-                if count > 2:
-                    time.sleep(secrets.randbelow(count) / 1000)
-        raise CloudError("busy", "too many writers at one place", retry_after=1)
-
-    def write_once(self, batch: Batch, refusal: CloudError) -> None:
-        """Commit a batch that cannot be decided anew.  raises `refusal` if a guard does not hold, and as write"""
-        try:
-            self.writer.commit(batch)
-        except Conflict:
-            raise refusal from None
-
-    def run(self, *body: Statement, frees: bool = False) -> None:
-        """Commit statements that rely on nothing and change no tree."""
-        self.write(lambda: Batch(list(body), frees=frees))
-
-    def new_id(self) -> int:
-        """A number for a node: microseconds since 2020, and a slot that differs between processes.
-
-        Ids of one process rise, so that rows which are made together lie together.
-        """
-        return self.new_ids(1)
-
-    def new_ids(self, count: int) -> int:
-        """The first of `count` numbers, each 4096 more than the one before."""
-        with self._drawing:
-            first = max((self.clock.wall() - ID_EPOCH) * 1000, self._last_id + 1)
-            self._last_id = first + count - 1
-        return first << 12 | self._slot
+    def commit(self, batch: Batch) -> None:
+        self.writer.commit(batch)
 
     def has_index(self) -> bool:
-        """Are there indexes of names and contents?  They are made on the first call, where SQLite can (FTS5, trigrams)."""
+        """... where SQLite has FTS5 with trigrams."""
         if self._index is None:
             try:
                 self.run(*map(Statement, INDEXES))
@@ -2876,38 +2967,6 @@ class Database:
             except CloudError:
                 self._index = False
         return self._index
-
-    def lease(self, name: str, owner: str, life: int) -> int | None:
-        """Take or renew a lease for `life` ms; returns its fence, or None while somebody else holds it.
-
-        The fence rises with every new holder; a job's batches guard that it is still theirs.
-        """
-        def attempt() -> Batch:
-            now = self.clock.due()
-            rows = self.read("SELECT owner, fence, due FROM lease WHERE name = ?", (name,))
-            holder, fence, due = rows[0] if rows else ("", 0, 0)
-            if holder != owner and due > now:
-                raise Conflict
-            return Batch([Statement("INSERT OR REPLACE INTO lease VALUES (?, ?, ?, ?)",
-                                    (name, owner, fence + (holder != owner), now + life))],
-                         [Statement("SELECT 'lease' WHERE coalesce((SELECT fence FROM lease WHERE name = ?), 0) <> ?",
-                                    (name, fence))])
-        try:
-            return self.write(attempt).body[0].params[2]
-        except Conflict:
-            return None
-
-    def address(self) -> str:
-        """What another connection of SQLite's opens or attaches this database by."""
-        return self._address
-
-    def release(self, name: str, owner: str) -> None:
-        """Give a lease back, for the next one who asks; its fence still rises."""
-        self.run(Statement("UPDATE lease SET due = 0 WHERE name = ? AND owner = ?", (name, owner)), frees=True)
-
-    def setting(self, name: str) -> str | None:
-        rows = self.read("SELECT value FROM setting WHERE name = ?", (name,))
-        return rows[0][0] if rows else None
 
     def close(self) -> None:
         self.writer.close(self._idle)
@@ -2953,15 +3012,9 @@ class Database:
             os.replace(partial, copy)
             sync_directory(self.path.parent)
 
-    def _resume_clock(self) -> None:
-        stood = self.setting("clock")
-        if stood:
-            self.clock.resume(*json.loads(stood))
-
-    def save_clock(self) -> None:
-        """Note where due() stands; the janitor does so every minute."""
-        self.run(Statement("INSERT OR REPLACE INTO setting VALUES ('clock', ?)",
-                           (json.dumps([self.clock.due(), self.clock.wall()]),)), frees=True)
+    def address(self) -> str:
+        """What another connection of SQLite's opens or attaches this database by."""
+        return self._address
 
 
 def check_version(version: int) -> None:
@@ -5709,7 +5762,7 @@ class Journal:
 
     def head(self) -> int:
         """The newest seq."""
-        return self.db.read("SELECT max(seq) FROM journal")[0][0]
+        return self.db.head()
 
     def tag_at(self, seq: int) -> str | None:
         """What tells the history up to a seq from others; None if there is no such seq."""
@@ -7200,7 +7253,7 @@ class Cloud:
             claim_directory(config.data)
             store.create()
         self.blobs = Blobs(store)
-        self.db = Database(config.data / "cloud.db", self.clock, readonly=how == "read")
+        self.db = Sqlite(config.data / "cloud.db", self.clock, readonly=how == "read")
         self.credentials = Credentials(self.db, self.clock)
         self.accounts = Accounts(self.db, self.clock, self.credentials)
         self.devices = Devices(self.db, self.clock, self.credentials)
@@ -7232,7 +7285,7 @@ class Cloud:
             stored, policy = self.db.setting("policy"), self.policy()._replace(**values)
             if not 0 <= policy.keep_days <= KEEP_MOST:
                 raise CloudError("bad-request", "keep_days is 0 to %d" % KEEP_MOST)
-            return Batch([Statement("INSERT OR REPLACE INTO setting VALUES ('policy', ?)", (json.dumps(policy._asdict()),))],
+            return Batch([put_setting("policy", json.dumps(policy._asdict()))],
                          [Statement("SELECT 'policy' WHERE (SELECT value FROM setting WHERE name = 'policy') IS NOT ?", (stored,))],
                          line=Line(0, who, "settings", values))
 
@@ -10968,7 +11021,7 @@ class Upkeep:
         for hash, _, wrong in check_chunks(self.cloud, "%03x" % turn):
             if wrong:
                 log.error("chunk %s is %s; the command verify names the files", hash, wrong)
-        self.write(Statement("INSERT OR REPLACE INTO setting VALUES ('scrubbed', ?)", (str(turn + 1),)))
+        self.write(put_setting("scrubbed", str(turn + 1)))
 
 
 class Duty:
@@ -10994,7 +11047,7 @@ class Thinning(Duty):
         cut = self.seq_before(self.cloud.policy().keep_days * DAY)
         if not cut:
             return 0
-        self.write(Statement("INSERT OR REPLACE INTO setting VALUES ('oldest', ?)", (str(cut),)))
+        self.write(put_setting("oldest", str(cut)))
         gone = 0
         for (home,) in self.db.read("SELECT id FROM account"):
             self.write(Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND fate = 'deleted' AND until <= ? AND "
@@ -11182,7 +11235,7 @@ class Indexing(Duty):
         chosen = [(last + n, node, key) for n, (node, key) in enumerate(rows, 1)]
         self.write(Statement("INSERT INTO name_row VALUES (?, ?)", [row[:2] for row in chosen], many=True),
                    Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True),
-                   Statement("INSERT OR REPLACE INTO setting VALUES ('indexed', ?)", (str(reached),)))
+                   put_setting("indexed", str(reached)))
 
     def index_contents(self) -> None:
         """Bring the index of contents up to date, where SQLite has one; a commit takes about a MiB, so that nobody waits long."""
@@ -11199,7 +11252,7 @@ class Indexing(Duty):
                 rows, size = [], 0
         self._add_contents(rows)
         if reached != done:
-            self.write(Statement("INSERT OR REPLACE INTO setting VALUES ('read', ?)", (str(reached),)))
+            self.write(put_setting("read", str(reached)))
 
     def _text_of(self, manifest: str, size: int) -> str:
         """What of a file goes into the index; nothing if it is no text, or cannot be read: the scrub tells of that."""
@@ -11921,7 +11974,7 @@ def announce(config: Config, port: int, password: str | None) -> None:
     urls = urls_of(config, port)
     with closing(Cloud(config)) as cloud:
         if cloud.db.setting("running"):
-            cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('unclean', '1')"), frees=True)      # the janitor looks (R22)
+            cloud.db.run(put_setting("unclean", "1"), frees=True)      # the janitor looks (R22)
         at = [*urls, *([local_url(config, port) + " for the proxy"] if config.behind_proxy else [])]
         print("cloudserver serves %s at %s" % (config.data.resolve(), ", ".join(dict.fromkeys(at))))
         if not cloud.accounts.is_set_up():
@@ -11962,7 +12015,7 @@ def work(config: Config, listener: socket.socket, lifeline: int | None = None, b
     """Be a worker until told to stop; returns the exit code."""
     cloud, url = Cloud(config), local_url(config, listener.getsockname()[1])
     if cloud.db.setting("running") != url:
-        cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('running', ?)", (url,)), frees=True)
+        cloud.db.run(put_setting("running", url), frees=True)
     server, janitor = CloudServer(cloud, listener, lifeline, balance), Janitor(cloud)
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: os._exit(1) if server.stopping else server.stop())
@@ -12223,7 +12276,7 @@ def sweep_held(cloud: Cloud) -> Iterator[None]:
     if cloud.db.readonly:
         yield                                    # nobody can sweep there
         return
-    cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('hold', ?)", (str(cloud.clock.due() + 7 * DAY),)))
+    cloud.db.run(put_setting("hold", str(cloud.clock.due() + 7 * DAY)))
     try:
         yield
     finally:
