@@ -594,8 +594,7 @@ def test_functions_stay_short():
 
 # Figures that the house keeps to, and what does not yet: name and figure.  A breach may only shrink, and leaves the list when it is none any more.
 MOST_METHODS, MOST_PARAMETERS, MOST_LINES = 25, 6, 1100
-LARGE_CLASSES = {
-    }
+LARGE_CLASSES = {}
 LONG_SIGNATURES = {
     "Tree.batch": 8, "Files.write": 7, "Files.lock": 7, "Files._make_room": 7, "Journal.activity": 7, "Sync.commit": 7, "Uploads.create": 7,
     "Uploads.join_parts": 7, "Uploads._finish": 7,
