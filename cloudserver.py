@@ -5520,6 +5520,9 @@ def fits(query: Query, node: Node) -> bool:
             and (query.after is None or node.mtime >= query.after) and (query.before is None or node.mtime < query.before))
 
 
+MAY_CONTAIN = " AND (instr(lower(e.name), ?) > 0 OR length(CAST(e.name AS BLOB)) > length(e.name))"     # lower() knows ASCII alone
+
+
 def match_words(word: str) -> str:
     """A word, or beginning of one, in the language of FTS5."""
     return '"%s"*' % spread(word).replace('"', '""')
@@ -5589,10 +5592,10 @@ class Search:
         usable = query.words and all(len(word) > 2 for word in query.words)
         indexed = int(self.db.setting("indexed") or 0) if usable else 0
         yield from map(Node._make, self.db.each(
-            entries_now("e.home = ? AND e.since > ? AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ?")
-            + " ORDER BY e.since DESC",
+            entries_now("e.home = ? AND e.since > ? AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ?"
+                        + len(query.words) * MAY_CONTAIN) + " ORDER BY e.since DESC",
             (view.home, indexed, query.least or 0, sys.maxsize if query.most is None else query.most,
-             MTIME_MIN if query.after is None else query.after, MTIME_MAX + 1 if query.before is None else query.before)))
+             MTIME_MIN if query.after is None else query.after, MTIME_MAX + 1 if query.before is None else query.before, *query.words)))
         if indexed:
             wanted = " AND ".join('"%s"' % word.replace('"', '""') for word in query.words)
             yield from map(Node._make, self.db.each(
@@ -10936,6 +10939,8 @@ PURGE = (  # what goes with a node: each if PURGED, and the entries last
     "UPDATE account SET fed = :until WHERE id = :home AND fed < :until",
     "DELETE FROM entry WHERE node = :node AND until IS NOT NULL")
 LEASE = 2 * MINUTE
+NAMES_STEP, CONTENTS_STEP = 5_000, 2_000         # entries that are looked at in a step of an index
+CONTENTS_COMMIT = 256 * KiB                      # of text: writers wait while it goes into the index
 
 
 class Upkeep:
@@ -11220,14 +11225,14 @@ class Sweep(Duty):
 class Indexing(Duty):
     """Searches are prepared after the write: names and contents, where SQLite has indexes for them (FTS5)."""
 
-    def index_names(self) -> None:
-        """Bring the index of names up to date, where SQLite has one."""
+    def index_names(self) -> bool:
+        """Bring the index of names further, where SQLite has one; is there more to do?"""
         if not self.db.has_index():
-            return
+            return False
         done = int(self.db.setting("indexed") or 0)
-        reached = self._stretch(done, 20_000)
+        reached = self._stretch(done, NAMES_STEP)
         if reached == done:
-            return
+            return False
         (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM name_row")
         rows = [row for (home,) in self.db.read("SELECT id FROM account") for row in self.db.read(
             "SELECT node, key FROM entry e WHERE home = ? AND since > ? AND since <= ? AND NOT EXISTS (SELECT 1 FROM entry p "
@@ -11236,23 +11241,25 @@ class Indexing(Duty):
         self.write(Statement("INSERT INTO name_row VALUES (?, ?)", [row[:2] for row in chosen], many=True),
                    Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True),
                    put_setting("indexed", str(reached)))
+        return reached < self.cloud.journal.head()
 
-    def index_contents(self) -> None:
-        """Bring the index of contents up to date, where SQLite has one; a commit takes about a MiB, so that nobody waits long."""
+    def index_contents(self) -> bool:
+        """Bring the index of contents further, where SQLite has one; is there more to do?"""
         if not self.db.has_index():
-            return
+            return False
         done = int(self.db.setting("read") or 0)
-        reached = self._stretch(done, 2_000)
+        reached = self._stretch(done, CONTENTS_STEP)
         rows, size = [], 0
         for home, manifest, length in self._unread(done, reached):
             rows.append((home, manifest, self._text_of(manifest, length)))
             size += length
-            if size > MiB:
+            if size > CONTENTS_COMMIT:
                 self._add_contents(rows)
                 rows, size = [], 0
         self._add_contents(rows)
         if reached != done:
             self.write(put_setting("read", str(reached)))
+        return reached < self.cloud.journal.head()
 
     def _text_of(self, manifest: str, size: int) -> str:
         """What of a file goes into the index; nothing if it is no text, or cannot be read: the scrub tells of that."""
@@ -11341,24 +11348,27 @@ class Janitor(threading.Thread):
 
     def run(self) -> None:
         while not self.ended.is_set():
-            now = self.cloud.clock.due()
+            now, more = self.cloud.clock.due(), False
             for job, (every, run) in JOBS.items():
                 if now >= self.next[job] and not self.ended.is_set():
-                    self.next[job] = now + every
-                    self._do(job, run)
-            self.ended.wait(1)
+                    unfinished = self._do(job, run)
+                    self.next[job] = now if unfinished else now + every
+                    more = more or unfinished
+            self.ended.wait(0 if more else 1)
 
-    def _do(self, job: str, run: Callable[[Janitor], Any]) -> None:
+    def _do(self, job: str, run: Callable[[Janitor], Any]) -> bool:
+        """Run a job; is there more for it to do?"""
         try:
-            if job in EVERYBODYS or self.upkeep.hold():
-                run(self)
+            more = (job in EVERYBODYS or self.upkeep.hold()) and run(self) is True
             self.failing.pop(job, None)
+            return more
         except CloudError as error:
             if self.failing.get(job) != str(error):              # once, not every five seconds (R19)
                 log.warning("%s: %s", job, error)
             self.failing[job] = str(error)
         except Exception:
             log.exception(job)
+        return False
 
     def sweep_some(self) -> None:
         """One shard in turn: all have theirs within a day."""
@@ -11373,7 +11383,7 @@ class Janitor(threading.Thread):
 
 
 EVERYBODYS = ("devices",)        # what each process has to write
-JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what)
+JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what; at once again if it says True)
     "devices": (MINUTE, lambda janitor: janitor.cloud.devices.save_used()),
     "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
     "reserve": (MINUTE, lambda janitor: janitor.cloud.space.keep_reserve()),

@@ -7300,10 +7300,33 @@ def test_the_index_of_names_leaves_out_nobody_when_there_is_much(cloud, ann, mon
     put(cloud, bob, "box/some", parents=True)
     cloud.files.copy(ann, *(((f"ann's {n}",), (f"copy {n}",)) for n in range(25)))
     put(cloud, bob, "bob's")
-    while not found or found[-1] < cloud.journal.head():
-        upkeep.indexing.index_names()
+    while upkeep.indexing.index_names():
+        assert found[-1] < cloud.journal.head()
     assert len(found) > 3 and len(look_for(cloud, ann, "ann's")) == len(look_for(cloud, ann, "copy")) == 25
     assert len(look_for(cloud, bob, "bob's")) == len(look_for(cloud, bob, "some")) == 1
+
+
+def test_an_index_that_is_behind_goes_on_until_it_is_not_and_the_other_jobs_with_it(cloud, ann, monkeypatch):
+    """A step at a time: other jobs have their turns between, and nobody waits for the next five seconds."""
+    monkeypatch.setattr(cs, "NAMES_STEP", 2)
+    monkeypatch.setattr(cs, "CONTENTS_STEP", 2)
+    monkeypatch.setattr(cs, "CONTENTS_COMMIT", 10)
+    for n in range(9):
+        put(cloud, ann, "%d.txt" % n, "word%d of it" % n)
+    janitor, waits = cs.Janitor(cloud), []
+    monkeypatch.setattr(janitor.ended, "wait", lambda seconds: waits.append(seconds) or seconds and janitor.ended.set())
+    janitor.next.update(names=0, contents=0)
+    janitor.run()
+    assert len(waits) > 3 and not any(waits[:-1]) and janitor.next["names"] > cloud.clock.due() and not janitor.failing
+    assert [found.path for found in look_for(cloud, ann, "word7")] == [("7.txt",)]
+    assert cloud.db.read("SELECT (SELECT count(*) FROM name_row), (SELECT count(*) FROM text_row)") == [(10, 9)]
+
+
+@pytest.mark.parametrize("name, text", [("Straße", "strasse"), ("\ufb01nal", "final"), ("\u212aelvin", "kelvin"), ("ÄRGER", "ärger"), ("50%_off", "0%_O")])
+def test_what_is_not_indexed_yet_is_found_in_any_case_too(cloud, ann, name, text):
+    put(cloud, ann, name)
+    put(cloud, ann, "another")
+    assert [found.path for found in look_for(cloud, ann, text)] == [(name,)]
 
 
 def test_checksums_of_uploads_in_parts_come_later(cloud, ann):
