@@ -8674,6 +8674,15 @@ def api_nodes(cloud: Cloud, rows: Iterable[tuple[Sequence[str], Node]]) -> list[
     return [{**api_node(node, path), "starred": True} if node.node in stars else api_node(node, path) for path, node in rows]
 
 
+def one_call(method: str, what: str, needs: str, does: str, run: Callable[..., Any], **values: str) -> None:
+    """Enter a handler that is one call: what it returns, given the declared values, is the answer; to None that is 204."""
+    def handler(cloud: Cloud, who: Principal, request: Request) -> Response:
+        value = run(cloud, who, **request.values)
+        return Response(204) if value is None else json_response(value)
+    handler.__doc__ = does
+    route(method, API + what, needs=needs, **values)(handler)
+
+
 def seq_of(cloud: Cloud, moment: tuple[str, int]) -> int:
     """The seq of a moment."""
     return moment[1] if moment[0] == "seq" else cloud.journal.seq_at(moment[1])
@@ -8914,10 +8923,8 @@ def api_taken(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"taken": ["/".join(path) for path, _ in found], "items": [api_node(node, path) for path, node in found]})
 
 
-@route("POST", API + "delete", needs="write", paths="paths")
-def api_delete(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Move to the trash, many in one step; returns the seq to undo."""
-    return json_response({"seq": cloud.files.delete(who, *request.values["paths"])})
+one_call("POST", "delete", "write", "Move to the trash, many in one step; returns the seq to undo.",
+         lambda cloud, who, paths: {"seq": cloud.files.delete(who, *paths)}, paths="paths")
 
 
 @route("POST", API + "zip-names", needs="write", names="paths")
@@ -8964,11 +8971,8 @@ def api_restore_version(cloud: Cloud, who: Principal, request: Request) -> Respo
     return json_response({**api_node(node, path), "seq": node.since})
 
 
-@route("POST", API + "versions/pin", needs="write", path="path", version="id", name_=TEXT)
-def api_pin(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Keep a version for good under a name; without a name, let go of it."""
-    cloud.versions.pin(who, request.values["path"], request.values["version"], request.values["name"])
-    return Response(204)
+one_call("POST", "versions/pin", "write", "Keep a version for good under a name; without a name, let go of it.",
+         lambda cloud, who, path, version, name: cloud.versions.pin(who, path, version, name), path="path", version="id", name_=TEXT)
 
 
 @route("GET", API + "trash", needs="read", packs=True, before_="integer", limit_="limit")
@@ -8988,33 +8992,24 @@ def api_restore(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"seq": seq, "paths": ["/".join(path) for path in places]})
 
 
-@route("POST", API + "trash/empty", needs="write", nodes_="ids")
-def api_empty_trash(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Give up deleted nodes for good: those named, or all."""
-    nodes = request.values["nodes"]
-    return json_response({"removed": 0 if nodes == [] else cloud.trash.empty(who, *nodes or ())})
+one_call("POST", "trash/empty", "write", "Give up deleted nodes for good: those named, or all.",
+         lambda cloud, who, nodes: {"removed": 0 if nodes == [] else cloud.trash.empty(who, *nodes or ())}, nodes_="ids")
 
 
-@route("POST", API + "undo", needs="write", seq="integer")
-def api_undo(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Take back one step of the journal; `skipped` counts what changed since and was left alone."""
-    seq, skipped = cloud.history.undo(who, request.values["seq"])
-    return json_response({"seq": seq, "skipped": skipped})
+one_call("POST", "undo", "write", "Take back one step of the journal; `skipped` counts what changed since and was left alone.",
+         lambda cloud, who, seq: dict(zip(("seq", "skipped"), cloud.history.undo(who, seq))), seq="integer")
 
 
-@route("POST", API + "rewind", needs="write", path="path", at="moment", dry_="boolean")
-def api_rewind(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Make a collection what it was at a time; dry only counts."""
-    seq, changed = cloud.history.rewind(who, request.values["path"], seq_of(cloud, request.values["at"]),
-                                dry=bool(request.values["dry"]))
-    return json_response({"seq": seq, "changed": changed})
+one_call("POST", "rewind", "write", "Make a collection what it was at a time; dry only counts.",
+         lambda cloud, who, path, at, dry: dict(zip(
+             ("seq", "changed"), cloud.history.rewind(who, path, seq_of(cloud, at), dry=bool(dry)))),
+         path="path", at="moment", dry_="boolean")
 
 
-@route("POST", API + "bring-back", needs="write", at="moment", paths="paths")
-def api_bring_back(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Make what was at paths at a time what it was, with all that it held; the rest stays.  changed: 0 if it is so already."""
-    seq, changed = cloud.history.bring_back(who, seq_of(cloud, request.values["at"]), *request.values["paths"])
-    return json_response({"seq": seq, "changed": changed})
+one_call("POST", "bring-back", "write",
+         "Make what was at paths at a time what it was, with all that it held; the rest stays.  changed: 0 if it is so already.",
+         lambda cloud, who, at, paths: dict(zip(("seq", "changed"), cloud.history.bring_back(who, seq_of(cloud, at), *paths))),
+         at="moment", paths="paths")
 
 
 @route("GET", API + "differences/<path>", needs="read", packs=True, at="moment", limit_="limit")
@@ -9034,18 +9029,11 @@ def api_held(cloud: Cloud, who: Principal, request: Request) -> Response:
                                     "since": format_time(brake.held)} for brake, name in cloud.brake.held(who)]})
 
 
-@route("POST", API + "allow", needs="account", device=TEXT)
-def api_allow(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Let a held device go on."""
-    cloud.brake.allow(who, request.values["device"])
-    return Response(204)
+one_call("POST", "allow", "account", "Let a held device go on.", lambda cloud, who, device: cloud.brake.allow(who, device), device=TEXT)
 
 
-@route("POST", API + "undo-device", needs="account", device=TEXT)
-def api_undo_device(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Take back what a held device did, in one step that can be undone itself."""
-    seq, changed = cloud.history.undo_device(who, request.values["device"])
-    return json_response({"seq": seq, "changed": changed})
+one_call("POST", "undo-device", "account", "Take back what a held device did, in one step that can be undone itself.",
+         lambda cloud, who, device: dict(zip(("seq", "changed"), cloud.history.undo_device(who, device))), device=TEXT)
 
 
 @route("GET", API + "activity", needs="read", packs=True, before_="integer", limit_="limit", action_=TEXT, device_=TEXT, after_="time",
@@ -9173,10 +9161,8 @@ def api_starred(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"items": api_nodes(cloud, cloud.search.starred(who))})
 
 
-@route("POST", API + "qr", needs="read", text=TEXT)
-def api_qr(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """A text as a QR code: rows of 1 (dark) and 0; it stands in no address, for it may be a secret."""
-    return json_response({"rows": ["".join("01"[dark] for dark in row) for row in qr_code(request.values["text"])]})
+one_call("POST", "qr", "read", "A text as a QR code: rows of 1 (dark) and 0; it stands in no address, for it may be a secret.",
+         lambda cloud, who, text: {"rows": ["".join("01"[dark] for dark in row) for row in qr_code(text)]}, text=TEXT)
 
 
 # ---- for administrators
@@ -10461,9 +10447,8 @@ def nc_checksum(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
 
 def nc_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A file, or the chunk of one as ownCloud's clients sent them before there were upload folders."""
-    found = LEGACY.fullmatch(path[-1]) if path and "oc-chunked" in request.fields else None
-    return nc_legacy_chunk(cloud, who, request, path[:-1] + (found[1],), *found.groups()[1:]) if found else dav_put(
-        cloud, who, request, path)
+    is_chunk = path and "oc-chunked" in request.fields and LEGACY.fullmatch(path[-1])
+    return (nc_legacy_chunk if is_chunk else dav_put)(cloud, who, request, path)
 
 
 @route("OPTIONS", "/remote.php/dav", "/remote.php/dav/files/<path>", "/remote.php/webdav/<path>", needs="nothing")
@@ -10544,9 +10529,10 @@ def nc_join(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
     return stored_response(request, node, new, request.href(NC_FILES.names + (who.name,) + target))
 
 
-def nc_legacy_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], transfer: str, count: str,
-                    index: str) -> Response:
+def nc_legacy_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A chunk of a file that is put as NAME-chunking-TRANSFER-COUNT-INDEX; with the last one they become the file."""
+    file, transfer, count, index = LEGACY.fullmatch(path[-1]).groups()
+    path = (*path[:-1], file)
     name = sha256_text("\n".join((transfer, *path)))
     cloud.uploads.begin_parts(who, name, read_number(request, "oc-total-length"), again=True)
     cloud.uploads.put_part(who, name, int(index), request.body)

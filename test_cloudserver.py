@@ -597,8 +597,7 @@ MOST_METHODS, MOST_PARAMETERS, MOST_LINES = 25, 6, 1100
 LARGE_CLASSES = {}
 LONG_SIGNATURES = {
     "Tree.batch": 8, "Files.write": 7, "Files.lock": 7, "Files._make_room": 7, "Journal.activity": 7, "Sync.commit": 7, "Uploads.create": 7,
-    "Uploads.join_parts": 7, "Uploads._finish": 7,
-    "nc_legacy_chunk": 7}
+    "Uploads.join_parts": 7, "Uploads._finish": 7}
 LARGE_ROOMS: dict = {}
 READS_OF_THE_ASKER = {
     "Tree": 5, "Changes": 4, "Files": 3, "History": 1, "Verbs": 8,
