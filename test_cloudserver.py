@@ -241,6 +241,7 @@ import struct
 import tarfile
 import textwrap
 import time
+import types
 import unicodedata
 import zlib
 from collections import Counter, deque
@@ -8585,6 +8586,25 @@ class Laptop:
                 for place in sorted(self.path.rglob("*")) if cs.SYNC_HOME not in place.parts and not place.is_symlink()}
 
 
+@contextlib.contextmanager
+def watching(one, cloud, tell=lambda client: None):
+    """A laptop whose folder is watched by a thread: its client, thread, `ended`, and `codes`, of what stopped it for a person to look."""
+    it = types.SimpleNamespace(client=one.client or one.start(), ended=threading.Event(), codes=[])
+
+    def watch():
+        try:
+            it.client.watch(it.ended, tell, one.listener)
+        except cs.Stopped as stopped:
+            it.codes.append(stopped.code)
+    it.thread = threading.Thread(target=watch, daemon=True)
+    it.thread.start()
+    try:
+        yield it
+    finally:
+        it.ended.set(), cloud.journal.closing.set(), it.thread.join(20)
+    assert not it.thread.is_alive()
+
+
 @pytest.fixture
 def laptop(address, tmp_path, monkeypatch):
     """Computers that sync with ann's account: laptop("one")."""
@@ -9121,24 +9141,13 @@ def test_what_a_killed_run_renamed_for_a_conflict_is_nobodys_wish(laptop, cloud,
 def test_a_watched_folder_that_vanishes_ends_the_watch(laptop, cloud, ann, tmp_path, monkeypatch):
     """Y6"""
     monkeypatch.setattr(cs, "SCAN_LEAST", 0.05)
-    one, ended, outcome = laptop(), threading.Event(), []
+    one = laptop()
     one.write("a", "a"), one.write("b", "b")
-    client = one.start()
-
-    def watch():
-        try:
-            client.watch(ended, lambda client: None, one.listener)
-        except cs.Stopped as stopped:
-            outcome.append(stopped.code)
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with watching(one, cloud) as watch:
         wait_until(lambda: "b" in tree(cloud, ann))
         swap_away(one, tmp_path, "an empty directory")
-        thread.join(15)
-        assert outcome == [3] and sorted(tree(cloud, ann)) == ["a", "b"]
-    finally:
-        ended.set(), cloud.journal.closing.set(), thread.join(20)
+        watch.thread.join(15)
+        assert watch.codes == [3] and sorted(tree(cloud, ann)) == ["a", "b"]
 
 
 def wait_until(true, seconds=15):
@@ -9384,7 +9393,7 @@ def test_no_file_under_construction_outlives_what_goes_wrong(laptop, cloud, ann,
 def test_a_full_disk_under_watch_is_said_and_waited_for(laptop, cloud, ann, monkeypatch, caplog):
     """Y11: also where the memory of the folder cannot be written."""
     monkeypatch.setattr(cs, "SCAN_LEAST", 0.05), monkeypatch.setattr(cs, "AGAIN_LEAST", 0.05)
-    one, ended, full = laptop(), threading.Event(), [True]
+    one, full = laptop(), [True]
     client = one.start()
     flush, finish = cs.Memory.flush, cs.Folder.finish
 
@@ -9402,17 +9411,12 @@ def test_a_full_disk_under_watch_is_said_and_waited_for(laptop, cloud, ann, monk
     client.memory.db = sqlite3.connect(client.memory.path, isolation_level=None, check_same_thread=False, factory=Full)
     monkeypatch.setattr(cs.Folder, "finish", no_room)
     put(cloud, ann, "f", "f")
-    thread = threading.Thread(target=client.watch, args=(ended, lambda client: None, one.listener), daemon=True)
-    thread.start()
-    try:
+    with watching(one, cloud) as watch:
         wait_until(lambda: "full" in caplog.text)
         assert str(one.path) in caplog.text and list((one.path / cs.SYNC_HOME / "tmp").iterdir()) == []
         full[0] = False
         wait_until(lambda: one.tree() == {"f": b"f"})
-        assert thread.is_alive()
-    finally:
-        ended.set(), cloud.journal.closing.set(), thread.join(20)
-    assert not thread.is_alive()
+        assert watch.thread.is_alive()
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o755, 0o444, 0o640, 0o4755])
@@ -9702,9 +9706,12 @@ def test_no_value_that_a_server_sends_does_harm(laptop, cloud, ann, hostile, kin
     """X1, X2: every field of every answer, with every kind of nonsense: refused in a sentence, or named; nothing here is touched."""
     keep = {"mine": b"mine", "d": None, "d/f": b"f"}
     put(cloud, ann, "theirs", "theirs"), put(cloud, ann, "c/theirs", "theirs", parents=True)
+    one, count = None, itertools.count()
     for name, values in NONSENSE[kind].items():
         for value in values:
-            one = laptop("one%d" % len(os.listdir(tmp_path)))
+            if one:
+                shutil.rmtree(one.path)          # what was looked through is not looked through again
+            one = laptop("one%d" % next(count))
             one.write("mine", "mine"), one.write("d/f", "f")
             if not kind.startswith("manifest"):
                 one.run()
@@ -9916,7 +9923,7 @@ def test_a_watch_says_the_same_trouble_once(laptop, cloud, ann, monkeypatch, cap
 def test_what_could_not_be_synced_is_tried_again_by_itself(laptop, cloud, ann, monkeypatch):
     """O9: as a file that a program has open on Windows; nothing changes meanwhile, and all is said once."""
     monkeypatch.setattr(cs, "SCAN_LEAST", 0.02), monkeypatch.setattr(cs, "AGAIN_LEAST", 0.1)
-    one, ended, told = laptop(), threading.Event(), []
+    one, told = laptop(), []
     settle, is_open = cs.Folder.settle, [True]
 
     def busy(folder, file, path, *rest):
@@ -9925,17 +9932,12 @@ def test_what_could_not_be_synced_is_tried_again_by_itself(laptop, cloud, ann, m
         return settle(folder, file, path, *rest)
     monkeypatch.setattr(cs.Folder, "settle", busy)
     put(cloud, ann, "office.docx", "text")
-    client = one.start()
-    thread = threading.Thread(target=client.watch, args=(ended, lambda client: told.append(client.notes()), one.listener), daemon=True)
-    thread.start()
-    try:
+    with watching(one, cloud, lambda client: told.append(client.notes())):
         wait_until(lambda: len(told) > 2)
         assert told[0] == told[1] == ["office.docx: it is open in another program"] and list((one.path / cs.SYNC_HOME / "tmp").iterdir()) == []
         is_open[0] = False
         wait_until(lambda: one.tree() == {"office.docx": b"text"}, 5)
         wait_until(lambda: told[-1] == [])
-    finally:
-        ended.set(), cloud.journal.closing.set(), thread.join(20)
 
 
 # ---- a server that went back in time
@@ -10129,22 +10131,14 @@ def test_a_device_that_is_let_in_is_not_asked_again(laptop, cloud, ann):
 def test_a_revoked_device_ends_its_watch(laptop, cloud, ann, monkeypatch):
     """Y13: README says that it stops; even where a password lies about."""
     monkeypatch.setattr(cs, "SCAN_LEAST", 0.05)
-    one, ended, codes_ = laptop(), threading.Event(), []
-    client = one.start()
-
-    def watch():
-        try:
-            client.watch(ended, lambda client: None, one.listener)
-        except cs.Stopped as stopped:
-            codes_.append(stopped.code)
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    wait_until(lambda: client.memory.cursor > 0)
-    device, = [device for device in cloud.devices.list(ann) if device.name == "one"]
-    cloud.devices.revoke(ann, device.id)
-    one.write("b", "b")
-    thread.join(20)
-    assert codes_ == [4] and tree(cloud, ann) == {} and one.tree() == {"b": b"b"}
+    one = laptop()
+    with watching(one, cloud) as watch:
+        wait_until(lambda: watch.client.memory.cursor > 0)
+        device, = [device for device in cloud.devices.list(ann) if device.name == "one"]
+        cloud.devices.revoke(ann, device.id)
+        one.write("b", "b")
+        watch.thread.join(20)
+        assert watch.codes == [4] and tree(cloud, ann) == {} and one.tree() == {"b": b"b"}
 
 
 @pytest.mark.parametrize("url, how", [
@@ -10534,6 +10528,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(laptop, cloud, ann, m
 
 
 def test_a_file_that_is_being_written_waits(laptop, cloud, ann, monkeypatch):
+    monkeypatch.setattr(cs.time, "sleep", lambda seconds: None)
     one = laptop()
     one.write("log", "1")
     read, count = cs.Folder.read, [0]
@@ -10641,27 +10636,17 @@ def test_a_revoked_device_stops_and_touches_nothing(laptop, cloud, ann):
     assert tree(cloud, ann) == {"a": b"a"} and one.tree() == {"b": b"b"}
 
 
-def test_a_change_reaches_a_watching_client_at_once(laptop, cloud, ann):
-    one, ended = laptop(), threading.Event()
-    client = one.start()
-    thread = threading.Thread(target=client.watch, args=(ended, lambda client: None, one.listener), daemon=True)
-    thread.start()
-    try:
+def test_a_change_reaches_a_watching_client_at_once(laptop, cloud, ann, monkeypatch):
+    monkeypatch.setattr(cs, "SCAN_LEAST", 0.1)       # the server tells us; for what is here we look
+    one = laptop()
+    with watching(one, cloud):
         for name in ("first", "second", "third"):
             put(cloud, ann, name, name)
-            began = time.monotonic()
-            while name not in one.tree() and time.monotonic() - began < 15:
-                time.sleep(0.01)
+            wait_until(lambda: name in one.tree())
             assert one.read(name) == name.encode()
         one.write("mine", "mine")
-        while "mine" not in tree(cloud, ann) and time.monotonic() - began < 30:
-            time.sleep(0.05)
+        wait_until(lambda: "mine" in tree(cloud, ann))
         assert get(cloud, ann, "mine") == b"mine"
-    finally:
-        ended.set()
-        cloud.journal.closing.set()
-        thread.join(20)
-    assert not thread.is_alive()
 
 
 # ---- two laptops, a page and crashes
