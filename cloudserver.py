@@ -15,7 +15,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      7  Database        Database Sqlite Batch SCHEMA MIGRATIONS        two calls: read and write
      8  Accounts        Credentials Accounts Devices                   who is asking
      9  Tree            View Place Moment Span                         the tree of files, read
-     9  Changes         Contents Space Locks Brake Tree                how it is changed
+     9  Changes         Contents Space Locks Brake Tree Plan           how it is changed
     10  Files           Files Copies Search                            the verbs of what is
     10  History         Journal History Versions Trash                 ... and of what was
     11  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
@@ -3846,7 +3846,7 @@ def network_of(address: str) -> str:
 #
 # What every verb stands on.  1. A verb takes who, then what, then Preconditions.  2. It enters where somebody may go (View,
 # Place), says what right it needs, stores bytes, then commits one batch; nothing it decided on can have changed by then, because guards restate it.
-# 3. The tree changes only through Tree.batch, which turns Changes into rows, sums and one journal line.
+# 3. The tree changes only through a Plan, which turns Changes into rows, sums and one journal line.
 # 4. Sums: a collection's row counts the live files below it, and its seq is the last write anywhere below.
 # 5. account.shape is raised whenever a collection leaves its place, a lock appears or history is given up; a batch
 #    that was decided at the same shape may rely on its path, on the locks and on the past it saw.
@@ -4795,19 +4795,66 @@ class Tree:
         taken.add((parent, key_of(name)))
         return name
 
-    # ---- the one way into the tree
 
-    def batch(self, who: Principal, place: Place, action: str, detail: dict[str, Any], changes: Sequence[Change],
-               extra: Sequence[Statement] = (), credit: int = 0, sums: dict[int, list[int]] | None = None) -> Batch:
-        """Turn changes, decided at a place, into a batch (invariants 3 to 5).
+class Plan:
+    """What one batch is to do to a tree, made anew at each attempt: the one way to change it (invariants 3 to 5).
 
-        credit  bytes of growth that were reserved before
-        sums    {collection: [bytes, files]} if they were added up already; the changes then name no collections
-        """
-        guards = [Statement("SELECT 'shape' WHERE (SELECT shape FROM account WHERE id = ?) IS NOT ?",
-                            (place.view.home, place.shape)), *place.guards]
-        ends, begins, sums = [], [], {} if sums is None else sums
-        growth, loose = -credit, False
+    Its steps are taken in order, each on the tree as those before leave it; a node that several touch leaves one state
+    and takes one other.  Sums are kept step by step, each along the collections that hold the node by then.
+    """
+
+    def __init__(self, tree: Tree, who: Principal, *places: Place) -> None:
+        """`places` are where it was decided; what was looked at there must hold when it is done"""
+        self.tree, self.who, self.place = tree, who, places[0]
+        self.guards: list[Statement] = []
+        for place in places:
+            self.guards += place.guards
+        self.rows: list[Statement] = []              # of the same act: contents, properties, locks
+        self.sums: dict[int, list[int]] = {}         # {collection: [bytes, files]}
+        self.growth = 0                              # bytes, but for those that were reserved before
+        self._states: dict[int, Change] = {}
+
+    def step(self, *changes: Change) -> None:
+        for change in changes:
+            before, after = change.before, change.after
+            if before:
+                self._count(change.left, before, -1)
+            if after:
+                self._count(change.joined, after, +1)
+            id = (after or before).node
+            if id in self._states:
+                first = self._states[id].before
+                fate = "deleted" if after is None else "replaced" if first and first.manifest != after.manifest else "moved"
+                change = change._replace(before=first, fate=fate)
+            if change.before == change.after:            # back to what it was
+                self._states.pop(id, None)
+            else:
+                self._states[id] = change
+
+    def _count(self, chain: tuple[int, ...], node: Node, sign: int) -> None:
+        size, files = self.sums.get(node.node, (0, 0)) if node.kind else (0, 0)
+        size, files = sign * (node.size + size), sign * ((node.files if node.kind else 1) + files)
+        self.growth += size
+        for above in chain:
+            sum = self.sums.setdefault(above, [0, 0])
+            sum[0] += size
+            sum[1] += files
+
+    def touches(self, node: Node) -> bool:
+        return node.node in self._states
+
+    def state(self, node: Node) -> Node | None:
+        """What a node is by now."""
+        return self._states[node.node].after if node.node in self._states else node
+
+    def changes(self) -> list[Change]:
+        """What became of each node that was touched."""
+        return list(self._states.values())
+
+    def batch(self, action: str, detail: dict[str, Any]) -> Batch:
+        place, home, changes = self.place, self.place.view.home, list(self._states.values())
+        guards = [Statement("SELECT 'shape' WHERE (SELECT shape FROM account WHERE id = ?) IS NOT ?", (home, place.shape)), *self.guards]
+        ends, begins, loose = [], [], False
         for change in changes:
             before, after = change.before, change.after
             if before:
@@ -4817,21 +4864,17 @@ class Tree:
                 if before.kind and (after is None or after.parent != before.parent):     # its sums leave the chain with it
                     guards.append(Statement("SELECT 'sums' FROM collection WHERE node = ? AND (size, files) <> (?, ?)",
                                             (before.node, before.size, before.files)))
-                self._count(sums, change.left, -before.size, -(before.files if before.kind else 1))
-                growth -= before.size
             if after:
                 begins.append((after.home, after.node, after.parent, after.name, key_of(after.name), after.kind,
                                after.manifest, 0 if after.kind else after.size, after.mtime, after.media, after.rev or None))
-                self._count(sums, change.joined, after.size, after.files if after.kind else 1)
-                growth += after.size
-        if place.quota is not None and growth > 0:
+        if place.quota is not None and self.growth > 0:
             guards.append(Statement(
                 "SELECT 'quota' FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ? AND a.quota IS NOT NULL "
                 "AND r.size + ? + (SELECT " + RESERVED + " FROM upload WHERE home = a.id AND done IS NULL) > a.quota - a.extra",
-                (place.view.home, growth)))
-        body = [*extra]
-        if ends and who.means == "token":
-            body += self.brake.count(who, [(change.before, change.after) for change in changes if change.before])
+                (home, self.growth)))
+        body = [*self.rows]
+        if ends and self.who.means == "token":
+            body += self.tree.brake.count(self.who, [(change.before, change.after) for change in changes if change.before])
         if ends:
             body.append(Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? "
                                   "WHERE home = ? AND since = ? AND node = ?", ends, many=True))
@@ -4841,17 +4884,11 @@ class Tree:
         if new:
             body.append(Statement("INSERT OR IGNORE INTO collection SELECT ?, max(seq), 0, 0 FROM journal", new, many=True))
         body.append(Statement("UPDATE collection SET seq = (SELECT max(seq) FROM journal), size = size + ?, files = files + ? "
-                              "WHERE node = ?", [(*sum, node) for node, sum in sums.items()], many=True))
+                              "WHERE node = ?", [(*sum, node) for node, sum in self.sums.items()], many=True))
         if loose:
-            body.append(raise_shape(place.view.home))
-        return self.space.pay(Batch(body, list(dict.fromkeys(guards)), Line(place.view.home, who, action, detail), changes=changes, op=who.op,
-                               frees=not begins), place.view.home, place.quota)
-
-    def _count(self, sums: dict[int, list[int]], chain: tuple[int, ...], size: int, files: int) -> None:
-        for node in chain:
-            sum = sums.setdefault(node, [0, 0])
-            sum[0] += size
-            sum[1] += files
+            body.append(raise_shape(home))
+        return self.tree.space.pay(Batch(body, list(dict.fromkeys(guards)), Line(home, self.who, action, detail), changes=changes, op=self.who.op,
+                               frees=not begins), home, place.quota)
 
 
 def removal_of(node: Node, place: Place) -> Change:
@@ -4923,11 +4960,6 @@ def new_lock_token() -> str:
     """A random UUID as a URI (RFC 4918 s6.5)."""
     digits = secrets.token_hex(16)
     return "urn:uuid:%s-%s-4%s-a%s-%s" % (digits[:8], digits[8:12], digits[13:16], digits[17:20], digits[20:])
-
-
-def together(places: Sequence[Place]) -> Place:
-    """The first of several places, with the guards of them all."""
-    return places[0]._replace(guards=tuple(guard for place in places for guard in place.guards))
 
 
 def outermost(paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -5220,8 +5252,11 @@ class Files:
         def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
             place = places.pop() if places else self.tree.place_for_file(who, path, given, stored.size, parents)
             change, made = self.tree.put_change(place, path, stored, at)
-            return self.tree.batch(who, place._replace(guards=place.guards + still_stored(stored.relied)), "write",
-                               name_written(path[:-1] + (change.after.name,), place.node), [*made, change], self.tree.contents.rows(stored))
+            plan = Plan(self.tree, who, place)
+            plan.guards += still_stored(stored.relied)
+            plan.rows += self.tree.contents.rows(stored)
+            plan.step(*made, change)
+            return plan.batch("write", name_written(path[:-1] + (change.after.name,), place.node))
 
         with self.tree.blobs.unless_refused(stored):
             for kind, value in (sums or {}).items():
@@ -5255,8 +5290,10 @@ class Files:
             made, chain = self.tree.make_parents(place)
             node = self.tree.new_collection(place.view.home, chain[-1], path[-1])
             self._check_properties(node, properties or {})
-            return self.tree.batch(who, place, "make-collection", {"path": "/".join(path)}, [*made, Change(None, node, (), chain)],
-                               property_rows(node, properties or {}))
+            plan = Plan(self.tree, who, place)
+            plan.rows += property_rows(node, properties or {})
+            plan.step(*made, Change(None, node, (), chain))
+            return plan.batch("make-collection", {"path": "/".join(path)})
 
         batch = self.db.write(attempt)
         return batch.changes[-1].after._replace(since=batch.seq, rev=batch.seq, seq=batch.seq)
@@ -5267,9 +5304,10 @@ class Files:
 
         def attempt() -> Batch:
             places = [self.tree.admit_removal(who, self.tree.enter(who, path), path, given) for path in outermost(paths)]
-            changes = [removal_of(place.node, place) for place in places]
-            return self.tree.batch(who, together(places), "delete", name_paths(paths), changes,
-                               self.tree.locks.drop(places[0], *(change.before for change in changes)))
+            plan = Plan(self.tree, who, *places)
+            plan.step(*(removal_of(place.node, place) for place in places))
+            plan.rows += self.tree.locks.drop(places[0], *(place.node for place in places))
+            return plan.batch("delete", name_paths(paths))
 
         return self.db.write(attempt).seq
 
@@ -5297,8 +5335,10 @@ class Files:
                 after = here.node._replace(parent=there.parent, name=target[-1])
                 changes += [*removal, Change(here.node, after, here.chain, there.chain, "moved")]
                 places.append(here)
-            return self.tree.batch(who, together(places), "move", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])},
-                               changes, self.tree.locks.drop(places[0], *(change.before for change in changes)))
+            plan = Plan(self.tree, who, *places)
+            plan.step(*changes)
+            plan.rows += self.tree.locks.drop(places[0], *(change.before for change in changes))
+            return plan.batch("move", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])})
 
         return arrivals(self.db.write(attempt))
 
@@ -5350,7 +5390,10 @@ class Files:
                 self.tree.space.check(there, growth, 1)
                 changes += [*removal, Change(None, top._replace(parent=there.parent, name=target[-1]), (), there.chain)]
                 extra += self.tree.locks.drop(there, *(change.before for change in removal))
-            return self.tree.batch(who, together(places), "copy", detail, changes, extra)
+            plan = Plan(self.tree, who, *places)
+            plan.step(*changes)
+            plan.rows += extra
+            return plan.batch("copy", detail)
 
         with self.tree.lane(who):
             nodes, copies = [self.stat(who, source) for source, _ in pairs], Copies(self.db, view.home)
@@ -5378,10 +5421,11 @@ class Files:
             node = place.found()
             place = self.tree.admit(who, place, path, given)
             self._check_properties(node, properties or {})
-            changes = [] if mtime in (None, node.mtime) else [
-                Change(node, node._replace(mtime=mtime, rev=0), place.chain, place.chain)]
-            return self.tree.batch(who, place, "patch", {"path": "/".join(path)}, changes,
-                               property_rows(node, properties or {}))
+            plan = Plan(self.tree, who, place)
+            plan.rows += property_rows(node, properties or {})
+            if mtime not in (None, node.mtime):
+                plan.step(Change(node, node._replace(mtime=mtime, rev=0), place.chain, place.chain))
+            return plan.batch("patch", {"path": "/".join(path)})
 
         self.db.write(attempt)
         return self.stat(who, path)
@@ -5410,21 +5454,21 @@ class Files:
             place = self.tree.check_conditions(who, place, path, given)
             if place.locked:
                 self.tree.locks.check_conflict(who, place, exclusive, deep)
-            node, changes = place.node, []
+            node, plan = place.node, Plan(self.tree, who, place)
             if node is None:
                 if place.locked:
                     self.tree.locks.check(who, place, given)
                 self.tree.space.check(place, 0, 1)
-                changes = [self.tree.put_change(place, path, empty, self.clock.wall())[0]]
-                node = changes[0].after
+                change, _ = self.tree.put_change(place, path, empty, self.clock.wall())
+                node = change.after
+                plan.step(change)
+                plan.rows += self.tree.contents.rows(empty)
             now = self.clock.due()
             granted.append(Lock(new_lock_token(), place.view.home, node.node, who.account, deep, exclusive, owner,
                                 seconds, now + seconds * 1000))
-            return self.tree.batch(who, place, "lock", {"path": "/".join(path)}, changes, [
-                *(self.tree.contents.rows(empty) if changes else ()),
-                Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (place.view.home, now)),
-                Statement("INSERT INTO lock VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", granted[-1]),
-                raise_shape(place.view.home)])
+            plan.rows += [Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (place.view.home, now)),
+                          Statement("INSERT INTO lock VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", granted[-1]), raise_shape(place.view.home)]
+            return plan.batch("lock", {"path": "/".join(path)})
 
         granted: list[Lock] = []
         batch = self.db.write(attempt)
@@ -5608,8 +5652,9 @@ class Search:
 
         def attempt() -> Batch:
             nodes = [self.tree.enter(who, path).found() for path in paths]
-            rows = [row for node in nodes for row in property_rows(node, {STAR: STARRED if on else None})]
-            return self.tree.batch(who, self.tree.enter(who, ()), "star" if on else "unstar", name_paths(paths), [], rows)
+            plan = Plan(self.tree, who, self.tree.enter(who, ()))
+            plan.rows += [row for node in nodes for row in property_rows(node, {STAR: STARRED if on else None})]
+            return plan.batch("star" if on else "unstar", name_paths(paths))
 
         self.db.write(attempt)
 
@@ -6149,16 +6194,15 @@ class History:
             stuck = 0
         return {(node.parent, key_of(node.name)) for node in pending}
 
-    def batch(self, who: Principal, place: Place, head: int, plan: Reversal, action: str,
-                        detail: dict[str, Any]) -> Batch:
-        """The batch of a Reversal planned at `head`; nothing in the home may have changed since."""
-        brake = self.tree.brake.count(who, plan.destroyed) if who.means == "token" else []
-        batch = self.tree.batch(who, place, action, detail, [], [*brake, *plan.statements()])
-        batch.guards.append(Statement("SELECT 'changed' FROM account a JOIN collection c ON c.node = a.root "
-                                      "WHERE a.id = ? AND c.seq > ?", (place.view.home, head)))
-        if plan.loose:
-            batch.body.append(raise_shape(place.view.home))
-        return batch
+    def batch(self, who: Principal, place: Place, head: int, reversal: Reversal, action: str, detail: dict[str, Any]) -> Batch:
+        """The batch of a Reversal decided at `head`; nothing in the home may have changed since."""
+        plan = Plan(self.tree, who, place)
+        plan.guards.append(Statement("SELECT 'changed' FROM account a JOIN collection c ON c.node = a.root "
+                                     "WHERE a.id = ? AND c.seq > ?", (place.view.home, head)))
+        plan.rows += self.tree.brake.count(who, reversal.destroyed) if who.means == "token" else []
+        plan.rows += reversal.statements()
+        plan.rows += [raise_shape(place.view.home)] if reversal.loose else []
+        return plan.batch(action, detail)
 
     def make_or_find(self, who: Principal, path: tuple[str, ...]) -> None:
         try:
@@ -6227,7 +6271,7 @@ class Versions:
 
     def restore(self, who: Principal, path: tuple[str, ...], rev: int, given: Preconditions = ANY) -> Node:
         """Make an old content the present one; the present one becomes a version."""
-        view_of(who).need(CREATE)
+        view_of(who).need(UPDATE)
 
         def attempt() -> Batch:
             place = self.tree.enter(who, path)
@@ -6236,8 +6280,9 @@ class Versions:
             old, _ = self.read(who, path, rev)
             self.tree.space.check(place, old.size - node.size, 1)
             after = node._replace(manifest=old.manifest, size=old.size, mtime=old.mtime, media=old.media, rev=0)
-            return self.tree.batch(who, place, "restore-version", {"path": "/".join(path), "rev": rev},
-                               [Change(node, after, place.chain, place.chain)])
+            plan = Plan(self.tree, who, place)
+            plan.step(Change(node, after, place.chain, place.chain))
+            return plan.batch("restore-version", {"path": "/".join(path), "rev": rev})
 
         batch = self.db.write(attempt)
         return batch.changes[0].after._replace(since=batch.seq, rev=batch.seq)
@@ -6373,25 +6418,17 @@ class Listed(NamedTuple):
 
 
 class Draft:
-    """The tree as the steps of a commit leave it, one after the other; nothing is written before all are decided.
+    """The tree as the steps of a commit leave it, one after the other; nothing is written before all are decided."""
 
-    A node that several steps touch leaves one state and takes one other.  Sums are kept step by step, each along
-    the collections that hold the node by then.
-    """
-
-    def __init__(self, db: Database, root: Place, received: "Received", *, held: bool) -> None:
+    def __init__(self, plan: Plan, received: "Received", *, held: bool) -> None:
         """
-        root      where who asks begins
+        plan      what the steps become, begun where who asks begins
         held      nothing may be deleted or overwritten
         """
-        self.now, self.root, self.received, self.held = Moment(db.read, root.node.node), root, received, held
+        self.plan, self.root, self.received, self.held = plan, plan.place, received, held
+        self.now = Moment(plan.tree.db.read, self.root.node.node)
         self.known: dict[str, int] = {}              # {hash: bytes} of chunks that steps may name
         self.used: set[str] = set()                  # those that they did name
-        self.body: list[Statement] = []              # rows of manifests
-        self.guards: list[Statement] = []            # what steps looked at, and must hold when they are done
-        self.sums: dict[int, list[int]] = {}
-        self.growth = 0
-        self._states: dict[int, tuple[Node | None, Node | None]] = {}
         self._places: dict[tuple[int, str], Node | None] = {}
         self._chains: dict[tuple[str, ...], tuple[int, ...] | None] = {}
         self._made: set[int] = set()
@@ -6407,7 +6444,7 @@ class Draft:
                 there -= 1
                 opened = self._child_at(path[:there], path[there]) is None
         node = self._child(chain[-1], path[-1]) if there == len(path) - 1 else None
-        return self.root._replace(used=self.root.used + self.growth, chain=chain, open=opened,
+        return self.root._replace(used=self.root.used + self.plan.growth, chain=chain, open=opened,
                                   rest=() if node else path[there:], node=node)
 
     def _chain(self, path: tuple[str, ...]) -> tuple[int, ...] | None:
@@ -6432,8 +6469,8 @@ class Draft:
 
     def rely_on(self, place: Place) -> None:
         """What was checked at a place must hold when the steps are done, unless a step before made it so."""
-        if place.node and place.node.node not in self._states:
-            self.guards += place.guards
+        if place.node and not self.plan.touches(place.node):
+            self.plan.guards += place.guards
 
     def check_brake(self) -> None:
         """Before something is deleted or overwritten.  raises CloudError held"""
@@ -6446,41 +6483,22 @@ class Draft:
     def apply(self, change: Change) -> None:
         """Take one step."""
         before, after = change.before, change.after
-        id = (after or before).node
-        first = self._states[id][0] if id in self._states else before
-        self._states[id] = first, after
+        self.plan.step(change)
         if before:
             self._places[before.parent, key_of(before.name)] = None
-            self._count(change.left, before, -1)
         if after:
             self._places[after.parent, key_of(after.name)] = after
-            self._count(change.joined, after, +1)
         if (after or before).kind:
             self._chains.clear()
             if before is None:
-                self._made.add(id)
-
-    def _count(self, chain: tuple[int, ...], node: Node, sign: int) -> None:
-        size, files = self.sums.get(node.node, (0, 0)) if node.kind else (0, 0)
-        size, files = node.size + size, (node.files if node.kind else 1) + files
-        self.growth += sign * size
-        for above in chain:
-            sum = self.sums.setdefault(above, [0, 0])
-            sum[0] += sign * size
-            sum[1] += sign * files
-
-    def changes(self) -> list[Change]:
-        """What became of each node that was touched."""
-        return [Change(before, after, fate="deleted" if after is None else "replaced" if before and
-                       before.manifest != after.manifest else "moved")
-                for before, after in self._states.values() if before != after]
+                self._made.add(after.node)
 
     def state(self, node: Node | None) -> Node | None:
         """What a node is in the end; its seq is 0 if that of the commit will be it."""
         if node is None:
             return None
-        node = self._states.get(node.node, (None, node))[1]
-        return node._replace(seq=0) if node and node.node in self.sums else node
+        node = self.plan.state(node)
+        return node._replace(seq=0) if node and node.node in self.plan.sums else node
 
 
 class Received:
@@ -6699,7 +6717,8 @@ class Sync:
                      atomic: bool, held: bool) -> tuple[Batch, list[Outcome]]:
         """Decide every step on the tree as the steps before it leave it."""
         root = self.tree.enter(who, ())
-        draft = Draft(self.db, root, received, held=held)
+        plan = Plan(self.tree, who, root)
+        draft = Draft(plan, received, held=held)
         draft.known = {**self.known(who, [hash for step in steps for hash, _ in step.get("chunks") or ()
                                           if hash not in received.sizes]), **received.sizes}
         outcomes = [self._take(who, draft, step) for step in steps]
@@ -6707,16 +6726,16 @@ class Sync:
             failed = problem_of(CloudError("not-done", "another step failed, and all or none was asked for"))
             return self.tree.space.pay(Batch(self._loose_rows(who, received.rows)), root.view.home, root.quota), [
                 outcome if outcome.problem else Outcome(424, None, failed) for outcome in outcomes]
-        changes = draft.changes()
+        changes = plan.changes()
         outcomes = [outcome._replace(node=draft.state(outcome.node)) for outcome in outcomes]
-        body = [*self._loose_rows(who, received.rows, draft.used), *draft.body,
-                *self.tree.locks.drop(root, *(change.before for change in changes if change.before))]
+        plan.rows = [*self._loose_rows(who, received.rows, draft.used), *plan.rows,
+                     *self.tree.locks.drop(root, *(change.before for change in changes if change.before))]
         if not changes:
-            return self.tree.space.pay(Batch(body), root.view.home, root.quota), outcomes
+            return self.tree.space.pay(Batch(plan.rows), root.view.home, root.quota), outcomes
         paths = [split_path(step.get("to") or next(step[verb] for verb in COMMIT_STEPS if verb in step))
                  for step, outcome in zip(steps, outcomes) if not outcome.problem]
-        relied = still_stored([hash for hash in draft.used if hash not in received.sizes or hash in received.relied])
-        batch = self.tree.batch(who, root._replace(guards=(*draft.guards, *relied)), "sync", name_paths(paths), changes, body, sums=draft.sums)
+        plan.guards += still_stored([hash for hash in draft.used if hash not in received.sizes or hash in received.relied])
+        batch = plan.batch("sync", name_paths(paths))
         batch.op, batch.result = op, json.dumps(describe_outcomes(outcomes, None))
         return batch, outcomes
 
@@ -6766,7 +6785,7 @@ class Sync:
         draft.apply(change)
         draft.used.update(hash for hash, _ in chunks)
         if len(chunks) != 1:
-            draft.body += self.tree.contents.rows(stored, new=not chunks)
+            draft.plan.rows += self.tree.contents.rows(stored, new=not chunks)
         return Outcome(200 if change.before else 201, change.after)
 
     def _head_of(self, draft: Draft, name: str, chunks: Sequence[tuple[str, int]]) -> bytes:
@@ -6836,7 +6855,7 @@ class Sync:
                                (view_of(who).home, since, who.device))
             if max(node.since, node.seq or 0) > since and self.db.read(*others[:2]):       # or something else has taken its place
                 raise CloudError("precondition-failed", "something has changed since", now=node)
-            draft.guards.append(others if self.db.read(*others[:2]) == [] else unchanged(place))
+            draft.plan.guards.append(others if self.db.read(*others[:2]) == [] else unchanged(place))
         draft.apply(removal_of(node, place))
         return Outcome(204)
 
@@ -7034,13 +7053,15 @@ class Uploads:
             place = self.tree.place_for_file(who, path, given, 0, parents)
             self._check_arrival(place, stored.size, credit)
             change, made = self.tree.put_change(place, path, stored, self.clock.wall() if mtime is None else mtime)
-            batch = self.tree.batch(who, place, "write", name_written(path[:-1] + (change.after.name,), place.node), [*made, change], [
-                *self.tree.contents.rows(stored, new=not stored.size),
-                Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
-                Statement("UPDATE upload SET done = ? || (SELECT max(seq) FROM journal) || '}' WHERE id = ?",
-                          ('{"node": %d, "rev": ' % change.after.node, upload.id))], credit=credit)
-            batch.guards += self._upload_guards(upload)
-            return batch
+            plan = Plan(self.tree, who, place)
+            plan.guards += self._upload_guards(upload)
+            plan.growth = -credit
+            plan.rows += [*self.tree.contents.rows(stored, new=not stored.size),
+                          Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
+                          Statement("UPDATE upload SET done = ? || (SELECT max(seq) FROM journal) || '}' WHERE id = ?",
+                                    ('{"node": %d, "rev": ' % change.after.node, upload.id))]
+            plan.step(*made, change)
+            return plan.batch("write", name_written(path[:-1] + (change.after.name,), place.node))
 
         batch = self.db.write(attempt)
         change = batch.changes[-1]
@@ -14360,7 +14381,7 @@ class Session:
         return False
 
 
-class Plan:
+class Worklist:
     """What a round will do, by key."""
 
     def __init__(self) -> None:
@@ -14474,9 +14495,9 @@ class Planner:
         self.memory.know(key, here)
         return "same"
 
-    def plan(self) -> Plan:
+    def plan(self) -> Worklist:
         """Compare each side with base."""
-        memory, here, plan, left_out = self.memory, self.session.scan.here, Plan(), set(self.stuck)
+        memory, here, plan, left_out = self.memory, self.session.scan.here, Worklist(), set(self.stuck)
         for key in {*memory.base, *memory.there, *here}:
             base, ours, theirs = memory.base.get(key), here.get(key), memory.there.get(key)
             changed = state_there(base, theirs)
@@ -14504,7 +14525,7 @@ class Planner:
         """While a rule cannot be read nothing goes up, but for the rules themselves."""
         return bool(self.session.rules.broken) and action in ("upload", "delete there") and key != ".cloudignore"
 
-    def check_brake(self, plan: Plan) -> None:
+    def check_brake(self, plan: Worklist) -> None:
         """raises Stopped when a run would delete most of what there is"""
         count = sum(action in ("delete here", "delete there") and not self.memory.base[key].kind
                     for key, action in plan.actions.items())
@@ -15096,7 +15117,7 @@ class SyncClient:
         known = set() if self.session.yes else self.memory.mounts
         return {key for key in known.union(self.session.scan.mounts) if key in self.memory.base}
 
-    def _execute(self, plan: Plan) -> None:
+    def _execute(self, plan: Worklist) -> None:
         """In an order that is safe at every instant: copies first, deletions last."""
         session, here, there = self.session, self.session.scan.here, self.memory.there
         if session.progress:

@@ -597,14 +597,14 @@ def test_functions_stay_short():
 MOST_METHODS, MOST_PARAMETERS, MOST_LINES = 25, 6, 1100
 LARGE_CLASSES = {}
 LONG_SIGNATURES = {
-    "Tree.batch": 8, "Files.write": 7, "Files.lock": 7, "Files._make_room": 7, "Journal.activity": 7, "Sync.commit": 7, "Uploads.create": 7,
+    "Files.write": 7, "Files.lock": 7, "Files._make_room": 7, "Journal.activity": 7, "Sync.commit": 7, "Uploads.create": 7,
     "Uploads.join_parts": 7, "Uploads._finish": 7}
 LARGE_ROOMS: dict = {}
 READS_OF_THE_ASKER = {
     "Tree": 5, "Changes": 4, "Files": 3, "History": 1, "Verbs": 8,
     "HTTP": 8,
     "JSON API": 2, "Nextcloud dialect": 2, "WebDAV": 1}
-WRITERS_OF_TREES = {"Tree", "Trash", "Reversal", "Copies", "BEGIN_ENTRY", "BEGIN_AGAIN", "COPY_FILES", "give_up", "Accounts", "Upkeep", "Thinning", "PURGE"}
+WRITERS_OF_TREES = {"Plan", "Trash", "Reversal", "Copies", "BEGIN_ENTRY", "BEGIN_AGAIN", "COPY_FILES", "give_up", "Accounts", "Upkeep", "Thinning", "PURGE"}
 
 
 def check_breaches(found, noted):
@@ -5761,14 +5761,14 @@ def test_atomic_is_all_or_none(cloud, ann):
 def test_what_came_into_a_collection_meanwhile_leaves_with_it(cloud, ann, monkeypatch, change):
     """Between deciding and committing somebody adds a file: sums must count it."""
     put(cloud, ann, "d/a", "1", parents=True), cloud.files.make_collection(ann, ("e",))
-    decide, late = cloud.tree.batch, ["d/late", "d/later"]
+    decide, late = cs.Plan.batch, ["d/late", "d/later"]
 
-    def batch_and_then(*args, **how):
-        decided = decide(*args, **how)
-        if args[2] != "write" and late:
+    def batch_and_then(plan, action, detail):
+        decided = decide(plan, action, detail)
+        if action != "write" and late:
             put(cloud, ann, late.pop(), "22")
         return decided
-    monkeypatch.setattr(cloud.tree, "batch", batch_and_then)
+    monkeypatch.setattr(cs.Plan, "batch", batch_and_then)
     change(cloud, ann)
     assert not late
     audit(cloud)
