@@ -2449,7 +2449,7 @@ class CountingLock(FileLock):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._memory, self.count = None, [1]     # where files cannot be shared as memory, nothing holds
+        self._memory, self.count = None, [1]     # who cannot share a file as memory trusts nothing
         with suppress(OSError, ValueError):
             if os.fstat(self._fd).st_size < 4:
                 os.write(self._fd, bytes(4))     # not a hole: a full disk would end who writes into one
@@ -2458,14 +2458,28 @@ class CountingLock(FileLock):
 
     def acquire(self, *, wait: bool = True) -> bool:
         taken = super().acquire(wait=wait)
-        if taken and self._memory:
-            self.count[0] = (self.count[0] + 1 | 1) & 0xFFFFFFFF
+        if taken:
+            self._set((self._word() + 1 | 1) & 0xFFFFFFFF)
         return taken
 
     def release(self) -> None:
-        if self._memory:
-            self.count[0] = self.count[0] + 1 & 0xFFFFFFFF
+        self._set(self._word() + 1 & 0xFFFFFFFF)
         super().release()
+
+    def _word(self) -> int:
+        return self.count[0] if self._memory else self._read()
+
+    def _read(self) -> int:
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        return int.from_bytes(os.read(self._fd, 4), sys.byteorder)
+
+    def _set(self, word: int) -> None:
+        if self._memory:
+            self.count[0] = word
+            return
+        with suppress(OSError):                  # on a full disk, where nobody else can have the word either
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            os.write(self._fd, word.to_bytes(4, sys.byteorder))
 
     def close(self) -> None:
         if self._memory:

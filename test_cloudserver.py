@@ -1443,7 +1443,7 @@ def db(open_db):
     return open_db()
 
 
-def test_a_lock_counts_for_every_process_how_often_it_was_taken(tmp_path):
+def test_a_lock_counts_for_every_process_how_often_it_was_taken(tmp_path, monkeypatch):
     one, other = cs.CountingLock(tmp_path / "lock"), cs.CountingLock(tmp_path / "lock")
     assert one.count[0] == other.count[0] == 0
     one.acquire()
@@ -1457,6 +1457,14 @@ def test_a_lock_counts_for_every_process_how_often_it_was_taken(tmp_path):
     assert other.count[0] == 5
     other.release()
     assert other.count[0] == 6
+    with monkeypatch.context() as patch:         # a process that cannot share the file as memory still tells the others
+        patch.setattr(cs.mmap, "mmap", Refuses(None, OSError(errno.ENODEV, "no")))
+        third = cs.CountingLock(tmp_path / "lock")
+    third.acquire()
+    assert other.count[0] == 7 and third.count[0] & 1
+    third.release()
+    assert other.count[0] == 8 and third.count[0] & 1
+    third.close()
     other.count[0] = 0xFFFFFFFE
     other.acquire(), other.release()
     assert other.count[0] == 0
