@@ -51,6 +51,8 @@ Legend, kept to everywhere:
     who     a Principal, e.g. ann; ANONYMOUS if nobody    path   canonical segments: ("photos", "a.jpg"); the root is ()
     node    a file or collection as it is now             chunk  SHA-256 in hex of stored bytes, a part of a file
     home    the account whose tree a node hangs in        seq    number of a write; ETags and cursors are made of it
+    view    what somebody may see and do, below a node    place  where a path leads, for somebody
+    plan    what one batch is to do to a tree             moment the tree as it is now, or was as of a seq
     at      wall clock, ms since 1970: shown to people    due    steady clock, ms: never jumps, decides what expires
 """
 from __future__ import annotations
@@ -4289,7 +4291,7 @@ class Changed(NamedTuple):
 
 # ==== 9. Changes =========================================================================
 #
-# What a change of the tree needs, and how it becomes a batch.
+# What a change of the tree needs, and how it becomes a batch: a verb enters, asks, and gives its steps to a Plan.
 
 CHUNK_ROWS = (  # makes chunks known; one that was given up or found damaged is good again
     "INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
