@@ -12816,9 +12816,9 @@ class Base(NamedTuple):
     ctime_ns: int = 0            # -1: not to be trusted
     sure: int = 1                # 0: its bytes were read so soon after a write that they are read once more
 
-    @property
-    def there(self) -> There:
-        return There(self.path, self.node, self.kind, self.etag, self.size, self.mtime, self.content, self.chunks)
+    def is_still(self, there: There) -> bool:
+        """Is a node on the server in all as it was agreed on?"""
+        return self[:len(There._fields)] == there
 
     def with_there(self, there: There) -> Base:
         return Base(*there, self.mtime_ns, self.inode, self.ctime_ns, self.sure)
@@ -13517,7 +13517,7 @@ class Memory:
 
     def _with_words_of(self, there: There | None, base: Base) -> Base:
         """The same, sharing its strings with what is on the server: they are most of our memory."""
-        return base.with_there(there) if there == base.there else base
+        return base.with_there(there) if there and base.is_still(there) else base
 
     @property
     def cursor(self) -> int:
@@ -14517,7 +14517,7 @@ class Planner:
         for key in {*memory.base, *memory.there, *here}:
             base, ours, theirs = memory.base.get(key), here.get(key), memory.there.get(key)
             changed = state_there(base, theirs)
-            if changed == "same" and base.there != theirs and base.path == theirs.path:
+            if changed == "same" and not base.is_still(theirs) and base.path == theirs.path:
                 memory.set("base", key, base.with_there(theirs))     # the same bytes, written once more
             action = DECISIONS[state_here(base, ours), changed]
             if not action or key in left_out:
