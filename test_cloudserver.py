@@ -1577,14 +1577,14 @@ def test_who_waits_shares_the_next_commit(db):
     def transact(group):
         sizes.append(len(group))
         if len(sizes) == 1:
-            gate.wait(5)
+            gate.wait(60)
         real(group)
     db.writer._transact = transact
     threads = [threading.Thread(target=db.run, args=(Statement("INSERT INTO setting VALUES (?, '')", ("t%d" % n,)),)) for n in range(20)]
-    for thread in threads:
-        thread.start()
-    while len(db.writer._queue) < 19:
-        time.sleep(0.001)
+    threads[0].start()
+    assert until(lambda: sizes, 30)              # it goes alone
+    [thread.start() for thread in threads[1:]]
+    assert until(lambda: len(db.writer._queue) == 19, 30)
     gate.set()
     [thread.join() for thread in threads]
     assert sizes == [1, 19]
@@ -1592,16 +1592,16 @@ def test_who_waits_shares_the_next_commit(db):
 
 def test_who_led_when_the_process_was_interrupted_takes_nobody_along(db):
     """Nothing is acknowledged that was not committed, and the next who waits goes on."""
-    real, gate, outcomes = db.writer._transact, threading.Event(), {}
+    real, begun, gate, outcomes = db.writer._transact, threading.Event(), threading.Event(), {}
 
     def transact(group):
         db.writer._transact = real if len(group) > 1 else transact
-        gate.wait(5)
+        begun.set()
+        gate.wait(60)
         if len(group) == 1:
             return real(group)
         late.start()
-        while not db.writer._queue:
-            time.sleep(0.001)
+        until(lambda: db.writer._queue, 30)
         raise KeyboardInterrupt
 
     def work(n):
@@ -1611,10 +1611,10 @@ def test_who_led_when_the_process_was_interrupted_takes_nobody_along(db):
             outcomes[n] = "interrupted"
     db.writer._transact = transact
     threads, late = [threading.Thread(target=work, args=(n,)) for n in range(4)], threading.Thread(target=work, args=(4,))
-    for thread in threads:
-        thread.start()
-    while len(db.writer._queue) < 3:
-        time.sleep(0.001)
+    threads[0].start()
+    assert begun.wait(30)                        # it goes alone
+    [thread.start() for thread in threads[1:]]
+    assert until(lambda: len(db.writer._queue) == 3, 30)
     gate.set()
     [thread.join(10) for thread in (*threads, late)]
     assert sorted(map(str, outcomes.values())) == ["None", "None", "interrupted", "storage-failed", "storage-failed"] and outcomes[4] is None
