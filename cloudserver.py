@@ -81,7 +81,7 @@ def run_compiled(script: str) -> None:
         try:
             if has_copy(copy, head, owners) or not sys.dont_write_bytecode and make_copy(script, copy, head, owners):
                 words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])       # new in Python 3.10
-                os.execv(sys.executable, [*words[:-len(sys.argv)], "-S", copy, *sys.argv[1:]])      # no site: it is looked at already
+                os.execv(sys.executable, [*words[:-len(sys.argv)], copy, *sys.argv[1:]])
         except OSError:
             pass
 
