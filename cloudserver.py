@@ -15,24 +15,24 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      7  Database        Database Sqlite Batch SCHEMA MIGRATIONS        two calls: read and write
      8  Accounts        Credentials Accounts Devices                   who is asking
      9  Tree            View Place Moment Span                         the tree of files, read
-     9  Changes         Contents Space Locks Brake Tree Plan           how it is changed
-    10  Files           Files Copies Search                            the verbs of what is
-    10  History         Journal History Versions Trash                 ... and of what was
-    11  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
-    12  HTTP            Request Response route respond                 what is asked, and the gate
-    12  Connections     Parser Connection Handler                      the only code that touches a socket
-    13  JSON API        api_*                                          what the page and programs use
-    14  Transfer        tus_* sync_*                                   resumable uploads, native sync
-    15  WebDAV          dav_*                                          RFC 4918
-    16  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
-    17  Upkeep          Upkeep Janitor                                 background jobs
-    18  Service         CloudServer Supervisor                         start, stop, logs
-    19  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
-    20  Folder          Rules Folder Memory                            a folder on this computer
-    21  Link            Link Fetcher introduce                         the server at the other end of a sync
-    21  Sync client     SyncClient Planner Uploader Downloader         a folder and an account kept alike
-    22  Command line    main                                           a function per command
-    23  Page            PAGE_* web_page                                the embedded page
+    10  Changes         Contents Space Locks Brake Tree Plan           how it is changed
+    11  Files           Files Copies Search                            the verbs of what is
+    12  History         Journal History Versions Trash                 ... and of what was
+    13  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
+    14  HTTP            Request Response route respond                 what is asked, and the gate
+    15  Connections     Parser Connection Handler                      the only code that touches a socket
+    16  JSON API        api_*                                          what the page and programs use
+    17  Transfer        tus_* sync_*                                   resumable uploads, native sync
+    18  WebDAV          dav_*                                          RFC 4918
+    19  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
+    20  Upkeep          Upkeep Janitor                                 background jobs
+    21  Service         CloudServer Supervisor                         start, stop, logs
+    22  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
+    23  Folder          Rules Folder Memory                            a folder on this computer
+    24  Link            Link Fetcher introduce                         the server at the other end of a sync
+    25  Sync client     SyncClient Planner Uploader Downloader         a folder and an account kept alike
+    26  Command line    main                                           a function per command
+    27  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -40,7 +40,7 @@ The path of a request:
         1 identify    Credentials    who is asking?
         2 find_route  ROUTES         which function?                    404 405
         3 admit       Route.needs    may they knock?                    401 403
-        4 handler     rooms 13-16    words to values, one Cloud call, values to words
+        4 handler     rooms 16-19    words to values, one Cloud call, values to words
               Files, History, ...    this principal, on this node?      403 404 409 412 423 507
                   Store              bytes first, no lock held
                   Database           then guards, rows and one journal line, in one batch
@@ -988,6 +988,14 @@ def parse_metadata(text: str) -> dict[str, str]:
 
 
 _NOT_IN_FILENAME = re.compile(r"""[^ !#$&'()+,\-.0-9=@A-Z\[\]^_a-z{}~]""")
+
+
+def format_fields(fields: dict[str, str]) -> str:
+    """Fields as lines.  raises CloudError internal for one that would be several"""
+    lines = "".join(["%s: %s\r\n" % item for item in fields.items()])
+    if lines.count("\n") != len(fields) or lines.count("\r") != len(fields) or "\0" in lines:
+        raise CloudError("internal", "a header field holds a line break")
+    return lines
 
 
 def format_disposition(name: str, *, inline: bool = False) -> str:
@@ -4289,7 +4297,7 @@ class Changed(NamedTuple):
     was: tuple[str, ...] | None
 
 
-# ==== 9. Changes =========================================================================
+# ==== 10. Changes ========================================================================
 #
 # What a change of the tree needs, and how it becomes a batch: a verb enters, asks, and gives its steps to a Plan.
 
@@ -5032,7 +5040,7 @@ class Rows:
         return self.make()
 
 
-# ==== 10. Files ==========================================================================
+# ==== 11. Files ==========================================================================
 #
 # Files and collections as they are now: reading, writing, moving, copying, properties, locks; pictures of them; what is found.
 
@@ -5697,7 +5705,7 @@ def is_star(value: str) -> bool:
     return bool(found) and found[1].strip() in ("1", "yes", "true")
 
 
-# ==== 10. History ========================================================================
+# ==== 12. History ========================================================================
 #
 # What was: versions, trash, activity, undo and rewind.
 
@@ -6421,7 +6429,7 @@ class Trash:
                 pending += [(top, until), *((node, until) for _, _, node, kind in rows if kind)]
 
 
-# ==== 11. Verbs ==========================================================================
+# ==== 13. Verbs ==========================================================================
 #
 # Native sync, uploads in parts, pictures; Cloud, which holds every verb.
 
@@ -7397,7 +7405,7 @@ def parts_id(who: Principal, name: str) -> str:
     return "%d:%d:%s" % (who.account, view_of(who).top, name)
 
 
-# ==== 12. HTTP ===========================================================================
+# ==== 14. HTTP ===========================================================================
 #
 # The only code that touches a socket.  1. One parser, one path function, one gate for every request.
 # 2. An answer is one send if it is small.  3. An unread body never becomes the next request: it is drained, up to
@@ -7427,6 +7435,13 @@ class Disconnected(Exception):
     """The peer went away, or is too slow to be waited for."""
 
 
+class Await(Exception):
+    """The request is answered once all of its body is there: that of somebody who is not let in keeps nobody waiting."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count                       # bytes that have to be there
+
+
 class Envelope(NamedTuple):
     """What the fields of a head say, whatever its first line does: who sends it, from where, how it is framed."""
     minor: int = 1                   # of HTTP/1.minor
@@ -7443,11 +7458,11 @@ class Envelope(NamedTuple):
 class Request:
     """One request, parsed and checked; what a handler sees of HTTP."""
     __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "site",
-                 "who", "id", "values", "sock", "began", "prefix", "refusal", "share", "room", "door")
+                 "who", "id", "values", "link", "began", "prefix", "refusal", "share", "room", "door")
 
     def __init__(self, method: str, target: tuple[tuple[str, ...], bool, str], envelope: "Envelope", body: Body,
-                 site: "Site | None" = None, sock: socket.socket | None = None) -> None:
-        self.method, self.body, self.site, self.sock = method, body, site, sock
+                 site: "Site | None" = None, link: "Connection | None" = None) -> None:
+        self.method, self.body, self.site, self.link = method, body, site, link
         self.path, self.slash, self.query = target
         self.minor, self.fields, self.prefix = envelope.minor, envelope.fields, envelope.prefix
         self.address, self.https, self.safe = envelope.address, envelope.https, envelope.safe
@@ -7473,7 +7488,7 @@ class Request:
         taken = time.monotonic() - self.began
         if taken > seconds:
             raise CloudError("busy", "this takes too long; ask for less", retry_after=60)
-        if taken > LONG and self.sock is not None and has_left(self.sock):
+        if taken > LONG and self.link is not None and self.link.has_left():
             raise Disconnected
 
     def __getitem__(self, name: str) -> str | None:
@@ -8035,7 +8050,7 @@ def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
                                                    "Cache-Control": "no-store"})
 
 
-# ==== 12. Connections ====================================================================
+# ==== 15. Connections ====================================================================
 #
 # From bytes to requests, and answers to bytes.  The invariants are those of the room above.
 
@@ -8165,13 +8180,6 @@ class Source:
 
     def send_continue(self) -> None:
         """Tell the client to go on (RFC 9110 s10.1.1)."""
-
-
-class Await(Exception):
-    """The request is answered once all of its body is there: that of somebody who is not let in keeps nobody waiting."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count                       # bytes that have to be there
 
 
 class RequestBody(Body):
@@ -8372,6 +8380,19 @@ class Connection:
             return False
         return True
 
+    def has_left(self) -> bool:
+        """Has the peer closed its side?  Looks, and takes nothing.
+
+        A peer that goes on listening counts as gone, too, as with every proxy; so ask only while work for it is long.
+        """
+        if hasattr(select, "POLLRDHUP"):         # Linux; sees the end behind bytes that nobody has read yet
+            poll = select.poll()
+            poll.register(self.sock, select.POLLRDHUP)
+            return bool(poll.poll(0))
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.sock, selectors.EVENT_READ)
+            return bool(selector.select(0)) and not socket.socket.recv(self.sock, 1, socket.MSG_PEEK)      # of TLS: the raw bytes
+
     def half_close(self) -> None:
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
@@ -8497,7 +8518,7 @@ class Handler(BaseHTTPRequestHandler, Source):
         if envelope.length != 0:
             body = RequestBody(self.parser, self, envelope.length, envelope.expects and not self.link.continued)
             self.pace, self.hurried = Pace(BODY_WINDOW), False
-        request = Request(method, (path, slash, query), envelope, body, site, self.sock)
+        request = Request(method, (path, slash, query), envelope, body, site, self.link)
         request.refusal = refusal
         return request
 
@@ -8636,20 +8657,6 @@ def set_patience(sock: socket.socket) -> bool:
 TIMEVALS = {66: "@qq", 67: "@qq"}       # Linux with 32-bit words and 64-bit time has options of its own; elsewhere two longs
 
 
-def has_left(sock: socket.socket) -> bool:
-    """Has the peer closed its side?  Looks, and takes nothing.
-
-    A peer that goes on listening counts as gone, too, as with every proxy; so ask only while work for it is long.
-    """
-    if hasattr(select, "POLLRDHUP"):             # Linux; sees the end behind bytes that nobody has read yet
-        poll = select.poll()
-        poll.register(sock, select.POLLRDHUP)
-        return bool(poll.poll(0))
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(0)) and not socket.socket.recv(sock, 1, socket.MSG_PEEK)       # of TLS: the raw bytes
-
-
 def format_head(response: Response, chunked: bool, keep: bool) -> bytes:
     """Status line and fields, to the empty line (H21, H23)."""
     framing = ""
@@ -8663,14 +8670,6 @@ def format_head(response: Response, chunked: bool, keep: bool) -> bytes:
     return (STATUS_LINES[response.status] + lines + framing + ALWAYS + date_line(int(time.time()))).encode("latin-1")
 
 
-def format_fields(fields: dict[str, str]) -> str:
-    """Fields as lines.  raises CloudError internal for one that would be several"""
-    lines = "".join(["%s: %s\r\n" % item for item in fields.items()])
-    if lines.count("\n") != len(fields) or lines.count("\r") != len(fields) or "\0" in lines:
-        raise CloudError("internal", "a header field holds a line break")
-    return lines
-
-
 @lru_cache(maxsize=2)
 def date_line(second: int) -> str:
     return "Date: %s\r\n\r\n" % format_http_date(second * 1000)
@@ -8680,7 +8679,7 @@ QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 NO_REQUEST = Request("-", ((), False, ""), Envelope(), Body())
 
 
-# ==== 13. JSON API =======================================================================
+# ==== 16. JSON API =======================================================================
 #
 # /api/v1/: everything the page can do, and so can any program.  Paths are strings like "photos/a.jpg", "" is the root;
 # times go out as RFC 3339 and come in so or as ms since 1970; ids and versions are decimal strings.
@@ -9311,7 +9310,7 @@ def describe_route(found: Route) -> dict[str, Any]:
     return about
 
 
-# ==== 14. Transfer =======================================================================
+# ==== 17. Transfer =======================================================================
 #
 # Resumable uploads by the tus protocol, 1.0: core, creation, creation-with-upload, creation-defer-length, checksum,
 # expiration, termination.  An upload is finished when its last byte has come; there is nothing to assemble.
@@ -9589,7 +9588,7 @@ def sync_step(step: Any) -> dict[str, Any]:
     return check_fields(step, STEP_FIELDS[verbs[0]])
 
 
-# ==== 15. WebDAV =========================================================================
+# ==== 18. WebDAV =========================================================================
 #
 # RFC 4918 classes 1, 2 and 3, with quotas (RFC 4331), extended MKCOL (RFC 5689) and sync-collection (RFC 6578).
 # A quirk of a client is a row or a few lines here, with the client named; the operations never learn of it.
@@ -10188,7 +10187,7 @@ REPORT_KINDS = {"{DAV:}sync-collection": dav_changes}
 open_door(Door(("dav",), False, PROPERTIES, frozenset(), REPORT_KINDS), dav_error, HANDLERS)
 
 
-# ==== 16. Nextcloud dialect ==============================================================
+# ==== 19. Nextcloud dialect ==============================================================
 #
 # What Nextcloud's and ownCloud's clients ask beside WebDAV: discovery, OCS, the login flow, uploads in chunks and in
 # bulk, trash, versions, search.  Words are translated to one Cloud call and back; the files themselves are served by
@@ -10941,7 +10940,7 @@ def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tup
     return Response(201)
 
 
-# ==== 17. Upkeep =========================================================================
+# ==== 20. Upkeep =========================================================================
 #
 # What goes on in the background.
 
@@ -11425,7 +11424,7 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
 }
 
 
-# ==== 18. Service ========================================================================
+# ==== 21. Service ========================================================================
 #
 # One supervisor, several workers that share the listening socket.  1. The supervisor forks before any database is
 # opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
@@ -12138,7 +12137,7 @@ def keep_on_core(index: int) -> None:
         os.sched_setaffinity(0, {sorted(CORES)[index % len(CORES)]})
 
 
-# ==== 19. Custody ========================================================================
+# ==== 22. Custody ========================================================================
 #
 # What its keeper does with a cloud as a whole.
 
@@ -12763,7 +12762,7 @@ def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
         yield None, "no server runs on this data"
 
 
-# ==== 20. Folder =========================================================================
+# ==== 23. Folder =========================================================================
 #
 # Two-way sync of a folder with a server, over the sync protocol and nothing else.
 # 1. Each side is compared with what both last agreed on (base), never with the other.  Size, times and inode say that a
@@ -13676,7 +13675,7 @@ class Memory:
         self.db.close()
 
 
-# ==== 21. Link ===========================================================================
+# ==== 24. Link ===========================================================================
 #
 # The server at the other end of a sync: what it answers is checked here (invariant 6).
 
@@ -14243,7 +14242,7 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
     memory.flush()
 
 
-# ==== 21. Sync client ====================================================================
+# ==== 25. Sync client ====================================================================
 #
 # A run: what is to be done, and doing it.  The invariants are those of the room Folder.
 
@@ -15319,7 +15318,7 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
         raise
 
 
-# ==== 22. Command line ===================================================================
+# ==== 26. Command line ===================================================================
 
 Arguments = argparse.Namespace
 GROUPS = {"user": "make, list, change and remove accounts"}
@@ -15797,7 +15796,7 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-# ==== 23. Page ===========================================================================
+# ==== 27. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, PAGE_STYLE and PAGE_SCRIPT are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).
