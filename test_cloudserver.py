@@ -261,11 +261,12 @@ if os.environ.get("TEST_STOP"):                  # Windows lets nobody send anot
         signal.raise_signal(signal.SIGBREAK)
     threading.Thread(target=wait, daemon=True).start()
 """
-COMPILED = Path(tempfile.mkdtemp(), "cloudserver.pyc")       # compiled once, for the hundreds of times that tests start it
-COMPILED.parent.chmod(0o755)
-atexit.register(shutil.rmtree, COMPILED.parent, ignore_errors=True)
-SCRIPT = [sys.executable, str(HERE / "cloudserver.py")]
-PROGRAM = [sys.executable, py_compile.compile(SCRIPT[1], str(COMPILED), doraise=True)]
+if "TEST_PROGRAM" not in os.environ:             # compiled once, for the hundreds of times that the tests' processes start it
+    home = tempfile.mkdtemp()
+    os.chmod(home, 0o755)
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    os.environ["TEST_PROGRAM"] = py_compile.compile(str(HERE / "cloudserver.py"), os.path.join(home, "cloudserver.pyc"), doraise=True)
+PROGRAM = [sys.executable, os.environ["TEST_PROGRAM"]]
 WINE = False
 if os.name == "nt":
     PROGRAM = [sys.executable, "-c", STOPPABLE + "import runpy; sys.argv[0] = %r; runpy.run_path(sys.argv[0], run_name='__main__')"
