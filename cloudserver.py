@@ -13640,7 +13640,7 @@ class Memory:
     def take_away(self, keys: Collection[str]) -> None:
         """Write down, on the medium, what we are about to delete or rename here: if we are killed before that is noted, what
         is missing is our doing and no wish of anybody to have it deleted there.  raises Stopped"""
-        self.say(leaving=json.dumps([*self.leaving, *keys]))
+        self.say(leaving=json.dumps(sorted({*self.leaving, *keys})))
         with self._guarded():
             self.db.execute("PRAGMA synchronous = FULL")
             self.db.execute("REPLACE INTO word (name, value) VALUES ('leaving', ?)", (self.words["leaving"],))
@@ -14594,6 +14594,7 @@ class Mover:
         astray = [key for key, base in memory.base.items() if not is_at_home(base, memory.there.get(key))]
         if not astray:
             return False
+        memory.take_away(astray)                 # a medium may lose a name of something, and what it is called now
         by_node = {there.node: key for key, there in memory.there.items()}
         twins = {there.node for there in memory.twin.values()}
         self.planner.stuck |= {key for key in astray if memory.base[key].node in twins}
