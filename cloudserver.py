@@ -2469,27 +2469,23 @@ class CountingLock(FileLock):
     def acquire(self, *, wait: bool = True) -> bool:
         taken = super().acquire(wait=wait)
         if taken:
-            self._set((self._word() + 1 | 1) & 0xFFFFFFFF)
+            self._step(1)
         return taken
 
     def release(self) -> None:
-        self._set(self._word() + 1 & 0xFFFFFFFF)
+        self._step(0)
         super().release()
 
-    def _word(self) -> int:
-        return self.count[0] if self._memory else self._read()
-
-    def _read(self) -> int:
-        os.lseek(self._fd, 0, os.SEEK_SET)
-        return int.from_bytes(os.read(self._fd, 4), sys.byteorder)
-
-    def _set(self, word: int) -> None:
+    def _step(self, odd: int) -> None:
+        """To the next word that is odd, or even.  Where the file is no memory, by hand; on a full disk nobody else can have a word either."""
         if self._memory:
-            self.count[0] = word
+            self.count[0] = (self.count[0] + 1 | odd) & 0xFFFFFFFF
             return
-        with suppress(OSError):                  # on a full disk, where nobody else can have the word either
+        with suppress(OSError):
             os.lseek(self._fd, 0, os.SEEK_SET)
-            os.write(self._fd, word.to_bytes(4, sys.byteorder))
+            word = int.from_bytes(os.read(self._fd, 4), sys.byteorder)
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            os.write(self._fd, ((word + 1 | odd) & 0xFFFFFFFF).to_bytes(4, sys.byteorder))
 
     def close(self) -> None:
         if self._memory:
