@@ -3976,7 +3976,7 @@ def watched(rows: Iterable[Any], alive: Callable[[], None], every: int = 256) ->
         yield row
 
 
-class Shares:
+class Slots:
     """How much each has of what all share: so many at a time of something, and no more."""
 
     def __init__(self, most: int, words: str, retry_after: int = 5) -> None:
@@ -4615,7 +4615,7 @@ class Tree:
         self.config, self.db, self.clock, self.blobs = config, db, clock, blobs
         self.contents, self.space = Contents(db, clock, blobs), Space(db, clock, config)
         self.locks, self.brake = Locks(db, clock), Brake(db, clock)
-        self.lanes = Shares(2, "%d long operations of this account are under way already")
+        self.lanes = Slots(2, "%d long operations of this account are under way already")
 
     def enter(self, who: Principal, path: tuple[str, ...], right: str | None = None, *, content: bool = False) -> Place:
         """The one way in: follow a path from the top of what `who` sees.  raises CloudError forbidden, for nobody and without the right"""
@@ -5826,7 +5826,7 @@ class Journal:
 
     def __init__(self, db: Database) -> None:
         self.db, self.closing = db, threading.Event()
-        self.waits = Shares(WAITS, "%d of this account wait for changes already")
+        self.waits = Slots(WAITS, "%d of this account wait for changes already")
 
     def head(self) -> int:
         """The newest seq."""
@@ -7417,7 +7417,7 @@ TICK = 1                                # seconds a thread waits for a silent co
 DRAIN_LIMIT = 256 * KiB
 RECEIVE = 64 * KiB
 THREADS, WAITING = 256, 256             # connections answered at a time, and waiting for that, per process
-SHARE = 64                              # ... of one account, or of one address that is not let in
+SLOTS = 64                              # ... of one account, or of one address that is not let in
 LARGE_BODIES, LARGE_WAIT = 16, 20       # of those so many with a large body; another waits for its turn, seconds
 SILENT = (BlockingIOError, socket.timeout, ssl.SSLWantReadError, ssl.SSLWantWriteError)     # nothing came for a tick
 REASONS = {**{status.value: status.phrase for status in HTTPStatus}, 460: "Checksum Mismatch"}
@@ -7454,7 +7454,7 @@ class Envelope(NamedTuple):
 class Request:
     """One request, parsed and checked; what a handler sees of HTTP."""
     __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "site",
-                 "who", "id", "values", "link", "began", "prefix", "refusal", "share", "room", "door")
+                 "who", "id", "values", "link", "began", "prefix", "refusal", "slot", "room", "door")
 
     def __init__(self, method: str, target: tuple[tuple[str, ...], bool, str], envelope: "Envelope", body: Body,
                  site: "Site | None" = None, link: "Connection | None" = None) -> None:
@@ -7467,7 +7467,7 @@ class Request:
         self.values: dict[str, Any] = {} # declared arguments of the route
         self.began = time.monotonic()
         self.refusal: CloudError | None = None   # why its target is none, if it is
-        self.share: Any = None                   # whose share of this process it has, until it is answered
+        self.slot: Any = None                    # whose slot of this process it has, until it is answered
         self.room: int | None = None             # the account that it receives a large body for, until it is answered
         self.door: Any = None                    # by which the files of an account are reached, as the route says
 
@@ -7615,7 +7615,7 @@ def respond(cloud: Cloud, request: Request) -> Response:
         refuse, request.door = found.refuse, found.door
         if request.refusal:
             raise request.refusal
-        take_share(who, request)
+        take_slot(who, request)
         if not who.account:
             request.body.wait_if_small(SMALL_BODY)
         admit(cloud, who, request, found)
@@ -7652,12 +7652,12 @@ def loggable(path: tuple[str, ...]) -> tuple[str, ...]:
 OPENERS = (("s",), ("tus",), ("api", "v1", "grants"), ("login", "v2", "flow"))        # a secret follows
 
 
-def take_share(who: Principal, request: Request) -> None:
+def take_slot(who: Principal, request: Request) -> None:
     """Have a part of what this process can do at a time, until the answer has gone.  raises CloudError busy"""
     if request.site:
         key = who.account or network_of(request.address)
-        request.site.shares.take(key)
-        request.share = key
+        request.site.slots.take(key)
+        request.slot = key
 
 
 def take_room(who: Principal, request: Request) -> None:
@@ -8065,8 +8065,8 @@ class Site:
         self.names = {own, own.partition(".")[0], own.partition(".")[0] + ".local",
                       *(name.strip().lower() for name in config.hostname.split(",") if name.strip())}
         self.plain_http = config.plain_http
-        self.shares = Shares(SHARE, "%d requests of yours are under way already", 2)
-        self.bodies = Shares(LARGE_BODIES, "%d uploads of yours are under way already", 5)
+        self.slots = Slots(SLOTS, "%d requests of yours are under way already", 2)
+        self.bodies = Slots(LARGE_BODIES, "%d uploads of yours are under way already", 5)
         self.knows = lru_cache(maxsize=256)(self._knows)
 
     def _knows(self, host: str) -> bool:
@@ -8449,8 +8449,8 @@ class Handler(BaseHTTPRequestHandler, Source):
             link.wait(BODY, SMALL_BODY_TIME)
             return False
         finally:
-            if request is not None and request.share is not None:
-                self.server.site.shares.give(request.share)
+            if request is not None and request.slot is not None:
+                self.server.site.slots.give(request.slot)
             if request is not None and request.room is not None:
                 self.server.site.bodies.give(request.room)
 

@@ -4639,15 +4639,15 @@ def test_no_account_takes_more_than_its_share(cloud, ann, address, monkeypatch):
         assert b"200 OK" in sock.recv(4096)
         sock.close()
     assert cloud.journal.waits.taken() == 0
-    shares = cs.Shares(2, "%d")
-    shares.take("a"), shares.take("a"), shares.take("b")
-    assert outcome(shares.take, "a") == "busy"
-    shares.give("a"), shares.take("a")
-    assert shares.taken() == 3
-    threading.Timer(0.05, shares.give, ["b"]).start()
-    threading.Timer(0.1, shares.give, ["a"]).start()
-    shares.take("a", 20)                         # waits for one of its own
-    assert outcome(shares.take, "a", 0.01) == "busy" and shares.taken() == 2
+    slots = cs.Slots(2, "%d")
+    slots.take("a"), slots.take("a"), slots.take("b")
+    assert outcome(slots.take, "a") == "busy"
+    slots.give("a"), slots.take("a")
+    assert slots.taken() == 3
+    threading.Timer(0.05, slots.give, ["b"]).start()
+    threading.Timer(0.1, slots.give, ["a"]).start()
+    slots.take("a", 20)                         # waits for one of its own
+    assert outcome(slots.take, "a", 0.01) == "busy" and slots.taken() == 2
 
 
 def test_large_bodies_of_an_account_wait_for_their_turn(cloud, ann, address, monkeypatch):
