@@ -32,7 +32,8 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
     24  Link            Link Fetcher introduce                         the server at the other end of a sync
     25  Sync client     SyncClient Planner Uploader Downloader         a folder and an account kept alike
     26  Command line    main                                           a function per command
-    27  Page            PAGE_* web_page                                the embedded page
+    27  Page parts      PARTS_* WORDS bare                             what pages are made of
+    28  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -15793,26 +15794,18 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-# ==== 27. Page ===========================================================================
+# ==== 27. Page parts =====================================================================
 #
-# The page is one more client of the JSON API: PAGE_HTML, PAGE_STYLE and PAGE_SCRIPT are joined once, and nothing else is
-# loaded.  Names and other users' text enter it by textContent alone (W5).
+# What the pages of the program are made of, and share: style, script and words.  Each page adds its own behind them, and
+# the functions of its own that these call.
 
-PAGE_STYLE = r"""
+PARTS_STYLE = r"""
 :root {
   color-scheme: light;
   --back: #fff; --side: #f5f6f8; --raised: #fff; --text: #1b1e23; --soft: #59626e; --line: #e2e5ea; --hover: #f1f3f6;
   --accent: #1857c4; --on-accent: #fff; --chosen: #e4edfb; --danger: #b3261e; --shadow: 0 8px 28px rgb(20 30 50 / .18);
   --icon: #7a8696;
   --mark: #fff3c4; --star: #a66a00;
-}
-:root[data-theme=dark] {
-  color-scheme: dark;
-  --back: #15171b; --side: #1b1e23; --raised: #22262c; --text: #e8eaee; --soft: #a4adb9; --line: #2e333b;
-  --hover: #20242a;
-  --accent: #8fb8ff; --on-accent: #0d1b33; --chosen: #22344f; --danger: #ff9d94; --shadow: 0 8px 28px rgb(0 0 0 / .6);
-  --icon: #8f9bab;
-  --mark: #4d431f; --star: #e0b04a;
 }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
@@ -15870,113 +15863,23 @@ progress::-moz-progress-bar { background: var(--accent); }
 .choices button[aria-pressed=true] { color: var(--text); font-weight: 600; }
 .settings .choices button[aria-pressed=true] { background: var(--chosen); }
 
-/* the frame */
-#app { min-height: 100vh; }
-body:has(.side) #app { display: grid; grid-template-columns: 14.5rem minmax(0, 1fr); }
+/* views */
 .unseen { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
 .skip { position: absolute; left: -99rem; }
 .skip:focus { left: 1rem; top: 1rem; z-index: 9; background: var(--raised); padding: .5rem 1rem; }
-.side { background: var(--side); border-right: 1px solid var(--line); padding: 1.1rem 1rem; display: flex;
-  flex-direction: column; gap: 1.1rem; position: sticky; top: 0; height: 100vh; }
-.side nav { display: grid; gap: 2px; }
-.side nav a { color: var(--text); padding: .5rem .75rem; border-radius: 8px; min-height: 38px; }
-.side nav a:hover { background: var(--hover); text-decoration: none; }
-.side nav a[aria-current] { background: var(--chosen); font-weight: 600; }
-.new { min-height: 44px; }
-.quota { margin-top: auto; display: grid; gap: .35rem; color: var(--soft); font-size: .875rem; }
 main { min-width: 0; padding: 0 1.75rem 6rem; }
 main:focus { outline: none; }
-.top { display: flex; gap: 1.5rem; align-items: center; min-height: 68px; position: sticky; top: 0;
-  background: var(--back); z-index: 3; }
 .crumbs { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .35rem; flex: 1; min-width: 0;
   font-size: 1.1rem; }
 .crumbs a, .crumbs > span { color: var(--soft); padding: .3rem .35rem; border-radius: 6px; overflow-wrap: anywhere; }
 .crumbs [aria-current] { color: var(--text); font-weight: 600; }
 .crumbs .slash { padding: 0; }
-.top .crumbs { flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none; }
-.top .crumbs > * { flex: none; max-width: 22rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.search { width: 17rem; flex: none; }
-.search input { background: var(--side); border-color: var(--side); }
-.search input:hover { border-color: var(--line); }
-.search input::placeholder { color: var(--soft); opacity: 1; }
-.bar { display: flex; gap: .4rem; align-items: center; min-height: 52px; position: sticky; top: 68px;
-  background: var(--back); z-index: 3; padding-bottom: .4rem; }
-.bar .count { margin-right: auto; color: var(--soft); white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-.selecting .bar .count { margin-right: .6rem; color: var(--text); flex: none; }
-.bar button { padding: .3rem .7rem; }
-.bar:empty { display: none; }
-.tab { padding: .5rem .8rem; border-radius: 8px; color: var(--soft); min-height: 38px; }
-.tab[aria-current] { color: var(--text); font-weight: 600; background: var(--side); }
 .hint { padding-bottom: .8rem; font-size: .925rem; }
 
-/* the list */
-.grid:focus-visible { outline: none; }
-.cells { display: grid; grid-template-columns: 40px minmax(0, 1fr) 8.5rem 6rem 44px; align-items: center; }
-.head { border-bottom: 1px solid var(--line); color: var(--soft); font-size: .875rem; }
-.head button { background: none; border: 0; padding: .3rem 0; min-height: 34px; color: inherit; }
-.head button:hover { color: var(--text); }
-[aria-sort=ascending] button::after { content: "↑"; }
-[aria-sort=descending] button::after { content: "↓"; }
-.check { display: grid; place-items: center; }
-.size { text-align: right; padding-right: .75rem; font-variant-numeric: tabular-nums; }
-.rows { position: relative; min-height: 44px; }
-.row { position: absolute; left: 0; right: 0; top: 0; height: 44px; border-bottom: 1px solid var(--line);
-  user-select: none; -webkit-touch-callout: none; -webkit-tap-highlight-color: transparent; }
-.row:hover { background: var(--hover); }
-.row[aria-selected=true] { background: var(--chosen); }
-.grid:focus-visible .cursor { outline: 2px solid var(--accent); outline-offset: -2px; border-radius: 6px; }
-.row.cut { opacity: .55; }
-.row.over, .crumbs .over { background: var(--chosen); box-shadow: inset 0 0 0 2px var(--accent); border-radius: 6px; }
-.row .mtime, .row .deleted, .row .size { color: var(--soft); font-size: .9rem; }
-.row .name { display: flex; align-items: center; gap: .75rem; min-width: 0; }
-.names { min-width: 0; flex: 1; }
-.label { color: var(--text); display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  width: fit-content; max-width: 100%; }
-.second { display: none; color: var(--soft); font-size: .85rem; overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; }
-.second.where { display: block; font-size: .8rem; line-height: 1.25; }
-.where .small { display: none; }
-.filters ~ .grid:not(.tiles) .row { height: 66px; }
-.snippet { font-size: .8rem; line-height: 1.35; color: var(--soft); overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; }
-.tiles .snippet { display: none; }
-mark { background: var(--mark); color: var(--text); }
-.filters { display: flex; flex-wrap: wrap; gap: .4rem; padding-bottom: .6rem; }
-.filters select { width: auto; max-width: 14rem; min-height: 38px; padding: .2rem .4rem; }
 .hint:empty { display: none; }
-.names:has(.where) .label { line-height: 1.3; }
-.more button { background: none; border: 0; width: 40px; padding: 0; color: var(--soft); opacity: 0; font-weight: 700; }
-.row:hover .more button, .row.cursor .more button, .row[aria-selected=true] .more button { opacity: 1; }
-.renaming { flex: 1; position: relative; }
-.rename { min-height: 32px; padding: .2rem .5rem; }
-.renaming .problem { position: absolute; top: 100%; z-index: 4; background: var(--raised); border-radius: 8px;
-  padding: .3rem .6rem; box-shadow: var(--shadow); font-size: .9rem; }
-.band { position: absolute; border: 1px solid var(--accent);
-  background: color-mix(in srgb, var(--accent) 15%, transparent); z-index: 4; pointer-events: none; }
-.banding { user-select: none; }
-.dropping main::after { content: attr(data-drop); position: fixed; inset: 6px 6px 6px 15rem; z-index: 6;
-  border: 3px solid var(--accent); border-radius: 10px; display: grid; place-items: end center; padding: 2rem;
-  font-weight: 600; pointer-events: none; background: color-mix(in srgb, var(--accent) 8%, transparent); }
-.ghost { position: absolute; top: -9rem; background: var(--accent); color: var(--on-accent); padding: .4rem .9rem;
-  border-radius: 8px; }
 .empty { text-align: center; padding: 14vh 1rem; color: var(--soft); display: grid; gap: .4rem; justify-items: center; }
 .big { font-size: 1.2rem; color: var(--text); text-align: center; }
 
-.star { width: 18px; height: 18px; flex: none; margin-right: .75rem; fill: var(--star); }
-
-/* tiles */
-.tiles .head { display: none; }
-.tiles .row { right: auto; height: 176px; border: 0; padding: 6px; display: block; border-radius: 10px; }
-.tiles .row .name { flex-direction: column; gap: .35rem; align-items: stretch; height: 100%; }
-.tiles .row > .mtime, .tiles .row > .size, .tiles .row > .deleted { display: none; }
-.tiles .names { flex: none; padding: 0 .3rem; }
-.tiles .label { margin: 0 auto; font-size: .9rem; }
-.tiles .star { position: absolute; left: 16px; bottom: 52px; stroke: var(--back); stroke-width: 2;
-  paint-order: stroke; }
-.tiles .check { position: absolute; left: 14px; top: 14px; opacity: 0; z-index: 1; }
-.tiles .more button { background: var(--raised); border-radius: 8px; }
-.tiles .more { position: absolute; right: 8px; top: 8px; z-index: 1; }
-.tiles .row:hover .check, .tiles .row[aria-selected=true] .check, .tiles .cursor .check { opacity: 1; }
 .picture { flex: 1; min-height: 0; display: grid; place-items: center; background: var(--side); border-radius: 8px;
   overflow: hidden; }
 .picture img { width: 100%; height: 100%; object-fit: cover; }
@@ -15984,20 +15887,6 @@ mark { background: var(--mark); color: var(--text); }
   padding: .3rem .6rem; }
 .picture .icon { width: 52px; height: 52px; stroke-width: 1; }
 
-.slider, .limits { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center; padding-bottom: 1rem; }
-.slider input, .limits select { width: auto; }
-.limits select { max-width: 14rem; min-height: 38px; padding: .2rem .4rem; }
-.limits input { min-height: 38px; }
-.row .tag { margin-right: .75rem; }
-.limits label { color: var(--soft); display: flex; gap: .5rem; align-items: center; }
-.changes { max-width: 60rem; padding-bottom: 1rem; }
-.changes summary { cursor: pointer; padding: .4rem 0; }
-.days h2 { margin: 1.5rem 0 0; }
-.days a { text-decoration: underline; }
-.slider [type=range] { flex: 1; min-width: 8rem; padding: 0; accent-color: var(--accent); }
-.slider output { min-width: 12rem; font-weight: 600; }
-
-/* steps: versions, activity, devices */
 .steps { list-style: none; margin: 0; padding: 0; max-width: 60rem; }
 .steps li { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; padding: .75rem 0;
   border-bottom: 1px solid var(--line); }
@@ -16005,25 +15894,16 @@ mark { background: var(--mark); color: var(--text); }
 .acts { display: flex; gap: .4rem; flex-wrap: wrap; }
 .tag { display: inline-block; background: var(--chosen); border-radius: 6px; padding: 0 .5rem; margin-left: .5rem;
   font-size: .85rem; }
-.wide { width: 100%; max-width: 60rem; margin-top: 1rem; }
-.settings { display: grid; gap: 2rem; max-width: 46rem; padding-top: .5rem; }
-.settings section { display: grid; gap: .6rem; }
 .buttons { display: flex; gap: .5rem; flex-wrap: wrap; justify-content: flex-end; }
-.settings .keys { max-height: none; padding: 0; }
-.settings .buttons select { width: auto; }
-.settings .buttons { justify-content: flex-start; align-items: end; }
-
 .command { display: flex; gap: .5rem; align-items: start; }
 .command code { flex: 1; text-align: left; background: var(--side); border-radius: 8px; padding: .5rem .75rem;
   font: .85rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; min-width: 0; }
-.ways { display: grid; gap: 1.1rem; }
-.ways h3 { font-size: 1rem; margin: 0 0 .3rem; }
 .qr { width: 190px; height: 190px; background: #fff; border-radius: 8px; }
 [aria-busy=true] { opacity: .5; pointer-events: none; cursor: progress; }
-.banners { padding-top: 0; }
 .banner { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; background: var(--mark);
   border-radius: 10px; padding: .7rem 1rem; margin-top: .8rem; }
 .banner span { flex: 1; min-width: 14rem; }
+
 
 /* sheets and menus */
 dialog { color: var(--text); background: var(--raised); border: 1px solid var(--line); border-radius: 14px; padding: 0;
@@ -16109,10 +15989,6 @@ dialog.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; m
 .preview .zoomed img { max-width: none; max-height: none; }
 .preview .stage:not(.zoomed) img { cursor: zoom-in; }
 .preview iframe { border: 0; width: 100%; height: 100%; background: #fff; }
-.preview textarea { width: 100%; height: 100%; border: 0; border-radius: 0;
-  padding: 1.25rem max(1.25rem, calc(50% - 34rem)); resize: none; tab-size: 4;
-  font: .9rem/1.55 ui-monospace, monospace; }
-.preview textarea:focus-visible { outline-offset: -2px; }
 .preview audio { width: min(92%, 40rem); }
 .preview .stage:not(.zoomed) { touch-action: pan-y pinch-zoom; }
 .foot { display: flex; gap: .75rem; align-items: center; justify-content: center; padding: .4rem 1rem;
@@ -16123,97 +15999,16 @@ dialog.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; m
 .preview .toasts { bottom: 4.5rem; }
 .showing .title, .showing .foot { position: absolute; opacity: 0; }
 .preview.showing { background: #000; }
-.paper { width: min(100%, 50rem); align-self: start; padding: 1.5rem; overflow-wrap: anywhere; }
-.paper > * + * { margin-top: .8rem; }
-.paper h1, .paper h2 { border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
-.paper :is(pre, code) { background: var(--side); border-radius: 6px; font: .875rem/1.5 ui-monospace, monospace; }
-.paper a { text-decoration: underline; }
-.paper code { padding: .1rem .35rem; }
-.paper pre { padding: .8rem 1rem; overflow-x: auto; white-space: pre; width: auto; }
-.paper pre code { padding: 0; }
-.paper img { max-width: 100%; }
-.paper blockquote { margin-left: 0; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--soft); }
-.paper :is(ul, ol) { padding-left: 1.6rem; }
-.paper li:has(> input) { list-style: none; margin-left: -1.5rem; }
-.paper input { display: inline-block; vertical-align: -3px; margin-right: .4rem; }
-.paper input + p { display: inline; }
-.paper hr { border: 0; border-top: 1px solid var(--line); }
-table { border-collapse: collapse; align-self: start; }
-.preview .sheetful { width: 100%; height: 100%; overflow: auto; }
-th, td { border: 1px solid var(--line); padding: .3rem .7rem; text-align: left; overflow-wrap: anywhere; }
-th { background: var(--side); position: sticky; top: 0; }
-.versions .steps a:not(.button) { font-weight: 600; }
-.versions .steps li { padding: .75rem; }
-.versions li:has([aria-current]) { background: var(--chosen); border-radius: 8px; }
-.look { border: 1px solid var(--line); border-radius: 12px; overflow: hidden; scroll-margin-top: 60px;
-  margin-top: 1rem; }
-.look nav { display: flex; flex-wrap: wrap; padding: .4rem; border-bottom: 1px solid var(--line); }
-.look iframe { min-height: 70vh; }
-@media (min-width: 64rem) {
-  .versions { display: grid; grid-template-columns: minmax(20rem, 2fr) 3fr; gap: 2rem; }
-  .look { display: flex; flex-direction: column; position: sticky; top: 7.6rem; height: calc(100vh - 9rem); margin: 0; }
-}
-.diff :is(ins, del) { display: block; text-decoration: none; background: color-mix(in srgb, #2e8b57 20%, transparent); }
-.diff del { background: color-mix(in srgb, #c4453c 20%, transparent); }
-.diff summary { color: var(--soft); padding: .5rem 0; cursor: pointer; }
-.readme { margin-top: 2rem; border: 1px solid var(--line); border-radius: 12px; }
-.readme:empty { display: none; }
 
 /* a phone */
 @media (max-width: 45rem) {
-  button, .button, .tab, .side nav a { min-height: 44px; }
-  body:has(.side) #app { display: block; }
-  .side { position: fixed; inset: auto 0 0 0; height: auto; flex-direction: row;
-    padding: 0 0 env(safe-area-inset-bottom); border: 0; border-top: 1px solid var(--line); z-index: 4; gap: 0; }
-  .side .brand, .quota { display: none; }
-  .side nav { display: flex; flex: 1; order: -1; }
-  .side nav a { flex: auto; text-align: center; padding: .9rem .1rem; border-radius: 0; font-size: min(.8rem, 3.3vw);
-    min-height: 52px; }
-  .side nav a[aria-current] { background: none; color: var(--accent); }
-  .new { position: fixed; right: 1rem; bottom: calc(68px + env(safe-area-inset-bottom)); border-radius: 99px;
-    padding: .6rem 1.4rem; box-shadow: var(--shadow); min-height: 48px; }
-  main { padding: 0 .75rem 9rem; }
-  .top { flex-direction: column-reverse; align-items: stretch; gap: .2rem; position: static; padding-top: .6rem;
-    min-height: 0; }
-  .search { width: 100%; }
-  .search input { min-height: 44px; }
-  .crumbs a, .crumbs > span { min-height: 44px; display: flex; align-items: center; }
-  .crumbs .slash { min-height: 0; }
-  .bar { top: 0; flex-wrap: wrap; }
-  .bar:has(.tab) { gap: 0; }
-  .tab { padding: .65rem min(.4rem, 1.2vw); font-size: min(1rem, 3.7vw); }
+  button, .button { min-height: 44px; }
   .foot { gap: .4rem; padding: .4rem .6rem; }
-  .selecting .content { padding-top: 52px; }
-  .selecting .bar button:not(.prime):not(.quiet), .selecting .new, body:not([data-view=files]) .new { display: none; }
-  .selecting .bar { position: fixed; inset: auto 0 0 0; z-index: 5; background: var(--side);
-    border-top: 1px solid var(--line); padding: .3rem .75rem calc(.6rem + env(safe-area-inset-bottom)); }
-  .selecting .bar .quiet { order: 1; }
-  .selecting .bar .count { flex: 1 0 60%; margin: 0; }
-  .selecting .bar .prime { order: 2; flex: 1; }
-  .head { display: none; }
-  .cells { grid-template-columns: 4px minmax(0, 1fr) 44px; }
-  .check { visibility: hidden; }
-  .selecting .cells { grid-template-columns: 44px minmax(0, 1fr) 44px; }
-  .selecting .check { visibility: visible; }
   .preview .title { flex-wrap: wrap; }
-  .slider output { flex: 1 0 100%; }
-  .slider [type=datetime-local], .limits > select { flex: 1; min-width: 8.5rem; max-width: none; }
-  .limits > label { flex: 1; min-width: 10rem; }
-  .limits label { display: grid; gap: 0; }
   .preview .title strong { flex: 1 0 55%; }
   .preview .title button:not(.primary) { order: 1; }
   .preview .title .soft { display: none; }
   .preview .title button { padding: .4rem .6rem; }
-  .row { height: 60px; }
-  .row > .mtime, .row > .size, .row > .deleted { display: none; }
-  .filters ~ .grid:not(.tiles) .row { height: 82px; }
-  .filters select { flex: 1 1 40%; max-width: none; min-height: 44px; }
-  .second, .second.where { display: block; font-size: .85rem; }
-  .where .small { display: inline; }
-  .more button { opacity: 1; width: 44px; height: 44px; }
-  .tiles .second { display: none; }
-  .tiles .more button { background: color-mix(in srgb, var(--raised) 60%, transparent); border-radius: 50%; width: 32px;
-    height: 32px; min-height: 0; margin: 0 6px; }
   .sheet { margin: auto 0 0; width: 100%; max-width: 100%; border-radius: 16px 16px 0 0; }
   .sheet .inside, .sheet.menu .inside { width: 100%; padding-bottom: calc(1rem + env(safe-area-inset-bottom)); }
   .sheet.menu { inset: auto 0 0 0; width: 100%; }
@@ -16230,29 +16025,18 @@ th { background: var(--side); position: sticky; top: 0; }
 @keyframes rise { from { opacity: 0; translate: 0 8px; } }
 """
 
-PAGE_SCRIPT = r"""
+# The colours of the dark: when they count is up to each page.
+PARTS_DARK = r"""
+  color-scheme: dark;
+  --back: #15171b; --side: #1b1e23; --raised: #22262c; --text: #e8eaee; --soft: #a4adb9; --line: #2e333b;
+  --hover: #20242a;
+  --accent: #8fb8ff; --on-accent: #0d1b33; --chosen: #22344f; --danger: #ff9d94; --shadow: 0 8px 28px rgb(0 0 0 / .6);
+  --icon: #8f9bab;
+  --mark: #4d431f; --star: #e0b04a;
+"""
+
+PARTS_SCRIPT = r"""
 "use strict";
-
-// ---- where the page lives: a proxy may serve it below a path of its own
-
-const VIEW = /^(.*?)(?:\/(?:files|starred|past|versions|trash|activity|search|settings|setup|login)(?:\/.*)?|\/)$/;
-const PREFIX = (location.pathname.match(VIEW) || ["", ""])[1];
-const encodePath = path => path.split("/").map(encodeURIComponent).join("/");
-const decodePath = path => path.split("/").filter(Boolean).map(decodeURIComponent).join("/");
-const parentOf = path => path.slice(0, Math.max(0, path.lastIndexOf("/")));
-const nameOf = path => path.slice(path.lastIndexOf("/") + 1);
-const join = (path, name) => path ? path + "/" + name : name;
-const addressOf = path => PREFIX + "/files" + (path && "/" + encodePath(path));
-const apiAddress = (what, path, values = {}) =>
-  PREFIX + "/api/v1/" + what + (path === undefined ? "" : "/" + encodePath(path)) + queryOf(values);
-const contentAddress = (entry, values) =>          // entry.as: which version of it, if not the present one
-  apiAddress("content", entry.path, values || entry.as || (view.at ? {at: view.at} : {}));
-
-function queryOf(values) {
-  const pairs = Object.entries(values).filter(([, value]) => value || value === 0)
-    .flatMap(([name, value]) => [].concat(value).map(one => name + "=" + encodeURIComponent(one)));
-  return pairs.length ? "?" + pairs.join("&") : "";
-}
 
 // ---- elements
 
@@ -16376,27 +16160,6 @@ function formatTime(text) {
 const longTime = at => dates.long.format(new Date(at));
 const dotted = (...parts) => parts.filter(Boolean).join(" · ");
 const timeElement = text => h("time", {dateTime: text, title: dates.full.format(new Date(text))}, formatTime(text));
-
-// ---- light and dark: as the system says, or as the reader chose
-
-const darkSystem = matchMedia("(prefers-color-scheme: dark)");
-
-function applyTheme() {
-  const chosen = localStorage.getItem("theme");
-  document.documentElement.dataset.theme = chosen || (darkSystem.matches ? "dark" : "light");
-}
-
-function chooseTheme(name) {
-  name ? localStorage.setItem("theme", name) : localStorage.removeItem("theme");
-  applyTheme();
-  show();
-}
-
-const choices = (rows, chosen, choose) => h("div.choices", {}, Object.entries(rows).map(([value, label]) =>
-  button(label, () => choose(value),
-    {className: "quiet", lang: rows === LANGUAGES && value, "aria-pressed": String(value === chosen)})));
-const themeButtons = () => choices({"": t("Like the system"), light: t("Light"), dark: t("Dark")},
-  localStorage.getItem("theme") || "", chooseTheme);
 
 // ---- the server
 
@@ -16612,6 +16375,1227 @@ function moveInMenu(event, box) {
   const items = [...box.querySelectorAll("button")];
   items[(items.indexOf(document.activeElement) + step + items.length) % items.length].focus();
 }
+
+// ---- upload queue: small files by one PUT each, larger ones by tus, which goes on where it stopped
+
+const SMALL = 4 << 20, PART = 16 << 20, AT_ONCE = 4;
+const queue = {
+  items: [], next: 0, running: 0, paused: false, all: "", asking: Promise.resolve(), box: null, failed: 0,
+  delayed: new Set(), pictures: Promise.resolve(), pace: null, percent: null, phase: ""
+};
+const PARTS = "uploads";               // what localStorage remembers of unfinished uploads: {fingerprint: id}
+
+// about: what makes the chooser a special one
+async function chooseFiles(about, target) {
+  if (target === undefined) await ensureFiles();
+  const input = h("input", {type: "file", multiple: true, hidden: true, ...about, onchange: () => {
+    const files = [...input.files], here = target ?? view.path;
+    const place = file => ({file, path: join(here, file.webkitRelativePath || file.name)});
+    attempt(() => addUploads(about.capture ? nameTaken(files) : files.map(place)));
+    input.remove();
+  }});
+  document.body.append(input);
+  input.click();
+}
+
+// cameras and clipboards call everything image.png or image.jpg: such get a name of kind and time
+function nameTaken(files) {
+  return files.map(file => {
+    const [, suffix] = file.name.match(/^(?:image|photo|video)(\.\w+)$/i) || [];
+    const what = /^video/.test(file.type) ? t("Video") : suffix === ".png" ? t("Screenshot") : t("Photo");
+    // Swedes write 2026-11-25 14:05:33
+    const when = new Date(file.lastModified).toLocaleString("sv").replace(/:/g, ".");
+    const name = suffix ? what + " " + when + suffix : file.name;
+    return {file, path: join(view.path, name), how: suffix && "keep"};
+  });
+}
+
+// what was dropped, collections walked to their end; must begin while the drop event is being handled
+async function readDrop(transfer, target) {
+  const entries = [...transfer.items].map(item => item.webkitGetAsEntry());
+  if (!entries.some(Boolean)) return [...transfer.files].map(file => ({file, path: join(target, file.name)}));
+  const found = [];
+  for (const entry of entries.filter(Boolean)) await walkDropped(entry, target, found);
+  return found;
+}
+
+async function walkDropped(entry, target, found) {
+  const path = join(target, entry.name);
+  if (entry.isFile) return found.push({path, file: await new Promise((done, fail) => entry.file(done, fail))});
+  const reader = entry.createReader(), before = found.length;
+  for (;;) {                           // a reader gives a hundred at a time
+    const some = await new Promise((done, fail) => reader.readEntries(done, fail));
+    if (!some.length) break;
+    for (const one of some) await walkDropped(one, path, found);
+  }
+  return found.length === before && found.push({path, file: null});
+}
+
+// found: [{path, file}]; a collection that holds nothing has no file
+async function addUploads(found) {
+  found = await fitting(found.map(one => ({...one, size: one.file ? one.file.size : 0})));
+  if (!found.length) return;
+  if (!busy()) Object.assign(queue, {items: [], next: 0, all: "", failed: 0, pace: null});
+  for (const one of found) queue.items.push({...one, sent: 0, state: "waiting", tries: 0, more: found.length > 1});
+  queue.box = null;
+  showQueue();
+  if (inFiles() && !list.entries.length) fillList([]);
+  pump();
+}
+
+function pump() {
+  while (!queue.paused && queue.running < AT_ONCE && queue.next < queue.items.length) {
+    const item = queue.items[queue.next++];
+    if (item.state === "waiting") runUpload(item);
+  }
+  updateQueue();
+}
+
+async function runUpload(item) {
+  queue.running++;
+  Object.assign(item, {state: "sending", error: ""});
+  showItem(item);
+  try {
+    if (item.file && !item.how) await meet(item);
+    if (item.state === "sending") await sendItem(item);
+    if (item.state === "sending") finishItem(item, "done");
+  } catch (error) {
+    if (item.state === "sending") await failItem(item, error);
+  }
+  queue.running--;
+  pump();
+  if (!busy()) endQueue();
+}
+
+async function failItem(item, error) {
+  if (error.code === "precondition-failed" && !item.how) {             // there is something that no list told of
+    item.refused = true;
+    return again(item);
+  }
+  if (item.file && (error.code === "network" || !(error instanceof Problem))
+    && !await item.file.slice(0, 1).arrayBuffer().catch(() => null))
+    error = trouble("", t("This file was changed since it was chosen. Choose it again."));
+  if (item.state !== "sending") return undefined;
+  if (["network", "busy", "offset", "paused"].includes(error.code)) {  // offset: the server still ends what was cut off
+    item.state = "waiting";
+    queue.delayed.add(item);
+    if (error.code === "paused") return showItem(item);
+    item.error = t("Waiting for the connection…");
+    showItem(item);
+    return setTimeout(() => wake(item), Math.min(30000, 1000 * 2 ** item.tries++));
+  }
+  queue.failed++;
+  return finishItem(item, "failed", explain(error));
+}
+
+// when its time has come, or when the network is back
+const wake = item => queue.delayed.delete(item) && again(item);
+
+function again(item) {
+  item.state = "waiting";
+  queue.items.push(queue.items.splice(queue.items.indexOf(item), 1)[0]);
+  queue.next = Math.max(0, queue.next - 1);
+  pump();
+}
+
+// ---- the panel of the queue
+
+const busy = () => queue.running > 0 || queue.delayed.size > 0 || queue.next < queue.items.length;
+
+function showQueue() {
+  const box = find(".queue");
+  if (!box || queue.box === box) return;
+  box.hidden = !queue.items.length;
+  Object.assign(queue, {
+    box, title: h("strong"), detail: h("span.soft"),
+    said: h("span.unseen", {role: "status"}),    // numbers that change all the time are not read out
+    bar: h("progress", {max: 1, value: 0, "aria-label": t("All uploads")}),
+    retry: button(t("Retry all"), () => queue.items.filter(item => item.state === "failed").forEach(retryItem)),
+    pause: button("", pauseQueue, {className: "quiet"}),
+    stop: button("", () => busy() ? unfinished().forEach(cancelItem) : hideQueue(), {className: "quiet"}),
+    list: h("ul")});
+  box.replaceChildren(h("div.title", {},
+    ["title", "said", "retry", "pause", "stop", "detail"].map(part => queue[part])), queue.bar, queue.list);
+  queue.items.filter(item => item.row).slice(-50).forEach(item => queue.list.append(item.row));
+  updateQueue();
+}
+
+function hideQueue() {
+  Object.assign(queue, {items: [], next: 0, failed: 0});
+  find(".queue").hidden = true;
+}
+
+const STATES = {waiting: "Waiting", sending: "", done: "Done", there: "Already there", failed: "Failed",
+  skipped: "Skipped", cancelled: "Cancelled"};
+// what can still be done about it
+const OPEN = {failed: "Retry", cancelled: "Retry", waiting: "Cancel", sending: "Cancel"};
+
+const unfinished = () => queue.items.filter(item => OPEN[item.state] === "Cancel");
+
+// the row of a file is made when its turn comes, so that a hundred thousand cost nothing
+function showItem(item) {
+  if (!item.row) {
+    const name = nameOf(item.path), words = h("span.state"),
+      meter = h("progress", {max: 1, value: 0, "aria-label": name});
+    const act = button("", () => OPEN[item.state] === "Retry" ? retryItem(item) : cancelItem(item),
+      {className: "quiet"});
+    Object.assign(item, {words, meter, act, row: h("li", {}, h("bdi", {title: item.path}, name), words, act, meter)});
+    queue.list.prepend(item.row);
+    const finished = [...queue.list.children].slice(50).reverse().find(row => /done|there|skipped/.test(row.className));
+    if (finished) finished.remove();
+  }
+  item.row.className = item.state;
+  item.act.hidden = !OPEN[item.state];
+  item.act.textContent = t(OPEN[item.state] || "");
+  drawItem(item);
+  updateQueue();
+}
+
+function drawItem(item) {
+  item.meter.value = item.compared || item.sent / item.size || 0;
+  item.words.textContent = item.state !== "sending" ? item.error || t(STATES[item.state])
+    : item.compared ? t("Comparing…")
+    : item.sent && item.size > SMALL ? t("{sent} of {size}", {sent: formatSize(item.sent), size: formatSize(item.size)})
+    : formatSize(item.size);
+}
+
+// a tab in the background draws no frames, but its title is looked at
+let drawing = 0, ticking = 0;
+function updateQueue() {
+  drawing = drawing || setTimeout(() => { drawing = 0; drawQueue(); }, 60);
+}
+
+function drawQueue() {
+  const files = queue.items.filter(item => item.file), rest = busy(), count = {},
+    {box, bar, pause, title, detail, said, retry, stop} = queue;
+  let sent = 0, total = 0, bytes = 0;
+  for (const item of files) {
+    count[item.state] = (count[item.state] || 0) + 1;
+    if (item.state === "sending" && item.row) drawItem(item);
+    if (/there|skipped|cancelled/.test(item.state)) continue;
+    total += item.size + 1000; // the smallest files take time, too
+    sent += item.state === "done" ? item.size + 1000 : item.sent;
+    bytes += item.sent;
+  }
+  const phase = !rest ? "ended" : queue.paused ? "paused" : queue.running ? "sending" : "waiting";
+  queue.percent = rest ? Math.floor(100 * sent / total) || 0 : null;
+  if (view.title) drawTitle();
+  clearTimeout(ticking);
+  if (rest) ticking = setTimeout(updateQueue, 1000);
+  if (!box || !queue.items.length) return;
+  bar.value = total ? sent / total : 1;
+  bar.hidden = pause.hidden = !rest;
+  retry.hidden = !queue.failed;
+  pause.textContent = t(queue.paused ? "Resume" : "Pause");
+  stop.textContent = t(rest ? "Cancel" : "Close");
+  title.textContent = queueWords(phase, count, files.length);
+  detail.textContent = phase === "sending" ? paceWords(sent, bytes, total) : "";
+  if (phase !== "sending") queue.pace = null;
+  if (phase !== queue.phase) said.textContent = title.textContent;
+  queue.phase = phase;
+}
+
+function queueWords(phase, count, n) {
+  const values = {done: (count.done || 0) + (count.there || 0), n, percent: queue.percent};
+  if (phase === "sending") return t("Uploading: {done} of {n}, {percent} %", values);
+  if (phase === "paused") return t("Paused: {done} of {n} uploaded", values);
+  if (phase === "waiting") return t("No connection: {done} of {n} uploaded", values);
+  return [
+    queue.failed && plural(queue.failed, "{n} upload failed", "{n} uploads failed"),
+    count.done && plural(count.done, "{n} file uploaded", "{n} files uploaded"),
+    count.there && t("{n} already there", {n: count.there})
+  ].filter(Boolean).join(", ") || t(n ? "Nothing uploaded" : "Done");
+}
+
+// the pace and the time left, smoothed over some ten seconds; nothing before it means something
+function paceWords(sent, bytes, total) {
+  const now = performance.now(), pace = queue.pace = queue.pace || {now, sent, ticks: 0, speed: 0},
+    seconds = (now - pace.now) / 1000;
+  if (seconds >= 1) {
+    const share = pace.ticks++ ? 1 - Math.exp(-seconds / 8) : 1, gain = Math.max(0, sent - pace.sent) / seconds;
+    Object.assign(pace, {now, sent, speed: pace.speed + share * (gain - pace.speed)});
+  }
+  if (pace.ticks < 3 || pace.speed < 1) return "";
+  const left = (total - sent) / pace.speed, n = Math.round(left / 60);
+  return t("{size}/s, {time}",
+    {size: formatSize(pace.speed * bytes / sent), time: left < 45 ? t("less than a minute left")
+    : n < 90 ? plural(n || 1, "{n} minute left", "{n} minutes left") : t("{n} hours left", {n: Math.round(n / 60)})});
+}
+
+// ---- from file to file in the preview
+
+// the files of the list that fit, with the one shown among them, and its place there
+function among(fits) {
+  const {path} = preview.entry,
+    all = list.entries.filter(one => one.kind === "file" && (one.path === path || fits(one)));
+  return [all, all.findIndex(one => one.path === path)];
+}
+
+const sameKind = one => categoryOf(one) === categoryOf(preview.entry);
+
+function near(step, fits = isSeen, around = false) {
+  const [all, n] = among(fits);
+  return all[around ? (n + step) % all.length : n + step];
+}
+
+function loadAhead() {
+  if (isMetered()) return;
+  for (const one of [near(1), near(-1)]) if (one && isImage(one)) new Image().src = contentAddress(one);
+}
+
+function previewFoot(entry) {
+  const [all, n] = among(isSeen), next = near(1, sameKind);
+  const turn = (step, label) => button(label, () => turnTo(near(step)), {"data-action": label, disabled: !near(step)});
+  const tick = h("input", {type: "checkbox", checked: playsOn(), "data-action": "playon",
+                           onchange: () => localStorage.setItem("playon", tick.checked ? "1" : "0")});
+  return h("div.foot", {hidden: all.length < 2},
+    turn(-1, t("Back")),
+    h("span.soft", {}, t("{n} of {all}", {n: n + 1, all: all.length})),
+    isImage(entry) && near(1, sameKind, true) !== entry
+      && button(t("Slideshow"), () => slideshow(true), {"data-action": "show"}),
+    isPlayed(entry) && next && h("label.tick", {}, tick, t("Play on: {name}", {name: next.name})),
+    turn(1, t("Next")));
+}
+
+async function turnTo(entry, play) {
+  if (!entry || !await mayLeave()) return;
+  const media = find("video, audio", preview.body);
+  preview.play = play || Boolean(media && !media.paused);
+  history.replaceState(history.state, "", placeAddress(entry.path));
+  setCursor(list.known.get(entry.node));
+  fillPreview(entry);
+}
+
+// one picture after the other, until any key or click
+function slideshow(on) {
+  clearInterval(preview.show);
+  preview.show = on && setInterval(() => document.hidden || turnTo(near(1, sameKind, true)), 5000);
+  preview.box.classList.toggle("showing", on);
+  if (on) toast(t("Any key or click ends the slideshow."));
+}
+
+const zoom = on => {
+  const stage = find(".stage", preview.body);
+  if (stage) stage.classList.toggle("zoomed", on);
+};
+
+const PREVIEW_KEYS = {
+  ArrowRight: () => turnTo(near(1)), ArrowLeft: () => turnTo(near(-1)), "+": () => zoom(true), "-": () => zoom(false),
+  s: () => isImage(preview.entry) && slideshow(true),
+  e: () => find("[data-action=edit]:not([hidden])", preview.box)?.click()
+};
+
+// what can be moved itself by an arrow keeps it
+const usesArrows = element => element.matches("video, audio") || element.scrollWidth > element.clientWidth + 1;
+
+function onPreviewKey(event) {
+  const run = PREVIEW_KEYS[event.key.length > 1 ? event.key : event.key.toLowerCase()];
+  if (preview.show) slideshow(false);
+  else if (!run || event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "TEXTAREA") return;
+  else if (event.key[0] === "A" && (usesArrows(event.target) || find(".zoomed", preview.box))) return;
+  else run();
+  event.preventDefault();
+}
+
+function closePreview() {
+  if (!preview.box) return;
+  removeDialog(preview.box);
+  slideshow(false);
+  preview.box = preview.entry = preview.edit = null;
+  if (list.box) list.box.focus({preventScroll: true});
+  setTitle(view.path ? nameOf(view.path) : t("Files"));
+}
+
+async function leavePreview() {
+  if (!await mayLeave()) return;
+  if (history.state && history.state.inside) history.back();
+  else go(placeAddress(view.path), {replace: true});
+}
+
+// ---- text, and the bytes it is made of: what nobody edited is given back as it came
+
+const TEXT_MOST = 2 << 20;             // bytes of text that are shown or edited
+const HEAD = 64 << 10;                 // bytes that tell whether a file of no known kind is text
+const MARKS = {"UTF-8": [0xef, 0xbb, 0xbf], "UTF-16LE": [0xff, 0xfe], "UTF-16BE": [0xfe, 0xff]};
+
+// {text, codec, whole, exact, etag}: what a file says; exact: writing the text gives its bytes, so it can be edited.
+// null if it is no text, unless that is to be shown anyhow
+async function readText(entry, anyhow) {
+  const get = async most => {
+    const part = entry.size > most ? {Range: `bytes=0-${most - 1}`} : {};
+    const answer = await ask(contentAddress(entry), {headers: {...HEADERS, ...part}, cache: "no-cache"});
+    return [new Uint8Array(await answer.arrayBuffer()), answer];
+  };
+  if (categoryOf(entry) === "other" && entry.size > HEAD && !anyhow && !codecOf((await get(HEAD))[0])) return null;
+  const [bytes, answer] = await get(TEXT_MOST), whole = answer.status !== 206;
+  const codec = codecOf(bytes) || anyhow && {name: "Windows-1252", mark: [], guess: true};
+  if (!codec) return null;
+  const body = bytes.subarray(codec.mark.length);
+  const text = new TextDecoder(codec.name, {ignoreBOM: true}).decode(body, {stream: !whole});
+  return {text, codec, whole, etag: answer.headers.get("ETag"),
+    exact: whole && sameBytes(bytes, writeText(text, codec))};
+}
+
+// {name, mark, guess}: how bytes are to be read; null if they are no text
+function codecOf(bytes) {
+  const nuls = [0, 0], isWide = n => nuls[n] > bytes.length / 8 && !nuls[1 - n];
+  bytes.forEach((byte, n) => { nuls[n % 2] += !byte; });
+  const marked = Object.keys(MARKS).find(name => MARKS[name].every((byte, n) => bytes[n] === byte));
+  const name = marked || (isWide(0) ? "UTF-16BE" : isWide(1) ? "UTF-16LE" : "UTF-8");
+  const codec = {name, mark: MARKS[marked] || []};
+  try {
+    new TextDecoder(name, {fatal: name === "UTF-8"}).decode(bytes, {stream: true});
+  } catch {
+    Object.assign(codec, {name: "Windows-1252", mark: [], guess: true});
+  }
+  return /[\0-\x06\x0e-\x19]/.test(new TextDecoder(codec.name).decode(bytes, {stream: true})) ? null : codec;
+}
+
+const wide = little => text => {
+  const units = new DataView(new ArrayBuffer(2 * text.length));
+  for (let n = 0; n < text.length; n++) units.setUint16(2 * n, text.charCodeAt(n), little);
+  return new Uint8Array(units.buffer);
+};
+const WRITERS = {"UTF-8": text => new TextEncoder().encode(text), "UTF-16LE": wide(true), "UTF-16BE": wide(false),
+  "Windows-1252": narrow};
+
+function narrow(text) {
+  const signs = new TextDecoder("windows-1252").decode(Uint8Array.from({length: 256}, (_, n) => n));
+  return Uint8Array.from(text, sign => {
+    const byte = signs.indexOf(sign);
+    if (byte < 0) throw trouble("", t("“{sign}” does not exist in the encoding of this file ({name}).",
+      {sign, name: "Windows-1252"}));
+    return byte;
+  });
+}
+
+// throws what cannot be written so
+function writeText(text, {name, mark}) {
+  const body = WRITERS[name](text), bytes = new Uint8Array(mark.length + body.length);
+  bytes.set(mark);
+  bytes.set(body, mark.length);
+  return bytes;
+}
+
+const sameBytes = (a, b) => a.length === b.length && a.every((byte, n) => byte === b[n]);
+
+// what was typed, with the line ends of the text before: each line that stayed keeps its own
+function withEnds(before, typed) {
+  const ends = before.match(/\r\n|\r|\n/g) || [], count = end => ends.filter(one => one === end).length;
+  const [most = "\n", other] = [...new Set(ends)].sort((a, b) => count(b) - count(a));
+  const lines = typed.split("\n"), runs = other && diffLines(before.split(/\r\n|\r|\n/), lines) || [["+", lines]];
+  const wanted = [];
+  let at = 0;
+  for (const [sign, some] of runs) {
+    if (sign !== "-") wanted.push(...some.map((_, n) => sign === " " && ends[at + n] || most));
+    if (sign !== "+") at += some.length;
+  }
+  // an empty line between these two would be none any more
+  const joins = n => wanted[n] === "\r" && lines[n + 1] === "" && wanted[n + 1] === "\n";
+  return lines.map((line, n) => n === lines.length - 1 ? line : line + (joins(n) ? "\r\n" : wanted[n])).join("");
+}
+
+function textView(entry, source) {
+  const [body, cut] = pageOf(entry, source.text), whole = source.whole && entry.size;
+  return Object.assign(h("div.pages", {},
+    !entry.size && h("p.note", {}, t("This file is empty.")),
+    !source.whole && h("p.note", {}, t("Only the first {n} are shown.", {n: formatSize(TEXT_MOST)})),
+    cut && h("p.note", {}, cut),
+    source.codec.guess && h("p.note", {}, t("This is not UTF-8; that it is {name} is a guess.", source.codec)),
+    body), {source});
+}
+
+// [what shows it, words about what it leaves out]
+function pageOf(entry, text) {
+  if (/\.(md|markdown)$/i.test(entry.name)) return [h("div.paper", {}, markdown(text, parentOf(entry.path)))];
+  if (!/\.[ct]sv$/i.test(entry.name)) return [h("pre", {tabIndex: 0}, raw(text))];
+  const rows = parseTable(text, /\.tsv$/i.test(entry.name) ? "\t" : "");
+  const cut = rows.length > ROWS_MOST && t("Only the first {n} rows are shown.", {n: ROWS_MOST});
+  return [tableView(rows.slice(0, ROWS_MOST)), cut];
+}
+"""
+
+PAGE_GERMAN = r"""{
+  "10 characters or more": "10 Zeichen oder mehr",
+  "1000 versions of this file are pinned already": "1000 Versionen dieser Datei werden schon dauerhaft behalten",
+  "A device wants to see and change the files of {name}. Grant it only if you started this yourself, just now.": "Ein Gerät möchte die Dateien von {name} sehen und ändern. Gewähre es nur, wenn du das gerade selbst begonnen hast.",
+  "A device was added: {name}": "Ein Gerät kam hinzu: {name}",
+  "A device was held: it deletes or overwrites too much": "Ein Gerät wurde angehalten: Es löscht oder überschreibt zu viel",
+  "A device was removed: {name}": "Ein Gerät wurde entfernt: {name}",
+  "A held device was allowed to go on": "Ein angehaltenes Gerät durfte weitermachen",
+  "A name cannot be empty and cannot hold a slash.": "Ein Name darf nicht leer sein und keinen Schrägstrich enthalten.",
+  "A password for each device": "Ein Passwort für jedes Gerät",
+  "A phone cannot reach {host}: open this page by the address that this computer has in your network.": "Ein Handy erreicht {host} nicht: Öffne diese Seite unter der Adresse, die dieser Rechner in deinem Netz hat.",
+  "A star marks what you want to find again.": "Ein Stern zeigt, was du wiederfinden willst.",
+  "A version with a name is never removed by itself.": "Eine Version mit Namen wird nie von selbst entfernt.",
+  "APP-PASSWORD": "APP-PASSWORT",
+  "Account": "Konto",
+  "Accounts": "Konten",
+  "Actions": "Aktionen",
+  "Actions for {name}": "Aktionen für {name}",
+  "Activity": "Aktivität",
+  "Add something with “New”.": "Füge mit „Neu“ etwas hinzu.",
+  "Added:": "Neu:",
+  "Administrator": "Verwaltung",
+  "Administrator no more": "Nicht mehr Verwaltung",
+  "All devices": "Alle Geräte",
+  "All folders": "Alle Ordner",
+  "All uploads": "Alle Uploads",
+  "Allow": "Erlauben",
+  "Already there": "Schon da",
+  "An app for WebDAV, as Documents (iOS) or Material Files (Android): this address, your name, the app password.": "In einer App, die WebDAV spricht, etwa Documents (iOS) oder Material Files (Android): diese Adresse, dein Name und das App-Passwort.",
+  "An upload was broken off": "Ein Upload wurde abgebrochen",
+  "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
+  "Any key or click ends the slideshow.": "Jede Taste und jeder Klick beendet die Diaschau.",
+  "Any kind": "Jede Art",
+  "Any size": "Jede Größe",
+  "Any time": "Jederzeit",
+  "App password": "App-Passwort",
+  "Archives": "Archive",
+  "As it was on {when}": "Wie es am {when} war",
+  "Asked": "Gefragt",
+  "Back": "Zurück",
+  "Back to now": "Zurück zu jetzt",
+  "Before this year": "Vor diesem Jahr",
+  "Bring back": "Zurückholen",
+  "Bring it back": "Zurückholen",
+  "Bring this time back": "Diesen Stand zurückholen",
+  "Bring this time back?": "Diesen Stand zurückholen?",
+  "Browser": "Browser",
+  "Cancel": "Abbrechen",
+  "Cancelled": "Abgebrochen",
+  "Cannot reach the server": "Server nicht erreichbar",
+  "Change": "Ändern",
+  "Change password": "Passwort ändern",
+  "Change {name}": "{name} ändern",
+  "Changed": "Geändert",
+  "Choose": "Auswählen",
+  "Choose a name and a password for the first account. It may do everything, also make further accounts.": "Wähle Name und Passwort für das erste Konto. Es darf alles, auch weitere Konten anlegen.",
+  "Choose again": "Noch einmal wählen",
+  "Choose one more": "Eines mehr auswählen",
+  "Choose several": "Mehrere auswählen",
+  "Choose the same files again: it goes on, and what is there is not sent twice.": "Wähle dieselben Dateien noch einmal: Es geht weiter, und was da ist, wird nicht noch einmal gesendet.",
+  "Clear": "Aufheben",
+  "Clear the filters": "Filter aufheben",
+  "Clear the selection": "Auswahl aufheben",
+  "Close": "Schließen",
+  "Code": "Code",
+  "Code to scan": "Code zum Scannen",
+  "Colours": "Farben",
+  "Compared with now": "Verglichen mit jetzt",
+  "Comparing…": "Wird verglichen …",
+  "Connect": "Verbinden",
+  "Contents only": "Nur Inhalte",
+  "Continue": "Weiter",
+  "Copied.": "Kopiert.",
+  "Copy": "Kopieren",
+  "Copy address": "Adresse kopieren",
+  "Copy curl command": "curl-Befehl kopieren",
+  "Copy here": "Hierher kopieren",
+  "Copy this": "Kopiere dies",
+  "Copy to…": "Kopieren nach …",
+  "Copy {what} to": "{what} kopieren nach",
+  "Create": "Anlegen",
+  "Create account": "Konto anlegen",
+  "Cut": "Ausschneiden",
+  "Dark": "Dunkel",
+  "Days that versions and deleted files are kept": "Tage, die Versionen und Gelöschtes bleiben",
+  "Delete": "Löschen",
+  "Delete for good": "Endgültig löschen",
+  "Delete for good?": "Endgültig löschen?",
+  "Delete something and empty the trash, or choose less.": "Lösche etwas und leere den Papierkorb, oder wähle weniger aus.",
+  "Deleted": "Gelöscht",
+  "Deleted things stay here until their time is over or the trash is emptied.": "Gelöschtes bleibt hier, bis seine Zeit um ist oder der Papierkorb geleert wird.",
+  "Device": "Gerät",
+  "Devices": "Geräte",
+  "Discard it": "Verwerfen",
+  "Disk used": "Belegte Festplatte",
+  "Do not save": "Nicht speichern",
+  "Do the same for all others": "Für alle weiteren genauso",
+  "Do the same for {n} more": "Für {n} weitere genauso",
+  "Documents": "Dokumente",
+  "Done": "Fertig",
+  "Download": "Herunterladen",
+  "Download this folder": "Diesen Ordner herunterladen",
+  "Drop files here, or add something with “New”.": "Zieh Dateien hierher oder füge mit „Neu“ etwas hinzu.",
+  "Drop it to upload it to {place}": "Lass es los, um es nach {place} hochzuladen",
+  "Earlier": "Früher",
+  "Earlier versions": "Frühere Versionen",
+  "Edit": "Bearbeiten",
+  "Empty the trash": "Papierkorb leeren",
+  "Empty the trash?": "Papierkorb leeren?",
+  "Ends": "Ende",
+  "Ends after 30 days": "Endet nach 30 Tagen",
+  "Ends after 7 days": "Endet nach 7 Tagen",
+  "Ends after a year": "Endet nach einem Jahr",
+  "Enter": "Eingabe",
+  "Esc": "Esc",
+  "Every device has to log in again after this.": "Danach müssen sich alle Geräte neu anmelden.",
+  "Everything": "Alles",
+  "Everywhere": "Überall",
+  "Exact time": "Genaue Zeit",
+  "Failed": "Fehlgeschlagen",
+  "Files": "Dateien",
+  "Find": "Suchen nach",
+  "Find and replace": "Suchen und ersetzen",
+  "First number": "Erste Nummer",
+  "Folders": "Ordner",
+  "Free on disk": "Frei auf der Platte",
+  "From": "Von",
+  "From a command line:": "Von der Kommandozeile:",
+  "Give up": "Aufgeben",
+  "Go on editing": "Weiter bearbeiten",
+  "Grant access": "Zugang gewähren",
+  "Grant access?": "Zugang gewähren?",
+  "How": "Wie",
+  "If the device shows a code, it has to be the same.": "Wenn das Gerät einen Code zeigt, muss es derselbe sein.",
+  "If you save now, it is there again.": "Wenn du jetzt speicherst, ist sie wieder da.",
+  "Images": "Bilder",
+  "In": "Worin",
+  "In the Explorer: This PC, “Map network drive”; or as below. Windows wants HTTPS for it.": "Im Explorer: Dieser PC, „Netzlaufwerk verbinden“; oder wie hier. Windows will dafür HTTPS.",
+  "In the Finder: Go, “Connect to Server”, with this address:": "Im Finder: Gehe zu, „Mit Server verbinden“, mit dieser Adresse:",
+  "In the file manager, as the address of a server:": "Im Dateimanager als Adresse eines Servers:",
+  "In {name}": "In {name}",
+  "Install the Nextcloud app, choose “Log in”, and scan this code or type the address.": "Installiere die Nextcloud-App, wähle „Anmelden“ und scanne diesen Code oder tippe die Adresse.",
+  "Install the Nextcloud app. Make an app password above, and here is a code for it to scan.": "Installiere die Nextcloud-App. Lege oben ein App-Passwort an, dann steht hier ein Code für sie zum Scannen.",
+  "It asks from": "Es fragt von",
+  "It asks from another network than the one you are in.": "Es fragt aus einem anderen Netz als dem, in dem du bist.",
+  "It calls itself": "Es nennt sich",
+  "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
+  "It goes on by itself when the connection is back.": "Es geht von selbst weiter, sobald die Verbindung wieder da ist.",
+  "It was moved, renamed or deleted, or it is somebody else's.": "Es wurde verschoben, umbenannt oder gelöscht, oder es gehört jemand anderem.",
+  "Just now": "Gerade eben",
+  "Keep": "Behalten",
+  "Keep both": "Beide behalten",
+  "Keep for good": "Dauerhaft behalten",
+  "Keep the endings of files": "Endungen der Dateien behalten",
+  "Keeps a folder of your computer and this server the same, both ways.": "Hält einen Ordner deines Rechners und diesen Server gleich, in beide Richtungen.",
+  "Keyboard shortcuts": "Tastenkürzel",
+  "Kind": "Art",
+  "Language": "Sprache",
+  "Last 30 days": "Letzte 30 Tage",
+  "Last 7 days": "Letzte 7 Tage",
+  "Later": "Später",
+  "Leave": "Verlassen",
+  "Leave without saving?": "Verlassen, ohne zu speichern?",
+  "Let go": "Freigeben",
+  "Light": "Hell",
+  "Like the system": "Wie das System",
+  "Lines added: {added}, removed: {removed}": "Zeilen neu: {added}, entfernt: {removed}",
+  "List": "Liste",
+  "Log in": "Anmelden",
+  "Log out": "Abmelden",
+  "Log out?": "Abmelden?",
+  "Look everywhere": "Überall suchen",
+  "Look in the trash": "Im Papierkorb nachsehen",
+  "Main": "Hauptmenü",
+  "Make administrator": "Zur Verwaltung machen",
+  "Make an app password": "App-Passwort anlegen",
+  "May only read": "Darf nur lesen",
+  "Modified": "Geändert",
+  "More": "Mehr",
+  "Move here": "Hierher verschieben",
+  "Move to…": "Verschieben nach …",
+  "Move {what} to": "{what} verschieben nach",
+  "Music": "Musik",
+  "Name": "Name",
+  "Name of the device": "Name des Geräts",
+  "Names and contents": "Namen und Inhalte",
+  "Names only": "Nur Namen",
+  "Never ends": "Endet nie",
+  "New": "Neu",
+  "New account": "Neues Konto",
+  "New folder": "Neuer Ordner",
+  "New name": "Neuer Name",
+  "New names": "Neue Namen",
+  "New password": "Neues Passwort",
+  "New password again": "Neues Passwort noch einmal",
+  "New text file": "Neue Textdatei",
+  "Next": "Weiter",
+  "No connection: {done} of {n} uploaded": "Keine Verbindung: {done} von {n} hochgeladen",
+  "No folders in here": "Keine Ordner hierin",
+  "Nobody can log in with it any more. Its files go after a while.": "Niemand kann sich damit mehr anmelden. Die Dateien verschwinden nach einer Weile.",
+  "Not enough room": "Nicht genug Platz",
+  "Not set up yet": "Noch nicht eingerichtet",
+  "Note": "Notiz",
+  "Nothing found": "Nichts gefunden",
+  "Nothing found for “{q}”": "Nichts gefunden zu „{q}“",
+  "Nothing has changed since then.": "Seither hat sich nichts geändert.",
+  "Nothing here yet": "Noch nichts hier",
+  "Nothing starred yet": "Noch nichts markiert",
+  "Nothing uploaded": "Nichts hochgeladen",
+  "Nothing was here then": "Damals war hier nichts",
+  "Now": "Jetzt",
+  "Number": "Nummerieren",
+  "One moment…": "Einen Moment …",
+  "One of these lies in the other.": "Eins davon liegt im anderen.",
+  "Only the first {n} are shown.": "Nur die ersten {n} sind zu sehen.",
+  "Only the first {n} are shown: narrow it down.": "Nur die ersten {n} sind zu sehen: Grenze es ein.",
+  "Only the first {n} rows are shown.": "Nur die ersten {n} Zeilen sind zu sehen.",
+  "Only this folder": "Nur dieser Ordner",
+  "Only {name}": "Nur {name}",
+  "Open": "Öffnen",
+  "Open in a new tab": "In neuem Tab öffnen",
+  "Other": "Anderes",
+  "Other programs get a password of their own, which you can revoke under “Devices”.": "Andere Programme bekommen ein eigenes Passwort, das du unter „Geräte“ sperren kannst.",
+  "Over 1 GB": "Über 1 GB",
+  "Over 10 MB": "Über 10 MB",
+  "Over 100 MB": "Über 100 MB",
+  "PDF": "PDF",
+  "Password": "Passwort",
+  "Password again": "Passwort noch einmal",
+  "Paste": "Einfügen",
+  "Pattern; # is where the number goes": "Muster; # steht für die Nummer",
+  "Pause": "Anhalten",
+  "Paused: {done} of {n} uploaded": "Angehalten: {done} von {n} hochgeladen",
+  "Phone or tablet: WebDAV": "Handy oder Tablet: WebDAV",
+  "Phone or tablet: photos and files": "Handy oder Tablet: Fotos und Dateien",
+  "Photo": "Foto",
+  "Play on: {name}": "Danach: {name}",
+  "Please log in again": "Bitte neu anmelden",
+  "Present password": "Bisheriges Passwort",
+  "Preview": "Vorschau",
+  "Quota in GB; empty is no limit": "Speicher in GB; leer heißt unbegrenzt",
+  "Quota of new accounts in GB; empty is no limit": "Speicherplatz neuer Konten in GB; leer heißt keine Grenze",
+  "Recently": "Kürzlich",
+  "Record a video": "Video aufnehmen",
+  "Regular expression": "Regulärer Ausdruck",
+  "Remove": "Entfernen",
+  "Remove star": "Markierung entfernen",
+  "Remove the account {name}?": "Das Konto {name} entfernen?",
+  "Removed:": "Entfernt:",
+  "Rename": "Umbenennen",
+  "Rename {n} items": "{n} Elemente umbenennen",
+  "Renamed to “{name}”": "Umbenannt in „{name}“",
+  "Replace": "Ersetzen",
+  "Replace with": "Ersetzen durch",
+  "Restore": "Wiederherstellen",
+  "Restored to {place}": "Wiederhergestellt in {place}",
+  "Resume": "Fortsetzen",
+  "Retry": "Noch einmal",
+  "Retry all": "Alle wiederholen",
+  "Revoke": "Sperren",
+  "Revoke what you do not use any more: it is locked out at once.": "Sperre, was du nicht mehr benutzt: es verliert sofort den Zugang.",
+  "Revoke {name}": "{name} sperren",
+  "Save": "Speichern",
+  "Save mine": "Meine speichern",
+  "Saved.": "Gespeichert.",
+  "Screenshot": "Bildschirmfoto",
+  "Search": "Suchen",
+  "See it as it was…": "Ansehen, wie es war …",
+  "Select all": "Alle auswählen",
+  "Select {name}": "{name} auswählen",
+  "Server": "Server",
+  "Set a new password": "Neues Passwort setzen",
+  "Set the quota": "Speicher festlegen",
+  "Settings": "Einstellungen",
+  "Shift": "Umschalt",
+  "Show as text": "Als Text zeigen",
+  "Show in its folder": "Im Ordner zeigen",
+  "Show more": "Mehr zeigen",
+  "Show what is there now": "Zeigen, was jetzt da ist",
+  "Size": "Größe",
+  "Skip": "Überspringen",
+  "Skip to the files": "Zu den Dateien",
+  "Skipped": "Übersprungen",
+  "Slideshow": "Diaschau",
+  "Somebody changed this file; you see it as it is now.": "Jemand hat diese Datei geändert; du siehst sie, wie sie jetzt ist.",
+  "Somebody changed this in the meantime.": "Jemand hat das inzwischen geändert.",
+  "Somebody deleted this file": "Jemand hat diese Datei gelöscht",
+  "Somebody else saved this file": "Jemand anderes hat diese Datei gespeichert",
+  "Somebody else saved this file.": "Jemand anderes hat diese Datei gespeichert.",
+  "Somebody moved or deleted this file.": "Jemand hat diese Datei verschoben oder gelöscht.",
+  "Something went wrong on the server. Whoever runs it should look at its log.": "Auf dem Server ging etwas schief. Wer ihn betreibt, sollte ins Protokoll sehen.",
+  "Sort by {what}": "Nach {what} ordnen",
+  "Space": "Leertaste",
+  "Star": "Markieren",
+  "Star removed from {what}": "{what} nicht mehr markiert",
+  "Starred": "Markiert",
+  "Start again in the program that sent you here.": "Fang in dem Programm, das dich hergeschickt hat, noch einmal an.",
+  "State": "Zustand",
+  "Storage": "Speicher",
+  "Storage used": "Belegter Speicher",
+  "Synchronised folder": "Abgeglichener Ordner",
+  "Tables": "Tabellen",
+  "Take a photo": "Foto aufnehmen",
+  "Taken back.": "Zurückgenommen.",
+  "Texts": "Texte",
+  "That is too long ago: the history does not reach back so far.": "Das ist zu lange her: So weit reicht der Verlauf nicht zurück.",
+  "The disk of the server is almost full; it takes nothing new until there is room.": "Die Platte des Servers ist fast voll; er nimmt nichts Neues an, bis wieder Platz ist.",
+  "The most they may take per account, in GB; empty is no limit": "Höchstens je Konto, in GB; leer heißt keine Grenze",
+  "The server": "Der Server",
+  "The server cannot be reached. Check the connection and try again.": "Der Server ist nicht erreichbar. Prüfe die Verbindung und versuche es noch einmal.",
+  "The server cannot write at the moment.": "Der Server kann gerade nichts speichern.",
+  "The server could not read all of it. Whoever runs it should look at its log.": "Der Server konnte nicht alles lesen. Wer ihn betreibt, sollte ins Protokoll sehen.",
+  "The server is busy. Try again in a moment.": "Der Server ist beschäftigt. Versuche es gleich noch einmal.",
+  "The text": "Der Text",
+  "The trash is empty": "Der Papierkorb ist leer",
+  "The two passwords differ.": "Die beiden Passwörter sind verschieden.",
+  "There is no preview of this kind of file.": "Für diese Art von Datei gibt es keine Vorschau.",
+  "There is no room for {names}.": "Kein Platz ist für {names}.",
+  "There is something of that name already.": "Etwas mit diesem Namen gibt es schon.",
+  "These two are too different to be compared line by line.": "Diese beiden sind zu verschieden, um sie Zeile für Zeile zu vergleichen.",
+  "This browser cannot play this kind of file.": "Dieser Browser kann Dateien dieser Art nicht abspielen.",
+  "This browser cannot show this kind of picture.": "Dieser Browser kann Bilder dieser Art nicht zeigen.",
+  "This browser plays only the sound of this film.": "Dieser Browser spielt von diesem Film nur den Ton.",
+  "This file cannot be edited here.": "Diese Datei lässt sich hier nicht bearbeiten.",
+  "This file is empty.": "Diese Datei ist leer.",
+  "This file is larger than the server accepts.": "Diese Datei ist größer, als der Server annimmt.",
+  "This file was changed since it was chosen. Choose it again.": "Diese Datei wurde seit der Auswahl verändert. Wähle sie noch einmal aus.",
+  "This is not UTF-8; that it is {name} is a guess.": "Das ist kein UTF-8; dass es {name} ist, ist geraten.",
+  "This is not a regular expression.": "Das ist kein regulärer Ausdruck.",
+  "This is not allowed.": "Das ist nicht erlaubt.",
+  "This is not there any more.": "Das gibt es nicht mehr.",
+  "This is what you typed before and did not save.": "Das hast du früher getippt und nicht gespeichert.",
+  "This link has expired": "Dieser Link ist abgelaufen",
+  "This needs your password once more.": "Dafür ist noch einmal dein Passwort nötig.",
+  "This needs {need}, but {left} is all that is left: {lack} is missing.": "Gebraucht werden {need}, frei sind nur noch {left}: Es fehlen {lack}.",
+  "This one": "Dieses hier",
+  "This password is shown only now; it stands in the commands below.": "Dieses Passwort wird nur jetzt gezeigt; es steht in den Befehlen unten.",
+  "This server is not set up yet. Open the link that it printed when it started.": "Dieser Server ist noch nicht eingerichtet. Öffne den Link, den er beim Start ausgegeben hat.",
+  "This server takes files of up to {size}.": "Dieser Server nimmt Dateien bis {size} an.",
+  "This version is the present one now; the others stay.": "Diese Version gilt jetzt; die anderen bleiben erhalten.",
+  "This year": "Dieses Jahr",
+  "Tiles": "Kacheln",
+  "Time": "Zeit",
+  "To the files": "Zu den Dateien",
+  "Today": "Heute",
+  "Too many tries. Wait {time}, then try again.": "Zu viele Versuche. Warte {time}, dann versuch es noch einmal.",
+  "Trash": "Papierkorb",
+  "Try again": "Noch einmal versuchen",
+  "Type what you look for, or choose a filter.": "Tippe, was du suchst, oder wähle einen Filter.",
+  "Under 1 MB": "Unter 1 MB",
+  "Under the name": "Unter dem Namen",
+  "Undo": "Rückgängig",
+  "Undone, except {n} that changed since.": "Rückgängig gemacht, außer {n}, die sich seither geändert haben.",
+  "Undone.": "Rückgängig gemacht.",
+  "Until": "Bis",
+  "Upload a folder": "Ordner hochladen",
+  "Upload files": "Dateien hochladen",
+  "Upload the others": "Die anderen hochladen",
+  "Uploading: {done} of {n}, {percent} %": "Hochladen: {done} von {n}, {percent} %",
+  "Uploading…": "Wird hochgeladen …",
+  "Uploads": "Uploads",
+  "Version": "Version",
+  "Versions": "Versionen",
+  "Versions of {name}": "Versionen von {name}",
+  "Video": "Video",
+  "Videos": "Videos",
+  "View": "Ansicht",
+  "Waiting": "Wartet",
+  "Waiting for the connection…": "Wartet auf die Verbindung …",
+  "Ways to connect": "Wege zum Verbinden",
+  "Welcome": "Willkommen",
+  "What": "Was",
+  "What changed": "Was sich änderte",
+  "What is in it cannot be brought back after this.": "Sein Inhalt lässt sich danach nicht zurückholen.",
+  "What is kept": "Was aufgehoben wird",
+  "What is older goes for good; of what is more than the most, the oldest goes first.": "Was älter ist, geht endgültig; wird es mehr als das Höchste, geht das Älteste zuerst.",
+  "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
+  "What was typed into {names} and not saved is lost then.": "Was in {names} getippt und nicht gespeichert wurde, ist dann verloren.",
+  "What you typed is lost then.": "Was du getippt hast, ist dann verloren.",
+  "Where": "Wo",
+  "Where you are": "Wo du bist",
+  "Where you are logged in": "Wo du angemeldet bist",
+  "Wrong name or password.": "Name oder Passwort ist falsch.",
+  "You are offline": "Du bist offline",
+  "You can close this window now.": "Du kannst dieses Fenster jetzt schließen.",
+  "You changed this text.": "Du hast diesen Text geändert.",
+  "Your password, please": "Dein Passwort, bitte",
+  "Your session has ended.": "Deine Sitzung ist zu Ende.",
+  "Your storage is full. Delete something, then empty the trash, or ask for more.": "Dein Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
+  "a collection has no versions; ask for it as of a time": "ein Ordner hat keine Versionen; sieh ihn an, wie er zu einer Zeit war",
+  "a collection is at this path": "an dieser Stelle ist ein Ordner",
+  "a file is in the way": "eine Datei steht im Weg",
+  "a name has 1 to 64 characters, none of them / \\ : or a control character": "ein Name hat 1 bis 64 Zeichen, darunter kein / \\ : und kein Steuerzeichen",
+  "a password has 10 to 1024 characters": "ein Passwort hat 10 bis 1024 Zeichen",
+  "added": "hinzugefügt",
+  "added {when}": "hinzugefügt {when}",
+  "and {n} more": "und {n} weitere",
+  "another one still has it: rename in two steps": "hat ein anderes noch: in zwei Schritten umbenennen",
+  "cannot be a name": "kann kein Name sein",
+  "change your own password at account/password": "dein eigenes Passwort änderst du unter „Konto“",
+  "changed": "geändert",
+  "deleted": "gelöscht",
+  "everything": "alles",
+  "give the device a name of 1 to 100 characters": "gib dem Gerät einen Namen von 1 bis 100 Zeichen",
+  "is there already": "gibt es schon",
+  "it is back already": "es ist schon zurück",
+  "less than a minute left": "noch weniger als eine Minute",
+  "moved": "verschoben",
+  "one folder": "ein Ordner",
+  "passwords are not accepted over plain HTTP from another machine; use HTTPS": "Passwörter werden über einfaches HTTP von einem anderen Rechner nicht angenommen; nimm HTTPS",
+  "reads and changes": "liest und ändert",
+  "reads only": "liest nur",
+  "something else is there by now": "dort ist inzwischen etwas anderes",
+  "that password is too easy to guess": "dieses Passwort ist zu leicht zu erraten",
+  "the name of a version has 1 to 200 characters": "der Name einer Version hat 1 bis 200 Zeichen",
+  "there are 10000 of that name": "davon gibt es schon 10000",
+  "there is an account of that name": "ein Konto mit diesem Namen gibt es schon",
+  "this account has 500 devices; revoke some first": "dieses Konto hat 500 Geräte; sperre erst welche",
+  "this setup link is not valid any more": "dieser Link zum Einrichten gilt nicht mehr",
+  "this was a collection": "das war ein Ordner",
+  "twice the same": "zweimal der gleiche",
+  "used {when}": "benutzt {when}",
+  "what is copied was given up meanwhile": "was kopiert wird, wurde inzwischen aufgegeben",
+  "{free} of {total}": "{free} von {total}",
+  "{how} since": "seither {how}",
+  "{name} and {n} more were not sent.": "{name} und {n} weitere wurden nicht gesendet.",
+  "{name} was not sent.": "{name} wurde nicht gesendet.",
+  "{n} %": "{n} %",
+  "{n} % are there": "{n} % sind da",
+  "{n} B": "{n} B",
+  "{n} already there": "{n} schon da",
+  "{n} changed since: {how}": "{n} seither anders: {how}",
+  "{n} file": "{n} Datei",
+  "{n} file is too large": "{n} Datei ist zu groß",
+  "{n} file uploaded": "{n} Datei hochgeladen",
+  "{n} files": "{n} Dateien",
+  "{n} files are too large": "{n} Dateien sind zu groß",
+  "{n} files uploaded": "{n} Dateien hochgeladen",
+  "{n} folder": "{n} Ordner",
+  "{n} folders": "{n} Ordner",
+  "{n} hours left": "noch {n} Stunden",
+  "{n} item": "{n} Element",
+  "{n} item renamed": "{n} Element umbenannt",
+  "{n} item restored": "{n} Element wiederhergestellt",
+  "{n} items": "{n} Elemente",
+  "{n} items renamed": "{n} Elemente umbenannt",
+  "{n} items restored": "{n} Elemente wiederhergestellt",
+  "{n} line unchanged": "{n} Zeile unverändert",
+  "{n} lines unchanged": "{n} Zeilen unverändert",
+  "{n} minute": "{n} Minute",
+  "{n} minute ago": "vor {n} Minute",
+  "{n} minute left": "noch {n} Minute",
+  "{n} minutes": "{n} Minuten",
+  "{n} minutes ago": "vor {n} Minuten",
+  "{n} minutes left": "noch {n} Minuten",
+  "{n} name changes": "{n} Name ändert sich",
+  "{n} name does not work": "{n} Name geht nicht",
+  "{n} names change": "{n} Namen ändern sich",
+  "{n} names do not work": "{n} Namen gehen nicht",
+  "{n} of {all}": "{n} von {all}",
+  "{n} second": "{n} Sekunde",
+  "{n} seconds": "{n} Sekunden",
+  "{n} selected": "{n} ausgewählt",
+  "{n} upload failed": "{n} Upload fehlgeschlagen",
+  "{n} uploads failed": "{n} Uploads fehlgeschlagen",
+  "{n} version": "{n} Version",
+  "{n} versions": "{n} Versionen",
+  "{sent} of {size}": "{sent} von {size}",
+  "{size}/s, {time}": "{size}/s, {time}",
+  "{used} of {quota} used": "{used} von {quota} belegt",
+  "{used} used": "{used} belegt",
+  "{what} becomes what it was on {when}. {n} thing changes; you can undo this.": "{what} wird, was es am {when} war. {n} Ding ändert sich; das lässt sich rückgängig machen.",
+  "{what} becomes what it was on {when}. {n} things change; you can undo this.": "{what} wird, was es am {when} war. {n} Dinge ändern sich; das lässt sich rückgängig machen.",
+  "{what} brought back": "{what} zurückgeholt",
+  "{what} cannot be brought back after this.": "{what} lässt sich danach nicht zurückholen.",
+  "{what} copied": "{what} kopiert",
+  "{what} deleted": "{what} gelöscht",
+  "{what} moved": "{what} verschoben",
+  "{what} ready to be copied: paste it where you want it.": "{what} zum Kopieren vorgemerkt: Füge es ein, wo du es haben willst.",
+  "{what} ready to be moved: paste it where it belongs.": "{what} zum Verschieben vorgemerkt: Füge es ein, wo es hingehört.",
+  "{what} starred": "{what} markiert",
+  "{who} brought {what} back to an earlier time": "{who} hat {what} auf einen früheren Stand gebracht",
+  "{who} changed the password of {name}": "{who} hat das Passwort von {name} geändert",
+  "{who} changed the quota of {name}": "{who} hat den Speicherplatz von {name} geändert",
+  "{who} changed the rights of {name}": "{who} hat die Rechte von {name} geändert",
+  "{who} changed what is kept": "{who} hat geändert, was aufgehoben wird",
+  "{who} changed {what}": "{who} hat {what} geändert",
+  "{who} copied {what} to {to}": "{who} hat {what} nach {to} kopiert",
+  "{who} deleted {what}": "{who} hat {what} gelöscht",
+  "{who} emptied the trash": "{who} hat den Papierkorb geleert",
+  "{who} locked {what}": "{who} hat {what} gesperrt",
+  "{who} made the account {name}": "{who} hat das Konto {name} angelegt",
+  "{who} made the folder {what}": "{who} hat den Ordner {what} angelegt",
+  "{who} moved {what} to {to}": "{who} hat {what} nach {to} verschoben",
+  "{who} removed the account {name}": "{who} hat das Konto {name} entfernt",
+  "{who} restored a version of {what}": "{who} hat eine Version von {what} wiederhergestellt",
+  "{who} restored {what}": "{who} hat {what} wiederhergestellt",
+  "{who} saved {what}": "{who} hat {what} gespeichert",
+  "{who} synchronised {what}": "{who} hat {what} abgeglichen",
+  "{who} undid a step": "{who} hat einen Schritt rückgängig gemacht",
+  "{who} uploaded {what}": "{who} hat {what} hochgeladen",
+  "“{name}”": "„{name}“",
+  "“{name}” and {n} more": "„{name}“ und {n} weitere",
+  "“{name}” exists already": "„{name}“ gibt es schon",
+  "“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen und {overwrites} überschreiben.",
+  "“{name}” is held: it wants to delete {deletes} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen.",
+  "“{name}” is held: it wants to overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {overwrites} Dateien überschreiben.",
+  "“{name}” is not there (any more).": "„{name}“ ist nicht (mehr) da.",
+  "“{sign}” does not exist in the encoding of this file ({name}).": "„{sign}“ gibt es in der Kodierung dieser Datei nicht ({name})."
+}
+"""
+
+WORDS = {"de": PAGE_GERMAN}       # what the page says in other languages, JSON: another one is another row here and in LANGUAGES
+
+
+def bare(source: str) -> str:
+    """A script or style as it is sent: as it is written, but for indentation, empty lines and comments."""
+    return re.sub(r"(?m)^ *(?://.*|/\*.*\*/)?\n|^ +|(?<=\S) +// .*$", "", source)
+
+
+def source_hash(text: str) -> str:
+    """How a Content-Security-Policy names a piece of inline source (CSP3 s2.3.1)."""
+    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+# ==== 28. Page ===========================================================================
+#
+# The page is one more client of the JSON API: PAGE_HTML, style and script are joined once, and nothing else is
+# loaded.  Names and other users' text enter it by textContent alone (W5).
+
+PAGE_STYLE = r"""
+/* the frame */
+#app { min-height: 100vh; }
+body:has(.side) #app { display: grid; grid-template-columns: 14.5rem minmax(0, 1fr); }
+.side { background: var(--side); border-right: 1px solid var(--line); padding: 1.1rem 1rem; display: flex;
+  flex-direction: column; gap: 1.1rem; position: sticky; top: 0; height: 100vh; }
+.side nav { display: grid; gap: 2px; }
+.side nav a { color: var(--text); padding: .5rem .75rem; border-radius: 8px; min-height: 38px; }
+.side nav a:hover { background: var(--hover); text-decoration: none; }
+.side nav a[aria-current] { background: var(--chosen); font-weight: 600; }
+.new { min-height: 44px; }
+.quota { margin-top: auto; display: grid; gap: .35rem; color: var(--soft); font-size: .875rem; }
+.top { display: flex; gap: 1.5rem; align-items: center; min-height: 68px; position: sticky; top: 0;
+  background: var(--back); z-index: 3; }
+.top .crumbs { flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none; }
+.top .crumbs > * { flex: none; max-width: 22rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.search { width: 17rem; flex: none; }
+.search input { background: var(--side); border-color: var(--side); }
+.search input:hover { border-color: var(--line); }
+.search input::placeholder { color: var(--soft); opacity: 1; }
+.bar { display: flex; gap: .4rem; align-items: center; min-height: 52px; position: sticky; top: 68px;
+  background: var(--back); z-index: 3; padding-bottom: .4rem; }
+.bar .count { margin-right: auto; color: var(--soft); white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.selecting .bar .count { margin-right: .6rem; color: var(--text); flex: none; }
+.bar button { padding: .3rem .7rem; }
+.bar:empty { display: none; }
+.tab { padding: .5rem .8rem; border-radius: 8px; color: var(--soft); min-height: 38px; }
+.tab[aria-current] { color: var(--text); font-weight: 600; background: var(--side); }
+/* the list */
+.grid:focus-visible { outline: none; }
+.cells { display: grid; grid-template-columns: 40px minmax(0, 1fr) 8.5rem 6rem 44px; align-items: center; }
+.head { border-bottom: 1px solid var(--line); color: var(--soft); font-size: .875rem; }
+.head button { background: none; border: 0; padding: .3rem 0; min-height: 34px; color: inherit; }
+.head button:hover { color: var(--text); }
+[aria-sort=ascending] button::after { content: "↑"; }
+[aria-sort=descending] button::after { content: "↓"; }
+.check { display: grid; place-items: center; }
+.size { text-align: right; padding-right: .75rem; font-variant-numeric: tabular-nums; }
+.rows { position: relative; min-height: 44px; }
+.row { position: absolute; left: 0; right: 0; top: 0; height: 44px; border-bottom: 1px solid var(--line);
+  user-select: none; -webkit-touch-callout: none; -webkit-tap-highlight-color: transparent; }
+.row:hover { background: var(--hover); }
+.row[aria-selected=true] { background: var(--chosen); }
+.grid:focus-visible .cursor { outline: 2px solid var(--accent); outline-offset: -2px; border-radius: 6px; }
+.row.cut { opacity: .55; }
+.row.over, .crumbs .over { background: var(--chosen); box-shadow: inset 0 0 0 2px var(--accent); border-radius: 6px; }
+.row .mtime, .row .deleted, .row .size { color: var(--soft); font-size: .9rem; }
+.row .name { display: flex; align-items: center; gap: .75rem; min-width: 0; }
+.names { min-width: 0; flex: 1; }
+.label { color: var(--text); display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  width: fit-content; max-width: 100%; }
+.second { display: none; color: var(--soft); font-size: .85rem; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.second.where { display: block; font-size: .8rem; line-height: 1.25; }
+.where .small { display: none; }
+.filters ~ .grid:not(.tiles) .row { height: 66px; }
+.snippet { font-size: .8rem; line-height: 1.35; color: var(--soft); overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.tiles .snippet { display: none; }
+mark { background: var(--mark); color: var(--text); }
+.filters { display: flex; flex-wrap: wrap; gap: .4rem; padding-bottom: .6rem; }
+.filters select { width: auto; max-width: 14rem; min-height: 38px; padding: .2rem .4rem; }
+.names:has(.where) .label { line-height: 1.3; }
+.more button { background: none; border: 0; width: 40px; padding: 0; color: var(--soft); opacity: 0; font-weight: 700; }
+.row:hover .more button, .row.cursor .more button, .row[aria-selected=true] .more button { opacity: 1; }
+.renaming { flex: 1; position: relative; }
+.rename { min-height: 32px; padding: .2rem .5rem; }
+.renaming .problem { position: absolute; top: 100%; z-index: 4; background: var(--raised); border-radius: 8px;
+  padding: .3rem .6rem; box-shadow: var(--shadow); font-size: .9rem; }
+.band { position: absolute; border: 1px solid var(--accent);
+  background: color-mix(in srgb, var(--accent) 15%, transparent); z-index: 4; pointer-events: none; }
+.banding { user-select: none; }
+.dropping main::after { content: attr(data-drop); position: fixed; inset: 6px 6px 6px 15rem; z-index: 6;
+  border: 3px solid var(--accent); border-radius: 10px; display: grid; place-items: end center; padding: 2rem;
+  font-weight: 600; pointer-events: none; background: color-mix(in srgb, var(--accent) 8%, transparent); }
+.ghost { position: absolute; top: -9rem; background: var(--accent); color: var(--on-accent); padding: .4rem .9rem;
+  border-radius: 8px; }
+.star { width: 18px; height: 18px; flex: none; margin-right: .75rem; fill: var(--star); }
+
+/* tiles */
+.tiles .head { display: none; }
+.tiles .row { right: auto; height: 176px; border: 0; padding: 6px; display: block; border-radius: 10px; }
+.tiles .row .name { flex-direction: column; gap: .35rem; align-items: stretch; height: 100%; }
+.tiles .row > .mtime, .tiles .row > .size, .tiles .row > .deleted { display: none; }
+.tiles .names { flex: none; padding: 0 .3rem; }
+.tiles .label { margin: 0 auto; font-size: .9rem; }
+.tiles .star { position: absolute; left: 16px; bottom: 52px; stroke: var(--back); stroke-width: 2;
+  paint-order: stroke; }
+.tiles .check { position: absolute; left: 14px; top: 14px; opacity: 0; z-index: 1; }
+.tiles .more button { background: var(--raised); border-radius: 8px; }
+.tiles .more { position: absolute; right: 8px; top: 8px; z-index: 1; }
+.tiles .row:hover .check, .tiles .row[aria-selected=true] .check, .tiles .cursor .check { opacity: 1; }
+.slider, .limits { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center; padding-bottom: 1rem; }
+.slider input, .limits select { width: auto; }
+.limits select { max-width: 14rem; min-height: 38px; padding: .2rem .4rem; }
+.limits input { min-height: 38px; }
+.row .tag { margin-right: .75rem; }
+.limits label { color: var(--soft); display: flex; gap: .5rem; align-items: center; }
+.changes { max-width: 60rem; padding-bottom: 1rem; }
+.changes summary { cursor: pointer; padding: .4rem 0; }
+.days h2 { margin: 1.5rem 0 0; }
+.days a { text-decoration: underline; }
+.slider [type=range] { flex: 1; min-width: 8rem; padding: 0; accent-color: var(--accent); }
+.slider output { min-width: 12rem; font-weight: 600; }
+
+/* steps: versions, activity, devices */
+.wide { width: 100%; max-width: 60rem; margin-top: 1rem; }
+.settings { display: grid; gap: 2rem; max-width: 46rem; padding-top: .5rem; }
+.settings section { display: grid; gap: .6rem; }
+.settings .keys { max-height: none; padding: 0; }
+.settings .buttons select { width: auto; }
+.settings .buttons { justify-content: flex-start; align-items: end; }
+
+.ways { display: grid; gap: 1.1rem; }
+.ways h3 { font-size: 1rem; margin: 0 0 .3rem; }
+.banners { padding-top: 0; }
+/* preview */
+.preview textarea { width: 100%; height: 100%; border: 0; border-radius: 0;
+  padding: 1.25rem max(1.25rem, calc(50% - 34rem)); resize: none; tab-size: 4;
+  font: .9rem/1.55 ui-monospace, monospace; }
+.preview textarea:focus-visible { outline-offset: -2px; }
+.paper { width: min(100%, 50rem); align-self: start; padding: 1.5rem; overflow-wrap: anywhere; }
+.paper > * + * { margin-top: .8rem; }
+.paper h1, .paper h2 { border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
+.paper :is(pre, code) { background: var(--side); border-radius: 6px; font: .875rem/1.5 ui-monospace, monospace; }
+.paper a { text-decoration: underline; }
+.paper code { padding: .1rem .35rem; }
+.paper pre { padding: .8rem 1rem; overflow-x: auto; white-space: pre; width: auto; }
+.paper pre code { padding: 0; }
+.paper img { max-width: 100%; }
+.paper blockquote { margin-left: 0; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--soft); }
+.paper :is(ul, ol) { padding-left: 1.6rem; }
+.paper li:has(> input) { list-style: none; margin-left: -1.5rem; }
+.paper input { display: inline-block; vertical-align: -3px; margin-right: .4rem; }
+.paper input + p { display: inline; }
+.paper hr { border: 0; border-top: 1px solid var(--line); }
+table { border-collapse: collapse; align-self: start; }
+.preview .sheetful { width: 100%; height: 100%; overflow: auto; }
+th, td { border: 1px solid var(--line); padding: .3rem .7rem; text-align: left; overflow-wrap: anywhere; }
+th { background: var(--side); position: sticky; top: 0; }
+.versions .steps a:not(.button) { font-weight: 600; }
+.versions .steps li { padding: .75rem; }
+.versions li:has([aria-current]) { background: var(--chosen); border-radius: 8px; }
+.look { border: 1px solid var(--line); border-radius: 12px; overflow: hidden; scroll-margin-top: 60px;
+  margin-top: 1rem; }
+.look nav { display: flex; flex-wrap: wrap; padding: .4rem; border-bottom: 1px solid var(--line); }
+.look iframe { min-height: 70vh; }
+@media (min-width: 64rem) {
+  .versions { display: grid; grid-template-columns: minmax(20rem, 2fr) 3fr; gap: 2rem; }
+  .look { display: flex; flex-direction: column; position: sticky; top: 7.6rem; height: calc(100vh - 9rem); margin: 0; }
+}
+.diff :is(ins, del) { display: block; text-decoration: none; background: color-mix(in srgb, #2e8b57 20%, transparent); }
+.diff del { background: color-mix(in srgb, #c4453c 20%, transparent); }
+.diff summary { color: var(--soft); padding: .5rem 0; cursor: pointer; }
+.readme { margin-top: 2rem; border: 1px solid var(--line); border-radius: 12px; }
+.readme:empty { display: none; }
+
+/* a phone */
+@media (max-width: 45rem) {
+  .tab, .side nav a { min-height: 44px; }
+  body:has(.side) #app { display: block; }
+  .side { position: fixed; inset: auto 0 0 0; height: auto; flex-direction: row;
+    padding: 0 0 env(safe-area-inset-bottom); border: 0; border-top: 1px solid var(--line); z-index: 4; gap: 0; }
+  .side .brand, .quota { display: none; }
+  .side nav { display: flex; flex: 1; order: -1; }
+  .side nav a { flex: auto; text-align: center; padding: .9rem .1rem; border-radius: 0; font-size: min(.8rem, 3.3vw);
+    min-height: 52px; }
+  .side nav a[aria-current] { background: none; color: var(--accent); }
+  .new { position: fixed; right: 1rem; bottom: calc(68px + env(safe-area-inset-bottom)); border-radius: 99px;
+    padding: .6rem 1.4rem; box-shadow: var(--shadow); min-height: 48px; }
+  main { padding: 0 .75rem 9rem; }
+  .top { flex-direction: column-reverse; align-items: stretch; gap: .2rem; position: static; padding-top: .6rem;
+    min-height: 0; }
+  .search { width: 100%; }
+  .search input { min-height: 44px; }
+  .crumbs a, .crumbs > span { min-height: 44px; display: flex; align-items: center; }
+  .crumbs .slash { min-height: 0; }
+  .bar { top: 0; flex-wrap: wrap; }
+  .bar:has(.tab) { gap: 0; }
+  .tab { padding: .65rem min(.4rem, 1.2vw); font-size: min(1rem, 3.7vw); }
+  .selecting .content { padding-top: 52px; }
+  .selecting .bar button:not(.prime):not(.quiet), .selecting .new, body:not([data-view=files]) .new { display: none; }
+  .selecting .bar { position: fixed; inset: auto 0 0 0; z-index: 5; background: var(--side);
+    border-top: 1px solid var(--line); padding: .3rem .75rem calc(.6rem + env(safe-area-inset-bottom)); }
+  .selecting .bar .quiet { order: 1; }
+  .selecting .bar .count { flex: 1 0 60%; margin: 0; }
+  .selecting .bar .prime { order: 2; flex: 1; }
+  .head { display: none; }
+  .cells { grid-template-columns: 4px minmax(0, 1fr) 44px; }
+  .check { visibility: hidden; }
+  .selecting .cells { grid-template-columns: 44px minmax(0, 1fr) 44px; }
+  .selecting .check { visibility: visible; }
+  .slider output { flex: 1 0 100%; }
+  .slider [type=datetime-local], .limits > select { flex: 1; min-width: 8.5rem; max-width: none; }
+  .limits > label { flex: 1; min-width: 10rem; }
+  .limits label { display: grid; gap: 0; }
+  .row { height: 60px; }
+  .row > .mtime, .row > .size, .row > .deleted { display: none; }
+  .filters ~ .grid:not(.tiles) .row { height: 82px; }
+  .filters select { flex: 1 1 40%; max-width: none; min-height: 44px; }
+  .second, .second.where { display: block; font-size: .85rem; }
+  .where .small { display: inline; }
+  .more button { opacity: 1; width: 44px; height: 44px; }
+  .tiles .second { display: none; }
+  .tiles .more button { background: color-mix(in srgb, var(--raised) 60%, transparent); border-radius: 50%; width: 32px;
+    height: 32px; min-height: 0; margin: 0 6px; }
+}
+"""
+
+PAGE_SCRIPT = r"""
+// ---- where the page lives: a proxy may serve it below a path of its own
+
+const VIEW = /^(.*?)(?:\/(?:files|starred|past|versions|trash|activity|search|settings|setup|login)(?:\/.*)?|\/)$/;
+const PREFIX = (location.pathname.match(VIEW) || ["", ""])[1];
+const encodePath = path => path.split("/").map(encodeURIComponent).join("/");
+const decodePath = path => path.split("/").filter(Boolean).map(decodeURIComponent).join("/");
+const parentOf = path => path.slice(0, Math.max(0, path.lastIndexOf("/")));
+const nameOf = path => path.slice(path.lastIndexOf("/") + 1);
+const join = (path, name) => path ? path + "/" + name : name;
+const addressOf = path => PREFIX + "/files" + (path && "/" + encodePath(path));
+const apiAddress = (what, path, values = {}) =>
+  PREFIX + "/api/v1/" + what + (path === undefined ? "" : "/" + encodePath(path)) + queryOf(values);
+const contentAddress = (entry, values) =>          // entry.as: which version of it, if not the present one
+  apiAddress("content", entry.path, values || entry.as || (view.at ? {at: view.at} : {}));
+
+function queryOf(values) {
+  const pairs = Object.entries(values).filter(([, value]) => value || value === 0)
+    .flatMap(([name, value]) => [].concat(value).map(one => name + "=" + encodeURIComponent(one)));
+  return pairs.length ? "?" + pairs.join("&") : "";
+}
+
+// ---- light and dark: as the system says, or as the reader chose
+
+const darkSystem = matchMedia("(prefers-color-scheme: dark)");
+
+function applyTheme() {
+  const chosen = localStorage.getItem("theme");
+  document.documentElement.dataset.theme = chosen || (darkSystem.matches ? "dark" : "light");
+}
+
+function chooseTheme(name) {
+  name ? localStorage.setItem("theme", name) : localStorage.removeItem("theme");
+  applyTheme();
+  show();
+}
+
+const choices = (rows, chosen, choose) => h("div.choices", {}, Object.entries(rows).map(([value, label]) =>
+  button(label, () => choose(value),
+    {className: "quiet", lang: rows === LANGUAGES && value, "aria-pressed": String(value === chosen)})));
+const themeButtons = () => choices({"": t("Like the system"), light: t("Light"), dark: t("Dark")},
+  localStorage.getItem("theme") || "", chooseTheme);
 
 // ---- the entrance: setting up, logging in
 
@@ -18055,128 +19039,6 @@ async function showInFolder(entry) {
   if (index !== undefined) { pick(index); setCursor(index); }
 }
 
-// ---- upload queue: small files by one PUT each, larger ones by tus, which goes on where it stopped
-
-const SMALL = 4 << 20, PART = 16 << 20, AT_ONCE = 4;
-const queue = {
-  items: [], next: 0, running: 0, paused: false, all: "", asking: Promise.resolve(), box: null, failed: 0,
-  delayed: new Set(), pictures: Promise.resolve(), pace: null, percent: null, phase: ""
-};
-const PARTS = "uploads";               // what localStorage remembers of unfinished uploads: {fingerprint: id}
-
-// about: what makes the chooser a special one
-async function chooseFiles(about, target) {
-  if (target === undefined) await ensureFiles();
-  const input = h("input", {type: "file", multiple: true, hidden: true, ...about, onchange: () => {
-    const files = [...input.files], here = target ?? view.path;
-    const place = file => ({file, path: join(here, file.webkitRelativePath || file.name)});
-    attempt(() => addUploads(about.capture ? nameTaken(files) : files.map(place)));
-    input.remove();
-  }});
-  document.body.append(input);
-  input.click();
-}
-
-// cameras and clipboards call everything image.png or image.jpg: such get a name of kind and time
-function nameTaken(files) {
-  return files.map(file => {
-    const [, suffix] = file.name.match(/^(?:image|photo|video)(\.\w+)$/i) || [];
-    const what = /^video/.test(file.type) ? t("Video") : suffix === ".png" ? t("Screenshot") : t("Photo");
-    // Swedes write 2026-11-25 14:05:33
-    const when = new Date(file.lastModified).toLocaleString("sv").replace(/:/g, ".");
-    const name = suffix ? what + " " + when + suffix : file.name;
-    return {file, path: join(view.path, name), how: suffix && "keep"};
-  });
-}
-
-// what was dropped, collections walked to their end; must begin while the drop event is being handled
-async function readDrop(transfer, target) {
-  const entries = [...transfer.items].map(item => item.webkitGetAsEntry());
-  if (!entries.some(Boolean)) return [...transfer.files].map(file => ({file, path: join(target, file.name)}));
-  const found = [];
-  for (const entry of entries.filter(Boolean)) await walkDropped(entry, target, found);
-  return found;
-}
-
-async function walkDropped(entry, target, found) {
-  const path = join(target, entry.name);
-  if (entry.isFile) return found.push({path, file: await new Promise((done, fail) => entry.file(done, fail))});
-  const reader = entry.createReader(), before = found.length;
-  for (;;) {                           // a reader gives a hundred at a time
-    const some = await new Promise((done, fail) => reader.readEntries(done, fail));
-    if (!some.length) break;
-    for (const one of some) await walkDropped(one, path, found);
-  }
-  return found.length === before && found.push({path, file: null});
-}
-
-// found: [{path, file}]; a collection that holds nothing has no file
-async function addUploads(found) {
-  found = await fitting(found.map(one => ({...one, size: one.file ? one.file.size : 0})));
-  if (!found.length) return;
-  if (!busy()) Object.assign(queue, {items: [], next: 0, all: "", failed: 0, pace: null});
-  for (const one of found) queue.items.push({...one, sent: 0, state: "waiting", tries: 0, more: found.length > 1});
-  queue.box = null;
-  showQueue();
-  if (inFiles() && !list.entries.length) fillList([]);
-  pump();
-}
-
-function pump() {
-  while (!queue.paused && queue.running < AT_ONCE && queue.next < queue.items.length) {
-    const item = queue.items[queue.next++];
-    if (item.state === "waiting") runUpload(item);
-  }
-  updateQueue();
-}
-
-async function runUpload(item) {
-  queue.running++;
-  Object.assign(item, {state: "sending", error: ""});
-  showItem(item);
-  try {
-    if (item.file && !item.how) await meet(item);
-    if (item.state === "sending") await sendItem(item);
-    if (item.state === "sending") finishItem(item, "done");
-  } catch (error) {
-    if (item.state === "sending") await failItem(item, error);
-  }
-  queue.running--;
-  pump();
-  if (!busy()) endQueue();
-}
-
-async function failItem(item, error) {
-  if (error.code === "precondition-failed" && !item.how) {             // there is something that no list told of
-    item.refused = true;
-    return again(item);
-  }
-  if (item.file && (error.code === "network" || !(error instanceof Problem))
-    && !await item.file.slice(0, 1).arrayBuffer().catch(() => null))
-    error = trouble("", t("This file was changed since it was chosen. Choose it again."));
-  if (item.state !== "sending") return undefined;
-  if (["network", "busy", "offset", "paused"].includes(error.code)) {  // offset: the server still ends what was cut off
-    item.state = "waiting";
-    queue.delayed.add(item);
-    if (error.code === "paused") return showItem(item);
-    item.error = t("Waiting for the connection…");
-    showItem(item);
-    return setTimeout(() => wake(item), Math.min(30000, 1000 * 2 ** item.tries++));
-  }
-  queue.failed++;
-  return finishItem(item, "failed", explain(error));
-}
-
-// when its time has come, or when the network is back
-const wake = item => queue.delayed.delete(item) && again(item);
-
-function again(item) {
-  item.state = "waiting";
-  queue.items.push(queue.items.splice(queue.items.indexOf(item), 1)[0]);
-  queue.next = Math.max(0, queue.next - 1);
-  pump();
-}
-
 // ---- before anything is sent: does it fit, and is it there already?
 
 const isBelow = (path, place) => path.startsWith(place && place + "/");
@@ -18494,130 +19356,6 @@ function endQueue() {
   updateQuota();
   if (inFiles()) refreshSoon();
   if (!queue.failed) setTimeout(() => busy() || queue.failed || hideQueue(), 10000);
-}
-
-// ---- the panel of the queue
-
-const busy = () => queue.running > 0 || queue.delayed.size > 0 || queue.next < queue.items.length;
-
-function showQueue() {
-  const box = find(".queue");
-  if (!box || queue.box === box) return;
-  box.hidden = !queue.items.length;
-  Object.assign(queue, {
-    box, title: h("strong"), detail: h("span.soft"),
-    said: h("span.unseen", {role: "status"}),    // numbers that change all the time are not read out
-    bar: h("progress", {max: 1, value: 0, "aria-label": t("All uploads")}),
-    retry: button(t("Retry all"), () => queue.items.filter(item => item.state === "failed").forEach(retryItem)),
-    pause: button("", pauseQueue, {className: "quiet"}),
-    stop: button("", () => busy() ? unfinished().forEach(cancelItem) : hideQueue(), {className: "quiet"}),
-    list: h("ul")});
-  box.replaceChildren(h("div.title", {},
-    ["title", "said", "retry", "pause", "stop", "detail"].map(part => queue[part])), queue.bar, queue.list);
-  queue.items.filter(item => item.row).slice(-50).forEach(item => queue.list.append(item.row));
-  updateQueue();
-}
-
-function hideQueue() {
-  Object.assign(queue, {items: [], next: 0, failed: 0});
-  find(".queue").hidden = true;
-}
-
-const STATES = {waiting: "Waiting", sending: "", done: "Done", there: "Already there", failed: "Failed",
-  skipped: "Skipped", cancelled: "Cancelled"};
-// what can still be done about it
-const OPEN = {failed: "Retry", cancelled: "Retry", waiting: "Cancel", sending: "Cancel"};
-
-const unfinished = () => queue.items.filter(item => OPEN[item.state] === "Cancel");
-
-// the row of a file is made when its turn comes, so that a hundred thousand cost nothing
-function showItem(item) {
-  if (!item.row) {
-    const name = nameOf(item.path), words = h("span.state"),
-      meter = h("progress", {max: 1, value: 0, "aria-label": name});
-    const act = button("", () => OPEN[item.state] === "Retry" ? retryItem(item) : cancelItem(item),
-      {className: "quiet"});
-    Object.assign(item, {words, meter, act, row: h("li", {}, h("bdi", {title: item.path}, name), words, act, meter)});
-    queue.list.prepend(item.row);
-    const finished = [...queue.list.children].slice(50).reverse().find(row => /done|there|skipped/.test(row.className));
-    if (finished) finished.remove();
-  }
-  item.row.className = item.state;
-  item.act.hidden = !OPEN[item.state];
-  item.act.textContent = t(OPEN[item.state] || "");
-  drawItem(item);
-  updateQueue();
-}
-
-function drawItem(item) {
-  item.meter.value = item.compared || item.sent / item.size || 0;
-  item.words.textContent = item.state !== "sending" ? item.error || t(STATES[item.state])
-    : item.compared ? t("Comparing…")
-    : item.sent && item.size > SMALL ? t("{sent} of {size}", {sent: formatSize(item.sent), size: formatSize(item.size)})
-    : formatSize(item.size);
-}
-
-// a tab in the background draws no frames, but its title is looked at
-let drawing = 0, ticking = 0;
-function updateQueue() {
-  drawing = drawing || setTimeout(() => { drawing = 0; drawQueue(); }, 60);
-}
-
-function drawQueue() {
-  const files = queue.items.filter(item => item.file), rest = busy(), count = {},
-    {box, bar, pause, title, detail, said, retry, stop} = queue;
-  let sent = 0, total = 0, bytes = 0;
-  for (const item of files) {
-    count[item.state] = (count[item.state] || 0) + 1;
-    if (item.state === "sending" && item.row) drawItem(item);
-    if (/there|skipped|cancelled/.test(item.state)) continue;
-    total += item.size + 1000; // the smallest files take time, too
-    sent += item.state === "done" ? item.size + 1000 : item.sent;
-    bytes += item.sent;
-  }
-  const phase = !rest ? "ended" : queue.paused ? "paused" : queue.running ? "sending" : "waiting";
-  queue.percent = rest ? Math.floor(100 * sent / total) || 0 : null;
-  if (view.title) drawTitle();
-  clearTimeout(ticking);
-  if (rest) ticking = setTimeout(updateQueue, 1000);
-  if (!box || !queue.items.length) return;
-  bar.value = total ? sent / total : 1;
-  bar.hidden = pause.hidden = !rest;
-  retry.hidden = !queue.failed;
-  pause.textContent = t(queue.paused ? "Resume" : "Pause");
-  stop.textContent = t(rest ? "Cancel" : "Close");
-  title.textContent = queueWords(phase, count, files.length);
-  detail.textContent = phase === "sending" ? paceWords(sent, bytes, total) : "";
-  if (phase !== "sending") queue.pace = null;
-  if (phase !== queue.phase) said.textContent = title.textContent;
-  queue.phase = phase;
-}
-
-function queueWords(phase, count, n) {
-  const values = {done: (count.done || 0) + (count.there || 0), n, percent: queue.percent};
-  if (phase === "sending") return t("Uploading: {done} of {n}, {percent} %", values);
-  if (phase === "paused") return t("Paused: {done} of {n} uploaded", values);
-  if (phase === "waiting") return t("No connection: {done} of {n} uploaded", values);
-  return [
-    queue.failed && plural(queue.failed, "{n} upload failed", "{n} uploads failed"),
-    count.done && plural(count.done, "{n} file uploaded", "{n} files uploaded"),
-    count.there && t("{n} already there", {n: count.there})
-  ].filter(Boolean).join(", ") || t(n ? "Nothing uploaded" : "Done");
-}
-
-// the pace and the time left, smoothed over some ten seconds; nothing before it means something
-function paceWords(sent, bytes, total) {
-  const now = performance.now(), pace = queue.pace = queue.pace || {now, sent, ticks: 0, speed: 0},
-    seconds = (now - pace.now) / 1000;
-  if (seconds >= 1) {
-    const share = pace.ticks++ ? 1 - Math.exp(-seconds / 8) : 1, gain = Math.max(0, sent - pace.sent) / seconds;
-    Object.assign(pace, {now, sent, speed: pace.speed + share * (gain - pace.speed)});
-  }
-  if (pace.ticks < 3 || pace.speed < 1) return "";
-  const left = (total - sent) / pace.speed, n = Math.round(left / 60);
-  return t("{size}/s, {time}",
-    {size: formatSize(pace.speed * bytes / sent), time: left < 45 ? t("less than a minute left")
-    : n < 90 ? plural(n || 1, "{n} minute left", "{n} minutes left") : t("{n} hours left", {n: Math.round(n / 60)})});
 }
 
 // ---- dragging: files from outside, entries within
@@ -19442,198 +20180,6 @@ function zoomable(image) {
   return stage;
 }
 
-// ---- from file to file in the preview
-
-// the files of the list that fit, with the one shown among them, and its place there
-function among(fits) {
-  const {path} = preview.entry,
-    all = list.entries.filter(one => one.kind === "file" && (one.path === path || fits(one)));
-  return [all, all.findIndex(one => one.path === path)];
-}
-
-const sameKind = one => categoryOf(one) === categoryOf(preview.entry);
-
-function near(step, fits = isSeen, around = false) {
-  const [all, n] = among(fits);
-  return all[around ? (n + step) % all.length : n + step];
-}
-
-function loadAhead() {
-  if (isMetered()) return;
-  for (const one of [near(1), near(-1)]) if (one && isImage(one)) new Image().src = contentAddress(one);
-}
-
-function previewFoot(entry) {
-  const [all, n] = among(isSeen), next = near(1, sameKind);
-  const turn = (step, label) => button(label, () => turnTo(near(step)), {"data-action": label, disabled: !near(step)});
-  const tick = h("input", {type: "checkbox", checked: playsOn(), "data-action": "playon",
-                           onchange: () => localStorage.setItem("playon", tick.checked ? "1" : "0")});
-  return h("div.foot", {hidden: all.length < 2},
-    turn(-1, t("Back")),
-    h("span.soft", {}, t("{n} of {all}", {n: n + 1, all: all.length})),
-    isImage(entry) && near(1, sameKind, true) !== entry
-      && button(t("Slideshow"), () => slideshow(true), {"data-action": "show"}),
-    isPlayed(entry) && next && h("label.tick", {}, tick, t("Play on: {name}", {name: next.name})),
-    turn(1, t("Next")));
-}
-
-async function turnTo(entry, play) {
-  if (!entry || !await mayLeave()) return;
-  const media = find("video, audio", preview.body);
-  preview.play = play || Boolean(media && !media.paused);
-  history.replaceState(history.state, "", placeAddress(entry.path));
-  setCursor(list.known.get(entry.node));
-  fillPreview(entry);
-}
-
-// one picture after the other, until any key or click
-function slideshow(on) {
-  clearInterval(preview.show);
-  preview.show = on && setInterval(() => document.hidden || turnTo(near(1, sameKind, true)), 5000);
-  preview.box.classList.toggle("showing", on);
-  if (on) toast(t("Any key or click ends the slideshow."));
-}
-
-const zoom = on => {
-  const stage = find(".stage", preview.body);
-  if (stage) stage.classList.toggle("zoomed", on);
-};
-
-const PREVIEW_KEYS = {
-  ArrowRight: () => turnTo(near(1)), ArrowLeft: () => turnTo(near(-1)), "+": () => zoom(true), "-": () => zoom(false),
-  s: () => isImage(preview.entry) && slideshow(true),
-  e: () => find("[data-action=edit]:not([hidden])", preview.box)?.click()
-};
-
-// what can be moved itself by an arrow keeps it
-const usesArrows = element => element.matches("video, audio") || element.scrollWidth > element.clientWidth + 1;
-
-function onPreviewKey(event) {
-  const run = PREVIEW_KEYS[event.key.length > 1 ? event.key : event.key.toLowerCase()];
-  if (preview.show) slideshow(false);
-  else if (!run || event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "TEXTAREA") return;
-  else if (event.key[0] === "A" && (usesArrows(event.target) || find(".zoomed", preview.box))) return;
-  else run();
-  event.preventDefault();
-}
-
-function closePreview() {
-  if (!preview.box) return;
-  removeDialog(preview.box);
-  slideshow(false);
-  preview.box = preview.entry = preview.edit = null;
-  if (list.box) list.box.focus({preventScroll: true});
-  setTitle(view.path ? nameOf(view.path) : t("Files"));
-}
-
-async function leavePreview() {
-  if (!await mayLeave()) return;
-  if (history.state && history.state.inside) history.back();
-  else go(placeAddress(view.path), {replace: true});
-}
-
-// ---- text, and the bytes it is made of: what nobody edited is given back as it came
-
-const TEXT_MOST = 2 << 20;             // bytes of text that are shown or edited
-const HEAD = 64 << 10;                 // bytes that tell whether a file of no known kind is text
-const MARKS = {"UTF-8": [0xef, 0xbb, 0xbf], "UTF-16LE": [0xff, 0xfe], "UTF-16BE": [0xfe, 0xff]};
-
-// {text, codec, whole, exact, etag}: what a file says; exact: writing the text gives its bytes, so it can be edited.
-// null if it is no text, unless that is to be shown anyhow
-async function readText(entry, anyhow) {
-  const get = async most => {
-    const part = entry.size > most ? {Range: `bytes=0-${most - 1}`} : {};
-    const answer = await ask(contentAddress(entry), {headers: {...HEADERS, ...part}, cache: "no-cache"});
-    return [new Uint8Array(await answer.arrayBuffer()), answer];
-  };
-  if (categoryOf(entry) === "other" && entry.size > HEAD && !anyhow && !codecOf((await get(HEAD))[0])) return null;
-  const [bytes, answer] = await get(TEXT_MOST), whole = answer.status !== 206;
-  const codec = codecOf(bytes) || anyhow && {name: "Windows-1252", mark: [], guess: true};
-  if (!codec) return null;
-  const body = bytes.subarray(codec.mark.length);
-  const text = new TextDecoder(codec.name, {ignoreBOM: true}).decode(body, {stream: !whole});
-  return {text, codec, whole, etag: answer.headers.get("ETag"),
-    exact: whole && sameBytes(bytes, writeText(text, codec))};
-}
-
-// {name, mark, guess}: how bytes are to be read; null if they are no text
-function codecOf(bytes) {
-  const nuls = [0, 0], isWide = n => nuls[n] > bytes.length / 8 && !nuls[1 - n];
-  bytes.forEach((byte, n) => { nuls[n % 2] += !byte; });
-  const marked = Object.keys(MARKS).find(name => MARKS[name].every((byte, n) => bytes[n] === byte));
-  const name = marked || (isWide(0) ? "UTF-16BE" : isWide(1) ? "UTF-16LE" : "UTF-8");
-  const codec = {name, mark: MARKS[marked] || []};
-  try {
-    new TextDecoder(name, {fatal: name === "UTF-8"}).decode(bytes, {stream: true});
-  } catch {
-    Object.assign(codec, {name: "Windows-1252", mark: [], guess: true});
-  }
-  return /[\0-\x06\x0e-\x19]/.test(new TextDecoder(codec.name).decode(bytes, {stream: true})) ? null : codec;
-}
-
-const wide = little => text => {
-  const units = new DataView(new ArrayBuffer(2 * text.length));
-  for (let n = 0; n < text.length; n++) units.setUint16(2 * n, text.charCodeAt(n), little);
-  return new Uint8Array(units.buffer);
-};
-const WRITERS = {"UTF-8": text => new TextEncoder().encode(text), "UTF-16LE": wide(true), "UTF-16BE": wide(false),
-  "Windows-1252": narrow};
-
-function narrow(text) {
-  const signs = new TextDecoder("windows-1252").decode(Uint8Array.from({length: 256}, (_, n) => n));
-  return Uint8Array.from(text, sign => {
-    const byte = signs.indexOf(sign);
-    if (byte < 0) throw trouble("", t("“{sign}” does not exist in the encoding of this file ({name}).",
-      {sign, name: "Windows-1252"}));
-    return byte;
-  });
-}
-
-// throws what cannot be written so
-function writeText(text, {name, mark}) {
-  const body = WRITERS[name](text), bytes = new Uint8Array(mark.length + body.length);
-  bytes.set(mark);
-  bytes.set(body, mark.length);
-  return bytes;
-}
-
-const sameBytes = (a, b) => a.length === b.length && a.every((byte, n) => byte === b[n]);
-
-// what was typed, with the line ends of the text before: each line that stayed keeps its own
-function withEnds(before, typed) {
-  const ends = before.match(/\r\n|\r|\n/g) || [], count = end => ends.filter(one => one === end).length;
-  const [most = "\n", other] = [...new Set(ends)].sort((a, b) => count(b) - count(a));
-  const lines = typed.split("\n"), runs = other && diffLines(before.split(/\r\n|\r|\n/), lines) || [["+", lines]];
-  const wanted = [];
-  let at = 0;
-  for (const [sign, some] of runs) {
-    if (sign !== "-") wanted.push(...some.map((_, n) => sign === " " && ends[at + n] || most));
-    if (sign !== "+") at += some.length;
-  }
-  // an empty line between these two would be none any more
-  const joins = n => wanted[n] === "\r" && lines[n + 1] === "" && wanted[n + 1] === "\n";
-  return lines.map((line, n) => n === lines.length - 1 ? line : line + (joins(n) ? "\r\n" : wanted[n])).join("");
-}
-
-function textView(entry, source) {
-  const [body, cut] = pageOf(entry, source.text), whole = source.whole && entry.size;
-  return Object.assign(h("div.pages", {},
-    !entry.size && h("p.note", {}, t("This file is empty.")),
-    !source.whole && h("p.note", {}, t("Only the first {n} are shown.", {n: formatSize(TEXT_MOST)})),
-    cut && h("p.note", {}, cut),
-    source.codec.guess && h("p.note", {}, t("This is not UTF-8; that it is {name} is a guess.", source.codec)),
-    body), {source});
-}
-
-// [what shows it, words about what it leaves out]
-function pageOf(entry, text) {
-  if (/\.(md|markdown)$/i.test(entry.name)) return [h("div.paper", {}, markdown(text, parentOf(entry.path)))];
-  if (!/\.[ct]sv$/i.test(entry.name)) return [h("pre", {tabIndex: 0}, raw(text))];
-  const rows = parseTable(text, /\.tsv$/i.test(entry.name) ? "\t" : "");
-  const cut = rows.length > ROWS_MOST && t("Only the first {n} rows are shown.", {n: ROWS_MOST});
-  return [tableView(rows.slice(0, ROWS_MOST)), cut];
-}
-
 // ---- editing text
 
 async function newText() {
@@ -20284,518 +20830,6 @@ addEventListener("DOMContentLoaded", async () => {
 });
 """
 
-PAGE_GERMAN = r"""{
-  "10 characters or more": "10 Zeichen oder mehr",
-  "1000 versions of this file are pinned already": "1000 Versionen dieser Datei werden schon dauerhaft behalten",
-  "A device wants to see and change the files of {name}. Grant it only if you started this yourself, just now.": "Ein Gerät möchte die Dateien von {name} sehen und ändern. Gewähre es nur, wenn du das gerade selbst begonnen hast.",
-  "A device was added: {name}": "Ein Gerät kam hinzu: {name}",
-  "A device was held: it deletes or overwrites too much": "Ein Gerät wurde angehalten: Es löscht oder überschreibt zu viel",
-  "A device was removed: {name}": "Ein Gerät wurde entfernt: {name}",
-  "A held device was allowed to go on": "Ein angehaltenes Gerät durfte weitermachen",
-  "A name cannot be empty and cannot hold a slash.": "Ein Name darf nicht leer sein und keinen Schrägstrich enthalten.",
-  "A password for each device": "Ein Passwort für jedes Gerät",
-  "A phone cannot reach {host}: open this page by the address that this computer has in your network.": "Ein Handy erreicht {host} nicht: Öffne diese Seite unter der Adresse, die dieser Rechner in deinem Netz hat.",
-  "A star marks what you want to find again.": "Ein Stern zeigt, was du wiederfinden willst.",
-  "A version with a name is never removed by itself.": "Eine Version mit Namen wird nie von selbst entfernt.",
-  "APP-PASSWORD": "APP-PASSWORT",
-  "Account": "Konto",
-  "Accounts": "Konten",
-  "Actions": "Aktionen",
-  "Actions for {name}": "Aktionen für {name}",
-  "Activity": "Aktivität",
-  "Add something with “New”.": "Füge mit „Neu“ etwas hinzu.",
-  "Added:": "Neu:",
-  "Administrator": "Verwaltung",
-  "Administrator no more": "Nicht mehr Verwaltung",
-  "All devices": "Alle Geräte",
-  "All folders": "Alle Ordner",
-  "All uploads": "Alle Uploads",
-  "Allow": "Erlauben",
-  "Already there": "Schon da",
-  "An app for WebDAV, as Documents (iOS) or Material Files (Android): this address, your name, the app password.": "In einer App, die WebDAV spricht, etwa Documents (iOS) oder Material Files (Android): diese Adresse, dein Name und das App-Passwort.",
-  "An upload was broken off": "Ein Upload wurde abgebrochen",
-  "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
-  "Any key or click ends the slideshow.": "Jede Taste und jeder Klick beendet die Diaschau.",
-  "Any kind": "Jede Art",
-  "Any size": "Jede Größe",
-  "Any time": "Jederzeit",
-  "App password": "App-Passwort",
-  "Archives": "Archive",
-  "As it was on {when}": "Wie es am {when} war",
-  "Asked": "Gefragt",
-  "Back": "Zurück",
-  "Back to now": "Zurück zu jetzt",
-  "Before this year": "Vor diesem Jahr",
-  "Bring back": "Zurückholen",
-  "Bring it back": "Zurückholen",
-  "Bring this time back": "Diesen Stand zurückholen",
-  "Bring this time back?": "Diesen Stand zurückholen?",
-  "Browser": "Browser",
-  "Cancel": "Abbrechen",
-  "Cancelled": "Abgebrochen",
-  "Cannot reach the server": "Server nicht erreichbar",
-  "Change": "Ändern",
-  "Change password": "Passwort ändern",
-  "Change {name}": "{name} ändern",
-  "Changed": "Geändert",
-  "Choose": "Auswählen",
-  "Choose a name and a password for the first account. It may do everything, also make further accounts.": "Wähle Name und Passwort für das erste Konto. Es darf alles, auch weitere Konten anlegen.",
-  "Choose again": "Noch einmal wählen",
-  "Choose one more": "Eines mehr auswählen",
-  "Choose several": "Mehrere auswählen",
-  "Choose the same files again: it goes on, and what is there is not sent twice.": "Wähle dieselben Dateien noch einmal: Es geht weiter, und was da ist, wird nicht noch einmal gesendet.",
-  "Clear": "Aufheben",
-  "Clear the filters": "Filter aufheben",
-  "Clear the selection": "Auswahl aufheben",
-  "Close": "Schließen",
-  "Code": "Code",
-  "Code to scan": "Code zum Scannen",
-  "Colours": "Farben",
-  "Compared with now": "Verglichen mit jetzt",
-  "Comparing…": "Wird verglichen …",
-  "Connect": "Verbinden",
-  "Contents only": "Nur Inhalte",
-  "Continue": "Weiter",
-  "Copied.": "Kopiert.",
-  "Copy": "Kopieren",
-  "Copy address": "Adresse kopieren",
-  "Copy curl command": "curl-Befehl kopieren",
-  "Copy here": "Hierher kopieren",
-  "Copy this": "Kopiere dies",
-  "Copy to…": "Kopieren nach …",
-  "Copy {what} to": "{what} kopieren nach",
-  "Create": "Anlegen",
-  "Create account": "Konto anlegen",
-  "Cut": "Ausschneiden",
-  "Dark": "Dunkel",
-  "Days that versions and deleted files are kept": "Tage, die Versionen und Gelöschtes bleiben",
-  "Delete": "Löschen",
-  "Delete for good": "Endgültig löschen",
-  "Delete for good?": "Endgültig löschen?",
-  "Delete something and empty the trash, or choose less.": "Lösche etwas und leere den Papierkorb, oder wähle weniger aus.",
-  "Deleted": "Gelöscht",
-  "Deleted things stay here until their time is over or the trash is emptied.": "Gelöschtes bleibt hier, bis seine Zeit um ist oder der Papierkorb geleert wird.",
-  "Device": "Gerät",
-  "Devices": "Geräte",
-  "Discard it": "Verwerfen",
-  "Disk used": "Belegte Festplatte",
-  "Do not save": "Nicht speichern",
-  "Do the same for all others": "Für alle weiteren genauso",
-  "Do the same for {n} more": "Für {n} weitere genauso",
-  "Documents": "Dokumente",
-  "Done": "Fertig",
-  "Download": "Herunterladen",
-  "Download this folder": "Diesen Ordner herunterladen",
-  "Drop files here, or add something with “New”.": "Zieh Dateien hierher oder füge mit „Neu“ etwas hinzu.",
-  "Drop it to upload it to {place}": "Lass es los, um es nach {place} hochzuladen",
-  "Earlier": "Früher",
-  "Earlier versions": "Frühere Versionen",
-  "Edit": "Bearbeiten",
-  "Empty the trash": "Papierkorb leeren",
-  "Empty the trash?": "Papierkorb leeren?",
-  "Ends": "Ende",
-  "Ends after 30 days": "Endet nach 30 Tagen",
-  "Ends after 7 days": "Endet nach 7 Tagen",
-  "Ends after a year": "Endet nach einem Jahr",
-  "Enter": "Eingabe",
-  "Esc": "Esc",
-  "Every device has to log in again after this.": "Danach müssen sich alle Geräte neu anmelden.",
-  "Everything": "Alles",
-  "Everywhere": "Überall",
-  "Exact time": "Genaue Zeit",
-  "Failed": "Fehlgeschlagen",
-  "Files": "Dateien",
-  "Find": "Suchen nach",
-  "Find and replace": "Suchen und ersetzen",
-  "First number": "Erste Nummer",
-  "Folders": "Ordner",
-  "Free on disk": "Frei auf der Platte",
-  "From": "Von",
-  "From a command line:": "Von der Kommandozeile:",
-  "Give up": "Aufgeben",
-  "Go on editing": "Weiter bearbeiten",
-  "Grant access": "Zugang gewähren",
-  "Grant access?": "Zugang gewähren?",
-  "How": "Wie",
-  "If the device shows a code, it has to be the same.": "Wenn das Gerät einen Code zeigt, muss es derselbe sein.",
-  "If you save now, it is there again.": "Wenn du jetzt speicherst, ist sie wieder da.",
-  "Images": "Bilder",
-  "In": "Worin",
-  "In the Explorer: This PC, “Map network drive”; or as below. Windows wants HTTPS for it.": "Im Explorer: Dieser PC, „Netzlaufwerk verbinden“; oder wie hier. Windows will dafür HTTPS.",
-  "In the Finder: Go, “Connect to Server”, with this address:": "Im Finder: Gehe zu, „Mit Server verbinden“, mit dieser Adresse:",
-  "In the file manager, as the address of a server:": "Im Dateimanager als Adresse eines Servers:",
-  "In {name}": "In {name}",
-  "Install the Nextcloud app, choose “Log in”, and scan this code or type the address.": "Installiere die Nextcloud-App, wähle „Anmelden“ und scanne diesen Code oder tippe die Adresse.",
-  "Install the Nextcloud app. Make an app password above, and here is a code for it to scan.": "Installiere die Nextcloud-App. Lege oben ein App-Passwort an, dann steht hier ein Code für sie zum Scannen.",
-  "It asks from": "Es fragt von",
-  "It asks from another network than the one you are in.": "Es fragt aus einem anderen Netz als dem, in dem du bist.",
-  "It calls itself": "Es nennt sich",
-  "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
-  "It goes on by itself when the connection is back.": "Es geht von selbst weiter, sobald die Verbindung wieder da ist.",
-  "It was moved, renamed or deleted, or it is somebody else's.": "Es wurde verschoben, umbenannt oder gelöscht, oder es gehört jemand anderem.",
-  "Just now": "Gerade eben",
-  "Keep": "Behalten",
-  "Keep both": "Beide behalten",
-  "Keep for good": "Dauerhaft behalten",
-  "Keep the endings of files": "Endungen der Dateien behalten",
-  "Keeps a folder of your computer and this server the same, both ways.": "Hält einen Ordner deines Rechners und diesen Server gleich, in beide Richtungen.",
-  "Keyboard shortcuts": "Tastenkürzel",
-  "Kind": "Art",
-  "Language": "Sprache",
-  "Last 30 days": "Letzte 30 Tage",
-  "Last 7 days": "Letzte 7 Tage",
-  "Later": "Später",
-  "Leave": "Verlassen",
-  "Leave without saving?": "Verlassen, ohne zu speichern?",
-  "Let go": "Freigeben",
-  "Light": "Hell",
-  "Like the system": "Wie das System",
-  "Lines added: {added}, removed: {removed}": "Zeilen neu: {added}, entfernt: {removed}",
-  "List": "Liste",
-  "Log in": "Anmelden",
-  "Log out": "Abmelden",
-  "Log out?": "Abmelden?",
-  "Look everywhere": "Überall suchen",
-  "Look in the trash": "Im Papierkorb nachsehen",
-  "Main": "Hauptmenü",
-  "Make administrator": "Zur Verwaltung machen",
-  "Make an app password": "App-Passwort anlegen",
-  "May only read": "Darf nur lesen",
-  "Modified": "Geändert",
-  "More": "Mehr",
-  "Move here": "Hierher verschieben",
-  "Move to…": "Verschieben nach …",
-  "Move {what} to": "{what} verschieben nach",
-  "Music": "Musik",
-  "Name": "Name",
-  "Name of the device": "Name des Geräts",
-  "Names and contents": "Namen und Inhalte",
-  "Names only": "Nur Namen",
-  "Never ends": "Endet nie",
-  "New": "Neu",
-  "New account": "Neues Konto",
-  "New folder": "Neuer Ordner",
-  "New name": "Neuer Name",
-  "New names": "Neue Namen",
-  "New password": "Neues Passwort",
-  "New password again": "Neues Passwort noch einmal",
-  "New text file": "Neue Textdatei",
-  "Next": "Weiter",
-  "No connection: {done} of {n} uploaded": "Keine Verbindung: {done} von {n} hochgeladen",
-  "No folders in here": "Keine Ordner hierin",
-  "Nobody can log in with it any more. Its files go after a while.": "Niemand kann sich damit mehr anmelden. Die Dateien verschwinden nach einer Weile.",
-  "Not enough room": "Nicht genug Platz",
-  "Not set up yet": "Noch nicht eingerichtet",
-  "Note": "Notiz",
-  "Nothing found": "Nichts gefunden",
-  "Nothing found for “{q}”": "Nichts gefunden zu „{q}“",
-  "Nothing has changed since then.": "Seither hat sich nichts geändert.",
-  "Nothing here yet": "Noch nichts hier",
-  "Nothing starred yet": "Noch nichts markiert",
-  "Nothing uploaded": "Nichts hochgeladen",
-  "Nothing was here then": "Damals war hier nichts",
-  "Now": "Jetzt",
-  "Number": "Nummerieren",
-  "One moment…": "Einen Moment …",
-  "One of these lies in the other.": "Eins davon liegt im anderen.",
-  "Only the first {n} are shown.": "Nur die ersten {n} sind zu sehen.",
-  "Only the first {n} are shown: narrow it down.": "Nur die ersten {n} sind zu sehen: Grenze es ein.",
-  "Only the first {n} rows are shown.": "Nur die ersten {n} Zeilen sind zu sehen.",
-  "Only this folder": "Nur dieser Ordner",
-  "Only {name}": "Nur {name}",
-  "Open": "Öffnen",
-  "Open in a new tab": "In neuem Tab öffnen",
-  "Other": "Anderes",
-  "Other programs get a password of their own, which you can revoke under “Devices”.": "Andere Programme bekommen ein eigenes Passwort, das du unter „Geräte“ sperren kannst.",
-  "Over 1 GB": "Über 1 GB",
-  "Over 10 MB": "Über 10 MB",
-  "Over 100 MB": "Über 100 MB",
-  "PDF": "PDF",
-  "Password": "Passwort",
-  "Password again": "Passwort noch einmal",
-  "Paste": "Einfügen",
-  "Pattern; # is where the number goes": "Muster; # steht für die Nummer",
-  "Pause": "Anhalten",
-  "Paused: {done} of {n} uploaded": "Angehalten: {done} von {n} hochgeladen",
-  "Phone or tablet: WebDAV": "Handy oder Tablet: WebDAV",
-  "Phone or tablet: photos and files": "Handy oder Tablet: Fotos und Dateien",
-  "Photo": "Foto",
-  "Play on: {name}": "Danach: {name}",
-  "Please log in again": "Bitte neu anmelden",
-  "Present password": "Bisheriges Passwort",
-  "Preview": "Vorschau",
-  "Quota in GB; empty is no limit": "Speicher in GB; leer heißt unbegrenzt",
-  "Quota of new accounts in GB; empty is no limit": "Speicherplatz neuer Konten in GB; leer heißt keine Grenze",
-  "Recently": "Kürzlich",
-  "Record a video": "Video aufnehmen",
-  "Regular expression": "Regulärer Ausdruck",
-  "Remove": "Entfernen",
-  "Remove star": "Markierung entfernen",
-  "Remove the account {name}?": "Das Konto {name} entfernen?",
-  "Removed:": "Entfernt:",
-  "Rename": "Umbenennen",
-  "Rename {n} items": "{n} Elemente umbenennen",
-  "Renamed to “{name}”": "Umbenannt in „{name}“",
-  "Replace": "Ersetzen",
-  "Replace with": "Ersetzen durch",
-  "Restore": "Wiederherstellen",
-  "Restored to {place}": "Wiederhergestellt in {place}",
-  "Resume": "Fortsetzen",
-  "Retry": "Noch einmal",
-  "Retry all": "Alle wiederholen",
-  "Revoke": "Sperren",
-  "Revoke what you do not use any more: it is locked out at once.": "Sperre, was du nicht mehr benutzt: es verliert sofort den Zugang.",
-  "Revoke {name}": "{name} sperren",
-  "Save": "Speichern",
-  "Save mine": "Meine speichern",
-  "Saved.": "Gespeichert.",
-  "Screenshot": "Bildschirmfoto",
-  "Search": "Suchen",
-  "See it as it was…": "Ansehen, wie es war …",
-  "Select all": "Alle auswählen",
-  "Select {name}": "{name} auswählen",
-  "Server": "Server",
-  "Set a new password": "Neues Passwort setzen",
-  "Set the quota": "Speicher festlegen",
-  "Settings": "Einstellungen",
-  "Shift": "Umschalt",
-  "Show as text": "Als Text zeigen",
-  "Show in its folder": "Im Ordner zeigen",
-  "Show more": "Mehr zeigen",
-  "Show what is there now": "Zeigen, was jetzt da ist",
-  "Size": "Größe",
-  "Skip": "Überspringen",
-  "Skip to the files": "Zu den Dateien",
-  "Skipped": "Übersprungen",
-  "Slideshow": "Diaschau",
-  "Somebody changed this file; you see it as it is now.": "Jemand hat diese Datei geändert; du siehst sie, wie sie jetzt ist.",
-  "Somebody changed this in the meantime.": "Jemand hat das inzwischen geändert.",
-  "Somebody deleted this file": "Jemand hat diese Datei gelöscht",
-  "Somebody else saved this file": "Jemand anderes hat diese Datei gespeichert",
-  "Somebody else saved this file.": "Jemand anderes hat diese Datei gespeichert.",
-  "Somebody moved or deleted this file.": "Jemand hat diese Datei verschoben oder gelöscht.",
-  "Something went wrong on the server. Whoever runs it should look at its log.": "Auf dem Server ging etwas schief. Wer ihn betreibt, sollte ins Protokoll sehen.",
-  "Sort by {what}": "Nach {what} ordnen",
-  "Space": "Leertaste",
-  "Star": "Markieren",
-  "Star removed from {what}": "{what} nicht mehr markiert",
-  "Starred": "Markiert",
-  "Start again in the program that sent you here.": "Fang in dem Programm, das dich hergeschickt hat, noch einmal an.",
-  "State": "Zustand",
-  "Storage": "Speicher",
-  "Storage used": "Belegter Speicher",
-  "Synchronised folder": "Abgeglichener Ordner",
-  "Tables": "Tabellen",
-  "Take a photo": "Foto aufnehmen",
-  "Taken back.": "Zurückgenommen.",
-  "Texts": "Texte",
-  "That is too long ago: the history does not reach back so far.": "Das ist zu lange her: So weit reicht der Verlauf nicht zurück.",
-  "The disk of the server is almost full; it takes nothing new until there is room.": "Die Platte des Servers ist fast voll; er nimmt nichts Neues an, bis wieder Platz ist.",
-  "The most they may take per account, in GB; empty is no limit": "Höchstens je Konto, in GB; leer heißt keine Grenze",
-  "The server": "Der Server",
-  "The server cannot be reached. Check the connection and try again.": "Der Server ist nicht erreichbar. Prüfe die Verbindung und versuche es noch einmal.",
-  "The server cannot write at the moment.": "Der Server kann gerade nichts speichern.",
-  "The server could not read all of it. Whoever runs it should look at its log.": "Der Server konnte nicht alles lesen. Wer ihn betreibt, sollte ins Protokoll sehen.",
-  "The server is busy. Try again in a moment.": "Der Server ist beschäftigt. Versuche es gleich noch einmal.",
-  "The text": "Der Text",
-  "The trash is empty": "Der Papierkorb ist leer",
-  "The two passwords differ.": "Die beiden Passwörter sind verschieden.",
-  "There is no preview of this kind of file.": "Für diese Art von Datei gibt es keine Vorschau.",
-  "There is no room for {names}.": "Kein Platz ist für {names}.",
-  "There is something of that name already.": "Etwas mit diesem Namen gibt es schon.",
-  "These two are too different to be compared line by line.": "Diese beiden sind zu verschieden, um sie Zeile für Zeile zu vergleichen.",
-  "This browser cannot play this kind of file.": "Dieser Browser kann Dateien dieser Art nicht abspielen.",
-  "This browser cannot show this kind of picture.": "Dieser Browser kann Bilder dieser Art nicht zeigen.",
-  "This browser plays only the sound of this film.": "Dieser Browser spielt von diesem Film nur den Ton.",
-  "This file cannot be edited here.": "Diese Datei lässt sich hier nicht bearbeiten.",
-  "This file is empty.": "Diese Datei ist leer.",
-  "This file is larger than the server accepts.": "Diese Datei ist größer, als der Server annimmt.",
-  "This file was changed since it was chosen. Choose it again.": "Diese Datei wurde seit der Auswahl verändert. Wähle sie noch einmal aus.",
-  "This is not UTF-8; that it is {name} is a guess.": "Das ist kein UTF-8; dass es {name} ist, ist geraten.",
-  "This is not a regular expression.": "Das ist kein regulärer Ausdruck.",
-  "This is not allowed.": "Das ist nicht erlaubt.",
-  "This is not there any more.": "Das gibt es nicht mehr.",
-  "This is what you typed before and did not save.": "Das hast du früher getippt und nicht gespeichert.",
-  "This link has expired": "Dieser Link ist abgelaufen",
-  "This needs your password once more.": "Dafür ist noch einmal dein Passwort nötig.",
-  "This needs {need}, but {left} is all that is left: {lack} is missing.": "Gebraucht werden {need}, frei sind nur noch {left}: Es fehlen {lack}.",
-  "This one": "Dieses hier",
-  "This password is shown only now; it stands in the commands below.": "Dieses Passwort wird nur jetzt gezeigt; es steht in den Befehlen unten.",
-  "This server is not set up yet. Open the link that it printed when it started.": "Dieser Server ist noch nicht eingerichtet. Öffne den Link, den er beim Start ausgegeben hat.",
-  "This server takes files of up to {size}.": "Dieser Server nimmt Dateien bis {size} an.",
-  "This version is the present one now; the others stay.": "Diese Version gilt jetzt; die anderen bleiben erhalten.",
-  "This year": "Dieses Jahr",
-  "Tiles": "Kacheln",
-  "Time": "Zeit",
-  "To the files": "Zu den Dateien",
-  "Today": "Heute",
-  "Too many tries. Wait {time}, then try again.": "Zu viele Versuche. Warte {time}, dann versuch es noch einmal.",
-  "Trash": "Papierkorb",
-  "Try again": "Noch einmal versuchen",
-  "Type what you look for, or choose a filter.": "Tippe, was du suchst, oder wähle einen Filter.",
-  "Under 1 MB": "Unter 1 MB",
-  "Under the name": "Unter dem Namen",
-  "Undo": "Rückgängig",
-  "Undone, except {n} that changed since.": "Rückgängig gemacht, außer {n}, die sich seither geändert haben.",
-  "Undone.": "Rückgängig gemacht.",
-  "Until": "Bis",
-  "Upload a folder": "Ordner hochladen",
-  "Upload files": "Dateien hochladen",
-  "Upload the others": "Die anderen hochladen",
-  "Uploading: {done} of {n}, {percent} %": "Hochladen: {done} von {n}, {percent} %",
-  "Uploading…": "Wird hochgeladen …",
-  "Uploads": "Uploads",
-  "Version": "Version",
-  "Versions": "Versionen",
-  "Versions of {name}": "Versionen von {name}",
-  "Video": "Video",
-  "Videos": "Videos",
-  "View": "Ansicht",
-  "Waiting": "Wartet",
-  "Waiting for the connection…": "Wartet auf die Verbindung …",
-  "Ways to connect": "Wege zum Verbinden",
-  "Welcome": "Willkommen",
-  "What": "Was",
-  "What changed": "Was sich änderte",
-  "What is in it cannot be brought back after this.": "Sein Inhalt lässt sich danach nicht zurückholen.",
-  "What is kept": "Was aufgehoben wird",
-  "What is older goes for good; of what is more than the most, the oldest goes first.": "Was älter ist, geht endgültig; wird es mehr als das Höchste, geht das Älteste zuerst.",
-  "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
-  "What was typed into {names} and not saved is lost then.": "Was in {names} getippt und nicht gespeichert wurde, ist dann verloren.",
-  "What you typed is lost then.": "Was du getippt hast, ist dann verloren.",
-  "Where": "Wo",
-  "Where you are": "Wo du bist",
-  "Where you are logged in": "Wo du angemeldet bist",
-  "Wrong name or password.": "Name oder Passwort ist falsch.",
-  "You are offline": "Du bist offline",
-  "You can close this window now.": "Du kannst dieses Fenster jetzt schließen.",
-  "You changed this text.": "Du hast diesen Text geändert.",
-  "Your password, please": "Dein Passwort, bitte",
-  "Your session has ended.": "Deine Sitzung ist zu Ende.",
-  "Your storage is full. Delete something, then empty the trash, or ask for more.": "Dein Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
-  "a collection has no versions; ask for it as of a time": "ein Ordner hat keine Versionen; sieh ihn an, wie er zu einer Zeit war",
-  "a collection is at this path": "an dieser Stelle ist ein Ordner",
-  "a file is in the way": "eine Datei steht im Weg",
-  "a name has 1 to 64 characters, none of them / \\ : or a control character": "ein Name hat 1 bis 64 Zeichen, darunter kein / \\ : und kein Steuerzeichen",
-  "a password has 10 to 1024 characters": "ein Passwort hat 10 bis 1024 Zeichen",
-  "added": "hinzugefügt",
-  "added {when}": "hinzugefügt {when}",
-  "and {n} more": "und {n} weitere",
-  "another one still has it: rename in two steps": "hat ein anderes noch: in zwei Schritten umbenennen",
-  "cannot be a name": "kann kein Name sein",
-  "change your own password at account/password": "dein eigenes Passwort änderst du unter „Konto“",
-  "changed": "geändert",
-  "deleted": "gelöscht",
-  "everything": "alles",
-  "give the device a name of 1 to 100 characters": "gib dem Gerät einen Namen von 1 bis 100 Zeichen",
-  "is there already": "gibt es schon",
-  "it is back already": "es ist schon zurück",
-  "less than a minute left": "noch weniger als eine Minute",
-  "moved": "verschoben",
-  "one folder": "ein Ordner",
-  "passwords are not accepted over plain HTTP from another machine; use HTTPS": "Passwörter werden über einfaches HTTP von einem anderen Rechner nicht angenommen; nimm HTTPS",
-  "reads and changes": "liest und ändert",
-  "reads only": "liest nur",
-  "something else is there by now": "dort ist inzwischen etwas anderes",
-  "that password is too easy to guess": "dieses Passwort ist zu leicht zu erraten",
-  "the name of a version has 1 to 200 characters": "der Name einer Version hat 1 bis 200 Zeichen",
-  "there are 10000 of that name": "davon gibt es schon 10000",
-  "there is an account of that name": "ein Konto mit diesem Namen gibt es schon",
-  "this account has 500 devices; revoke some first": "dieses Konto hat 500 Geräte; sperre erst welche",
-  "this setup link is not valid any more": "dieser Link zum Einrichten gilt nicht mehr",
-  "this was a collection": "das war ein Ordner",
-  "twice the same": "zweimal der gleiche",
-  "used {when}": "benutzt {when}",
-  "what is copied was given up meanwhile": "was kopiert wird, wurde inzwischen aufgegeben",
-  "{free} of {total}": "{free} von {total}",
-  "{how} since": "seither {how}",
-  "{name} and {n} more were not sent.": "{name} und {n} weitere wurden nicht gesendet.",
-  "{name} was not sent.": "{name} wurde nicht gesendet.",
-  "{n} %": "{n} %",
-  "{n} % are there": "{n} % sind da",
-  "{n} B": "{n} B",
-  "{n} already there": "{n} schon da",
-  "{n} changed since: {how}": "{n} seither anders: {how}",
-  "{n} file": "{n} Datei",
-  "{n} file is too large": "{n} Datei ist zu groß",
-  "{n} file uploaded": "{n} Datei hochgeladen",
-  "{n} files": "{n} Dateien",
-  "{n} files are too large": "{n} Dateien sind zu groß",
-  "{n} files uploaded": "{n} Dateien hochgeladen",
-  "{n} folder": "{n} Ordner",
-  "{n} folders": "{n} Ordner",
-  "{n} hours left": "noch {n} Stunden",
-  "{n} item": "{n} Element",
-  "{n} item renamed": "{n} Element umbenannt",
-  "{n} item restored": "{n} Element wiederhergestellt",
-  "{n} items": "{n} Elemente",
-  "{n} items renamed": "{n} Elemente umbenannt",
-  "{n} items restored": "{n} Elemente wiederhergestellt",
-  "{n} line unchanged": "{n} Zeile unverändert",
-  "{n} lines unchanged": "{n} Zeilen unverändert",
-  "{n} minute": "{n} Minute",
-  "{n} minute ago": "vor {n} Minute",
-  "{n} minute left": "noch {n} Minute",
-  "{n} minutes": "{n} Minuten",
-  "{n} minutes ago": "vor {n} Minuten",
-  "{n} minutes left": "noch {n} Minuten",
-  "{n} name changes": "{n} Name ändert sich",
-  "{n} name does not work": "{n} Name geht nicht",
-  "{n} names change": "{n} Namen ändern sich",
-  "{n} names do not work": "{n} Namen gehen nicht",
-  "{n} of {all}": "{n} von {all}",
-  "{n} second": "{n} Sekunde",
-  "{n} seconds": "{n} Sekunden",
-  "{n} selected": "{n} ausgewählt",
-  "{n} upload failed": "{n} Upload fehlgeschlagen",
-  "{n} uploads failed": "{n} Uploads fehlgeschlagen",
-  "{n} version": "{n} Version",
-  "{n} versions": "{n} Versionen",
-  "{sent} of {size}": "{sent} von {size}",
-  "{size}/s, {time}": "{size}/s, {time}",
-  "{used} of {quota} used": "{used} von {quota} belegt",
-  "{used} used": "{used} belegt",
-  "{what} becomes what it was on {when}. {n} thing changes; you can undo this.": "{what} wird, was es am {when} war. {n} Ding ändert sich; das lässt sich rückgängig machen.",
-  "{what} becomes what it was on {when}. {n} things change; you can undo this.": "{what} wird, was es am {when} war. {n} Dinge ändern sich; das lässt sich rückgängig machen.",
-  "{what} brought back": "{what} zurückgeholt",
-  "{what} cannot be brought back after this.": "{what} lässt sich danach nicht zurückholen.",
-  "{what} copied": "{what} kopiert",
-  "{what} deleted": "{what} gelöscht",
-  "{what} moved": "{what} verschoben",
-  "{what} ready to be copied: paste it where you want it.": "{what} zum Kopieren vorgemerkt: Füge es ein, wo du es haben willst.",
-  "{what} ready to be moved: paste it where it belongs.": "{what} zum Verschieben vorgemerkt: Füge es ein, wo es hingehört.",
-  "{what} starred": "{what} markiert",
-  "{who} brought {what} back to an earlier time": "{who} hat {what} auf einen früheren Stand gebracht",
-  "{who} changed the password of {name}": "{who} hat das Passwort von {name} geändert",
-  "{who} changed the quota of {name}": "{who} hat den Speicherplatz von {name} geändert",
-  "{who} changed the rights of {name}": "{who} hat die Rechte von {name} geändert",
-  "{who} changed what is kept": "{who} hat geändert, was aufgehoben wird",
-  "{who} changed {what}": "{who} hat {what} geändert",
-  "{who} copied {what} to {to}": "{who} hat {what} nach {to} kopiert",
-  "{who} deleted {what}": "{who} hat {what} gelöscht",
-  "{who} emptied the trash": "{who} hat den Papierkorb geleert",
-  "{who} locked {what}": "{who} hat {what} gesperrt",
-  "{who} made the account {name}": "{who} hat das Konto {name} angelegt",
-  "{who} made the folder {what}": "{who} hat den Ordner {what} angelegt",
-  "{who} moved {what} to {to}": "{who} hat {what} nach {to} verschoben",
-  "{who} removed the account {name}": "{who} hat das Konto {name} entfernt",
-  "{who} restored a version of {what}": "{who} hat eine Version von {what} wiederhergestellt",
-  "{who} restored {what}": "{who} hat {what} wiederhergestellt",
-  "{who} saved {what}": "{who} hat {what} gespeichert",
-  "{who} synchronised {what}": "{who} hat {what} abgeglichen",
-  "{who} undid a step": "{who} hat einen Schritt rückgängig gemacht",
-  "{who} uploaded {what}": "{who} hat {what} hochgeladen",
-  "“{name}”": "„{name}“",
-  "“{name}” and {n} more": "„{name}“ und {n} weitere",
-  "“{name}” exists already": "„{name}“ gibt es schon",
-  "“{name}” is held: it wants to delete {deletes} and overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen und {overwrites} überschreiben.",
-  "“{name}” is held: it wants to delete {deletes} files.": "„{name}“ ist angehalten: Es will {deletes} Dateien löschen.",
-  "“{name}” is held: it wants to overwrite {overwrites} files.": "„{name}“ ist angehalten: Es will {overwrites} Dateien überschreiben.",
-  "“{name}” is not there (any more).": "„{name}“ ist nicht (mehr) da.",
-  "“{sign}” does not exist in the encoding of this file ({name}).": "„{sign}“ gibt es in der Kodierung dieser Datei nicht ({name})."
-}
-"""
-
 PAGE_HTML = r"""<!doctype html>
 <html lang="en">
 <head>
@@ -20928,20 +20962,11 @@ async function answer(request, name) {
 """
 
 
-def bare(source: str) -> str:
-    """A script or style as it is sent: as it is written, but for indentation, empty lines and comments."""
-    return re.sub(r"(?m)^ *(?://.*|/\*.*\*/)?\n|^ +|(?<=\S) +// .*$", "", source)
-
-
-def source_hash(text: str) -> str:
-    """How a Content-Security-Policy names a piece of inline source (CSP3 s2.3.1)."""
-    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
 @lru_cache(maxsize=None)
 def page_as_sent(packed: bool) -> tuple[bytes, dict[str, str]]:
     """(body, header fields) for a browser that takes gzip or not, made when first asked for; nothing in it is secret (W3)."""
-    style, script = bare(PAGE_STYLE), bare(PAGE_SCRIPT)
+    style = bare(PARTS_STYLE + ":root[data-theme=dark] {\n" + PARTS_DARK + "}\n" + PAGE_STYLE)
+    script = bare(PARTS_SCRIPT + PAGE_SCRIPT)
     page = PAGE_HTML.replace("{style}", style).replace("{script}", script).encode()
     return gzip.compress(page, mtime=0) if packed else page, {
         "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "Vary": "Accept-Encoding",
@@ -20962,9 +20987,6 @@ def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     if request["if-none-match"] == fields["ETag"]:
         return Response(304, b"", {name: value for name, value in fields.items() if name != "Content-Encoding"})
     return Response(200, body, dict(fields))
-
-
-WORDS = {"de": PAGE_GERMAN}       # what the page says in other languages, JSON: another one is another row here and in LANGUAGES
 
 
 @route("GET", "/words/<language>", needs="nothing", packs=True)
