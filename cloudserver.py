@@ -210,10 +210,13 @@ FILE, COLLECTION = 0, 1         # Node.kind
 ID_EPOCH = 1_577_836_800_000    # ms since 1970: 2020, where the clock inside ids begins
 
 
+Size = int                      # bytes; people write 50G
+Names = Tuple[str, ...]         # people write them with commas between
+Networks = Tuple[Any, ...]      # of ipaddress, likewise
+
+
 def option(default: Any, help: str, **how: Any) -> Any:
-    """A field of Config: `help` for people, `how` for argparse (metavar=, action=, type=)."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: default, metadata={"help": help, **how})
+    """A field of Config: `help` for people, `how` for argparse (metavar=, choices=); see SETTING_TYPES for its type."""
     return field(default=default, metadata={"help": help, **how})
 
 
@@ -226,18 +229,17 @@ class Config:
     workers: int = option(0, "processes that answer; 0 takes one per core, at most 8", metavar="N")
     tls_cert: Optional[Path] = option(None, "certificate chain, PEM; with it the server speaks HTTPS", metavar="FILE")
     tls_key: Optional[Path] = option(None, "its private key, PEM", metavar="FILE")
-    behind_proxy: str = option("", "addresses of reverse proxies whose X-Forwarded-* count, e.g. 127.0.0.1,10.0.0.0/8",
-                               metavar="CIDR")
-    hostname: str = option("", "names clients may call this server by, besides its own and its addresses",
-                           metavar="NAMES")
+    behind_proxy: Networks = option((), "addresses of reverse proxies whose X-Forwarded-* count, e.g. 127.0.0.1,10.0.0.0/8",
+                                    metavar="CIDR")
+    hostname: Names = option((), "names clients may call this server by, besides its own and its addresses", metavar="NAMES")
     plain_http: bool = option(False, "accept passwords over plain HTTP from other machines")
-    quota: str = option("", "quota of new accounts, e.g. 50G; empty is none", metavar="SIZE")
-    max_file: str = option("1T", "largest file", metavar="SIZE")
+    quota: Optional[Size] = option(None, "quota of new accounts, e.g. 50G; empty is none", metavar="SIZE")
+    max_file: Size = option(TiB, "largest file", metavar="SIZE")
     keep_days: int = option(30, "days that every version and everything deleted is kept", metavar="DAYS")
-    history: str = option("", "most that versions and deleted files of one account may take; empty is no limit",
-                          metavar="SIZE")
-    low_water: str = option("1G", "free space below which writes are refused (or 2 % of the disk, if that is less)",
-                            metavar="SIZE")
+    history: Optional[Size] = option(None, "most that versions and deleted files of one account may take; empty is no limit",
+                                     metavar="SIZE")
+    low_water: Size = option(GiB, "free space below which writes are refused (or 2 % of the disk, if that is less)",
+                             metavar="SIZE")
     max_connections: int = option(2000, "open connections per process", metavar="N")
     access_log: str = option("", "file for the access log, combined format; - is standard output", metavar="FILE")
     quiet: bool = option(False, "log warnings and errors only")
@@ -789,7 +791,6 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.I)
 _UNITS = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB, "P": 1 << 50}
 
 
-@lru_cache(maxsize=64)
 def parse_size(text: str) -> int:
     """Bytes of "10G", "1.5 MiB", "4096".  raises CloudError bad-request."""
     found = _SIZE.fullmatch(text.strip())
@@ -806,6 +807,21 @@ def format_size(size: float) -> str:
             return "%d %s" % (size, unit) if unit == "B" else "%.1f %s" % (size, unit)
         size /= 1024
     raise AssertionError
+
+
+# ---- settings
+
+def parse_names(text: str) -> Names:
+    """Host names with commas between, in lower case."""
+    return tuple(name.strip().lower() for name in text.split(",") if name.strip())
+
+
+def parse_networks(text: str) -> Networks:
+    """Addresses and networks with commas between.  raises CloudError bad-request"""
+    try:
+        return tuple(ipaddress.ip_network(part, strict=False) for part in parse_names(text))
+    except ValueError as error:
+        raise CloudError("bad-request", str(error)) from error
 
 
 # ---- conditions and ranges
@@ -4410,8 +4426,8 @@ class Space:
 
     def check(self, place: Place, growth: int, size: int) -> None:
         """Refuse what exceeds quota or disk.  `growth` of the live bytes, `size` to be stored; both in bytes."""
-        if size > parse_size(self.config.max_file):
-            raise CloudError("too-large", "files may have %s" % format_size(parse_size(self.config.max_file)))
+        if size > self.config.max_file:
+            raise CloudError("too-large", "files may have %s" % format_size(self.config.max_file))
         if place.quota is not None and growth > 0 and place.used + self.reserved(place.view.home) + growth > place.quota:
             raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, place.quota - place.used)))
         if size and place.quota is not None:
@@ -4453,15 +4469,20 @@ class Space:
         now = self.clock.due()
         if now >= self._free[0]:
             usage = shutil.disk_usage(self.config.data)
-            self._free = now + SECOND, usage.free >= min(parse_size(self.config.low_water), usage.total // 50)
+            self._free = now + SECOND, usage.free >= low_mark(self.config, usage.total)
         return self._free[1]
 
     def keep_reserve(self) -> None:
         """Have room put by for the moment when the disk is full, as long as it is not (R18)."""
         usage = shutil.disk_usage(self.config.data)
         size = min(RESERVE, usage.total // 64)
-        if usage.free > size + min(parse_size(self.config.low_water), usage.total // 50):
+        if usage.free > size + low_mark(self.config, usage.total):
             self.db.reserve.keep(size)
+
+
+def low_mark(config: Config, total: int) -> int:
+    """The free space below which nothing is written to a disk of `total` bytes."""
+    return min(config.low_water, total // 50)
 
 
 class Locks:
@@ -7320,8 +7341,7 @@ class Cloud:
 
     def policy(self) -> Policy:
         """What an administrator may change while the server runs; until then it is what the command line says."""
-        given = Policy(self.config.keep_days, *(parse_size(text) if text else None
-                                                for text in (self.config.history, self.config.quota)))
+        given = Policy(self.config.keep_days, self.config.history, self.config.quota)
         return given._replace(**json.loads(self.db.setting("policy") or "{}"))
 
     def set_policy(self, who: Principal, **values: int | None) -> Policy:
@@ -8060,12 +8080,9 @@ class Site:
     """What the operator said about names and proxies, ready for use on every request."""
 
     def __init__(self, config: Config) -> None:
-        self.proxies = [ipaddress.ip_network(text.strip(), strict=False)
-                        for text in config.behind_proxy.split(",") if text.strip()]
         own = socket.gethostname().lower()
-        self.names = {own, own.partition(".")[0], own.partition(".")[0] + ".local",
-                      *(name.strip().lower() for name in config.hostname.split(",") if name.strip())}
-        self.plain_http = config.plain_http
+        self.names = {own, own.partition(".")[0], own.partition(".")[0] + ".local", *config.hostname}
+        self.proxies, self.plain_http = config.behind_proxy, config.plain_http
         self.slots = Slots(SLOTS, "%d requests of yours are under way already", 2)
         self.bodies = Slots(LARGE_BODIES, "%d uploads of yours are under way already", 5)
         self.knows = lru_cache(maxsize=256)(self._knows)
@@ -8731,7 +8748,7 @@ def api_root(cloud: Cloud, who: Principal, request: Request) -> Response:
         "name": "cloudserver", "set_up": cloud.accounts.is_set_up(), "account": who.name or None, "server": cloud.epoch,
         "me": api_account_of(cloud, who) if who.account else None,
         "openapi": API + "openapi.json",
-        "limits": {"file": parse_size(cloud.config.max_file), "name": NAME_LIMIT, "path": PATH_LIMIT, "depth": DEPTH_LIMIT,
+        "limits": {"file": cloud.config.max_file, "name": NAME_LIMIT, "path": PATH_LIMIT, "depth": DEPTH_LIMIT,
                    "chunk": CHUNK_LIMIT, "frames": FRAMES_LIMIT, "ops": OPS_LIMIT, "entries": PAGE_LIMIT, "copy": COPY_LIMIT}})
 
 
@@ -9363,7 +9380,7 @@ def read_tus_checksum(request: Request) -> tuple[str, bytes] | None:
 def tus_options(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What of tus is understood."""
     return tus_response(204, Tus_Version=TUS_VERSION, Tus_Extension=TUS_EXTENSIONS,
-                        Tus_Max_Size=str(parse_size(cloud.config.max_file)), Tus_Checksum_Algorithm=",".join(TUS_CHECKSUMS))
+                        Tus_Max_Size=str(cloud.config.max_file), Tus_Checksum_Algorithm=",".join(TUS_CHECKSUMS))
 
 
 @route("POST", "/tus", needs="write", refuse=tus_error)
@@ -11965,14 +11982,13 @@ def local_url(config: Config, port: int) -> str:
 
 def urls_of(config: Config, port: int) -> list[str]:
     """How people reach the server, the best first."""
-    names = [name.strip() for name in config.hostname.split(",") if name.strip()]
-    if config.behind_proxy and names:
-        return [format_url(True, name, 443) for name in names]
+    if config.behind_proxy and config.hostname:
+        return [format_url(True, name, 443) for name in config.hostname]
     if config.host in ANYWHERE:                  # from elsewhere only where a password may come that way (N5)
         others = [*addresses_of(config.host), *local_names()] if config.tls_cert or config.plain_http else []
-        hosts = [*names, "localhost", *others]
+        hosts = [*config.hostname, "localhost", *others]
     else:
-        hosts = ["localhost"] if config.host in HERE else [*names, config.host]
+        hosts = ["localhost"] if config.host in HERE else [*config.hostname, config.host]
     return [format_url(bool(config.tls_cert), host, port) for host in dict.fromkeys(hosts)]
 
 
@@ -12687,7 +12703,7 @@ def examine(config: Config) -> Iterator[tuple[bool | None, str]]:
     yield sqlite3.sqlite_version_info >= (3, 34), "SQLite %s" % sqlite3.sqlite_version
     yield not hasattr(os, "geteuid") or os.geteuid() != 0, "not running as root"
     usage = shutil.disk_usage(config.data)
-    yield usage.free > min(parse_size(config.low_water), usage.total // 50), "%s free on the disk" % format_size(usage.free)
+    yield usage.free > low_mark(config, usage.total), "%s free on the disk" % format_size(usage.free)
     if os.name == "nt":                          # access lists, which the standard library does not read
         yield None, "not checked: that the data directory is private; see its properties, Security"
     else:
@@ -15393,7 +15409,7 @@ def run_user_add(config: Config, given: Arguments) -> None:
     """make an account; --quota limits it"""
     with open_cloud(config, "make") as cloud:
         cloud.accounts.add(given.name, read_password(given), admin=given.admin,
-                           quota=parse_size(config.quota) if config.quota else cloud.policy().quota)
+                           quota=cloud.policy().quota if config.quota is None else config.quota)
 
 
 @command("user list")
@@ -15682,8 +15698,10 @@ class HelpFormatter(argparse.HelpFormatter):
     """Shows those defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        says = action.default not in (None, "", [], False, argparse.SUPPRESS)
-        return (action.help or "") + (" (default: %(default)s)" if says else "")
+        if action.default in (None, "", [], (), False, argparse.SUPPRESS):
+            return action.help or ""
+        is_size = action.metavar == "SIZE" and isinstance(action.default, int)
+        return "%s (default: %s)" % (action.help, format_size(action.default) if is_size else "%(default)s")
 
 
 def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -15711,7 +15729,20 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader of values as argparse wants it."""
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except CloudError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return read
+
+
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+SETTING_TYPES = {                # how a setting is read, by its type as Config spells it
+    "str": str, "int": int, "Path": Path, "Optional[Path]": Path, "Names": parse_names, "Networks": argument(parse_networks),
+    "Size": argument(parse_size), "Optional[Size]": argument(lambda text: parse_size(text) if text else None)}
 
 
 def add_setting(parser: argparse.ArgumentParser, setting: Any) -> None:
@@ -15719,9 +15750,8 @@ def add_setting(parser: argparse.ArgumentParser, setting: Any) -> None:
     how, flag, variable = dict(setting.metadata), "--" + setting.name.replace("_", "-"), variable_of(setting)
     how["help"] = "%s [%s]" % (how["help"].replace("%", "%%"), variable)
     given = os.environ.get(variable) or setting.default
-    if not isinstance(setting.default, bool):
-        kind = int if isinstance(setting.default, int) else Path if "Path" in setting.type else str
-        parser.add_argument(flag, type=kind, default=given, **how)
+    if setting.type != "bool":
+        parser.add_argument(flag, type=SETTING_TYPES[setting.type], default=given, **how)
         return
     if str(given).lower() not in SWITCHES:
         raise CloudError("bad-request", "%s is one of %s" % (variable, ", ".join(SWITCHES)))
@@ -15769,13 +15799,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_config(config: Config) -> None:
     """raises CloudError for a setting that makes no sense"""
-    for name in ("max_file", "low_water", "quota", "history"):
-        if getattr(config, name):
-            parse_size(getattr(config, name))
-    try:
-        Site(config)
-    except ValueError as error:
-        raise CloudError("bad-request", "--behind-proxy: %s" % error) from error
     if not 0 <= config.port <= 65535 or config.workers < 0 or not 0 <= config.keep_days <= KEEP_MOST or config.max_connections < 1:
         raise CloudError("bad-request", "--port, --workers, --keep-days or --max-connections is out of range")
     if config.windows_names not in ("allow", "refuse"):

@@ -4237,7 +4237,7 @@ def test_errors_can_be_read_and_betray_nothing(call, cloud, monkeypatch):
 def test_proxies_are_believed_only_when_listed(make_cloud):
     """N4"""
     fields = {"x-forwarded-for": "6.6.6.6, 1.2.3.4, 10.0.0.2", "x-forwarded-proto": "https"}
-    site = cs.Site(Config(behind_proxy="10.0.0.0/8,127.0.0.1"))
+    site = cs.Site(Config(behind_proxy=cs.parse_networks("10.0.0.0/8,127.0.0.1")))
     assert site.locate("10.0.0.1", False, fields) == ("1.2.3.4", True, True)
     assert site.locate("10.0.0.1", False, {}) == ("10.0.0.1", False, False)      # it says nothing, so this is all there is
     assert site.locate("127.0.0.1", False, {}) == ("127.0.0.1", False, True)     # curl on the same machine
@@ -4255,7 +4255,7 @@ def test_proxies_are_believed_only_when_listed(make_cloud):
 @pytest.mark.parametrize("scheme", ["https", "HTTPS", "http", "wss", "https, http", "", None])
 def test_what_a_proxy_says_badly_fails_closed(hops, want, scheme):
     """X26: the client never passes for the proxy, and no password over what is not known to be HTTPS"""
-    site = cs.Site(Config(behind_proxy="10.0.0.0/8"))
+    site = cs.Site(Config(behind_proxy=cs.parse_networks("10.0.0.0/8")))
     fields = {name: value for name, value in (("x-forwarded-for", hops), ("x-forwarded-proto", scheme)) if value is not None}
     found = outcome(site.locate, "10.0.0.1", True, fields)
     if not fields:
@@ -4264,13 +4264,13 @@ def test_what_a_proxy_says_badly_fails_closed(hops, want, scheme):
         assert found == "bad-request"
     else:
         assert found == (want, scheme.lower() == "https", scheme.lower() == "https")
-        allowed = cs.Site(Config(behind_proxy="10.0.0.0/8", plain_http=True))
+        allowed = cs.Site(Config(behind_proxy=cs.parse_networks("10.0.0.0/8"), plain_http=True))
         assert allowed.locate("10.0.0.1", False, fields) == (want, scheme.lower() == "https", True)
 
 
 def test_a_client_behind_a_proxy_is_never_taken_for_it(make_cloud, serve_cloud, tmp_path):
     """X26, N6: not by metrics, not by the door for passwords, not in the log"""
-    cloud = make_cloud(behind_proxy="127.0.0.1", access_log=str(tmp_path / "log"))
+    cloud = make_cloud(behind_proxy=cs.parse_networks("127.0.0.1"), access_log=str(tmp_path / "log"))
     account(cloud)
     call = partial(exchange, serve_cloud(cloud), user=None)
     forwarded = dict(X_Forwarded_For="8.8.8.8:4444", X_Forwarded_Proto="https")
@@ -4288,7 +4288,7 @@ def test_a_client_behind_a_proxy_is_never_taken_for_it(make_cloud, serve_cloud, 
 
 def test_a_server_below_a_path_of_a_proxy(make_cloud, serve_cloud):
     """C12: every address it gives has the prefix that a listed proxy tells, and those it is given may have it."""
-    cloud = make_cloud(behind_proxy="127.0.0.1")
+    cloud = make_cloud(behind_proxy=cs.parse_networks("127.0.0.1"))
     ann = account(cloud)
     put(cloud, ann, "d/a", parents=True), put(cloud, ann, "gone"), cloud.files.delete(ann, ("gone",))
     call = partial(exchange, serve_cloud(cloud), X_Forwarded_Prefix="/cloud")
@@ -4335,7 +4335,7 @@ def test_a_refused_target_is_refused_by_its_door_and_logged_with_its_method(make
 
 def test_hosts_are_known_by_name(make_cloud):
     """B3"""
-    site = cs.Site(Config(hostname="cloud.example, other.example"))
+    site = cs.Site(Config(hostname=cs.parse_names("cloud.example, other.example")))
     for host, want in (("cloud.example", True), ("CLOUD.example:80", True), ("localhost", True), ("127.0.0.1:1", True),
                        ("[::1]", True), ("evil.example", False), ("cloud.example.evil.example", False),
                        (socket.gethostname(), True), ("1.2.3.4.evil.example", False)):
@@ -6575,7 +6575,7 @@ def test_login_flow(call, cloud, ann):
 
 
 def test_login_addresses_are_those_the_client_uses(make_cloud, serve_cloud):
-    cloud = make_cloud(behind_proxy="127.0.0.1", hostname="cloud.example")
+    cloud = make_cloud(behind_proxy=cs.parse_networks("127.0.0.1"), hostname=cs.parse_names("cloud.example"))
     account(cloud)
     begun = exchange(serve_cloud(cloud), "POST", "/index.php/login/v2", user=None, Host="cloud.example",
                      X_Forwarded_For="8.8.8.8", X_Forwarded_Proto="https").json()
@@ -7243,7 +7243,7 @@ def test_a_backup_under_way_holds_the_sweep(aging):
 
 
 def test_history_may_have_a_limit(make_cloud, fake):
-    cloud = make_cloud(clock=fake.clock(), history="1000")
+    cloud = make_cloud(clock=fake.clock(), history=1000)
     ann, upkeep = account(cloud), cs.Upkeep(cloud)
     for n in range(10):
         put(cloud, ann, "a", b"%d" % n * 200)
@@ -8144,12 +8144,12 @@ def test_a_bad_certificate_leaves_nothing(tmp_path):
     (dict(), "http://localhost:8765/"),
     (dict(host="::1"), "http://localhost:8765/"),
     (dict(tls_cert="c", port=443), "https://localhost/"),
-    (dict(behind_proxy="127.0.0.1", hostname="cloud.example"), "https://cloud.example/"),
-    (dict(behind_proxy="10.0.0.0/8", host="0.0.0.0", hostname="a.example, b.example"), "https://a.example/ https://b.example/"),
+    (dict(behind_proxy=cs.parse_networks("127.0.0.1"), hostname=cs.parse_names("cloud.example")), "https://cloud.example/"),
+    (dict(behind_proxy=cs.parse_networks("10.0.0.0/8"), host="0.0.0.0", hostname=cs.parse_names("a.example, b.example")), "https://a.example/ https://b.example/"),
     (dict(host="0.0.0.0"), "http://localhost:8765/"),                            # a password is not taken from elsewhere
     (dict(host="0.0.0.0", plain_http=True), "http://localhost:8765/ http://198.51.100.7:8765/ http://nas.local:8765/"),
     (dict(host="::", plain_http=True), "http://localhost:8765/ http://[2001:db8::7]:8765/ http://nas.local:8765/"),
-    (dict(host="0.0.0.0", tls_cert="c", hostname="cloud.example"),
+    (dict(host="0.0.0.0", tls_cert="c", hostname=cs.parse_names("cloud.example")),
      "https://cloud.example:8765/ https://localhost:8765/ https://198.51.100.7:8765/ https://nas.local:8765/"),
     (dict(host="198.51.100.9", plain_http=True, port=80), "http://198.51.100.9/"),
     (dict(host="2001:db8::9", tls_cert="c"), "https://[2001:db8::9]:8765/"),
