@@ -18222,14 +18222,21 @@ async function thumbnailOf(kind, entry, file) {
   return blob;
 }
 
-// a second from the start, where it is hardly black any more
-function frameOf(address) {
+// a second from the start, where it is hardly black any more; the first one of a film that is broken in between
+function frameOf(address, second = 1) {
+  const video = h("video", {muted: true, preload: "auto", playsInline: true, src: address});
   return new Promise((done, fail) => {
-    const start = () => { video.currentTime = Math.min(1, video.duration / 2); };
-    const take = () => createImageBitmap(video).then(done, fail).finally(() => video.removeAttribute("src"));
-    const video = h("video", {muted: true, preload: "auto", playsInline: true, src: address,
-                              onloadedmetadata: start, onseeked: take, onerror: fail});
+    const start = () => { video.currentTime = Math.min(second, video.duration / 2); };
+    const take = () => createImageBitmap(video).then(done, again);
+    const again = () => video.src && setTimeout(take, 50);       // Chromium may say "seeked" before it has the frame
+    Object.assign(video, {onloadedmetadata: start, onseeked: take, onerror: fail});
     setTimeout(fail, 20000);
+  }).catch(error => {
+    if (!second || !video.readyState) throw error;
+    return frameOf(address, 0);
+  }).finally(() => {
+    video.removeAttribute("src");
+    video.load();                      // it lets go of what it loads
   });
 }
 

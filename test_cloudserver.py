@@ -12764,7 +12764,7 @@ class Browser:
     def run_async(self, script, *args):
         return self.do("POST", "/execute/async", {"script": script, "args": list(args)})
 
-    def wait(self, script, *args, seconds=10):
+    def wait(self, script, *args, seconds=60):
         """What the script returns as soon as that is something."""
         until = time.monotonic() + seconds
         while True:
@@ -12777,7 +12777,7 @@ class Browser:
     def text(self):
         return self.run("return document.body.innerText")
 
-    def sees(self, *words, seconds=10):
+    def sees(self, *words, seconds=60):
         for word in words:
             self.wait("return document.body.innerText.includes(arguments[0])", word, seconds=seconds)
 
@@ -13919,7 +13919,7 @@ def test_browser_makes_thumbnails_once(page):
     assert page.run("return performance.getEntriesByType('resource').filter(one => one.name.endsWith('lark.png')).length") == 0
 
 
-def eventually(look, seconds=10):
+def eventually(look, seconds=60):
     """What it returns as soon as that is something."""
     until = time.monotonic() + seconds
     while not (found := look()):
@@ -14020,12 +14020,27 @@ def test_browser_makes_thumbnails_of_films(page, film):
     page.open("/")
     page.click("View")
     page.click("Tiles")
-    page.wait("const image = document.querySelector('#row0 img'); return image && image.naturalWidth > 100")
+    page.wait("return document.querySelector('#row0 img')?.naturalWidth > 100")
     page.shot("film")
     eventually(lambda: page.cloud.pictures.thumbnail(page.who, ("film.webm",)))
     page.run("const film = Uint8Array.from(atob(arguments[0]), one => one.charCodeAt(0));"
              "addUploads([{path: 'other.webm', file: new File([film, 'x'], 'other.webm', {type: 'video/webm'})}])", base64.b64encode(film).decode())
     eventually(lambda: "other.webm" in page.tree() and page.cloud.pictures.thumbnail(page.who, ("other.webm",)))
+
+
+@pytest.mark.parametrize("hinders", [
+    "const real = createImageBitmap; let count = 0; createImageBitmap = one => count++ ? real(one) : Promise.reject(new Error('not yet'))",
+    "const real = Object.getOwnPropertyDescriptor(HTMLMediaElement.prototype, 'currentTime').set;"
+    "Object.defineProperty(HTMLMediaElement.prototype, 'currentTime', {set(to) { to ? this.dispatchEvent(new Event('error')) : real.call(this, to); }})",
+], ids=["late", "broken"])
+def test_browser_makes_thumbnails_of_films_that_show_their_frame_late_or_the_first_alone(page, film, hinders):
+    page.put("film.webm", film)
+    page.open("/")
+    page.run("const make = document.createElement; window.videos = [];"
+             "document.createElement = function(name) { const made = make.call(this, name); if (name === 'video') videos.push(made); return made; };" + hinders)
+    page.run("setShape('tiles')")
+    page.wait("return document.querySelector('#row0 img')?.naturalWidth > 100")
+    page.wait("return videos.length && videos.every(one => one.networkState === HTMLMediaElement.NETWORK_EMPTY)")      # and loads no more of them
 
 
 def test_browser_stars(page):
