@@ -1697,6 +1697,11 @@ def manifest_of(chunks: Sequence[tuple[str, int]]) -> str:
     return "m" + whole.hexdigest()
 
 
+def number_of(hash: str) -> int:
+    """48 bits that stand for a chunk, or the manifest of several."""
+    return int(hash[-12:], 16)
+
+
 # ---- files and directories that survive a loss of power
 
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}       # "this file system has no such call"
@@ -2243,8 +2248,9 @@ def storage_error(error: OSError) -> CloudError:
 #    No body reads the database on its way: the connection that writes is the only one at work.
 # 4. Between processes a lock file queues commits, and checkpoints happen inside commits: the two never overlap.
 # 5. Ids and times come from the process as parameters, never from the database.
-# 6. What was read before may be used again as long as no process has written since: the lock for writing counts, before
-#    and after.  What ends by time is looked at each time.
+# 6. What was read before may be used again as long as nothing that it depends on was touched since: who commits says
+#    beforehand what that touches, in memory that all processes share; who does not know touches everything.
+#    What ends by time is looked at each time.
 
 SCHEMA = """
 CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -2383,6 +2389,7 @@ GROUP_LIMIT = 64                # batches in one commit
 ATTEMPTS = 50                   # times a batch may find that somebody was faster
 PIECE = 500                     # rows that are asked for, or touched, at a time
 RECENT_LARGEST, RECENT_MOST = 64 * KiB, 16 * MiB        # bytes of an answer that is remembered, and of all
+TRACKS = 4093                   # words that tell when something was touched last; a prime, as numbers come in steps
 
 
 def pieces(rows: Sequence[Any], size: int = PIECE) -> Iterator[list[Any]]:
@@ -2469,19 +2476,31 @@ class FileLock:
 
 
 class CountingLock(FileLock):
-    """A lock whose file counts, in memory that all processes map, how often it was taken and given back (a seqcount).
+    """A lock whose file tells, in memory that all processes map, how often it was taken and given back (a seqcount), and
+    what was touched meanwhile, and when.
 
-    The word is odd while somebody has the lock, or died with it; what was read at an even word holds as long as that stands.
+    The first word is the count; it is odd while somebody has the lock, or died with it.  The others are the counts at which
+    something was touched last: anything at all, or a thing whose number is this modulo TRACKS.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._memory, self.count = None, [1]     # who cannot share a file as memory trusts nothing
+        self._memory, self.words = None, None    # None: who cannot share a file as memory trusts nothing
+        size = 8 * (2 + TRACKS)
         with suppress(OSError, ValueError):
-            if os.fstat(self._fd).st_size < 4:
-                os.write(self._fd, bytes(4))     # not a hole: a full disk would end who writes into one
-            self._memory = mmap.mmap(self._fd, 4)
-            self.count = memoryview(self._memory).cast("I")
+            self._lengthen(size)
+            self._memory = mmap.mmap(self._fd, size)
+            self.words = memoryview(self._memory).cast("Q")
+
+    def _lengthen(self, size: int) -> None:
+        """Not by a hole: a full disk would end who writes into one."""
+        if os.fstat(self._fd).st_size >= size:
+            return
+        super().acquire()
+        try:
+            os.write(self._fd, bytes(size - os.lseek(self._fd, 0, os.SEEK_END)))
+        finally:
+            super().release()
 
     def acquire(self, *, wait: bool = True) -> bool:
         taken = super().acquire(wait=wait)
@@ -2494,47 +2513,73 @@ class CountingLock(FileLock):
         super().release()
 
     def _step(self, odd: int) -> None:
-        """To the next word that is odd, or even.  Where the file is no memory, by hand; on a full disk nobody else can have a word either."""
-        if self._memory:
-            self.count[0] = (self.count[0] + 1 | odd) & 0xFFFFFFFF
+        """To the next count that is odd, or even.  Where the file is no memory, by hand, and then everything counts as touched;
+        on a full disk nobody else can have words either."""
+        if self.words:
+            self.words[0] = self.words[0] + 1 | odd
             return
         with suppress(OSError):
             os.lseek(self._fd, 0, os.SEEK_SET)
-            word = int.from_bytes(os.read(self._fd, 4), sys.byteorder)
+            count = int.from_bytes(os.read(self._fd, 8), sys.byteorder) + 1 | odd
             os.lseek(self._fd, 0, os.SEEK_SET)
-            os.write(self._fd, ((word + 1 | odd) & 0xFFFFFFFF).to_bytes(4, sys.byteorder))
+            os.write(self._fd, count.to_bytes(8, sys.byteorder) * (1 + odd))
+
+    def touch(self, numbers: Iterable[int] | None) -> None:
+        """Say what is going to change, by who has the lock, before anybody can see it; None: who knows what."""
+        if self.words:
+            count = self.words[0]
+            for track in tracks_of(numbers) if numbers is not None else (1,):
+                self.words[track] = count
 
     def close(self) -> None:
         if self._memory:
-            self.count.release()
+            self.words.release()
             self._memory.close()
         super().close()
 
 
+def tracks_of(numbers: Iterable[int]) -> Iterator[int]:
+    """The words of a CountingLock that tell when the things of these numbers were touched last."""
+    return (2 + number % TRACKS for number in numbers)
+
+
 class Recent:
-    """What was read since anybody wrote last, by key (invariant 6)."""
+    """What was read before, by key, for as long as nothing that it depends on was touched (invariant 6).
+
+    What was read at a count, or while that was reached, is as it was then if nothing it depends on was touched at a later one.
+    """
 
     def __init__(self, lock: CountingLock | None) -> None:
-        """lock  counts who writes; without one nothing is remembered"""
-        self._count, self._weight = lock.count if lock else [1], 0
-        self._kept: tuple[int, dict[Any, Any]] = 1, {}       # what was read at that word; never an odd one, but for this
+        """lock  tells who writes what; without one nothing is remembered"""
+        self._words, self._weight, self._keeping = lock and lock.words, 0, threading.Lock()
+        self._kept: dict[Any, tuple[Any, int, int, tuple[int, ...]]] = {}       # (value, its weight, the count, tracks)
 
-    def get(self, key: Any, look: Callable[[], tuple[Any, int]]) -> Any:
-        """What `look` reads from the database, with the bytes that takes in memory; not looked for again while nobody writes."""
-        word = self._count[0]                    # before anything is read
-        since, values = self._kept
-        if word == since:
-            value = values.get(key)
-            if value is not None:
+    def get(self, key: Any, look: Callable[[], tuple[Any, int, Collection[int] | None]]) -> Any:
+        """What `look` reads from the database; it is not asked again while what it read is known to stand.
+
+        look  returns (value, bytes that it takes in memory, numbers that it depends on, or None if that is more than numbers tell)
+        """
+        words = self._words
+        if not words:
+            return look()[0]
+        kept = self._kept.get(key)
+        if kept is not None:
+            value, _, since, tracks = kept
+            if max([words[track] for track in tracks]) <= since:
                 return value
-        value, weight = look()
-        if not word & 1 and weight <= RECENT_LARGEST:
-            if since != word or self._weight + weight > RECENT_MOST:
-                values, self._weight = {}, 0
-                self._kept = word, values
-            values[key] = value
-            self._weight += weight
+        since = words[0] & ~1                    # before anything is read; whoever is writing may be done by then, or not
+        value, weight, numbers = look()
+        if numbers is not None and weight <= RECENT_LARGEST:
+            self._keep(key, (value, weight, since, (1, *tracks_of(numbers))))
         return value
+
+    def _keep(self, key: Any, kept: tuple[Any, int, int, tuple[int, ...]]) -> None:
+        with self._keeping:
+            if self._weight + kept[1] > RECENT_MOST:
+                self._kept, self._weight = {}, 0
+            replaced = self._kept.get(key)
+            self._kept[key] = kept
+            self._weight += kept[1] - (replaced[1] if replaced else 0)
 
 
 class Statement(NamedTuple):
@@ -2565,6 +2610,7 @@ class Batch:
     op: tuple[str, str] | None = None            # (id a client chose, digest of what it asked)
     result: str | None = None                    # what to answer if the client asks again
     changes: Sequence[Change] = ()               # what its body does to the tree, for who asked
+    touches: Collection[int] | None = None       # numbers of what its body changes for who remembers it; None: who knows what
     frees: bool = False                          # it gives room back: on a full disk the reserve makes it possible
     seq: int = 0                                 # set when it is committed,
     tag: str = ""                                # with this
@@ -2714,6 +2760,8 @@ class Writer:
         if self.broken:
             raise CloudError("storage-failed", self.broken)
         db = self.connection
+        for ticket in group:
+            self.lock.touch(ticket.batch.touches)
         try:
             db.execute("BEGIN IMMEDIATE")
             is_alone = len(group) == 1
@@ -2929,7 +2977,8 @@ class Sqlite(Database):
         self._resume_clock()
 
     def _open_to_write(self) -> None:
-        with self.writer.lock:
+        with self.writer.lock as lock:
+            lock.touch(None)
             try:
                 self.writer.connection = self._connect(writes=True)
             except sqlite3.OperationalError:
@@ -4379,12 +4428,10 @@ class Contents:
         """Rows that make stored bytes known: the chunks, if they are new, and the manifest if there are several."""
         body = [Statement(CHUNK_ROWS, self.chunk_rows(stored), many=True)] if new else []
         if len(stored.chunks) > 1:
-            body += [Statement("INSERT OR IGNORE INTO manifest VALUES (?, ?, ?)",
-                               (stored.manifest, stored.size, stored.sha256)),
+            body += [Statement(PUT_MANIFEST, (stored.manifest, stored.size, stored.sha256)),
                      Statement(PUT_OFFSET, Rows(partial(self._offsets, stored)), many=True)]
         if stored.digests:
-            body.append(Statement("INSERT OR IGNORE INTO digest VALUES (?, ?, ?)",
-                                  [(stored.manifest, kind, value) for kind, value in stored.digests.items()], many=True))
+            body.append(Statement(PUT_DIGEST, [(stored.manifest, kind, value) for kind, value in stored.digests.items()], many=True))
         return body
 
     def chunk_rows(self, stored: Stored) -> list[tuple[Any, ...]]:
@@ -4918,19 +4965,17 @@ class Plan:
         if ends and self.who.means == "token":
             body += self.tree.brake.count(self.who, [(change.before, change.after) for change in changes if change.before])
         if ends:
-            body.append(Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? "
-                                  "WHERE home = ? AND since = ? AND node = ?", ends, many=True))
+            body.append(Statement(END_ENTRY, ends, many=True))
         if begins:
             body.append(Statement(BEGIN_ENTRY, begins, many=True))
         new = [(change.after.node,) for change in changes if change.after and change.after.kind and not change.before]
         if new:
-            body.append(Statement("INSERT OR IGNORE INTO collection SELECT ?, max(seq), 0, 0 FROM journal", new, many=True))
-        body.append(Statement("UPDATE collection SET seq = (SELECT max(seq) FROM journal), size = size + ?, files = files + ? "
-                              "WHERE node = ?", [(*sum, node) for node, sum in self.sums.items()], many=True))
+            body.append(Statement(BEGIN_COLLECTION, new, many=True))
+        body.append(Statement(ADD_SUMS, [(*sum, node) for node, sum in self.sums.items()], many=True))
         if loose:
             body.append(raise_shape(home))
-        return self.tree.space.pay(Batch(body, list(dict.fromkeys(guards)), Line(home, self.who, action, detail), changes=changes, op=self.who.op,
-                               frees=not begins), home, place.quota)
+        return self.tree.space.pay(Batch(body, list(dict.fromkeys(guards)), Line(home, self.who, action, detail), changes=changes, touches=touched_by(body),
+                               op=self.who.op, frees=not begins), home, place.quota)
 
 
 def removal_of(node: Node, place: Place) -> Change:
@@ -4955,6 +5000,7 @@ def still_there(node: Node) -> Statement:
 
 
 OVERSPENT = "too much was stored within some days, counting what was deleted or overwritten since; room comes back day by day"
+END_ENTRY = "UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? WHERE home = ? AND since = ? AND node = ?"
 BEGIN_ENTRY = (
     "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
     "SELECT ?, s, ?, ?, ?, ?, ?, ?, ?, ?, ?, coalesce(?, s) FROM (SELECT max(seq) AS s FROM journal)")
@@ -4962,7 +5008,13 @@ BEGIN_AGAIN = (
     "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
     "SELECT home, s, node, ?1, coalesce(?2, name), coalesce(?3, key), kind, manifest, size, mtime, media, CASE WHEN ?4 THEN s ELSE rev END "
     "FROM entry, (SELECT max(seq) AS s FROM journal) WHERE home = ?5 AND since = ?6 AND node = ?7")
-PUT_OFFSET = "INSERT OR IGNORE INTO manifest_chunk VALUES (?, ?, ?)"
+BEGIN_COLLECTION = (
+    "INSERT INTO collection (node, seq, size, files) VALUES (?, (SELECT max(seq) FROM journal), 0, 0) ON CONFLICT (node) DO NOTHING")
+ADD_SUMS = "UPDATE collection SET seq = (SELECT max(seq) FROM journal), size = size + ?, files = files + ? WHERE node = ?"
+RAISE_SHAPE = "UPDATE account SET shape = shape + 1 WHERE id = ?"
+PUT_MANIFEST = "INSERT INTO manifest (id, size, sha256) VALUES (?, ?, ?) ON CONFLICT (id) DO NOTHING"
+PUT_OFFSET = "INSERT INTO manifest_chunk (manifest, offset, chunk) VALUES (?, ?, ?) ON CONFLICT (manifest, offset) DO NOTHING"
+PUT_DIGEST = "INSERT INTO digest (manifest, kind, value) VALUES (?, ?, ?) ON CONFLICT (manifest, kind) DO NOTHING"
 PUT_PROPERTY = "INSERT INTO property (node, name, value) VALUES (?, ?, ?) ON CONFLICT (node, name) DO UPDATE SET value = excluded.value"
 PUT_THUMBNAIL = "INSERT INTO thumbnail (home, manifest, data) VALUES (?, ?, ?)"
 PUT_KEPT = "INSERT INTO kept (id, account, value, due) VALUES (?, ?, ?, ?)"
@@ -4973,6 +5025,13 @@ def cost_of(body: Iterable[Statement]) -> int:
     return sum(COSTS[sql](row) for sql, params, many in body if sql in COSTS for row in (params if many else (params,)))
 
 
+def touched_by(body: Sequence[Statement]) -> set[int] | None:
+    """Numbers of what the statements of a batch change for who remembers it (see Recent); None where one may change anything."""
+    if any(sql not in TOUCHES for sql, _, _ in body):
+        return None
+    return {TOUCHES[sql](row) for sql, params, many in body if TOUCHES[sql] for row in (params if many else (params,))}
+
+
 def still_stored(hashes: Sequence[str]) -> tuple[Statement, ...]:
     """The guards that say: chunks that were found stored, and so were not stored again, are there and whole."""
     return tuple(Statement("SELECT 'chunk' WHERE (SELECT count(*) FROM chunk WHERE hash IN (" + marks(piece) + ") AND bad IS NULL) <> ?",
@@ -4981,7 +5040,7 @@ def still_stored(hashes: Sequence[str]) -> tuple[Statement, ...]:
 
 def raise_shape(home: int) -> Statement:
     """Whatever was decided about paths, locks or history of a home before this is decided anew (invariant 5)."""
-    return Statement("UPDATE account SET shape = shape + 1 WHERE id = ?", (home,))
+    return Statement(RAISE_SHAPE, (home,))
 
 
 def give_up(rows: Sequence[tuple[int, int, int]]) -> list[Statement]:
@@ -5046,6 +5105,12 @@ def cut_text(text: str, size: int) -> str:
 COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row of it takes
     CHUNK_ROWS: lambda row: row[1], PUT_OFFSET: lambda row: 64, BEGIN_ENTRY: lambda row: ROW, BEGIN_AGAIN: lambda row: ROW,
     PUT_PROPERTY: lambda row: len(row[1]) + len(row[2]), PUT_THUMBNAIL: lambda row: len(row[2]), PUT_KEPT: lambda row: len(row[2])}
+
+
+
+TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the number of what a row of it changes for who remembers it
+    CHUNK_ROWS: lambda row: number_of(row[0]), END_ENTRY: lambda row: row[3], RAISE_SHAPE: lambda row: row[0],
+    **dict.fromkeys((PUT_MANIFEST, PUT_OFFSET, PUT_DIGEST, BEGIN_ENTRY, BEGIN_COLLECTION, ADD_SUMS, PUT_PROPERTY))}
 
 
 class Rows:
@@ -5221,11 +5286,13 @@ class Files:
 
     def open(self, who: Principal, path: tuple[str, ...]) -> tuple[Node, Content | None]:
         """A file and its bytes; None in place of bytes for a collection.  raises CloudError not-found"""
-        def look() -> tuple[Any, int]:
+        def look() -> tuple[Any, int, Collection[int] | None]:
             place = self.tree.enter(who, path, READ, content=True)
             node = place.found()
-            content = None if node.kind else self.tree.contents.of(node, place.chunk)
-            return (node, content), KiB + (content.weight() if content else 0)
+            if node.kind:
+                return (node, None), KiB, None
+            content = self.tree.contents.of(node, place.chunk)
+            return (node, content), KiB + content.weight(), (node.node, node.home, number_of(node.manifest))
         return self.db.recent.get((who, path), look)
 
     @contextmanager
@@ -5269,8 +5336,7 @@ class Files:
                 for piece in watched(content.pieces(), alive):
                     digest.update(piece)
             known = digest.hexdigest()
-            self.db.run(Statement("INSERT INTO digest (manifest, kind, value) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-                                  (node.manifest, kind, known)))
+            self.db.run(Statement(PUT_DIGEST, (node.manifest, kind, known)))
         return node, known
 
     # ---- writing
