@@ -16200,16 +16200,12 @@ function icon(kind) {
 
 // ---- words, numbers, times
 
-const LANGUAGES = {en: "English", de: "Deutsch"};
-let language = localStorage.getItem("language") || navigator.language.slice(0, 2);
-let words = {}, number, dates, sizes;
+let language = "en", words = {}, number, dates, sizes;
 
 // English stands where it is used; what it is in another language is a table that the server keeps
-async function setLanguage(name) {
-  language = name in LANGUAGES ? name : "en";
-  words = language === "en" ? {}
-    : await reach(PREFIX + "/words/" + language).then(answer => answer.json()).catch(() => ({}));
-  document.documentElement.lang = language;
+function useLanguage(name, table) {
+  language = document.documentElement.lang = name;
+  words = table;
   number = new Intl.NumberFormat(language);
   sizes = new Intl.NumberFormat(language, {maximumFractionDigits: 1});
   const make = how => new Intl.DateTimeFormat(language, how);
@@ -16302,15 +16298,6 @@ function reach(address, how = {}) {
   return fetch(address, {...how, signal: dead.signal}).finally(() => clearTimeout(late));
 }
 
-// api("POST", "move", {items}) or api("GET", "files/a%20b", {limit: 5}); throws Problem
-async function api(method, what, values = {}, headers = {}) {
-  const inQuery = method !== "POST" && method !== "PATCH";
-  const answer = await ask(PREFIX + "/api/v1/" + what + (inQuery ? queryOf(values) : ""), {
-    method, headers: {...HEADERS, ...headers, ...(inQuery ? {} : {"Content-Type": "application/json"})},
-    body: inQuery ? undefined : JSON.stringify(values)});
-  return answer.status === 204 ? null : answer.json();
-}
-
 async function ask(address, how = {}) {
   let answer;
   try {
@@ -16326,8 +16313,7 @@ async function ask(address, how = {}) {
     await new Promise(done => setTimeout(done, 1000 * problem.wait));      // so short that nobody needs to know
     return ask(address, how);
   }
-  if (problem.code === "unauthenticated" && me.name && !/\/(login|password|confirm)$/.test(address)) await logInAgain();
-  else if (problem.code !== "unconfirmed" || !await confirmPassword()) throw problem;
+  await letIn(problem, address);
   return ask(address, how);
 }
 
@@ -16351,7 +16337,7 @@ async function attempt(work) {
   }
 }
 
-// ---- toasts, sheets, menus
+// ---- toasts and sheets
 
 function toast(text, {kind = "", label, run} = {}) {
   const box = h("div.toast" + (kind && "." + kind), {role: kind === "bad" ? "alert" : null}, h("span", {}, text));
@@ -16407,7 +16393,7 @@ const askYesNo = (title, text, yes) => sheet(title, close => [h("p", {}, text), 
 
 // what somebody typed never goes without a question, by whatever way it is left
 const TYPED = "form:not(.gate *, .search, .limits) :is(input:not([type=password]), textarea), .rename";
-const isTyped = (root = document) => root === document && isEdited() || [...root.querySelectorAll(TYPED)].some(one =>
+const isTyped = root => [...root.querySelectorAll(TYPED)].some(one =>
   one.type === "checkbox" ? one.checked !== one.defaultChecked : one.value !== one.defaultValue);
 const askToLeave = () => askYesNo(t("Leave without saving?"), t("What you typed is lost then."), t("Leave"));
 
@@ -16430,42 +16416,50 @@ function askForm(title, fields, yes, run, hint) {
   });
 }
 
-// rows: {label, run, key, mark} or null for a line; at: {x, y} or an element
-function menu(at, rows, title = t("Actions")) {
-  return sheet("", close => {
-    const item = ({label, key, mark, run}) => h("button.item", {
-      type: "button",
-      role: "menuitem" + (mark === undefined ? "" : "radio"),
-      "aria-checked": mark === undefined ? null : String(mark),
-      onclick: () => {
-        close();
-        run();
-      }
-    }, h("span", {}, label), key && h("kbd", {}, key));
-    const items = rows.map(row => row ? item(row) : h("hr"));
-    const box = h("div.items", {role: "menu", "aria-label": title, onkeydown: event => moveInMenu(event, box)}, items);
-    requestAnimationFrame(() => placeMenu(box.closest("dialog"), at));
-    return box;
-  }, ".menu");
+// ---- names of files
+
+const isName = name => name.trim() && !/^\.\.?$|[/\\\x00-\x1f\x7f]/.test(name) && new Blob([name]).size < 256;
+
+function checkName(name) {
+  if (!isName(name)) throw trouble("", t("A name cannot be empty and cannot hold a slash."));
 }
 
-function placeMenu(box, at) {
-  if (isPhone.matches) return;
-  const spot = at instanceof Element ? at.getBoundingClientRect() : {left: at.x, bottom: at.y, top: at.y};
-  const fits = spot.bottom + box.offsetHeight + 8 < innerHeight;
-  box.style.left = Math.max(8, Math.min(spot.left, document.documentElement.clientWidth - box.offsetWidth - 8)) + "px";
-  box.style.top = Math.max(8, fits ? spot.bottom + 4 : Math.max(8, spot.top - box.offsetHeight - 4)) + "px";
+function splitName(name) {
+  const dot = name.lastIndexOf(".");
+  return dot > 0 ? [name.slice(0, dot), name.slice(dot)] : [name, ""];
 }
 
-function moveInMenu(event, box) {
-  const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
-  if (!step) return;
-  event.preventDefault();
-  const items = [...box.querySelectorAll("button")];
-  items[(items.indexOf(document.activeElement) + step + items.length) % items.length].focus();
+const nameInput = (label, value = "") =>
+  field(label, {name: "name", value, maxLength: 255, autofocus: true, autocomplete: "off", spellcheck: false});
+
+// more: how many further clashes may follow, undefined if nobody knows; dismissing it skips
+async function askClash(name, more) {
+  const answer = await sheet(t("“{name}” exists already", {name}), close => {
+    const all = h("input", {type: "checkbox", checked: false});
+    const choice = (label, how, about) => button(label, () => close({how, all: all.checked}), about);
+    return [
+      h("p", {}, t("What should happen with the new one?")),
+      more === 0 ? null : h("label.tick", {}, all,
+        more ? plural(more, "Do the same for {n} more", "Do the same for {n} more") : t("Do the same for all others")),
+      buttonsRow(choice(t("Skip"), "skip"), choice(t("Replace"), "replace"),
+        choice(t("Keep both"), "keep", {className: "primary", autofocus: true}))
+    ];
+  });
+  return answer || {how: "skip", all: false};
 }
 
-// ---- upload queue: small files by one PUT each, larger ones by tus, which goes on where it stopped
+function saveFrom(address) {
+  const anchor = h("a", {href: address, download: ""});
+  document.body.append(anchor);
+  anchor.click();
+  anchor.remove();
+}
+
+// ---- upload queue: what is small goes in one piece, what is larger by tus, which goes on where it stopped
+//
+// each page says itself what it makes of them: TUS_PLACE, fitting(found), meet(item), sendWhole(item),
+// sendCollection(item), showBegun(), showSent(item, path), showArrived(item), showEnded()
+
 
 const SMALL = 4 << 20, PART = 16 << 20, AT_ONCE = 4;
 const queue = {
@@ -16475,8 +16469,7 @@ const queue = {
 const PARTS = "uploads";               // what localStorage remembers of unfinished uploads: {fingerprint: id}
 
 // about: what makes the chooser a special one
-async function chooseFiles(about, target) {
-  if (target === undefined) await ensureFiles();
+function chooseFiles(about, target) {
   const input = h("input", {type: "file", multiple: true, hidden: true, ...about, onchange: () => {
     const files = [...input.files], here = target ?? view.path;
     const place = file => ({file, path: join(here, file.webkitRelativePath || file.name)});
@@ -16528,7 +16521,7 @@ async function addUploads(found) {
   for (const one of found) queue.items.push({...one, sent: 0, state: "waiting", tries: 0, more: found.length > 1});
   queue.box = null;
   showQueue();
-  if (inFiles() && !list.entries.length) fillList([]);
+  showBegun();
   pump();
 }
 
@@ -16585,6 +16578,213 @@ function again(item) {
   queue.items.push(queue.items.splice(queue.items.indexOf(item), 1)[0]);
   queue.next = Math.max(0, queue.next - 1);
   pump();
+}
+
+// one question at a time, and none when the answer was given for all
+async function settleUpload(item) {
+  queue.asking = queue.asking.then(async () => {
+    const {how, all} = queue.all ? {how: queue.all} : await askClash(nameOf(item.path), item.more ? undefined : 0);
+    item.how = how;
+    if (all) queue.all = how;
+  });
+  await queue.asking;
+  if (item.how === "skip") finishItem(item, "skipped");
+}
+
+async function sendItem(item) {
+  if (queue.paused) throw trouble("paused");
+  if (!item.file) return sendCollection(item);
+  const path = await (item.size > SMALL ? sendParts : sendWhole)(item);
+  return path && showSent(item, path);
+}
+
+// a tus upload: made, or found again after a break, then part after part
+async function sendParts(item) {
+  const {path, how} = item, known = readParts(), print = printOf(item);
+  let offset = known[print] ? await offsetOf(known[print]) : -1;
+  let id = known[print];
+  if (offset < 0) {
+    const about = {path, mtime: item.file.lastModified, parents: "1", clash: how || "refuse"};
+    const announced = {"Upload-Length": item.size, "Upload-Metadata": metadata(about)};
+    const answer = await transmit(item, "POST", TUS_PLACE, null, announced, 0);
+    [id, offset] = [nameOf(answer.getResponseHeader("Location")), 0];
+    saveParts({...readParts(), [print]: id}); // anew: other uploads have begun since
+  }
+  item.upload = id;
+  if (offset) queue.pace = null;                 // what is there already tells nothing about the pace
+  item.sent = offset;
+  while (offset < item.size) {
+    const part = item.file.slice(offset, offset + PART);
+    const answer = await transmit(item, "PATCH", PREFIX + "/tus/" + id, part, {"Upload-Offset": offset}, offset);
+    offset = Number(answer.getResponseHeader("Upload-Offset"));
+    item.tries = Math.min(item.tries, 1);        // it gets on: the next break waits no longer than the first
+  }
+  return how === "keep" ? "" : path;
+}
+
+const printOf = ({file, how, path}) => JSON.stringify([me.name, path, file.size, file.lastModified, how]);
+const metadata = values => Object.entries(values).map(([name, value]) =>
+  name + " " + btoa(String.fromCharCode(...new TextEncoder().encode(value)))).join(",");
+const readParts = () => JSON.parse(localStorage.getItem(PARTS) || "{}");
+const saveParts = parts => localStorage.setItem(PARTS, JSON.stringify(parts));
+// where an upload stands, -1 if the server does not know it any more
+async function offsetOf(id) {
+  const answer = await reach(TUS_PLACE + "/" + id, {method: "HEAD", headers: {...HEADERS, ...TUS}})
+    .catch(() => ({status: 502}));
+  if (answer.ok) return Number(answer.headers.get("Upload-Offset"));
+  if ([404, 410].includes(answer.status)) return -1;
+  if (answer.status !== 401) throw readProblem(answer.status, "");
+  await letIn(trouble("unauthenticated"), "");
+  return offsetOf(id);
+}
+
+const TUS = {"Tus-Resumable": "1.0.0"};
+const BODIES = {
+  POST: TUS,
+  PATCH: {...TUS, "Content-Type": "application/offset+octet-stream"},
+  PUT: {"Content-Type": "application/octet-stream"}
+};
+
+// one request with progress, which fetch cannot show
+function transmit(item, method, address, body, headers, from) {
+  return new Promise((done, fail) => {
+    const abort = () => fail(new DOMException("", "AbortError"));
+    if (item.state !== "sending") return abort();          // paused between two requests
+    const request = (item.request = new XMLHttpRequest());
+    let late = 0;
+    const hope = () => {                         // of a server that died without a word nobody else would tell
+      clearTimeout(late);
+      late = setTimeout(() => {
+        fail(trouble("network"));
+        request.abort();
+      }, 1000 * PATIENCE.sending);
+    };
+    request.open(method, address);
+    const fields = Object.entries({...HEADERS, ...BODIES[method], ...headers});
+    for (const [name, value] of fields) request.setRequestHeader(name, value);
+    request.upload.onprogress = event => {
+      hope();
+      item.sent = from + event.loaded;
+      updateQueue();
+    };
+    request.onload = () => {
+      if (request.status < 300) return done(request);
+      const problem = readProblem(request.status, request.responseText);
+      return problem.code === "unauthenticated"
+        ? letIn(problem, address).then(() => fail(trouble("network")), fail)
+        : fail(problem);
+    };
+    request.onerror = () => fail(trouble("network"));
+    request.onabort = abort;
+    request.onloadend = () => clearTimeout(late);
+    hope();
+    request.send(body);
+  });
+}
+
+function forgetPart(print) {
+  const parts = readParts();
+  delete parts[print];
+  saveParts(parts);
+}
+
+function finishItem(item, state, error = "") {
+  if (item.size > SMALL && state !== "failed") forgetPart(printOf(item));
+  queue.delayed.delete(item);
+  Object.assign(item, {state, error, sent: state === "done" ? item.size : item.sent});
+  showItem(item);
+  if (state === "done") showArrived(item);
+}
+
+function cancelItem(item) {
+  const sending = item.state === "sending";
+  finishItem(item, "cancelled");
+  if (sending && item.request) item.request.abort();
+  if (item.upload)
+    fetch(TUS_PLACE + "/" + item.upload, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(() => {});
+  updateQueue();
+}
+
+function retryItem(item) {
+  if (item.state === "failed") queue.failed--;
+  Object.assign(item, {error: "", sent: 0, tries: 0});
+  again(item);
+}
+
+function pauseQueue() {
+  queue.paused = !queue.paused;
+  if (!queue.paused) queue.delayed.forEach(wake);
+  else for (const item of queue.items) if (item.state === "sending" && item.request) {
+    item.state = "waiting";
+    item.tries++;
+    item.request.abort();
+    queue.delayed.add(item);
+    showItem(item);
+  }
+  pump();
+}
+
+// ---- what the end of a page broke off: said by the next one, which cannot open the files again by itself
+
+const BROKEN = "broken";               // what localStorage remembers of what had not begun: {name, path, more}
+
+function noteBroken() {
+  const [first, ...others] = unfinished().filter(one => one.file && !one.upload);
+  if (first) localStorage.setItem(BROKEN, JSON.stringify({name: me.name, path: first.path, more: others.length}));
+}
+
+// uploads of other tabs go on there: whoever is at work answers
+const tabs = "BroadcastChannel" in window ? new BroadcastChannel("uploads") : null;
+const elsewhere = new Set();
+if (tabs) tabs.onmessage = ({data}) => data ? data.forEach(id => elsewhere.add(id))
+  : tabs.postMessage(unfinished().map(one => one.upload).filter(Boolean));
+
+async function showBroken() {
+  const {name, path = "", more = 0} = JSON.parse(localStorage.getItem(BROKEN) || "{}");
+  const mine = JSON.stringify([me.name]).slice(0, -1);
+  const parts = Object.entries(readParts()).filter(([print]) => print.startsWith(mine));
+  if (!parts.length && name !== me.name) return;
+  if (tabs) tabs.postMessage(null);
+  await new Promise(done => setTimeout(done, 300));
+  const rows = [];
+  for (const [print, id] of parts) {
+    if (elsewhere.has(id) || queue.items.length) continue;
+    const offset = await offsetOf(id), [, path, size] = JSON.parse(print);
+    offset < 0 ? forgetPart(print) : rows.push(brokenRow(print, id, path, offset / size));
+  }
+  if (name === me.name && !elsewhere.size) {
+    localStorage.removeItem(BROKEN);
+    const words = t(more ? "{name} and {n} more were not sent." : "{name} was not sent.",
+      {name: quoted(nameOf(path)), n: more});
+    rows.push(h("li.broken", {}, h("span.state", {}, words)));
+  }
+  const box = find(".queue");
+  if (!rows.length || !box || queue.items.length) return;
+  box.hidden = false;
+  queue.box = null;
+  const title = h("div.title", {}, h("strong", {}, t("An upload was broken off")),
+    button(t("Close"), () => { box.hidden = true; }, {className: "quiet"}),
+    h("span.soft", {}, t("Choose the same files again: it goes on, and what is there is not sent twice.")));
+  box.replaceChildren(title, h("ul", {}, rows));
+}
+
+function brokenRow(print, id, path, share) {
+  const row = h("li.broken", {}, h("bdi", {title: path}, nameOf(path)),
+    button(t("Choose again"), () => chooseFiles({}, parentOf(path)), {className: "quiet"}),
+    button(t("Give up"), () => {
+      forgetPart(print);
+      fetch(TUS_PLACE + "/" + id, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(() => {});
+      row.remove();
+    }, {className: "quiet"}),
+    h("span.state", {}, t("{n} % are there", {n: Math.floor(100 * share)})));
+  return row;
+}
+
+function endQueue() {
+  queue.all = "";
+  updateQueue();
+  showEnded();
+  if (!queue.failed) setTimeout(() => busy() || queue.failed || hideQueue(), 10000);
 }
 
 // ---- the panel of the queue
@@ -16711,6 +16911,141 @@ function paceWords(sent, bytes, total) {
     : n < 90 ? plural(n || 1, "{n} minute left", "{n} minutes left") : t("{n} hours left", {n: Math.round(n / 60)})});
 }
 
+// ---- preview: a file over the list it belongs to, at an address of its own
+
+const preview = {box: null, entry: null, show: 0, edit: null};
+const isImage = entry => categoryOf(entry) === "image";
+const isPlayed = entry => ["audio", "video"].includes(categoryOf(entry));
+const mayBeText = entry => ["text", "table", "other"].includes(categoryOf(entry));      // its bytes will tell
+
+// what fits a file, and how it is shown then: as it is now, as one of its versions or as of a time
+const LOOKS = [
+  [isImage, pictureView],
+  [isPlayed, player],
+  [entry => categoryOf(entry) === "pdf" && entry.size < 200 << 20, pdfView],
+  [mayBeText, async entry => {
+    const source = await readText(entry);
+    return source ? textView(entry, source) : noLook(entry);
+  }]
+];
+const lookOf = entry => LOOKS.find(([fits]) => fits(entry));
+const lookAt = async entry => (lookOf(entry) || [0, noLook])[1](entry);
+const isSeen = entry => lookOf(entry) && categoryOf(entry) !== "other";
+
+function openPreview(entry) {
+  closePreview();
+  preview.box = h("dialog.preview",
+    {onkeydown: onPreviewKey, oncancel: event => { event.preventDefault(); leavePreview(); }});
+  preview.box.addEventListener("click", event => {
+    if (!preview.show) return;
+    event.stopPropagation();
+    slideshow(false);
+  }, true);
+  document.body.append(preview.box);
+  preview.box.append(find(".toasts"));
+  fillPreview(entry);
+  preview.box.showModal();
+}
+
+function fillPreview(entry) {
+  const held = document.activeElement.dataset.action, inside = preview.box.contains(document.activeElement);
+  Object.assign(preview, {entry, edit: null, body: h("div.body"), note: h("div.note", {role: "status"})});
+  preview.box.setAttribute("aria-label", plain(entry.name));
+  const title = h("div.title", {}, h("strong", {}, h("bdi", {}, entry.name)),
+    view.at && h("span.tag", {}, longTime(view.time)),
+    h("span.soft", {}, formatSize(entry.size)),
+    previewActs(entry),
+    button(t("Download"), () => saveFile(entry), {"data-action": "download"}),
+    button(t("Close"), leavePreview, {className: "primary", autofocus: true}));
+  for (const old of preview.box.querySelectorAll(":scope > :not(.toasts)")) old.remove();
+  preview.box.prepend(title, preview.note, preview.body, previewFoot(entry));
+  if (inside) (find(`[data-action=${held}]:enabled`, preview.box) || find(".primary", preview.box)).focus();
+  setTitle(entry.name);
+  return attempt(async () => {
+    const part = await lookAt(entry).catch(error => failureBox(error, () => fillPreview(entry)));
+    if (preview.entry !== entry || preview.edit) return;
+    preview.body.replaceChildren(part);
+    const edit = find("[data-action=edit]", title);
+    if (edit) edit.hidden = !part.source?.exact || Boolean(view.at);
+  });
+}
+
+function pictureView(entry) {
+  const image = h("img", {
+    src: contentAddress(entry), alt: entry.name,
+    onload: () => preview.entry === entry && loadAhead(),
+    onerror: () => sayUnfit(entry, stage, t("This browser cannot show this kind of picture."))
+  });
+  const stage = zoomable(image);
+  return stage;
+}
+
+// in place of what a browser gave up on: was it the browser, or the way to the server?
+async function sayUnfit(entry, part, words) {
+  const look = () => ask(contentAddress(entry), {headers: {...HEADERS, Range: "bytes=0-0"}});
+  const why = entry.size ? await look().then(() => words, explain) : t("This file is empty.");
+  part.replaceWith(noLook(entry, why));
+}
+
+// the browser's own viewer; the type is ours to say, so that nothing else can come of the bytes.  Its bar would name
+// the file after the address of the bytes and save it so: the title above has the name, and the way to save
+async function pdfView(entry) {
+  const bytes = await (await ask(contentAddress(entry))).arrayBuffer();
+  const src = URL.createObjectURL(new Blob([bytes], {type: "application/pdf"}));
+  if (!isPhone.matches && navigator.pdfViewerEnabled !== false)
+    return h("iframe", {src: src + "#toolbar=0&view=FitH", title: entry.name});
+  return noLook(entry, entry.name, h("a.button", {href: src, target: "_blank"}, t("Open in a new tab")));
+}
+
+function noLook(entry, why = t("There is no preview of this kind of file."), ...ways) {
+  const asText = async () => {
+    const part = textView(entry, await readText(entry, true));
+    box.replaceWith(part);
+    find("pre", part).focus();
+  };
+  const box = h("div.empty", {}, icon(categoryOf(entry)), h("p", {}, why), h("div.acts", {}, ways,
+    button(t("Download"), () => saveFile(entry)),
+    !/image|audio|video|pdf/.test(categoryOf(entry)) && button(t("Show as text"), () => attempt(asText))));
+  return box;
+}
+
+// it begins where a link says (#t=80); at its end the next of its kind begins
+function player(entry) {
+  const at = (location.hash.match(/^#t=[\d.]+$/) || [""])[0], kind = categoryOf(entry);
+  const media = h(kind, {
+    src: contentAddress(entry) + at, controls: true, playsInline: true, autoplay: preview.play,
+    onerror: () => sayUnfit(entry, media, t("This browser cannot play this kind of file.")),
+    onloadeddata: () => kind === "video" && !media.videoWidth &&
+      preview.note.replaceChildren(t("This browser plays only the sound of this film.")),
+    onended: () => { if (preview.entry === entry && playsOn()) turnTo(near(1, sameKind), true); }
+  });
+  return media;
+}
+
+const playsOn = () => localStorage.getItem("playon") !== "0";
+
+// a click shows the picture in its full size, another one as a whole again; a finger turns over to the next
+function zoomable(image) {
+  let from = null;
+  const swipe = {
+    ontouchstart: ({touches}) => {
+      from = touches.length === 1 && !stage.matches(".zoomed") && visualViewport.scale < 1.05 && touches[0];
+    },
+    ontouchend: ({changedTouches: [to]}) => {
+      const x = from ? to.clientX - from.clientX : 0;
+      if (preview.entry && Math.abs(x) > 50 && Math.abs(x) > 2 * Math.abs(to.clientY - from.clientY))
+        turnTo(near(x < 0 ? 1 : -1));
+    }
+  };
+  const stage = h("div.stage", {...swipe, onclick: event => {
+    if (event.target !== image) return;
+    const x = event.offsetX / image.width, y = event.offsetY / image.height;
+    stage.classList.toggle("zoomed");
+    stage.scrollTo(image.width * x - stage.clientWidth / 2, image.height * y - stage.clientHeight / 2);
+  }}, image);
+  return stage;
+}
+
 // ---- from file to file in the preview
 
 // the files of the list that fit, with the one shown among them, and its place there
@@ -16750,8 +17085,7 @@ async function turnTo(entry, play) {
   if (!entry || !await mayLeave()) return;
   const media = find("video, audio", preview.body);
   preview.play = play || Boolean(media && !media.paused);
-  history.replaceState(history.state, "", placeAddress(entry.path));
-  setCursor(list.known.get(entry.node));
+  followTurn(entry);
   fillPreview(entry);
 }
 
@@ -16791,14 +17125,7 @@ function closePreview() {
   removeDialog(preview.box);
   slideshow(false);
   preview.box = preview.entry = preview.edit = null;
-  if (list.box) list.box.focus({preventScroll: true});
-  setTitle(view.path ? nameOf(view.path) : t("Files"));
-}
-
-async function leavePreview() {
-  if (!await mayLeave()) return;
-  if (history.state && history.state.inside) history.back();
-  else go(placeAddress(view.path), {replace: true});
+  previewClosed();
 }
 
 // ---- text, and the bytes it is made of: what nobody edited is given back as it came
@@ -16892,6 +17219,160 @@ function textView(entry, source) {
     cut && h("p.note", {}, cut),
     source.codec.guess && h("p.note", {}, t("This is not UTF-8; that it is {name} is a guess.", source.codec)),
     body), {source});
+}
+
+// ---- preview, in the account
+
+const saveFile = entry => saveFrom(contentAddress(entry));
+
+const previewActs = entry => [
+  button(t("Edit"), () => attempt(() => editFile(entry)), {"data-action": "edit", hidden: true}),
+  view.at && button(t("Bring back"), () => attempt(() => bringBack([entry])), {"data-action": "bring-back"}),
+  !view.at && button(t("Versions"), () => go(versionsAddress(entry.path)), {"data-action": "versions"}),
+  button(t("Copy address"), () => attempt(copyLink), {"data-action": "link"})
+];
+
+function copyLink() {
+  const media = find("video, audio", preview.body), at = media ? Math.floor(media.currentTime) : 0;
+  return copyText(location.href.replace(/#.*/, "") + (at ? "#t=" + at : ""));
+}
+
+function followTurn(entry) {
+  history.replaceState(history.state, "", placeAddress(entry.path));
+  setCursor(list.known.get(entry.node));
+}
+
+function previewClosed() {
+  if (list.box) list.box.focus({preventScroll: true});
+  setTitle(view.path ? nameOf(view.path) : t("Files"));
+}
+
+async function leavePreview() {
+  if (!await mayLeave()) return;
+  if (history.state && history.state.inside) history.back();
+  else go(placeAddress(view.path), {replace: true});
+}
+
+// ---- editing text
+
+async function newText() {
+  await ensureFiles();
+  await askForm(t("New text file"), [nameInput(t("Name"), t("Note") + ".txt")], t("Create"), async ({name}) => {
+    checkName(name);
+    const path = join(view.path, name),
+      made = await api("PUT", "files/" + encodePath(path), {}, {"If-None-Match": "*"}).catch(sayTaken);
+    await refresh();
+    await go(addressOf(path));
+    editFile(made);
+    return true;
+  });
+}
+
+// what was typed and not saved yet also lies in this browser, whatever becomes of the page: {text, etag}
+const draftName = path => ["draft", encodeURIComponent(me.name), path].join("|");
+const isEdited = () => Boolean(preview.edit) && preview.edit.area.value !== preview.edit.saved;
+
+function keepDraft() {
+  const {edit} = preview;
+  if (!edit) return;
+  const text = edit.area.value;
+  try {
+    if (text === edit.saved) localStorage.removeItem(edit.draft);
+    else localStorage.setItem(edit.draft, JSON.stringify({text, etag: edit.etag}));
+  } catch { /* it has no room; then leaving asks, and no more */ }
+}
+
+const keepDraftSoon = soon(keepDraft, 300);
+
+async function editFile(entry) {
+  if (preview.entry?.path !== entry.path) await go(addressOf(entry.path));
+  const source = await readText(entry);
+  if (preview.entry?.path !== entry.path) return;
+  if (!source?.exact) throw trouble("", t("This file cannot be edited here."));
+  const area = h("textarea", {value: source.text, "aria-label": entry.name, spellcheck: false, oninput: () => {
+    keepDraftSoon();
+    edit.save.disabled = !isEdited();
+  }});
+  const save = button(t("Save"), () => attempt(() => saveText(edit)), {className: "primary", disabled: true});
+  const edit = preview.edit = {path: entry.path, etag: source.etag, source, area, save, saved: area.value,
+    draft: draftName(entry.path)};
+  area.addEventListener("keydown", event => {
+    if ((event.ctrlKey || event.metaKey) && event.key === "s") {
+      event.preventDefault();
+      save.click();
+    }
+  });
+  preview.body.replaceChildren(area);
+  find(".title [data-action=edit]", preview.box).replaceWith(save);
+  area.focus();
+  area.setSelectionRange(0, 0);
+  takeDraft(edit);
+}
+
+// what an earlier visit left unsaved is there again
+function takeDraft(edit) {
+  const draft = JSON.parse(localStorage.getItem(edit.draft) || "null"), {etag} = edit;
+  if (!draft || draft.text === edit.saved) return;
+  const put = (text, etag) => {
+    edit.area.value = text;
+    edit.etag = etag;
+    edit.save.disabled = !isEdited();
+    edit.area.focus();
+    edit.area.setSelectionRange(0, 0);
+    keepDraft();
+  };
+  put(draft.text, draft.etag);
+  toast(t("This is what you typed before and did not save."),
+    {label: t("Discard it"), run: () => put(edit.saved, etag)});
+}
+
+async function saveText(edit) {
+  const typed = edit.area.value, text = withEnds(edit.source.text, typed), body = writeText(text, edit.source.codec);
+  edit.save.disabled = true;
+  const put = given => ask(apiAddress("files", edit.path), {method: "PUT", body, headers: {...HEADERS, ...given}});
+  const answer = await put({"If-Match": edit.etag}).catch(async error => {
+    edit.save.disabled = false;
+    if (error.code !== "precondition-failed" && error.code !== "not-found") throw error;
+    if (!await askToReplace(edit.path)) throw new DOMException("", "AbortError");
+    return put({});
+  });
+  Object.assign(preview.entry, await answer.json());
+  Object.assign(edit, {etag: answer.headers.get("ETag"), saved: typed});
+  edit.source.text = text;
+  edit.save.disabled = !isEdited();
+  keepDraft();
+  preview.note.replaceChildren();
+  toast(t("Saved."));
+  refreshSoon();
+}
+
+async function askToReplace(path) {
+  const {etag} = await load(path, {limit: 1}).catch(absent);
+  return etag ? askYesNo(t("Somebody else saved this file"),
+    t("It changed since you opened it. If you save now, their version stays among the versions."), t("Save mine"))
+    : askYesNo(t("Somebody deleted this file"), t("If you save now, it is there again."), t("Save mine"));
+}
+
+// may the view go, with what was typed in it?  Saved, given up or not there: true
+let leaving = null;
+function mayLeave() {
+  const asked = () => isEdited() ? leaveEdit() : isTyped(find("#app")) ? askToLeave() : true;
+  leaving = leaving || Promise.resolve(asked()).then(Boolean).finally(() => { leaving = null; });
+  return leaving;
+}
+
+async function leaveEdit() {
+  const {edit} = preview;
+  const answer = await sheet(t("Leave without saving?"), close => [h("p", {}, t("You changed this text.")), buttonsRow(
+    button(t("Go on editing"), () => close()),
+    button(t("Do not save"), () => close("lose"), {className: "danger"}),
+    button(t("Save"), () => close("save"), {className: "primary", autofocus: true}))]);
+  if (answer === "save") await attempt(() => saveText(edit));
+  if (answer === "lose") {
+    preview.edit = null;
+    localStorage.removeItem(edit.draft);
+  }
+  return !isEdited();
 }
 
 // [what shows it, words about what it leaves out]
@@ -17685,6 +18166,70 @@ const choices = (rows, chosen, choose) => h("div.choices", {}, Object.entries(ro
     {className: "quiet", lang: rows === LANGUAGES && value, "aria-pressed": String(value === chosen)})));
 const themeButtons = () => choices({"": t("Like the system"), light: t("Light"), dark: t("Dark")},
   localStorage.getItem("theme") || "", chooseTheme);
+
+// ---- words, as the reader chose
+
+const LANGUAGES = {en: "English", de: "Deutsch"};
+
+async function setLanguage(name) {
+  const known = name in LANGUAGES ? name : "en";
+  useLanguage(known, known === "en" ? {}
+    : await reach(PREFIX + "/words/" + known).then(answer => answer.json()).catch(() => ({})));
+}
+
+// ---- the server, as somebody with an account asks it
+
+// api("POST", "move", {items}) or api("GET", "files/a%20b", {limit: 5}); throws Problem
+async function api(method, what, values = {}, headers = {}) {
+  const inQuery = method !== "POST" && method !== "PATCH";
+  const answer = await ask(PREFIX + "/api/v1/" + what + (inQuery ? queryOf(values) : ""), {
+    method, headers: {...HEADERS, ...headers, ...(inQuery ? {} : {"Content-Type": "application/json"})},
+    body: inQuery ? undefined : JSON.stringify(values)});
+  return answer.status === 204 ? null : answer.json();
+}
+
+// what is missing is asked for; throws what cannot be helped
+async function letIn(problem, address) {
+  if (problem.code === "unauthenticated" && me.name && !/\/(login|password|confirm)$/.test(address)) await logInAgain();
+  else if (problem.code !== "unconfirmed" || !await confirmPassword()) throw problem;
+}
+
+// ---- menus
+
+// rows: {label, run, key, mark} or null for a line; at: {x, y} or an element
+function menu(at, rows, title = t("Actions")) {
+  return sheet("", close => {
+    const item = ({label, key, mark, run}) => h("button.item", {
+      type: "button",
+      role: "menuitem" + (mark === undefined ? "" : "radio"),
+      "aria-checked": mark === undefined ? null : String(mark),
+      onclick: () => {
+        close();
+        run();
+      }
+    }, h("span", {}, label), key && h("kbd", {}, key));
+    const items = rows.map(row => row ? item(row) : h("hr"));
+    const box = h("div.items", {role: "menu", "aria-label": title, onkeydown: event => moveInMenu(event, box)}, items);
+    requestAnimationFrame(() => placeMenu(box.closest("dialog"), at));
+    return box;
+  }, ".menu");
+}
+
+function placeMenu(box, at) {
+  if (isPhone.matches) return;
+  const spot = at instanceof Element ? at.getBoundingClientRect() : {left: at.x, bottom: at.y, top: at.y};
+  const fits = spot.bottom + box.offsetHeight + 8 < innerHeight;
+  box.style.left = Math.max(8, Math.min(spot.left, document.documentElement.clientWidth - box.offsetWidth - 8)) + "px";
+  box.style.top = Math.max(8, fits ? spot.bottom + 4 : Math.max(8, spot.top - box.offsetHeight - 4)) + "px";
+}
+
+function moveInMenu(event, box) {
+  const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+  if (!step) return;
+  event.preventDefault();
+  const items = [...box.querySelectorAll("button")];
+  items[(items.indexOf(document.activeElement) + step + items.length) % items.length].focus();
+}
 
 // ---- the entrance: setting up, logging in
 
@@ -18653,13 +19198,13 @@ const oneFile = items => one(items) && items[0].kind === "file";
 // or in one
 const ACTIONS = [
   {name: "upload", label: "Upload files", on: "place", make: true, keys: "U",
-   when: () => true, run: () => chooseFiles({})},
+   when: () => true, run: () => chooseHere({})},
   {name: "upload-folder", label: "Upload a folder", on: "place", make: true,
-   when: () => "webkitdirectory" in HTMLInputElement.prototype, run: () => chooseFiles({webkitdirectory: true})},
+   when: () => "webkitdirectory" in HTMLInputElement.prototype, run: () => chooseHere({webkitdirectory: true})},
   {name: "photo", label: "Take a photo", on: "place", make: true,
-   when: () => finger.matches, run: () => chooseFiles({accept: "image/*", capture: "environment"})},
+   when: () => finger.matches, run: () => chooseHere({accept: "image/*", capture: "environment"})},
   {name: "record", label: "Record a video", on: "place", make: true,
-   when: () => finger.matches, run: () => chooseFiles({accept: "video/*", capture: "environment"})},
+   when: () => finger.matches, run: () => chooseHere({accept: "video/*", capture: "environment"})},
   {name: "new-folder", label: "New folder", on: "place", make: true, keys: "Shift+N",
    when: () => true, run: newCollection},
   {name: "new-text", label: "New text file", on: "place", make: true, when: () => true, run: newText},
@@ -18844,16 +19389,6 @@ async function downloadZip(names) {
   return saveFrom(apiAddress("zip", view.path, {names: id, at: view.at}));
 }
 
-function saveFrom(address) {
-  const anchor = h("a", {href: address, download: ""});
-  document.body.append(anchor);
-  anchor.click();
-  anchor.remove();
-}
-
-const nameInput = (label, value = "") =>
-  field(label, {name: "name", value, maxLength: 255, autofocus: true, autocomplete: "off", spellcheck: false});
-
 // ask for a name, make a collection of it in another one; resolves to the new node
 const makeCollection = place => askForm(t("New folder"), [nameInput(t("Name"))], t("Create"), async ({name}) => {
   checkName(name);
@@ -18865,6 +19400,11 @@ async function ensureFiles() {
   if (!inFiles()) await go(addressOf(""));
 }
 
+async function chooseHere(about) {
+  await ensureFiles();
+  chooseFiles(about);
+}
+
 async function newCollection() {
   await ensureFiles();
   const made = await makeCollection(view.path);
@@ -18872,12 +19412,6 @@ async function newCollection() {
   await refresh();
   pick(list.known.get(made.node));
   setCursor(list.at);
-}
-
-const isName = name => name.trim() && !/^\.\.?$|[/\\\x00-\x1f\x7f]/.test(name) && new Blob([name]).size < 256;
-
-function checkName(name) {
-  if (!isName(name)) throw trouble("", t("A name cannot be empty and cannot hold a slash."));
 }
 
 const sayTaken = error => { throw error.code === "precondition-failed" ? new Problem(412, {code: "exists"}) : error; };
@@ -19061,11 +19595,6 @@ async function transfer(verb, items, target) {
   await refresh();
 }
 
-function splitName(name) {
-  const dot = name.lastIndexOf(".");
-  return dot > 0 ? [name.slice(0, dot), name.slice(dot)] : [name, ""];
-}
-
 // for each name that is taken at the target: keep both, replace or skip?
 async function settle(pairs) {
   const {taken} = await api("POST", "taken", {paths: pairs.filter(pair => !pair.clash).map(pair => pair.to)});
@@ -19080,22 +19609,6 @@ async function settle(pairs) {
     }
   }
   return settled;
-}
-
-// more: how many further clashes may follow, undefined if nobody knows; dismissing it skips
-async function askClash(name, more) {
-  const answer = await sheet(t("“{name}” exists already", {name}), close => {
-    const all = h("input", {type: "checkbox", checked: false});
-    const choice = (label, how, about) => button(label, () => close({how, all: all.checked}), about);
-    return [
-      h("p", {}, t("What should happen with the new one?")),
-      more === 0 ? null : h("label.tick", {}, all,
-        more ? plural(more, "Do the same for {n} more", "Do the same for {n} more") : t("Do the same for all others")),
-      buttonsRow(choice(t("Skip"), "skip"), choice(t("Replace"), "replace"),
-        choice(t("Keep both"), "keep", {className: "primary", autofocus: true}))
-    ];
-  });
-  return answer || {how: "skip", all: false};
 }
 
 // a sheet to walk the collections and choose one
@@ -19229,26 +19742,6 @@ async function hashOf(blob) {
   return Array.from(new Uint8Array(digest), byte => byte.toString(16).padStart(2, "0")).join("");
 }
 
-// one question at a time, and none when the answer was given for all
-async function settleUpload(item) {
-  queue.asking = queue.asking.then(async () => {
-    const {how, all} = queue.all ? {how: queue.all} : await askClash(nameOf(item.path), item.more ? undefined : 0);
-    item.how = how;
-    if (all) queue.all = how;
-  });
-  await queue.asking;
-  if (item.how === "skip") finishItem(item, "skipped");
-}
-
-async function sendItem(item) {
-  if (queue.paused) throw trouble("paused");
-  if (!item.file) return api("POST", "make-collection", {path: item.path, parents: true}).catch(unless("exists"));
-  const send = item.size > SMALL ? sendParts : sendWhole;
-  const path = await send(item);
-  if (path) queue.pictures = queue.pictures.then(() => depict(item.file, path)).catch(() => {});
-  return undefined;
-}
-
 // both resolve to where the file is, as far as that is known
 async function sendWhole(item) {
   const {file, path, how} = item, values = {mtime: file.lastModified, parents: 1, keep: how === "keep" && 1};
@@ -19257,202 +19750,26 @@ async function sendWhole(item) {
   return JSON.parse(answer.responseText).path;
 }
 
-// a tus upload: made, or found again after a break, then part after part
-async function sendParts(item) {
-  const {path, how} = item, known = readParts(), print = printOf(item);
-  let offset = known[print] ? await offsetOf(known[print]) : -1;
-  let id = known[print];
-  if (offset < 0) {
-    const about = {path, mtime: item.file.lastModified, parents: "1", clash: how || "refuse"};
-    const announced = {"Upload-Length": item.size, "Upload-Metadata": metadata(about)};
-    const answer = await transmit(item, "POST", PREFIX + "/tus", null, announced, 0);
-    [id, offset] = [nameOf(answer.getResponseHeader("Location")), 0];
-    saveParts({...readParts(), [print]: id}); // anew: other uploads have begun since
-  }
-  item.upload = id;
-  if (offset) queue.pace = null;                 // what is there already tells nothing about the pace
-  item.sent = offset;
-  while (offset < item.size) {
-    const part = item.file.slice(offset, offset + PART);
-    const answer = await transmit(item, "PATCH", PREFIX + "/tus/" + id, part, {"Upload-Offset": offset}, offset);
-    offset = Number(answer.getResponseHeader("Upload-Offset"));
-    item.tries = Math.min(item.tries, 1);        // it gets on: the next break waits no longer than the first
-  }
-  return how === "keep" ? "" : path;
-}
-
-const printOf = ({file, how, path}) => JSON.stringify([me.name, path, file.size, file.lastModified, how]);
-const metadata = values => Object.entries(values).map(([name, value]) =>
-  name + " " + btoa(String.fromCharCode(...new TextEncoder().encode(value)))).join(",");
-const readParts = () => JSON.parse(localStorage.getItem(PARTS) || "{}");
-const saveParts = parts => localStorage.setItem(PARTS, JSON.stringify(parts));
 function forgetMe() {
   for (const key of [PARTS, BROKEN]) localStorage.removeItem(key);
   indexedDB.deleteDatabase("thumbnails");        // where an older page kept them
 }
 
-// where an upload stands, -1 if the server does not know it any more
-async function offsetOf(id) {
-  const answer = await reach(PREFIX + "/tus/" + id, {method: "HEAD", headers: {...HEADERS, ...TUS}})
-    .catch(() => ({status: 502}));
-  if (answer.ok) return Number(answer.headers.get("Upload-Offset"));
-  if ([404, 410].includes(answer.status)) return -1;
-  if (answer.status !== 401) throw readProblem(answer.status, "");
-  await logInAgain();
-  return offsetOf(id);
+const TUS_PLACE = PREFIX + "/tus";
+const sendCollection = ({path}) => api("POST", "make-collection", {path, parents: true}).catch(unless("exists"));
+const showBegun = () => inFiles() && !list.entries.length && fillList([]);
+const showArrived = item => inFiles() && isBelow(item.path, view.path) && refreshSoon();
+
+function showSent({file}, path) {
+  queue.pictures = queue.pictures.then(() => depict(file, path)).catch(() => {});
 }
 
-const TUS = {"Tus-Resumable": "1.0.0"};
-const BODIES = {
-  POST: TUS,
-  PATCH: {...TUS, "Content-Type": "application/offset+octet-stream"},
-  PUT: {"Content-Type": "application/octet-stream"}
-};
-
-// one request with progress, which fetch cannot show
-function transmit(item, method, address, body, headers, from) {
-  return new Promise((done, fail) => {
-    const abort = () => fail(new DOMException("", "AbortError"));
-    if (item.state !== "sending") return abort();          // paused between two requests
-    const request = (item.request = new XMLHttpRequest());
-    let late = 0;
-    const hope = () => {                         // of a server that died without a word nobody else would tell
-      clearTimeout(late);
-      late = setTimeout(() => {
-        fail(trouble("network"));
-        request.abort();
-      }, 1000 * PATIENCE.sending);
-    };
-    request.open(method, address);
-    const fields = Object.entries({...HEADERS, ...BODIES[method], ...headers});
-    for (const [name, value] of fields) request.setRequestHeader(name, value);
-    request.upload.onprogress = event => {
-      hope();
-      item.sent = from + event.loaded;
-      updateQueue();
-    };
-    request.onload = () => {
-      if (request.status < 300) return done(request);
-      const problem = readProblem(request.status, request.responseText);
-      return problem.code === "unauthenticated"
-        ? logInAgain().then(() => fail(trouble("network")), fail)
-        : fail(problem);
-    };
-    request.onerror = () => fail(trouble("network"));
-    request.onabort = abort;
-    request.onloadend = () => clearTimeout(late);
-    hope();
-    request.send(body);
-  });
-}
-
-function forgetPart(print) {
-  const parts = readParts();
-  delete parts[print];
-  saveParts(parts);
-}
-
-function finishItem(item, state, error = "") {
-  if (item.size > SMALL && state !== "failed") forgetPart(printOf(item));
-  queue.delayed.delete(item);
-  Object.assign(item, {state, error, sent: state === "done" ? item.size : item.sent});
-  showItem(item);
-  if (state === "done" && inFiles() && isBelow(item.path, view.path)) refreshSoon();
+function showEnded() {
+  updateQuota();
+  if (inFiles()) refreshSoon();
 }
 
 const refreshSoon = soon(refresh, 500, true);
-
-function cancelItem(item) {
-  const sending = item.state === "sending";
-  finishItem(item, "cancelled");
-  if (sending && item.request) item.request.abort();
-  if (item.upload)
-    fetch(PREFIX + "/tus/" + item.upload, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(() => {});
-  updateQueue();
-}
-
-function retryItem(item) {
-  if (item.state === "failed") queue.failed--;
-  Object.assign(item, {error: "", sent: 0, tries: 0});
-  again(item);
-}
-
-function pauseQueue() {
-  queue.paused = !queue.paused;
-  if (!queue.paused) queue.delayed.forEach(wake);
-  else for (const item of queue.items) if (item.state === "sending" && item.request) {
-    item.state = "waiting";
-    item.tries++;
-    item.request.abort();
-    queue.delayed.add(item);
-    showItem(item);
-  }
-  pump();
-}
-
-// ---- what the end of a page broke off: said by the next one, which cannot open the files again by itself
-
-const BROKEN = "broken";               // what localStorage remembers of what had not begun: {name, path, more}
-
-function noteBroken() {
-  const [first, ...others] = unfinished().filter(one => one.file && !one.upload);
-  if (first) localStorage.setItem(BROKEN, JSON.stringify({name: me.name, path: first.path, more: others.length}));
-}
-
-// uploads of other tabs go on there: whoever is at work answers
-const tabs = "BroadcastChannel" in window ? new BroadcastChannel("uploads of " + PREFIX) : null;
-const elsewhere = new Set();
-if (tabs) tabs.onmessage = ({data}) => data ? data.forEach(id => elsewhere.add(id))
-  : tabs.postMessage(unfinished().map(one => one.upload).filter(Boolean));
-
-async function showBroken() {
-  const {name, path = "", more = 0} = JSON.parse(localStorage.getItem(BROKEN) || "{}");
-  const mine = JSON.stringify([me.name]).slice(0, -1);
-  const parts = Object.entries(readParts()).filter(([print]) => print.startsWith(mine));
-  if (!parts.length && name !== me.name) return;
-  if (tabs) tabs.postMessage(null);
-  await new Promise(done => setTimeout(done, 300));
-  const rows = [];
-  for (const [print, id] of parts) {
-    if (elsewhere.has(id) || queue.items.length) continue;
-    const offset = await offsetOf(id), [, path, size] = JSON.parse(print);
-    offset < 0 ? forgetPart(print) : rows.push(brokenRow(print, id, path, offset / size));
-  }
-  if (name === me.name && !elsewhere.size) {
-    localStorage.removeItem(BROKEN);
-    const words = t(more ? "{name} and {n} more were not sent." : "{name} was not sent.",
-      {name: quoted(nameOf(path)), n: more});
-    rows.push(h("li.broken", {}, h("span.state", {}, words)));
-  }
-  const box = find(".queue");
-  if (!rows.length || !box || queue.items.length) return;
-  box.hidden = false;
-  queue.box = null;
-  const title = h("div.title", {}, h("strong", {}, t("An upload was broken off")),
-    button(t("Close"), () => { box.hidden = true; }, {className: "quiet"}),
-    h("span.soft", {}, t("Choose the same files again: it goes on, and what is there is not sent twice.")));
-  box.replaceChildren(title, h("ul", {}, rows));
-}
-
-function brokenRow(print, id, path, share) {
-  const row = h("li.broken", {}, h("bdi", {title: path}, nameOf(path)),
-    button(t("Choose again"), () => chooseFiles({}, parentOf(path)), {className: "quiet"}),
-    button(t("Give up"), () => {
-      forgetPart(print);
-      fetch(PREFIX + "/tus/" + id, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(() => {});
-      row.remove();
-    }, {className: "quiet"}),
-    h("span.state", {}, t("{n} % are there", {n: Math.floor(100 * share)})));
-  return row;
-}
-
-function endQueue() {
-  queue.all = "";
-  updateQueue();
-  updateQuota();
-  if (inFiles()) refreshSoon();
-  if (!queue.failed) setTimeout(() => busy() || queue.failed || hideQueue(), 10000);
-}
 
 // ---- dragging: files from outside, entries within
 
@@ -20133,271 +20450,6 @@ function agentOf({kind, name}) {
     : name;
 }
 
-// ---- preview: a file over the list it belongs to, at an address of its own
-
-const preview = {box: null, entry: null, show: 0, edit: null};
-const isImage = entry => categoryOf(entry) === "image";
-const isPlayed = entry => ["audio", "video"].includes(categoryOf(entry));
-const mayBeText = entry => ["text", "table", "other"].includes(categoryOf(entry));      // its bytes will tell
-
-// what fits a file, and how it is shown then: as it is now, as one of its versions or as of a time
-const LOOKS = [
-  [isImage, pictureView],
-  [isPlayed, player],
-  [entry => categoryOf(entry) === "pdf" && entry.size < 200 << 20, pdfView],
-  [mayBeText, async entry => {
-    const source = await readText(entry);
-    return source ? textView(entry, source) : noLook(entry);
-  }]
-];
-const lookOf = entry => LOOKS.find(([fits]) => fits(entry));
-const lookAt = async entry => (lookOf(entry) || [0, noLook])[1](entry);
-const isSeen = entry => lookOf(entry) && categoryOf(entry) !== "other";
-
-function openPreview(entry) {
-  closePreview();
-  preview.box = h("dialog.preview",
-    {onkeydown: onPreviewKey, oncancel: event => { event.preventDefault(); leavePreview(); }});
-  preview.box.addEventListener("click", event => {
-    if (!preview.show) return;
-    event.stopPropagation();
-    slideshow(false);
-  }, true);
-  document.body.append(preview.box);
-  preview.box.append(find(".toasts"));
-  fillPreview(entry);
-  preview.box.showModal();
-}
-
-function fillPreview(entry) {
-  const held = document.activeElement.dataset.action, inside = preview.box.contains(document.activeElement);
-  const act = (name, label, run, when = true) => when && button(label, run, {"data-action": name});
-  Object.assign(preview, {entry, edit: null, body: h("div.body"), note: h("div.note", {role: "status"})});
-  preview.box.setAttribute("aria-label", plain(entry.name));
-  const title = h("div.title", {}, h("strong", {}, h("bdi", {}, entry.name)),
-    view.at && h("span.tag", {}, longTime(view.time)),
-    h("span.soft", {}, formatSize(entry.size)),
-    button(t("Edit"), () => attempt(() => editFile(entry)), {"data-action": "edit", hidden: true}),
-    act("download", t("Download"), () => saveFrom(contentAddress(entry))),
-    act("bring-back", t("Bring back"), () => attempt(() => bringBack([entry])), view.at),
-    act("versions", t("Versions"), () => go(versionsAddress(entry.path)), !view.at),
-    act("link", t("Copy address"), () => attempt(copyLink)),
-    button(t("Close"), leavePreview, {className: "primary", autofocus: true}));
-  for (const old of preview.box.querySelectorAll(":scope > :not(.toasts)")) old.remove();
-  preview.box.prepend(title, preview.note, preview.body, previewFoot(entry));
-  if (inside) (find(`[data-action=${held}]:enabled`, preview.box) || find(".primary", preview.box)).focus();
-  setTitle(entry.name);
-  return attempt(async () => {
-    const part = await lookAt(entry).catch(error => failureBox(error, () => fillPreview(entry)));
-    if (preview.entry !== entry || preview.edit) return;
-    preview.body.replaceChildren(part);
-    find("[data-action=edit]", title).hidden = !part.source?.exact || Boolean(view.at);
-  });
-}
-
-function copyLink() {
-  const media = find("video, audio", preview.body), at = media ? Math.floor(media.currentTime) : 0;
-  return copyText(location.href.replace(/#.*/, "") + (at ? "#t=" + at : ""));
-}
-
-function pictureView(entry) {
-  const image = h("img", {
-    src: contentAddress(entry), alt: entry.name,
-    onload: () => preview.entry === entry && loadAhead(),
-    onerror: () => sayUnfit(entry, stage, t("This browser cannot show this kind of picture."))
-  });
-  const stage = zoomable(image);
-  return stage;
-}
-
-// in place of what a browser gave up on: was it the browser, or the way to the server?
-async function sayUnfit(entry, part, words) {
-  const look = () => ask(contentAddress(entry), {headers: {...HEADERS, Range: "bytes=0-0"}});
-  const why = entry.size ? await look().then(() => words, explain) : t("This file is empty.");
-  part.replaceWith(noLook(entry, why));
-}
-
-// the browser's own viewer; the type is ours to say, so that nothing else can come of the bytes.  Its bar would name
-// the file after the address of the bytes and save it so: the title above has the name, and the way to save
-async function pdfView(entry) {
-  const bytes = await (await ask(contentAddress(entry))).arrayBuffer();
-  const src = URL.createObjectURL(new Blob([bytes], {type: "application/pdf"}));
-  if (!isPhone.matches && navigator.pdfViewerEnabled !== false)
-    return h("iframe", {src: src + "#toolbar=0&view=FitH", title: entry.name});
-  return noLook(entry, entry.name, h("a.button", {href: src, target: "_blank"}, t("Open in a new tab")));
-}
-
-function noLook(entry, why = t("There is no preview of this kind of file."), ...ways) {
-  const asText = async () => {
-    const part = textView(entry, await readText(entry, true));
-    box.replaceWith(part);
-    find("pre", part).focus();
-  };
-  const box = h("div.empty", {}, icon(categoryOf(entry)), h("p", {}, why), h("div.acts", {}, ways,
-    button(t("Download"), () => saveFrom(contentAddress(entry))),
-    !/image|audio|video|pdf/.test(categoryOf(entry)) && button(t("Show as text"), () => attempt(asText))));
-  return box;
-}
-
-// it begins where a link says (#t=80); at its end the next of its kind begins
-function player(entry) {
-  const at = (location.hash.match(/^#t=[\d.]+$/) || [""])[0], kind = categoryOf(entry);
-  const media = h(kind, {
-    src: contentAddress(entry) + at, controls: true, playsInline: true, autoplay: preview.play,
-    onerror: () => sayUnfit(entry, media, t("This browser cannot play this kind of file.")),
-    onloadeddata: () => kind === "video" && !media.videoWidth &&
-      preview.note.replaceChildren(t("This browser plays only the sound of this film.")),
-    onended: () => { if (preview.entry === entry && playsOn()) turnTo(near(1, sameKind), true); }
-  });
-  return media;
-}
-
-const playsOn = () => localStorage.getItem("playon") !== "0";
-
-// a click shows the picture in its full size, another one as a whole again; a finger turns over to the next
-function zoomable(image) {
-  let from = null;
-  const swipe = {
-    ontouchstart: ({touches}) => {
-      from = touches.length === 1 && !stage.matches(".zoomed") && visualViewport.scale < 1.05 && touches[0];
-    },
-    ontouchend: ({changedTouches: [to]}) => {
-      const x = from ? to.clientX - from.clientX : 0;
-      if (preview.entry && Math.abs(x) > 50 && Math.abs(x) > 2 * Math.abs(to.clientY - from.clientY))
-        turnTo(near(x < 0 ? 1 : -1));
-    }
-  };
-  const stage = h("div.stage", {...swipe, onclick: event => {
-    if (event.target !== image) return;
-    const x = event.offsetX / image.width, y = event.offsetY / image.height;
-    stage.classList.toggle("zoomed");
-    stage.scrollTo(image.width * x - stage.clientWidth / 2, image.height * y - stage.clientHeight / 2);
-  }}, image);
-  return stage;
-}
-
-// ---- editing text
-
-async function newText() {
-  await ensureFiles();
-  await askForm(t("New text file"), [nameInput(t("Name"), t("Note") + ".txt")], t("Create"), async ({name}) => {
-    checkName(name);
-    const path = join(view.path, name),
-      made = await api("PUT", "files/" + encodePath(path), {}, {"If-None-Match": "*"}).catch(sayTaken);
-    await refresh();
-    await go(addressOf(path));
-    editFile(made);
-    return true;
-  });
-}
-
-// what was typed and not saved yet also lies in this browser, whatever becomes of the page: {text, etag}
-const draftName = path => ["draft", encodeURIComponent(me.name), path].join("|");
-const isEdited = () => Boolean(preview.edit) && preview.edit.area.value !== preview.edit.saved;
-
-function keepDraft() {
-  const {edit} = preview;
-  if (!edit) return;
-  const text = edit.area.value;
-  try {
-    if (text === edit.saved) localStorage.removeItem(edit.draft);
-    else localStorage.setItem(edit.draft, JSON.stringify({text, etag: edit.etag}));
-  } catch { /* it has no room; then leaving asks, and no more */ }
-}
-
-const keepDraftSoon = soon(keepDraft, 300);
-
-async function editFile(entry) {
-  if (preview.entry?.path !== entry.path) await go(addressOf(entry.path));
-  const source = await readText(entry);
-  if (preview.entry?.path !== entry.path) return;
-  if (!source?.exact) throw trouble("", t("This file cannot be edited here."));
-  const area = h("textarea", {value: source.text, "aria-label": entry.name, spellcheck: false, oninput: () => {
-    keepDraftSoon();
-    edit.save.disabled = !isEdited();
-  }});
-  const save = button(t("Save"), () => attempt(() => saveText(edit)), {className: "primary", disabled: true});
-  const edit = preview.edit = {path: entry.path, etag: source.etag, source, area, save, saved: area.value,
-    draft: draftName(entry.path)};
-  area.addEventListener("keydown", event => {
-    if ((event.ctrlKey || event.metaKey) && event.key === "s") {
-      event.preventDefault();
-      save.click();
-    }
-  });
-  preview.body.replaceChildren(area);
-  find(".title [data-action=edit]", preview.box).replaceWith(save);
-  area.focus();
-  area.setSelectionRange(0, 0);
-  takeDraft(edit);
-}
-
-// what an earlier visit left unsaved is there again
-function takeDraft(edit) {
-  const draft = JSON.parse(localStorage.getItem(edit.draft) || "null"), {etag} = edit;
-  if (!draft || draft.text === edit.saved) return;
-  const put = (text, etag) => {
-    edit.area.value = text;
-    edit.etag = etag;
-    edit.save.disabled = !isEdited();
-    edit.area.focus();
-    edit.area.setSelectionRange(0, 0);
-    keepDraft();
-  };
-  put(draft.text, draft.etag);
-  toast(t("This is what you typed before and did not save."),
-    {label: t("Discard it"), run: () => put(edit.saved, etag)});
-}
-
-async function saveText(edit) {
-  const typed = edit.area.value, text = withEnds(edit.source.text, typed), body = writeText(text, edit.source.codec);
-  edit.save.disabled = true;
-  const put = given => ask(apiAddress("files", edit.path), {method: "PUT", body, headers: {...HEADERS, ...given}});
-  const answer = await put({"If-Match": edit.etag}).catch(async error => {
-    edit.save.disabled = false;
-    if (error.code !== "precondition-failed" && error.code !== "not-found") throw error;
-    if (!await askToReplace(edit.path)) throw new DOMException("", "AbortError");
-    return put({});
-  });
-  Object.assign(preview.entry, await answer.json());
-  Object.assign(edit, {etag: answer.headers.get("ETag"), saved: typed});
-  edit.source.text = text;
-  edit.save.disabled = !isEdited();
-  keepDraft();
-  preview.note.replaceChildren();
-  toast(t("Saved."));
-  refreshSoon();
-}
-
-async function askToReplace(path) {
-  const {etag} = await load(path, {limit: 1}).catch(absent);
-  return etag ? askYesNo(t("Somebody else saved this file"),
-    t("It changed since you opened it. If you save now, their version stays among the versions."), t("Save mine"))
-    : askYesNo(t("Somebody deleted this file"), t("If you save now, it is there again."), t("Save mine"));
-}
-
-// may the view go, with what was typed in it?  Saved, given up or not there: true
-let leaving = null;
-function mayLeave() {
-  const asked = () => isEdited() ? leaveEdit() : isTyped(find("#app")) ? askToLeave() : true;
-  leaving = leaving || Promise.resolve(asked()).then(Boolean).finally(() => { leaving = null; });
-  return leaving;
-}
-
-async function leaveEdit() {
-  const {edit} = preview;
-  const answer = await sheet(t("Leave without saving?"), close => [h("p", {}, t("You changed this text.")), buttonsRow(
-    button(t("Go on editing"), () => close()),
-    button(t("Do not save"), () => close("lose"), {className: "danger"}),
-    button(t("Save"), () => close("save"), {className: "primary", autofocus: true}))]);
-  if (answer === "save") await attempt(() => saveText(edit));
-  if (answer === "lose") {
-    preview.edit = null;
-    localStorage.removeItem(edit.draft);
-  }
-  return !isEdited();
-}
-
 // ---- tables
 
 const ROWS_MOST = 2000;
@@ -20893,7 +20945,7 @@ function listen() {
   addEventListener("pagehide", () => source && source.close());
   addEventListener("pageshow", event => event.persisted && watchServer());
   document.addEventListener("visibilitychange", watchServer);
-  addEventListener("beforeunload", event => { if (busy() || isTyped()) event.preventDefault(); });
+  addEventListener("beforeunload", event => { if (busy() || isEdited() || isTyped(document)) event.preventDefault(); });
   addEventListener("pagehide", keepDraft);
   addEventListener("pagehide", noteBroken);
   document.addEventListener("visibilitychange", keepDraft);
@@ -20918,7 +20970,7 @@ addEventListener("DOMContentLoaded", async () => {
   history.scrollRestoration = "manual";
   const about = api("GET", "");                    // on its way together with the words
   about.catch(() => {});
-  await setLanguage(language);
+  await setLanguage(localStorage.getItem("language") || navigator.language.slice(0, 2));
   listen();
   start(about);
   const keepers = navigator.serviceWorker;         // in a secure context only; where there is none, nothing is kept
