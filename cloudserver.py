@@ -13299,15 +13299,11 @@ class Folder:
             raise Changing(errno.EAGAIN, "it changes while it is read", path)
         return file
 
-    def content(self, path: str, sizes: Sequence[int]) -> str:
-        """What names the bytes of a file, cut into chunks of these sizes; "" if it has more.  raises OSError"""
+    def content(self, path: str, like: There | Base) -> str:
+        """What names the bytes of a file, cut where a node is; "" if it has more.  raises OSError"""
         with self.read(path) as file:
-            chunks = [(hashlib.sha256(read_fully(file, size)).hexdigest(), size) for size in sizes]
+            chunks = [(hashlib.sha256(read_fully(file, size)).hexdigest(), size) for _, size in chunks_of(like)]
             return "" if file.read(1) else content_of(chunks)
-
-    def holds(self, path: str, node: There | Base) -> bool:
-        """Are the bytes of a file those?  raises OSError"""
-        return self.content(path, [size for _, size in chunks_of(node)]) == node.content
 
     # ---- writing
 
@@ -13321,8 +13317,8 @@ class Folder:
         If it is a large one, or no call brings a whole file system to the medium, its bytes are brought there now (invariant 3).
         """
         if large or not has_sync_file_system():
-            os.fsync(file.fileno())
-        target: int | str = file.fileno()
+            os.fsync(file.fd)
+        target: int | str = file.fd
         if os.utime not in os.supports_fd:       # Windows, where the time may not stick to an open file either
             file.close()
             target = file.place
@@ -13341,7 +13337,7 @@ class Folder:
         self.prove(path)
         if not is_like_here(self.look(path), expected):
             return None
-        if expected and not (base and self.holds(path, base) and is_like_here(self.look(path), expected)):
+        if expected and not (base and self.content(path, base) == base.content and is_like_here(self.look(path), expected)):
             return None
         place = self.place(path)
         patiently(partial(os.replace, file.place, place), place)
@@ -13378,7 +13374,7 @@ class Folder:
         self.prove(path)
         place = self.place(path)
         if not expected.kind:
-            if not self.holds(path, base) or not is_like_here(self.look(path), expected):
+            if self.content(path, base) != base.content or not is_like_here(self.look(path), expected):
                 return False
             patiently(partial(os.unlink, place), place)
         else:
@@ -13400,9 +13396,14 @@ class Folder:
     def secure(self) -> None:
         """Bring to the medium what was written or read since, and the names of it (invariants 3 and 4).  raises OSError"""
         touched, self._touched = self._touched, set()
-        if not sync_file_system(self.top, all=bool(self.mounts)):
+        if not has_sync_file_system():
             for path in sorted(touched):
                 self._force(path)
+        self.secure_built()
+
+    def secure_built(self) -> None:
+        """Bring to the medium the files that were finished, from any thread.  raises OSError"""
+        if not sync_file_system(self.top, all=bool(self.mounts)):
             with open(self.home / "Probe", "r+b") as file:
                 sync_file(file.fileno())         # one for all, where a disk has to be told (macOS)
 
@@ -13420,20 +13421,29 @@ class Folder:
                     os.close(fd)
 
 
-class Temporary(io.FileIO):
-    """A file under construction in our corner: gone in the end, unless it was settled in its place or is to be found again."""
+class Temporary:
+    """A file under construction in our corner, by its descriptor.  Whoever leaves it by an error discards it, unless it is to be found again."""
 
     def __init__(self, place: str, *, keeps: bool) -> None:
         self.place, self.keeps, self.settled = place, keeps, False
         self.made: Here | None = None            # as it is when it is finished
-        how = os.O_CREAT | O_EXTRA | (0 if keeps else os.O_EXCL)
-        super().__init__(place, "r+", opener=lambda place, flags: os.open(place, flags | how, 0o666))
+        self.fd = os.open(place, os.O_RDWR | os.O_CREAT | O_EXTRA | (0 if keeps else os.O_EXCL), 0o666)
 
     def append(self, data: bytes) -> None:
         """Write all of it, or raise OSError."""
         rest = memoryview(data)
         while rest:
-            rest = rest[self.write(rest):]
+            rest = rest[os.write(self.fd, rest):]
+
+    def end_at(self, offset: int) -> None:
+        """Forget what is beyond, and go on there."""
+        os.ftruncate(self.fd, offset)
+        os.lseek(self.fd, offset, os.SEEK_SET)
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def discard(self) -> None:
         """It is not needed any more, if it ever was."""
@@ -13442,8 +13452,13 @@ class Temporary(io.FileIO):
             with suppress(FileNotFoundError):
                 patiently(partial(os.unlink, self.place), self.place)
 
-    def __exit__(self, *trouble: Any) -> None:
-        self.discard()
+    def __enter__(self) -> Temporary:
+        return self
+
+    def __exit__(self, kind: Any, *trouble: Any) -> None:
+        if kind is not None:
+            self.discard()
+        self.close()
 
 
 def patiently(act: Callable[[], None], place: str) -> None:
@@ -14327,7 +14342,6 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
 
 COMMIT_FILES, COMMIT_BYTES = 2_000, 8 * MiB      # of one commit, and of one download
 FIRST_FILES = 250               # of the first, that both sides are soon at work; each has twice as many as the one before
-BUILT_MOST = 10_000             # small files that wait to be put in their places together
 LANES = 2                       # requests under way while the next is prepared
 WINDOW = 4 * MiB                # bytes of a large file after which its chunks travel
 ROUNDS = 12                     # until a run gives up to reach a fixed point
@@ -14396,7 +14410,7 @@ class Session:
         self.only = [folder.key("/".join(split_path(path))) for path in wishes.only]
         self.progress = Progress("sync", 0) if wishes.show else None
         self.rules, self.scan = Rules(()), Scan({}, {}, [], {}, 0.0)
-        self.lane = ThreadPoolExecutor(LANES, "sync")
+        self.lane = ThreadPoolExecutor(LANES + 1, "sync")    # and what was built is brought to the medium
         self.flying: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
         self.begin()
 
@@ -14443,20 +14457,21 @@ class Session:
         """Did we write down nothing for a while?"""
         return time.monotonic() - self.remembered > self.pause
 
-    def remember(self, *, built: bool = False) -> None:
-        """Write down what is agreed on; it is on the medium by then (invariant 4).  raises Stopped
-
-        built   files are about to be put in their places, and have to be there, too
-        """
-        began = time.monotonic()
+    def bring_to_medium(self, secure: Callable[[], None]) -> None:
+        """Let the folder secure something, from any thread.  raises Stopped"""
         try:
-            if built or self.memory.is_changed:
-                self.folder.check_place()
-                self.folder.secure()
-                self.folder.check_place()        # it still is: else something else was brought to its medium
+            self.folder.check_place()
+            secure()
         except OSError as error:
             self.folder.check_place()
             raise Stopped("the disk of %s fails: %s" % (self.folder.root, error.strerror)) from error
+        self.folder.check_place()                # it still is: else something else was brought to its medium
+
+    def remember(self) -> None:
+        """Write down what is agreed on; it is on the medium by then (invariant 4).  raises Stopped"""
+        began = time.monotonic()
+        if self.memory.is_changed:
+            self.bring_to_medium(self.folder.secure)
         self.memory.flush()
         self.remembered = time.monotonic()
         self.pause = max(1.0, 5 * (self.remembered - began))
@@ -14572,7 +14587,7 @@ class Planner:
         sizes = tuple(size for _, size in chunks_of(node))
         if (path, sizes) not in self._contents:
             try:
-                self._contents[path, sizes] = self.folder.content(path, sizes)
+                self._contents[path, sizes] = self.folder.content(path, node)
             except OSError as error:
                 self.session.complain(path, error)
                 return False
@@ -14956,8 +14971,8 @@ class Downloader:
     def __init__(self, session: Session, planner: Planner) -> None:
         self.session, self.planner = session, planner
         self.folder, self.memory, self.fetcher = session.folder, session.memory, Fetcher(session.link)
-        self.built: list[Built] = []                 # small files, to be brought to the medium all at once
-        self.begun: list[Temporary] = []             # theirs, and those that could not be finished
+        self.built: deque[Built] = deque()           # small files that are not in their places
+        self.groups: deque[tuple[int, Future[None]]] = deque()       # how many of them are brought to the medium together
 
     def make_directories(self, keys: list[str]) -> None:
         for key in keys:
@@ -14967,7 +14982,7 @@ class Downloader:
 
     def download(self, keys: list[str]) -> None:
         """Small files by thousands in one request; of large ones only the chunks that are not here."""
-        group, waiting, most, self.built = [], 0, FIRST_FILES, []
+        group, waiting, most = [], 0, FIRST_FILES
         try:
             for key in keys:
                 there = self.memory.there[key]
@@ -14981,9 +14996,11 @@ class Downloader:
                     group, waiting, most = [], 0, min(2 * most, COMMIT_FILES)
             self._fetch_group(group)
             self.session.land_all()
-            self._settle_all()
+            self._settle_groups(0)
         finally:
-            self._discard()
+            for one in self.built:
+                one.file.discard()
+            self.built.clear(), self.groups.clear()
 
     def _fetch_group(self, keys: list[str]) -> None:
         wanted = list(dict(chunk for key in keys for chunk in chunks_of(self.memory.there[key])).items())
@@ -15002,35 +15019,33 @@ class Downloader:
                 self.session.lacking[there.path] = "the server cannot give its bytes: they may be damaged there"
                 continue
             path = self.planner.path_here(key, there.path)
-            with self.session.forgiving(there.path):
-                file = self.folder.temporary()
-                self.begun.append(file)
+            with self.session.forgiving(there.path), self.folder.temporary() as file:
                 file.append(datas[there.content] if there.size else b"")
                 self.folder.finish(file, path, there.mtime, self.session.scan.here.get(key))
                 self.built.append(Built(key, there, path, file))
-        if self.session.is_time or len(self.built) >= BUILT_MOST:
-            self._settle_all()
+        count = len(self.built) - sum(count for count, _ in self.groups)
+        if count:
+            self.groups.append((count, self.session.lane.submit(self.session.bring_to_medium, self.folder.secure_built)))
+        self._settle_groups(1)
 
-    def _settle_all(self) -> None:
-        """Bring what was built to the medium, and put it in place; what was put there before is noted now (invariants 3 and 4)."""
-        built, self.built = self.built, []
-        if built:
-            self.session.remember(built=True)
-        for one in built:
-            self._settle(one)
-        self._discard()
-
-    def _discard(self) -> None:
-        """Remove what did not get to its place."""
-        begun, self.begun = self.begun, []
-        for file in begun:
-            file.discard()
+    def _settle_groups(self, most: int) -> None:
+        """Put files that are on the medium in their places (invariant 3), until so many groups wait; the next ones are on their way there."""
+        while len(self.groups) > most:
+            count, secured = self.groups.popleft()
+            secured.result()
+            for _ in range(count):
+                self._settle(self.built.popleft())
+            if self.session.is_time:
+                self.session.remember()
 
     def _settle(self, built: Built) -> None:
         """Put a finished file in its place."""
         key, there = built.key, built.there
         with self.session.forgiving(there.path):
-            here = self.folder.settle(built.file, built.path, self.session.scan.here.get(key), self.memory.base.get(key))
+            try:
+                here = self.folder.settle(built.file, built.path, self.session.scan.here.get(key), self.memory.base.get(key))
+            finally:
+                built.file.discard()
             if here is None:
                 self.memory.doubt(key)
                 self.session.unsettled.add(there.path)       # somebody was faster: in the next round
@@ -15062,7 +15077,7 @@ class Downloader:
                     if not self._build(file, window, old, places):
                         self.session.lacking[there.path] = "the server cannot give all of its bytes: they may be damaged there"
                         return
-            file.truncate(there.size)
+            file.end_at(there.size)
             self.folder.finish(file, path, there.mtime, self.session.scan.here.get(key), large=True)
             self._settle(Built(key, there, path, file))
         if self.session.is_time:
@@ -15094,15 +15109,14 @@ class Downloader:
 
     def _verified_part(self, file: Temporary, chunks: list[tuple[str, int]]) -> int:
         """How many chunks an earlier run left; the file ends after them."""
-        file.seek(0)
-        offset = 0
-        for number, (hash, size) in enumerate(chunks):
-            if hashlib.sha256(read_fully(file, size)).hexdigest() != hash:
-                file.seek(file.truncate(offset))
-                return number
-            offset += size
-        file.seek(file.truncate(offset))
-        return len(chunks)
+        whole = offset = 0
+        with open(file.fd, "rb", buffering=0, closefd=False) as left:
+            for hash, size in chunks:
+                if hashlib.sha256(read_fully(left, size)).hexdigest() != hash:
+                    break
+                whole, offset = whole + 1, offset + size
+        file.end_at(offset)
+        return whole
 
     def _build(self, file: Temporary, window: list[tuple[str, int]], old: BinaryIO, places: dict[str, tuple[int, int]]) -> bool:
         """Append chunks to a file; False if one cannot be had."""
@@ -15118,7 +15132,7 @@ class Downloader:
             if hash not in datas:
                 return False
             if datas[hash].count(0) == size:
-                file.seek(size, os.SEEK_CUR)     # a hole stays one
+                os.lseek(file.fd, size, os.SEEK_CUR)         # a hole stays one
             else:
                 file.append(datas[hash])
         return True
