@@ -18,22 +18,23 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
     10  Changes         Contents Space Locks Brake Tree Plan           how it is changed
     11  Files           Files Copies Search                            the verbs of what is
     12  History         Journal History Versions Trash                 ... and of what was
-    13  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
-    14  HTTP            Request Response route respond                 what is asked, and the gate
-    15  Connections     Parser Connection Handler                      the only code that touches a socket
-    16  JSON API        api_*                                          what the page and programs use
-    17  Transfer        tus_* sync_*                                   resumable uploads, native sync
-    18  WebDAV          dav_*                                          RFC 4918
-    19  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
-    20  Upkeep          Upkeep Janitor                                 background jobs
-    21  Service         CloudServer Supervisor                         start, stop, logs
-    22  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
-    23  Folder          Rules Folder Memory                            a folder on this computer
-    24  Link            Link Fetcher introduce                         the server at the other end of a sync
-    25  Sync client     SyncClient Planner Uploader Downloader         a folder and an account kept alike
-    26  Command line    main                                           a function per command
-    27  Page parts      PARTS_* WORDS bare                             what pages are made of
-    28  Page            PAGE_* web_page                                the embedded page
+    13  Sharing         Sharing Share                                  what people hand to others
+    14  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
+    15  HTTP            Request Response route respond                 what is asked, and the gate
+    16  Connections     Parser Connection Handler                      the only code that touches a socket
+    17  JSON API        api_*                                          what the page and programs use
+    18  Transfer        tus_* sync_*                                   resumable uploads, native sync
+    19  WebDAV          dav_*                                          RFC 4918
+    20  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
+    21  Upkeep          Upkeep Janitor                                 background jobs
+    22  Service         CloudServer Supervisor                         start, stop, logs
+    23  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
+    24  Folder          Rules Folder Memory                            a folder on this computer
+    25  Link            Link Fetcher introduce                         the server at the other end of a sync
+    26  Sync client     SyncClient Planner Uploader Downloader         a folder and an account kept alike
+    27  Command line    main                                           a function per command
+    28  Page parts      PARTS_* WORDS bare                             what pages are made of
+    29  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -41,7 +42,7 @@ The path of a request:
         1 identify    Credentials    who is asking?
         2 find_route  ROUTES         which function?                    404 405
         3 admit       Route.needs    may they knock?                    401 403
-        4 handler     rooms 16-19    words to values, one Cloud call, values to words
+        4 handler     rooms 17-20    words to values, one Cloud call, values to words
               Files, History, ...    this principal, on this node?      403 404 409 412 423 507
                   Store              bytes first, no lock held
                   Database           then guards, rows and one journal line, in one batch
@@ -253,21 +254,26 @@ class Policy(NamedTuple):
     keep_days: int               # days that every version and everything deleted is kept
     history: int | None          # bytes that versions and deleted files of one account may take; None is no limit
     quota: int | None            # of new accounts, bytes; None is none
+    links: bool = True           # may files be shared by links?
+    link_password: bool = False  # must a link have a password?
+    link_days: int | None = None # days that a link lives at most; None is no limit
 
 
 class Principal(NamedTuple):
     """Somebody who asks, and by what means they proved who they are."""
-    account: int = 0
+    account: int = 0             # of the visitor of a link: minus the id of the share
     name: str = ""
     root: int = 0                # the collection that is "/" to them
     admin: bool = False
-    means: str = ""              # "" nobody, "password", "token", "session", "local" (the command line)
-    device: str = ""             # id of the device row behind a token or a session
+    means: str = ""              # "" nobody, "password", "token", "session", "link", "local" (the command line)
+    device: str = ""             # id of the device row behind a token or a session; of a link "link-ID"
     readonly: bool = False
     scoped: bool = False         # root is not the root of the account
     confirmed: int = 0           # due time until which the password counts as freshly given
     refusal: Optional["CloudError"] = None    # why credentials that were sent do not count
     op: Optional[Tuple[str, str]] = None      # what a batch of theirs bears: see Cloud.once
+    home: int = 0                # whose tree it is; 0: the account's own
+    rights: Optional[frozenset[str]] = None   # out of RIGHTS; None: what the means give
 
 
 ANONYMOUS = Principal()
@@ -350,6 +356,31 @@ class Query:
     most: int | None = None
     after: int | None = None                      # mtime, ms since 1970
     before: int | None = None
+
+
+class Share(NamedTuple):
+    """A node that somebody handed to others.  The order is that of SHARE_COLUMNS."""
+    id: int
+    home: int
+    node: int
+    kind: str                    # link
+    rights: str                  # out of RIGHTS, blanks between them
+    giver: int                   # account
+    name: str
+    note: str
+    token: str | None            # of a link: what its address ends with
+    password: str | None         # as it is stored
+    due: int | None              # it ends then, steady ms; and
+    expires: int | None          # as people read it
+    uses_most: int | None        # downloads
+    files_most: int | None       # files and
+    bytes_most: int | None       # bytes that may come by it
+    used: int = 0                # what was, and what came, so far
+    files: int = 0
+    bytes: int = 0
+    seq: int = 0                 # of the batch that changed it last
+    created: int = 0             # ms since 1970
+    seen: int | None = None      # when it was last used
 
 
 class Lock(NamedTuple):
@@ -2379,7 +2410,27 @@ CREATE TABLE spent (                    -- what accounts with a quota made the s
     home INTEGER NOT NULL, day INTEGER NOT NULL, bytes INTEGER NOT NULL, PRIMARY KEY (home, day)) WITHOUT ROWID;
 ALTER TABLE account ADD COLUMN extra INTEGER NOT NULL DEFAULT 0;     -- bytes beside its live files that count against its quota
 """
-MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7]         # MIGRATIONS[0] leads from version 1 to 2
+VERSION_8 = """
+CREATE TABLE share (                    -- nodes that somebody handed to others; ended ones stay, for the journal names them
+    id INTEGER PRIMARY KEY, home INTEGER NOT NULL, node INTEGER NOT NULL,
+    parent INTEGER,                     -- the share by which the giver has it; NULL: it is his own
+    kind TEXT NOT NULL,                 -- link, account, group
+    grantee INTEGER,                    -- the account or group; NULL: whoever has the link
+    rights TEXT NOT NULL,               -- names of rights, blanks between them
+    giver INTEGER NOT NULL,             -- account
+    name TEXT NOT NULL, note TEXT NOT NULL,
+    token TEXT,                         -- of a link: what its address ends with,
+    secret TEXT,                        -- and its SHA-256, by which it is found
+    password TEXT,                      -- scrypt, as in account; NULL is none
+    due INTEGER, expires INTEGER,       -- due and wall time of its end
+    uses_most INTEGER, files_most INTEGER, bytes_most INTEGER,               -- downloads; what may come by it; NULL is no limit
+    used INTEGER NOT NULL, files INTEGER NOT NULL, bytes INTEGER NOT NULL,   -- the same, so far
+    seq INTEGER NOT NULL,               -- of the batch that changed it last
+    created INTEGER NOT NULL, seen INTEGER, ended INTEGER);                  -- wall times: made, last used, ended
+CREATE UNIQUE INDEX share_secret ON share (secret) WHERE ended IS NULL;
+CREATE INDEX share_home ON share (home) WHERE ended IS NULL;
+"""
+MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8]         # MIGRATIONS[0] leads from version 1 to 2
 INDEXES = (  # made where SQLite can: parts of names; words of contents
     "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
     "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
@@ -3681,6 +3732,8 @@ class Accounts:
                      Statement("DELETE FROM device WHERE account = ?", (account.id,)),
                      Statement("DELETE FROM known_place WHERE account = ?", (account.id,)),
                      Statement("DELETE FROM lock WHERE home = ?", (account.id,)),
+                     Statement("UPDATE share SET ended = ?1 WHERE (home = ?2 OR giver = ?2) AND ended IS NULL",
+                               (self.clock.wall(), account.id)),
                      unless=(LAST_ADMIN + " AND EXISTS (SELECT 1 FROM account WHERE id <> :id AND removed IS NULL)",
                              "make another account an administrator first"))
 
@@ -3958,7 +4011,7 @@ LONG_HASH = 64 * MiB            # larger files are hashed in the lane for long w
 WAITERS, WAITS = 128, 32        # who may wait for changes at a time, per process: in all, and of one account
 
 
-READ, CREATE, UPDATE, DELETE, PAST = RIGHTS = ("read", "create", "update", "delete", "past")
+READ, CREATE, UPDATE, DELETE, SHARE, PAST = RIGHTS = ("read", "create", "update", "delete", "share", "past")
 
 
 class View(NamedTuple):
@@ -3972,7 +4025,8 @@ class View(NamedTuple):
     def need(self, right: str) -> None:
         """raises CloudError forbidden without that right"""
         if right not in self.rights:
-            raise CloudError("forbidden", "this device may only read" if self.rights else "nobody is logged in")
+            raise CloudError("forbidden", "nobody is logged in" if not self.rights else "this link does not allow that"
+                             if self.who.means == "link" else "this device may only read")
 
     def need_whole(self) -> None:
         """raises CloudError forbidden if there is more in the home than is seen from here"""
@@ -3983,8 +4037,8 @@ class View(NamedTuple):
 @lru_cache(maxsize=1024)
 def view_of(who: Principal) -> View:
     """The one place that knows what somebody may see and do."""
-    rights = () if not who.account else (READ, PAST) if who.readonly else RIGHTS
-    return View(who, who.account, who.root, frozenset(rights), not who.scoped)
+    rights = () if not who.account else who.rights if who.rights is not None else (READ, PAST) if who.readonly else RIGHTS
+    return View(who, who.home or who.account, who.root, frozenset(rights), not who.scoped)
 
 
 class Place(NamedTuple):
@@ -6513,7 +6567,250 @@ class Trash:
                 pending += [(top, until), *((node, until) for _, _, node, kind in rows if kind)]
 
 
-# ==== 13. Verbs ==========================================================================
+# ==== 13. Sharing ========================================================================
+#
+# What people hand to others.  A share is a View of a node; who comes by one is a Principal like any other, and no verb knows more of it.
+# 1. A share holds a node: it goes where that goes, and shows nothing of what is around it.  2. One function opens a link, for every door (S4).
+# 3. What is shared, and for how long, is asked anew in every request.
+
+ROLES = {  # names of sets of rights
+    "view": frozenset([READ]), "add": frozenset([READ, CREATE]), "edit": frozenset([READ, CREATE, UPDATE, DELETE]), "drop": frozenset([CREATE])}
+LINK_RIGHTS = (READ, CREATE, UPDATE, DELETE)     # PAST and SHARE are never a link's
+SHARES_MOST = 1000              # that an account gives at a time
+LABEL_LIMIT, NOTE_LIMIT = 100, 1000              # characters
+SHARE_COLUMNS = ("s.id, s.home, s.node, s.kind, s.rights, s.giver, s.name, s.note, s.token, s.password, s.due, s.expires, s.uses_most, "
+                 "s.files_most, s.bytes_most, s.used, s.files, s.bytes, s.seq, s.created, s.seen")
+STANDS = "s.ended IS NULL AND (s.due IS NULL OR s.due > ?)"              # does share s count at this due time?
+
+
+class Given(NamedTuple):
+    """A share as its giver sees it."""
+    share: Share
+    node: Node                   # what is shared, as it is or last was
+    path: tuple[str, ...] | None # where that is; None while it is in the trash
+    giver: str
+
+
+class Sharing:
+    """Shares: making, changing and ending them, and the way in by a link."""
+
+    def __init__(self, tree: Tree, credentials: Credentials, policy: Callable[[], Policy]) -> None:
+        self.tree, self.credentials, self.policy, self.db, self.clock = tree, credentials, policy, tree.db, tree.clock
+
+    # ---- for who shares
+
+    def share(self, who: Principal, path: tuple[str, ...], kind: str = "link", **terms: Any) -> Given:
+        """Hand the node at a path to others; what `terms` hold is told at _agree.
+
+        raises  CloudError bad-request, not-found, forbidden without the right or if there may be no links, conflict
+        """
+        if kind != "link":
+            raise CloudError("bad-request", "only links can be given so far")
+        token, made, terms = secrets.token_urlsafe(16), [], self._seal({"role": "view", "password": None, "expires": None, **terms})
+
+        def attempt() -> Batch:
+            place = self.tree.enter(who, path, SHARE)
+            node = place.found()
+            if not path:
+                raise CloudError("forbidden", "the root cannot be shared; share what is in it")
+            (highest, mine), = self.db.read("SELECT coalesce(max(id), 0), count(CASE WHEN home = ? AND ended IS NULL THEN 1 END) FROM share",
+                                            (place.view.home,))
+            if mine >= SHARES_MOST:
+                raise CloudError("conflict", "this account gives %d shares; end some first" % SHARES_MOST)
+            new = Share(highest + 1, place.view.home, node.node, kind, READ, who.account, "", "", token, None, None, None, None, None, None,
+                        created=self.clock.wall())
+            made[:] = [self._agree(place.view, node, new, terms)]
+            plan = Plan(self.tree, who, place)
+            plan.guards.append(still_there(node))
+            plan.rows.append(Statement(
+                "INSERT INTO share (id, home, node, kind, rights, giver, name, note, token, password, due, expires, uses_most, files_most, "
+                "bytes_most, used, files, bytes, seq, created, secret) SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, 0, max(seq), ?, ? "
+                "FROM journal", (*made[0][:15], new.created, sha256_text(token))))
+            return plan.batch("share", {"path": "/".join(path), **describe_share(made[0])})
+
+        self.db.write(attempt)
+        return self.get(who, made[0].id)
+
+    def change(self, who: Principal, id: int, **terms: Any) -> Given:
+        """Change what `terms` name, at once for everybody; the rest stays.  raises CloudError not-found, and as share"""
+        changed, terms = [], self._seal(terms)
+
+        def attempt() -> Batch:
+            old = self.get(who, id)
+            place = self.tree.enter(who, (), SHARE)
+            changed[:] = [self._agree(place.view, old.node, old.share, terms)]
+            plan = Plan(self.tree, who, place)
+            plan.guards.append(self._still(old.share))
+            plan.rows.append(Statement(
+                "UPDATE share SET rights = ?, name = ?, note = ?, password = ?, due = ?, expires = ?, uses_most = ?, files_most = ?, "
+                "bytes_most = ?, seq = (SELECT max(seq) FROM journal) WHERE id = ?",
+                (changed[0].rights, changed[0].name, changed[0].note, *changed[0][9:15], id)))
+            return plan.batch("share-change", {"path": "/".join(old.path or (old.node.name,)), **describe_share(changed[0])})
+
+        self.db.write(attempt)
+        return self.get(who, id)
+
+    def end(self, who: Principal, id: int) -> None:
+        """End a share, at once.  raises CloudError not-found"""
+        view_of(who).need(SHARE)
+        self._end(who, lambda: self.get(who, id))
+
+    def end_any(self, who: Principal, id: int) -> None:
+        """The same for whosever share it is, by an administrator."""
+        self._end(who, lambda: find_share(self.everybodys(), id))
+
+    def _end(self, who: Principal, find: Callable[[], Given]) -> None:
+        def attempt() -> Batch:
+            old = find()
+            share = old.share
+            return Batch([Statement("UPDATE share SET ended = ?, token = NULL, password = NULL, seq = (SELECT max(seq) FROM journal) WHERE id = ?",
+                                    (self.clock.wall(), share.id)),
+                          Statement("DELETE FROM lock WHERE home = ? AND account = ?", (share.home, -share.id)),
+                          Statement("UPDATE upload SET due = ? WHERE account = ? AND done IS NULL", (self.clock.due(), -share.id))],
+                         [self._still(share)],
+                         Line(share.home, who, "share-end", {"path": "/".join(old.path or (old.node.name,)), **describe_share(share)}))
+
+        self.db.write(attempt)
+
+    def _still(self, share: Share) -> Statement:
+        """The guard that says: a share is as somebody read it."""
+        return Statement("SELECT 'share' WHERE NOT EXISTS (SELECT 1 FROM share WHERE id = ? AND seq = ? AND ended IS NULL)", (share.id, share.seq))
+
+    def get(self, who: Principal, id: int) -> Given:
+        """One of those that `who` gave.  raises CloudError not-found"""
+        return find_share(self._mine(who, "s.id = ?", id), id)
+
+    def of(self, who: Principal, path: tuple[str, ...]) -> list[Given]:
+        """The shares of the node at a path, the newest first."""
+        return self._mine(who, "s.node = ?", self.tree.enter(who, path, READ).found().node)
+
+    def all(self, who: Principal) -> list[Given]:
+        """All that `who` gave, the newest first."""
+        return self._mine(who, "s.node <> ?", 0)
+
+    def _mine(self, who: Principal, where: str, value: int) -> list[Given]:
+        """A limited device is told of none that lies elsewhere or allows more than it may itself: its address opens it."""
+        view, here = view_of(who), seen_by(self.db.read, who)
+        given = [Given(share, node, here.path(node.node), giver) for share, node, giver in self._select(
+            "s.home = ? AND s.giver = ? AND " + where, view.home, who.account, value)]
+        return [one for one in given if view.whole or one.path] if SHARE in view.rights else [
+            one for one in given if one.path and view.rights.issuperset(one.share.rights.split())]
+
+    def everybodys(self) -> list[Given]:
+        """All shares of the server, the newest first, for an administrator; each path is that in its home."""
+        found, roots = self._select("s.home <> ? AND s.giver <> ?", 0, 0), dict(self.db.read("SELECT id, root FROM account"))
+        here = {home: Moment(self.db.read, root) for home, root in roots.items()}
+        return [Given(share, node, here[share.home].path(node.node), giver) for share, node, giver in found]
+
+    def _select(self, where: str, *params: Any) -> list[tuple[Share, Node, str]]:
+        """(share, its node as it is or last was, name of the giver) of those that stand; without what was given up for good."""
+        now = self.clock.due()
+        rows = self.db.read(
+            "SELECT " + SHARE_COLUMNS + ", a.name, " + NODE + " FROM share s JOIN account a ON a.id = s.giver JOIN entry e ON e.node = s.node "
+            "LEFT JOIN collection c ON c.node = e.node WHERE " + where + " AND " + STANDS + " AND (e.until IS NULL OR e.fate = 'deleted' "
+            + UNPURGED + " AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND (l.until IS NULL OR l.until > e.until))) "
+            "ORDER BY s.id DESC", (*params, now))
+        count = len(Share._fields)
+        return [(Share._make(row[:count]), Node._make(row[count + 1:]), row[count]) for row in rows]
+
+    def among(self, nodes: Iterable[Node]) -> set[int]:
+        """Which of some nodes are shared."""
+        nodes, now = list(nodes), self.clock.due()
+        return {id for home in {node.home for node in nodes} for id, due in self.db.recent.get(("shared", home), partial(self._shared, home))
+                if due is None or due > now}.intersection(node.node for node in nodes)
+
+    def _shared(self, home: int) -> tuple[list[tuple[int, int | None]], int, Collection[int]]:
+        rows = self.db.read("SELECT node, due FROM share WHERE home = ? AND ended IS NULL", (home,))
+        return rows, KiB + 100 * len(rows), ()               # who changes a share touches everything
+
+    # ---- what is agreed on
+
+    def _agree(self, view: View, node: Node, share: Share, terms: dict[str, Any]) -> Share:
+        """The share as terms change it.  raises CloudError bad-request, forbidden
+
+        role, rights         the name of a set, or the rights themselves
+        password             None is none
+        expires              ms since 1970; None: never, or as late as the policy allows
+        name, note           for people
+        uses, files, bytes   the most of each; None is no limit
+        """
+        policy = self.policy()
+        if not policy.links:
+            raise CloudError("forbidden", "this server allows no links")
+        if "rights" in terms or "role" in terms:
+            share = share._replace(rights=" ".join(self._rights(view, node, terms)))
+        for name, column in ("uses", "uses_most"), ("files", "files_most"), ("bytes", "bytes_most"):
+            if name in terms:
+                share = share._replace(**{column: terms[name]})
+        for name, most in ("name", LABEL_LIMIT), ("note", NOTE_LIMIT):
+            if name in terms:
+                share = share._replace(**{name: check_label(terms[name] or "", most)})
+        if "password" in terms:
+            share = share._replace(password=terms["password"])
+        if "expires" in terms:
+            share = self._expire(share, terms["expires"], policy)
+        return share
+
+    def _rights(self, view: View, node: Node, terms: dict[str, Any]) -> list[str]:
+        rights = frozenset(terms["rights"]) if terms.get("rights") is not None else ROLES[terms["role"]]
+        if not rights or not rights.issubset(LINK_RIGHTS):
+            raise CloudError("bad-request", "rights of a link are %s" % ", ".join(LINK_RIGHTS))
+        if not node.kind and rights not in (ROLES["view"], ROLES["edit"]) and not rights <= {READ, UPDATE}:
+            raise CloudError("bad-request", "a link of a file is view or edit")
+        if not rights <= view.rights:
+            raise CloudError("forbidden", "nobody can give more than they have")
+        return [right for right in RIGHTS if right in rights]
+
+    def _seal(self, terms: dict[str, Any]) -> dict[str, Any]:
+        """The terms with the password as it is stored."""
+        if "password" not in terms:
+            return terms
+        password = terms["password"]
+        if not password and self.policy().link_password:
+            raise CloudError("bad-request", "links of this server need a password")
+        if password:
+            check_new_password("", password)
+        return {**terms, "password": hash_password(password) if password else None}
+
+    def _expire(self, share: Share, expires: int | None, policy: Policy) -> Share:
+        now = self.clock.wall()
+        latest = None if policy.link_days is None else share.created + policy.link_days * DAY
+        if expires is None:
+            expires = latest
+        if expires is not None and expires <= now:
+            raise CloudError("bad-request", "a link ends in the future")
+        if latest is not None and expires > latest:
+            raise CloudError("bad-request", "links of this server live %d days at most" % policy.link_days)
+        return share._replace(expires=expires, due=None if expires is None else self.clock.due() + expires - now)
+
+
+def find_share(given: Iterable[Given], id: int) -> Given:
+    """raises CloudError not-found"""
+    found = next((one for one in given if one.share.id == id), None)
+    if found is None:
+        raise CloudError("not-found", "there is no such share")
+    return found
+
+
+def role_of(share: Share) -> str | None:
+    """The name of its set of rights, if that has one."""
+    rights = frozenset(share.rights.split())
+    return next((role for role, all in ROLES.items() if all == rights), None)
+
+
+def describe_share(share: Share) -> dict[str, Any]:
+    """What the journal says of one, beside the path."""
+    return {"share": str(share.id), "kind": share.kind, "role": role_of(share) or share.rights, **({"name": share.name} if share.name else {}),
+            **({"password": True} if share.password else {}), **({"expires": share.expires} if share.expires else {})}
+
+
+def check_label(text: str, most: int) -> str:
+    if len(text) > most or any(unicodedata.category(mark) == "Cc" and mark != "\n" for mark in text):
+        raise CloudError("bad-request", "it may have %d characters" % most)
+    return text.strip()
+
+
+# ==== 14. Verbs ==========================================================================
 #
 # Native sync, uploads in parts, pictures; Cloud, which holds every verb.
 
@@ -7393,6 +7690,7 @@ class Cloud:
         self.contents, self.space, self.locks, self.brake = tree.contents, tree.space, tree.locks, tree.brake
         self.files, self.journal = Files(tree), Journal(self.db)
         self.history, self.versions = History(tree, self.journal, self.files), Versions(tree, self.files)
+        self.sharing = Sharing(tree, self.credentials, self.policy)
         self.trash, self.pictures = Trash(tree, self.files, self.history), Pictures(tree, self.files, self.versions)
         self.search, self.uploads, self.sync = Search(tree, self.files), Uploads(tree, self.files), Sync(tree, self.journal, self.history)
 
@@ -7416,6 +7714,8 @@ class Cloud:
             stored, policy = self.db.setting("policy"), self.policy()._replace(**values)
             if not 0 <= policy.keep_days <= KEEP_MOST:
                 raise CloudError("bad-request", "keep_days is 0 to %d" % KEEP_MOST)
+            if policy.link_days is not None and not 0 < policy.link_days <= KEEP_MOST:
+                raise CloudError("bad-request", "link_days is 1 to %d" % KEEP_MOST)
             return Batch([put_setting("policy", json.dumps(policy._asdict()))],
                          [Statement("SELECT 'policy' WHERE (SELECT value FROM setting WHERE name = 'policy') IS NOT ?", (stored,))],
                          line=Line(0, who, "settings", values))
@@ -7488,7 +7788,7 @@ def parts_id(who: Principal, name: str) -> str:
     return "%d:%d:%s" % (who.account, view_of(who).top, name)
 
 
-# ==== 14. HTTP ===========================================================================
+# ==== 15. HTTP ===========================================================================
 #
 # The only code that touches a socket.  1. One parser, one path function, one gate for every request.
 # 2. An answer is one send if it is small.  3. An unread body never becomes the next request: it is drained, up to
@@ -7541,7 +7841,7 @@ class Envelope(NamedTuple):
 class Request:
     """One request, parsed and checked; what a handler sees of HTTP."""
     __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "site",
-                 "who", "id", "values", "link", "began", "prefix", "refusal", "slot", "room", "door")
+                 "who", "id", "values", "named", "link", "began", "prefix", "refusal", "slot", "room", "door")
 
     def __init__(self, method: str, target: tuple[tuple[str, ...], bool, str], envelope: "Envelope", body: Body,
                  site: "Site | None" = None, link: "Connection | None" = None) -> None:
@@ -7552,6 +7852,7 @@ class Request:
         self.who = ANONYMOUS             # for the access log
         self.id = ""                     # names the request in the log, if it fails
         self.values: dict[str, Any] = {} # declared arguments of the route
+        self.named: Collection[str] = () # those of them that came
         self.began = time.monotonic()
         self.refusal: CloudError | None = None   # why its target is none, if it is
         self.slot: Any = None                    # whose slot of this process it has, until it is answered
@@ -7876,7 +8177,8 @@ VALUES: dict[str, Declared] = {          # what can be declared
     "etag": (of_type("string, or null", lambda value: value is None or isinstance(value, str)), {"type": ["string", "null"]}),
     "clash": CLASH, "sort": one_of("name", "size", "mtime", "kind"), "order": one_of("asc", "desc"),
     "within": one_of("", "names", "contents"), "category": one_of("", "collection", *KINDS),
-    "limit": between(1, PAGE_LIMIT), "days": between(1, 3650),
+    "limit": between(1, PAGE_LIMIT), "days": between(1, 3650), "count": between(1, INTEGERS - 1), "role": one_of(*ROLES),
+    "rights": (each(one_of(*RIGHTS)[0], len(RIGHTS)), {"type": "array", "items": {"type": "string", "enum": list(RIGHTS)}}),
 }
 
 
@@ -7912,10 +8214,18 @@ def read_values(request: Request, declared: dict[str, str]) -> dict[str, Any]:
                 values[name] = TEXT_VALUES.get(str(VALUES[kinds.get(name, "string")][1]["type"]), str)(text)
     else:
         values = parse_json(request.body.read(JSON_LIMIT) or b"{}")
-    return {**{name[:-1]: None for name in declared if name[-1] == "_"}, **check_fields(values, declared)}
+    found = check_fields(values, declared)
+    request.named = set(found)
+    return {**{name[:-1]: None for name in declared if name[-1] == "_"}, **found}
 
 
 # ---- answers that several doors give
+
+def base_url(request: Request) -> str:
+    """This server as the client calls it."""
+    return "%s://%s%s" % ("https" if request.https else "http", request.fields.get("host", "localhost"),
+                          request.href(()).rstrip("/"))
+
 
 def json_response(value: Any, status: int = 200, **fields: str) -> Response:
     return Response(status, format_json(value), {"Content-Type": "application/json; charset=utf-8",
@@ -8133,7 +8443,7 @@ def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
                                                    "Cache-Control": "no-store"})
 
 
-# ==== 15. Connections ====================================================================
+# ==== 16. Connections ====================================================================
 #
 # From bytes to requests, and answers to bytes.  The invariants are those of the room above.
 
@@ -8759,7 +9069,7 @@ QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 NO_REQUEST = Request("-", ((), False, ""), Envelope(), Body())
 
 
-# ==== 16. JSON API =======================================================================
+# ==== 17. JSON API =======================================================================
 #
 # /api/v1/: everything the page can do, and so can any program.  Paths are strings like "photos/a.jpg", "" is the root;
 # times go out as RFC 3339 and come in so or as ms since 1970; ids and versions are decimal strings.
@@ -8784,10 +9094,11 @@ def api_node(node: Node, path: Sequence[str]) -> dict[str, Any]:
 
 
 def api_nodes(cloud: Cloud, rows: Iterable[tuple[Sequence[str], Node]]) -> list[dict[str, Any]]:
-    """Live nodes, (path, node), with their stars."""
+    """Live nodes, (path, node), with what marks them: stars, and whether they are shared."""
     rows = list(rows)
-    stars = cloud.search.stars_among(node for _, node in rows)
-    return [{**api_node(node, path), "starred": True} if node.node in stars else api_node(node, path) for path, node in rows]
+    stars, shared = cloud.search.stars_among(node for _, node in rows), cloud.sharing.among(node for _, node in rows)
+    return [{**api_node(node, path), **({"starred": True} if node.node in stars else {}), **({"shared": True} if node.node in shared else {})}
+            if node.node in stars or node.node in shared else api_node(node, path) for path, node in rows]
 
 
 def one_call(method: str, what: str, needs: str, does: str, run: Callable[..., Any], **values: str) -> None:
@@ -9281,7 +9592,82 @@ one_call("POST", "qr", "read", "A text as a QR code: rows of 1 (dark) and 0; it 
          lambda cloud, who, text: {"rows": ["".join("01"[dark] for dark in row) for row in qr_code(text)]}, text=TEXT)
 
 
+# ---- sharing
+
+SHARE_TERMS = {"role_": "role", "rights_": "rights", "password_": TEXT, "expires_": "time", "name_": TEXT, "note_": TEXT, "uses_": "count",
+               "files_": "count", "bytes_": "count"}
+
+
+def api_share(request: Request, given: Given) -> dict[str, Any]:
+    """A share as its giver sees it; times are ms since 1970."""
+    share = given.share
+    return {"id": str(share.id), "kind": share.kind, "path": given.path and "/".join(given.path), "collection": bool(given.node.kind),
+            "media": given.node.media, "title": given.node.name, "role": role_of(share), "rights": share.rights.split(),
+            "url": link_url(request, share), "token": share.token, "password": share.password is not None, "expires": share.expires,
+            "uses": share.uses_most, "used": share.used, "files": share.files_most, "bytes": share.bytes_most,
+            "came": {"files": share.files, "bytes": share.bytes}, "name": share.name, "note": share.note, "created": share.created,
+            "seen": share.seen}
+
+
+def link_url(request: Request, share: Share) -> str:
+    return "%s/s/%s" % (base_url(request), share.token)
+
+
+def share_terms(request: Request) -> dict[str, Any]:
+    """What a request says of a share; null is no role and no rights, but takes anything else away."""
+    return {name: value for name, value in request.values.items() if name in request.named and name + "_" in SHARE_TERMS
+            and (value is not None or name not in ("role", "rights"))}
+
+
+@route("GET", API + "shares", needs="account", path_="path")
+def api_shares(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What the account shares with others, the newest first; with a path, of that node alone."""
+    path = request.values["path"]
+    given = cloud.sharing.all(who) if path is None else cloud.sharing.of(who, path)
+    return json_response({"shares": [api_share(request, one) for one in given]})
+
+
+@route("POST", API + "shares", needs="write account", path="path", kind_=TEXT, **SHARE_TERMS)
+def api_give(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Share a file or collection: a link opens it for whoever has its `url`.
+
+    role      view (if none is named), add, edit or drop: upload without seeing;  rights  in place of a role: read, create, update, delete
+    password  that a visitor has to give;  expires  when it ends;  uses  how often it may be downloaded
+    files, bytes   the most that may come by it;  name, note   for people
+    """
+    values = request.values
+    return json_response(api_share(request, cloud.sharing.share(who, values["path"], values["kind"] or "link", **share_terms(request))), 201)
+
+
+@route("PATCH", API + "shares/<id>", needs="write account", **SHARE_TERMS)
+def api_change_share(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """Change some of it, from the next request on; null takes a password or a limit away."""
+    return json_response(api_share(request, cloud.sharing.change(who, parse_id(id), **share_terms(request))))
+
+
+@route("DELETE", API + "shares/<id>", needs="write account")
+def api_end_share(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """End it, at once."""
+    cloud.sharing.end(who, parse_id(id))
+    return Response(204)
+
+
 # ---- for administrators
+
+@route("GET", API + "admin/shares", needs="admin")
+def api_all_shares(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """All shares of the server, the newest first: whose each is, and how far it goes; not what opens it."""
+    secret = ("url", "token")
+    return json_response({"shares": [{"giver": one.giver, **{name: value for name, value in api_share(request, one).items() if name not in secret}}
+                                     for one in cloud.sharing.everybodys()]})
+
+
+@route("DELETE", API + "admin/shares/<id>", needs="admin")
+def api_end_any_share(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """End a share, whosever it is."""
+    cloud.sharing.end_any(who, parse_id(id))
+    return Response(204)
+
 
 def api_account_row(account: Account) -> dict[str, Any]:
     return {"name": account.name, "admin": bool(account.admin), "quota": account.quota, "used": account.used,
@@ -9324,13 +9710,17 @@ def api_remove_account(cloud: Cloud, who: Principal, request: Request, name: str
 
 @route("GET", API + "settings", needs="admin")
 def api_settings(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """How long history is kept (days), the most it may take, and the quota of new accounts (bytes; null is none)."""
+    """How long history is kept (days), the most it may take, and the quota of new accounts (bytes; null is none).
+
+    links  whether there may be any;  link_password  whether each needs a password;  link_days  how long they live at most (null is for ever)
+    """
     return json_response(cloud.policy()._asdict())
 
 
-@route("PATCH", API + "settings", needs="admin fresh", keep_days_="integer", history_="integer", quota_="integer")
+@route("PATCH", API + "settings", needs="admin fresh", keep_days_="integer", history_="integer", quota_="integer", links_="boolean",
+       link_password_="boolean", link_days_="integer")
 def api_change_settings(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Change some of them; from then on they count instead of the command line.  Negative bytes are no limit."""
+    """Change some of them; from then on they count instead of the command line.  Negative bytes, or days of links, are no limit."""
     values = {name: value if name == "keep_days" or value >= 0 else None for name, value in request.values.items() if value is not None}
     return json_response(cloud.set_policy(who, **values)._asdict())
 
@@ -9390,7 +9780,7 @@ def describe_route(found: Route) -> dict[str, Any]:
     return about
 
 
-# ==== 17. Transfer =======================================================================
+# ==== 18. Transfer =======================================================================
 #
 # Resumable uploads by the tus protocol, 1.0: core, creation, creation-with-upload, creation-defer-length, checksum,
 # expiration, termination.  An upload is finished when its last byte has come; there is nothing to assemble.
@@ -9668,7 +10058,7 @@ def sync_step(step: Any) -> dict[str, Any]:
     return check_fields(step, STEP_FIELDS[verbs[0]])
 
 
-# ==== 18. WebDAV =========================================================================
+# ==== 19. WebDAV =========================================================================
 #
 # RFC 4918 classes 1, 2 and 3, with quotas (RFC 4331), extended MKCOL (RFC 5689) and sync-collection (RFC 6578).
 # A quirk of a client is a row or a few lines here, with the client named; the operations never learn of it.
@@ -10267,7 +10657,7 @@ REPORT_KINDS = {"{DAV:}sync-collection": dav_changes}
 open_door(Door(("dav",), False, PROPERTIES, frozenset(), REPORT_KINDS), dav_error, HANDLERS)
 
 
-# ==== 19. Nextcloud dialect ==============================================================
+# ==== 20. Nextcloud dialect ==============================================================
 #
 # What Nextcloud's and ownCloud's clients ask beside WebDAV: discovery, OCS, the login flow, uploads in chunks and in
 # bulk, trash, versions, search.  Words are translated to one Cloud call and back; the files themselves are served by
@@ -10395,12 +10785,6 @@ def ocs_sharees(cloud: Cloud, who: Principal, request: Request) -> Response:
 def php(name: str) -> list[str]:
     """The addresses of a page: clients put index.php before it, or nothing."""
     return [name, "/index.php" + name]
-
-
-def base_url(request: Request) -> str:
-    """This server as the client calls it."""
-    return "%s://%s%s" % ("https" if request.https else "http", request.fields.get("host", "localhost"),
-                          request.href(()).rstrip("/"))
 
 
 AGENTS = (  # what clients call themselves, and what people call them
@@ -11020,7 +11404,7 @@ def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tup
     return Response(201)
 
 
-# ==== 20. Upkeep =========================================================================
+# ==== 21. Upkeep =========================================================================
 #
 # What goes on in the background.
 
@@ -11504,7 +11888,7 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
 }
 
 
-# ==== 21. Service ========================================================================
+# ==== 22. Service ========================================================================
 #
 # One supervisor, several workers that share the listening socket.  1. The supervisor forks before any database is
 # opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
@@ -12216,7 +12600,7 @@ def keep_on_core(index: int) -> None:
         os.sched_setaffinity(0, {sorted(CORES)[index % len(CORES)]})
 
 
-# ==== 22. Custody ========================================================================
+# ==== 23. Custody ========================================================================
 #
 # What its keeper does with a cloud as a whole.
 
@@ -12841,7 +13225,7 @@ def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
         yield None, "no server runs on this data"
 
 
-# ==== 23. Folder =========================================================================
+# ==== 24. Folder =========================================================================
 #
 # Two-way sync of a folder with a server, over the sync protocol and nothing else.
 # 1. Each side is compared with what both last agreed on (base), never with the other.  Size, times and inode say that a
@@ -13769,7 +14153,7 @@ class Memory:
         self.db.close()
 
 
-# ==== 24. Link ===========================================================================
+# ==== 25. Link ===========================================================================
 #
 # The server at the other end of a sync: what it answers is checked here (invariant 6).
 
@@ -14336,7 +14720,7 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
     memory.flush()
 
 
-# ==== 25. Sync client ====================================================================
+# ==== 26. Sync client ====================================================================
 #
 # A run: what is to be done, and doing it.  The invariants are those of the room Folder.
 
@@ -15412,7 +15796,7 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
         raise
 
 
-# ==== 26. Command line ===================================================================
+# ==== 27. Command line ===================================================================
 
 Arguments = argparse.Namespace
 GROUPS = {"user": "make, list, change and remove accounts"}
@@ -15897,7 +16281,7 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-# ==== 27. Page parts =====================================================================
+# ==== 28. Page parts =====================================================================
 #
 # What the pages of the program are made of, and share: style, script and words.  Each page adds its own behind them, and
 # the functions of its own that these call.
@@ -17924,7 +18308,7 @@ def source_hash(text: str) -> str:
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# ==== 28. Page ===========================================================================
+# ==== 29. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, style and script are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).

@@ -602,7 +602,7 @@ LONG_SIGNATURES = {
     "Uploads.join_parts": 7, "Uploads._finish": 7}
 LARGE_ROOMS: dict = {}
 READS_OF_THE_ASKER = {
-    "Tree": 5, "Changes": 4, "Files": 3, "History": 1, "Verbs": 8,
+    "Tree": 5, "Changes": 4, "Files": 3, "History": 1, "Sharing": 2, "Verbs": 8,
     "HTTP": 8,
     "JSON API": 2, "Nextcloud dialect": 2, "WebDAV": 1}
 WRITERS_OF_TREES = {"Trash", "Reversal", "Copies", "BEGIN_ENTRY", "BEGIN_AGAIN", "END_ENTRY", "BEGIN_COLLECTION", "ADD_SUMS", "COPY_FILES", "give_up", "Accounts",
@@ -4057,7 +4057,146 @@ def test_a_request_that_comes_twice_counts_once(make_cloud, fake):
     assert cloud.once("op", ann, lambda who: put(cloud, who, "a", b"3")).size == 1
 
 
-# ==== 14. HTTP ===========================================================================
+# ==== 13. Sharing ========================================================================
+
+def limited_to(cloud, who, path, **how):
+    """The Principal of a device that is limited to a collection."""
+    _, secret = cloud.devices.add_token(who, "phone", node=path and cloud.files.stat(who, cs.split_path(path)).node, **how)
+    return cloud.credentials.identify("Bearer " + secret, "", "127.0.0.1", secure=True)
+
+
+def test_a_link_is_made_changed_and_ended(api, cloud, ann, fake):
+    put(cloud, ann, "photos/2026/a.jpg", b"\xff\xd8\xff", parents=True)
+    made = api("POST", "shares", path="photos/2026")
+    assert made == {**made, "kind": "link", "path": "photos/2026", "collection": True, "media": None, "title": "2026", "role": "view",
+                    "rights": ["read"], "password": False, "expires": None, "uses": None, "used": 0, "files": None, "bytes": None,
+                    "came": {"files": 0, "bytes": 0}, "name": "", "note": "", "seen": None}
+    assert re.fullmatch("[A-Za-z0-9_-]{22}", made["token"]) and made["url"].endswith("/s/" + made["token"]) and made["url"].startswith("http://127.")
+    assert abs(made["created"] - cloud.clock.wall()) < 60_000
+    assert api("GET", "shares") == {"shares": [made]} == api("GET", "shares", path="photos/2026") and api("GET", "shares", path="photos") == {"shares": []}
+    later = cloud.clock.wall() + cs.DAY
+    wanted = {"role": "drop", "password": "correct horse", "expires": later, "name": "For Bob", "note": "two\nlines", "uses": 3, "files": 10, "bytes": 1000}
+    changed = api("PATCH", "shares/" + made["id"], **wanted)
+    assert changed == {**made, **wanted, "rights": ["create"], "password": True}
+    assert api("PATCH", "shares/" + made["id"], password=None, expires=None, uses=None, files=None, bytes=None, name=None, note=None, role=None) == {
+        **made, "role": "drop", "rights": ["create"]}
+    assert api("PATCH", "shares/" + made["id"], rights=["update", "read"]) == {**made, "role": None, "rights": ["read", "update"]}
+    second = api("POST", "shares", path="photos/2026/a.jpg", role="edit", kind="link")
+    assert (second["collection"], second["media"], second["rights"]) == (False, "image/jpeg", ["read", "create", "update", "delete"])
+    assert [one["id"] for one in api("GET", "shares")["shares"]] == [second["id"], made["id"]]
+    assert api("DELETE", "shares/" + made["id"]) == 204 and api("DELETE", "shares/" + made["id"]) == "not-found"
+    assert [one["id"] for one in api("GET", "shares")["shares"]] == [second["id"]] and api("PATCH", "shares/" + made["id"], name="x") == "not-found"
+    steps = [(step.action, step.detail["path"]) for step in cloud.journal.activity(ann) if step.action.startswith("share")]
+    assert steps == [("share-end", "photos/2026"), ("share", "photos/2026/a.jpg"), ("share-change", "photos/2026"), ("share-change", "photos/2026"),
+                     ("share-change", "photos/2026"), ("share", "photos/2026")]
+    audit(cloud)
+
+
+@pytest.mark.parametrize("values, code", [
+    ({"path": ""}, "forbidden"), ({"path": "no"}, "not-found"), ({"path": "d", "role": "owner"}, "bad-request"), ({"path": "d", "rights": ["fly"]}, "bad-request"),
+    ({"path": "d", "rights": []}, "bad-request"), ({"path": "d", "rights": ["read", "past"]}, "bad-request"), ({"path": "d", "rights": ["share"]}, "bad-request"),
+    ({"path": "d", "password": "short"}, "bad-request"), ({"path": "d", "password": "password1234"}, "bad-request"), ({"path": "d", "expires": 1000}, "bad-request"),
+    ({"path": "d", "uses": 0}, "bad-request"), ({"path": "d", "name": "x" * 101}, "bad-request"), ({"path": "d", "name": "a\x07"}, "bad-request"),
+    ({"path": "d", "kind": "group"}, "bad-request"), ({"path": "d/f", "role": "drop"}, "bad-request"), ({"path": "d/f", "role": "add"}, "bad-request"),
+    ({"path": "d", "token": "mine"}, "bad-request")])
+def test_what_cannot_be_shared_is_refused(api, cloud, ann, values, code):
+    put(cloud, ann, "d/f", parents=True)
+    assert api("POST", "shares", **values) == code and api("GET", "shares") == {"shares": []}
+
+
+def test_shares_follow_their_node_and_end_with_it(api, cloud, ann):
+    """S2: in the trash it is nowhere, restored it is where it was, given up it is gone."""
+    put(cloud, ann, "a/b/c", parents=True)
+    id = api("POST", "shares", path="a/b")["id"]
+    path = lambda: [one["path"] for one in api("GET", "shares")["shares"]]
+    cloud.files.move(ann, (("a", "b"), ("moved",)))
+    assert path() == ["moved"]
+    cloud.files.delete(ann, ("moved",))
+    assert path() == [None] and api("PATCH", "shares/" + id, name="still mine")["title"] == "moved"
+    node = cloud.trash.list(ann)[0].node.node
+    cloud.trash.restore(ann, node)
+    assert path() == ["moved"]
+    cloud.files.copy(ann, (("moved",), ("copy",)))
+    assert [one.get("shared") for one in api("GET", "files/")["children"]] == [None, None, True]       # a, copy, moved
+    cloud.files.move(ann, (("moved",), ("a", "deep")))
+    cloud.files.delete(ann, ("a",))
+    assert path() == [None]
+    cloud.trash.empty(ann)
+    assert api("GET", "shares") == {"shares": []}
+
+
+def test_lists_tell_what_is_shared(api, cloud, ann, fake, make_cloud):
+    for name in "abc":
+        put(cloud, ann, "d/" + name, parents=True)
+    id = api("POST", "shares", path="d/b")["id"]
+    shared = lambda: [child["name"] for child in api("GET", "files/d")["children"] if child.get("shared")]
+    assert shared() == ["b"] and "shared" not in api("GET", "files/d") and api("GET", "files/d/b")["shared"] is True
+    assert api("GET", "search", q="b")["items"][0]["shared"] is True
+    api("DELETE", "shares/" + id)
+    assert shared() == []
+    other = make_cloud(clock=fake.clock(), name="other")
+    ann = account(other)
+    node = put(other, ann, "f")
+    other.sharing.share(ann, ("f",), expires=other.clock.wall() + cs.HOUR)
+    assert other.sharing.among([node]) == {node.node}
+    fake.pass_(cs.HOUR)
+    assert other.sharing.among([node]) == set() and other.sharing.all(ann) == []
+
+
+def test_devices_share_no_more_than_they_have(cloud, ann):
+    put(cloud, ann, "in/f", parents=True), put(cloud, ann, "out/f", parents=True)
+    whole = cloud.sharing.share(ann, ("out",), role="edit").share.id
+    inside = cloud.sharing.share(ann, ("in", "f"), role="view").share.id
+    phone, reader, small = limited_to(cloud, ann, "in"), limited_to(cloud, ann, None, readonly=True), limited_to(cloud, ann, "in", readonly=True)
+    assert [one.share.id for one in cloud.sharing.all(phone)] == [inside] and outcome(cloud.sharing.end, phone, whole) == "not-found"
+    assert [one.share.id for one in cloud.sharing.all(reader)] == [inside] == [one.share.id for one in cloud.sharing.all(small)]
+    for who in reader, small:
+        assert outcome(cloud.sharing.share, who, ("f",)) == "forbidden" or who is reader
+        assert outcome(cloud.sharing.share, who, ("in",)) in ("forbidden", "not-found")
+        assert outcome(cloud.sharing.end, who, inside) == "forbidden" and outcome(cloud.sharing.change, who, inside, name="x") == "forbidden"
+    assert outcome(cloud.sharing.share, phone, ()) == "forbidden" and outcome(cloud.sharing.share, phone, ("out",)) == "not-found"
+    mine = cloud.sharing.share(phone, ("f",), role="edit")
+    assert mine.path == ("f",) and cloud.sharing.get(ann, mine.share.id).path == ("in", "f")
+    cloud.sharing.end(phone, mine.share.id)
+    bob = account(cloud, "bob")
+    assert cloud.sharing.all(bob) == [] and outcome(cloud.sharing.end, bob, whole) == "not-found" and outcome(cloud.sharing.change, bob, whole) == "not-found"
+
+
+def test_administrators_see_and_end_all_links_and_say_what_may_be(api, cloud, ann):
+    """S7, L1: whose they are and where they lead, never what opens them."""
+    bob = account(cloud, "bob")
+    put(cloud, bob, "d/f", parents=True)
+    id = api("POST", "shares", user="bob", path="d")["id"]
+    listed = api("GET", "admin/shares")["shares"]
+    assert [(one["giver"], one["path"], one["role"]) for one in listed] == [("bob", "d", "view")] and not {"token", "url"} & set(listed[0])
+    assert api("GET", "admin/shares", user="bob") == "forbidden" == api("DELETE", "admin/shares/" + id, user="bob")
+    assert api("DELETE", "admin/shares/" + id) == 204 and api("GET", "shares", user="bob") == {"shares": []} and api("DELETE", "admin/shares/" + id) == "not-found"
+    assert {name: api("GET", "settings")[name] for name in ("links", "link_password", "link_days")} == {"links": True, "link_password": False, "link_days": None}
+    assert api("PATCH", "settings", link_days=0) == "bad-request"
+    assert api("PATCH", "settings", link_password=True, link_days=2)["link_days"] == 2
+    assert api("POST", "shares", user="bob", path="d") == "bad-request"
+    made = api("POST", "shares", user="bob", path="d", password="correct horse")
+    assert 0 < made["expires"] - cloud.clock.wall() <= 2 * cs.DAY
+    assert api("PATCH", "shares/" + made["id"], user="bob", password=None) == "bad-request"
+    assert api("PATCH", "shares/" + made["id"], user="bob", expires=cloud.clock.wall() + 3 * cs.DAY) == "bad-request"
+    assert api("PATCH", "shares/" + made["id"], user="bob", expires=None)["expires"] <= made["created"] + 2 * cs.DAY
+    api("PATCH", "settings", links=False, link_password=False, link_days=-1)
+    assert api("POST", "shares", user="bob", path="d") == "forbidden" and api("GET", "settings")["link_days"] is None
+    cloud.accounts.remove("bob", ann)
+    assert api("GET", "admin/shares") == {"shares": []} and cloud.db.read("SELECT count(*) FROM share WHERE ended IS NULL") == [(0,)]
+
+
+def test_an_account_gives_so_many_shares(cloud, ann, monkeypatch):
+    """Q2"""
+    monkeypatch.setattr(cs, "SHARES_MOST", 2)
+    put(cloud, ann, "f")
+    first, _ = cloud.sharing.share(ann, ("f",)), cloud.sharing.share(ann, ("f",))
+    assert outcome(cloud.sharing.share, ann, ("f",)) == "conflict"
+    cloud.sharing.end(ann, first.share.id)
+    assert cloud.sharing.share(ann, ("f",)).share.id == 3        # no number is given twice: the journal names visitors by it
+
+
+# ==== 15. HTTP ===========================================================================
 
 GET_ROOT = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -4931,7 +5070,7 @@ def test_long_reads_end_when_nobody_waits_for_the_answer(cloud, ann, serve_cloud
     assert ended.wait(5) and until(lambda: not cloud.tree.lanes.taken(), 2)
 
 
-# ==== 16. JSON API =======================================================================
+# ==== 17. JSON API =======================================================================
 
 @pytest.fixture
 def api(call):
@@ -5220,9 +5359,10 @@ def test_activity_by_device_and_time_and_of_the_server(api, cloud, ann):
 
 
 def test_settings_of_the_server_count_at_once(api, cloud, ann):
-    assert api("GET", "settings") == {"keep_days": 30, "history": None, "quota": None}
-    assert api("PATCH", "settings", keep_days=90, quota=5000) == {"keep_days": 90, "history": None, "quota": 5000}
-    assert api("PATCH", "settings", quota=-1, history=7) == {"keep_days": 90, "history": 7, "quota": None} == cloud.policy()._asdict()
+    links = {"links": True, "link_password": False, "link_days": None}
+    assert api("GET", "settings") == {"keep_days": 30, "history": None, "quota": None, **links}
+    assert api("PATCH", "settings", keep_days=90, quota=5000) == {"keep_days": 90, "history": None, "quota": 5000, **links}
+    assert api("PATCH", "settings", quota=-1, history=7) == {"keep_days": 90, "history": 7, "quota": None, **links} == cloud.policy()._asdict()
     api("PATCH", "settings", quota=77)
     assert api("POST", "accounts", name="bob", password=PASSWORD)["quota"] == 77
     assert api("PATCH", "settings", keep_days=-1) == "bad-request" and api("GET", "settings", user="bob") == "forbidden"
@@ -5239,7 +5379,7 @@ def test_settings_that_two_administrators_change_at_once_both_count(cloud, ann, 
             cloud.set_policy(ann, **others.pop())
         return found
     monkeypatch.setattr(cloud, "policy", read)
-    assert cloud.set_policy(ann, keep_days=60) == (60, None, 5)
+    assert cloud.set_policy(ann, keep_days=60)[:3] == (60, None, 5)
 
 
 @pytest.mark.parametrize("fields, want", [
@@ -5602,7 +5742,7 @@ def test_the_description_fits_the_routes(call):
             assert about["summary"], route.pattern
 
 
-# ==== 17. Transfer =======================================================================
+# ==== 18. Transfer =======================================================================
 
 TUS = {"Tus_Resumable": "1.0.0"}
 PART = {**TUS, "Content_Type": "application/offset+octet-stream"}
@@ -6171,7 +6311,7 @@ def test_a_held_device_may_still_add_by_a_commit(make_cloud, fake, serve_cloud):
     assert codes(commit(cloud, device, [{"delete": "d"}])) == [204]
 
 
-# ==== 18. WebDAV =========================================================================
+# ==== 19. WebDAV =========================================================================
 
 def propfind(call, path, *names, depth="0", **headers):
     """{href: {name: element}} of a PROPFIND for properties like "d:getetag"."""
@@ -6575,7 +6715,7 @@ def test_quota_properties(call, cloud, ann):
     assert call("PUT", "/dav/b", bytes(800)).status == 507
 
 
-# ==== 19. Nextcloud dialect ==============================================================
+# ==== 20. Nextcloud dialect ==============================================================
 
 FILES = "/remote.php/dav/files/ann"
 UPLOADS = "/remote.php/dav/uploads/ann/"
@@ -7114,7 +7254,7 @@ def test_a_poll_that_finds_nothing_new_is_cheap(call, cloud, ann):
     assert len([sql for sql in steps if sql.startswith("SELECT")]) <= 4, steps
 
 
-# ==== 20. Upkeep and custody =============================================================
+# ==== 21. Upkeep and custody =============================================================
 
 @pytest.fixture
 def aging(make_cloud, fake):
@@ -8177,7 +8317,7 @@ def test_commands_work_beside_a_running_server(serve, tmp_path):
     assert name is None or done.returncode == 1 and "damaged" in done.stdout
 
 
-# ==== 21. Service ========================================================================
+# ==== 22. Service ========================================================================
 
 def test_first_start_prints_a_setup_link(serve):
     served = serve(user=None)
@@ -8521,7 +8661,7 @@ def test_the_access_log_is_combined_and_keeps_secrets(serve, tmp_path):
     assert '"GET /dav/a%20b HTTP/1.1" 200 5' in got and "secret" not in log.read_text() and is_private(log)
 
 
-# ==== 23. Folder and sync client =========================================================
+# ==== 24. Folder and sync client =========================================================
 
 @pytest.mark.parametrize("lines, ignored, kept", [
     (["*.log"], ["a.log", "d/a.log"], ["a.log.txt", "log"]),
@@ -11311,7 +11451,7 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
         [cloud.files.delete(ann, (path,)) for path in list(tree(cloud, ann)) if "/" not in path]
 
 
-# ==== 26. Command line ===================================================================
+# ==== 27. Command line ===================================================================
 
 def run(*words, input=None, timeout=60, **how):
     """Run the real program; returns the finished process."""
@@ -11629,7 +11769,7 @@ def test_accounts_from_the_command_line(tmp_path):
     assert "bob" not in run("user", "list", *data).stdout
 
 
-# ==== 28. Page ===========================================================================
+# ==== 29. Page ===========================================================================
 
 def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
