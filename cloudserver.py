@@ -34,7 +34,8 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
     26  Sync client     SyncClient Planner Uploader Downloader         a folder and an account kept alike
     27  Command line    main                                           a function per command
     28  Page parts      PARTS_* WORDS bare                             what pages are made of
-    29  Page            PAGE_* web_page                                the embedded page
+    29  Visitor         link_page H                                    what visitors of links see
+    30  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -169,7 +170,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import (Any, BinaryIO, Callable, Collection, Container, ContextManager, Iterable, Iterator, NamedTuple, Optional, Sequence,
                     Tuple)
-from urllib.parse import quote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlencode, urlsplit
 from xml.parsers import expat
 
 try:
@@ -16379,6 +16380,8 @@ main:focus { outline: none; }
   border-bottom: 1px solid var(--line); }
 .steps .what { flex: 1; min-width: 13rem; overflow-wrap: anywhere; }
 .acts { display: flex; gap: .4rem; flex-wrap: wrap; }
+.tab { padding: .5rem .8rem; border-radius: 8px; color: var(--soft); min-height: 38px; }
+.tab[aria-current] { color: var(--text); font-weight: 600; background: var(--side); }
 .tag { display: inline-block; background: var(--chosen); border-radius: 6px; padding: 0 .5rem; margin-left: .5rem;
   font-size: .85rem; }
 .buttons { display: flex; gap: .5rem; flex-wrap: wrap; justify-content: flex-end; }
@@ -16570,6 +16573,21 @@ const choice = (label, name, rows, value, about) => h("select", {name, "aria-lab
   Object.entries(rows).map(([key, words]) => h("option", {value: key, selected: key === value}, t(words))));
 const find = (selector, within = document) => within.querySelector(selector);
 const isPhone = matchMedia("(max-width: 45rem)");
+const isMetered = () => Boolean(navigator.connection?.saveData || navigator.connection?.type === "cellular");
+
+// ---- paths and queries
+
+const encodePath = path => path.split("/").map(encodeURIComponent).join("/");
+const decodePath = path => path.split("/").filter(Boolean).map(decodeURIComponent).join("/");
+const parentOf = path => path.slice(0, Math.max(0, path.lastIndexOf("/")));
+const nameOf = path => path.slice(path.lastIndexOf("/") + 1);
+const join = (path, name) => path ? path + "/" + name : name;
+
+function queryOf(values) {
+  const pairs = Object.entries(values).filter(([, value]) => value || value === 0)
+    .flatMap(([name, value]) => [].concat(value).map(one => name + "=" + encodeURIComponent(one)));
+  return pairs.length ? "?" + pairs.join("&") : "";
+}
 
 // ---- icons: one per kind of thing, drawn in 24 x 24
 
@@ -16839,7 +16857,7 @@ async function askClash(name, more) {
       h("p", {}, t("What should happen with the new one?")),
       more === 0 ? null : h("label.tick", {}, all,
         more ? plural(more, "Do the same for {n} more", "Do the same for {n} more") : t("Do the same for all others")),
-      buttonsRow(choice(t("Skip"), "skip"), choice(t("Replace"), "replace"),
+      buttonsRow(choice(t("Skip"), "skip"), mayReplace && choice(t("Replace"), "replace"),
         choice(t("Keep both"), "keep", {className: "primary", autofocus: true}))
     ];
   });
@@ -16857,7 +16875,6 @@ function saveFrom(address) {
 //
 // each page says itself what it makes of them: TUS_PLACE, fitting(found), meet(item), sendWhole(item),
 // sendCollection(item), showBegun(), showSent(item, path), showArrived(item), showEnded()
-
 
 const SMALL = 4 << 20, PART = 16 << 20, AT_ONCE = 4;
 const queue = {
@@ -17013,7 +17030,7 @@ async function sendParts(item) {
   item.sent = offset;
   while (offset < item.size) {
     const part = item.file.slice(offset, offset + PART);
-    const answer = await transmit(item, "PATCH", PREFIX + "/tus/" + id, part, {"Upload-Offset": offset}, offset);
+    const answer = await transmit(item, "PATCH", TUS_PLACE + "/" + id, part, {"Upload-Offset": offset}, offset);
     offset = Number(answer.getResponseHeader("Upload-Offset"));
     item.tries = Math.min(item.tries, 1);        // it gets on: the next break waits no longer than the first
   }
@@ -17618,169 +17635,6 @@ function textView(entry, source) {
     source.codec.guess && h("p.note", {}, t("This is not UTF-8; that it is {name} is a guess.", source.codec)),
     body), {source});
 }
-
-// ---- preview, in the account
-
-const saveFile = entry => saveFrom(contentAddress(entry));
-
-const previewActs = entry => [
-  button(t("Edit"), () => attempt(() => editFile(entry)), {"data-action": "edit", hidden: true}),
-  view.at && button(t("Bring back"), () => attempt(() => bringBack([entry])), {"data-action": "bring-back"}),
-  !view.at && button(t("Versions"), () => go(versionsAddress(entry.path)), {"data-action": "versions"}),
-  button(t("Copy address"), () => attempt(copyLink), {"data-action": "link"})
-];
-
-function copyLink() {
-  const media = find("video, audio", preview.body), at = media ? Math.floor(media.currentTime) : 0;
-  return copyText(location.href.replace(/#.*/, "") + (at ? "#t=" + at : ""));
-}
-
-function followTurn(entry) {
-  history.replaceState(history.state, "", placeAddress(entry.path));
-  setCursor(list.known.get(entry.node));
-}
-
-function previewClosed() {
-  if (list.box) list.box.focus({preventScroll: true});
-  setTitle(view.path ? nameOf(view.path) : t("Files"));
-}
-
-async function leavePreview() {
-  if (!await mayLeave()) return;
-  if (history.state && history.state.inside) history.back();
-  else go(placeAddress(view.path), {replace: true});
-}
-
-// ---- editing text
-
-async function newText() {
-  await ensureFiles();
-  await askForm(t("New text file"), [nameInput(t("Name"), t("Note") + ".txt")], t("Create"), async ({name}) => {
-    checkName(name);
-    const path = join(view.path, name),
-      made = await api("PUT", "files/" + encodePath(path), {}, {"If-None-Match": "*"}).catch(sayTaken);
-    await refresh();
-    await go(addressOf(path));
-    editFile(made);
-    return true;
-  });
-}
-
-// what was typed and not saved yet also lies in this browser, whatever becomes of the page: {text, etag}
-const draftName = path => ["draft", encodeURIComponent(me.name), path].join("|");
-const isEdited = () => Boolean(preview.edit) && preview.edit.area.value !== preview.edit.saved;
-
-function keepDraft() {
-  const {edit} = preview;
-  if (!edit) return;
-  const text = edit.area.value;
-  try {
-    if (text === edit.saved) localStorage.removeItem(edit.draft);
-    else localStorage.setItem(edit.draft, JSON.stringify({text, etag: edit.etag}));
-  } catch { /* it has no room; then leaving asks, and no more */ }
-}
-
-const keepDraftSoon = soon(keepDraft, 300);
-
-async function editFile(entry) {
-  if (preview.entry?.path !== entry.path) await go(addressOf(entry.path));
-  const source = await readText(entry);
-  if (preview.entry?.path !== entry.path) return;
-  if (!source?.exact) throw trouble("", t("This file cannot be edited here."));
-  const area = h("textarea", {value: source.text, "aria-label": entry.name, spellcheck: false, oninput: () => {
-    keepDraftSoon();
-    edit.save.disabled = !isEdited();
-  }});
-  const save = button(t("Save"), () => attempt(() => saveText(edit)), {className: "primary", disabled: true});
-  const edit = preview.edit = {path: entry.path, etag: source.etag, source, area, save, saved: area.value,
-    draft: draftName(entry.path)};
-  area.addEventListener("keydown", event => {
-    if ((event.ctrlKey || event.metaKey) && event.key === "s") {
-      event.preventDefault();
-      save.click();
-    }
-  });
-  preview.body.replaceChildren(area);
-  find(".title [data-action=edit]", preview.box).replaceWith(save);
-  area.focus();
-  area.setSelectionRange(0, 0);
-  takeDraft(edit);
-}
-
-// what an earlier visit left unsaved is there again
-function takeDraft(edit) {
-  const draft = JSON.parse(localStorage.getItem(edit.draft) || "null"), {etag} = edit;
-  if (!draft || draft.text === edit.saved) return;
-  const put = (text, etag) => {
-    edit.area.value = text;
-    edit.etag = etag;
-    edit.save.disabled = !isEdited();
-    edit.area.focus();
-    edit.area.setSelectionRange(0, 0);
-    keepDraft();
-  };
-  put(draft.text, draft.etag);
-  toast(t("This is what you typed before and did not save."),
-    {label: t("Discard it"), run: () => put(edit.saved, etag)});
-}
-
-async function saveText(edit) {
-  const typed = edit.area.value, text = withEnds(edit.source.text, typed), body = writeText(text, edit.source.codec);
-  edit.save.disabled = true;
-  const put = given => ask(apiAddress("files", edit.path), {method: "PUT", body, headers: {...HEADERS, ...given}});
-  const answer = await put({"If-Match": edit.etag}).catch(async error => {
-    edit.save.disabled = false;
-    if (error.code !== "precondition-failed" && error.code !== "not-found") throw error;
-    if (!await askToReplace(edit.path)) throw new DOMException("", "AbortError");
-    return put({});
-  });
-  Object.assign(preview.entry, await answer.json());
-  Object.assign(edit, {etag: answer.headers.get("ETag"), saved: typed});
-  edit.source.text = text;
-  edit.save.disabled = !isEdited();
-  keepDraft();
-  preview.note.replaceChildren();
-  toast(t("Saved."));
-  refreshSoon();
-}
-
-async function askToReplace(path) {
-  const {etag} = await load(path, {limit: 1}).catch(absent);
-  return etag ? askYesNo(t("Somebody else saved this file"),
-    t("It changed since you opened it. If you save now, their version stays among the versions."), t("Save mine"))
-    : askYesNo(t("Somebody deleted this file"), t("If you save now, it is there again."), t("Save mine"));
-}
-
-// may the view go, with what was typed in it?  Saved, given up or not there: true
-let leaving = null;
-function mayLeave() {
-  const asked = () => isEdited() ? leaveEdit() : isTyped(find("#app")) ? askToLeave() : true;
-  leaving = leaving || Promise.resolve(asked()).then(Boolean).finally(() => { leaving = null; });
-  return leaving;
-}
-
-async function leaveEdit() {
-  const {edit} = preview;
-  const answer = await sheet(t("Leave without saving?"), close => [h("p", {}, t("You changed this text.")), buttonsRow(
-    button(t("Go on editing"), () => close()),
-    button(t("Do not save"), () => close("lose"), {className: "danger"}),
-    button(t("Save"), () => close("save"), {className: "primary", autofocus: true}))]);
-  if (answer === "save") await attempt(() => saveText(edit));
-  if (answer === "lose") {
-    preview.edit = null;
-    localStorage.removeItem(edit.draft);
-  }
-  return !isEdited();
-}
-
-// [what shows it, words about what it leaves out]
-function pageOf(entry, text) {
-  if (/\.(md|markdown)$/i.test(entry.name)) return [h("div.paper", {}, markdown(text, parentOf(entry.path)))];
-  if (!/\.[ct]sv$/i.test(entry.name)) return [h("pre", {tabIndex: 0}, raw(text))];
-  const rows = parseTable(text, /\.tsv$/i.test(entry.name) ? "\t" : "");
-  const cut = rows.length > ROWS_MOST && t("Only the first {n} rows are shown.", {n: ROWS_MOST});
-  return [tableView(rows.slice(0, ROWS_MOST)), cut];
-}
 """
 
 PAGE_GERMAN = r"""{
@@ -17838,8 +17692,10 @@ PAGE_GERMAN = r"""{
   "Change {name}": "{name} ändern",
   "Changed": "Geändert",
   "Choose": "Auswählen",
+  "Choose a folder": "Einen Ordner auswählen",
   "Choose a name and a password for the first account. It may do everything, also make further accounts.": "Wähle Name und Passwort für das erste Konto. Es darf alles, auch weitere Konten anlegen.",
   "Choose again": "Noch einmal wählen",
+  "Choose files to send": "Dateien zum Senden auswählen",
   "Choose one more": "Eines mehr auswählen",
   "Choose several": "Mehrere auswählen",
   "Choose the same files again: it goes on, and what is there is not sent twice.": "Wähle dieselben Dateien noch einmal: Es geht weiter, und was da ist, wird nicht noch einmal gesendet.",
@@ -17872,6 +17728,7 @@ PAGE_GERMAN = r"""{
   "Delete for good": "Endgültig löschen",
   "Delete for good?": "Endgültig löschen?",
   "Delete something and empty the trash, or choose less.": "Lösche etwas und leere den Papierkorb, oder wähle weniger aus.",
+  "Delete?": "Löschen?",
   "Deleted": "Gelöscht",
   "Deleted things stay here until their time is over or the trash is emptied.": "Gelöschtes bleibt hier, bis seine Zeit um ist oder der Papierkorb geleert wird.",
   "Device": "Gerät",
@@ -17884,7 +17741,10 @@ PAGE_GERMAN = r"""{
   "Documents": "Dokumente",
   "Done": "Fertig",
   "Download": "Herunterladen",
+  "Download all": "Alles herunterladen",
+  "Download chosen": "Ausgewähltes herunterladen",
   "Download this folder": "Diesen Ordner herunterladen",
+  "Download {name}": "{name} herunterladen",
   "Drop files here, or add something with “New”.": "Zieh Dateien hierher oder füge mit „Neu“ etwas hinzu.",
   "Drop it to upload it to {place}": "Lass es los, um es nach {place} hochzuladen",
   "Earlier": "Früher",
@@ -17911,6 +17771,7 @@ PAGE_GERMAN = r"""{
   "Free on disk": "Frei auf der Platte",
   "From": "Von",
   "From a command line:": "Von der Kommandozeile:",
+  "Gallery": "Galerie",
   "Give up": "Aufgeben",
   "Go on editing": "Weiter bearbeiten",
   "Grant access": "Zugang gewähren",
@@ -17931,7 +17792,12 @@ PAGE_GERMAN = r"""{
   "It calls itself": "Es nennt sich",
   "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
   "It goes on by itself when the connection is back.": "Es geht von selbst weiter, sobald die Verbindung wieder da ist.",
+  "It has ended or was used up, or its address is not complete. Ask whoever gave it to you for another one.": "Er ist abgelaufen oder aufgebraucht, oder seine Adresse ist nicht vollständig. Frag, wer ihn dir gegeben hat, nach einem neuen.",
+  "It takes {n} file at most.": "Höchstens {n} Datei passt hinein.",
+  "It takes {n} files at most.": "Höchstens {n} Dateien passen hinein.",
+  "It takes {size} at most.": "Höchstens {size} passen hinein.",
   "It was moved, renamed or deleted, or it is somebody else's.": "Es wurde verschoben, umbenannt oder gelöscht, oder es gehört jemand anderem.",
+  "It was moved, renamed or deleted.": "Es wurde verschoben, umbenannt oder gelöscht.",
   "Just now": "Gerade eben",
   "Keep": "Behalten",
   "Keep both": "Beide behalten",
@@ -18010,6 +17876,7 @@ PAGE_GERMAN = r"""{
   "Over 10 MB": "Über 10 MB",
   "Over 100 MB": "Über 100 MB",
   "PDF": "PDF",
+  "Pages": "Seiten",
   "Password": "Passwort",
   "Password again": "Passwort noch einmal",
   "Paste": "Einfügen",
@@ -18053,6 +17920,8 @@ PAGE_GERMAN = r"""{
   "See it as it was…": "Ansehen, wie es war …",
   "Select all": "Alle auswählen",
   "Select {name}": "{name} auswählen",
+  "Send": "Senden",
+  "Send files": "Dateien senden",
   "Server": "Server",
   "Set a new password": "Neues Passwort setzen",
   "Set the quota": "Speicher festlegen",
@@ -18079,6 +17948,7 @@ PAGE_GERMAN = r"""{
   "Star": "Markieren",
   "Star removed from {what}": "{what} nicht mehr markiert",
   "Starred": "Markiert",
+  "Start": "Anfang",
   "Start again in the program that sent you here.": "Fang in dem Programm, das dich hergeschickt hat, noch einmal an.",
   "State": "Zustand",
   "Storage": "Speicher",
@@ -18087,39 +17957,59 @@ PAGE_GERMAN = r"""{
   "Tables": "Tabellen",
   "Take a photo": "Foto aufnehmen",
   "Taken back.": "Zurückgenommen.",
+  "Tell whoever gave you the link.": "Sag es dem, der dir den Link gegeben hat.",
   "Texts": "Texte",
   "That is too long ago: the history does not reach back so far.": "Das ist zu lange her: So weit reicht der Verlauf nicht zurück.",
   "The disk of the server is almost full; it takes nothing new until there is room.": "Die Platte des Servers ist fast voll; er nimmt nichts Neues an, bis wieder Platz ist.",
+  "The link does not go so far.": "So weit reicht der Link nicht.",
+  "The link is closed to you for a moment.": "Der Link ist für dich einen Moment lang zu.",
+  "The link takes no more, or not so much at a time.": "Der Link nimmt nichts mehr an, oder nicht so viel auf einmal.",
   "The most they may take per account, in GB; empty is no limit": "Höchstens je Konto, in GB; leer heißt keine Grenze",
+  "The password is needed once more.": "Das Passwort wird noch einmal gebraucht.",
   "The server": "Der Server",
   "The server cannot be reached. Check the connection and try again.": "Der Server ist nicht erreichbar. Prüfe die Verbindung und versuche es noch einmal.",
   "The server cannot write at the moment.": "Der Server kann gerade nichts speichern.",
   "The server could not read all of it. Whoever runs it should look at its log.": "Der Server konnte nicht alles lesen. Wer ihn betreibt, sollte ins Protokoll sehen.",
+  "The server is busy": "Der Server ist beschäftigt",
   "The server is busy. Try again in a moment.": "Der Server ist beschäftigt. Versuche es gleich noch einmal.",
   "The text": "Der Text",
   "The trash is empty": "Der Papierkorb ist leer",
   "The two passwords differ.": "Die beiden Passwörter sind verschieden.",
   "There is no preview of this kind of file.": "Für diese Art von Datei gibt es keine Vorschau.",
   "There is no room for {names}.": "Kein Platz ist für {names}.",
+  "There is not enough room for this": "Dafür ist nicht genug Platz",
+  "There is not enough room for this.": "Dafür ist nicht genug Platz.",
+  "There is nothing here": "Hier ist nichts",
+  "There is nothing here.": "Hier ist nichts.",
   "There is something of that name already.": "Etwas mit diesem Namen gibt es schon.",
+  "These are too many at a time: choose fewer, or take all.": "Das sind zu viele auf einmal: Wähle weniger aus oder nimm alles.",
   "These two are too different to be compared line by line.": "Diese beiden sind zu verschieden, um sie Zeile für Zeile zu vergleichen.",
   "This browser cannot play this kind of file.": "Dieser Browser kann Dateien dieser Art nicht abspielen.",
   "This browser cannot show this kind of picture.": "Dieser Browser kann Bilder dieser Art nicht zeigen.",
   "This browser plays only the sound of this film.": "Dieser Browser spielt von diesem Film nur den Ton.",
+  "This did not work": "Das ging nicht",
   "This file cannot be edited here.": "Diese Datei lässt sich hier nicht bearbeiten.",
   "This file is empty.": "Diese Datei ist leer.",
   "This file is larger than the server accepts.": "Diese Datei ist größer, als der Server annimmt.",
   "This file was changed since it was chosen. Choose it again.": "Diese Datei wurde seit der Auswahl verändert. Wähle sie noch einmal aus.",
+  "This is more than this link takes.": "Das ist mehr, als dieser Link annimmt.",
   "This is not UTF-8; that it is {name} is a guess.": "Das ist kein UTF-8; dass es {name} ist, ist geraten.",
   "This is not a regular expression.": "Das ist kein regulärer Ausdruck.",
+  "This is not allowed": "Das ist nicht erlaubt",
   "This is not allowed.": "Das ist nicht erlaubt.",
   "This is not there any more.": "Das gibt es nicht mehr.",
+  "This is too much": "Das ist zu viel",
   "This is what you typed before and did not save.": "Das hast du früher getippt und nicht gespeichert.",
+  "This link does not work (any more)": "Dieser Link funktioniert nicht (mehr)",
+  "This link does not work any more.": "Dieser Link funktioniert nicht mehr.",
+  "This link ends on {when}.": "Dieser Link endet am {when}.",
+  "This link has a password": "Dieser Link hat ein Passwort",
   "This link has expired": "Dieser Link ist abgelaufen",
   "This needs your password once more.": "Dafür ist noch einmal dein Passwort nötig.",
   "This needs {need}, but {left} is all that is left: {lack} is missing.": "Gebraucht werden {need}, frei sind nur noch {left}: Es fehlen {lack}.",
   "This one": "Dieses hier",
   "This password is shown only now; it stands in the commands below.": "Dieses Passwort wird nur jetzt gezeigt; es steht in den Befehlen unten.",
+  "This password is wrong.": "Dieses Passwort stimmt nicht.",
   "This server is not set up yet. Open the link that it printed when it started.": "Dieser Server ist noch nicht eingerichtet. Öffne den Link, den er beim Start ausgegeben hat.",
   "This server takes files of up to {size}.": "Dieser Server nimmt Dateien bis {size} an.",
   "This version is the present one now; the others stay.": "Diese Version gilt jetzt; die anderen bleiben erhalten.",
@@ -18128,9 +18018,11 @@ PAGE_GERMAN = r"""{
   "Time": "Zeit",
   "To the files": "Zu den Dateien",
   "Today": "Heute",
+  "Too many tries": "Zu viele Versuche",
   "Too many tries. Wait {time}, then try again.": "Zu viele Versuche. Warte {time}, dann versuch es noch einmal.",
   "Trash": "Papierkorb",
   "Try again": "Noch einmal versuchen",
+  "Try again in a moment.": "Versuche es gleich noch einmal.",
   "Type what you look for, or choose a filter.": "Tippe, was du suchst, oder wähle einen Filter.",
   "Under 1 MB": "Unter 1 MB",
   "Under the name": "Unter dem Namen",
@@ -18150,6 +18042,8 @@ PAGE_GERMAN = r"""{
   "Video": "Video",
   "Videos": "Videos",
   "View": "Ansicht",
+  "Wait {n} second, then try again.": "Warte {n} Sekunde und versuche es dann noch einmal.",
+  "Wait {n} seconds, then try again.": "Warte {n} Sekunden und versuche es dann noch einmal.",
   "Waiting": "Wartet",
   "Waiting for the connection…": "Wartet auf die Verbindung …",
   "Ways to connect": "Wege zum Verbinden",
@@ -18161,17 +18055,24 @@ PAGE_GERMAN = r"""{
   "What is older goes for good; of what is more than the most, the oldest goes first.": "Was älter ist, geht endgültig; wird es mehr als das Höchste, geht das Älteste zuerst.",
   "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
   "What was typed into {names} and not saved is lost then.": "Was in {names} getippt und nicht gespeichert wurde, ist dann verloren.",
+  "What you send here is seen by nobody but whoever gave you this link.": "Was du hier sendest, sieht nur, wer dir diesen Link gegeben hat.",
   "What you typed is lost then.": "Was du getippt hast, ist dann verloren.",
   "Where": "Wo",
   "Where you are": "Wo du bist",
   "Where you are logged in": "Wo du angemeldet bist",
+  "Whoever gave you the link knows it.": "Wer dir den Link gegeben hat, kennt es.",
   "Wrong name or password.": "Name oder Passwort ist falsch.",
   "You are offline": "Du bist offline",
   "You can close this window now.": "Du kannst dieses Fenster jetzt schließen.",
+  "You can look at and download what is here, and add to it.": "Du kannst alles hier ansehen und herunterladen und etwas hinzufügen.",
+  "You can look at and download what is here, change and delete it, and add to it.": "Du kannst alles hier ansehen und herunterladen, ändern und löschen und etwas hinzufügen.",
+  "You can look at and download what is here.": "Du kannst alles hier ansehen und herunterladen.",
+  "You can look at this file and download it.": "Du kannst diese Datei ansehen und herunterladen.",
   "You changed this text.": "Du hast diesen Text geändert.",
   "Your password, please": "Dein Passwort, bitte",
   "Your session has ended.": "Deine Sitzung ist zu Ende.",
   "Your storage is full. Delete something, then empty the trash, or ask for more.": "Dein Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
+  "Zip": "Zip",
   "a collection has no versions; ask for it as of a time": "ein Ordner hat keine Versionen; sieh ihn an, wie er zu einer Zeit war",
   "a collection is at this path": "an dieser Stelle ist ein Ordner",
   "a file is in the way": "eine Datei steht im Weg",
@@ -18192,6 +18093,7 @@ PAGE_GERMAN = r"""{
   "less than a minute left": "noch weniger als eine Minute",
   "moved": "verschoben",
   "one folder": "ein Ordner",
+  "or drop files and folders anywhere on this page": "oder zieh Dateien und Ordner irgendwo auf diese Seite",
   "passwords are not accepted over plain HTTP from another machine; use HTTPS": "Passwörter werden über einfaches HTTP von einem anderen Rechner nicht angenommen; nimm HTTPS",
   "reads and changes": "liest und ändert",
   "reads only": "liest nur",
@@ -18215,11 +18117,15 @@ PAGE_GERMAN = r"""{
   "{n} B": "{n} B",
   "{n} already there": "{n} schon da",
   "{n} changed since: {how}": "{n} seither anders: {how}",
+  "{n} download is left.": "Noch {n}-mal lässt sich etwas herunterladen.",
+  "{n} downloads are left.": "Noch {n}-mal lässt sich etwas herunterladen.",
   "{n} file": "{n} Datei",
+  "{n} file has arrived. Thank you.": "{n} Datei ist angekommen. Danke!",
   "{n} file is too large": "{n} Datei ist zu groß",
   "{n} file uploaded": "{n} Datei hochgeladen",
   "{n} files": "{n} Dateien",
   "{n} files are too large": "{n} Dateien sind zu groß",
+  "{n} files have arrived. Thank you.": "{n} Dateien sind angekommen. Danke!",
   "{n} files uploaded": "{n} Dateien hochgeladen",
   "{n} folder": "{n} Ordner",
   "{n} folders": "{n} Ordner",
@@ -18264,6 +18170,7 @@ PAGE_GERMAN = r"""{
   "{what} ready to be copied: paste it where you want it.": "{what} zum Kopieren vorgemerkt: Füge es ein, wo du es haben willst.",
   "{what} ready to be moved: paste it where it belongs.": "{what} zum Verschieben vorgemerkt: Füge es ein, wo es hingehört.",
   "{what} starred": "{what} markiert",
+  "{what} will be deleted for everybody.": "{what} wird für alle gelöscht.",
   "{who} brought {what} back to an earlier time": "{who} hat {what} auf einen früheren Stand gebracht",
   "{who} changed the password of {name}": "{who} hat das Passwort von {name} geändert",
   "{who} changed the quota of {name}": "{who} hat den Speicherplatz von {name} geändert",
@@ -18308,7 +18215,676 @@ def source_hash(text: str) -> str:
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# ==== 29. Page ===========================================================================
+# ==== 29. Visitor ========================================================================
+#
+# What somebody sees who opens a link: a page that is whole as the server writes it.  Its script adds preview, uploads that
+# go on after a break, and what else needs one.  Names and notes enter it by H and textContent alone (W5).  It tells nothing
+# of whose it is and of what lies around (S2), and of a drop nothing at all (S6).
+
+VISITOR_STYLE = r"""
+:root { color-scheme: light dark; }
+main { max-width: 62rem; margin: auto; padding: 1.4rem 1.25rem 8rem; display: grid; gap: 1.1rem; }
+main > * { min-width: 0; }
+.intro { display: grid; gap: .35rem; justify-items: start; }
+.intro h1 { overflow-wrap: anywhere; }
+.words { white-space: pre-line; overflow-wrap: anywhere; max-width: 46rem; }
+.told { background: var(--chosen); border-radius: 8px; padding: .7rem 1rem; }
+.crumbs { padding: 0; }
+.tools, .tools form, .upload { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
+.tools .ways { margin-left: auto; display: flex; gap: .25rem; }
+#told:empty { display: none; }
+.single { display: grid; gap: 1.1rem; }
+a.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
+a.primary:hover { background: var(--accent); filter: brightness(1.08); }
+.upload { border: 2px dashed var(--line); border-radius: 12px; padding: 1.1rem; }
+.upload .field { flex: 1 1 16rem; }
+.dropping .upload { border-color: var(--accent); background: var(--chosen); }
+.entries { list-style: none; margin: 0; padding: 0; border-top: 1px solid var(--line); }
+.entries li { display: grid; grid-template-columns: auto 44px minmax(0, 1fr) auto auto; gap: 0 .7rem;
+  align-items: center; min-height: 52px; border-bottom: 1px solid var(--line); position: relative; }
+.entries li:hover { background: var(--hover); }
+.entries .look { width: 44px; height: 44px; display: grid; place-items: center; border-radius: 6px; overflow: hidden; }
+.entries .look > * { grid-area: 1 / 1; }
+.entries img { width: 100%; height: 100%; object-fit: cover; }
+.entries .name { color: var(--text); overflow-wrap: anywhere; padding: .3rem 0; }
+.entries .name::after { content: ""; position: absolute; inset: 0; }
+.entries :is(label, .button) { position: relative; z-index: 1; }
+.entries label { display: grid; place-items: center; min-width: 24px; min-height: 44px; }
+.entries .soft { font-size: .875rem; white-space: nowrap; text-align: right; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .6rem; border: 0; }
+.gallery li { border: 0; grid-template-columns: auto minmax(0, 1fr); gap: .1rem .4rem; align-content: start;
+  border-radius: 10px; padding: 6px; }
+.gallery .look { grid-column: 1 / -1; order: -1; width: 100%; height: auto; aspect-ratio: 1; background: var(--side);
+  border-radius: 8px; }
+.gallery .look .icon { width: 52px; height: 52px; stroke-width: 1; }
+.gallery .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-size: .9rem; }
+.gallery .soft { display: none; }
+.gallery .button { display: none; }
+.film::after { content: "▶"; background: rgb(0 0 0 / .6); color: #fff; border-radius: 99px; padding: .2rem .5rem;
+  grid-area: 1 / 1; font-size: .7rem; }
+.shown { border: 1px solid var(--line); border-radius: 12px; overflow: hidden; display: grid; }
+.shown .body { display: grid; max-height: 75vh; overflow: auto; place-items: center; }
+.shown :is(img, video) { max-width: 100%; max-height: 75vh; display: block; margin: auto; }
+.shown audio { width: min(92%, 40rem); margin: 1.5rem auto; }
+.shown iframe { height: 75vh; }
+.preview.shown .stage { height: 75vh; }
+.large { min-height: 48px; padding: .6rem 1.4rem; font-size: 1.05rem; }
+.foot-line { color: var(--soft); font-size: .875rem; display: flex; align-items: center; gap: .4rem; }
+.foot-line .brand { font-size: .875rem; font-weight: 400; color: inherit; }
+@media (max-width: 45rem) {
+  main { padding: 1rem .75rem 9rem; }
+  .entries li { grid-template-columns: auto 44px minmax(0, 1fr) auto; padding: .3rem 0; }
+  .entries .soft { grid-row: 2; grid-column: 3; text-align: left; }
+  .entries :is(label, .look, .button) { grid-row: span 2; }
+  .gallery { grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
+  .gallery li { grid-template-columns: auto minmax(0, 1fr); padding: 4px; }
+  .gallery :is(label, .look) { grid-row: auto; }
+  .tools .tab { padding: .5rem .6rem; }
+  .tools .button, .tools button { flex: auto; }
+  .tools .ways { margin: 0; }
+}
+"""
+
+VISITOR_SCRIPT = r"""
+// ---- what the server wrote, as the parts of pages want to know it
+
+const {tus: TUS_PLACE, path: HERE, top: TOP, rights: RIGHTS, most, files: FILES_MOST, bytes: BYTES_MOST} =
+  document.body.dataset;
+const me = {name: TUS_PLACE, most: Number(most)}, view = {kind: "link", path: HERE, title: document.title};
+const list = {entries: []};
+const may = right => RIGHTS.split(" ").includes(right);
+const isDrop = !may("read"), mayReplace = may("update");
+
+const addressOf = path => TOP + (/^(dav|tus)(\/|$)/.test(path) ? "dav/" : "") + encodePath(path);
+const contentAddress = entry => entry.address + "?preview=1";
+const saveFile = entry => saveFrom(entry.address + "?download=1");
+const isEdited = () => false, mayLeave = async () => true, previewActs = () => [];
+const pageOf = (entry, text) => [h("pre", {tabIndex: 0}, raw(text))];
+
+Object.assign(PROBLEMS, {
+  "over-quota": "There is not enough room for this.", gone: "This link does not work any more.",
+  "too-large": "This is more than this link takes.", unauthenticated: "The password is needed once more."});
+
+// what is asked for once more by the page that the server writes
+async function letIn(problem) {
+  if (["unauthenticated", "gone"].includes(problem.code)) location.reload();
+  throw problem;
+}
+
+// ---- the list
+
+function readEntry(row) {
+  const {kind, category, media, size, address, name} = row.dataset;
+  const entry = {row, kind, category, media, size: Number(size), address, name, path: join(HERE, name)};
+  if (!find(".icon", row)) find(".look", row)?.prepend(icon(categoryOf(entry)));
+  const picture = find(".look img", row);
+  if (picture) showSmall(entry, picture);
+  return entry;
+}
+
+// where nobody made a small picture yet, a photo shows itself if it costs little; else its icon stays
+function showSmall(entry, picture) {
+  const look = () => find(".icon", entry.row)?.remove();
+  const fail = () => {
+    const cheap = entry.category === "image" && entry.size < 4 << 20 && !isMetered();
+    cheap && !picture.src.endsWith("preview=1") ? picture.src = contentAddress(entry) : picture.remove();
+  };
+  picture.addEventListener("load", look);
+  picture.addEventListener("error", fail);
+  if (picture.complete) picture.naturalWidth ? look() : fail();
+}
+
+const chosen = () => [...document.querySelectorAll(".entries input:checked")];
+const chosenEntries = () => chosen().map(box => list.entries.find(one => one.name === box.value));
+
+function showChosen() {
+  const n = chosen().length, all = find("#all"), every = document.querySelectorAll(".entries input").length;
+  for (const one of document.querySelectorAll("[data-for]"))
+    one.hidden = !(n === 1 || n && one.dataset.for === "some");
+  if (all) Object.assign(all, {checked: n > 0 && n === every, indeterminate: n > 0 && n < every});
+}
+
+// the server finds what is chosen by its names in the address, which has an end
+function onChosen(event) {
+  const values = new URLSearchParams(new FormData(event.target));
+  if (String(values).length < 12000) return;
+  event.preventDefault();
+  toast(t("These are too many at a time: choose fewer, or take all."), {kind: "bad"});
+}
+
+// ---- changing what is there, where the link allows it
+
+const send = (method, address, fields = {}) =>
+  ask(address, {method, headers: {...HEADERS, ...fields}}).catch(readStatus);
+
+// the doors for files speak XML: what the number says is enough here
+const CODES = {403: "forbidden", 404: "not-found", 405: "exists", 409: "not-found", 412: "exists", 423: "locked",
+  507: "over-quota"};
+const readStatus = error => {
+  throw CODES[error.status] ? new Problem(error.status, {code: CODES[error.status]}) : error;
+};
+
+async function removeChosen() {
+  const some = chosenEntries();
+  const what = some.length === 1 ? quoted(some[0].name) : plural(some.length, "{n} item", "{n} items");
+  if (!await askYesNo(t("Delete?"), t("{what} will be deleted for everybody.", {what}), t("Delete"))) return;
+  for (const entry of some) await send("DELETE", entry.address).catch(unless("not-found"));
+  location.reload();
+}
+
+function renameChosen() {
+  const [entry] = chosenEntries();
+  return askForm(t("Rename"), [nameInput(t("Name"), entry.name)], t("Rename"), async ({name}) => {
+    checkName(name);
+    const Destination = location.origin + addressOf(join(HERE, name));
+    if (name !== entry.name) await send("MOVE", entry.address, {Destination, Overwrite: "F"});
+    location.reload();
+  });
+}
+
+const makeFolder = () => askForm(t("New folder"), [nameInput(t("Name"))], t("Create"), async ({name}) => {
+  checkName(name);
+  await send("MKCOL", addressOf(join(HERE, name)));
+  location.assign(addressOf(join(HERE, name)) + "/");
+});
+
+// ---- uploading
+
+const meet = item => (item.refused || list.entries.some(one => one.path === item.path)) && settleUpload(item);
+const showSent = () => {}, showArrived = () => {}, showBegun = () => {};
+
+// what the link takes; of a drop nobody is asked what to do about names
+async function fitting(found) {
+  const sum = found.reduce((bytes, one) => bytes + one.size, 0), left = Number(BYTES_MOST) || Infinity;
+  if (found.length > (Number(FILES_MOST) || Infinity) || sum > left || found.some(one => one.size > me.most))
+    throw trouble("too-large");
+  return found.map(one => ({...one, how: isDrop ? "keep" : one.how}));
+}
+
+async function sendWhole(item) {
+  const {path, file, how} = item, about = {path, mtime: file.lastModified, parents: "1", clash: how || "refuse"};
+  const fields = {"Upload-Length": item.size, "Upload-Metadata": metadata(about)};
+  if (item.size) fields["Content-Type"] = "application/offset+octet-stream";
+  await transmit(item, "POST", TUS_PLACE, file, fields, 0);
+}
+
+async function sendCollection({path}) {
+  const names = path.split("/");
+  for (let n = HERE.split("/").filter(Boolean).length + 1; n <= names.length; n++)
+    await send("MKCOL", addressOf(names.slice(0, n).join("/"))).catch(unless("exists"));
+}
+
+function showEnded() {
+  const n = queue.items.filter(item => item.state === "done").length;
+  if (!n) return;
+  const words = plural(n, "{n} file has arrived. Thank you.", "{n} files have arrived. Thank you.");
+  find("#told").replaceChildren(h("p.told", {}, words,
+    isDrop ? "" : [" ", h("a", {href: location.pathname + location.search}, t("Show what is there now"))]));
+}
+
+function dressForm(form) {
+  const input = find("input[type=file]", form), submit = find("button", form);
+  input.onchange = () => {
+    const files = [...input.files];
+    form.reset();
+    attempt(() => addUploads(files.map(file => ({file, path: join(HERE, file.name)}))));
+  };
+  submit.hidden = true;
+  if ("webkitdirectory" in HTMLInputElement.prototype && !isPhone.matches)
+    form.append(button(t("Choose a folder"), () => chooseFiles({webkitdirectory: true})));
+  form.append(h("span.soft", {}, isPhone.matches ? "" : t("or drop files and folders anywhere on this page")));
+  addEventListener("dragover", event => {
+    if (!event.dataTransfer.types.includes("Files")) return;
+    event.preventDefault();
+    document.body.classList.add("dropping");
+  });
+  addEventListener("dragleave", event => event.relatedTarget || document.body.classList.remove("dropping"));
+  addEventListener("drop", event => {
+    document.body.classList.remove("dropping");
+    if (!event.dataTransfer.types.includes("Files")) return;
+    event.preventDefault();
+    const reading = readDrop(event.dataTransfer, HERE);
+    attempt(async () => addUploads(await reading));
+  });
+  addEventListener("paste", event => {
+    const files = [...event.clipboardData.files];
+    if (files.length) attempt(() => addUploads(nameTaken(files)));
+  });
+  addEventListener("online", () => queue.delayed.forEach(wake));
+  addEventListener("beforeunload", event => { if (busy()) event.preventDefault(); });
+  addEventListener("pagehide", noteBroken);
+  showQueue();
+  showBroken().catch(() => {});
+}
+
+// ---- the preview, at the name of a file behind #
+
+function showHash() {
+  const name = decodeURIComponent(location.hash.slice(1)), entry = list.entries.find(one => one.name === name);
+  if (entry) openPreview(entry);
+  else closePreview();
+}
+
+function onEntryClick(event) {
+  const anchor = event.target.closest(".entries .name"), row = anchor && anchor.closest("li");
+  if (!row || row.dataset.kind !== "file" || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+  event.preventDefault();
+  view.inside = true;
+  location.hash = encodeURIComponent(row.dataset.name);
+}
+
+function leavePreview() {
+  if (view.inside) return history.back();
+  history.replaceState(null, "", location.pathname + location.search);
+  return closePreview();
+}
+
+function followTurn(entry) {
+  history.replaceState(null, "", "#" + encodeURIComponent(entry.name));
+  view.entry = entry;
+}
+
+function previewClosed() {
+  view.inside = false;
+  setTitle(view.home);
+  if (view.entry) find(".name", view.entry.row).focus();
+}
+
+function setTitle(text) {
+  view.title = plain(text);
+  drawTitle();
+}
+
+function drawTitle() {
+  document.title = (queue.percent === null ? "" : t("{n} %", {n: queue.percent}) + " – ") + view.title;
+}
+
+// a link to one file shows that by itself, where the server could not
+async function showFile(box) {
+  const entry = readEntry(box);
+  list.entries = [entry];
+  Object.assign(preview, {entry, body: find(".body", box), note: find(".note", box)});
+  if (!lookOf(entry) || isPlayed(entry)) return;
+  const part = await lookAt(entry).catch(error => noLook(entry, explain(error)));
+  find(".body", box).replaceChildren(part);
+}
+
+// ---- the start
+
+function begin() {
+  useLanguage(document.documentElement.lang, WORDS);
+  view.home = view.title;
+  for (const one of document.querySelectorAll("time"))
+    one.textContent = "long" in one.dataset ? longTime(one.dateTime) : formatTime(one.dateTime);
+  find(".brand")?.prepend(icon("collection"));
+  list.entries = [...document.querySelectorAll(".entries li")].map(readEntry);
+  const box = find(".shown"), form = find("form.upload"), tools = find("#chosen");
+  if (box) attempt(() => showFile(box));
+  if (form) dressForm(form);
+  if (tools) {
+    const act = (label, which, run, about) =>
+      button(label, () => attempt(run), {"data-for": which, hidden: true, ...about});
+    const all = h("input", {type: "checkbox", id: "all", onchange: () => {
+      for (const one of document.querySelectorAll(".entries input")) one.checked = all.checked;
+      showChosen();
+    }});
+    tools.prepend(h("label.tick", {}, all, t("Select all")));
+    find("button", tools).dataset.for = "some";
+    tools.onsubmit = onChosen;
+    if (may("update")) tools.append(act(t("Rename"), "one", renameChosen));
+    if (may("delete")) tools.append(act(t("Delete"), "some", removeChosen, {className: "danger"}));
+    if (may("create")) tools.append(button(t("New folder"), () => attempt(makeFolder)));
+    find(".entries")?.addEventListener("change", showChosen);
+    showChosen();
+  }
+  document.addEventListener("click", onEntryClick);
+  addEventListener("hashchange", showHash);
+  if (location.hash) showHash();
+}
+
+begin();
+"""
+
+# ---- HTML, and words for whoever reads it
+
+VOID = frozenset("br hr img input link meta".split())        # elements without an end
+UNSEEN = re.compile("[\u00ad\u061c\u0080-\u009f\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+
+
+def H(tag: str, *content: str, **about: Any) -> Markup:
+    """An element of HTML: H("a.button", "words", href="/", aria_label="…"); None and False are no attribute, True is one alone.
+
+    Markup goes in as it is, other text is escaped; signs that are not seen are named, as the script does it.
+    """
+    name, *classes = tag.split(".")
+    opening = name + (' class="%s"' % " ".join(classes) if classes else "")
+    for key, value in about.items():
+        if value is not None and value is not False:
+            key = key.rstrip("_").replace("_", "-")
+            text = value if isinstance(value, Markup) else escape(str(value))
+            opening += " " + key if value is True else ' %s="%s"' % (key, text.replace('"', "&quot;"))
+    inner = "".join([part if isinstance(part, Markup) else escape(part) for part in content])
+    return Markup("<%s>" % opening if name in VOID else "<%s>%s</%s>" % (opening, inner, name))
+
+
+def visible(text: str) -> str:
+    return UNSEEN.sub(lambda sign: "‹U+%04X›" % ord(sign[0]), text)
+
+
+@lru_cache(maxsize=None)
+def words_of(language: str) -> dict[str, str]:
+    """{what a page says in English: the same in a language}"""
+    return json.loads(WORDS[language]) if language in WORDS else {}
+
+
+class Speaker:
+    """Says things in the language of whoever asks (RFC 9110 s12.5.4): the English text is the key."""
+
+    def __init__(self, request: Request) -> None:
+        weights = {}
+        for part in request.fields.get("accept-language", "").split(","):
+            name, _, weight = part.strip().lower().partition(";q=")
+            weights.setdefault(name[:2], parse_weight(weight))
+        self.language = max(["en", *WORDS], key=lambda name: weights.get(name, 0.0))
+        self.words = words_of(self.language)
+
+    def __call__(self, text: str, **values: Any) -> Markup:
+        """The text with values in its places: numbers as they are written there, Markup as it is."""
+        def fill(found: re.Match[str]) -> str:
+            value = values[found[1]]
+            return value if isinstance(value, Markup) else escape(self.number(value) if is_integer(value) else visible(str(value)))
+        return Markup(re.sub(r"\{(\w+)\}", fill, escape(self.words.get(text, text))))
+
+    def number(self, value: float, form: str = "{:,}") -> str:
+        text = form.format(value)
+        return text.translate(str.maketrans(",.", ".,")) if self.language == "de" else text
+
+    def count(self, n: int, one: str, many: str) -> Markup:
+        return self(one if n == 1 else many, n=n)
+
+    def size(self, size: float) -> str:
+        for unit in ("B", "KB", "MB", "GB", "TB", "PB"):
+            if size < 1024 or unit == "PB":
+                return "%s %s" % (self.number(round(size, 1) if size % 1 >= 0.05 else int(size)), unit)
+            size /= 1024
+        raise AssertionError
+
+    def time(self, at: int, long: bool = False) -> Markup:
+        """A moment, ms since 1970: of the world here, of the reader once there is a script."""
+        text = format_time(at)
+        return H("time", text[:16].replace("T", " ") + " UTC" if long else text[:10], datetime=text, data_long=long)
+
+
+def parse_weight(text: str) -> float:
+    """A weight of RFC 9110 s12.4.2; what is none counts as one."""
+    return float(text) if re.fullmatch(r"[01](\.\d{0,3})?", text) else 1.0
+
+
+# ---- the page
+
+VISITOR_PAGE = 500              # entries of a collection on one page
+VISITOR_SORTS = ("name", "mtime", "size")
+
+
+def wants_page(request: Request) -> bool:
+    """Is it a browser, for somebody to look at?"""
+    return "text/html" in request.fields.get("accept", "")
+
+
+class Visit(NamedTuple):
+    """What the parts of the page are about."""
+    request: Request
+    say: Speaker
+    link: Share
+    rights: frozenset[str]
+    path: tuple[str, ...] = ()
+
+    def href(self, *names: str, query: str = "") -> str:
+        """The address of what lies at a path below the top; what bears the name of a door there is reached by way of that."""
+        top = self.request.path[:2]
+        return self.request.href(top + ("dav",) * (names[:1] in (("dav",), ("tus",))) + names) + query
+
+
+def link_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """What a link shows at a path below its top: a file, a list, or where to send files."""
+    visit = Visit(request, Speaker(request), cloud.sharing.about(who), view_of(who).rights, path)
+    say, link = visit.say, visit.link
+    sent = request.argument("sent") or ""
+    told = H("div", H("p.told", say.count(int(sent), "{n} file has arrived. Thank you.", "{n} files have arrived. Thank you."))
+             if re.fullmatch(r"\d{1,6}", sent) else "", id="told", role="status")
+    if READ not in visit.rights:
+        title = link.name or say("Send files")
+        body = [intro(visit, title), told, upload_form(visit)]
+    else:
+        with cloud.files.listing(who, path) as (node, now):
+            title = visible(link.name if not path and link.name else node.name)
+            body = [intro(visit, title, node), told,
+                    *(list_parts(visit, node, now) if node.kind else [file_part(visit, node)])]
+    return html_response(request, say, title, H("main", *body, foot_line()), H("div.toasts", role="status"),
+                         H("section.queue", aria_label=say("Uploads"), hidden=True), tus=visit.href() + "/tus", path="/".join(path),
+                         top=visit.href() + "/", rights=" ".join(sorted(visit.rights)), most=cloud.config.max_file,
+                         files=link.files_most, bytes=link.bytes_most)
+
+
+def html_response(request: Request, say: Speaker, title: str, *body: str, status: int = 200, **data: Any) -> Response:
+    """A whole page with style, and with the script if there are data for it (W3)."""
+    nonce, script = secrets.token_urlsafe(16), bool(data)
+    head = [H("meta", charset="utf-8"), H("meta", name="viewport", content="width=device-width, initial-scale=1, viewport-fit=cover"),
+            H("meta", name="robots", content="noindex"), H("title", title),
+            H("link", rel="icon", href=request.href(("icon.svg",))),
+            H("link", rel="stylesheet", nonce=nonce, href=visitor_part(request, "visitor.css"))]
+    if script:
+        head.append(H("script", defer=True, nonce=nonce, src=visitor_part(request, "visitor.js", say.language)))
+    page = "<!doctype html>\n" + H("html", H("head", *head), "\n", H("body", *body, **{"data_" + name: value for name, value in data.items()}),
+                                   lang=say.language)
+    return pack(request, Response(status, page.encode(), {
+        "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store", "X-Robots-Tag": "noindex",
+        "Content-Security-Policy": "default-src 'none'; script-src %s; style-src 'nonce-%s'; img-src 'self' blob:; media-src 'self' blob:; "
+                                   "frame-src blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "
+                                   "object-src 'none'" % ("'nonce-%s'" % nonce if script else "'none'", nonce),
+        "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
+        "Permissions-Policy": "camera=(), geolocation=(), microphone=()"}))
+
+
+def intro(visit: Visit, title: str, node: Node | None = None) -> Markup:
+    """What this is, what its owner says to it, what may be done with it and how long."""
+    facts = "" if node is None or node.kind else Markup("%s · %s" % (visit.say.size(node.size), visit.say.time(node.mtime)))
+    return H("header.intro", H("h1", title), H("p.soft", facts) if facts else "",
+             H("p.words", visible(visit.link.note)) if visit.link.note else "", H("p.soft", Markup(" ".join(terms_of(visit, node)))))
+
+
+def terms_of(visit: Visit, node: Node | None) -> Iterator[Markup]:
+    """What the link allows, and until when, in sentences."""
+    say, link, rights = visit.say, visit.link, visit.rights
+    if READ not in rights:
+        yield say("What you send here is seen by nobody but whoever gave you this link.")
+    elif node is not None and not node.kind:
+        yield say("You can look at this file and download it.")
+    else:
+        yield say("You can look at and download what is here, change and delete it, and add to it." if UPDATE in rights and DELETE in rights
+                  else "You can look at and download what is here, and add to it." if CREATE in rights
+                  else "You can look at and download what is here.")
+    if CREATE in rights and link.files_most is not None:
+        yield say.count(link.files_most, "It takes {n} file at most.", "It takes {n} files at most.")
+    if CREATE in rights and link.bytes_most is not None:
+        yield say("It takes {size} at most.", size=say.size(link.bytes_most))
+    if READ in rights and link.uses_most is not None:
+        left = max(0, link.uses_most - link.used)
+        yield say.count(left, "{n} download is left.", "{n} downloads are left.")
+    if link.expires is not None:
+        yield say("This link ends on {when}.", when=say.time(link.expires, long=True))
+
+
+def upload_form(visit: Visit) -> Markup:
+    """Works as it is; the script makes more of it."""
+    say = visit.say
+    return H("form.upload", H("label.field", H("span", say("Choose files to send")), H("input", type="file", name="file", multiple=True, required=True)),
+             H("button.primary", say("Send")), method="post", enctype="multipart/form-data", action=visit.href(*visit.path) + "/")
+
+
+def file_part(visit: Visit, node: Node) -> Markup:
+    """A link to one file: the way to save it, and what a browser can show of it by itself."""
+    say, kind, href = visit.say, kind_of_file(node.name, node.media), visit.href()
+    look = Markup("")
+    if node.media in INLINE_MEDIA and kind == "image":
+        look = H("img", src=href + "?preview=1", alt=visible(node.name))
+    elif kind in ("video", "audio"):
+        look = H(kind, src=href + "?preview=1", controls=True, preload="metadata", playsinline=True)
+    return H("div.single", H("p", H("a.button.primary.large", say("Download"), href=href + "?download=1", download=visible(node.name))),
+             H("section.preview.shown", H("div.note", role="status"), H("div.body", look), aria_label=say("Preview"), hidden=kind in (
+                 "archive", "document"), **entry_data(node, href)))
+
+
+def entry_data(node: Node, href: str) -> dict[str, Any]:
+    """What the script wants to know of a row."""
+    return {"data_kind": "collection" if node.kind else "file", "data_category": "" if node.kind else kind_of_file(node.name, node.media),
+            "data_media": node.media, "data_size": node.size, "data_name": node.name, "data_address": href}
+
+
+def list_parts(visit: Visit, node: Node, now: Moment) -> Iterator[Markup]:
+    """A collection: the way up, what can be done, and what it holds, page by page."""
+    say, request = visit.say, visit.request
+    by = request.argument("sort") if request.argument("sort") in VISITOR_SORTS else "name"
+    start = int(request.argument("after") or 0) if re.fullmatch(r"\d{0,9}", request.argument("after") or "") else 0
+    rows = list(now.page(node.node, "e.kind DESC, %s%s, e.key" % (SORTS[by], " DESC" * (by != "name")), start, VISITOR_PAGE + 1))
+    more, rows = len(rows) > VISITOR_PAGE, rows[:VISITOR_PAGE]
+    if by == "name":
+        rows.sort(key=lambda one: (-one.kind, re.sub(r"\d+", lambda digits: digits[0].zfill(12), one.name.casefold())))
+    seen = sum(kind_of_file(one.name, one.media) in ("image", "video") for one in rows if not one.kind)
+    wanted = request.argument("view")
+    gallery = wanted == "gallery" if wanted in ("gallery", "list") else seen > 3 and seen * 2 > len(rows)
+    if visit.path:
+        yield crumbs(visit)
+    if CREATE in visit.rights:
+        yield upload_form(visit)
+    address = partial(list_address, visit, by, "gallery" if gallery else "list")
+    if not rows:
+        yield H("p.empty", say("Nothing here yet") if CREATE in visit.rights else say("There is nothing here."))
+    yield list_tools(visit, bool(rows), address, gallery, by)
+    yield H("ul.entries" + ".gallery" * gallery, *(entry_row(visit, one) for one in rows))
+    if start or more:
+        yield H("nav.buttons", H("a.button", say("Back"), href=address(after=max(0, start - VISITOR_PAGE))) if start else "",
+                H("a.button", say("Next"), href=address(after=start + VISITOR_PAGE)) if more else "", aria_label=say("Pages"))
+
+
+def list_address(visit: Visit, by: str, shape: str, **changed: Any) -> str:
+    """The address of the same list, looked at in another way."""
+    values = {"sort": by, "view": shape, **changed}
+    return visit.href(*visit.path) + "/?" + urlencode({name: value for name, value in values.items() if value})
+
+
+def crumbs(visit: Visit) -> Markup:
+    parts = [H("a", visible(visit.link.name) or visit.say("Start"), href=visit.href() + "/")]
+    for depth, name in enumerate(visit.path, 1):
+        parts += [H("span.slash", "/", aria_hidden="true"),
+                  H("a", H("bdi", visible(name)), href=visit.href(*visit.path[:depth]) + "/", aria_current="page" if depth == len(visit.path) else None)]
+    return H("nav.crumbs", *parts, aria_label=visit.say("Where you are"))
+
+
+def list_tools(visit: Visit, some: bool, address: Callable[..., str], gallery: bool, by: str) -> Markup:
+    """Zip of all or of what is chosen, the order and the shape; the script adds what changes something."""
+    say = visit.say
+    labels = {"name": "Name", "mtime": "Modified", "size": "Size"}
+    ways = [H("a.tab", say(labels[name]), href=address(sort=name), aria_current="true" if name == by else None) for name in VISITOR_SORTS]
+    ways += [H("a.tab", say(label), href=address(view=shape), aria_current="true" if gallery == (shape == "gallery") else None)
+             for shape, label in (("list", "List"), ("gallery", "Gallery"))]
+    return H("div.tools", H("a.button.primary", say("Download all"), href=visit.href(*visit.path) + "/?zip=1", download=True) if some else "",
+             H("form", H("button", say("Download chosen"), name="zip", value="1") if some else "", id="chosen", action=visit.href(*visit.path) + "/"),
+             H("nav.ways", *ways, aria_label=say("View")) if some else "")
+
+
+def entry_row(visit: Visit, node: Node) -> Markup:
+    """One row of a list: a box to choose it, its small picture, its name, how large it is, the way to save it."""
+    say, name = visit.say, visible(node.name)
+    href, kind = visit.href(*visit.path, node.name), "collection" if node.kind else kind_of_file(node.name, node.media)
+    small = node.media in INLINE_MEDIA and kind == "image" and node.size < 100 * KiB
+    picture = H("img", src=href + ("?preview=1" if small else "?thumbnail=1"), alt="", loading="lazy", decoding="async") if kind in (
+        "image", "video") else ""
+    return H("li", H("label", H("input", type="checkbox", name="name", value=node.name, form="chosen", aria_label=say("Select {name}", name=node.name))),
+             H("span.look" + ".film" * (kind == "video"), picture),
+             H("a.name", H("bdi", name), href=href + "/" * node.kind, title=name),
+             H("span.soft", visit.say.time(node.mtime), " · ", say.size(node.size)),
+             H("a.button", say("Zip") if node.kind else say("Download"), href=href + ("/?zip=1" if node.kind else "?download=1"), download=True,
+               aria_label=say("Download {name}", name=node.name)),
+             **entry_data(node, href))
+
+
+def foot_line() -> Markup:
+    return H("p.foot-line", H("span.brand", "cloudserver"))
+
+
+# ---- what is not to be seen
+
+def link_refusal(error: CloudError, request: Request) -> Response:
+    """Why a visitor does not get what they asked for: a page to people, a problem document to programs."""
+    if not wants_page(request):
+        return json_error(error, request)
+    say = Speaker(request)
+    if error.status == 401:
+        title, text = say("This link has a password"), say("Whoever gave you the link knows it.")
+        wrong = request.method == "POST"
+        parts = [H("form", H("input", name="user", autocomplete="username", value="link", hidden=True), H("label.field", H("span", say("Password")), H("input", type="password", name="password", autocomplete="current-password",
+                                                                          required=True, autofocus=True, aria_describedby="wrong" if wrong else None)),
+                   H("p.problem", say("This password is wrong."), id="wrong", role="alert") if wrong else "",
+                   H("button.primary", say("Open")), method="post", action=request.href(request.path[:2]))]
+    else:
+        title, text = (say(words) for words in REFUSAL_WORDS.get(error.status, REFUSAL_WORDS[500]))
+        wait = error.detail.get("retry_after")
+        if wait:
+            text = Markup("%s %s" % (text, say.count(wait, "Wait {n} second, then try again.", "Wait {n} seconds, then try again.")))
+        parts = [] if error.status == 410 else [H("p", H("a.button", say("Back"), href=request.href(request.path[:2])))]
+    response = html_response(request, say, title, H("main.gate", H("div.brand", "cloudserver"), H("h1", title), H("p", text), *parts),
+                             status=error.status)
+    for name, value in error_fields(error).items():
+        response.fields[name] = 'Session realm="link"' if name == "WWW-Authenticate" else value      # at "Basic" a window would open
+    response.close = error.close
+    return response
+
+
+REFUSAL_WORDS = {  # status: (title, text)
+    403: ("This is not allowed", "The link does not go so far."),
+    404: ("There is nothing here", "It was moved, renamed or deleted."),
+    410: ("This link does not work (any more)", "It has ended or was used up, or its address is not complete. Ask whoever gave it to you for another one."),
+    413: ("This is too much", "The link takes no more, or not so much at a time."),
+    429: ("Too many tries", "The link is closed to you for a moment."),
+    503: ("The server is busy", "Try again in a moment."),
+    507: ("There is not enough room for this", "Tell whoever gave you the link."),
+    500: ("This did not work", "Try again in a moment.")}
+
+
+# ---- what the page is made of
+
+@lru_cache(maxsize=None)
+def visitor_source(name: str, language: str = "") -> tuple[bytes, str]:
+    """(style or script as it is sent, what names this version of it)"""
+    if name == "visitor.css":
+        body = bare(PARTS_STYLE + VISITOR_STYLE + "@media (prefers-color-scheme: dark) {\n:root {\n" + PARTS_DARK + "}\n}\n")
+    else:
+        body = bare(PARTS_SCRIPT + VISITOR_SCRIPT)
+        said = {english: words for english, words in words_of(language).items() if json.dumps(english, ensure_ascii=False) in body}
+        body = '"use strict";\nconst WORDS = %s;\n%s' % (json.dumps(said, ensure_ascii=False), body)
+    return body.encode(), hashlib.sha256(body.encode()).hexdigest()[:16]
+
+
+def visitor_part(request: Request, name: str, language: str = "") -> str:
+    """The address of style or script; another version has another one, so that none is asked for twice."""
+    return "%s?%s" % (request.href((name,)), urlencode({"version": visitor_source(name, language)[1], "language": language}))
+
+
+@route("GET", "/visitor.css", "/visitor.js", needs="nothing", packs=True, version_=TEXT, language_=TEXT)
+def web_visitor(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Style and script of what visitors see."""
+    name, language = request.path[0], request.values["language"] or ""
+    if language not in ("", "en", *WORDS):
+        raise CloudError("not-found")
+    body, version = visitor_source(name, language)
+    media = "text/css" if name.endswith("css") else "text/javascript"
+    life = "public, max-age=31536000, immutable" if request.values["version"] == version else "no-cache"
+    return kept_response(request, body, {"Content-Type": media + "; charset=utf-8", "Cache-Control": life,
+                                         "Cross-Origin-Resource-Policy": "same-origin"})
+
+
+# ==== 30. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, style and script are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).
@@ -18339,8 +18915,6 @@ body:has(.side) #app { display: grid; grid-template-columns: 14.5rem minmax(0, 1
 .selecting .bar .count { margin-right: .6rem; color: var(--text); flex: none; }
 .bar button { padding: .3rem .7rem; }
 .bar:empty { display: none; }
-.tab { padding: .5rem .8rem; border-radius: 8px; color: var(--soft); min-height: 38px; }
-.tab[aria-current] { color: var(--text); font-weight: 600; background: var(--side); }
 /* the list */
 .grid:focus-visible { outline: none; }
 .cells { display: grid; grid-template-columns: 40px minmax(0, 1fr) 8.5rem 6rem 44px; align-items: center; }
@@ -18527,21 +19101,20 @@ PAGE_SCRIPT = r"""
 
 const VIEW = /^(.*?)(?:\/(?:files|starred|past|versions|trash|activity|search|settings|setup|login)(?:\/.*)?|\/)$/;
 const PREFIX = (location.pathname.match(VIEW) || ["", ""])[1];
-const encodePath = path => path.split("/").map(encodeURIComponent).join("/");
-const decodePath = path => path.split("/").filter(Boolean).map(decodeURIComponent).join("/");
-const parentOf = path => path.slice(0, Math.max(0, path.lastIndexOf("/")));
-const nameOf = path => path.slice(path.lastIndexOf("/") + 1);
-const join = (path, name) => path ? path + "/" + name : name;
 const addressOf = path => PREFIX + "/files" + (path && "/" + encodePath(path));
 const apiAddress = (what, path, values = {}) =>
   PREFIX + "/api/v1/" + what + (path === undefined ? "" : "/" + encodePath(path)) + queryOf(values);
 const contentAddress = (entry, values) =>          // entry.as: which version of it, if not the present one
   apiAddress("content", entry.path, values || entry.as || (view.at ? {at: view.at} : {}));
 
-function queryOf(values) {
-  const pairs = Object.entries(values).filter(([, value]) => value || value === 0)
-    .flatMap(([name, value]) => [].concat(value).map(one => name + "=" + encodeURIComponent(one)));
-  return pairs.length ? "?" + pairs.join("&") : "";
+// ---- words, as the reader chose
+
+const LANGUAGES = {en: "English", de: "Deutsch"};
+
+async function setLanguage(name) {
+  const known = name in LANGUAGES ? name : "en";
+  useLanguage(known, known === "en" ? {}
+    : await reach(PREFIX + "/words/" + known).then(answer => answer.json()).catch(() => ({})));
 }
 
 // ---- light and dark: as the system says, or as the reader chose
@@ -18564,16 +19137,6 @@ const choices = (rows, chosen, choose) => h("div.choices", {}, Object.entries(ro
     {className: "quiet", lang: rows === LANGUAGES && value, "aria-pressed": String(value === chosen)})));
 const themeButtons = () => choices({"": t("Like the system"), light: t("Light"), dark: t("Dark")},
   localStorage.getItem("theme") || "", chooseTheme);
-
-// ---- words, as the reader chose
-
-const LANGUAGES = {en: "English", de: "Deutsch"};
-
-async function setLanguage(name) {
-  const known = name in LANGUAGES ? name : "en";
-  useLanguage(known, known === "en" ? {}
-    : await reach(PREFIX + "/words/" + known).then(answer => answer.json()).catch(() => ({})));
-}
 
 // ---- the server, as somebody with an account asks it
 
@@ -19188,8 +19751,6 @@ function tilePicture(entry) {
 const making = [Promise.resolve(), Promise.resolve()];       // two at a time
 const ORIGINAL_MOST = 40 << 20, METERED_MOST = 300 << 10;     // bytes of an original that is loaded for it
 const unpaintable = new Set();         // media types that this browser turned out not to know
-
-const isMetered = () => Boolean(navigator.connection?.saveData || navigator.connection?.type === "cellular");
 
 // "small" ones show themselves
 const pictureKind = (media, size) => /^video/.test(media) ? isMetered() ? "" : "video"
@@ -20153,7 +20714,7 @@ function forgetMe() {
   indexedDB.deleteDatabase("thumbnails");        // where an older page kept them
 }
 
-const TUS_PLACE = PREFIX + "/tus";
+const TUS_PLACE = PREFIX + "/tus", mayReplace = true;
 const sendCollection = ({path}) => api("POST", "make-collection", {path, parents: true}).catch(unless("exists"));
 const showBegun = () => inFiles() && !list.entries.length && fillList([]);
 const showArrived = item => inFiles() && isBelow(item.path, view.path) && refreshSoon();
@@ -20846,6 +21407,169 @@ function agentOf({kind, name}) {
   const browser = known("Edg OPR Firefox Chrome Safari"), system = known("Android iPhone iPad Windows Mac Linux");
   return kind === "session" && browser && system ? ({Edg: "Edge", OPR: "Opera"}[browser] || browser) + ", " + system
     : name;
+}
+
+// ---- preview, in the account
+
+const saveFile = entry => saveFrom(contentAddress(entry));
+
+const previewActs = entry => [
+  button(t("Edit"), () => attempt(() => editFile(entry)), {"data-action": "edit", hidden: true}),
+  view.at && button(t("Bring back"), () => attempt(() => bringBack([entry])), {"data-action": "bring-back"}),
+  !view.at && button(t("Versions"), () => go(versionsAddress(entry.path)), {"data-action": "versions"}),
+  button(t("Copy address"), () => attempt(copyLink), {"data-action": "link"})
+];
+
+function copyLink() {
+  const media = find("video, audio", preview.body), at = media ? Math.floor(media.currentTime) : 0;
+  return copyText(location.href.replace(/#.*/, "") + (at ? "#t=" + at : ""));
+}
+
+function followTurn(entry) {
+  history.replaceState(history.state, "", placeAddress(entry.path));
+  setCursor(list.known.get(entry.node));
+}
+
+function previewClosed() {
+  if (list.box) list.box.focus({preventScroll: true});
+  setTitle(view.path ? nameOf(view.path) : t("Files"));
+}
+
+async function leavePreview() {
+  if (!await mayLeave()) return;
+  if (history.state && history.state.inside) history.back();
+  else go(placeAddress(view.path), {replace: true});
+}
+
+// ---- editing text
+
+async function newText() {
+  await ensureFiles();
+  await askForm(t("New text file"), [nameInput(t("Name"), t("Note") + ".txt")], t("Create"), async ({name}) => {
+    checkName(name);
+    const path = join(view.path, name),
+      made = await api("PUT", "files/" + encodePath(path), {}, {"If-None-Match": "*"}).catch(sayTaken);
+    await refresh();
+    await go(addressOf(path));
+    editFile(made);
+    return true;
+  });
+}
+
+// what was typed and not saved yet also lies in this browser, whatever becomes of the page: {text, etag}
+const draftName = path => ["draft", encodeURIComponent(me.name), path].join("|");
+const isEdited = () => Boolean(preview.edit) && preview.edit.area.value !== preview.edit.saved;
+
+function keepDraft() {
+  const {edit} = preview;
+  if (!edit) return;
+  const text = edit.area.value;
+  try {
+    if (text === edit.saved) localStorage.removeItem(edit.draft);
+    else localStorage.setItem(edit.draft, JSON.stringify({text, etag: edit.etag}));
+  } catch { /* it has no room; then leaving asks, and no more */ }
+}
+
+const keepDraftSoon = soon(keepDraft, 300);
+
+async function editFile(entry) {
+  if (preview.entry?.path !== entry.path) await go(addressOf(entry.path));
+  const source = await readText(entry);
+  if (preview.entry?.path !== entry.path) return;
+  if (!source?.exact) throw trouble("", t("This file cannot be edited here."));
+  const area = h("textarea", {value: source.text, "aria-label": entry.name, spellcheck: false, oninput: () => {
+    keepDraftSoon();
+    edit.save.disabled = !isEdited();
+  }});
+  const save = button(t("Save"), () => attempt(() => saveText(edit)), {className: "primary", disabled: true});
+  const edit = preview.edit = {path: entry.path, etag: source.etag, source, area, save, saved: area.value,
+    draft: draftName(entry.path)};
+  area.addEventListener("keydown", event => {
+    if ((event.ctrlKey || event.metaKey) && event.key === "s") {
+      event.preventDefault();
+      save.click();
+    }
+  });
+  preview.body.replaceChildren(area);
+  find(".title [data-action=edit]", preview.box).replaceWith(save);
+  area.focus();
+  area.setSelectionRange(0, 0);
+  takeDraft(edit);
+}
+
+// what an earlier visit left unsaved is there again
+function takeDraft(edit) {
+  const draft = JSON.parse(localStorage.getItem(edit.draft) || "null"), {etag} = edit;
+  if (!draft || draft.text === edit.saved) return;
+  const put = (text, etag) => {
+    edit.area.value = text;
+    edit.etag = etag;
+    edit.save.disabled = !isEdited();
+    edit.area.focus();
+    edit.area.setSelectionRange(0, 0);
+    keepDraft();
+  };
+  put(draft.text, draft.etag);
+  toast(t("This is what you typed before and did not save."),
+    {label: t("Discard it"), run: () => put(edit.saved, etag)});
+}
+
+async function saveText(edit) {
+  const typed = edit.area.value, text = withEnds(edit.source.text, typed), body = writeText(text, edit.source.codec);
+  edit.save.disabled = true;
+  const put = given => ask(apiAddress("files", edit.path), {method: "PUT", body, headers: {...HEADERS, ...given}});
+  const answer = await put({"If-Match": edit.etag}).catch(async error => {
+    edit.save.disabled = false;
+    if (error.code !== "precondition-failed" && error.code !== "not-found") throw error;
+    if (!await askToReplace(edit.path)) throw new DOMException("", "AbortError");
+    return put({});
+  });
+  Object.assign(preview.entry, await answer.json());
+  Object.assign(edit, {etag: answer.headers.get("ETag"), saved: typed});
+  edit.source.text = text;
+  edit.save.disabled = !isEdited();
+  keepDraft();
+  preview.note.replaceChildren();
+  toast(t("Saved."));
+  refreshSoon();
+}
+
+async function askToReplace(path) {
+  const {etag} = await load(path, {limit: 1}).catch(absent);
+  return etag ? askYesNo(t("Somebody else saved this file"),
+    t("It changed since you opened it. If you save now, their version stays among the versions."), t("Save mine"))
+    : askYesNo(t("Somebody deleted this file"), t("If you save now, it is there again."), t("Save mine"));
+}
+
+// may the view go, with what was typed in it?  Saved, given up or not there: true
+let leaving = null;
+function mayLeave() {
+  const asked = () => isEdited() ? leaveEdit() : isTyped(find("#app")) ? askToLeave() : true;
+  leaving = leaving || Promise.resolve(asked()).then(Boolean).finally(() => { leaving = null; });
+  return leaving;
+}
+
+async function leaveEdit() {
+  const {edit} = preview;
+  const answer = await sheet(t("Leave without saving?"), close => [h("p", {}, t("You changed this text.")), buttonsRow(
+    button(t("Go on editing"), () => close()),
+    button(t("Do not save"), () => close("lose"), {className: "danger"}),
+    button(t("Save"), () => close("save"), {className: "primary", autofocus: true}))]);
+  if (answer === "save") await attempt(() => saveText(edit));
+  if (answer === "lose") {
+    preview.edit = null;
+    localStorage.removeItem(edit.draft);
+  }
+  return !isEdited();
+}
+
+// [what shows it, words about what it leaves out]
+function pageOf(entry, text) {
+  if (/\.(md|markdown)$/i.test(entry.name)) return [h("div.paper", {}, markdown(text, parentOf(entry.path)))];
+  if (!/\.[ct]sv$/i.test(entry.name)) return [h("pre", {tabIndex: 0}, raw(text))];
+  const rows = parseTable(text, /\.tsv$/i.test(entry.name) ? "\t" : "");
+  const cut = rows.length > ROWS_MOST && t("Only the first {n} rows are shown.", {n: ROWS_MOST});
+  return [tableView(rows.slice(0, ROWS_MOST)), cut];
 }
 
 // ---- tables

@@ -221,6 +221,7 @@ import contextlib
 import errno
 import gzip
 import hashlib
+import html
 import http.client
 import importlib.util
 import inspect
@@ -674,7 +675,7 @@ def test_every_kind_of_refusal_is_in_the_table():
 
 def test_front_ends_stay_thin():
     """The doors reach neither database nor blobs, and catch nothing."""
-    doors = {"JSON API", "Transfer", "WebDAV", "Nextcloud dialect", "Page"}
+    doors = {"JSON API", "Transfer", "WebDAV", "Nextcloud dialect", "Visitor", "Page"}
     assert doors <= {title for *_, title in ROOMS}
     for node in ast.walk(TREE):
         if room_of(node) in doors:
@@ -11769,7 +11770,112 @@ def test_accounts_from_the_command_line(tmp_path):
     assert "bob" not in run("user", "list", *data).stdout
 
 
-# ==== 29. Page ===========================================================================
+# ==== 29. Visitor ========================================================================
+
+def visitor_request(query, fields, *path):
+    return cs.Request("GET", (("s", *path), False, query), cs.Envelope(fields=fields), Body())
+
+
+def visit(cloud, who, path, *below, role="view", query="", language="en", **terms):
+    """What a browser gets by a link, as text; the link is opened here, whatever stands at its door."""
+    share = cloud.sharing.share(who, cs.split_path(path), role=role, **terms).share
+    guest = cs.Principal(account=-share.id, root=share.node, home=share.home, means="link", scoped=True, rights=frozenset(share.rights.split()))
+    request = visitor_request(query, {"accept": "text/html", "accept-language": language}, share.token, *below)
+    cloud.sharing.about = lambda who: share
+    response = cs.link_page(cloud, guest, request, below)
+    assert response.status == 200
+    return response.body.decode()
+
+
+def test_elements_are_escaped_and_closed():
+    assert cs.H("p.a.b", "<x>&", cs.H("br"), title='"<"', hidden=True, data_n=None, aria_label="ä") == (
+        '<p class="a b" title="&quot;&lt;&quot;" hidden aria-label="ä">&lt;x&gt;&amp;<br></p>')
+    assert cs.H("div") == "<div></div>" and cs.visible("a\u202eb\u200b") == "a‹U+202E›b‹U+200B›"
+
+
+@pytest.mark.parametrize("field, want", [("", "en"), ("de", "de"), ("de-CH, en;q=0.5", "de"), ("en, de;q=0.9", "en"), ("fr, de;q=0.2", "de"), ("fr", "en"),
+                                         ("de;q=0", "en"), ("DE;q=0.5,EN;q=0.4", "de"), ("de;q=x, en;q=0.9", "de")])
+def test_visitors_are_spoken_to_in_their_language(field, want):
+    say = cs.Speaker(visitor_request("", {"accept-language": field}))
+    assert say.language == want
+    assert say("“{name}”", name="<b>") == {"en": "“&lt;b&gt;”", "de": "„&lt;b&gt;“"}[want]
+    assert [say.size(size) for size in (0, 1536, 5 << 30)] == {"en": ["0 B", "1.5 KB", "5 GB"], "de": ["0 B", "1,5 KB", "5 GB"]}[want]
+
+
+def test_what_visitors_load_is_small_and_of_this_server(cloud, ann):
+    """40 kB at most, all together; no style or script but what the policy names, and nothing of others (W3)."""
+    for n in range(20):
+        put(cloud, ann, "box/file %d.txt" % n, parents=True)
+    page = visit(cloud, ann, "box", role="edit", language="de", note="x" * 500)
+    parts = [page.encode(), *(cs.visitor_source(*what)[0] for what in (("visitor.css",), ("visitor.js", "de")))]
+    assert sum(len(gzip.compress(part)) for part in parts) < 40_000
+    for text in (page, cs.VISITOR_SCRIPT, cs.VISITOR_STYLE, cs.PARTS_STYLE):
+        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(|<\w[^>]* (on\w+|style)=", text)
+    assert page.count("<script") == page.count("nonce=") - 1 == 1
+
+
+def test_style_and_script_of_visitors_are_kept_for_ever_under_their_version(call, cloud, ann):
+    put(cloud, ann, "a.txt")
+    for address in re.findall(r"/visitor[^\"]*", visit(cloud, ann, "a.txt")):
+        answer = call("GET", html.unescape(address), user=None)
+        assert answer.status == 200 and "immutable" in answer.headers["cache-control"], address
+        assert call("GET", html.unescape(address) + "x", user=None).headers["cache-control"] == "no-cache" if "language=&" in address else True
+    assert call("GET", "/visitor.js?language=xx", user=None).status == 404
+
+
+def test_the_words_of_visitors_are_there_in_both_languages():
+    said = set()
+    for node in ast.walk(TREE):
+        if room_of(node) == "Visitor" and isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("say", "say.count", "count")):
+            said.update(part.value for arg in node.args for part in ast.walk(arg) if isinstance(part, ast.Constant) and isinstance(part.value, str))
+    said |= {words for pair in cs.REFUSAL_WORDS.values() for words in pair} | {"Name", "Modified", "Size", "List", "Gallery"}
+    text = r'"((?:[^"\\]|\\.)*)"'
+    script = cs.PARTS_SCRIPT + cs.VISITOR_SCRIPT
+    said |= set(re.findall(r"\bt\(\s*" + text, script)) | {one for pair in re.findall(r'\bplural\([^"]*?"([^"]*)",\s*"([^"]*)"', script) for one in pair}
+    said |= set(re.findall(": " + text, re.search(r"Object\.assign\(PROBLEMS, \{\s+\"over(.*?)\}\)", cs.VISITOR_SCRIPT, re.S)[1]))
+    german = json.loads(cs.PAGE_GERMAN)
+    assert len(said) > 80 and said <= set(german), sorted(said - set(german))
+    sent = json.loads(re.search(r"const WORDS = (.*);", cs.visitor_source("visitor.js", "de")[0].decode())[1])
+    assert sent["Uploading: {done} of {n}, {percent} %"] == german["Uploading: {done} of {n}, {percent} %"] and "Keyboard shortcuts" not in sent
+
+
+def test_a_visitor_sees_what_lies_below_and_nothing_of_around(cloud, ann):
+    """S2: nor whose it is."""
+    for path in ("secret/box/in/a<b>.txt", "secret/box/dav/x", "secret/beside.txt"):
+        put(cloud, ann, path, parents=True)
+    page = visit(cloud, ann, "secret/box", name="Our <box>", note="two\nlines", uses=3, expires=cloud.clock.wall() + 7 * cs.DAY)
+    assert "Our &lt;box&gt;" in page and "two\nlines" in page and "3 downloads are left." in page and "This link ends on <time" in page
+    assert "/dav/dav/" in page and '<form class="upload"' not in page
+    assert not re.search(r"secret|beside|\bann\b", page)
+    below = visit(cloud, ann, "secret/box", "in", role="add")
+    assert "a&lt;b&gt;.txt" in below and "a%3Cb%3E.txt?download=1" in below and 'enctype="multipart/form-data"' in below and "secret" not in below
+
+
+def test_a_drop_shows_no_name_size_or_number(cloud, ann):
+    """S6: its page is the same whatever is there."""
+    cloud.files.make_collection(ann, ("Inbox",))
+    pages = []
+    for _ in range(2):
+        page = visit(cloud, ann, "Inbox", role="drop", files=5, query="sent=2")
+        pages.append(re.sub(r'nonce="[^"]*"|/s/[\w-]{22}', "", page))
+        put(cloud, ann, "Inbox/hello.txt", b"x" * 12345)
+    assert pages[0] == pages[1] and "Inbox" not in pages[0] and "2 files have arrived" in pages[0] and "It takes 5 files at most." in pages[0]
+
+
+@pytest.mark.parametrize("kind, status, words", [("unauthenticated", 401, "This link has a password"), ("gone", 410, "does not work"), ("forbidden", 403, "not allowed"),
+                                                 ("not-found", 404, "nothing here"), ("over-quota", 507, "not enough room"), ("too-large", 413, "too much"),
+                                                 ("throttled", 429, "Wait 2 seconds"), ("internal", 500, "did not work")])
+def test_people_are_told_why_in_a_page_and_programs_in_a_document(kind, status, words):
+    error = CloudError(kind, retry_after=2) if kind == "throttled" else CloudError(kind)
+    ask = lambda accept: cs.link_refusal(error, visitor_request("", {"accept": accept}, "token"))
+    page = ask("text/html,*/*")
+    assert page.status == status and words in page.body.decode() and "script-src 'none'" in page.fields["Content-Security-Policy"]
+    assert page.fields["X-Robots-Tag"] == "noindex" and "unsafe" not in str(page.fields) and "Basic" not in str(page.fields)
+    assert page.fields.get("Retry-After") == ("2" if status == 429 else None)
+    assert json.loads(ask("*/*").body)["code"] == kind
+
+
+# ==== 30. Page ===========================================================================
 
 def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
@@ -11792,7 +11898,7 @@ def test_the_page_is_small_and_loads_nothing():
 
 def test_the_page_is_sent_as_it_is_written():
     """But for indentation and comments, which one plain rule has to find: none in a string, no string over several lines."""
-    for source in (SCRIPT, STYLE, cs.PAGE_WORKER, cs.PAGE_PAINTER):
+    for source in (SCRIPT, STYLE, cs.VISITOR_SCRIPT, cs.VISITOR_STYLE, cs.PAGE_WORKER, cs.PAGE_PAINTER):
         assert not [line for line in source.splitlines() if len(line) > 120 or line != line.rstrip() or "\t" in line]
         lines = source.splitlines()
         assert not [line for line in lines if re.fullmatch(r" *\)+[;,]?", line)], "a bracket closes where its last word ends"
@@ -11810,7 +11916,7 @@ def test_the_script_makes_no_markup_of_text():
     """W5, B4"""
     for word in (r"\beval\b", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "new Function", "DOMParser", "srcdoc",
                  r"setTimeout\(\s*[\"'`]", "createContextualFragment", "javascript:", "importScripts"):
-        assert not re.search(word, SCRIPT + cs.PAGE_PAINTER + cs.PAGE_WORKER), word
+        assert not re.search(word, SCRIPT + cs.VISITOR_SCRIPT + cs.PAGE_PAINTER + cs.PAGE_WORKER), word
 
 
 def test_the_policy_names_the_script_and_the_style(call):
@@ -11836,7 +11942,7 @@ def test_takes_gzip(field, want):
 
 
 PACKED_ROUTES = {"/api/v1/files/<path>", "/api/v1/versions/<path>", "/api/v1/trash", "/api/v1/starred", "/api/v1/activity", "/api/v1/differences/<path>",
-                 "/api/v1/openapi.json", "/words/<language>", "/painter.js"}
+                 "/api/v1/openapi.json", "/words/<language>", "/painter.js", "/visitor.css", "/visitor.js"}
 
 
 def test_large_answers_are_compressed_for_who_takes_it(call, cloud, ann):
