@@ -35,13 +35,14 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
     27  Command line    main                                           a function per command
     28  Page parts      PARTS_* WORDS bare                             what pages are made of
     29  Visitor         link_page H                                    what visitors of links see
-    30  Page            PAGE_* web_page                                the embedded page
+    30  Links           link_*                                         the doors that links open
+    31  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
     socket > Handler.serve > Request > respond
-        1 identify    Credentials    who is asking?
-        2 find_route  ROUTES         which function?                    404 405
+        1 find_route  ROUTES         which function?                    404 405
+        2 identify    Credentials    who is asking?  (of a link: Sharing)
         3 admit       Route.needs    may they knock?                    401 403
         4 handler     rooms 17-20    words to values, one Cloud call, values to words
               Files, History, ...    this principal, on this node?      403 404 409 412 423 507
@@ -2431,7 +2432,11 @@ CREATE TABLE share (                    -- nodes that somebody handed to others;
 CREATE UNIQUE INDEX share_secret ON share (secret) WHERE ended IS NULL;
 CREATE INDEX share_home ON share (home) WHERE ended IS NULL;
 """
-MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8]         # MIGRATIONS[0] leads from version 1 to 2
+VERSION_9 = """
+CREATE TABLE visit (                    -- downloads by links that count them, for who goes on with one
+    share INTEGER NOT NULL, visitor TEXT NOT NULL, node INTEGER NOT NULL, due INTEGER NOT NULL, PRIMARY KEY (share, visitor, node)) WITHOUT ROWID;
+"""
+MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9]         # MIGRATIONS[0] leads from version 1 to 2
 INDEXES = (  # made where SQLite can: parts of names; words of contents
     "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
     "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
@@ -6584,6 +6589,21 @@ SHARE_COLUMNS = ("s.id, s.home, s.node, s.kind, s.rights, s.giver, s.name, s.not
 STANDS = "s.ended IS NULL AND (s.due IS NULL OR s.due > ?)"              # does share s count at this due time?
 
 
+class Knock(NamedTuple):
+    """What a visitor shows at the door of a link."""
+    token: str
+    password: str = ""
+    cookie: str = ""             # that unlock() gave
+    address: str = ""
+    safe: bool = True            # could nobody listen?
+    again: bool = False          # it goes on with a download
+
+    @property
+    def visitor(self) -> str:
+        """Who it may be, without saying where from."""
+        return sha256_text("%s %s" % (self.token, network_of(self.address)))[:32]
+
+
 class Given(NamedTuple):
     """A share as its giver sees it."""
     share: Share
@@ -6592,22 +6612,89 @@ class Given(NamedTuple):
     giver: str
 
 
+class Terms:
+    """What is agreed on when something is shared."""
+
+    def __init__(self, clock: Clock, policy: Callable[[], Policy]) -> None:
+        self.clock, self.policy = clock, policy
+
+    def agree(self, view: View, node: Node, share: Share, terms: dict[str, Any]) -> Share:
+        """The share as terms change it.  raises CloudError bad-request, forbidden
+
+        role, rights         the name of a set, or the rights themselves
+        password             None is none
+        expires              ms since 1970; None: never, or as late as the policy allows
+        name, note           for people
+        uses, files, bytes   the most of each; None is no limit
+        """
+        policy = self.policy()
+        if not policy.links:
+            raise CloudError("forbidden", "this server allows no links")
+        if "rights" in terms or "role" in terms:
+            share = share._replace(rights=" ".join(self._rights(view, node, terms)))
+        for name, column in ("uses", "uses_most"), ("files", "files_most"), ("bytes", "bytes_most"):
+            if name in terms:
+                share = share._replace(**{column: terms[name]})
+        for name, most in ("name", LABEL_LIMIT), ("note", NOTE_LIMIT):
+            if name in terms:
+                share = share._replace(**{name: check_label(terms[name] or "", most)})
+        if "password" in terms:
+            share = share._replace(password=terms["password"])
+        if "expires" in terms:
+            share = self._expire(share, terms["expires"], policy)
+        return share
+
+    def _rights(self, view: View, node: Node, terms: dict[str, Any]) -> list[str]:
+        rights = frozenset(terms["rights"]) if terms.get("rights") is not None else ROLES[terms["role"]]
+        if not rights or not rights.issubset(LINK_RIGHTS):
+            raise CloudError("bad-request", "rights of a link are %s" % ", ".join(LINK_RIGHTS))
+        if not node.kind and rights not in (ROLES["view"], ROLES["edit"]) and not rights <= {READ, UPDATE}:
+            raise CloudError("bad-request", "a link of a file is view or edit")
+        if not rights <= view.rights:
+            raise CloudError("forbidden", "nobody can give more than they have")
+        return [right for right in RIGHTS if right in rights]
+
+    def seal(self, terms: dict[str, Any]) -> dict[str, Any]:
+        """The terms with the password as it is stored."""
+        if "password" not in terms:
+            return terms
+        password = terms["password"]
+        if not password and self.policy().link_password:
+            raise CloudError("bad-request", "links of this server need a password")
+        if password:
+            check_new_password("", password)
+        return {**terms, "password": hash_password(password) if password else None}
+
+    def _expire(self, share: Share, expires: int | None, policy: Policy) -> Share:
+        now = self.clock.wall()
+        latest = None if policy.link_days is None else share.created + policy.link_days * DAY
+        if expires is None:
+            expires = latest
+        if expires is not None and expires <= now:
+            raise CloudError("bad-request", "a link ends in the future")
+        if latest is not None and expires > latest:
+            raise CloudError("bad-request", "links of this server live %d days at most" % policy.link_days)
+        return share._replace(expires=expires, due=None if expires is None else self.clock.due() + expires - now)
+
+
 class Sharing:
     """Shares: making, changing and ending them, and the way in by a link."""
 
     def __init__(self, tree: Tree, credentials: Credentials, policy: Callable[[], Policy]) -> None:
-        self.tree, self.credentials, self.policy, self.db, self.clock = tree, credentials, policy, tree.db, tree.clock
+        self.tree, self.policy, self.db, self.clock, self.throttle = tree, policy, tree.db, tree.clock, credentials.throttle
+        self.terms, self.passwords = Terms(self.clock, policy), LinkPasswords(self.clock, self.throttle)
+        self._uses: dict[int, tuple[int, int]] = {}          # share: (downloads, when last seen), not yet written
 
     # ---- for who shares
 
     def share(self, who: Principal, path: tuple[str, ...], kind: str = "link", **terms: Any) -> Given:
-        """Hand the node at a path to others; what `terms` hold is told at _agree.
+        """Hand the node at a path to others; what `terms` hold is told at Terms.agree.
 
         raises  CloudError bad-request, not-found, forbidden without the right or if there may be no links, conflict
         """
         if kind != "link":
             raise CloudError("bad-request", "only links can be given so far")
-        token, made, terms = secrets.token_urlsafe(16), [], self._seal({"role": "view", "password": None, "expires": None, **terms})
+        token, made, terms = secrets.token_urlsafe(16), [], self.terms.seal({"role": "view", "password": None, "expires": None, **terms})
 
         def attempt() -> Batch:
             place = self.tree.enter(who, path, SHARE)
@@ -6620,7 +6707,7 @@ class Sharing:
                 raise CloudError("conflict", "this account gives %d shares; end some first" % SHARES_MOST)
             new = Share(highest + 1, place.view.home, node.node, kind, READ, who.account, "", "", token, None, None, None, None, None, None,
                         created=self.clock.wall())
-            made[:] = [self._agree(place.view, node, new, terms)]
+            made[:] = [self.terms.agree(place.view, node, new, terms)]
             plan = Plan(self.tree, who, place)
             plan.guards.append(still_there(node))
             plan.rows.append(Statement(
@@ -6634,12 +6721,12 @@ class Sharing:
 
     def change(self, who: Principal, id: int, **terms: Any) -> Given:
         """Change what `terms` name, at once for everybody; the rest stays.  raises CloudError not-found, and as share"""
-        changed, terms = [], self._seal(terms)
+        changed, terms = [], self.terms.seal(terms)
 
         def attempt() -> Batch:
             old = self.get(who, id)
             place = self.tree.enter(who, (), SHARE)
-            changed[:] = [self._agree(place.view, old.node, old.share, terms)]
+            changed[:] = [self.terms.agree(place.view, old.node, old.share, terms)]
             plan = Plan(self.tree, who, place)
             plan.guards.append(self._still(old.share))
             plan.rows.append(Statement(
@@ -6724,65 +6811,166 @@ class Sharing:
         rows = self.db.read("SELECT node, due FROM share WHERE home = ? AND ended IS NULL", (home,))
         return rows, KiB + 100 * len(rows), ()               # who changes a share touches everything
 
-    # ---- what is agreed on
+    # ---- for who comes by a link
 
-    def _agree(self, view: View, node: Node, share: Share, terms: dict[str, Any]) -> Share:
-        """The share as terms change it.  raises CloudError bad-request, forbidden
+    def open(self, knock: Knock) -> Principal:
+        """The one way in by a link (S4): a visitor; ANONYMOUS with a refusal while the password is missing.
 
-        role, rights         the name of a set, or the rights themselves
-        password             None is none
-        expires              ms since 1970; None: never, or as late as the policy allows
-        name, note           for people
-        uses, files, bytes   the most of each; None is no limit
+        raises  CloudError gone for a link that is unknown, has ended, was used up or leads into the trash, all alike
         """
-        policy = self.policy()
-        if not policy.links:
-            raise CloudError("forbidden", "this server allows no links")
-        if "rights" in terms or "role" in terms:
-            share = share._replace(rights=" ".join(self._rights(view, node, terms)))
-        for name, column in ("uses", "uses_most"), ("files", "files_most"), ("bytes", "bytes_most"):
-            if name in terms:
-                share = share._replace(**{column: terms[name]})
-        for name, most in ("name", LABEL_LIMIT), ("note", NOTE_LIMIT):
-            if name in terms:
-                share = share._replace(**{name: check_label(terms[name] or "", most)})
-        if "password" in terms:
-            share = share._replace(password=terms["password"])
-        if "expires" in terms:
-            share = self._expire(share, terms["expires"], policy)
-        return share
+        share = self._find(knock.token)
+        if share is None:
+            self._refuse(network_of(knock.address))
+        if share.uses_most is not None and share.used >= share.uses_most and not (knock.again and self._has_visited(share.id, knock.visitor)):
+            raise CloudError("gone", GONE)
+        if share.password:
+            try:
+                self.passwords.check(share, knock)
+            except CloudError as refused:
+                return ANONYMOUS._replace(refusal=refused)
+        uses, _ = self._uses.get(share.id, (0, 0))
+        self._uses[share.id] = uses, self.clock.wall()
+        return visitor_of(share)
 
-    def _rights(self, view: View, node: Node, terms: dict[str, Any]) -> list[str]:
-        rights = frozenset(terms["rights"]) if terms.get("rights") is not None else ROLES[terms["role"]]
-        if not rights or not rights.issubset(LINK_RIGHTS):
-            raise CloudError("bad-request", "rights of a link are %s" % ", ".join(LINK_RIGHTS))
-        if not node.kind and rights not in (ROLES["view"], ROLES["edit"]) and not rights <= {READ, UPDATE}:
-            raise CloudError("bad-request", "a link of a file is view or edit")
-        if not rights <= view.rights:
-            raise CloudError("forbidden", "nobody can give more than they have")
-        return [right for right in RIGHTS if right in rights]
+    def unlock(self, knock: Knock) -> str:
+        """The cookie that stands for the password of a link for an hour.  raises CloudError as open, unauthenticated, throttled"""
+        who = self.open(knock)
+        if who.refusal:
+            raise who.refusal
+        return self.passwords.cookie(self._find(knock.token))
 
-    def _seal(self, terms: dict[str, Any]) -> dict[str, Any]:
-        """The terms with the password as it is stored."""
-        if "password" not in terms:
-            return terms
-        password = terms["password"]
-        if not password and self.policy().link_password:
-            raise CloudError("bad-request", "links of this server need a password")
-        if password:
-            check_new_password("", password)
-        return {**terms, "password": hash_password(password) if password else None}
+    def about(self, who: Principal) -> Share:
+        """The share that somebody came by.  raises CloudError gone if it has ended"""
+        rows = self.db.read("SELECT " + SHARE_COLUMNS + " FROM share s WHERE s.id = ? AND " + STANDS, (-who.account, self.clock.due()))
+        if not rows:
+            raise CloudError("gone", GONE)
+        return Share._make(rows[0])
 
-    def _expire(self, share: Share, expires: int | None, policy: Policy) -> Share:
-        now = self.clock.wall()
-        latest = None if policy.link_days is None else share.created + policy.link_days * DAY
-        if expires is None:
-            expires = latest
-        if expires is not None and expires <= now:
-            raise CloudError("bad-request", "a link ends in the future")
-        if latest is not None and expires > latest:
-            raise CloudError("bad-request", "links of this server live %d days at most" % policy.link_days)
-        return share._replace(expires=expires, due=None if expires is None else self.clock.due() + expires - now)
+    def while_it_stands(self, who: Principal, parts: Iterable[Any], every: float = 10) -> Iterator[Any]:
+        """The parts of an answer, with a look every so many seconds whether the share still stands (law 12)."""
+        looked = time.monotonic()
+        for part in parts:
+            if time.monotonic() - looked >= every:
+                self.about(who)
+                looked = time.monotonic()
+            yield part
+
+    def use(self, who: Principal, knock: Knock, node: int) -> None:
+        """Count a download before its first byte.  raises CloudError gone when there were as many as may be
+
+        Who goes on with one that began within the hour is not counted again.
+        """
+        share = self.about(who)
+        if share.uses_most is None:
+            uses, at = self._uses.get(share.id, (0, 0))
+            self._uses[share.id] = uses + (not knock.again), at or self.clock.wall()
+            return
+        if knock.again and self._has_visited(share.id, knock.visitor, node):
+            return
+
+        def attempt() -> Batch:
+            share = self.about(who)
+            if share.used >= share.uses_most:
+                raise CloudError("gone", GONE)
+            return Batch([Statement("UPDATE share SET used = used + 1 WHERE id = ?", (share.id,)),
+                          Statement("INSERT INTO visit (share, visitor, node, due) VALUES (?, ?, ?, ?) ON CONFLICT (share, visitor, node) DO UPDATE "
+                                    "SET due = excluded.due", (share.id, knock.visitor, node, self.clock.due() + HOUR))],
+                         [Statement("SELECT 'used' FROM share WHERE id = ? AND used >= uses_most", (share.id,))])
+
+        self.db.write(attempt)
+
+    def _has_visited(self, id: int, visitor: str, node: int | None = None) -> bool:
+        return bool(self.db.read("SELECT 1 FROM visit WHERE share = ? AND visitor = ? AND (? IS NULL OR node = ?) AND due > ?",
+                                 (id, visitor, node, node, self.clock.due())))
+
+    def save_used(self) -> None:
+        """Write what was used since; the janitor does so every minute."""
+        used, self._uses = self._uses, {}
+        if used:
+            self.db.run(Statement("UPDATE share SET used = used + ?, seen = ? WHERE id = ?", [(*row, id) for id, row in used.items()], many=True))
+
+    def _find(self, token: str) -> Share | None:
+        """The share behind a token, if it stands and its node is there."""
+        found = self.db.recent.get(("link", token), partial(self._look_up, token))
+        return found if found and (found.due is None or found.due > self.clock.due()) else None
+
+    def _look_up(self, token: str) -> tuple[Share | None, int, Collection[int] | None]:
+        rows = self.db.read("SELECT " + SHARE_COLUMNS + " FROM share s JOIN account a ON a.id = s.home WHERE s.secret = ? AND s.ended IS NULL "
+                            "AND a.removed IS NULL", (sha256_text(token),))
+        share = Share._make(rows[0]) if rows else None
+        if share is None or not self.policy().links or Moment(self.db.read, share.node).above(share.node) is None:
+            return None, 0, None
+        return share, KiB, (share.node, share.home)
+
+    def _refuse(self, network: str) -> None:
+        """A token that leads nowhere (S1): who tries many is told no more, and nobody else.  raises CloudError gone, throttled; always"""
+        subject = "link " + network
+        if self.throttle.pressure((subject,)) >= TOKENS_TRIED:
+            raise CloudError("throttled", "too many links that do not work", retry_after=60)
+        self.throttle.record(subject)
+        raise CloudError("gone", GONE)
+
+
+class LinkPasswords:
+    """Passwords of links: hashed in a lane of their own, guessed at by each network for itself, so that nobody else waits (S3)."""
+
+    def __init__(self, clock: Clock, throttle: Throttle) -> None:
+        self.clock, self.throttle, self._lane, self._key = clock, throttle, HashingLane(), secrets.token_bytes(32)
+        self._right: set[bytes] = set()                      # digests of passwords, each with what it was checked against
+        self._wrong: set[bytes] = set()
+
+    def check(self, share: Share, knock: Knock) -> None:
+        """raises CloudError unauthenticated, throttled, insecure"""
+        if knock.cookie and self._is_cookie(share, knock.cookie):
+            return
+        if not knock.password or len(knock.password.encode("utf-8", "replace")) > PASSWORD_MAX:
+            raise CloudError("unauthenticated", "this link has a password")
+        if not knock.safe:
+            raise CloudError("insecure", "passwords are not accepted over plain HTTP from another machine; use HTTPS")
+        digest = hashlib.blake2b(("%s\0%s" % (share.password, knock.password)).encode("utf-8", "replace"), key=self._key).digest()
+        if digest not in self._right:
+            self._check(share, knock, digest)
+
+    def _check(self, share: Share, knock: Knock, digest: bytes) -> None:
+        network, wrong = network_of(knock.address), CloudError("unauthenticated", "this is not the password of the link")
+        if digest in self._wrong:                            # once more: no guess
+            raise wrong
+        with self._lane.turn(network, digest):
+            if digest in self._right:                        # a request beside this one was first
+                return
+            subject = "link %d %s" % (share.id, network)
+            self.throttle.check(subject)
+            known = self._right if check_password(knock.password, share.password) else self._wrong
+            if len(known) > 1000:
+                known.clear()
+            known.add(digest)
+            if known is self._wrong:
+                self.throttle.record(subject)
+                log.warning("wrong password of a link", extra={"share": share.id, "address": network})
+                raise wrong
+
+    def cookie(self, share: Share) -> str:
+        """What stands for the password for an hour: it is signed with what the password is stored as, and ends with it (S3)."""
+        due = self.clock.due() + HOUR
+        return "%x.%s" % (due, self._sign(share, due)) if share.password else ""
+
+    def _sign(self, share: Share, due: int) -> str:
+        return hmac.new(share.password.encode(), b"link %d %d" % (share.id, due), "sha256").hexdigest()
+
+    def _is_cookie(self, share: Share, cookie: str) -> bool:
+        found = re.fullmatch(r"([0-9a-f]{1,15})\.([0-9a-f]{64})", cookie)
+        return bool(found) and int(found[1], 16) > self.clock.due() and hmac.compare_digest(found[2], self._sign(share, int(found[1], 16)))
+
+
+GONE = "this link does not work, or not any more"
+TOKENS_TRIED = 100              # that lead nowhere, from one network within an hour or so
+
+
+def visitor_of(share: Share) -> Principal:
+    """Whoever comes by a link."""
+    rights = frozenset(share.rights.split())
+    return Principal(-share.id, "", share.node, means="link", device="link-%d" % share.id, readonly=not rights - {READ}, scoped=True,
+                     home=share.home, rights=rights)
 
 
 def find_share(given: Iterable[Given], id: int) -> Given:
@@ -7842,7 +8030,7 @@ class Envelope(NamedTuple):
 class Request:
     """One request, parsed and checked; what a handler sees of HTTP."""
     __slots__ = ("method", "path", "slash", "query", "fields", "minor", "body", "address", "https", "safe", "site",
-                 "who", "id", "values", "named", "link", "began", "prefix", "refusal", "slot", "room", "door")
+                 "who", "id", "values", "named", "knock", "link", "began", "prefix", "refusal", "slot", "room", "door")
 
     def __init__(self, method: str, target: tuple[tuple[str, ...], bool, str], envelope: "Envelope", body: Body,
                  site: "Site | None" = None, link: "Connection | None" = None) -> None:
@@ -7854,6 +8042,7 @@ class Request:
         self.id = ""                     # names the request in the log, if it fails
         self.values: dict[str, Any] = {} # declared arguments of the route
         self.named: Collection[str] = () # those of them that came
+        self.knock: Knock | None = None          # what a visitor of a link shows
         self.began = time.monotonic()
         self.refusal: CloudError | None = None   # why its target is none, if it is
         self.slot: Any = None                    # whose slot of this process it has, until it is answered
@@ -7880,10 +8069,9 @@ class Request:
         """A header field by its name in lower case."""
         return self.fields.get(name)
 
-    @property
-    def cookie(self) -> str:
-        """The session's cookie, or ""."""
-        wanted = "__Host-session" if self.https else "session"
+    def cookie(self, https: str = "__Host-session", http: str = "session") -> str:
+        """The session's cookie, or that of another name, or ""."""
+        wanted = https if self.https else http
         for part in self.fields.get("cookie", "").split(";"):
             name, _, value = part.strip().partition("=")
             if name == wanted:
@@ -7919,6 +8107,7 @@ class Route(NamedTuple):
     owned: bool = False                  # does that begin with the name of the account that asks?
     packs: bool = False                  # may its answers be compressed?
     door: Any = None                     # into the files of an account
+    by: str = "account"                  # who is asking? "link": whoever has one, and no account
 
 
 # ---- the table of routes, and the gate
@@ -7937,35 +8126,36 @@ ROUTES: dict[str, Any] = {}              # a tree: names to trees; "" holds {met
 
 
 def route(methods: str, *patterns: str, needs: str, refuse: Callable[[CloudError, Request], Response] | None = None,
-          packs: bool = False, door: Any = None, **values: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
+          packs: bool = False, door: Any = None, by: str = "account", **values: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
     """Enter a handler in ROUTES.
 
     patterns "/a/b", "/a/<name>" or "/dav/<path>", whose last part takes the rest, decoded; "/a/<owner>/<path>" is for the
-             account of that name alone
+             account of that name alone, "/a/<link>/..." for visitors of the link with that token
     needs    words of NEEDS, looked at in this order; all but "nothing" imply "read"
     packs    answers may be compressed: large ones that hold no secret beside what the asker can choose, as its length
              would tell it piece by piece (BREACH)
     door     by which the address leads to files
+    by       "link": for visitors of links
     values   declared arguments, of the query for GET, else of a JSON body; `name_` is optional
     """
     def enter(handler: Callable[..., Response]) -> Callable[..., Response]:
         for pattern in patterns:
             parts = list(filter(None, pattern.replace("/<owner>", "").split("/")))
-            tail = parts.pop()[1:-1] if parts and parts[-1].startswith("<") else ""
+            tail = parts.pop()[1:-1] if parts and parts[-1].startswith("<") and parts[-1] != "<link>" else ""
             place = ROUTES
             for part in parts:
                 place = place.setdefault(part, {})
             key = "<path>" if tail == "path" else "<>" if tail else ""
             for method in methods.split():
                 place.setdefault(key, {})[method] = Route(method, pattern, handler, needs, refuse or json_error, values, tail,
-                                                          "/<owner>" in pattern, packs, door)
+                                                          "/<owner>" in pattern, packs, door, by)
         return handler
     return enter
 
 
 def find_route(request: Request) -> tuple[Route, dict[str, Any]]:
     """The route of a request and the variables in its path.  raises CloudError not-found, method-not-allowed"""
-    place, path, best = ROUTES, request.path, None
+    place, path, best, names = ROUTES, request.path, None, {}
     for depth in range(len(path) + 1):
         if "<path>" in place:
             best = place["<path>"], path[depth:]
@@ -7975,8 +8165,11 @@ def find_route(request: Request) -> tuple[Route, dict[str, Any]]:
         elif "<>" in place and depth == len(path) - 1 and path[depth] not in place:
             best = place["<>"], path[depth]
             break
-        elif path[depth] in place:
+        elif path[depth] in place and path[depth][0] != "<":
             place = place[path[depth]]
+            continue
+        elif "<link>" in place:
+            place, names["link"] = place["<link>"], path[depth]
             continue
         break
     if best is None:
@@ -7987,21 +8180,23 @@ def find_route(request: Request) -> tuple[Route, dict[str, Any]]:
         allow = sorted({*methods, *(("HEAD",) if "GET" in methods else ()), "OPTIONS"})
         if request.method == "OPTIONS":
             return Route("OPTIONS", "", lambda cloud, who, request: Response(204, fields={"Allow": ", ".join(allow)}),
-                         "nothing", json_error), {}
+                         "nothing", json_error, by=next(iter(methods.values())).by), names
         raise CloudError("method-not-allowed", "try %s" % ", ".join(allow), allow=", ".join(allow),
                          refuse=next(iter(methods.values())).refuse)
-    return found, {found.tail: rest} if found.tail else {}
+    if found.tail:
+        names[found.tail] = rest
+    return found, names
 
 
 def respond(cloud: Cloud, request: Request) -> Response:
     """Answer one request.  Every request takes these steps, in this order, and no others."""
     refuse = json_error
     try:
-        who = request.who = cloud.credentials.identify(
-            request.fields.get("authorization", ""), request.cookie if "cookie" in request.fields else "",
-            request.address, secure=request.safe)
         found, names = find_route(request)
         refuse, request.door = found.refuse, found.door
+        who = request.who = identify_visitor(cloud, request, names) if found.by == "link" else cloud.credentials.identify(
+            request.fields.get("authorization", ""), request.cookie() if "cookie" in request.fields else "",
+            request.address, secure=request.safe)
         if request.refusal:
             raise request.refusal
         take_slot(who, request)
@@ -8017,6 +8212,8 @@ def respond(cloud: Cloud, request: Request) -> Response:
         if found.values:
             request.values = read_values(request, found.values)
         response = found.handler(cloud, who, request, **names)
+        if found.by == "link":
+            see_off(cloud, who, response)
         return pack(request, response) if found.packs else response
     except CloudError as error:
         if error.kind == "storage-failed":
@@ -8038,13 +8235,37 @@ def loggable(path: tuple[str, ...]) -> tuple[str, ...]:
     return path
 
 
-OPENERS = (("s",), ("tus",), ("api", "v1", "grants"), ("login", "v2", "flow"))        # a secret follows
+OPENERS = (("s",), ("public.php", "dav", "files"), ("tus",), ("api", "v1", "grants"), ("login", "v2", "flow"))        # a secret follows
+
+
+def identify_visitor(cloud: Cloud, request: Request, names: dict[str, Any]) -> Principal:
+    """The visitor of the link that an address, or else the user name, names.  What an account knows is neither tried nor counted here."""
+    scheme, _, value = request.fields.get("authorization", "").partition(" ")
+    user, password = (parse_basic(value) if scheme.lower() == "basic" else None) or ("", "")
+    request.knock = Knock(names.pop("link", user), password, request.cookie(*LINK_COOKIE), request.address, request.safe, asks_for_rest(request))
+    return cloud.sharing.open(request.knock)
+
+
+def see_off(cloud: Cloud, who: Principal, response: Response) -> None:
+    """What each answer to a visitor keeps to: no search engine knows of it, and a long one ends with the link (S7, law 12)."""
+    response.fields["X-Robots-Tag"] = "noindex"
+    if not isinstance(response.body, bytes):
+        response.body = cloud.sharing.while_it_stands(who, response.body)
+
+
+LINK_COOKIE = "__Secure-link", "link"
+
+
+def asks_for_rest(request: Request) -> bool:
+    """Does somebody go on with a download?"""
+    return request.method == "GET" and re.fullmatch(r"bytes=0*[1-9]\d*-\d*", request.fields.get("range", "")) is not None
 
 
 def take_slot(who: Principal, request: Request) -> None:
     """Have a part of what this process can do at a time, until the answer has gone.  raises CloudError busy"""
     if request.site:
-        key = who.account or network_of(request.address)
+        account = who.account
+        key = account if account > 0 else (account, network_of(request.address))
         request.site.slots.take(key)
         request.slot = key
 
@@ -8087,7 +8308,7 @@ def check_owner(who: Principal, name: str) -> None:
 def check_origin(who: Principal, request: Request) -> None:
     """Refuse what a foreign page makes a browser send (B1)."""
     origin, site = request["origin"], request["sec-fetch-site"]
-    own = origin is not None and origin.partition("://")[2] == request.fields.get("host")
+    own = origin is not None and origin.partition("://")[2] == request.fields.get("host") or origin == "null" and site == "same-origin"
     if origin is not None and not own or site not in (None, "same-origin", "none"):
         raise CloudError("cross-site", "this came from another site")
     if who.means == "session" and not (request["x-requested-by"] and (own or site == "same-origin")):
@@ -8269,7 +8490,7 @@ def json_error(error: CloudError, request: Request) -> Response:
         problem["request"] = request.id
     response = Response(error.status, format_json(problem), {
         "Content-Type": "application/problem+json; charset=utf-8", "Cache-Control": "no-store", **error_fields(error)})
-    if error.status == 401 and (request["x-requested-by"] or request.cookie or request["sec-fetch-site"] == "same-origin"):
+    if error.status == 401 and (request["x-requested-by"] or request.cookie() or request["sec-fetch-site"] == "same-origin"):
         # the page is asking, perhaps for a picture or for events; at "Basic" the browser would open a window of its own
         response.fields["WWW-Authenticate"] = 'Session realm="cloudserver"'
     response.close = error.close
@@ -8338,10 +8559,14 @@ def version_fields(etag: str, mtime: int) -> dict[str, str]:
 
 def content_fields(media: str | None, name: str) -> dict[str, str]:
     media = media or "application/octet-stream"
-    plain = media.startswith("text/") and media != "text/html"
-    return {"Content-Type": "text/plain; charset=utf-8" if plain else media,
-            "Content-Disposition": format_disposition(name, inline=plain or media in INLINE_MEDIA),
+    return {"Content-Type": "text/plain; charset=utf-8" if is_plain(media) else media,
+            "Content-Disposition": format_disposition(name, inline=is_plain(media) or media in INLINE_MEDIA),
             "Content-Security-Policy": SANDBOX, "Cross-Origin-Resource-Policy": "same-origin"}
+
+
+def is_plain(media: str) -> bool:
+    """Is it text, which goes out as nothing else?"""
+    return media.startswith("text/") and media != "text/html"
 
 
 @lru_cache(maxsize=4096)
@@ -9374,9 +9599,11 @@ def api_zip(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
 def zip_response(cloud: Cloud, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]], moment: int | None) -> Response:
     """All below a path, or only some members, as of now or of a seq."""
     where = path + names[0] if len(names) == 1 else path
-    stem = where[-1] if where else "files"
-    archive = zip_archive(cloud.history.archive(who, path, names, moment), stem)
-    return Response(200, archive, {"Content-Type": "application/zip", "Cache-Control": PRIVATE,
+    return archive_response(cloud.history.archive(who, path, names, moment), where[-1] if where else "files")
+
+
+def archive_response(members: Iterator[tuple[tuple[str, ...], Node, Content | None]], stem: str) -> Response:
+    return Response(200, zip_archive(members, stem), {"Content-Type": "application/zip", "Cache-Control": PRIVATE,
                                    "Content-Disposition": format_disposition(stem + ".zip"), "Content-Security-Policy": SANDBOX})
 
 
@@ -9862,7 +10089,7 @@ def tus_create(cloud: Cloud, who: Principal, request: Request) -> Response:
                                  mtime=parse_time(about["mtime"]) if "mtime" in about else None)
     if request["content-type"] == "application/offset+octet-stream" and not upload.done:
         upload = cloud.uploads.append(who, upload.id, 0, request.body, checksum=read_tus_checksum(request))
-    return tus_response(201, upload, cloud.clock.due(), cloud.clock.wall(), Location=request.href(("tus", upload.id)))
+    return tus_response(201, upload, cloud.clock.due(), cloud.clock.wall(), Location=request.href(request.path + (upload.id,)))
 
 
 @route("HEAD", "/tus/<id>", needs="write", refuse=tus_error)
@@ -10072,15 +10299,24 @@ ROOT_NAMESPACES = {"xmlns_" + prefix: namespace for namespace, prefix in NAMESPA
 
 class Door(NamedTuple):
     """Addresses under which the files of an account are reached, and what is told of them there."""
-    names: tuple[str, ...]               # what they begin with
-    owned: bool                          # the name of the account follows
+    names: tuple[str, ...]               # what they begin with; "<owner>" is the name of the account, "<link>" the token of a link
     properties: dict[str, Callable[[Node, "About"], Optional[str]]]         # live ones
     kept: frozenset[str]                 # of those, what shows what was stored as a dead one
     reports: dict[str, Callable[..., Response]]          # by the element that asks for one
 
+    by: str = "account"                  # who comes by it: as a route says
+    dead: bool = True                    # are dead properties told and taken?
+
     def root(self, address: tuple[str, ...]) -> tuple[str, ...]:
         """An address up to the root of the files."""
-        return address[:len(self.names) + self.owned]
+        return address[:len(self.names)]
+
+    def fits(self, address: tuple[str, ...]) -> bool:
+        return len(address) >= len(self.names) and all(name in ("<owner>", "<link>", part) for name, part in zip(self.names, address))
+
+    def whose(self, address: tuple[str, ...]) -> str | None:
+        """The account or the token that an address names."""
+        return next((part for name, part in zip(self.names, address) if name[0] == "<"), None)
 
 
 DOORS: list[Door] = []                   # the first whose names fit
@@ -10088,10 +10324,13 @@ DOORS: list[Door] = []                   # the first whose names fit
 
 def open_door(door: Door, refuse: Callable[..., Response], handlers: dict[str, tuple[str, Callable[..., Response]]]) -> None:
     """Serve files at its addresses: handlers are {methods: (needs, handler)}."""
-    pattern = "/" + "/".join(door.names) + "/<owner>" * door.owned + "/<path>"
     for methods, (needs, handler) in handlers.items():
-        route(methods, pattern, needs=needs, refuse=refuse, door=door)(handler)
+        route(methods, format_pattern(door.names + ("<path>",)), needs=needs, refuse=refuse, door=door, by=door.by)(handler)
     DOORS.append(door)
+
+
+def format_pattern(names: Sequence[str]) -> str:
+    return "/" + "/".join(names)
 
 
 def dav_error(error: CloudError, request: Request, *parts: Markup) -> Response:
@@ -10145,12 +10384,15 @@ def read_resource(request: Request, uri: str) -> tuple[str, ...]:
         raise CloudError("bad-gateway", "the destination is on another server")
     below_prefix = request.prefix and path[:len(request.prefix)] == request.prefix
     path = path[len(request.prefix):] if below_prefix else path
+    mine = request.door or DOORS[0]
     for door in DOORS:
-        root = door.root(path)
-        if root[:len(door.names)] == door.names and len(root) == len(door.names) + door.owned:
-            if door.owned:
-                check_owner(request.who, root[-1])
-            return path[len(root):]
+        if door.by == mine.by and door.fits(path):
+            whose = door.whose(path)
+            if door.by == "link" and whose != mine.whose(request.path):
+                break
+            if door.by != "link" and whose is not None:
+                check_owner(request.who, whose)
+            return path[len(door.names):]
     raise CloudError("bad-gateway", "this is not an address of files")
 
 
@@ -10213,6 +10455,11 @@ def dav_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
     if "text/html" in request.fields.get("accept", "") and "mozilla" in request.fields.get("user-agent", "").lower():
         up = "../" * (len(request.path) - (not request.slash))           # relative: we may be behind a prefix (B4)
         return Response(303, b"", {"Location": up + "files" + format_path(path), "Cache-Control": "no-store"})
+    return dav_list(cloud, who, request, path, node)
+
+
+def dav_list(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], node: Node) -> Response:
+    """The names in a collection: one per line, as JSON or as links."""
     form = list_form(request)
     fields = {"Content-Type": form.media + "; charset=utf-8", "ETag": format_etag(node), "Cache-Control": PRIVATE,
               "Vary": "Accept, User-Agent", "Content-Security-Policy": SANDBOX}
@@ -10273,6 +10520,8 @@ def dav_mkcol(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
                     raise CloudError("bad-resource-type", "only plain collections can be made")
             else:
                 properties[prop.tag] = ET.tostring(prop, encoding="unicode").strip()
+    if properties and not request.door.dead:
+        raise CloudError("forbidden", "properties of your own are not kept here")
     node = cloud.files.make_collection(who, path, read_dav_conditions(request), properties=properties)
     return stored_response(request, node, True, dav_href(request, path, True))
 
@@ -10345,10 +10594,11 @@ def format_checksums(node: Node, about: About) -> Markup | None:
 
 
 def format_lock(lock: Lock, who: Principal) -> Markup:
-    """An activelock element; the token is shown to its owner alone (A19)."""
-    token = [E("d:locktoken", E("d:href", lock.token))] if lock.account == who.account else []
+    """An activelock element; the token is shown to its owner alone (A19), and to visitors of links not who that is."""
+    mine = lock.account == who.account
+    token = [E("d:locktoken", E("d:href", lock.token))] if mine else []
     return E("d:activelock", E("d:locktype", E("d:write")), E("d:lockscope", E("d:exclusive" if lock.exclusive else "d:shared")),
-             E("d:depth", "infinity" if lock.deep else "0"), Markup(lock.owner), E("d:timeout", "Second-%d" % lock.seconds),
+             E("d:depth", "infinity" if lock.deep else "0"), *([Markup(lock.owner)] if mine or who.means != "link" else []), E("d:timeout", "Second-%d" % lock.seconds),
              *token)
 
 
@@ -10377,8 +10627,7 @@ PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {   # live ones 
     "{http://owncloud.org/ns}size": lambda node, about: str(node.size),
     "{http://owncloud.org/ns}fileid": lambda node, about: str(node.node),
     "{http://owncloud.org/ns}id": lambda node, about: format_id(node),
-    "{http://owncloud.org/ns}permissions": lambda node, about: (
-        "G" if UPDATE not in view_of(about.who).rights else "RGDNVCK" if node.kind else "RGDNVW"),
+    "{http://owncloud.org/ns}permissions": lambda node, about: format_permissions(node.kind, view_of(about.who).rights),
 }
 ALLPROP = tuple(PROPERTIES)[:9]                  # RFC 4918 s9.1: what RFC 4918 itself defines
 SETTABLE: dict[str, Callable[[str], Optional[int]]] = {  # live properties that set the time of a node, and how to read them
@@ -10388,9 +10637,20 @@ SETTABLE: dict[str, Callable[[str], Optional[int]]] = {  # live properties that 
 }
 
 
+@lru_cache(maxsize=64)
+def format_permissions(kind: int, rights: frozenset[str]) -> str:
+    """What may be done with a node, in the letters of ownCloud's and Nextcloud's clients."""
+    return "".join(letter for letter, right, kinds in PERMISSIONS if right in rights and kind in kinds)
+
+
+PERMISSIONS = (  # (letter, the right behind it, of what): share, read, delete, rename, move; write a file; create files and collections in one
+    ("R", SHARE, (FILE, COLLECTION)), ("G", READ, (FILE, COLLECTION)), ("D", DELETE, (FILE, COLLECTION)), ("N", UPDATE, (FILE, COLLECTION)),
+    ("V", UPDATE, (FILE, COLLECTION)), ("W", UPDATE, (FILE,)), ("C", CREATE, (COLLECTION,)), ("K", CREATE, (COLLECTION,)))
+
+
 def property_reader(door: Door, name: str) -> Callable[[Node, About], Optional[str]]:
     """How to get a property of a node; a dead one comes as the element it was stored as."""
-    return door.properties.get(name) or (lambda node, about: about.dead.get(node.node, {}).get(name))
+    return door.properties.get(name) or (lambda node, about: about.dead.get(node.node, {}).get(name) if door.dead else None)
 
 
 class Multistatus:
@@ -10484,7 +10744,7 @@ def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str
             raise CloudError("infinite-depth", "ask for Depth 0 or 1")
         about, asked = About(cloud, who, node, now), names is not None
         if not asked:
-            names = ALLPROP + tuple(sorted({name for found in about.dead.values() for name in found}))
+            names = ALLPROP + tuple(sorted({name for found in about.dead.values() for name in found} if door.dead else ()))
         answer = Multistatus(names, door, values=values, complete=asked and not is_minimal(request))
         readers = [property_reader(door, name) for name in names]
         base = dav_href(request, path, bool(node.kind))
@@ -10515,7 +10775,7 @@ def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[st
                 verdicts[prop.tag] = 200 if mtime is not None else 409
             elif step.tag == "{DAV:}set" and prop.tag == CHECKSUMS:
                 verdicts[prop.tag] = 200 if has_checksums(cloud, who, request, path, "".join(prop.itertext())) else 409
-            elif prop.tag in live:
+            elif prop.tag in live or not request.door.dead:
                 verdicts[prop.tag] = 403
             elif step.tag in ("{DAV:}set", "{DAV:}remove"):
                 properties[prop.tag] = ET.tostring(prop, encoding="unicode").strip() if step.tag == "{DAV:}set" else None
@@ -10655,7 +10915,7 @@ HANDLERS = {  # what can be done to files by a door: {methods: (needs, handler)}
     "REPORT": ("read", dav_report),
 }
 REPORT_KINDS = {"{DAV:}sync-collection": dav_changes}
-open_door(Door(("dav",), False, PROPERTIES, frozenset(), REPORT_KINDS), dav_error, HANDLERS)
+open_door(Door(("dav",), PROPERTIES, frozenset(), REPORT_KINDS), dav_error, HANDLERS)
 
 
 # ==== 20. Nextcloud dialect ==============================================================
@@ -11027,7 +11287,7 @@ def nc_join(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
     target, mtime = read_destination(request), read_mtime(request)
     node, new = cloud.uploads.join_parts(who, path[0], target, read_dav_conditions(request), mtime=mtime, sums=read_sums(request),
                                  size=read_number(request, "oc-total-length"))
-    return stored_response(request, node, new, request.href(NC_FILES.names + (who.name,) + target))
+    return stored_response(request, node, new, request.href(NC_ROOT + (who.name,) + target))
 
 
 def nc_legacy_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
@@ -11177,8 +11437,9 @@ def nc_filter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
 NC_HANDLERS = {**HANDLERS, "GET": ("read", nc_get), "PUT": ("write", done_once(nc_put)), "PATCH": ("write", nc_checksum),
                "MKCOL": ("write", done_once(dav_mkcol)), "DELETE": ("write", done_once(dav_delete)), "MOVE COPY": ("write", done_once(dav_transfer))}
 NC_REPORTS = {**REPORT_KINDS, OC + "filter-files": nc_filter}
-NC_FILES = Door(("remote.php", "dav", "files"), True, NC_PROPERTIES, frozenset([FAVORITE, LIVE_PHOTO]), NC_REPORTS)
-for _door in NC_FILES, NC_FILES._replace(names=("remote.php", "webdav"), owned=False):
+NC_ROOT = ("remote.php", "dav", "files")
+NC_FILES = Door(NC_ROOT + ("<owner>",), NC_PROPERTIES, frozenset([FAVORITE, LIVE_PHOTO]), NC_REPORTS)
+for _door in NC_FILES, NC_FILES._replace(names=("remote.php", "webdav")):
     open_door(_door, nc_error, NC_HANDLERS)
 TRUE = ("1", "yes", "true")
 
@@ -11312,7 +11573,7 @@ def nc_search(cloud: Cloud, who: Principal, request: Request) -> Response:
         if prop is not None and local_name(prop.tag) in SEARCH_VALUES:
             value = SEARCH_VALUES[local_name(prop.tag)][0]
             found.sort(key=lambda row: value(row[1], about), reverse=order.find("{DAV:}descending") is not None)
-    return nc_rows(request, about, NC_FILES.names + (owner,), names, found[:most])
+    return nc_rows(request, about, NC_ROOT + (owner,), names, found[:most])
 
 
 # ---- trash and versions
@@ -11471,6 +11732,7 @@ class Upkeep:
                              "'', 1, 0, 0, s, 'purged' FROM growing, (SELECT max(seq) AS s FROM journal) WHERE due < ?", (now,)),
                    Statement("DELETE FROM growing WHERE due < ?", (now,)),
                    Statement("DELETE FROM kept WHERE due < ?", (now,)),
+                   Statement("DELETE FROM visit WHERE due < ?", (now,)),
                    Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
                    Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
                    Statement("DELETE FROM upload WHERE due < ?", (now,)),
@@ -11869,9 +12131,10 @@ class Janitor(threading.Thread):
             self.upkeep.release()
 
 
-EVERYBODYS = ("devices",)        # what each process has to write
+EVERYBODYS = ("devices", "links")        # what each process has to write
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what; at once again if it says True)
     "devices": (MINUTE, lambda janitor: janitor.cloud.devices.save_used()),
+    "links": (MINUTE, lambda janitor: janitor.cloud.sharing.save_used()),
     "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
     "reserve": (MINUTE, lambda janitor: janitor.cloud.space.keep_reserve()),
     "crash": (MINUTE, lambda janitor: janitor.upkeep.look_after_crash()),
@@ -12308,7 +12571,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         event = {"at": format_time(int(record.created * 1000)), "level": record.levelname.lower(),
                  "event": record.getMessage()[:1024]}
-        event.update((name, str(getattr(record, name))[:1024]) for name in ("account", "address", "by") if hasattr(record, name))
+        event.update((name, str(getattr(record, name))[:1024]) for name in ("account", "address", "by", "share") if hasattr(record, name))
         if record.exc_info:
             event["trace"] = self.formatException(record.exc_info)[-4096:]
         return json.dumps(event)
@@ -12318,7 +12581,7 @@ class SentenceFormatter(logging.Formatter):
     """The same for eyes: a sentence, and what it is about."""
 
     def format(self, record: logging.LogRecord) -> str:
-        about = ["%s %s" % (name, getattr(record, name)) for name in ("account", "address", "by") if hasattr(record, name)]
+        about = ["%s %s" % (name, getattr(record, name)) for name in ("account", "address", "by", "share") if hasattr(record, name)]
         lines = [record.getMessage() + (" (%s)" % ", ".join(about) if about else "")]
         if record.exc_info:
             lines += self.formatException(record.exc_info).splitlines()
@@ -12522,6 +12785,7 @@ def work(config: Config, listener: socket.socket, lifeline: int | None = None, b
     janitor.stop()
     with suppress(CloudError):                   # a disk that fails does not keep us
         cloud.devices.save_used()
+        cloud.sharing.save_used()
         cloud.db.save_clock()
     if not server.active:
         cloud.close()
@@ -18884,7 +19148,99 @@ def web_visitor(cloud: Cloud, who: Principal, request: Request) -> Response:
                                          "Cross-Origin-Resource-Policy": "same-origin"})
 
 
-# ==== 30. Page ===========================================================================
+# ==== 30. Links ==========================================================================
+#
+# The doors that links open: /s/TOKEN for browsers, curl and WebDAV.  Files whose name is that of a door below a token are reached by way of dav.
+
+OUT_OF_SIGHT = {"{DAV:}quota-used-bytes", "{DAV:}quota-available-bytes", "{DAV:}supported-report-set", "{DAV:}sync-token"}       # of more than is shared
+
+
+def link_error(error: CloudError, request: Request) -> Response:
+    """Words of the door, and nothing for search engines."""
+    response = (link_refusal if request.method in ("GET", "HEAD", "PUT", "POST") else dav_error)(error, request)
+    response.fields["X-Robots-Tag"] = "noindex"
+    return response
+
+
+def is_drop(who: Principal) -> bool:
+    """May they only send, and see nothing? (law 13)"""
+    return READ not in view_of(who).rights
+
+
+def link_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """A file; of a collection the names in it, or to browsers a page.
+
+    ?download=1 to save it, ?preview=1 to look at it, ?thumbnail=1 its small picture, ?zip=1 all below, or &name= some
+    """
+    asked, is_page = parse_pairs(request.query), wants_page(request) and request.door is LINK_DOOR
+    ways = dict(asked)
+    if ways.get("zip") == "1":
+        return link_zip(cloud, who, request, path, [split_path(value) for name, value in asked if name == "name"])
+    if ways.get("thumbnail") == "1":
+        return link_thumbnail(cloud, who, request, path)
+    if is_drop(who) and is_page and not path:
+        return link_page(cloud, who, request, path)
+    node, content = cloud.files.open(who, path)
+    if is_page and (content is None or not path and not ("download" in ways or "preview" in ways)):
+        return link_page(cloud, who, request, path)
+    if content is None:
+        return dav_list(cloud, who, request, path, node)
+    response = content_response(request, node, content)
+    if ways.get("preview") == "1" and (is_plain(node.media) or node.media in INLINE_MEDIA):
+        return response
+    if request.method == "GET" and response.status in (200, 206):
+        cloud.sharing.use(who, request.knock, node.node)
+    return as_attachment(response) if not path or ways.get("download") == "1" else response
+
+
+def as_attachment(response: Response) -> Response:
+    """The same, to be saved and not shown."""
+    response.lines = response.lines.replace("\r\nContent-Disposition: inline;", "\r\nContent-Disposition: attachment;")
+    if "Content-Disposition" in response.fields:
+        response.fields["Content-Disposition"] = re.sub("^inline;", "attachment;", response.fields["Content-Disposition"])
+    return response
+
+
+def link_zip(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], names: Sequence[tuple[str, ...]]) -> Response:
+    """An archive of what is at a path, or of some of it; asked for anew at each file whether it may go on (law 12)."""
+    node = cloud.files.stat(who, path + names[0] if len(names) == 1 else path)
+    members = cloud.history.archive(who, path, names)
+    if request.method == "GET":
+        cloud.sharing.use(who, request.knock, node.node)
+    return archive_response(cloud.sharing.while_it_stands(who, members, 0), node.name)
+
+
+def link_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    data = cloud.pictures.thumbnail(who, path)
+    if data is None:
+        raise CloudError("not-found", "there is no small picture of it")
+    return api_thumbnail_response(request, data)
+
+
+def link_post(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """What the forms of the page send, without a script: the password, or files."""
+    if request.fields.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        form = parse_query(request.body.read(SMALL_BODY).decode("utf-8", "replace"))
+        cookie = cloud.sharing.unlock(request.knock._replace(password=form.get("password", "")))
+        return Response(303, b"", {"Location": request.href(request.path) + "/" * request.slash, "Cache-Control": "no-store",
+                                   "Set-Cookie": format_link_cookie(request, cookie)})
+    raise CloudError("not-implemented", "send files by PUT")
+
+
+def format_link_cookie(request: Request, value: str) -> str:
+    """S3: for this link alone, and an hour."""
+    name, secure = (LINK_COOKIE[0], "; Secure") if request.https else (LINK_COOKIE[1], "")
+    return "%s=%s; Path=%s; Max-Age=%d; HttpOnly; SameSite=Lax%s" % (name, value, request.href(request.path[:2]), HOUR // SECOND, secure)
+
+
+LINK_HANDLERS = {**{methods: row for methods, row in HANDLERS.items() if methods != "REPORT"}, "GET": ("read", link_get)}    # no past
+LINK_DAV = Door(("s", "<link>", "dav"), {name: read for name, read in PROPERTIES.items() if name not in OUT_OF_SIGHT}, frozenset(), {}, "link", False)
+LINK_DOOR = LINK_DAV._replace(names=("s", "<link>"))
+open_door(LINK_DAV, dav_error, LINK_HANDLERS)
+open_door(LINK_DOOR, link_error, {**LINK_HANDLERS, "POST": ("nothing", link_post)})
+
+
+# ==== 31. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, style and script are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).

@@ -603,7 +603,7 @@ LONG_SIGNATURES = {
     "Uploads.join_parts": 7, "Uploads._finish": 7}
 LARGE_ROOMS: dict = {}
 READS_OF_THE_ASKER = {
-    "Tree": 5, "Changes": 4, "Files": 3, "History": 1, "Sharing": 2, "Verbs": 8,
+    "Tree": 5, "Changes": 4, "Files": 3, "History": 1, "Sharing": 3, "Verbs": 8,
     "HTTP": 8,
     "JSON API": 2, "Nextcloud dialect": 2, "WebDAV": 1}
 WRITERS_OF_TREES = {"Trash", "Reversal", "Copies", "BEGIN_ENTRY", "BEGIN_AGAIN", "END_ENTRY", "BEGIN_COLLECTION", "ADD_SUMS", "COPY_FILES", "give_up", "Accounts",
@@ -675,7 +675,7 @@ def test_every_kind_of_refusal_is_in_the_table():
 
 def test_front_ends_stay_thin():
     """The doors reach neither database nor blobs, and catch nothing."""
-    doors = {"JSON API", "Transfer", "WebDAV", "Nextcloud dialect", "Visitor", "Page"}
+    doors = {"JSON API", "Transfer", "WebDAV", "Nextcloud dialect", "Visitor", "Links", "Page"}
     assert doors <= {title for *_, title in ROOMS}
     for node in ast.walk(TREE):
         if room_of(node) in doors:
@@ -4195,6 +4195,255 @@ def test_an_account_gives_so_many_shares(cloud, ann, monkeypatch):
     assert outcome(cloud.sharing.share, ann, ("f",)) == "conflict"
     cloud.sharing.end(ann, first.share.id)
     assert cloud.sharing.share(ann, ("f",)).share.id == 3        # no number is given twice: the journal names visitors by it
+
+
+@pytest.fixture
+def link(cloud, ann, address):
+    """Share something and come as a visitor: visit = link("d", role="edit"); visit("GET", "/sub/f").status"""
+    def make(path, **terms):
+        given = cloud.sharing.share(ann, cs.split_path(path), **terms)
+
+        def visit(method, below="", body=None, password=None, **headers):
+            if password is not None:
+                headers["Authorization"] = basic("", password)
+            return exchange(address, method, "/s/" + given.share.token + below, body, user=None, **headers)
+        visit.id, visit.token = given.share.id, given.share.token
+        return visit
+    return make
+
+
+def test_a_link_opens_what_it_was_made_for(cloud, ann, link):
+    put(cloud, ann, "photos/2026/a b.txt", b"hello", parents=True), put(cloud, ann, "photos/2026/in/x", b"0123456789", parents=True)
+    put(cloud, ann, "photos/out.txt", b"secret")
+    visit = link("photos/2026")
+    assert visit("GET").body == b"a b.txt\nin/\n" == visit("GET", "/").body and visit("GET", "/in/").body == b"x\n"
+    assert [one["name"] for one in visit("GET", Accept="application/json").json()] == ["a b.txt", "in"]
+    assert b"<a" in visit("GET", Accept="text/html,*/*").body and visit("GET", "/in", Accept="text/html").headers["x-robots-tag"] == "noindex"
+    got = visit("GET", "/a%20b.txt")
+    assert got.body == b"hello" and got.headers["etag"] and got.headers["x-robots-tag"] == "noindex" and got.headers["referrer-policy"] == "no-referrer"
+    assert got.headers["content-disposition"].startswith("inline") and "sandbox" in got.headers["content-security-policy"]
+    assert visit("GET", "/a%20b.txt?download=1").headers["content-disposition"].startswith("attachment; filename=\"a b.txt\"")
+    assert visit("GET", "/a%20b.txt", Range="bytes=1-2").body == b"el" and visit("HEAD", "/a%20b.txt").headers["content-length"] == "5"
+    assert visit("GET", "/a%20b.txt?download=1", Range="bytes=1-2").headers["content-disposition"].startswith("attachment")
+    assert visit("GET", "/a%20b.txt", If_None_Match=got.headers["etag"]).status == 304
+    assert visit("GET", "/no").status == 404 and visit("GET", "/in/x/y").status == 404
+    with cs.zipfile.ZipFile(io.BytesIO(visit("GET", "?zip=1").body)) as archive:
+        assert sorted(archive.namelist()) == ["a b.txt", "in/", "in/x"] and archive.read("in/x") == b"0123456789"
+    some = visit("GET", "/?zip=1&name=in")
+    assert some.headers["content-disposition"] == "attachment; filename=\"in.zip\""
+    with cs.zipfile.ZipFile(io.BytesIO(some.body)) as archive:
+        assert sorted(archive.namelist()) == ["in/", "in/x"]
+    assert visit("GET", "/in/x?thumbnail=1").status == 404 and visit("GET", "?zip=1&name=..%2Fout.txt").status == 400
+
+
+def test_a_link_of_a_file_is_the_file_itself(cloud, ann, link):
+    """SHARES: at every door, and its neighbours are nowhere (S2)."""
+    put(cloud, ann, "d/a.txt", b"hello", parents=True), put(cloud, ann, "d/b.txt", b"other")
+    visit = link("d/a.txt", role="edit")
+    got = visit("GET")
+    assert (got.status, got.body, got.headers["content-disposition"]) == (200, b"hello", 'attachment; filename="a.txt"')
+    assert visit("GET", "?preview=1").headers["content-disposition"].startswith("inline") and visit("GET", Accept="text/html").body.startswith(b"<!doctype html>")
+    assert visit("GET", "?download=1", Accept="text/html").body == b"hello"
+    for below in ("/a.txt", "/b.txt", "/../b.txt", "/%2e%2e/b.txt", "/d/b.txt"):
+        assert visit("GET", below).status in (400, 404), below
+    assert visit("PUT", "", b"new").status == 204 and get(cloud, ann, "d/a.txt") == b"new"
+    assert visit("PUT", "/b.txt", b"x").status == 409 and visit("DELETE", "").status == 403 and visit("PROPFIND", "/dav/", Depth="1").body.count(b"<d:response>") == 1
+    assert tree(cloud, ann) == {"d": None, "d/a.txt": b"new", "d/b.txt": b"other"}
+
+
+@pytest.mark.parametrize("role, may", [("view", ""), ("add", "PUT MKCOL"), ("edit", "PUT over MKCOL MOVE COPY DELETE PROPPATCH LOCK")])
+def test_a_link_lets_do_what_its_role_says(cloud, ann, link, role, may):
+    put(cloud, ann, "d/old", b"old", parents=True), put(cloud, ann, "d/gone", b"gone")
+    visit, may = link("d", role=role), may.split()
+    lock = b'<lockinfo xmlns="DAV:"><lockscope><exclusive/></lockscope><locktype><write/></locktype></lockinfo>'
+    patch = b'<propertyupdate xmlns="DAV:"><set><prop><lastmodified>5</lastmodified></prop></set></propertyupdate>'
+    for what, method, below, body, headers in [
+            ("PUT", "PUT", "/new", b"new", {}), ("over", "PUT", "/old", b"over", {}), ("MKCOL", "MKCOL", "/in", None, {}),
+            ("COPY", "COPY", "/old", None, {"Destination": "/s/%s/copy" % visit.token}), ("MOVE", "MOVE", "/old", None, {"Destination": "/s/%s/in/old" % visit.token}),
+            ("PROPPATCH", "PROPPATCH", "/gone", patch, {}), ("LOCK", "LOCK", "/in/old", lock, {}), ("DELETE", "DELETE", "/gone", None, {})]:
+        answer = visit(method, below, body, **headers)
+        assert (answer.status < 300) == (what in may) or what == "COPY" and role == "add", (what, answer)
+        assert answer.status < 300 or answer.status == 403 or what == "LOCK" and answer.status == 404, (what, answer)
+    assert ("d/new" in tree(cloud, ann)) == (role != "view") and audit(cloud) is None
+
+
+def test_a_link_reaches_nothing_but_what_is_shared(cloud, ann, link):
+    """S2: each route times each form of leaving it; nothing is told of what is there."""
+    put(cloud, ann, "d/in/f", b"shared", parents=True), put(cloud, ann, "d/out", b"secret"), put(cloud, ann, "deep", b"secret")
+    cloud.files.patch(ann, ("d", "in", "f"), properties={"{x:}note": '<note xmlns="x:">secret</note>'})
+    cloud.search.star(ann, ("d", "in", "f"), on=True)
+    visit, other = link("d/in", role="edit"), link("d/out")
+    for way in ("/../out", "/..", "/%2e%2e/out", "/.%2e/out", "/..%2fout", "/%2e%2e%2fout", "/in/../../out", "/./../out", "/..\\out", "/%5c..%5cout",
+                "/dav/../../out", "/dav/%2e%2e/out", "/f/../../out"):
+        for method in ("GET", "HEAD", "PUT", "DELETE", "PROPFIND", "MKCOL", "MOVE", "COPY", "LOCK", "PROPPATCH"):
+            answer = visit(method, way, b"x" if method == "PUT" else None, Depth="0", Destination="/s/%s/stolen" % visit.token)
+            assert answer.status in (400, 404, 405, 409, 415) and b"secret" not in answer.body, (method, way, answer)
+    for target in ("/dav/d/out", "/s/%s/x" % other.token, "/remote.php/webdav/x", "/s/%s/../x" % visit.token, "http://elsewhere/s/%s/x" % visit.token, "/s/x"):
+        assert visit("COPY", "/f", Destination=target).status in (400, 502), target
+    listed = visit("PROPFIND", "/dav/", b'<propfind xmlns="DAV:"><allprop/></propfind>', Depth="1").body
+    assert b"secret" not in listed and b"ann" not in listed and b"quota" not in listed
+    names = b"".join(b"<%s/>" % name for name in (b"quota-used-bytes", b"sync-token", b"note xmlns='x:'", b"favorite xmlns='http://owncloud.org/ns'"))
+    asked = visit("PROPFIND", "/dav/f", b'<propfind xmlns="DAV:"><prop>%s</prop></propfind>' % names, Depth="0").body
+    assert asked.count(b"200 OK") == 0 and b"404 Not Found" in asked
+    assert visit("REPORT", "/dav/", b"<sync-collection xmlns='DAV:'/>").status == 405 and visit("GET", "/f?at=seq:1").body == b"shared"
+    assert tree(cloud, ann) == {"d": None, "d/in": None, "d/in/f": b"shared", "d/out": b"secret", "deep": b"secret"}
+
+
+def test_a_link_follows_its_node_and_hides_with_it(cloud, ann, link):
+    """S2, law 12"""
+    put(cloud, ann, "d/in/f", b"x", parents=True)
+    visit = link("d/in")
+    cloud.files.move(ann, (("d", "in"), ("elsewhere",)))
+    assert visit("GET", "/f").body == b"x"
+    cloud.files.delete(ann, ("elsewhere",))
+    gone = visit("GET", "/f")
+    assert gone.status == 410
+    cloud.trash.restore(ann, cloud.trash.list(ann)[0].node.node)
+    assert visit("GET", "/f").body == b"x"
+    cloud.files.make_collection(ann, ("top",)), cloud.files.move(ann, (("elsewhere",), ("top", "in")))
+    cloud.files.delete(ann, ("top",))
+    assert visit("GET", "/f").status == 410                      # what holds it is in the trash
+
+
+def test_links_that_do_not_work_are_all_alike(cloud, ann, link, fake, address, make_cloud, serve_cloud):
+    """S1, S5, law 12: unknown, ended, expired, used up, in the trash, of an account that is gone; people get a page."""
+    bob = account(cloud, "bob")
+    put(cloud, ann, "d/f", b"x", parents=True), put(cloud, bob, "f", b"x"), put(cloud, ann, "t/f", parents=True)
+    ended, used, late, lost = link("d"), link("d", uses=1), link("d", expires=cloud.clock.wall() + 1000), link("t")
+    of_bob = cloud.sharing.share(bob, ("f",)).share.token
+    cloud.sharing.end(ann, ended.id), cloud.accounts.remove("bob", ann), cloud.files.delete(ann, ("t",))
+    assert used("GET", "/f").body == b"x"
+    cloud.db.run(Statement("UPDATE share SET due = 1 WHERE id = ?", (late.id,)))
+    tokens = ["A" * 22, "x", ended.token, used.token, late.token, lost.token, of_bob]
+    for method, below in ("GET", ""), ("GET", "/f"), ("HEAD", "/"), ("PUT", "/f"), ("PROPFIND", "/dav/"), ("DELETE", "/f"), ("GET", "?zip=1"), ("POST", "/"), ("OPTIONS", "/"):
+        answers = [exchange(address, method, "/s/" + token + below, user=None) for token in tokens]
+        assert {(answer.status, answer.body) for answer in answers} == {(410, answers[0].body)}, (method, below)
+    page = exchange(address, "GET", "/s/nothing", user=None, Accept="text/html")
+    assert page.status == 410 and page.headers["content-type"].startswith("text/html") and page.headers["x-robots-tag"] == "noindex"
+
+
+def test_who_tries_many_tokens_is_told_no_more_and_nobody_else(cloud, ann, link, address, monkeypatch):
+    """S1"""
+    monkeypatch.setattr(cs, "TOKENS_TRIED", 3)
+    put(cloud, ann, "f", b"x")
+    visit = link("f")
+    assert [exchange(address, "GET", "/s/no%d" % n, user=None).status for n in range(5)] == [410, 410, 410, 429, 429]
+    assert visit("GET").body == b"x" and exchange(address, "GET", "/dav/f").status == 200
+
+
+def test_the_password_of_a_link_is_asked_for_at_every_door(cloud, ann, link, address):
+    """S3, S4, law 11: nothing of an account counts there."""
+    put(cloud, ann, "d/f", b"x", parents=True)
+    visit, open_link = link("d", role="edit", password="correct horse"), link("d")
+    for method, below in [("GET", ""), ("GET", "/f"), ("HEAD", "/f"), ("GET", "?zip=1"), ("GET", "/f?thumbnail=1"), ("GET", "/f?preview=1"), ("PUT", "/g"),
+                          ("MKCOL", "/g"), ("DELETE", "/f"), ("MOVE", "/f"), ("COPY", "/f"), ("PROPFIND", "/dav/"), ("PROPPATCH", "/dav/f"), ("LOCK", "/f"), ("UNLOCK", "/f")]:
+        for headers in {}, {"Authorization": basic("ann")}, {"Authorization": basic("", "wrong horse x")}, {"Cookie": "link=1.x"}, {"Range": "bytes=0-0"}:
+            answer = visit(method, below, **headers)
+            assert answer.status == 401 and b"x" != answer.body, (method, below, headers)
+            assert method != "GET" or answer.headers["www-authenticate"].startswith("Basic")
+            cloud.db.run(Statement("DELETE FROM throttle"))
+        assert visit(method, below, password="correct horse").status not in (401, 410, 500), (method, below)
+        if method in ("DELETE", "MOVE"):
+            put(cloud, ann, "d/f", b"x")
+    assert visit("GET", "/f", Authorization=basic("whoever", "correct horse")).body == b"x"
+    assert exchange(address, "GET", "/s/%s/f" % open_link.token, Authorization=basic("ann", "not it at all")).body == b"x"
+    assert cloud.db.read("SELECT count(*) FROM throttle WHERE subject LIKE '%ann%'") == [(0,)]
+    page = visit("GET", Accept="text/html")
+    assert page.status == 401 and b'type="password"' in page.body
+
+
+def test_a_wrong_password_of_a_link_makes_only_the_guesser_wait(cloud, ann, link, address):
+    """S3, A4"""
+    put(cloud, ann, "f", b"x")
+    visit, other = link("f", password="correct horse"), link("f", password="battery staple")
+    knock = cs.Knock(visit.token, "wrong password 1", "", "192.0.2.1")
+    assert cloud.sharing.open(knock).refusal.kind == "unauthenticated"
+    assert cloud.sharing.open(knock).refusal.kind == "unauthenticated"           # the same once more: no guess
+    assert cloud.sharing.open(knock._replace(password="wrong password 2")).refusal.kind == "throttled"
+    assert cloud.sharing.open(knock._replace(password="correct horse")).refusal.kind == "throttled"
+    assert cloud.sharing.open(knock._replace(password="correct horse", address="192.0.2.2")).refusal is None
+    assert cloud.sharing.open(cs.Knock(other.token, "battery staple", "", "192.0.2.1")).refusal is None
+    assert cloud.credentials.identify(basic(), "", "192.0.2.1", secure=True).name == "ann"
+    assert cloud.sharing.open(knock._replace(password="correct horse", address="192.0.2.2", safe=False)).refusal.kind == "insecure"
+    assert cloud.sharing.open(knock._replace(password="x" * 2000, address="192.0.2.3")).refusal.kind == "unauthenticated"
+
+
+def test_a_form_unlocks_a_link_for_an_hour(make_cloud, fake, serve_cloud):
+    """S3: by a cookie of that link alone, which a new password ends."""
+    cloud = make_cloud(clock=fake.clock())
+    ann, address = account(cloud), serve_cloud(cloud)
+    put(cloud, ann, "d/f", b"x", parents=True)
+    one, other = (cloud.sharing.share(ann, ("d",), password="correct horse") for _ in range(2))
+    ask = lambda given, method, below, body=None, **headers: exchange(address, method, "/s/" + given.share.token + below, body, user=None, **headers)
+    form = {"Content_Type": "application/x-www-form-urlencoded"}
+    assert ask(one, "POST", "", "password=wrong+horse+x", **form).status == 401
+    fake.pass_(cs.MINUTE)
+    for headers in {"Origin": "http://evil.example"}, {"Sec_Fetch_Site": "cross-site"}, {"Origin": "null"}:
+        assert ask(one, "POST", "", "password=correct+horse", **form, **headers).status == 403
+    answer = ask(one, "POST", "", "password=correct+horse", **form, Origin="null", Sec_Fetch_Site="same-origin")       # as our own form comes without a referrer
+    cookie = answer.headers["set-cookie"]
+    assert (answer.status, answer.headers["location"]) == (303, "/s/" + one.share.token)
+    assert re.fullmatch(r"link=[0-9a-f.]+; Path=/s/%s; Max-Age=3600; HttpOnly; SameSite=Lax" % one.share.token, cookie)
+    cookie = cookie.partition(";")[0]
+    assert ask(one, "GET", "/f", Cookie=cookie).body == b"x" and ask(other, "GET", "/f", Cookie=cookie).status == 401
+    fake.pass_(cs.HOUR + 1000)
+    assert ask(one, "GET", "/f", Cookie=cookie).status == 401
+    cookie = ask(one, "POST", "/", "password=correct+horse", **form).headers["set-cookie"].partition(";")[0]
+    assert ask(one, "GET", "/f", Cookie=cookie).status == 200
+    cloud.sharing.change(ann, one.share.id, password="another horse")
+    assert ask(one, "GET", "/f", Cookie=cookie).status == 401
+    secure = cs.Request("POST", (("s", "T"), False, ""), cs.Envelope(https=True), Body())
+    assert cs.format_link_cookie(secure, "v").startswith("__Secure-link=v; Path=/s/T; ") and "; Secure" in cs.format_link_cookie(secure, "v")
+
+
+def test_downloads_are_counted_exactly(cloud, ann, link):
+    """S5, law 12: one GET from byte 0 or one archive is a use; what looks, and who goes on, is none."""
+    put(cloud, ann, "d/f", b"0123456789", parents=True), put(cloud, ann, "d/a.jpg", b"\xff\xd8\xff" + bytes(100))
+    visit = link("d", uses=3)
+    used = lambda: cloud.db.read("SELECT used FROM share WHERE id = ?", (visit.id,))[0][0]
+    for method, below, headers in [("HEAD", "/f", {}), ("GET", "", {}), ("PROPFIND", "/dav/", {}), ("GET", "/a.jpg?preview=1", {}), ("GET", "/f", {"If-None-Match": "*"}),
+                                   ("GET", "/no", {}), ("GET", "/f", {"Range": "bytes=50-"})]:
+        visit(method, below, **headers)
+        assert used() == 0, (method, below)
+    assert visit("GET", "/f", Range="bytes=5-").body == b"56789" and used() == 1               # nobody began it
+    assert visit("GET", "/f", Range="bytes=0-4").status == 206 and used() == 2 and visit("GET", "/f", Range="bytes=3-").status == 206 and used() == 2
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(visit("GET", "/f").status)) for _ in range(6)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert sorted(answers) == [200] + [410] * 5 and used() == 3
+    assert visit("GET", "").status == 410 == visit("GET", "?zip=1").status
+    assert visit("GET", "/f", Range="bytes=9-").body == b"9" and visit("GET", "/a.jpg", Range="bytes=9-").status == 410
+    free = link("d")
+    free("GET", "/f"), free("GET", "?zip=1"), free("GET", "/f", Range="bytes=9-")
+    cloud.sharing.save_used()
+    given = cloud.sharing.get(ann, free.id).share
+    assert given.used == 2 and abs(given.seen - cloud.clock.wall()) < 60_000
+
+
+def test_a_long_answer_ends_with_its_link(cloud, ann, link, address):
+    """Law 12: an archive asks again at each file."""
+    for n in range(3):
+        put(cloud, ann, "d/f%d" % n, bytes(100_000), parents=True)
+    visit = link("d")
+    who = cloud.sharing.open(cs.Knock(visit.token))
+    members = cloud.sharing.while_it_stands(who, cloud.history.archive(who, ()), 0)
+    assert next(members)[0] == ("f0",)
+    cloud.sharing.end(ann, visit.id)
+    assert outcome(next, members) == "gone"
+    assert outcome(cloud.files.write, who, ("late",), Body(b"x")) == "forbidden"
+
+
+def test_no_log_holds_the_token_of_a_link(cloud, ann, link, address, serve_cloud, caplog, monkeypatch):
+    """L1"""
+    put(cloud, ann, "d/f", b"x", parents=True)
+    visit = link("d", password="correct horse", role="edit")
+    for path in ("/s/%s/f", "/s/%s/dav/f", "/public.php/dav/files/%s/f"):
+        assert visit.token not in "/".join(cs.loggable(tuple(filter(None, (path % visit.token).split("/")))))
+    with caplog.at_level("DEBUG"):
+        visit("GET", "/f"), visit("GET", "/f", password="wrong horse x"), visit("GET", "/f", password="correct horse")
+        monkeypatch.setattr(cs.Content, "slices", None)
+        visit("GET", "/f", password="correct horse", Range="bytes=0-0")
+    assert visit.token not in caplog.text and "wrong password of a link" in caplog.text and "horse" not in caplog.text
 
 
 # ==== 15. HTTP ===========================================================================
@@ -11875,7 +12124,7 @@ def test_people_are_told_why_in_a_page_and_programs_in_a_document(kind, status, 
     assert json.loads(ask("*/*").body)["code"] == kind
 
 
-# ==== 30. Page ===========================================================================
+# ==== 31. Page ===========================================================================
 
 def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
