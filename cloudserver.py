@@ -2273,8 +2273,8 @@ def storage_error(error: OSError) -> CloudError:
 # Two calls, read and write, and no open transaction ever spans a round trip: what holds for SQLite here can
 # hold for a database behind a network.
 #
-# 1. A batch is guards, a journal line and a body.  Guards are SELECTs that return a reason where they fail.  Each
-#    batch of several has a savepoint: one that is refused, by whatever and whenever, leaves nothing and takes nobody with it.
+# 1. A batch is guards, a journal line and a body.  Guards are SELECTs that return a reason where they fail.  One that
+#    is refused, by whatever and whenever, leaves nothing and takes nobody with it.
 # 2. Every batch with a journal line draws the next seq; inside its body (SELECT max(seq) FROM journal) is that seq.
 #    Its line has a random tag: two databases with the same tag at a seq have the same past up to there, others have not.
 # 3. The caller who finds no commit under way commits for all who wait: one BEGIN, one fsync, then all are answered.
@@ -2640,7 +2640,7 @@ class Recent:
 
 
 class Statement(NamedTuple):
-    """One statement of a batch; with `many` its parameters are an iterable of rows."""
+    """One statement of a batch; with `many` its parameters are an iterable of rows, the same each time they are gone through."""
     sql: str
     params: Any = ()
     many: bool = False
@@ -2812,19 +2812,23 @@ class Writer:
                     for ticket in freeing:
                         ticket.error = again
 
-    def _transact(self, group: list[_Ticket]) -> None:
-        """Commit some batches; notes the errors of those that are refused.  raises what takes them all"""
+    def _transact(self, group: list[_Ticket], *, apart: bool = False) -> None:
+        """Commit some batches; notes the errors of those that are refused.  raises what takes them all
+
+        apart  each has a savepoint: only once another was refused halfway, for that copies every page
+        """
         if self.broken:
             raise CloudError("storage-failed", self.broken)
-        db = self.connection
+        db, halfway = self.connection, None
         for ticket in group:
             self.lock.touch(ticket.batch.touches)
         try:
             db.execute("BEGIN IMMEDIATE")
-            is_alone = len(group) == 1
             for ticket in group:
-                ticket.error = self._try(ticket.batch, is_alone)
-            db.execute("ROLLBACK" if is_alone and group[0].error else "COMMIT")
+                if not self._try(ticket, apart):
+                    halfway = ticket
+                    break
+            db.execute("ROLLBACK" if halfway else "COMMIT")
         except BaseException as error:
             if db.in_transaction:
                 db.execute("ROLLBACK")
@@ -2834,31 +2838,34 @@ class Writer:
             if refusal.kind == "storage-failed":
                 self.broken = "a write failed; the server must be restarted and verified"
             raise refusal from error
+        if halfway and len(group) > 1:
+            self._transact([ticket for ticket in group if ticket is not halfway], apart=True)
 
-    def _try(self, batch: Batch, is_alone: bool) -> Exception | None:
-        """Apply a batch within the transaction, or leave no trace of it and return why (invariant 1); one that is alone has it to itself."""
-        db = self.connection
-        if not is_alone:
-            db.execute("SAVEPOINT batch")
+    def _try(self, ticket: _Ticket, apart: bool) -> bool:
+        """Apply a batch within the transaction, or note why not; False if it left a trace (invariant 1)."""
+        db, writing, ticket.error = self.connection, False, None
         try:
-            self._apply(batch)
-            refusal = None
+            self._check(ticket.batch)
+            if apart:
+                db.execute("SAVEPOINT batch")
+            writing = True
+            self._apply(ticket.batch)
         except _Failed as failed:
-            refusal = Conflict(str(failed))
+            ticket.error = Conflict(str(failed))
         except sqlite3.IntegrityError as error:              # a unique index guards, too
-            refusal = Conflict(str(error))
+            ticket.error = Conflict(str(error))
         except Exception as error:
             if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, FAULTS):
                 raise                                        # of the disk or the file: it takes the whole group
-            refusal = error
-        if refusal is not None and not is_alone:
-            db.execute("ROLLBACK TO batch")
-        if not is_alone:
+            ticket.error = error
+        if writing and apart:
+            if ticket.error:
+                db.execute("ROLLBACK TO batch")
             db.execute("RELEASE batch")
-        return refusal
+        return apart or not writing or ticket.error is None
 
-    def _apply(self, batch: Batch) -> None:
-        """raises _Failed, CloudError, sqlite3.Error, and what its rows raise"""
+    def _check(self, batch: Batch) -> None:
+        """raises _Failed, Replayed, sqlite3.Error"""
         db = self.connection
         if batch.op:
             for seq, digest in db.execute("SELECT seq, digest FROM op WHERE id = ?", batch.op[:1]):
@@ -2867,6 +2874,10 @@ class Writer:
             for (reason,) in db.execute(guard.sql, guard.params):
                 if reason is not None:
                     raise _Failed(reason)
+
+    def _apply(self, batch: Batch) -> None:
+        """raises CloudError, sqlite3.Error, and what its rows raise"""
+        db = self.connection
         if batch.line:
             home, who, action, detail = batch.line
             batch.tag = next(self._tags)
@@ -3125,6 +3136,8 @@ class Sqlite(Database):
             for setting in () if self.readonly else SETTINGS:
                 db.execute(setting)
             db.execute("PRAGMA mmap_size = 0")
+            if writes:
+                db.execute("PRAGMA temp_store = MEMORY")     # what undoes a statement or a batch: else a file is made for each
             db.execute("PRAGMA wal_autocheckpoint = %d" % (1000 if writes else 0))
         except sqlite3.Error:
             db.close()

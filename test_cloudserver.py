@@ -1585,6 +1585,24 @@ def test_batches_of_one_group_stand_and_fall_alone(db):
     assert sorted(t.batch.seq for t in good) == [2, 3, 4] and db.read("SELECT count(*) FROM journal") == [(4,)]
 
 
+def test_batches_of_a_group_are_kept_apart_once_one_of_them_left_something(db):
+    """Savepoints are dear; what was refused before it wrote anything needs none."""
+    def run(*bodies):
+        steps.clear()
+        tickets = [cs._Ticket(Batch([cs.put_setting("name", "x"), *body], guards, line=line())) for body, *guards in bodies]
+        db.writer._commit_group(tickets)
+        return [ticket.error is None for ticket in tickets], [step for step in steps if step.split()[0] in ("BEGIN", "SAVEPOINT", "RELEASE", "ROLLBACK", "COMMIT")]
+    steps, good, guarded, clash = [], [()], [(), Statement("SELECT 'no'")], [[Statement("INSERT INTO setting (name, value) VALUES ('name', '')")]]
+    db.writer.connection.set_trace_callback(steps.append)
+    assert run(good, guarded, good) == ([True, False, True], ["BEGIN IMMEDIATE", "COMMIT"])
+    apart = ["BEGIN IMMEDIATE", *["SAVEPOINT batch", "RELEASE batch"] * 2, "COMMIT"]
+    assert run(good, clash, good) == ([True, False, True], ["BEGIN IMMEDIATE", "ROLLBACK", *apart])
+    apart[2:2] = ["ROLLBACK TO batch"]
+    assert run(clash, clash, good) == ([False, False, True], ["BEGIN IMMEDIATE", "ROLLBACK", *apart])
+    assert run(clash) == ([False], ["BEGIN IMMEDIATE", "ROLLBACK"])
+    assert db.read("SELECT count(*), max(seq) FROM journal") == [(6, 6)]
+
+
 @pytest.mark.parametrize("fault", [10 ** 30, object(), "\ud800", CloudError("bad-request"), ValueError()], ids=lambda fault: type(fault).__name__)
 def test_a_batch_leaves_nothing_whatever_raises_and_when(db, fault):
     """S9: in the middle of its body, between others, or alone."""
@@ -1595,7 +1613,7 @@ def test_a_batch_leaves_nothing_whatever_raises_and_when(db, fault):
         yield ("other half", fault)
 
     def bad():
-        return cs._Ticket(Batch([Statement("INSERT INTO setting VALUES (?, ?)", rows(), many=True)], line=line(), op=("bad", "")))
+        return cs._Ticket(Batch([Statement("INSERT INTO setting VALUES (?, ?)", cs.Rows(rows), many=True)], line=line(), op=("bad", "")))
 
     good = [cs._Ticket(set_batch("good%d" % n, "1", line=line())) for n in range(2)]
     alone, between = bad(), bad()
@@ -2351,6 +2369,21 @@ def test_a_verb_needs_its_right_and_no_other(cloud, ann, monkeypatch, verb):
     assert outcome(act, cloud, ann) == "forbidden" and (before is None or tree(cloud, ann) == before)
     monkeypatch.setattr(cs, "view_of", lambda who: whole._replace(rights=frozenset({cs.READ, right})))
     assert not isinstance(outcome(act, cloud, ann), str)
+
+
+def test_a_batch_can_be_written_once_more(cloud, ann, monkeypatch):
+    """Its rows are the same each time: a group is begun anew when one of it was refused halfway."""
+    bodies, real = [], cs.Writer.commit
+    monkeypatch.setattr(cs.Writer, "commit", lambda self, batch: (bodies.append(batch.body), real(self, batch))[1])
+    for _, act in NEEDS.values():
+        outcome(put, cloud, ann, "f"), outcome(put, cloud, ann, "d/g", parents=True), outcome(put, cloud, ann, "gone"), outcome(cloud.files.delete, ann, ("gone",))
+        outcome(act, cloud, ann)
+    upkeep = cs.Upkeep(cloud)
+    assert upkeep.hold()
+    for act in (upkeep.expire, upkeep.thinning.purge, upkeep.sweep.run, upkeep.indexing.index_names, upkeep.reckon):
+        act()
+    many = [statement.params for body in bodies for statement in body if statement.many]
+    assert len(many) > 100 and not [rows for rows in many if iter(rows) is rows]
 
 
 def test_accounts_never_see_each_other(cloud, ann):
