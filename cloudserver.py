@@ -76,7 +76,7 @@ def run_compiled(script: str) -> None:
     Python keeps the tree of a script for as long as that runs: 40 MB here.  A copy counts if it is of this very file, by size
     and time of change (PEP 552), and if nobody could write it but us, root and whoever the script is of.
     """
-    from importlib._bootstrap_external import MAGIC_NUMBER       # importlib.util, where it is public, takes a tenth of a start
+    from _frozen_importlib_external import MAGIC_NUMBER         # importlib.util, where it is public, takes a tenth of a start
     about = os.stat(script)
     cache, owners = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), {0, os.geteuid(), about.st_uid}
     head = MAGIC_NUMBER + b"".join((int(n) & 0xFFFFFFFF).to_bytes(4, "little") for n in (0, about.st_mtime, about.st_size))
@@ -126,7 +126,6 @@ import base64
 import bisect
 import errno
 import gc
-import getpass
 import gzip
 import hashlib
 import hmac
@@ -158,12 +157,11 @@ import threading
 import time
 import unicodedata
 import xml.etree.ElementTree as ET
-import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait as await_all
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -331,8 +329,7 @@ class Change(NamedTuple):
     fate: str = "replaced"       # what becomes of `before`
 
 
-@dataclass(frozen=True)
-class Preconditions:
+class Preconditions(NamedTuple):
     """What a request demands of the present state (RFC 9110 s13, RFC 4918 s10.4); () and None demand nothing."""
     if_match: tuple[str, ...] = ()                # entity tags without quotes; "*" is any
     if_none_match: tuple[str, ...] = ()
@@ -347,8 +344,7 @@ class Preconditions:
 ANY = Preconditions()
 
 
-@dataclass(frozen=True)
-class Query:
+class Query(NamedTuple):
     """What a search looks for; "", () and None ask for nothing."""
     words: tuple[str, ...] = ()                   # folded; all must be there
     without: tuple[str, ...] = ()                 # folded; none may be there
@@ -485,7 +481,8 @@ def reason_of(error: Exception) -> str:
 # ==== 3. Grammar =========================================================================
 #
 # Text to values and back.  No file, clock or socket here; every function is total: it returns
-# a value or raises a CloudError.
+# a value or raises a CloudError.  A pattern that not every start needs is a text: re compiles it
+# when it is first used, and keeps it.
 
 # ---- the head of a request (RFC 9112 s2-s5)
 
@@ -572,14 +569,14 @@ def parse_framing(fields: dict[str, str], minor: int) -> int | None:
     return None
 
 
-_CHUNK_LINE = re.compile(
+_CHUNK_LINE = (
     rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%(token)b(?:[ \t]*=[ \t]*(?:%(token)b|"
     rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"))?)*)' % {b"token": _TOKEN.encode()})
 
 
 def parse_chunk_line(line: bytes) -> tuple[int, bytes]:
     """(bytes in the chunk, its extensions) of the line that begins it, without CRLF (RFC 9112 s7.1, s7.1.1; H12)."""
-    found = _CHUNK_LINE.fullmatch(line)
+    found = re.fullmatch(_CHUNK_LINE, line)
     if not found:
         raise refuse_head("bad-request", "malformed chunk")
     return int(found[1], 16), found[2]
@@ -589,11 +586,10 @@ def parse_chunk_line(line: bytes) -> tuple[int, bytes]:
 
 _ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _BAD_NAME = re.compile(r"[\x00-\x1f\x7f/\\]")
-_NONCHARACTER = re.compile("[\ufdd0-\ufdef\ufffe\uffff%s]" %
-                           "".join(chr(plane << 16 | low) for plane in range(1, 17) for low in (0xFFFE, 0xFFFF)))
-_WINDOWS = re.compile(r'(?i)(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *(?:\..*)?|.*[<>:"|?*].*|.*[. ]')
-_LATIN = re.compile(rb"(?:[\x20-\x7e\xa0-\xbf]|[\xc0-\xfd](?![\x80-\xbf]))+")     # text, and no byte leads a sequence of UTF-8
-_HOP = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::\d{1,5})?|(\d{1,3}(?:\.\d{1,3}){3})(?::\d{1,5})?|([0-9A-Fa-f:.]+)")
+_NONCHARACTER = "[\ufdd0-\ufdef\ufffe\uffff%s]" % "".join(chr(plane << 16 | low) for plane in range(1, 17) for low in (0xFFFE, 0xFFFF))
+_WINDOWS = r'(?i)(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *(?:\..*)?|.*[<>:"|?*].*|.*[. ]'
+_LATIN = rb"(?:[\x20-\x7e\xa0-\xbf]|[\xc0-\xfd](?![\x80-\xbf]))+"     # text, and no byte leads a sequence of UTF-8
+_HOP = r"\[([0-9A-Fa-f:.]+)\](?::\d{1,5})?|(\d{1,3}(?:\.\d{1,3}){3})(?::\d{1,5})?|([0-9A-Fa-f:.]+)"
 _PLAIN = re.compile(r"[A-Za-z0-9_.~/\-]*")      # what quote() leaves alone
 _SIMPLE = re.compile(r"(?:/\w[\w.~+@,=:!$&'()*;\-]*)+", re.ASCII)       # a path of which nothing needs to be checked
 
@@ -643,7 +639,7 @@ def unquote_name(part: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        if _LATIN.fullmatch(data):
+        if re.fullmatch(_LATIN, data):
             return data.decode("latin-1")
         raise CloudError("bad-request", "a name is not UTF-8") from None
 
@@ -663,7 +659,7 @@ def check_name(name: str) -> None:
     if not name or name in (".", "..") or _BAD_NAME.search(name):
         raise CloudError("bad-request", "a name may not be empty, . or .., or hold / \\ or control characters")
     if not name.isascii():
-        if _NONCHARACTER.search(name):
+        if re.search(_NONCHARACTER, name):
             raise CloudError("bad-request", "a name holds a Unicode non-character")
         try:
             size = len(name.encode("utf-8"))
@@ -677,7 +673,7 @@ def check_name(name: str) -> None:
 
 def is_windows_name(name: str) -> bool:
     """Can Windows hold a file of this name?"""
-    return not _WINDOWS.fullmatch(name)
+    return not re.fullmatch(_WINDOWS, name)
 
 
 def key_of(name: str) -> str:
@@ -704,7 +700,7 @@ def parse_hop(text: str) -> str:
 
     raises CloudError for "unknown", a name, an interface ("%eth0") and anything else
     """
-    found = _HOP.fullmatch(text.strip())
+    found = re.fullmatch(_HOP, text.strip())
     try:
         address = ipaddress.ip_address(found[1] or found[2] or found[3] if found else "")
     except ValueError:
@@ -741,10 +737,10 @@ _EPOCH = datetime(1970, 1, 1)
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _HTTP_DATES = (
-    re.compile(r"\w{3}, (?P<d>\d\d) (?P<b>\w{3}) (?P<Y>\d{4}) (?P<H>\d\d):(?P<M>\d\d):(?P<S>\d\d) GMT"),
-    re.compile(r"\w{6,9}, (?P<d>\d\d)-(?P<b>\w{3})-(?P<y>\d\d) (?P<H>\d\d):(?P<M>\d\d):(?P<S>\d\d) GMT"),
-    re.compile(r"\w{3} (?P<b>\w{3}) (?P<d>[ \d]\d) (?P<H>\d\d):(?P<M>\d\d):(?P<S>\d\d) (?P<Y>\d{4})"))
-_ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?(Z|[+-]\d\d:?\d\d)?)?")
+    r"\w{3}, (?P<d>\d\d) (?P<b>\w{3}) (?P<Y>\d{4}) (?P<H>\d\d):(?P<M>\d\d):(?P<S>\d\d) GMT",
+    r"\w{6,9}, (?P<d>\d\d)-(?P<b>\w{3})-(?P<y>\d\d) (?P<H>\d\d):(?P<M>\d\d):(?P<S>\d\d) GMT",
+    r"\w{3} (?P<b>\w{3}) (?P<d>[ \d]\d) (?P<H>\d\d):(?P<M>\d\d):(?P<S>\d\d) (?P<Y>\d{4})")
+_ISO = r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?(Z|[+-]\d\d:?\d\d)?)?"
 MTIME_MIN = -62_135_596_800_000                  # year 1
 MTIME_MAX = 253_402_300_799_999                  # year 9999
 
@@ -761,7 +757,7 @@ def format_http_date(at: int) -> str:
 def parse_http_date(text: str) -> int | None:
     """The reverse, in all three forms of RFC 9110 s5.6.7; None for what is no date, which asks nothing."""
     for form in _HTTP_DATES:
-        found = form.fullmatch(text)
+        found = re.fullmatch(form, text)
         if found:
             part = found.groupdict()
             year = int(part["Y"]) if "Y" in part else 1900 + int(part["y"]) + (100 if int(part["y"]) < 70 else 0)
@@ -786,7 +782,7 @@ def parse_time(value: Any) -> int:
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return check_mtime(value)
-    found = _ISO.fullmatch(value) if isinstance(value, str) else None
+    found = re.fullmatch(_ISO, value) if isinstance(value, str) else None
     if found:
         year, month, day, hour, minute, second, fraction, zone = found.groups(default="0")
         try:
@@ -820,13 +816,13 @@ def check_mtime(at: int) -> int:
 
 # ---- sizes
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.I)
+_SIZE = r"(?i)(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?"
 _UNITS = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB, "P": 1 << 50}
 
 
 def parse_size(text: str) -> int:
     """Bytes of "10G", "1.5 MiB", "4096".  raises CloudError bad-request."""
-    found = _SIZE.fullmatch(text.strip())
+    found = re.fullmatch(_SIZE, text.strip())
     size = float(found[1]) * _UNITS[found[2].upper()] if found else math.inf
     if not size < INTEGERS:
         raise CloudError("bad-request", "not a size: %r (write 500M, 10G, 2T)" % text[:64])
@@ -859,7 +855,7 @@ def parse_networks(text: str) -> Networks:
 
 # ---- conditions and ranges
 
-_ETAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"|[^\s,][^,]*')
+_ETAG = r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"|[^\s,][^,]*'
 NO_ETAG = "\0"                  # no node has it
 _RANGE = re.compile(r"(\d*)-(\d*)")
 RANGES_LIMIT = 8
@@ -879,7 +875,7 @@ def parse_etags(text: str, *, weak: bool) -> tuple[str, ...]:
     if text.strip() == "*":
         return ("*",)
     return tuple([found[2] if found[2] is not None and (weak or not found[1]) else NO_ETAG
-                  for found in _ETAG.finditer(text)]) or (NO_ETAG,)
+                  for found in re.finditer(_ETAG, text)]) or (NO_ETAG,)
 
 
 def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
@@ -917,7 +913,7 @@ def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
 
 # ---- fields of WebDAV (RFC 4918 s10)
 
-_BARE_TOKEN = re.compile(r"(?:urn:uuid|opaquelocktoken):[0-9A-Za-z:.\-]{1,256}")         # webdav 5 for JavaScript, to refresh a lock
+_BARE_TOKEN = r"(?:urn:uuid|opaquelocktoken):[0-9A-Za-z:.\-]{1,256}"         # webdav 5 for JavaScript, to refresh a lock
 _IF_PART = re.compile(r'\s*(?:<([^<>"\s]{1,4096})>|(\()|(\))|(Not)(?=[\s<\[])|\[((?:W/)?"[^"\s]{0,256}")\])', re.I)
 
 
@@ -942,12 +938,12 @@ def parse_timeout(text: str | None, default: int, most: int) -> int:
     return default
 
 
-_LOCK_TOKEN = re.compile(r"<([^<>\s]{1,256})>|([^<>\s]{1,256})")
+_LOCK_TOKEN = r"<([^<>\s]{1,256})>|([^<>\s]{1,256})"
 
 
 def parse_lock_token(text: str) -> str:
     """The token in a Lock-Token field, without its brackets, which webdav 5 for JavaScript leaves away (s10.5)."""
-    found = _LOCK_TOKEN.fullmatch(text)
+    found = re.fullmatch(_LOCK_TOKEN, text)
     if not found:
         raise CloudError("bad-request", "malformed Lock-Token")
     return found[1] or found[2]
@@ -966,7 +962,7 @@ def parse_if(text: str) -> tuple[tuple[str | None, tuple[tuple[bool, str, str], 
 
     return  ((resource as written or None, ((wanted, "token" or "etag", value), ...)), ...)
     """
-    if _BARE_TOKEN.fullmatch(text):
+    if re.fullmatch(_BARE_TOKEN, text):
         return ((None, ((True, "token", text),)),)
     lists, resource, current, wanted, at = [], None, None, True, 0
     while text[at:].strip():
@@ -1022,14 +1018,14 @@ def parse_basic(text: str) -> tuple[str, str] | None:
     return (name, password) if mark else None
 
 
-_METADATA = re.compile(r"([^\s,]+)(?: ([A-Za-z0-9+/=]*))?")
+_METADATA = r"([^\s,]+)(?: ([A-Za-z0-9+/=]*))?"
 
 
 def parse_metadata(text: str) -> dict[str, str]:
     """Upload-Metadata: "path cGF0aA==,mtime MTAwMA==" to {"path": "path", ...}."""
     found = {}
     for part in text.split(",") if text else ():
-        pair = _METADATA.fullmatch(part.strip())
+        pair = re.fullmatch(_METADATA, part.strip())
         try:
             found[pair[1]] = base64.b64decode(pair[2] or "", validate=True).decode("utf-8")
         except (TypeError, ValueError):
@@ -1037,7 +1033,7 @@ def parse_metadata(text: str) -> dict[str, str]:
     return found
 
 
-_NOT_IN_FILENAME = re.compile(r"""[^ !#$&'()+,\-.0-9=@A-Z\[\]^_a-z{}~]""")
+_NOT_IN_FILENAME = r"""[^ !#$&'()+,\-.0-9=@A-Z\[\]^_a-z{}~]"""
 
 
 def format_fields(fields: dict[str, str]) -> str:
@@ -1053,7 +1049,7 @@ def format_disposition(name: str, *, inline: bool = False) -> str:
 
     Who knows only `filename`, like curl -OJ, gets the nearest plain name (RFC 6266 appendix D).
     """
-    plain = '%s; filename="%s"' % ("inline" if inline else "attachment", _NOT_IN_FILENAME.sub("_", name))
+    plain = '%s; filename="%s"' % ("inline" if inline else "attachment", re.sub(_NOT_IN_FILENAME, "_", name))
     return plain if _PLAIN.fullmatch(name) else "%s; filename*=UTF-8''%s" % (plain, quote(name, safe=""))
 
 
@@ -1593,13 +1589,13 @@ def decode_text(data: bytes) -> str | None:
         return data.decode("cp1252", "replace")
 
 
-_WORD = re.compile(r'(-?)(?:"([^"]*)"|(\S+))')
+_WORD = r'(-?)(?:"([^"]*)"|(\S+))'
 WORDS_MOST = 8
 
 
 def parse_words(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What a person typed, `lake "two words" -winter`, to (words that must be there, words that must not), folded."""
-    found = [(sign, (quoted or plain or "").casefold()) for sign, quoted, plain in _WORD.findall(key_of(text))]
+    found = [(sign, (quoted or plain or "").casefold()) for sign, quoted, plain in re.findall(_WORD, key_of(text))]
     return (tuple(word for sign, word in found if word and not sign)[:WORDS_MOST],
             tuple(word for sign, word in found if word and sign)[:WORDS_MOST])
 
@@ -1663,6 +1659,7 @@ class _Sink(io.RawIOBase):
 
 def zip_archive(contents: Iterator[tuple[tuple[str, ...], Node, Content | None]], top: str) -> Iterator[bytes]:
     """A zip archive made while it is sent, not compressed; names are relative and unique (Z1)."""
+    import zipfile
     sink = _Sink()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for path, node, content in contents:
@@ -3305,7 +3302,7 @@ KNOWN_LIFE, KNOWN_MOST = 90 * DAY, 200         # how long a network is known to 
 PAIRING = 20 * MINUTE           # how long a device waits to be let in
 PAIRINGS, PAIRINGS_HERE = 1000, 30             # that wait at a time: in all, from one address
 TOKEN_MARK = "cs_"              # app passwords begin so and are never tried as passwords
-ACCOUNT_NAME = re.compile(r"[^\x00-\x20/\\:\x7f\ud800-\udfff](?:[^\x00-\x1f/\\:\x7f\ud800-\udfff]{0,62}[^\x00-\x20/\\:\x7f\ud800-\udfff])?")
+ACCOUNT_NAME = r"[^\x00-\x20/\\:\x7f\ud800-\udfff](?:[^\x00-\x1f/\\:\x7f\ud800-\udfff]{0,62}[^\x00-\x20/\\:\x7f\ud800-\udfff])?"
 
 COMMON_WORDS = frozenset("""
     abcd abracadabra access admin administrator alejandra alejandro aleksandra alessandra alessandro alexander alexandra
@@ -3680,7 +3677,7 @@ class Accounts:
         first    only if there is none yet; the setup token is used up
         raises   CloudError bad-request for an unfit name or password, exists, forbidden
         """
-        if not ACCOUNT_NAME.fullmatch(name) or name.startswith("."):
+        if not re.fullmatch(ACCOUNT_NAME, name) or name.startswith("."):
             raise CloudError("bad-request", "a name has 1 to 64 characters, none of them / \\ : or a control character")
         check_new_password(name, password)
         stored, root = hash_password(password), self.db.new_id()
@@ -8739,7 +8736,7 @@ class Site:
 
 # ---- the parser: bytes in, requests out, no socket (RFC 9112)
 
-_TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
+_TRAILER = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*"
 _BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\x00")
 
 
@@ -8859,7 +8856,7 @@ class RequestBody(Body):
             if not line:
                 self.ended = True
                 return False
-            if not _TRAILER.fullmatch(line):
+            if not re.fullmatch(_TRAILER, line):
                 raise refuse_head("bad-request", "malformed trailers")
             self._spend(line)
 
@@ -9523,7 +9520,7 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
 def api_write(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Store the body as a file; keep: beside what is there, under a free name."""
     values = request.values
-    given = replace(read_conditions(request), beside=True) if values["keep"] else read_conditions(request)
+    given = read_conditions(request)._replace(beside=True) if values["keep"] else read_conditions(request)
     node, new = cloud.files.write(who, path, request.body, given, parents=bool(values["parents"]),
                             mtime=values["mtime"])
     return json_response(api_node(node, path[:-1] + (node.name,)), 201 if new else 200, ETag='"%s"' % node.etag)
@@ -10095,9 +10092,9 @@ def tus_create(cloud: Cloud, who: Principal, request: Request) -> Response:
     path = split_path(about.get("path") or about.get("filename") or "")
     if not path or len(text) > 8 * KiB:
         raise CloudError("bad-request", "Upload-Metadata must hold a path or a filename")
-    given = replace(read_conditions(request), beside=about.get("clash") == "keep")
+    given = read_conditions(request)._replace(beside=about.get("clash") == "keep")
     if about.get("clash") == "refuse":
-        given = replace(given, if_none_match=("*",))
+        given = given._replace(if_none_match=("*",))
     upload = cloud.uploads.create(who, path, size, given, parents="parents" in about, note=text,
                                  mtime=parse_time(about["mtime"]) if "mtime" in about else None)
     if request["content-type"] == "application/offset+octet-stream" and not upload.done:
@@ -10380,11 +10377,11 @@ def read_dav_conditions(request: Request) -> Preconditions:
         return given
     lists = parse_if(request.fields["if"])
     tokens = frozenset(value for _, conditions in lists for _, kind, value in conditions if kind == "token")
-    return replace(given, tokens=tokens, lists=tuple(
+    return given._replace(tokens=tokens, lists=tuple(
         (None if resource is None else read_resource(request, resource), conditions) for resource, conditions in lists))
 
 
-_USERINFO = re.compile(r"\A(https?://)[^/?#]*@", re.I)
+_USERINFO = r"(?i)\A(https?://)[^/?#]*@"
 
 
 def read_resource(request: Request, uri: str) -> tuple[str, ...]:
@@ -10392,7 +10389,7 @@ def read_resource(request: Request, uri: str) -> tuple[str, ...]:
 
     What stands before an @ is dropped: git push sends the name and password of its own address along.
     """
-    authority, path, _, _ = parse_target(_USERINFO.sub(r"\1", uri, 1))
+    authority, path, _, _ = parse_target(re.sub(_USERINFO, r"\1", uri, count=1))
     if authority and authority.lower() != request.fields["host"].lower() and not request.site.knows(authority):
         raise CloudError("bad-gateway", "the destination is on another server")
     below_prefix = request.prefix and path[:len(request.prefix)] == request.prefix
@@ -11221,7 +11218,7 @@ def nc_checksum(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
 
 def nc_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A file, or the chunk of one as ownCloud's clients sent them before there were upload folders."""
-    is_chunk = path and "oc-chunked" in request.fields and LEGACY.fullmatch(path[-1])
+    is_chunk = path and "oc-chunked" in request.fields and re.fullmatch(LEGACY, path[-1])
     return (nc_legacy_chunk if is_chunk else dav_put)(cloud, who, request, path)
 
 
@@ -11238,7 +11235,7 @@ def nc_options(cloud: Cloud, who: Principal, request: Request, path: tuple[str, 
 # (Nextcloud, Android) or without (iOS).
 
 NC_UPLOADS = "/remote.php/dav/uploads/<owner>/<path>"
-LEGACY = re.compile(r"(.+)-chunking-(\d{1,20})-(\d{1,6})-(\d{1,6})", re.S)
+LEGACY = r"(?s)(.+)-chunking-(\d{1,20})-(\d{1,6})-(\d{1,6})"
 
 
 def read_chunk(path: tuple[str, ...]) -> tuple[str, Optional[int]]:
@@ -11305,7 +11302,7 @@ def nc_join(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
 
 def nc_legacy_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A chunk of a file that is put as NAME-chunking-TRANSFER-COUNT-INDEX; with the last one they become the file."""
-    file, transfer, count, index = LEGACY.fullmatch(path[-1]).groups()
+    file, transfer, count, index = re.fullmatch(LEGACY, path[-1]).groups()
     path = (*path[:-1], file)
     name = sha256_text("\n".join((transfer, *path)))
     cloud.uploads.begin_parts(who, name, read_number(request, "oc-total-length"), again=True)
@@ -13765,8 +13762,6 @@ class Rules:
         return all(rest is None for rest in globs[glob:])
 
 
-JUNK_RULES, REGENERATED_RULES = Rules(JUNK), Rules(REGENERATED)
-
 # ---- the folder
 
 class Block(NamedTuple):
@@ -13797,6 +13792,7 @@ class Folder:
         self.home = root / SYNC_HOME
         self._nursery, self._mark, self._count = str(self.home / "tmp" / "x")[:-1], secrets.token_hex(8), itertools.count()
         self.folds = (self.home / "pROBE").exists()
+        self._junk, self._regenerated = Rules(JUNK), Rules(REGENERATED)
         self.mounts: dict[str, tuple[str, int]] = {}         # of the last scan
         self._opened: list[tuple[int, int]] = []     # by what the place is known since it was opened
         self._touched: set[str] = set()              # what may not be on the medium yet
@@ -13902,7 +13898,7 @@ class Folder:
         """What a scan sees at a path; None for what is left out, or blocked."""
         is_directory = entry.is_dir(follow_symlinks=False)
         if rules.leaves_out(path, is_directory):
-            if JUNK_RULES.leaves_out(path, is_directory) and entry.name != SYNC_HOME:
+            if self._junk.leaves_out(path, is_directory) and entry.name != SYNC_HOME:
                 scan.junk.append(path)
             return None
         try:
@@ -14041,7 +14037,7 @@ class Folder:
             patiently(partial(os.unlink, place), place)
         else:
             names = os.listdir(place)
-            if any(not REGENERATED_RULES.leaves_out(name, False) or os.path.isdir(os.path.join(place, name)) for name in names):
+            if any(not self._regenerated.leaves_out(name, False) or os.path.isdir(os.path.join(place, name)) for name in names):
                 return False
             for name in names:
                 os.unlink(os.path.join(place, name))
@@ -14974,8 +14970,9 @@ def is_let_in(memory: Memory) -> bool:
 
 def introduce(memory: Memory, url: str, device: str, password: Callable[[str], str], *, plain: bool = False) -> None:
     """Get a token of our own for the account, and forget the password.  What was agreed on stays.  raises Stopped"""
+    from getpass import getuser
     address, name = plain_url(url or memory.words.get("url", ""))
-    name = name or memory.words.get("account") or getpass.getuser()
+    name = name or memory.words.get("account") or getuser()
     if memory.words.get("account", name) != name:
         raise Stopped("this folder belongs to %s at %s" % (memory.words["account"], memory.words["url"]), USAGE)
     link = Link(address, "", AGENT, memory.words.get("trust", ""))
@@ -15032,8 +15029,7 @@ class Tally:
         return self.uploaded + self.downloaded + self.moved + self.deleted_here + self.deleted_there + self.conflicts
 
 
-@dataclass(frozen=True)
-class Wishes:
+class Wishes(NamedTuple):
     """What somebody wants of a sync."""
     only: Sequence[str] = ()     # paths that are synced, if not all
     yes: bool = False            # go on where a person has to look
@@ -16150,7 +16146,7 @@ def run_serve(config: Config, given: Arguments) -> None:
 def run_user_add(config: Config, given: Arguments) -> None:
     """make an account; --quota limits it"""
     with open_cloud(config, "make") as cloud:
-        cloud.accounts.add(given.name, read_password(given), admin=given.admin,
+        cloud.accounts.add(given.name, ask_password(given, given.name, new=True), admin=given.admin,
                            quota=cloud.policy().quota if config.quota is None else config.quota)
 
 
@@ -16169,7 +16165,7 @@ def run_user_passwd(config: Config, given: Arguments) -> None:
     """set a new password; ends every session and app password of the account"""
     with open_cloud(config) as cloud:
         cloud.accounts.get(given.name)
-        cloud.accounts.set_password(given.name, read_password(given))
+        cloud.accounts.set_password(given.name, ask_password(given, given.name, new=True))
 
 
 @command("user remove", ("name", {"help": "whose account"}), ("--yes", {"action": "store_true", "help": "do not ask"}))
@@ -16316,7 +16312,7 @@ def run_sync(config: Config, given: Arguments) -> int:
         if given.forget:
             print(one_line(forget_folder(given.folder)))
             return 0
-        client, listener = open_client(given.folder, given.url, partial(ask_password, given), Wishes(
+        client, listener = open_client(given.folder, given.url, partial(sync_password, given), Wishes(
             only=given.only, yes=given.yes, show=sys.stderr.isatty() and not given.json, device=given.device,
             again=bool(given.url or given.password_stdin or "CLOUDSERVER_PASSWORD" in os.environ), trust=given.trust, plain=given.plain_http))
         tell = partial(tell_tally, given, set())
@@ -16334,11 +16330,9 @@ def run_sync(config: Config, given: Arguments) -> int:
         return complain(one_line(str(stopped)), stopped.code)
 
 
-def ask_password(given: Arguments, name: str) -> str:
+def sync_password(given: Arguments, name: str) -> str:
     found = os.environ.get("CLOUDSERVER_PASSWORD")
-    if found is None and (given.password_stdin or not sys.stdin.isatty()):
-        found = read_line()
-    return getpass.getpass("Password for %s: " % name) if found is None else found
+    return ask_password(given, name) if found is None else found
 
 
 def tell_tally(given: Arguments, told: set[str], client: SyncClient) -> None:
@@ -16382,11 +16376,13 @@ def run_doctor(config: Config, given: Arguments) -> int:
     return code
 
 
-def read_password(given: Arguments) -> str:
+def ask_password(given: Arguments, name: str, *, new: bool = False) -> str:
+    """The password of somebody, as standard input or whoever sits there says; a new one is asked for twice.  raises CloudError"""
+    from getpass import getpass
     if given.password_stdin or not sys.stdin.isatty():
         return read_line()
-    password = getpass.getpass("Password for %s: " % given.name)
-    if getpass.getpass("Again: ") != password:
+    password = getpass("Password for %s: " % name)
+    if new and getpass("Again: ") != password:
         raise CloudError("bad-request", "the two are not the same")
     return password
 
@@ -18825,7 +18821,7 @@ begin();
 # ---- HTML, and words for whoever reads it
 
 VOID = frozenset("br hr img input link meta".split())        # elements without an end
-UNSEEN = re.compile("[\u00ad\u061c\u0080-\u009f\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+UNSEEN = "[\u00ad\u061c\u0080-\u009f\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
 
 
 def H(tag: str, *content: str, **about: Any) -> Markup:
@@ -18845,7 +18841,7 @@ def H(tag: str, *content: str, **about: Any) -> Markup:
 
 
 def visible(text: str) -> str:
-    return UNSEEN.sub(lambda sign: "‹U+%04X›" % ord(sign[0]), text)
+    return re.sub(UNSEEN, lambda sign: "‹U+%04X›" % ord(sign[0]), text)
 
 
 @lru_cache(maxsize=None)

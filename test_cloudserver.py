@@ -244,9 +244,11 @@ import textwrap
 import time
 import types
 import unicodedata
+import zipfile
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
 
@@ -5022,7 +5024,7 @@ def test_one_network_crowds_out_only_itself(cloud, ann, monkeypatch, serve_cloud
             seen.append(self)
     seen = []
     monkeypatch.setattr(cs, "Connection", Placed)
-    cloud.config = cs.replace(cloud.config, max_connections=20)
+    cloud.config = replace(cloud.config, max_connections=20)
     address = serve_cloud(cloud)
     honest, = connect(address)
     time.sleep(0.1)
@@ -5341,7 +5343,7 @@ def test_long_reads_end_when_nobody_waits_for_the_answer(cloud, ann, serve_cloud
     monkeypatch.setattr(cs, "LONG", 0)
     if tls:
         certificate = request.getfixturevalue("certificate")
-        cloud.config = cs.replace(cloud.config, tls_cert=certificate[0], tls_key=certificate[1])
+        cloud.config = replace(cloud.config, tls_cert=certificate[0], tls_key=certificate[1])
     sock = socket.create_connection(serve_cloud(cloud), timeout=5)
     if tls:
         import ssl
@@ -5459,7 +5461,7 @@ def test_a_put_through_the_api(call, cloud, ann):
 
 
 def unzip(data):
-    with cs.zipfile.ZipFile(io.BytesIO(data)) as archive:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
         assert archive.testzip() is None
         return {info.filename: archive.read(info) for info in archive.infolist()}
 
@@ -5607,7 +5609,7 @@ def test_an_archive_of_more_than_an_address_holds(api, call, cloud, ann):
     for n in range(30):
         put(cloud, ann, "box/%03d.txt" % n, b"%d" % n)
     id = api("POST", "zip-names", names=["%03d.txt" % n for n in range(0, 30, 3)])["id"]
-    archive = cs.zipfile.ZipFile(io.BytesIO(call("GET", "/api/v1/zip/box?names=" + id).body))
+    archive = zipfile.ZipFile(io.BytesIO(call("GET", "/api/v1/zip/box?names=" + id).body))
     assert archive.namelist() == ["%03d.txt" % n for n in range(0, 30, 3)]
     account(cloud, "bob")
     assert call("GET", "/api/v1/zip?names=" + id, user="bob").status == 404 and api("POST", "zip-names", names=["a/../b"]) == "bad-request"
@@ -10676,7 +10678,7 @@ def test_a_password_is_not_sent_in_the_open(laptop, tmp_path, monkeypatch, url, 
 def tls_cloud(cloud, ann, certificate, serve_cloud):
     """The cloud over TLS: address = tls_cloud(certificate file, key file)."""
     def start(chain, key):
-        cloud.config = cs.replace(cloud.config, tls_cert=str(chain), tls_key=str(key))
+        cloud.config = replace(cloud.config, tls_cert=str(chain), tls_key=str(key))
         return serve_cloud(cloud)
     return start
 
