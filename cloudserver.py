@@ -1815,7 +1815,7 @@ def give_to_owner(fd: int, home: Path) -> None:
 
 
 def insist(act: Callable[..., None], *places: Any) -> None:
-    """os.unlink(place), os.replace(source, place): on Windows also while a scanner reads it, or if it is read-only.
+    """os.unlink(place), os.replace(source, place) and the like: on Windows also while a scanner reads it, or if it is read-only.
 
     raises OSError, on Windows PermissionError after 0.8 s: another program has it open
     """
@@ -1823,7 +1823,7 @@ def insist(act: Callable[..., None], *places: Any) -> None:
         try:
             return act(*places)
         except PermissionError:
-            if os.path.exists(places[-1]) and not os.access(places[-1], os.W_OK):
+            with suppress(OSError):
                 os.chmod(places[-1], 0o600)
             time.sleep(wait)
     return act(*places)
@@ -13925,10 +13925,9 @@ class Folder:
         """Is everything above a path a real directory, and none our corner?  raises OSError"""
         if "/" not in path:
             return
-        home = self._opened[1:]
         for above in reversed(list(ancestors_of(path))):
             about = os.lstat(self.place(above))
-            if why_not_a_file(about) or not stat.S_ISDIR(about.st_mode) or [(about.st_dev, about.st_ino)] == home:
+            if not stat.S_ISDIR(about.st_mode) or is_junction(about) or (about.st_dev, about.st_ino) in self._opened[1:]:
                 raise OSError(errno.ENOTDIR, "%s %s" % (above, why_not_a_file(about) or "is no directory of this folder"))
 
     def is_gone(self, path: str, above: Here | None, device: int | None) -> bool:
@@ -13998,7 +13997,7 @@ class Folder:
         if expected and not (base and self.content(path, base) == base.content and is_like_here(self.look(path), expected)):
             return None
         place = self.place(path)
-        patiently(partial(os.replace, file.place, place), place)
+        insist(os.replace, file.place, place)
         file.settled = True
         self.touch(path)
         here = self.look(path)
@@ -14021,7 +14020,7 @@ class Folder:
             raise FileExistsError(errno.EEXIST, "something is there", new)
         if parent_of(new):
             self.make_directory(parent_of(new))
-        patiently(partial(os.rename, self.place(old), self.place(new)), self.place(old))
+        insist(os.rename, self.place(old), self.place(new))
         self._touched.update((parent_of(old), parent_of(new)))
 
     def remove(self, path: str, expected: Here, base: Base) -> bool:
@@ -14034,14 +14033,14 @@ class Folder:
         if not expected.kind:
             if self.content(path, base) != base.content or not is_like_here(self.look(path), expected):
                 return False
-            patiently(partial(os.unlink, place), place)
+            insist(os.unlink, place)
         else:
             names = os.listdir(place)
             if any(not self._regenerated.leaves_out(name, False) or os.path.isdir(os.path.join(place, name)) for name in names):
                 return False
             for name in names:
                 os.unlink(os.path.join(place, name))
-            patiently(partial(os.rmdir, place), place)
+            insist(os.rmdir, place)
         self._touched.add(parent_of(path))
         return True
 
@@ -14108,7 +14107,7 @@ class Temporary:
         self.close()
         if not (self.keeps or self.settled):
             with suppress(FileNotFoundError):
-                patiently(partial(os.unlink, self.place), self.place)
+                insist(os.unlink, self.place)
 
     def __enter__(self) -> Temporary:
         return self
@@ -14117,19 +14116,6 @@ class Temporary:
         if kind is not None:
             self.discard()
         self.close()
-
-
-def patiently(act: Callable[[], None], place: str) -> None:
-    """Replace, rename or remove.  On Windows what is read-only is made writable, and what somebody reads is waited for."""
-    for attempt in range(5 if os.name == "nt" else 1):
-        try:
-            return act()
-        except PermissionError:
-            if os.name != "nt" or attempt == 4:
-                raise
-            with suppress(OSError):
-                os.chmod(place, stat.S_IWRITE | stat.S_IREAD)
-            time.sleep(0.02 * 2 ** attempt)
 
 
 class Changing(OSError):
@@ -14405,7 +14391,7 @@ class Memory:
             self.db.execute("BEGIN")
             try:
                 for tree, kind in self.TREES.items():
-                    mine, keys = getattr(self, tree), self._changed[tree]
+                    mine, keys = getattr(self, tree), sorted(self._changed[tree])        # in the order of the table
                     self.db.executemany("DELETE FROM %s WHERE key = ?" % tree, [(key,) for key in keys if key not in mine])
                     self.db.executemany("REPLACE INTO %s (key, %s) VALUES (?%s)" % (tree, ", ".join(kind._fields), ", ?" * len(kind._fields)),
                                         [(key, *mine[key]) for key in keys if key in mine])
