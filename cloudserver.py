@@ -169,7 +169,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import (Any, BinaryIO, Callable, Collection, Container, ContextManager, Iterable, Iterator, NamedTuple, Optional, Sequence,
                     Tuple)
-from urllib.parse import quote, unquote_to_bytes, urlencode, urlsplit
+from urllib.parse import SplitResult, quote, unquote_to_bytes, urlencode, urlsplit
 from xml.parsers import expat
 
 try:
@@ -12628,15 +12628,23 @@ def listen(config: Config) -> socket.socket:
         raise CloudError("conflict", "cannot listen on %s port %d: %s" % (config.host, config.port, reason)) from error
 
 
+def dial(url: SplitResult, *, timeout: float = 90, vouched: bool = True) -> http.client.HTTPConnection:
+    """A connection to a server, by https only if others vouch for its certificate, or if that does not matter.  raises OSError"""
+    if url.scheme == "https":
+        context = ssl.create_default_context() if vouched else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if not vouched:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(url.hostname, url.port, timeout=timeout, context=context)
+    else:
+        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=timeout)
+    connection.connect()
+    return connection
+
+
 def ask(url: str, path: str) -> str:
     """What a server on this machine answers to GET, at most 1 KiB; "" if it does not."""
-    parts = urlsplit(url)
-    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)            # it is our own machine, by its number
-    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
-    connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=4, context=anybody) if parts.scheme == "https" \
-        else http.client.HTTPConnection(parts.hostname, parts.port, timeout=4)
     try:
-        with closing(connection):
+        with closing(dial(urlsplit(url), timeout=4, vouched=False)) as connection:           # it is our own machine, by its number
             connection.request("GET", path)
             return connection.getresponse().read(KiB).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
@@ -13553,12 +13561,11 @@ class Base(NamedTuple):
     ctime_ns: int = 0            # -1: not to be trusted
     sure: int = 1                # 0: its bytes were read so soon after a write that they are read once more
 
-    def is_still(self, there: There) -> bool:
-        """Is a node on the server in all as it was agreed on?"""
-        return self[:len(There._fields)] == there
+    def as_there(self) -> There:
+        return There._make(self[:len(There._fields)])
 
     def with_there(self, there: There) -> Base:
-        return Base(*there, self.mtime_ns, self.inode, self.ctime_ns, self.sure)
+        return Base(*there, *self[len(There._fields):])
 
 
 class Here(NamedTuple):
@@ -13626,6 +13633,10 @@ def state_there(base: Base | None, there: There | None) -> str:
 
 def parent_of(path: str) -> str:
     return path.rpartition("/")[0]
+
+
+def name_of(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def lineage(key: str) -> Iterator[str]:
@@ -13739,7 +13750,7 @@ class Rules:
 
     def leaves_out(self, path: str, is_directory: bool) -> bool:
         path = key_of(path)
-        name = path.rpartition("/")[2]
+        name = name_of(path)
         for rule in self.by_beginning.get(name[:1]) or self.by_beginning[""]:
             if (is_directory or not rule.only_directories) and rule.globs[-1].fits(name) and (
                     rule.anywhere or self._fits(rule.globs, path.split("/"))):
@@ -14254,7 +14265,7 @@ class Memory:
 
     def _with_words_of(self, there: There | None, base: Base) -> Base:
         """The same, sharing its strings with what is on the server: they are most of our memory."""
-        return base.with_there(there) if there and base.is_still(there) else base
+        return base.with_there(there) if base.as_there() == there else base
 
     @property
     def cursor(self) -> int:
@@ -14289,14 +14300,13 @@ class Memory:
 
     def agree(self, key: str, there: There, here: Here) -> None:
         """Both sides are the same now: the bytes that were just read, or written."""
-        sure = here.kind or abs(time.time_ns() - here.mtime_ns) > YOUNG
         self.set("there", key, there)
-        self.set("base", key, Base(*there, here.mtime_ns, here.inode, here.ctime_ns, int(sure)))
+        self.know(key, here, there)
 
-    def know(self, key: str, here: Here) -> None:
-        """What is here was found to hold the bytes of base."""
-        sure = here.kind or abs(time.time_ns() - here.mtime_ns) > YOUNG
-        self.set("base", key, self.base[key]._replace(mtime_ns=here.mtime_ns, inode=here.inode, ctime_ns=here.ctime_ns, sure=int(sure)))
+    def know(self, key: str, here: Here, as_there: There | None = None) -> None:
+        """What is here was found to hold the bytes of base, or of what base becomes."""
+        is_sure = here.kind or abs(time.time_ns() - here.mtime_ns) > YOUNG
+        self.set("base", key, Base(*(as_there or self.base[key].as_there()), here.mtime_ns, here.inode, here.ctime_ns, int(is_sure)))
 
     def doubt(self, key: str) -> None:
         """Whatever size and times say: the bytes of a file here have to be looked at."""
@@ -14515,6 +14525,15 @@ def change_of(about: Any) -> tuple[str, There | None]:
 
 # ---- the other end
 
+def read_url(url: str) -> SplitResult:
+    """The address of a server.  raises Stopped"""
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    raise Stopped("%s is not the address of a server, like https://ann@cloud.example" % url, USAGE)
+
+
 class BrokenOff(Stopped):
     """An answer that began well did not come whole."""
 
@@ -14527,15 +14546,9 @@ class Link:
         pin     SHA-256 of a certificate that counts although nobody vouches for it
         raises  Stopped
         """
-        try:
-            parts = urlsplit(url)
-            self.host, self.port = parts.hostname, parts.port
-        except ValueError:
-            parts, self.host = urlsplit(""), None
-        if parts.scheme not in ("http", "https") or not self.host:
-            raise Stopped("%s is not the address of a server, like https://ann@cloud.example" % url, USAGE)
-        self.secure, self.pin = parts.scheme == "https", pin
-        self.prefix = parts.path.rstrip("/")
+        self.url = read_url(url)
+        self.host, self.secure = self.url.hostname, self.url.scheme == "https"
+        self.pin = pin if self.secure else ""
         self.fields = {"Authorization": authorization, "User-Agent": agent}
         self._mine = threading.local()               # each thread has a connection of its own
         self._opened: list[http.client.HTTPConnection] = []
@@ -14544,47 +14557,33 @@ class Link:
     def _connect(self) -> http.client.HTTPConnection:
         connection = getattr(self._mine, "connection", None)
         if connection is None:
-            connection = self._mine.connection = self._dial(bool(self.pin))
+            connection = self._mine.connection = self._dial()
             self._opened.append(connection)
-            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
-    def _dial(self, pinned: bool) -> http.client.HTTPConnection:
+    def _dial(self) -> http.client.HTTPConnection:
         """A new connection; a certificate that is pinned is compared before anything is sent."""
-        if not self.secure:
-            connection = http.client.HTTPConnection(self.host, self.port, timeout=90)
-            connection.connect()
-            return connection
-        context = ssl.create_default_context()
-        if pinned:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(self.host, self.port, timeout=90, context=context)
-        connection.connect()
-        if pinned and self._fingerprint(connection) != self.pin:
+        if self.pin:
+            connection = dial(self.url, vouched=False)
+            if fingerprint_of(connection) == self.pin:
+                return connection
             connection.close()
-            try:
-                return self._dial(False)             # it has one by now that others vouch for
-            except ssl.SSLCertVerificationError:
-                raise Stopped("the certificate of %s is not the one that was trusted, and nothing was sent. If its owner changed "
-                              "it, --trust trusts the new one" % self.host) from None
-        return connection
-
-    def _fingerprint(self, connection: http.client.HTTPConnection) -> str:
-        return hashlib.sha256(connection.sock.getpeercert(binary_form=True)).hexdigest()
+        try:
+            return dial(self.url)                # it may have one by now that others vouch for
+        except ssl.SSLCertVerificationError:
+            if not self.pin:
+                raise
+            raise Stopped("the certificate of %s is not the one that was trusted, and nothing was sent. If its owner changed "
+                          "it, --trust trusts the new one" % self.host) from None
 
     def certificate(self) -> str:
         """SHA-256 of a certificate that nobody vouches for; "" if it needs no trust.  raises Stopped"""
         try:
-            if self.secure:
-                try:
-                    self._dial(False).close()
-                except ssl.SSLCertVerificationError:
-                    context = ssl.create_default_context()
-                    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-                    connection = http.client.HTTPSConnection(self.host, self.port, timeout=90, context=context)
-                    connection.connect()
-                    with closing(connection):
-                        return self._fingerprint(connection)
+            try:
+                dial(self.url).close()
+            except ssl.SSLCertVerificationError:
+                with closing(dial(self.url, vouched=False)) as connection:
+                    return fingerprint_of(connection)
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
         return ""
@@ -14637,7 +14636,7 @@ class Link:
         for attempt in range(1, tries + 1):
             try:
                 connection = self._connect()
-                connection.request(method, self.prefix + path, body, self.fields)
+                connection.request(method, self.url.path.rstrip("/") + path, body, self.fields)
                 self.sent += len(body or b"")
                 response = connection.getresponse()
                 if 200 <= response.status < 300:
@@ -14677,6 +14676,10 @@ class Link:
         missing = problem.get("missing")
         return CloudError(code if code in ERRORS else "internal", detail,
                           missing=missing if are_hashes(missing) else None)
+
+
+def fingerprint_of(connection: http.client.HTTPConnection) -> str:
+    return hashlib.sha256(connection.sock.getpeercert(binary_form=True)).hexdigest()
 
 
 class Follower:
@@ -14925,11 +14928,8 @@ def forget_folder(place: Path) -> str:
 
 
 def plain_url(url: str) -> tuple[str, str]:
-    """(the address without a name, the name)."""
-    try:
-        parts = urlsplit(url if "://" in url else "https://" + url)
-    except ValueError:
-        raise Stopped("%s is not the address of a server, like https://ann@cloud.example" % url, USAGE) from None
+    """(the address without a name, the name).  raises Stopped"""
+    parts = read_url(url if "://" in url else "https://" + url)
     host = parts.netloc.rpartition("@")[2]
     return "%s://%s%s" % (parts.scheme, host, parts.path.rstrip("/")), unquote_to_bytes(parts.username or "").decode("utf-8", "replace")
 
@@ -15254,7 +15254,7 @@ class Planner:
         for key in {*memory.base, *memory.there, *here}:
             base, ours, theirs = memory.base.get(key), here.get(key), memory.there.get(key)
             changed = state_there(base, theirs)
-            if changed == "same" and not base.is_still(theirs) and base.path == theirs.path:
+            if changed == "same" and base.path == theirs.path and base.as_there() != theirs:
                 memory.set("base", key, base.with_there(theirs))     # the same bytes, written once more
             action = DECISIONS[state_here(base, ours), changed]
             if not action or key in left_out:
@@ -15380,7 +15380,7 @@ class Mover:
     def _is_respelled(self, key: str, base: Base) -> bool:
         """Has only the case of its name changed, where the file system cannot tell cases apart?"""
         here = self.session.scan.here[key]
-        return self.folder.folds and key_of(base.path.rpartition("/")[2]) != key_of(here.path.rpartition("/")[2])
+        return self.folder.folds and key_of(name_of(base.path)) != key_of(name_of(here.path))
 
     def _follow_here(self, gone: list[str]) -> bool:
         """What vanished in one place and turned up in another, told by inode, or by time, and content; was anything moved?"""
@@ -15701,10 +15701,9 @@ class Downloader:
 
     def respell(self, there: There, here: Here) -> Here:
         """Give what is agreed on the server's spelling of its name, where the file system takes both for one.  raises OSError"""
-        name = there.path.rpartition("/")[2]
-        if not self.folder.folds or key_of(name) == key_of(here.path.rpartition("/")[2]):
+        if not self.folder.folds or key_of(name_of(there.path)) == key_of(name_of(here.path)):
             return here
-        path = here.path[:len(here.path) - len(here.path.rpartition("/")[2])] + name
+        path = here.path[:len(here.path) - len(name_of(here.path))] + name_of(there.path)
         self.folder.rename(here.path, path)
         return self.folder.look(path) or here
 
