@@ -15067,7 +15067,7 @@ class Session:
         self.remembered, self.pause = time.monotonic(), 1.0
         self.tally = Tally()
         self.problems: dict[str, str] = {}           # what could not be synced, by key
-        self.kept: dict[str, str] = {}               # directories that stay because of what is left out, by path
+        self.passed: dict[str, str] = {}             # what was passed over, or stays, by path, and why
         self.unsettled: set[str] = set()             # paths that changed while they were read
         self.lacking: dict[str, str] = {}            # paths whose bytes the server cannot give
         self.refused: dict[str, str] = {}            # paths at which the server has something else than we know
@@ -15314,8 +15314,8 @@ def is_at_home(base: Base, there: There | None) -> bool:
 class Mover:
     """Renames cost a rename: first those on the server, then ours."""
 
-    def __init__(self, session: Session, planner: Planner) -> None:
-        self.session, self.planner = session, planner
+    def __init__(self, session: Session, planner: Planner, uploader: Uploader) -> None:
+        self.session, self.planner, self.uploader = session, planner, uploader
         self.folder, self.memory = session.folder, session.memory
 
     def follow(self) -> None:
@@ -15418,25 +15418,11 @@ class Mover:
         return (found.size, found.mtime_ns) == (base.size, base.mtime_ns) and self.planner.holds(found.path, base)
 
     def _move_there(self, moves: list[tuple[str, str]]) -> bool:
-        memory, here, steps, made = self.memory, self.session.scan.here, [], set()
-        for key, new in moves:
-            path, above = here[new].path, []
-            while parent_of(path) and self.folder.key(parent_of(path)) not in memory.there:
-                path = parent_of(path)
-                above.append(path)
-            steps += [{"mkdir": path} for path in reversed(above) if path not in made]
-            made.update(above)
-            steps.append({"move": memory.base[key].path, "to": here[new].path,
-                          **({} if memory.base[key].kind else {"if": memory.there[key].etag})})
-        outcomes, done = self.session.commits.commit(steps), 0
-        goals = iter(moves)
-        for step, outcome in zip(steps, outcomes):
-            if "mkdir" in step:
-                if outcome["status"] < 300:
-                    key = self.folder.key(step["mkdir"])
-                    memory.set("there", key, collection_there(step["mkdir"], outcome.get("node", "")))
-                continue
-            key, new = next(goals)
+        memory, here, before = self.memory, self.session.scan.here, self.session.tally.moved
+        self.uploader.make_collections(sorted({above for _, new in moves for above in ancestors_of(new) if above not in memory.there}))
+        steps = [{"move": memory.base[key].path, "to": here[new].path,
+                  **({} if memory.base[key].kind else {"if": memory.there[key].etag})} for key, new in moves]
+        for (key, new), outcome in zip(moves, self.session.commits.commit(steps)):
             if outcome["status"] < 300:
                 old = memory.base[key].path
                 memory.take_twins_along(old, here[new].path)
@@ -15444,9 +15430,8 @@ class Mover:
                     memory.rekey(tree, key, old, new, here[new].path)
                 if not here[new].kind:
                     memory.know(new, here[new])
-                done += 1
-        self.session.tally.moved += done
-        return done > 0
+                self.session.tally.moved += 1
+        return self.session.tally.moved > before
 
 
 # ---- up
@@ -15792,7 +15777,7 @@ class Downloader:
             with self.session.forgiving(seen.path):
                 if here is not None and (here.kind != seen.kind or not self.folder.remove(seen.path, here, base)):
                     if here.kind and seen.kind:
-                        self.session.kept[seen.path] = "stays, for it holds files that are left out"
+                        self.session.passed[seen.path] = "stays, for it holds files that are left out"
                     else:
                         memory.doubt(key)        # it has changed since: the next round sees that (invariant 2)
                     continue
@@ -15808,8 +15793,8 @@ class SyncClient:
     def __init__(self, session: Session) -> None:
         self.session, self.folder, self.memory = session, session.folder, session.memory
         self.planner, self.follower = Planner(session), Follower(session.link, session.memory, yes=session.yes)
-        self.mover = Mover(session, self.planner)
         self.uploader, self.downloader = Uploader(session, self.planner), Downloader(session, self.planner)
+        self.mover = Mover(session, self.planner, self.uploader)
         self.lock: FileLock | None = None            # held for as long as we live
 
     def run(self) -> Tally:
@@ -15929,22 +15914,19 @@ class SyncClient:
         for line in session.rules.broken[:1]:
             session.complain(".cloudignore", "nothing is sent until this line of it can be read: %s" % line.strip()[:80])
         for key, block in session.scan.blocked.items():
-            if not self._is_harmless(key, block):
+            if block.why in (LINK, JUNCTION, NOT_A_FILE) and key not in self.memory.base and key not in self.memory.there:
+                session.passed[block.path] = block.why       # and no file is kept away by it
+            else:
                 session.complain(block.path, block.why)
-        session.tally.skipped = len(session.problems) + len(session.kept) + len(session.scan.junk) + sum(
-            self._is_harmless(key, block) for key, block in session.scan.blocked.items())
-
-    def _is_harmless(self, key: str, block: Block) -> bool:
-        """Is something only passed over, and no file kept away by it?"""
-        return block.why in (LINK, JUNCTION, NOT_A_FILE) and key not in self.memory.base and key not in self.memory.there
+        session.tally.skipped = len(session.problems) + len(session.passed) + len(session.scan.junk)
 
     def notes(self) -> list[str]:
         """What a run could not do, and what it passed over: a line each."""
-        session = self.session
-        passed = [one_line("%s: %s" % block) for key, block in session.scan.blocked.items() if self._is_harmless(key, block)]
-        junk = ["passed over as always: %s%s" % (", ".join(map(one_line, session.scan.junk[:5])), ", ..." * (len(session.scan.junk) > 5))]
-        return [*session.problems.values(), *(one_line("%s: %s" % item) for item in session.kept.items()), *passed,
-                *(junk if session.scan.junk else ())]
+        junk = self.session.scan.junk
+        passed = ["%s: %s" % item for item in self.session.passed.items()]
+        if junk:
+            passed.append("passed over as always: %s%s" % (", ".join(junk[:5]), ", ..." * (len(junk) > 5)))
+        return [*self.session.problems.values(), *map(one_line, passed)]
 
     def changed_here(self) -> list[str]:
         """Paths that differ here from what was agreed on, without asking the server."""
