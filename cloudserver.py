@@ -4442,6 +4442,10 @@ CHUNK_ROWS = (  # makes chunks known; one that was given up or found damaged is 
 
 BRAKE_FILES, BRAKE_SHARE, BRAKE_WINDOW = 200, 4, 10 * MINUTE       # held: over 200 files and over a quarter in the window
 BRAKE_FREE = HOUR               # how long a device that was allowed may do everything
+PUT_BRAKE = (
+    "INSERT INTO brake (device, home, seq, due, files, deletes, overwrites, held, free) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device) "
+    "DO UPDATE SET home = excluded.home, seq = excluded.seq, due = excluded.due, files = excluded.files, deletes = excluded.deletes, "
+    "overwrites = excluded.overwrites, held = excluded.held, free = excluded.free")
 
 
 class Window(NamedTuple):
@@ -4693,8 +4697,7 @@ class Brake:
                                       "ON c.node = a.root WHERE a.id = ?", (view.home,))[0]
             brake = brake if brake and brake.held is not None else Window(
                 who.device, view.home, seq, now + BRAKE_WINDOW, files, 0, 0, None, 0)
-            note = Statement("INSERT OR REPLACE INTO brake VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                             brake._replace(deletes=deletes, overwrites=overwrites))
+            note = Statement(PUT_BRAKE, brake._replace(deletes=deletes, overwrites=overwrites))
         self._check(who, brake, deletes, overwrites)
         return [note]
 
@@ -4719,8 +4722,7 @@ class Brake:
                 return
             held = brake._replace(deletes=brake.deletes + deletes, overwrites=brake.overwrites + overwrites,
                                   held=self.clock.wall())
-            self.db.write(lambda: Batch([Statement("INSERT OR REPLACE INTO brake VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", held)],
-                                        line=Line(view.home, who, "hold", {"count": held.deletes + held.overwrites})))
+            self.db.write(lambda: Batch([Statement(PUT_BRAKE, held)], line=Line(view.home, who, "hold", {"count": held.deletes + held.overwrites})))
             log.warning("a device is held by the brake", extra={"account": who.name, "by": who.device})
             brake = held
         if brake.held is not None:
@@ -5087,6 +5089,9 @@ PUT_OFFSET = "INSERT INTO manifest_chunk (manifest, offset, chunk) VALUES (?, ?,
 PUT_DIGEST = "INSERT INTO digest (manifest, kind, value) VALUES (?, ?, ?) ON CONFLICT (manifest, kind) DO NOTHING"
 PUT_PROPERTY = "INSERT INTO property (node, name, value) VALUES (?, ?, ?) ON CONFLICT (node, name) DO UPDATE SET value = excluded.value"
 PUT_THUMBNAIL = "INSERT INTO thumbnail (home, manifest, data) VALUES (?, ?, ?)"
+PUT_LOOSE = (
+    "INSERT INTO loose (home, chunk, size, due, root) VALUES (?, ?, ?, ?, ?) ON CONFLICT (home, chunk) DO UPDATE SET "
+    "size = excluded.size, due = excluded.due, root = excluded.root")
 PUT_KEPT = "INSERT INTO kept (id, account, value, due) VALUES (?, ?, ?, ?)"
 
 
@@ -5180,7 +5185,7 @@ COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row o
 
 TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the number of what a row of it changes for who remembers it
     CHUNK_ROWS: lambda row: number_of(row[0]), END_ENTRY: lambda row: row[3], RAISE_SHAPE: lambda row: row[0],
-    **dict.fromkeys((PUT_MANIFEST, PUT_OFFSET, PUT_DIGEST, BEGIN_ENTRY, BEGIN_COLLECTION, ADD_SUMS, PUT_PROPERTY))}
+    **dict.fromkeys((PUT_MANIFEST, PUT_OFFSET, PUT_DIGEST, BEGIN_ENTRY, BEGIN_COLLECTION, ADD_SUMS, PUT_PROPERTY, PUT_BRAKE, PUT_LOOSE))}
 
 
 class Rows:
@@ -5645,7 +5650,8 @@ class Files:
             granted.append(Lock(new_lock_token(), place.view.home, node.node, who.account, deep, exclusive, owner,
                                 seconds, now + seconds * 1000))
             plan.rows += [Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (place.view.home, now)),
-                          Statement("INSERT INTO lock VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", granted[-1]), raise_shape(place.view.home)]
+                          Statement("INSERT INTO lock (token, home, node, account, deep, exclusive, owner, seconds, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                                    granted[-1]), raise_shape(place.view.home)]
             return plan.batch("lock", {"path": "/".join(path)})
 
         granted: list[Lock] = []
@@ -6476,7 +6482,8 @@ class Versions:
         elif len(self.db.read("SELECT 1 FROM pin WHERE node = ?", (node.node,))) >= 1000:
             raise CloudError("conflict", "1000 versions of this file are pinned already")
         else:
-            self.db.run(Statement("INSERT OR REPLACE INTO pin VALUES (?, ?, ?)", (node.node, rev, name)))
+            self.db.run(Statement("INSERT INTO pin (node, rev, name) VALUES (?, ?, ?) ON CONFLICT (node, rev) DO UPDATE SET name = excluded.name",
+                                  (node.node, rev, name)))
 
 
 class Trash:
@@ -7349,8 +7356,7 @@ class Sync:
         due = self.clock.due() + LOOSE_LIFE
         loose = [(view.home, row[0], row[1], due, view.top) for row in rows if row[0] not in used]
         return [*([Statement(CHUNK_ROWS, rows, many=True)] if rows else ()),
-                *([Statement("INSERT OR REPLACE INTO loose (home, chunk, size, due, root) VALUES (?, ?, ?, ?, ?)", loose, many=True)]
-                  if loose else ())]
+                *([Statement(PUT_LOOSE, loose, many=True)] if loose else ())]
 
     def _take(self, who: Principal, draft: Draft, step: dict[str, Any]) -> Outcome:
         """One step; a refusal becomes its outcome and leaves the draft as it was."""
@@ -7523,6 +7529,9 @@ class Writing(NamedTuple):
 
 KEPT_MOST = 100                 # values that Cloud.keep holds at a time, per account
 UPLOAD_LIFE = DAY
+PUT_UPLOAD = (
+    "INSERT INTO upload (id, home, account, root, path, given, size, mtime, note, received, created, due, done) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")
 PARTS_OPEN = "SELECT 'upload' FROM upload WHERE id = ? AND done IS NULL AND due > ?"
 UPLOAD_LIMIT = 1000             # at a time, per account
 
@@ -7548,7 +7557,7 @@ class Uploads:
                         json.dumps({"if_match": given.if_match, "if_none_match": given.if_none_match, "parents": parents,
                                     "beside": given.beside}),
                         size, mtime, note, 0, now, now + UPLOAD_LIFE, None)
-        self.db.run(Statement("INSERT INTO upload VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", upload))
+        self.db.run(Statement(PUT_UPLOAD, upload))
         return self._finish_if_whole(who, upload)
 
     def _check_uploads(self, who: Principal) -> None:
@@ -7614,7 +7623,7 @@ class Uploads:
         stored = self.tree.blobs.put_bytes(data, partial(self.tree.contents.knows, upload.home))
         fresh = upload._replace(received=upload.received + stored.size, due=self.clock.due() + UPLOAD_LIFE)
         batch = Batch([*self.tree.contents.rows(stored),
-                       Statement("INSERT INTO upload_chunk VALUES (?, 0, ?, ?, ?)", (upload.id, upload.received, stored.manifest, stored.size)),
+                       Statement("INSERT INTO upload_chunk (upload, part, offset, chunk, size) VALUES (?, 0, ?, ?, ?)", (upload.id, upload.received, stored.manifest, stored.size)),
                        Statement("UPDATE upload SET received = ?, due = ? WHERE id = ?", (fresh.received, fresh.due, upload.id))],
                       [*self._upload_guards(upload), *still_stored(stored.relied)])
         self.db.write_once(self.tree.space.pay(batch, upload.home, self.tree.space.quota_of(upload.home)),
@@ -7714,7 +7723,7 @@ class Uploads:
                     return Batch([])
                 raise CloudError("exists", "an upload of this name is under way")
             return Batch([Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
-                          Statement("INSERT OR REPLACE INTO upload VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", upload)],
+                          Statement("DELETE FROM upload WHERE id = ?", (upload.id,)), Statement(PUT_UPLOAD, upload)],
                          [Statement(PARTS_OPEN, (upload.id, now))])
 
         self.db.write(attempt)
@@ -7741,7 +7750,7 @@ class Uploads:
             Statement("UPDATE upload SET due = ?4, received = received + ?3 - (SELECT coalesce(sum(size), 0) FROM upload_chunk "
                       "WHERE upload = ?1 AND part = ?2) WHERE id = ?1", (*key, stored.size, self.clock.due() + UPLOAD_LIFE)),
             Statement("DELETE FROM upload_chunk WHERE upload = ? AND part = ?", key),
-            Statement("INSERT INTO upload_chunk VALUES (?, ?, ?, ?, ?)", rows, many=True)],
+            Statement("INSERT INTO upload_chunk (upload, part, offset, chunk, size) VALUES (?, ?, ?, ?, ?)", rows, many=True)],
             [*self._part_guards(who, name), *still_stored(stored.relied)]), upload.home, self.tree.space.quota_of(upload.home)))
         return not there
 
@@ -11800,7 +11809,8 @@ class Thinning(Duty):
 
     def mark_age(self) -> None:
         """Note how far the journal is, to know later how old a seq is."""
-        self.write(Statement("INSERT OR REPLACE INTO age SELECT ?, max(seq) FROM journal", (self.clock.due(),)))
+        self.write(Statement("INSERT INTO age (due, seq) VALUES (?, (SELECT max(seq) FROM journal)) ON CONFLICT (due) DO UPDATE SET seq = excluded.seq",
+                             (self.clock.due(),)))
 
     def seq_before(self, age: int) -> int:
         """The newest seq that is at least `age` ms old; 0 if none is known to be."""
@@ -11943,8 +11953,8 @@ class Sweep(Duty):
         for piece in pieces(rows):
             self.write(
                 Statement("UPDATE chunk SET condemned = NULL WHERE hash = ? AND " + REFERRED, piece, many=True),
-                Statement("INSERT OR IGNORE INTO grave SELECT object, ? FROM chunk WHERE hash = ? AND condemned IS NOT NULL "
-                          "AND object IS NOT NULL", [(now + rest, hash) for (hash,) in piece], many=True),
+                Statement("INSERT INTO grave (object, due) SELECT object, ? FROM chunk WHERE hash = ? AND condemned IS NOT NULL "
+                          "AND object IS NOT NULL ON CONFLICT (object) DO NOTHING", [(now + rest, hash) for (hash,) in piece], many=True),
                 Statement("DELETE FROM digest WHERE manifest = ? AND EXISTS (SELECT 1 FROM chunk WHERE hash = manifest "
                           "AND condemned IS NOT NULL)", piece, many=True),
                 Statement("DELETE FROM chunk WHERE hash = ? AND condemned IS NOT NULL", piece, many=True))
@@ -11957,7 +11967,7 @@ class Sweep(Duty):
             if not self._is_object(name) and not self.db.read("SELECT 1 FROM grave WHERE object = ?", (name,)):
                 found.append((name, now + KEEP_ORPHANS))
         for piece in pieces(found):
-            self.write(Statement("INSERT OR IGNORE INTO grave VALUES (?, ?)", piece, many=True))
+            self.write(Statement("INSERT INTO grave (object, due) VALUES (?, ?) ON CONFLICT (object) DO NOTHING", piece, many=True))
 
     def _is_object(self, name: str) -> bool:
         return bool(self.db.read("SELECT 1 FROM chunk WHERE hash = ? AND object = ?", (name.lstrip(".")[:64], name)))
@@ -11997,7 +12007,7 @@ class Indexing(Duty):
             "SELECT node, key FROM entry e WHERE home = ? AND since > ? AND since <= ? AND NOT EXISTS (SELECT 1 FROM entry p "
             "WHERE p.node = e.node AND p.until = e.since AND p.key = e.key) ORDER BY since", (home, done, reached))]
         chosen = [(last + n, node, key) for n, (node, key) in enumerate(rows, 1)]
-        self.write(Statement("INSERT INTO name_row VALUES (?, ?)", [row[:2] for row in chosen], many=True),
+        self.write(Statement("INSERT INTO name_row (id, node) VALUES (?, ?)", [row[:2] for row in chosen], many=True),
                    Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True),
                    put_setting("indexed", str(reached)))
         return reached < self.cloud.journal.head()
@@ -12044,7 +12054,7 @@ class Indexing(Duty):
         (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM text_row")
         rows = [(last + n, *row) for n, row in enumerate(rows, 1)]
         if rows:
-            self.write(Statement("INSERT INTO text_row VALUES (?, ?, ?)", [row[:3] for row in rows], many=True),
+            self.write(Statement("INSERT INTO text_row (id, home, manifest) VALUES (?, ?, ?)", [row[:3] for row in rows], many=True),
                        Statement("INSERT INTO text_index (rowid, home, body) VALUES (?, ?, ?)",
                                  [(id, home, text) for id, home, _, text in rows], many=True))
 

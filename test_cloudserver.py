@@ -649,6 +649,14 @@ def test_rooms_write_trees_in_few_places():
     assert found == WRITERS_OF_TREES
 
 
+def test_statements_are_what_two_engines_understand():
+    """SQLite 3.34 and PostgreSQL: conflicts are worded, columns named.  What a sync client remembers is always in SQLite."""
+    foreign = re.compile(r"\bOR (REPLACE|IGNORE)\b|\bREPLACE INTO\b|\bRETURNING\b|->>|\bSTRICT\b|\bINSERT INTO \w+ +(VALUES|SELECT)\b")
+    assert not ["line %d: %s" % (node.lineno, node.value[:60]) for node in ast.walk(TREE)
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and room_of(node) not in ("Folder", "Sync client")
+                and re.match(r"\s*(INSERT|UPDATE|DELETE|SELECT|WITH|REPLACE)\b", node.value) and foreign.search(node.value)]
+
+
 def test_rooms_do_not_ask_who_somebody_is():
     """What somebody may see and do is decided where a path is entered, and nowhere else."""
     found = {}
@@ -1543,7 +1551,7 @@ def test_what_was_read_while_somebody_writes_is_not_kept(db, open_db):
 
 
 def set_batch(name, value, *guards, **how):
-    return Batch([Statement("INSERT OR REPLACE INTO setting VALUES (?, ?)", (name, value))], list(guards), **how)
+    return Batch([cs.put_setting(name, value)], list(guards), **how)
 
 
 def line(action="test"):
@@ -7742,7 +7750,7 @@ def test_a_backup_under_way_holds_the_sweep(aging):
     cloud.files.delete(ann, ("a",))
     cloud.trash.empty(ann)
     aging.days(2)
-    cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('hold', ?)", (str(cloud.clock.due() + 5 * cs.DAY),)))
+    cloud.db.run(cs.put_setting("hold", str(cloud.clock.due() + 5 * cs.DAY)))
     assert sum(aging.work()[2].values()) == 0
     aging.days(6)
     assert aging.work()[2]["condemned"] == 1
@@ -10955,7 +10963,7 @@ def test_a_laptop_that_slept_longer_than_history_reaches(laptop, cloud, ann):
         one.write(name, name)
     one.run()
     cloud.files.delete(ann, ("deleted",), ("edited and deleted",)), put(cloud, ann, "changed", "anew"), put(cloud, ann, "new", "new")
-    cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('oldest', ?)", (str(cloud.journal.head()),)))
+    cloud.db.run(cs.put_setting("oldest", str(cloud.journal.head())))
     one.write("edited and deleted", "still wanted")
     tally = one.run()
     assert (tally.deleted_here, tally.downloaded, tally.uploaded, tally.conflicts) == (1, 2, 1, 0)
@@ -10968,7 +10976,7 @@ def test_a_manifest_that_breaks_off_deletes_nothing(laptop, cloud, ann, monkeypa
         one.write("f%d" % n, "%d" % n)
     one.run()
     put(cloud, ann, "f1", "changed")
-    cloud.db.run(Statement("INSERT OR REPLACE INTO setting VALUES ('oldest', ?)", (str(cloud.journal.head()),)))
+    cloud.db.run(cs.put_setting("oldest", str(cloud.journal.head())))
     lines = cs.sync_lines
     monkeypatch.setattr(cs, "sync_lines", lambda first, places: iter(list(lines(first, places))[0].splitlines(True)[:10]))
     assert outcome_of(one.run) == "Stopped" and len(one.tree()) == 20
