@@ -18,7 +18,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
     10  Changes         Contents Space Locks Brake Tree Plan           how it is changed
     11  Files           Files Copies Search                            the verbs of what is
     12  History         Journal History Versions Trash                 ... and of what was
-    13  Sharing         Sharing Share                                  what people hand to others
+    13  Sharing         Sharing Terms Drops                            what people hand to others
     14  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
     15  HTTP            Request Response route respond                 what is asked, and the gate
     16  Connections     Parser Connection Handler                      the only code that touches a socket
@@ -724,6 +724,16 @@ def parse_pairs(query: str) -> list[tuple[str, str]]:
     return pairs
 
 
+_FORM_VALUE = re.compile(r';\s*(name|filename)="((?:[^"\\]|\\.)*)"', re.I)
+
+
+def parse_form_field(text: str) -> tuple[str, str | None]:
+    """(name, name of the file or None) of a Content-Disposition in a form, as browsers and curl write it (RFC 7578 s4.2)."""
+    values = {name.lower(): re.sub(r"\\(.)", r"\1", value).replace("%22", '"') for name, value in _FORM_VALUE.findall(text)}
+    file = values.get("filename")
+    return values.get("name", ""), file and re.split(r"[/\\]", file)[-1]
+
+
 def parse_id(value: Any) -> int:
     """An id or a version as JSON writes it: a string of digits, for it may have more than JavaScript's numbers hold."""
     if isinstance(value, str) and re.fullmatch("[0-9]{1,19}", value) and int(value) < INTEGERS:
@@ -1274,6 +1284,74 @@ class _RawBody(io.RawIOBase):
 def buffered(body: Body) -> io.BufferedReader:
     """A body as a file that is read by lines and by counts."""
     return io.BufferedReader(_RawBody(body), 256 * KiB)
+
+
+class Multipart:
+    """A body of several parts, read one after the other (RFC 2046 s5.1)."""
+
+    def __init__(self, body: Body, boundary: bytes) -> None:
+        self.body, self.mark = body, b"\r\n--" + boundary
+        self.data = bytearray(b"\r\n")          # what has come; the first mark may be the very first
+
+    def parts(self, most: int) -> Iterator[tuple[dict[str, str], Body]]:
+        """(fields, bytes) of each; what of one was not read is skipped.  raises CloudError bad-request, too-large"""
+        skip(Part(self))
+        for count in itertools.count():
+            del self.data[:len(self.mark)]
+            if self._head(2) == b"--":
+                return
+            if count == most:
+                raise CloudError("too-large", "a form may have %d parts" % most)
+            end = self._find(b"\r\n\r\n")
+            lines = self._head(end).decode("utf-8", "replace").split("\r\n")
+            del self.data[:end + 4]
+            part = Part(self)
+            yield {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}, part
+            skip(part)
+
+    def fetch(self) -> None:
+        more = bytearray(64 * KiB)
+        count = self.body.readinto(memoryview(more))
+        if not count:
+            raise CloudError("bad-request", "the body ended early")
+        self.data += memoryview(more)[:count]
+
+    def _head(self, size: int) -> bytes:
+        while len(self.data) < size:
+            self.fetch()
+        return bytes(self.data[:size])
+
+    def _find(self, text: bytes) -> int:
+        while text not in self.data:
+            if len(self.data) > 64 * KiB:
+                raise CloudError("bad-request", "the fields of a part are too long")
+            self.fetch()
+        return self.data.index(text)
+
+
+class Part(Body):
+    """What is between two marks."""
+
+    def __init__(self, form: Multipart) -> None:
+        self.length, self.form = None, form
+
+    def readinto(self, buffer: memoryview) -> int:
+        data, mark = self.form.data, self.form.mark
+        while True:
+            end = data.find(mark)
+            safe = end if end >= 0 else len(data) - len(mark) + 1
+            if safe > 0 or end == 0:
+                count = min(max(safe, 0), len(buffer))
+                buffer[:count] = data[:count]
+                del data[:count]
+                return count
+            self.form.fetch()
+
+
+def skip(body: Body) -> None:
+    buffer = memoryview(bytearray(64 * KiB))
+    while body.readinto(buffer):
+        pass
 
 
 class FrameReader:
@@ -6928,6 +7006,49 @@ class Sharing:
         raise CloudError("gone", GONE)
 
 
+class Drops:
+    """What is sent by whom must not learn what is there (law 13)."""
+
+    def __init__(self, files: Files) -> None:
+        self.files, self.tree, self.db = files, files.tree, files.db
+
+    def receive(self, who: Principal, path: tuple[str, ...], body: Body, *, mtime: int | None = None, sums: dict[str, str] | None = None) -> None:
+        """Store a file for whom must not learn what is there: beside it, and in collections that are made without a word."""
+        self.files.write(who, self.way_in(who, path), body, BESIDE, mtime=mtime, sums=sums, parents=True)
+
+    def receive_collection(self, who: Principal, path: tuple[str, ...]) -> None:
+        """Make a collection, or let one that is there be it."""
+        path = self.way_in(who, path, collection=True)
+        try:
+            if self.tree.enter(who, path).node is None:
+                self.files.make_collection(who, path, parents=True)
+        except CloudError as error:
+            if error.kind != "exists":
+                raise
+
+    def way_in(self, who: Principal, path: tuple[str, ...], collection: bool = False) -> tuple[str, ...]:
+        """A path like this one on which nothing is in the way: no file, no lock, no name that Windows would take for another."""
+        view_of(who).need(CREATE)
+        if not path:
+            raise CloudError("bad-request", "a file needs a name")
+        found: tuple[str, ...] = ()
+        for depth, name in enumerate(path, 1):
+            place = self.tree.enter(who, found + (name,))
+            while self._is_in_the_way(place, depth < len(path) or collection):
+                name = self.tree.free_name(place.parent, name)
+                place = self.tree.enter(who, found + (name,))
+            found += (name,)
+        return found
+
+    def _is_in_the_way(self, place: Place, collection: bool) -> bool:
+        node = place.node
+        if node is None:
+            return self.tree.config.windows_names == "refuse" and bool(place.rest) and any(
+                other.casefold() == place.rest[-1].casefold() for other, in self.db.read(
+                    "SELECT name FROM entry WHERE parent = ? AND until IS NULL", (place.parent,)))
+        return not (collection and node.kind) or place.locked and any(lock.node == node.node for lock in self.tree.locks.of(place))
+
+
 class LinkPasswords:
     """Passwords of links: hashed in a lane of their own, guessed at by each network for itself, so that nobody else waits (S3)."""
 
@@ -6979,8 +7100,14 @@ class LinkPasswords:
         return bool(found) and int(found[1], 16) > self.clock.due() and hmac.compare_digest(found[2], self._sign(share, int(found[1], 16)))
 
 
+BESIDE = Preconditions(beside=True)
 GONE = "this link does not work, or not any more"
 TOKENS_TRIED = 100              # that lead nowhere, from one network within an hour or so
+
+
+def is_drop(who: Principal) -> bool:
+    """May they only send, and see nothing? (law 13)"""
+    return READ not in view_of(who).rights
 
 
 def visitor_of(share: Share) -> Principal:
@@ -7898,7 +8025,7 @@ class Cloud:
         self.contents, self.space, self.locks, self.brake = tree.contents, tree.space, tree.locks, tree.brake
         self.files, self.journal = Files(tree), Journal(self.db)
         self.history, self.versions = History(tree, self.journal, self.files), Versions(tree, self.files)
-        self.sharing = Sharing(tree, self.credentials, self.policy)
+        self.sharing, self.drops = Sharing(tree, self.credentials, self.policy), Drops(self.files)
         self.trash, self.pictures = Trash(tree, self.files, self.history), Pictures(tree, self.files, self.versions)
         self.search, self.uploads, self.sync = Search(tree, self.files), Uploads(tree, self.files), Sync(tree, self.journal, self.history)
 
@@ -10104,6 +10231,8 @@ def tus_create(cloud: Cloud, who: Principal, request: Request) -> Response:
     given = read_conditions(request)._replace(beside=about.get("clash") == "keep")
     if about.get("clash") == "refuse":
         given = given._replace(if_none_match=("*",))
+    if is_drop(who):
+        path, given, about["parents"] = cloud.drops.way_in(who, path), BESIDE, ""
     upload = cloud.uploads.create(who, path, size, given, parents="parents" in about, note=text,
                                  mtime=parse_time(about["mtime"]) if "mtime" in about else None)
     if request["content-type"] == "application/offset+octet-stream" and not upload.done:
@@ -19136,9 +19265,11 @@ def web_visitor(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 # ==== 30. Links ==========================================================================
 #
-# The doors that links open: /s/TOKEN for browsers, curl and WebDAV.  Files whose name is that of a door below a token are reached by way of dav.
+# The doors that links open: /s/TOKEN for browsers, curl, WebDAV and tus, and those of Nextcloud's public links.  Files whose name is that of a door below a token are reached by way of dav.
 
-OUT_OF_SIGHT = {"{DAV:}quota-used-bytes", "{DAV:}quota-available-bytes", "{DAV:}supported-report-set", "{DAV:}sync-token"}       # of more than is shared
+OUT_OF_SIGHT = {  # what tells of more than is shared
+    "{DAV:}quota-used-bytes", "{DAV:}quota-available-bytes", "{DAV:}supported-report-set", "{DAV:}sync-token", OC + "owner-id",
+    OC + "owner-display-name", OC + "data-fingerprint"}
 
 
 def link_error(error: CloudError, request: Request) -> Response:
@@ -19146,11 +19277,6 @@ def link_error(error: CloudError, request: Request) -> Response:
     response = (link_refusal if request.method in ("GET", "HEAD", "PUT", "POST") else dav_error)(error, request)
     response.fields["X-Robots-Tag"] = "noindex"
     return response
-
-
-def is_drop(who: Principal) -> bool:
-    """May they only send, and see nothing? (law 13)"""
-    return READ not in view_of(who).rights
 
 
 def link_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
@@ -19210,7 +19336,56 @@ def link_post(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
         cookie = cloud.sharing.unlock(request.knock._replace(password=form.get("password", "")))
         return Response(303, b"", {"Location": request.href(request.path) + "/" * request.slash, "Cache-Control": "no-store",
                                    "Set-Cookie": format_link_cookie(request, cookie)})
-    raise CloudError("not-implemented", "send files by PUT")
+    if who.refusal:
+        raise who.refusal
+    sent = 0
+    for name, file in read_files(request):
+        cloud.drops.receive(who, (*path, name), file)
+        sent += 1
+    if not wants_page(request):
+        return Response(201)
+    return Response(303, b"", {"Location": "%s/?sent=%d" % (request.href(request.path), sent), "Cache-Control": "no-store"})
+
+
+def read_files(request: Request) -> Iterator[tuple[str, Body]]:
+    """(name, bytes) of the files in a form."""
+    found = re.search(r'boundary="?([^";\s]{1,200})"?', request.fields["content-type"])
+    if not found:
+        raise CloudError("bad-request", "this is not multipart/form-data")
+    for fields, part in Multipart(request.body, found[1].encode("latin-1")).parts(PAGE_LIMIT):
+        name, file = parse_form_field(fields.get("content-disposition", ""))
+        if name == "file" and file:
+            check_name(file)
+            yield file, part
+
+
+def link_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Store a file."""
+    if not is_drop(who):
+        return dav_put(cloud, who, request, path)
+    if "content-range" in request.fields:
+        raise CloudError("bad-request", "partial writes go through tus")
+    cloud.drops.receive(who, path, request.body, mtime=read_mtime(request), sums=read_sums(request))
+    return Response(201)
+
+
+def link_mkcol(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Make a collection."""
+    if not is_drop(who):
+        return dav_mkcol(cloud, who, request, path)
+    cloud.drops.receive_collection(who, path)
+    return Response(201)
+
+
+# ---- uploads that go on after a break
+
+for _handler, _methods, _place in (
+        (tus_options, "OPTIONS", "tus"), (tus_create, "POST", "tus"), (tus_head, "HEAD", "tus/<id>"), (tus_patch, "PATCH", "tus/<id>"),
+        (tus_delete, "DELETE", "tus/<id>"), (tus_override, "POST", "tus/<id>")):
+    route(_methods, "/s/<link>/" + _place, needs="nothing" if _handler is tus_options else "write", refuse=tus_error, by="link")(_handler)
+
+
+# ---- the doors
 
 
 def format_link_cookie(request: Request, value: str) -> str:
@@ -19219,11 +19394,16 @@ def format_link_cookie(request: Request, value: str) -> str:
     return "%s=%s; Path=%s; Max-Age=%d; HttpOnly; SameSite=Lax%s" % (name, value, request.href(request.path[:2]), HOUR // SECOND, secure)
 
 
-LINK_HANDLERS = {**{methods: row for methods, row in HANDLERS.items() if methods != "REPORT"}, "GET": ("read", link_get)}    # no past
+LINK_HANDLERS = {**{methods: row for methods, row in HANDLERS.items() if methods != "REPORT"}, "GET": ("read", link_get),    # no past
+                 "PUT": ("write", link_put), "MKCOL": ("write", link_mkcol), "OPTIONS": ("nothing", dav_options)}
 LINK_DAV = Door(("s", "<link>", "dav"), {name: read for name, read in PROPERTIES.items() if name not in OUT_OF_SIGHT}, frozenset(), {}, "link", False)
 LINK_DOOR = LINK_DAV._replace(names=("s", "<link>"))
+NC_LINK = LINK_DAV._replace(names=("public.php", "dav", "files", "<link>"), properties={
+    name: read for name, read in NC_PROPERTIES.items() if name not in OUT_OF_SIGHT and name not in NC_FILES.kept})
 open_door(LINK_DAV, dav_error, LINK_HANDLERS)
 open_door(LINK_DOOR, link_error, {**LINK_HANDLERS, "POST": ("nothing", link_post)})
+open_door(NC_LINK, nc_error, LINK_HANDLERS)
+open_door(NC_LINK._replace(names=("public.php", "webdav")), nc_error, LINK_HANDLERS)             # the token is the user's name there
 
 
 # ==== 31. Page ===========================================================================

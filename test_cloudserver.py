@@ -4270,11 +4270,11 @@ def test_a_link_opens_what_it_was_made_for(cloud, ann, link):
     assert visit("GET", "/a%20b.txt?download=1", Range="bytes=1-2").headers["content-disposition"].startswith("attachment")
     assert visit("GET", "/a%20b.txt", If_None_Match=got.headers["etag"]).status == 304
     assert visit("GET", "/no").status == 404 and visit("GET", "/in/x/y").status == 404
-    with cs.zipfile.ZipFile(io.BytesIO(visit("GET", "?zip=1").body)) as archive:
+    with zipfile.ZipFile(io.BytesIO(visit("GET", "?zip=1").body)) as archive:
         assert sorted(archive.namelist()) == ["a b.txt", "in/", "in/x"] and archive.read("in/x") == b"0123456789"
     some = visit("GET", "/?zip=1&name=in")
     assert some.headers["content-disposition"] == "attachment; filename=\"in.zip\""
-    with cs.zipfile.ZipFile(io.BytesIO(some.body)) as archive:
+    with zipfile.ZipFile(io.BytesIO(some.body)) as archive:
         assert sorted(archive.namelist()) == ["in/", "in/x"]
     assert visit("GET", "/in/x?thumbnail=1").status == 404 and visit("GET", "?zip=1&name=..%2Fout.txt").status == 400
 
@@ -4487,6 +4487,159 @@ def test_no_log_holds_the_token_of_a_link(cloud, ann, link, address, serve_cloud
         monkeypatch.setattr(cs.Content, "slices", None)
         visit("GET", "/f", password="correct horse", Range="bytes=0-0")
     assert visit.token not in caplog.text and "wrong password of a link" in caplog.text and "horse" not in caplog.text
+
+
+def form_of(*files, boundary="XX"):
+    """A body of multipart/form-data as browsers send it, of (name, bytes), and its Content-Type."""
+    parts = ["--%s\r\nContent-Disposition: form-data; name=\"file\"; filename=\"%s\"\r\nContent-Type: text/plain\r\n\r\n%s\r\n" % (
+        boundary, name, data) for name, data in files]
+    return ("".join(parts) + "--%s--\r\n" % boundary).encode("latin-1"), {"Content-Type": "multipart/form-data; boundary=" + boundary}
+
+
+class Drops(Body):
+    """A body that comes a few bytes at a time."""
+
+    def __init__(self, data, size):
+        super().__init__(data)
+        self.size = size
+
+    def readinto(self, buffer):
+        return super().readinto(buffer[:self.size])
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1 << 16])
+def test_a_form_is_read_whatever_its_pieces(size):
+    data = form_of(("a", "one\r\n--X\r\n"), ("b", ""), ("c", "\r\n--XY"))[0]
+    for before in b"", b"a preamble\r\n":
+        got = []
+        for fields, part in cs.Multipart(Drops(before + data, size), b"XX").parts(10):
+            buffer, whole = bytearray(5), b""
+            while fields["content-disposition"].endswith('"a"') or not got:
+                count = part.readinto(memoryview(buffer))
+                whole += buffer[:count]
+                if not count:
+                    break
+            got.append((cs.parse_form_field(fields["content-disposition"]), whole))
+        assert got == [(("file", "a"), b"one\r\n--X\r\n"), (("file", "b"), b""), (("file", "c"), b"")]       # what is not read is skipped
+    cut = lambda: [part.read(100) for _, part in cs.Multipart(Drops(data[:-10], size), b"XX").parts(10)]
+    assert outcome(cut) == "bad-request" and outcome(lambda: list(cs.Multipart(Body(data), b"XX").parts(2))) == "too-large"
+
+
+@pytest.mark.parametrize("text, want", [
+    ('form-data; name="file"; filename="a b.txt"', ("file", "a b.txt")), ('form-data; name="file"', ("file", None)), ("form-data", ("", None)),
+    ('form-data; name="file"; filename="C:\\\\dir\\\\a.txt"', ("file", "a.txt")), ('form-data; filename="../../x"; name="file"', ("file", "x")),
+    ('form-data; name="file"; filename="a%22b\\"c"', ("file", 'a"b"c')), ('form-data; name="file"; filename=""', ("file", ""))])
+def test_fields_of_a_form_are_read(text, want):
+    assert cs.parse_form_field(text) == want
+
+
+def test_a_form_uploads_without_a_script(cloud, ann, link):
+    put(cloud, ann, "d/a.txt", b"old", parents=True)
+    visit, viewer, small = link("d", role="add"), link("d"), link("d", role="add", password="correct horse")
+    body, headers = form_of(("a.txt", "new"), ("b.txt", "x" * 100_000), ("", ""))
+    answer = visit("POST", "/", body, Accept="text/html", **headers)
+    assert (answer.status, answer.headers["location"]) == (303, "/s/%s/?sent=2" % visit.token)
+    assert tree(cloud, ann)["d/a.txt"] == b"old" and tree(cloud, ann)["d/a (2).txt"] == b"new" and len(tree(cloud, ann)["d/b.txt"]) == 100_000
+    assert visit("POST", "/in/deep/", body, **headers).status == 201 and get(cloud, ann, "d/in/deep/a.txt") == b"new"
+    assert viewer("POST", "/", body, **headers).status == 403 and small("POST", "/", form_of(("s", "x"))[0], **headers).status == 401
+    assert small("POST", "/", form_of(("s", "x"))[0], password="correct horse", **headers).status == 201
+    for origin in {"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}:          # B1
+        assert visit("POST", "/", body, **headers, **origin).status == 403
+    assert visit("POST", "/", form_of(("a\x01b", "x"))[0], **headers).status == 400 and visit("POST", "/", b"x", **{"Content-Type": "multipart/form-data"}).status == 400
+    audit(cloud)
+
+
+def test_a_drop_tells_nothing(cloud, ann, link):
+    """S6, law 13: whatever is there, all that is sent gets the same answer; nothing is overwritten, read or deleted."""
+    put(cloud, ann, "d/taken", b"old", parents=True), put(cloud, ann, "d/in/f", b"old", parents=True)
+    before, visit = tree(cloud, ann), link("d", role="drop")
+    answers = [visit("PUT", "/" + way, b"new", **headers) for way, headers in [
+        ("taken", {}), ("free", {}), ("in", {}), ("in/f", {}), ("in/g", {}), ("taken/below", {}), ("new/deep/f", {}), ("taken", {"If-None-Match": "*"}),
+        ("taken", {"If-Match": '"x"'}), ("none", {"If-Match": "*"}), ("TAKEN", {}), ("taken", {"If-Unmodified-Since": "Thu, 01 Jan 1970 00:00:10 GMT"})]]
+    answers += [visit("MKCOL", "/" + way) for way in ("in", "taken", "new2", "in/deep/er")]
+    headers = [{name: value for name, value in answer.headers.items() if name != "date"} for answer in answers]
+    assert all((answer.status, answer.body) == (201, b"") for answer in answers) and all(one == headers[0] for one in headers)
+    assert set(headers[0]) <= {"content-length", "x-robots-tag", "x-content-type-options", "referrer-policy"}
+    after = tree(cloud, ann)
+    assert {path: after[path] for path in before} == before
+    assert [after["d/" + path] for path in ("free", "in/g", "in/f (2)", "in (2)", "taken (2)", "taken (3)/below", "new/deep/f", "taken (4)", "none")] == [b"new"] * 9
+    assert after["d/new2"] is None and after["d/in/deep/er"] is None
+    for method, below in [("GET", ""), ("GET", "/taken"), ("GET", "/no"), ("HEAD", "/taken"), ("HEAD", "/no"), ("GET", "/in/"), ("GET", "?zip=1"), ("GET", "/taken?thumbnail=1"),
+                          ("PROPFIND", "/dav/"), ("PROPFIND", "/taken"), ("PROPFIND", "/no"), ("DELETE", "/taken"), ("DELETE", "/no"), ("MOVE", "/taken"),
+                          ("COPY", "/taken"), ("COPY", "/no"), ("PROPPATCH", "/taken"), ("LOCK", "/taken"), ("LOCK", "/no"), ("UNLOCK", "/taken")]:
+        body = {"PROPPATCH": b'<propertyupdate xmlns="DAV:"><set><prop><lastmodified>5</lastmodified></prop></set></propertyupdate>',
+                "LOCK": b'<lockinfo xmlns="DAV:"><lockscope><exclusive/></lockscope><locktype><write/></locktype></lockinfo>'}.get(method)
+        answer = visit(method, below, body, Depth="0", Destination="/s/%s/x" % visit.token, Lock_Token="<urn:uuid:1>")
+        assert answer.status == 403 and b"old" not in answer.body, (method, below, answer)
+    page = visit("GET", "", Accept="text/html")
+    assert page.status == 200 and not any(name in page.body for name in (b"taken", b"free"))
+    cloud.files.lock(ann, ("d", "in"), deep=True, exclusive=True, owner="", seconds=100)
+    assert visit("PUT", "/in/h", b"new").status == 201 and get(cloud, ann, "d/in (3)/h") == b"new"       # nor of locks
+    audit(cloud)
+
+
+def test_a_drop_keeps_to_names_that_windows_can_hold(make_cloud, serve_cloud):
+    cloud = make_cloud(windows_names="refuse")
+    ann, address = account(cloud), serve_cloud(cloud)
+    put(cloud, ann, "d/Taken.txt", b"old", parents=True)
+    token = cloud.sharing.share(ann, ("d",), role="drop").share.token
+    assert [exchange(address, "PUT", "/s/%s/%s" % (token, name), b"x", user=None).status for name in ("taken.txt", "free.txt", "a:b")] == [201, 201, 409]
+    assert sorted(tree(cloud, ann)) == ["d", "d/Taken.txt", "d/free.txt", "d/taken (2).txt"]
+
+
+@pytest.mark.parametrize("role", ["drop", "add", "edit"])
+def test_uploads_by_a_link_go_on_after_a_break(cloud, ann, link, role):
+    put(cloud, ann, "d/f", b"old", parents=True)
+    visit, other = link("d", role=role), link("d", role="edit")
+    tus = {"Tus-Resumable": "1.0.0"}
+    about = "path %s,clash %s" % (base64.b64encode(b"f").decode(), base64.b64encode(b"keep").decode())
+    made = visit("POST", "/tus", **tus, Upload_Length="10", Upload_Metadata=about)
+    where = made.headers["location"]
+    assert made.status == 201 and where.startswith("/s/%s/tus/" % visit.token)
+    below = where[len("/s/" + visit.token):]
+    part = {"Content-Type": "application/offset+octet-stream"}
+    assert visit("PATCH", below, b"01234", **tus, **part, Upload_Offset="0").headers["upload-offset"] == "5"
+    assert visit("HEAD", below, **tus).headers["upload-offset"] == "5" and visit("PATCH", below, b"x", **tus, **part, Upload_Offset="0").status == 409
+    assert other("HEAD", below, **tus).status == 404 and exchange(visit.__closure__[0].cell_contents, "HEAD", "/tus/" + below[5:], **tus).status == 404
+    done = visit("PATCH", below, b"56789", **tus, **part, Upload_Offset="5")
+    assert done.status == 204 and get(cloud, ann, "d/f (2)") == b"0123456789" and get(cloud, ann, "d/f") == b"old"
+    again = visit("POST", "/tus/", **tus, **part, Upload_Length="1", Upload_Metadata=about, body=b"x")
+    assert again.status == 201 and visit("OPTIONS", "/tus").headers["tus-version"] == "1.0.0"
+    assert visit("DELETE", visit("POST", "/tus", **tus, Upload_Length="10", Upload_Metadata=about).headers["location"][len("/s/" + visit.token):], **tus).status == 204
+    cloud.sharing.end(ann, visit.id)
+    assert visit("HEAD", below, **tus).status == 410
+
+
+def test_a_viewer_begins_no_upload(cloud, ann, link):
+    put(cloud, ann, "d/f", parents=True)
+    visit, locked = link("d"), link("d", role="drop", password="correct horse")
+    head = {"Tus-Resumable": "1.0.0", "Upload-Length": "1", "Upload-Metadata": "path eA=="}
+    assert visit("POST", "/tus", **head).status == 403 and locked("POST", "/tus", **head).status == 401
+    assert locked("POST", "/tus", password="correct horse", **head).status == 201
+
+
+def test_links_are_what_nextclouds_public_links_are(cloud, ann, link, address):
+    """/public.php/dav/files/TOKEN, and /public.php/webdav with the token as the user."""
+    put(cloud, ann, "d/f", b"x", parents=True), put(cloud, ann, "out", b"secret")
+    visit, locked = link("d", role="edit"), link("d", password="correct horse")
+    new = lambda method, given, below="", body=None, **how: exchange(address, method, "/public.php/dav/files/" + given.token + below, body, user=None, **how)
+    old = lambda method, given, below="", body=None, password="", **how: exchange(
+        address, method, "/public.php/webdav" + below, body, user=None, Authorization=basic(given.token, password), **how)
+    for ask in new, old:
+        listed = ask("PROPFIND", visit, "/", Depth="1")
+        assert listed.status == 207 and listed.body.count(b"<d:response>") == 2 and b"ann" not in listed.body
+        assert ask("PUT", visit, "/g", b"y").status == 201 and ask("GET", visit, "/g").body == b"y" and ask("DELETE", visit, "/g").status == 204
+        assert ask("MKCOL", visit, "/in").status == 201 and ask("OPTIONS", visit, "/").headers["dav"].startswith("1, 2, 3")
+        base = "/public.php/dav/files/" + visit.token if ask is new else "/public.php/webdav"
+        assert ask("MOVE", visit, "/in", Destination=base + "/there").status == 201 and ask("DELETE", visit, "/there").status == 204
+        assert ask("COPY", visit, "/f", Destination="/remote.php/webdav/stolen").status == 502 == ask("COPY", visit, "/f", Destination="/dav/stolen").status
+        assert ask("PROPFIND", locked, "/", Depth="0").status == 401
+    assert new("GET", locked, "/f", Authorization=basic("anonymous", "correct horse")).body == b"x" == old("GET", locked, "/f", password="correct horse").body
+    assert exchange(address, "PROPFIND", "/public.php/webdav/", user=None).status == 410 == exchange(address, "PROPFIND", "/public.php/webdav/").status
+    asked = b'<propfind xmlns="DAV:"><prop><permissions xmlns="http://owncloud.org/ns"/></prop></propfind>'
+    for role, folder, file in ("view", b">G<", b">G<"), ("add", b">GCK<", b">G<"), ("edit", b">GDNVCK<", b">GDNVW<"):
+        body = new("PROPFIND", link("d", role=role), "/", asked, Depth="1").body
+        assert folder in body and file in body, (role, body)
 
 
 # ==== 15. HTTP ===========================================================================
