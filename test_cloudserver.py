@@ -402,6 +402,21 @@ def outcome(function, *args, **kwargs):
         return error.kind
 
 
+def eventually(look, seconds=60):
+    """What it returns as soon as that is something.  On Windows a file that is just being replaced cannot be looked at.
+
+    A machine may stand still for many seconds; only a test that fails waits so long.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        late = time.monotonic() > until
+        with contextlib.suppress(*[PermissionError] * (os.name == "nt")):
+            if found := look():
+                return found
+        assert not late, "it never came true"
+        time.sleep(0.005)
+
+
 def audit(cloud):
     """Check the sums and links that every batch must keep (invariant 4 of Operations)."""
     db = cloud.db
@@ -466,7 +481,7 @@ def basic(name="ann", password=PASSWORD):
 
 def exchange(address, method, path, body=None, user="ann", **headers):
     """One request on a connection of its own; If_Match= becomes If-Match:."""
-    connection = http.client.HTTPConnection(*address, timeout=30)
+    connection = http.client.HTTPConnection(*address, timeout=60)
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     if user:
         headers.setdefault("Authorization", basic(user))
@@ -480,6 +495,12 @@ def exchange(address, method, path, body=None, user="ann", **headers):
         return Answer(response, response.read())
     finally:
         connection.close()
+
+
+def answers(address):
+    """Is a server there, and at work?"""
+    with contextlib.suppress(OSError):
+        return exchange(address, "GET", "/healthz", user=None).body == b"ok\n"
 
 
 def before_commit(monkeypatch, cloud, act):
@@ -512,7 +533,7 @@ def serve_cloud():
     yield serve
     for server, thread, listener in servers:
         server.stop()
-        thread.join(15)
+        thread.join(60)
         listener.close()
 
 
@@ -527,7 +548,7 @@ def call(address):
     return partial(exchange, address)
 
 
-def raw(address, data, *, pieces=False, wait=5, half_close=False):
+def raw(address, data, *, pieces=False, wait=60, half_close=False):
     """Send bytes as they are; returns everything that comes back until the server closes or falls silent."""
     with socket.create_connection(address, timeout=wait) as sock:
         for part in ([bytes([b]) for b in data] if pieces else [data]):
@@ -854,10 +875,10 @@ def test_parse_chunk_line(line, want):
 
 def test_parse_chunk_line_is_linear():
     """H12: whatever a line of 1 KiB looks like."""
-    began = time.monotonic()
+    began = time.thread_time()
     for part in (b" ", b";", b" ;", b";a", b"; a = ", b';a="', b'\\"', b'"'):
         assert outcome(cs.parse_chunk_line, b"5;a" + part * (1000 // len(part)) + b"\x00") == "bad-request"
-    assert time.monotonic() - began < 1
+    assert time.thread_time() - began < 1
 
 
 @pytest.mark.parametrize("raw_path, want", [
@@ -1646,9 +1667,9 @@ def test_who_waits_shares_the_next_commit(db):
     db.writer._transact = transact
     threads = [threading.Thread(target=db.run, args=(Statement("INSERT INTO setting VALUES (?, '')", ("t%d" % n,)),)) for n in range(20)]
     threads[0].start()
-    assert until(lambda: sizes, 30)              # it goes alone
+    eventually(lambda: sizes)              # it goes alone
     [thread.start() for thread in threads[1:]]
-    assert until(lambda: len(db.writer._queue) == 19, 30)
+    eventually(lambda: len(db.writer._queue) == 19)
     gate.set()
     [thread.join() for thread in threads]
     assert sizes == [1, 19]
@@ -1665,7 +1686,7 @@ def test_who_led_when_the_process_was_interrupted_takes_nobody_along(db):
         if len(group) == 1:
             return real(group)
         late.start()
-        until(lambda: db.writer._queue, 30)
+        eventually(lambda: db.writer._queue)
         raise KeyboardInterrupt
 
     def work(n):
@@ -1676,11 +1697,11 @@ def test_who_led_when_the_process_was_interrupted_takes_nobody_along(db):
     db.writer._transact = transact
     threads, late = [threading.Thread(target=work, args=(n,)) for n in range(4)], threading.Thread(target=work, args=(4,))
     threads[0].start()
-    assert begun.wait(30)                        # it goes alone
+    assert begun.wait(60)                        # it goes alone
     [thread.start() for thread in threads[1:]]
-    assert until(lambda: len(db.writer._queue) == 3, 30)
+    eventually(lambda: len(db.writer._queue) == 3)
     gate.set()
-    [thread.join(10) for thread in (*threads, late)]
+    [thread.join(60) for thread in (*threads, late)]
     assert sorted(map(str, outcomes.values())) == ["None", "None", "interrupted", "storage-failed", "storage-failed"] and outcomes[4] is None
     assert {name for (name,) in db.read("SELECT name FROM setting WHERE name LIKE 't_'")} == {"t%d" % n for n, how in outcomes.items() if how is None}
 
@@ -1739,7 +1760,7 @@ def test_a_database_that_is_closed_says_so(open_db):
                for n in range(8)]
     [thread.start() for thread in threads]
     db.close()
-    [thread.join(10) for thread in threads]
+    [thread.join(60) for thread in threads]
     again = open_db()
     assert len(seen) == 8 and set(seen) <= {None, "read-only"} and outcome(db.run, Statement("INSERT INTO setting VALUES ('x', '')")) == "read-only"
     assert again.read("SELECT count(*) FROM setting WHERE name LIKE 't_'") == [(seen.count(None),)]
@@ -1951,9 +1972,9 @@ def test_passwords_nobody_guesses_are_taken(rng):
         assert not cs.is_common(password, "annie"), password
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
     assert sum(cs.is_common("".join(rng.choice(letters) for _ in range(10))) for _ in range(2000)) < 30
-    began = time.perf_counter()
+    began = time.thread_time()
     assert cs.is_common("password" * 128) and not cs.is_common("".join(rng.choice(letters) for _ in range(1024)))
-    assert time.perf_counter() - began < 0.5
+    assert time.thread_time() - began < 0.5
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a:b", " a", "a ", "a\\b", "a\nb", "x" * 65, ".a", "\udcff", "a\ud800", "a\ud800b"])
@@ -2059,12 +2080,11 @@ def test_strangers_do_not_fill_the_lane_of_who_is_known(cloud, ann, monkeypatch)
     assert identify(cloud, basic(), address="192.168.0.9").account
     cloud.credentials._remembered.clear()
     gate, scrypt, found = threading.Event(), cs.scrypt, []
-    monkeypatch.setattr(cs, "scrypt", lambda password, *how: (password == PASSWORD or gate.wait(10)) and scrypt(password, *how))
+    monkeypatch.setattr(cs, "scrypt", lambda password, *how: (password == PASSWORD or gate.wait(60)) and scrypt(password, *how))
     threads = [threading.Thread(target=lambda n: found.append(identify(cloud, wrong(n), address="10.3.%d.3" % (n % 10)).refusal.kind), args=(n,))
                for n in range(40)]
     [thread.start() for thread in threads]
-    while len(found) < 24:
-        time.sleep(0.005)                        # sixteen wait or are hashed, the rest was told to come again
+    eventually(lambda: len(found) == 24)         # sixteen wait or are hashed, the rest was told to come again
     assert found == ["busy"] * 24 and identify(cloud, basic(), address="192.168.0.9").account
     gate.set()
     [thread.join() for thread in threads]
@@ -3314,24 +3334,22 @@ def test_the_limit_of_a_copy_is_that_of_the_whole_request(cloud, ann, monkeypatc
     audit(cloud)
 
 
-def test_nobody_waits_for_a_large_copy(cloud, ann):
+def test_nobody_waits_for_a_large_copy(cloud, ann, monkeypatch):
     """X15: other writers come between its steps"""
     commit(cloud, ann, [step_put("w%d/f%d" % (n % 3, n), b"x") if n > 2 else {"mkdir": "w%d" % n} for n in range(4_900)], [b"x"])
-    bob, longest, done = account(cloud, "bob"), [0.0], threading.Event()
+    bob, real, came = account(cloud, "bob"), cs.Writer.commit, []
 
-    def write():
-        n = 0
-        while not done.is_set():
-            began, n = time.monotonic(), n + 1
-            put(cloud, bob, "f%d" % (n % 20), b"%d" % n)
-            longest[0] = max(longest[0], time.monotonic() - began)
-    other = threading.Thread(target=write)
-    other.start()
-    began = time.monotonic()
+    def after_another(db, batch):
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=put, args=(cloud, bob, "f"), daemon=True)
+            other.start(), other.join(60)
+            assert not other.is_alive()
+            came.extend(cloud.db.read("SELECT count(*) FROM entry WHERE home <> ?", (bob.account,))[0])
+        return real(db, batch)
+    monkeypatch.setattr(cs.Writer, "commit", after_another)
     cloud.files.copy(ann, *[(("w%d" % (n % 3),), ("c%d" % n,)) for n in range(6)])
-    took = time.monotonic() - began
-    done.set(), other.join()
-    assert cloud.files.stat(ann, ()).files == 3 * 4_897 and longest[0] < max(0.5, took), (longest, took)
+    assert cloud.files.stat(ann, ()).files == 3 * 4_897
+    assert max(now - before for before, now in zip(came, came[1:])) < 2 * cs.COPY_STEP, came
 
 
 # ---- conditions hold when the write is done, not when it was decided
@@ -4665,7 +4683,7 @@ def test_curl_like_round_trip(call):
 
 
 def test_a_request_may_come_byte_by_byte(address):
-    assert statuses(raw(address, request_bytes("PUT", "/dav/a", b"hello"), pieces=True, wait=1)) == [201]
+    assert statuses(raw(address, request_bytes("PUT", "/dav/a", b"hello"), pieces=True, half_close=True)) == [201]
 
 
 def test_fields_count_for_the_request_they_came_with(address, ann, cloud):
@@ -4692,7 +4710,7 @@ def test_fields_count_for_the_request_they_came_with(address, ann, cloud):
 def test_pipelined_requests_are_answered_in_order(address):
     """H15"""
     received = raw(address, request_bytes("PUT", "/dav/a", b"one") + request_bytes("GET", "/dav/a") * 50
-                   + request_bytes("DELETE", "/dav/a") + request_bytes("GET", "/dav/a"), wait=1)
+                   + request_bytes("DELETE", "/dav/a") + request_bytes("GET", "/dav/a"), half_close=True)
     assert statuses(received) == [201] + [200] * 50 + [204, 404]
     assert received.count(b"\r\n\r\none") == 50
 
@@ -4735,7 +4753,7 @@ def test_framing_errors_have_no_effect_and_end_the_connection(address, call, fra
     """H9 to H13, H20: no smuggling"""
     smuggled = request_bytes("PUT", "/dav/smuggled", b"x")
     head = request_bytes("PUT", "/dav/a", b"", *framing.split("\r\n"))
-    codes = statuses(raw(address, head + body + smuggled, wait=2))
+    codes = statuses(raw(address, head + body + smuggled))
     assert len(codes) == 1 and codes[0] in (400, 501)
     assert call("GET", "/dav/a").status == 404 and call("GET", "/dav/smuggled").status == 404
 
@@ -4779,7 +4797,7 @@ def test_expect_is_answered_only_when_the_write_would_go_on(address, call):
     ok = raw(address, request_bytes("PUT", "/dav/b", b"hello", "Expect: 100-continue"), half_close=True)
     assert statuses(ok) == [100, 201]
     for path, field in (("/dav/no/such", "X: y"), ("/dav/a", "If-None-Match: *"), ("/dav/a", 'If-Match: "no"')):
-        refused = raw(address, request_bytes("PUT", path, b"", "Expect: 100-continue", "Content-Length: 5", field), wait=3)
+        refused = raw(address, request_bytes("PUT", path, b"", "Expect: 100-continue", "Content-Length: 5", field))
         assert statuses(refused)[0] in (409, 412) and b"Connection: close" in refused
 
 
@@ -4993,7 +5011,7 @@ def test_a_refused_target_is_refused_by_its_door_and_logged_with_its_method(make
         assert answer.status == (414 if "aaa" in path else 400) and answer.headers["content-type"].startswith(media), path
         assert answer.headers["connection"] == "close" and "/dav/../x" not in answer.body.decode()
     read = lambda: re.findall(r'"(\S+) (\S+) HTTP/1.1" (\d+)', (tmp_path / "log").read_text())
-    until(lambda: len(read()) > 6, 5)
+    eventually(lambda: len(read()) > 6)
     logged = sorted(line[:2] for line in read())         # each connection writes its own
     assert [method for method, _ in logged] == ["DELETE", "GET", "GET", "MKCOL", "PROPFIND", "PUT", "PUT"]
     assert logged[:3] == [("DELETE", "/"), ("GET", "/api/v1/files"), ("GET", "/remote.php/dav/files/ann")] and ("PROPFIND", "/dav") in logged
@@ -5082,7 +5100,7 @@ def connect(address, data=b"", count=1, **options):
         sock = socket.socket()
         for option, value in options.items():
             sock.setsockopt(socket.SOL_SOCKET, getattr(socket, option), value)
-        sock.settimeout(30)
+        sock.settimeout(60)
         sock.connect(address)
         sock.sendall(data)
         found.append(sock)
@@ -5102,27 +5120,22 @@ SLOW = {  # what a stranger may send and then fall silent
 
 
 @pytest.mark.parametrize("how", SLOW)
-def test_a_slow_stranger_costs_a_socket_and_no_thread(cloud, ann, serve_cloud, how):
-    """X9, H19, R32, R35: three hundred of them, and honest requests are answered at once."""
+def test_a_slow_stranger_costs_a_socket_and_no_thread(cloud, ann, serve_cloud, monkeypatch, how):
+    """X9, H19, R32, R35: three hundred of them, and honest requests are answered while they are still waited for."""
+    for name in ("HEADER_TIME", "IDLE_TIME", "STALL_TIME", "SMALL_BODY_TIME", "BODY_WINDOW"):
+        monkeypatch.setattr(cs, name, 3600)
     address = serve_cloud(cloud)
     server = serve_cloud.servers[-1]
     sockets = connect(address, SLOW[how], 300, **({"SO_RCVBUF": 2048} if how == "no wish to read" else {}))
     try:
-        deadline, took = time.monotonic() + 20, []
-        while len(server.watched) + len(server.active) < 300 and how not in ("a large body that does not come", "chunks without end") \
-                and not how.startswith("an upload") and time.monotonic() < deadline:
-            time.sleep(0.01)
+        if how not in ("a large body that does not come", "chunks without end") and not how.startswith("an upload"):
+            eventually(lambda: len(server.watched) + len(server.active) == 300)
         for _ in range(10):
-            began = time.monotonic()
             assert exchange(address, "GET", "/dav/", user="ann").status == 200
-            took.append(time.monotonic() - began)
-        while len(server.active) > 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert len(server.active) <= 2 and sorted(took)[5] < 2, took
+        eventually(lambda: len(server.active) <= 2)
     finally:
         [sock.close() for sock in sockets]
-    while server.peers and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(lambda: not server.peers)
     assert not server.watched and not server.peers           # everything is given back
 
 
@@ -5133,7 +5146,7 @@ def test_the_small_body_of_a_stranger_may_come_in_pieces(address, cloud, monkeyp
     again = request_bytes("GET", "/healthz", user=None)
     assert statuses(raw(address, login + again, half_close=True)) == [200, 200]
     head, _, rest = login.partition(b"\r\n\r\n")
-    with socket.create_connection(address, timeout=5) as sock:
+    with socket.create_connection(address, timeout=60) as sock:
         for piece in (head[:20], head[20:] + b"\r\n\r\n", rest[:3], *[bytes([byte]) for byte in rest[3:]]):
             sock.sendall(piece)
             time.sleep(0.002)
@@ -5150,15 +5163,14 @@ def test_the_small_body_of_a_stranger_may_come_in_pieces(address, cloud, monkeyp
             received += sock.recv(4096)
         assert statuses(received) == [401, 200]
     monkeypatch.setattr(cs, "SMALL_BODY_TIME", 0.2)
-    began = time.monotonic()
-    assert statuses(raw(address, head + b"\r\n\r\n{", wait=8)) == [408] and time.monotonic() - began < 5
+    assert statuses(raw(address, head + b"\r\n\r\n{")) == [408]
 
 
 @pytest.mark.parametrize("length, status", [("20000", 413), ("99999999999", 413), (None, 411)])
 def test_strangers_may_send_little(address, length, status):
     """X10: and hear so before they have sent it"""
     framing = "Content-Length: " + length if length else "Transfer-Encoding: chunked"
-    received = raw(address, ("POST /api/v1/login HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n" % framing).encode() + b"[" * 5000, wait=4)
+    received = raw(address, ("POST /api/v1/login HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n" % framing).encode() + b"[" * 5000)
     assert statuses(received) == [status] and b"Connection: close" in received
 
 
@@ -5188,9 +5200,9 @@ def test_one_network_crowds_out_only_itself(cloud, ann, monkeypatch, serve_cloud
     cloud.config = replace(cloud.config, max_connections=20)
     address = serve_cloud(cloud)
     honest, = connect(address)
-    time.sleep(0.1)
+    eventually(lambda: len(seen) == 1)
     strangers = connect(address, b"", 60)
-    time.sleep(0.3)
+    eventually(lambda: len(seen) == 61)
     honest.sendall(request_bytes("GET", "/healthz", user=None))
     assert b"200 OK" in honest.recv(1000)
     server = serve_cloud.servers[-1]
@@ -5200,18 +5212,18 @@ def test_one_network_crowds_out_only_itself(cloud, ann, monkeypatch, serve_cloud
 
 def test_a_connection_that_comes_back_just_when_the_server_stops_is_not_waited_for(cloud, ann, monkeypatch, serve_cloud):
     """Each stop in such a moment would take all of STOP_TIME."""
+    monkeypatch.setattr(cs, "STOP_TIME", 3600)
     address, watch = serve_cloud(cloud), cs.Connection.watch
     server, = serve_cloud.servers
 
     def at_that_moment(connection):
         if threading.current_thread().name == "connection":
             server.stop()
-            assert until(lambda: server.selector.get_map() is None, 5)     # its loop has ended
+            eventually(lambda: server.selector.get_map() is None)     # its loop has ended
         watch(connection)
     monkeypatch.setattr(cs.Connection, "watch", at_that_moment)
     assert exchange(address, "GET", "/dav/").status == 200
-    began = time.monotonic()
-    assert until(lambda: not server.active, 5) and time.monotonic() - began < cs.STOP_TIME / 2
+    eventually(lambda: not server.active)
 
 
 def test_a_crew_makes_do_where_the_system_gives_no_more_threads(monkeypatch):
@@ -5223,12 +5235,10 @@ def test_a_crew_makes_do_where_the_system_gives_no_more_threads(monkeypatch):
         start(thread)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     for n in range(20):
-        crew.submit(lambda n: (gate.wait(10), done.append(n)), n)
+        crew.submit(lambda n: (gate.wait(60), done.append(n)), n)
     assert crew.count == 3
     gate.set()
-    until = time.monotonic() + 10
-    while len(done) < 20 and time.monotonic() < until:
-        time.sleep(0.01)
+    eventually(lambda: len(done) == 20)
     assert sorted(done) == list(range(20))
 
 
@@ -5237,17 +5247,13 @@ def test_the_crew_shrinks(monkeypatch):
     monkeypatch.setattr(cs, "CREW_IDLE", 0.1)
     crew, gate, done = cs.Crew(50), threading.Event(), []
     for n in range(80):
-        crew.submit(lambda n: (gate.wait(10), done.append(n)), n)
+        crew.submit(lambda n: (gate.wait(60), done.append(n)), n)
     assert crew.count == 50 and crew.backlog() >= 25
     gate.set()
-    until = time.monotonic() + 10
-    while crew.count and time.monotonic() < until:
-        time.sleep(0.01)
-    assert crew.count == 0 and sorted(done) == list(range(80))
+    eventually(lambda: crew.count == 0)
+    assert sorted(done) == list(range(80))
     crew.submit(done.append, 99)
-    while 99 not in done and time.monotonic() < until:
-        time.sleep(0.01)
-    assert 99 in done
+    eventually(lambda: 99 in done)
 
 
 def test_no_work_waits_for_a_thread_that_took_other_work():
@@ -5264,9 +5270,9 @@ def test_no_work_waits_for_a_thread_that_took_other_work():
     crew._work = Queue()
     idle = threading.Event()
     crew.submit(idle.set)
-    assert idle.wait(10)
+    assert idle.wait(60)
     crew.submit(gate.wait)
-    assert done.wait(10)
+    assert done.wait(60)
     gate.set()
 
 
@@ -5283,9 +5289,7 @@ def test_a_crew_does_all_of_a_rush(rng, monkeypatch):
     threads = [threading.Thread(target=rush) for _ in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    until = time.monotonic() + 10
-    while (crew.count or len(done) < 800) and time.monotonic() < until:
-        time.sleep(0.01)
+    eventually(lambda: len(done) == 800 and not crew.count)
     assert (len(done), crew.count, crew._spare, crew.backlog()) == (800, 0, 0, 0)
 
 
@@ -5293,9 +5297,8 @@ def test_no_account_takes_more_than_its_share(cloud, ann, address, monkeypatch):
     """X9, X17, R35: connections that are answered at a time, and waits for changes; others go on, and all is given back."""
     cloud.journal.waits.most = 5
     bob, poll = account(cloud, "bob"), "/api/v1/changes?since=%d&wait=30" % cloud.journal.head()
-    waits, until = connect(address, request_bytes("GET", poll), 5), time.monotonic() + 5
-    while cloud.journal.waits.taken() < 5 and time.monotonic() < until:
-        time.sleep(0.01)
+    waits = connect(address, request_bytes("GET", poll), 5)
+    eventually(lambda: cloud.journal.waits.taken() == 5)
     answer = exchange(address, "GET", poll)
     assert answer.status == 503 and answer.headers["retry-after"]
     assert exchange(address, "GET", poll.replace("wait=30", "wait=0")).status == 200
@@ -5304,7 +5307,7 @@ def test_no_account_takes_more_than_its_share(cloud, ann, address, monkeypatch):
     for sock in waits:
         assert b"200 OK" in sock.recv(4096)
         sock.close()
-    assert cloud.journal.waits.taken() == 0
+    eventually(lambda: not cloud.journal.waits.taken())
     slots = cs.Slots(2, "%d")
     slots.take("a"), slots.take("a"), slots.take("b")
     assert outcome(slots.take, "a") == "busy"
@@ -5312,8 +5315,9 @@ def test_no_account_takes_more_than_its_share(cloud, ann, address, monkeypatch):
     assert slots.taken() == 3
     threading.Timer(0.05, slots.give, ["b"]).start()
     threading.Timer(0.1, slots.give, ["a"]).start()
-    slots.take("a", 20)                         # waits for one of its own
-    assert outcome(slots.take, "a", 0.01) == "busy" and slots.taken() == 2
+    slots.take("a", 60)                         # waits for one of its own
+    eventually(lambda: slots.taken() == 2)
+    assert outcome(slots.take, "a", 0.01) == "busy"
 
 
 def test_large_bodies_of_an_account_wait_for_their_turn(cloud, ann, address, monkeypatch):
@@ -5323,13 +5327,11 @@ def test_large_bodies_of_an_account_wait_for_their_turn(cloud, ann, address, mon
     held = connect(address, request_bytes("PUT", "/dav/a", b"", "Content-Length: %d" % size), cs.LARGE_BODIES)
     for sock in held:
         sock.sendall(bytes(1000))
-    until = time.monotonic() + 10
-    while exchange(address, "PUT", "/dav/b", bytes(size)).status != 503 and time.monotonic() < until:
-        time.sleep(0.01)
+    eventually(lambda: exchange(address, "PUT", "/dav/b", bytes(size)).status == 503)
     assert exchange(address, "PUT", "/dav/b", bytes(size)).headers["retry-after"]
     assert exchange(address, "PUT", "/dav/c", bytes(1000)).status in (201, 204)
     assert exchange(address, "PUT", "/dav/d", bytes(size), user="bob").status == 201
-    monkeypatch.setattr(cs, "LARGE_WAIT", 20)
+    monkeypatch.setattr(cs, "LARGE_WAIT", 60)
     threading.Timer(0.1, held.pop().close).start()
     assert exchange(address, "PUT", "/dav/b", bytes(size)).status in (201, 204)
     for sock in held:
@@ -5339,13 +5341,9 @@ def test_large_bodies_of_an_account_wait_for_their_turn(cloud, ann, address, mon
 def test_waits_and_downloads_end_when_the_client_leaves(cloud, ann, address):
     """X16, X17"""
     for sock in connect(address, request_bytes("GET", "/api/v1/changes?since=%d&wait=60" % cloud.journal.head()), 3):
-        while not cloud.journal.waits.taken():
-            time.sleep(0.01)
+        eventually(cloud.journal.waits.taken)
         sock.close()
-    until = time.monotonic() + 10
-    while cloud.journal.waits.taken() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert cloud.journal.waits.taken() == 0
+    eventually(lambda: not cloud.journal.waits.taken())
 
 
 @pytest.mark.parametrize("reads", [0, 100], ids=["nothing", "a trickle"])
@@ -5354,28 +5352,27 @@ def test_who_reads_too_slowly_is_given_up(address, cloud, ann, serve_cloud, monk
     monkeypatch.setattr(cs, "STALL_TIME", 1)
     put(cloud, ann, "big", os.urandom(30 * MiB))
     sock, = connect(address, request_bytes("GET", "/dav/big"), SO_RCVBUF=4096)
-    server, until = serve_cloud.servers[-1], time.monotonic() + 20
+    server, until = serve_cloud.servers[-1], time.monotonic() + 60
     with sock:
         sock.recv(100)
-        while server.active and time.monotonic() < until:
+        while server.active:
+            assert time.monotonic() < until
             time.sleep(0.1)
             sock.recv(reads)
-        assert time.monotonic() < until
 
 
-def test_silent_connections_are_parked_and_come_back(address):
+def test_silent_connections_are_parked_and_come_back(address, serve_cloud):
     """R32: a connection that says nothing holds no thread, and works when it speaks again."""
-    before = set(threading.enumerate())          # another server's may be on their way out
-    connections = [http.client.HTTPConnection(*address, timeout=10) for _ in range(50)]
+    server, = serve_cloud.servers
+    connections = [http.client.HTTPConnection(*address, timeout=60) for _ in range(50)]
     for connection in connections:
         connection.connect()
-    time.sleep(1.6)
-    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("connection") and thread not in before]
+    eventually(lambda: len(server.watched) == 50 and not server.active)
     for connection in connections:
         connection.request("GET", "/healthz")
         assert connection.getresponse().read() == b"ok\n"
-        connection.close()
-    assert len(names) <= 60
+    eventually(lambda: len(server.watched) == 50 and not server.active)
+    [connection.close() for connection in connections]
 
 
 def test_no_more_connections_are_parked_than_the_system_can_watch(address, monkeypatch):
@@ -5383,12 +5380,10 @@ def test_no_more_connections_are_parked_than_the_system_can_watch(address, monke
     monkeypatch.setattr(cs, "WATCHED_MOST", 5)
     connections = []
     for n in range(8):
-        connections.append(socket.create_connection(address, timeout=10))
+        connections.append(socket.create_connection(address, timeout=60))
         connections[-1].sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert connections[-1].recv(1000).endswith(b"ok\n")
-    closed, since = set(), time.monotonic()
-    while len(closed) < 3 and time.monotonic() - since < 10:
-        closed |= set(select.select(connections, [], [], 0.1)[0])
+    closed = eventually(lambda: len(found := select.select(connections, [], [], 0)[0]) >= 3 and found)
     for sock in connections:
         if sock in closed:
             assert sock.recv(1) == b""
@@ -5434,16 +5429,14 @@ def test_patience_has_a_form_for_each_kernel_and_a_fallback(monkeypatch):
 def test_a_slow_head_is_given_up(address, monkeypatch):
     """R34"""
     monkeypatch.setattr(cs, "HEADER_TIME", 1)
-    began = time.monotonic()
-    assert statuses(raw(address, b"GET / HTTP/1.1\r\nHost: loc", wait=10)) == [408]
-    assert time.monotonic() - began < 6
+    assert statuses(raw(address, b"GET / HTTP/1.1\r\nHost: loc")) == [408]
 
 
 def test_a_body_that_trickles_is_given_up(address, call, monkeypatch):
     """R34"""
     monkeypatch.setattr(cs, "BODY_WINDOW", 1)
     call("PUT", "/dav/a", b"old")
-    received = raw(address, request_bytes("PUT", "/dav/a", b"", "Content-Length: 500000") + b"x", wait=10)
+    received = raw(address, request_bytes("PUT", "/dav/a", b"", "Content-Length: 500000") + b"x")
     assert statuses(received) == [408] and call("GET", "/dav/a").body == b"old"
 
 
@@ -5456,17 +5449,9 @@ def test_a_peer_that_left_is_noticed_without_reading():
         peer = socket.create_connection(listener.getsockname())
         sock, _ = listener.accept()
         leave(peer)
-        assert until(lambda: cs.Connection(sock, ("127.0.0.1", 1), cs.HEAD).has_left() is left, 2), left
+        eventually(lambda: cs.Connection(sock, ("127.0.0.1", 1), cs.HEAD).has_left() is left)
         peer.close(), sock.close()
     listener.close()
-
-
-def until(look, seconds):
-    """Look again and again until it is so; returns whether it came to be."""
-    end = time.monotonic() + seconds
-    while not look() and time.monotonic() < end:
-        time.sleep(0.005)
-    return look()
 
 
 def test_who_only_stops_sending_gets_a_short_answer(address, cloud, ann):
@@ -5505,15 +5490,16 @@ def test_long_reads_end_when_nobody_waits_for_the_answer(cloud, ann, serve_cloud
     if tls:
         certificate = request.getfixturevalue("certificate")
         cloud.config = replace(cloud.config, tls_cert=certificate[0], tls_key=certificate[1])
-    sock = socket.create_connection(serve_cloud(cloud), timeout=5)
+    sock = socket.create_connection(serve_cloud(cloud), timeout=60)
     if tls:
         import ssl
         sock = ssl._create_unverified_context().wrap_socket(sock)
     body = SEARCH_ALL if body == "SEARCH" else body
     sock.sendall(request_bytes(method, path, body.encode(), "X-Recalculate-Hash: sha1", "Depth: 1"))
-    assert begun.wait(5)
+    assert begun.wait(60)
     sock.close()
-    assert ended.wait(5) and until(lambda: not cloud.tree.lanes.taken(), 2)
+    assert ended.wait(60)
+    eventually(lambda: not cloud.tree.lanes.taken())
 
 
 # ==== 17. JSON API =======================================================================
@@ -5648,7 +5634,7 @@ def test_an_archive_that_breaks_is_cut_off(address, cloud, ann, monkeypatch):
     put(cloud, ann, "d/a", b"1", parents=True)
     put(cloud, ann, "d/b", os.urandom(100_000))
     shutil.rmtree(cloud.config.data / "objects")
-    received = raw(address, request_bytes("GET", "/api/v1/zip/d"), wait=3)
+    received = raw(address, request_bytes("GET", "/api/v1/zip/d"))
     assert b"200 OK" in received and not received.endswith(b"0\r\n\r\n")
 
 
@@ -5667,13 +5653,13 @@ class Session:
         return answer
 
 
-def test_setting_up_logging_in_and_out(make_cloud, serve_cloud):
+def test_setting_up_logging_in_and_out(make_cloud, serve_cloud, fake):
     """A7, A8, A15"""
-    cloud = make_cloud()
+    cloud = make_cloud(clock=fake.clock())
     token, browser = cloud.accounts.new_setup_token(), Session(serve_cloud(cloud))
     assert browser.call("GET", "/api/v1/account").json()["code"] == "not-set-up"
     assert browser.call("POST", "/api/v1/setup", {"token": "x" * 22, "name": "ann", "password": PASSWORD}).status == 403
-    time.sleep(1.1)                              # the address waits a second
+    fake.pass_(1100)                             # the address waits a second
     assert browser.call("POST", "/api/v1/setup", {"token": token, "name": "ann", "password": PASSWORD}).status == 200
     assert "HttpOnly" in browser.flags and "SameSite=Lax" in browser.flags and browser.cookie.startswith("session=")
     assert browser.call("GET", "/api/v1/account").json()["name"] == "ann"
@@ -6265,11 +6251,7 @@ def test_a_part_cut_off_resumes_where_it_broke(call, address, cloud, ann):
     where = call("POST", "/tus", b"", Upload_Length=str(len(data)), Upload_Metadata=metadata(path="a"), **TUS).headers["location"]
     raw(address, request_bytes("PATCH", where, b"", "Tus-Resumable: 1.0.0", "Upload-Offset: 0", "Content-Length: 3000000",
                                "Content-Type: application/offset+octet-stream") + data[:1_234_567], wait=0.5, half_close=True)
-    for _ in range(50):
-        at = int(call("HEAD", where, **TUS).headers["upload-offset"])
-        if at:
-            break
-        time.sleep(0.1)
+    at = eventually(lambda: int(call("HEAD", where, **TUS).headers["upload-offset"]))
     assert at == 1_234_567
     assert call("PATCH", where, data[at:], Upload_Offset=str(at), **PART).status == 204 and get(cloud, ann, "a") == data
 
@@ -6598,19 +6580,19 @@ def test_changes_tell_of_all_that_comes_into_sight(cloud, ann):
     assert [change.path for change in cloud.history.changes(ann, (), since)[1]] == [("here", "d")]
 
 
-def test_a_long_poll_waits_for_a_change(call, cloud, ann):
-    since, began = cloud.journal.head(), time.monotonic()
-    thread = threading.Timer(0.3, lambda: put(cloud, ann, "a"))
-    thread.start()
-    answer = call("GET", "/api/v1/changes?since=%d&wait=20" % since).json()
-    assert [item["path"] for item in answer["changes"]] == ["a"] and 0.25 < time.monotonic() - began < 10
+def test_a_long_poll_waits_for_a_change(call, cloud, ann, monkeypatch):
+    monkeypatch.setattr(cs, "WAIT_LIMIT", 3600)
+    threading.Thread(target=lambda: eventually(cloud.journal.waits.taken) and put(cloud, ann, "a")).start()
+    answer = call("GET", "/api/v1/changes?since=%d&wait=3600" % cloud.journal.head()).json()
+    assert [item["path"] for item in answer["changes"]] == ["a"]
+    monkeypatch.setattr(cs, "WAIT_LIMIT", 0.3)
     began = time.monotonic()
-    assert call("GET", "/api/v1/changes?since=%d&wait=1" % answer["seq"]).json()["changes"] == []
-    assert time.monotonic() - began > 0.9
+    assert call("GET", "/api/v1/changes?since=%d&wait=3600" % answer["seq"]).json()["changes"] == []
+    assert time.monotonic() - began > 0.25
 
 
 def test_events_wake_up_who_listens(address, cloud, ann):
-    connection = http.client.HTTPConnection(*address, timeout=10)
+    connection = http.client.HTTPConnection(*address, timeout=60)
     connection.request("GET", "/api/v1/events", headers={"Authorization": basic()})
     response = connection.getresponse()
     assert response.getheader("content-type") == "text/event-stream"
@@ -8059,7 +8041,7 @@ def test_a_chunk_damaged_in_mid_file_cuts_the_answer(cloud, ann, address, serve_
     put(cloud, ann, "a", data)
     name, = cloud.db.read("SELECT object FROM chunk JOIN manifest_chunk ON chunk = hash WHERE offset > 5000000")[0]
     flip(cloud.blobs.store.home / name[:2] / name)
-    received = raw(address, request_bytes("GET", "/dav/a"), wait=5)
+    received = raw(address, request_bytes("GET", "/dav/a"))
     assert b"200 OK" in received and len(received) < len(data)
 
 
@@ -8367,7 +8349,8 @@ def test_an_object_is_named_by_a_hash_and_nothing_else(tmp_path, object):
 def test_a_lease_is_given_back(make_cloud, tmp_path, serve):
     """S17: gc right after a clean stop."""
     served = serve()
-    time.sleep(1.5)                              # the janitor has worked
+    with contextlib.closing(sqlite3.connect(served.data / "cloud.db")) as db:
+        eventually(lambda: db.execute("SELECT fence FROM lease").fetchall())         # the janitor has worked
     busy = run("gc", "--data", served.data)
     assert served.stop() == 0
     assert run("gc", "--data", served.data).returncode == 0 and run("gc", "--data", served.data).returncode == 0
@@ -8864,9 +8847,7 @@ def test_a_hangup_stops_nothing_and_opens_the_access_log_anew(serve, tmp_path):
     served.call("GET", "/healthz")
     log.rename(tmp_path / "older.log")
     served.process.send_signal(signal.SIGHUP)
-    since = time.monotonic()
-    while not log.exists() or "healthz" not in log.read_text():
-        assert served.call("GET", "/healthz").status == 200 and time.monotonic() - since < 10
+    eventually(lambda: served.call("GET", "/healthz").status == 200 and log.exists() and "healthz" in log.read_text())
     assert workers_of(served, 2) == children and served.stop() == 0
 
 
@@ -8993,12 +8974,10 @@ def test_logs_are_sentences_for_eyes_and_lines_of_json_for_programs(tmp_path, mo
 
 def workers_of(served, count, *, without=()):
     """Wait until a server has so many workers; their process ids."""
-    found, since = [], time.monotonic()
-    while len(found) != count or set(found) & set(without):
-        assert time.monotonic() - since < 20, found
-        time.sleep(0.05)
+    def look():
         found = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
-    return found
+        return len(found) == count and not set(found) & set(without) and found
+    return eventually(look)
 
 
 @needs_fork
@@ -9032,7 +9011,7 @@ def test_workers_that_end_as_they_begin_are_replaced_more_and_more_slowly(tmp_pa
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_access_log_that_cannot_be_written_is_said_at_the_start(tmp_path, workers):
-    done = run("serve", "--data", tmp_path / "d", "--port", "0", "--workers", workers, "--access-log", tmp_path / "no/log", timeout=20)
+    done = run("serve", "--data", tmp_path / "d", "--port", "0", "--workers", workers, "--access-log", tmp_path / "no/log")
     assert done.returncode == 1 and "No such file" in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
 
 
@@ -9041,12 +9020,7 @@ def test_workers_end_with_their_supervisor(serve):
     served = serve("--workers", 2)
     children = subprocess.run(["pgrep", "-P", str(served.process.pid)], capture_output=True, text=True).stdout.split()
     served.kill()
-    for _ in range(50):
-        if not any(os.path.exists("/proc/%s" % pid) for pid in children):
-            break
-        time.sleep(0.1)
-    else:
-        raise AssertionError("a worker outlived its supervisor")
+    eventually(lambda: not any(os.path.exists("/proc/%s" % pid) for pid in children))
 
 
 def test_the_data_directory_is_private(serve):
@@ -9179,8 +9153,8 @@ def test_random_patterns_mean_what_git_takes_them_for(tmp_path, rng):
         assert ours == set(done.stdout.split("\n")) & set(tree), lines
 
 
-def test_an_insertion_moves_only_the_cuts_around_it(rng):
-    data = rng.getrandbits(8 * 24 * MiB).to_bytes(24 * MiB, "big")
+def test_an_insertion_moves_only_the_cuts_around_it():
+    data = random.Random(1).getrandbits(8 * 24 * MiB).to_bytes(24 * MiB, "big")      # by chance it may move many
     first = list(cs.cut_by_content(io.BytesIO(data)))
     assert b"".join(first) == data and max(map(len, first)) <= cs.CUT_MOST and min(map(len, first[:-1])) >= cs.CUT_LEAST
     second = list(cs.cut_by_content(io.BytesIO(data[:9 * MiB] + b"inserted" + data[9 * MiB:])))
@@ -9277,7 +9251,7 @@ def watching(one, cloud, tell=lambda client: None):
     try:
         yield it
     finally:
-        it.ended.set(), cloud.journal.closing.set(), it.thread.join(20)
+        it.ended.set(), cloud.journal.closing.set(), it.thread.join(60)
     assert not it.thread.is_alive()
 
 
@@ -9426,9 +9400,12 @@ def test_only_what_changed_in_a_large_file_travels(laptop, cloud, ann, rng):
     data = rng.getrandbits(8 * 40 * MiB).to_bytes(40 * MiB, "big")
     one.write("big", data)
     one.run(), two.run()
-    one.write("big", data[:20 * MiB] + os.urandom(MiB) + data[20 * MiB:])
-    up, down = one.run().bytes_up, two.run().bytes_down
-    assert up < 16 * MiB and down < 16 * MiB, (up, down)         # two of the largest chunks; most often 7
+    longer = data[:20 * MiB] + os.urandom(MiB) + data[20 * MiB:]
+    one.write("big", longer)
+    before, after = [set(cs.cut_by_content(io.BytesIO(whole))) for whole in (data, longer)]
+    fresh = sum(map(len, after - before))        # how much that is, is up to chance: where the cuts fall
+    for moved in (one.run().bytes_up, two.run().bytes_down):
+        assert fresh <= moved < fresh + 100 * KiB, (fresh, moved)
     assert one.read("big") == two.read("big") == get(cloud, ann, "big")
 
 
@@ -9820,21 +9797,10 @@ def test_a_watched_folder_that_vanishes_ends_the_watch(laptop, cloud, ann, tmp_p
     one = laptop()
     one.write("a", "a"), one.write("b", "b")
     with watching(one, cloud) as watch:
-        wait_until(lambda: "b" in tree(cloud, ann))
+        eventually(lambda: "b" in tree(cloud, ann))
         swap_away(one, tmp_path, "an empty directory")
-        watch.thread.join(15)
+        watch.thread.join(60)
         assert watch.codes == [3] and sorted(tree(cloud, ann)) == ["a", "b"]
-
-
-def wait_until(true, seconds=15):
-    """Look again and again.  On Windows a file that is just being replaced cannot be looked at."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        with contextlib.suppress(*[PermissionError] * (os.name == "nt")):
-            if true():
-                return
-        time.sleep(0.01)
-    assert true(), "it never came true"
 
 
 @pytest.fixture
@@ -10088,10 +10054,10 @@ def test_a_full_disk_under_watch_is_said_and_waited_for(laptop, cloud, ann, monk
     monkeypatch.setattr(cs.Folder, "finish", no_room)
     put(cloud, ann, "f", "f")
     with watching(one, cloud) as watch:
-        wait_until(lambda: "full" in caplog.text)
+        eventually(lambda: "full" in caplog.text)
         assert str(one.path) in caplog.text and list((one.path / cs.SYNC_HOME / "tmp").iterdir()) == []
         full[0] = False
-        wait_until(lambda: one.tree() == {"f": b"f"})
+        eventually(lambda: one.tree() == {"f": b"f"})
         assert watch.thread.is_alive()
 
 
@@ -10572,18 +10538,18 @@ def test_no_accident_of_the_network_ends_a_watch(laptop, cloud, ann, meddler, pl
             if place == "manifest" and name != "cut in the body":
                 continue
             if place != "manifest":
-                wait_until(lambda: one.tree() == tree(cloud, ann))
+                eventually(lambda: one.tree() == tree(cloud, ann))
                 meddler.play(accident, PLACES[place], 12)
                 put(cloud, ann, "theirs", os.urandom(70_000)), one.write("mine", os.urandom(70_000)), one.write("large", os.urandom(200_000))
-            wait_until(lambda: meddler.done)
+            eventually(lambda: meddler.done)
             meddler.play(None, "", 0)
-            wait_until(lambda: one.tree() == tree(cloud, ann))
+            eventually(lambda: one.tree() == tree(cloud, ann))
             assert thread.is_alive() and len(set(threading.enumerate()) - before) >= 2, name
         assert "Traceback" not in caplog.text
         put(cloud, ann, "last", "last")
-        wait_until(lambda: "last" in one.tree(), 3)      # told by the listener
+        eventually(lambda: "last" in one.tree())       # told by the listener
     finally:
-        ended.set(), cloud.journal.closing.set(), thread.join(20)
+        ended.set(), cloud.journal.closing.set(), thread.join(60)
     assert not thread.is_alive()
 
 
@@ -10609,11 +10575,11 @@ def test_what_could_not_be_synced_is_tried_again_by_itself(laptop, cloud, ann, m
     monkeypatch.setattr(cs.Folder, "settle", busy)
     put(cloud, ann, "office.docx", "text")
     with watching(one, cloud, lambda client: told.append(client.notes())):
-        wait_until(lambda: len(told) > 2)
+        eventually(lambda: len(told) > 2)
         assert told[0] == told[1] == ["office.docx: it is open in another program"] and list((one.path / cs.SYNC_HOME / "tmp").iterdir()) == []
         is_open[0] = False
-        wait_until(lambda: one.tree() == {"office.docx": b"text"}, 5)
-        wait_until(lambda: told[-1] == [])
+        eventually(lambda: one.tree() == {"office.docx": b"text"})
+        eventually(lambda: told[-1] == [])
 
 
 # ---- a server that went back in time
@@ -10809,11 +10775,11 @@ def test_a_revoked_device_ends_its_watch(laptop, cloud, ann, monkeypatch):
     monkeypatch.setattr(cs, "SCAN_LEAST", 0.05)
     one = laptop()
     with watching(one, cloud) as watch:
-        wait_until(lambda: watch.client.memory.cursor > 0)
+        eventually(lambda: watch.client.memory.cursor > 0)
         device, = [device for device in cloud.devices.list(ann) if device.name == "one"]
         cloud.devices.revoke(ann, device.id)
         one.write("b", "b")
-        watch.thread.join(20)
+        watch.thread.join(60)
         assert watch.codes == [4] and tree(cloud, ann) == {} and one.tree() == {"b": b"b"}
 
 
@@ -11312,10 +11278,10 @@ def test_a_change_reaches_a_watching_client_at_once(laptop, cloud, ann, monkeypa
     with watching(one, cloud):
         for name in ("first", "second", "third"):
             put(cloud, ann, name, name)
-            wait_until(lambda: name in one.tree())
+            eventually(lambda: name in one.tree())
             assert one.read(name) == name.encode()
         one.write("mine", "mine")
-        wait_until(lambda: "mine" in tree(cloud, ann))
+        eventually(lambda: "mine" in tree(cloud, ann))
         assert get(cloud, ann, "mine") == b"mine"
 
 
@@ -11507,7 +11473,7 @@ class World:
         self.thread.start()
 
     def stop(self):
-        self.server.stop(), self.thread.join(15), self.listener.close(), self.cloud.close()
+        self.server.stop(), self.thread.join(60), self.listener.close(), self.cloud.close()
 
     @property
     def ann(self):
@@ -11912,7 +11878,7 @@ def stop(process, number=signal.SIGTERM):
     if process.poll() is None:
         process.send_signal(number) if os.name != "nt" else process.asked.touch()
     try:
-        return process.wait(30)
+        return process.wait(60)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
@@ -12111,15 +12077,8 @@ def test_a_server_needs_no_streams(tmp_path, how):
     process = popen("serve", "--data", data, "--port", address[1], "--workers", "1", "--access-log", "-", program=program,
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     try:
-        for _ in range(200):
-            try:
-                assert exchange(address, "GET", "/healthz", user=None).body == b"ok\n"
-                break
-            except OSError:
-                assert process.poll() is None, process.communicate()
-                time.sleep(0.05)
-        else:
-            raise AssertionError("it does not start")
+        eventually(lambda: answers(address) or process.poll() is not None)
+        assert process.poll() is None, process.communicate()
     finally:
         stop(process)
         said = b"".join(process.communicate())
@@ -12533,7 +12492,7 @@ def test_https_from_certificate_files(serve, certificate):
     served = serve("--tls-cert", certificate[0], "--tls-key", certificate[1])
     assert "https://" in served.greeting
     trust = ssl.create_default_context(cafile=str(certificate[0]))
-    connection = http.client.HTTPSConnection("localhost", served.address[1], context=trust, timeout=20)
+    connection = http.client.HTTPSConnection("localhost", served.address[1], context=trust, timeout=60)
     data = os.urandom(6 * MiB)
     for method, body, want in (("PUT", data, 201), ("GET", None, 200)):
         connection.request(method, "/dav/a", body, {"Authorization": basic()})
@@ -12616,7 +12575,7 @@ def behind(serve, certificate, tmp_path):
 
         class Proxied(http.client.HTTPSConnection):              # asks for cloud.example, and finds it here
             def connect(self):
-                self.sock = anybody.wrap_socket(socket.create_connection(("127.0.0.1", port), timeout=30), server_hostname="cloud.example")
+                self.sock = anybody.wrap_socket(socket.create_connection(("127.0.0.1", port), timeout=60), server_hostname="cloud.example")
 
         def call(method, path, body=None, user="ann", stream=False, **fields):
             connection = Proxied("cloud.example", port)
@@ -12626,20 +12585,20 @@ def behind(serve, certificate, tmp_path):
             response = connection.getresponse()
             return response if stream else Answer(response, response.read())
         call.port = port
-        for _ in range(100):
-            with contextlib.suppress(OSError):
-                if call("GET", "/healthz", user=None).status == 200:
-                    return call
+
+        def works():
             assert process.poll() is None, (home / "said").read_text() + (home / "conf").read_text()
-            time.sleep(0.1)
-        raise AssertionError((home / "said").read_text())
+            with contextlib.suppress(OSError):
+                return call("GET", "/healthz", user=None).status == 200
+        eventually(works)
+        return call
     yield start
     for process in started:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):     # Apache in one process waits for its connections
             process.wait(0.5)
         process.kill()
-        process.wait(20)
+        process.wait(60)
 
 
 @pytest.mark.parametrize("name", PROXIES)
@@ -12661,12 +12620,11 @@ def test_the_recipe_for_a_proxy_works_as_it_stands(behind, name):
     head = call("GET", "/api/v1").json()
     events = call("GET", "/api/v1/events", stream=True)
     seq = json.loads(re.search(rb"data: (.*)", events.readline() + events.readline() + events.readline())[1])["seq"]
-    began = time.monotonic()
     assert call("PUT", "/dav/event", b"x").status == 201
-    while b"data:" not in events.readline():
-        assert time.monotonic() - began < 5              # nothing holds it back
+    while b"data:" not in events.readline():             # nothing holds it back
+        pass
     events.close()
-    assert time.monotonic() - began < 5 and head["me"]["name"] == "ann" and call("GET", "/api/v1/changes?since=%d&wait=1" % (seq + 1)).status == 200
+    assert head["me"]["name"] == "ann" and call("GET", "/api/v1/changes?since=%d&wait=1" % (seq + 1)).status == 200
 
 
 def test_the_units_of_readme_say_what_systemd_knows(tmp_path):
@@ -12698,11 +12656,10 @@ def test_a_silent_tls_client_delays_nobody(serve, certificate):
     import ssl
     served = serve("--tls-cert", certificate[0], "--tls-key", certificate[1], "--workers", 1)
     silent = [socket.create_connection(served.address) for _ in range(20)]
-    began = time.monotonic()
     trust = ssl.create_default_context(cafile=str(certificate[0]))
-    connection = http.client.HTTPSConnection("localhost", served.address[1], context=trust, timeout=20)
+    connection = http.client.HTTPSConnection("localhost", served.address[1], context=trust, timeout=60)
     connection.request("GET", "/healthz")
-    assert connection.getresponse().status == 200 and time.monotonic() - began < 2
+    assert connection.getresponse().status == 200
     connection.close()
     for sock in silent:
         sock.close()
@@ -12771,7 +12728,7 @@ class Load:
         [thread.start() for thread in self.threads]
 
     def write(self, number, rng):
-        known, connection = self.known[number], http.client.HTTPConnection(*self.address, timeout=20)
+        known, connection = self.known[number], http.client.HTTPConnection(*self.address, timeout=60)
 
         def ask(method, path, body=None, **headers):
             connection.request(method, path, body, {"Authorization": basic(), **{name.replace("_", "-"): value for name, value in headers.items()}})
@@ -13081,12 +13038,9 @@ def test_two_thousand_idle_connections_hold_no_thread(serve):
         idle.append(socket.create_connection(served.address))
         if n % 100 == 99:
             time.sleep(0.4)
-    time.sleep(3)
-    text = status.read_text()
-    assert int(re.search(r"Threads:\s+(\d+)", text)[1]) < 270
-    assert int(re.search(r"VmRSS:\s+(\d+)", text)[1]) - before < 2000 * 32
-    began = time.monotonic()
-    assert served.call("GET", "/healthz").status == 200 and time.monotonic() - began < 1
+    eventually(lambda: int(re.search(r"Threads:\s+(\d+)", status.read_text())[1]) < 270)
+    assert int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) - before < 2000 * 32
+    assert served.call("GET", "/healthz").status == 200
     [sock.close() for sock in idle]
 
 
@@ -13102,9 +13056,9 @@ def test_a_million_files_change_no_figure(make_cloud):
     def cost(action):
         times = []
         for _ in range(30):
-            began = time.perf_counter()
+            began = time.thread_time()
             action()
-            times.append(time.perf_counter() - began)
+            times.append(time.thread_time() - began)
         return sorted(times)[15]
     numbers = iter(range(1 << 30))
     actions = {"stat": lambda: cloud.files.stat(ann, ("small", "a")), "put": lambda: put(cloud, ann, "small/n%d" % next(numbers)),
@@ -13137,15 +13091,12 @@ class Household:
 
     def start(self):
         """Start until it stays: workers of one that was killed finish first, and hold its port and data until then."""
-        for _ in range(400):
+        def starts():
             if self.process is None or self.process.poll() is not None:
                 self.process = popen("serve", "--data", self.data, "--port", self.port, "--quiet", "--workers", "2",
                                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            try:
-                return exchange(("127.0.0.1", self.port), "GET", "/healthz", user=None)
-            except OSError:
-                time.sleep(0.05)
-        raise AssertionError("the server does not start")
+            return answers(("127.0.0.1", self.port))
+        eventually(starts)
 
     def sync(self, name, *words, url=True, **env):
         done = subprocess.run([*PROGRAM, "sync", str(self.tmp_path / name), *([self.url] if url else []), "--once", "--json", *words],
@@ -13198,16 +13149,12 @@ def test_one_process_syncs_a_folder_at_a_time(household, tmp_path):
     watching = popen("sync", tmp_path / "one", env=household.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         (tmp_path / "one/new").write_text("new")
-        answer, until = None, time.monotonic() + 20
-        while (answer is None or answer.status != 200) and time.monotonic() < until:
-            time.sleep(0.1)
-            answer = exchange(("127.0.0.1", household.port), "GET", "/dav/new")
-        assert answer.body == b"new"
+        eventually(lambda: exchange(("127.0.0.1", household.port), "GET", "/dav/new").body == b"new")
         code, _, said = household.sync("one")
         assert code == 1 and "another process" in said
     finally:
         stop(watching)
-        said = watching.communicate(timeout=20)[0]
+        said = watching.communicate(timeout=60)[0]
     assert watching.returncode == 0 and "1 up" in said and "Traceback" not in said
 
 
@@ -13247,10 +13194,7 @@ class Drive:
 
     def thaw(self):
         """It comes back.  Nobody may hold anything open any more; who was killed may need a moment to be gone."""
-        for _ in range(100):
-            if subprocess.call(["umount", str(self.place)], stderr=subprocess.DEVNULL) == 0:
-                break
-            time.sleep(0.05)
+        eventually(lambda: subprocess.call(["umount", str(self.place)], stderr=subprocess.DEVNULL) == 0)
         os.replace(self.under / "after.img", self.image)
         self.mount()
 
@@ -13446,7 +13390,7 @@ def kill_rounds(household, rng, rounds):
         found = {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file() and cs.SYNC_HOME not in path.parts}
         assert found == expect
     household.process.terminate()
-    household.process.wait(20)
+    household.process.wait(60)
     subprocess.run([*PROGRAM, "verify", "--data", str(household.data)], check=True)
 
 
@@ -13465,6 +13409,10 @@ def test_client_and_server_are_killed_at_random_many_times(household, rng):
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"          # how WebDriver names a reference to an element
 KEYS = {"Enter": "\ue007", "Escape": "\ue00c", "Delete": "\ue017", "F2": "\ue032", "Down": "\ue015", "Up": "\ue013", "Left": "\ue012", "Right": "\ue014",
         "Control": "\ue009", "Shift": "\ue008", "End": "\ue010", "Home": "\ue011", "Tab": "\ue004"}
+
+
+# What the page says for some seconds still stands there when a machine comes to look that was busy or stood still.
+LINGER = "setTimeout = (real => (work, wait, ...more) => real(work, wait === 5000 || wait === 10000 ? 60000 : wait, ...more))(setTimeout)"
 
 
 def start_driver():
@@ -13488,15 +13436,16 @@ class Browser:
         self.process, port = start_driver()
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
         self.address, self.downloads, self.session = ("127.0.0.1", port), downloads, ""
-        self.connection = http.client.HTTPConnection(*self.address, timeout=60)
+        self.connection = http.client.HTTPConnection(*self.address, timeout=120)
         options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--lang=en", "--window-size=1280,800",
                             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps",
                             "--disable-extensions", "--no-first-run", "--mute-audio", "--user-data-dir=%s" % (downloads / "profile")],
                    "binary": program("chromium", "google-chrome")}
         made = self.do("POST", "/session", {"capabilities": {"alwaysMatch": {
-            "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}, "unhandledPromptBehavior": "accept"}}})
+            "timeouts": {"script": 60_000}, "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}, "unhandledPromptBehavior": "accept"}}})
         self.session = "/session/" + made["sessionId"]
         self.cdp("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
+        self.cdp("Page.addScriptToEvaluateOnNewDocument", source=LINGER)
         self.keeping = ""
         self.keep(False)
 
@@ -13526,7 +13475,7 @@ class Browser:
         self.do("DELETE", "")
         self.connection.close()
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(60)
         self.process.stdout.close()
 
     # ---- looking and doing
@@ -13667,7 +13616,7 @@ def shared(tmp_path_factory):
     thread.start()
     yield cloud, listener.getsockname(), ahead
     server.stop()
-    thread.join(15)
+    thread.join(60)
     listener.close()
     cloud.close()
 
@@ -13808,6 +13757,7 @@ def test_browser_says_what_is_not_there_and_what_cannot_be_had(page, monkeypatch
     page.sees("“exist” is not there (any more).", "not", "Look in the trash")
     page.shot("not-there")
     assert page.run("return document.title").startswith("exist – ")
+    page.listens()
     page.cloud.files.make_collection(page.who, ("does", "not", "exist"), parents=True)
     page.sees("Nothing here yet")                # it is there now
     page.cloud.files.delete(page.who, ("does",))
@@ -13846,7 +13796,7 @@ def test_browser_shows_at_once_what_it_does(page):
     page.run("window.seen = 0; new MutationObserver(() => { seen = seen || document.querySelector('.rows .row') && unfinished().length; })"
              ".observe(document.querySelector('.content'), {childList: true, subtree: true}); pauseQueue()")
     page.shows("in")
-    page.sees("300 files uploaded", seconds=20)
+    page.sees("300 files uploaded")
     assert page.run("return seen") > 0, "the folder stood there before all was uploaded"
     page.open("/")
     page.click("Select a.txt")
@@ -13919,7 +13869,7 @@ def test_browser_uploads_files_and_folders(page, tmp_path):
     assert page.get("large.bin") == (tmp_path / "large.bin").read_bytes()
     assert page.cloud.files.stat(page.who, ("large.bin",)).mtime == 1_000_000_000_000
     drop(page, tmp_path / "up")
-    page.sees("251 files uploaded", seconds=20)
+    page.sees("251 files uploaded")
     page.shot("uploaded")
     assert len([path for path in page.tree() if path.startswith("up/inner/f")]) == 250
     assert page.cloud.files.stat(page.who, ("up", "inner", "empty")).kind and page.get("up/inner/f007.txt") == b"7"
@@ -13937,9 +13887,7 @@ def test_browser_downloads_a_file_and_a_zip(page):
     page.sees("2 selected")
     page.click("Download")
     archive = page.downloads / "files.zip"
-    until = time.monotonic() + 10
-    while not (archive.exists() and (page.downloads / "one.txt").exists()) and time.monotonic() < until:
-        time.sleep(0.02)
+    eventually(lambda: archive.exists() and (page.downloads / "one.txt").exists())
     assert (page.downloads / "one.txt").read_text() == "one"
     assert sorted(zipfile.ZipFile(archive).namelist()) == ["one.txt", "two.txt"]
 
@@ -14318,7 +14266,7 @@ def test_browser_offers_every_action_by_a_control(page):
         page.run("[...document.querySelectorAll('.more button')].at(-1).click()")        # a.txt
         page.click("Copy")
         page.click("box")
-        page.wait("return location.pathname === '/files/box'")
+        page.wait("return location.pathname === '/files/box' && list.entries.some(one => one.name === 'b.txt')")
         page.click("Paste")
         page.click("Keep both") if touch else None
         page.wait("return list.entries.length === arguments[0]", 3 if touch else 2)
@@ -14327,6 +14275,7 @@ def test_browser_offers_every_action_by_a_control(page):
         page.click("See it as it was…")
         page.sees("Back to now")
         page.open("/")
+        page.wait("return document.querySelector('.more button')")
         page.run("document.querySelector('.more button').click()")                       # box
         page.click("See it as it was…")
         page.wait("return location.pathname.endsWith('/box') && location.pathname.startsWith('/past')")
@@ -14695,15 +14644,6 @@ def test_browser_makes_thumbnails_once(page):
     assert page.run("return performance.getEntriesByType('resource').filter(one => one.name.endsWith('lark.png')).length") == 0
 
 
-def eventually(look, seconds=60):
-    """What it returns as soon as that is something."""
-    until = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < until, "in vain"
-        time.sleep(0.02)
-    return found
-
-
 def exif_of(small, turn, order="<"):
     """An APP1 segment with a small picture and an orientation, as cameras write it (Exif 2.32 s4.5)."""
     table = lambda rows, after: struct.pack(order + "H", len(rows)) + b"".join(
@@ -14734,6 +14674,8 @@ TURNED = {1: [True, RED, GREEN, BLUE, WHITE], 2: [True, GREEN, RED, WHITE, BLUE]
 def test_browser_makes_tiles_of_what_cameras_put_into_their_pictures(page, monkeypatch):
     """P16: of a large JPEG only the head travels, whichever way up it is; on a metered connection nothing larger does."""
     page.open("/")
+    page.sees("Nothing here yet")
+    page.listens()
     large, small = map(base64.b64decode, page.run_async(JPEGS))
     for turn in TURNED:
         page.put("%d.jpg" % turn, large[:2] + exif_of(small, turn, "<>"[turn % 2]) + large[2:])
@@ -14812,6 +14754,7 @@ def test_browser_makes_thumbnails_of_films(page, film):
 def test_browser_makes_thumbnails_of_films_that_show_their_frame_late_or_the_first_alone(page, film, hinders):
     page.put("film.webm", film)
     page.open("/")
+    page.shows("film.webm")
     page.run("const make = document.createElement; window.videos = [];"
              "document.createElement = function(name) { const made = make.call(this, name); if (name === 'video') videos.push(made); return made; };" + hinders)
     page.run("setShape('tiles')")
@@ -15375,10 +15318,7 @@ def test_browser_steps_through_time(page):
     page.click("Later")
     page.shows("a0.txt", "a1.txt", "a2.txt")
     page.click("Download this folder")
-    until = time.monotonic() + 10
-    while not (page.downloads / "box.zip").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    assert (page.downloads / "box.zip").exists()
+    eventually((page.downloads / "box.zip").exists)
     page.size(390, 844, touch=True)
     page.open("/past/now/box")
     page.shows("a0.txt", "a1.txt", "a2.txt")
@@ -15527,8 +15467,8 @@ def test_browser_asks_administrators_for_their_password(page):
         page.sees("Your password, please")
         page.fill("dialog:last-of-type input[name=password]", PASSWORD)
         page.press("Enter")
-        page.misses("Your password, please")
-        assert check is None or until(check, 5), name
+        page.wait("return !document.querySelector('dialog')")
+        eventually(check or (lambda: True))
     assert page.cloud.credentials.identify(basic("xen", PASSWORD + "2"), "", "127.0.0.1", secure=True).name == "xen"
 
 
@@ -15608,7 +15548,7 @@ def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_p
         (tmp_path / name).write_bytes(data)
     offline = page.offline
     gate, put_bytes = threading.Event(), page.cloud.blobs.put_bytes    # nothing arrives for good before the gate opens
-    monkeypatch.setattr(page.cloud.blobs, "put_bytes", lambda *args: gate.wait(20) and put_bytes(*args))
+    monkeypatch.setattr(page.cloud.blobs, "put_bytes", lambda *args: gate.wait(60) and put_bytes(*args))
     page.open("/")
     page.sees("Nothing here yet")
     page.click("New")
@@ -15627,11 +15567,11 @@ def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_p
     gate.set()
     offline(False)
     page.run("dispatchEvent(new Event('online'))")
-    page.sees("2 files uploaded", seconds=20)
+    page.sees("2 files uploaded")
     page.shows("one.bin", "three.bin")
     assert page.get("one.bin") == page.get("three.bin") == data and page.tree() == {"one.bin", "three.bin"}
     page.run("[...document.querySelectorAll('.queue li.cancelled button')].forEach(one => one.click())")
-    page.sees("3 files uploaded", seconds=20)
+    page.sees("3 files uploaded")
     assert page.get("two.bin") == data and page.run("return localStorage.getItem('uploads')") == "{}"
 
 
@@ -15693,7 +15633,7 @@ def test_browser_says_what_the_end_of_a_page_broke_off(page, tmp_path):
     page.misses("c.txt")                         # that was said once
     page.click("Choose again")
     page.file(tmp_path / "big.bin")
-    page.sees("1 file uploaded", seconds=20)
+    page.sees("1 file uploaded")
     assert page.get("box/big.bin") == data and page.run("return localStorage.uploads") == "{}"
     page.run("localStorage.uploads = JSON.stringify({[JSON.stringify([me.name, 'gone|.bin', 5000000, 1])]: 'x'.repeat(32)})")
     page.open("/")
@@ -15898,7 +15838,7 @@ def test_browser_finishes_a_folder_of_photos_that_was_broken_off(page, tmp_path,
     def write_until_the_middle(*args, **how):
         begun.append(1)
         if len(begun) > 200:
-            gate.wait(20)
+            gate.wait(60)
         done = write(*args, **how)
         ended.append(1)
         return done
@@ -15916,7 +15856,7 @@ def test_browser_finishes_a_folder_of_photos_that_was_broken_off(page, tmp_path,
     page.open("/")
     page.shows("photos")
     drop(page, tmp_path / "photos")
-    page.sees("%d files uploaded, %d already there" % (500 - arrived, arrived), seconds=30)
+    page.sees("%d files uploaded, %d already there" % (500 - arrived, arrived))
     page.shot("finished-folder")
     assert len(begun) == 500 and page.tree() == {"photos"} | {"photos/%03d.png" % n for n in range(500)}
     for n in range(500):
@@ -15934,7 +15874,7 @@ def digest_of(read):
 
 @slow
 def test_browser_uploads_two_gigabytes_over_a_broken_network_and_a_killed_server(browser, serve, tmp_path):
-    begun, size = time.monotonic(), 2048 * MiB + 12345
+    size = 2048 * MiB + 12345
     with open(tmp_path / "large.bin", "wb") as file:
         for at in range(0, size, MiB):
             file.seek(at)
@@ -15950,7 +15890,7 @@ def test_browser_uploads_two_gigabytes_over_a_broken_network_and_a_killed_server
     browser.click("New")
     browser.click("Upload files")
     browser.file(tmp_path / "large.bin")
-    sent = lambda share: browser.wait("return queue.items.length && queue.items[0].sent > arguments[0]", share * size, seconds=120)
+    sent = lambda share: browser.wait("return queue.items.length && queue.items[0].sent > arguments[0]", share * size, seconds=600)
     sent(0.2)
     browser.offline(True)
     browser.sees("No connection: 0 of 1 uploaded", "Waiting for the connection…")
@@ -15961,14 +15901,14 @@ def test_browser_uploads_two_gigabytes_over_a_broken_network_and_a_killed_server
     browser.sees("No connection: 0 of 1 uploaded")
     served = serve("--workers", 1, "--port", served.address[1])
     sent(0.7)
-    browser.sees("1 file uploaded", seconds=200)
+    browser.sees("1 file uploaded", seconds=600)
     browser.shows("large.bin")
     connection = http.client.HTTPConnection(*served.address, timeout=60)
     connection.request("GET", "/api/v1/content/large.bin", headers={"Authorization": basic()})
     with open(tmp_path / "large.bin", "rb") as file, connection.getresponse() as answer:
         assert answer.status == 200 and int(answer.headers["content-length"]) == size and digest_of(file.read) == digest_of(answer.read)
     connection.close()
-    assert len(served.call("GET", "/api/v1/versions/large.bin").json()["versions"]) == 1 and time.monotonic() - begun < 300
+    assert len(served.call("GET", "/api/v1/versions/large.bin").json()["versions"]) == 1
     browser.run("localStorage.clear()")
     browser.go("about:blank")
     browser.forget("http://127.0.0.1:%d" % served.address[1])
@@ -16026,7 +15966,7 @@ def test_browser_keeps_the_new_page_instead_of_the_old(page, keepers, monkeypatc
     for last in (False, True):                   # once in a while the new one waits until the page is left
         page.open("/")
         try:
-            eventually(lambda: page.run_async(KEPT) == [["shell / another"], kept], seconds=5)
+            eventually(lambda: page.run_async(KEPT) == [["shell / another"], kept], seconds=60 if last else 5)
             break
         except AssertionError:
             assert not last
