@@ -339,6 +339,7 @@ class Preconditions(NamedTuple):
     #                                               If: (resource or None, ((wanted, "token" or "etag", value), ...))
     tokens: frozenset[str] = frozenset()          # lock tokens submitted anywhere in If
     beside: bool = False                          # nothing: a new file takes a free name beside what is there
+    since: int | None = None                      # a seq: no other device has changed it, or what it holds, after that
 
 
 ANY = Preconditions()
@@ -2741,9 +2742,10 @@ class Batch:
     line: Line | None = None                     # None: no change of a tree, no seq is drawn
     op: tuple[str, str] | None = None            # (id a client chose, digest of what it asked)
     result: str | None = None                    # what to answer if the client asks again
-    changes: Sequence[Change] = ()               # what its body does to the tree, for who asked
+    told: Any = None                             # for who asked: what its maker decided
     touches: Collection[int] | None = None       # numbers of what its body changes for who remembers it; None: who knows what
     frees: bool = False                          # it gives room back: on a full disk the reserve makes it possible
+    also: Sequence[Batch] = ()                   # more parts, in other homes: guards, a line with a seq of its own, a body
     seq: int = 0                                 # set when it is committed,
     tag: str = ""                                # with this
 
@@ -2945,24 +2947,26 @@ class Writer:
         if batch.op:
             for seq, digest in db.execute("SELECT seq, digest FROM op WHERE id = ?", batch.op[:1]):
                 raise Replayed(seq, digest == batch.op[1])
-        for guard in batch.guards:
-            for (reason,) in db.execute(guard.sql, guard.params):
-                if reason is not None:
-                    raise _Failed(reason)
+        for part in batch, *batch.also:
+            for guard in part.guards:
+                for (reason,) in db.execute(guard.sql, guard.params):
+                    if reason is not None:
+                        raise _Failed(reason)
 
     def _apply(self, batch: Batch) -> None:
         """raises CloudError, sqlite3.Error, and what its rows raise"""
         db = self.connection
-        if batch.line:
-            home, who, action, detail = batch.line
-            batch.tag = next(self._tags)
-            batch.seq = db.execute(
-                "INSERT INTO journal (seq, at, home, account, device, action, detail, tag) "
-                "SELECT max(seq) + 1, ?, ?, ?, ?, ?, ?, ? FROM journal",
-                (self.clock.wall(), home, who.account, who.device, action,
-                 to_json(detail), batch.tag)).lastrowid
-        for sql, params, many in batch.body:
-            (db.executemany if many else db.execute)(sql, params)
+        for part in batch, *batch.also:
+            if part.line:
+                home, who, action, detail = part.line
+                part.tag = next(self._tags)
+                part.seq = db.execute(
+                    "INSERT INTO journal (seq, at, home, account, device, action, detail, tag) "
+                    "SELECT max(seq) + 1, ?, ?, ?, ?, ?, ?, ? FROM journal",
+                    (self.clock.wall(), home, who.account, who.device, action,
+                     to_json(detail), part.tag)).lastrowid
+            for sql, params, many in part.body:
+                (db.executemany if many else db.execute)(sql, params)
         if batch.op:
             db.execute("INSERT INTO op (id, seq, digest, result, at) VALUES (?, ?, ?, ?, ?)",
                        (batch.op[0], batch.seq, batch.op[1], batch.result, self.clock.due()))
@@ -4106,6 +4110,7 @@ WAITERS, WAITS = 128, 32        # who may wait for changes at a time, per proces
 
 
 READ, CREATE, UPDATE, DELETE, SHARE, PAST = RIGHTS = ("read", "create", "update", "delete", "share", "past")
+CHANGES = CREATE, UPDATE, DELETE
 
 
 class View(NamedTuple):
@@ -4116,9 +4121,9 @@ class View(NamedTuple):
     rights: frozenset[str]       # out of RIGHTS
     whole: bool                  # is top the root of the home?
 
-    def need(self, right: str) -> None:
-        """raises CloudError forbidden without that right"""
-        if right not in self.rights:
+    def need(self, *rights: str) -> None:
+        """raises CloudError forbidden without any of these rights"""
+        if self.rights.isdisjoint(rights):
             raise CloudError("forbidden", "nobody is logged in" if not self.rights else "this link does not allow that"
                              if self.who.means == "link" else "this device may only read")
 
@@ -4147,11 +4152,14 @@ class Place(NamedTuple):
     rest: tuple[str, ...]        # names below chain that do not exist; () if the node does
     node: Node | None
     chunk: StoredChunk | None = None
-    guards: tuple["Statement", ...] = ()         # what was looked at on the way to a write, and must hold when it is done
 
     @property
     def parent(self) -> int:
         return self.chain[-1]
+
+    def need(self, *rights: str) -> None:
+        """raises CloudError forbidden without any of these rights"""
+        self.view.need(*rights)
 
     def found(self) -> Node:
         """The node.  raises CloudError not-found"""
@@ -4896,76 +4904,6 @@ class Tree:
         """A lane for long work, some at a time for each account (Q3)."""
         return self.lanes.of(who.account)
 
-    def place_for_file(self, who: Principal, path: tuple[str, ...], given: Preconditions, size: int,
-                       parents: bool) -> Place:
-        """Where a file of `size` bytes may be written, everything checked."""
-        place = self.enter(who, path)
-        while given.beside and place.node:        # somebody may take the free name between the two
-            place = self.enter(who, path[:-1] + (self.free_name(place.parent, path[-1]),))
-        self.check_place(place, path, parents)
-        place.view.need(UPDATE if place.node else CREATE)
-        if place.node and place.node.kind:
-            raise CloudError("conflict", "a collection is at this path")
-        place = self.admit(who, place, path, given)
-        self.space.check(place, size - (place.node.size if place.node else 0), size)
-        return place
-
-    # ---- what must hold before a write
-
-    def admit(self, who: Principal, place: Place, path: tuple[str, ...], given: Preconditions) -> Place:
-        """Check conditions and locks for a change of what is at a path, or of what shall be there; returns the place with
-        the guards that restate them."""
-        if given is not ANY:
-            place = self.check_conditions(who, place, path, given)
-        if place.locked:
-            self.locks.check(who, place, given)
-        return place
-
-    def check_conditions(self, who: Principal, place: Place, path: tuple[str, ...], given: Preconditions) -> Place:
-        """Refuse unless what a request demands of the present state holds; returns the place with guards that restate it (R14)."""
-        if given is ANY:
-            return place
-        node = place.node
-        if given.if_match:
-            if node is None or not ("*" in given.if_match or node.etag in given.if_match):
-                raise CloudError("precondition-failed", "it has changed")
-        elif given.unmodified_since is not None and node and node.mtime // 1000 * 1000 > given.unmodified_since:
-            raise CloudError("precondition-failed", "it has changed")
-        if given.if_none_match and node is not None:
-            if "*" in given.if_none_match and path and node.name != path[-1]:
-                raise CloudError("twin", "the same name is there in another Unicode form")
-            if "*" in given.if_none_match or node.etag in given.if_none_match:
-                raise CloudError("precondition-failed", "it is there already")
-        guards = [unchanged(place)] if node else []       # a name that must be free is guarded by its index
-        if given.lists:
-            held = next(filter(None, (self._holds(who, path, *conditions) for conditions in given.lists)), None)
-            if held is None:
-                raise CloudError("precondition-failed", "the If field does not hold")
-            guards += held
-        return place._replace(guards=place.guards + tuple(guards))
-
-    def _holds(self, who: Principal, path: tuple[str, ...], other: tuple[str, ...] | None,
-               conditions: tuple[tuple[bool, str, str], ...]) -> list[Statement] | None:
-        """The guards that restate one list of an If field; None if it does not hold for its resource (RFC 4918 s10.4.3)."""
-        place = self.enter(who, path if other is None else other)
-        tokens = {lock.token for lock in self.locks.covering(place, self.locks.of(place))} if place.locked else set()
-        etag = place.node.etag if place.node else None
-        if not all(wanted == (value in tokens if kind == "token" else value == etag) for wanted, kind, value in conditions):
-            return None
-        return [unchanged(place), *(Statement("SELECT 'lock' WHERE NOT EXISTS (SELECT 1 FROM lock WHERE token = ? AND due > ?)",
-                                             (value, self.clock.due()))
-                                   for wanted, kind, value in conditions if wanted and kind == "token")]
-
-    def admit_removal(self, who: Principal, place: Place, path: tuple[str, ...], given: Preconditions) -> Place:
-        """What must hold for a node to leave its place; returns the place with the guards that restate it."""
-        place.found()
-        if not path:
-            raise CloudError("forbidden", "the root stays where it is")
-        place = self.check_conditions(who, place, path, given)
-        if place.locked:
-            self.locks.check(who, place, given, below=True, member=True)
-        return place
-
     def check_place(self, place: Place, path: tuple[str, ...], parents: bool = False) -> None:
         """Refuse a path at which nothing can be."""
         if not place.open:
@@ -4987,32 +4925,132 @@ class Tree:
             if other.casefold() == name.casefold():
                 raise CloudError("conflict", "%s is there, and Windows cannot tell the two apart" % other)
 
-    # ---- changes
 
-    def put_change(self, place: Place, path: tuple[str, ...], stored: Stored, mtime: int) -> tuple[Change, list[Change]]:
-        """The change that puts stored bytes at a place, and those that make the collections it lacks."""
-        made, chain = self.make_parents(place)
-        if place.node:
-            media = media_type(place.node.name, stored.head)
-            after = place.node._replace(manifest=stored.manifest, size=stored.size, mtime=mtime, media=media, rev=0)
-        else:
-            after = Node(self.db.new_id(), place.view.home, 0, None, chain[-1], place.rest[-1], FILE, stored.manifest, stored.size,
-                         mtime, media_type(place.rest[-1], stored.head), 0, None)
-        return Change(place.node, after, chain, chain), made
+@dataclass(eq=False)
+class HomePart:
+    """What a plan does in one home."""
+    place: Place                                 # in it; its shape, its quota and what is used are those of the home
+    growth: int = 0                              # bytes, but for those that were reserved before
+    sums: dict[int, list[int]] = field(default_factory=dict)     # {collection: [bytes, files]}
 
-    def make_parents(self, place: Place) -> tuple[list[Change], tuple[int, ...]]:
-        """Changes that make the collections a place lacks above its last name; and the chain with them."""
-        made, chain = [], place.chain
-        for name in place.rest[:-1]:
-            made.append(Change(None, self.new_collection(place.view.home, chain[-1], name), (), chain))
-            chain += (made[-1].after.node,)
-        return made, chain
+    def left_of(self, node: Node) -> Node:
+        """A collection that is deleted, with as many files as are left in it."""
+        return node._replace(files=node.files + self.sums[node.node][1]) if node.node in self.sums else node
 
-    def new_collection(self, home: int, parent: int, name: str) -> Node:
-        return Node(self.db.new_id(), home, 0, None, parent, name, COLLECTION, None, 0, self.clock.wall(), None, 0, None,
-                    0, 0)
 
-    def free_name(self, parent: int, name: str, taken: Container[tuple[int, str]] = ()) -> str:
+class Draft:
+    """The tree as the steps of a plan leave it, one after the other; nothing is written before all are decided.
+
+    A node that several steps touch leaves one state and takes one other.  Sums are kept step by step, each along the
+    collections that hold the node by then.
+    """
+
+    def __init__(self, tree: Tree, who: Principal) -> None:
+        self.tree, self.who = tree, who
+        self.parts: dict[int, HomePart] = {}             # {home: what is done there}, also where something was only looked at
+        self.changes: dict[int, Change] = {}         # what became of each node that was touched
+        self._names: dict[tuple[int, str], Node | None] = {}         # {(parent, key): what steps left there}
+        self._seen: dict[tuple[int, str], Node | None] = {}          # and what was there before
+        self._chains: dict[tuple[str, ...], tuple[int, ...] | None] = {}
+        self._parents: dict[int, int | None] = {}
+        self._made: set[int] = set()                 # collections with nothing in them but what steps put there
+
+    # ---- where things are by now
+
+    def enter(self, path: tuple[str, ...]) -> Place:
+        """Where a path leads by now."""
+        if not path or not self.changes:
+            place = self.tree.enter(self.who, path)
+            if place.view.home not in self.parts:
+                self.parts[place.view.home] = HomePart(place)
+            return place
+        there, chain, is_open = len(path) - 1, None, True
+        while chain is None:
+            chain = self._chain(path[:there])
+            if chain is None:
+                there -= 1
+                above = self._chain(path[:there])
+                is_open = not above or self.child(above[-1], path[there]) is None
+        node = self.child(chain[-1], path[-1]) if there == len(path) - 1 else None
+        part = next(iter(self.parts.values()))
+        return part.place._replace(used=part.place.used + part.growth, chain=chain, open=is_open, rest=() if node else path[there:], node=node)
+
+    def top(self) -> tuple[int, ...]:
+        """Ids down to the top of what is seen, the root of the home first."""
+        place = next(iter(self.parts.values())).place
+        chain = (*place.chain, place.node.node) if place.node else place.chain
+        return chain[:chain.index(place.view.top) + 1]
+
+    def _chain(self, path: tuple[str, ...]) -> tuple[int, ...] | None:
+        """Ids of the collections down to the one at a path; None if there is none."""
+        if not path:
+            return self.top()
+        if path not in self._chains:
+            above = self._chain(path[:-1])
+            node = self.child(above[-1], path[-1]) if above else None
+            self._chains[path] = above + (node.node,) if node and node.kind else None
+        return self._chains[path]
+
+    def child(self, parent: int, name: str) -> Node | None:
+        """What a collection holds under a name by now."""
+        place = parent, key_of(name)
+        if place in self._names:
+            return self._names[place]
+        if place not in self._seen:
+            self._seen[place] = None if parent in self._made else Moment(self.tree.db.read, parent).child(parent, name)
+        return self._seen[place]
+
+    def above(self, id: int | None) -> list[int]:
+        """What holds a node by now, upwards: to the root, or to what is deleted itself."""
+        found = []
+        while id is not None:
+            if id in self.changes:
+                after = self.changes[id].after
+                id = after and after.parent
+            else:
+                if id not in self._parents:
+                    self._parents[id] = next((parent for parent, in self.tree.db.read(
+                        "SELECT parent FROM entry WHERE node = ? AND until IS NULL", (id,))), None)
+                id = self._parents[id]
+            if id is not None:
+                found.append(id)
+        return found
+
+    def lives(self, id: int) -> bool:
+        return self.top()[0] in (id, *self.above(id)[-1:])
+
+    def would_hold_itself(self, id: int, parent: int) -> bool:
+        """Does a place lie in the very node that would come there?"""
+        return id in (parent, *self.above(parent))
+
+    def is_made(self, node: Node) -> bool:
+        """Was there no such node before?"""
+        return node.node in self.changes and self.changes[node.node].before is None
+
+    def unchanged(self, place: Place) -> list[Statement]:
+        """The guard that says: what is at a place, or that nothing is, is as it was; none if a step made it so."""
+        node = place.node
+        if node is None:
+            key = key_of(place.rest[0])
+            return [] if (place.parent, key) in self._names else [
+                Statement("SELECT 'changed' FROM entry WHERE parent = ? AND key = ? AND until IS NULL", (place.parent, key))]
+        if node.node in self.changes:
+            return []
+        return [Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM collection WHERE node = ? AND seq = ?)", (node.node, node.seq))
+                if node.kind else still_there(node)]
+
+    def state(self, node: Node | None) -> Node | None:
+        """What a node is in the end; its seq is 0 if that of the batch will be it."""
+        if node and node.node in self.changes:
+            node = self.changes[node.node].after
+        return node._replace(seq=0) if node and node.node in self.parts[node.home].sums else node
+
+    def name_for(self, parent: int, name: str, freed: Container[tuple[int, str]]) -> str:
+        """The name, or one like it if something else has it; `freed` are places (parent, key) that steps to come leave."""
+        place = parent, key_of(name)
+        return self.free_name(parent, name) if (self._names.get(place) if place in freed else self.child(parent, name)) else name
+
+    def free_name(self, parent: int, name: str) -> str:
         """A name like this one that nothing in a collection has: "a (2).txt"."""
         stem, dot, suffix = name.rpartition(".")
         if not stem or len(suffix) > 16:
@@ -5020,127 +5058,392 @@ class Tree:
         for count in range(2, 10_000):
             mark = " (%d)%s%s" % (count, dot, suffix)
             found = cut_text(stem, NAME_LIMIT - len(mark.encode())) + mark
-            if (parent, key_of(found)) not in taken and not self.db.read(
-                    "SELECT 1 FROM entry WHERE parent = ? AND key = ? AND until IS NULL", (parent, key_of(found))):
+            if self.child(parent, found) is None:
                 return found
         raise CloudError("conflict", "there are 10000 of that name")
 
-    def name_for(self, parent: int, name: str, taken: set[tuple[int, str]], freed: Container[tuple[int, str]]) -> str:
-        """The name, or one like it if something else has it; `taken` and `freed` are places (parent, key) of this batch."""
-        place = parent, key_of(name)
-        if place in taken or place not in freed and self.db.read(
-                "SELECT 1 FROM entry WHERE parent = ? AND key = ? AND until IS NULL", place):
-            name = self.free_name(parent, name, taken)
-        taken.add((parent, key_of(name)))
-        return name
+    def beside(self, place: Place, name: str) -> Place:
+        """The same with a free name, like that one, in place of what is there; if somebody is faster its index says so."""
+        return place._replace(node=None, rest=(self.free_name(place.parent, name),))
 
+    # ---- steps
 
-class Plan:
-    """What one batch is to do to a tree, made anew at each attempt: the one way to change it (invariants 3 to 5).
+    def take(self, change: Change) -> None:
+        """Let one node leave one state and take another."""
+        before, after = change.before, change.after
+        if before:
+            self._count(change.left, before, -1)
+            if after is None or (after.parent, after.name) != (before.parent, before.name):
+                self._leave(before)
+        if after:
+            self._count(change.joined, after, +1)
+            self._names[after.parent, key_of(after.name)] = after
+        id = (after or before).node
+        if id in self.changes:
+            first = self.changes[id].before
+            fate = "deleted" if after is None else "replaced" if first and first.manifest != after.manifest else "moved"
+            change = change._replace(before=first, fate=fate)
+        elif before is None and after.kind:
+            self._made.add(id)
+        if change.before == change.after:                # back to what it was
+            self.changes.pop(id, None)
+        else:
+            self.changes[id] = change
+        if self._chains and (after or before).kind:
+            self._chains.clear()
 
-    Its steps are taken in order, each on the tree as those before leave it; a node that several touch leaves one state
-    and takes one other.  Sums are kept step by step, each along the collections that hold the node by then.
-    """
+    def _leave(self, node: Node) -> None:
+        """A place comes free, unless a step gave it to another before it was."""
+        place = node.parent, key_of(node.name)
+        if place not in self._names or self._names[place] and self._names[place].node == node.node:
+            self._names[place] = None
 
-    def __init__(self, tree: Tree, who: Principal, *places: Place) -> None:
-        """`places` are where it was decided; what was looked at there must hold when it is done"""
-        self.tree, self.who, self.place = tree, who, places[0]
-        self.guards: list[Statement] = []
-        for place in places:
-            self.guards += place.guards
-        self.rows: list[Statement] = []              # of the same act: contents, properties, locks
-        self.sums: dict[int, list[int]] = {}         # {collection: [bytes, files]}
-        self.growth = 0                              # bytes, but for those that were reserved before
-        self._states: dict[int, Change] = {}
-
-    def step(self, *changes: Change) -> None:
-        for change in changes:
-            before, after = change.before, change.after
-            if before:
-                self._count(change.left, before, -1)
-            if after:
-                self._count(change.joined, after, +1)
-            id = (after or before).node
-            if id in self._states:
-                first = self._states[id].before
-                fate = "deleted" if after is None else "replaced" if first and first.manifest != after.manifest else "moved"
-                change = change._replace(before=first, fate=fate)
-            if change.before == change.after:            # back to what it was
-                self._states.pop(id, None)
-            else:
-                self._states[id] = change
-
-    def _count(self, chain: tuple[int, ...], node: Node, sign: int) -> None:
-        size, files = self.sums.get(node.node, (0, 0)) if node.kind else (0, 0)
+    def _count(self, chain: Sequence[int], node: Node, sign: int) -> None:
+        part = self.parts[node.home]
+        size, files = part.sums.get(node.node, (0, 0)) if node.kind else (0, 0)
         size, files = sign * (node.size + size), sign * ((node.files if node.kind else 1) + files)
-        self.growth += size
+        part.growth += size
         for above in chain:
-            sum = self.sums.setdefault(above, [0, 0])
+            sum = part.sums.setdefault(above, [0, 0])
             sum[0] += size
             sum[1] += files
 
-    def touches(self, node: Node) -> bool:
-        return node.node in self._states
 
-    def state(self, node: Node) -> Node | None:
-        """What a node is by now."""
-        return self._states[node.node].after if node.node in self._states else node
+class Plan:
+    """What one batch is to do to trees, made anew at each attempt: the one way to change them (invariants 3 to 5).
 
-    def changes(self) -> list[Change]:
-        """What became of each node that was touched."""
-        return list(self._states.values())
+    Its steps are taken in order.  Each decides on the tree as those before leave it whether it may be: rights, conditions,
+    locks, quota, limits; one that is refused leaves the plan as it was.  What was looked at becomes a guard.
+    """
 
-    def batch(self, action: str, detail: dict[str, Any]) -> Batch:
-        place, home, changes = self.place, self.place.view.home, list(self._states.values())
-        guards = [Statement("SELECT 'shape' WHERE (SELECT shape FROM account WHERE id = ?) IS NOT ?", (home, place.shape)), *self.guards]
-        ends, begins, loose = [], [], False
+    def __init__(self, tree: Tree, who: Principal, *, held: bool = False, as_of: int | None = None) -> None:
+        """
+        held    the brake holds who asks: nothing may be deleted or overwritten
+        as_of   the seq of what it is decided on: nothing else may have happened in the home by the end
+        """
+        self.tree, self.who, self.held, self.as_of = tree, who, held, as_of
+        self.now = Draft(tree, who)
+        self.guards: list[Statement] = []
+        self.rows: list[Statement] = []              # of the same act: contents, properties, locks
+
+    # ---- steps
+
+    def place_for_file(self, path: tuple[str, ...], given: Preconditions, size: int, parents: bool = False) -> Place:
+        """Where a file of `size` bytes may be written, everything checked."""
+        place = self.now.enter(path)
+        if given.beside and place.node:
+            place = self.now.beside(place, path[-1])
+        self.tree.check_place(place, path, parents)
+        place.view.need(UPDATE if place.node else CREATE)
+        if place.node and place.node.kind:
+            raise CloudError("conflict", "a collection is at this path", there=place.node)
+        if place.locked or given is not ANY:
+            self.admit(place, path, given)
+        self.tree.space.check(place, size - (place.node.size if place.node else 0), size)
+        return place
+
+    def put(self, place: Place, stored: Stored, mtime: int) -> Change:
+        """Let stored bytes be the content of the file at a place; makes the collections that it lacks."""
+        if place.node:
+            media = media_type(place.node.name, stored.head)
+            after = place.node._replace(manifest=stored.manifest, size=stored.size, mtime=mtime, media=media, rev=0)
+            chain = place.chain
+        else:
+            chain = self._make_parents(place) if len(place.rest) > 1 else place.chain
+            after = Node(self.tree.db.new_id(), place.view.home, 0, None, chain[-1], place.rest[-1], FILE, stored.manifest, stored.size,
+                         mtime, media_type(place.rest[-1], stored.head), 0, None)
+        return self.step(Change(place.node, after, chain, chain))
+
+    def mkdir(self, path: tuple[str, ...], given: Preconditions = ANY, *, parents: bool = False,
+              properties: dict[str, str] | None = None) -> Node:
+        """Make an empty collection, with dead properties if some are given."""
+        place = self.now.enter(path)
+        place.need(CREATE)
+        self.tree.check_place(place, path, parents)
+        if place.node:
+            raise CloudError("exists", "there is something at this path already", there=place.node)
+        self.admit(place, path, given)
+        self.tree.space.check(place, 0, 1)
+        chain = self._make_parents(place)
+        node = self._new_collection(place, chain, path[-1])
+        if properties:
+            self._set_properties(node, properties)
+        return node
+
+    def collection_at(self, path: tuple[str, ...]) -> int:
+        """The collection at a path, made if need be; the top if a file is in the way."""
+        place = self.now.enter(path)
+        if place.node is None and place.open:
+            return self.mkdir(path, parents=True).node
+        return place.node.node if place.node and place.node.kind else place.view.top
+
+    def remove(self, path: tuple[str, ...], given: Preconditions = ANY) -> Node:
+        """Put a node into the trash."""
+        place = self.now.enter(path)
+        place.need(DELETE)
+        self._admit_removal(place, path, given)
+        if self.now.is_made(place.node):
+            raise CloudError("conflict", "it was made by this very commit")
+        return self.step(removal_of(place)).before
+
+    def move(self, source: tuple[str, ...], target: tuple[str, ...], given: Preconditions = ANY,
+             clash: str = "replace") -> tuple[Node, bool]:
+        """Give a node another place or name; returns it and whether nothing was there; `clash` is that of Files.move."""
+        here = self.now.enter(source)
+        here.need(UPDATE, DELETE)
+        self._admit_removal(here, source, given)
+        there, name = self._make_room(here, source, target, given, clash)
+        if there.parent == here.parent:
+            here.need(UPDATE)
+        else:
+            here.need(DELETE)
+            there.need(CREATE)
+        is_free = self._clear(there) if there.node and there.node.node != here.node.node else True     # or another form of its name
+        after = here.node._replace(parent=there.parent, name=name)
+        self.step(Change(here.node, after, here.chain, there.chain, "moved"))
+        return after, is_free
+
+    def copy(self, node: Node, top: Node, source: tuple[str, ...], target: tuple[str, ...], given: Preconditions = ANY,
+             clash: str = "replace") -> tuple[Node, bool]:
+        """Let `top` begin, the second of a node; what it holds are rows of others.  Otherwise as move"""
+        here = self.now.enter(source)
+        here.need(READ)
+        self.check_conditions(here, source, given)
+        if here.found().node != node.node:
+            raise CloudError("conflict", "something else is there by now")
+        if source == target and clash == "keep":
+            target = target[:-1] + (self.now.free_name(here.parent, target[-1]),)
+        there, name = self._make_room(here, source, target, given, clash)
+        if there.node and there.node.node == node.node:
+            raise CloudError("same-place", "source and destination are one")
+        there.need(CREATE)
+        self.tree.space.check(there, top.size - (there.node.size if there.node else 0), 1)
+        is_free = self._clear(there)
+        after = top._replace(parent=there.parent, name=name)
+        self.step(Change(None, after, (), there.chain))
+        return after, is_free
+
+    def patch(self, path: tuple[str, ...], given: Preconditions, properties: dict[str, str | None], mtime: int | None) -> None:
+        """Set or remove (None) dead properties, and the time of a node."""
+        place = self.now.enter(path)
+        place.need(UPDATE)
+        node = place.found()
+        self.admit(place, path, given)
+        self._set_properties(node, properties)
+        if mtime not in (None, node.mtime):
+            self.step(Change(node, node._replace(mtime=mtime, rev=0), place.chain, place.chain))
+
+    def revise(self, path: tuple[str, ...], given: Preconditions, old: Node) -> Node:
+        """Make an old content of a file the present one."""
+        place = self.now.enter(path)
+        place.need(UPDATE)
+        node = place.found()
+        self.admit(place, path, given)
+        self.tree.space.check(place, old.size - node.size, 1)
+        after = node._replace(manifest=old.manifest, size=old.size, mtime=old.mtime, media=old.media, rev=0)
+        return self.step(Change(node, after, place.chain, place.chain)).after
+
+    def restore(self, then: Node, now: Node | None, parent: int, freed: Container[tuple[int, str]] = ()) -> None:
+        """Bring a node back to what it was, below a live `parent`, under its name or one like it; `freed` is that of Draft.name_for."""
+        view = self.now.parts[then.home].place.view
+        if now is None or now.parent != parent:
+            view.need(CREATE)
+        if now and now.parent != parent:
+            view.need(DELETE)
+        if now and (now.parent == parent or now.manifest != then.manifest):
+            view.need(UPDATE)
+        is_same = bool(now) and then.manifest == now.manifest
+        after = then._replace(parent=parent, name=self.now.name_for(parent, then.name, freed),
+                              rev=then.rev if is_same and then.mtime == now.mtime else 0)
+        left = self.now.above(now.node) if now else ()
+        self.step(Change(now, after, left, (parent, *self.now.above(parent)), "moved" if is_same else "replaced"))
+
+    def discard(self, now: Node) -> None:
+        """Put a live node into the trash, wherever it is by now."""
+        self.now.parts[now.home].place.need(DELETE)
+        self.step(Change(now, None, self.now.above(now.node), (), "deleted"))
+
+    def step(self, change: Change) -> Change:
+        """Let one node leave one state and take another.  raises CloudError held"""
+        before, after = change.before, change.after
+        if self.held and before and (after is None or before.kind == FILE and after.manifest != before.manifest):
+            raise CloudError("held", "this device is held; allow or undo what it did on the page")
+        self.now.take(change)
+        return change
+
+    def _make_parents(self, place: Place) -> tuple[int, ...]:
+        """Make the collections a place lacks above its last name; returns the chain with them."""
+        chain = place.chain
+        for name in place.rest[:-1]:
+            chain += (self._new_collection(place, chain, name).node,)
+        return chain
+
+    def _new_collection(self, place: Place, chain: tuple[int, ...], name: str) -> Node:
+        node = Node(self.tree.db.new_id(), place.view.home, 0, None, chain[-1], name, COLLECTION, None, 0, self.tree.clock.wall(), None, 0, None,
+                    0, 0)
+        return self.step(Change(None, node, (), chain)).after
+
+    def _make_room(self, here: Place, source: tuple[str, ...], target: tuple[str, ...], given: Preconditions,
+                   clash: str) -> tuple[Place, str]:
+        """Check that a node may come to a place, or find one beside it; returns it, and the name there."""
+        ours, theirs = list(map(key_of, source)), list(map(key_of, target))
+        if not target or source == target or ours[:len(theirs)] == theirs != ours or theirs[:len(ours)] == ours != theirs:
+            raise CloudError("same-place", "one of the two places is, or lies in, the other")
+        there = self.now.enter(target)
+        self.tree.check_place(there, target)
+        is_taken = there.node is not None and there.node.node != here.node.node
+        if is_taken and clash == "keep":
+            there, is_taken = self.now.beside(there, target[-1]), False
+        if there.locked:
+            self.tree.locks.check(self.who, there, given, below=True, member=True)
+        if is_taken and clash != "replace":
+            raise CloudError("precondition-failed", "there is something at the destination", there=there.node)
+        return there, there.rest[-1] if there.rest else target[-1]
+
+    def _clear(self, place: Place) -> bool:
+        """Put what is at a place into the trash; returns whether nothing was there."""
+        if place.node:
+            place.need(DELETE)
+            self.step(removal_of(place))
+        return place.node is None
+
+    def _set_properties(self, node: Node, properties: dict[str, str | None]) -> None:
+        """raises CloudError too-large beyond what a node may hold (X4)"""
+        rows = dict(self.tree.db.read("SELECT name, length(name) + length(value) FROM property WHERE node = ?", (node.node,)))
+        rows.update((name, len(name) + len(value or "")) for name, value in properties.items())
+        if any(size > PROPERTY_LIMIT for size in rows.values()) or sum(rows.values()) > 16 * PROPERTY_LIMIT:
+            raise CloudError("too-large", "properties may have %s each" % format_size(PROPERTY_LIMIT))
+        self.rows += property_rows(node, properties)
+
+    # ---- what must hold before a step
+
+    def admit(self, place: Place, path: tuple[str, ...], given: Preconditions) -> None:
+        """Check conditions and locks for a change of what is at a path, or of what shall be there."""
+        if given is not ANY:
+            self.check_conditions(place, path, given)
+        if place.locked:
+            self.tree.locks.check(self.who, place, given)
+
+    def _admit_removal(self, place: Place, path: tuple[str, ...], given: Preconditions) -> None:
+        """What must hold for a node to leave its place."""
+        place.found()
+        if not path:
+            raise CloudError("forbidden", "the root stays where it is")
+        self.check_conditions(place, path, given)
+        if place.locked:
+            self.tree.locks.check(self.who, place, given, below=True, member=True)
+
+    def check_conditions(self, place: Place, path: tuple[str, ...], given: Preconditions) -> None:
+        """Refuse unless what a request demands of the present state holds; guards restate it (R14)."""
+        if given is ANY:
+            return
+        node = place.node
+        if given.if_match:
+            if node is None or not ("*" in given.if_match or node.etag in given.if_match):
+                raise CloudError("precondition-failed", "it has changed", there=node)
+        elif given.unmodified_since is not None and node and node.mtime // 1000 * 1000 > given.unmodified_since:
+            raise CloudError("precondition-failed", "it has changed", there=node)
+        if given.if_none_match and node is not None:
+            if "*" in given.if_none_match and path and node.name != path[-1]:
+                raise CloudError("twin", "the same name is there in another Unicode form", there=node)
+            if "*" in given.if_none_match or node.etag in given.if_none_match:
+                raise CloudError("precondition-failed", "it is there already", there=node)
+        if given.since is not None and node is not None:
+            self._check_since(place, given.since)
+        if node:                                 # a name that must be free is guarded by its index
+            self.guards += self.now.unchanged(place)
+        if given.lists and not any(self._holds(path, *conditions) for conditions in given.lists):
+            raise CloudError("precondition-failed", "the If field does not hold", there=node)
+
+    def _check_since(self, place: Place, since: int) -> None:
+        """Did another device do anything since, to this or to what has taken its place?"""
+        others = Statement("SELECT 'changed' FROM journal WHERE home = ? AND seq > ? AND device <> ? LIMIT 1",
+                           (place.view.home, since, self.who.device))
+        if not self.tree.db.read(others.sql, others.params):
+            self.guards.append(others)
+        elif max(place.node.since, place.node.seq or 0) > since:
+            raise CloudError("precondition-failed", "something has changed since", there=place.node)
+
+    def _holds(self, path: tuple[str, ...], other: tuple[str, ...] | None, conditions: tuple[tuple[bool, str, str], ...]) -> bool:
+        """Does one list of an If field hold for its resource (RFC 4918 s10.4.3)?"""
+        place = self.now.enter(path if other is None else other)
+        tokens = {lock.token for lock in self.tree.locks.covering(place, self.tree.locks.of(place))} if place.locked else set()
+        etag = place.node.etag if place.node else None
+        if not all(wanted == (value in tokens if kind == "token" else value == etag) for wanted, kind, value in conditions):
+            return False
+        self.guards += self.now.unchanged(place)
+        self.guards += [Statement("SELECT 'lock' WHERE NOT EXISTS (SELECT 1 FROM lock WHERE token = ? AND due > ?)",
+                                  (value, self.tree.clock.due())) for wanted, kind, value in conditions if wanted and kind == "token"]
+        return True
+
+    # ---- what it comes to
+
+    def batch(self, action: str, detail: dict[str, Any], told: Any = None) -> Batch:
+        """A part for each home in which something changes, or one for the first that was entered; `told` is for who asked."""
+        changes: dict[int, list[Change]] = {}
+        for change in self.now.changes.values():
+            changes.setdefault((change.after or change.before).home, []).append(change)
+        guards, rows, parts = self.guards, self.rows, []
+        for home, part in self.now.parts.items():
+            guards.append(Statement("SELECT 'shape' WHERE (SELECT shape FROM account WHERE id = ?) IS NOT ?", (home, part.place.shape)))
+            if home in changes or not changes and not parts:
+                parts.append(self._batch(part, changes.get(home, []), rows, Line(home, self.who, action, detail)))
+                rows = []
+        first = parts[0]
+        first.guards, first.op, first.told = list(dict.fromkeys(guards + first.guards)), self.who.op, told
+        if len(parts) > 1:
+            first.also, first.touches = parts[1:], None
+        return first
+
+    def _batch(self, part: HomePart, changes: list[Change], rows: list[Statement], line: Line) -> Batch:
+        """What is done in one home."""
+        home, place, guards, ends, begins, new, gone, loose = line.home, part.place, [], [], [], [], [], False
         for change in changes:
             before, after = change.before, change.after
             if before:
-                guards.append(still_there(before))
                 ends.append((change.fate, before.home, before.since, before.node))
-                loose |= bool(before.kind) and (after is None or (after.parent, after.name) != (before.parent, before.name))
-                if before.kind and (after is None or after.parent != before.parent):     # its sums leave the chain with it
-                    guards.append(Statement("SELECT 'sums' FROM collection WHERE node = ? AND (size, files) <> (?, ?)",
-                                            (before.node, before.size, before.files)))
+                if after is None or (after.parent, after.name) != (before.parent, before.name):
+                    gone.append(before)
+                    loose |= bool(before.kind)
+                if self.as_of is None:
+                    guards.append(still_there(before))
+                    if before.kind and (after is None or after.parent != before.parent):     # its sums leave the chain with it
+                        guards.append(Statement("SELECT 'sums' FROM collection WHERE node = ? AND (size, files) <> (?, ?)",
+                                                (before.node, before.size, before.files)))
+            elif after.kind:
+                new.append((after.node,))
             if after:
                 begins.append((after.home, after.node, after.parent, after.name, key_of(after.name), after.kind,
                                after.manifest, 0 if after.kind else after.size, after.mtime, after.media, after.rev or None))
-        if place.quota is not None and self.growth > 0:
+        if self.as_of is not None:
+            guards.append(Statement("SELECT 'changed' FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ? AND c.seq > ?",
+                                    (home, self.as_of)))
+        if place.quota is not None and part.growth > 0:
             guards.append(Statement(
                 "SELECT 'quota' FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ? AND a.quota IS NOT NULL "
                 "AND r.size + ? + (SELECT " + RESERVED + " FROM upload WHERE home = a.id AND done IS NULL) > a.quota - a.extra",
-                (home, self.growth)))
-        body = [*self.rows]
-        if ends and self.who.means == "token":
-            body += self.tree.brake.count(self.who, [(change.before, change.after) for change in changes if change.before])
+                (home, part.growth)))
+        body = [*rows]
+        if gone:
+            body += self.tree.locks.drop(place, *gone)
         if ends:
+            if self.who.means == "token":
+                body += self.tree.brake.count(self.who, [
+                    (part.left_of(change.before) if change.before.kind else change.before, change.after) for change in changes if change.before])
             body.append(Statement(END_ENTRY, ends, many=True))
         if begins:
             body.append(Statement(BEGIN_ENTRY, begins, many=True))
-        new = [(change.after.node,) for change in changes if change.after and change.after.kind and not change.before]
         if new:
             body.append(Statement(BEGIN_COLLECTION, new, many=True))
-        body.append(Statement(ADD_SUMS, [(*sum, node) for node, sum in self.sums.items()], many=True))
+        body.append(Statement(ADD_SUMS, [(*sum, node) for node, sum in part.sums.items()], many=True))
         if loose:
             body.append(raise_shape(home))
-        return self.tree.space.pay(Batch(body, list(dict.fromkeys(guards)), Line(home, self.who, action, detail), changes=changes, touches=touched_by(body),
-                               op=self.who.op, frees=not begins), home, place.quota)
+        return self.tree.space.pay(Batch(body, guards, line, touches=touched_by(body), frees=not begins), home, place.quota)
 
 
-def removal_of(node: Node, place: Place) -> Change:
-    return Change(node, None, place.chain, (), "deleted")
-
-
-def unchanged(place: Place) -> Statement:
-    """The guard that says: what is at a place, or that nothing is, is as it was when somebody looked."""
-    node = place.node
-    if node is None:
-        return Statement("SELECT 'changed' FROM entry WHERE parent = ? AND key = ? AND until IS NULL",
-                         (place.parent, key_of(place.rest[0])))
-    if node.kind:
-        return Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM collection WHERE node = ? AND seq = ?)", (node.node, node.seq))
-    return still_there(node)
+def removal_of(place: Place) -> Change:
+    """What is at a place goes into the trash."""
+    return Change(place.node, None, place.chain, (), "deleted")
 
 
 def still_there(node: Node) -> Statement:
@@ -5154,10 +5457,6 @@ END_ENTRY = "UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? W
 BEGIN_ENTRY = (
     "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
     "SELECT ?, s, ?, ?, ?, ?, ?, ?, ?, ?, ?, coalesce(?, s) FROM (SELECT max(seq) AS s FROM journal)")
-BEGIN_AGAIN = (
-    "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
-    "SELECT home, s, node, ?1, coalesce(?2, name), coalesce(?3, key), kind, manifest, size, mtime, media, CASE WHEN ?4 THEN s ELSE rev END "
-    "FROM entry, (SELECT max(seq) AS s FROM journal) WHERE home = ?5 AND since = ?6 AND node = ?7")
 BEGIN_COLLECTION = (
     "INSERT INTO collection (node, seq, size, files) VALUES (?, (SELECT max(seq) FROM journal), 0, 0) ON CONFLICT (node) DO NOTHING")
 ADD_SUMS = "UPDATE collection SET seq = (SELECT max(seq) FROM journal), size = size + ?, files = files + ? WHERE node = ?"
@@ -5189,6 +5488,12 @@ def still_stored(hashes: Sequence[str]) -> tuple[Statement, ...]:
     """The guards that say: chunks that were found stored, and so were not stored again, are there and whole."""
     return tuple(Statement("SELECT 'chunk' WHERE (SELECT count(*) FROM chunk WHERE hash IN (" + marks(piece) + ") AND bad IS NULL) <> ?",
                            (*piece, len(piece))) for piece in pieces(hashes))
+
+
+def property_rows(node: Node, properties: dict[str, str | None]) -> list[Statement]:
+    return [Statement("DELETE FROM property WHERE node = ? AND name = ?", (node.node, name)) if value is None else
+            Statement(PUT_PROPERTY, (node.node, name, value))
+            for name, value in properties.items()]
 
 
 def raise_shape(home: int) -> Statement:
@@ -5256,7 +5561,7 @@ def cut_text(text: str, size: int) -> str:
 
 
 COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row of it takes
-    CHUNK_ROWS: lambda row: row[1], PUT_OFFSET: lambda row: 64, BEGIN_ENTRY: lambda row: ROW, BEGIN_AGAIN: lambda row: ROW,
+    CHUNK_ROWS: lambda row: row[1], PUT_OFFSET: lambda row: 64, BEGIN_ENTRY: lambda row: ROW,
     PUT_PROPERTY: lambda row: len(row[1]) + len(row[2]), PUT_THUMBNAIL: lambda row: len(row[2]), PUT_KEPT: lambda row: len(row[2])}
 
 
@@ -5506,26 +5811,28 @@ class Files:
         Bytes go first and hold no lock; one batch then only moves a pointer.  A crash between the two leaves
         unreferenced chunks, which the sweep removes, and never a node without its bytes.
         """
-        places = [self.tree.place_for_file(who, path, given, body.length or 0, parents)]   # before a byte is read
-        stored = self.tree.blobs.put(body, partial(self.tree.contents.knows, places[0].view.home), sums or ())
+        def aim(size: int) -> tuple[Plan, Place]:
+            plan = Plan(self.tree, who)
+            return plan, plan.place_for_file(path, given, size, parents)
+
+        first = [aim(body.length or 0)]                  # before a byte is read
+        stored = self.tree.blobs.put(body, partial(self.tree.contents.knows, first[0][1].view.home), sums or ())
         at = self.clock.wall() if mtime is None else mtime
 
         def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
-            place = places.pop() if places else self.tree.place_for_file(who, path, given, stored.size, parents)
-            change, made = self.tree.put_change(place, path, stored, at)
-            plan = Plan(self.tree, who, place)
-            plan.guards += still_stored(stored.relied)
+            plan, place = first.pop() if first else aim(stored.size)
+            change = plan.put(place, stored, at)
+            if stored.relied:
+                plan.guards += still_stored(stored.relied)
             plan.rows += self.tree.contents.rows(stored)
-            plan.step(*made, change)
-            return plan.batch("write", name_written(path[:-1] + (change.after.name,), place.node))
+            return plan.batch("write", name_written(path[:-1] + (change.after.name,), place.node), change)
 
         with self.tree.blobs.unless_refused(stored):
             for kind, value in (sums or {}).items():
                 if stored.digests[kind] != value:
                     raise CloudError("bad-checksum", "what arrived does not have the checksum that was announced")
             batch = self.db.write(attempt)
-        change = batch.changes[-1]
-        return change.after._replace(since=batch.seq, rev=batch.seq), change.before is None
+        return batch.told.after._replace(since=batch.seq, rev=batch.seq), batch.told.before is None
 
     def write_each(self, who: Principal, files: Iterable["Writing"]) -> Iterator[tuple[str, Node | CloudError]]:
         """Write files one after the other; (path as given, what became of it) of each."""
@@ -5539,35 +5846,20 @@ class Files:
     def make_collection(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *,
                         parents: bool = False, properties: dict[str, str] | None = None) -> Node:
         """Make an empty collection, with dead properties if some are given.  raises CloudError exists, no-parent, conflict, locked"""
-        view_of(who).need(CREATE)
-
         def attempt() -> Batch:
-            place = self.tree.enter(who, path)
-            self.tree.check_place(place, path, parents)
-            if place.node:
-                raise CloudError("exists", "there is something at this path already")
-            place = self.tree.admit(who, place, path, given)
-            self.tree.space.check(place, 0, 1)
-            made, chain = self.tree.make_parents(place)
-            node = self.tree.new_collection(place.view.home, chain[-1], path[-1])
-            self._check_properties(node, properties or {})
-            plan = Plan(self.tree, who, place)
-            plan.rows += property_rows(node, properties or {})
-            plan.step(*made, Change(None, node, (), chain))
-            return plan.batch("make-collection", {"path": "/".join(path)})
+            plan = Plan(self.tree, who)
+            node = plan.mkdir(path, given, parents=parents, properties=properties)
+            return plan.batch("make-collection", {"path": "/".join(path)}, node)
 
         batch = self.db.write(attempt)
-        return batch.changes[-1].after._replace(since=batch.seq, rev=batch.seq, seq=batch.seq)
+        return batch.told._replace(since=batch.seq, rev=batch.seq, seq=batch.seq)
 
     def delete(self, who: Principal, *paths: tuple[str, ...], given: Preconditions = ANY) -> int:
         """Move nodes to the trash, in one step; returns its seq.  raises CloudError not-found, forbidden, locked"""
-        view_of(who).need(DELETE)
-
         def attempt() -> Batch:
-            places = [self.tree.admit_removal(who, self.tree.enter(who, path), path, given) for path in outermost(paths)]
-            plan = Plan(self.tree, who, *places)
-            plan.step(*(removal_of(place.node, place) for place in places))
-            plan.rows += self.tree.locks.drop(places[0], *(place.node for place in places))
+            plan = Plan(self.tree, who)
+            for path in outermost(paths):
+                plan.remove(path, given)
             return plan.batch("delete", name_paths(paths))
 
         return self.db.write(attempt).seq
@@ -5585,45 +5877,14 @@ class Files:
 
         Ids, versions and the ETags of files stay.
         """
-        view_of(who).need(UPDATE)
         check_disjoint(pairs)
 
         def attempt() -> Batch:
-            changes, places, taken = [], [], set()
-            for (source, target), how in zip(pairs, for_each(clash, pairs)):
-                here = self.tree.admit_removal(who, self.tree.enter(who, source), source, given)
-                there, target, removal = self._make_room(who, here.node, source, target, given, how, taken)
-                after = here.node._replace(parent=there.parent, name=target[-1])
-                changes += [*removal, Change(here.node, after, here.chain, there.chain, "moved")]
-                places.append(here)
-            plan = Plan(self.tree, who, *places)
-            plan.step(*changes)
-            plan.rows += self.tree.locks.drop(places[0], *(change.before for change in changes))
-            return plan.batch("move", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])})
+            plan = Plan(self.tree, who)
+            moved = [plan.move(*pair, given, how) for pair, how in zip(pairs, for_each(clash, pairs))]
+            return plan.batch("move", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])}, moved)
 
         return arrivals(self.db.write(attempt))
-
-    def _make_room(self, who: Principal, node: Node, source: tuple[str, ...], target: tuple[str, ...], given: Preconditions,
-                   clash: str, taken: set[tuple[int, str]]) -> tuple[Place, tuple[str, ...], list[Change]]:
-        """Check that a node may come to a place, or find one beside it; and the change that removes what is there.
-
-        taken    places that this batch has given away: (parent, key)
-        """
-        ours, theirs = list(map(key_of, source)), list(map(key_of, target))
-        if not target or source == target or ours[:len(theirs)] == theirs != ours or theirs[:len(ours)] == ours != theirs:
-            raise CloudError("same-place", "one of the two places is, or lies in, the other")
-        there = self.tree.enter(who, target)
-        self.tree.check_place(there, target)
-        other = there.node if there.node and there.node.node != node.node else None      # not just another form of the name
-        if clash == "keep" and (other or (there.parent, key_of(target[-1])) in taken):
-            target = target[:-1] + (self.tree.free_name(there.parent, target[-1], taken),)
-            there, other = self.tree.enter(who, target), None
-        taken.add((there.parent, key_of(target[-1])))
-        if there.locked:
-            self.tree.locks.check(who, there, given, below=True, member=True)
-        if other and clash != "replace":
-            raise CloudError("precondition-failed", "there is something at the destination")
-        return there, target, [removal_of(other, there)] if other else []
 
     def copy(self, who: Principal, *pairs: tuple[tuple[str, ...], tuple[str, ...]], given: Preconditions = ANY,
              clash: str | Sequence[str] = "replace", deep: bool = True, alive: Callable[[], None] = unwatched) -> list[tuple[Node, bool]]:
@@ -5632,33 +5893,17 @@ class Files:
         No byte moves: the copies refer to the same manifests.  Otherwise as move; raises also over-quota, too-many
         """
         view = view_of(who)
-        view.need(CREATE)
         detail = {**name_paths([source for source, _ in pairs]), "to": "/".join(pairs[0][1])}
 
         def attempt() -> Batch:
-            changes, extra, places, taken, growth = [], list(below), [], set(), 0
-            for (source, target), how, node, top in zip(pairs, for_each(clash, pairs), nodes, tops):
-                here = self.tree.check_conditions(who, self.tree.enter(who, source), source, given)
-                places.append(here)
-                if here.found().node != node.node:
-                    raise CloudError("conflict", "something else is there by now")
-                if source == target and how == "keep":
-                    target = target[:-1] + (self.tree.free_name(here.parent, target[-1], taken),)
-                there, target, removal = self._make_room(who, here.node, source, target, given, how, taken)
-                if there.node and there.node.node == node.node:
-                    raise CloudError("same-place", "source and destination are one")
-                growth += top.size - sum(change.before.size for change in removal)
-                self.tree.space.check(there, growth, 1)
-                changes += [*removal, Change(None, top._replace(parent=there.parent, name=target[-1]), (), there.chain)]
-                extra += self.tree.locks.drop(there, *(change.before for change in removal))
-            plan = Plan(self.tree, who, *places)
-            plan.step(*changes)
-            plan.rows += extra
-            return plan.batch("copy", detail)
+            plan = Plan(self.tree, who)
+            plan.rows += below
+            made = [plan.copy(node, top, *pair, given, how) for node, top, pair, how in zip(nodes, tops, pairs, for_each(clash, pairs))]
+            return plan.batch("copy", detail, made)
 
         with self.tree.lane(who):
             nodes, copies = [self.stat(who, source) for source, _ in pairs], Copies(self.db, view.home)
-            tops, below = [copies.measure(node, deep) for node in nodes], ()
+            tops, below = [copies.measure(node, deep) for node in nodes], []
             self.tree.store(who, price=copies.cost())
             if copies.rows <= COPY_STEP:
                 below = copies.statements()
@@ -5675,28 +5920,13 @@ class Files:
 
         properties   {"{namespace}name": XML of the whole element}
         """
-        view_of(who).need(UPDATE)
-
         def attempt() -> Batch:
-            place = self.tree.enter(who, path)
-            node = place.found()
-            place = self.tree.admit(who, place, path, given)
-            self._check_properties(node, properties or {})
-            plan = Plan(self.tree, who, place)
-            plan.rows += property_rows(node, properties or {})
-            if mtime not in (None, node.mtime):
-                plan.step(Change(node, node._replace(mtime=mtime, rev=0), place.chain, place.chain))
+            plan = Plan(self.tree, who)
+            plan.patch(path, given, properties or {}, mtime)
             return plan.batch("patch", {"path": "/".join(path)})
 
         self.db.write(attempt)
         return self.stat(who, path)
-
-    def _check_properties(self, node: Node, properties: dict[str, str | None]) -> None:
-        """raises CloudError too-large beyond what a node may hold (X4)"""
-        rows = dict(self.db.read("SELECT name, length(name) + length(value) FROM property WHERE node = ?", (node.node,)))
-        rows.update((name, len(name) + len(value or "")) for name, value in properties.items())
-        if any(size > PROPERTY_LIMIT for size in rows.values()) or sum(rows.values()) > 16 * PROPERTY_LIMIT:
-            raise CloudError("too-large", "properties may have %s each" % format_size(PROPERTY_LIMIT))
 
     # ---- locks (RFC 4918 s6, s7)
 
@@ -5706,57 +5936,50 @@ class Files:
 
         raises  CloudError lock-conflict, no-parent, precondition-failed
         """
-        view_of(who).need(UPDATE)
         empty = self.tree.blobs.put(Body(b""), lambda hash: False)
 
         def attempt() -> Batch:
-            place = self.tree.enter(who, path)
+            plan = Plan(self.tree, who)
+            place = plan.now.enter(path)
+            place.need(READ)                             # the answer tells what is there
+            place.need(UPDATE if place.node else CREATE)
             self.tree.check_place(place, path)
-            place = self.tree.check_conditions(who, place, path, given)
+            plan.check_conditions(place, path, given)
             if place.locked:
                 self.tree.locks.check_conflict(who, place, exclusive, deep)
-            node, plan = place.node, Plan(self.tree, who, place)
+            node, home, now = place.node, place.view.home, self.clock.due()
             if node is None:
                 if place.locked:
                     self.tree.locks.check(who, place, given)
                 self.tree.space.check(place, 0, 1)
-                change, _ = self.tree.put_change(place, path, empty, self.clock.wall())
-                node = change.after
-                plan.step(change)
+                node = plan.put(place, empty, self.clock.wall()).after
                 plan.rows += self.tree.contents.rows(empty)
-            now = self.clock.due()
-            granted.append(Lock(new_lock_token(), place.view.home, node.node, who.account, deep, exclusive, owner,
-                                seconds, now + seconds * 1000))
-            plan.rows += [Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (place.view.home, now)),
-                          Statement("INSERT INTO lock (token, home, node, account, deep, exclusive, owner, seconds, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                                    granted[-1]), raise_shape(place.view.home)]
-            return plan.batch("lock", {"path": "/".join(path)})
+            lock = Lock(new_lock_token(), home, node.node, who.account, deep, exclusive, owner, seconds, now + seconds * 1000)
+            plan.rows += [Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (home, now)),
+                          Statement("INSERT INTO lock (token, home, node, account, deep, exclusive, owner, seconds, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", lock),
+                          raise_shape(home)]
+            return plan.batch("lock", {"path": "/".join(path)}, (lock, place.node is None))
 
-        granted: list[Lock] = []
-        batch = self.db.write(attempt)
-        return granted[-1], bool(batch.changes)
+        return self.db.write(attempt).told
 
     def refresh(self, who: Principal, path: tuple[str, ...], tokens: frozenset[str], seconds: int) -> Lock:
         """Start the time of a lock anew.  raises CloudError precondition-failed if none of the tokens holds the node"""
-        fresh: list[Lock] = []
-
         def attempt() -> Batch:
-            place = self.tree.enter(who, path)
+            place = self.tree.enter(who, path, READ)
             lock = next((lock for lock in self.tree.locks.covering(place, self.tree.locks.of(place))
                          if lock.token in tokens and lock.account == who.account), None)
             if lock is None:
                 raise CloudError("precondition-failed", "there is no such lock on this")
-            fresh[:] = [lock._replace(seconds=seconds, due=self.clock.due() + seconds * 1000)]
-            return Batch([Statement("UPDATE lock SET seconds = ?, due = ? WHERE token = ?", (seconds, fresh[0].due, lock.token))],
-                         [Statement("SELECT 'lock' WHERE NOT EXISTS (SELECT 1 FROM lock WHERE token = ?)", (lock.token,))])
+            lock = lock._replace(seconds=seconds, due=self.clock.due() + seconds * 1000)
+            return Batch([Statement("UPDATE lock SET seconds = ?, due = ? WHERE token = ?", (seconds, lock.due, lock.token))],
+                         [Statement("SELECT 'lock' WHERE NOT EXISTS (SELECT 1 FROM lock WHERE token = ?)", (lock.token,))], told=lock)
 
-        self.db.write(attempt)
-        return fresh[0]
+        return self.db.write(attempt).told
 
     def unlock(self, who: Principal, path: tuple[str, ...], token: str) -> None:
         """End a lock.  raises CloudError no-token if it does not hold the node, forbidden if it is another's"""
-        view_of(who).need(UPDATE)
-        place = self.tree.enter(who, path)
+        place = self.tree.enter(who, path, READ)
+        place.need(*CHANGES)
         place.found()
         for lock in self.tree.locks.covering(place, self.tree.locks.of(place)):
             if lock.token == token:
@@ -5796,19 +6019,8 @@ class Files:
 
 
 def arrivals(batch: Batch) -> list[tuple[Node, bool]]:
-    """What a batch brought to new places, and whether each place was free."""
-    found, free = [], True
-    for change in batch.changes:
-        if change.after:
-            found.append((change.after._replace(since=batch.seq, rev=change.after.rev or batch.seq), free))
-        free = bool(change.after)
-    return found
-
-
-def property_rows(node: Node, properties: dict[str, str | None]) -> list[Statement]:
-    return [Statement("DELETE FROM property WHERE node = ? AND name = ?", (node.node, name)) if value is None else
-            Statement(PUT_PROPERTY, (node.node, name, value))
-            for name, value in properties.items()]
+    """What a batch brought to new places, as its plan told, and whether each place was free."""
+    return [(node._replace(since=batch.seq, rev=node.rev or batch.seq), is_free) for node, is_free in batch.told]
 
 
 class Found(NamedTuple):
@@ -5910,12 +6122,12 @@ class Search:
 
     def star(self, who: Principal, *paths: tuple[str, ...], on: bool) -> None:
         """Mark files and collections with a star, in one step, or take it away."""
-        view_of(who).need(UPDATE)
-
         def attempt() -> Batch:
-            nodes = [self.tree.enter(who, path).found() for path in paths]
-            plan = Plan(self.tree, who, self.tree.enter(who, ()))
-            plan.rows += [row for node in nodes for row in property_rows(node, {STAR: STARRED if on else None})]
+            plan = Plan(self.tree, who)
+            for path in paths:
+                place = plan.now.enter(path)
+                place.need(UPDATE)
+                plan.rows += property_rows(place.found(), {STAR: STARRED if on else None})
             return plan.batch("star" if on else "unstar", name_paths(paths))
 
         self.db.write(attempt)
@@ -5982,82 +6194,6 @@ STEP = (  # the columns of Step, and where they come from
     "j.seq, j.at, j.action, j.detail, coalesce(a.name, ''), coalesce(d.name, ''), "
     "EXISTS (SELECT 1 FROM entry WHERE home = j.home AND since = j.seq) OR EXISTS (SELECT 1 FROM entry WHERE home = j.home "
     "AND until = j.seq) FROM journal j LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device")
-
-
-class Reversal:
-    """Brings nodes back to states they had, in one batch, however many they are.
-
-    Each step is worked out on the tree as the steps before it leave it: `parents` says where nodes hang by then, so
-    that sums come out right when collections and what they hold are moved at once.  Only ids and numbers are kept
-    in memory; names and manifests are copied from row to row inside the database.
-    """
-
-    def __init__(self, read: Callable[..., Iterator[tuple[Any, ...]]], root: int) -> None:
-        self.read, self.root = read, root
-        self.destroyed: list[tuple[Node, Node | None]] = []      # (what is overwritten or removed, what takes its place)
-        self.parents: dict[int, int | None] = {}         # None: not live
-        self.sums: dict[int, list[int]] = {}
-        self.ends: list[tuple[str, int, int, int]] = []          # (fate, home, since, node)
-        self.begins: list[tuple[int, str | None, str | None, int, int, int, int]] = []
-        #                                                  (parent, name, key, fresh, home, since, node); name None: as it was
-        self.loose = False
-
-    def restore(self, then: Node, now: Node | None, parent: int, name: str | None = None) -> None:
-        """Bring a node back to `then`, below a live `parent`, under its name or another."""
-        if now:
-            self._end(now, "moved" if then.manifest == now.manifest else "replaced")
-            self.destroyed.append((now, then))
-        fresh = int(now is None or then.manifest != now.manifest or then.mtime != now.mtime)
-        self.begins.append((parent, name, name and key_of(name), fresh, then.home, then.since, then.node))
-        self.parents[then.node] = parent
-        self._count(then, +1)
-
-    def remove(self, now: Node) -> None:
-        """Put a live node into the trash."""
-        self.destroyed.append((now._replace(files=now.files + self.sums.get(now.node, (0, 0))[1]) if now.kind else now, None))
-        self._end(now, "deleted")
-        self.parents[now.node] = None
-
-    def _end(self, now: Node, fate: str) -> None:
-        self._count(now, -1)
-        self.ends.append((fate, now.home, now.since, now.node))
-        self.loose |= bool(now.kind)
-
-    def _count(self, node: Node, sign: int) -> None:
-        size, files = self.sums.get(node.node, (0, 0)) if node.kind else (0, 0)
-        size, files = node.size + size, (node.files if node.kind else 1) + files
-        for above in self.chain(node.node):
-            sum = self.sums.setdefault(above, [0, 0])
-            sum[0] += sign * size
-            sum[1] += sign * files
-
-    def chain(self, node: int) -> list[int]:
-        """What holds a node by now, upwards: to the root, or to what is deleted itself."""
-        found: list[int] = []
-        while node != self.root:
-            if node not in self.parents:
-                rows = list(self.read("SELECT parent FROM entry WHERE node = ? AND until IS NULL", (node,)))
-                self.parents[node] = rows[0][0] if rows else None
-            if self.parents[node] is None:
-                break
-            node = self.parents[node]
-            found.append(node)
-        return found
-
-    def lives(self, node: int) -> bool:
-        return node == self.root or self.root in self.chain(node)[-1:]
-
-    def would_hold_itself(self, node: int, parent: int) -> bool:
-        """Does a place lie in the very node that would come there?"""
-        return parent == node or node in self.chain(parent)
-
-    def statements(self) -> list[Statement]:
-        return [
-            Statement("UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? "
-                      "WHERE home = ? AND since = ? AND node = ?", self.ends, many=True),
-            Statement(BEGIN_AGAIN, self.begins, many=True),
-            Statement("UPDATE collection SET seq = (SELECT max(seq) FROM journal), size = size + ?, files = files + ? "
-                      "WHERE node = ?", [(*sum, node) for node, sum in self.sums.items()], many=True)]
 
 
 WENT_BACK = "this server does not know what it said then: an older state of its data was put back"
@@ -6146,6 +6282,7 @@ class Journal:
         after, until   ms since 1970
         """
         view = view_of(who)
+        view.need(PAST)
         view.need_whole()
         rows = self.db.read(
             "SELECT " + STEP + " WHERE j.home = ? AND j.action <> 'copy-begin' AND j.seq < ? AND (? IS NULL OR j.action = ?) AND (? IS NULL OR d.name = ?) "
@@ -6288,7 +6425,7 @@ class History:
                 raise CloudError("gone", "what this step removed was given up for good")
             return mine, len(touched) - len(mine)
 
-        return self._revert(who, (), seq - 1, choose, "undo", {"seq": seq})
+        return self._revert(who, (), seq - 1, choose, ("undo", {"seq": seq}))
 
     def rewind(self, who: Principal, path: tuple[str, ...], seq: int, *, dry: bool = False) -> tuple[int, int]:
         """Make a collection what it was as of a seq; returns (seq of doing so, nodes changed).  It can be undone.
@@ -6306,7 +6443,7 @@ class History:
 
         if dry:
             return 0, len(self.differences(who, path, seq))
-        return self._revert(who, path, seq, choose, "rewind", {"path": "/".join(path), "to": seq})
+        return self._revert(who, path, seq, choose, ("rewind", {"path": "/".join(path), "to": seq}))
 
     def bring_back(self, who: Principal, seq: int, *paths: tuple[str, ...]) -> tuple[int, int]:
         """Make what was at paths as of a seq what it was, and all that it held, in one step; the rest stays as it is.
@@ -6315,7 +6452,7 @@ class History:
         made anew.  raises CloudError not-found, gone
         """
         view = view_of(who)
-        view.need(UPDATE)
+        view.need(PAST)
         paths = tuple(outermost(paths))
         with self.db.snapshot() as read:
             span = Span(Moment(read, view.top, seq), Moment(read, view.top))
@@ -6333,10 +6470,8 @@ class History:
 
             if not choose(span)[0]:
                 return 0, 0
-        for path, node in zip(paths, nodes):
-            if len(path) > 1 and seen_by(self.db.read, who).path(node.parent) is None:
-                self.make_or_find(who, path[:-1])
-        return self._revert(who, (), seq, choose, "rewind", {"path": "/".join(paths[0]), "to": seq})
+        lost = [path[:-1] for path, node in zip(paths, nodes) if len(path) > 1 and seen_by(self.db.read, who).path(node.parent) is None]
+        return self._revert(who, (), seq, choose, ("rewind", {"path": "/".join(paths[0]), "to": seq}), lost)
 
     def _may_bring_back(self, who: Principal, span: Span, id: int) -> bool:
         """May a device change this node by going back?  Only if it lies, or died, in what the device is limited to, and lay
@@ -6377,65 +6512,69 @@ class History:
             mine = list(filter(span.differs, touched))
             return mine, len(mine)
 
-        done = self._revert(who, (), brake.seq, choose, "undo", {"device": device, "seq": brake.seq})
+        done = self._revert(who, (), brake.seq, choose, ("undo", {"device": device, "seq": brake.seq}))
         self.db.run(Statement("DELETE FROM brake WHERE device = ?", (device,)))
         return done
 
     def _revert(self, who: Principal, path: tuple[str, ...], seq: int, choose: Callable[[Span], tuple[list[int], int]],
-                action: str, detail: dict[str, Any]) -> tuple[int, int]:
-        """Bring the chosen nodes below a path back to what they were as of a seq."""
-        view_of(who).need(UPDATE)
+                line: tuple[str, dict[str, Any]], lost: Sequence[tuple[str, ...]] = ()) -> tuple[int, int]:
+        """Bring the chosen nodes below a path back to what they were as of a seq, after making collections that are lost.
+
+        line   action and detail for the journal
+        """
+        view_of(who).need(PAST)
+        view_of(who).need(*CHANGES)
         self.journal.check_reach(seq)
-        told = [0]
 
         def attempt() -> Batch:
             with self.db.snapshot() as read:
                 (head,), = read("SELECT max(seq) FROM journal")
-                place = self.tree.enter(who, path)
+                plan = Plan(self.tree, who, as_of=head)
+                place = plan.now.enter(path)
                 top = place.found().node
                 if place.locked:
                     self.tree.locks.check(who, place, ANY, below=True)
                 span = Span(Moment(read, top, seq), Moment(read, top))
-                chosen, told[0] = choose(span)
-                root = (*place.chain, top)[0]
-                plan = self._plan_reversal(span, root, chosen)
-                self.tree.space.check(place, plan.sums.get(root, [0])[0], 0)
-                return self.batch(who, place, head, plan, action, {**detail, "count": len(chosen)})
+                chosen, told = choose(span)
+                for one in lost:
+                    plan.collection_at(one)
+                self._reverse(plan, span, chosen)
+                self.tree.space.check(place, plan.now.parts[place.view.home].growth, 0)
+                return plan.batch(line[0], {**line[1], "count": len(chosen)}, told)
 
         with self.tree.lane(who):
-            return self.db.write(attempt).seq, told[0]
+            batch = self.db.write(attempt)
+        return batch.seq, batch.told
 
-    def _plan_reversal(self, span: Span, root: int, chosen: list[int]) -> Reversal:
+    def _reverse(self, plan: Plan, span: Span, chosen: list[int]) -> None:
         """First what must go, then what comes back or moves, from the top down."""
-        then, now, taken = span.then, span.now, set()
-        plan = Reversal(now.read, root)
+        then, now = span.then, span.now
         wanted = sorted((id for id in chosen if then.here(id)), key=lambda id: len(then.path(id)))
         unwanted = set(chosen).difference(wanted)
         freed = {(node.parent, key_of(node.name)) for node in map(now.node, chosen) if node}
-        freed -= self._return_or_remove(plan, then, taken, [node for node in map(now.here, unwanted)
-                                                            if node and node.parent not in unwanted])    # else it goes with what holds it
+        freed -= self._return_or_remove(plan, then, [node for node in map(now.here, unwanted)
+                                                     if node and node.parent not in unwanted])      # else it goes with what holds it
         for id in wanted:
             old = then.node(id)
             parent = old.parent
-            if not plan.lives(parent) or plan.would_hold_itself(id, parent):
+            if not plan.now.lives(parent) or plan.now.would_hold_itself(id, parent):
                 parent = self._stand_in(plan, span, parent, chosen)
-            plan.restore(old, now.node(id), parent, self.tree.name_for(parent, old.name, taken, freed))
+            plan.restore(old, now.node(id), parent, freed)
         for id in unwanted:
-            if not now.here(id) and then.top in plan.chain(id):          # it came along with what is back
-                plan.remove(now.node(id))
-        return plan
+            if not now.here(id) and then.top in plan.now.above(id):          # it came along with what is back
+                plan.discard(now.node(id))
 
-    def _stand_in(self, plan: Reversal, span: Span, id: int, chosen: Container[int]) -> int:
+    def _stand_in(self, plan: Plan, span: Span, id: int, chosen: Container[int]) -> int:
         """The collection that is where one was that is gone, and stays there; the top if there is none."""
         top = found = span.now.top
         for name in span.then.path(id) or ():
-            child = span.now.child(found, name)
+            child = plan.now.child(found, name)
             if child is None or not child.kind or child.node in chosen:
                 return top
             found = child.node
-        return found if plan.lives(found) else top
+        return found if plan.now.lives(found) else top
 
-    def _return_or_remove(self, plan: Reversal, then: Moment, taken: set[tuple[int, str]], nodes: Iterable[Node]) -> set[tuple[int, str]]:
+    def _return_or_remove(self, plan: Plan, then: Moment, nodes: Iterable[Node]) -> set[tuple[int, str]]:
         """Nodes that were not below the collection: each back to where it was, if that is still there, else to the trash.
 
         A place that lies in the node itself comes free when what is between has gone back; if it does not, the node
@@ -6445,33 +6584,16 @@ class History:
         while stuck < len(pending):
             node = pending.popleft()
             old = then.node(node.node)
-            if not old or old.parent is None or not plan.lives(old.parent):
-                plan.remove(node)
-            elif plan.would_hold_itself(node.node, old.parent):
+            if not old or old.parent is None or not plan.now.lives(old.parent):
+                plan.discard(node)
+            elif plan.now.would_hold_itself(node.node, old.parent):
                 pending.append(node)
                 stuck += 1
                 continue
             else:
-                plan.restore(old, node, old.parent, self.tree.name_for(old.parent, old.name, taken, ()))
+                plan.restore(old, node, old.parent)
             stuck = 0
         return {(node.parent, key_of(node.name)) for node in pending}
-
-    def batch(self, who: Principal, place: Place, head: int, reversal: Reversal, action: str, detail: dict[str, Any]) -> Batch:
-        """The batch of a Reversal decided at `head`; nothing in the home may have changed since."""
-        plan = Plan(self.tree, who, place)
-        plan.guards.append(Statement("SELECT 'changed' FROM account a JOIN collection c ON c.node = a.root "
-                                     "WHERE a.id = ? AND c.seq > ?", (place.view.home, head)))
-        plan.rows += self.tree.brake.count(who, reversal.destroyed) if who.means == "token" else []
-        plan.rows += reversal.statements()
-        plan.rows += [raise_shape(place.view.home)] if reversal.loose else []
-        return plan.batch(action, detail)
-
-    def make_or_find(self, who: Principal, path: tuple[str, ...]) -> None:
-        try:
-            self.files.make_collection(who, path, parents=True)
-        except CloudError as error:
-            if error.kind not in ("exists", "conflict"):
-                raise
 
 
 class Versions:
@@ -6533,25 +6655,18 @@ class Versions:
 
     def restore(self, who: Principal, path: tuple[str, ...], rev: int, given: Preconditions = ANY) -> Node:
         """Make an old content the present one; the present one becomes a version."""
-        view_of(who).need(UPDATE)
-
         def attempt() -> Batch:
-            place = self.tree.enter(who, path)
-            node = place.found()
-            place = self.tree.admit(who, place, path, given)
-            old, _ = self.read(who, path, rev)
-            self.tree.space.check(place, old.size - node.size, 1)
-            after = node._replace(manifest=old.manifest, size=old.size, mtime=old.mtime, media=old.media, rev=0)
-            plan = Plan(self.tree, who, place)
-            plan.step(Change(node, after, place.chain, place.chain))
-            return plan.batch("restore-version", {"path": "/".join(path), "rev": rev})
+            plan = Plan(self.tree, who)
+            node = plan.revise(path, given, self.read(who, path, rev)[0])
+            return plan.batch("restore-version", {"path": "/".join(path), "rev": rev}, node)
 
         batch = self.db.write(attempt)
-        return batch.changes[0].after._replace(since=batch.seq, rev=batch.seq)
+        return batch.told._replace(since=batch.seq, rev=batch.seq)
 
     def pin(self, who: Principal, path: tuple[str, ...], rev: int, name: str | None) -> None:
         """Keep a version for good under a name; None lets go of it."""
         view_of(who).need(UPDATE)
+        view_of(who).need_whole()
         node, _ = self.read(who, path, rev)
         if name is not None and not 0 < len(name) <= 200:
             raise CloudError("bad-request", "the name of a version has 1 to 200 characters")
@@ -6567,11 +6682,12 @@ class Versions:
 class Trash:
     """What was deleted, until it is given up."""
 
-    def __init__(self, tree: Tree, files: Files, history: History) -> None:
-        self.tree, self.files, self.history, self.db = tree, files, history, tree.db
+    def __init__(self, tree: Tree, files: Files) -> None:
+        self.tree, self.files, self.db = tree, files, tree.db
 
     def list(self, who: Principal, before: int = 1 << 62, limit: int = 1000) -> list[Trashed]:
         """What was deleted and can be restored, the latest first; `before` is a seq to go on from."""
+        view_of(who).need(PAST)
         view_of(who).need_whole()
         return self._trashed(who, "e.until < ? ", before, limit)
 
@@ -6595,34 +6711,27 @@ class Trash:
         raises  CloudError not-found if one is not in the trash
         """
         view = view_of(who)
-        view.need(CREATE)
+        view.need(PAST)
         view.need_whole()
-        for item in self._find_trashed(who, nodes):
-            if len(item.path) > 1 and item.node.parent not in nodes and seen_by(self.db.read, who).path(item.node.parent) is None:
-                self.history.make_or_find(who, item.path[:-1])
 
         def attempt() -> Batch:
-            with self.db.snapshot() as read:
-                (head,), = read("SELECT max(seq) FROM journal")
-                place, taken = self.tree.enter(who, ()), set()
-                plan = Reversal(read, view.top)
-                items = sorted(self._find_trashed(who, nodes), key=lambda item: len(item.path))
-                for item in items:
-                    if self._is_live(item.node.node):
-                        raise CloudError("conflict", "it is back already")
-                    parent = item.node.parent
-                    if not plan.lives(parent):
-                        there = self.tree.enter(who, item.path)
-                        parent = there.parent if there.open and len(there.rest) < 2 else view.top
-                    plan.restore(item.node, None, parent, self.tree.name_for(parent, item.node.name, taken, ()))
-                self.tree.space.check(place, plan.sums[view.top][0], 0)
-                return self.history.batch(who, place, head, plan, "restore", name_paths([item.path for item in items]))
+            plan = Plan(self.tree, who, as_of=self.db.head())
+            place = plan.now.enter(())
+            items = sorted(self._find_trashed(who, nodes), key=lambda item: len(item.path))
+            for item in items:
+                if self._is_live(item.node.node):
+                    raise CloudError("conflict", "it is back already")
+                parent = item.node.parent
+                plan.restore(item.node, None, parent if plan.now.lives(parent) else plan.collection_at(item.path[:-1]))
+            self.tree.space.check(place, plan.now.parts[view.home].growth, 0)
+            return plan.batch("restore", name_paths([item.path for item in items]))
 
         seq = self.db.write(attempt).seq
         return seq, [self.files.path_of(who, node) for node in dict.fromkeys(nodes)]
 
     def item(self, who: Principal, node: int) -> Trashed:
         """One of them.  raises CloudError not-found"""
+        view_of(who).need(PAST)
         view_of(who).need_whole()
         return self._find_trashed(who, [node])[0]
 
@@ -6789,10 +6898,12 @@ class Sharing:
         """
         if kind != "link":
             raise CloudError("bad-request", "only links can be given so far")
-        token, made, terms = secrets.token_urlsafe(16), [], self.terms.seal({"role": "view", "password": None, "expires": None, **terms})
+        token, terms = secrets.token_urlsafe(16), self.terms.seal({"role": "view", "password": None, "expires": None, **terms})
 
         def attempt() -> Batch:
-            place = self.tree.enter(who, path, SHARE)
+            plan = Plan(self.tree, who)
+            place = plan.now.enter(path)
+            place.need(SHARE)
             node = place.found()
             if not path:
                 raise CloudError("forbidden", "the root cannot be shared; share what is in it")
@@ -6802,33 +6913,32 @@ class Sharing:
                 raise CloudError("conflict", "this account gives %d shares; end some first" % SHARES_MOST)
             new = Share(highest + 1, place.view.home, node.node, kind, READ, who.account, "", "", token, None, None, None, None, None, None,
                         created=self.clock.wall())
-            made[:] = [self.terms.agree(place.view, node, new, terms)]
-            plan = Plan(self.tree, who, place)
+            new = self.terms.agree(place.view, node, new, terms)
             plan.guards.append(still_there(node))
             plan.rows.append(Statement(
                 "INSERT INTO share (id, home, node, kind, rights, giver, name, note, token, password, due, expires, uses_most, files_most, "
                 "bytes_most, used, files, bytes, seq, created, secret) SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, 0, max(seq), ?, ? "
-                "FROM journal", (*made[0][:15], new.created, sha256_text(token))))
-            return plan.batch("share", {"path": "/".join(path), **describe_share(made[0])})
+                "FROM journal", (*new[:15], new.created, sha256_text(token))))
+            return plan.batch("share", {"path": "/".join(path), **describe_share(new)}, new.id)
 
-        self.db.write(attempt)
-        return self.get(who, made[0].id)
+        return self.get(who, self.db.write(attempt).told)
 
     def change(self, who: Principal, id: int, **terms: Any) -> Given:
         """Change what `terms` name, at once for everybody; the rest stays.  raises CloudError not-found, and as share"""
-        changed, terms = [], self.terms.seal(terms)
+        terms = self.terms.seal(terms)
 
         def attempt() -> Batch:
             old = self.get(who, id)
-            place = self.tree.enter(who, (), SHARE)
-            changed[:] = [self.terms.agree(place.view, old.node, old.share, terms)]
-            plan = Plan(self.tree, who, place)
+            plan = Plan(self.tree, who)
+            place = plan.now.enter(())
+            place.need(SHARE)
+            new = self.terms.agree(place.view, old.node, old.share, terms)
             plan.guards.append(self._still(old.share))
             plan.rows.append(Statement(
                 "UPDATE share SET rights = ?, name = ?, note = ?, password = ?, due = ?, expires = ?, uses_most = ?, files_most = ?, "
                 "bytes_most = ?, seq = (SELECT max(seq) FROM journal) WHERE id = ?",
-                (changed[0].rights, changed[0].name, changed[0].note, *changed[0][9:15], id)))
-            return plan.batch("share-change", {"path": "/".join(old.path or (old.node.name,)), **describe_share(changed[0])})
+                (new.rights, new.name, new.note, *new[9:15], id)))
+            return plan.batch("share-change", {"path": "/".join(old.path or (old.node.name,)), **describe_share(new)})
 
         self.db.write(attempt)
         return self.get(who, id)
@@ -7035,7 +7145,7 @@ class Drops:
         for depth, name in enumerate(path, 1):
             place = self.tree.enter(who, found + (name,))
             while self._is_in_the_way(place, depth < len(path) or collection):
-                name = self.tree.free_name(place.parent, name)
+                name = Draft(self.tree, who).free_name(place.parent, name)
                 place = self.tree.enter(who, found + (name,))
             found += (name,)
         return found
@@ -7155,90 +7265,6 @@ class Listed(NamedTuple):
     chunks: list[tuple[str, int]] | None         # (hash, size) in order, if asked for
 
 
-class Draft:
-    """The tree as the steps of a commit leave it, one after the other; nothing is written before all are decided."""
-
-    def __init__(self, plan: Plan, received: "Received", *, held: bool) -> None:
-        """
-        plan      what the steps become, begun where who asks begins
-        held      nothing may be deleted or overwritten
-        """
-        self.plan, self.root, self.received, self.held = plan, plan.place, received, held
-        self.now = Moment(plan.tree.db.read, self.root.node.node)
-        self.known: dict[str, int] = {}              # {hash: bytes} of chunks that steps may name
-        self.used: set[str] = set()                  # those that they did name
-        self._places: dict[tuple[int, str], Node | None] = {}
-        self._chains: dict[tuple[str, ...], tuple[int, ...] | None] = {}
-        self._made: set[int] = set()
-
-    def place(self, path: tuple[str, ...]) -> Place:
-        """Where a path leads by now."""
-        if not path:
-            return self.root
-        there, chain, opened = len(path) - 1, None, True
-        while chain is None:
-            chain = self._chain(path[:there])
-            if chain is None:
-                there -= 1
-                opened = self._child_at(path[:there], path[there]) is None
-        node = self._child(chain[-1], path[-1]) if there == len(path) - 1 else None
-        return self.root._replace(used=self.root.used + self.plan.growth, chain=chain, open=opened,
-                                  rest=() if node else path[there:], node=node)
-
-    def _chain(self, path: tuple[str, ...]) -> tuple[int, ...] | None:
-        """Ids of the collections down to the one at a path; None if there is none."""
-        if not path:
-            return self.root.chain + (self.root.node.node,)
-        if path not in self._chains:
-            above = self._chain(path[:-1])
-            node = self._child(above[-1], path[-1]) if above else None
-            self._chains[path] = above + (node.node,) if node and node.kind else None
-        return self._chains[path]
-
-    def _child_at(self, path: tuple[str, ...], name: str) -> Node | None:
-        chain = self._chain(path)
-        return self._child(chain[-1], name) if chain else None
-
-    def _child(self, parent: int, name: str) -> Node | None:
-        place = parent, key_of(name)
-        if place not in self._places:
-            self._places[place] = None if parent in self._made else self.now.child(parent, name)
-        return self._places[place]
-
-    def rely_on(self, place: Place) -> None:
-        """What was checked at a place must hold when the steps are done, unless a step before made it so."""
-        if place.node and not self.plan.touches(place.node):
-            self.plan.guards += place.guards
-
-    def check_brake(self) -> None:
-        """Before something is deleted or overwritten.  raises CloudError held"""
-        if self.held:
-            raise CloudError("held", "this device is held; allow or undo what it did on the page")
-
-    def is_made_here(self, node: Node) -> bool:
-        return node.node in self._made
-
-    def apply(self, change: Change) -> None:
-        """Take one step."""
-        before, after = change.before, change.after
-        self.plan.step(change)
-        if before:
-            self._places[before.parent, key_of(before.name)] = None
-        if after:
-            self._places[after.parent, key_of(after.name)] = after
-        if (after or before).kind:
-            self._chains.clear()
-            if before is None:
-                self._made.add(after.node)
-
-    def state(self, node: Node | None) -> Node | None:
-        """What a node is in the end; its seq is 0 if that of the commit will be it."""
-        if node is None:
-            return None
-        node = self.plan.state(node)
-        return node._replace(seq=0) if node and node.node in self.plan.sums else node
-
-
 class Received:
     """Chunks that came with a request: what is small waits to be written with the batch, the rest is durable."""
 
@@ -7254,6 +7280,14 @@ def land(flying: deque[tuple[Future, int]], size: int) -> None:
     """Wait until no more than so many bytes are still being written."""
     while flying and sum(size for _, size in flying) > size:
         flying.popleft()[0].result()
+
+
+class Sending(NamedTuple):
+    """A commit under way: what its steps become, and the chunks that they may name."""
+    plan: Plan
+    received: Received
+    known: dict[str, int]                            # {hash: bytes} of chunks that steps may name
+    used: set[str]                                   # those that they did name
 
 
 class Outcome(NamedTuple):
@@ -7354,7 +7388,7 @@ class Sync:
 
     def send(self, who: Principal, frames: Iterable[bytes]) -> list[str]:
         """Store chunks ahead of the commit that will name them; returns their hashes.  raises CloudError over-quota"""
-        view_of(who).need(CREATE)
+        view_of(who).need(CREATE, UPDATE)
         received = self._receive(who, frames)
         self._flush(who, received)
         return list(received.sizes)
@@ -7417,23 +7451,20 @@ class Sync:
         raises   CloudError op-reused, bad-frame, over-quota, busy
         """
         view = view_of(who)
-        view.need(UPDATE)
+        view.need(*CHANGES)
         id = "%d:%s" % (who.account, op)
         again = self._answer_again(id, digest)
         received = self._receive(who, frames)
         if again:
             return (*again, False)
-        last: list[list[Outcome]] = []
 
         def attempt() -> Batch:
             try:
-                batch, outcomes = self._plan_commit(who, (id, digest), steps, received, atomic, False)
+                return self._plan_commit(who, (id, digest), steps, received, atomic)
             except CloudError as error:
                 if error.kind != "held":
                     raise
-                batch, outcomes = self._plan_commit(who, (id, digest), steps, received, atomic, True)
-            last[:] = [outcomes]
-            return batch
+                return self._plan_commit(who, (id, digest), steps, received, atomic, held=True)
 
         try:
             batch = self.db.write(attempt)
@@ -7442,7 +7473,7 @@ class Sync:
         alone = since is not None and not self.db.read(
             "SELECT 1 FROM journal WHERE home = ? AND seq > ? AND seq <> ? AND (device = '' OR device <> ?) LIMIT 1",
             (view.home, since, batch.seq, who.device))
-        return batch.seq, describe_outcomes(last[0], batch.seq), alone
+        return batch.seq, describe_outcomes(batch.told, batch.seq), alone
 
     def _answer_again(self, id: str, digest: str) -> tuple[int, list[dict[str, Any]]] | None:
         for seq, known, result in self.db.read("SELECT seq, digest, result FROM op WHERE id = ?", (id,)):
@@ -7452,30 +7483,27 @@ class Sync:
         return None
 
     def _plan_commit(self, who: Principal, op: tuple[str, str], steps: Sequence[dict[str, Any]], received: Received,
-                     atomic: bool, held: bool) -> tuple[Batch, list[Outcome]]:
+                     atomic: bool, *, held: bool = False) -> Batch:
         """Decide every step on the tree as the steps before it leave it."""
-        root = self.tree.enter(who, ())
-        plan = Plan(self.tree, who, root)
-        draft = Draft(plan, received, held=held)
-        draft.known = {**self.known(who, [hash for step in steps for hash, _ in step.get("chunks") or ()
-                                          if hash not in received.sizes]), **received.sizes}
-        outcomes = [self._take(who, draft, step) for step in steps]
+        plan = Plan(self.tree, who, held=held)
+        root = plan.now.enter(())
+        sending = Sending(plan, received, {**self.known(who, [hash for step in steps for hash, _ in step.get("chunks") or ()
+                                                              if hash not in received.sizes]), **received.sizes}, set())
+        outcomes = [self._take(sending, step) for step in steps]
         if atomic and any(outcome.problem for outcome in outcomes):
             failed = problem_of(CloudError("not-done", "another step failed, and all or none was asked for"))
-            return self.tree.space.pay(Batch(self._loose_rows(who, received.rows)), root.view.home, root.quota), [
-                outcome if outcome.problem else Outcome(424, None, failed) for outcome in outcomes]
-        changes = plan.changes()
-        outcomes = [outcome._replace(node=draft.state(outcome.node)) for outcome in outcomes]
-        plan.rows = [*self._loose_rows(who, received.rows, draft.used), *plan.rows,
-                     *self.tree.locks.drop(root, *(change.before for change in changes if change.before))]
-        if not changes:
-            return self.tree.space.pay(Batch(plan.rows), root.view.home, root.quota), outcomes
+            return self.tree.space.pay(Batch(self._loose_rows(who, received.rows), told=[
+                outcome if outcome.problem else Outcome(424, None, failed) for outcome in outcomes]), root.view.home, root.quota)
+        outcomes = [outcome._replace(node=plan.now.state(outcome.node)) for outcome in outcomes]
+        plan.rows = [*self._loose_rows(who, received.rows, sending.used), *plan.rows]
+        if not plan.now.changes:
+            return self.tree.space.pay(Batch(plan.rows, told=outcomes), root.view.home, root.quota)
         paths = [split_path(step.get("to") or next(step[verb] for verb in COMMIT_STEPS if verb in step))
                  for step, outcome in zip(steps, outcomes) if not outcome.problem]
-        plan.guards += still_stored([hash for hash in draft.used if hash not in received.sizes or hash in received.relied])
-        batch = plan.batch("sync", name_paths(paths))
+        plan.guards += still_stored([hash for hash in sending.used if hash not in received.sizes or hash in received.relied])
+        batch = plan.batch("sync", name_paths(paths), outcomes)
         batch.op, batch.result = op, json.dumps(describe_outcomes(outcomes, None))
-        return batch, outcomes
+        return batch
 
     def _loose_rows(self, who: Principal, rows: list[tuple[Any, ...]], used: Container[str] = ()) -> list[Statement]:
         """Make chunks known; those that nothing uses yet stay with the account for a while."""
@@ -7485,8 +7513,8 @@ class Sync:
         return [*([Statement(CHUNK_ROWS, rows, many=True)] if rows else ()),
                 *([Statement(PUT_LOOSE, loose, many=True)] if loose else ())]
 
-    def _take(self, who: Principal, draft: Draft, step: dict[str, Any]) -> Outcome:
-        """One step; a refusal becomes its outcome and leaves the draft as it was."""
+    def _take(self, sending: Sending, step: dict[str, Any]) -> Outcome:
+        """One step; a refusal becomes its outcome and leaves the plan as it was."""
         verb = next((name for name in COMMIT_STEPS if name in step), None)
         try:
             if verb is None:
@@ -7494,110 +7522,62 @@ class Sync:
             path = split_path(step[verb])
             if not path:
                 raise CloudError("forbidden", "the root stays as it is")
-            right, take = COMMIT_STEPS[verb]
-            if right not in draft.root.view.rights:
-                draft.root.view.need(right)
-            return take(self, who, draft, path, step)
+            return COMMIT_STEPS[verb](self, sending, path, step)
         except CloudError as error:
             return Outcome(error.status, None, problem_of(error))
 
-    def _take_put(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
+    def _take_put(self, sending: Sending, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
         chunks = step["chunks"]
-        lacking = [hash for hash, _ in chunks if hash not in draft.known]
+        lacking = [hash for hash, _ in chunks if hash not in sending.known]
         if lacking:
             raise CloudError("missing", "these chunks have to be sent first", missing=lacking)
-        if any(draft.known[hash] != size for hash, size in chunks):
+        if any(sending.known[hash] != size for hash, size in chunks):
             raise CloudError("bad-request", "a chunk has another size")
-        place, size = draft.place(path), sum(size for _, size in chunks)
-        self.tree.check_place(place, path)
-        if place.node and place.node.kind:
-            raise CloudError("conflict", "a collection is at this path", now=place.node)
-        self._admit_step(who, draft, place, path, step)
-        self.tree.space.check(place, size - (place.node.size if place.node else 0), size)
+        size = sum(size for _, size in chunks)
+        place = sending.plan.place_for_file(path, conditions_of(step), size)
         stored = Stored(manifest_of(chunks) if chunks else EMPTY, size, None, chunks, inline=None if chunks else b"",
-                        head=self._head_of(draft, path[-1], chunks))
-        if place.node and place.node.manifest != stored.manifest:
-            draft.check_brake()
-        change, _ = self.tree.put_change(place, path, stored, step["mtime"])
-        draft.apply(change)
-        draft.used.update(hash for hash, _ in chunks)
+                        head=self._head_of(sending.received, path[-1], chunks))
+        change = sending.plan.put(place, stored, step["mtime"])
+        sending.used.update(hash for hash, _ in chunks)
         if len(chunks) != 1:
-            draft.plan.rows += self.tree.contents.rows(stored, new=not chunks)
+            sending.plan.rows += self.tree.contents.rows(stored, new=not chunks)
         return Outcome(200 if change.before else 201, change.after)
 
-    def _head_of(self, draft: Draft, name: str, chunks: Sequence[tuple[str, int]]) -> bytes:
+    def _head_of(self, received: Received, name: str, chunks: Sequence[tuple[str, int]]) -> bytes:
         """The first bytes of a file, if its media type depends on them."""
         if not chunks or media_type(name, b"") != "application/octet-stream":
             return b""
-        if chunks[0][0] in draft.received.heads:
-            return draft.received.heads[chunks[0][0]]
+        if chunks[0][0] in received.heads:
+            return received.heads[chunks[0][0]]
         rows = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (chunks[0][0],))
         return self.tree.blobs.read(StoredChunk._make(rows[0]))[:32]
 
-    def _admit_step(self, who: Principal, draft: Draft, place: Place, path: tuple[str, ...], step: dict[str, Any],
-                    **locks: bool) -> None:
-        """Check what a step says of the present state, and locks."""
-        wanted = step.get("if", ...)
-        given = ANY if wanted is ... else Preconditions(if_none_match=("*",)) if wanted is None else Preconditions(if_match=(wanted,))
+    def _take_mkdir(self, sending: Sending, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
         try:
-            draft.rely_on(self.tree.check_conditions(who, place, path, given))
+            return Outcome(201, sending.plan.mkdir(path))
         except CloudError as error:
-            error.detail["now"] = place.node
-            raise
-        if place.locked:
-            self.tree.locks.check(who, place, ANY, **locks)
+            if error.kind != "exists" or not error.detail["there"].kind:
+                raise
+            return Outcome(200, error.detail["there"])
 
-    def _take_mkdir(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
-        place = draft.place(path)
-        if place.node and place.node.kind:
-            return Outcome(200, place.node)
-        self.tree.check_place(place, path)
-        if place.node:
-            raise CloudError("exists", "a file is at this path", now=place.node)
-        if place.locked:
-            self.tree.locks.check(who, place, ANY)
-        self.tree.space.check(place, 0, 1)
-        node = self.tree.new_collection(place.view.home, place.parent, path[-1])
-        draft.apply(Change(None, node, (), place.chain))
-        return Outcome(201, node)
+    def _take_move(self, sending: Sending, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
+        return Outcome(200, sending.plan.move(path, split_path(step["to"]), conditions_of(step), "refuse")[0])
 
-    def _take_move(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
-        target = split_path(step["to"])
-        ours, theirs = [key_of(name) for name in path], [key_of(name) for name in target]
-        if not target or path == target or theirs[:len(ours)] == ours != theirs:
-            raise CloudError("same-place", "one of the two places is, or lies in, the other")
-        here = draft.place(path)
-        node = here.found()
-        self._admit_step(who, draft, here, path, step, below=True, member=True)
-        there = draft.place(target)
-        self.tree.check_place(there, target)
-        if there.node and there.node.node != node.node:
-            raise CloudError("precondition-failed", "there is something at the destination", now=there.node)
-        if there.locked:
-            self.tree.locks.check(who, there, ANY, below=True, member=True)
-        after = node._replace(parent=there.parent, name=target[-1])
-        draft.apply(Change(node, after, here.chain, there.chain, "moved"))
-        return Outcome(200, after)
-
-    def _take_delete(self, who: Principal, draft: Draft, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
-        place = draft.place(path)
-        node = place.found()
-        self._admit_step(who, draft, place, path, step, below=True, member=True)
-        draft.check_brake()
-        if draft.is_made_here(node):
-            raise CloudError("conflict", "it was made by this very commit")
-        since = step.get("since")
-        if since is not None:
-            others = Statement("SELECT 'changed' FROM journal WHERE home = ? AND seq > ? AND device <> ? LIMIT 1",
-                               (view_of(who).home, since, who.device))
-            if max(node.since, node.seq or 0) > since and self.db.read(*others[:2]):       # or something else has taken its place
-                raise CloudError("precondition-failed", "something has changed since", now=node)
-            draft.plan.guards.append(others if self.db.read(*others[:2]) == [] else unchanged(place))
-        draft.apply(removal_of(node, place))
+    def _take_delete(self, sending: Sending, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
+        sending.plan.remove(path, conditions_of(step))
         return Outcome(204)
 
-COMMIT_STEPS: dict[str, tuple[str, Callable[..., Outcome]]] = {
-    "put": (UPDATE, Sync._take_put), "mkdir": (CREATE, Sync._take_mkdir), "move": (UPDATE, Sync._take_move), "delete": (DELETE, Sync._take_delete)}
+
+def conditions_of(step: dict[str, Any]) -> Preconditions:
+    """What a step of a commit demands of the present state."""
+    if "if" not in step and step.get("since") is None:
+        return ANY
+    wanted = step.get("if", ...)
+    return Preconditions(if_match=() if wanted in (..., None) else (wanted,), if_none_match=("*",) if wanted is None else (), since=step.get("since"))
+
+
+COMMIT_STEPS: dict[str, Callable[..., Outcome]] = {
+    "put": Sync._take_put, "mkdir": Sync._take_mkdir, "move": Sync._take_move, "delete": Sync._take_delete}
 LOOSE_LIFE = 20 * HOUR          # less than the sweep leaves a chunk alone that nobody refers to
 FLUSH = 16 * MiB                # bytes of small chunks that wait in memory for the commit
 OWNED = (  # does an account (?, ?) refer to chunk h, now or in its history?
@@ -7622,8 +7602,8 @@ def problem_of(error: CloudError) -> dict[str, Any]:
     problem = {"code": error.kind, "detail": str(error)}
     if "missing" in error.detail:
         problem["missing"] = error.detail["missing"]
-    if error.detail.get("now") is not None:
-        now = error.detail["now"]
+    if error.detail.get("there") is not None:
+        now = error.detail["there"]
         problem["now"] = {"node": str(now.node), "etag": now.etag, "kind": "collection" if now.kind else "file"}
     return problem
 
@@ -7676,8 +7656,7 @@ class Uploads:
         size    bytes; None if not known yet.  What is announced counts against the quota at once.
         """
         view = view_of(who)
-        view.need(CREATE)
-        self.tree.place_for_file(who, path, given, size or 0, parents)
+        Plan(self.tree, who).place_for_file(path, given, size or 0, parents)
         self._check_uploads(who)
         now = self.clock.due()
         upload = Upload(secrets.token_urlsafe(16), view.home, who.account, view.top, json.dumps(path),
@@ -7711,7 +7690,7 @@ class Uploads:
         checksum  (name, digest) the part must have; if it has not, none of it counts
         raises    CloudError offset, too-large, bad-upload-checksum, and as write when it is whole
         """
-        view_of(who).need(CREATE)
+        view_of(who).need(CREATE, UPDATE)
         upload = self._checked_part(who, self.upload(who, id), offset, body, size)
         digest = new_digest(checksum[0]) if checksum else None
         buffer = bytearray(CHUNK_SIZE if body.length is None else min(CHUNK_SIZE, body.length or 1))
@@ -7790,21 +7769,20 @@ class Uploads:
         credit = max(upload.size or 0, upload.received)
 
         def attempt() -> Batch:
-            place = self.tree.place_for_file(who, path, given, 0, parents)
+            plan = Plan(self.tree, who)
+            place = plan.place_for_file(path, given, 0, parents)
             self._check_arrival(place, stored.size, credit)
-            change, made = self.tree.put_change(place, path, stored, self.clock.wall() if mtime is None else mtime)
-            plan = Plan(self.tree, who, place)
+            change = plan.put(place, stored, self.clock.wall() if mtime is None else mtime)
+            plan.now.parts[place.view.home].growth -= credit
             plan.guards += self._upload_guards(upload)
-            plan.growth = -credit
             plan.rows += [*self.tree.contents.rows(stored, new=not stored.size),
                           Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
                           Statement("UPDATE upload SET done = ? || (SELECT max(seq) FROM journal) || '}' WHERE id = ?",
                                     ('{"node": %d, "rev": ' % change.after.node, upload.id))]
-            plan.step(*made, change)
-            return plan.batch("write", name_written(path[:-1] + (change.after.name,), place.node))
+            return plan.batch("write", name_written(path[:-1] + (change.after.name,), place.node), change)
 
         batch = self.db.write(attempt)
-        change = batch.changes[-1]
+        change = batch.told
         return change._replace(after=change.after._replace(since=batch.seq, rev=batch.seq)), batch.seq
 
     def _check_arrival(self, place: Place, size: int, credit: int) -> None:
@@ -7815,7 +7793,7 @@ class Uploads:
 
     def drop(self, who: Principal, id: str) -> None:
         """Forget an upload; its chunks go with the sweep."""
-        view_of(who).need(CREATE)
+        view_of(who).need(CREATE, UPDATE)
         self.upload(who, id)
         self._forget(id)
 
@@ -7834,10 +7812,10 @@ class Uploads:
         raises       CloudError exists, over-quota, too-large, and as write
         """
         view = view_of(who)
-        view.need(CREATE)
+        view.need(CREATE, UPDATE)
         if again and self.db.read(PARTS_OPEN, (parts_id(who, name), self.clock.due())):
             return
-        place = self.tree.enter(who, ()) if path is None else self.tree.place_for_file(who, path, ANY, size or 0, False)
+        place = self.tree.enter(who, ()) if path is None else Plan(self.tree, who).place_for_file(path, ANY, size or 0)
         self._check_parts(place, size or 0, size or 0)
         self._check_uploads(who)
         now = self.clock.due()
@@ -7863,7 +7841,7 @@ class Uploads:
 
     def put_part(self, who: Principal, name: str, number: int, body: Body) -> bool:
         """Take one part, whole or not at all; one that came before is replaced.  Returns whether it is new."""
-        view_of(who).need(CREATE)
+        view_of(who).need(CREATE, UPDATE)
         upload = self._parts(who, name)
         self._check_parts(self.tree.enter(who, ()), max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
         stored = self.tree.blobs.put(body, partial(self.tree.contents.knows, upload.home))
@@ -7900,7 +7878,7 @@ class Uploads:
 
     def drop_parts(self, who: Principal, name: str, number: int | None = None) -> None:
         """Forget an upload in numbered parts, or one of them.  raises CloudError not-found"""
-        view_of(who).need(CREATE)
+        view_of(who).need(CREATE, UPDATE)
         upload, parts = self.parts(who, name)
         if number is None:
             return self._forget(upload.id)
@@ -7916,14 +7894,14 @@ class Uploads:
         Asked again, for the answer got lost, it returns the file it made.
         raises  CloudError bad-request if bytes are missing, bad-checksum, and as write; the parts stay then
         """
-        view_of(who).need(CREATE)
+        view_of(who).need(CREATE, UPDATE)
         upload = self.upload(who, parts_id(who, name), numbered=True)
         if upload.done:
             made, node = json.loads(upload.done), self.files.find(who, path)
             if node is None or (node.node, node.rev) != (made["node"], made["rev"]):
                 raise CloudError("not-found", "there is no such upload")
             return node, True
-        self.tree.place_for_file(who, path, given, 0, False)
+        Plan(self.tree, who).place_for_file(path, given, 0)
         stored, wanted = self._assembled(upload), upload.size if size is None else size
         if wanted not in (None, stored.size):
             raise CloudError("bad-request", "%d bytes came, %d were announced" % (stored.size, wanted))
@@ -8026,7 +8004,7 @@ class Cloud:
         self.files, self.journal = Files(tree), Journal(self.db)
         self.history, self.versions = History(tree, self.journal, self.files), Versions(tree, self.files)
         self.sharing, self.drops = Sharing(tree, self.credentials, self.policy), Drops(self.files)
-        self.trash, self.pictures = Trash(tree, self.files, self.history), Pictures(tree, self.files, self.versions)
+        self.trash, self.pictures = Trash(tree, self.files), Pictures(tree, self.files, self.versions)
         self.search, self.uploads, self.sync = Search(tree, self.files), Uploads(tree, self.files), Sync(tree, self.journal, self.history)
 
     def close(self) -> None:
