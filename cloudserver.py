@@ -16960,7 +16960,6 @@ const ICONS = {
   archive: SHEET + "|M10 4h2M11 7h2M10 10h2M11 13h2v4h-2z",
   table: SHEET + "|M7 11h9M7 14h9M7 17h9M10 11v6.500"
 };
-const STAR = "M12 3l3 6 6 1-4 4 1 7-6-3-6 3 1-7-4-4 6-1z";
 const categoryOf = entry => entry.kind === "collection" ? "collection" : entry.category || "other";
 
 function icon(kind) {
@@ -17167,7 +17166,7 @@ const askYesNo = (title, text, yes) => sheet(title, close => [h("p", {}, text), 
 // what somebody typed never goes without a question, by whatever way it is left
 const TYPED = "form:not(.gate *, .search, .limits) :is(input:not([type=password]), textarea), .rename";
 const isTyped = root => [...root.querySelectorAll(TYPED)].some(one =>
-  one.type === "checkbox" ? one.checked !== one.defaultChecked : one.value !== one.defaultValue);
+  /checkbox|radio/.test(one.type) ? one.checked !== one.defaultChecked : one.value !== one.defaultValue);
 const askToLeave = () => askYesNo(t("Leave without saving?"), t("What you typed is lost then."), t("Leave"));
 
 // ask for values: askForm("New folder", [field(…)], "Create", values => …); an error stays in the sheet
@@ -17995,8 +17994,12 @@ function textView(entry, source) {
 """
 
 PAGE_GERMAN = r"""{
+  "1 day": "1 Tag",
+  "1 hour": "1 Stunde",
   "10 characters or more": "10 Zeichen oder mehr",
   "1000 versions of this file are pinned already": "1000 Versionen dieser Datei werden schon dauerhaft behalten",
+  "30 days": "30 Tage",
+  "7 days": "7 Tage",
   "A device wants to see and change the files of {name}. Grant it only if you started this yourself, just now.": "Ein Gerät möchte die Dateien von {name} sehen und ändern. Gewähre es nur, wenn du das gerade selbst begonnen hast.",
   "A device was added: {name}": "Ein Gerät kam hinzu: {name}",
   "A device was held: it deletes or overwrites too much": "Ein Gerät wurde angehalten: Es löscht oder überschreibt zu viel",
@@ -18031,6 +18034,7 @@ PAGE_GERMAN = r"""{
   "Any time": "Jederzeit",
   "App password": "App-Passwort",
   "Archives": "Archive",
+  "As it is: {when}": "Wie bisher: {when}",
   "As it was on {when}": "Wie es am {when} war",
   "Asked": "Gefragt",
   "Back": "Zurück",
@@ -18041,20 +18045,28 @@ PAGE_GERMAN = r"""{
   "Bring this time back": "Diesen Stand zurückholen",
   "Bring this time back?": "Diesen Stand zurückholen?",
   "Browser": "Browser",
+  "By an app…": "Mit einer App …",
+  "By mail": "Per E-Mail",
+  "Can edit": "Darf bearbeiten",
+  "Can view": "Darf ansehen",
+  "Can view and add": "Darf ansehen und hinzufügen",
   "Cancel": "Abbrechen",
   "Cancelled": "Abgebrochen",
   "Cannot reach the server": "Server nicht erreichbar",
   "Change": "Ändern",
   "Change password": "Passwort ändern",
+  "Change the link {name}": "Den Link {name} ändern",
   "Change {name}": "{name} ändern",
   "Changed": "Geändert",
   "Choose": "Auswählen",
+  "Choose a file or folder, then “Share”.": "Wähle eine Datei oder einen Ordner, dann „Teilen“.",
   "Choose a folder": "Einen Ordner auswählen",
   "Choose a name and a password for the first account. It may do everything, also make further accounts.": "Wähle Name und Passwort für das erste Konto. Es darf alles, auch weitere Konten anlegen.",
   "Choose again": "Noch einmal wählen",
   "Choose files to send": "Dateien zum Senden auswählen",
   "Choose one more": "Eines mehr auswählen",
   "Choose several": "Mehrere auswählen",
+  "Choose the last day.": "Wähle den letzten Tag.",
   "Choose the same files again: it goes on, and what is there is not sent twice.": "Wähle dieselben Dateien noch einmal: Es geht weiter, und was da ist, wird nicht noch einmal gesendet.",
   "Clear": "Aufheben",
   "Clear the filters": "Filter aufheben",
@@ -18073,6 +18085,8 @@ PAGE_GERMAN = r"""{
   "Copy address": "Adresse kopieren",
   "Copy curl command": "curl-Befehl kopieren",
   "Copy here": "Hierher kopieren",
+  "Copy link": "Link kopieren",
+  "Copy the link {name}": "Den Link {name} kopieren",
   "Copy this": "Kopiere dies",
   "Copy to…": "Kopieren nach …",
   "Copy {what} to": "{what} kopieren nach",
@@ -18080,6 +18094,7 @@ PAGE_GERMAN = r"""{
   "Create account": "Konto anlegen",
   "Cut": "Ausschneiden",
   "Dark": "Dunkel",
+  "Days that a link lives at most; empty is no limit": "Tage, die ein Link höchstens lebt; leer heißt keine Grenze",
   "Days that versions and deleted files are kept": "Tage, die Versionen und Gelöschtes bleiben",
   "Delete": "Löschen",
   "Delete for good": "Endgültig löschen",
@@ -18102,6 +18117,7 @@ PAGE_GERMAN = r"""{
   "Download chosen": "Ausgewähltes herunterladen",
   "Download this folder": "Diesen Ordner herunterladen",
   "Download {name}": "{name} herunterladen",
+  "Downloads at most": "Höchstens so viele Downloads",
   "Drop files here, or add something with “New”.": "Zieh Dateien hierher oder füge mit „Neu“ etwas hinzu.",
   "Drop it to upload it to {place}": "Lass es los, um es nach {place} hochzuladen",
   "Earlier": "Früher",
@@ -18109,6 +18125,11 @@ PAGE_GERMAN = r"""{
   "Edit": "Bearbeiten",
   "Empty the trash": "Papierkorb leeren",
   "Empty the trash?": "Papierkorb leeren?",
+  "End": "Beenden",
+  "End all": "Alle beenden",
+  "End all links?": "Alle Links beenden?",
+  "End the link to {what}?": "Den Link zu {what} beenden?",
+  "End the link {name}": "Den Link {name} beenden",
   "Ends": "Ende",
   "Ends after 30 days": "Endet nach 30 Tagen",
   "Ends after 7 days": "Endet nach 7 Tagen",
@@ -18116,11 +18137,14 @@ PAGE_GERMAN = r"""{
   "Enter": "Eingabe",
   "Esc": "Esc",
   "Every device has to log in again after this.": "Danach müssen sich alle Geräte neu anmelden.",
+  "Every new link needs a password": "Jeder neue Link braucht ein Passwort",
   "Everything": "Alles",
   "Everywhere": "Überall",
   "Exact time": "Genaue Zeit",
   "Failed": "Fehlgeschlagen",
   "Files": "Dateien",
+  "Files may be shared by links": "Dateien dürfen mit Links geteilt werden",
+  "Files that may come at most": "Höchstens so viele Dateien dürfen kommen",
   "Find": "Suchen nach",
   "Find and replace": "Suchen und ersetzen",
   "First number": "Erste Nummer",
@@ -18128,6 +18152,7 @@ PAGE_GERMAN = r"""{
   "Free on disk": "Frei auf der Platte",
   "From": "Von",
   "From a command line:": "Von der Kommandozeile:",
+  "GB that may come at most": "Höchstens so viele GB dürfen kommen",
   "Gallery": "Galerie",
   "Give up": "Aufgeben",
   "Go on editing": "Weiter bearbeiten",
@@ -18166,6 +18191,7 @@ PAGE_GERMAN = r"""{
   "Language": "Sprache",
   "Last 30 days": "Letzte 30 Tage",
   "Last 7 days": "Letzte 7 Tage",
+  "Last day": "Letzter Tag",
   "Later": "Später",
   "Leave": "Verlassen",
   "Leave without saving?": "Verlassen, ohne zu speichern?",
@@ -18173,6 +18199,11 @@ PAGE_GERMAN = r"""{
   "Light": "Hell",
   "Like the system": "Wie das System",
   "Lines added: {added}, removed: {removed}": "Zeilen neu: {added}, entfernt: {removed}",
+  "Link copied.": "Link kopiert.",
+  "Link copied: whoever has it can view {what}.": "Link kopiert: Wer ihn hat, kann {what} ansehen.",
+  "Link to {what}": "Link zu {what}",
+  "Links": "Links",
+  "Links of all accounts": "Links aller Konten",
   "List": "Liste",
   "Log in": "Anmelden",
   "Log out": "Abmelden",
@@ -18182,6 +18213,8 @@ PAGE_GERMAN = r"""{
   "Main": "Hauptmenü",
   "Make administrator": "Zur Verwaltung machen",
   "Make an app password": "App-Passwort anlegen",
+  "Make and copy": "Anlegen und kopieren",
+  "Make one": "Eines machen",
   "May only read": "Darf nur lesen",
   "Modified": "Geändert",
   "More": "Mehr",
@@ -18191,12 +18224,15 @@ PAGE_GERMAN = r"""{
   "Music": "Musik",
   "Name": "Name",
   "Name of the device": "Name des Geräts",
+  "Name of the link": "Name des Links",
   "Names and contents": "Namen und Inhalte",
   "Names only": "Nur Namen",
+  "Never": "Nie",
   "Never ends": "Endet nie",
   "New": "Neu",
   "New account": "Neues Konto",
   "New folder": "Neuer Ordner",
+  "New link…": "Neuer Link …",
   "New name": "Neuer Name",
   "New names": "Neue Namen",
   "New password": "Neues Passwort",
@@ -18206,6 +18242,9 @@ PAGE_GERMAN = r"""{
   "No connection: {done} of {n} uploaded": "Keine Verbindung: {done} von {n} hochgeladen",
   "No folders in here": "Keine Ordner hierin",
   "Nobody can log in with it any more. Its files go after a while.": "Niemand kann sich damit mehr anmelden. Die Dateien verschwinden nach einer Weile.",
+  "Nobody gets in by it any more. This cannot be undone.": "Niemand kommt mehr damit hinein. Das lässt sich nicht rückgängig machen.",
+  "Nobody gets in by these {n} links any more. This cannot be undone.": "Niemand kommt mehr mit diesen {n} Links hinein. Das lässt sich nicht rückgängig machen.",
+  "None": "Keines",
   "Not enough room": "Nicht genug Platz",
   "Not set up yet": "Noch nicht eingerichtet",
   "Note": "Notiz",
@@ -18213,11 +18252,13 @@ PAGE_GERMAN = r"""{
   "Nothing found for “{q}”": "Nichts gefunden zu „{q}“",
   "Nothing has changed since then.": "Seither hat sich nichts geändert.",
   "Nothing here yet": "Noch nichts hier",
+  "Nothing shared yet": "Noch nichts geteilt",
   "Nothing starred yet": "Noch nichts markiert",
   "Nothing uploaded": "Nichts hochgeladen",
   "Nothing was here then": "Damals war hier nichts",
   "Now": "Jetzt",
   "Number": "Nummerieren",
+  "On a day": "An einem Tag",
   "One moment…": "Einen Moment …",
   "One of these lies in the other.": "Eins davon liegt im anderen.",
   "Only the first {n} are shown.": "Nur die ersten {n} sind zu sehen.",
@@ -18261,6 +18302,7 @@ PAGE_GERMAN = r"""{
   "Renamed to “{name}”": "Umbenannt in „{name}“",
   "Replace": "Ersetzen",
   "Replace with": "Ersetzen durch",
+  "Request files…": "Dateien erbitten …",
   "Restore": "Wiederherstellen",
   "Restored to {place}": "Wiederhergestellt in {place}",
   "Resume": "Fortsetzen",
@@ -18279,10 +18321,17 @@ PAGE_GERMAN = r"""{
   "Select {name}": "{name} auswählen",
   "Send": "Senden",
   "Send files": "Dateien senden",
+  "Send the link": "Den Link senden",
+  "Send the link {name}": "Den Link {name} senden",
+  "Send…": "Senden …",
   "Server": "Server",
   "Set a new password": "Neues Passwort setzen",
   "Set the quota": "Speicher festlegen",
   "Settings": "Einstellungen",
+  "Share": "Teilen",
+  "Share this folder": "Diesen Ordner teilen",
+  "Share {what}": "{what} teilen",
+  "Shared": "Geteilt",
   "Shift": "Umschalt",
   "Show as text": "Als Text zeigen",
   "Show in its folder": "Im Ordner zeigen",
@@ -18302,6 +18351,7 @@ PAGE_GERMAN = r"""{
   "Something went wrong on the server. Whoever runs it should look at its log.": "Auf dem Server ging etwas schief. Wer ihn betreibt, sollte ins Protokoll sehen.",
   "Sort by {what}": "Nach {what} ordnen",
   "Space": "Leertaste",
+  "Special rights": "Besondere Rechte",
   "Star": "Markieren",
   "Star removed from {what}": "{what} nicht mehr markiert",
   "Starred": "Markiert",
@@ -18314,13 +18364,16 @@ PAGE_GERMAN = r"""{
   "Tables": "Tabellen",
   "Take a photo": "Foto aufnehmen",
   "Taken back.": "Zurückgenommen.",
+  "Tell the password by another way than the link.": "Sag das Passwort auf anderem Weg als den Link.",
   "Tell whoever gave you the link.": "Sag es dem, der dir den Link gegeben hat.",
   "Texts": "Texte",
   "That is too long ago: the history does not reach back so far.": "Das ist zu lange her: So weit reicht der Verlauf nicht zurück.",
   "The disk of the server is almost full; it takes nothing new until there is room.": "Die Platte des Servers ist fast voll; er nimmt nichts Neues an, bis wieder Platz ist.",
   "The link does not go so far.": "So weit reicht der Link nicht.",
+  "The link has ended.": "Der Link ist beendet.",
   "The link is closed to you for a moment.": "Der Link ist für dich einen Moment lang zu.",
   "The link takes no more, or not so much at a time.": "Der Link nimmt nichts mehr an, oder nicht so viel auf einmal.",
+  "The links have ended.": "Die Links sind beendet.",
   "The most they may take per account, in GB; empty is no limit": "Höchstens je Konto, in GB; leer heißt keine Grenze",
   "The password is needed once more.": "Das Passwort wird noch einmal gebraucht.",
   "The server": "Der Server",
@@ -18332,6 +18385,7 @@ PAGE_GERMAN = r"""{
   "The text": "Der Text",
   "The trash is empty": "Der Papierkorb ist leer",
   "The two passwords differ.": "Die beiden Passwörter sind verschieden.",
+  "There is no link to it yet. “Copy link” makes one for looking.": "Es gibt noch keinen Link dazu. „Link kopieren“ legt einen zum Ansehen an.",
   "There is no preview of this kind of file.": "Für diese Art von Datei gibt es keine Vorschau.",
   "There is no room for {names}.": "Kein Platz ist für {names}.",
   "There is not enough room for this": "Dafür ist nicht genug Platz",
@@ -18389,6 +18443,7 @@ PAGE_GERMAN = r"""{
   "Until": "Bis",
   "Upload a folder": "Ordner hochladen",
   "Upload files": "Dateien hochladen",
+  "Upload only": "Nur hochladen",
   "Upload the others": "Die anderen hochladen",
   "Uploading: {done} of {n}, {percent} %": "Hochladen: {done} von {n}, {percent} %",
   "Uploading…": "Wird hochgeladen …",
@@ -18410,6 +18465,7 @@ PAGE_GERMAN = r"""{
   "What is in it cannot be brought back after this.": "Sein Inhalt lässt sich danach nicht zurückholen.",
   "What is kept": "Was aufgehoben wird",
   "What is older goes for good; of what is more than the most, the oldest goes first.": "Was älter ist, geht endgültig; wird es mehr als das Höchste, geht das Älteste zuerst.",
+  "What links may do": "Was Links dürfen",
   "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
   "What was typed into {names} and not saved is lost then.": "Was in {names} getippt und nicht gespeichert wurde, ist dann verloren.",
   "What you send here is seen by nobody but whoever gave you this link.": "Was du hier sendest, sieht nur, wer dir diesen Link gegeben hat.",
@@ -18417,7 +18473,12 @@ PAGE_GERMAN = r"""{
   "Where": "Wo",
   "Where you are": "Wo du bist",
   "Where you are logged in": "Wo du angemeldet bist",
+  "Who has the link": "Wer den Link hat",
   "Whoever gave you the link knows it.": "Wer dir den Link gegeben hat, kennt es.",
+  "Whoever has the link sees and downloads it, and adds files.": "Wer den Link hat, kann es ansehen und herunterladen und Dateien hinzufügen.",
+  "Whoever has the link sees and downloads it.": "Wer den Link hat, kann es ansehen und herunterladen.",
+  "Whoever has the link sees, changes and deletes what is in it.": "Wer den Link hat, kann ansehen, ändern und löschen, was darin ist.",
+  "Whoever has the link sends files, and sees nothing: a request for files.": "Wer den Link hat, kann Dateien senden und sieht nichts: eine Bitte um Dateien.",
   "Wrong name or password.": "Name oder Passwort ist falsch.",
   "You are offline": "Du bist offline",
   "You can close this window now.": "Du kannst dieses Fenster jetzt schließen.",
@@ -18433,27 +18494,38 @@ PAGE_GERMAN = r"""{
   "a collection has no versions; ask for it as of a time": "ein Ordner hat keine Versionen; sieh ihn an, wie er zu einer Zeit war",
   "a collection is at this path": "an dieser Stelle ist ein Ordner",
   "a file is in the way": "eine Datei steht im Weg",
+  "a link ends in the future": "Ein Link endet in der Zukunft",
   "a name has 1 to 64 characters, none of them / \\ : or a control character": "ein Name hat 1 bis 64 Zeichen, darunter kein / \\ : und kein Steuerzeichen",
   "a password has 10 to 1024 characters": "ein Passwort hat 10 bis 1024 Zeichen",
   "added": "hinzugefügt",
   "added {when}": "hinzugefügt {when}",
   "and {n} more": "und {n} weitere",
   "another one still has it: rename in two steps": "hat ein anderes noch: in zwei Schritten umbenennen",
+  "as it is": "wie bisher",
   "cannot be a name": "kann kein Name sein",
   "change your own password at account/password": "dein eigenes Passwort änderst du unter „Konto“",
   "changed": "geändert",
   "deleted": "gelöscht",
+  "downloaded {n} time": "{n}-mal heruntergeladen",
+  "downloaded {n} times": "{n}-mal heruntergeladen",
+  "ends {when}": "endet {when}",
   "everything": "alles",
   "give the device a name of 1 to 100 characters": "gib dem Gerät einen Namen von 1 bis 100 Zeichen",
+  "in the trash": "im Papierkorb",
   "is there already": "gibt es schon",
   "it is back already": "es ist schon zurück",
   "less than a minute left": "noch weniger als eine Minute",
+  "links of this server need a password": "Links dieses Servers brauchen ein Passwort",
   "moved": "verschoben",
+  "never ends": "endet nie",
+  "none": "keines",
+  "not used yet": "noch nicht benutzt",
   "one folder": "ein Ordner",
   "or drop files and folders anywhere on this page": "oder zieh Dateien und Ordner irgendwo auf diese Seite",
   "passwords are not accepted over plain HTTP from another machine; use HTTPS": "Passwörter werden über einfaches HTTP von einem anderen Rechner nicht angenommen; nimm HTTPS",
   "reads and changes": "liest und ändert",
   "reads only": "liest nur",
+  "seen by whoever opens it": "sieht, wer ihn öffnet",
   "something else is there by now": "dort ist inzwischen etwas anderes",
   "that password is too easy to guess": "dieses Passwort ist zu leicht zu erraten",
   "the name of a version has 1 to 200 characters": "der Name einer Version hat 1 bis 200 Zeichen",
@@ -18463,8 +18535,10 @@ PAGE_GERMAN = r"""{
   "this setup link is not valid any more": "dieser Link zum Einrichten gilt nicht mehr",
   "this was a collection": "das war ein Ordner",
   "twice the same": "zweimal der gleiche",
+  "used last on {when}": "zuletzt benutzt am {when}",
   "used {when}": "benutzt {when}",
   "what is copied was given up meanwhile": "was kopiert wird, wurde inzwischen aufgegeben",
+  "with a password": "mit Passwort",
   "{free} of {total}": "{free} von {total}",
   "{how} since": "seither {how}",
   "{name} and {n} more were not sent.": "{name} und {n} weitere wurden nicht gesendet.",
@@ -18474,14 +18548,20 @@ PAGE_GERMAN = r"""{
   "{n} B": "{n} B",
   "{n} already there": "{n} schon da",
   "{n} changed since: {how}": "{n} seither anders: {how}",
+  "{n} download at most": "höchstens {n} Download",
   "{n} download is left.": "Noch {n}-mal lässt sich etwas herunterladen.",
   "{n} downloads are left.": "Noch {n}-mal lässt sich etwas herunterladen.",
+  "{n} downloads at most": "höchstens {n} Downloads",
   "{n} file": "{n} Datei",
+  "{n} file at most": "höchstens {n} Datei",
+  "{n} file came, {size}": "{n} Datei kam an, {size}",
   "{n} file has arrived. Thank you.": "{n} Datei ist angekommen. Danke!",
   "{n} file is too large": "{n} Datei ist zu groß",
   "{n} file uploaded": "{n} Datei hochgeladen",
   "{n} files": "{n} Dateien",
   "{n} files are too large": "{n} Dateien sind zu groß",
+  "{n} files at most": "höchstens {n} Dateien",
+  "{n} files came, {size}": "{n} Dateien kamen an, {size}",
   "{n} files have arrived. Thank you.": "{n} Dateien sind angekommen. Danke!",
   "{n} files uploaded": "{n} Dateien hochgeladen",
   "{n} folder": "{n} Ordner",
@@ -18495,6 +18575,8 @@ PAGE_GERMAN = r"""{
   "{n} items restored": "{n} Elemente wiederhergestellt",
   "{n} line unchanged": "{n} Zeile unverändert",
   "{n} lines unchanged": "{n} Zeilen unverändert",
+  "{n} link": "{n} Link",
+  "{n} links": "{n} Links",
   "{n} minute": "{n} Minute",
   "{n} minute ago": "vor {n} Minute",
   "{n} minute left": "noch {n} Minute",
@@ -18514,6 +18596,7 @@ PAGE_GERMAN = r"""{
   "{n} version": "{n} Version",
   "{n} versions": "{n} Versionen",
   "{sent} of {size}": "{sent} von {size}",
+  "{size} at most": "höchstens {size}",
   "{size}/s, {time}": "{size}/s, {time}",
   "{used} of {quota} used": "{used} von {quota} belegt",
   "{used} used": "{used} belegt",
@@ -18529,6 +18612,7 @@ PAGE_GERMAN = r"""{
   "{what} starred": "{what} markiert",
   "{what} will be deleted for everybody.": "{what} wird für alle gelöscht.",
   "{who} brought {what} back to an earlier time": "{who} hat {what} auf einen früheren Stand gebracht",
+  "{who} changed a share of {what}": "{who} hat eine Freigabe von {what} geändert",
   "{who} changed the password of {name}": "{who} hat das Passwort von {name} geändert",
   "{who} changed the quota of {name}": "{who} hat den Speicherplatz von {name} geändert",
   "{who} changed the rights of {name}": "{who} hat die Rechte von {name} geändert",
@@ -18537,6 +18621,7 @@ PAGE_GERMAN = r"""{
   "{who} copied {what} to {to}": "{who} hat {what} nach {to} kopiert",
   "{who} deleted {what}": "{who} hat {what} gelöscht",
   "{who} emptied the trash": "{who} hat den Papierkorb geleert",
+  "{who} ended a share of {what}": "{who} hat eine Freigabe von {what} beendet",
   "{who} locked {what}": "{who} hat {what} gesperrt",
   "{who} made the account {name}": "{who} hat das Konto {name} angelegt",
   "{who} made the folder {what}": "{who} hat den Ordner {what} angelegt",
@@ -18545,6 +18630,7 @@ PAGE_GERMAN = r"""{
   "{who} restored a version of {what}": "{who} hat eine Version von {what} wiederhergestellt",
   "{who} restored {what}": "{who} hat {what} wiederhergestellt",
   "{who} saved {what}": "{who} hat {what} gespeichert",
+  "{who} shared {what}": "{who} hat {what} geteilt",
   "{who} synchronised {what}": "{who} hat {what} abgeglichen",
   "{who} undid a step": "{who} hat einen Schritt rückgängig gemacht",
   "{who} uploaded {what}": "{who} hat {what} hochgeladen",
@@ -19464,7 +19550,18 @@ mark { background: var(--mark); color: var(--text); }
   font-weight: 600; pointer-events: none; background: color-mix(in srgb, var(--accent) 8%, transparent); }
 .ghost { position: absolute; top: -9rem; background: var(--accent); color: var(--on-accent); padding: .4rem .9rem;
   border-radius: 8px; }
-.star { width: 18px; height: 18px; flex: none; margin-right: .75rem; fill: var(--star); }
+.star, .shared { width: 18px; height: 18px; flex: none; margin-right: .75rem; fill: var(--star); }
+.shared { fill: none; stroke: var(--icon); stroke-width: 2; stroke-linecap: round; }
+.chips { display: flex; flex-wrap: wrap; gap: .4rem; border: 0; padding: 0; margin: 0; min-width: 0; }
+.chips legend { font-weight: 500; padding: 0 0 .25rem; }
+.chips label { border: 1px solid var(--soft); border-radius: 99px; padding: .3rem .8rem; min-height: 36px;
+  cursor: pointer; }
+.chips label:has(:checked) { background: var(--chosen); font-weight: 600; }
+.chips label:has(:focus-visible) { outline: 2px solid var(--accent); }
+.chips [type=radio] { position: absolute; opacity: 0; width: 1px; min-height: 0; height: 1px; padding: 0; }
+.pair { display: flex; gap: .5rem; align-items: end; }
+.pair .field { flex: 1; min-width: 0; }
+.sheet.wider .inside { width: min(40rem, 92vw); }
 
 /* tiles */
 .tiles .head { display: none; }
@@ -19473,8 +19570,9 @@ mark { background: var(--mark); color: var(--text); }
 .tiles .row > .mtime, .tiles .row > .size, .tiles .row > .deleted { display: none; }
 .tiles .names { flex: none; padding: 0 .3rem; }
 .tiles .label { margin: 0 auto; font-size: .9rem; }
-.tiles .star { position: absolute; left: 16px; bottom: 52px; stroke: var(--back); stroke-width: 2;
+.tiles :is(.star, .shared) { position: absolute; left: 16px; bottom: 52px; stroke: var(--back); stroke-width: 2;
   paint-order: stroke; }
+.tiles .shared { left: 44px; stroke: var(--icon); background: var(--back); border-radius: 4px; }
 .tiles .check { position: absolute; left: 14px; top: 14px; opacity: 0; z-index: 1; }
 .tiles .more button { background: var(--raised); border-radius: 8px; }
 .tiles .more { position: absolute; right: 8px; top: 8px; z-index: 1; }
@@ -19552,7 +19650,7 @@ th { background: var(--side); position: sticky; top: 0; }
     padding: 0 0 env(safe-area-inset-bottom); border: 0; border-top: 1px solid var(--line); z-index: 4; gap: 0; }
   .side .brand, .quota { display: none; }
   .side nav { display: flex; flex: 1; order: -1; }
-  .side nav a { flex: auto; text-align: center; padding: .9rem .1rem; border-radius: 0; font-size: min(.8rem, 3.3vw);
+  .side nav a { flex: auto; text-align: center; padding: .9rem .1rem; border-radius: 0; font-size: min(.8rem, 2.9vw);
     min-height: 52px; }
   .side nav a[aria-current] { background: none; color: var(--accent); }
   .new { position: fixed; right: 1rem; bottom: calc(68px + env(safe-area-inset-bottom)); border-radius: 99px;
@@ -19566,7 +19664,7 @@ th { background: var(--side); position: sticky; top: 0; }
   .crumbs .slash { min-height: 0; }
   .bar { top: 0; flex-wrap: wrap; }
   .bar:has(.tab) { gap: 0; }
-  .tab { padding: .65rem min(.4rem, 1.2vw); font-size: min(1rem, 3.7vw); }
+  .tab { padding: .65rem min(.4rem, 1.2vw); font-size: min(1rem, 3.4vw); }
   .selecting .content { padding-top: 52px; }
   .selecting .bar button:not(.prime):not(.quiet), .selecting .new, body:not([data-view=files]) .new { display: none; }
   .selecting .bar { position: fixed; inset: auto 0 0 0; z-index: 5; background: var(--side);
@@ -19599,7 +19697,8 @@ th { background: var(--side); position: sticky; top: 0; }
 PAGE_SCRIPT = r"""
 // ---- where the page lives: a proxy may serve it below a path of its own
 
-const VIEW = /^(.*?)(?:\/(?:files|starred|past|versions|trash|activity|search|settings|setup|login)(?:\/.*)?|\/)$/;
+const VIEW =
+  /^(.*?)(?:\/(?:files|starred|shared|past|versions|trash|activity|search|settings|setup|login)(?:\/.*)?|\/)$/;
 const PREFIX = (location.pathname.match(VIEW) || ["", ""])[1];
 const addressOf = path => PREFIX + "/files" + (path && "/" + encodePath(path));
 const apiAddress = (what, path, values = {}) =>
@@ -19845,7 +19944,7 @@ function startLater(wait = 5000) {
 
 // ---- the frame around every view
 
-const NAVIGATION = [["files", "Files", "/files"], ["starred", "Starred", "/starred"],
+const NAVIGATION = [["files", "Files", "/files"], ["starred", "Starred", "/starred"], ["shared", "Shared", "/shared"],
   ["activity", "Activity", "/activity"], ["trash", "Trash", "/trash"], ["settings", "Settings", "/settings"]];
 
 function buildFrame() {
@@ -19953,6 +20052,7 @@ const SHOWS = [
   [/^\/past\/([^/]+)(?:\/(.*))?$/, showPast],
   [/^\/versions\/(.*)$/, showVersions],
   [/^\/starred$/, showStarred],
+  [/^\/shared$/, () => sharing(() => showShared())],
   [/^\/trash$/, showTrash],
   [/^\/activity$/, showActivity],
   [/^\/search$/, showSearch],
@@ -20150,7 +20250,8 @@ function fillList(entries) {
 }
 
 const same = (a, b) => b
-  && ["node", "etag", "path", "mtime", "size", "since", "starred", "snippet"].every(name => a[name] === b[name]);
+  && ["node", "etag", "path", "mtime", "size", "since", "starred", "shared", "snippet"]
+    .every(name => a[name] === b[name]);
 
 // rows that would look as they do stay: a click that is under way must not lose its target
 function redrawRows(keep = () => false) {
@@ -20209,8 +20310,7 @@ function makeRow(entry, index) {
       shape === "tiles" ? tilePicture(entry) : icon(categoryOf(entry)),
       list.editing === entry ? renameField(entry) : entryName(entry),
       entry.since && h("span.tag", {}, t("{how} since", {how: t(HOW[entry.since])})),
-      entry.starred && svg("svg", {viewBox: "0 0 24 24", class: "star", role: "img", "aria-label": t("Starred")},
-        svg("path", {d: STAR}))),
+      entry.shared && sign("shared", "Shared", CHAIN), entry.starred && sign("star", "Starred", STAR)),
     list.columns.map(column => h("div." + column, {role: "gridcell"}, cellOf(entry, column))),
     h("div.more", {role: "gridcell"},
       h("button", {type: "button", tabIndex: -1, "aria-label": t("Actions for {name}", {name: entry.name})}, "⋯")));
@@ -20220,6 +20320,9 @@ function makeRow(entry, index) {
   return row;
 }
 
+
+const sign = (name, words, path) => svg("svg", {viewBox: "0 0 24 24", class: name, role: "img", "aria-label": t(words)},
+  svg("path", {d: path}));
 
 function entryName(entry) {
   const draggable = view.kind === "files" && mouse.matches;
@@ -20326,6 +20429,9 @@ function paint(order, things) {
     painter.postMessage({...order, id}, things);
   });
 }
+
+const STAR = "M12 3l3 6 6 1-4 4 1 7-6-3-6 3 1-7-4-4 6-1z";
+const CHAIN = "M9 15l6-6M10.500 6.500l2-2a4.500 4.500 0 0 1 7 7l-2 2M13.500 17.500l-2 2a4.500 4.500 0 0 1-7-7l2-2";
 
 const cellOf = (entry, column) => column === "size" ? formatSize(entry.size) : timeElement(entry[column]);
 
@@ -20635,12 +20741,23 @@ async function refresh() {
       closePreview();
       showFailure(error, "/files/" + encodePath(view.path));
     }
-  } else if (["trash", "activity", "search", "starred", "past", "versions"].includes(view.kind)) await show();
+  } else if (["trash", "activity", "search", "starred", "shared", "past", "versions"].includes(view.kind)) await show();
   if (find(".foot")) find(".foot").replaceWith(previewFoot(preview.entry));
   updateQuota();
 }
 
 const openEntry = entry => go(addressFor(entry));
+
+// what belongs to sharing is loaded when it is first wanted; the policy names it by what it is made of
+let sharingPart = null;
+const sharing = run => {
+  sharingPart = sharingPart || new Promise((done, fail) => document.head.append(h("script", {
+    src: PREFIX + "/sharing.js", integrity: document.body.dataset.sharing, onload: done, onerror: () => {
+      sharingPart = null;
+      fail(trouble("network"));
+    }})));
+  return sharingPart.then(run);
+};
 
 // ---- actions: one table for the bar, the menus, the keys and the help
 
@@ -20686,6 +20803,15 @@ const ACTIONS = [
    when: items => isFound() && one(items), run: ([entry]) => showInFolder(entry)},
   {name: "download", label: "Download", on: "items", prime: true, keys: "D",
    when: items => view.kind !== "trash" && items.length > 0, run: download},
+  {name: "share", label: "Share", on: "items", prime: true, keys: ".",
+   when: inTreeOne, run: ([entry]) => sharing(() => openSharing(entry))},
+  {name: "copy-link", label: "Copy link", on: "items", menu: true,
+   when: inTreeOne, run: ([entry]) => sharing(() => shareAtOnce(entry))},
+  {name: "request", label: "Request files…", on: "items", menu: true,
+   when: items => inTreeOne(items) && items[0].kind === "collection",
+   run: ([entry]) => sharing(() => newLink(entry, "drop"))},
+  {name: "share-place", label: "Share this folder", on: "place", keys: ".",
+   when: items => inFiles() && view.path && !items.length, run: () => sharing(() => openSharing(view.answer))},
   {name: "bring-back", label: "Bring back", on: "items", prime: true,
    when: items => view.kind === "past" && items.length > 0, run: bringBack},
   {name: "rename", label: "Rename", on: "items", keys: "F2",
@@ -21608,7 +21734,10 @@ const ACTIVITY = {
   "account-admin": "{who} changed the rights of {name}",
   "account-quota": "{who} changed the quota of {name}",
   "account-remove": "{who} removed the account {name}",
-  settings: "{who} changed what is kept"
+  settings: "{who} changed what is kept",
+  share: "{who} shared {what}",
+  "share-change": "{who} changed a share of {what}",
+  "share-end": "{who} ended a share of {what}"
 };
 
 async function showActivity() {
@@ -21820,6 +21949,7 @@ const SECTIONS = [
   ["connect", "Connect", connectSection],
   ["devices", "Devices", devicesSection],
   ["accounts", "Accounts", accountsSection, true],
+  ["links", "Links", () => sharing(() => linksSection()), true],
   ["server", "Server", serverSection, true]
 ];
 
@@ -21917,6 +22047,7 @@ const previewActs = entry => [
   button(t("Edit"), () => attempt(() => editFile(entry)), {"data-action": "edit", hidden: true}),
   view.at && button(t("Bring back"), () => attempt(() => bringBack([entry])), {"data-action": "bring-back"}),
   !view.at && button(t("Versions"), () => go(versionsAddress(entry.path)), {"data-action": "versions"}),
+  !view.at && button(t("Share"), () => attempt(() => sharing(() => openSharing(entry))), {"data-action": "share"}),
   button(t("Copy address"), () => attempt(copyLink), {"data-action": "link"})
 ];
 
@@ -22610,12 +22741,261 @@ PAGE_HTML = r"""<!doctype html>
 <style>{style}</style>
 <script>{script}</script>
 </head>
-<body>
+<body data-sharing="{sharing}">
 <div id="app"></div>
 <div class="toasts" role="status"></div>
 <noscript>This page needs JavaScript; curl and every WebDAV client work without.</noscript>
 </body>
 </html>
+"""
+
+# The part of the script that is about sharing, loaded when somebody first wants it.
+PAGE_SHARING = r"""
+// ---- sharing: links, which open something to whoever has them
+
+const ROLES = {view: "Can view", add: "Can view and add", edit: "Can edit", drop: "Upload only"};
+const MEANINGS = {view: "Whoever has the link sees and downloads it.",
+  add: "Whoever has the link sees and downloads it, and adds files.",
+  edit: "Whoever has the link sees, changes and deletes what is in it.",
+  drop: "Whoever has the link sends files, and sees nothing: a request for files."};
+const LIVES = {[DAY / 24]: "1 hour", [DAY]: "1 day", [7 * DAY]: "7 days", [30 * DAY]: "30 days", "": "Never",
+  date: "On a day"};
+
+const shareAddress = share => "shares/" + share.id;
+const sharesOf = async entry => (await api("GET", "shares", {path: entry.path})).shares;
+
+function factsOf(share) {
+  const {role, password, expires, uses, files, bytes} = share;
+  return dotted(t(ROLES[role] || "Special rights"), password && t("with a password"),
+    expires ? t("ends {when}", {when: longTime(expires)}) : t("never ends"),
+    uses && plural(uses, "{n} download at most", "{n} downloads at most"),
+    files && plural(files, "{n} file at most", "{n} files at most"),
+    bytes && t("{size} at most", {size: formatSize(bytes)}));
+}
+
+// what happened by it
+function newsOf({used, seen, came}) {
+  return dotted(used ? plural(used, "downloaded {n} time", "downloaded {n} times") : !seen && t("not used yet"),
+    seen && t("used last on {when}", {when: longTime(seen)}),
+    came.files && plural(came.files, "{n} file came, {size}", "{n} files came, {size}",
+      {size: formatSize(came.bytes)}));
+}
+
+// a row for a link; where: also what it is of, which else everybody knows
+function linkRow(share, then, where) {
+  const name = where && (share.path === null ? quoted(share.title) + " · " + t("in the trash") : share.path);
+  const label = name || share.name || share.url.replace(/^.*\/(s\/.{6}).*$/, "…/$1…");
+  const act = (words, long, run, about) =>
+    button(t(words), run, {"aria-label": t(long, {name: label}), ...about});
+  return h("li", {},
+    h("div.what", {},
+      where && share.path !== null ? link(name, addressOf(share.path)) : h("strong", {}, label),
+      where && share.name && h("span.tag", {}, share.name),
+      h("div.soft", {}, factsOf(share)), h("div.soft", {}, newsOf(share))),
+    h("div.acts", {},
+      act("Copy", "Copy the link {name}", () => copyText(share.url)),
+      act("Send…", "Send the link {name}", () => attempt(() => sendLink(share))),
+      act("Change", "Change the link {name}", () => attempt(() => changeLink(share)).then(then)),
+      act("End", "End the link {name}", () => attempt(() => endLinks([share])).then(then), {className: "danger"})));
+}
+
+async function endLinks(shares) {
+  const words = plural(shares.length, "Nobody gets in by it any more. This cannot be undone.",
+    "Nobody gets in by these {n} links any more. This cannot be undone.");
+  const title = shares[1] ? t("End all links?") : t("End the link to {what}?", {what: quoted(shares[0].title)});
+  if (!await askYesNo(title, words, t(shares[1] ? "End all" : "End"))) return;
+  for (const share of shares)
+    await api("DELETE", (share.giver ? "admin/" : "") + shareAddress(share)).catch(unless("not-found"));
+  toast(t(shares[1] ? "The links have ended." : "The link has ended."));
+}
+
+// the ways to hand it to somebody: by the system, by mail, by the camera of a phone
+function sendLink(share) {
+  const about = {title: share.name || share.title, url: share.url};
+  const mail = `mailto:${queryOf({subject: about.title, body: share.url})}`;
+  return sheet(t("Send the link"), close => [
+    commandLine(share.url), qrOf(share.url),
+    share.password && h("p.soft", {}, t("Tell the password by another way than the link.")),
+    buttonsRow(link(t("By mail"), mail, {className: "button", target: "_blank"}),
+      navigator.share && button(t("By an app…"), () => navigator.share(about).catch(() => {})),
+      button(t("Close"), () => close(), {className: "primary", autofocus: true}))]);
+}
+
+// ---- one click
+
+// a browser lends the clipboard only while it sees somebody click: what is copied may come a little later
+async function copyLater(text) {
+  const blob = text.then(words => new Blob([words], {type: "text/plain"}));
+  const write = () => navigator.clipboard.write([new ClipboardItem({"text/plain": blob})]);
+  blob.catch(() => {});
+  const done = window.ClipboardItem && navigator.clipboard && await write().then(() => true, () => false);
+  return done || copyText(await text);
+}
+
+const isPlain = share => share.role === "view" && !share.password && !share.uses && !share.expires;
+
+// a link to look, made if there is none yet, and copied at once
+async function shareAtOnce(entry) {
+  const make = async () => (await sharesOf(entry)).find(isPlain) || api("POST", "shares", {path: entry.path});
+  const share = make();
+  try {
+    await copyLater(share.then(one => one.url));
+  } catch (error) {
+    if (error.code === "bad-request") return newLink(entry, "view", error);      // this server wants more of a link
+    throw error;
+  }
+  const made = await share;
+  toast(t("Link copied: whoever has it can view {what}.", {what: quoted(entry.name)}),
+    {label: t("Change"), run: () => attempt(() => changeLink(made))});
+  await refresh();
+}
+
+// ---- all of a link
+
+const SIGNS = "abcdefghjkmnpqrstuvwxyz23456789";       // none that looks like another
+
+// 15 signs, 74 bits
+function makePassword() {
+  const some = [...crypto.getRandomValues(new Uint32Array(15))].map(n => SIGNS[n % SIGNS.length]).join("");
+  return some.match(/.{5}/g).join("-");
+}
+
+const chips = (label, name, rows, chosen, about) => h("fieldset.chips", about, h("legend", {}, label),
+  Object.entries(rows).map(([value, words]) =>
+    h("label", {}, h("input", {type: "radio", name, value, checked: value === chosen}), words)));
+const translated = rows => Object.fromEntries(Object.entries(rows).map(([value, words]) => [value, t(words)]));
+const most = (label, name, value) =>
+  field(label, {name, type: "number", min: 1, step: 1, required: false, value: value || ""});
+
+// the fields of a new link, or of one that is there
+function linkFields({role, name = "", note = "", password, expires, uses, files, bytes}, isFile) {
+  const roles = translated(ROLES), lives = translated(LIVES);
+  const kept = expires && t("As it is: {when}", {when: longTime(expires)});
+  if (isFile) delete roles.add, delete roles.drop;
+  const meaning = h("p.soft", {role: "status"});
+  const secret = h("input", {name: "password", autocomplete: "off", spellcheck: false,
+    placeholder: password ? t("as it is") : t("none")});
+  const today = new Date().toISOString().slice(0, 10);
+  const day = h("input", {type: "date", name: "day", "aria-label": t("Last day"), min: today});
+  const form = () => day.form.elements;
+  const follow = () => {
+    const {role, life} = form();
+    meaning.textContent = t(MEANINGS[role.value] || "");
+    const takes = /add|edit|drop/.test(role.value) && !isFile;
+    const fits = {uses: role.value !== "drop", files: takes, bytes: takes};
+    for (const one in fits) form()[one].closest("label").hidden = form()[one].disabled = !fits[one];
+    day.hidden = life.value !== "date";
+  };
+  const box = h("div.way", {onchange: follow},
+    chips(t("Who has the link"), "role", roles, role), meaning,
+    h("div.pair", {}, h("label.field", {}, h("span", {}, t("Password")), secret),
+      button(t("Make one"), () => { secret.value = makePassword(); }),
+      password && tick(t("None"), {name: "open"})),
+    chips(t("Ends"), "life", {...kept && {keep: kept}, ...lives}, kept ? "keep" : ""), day,
+    field(t("Name of the link"), {name: "name", value: name, maxLength: 100, required: false, autocomplete: "off",
+      placeholder: t("seen by whoever opens it")}),
+    h("label.field", {}, h("span", {}, t("Note")),
+      h("textarea", {name: "note", value: note, maxLength: 1000, rows: 2})),
+    most(t("Downloads at most"), "uses", uses), most(t("Files that may come at most"), "files", files),
+    gigabytes(t("GB that may come at most"), "bytes", bytes ?? null));
+  requestAnimationFrame(follow);
+  return box;
+}
+
+function readTerms({role, password, open, life, day, name, note, uses, files, bytes}) {
+  const terms = {role, name, note, uses: +uses || null, files: +files || null, bytes: Math.round(bytes * GB) || null};
+  if (!role) delete terms.role;
+  if (password || open) terms.password = open ? null : password;
+  if (life === "date" && !day) throw trouble("", t("Choose the last day."));
+  const ends = {keep: undefined, date: +new Date(day + "T23:59:59"), "": null};
+  return {...terms, expires: life in ends ? ends[life] : Date.now() + Number(life)};
+}
+
+// here the server's own words say more than ours
+const sayPlainly = error => { throw error.code === "bad-request" ? trouble("", t(error.message)) : error; };
+
+async function newLink(entry, role = "view", problem) {
+  const fields = linkFields({role}, entry.kind === "file"), title = t("Link to {what}", {what: quoted(entry.name)});
+  const share = await askForm(title, fields, t("Make and copy"), async values => {
+    const made = api("POST", "shares", {path: entry.path, ...readTerms(values)}).catch(sayPlainly);
+    await copyLater(made.then(one => one.url));
+    return made;
+  }, problem && t(problem.message));
+  if (!share) return;
+  toast(t("Link copied."));
+  await refresh();
+  await sendLink(share);
+}
+
+function changeLink(share) {
+  const fields = linkFields(share, !share.collection), title = t("Link to {what}", {what: quoted(share.title)});
+  return askForm(title, fields, t("Save"), async values => {
+    await api("PATCH", shareAddress(share), readTerms(values)).catch(sayPlainly);
+    toast(t("Saved."));
+    return true;
+  });
+}
+
+// ---- the links of one thing
+
+function openSharing(entry) {
+  return sheet(t("Share {what}", {what: quoted(entry.name)}), close => {
+    const rows = h("ul.steps", {"aria-label": t("Links")}), hint = h("p.soft", {}, t("One moment…"));
+    const draw = async () => {
+      const shares = await sharesOf(entry);
+      rows.replaceChildren(...shares.map(share => linkRow(share, again)));
+      hint.hidden = shares.length;
+      hint.textContent = t("There is no link to it yet. “Copy link” makes one for looking.");
+    };
+    const again = () => attempt(async () => {
+      await draw();
+      await refresh();
+    });
+    const act = (label, run, about) => button(t(label), () => attempt(run).then(again), about);
+    attempt(draw);
+    return [
+      buttonsRow(act("New link…", () => newLink(entry)),
+        entry.kind === "collection" && act("Request files…", () => newLink(entry, "drop")),
+        act("Copy link", () => shareAtOnce(entry), {className: "primary", autofocus: true})),
+      hint, rows, buttonsRow(button(t("Close"), () => close()))];
+  }, ".wider");
+}
+
+// ---- all links: mine, and those of everybody
+
+async function showShared() {
+  const turn = view.turn, {shares} = await api("GET", "shares");
+  if (turn !== view.turn) return;
+  enterView("shared", t("Shared"));
+  setBar(h("span.count", {}, plural(shares.length, "{n} link", "{n} links")),
+    shares.length > 1 && button(t("End all"), () => attempt(() => endLinks(shares)).then(show)));
+  const none = h("div.empty", {}, h("p.big", {}, t("Nothing shared yet")),
+    h("p", {}, t("Choose a file or folder, then “Share”.")));
+  setContent(shares.length ? h("ul.steps", {}, shares.map(share => linkRow(share, show, true))) : none);
+}
+
+async function linksSection() {
+  const [{links, link_password, link_days}, {shares}] =
+    await Promise.all(["settings", "admin/shares"].map(what => api("GET", what)));
+  const row = share => h("li", {},
+    h("div.what", {}, h("strong", {}, h("bdi", {}, share.path || share.title)), h("span.tag", {}, share.giver),
+      h("div.soft", {}, factsOf(share)), h("div.soft", {}, newsOf(share))),
+    h("div.acts", {}, button(t("End"), () => attempt(() => endLinks([share])).then(show),
+      {className: "danger", "aria-label": t("End the link {name}", {name: share.path || share.title})})));
+  return [
+    section(t("What links may do"), formOf([
+      tick(t("Files may be shared by links"), {name: "links", checked: links}),
+      tick(t("Every new link needs a password"), {name: "secret", checked: link_password}),
+      field(t("Days that a link lives at most; empty is no limit"),
+        {name: "days", type: "number", min: 1, max: 36500, required: false, value: link_days ?? ""})], t("Save"),
+      async ({links, secret, days}) => {
+        await api("PATCH", "settings", {links: Boolean(links), link_password: Boolean(secret), link_days: +days || -1});
+        toast(t("Saved."));
+        show();
+      })),
+    section(t("Links of all accounts"),
+      shares.length ? h("ul.steps", {}, shares.map(row)) : h("p.soft", {}, t("Nothing shared yet")))];
+}
 """
 
 # What makes small pictures of large ones, in a thread of its own beside the page.
@@ -22736,21 +23116,21 @@ async function answer(request, name) {
 def page_as_sent(packed: bool) -> tuple[bytes, dict[str, str]]:
     """(body, header fields) for a browser that takes gzip or not, made when first asked for; nothing in it is secret (W3)."""
     style = bare(PARTS_STYLE + ":root[data-theme=dark] {\n" + PARTS_DARK + "}\n" + PAGE_STYLE)
-    script = bare(PARTS_SCRIPT + PAGE_SCRIPT)
-    page = PAGE_HTML.replace("{style}", style).replace("{script}", script).encode()
+    script, sharing = bare(PARTS_SCRIPT + PAGE_SCRIPT), source_hash(bare(PAGE_SHARING))
+    page = PAGE_HTML.replace("{style}", style).replace("{script}", script).replace("{sharing}", sharing[1:-1]).encode()
     return gzip.compress(page, mtime=0) if packed else page, {
         "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "Vary": "Accept-Encoding",
         "ETag": '"%s%s"' % (hashlib.sha256(page).hexdigest()[:16], "-gz" * packed),
         "Content-Security-Policy": "default-src 'none'; script-src %s; style-src %s; img-src 'self' blob: data:; "
                                    "media-src 'self' blob:; frame-src blob:; connect-src 'self'; manifest-src 'self'; worker-src 'self'; "
                                    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; object-src 'none'" % (
-                                       source_hash(script), source_hash(style)),
+                                       source_hash(script) + " " + sharing, source_hash(style)),
         "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
         "Permissions-Policy": "camera=(), geolocation=(), microphone=()", **({"Content-Encoding": "gzip"} if packed else {})}
 
 
-@route("GET", "/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/starred", "/trash", "/activity", "/search",
-       "/settings/<path>", "/login/v2/flow/<token>", needs="nothing")
+@route("GET", "/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/starred", "/shared", "/trash", "/activity",
+       "/search", "/settings/<path>", "/login/v2/flow/<token>", needs="nothing")
 def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = (), token: str = "") -> Response:
     """The page; what it shows is up to its script, which reads the address."""
     body, fields = page_as_sent(takes_gzip(request.fields.get("accept-encoding", "")))
@@ -22801,6 +23181,12 @@ def web_painter(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The page's maker of thumbnails (HTML s10, workers)."""
     return page_part(request, bare(PAGE_PAINTER).encode(), "text/javascript; charset=utf-8",
                      **{"Content-Security-Policy": "default-src 'none'; connect-src 'self'"})
+
+
+@route("GET", "/sharing.js", needs="nothing", packs=True)
+def web_sharing(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The part of the page's script that is about sharing."""
+    return page_part(request, bare(PAGE_SHARING).encode(), "text/javascript; charset=utf-8")
 
 
 @lru_cache(maxsize=None)

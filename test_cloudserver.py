@@ -12391,7 +12391,7 @@ def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1", user=None).json()["account"] is None and call("GET", "/api/v1").json()["account"] == "ann"
 
 
-SCRIPT, STYLE, PAGE = cs.PARTS_SCRIPT + cs.PAGE_SCRIPT, cs.PARTS_STYLE + cs.PARTS_DARK + cs.PAGE_STYLE, cs.page_as_sent(False)[0]
+SCRIPT, STYLE, PAGE = cs.PARTS_SCRIPT + cs.PAGE_SCRIPT + cs.PAGE_SHARING, cs.PARTS_STYLE + cs.PARTS_DARK + cs.PAGE_STYLE, cs.page_as_sent(False)[0]
 
 
 def test_the_page_is_small_and_loads_nothing():
@@ -12449,7 +12449,7 @@ def test_takes_gzip(field, want):
 
 
 PACKED_ROUTES = {"/api/v1/files/<path>", "/api/v1/versions/<path>", "/api/v1/trash", "/api/v1/starred", "/api/v1/activity", "/api/v1/differences/<path>",
-                 "/api/v1/openapi.json", "/words/<language>", "/painter.js", "/visitor.css", "/visitor.js"}
+                 "/api/v1/openapi.json", "/words/<language>", "/painter.js", "/sharing.js", "/visitor.css", "/visitor.js"}
 
 
 def test_large_answers_are_compressed_for_who_takes_it(call, cloud, ann):
@@ -12528,7 +12528,7 @@ def words_of_the_script():
     said = set(re.findall(r"\bt\(\s*" + text, SCRIPT)) | set(re.findall(r"\b(?:label|detail): " + text, SCRIPT))
     for pair in re.findall(r'\bplural\([^"]*?"([^"]*)",\s*"([^"]*)"', SCRIPT) + re.findall(r"\bt\([^()\"]*" + other, SCRIPT):
         said.update(pair)
-    for table in ("PROBLEMS", "ACTIVITY", "STATES", "COLUMNS", "KIND_WORDS", "WITHIN", "SIZES", "CHANGED", "FILTERS", "HOW"):
+    for table in ("PROBLEMS", "ACTIVITY", "STATES", "COLUMNS", "KIND_WORDS", "WITHIN", "SIZES", "CHANGED", "FILTERS", "HOW", "ROLES", "MEANINGS", "LIVES"):
         said.update(filter(None, re.findall(": " + text, re.search(r"const %s = \{(.*?)\};" % table, SCRIPT, re.S)[1])))
     for label, rows in re.findall(r'\bchoice\("([^"]*)", "\w+", (\{.*?\})?', SCRIPT):
         said.update([label], re.findall(": " + text, rows))
@@ -12562,7 +12562,7 @@ def test_the_words_of_a_language_are_sent_when_they_changed(call):
 
 
 def test_every_address_of_the_page_answers_with_the_page(call):
-    for path in ("/", "/setup", "/login", "/files", "/files/a%20b/c", "/past/seq:3/a", "/versions/a", "/starred", "/trash", "/activity", "/search?q=x",
+    for path in ("/", "/setup", "/login", "/files", "/files/a%20b/c", "/past/seq:3/a", "/versions/a", "/starred", "/shared", "/trash", "/activity", "/search?q=x",
                  "/settings", "/settings/devices", "/login/v2/flow/abc"):
         answer = call("GET", path, user=None)
         assert answer.status == 200 and answer.body == PAGE, path
@@ -15606,6 +15606,151 @@ def test_browser_sets_what_the_server_keeps(page):
     assert page.run("return document.documentElement.scrollWidth") <= 390
 
 
+def copied(page):
+    """What the page put on the clipboard, once it did."""
+    return page.wait("return window.copied")
+
+
+def watch_clipboard(page):
+    page.run("navigator.clipboard.write = async ([item]) => { window.copied = await (await item.getType('text/plain')).text(); };"
+             "navigator.clipboard.writeText = async text => { window.copied = text; }")
+
+
+def test_browser_shares_by_a_link_in_one_click(page):
+    """A link to look, made and copied at once; another click copies the same one."""
+    page.put("box/a.txt", "a")
+    page.put("b.txt", "b")
+    page.open("/")
+    page.shows("box", "b.txt")
+    watch_clipboard(page)
+    page.click("Actions for box")
+    page.click("Copy link")
+    page.sees("Link copied: whoever has it can view “box”.")
+    link, (given,) = copied(page), page.cloud.sharing.all(page.who)
+    assert link == page.home + "/s/" + given.share.token and given.share.rights == "read" and given.path == ("box",)
+    page.wait("return document.querySelector('#row0 svg.shared')")          # it bears a mark, and the other none
+    assert not page.run("return document.querySelector('#row1 svg.shared')")
+    page.run("window.copied = ''; clearSelection(); list.box.focus(); setCursor(0); pick(0)")
+    page.press(".")
+    page.sees("Share “box”", "not used yet")
+    page.shot("share")
+    page.click("Copy link")
+    assert copied(page) == link and len(page.cloud.sharing.all(page.who)) == 1
+    page.click("End")
+    page.sees("End the link to “box”?")
+    page.click("dialog:last-of-type .danger")
+    page.sees("There is no link to it yet.")
+    page.click("Close")
+    assert not page.cloud.sharing.all(page.who)
+    page.wait("return !document.querySelector('svg.shared')")
+
+
+def test_browser_sets_all_of_a_link(page):
+    """Role, password, end, limits, name and note; and changes them."""
+    page.put("box/a.txt", "a")
+    page.open("/files/box")
+    page.shows("a.txt")
+    watch_clipboard(page)
+    page.press(".")                              # nothing is chosen: the folder itself
+    page.sees("Share “box”")
+    page.click("New link…")
+    page.sees("Whoever has the link sees and downloads it.")
+    page.click("Can edit")
+    page.sees("changes and deletes")
+    page.click("Make one")
+    page.click("7 days")
+    page.fill("dialog:last-of-type input[name=name]", "For Zoe")
+    page.fill("dialog:last-of-type textarea", "Look here")
+    page.fill("dialog:last-of-type input[name=uses]", "5")
+    password = page.run("return document.querySelector('input[name=password]').value")
+    assert re.fullmatch("[a-z2-9]{5}(-[a-z2-9]{5}){2}", password)
+    page.shot("link")
+    page.press("Escape")                         # what was typed does not go by itself
+    page.sees("Leave without saving?")
+    page.click("Cancel")
+    page.click("Make and copy")
+    page.sees("Tell the password by another way")
+    page.wait("return document.querySelector('dialog svg.qr path')")
+    page.shot("send")
+    (given,) = page.cloud.sharing.all(page.who)
+    share = given.share
+    assert (share.rights, share.name, share.note, share.uses_most) == ("read create update delete", "For Zoe", "Look here", 5)
+    assert cs.check_password(password, share.password) and abs(share.expires - page.cloud.clock.wall() - 7 * cs.DAY) < cs.HOUR
+    assert copied(page) == page.home + "/s/" + share.token
+    page.click("Close")
+    page.sees("For Zoe", "Can edit · with a password · ends ", "5 downloads at most")
+    page.click("Change the link For Zoe")
+    page.sees("As it is: ")
+    page.click("Upload only")
+    page.click("Never")
+    page.fill("dialog:last-of-type input[name=files]", "20")
+    page.fill("dialog:last-of-type input[name=bytes]", "0.5")
+    page.click("Save")
+    page.sees("Upload only · with a password · never ends")
+    (given,) = page.cloud.sharing.all(page.who)
+    assert (given.share.rights, given.share.files_most, given.share.bytes_most, given.share.expires) == ("create", 20, 1 << 29, None)
+    assert cs.check_password(password, given.share.password)
+    page.click("Change the link For Zoe")
+    page.click("None")
+    page.click("Save")
+    page.sees("Upload only · never ends")
+
+
+def test_browser_lists_all_that_is_shared(page):
+    for name in ("one", "two", "three"):
+        page.put(name + "/a.txt")
+        page.cloud.sharing.share(page.who, (name,), role="drop" if name == "three" else "view", name="Link " + name)
+    page.cloud.files.delete(page.who, ("two",))
+    page.open("/")
+    page.click("Shared")
+    page.sees("3 links", "one", "“two” · in the trash", "Upload only", "not used yet")
+    page.shot("shared")
+    assert page.path() == "/shared" and page.run("return document.querySelector('[aria-current=page]').textContent") == "Shared"
+    page.click("End the link three")
+    page.click("dialog .danger")
+    page.sees("2 links")
+    page.click("End all")
+    page.sees("Nobody gets in by these 2 links any more.")
+    page.click("dialog .danger")
+    page.sees("Nothing shared yet")
+    assert not page.cloud.sharing.all(page.who)
+    page.open("/activity")
+    page.sees(page.who.name + " shared “one”", page.who.name + " ended a share of “one”")
+
+
+def test_browser_keeps_to_what_the_server_allows_of_links(page):
+    """The policy in the settings; an administrator ends anybody's link."""
+    zoe = account(page.cloud, page.who.name + "-zoe")
+    put(page.cloud, zoe, "hers.txt")
+    page.cloud.sharing.share(zoe, ("hers.txt",))
+    page.cloud.accounts.update(page.who.name, page.who, admin=True)
+    page.put("mine.txt")
+    before = page.cloud.policy()
+    page.open("/settings/links")
+    page.sees("hers.txt", zoe.name)
+    page.click("Every new link needs a password")
+    page.fill("input[name=days]", "10")
+    page.shot("links")
+    page.click("Save")
+    page.sees("Saved.")
+    assert page.cloud.policy()[3:] == (True, True, 10)
+    page.click("End the link hers.txt")
+    page.click("dialog .danger")
+    page.misses("hers.txt")
+    assert not page.cloud.sharing.all(zoe)
+    page.open("/")
+    watch_clipboard(page)
+    page.click("Actions for mine.txt")
+    page.click("Copy link")
+    page.sees("links of this server need a password")
+    page.click("Make one")
+    page.click("Make and copy")
+    page.sees("Send the link")
+    (given,) = page.cloud.sharing.all(page.who)
+    assert given.share.password and given.share.expires
+    page.cloud.set_policy(page.who, **before._asdict())
+
+
 def test_browser_shows_what_others_do(page):
     page.open("/")
     page.sees("Nothing here yet")
@@ -16156,6 +16301,11 @@ AUDITED = [                                      # address, how to come to what 
     ("/settings/devices", "", "return document.querySelector('.steps')"),
     ("/settings/accounts", "", "return document.querySelector('.steps')"),
     ("/settings/server", "", "return document.querySelector('.way')"),
+    ("/settings/links", "", "return document.querySelector('.way')"),
+    ("/shared", "", "return document.querySelector('.steps')"),
+    ("/", "sharing(() => openSharing(list.entries.find(one => one.name === 'a.txt')))", "return document.querySelector('dialog .steps li')"),
+    ("/", "sharing(() => newLink(list.entries.find(one => one.name === 'empty'), 'add'))", "return document.querySelector('dialog [role=status]:not(:empty)')"),
+    ("/", "sharing(() => sharesOf(list.entries.find(one => one.name === 'a.txt'))).then(([one]) => sendLink(one))", "return document.querySelector('dialog .qr path')"),
     ("/settings", "showLogin()", "return document.querySelector('.gate form')"),
     ("/login/v2/flow/TOKEN", "", "return document.querySelector('.gate dl')"),
     ("/settings", "showSetup()", "return document.querySelector('.gate form')"),
@@ -16173,6 +16323,8 @@ def test_browser_keeps_nobody_out(page, axe, width, height, dark):
     page.cloud.files.make_collection(page.who, ("empty",))
     page.cloud.files.delete(page.who, ("gone.txt",))
     page.cloud.search.star(page.who, ("a.txt",), on=True)
+    for path in ("README.md", "a.txt"):
+        page.cloud.sharing.share(page.who, (path,), name="For " + path)
     page.size(width, height, dark=dark, touch=width < 720)
     _, token = page.cloud.devices.begin_pairing("a phone", "203.0.113.7")
     found = [one for place, *how in AUDITED for one in audit_page(page, axe, place.replace("TOKEN", token), *how)]
