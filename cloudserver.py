@@ -14437,17 +14437,14 @@ class Memory:
             return [key]
         return [key] * (key in mine) + sorted(other for other in mine if other.startswith(prefix))
 
-    def take_twins_along(self, path: str, new: str | None = None) -> None:
-        """What could not be told apart, in a collection that we deleted there or moved to a new path: nobody tells us."""
+    def take_twins_along(self, path: str, new: str) -> None:
+        """What could not be told apart, in a collection that we moved there: nobody tells us."""
         for other in [other for other in self.twin if other.startswith(path + "/")]:
             there = self.twin[other]
             self.set("twin", other, None)
-            if new is not None:
-                self.set("twin", new + other[len(path):], there._replace(path=new + other[len(path):]))
+            self.set("twin", new + other[len(path):], there._replace(path=new + other[len(path):]))
 
     def forget(self, key: str) -> None:
-        if key in self.base:
-            self.take_twins_along(self.base[key].path)
         for tree in ("there", "base"):
             for other in self.below(tree, key):
                 self.set(tree, other, None)
@@ -14495,7 +14492,7 @@ class Memory:
                 self.draw([there, *(value._replace(path=there.path + rest) for _, rest, value in taken.get(node, ()) if rest)])
         twins = sorted(self.twin.values(), key=lambda there: there.path.count("/"))
         self.clear("twin")
-        self.draw(twins)                         # one of two may be gone
+        self.draw(twins)                         # one of two may be gone, by our own doing, too
 
     @property
     def leaving(self) -> list[str]:
@@ -14840,7 +14837,7 @@ class Follower:
             raise CloudError("other-history")
         if self._is_elsewhere(root):
             raise CloudError("other-history", why="this account begins elsewhere than it did")
-        if changes:
+        if changes or memory.twin:
             memory.redraw(changes)
         memory.say(cursor=answer["seq"], tag=answer.get("tag", ""), root=root)
         return answer["more"] and answer["seq"] > before
@@ -15262,7 +15259,7 @@ class Worklist:
         return sorted(key for key, action in self.actions.items() if action in actions)
 
     def settle_directories(self, memory: Memory, scan: Scan, left_out: set[str]) -> None:
-        """A directory goes only if all that is below goes too; what is left out stays, and what holds it.
+        """A directory goes only if all that is below goes too; what is left out, or never was here, stays, and what holds it.
 
         Where a file takes the place of a directory, or the other way, that is done first; what is in the directory comes in
         the next round.
@@ -15388,12 +15385,17 @@ class Planner:
             else:
                 plan.actions[key] = action
         if plan.actions:
-            plan.settle_directories(memory, self.session.scan, left_out)
+            plan.settle_directories(memory, self.session.scan, left_out | self._holders_of_twins())
         return plan
 
     def _is_muted(self, key: str, action: str) -> bool:
         """While a rule cannot be read nothing goes up, but for the rules themselves."""
         return bool(self.session.rules.broken) and action in ("upload", "delete there") and key != ".cloudignore"
+
+    def _holders_of_twins(self) -> set[str]:
+        """Keys of the collections that hold, at whatever depth, what is not here because it cannot be told apart."""
+        there, above = self.memory.there, {above for path in self.memory.twin for above in ancestors_of(path)}
+        return {key for key in map(self.folder.key, above) if key in there and there[key].path in above}
 
     def check_brake(self, plan: Worklist) -> None:
         """raises Stopped when a run would delete most of what there is"""
@@ -16013,7 +16015,7 @@ class SyncClient:
         for count in itertools.count(1):
             ending = mark + (" %d" % count if count > 1 else "") + dot + suffix
             found = (above + "/" if above else "") + cut_text(stem, NAME_LIMIT - len(ending.encode())) + ending
-            if not os.path.lexists(self.folder.place(found)):
+            if self.folder.key(found) not in {*self.session.scan.here, *self.memory.there} and not os.path.lexists(self.folder.place(found)):
                 return found
         raise AssertionError
 
