@@ -15553,6 +15553,19 @@ class Mover:
         return self.session.tally.moved > before
 
 
+def loads(items: Iterable[Any], size: Callable[[Any], int], heaviest: int) -> Iterator[list[Any]]:
+    """Some items at a time, until they have so many bytes; few at first, that both sides are soon at work, then twice as many each time."""
+    some, weight, most = [], 0, FIRST_FILES
+    for item in items:
+        some.append(item)
+        weight += size(item)
+        if len(some) >= most or weight >= heaviest:
+            yield some
+            some, weight, most = [], 0, min(2 * most, COMMIT_FILES)
+    if some:
+        yield some
+
+
 # ---- up
 
 class Outgoing:
@@ -15562,7 +15575,6 @@ class Outgoing:
         self.steps: list[dict[str, Any]] = []
         self.chunks: dict[str, bytes] = {}
         self.items: list[tuple[str, Here, There]] = []
-        self.bytes = 0
 
 
 class Uploader:
@@ -15582,16 +15594,14 @@ class Uploader:
 
     def upload(self, keys: list[str]) -> None:
         """Small files by thousands in one commit; of large ones only the chunks the server lacks."""
-        batch, most = Outgoing(), FIRST_FILES
-        for key in keys:
-            here = self.session.scan.here[key]
-            with self.session.forgiving(here.path):
-                self._take(batch, key, here)
-            if len(batch.steps) >= most or batch.bytes >= COMMIT_BYTES:
+        here = self.session.scan.here
+        for some in loads(keys, lambda key: here[key].size if here[key].size <= CHUNK_SIZE else 0, COMMIT_BYTES):
+            batch = Outgoing()
+            for key in some:
+                with self.session.forgiving(here[key].path):
+                    self._take(batch, key, here[key])
+            if batch.steps:
                 self.session.fly(partial(self._deliver, batch), partial(self._delivered, batch))
-                batch, most = Outgoing(), min(2 * most, COMMIT_FILES)
-        if batch.steps:
-            self.session.fly(partial(self._deliver, batch), partial(self._delivered, batch))
         self.session.land_all()
 
     def _take(self, batch: Outgoing, key: str, here: Here) -> None:
@@ -15623,20 +15633,14 @@ class Uploader:
         batch.items.append((key, here, new))
         if data:
             batch.chunks[new.content] = data
-            batch.bytes += len(data)
 
     def _send_ahead(self, file: BinaryIO) -> list[tuple[str, int]]:
         """Cut a large file and send what the server lacks; returns its chunks."""
-        chunks, window, waiting = [], {}, 0
-        for data in cut_by_content(file):
-            hash = hashlib.sha256(data).hexdigest()
-            chunks.append((hash, len(data)))
-            window[hash] = data
-            waiting += len(data)
-            if waiting > WINDOW:
-                self.session.fly(partial(self._send_missing, window), lambda done: None)
-                window, waiting = {}, 0
-        self.session.fly(partial(self._send_missing, window), lambda done: None)
+        chunks: list[tuple[str, int]] = []
+        for datas in loads(cut_by_content(file), len, WINDOW):
+            window = [(hashlib.sha256(data).hexdigest(), data) for data in datas]
+            chunks += [(hash, len(data)) for hash, data in window]
+            self.session.fly(partial(self._send_missing, dict(window)), lambda done: None)
         self.session.land_all()
         return chunks
 
@@ -15730,21 +15734,15 @@ class Downloader:
 
     def download(self, keys: list[str]) -> None:
         """Small files by thousands in one request; of large ones only the chunks that are not here."""
-        group, waiting, most = [], 0, FIRST_FILES
+        there = self.memory.there
         try:
-            for key in keys:
-                there = self.memory.there[key]
-                if there.chunks:
-                    self._download_large(key, there)
-                else:
-                    group.append(key)
-                    waiting += there.size
-                if len(group) >= most or waiting >= COMMIT_BYTES:
-                    self._fetch_group(group)
-                    group, waiting, most = [], 0, min(2 * most, COMMIT_FILES)
-            self._fetch_group(group)
+            for group in loads([key for key in keys if not there[key].chunks], lambda key: there[key].size, COMMIT_BYTES):
+                self._fetch_group(group)
             self.session.land_all()
             self._settle_groups(0)
+            for key in keys:
+                if there[key].chunks:
+                    self._download_large(key, there[key])
         finally:
             for one in self.built:
                 one.file.discard()
@@ -15815,12 +15813,11 @@ class Downloader:
 
     def _download_large(self, key: str, there: There) -> None:
         """Build a file from chunks of its old self, of what an earlier run fetched, and of the server."""
-        self.session.land_all()
         path = self.planner.path_here(key, there.path)
         with self.session.forgiving(there.path), self.folder.temporary("part-" + there.content[:32]) as file:
             chunks = chunks_of(there)
             with self._old_self(key) as (old, places):
-                for window in self._windows(chunks[self._verified_part(file, chunks):]):
+                for window in loads(chunks[self._verified_part(file, chunks):], lambda chunk: chunk[1], WINDOW):
                     if not self._build(file, window, old, places):
                         self.session.lacking[there.path] = "the server cannot give all of its bytes: they may be damaged there"
                         return
@@ -15829,17 +15826,6 @@ class Downloader:
             self._settle(Built(key, there, path, file))
         if self.session.is_time:
             self.session.remember()
-
-    def _windows(self, chunks: list[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
-        """Some chunks at a time, as many as are fetched at once."""
-        window: list[tuple[str, int]] = []
-        for chunk in chunks:
-            window.append(chunk)
-            if sum(size for _, size in window) > WINDOW:
-                yield window
-                window = []
-        if window:
-            yield window
 
     @contextmanager
     def _old_self(self, key: str) -> Iterator[tuple[BinaryIO, dict[str, tuple[int, int]]]]:
