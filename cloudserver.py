@@ -14,7 +14,7 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      6  Store           Store Directory Blobs Content                  the only code that opens data files
      7  Database        Database Sqlite Batch SCHEMA MIGRATIONS        two calls: read and write
      8  Accounts        Credentials Accounts Devices                   who is asking
-     9  Tree            View Place Moment Span                         the tree of files, read
+     9  Tree            View Place Moment Span Allowance               the tree of files, read
     10  Changes         Contents Space Locks Brake Tree Plan           how it is changed
     11  Files           Files Copies Search                            the verbs of what is
     12  History         Journal History Versions Trash                 ... and of what was
@@ -274,6 +274,11 @@ class Principal(NamedTuple):
     op: Optional[Tuple[str, str]] = None      # what a batch of theirs bears: see Cloud.once
     home: int = 0                # whose tree it is; 0: the account's own
     rights: Optional[frozenset[str]] = None   # out of RIGHTS; None: what the means give
+
+    @property
+    def share(self) -> int:
+        """The id of the share that a visitor came by."""
+        return -self.account
 
 
 ANONYMOUS = Principal()
@@ -1232,6 +1237,25 @@ class Body:
         if count > limit:
             raise CloudError("too-large", "the body may have %d bytes" % limit)
         return bytes(buffer[:count])
+
+
+class Capped(Body):
+    """A body that may have so many bytes and no more."""
+
+    def __init__(self, body: Body, most: int) -> None:
+        self.length, self.body, self.left = body.length, body, most
+        self.skip, self.drain = body.skip, body.drain
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self.body.readinto(buffer)
+        self.left -= count
+        if self.left < 0:
+            raise CloudError("too-large", LINK_ENDS["too-large"], close=True)
+        return count
+
+
+LINK_ENDS = {  # why a visitor may not go on
+    "gone": "this link does not work, or not any more", "forbidden": "this link does not allow that", "too-large": "this link takes no more"}
 
 
 class FileBody(Body):
@@ -4097,7 +4121,8 @@ STAR = "{http://owncloud.org/ns}favorite"        # the dead property of what som
 TEXT_LIMIT = MiB                # bytes of a text file whose contents are found by a search
 THUMBNAIL_LIMIT = 64 * KiB      # bytes of one
 STARRED = '<o:favorite xmlns:o="http://owncloud.org/ns">1</o:favorite>'
-RESERVED = "coalesce(sum(max(coalesce(size, 0), received)), 0)"          # bytes that uploads under way may come to
+RESERVED = (  # bytes that uploads under way may come to; those of visitors count as far as they have arrived
+    "coalesce(sum(CASE WHEN account < 0 THEN received ELSE max(coalesce(size, 0), received) END), 0)")
 STRIDE = 24                     # names that one statement walks down
 SPENT_DAYS, SPENT_TIMES = 3, 3  # in so many days an account may make the server store so many times its quota, and
 SPENT_FREE = 16 * MiB           # this; so much of rows, properties and thumbnails is free of charge, too
@@ -4515,6 +4540,51 @@ class Changed(NamedTuple):
     was: tuple[str, ...] | None
 
 
+class Allowance:
+    """Whether a link stands while its visitor writes, and what it still takes."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self.db, self.clock = db, clock
+
+    def check(self, who: Principal, files: int, size: int) -> Statement:
+        """The guard that says: it stands, allows what it did, and takes so many files and bytes more.  raises CloudError gone, forbidden, too-large"""
+        rights = " ".join(right for right in RIGHTS if right in view_of(who).rights)
+        guard = Statement(LINK_REFUSES, (who.share, self.clock.due(), rights, int(files), size))
+        for kind, in self.db.read(guard.sql, guard.params):
+            raise CloudError(kind, LINK_ENDS[kind])
+        return guard
+
+    def count(self, who: Principal, changes: Iterable[Change]) -> tuple[Statement, Statement]:
+        """The same guard for what a visitor brings, and the statement that counts it."""
+        came = [(before, after) for before, after, *_ in changes if after and not (before and before.manifest == after.manifest)]
+        files = sum(after.files if after.kind else 1 for before, after in came if not before)
+        size = sum(after.size for _, after in came)
+        return self.check(who, files, size), Statement(COUNT_CAME, (files, size, who.share))
+
+    def is_own(self, who: Principal, node: Node | None) -> bool:
+        """Did a visitor make this file within the hour?  Windows, davfs2 and rclone write a new file by LOCK, PUT, PUT."""
+        return (node is not None and not node.kind and view_of(who).rights >= {READ, CREATE} and node.created > self.clock.wall() - HOUR
+                and bool(self.db.read(
+                    "SELECT 1 FROM journal WHERE account = :account AND seq = (SELECT min(since) FROM (SELECT since FROM entry WHERE node = :node "
+                    "AND until IS NULL UNION ALL SELECT since FROM entry WHERE node = :node AND until IS NOT NULL))",
+                    {"account": -who.share, "node": node.node})))
+
+
+LINK_REFUSES = (
+    "SELECT CASE WHEN ended IS NOT NULL OR due <= ?2 THEN 'gone' WHEN rights <> ?3 THEN 'forbidden' ELSE 'too-large' END FROM share "
+    "WHERE id = ?1 AND (ended IS NOT NULL OR due <= ?2 OR rights <> ?3 OR files + ?4 > files_most OR bytes + ?5 > bytes_most)")
+COUNT_CAME = "UPDATE share SET files = files + ?, bytes = bytes + ? WHERE id = ?"
+
+
+def from_root(read: Read, place: Place, detail: dict[str, Any]) -> dict[str, Any]:
+    """What the journal says of a visitor's act, with paths as the owner knows them."""
+    top = place.view.top
+    above = Moment(read, (*place.chain, top)[0]).path(top) or ()
+    if place.node and place.node.node == top and not place.node.kind:
+        above = above[:-1]
+    return {name: "/".join((*above, value)) if name in ("path", "to") else value for name, value in detail.items()}
+
+
 # ==== 10. Changes ========================================================================
 #
 # What a change of the tree needs, and how it becomes a batch: a verb enters, asks, and gives its steps to a Plan.
@@ -4583,6 +4653,10 @@ class Contents:
             "SELECT 1 FROM entry WHERE manifest = :hash AND home = :home) OR EXISTS ("
             "SELECT 1 FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = :hash AND e.home = :home))",
             {"hash": hash, "home": home}))
+
+    def known_to(self, home: int, visitor: bool) -> Callable[[str], bool]:
+        """Which chunks need not be stored again: for visitors of links all (D3)."""
+        return (lambda hash: False) if visitor else partial(self.knows, home)
 
     def rows(self, stored: Stored, *, new: bool = True) -> list[Statement]:
         """Rows that make stored bytes known: the chunks, if they are new, and the manifest if there are several."""
@@ -4815,9 +4889,10 @@ class Brake:
             raise CloudError("held", "this device deletes or overwrites so much that it is held; allow or undo it on the page")
 
     def held(self, who: Principal) -> list[tuple[Window, str]]:
-        """Devices of the account that the brake holds, and their names."""
-        rows = self.db.read("SELECT b.*, d.name FROM brake b JOIN device d ON d.id = b.device "
-                            "WHERE d.account = ? AND b.held IS NOT NULL ORDER BY b.held", (who.account,))
+        """Devices of the account, and links that it gave, that the brake holds, and their names."""
+        rows = self.db.read("SELECT b.*, coalesce(d.name, s.name) FROM brake b LEFT JOIN device d ON d.id = b.device "
+                            "LEFT JOIN share s ON b.device = 'link-' || s.id AND s.ended IS NULL WHERE coalesce(d.account, s.home) = ? "
+                            "AND b.held IS NOT NULL ORDER BY b.held", (view_of(who).home,))
         return [(Window._make(columns), name) for *columns, name in rows]
 
     def find(self, who: Principal, device: str) -> Window:
@@ -4841,7 +4916,7 @@ class Tree:
     def __init__(self, config: Config, db: Database, clock: Clock, blobs: Blobs) -> None:
         self.config, self.db, self.clock, self.blobs = config, db, clock, blobs
         self.contents, self.space = Contents(db, clock, blobs), Space(db, clock, config)
-        self.locks, self.brake = Locks(db, clock), Brake(db, clock)
+        self.locks, self.brake, self.allowance = Locks(db, clock), Brake(db, clock), Allowance(db, clock)
         self.lanes = Slots(2, "%d long operations of this account are under way already")
 
     def enter(self, who: Principal, path: tuple[str, ...], right: str | None = None, *, content: bool = False) -> Place:
@@ -5134,12 +5209,15 @@ class Plan:
         if given.beside and place.node:
             place = self.now.beside(place, path[-1])
         self.tree.check_place(place, path, parents)
-        place.view.need(UPDATE if place.node else CREATE)
+        if self.who.means != "link" or not self.tree.allowance.is_own(self.who, place.node):
+            place.view.need(UPDATE if place.node else CREATE)
         if place.node and place.node.kind:
             raise CloudError("conflict", "a collection is at this path", there=place.node)
         if place.locked or given is not ANY:
             self.admit(place, path, given)
         self.tree.space.check(place, size - (place.node.size if place.node else 0), size)
+        if self.who.means == "link":
+            self.tree.allowance.check(self.who, not place.node, size)
         return place
 
     def put(self, place: Place, stored: Stored, mtime: int) -> Change:
@@ -5426,8 +5504,13 @@ class Plan:
         body = [*rows]
         if gone:
             body += self.tree.locks.drop(place, *gone)
+        if self.who.means == "link":
+            guard, count = self.tree.allowance.count(self.who, changes)
+            guards.append(guard)
+            body.append(count)
+            line = line._replace(detail=from_root(self.tree.db.read, place, line.detail))
         if ends:
-            if self.who.means == "token":
+            if self.who.means in ("token", "link"):
                 body += self.tree.brake.count(self.who, [
                     (part.left_of(change.before) if change.before.kind else change.before, change.after) for change in changes if change.before])
             body.append(Statement(END_ENTRY, ends, many=True))
@@ -5568,7 +5651,7 @@ COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row o
 
 TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the number of what a row of it changes for who remembers it
     CHUNK_ROWS: lambda row: number_of(row[0]), END_ENTRY: lambda row: row[3], RAISE_SHAPE: lambda row: row[0],
-    **dict.fromkeys((PUT_MANIFEST, PUT_OFFSET, PUT_DIGEST, BEGIN_ENTRY, BEGIN_COLLECTION, ADD_SUMS, PUT_PROPERTY, PUT_BRAKE, PUT_LOOSE))}
+    **dict.fromkeys((PUT_MANIFEST, PUT_OFFSET, PUT_DIGEST, BEGIN_ENTRY, BEGIN_COLLECTION, ADD_SUMS, PUT_PROPERTY, PUT_BRAKE, PUT_LOOSE, COUNT_CAME))}
 
 
 class Rows:
@@ -5816,7 +5899,7 @@ class Files:
             return plan, plan.place_for_file(path, given, size, parents)
 
         first = [aim(body.length or 0)]                  # before a byte is read
-        stored = self.tree.blobs.put(body, partial(self.tree.contents.knows, first[0][1].view.home), sums or ())
+        stored = self.tree.blobs.put(body, self.tree.contents.known_to(first[0][1].view.home, who.means == "link"), sums or ())
         at = self.clock.wall() if mtime is None else mtime
 
         def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
@@ -6186,14 +6269,16 @@ class Step(NamedTuple):
     action: str
     detail: dict[str, Any]
     account: str
-    device: str
+    device: str                  # or the name of the link by which it was done, whose
+    link: int | None             # id this is
     undoable: bool
 
 
 STEP = (  # the columns of Step, and where they come from
-    "j.seq, j.at, j.action, j.detail, coalesce(a.name, ''), coalesce(d.name, ''), "
+    "j.seq, j.at, j.action, j.detail, coalesce(a.name, ''), coalesce(d.name, s.name, ''), s.id, "
     "EXISTS (SELECT 1 FROM entry WHERE home = j.home AND since = j.seq) OR EXISTS (SELECT 1 FROM entry WHERE home = j.home "
-    "AND until = j.seq) FROM journal j LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device")
+    "AND until = j.seq) FROM journal j LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device "
+    "LEFT JOIN share s ON s.id = -j.account")
 
 
 WENT_BACK = "this server does not know what it said then: an older state of its data was put back"
@@ -6297,9 +6382,9 @@ class Journal:
             "'account-remove', 'settings', 'hold') AND j.seq < ? ORDER BY j.seq DESC LIMIT ?", (before, limit)))
 
     def _steps(self, rows: list[tuple[Any, ...]]) -> list[Step]:
-        return [Step(seq, at, action, json.loads(detail), account, device,
+        return [Step(seq, at, action, json.loads(detail), account, device, link,
                      bool(undoable) and action[:8] != "account-" and seq > self.oldest())
-                for seq, at, action, detail, account, device, undoable in rows]
+                for seq, at, action, detail, account, device, link, undoable in rows]
 
 
 class History:
@@ -7046,7 +7131,7 @@ class Sharing:
 
     def about(self, who: Principal) -> Share:
         """The share that somebody came by.  raises CloudError gone if it has ended"""
-        rows = self.db.read("SELECT " + SHARE_COLUMNS + " FROM share s WHERE s.id = ? AND " + STANDS, (-who.account, self.clock.due()))
+        rows = self.db.read("SELECT " + SHARE_COLUMNS + " FROM share s WHERE s.id = ? AND " + STANDS, (who.share, self.clock.due()))
         if not rows:
             raise CloudError("gone", GONE)
         return Share._make(rows[0])
@@ -7211,7 +7296,7 @@ class LinkPasswords:
 
 
 BESIDE = Preconditions(beside=True)
-GONE = "this link does not work, or not any more"
+GONE = LINK_ENDS["gone"]
 TOKENS_TRIED = 100              # that lead nowhere, from one network within an hour or so
 
 
@@ -7640,7 +7725,7 @@ PUT_UPLOAD = (
     "INSERT INTO upload (id, home, account, root, path, given, size, mtime, note, received, created, due, done) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")
 PARTS_OPEN = "SELECT 'upload' FROM upload WHERE id = ? AND done IS NULL AND due > ?"
-UPLOAD_LIMIT = 1000             # at a time, per account
+UPLOAD_LIMIT, UPLOADS_BY_LINK = 1000, 100        # at a time, per account and per link
 
 
 class Uploads:
@@ -7667,8 +7752,11 @@ class Uploads:
         return self._finish_if_whole(who, upload)
 
     def _check_uploads(self, who: Principal) -> None:
-        if len(self.db.read("SELECT 1 FROM upload WHERE home = ? AND done IS NULL", (view_of(who).home,))) >= UPLOAD_LIMIT:
-            raise CloudError("conflict", "%d uploads are under way already" % UPLOAD_LIMIT)
+        home, mine = self.db.read("SELECT count(*), count(CASE WHEN account = ? THEN 1 END) FROM upload WHERE home = ? AND done IS NULL",
+                                  (-who.share, view_of(who).home))[0]
+        most = UPLOADS_BY_LINK if who.means == "link" else UPLOAD_LIMIT
+        if (mine if who.means == "link" else home) >= most:
+            raise CloudError("conflict", "%d uploads are under way already" % most)
 
     def upload(self, who: Principal, id: str, *, numbered: bool = False) -> Upload:
         """Where an upload stands.  raises CloudError not-found for another's too, gone when it has expired"""
@@ -7723,10 +7811,12 @@ class Uploads:
         if body.length is not None and upload.size is not None and offset + body.length > upload.size:
             raise CloudError("too-large", "more was sent than was announced")
         self.tree.space.check(self.tree.enter(who, ()), 0, body.length or 1)
+        if who.means == "link":
+            self.tree.allowance.check(who, 1, max(upload.size or 0, offset + (body.length or 1)))
         return upload
 
     def _append_chunk(self, upload: Upload, data: memoryview) -> Upload:
-        stored = self.tree.blobs.put_bytes(data, partial(self.tree.contents.knows, upload.home))
+        stored = self.tree.blobs.put_bytes(data, self.tree.contents.known_to(upload.home, upload.account < 0))
         fresh = upload._replace(received=upload.received + stored.size, due=self.clock.due() + UPLOAD_LIFE)
         batch = Batch([*self.tree.contents.rows(stored),
                        Statement("INSERT INTO upload_chunk (upload, part, offset, chunk, size) VALUES (?, 0, ?, ?, ?)", (upload.id, upload.received, stored.manifest, stored.size)),
@@ -9832,7 +9922,7 @@ def api_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 def api_step(step: Step) -> dict[str, Any]:
     return {"seq": step.seq, "at": format_time(step.at), "action": step.action, "detail": step.detail, "account": step.account,
-            "device": step.device, "undoable": step.undoable}
+            "device": step.device, "undoable": step.undoable, **({"link": str(step.link)} if step.link else {})}
 
 
 def api_act(steps: list[Step]) -> dict[str, Any]:
@@ -11851,7 +11941,7 @@ class Upkeep:
                    Statement("DELETE FROM throttle WHERE due < ?", (now - HOUR,)),
                    Statement("DELETE FROM loose WHERE due < ?", (now,)),
                    Statement("DELETE FROM brake WHERE held IS NULL AND due < ? AND free < ? OR device NOT IN "
-                             "(SELECT id FROM device)", (now, now)),
+                             "(SELECT id FROM device UNION ALL SELECT 'link-' || id FROM share WHERE ended IS NULL)", (now, now)),
                    Statement("DELETE FROM pairing WHERE due < ?", (now,)),
                    Statement("DELETE FROM known_place WHERE due < ?", (now,)),
                    Statement("INSERT INTO entry (home, since, node, until, name, key, kind, size, mtime, rev, fate) SELECT home, s, node, s, '', "
@@ -19381,6 +19471,12 @@ def link_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tuple[s
     return api_thumbnail_response(request, data)
 
 
+def capped(cloud: Cloud, who: Principal, body: Body) -> Body:
+    """A body of no more bytes than the link still takes."""
+    share = cloud.sharing.about(who)
+    return body if share.bytes_most is None else Capped(body, max(0, share.bytes_most - share.bytes))
+
+
 def link_post(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What the forms of the page send, without a script: the password, or files."""
     if request.fields.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
@@ -19392,7 +19488,7 @@ def link_post(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
         raise who.refusal
     sent = 0
     for name, file in read_files(request):
-        cloud.drops.receive(who, (*path, name), file)
+        cloud.drops.receive(who, (*path, name), capped(cloud, who, file))
         sent += 1
     if not wants_page(request):
         return Response(201)
@@ -19413,6 +19509,7 @@ def read_files(request: Request) -> Iterator[tuple[str, Body]]:
 
 def link_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Store a file."""
+    request.body = capped(cloud, who, request.body)
     if not is_drop(who):
         return dav_put(cloud, who, request, path)
     if "content-range" in request.fields:

@@ -626,7 +626,7 @@ LONG_SIGNATURES = {
     "Uploads.join_parts": 7, "Uploads._finish": 7}
 LARGE_ROOMS: dict = {}
 READS_OF_THE_ASKER = {
-    "Tree": 5, "Changes": 4, "Files": 3, "History": 1, "Sharing": 3, "Verbs": 8,
+    "Tree": 5, "Changes": 4, "Files": 3, "History": 1, "Sharing": 2, "Verbs": 8,
     "HTTP": 8,
     "JSON API": 2, "Nextcloud dialect": 2, "WebDAV": 1}
 WRITERS_OF_TREES = {"Trash", "Copies", "BEGIN_ENTRY", "END_ENTRY", "BEGIN_COLLECTION", "ADD_SUMS", "COPY_FILES", "give_up", "Accounts",
@@ -4767,6 +4767,118 @@ def test_links_are_what_nextclouds_public_links_are(cloud, ann, link, address):
     for role, folder, file in ("view", b">G<", b">G<"), ("add", b">GCK<", b">G<"), ("edit", b">GDNVCK<", b">GDNVW<"):
         body = new("PROPFIND", link("d", role=role), "/", asked, Depth="1").body
         assert folder in body and file in body, (role, body)
+
+
+@pytest.mark.parametrize("role", ["drop", "add"])
+def test_a_link_takes_so_much_and_no_more(cloud, ann, link, role):
+    """S6: refused before the bytes where their length is told, and exactly where many come at once."""
+    cloud.files.make_collection(ann, ("d",))
+    visit = link("d", role=role, files=3, bytes=1000)
+    came = lambda: cloud.db.read("SELECT files, bytes FROM share WHERE id = ?", (visit.id,))[0]
+    assert visit("PUT", "/a", bytes(400)).status == 201 and came() == (1, 400)
+    assert visit("PUT", "/b", bytes(601)).status == 413 and visit("PUT", "/b", iter([bytes(300), bytes(301)])).status == 413 and came() == (1, 400)
+    tus = {"Tus-Resumable": "1.0.0", "Upload-Metadata": "path eA=="}
+    assert visit("POST", "/tus", **tus, Upload_Length="601").status == 413
+    body, headers = form_of(("c", "x" * 601))
+    assert visit("POST", "/", body, **headers).status == 413 and visit("MKCOL", "/in").status == 201 and came() == (1, 400)
+    later = visit("POST", "/tus", **tus, Upload_Defer_Length="1").headers["location"][len("/s/" + visit.token):]
+    part = {"Tus-Resumable": "1.0.0", "Content-Type": "application/offset+octet-stream"}
+    assert visit("PATCH", later, bytes(700), **part, Upload_Offset="0").status == 413
+    answers = []
+    threads = [threading.Thread(target=lambda n=n: answers.append(visit("PUT", "/t%d" % n, bytes(100)).status)) for n in range(6)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert sorted(answers) == [201, 201, 413, 413, 413, 413] and came() == (3, 600)
+    cloud.sharing.change(ann, visit.id, files=4)
+    assert visit("PUT", "/e", bytes(400)).status == 201 and came() == (4, 1000)
+    assert cloud.sharing.get(ann, visit.id).share.files == 4 and audit(cloud) is None
+
+
+def test_what_a_visitor_began_ends_with_the_link(cloud, ann, link, monkeypatch):
+    """Law 12, A18: a long upload is refused at its end if the link has ended, or allows less by then."""
+    put(cloud, ann, "d/f", b"old", parents=True)
+    visit = link("d", role="edit")
+    who = cloud.sharing.open(cs.Knock(visit.token))
+    before_commit(monkeypatch, cloud, lambda: cloud.sharing.change(ann, visit.id, role="view"))
+    assert outcome(cloud.files.write, who, ("new",), Body(b"x")) == "forbidden"
+    cloud.sharing.change(ann, visit.id, role="edit")
+    before_commit(monkeypatch, cloud, lambda: cloud.sharing.end(ann, visit.id))
+    assert outcome(cloud.files.delete, who, ("f",)) == "gone" and sorted(tree(cloud, ann)) == ["d", "d/f"]
+
+
+def test_a_visitor_writes_again_what_he_made_within_the_hour(make_cloud, fake):
+    """As Windows, davfs2 and rclone do; what others made, or what is older, stays."""
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    put(cloud, ann, "d/hers", b"old", parents=True)
+    one, other = (cloud.sharing.open(cs.Knock(cloud.sharing.share(ann, ("d",), role="add").share.token)) for _ in range(2))
+    put(cloud, one, "new", b"")
+    assert put(cloud, one, "new", b"bytes").size == 5 and put(cloud, one, "new", b"more").size == 4
+    assert outcome(put, cloud, other, "new", b"x") == "forbidden" == outcome(put, cloud, one, "hers", b"x")
+    cloud.files.move(ann, (("d", "new"), ("d", "moved")))
+    assert put(cloud, one, "moved", b"x").size == 1
+    fake.pass_(2 * cs.HOUR)
+    assert outcome(put, cloud, one, "moved", b"y") == "forbidden"
+
+
+def test_a_visitor_is_told_by_nothing_what_is_stored(cloud, ann, link, monkeypatch):
+    """D3: what comes by a link is stored again, whoever has it."""
+    data = os.urandom(200_000)
+    put(cloud, ann, "secret", data), cloud.files.make_collection(ann, ("d",))
+    stored, put_chunk = [], cs.Blobs.put_chunk
+    monkeypatch.setattr(cs.Blobs, "put_chunk", lambda *args: stored.append(args) or put_chunk(*args))
+    put(cloud, ann, "d/mine", data)
+    assert not stored
+    visit = link("d", role="drop")
+    assert visit("PUT", "/f", data).status == 201 and len(stored) == 1
+    tus = {"Tus-Resumable": "1.0.0", "Upload-Metadata": "path eA==", "Upload-Length": str(len(data)), "Content-Type": "application/offset+octet-stream"}
+    assert visit("POST", "/tus", data, **tus).status == 201 and len(stored) == 2
+    assert get(cloud, ann, "d/f") == get(cloud, ann, "d/x") == data and audit(cloud) is None
+
+
+def test_uploads_of_visitors_count_as_far_as_they_came(make_cloud, fake, monkeypatch):
+    """Law 10: what a stranger announces keeps no room from the owner."""
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud, quota=1000)
+    cloud.files.make_collection(ann, ("d",))
+    share = cloud.sharing.share(ann, ("d",), role="drop").share
+    who = cloud.sharing.open(cs.Knock(share.token))
+    upload = cloud.uploads.create(who, ("big",), 900)
+    assert cloud.space.reserved(ann.account) == 0 and put(cloud, ann, "f", bytes(500)).size == 500
+    cloud.uploads.append(who, upload.id, 0, Body(bytes(300)))
+    assert cloud.space.reserved(ann.account) == 300 and outcome(put, cloud, ann, "g", bytes(300)) == "over-quota"
+    monkeypatch.setattr(cs, "UPLOADS_BY_LINK", 2)
+    cloud.uploads.create(who, ("b",), 10)
+    assert outcome(cloud.uploads.create, who, ("c",), 10) == "conflict" and cloud.uploads.create(ann, ("c",), 10).received == 0
+    cloud.sharing.end(ann, share.id)
+    assert cloud.db.read("SELECT count(*) FROM upload WHERE account < 0 AND due > ?", (cloud.clock.due(),)) == [(0,)]
+
+
+def test_the_owner_sees_what_visitors_did(api, cloud, ann, link):
+    put(cloud, ann, "a/d/f", b"x", parents=True), put(cloud, ann, "a/one", b"x")
+    visit, single = link("a/d", role="edit", name="For Bob"), link("a/one", role="edit")
+    visit("PUT", "/new", b"x"), visit("MKCOL", "/in"), visit("MOVE", "/f", Destination="/s/%s/in/g" % visit.token), visit("DELETE", "/new"), single("PUT", "", b"y")
+    steps = api("GET", "activity")["steps"][:5]
+    assert [(step["action"], step["detail"]["path"], step["detail"].get("to"), step["account"], step["device"], step.get("link")) for step in steps] == [
+        ("write", "a/one", None, "", "", str(single.id)), ("delete", "a/d/new", None, "", "For Bob", str(visit.id)),
+        ("move", "a/d/f", "a/d/in/g", "", "For Bob", str(visit.id)), ("make-collection", "a/d/in", None, "", "For Bob", str(visit.id)),
+        ("write", "a/d/new", None, "", "For Bob", str(visit.id))]
+    assert api("POST", "undo", seq=steps[1]["seq"])["skipped"] == 0 and "a/d/new" in tree(cloud, ann)
+    cloud.sharing.end(ann, visit.id)
+    assert api("GET", "activity")["steps"][3]["device"] == "For Bob"
+
+
+def test_the_brake_holds_a_link_that_destroys_much(cloud, ann, link, monkeypatch):
+    """Law 8: allowed or taken back by the owner, like what a device did."""
+    monkeypatch.setattr(cs, "BRAKE_FILES", 3)
+    for n in range(8):
+        put(cloud, ann, "d/f%d" % n, b"x", parents=True)
+    visit = link("d", role="edit", name="For Bob")
+    monkeypatch.setattr(cs.Node, "created", property(lambda self: 0))
+    answers = [visit("DELETE", "/f%d" % n).status for n in range(6)]
+    assert answers == [204] * 3 + [423] * 3
+    (held, name), = cloud.brake.held(ann)
+    assert (held.device, name) == ("link-%d" % visit.id, "For Bob")
+    assert cloud.history.undo_device(ann, held.device)[1] == 3 and len(tree(cloud, ann)) == 9
 
 
 # ==== 15. HTTP ===========================================================================
