@@ -3107,7 +3107,7 @@ class Database:
             return Batch([Statement("INSERT INTO lease (name, owner, fence, due) VALUES (?, ?, ?, ?) ON CONFLICT (name) DO UPDATE "
                                     "SET owner = excluded.owner, fence = excluded.fence, due = excluded.due", (name, owner, ours, now + life))],
                          [Statement("SELECT 'lease' WHERE coalesce((SELECT fence FROM lease WHERE name = ?), 0) <> ?",
-                                    (name, fence))], result=str(ours))
+                                    (name, fence))], result=str(ours), touches=())
         try:
             return int(self.write(attempt).result)
         except Conflict:
@@ -5815,7 +5815,7 @@ class Files:
     """Files and collections as they are now."""
 
     def __init__(self, tree: Tree) -> None:
-        self.tree, self.db, self.clock = tree, tree.db, tree.clock
+        self.tree, self.db, self.clock, self.sums = tree, tree.db, tree.clock, Sums(tree.db)
 
     def stat(self, who: Principal, path: tuple[str, ...]) -> Node:
         """The node at a path.  raises CloudError not-found"""
@@ -6083,22 +6083,82 @@ class Files:
         view = view_of(who)
         view.need_whole()
         kinds: dict[str, list[int]] = {}
-        with self.tree.lane(who):               # CROSS keeps the order: SQLite 3.53 would begin with the entries of everybody
-            for media, size, files in self.db.each(
-                    "WITH RECURSIVE live (node) AS (SELECT ? UNION ALL SELECT e.node FROM live JOIN entry e ON e.parent = live.node "
-                    "AND e.until IS NULL AND e.kind = 1) SELECT e.media, sum(e.size), count(*) FROM live CROSS JOIN entry e "
-                    "WHERE e.parent = live.node AND e.until IS NULL AND e.kind = 0 GROUP BY e.media", (view.top,)):
-                sums = kinds.setdefault(kind_of_media(media), [0, 0])
-                sums[0], sums[1] = sums[0] + size, sums[1] + files
-            (versions,), = self.db.read(
-                "SELECT coalesce(sum(size), 0) FROM (SELECT DISTINCT manifest, size FROM entry e WHERE home = ? AND fate = 'replaced' "
+        with self.tree.lane(who), self.db.snapshot() as read:
+            for media, (size, files) in self.sums.of(read, view.home, view.top).items():
+                if files:
+                    sums = kinds.setdefault(kind_of_media(media), [0, 0])
+                    sums[0], sums[1] = sums[0] + size, sums[1] + files
+            (versions,), = read(
+                "SELECT coalesce(sum(size), 0) FROM (SELECT DISTINCT manifest, size FROM entry e WHERE home = ? AND until > 0 AND fate = 'replaced' "
                 "AND kind = 0 AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.manifest = e.manifest AND l.home = e.home "
-                "AND l.until IS NULL))", (view.home,))
-            (trash,), = self.db.read(
-                "SELECT coalesce(sum(CASE WHEN e.kind THEN c.size ELSE e.size END), 0) FROM entry e LEFT JOIN collection c "
-                "ON c.node = e.node WHERE e.home = ? AND e.fate = 'deleted' "
+                "AND l.until IS NULL)) AS old", (view.home,))
+            (trash,), = read(
+                "SELECT coalesce(sum(CASE WHEN e.kind = 1 THEN c.size ELSE e.size END), 0) FROM entry e LEFT JOIN collection c "
+                "ON c.node = e.node WHERE e.home = ? AND e.until > 0 AND e.fate = 'deleted' "
                 "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL)", (view.home,))
         return kinds, versions, trash
+
+
+SUMS_LEAST = 10_000             # files from which on the sums of an account are kept
+LIVE_FILES = (  # below :top, of what was there as of :seq already.  CROSS keeps the order: SQLite 3.53 would begin with the entries of everybody
+    "WITH RECURSIVE live (node) AS (SELECT :top UNION ALL SELECT e.node FROM live JOIN entry e ON e.parent = live.node "
+    "AND e.until IS NULL AND e.kind = 1 AND e.since <= :seq) SELECT e.media, sum(e.size), count(*) FROM live CROSS JOIN entry e "
+    "WHERE e.parent = live.node AND e.until IS NULL AND e.kind = 0 AND e.since <= :seq GROUP BY e.media")
+
+BEGUN_FILES = (
+    "SELECT parent, media, sum(size), count(*) FROM entry WHERE home = :home AND since > :seq AND until IS NULL AND kind = 0 GROUP BY parent, media")
+ENDED_FILES = (  # of those that had begun by then; asked so that only the others of `until` are looked at
+    "SELECT parent, media, sum(CASE WHEN since <= :seq THEN size ELSE 0 END), sum(CASE WHEN since <= :seq THEN 1 ELSE 0 END) FROM entry "
+    "WHERE home = :home AND until > :seq AND kind = 0 GROUP BY parent, media")
+
+
+class Sums:
+    """Bytes and number of an account's live files by media type: summed up now and then, and brought up to date from there."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+
+    def of(self, read: Read, home: int, root: int) -> dict[str, list[int]]:
+        """{media: [bytes, files]} as `read`, of a snapshot, sees it."""
+        seq, sums = self._kept(read, home, root)
+
+        def count(sign: int, rows: Iterable[tuple[Any, ...]]) -> None:
+            for media, size, files in rows:
+                sum = sums.setdefault(media, [0, 0])
+                sum[0], sum[1] = sum[0] + sign * size, sum[1] + sign * files
+        if not seq:
+            count(+1, read(LIVE_FILES, {"top": root, "seq": INTEGERS - 1}))
+            return sums
+        then, now, since = Moment(read, root, seq, purged=True), Moment(read, root), {"home": home, "seq": seq}
+        for sign, moment, sql in ((+1, now, BEGUN_FILES), (-1, then, ENDED_FILES)):
+            for parent, *row in list(read(sql, since)):
+                if moment.path(parent) is not None:
+                    count(sign, [row])
+        for id, in list(read("SELECT node FROM entry WHERE home = :home AND kind = 1 AND since > :seq UNION "
+                             "SELECT node FROM entry WHERE home = :home AND kind = 1 AND until > :seq", since)):
+            came = (now.path(id) is not None) - (then.path(id) is not None)
+            if came:                             # with all that has been in it all the time
+                count(came, read(LIVE_FILES, {"top": id, "seq": seq}))
+        return sums
+
+    def _kept(self, read: Read, home: int, root: int) -> tuple[int, dict[str, list[int]]]:
+        """The sums as of a seq; 0 if there are none, or what is gone since is not known."""
+        (kept, fed), = read("SELECT (SELECT value FROM setting WHERE name = ?), fed FROM account WHERE id = ?", (self._name(home), home))
+        whose, seq, sums = json.loads(kept) if kept else (0, 0, {})
+        return (seq, sums) if whose == root and seq >= fed else (0, {})
+
+    def keep(self) -> None:
+        """Sum up anew for accounts with many files, where there is something new."""
+        for home, root, newest in self.db.read("SELECT a.id, a.root, c.seq FROM account a JOIN collection c ON c.node = a.root "
+                                               "WHERE c.files >= ?", (SUMS_LEAST,)):
+            with self.db.snapshot() as read:
+                (head,), = read("SELECT max(seq) FROM journal")
+                sums = self.of(read, home, root) if self._kept(read, home, root)[0] < newest else None
+            if sums is not None:
+                self.db.run(put_setting(self._name(home), to_json([root, head, sums])))
+
+    def _name(self, home: int) -> str:
+        return "sums %d" % home
 
 
 def arrivals(batch: Batch) -> list[tuple[Node, bool]]:
@@ -12358,6 +12418,7 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
     "expire": (MINUTE, lambda janitor: janitor.upkeep.expire()),
     "names": (5 * SECOND, lambda janitor: janitor.upkeep.indexing.index_names()),
     "contents": (5 * SECOND, lambda janitor: janitor.upkeep.indexing.index_contents()),
+    "sums": (5 * SECOND, lambda janitor: janitor.cloud.files.sums.keep()),
     "tidy": (DAY, lambda janitor: janitor.upkeep.indexing.tidy()),
     "reckon": (6 * HOUR, lambda janitor: janitor.upkeep.reckon()),
     "digest": (MINUTE, lambda janitor: janitor.upkeep.digest()),

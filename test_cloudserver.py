@@ -5997,6 +5997,63 @@ def test_usage_by_kind_versions_and_trash(api, cloud, ann):
                                    "live": 8, "versions": 10, "trash": 27}
 
 
+def test_usage_is_exact_whenever_it_was_summed_up_last(make_cloud, rng, fake, monkeypatch):
+    """Sums are kept as of a seq; from there on they follow what is written, moved, deleted, brought back, copied and given up."""
+    monkeypatch.setattr(cs, "SUMS_LEAST", 0)
+    monkeypatch.setattr(cs, "COPY_STEP", 2)              # copies are written in steps, below tops that are not there yet
+    cloud = make_cloud(clock=fake.clock())
+    ann, upkeep, sums = account(cloud), cs.Upkeep(cloud), cloud.files.sums
+    names = [cs.split_path(path) for path in ("a.txt", "b.jpg", "c/a.txt", "c/b.mp4", "d/e/f.txt", "d/c/g.jpg")]
+    moments, kept = [cloud.journal.head()], 0
+
+    def top(path):
+        return path[:rng.randrange(1, len(path) + 1)]
+    steps = [
+        *2 * [lambda path: cloud.files.write(ann, path, Body(bytes(rng.randrange(1, 99))), parents=True)],
+        lambda path: cloud.files.delete(ann, top(path)),
+        *2 * [lambda path: cloud.files.move(ann, (top(path), top(rng.choice(names))))],
+        lambda path: cloud.files.copy(ann, (top(path), top(rng.choice(names)))),
+        lambda path: cloud.trash.restore(ann, rng.choice(cloud.trash.list(ann)).node.node),
+        lambda path: cloud.trash.empty(ann, rng.choice(cloud.trash.list(ann)).node.node),
+        lambda path: cloud.history.undo(ann, cloud.journal.head()),
+        lambda path: cloud.history.rewind(ann, (), rng.choice(moments)),
+        lambda path: upkeep.thinning.purge(), lambda path: upkeep.thinning.thin(), lambda path: upkeep.thinning.mark_age(),
+        lambda path: fake.pass_(10 * cs.DAY)]
+    for n in range(200):
+        assert upkeep.hold()
+        with contextlib.suppress(CloudError, IndexError):
+            rng.choice(steps)(rng.choice(names))
+        if n % 20 == 0:
+            moments.append(cloud.journal.head())
+        with cloud.db.snapshot() as read:
+            whole = list(read(cs.LIVE_FILES, {"top": ann.root, "seq": 1 << 62}))
+            kept += sums._kept(read, ann.account, ann.root)[0] > 0
+            assert {media: sum for media, sum in sums.of(read, ann.account, ann.root).items() if sum[1]} == {media: [size, files] for media, size, files in whole}
+        if rng.random() < 0.1:
+            sums.keep()
+    assert 50 < kept
+
+
+def test_sums_are_kept_for_accounts_with_many_files_when_something_is_new(cloud, ann, monkeypatch):
+    def kept():
+        return cloud.db.read("SELECT name, value FROM setting WHERE name LIKE 'sums %'")
+    put(cloud, ann, "a.txt", b"1")
+    cloud.files.sums.keep()
+    assert not kept()
+    monkeypatch.setattr(cs, "SUMS_LEAST", 1)
+    before = cloud.files.usage(ann)
+    cloud.files.sums.keep()
+    seq, (row,) = cloud.journal.head(), kept()
+    assert json.loads(row[1])[1] == seq and before == cloud.files.usage(ann) == ({"text": [1, 1]}, 0, 0)
+    account(cloud, "bob")                                # of others nothing is new here
+    cloud.files.sums.keep()
+    assert kept() == [row]
+    put(cloud, ann, "b.txt", b"22")
+    assert cloud.files.usage(ann)[0] == {"text": [3, 2]}
+    cloud.files.sums.keep()
+    assert kept() != [row] and cloud.files.usage(ann)[0] == {"text": [3, 2]}
+
+
 def test_activity_by_device_and_time_and_of_the_server(api, cloud, ann):
     id, _ = cloud.devices.add_token(ann, "laptop")
     put(cloud, ann._replace(device=id), "a")
