@@ -12060,6 +12060,15 @@ class Duty:
     def __init__(self, upkeep: Upkeep) -> None:
         self.cloud, self.db, self.clock, self.write = upkeep.cloud, upkeep.db, upkeep.clock, upkeep.write
 
+    def homes(self) -> list[int]:
+        return [home for (home,) in self.db.read("SELECT id FROM account")]
+
+    def write_all(self, rows: list[Any], *statements: str) -> int:
+        """Write the same for each of many rows, some at a time; returns how many there were."""
+        for piece in pieces(rows):
+            self.write(*(Statement(sql, piece, many=True) for sql in statements))
+        return len(rows)
+
 
 class Thinning(Duty):
     """What was is forgotten in time: past --keep-days, and where history takes too much."""
@@ -12080,7 +12089,7 @@ class Thinning(Duty):
             return 0
         self.write(put_setting("oldest", str(cut)))
         gone = 0
-        for (home,) in self.db.read("SELECT id FROM account"):
+        for home in self.homes():
             self.write(Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND fate = 'deleted' AND until <= ? AND "
                                  + IS_LAST, (home, cut)), raise_shape(home))
             rows = []
@@ -12185,24 +12194,16 @@ class Sweep(Duty):
     def _sweep_manifests(self, prefix: str) -> int:
         rows = self.db.read("SELECT id FROM manifest WHERE id >= ? AND id < ? AND NOT EXISTS (SELECT 1 FROM entry "
                             "WHERE manifest = manifest.id)", ("m" + prefix, "m" + prefix + "g"))
-        for piece in pieces(rows):
-            self.write(Statement("DELETE FROM manifest WHERE id = ? AND NOT EXISTS (SELECT 1 FROM entry "
-                                 "WHERE entry.manifest = manifest.id)", piece, many=True),
-                       Statement("DELETE FROM manifest_chunk WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest "
-                                 "WHERE id = ?1)", piece, many=True),
-                       Statement("DELETE FROM digest WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest "
-                                 "WHERE id = ?1)", piece, many=True))
-        return len(rows)
+        return self.write_all(rows, "DELETE FROM manifest WHERE id = ? AND NOT EXISTS (SELECT 1 FROM entry WHERE entry.manifest = manifest.id)",
+                              "DELETE FROM manifest_chunk WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest WHERE id = ?1)",
+                              "DELETE FROM digest WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest WHERE id = ?1)")
 
     def _condemn(self, prefix: str, now: int, before: int) -> int:
         """Note that nobody refers to chunks, nor sent them ahead, that came before a due time."""
         unwanted = "NOT " + REFERRED + " AND NOT EXISTS (SELECT 1 FROM loose WHERE chunk = chunk.hash AND due > ?)"
         rows = self.db.read("SELECT hash FROM chunk WHERE hash >= ? AND hash < ? AND condemned IS NULL AND at < ? AND " + unwanted,
                             (prefix, prefix + "g", before, now))
-        for piece in pieces(rows):
-            self.write(Statement("UPDATE chunk SET condemned = ? WHERE hash = ? AND " + unwanted,
-                                 [(now, hash, now) for (hash,) in piece], many=True))
-        return len(rows)
+        return self.write_all([(now, hash, now) for (hash,) in rows], "UPDATE chunk SET condemned = ? WHERE hash = ? AND " + unwanted)
 
     def _bury(self, now: int, before: int, rest: int) -> int:
         """Rows of chunks that were condemned before a due time go, their objects after a rest; one referred to again is acquitted."""
@@ -12223,8 +12224,7 @@ class Sweep(Duty):
         for name in self.cloud.blobs.store.list(prefix):
             if not self._is_object(name) and not self.db.read("SELECT 1 FROM grave WHERE object = ?", (name,)):
                 found.append((name, now + KEEP_ORPHANS))
-        for piece in pieces(found):
-            self.write(Statement("INSERT INTO grave (object, due) VALUES (?, ?) ON CONFLICT (object) DO NOTHING", piece, many=True))
+        self.write_all(found, "INSERT INTO grave (object, due) VALUES (?, ?) ON CONFLICT (object) DO NOTHING")
 
     def _is_object(self, name: str) -> bool:
         return bool(self.db.read("SELECT 1 FROM chunk WHERE hash = ? AND object = ?", (name.lstrip(".")[:64], name)))
@@ -12253,39 +12253,46 @@ class Indexing(Duty):
 
     def index_names(self) -> bool:
         """Bring the index of names further, where SQLite has one; is there more to do?"""
-        if not self.db.has_index():
-            return False
-        done = int(self.db.setting("indexed") or 0)
-        reached = self._stretch(done, NAMES_STEP)
+        return self._go_on("indexed", NAMES_STEP, self._add_names)
+
+    def index_contents(self) -> bool:
+        """The same for the index of contents."""
+        return self._go_on("read", CONTENTS_STEP, self._add_contents)
+
+    def _go_on(self, mark: str, most: int, add: Callable[[int, int], list[Statement]]) -> bool:
+        done = int(self.db.setting(mark) or 0)
+        reached = self._stretch(done, most) if self.db.has_index() else done
         if reached == done:
             return False
+        self.write(*add(done, reached), put_setting(mark, str(reached)))
+        return reached < self.cloud.journal.head()
+
+    def _add_names(self, done: int, reached: int) -> list[Statement]:
         (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM name_row")
-        rows = [row for (home,) in self.db.read("SELECT id FROM account") for row in self.db.read(
+        rows = [row for home in self.homes() for row in self.db.read(
             "SELECT node, key FROM entry e WHERE home = ? AND since > ? AND since <= ? AND NOT EXISTS (SELECT 1 FROM entry p "
             "WHERE p.node = e.node AND p.until = e.since AND p.key = e.key) ORDER BY since", (home, done, reached))]
         chosen = [(last + n, node, key) for n, (node, key) in enumerate(rows, 1)]
-        self.write(Statement("INSERT INTO name_row (id, node) VALUES (?, ?)", [row[:2] for row in chosen], many=True),
-                   Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True),
-                   put_setting("indexed", str(reached)))
-        return reached < self.cloud.journal.head()
+        return [Statement("INSERT INTO name_row (id, node) VALUES (?, ?)", [row[:2] for row in chosen], many=True),
+                Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True)]
 
-    def index_contents(self) -> bool:
-        """Bring the index of contents further, where SQLite has one; is there more to do?"""
-        if not self.db.has_index():
-            return False
-        done = int(self.db.setting("read") or 0)
-        reached = self._stretch(done, CONTENTS_STEP)
+    def _add_contents(self, done: int, reached: int) -> list[Statement]:
+        """What remains to be written: most of it was, some text at a time."""
         rows, size = [], 0
         for home, manifest, length in self._unread(done, reached):
             rows.append((home, manifest, self._text_of(manifest, length)))
             size += length
             if size > CONTENTS_COMMIT:
-                self._add_contents(rows)
+                self.write(*self._entries(rows))
                 rows, size = [], 0
-        self._add_contents(rows)
-        if reached != done:
-            self.write(put_setting("read", str(reached)))
-        return reached < self.cloud.journal.head()
+        return self._entries(rows)
+
+    def _entries(self, rows: list[tuple[int, str, str]]) -> list[Statement]:
+        """Of (home, manifest, text) in the index of contents."""
+        (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM text_row")
+        chosen = [(last + n, *row) for n, row in enumerate(rows, 1)]
+        return [Statement("INSERT INTO text_row (id, home, manifest) VALUES (?, ?, ?)", [row[:3] for row in chosen], many=True),
+                Statement("INSERT INTO text_index (rowid, home, body) VALUES (?, ?, ?)", [(id, home, text) for id, home, _, text in chosen], many=True)]
 
     def _text_of(self, manifest: str, size: int) -> str:
         """What of a file goes into the index; nothing if it is no text, or cannot be read: the scrub tells of that."""
@@ -12298,7 +12305,7 @@ class Indexing(Duty):
     def _unread(self, done: int, reached: int) -> Iterator[tuple[int, str, int]]:
         """(home, manifest, bytes) of live text files that are not indexed yet."""
         seen = set()
-        for (home,) in self.db.read("SELECT id FROM account"):
+        for home in self.homes():
             for manifest, size, media in self.db.read(
                     "SELECT manifest, size, media FROM entry e WHERE home = ? AND since > ? AND since <= ? AND until IS NULL "
                     "AND kind = 0 AND size BETWEEN 1 AND ? AND NOT EXISTS (SELECT 1 FROM text_row r WHERE r.home = e.home "
@@ -12307,18 +12314,10 @@ class Indexing(Duty):
                     seen.add((home, manifest))
                     yield home, manifest, size
 
-    def _add_contents(self, rows: list[tuple[int, str, str]]) -> None:
-        (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM text_row")
-        rows = [(last + n, *row) for n, row in enumerate(rows, 1)]
-        if rows:
-            self.write(Statement("INSERT INTO text_row (id, home, manifest) VALUES (?, ?, ?)", [row[:3] for row in rows], many=True),
-                       Statement("INSERT INTO text_index (rowid, home, body) VALUES (?, ?, ?)",
-                                 [(id, home, text) for id, home, _, text in rows], many=True))
-
     def _stretch(self, done: int, most: int) -> int:
         """The seq up to which some work goes that stands at `done`: about `most` entries of a home, and no batch in part."""
         reached = self.cloud.journal.head()
-        for (home,) in self.db.read("SELECT id FROM account"):
+        for home in self.homes():
             for (since,) in self.db.read("SELECT since FROM entry WHERE home = ? AND since > ? AND since <= ? ORDER BY since "
                                          "LIMIT 1 OFFSET ?", (home, done, reached, most)):
                 reached = since
@@ -12328,8 +12327,7 @@ class Indexing(Duty):
         """Drop thumbnails of what is gone; begin the index of contents anew when most of it is about what is gone."""
         gone = self.db.read("SELECT id FROM thumbnail t WHERE NOT EXISTS (SELECT 1 FROM entry WHERE manifest = t.manifest "
                             "AND home = t.home)")
-        for piece in pieces(gone):
-            self.write(Statement("DELETE FROM thumbnail WHERE id = ?", piece, many=True))
+        self.write_all(gone, "DELETE FROM thumbnail WHERE id = ?")
         stale, known = self.db.read("SELECT coalesce(sum(NOT EXISTS (SELECT 1 FROM entry e WHERE e.manifest = r.manifest "
                                     "AND e.home = r.home AND until IS NULL)), 0), count(*) FROM text_row r")[0]
         if stale > 1000 and 2 * stale > known:
@@ -12438,8 +12436,14 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
 
 STOP_TIME = 8                   # seconds that requests in flight get to finish; who stops a container waits 10
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+HANG_UP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []           # a terminal closes, or a log was moved away
 WATCHED_MOST = 480 if os.name == "nt" else math.inf      # connections that no thread has; select() on Windows takes 512 sockets in all
 CREW_IDLE = 10                  # seconds that a thread waits for work before it ends
+
+
+def on_signals(numbers: Sequence[int], act: Any) -> None:
+    for number in numbers:
+        signal.signal(number, act)
 
 
 class Balance:
@@ -12849,7 +12853,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         event = {"at": format_time(int(record.created * 1000)), "level": record.levelname.lower(),
                  "event": record.getMessage()[:1024]}
-        event.update((name, str(getattr(record, name))[:1024]) for name in ("account", "address", "by", "share") if hasattr(record, name))
+        event.update((name, str(value)[:1024]) for name, value in subjects_of(record))
         if record.exc_info:
             event["trace"] = self.formatException(record.exc_info)[-4096:]
         return json.dumps(event)
@@ -12859,11 +12863,16 @@ class SentenceFormatter(logging.Formatter):
     """The same for eyes: a sentence, and what it is about."""
 
     def format(self, record: logging.LogRecord) -> str:
-        about = ["%s %s" % (name, getattr(record, name)) for name in ("account", "address", "by", "share") if hasattr(record, name)]
-        lines = [record.getMessage() + (" (%s)" % ", ".join(about) if about else "")]
+        about = ", ".join("%s %s" % subject for subject in subjects_of(record))
+        lines = [record.getMessage() + (about and " (%s)" % about)]
         if record.exc_info:
             lines += self.formatException(record.exc_info).splitlines()
         return "\n".join("".join(c if c.isprintable() else "?" for c in line[:1024]) for line in lines)
+
+
+def subjects_of(record: logging.LogRecord) -> list[tuple[str, Any]]:
+    """What an event is about, as (name, value)."""
+    return [(name, getattr(record, name)) for name in ("account", "address", "by", "share") if hasattr(record, name)]
 
 
 def start_logging(config: Config) -> None:
@@ -12921,10 +12930,8 @@ def ask(url: str, path: str) -> str:
 
 def serve(config: Config) -> int:
     """Serve until told to stop; returns the exit code.  raises CloudError"""
-    for number in STOP_SIGNALS:                  # until somebody takes over: nothing is under way yet
-        signal.signal(number, lambda number, frame: sys.exit(0))
-    if hasattr(signal, "SIGHUP"):                # a terminal that closes stops no server
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    on_signals(STOP_SIGNALS, lambda number, frame: sys.exit(0))          # until somebody takes over: nothing is under way yet
+    on_signals(HANG_UP, signal.SIG_IGN)
     start_logging(config)
     listener = listen(config)
     tls_context(config)                          # what can fail without a trace comes first; and what root alone may do
@@ -13016,11 +13023,11 @@ def read_first_password(config: Config) -> str | None:
 
 def announce(config: Config, port: int, password: str | None) -> None:
     """Make the database, and say where to find us; on the very first start, by what link to set up."""
-    urls = urls_of(config, port)
+    urls, here = urls_of(config, port), local_url(config, port)
     with closing(Cloud(config)) as cloud:
-        if cloud.db.setting("running"):
-            cloud.db.run(put_setting("unclean", "1"), frees=True)      # the janitor looks (R22)
-        at = [*urls, *([local_url(config, port) + " for the proxy"] if config.behind_proxy else [])]
+        unclean = [put_setting("unclean", "1")] if cloud.db.setting("running") else []       # the janitor looks (R22)
+        cloud.db.run(put_setting("running", here), *unclean, frees=True)
+        at = [*urls, *([here + " for the proxy"] if config.behind_proxy else [])]
         print("cloudserver serves %s at %s" % (config.data.resolve(), ", ".join(dict.fromkeys(at))))
         if not cloud.accounts.is_set_up():
             invite(config, cloud, urls, password)
@@ -13058,14 +13065,11 @@ def show_qr(text: str) -> None:
 
 def work(config: Config, listener: socket.socket, lifeline: int | None = None, balance: Balance | None = None) -> int:
     """Be a worker until told to stop; returns the exit code."""
-    cloud, url = Cloud(config), local_url(config, listener.getsockname()[1])
-    if cloud.db.setting("running") != url:
-        cloud.db.run(put_setting("running", url), frees=True)
+    cloud = Cloud(config)
     server, janitor = CloudServer(cloud, listener, lifeline, balance), Janitor(cloud)
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda number, frame: os._exit(1) if server.stopping else server.stop())
-    if server.access_log and hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda number, frame: server.access_log.reopen())
+    on_signals(STOP_SIGNALS, lambda number, frame: os._exit(1) if server.stopping else server.stop())
+    if server.access_log:
+        on_signals(HANG_UP, lambda number, frame: server.access_log.reopen())
     janitor.start()
     server.serve_forever()
     janitor.stop()
@@ -13090,9 +13094,8 @@ class Supervisor:
         self.balance = Balance(count)
 
     def run(self) -> int:
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._stop)
-        signal.signal(signal.SIGHUP, self._pass_on)
+        on_signals(STOP_SIGNALS, self._stop)
+        on_signals(HANG_UP, self._pass_on)
         for index in range(self.count):
             self._fork(index)
         while self.pids:
@@ -13110,7 +13113,7 @@ class Supervisor:
             self._fork(index)
 
     def _fork(self, index: int) -> None:
-        signals = {*STOP_SIGNALS, signal.SIGHUP}
+        signals = {*STOP_SIGNALS, *HANG_UP}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)        # a child must never run our handler
         pid = os.fork()
         if pid:
@@ -13121,9 +13124,8 @@ class Supervisor:
             return
         code = 1
         try:
-            for number in STOP_SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            on_signals(STOP_SIGNALS, signal.SIG_DFL)
+            on_signals(HANG_UP, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
             os.close(self._end)
             keep_on_core(index)
@@ -16544,8 +16546,7 @@ def run_sync(config: Config, given: Arguments) -> int:
             tell(client)
         else:
             ended = threading.Event()
-            for number in STOP_SIGNALS:
-                signal.signal(number, lambda number, frame: ended.set())
+            on_signals(STOP_SIGNALS, lambda number, frame: ended.set())
             client.watch(ended, tell, listener)
         client.memory.close()
         return 1 if given.once and client.session.problems else 0
