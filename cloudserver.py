@@ -16303,22 +16303,31 @@ GROUPS = {"user": "make, list, change and remove accounts"}
 
 class Command(NamedTuple):
     """A row of COMMANDS."""
-    run: Callable[[Config, Arguments], Optional[int]]
+    run: Callable[[Any, Arguments], Optional[int]]       # its first argument is Config, or the cloud that is opened for it
     arguments: tuple[tuple[Any, ...], ...]       # of add_argument: ("name", {"help": ...})
     settings: tuple[str, ...]                    # fields of Config that mean something to it
+    opens: str                                   # how it has the cloud in --data opened, as open_cloud has it; "" not at all
     outside: bool                                # works on places that root alone may reach; others do as the data's owner
 
 
 COMMANDS: dict[str, Command] = {}
 
 
-def command(name: str, *arguments: tuple[Any, ...], settings: Iterable[str] = ("data",), outside: bool = False
+def command(name: str, *arguments: tuple[Any, ...], settings: Iterable[str] = ("data",), opens: str = "", outside: bool = False
             ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Enter a function in COMMANDS."""
     def enter(run: Callable[..., Any]) -> Callable[..., Any]:
-        COMMANDS[name] = Command(run, arguments, tuple(settings), outside)
+        COMMANDS[name] = Command(run, arguments, tuple(settings), opens, outside)
         return run
     return enter
+
+
+def switch(name: str, help: str) -> tuple[Any, ...]:
+    return name, {"action": "store_true", "help": help}
+
+
+def directory_argument(name: str, shown: str, help: str) -> tuple[Any, ...]:
+    return name, {"metavar": shown, "type": Path, "help": help}
 
 
 def leave(code: int) -> None:
@@ -16329,7 +16338,7 @@ def leave(code: int) -> None:
 
 
 @contextmanager
-def open_cloud(config: Config, how: str = "open") -> Iterator[Cloud]:
+def open_cloud(config: Config, how: str) -> Iterator[Cloud]:
     """The cloud in the data directory, for a command that works beside a running server or without one.
 
     how   as of Cloud; "look": to read it, and note damage where that can be noted
@@ -16357,7 +16366,13 @@ def check_upgrade(data: Path) -> None:
                 raise CloudError("conflict", "a server of an older version runs on %s; restart it first" % data)
 
 
-PASSWORD_STDIN = ("--password-stdin", {"action": "store_true", "help": "read the password from standard input"})
+def need_directory(place: Path) -> None:
+    """raises CloudError if it is none"""
+    if not place.is_dir():
+        raise CloudError("not-found", "%s is not a directory" % place)
+
+
+PASSWORD_STDIN = switch("--password-stdin", "read the password from standard input")
 
 
 @command("serve", settings=[setting.name for setting in fields(Config)], outside=True)
@@ -16367,72 +16382,66 @@ def run_serve(config: Config, given: Arguments) -> None:
 
 
 @command("user add", ("name", {"help": "what they log in by"}),
-         ("--admin", {"action": "store_true", "help": "may manage accounts"}), PASSWORD_STDIN, settings=("data", "quota"))
-def run_user_add(config: Config, given: Arguments) -> None:
+         switch("--admin", "may manage accounts"), PASSWORD_STDIN, settings=("data", "quota"), opens="make")
+def run_user_add(cloud: Cloud, given: Arguments) -> None:
     """make an account; --quota limits it"""
-    with open_cloud(config, "make") as cloud:
-        cloud.accounts.add(given.name, ask_password(given, given.name, new=True), admin=given.admin,
-                           quota=cloud.policy().quota if config.quota is None else config.quota)
+    cloud.accounts.add(given.name, ask_password(given, given.name, new=True), admin=given.admin,
+                       quota=cloud.policy().quota if cloud.config.quota is None else cloud.config.quota)
 
 
-@command("user list")
-def run_user_list(config: Config, given: Arguments) -> None:
+@command("user list", opens="look")
+def run_user_list(cloud: Cloud, given: Arguments) -> None:
     """list accounts, what they use and may use"""
-    with open_cloud(config, "look") as cloud:
-        for account in cloud.accounts.list():
-            print("%-24s %-6s %10s of %-10s %8d files" % (
-                account.name, "admin" if account.admin else "", format_size(account.used),
-                "any" if account.quota is None else format_size(account.quota), account.files))
+    for account in cloud.accounts.list():
+        print("%-24s %-6s %10s of %-10s %8d files" % (
+            account.name, "admin" if account.admin else "", format_size(account.used),
+            "any" if account.quota is None else format_size(account.quota), account.files))
 
 
-@command("user passwd", ("name", {"help": "whose password"}), PASSWORD_STDIN)
-def run_user_passwd(config: Config, given: Arguments) -> None:
+@command("user passwd", ("name", {"help": "whose password"}), PASSWORD_STDIN, opens="open")
+def run_user_passwd(cloud: Cloud, given: Arguments) -> None:
     """set a new password; ends every session and app password of the account"""
-    with open_cloud(config) as cloud:
-        cloud.accounts.get(given.name)
-        cloud.accounts.set_password(given.name, ask_password(given, given.name, new=True))
+    cloud.accounts.get(given.name)
+    cloud.accounts.set_password(given.name, ask_password(given, given.name, new=True))
 
 
-@command("user remove", ("name", {"help": "whose account"}), ("--yes", {"action": "store_true", "help": "do not ask"}))
-def run_user_remove(config: Config, given: Arguments) -> Optional[int]:
+@command("user remove", ("name", {"help": "whose account"}), switch("--yes", "do not ask"), opens="open")
+def run_user_remove(cloud: Cloud, given: Arguments) -> Optional[int]:
     """end an account; its files go when history does"""
-    with open_cloud(config) as cloud:
-        account = cloud.accounts.get(given.name)
-        if not given.yes and not agree("Remove %s and %d files?" % (account.name, account.files)):
-            return 1
-        cloud.accounts.remove(given.name)
+    account = cloud.accounts.get(given.name)
+    if not given.yes and not agree("Remove %s and %d files?" % (account.name, account.files)):
+        return 1
+    cloud.accounts.remove(given.name)
     return None
 
 
-@command("verify", ("--quick", {"action": "store_true", "help": "only that every part is there, not its bytes"}))
-def run_verify(config: Config, given: Arguments) -> int:
+@command("verify", switch("--quick", "only that every part is there, not its bytes"), opens="look")
+def run_verify(cloud: Cloud, given: Arguments) -> int:
     """read everything and name every file that is damaged"""
-    with open_cloud(config, "look") as cloud:
-        wrong = verify(cloud, given.quick)
-        print("\n".join(wrong) or "all is well: %d chunks, seq %d" % (cloud.numbers()["chunks"], cloud.journal.head()))
+    wrong = verify(cloud, given.quick)
+    print("\n".join(wrong) or "all is well: %d chunks, seq %d" % (cloud.numbers()["chunks"], cloud.journal.head()))
     return 1 if wrong else 0
 
 
-@command("gc", ("--now", {"action": "store_true", "help": "empty every trash and give back at once what nothing needs any more"}),
-         ("--yes", {"action": "store_true", "help": "do not ask"}), settings=("data", "keep_days", "history"))
-def run_gc(config: Config, given: Arguments) -> int:
+@command("gc", switch("--now", "empty every trash and give back at once what nothing needs any more"),
+         switch("--yes", "do not ask"), settings=("data", "keep_days", "history"), opens="open")
+def run_gc(cloud: Cloud, given: Arguments) -> int:
     """give back space now (a running server does so by itself, bit by bit)"""
-    with open_cloud(config) as cloud:
-        upkeep = Upkeep(cloud)
-        if given.now and not given.yes and not agree("Give up for good what is in the trash of every account?"):
-            return 1
-        if not upkeep.hold():
-            raise CloudError("busy", "a running server is at it; try again in %d minutes, or stop it" % (LEASE // MINUTE))
-        try:
-            for account in cloud.accounts.list() if given.now else ():
-                print("%s: %d things given up" % (account.name, cloud.trash.empty(cloud.accounts.principal(account.name))))
-            upkeep.expire()
-            upkeep.thinning.mark_age()
-            print("history: %d rows thinned, %d nodes removed" % (upkeep.thinning.thin(), upkeep.thinning.purge()))
-            print("chunks: %(manifests)d manifests, %(condemned)d condemned, %(buried)d buried, %(deleted)d deleted"
-                  % upkeep.sweep.run(at_once=given.now))
-        finally:
-            upkeep.release()
+    upkeep = Upkeep(cloud)
+    if given.now and not given.yes and not agree("Give up for good what is in the trash of every account?"):
+        return 1
+    if not upkeep.hold():
+        raise CloudError("busy", "a running server is at it; try again in %d minutes, or stop it" % (LEASE // MINUTE))
+    try:
+        for account in cloud.accounts.list() if given.now else ():
+            print("%s: %d things given up" % (account.name, cloud.trash.empty(cloud.accounts.principal(account.name))))
+        upkeep.expire()
+        upkeep.thinning.mark_age()
+        print("history: %d rows thinned, %d nodes removed" % (upkeep.thinning.thin(), upkeep.thinning.purge()))
+        print("chunks: %(manifests)d manifests, %(condemned)d condemned, %(buried)d buried, %(deleted)d deleted"
+              % upkeep.sweep.run(at_once=given.now))
+    finally:
+        upkeep.release()
     return 0
 
 
@@ -16441,21 +16450,19 @@ def agree(question: str) -> bool:
     return read_line().lower() == "y"
 
 
-@command("backup", ("to", {"metavar": "DIR", "type": Path, "help": "directory to bring up to date; only what it lacks is copied"}), outside=True)
-def run_backup(config: Config, given: Arguments) -> int:
+@command("backup", directory_argument("to", "DIR", "directory to bring up to date; only what it lacks is copied"), opens="look", outside=True)
+def run_backup(cloud: Cloud, given: Arguments) -> int:
     """copy everything to a directory, while the server runs"""
-    with open_cloud(config, "look") as cloud:
-        count, size, damaged = back_up(cloud, given.to)
+    count, size, damaged = back_up(cloud, given.to)
     print("backed up to %s: %d chunks, %s copied" % (given.to, count, format_size(size)), *damaged, sep="\n")
     return 1 if damaged else 0
 
 
-@command("repair", ("source", {"metavar": "FROM", "type": Path, "help": "a backup, or plain files: an export, a sync folder"}),
-         ("--yes", {"action": "store_true", "help": "do it; without this only the plan is shown"}))
+@command("repair", directory_argument("source", "FROM", "a backup, or plain files: an export, a sync folder"),
+         switch("--yes", "do it; without this only the plan is shown"))
 def run_repair(config: Config, given: Arguments) -> int:
     """bring damaged and missing parts of files back from a backup or from plain files"""
-    if not given.source.is_dir():
-        raise CloudError("not-found", "%s is not a directory" % given.source)
+    need_directory(given.source)
     with open_cloud(config, "open" if given.yes else "look") as cloud:
         healings = find_healing(cloud, given.source)
         known, lost = ({one.hash: one.wrong for one in healings if bool(one.source) == there} for there in (True, False))
@@ -16469,7 +16476,7 @@ def run_repair(config: Config, given: Arguments) -> int:
     return 1 if lost or known and not given.yes else 0
 
 
-@command("restore", ("source", {"metavar": "FROM", "type": Path, "help": "directory that backup wrote"}), outside=True)
+@command("restore", directory_argument("source", "FROM", "directory that backup wrote"), outside=True)
 def run_restore(config: Config, given: Arguments) -> int:
     """make a new data directory from a backup, and verify it"""
     wrong = restore_backup(given.source, config)
@@ -16477,57 +16484,53 @@ def run_restore(config: Config, given: Arguments) -> int:
     return 1 if wrong else 0
 
 
-@command("restored")
-def run_restored(config: Config, given: Arguments) -> None:
+@command("restored", opens="open")
+def run_restored(cloud: Cloud, given: Arguments) -> None:
     """tell every client that an older state of the data was put back (a snapshot, a copy), so that none deletes what it lacks"""
-    with open_cloud(config) as cloud:
-        begin_anew(cloud)
+    begin_anew(cloud)
     print("Clients of %s know from now on that it may lack what they have seen.\n"
           "Native sync clients stop; `sync DIR --once --yes` merges. Nextcloud clients keep and send again what is missing."
-          % config.data)
+          % cloud.config.data)
 
 
 ONE_USER = ("--user", {"default": "", "help": "whose files; all, each in a folder of its own, if not given"})
 
 
-@command("export", ("to", {"metavar": "DIR", "type": Path, "help": "where to write"}), ONE_USER, outside=True)
-def run_export(config: Config, given: Arguments) -> int:
+@command("export", directory_argument("to", "DIR", "where to write"), ONE_USER, opens="look", outside=True)
+def run_export(cloud: Cloud, given: Arguments) -> int:
     """write the files as plain files, with their times"""
     code = 0
-    with open_cloud(config, "look") as cloud:
-        for name in [given.user] if given.user else [account.name for account in cloud.accounts.list()]:
-            who = cloud.accounts.principal(name)
-            written, failed = export_files(cloud, who, given.to, () if given.user else (name,))
-            print("%s: %d files written" % (name, written), *failed, sep="\n")
-            code |= bool(failed)
+    for name in [given.user] if given.user else [account.name for account in cloud.accounts.list()]:
+        who = cloud.accounts.principal(name)
+        written, failed = export_files(cloud, who, given.to, () if given.user else (name,))
+        print("%s: %d files written" % (name, written), *failed, sep="\n")
+        code |= bool(failed)
     return code
 
 
-@command("import", ("source", {"metavar": "DIR", "type": Path, "help": "what to store"}),
+@command("import", directory_argument("source", "DIR", "what to store"),
          ("--user", {"required": True, "help": "whose it becomes"}), ("--into", {"default": "", "help": "collection to put it in"}),
-         outside=True)
-def run_import(config: Config, given: Arguments) -> int:
+         opens="open", outside=True)
+def run_import(cloud: Cloud, given: Arguments) -> int:
     """store a directory of plain files, with their times"""
-    if not given.source.is_dir():
-        raise CloudError("not-found", "%s is not a directory" % given.source)
-    with open_cloud(config) as cloud:
-        stored, skipped = import_files(cloud, cloud.accounts.principal(given.user), given.source, split_path(given.into))
+    need_directory(given.source)
+    stored, skipped = import_files(cloud, cloud.accounts.principal(given.user), given.source, split_path(given.into))
     print("%d files stored" % stored, *skipped, sep="\n")
     return 1 if skipped else 0
 
 
-@command("sync", ("folder", {"metavar": "DIR", "type": Path, "help": "the folder on this computer"}),
+@command("sync", directory_argument("folder", "DIR", "the folder on this computer"),
          ("url", {"metavar": "URL", "nargs": "?", "help": "the server, as https://ann@cloud.example; needed once, and to log in again"}),
-         ("--once", {"action": "store_true", "help": "end when both sides are alike"}),
+         switch("--once", "end when both sides are alike"),
          ("--only", {"action": "append", "default": [], "metavar": "PATH", "help": "sync this part only; may be given again"}),
-         ("--yes", {"action": "store_true", "help": "go on where the brake would stop"}),
+         switch("--yes", "go on where the brake would stop"),
          ("--device", {"default": "", "metavar": "NAME", "help": "what this computer is called"}),
          PASSWORD_STDIN,
-         ("--trust", {"action": "store_true", "help": "take the certificate the server has now, from now on, as ssh does"}),
-         ("--plain-http", {"action": "store_true", "help": "send the password without encryption to another machine"}),
-         ("--json", {"action": "store_true", "help": "tell what was done as JSON"}),
-         ("--status", {"action": "store_true", "help": "tell how things stand, and end"}),
-         ("--forget", {"action": "store_true", "help": "sync this folder no more; its files stay"}), settings=(), outside=True)
+         switch("--trust", "take the certificate the server has now, from now on, as ssh does"),
+         switch("--plain-http", "send the password without encryption to another machine"),
+         switch("--json", "tell what was done as JSON"),
+         switch("--status", "tell how things stand, and end"),
+         switch("--forget", "sync this folder no more; its files stay"), settings=(), outside=True)
 def run_sync(config: Config, given: Arguments) -> int:
     """keep a folder and an account alike, both ways, until stopped"""
     gc.set_threshold(20_000)     # what a run learns it keeps: to look for cycles in that each time it grew a little costs a tenth
@@ -16587,7 +16590,7 @@ def tell_status(given: Arguments) -> int:
     return 0
 
 
-@command("doctor", ("--alive", {"action": "store_true", "help": "only ask the running server whether it is well"}),
+@command("doctor", switch("--alive", "only ask the running server whether it is well"),
          settings=("data", "low_water", "tls_cert", "tls_key"))
 def run_doctor(config: Config, given: Arguments) -> int:
     """look for what is known to go wrong"""
@@ -16750,7 +16753,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not given.command.outside:
             become_owner(config.data)
-        return given.command.run(config, given) or 0
+        with open_cloud(config, given.command.opens) if given.command.opens else nullcontext(config) as subject:
+            return given.command.run(subject, given) or 0
     except (CloudError, OSError, sqlite3.Error) as error:
         return complain(error, 1)
     except EOFError:                             # Ctrl-D, or nobody there
