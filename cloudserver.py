@@ -13625,26 +13625,29 @@ def import_files(cloud: Cloud, who: Principal, source: Path, into: tuple[str, ..
     What is there already with the same size and time is left.  Links and devices are skipped, and named.
     """
     check_outside(cloud.config.data, source)
-    total = sum(size for _, size in scan_files(source, []))
-    progress, skipped, stored = Progress("import", total), [], [0]
+    progress = Progress("import", sum(size for _, size in scan_files(source, [])))
+    skipped: list[str] = []
 
-    def store(place: Path, size: int) -> None:
+    def store(found: tuple[Path, int]) -> bool:
+        place, size = found
         path = into + place.relative_to(source).parts
+        progress.add(size)
         try:
             at = place.stat().st_mtime_ns // 1_000_000
             node = cloud.files.find(who, check_path(path))
-            if node is None or node.kind or node.size != size or node.mtime != at:
-                with open(place, "rb", buffering=0) as file:
-                    cloud.files.write(who, path, FileBody(file, size), mtime=check_mtime(at), parents=True)
-                stored[0] += 1
+            if node is not None and not node.kind and node.size == size and node.mtime == at:
+                return False
+            with open(place, "rb", buffering=0) as file:
+                cloud.files.write(who, path, FileBody(file, size), mtime=check_mtime(at), parents=True)
+            return True
         except (OSError, CloudError) as error:
             skipped.append("%s: %s" % (place, reason_of(error)))
-        progress.add(size)
+            return False
 
     with ThreadPoolExecutor(8) as pool:
-        deque(pool.map(lambda item: store(*item), scan_files(source, skipped, cloud, who, into)), maxlen=0)
+        stored = sum(pool.map(store, scan_files(source, skipped, cloud, who, into)))
     progress.end()
-    return stored[0], skipped
+    return stored, skipped
 
 
 MOUNT_POINT_TAG = 0xA0000003    # by which Windows marks a junction (MS-FSCC s2.1.2.1)
@@ -14505,7 +14508,7 @@ class Memory:
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = NORMAL")
             for name, kind in self.TREES.items():
-                self._make_table(name, kind._fields)
+                self._make_table(name, kind)
             self.db.execute("CREATE TABLE IF NOT EXISTS word (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
             self.words = dict(self.db.execute("SELECT name, value FROM word"))
             rows = {name: self.db.execute("SELECT key, %s FROM %s" % (", ".join(kind._fields), name))
@@ -14518,13 +14521,13 @@ class Memory:
         self._changed: dict[str, set[str]] = {name: set() for name in self.TREES}
         self.steps = 0                               # how often something was agreed on
 
-    def _make_table(self, name: str, columns: Sequence[str]) -> None:
-        """Make a table, or give one of an older program the columns it lacks."""
-        self.db.execute("CREATE TABLE IF NOT EXISTS %s (key TEXT PRIMARY KEY, %s) WITHOUT ROWID" % (name, ", ".join(columns)))
+    def _make_table(self, name: str, kind: Any) -> None:
+        """Make a table, or give one of an older program the columns it lacks, as they are where nothing else is said."""
+        self.db.execute("CREATE TABLE IF NOT EXISTS %s (key TEXT PRIMARY KEY, %s) WITHOUT ROWID" % (name, ", ".join(kind._fields)))
         known = {row[1] for row in self.db.execute("PRAGMA table_info(%s)" % name)}
-        for column in columns:
+        for column in kind._fields:
             if column not in known:
-                self.db.execute("ALTER TABLE %s ADD COLUMN %s DEFAULT %d" % (name, column, column == "sure"))
+                self.db.execute("ALTER TABLE %s ADD COLUMN %s DEFAULT %r" % (name, column, kind._field_defaults.get(column, 0)))
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -16139,18 +16142,23 @@ class SyncClient:
                 memory.agree(key, there, self.downloader.respell(there, here))
                 self.folder.touch(here.path)
                 return
-            memory.take_away([key])
-            self.folder.rename(here.path, self._conflict_name(here.path))
+            device = re.sub(r'[\x00-\x1f\x7f/\\<>:"|?*]', "-", memory.words.get("device", "here"))
+            self._set_aside(key, " (conflict %s %s)" % (cut_text(device, 100), time.strftime("%Y-%m-%d %H.%M")))
             self.session.tally.conflicts += 1    # the next round uploads it, and downloads theirs
-            memory.set("base", key, None)
 
-    def _conflict_name(self, path: str) -> str:
+    def _set_aside(self, key: str, mark: str) -> None:
+        """Give something here another name: it is nobody's but ours.  raises OSError"""
+        self.memory.take_away([key])
+        path = self.session.scan.here[key].path
+        self.folder.rename(path, self._free_name(path, mark))
+        self.memory.set("base", key, None)
+
+    def _free_name(self, path: str, mark: str) -> str:
+        """A path with a mark in its name that nothing has, in whatever spelling."""
         above, _, name = path.rpartition("/")
         stem, dot, suffix = name.rpartition(".")
         if not stem or len(suffix) > 16:
             stem, dot, suffix = name, "", ""
-        device = re.sub(r'[\x00-\x1f\x7f/\\<>:"|?*]', "-", self.memory.words.get("device", "here"))
-        mark = " (conflict %s %s)" % (cut_text(device, 100), time.strftime("%Y-%m-%d %H.%M"))
         for count in itertools.count(1):
             ending = mark + (" %d" % count if count > 1 else "") + dot + suffix
             found = (above + "/" if above else "") + cut_text(stem, NAME_LIMIT - len(ending.encode())) + ending
