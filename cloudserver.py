@@ -3059,6 +3059,17 @@ class Database:
                     time.sleep(secrets.randbelow(count) / 1000)
         raise CloudError("busy", "too many writers at one place", retry_after=1)
 
+    def wait(self, happened: Callable[[], bool], seconds: float, ended: threading.Event) -> bool:
+        """Come back once `happened`, which reads, says yes; False if nothing did in time, or `ended` is set.
+
+        It asks every tenth of a second; an engine that hears of commits may ask then.  raises  what `happened` raises
+        """
+        until = time.monotonic() + seconds
+        while not happened():
+            if time.monotonic() >= until or ended.wait(0.1):
+                return False
+        return True
+
     def write_once(self, batch: Batch, refusal: CloudError) -> None:
         """Commit a batch that cannot be decided anew.  raises `refusal` if a guard does not hold, and as write"""
         try:
@@ -6404,18 +6415,18 @@ class Journal:
     def await_change(self, who: Principal, since: int, seconds: float, alive: Callable[[], None] = unwatched) -> bool:
         """Wait until something in the account is newer than a seq; False if nothing was in time.
 
-        Somebody who waits looks at one row every tenth of a second; so many may wait at a time and no more.
+        So many may wait at a time and no more.
         raises  CloudError busy
         """
-        until = time.monotonic() + seconds
+        def is_newer() -> bool:
+            if self.newest(who) > since:
+                return True
+            alive()
+            return False
         if self.waits.taken() >= WAITERS:
             raise CloudError("busy", "%d wait for changes already" % WAITERS, retry_after=5)
         with self.waits.of(who.account):
-            while self.newest(who) <= since:
-                alive()
-                if time.monotonic() >= until or self.closing.wait(0.1):
-                    return False
-            return True
+            return self.db.wait(is_newer, seconds, self.closing)
 
     # ---- activity
 

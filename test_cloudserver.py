@@ -1571,6 +1571,20 @@ def test_what_was_read_while_somebody_writes_is_not_kept(db, open_db):
     assert db.recent.get("key", lambda: (db.setting("schema of the day"), 1, (1,))) == "after"
 
 
+def test_who_waits_comes_back_when_something_was_committed_or_the_time_is_over(db, open_db):
+    other, ended, asked = open_db(), threading.Event(), []
+
+    def happened():
+        asked.append(1)
+        if len(asked) == 2:
+            other.run(cs.put_setting("name", "x"))
+        return db.setting("name") == "x"
+    assert db.wait(happened, 60, ended) and len(asked) == 2
+    assert not db.wait(lambda: False, 0, ended)
+    ended.set()
+    assert not db.wait(lambda: False, 60, ended) and db.wait(lambda: True, 0, ended)
+
+
 def set_batch(name, value, *guards, **how):
     return Batch([cs.put_setting(name, value)], list(guards), **how)
 
