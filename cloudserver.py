@@ -17019,6 +17019,7 @@ dialog.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; m
   .preview .title button:not(.primary) { order: 1; }
   .preview .title .soft { display: none; }
   .preview .title button { padding: .4rem .6rem; }
+  .acts button { padding: .4rem .5rem; }
   .sheet { margin: auto 0 0; width: 100%; max-width: 100%; border-radius: 16px 16px 0 0; }
   .sheet .inside, .sheet.menu .inside { width: 100%; padding-bottom: calc(1rem + env(safe-area-inset-bottom)); }
   .sheet.menu { inset: auto 0 0 0; width: 100%; }
@@ -18173,6 +18174,7 @@ PAGE_GERMAN = r"""{
   "A phone cannot reach {host}: open this page by the address that this computer has in your network.": "Ein Handy erreicht {host} nicht: Öffne diese Seite unter der Adresse, die dieser Rechner in deinem Netz hat.",
   "A star marks what you want to find again.": "Ein Stern zeigt, was du wiederfinden willst.",
   "A version with a name is never removed by itself.": "Eine Version mit Namen wird nie von selbst entfernt.",
+  "A visitor": "Jemand mit einem Link",
   "APP-PASSWORD": "APP-PASSWORT",
   "Account": "Konto",
   "Accounts": "Konten",
@@ -18280,7 +18282,7 @@ PAGE_GERMAN = r"""{
   "Download chosen": "Ausgewähltes herunterladen",
   "Download this folder": "Diesen Ordner herunterladen",
   "Download {name}": "{name} herunterladen",
-  "Downloads at most": "Höchstens so viele Downloads",
+  "Downloads at most": "Höchstens Downloads",
   "Drop files here, or add something with “New”.": "Zieh Dateien hierher oder füge mit „Neu“ etwas hinzu.",
   "Drop it to upload it to {place}": "Lass es los, um es nach {place} hochzuladen",
   "Earlier": "Früher",
@@ -18306,8 +18308,8 @@ PAGE_GERMAN = r"""{
   "Exact time": "Genaue Zeit",
   "Failed": "Fehlgeschlagen",
   "Files": "Dateien",
+  "Files at most": "Höchstens Dateien",
   "Files may be shared by links": "Dateien dürfen mit Links geteilt werden",
-  "Files that may come at most": "Höchstens so viele Dateien dürfen kommen",
   "Find": "Suchen nach",
   "Find and replace": "Suchen und ersetzen",
   "First number": "Erste Nummer",
@@ -18315,7 +18317,7 @@ PAGE_GERMAN = r"""{
   "Free on disk": "Frei auf der Platte",
   "From": "Von",
   "From a command line:": "Von der Kommandozeile:",
-  "GB that may come at most": "Höchstens so viele GB dürfen kommen",
+  "GB at most": "Höchstens GB",
   "Gallery": "Galerie",
   "Give up": "Aufgeben",
   "Go on editing": "Weiter bearbeiten",
@@ -18653,7 +18655,6 @@ PAGE_GERMAN = r"""{
   "Your password, please": "Dein Passwort, bitte",
   "Your session has ended.": "Deine Sitzung ist zu Ende.",
   "Your storage is full. Delete something, then empty the trash, or ask for more.": "Dein Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
-  "Zip": "Zip",
   "a collection has no versions; ask for it as of a time": "ein Ordner hat keine Versionen; sieh ihn an, wie er zu einer Zeit war",
   "a collection is at this path": "an dieser Stelle ist ein Ordner",
   "a file is in the way": "eine Datei steht im Weg",
@@ -18665,6 +18666,8 @@ PAGE_GERMAN = r"""{
   "and {n} more": "und {n} weitere",
   "another one still has it: rename in two steps": "hat ein anderes noch: in zwei Schritten umbenennen",
   "as it is": "wie bisher",
+  "by a link": "mit einem Link",
+  "by the link {name}": "mit dem Link {name}",
   "cannot be a name": "kann kein Name sein",
   "change your own password at account/password": "dein eigenes Passwort änderst du unter „Konto“",
   "changed": "geändert",
@@ -19134,8 +19137,8 @@ function begin() {
       for (const one of document.querySelectorAll(".entries input")) one.checked = all.checked;
       showChosen();
     }});
-    tools.prepend(h("label.tick", {}, all, t("Select all")));
-    find("button", tools).dataset.for = "some";
+    if (list.entries.length) tools.prepend(h("label.tick", {}, all, t("Select all")));
+    for (const one of tools.querySelectorAll("button")) one.dataset.for = "some";
     tools.onsubmit = onChosen;
     if (may("update")) tools.append(act(t("Rename"), "one", renameChosen));
     if (may("delete")) tools.append(act(t("Delete"), "some", removeChosen, {className: "danger"}));
@@ -19410,7 +19413,7 @@ def entry_row(visit: Visit, node: Node) -> Markup:
              H("span.look" + ".film" * (kind == "video"), picture),
              H("a.name", H("bdi", name), href=href + "/" * node.kind, title=name),
              H("span.soft", visit.say.time(node.mtime), " · ", say.size(node.size)),
-             H("a.button", say("Zip") if node.kind else say("Download"), href=href + ("/?zip=1" if node.kind else "?download=1"), download=True,
+             H("a.button", say("Download"), href=href + ("/?zip=1" if node.kind else "?download=1"), download=True,
                aria_label=say("Download {name}", name=node.name)),
              **entry_data(node, href))
 
@@ -19511,7 +19514,7 @@ def link_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 
     ?download=1 to save it, ?preview=1 to look at it, ?thumbnail=1 its small picture, ?zip=1 all below, or &name= some
     """
-    asked, is_page = parse_pairs(request.query), wants_page(request) and request.door is LINK_DOOR
+    asked, is_page = parse_pairs(request.query), wants_page(request) and request.door.names[0] == "s"
     ways = dict(asked)
     if ways.get("zip") == "1":
         return link_zip(cloud, who, request, path, [split_path(value) for name, value in asked if name == "name"])
@@ -19724,14 +19727,14 @@ mark { background: var(--mark); color: var(--text); }
 .shared { fill: none; stroke: var(--icon); stroke-width: 2; stroke-linecap: round; }
 .chips { display: flex; flex-wrap: wrap; gap: .4rem; border: 0; padding: 0; margin: 0; min-width: 0; }
 .chips legend { font-weight: 500; padding: 0 0 .25rem; }
-.chips label { border: 1px solid var(--soft); border-radius: 99px; padding: .3rem .8rem; min-height: 36px;
+.chips label { border: 1px solid var(--soft); border-radius: 99px; padding: 0 .8rem; line-height: 34px;
   cursor: pointer; }
 .chips label:has(:checked) { background: var(--chosen); font-weight: 600; }
 .chips label:has(:focus-visible) { outline: 2px solid var(--accent); }
 .chips [type=radio] { position: absolute; opacity: 0; width: 1px; min-height: 0; height: 1px; padding: 0; }
 .pair { display: flex; gap: .5rem; align-items: end; }
 .pair .field { flex: 1; min-width: 0; }
-.sheet.wider .inside { width: min(40rem, 92vw); }
+.sheet.wider .inside { min-width: min(40rem, 92vw); }
 
 /* tiles */
 .tiles .head { display: none; }
@@ -19841,7 +19844,7 @@ th { background: var(--side); position: sticky; top: 0; }
     border-top: 1px solid var(--line); padding: .3rem .75rem calc(.6rem + env(safe-area-inset-bottom)); }
   .selecting .bar .quiet { order: 1; }
   .selecting .bar .count { flex: 1 0 60%; margin: 0; }
-  .selecting .bar .prime { order: 2; flex: 1; }
+  .selecting .bar .prime { order: 2; flex: 1; padding: .3rem .4rem; }
   .head { display: none; }
   .cells { grid-template-columns: 4px minmax(0, 1fr) 44px; }
   .check { visibility: hidden; }
@@ -21952,6 +21955,8 @@ function stepFilters(devices) {
 }
 
 const deviceName = name => agentOf({kind: "session", name});
+const stepBy = ({link, device}) => !link ? deviceName(device)
+  : device ? t("by the link {name}", {name: quoted(device)}) : t("by a link");
 
 function dayOf(box, at) {
   const day = dates.date.format(new Date(at)), last = [...box.querySelectorAll("ol")].pop();
@@ -21969,12 +21974,13 @@ function stepRow(step) {
   const what = count ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1}) : path ? quoted(nameOf(path))
     : t("Files");
   const words = t(ACTIVITY[step.detail.new ? "upload" : step.action] || step.action,
-    {who: step.account || t("The server"), what: "\0", to: quoted(to), name: agentOf({kind, name})}).split("\0");
+    {who: step.account || t(step.link ? "A visitor" : "The server"),
+     what: "\0", to: quoted(to), name: agentOf({kind, name})}).split("\0");
   const at = momentOf(step.seq - gone);                  // after the step, or just before it went
   return h("li", {},
     h("div.what", {},
       words[0], words.length > 1 && (place ? link(what, addressOf(place) + queryOf({at})) : what), words[1],
-      h("div.soft", {}, dotted(dates.time.format(new Date(step.at)), deviceName(step.device)))),
+      h("div.soft", {}, dotted(dates.time.format(new Date(step.at)), stepBy(step)))),
     h("div.acts", {},
       step.undoable ? button(t("Undo"), () => attempt(() => undo([...seqsOf(step)].reverse()))) : null));
 }
@@ -23066,8 +23072,8 @@ function linkFields({role, name = "", note = "", password, expires, uses, files,
       placeholder: t("seen by whoever opens it")}),
     h("label.field", {}, h("span", {}, t("Note")),
       h("textarea", {name: "note", value: note, maxLength: 1000, rows: 2})),
-    most(t("Downloads at most"), "uses", uses), most(t("Files that may come at most"), "files", files),
-    gigabytes(t("GB that may come at most"), "bytes", bytes ?? null));
+    h("div.pair", {}, most(t("Downloads at most"), "uses", uses), most(t("Files at most"), "files", files),
+      gigabytes(t("GB at most"), "bytes", bytes ?? null)));
   requestAnimationFrame(follow);
   return box;
 }

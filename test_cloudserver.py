@@ -15951,6 +15951,195 @@ def test_browser_keeps_to_what_the_server_allows_of_links(page):
     page.cloud.set_policy(page.who, **before._asdict())
 
 
+# ---- visitors of links
+
+def shared_link(page, path, role="view", **terms):
+    """The address of a new link to what the story's account has."""
+    return page.home + "/s/" + page.cloud.sharing.share(page.who, cs.split_path(path), role=role, **terms).share.token
+
+
+def entries(page, *names):
+    """Wait until a visitor's list shows these."""
+    page.wait("return JSON.stringify([...document.querySelectorAll('.entries .name')].map(one => one.textContent)) === arguments[0]",
+              json.dumps(list(names), separators=(",", ":"), ensure_ascii=False))
+
+
+def test_browser_visits_a_folder_by_a_link(page):
+    """Gallery and list, preview that Back closes, what is chosen as a zip; no account, and nothing that a policy refuses."""
+    for n in range(5):
+        page.put("trip/pic %d.png" % n, PNG)
+    page.put("trip/day 2/a.txt", "in there")
+    page.put("trip/notes.txt", "Some notes")
+    address = shared_link(page, "trip", name="Our trip", note="For all of you", uses=3)
+    page.go(address)
+    page.sees("Our trip", "For all of you", "You can look at and download what is here. 3 downloads are left.")
+    entries(page, "day 2", "notes.txt", *("pic %d.png" % n for n in range(5)))
+    page.wait("return document.querySelector('.gallery') && [...document.querySelectorAll('.entries img')].every(one => one.naturalWidth)")
+    page.shot("visit-gallery")
+    page.click("pic 1.png")
+    page.wait("return document.querySelector('dialog img').naturalWidth && location.hash === '#pic%201.png'")
+    page.press("Right")
+    page.sees("pic 2.png")
+    page.wait("return location.hash === '#pic%202.png'")
+    page.run("history.back()")
+    page.wait("return !document.querySelector('dialog') && !location.hash")
+    page.click("notes.txt")
+    page.sees("Some notes")
+    page.press("Escape")
+    page.wait("return !document.querySelector('dialog')")
+    page.go(address + "/#pic%203.png")
+    page.wait("return document.querySelector('dialog img')")
+    page.click("Close")
+    page.click("List")
+    page.wait("return !document.querySelector('.gallery') && document.querySelector('.entries')")
+    page.click("Select pic 0.png")
+    page.click("Select notes.txt")
+    page.shot("visit-list")
+    page.click("Download chosen")
+    archive = eventually(lambda: next(page.downloads.glob("trip*.zip"), None), seconds=20)
+    with zipfile.ZipFile(archive) as found:
+        assert sorted(found.namelist()) == ["notes.txt", "pic 0.png"]
+    archive.unlink()
+    page.click("day 2")
+    entries(page, "a.txt")
+    page.click("Our trip")
+    entries(page, "day 2", "notes.txt", *("pic %d.png" % n for n in range(5)))
+    share, = (given.share for given in page.cloud.sharing.all(page.who))
+    assert page.cloud.sharing.about(cs.Principal(account=-share.id, home=share.home, root=share.node)).used == 1, "looking is no download"
+
+
+def test_browser_sends_files_by_a_request(page, tmp_path):
+    """A drop: small files and large ones, folders, the same name twice; nobody sees what is there."""
+    page.cloud.files.make_collection(page.who, ("Inbox",))
+    page.put("Inbox/secret.txt")
+    for name, data in (("small.txt", b"small"), ("large.bin", bytes(range(256)) * 4096 * 5), ("empty.txt", b"")):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "folder" / "deep" / "none").mkdir(parents=True)
+    (tmp_path / "folder" / "deep" / "x.txt").write_bytes(b"x")
+    page.go(shared_link(page, "Inbox", "drop", name="Photos, please"))
+    page.sees("Photos, please", "seen by nobody but")
+    page.misses("secret")
+    page.file(*(tmp_path / name for name in ("small.txt", "large.bin", "empty.txt")))
+    page.sees("3 files have arrived. Thank you.", seconds=30)
+    page.shot("visit-drop")
+    page.file(tmp_path / "small.txt")
+    page.sees("1 file has arrived. Thank you.")
+    drop(page, tmp_path / "folder")
+    eventually(lambda: {"Inbox/folder/deep/none", "Inbox/folder/deep/x.txt"} <= page.tree())
+    assert page.tree() == {"Inbox", "Inbox/secret.txt", "Inbox/small.txt", "Inbox/small (2).txt", "Inbox/large.bin", "Inbox/empty.txt", "Inbox/folder",
+                           "Inbox/folder/deep", "Inbox/folder/deep/none", "Inbox/folder/deep/x.txt"}
+    assert page.get("Inbox/large.bin") == (tmp_path / "large.bin").read_bytes()
+    page.open("/activity")
+    page.sees("A visitor uploaded “small", "by the link “Photos, please”")
+
+
+def test_browser_adds_to_a_folder_by_a_link(page, tmp_path):
+    """Names that are taken are asked about, and nothing is replaced; what the end of a page broke off goes on."""
+    page.put("box/a.txt", "old")
+    for name, data in (("a.txt", b"new"), ("b.txt", b"b"), ("big.bin", bytes(20 * MiB))):
+        (tmp_path / name).write_bytes(data)
+    address = shared_link(page, "box", "add")
+    page.go(address)
+    entries(page, "a.txt")
+    page.file(tmp_path / "a.txt", tmp_path / "b.txt")
+    page.sees("“a.txt” exists already", "Keep both", "Skip")
+    page.misses("Replace")
+    page.click("Keep both")
+    page.sees("2 files have arrived.")
+    page.click("Show what is there now")
+    entries(page, "a (2).txt", "a.txt", "b.txt")
+    assert page.get("box/a.txt") == b"old" and page.get("box/a (2).txt") == b"new"
+    page.run("const real = transmit; transmit = (item, method, ...rest) => method === 'PATCH' && rest[3] ? new Promise(() => {}) : real(item, method, ...rest)")
+    page.file(tmp_path / "big.bin")
+    page.wait("return queue.items[0].sent === 16 << 20")
+    page.go(address)
+    page.sees("An upload was broken off", "big.bin", "80 % are there")
+    page.shot("visit-broken")
+    page.file(tmp_path / "big.bin")
+    page.sees("1 file has arrived.", seconds=30)
+    assert page.get("box/big.bin") == bytes(20 * MiB)
+
+
+def test_browser_edits_a_folder_by_a_link(page):
+    page.put("box/a.txt", "a")
+    page.put("box/b.txt", "b")
+    address = shared_link(page, "box", "edit")
+    page.go(address)
+    entries(page, "a.txt", "b.txt")
+    page.click("Select a.txt")
+    page.click("Rename")
+    page.fill("dialog input[name=name]", "b.txt")
+    page.press("Enter")
+    page.sees("There is something of that name already.")
+    page.fill("dialog input[name=name]", "c #1.txt")
+    page.press("Enter")
+    entries(page, "b.txt", "c #1.txt")
+    page.click("New folder")
+    page.fill("dialog input[name=name]", "dav")
+    page.click("Create")
+    page.sees("Nothing here yet")
+    assert page.path().endswith("/dav/dav/")
+    page.go(address)
+    entries(page, "dav", "b.txt", "c #1.txt")
+    page.click("Select all")
+    page.click("Delete")
+    page.sees("3 items will be deleted for everybody.")
+    page.shot("visit-edit")
+    page.click("dialog .danger")
+    page.sees("Nothing here yet")
+    assert page.tree() == {"box"}
+
+
+def test_browser_is_asked_for_the_password_of_a_link(page):
+    page.put("box/a.txt", "a")
+    page.cloud.sharing.share(page.who, ("box",), password="open sesame 9")
+    share = page.cloud.sharing.all(page.who)[0].share
+    address = page.home + "/s/" + share.token
+    page.go(address)
+    page.sees("This link has a password")
+    page.misses("a.txt")
+    page.fill("input[name=password]", "something else")
+    page.click("Open")
+    page.sees("This password is wrong.")
+    page.shot("visit-password")
+    page.ahead[0] += 60
+    page.fill("input[name=password]", "open sesame 9")
+    page.click("Open")
+    entries(page, "a.txt")
+    page.click("a.txt")
+    page.wait("return document.querySelector('dialog pre')")
+    page.cloud.sharing.end(page.who, share.id)
+    page.go(address)
+    page.sees("This link does not work (any more)")
+
+
+@pytest.mark.parametrize("name, data, there", [("a.png", PNG, "img"), ("a.txt", "Some text", "pre"), ("a.zip", b"PK\5\6" + bytes(18), "")])
+def test_browser_visits_one_file_by_a_link(page, name, data, there):
+    page.put(name, data)
+    page.go(shared_link(page, name))
+    page.sees(name, "You can look at this file and download it.")
+    page.wait("return arguments[0] === '' || document.querySelector('.shown ' + arguments[0])", there)
+    assert page.run("return !document.querySelector('.shown').hidden") == bool(there)
+    page.shot("visit-" + name)
+    page.click("Download")
+    saved = eventually(lambda: next(page.downloads.glob(name), None), seconds=20)
+    eventually(lambda: saved.read_bytes() == page.get(name))
+    saved.unlink()
+
+
+def test_browser_needs_no_script_for_a_link(page):
+    """What is there, the way to save it and the forms stand in what the server wrote."""
+    page.put("box/a.txt", "a")
+    page.cdp("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        page.go(shared_link(page, "box", "add"))
+        source = page.do("GET", "/source")
+        assert "a.txt?download=1" in source and "?zip=1" in source and "icon" not in re.search("<main>.*</main>", source, re.S)[0]
+        page.shot("visit-plain")
+    finally:
+        page.cdp("Emulation.setScriptExecutionDisabled", value=False)
+
+
 def test_browser_shows_what_others_do(page):
     page.open("/")
     page.sees("Nothing here yet")
@@ -16529,6 +16718,23 @@ def test_browser_keeps_nobody_out(page, axe, width, height, dark):
     _, token = page.cloud.devices.begin_pairing("a phone", "203.0.113.7")
     found = [one for place, *how in AUDITED for one in audit_page(page, axe, place.replace("TOKEN", token), *how)]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("width, dark", [pytest.param(1280, True, marks=slow), pytest.param(390, False, marks=slow)])
+def test_browser_keeps_no_visitor_out(page, axe, width, dark):
+    for name in ("box/a.txt", "box/in/b.txt", "one.txt"):
+        page.put(name, "text")
+    for n in range(4):
+        page.put("trip/pic %d.png" % n, PNG)
+    page.size(width, 844, dark=dark, touch=width < 720)
+    links = [shared_link(page, path, role) for path, role in (("box", "edit"), ("box", "drop"), ("trip", "view"), ("one.txt", "view"))]
+    links += [links[0] + "/in", links[2] + "/#pic%201.png", page.home + "/s/none", shared_link(page, "box", password="open sesame 9"), links[0] + "/?sent=2"]
+    found = []
+    for link in links:
+        page.go(link)
+        page.run(axe)
+        found += [(link, one) for one in page.run_async(AUDIT)]
+    assert found == []
 
 
 WATCH = """window.watched = {paint: [], shift: [], long: []};
