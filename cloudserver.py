@@ -7164,13 +7164,17 @@ class Sharing:
 
     def among(self, nodes: Iterable[Node]) -> set[int]:
         """Which of some nodes are shared."""
-        nodes, now = list(nodes), self.clock.due()
-        return {id for home in {node.home for node in nodes} for id, due in self.db.recent.get(("shared", home), partial(self._shared, home))
-                if due is None or due > now}.intersection(node.node for node in nodes)
+        nodes = list(nodes)
+        return set().union(*map(self.shared_in, {node.home for node in nodes})).intersection(node.node for node in nodes)
 
-    def _shared(self, home: int) -> tuple[list[tuple[int, int | None]], int, Collection[int]]:
-        rows = self.db.read("SELECT node, due FROM share WHERE home = ? AND ended IS NULL", (home,))
-        return rows, KiB + 100 * len(rows), ()               # who changes a share touches everything
+    def shared_in(self, home: int) -> set[int]:
+        """The nodes of a home that are shared."""
+        def look() -> tuple[list[tuple[int, int | None]], int, Collection[int]]:
+            rows = self.db.read("SELECT node, due FROM share WHERE home = ? AND ended IS NULL", (home,))
+            return rows, KiB + 100 * len(rows), ()           # who changes a share touches everything
+
+        now = self.clock.due()
+        return {id for id, due in self.db.recent.get(("shared", home), look) if due is None or due > now}
 
     # ---- for who comes by a link
 
@@ -10847,10 +10851,11 @@ class About:
     def __init__(self, cloud: Cloud, who: Principal, node: Node, now: Moment) -> None:
         self.who, self.tag_at = who, cloud.journal.tag_at
         self._fetch = {"quota": lambda: cloud.files.quota(who), "digests": lambda: now.digests(node), "dead": lambda: now.properties(node),
-                       "pictured": lambda: now.pictured(node), "locks": lambda: cloud.locks.near(now, node), "epoch": lambda: cloud.epoch}
+                       "pictured": lambda: now.pictured(node), "locks": lambda: cloud.locks.near(now, node), "epoch": lambda: cloud.epoch,
+                       "shared": lambda: cloud.sharing.shared_in(node.home)}
 
     def __getattr__(self, name: str) -> Any:
-        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {manifest}; locks(node); epoch"""
+        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {manifest}; locks(node); epoch; shared: {node}"""
         value = self.__dict__[name] = self._fetch[name]()
         return value
 
@@ -11280,7 +11285,7 @@ def ocs_capabilities(cloud: Cloud, who: Principal, request: Request) -> Response
                 **({"bulkupload": "1.0"} if knows_bulk(request.fields.get("user-agent", "")) else {})},
         "files": {"bigfilechunking": True, "undelete": True, "versioning": True, "favorites": True, "blacklisted_files": [],
                   "forbidden_filename_characters": BAD_CHARACTERS[cloud.config.windows_names]},
-        "files_sharing": {"api_enabled": False, "resharing": False, "public": {"enabled": False}},
+        "files_sharing": ocs_sharing(cloud.policy()),
         "checksums": {"supportedTypes": list(_CHECKSUMS), "preferredUploadType": "SHA1"}}})
 
 
@@ -11315,7 +11320,7 @@ def ocs_named_user(cloud: Cloud, who: Principal, request: Request, name: str) ->
     return ocs_user(cloud, who, request)
 
 
-@route("GET", *ocs("apps/files_sharing/api/v1/shares"), *ocs("core/navigation/apps"), needs="read", refuse=ocs_error)
+@route("GET", *ocs("core/navigation/apps"), needs="read", refuse=ocs_error)
 def ocs_nothing(cloud: Cloud, who: Principal, request: Request) -> Response:
     """There are none."""
     return ocs_response(request, [])
@@ -11326,6 +11331,114 @@ def ocs_sharees(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Nobody to share with."""
     none: dict[str, Any] = {"users": [], "groups": [], "remotes": []}
     return ocs_response(request, {"exact": none, **none})
+
+
+# ---- sharing: links, which are shares of type 3
+
+OCS_SHARES = "apps/files_sharing/api/v1/shares"
+OCS_LINK = "3"
+OCS_BITS = {READ: 1, UPDATE: 2, CREATE: 4, DELETE: 8}
+
+
+def ocs_sharing(policy: Policy) -> dict[str, Any]:
+    """What clients offer in their dialogs."""
+    days, no = policy.link_days, {"enabled": False}
+    return {"api_enabled": True, "resharing": False, "group_sharing": False, "default_permissions": 15, "group": no, "sharebymail": no,
+            "user": {"send_mail": False, "expire_date": no}, "federation": {"outgoing": False, "incoming": False},
+            "public": {"enabled": policy.links, "upload": True, "upload_files_drop": True, "supports_upload_only": True, "multiple_links": True,
+                       "multiple": True, "send_mail": False, "password": {"enforced": policy.link_password, "askForOptionalPassword": False},
+                       "expire_date": {"enabled": days is not None, "enforced": days is not None, **({} if days is None else {"days": days})}}}
+
+
+def ocs_share(request: Request, who: Principal, given: Given) -> dict[str, Any]:
+    """A share as Nextcloud's clients know it."""
+    share, node, hidden = given.share, given.node, "***redacted***" if given.share.password else None
+    return {"id": str(share.id), "share_type": int(OCS_LINK), "uid_owner": given.giver, "displayname_owner": given.giver,
+            "permissions": sum(OCS_BITS[right] for right in share.rights.split()), "can_edit": True, "can_delete": True, "stime": share.created // SECOND,
+            "parent": None, "expiration": None if share.expires is None else format_time(share.expires)[:10] + " 00:00:00", "token": share.token,
+            "uid_file_owner": given.giver, "displayname_file_owner": given.giver, "note": share.note, "label": share.name,
+            "path": "/" + "/".join(given.path or ()), "item_type": "folder" if node.kind else "file",
+            "mimetype": "httpd/unix-directory" if node.kind else node.media, "has_preview": False, "storage_id": "home::" + given.giver, "storage": 1,
+            "item_source": node.node, "file_source": node.node, "file_parent": node.parent, "file_target": "/" + node.name, "share_with": hidden,
+            "share_with_displayname": "(Shared link)", "password": hidden, "send_password_by_talk": False, "mail_send": 0, "hide_download": 0,
+            "attributes": None, "url": link_url(request, share), "tags": []}
+
+
+def read_form(request: Request) -> dict[str, str]:
+    """What a client says in the address, a form or JSON: they do as they like."""
+    body = request.body.read(JSON_LIMIT)
+    if "json" in request.fields.get("content-type", ""):
+        form = {name: "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+                for name, value in parse_json(body or b"{}").items()}
+    else:
+        form = parse_query(body.decode("utf-8", "replace"))
+    return {**parse_query(request.query), **form}
+
+
+def ocs_terms(form: dict[str, str], is_collection: bool) -> dict[str, Any]:
+    """The terms of a share that a form names."""
+    terms: dict[str, Any] = {name: form[field] for field, name in (("label", "name"), ("note", "note"), ("password", "password")) if field in form}
+    if "expireDate" in form:
+        terms["expires"] = read_end_of_day(form["expireDate"])
+    if form.get("permissions", "").isdigit():
+        bits = int(form["permissions"])
+        terms["rights"] = [right for right, bit in OCS_BITS.items() if bits & bit and (is_collection or right in (READ, UPDATE))]
+    elif form.get("publicUpload") in TRUE and is_collection:
+        terms["role"] = "edit"
+    elif form.get("publicUpload") == "false":
+        terms["role"] = "view"
+    return terms
+
+
+def read_end_of_day(text: str) -> int | None:
+    """ms at the end of a day like 2030-12-31; None for none."""
+    if not text:
+        return None
+    return parse_time(text[:10] + "T00:00:00Z") + DAY - 1
+
+
+@route("GET", *ocs(OCS_SHARES), needs="read", refuse=ocs_error)
+def ocs_shares(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The links that were given: all, those of a path, or with subfiles=true those of what it holds."""
+    asked = parse_query(request.query)
+    given = cloud.sharing.all(who) if asked.get("shared_with_me") not in TRUE else []
+    if "path" in asked:
+        path, below = read_path(asked["path"]), asked.get("subfiles") in TRUE
+        cloud.files.stat(who, path)
+        given = [one for one in given if one.path is not None and (one.path[:-1] if below and one.path else one.path) == path]
+    return ocs_response(request, [ocs_share(request, who, one) for one in given])
+
+
+@route("POST", *ocs(OCS_SHARES), needs="write", refuse=ocs_error)
+def ocs_give(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Make a link."""
+    form = read_form(request)
+    path = read_path(form.get("path", ""))
+    node = cloud.files.stat(who, path)
+    if form.get("shareType") != OCS_LINK:
+        raise CloudError("not-found", "there is nobody of that name to share with")
+    return ocs_response(request, ocs_share(request, who, cloud.sharing.share(who, path, **ocs_terms(form, bool(node.kind)))))
+
+
+@route("GET", *ocs(OCS_SHARES + "/<id>"), needs="read", refuse=ocs_error)
+def ocs_given(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """One of them, in a list."""
+    return ocs_response(request, [ocs_share(request, who, cloud.sharing.get(who, parse_id(id)))])
+
+
+@route("PUT", *ocs(OCS_SHARES + "/<id>"), needs="write", refuse=ocs_error)
+def ocs_change_share(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """Change what the form names."""
+    given = cloud.sharing.get(who, parse_id(id))
+    changed = cloud.sharing.change(who, given.share.id, **ocs_terms(read_form(request), bool(given.node.kind)))
+    return ocs_response(request, ocs_share(request, who, changed))
+
+
+@route("DELETE", *ocs(OCS_SHARES + "/<id>"), needs="write", refuse=ocs_error)
+def ocs_end_share(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """End a link."""
+    cloud.sharing.end(who, parse_id(id))
+    return ocs_response(request, [])
 
 
 # ---- logging in: a browser lets the device in, which then gets an app password
@@ -11406,7 +11519,7 @@ NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
     OC + "data-fingerprint": lambda node, about: about.epoch,            # changes with a restored backup: nothing is deleted then
     OC + "owner-id": lambda node, about: escape(about.who.name),
     OC + "owner-display-name": lambda node, about: escape(about.who.name),
-    OC + "share-types": lambda node, about: "",
+    OC + "share-types": lambda node, about: E("oc:share-type", OCS_LINK) if node.node in about.shared else "",
     OC + "comments-unread": lambda node, about: "0",
     FAVORITE: lambda node, about: stored_text(node, about, FAVORITE) or "0",
     LIVE_PHOTO: lambda node, about: stored_text(node, about, LIVE_PHOTO) or None,           # iOS: the name of its other half
@@ -11698,7 +11811,7 @@ class Scattered(About):
 
     def __init__(self, cloud: Cloud, who: Principal) -> None:
         self.who, self.tag_at, self.locks = who, cloud.journal.tag_at, lambda node: []
-        self._fetch = {"epoch": lambda: cloud.epoch, "quota": lambda: cloud.files.quota(who), "digests": dict, "pictured": lambda: cloud.pictures.known(who), "dead": lambda: {
+        self._fetch = {"shared": lambda: cloud.sharing.shared_in(view_of(who).home), "epoch": lambda: cloud.epoch, "quota": lambda: cloud.files.quota(who), "digests": dict, "pictured": lambda: cloud.pictures.known(who), "dead": lambda: {
             node.node: {FAVORITE: value} for _, node, value in cloud.search.marked(who, FAVORITE)}}
 
 
@@ -19499,7 +19612,7 @@ def web_visitor(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 OUT_OF_SIGHT = {  # what tells of more than is shared
     "{DAV:}quota-used-bytes", "{DAV:}quota-available-bytes", "{DAV:}supported-report-set", "{DAV:}sync-token", OC + "owner-id",
-    OC + "owner-display-name", OC + "data-fingerprint"}
+    OC + "owner-display-name", OC + "data-fingerprint", OC + "share-types"}
 
 
 def link_error(error: CloudError, request: Request) -> Response:

@@ -4895,6 +4895,133 @@ def test_the_brake_holds_a_link_that_destroys_much(cloud, ann, link, monkeypatch
     assert cloud.history.undo_device(ann, held.device)[1] == 3 and len(tree(cloud, ann)) == 9
 
 
+WRITERS, READERS, ALL = "add edit drop", "view add edit", "view add edit drop"
+FILE_DOOR = {"GET": READERS, "OPTIONS": ALL + " locked", "PUT": WRITERS, "MKCOL": WRITERS, "DELETE": "edit", "MOVE": "edit", "COPY": "add edit",
+             "PROPFIND": READERS, "PROPPATCH": "edit", "LOCK": "edit", "UNLOCK": "edit"}
+TUS_DOOR = {"HEAD": WRITERS, "PATCH": WRITERS, "DELETE": WRITERS, "POST": WRITERS}
+WHO_MAY = {  # what each route of links, and of those who give them, is open to
+    "/s/<link>/<path>": {**FILE_DOOR, "POST": WRITERS}, "/s/<link>/dav/<path>": FILE_DOOR, "/public.php/dav/files/<link>/<path>": FILE_DOOR,
+    "/public.php/webdav/<path>": FILE_DOOR, "/s/<link>/tus": {"POST": WRITERS, "OPTIONS": ALL + " locked"}, "/s/<link>/tus/<id>": TUS_DOOR,
+    "/api/v1/shares": {"GET": "owner other", "POST": "owner"}, "/api/v1/shares/<id>": {"PATCH": "owner", "DELETE": "owner"},
+    "/api/v1/admin/shares": {"GET": "owner"}, "/api/v1/admin/shares/<id>": {"DELETE": "owner"},
+    **{"/ocs/%s/apps/files_sharing/api/v1/shares" % version: {"GET": "owner other phone", "POST": "owner phone"} for version in ("v1.php", "v2.php")},
+    **{"/ocs/%s/apps/files_sharing/api/v1/shares/<id>" % version: {"GET": "owner phone", "PUT": "owner phone", "DELETE": "owner phone"}
+       for version in ("v1.php", "v2.php")}}
+SHARING_ROUTES = sorted({(route.method, route.pattern) for route in cs.walk_routes(cs.ROUTES) if route.by == "link" or route.pattern.replace(
+    "/<id>", "").endswith("/shares")})
+XML_BODIES = {"PROPPATCH": b'<propertyupdate xmlns="DAV:"><set><prop><lastmodified>5</lastmodified></prop></set></propertyupdate>',
+              "LOCK": b'<lockinfo xmlns="DAV:"><lockscope><exclusive/></lockscope><locktype><write/></locktype></lockinfo>'}
+
+
+def test_every_route_of_sharing_has_its_row():
+    assert SHARING_ROUTES == sorted((method, pattern) for pattern, methods in WHO_MAY.items() for method in methods)
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern in WHO_MAY if "/<link>" in pattern or "public.php" in pattern])
+def test_each_door_of_a_link_is_open_to_whom_it_should_be(cloud, ann, link, address, pattern):
+    """S4: every route of links times every kind of visitor, with and without what opens an account."""
+    cloud.files.make_collection(ann, ("d",))
+    visits = {role: link("d", role=role) for role in ALL.split()}
+    visits.update(locked=link("d", role="edit", password="correct horse"), ended=link("d", role="edit"), unknown=None)
+    cloud.sharing.end(ann, visits["ended"].id)
+    bearer = "Bearer " + cloud.devices.add_token(ann, "phone")[1]
+    for method, may in WHO_MAY[pattern].items():
+        for who, visit in visits.items():
+            token = visit.token if visit else "A" * 22
+            for credentials in (None, bearer) if "webdav" not in pattern else (basic(token, ""),):
+                answer = knock_at(cloud, ann, address, method, pattern, token, who, {"Authorization": credentials} if credentials else {})
+                refusals = {"locked": (401,), "ended": (410,), "unknown": (410,)}.get(who, (403, 409) if method == "UNLOCK" else (403,))
+                assert answer.status < 300 if who in may.split() else answer.status in refusals, (method, who, credentials, answer)
+
+
+def knock_at(cloud, ann, address, method, pattern, token, who, headers):
+    """One request by a link, with all that it needs, on two files f and g; what it made is gone afterwards."""
+    for name in ("f", "g"):
+        put(cloud, ann, "d/" + name, b"bytes")
+    visitor, lock = cloud.sharing.open(cs.Knock(token)) if who == "edit" else None, None
+    if visitor:
+        lock, _ = cloud.files.lock(visitor, ("g",), deep=False, exclusive=True, owner="", seconds=9)
+    headers = {**headers, "Tus-Resumable": "1.0.0", "Upload-Metadata": "path eA==,clash a2VlcA==", "Depth": "0",
+               "Lock-Token": "<%s>" % lock.token if lock else "<urn:uuid:1>"}
+    path = pattern.replace("<link>", token).replace("<path>", {"PUT": "new", "MKCOL": "col", "POST": "", "UNLOCK": "g"}.get(method, "f"))
+    headers["Destination"] = pattern.partition("/<path>")[0].replace("<link>", token) + "/to"
+    body = XML_BODIES.get(method) or {"PUT": b"x", "PATCH": b"x"}.get(method)
+    if "<id>" in path:
+        if who in WRITERS.split():
+            path = exchange(address, "POST", path.replace("/<id>", ""), user=None, Upload_Length="5", **headers).headers["location"]
+        path = path.replace("<id>", "x")
+        headers.update({"Upload-Offset": "0", "Content-Type": "application/offset+octet-stream", "X-HTTP-Method-Override": "HEAD"})
+    elif pattern.endswith("/tus"):
+        headers["Upload-Length"] = "1"
+    elif method == "POST":
+        body, form = form_of(("new", "x"))
+        headers.update(form)
+    answer = exchange(address, method, path, body, user=None, **headers)
+    cloud.db.run(Statement("DELETE FROM lock"))
+    for name in "new", "col", "to":
+        outcome(cloud.files.delete, ann, ("d", name))
+    return answer
+
+
+def test_shares_are_managed_by_whom_they_should_be(cloud, ann, address):
+    """S7: every route for those who give, times whoever may ask."""
+    bob = account(cloud, "bob")
+    put(cloud, ann, "d/f", b"x", parents=True), put(cloud, bob, "mine")
+    token = lambda **how: "Bearer " + cloud.devices.add_token(ann, "phone", **how)[1]
+    visitor = cloud.sharing.share(ann, ("d",), role="edit").share.token
+    asking = {"owner": basic("ann"), "other": basic("bob"), "phone": token(), "reader": token(readonly=True),
+              "limited": token(node=cloud.files.stat(ann, ("d",)).node), "visitor": basic("", visitor), "stranger": None}
+    for method, pattern in [row for row in SHARING_ROUTES if "/api/" in row[1]]:
+        is_ocs, expected = pattern.startswith("/ocs"), WHO_MAY[pattern][method].split()
+        if is_ocs:                               # of what lies in a device's reach, as far as it may itself
+            expected += ["reader", "limited"] if method == "GET" else ["limited"] if "<id>" in pattern else []
+        for who, credentials in asking.items():
+            path = pattern.replace("<id>", str(cloud.sharing.share(ann, ("d", "f")).share.id))
+            body = None if method in ("GET", "DELETE") else {"name": "x"} if method == "PATCH" else (
+                {"path": "/d/f", "shareType": 3, "label": "x"} if is_ocs else {"path": "d/f"})
+            answer = exchange(address, method, path, body, user=None, **({"Authorization": credentials} if credentials else {}))
+            ok = answer.status < 300 and b"<status>failure</status>" not in answer.body
+            assert ok == (who in expected) and (ok or answer.status in (200, 401, 403, 404)), (method, pattern, who, answer)
+
+
+def test_links_are_made_by_nextclouds_clients(call, cloud, ann, address):
+    """OCS: what the desktop's and the phones' dialogs ask and send."""
+    put(cloud, ann, "photos/2026/a.jpg", b"\xff\xd8\xff", parents=True)
+    shares = "/ocs/v2.php/apps/files_sharing/api/v1/shares"
+
+    def ocs(method, where="", **form):
+        body, headers = (cs.urlencode(form), {"Content-Type": "application/x-www-form-urlencoded"}) if method in ("POST", "PUT") else (None, {})
+        query = "?format=json" + "".join("&%s=%s" % row for row in form.items()) if body is None else "?format=json"
+        answer = call(method, shares + where + query, body, OCS_APIRequest="true", **headers).json()["ocs"]
+        return answer["data"] if answer["meta"]["status"] == "ok" else answer["meta"]["statuscode"]
+
+    made = ocs("POST", path="/photos/2026", shareType="3", password="", permissions="1")
+    assert made == {**made, "share_type": 3, "permissions": 1, "path": "/photos/2026", "item_type": "folder", "uid_owner": "ann", "expiration": None,
+                    "share_with": None, "label": "", "note": "", "file_target": "/2026"}
+    assert made["url"].endswith("/s/" + made["token"]) and exchange(address, "GET", "/s/%s/a.jpg" % made["token"], user=None).body == b"\xff\xd8\xff"
+    assert ocs("GET", path="/photos/2026", reshares="true") == [made] == ocs("GET", "/" + made["id"]) and ocs("GET", path="/photos") == []
+    assert ocs("GET", path="/photos", subfiles="true") == [made] and ocs("GET", shared_with_me="true") == [] and ocs("GET", path="/no") == 404
+    changed = ocs("PUT", "/" + made["id"], password="correct horse", expireDate="2030-12-31", note="hello", label="For Bob", permissions="15")
+    assert changed == {**made, "permissions": 15, "expiration": "2030-12-31 00:00:00", "note": "hello", "label": "For Bob", "share_with": "***redacted***",
+                       "password": "***redacted***"}
+    assert ocs("PUT", "/" + made["id"], expireDate="", password="") == {**changed, "expiration": None, "share_with": None, "password": None}
+    assert ocs("POST", path="/photos/2026", shareType="3", publicUpload="true")["permissions"] == 15
+    assert ocs("POST", path="/photos/2026", shareType="3", permissions="4")["permissions"] == 4 and ocs("POST", path="/photos/2026/a.jpg", shareType="3", permissions="19")["permissions"] == 3
+    assert ocs("POST", path="/photos", shareType="0", shareWith="bob") == 404 and ocs("POST", path="/no", shareType="3") == 404
+    assert ocs("POST", path="/photos", shareType="3", password="short") == 400
+    asked = b'<propfind xmlns="DAV:"><prop><share-types xmlns="http://owncloud.org/ns"/></prop></propfind>'
+    listed = call("PROPFIND", "/remote.php/dav/files/ann/photos", asked, Depth="1").body
+    assert listed.count(b"<oc:share-type>3</oc:share-type>") == 1
+    for one in ocs("GET"):
+        assert ocs("DELETE", "/" + one["id"]) == []
+    assert ocs("DELETE", "/" + made["id"]) == 404 and call("PROPFIND", "/remote.php/dav/files/ann/photos", asked, Depth="1").body.count(b"share-type>") == 0
+    xml = cs.read_xml(call("GET", shares).body)
+    assert xml.findtext("meta/statuscode") == "200"
+    cloud.set_policy(ann, links=False, link_password=True, link_days=7)
+    public = call("GET", "/ocs/v2.php/cloud/capabilities?format=json").json()["ocs"]["data"]["capabilities"]["files_sharing"]["public"]
+    assert (public["enabled"], public["password"]["enforced"], public["expire_date"]) == (False, True, {"enabled": True, "enforced": True, "days": 7})
+
+
 # ==== 15. HTTP ===========================================================================
 
 GET_ROOT = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -7460,8 +7587,9 @@ def test_a_server_without_accounts_is_not_installed(make_cloud, serve_cloud):
 
 
 def test_ocs_in_json_and_xml(call, cloud, ann):
+    put(cloud, ann, "a")
     user = call("GET", "/ocs/v1.php/cloud/user?format=json").json()["ocs"]
-    assert user["meta"]["statuscode"] == 100 and user["data"]["id"] == "ann" and user["data"]["quota"]["used"] == 0
+    assert user["meta"]["statuscode"] == 100 and user["data"]["id"] == "ann" and user["data"]["quota"]["used"] == 1
     assert call("GET", "/ocs/v2.php/cloud/users/ann", Accept="application/json").json()["ocs"]["data"]["id"] == "ann"
     assert call("GET", "/ocs/v2.php/cloud/users/bob").status == 404
     root = cs.read_xml(call("GET", "/ocs/v2.php/cloud/user").body)
