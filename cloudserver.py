@@ -4542,6 +4542,67 @@ def holders(read: Read, node: int) -> tuple[int, ...]:
     return Moment(read, node).above(node) or ()
 
 
+class Locks:
+    """Which locks there are, and what they forbid (RFC 4918 s6, s7)."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self.db, self.clock = db, clock
+
+    def of(self, place: Place) -> list[Lock]:
+        return [Lock._make(row) for row in self.db.read("SELECT * FROM lock WHERE home = ? AND due > ?",
+                                                        (place.view.home, self.clock.due()))]
+
+    def covering(self, place: Place, locks: list[Lock]) -> list[Lock]:
+        """The locks that hold the node at a place: its own, and deep ones from above."""
+        return [lock for lock in locks
+                if place.node and lock.node == place.node.node or lock.deep and lock.node in place.chain]
+
+    def check(self, who: Principal, place: Place, given: Preconditions, *, below: bool = False,
+                     member: bool | None = None) -> None:
+        """Refuse unless the locks in the way are the caller's and were submitted (RFC 4918 s7).
+
+        below    what hangs below the node is affected too: delete, move, overwrite
+        member   the parent gains or loses a member; None means: if there is no node yet
+        """
+        locks = self.of(place)
+        held = self.covering(place, locks)
+        if (place.node is None if member is None else member) and place.chain:
+            held += [lock for lock in locks if lock.node == place.parent and not lock.deep]
+        if below and place.node:
+            held += [lock for lock in locks if lock.node != place.node.node and lock not in held
+                     and place.node.node in holders(self.db.read, lock.node)]
+        mine = {lock.token for lock in held if lock.account == who.account and lock.token in given.tokens}
+        shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
+        for lock in held:
+            if lock.token not in mine and (lock.exclusive or lock.node not in shared):
+                raise CloudError("locked", "it is locked", path=seen_by(self.db.read, who).path(lock.node))
+
+    def check_conflict(self, who: Principal, place: Place, exclusive: bool, deep: bool) -> None:
+        locks = self.of(place)
+        near = self.covering(place, locks)
+        if deep and place.node:
+            near += [lock for lock in locks if place.node.node in holders(self.db.read, lock.node)]
+        for lock in near:
+            if exclusive or lock.exclusive:
+                raise CloudError("lock-conflict", "it is locked", path=seen_by(self.db.read, who).path(lock.node))
+        if len(locks) >= 10_000:
+            raise CloudError("busy", "this account has 10000 locks")
+
+    def drop(self, place: Place, *nodes: Node) -> list[Statement]:
+        """Locks do not outlive the place of a node (RFC 4918 s7.5, s9.6.1)."""
+        if not place.locked:
+            return []
+        gone = {node.node for node in nodes}
+        return [Statement("DELETE FROM lock WHERE token = ?", (lock.token,)) for lock in self.of(place)
+                if lock.node in gone or gone & set(holders(self.db.read, lock.node))]
+
+    def near(self, now: Moment, node: Node) -> Callable[[Node], list[Lock]]:
+        """Tells which locks hold the node or one of its children."""
+        locks = [Lock._make(row) for row in now.read("SELECT * FROM lock WHERE home = ? AND due > ?", (node.home, self.clock.due()))]
+        above = {node.node, *(now.above(node.node) or ())} if locks else set()
+        return lambda one: [lock for lock in locks if lock.node == one.node or lock.deep and lock.node in above]
+
+
 class Changed(NamedTuple):
     """A node that a batch touched: where it is now and where it was, seen from a collection; None: out of sight."""
     id: int
@@ -4775,67 +4836,6 @@ class Space:
 def low_mark(config: Config, total: int) -> int:
     """The free space below which nothing is written to a disk of `total` bytes."""
     return min(config.low_water, total // 50)
-
-
-class Locks:
-    """Which locks there are, and what they forbid (RFC 4918 s6, s7)."""
-
-    def __init__(self, db: Database, clock: Clock) -> None:
-        self.db, self.clock = db, clock
-
-    def of(self, place: Place) -> list[Lock]:
-        return [Lock._make(row) for row in self.db.read("SELECT * FROM lock WHERE home = ? AND due > ?",
-                                                        (place.view.home, self.clock.due()))]
-
-    def covering(self, place: Place, locks: list[Lock]) -> list[Lock]:
-        """The locks that hold the node at a place: its own, and deep ones from above."""
-        return [lock for lock in locks
-                if place.node and lock.node == place.node.node or lock.deep and lock.node in place.chain]
-
-    def check(self, who: Principal, place: Place, given: Preconditions, *, below: bool = False,
-                     member: bool | None = None) -> None:
-        """Refuse unless the locks in the way are the caller's and were submitted (RFC 4918 s7).
-
-        below    what hangs below the node is affected too: delete, move, overwrite
-        member   the parent gains or loses a member; None means: if there is no node yet
-        """
-        locks = self.of(place)
-        held = self.covering(place, locks)
-        if (place.node is None if member is None else member) and place.chain:
-            held += [lock for lock in locks if lock.node == place.parent and not lock.deep]
-        if below and place.node:
-            held += [lock for lock in locks if lock.node != place.node.node and lock not in held
-                     and place.node.node in holders(self.db.read, lock.node)]
-        mine = {lock.token for lock in held if lock.account == who.account and lock.token in given.tokens}
-        shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
-        for lock in held:
-            if lock.token not in mine and (lock.exclusive or lock.node not in shared):
-                raise CloudError("locked", "it is locked", path=seen_by(self.db.read, who).path(lock.node))
-
-    def check_conflict(self, who: Principal, place: Place, exclusive: bool, deep: bool) -> None:
-        locks = self.of(place)
-        near = self.covering(place, locks)
-        if deep and place.node:
-            near += [lock for lock in locks if place.node.node in holders(self.db.read, lock.node)]
-        for lock in near:
-            if exclusive or lock.exclusive:
-                raise CloudError("lock-conflict", "it is locked", path=seen_by(self.db.read, who).path(lock.node))
-        if len(locks) >= 10_000:
-            raise CloudError("busy", "this account has 10000 locks")
-
-    def drop(self, place: Place, *nodes: Node) -> list[Statement]:
-        """Locks do not outlive the place of a node (RFC 4918 s7.5, s9.6.1)."""
-        if not place.locked:
-            return []
-        gone = {node.node for node in nodes}
-        return [Statement("DELETE FROM lock WHERE token = ?", (lock.token,)) for lock in self.of(place)
-                if lock.node in gone or gone & set(holders(self.db.read, lock.node))]
-
-    def near(self, now: Moment, node: Node) -> Callable[[Node], list[Lock]]:
-        """Tells which locks hold the node or one of its children."""
-        locks = [Lock._make(row) for row in now.read("SELECT * FROM lock WHERE home = ? AND due > ?", (node.home, self.clock.due()))]
-        above = {node.node, *(now.above(node.node) or ())} if locks else set()
-        return lambda one: [lock for lock in locks if lock.node == one.node or lock.deep and lock.node in above]
 
 
 class Brake:
