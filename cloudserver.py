@@ -208,6 +208,7 @@ PROPERTY_LIMIT = 64 * KiB       # bytes of one dead property; a node holds 16 ti
 INTEGERS = 1 << 63              # what is counted lies below; negative numbers down to its negative
 
 FILE, COLLECTION = 0, 1         # Node.kind
+MOUNT = 2                       # the same: what somebody else shared, in a root; only Mounts, `enter` and a Draft see one
 ID_EPOCH = 1_577_836_800_000    # ms since 1970: 2020, where the clock inside ids begins
 
 
@@ -415,6 +416,7 @@ ERRORS = {  # kind: (HTTP status, WebDAV condition or None)
     "no-such-report": (403, "supported-report"),          # RFC 3253 s3.6
     "bad-resource-type": (403, "valid-resourcetype"),     # RFC 5689 s3.3
     "protected-property": (403, "cannot-modify-protected-property"),
+    "another-home": (403, None),                          # source and destination belong to different people
     "same-place": (403, None),                            # source and destination are one, or one holds the other
     "bad-sync-token": (403, "valid-sync-token"),          # RFC 6578 s3.2
     "not-found": (404, None),
@@ -2536,7 +2538,13 @@ VERSION_9 = """
 CREATE TABLE visit (                    -- downloads by links that count them, for who goes on with one
     share INTEGER NOT NULL, visitor TEXT NOT NULL, node INTEGER NOT NULL, due INTEGER NOT NULL, PRIMARY KEY (share, visitor, node)) WITHOUT ROWID;
 """
-MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9]         # MIGRATIONS[0] leads from version 1 to 2
+VERSION_10 = """
+CREATE TABLE mount (                    -- live entries of kind MOUNT, and the nodes of other homes that they show
+    node INTEGER PRIMARY KEY, home INTEGER NOT NULL, target INTEGER NOT NULL);
+CREATE INDEX mount_home ON mount (home);
+CREATE INDEX share_node ON share (node) WHERE ended IS NULL;
+"""
+MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9, VERSION_10]         # MIGRATIONS[0] leads from version 1 to 2
 INDEXES = (  # made where SQLite can: parts of names; words of contents
     "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
     "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
@@ -4156,6 +4164,7 @@ class View(NamedTuple):
     top: int                     # the collection that is "/" to them
     rights: frozenset[str]       # out of RIGHTS
     whole: bool                  # is top the root of the home?
+    seq: int = 0                 # of the share by which it is seen: no collection in it counts as older
 
     def need(self, *rights: str) -> None:
         """raises CloudError forbidden without any of these rights"""
@@ -4196,6 +4205,16 @@ class Place(NamedTuple):
     def need(self, *rights: str) -> None:
         """raises CloudError forbidden without any of these rights"""
         self.view.need(*rights)
+
+    def need_home(self, home: int) -> None:
+        """raises CloudError another-home if this is in another"""
+        if self.view.home != home:
+            raise CloudError("another-home", "the two places belong to different people; copy the files one by one")
+
+    @property
+    def is_top(self) -> bool:
+        """Is it the very node that somebody sees, which has no place among what they see?"""
+        return self.node is not None and self.node.node == self.view.top
 
     def found(self) -> Node:
         """The node.  raises CloudError not-found"""
@@ -4291,15 +4310,16 @@ def select_entries(where: str, columns: str = NODE, source: str = "entry e") -> 
 
 
 @lru_cache(maxsize=64)
-def entries_now(where: str, columns: str = NODE, source: str = "entry e") -> str:
-    return select_entries(where + " AND e.until IS NULL", columns, source)
+def entries_now(where: str, columns: str = NODE, source: str = "entry e", kinds: int = MOUNT) -> str:
+    """`kinds`: only those below this number."""
+    return select_entries(where + " AND e.until IS NULL AND e.kind < %d" % kinds, columns, source)
 
 
 @lru_cache(maxsize=64)
 def entries_at(where: str, columns: str = NODE, ended: str = UNPURGED) -> str:
     """The same as of :seq, in two parts, each of which has its index."""
-    return (select_entries(where + " AND e.until IS NULL AND e.since <= :seq", columns) + " UNION ALL "
-            + select_entries(where + " AND e.until > :seq AND e.since <= :seq" + ended, columns))
+    return (select_entries(where + " AND e.until IS NULL AND e.since <= :seq AND e.kind < 2", columns) + " UNION ALL "
+            + select_entries(where + " AND e.until > :seq AND e.since <= :seq AND e.kind < 2" + ended, columns))
 
 
 LINE = (  # a live node and what holds it, upwards: :node
@@ -4314,17 +4334,19 @@ class Moment:
 
     It keeps the nodes that it read, so it is for one snapshot, for a past, or for the length of one verb.  What was
     given up for good was never there: one purged entry hides all entries of its node.  Only the feed of changes sees
-    it, to tell that it is gone (`purged`).
+    it, to tell that it is gone (`purged`).  What others shared is there only for who says how it is seen (`mounts`).
     """
 
-    def __init__(self, read: Read, top: int, seq: int | None = None, *, purged: bool = False) -> None:
-        self.read, self.top, self.seq, self.purged = read, top, seq, purged
+    def __init__(self, read: Read, top: int, seq: int | None = None, *, purged: bool = False, mounts: "Mounts | None" = None, floor: int = 0) -> None:
+        """floor   the seq of a share by which it is seen: no collection counts as older"""
+        self.read, self.top, self.seq, self.purged, self.mounts, self.floor = read, top, seq, purged, mounts, floor
+        self._grants: dict[int, Grant] | None = None
         self._nodes: dict[int, Node | None] = {}
         self._paths: dict[int, tuple[str, ...] | None] = {top: ()}
 
-    def _select(self, where: str, params: dict[str, Any], columns: str = NODE, tail: str = "") -> Iterable[tuple[Any, ...]]:
+    def _select(self, where: str, params: dict[str, Any], columns: str = NODE, tail: str = "", kinds: int = MOUNT) -> Iterable[tuple[Any, ...]]:
         if self.seq is None:
-            return self.read(entries_now(where, columns) + tail, params)
+            return self.read(entries_now(where, columns, kinds=kinds) + tail, params)
         return self.read(entries_at(where, columns, "" if self.purged else UNPURGED) + tail, {**params, "seq": self.seq})
 
     def node(self, id: int) -> Node | None:
@@ -4349,15 +4371,28 @@ class Moment:
         where, columns = IN_ORDER
         after: str | None = ""
         while after is not None:
-            rows = list(self._select(where, {"parent": id, "after": after, "limit": PIECE}, columns, " ORDER BY key LIMIT :limit"))
-            for *node, _ in rows:
-                yield Node._make(node)
+            rows = list(self._select(where, {"parent": id, "after": after, "limit": PIECE}, columns, " ORDER BY key LIMIT :limit",
+                                     MOUNT + bool(self.mounts)))
+            yield from self._shown(Node._make(row[:-1]) for row in rows)
             after = rows[-1][-1] if len(rows) == PIECE else None
 
     def page(self, id: int, order: str, start: int, limit: int) -> Iterator[Node]:
         """Some of what a collection holds now; `order` is made of SORTS."""
-        return map(Node._make, self.read(entries_now("e.parent = :parent") + " ORDER BY " + order + " LIMIT :limit OFFSET :start",
-                                         {"parent": id, "limit": limit, "start": start}))
+        return self._shown(map(Node._make, self.read(
+            entries_now("e.parent = :parent", kinds=MOUNT + bool(self.mounts)) + " ORDER BY " + order + " LIMIT :limit OFFSET :start",
+            {"parent": id, "limit": limit, "start": start})))
+
+    def _shown(self, nodes: Iterable[Node]) -> Iterator[Node]:
+        """The same as they are seen: of a mount its target, under the name that it has here; none that leads nowhere."""
+        for node in nodes:
+            if node.kind == MOUNT:
+                if self._grants is None:
+                    self._grants = self.mounts.of(self.read, node.home)
+                grant = self._grants.get(node.node)
+                if grant:
+                    yield grant.seen()._replace(name=node.name)
+            else:
+                yield node._replace(seq=max(node.seq, self.floor)) if self.floor and node.kind else node
 
     def walk(self, id: int, path: tuple[str, ...] = (),
              missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node]]:
@@ -4430,6 +4465,9 @@ class Moment:
                 "SELECT node, name, value FROM property WHERE node = ? UNION ALL SELECT p.node, p.name, p.value FROM entry e "
                 "JOIN property p ON p.node = e.node WHERE e.parent = ? AND e.until IS NULL", (node.node,) * 2):
             found.setdefault(id, {})[name] = value
+        targets = [grant.node.node for grant in (self._grants or {}).values()]
+        for id, name, value in self.read("SELECT node, name, value FROM property WHERE node IN (" + marks(targets) + ")", targets) if targets else ():
+            found.setdefault(id, {})[name] = value
         return found
 
     def digests(self, node: Node) -> dict[str, list[tuple[str, str]]]:
@@ -4447,6 +4485,58 @@ class Moment:
             "SELECT t.manifest FROM thumbnail t WHERE t.home = ? AND t.manifest = ? UNION SELECT t.manifest FROM entry e "
             "JOIN thumbnail t ON t.home = e.home AND t.manifest = e.manifest WHERE e.parent = ? AND e.until IS NULL",
             (node.home, node.manifest, node.node))}
+
+
+class Grant(NamedTuple):
+    """What somebody else shared with the owner of a home, as a mount in the root of that home shows it."""
+    node: Node                   # the target
+    above: tuple[int, ...]       # what holds it, the root of its home first
+    rights: frozenset[str]
+    seq: int                     # of the shares
+    more: dict[int, frozenset[str]]              # {node: rights that other shares add from there downwards}
+
+    def rights_at(self, ids: Iterable[int]) -> frozenset[str]:
+        """The rights to a node, by the ids of what holds it, and its own."""
+        return self.rights.union(*(self.more[id] for id in ids if id in self.more)) if self.more else self.rights
+
+    def seen(self) -> Node:
+        return self.node._replace(seq=max(self.node.seq, self.seq)) if self.node.kind else self.node
+
+
+MOUNTED = (  # the targets of all mounts in home :home, what holds each, upwards, and the shares that stand at due time :now
+    "WITH RECURSIVE up (mount, id, above, level) AS (SELECT m.node, e.node, e.parent, 0 FROM mount m JOIN entry e ON e.node = m.target "
+    "AND e.until IS NULL WHERE m.home = :home UNION ALL SELECT up.mount, e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.above "
+    "AND e.until IS NULL) SELECT up.mount, s.rights, s.seq, " + NODE + " FROM up CROSS JOIN entry e LEFT JOIN collection c ON c.node = e.node "
+    "LEFT JOIN share s ON up.level = 0 AND s.node = up.id AND s.kind = 'account' AND s.grantee = :home AND s.ended IS NULL "
+    "AND (s.due IS NULL OR s.due > :now) WHERE e.node = up.id AND e.until IS NULL ORDER BY up.mount, up.level")
+NEWEST_SHARED = (  # the newest seq of what the mounts of home a.id show, or showed, and of their shares: it never falls
+    "(SELECT max(seq) FROM (SELECT c.seq FROM mount m JOIN collection c ON c.node = m.target WHERE m.home = a.id UNION ALL "
+    "SELECT e.rev FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = a.id UNION ALL "
+    "SELECT s.seq FROM mount m JOIN share s ON s.node = m.target AND s.grantee = m.home WHERE m.home = a.id) AS shown)")
+
+
+class Mounts:
+    """What others shared with somebody: entries in the root of their home, each with a node of another home as its target."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def of(self, read: Read, home: int) -> dict[int, Grant]:
+        """{mount: what it shows}; not those whose share has ended, whose target is in the trash, or that another one shows as well."""
+        lines: dict[int, list[tuple[Any, ...]]] = {}
+        for mount, *row in read(MOUNTED, {"home": home, "now": self.clock.due()}):
+            lines.setdefault(mount, []).append(tuple(row))
+        found = {}
+        for mount, rows in lines.items():
+            nodes = list(dict.fromkeys(Node._make(row[2:]) for row in rows))
+            rights = {right for granted, *_ in rows if granted for right in granted.split()}
+            if rights and nodes[-1].parent is None and nodes[0].home != home:
+                found[mount] = Grant(nodes[0], tuple(node.node for node in reversed(nodes[1:])), frozenset(rights) - {SHARE},
+                                     max(seq for _, seq, *_ in rows if seq), {})
+        for inner, outer in itertools.permutations(found.values(), 2):
+            if outer.node.node in inner.above:
+                outer.more[inner.node.node] = inner.rights
+        return {mount: grant for mount, grant in found.items() if not any(grant.node.node in other.more for other in found.values())}
 
 
 class Difference(NamedTuple):
@@ -4524,9 +4614,9 @@ class Span:
 
 def seen_by(read: Read, who: Principal) -> Moment:
     """What somebody sees, as it is now: nothing, if the collection that a device is limited to is in the trash."""
-    _, _, top, rights, whole = view_of(who)
-    hidden = READ not in rights or not whole and Moment(read, top).above(top) is None
-    return Moment(read, 0 if hidden else top)
+    view = view_of(who)
+    hidden = READ not in view.rights or not view.whole and Moment(read, view.top).above(view.top) is None
+    return Moment(read, 0 if hidden else view.top)
 
 
 def above_top(read: Read, view: View) -> tuple[int, ...]:
@@ -4927,17 +5017,22 @@ class Tree:
     def __init__(self, config: Config, db: Database, clock: Clock, blobs: Blobs) -> None:
         self.config, self.db, self.clock, self.blobs = config, db, clock, blobs
         self.contents, self.space = Contents(db, clock, blobs), Space(db, clock, config)
-        self.locks, self.brake, self.allowance = Locks(db, clock), Brake(db, clock), Allowance(db, clock)
+        self.locks, self.brake, self.allowance, self.mounts = Locks(db, clock), Brake(db, clock), Allowance(db, clock), Mounts(clock)
         self.lanes = Slots(2, "%d long operations of this account are under way already")
 
-    def enter(self, who: Principal, path: tuple[str, ...], right: str | None = None, *, content: bool = False) -> Place:
-        """The one way in: follow a path from the top of what `who` sees.  raises CloudError forbidden, for nobody and without the right"""
+    def enter(self, who: Principal, path: tuple[str, ...], right: str | None = None, *, content: bool = False, by: Grant | None = None) -> Place:
+        """The one way in: follow a path from the top of what `who` sees.  raises CloudError forbidden, for nobody and without the right
+
+        by   go on from the target of a mount
+        """
         view = view_of(who)
         if not view.rights or right and right not in view.rights:
             view.need(right or READ)
+        if by:
+            view = View(who, by.node.home, by.node.node, by.rights & view.rights, False, by.seq)
         if not path:
-            return self._enter_top(view)
-        above = (view.top,) if view.whole else above_top(self.db.read, view) + (view.top,)
+            return self._enter_top(view, by.above if by else above_top(self.db.read, view))
+        above = (view.top,) if view.whole else (by.above if by else above_top(self.db.read, view)) + (view.top,)
         keys = [key_of(name) for name in path]
         walked = 0
         while len(keys) - walked > STRIDE:                   # far down: in several steps
@@ -4956,6 +5051,12 @@ class Tree:
         node = Node._make(tail[:15]) if tail[0] is not None else None
         chunk = StoredChunk._make(tail[15:]) if content and tail[15] is not None else None
         is_open = row[4] is not None if there == depth - 1 else self._is_collection(chain[-1])
+        if view.whole and (node.kind == MOUNT if node else not is_open and len(chain) == 2):
+            mounted = self._enter_mount(who, path, node.node if node else chain[-1], right, content)
+            if mounted:
+                return mounted
+        if view.seq and node and node.kind:
+            node = node._replace(seq=max(node.seq, view.seq))
         return Place(view, row[0], bool(row[1]), row[2], row[3], chain, is_open, () if node else rest, node, chunk)
 
     def _place_row(self, start: int, keys: Sequence[str], account: int, content: bool) -> tuple[Any, ...]:
@@ -4965,16 +5066,30 @@ class Tree:
             raise CloudError("forbidden", "this account does not exist any more")
         return rows[0]
 
-    def _enter_top(self, view: View) -> Place:
-        above = above_top(self.db.read, view)
+    def _enter_mount(self, who: Principal, path: tuple[str, ...], id: int, right: str | None, content: bool) -> Place | None:
+        """Where a path leads whose first name is a mount; None if it is a file.  raises CloudError not-found for one that leads nowhere"""
+        grant = self.mounts.of(self.db.read, view_of(who).home).get(id)
+        if grant is None:
+            if self.db.read("SELECT 1 FROM mount WHERE node = ?", (id,)):
+                raise CloudError("not-found", "what was here is not shared any more")
+            return None
+        place = self.enter(who, path[1:], content=content, by=grant)
+        rights = grant.rights_at((*place.chain, *((place.node.node,) if place.node else ()))) & view_of(who).rights
+        place = place._replace(view=place.view._replace(rights=rights))
+        if right:
+            place.need(right)
+        return place
+
+    def _enter_top(self, view: View, above: tuple[int, ...]) -> Place:
         rows = self.db.read(
-            "SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota - a.extra, r.size, " + NODE + " FROM account a "
+            "SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota - a.extra, r.size, " + NEWEST_SHARED + ", " + NODE + " FROM account a "
             "JOIN collection r ON r.node = a.root LEFT JOIN entry e ON e.node = ? AND e.until IS NULL "
             "LEFT JOIN collection c ON c.node = e.node WHERE a.id = ?", (view.top, view.home))
-        if not rows or rows[0][4] is None:
+        if not rows or rows[0][5] is None:
             raise CloudError("not-found", "the collection this device is limited to is gone")
-        shape, locked, quota, used, *node = rows[0]
-        return Place(view, shape, bool(locked), quota, used, above, True, (), Node._make(node))
+        shape, locked, quota, used, shared, *columns = rows[0]
+        node, floor = Node._make(columns), view.seq or view.whole and shared or 0
+        return Place(view, shape, bool(locked), quota, used, above, True, (), node._replace(seq=max(node.seq, floor)) if node.kind else node)
 
     def _is_collection(self, node: int) -> bool:
         return bool(self.db.read("SELECT 1 FROM collection WHERE node = ?", (node,)))
@@ -5016,8 +5131,18 @@ class Tree:
 class HomePart:
     """What a plan does in one home."""
     place: Place                                 # in it; its shape, its quota and what is used are those of the home
+    mounts: dict[str, int] = field(default_factory=dict)         # {name: target} of those by which it was entered
     growth: int = 0                              # bytes, but for those that were reserved before
     sums: dict[int, list[int]] = field(default_factory=dict)     # {collection: [bytes, files]}
+
+    def told_to_owner(self, read: Read, detail: dict[str, Any]) -> dict[str, Any]:
+        """What the journal says, with paths as the owner of the home knows them, and nothing of where else somebody is at work."""
+        now, found = Moment(read, (*self.place.chain, self.place.view.top)[0]), dict(detail)
+        for key in {"path", "to"}.intersection(detail):
+            name, _, below = detail[key].partition("/")
+            top = now.path(self.mounts.get(name, self.place.view.top)) or ()
+            found[key] = "/".join((*top, *([below] if below and name in self.mounts else ())))
+        return found
 
     def left_of(self, node: Node) -> Node:
         """A collection that is deleted, with as many files as are left in it."""
@@ -5039,6 +5164,7 @@ class Draft:
         self._seen: dict[tuple[int, str], Node | None] = {}          # and what was there before
         self._chains: dict[tuple[str, ...], tuple[int, ...] | None] = {}
         self._parents: dict[int, int | None] = {}
+        self._mounts: dict[str, Place | None] = {}
         self._made: set[int] = set()                 # collections with nothing in them but what steps put there
 
     # ---- where things are by now
@@ -5049,7 +5175,12 @@ class Draft:
             place = self.tree.enter(self.who, path)
             if place.view.home not in self.parts:
                 self.parts[place.view.home] = HomePart(place)
+            if place.view.seq:
+                self.parts[place.view.home].mounts[path[0]] = place.view.top
             return place
+        mounted = self.mounted(path)
+        if mounted and len(path) == 1:
+            return mounted
         there, chain, is_open = len(path) - 1, None, True
         while chain is None:
             chain = self._chain(path[:there])
@@ -5058,12 +5189,28 @@ class Draft:
                 above = self._chain(path[:there])
                 is_open = not above or self.child(above[-1], path[there]) is None
         node = self.child(chain[-1], path[-1]) if there == len(path) - 1 else None
-        part = next(iter(self.parts.values()))
-        return part.place._replace(used=part.place.used + part.growth, chain=chain, open=is_open, rest=() if node else path[there:], node=node)
+        part = self.parts[mounted.view.home if mounted else view_of(self.who).home]
+        return part.place._replace(used=part.place.used + part.growth, chain=chain, open=is_open, rest=() if node else path[there:], node=node,
+                                   view=(mounted or part.place).view)
+
+    def _root(self) -> Place:
+        """A place that is seen by no mount."""
+        part = self.parts.get(view_of(self.who).home)
+        return part.place if part else self.enter(())
+
+    def mounted(self, path: tuple[str, ...]) -> Place | None:
+        """The mount that a path begins with, if it does."""
+        name = path[0] if path else ""
+        if name not in self._mounts:
+            node = self.child(self.top()[-1], name)
+            self._mounts[name] = place = self.tree.enter(self.who, path[:1]) if node and node.kind == MOUNT else None
+            if place:
+                self.parts.setdefault(place.view.home, HomePart(place)).mounts[name] = place.view.top
+        return self._mounts[name]
 
     def top(self) -> tuple[int, ...]:
         """Ids down to the top of what is seen, the root of the home first."""
-        place = next(iter(self.parts.values())).place
+        place = self._root()
         chain = (*place.chain, place.node.node) if place.node else place.chain
         return chain[:chain.index(place.view.top) + 1]
 
@@ -5072,8 +5219,9 @@ class Draft:
         if not path:
             return self.top()
         if path not in self._chains:
-            above = self._chain(path[:-1])
-            node = self.child(above[-1], path[-1]) if above else None
+            mounted = self.mounted(path) if len(path) == 1 else None
+            above = mounted.chain if mounted else self._chain(path[:-1])
+            node = mounted.node if mounted else self.child(above[-1], path[-1]) if above else None
             self._chains[path] = above + (node.node,) if node and node.kind else None
         return self._chains[path]
 
@@ -5083,7 +5231,8 @@ class Draft:
         if place in self._names:
             return self._names[place]
         if place not in self._seen:
-            self._seen[place] = None if parent in self._made else Moment(self.tree.db.read, parent).child(parent, name)
+            self._seen[place] = None if parent in self._made else next(map(Node._make, self.tree.db.read(
+                entries_now("e.parent = ? AND e.key = ?", kinds=MOUNT + 1), place)), None)
         return self._seen[place]
 
     def above(self, id: int | None) -> list[int]:
@@ -5122,8 +5271,12 @@ class Draft:
                 Statement("SELECT 'changed' FROM entry WHERE parent = ? AND key = ? AND until IS NULL", (place.parent, key))]
         if node.node in self.changes:
             return []
-        return [Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM collection WHERE node = ? AND seq = ?)", (node.node, node.seq))
+        return [Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM collection WHERE node = ? AND seq <= ?)", (node.node, node.seq))
                 if node.kind else still_there(node)]
+
+    def new_node(self, home: int, parent: int, name: str, kind: int) -> Node:
+        """One with nothing in it."""
+        return Node(self.tree.db.new_id(), home, 0, None, parent, name, kind, None, 0, self.tree.clock.wall(), None, 0, None, 0, 0)
 
     def state(self, node: Node | None) -> Node | None:
         """What a node is in the end; its seq is 0 if that of the batch will be it."""
@@ -5260,7 +5413,9 @@ class Plan:
         return node
 
     def collection_at(self, path: tuple[str, ...]) -> int:
-        """The collection at a path, made if need be; the top if a file is in the way."""
+        """The collection at a path, made if need be; the top if a file or a mount is in the way."""
+        if self.now.mounted(path):
+            return self.now.top()[-1]
         place = self.now.enter(path)
         if place.node is None and place.open:
             return self.mkdir(path, parents=True).node
@@ -5282,6 +5437,7 @@ class Plan:
         here.need(UPDATE, DELETE)
         self._admit_removal(here, source, given)
         there, name = self._make_room(here, source, target, given, clash)
+        there.need_home(here.view.home)
         if there.parent == here.parent:
             here.need(UPDATE)
         else:
@@ -5297,12 +5453,14 @@ class Plan:
         """Let `top` begin, the second of a node; what it holds are rows of others.  Otherwise as move"""
         here = self.now.enter(source)
         here.need(READ)
+        here.need_home(top.home)
         self.check_conditions(here, source, given)
         if here.found().node != node.node:
             raise CloudError("conflict", "something else is there by now")
         if source == target and clash == "keep":
             target = target[:-1] + (self.now.free_name(here.parent, target[-1]),)
         there, name = self._make_room(here, source, target, given, clash)
+        there.need_home(here.view.home)
         if there.node and there.node.node == node.node:
             raise CloudError("same-place", "source and destination are one")
         there.need(CREATE)
@@ -5368,9 +5526,7 @@ class Plan:
         return chain
 
     def _new_collection(self, place: Place, chain: tuple[int, ...], name: str) -> Node:
-        node = Node(self.tree.db.new_id(), place.view.home, 0, None, chain[-1], name, COLLECTION, None, 0, self.tree.clock.wall(), None, 0, None,
-                    0, 0)
-        return self.step(Change(None, node, (), chain)).after
+        return self.step(Change(None, self.now.new_node(place.view.home, chain[-1], name, COLLECTION), (), chain)).after
 
     def _make_room(self, here: Place, source: tuple[str, ...], target: tuple[str, ...], given: Preconditions,
                    clash: str) -> tuple[Place, str]:
@@ -5385,7 +5541,7 @@ class Plan:
             there, is_taken = self.now.beside(there, target[-1]), False
         if there.locked:
             self.tree.locks.check(self.who, there, given, below=True, member=True)
-        if is_taken and clash != "replace":
+        if is_taken and (clash != "replace" or there.is_top):           # nothing replaces what is shared with somebody
             raise CloudError("precondition-failed", "there is something at the destination", there=there.node)
         return there, there.rest[-1] if there.rest else target[-1]
 
@@ -5416,8 +5572,8 @@ class Plan:
     def _admit_removal(self, place: Place, path: tuple[str, ...], given: Preconditions) -> None:
         """What must hold for a node to leave its place."""
         place.found()
-        if not path:
-            raise CloudError("forbidden", "the root stays where it is")
+        if place.is_top:
+            raise CloudError("forbidden", "the root stays where it is" if not path else "what is shared with you stays where it is")
         self.check_conditions(place, path, given)
         if place.locked:
             self.tree.locks.check(self.who, place, given, below=True, member=True)
@@ -5499,7 +5655,7 @@ class Plan:
                     if before.kind and (after is None or after.parent != before.parent):     # its sums leave the chain with it
                         guards.append(Statement("SELECT 'sums' FROM collection WHERE node = ? AND (size, files) <> (?, ?)",
                                                 (before.node, before.size, before.files)))
-            elif after.kind:
+            elif after.kind == COLLECTION:
                 new.append((after.node,))
             if after:
                 begins.append((after.home, after.node, after.parent, after.name, key_of(after.name), after.kind,
@@ -5507,6 +5663,8 @@ class Plan:
         if self.as_of is not None:
             guards.append(Statement("SELECT 'changed' FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ? AND c.seq > ?",
                                     (home, self.as_of)))
+        if part.mounts:
+            line = line._replace(detail=part.told_to_owner(self.tree.db.read, line.detail))
         if place.quota is not None and part.growth > 0:
             guards.append(Statement(
                 "SELECT 'quota' FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ? AND a.quota IS NOT NULL "
@@ -5533,6 +5691,20 @@ class Plan:
         if loose:
             body.append(raise_shape(home))
         return self.tree.space.pay(Batch(body, guards, line, touches=touched_by(body), frees=not begins), home, place.quota)
+
+
+def begin_mount(plan: Plan, target: Node, giver: str, name: str = "") -> Node:
+    """Let the root of a home show a node of another, under a name, its own if none is given, or one that tells from whom it is (law 4 of
+    sharing): never one with a dot in front, for a stranger's .cloudignore would steer the sync client."""
+    place = plan.now.enter(())
+    root, name = place.found().node, (name or target.name).lstrip(".") or "shared"
+    for mark in ("", " (%s)" % giver, *(" (%s %d)" % (giver, count) for count in range(2, 10_000))):
+        found = cut_text(name, NAME_LIMIT - len(mark.encode())) + mark
+        if plan.now.child(root, found) is None:
+            break
+    node = plan.now.new_node(place.view.home, root, found, MOUNT)
+    plan.rows.append(Statement("INSERT INTO mount (node, home, target) VALUES (?, ?, ?)", (node.node, place.view.home, target.node)))
+    return plan.step(Change(None, node, (), (*place.chain, root))).after
 
 
 def removal_of(place: Place) -> Change:
@@ -5830,33 +6002,37 @@ class Files:
 
     def stat(self, who: Principal, path: tuple[str, ...]) -> Node:
         """The node at a path.  raises CloudError not-found"""
-        return self.tree.enter(who, path, READ).found()
+        place = self.tree.enter(who, path, READ)
+        return shown(place, path) if place.view.seq else place.found()
 
     def find(self, who: Principal, path: tuple[str, ...]) -> Node | None:
         """The node at a path, if there is one."""
-        return self.tree.enter(who, path, READ).node
+        place = self.tree.enter(who, path, READ)
+        return place.node and shown(place, path)
 
     def open(self, who: Principal, path: tuple[str, ...]) -> tuple[Node, Content | None]:
         """A file and its bytes; None in place of bytes for a collection.  raises CloudError not-found"""
         def look() -> tuple[Any, int, Collection[int] | None]:
             place = self.tree.enter(who, path, READ, content=True)
-            node = place.found()
+            node = shown(place, path) if place.view.seq else place.found()
             if node.kind:
                 return (node, None), KiB, None
             content = self.tree.contents.of(node, place.chunk)
-            return (node, content), KiB + content.weight(), (node.node, node.home, number_of(node.manifest))
+            depends = None if place.view.seq else (node.node, node.home, number_of(node.manifest))       # by a mount: on shares, and more
+            return (node, content), KiB + content.weight(), depends
         return self.db.recent.get((who, path), look)
 
     @contextmanager
     def listing(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[Node, Moment]]:
         """A node, and the moment from which to read what it holds.  raises CloudError not-found"""
-        id = self.stat(who, path).node
+        place = self.tree.enter(who, path, READ)
+        seen = shown(place, path)
         with self.db.snapshot() as read:
-            now = Moment(read, id)
-            node = now.node(id)
+            now = Moment(read, seen.node, mounts=self.tree.mounts if place.view.whole and not path else None, floor=place.view.seq)
+            node = now.node(seen.node)
             if node is None:
                 raise CloudError("not-found", "it was just deleted")
-            yield node, now
+            yield node._replace(name=seen.name, seq=max(node.seq, seen.seq)) if node.kind else node._replace(name=seen.name), now
 
     def walk(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Node]]:
         """Everything below a path, (path from there, node), collections before what they hold."""
@@ -5910,7 +6086,7 @@ class Files:
             return plan, plan.place_for_file(path, given, size, parents)
 
         first = [aim(body.length or 0)]                  # before a byte is read
-        stored = self.tree.blobs.put(body, self.tree.contents.known_to(first[0][1].view.home, who.means == "link"), sums or ())
+        stored = self.tree.blobs.put(body, self.tree.contents.known_to(view_of(who).home, who.means == "link"), sums or ())
         at = self.clock.wall() if mtime is None else mtime
 
         def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
@@ -5986,7 +6162,6 @@ class Files:
 
         No byte moves: the copies refer to the same manifests.  Otherwise as move; raises also over-quota, too-many
         """
-        view = view_of(who)
         detail = {**name_paths([source for source, _ in pairs]), "to": "/".join(pairs[0][1])}
 
         def attempt() -> Batch:
@@ -5996,7 +6171,8 @@ class Files:
             return plan.batch("copy", detail, made)
 
         with self.tree.lane(who):
-            nodes, copies = [self.stat(who, source) for source, _ in pairs], Copies(self.db, view.home)
+            nodes = [self.stat(who, source) for source, _ in pairs]
+            copies = Copies(self.db, nodes[0].home)              # a step refuses what would go to another, or come from there
             tops, below = [copies.measure(node, deep) for node in nodes], []
             self.tree.store(who, price=copies.cost())
             if copies.rows <= COPY_STEP:
@@ -6108,6 +6284,12 @@ class Files:
                 "ON c.node = e.node WHERE e.home = ? AND e.until > 0 AND e.fate = 'deleted' "
                 "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL)", (view.home,))
         return kinds, versions, trash
+
+
+def shown(place: Place, path: tuple[str, ...]) -> Node:
+    """The node at a place, under the name that leads to it.  raises CloudError not-found"""
+    node = place.found()
+    return node._replace(name=path[-1]) if place.view.seq and place.is_top and path else node
 
 
 SUMS_LEAST = 10_000             # files from which on the sums of an account are kept
@@ -6346,7 +6528,8 @@ class Step(NamedTuple):
 
 
 STEP = (  # the columns of Step, and where they come from
-    "j.seq, j.at, j.action, j.detail, coalesce(a.name, ''), coalesce(d.name, s.name, ''), s.id, "
+    "j.seq, j.at, j.action, j.detail, coalesce(a.name, ''), coalesce(CASE WHEN d.account = j.home OR j.action LIKE 'account-%' "
+    "OR j.home = 0 THEN d.name END, s.name, ''), s.id, "
     "EXISTS (SELECT 1 FROM entry WHERE home = j.home AND since = j.seq) OR EXISTS (SELECT 1 FROM entry WHERE home = j.home "
     "AND until = j.seq) FROM journal j LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device "
     "LEFT JOIN share s ON s.id = -j.account")
@@ -6406,11 +6589,12 @@ class Journal:
 
     def newest(self, who: Principal) -> int:
         """The seq of the last change of an account's tree."""
-        rows = self.db.read("SELECT c.seq FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ? "
+        rows = self.db.read("SELECT c.seq, " + NEWEST_SHARED + " FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ? "
                             "AND (? = '' OR EXISTS (SELECT 1 FROM device WHERE id = ?))", (view_of(who).home, who.device, who.device))
         if not rows:
             raise CloudError("unauthenticated", "this device was revoked")
-        return rows[0][0]
+        own, shared = rows[0]
+        return max(own, shared or 0)
 
     def await_change(self, who: Principal, since: int, seconds: float, alive: Callable[[], None] = unwatched) -> bool:
         """Wait until something in the account is newer than a seq; False if nothing was in time.
@@ -6471,7 +6655,10 @@ class History:
         A batch is never split, so there may be more than `limit`.  What came and went meanwhile has neither path.
         raises  CloudError gone if history does not reach back to `since`, other-history if it does not reach so far
         """
-        top = self.files.stat(who, path)
+        place = self.tree.enter(who, path, READ)
+        top = place.found()
+        if since < place.view.seq:
+            raise CloudError("gone", "it was shared since then, or otherwise; read everything anew")
         with self.db.snapshot() as read:
             (head,), = read("SELECT max(seq) FROM journal")
             if since > head:
@@ -6643,12 +6830,12 @@ class History:
     def differences(self, who: Principal, path: tuple[str, ...], seq: int,
                     alive: Callable[[], None] = unwatched) -> list[Difference]:
         """What became of the things below a collection since a seq, in the order of paths."""
-        view_of(who).need(PAST)
-        top = self.files.stat(who, path).node
+        place = self.tree.enter(who, path, PAST)
+        top = place.found().node
         self.journal.check_reach(seq)
         with self.db.snapshot() as read:
             span = Span(Moment(read, top, seq), Moment(read, top))
-            found = [span.of(id) for id in watched(span.touched(view_of(who).home), alive) if id != top and span.differs(id)]
+            found = [span.of(id) for id in watched(span.touched(place.view.home), alive) if id != top and span.differs(id)]
         return sorted(found, key=lambda one: one.path or one.was)
 
     def undo_device(self, who: Principal, device: str) -> tuple[int, int]:
@@ -6687,6 +6874,8 @@ class History:
                 (head,), = read("SELECT max(seq) FROM journal")
                 plan = Plan(self.tree, who, as_of=head)
                 place = plan.now.enter(path)
+                if place.view.home != view_of(who).home:
+                    raise CloudError("forbidden", "only its owner can rewind what is shared")
                 top = place.found().node
                 if place.locked:
                     self.tree.locks.check(who, place, ANY, below=True)
@@ -6725,7 +6914,7 @@ class History:
         top = found = span.now.top
         for name in span.then.path(id) or ():
             child = plan.now.child(found, name)
-            if child is None or not child.kind or child.node in chosen:
+            if child is None or child.kind != COLLECTION or child.node in chosen:
                 return top
             found = child.node
         return found if plan.now.lives(found) else top
@@ -6760,34 +6949,33 @@ class Versions:
 
     def list(self, who: Principal, path: tuple[str, ...]) -> list[Version]:
         """Every content a file had, the newest first."""
-        view_of(who).need(PAST)
-        node = self.files.stat(who, path)
+        place = self.tree.enter(who, path, PAST)
+        node = place.found()
         if node.kind:
             raise CloudError("conflict", "a collection has no versions; ask for it as of a time")
         rows = self.db.read(
             "SELECT v.rev, j.at, v.size, v.mtime, v.manifest, a.name, coalesce(d.name, ''), p.name "
             "FROM (SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NULL "
             "UNION SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NOT NULL) v "
-            "LEFT JOIN journal j ON j.seq = v.rev LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device "
+            "LEFT JOIN journal j ON j.seq = v.rev LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device AND d.account = j.home "
             "LEFT JOIN pin p ON p.node = :node AND p.rev = v.rev ORDER BY v.rev DESC", {"node": node.node})
-        found = [version for version in map(Version._make, rows) if self._was_within(who, node.node, version.rev)]
+        found = [version for version in map(Version._make, rows) if self._was_within(place.view, node.node, version.rev)]
         return [version for version, older in itertools.zip_longest(found, found[1:])
                 if older is None or older.manifest != version.manifest or version.name]
 
     def read(self, who: Principal, path: tuple[str, ...], rev: int) -> tuple[Node, Content]:
         """A file as it was in one of its versions.  raises CloudError not-found"""
-        view_of(who).need(PAST)
-        live = self.files.stat(who, path)
+        place = self.tree.enter(who, path, PAST)
+        live = place.found()
         rows = self.db.read(select_entries("e.rev = :rev AND e.kind = 0 AND (e.node = :node AND e.until IS NULL OR e.node = :node AND e.until "
                                            "IS NOT NULL)") + " ORDER BY e.since LIMIT 1", {"rev": rev, "node": live.node})
-        if not rows or not self._was_within(who, live.node, rev):
+        if not rows or not self._was_within(place.view, live.node, rev):
             raise CloudError("not-found", "there is no such version")
         node = Node._make(rows[0])._replace(name=live.name)
         return node, self.tree.contents.of(node)
 
-    def _was_within(self, who: Principal, node: int, rev: int) -> bool:
-        """Did a file lie below the root of `who` at any moment while it had the content of `rev`?"""
-        view = view_of(who)
+    def _was_within(self, view: View, node: int, rev: int) -> bool:
+        """Did a file lie below the top of a view at any moment while it had the content of `rev`?"""
         if view.whole:
             return True
         pending = [(parent, since, until) for since, until, parent, content in self._stays(node) if content == rev]
@@ -12083,7 +12271,7 @@ PURGED = (" AND EXISTS (SELECT 1 FROM entry g WHERE g.node = :node AND g.fate = 
           "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = :node AND l.until IS NULL)")
 PURGE = (  # what goes with a node: each if PURGED, and the entries last
     "DELETE FROM property WHERE node = :node", "DELETE FROM pin WHERE node = :node", "DELETE FROM lock WHERE node = :node",
-    "DELETE FROM collection WHERE node = :node", "DELETE FROM name_row WHERE node = :node",
+    "DELETE FROM mount WHERE node = :node", "DELETE FROM collection WHERE node = :node", "DELETE FROM name_row WHERE node = :node",
     "UPDATE account SET fed = :until WHERE id = :home AND fed < :until",
     "DELETE FROM entry WHERE node = :node AND until IS NOT NULL")
 LEASE = 2 * MINUTE

@@ -420,7 +420,7 @@ def eventually(look, seconds=60):
 def audit(cloud):
     """Check the sums and links that every batch must keep (invariant 4 of Operations)."""
     db = cloud.db
-    live = db.read("SELECT node, parent, kind, size, home FROM entry WHERE until IS NULL")
+    live = db.read("SELECT node, parent, kind, size, home FROM entry WHERE until IS NULL AND kind < 2")
     parents = {node: parent for node, parent, *_ in live}
     sums = {node: [0, 0] for node, _, kind, *_ in live if kind}
     for node, parent, kind, size, home in live:
@@ -3473,6 +3473,220 @@ def test_nobody_waits_for_a_large_copy(cloud, ann, monkeypatch):
     cloud.files.copy(ann, *[(("w%d" % (n % 3),), ("c%d" % n,)) for n in range(6)])
     assert cloud.files.stat(ann, ()).files == 3 * 4_897
     assert max(now - before for before, now in zip(came, came[1:])) < 2 * cs.COPY_STEP, came
+
+
+# ---- mounts: what others shared, in the root of who has it
+
+@pytest.fixture
+def bob(cloud):
+    return account(cloud, "bob")
+
+
+def hand(cloud, giver, path, who, rights="read create update delete past", name=None):
+    """Let somebody have a node of another's, as a mount; returns the id of the share."""
+    node = cloud.files.stat(giver, cs.split_path(path))
+    id = cloud.db.read("SELECT coalesce(max(id), 0) + 1 FROM share")[0][0]
+
+    def attempt():
+        plan = cs.Plan(cloud.tree, who)
+        if not cloud.db.read("SELECT 1 FROM mount WHERE home = ? AND target = ?", (who.account, node.node)):
+            cs.begin_mount(plan, node, giver.name, name or node.name)
+        plan.now.enter(())
+        plan.rows.append(Statement(
+            "INSERT INTO share (id, home, node, kind, grantee, rights, giver, name, note, used, files, bytes, seq, created) "
+            "SELECT ?, ?, ?, 'account', ?, ?, ?, '', '', 0, 0, 0, max(seq), 0 FROM journal", (id, node.home, node.node, who.account, rights, giver.account)))
+        return plan.batch("share", {})
+    cloud.db.write(attempt)
+    return id
+
+
+def take_back(cloud, id):
+    cloud.db.write(lambda: Batch([Statement("UPDATE share SET ended = 1, seq = (SELECT max(seq) FROM journal) WHERE id = ?", (id,))], line=line()))
+
+
+def listed(cloud, who, path=""):
+    with cloud.files.listing(who, cs.split_path(path)) as (node, now):
+        return {child.name: child for child in now.children(node.node)}
+
+
+def test_what_is_shared_stands_in_the_root_of_who_has_it(cloud, ann, bob):
+    """Its target's id, kind, size, etag and properties; only name and place are its own."""
+    put(cloud, ann, "private/photos/2026/a.jpg", b"12345", parents=True), put(cloud, ann, "private/one.txt", b"one"), put(cloud, bob, "photos", b"bob's")
+    cloud.files.patch(ann, ("private", "photos"), properties={"{x}y": "<y/>"})
+    hand(cloud, ann, "private/photos", bob), hand(cloud, ann, "private/one.txt", bob, "read", ".profile")
+    found, photos, one = listed(cloud, bob), cloud.files.stat(ann, ("private", "photos")), cloud.files.stat(ann, ("private", "one.txt"))
+    assert sorted(found) == ["photos", "photos (ann)", "profile"]
+    assert found["photos (ann)"]._replace(name="photos", seq=0, parent=0) == photos._replace(seq=0, parent=0) and found["profile"].etag == one.etag
+    with cloud.files.listing(bob, ()) as (node, now):
+        assert {child.node for child in now.children(node.node)} >= {photos.node, one.node} and now.properties(node) == {photos.node: {"{x}y": "<y/>"}}
+        assert {child.node for child in now.page(node.node, "e.key", 0, 9)} >= {photos.node, one.node}
+    assert cloud.files.stat(bob, ("photos (ann)",)) == found["photos (ann)"]._replace(parent=photos.parent)
+    assert get(cloud, bob, "photos (ann)/2026/a.jpg") == b"12345" and get(cloud, bob, "profile") == b"one" and get(cloud, bob, "photos") == b"bob's"
+    assert list(listed(cloud, bob, "photos (ann)")) == ["2026"] and cloud.files.stat(bob, ("profile",)).name == "profile"
+    for path in ("photos (ann)/../one.txt", "photos (ann)/none", "profile/x", "private"):
+        assert outcome(cloud.files.stat, bob, tuple(path.split("/"))) == "not-found"
+    assert cloud.files.stat(bob, ()).size == 5 and tree(cloud, ann).keys() == {"private", "private/photos", "private/photos/2026", "private/photos/2026/a.jpg",
+                                                                                "private/one.txt"}
+    audit(cloud)
+
+
+def test_through_a_mount_everything_belongs_to_its_owner(cloud, ann, bob):
+    """Bytes, seqs, trash and history; and every verb goes as far as the rights of the share."""
+    put(cloud, ann, "d/old", b"old", parents=True), put(cloud, ann, "d/in/x", b"x", parents=True), put(cloud, bob, "mine", b"mine")
+    hand(cloud, ann, "d", bob)
+    put(cloud, bob, "d/new", b"new"), put(cloud, bob, "d/old", b"newer"), cloud.files.make_collection(bob, ("d", "c"))
+    assert move(cloud, bob, "d/new", "d/in/new") and copy(cloud, bob, "d/in", "d/in2") and cloud.files.delete(bob, ("d", "in", "x"))
+    assert codes(commit(cloud, bob, [step_put("d/n", b""), step_put("n", b""), {"mkdir": "d/m"}, step_put("d/m/x", b""), {"delete": "d/old"}, {"delete": "mine"},
+                                     {"move": "d/in2/x", "to": "d/m/y"}])) == [201, 201, 201, 201, 204, 204, 200]
+    assert tree(cloud, ann) == {"d": None, "d/in": None, "d/in/new": b"new", "d/in2": None, "d/in2/new": b"new", "d/c": None, "d/n": b"", "d/m": None,
+                                "d/m/x": b"", "d/m/y": b"x"} or tree(cloud, ann)["d/m/y"] == b"x"
+    assert [item.path for item in cloud.trash.list(ann)] == [("d", "old"), ("d", "in", "x")] and [item.path for item in cloud.trash.list(bob)] == [("mine",)]
+    assert cloud.db.read("SELECT DISTINCT home FROM entry WHERE name = 'new'") == [(ann.account,)]
+    assert [v.account for v in cloud.versions.list(ann, ("d", "n"))] == ["bob"] and cloud.files.stat(bob, ()).size == 0
+    audit(cloud)
+
+
+@pytest.mark.parametrize("rights", ["read", "read create", "read create update delete past"])
+def test_a_mount_gives_the_rights_of_its_shares(cloud, ann, bob, rights):
+    put(cloud, ann, "d/f", b"1", parents=True), put(cloud, ann, "d/f", b"2"), put(cloud, ann, "d/g/h", b"h", parents=True)
+    hand(cloud, ann, "d", bob, rights)
+    has = set(rights.split())
+    acts = {lambda: put(cloud, bob, "d/new"): {CREATE}, lambda: put(cloud, bob, "d/f", b"3"): {UPDATE}, lambda: move(cloud, bob, "d/f", "d/e"): {UPDATE},
+            lambda: cloud.versions.list(bob, ("d", "e")): {PAST}, lambda: cloud.history.differences(bob, ("d",), cloud.journal.oldest()): {PAST},
+            lambda: cloud.files.delete(bob, ("d", "g")): {DELETE}, lambda: cloud.sharing.share(bob, ("d",)): {"share"}}
+    for act, needed in acts.items():
+        if needed <= has:
+            assert not isinstance(outcome(act), str)
+        else:
+            assert outcome(act) in ("forbidden", "not-found")
+    reader = bob._replace(readonly=True)
+    assert outcome(put, cloud, reader, "d/other") == "forbidden" and cloud.files.stat(reader, ("d",))
+    assert outcome(cloud.files.stat, account(cloud, "eve"), ("d",)) == "not-found"
+    audit(cloud)
+
+
+def test_mounts_stay_where_they_are_and_nothing_replaces_them(cloud, ann, bob):
+    put(cloud, ann, "d/f", b"f", parents=True), put(cloud, bob, "mine/f", b"mine", parents=True)
+    hand(cloud, ann, "d", bob)
+    before = tree(cloud, ann)
+    assert outcome(cloud.files.delete, bob, ("d",)) == outcome(move, cloud, bob, "d", "e") == outcome(move, cloud, bob, "d", "mine/d") == "forbidden"
+    assert outcome(move, cloud, bob, "mine", "d") == outcome(copy, cloud, bob, "mine", "d") == "precondition-failed"
+    assert outcome(move, cloud, bob, "mine/f", "d/x") == outcome(move, cloud, bob, "d/f", "x") == outcome(copy, cloud, bob, "d/f", "x") == "another-home"
+    assert outcome(cloud.files.make_collection, bob, ("d",)) == "exists" and outcome(put, cloud, bob, "d") == "conflict"
+    assert codes(commit(cloud, bob, [{"mkdir": "x"}, {"delete": "d"}, {"move": "d", "to": "e"}, {"move": "mine", "to": "d"}, {"move": "d/f", "to": "f"}, {"mkdir": "d"}])) == [
+        201, "forbidden", "forbidden", "precondition-failed", "another-home", 200]
+    assert outcome(cloud.history.rewind, bob, ("d",), cloud.journal.oldest()) == "forbidden"
+    assert tree(cloud, ann) == before
+    audit(cloud)
+
+
+def test_what_is_shared_no_longer_is_gone_with_the_next_request(cloud, ann, bob, fake):
+    put(cloud, ann, "a/d/f", b"f", parents=True)
+    share = hand(cloud, ann, "a/d", bob)
+    cloud.files.delete(ann, ("a",))
+    assert outcome(get, cloud, bob, "d/f") == "not-found" and not listed(cloud, bob)
+    cloud.trash.restore(ann, cloud.trash.list(ann)[0].node.node)
+    assert get(cloud, bob, "d/f") == b"f" and list(listed(cloud, bob)) == ["d"]
+    move(cloud, ann, "a/d", "elsewhere")
+    assert get(cloud, bob, "d/f") == b"f" and list(listed(cloud, bob)) == ["d"]
+    take_back(cloud, share)
+    for act in (lambda: get(cloud, bob, "d/f"), lambda: cloud.files.stat(bob, ("d",)), lambda: put(cloud, bob, "d/g"), lambda: put(cloud, bob, "d")):
+        assert outcome(act) == "not-found"
+    assert not listed(cloud, bob) and tree(cloud, ann) == {"a": None, "elsewhere": None, "elsewhere/f": b"f"}
+
+
+def test_etags_seen_through_mounts_never_go_back(cloud, ann, bob):
+    """And what is below rises the root of who has it; conditions hold as everywhere."""
+    put(cloud, ann, "d/in/f", b"f", parents=True)
+    seen = [cloud.files.stat(bob, ()).seq]
+
+    def rose():
+        seen.append(cloud.files.stat(bob, ()).seq)
+        assert seen[-1] == cloud.journal.newest(bob) and seen[-1] >= seen[-2]
+        return seen[-1] > seen[-2]
+    share = hand(cloud, ann, "d", bob)
+    assert rose() and cloud.files.stat(bob, ("d", "in")).seq == cloud.files.stat(bob, ("d",)).seq == listed(cloud, bob, "d")["in"].seq == seen[-1]
+    assert cloud.files.stat(ann, ("d", "in")).seq < seen[-1]
+    assert not isinstance(outcome(cloud.files.patch, bob, ("d", "in"), Preconditions(if_match=(cloud.files.stat(bob, ("d", "in")).etag,)), mtime=5), str)
+    assert rose() and put(cloud, ann, "d/in/f", b"g") and rose() and not (put(cloud, ann, "other", b"") and rose())
+    take_back(cloud, share)
+    assert rose() and not rose()
+    hand(cloud, ann, "d", bob, "read")
+    assert rose() and cloud.files.stat(bob, ("d",)).seq == seen[-1]
+
+
+def test_a_mount_within_another_is_hidden_and_its_rights_are_added_there(cloud, ann, bob):
+    put(cloud, ann, "a/b/f", b"f", parents=True)
+    hand(cloud, ann, "a/b", bob, "read create"), hand(cloud, ann, "a", bob, "read")
+    assert list(listed(cloud, bob)) == ["a"] and outcome(cloud.files.stat, bob, ("b",)) == "not-found"
+    assert put(cloud, bob, "a/b/new") and outcome(put, cloud, bob, "a/new") == "forbidden" == outcome(cloud.files.delete, bob, ("a", "b", "f"))
+    move(cloud, ann, "a/b", "b")
+    assert sorted(listed(cloud, bob)) == ["a", "b"] and get(cloud, bob, "b/new") == b"x"
+    hand(cloud, ann, "b", bob, "read delete")
+    assert cloud.files.delete(bob, ("b", "f"))
+
+
+def test_what_does_not_know_of_mounts_sees_none(cloud, ann, bob):
+    put(cloud, ann, "shared/secret.txt", b"secret", parents=True), put(cloud, bob, "mine", b"mine")
+    since = cloud.journal.head()
+    hand(cloud, ann, "shared", bob)
+    assert [one.path for one in cloud.sync.manifest(bob, ())[2]] == [("mine",)] and cloud.history.changes(bob, (), since)[1] == []
+    assert look_for(cloud, bob, "shared") == look_for(cloud, bob, "secret") == [] and [path for path, *_ in cloud.history.archive(bob, ())] == [("mine",)]
+    assert cloud.search.by_id(bob, cloud.files.stat(ann, ("shared",)).node) == [] and [path for path, _ in cloud.files.walk(bob, ())] == [("mine",)]
+    cloud.history.rewind(bob, (), since), outcome(cloud.history.undo, bob, cloud.journal.head() - 1)
+    assert list(listed(cloud, bob)) == ["mine", "shared"] and cs.verify(cloud) == []
+    put(cloud, bob, "shared/more"), cloud.history.undo(ann, cloud.journal.head())
+    assert tree(cloud, ann) == {"shared": None, "shared/secret.txt": b"secret"}
+    audit(cloud)
+
+
+def test_what_comes_back_goes_into_no_mount(cloud, ann, bob):
+    """Where its collection was somebody else's stands now."""
+    put(cloud, bob, "d/a", b"a", parents=True), put(cloud, bob, "d/b", b"b"), put(cloud, ann, "d/f", b"f", parents=True)
+    cloud.files.delete(bob, ("d", "a")), cloud.files.delete(bob, ("d", "b"))
+    seq = cloud.journal.head()
+    cloud.files.delete(bob, ("d",)), hand(cloud, ann, "d", bob)
+    gone = {item.node.name: item.node.node for item in cloud.trash.list(bob)}
+    assert cloud.trash.restore(bob, gone["a"])[1] == [("a",)] and cloud.history.undo(bob, seq) and get(cloud, bob, "b") == b"b"
+    assert tree(cloud, ann) == {"d": None, "d/f": b"f"} and get(cloud, bob, "d/f") == b"f"
+    audit(cloud)
+
+
+def test_owners_are_told_who_changed_what_they_shared_not_with_which_device(cloud, ann, bob):
+    put(cloud, ann, "d/f", b"f", parents=True), hand(cloud, ann, "d", bob)
+    put(cloud, token_of(cloud, bob, "bob's phone"), "d/f", b"g"), put(cloud, token_of(cloud, ann, "ann's phone"), "d/f", b"h")
+    assert [(v.account, v.device) for v in cloud.versions.list(ann, ("d", "f"))] == [("ann", "ann's phone"), ("bob", ""), ("ann", "")]
+    assert [(step.account, step.device) for step in cloud.journal.activity(ann, limit=2, action="write")] == [("ann", "ann's phone"), ("bob", "")]
+
+
+def test_the_journal_tells_owners_their_own_paths_and_no_others(cloud, ann, bob):
+    put(cloud, ann, "deep/d/f", b"f", parents=True), put(cloud, bob, "private/x", b"", parents=True)
+    hand(cloud, ann, "deep/d", bob, name="of ann")
+    put(cloud, bob, "of ann/f", b"g"), move(cloud, bob, "of ann/f", "of ann/g")
+    commit(cloud, bob, [step_put("private/y", b""), step_put("of ann/h", b"")])
+    assert [(step.action, step.detail.get("path"), step.detail.get("to")) for step in cloud.journal.activity(ann, limit=3)] == [
+        ("sync", "deep/d", None), ("move", "deep/d/f", "deep/d/g"), ("write", "deep/d/f", None)]
+    assert cloud.journal.activity(bob, limit=1)[0].detail["path"] == "private/y"
+
+
+def test_only_what_leads_through_a_mount_costs_more(cloud, ann, bob, monkeypatch):
+    """One statement more for a path, and what its target is held by; one for all mounts of a listing, and one for their properties."""
+    asked, read = [], cs.Sqlite.read
+    monkeypatch.setattr(cs.Sqlite, "read", lambda db, sql, params=(): asked.append(sql) or read(db, sql, params))
+
+    def count(act):
+        asked.clear()
+        act()
+        return len(asked)
+    put(cloud, ann, "d/e/f", b"f", parents=True), put(cloud, bob, "d0/e/f", b"f", parents=True)
+    own = [count(lambda: cloud.files.stat(bob, ("d0", "e", "f"))), count(lambda: put(cloud, bob, "d0/e/g")), count(lambda: cloud.files.stat(bob, ())),
+           count(lambda: cloud.journal.newest(bob))]
+    for n in range(3):
+        put(cloud, ann, "m%d/f" % n, b"f", parents=True), hand(cloud, ann, "m%d" % n, bob)
+    hand(cloud, ann, "d", bob)
+    assert own == [count(lambda: cloud.files.stat(bob, ("d0", "e", "f"))), count(lambda: put(cloud, bob, "d0/e/h")), count(lambda: cloud.files.stat(bob, ())),
+                   count(lambda: cloud.journal.newest(bob))]
+    assert count(lambda: cloud.files.stat(bob, ("d", "e", "f"))) <= own[0] + 3
 
 
 # ---- conditions hold when the write is done, not when it was decided
