@@ -21208,7 +21208,7 @@ async function refresh() {
   if (inFiles()) {
     try {
       const answer = await load(view.path, order());
-      if (turn === view.turn) await enterCollection(answer, turn);
+      if (turn === view.turn && !list.editing) await enterCollection(answer, turn);
     } catch (error) {
       if (turn !== view.turn) return;
       if (!isGone(error)) throw error;
