@@ -16990,27 +16990,27 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """The command line, from COMMANDS and the fields of Config: all commands, and the arguments of the one that words begin with.
+    """The command line, from COMMANDS and the fields of Config: the command that words begin with, else all, to say which there are.
 
-    raises  CloudError for a variable that says nothing
+    Each parser that argparse makes looks for translations in a dozen places.  raises CloudError for a variable that says nothing
     """
     parser = argparse.ArgumentParser(prog="cloudserver.py", description="A personal cloud in one file.", epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version="cloudserver " + __version__)
     groups = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
     known = {setting.name: setting for setting in fields(Config)}
-    for name, row in COMMANDS.items():
-        group, _, last = name.rpartition(" ")
+    chosen = [name for name in COMMANDS if name.split() == list(words[:name.count(" ") + 1])]
+    for name in chosen or COMMANDS:
+        row, (group, _, last) = COMMANDS[name], name.rpartition(" ")
         if group not in groups:
             inner = groups[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
             groups[group] = inner.add_subparsers(metavar="COMMAND", required=True)
         sub = groups[group].add_parser(last, help=row.run.__doc__, description=row.run.__doc__, formatter_class=HelpFormatter)
         sub.set_defaults(command=row)
-        if name.split() == list(words[:name.count(" ") + 1]):
-            for *flags, how in row.arguments:
-                sub.add_argument(*flags, **how)
-            for setting in row.settings:
-                add_setting(sub, known[setting])
+        for *flags, how in row.arguments if chosen else ():
+            sub.add_argument(*flags, **how)
+        for setting in row.settings if chosen else ():
+            add_setting(sub, known[setting])
     return parser
 
 
