@@ -14146,8 +14146,9 @@ class Base(NamedTuple):
     ctime_ns: int = 0            # -1: not to be trusted
     sure: int = 1                # 0: its bytes were read so soon after a write that they are read once more
 
-    def as_there(self) -> There:
-        return There._make(self[:len(There._fields)])
+    def is_still(self, there: There) -> bool:
+        """Is a node on the server in all as it was agreed on?"""
+        return self[:len(There._fields)] == there
 
     def with_there(self, there: There) -> Base:
         return Base(*there, *self[len(There._fields):])
@@ -14850,7 +14851,7 @@ class Memory:
 
     def _with_words_of(self, there: There | None, base: Base) -> Base:
         """The same, sharing its strings with what is on the server: they are most of our memory."""
-        return base.with_there(there) if base.as_there() == there else base
+        return base.with_there(there) if there and base.is_still(there) else base
 
     @property
     def cursor(self) -> int:
@@ -14891,7 +14892,7 @@ class Memory:
     def know(self, key: str, here: Here, as_there: There | None = None) -> None:
         """What is here was found to hold the bytes of base, or of what base becomes."""
         is_sure = here.kind or abs(time.time_ns() - here.mtime_ns) > YOUNG
-        self.set("base", key, Base(*(as_there or self.base[key].as_there()), here.mtime_ns, here.inode, here.ctime_ns, int(is_sure)))
+        self.set("base", key, Base(*(as_there or self.base[key][:len(There._fields)]), here.mtime_ns, here.inode, here.ctime_ns, int(is_sure)))
 
     def doubt(self, key: str) -> None:
         """Whatever size and times say: the bytes of a file here have to be looked at."""
@@ -15836,7 +15837,7 @@ class Planner:
         for key in {*memory.base, *memory.there, *here}:
             base, ours, theirs = memory.base.get(key), here.get(key), memory.there.get(key)
             changed = state_there(base, theirs)
-            if changed == "same" and base.path == theirs.path and base.as_there() != theirs:
+            if changed == "same" and not base.is_still(theirs) and base.path == theirs.path:
                 memory.set("base", key, base.with_there(theirs))     # the same bytes, written once more
             action = DECISIONS[state_here(base, ours), changed]
             if not action or key in left_out:
