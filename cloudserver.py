@@ -4784,6 +4784,11 @@ def is_composed(node: Node) -> bool:
     return node.kind == FILE and node.manifest[0] == "m"
 
 
+def known_to_nobody(hash: str) -> bool:
+    """Need a chunk not be stored again?  What a visitor of a link sends always is (D3)."""
+    return False
+
+
 class Contents:
     """The bytes of files: what is known of chunks and manifests, and the rows that make them known."""
 
@@ -4815,10 +4820,6 @@ class Contents:
             "SELECT 1 FROM entry WHERE manifest = :hash AND home = :home) OR EXISTS ("
             "SELECT 1 FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = :hash AND e.home = :home))",
             {"hash": hash, "home": home}))
-
-    def known_to(self, home: int, visitor: bool) -> Callable[[str], bool]:
-        """Which chunks need not be stored again: for visitors of links all (D3)."""
-        return (lambda hash: False) if visitor else partial(self.knows, home)
 
     def rows(self, stored: Stored, *, new: bool = True) -> list[Statement]:
         """Rows that make stored bytes known: the chunks, if they are new, and the manifest if there are several."""
@@ -6086,7 +6087,8 @@ class Files:
             return plan, plan.place_for_file(path, given, size, parents)
 
         first = [aim(body.length or 0)]                  # before a byte is read
-        stored = self.tree.blobs.put(body, self.tree.contents.known_to(view_of(who).home, who.means == "link"), sums or ())
+        known = known_to_nobody if who.means == "link" else partial(self.tree.contents.knows, view_of(who).home)
+        stored = self.tree.blobs.put(body, known, sums or ())
         at = self.clock.wall() if mtime is None else mtime
 
         def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
@@ -7414,6 +7416,7 @@ class Sharing:
         Who goes on with one that began within the hour is not counted again.
         """
         share = self.about(who)
+        log.info("link used", extra={"share": share.id, "address": network_of(knock.address)})
         if share.uses_most is None:
             uses, at = self._uses.get(share.id, (0, 0))
             self._uses[share.id] = uses + (not knock.again), at or self.clock.wall()
@@ -8079,7 +8082,7 @@ class Uploads:
         return upload
 
     def _append_chunk(self, upload: Upload, data: memoryview) -> Upload:
-        stored = self.tree.blobs.put_bytes(data, self.tree.contents.known_to(upload.home, upload.account < 0))
+        stored = self.tree.blobs.put_bytes(data, known_to_nobody if upload.account < 0 else partial(self.tree.contents.knows, upload.home))
         fresh = upload._replace(received=upload.received + stored.size, due=self.clock.due() + UPLOAD_LIFE)
         batch = Batch([*self.tree.contents.rows(stored),
                        Statement("INSERT INTO upload_chunk (upload, part, offset, chunk, size) VALUES (?, 0, ?, ?, ?)", (upload.id, upload.received, stored.manifest, stored.size)),

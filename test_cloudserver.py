@@ -4720,6 +4720,20 @@ def test_links_that_do_not_work_are_all_alike(cloud, ann, link, fake, address, m
     assert page.status == 410 and page.headers["content-type"].startswith("text/html") and page.headers["x-robots-tag"] == "noindex"
 
 
+def test_links_that_a_server_does_not_allow_open_nothing(cloud, ann, link):
+    """Law 12, S7: at once, and again when they are allowed."""
+    put(cloud, ann, "d/f", b"x", parents=True)
+    visit = link("d")
+    assert visit("GET", "/f").body == b"x"
+    cloud.set_policy(ann, links=False)
+    assert visit("GET", "/f").status == 410
+    cloud.set_policy(ann, links=True)
+    assert visit("GET", "/f").body == b"x"
+    cloud.sharing.change(ann, visit.id, expires=cloud.clock.wall() + cs.HOUR)
+    cloud.sharing.change(ann, visit.id, role="drop")
+    assert visit("GET", "/f").status == 403 and visit("PUT", "/g", b"x").status == 201
+
+
 def test_who_tries_many_tokens_is_told_no_more_and_nobody_else(cloud, ann, link, address, monkeypatch):
     """S1"""
     monkeypatch.setattr(cs, "TOKENS_TRIED", 3)
@@ -4838,10 +4852,11 @@ def test_no_log_holds_the_token_of_a_link(cloud, ann, link, address, serve_cloud
     for path in ("/s/%s/f", "/s/%s/dav/f", "/public.php/dav/files/%s/f"):
         assert visit.token not in "/".join(cs.loggable(tuple(filter(None, (path % visit.token).split("/")))))
     with caplog.at_level("DEBUG"):
-        visit("GET", "/f"), visit("GET", "/f", password="wrong horse x"), visit("GET", "/f", password="correct horse")
+        visit("GET", "/f"), visit("GET", "/f", password="correct horse"), visit("GET", "/f", password="wrong horse x")
         monkeypatch.setattr(cs.Content, "slices", None)
         visit("GET", "/f", password="correct horse", Range="bytes=0-0")
-    assert visit.token not in caplog.text and "wrong password of a link" in caplog.text and "horse" not in caplog.text
+    assert visit.token not in caplog.text and "horse" not in caplog.text
+    assert "wrong password of a link" in caplog.text and "link used" in caplog.text              # L3
 
 
 def form_of(*files, boundary="XX"):
