@@ -6524,9 +6524,9 @@ class Step(NamedTuple):
     action: str
     detail: dict[str, Any]
     account: str
-    device: str                  # or the name of the link by which it was done, whose
-    link: int | None             # id this is
+    device: str                  # or the name of the link by which it was done
     undoable: bool
+    link: int | None = None      # its id
 
 
 STEP = (  # the columns of Step, and where they come from
@@ -6639,8 +6639,8 @@ class Journal:
             "'account-remove', 'settings', 'hold') AND j.seq < ? ORDER BY j.seq DESC LIMIT ?", (before, limit)))
 
     def _steps(self, rows: list[tuple[Any, ...]]) -> list[Step]:
-        return [Step(seq, at, action, json.loads(detail), account, device, link,
-                     bool(undoable) and action[:8] != "account-" and seq > self.oldest())
+        return [Step(seq, at, action, json.loads(detail), account, device,
+                     bool(undoable) and action[:8] != "account-" and seq > self.oldest(), link)
                 for seq, at, action, detail, account, device, link, undoable in rows]
 
 
@@ -7152,6 +7152,11 @@ class Knock(NamedTuple):
     def visitor(self) -> str:
         """Who it may be, without saying where from."""
         return sha256_text("%s %s" % (self.token, network_of(self.address)))[:32]
+
+
+SHARES_NOTHING = (  # was the node of a share given up for good?
+    "EXISTS (SELECT 1 FROM entry g WHERE g.node = share.node AND g.fate = 'purged') OR NOT EXISTS (SELECT 1 FROM entry e WHERE e.node = "
+    "share.node AND e.until IS NULL) AND NOT EXISTS (SELECT 1 FROM entry e WHERE e.node = share.node AND e.until IS NOT NULL)")
 
 
 class Given(NamedTuple):
@@ -12324,6 +12329,8 @@ class Upkeep:
                    Statement("DELETE FROM growing WHERE due < ?", (now,)),
                    Statement("DELETE FROM kept WHERE due < ?", (now,)),
                    Statement("DELETE FROM visit WHERE due < ?", (now,)),
+                   Statement("UPDATE share SET ended = ?, token = NULL, password = NULL WHERE ended IS NULL AND (due <= ? OR " + SHARES_NOTHING + ")",
+                             (self.clock.wall(), now)),
                    Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
                    Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
                    Statement("DELETE FROM upload WHERE due < ?", (now,)),
@@ -19821,6 +19828,8 @@ def link_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     """
     asked, is_page = parse_pairs(request.query), wants_page(request) and request.door.names[0] == "s"
     ways = dict(asked)
+    if path == ("download",) and not is_drop(who) and cloud.files.find(who, path) is None:           # as people do with links of Nextcloud
+        path, ways = (), {"zip" if cloud.files.stat(who, ()).kind else "download": "1"}
     if ways.get("zip") == "1":
         return link_zip(cloud, who, request, path, [split_path(value) for name, value in asked if name == "name"])
     if ways.get("thumbnail") == "1":
@@ -19836,7 +19845,8 @@ def link_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     if ways.get("preview") == "1" and (is_plain(node.media) or node.media in INLINE_MEDIA):
         return response
     if request.method == "GET" and response.status in (200, 206):
-        cloud.sharing.use(who, request.knock, node.node)
+        goes_on = request.knock.again and response.status == 206                         # If-Range may make it the whole
+        cloud.sharing.use(who, request.knock._replace(again=goes_on), node.node)
     return as_attachment(response) if not path or ways.get("download") == "1" else response
 
 
@@ -19853,7 +19863,7 @@ def link_zip(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     node = cloud.files.stat(who, path + names[0] if len(names) == 1 else path)
     members = cloud.history.archive(who, path, names)
     if request.method == "GET":
-        cloud.sharing.use(who, request.knock, node.node)
+        cloud.sharing.use(who, request.knock._replace(again=False), node.node)
     return archive_response(cloud.sharing.while_it_stands(who, members, 0), node.name)
 
 

@@ -4595,6 +4595,22 @@ def test_an_account_gives_so_many_shares(cloud, ann, monkeypatch):
     assert cloud.sharing.share(ann, ("f",)).share.id == 3        # no number is given twice: the journal names visitors by it
 
 
+def test_what_shares_nothing_any_more_ends(make_cloud, fake):
+    """Expired ones, and those of what was given up for good; what lies in the trash may come back."""
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud)
+    for name in "late", "lost", "trash", "here":
+        put(cloud, ann, name)
+    late, *others = [cloud.sharing.share(ann, (name,), expires=cloud.clock.wall() + cs.HOUR if name == "late" else None).share.id
+                     for name in ("late", "lost", "trash", "here")]
+    cloud.files.delete(ann, ("lost",)), cloud.files.delete(ann, ("trash",))
+    cloud.trash.empty(ann, next(item.node.node for item in cloud.trash.list(ann) if item.path == ("lost",)))
+    fake.pass_(2 * cs.HOUR)
+    upkeep = cs.Upkeep(cloud)
+    upkeep.hold(), upkeep.expire()
+    assert cloud.db.read("SELECT id, token IS NULL, ended IS NULL FROM share ORDER BY id") == [(late, 1, 0), (others[0], 1, 0), (others[1], 0, 1), (others[2], 0, 1)]
+
+
 @pytest.fixture
 def link(cloud, ann, address):
     """Share something and come as a visitor: visit = link("d", role="edit"); visit("GET", "/sub/f").status"""
@@ -4625,6 +4641,7 @@ def test_a_link_opens_what_it_was_made_for(cloud, ann, link):
     assert visit("GET", "/a%20b.txt?download=1", Range="bytes=1-2").headers["content-disposition"].startswith("attachment")
     assert visit("GET", "/a%20b.txt", If_None_Match=got.headers["etag"]).status == 304
     assert visit("GET", "/no").status == 404 and visit("GET", "/in/x/y").status == 404
+    assert visit("GET", "/download").headers["content-type"] == "application/zip" and link("photos/out.txt")("GET", "/download").body == b"secret"
     with zipfile.ZipFile(io.BytesIO(visit("GET", "?zip=1").body)) as archive:
         assert sorted(archive.namelist()) == ["a b.txt", "in/", "in/x"] and archive.read("in/x") == b"0123456789"
     some = visit("GET", "/?zip=1&name=in")
@@ -4825,6 +4842,7 @@ def test_downloads_are_counted_exactly(cloud, ann, link):
     assert sorted(answers) == [200] + [410] * 5 and used() == 3
     assert visit("GET", "").status == 410 == visit("GET", "?zip=1").status
     assert visit("GET", "/f", Range="bytes=9-").body == b"9" and visit("GET", "/a.jpg", Range="bytes=9-").status == 410
+    assert visit("GET", "/f", Range="bytes=9-", If_Range='"other"').status == 410 == visit("GET", "?zip=1", Range="bytes=9-").status          # the whole
     free = link("d")
     free("GET", "/f"), free("GET", "?zip=1"), free("GET", "/f", Range="bytes=9-")
     cloud.sharing.save_used()
