@@ -2128,6 +2128,11 @@ def use_all_cores() -> None:
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()       # as it was when the program began
 
 
+def known_to_nobody(hash: str) -> bool:
+    """Need a chunk not be stored again?  What a visitor of a link sends always is (D3)."""
+    return False
+
+
 class Blobs:
     """Bytes to chunks and back, over one store; the lane is where hashing and writing happen beside receiving."""
     whole = Whole()                              # made before there are workers, who share it
@@ -4784,11 +4789,6 @@ def is_composed(node: Node) -> bool:
     return node.kind == FILE and node.manifest[0] == "m"
 
 
-def known_to_nobody(hash: str) -> bool:
-    """Need a chunk not be stored again?  What a visitor of a link sends always is (D3)."""
-    return False
-
-
 class Contents:
     """The bytes of files: what is known of chunks and manifests, and the rows that make them known."""
 
@@ -6208,7 +6208,7 @@ class Files:
 
         raises  CloudError lock-conflict, no-parent, precondition-failed
         """
-        empty = self.tree.blobs.put(Body(b""), lambda hash: False)
+        empty = self.tree.blobs.put(Body(b""), known_to_nobody)
 
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
@@ -8120,7 +8120,7 @@ class Uploads:
         rows = self.db.read("SELECT u.chunk, u.size FROM upload_chunk u WHERE u.upload = ? AND u.size > 0 "
                             "ORDER BY u.part, u.offset", (upload.id,))
         if not rows:
-            return self.tree.blobs.put(Body(b""), lambda hash: False)
+            return self.tree.blobs.put(Body(b""), known_to_nobody)
         manifest, head = manifest_of(rows), self.tree.blobs.read(self.tree.contents.chunk(rows[0][0]))[:32]
         return Stored(manifest, sum(size for _, size in rows), manifest if len(rows) == 1 else None, rows, head=head)
 
