@@ -5746,9 +5746,13 @@ def cost_of(body: Iterable[Statement]) -> int:
 
 def touched_by(body: Sequence[Statement]) -> set[int] | None:
     """Numbers of what the statements of a batch change for who remembers it (see Recent); None where one may change anything."""
-    if any(sql not in TOUCHES for sql, _, _ in body):
-        return None
-    return {TOUCHES[sql](row) for sql, params, many in body if TOUCHES[sql] for row in (params if many else (params,))}
+    touched: set[int] = set()
+    for sql, params, many in body:
+        if sql not in TOUCHES:
+            return None
+        if TOUCHES[sql]:
+            touched.update(map(TOUCHES[sql], params if many else (params,)))
+    return touched
 
 
 def still_stored(hashes: Sequence[str]) -> tuple[Statement, ...]:
