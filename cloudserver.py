@@ -4698,6 +4698,110 @@ class Locks:
         return lambda one: [lock for lock in locks if lock.node == one.node or lock.deep and lock.node in above]
 
 
+BRAKE_FILES, BRAKE_SHARE, BRAKE_WINDOW = 200, 4, 10 * MINUTE       # held: over 200 files and over a quarter in the window
+BRAKE_FREE = HOUR               # how long a device that was allowed may do everything
+PUT_BRAKE = (
+    "INSERT INTO brake (device, home, seq, due, files, deletes, overwrites, held, free) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device) "
+    "DO UPDATE SET home = excluded.home, seq = excluded.seq, due = excluded.due, files = excluded.files, deletes = excluded.deletes, "
+    "overwrites = excluded.overwrites, held = excluded.held, free = excluded.free")
+
+
+class Window(NamedTuple):
+    """What a device deleted and overwrote of late.  The order is that of the table's columns."""
+    device: str
+    home: int
+    seq: int
+    due: int
+    files: int
+    deletes: int
+    overwrites: int
+    held: int | None
+    free: int
+
+
+class Brake:
+    """Holds a device that destroys much in little time, until somebody looks."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self.db, self.clock = db, clock
+
+    def count(self, who: Principal, destroyed: Iterable[tuple[Node, Node | None]]) -> list[Statement]:
+        """Count what a device deletes and overwrites; returns the statement that notes it.  raises CloudError held
+
+        destroyed   (what was, what takes its place or None), whichever verb does it
+        What it made itself within the window does not count, nor does a file that it overwrites once more.
+        """
+        view = view_of(who)
+        recent = self.clock.wall() - BRAKE_WINDOW
+        gone = [(before, after) for before, after in destroyed if before.created < recent]
+        deletes = sum(before.files if before.kind else 1 for before, after in gone if after is None)
+        overwrites = sum(before.kind == FILE and after.manifest != before.manifest for before, after in gone if after)
+        if not deletes + overwrites:
+            return []
+        now, brake = self.clock.due(), self._brake_of(who)
+        if brake and brake.free > now:
+            return []
+        if brake and brake.held is None and brake.due > now:
+            note = Statement("UPDATE brake SET deletes = deletes + ?, overwrites = overwrites + ? WHERE device = ?",
+                             (deletes, overwrites, who.device))
+        else:
+            seq, files = self.db.read("SELECT (SELECT max(seq) FROM journal), c.files FROM account a JOIN collection c "
+                                      "ON c.node = a.root WHERE a.id = ?", (view.home,))[0]
+            brake = brake if brake and brake.held is not None else Window(
+                who.device, view.home, seq, now + BRAKE_WINDOW, files, 0, 0, None, 0)
+            note = Statement(PUT_BRAKE, brake._replace(deletes=deletes, overwrites=overwrites))
+        self._check(who, brake, deletes, overwrites)
+        return [note]
+
+    def _brake_of(self, who: Principal) -> Window | None:
+        rows = self.db.read("SELECT * FROM brake WHERE device = ?", (who.device,))
+        return Window._make(rows[0]) if rows else None
+
+    def _check(self, who: Principal, brake: Window, deletes: int, overwrites: int) -> None:
+        """raises CloudError held if this would be too much, or something was before"""
+        view = view_of(who)
+        def is_too_much() -> bool:
+            count = deletes + overwrites + brake.deletes + brake.overwrites
+            return count > BRAKE_FILES and count * BRAKE_SHARE > brake.files
+
+        if brake.held is None and is_too_much():
+            (files,), = self.db.read(
+                "SELECT count(DISTINCT e.node) FROM journal j JOIN entry e ON e.home = j.home AND e.until = j.seq "
+                "WHERE j.home = ? AND j.seq > ? AND j.device = ? AND e.fate = 'replaced'", (view.home, brake.seq, who.device))
+            brake = brake._replace(overwrites=min(files, brake.overwrites))
+            if not is_too_much():
+                self.db.run(Statement("UPDATE brake SET overwrites = ? WHERE device = ?", (files, who.device)))
+                return
+            held = brake._replace(deletes=brake.deletes + deletes, overwrites=brake.overwrites + overwrites,
+                                  held=self.clock.wall())
+            self.db.write(lambda: Batch([Statement(PUT_BRAKE, held)], line=Line(view.home, who, "hold", {"count": held.deletes + held.overwrites})))
+            log.warning("a device is held by the brake", extra={"account": who.name, "by": who.device})
+            brake = held
+        if brake.held is not None:
+            raise CloudError("held", "this device deletes or overwrites so much that it is held; allow or undo it on the page")
+
+    def held(self, who: Principal) -> list[tuple[Window, str]]:
+        """Devices of the account, and links that it gave, that the brake holds, and their names."""
+        rows = self.db.read("SELECT b.*, coalesce(d.name, s.name) FROM brake b LEFT JOIN device d ON d.id = b.device "
+                            "LEFT JOIN share s ON b.device = 'link-' || s.id AND s.ended IS NULL WHERE coalesce(d.account, s.home) = ? "
+                            "AND b.held IS NOT NULL ORDER BY b.held", (view_of(who).home,))
+        return [(Window._make(columns), name) for *columns, name in rows]
+
+    def find(self, who: Principal, device: str) -> Window:
+        found = next((brake for brake, _ in self.held(who) if brake.device == device), None)
+        if found is None:
+            raise CloudError("not-found", "this device is not held")
+        return found
+
+    def allow(self, who: Principal, device: str) -> None:
+        """Let a held device go on; for a while everything is allowed to it.  raises CloudError not-found"""
+        self.find(who, device)
+        free = self.clock.due() + BRAKE_FREE
+        self.db.write(lambda: Batch([Statement("UPDATE brake SET held = NULL, deletes = 0, overwrites = 0, free = ? "
+                                               "WHERE device = ?", (free, device))],
+                                    line=Line(who.account, who, "allow", {"device": device})))
+
+
 class Changed(NamedTuple):
     """A node that a batch touched: where it is now and where it was, seen from a collection; None: out of sight."""
     id: int
@@ -4761,27 +4865,6 @@ CHUNK_ROWS = (  # makes chunks known; one that was given up or found damaged is 
     "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
     "object = CASE WHEN bad IS NULL THEN object ELSE excluded.object END, "
     "data = CASE WHEN bad IS NULL THEN data ELSE excluded.data END WHERE condemned IS NOT NULL OR bad IS NOT NULL")
-
-
-BRAKE_FILES, BRAKE_SHARE, BRAKE_WINDOW = 200, 4, 10 * MINUTE       # held: over 200 files and over a quarter in the window
-BRAKE_FREE = HOUR               # how long a device that was allowed may do everything
-PUT_BRAKE = (
-    "INSERT INTO brake (device, home, seq, due, files, deletes, overwrites, held, free) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device) "
-    "DO UPDATE SET home = excluded.home, seq = excluded.seq, due = excluded.due, files = excluded.files, deletes = excluded.deletes, "
-    "overwrites = excluded.overwrites, held = excluded.held, free = excluded.free")
-
-
-class Window(NamedTuple):
-    """What a device deleted and overwrote of late.  The order is that of the table's columns."""
-    device: str
-    home: int
-    seq: int
-    due: int
-    files: int
-    deletes: int
-    overwrites: int
-    held: int | None
-    free: int
 
 
 def is_composed(node: Node) -> bool:
@@ -4927,89 +5010,6 @@ class Space:
 def low_mark(config: Config, total: int) -> int:
     """The free space below which nothing is written to a disk of `total` bytes."""
     return min(config.low_water, total // 50)
-
-
-class Brake:
-    """Holds a device that destroys much in little time, until somebody looks."""
-
-    def __init__(self, db: Database, clock: Clock) -> None:
-        self.db, self.clock = db, clock
-
-    def count(self, who: Principal, destroyed: Iterable[tuple[Node, Node | None]]) -> list[Statement]:
-        """Count what a device deletes and overwrites; returns the statement that notes it.  raises CloudError held
-
-        destroyed   (what was, what takes its place or None), whichever verb does it
-        What it made itself within the window does not count, nor does a file that it overwrites once more.
-        """
-        view = view_of(who)
-        recent = self.clock.wall() - BRAKE_WINDOW
-        gone = [(before, after) for before, after in destroyed if before.created < recent]
-        deletes = sum(before.files if before.kind else 1 for before, after in gone if after is None)
-        overwrites = sum(before.kind == FILE and after.manifest != before.manifest for before, after in gone if after)
-        if not deletes + overwrites:
-            return []
-        now, brake = self.clock.due(), self._brake_of(who)
-        if brake and brake.free > now:
-            return []
-        if brake and brake.held is None and brake.due > now:
-            note = Statement("UPDATE brake SET deletes = deletes + ?, overwrites = overwrites + ? WHERE device = ?",
-                             (deletes, overwrites, who.device))
-        else:
-            seq, files = self.db.read("SELECT (SELECT max(seq) FROM journal), c.files FROM account a JOIN collection c "
-                                      "ON c.node = a.root WHERE a.id = ?", (view.home,))[0]
-            brake = brake if brake and brake.held is not None else Window(
-                who.device, view.home, seq, now + BRAKE_WINDOW, files, 0, 0, None, 0)
-            note = Statement(PUT_BRAKE, brake._replace(deletes=deletes, overwrites=overwrites))
-        self._check(who, brake, deletes, overwrites)
-        return [note]
-
-    def _brake_of(self, who: Principal) -> Window | None:
-        rows = self.db.read("SELECT * FROM brake WHERE device = ?", (who.device,))
-        return Window._make(rows[0]) if rows else None
-
-    def _check(self, who: Principal, brake: Window, deletes: int, overwrites: int) -> None:
-        """raises CloudError held if this would be too much, or something was before"""
-        view = view_of(who)
-        def is_too_much() -> bool:
-            count = deletes + overwrites + brake.deletes + brake.overwrites
-            return count > BRAKE_FILES and count * BRAKE_SHARE > brake.files
-
-        if brake.held is None and is_too_much():
-            (files,), = self.db.read(
-                "SELECT count(DISTINCT e.node) FROM journal j JOIN entry e ON e.home = j.home AND e.until = j.seq "
-                "WHERE j.home = ? AND j.seq > ? AND j.device = ? AND e.fate = 'replaced'", (view.home, brake.seq, who.device))
-            brake = brake._replace(overwrites=min(files, brake.overwrites))
-            if not is_too_much():
-                self.db.run(Statement("UPDATE brake SET overwrites = ? WHERE device = ?", (files, who.device)))
-                return
-            held = brake._replace(deletes=brake.deletes + deletes, overwrites=brake.overwrites + overwrites,
-                                  held=self.clock.wall())
-            self.db.write(lambda: Batch([Statement(PUT_BRAKE, held)], line=Line(view.home, who, "hold", {"count": held.deletes + held.overwrites})))
-            log.warning("a device is held by the brake", extra={"account": who.name, "by": who.device})
-            brake = held
-        if brake.held is not None:
-            raise CloudError("held", "this device deletes or overwrites so much that it is held; allow or undo it on the page")
-
-    def held(self, who: Principal) -> list[tuple[Window, str]]:
-        """Devices of the account, and links that it gave, that the brake holds, and their names."""
-        rows = self.db.read("SELECT b.*, coalesce(d.name, s.name) FROM brake b LEFT JOIN device d ON d.id = b.device "
-                            "LEFT JOIN share s ON b.device = 'link-' || s.id AND s.ended IS NULL WHERE coalesce(d.account, s.home) = ? "
-                            "AND b.held IS NOT NULL ORDER BY b.held", (view_of(who).home,))
-        return [(Window._make(columns), name) for *columns, name in rows]
-
-    def find(self, who: Principal, device: str) -> Window:
-        found = next((brake for brake, _ in self.held(who) if brake.device == device), None)
-        if found is None:
-            raise CloudError("not-found", "this device is not held")
-        return found
-
-    def allow(self, who: Principal, device: str) -> None:
-        """Let a held device go on; for a while everything is allowed to it.  raises CloudError not-found"""
-        self.find(who, device)
-        free = self.clock.due() + BRAKE_FREE
-        self.db.write(lambda: Batch([Statement("UPDATE brake SET held = NULL, deletes = 0, overwrites = 0, free = ? "
-                                               "WHERE device = ?", (free, device))],
-                                    line=Line(who.account, who, "allow", {"device": device})))
 
 
 class Tree:
