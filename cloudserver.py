@@ -5205,6 +5205,8 @@ class Draft:
         if name not in self._mounts:
             node = self.child(self.top()[-1], name)
             self._mounts[name] = place = self.tree.enter(self.who, path[:1]) if node and node.kind == MOUNT else None
+            if place and not place.view.seq:
+                raise CloudError("conflict", "it came here by this very step")
             if place:
                 self.parts.setdefault(place.view.home, HomePart(place)).mounts[name] = place.view.top
         return self._mounts[name]
@@ -5331,6 +5333,8 @@ class Draft:
             self.changes[id] = change
         if self._chains and (after or before).kind:
             self._chains.clear()
+        if (after or before).kind == MOUNT:
+            self._mounts.clear()
 
     def _leave(self, node: Node) -> None:
         """A place comes free, unless a step gave it to another before it was."""
@@ -5425,6 +5429,8 @@ class Plan:
     def remove(self, path: tuple[str, ...], given: Preconditions = ANY) -> Node:
         """Put a node into the trash."""
         place = self.now.enter(path)
+        if place.view.seq and place.is_top:
+            return change_mount(self, path, None)
         place.need(DELETE)
         self._admit_removal(place, path, given)
         if self.now.is_made(place.node):
@@ -5435,6 +5441,8 @@ class Plan:
              clash: str = "replace") -> tuple[Node, bool]:
         """Give a node another place or name; returns it and whether nothing was there; `clash` is that of Files.move."""
         here = self.now.enter(source)
+        if here.view.seq and here.is_top:
+            return change_mount(self, source, target), True
         here.need(UPDATE, DELETE)
         self._admit_removal(here, source, given)
         there, name = self._make_room(here, source, target, given, clash)
@@ -5706,6 +5714,22 @@ def begin_mount(plan: Plan, target: Node, giver: str, name: str = "") -> Node:
     node = plan.now.new_node(place.view.home, root, found, MOUNT)
     plan.rows.append(Statement("INSERT INTO mount (node, home, target) VALUES (?, ?, ?)", (node.node, place.view.home, target.node)))
     return plan.step(Change(None, node, (), (*place.chain, root))).after
+
+
+def change_mount(plan: Plan, path: tuple[str, ...], target: tuple[str, ...] | None) -> Node:
+    """Give a mount another name, which is nobody else's concern, or none any more: then it is declined, and nothing is deleted."""
+    view_of(plan.who).need(DELETE if target is None else UPDATE)
+    chain = plan.now.top()
+    mount = plan.now.child(chain[-1], path[0])._replace(files=0)
+    if target is None:
+        plan.rows.append(Statement("DELETE FROM mount WHERE node = ?", (mount.node,)))
+        return plan.step(Change(mount, None, chain, (), "declined")).before
+    if len(target) != 1 or target[0][0] == ".":
+        raise CloudError("forbidden", "what is shared with you stays where it is; it may have another name, without a dot in front")
+    there = plan.now.child(chain[-1], target[0])
+    if there and there.node != mount.node:
+        raise CloudError("precondition-failed", "there is something at the destination", there=there if there.kind != MOUNT else None)
+    return plan.step(Change(mount, mount._replace(name=target[0]), chain, chain, "moved")).after
 
 
 def removal_of(place: Place) -> Change:

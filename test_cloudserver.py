@@ -3565,18 +3565,35 @@ def test_a_mount_gives_the_rights_of_its_shares(cloud, ann, bob, rights):
     audit(cloud)
 
 
-def test_mounts_stay_where_they_are_and_nothing_replaces_them(cloud, ann, bob):
+def test_mounts_stay_in_the_root_and_nothing_replaces_them(cloud, ann, bob):
     put(cloud, ann, "d/f", b"f", parents=True), put(cloud, bob, "mine/f", b"mine", parents=True)
     hand(cloud, ann, "d", bob)
     before = tree(cloud, ann)
-    assert outcome(cloud.files.delete, bob, ("d",)) == outcome(move, cloud, bob, "d", "e") == outcome(move, cloud, bob, "d", "mine/d") == "forbidden"
+    assert outcome(move, cloud, bob, "d", "mine/d") == outcome(move, cloud, bob, "d", ".d") == "forbidden" and outcome(move, cloud, bob, "d", "mine") == "precondition-failed"
     assert outcome(move, cloud, bob, "mine", "d") == outcome(copy, cloud, bob, "mine", "d") == "precondition-failed"
     assert outcome(move, cloud, bob, "mine/f", "d/x") == outcome(move, cloud, bob, "d/f", "x") == outcome(copy, cloud, bob, "d/f", "x") == "another-home"
     assert outcome(cloud.files.make_collection, bob, ("d",)) == "exists" and outcome(put, cloud, bob, "d") == "conflict"
-    assert codes(commit(cloud, bob, [{"mkdir": "x"}, {"delete": "d"}, {"move": "d", "to": "e"}, {"move": "mine", "to": "d"}, {"move": "d/f", "to": "f"}, {"mkdir": "d"}])) == [
-        201, "forbidden", "forbidden", "precondition-failed", "another-home", 200]
+    assert codes(commit(cloud, bob, [{"mkdir": "x"}, {"move": "d", "to": "x/e"}, {"move": "mine", "to": "d"}, {"move": "d/f", "to": "f"}, {"mkdir": "d"}])) == [
+        201, "forbidden", "precondition-failed", "another-home", 200]
     assert outcome(cloud.history.rewind, bob, ("d",), cloud.journal.oldest()) == "forbidden"
     assert tree(cloud, ann) == before
+    audit(cloud)
+
+
+def test_a_mount_has_a_name_of_its_own_and_may_be_declined(cloud, ann, bob):
+    """Which changes nothing for anybody else; there is no trash, nothing to undo, and it counts for no brake."""
+    put(cloud, ann, "d/f", b"f", parents=True), put(cloud, ann, "e/f", b"e", parents=True)
+    hand(cloud, ann, "d", bob, "read"), hand(cloud, ann, "e", bob, "read")
+    before, head, root = tree(cloud, ann), cloud.files.stat(ann, ()).seq, cloud.files.stat(bob, ()).seq
+    move(cloud, bob, "d", "other")
+    assert get(cloud, bob, "other/f") == b"f" and outcome(get, cloud, bob, "d/f") == "not-found" and cloud.files.stat(bob, ("other",)).name == "other"
+    assert codes(commit(cloud, token_of(cloud, bob), [{"move": "other", "to": "d"}, step_put("d/g", b""), {"delete": "e"}])) == [200, "conflict", 204]
+    assert list(listed(cloud, bob)) == ["d"] and cloud.trash.list(bob) == [] and get(cloud, bob, "d/f") == b"f"
+    outcome(cloud.history.undo, bob, cloud.journal.head())
+    cloud.files.delete(bob, ("d",))
+    assert listed(cloud, bob) == {} and put(cloud, bob, "d/f", b"mine", parents=True) and cloud.files.stat(bob, ()).seq > root
+    assert tree(cloud, ann) == before and cloud.files.stat(ann, ()).seq == head and outcome(cloud.files.delete, bob._replace(readonly=True), ("d",)) == "forbidden"
+    assert cloud.db.read("SELECT count(*) FROM mount") == [(0,)] and cs.verify(cloud) == []
     audit(cloud)
 
 
