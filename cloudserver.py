@@ -19038,6 +19038,7 @@ PAGE_GERMAN = r"""{
   "there are 10000 of that name": "davon gibt es schon 10000",
   "there is an account of that name": "ein Konto mit diesem Namen gibt es schon",
   "this account has 500 devices; revoke some first": "dieses Konto hat 500 Geräte; sperre erst welche",
+  "this server allows no links": "Dieser Server erlaubt keine Links",
   "this setup link is not valid any more": "dieser Link zum Einrichten gilt nicht mehr",
   "this was a collection": "das war ein Ordner",
   "twice the same": "zweimal der gleiche",
@@ -19602,7 +19603,7 @@ def link_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     told = H("div", H("p.told", say.count(int(sent), "{n} file has arrived. Thank you.", "{n} files have arrived. Thank you."))
              if re.fullmatch(r"\d{1,6}", sent) else "", id="told", role="status")
     if READ not in visit.rights:
-        title = link.name or say("Send files")
+        title = visible(link.name) or say("Send files")
         body = [intro(visit, title), told, upload_form(visit)]
     else:
         with cloud.files.listing(who, path) as (node, now):
@@ -23361,7 +23362,7 @@ async function shareAtOnce(entry) {
     await copyLater(share.then(one => one.url));
   } catch (error) {
     if (error.code === "bad-request") return newLink(entry, "view", error);      // this server wants more of a link
-    throw error;
+    return sayPlainly(error);
   }
   const made = await share;
   toast(t("Link copied: whoever has it can view {what}.", {what: quoted(entry.name)}),
@@ -23431,7 +23432,9 @@ function readTerms({role, password, open, life, day, name, note, uses, files, by
 }
 
 // here the server's own words say more than ours
-const sayPlainly = error => { throw error.code === "bad-request" ? trouble("", t(error.message)) : error; };
+const sayPlainly = error => {
+  throw ["bad-request", "forbidden"].includes(error.code) ? trouble("", t(error.message)) : error;
+};
 
 async function newLink(entry, role = "view", problem) {
   const fields = linkFields({role}, entry.kind === "file"), title = t("Link to {what}", {what: quoted(entry.name)});
