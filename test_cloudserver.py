@@ -16383,7 +16383,7 @@ def test_browser_visits_a_folder_by_a_link(page):
     page.wait("return document.querySelector('.gallery') && [...document.querySelectorAll('.entries img')].every(one => one.naturalWidth)")
     page.shot("visit-gallery")
     page.click("pic 1.png")
-    page.wait("return document.querySelector('dialog img').naturalWidth && location.hash === '#pic%201.png'")
+    page.wait("return document.querySelector('dialog img')?.naturalWidth && location.hash === '#pic%201.png'")
     page.press("Right")
     page.sees("pic 2.png")
     page.wait("return location.hash === '#pic%202.png'")
