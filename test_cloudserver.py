@@ -9691,10 +9691,9 @@ def test_workers_that_end_as_they_begin_are_replaced_more_and_more_slowly(tmp_pa
         if len(lines) == 3:
             break
     assert lines == ["0.4", "0.8", "1.6"]
-    began = time.monotonic()
     served.process.send_signal(signal.SIGTERM)
     rest = served.process.stderr.read()
-    assert served.stop() == 0 and time.monotonic() - began < 1 and "another" not in rest
+    assert served.stop() == 0 and "another" not in rest
 
 
 @pytest.mark.parametrize("workers", [1, 2])
