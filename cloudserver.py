@@ -16043,8 +16043,20 @@ class Mover:
             return not inside or any(new + other[len(key):] in self.session.scan.here for other in inside)
         return (found.size, found.mtime_ns) == (base.size, base.mtime_ns) and self.planner.holds(found.path, base)
 
+    def _knows_what_holds(self, new: str) -> bool:
+        """Are the collections that hold a node here known?  The scan did not see those that were made for what was renamed here."""
+        here = self.session.scan.here
+        names = here[new].path.split("/")
+        for depth, above in enumerate(sorted(ancestors_of(new)), 1):
+            found = here.get(above) or self.folder.look("/".join(names[:depth]))
+            if found is None:
+                return False
+            here[above] = found
+        return True
+
     def _move_there(self, moves: list[tuple[str, str]]) -> bool:
         memory, here, before = self.memory, self.session.scan.here, self.session.tally.moved
+        moves = [move for move in moves if self._knows_what_holds(move[1])]
         self.uploader.make_collections(sorted({above for _, new in moves for above in ancestors_of(new) if above not in memory.there}))
         steps = [{"move": memory.base[key].path, "to": here[new].path,
                   **({} if memory.base[key].kind else {"if": memory.there[key].etag})} for key, new in moves]
