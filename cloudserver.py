@@ -5145,6 +5145,25 @@ class HomePart:
             found[key] = "/".join((*top, *([below] if below and name in self.mounts else ())))
         return found
 
+    def guards(self, changes: list[Change], as_of: int | None) -> list[Statement]:
+        """What must still be as it was when changes in the home were decided; as_of: all of it, as of a seq."""
+        home, guards = self.place.view.home, []
+        if as_of is not None:
+            guards.append(Statement("SELECT 'changed' FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ? AND c.seq > ?",
+                                    (home, as_of)))
+        for before, after, *_ in changes if as_of is None else ():
+            if before:
+                guards.append(still_there(before))
+                if before.kind and (after is None or after.parent != before.parent):         # its sums leave the chain with it
+                    guards.append(Statement("SELECT 'sums' FROM collection WHERE node = ? AND (size, files) <> (?, ?)",
+                                            (before.node, before.size, before.files)))
+        if self.place.quota is not None and self.growth > 0:
+            guards.append(Statement(
+                "SELECT 'quota' FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ? AND a.quota IS NOT NULL "
+                "AND r.size + ? + (SELECT " + RESERVED + " FROM upload WHERE home = a.id AND done IS NULL) > a.quota - a.extra",
+                (home, self.growth)))
+        return guards
+
     def left_of(self, node: Node) -> Node:
         """A collection that is deleted, with as many files as are left in it."""
         return node._replace(files=node.files + self.sums[node.node][1]) if node.node in self.sums else node
@@ -5651,7 +5670,7 @@ class Plan:
 
     def _batch(self, part: HomePart, changes: list[Change], rows: list[Statement], line: Line) -> Batch:
         """What is done in one home."""
-        home, place, guards, ends, begins, new, gone, loose = line.home, part.place, [], [], [], [], [], False
+        home, place, guards, ends, begins, new, gone, loose = line.home, part.place, part.guards(changes, self.as_of), [], [], [], [], False
         for change in changes:
             before, after = change.before, change.after
             if before:
@@ -5659,26 +5678,13 @@ class Plan:
                 if after is None or (after.parent, after.name) != (before.parent, before.name):
                     gone.append(before)
                     loose |= bool(before.kind)
-                if self.as_of is None:
-                    guards.append(still_there(before))
-                    if before.kind and (after is None or after.parent != before.parent):     # its sums leave the chain with it
-                        guards.append(Statement("SELECT 'sums' FROM collection WHERE node = ? AND (size, files) <> (?, ?)",
-                                                (before.node, before.size, before.files)))
             elif after.kind == COLLECTION:
                 new.append((after.node,))
             if after:
                 begins.append((after.home, after.node, after.parent, after.name, key_of(after.name), after.kind,
                                after.manifest, 0 if after.kind else after.size, after.mtime, after.media, after.rev or None))
-        if self.as_of is not None:
-            guards.append(Statement("SELECT 'changed' FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ? AND c.seq > ?",
-                                    (home, self.as_of)))
         if part.mounts:
             line = line._replace(detail=part.told_to_owner(self.tree.db.read, line.detail))
-        if place.quota is not None and part.growth > 0:
-            guards.append(Statement(
-                "SELECT 'quota' FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ? AND a.quota IS NOT NULL "
-                "AND r.size + ? + (SELECT " + RESERVED + " FROM upload WHERE home = a.id AND done IS NULL) > a.quota - a.extra",
-                (home, part.growth)))
         body = [*rows]
         if gone:
             body += self.tree.locks.drop(place, *gone)
@@ -5858,7 +5864,6 @@ def cut_text(text: str, size: int) -> str:
 COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row of it takes
     CHUNK_ROWS: lambda row: row[1], PUT_OFFSET: lambda row: 64, BEGIN_ENTRY: lambda row: ROW,
     PUT_PROPERTY: lambda row: len(row[1]) + len(row[2]), PUT_THUMBNAIL: lambda row: len(row[2]), PUT_KEPT: lambda row: len(row[2])}
-
 
 
 TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the number of what a row of it changes for who remembers it
@@ -19978,14 +19983,13 @@ for _handler, _methods, _place in (
     route(_methods, "/s/<link>/" + _place, needs="nothing" if _handler is tus_options else "write", refuse=tus_error, by="link")(_handler)
 
 
-# ---- the doors
-
-
 def format_link_cookie(request: Request, value: str) -> str:
     """S3: for this link alone, and an hour."""
     name, secure = (LINK_COOKIE[0], "; Secure") if request.https else (LINK_COOKIE[1], "")
     return "%s=%s; Path=%s; Max-Age=%d; HttpOnly; SameSite=Lax%s" % (name, value, request.href(request.path[:2]), HOUR // SECOND, secure)
 
+
+# ---- the doors
 
 LINK_HANDLERS = {**{methods: row for methods, row in HANDLERS.items() if methods != "REPORT"}, "GET": ("read", link_get),    # no past
                  "PUT": ("write", link_put), "MKCOL": ("write", link_mkcol), "OPTIONS": ("nothing", dav_options)}
