@@ -368,7 +368,7 @@ class Share(NamedTuple):
     id: int
     home: int
     node: int
-    kind: str                    # link
+    kind: str                    # link, account, group
     rights: str                  # out of RIGHTS, blanks between them
     giver: int                   # account
     name: str
@@ -386,6 +386,8 @@ class Share(NamedTuple):
     seq: int = 0                 # of the batch that changed it last
     created: int = 0             # ms since 1970
     seen: int | None = None      # when it was last used
+    parent: int | None = None    # the share by which the giver has it
+    grantee: int | None = None   # the account or group
 
 
 class Lock(NamedTuple):
@@ -2549,7 +2551,26 @@ CREATE TABLE mount (                    -- live entries of kind MOUNT, and the n
 CREATE INDEX mount_home ON mount (home);
 CREATE INDEX share_node ON share (node) WHERE ended IS NULL;
 """
-MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9, VERSION_10]         # MIGRATIONS[0] leads from version 1 to 2
+VERSION_11 = """
+CREATE TABLE grp (                      -- groups of accounts
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL,
+    key TEXT UNIQUE);                   -- what its name is compared by; NULL: it was removed
+CREATE TABLE member (grp INTEGER NOT NULL, account INTEGER NOT NULL, PRIMARY KEY (grp, account)) WITHOUT ROWID;
+CREATE INDEX member_account ON member (account);
+CREATE TABLE answer (                   -- what became of a share with each whom it reaches: accepted, declined, or waiting for a word
+    share INTEGER NOT NULL, account INTEGER NOT NULL, said TEXT NOT NULL, PRIMARY KEY (share, account)) WITHOUT ROWID;
+CREATE INDEX answer_account ON answer (account);
+ALTER TABLE account ADD COLUMN sharing INTEGER NOT NULL DEFAULT 1;   -- may it share with others, and others with it?
+CREATE INDEX share_grantee ON share (grantee, kind) WHERE ended IS NULL;
+CREATE INDEX share_giver ON share (giver) WHERE ended IS NULL;
+CREATE INDEX share_parent ON share (parent) WHERE ended IS NULL;
+DROP INDEX share_node;
+CREATE INDEX share_node ON share (node);
+DROP INDEX mount_home;
+CREATE UNIQUE INDEX mount_home ON mount (home, target);
+CREATE INDEX mount_target ON mount (target);
+"""
+MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9, VERSION_10, VERSION_11]         # MIGRATIONS[0] leads from version 1 to 2
 INDEXES = (  # made where SQLite can: parts of names; words of contents
     "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
     "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
@@ -5728,14 +5749,20 @@ def change_mount(plan: Plan, path: tuple[str, ...], target: tuple[str, ...] | No
     chain = plan.now.top()
     mount = plan.now.child(chain[-1], path[0])._replace(files=0)
     if target is None:
-        plan.rows.append(Statement("DELETE FROM mount WHERE node = ?", (mount.node,)))
-        return plan.step(Change(mount, None, chain, (), "declined")).before
+        plan.rows.append(Statement(DECLINE, (mount.home, mount.node)))
+        return end_mount(plan, mount, "declined")
     if len(target) != 1 or target[0][0] == ".":
         raise CloudError("forbidden", "what is shared with you stays where it is; it may have another name, without a dot in front")
     there = plan.now.child(chain[-1], target[0])
     if there and there.node != mount.node:
         raise CloudError("precondition-failed", "there is something at the destination", there=there if there.kind != MOUNT else None)
     return plan.step(Change(mount, mount._replace(name=target[0]), chain, chain, "moved")).after
+
+
+def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
+    """Let a root show no more what a mount in it shows; nothing is deleted."""
+    plan.rows.append(Statement("DELETE FROM mount WHERE node = ?", (mount.node,)))
+    return plan.step(Change(mount._replace(files=0), None, plan.now.top(), (), fate)).before
 
 
 def removal_of(place: Place) -> Change:
@@ -5749,6 +5776,11 @@ def still_there(node: Node) -> Statement:
                      "AND until IS NULL)", (node.home, node.since, node.node))
 
 
+REACHES = (  # does share s reach account ?1?
+    "(s.kind = 'account' AND s.grantee = ?1 OR s.kind = 'group' AND s.grantee IN (SELECT grp FROM member WHERE account = ?1))")
+SAY = "INSERT INTO answer (share, account, said) %s ON CONFLICT (share, account) DO UPDATE SET said = excluded.said"
+DECLINE = SAY % (
+    "SELECT s.id, ?1, 'declined' FROM mount m JOIN share s ON s.node = m.target WHERE m.node = ?2 AND s.ended IS NULL AND " + REACHES)
 OVERSPENT = "too much was stored within some days, counting what was deleted or overwritten since; room comes back day by day"
 END_ENTRY = "UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? WHERE home = ? AND since = ? AND node = ?"
 BEGIN_ENTRY = (
@@ -7162,13 +7194,17 @@ class Trash:
 # 1. A share holds a node: it goes where that goes, and shows nothing of what is around it.  2. One function opens a link, for every door (S4).
 # 3. What is shared, and for how long, is asked anew in every request.
 
-ROLES = {  # names of sets of rights
+ROLES = {  # names of sets of rights: of links,
     "view": frozenset([READ]), "add": frozenset([READ, CREATE]), "edit": frozenset([READ, CREATE, UPDATE, DELETE]), "drop": frozenset([CREATE])}
+PEOPLE_ROLES = {  # and of people and groups, who may have the past as well, and may give on what they have (SHARE) if that is agreed on
+    "view": ROLES["view"], "add": ROLES["add"], "edit": ROLES["edit"] | {PAST}}
 LINK_RIGHTS = (READ, CREATE, UPDATE, DELETE)     # PAST and SHARE are never a link's
+LINK_TERMS = {"password", "uses", "files", "bytes"}
+NOBODY = "there is nobody of that name to share with"        # whatever the reason is
 SHARES_MOST = 1000              # that an account gives at a time
 LABEL_LIMIT, NOTE_LIMIT = 100, 1000              # characters
 SHARE_COLUMNS = ("s.id, s.home, s.node, s.kind, s.rights, s.giver, s.name, s.note, s.token, s.password, s.due, s.expires, s.uses_most, "
-                 "s.files_most, s.bytes_most, s.used, s.files, s.bytes, s.seq, s.created, s.seen")
+                 "s.files_most, s.bytes_most, s.used, s.files, s.bytes, s.seq, s.created, s.seen, s.parent, s.grantee")
 STANDS = "s.ended IS NULL AND (s.due IS NULL OR s.due > ?)"              # does share s count at this due time?
 
 
@@ -7198,6 +7234,17 @@ class Given(NamedTuple):
     node: Node                   # what is shared, as it is or last was
     path: tuple[str, ...] | None # where that is; None while it is in the trash
     giver: str
+    grantee: str | None = None   # the name of the account or group
+
+
+class Offer(NamedTuple):
+    """A share as somebody whom it reaches sees it."""
+    share: Share
+    node: Node                   # what is shared
+    owner: str
+    giver: str
+    path: tuple[str, ...] | None # where it stands in their tree
+    state: str                   # mounted, waiting, declined
 
 
 class Terms:
@@ -7210,16 +7257,19 @@ class Terms:
         """The share as terms change it.  raises CloudError bad-request, forbidden
 
         role, rights         the name of a set, or the rights themselves
-        password             None is none
+        reshare              may they give it on?  of people and groups
+        password             None is none; of links
         expires              ms since 1970; None: never, or as late as the policy allows
         name, note           for people
-        uses, files, bytes   the most of each; None is no limit
+        uses, files, bytes   the most of each; None is no limit; of links
         """
         policy = self.policy()
-        if not policy.links:
+        if share.kind == "link" and not policy.links:
             raise CloudError("forbidden", "this server allows no links")
-        if "rights" in terms or "role" in terms:
-            share = share._replace(rights=" ".join(self._rights(view, node, terms)))
+        if not terms.keys().isdisjoint({"reshare"} if share.kind == "link" else LINK_TERMS):
+            raise CloudError("bad-request", "this belongs to another kind of share")
+        if not terms.keys().isdisjoint({"rights", "role", "reshare"}):
+            share = share._replace(rights=" ".join(self._rights(view, node, share, terms)))
         for name, column in ("uses", "uses_most"), ("files", "files_most"), ("bytes", "bytes_most"):
             if name in terms:
                 share = share._replace(**{column: terms[name]})
@@ -7232,12 +7282,17 @@ class Terms:
             share = self._expire(share, terms["expires"], policy)
         return share
 
-    def _rights(self, view: View, node: Node, terms: dict[str, Any]) -> list[str]:
-        rights = frozenset(terms["rights"]) if terms.get("rights") is not None else ROLES[terms["role"]]
-        if not rights or not rights.issubset(LINK_RIGHTS):
-            raise CloudError("bad-request", "rights of a link are %s" % ", ".join(LINK_RIGHTS))
-        if not node.kind and rights not in (ROLES["view"], ROLES["edit"]) and not rights <= {READ, UPDATE}:
-            raise CloudError("bad-request", "a link of a file is view or edit")
+    def _rights(self, view: View, node: Node, share: Share, terms: dict[str, Any]) -> list[str]:
+        roles, had = roles_of(share), frozenset(share.rights.split())
+        rights = frozenset(terms["rights"]) if terms.get("rights") is not None else roles.get(terms["role"]) if "role" in terms else had - {SHARE}
+        allowed = LINK_RIGHTS if share.kind == "link" else RIGHTS
+        if not rights or not rights.issubset(allowed):
+            raise CloudError("bad-request", "roles are %s, rights %s" % (", ".join(roles), ", ".join(allowed)))
+        if terms.get("reshare", SHARE in had and "rights" not in terms):
+            rights |= {SHARE}
+        kept = rights - {SHARE}
+        if not node.kind and kept not in (roles["view"], roles["edit"]) and not kept <= {READ, UPDATE, PAST}:
+            raise CloudError("bad-request", "a share of a file is view or edit")
         if not rights <= view.rights:
             raise CloudError("forbidden", "nobody can give more than they have")
         return [right for right in RIGHTS if right in rights]
@@ -7255,11 +7310,11 @@ class Terms:
 
     def _expire(self, share: Share, expires: int | None, policy: Policy) -> Share:
         now = self.clock.wall()
-        latest = None if policy.link_days is None else share.created + policy.link_days * DAY
+        latest = None if policy.link_days is None or share.kind != "link" else share.created + policy.link_days * DAY
         if expires is None:
             expires = latest
         if expires is not None and expires <= now:
-            raise CloudError("bad-request", "a link ends in the future")
+            raise CloudError("bad-request", "a share ends in the future")
         if latest is not None and expires > latest:
             raise CloudError("bad-request", "links of this server live %d days at most" % policy.link_days)
         return share._replace(expires=expires, due=None if expires is None else self.clock.due() + expires - now)
@@ -7270,19 +7325,21 @@ class Sharing:
 
     def __init__(self, tree: Tree, credentials: Credentials, policy: Callable[[], Policy]) -> None:
         self.tree, self.policy, self.db, self.clock, self.throttle = tree, policy, tree.db, tree.clock, credentials.throttle
-        self.terms, self.passwords = Terms(self.clock, policy), LinkPasswords(self.clock, self.throttle)
+        self.terms, self.passwords, self.offers = Terms(self.clock, policy), LinkPasswords(self.clock, self.throttle), Offers(tree)
         self._uses: dict[int, tuple[int, int]] = {}          # share: (downloads, when last seen), not yet written
 
     # ---- for who shares
 
-    def share(self, who: Principal, path: tuple[str, ...], kind: str = "link", **terms: Any) -> Given:
+    def share(self, who: Principal, path: tuple[str, ...], kind: str = "link", to: str = "", **terms: Any) -> Given:
         """Hand the node at a path to others; what `terms` hold is told at Terms.agree.
 
-        raises  CloudError bad-request, not-found, forbidden without the right or if there may be no links, conflict
+        to      the name of the account or group
+        raises  CloudError bad-request, not-found, forbidden without the right or if there may be no links, conflict, exists
         """
-        if kind != "link":
-            raise CloudError("bad-request", "only links can be given so far")
-        token, terms = secrets.token_urlsafe(16), self.terms.seal({"role": "view", "password": None, "expires": None, **terms})
+        if kind not in ("link", "account", "group"):
+            raise CloudError("bad-request", "a share is for an account, a group or whoever has a link")
+        giver, token = who.account, secrets.token_urlsafe(16) if kind == "link" else None
+        terms = self.terms.seal({"role": "view", "expires": None, **({"password": None} if token else {}), **terms})
 
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
@@ -7291,19 +7348,27 @@ class Sharing:
             node = place.found()
             if not path:
                 raise CloudError("forbidden", "the root cannot be shared; share what is in it")
-            (highest, mine), = self.db.read("SELECT coalesce(max(id), 0), count(CASE WHEN home = ? AND ended IS NULL THEN 1 END) FROM share",
-                                            (place.view.home,))
+            grantee, name = (None, None) if token else self.offers.find(who, place.view.home, kind, to)
+            (highest, mine, twice), = self.db.read(
+                "SELECT (SELECT coalesce(max(id), 0) FROM share), (SELECT count(*) FROM share WHERE giver = ?1 AND ended IS NULL), EXISTS (SELECT 1 "
+                "FROM share s WHERE s.giver = ?1 AND s.node = ?2 AND s.kind = ?3 AND s.grantee = ?4 AND s.ended IS NULL AND (s.due IS NULL OR s.due > ?5))",
+                (giver, node.node, kind, grantee, self.clock.due()))
+            if twice:
+                raise CloudError("exists", "it is shared with %s already" % name)
             if mine >= SHARES_MOST:
                 raise CloudError("conflict", "this account gives %d shares; end some first" % SHARES_MOST)
-            new = Share(highest + 1, place.view.home, node.node, kind, READ, who.account, "", "", token, None, None, None, None, None, None,
-                        created=self.clock.wall())
+            new = Share(highest + 1, place.view.home, node.node, kind, READ, giver, "", "", token, None, None, None, None, None, None,
+                        created=self.clock.wall(), grantee=grantee)
             new = self.terms.agree(place.view, node, new, terms)
             plan.guards.append(still_there(node))
             plan.rows.append(Statement(
                 "INSERT INTO share (id, home, node, kind, rights, giver, name, note, token, password, due, expires, uses_most, files_most, "
-                "bytes_most, used, files, bytes, seq, created, secret) SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, 0, max(seq), ?, ? "
-                "FROM journal", (*new[:15], new.created, sha256_text(token))))
-            return plan.batch("share", {"path": "/".join(path), **describe_share(new)}, new.id)
+                "bytes_most, used, files, bytes, seq, created, secret, parent, grantee) SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, "
+                "0, max(seq), ?, ?, ?, ? FROM journal", (*new[:15], new.created, token and sha256_text(token), new.parent, grantee)))
+            batch = plan.batch("share", {"path": "/".join(path), **describe_share(new, name)}, new.id)
+            if kind == "account":
+                batch.also, batch.touches = [*batch.also, self.offers.deliver(who, new, node)], None
+            return batch
 
         return self.get(who, self.db.write(attempt).told)
 
@@ -7314,7 +7379,7 @@ class Sharing:
         def attempt() -> Batch:
             old = self.get(who, id)
             plan = Plan(self.tree, who)
-            place = plan.now.enter(())
+            place = plan.now.enter(old.path or ())
             place.need(SHARE)
             new = self.terms.agree(place.view, old.node, old.share, terms)
             plan.guards.append(self._still(old.share))
@@ -7322,7 +7387,7 @@ class Sharing:
                 "UPDATE share SET rights = ?, name = ?, note = ?, password = ?, due = ?, expires = ?, uses_most = ?, files_most = ?, "
                 "bytes_most = ?, seq = (SELECT max(seq) FROM journal) WHERE id = ?",
                 (new.rights, new.name, new.note, *new[9:15], id)))
-            return plan.batch("share-change", {"path": "/".join(old.path or (old.node.name,)), **describe_share(new)})
+            return plan.batch("share-change", {"path": "/".join(old.path or (old.node.name,)), **describe_share(new, old.grantee)})
 
         self.db.write(attempt)
         return self.get(who, id)
@@ -7345,9 +7410,9 @@ class Sharing:
                           Statement("DELETE FROM lock WHERE home = ? AND account = ?", (share.home, -share.id)),
                           Statement("UPDATE upload SET due = ? WHERE account = ? AND done IS NULL", (self.clock.due(), -share.id))],
                          [self._still(share)],
-                         Line(share.home, who, "share-end", {"path": "/".join(old.path or (old.node.name,)), **describe_share(share)}))
+                         Line(share.home, who, "share-end", {"path": "/".join(old.path or (old.node.name,)), **describe_share(share, old.grantee)}), told=share)
 
-        self.db.write(attempt)
+        self.offers.withdraw(who, self.db.write(attempt).told)
 
     def _still(self, share: Share) -> Statement:
         """The guard that says: a share is as somebody read it."""
@@ -7368,7 +7433,7 @@ class Sharing:
     def _mine(self, who: Principal, where: str, value: int) -> list[Given]:
         """A limited device is told of none that lies elsewhere or allows more than it may itself: its address opens it."""
         view, here = view_of(who), seen_by(self.db.read, who)
-        given = [Given(share, node, here.path(node.node), giver) for share, node, giver in self._select(
+        given = [Given(share, node, here.path(node.node), giver, grantee) for share, node, giver, grantee in self._select(
             "s.home = ? AND s.giver = ? AND " + where, view.home, who.account, value)]
         return [one for one in given if view.whole or one.path] if SHARE in view.rights else [
             one for one in given if one.path and view.rights.issuperset(one.share.rights.split())]
@@ -7377,18 +7442,19 @@ class Sharing:
         """All shares of the server, the newest first, for an administrator; each path is that in its home."""
         found, roots = self._select("s.home <> ? AND s.giver <> ?", 0, 0), dict(self.db.read("SELECT id, root FROM account"))
         here = {home: Moment(self.db.read, root) for home, root in roots.items()}
-        return [Given(share, node, here[share.home].path(node.node), giver) for share, node, giver in found]
+        return [Given(share, node, here[share.home].path(node.node), giver, grantee) for share, node, giver, grantee in found]
 
-    def _select(self, where: str, *params: Any) -> list[tuple[Share, Node, str]]:
-        """(share, its node as it is or last was, name of the giver) of those that stand; without what was given up for good."""
+    def _select(self, where: str, *params: Any) -> list[tuple[Share, Node, str, str | None]]:
+        """(share, its node as it is or last was, names of giver and grantee) of those that stand; without what was given up for good."""
         now = self.clock.due()
         rows = self.db.read(
-            "SELECT " + SHARE_COLUMNS + ", a.name, " + NODE + " FROM share s JOIN account a ON a.id = s.giver JOIN entry e ON e.node = s.node "
+            "SELECT " + SHARE_COLUMNS + ", a.name, CASE s.kind WHEN 'account' THEN (SELECT name FROM account WHERE id = s.grantee) WHEN 'group' THEN "
+            "(SELECT name FROM grp WHERE id = s.grantee) END, " + NODE + " FROM share s JOIN account a ON a.id = s.giver JOIN entry e ON e.node = s.node "
             "LEFT JOIN collection c ON c.node = e.node WHERE " + where + " AND " + STANDS + " AND (e.until IS NULL OR e.fate = 'deleted' "
             + UNPURGED + " AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND (l.until IS NULL OR l.until > e.until))) "
             "ORDER BY s.id DESC", (*params, now))
         count = len(Share._fields)
-        return [(Share._make(row[:count]), Node._make(row[count + 1:]), row[count]) for row in rows]
+        return [(Share._make(row[:count]), Node._make(row[count + 2:]), *row[count:count + 2]) for row in rows]
 
     def among(self, nodes: Iterable[Node]) -> set[int]:
         """Which of some nodes are shared."""
@@ -7503,6 +7569,122 @@ class Sharing:
             raise CloudError("throttled", "too many links that do not work", retry_after=60)
         self.throttle.record(subject)
         raise CloudError("gone", GONE)
+
+
+class Offers:
+    """Whom something may be shared with, and what reaches them: each share of an account or group, as a mount in its root."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree, self.db, self.clock = tree, tree.db, tree.clock
+
+    def find(self, who: Principal, home: int, kind: str, name: str) -> tuple[int, str]:
+        """The account or group of a name, (id, name), to share something of a home with.  raises CloudError not-found, whatever the reason is"""
+        rows = self.db.read("SELECT id, name FROM account WHERE key = ? AND removed IS NULL AND sharing AND id NOT IN (?, ?)" if kind == "account" else
+                            "SELECT id, name FROM grp WHERE key = ?", (account_key(name), view_of(who).home, home)[:3 if kind == "account" else 1])
+        if not rows:
+            raise CloudError("not-found", NOBODY)
+        return rows[0]
+
+    # ---- for whom it reaches
+
+    def list(self, who: Principal) -> list[Offer]:
+        """What others shared with somebody, the newest first; nothing for a limited device."""
+        view = view_of(who)
+        if not view.whole:
+            return []
+        rows = self.db.read(
+            "SELECT " + SHARE_COLUMNS + ", o.name, g.name, w.said, m.name, " + NODE + " FROM share s JOIN account o ON o.id = s.home JOIN account g "
+            "ON g.id = s.giver JOIN entry e ON e.node = s.node AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node LEFT JOIN answer w "
+            "ON w.share = s.id AND w.account = ?1 LEFT JOIN mount t ON t.home = ?1 AND t.target = s.node LEFT JOIN entry m ON m.node = t.node "
+            "AND m.until IS NULL WHERE s.ended IS NULL AND (s.due IS NULL OR s.due > ?2) AND s.home <> ?1 AND " + REACHES + " ORDER BY s.id DESC",
+            (view.home, self.clock.due()))
+        count = len(Share._fields)
+        found = []
+        for row in rows:
+            owner, giver, said, name = row[count:count + 4]
+            share, node = Share._make(row[:count]), Node._make(row[count + 4:])
+            if Moment(self.db.read, node.node).above(node.node) is not None:
+                found.append(Offer(share, node, owner, giver, name and (name,), "mounted" if name else "declined" if said == "declined" else "waiting"))
+        return found
+
+    def get(self, who: Principal, id: int) -> Offer:
+        """raises CloudError not-found"""
+        found = next((offer for offer in self.list(who) if offer.share.id == id), None)
+        if found is None:
+            raise CloudError("not-found", "there is no such share")
+        return found
+
+    def accept(self, who: Principal, id: int) -> Offer:
+        """Let it stand in the root.  raises CloudError not-found"""
+        def attempt() -> Batch:
+            offer, plan, view = self.get(who, id), Plan(self.tree, who), view_of(who)
+            view.need(CREATE)
+            if not offer.path:
+                begin_mount(plan, offer.node, offer.giver)
+            plan.now.enter(())
+            plan.rows.append(Statement(SAY % "VALUES (?, ?, 'accepted')", (id, view.home)))
+            return plan.batch("share-accept", {"share": str(id), "path": offer.node.name})
+
+        self.db.write(attempt)
+        return self.get(who, id)
+
+    def decline(self, who: Principal, id: int) -> Offer:
+        """Let it stand there no more, with all other shares of the same node; it can be accepted later.  raises CloudError not-found"""
+        def attempt() -> Batch:
+            offer, plan, view = self.get(who, id), Plan(self.tree, who), view_of(who)
+            view.need(DELETE)
+            plan.now.enter(())
+            if offer.path:
+                change_mount(plan, offer.path, None)
+            plan.rows.append(Statement(SAY % "VALUES (?, ?, 'declined')", (id, view.home)))
+            return plan.batch("share-decline", {"share": str(id), "path": offer.path[0] if offer.path else offer.node.name})
+
+        self.db.write(attempt)
+        return self.get(who, id)
+
+    # ---- for who shares
+
+    def deliver(self, who: Principal, share: Share, node: Node) -> Batch:
+        """What a new share does in the home of whom it is for: it stands in the root."""
+        plan, detail = Plan(self.tree, self._principal(share.grantee)), describe_share(share)
+        plan.now.enter(())
+        if not self.db.read("SELECT 1 FROM mount WHERE home = ? AND target = ?", (share.grantee, node.node)):
+            detail["path"] = begin_mount(plan, node, who.name).name
+        plan.rows.append(Statement(SAY % "VALUES (?, ?, 'accepted')", (share.id, share.grantee)))
+        batch = plan.batch("share", {"path": node.name, **detail})
+        batch.line = batch.line._replace(who=who)
+        return batch
+
+    def withdraw(self, who: Principal, share: Share) -> None:
+        """Mounts of what a share showed end where no other share shows it."""
+        def attempt() -> Batch:
+            homes = [home for home, in self.db.read(
+                "SELECT m.home FROM mount m WHERE m.target = ? AND NOT EXISTS (SELECT 1 FROM share s WHERE s.node = m.target AND s.ended IS NULL AND "
+                + REACHES.replace("?1", "m.home") + ") LIMIT ?", (share.node, PIECE))]
+            parts = [self._end(who, home, share) for home in homes]
+            if not parts:
+                return Batch([])
+            first = parts[0]
+            first.also, first.touches = parts[1:], None
+            return first
+
+        while self.db.write(attempt).body:
+            pass
+
+    def _end(self, who: Principal, home: int, share: Share) -> Batch:
+        plan = Plan(self.tree, self._principal(home))
+        plan.now.enter(())
+        mount, = self.db.read("SELECT " + NODE + " FROM mount m JOIN entry e ON e.node = m.node AND e.until IS NULL LEFT JOIN collection c "
+                              "ON c.node = e.node WHERE m.home = ? AND m.target = ?", (home, share.node))
+        ended = end_mount(plan, Node._make(mount), "unshared")
+        batch = plan.batch("share-end", {"path": ended.name, **describe_share(share)})
+        batch.line = batch.line._replace(who=who)
+        return batch
+
+    def _principal(self, account: int) -> Principal:
+        """Somebody, for what is done in their root by what others do."""
+        (name, root), = self.db.read("SELECT name, root FROM account WHERE id = ?", (account,))
+        return Principal(account, name, root, means="local")
 
 
 class Drops:
@@ -7624,15 +7806,20 @@ def find_share(given: Iterable[Given], id: int) -> Given:
     return found
 
 
+def roles_of(share: Share) -> dict[str, frozenset[str]]:
+    return ROLES if share.kind == "link" else PEOPLE_ROLES
+
+
 def role_of(share: Share) -> str | None:
     """The name of its set of rights, if that has one."""
-    rights = frozenset(share.rights.split())
-    return next((role for role, all in ROLES.items() if all == rights), None)
+    rights = frozenset(share.rights.split()) - {SHARE}
+    return next((role for role, all in roles_of(share).items() if all == rights), None)
 
 
-def describe_share(share: Share) -> dict[str, Any]:
+def describe_share(share: Share, grantee: str | None = None) -> dict[str, Any]:
     """What the journal says of one, beside the path."""
     return {"share": str(share.id), "kind": share.kind, "role": role_of(share) or share.rights, **({"name": share.name} if share.name else {}),
+            **({"with": grantee} if grantee else {}),
             **({"password": True} if share.password else {}), **({"expires": share.expires} if share.expires else {})}
 
 
@@ -8398,6 +8585,7 @@ class Cloud:
         self.files, self.journal = Files(tree), Journal(self.db)
         self.history, self.versions = History(tree, self.journal, self.files), Versions(tree, self.files)
         self.sharing, self.drops = Sharing(tree, self.credentials, self.policy), Drops(self.files)
+        self.offers = self.sharing.offers
         self.trash, self.pictures = Trash(tree, self.files), Pictures(tree, self.files, self.versions)
         self.search, self.uploads, self.sync = Search(tree, self.files), Uploads(tree, self.files), Sync(tree, self.journal, self.history)
 
@@ -8647,8 +8835,8 @@ def route(methods: str, *patterns: str, needs: str, refuse: Callable[[CloudError
           packs: bool = False, door: Any = None, by: str = "account", **values: str) -> Callable[[Callable[..., Response]], Callable[..., Response]]:
     """Enter a handler in ROUTES.
 
-    patterns "/a/b", "/a/<name>" or "/dav/<path>", whose last part takes the rest, decoded; "/a/<owner>/<path>" is for the
-             account of that name alone, "/a/<link>/..." for visitors of the link with that token
+    patterns "/a/b", "/a/<name>", "/a/<name>/b" or "/dav/<path>", whose last part takes the rest, decoded; "/a/<owner>/<path>"
+             is for the account of that name alone, "/a/<link>/..." for visitors of the link with that token
     needs    words of NEEDS, looked at in this order; all but "nothing" imply "read"
     packs    answers may be compressed: large ones that hold no secret beside what the asker can choose, as its length
              would tell it piece by piece (BREACH)
@@ -8686,9 +8874,11 @@ def find_route(request: Request) -> tuple[Route, dict[str, Any]]:
         elif path[depth] in place and path[depth][0] != "<":
             place = place[path[depth]]
             continue
-        elif "<link>" in place:
-            place, names["link"] = place["<link>"], path[depth]
-            continue
+        else:
+            between = next((name for name in place if name[:1] == "<" and name not in ("<>", "<path>")), None)
+            if between:
+                place, names[between[1:-1]] = place[between], path[depth]
+                continue
         break
     if best is None:
         raise CloudError("not-found", "there is nothing at this address")
@@ -10340,19 +10530,28 @@ one_call("POST", "qr", "read", "A text as a QR code: rows of 1 (dark) and 0; it 
 
 # ---- sharing
 
-SHARE_TERMS = {"role_": "role", "rights_": "rights", "password_": TEXT, "expires_": "time", "name_": TEXT, "note_": TEXT, "uses_": "count",
+SHARE_TERMS = {"role_": "role", "rights_": "rights", "reshare_": "boolean", "password_": TEXT, "expires_": "time", "name_": TEXT, "note_": TEXT, "uses_": "count",
                "files_": "count", "bytes_": "count"}
 
 
 def api_share(request: Request, given: Given) -> dict[str, Any]:
     """A share as its giver sees it; times are ms since 1970."""
     share = given.share
-    return {"id": str(share.id), "kind": share.kind, "path": given.path and "/".join(given.path), "collection": bool(given.node.kind),
-            "media": given.node.media, "title": given.node.name, "role": role_of(share), "rights": share.rights.split(),
-            "url": link_url(request, share), "token": share.token, "password": share.password is not None, "expires": share.expires,
-            "uses": share.uses_most, "used": share.used, "files": share.files_most, "bytes": share.bytes_most,
-            "came": {"files": share.files, "bytes": share.bytes}, "name": share.name, "note": share.note, "created": share.created,
-            "seen": share.seen}
+    about = {"id": str(share.id), "kind": share.kind, "path": given.path and "/".join(given.path), "collection": bool(given.node.kind),
+             "media": given.node.media, "title": given.node.name, "role": role_of(share), "rights": share.rights.split(), "expires": share.expires,
+             "name": share.name, "note": share.note, "created": share.created, "seen": share.seen, "giver": given.giver}
+    if share.kind != "link":
+        return {**about, "with": given.grantee, "reshare": SHARE in about["rights"]}
+    return {**about, "url": link_url(request, share), "token": share.token, "password": share.password is not None, "uses": share.uses_most,
+            "used": share.used, "files": share.files_most, "bytes": share.bytes_most, "came": {"files": share.files, "bytes": share.bytes}}
+
+
+def api_offer(offer: Offer) -> dict[str, Any]:
+    """A share as whom it reaches sees it."""
+    share = offer.share
+    return {"id": str(share.id), "kind": share.kind, "owner": offer.owner, "giver": offer.giver, "name": offer.node.name,
+            "path": offer.path and "/".join(offer.path), "state": offer.state, "collection": bool(offer.node.kind), "media": offer.node.media,
+            "role": role_of(share), "rights": share.rights.split(), "note": share.note, "expires": share.expires, "created": share.created}
 
 
 def link_url(request: Request, share: Share) -> str:
@@ -10365,24 +10564,31 @@ def share_terms(request: Request) -> dict[str, Any]:
             and (value is not None or name not in ("role", "rights"))}
 
 
-@route("GET", API + "shares", needs="account", path_="path")
+@route("GET", API + "shares", needs="account", path_="path", with_=TEXT)
 def api_shares(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """What the account shares with others, the newest first; with a path, of that node alone."""
-    path = request.values["path"]
+    """What the account shares with others, the newest first; with a path, of that node alone; with=me: what others share with it."""
+    path, reached = request.values["path"], request.values["with"]
+    if reached not in (None, "me") or reached and path is not None:
+        raise CloudError("bad-request", "with=me, and no path, asks for what others share")
+    if reached:
+        return json_response({"shares": list(map(api_offer, cloud.offers.list(who)))})
     given = cloud.sharing.all(who) if path is None else cloud.sharing.of(who, path)
     return json_response({"shares": [api_share(request, one) for one in given]})
 
 
-@route("POST", API + "shares", needs="write account", path="path", kind_=TEXT, **SHARE_TERMS)
+@route("POST", API + "shares", needs="write account", path="path", kind_=TEXT, with_=TEXT, **SHARE_TERMS)
 def api_give(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Share a file or collection: a link opens it for whoever has its `url`.
+    """Share a file or collection, with an account or group, or by a link that opens it for whoever has its `url`.
 
-    role      view (if none is named), add, edit or drop: upload without seeing;  rights  in place of a role: read, create, update, delete
+    kind      link (if none is named), account or group;  with  the name of the account or group
+    role      view (if none is named), add, edit, and of links drop: upload without seeing;  rights  in place of a role: read, create,
+              update, delete, of people past as well: versions and trash;  reshare  may they give it on?
     password  that a visitor has to give;  expires  when it ends;  uses  how often it may be downloaded
     files, bytes   the most that may come by it;  name, note   for people
     """
     values = request.values
-    return json_response(api_share(request, cloud.sharing.share(who, values["path"], values["kind"] or "link", **share_terms(request))), 201)
+    given = cloud.sharing.share(who, values["path"], values["kind"] or "link", values["with"] or "", **share_terms(request))
+    return json_response(api_share(request, given), 201)
 
 
 @route("PATCH", API + "shares/<id>", needs="write account", **SHARE_TERMS)
@@ -10396,6 +10602,18 @@ def api_end_share(cloud: Cloud, who: Principal, request: Request, id: str) -> Re
     """End it, at once."""
     cloud.sharing.end(who, parse_id(id))
     return Response(204)
+
+
+@route("POST", API + "shares/<id>/accept", needs="write account")
+def api_accept(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """Let what somebody shared stand in the root."""
+    return json_response(api_offer(cloud.offers.accept(who, parse_id(id))))
+
+
+@route("POST", API + "shares/<id>/decline", needs="write account")
+def api_decline(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """Let it stand there no more, as deleting it does; it can be accepted later."""
+    return json_response(api_offer(cloud.offers.decline(who, parse_id(id))))
 
 
 # ---- for administrators
@@ -11630,7 +11848,7 @@ def read_end_of_day(text: str) -> int | None:
 def ocs_shares(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The links that were given: all, those of a path, or with subfiles=true those of what it holds."""
     asked = parse_query(request.query)
-    given = cloud.sharing.all(who) if asked.get("shared_with_me") not in TRUE else []
+    given = [one for one in cloud.sharing.all(who) if one.share.token] if asked.get("shared_with_me") not in TRUE else []
     if "path" in asked:
         path, below = read_path(asked["path"]), asked.get("subfiles") in TRUE
         cloud.files.stat(who, path)

@@ -4513,11 +4513,53 @@ def test_a_link_is_made_changed_and_ended(api, cloud, ann, fake):
     ({"path": "d", "rights": []}, "bad-request"), ({"path": "d", "rights": ["read", "past"]}, "bad-request"), ({"path": "d", "rights": ["share"]}, "bad-request"),
     ({"path": "d", "password": "short"}, "bad-request"), ({"path": "d", "password": "password1234"}, "bad-request"), ({"path": "d", "expires": 1000}, "bad-request"),
     ({"path": "d", "uses": 0}, "bad-request"), ({"path": "d", "name": "x" * 101}, "bad-request"), ({"path": "d", "name": "a\x07"}, "bad-request"),
-    ({"path": "d", "kind": "group"}, "bad-request"), ({"path": "d/f", "role": "drop"}, "bad-request"), ({"path": "d/f", "role": "add"}, "bad-request"),
+    ({"path": "d", "kind": "mail"}, "bad-request"), ({"path": "d", "reshare": True}, "bad-request"), ({"path": "d", "kind": "account", "with": "bob", "uses": 1}, "bad-request"),
+    ({"path": "d", "kind": "account", "with": "bob", "role": "drop"}, "bad-request"), ({"path": "d", "kind": "account", "with": "bob", "rights": []}, "bad-request"),
+    ({"path": "", "kind": "account", "with": "bob"}, "forbidden"), ({"path": "d/f", "kind": "account", "with": "bob", "role": "add"}, "bad-request"),
+    ({"path": "d", "kind": "account", "with": "eve"}, "not-found"), ({"path": "d", "kind": "account"}, "not-found"),
+    ({"path": "d", "kind": "account", "with": "ann"}, "not-found"), ({"path": "d", "kind": "group", "with": "bob"}, "not-found"), ({"path": "d/f", "role": "drop"}, "bad-request"), ({"path": "d/f", "role": "add"}, "bad-request"),
     ({"path": "d", "token": "mine"}, "bad-request")])
-def test_what_cannot_be_shared_is_refused(api, cloud, ann, values, code):
+def test_what_cannot_be_shared_is_refused(api, cloud, ann, bob, values, code):
     put(cloud, ann, "d/f", parents=True)
-    assert api("POST", "shares", **values) == code and api("GET", "shares") == {"shares": []}
+    assert api("POST", "shares", **values) == code and api("GET", "shares") == {"shares": []} == api("GET", "shares?with=me", user="bob")
+
+
+def test_what_is_shared_with_somebody_stands_in_their_root_at_once(api, cloud, ann, bob):
+    put(cloud, ann, "photos/2026/a.jpg", b"a", parents=True), put(cloud, bob, "2026")
+    made = api("POST", "shares", path="photos/2026", kind="account", **{"with": "Bob"}, role="edit", note="ours")
+    assert made == {**made, "kind": "account", "with": "bob", "path": "photos/2026", "role": "edit", "rights": ["read", "create", "update", "delete", "past"],
+                    "reshare": False, "expires": None, "note": "ours", "giver": "ann", "seen": None} and not {"url", "token", "password", "uses"} & set(made)
+    assert api("GET", "shares") == {"shares": [made]} == api("GET", "shares", path="photos/2026") and api("GET", "shares", user="bob") == {"shares": []}
+    got = {"id": made["id"], "kind": "account", "owner": "ann", "giver": "ann", "name": "2026", "path": "2026 (ann)", "state": "mounted", "collection": True,
+           "media": None, "role": "edit", "rights": made["rights"], "note": "ours", "expires": None, "created": made["created"]}
+    assert api("GET", "shares?with=me", user="bob") == {"shares": [got]} and api("GET", "shares?with=me") == {"shares": []}
+    assert get(cloud, bob, "2026 (ann)/a.jpg") == b"a" and put(cloud, bob, "2026 (ann)/b") and list(tree(cloud, ann)) == ["photos", "photos/2026", "photos/2026/a.jpg", "photos/2026/b"]
+    assert api("PATCH", "shares/" + made["id"], role="view", reshare=True) == {**made, "role": "view", "rights": ["read", "share"], "reshare": True}
+    assert outcome(put, cloud, bob, "2026 (ann)/b") == "forbidden"
+    assert api("PATCH", "shares/" + made["id"], role="add")["rights"] == ["read", "create", "share"] and api("PATCH", "shares/" + made["id"], rights=["read"])["rights"] == ["read"]
+    assert api("POST", "shares/%s/decline" % made["id"], user="bob") == {**got, "path": None, "state": "declined", "role": "view", "rights": ["read"]}
+    assert list(listed(cloud, bob)) == ["2026"] and outcome(get, cloud, bob, "2026 (ann)/a.jpg") == "not-found"
+    assert api("POST", "shares/%s/accept" % made["id"], user="bob")["path"] == "2026 (ann)" and get(cloud, bob, "2026 (ann)/a.jpg") == b"a"
+    cloud.files.delete(bob, ("2026 (ann)",))
+    assert api("GET", "shares?with=me", user="bob")["shares"][0]["state"] == "declined" and api("POST", "shares/%s/accept" % made["id"]) == "not-found"
+    assert api("POST", "shares/%s/accept" % made["id"], user="bob")["state"] == "mounted" and api("DELETE", "shares/" + made["id"], user="bob") == "not-found"
+    assert api("DELETE", "shares/" + made["id"]) == 204 and outcome(get, cloud, bob, "2026 (ann)/a.jpg") == "not-found"
+    assert api("GET", "shares?with=me", user="bob") == {"shares": []} and cloud.db.read("SELECT count(*) FROM mount") == [(0,)]
+    assert cloud.db.read("SELECT fate FROM entry WHERE kind = 2") == [("declined",), ("declined",), ("unshared",)]
+    assert [(step.action, step.account, step.detail.get("path"), step.detail.get("with")) for step in cloud.journal.activity(ann, action="share")] == [
+        ("share", "ann", "photos/2026", "bob")]
+    assert [(step.action, step.account, step.detail.get("path")) for step in cloud.journal.activity(bob, limit=3)] == [
+        ("share-end", "ann", "2026 (ann)"), ("share-accept", "bob", "2026"), ("delete", "bob", "2026 (ann)")]
+    audit(cloud)
+
+
+def test_what_several_shared_with_somebody_stands_there_once(api, cloud, ann, bob):
+    put(cloud, ann, "d/f", b"f", parents=True)
+    one = api("POST", "shares", path="d", kind="account", **{"with": "bob"}, role="add")
+    assert api("POST", "shares", path="d", kind="account", **{"with": "bob"}) == "exists"
+    assert list(listed(cloud, bob)) == ["d"] and put(cloud, bob, "d/g") and api("DELETE", "shares/" + one["id"]) == 204 and list(listed(cloud, bob)) == []
+    assert api("POST", "shares", path="d", kind="account", **{"with": "bob"})["role"] == "view" and get(cloud, bob, "d/f") == b"f"
+    audit(cloud)
 
 
 def test_shares_follow_their_node_and_end_with_it(api, cloud, ann):
