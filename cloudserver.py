@@ -4399,26 +4399,25 @@ class Moment:
         while after is not None:
             rows = list(self._select(where, {"parent": id, "after": after, "limit": PIECE}, columns, " ORDER BY key LIMIT :limit",
                                      MOUNT + bool(self.mounts)))
-            yield from self._shown(Node._make(row[:-1]) for row in rows)
+            yield from self._shown([Node._make(row[:-1]) for row in rows])
             after = rows[-1][-1] if len(rows) == PIECE else None
 
-    def page(self, id: int, order: str, start: int, limit: int) -> Iterator[Node]:
+    def page(self, id: int, order: str, start: int, limit: int) -> list[Node]:
         """Some of what a collection holds now; `order` is made of SORTS."""
-        return self._shown(map(Node._make, self.read(
+        return self._shown(list(map(Node._make, self.read(
             entries_now("e.parent = :parent", kinds=MOUNT + bool(self.mounts)) + " ORDER BY " + order + " LIMIT :limit OFFSET :start",
-            {"parent": id, "limit": limit, "start": start})))
+            {"parent": id, "limit": limit, "start": start}))))
 
-    def _shown(self, nodes: Iterable[Node]) -> Iterator[Node]:
+    def _shown(self, nodes: list[Node]) -> list[Node]:
         """The same as they are seen: of a mount its target, under the name that it has here; none that leads nowhere."""
-        for node in nodes:
-            if node.kind == MOUNT:
-                if self._grants is None:
-                    self._grants = self.mounts.of(self.read, node.home)
-                grant = self._grants.get(node.node)
-                if grant:
-                    yield grant.seen()._replace(name=node.name)
-            else:
-                yield node._replace(seq=max(node.seq, self.floor)) if self.floor and node.kind else node
+        if self.floor:
+            return [node._replace(seq=max(node.seq, self.floor)) if node.kind else node for node in nodes]
+        if not self.mounts or not any(node.kind == MOUNT for node in nodes):
+            return nodes
+        if self._grants is None:
+            self._grants = self.mounts.of(self.read, nodes[0].home)
+        found = ((node, self._grants.get(node.node)) for node in nodes)
+        return [grant.seen()._replace(name=node.name) if grant else node for node, grant in found if grant or node.kind != MOUNT]
 
     def walk(self, id: int, path: tuple[str, ...] = (),
              missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node]]:
@@ -9338,12 +9337,20 @@ class Spool:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(MiB)
+        self._file, self._parts, self._size = tempfile.SpooledTemporaryFile(MiB), [], 0
 
     def write(self, text: str) -> None:
-        self._file.write(text.encode("utf-8"))
+        self._parts.append(text)
+        self._size += len(text)
+        if self._size > 64 * KiB:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._file.write("".join(self._parts).encode("utf-8"))
+        self._parts, self._size = [], 0
 
     def response(self, status: int, fields: dict[str, str]) -> Response:
+        self._flush()
         length = self._file.tell()
         self._file.seek(0)
         if length <= MiB:
@@ -10205,7 +10212,7 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     direction = " DESC" if values["order"] == "desc" else ""
     order = "e.kind DESC, " * bool(values["collections_first"]) + SORTS[values["sort"] or "name"] + direction + ", e.key" + direction
     with cloud.files.listing(who, path) as (node, now):
-        page = list(now.page(node.node, order, start, limit + 1))
+        page = now.page(node.node, order, start, limit + 1)
     answer, *children = api_nodes(cloud, [(path, node), *((path + (child.name,), child) for child in page[:limit])])
     if node.kind:
         answer["children"], answer["next"] = children, start + limit if len(page) > limit else None
@@ -11038,7 +11045,7 @@ ROOT_NAMESPACES = {"xmlns_" + prefix: namespace for namespace, prefix in NAMESPA
 class Door(NamedTuple):
     """Addresses under which the files of an account are reached, and what is told of them there."""
     names: tuple[str, ...]               # what they begin with; "<owner>" is the name of the account, "<link>" the token of a link
-    properties: dict[str, Callable[[Node, "About"], Optional[str]]]         # live ones
+    properties: dict[str, Reader]        # live ones
     kept: frozenset[str]                 # of those, what shows what was stored as a dead one
     reports: dict[str, Callable[..., Response]]          # by the element that asks for one
 
@@ -11307,6 +11314,9 @@ class About:
         return value
 
 
+Reader = Optional[Callable[[Node, About], Optional[str]]]                # of a property, as XML; None: no node has it
+
+
 def format_sync_token(epoch: str, seq: int, tag: str) -> str:
     return "urn:cloudserver:sync:%s:%d:%s" % (epoch, seq, tag)
 
@@ -11347,7 +11357,7 @@ REPORTS = E("d:supported-report", E("d:report", E("d:sync-collection")))
 COLLECTION_TYPE = E("d:collection")
 
 CHECKSUMS = "{http://owncloud.org/ns}checksums"
-PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {   # live ones (RFC 4918 s15), as XML; a new one is a row
+PROPERTIES: dict[str, Reader] = {       # live ones (RFC 4918 s15); a new one is a row
     "{DAV:}resourcetype": lambda node, about: COLLECTION_TYPE if node.kind else "",
     "{DAV:}getcontentlength": lambda node, about: None if node.kind else str(node.size),
     "{DAV:}getlastmodified": lambda node, about: format_http_date(node.mtime),
@@ -11387,9 +11397,10 @@ PERMISSIONS = (  # (letter, the right behind it, of what): share, read, delete, 
     ("V", UPDATE, (FILE, COLLECTION)), ("W", UPDATE, (FILE,)), ("C", CREATE, (COLLECTION,)), ("K", CREATE, (COLLECTION,)))
 
 
-def property_reader(door: Door, name: str) -> Callable[[Node, About], Optional[str]]:
-    """How to get a property of a node; a dead one comes as the element it was stored as."""
-    return door.properties.get(name) or (lambda node, about: about.dead.get(node.node, {}).get(name) if door.dead else None)
+def property_reader(door: Door, name: str) -> Reader:
+    """How to get a property; a dead one comes as the element it was stored as."""
+    dead = (lambda node, about: about.dead.get(node.node, {}).get(name)) if door.dead else None
+    return door.properties.get(name, dead)
 
 
 class Multistatus:
@@ -11407,10 +11418,16 @@ class Multistatus:
         complete   whether to tell of those a node lacks
         """
         self.names, self.live, self.values, self.complete = names, door.properties if door else {}, values, complete
+        self._readers = [property_reader(door, name) for name in names] if door else ()
         self._shapes: dict[tuple[bool, ...], str] = {}
         self._spool = Spool()
         head, _, self._tail = E("d:multistatus", Markup("\0"), **ROOT_NAMESPACES).partition("\0")
         self._spool.write(format_xml(Markup(head)).decode())
+
+    def tell(self, href: str, node: Node, about: About, lacks: Collection[str] = ()) -> None:
+        """A response with what is asked of a node; `lacks` are names that are not told of this one."""
+        values = [read and read(node, about) for read in self._readers]
+        self.add(href, [None if name in lacks else value for name, value in zip(self.names, values)] if lacks else values)
 
     def add(self, href: str, values: Sequence[str | None]) -> None:
         """A response with one value, or None, for each of the names; values are XML."""
@@ -11485,12 +11502,11 @@ def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str
         if not asked:
             names = ALLPROP + tuple(sorted({name for found in about.dead.values() for name in found} if door.dead else ()))
         answer = Multistatus(names, door, values=values, complete=asked and not is_minimal(request))
-        readers = [property_reader(door, name) for name in names]
         base = dav_href(request, path, bool(node.kind))
-        answer.add(base, [read(node, about) for read in readers])
+        answer.tell(base, node, about)
         for child in watched(now.children(node.node), request.check_alive) if depth == "1" and node.kind else ():
             name = child.name if _PLAIN.fullmatch(child.name) else quote(child.name, safe="~")
-            answer.add(base + name + "/" * child.kind, [read(child, about) for read in readers])
+            answer.tell(base + name + "/" * child.kind, child, about)
     return answer.response()
 
 
@@ -11599,7 +11615,6 @@ def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
             raise CloudError("no-such-report", "only a collection can be synced")
         door = request.door
         about, answer = About(cloud, who, top, now), Multistatus(names, door, complete=not is_minimal(request))
-        readers = [property_reader(door, name) for name in names]
         reached, rows = sync_rows(cloud, who, path, read_sync_token(cloud, token), int(limit), request.check_alive)
         for below, kind, node in rows:
             if level == "1" and len(below) > 1:
@@ -11608,7 +11623,7 @@ def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
             if node is None:
                 answer.add_part(E("d:response", E("d:href", href), E("d:status", "HTTP/1.1 404 Not Found")))
             else:
-                answer.add(href, [read(node, about) for read in readers])
+                answer.tell(href, node, about)
     answer.add_part(E("d:sync-token", format_sync_token(cloud.epoch, reached, cloud.journal.tag_at(reached))))
     return answer.response()
 
@@ -11955,12 +11970,12 @@ def ocs_drop_app_password(cloud: Cloud, who: Principal, request: Request) -> Res
 
 def stored_text(node: Node, about: About, name: str) -> str:
     """The text of a dead property, "" if there is none."""
-    found = re.search(">([^<]*)<", about.dead.get(node.node, {}).get(name, ""))
+    found = name in about.dead.get(node.node, ()) and re.search(">([^<]*)<", about.dead[node.node][name])
     return found[1] if found else ""
 
 
 FAVORITE, LIVE_PHOTO = STAR, NC + "metadata-files-live-photo"
-NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
+NC_PROPERTIES: dict[str, Reader] = {
     **PROPERTIES,
     "{DAV:}getlastmodified": lambda node, about: format_http_date(max(node.mtime, SECOND)),  # Nextcloud's refuses times before
     OC + "data-fingerprint": lambda node, about: about.epoch,            # changes with a restored backup: nothing is deleted then
@@ -11982,7 +11997,7 @@ NC_PROPERTIES: dict[str, Callable[[Node, About], Optional[str]]] = {
         "metadata-photos-original_date_time metadata_etag file-metadata-size file-metadata-gps share-download-limits "
         "contained-folder-count contained-file-count download-url-expiration "
         "trashbin-filename trashbin-original-location trashbin-deletion-time version-label version-author".split()],
-        lambda node, about: None)}               # asked in every listing; known not to be there
+        None)}                                   # asked in every listing; known not to be there
 NC_CLASSES = CLASSES + ", nextcloud-checksum-update"
 NC_METHODS = "OPTIONS, GET, HEAD, PUT, PATCH, DELETE, PROPFIND, PROPPATCH, MKCOL, COPY, MOVE, LOCK, UNLOCK, REPORT, SEARCH"
 
@@ -12266,9 +12281,8 @@ def nc_rows(request: Request, about: About, base: tuple[str, ...], names: Sequen
             rows: Iterable[tuple[tuple[str, ...], Node]]) -> Response:
     """A multistatus of nodes from everywhere, (path, node), below an address."""
     answer = Multistatus(names, NC_FILES, complete=not is_minimal(request))
-    readers = [property_reader(NC_FILES, name) for name in names]
     for path, node in rows:
-        answer.add(request.href(base + path) + "/" * node.kind, [read(node, about) for read in readers])
+        answer.tell(request.href(base + path) + "/" * node.kind, node, about)
     return answer.response()
 
 
@@ -12426,11 +12440,12 @@ def nc_search(cloud: Cloud, who: Principal, request: Request) -> Response:
 # ---- trash and versions
 
 ROOTS_LACK = ("{DAV:}getetag", OC + "id", OC + "fileid")                # else nc-py-api takes the place itself for one of its things
-TRASHED: dict[str, Callable[[Trashed], str]] = {
-    NC + "trashbin-filename": lambda item: escape(item.path[-1]),
-    NC + "trashbin-original-location": lambda item: escape("/".join(item.path)),
-    NC + "trashbin-deletion-time": lambda item: str(item.at // SECOND),
+TRASHED: dict[str, Reader] = {  # about.trashed: {node: Trashed}
+    NC + "trashbin-filename": lambda node, about: escape(about.trashed[node.node].path[-1]) if node.node in about.trashed else None,
+    NC + "trashbin-original-location": lambda node, about: escape("/".join(about.trashed[node.node].path)) if node.node in about.trashed else None,
+    NC + "trashbin-deletion-time": lambda node, about: str(about.trashed[node.node].at // SECOND) if node.node in about.trashed else None,
 }
+NC_TRASHED = NC_FILES._replace(properties={**NC_PROPERTIES, **TRASHED})
 
 
 NC_TRASH, NC_VERSIONS = "/remote.php/dav/trashbin/<owner>/<path>", "/remote.php/dav/versions/<owner>/<path>"
@@ -12448,17 +12463,16 @@ def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     names, about = read_propfind(read_body(request))[0] or tuple(TRASHED) + ALLPROP, Scattered(cloud, who)
     if len(path) == 1:
         root, items = cloud.files.stat(who, ()), cloud.trash.list(who, limit=PAGE_LIMIT)
-        rows = [((str(item.node.node),), item.node, item) for item in items]
+        rows = [((str(item.node.node),), item) for item in items]
     else:
         item = cloud.trash.item(who, read_file_id(path[1]))
         root, children = cloud.history.past(who, item.path + path[2:], item.node.until - 1)
-        rows = [((child.name,), child, item._replace(node=child, path=item.path + path[2:] + (child.name,))) for child in children]
-    answer, base = Multistatus(names, NC_FILES), request.href(request.path)
-    answer.add(base + "/", [None if len(path) == 1 and name in ROOTS_LACK else property_reader(NC_FILES, name)(root, about)
-                            for name in names])
-    for below, node, item in rows if request["depth"] != "0" else ():
-        answer.add(base + format_path(below) + "/" * node.kind, [
-            TRASHED[name](item) if name in TRASHED else property_reader(NC_FILES, name)(node, about) for name in names])
+        rows = [((child.name,), item._replace(node=child, path=item.path + path[2:] + (child.name,))) for child in children]
+    about.trashed = {item.node.node: item for _, item in rows}
+    answer, base = Multistatus(names, NC_TRASHED), request.href(request.path)
+    answer.tell(base + "/", root, about, ROOTS_LACK if len(path) == 1 else ())
+    for below, item in rows if request["depth"] != "0" else ():
+        answer.tell(base + format_path(below) + "/" * item.node.kind, item.node, about)
     return answer.response()
 
 
@@ -12491,12 +12505,10 @@ def nc_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
     names = read_propfind(read_body(request))[0] or ALLPROP
     live, about = cloud.files.stat(who, path), Scattered(cloud, who)
     answer, base = Multistatus(names, NC_FILES), request.href(request.path)
-    readers = [property_reader(NC_FILES, name) for name in names]
-    root = live._replace(kind=COLLECTION, seq=live.rev)
-    answer.add(base + "/", [None if name in ROOTS_LACK else read(root, about) for name, read in zip(names, readers)])
+    answer.tell(base + "/", live._replace(kind=COLLECTION, seq=live.rev), about, ROOTS_LACK)
     for version in cloud.versions.list(who, path)[1:] if request["depth"] != "0" else ():
         node = live._replace(rev=version.rev, size=version.size, mtime=version.mtime, manifest=version.manifest)
-        answer.add("%s/%d" % (base, version.rev), [read(node, about) for read in readers])
+        answer.tell("%s/%d" % (base, version.rev), node, about)
     return answer.response()
 
 
@@ -19931,7 +19943,7 @@ def list_parts(visit: Visit, node: Node, now: Moment) -> Iterator[Markup]:
     say, request = visit.say, visit.request
     by = request.argument("sort") if request.argument("sort") in VISITOR_SORTS else "name"
     start = int(request.argument("after") or 0) if re.fullmatch(r"\d{0,9}", request.argument("after") or "") else 0
-    rows = list(now.page(node.node, "e.kind DESC, %s%s, e.key" % (SORTS[by], " DESC" * (by != "name")), start, VISITOR_PAGE + 1))
+    rows = now.page(node.node, "e.kind DESC, %s%s, e.key" % (SORTS[by], " DESC" * (by != "name")), start, VISITOR_PAGE + 1)
     more, rows = len(rows) > VISITOR_PAGE, rows[:VISITOR_PAGE]
     if by == "name":
         rows.sort(key=lambda one: (-one.kind, re.sub(r"\d+", lambda digits: digits[0].zfill(12), one.name.casefold())))
