@@ -16306,6 +16306,26 @@ class Mover:
                 self.session.tally.moved += 1
         return self.session.tally.moved > before
 
+    def set_aside(self, key: str, mark: str) -> None:
+        """Give something here another name: it is nobody's but ours.  raises OSError"""
+        self.memory.take_away([key])
+        path = self.session.scan.here[key].path
+        self.folder.rename(path, self._free_name(path, mark))
+        self.memory.set("base", key, None)
+
+    def _free_name(self, path: str, mark: str) -> str:
+        """A path with a mark in its name that nothing has, in whatever spelling."""
+        above, _, name = path.rpartition("/")
+        stem, dot, suffix = name.rpartition(".")
+        if not stem or len(suffix) > 16:
+            stem, dot, suffix = name, "", ""
+        for count in itertools.count(1):
+            ending = mark + (" %d" % count if count > 1 else "") + dot + suffix
+            found = (above + "/" if above else "") + cut_text(stem, NAME_LIMIT - len(ending.encode())) + ending
+            if self.folder.key(found) not in {*self.session.scan.here, *self.memory.there} and not os.path.lexists(self.folder.place(found)):
+                return found
+        raise AssertionError
+
 
 def loads(items: Iterable[Any], size: Callable[[Any], int], heaviest: int) -> Iterator[list[Any]]:
     """Some items at a time, until they have so many bytes; few at first, that both sides are soon at work, then twice as many each time."""
@@ -16741,28 +16761,8 @@ class SyncClient:
                 self.folder.touch(here.path)
                 return
             device = re.sub(r'[\x00-\x1f\x7f/\\<>:"|?*]', "-", memory.words.get("device", "here"))
-            self._set_aside(key, " (conflict %s %s)" % (cut_text(device, 100), time.strftime("%Y-%m-%d %H.%M")))
+            self.mover.set_aside(key, " (conflict %s %s)" % (cut_text(device, 100), time.strftime("%Y-%m-%d %H.%M")))
             self.session.tally.conflicts += 1    # the next round uploads it, and downloads theirs
-
-    def _set_aside(self, key: str, mark: str) -> None:
-        """Give something here another name: it is nobody's but ours.  raises OSError"""
-        self.memory.take_away([key])
-        path = self.session.scan.here[key].path
-        self.folder.rename(path, self._free_name(path, mark))
-        self.memory.set("base", key, None)
-
-    def _free_name(self, path: str, mark: str) -> str:
-        """A path with a mark in its name that nothing has, in whatever spelling."""
-        above, _, name = path.rpartition("/")
-        stem, dot, suffix = name.rpartition(".")
-        if not stem or len(suffix) > 16:
-            stem, dot, suffix = name, "", ""
-        for count in itertools.count(1):
-            ending = mark + (" %d" % count if count > 1 else "") + dot + suffix
-            found = (above + "/" if above else "") + cut_text(stem, NAME_LIMIT - len(ending.encode())) + ending
-            if self.folder.key(found) not in {*self.session.scan.here, *self.memory.there} and not os.path.lexists(self.folder.place(found)):
-                return found
-        raise AssertionError
 
     # ---- what is not synced
 
