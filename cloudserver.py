@@ -5196,8 +5196,9 @@ class Draft:
     collections that hold the node by then.
     """
 
-    def __init__(self, tree: Tree, who: Principal) -> None:
-        self.tree, self.who = tree, who
+    def __init__(self, tree: Tree, who: Principal, since: int | None = None) -> None:
+        """since   the seq of what the steps were decided on: they lead through no mount that has come here since"""
+        self.tree, self.who, self.since = tree, who, since
         self.parts: dict[int, HomePart] = {}             # {home: what is done there}, also where something was only looked at
         self.changes: dict[int, Change] = {}         # what became of each node that was touched
         self._names: dict[tuple[int, str], Node | None] = {}         # {(parent, key): what steps left there}
@@ -5217,6 +5218,8 @@ class Draft:
                 self.parts[place.view.home] = HomePart(place)
             if place.view.seq:
                 self.parts[place.view.home].mounts[path[0]] = place.view.top
+                if self.since is not None:
+                    self.mounted(path)
             return place
         mounted = self.mounted(path)
         if mounted and len(path) == 1:
@@ -5243,6 +5246,8 @@ class Draft:
         name = path[0] if path else ""
         if name not in self._mounts:
             node = self.child(self.top()[-1], name)
+            if node and node.kind == MOUNT and self.since is not None and node.since > self.since:
+                raise CloudError("precondition-failed", "what is shared here came just now")
             self._mounts[name] = place = self.tree.enter(self.who, path[:1]) if node and node.kind == MOUNT else None
             if place and not place.view.seq:
                 raise CloudError("conflict", "it came here by this very step")
@@ -5399,13 +5404,14 @@ class Plan:
     locks, quota, limits; one that is refused leaves the plan as it was.  What was looked at becomes a guard.
     """
 
-    def __init__(self, tree: Tree, who: Principal, *, held: bool = False, as_of: int | None = None) -> None:
+    def __init__(self, tree: Tree, who: Principal, *, held: bool = False, as_of: int | None = None, since: int | None = None) -> None:
         """
         held    the brake holds who asks: nothing may be deleted or overwritten
         as_of   the seq of what it is decided on: nothing else may have happened in the home by the end
+        since   that of Draft
         """
         self.tree, self.who, self.held, self.as_of = tree, who, held, as_of
-        self.now = Draft(tree, who)
+        self.now = Draft(tree, who, since)
         self.guards: list[Statement] = []
         self.rows: list[Statement] = []              # of the same act: contents, properties, locks
 
@@ -8022,7 +8028,8 @@ class Sync:
         digest   of all that was asked, to tell a repetition from a reuse
         frames   new chunks that the steps name
         atomic   take all steps or none
-        since    a seq of the client's; the last result says whether all that is newer was done by this device
+        since    a seq of the client's; the last result says whether all that is newer was done by this device.  What was shared
+                 with it since is not what it means: else a folder made at that moment would come into somebody else's
         raises   CloudError op-reused, bad-frame, over-quota, busy
         """
         view = view_of(who)
@@ -8035,11 +8042,11 @@ class Sync:
 
         def attempt() -> Batch:
             try:
-                return self._plan_commit(who, (id, digest), steps, received, atomic)
+                return self._plan_commit(Plan(self.tree, who, since=since), (id, digest), steps, received, atomic)
             except CloudError as error:
                 if error.kind != "held":
                     raise
-                return self._plan_commit(who, (id, digest), steps, received, atomic, held=True)
+                return self._plan_commit(Plan(self.tree, who, since=since, held=True), (id, digest), steps, received, atomic)
 
         try:
             batch = self.db.write(attempt)
@@ -8057,11 +8064,9 @@ class Sync:
             return seq, [{**item, "etag": item["etag"].replace("*", "%x" % seq)} for item in json.loads(result)]
         return None
 
-    def _plan_commit(self, who: Principal, op: tuple[str, str], steps: Sequence[dict[str, Any]], received: Received,
-                     atomic: bool, *, held: bool = False) -> Batch:
+    def _plan_commit(self, plan: Plan, op: tuple[str, str], steps: Sequence[dict[str, Any]], received: Received, atomic: bool) -> Batch:
         """Decide every step on the tree as the steps before it leave it."""
-        plan = Plan(self.tree, who, held=held)
-        root = plan.now.enter(())
+        who, root = plan.who, plan.now.enter(())
         sending = Sending(plan, received, {**self.known(who, [hash for step in steps for hash, _ in step.get("chunks") or ()
                                                               if hash not in received.sizes]), **received.sizes}, set())
         outcomes = [self._take(sending, step) for step in steps]

@@ -3686,6 +3686,25 @@ def test_the_journal_tells_owners_their_own_paths_and_no_others(cloud, ann, bob)
     assert cloud.journal.activity(bob, limit=1)[0].detail["path"] == "private/y"
 
 
+def test_a_commit_means_no_mount_that_came_after_what_it_was_decided_on(call, cloud, ann, bob, monkeypatch):
+    """Law 7: a folder that is made at the moment when one of that name is shared does not come into that."""
+    put(cloud, ann, "photos/a", parents=True), put(cloud, ann, "one", "one")
+    since = cloud.journal.head()
+    hand(cloud, ann, "photos", bob), hand(cloud, ann, "one", bob)
+
+    def commit(since, *steps):
+        answer = call("POST", "/api/v1/commit", json.dumps({"op": os.urandom(8).hex(), "since": since, "ops": steps}) + "\n", user="bob")
+        return [result.get("problem", {}).get("code") or result["status"] for result in answer.json()["results"]]
+    empty, refused = {"chunks": [], "mtime": 0, "if": None}, "precondition-failed"
+    assert commit(since, {"mkdir": "photos"}, {"put": "photos/mine", **empty}, {"mkdir": "d"}, {"put": "photos/mine", **empty}, {"put": "one", "chunks": [], "mtime": 0},
+                  {"move": "d", "to": "photos/d"}, {"delete": "photos"}) == [refused, refused, 201, refused, refused, refused, refused]
+    assert commit(cloud.journal.head(), {"mkdir": "photos"}, {"put": "photos/theirs", **empty}) == [200, 201]
+    assert list(tree(cloud, ann, ("photos",))) == ["photos/a", "photos/theirs"]
+    since = cloud.journal.head()
+    before_commit(monkeypatch, cloud, lambda: cloud.files.move(bob, (("photos",), ("x",))))
+    assert commit(since, {"mkdir": "x"}, {"put": "x/mine", **empty}) == [refused, refused] and "x/mine" not in tree(cloud, bob)
+
+
 def test_only_what_leads_through_a_mount_costs_more(cloud, ann, bob, monkeypatch):
     """One statement more for a path, and what its target is held by; one for all mounts of a listing, and one for their properties."""
     asked, read = [], cs.Sqlite.read
