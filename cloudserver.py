@@ -7331,7 +7331,7 @@ class Sharing:
     def __init__(self, tree: Tree, credentials: Credentials, policy: Callable[[], Policy]) -> None:
         self.tree, self.policy, self.db, self.clock, self.throttle = tree, policy, tree.db, tree.clock, credentials.throttle
         self.terms, self.passwords, self.offers = Terms(self.clock, policy), LinkPasswords(self.clock, self.throttle), Offers(tree)
-        self._uses: dict[int, tuple[int, int]] = {}          # share: (downloads, when last seen), not yet written
+        self.uses = Uses(self.db, self.clock)
 
     # ---- for who shares
 
@@ -7485,15 +7485,14 @@ class Sharing:
         share = self._find(knock.token)
         if share is None:
             self._refuse(network_of(knock.address))
-        if share.uses_most is not None and share.used >= share.uses_most and not (knock.again and self._has_visited(share.id, knock.visitor)):
+        if share.uses_most is not None and share.used >= share.uses_most and not (knock.again and self.uses.has_visited(share, knock)):
             raise CloudError("gone", GONE)
         if share.password:
             try:
                 self.passwords.check(share, knock)
             except CloudError as refused:
                 return ANONYMOUS._replace(refusal=refused)
-        uses, _ = self._uses.get(share.id, (0, 0))
-        self._uses[share.id] = uses, self.clock.wall()
+        self.uses.note(share.id, 0)
         return visitor_of(share)
 
     def unlock(self, knock: Knock) -> str:
@@ -7519,40 +7518,17 @@ class Sharing:
                 looked = time.monotonic()
             yield part
 
-    def use(self, who: Principal, knock: Knock, node: int) -> None:
+    def use(self, who: Principal, knock: Knock, content: int) -> None:
         """Count a download before its first byte.  raises CloudError gone when there were as many as may be
 
-        Who goes on with one that began within the hour is not counted again.
+        content  a number of what is downloaded: who goes on with that within the hour is not counted again
         """
         share = self.about(who)
         log.info("link used", extra={"share": share.id, "address": network_of(knock.address)})
         if share.uses_most is None:
-            uses, at = self._uses.get(share.id, (0, 0))
-            self._uses[share.id] = uses + (not knock.again), at or self.clock.wall()
-            return
-        if knock.again and self._has_visited(share.id, knock.visitor, node):
-            return
-
-        def attempt() -> Batch:
-            share = self.about(who)
-            if share.used >= share.uses_most:
-                raise CloudError("gone", GONE)
-            return Batch([Statement("UPDATE share SET used = used + 1 WHERE id = ?", (share.id,)),
-                          Statement("INSERT INTO visit (share, visitor, node, due) VALUES (?, ?, ?, ?) ON CONFLICT (share, visitor, node) DO UPDATE "
-                                    "SET due = excluded.due", (share.id, knock.visitor, node, self.clock.due() + HOUR))],
-                         [Statement("SELECT 'used' FROM share WHERE id = ? AND used >= uses_most", (share.id,))])
-
-        self.db.write(attempt)
-
-    def _has_visited(self, id: int, visitor: str, node: int | None = None) -> bool:
-        return bool(self.db.read("SELECT 1 FROM visit WHERE share = ? AND visitor = ? AND (? IS NULL OR node = ?) AND due > ?",
-                                 (id, visitor, node, node, self.clock.due())))
-
-    def save_used(self) -> None:
-        """Write what was used since; the janitor does so every minute."""
-        used, self._uses = self._uses, {}
-        if used:
-            self.db.run(Statement("UPDATE share SET used = used + ?, seen = ? WHERE id = ?", [(*row, id) for id, row in used.items()], many=True))
+            self.uses.note(share.id, 0 if knock.again else 1)
+        elif not (knock.again and self.uses.has_visited(share, knock, content)):
+            self.uses.spend(share, knock, content)
 
     def _find(self, token: str) -> Share | None:
         """The share behind a token, if it stands and its node is there."""
@@ -7690,6 +7666,49 @@ class Offers:
         """Somebody, for what is done in their root by what others do."""
         (name, root), = self.db.read("SELECT name, root FROM account WHERE id = ?", (account,))
         return Principal(account, name, root, means="local")
+
+
+class Uses:
+    """Downloads by links: each is counted, those that have a limit before they begin, the others in memory until the next minute."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self.db, self.clock, self._lock = db, clock, threading.Lock()
+        self._noted: dict[int, tuple[int, int]] = {}         # share: (downloads, when last seen), not yet written
+
+    def note(self, id: int, uses: int) -> None:
+        """A link was seen, and so much of it downloaded without a limit."""
+        with self._lock:
+            before, _ = self._noted.get(id, (0, 0))
+            self._noted[id] = before + uses, self.clock.wall()
+
+    def save(self) -> None:
+        """Write what was noted; the janitor does so every minute.  What cannot be written is not lost.  raises CloudError"""
+        with self._lock:
+            noted, self._noted = self._noted, {}
+        try:
+            if noted:
+                self.db.run(Statement("UPDATE share SET used = used + ?, seen = ? WHERE id = ?", [(*row, id) for id, row in noted.items()], many=True))
+        except CloudError:
+            for id, (uses, _) in noted.items():
+                self.note(id, uses)
+            raise
+
+    def spend(self, share: Share, knock: Knock, content: int) -> None:
+        """One of so many downloads, exactly (S5).  raises CloudError gone"""
+        def attempt() -> Batch:
+            if not self.db.read("SELECT 1 FROM share WHERE id = ? AND (uses_most IS NULL OR used < uses_most)", (share.id,)):
+                raise CloudError("gone", GONE)
+            return Batch([Statement("UPDATE share SET used = used + 1 WHERE id = ?", (share.id,)),
+                          Statement("INSERT INTO visit (share, visitor, node, due) VALUES (?, ?, ?, ?) ON CONFLICT (share, visitor, node) DO UPDATE "
+                                    "SET due = excluded.due", (share.id, knock.visitor, content, self.clock.due() + HOUR))],
+                         [Statement("SELECT 'used' FROM share WHERE id = ? AND used >= uses_most", (share.id,))])
+
+        self.db.write(attempt)
+
+    def has_visited(self, share: Share, knock: Knock, content: int | None = None) -> bool:
+        """Did a visitor begin to download this, or anything, within the hour?"""
+        return bool(self.db.read("SELECT 1 FROM visit WHERE share = ? AND visitor = ? AND (? IS NULL OR node = ?) AND due > ?",
+                                 (share.id, knock.visitor, content, content, self.clock.due())))
 
 
 class Drops:
@@ -12999,7 +13018,7 @@ class Janitor(threading.Thread):
 EVERYBODYS = ("devices", "links")        # what each process has to write
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what; at once again if it says True)
     "devices": (MINUTE, lambda janitor: janitor.cloud.devices.save_used()),
-    "links": (MINUTE, lambda janitor: janitor.cloud.sharing.save_used()),
+    "links": (MINUTE, lambda janitor: janitor.cloud.sharing.uses.save()),
     "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
     "reserve": (MINUTE, lambda janitor: janitor.cloud.space.keep_reserve()),
     "crash": (MINUTE, lambda janitor: janitor.upkeep.look_after_crash()),
@@ -13665,7 +13684,7 @@ def work(config: Config, listener: socket.socket, lifeline: int | None = None, b
     janitor.stop()
     with suppress(CloudError):                   # a disk that fails does not keep us
         cloud.devices.save_used()
-        cloud.sharing.save_used()
+        cloud.sharing.uses.save()
         cloud.db.save_clock()
     if not server.active:
         cloud.close()
@@ -19497,6 +19516,9 @@ const list = {entries: []};
 const may = right => RIGHTS.split(" ").includes(right);
 const isDrop = !may("read"), mayReplace = may("update");
 
+// where downloads are counted nothing shows itself: to look at all of a file is one
+const isCounted = "counted" in document.body.dataset;
+
 const addressOf = path => TOP + (/^(dav|tus)(\/|$)/.test(path) ? "dav/" : "") + encodePath(path);
 const contentAddress = entry => entry.address + "?preview=1";
 const saveFile = entry => saveFrom(entry.address + "?download=1");
@@ -19528,7 +19550,7 @@ function readEntry(row) {
 function showSmall(entry, picture) {
   const look = () => find(".icon", entry.row)?.remove();
   const fail = () => {
-    const cheap = entry.category === "image" && entry.size < 4 << 20 && !isMetered();
+    const cheap = entry.category === "image" && entry.size < 4 << 20 && !isMetered() && !isCounted;
     cheap && !picture.src.endsWith("preview=1") ? picture.src = contentAddress(entry) : picture.remove();
   };
   picture.addEventListener("load", look);
@@ -19663,13 +19685,13 @@ function dressForm(form) {
 
 function showHash() {
   const name = decodeURIComponent(location.hash.slice(1)), entry = list.entries.find(one => one.name === name);
-  if (entry) openPreview(entry);
+  if (entry && !isCounted) openPreview(entry);
   else closePreview();
 }
 
 function onEntryClick(event) {
   const anchor = event.target.closest(".entries .name"), row = anchor && anchor.closest("li");
-  if (!row || row.dataset.kind !== "file" || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+  if (!row || isCounted || row.dataset.kind !== "file" || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
   event.preventDefault();
   view.inside = true;
   location.hash = encodeURIComponent(row.dataset.name);
@@ -19841,6 +19863,11 @@ class Visit(NamedTuple):
     rights: frozenset[str]
     path: tuple[str, ...] = ()
 
+    @property
+    def counted(self) -> bool:
+        """Have downloads a limit?  Then nothing shows itself."""
+        return self.link.uses_most is not None
+
     def href(self, *names: str, query: str = "") -> str:
         """The address of what lies at a path below the top; what bears the name of a door there is reached by way of that."""
         top = self.request.path[:2]
@@ -19865,7 +19892,7 @@ def link_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     return html_response(request, say, title, H("main", *body, foot_line()), H("div.toasts", role="status"),
                          H("section.queue", aria_label=say("Uploads"), hidden=True), tus=visit.href() + "/tus", path="/".join(path),
                          top=visit.href() + "/", rights=" ".join(sorted(visit.rights)), most=cloud.config.max_file,
-                         files=link.files_most, bytes=link.bytes_most)
+                         files=link.files_most, bytes=link.bytes_most, counted=visit.counted)
 
 
 def html_response(request: Request, say: Speaker, title: str, *body: str, status: int = 200, **data: Any) -> Response:
@@ -19927,13 +19954,15 @@ def upload_form(visit: Visit) -> Markup:
 def file_part(visit: Visit, node: Node) -> Markup:
     """A link to one file: the way to save it, and what a browser can show of it by itself."""
     say, kind, href = visit.say, kind_of_file(node.name, node.media), visit.href()
+    save = H("p", H("a.button.primary.large", say("Download"), href=href + "?download=1", download=visible(node.name)))
+    if visit.counted:
+        return H("div.single", save)
     look = Markup("")
     if node.media in INLINE_MEDIA and kind == "image":
         look = H("img", src=href + "?preview=1", alt=visible(node.name))
     elif kind in ("video", "audio"):
         look = H(kind, src=href + "?preview=1", controls=True, preload="metadata", playsinline=True)
-    return H("div.single", H("p", H("a.button.primary.large", say("Download"), href=href + "?download=1", download=visible(node.name))),
-             H("section.preview.shown", H("div.note", role="status"), H("div.body", look), aria_label=say("Preview"), hidden=kind in (
+    return H("div.single", save, H("section.preview.shown", H("div.note", role="status"), H("div.body", look), aria_label=say("Preview"), hidden=kind in (
                  "archive", "document"), **entry_data(node, href)))
 
 
@@ -19999,12 +20028,12 @@ def entry_row(visit: Visit, node: Node) -> Markup:
     """One row of a list: a box to choose it, its small picture, its name, how large it is, the way to save it."""
     say, name = visit.say, visible(node.name)
     href, kind = visit.href(*visit.path, node.name), "collection" if node.kind else kind_of_file(node.name, node.media)
-    small = node.media in INLINE_MEDIA and kind == "image" and node.size < 100 * KiB
+    small = node.media in INLINE_MEDIA and kind == "image" and node.size < 100 * KiB and not visit.counted
     picture = H("img", src=href + ("?preview=1" if small else "?thumbnail=1"), alt="", loading="lazy", decoding="async") if kind in (
         "image", "video") else ""
     return H("li", H("label", H("input", type="checkbox", name="name", value=node.name, form="chosen", aria_label=say("Select {name}", name=node.name))),
              H("span.look" + ".film" * (kind == "video"), picture),
-             H("a.name", H("bdi", name), href=href + "/" * node.kind, title=name),
+             H("a.name", H("bdi", name), href=href + ("/" if node.kind else "?download=1" * visit.counted), title=name),
              H("span.soft", visit.say.time(node.mtime), " · ", say.size(node.size)),
              H("a.button", say("Download"), href=href + ("/?zip=1" if node.kind else "?download=1"), download=True,
                aria_label=say("Download {name}", name=node.name)),
@@ -20105,7 +20134,8 @@ def link_error(error: CloudError, request: Request) -> Response:
 def link_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A file; of a collection the names in it, or to browsers a page.
 
-    ?download=1 to save it, ?preview=1 to look at it, ?thumbnail=1 its small picture, ?zip=1 all below, or &name= some
+    ?download=1 to save it, ?preview=1 to look at it, ?thumbnail=1 its small picture, ?zip=1 all below, or &name= some.  Where
+    downloads have a limit, to look at all of a file is one.
     """
     asked, is_page = parse_pairs(request.query), wants_page(request) and request.door.names[0] == "s"
     ways = dict(asked)
@@ -20123,12 +20153,12 @@ def link_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     if content is None:
         return dav_list(cloud, who, request, path, node)
     response = content_response(request, node, content)
-    if ways.get("preview") == "1" and (is_plain(node.media) or node.media in INLINE_MEDIA):
-        return response
-    if request.method == "GET" and response.status in (200, 206):
+    looks = ways.get("preview") == "1" and (is_plain(node.media) or node.media in INLINE_MEDIA)
+    is_use = not looks or cloud.sharing.about(who).uses_most is not None
+    if is_use and request.method == "GET" and response.status in (200, 206):
         goes_on = request.knock.again and response.status == 206                         # If-Range may make it the whole
-        cloud.sharing.use(who, request.knock._replace(again=goes_on), node.node)
-    return as_attachment(response) if not path or ways.get("download") == "1" else response
+        cloud.sharing.use(who, request.knock._replace(again=goes_on), number_of(node.manifest))
+    return as_attachment(response) if not looks and (not path or ways.get("download") == "1") else response
 
 
 def as_attachment(response: Response) -> Response:

@@ -4908,7 +4908,7 @@ def test_downloads_are_counted_exactly(cloud, ann, link):
     put(cloud, ann, "d/f", b"0123456789", parents=True), put(cloud, ann, "d/a.jpg", b"\xff\xd8\xff" + bytes(100))
     visit = link("d", uses=3)
     used = lambda: cloud.db.read("SELECT used FROM share WHERE id = ?", (visit.id,))[0][0]
-    for method, below, headers in [("HEAD", "/f", {}), ("GET", "", {}), ("PROPFIND", "/dav/", {}), ("GET", "/a.jpg?preview=1", {}), ("GET", "/f", {"If-None-Match": "*"}),
+    for method, below, headers in [("HEAD", "/f", {}), ("GET", "", {}), ("PROPFIND", "/dav/", {}), ("HEAD", "/a.jpg?preview=1", {}), ("GET", "/f", {"If-None-Match": "*"}),
                                    ("GET", "/no", {}), ("GET", "/f", {"Range": "bytes=50-"})]:
         visit(method, below, **headers)
         assert used() == 0, (method, below)
@@ -4923,9 +4923,66 @@ def test_downloads_are_counted_exactly(cloud, ann, link):
     assert visit("GET", "/f", Range="bytes=9-", If_Range='"other"').status == 410 == visit("GET", "?zip=1", Range="bytes=9-").status          # the whole
     free = link("d")
     free("GET", "/f"), free("GET", "?zip=1"), free("GET", "/f", Range="bytes=9-")
-    cloud.sharing.save_used()
+    cloud.sharing.uses.save()
     given = cloud.sharing.get(ann, free.id).share
     assert given.used == 2 and abs(given.seen - cloud.clock.wall()) < 60_000
+
+
+WAYS_TO_BYTES = ["/f", "/f?download=1", "/f?preview=1", "/f?preview=1&download=1", "/f?thumbnail=1&preview=1", "?zip=1", "?zip=1&name=f", "/f?zip=1", "/download",
+                 "/dav/f", "/dav/f?preview=1", "/dav/?zip=1", "/dav/download"]
+PARTS_OF_IT = [None, "bytes=0-", "bytes=1-", "bytes=-199", "bytes=0-9,10-", "bytes=1-,0-0", "bytes=01-", "Bytes=1-", "bytes= 1-", "bytes=1-5,6-199"]
+
+
+def test_no_address_of_a_counted_link_gives_bytes_without_a_use(cloud, ann, link, address):
+    """Law 12: whatever is asked for, and how; a page shows nothing by itself, and who looks at all of a file has downloaded it."""
+    data = b"\xff\xd8\xff" + bytes(range(197))
+    put(cloud, ann, "d/f", data, parents=True), put(cloud, ann, "d/g", b"\xff\xd8\xff other", parents=True)
+    cloud.pictures.put(ann, ("d", "f"), b"\xff\xd8\xff small")
+    for way in WAYS_TO_BYTES + ["/public.php/dav/files/%s/f", "/public.php/dav/files/%s/f?preview=1", "/public.php/webdav/f"]:
+        for part in PARTS_OF_IT:
+            for accept in "*/*", "text/html":
+                visit = link("d", uses=1, role="edit")
+                where = way % visit.token if "%s" in way else way if "webdav" in way else "/s/" + visit.token + way
+                headers = {"Accept": accept, **({"Range": part} if part else {}), **({"Authorization": basic(visit.token, "")} if "webdav" in way else {})}
+                got = exchange(address, "GET", where, user=None, **headers)
+                used = cloud.sharing.get(ann, visit.id).share.used
+                assert used == 1 or got.status in (200, 404, 416) and data[3:5] not in got.body, (where, part, got)
+                if used and got.status == 200:           # nothing is left, and nothing goes on that was not begun
+                    assert exchange(address, "GET", "/s/%s/g" % visit.token, user=None, Range="bytes=1-").status == 410
+    visit = link("d", uses=1, role="edit")
+    assert visit("GET", "/f").status == 200 and visit("GET", "/f", Range="bytes=9-").body == data[9:]
+    put(cloud, ann, "d/f", b"another")                   # what is there by now was not begun
+    assert visit("GET", "/f", Range="bytes=1-").status == 410
+    page = link("d", uses=1)("GET", Accept="text/html").body
+    assert b"preview=1" not in page and b"data-counted" in page and b"data-counted" not in link("d")("GET", Accept="text/html").body
+    assert b"preview" not in link("d/g", uses=1)("GET", Accept="text/html").body and b"preview=1" in link("d/g")("GET", Accept="text/html").body
+
+
+def test_each_of_many_downloads_at_once_is_counted(cloud, ann, monkeypatch):
+    """Without a limit, too, and without a commit for each; what cannot be written now is written later."""
+    put(cloud, ann, "f")
+    share = cloud.sharing.share(ann, ("f",)).share
+    knock = cs.Knock(share.token)
+    who, before = cloud.sharing.open(knock), cloud.db.head()
+
+    def download():
+        for _ in range(500):
+            cloud.sharing.open(knock)
+            cloud.sharing.use(who, knock, 1)
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=download) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [cloud.sharing.uses.save() for _ in range(20)]
+        [thread.join() for thread in threads]
+    finally:
+        sys.setswitchinterval(switch)
+    with monkeypatch.context() as broken:
+        broken.setattr(cloud.db, "run", lambda *body: (_ for _ in ()).throw(cs.CloudError("busy")))
+        assert outcome(cloud.sharing.uses.save) == "busy"
+    cloud.sharing.uses.save()
+    assert cloud.sharing.get(ann, share.id).share.used == 2000 and cloud.db.head() == before
 
 
 def test_a_long_answer_ends_with_its_link(cloud, ann, link, address):
@@ -16436,9 +16493,9 @@ def test_browser_visits_a_folder_by_a_link(page):
         page.put("trip/pic %d.png" % n, PNG)
     page.put("trip/day 2/a.txt", "in there")
     page.put("trip/notes.txt", "Some notes")
-    address = shared_link(page, "trip", name="Our trip", note="For all of you", uses=3)
+    address = shared_link(page, "trip", name="Our trip", note="For all of you")
     page.go(address)
-    page.sees("Our trip", "For all of you", "You can look at and download what is here. 3 downloads are left.")
+    page.sees("Our trip", "For all of you", "You can look at and download what is here.")
     entries(page, "day 2", "notes.txt", *("pic %d.png" % n for n in range(5)))
     page.wait("return document.querySelector('.gallery') && [...document.querySelectorAll('.entries img')].every(one => one.naturalWidth)")
     page.shot("visit-gallery")
@@ -16470,8 +16527,27 @@ def test_browser_visits_a_folder_by_a_link(page):
     entries(page, "a.txt")
     page.click("Our trip")
     entries(page, "day 2", "notes.txt", *("pic %d.png" % n for n in range(5)))
+    page.cloud.sharing.uses.save()
     share, = (given.share for given in page.cloud.sharing.all(page.who))
-    assert page.cloud.sharing.about(cs.Principal(account=-share.id, home=share.home, root=share.node)).used == 1, "looking is no download"
+    assert share.used == 1, "looking is no download"
+
+
+def test_browser_shows_nothing_by_itself_where_downloads_are_counted(page):
+    """Law 12: to look at all of a file would be one; a click on a name is."""
+    for n in range(5):
+        page.put("trip/pic %d.png" % n, PNG)
+    address = shared_link(page, "trip", uses=2)
+    page.go(address)
+    page.sees("2 downloads are left.")
+    entries(page, *("pic %d.png" % n for n in range(5)))
+    page.wait("return document.querySelectorAll('.entries .icon').length === 5 && !document.querySelector('.entries img')")
+    share, = (given.share for given in page.cloud.sharing.all(page.who))
+    assert share.used == 0
+    page.click("pic 1.png")
+    eventually(lambda: next(page.downloads.glob("pic 1.png"), None), seconds=20).unlink()
+    page.go(address + "/#pic%203.png")
+    page.sees("1 download is left.")
+    assert not page.run("return document.querySelector('dialog')") and page.cloud.sharing.get(page.who, share.id).share.used == 1
 
 
 def test_browser_sends_files_by_a_request(page, tmp_path):
