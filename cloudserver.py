@@ -167,7 +167,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import (Any, BinaryIO, Callable, Collection, Container, ContextManager, Iterable, Iterator, NamedTuple, Optional, Sequence,
+from typing import (Any, BinaryIO, Callable, Collection, Container, ContextManager, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
                     Tuple)
 from urllib.parse import SplitResult, quote, unquote_to_bytes, urlencode, urlsplit
 from xml.parsers import expat
@@ -2565,10 +2565,12 @@ CREATE INDEX share_grantee ON share (grantee, kind) WHERE ended IS NULL;
 CREATE INDEX share_giver ON share (giver) WHERE ended IS NULL;
 CREATE INDEX share_parent ON share (parent) WHERE ended IS NULL;
 DROP INDEX share_node;
-CREATE INDEX share_node ON share (node);
+CREATE INDEX share_node ON share (node, seq);
+ALTER TABLE mount ADD COLUMN until INTEGER;                          -- seq of its end; it stays as long as its entry, for the feed asks what it showed
 DROP INDEX mount_home;
-CREATE UNIQUE INDEX mount_home ON mount (home, target);
-CREATE INDEX mount_target ON mount (target);
+CREATE UNIQUE INDEX mount_home ON mount (home, target) WHERE until IS NULL;
+CREATE INDEX mount_past ON mount (home) WHERE until IS NOT NULL;
+CREATE INDEX mount_target ON mount (target) WHERE until IS NULL;
 """
 MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9, VERSION_10, VERSION_11]         # MIGRATIONS[0] leads from version 1 to 2
 INDEXES = (  # made where SQLite can: parts of names; words of contents
@@ -4223,6 +4225,7 @@ class Place(NamedTuple):
     rest: tuple[str, ...]        # names below chain that do not exist; () if the node does
     node: Node | None
     chunk: StoredChunk | None = None
+    mounts: bool = False         # of the root: are there any in it?
 
     @property
     def parent(self) -> int:
@@ -4249,22 +4252,25 @@ class Place(NamedTuple):
         return self.node
 
 
-@lru_cache(maxsize=2 * STRIDE + 2)
-def path_query(depth: int, content: bool) -> str:
-    """A SELECT from the start node and `depth` keys to everything Place needs: one index search per name."""
+@lru_cache(maxsize=4 * STRIDE + 4)
+def path_query(depth: int, content: bool, mounts: bool) -> str:
+    """A SELECT from the start node and `depth` keys to everything Place needs: one index search per name.
+
+    mounts   the first name may be one, and is its last column then: the path goes on from the target, and the account is whose that is
+    """
     names = ["p%d" % n for n in range(1, depth)] + ["e"]
-    joins, above = [], "?"
+    joins, nodes = [], ["?"]
     for name in names:
-        joins.append("LEFT JOIN entry %s ON %s.parent = %s AND %s.key = ? AND %s.until IS NULL"
-                     % (name, name, above, name, name))
-        above = name + ".node"
-    parents = "".join("p%d.node, " % n for n in range(1, depth))
-    return ("SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota - a.extra, r.size, k.node, %s%s%s FROM account a "
-            "JOIN collection r ON r.node = a.root %s LEFT JOIN collection c ON c.node = e.node "
-            "LEFT JOIN collection k ON k.node = %s %s WHERE a.id = ?" % (
-                parents, NODE, ", " + CHUNK if content else "", " ".join(joins),
-                "p%d.node" % (depth - 1) if depth > 1 else "?",
-                "LEFT JOIN chunk h ON h.hash = e.manifest" if content else ""))
+        joins.append("LEFT JOIN entry %s ON %s.parent = %s AND %s.key = ? AND %s.until IS NULL" % (name, name, nodes[-1], name, name))
+        nodes.append(name + ".node")
+        if mounts and len(nodes) == 2:
+            joins.append("LEFT JOIN mount m ON m.node = %s.node AND m.until IS NULL LEFT JOIN entry t ON t.node = m.target AND t.until IS NULL" % name)
+            nodes[-1] = "coalesce(m.target, %s.node)" % name
+    home = "JOIN account a ON a.id = coalesce(t.home, w.id)" if mounts else "JOIN account a ON a.id = w.id"
+    return ("SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota - a.extra, r.size, k.node, %s%s%s, %s FROM account w %s %s "
+            "JOIN collection r ON r.node = a.root LEFT JOIN collection c ON c.node = e.node LEFT JOIN collection k ON k.node = %s %s WHERE w.id = ?" % (
+                "".join("%s.node, " % name for name in names[:-1]), NODE, ", " + CHUNK if content else "", "m.node" if mounts else "NULL",
+                " ".join(joins), home, nodes[-2], "LEFT JOIN chunk h ON h.hash = e.manifest" if content else ""))
 
 
 def unwatched() -> None:
@@ -4342,17 +4348,32 @@ def entries_now(where: str, columns: str = NODE, source: str = "entry e", kinds:
 
 
 @lru_cache(maxsize=64)
-def entries_at(where: str, columns: str = NODE, ended: str = UNPURGED) -> str:
+def entries_at(where: str, columns: str = NODE, ended: str = UNPURGED, kinds: int = MOUNT) -> str:
     """The same as of :seq, in two parts, each of which has its index."""
-    return (select_entries(where + " AND e.until IS NULL AND e.since <= :seq AND e.kind < 2", columns) + " UNION ALL "
-            + select_entries(where + " AND e.until > :seq AND e.since <= :seq AND e.kind < 2" + ended, columns))
+    where += " AND e.kind < %d AND e.since <= :seq AND e.until " % kinds
+    return select_entries(where + "IS NULL", columns) + " UNION ALL " + select_entries(where + "> :seq" + ended, columns)
 
 
 LINE = (  # a live node and what holds it, upwards: :node
     "WITH RECURSIVE up (id, above, level) AS (SELECT node, parent, 0 FROM entry WHERE node = :node AND until IS NULL "
     "UNION ALL SELECT e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL) "
     + entries_now("e.node = up.id", source="up CROSS JOIN entry e") + " ORDER BY up.level")
+SOME = ["n%d" % n for n in range(50)]
+ONE_OF_SOME = "e.node IN (:%s)" % ", :".join(SOME)
 IN_ORDER = "e.parent = :parent AND e.key > :after", NODE + ", e.key AS key"      # what a collection holds, and what it is sorted by
+
+
+@lru_cache(maxsize=64)
+def page_source(mounts: int) -> str:
+    """Entries to be sorted: those of collections now, and what so many mounts show, under the names of those."""
+    columns = "node home since until parent name key kind manifest size mtime media rev fate".split()
+    return "entry e" if not mounts else "(SELECT %s FROM entry x WHERE x.parent = :parent AND x.until IS NULL AND x.kind < 2 UNION ALL SELECT %s FROM mount m " \
+        "JOIN entry x ON x.node = m.node AND x.until IS NULL JOIN entry t ON t.node = m.target AND t.until IS NULL WHERE x.node IN (%s)) AS e" % (
+            ", ".join("x." + name for name in columns), ", ".join(("x." if name in ("parent", "name", "key") else "t.") + name for name in columns),
+            ", ".join(":m%d" % n for n in range(mounts)))
+
+
+Seen = Callable[["Moment"], List["Grant"]]               # which mounts a Moment goes on at
 
 
 class Moment:
@@ -4360,10 +4381,11 @@ class Moment:
 
     It keeps the nodes that it read, so it is for one snapshot, for a past, or for the length of one verb.  What was
     given up for good was never there: one purged entry hides all entries of its node.  Only the feed of changes sees
-    it, to tell that it is gone (`purged`).  What others shared is there only for who says how it is seen (`mounts`).
+    it, to tell that it is gone (`purged`).  What others shared lies below the top only for who says which mounts are
+    seen (`mounts`): what is in one is read as all else, for a node has one place.
     """
 
-    def __init__(self, read: Read, top: int, seq: int | None = None, *, purged: bool = False, mounts: "Mounts | None" = None, floor: int = 0) -> None:
+    def __init__(self, read: Read, top: int, seq: int | None = None, *, purged: bool = False, mounts: Seen | None = None, floor: int = 0) -> None:
         """floor   the seq of a share by which it is seen: no collection counts as older"""
         self.read, self.top, self.seq, self.purged, self.mounts, self.floor = read, top, seq, purged, mounts, floor
         self._grants: dict[int, Grant] | None = None
@@ -4373,7 +4395,16 @@ class Moment:
     def _select(self, where: str, params: dict[str, Any], columns: str = NODE, tail: str = "", kinds: int = MOUNT) -> Iterable[tuple[Any, ...]]:
         if self.seq is None:
             return self.read(entries_now(where, columns, kinds=kinds) + tail, params)
-        return self.read(entries_at(where, columns, "" if self.purged else UNPURGED) + tail, {**params, "seq": self.seq})
+        return self.read(entries_at(where, columns, "" if self.purged else UNPURGED, kinds) + tail, {**params, "seq": self.seq})
+
+    @property
+    def grants(self) -> dict[int, Grant]:
+        """What the mounts that are seen show, by the nodes that they show."""
+        if self._grants is None:
+            self._grants = {grant.node.node: grant for grant in self.mounts(self)} if self.mounts else {}
+            self._paths.update((id, (grant.name,)) for id, grant in self._grants.items())
+            self._nodes.update((id, grant.node) for id, grant in self._grants.items())
+        return self._grants
 
     def node(self, id: int) -> Node | None:
         """The node; None if it is not there."""
@@ -4383,7 +4414,8 @@ class Moment:
 
     def child(self, id: int, name: str) -> Node | None:
         """What a collection holds under a name."""
-        return next(map(Node._make, self._select("e.parent = :parent AND e.key = :key", {"parent": id, "key": key_of(name)})), None)
+        return next(iter(self._shown(list(map(Node._make, self._select(
+            "e.parent = :parent AND e.key = :key", {"parent": id, "key": key_of(name)}, kinds=MOUNT + bool(self.mounts)))))), None)
 
     def find(self, path: tuple[str, ...]) -> Node | None:
         """The node at a path from the top."""
@@ -4392,32 +4424,36 @@ class Moment:
             node = self.child(node.node, name) if node and node.kind else None
         return node
 
-    def children(self, id: int) -> Iterator[Node]:
-        """What a collection holds, in the order of names; read some at a time, so that nobody slow keeps a snapshot open."""
+    def children(self, id: int, floor: int = 0) -> Iterator[Node]:
+        """What a collection holds, in the order of names; read some at a time, so that nobody slow keeps a snapshot open.
+
+        floor   as in __init__, of what the mount shows that it lies in
+        """
         where, columns = IN_ORDER
         after: str | None = ""
         while after is not None:
             rows = list(self._select(where, {"parent": id, "after": after, "limit": PIECE}, columns, " ORDER BY key LIMIT :limit",
                                      MOUNT + bool(self.mounts)))
-            yield from self._shown([Node._make(row[:-1]) for row in rows])
+            yield from self._shown([Node._make(row[:-1]) for row in rows], floor)
             after = rows[-1][-1] if len(rows) == PIECE else None
 
     def page(self, id: int, order: str, start: int, limit: int) -> list[Node]:
         """Some of what a collection holds now; `order` is made of SORTS."""
-        return self._shown(list(map(Node._make, self.read(
-            entries_now("e.parent = :parent", kinds=MOUNT + bool(self.mounts)) + " ORDER BY " + order + " LIMIT :limit OFFSET :start",
-            {"parent": id, "limit": limit, "start": start}))))
+        mounts = {"m%d" % n: grant.mount for n, grant in enumerate(self.grants.values())}
+        nodes = self._shown(list(map(Node._make, self.read(
+            entries_now("e.parent = :parent", source=page_source(len(mounts))) + " ORDER BY " + order + " LIMIT :limit OFFSET :start",
+            {**mounts, "parent": id, "limit": limit, "start": start}))))
+        return [self.grants[node.node].seen() if node.node in self.grants else node for node in nodes] if mounts else nodes
 
-    def _shown(self, nodes: list[Node]) -> list[Node]:
+    def _shown(self, nodes: list[Node], floor: int = 0) -> list[Node]:
         """The same as they are seen: of a mount its target, under the name that it has here; none that leads nowhere."""
-        if self.floor:
-            return [node._replace(seq=max(node.seq, self.floor)) if node.kind else node for node in nodes]
+        floor = max(floor, self.floor)
+        if floor:
+            return [node._replace(seq=max(node.seq, floor)) if node.kind else node for node in nodes]
         if not self.mounts or not any(node.kind == MOUNT for node in nodes):
             return nodes
-        if self._grants is None:
-            self._grants = self.mounts.of(self.read, nodes[0].home)
-        found = ((node, self._grants.get(node.node)) for node in nodes)
-        return [grant.seen()._replace(name=node.name) if grant else node for node, grant in found if grant or node.kind != MOUNT]
+        found = {grant.mount: grant.seen() for grant in self.grants.values()}
+        return [found.get(node.node, node) for node in nodes if node.kind != MOUNT or node.node in found]
 
     def walk(self, id: int, path: tuple[str, ...] = (),
              missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node]]:
@@ -4425,9 +4461,10 @@ class Moment:
 
         missed   told of each collection that cannot be read, and of why; without it that ends the walk
         """
-        pending = [(path, self.children(id))]
+        floor = self.floor_at(id)
+        pending = [(path, floor, self.children(id, floor))]
         while pending:
-            above, nodes = pending[-1]
+            above, floor, nodes = pending[-1]
             try:
                 node = next(nodes, None)
             except CloudError as error:
@@ -4439,7 +4476,8 @@ class Moment:
                 continue
             yield above + (node.name,), node
             if node.kind:
-                pending.append((above + (node.name,), self.children(node.node)))
+                floor = self._grants[node.node].seq if self._grants and node.node in self._grants else floor
+                pending.append((above + (node.name,), floor, self.children(node.node, floor)))
 
     def line(self, id: int | None) -> Iterator[int]:
         """A node and what held it, upwards, even if that hung nowhere."""
@@ -4458,28 +4496,58 @@ class Moment:
         """Where a node is below the top; None if elsewhere or nowhere."""
         if self.seq is None and not self._nodes and id != self.top:
             self.above(id)                               # the first: all on the way at once
-        walked = []
-        while id not in self._paths:
-            walked.append(id)
-            node = self.node(id)
-            if node is None or node.parent is None:
-                self._paths[id] = None
-            else:
-                id = node.parent
-        for id in reversed(walked):
-            if id not in self._paths:
-                node = self.node(id)
-                above = self._paths[node.parent]
-                self._paths[id] = None if above is None else above + (node.name,)
-        return self._paths[walked[0] if walked else id]
+        walked = self._unplaced(id)
+        if walked and self.mounts and self._grants is None and self._parent(walked[-1]) not in self._paths and self.grants:
+            walked = self._unplaced(id)
+        for one in reversed(walked):
+            above = self._paths.get(self._parent(one))
+            self._paths[one] = None if above is None else above + (self.node(one).name,)
+        return self._paths[id]
+
+    def _unplaced(self, id: int) -> list[int]:
+        """A node and what holds it, upwards, as far as it is not known where that is."""
+        return list(itertools.takewhile(lambda one: one not in self._paths, self.line(id)))
+
+    def _parent(self, id: int) -> int | None:
+        node = self.node(id)
+        return node.parent if node else None
 
     def here(self, id: int) -> Node | None:
-        """The node if it is somewhere below the top."""
-        return None if self.path(id) is None else self.node(id)
+        """The node if it is somewhere below the top, as it is seen there."""
+        if self.path(id) is None:
+            return None
+        if self._grants and id in self._grants:
+            return self._grants[id].seen()
+        node, floor = self.node(id), self.floor_at(id)
+        return node._replace(seq=max(node.seq, floor)) if floor and node.kind else node
+
+    def floor_at(self, id: int) -> int:
+        """No collection counts as older than this that is seen where a node below the top is."""
+        path = self.path(id) if self.mounts else None
+        return max([self.floor, *(grant.seq for grant in (self._grants or {}).values() if grant.name == path[0])]) if path else self.floor
+
+    def named(self, node: Node) -> Node:
+        """The same under the name that it has here."""
+        grant = self.grants.get(node.node)
+        return node._replace(name=grant.name) if grant else node
+
+    def homes(self) -> list[int]:
+        """Those of others in which something is seen."""
+        return sorted({grant.node.home for grant in self.grants.values()})
 
     def chain(self, id: int) -> list[int]:
         """A node that is below the top, and what holds it, up to there."""
         return list(itertools.takewhile(lambda one: one != self.top, self.line(id))) if self.here(id) else []
+
+    def load(self, ids: Iterable[int]) -> None:
+        """Read some nodes and all that holds them, level by level."""
+        ids = list(set(ids).difference(self._nodes))
+        while ids:
+            self._nodes.update(dict.fromkeys(ids))
+            for some in pieces(ids, len(SOME)):
+                found = map(Node._make, self._select(ONE_OF_SOME, dict(zip(SOME, some + some[:1] * len(SOME)))))
+                self._nodes.update((node.node, node) for node in found)
+            ids = list({self._parent(id) for id in ids}.difference(self._nodes, [None]))
 
     # ---- what belongs to a node and to its children, as it is now
 
@@ -4490,9 +4558,9 @@ class Moment:
                 "SELECT node, name, value FROM property WHERE node = ? UNION ALL SELECT p.node, p.name, p.value FROM entry e "
                 "JOIN property p ON p.node = e.node WHERE e.parent = ? AND e.until IS NULL", (node.node,) * 2):
             found.setdefault(id, {})[name] = value
-        targets = [grant.node.node for grant in (self._grants or {}).values()]
-        for id, name, value in self.read("SELECT node, name, value FROM property WHERE node IN (" + marks(targets) + ")", targets) if targets else ():
-            found.setdefault(id, {})[name] = value
+        for some in pieces(list(self.grants)):
+            for id, name, value in self.read("SELECT node, name, value FROM property WHERE node IN (" + marks(some) + ")", some):
+                found.setdefault(id, {})[name] = value
         return found
 
     def digests(self, node: Node) -> dict[str, list[tuple[str, str]]]:
@@ -4502,6 +4570,9 @@ class Moment:
                 "SELECT d.manifest, d.kind, d.value FROM digest d WHERE d.manifest = ? UNION SELECT d.manifest, d.kind, d.value "
                 "FROM entry e JOIN digest d ON d.manifest = e.manifest WHERE e.parent = ? AND e.until IS NULL", (node.manifest, node.node)):
             found.setdefault(manifest, []).append((kind, value))
+        for some in pieces([grant.node.manifest for grant in self.grants.values() if not grant.node.kind]):
+            for manifest, kind, value in self.read("SELECT manifest, kind, value FROM digest WHERE manifest IN (" + marks(some) + ")", some):
+                found[manifest] = [*found.get(manifest, ()), *([(kind, value)] if (kind, value) not in found.get(manifest, ()) else ())]
         return found
 
     def pictured(self, node: Node) -> set[str]:
@@ -4514,6 +4585,9 @@ class Moment:
 
 class Grant(NamedTuple):
     """What somebody else shared with the owner of a home, as a mount in the root of that home shows it."""
+    mount: int                   # the entry in the root
+    name: str                    # its name
+    owner: str                   # the name of who shared it
     node: Node                   # the target
     above: tuple[int, ...]       # what holds it, the root of its home first
     rights: frozenset[str]
@@ -4525,19 +4599,40 @@ class Grant(NamedTuple):
         return self.rights.union(*(self.more[id] for id in ids if id in self.more)) if self.more else self.rights
 
     def seen(self) -> Node:
-        return self.node._replace(seq=max(self.node.seq, self.seq)) if self.node.kind else self.node
+        """The target as it is seen: under the name of the mount."""
+        return self.node._replace(name=self.name, **({"seq": max(self.node.seq, self.seq)} if self.node.kind else {}))
 
 
-MOUNTED = (  # the targets of all mounts in home :home, what holds each, upwards, and the shares that stand at due time :now
-    "WITH RECURSIVE up (mount, id, above, level) AS (SELECT m.node, e.node, e.parent, 0 FROM mount m JOIN entry e ON e.node = m.target "
-    "AND e.until IS NULL WHERE m.home = :home UNION ALL SELECT up.mount, e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.above "
-    "AND e.until IS NULL) SELECT up.mount, s.rights, s.seq, " + NODE + " FROM up CROSS JOIN entry e LEFT JOIN collection c ON c.node = e.node "
-    "LEFT JOIN share s ON up.level = 0 AND s.node = up.id AND s.kind = 'account' AND s.grantee = :home AND s.ended IS NULL "
-    "AND (s.due IS NULL OR s.due > :now) WHERE e.node = up.id AND e.until IS NULL ORDER BY up.mount, up.level")
-NEWEST_SHARED = (  # the newest seq of what the mounts of home a.id show, or showed, and of their shares: it never falls
-    "(SELECT max(seq) FROM (SELECT c.seq FROM mount m JOIN collection c ON c.node = m.target WHERE m.home = a.id UNION ALL "
-    "SELECT e.rev FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = a.id UNION ALL "
-    "SELECT s.seq FROM mount m JOIN share s ON s.node = m.target AND s.grantee = m.home WHERE m.home = a.id) AS shown)")
+def outermost_of(grants: list[Grant]) -> list[Grant]:
+    """Those whose target lies in that of no other one, where their rights are added (law 3)."""
+    for inner, outer in itertools.permutations(grants, 2):
+        if outer.node.node in inner.above:
+            outer.more[inner.node.node] = inner.rights
+    hidden = set().union(*(grant.more for grant in grants))
+    return [grant for grant in grants if grant.node.node not in hidden]
+
+
+FOR = (  # does a share reach an account, by itself or by a group?
+    "(%s.kind = 'account' AND %s.grantee = %s OR %s.kind = 'group' AND EXISTS (SELECT 1 FROM member WHERE grp = %s.grantee AND account = %s))")
+STANDING = " AND %s.ended IS NULL AND (%s.due IS NULL OR %s.due > :now) AND "
+MOUNTED = (  # the targets of all mounts in home :home, what holds each, upwards, and the shares that stand at due time :now, each with its chain
+    "WITH RECURSIVE up (mount, name, id, above, level) AS (SELECT m.node, x.name, e.node, e.parent, 0 FROM mount m JOIN entry x ON x.node = m.node "
+    "AND x.until IS NULL JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = :home AND m.until IS NULL UNION ALL "
+    "SELECT up.mount, up.name, e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL), "
+    "given (share, node, parent, rights, giver) AS (SELECT s.id, s.node, s.parent, s.rights, s.giver FROM mount m JOIN share s ON s.node = m.target"
+    + STANDING % (("s",) * 3) + FOR % ("s", "s", ":home", "s", "s", ":home") + " WHERE m.home = :home AND m.until IS NULL UNION ALL "
+    "SELECT g.share, g.node, p.parent, p.rights, p.giver FROM given g JOIN share p ON p.id = g.parent"
+    + STANDING % (("p",) * 3) + FOR % ("p", "p", "g.giver", "p", "p", "g.giver") + ") SELECT up.mount, up.name, CASE up.level WHEN 0 THEN "
+    "(SELECT name FROM account WHERE id = e.home) END, CASE up.level WHEN 0 THEN (SELECT max(seq) FROM share WHERE node = up.id) END, g.share, g.parent, "
+    "g.rights, " + NODE + " FROM up CROSS JOIN entry e LEFT JOIN collection c ON c.node = e.node LEFT JOIN given g ON up.level = 0 AND g.node = up.id "
+    "WHERE e.node = up.id AND e.until IS NULL ORDER BY up.mount, up.level")
+STOOD = " UNION ALL ".join(  # the mounts that stood in home :home as of :seq; what still stands may have had another name
+    "SELECT m.node, e.name, m.target FROM mount m JOIN entry e ON e.node = m.node AND e.since <= :seq AND e.until %s WHERE m.home = :home "
+    "AND m.until %s" % untils for untils in (("IS NULL", "IS NULL"), ("> :seq", "IS NULL"), ("> :seq", "IS NOT NULL")))
+NEWEST_SHARED = (  # the newest seq of what the mounts of home a.id show, or showed, and of all shares of that: it never falls
+    "(SELECT max(seq) FROM (SELECT c.seq FROM mount m JOIN collection c ON c.node = m.target WHERE m.home = a.id AND m.until IS NULL UNION ALL "
+    "SELECT e.rev FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = a.id AND m.until IS NULL UNION ALL "
+    "SELECT (SELECT max(seq) FROM share WHERE node = m.target) FROM mount m WHERE m.home = a.id AND m.until IS NULL) AS shown)")
 
 
 class Mounts:
@@ -4548,20 +4643,57 @@ class Mounts:
 
     def of(self, read: Read, home: int) -> dict[int, Grant]:
         """{mount: what it shows}; not those whose share has ended, whose target is in the trash, or that another one shows as well."""
+        return {grant.mount: grant for grant in outermost_of(self._standing(read, home))}
+
+    def _standing(self, read: Read, home: int) -> list[Grant]:
         lines: dict[int, list[tuple[Any, ...]]] = {}
         for mount, *row in read(MOUNTED, {"home": home, "now": self.clock.due()}):
             lines.setdefault(mount, []).append(tuple(row))
-        found = {}
+        found = []
         for mount, rows in lines.items():
-            nodes = list(dict.fromkeys(Node._make(row[2:]) for row in rows))
-            rights = {right for granted, *_ in rows if granted for right in granted.split()}
-            if rights and nodes[-1].parent is None and nodes[0].home != home:
-                found[mount] = Grant(nodes[0], tuple(node.node for node in reversed(nodes[1:])), frozenset(rights) - {SHARE},
-                                     max(seq for _, seq, *_ in rows if seq), {})
-        for inner, outer in itertools.permutations(found.values(), 2):
-            if outer.node.node in inner.above:
-                outer.more[inner.node.node] = inner.rights
-        return {mount: grant for mount, grant in found.items() if not any(grant.node.node in other.more for other in found.values())}
+            nodes, (name, owner, seq, *_) = list(dict.fromkeys(Node._make(row[6:]) for row in rows)), rows[0]
+            rights = rights_of([row[3:6] for row in rows if row[3]])
+            if READ in rights and nodes[-1].parent is None and nodes[0].home != home:
+                found.append(Grant(mount, name, owner, nodes[0], tuple(node.node for node in reversed(nodes[1:])), rights - {SHARE}, seq, {}))
+        return found
+
+    def _stood(self, moment: Moment, home: int) -> list[Grant]:
+        """All that stood as of a moment, whoever may see it by now; nothing is said of rights."""
+        rows, found = list(moment.read(STOOD, {"home": home, "seq": moment.seq})), []
+        moment.load(target for _, _, target in rows)
+        for mount, name, target in rows:
+            line = [moment.node(id) for id in moment.line(target)]
+            if line[-1] and line[-1].parent is None and line[0].home != home:
+                found.append(Grant(mount, name, "", line[0], tuple(node.node for node in reversed(line[1:])), frozenset(), 0, {}))
+        return found
+
+    # ---- which mounts a Moment goes on at
+
+    def now(self, view: View) -> Seen:
+        """Those that somebody may read."""
+        return lambda moment: list(self.of(moment.read, view.home).values())
+
+    def then(self, view: View, right: str) -> Seen:
+        """Those that stood then, to which somebody has a right now."""
+        def look(moment: Moment) -> list[Grant]:
+            standing = {grant.mount: grant for grant in self._standing(moment.read, view.home) if right in grant.rights}
+            return outermost_of([standing[one.mount]._replace(name=one.name, node=one.node, above=one.above)
+                                 for one in self._stood(moment, view.home) if one.mount in standing])
+        return look
+
+    def stood(self, home: int) -> Seen:
+        """Those that stood then, to compare with: not to be shown."""
+        return lambda moment: outermost_of(self._stood(moment, home))
+
+
+def rights_of(chains: Iterable[tuple[int, int | None, str]]) -> frozenset[str]:
+    """What some shares give together, by rows (share, parent, rights) of each and of all above it: no share gives more than those above,
+    and nothing if not all of them are there."""
+    shares: dict[int, list[tuple[int | None, set[str]]]] = {}
+    for share, parent, rights in chains:
+        shares.setdefault(share, []).append((parent, set(rights.split())))
+    return frozenset().union(*(set.intersection(*(rights for _, rights in chain)) for chain in shares.values()
+                               if any(parent is None for parent, _ in chain)))
 
 
 class Difference(NamedTuple):
@@ -4637,11 +4769,14 @@ class Span:
         return then.path(id) is None and self._whole.path(id) is not None
 
 
-def seen_by(read: Read, who: Principal) -> Moment:
-    """What somebody sees, as it is now: nothing, if the collection that a device is limited to is in the trash."""
+def seen_by(read: Read, who: Principal, mounts: Mounts | None = None) -> Moment:
+    """What somebody sees, as it is now: nothing, if the collection that a device is limited to is in the trash.
+
+    mounts   go on at those
+    """
     view = view_of(who)
     hidden = READ not in view.rights or not view.whole and Moment(read, view.top).above(view.top) is None
-    return Moment(read, 0 if hidden else view.top)
+    return Moment(read, 0 if hidden else view.top, mounts=mounts.now(view) if mounts and view.whole else None)
 
 
 def above_top(read: Read, view: View) -> tuple[int, ...]:
@@ -5041,65 +5176,53 @@ class Tree:
         self.locks, self.brake, self.allowance, self.mounts = Locks(db, clock), Brake(db, clock), Allowance(db, clock), Mounts(clock)
         self.lanes = Slots(2, "%d long operations of this account are under way already")
 
-    def enter(self, who: Principal, path: tuple[str, ...], right: str | None = None, *, content: bool = False, by: Grant | None = None) -> Place:
-        """The one way in: follow a path from the top of what `who` sees.  raises CloudError forbidden, for nobody and without the right
-
-        by   go on from the target of a mount
-        """
+    def enter(self, who: Principal, path: tuple[str, ...], right: str | None = None, *, content: bool = False) -> Place:
+        """The one way in: follow a path from the top of what `who` sees.  raises CloudError forbidden, for nobody and without the right,
+        not-found for a mount that leads nowhere"""
         view = view_of(who)
         if not view.rights or right and right not in view.rights:
             view.need(right or READ)
-        if by:
-            view = View(who, by.node.home, by.node.node, by.rights & view.rights, False, by.seq)
         if not path:
-            return self._enter_top(view, by.above if by else above_top(self.db.read, view))
-        above = (view.top,) if view.whole else (by.above if by else above_top(self.db.read, view)) + (view.top,)
-        keys = [key_of(name) for name in path]
-        walked = 0
-        while len(keys) - walked > STRIDE:                   # far down: in several steps
-            ids = self._place_row(above[-1], keys[walked:walked + STRIDE], view.home, False)
-            below = ids[5:4 + STRIDE] + ids[4 + STRIDE:5 + STRIDE]
-            there = next((n for n, id in enumerate(below) if id is None), STRIDE)
-            above += below[:there]
-            walked += there
-            if there < STRIDE:
-                break
-        depth = min(len(keys) - walked, STRIDE)
-        row = self._place_row(above[-1], keys[walked:walked + depth], view.home, content)
-        parents, tail = row[5:4 + depth], row[4 + depth:]
-        there = next((n for n, id in enumerate(parents) if id is None), depth - 1)
-        chain, rest = above + parents[:there], path[walked + there:]
+            return self._enter_top(view, above_top(self.db.read, view))
+        above, grant = (view.top,) if view.whole else above_top(self.db.read, view) + (view.top,), None
+        keys, walked, is_last = [key_of(name) for name in path], 0, False
+        while not is_last:                                   # far down: in several steps
+            some = keys[walked:walked + STRIDE]
+            is_last = walked + len(some) == len(keys)
+            row = self._place_row(above[-1], some, view, content and is_last)
+            ids, tail = row[5:5 + len(some) - is_last], row[4 + len(some):]
+            if row[-1] is not None:                          # the first is a mount
+                grant = self._granted(view, row[-1])
+                view = View(who, grant.node.home, grant.node.node, view.rights, False, grant.seq)
+                above, ids, walked = (*grant.above, view.top), ids[1:], 1
+            there = next((n for n, id in enumerate(ids) if id is None), len(ids))
+            above, walked, is_last = above + ids[:there], walked + there, is_last or there < len(ids)
         node = Node._make(tail[:15]) if tail[0] is not None else None
-        chunk = StoredChunk._make(tail[15:]) if content and tail[15] is not None else None
-        is_open = row[4] is not None if there == depth - 1 else self._is_collection(chain[-1])
-        if view.whole and (node.kind == MOUNT if node else not is_open and len(chain) == 2):
-            mounted = self._enter_mount(who, path, node.node if node else chain[-1], right, content)
-            if mounted:
-                return mounted
-        if view.seq and node and node.kind:
-            node = node._replace(seq=max(node.seq, view.seq))
-        return Place(view, row[0], bool(row[1]), row[2], row[3], chain, is_open, () if node else rest, node, chunk)
+        chunk = StoredChunk._make(tail[15:19]) if content and tail[15] is not None else None
+        is_open = row[4] is not None if there == len(ids) else self._is_collection(above[-1])
+        if grant:
+            if len(path) == 1:
+                node, chunk, above, is_open = grant.node, None, grant.above, True
+            view = view._replace(rights=view.rights & grant.rights_at((*above, *([node.node] if node else ()))))
+            if right:
+                view.need(right)
+            if node and node.kind:
+                node = node._replace(seq=max(node.seq, view.seq))
+        return Place(view, row[0], bool(row[1]), row[2], row[3], above, is_open, () if node else path[walked:], node, chunk)
 
-    def _place_row(self, start: int, keys: Sequence[str], account: int, content: bool) -> tuple[Any, ...]:
-        params = (start, *keys, start, account) if len(keys) == 1 else (start, *keys, account)
-        rows = self.db.read(path_query(len(keys), content), params)
+    def _place_row(self, start: int, keys: Sequence[str], view: View, content: bool) -> tuple[Any, ...]:
+        params = (start, *keys, start, view.home) if len(keys) == 1 else (start, *keys, view.home)
+        rows = self.db.read(path_query(len(keys), content, view.whole and start == view.top), params)
         if not rows:
             raise CloudError("forbidden", "this account does not exist any more")
         return rows[0]
 
-    def _enter_mount(self, who: Principal, path: tuple[str, ...], id: int, right: str | None, content: bool) -> Place | None:
-        """Where a path leads whose first name is a mount; None if it is a file.  raises CloudError not-found for one that leads nowhere"""
-        grant = self.mounts.of(self.db.read, view_of(who).home).get(id)
+    def _granted(self, view: View, mount: int) -> Grant:
+        """What a mount shows.  raises CloudError not-found for one that leads nowhere"""
+        grant = self.mounts.of(self.db.read, view.home).get(mount)
         if grant is None:
-            if self.db.read("SELECT 1 FROM mount WHERE node = ?", (id,)):
-                raise CloudError("not-found", "what was here is not shared any more")
-            return None
-        place = self.enter(who, path[1:], content=content, by=grant)
-        rights = grant.rights_at((*place.chain, *((place.node.node,) if place.node else ()))) & view_of(who).rights
-        place = place._replace(view=place.view._replace(rights=rights))
-        if right:
-            place.need(right)
-        return place
+            raise CloudError("not-found", "what was here is not shared any more")
+        return grant
 
     def _enter_top(self, view: View, above: tuple[int, ...]) -> Place:
         rows = self.db.read(
@@ -5109,8 +5232,18 @@ class Tree:
         if not rows or rows[0][5] is None:
             raise CloudError("not-found", "the collection this device is limited to is gone")
         shape, locked, quota, used, shared, *columns = rows[0]
-        node, floor = Node._make(columns), view.seq or view.whole and shared or 0
-        return Place(view, shape, bool(locked), quota, used, above, True, (), node._replace(seq=max(node.seq, floor)) if node.kind else node)
+        node, has_mounts = Node._make(columns), view.whole and shared is not None
+        node = node._replace(seq=max(node.seq, shared)) if has_mounts else node
+        return Place(view, shape, bool(locked), quota, used, above, True, (), node, mounts=has_mounts)
+
+    def below(self, read: Read, place: Place) -> Moment:
+        """What lies below a place now, as it is seen from there."""
+        return Moment(read, place.found().node, mounts=self.mounts.now(place.view) if place.mounts else None, floor=place.view.seq)
+
+    def as_of(self, read: Read, who: Principal, seq: int, right: str = PAST) -> Moment:
+        """What somebody sees of a moment; of what others shared, what he has a right to."""
+        view = view_of(who)
+        return Moment(read, view.top, seq, mounts=self.mounts.then(view, right) if view.whole else None)
 
     def _is_collection(self, node: int) -> bool:
         return bool(self.db.read("SELECT 1 FROM collection WHERE node = ?", (node,)))
@@ -5766,7 +5899,7 @@ def change_mount(plan: Plan, path: tuple[str, ...], target: tuple[str, ...] | No
 
 def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
     """Let a root show no more what a mount in it shows; nothing is deleted."""
-    plan.rows.append(Statement("DELETE FROM mount WHERE node = ?", (mount.node,)))
+    plan.rows.append(Statement("UPDATE mount SET until = (SELECT max(seq) FROM journal) WHERE node = ?", (mount.node,)))
     return plan.step(Change(mount._replace(files=0), None, plan.now.top(), (), fate)).before
 
 
@@ -6099,7 +6232,7 @@ class Files:
         place = self.tree.enter(who, path, READ)
         seen = shown(place, path)
         with self.db.snapshot() as read:
-            now = Moment(read, seen.node, mounts=self.tree.mounts if place.view.whole and not path else None, floor=place.view.seq)
+            now = self.tree.below(read, place)
             node = now.node(seen.node)
             if node is None:
                 raise CloudError("not-found", "it was just deleted")
@@ -6107,12 +6240,12 @@ class Files:
 
     def walk(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Node]]:
         """Everything below a path, (path from there, node), collections before what they hold."""
-        top = self.stat(who, path)
-        return Moment(self.db.read, top.node).walk(top.node)
+        now = self.tree.below(self.db.read, self.tree.enter(who, path, READ))
+        return now.walk(now.top)
 
     def path_of(self, who: Principal, node: int) -> tuple[str, ...]:
         """Where a live node is for `who`.  raises CloudError not-found if that is nowhere"""
-        path = seen_by(self.db.read, who).path(node)
+        path = seen_by(self.db.read, who, self.tree.mounts).path(node)
         if path is None:
             raise CloudError("not-found", "there is nothing of that id")
         return path
@@ -6466,10 +6599,12 @@ class Search:
 
         Words stand anywhere in a name, in any case; in contents at the beginning of a word.
         """
-        self.files.stat(who, path)
-        found, seen, here = [], set(), seen_by(self.db.read, who)
+        place = self.tree.enter(who, path, READ)
+        place.found()
+        found, seen, here = [], set(), seen_by(self.db.read, who, self.tree.mounts)
+        homes = (place.view.home,) if path else (place.view.home, *here.homes())
         with nullcontext() if query.words else self.tree.lane(who):         # without words everything is looked at
-            for node, inside in self._hits(who, query, alive):
+            for node, inside in self._hits(homes, query, here, alive):
                 if node.node in seen or not fits(query, node):
                     continue
                 seen.add(node.node)
@@ -6480,21 +6615,23 @@ class Search:
                     found.append(Found(where, node, self._snippet(node, query.words) if inside else None))
         return found, False
 
-    def _hits(self, who: Principal, query: Query, alive: Callable[[], None]) -> Iterator[tuple[Node, bool]]:
+    def _hits(self, homes: Iterable[int], query: Query, here: Moment, alive: Callable[[], None]) -> Iterator[tuple[Node, bool]]:
         """(node, do the words stand in its contents?) of nodes that may fit."""
-        view = view_of(who)
         if query.within != "contents" or not query.words:
-            for node in watched(self._candidates(who, query), alive):
+            mounts = [grant.seen() for grant in here.grants.values()]       # under the name that they have here, not with their owner
+            others = itertools.chain.from_iterable(self._candidates(home, query) for home in homes)
+            for node in watched(itertools.chain(mounts, (node for node in others if node.node not in here.grants)), alive):
                 folded = node.name.casefold()
                 if all(word in folded for word in query.words) and not any(word in folded for word in query.without):
                     yield node, False
         if query.within != "names" and query.words and self.db.has_index():
             wanted = " AND ".join(map(match_words, query.words)) + "".join(" NOT " + match_words(word) for word in query.without)
-            for row in watched(self.db.each(
-                    entries_now("text_index MATCH ? AND r.home = ?", source="text_index i JOIN text_row r ON r.id = i.rowid JOIN entry e "
-                                "ON e.manifest = r.manifest AND e.home = r.home") + " ORDER BY i.rowid DESC",
-                    ('home : "%d" AND body : (%s)' % (view.home, wanted), view.home)), alive):
-                yield Node._make(row), True
+            for home in homes:
+                for row in watched(self.db.each(
+                        entries_now("text_index MATCH ? AND r.home = ?", source="text_index i JOIN text_row r ON r.id = i.rowid JOIN entry e "
+                                    "ON e.manifest = r.manifest AND e.home = r.home") + " ORDER BY i.rowid DESC",
+                        ('home : "%d" AND body : (%s)' % (home, wanted), home)), alive):
+                    yield here.named(Node._make(row)), True
 
     def _snippet(self, node: Node, words: Sequence[str]) -> tuple[str, str, str] | None:
         text = decode_text(self.tree.contents.of(node).read(TEXT_LIMIT))
@@ -6508,25 +6645,25 @@ class Search:
 
     def marked(self, who: Principal, name: str) -> list[tuple[tuple[str, ...], Node, str]]:
         """(path, node, value) of all nodes that bear a dead property."""
-        here, rows = seen_by(self.db.read, who), self.db.read("SELECT p.node, p.value FROM property p JOIN entry e ON e.node = p.node AND e.until IS NULL "
-                                                 "WHERE p.name = ? AND e.home = ?", (name, view_of(who).home))
-        return sorted((here.path(id), here.node(id), value) for id, value in rows if here.path(id) is not None)
+        here = seen_by(self.db.read, who, self.tree.mounts)
+        rows = [row for home in (view_of(who).home, *here.homes()) for row in self.db.read(
+            "SELECT p.node, p.value FROM property p JOIN entry e ON e.node = p.node AND e.until IS NULL WHERE p.name = ? AND e.home = ?", (name, home))]
+        return sorted((here.path(id), here.here(id), value) for id, value in rows if here.path(id) is not None)
 
-    def _candidates(self, who: Principal, query: Query) -> Iterator[Node]:
-        """Live nodes of the account: those the index of names knows to fit, and all it has not seen yet."""
-        view = view_of(who)
+    def _candidates(self, home: int, query: Query) -> Iterator[Node]:
+        """Live nodes of a home: those the index of names knows to fit, and all it has not seen yet."""
         usable = query.words and all(len(word) > 2 for word in query.words)
         indexed = int(self.db.setting("indexed") or 0) if usable else 0
         yield from map(Node._make, self.db.each(
             entries_now("e.home = ? AND e.since > ? AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ?"
                         + len(query.words) * MAY_CONTAIN) + " ORDER BY e.since DESC",
-            (view.home, indexed, query.least or 0, sys.maxsize if query.most is None else query.most,
+            (home, indexed, query.least or 0, sys.maxsize if query.most is None else query.most,
              MTIME_MIN if query.after is None else query.after, MTIME_MAX + 1 if query.before is None else query.before, *query.words)))
         if indexed:
             wanted = " AND ".join('"%s"' % word.replace('"', '""') for word in query.words)
             yield from map(Node._make, self.db.each(
                 entries_now("name_index MATCH ? AND e.home = ?", source="name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e "
-                            "ON e.node = r.node") + " ORDER BY i.rowid DESC", (wanted, view.home)))
+                            "ON e.node = r.node") + " ORDER BY i.rowid DESC", (wanted, home)))
 
     def star(self, who: Principal, *paths: tuple[str, ...], on: bool) -> None:
         """Mark files and collections with a star, in one step, or take it away."""
@@ -6553,9 +6690,10 @@ class Search:
 
     def by_id(self, who: Principal, node: int) -> list[tuple[tuple[str, ...], Node]]:
         """(path, node) of a live node, if `who` can see it."""
-        here = seen_by(self.db.read, who)
+        here = seen_by(self.db.read, who, self.tree.mounts)
         path = here.path(node)
-        return [] if path is None else [(path, here.node(node))]
+        return [] if path is None else [(path, here.here(node))]
+
 
 def is_star(value: str) -> bool:
     """Does this value of STAR, an element, say yes?"""
@@ -6758,11 +6896,11 @@ class History:
         names    only these members; a single file as `path` gives itself, with the path ()
         missed   told of each path that cannot be read, and of why; without it that ends the walk
         """
-        view = view_of(who)
-        view.need(READ if seq is None else PAST)
+        right = READ if seq is None else PAST
+        view_of(who).need(right)
         seq = self.journal.head() if seq is None else seq
-        first = [(name, self._as_of(who, path + name, seq)[0]) for name in names or [()]]
-        return self._with_contents(first, Moment(self.db.read, view.top, seq), missed)
+        first = [(name, self._as_of(who, path + name, seq, right)[0]) for name in names or [()]]
+        return self._with_contents(first, self.tree.as_of(self.db.read, who, seq, right), missed)
 
     def _with_contents(self, first: list[tuple[tuple[str, ...], Node]], then: Moment,
                        missed: Callable[[tuple[str, ...], CloudError], None] | None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
@@ -6791,12 +6929,12 @@ class History:
     def past(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, list[Node]]:
         """The node that was at a path as of a seq and what it held.  raises CloudError not-found, gone"""
         view_of(who).need(PAST)
-        return self._as_of(who, path, seq)
+        return self._as_of(who, path, seq, PAST)
 
-    def _as_of(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, list[Node]]:
+    def _as_of(self, who: Principal, path: tuple[str, ...], seq: int, right: str) -> tuple[Node, list[Node]]:
         self.tree.enter(who, ())
         with self.db.snapshot() as read:
-            then = Moment(read, view_of(who).top, seq)
+            then = self.tree.as_of(read, who, seq, right)
             node = self.past_node(then, path)
             return node, list(then.children(node.node)) if node.kind else []
 
@@ -7576,7 +7714,7 @@ class Offers:
         rows = self.db.read(
             "SELECT " + SHARE_COLUMNS + ", o.name, g.name, w.said, m.name, " + NODE + " FROM share s JOIN account o ON o.id = s.home JOIN account g "
             "ON g.id = s.giver JOIN entry e ON e.node = s.node AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node LEFT JOIN answer w "
-            "ON w.share = s.id AND w.account = ?1 LEFT JOIN mount t ON t.home = ?1 AND t.target = s.node LEFT JOIN entry m ON m.node = t.node "
+            "ON w.share = s.id AND w.account = ?1 LEFT JOIN mount t ON t.home = ?1 AND t.target = s.node AND t.until IS NULL LEFT JOIN entry m ON m.node = t.node "
             "AND m.until IS NULL WHERE s.ended IS NULL AND (s.due IS NULL OR s.due > ?2) AND s.home <> ?1 AND " + REACHES + " ORDER BY s.id DESC",
             (view.home, self.clock.due()))
         count = len(Share._fields)
@@ -7629,7 +7767,7 @@ class Offers:
         """What a new share does in the home of whom it is for: it stands in the root."""
         plan, detail = Plan(self.tree, self._principal(share.grantee)), describe_share(share)
         plan.now.enter(())
-        if not self.db.read("SELECT 1 FROM mount WHERE home = ? AND target = ?", (share.grantee, node.node)):
+        if not self.db.read("SELECT 1 FROM mount WHERE home = ? AND target = ? AND until IS NULL", (share.grantee, node.node)):
             detail["path"] = begin_mount(plan, node, who.name).name
         plan.rows.append(Statement(SAY % "VALUES (?, ?, 'accepted')", (share.id, share.grantee)))
         batch = plan.batch("share", {"path": node.name, **detail})
@@ -7640,7 +7778,7 @@ class Offers:
         """Mounts of what a share showed end where no other share shows it."""
         def attempt() -> Batch:
             homes = [home for home, in self.db.read(
-                "SELECT m.home FROM mount m WHERE m.target = ? AND NOT EXISTS (SELECT 1 FROM share s WHERE s.node = m.target AND s.ended IS NULL AND "
+                "SELECT m.home FROM mount m WHERE m.target = ? AND m.until IS NULL AND NOT EXISTS (SELECT 1 FROM share s WHERE s.node = m.target AND s.ended IS NULL AND "
                 + REACHES.replace("?1", "m.home") + ") LIMIT ?", (share.node, PIECE))]
             parts = [self._end(who, home, share) for home in homes]
             if not parts:
@@ -7909,11 +8047,12 @@ class Sync:
 
         raises  CloudError not-found, gone
         """
-        view = self.tree.enter(who, (), READ if seq is None else PAST).view
+        right = READ if seq is None else PAST
+        self.tree.enter(who, (), right)
         seq = self.journal.head() if seq is None else seq
         with self.db.snapshot() as read:
-            top = self.history.past_node(Moment(read, view.top, seq), path)
-        return seq, top, self._places(Moment(self.db.read, top.node, seq).walk(top.node, path), chunks)
+            top = self.history.past_node(self.tree.as_of(read, who, seq, right), path)
+        return seq, top, self._places(self.tree.as_of(self.db.read, who, seq, right).walk(top.node, path), chunks)
 
     def _places(self, nodes: Iterator[tuple[tuple[str, ...], Node]], chunks: bool) -> Iterator[Listed]:
         while True:
