@@ -6890,20 +6890,24 @@ class History:
         return reached, sorted(found, key=lambda c: c.path or c.was or ())
 
     def walk(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
-             seq: int | None = None, missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
+             seq: int | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
         """(path from there, node, bytes or None for a collection) of all below a path, as of now or of a seq.
 
         names    only these members; a single file as `path` gives itself, with the path ()
-        missed   told of each path that cannot be read, and of why; without it that ends the walk
         """
         right = READ if seq is None else PAST
         view_of(who).need(right)
         seq = self.journal.head() if seq is None else seq
         first = [(name, self._as_of(who, path + name, seq, right)[0]) for name in names or [()]]
-        return self._with_contents(first, self.tree.as_of(self.db.read, who, seq, right), missed)
+        return self._with_contents(first, self.tree.as_of(self.db.read, who, seq, right))
+
+    def own(self, who: Principal, missed: Callable[[tuple[str, ...], CloudError], None]) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
+        """The same of all that belongs to an account, without what others shared; `missed` is told of each path that cannot be read, and of why."""
+        top = self.tree.enter(who, (), READ).found()
+        return self._with_contents([((), top)], Moment(self.db.read, top.node, self.journal.head()), missed)
 
     def _with_contents(self, first: list[tuple[tuple[str, ...], Node]], then: Moment,
-                       missed: Callable[[tuple[str, ...], CloudError], None] | None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
+                       missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
         for path, top in first:
             for place, node in itertools.chain([(path, top)] if path or not top.kind else (), then.walk(top.node, path, missed) if top.kind else ()):
                 try:
@@ -14284,7 +14288,7 @@ def export_files(cloud: Cloud, who: Principal, to: Path, top: tuple[str, ...] = 
     progress, export = Progress("export", cloud.files.stat(who, ()).size), Export(to)
     if top:
         export.put(top)
-    for path, node, content in cloud.history.walk(who, (), missed=lambda path, error: export.miss(top + path, error)):
+    for path, node, content in cloud.history.own(who, lambda path, error: export.miss(top + path, error)):
         export.put(top + path, node, content)
         progress.add(node.size)
     progress.end()

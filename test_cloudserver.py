@@ -3643,18 +3643,59 @@ def test_a_mount_within_another_is_hidden_and_its_rights_are_added_there(cloud, 
     assert cloud.files.delete(bob, ("b", "f"))
 
 
-def test_what_does_not_know_of_mounts_sees_none(cloud, ann, bob):
+def seen(cloud, who):
+    """{path: node} of all that somebody sees, by walking."""
+    return {"/".join(path): node for path, node in cloud.files.walk(who, ())}
+
+
+def test_every_reader_sees_what_is_shared_under_its_name_and_nothing_else_of_its_owner(cloud, ann, bob):
+    put(cloud, ann, "canary/canary dir/in/secret.txt", b"secret word", parents=True), put(cloud, ann, "canary/canary.txt", b"secret canary")
+    put(cloud, bob, "mine", b"mine"), put(cloud, bob, "z/f", b"f", parents=True)
+    dir, one = cloud.files.stat(ann, ("canary", "canary dir")), cloud.files.stat(ann, ("canary", "canary.txt"))
+    hand(cloud, ann, "canary/canary dir", bob, name="dir")
+    want = ["dir", "dir/in", "dir/in/secret.txt", "mine", "z", "z/f"]
+    assert list(seen(cloud, bob)) == want == ["/".join(one.path) for one in cloud.sync.manifest(bob, ())[2]]
+    assert ["/".join(path) for path, *_ in cloud.history.archive(bob, ())] == want
+    assert [(path, content and content.read(99)) for path, _, content in cloud.history.archive(bob, ("dir",))] == [(("in",), None), (("in", "secret.txt"), b"secret word")]
+    assert ["/".join(one.path) for one in cloud.sync.manifest(bob, ("dir",))[2]] == ["dir/in", "dir/in/secret.txt"]
+    def hits(text, path=""):
+        return ["/".join(found.path) for found in look_for(cloud, bob, text, path)]
+    upkeep = cs.Upkeep(cloud)
+    for _ in range(2):
+        assert hits("secret") == hits("secret", "dir") == ["dir/in/secret.txt"] and hits("dir") == ["dir"] and hits("canary") == [] == hits("dir", "dir")
+        upkeep.hold(), upkeep.indexing.index_names(), upkeep.indexing.index_contents()
+    assert [found.snippet for found in look_for(cloud, bob, "word")] == [("secret ", "word", "")]
+    assert cloud.search.by_id(bob, dir.node)[0][0] == ("dir",) and cloud.search.by_id(bob, dir.node)[0][1].name == "dir" and cloud.search.by_id(bob, one.node) == []
+    assert cloud.files.path_of(bob, cloud.files.stat(ann, ("canary", "canary dir", "in")).node) == ("dir", "in") and outcome(cloud.files.path_of, bob, dir.parent) == "not-found"
+    assert not any("canary" in repr(thing) for thing in (seen(cloud, bob), list(cloud.sync.manifest(bob, ())[2]), cloud.search.find(bob, cs.Query())))
+    assert seen(cloud, bob)["dir/in"].etag == cloud.files.stat(bob, ("dir", "in")).etag == dict(
+        ("/".join(one.path), one.node.etag) for one in cloud.sync.manifest(bob, ())[2])["dir/in"]
+    assert [path for path, *_ in cloud.history.own(bob, None)] == [("mine",), ("z",), ("z", "f")]
+
+
+def test_going_back_crosses_no_mount(cloud, ann, bob):
     put(cloud, ann, "shared/secret.txt", b"secret", parents=True), put(cloud, bob, "mine", b"mine")
     since = cloud.journal.head()
     hand(cloud, ann, "shared", bob)
-    assert [one.path for one in cloud.sync.manifest(bob, ())[2]] == [("mine",)] and cloud.history.changes(bob, (), since)[1] == []
-    assert look_for(cloud, bob, "shared") == look_for(cloud, bob, "secret") == [] and [path for path, *_ in cloud.history.archive(bob, ())] == [("mine",)]
-    assert cloud.search.by_id(bob, cloud.files.stat(ann, ("shared",)).node) == [] and [path for path, _ in cloud.files.walk(bob, ())] == [("mine",)]
     cloud.history.rewind(bob, (), since), outcome(cloud.history.undo, bob, cloud.journal.head() - 1)
     assert list(listed(cloud, bob)) == ["mine", "shared"] and cs.verify(cloud) == []
     put(cloud, bob, "shared/more"), cloud.history.undo(ann, cloud.journal.head())
     assert tree(cloud, ann) == {"shared": None, "shared/secret.txt": b"secret"}
     audit(cloud)
+
+
+def test_a_listing_sorts_mounts_by_what_they_show(cloud, ann, bob):
+    put(cloud, ann, "b/f", b"12345", parents=True), put(cloud, ann, "c", b"123456789", mtime=5), put(cloud, ann, "a", b"1", mtime=3)
+    put(cloud, bob, "own", b"123", mtime=4), put(cloud, bob, "d/f", b"1234", parents=True)
+    for name in "abc":
+        hand(cloud, ann, name, bob)
+    cloud.files.patch(bob, ("d",), mtime=1), cloud.files.patch(ann, ("b",), mtime=2)
+
+    def page(order, start=0, limit=9):
+        with cloud.files.listing(bob, ()) as (node, now):
+            return [child.name for child in now.page(node.node, order, start, limit)]
+    assert page("e.key") == ["a", "b", "c", "d", "own"] and page(cs.SORTS["size"]) == ["a", "own", "d", "b", "c"] and page(cs.SORTS["mtime"]) == ["d", "b", "a", "own", "c"]
+    assert page("e.kind DESC, e.key") == ["b", "d", "a", "c", "own"] and page("e.key", 1, 2) == ["b", "c"] and page("e.key", 4, 2) == ["own"]
 
 
 def test_what_comes_back_goes_into_no_mount(cloud, ann, bob):
