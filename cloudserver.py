@@ -10232,7 +10232,7 @@ def api_root(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({
         "name": "cloudserver", "set_up": cloud.accounts.is_set_up(), "account": who.name or None, "server": cloud.epoch,
         "me": api_account_of(cloud, who) if who.account else None,
-        "openapi": API + "openapi.json",
+        "seq": cloud.journal.newest(who) if who.account else None, "openapi": API + "openapi.json",
         "limits": {"file": cloud.config.max_file, "name": NAME_LIMIT, "path": PATH_LIMIT, "depth": DEPTH_LIMIT,
                    "chunk": CHUNK_LIMIT, "frames": FRAMES_LIMIT, "ops": OPS_LIMIT, "entries": PAGE_LIMIT, "copy": COPY_LIMIT}})
 
@@ -19435,6 +19435,7 @@ PAGE_GERMAN = r"""{
   "is there already": "gibt es schon",
   "it is back already": "es ist schon zurück",
   "less than a minute left": "noch weniger als eine Minute",
+  "links of this server live {n} days at most": "Links dieses Servers leben höchstens {n} Tage",
   "links of this server need a password": "Links dieses Servers brauchen ein Passwort",
   "moved": "verschoben",
   "never ends": "endet nie",
@@ -20775,8 +20776,11 @@ function showGate(title, text, fields, yes, run) {
 
 // here the server's own words say more than ours: which password is too easy, which name is taken
 function explainGate(error) {
-  return ["bad-request", "forbidden"].includes(error.code) ? t(error.message) : explain(error);
+  return ["bad-request", "forbidden"].includes(error.code) ? said(error.message) : explain(error);
 }
+
+// a number is no part of what a text is known by, unless it is always the same
+const said = text => words[text] || t(text.replace(/\d+/, "{n}"), {n: Number(text.match(/\d+/))});
 
 const languageLinks = () => choices(LANGUAGES, language, chooseLanguage);
 
@@ -20860,6 +20864,7 @@ async function start(asked = api("GET", "")) {
       : showGate(t("Not set up yet"), t(PROBLEMS["not-set-up"]), [], "", null);
     if (!about.me) return showLogin();
     Object.assign(me, about.me, {most: about.limits.file});
+    seen = about.seq;
     if (/\/(setup|login)?$/.test(location.pathname)) history.replaceState(null, "", addressOf(""));
     buildFrame();
     return show();
@@ -20876,7 +20881,7 @@ function showOffline() {
   startLater();
 }
 
-let patience = 0;
+let patience = 0, seen = 0;             // seen: the latest step of the journal that the page knows of
 function startLater(wait = 5000) {
   clearTimeout(patience);
   patience = setTimeout(() =>
@@ -20920,12 +20925,20 @@ function buildFrame() {
   showBroken().catch(() => {});
 }
 
+const gauge = (label, value, max) => h("progress", {max, value, "aria-label": label});
+const usedWords = ({used, quota}) => quota === null ? t("{used} used", {used: formatSize(used)})
+  : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)});
+
 function showQuota() {
   const {used, quota} = me;
   find(".quota").replaceChildren(
     ...quota === null ? [] : [gauge(t("Storage used"), used, quota || 1)],
     h("span", {}, usedWords(me)));
 }
+
+const GB = 2 ** 30;
+const gigabytes = (label, name, bytes) => field(label, {name, type: "number", min: 0, step: "any", required: false,
+                                                        value: bytes === null ? "" : bytes / GB});
 
 const updateQuota = soon(async () => { Object.assign(me, await api("GET", "account")); showQuota(); }, 1500, true);
 
@@ -20986,6 +20999,22 @@ function setContent(...parts) {
   find(".content").replaceChildren(...parts.flat(9).filter(Boolean));
 }
 
+// ---- parts of this script
+
+// what is not wanted at once is loaded when it first is; the policy names each part by what it is made of
+const parts = {};
+const part = name => parts[name] = parts[name] || new Promise((done, fail) => document.head.append(h("script", {
+  src: PREFIX + "/" + name + ".js", integrity: document.body.dataset[name], onload: done, onerror: () => {
+    delete parts[name];
+    fail(trouble("network"));
+  }})));
+const sharing = run => part("sharing").then(run);
+const viewOf = (name, run) => async (...names) => {
+  const turn = view.turn;
+  await part(name);
+  if (turn === view.turn) await run(...names);
+};
+
 // ---- addresses and views
 
 const SHOWS = [
@@ -20993,26 +21022,30 @@ const SHOWS = [
   [/^\/past\/([^/]+)(?:\/(.*))?$/, showPast],
   [/^\/versions\/(.*)$/, showVersions],
   [/^\/starred$/, showStarred],
-  [/^\/shared$/, () => sharing(() => showShared())],
+  [/^\/shared$/, viewOf("sharing", () => showShared())],
   [/^\/trash$/, showTrash],
   [/^\/activity$/, showActivity],
   [/^\/search$/, showSearch],
-  [/^\/settings(?:\/(.*))?$/, showSettings],
-  [/^\/login\/v2\/flow\/(.+)$/, showGrant]
+  [/^\/settings(?:\/(.*))?$/, viewOf("settings", name => showSettings(name))],
+  [/^\/login\/v2\/flow\/(.+)$/, viewOf("settings", token => showGrant(token))]
 ];
 
 async function go(address, {replace = false, deep} = {}) {
   if (!await mayLeave()) return undefined;
-  if (!replace) history.replaceState({...history.state, scroll: scrollY}, "");
+  if (!replace) history.replaceState({...history.state, scroll: scrollY, chosen: [...list.selected]}, "");
   history[replace ? "replaceState" : "pushState"]({inside: true, deep}, "", address);
   return show();
 }
 
-async function show() {
+// resolves when what the address says is on the screen: what is put somewhere waits for that
+let shown = Promise.resolve();
+const show = () => shown = showAddress();
+
+async function showAddress() {
   const address = location.pathname.slice(PREFIX.length).replace(/(.)\/$/, "$1");
   const [pattern, run] = SHOWS.find(([pattern]) => pattern.test(address)) || SHOWS[0];
   const parts = (address.match(pattern) || ["", ""]).slice(1).map(part => part || "");
-  const turn = view.turn = (view.turn || 0) + 1, {state} = history, scroll = state && state.scroll;
+  const turn = view.turn = (view.turn || 0) + 1, {state} = history, {scroll, chosen} = state || {};
   Object.assign(view, {address: location.href, state});
   closePreview();
   const late = setTimeout(() => markBusy(true), 250);
@@ -21034,6 +21067,8 @@ async function show() {
   if (!find(".search")) return; // a gate took the place of the frame
   if (view.kind !== "search") find(".search input").value = "";
   if (scroll) scrollTo(0, scroll);
+  if (chosen && list.box?.isConnected) setSelection(chosen.filter(id => list.known.has(id)));
+  if (chosen) history.replaceState({...state, scroll: 0, chosen: null}, "");     // to come back to, once
 }
 
 // what is on the screen is not what the address says, yet
@@ -21689,17 +21724,6 @@ async function refresh() {
 
 const openEntry = entry => go(addressFor(entry));
 
-// what belongs to sharing is loaded when it is first wanted; the policy names it by what it is made of
-let sharingPart = null;
-const sharing = run => {
-  sharingPart = sharingPart || new Promise((done, fail) => document.head.append(h("script", {
-    src: PREFIX + "/sharing.js", integrity: document.body.dataset.sharing, onload: done, onerror: () => {
-      sharingPart = null;
-      fail(trouble("network"));
-    }})));
-  return sharingPart.then(run);
-};
-
 // ---- actions: one table for the bar, the menus, the keys and the help
 
 const inFiles = () => view.kind === "files";
@@ -21923,6 +21947,7 @@ const makeCollection = place => askForm(t("New folder"), [nameInput(t("Name"))],
 
 // new things go where the reader is, or else to the top
 async function ensureFiles() {
+  await shown;
   if (!inFiles()) await go(addressOf(""));
 }
 
@@ -21958,25 +21983,34 @@ function startRename(entry) {
   return undefined;
 }
 
-// a name that does not work stays where it was typed, with what is wrong about it
+// a name that does not work stays where it was typed, with what is wrong about it; one that is left while it is sent is
+// told of by a toast
 function renameField(entry) {
-  let done = false;
-  const finish = async keep => {
-    if (done) return;
-    done = true;
-    const name = input.value, held = document.activeElement === input;
-    try {
-      if (keep && name !== entry.name) await rename(entry, name, () => { list.editing = null; });
-    } catch (error) {
-      done = false;
-      problem.textContent = explain(error);
-      input.setAttribute("aria-invalid", "true");
-      return;
-    }
+  let sent = false;
+  const close = () => {
+    const held = document.activeElement === input;
+    if (list.editing !== entry) return;
     list.editing = null;
     redrawRows();
     if (held || document.activeElement === document.body) list.box.focus({preventScroll: true});
   };
+  const send = async () => {
+    if (sent || list.editing !== entry) return;
+    sent = true;
+    try {
+      await rename(entry, input.value, () => {
+        entry.name = input.value;
+        close();
+      });
+      close();
+    } catch (error) {
+      if (list.editing !== entry) throw error;
+      sent = false;
+      problem.textContent = explain(error);
+      input.setAttribute("aria-invalid", "true");
+    }
+  };
+  const finish = () => attempt(send);
   const problem = h("p.problem", {role: "alert", id: "rename-problem"});
   const input = h("input.rename", {
     value: entry.name,
@@ -21985,12 +22019,12 @@ function renameField(entry) {
     "aria-describedby": "rename-problem",
     spellcheck: false,
     autocomplete: "off",
-    onblur: () => finish(true),
+    onblur: finish,
     oninput: () => problem.replaceChildren(),
     onkeydown: event => {
       event.stopPropagation();
-      if (event.key === "Enter" && !event.isComposing) finish(true);
-      if (event.key === "Escape") finish(false);
+      if (event.key === "Enter" && !event.isComposing) finish();
+      if (event.key === "Escape") close();
     }
   });
   return h("div.renaming", {}, input, problem);
@@ -22086,6 +22120,7 @@ function putOnClip(verb, items) {
 }
 
 async function pasteClip() {
+  await shown;
   const before = {...clip};
   if (clip.verb === "move") Object.assign(clip, {verb: "", items: [], ids: new Set()});
   try {
@@ -22362,7 +22397,7 @@ function onDrop(event) {
 function onPaste(event) {
   if (event.target.closest("input, textarea, [contenteditable], dialog") || !inFiles()) return;
   const files = [...event.clipboardData.files];
-  if (files.length) attempt(() => addUploads(nameTaken(files)));
+  if (files.length) attempt(() => shown.then(() => addUploads(nameTaken(files))));
   else if (clip.ids.size) attempt(pasteClip);
   else return;
   event.preventDefault();
@@ -22722,6 +22757,14 @@ function stepFilters(devices) {
   return form;
 }
 
+// "Firefox, Linux" is all a person wants to know of a browser's name
+function agentOf({kind, name}) {
+  const known = words => words.split(" ").find(word => name.includes(word));
+  const browser = known("Edg OPR Firefox Chrome Safari"), system = known("Android iPhone iPad Windows Mac Linux");
+  return kind === "session" && browser && system ? ({Edg: "Edge", OPR: "Opera"}[browser] || browser) + ", " + system
+    : name;
+}
+
 const deviceName = name => agentOf({kind: "session", name});
 const stepBy = ({link, device}) => !link ? deviceName(device)
   : device ? t("by the link {name}", {name: quoted(device)}) : t("by a link");
@@ -22884,103 +22927,6 @@ async function rewind() {
   const {seq} = await api("POST", "rewind", {path, at});
   await go(addressOf(path));
   return offerUndo(t("As it was on {when}", {when}), seq);
-}
-
-// ---- settings
-
-const SECTIONS = [
-  ["", "Account", accountSection],
-  ["connect", "Connect", connectSection],
-  ["devices", "Devices", devicesSection],
-  ["accounts", "Accounts", accountsSection, true],
-  ["links", "Links", () => sharing(() => linksSection()), true],
-  ["server", "Server", serverSection, true]
-];
-
-async function showSettings(name) {
-  const turn = view.turn,
-    [, label, build] = SECTIONS.find(([one, , , admin]) => one === name && (!admin || me.admin)) || SECTIONS[0];
-  const parts = await build();
-  if (turn !== view.turn) return;
-  enterView("settings", t("Settings"));
-  setBar(SECTIONS.filter(([, , , admin]) => !admin || me.admin).map(([one, words]) =>
-    h("a.tab", {href: PREFIX + "/settings" + (one && "/" + one), "aria-current": words === label ? "page" : null},
-      t(words))));
-  setContent(h("div.settings", {}, parts));
-}
-
-const gauge = (label, value, max) => h("progress", {max, value, "aria-label": label});
-// a form that stands in the page
-const formOf = (fields, yes, run) => h("form.way", {onsubmit: event => {
-  event.preventDefault();
-  attempt(() => run(Object.fromEntries(new FormData(event.target))));
-}}, fields, buttonsRow(h("button.primary", {}, yes)));
-const section = (title, ...parts) => h("section", {}, h("h2", {}, title), ...parts);
-
-const usedWords = ({used, quota}) => quota === null ? t("{used} used", {used: formatSize(used)})
-  : t("{used} of {quota} used", {used: formatSize(used), quota: formatSize(quota)});
-
-async function accountSection() {
-  const {kinds, live, versions, trash} = await api("GET", "usage"), all = live + versions + trash || 1;
-  const percent = new Intl.NumberFormat(language, {style: "percent"});
-  const share = part => part && part < .005 ? "< " + percent.format(.01) : percent.format(part);
-  const row = (words, size) =>
-    h("div", {}, h("dt", {}, words), h("dd", {}, formatSize(size) + " · " + share(size / all),
-    gauge(words, size, all)));
-  return [
-    section(me.name, h("p", {}, usedWords(me)),
-      buttonsRow(button(t("Change password"), changePassword), button(t("Log out"), logOut))),
-    section(t("Storage"),
-      h("dl.keys.shares", {}, kinds.map(({kind, size}) => row(t(KIND_WORDS[kind] || "Other"), size)),
-      row(t("Earlier versions"), versions), row(t("Trash"), trash)),
-      buttonsRow(button(t("Empty the trash"), () => attempt(emptyTrash).then(show), {disabled: !trash}))),
-    section(t("Language"), languageLinks()),
-    section(t("Colours"), themeButtons())
-  ];
-}
-
-const changePassword = () =>
-  askForm(t("Change password"), [
-    ownName(),
-    passwordField(t("Present password"), {name: "old", autofocus: true}),
-    passwordField(t("New password"), {name: "new", autocomplete: "new-password", minLength: 10}),
-    passwordField(t("New password again"), {name: "again", autocomplete: "new-password"})
-  ], t("Change password"), async values => {
-    if (values.new !== values.again) throw trouble("", t("The two passwords differ."));
-    await api("POST", "account/password", {old: values.old, new: values.new});
-    showLogin();
-    return true;
-  }, t("Every device has to log in again after this."));
-
-async function devicesSection() {
-  const {devices} = await api("GET", "devices");
-  const row = device =>
-    h("li", {},
-      h("div.what", {},
-        h("strong", {}, h("bdi", {}, agentOf(device))),
-        device.this ? h("span.tag", {}, t("This one")) : null,
-        h("div.soft", {}, dotted(
-          t(device.kind === "session" ? "Browser" : "App password"),
-          t(device.readonly ? "reads only" : "reads and changes"),
-          t(device.limited ? "one folder" : "everything"),
-          device.used ? t("used {when}", {when: longTime(device.used)})
-            : t("added {when}", {when: longTime(device.created)}),
-          device.address))),
-      h("div.acts", {}, button(t("Revoke"), () => attempt(async () => {
-        await api("DELETE", "devices/" + device.id);
-        device.this ? showLogin() : show();
-      }), {"aria-label": t("Revoke {name}", {name: agentOf(device)})})));
-  return section(t("Where you are logged in"),
-    h("p.soft", {}, t("Revoke what you do not use any more: it is locked out at once.")),
-    h("ul.steps", {}, devices.map(row)));
-}
-
-// "Firefox, Linux" is all a person wants to know of a browser's name
-function agentOf({kind, name}) {
-  const known = words => words.split(" ").find(word => name.includes(word));
-  const browser = known("Edg OPR Firefox Chrome Safari"), system = known("Android iPhone iPad Windows Mac Linux");
-  return kind === "session" && browser && system ? ({Edg: "Edge", OPR: "Opera"}[browser] || browser) + ", " + system
-    : name;
 }
 
 // ---- preview, in the account
@@ -23310,67 +23256,7 @@ function resolve(place, target) {
   return path.join("/");
 }
 
-// ---- settings: connecting other programs
-
-const WAYS = (address, name, token, secret = token || t("APP-PASSWORD")) => [
-  [t("Phone or tablet: photos and files"),
-   isHere() ? t("A phone cannot reach {host}: open this page by the address that this computer has in your network.",
-     location)
-     : token ? t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address.")
-     : t("Install the Nextcloud app. Make an app password above, and here is a code for it to scan."),
-   location.origin + PREFIX,
-   token && !isHere() && `nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`],
-  [t("Phone or tablet: WebDAV"),
-   t("An app for WebDAV, as Documents (iOS) or Material Files (Android): this address, your name, the app password."),
-   address],
-  [t("Synchronised folder"), t("Keeps a folder of your computer and this server the same, both ways."),
-   `python3 cloudserver.py sync FOLDER ${location.protocol}//${plainPath(name)}@${location.host}${PREFIX}`],
-  ["Windows", t("In the Explorer: This PC, “Map network drive”; or as below. Windows wants HTTPS for it."),
-   `net use Z: "${address}" "${secret}" /user:"${name}"`],
-  ["Mac", t("In the Finder: Go, “Connect to Server”, with this address:"), address],
-  ["Linux", t("In the file manager, as the address of a server:"),
-   address.replace(/^http/, "dav").replace("://", "://" + plainPath(name) + "@")],
-  ["rclone", "",
-   `rclone config create cloud webdav url=${address} vendor=other user=${shellWord(name)} pass=${secret} --obscure`],
-  ["curl", "", `curl -u ${shellWord(name + ":" + secret)} -T FILE ${address}`],
-];
-
-// does the address of this page mean the computer it is opened on?
-function isHere() {
-  return /^(localhost|127\..*|\[::1\])$/.test(location.hostname);
-}
-
-function connectSection() {
-  const box = h("div.ways"), made = h("div", {"aria-live": "polite"});
-  const show = token => box.replaceChildren(...WAYS(davAddress(""), me.name, token)
-    .map(([title, hint, command, code]) => h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint),
-      commandLine(command), code && qrOf(code))));
-  let path = "";
-  const where = button(t("All folders"), async () => {
-    path = await chooseCollection(t("Only this folder"), t("Choose"), path) ?? path;
-    where.textContent = path ? plain(t("Only {name}", {name: path})) : t("All folders");
-  });
-  const form = formOf([
-    field(t("Name of the device"), {name: "name", maxLength: 100, placeholder: "laptop", autocomplete: "off"}),
-    tick(t("May only read"), {name: "readonly"}),
-    h("div.buttons", {}, where,
-      choice("Ends", "days",
-        {7: "Ends after 7 days", 30: "Ends after 30 days", 365: "Ends after a year", "": "Never ends"}, ""))
-  ], t("Make an app password"), async ({name, readonly, days}) => {
-    const {token} = await api("POST", "devices",
-      {name, readonly: Boolean(readonly), path: path || undefined, days: +days || undefined});
-    made.replaceChildren(h("p", {}, t("This password is shown only now; it stands in the commands below.")),
-      commandLine(token));
-    show(token);
-  });
-  show("");
-  return [
-    section(t("A password for each device"),
-      h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")),
-      form, made),
-    section(t("Ways to connect"), box)
-  ];
-}
+// ---- what is copied elsewhere: commands, addresses, codes
 
 // a code for a phone to scan; the server works it out
 function qrOf(text) {
@@ -23408,103 +23294,9 @@ function curlFor({path, name, kind}) {
   return `curl -u ${shellWord(me.name)} -o ${shellWord(kind === "file" ? name : name + ".zip")} ${address}`;
 }
 
-// ---- settings: accounts, for administrators
-
-const GB = 2 ** 30;
-const gigabytes = (label, name, bytes) => field(label, {name, type: "number", min: 0, step: "any", required: false,
-                                                        value: bytes === null ? "" : bytes / GB});
-const quotaField = quota => gigabytes(t("Quota in GB; empty is no limit"), "quota", quota);
-const readGigabytes = text => text === "" ? -1 : Math.round(text * GB);
-
-async function accountsSection() {
-  const {accounts} = await api("GET", "accounts");
-  return section(t("Accounts"), h("ul.steps", {}, accounts.map(accountRow)),
-    buttonsRow(button(t("New account"), newAccount, {className: "primary"})));
-}
-
-async function serverSection() {
-  const [{version, health, python, sqlite, disk_free, disk_total}, {keep_days, history, quota}, {steps}] =
-    await Promise.all(["status", "settings", "activity/server"].map(what => api("GET", what)));
-  const facts = [[t("Version"), version], [t("State"), health], ["Python", python], ["SQLite", sqlite],
-    [t("Free on disk"), t("{free} of {total}", {free: formatSize(disk_free), total: formatSize(disk_total)})]];
-  return [
-    section(t("Server"),
-      h("dl.keys", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
-      gauge(t("Disk used"), disk_total - disk_free, disk_total)),
-    section(t("What is kept"), formOf([
-      field(t("Days that versions and deleted files are kept"),
-        {name: "days", type: "number", min: 0, max: 36500, value: keep_days}),
-      gigabytes(t("The most they may take per account, in GB; empty is no limit"), "history", history),
-      h("p.soft", {}, t("What is older goes for good; of what is more than the most, the oldest goes first.")),
-      gigabytes(t("Quota of new accounts in GB; empty is no limit"), "quota", quota)], t("Save"),
-        async ({days, history, quota}) => {
-      await api("PATCH", "settings", {keep_days: +days, history: readGigabytes(history), quota: readGigabytes(quota)});
-      toast(t("Saved."));
-      show();
-    })),
-    section(t("Recently"), h("ol.steps", {}, steps.slice(0, 50).map(step => stepRow({...step, undoable: false}))))
-  ];
-}
-
-function accountRow(account) {
-  const {name, quota, files, admin} = account, address = "accounts/" + encodeURIComponent(name);
-  const change = async values => { await api("PATCH", address, values); show(); };
-  const rows = [
-    {label: t("Set the quota"),
-     run: () => askForm(name, [quotaField(quota)], t("Save"), values => change({quota: readGigabytes(values.quota)}))},
-    ...name === me.name ? [] : [{label: t("Set a new password"),
-     run: () => askForm(name, [ownName(name), passwordField(t("New password"),
-       {autocomplete: "new-password", autofocus: true})], t("Save"), ({password}) => change({password}))}],
-    {label: admin ? t("Administrator no more") : t("Make administrator"),
-     run: () => attempt(() => change({admin: !admin}))},
-    {label: t("Remove"), run: () => attempt(async () => {
-      if (await askYesNo(t("Remove the account {name}?", {name}),
-        t("Nobody can log in with it any more. Its files go after a while."), t("Remove")))
-        await api("DELETE", address);
-      show();
-    })}
-  ];
-  return h("li", {},
-    h("div.what", {}, h("strong", {}, h("bdi", {}, name)), admin && h("span.tag", {}, t("Administrator")),
-      h("div.soft", {}, usedWords(account) + " · " + plural(files, "{n} file", "{n} files"))),
-    h("div.acts", {}, button(t("Change"), event => menu(event.currentTarget, rows),
-      {"aria-haspopup": "menu", "aria-label": t("Change {name}", {name})})));
-}
-
-const newAccount = () => askForm(t("New account"), [nameField({autocomplete: "off", autofocus: true}),
-  passwordField(t("Password"), {autocomplete: "new-password"}), quotaField(null)], t("Create"),
-  async ({name, password, quota}) => {
-    await api("POST", "accounts", {name: name.trim(), password, quota: quota === "" ? null : readGigabytes(quota)});
-    show();
-  });
-
-// ---- a device that asks to be let in
-
-async function showGrant(token) {
-  const asked = await api("GET", "grants/" + token).catch(error => {
-    if (!isGone(error)) throw error;
-    return null;
-  });
-  if (!asked)
-    return showGate(t("This link has expired"), t("Start again in the program that sent you here."), [], "", null);
-  const {device, address, minutes, code, near} = asked;
-  const facts = [[t("It calls itself"), device], [t("It asks from"), address],
-    [t("Asked"), minutes ? plural(minutes, "{n} minute ago", "{n} minutes ago") : t("Just now")], [t("Code"), code]];
-  return showGate(t("Grant access?"),
-    t("A device wants to see and change the files of {name}. Grant it only if you started this yourself, just now.",
-      me),
-    [h("dl.keys", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, h("bdi", {}, value))))),
-     h("p.soft", {}, t("If the device shows a code, it has to be the same.")),
-     near ? "" : h("p.problem", {}, t("It asks from another network than the one you are in."))], t("Grant access"),
-    async () => {
-      await api("POST", "grants/" + token);
-      showGate(t("Done"), t("You can close this window now."), [], "", null);
-    });
-}
-
 // ---- what others do: changes as they happen, and the brake
 
-let source = null, seen = 0, silent = 0;
+let source = null, silent = 0;
 
 function watchServer() {
   if (source) source.close();
@@ -23516,7 +23308,7 @@ function watchServer() {
     source.onmessage = event => {
       awaitNews();
       const {seq} = JSON.parse(event.data);
-      if (seen !== seq) changed(seen);
+      if (seen !== seq) changed();
       seen = seq;
     };
   }
@@ -23529,9 +23321,9 @@ function awaitNews() {
   silent = setTimeout(watchServer, 1000 * PATIENCE.news);
 }
 
-const changed = soon(async before => {
+const changed = soon(async () => {
   showHeld();
-  if (!before || list.editing) return;
+  if (list.editing) return;
   await followPreview();
   if (["trash", "starred", "failed"].includes(view.kind) || view.kind === "activity" && scrollY < 300) await show();
   if (!inFiles()) return;
@@ -23685,7 +23477,7 @@ PAGE_HTML = r"""<!doctype html>
 <style>{style}</style>
 <script>{script}</script>
 </head>
-<body data-sharing="{sharing}">
+<body{parts}>
 <div id="app"></div>
 <div class="toasts" role="status"></div>
 <noscript>This page needs JavaScript; curl and every WebDAV client work without.</noscript>
@@ -23857,7 +23649,7 @@ function readTerms({role, password, open, life, day, name, note, uses, files, by
 
 // here the server's own words say more than ours
 const sayPlainly = error => {
-  throw ["bad-request", "forbidden"].includes(error.code) ? trouble("", t(error.message)) : error;
+  throw ["bad-request", "forbidden"].includes(error.code) ? trouble("", said(error.message)) : error;
 };
 
 async function newLink(entry, role = "view", problem) {
@@ -23866,7 +23658,7 @@ async function newLink(entry, role = "view", problem) {
     const made = api("POST", "shares", {path: entry.path, ...readTerms(values)}).catch(sayPlainly);
     await copyLater(made.then(one => one.url));
     return made;
-  }, problem && t(problem.message));
+  }, problem && said(problem.message));
   if (!share) return;
   toast(t("Link copied."));
   await refresh();
@@ -23920,6 +23712,250 @@ async function showShared() {
   setContent(shares.length ? h("ul.steps", {}, shares.map(share => linkRow(share, show, true))) : none);
 }
 
+"""
+
+# The part of the script that is about settings, loaded likewise.
+PAGE_SETTINGS = r"""
+// ---- settings
+
+const SECTIONS = [
+  ["", "Account", accountSection],
+  ["connect", "Connect", connectSection],
+  ["devices", "Devices", devicesSection],
+  ["accounts", "Accounts", accountsSection, true],
+  ["links", "Links", () => sharing(linksSection), true],
+  ["server", "Server", serverSection, true]
+];
+
+async function showSettings(name) {
+  const turn = view.turn,
+    [, label, build] = SECTIONS.find(([one, , , admin]) => one === name && (!admin || me.admin)) || SECTIONS[0];
+  const parts = await build();
+  if (turn !== view.turn) return;
+  enterView("settings", t("Settings"));
+  setBar(SECTIONS.filter(([, , , admin]) => !admin || me.admin).map(([one, words]) =>
+    h("a.tab", {href: PREFIX + "/settings" + (one && "/" + one), "aria-current": words === label ? "page" : null},
+      t(words))));
+  setContent(h("div.settings", {}, parts));
+}
+
+// a form that stands in the page
+const formOf = (fields, yes, run) => h("form.way", {onsubmit: event => {
+  event.preventDefault();
+  attempt(() => run(Object.fromEntries(new FormData(event.target))));
+}}, fields, buttonsRow(h("button.primary", {}, yes)));
+const section = (title, ...parts) => h("section", {}, h("h2", {}, title), ...parts);
+
+async function accountSection() {
+  const {kinds, live, versions, trash} = await api("GET", "usage"), all = live + versions + trash || 1;
+  const percent = new Intl.NumberFormat(language, {style: "percent"});
+  const share = part => part && part < .005 ? "< " + percent.format(.01) : percent.format(part);
+  const row = (words, size) =>
+    h("div", {}, h("dt", {}, words), h("dd", {}, formatSize(size) + " · " + share(size / all),
+    gauge(words, size, all)));
+  return [
+    section(me.name, h("p", {}, usedWords(me)),
+      buttonsRow(button(t("Change password"), changePassword), button(t("Log out"), logOut))),
+    section(t("Storage"),
+      h("dl.keys.shares", {}, kinds.map(({kind, size}) => row(t(KIND_WORDS[kind] || "Other"), size)),
+      row(t("Earlier versions"), versions), row(t("Trash"), trash)),
+      buttonsRow(button(t("Empty the trash"), () => attempt(emptyTrash).then(show), {disabled: !trash}))),
+    section(t("Language"), languageLinks()),
+    section(t("Colours"), themeButtons())
+  ];
+}
+
+const changePassword = () =>
+  askForm(t("Change password"), [
+    ownName(),
+    passwordField(t("Present password"), {name: "old", autofocus: true}),
+    passwordField(t("New password"), {name: "new", autocomplete: "new-password", minLength: 10}),
+    passwordField(t("New password again"), {name: "again", autocomplete: "new-password"})
+  ], t("Change password"), async values => {
+    if (values.new !== values.again) throw trouble("", t("The two passwords differ."));
+    await api("POST", "account/password", {old: values.old, new: values.new});
+    showLogin();
+    return true;
+  }, t("Every device has to log in again after this."));
+
+async function devicesSection() {
+  const {devices} = await api("GET", "devices");
+  const row = device =>
+    h("li", {},
+      h("div.what", {},
+        h("strong", {}, h("bdi", {}, agentOf(device))),
+        device.this ? h("span.tag", {}, t("This one")) : null,
+        h("div.soft", {}, dotted(
+          t(device.kind === "session" ? "Browser" : "App password"),
+          t(device.readonly ? "reads only" : "reads and changes"),
+          t(device.limited ? "one folder" : "everything"),
+          device.used ? t("used {when}", {when: longTime(device.used)})
+            : t("added {when}", {when: longTime(device.created)}),
+          device.address))),
+      h("div.acts", {}, button(t("Revoke"), () => attempt(async () => {
+        await api("DELETE", "devices/" + device.id);
+        device.this ? showLogin() : show();
+      }), {"aria-label": t("Revoke {name}", {name: agentOf(device)})})));
+  return section(t("Where you are logged in"),
+    h("p.soft", {}, t("Revoke what you do not use any more: it is locked out at once.")),
+    h("ul.steps", {}, devices.map(row)));
+}
+
+// ---- settings: connecting other programs
+
+const WAYS = (address, name, token, secret = token || t("APP-PASSWORD")) => [
+  [t("Phone or tablet: photos and files"),
+   isHere() ? t("A phone cannot reach {host}: open this page by the address that this computer has in your network.",
+     location)
+     : token ? t("Install the Nextcloud app, choose “Log in”, and scan this code or type the address.")
+     : t("Install the Nextcloud app. Make an app password above, and here is a code for it to scan."),
+   location.origin + PREFIX,
+   token && !isHere() && `nc://login/server:${location.origin + PREFIX}&user:${name}&password:${token}`],
+  [t("Phone or tablet: WebDAV"),
+   t("An app for WebDAV, as Documents (iOS) or Material Files (Android): this address, your name, the app password."),
+   address],
+  [t("Synchronised folder"), t("Keeps a folder of your computer and this server the same, both ways."),
+   `python3 cloudserver.py sync FOLDER ${location.protocol}//${plainPath(name)}@${location.host}${PREFIX}`],
+  ["Windows", t("In the Explorer: This PC, “Map network drive”; or as below. Windows wants HTTPS for it."),
+   `net use Z: "${address}" "${secret}" /user:"${name}"`],
+  ["Mac", t("In the Finder: Go, “Connect to Server”, with this address:"), address],
+  ["Linux", t("In the file manager, as the address of a server:"),
+   address.replace(/^http/, "dav").replace("://", "://" + plainPath(name) + "@")],
+  ["rclone", "",
+   `rclone config create cloud webdav url=${address} vendor=other user=${shellWord(name)} pass=${secret} --obscure`],
+  ["curl", "", `curl -u ${shellWord(name + ":" + secret)} -T FILE ${address}`],
+];
+
+// does the address of this page mean the computer it is opened on?
+function isHere() {
+  return /^(localhost|127\..*|\[::1\])$/.test(location.hostname);
+}
+
+function connectSection() {
+  const box = h("div.ways"), made = h("div", {"aria-live": "polite"});
+  const show = token => box.replaceChildren(...WAYS(davAddress(""), me.name, token)
+    .map(([title, hint, command, code]) => h("div", {}, h("h3", {}, title), hint && h("p.soft", {}, hint),
+      commandLine(command), code && qrOf(code))));
+  let path = "";
+  const where = button(t("All folders"), async () => {
+    path = await chooseCollection(t("Only this folder"), t("Choose"), path) ?? path;
+    where.textContent = path ? plain(t("Only {name}", {name: path})) : t("All folders");
+  });
+  const form = formOf([
+    field(t("Name of the device"), {name: "name", maxLength: 100, placeholder: "laptop", autocomplete: "off"}),
+    tick(t("May only read"), {name: "readonly"}),
+    h("div.buttons", {}, where,
+      choice("Ends", "days",
+        {7: "Ends after 7 days", 30: "Ends after 30 days", 365: "Ends after a year", "": "Never ends"}, ""))
+  ], t("Make an app password"), async ({name, readonly, days}) => {
+    const {token} = await api("POST", "devices",
+      {name, readonly: Boolean(readonly), path: path || undefined, days: +days || undefined});
+    made.replaceChildren(h("p", {}, t("This password is shown only now; it stands in the commands below.")),
+      commandLine(token));
+    show(token);
+  });
+  show("");
+  return [
+    section(t("A password for each device"),
+      h("p.soft", {}, t("Other programs get a password of their own, which you can revoke under “Devices”.")),
+      form, made),
+    section(t("Ways to connect"), box)
+  ];
+}
+
+// ---- settings: accounts, for administrators
+
+const quotaField = quota => gigabytes(t("Quota in GB; empty is no limit"), "quota", quota);
+const readGigabytes = text => text === "" ? -1 : Math.round(text * GB);
+
+async function accountsSection() {
+  const {accounts} = await api("GET", "accounts");
+  return section(t("Accounts"), h("ul.steps", {}, accounts.map(accountRow)),
+    buttonsRow(button(t("New account"), newAccount, {className: "primary"})));
+}
+
+async function serverSection() {
+  const [{version, health, python, sqlite, disk_free, disk_total}, {keep_days, history, quota}, {steps}] =
+    await Promise.all(["status", "settings", "activity/server"].map(what => api("GET", what)));
+  const facts = [[t("Version"), version], [t("State"), health], ["Python", python], ["SQLite", sqlite],
+    [t("Free on disk"), t("{free} of {total}", {free: formatSize(disk_free), total: formatSize(disk_total)})]];
+  return [
+    section(t("Server"),
+      h("dl.keys", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+      gauge(t("Disk used"), disk_total - disk_free, disk_total)),
+    section(t("What is kept"), formOf([
+      field(t("Days that versions and deleted files are kept"),
+        {name: "days", type: "number", min: 0, max: 36500, value: keep_days}),
+      gigabytes(t("The most they may take per account, in GB; empty is no limit"), "history", history),
+      h("p.soft", {}, t("What is older goes for good; of what is more than the most, the oldest goes first.")),
+      gigabytes(t("Quota of new accounts in GB; empty is no limit"), "quota", quota)], t("Save"),
+        async ({days, history, quota}) => {
+      await api("PATCH", "settings", {keep_days: +days, history: readGigabytes(history), quota: readGigabytes(quota)});
+      toast(t("Saved."));
+      show();
+    })),
+    section(t("Recently"), h("ol.steps", {}, steps.slice(0, 50).map(step => stepRow({...step, undoable: false}))))
+  ];
+}
+
+function accountRow(account) {
+  const {name, quota, files, admin} = account, address = "accounts/" + encodeURIComponent(name);
+  const change = async values => { await api("PATCH", address, values); show(); };
+  const rows = [
+    {label: t("Set the quota"),
+     run: () => askForm(name, [quotaField(quota)], t("Save"), values => change({quota: readGigabytes(values.quota)}))},
+    ...name === me.name ? [] : [{label: t("Set a new password"),
+     run: () => askForm(name, [ownName(name), passwordField(t("New password"),
+       {autocomplete: "new-password", autofocus: true})], t("Save"), ({password}) => change({password}))}],
+    {label: admin ? t("Administrator no more") : t("Make administrator"),
+     run: () => attempt(() => change({admin: !admin}))},
+    {label: t("Remove"), run: () => attempt(async () => {
+      if (await askYesNo(t("Remove the account {name}?", {name}),
+        t("Nobody can log in with it any more. Its files go after a while."), t("Remove")))
+        await api("DELETE", address);
+      show();
+    })}
+  ];
+  return h("li", {},
+    h("div.what", {}, h("strong", {}, h("bdi", {}, name)), admin && h("span.tag", {}, t("Administrator")),
+      h("div.soft", {}, usedWords(account) + " · " + plural(files, "{n} file", "{n} files"))),
+    h("div.acts", {}, button(t("Change"), event => menu(event.currentTarget, rows),
+      {"aria-haspopup": "menu", "aria-label": t("Change {name}", {name})})));
+}
+
+const newAccount = () => askForm(t("New account"), [nameField({autocomplete: "off", autofocus: true}),
+  passwordField(t("Password"), {autocomplete: "new-password"}), quotaField(null)], t("Create"),
+  async ({name, password, quota}) => {
+    await api("POST", "accounts", {name: name.trim(), password, quota: quota === "" ? null : readGigabytes(quota)});
+    show();
+  });
+
+// ---- a device that asks to be let in
+
+async function showGrant(token) {
+  const asked = await api("GET", "grants/" + token).catch(error => {
+    if (!isGone(error)) throw error;
+    return null;
+  });
+  if (!asked)
+    return showGate(t("This link has expired"), t("Start again in the program that sent you here."), [], "", null);
+  const {device, address, minutes, code, near} = asked;
+  const facts = [[t("It calls itself"), device], [t("It asks from"), address],
+    [t("Asked"), minutes ? plural(minutes, "{n} minute ago", "{n} minutes ago") : t("Just now")], [t("Code"), code]];
+  return showGate(t("Grant access?"),
+    t("A device wants to see and change the files of {name}. Grant it only if you started this yourself, just now.",
+      me),
+    [h("dl.keys", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, h("bdi", {}, value))))),
+     h("p.soft", {}, t("If the device shows a code, it has to be the same.")),
+     near ? "" : h("p.problem", {}, t("It asks from another network than the one you are in."))], t("Grant access"),
+    async () => {
+      await api("POST", "grants/" + token);
+      showGate(t("Done"), t("You can close this window now."), [], "", null);
+    });
+}
+
+// ---- settings: links, for administrators
+
 async function linksSection() {
   const [{links, link_password, link_days}, {shares}] =
     await Promise.all(["settings", "admin/shares"].map(what => api("GET", what)));
@@ -23943,6 +23979,8 @@ async function linksSection() {
       shares.length ? h("ul.steps", {}, shares.map(row)) : h("p.soft", {}, t("Nothing shared yet")))];
 }
 """
+
+PAGE_PARTS = {"sharing": PAGE_SHARING, "settings": PAGE_SETTINGS}
 
 # What makes small pictures of large ones, in a thread of its own beside the page.
 PAGE_PAINTER = r"""
@@ -24062,15 +24100,16 @@ async function answer(request, name) {
 def page_as_sent(packed: bool) -> tuple[bytes, dict[str, str]]:
     """(body, header fields) for a browser that takes gzip or not, made when first asked for; nothing in it is secret (W3)."""
     style = bare(PARTS_STYLE + ":root[data-theme=dark] {\n" + PARTS_DARK + "}\n" + PAGE_STYLE)
-    script, sharing = bare(PARTS_SCRIPT + PAGE_SCRIPT), source_hash(bare(PAGE_SHARING))
-    page = PAGE_HTML.replace("{style}", style).replace("{script}", script).replace("{sharing}", sharing[1:-1]).encode()
+    script, parts = bare(PARTS_SCRIPT + PAGE_SCRIPT), {name: source_hash(bare(source)) for name, source in PAGE_PARTS.items()}
+    named = "".join(' data-%s="%s"' % (name, hashed[1:-1]) for name, hashed in parts.items())
+    page = PAGE_HTML.replace("{style}", style).replace("{script}", script).replace("{parts}", named).encode()
     return gzip.compress(page, mtime=0) if packed else page, {
         "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "Vary": "Accept-Encoding",
         "ETag": '"%s%s"' % (hashlib.sha256(page).hexdigest()[:16], "-gz" * packed),
         "Content-Security-Policy": "default-src 'none'; script-src %s; style-src %s; img-src 'self' blob: data:; "
                                    "media-src 'self' blob:; frame-src blob:; connect-src 'self'; manifest-src 'self'; worker-src 'self'; "
                                    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; object-src 'none'" % (
-                                       source_hash(script) + " " + sharing, source_hash(style)),
+                                       " ".join([source_hash(script), *parts.values()]), source_hash(style)),
         "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
         "Permissions-Policy": "camera=(), geolocation=(), microphone=()", **({"Content-Encoding": "gzip"} if packed else {})}
 
@@ -24129,10 +24168,10 @@ def web_painter(cloud: Cloud, who: Principal, request: Request) -> Response:
                      **{"Content-Security-Policy": "default-src 'none'; connect-src 'self'"})
 
 
-@route("GET", "/sharing.js", needs="nothing", packs=True)
-def web_sharing(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """The part of the page's script that is about sharing."""
-    return page_part(request, bare(PAGE_SHARING).encode(), "text/javascript; charset=utf-8")
+@route("GET", *map("/{}.js".format, PAGE_PARTS), needs="nothing", packs=True)
+def web_part(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """A part of the page's script that not everybody wants."""
+    return page_part(request, bare(PAGE_PARTS[request.path[0][:-3]]).encode(), "text/javascript; charset=utf-8")
 
 
 @lru_cache(maxsize=None)

@@ -13145,7 +13145,7 @@ def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1", user=None).json()["account"] is None and call("GET", "/api/v1").json()["account"] == "ann"
 
 
-SCRIPT, STYLE, PAGE = cs.PARTS_SCRIPT + cs.PAGE_SCRIPT + cs.PAGE_SHARING, cs.PARTS_STYLE + cs.PARTS_DARK + cs.PAGE_STYLE, cs.page_as_sent(False)[0]
+SCRIPT, STYLE, PAGE = cs.PARTS_SCRIPT + cs.PAGE_SCRIPT + "".join(cs.PAGE_PARTS.values()), cs.PARTS_STYLE + cs.PARTS_DARK + cs.PAGE_STYLE, cs.page_as_sent(False)[0]
 
 
 def test_the_page_is_small_and_loads_nothing():
@@ -13203,7 +13203,7 @@ def test_takes_gzip(field, want):
 
 
 PACKED_ROUTES = {"/api/v1/files/<path>", "/api/v1/versions/<path>", "/api/v1/trash", "/api/v1/starred", "/api/v1/activity", "/api/v1/differences/<path>",
-                 "/api/v1/openapi.json", "/words/<language>", "/painter.js", "/sharing.js", "/visitor.css", "/visitor.js"}
+                 "/api/v1/openapi.json", "/words/<language>", "/painter.js", "/sharing.js", "/settings.js", "/visitor.css", "/visitor.js"}
 
 
 def test_large_answers_are_compressed_for_who_takes_it(call, cloud, ann):
