@@ -18655,7 +18655,7 @@ function fillPreview(entry) {
     if (preview.entry !== entry || preview.edit) return;
     preview.body.replaceChildren(part);
     const edit = find("[data-action=edit]", title);
-    if (edit) edit.hidden = !part.source?.exact || Boolean(view.at);
+    if (edit) edit.hidden = !part.source?.exact || Boolean(view.at) || !may("update", [entry]);
   });
 }
 
@@ -18925,17 +18925,20 @@ PAGE_GERMAN = r"""{
   "A held device was allowed to go on": "Ein angehaltenes Gerät durfte weitermachen",
   "A name cannot be empty and cannot hold a slash.": "Ein Name darf nicht leer sein und keinen Schrägstrich enthalten.",
   "A password for each device": "Ein Passwort für jedes Gerät",
+  "A person or group": "Eine Person oder Gruppe",
   "A phone cannot reach {host}: open this page by the address that this computer has in your network.": "Ein Handy erreicht {host} nicht: Öffne diese Seite unter der Adresse, die dieser Rechner in deinem Netz hat.",
   "A star marks what you want to find again.": "Ein Stern zeigt, was du wiederfinden willst.",
   "A version with a name is never removed by itself.": "Eine Version mit Namen wird nie von selbst entfernt.",
   "A visitor": "Jemand mit einem Link",
   "APP-PASSWORD": "APP-PASSWORT",
+  "Accept": "Annehmen",
   "Account": "Konto",
   "Accounts": "Konten",
   "Actions": "Aktionen",
   "Actions for {name}": "Aktionen für {name}",
   "Activity": "Aktivität",
   "Add something with “New”.": "Füge mit „Neu“ etwas hinzu.",
+  "Add to my files": "Zu meinen Dateien nehmen",
   "Added:": "Neu:",
   "Administrator": "Verwaltung",
   "Administrator no more": "Nicht mehr Verwaltung",
@@ -18966,6 +18969,7 @@ PAGE_GERMAN = r"""{
   "Browser": "Browser",
   "By an app…": "Mit einer App …",
   "By mail": "Per E-Mail",
+  "By me": "Von mir",
   "Can edit": "Darf bearbeiten",
   "Can view": "Darf ansehen",
   "Can view and add": "Darf ansehen und hinzufügen",
@@ -19015,6 +19019,7 @@ PAGE_GERMAN = r"""{
   "Dark": "Dunkel",
   "Days that a link lives at most; empty is no limit": "Tage, die ein Link höchstens lebt; leer heißt keine Grenze",
   "Days that versions and deleted files are kept": "Tage, die Versionen und Gelöschtes bleiben",
+  "Decline": "Ablehnen",
   "Delete": "Löschen",
   "Delete for good": "Endgültig löschen",
   "Delete for good?": "Endgültig löschen?",
@@ -19046,7 +19051,9 @@ PAGE_GERMAN = r"""{
   "Empty the trash?": "Papierkorb leeren?",
   "End": "Beenden",
   "End all": "Alle beenden",
+  "End all links": "Alle Links beenden",
   "End all links?": "Alle Links beenden?",
+  "End it for {name}": "Für {name} beenden",
   "End the link to {what}?": "Den Link zu {what} beenden?",
   "End the link {name}": "Den Link {name} beenden",
   "Ends": "Ende",
@@ -19077,6 +19084,7 @@ PAGE_GERMAN = r"""{
   "Go on editing": "Weiter bearbeiten",
   "Grant access": "Zugang gewähren",
   "Grant access?": "Zugang gewähren?",
+  "Group": "Gruppe",
   "How": "Wie",
   "If the device shows a code, it has to be the same.": "Wenn das Gerät einen Code zeigt, muss es derselbe sein.",
   "If you save now, it is there again.": "Wenn du jetzt speicherst, ist sie wieder da.",
@@ -19135,6 +19143,7 @@ PAGE_GERMAN = r"""{
   "Make and copy": "Anlegen und kopieren",
   "Make one": "Eines machen",
   "May only read": "Darf nur lesen",
+  "May share it on": "Darf es weiter teilen",
   "Modified": "Geändert",
   "More": "Mehr",
   "Move here": "Hierher verschieben",
@@ -19163,7 +19172,9 @@ PAGE_GERMAN = r"""{
   "Nobody can log in with it any more. Its files go after a while.": "Niemand kann sich damit mehr anmelden. Die Dateien verschwinden nach einer Weile.",
   "Nobody gets in by it any more. This cannot be undone.": "Niemand kommt mehr damit hinein. Das lässt sich nicht rückgängig machen.",
   "Nobody gets in by these {n} links any more. This cannot be undone.": "Niemand kommt mehr mit diesen {n} Links hinein. Das lässt sich nicht rückgängig machen.",
+  "Nobody shares anything with you yet.": "Noch teilt niemand etwas mit dir.",
   "None": "Keines",
+  "Not among your files": "Nicht unter deinen Dateien",
   "Not enough room": "Nicht genug Platz",
   "Not set up yet": "Noch nicht eingerichtet",
   "Note": "Notiz",
@@ -19192,6 +19203,7 @@ PAGE_GERMAN = r"""{
   "Over 1 GB": "Über 1 GB",
   "Over 10 MB": "Über 10 MB",
   "Over 100 MB": "Über 100 MB",
+  "Owner": "Gehört",
   "PDF": "PDF",
   "Pages": "Seiten",
   "Password": "Passwort",
@@ -19200,6 +19212,7 @@ PAGE_GERMAN = r"""{
   "Pattern; # is where the number goes": "Muster; # steht für die Nummer",
   "Pause": "Anhalten",
   "Paused: {done} of {n} uploaded": "Angehalten: {done} von {n} hochgeladen",
+  "People and groups": "Personen und Gruppen",
   "Phone or tablet: WebDAV": "Handy oder Tablet: WebDAV",
   "Phone or tablet: photos and files": "Handy oder Tablet: Fotos und Dateien",
   "Photo": "Foto",
@@ -19213,6 +19226,7 @@ PAGE_GERMAN = r"""{
   "Record a video": "Video aufnehmen",
   "Regular expression": "Regulärer Ausdruck",
   "Remove": "Entfernen",
+  "Remove from my files": "Aus meinen Dateien nehmen",
   "Remove star": "Markierung entfernen",
   "Remove the account {name}?": "Das Konto {name} entfernen?",
   "Removed:": "Entfernt:",
@@ -19251,6 +19265,7 @@ PAGE_GERMAN = r"""{
   "Share this folder": "Diesen Ordner teilen",
   "Share {what}": "{what} teilen",
   "Shared": "Geteilt",
+  "Shared by {name}": "Geteilt von {name}",
   "Shift": "Umschalt",
   "Show as text": "Als Text zeigen",
   "Show in its folder": "Im Ordner zeigen",
@@ -19307,6 +19322,7 @@ PAGE_GERMAN = r"""{
   "There is no link to it yet. “Copy link” makes one for looking.": "Es gibt noch keinen Link dazu. „Link kopieren“ legt einen zum Ansehen an.",
   "There is no preview of this kind of file.": "Für diese Art von Datei gibt es keine Vorschau.",
   "There is no room for {names}.": "Kein Platz ist für {names}.",
+  "There is nobody of that name to share this with.": "Es gibt niemanden dieses Namens, mit dem du das teilen kannst.",
   "There is not enough room for this": "Dafür ist nicht genug Platz",
   "There is not enough room for this.": "Dafür ist nicht genug Platz.",
   "There is nothing here": "Hier ist nichts",
@@ -19377,6 +19393,7 @@ PAGE_GERMAN = r"""{
   "Wait {n} seconds, then try again.": "Warte {n} Sekunden und versuche es dann noch einmal.",
   "Waiting": "Wartet",
   "Waiting for the connection…": "Wartet auf die Verbindung …",
+  "Waits for your yes": "Wartet auf dein Ja",
   "Ways to connect": "Wege zum Verbinden",
   "Welcome": "Willkommen",
   "What": "Was",
@@ -19386,18 +19403,22 @@ PAGE_GERMAN = r"""{
   "What is older goes for good; of what is more than the most, the oldest goes first.": "Was älter ist, geht endgültig; wird es mehr als das Höchste, geht das Älteste zuerst.",
   "What links may do": "Was Links dürfen",
   "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
+  "What they may do": "Was erlaubt ist",
   "What was typed into {names} and not saved is lost then.": "Was in {names} getippt und nicht gespeichert wurde, ist dann verloren.",
   "What you send here is seen by nobody but whoever gave you this link.": "Was du hier sendest, sieht nur, wer dir diesen Link gegeben hat.",
   "What you typed is lost then.": "Was du getippt hast, ist dann verloren.",
+  "What {name} may do": "Was {name} darf",
   "Where": "Wo",
   "Where you are": "Wo du bist",
   "Where you are logged in": "Wo du angemeldet bist",
+  "Who has access": "Wer Zugang hat",
   "Who has the link": "Wer den Link hat",
   "Whoever gave you the link knows it.": "Wer dir den Link gegeben hat, kennt es.",
   "Whoever has the link sees and downloads it, and adds files.": "Wer den Link hat, kann es ansehen und herunterladen und Dateien hinzufügen.",
   "Whoever has the link sees and downloads it.": "Wer den Link hat, kann es ansehen und herunterladen.",
   "Whoever has the link sees, changes and deletes what is in it.": "Wer den Link hat, kann ansehen, ändern und löschen, was darin ist.",
   "Whoever has the link sends files, and sees nothing: a request for files.": "Wer den Link hat, kann Dateien senden und sieht nichts: eine Bitte um Dateien.",
+  "With me": "Mit mir",
   "Wrong name or password.": "Name oder Passwort ist falsch.",
   "You are offline": "Du bist offline",
   "You can close this window now.": "Du kannst dieses Fenster jetzt schließen.",
@@ -19447,6 +19468,7 @@ PAGE_GERMAN = r"""{
   "reads and changes": "liest und ändert",
   "reads only": "liest nur",
   "seen by whoever opens it": "sieht, wer ihn öffnet",
+  "shared by {name}": "geteilt von {name}",
   "something else is there by now": "dort ist inzwischen etwas anderes",
   "that password is too easy to guess": "dieses Passwort ist zu leicht zu erraten",
   "the name of a version has 1 to 200 characters": "der Name einer Version hat 1 bis 200 Zeichen",
@@ -19464,6 +19486,9 @@ PAGE_GERMAN = r"""{
   "{free} of {total}": "{free} von {total}",
   "{how} since": "seither {how}",
   "{name} and {n} more were not sent.": "{name} und {n} weitere wurden nicht gesendet.",
+  "{name} has it already.": "{name} hat es schon.",
+  "{name} of {owner} does not stand among your files any more. Nothing was deleted.": "{name} von {owner} steht nicht mehr unter deinen Dateien. Nichts wurde gelöscht.",
+  "{name} of {owner} stands among your files now.": "{name} von {owner} steht jetzt unter deinen Dateien.",
   "{name} was not sent.": "{name} wurde nicht gesendet.",
   "{n} %": "{n} %",
   "{n} % are there": "{n} % sind da",
@@ -19513,6 +19538,8 @@ PAGE_GERMAN = r"""{
   "{n} second": "{n} Sekunde",
   "{n} seconds": "{n} Sekunden",
   "{n} selected": "{n} ausgewählt",
+  "{n} share": "{n} Freigabe",
+  "{n} shares": "{n} Freigaben",
   "{n} upload failed": "{n} Upload fehlgeschlagen",
   "{n} uploads failed": "{n} Uploads fehlgeschlagen",
   "{n} version": "{n} Version",
@@ -19528,6 +19555,8 @@ PAGE_GERMAN = r"""{
   "{what} cannot be brought back after this.": "{what} lässt sich danach nicht zurückholen.",
   "{what} copied": "{what} kopiert",
   "{what} deleted": "{what} gelöscht",
+  "{what} is not shared with {name} any more.": "{what} ist nicht mehr mit {name} geteilt.",
+  "{what} is shared with {name}.": "{what} ist mit {name} geteilt.",
   "{what} moved": "{what} verschoben",
   "{what} ready to be copied: paste it where you want it.": "{what} zum Kopieren vorgemerkt: Füge es ein, wo du es haben willst.",
   "{what} ready to be moved: paste it where it belongs.": "{what} zum Verschieben vorgemerkt: Füge es ein, wo es hingehört.",
@@ -20502,6 +20531,16 @@ mark { background: var(--mark); color: var(--text); }
 .chips label:has(:focus-visible) { outline: 2px solid var(--accent); }
 .chips [type=radio] { position: absolute; opacity: 0; width: 1px; min-height: 0; height: 1px; padding: 0; }
 .pair { display: flex; gap: .5rem; align-items: end; }
+.access { display: grid; gap: 1rem; }
+.access h3 { font-size: 1rem; margin: 0; }
+.access select { width: auto; min-height: 36px; padding: .2rem .4rem; }
+.who { flex: 1; min-width: 0; position: relative; }
+.found { position: absolute; inset: 100% 0 auto; z-index: 2; margin: .2rem 0 0; padding: .3rem; list-style: none;
+  background: var(--raised); border: 1px solid var(--line); border-radius: 8px; box-shadow: var(--shadow);
+  max-height: 15rem; overflow: auto; }
+.found li { padding: .5rem .6rem; border-radius: 6px; cursor: pointer; overflow-wrap: anywhere; }
+.found :is(li:hover, [aria-selected=true]) { background: var(--chosen); }
+summary { cursor: pointer; }
 .pair .field { flex: 1; min-width: 0; }
 .sheet.wider .inside { min-width: min(40rem, 92vw); }
 
@@ -20986,12 +21025,13 @@ function setCrumbs(...parts) {
 
 // a view that is no place among the files
 function enterView(kind, title) {
-  Object.assign(view, {kind, path: "", at: null});
+  Object.assign(view, {kind, path: "", at: null, rights: undefined, owner: undefined});
   setTitle(title);
   setCrumbs(h("span", {"aria-current": "page"}, title));
 }
 
 function setBar(...parts) {
+  find(".new").hidden = !mayHere("create");
   find(".bar").replaceChildren(...parts.flat(9).filter(Boolean));
 }
 
@@ -21286,6 +21326,7 @@ function makeRow(entry, index) {
       shape === "tiles" ? tilePicture(entry) : icon(categoryOf(entry)),
       list.editing === entry ? renameField(entry) : entryName(entry),
       entry.since && h("span.tag", {}, t("{how} since", {how: t(HOW[entry.since])})),
+      entry.mount && ownerTag(entry.owner),
       entry.shared && sign("shared", "Shared", CHAIN), entry.starred && sign("star", "Starred", STAR)),
     list.columns.map(column => h("div." + column, {role: "gridcell"}, cellOf(entry, column))),
     h("div.more", {role: "gridcell"},
@@ -21658,9 +21699,10 @@ const loadFirst = path => load(path, {limit: 300, ...order()});
 
 async function enterCollection(answer, turn) {
   const same = view.kind === "files" && view.path === answer.path && list.box && list.box.isConnected;
-  Object.assign(view, {kind: "files", path: answer.path, at: null, etag: answer.etag, answer});
+  const {path, etag, rights, owner} = answer;
+  Object.assign(view, {kind: "files", path, at: null, etag, answer, rights, owner});
   if (!preview.box) setTitle(answer.name || t("Files"));
-  setCrumbs(...crumbsOf(answer.path, addressOf));
+  setCrumbs(...crumbsOf(path, addressOf));
   if (!same) {
     setContent(...makeList({columns: ["mtime", "size"], empty: emptyFiles}), h("div.readme"));
     scrollTo(0, 0);
@@ -21684,13 +21726,15 @@ async function fillFiles(answer, turn, whole) {
   }
 }
 
+const ownerTag = name => h("span.tag", {title: t("Shared by {name}", {name})}, h("bdi", {}, name));
+
 function crumbsOf(path, address) {
   const names = path ? path.split("/") : [];
   const parts = [
     link(t("Files"), address(""), {"data-path": ""}),
     ...names.map((name, n) =>
       h("a", {href: address(names.slice(0, n + 1).join("/")), "data-path": names.slice(0, n + 1).join("/")},
-        h("bdi", {}, name)))
+        h("bdi", {}, name), !n && view.owner && ownerTag(view.owner)))
   ];
   parts[parts.length - 1].setAttribute("aria-current", "page");
   return parts;
@@ -21698,8 +21742,9 @@ function crumbsOf(path, address) {
 
 const emptyFiles = () => [
   h("p.big", {}, unfinished().some(one => isBelow(one.path, view.path)) ? t("Uploading…") : t("Nothing here yet")),
-  h("p", {}, isPhone.matches ? t("Add something with “New”.") : t("Drop files here, or add something with “New”.")),
-  ...isPhone.matches ? [] : [h("p", {}, t("From a command line:")),
+  h("p", {}, !mayHere("create") ? "" : isPhone.matches ? t("Add something with “New”.")
+    : t("Drop files here, or add something with “New”.")),
+  ...isPhone.matches || !mayHere("create") ? [] : [h("p", {}, t("From a command line:")),
     commandLine(`curl -u ${shellWord(me.name)} -T FILE ${davAddress(view.path, "/")}`)]
 ];
 
@@ -21732,11 +21777,19 @@ const one = items => items.length === 1;
 const inTreeAny = items => inTree() && items.length > 0;
 const inTreeOne = items => inTree() && one(items);
 const isFound = () => inTree() && !inFiles();
+// what somebody else lets one do: the head of a list tells it of all in it, a row of itself; where nothing is told, all
+const allows = (rights, right) => !rights || rights.includes(right);
+const may = (right, items) => items.every(entry => allows(entry.rights || view.rights, right));
+const mayHere = right => !inFiles() || allows(view.rights, right);
+const inTreeMay = right => items => inTreeAny(items) && may(right, items);
+// what others share stands where it stands, and under its own name
+const isMovable = items => inTreeAny(items) && items.every(entry => !entry.mount && may("delete", [entry]));
+const mayRename = items => inTreeAny(items) && items.every(entry => entry.mount || may("update", [entry]));
 const oneFile = items => one(items) && items[0].kind === "file";
 
 // on: what it is for, "items" or the "place" as a whole;  when: does it apply;  menu: stands in the menu only;
-// prime: has room in the bar even on a phone;  make: stands under "New";  bar: has a button of its own, in every view
-// or in one
+// prime: has room in the bar even on a phone;  make: stands under "New", where something may be made;  bar: has a
+// button of its own, in every view or in one
 const ACTIONS = [
   {name: "upload", label: "Upload files", on: "place", make: true, keys: "U",
    when: () => true, run: () => chooseHere({})},
@@ -21750,18 +21803,20 @@ const ACTIONS = [
    when: () => true, run: newCollection},
   {name: "new-text", label: "New text file", on: "place", make: true, when: () => true, run: newText},
   {name: "paste", label: "Paste", on: "place", keys: "Ctrl+V", bar: true,
-   when: () => inFiles() && clip.ids.size > 0, run: pasteClip},
+   when: () => inFiles() && clip.ids.size > 0 && mayHere("create"), run: pasteClip},
   {name: "select-all", label: "Select all", on: "place", keys: "Ctrl+A",
    when: () => list.entries.length > 0, run: selectAll},
   {name: "empty-trash", label: "Empty the trash", on: "place", bar: true,
    when: () => view.kind === "trash" && list.entries.length > 0, run: emptyTrash},
   {name: "download-all", label: "Download this folder", on: "place", bar: "past",
    when: () => (inFiles() || view.kind === "past") && list.entries.length > 0, run: () => downloadZip([])},
-  {name: "past", label: "See it as it was…", on: "place", when: inFiles, run: () => go(pastAddress("now", view.path))},
+  {name: "past", label: "See it as it was…", on: "place", when: () => inFiles() && mayHere("past"),
+   run: () => go(pastAddress("now", view.path))},
   {name: "past-of", label: "See it as it was…", on: "items", menu: true,
-   when: items => inTreeOne(items) && items[0].kind === "collection", run: ([{path}]) => go(pastAddress("now", path))},
-  {name: "rewind", label: "Bring this time back", on: "place", bar: true, when: () => view.kind === "past",
-    run: rewind},
+   when: items => inTreeOne(items) && items[0].kind === "collection" && may("past", items),
+   run: ([{path}]) => go(pastAddress("now", path))},
+  {name: "rewind", label: "Bring this time back", on: "place", bar: true,
+   when: () => view.kind === "past" && isRewindable(), run: rewind},
   {name: "open", label: "Open", on: "items", menu: true, keys: "Enter",
    when: one, run: ([entry]) => openEntry(entry)},
   {name: "show", label: "Show in its folder", on: "items",
@@ -21769,24 +21824,25 @@ const ACTIONS = [
   {name: "download", label: "Download", on: "items", prime: true, keys: "D",
    when: items => view.kind !== "trash" && items.length > 0, run: download},
   {name: "share", label: "Share", on: "items", prime: true, keys: ".",
-   when: inTreeOne, run: ([entry]) => sharing(() => openSharing(entry))},
+   when: items => one(items) && inTreeMay("share")(items), run: ([entry]) => sharing(() => openSharing(entry))},
   {name: "copy-link", label: "Copy link", on: "items", menu: true,
-   when: inTreeOne, run: ([entry]) => sharing(() => shareAtOnce(entry))},
+   when: items => one(items) && inTreeMay("share")(items), run: ([entry]) => sharing(() => shareAtOnce(entry))},
   {name: "request", label: "Request files…", on: "items", menu: true,
-   when: items => inTreeOne(items) && items[0].kind === "collection",
+   when: items => inTreeOne(items) && items[0].kind === "collection" && may("share", items) && may("create", items),
    run: ([entry]) => sharing(() => newLink(entry, "drop"))},
   {name: "share-place", label: "Share this folder", on: "place", keys: ".",
-   when: items => inFiles() && view.path && !items.length, run: () => sharing(() => openSharing(view.answer))},
+   when: items => inFiles() && view.path && !items.length && mayHere("share"),
+   run: () => sharing(() => openSharing(view.answer))},
   {name: "bring-back", label: "Bring back", on: "items", prime: true,
-   when: items => view.kind === "past" && items.length > 0, run: bringBack},
+   when: items => view.kind === "past" && items.length > 0 && isRewindable(), run: bringBack},
   {name: "rename", label: "Rename", on: "items", keys: "F2",
-   when: inTreeAny, run: items => one(items) ? startRename(items[0]) : renameMany(items)},
+   when: mayRename, run: items => one(items) ? startRename(items[0]) : renameMany(items)},
   {name: "move", label: "Move to…", on: "items", keys: "M",
-   when: inTreeAny, run: items => moveTo(items, "move")},
+   when: isMovable, run: items => moveTo(items, "move")},
   {name: "copy", label: "Copy to…", on: "items", menu: true, keys: "Shift+M",
    when: inTreeAny, run: items => moveTo(items, "copy")},
   {name: "cut", label: "Cut", on: "items", menu: true, keys: "Ctrl+X",
-   when: inTreeAny, run: items => putOnClip("move", items)},
+   when: isMovable, run: items => putOnClip("move", items)},
   {name: "copy-clip", label: "Copy", on: "items", menu: true, keys: "Ctrl+C",
    when: inTreeAny, run: items => putOnClip("copy", items)},
   {name: "address", label: "Copy address", on: "items", menu: true,
@@ -21794,15 +21850,18 @@ const ACTIONS = [
   {name: "curl", label: "Copy curl command", on: "items", menu: true,
    when: inTreeOne, run: ([entry]) => copyText(curlFor(entry))},
   {name: "edit", label: "Edit", on: "items", menu: true, keys: "E",
-   when: items => inTree() && oneFile(items) && mayBeText(items[0]), run: ([entry]) => editFile(entry)},
+   when: items => inTreeMay("update")(items) && oneFile(items) && mayBeText(items[0]),
+   run: ([entry]) => editFile(entry)},
   {name: "versions", label: "Versions", on: "items",
-   when: items => inTree() && oneFile(items), run: ([entry]) => go(versionsAddress(entry.path))},
+   when: items => inTreeMay("past")(items) && oneFile(items), run: ([entry]) => go(versionsAddress(entry.path))},
   {name: "star", label: "Star", on: "items", keys: "S",
    when: items => inTree() && !items.every(entry => entry.starred), run: items => star(items, true)},
   {name: "unstar", label: "Remove star", on: "items", keys: "S",
    when: items => inTreeAny(items) && items.every(entry => entry.starred), run: items => star(items, false)},
+  {name: "unmount", label: "Remove from my files", on: "items", prime: true, keys: "Delete",
+   when: items => inTreeAny(items) && items.every(entry => entry.mount), run: deleteItems},
   {name: "delete", label: "Delete", on: "items", prime: true, keys: "Delete",
-   when: inTreeAny, run: deleteItems},
+   when: isMovable, run: deleteItems},
   {name: "restore", label: "Restore", on: "items", prime: true,
    when: items => view.kind === "trash" && items.length > 0, run: restoreItems},
   {name: "purge", label: "Delete for good", on: "items", prime: true, keys: "Delete",
@@ -21814,7 +21873,8 @@ const ACTIONS = [
   {name: "help", label: "Keyboard shortcuts", on: "page", keys: "?", when: () => true, run: showHelp},
 ];
 
-const actionsFor = (on, items = []) => ACTIONS.filter(action => action.on === on && action.when(items));
+const applies = (action, items) => action.when(items) && (!action.make || mayHere("create"));
+const actionsFor = (on, items = []) => ACTIONS.filter(action => action.on === on && applies(action, items));
 const onMac = /Mac|iPhone|iPad/.test(navigator.platform);
 const keyNames = {Delete: "Delete", Escape: "Esc", Enter: "Enter"};
 const showKeys = keys =>
@@ -22180,14 +22240,15 @@ function chooseCollection(title, yes, from, items = []) {
       choose = button(yes, () => close(here), {className: "primary"});
     let here = from;
     const enter = path => attempt(async () => {
-      const {children} = await load(path);
+      const {children, rights} = await load(path);
       here = path;
       crumbs.replaceChildren(...withSlashes(crumbsOf(path, () => "#")));
       const inside = sortEntries(children.filter(entry => entry.kind === "collection" && !moving.has(entry.path)));
       box.replaceChildren(...inside.map(entry => h("button.item", {type: "button", onclick: () => enter(entry.path)},
         icon("collection"), h("bdi", {}, entry.name))));
       if (!inside.length) box.append(h("p.soft", {}, t("No folders in here")));
-      choose.disabled = items.length > 0 && items.every(entry => parentOf(entry.path) === here);
+      make.disabled = !allows(rights, "create");
+      choose.disabled = items.length > 0 && (make.disabled || items.every(entry => parentOf(entry.path) === here));
     });
     const make = button(t("New folder"), async () => {
       const made = await makeCollection(here);
@@ -22338,10 +22399,11 @@ const MARK = "application/x-cloudserver";
 
 function dropTarget(event) {
   const crumb = event.target.closest && event.target.closest(".crumbs a[data-path]");
-  if (crumb) return {path: crumb.dataset.path, element: crumb};
+  const within = crumb && crumb.dataset.path;
+  if (crumb && (!within || mayHere("create"))) return {path: within, element: crumb};
   const row = event.target.closest && event.target.closest(".rows .row"), entry = row && list.entries[indexAt(row)];
-  if (entry && entry.kind === "collection" && view.kind === "files") return {path: entry.path, element: row};
-  return view.kind === "files" ? {path: view.path, element: null} : null;
+  if (entry?.kind === "collection" && inFiles() && may("create", [entry])) return {path: entry.path, element: row};
+  return inFiles() && mayHere("create") ? {path: view.path, element: null} : null;
 }
 
 function onDragStart(event) {
@@ -22366,9 +22428,11 @@ function onDragOver(event) {
   unmarkDrop();
   if (!files && !inside) return;
   event.preventDefault();
+  const copies = files || event.ctrlKey || event.altKey;
   const useful = target && !document.querySelector("dialog") &&
-    (files || (target.element && !selection().some(entry => entry.path === target.path)));
-  event.dataTransfer.dropEffect = !useful ? "none" : files || event.ctrlKey || event.altKey ? "copy" : "move";
+    (files || (target.element && (copies || isMovable(selection()))
+      && !selection().some(entry => entry.path === target.path)));
+  event.dataTransfer.dropEffect = !useful ? "none" : copies ? "copy" : "move";
   if (useful && target.element) target.element.classList.add("over");
   else if (useful) {
     document.body.classList.add("dropping");
@@ -22395,7 +22459,7 @@ function onDrop(event) {
 }
 
 function onPaste(event) {
-  if (event.target.closest("input, textarea, [contenteditable], dialog") || !inFiles()) return;
+  if (event.target.closest("input, textarea, [contenteditable], dialog") || !inFiles() || !mayHere("create")) return;
   const files = [...event.clipboardData.files];
   if (files.length) attempt(() => shown.then(() => addUploads(nameTaken(files))));
   else if (clip.ids.size) attempt(pasteClip);
@@ -22412,7 +22476,7 @@ async function showVersions(address) {
     id = asked.get("version");
   const [{versions}, entry] = await Promise.all([api("GET", "versions/" + encodePath(path)), load(path)]);
   if (turn !== view.turn) return;
-  Object.assign(view, {kind: "versions", path, at: null});
+  Object.assign(view, {kind: "versions", path, at: null, rights: entry.rights, owner: entry.owner});
   setTitle(t("Versions of {name}", {name: nameOf(path)}));
   const crumbs = crumbsOf(path, addressOf);
   crumbs.at(-1).removeAttribute("aria-current");
@@ -22450,8 +22514,9 @@ function versionRow(path, {version, at, size, account, device, name}, n, chosen)
       h("div.soft", {}, dotted(formatSize(size), account, deviceName(device)))),
     h("div.acts", {},
       h("a.button", {href: apiAddress("content", path, {version}), download: ""}, t("Download")),
-      n ? button(t("Restore"), () => attempt(restore)) : null,
-      name ? button(t("Let go"), () => attempt(() => pin(null))) : button(t("Keep for good"), keep)));
+      n && allows(view.rights, "update") ? button(t("Restore"), () => attempt(restore)) : null,
+      view.owner ? null : name ? button(t("Let go"), () => attempt(() => pin(null)))
+        : button(t("Keep for good"), keep)));
 }
 
 // one version as the preview would show it, or line by line beside another
@@ -22779,14 +22844,23 @@ function dayOf(box, at) {
 
 const seqsOf = step => step.seqs || [step.seq];
 
-function stepRow(step) {
-  const {path = "", name = "", kind} = step.detail, back = step.action === "rewind", gone = step.action === "delete";
-  const to = back ? "" : step.detail.to || "", count = back ? 0 : step.detail.count, place = to || path;
-  const what = count ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1}) : path ? quoted(nameOf(path))
-    : t("Files");
-  const words = t(ACTIVITY[step.detail.new ? "upload" : step.action] || step.action,
+const targetOf = ({action, detail: {to = ""}}) => action === "rewind" ? "" : to;
+
+function whatOf({action, detail: {path = "", count}}) {
+  return count && action !== "rewind" ? t("“{name}” and {n} more", {name: nameOf(path), n: count - 1})
+    : path ? quoted(nameOf(path)) : t("Files");
+}
+
+function stepWords(step, what = whatOf(step)) {
+  const {name = "", kind, new: isNew} = step.detail;
+  return t(ACTIVITY[isNew ? "upload" : step.action] || step.action,
     {who: step.account || t(step.link ? "A visitor" : "The server"),
-     what: "\0", to: quoted(to), name: agentOf({kind, name})}).split("\0");
+     what, to: quoted(targetOf(step)), name: agentOf({kind, name})});
+}
+
+function stepRow(step) {
+  const place = targetOf(step) || step.detail.path || "", what = whatOf(step), gone = step.action === "delete";
+  const words = stepWords(step, "\0").split("\0");
   const at = momentOf(step.seq - gone);                  // after the step, or just before it went
   return h("li", {},
     h("div.what", {},
@@ -22832,7 +22906,7 @@ async function showPast(moment, address) {
       ? {count: 1, changes: [{how: "deleted", path: null, was: place}]} : absent(error))]);
   if (turn !== view.turn) return;
   const same = view.kind === "past" && view.path === place && find(".slider"), marks = marksOf(since.changes, place);
-  Object.assign(view, {kind: "past", path: place, at, time, since});
+  Object.assign(view, {kind: "past", path: place, at, time, since, rights: answer.rights, owner: answer.owner});
   setTitle(place ? nameOf(place) : t("Files"));
   setCrumbs(...crumbsOf(place, path => pastAddress(at, path)), h("span.soft", {}, longTime(time)));
   if (!same) setContent(timeSlider(steps), h("details.changes"),
@@ -22845,6 +22919,9 @@ async function showPast(moment, address) {
   pick(index);
   openPreview(list.entries[index]);
 }
+
+// bringing back may make, change and delete
+const isRewindable = () => ["create", "update", "delete"].every(right => allows(view.rights, right));
 
 const absent = error => {
   if (error.code !== "not-found" && error.code !== "gone") throw error;
@@ -22935,9 +23012,12 @@ const saveFile = entry => saveFrom(contentAddress(entry));
 
 const previewActs = entry => [
   button(t("Edit"), () => attempt(() => editFile(entry)), {"data-action": "edit", hidden: true}),
-  view.at && button(t("Bring back"), () => attempt(() => bringBack([entry])), {"data-action": "bring-back"}),
-  !view.at && button(t("Versions"), () => go(versionsAddress(entry.path)), {"data-action": "versions"}),
-  !view.at && button(t("Share"), () => attempt(() => sharing(() => openSharing(entry))), {"data-action": "share"}),
+  view.at && isRewindable() && button(t("Bring back"), () => attempt(() => bringBack([entry])),
+    {"data-action": "bring-back"}),
+  !view.at && may("past", [entry]) && button(t("Versions"), () => go(versionsAddress(entry.path)),
+    {"data-action": "versions"}),
+  !view.at && may("share", [entry]) && button(t("Share"), () => attempt(() => sharing(() => openSharing(entry))),
+    {"data-action": "share"}),
   button(t("Copy address"), () => attempt(copyLink), {"data-action": "link"})
 ];
 
@@ -23394,7 +23474,7 @@ function keyOf(event) {
 
 function actionOf(event) {
   const key = keyOf(event) === "Backspace" && onMac ? "Delete" : keyOf(event), items = selection();
-  return ACTIONS.find(one => one.keys === key && one.when(items));
+  return ACTIONS.find(one => one.keys === key && applies(one, items));
 }
 
 function onKey(event) {
@@ -23498,6 +23578,7 @@ const LIVES = {[DAY / 24]: "1 hour", [DAY]: "1 day", [7 * DAY]: "7 days", [30 * 
   date: "On a day"};
 
 const shareAddress = share => "shares/" + share.id;
+const isLink = share => share.kind === "link";
 const sharesOf = async entry => (await api("GET", "shares", {path: entry.path})).shares;
 
 function factsOf(share) {
@@ -23535,13 +23616,14 @@ function linkRow(share, then, where) {
       act("End", "End the link {name}", () => attempt(() => endLinks([share])).then(then), {className: "danger"})));
 }
 
+// any: whosever they are, by an administrator
 async function endLinks(shares) {
   const words = plural(shares.length, "Nobody gets in by it any more. This cannot be undone.",
     "Nobody gets in by these {n} links any more. This cannot be undone.");
   const title = shares[1] ? t("End all links?") : t("End the link to {what}?", {what: quoted(shares[0].title)});
   if (!await askYesNo(title, words, t(shares[1] ? "End all" : "End"))) return;
   for (const share of shares)
-    await api("DELETE", (share.giver ? "admin/" : "") + shareAddress(share)).catch(unless("not-found"));
+    await api("DELETE", (share.any ? "admin/" : "") + shareAddress(share)).catch(unless("not-found"));
   toast(t(shares[1] ? "The links have ended." : "The link has ended."));
 }
 
@@ -23603,48 +23685,61 @@ const translated = rows => Object.fromEntries(Object.entries(rows).map(([value, 
 const most = (label, name, value) =>
   field(label, {name, type: "number", min: 1, step: 1, required: false, value: value || ""});
 
+// when a share ends: one that is there may end as it did
+function endFields(expires) {
+  const kept = expires && t("As it is: {when}", {when: longTime(expires)});
+  const today = new Date().toISOString().slice(0, 10);
+  const day = h("input", {type: "date", name: "day", "aria-label": t("Last day"), min: today, hidden: true});
+  const follow = ({target}) => { day.hidden = target.value !== "date"; };
+  return [chips(t("Ends"), "life", {...kept && {keep: kept}, ...translated(LIVES)}, kept ? "keep" : "",
+    {onchange: follow}), day];
+}
+
+// ms since 1970; null for never, undefined for as it was
+function readEnd({life, day}) {
+  if (life === "date" && !day) throw trouble("", t("Choose the last day."));
+  const ends = {keep: undefined, date: +new Date(day + "T23:59:59"), "": null};
+  return life in ends ? ends[life] : Date.now() + Number(life);
+}
+
+const noteField = note =>
+  h("label.field", {}, h("span", {}, t("Note")), h("textarea", {name: "note", value: note, maxLength: 1000, rows: 2}));
+
 // the fields of a new link, or of one that is there
 function linkFields({role, name = "", note = "", password, expires, uses, files, bytes}, isFile) {
-  const roles = translated(ROLES), lives = translated(LIVES);
-  const kept = expires && t("As it is: {when}", {when: longTime(expires)});
+  const roles = translated(ROLES);
   if (isFile) delete roles.add, delete roles.drop;
   const meaning = h("p.soft", {role: "status"});
   const secret = h("input", {name: "password", autocomplete: "off", spellcheck: false,
     placeholder: password ? t("as it is") : t("none")});
-  const today = new Date().toISOString().slice(0, 10);
-  const day = h("input", {type: "date", name: "day", "aria-label": t("Last day"), min: today});
-  const form = () => day.form.elements;
+  const form = () => secret.form.elements;
   const follow = () => {
-    const {role, life} = form();
+    const {role} = form();
     meaning.textContent = t(MEANINGS[role.value] || "");
     const takes = /add|edit|drop/.test(role.value) && !isFile;
     const fits = {uses: role.value !== "drop", files: takes, bytes: takes};
     for (const one in fits) form()[one].closest("label").hidden = form()[one].disabled = !fits[one];
-    day.hidden = life.value !== "date";
   };
   const box = h("div.way", {onchange: follow},
     chips(t("Who has the link"), "role", roles, role), meaning,
     h("div.pair", {}, h("label.field", {}, h("span", {}, t("Password")), secret),
       button(t("Make one"), () => { secret.value = makePassword(); }),
       password && tick(t("None"), {name: "open"})),
-    chips(t("Ends"), "life", {...kept && {keep: kept}, ...lives}, kept ? "keep" : ""), day,
+    endFields(expires),
     field(t("Name of the link"), {name: "name", value: name, maxLength: 100, required: false, autocomplete: "off",
       placeholder: t("seen by whoever opens it")}),
-    h("label.field", {}, h("span", {}, t("Note")),
-      h("textarea", {name: "note", value: note, maxLength: 1000, rows: 2})),
+    noteField(note),
     h("div.pair", {}, most(t("Downloads at most"), "uses", uses), most(t("Files at most"), "files", files),
       gigabytes(t("GB at most"), "bytes", bytes ?? null)));
   requestAnimationFrame(follow);
   return box;
 }
 
-function readTerms({role, password, open, life, day, name, note, uses, files, bytes}) {
-  const terms = {role, name, note, uses: +uses || null, files: +files || null, bytes: Math.round(bytes * GB) || null};
-  if (!role) delete terms.role;
+function readTerms({role, password, open, name, note, uses, files, bytes, ...end}) {
+  const terms = {name, note, uses: +uses || null, files: +files || null, bytes: Math.round(bytes * GB) || null};
+  if (role) terms.role = role;
   if (password || open) terms.password = open ? null : password;
-  if (life === "date" && !day) throw trouble("", t("Choose the last day."));
-  const ends = {keep: undefined, date: +new Date(day + "T23:59:59"), "": null};
-  return {...terms, expires: life in ends ? ends[life] : Date.now() + Number(life)};
+  return {...terms, expires: readEnd(end)};
 }
 
 // here the server's own words say more than ours
@@ -23674,16 +23769,164 @@ function changeLink(share) {
   });
 }
 
-// ---- the links of one thing
+// ---- people and groups
+
+const roleChoice = (isFile, role, about) => choice("What they may do", "role", {
+  view: ROLES.view, ...!isFile && {add: ROLES.add}, edit: ROLES.edit, ...role === null && {"": "Special rights"}},
+  role || "", about);
+
+// a field for a name, with those that fit below it while somebody types; kindOf(name): whether it is a group's
+function whoField() {
+  const known = new Map(), list = h("ul.found", {role: "listbox", id: "found", "aria-label": t("People and groups")});
+  let found = [], at = -1;
+  const draw = (some, now = -1) => {
+    [found, at] = [some, now];
+    list.hidden = !found.length;
+    list.replaceChildren(...found.map(({kind, name}, n) => h("li", {
+      id: "found" + n, role: "option", "aria-selected": String(n === at), onclick: () => pick(n),
+      onpointerdown: event => event.preventDefault()},
+    h("bdi", {}, name), kind === "group" && h("span.tag", {}, t("Group")))));
+    input.setAttribute("aria-expanded", String(!list.hidden));
+    at < 0 ? input.removeAttribute("aria-activedescendant") : input.setAttribute("aria-activedescendant", "found" + at);
+  };
+  const pick = n => {
+    const {name, kind} = found[n];
+    known.set(name, kind);
+    input.value = name;
+    draw([]);
+  };
+  const look = soon(async () => {
+    const q = input.value.trim(), {people} = q ? await api("GET", "people", {q}) : {people: []};
+    if (q !== input.value.trim() || document.activeElement !== input) return;
+    for (const {name, kind} of people) if (kind === "account" || !known.has(name)) known.set(name, kind);
+    draw(people);
+  }, 150);
+  const input = h("input", {
+    name: "with", role: "combobox", required: true, maxLength: 100, autocomplete: "off", autocapitalize: "none",
+    spellcheck: false, autofocus: !isPhone.matches, placeholder: t("A person or group"), "aria-controls": "found",
+    "aria-label": t("A person or group"), "aria-autocomplete": "list", oninput: look, onblur: () => draw([]),
+    onkeydown: event => {
+      const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+      if (!found.length || event.isComposing) return;
+      if (step) draw(found, (at + step + found.length + (at < 0 && step < 0)) % found.length);
+      else if (event.key === "Enter" && at >= 0) pick(at);
+      else if (event.key === "Escape") draw([]);
+      else return;
+      event.preventDefault();
+      event.stopPropagation();
+    }
+  });
+  draw([]);
+  return Object.assign(h("div.who", {}, input, list), {kindOf: name => known.get(name) || "account"});
+}
+
+const personTerms = ({role, reshare, note, ...end}) =>
+  ({...role && {role}, reshare: Boolean(reshare), note, expires: readEnd(end)});
+
+const sayWho = name => error => {
+  if (error.code === "exists") throw trouble("", t("{name} has it already.", {name}));
+  if (error.code === "not-found") throw trouble("", t("There is nobody of that name to share this with."));
+  return sayPlainly(error);
+};
+
+// one line, and what is rarely wanted below it
+function personForm(entry, then) {
+  const who = whoField(), problem = h("p.problem", {role: "alert"}), what = quoted(entry.name);
+  const form = h("form.way", {onsubmit: async event => {
+    event.preventDefault();
+    problem.textContent = "";
+    const {with: typed, ...values} = Object.fromEntries(new FormData(form)), name = typed.trim();
+    try {
+      const share = {path: entry.path, kind: who.kindOf(name), with: name, ...personTerms(values)};
+      await api("POST", "shares", share).catch(sayWho(name));
+      toast(t("{what} is shared with {name}.", {what, name}));
+      form.reset();
+      then();
+    } catch (error) {
+      problem.textContent = explain(error);
+    }
+  }}, h("div.pair", {}, who, roleChoice(entry.kind === "file", "view"), h("button.primary", {}, t("Share"))), problem,
+  h("details", {}, h("summary", {}, t("More")), h("div.way", {}, tick(t("May share it on"), {name: "reshare"}),
+    endFields(), noteField(""))));
+  return form;
+}
+
+function changePerson(share) {
+  const fields = [roleChoice(!share.collection, share.role),
+    tick(t("May share it on"), {name: "reshare", checked: share.reshare}),
+    endFields(share.expires), noteField(share.note)];
+  return askForm(t("What {name} may do", {name: share.with}), fields, t("Save"), async values => {
+    await api("PATCH", shareAddress(share), personTerms(values)).catch(sayPlainly);
+    toast(t("Saved."));
+    return true;
+  });
+}
+
+// it ends at once, and can be given again as it was
+async function endPerson(share, then) {
+  const {path, kind, with: name, role, rights, reshare, expires, note} = share;
+  const again = {path, kind, with: name, reshare, expires, note,
+    ...role ? {role} : {rights: rights.filter(one => one !== "share")}};
+  await api("DELETE", (share.any ? "admin/" : "") + shareAddress(share)).catch(unless("not-found"));
+  const words = t("{what} is not shared with {name} any more.", {what: quoted(share.title), name});
+  const undo = () => attempt(() => api("POST", "shares", again).catch(sayWho(name))).then(then);
+  toast(words, path === null || share.any ? {} : {label: t("Undo"), run: undo});
+  return then();
+}
+
+// a row for a person or group; where: also what it is of;  lately: what they did with it
+function personRow(share, then, {where, lately} = {}) {
+  const {with: name, kind, giver, path, title, note, reshare, expires, collection, role} = share;
+  const what = path === null ? h("strong", {}, quoted(title) + " · " + t("in the trash")) : link(path, addressOf(path));
+  const patch = role => api("PATCH", shareAddress(share), {role}).catch(sayPlainly);
+  const change = ({target}) => attempt(() => patch(target.value)).then(then);
+  return h("li", {},
+    h("div.what", {}, where ? [what, h("span.tag", {}, h("bdi", {}, name))] : h("strong", {}, h("bdi", {}, name)),
+      kind === "group" && h("span.tag", {}, t("Group")),
+      h("div.soft", {}, dotted(where && t(ROLES[role] || "Special rights"), reshare && t("May share it on"),
+        giver !== me.name && t("shared by {name}", {name: giver}),
+        expires && t("ends {when}", {when: longTime(expires)}), note)),
+      lately && h("div.soft", {}, lately)),
+    h("div.acts", {},
+      !where && roleChoice(!collection, role, {onchange: change, "aria-label": t("What {name} may do", {name})}),
+      button(t("Change"), () => attempt(() => changePerson(share)).then(then),
+        {"aria-label": t("What {name} may do", {name}) + ": " + t("Change")}),
+      button(t("End"), () => attempt(() => endPerson(share, then)),
+        {className: "danger", "aria-label": t("End it for {name}", {name})})));
+}
+
+const shareRow = (share, then) => isLink(share) ? linkRow(share, then, true) : personRow(share, then, {where: true});
+
+// {name: what they did with it last}
+async function lastSteps(entry) {
+  const {steps} = await api("GET", "activity", {limit: 300, grouped: 1}), found = {};
+  for (const step of steps) {
+    const isHere = [step.detail.path, step.detail.to].some(one => isBelow(one + "/", entry.path));
+    if (step.account && isHere && !found[step.account])
+      found[step.account] = dotted(stepWords(step), longTime(step.at));
+  }
+  return found;
+}
+
+// ---- who has access to one thing
 
 function openSharing(entry) {
   return sheet(t("Share {what}", {what: quoted(entry.name)}), close => {
-    const rows = h("ul.steps", {"aria-label": t("Links")}), hint = h("p.soft", {}, t("One moment…"));
+    const people = h("ul.steps", {"aria-label": t("Who has access")}), rows = h("ul.steps", {"aria-label": t("Links")});
+    const hint = h("p.soft", {}, t("One moment…"));
     const draw = async () => {
-      const shares = await sharesOf(entry);
-      rows.replaceChildren(...shares.map(share => linkRow(share, again)));
-      hint.hidden = shares.length;
+      const [shares, lately] = await Promise.all([sharesOf(entry), lastSteps(entry).catch(() => ({}))]);
+      const links = shares.filter(isLink), others = shares.filter(share => !isLink(share));
+      const owner = entry.owner && h("li", {}, h("div.what", {}, h("strong", {}, h("bdi", {}, entry.owner)),
+        h("div.soft", {}, t("Owner"))));
+      const held = document.activeElement.closest("li select, li button")?.getAttribute("aria-label");
+      const persons = others.map(share => personRow(share, again, {lately: lately[share.with]}));
+      people.replaceChildren(...owner ? [owner] : [], ...persons);
+      people.hidden = !people.children.length;
+      rows.replaceChildren(...links.map(share => linkRow(share, again)));
+      hint.hidden = links.length;
       hint.textContent = t("There is no link to it yet. “Copy link” makes one for looking.");
+      if (held) find(`[aria-label="${CSS.escape(held)}"]`, box)?.focus();
     };
     const again = () => attempt(async () => {
       await draw();
@@ -23691,27 +23934,64 @@ function openSharing(entry) {
     });
     const act = (label, run, about) => button(t(label), () => attempt(run).then(again), about);
     attempt(draw);
-    return [
+    const box = h("div.access", {},
+      personForm(entry, again), people,
+      h("h3", {}, t("Links")),
       buttonsRow(act("New link…", () => newLink(entry)),
-        entry.kind === "collection" && act("Request files…", () => newLink(entry, "drop")),
-        act("Copy link", () => shareAtOnce(entry), {className: "primary", autofocus: true})),
-      hint, rows, buttonsRow(button(t("Close"), () => close()))];
+        entry.kind === "collection" && may("create", [entry]) && act("Request files…", () => newLink(entry, "drop")),
+        act("Copy link", () => shareAtOnce(entry), {autofocus: isPhone.matches})),
+      hint, rows, buttonsRow(button(t("Close"), () => close(), {className: "primary"})));
+    return Object.assign(box, {draw});
   }, ".wider");
 }
 
-// ---- all links: mine, and those of everybody
+// ---- what others share with me, and what I share
 
-async function showShared() {
-  const turn = view.turn, {shares} = await api("GET", "shares");
-  if (turn !== view.turn) return;
-  enterView("shared", t("Shared"));
-  setBar(h("span.count", {}, plural(shares.length, "{n} link", "{n} links")),
-    shares.length > 1 && button(t("End all"), () => attempt(() => endLinks(shares)).then(show)));
-  const none = h("div.empty", {}, h("p.big", {}, t("Nothing shared yet")),
-    h("p", {}, t("Choose a file or folder, then “Share”.")));
-  setContent(shares.length ? h("ul.steps", {}, shares.map(share => linkRow(share, show, true))) : none);
+const OFFERS = {waiting: "Waits for your yes", declined: "Not among your files"};
+
+async function answerOffer(offer, what) {
+  const {owner, name} = offer, words = {name: quoted(name), owner};
+  await api("POST", shareAddress(offer) + "/" + what);
+  if (what === "accept") toast(t("{name} of {owner} stands among your files now.", words));
+  else toast(t("{name} of {owner} does not stand among your files any more. Nothing was deleted.", words),
+    {label: t("Undo"), run: () => attempt(() => answerOffer(offer, "accept")).then(show)});
 }
 
+function offerRow(offer) {
+  const {owner, giver, name, path, state, collection, media, role, note, expires} = offer;
+  const act = (label, what, about) => button(t(label), () => attempt(() => answerOffer(offer, what)).then(show),
+    {"aria-label": t(label) + ": " + plain(name), ...about});
+  return h("li", {},
+    icon(collection ? "collection" : /^(image|video|audio)/.exec(media)?.[0] || "text"),
+    h("div.what", {}, path ? link(h("bdi", {}, name), addressOf(path)) : h("strong", {}, h("bdi", {}, name)),
+      ownerTag(owner),
+      h("div.soft", {}, dotted(t(OFFERS[state] || ""), t(ROLES[role] || "Special rights"),
+        giver !== owner && t("shared by {name}", {name: giver}),
+        expires && t("ends {when}", {when: longTime(expires)}))),
+      note && h("div", {}, note)),
+    h("div.acts", {},
+      state !== "mounted" && act(state === "waiting" ? "Accept" : "Add to my files", "accept", {className: "primary"}),
+      state === "waiting" && act("Decline", "decline"),
+      state === "mounted" && act("Remove from my files", "decline")));
+}
+
+async function showShared() {
+  const turn = view.turn, [{shares}, {shares: offers}] =
+    await Promise.all([api("GET", "shares"), api("GET", "shares", {with: "me"})]);
+  if (turn !== view.turn) return;
+  const links = shares.filter(isLink), none = words => h("p.soft", {}, t(words));
+  enterView("shared", t("Shared"));
+  setBar(h("span.count", {}, plural(shares.length + offers.length, "{n} share", "{n} shares")),
+    links.length > 1 && button(t("End all links"), () => attempt(() => endLinks(links)).then(show)));
+  const rank = ({state}) => ["waiting", "mounted", "declined"].indexOf(state);
+  offers.sort((a, b) => rank(a) - rank(b));
+  setContent(h("div.settings", {},
+    h("section", {}, h("h2", {}, t("With me")),
+      offers.length ? h("ul.steps", {}, offers.map(offerRow)) : none("Nobody shares anything with you yet.")),
+    h("section", {}, h("h2", {}, t("By me")),
+      shares.length ? h("ul.steps", {}, shares.map(share => shareRow(share, show)))
+        : none("Choose a file or folder, then “Share”."))));
+}
 """
 
 # The part of the script that is about settings, loaded likewise.
@@ -23962,7 +24242,7 @@ async function linksSection() {
   const row = share => h("li", {},
     h("div.what", {}, h("strong", {}, h("bdi", {}, share.path || share.title)), h("span.tag", {}, share.giver),
       h("div.soft", {}, factsOf(share)), h("div.soft", {}, newsOf(share))),
-    h("div.acts", {}, button(t("End"), () => attempt(() => endLinks([share])).then(show),
+    h("div.acts", {}, button(t("End"), () => attempt(() => endLinks([{...share, any: true}])).then(show),
       {className: "danger", "aria-label": t("End the link {name}", {name: share.path || share.title})})));
   return [
     section(t("What links may do"), formOf([
