@@ -10229,10 +10229,11 @@ LIMIT = 1000                    # rows of an answer, if nobody says how many
 @route("GET", "/api/v1", needs="nothing")
 def api_root(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What this is, its limits, and whom it takes the asker for."""
+    known = bool(who.account)
     return json_response({
         "name": "cloudserver", "set_up": cloud.accounts.is_set_up(), "account": who.name or None, "server": cloud.epoch,
-        "me": api_account_of(cloud, who) if who.account else None,
-        "seq": cloud.journal.newest(who) if who.account else None, "openapi": API + "openapi.json",
+        "me": api_account_of(cloud, who) if known else None, "seq": cloud.journal.newest(who) if known else None,
+        "openapi": API + "openapi.json",
         "limits": {"file": cloud.config.max_file, "name": NAME_LIMIT, "path": PATH_LIMIT, "depth": DEPTH_LIMIT,
                    "chunk": CHUNK_LIMIT, "frames": FRAMES_LIMIT, "ops": OPS_LIMIT, "entries": PAGE_LIMIT, "copy": COPY_LIMIT}})
 
