@@ -19865,7 +19865,8 @@ function showHash() {
 
 function onEntryClick(event) {
   const anchor = event.target.closest(".entries .name"), row = anchor && anchor.closest("li");
-  if (!row || isCounted || row.dataset.kind !== "file" || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+  if (!row || isCounted || row.dataset.kind !== "file" || event.ctrlKey || event.metaKey || event.shiftKey
+    || event.button) return;
   event.preventDefault();
   view.inside = true;
   location.hash = encodeURIComponent(row.dataset.name);
