@@ -2169,15 +2169,10 @@ class Blobs:
         sums = {name: hexdigest_of(name, data) for name in digests}
         return Stored(hash, len(data), hash, [(hash, len(data))], inline=data, head=data[:32], digests=sums)
 
-    @contextmanager
-    def unless_refused(self, stored: Stored) -> Iterator[None]:
-        """Remove the objects of an upload that is refused before its batch is written: nobody has paid for them."""
-        try:
-            yield
-        except CloudError as refused:
-            if refused.kind not in UNCERTAIN:
-                self.discard("%s-%s" % (hash, stored.tag) for hash, _ in stored.chunks if stored.tag and hash not in stored.relied)
-            raise
+    def take_back(self, stored: Stored, refused: CloudError) -> None:
+        """Remove the objects of an upload that was refused before its batch was written: nobody has paid for them."""
+        if refused.kind not in UNCERTAIN:
+            self.discard("%s-%s" % (hash, stored.tag) for hash, _ in stored.chunks if stored.tag and hash not in stored.relied)
 
     def discard(self, names: Iterable[str]) -> None:
         """Remove objects that no row names, nor ever will."""
@@ -5002,15 +4997,6 @@ LINK_REFUSES = (
 COUNT_CAME = "UPDATE share SET files = files + ?, bytes = bytes + ? WHERE id = ?"
 
 
-def from_root(read: Read, place: Place, detail: dict[str, Any]) -> dict[str, Any]:
-    """What the journal says of a visitor's act, with paths as the owner knows them."""
-    top = place.view.top
-    above = Moment(read, (*place.chain, top)[0]).path(top) or ()
-    if place.node and place.node.node == top and not place.node.kind:
-        above = above[:-1]
-    return {name: "/".join((*above, value)) if name in ("path", "to") else value for name, value in detail.items()}
-
-
 # ==== 10. Changes ========================================================================
 #
 # What a change of the tree needs, and how it becomes a batch: a verb enters, asks, and gives its steps to a Plan.
@@ -5248,9 +5234,8 @@ class Tree:
     def _is_collection(self, node: int) -> bool:
         return bool(self.db.read("SELECT 1 FROM collection WHERE node = ?", (node,)))
 
-    def store(self, who: Principal, *body: Statement, price: int = 0) -> None:
-        """Commit statements that change no tree, for an account that pays for them.  raises CloudError over-quota"""
-        place = self.enter(who, ())
+    def store(self, place: Place, *body: Statement, price: int = 0) -> None:
+        """Commit statements that change no tree, for an account that pays for them, as a place is in its home.  raises CloudError over-quota"""
         batch = self.space.pay(Batch(list(body)), place.view.home, place.quota, price)
         if batch.body:
             self.db.write_once(batch, CloudError("over-quota", OVERSPENT))
@@ -5289,14 +5274,40 @@ class HomePart:
     growth: int = 0                              # bytes, but for those that were reserved before
     sums: dict[int, list[int]] = field(default_factory=dict)     # {collection: [bytes, files]}
 
-    def told_to_owner(self, read: Read, detail: dict[str, Any]) -> dict[str, Any]:
-        """What the journal says, with paths as the owner of the home knows them, and nothing of where else somebody is at work."""
-        now, found = Moment(read, (*self.place.chain, self.place.view.top)[0]), dict(detail)
-        for key in {"path", "to"}.intersection(detail):
-            name, _, below = detail[key].partition("/")
-            top = now.path(self.mounts.get(name, self.place.view.top)) or ()
-            found[key] = "/".join((*top, *([below] if below and name in self.mounts else ())))
-        return found
+    def line(self, draft: Draft, changes: list[Change], action: str, said: dict[str, Any]) -> Line:
+        """What the journal of the home says: paths from its root, the node that holds, or is, all that changes, and nothing of where else
+        somebody is at work.
+
+        said   its "path" and "to" are lists of paths, as who acts sees them
+        """
+        view, found = self.place.view, {**said}
+        plain = view.whole and len(draft.parts) == 1
+        for key in ("path", "to"):
+            paths = said.get(key)
+            if isinstance(paths, list):
+                mine = paths if plain else self._led_here(draft, paths)
+                found[key] = "/".join(mine[0] if plain else self._from_root(draft.tree.db.read, mine[0])) if mine else None
+                if key == "path" and len(paths) > 1:
+                    found["count"] = len(mine) or len(paths)
+        if "to" in found and None in (found["path"], found["to"]):           # it came from elsewhere, or went there
+            action, found["path"] = ("delete", found["path"]) if found["to"] is None else ("copy", found["to"])
+            del found["to"]
+        within = lowest_of(changes)
+        if within:
+            found["within"] = within
+        return Line(view.home, draft.who, action, found)
+
+    def _led_here(self, draft: Draft, paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Those that lead into this home; who is at home knows all."""
+        home = self.place.view.home
+        return [path for path in paths if draft.home_of(path) == home] or (paths if home == view_of(draft.who).home else [])
+
+    def _from_root(self, read: Read, path: tuple[str, ...]) -> tuple[str, ...]:
+        view, target = self.place.view, self.mounts.get(path[0]) if path else None
+        if target is None and view.whole:
+            return path
+        root = (*self.place.chain, view.top)[0]
+        return (Moment(read, root).path(target or view.top) or ()) + (path[1:] if target else path)
 
     def guards(self, changes: list[Change], as_of: int | None) -> list[Statement]:
         """What must still be as it was when changes in the home were decided; as_of: all of it, as of a seq."""
@@ -5320,6 +5331,18 @@ class HomePart:
     def left_of(self, node: Node) -> Node:
         """A collection that is deleted, with as many files as are left in it."""
         return node._replace(files=node.files + self.sums[node.node][1]) if node.node in self.sums else node
+
+
+def lowest_of(changes: Sequence[Change]) -> int | None:
+    """The lowest node that holds, or is, all that changes touch, before and after."""
+    if len(changes) == 1:
+        before, after, left, joined, _ = changes[0]
+        if before and after and (after.parent, after.name) == (before.parent, before.name):
+            return after.node
+        if not before or not after or left == joined:
+            return (joined if after else left)[-1]
+    common = os.path.commonprefix([chain for change in changes for chain in (change.left, change.joined) if chain])
+    return common[-1] if common else None
 
 
 class Draft:
@@ -5368,6 +5391,10 @@ class Draft:
         part = self.parts[mounted.view.home if mounted else view_of(self.who).home]
         return part.place._replace(used=part.place.used + part.growth, chain=chain, open=is_open, rest=() if node else path[there:], node=node,
                                    view=(mounted or part.place).view)
+
+    def home_of(self, path: tuple[str, ...]) -> int:
+        """The home that a path led to which was entered."""
+        return next((home for home, part in self.parts.items() if path and path[0] in part.mounts), view_of(self.who).home)
 
     def _root(self) -> Place:
         """A place that is seen by no mount."""
@@ -5430,6 +5457,10 @@ class Draft:
             if id is not None:
                 found.append(id)
         return found
+
+    def chain_of(self, id: int) -> tuple[int, ...]:
+        """The same, the root first."""
+        return tuple(reversed(self.above(id)))
 
     def lives(self, id: int) -> bool:
         return self.top()[0] in (id, *self.above(id)[-1:])
@@ -5501,7 +5532,7 @@ class Draft:
         if id in self.changes:
             first = self.changes[id].before
             fate = "deleted" if after is None else "replaced" if first and first.manifest != after.manifest else "moved"
-            change = change._replace(before=first, fate=fate)
+            change = change._replace(before=first, left=self.changes[id].left, fate=fate)
         elif before is None and after.kind:
             self._made.add(id)
         if change.before == change.after:                # back to what it was
@@ -5640,14 +5671,13 @@ class Plan:
         """Let `top` begin, the second of a node; what it holds are rows of others.  Otherwise as move"""
         here = self.now.enter(source)
         here.need(READ)
-        here.need_home(top.home)
         self.check_conditions(here, source, given)
         if here.found().node != node.node:
             raise CloudError("conflict", "something else is there by now")
         if source == target and clash == "keep":
             target = target[:-1] + (self.now.free_name(here.parent, target[-1]),)
         there, name = self._make_room(here, source, target, given, clash)
-        there.need_home(here.view.home)
+        there.need_home(top.home)
         if there.node and there.node.node == node.node:
             raise CloudError("same-place", "source and destination are one")
         there.need(CREATE)
@@ -5689,13 +5719,13 @@ class Plan:
         is_same = bool(now) and then.manifest == now.manifest
         after = then._replace(parent=parent, name=self.now.name_for(parent, then.name, freed),
                               rev=then.rev if is_same and then.mtime == now.mtime else 0)
-        left = self.now.above(now.node) if now else ()
-        self.step(Change(now, after, left, (parent, *self.now.above(parent)), "moved" if is_same else "replaced"))
+        left = self.now.chain_of(now.node) if now else ()
+        self.step(Change(now, after, left, (*self.now.chain_of(parent), parent), "moved" if is_same else "replaced"))
 
     def discard(self, now: Node) -> None:
         """Put a live node into the trash, wherever it is by now."""
         self.now.parts[now.home].place.need(DELETE)
-        self.step(Change(now, None, self.now.above(now.node), (), "deleted"))
+        self.step(Change(now, None, self.now.chain_of(now.node), (), "deleted"))
 
     def step(self, change: Change) -> Change:
         """Let one node leave one state and take another.  raises CloudError held"""
@@ -5810,17 +5840,20 @@ class Plan:
 
     # ---- what it comes to
 
-    def batch(self, action: str, detail: dict[str, Any], told: Any = None) -> Batch:
-        """A part for each home in which something changes, or one for the first that was entered; `told` is for who asked."""
+    def batch(self, action: str, said: dict[str, Any], told: Any = None) -> Batch:
+        """A part for each home in which something changes, or one for the first that was entered; `said` is that of HomePart.line,
+        `told` is for who asked.  The first is that of a home in which something comes to be."""
         changes: dict[int, list[Change]] = {}
         for change in self.now.changes.values():
             changes.setdefault((change.after or change.before).home, []).append(change)
+        homes = sorted(changes, key=lambda home: all(change.after is None for change in changes[home])) if len(changes) > 1 else changes or [*self.now.parts][:1]
         guards, rows, parts = self.guards, self.rows, []
+        for home in homes:
+            part, mine = self.now.parts[home], changes.get(home, [])
+            parts.append(self._batch(part, mine, rows, part.line(self.now, mine, action, said)))
+            rows = []
         for home, part in self.now.parts.items():
             guards.append(Statement("SELECT 'shape' WHERE (SELECT shape FROM account WHERE id = ?) IS NOT ?", (home, part.place.shape)))
-            if home in changes or not changes and not parts:
-                parts.append(self._batch(part, changes.get(home, []), rows, Line(home, self.who, action, detail)))
-                rows = []
         first = parts[0]
         first.guards, first.op, first.told = list(dict.fromkeys(guards + first.guards)), self.who.op, told
         if len(parts) > 1:
@@ -5842,8 +5875,6 @@ class Plan:
             if after:
                 begins.append((after.home, after.node, after.parent, after.name, key_of(after.name), after.kind,
                                after.manifest, 0 if after.kind else after.size, after.mtime, after.media, after.rev or None))
-        if part.mounts:
-            line = line._replace(detail=part.told_to_owner(self.tree.db.read, line.detail))
         body = [*rows]
         if gone:
             body += self.tree.locks.drop(place, *gone)
@@ -5851,7 +5882,6 @@ class Plan:
             guard, count = self.tree.allowance.count(self.who, changes)
             guards.append(guard)
             body.append(count)
-            line = line._replace(detail=from_root(self.tree.db.read, place, line.detail))
         if ends:
             if self.who.means in ("token", "link"):
                 body += self.tree.brake.count(self.who, [
@@ -5912,6 +5942,12 @@ def still_there(node: Node) -> Statement:
     """The guard that says: this very entry is what the node is now."""
     return Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry WHERE home = ? AND since = ? AND node = ? "
                      "AND until IS NULL)", (node.home, node.since, node.node))
+
+
+def unchanged_since(node: Node, seq: int) -> Statement:
+    """The guard that says: neither a node nor what it holds has changed since."""
+    return Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.node = ? "
+                     "AND e.until IS NULL AND coalesce(c.seq, e.since) <= ?)", (node.node, seq))
 
 
 REACHES = (  # does share s reach account ?1?
@@ -6016,14 +6052,17 @@ def check_disjoint(pairs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> 
         raise CloudError("same-place", "one of the places is, or lies in, another")
 
 
-def name_paths(paths: Sequence[tuple[str, ...]]) -> dict[str, Any]:
-    """What the journal says of them."""
-    return {"path": "/".join(paths[0]), **({"count": len(paths)} if len(paths) > 1 else {})}
+def name_pairs(pairs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> dict[str, Any]:
+    """What the journal says of (source, target) paths."""
+    sources, targets = zip(*pairs)
+    return {"path": list(sources), "to": list(targets)}
 
 
-def name_written(path: tuple[str, ...], before: Node | None) -> dict[str, Any]:
-    """What the journal says of a file that is written: where it is, and whether it is new there."""
-    return {"path": "/".join(path), **({} if before else {"new": True})}
+def name_written(path: tuple[str, ...], place: Place, name: str) -> dict[str, Any]:
+    """What the journal says of a file that is written at a place, under a name: where it is, and whether it is new there."""
+    if place.node is None:
+        return {"path": [path[:-1] + (name,)], "new": True}
+    return {"path": [path if place.is_top else path[:-1] + (name,)]}
 
 
 def cut_text(text: str, size: int) -> str:
@@ -6071,6 +6110,15 @@ class CopiedCollection:
     below: list[tuple[int, str, str, int]] = field(default_factory=list)     # (copy, name, key, mtime) of collections that it holds
 
 
+class CopyTask(NamedTuple):
+    """What is to be copied."""
+    pairs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]         # (source, target)
+    given: Preconditions
+    clash: str | Sequence[str]                   # that of Files.move
+    deep: bool = True
+    ends: bool = False                           # does that end it where it was?
+
+
 class Copies:
     """Copies of trees as of one moment: ids and sums are worked out beforehand, rows are made inside the database.
 
@@ -6088,7 +6136,7 @@ class Copies:
 
     def measure(self, node: Node, deep: bool) -> Node:
         """Take up a copy of a node and, if it is `deep`, of all below it; returns its top.  raises CloudError too-many"""
-        top = node._replace(node=self.db.new_id(), rev=0)
+        top = node._replace(node=self.db.new_id(), home=self.home, rev=0)
         self._pairs.append((node.node, top.node))
         if not node.kind:
             return top
@@ -6129,14 +6177,14 @@ class Copies:
         return [*(statement for one in self._parts for body in self._steps(one, None, one.count) for statement in body),
                 *self._sums(self._parts, None), *self._properties()]
 
-    def write_below(self, who: Principal, tops: Sequence[Node], detail: dict[str, Any], alive: Callable[[], None]) -> list[Statement]:
+    def write_below(self, who: Principal, tops: Sequence[Node], alive: Callable[[], None]) -> list[Statement]:
         """Write all that below tops which are not there yet; returns what the batch that brings them has to add.
 
         raises  CloudError conflict if what is copied was given up meanwhile; what `alive` raises
         """
         growing = [(top.node, self.home, self.db.clock.due() + COPY_TIME) for top in tops]
         since = self.db.write(lambda: Batch([Statement("INSERT INTO growing (node, home, due) VALUES (?, ?, ?)", growing, many=True)],
-                                            line=Line(self.home, who, "copy-begin", detail))).seq
+                                            line=Line(self.home, who, "copy-begin", {}))).seq
         ours = Statement("SELECT 'growing' WHERE NOT EXISTS (SELECT 1 FROM growing WHERE node = ?)", growing[0][:1])
         whole: list[Statement] = []                          # guards: the collections that are done are as large as they were
         for some in self._batches(since):
@@ -6300,13 +6348,16 @@ class Files:
             if stored.relied:
                 plan.guards += still_stored(stored.relied)
             plan.rows += self.tree.contents.rows(stored)
-            return plan.batch("write", name_written(path[:-1] + (change.after.name,), place.node), change)
+            return plan.batch("write", name_written(path, place, change.after.name), change)
 
-        with self.tree.blobs.unless_refused(stored):
+        try:
             for kind, value in (sums or {}).items():
                 if stored.digests[kind] != value:
                     raise CloudError("bad-checksum", "what arrived does not have the checksum that was announced")
             batch = self.db.write(attempt)
+        except CloudError as refused:
+            self.tree.blobs.take_back(stored, refused)
+            raise
         return batch.told.after._replace(since=batch.seq, rev=batch.seq), batch.told.before is None
 
     def write_each(self, who: Principal, files: Iterable["Writing"]) -> Iterator[tuple[str, Node | CloudError]]:
@@ -6324,7 +6375,7 @@ class Files:
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
             node = plan.mkdir(path, given, parents=parents, properties=properties)
-            return plan.batch("make-collection", {"path": "/".join(path)}, node)
+            return plan.batch("make-collection", {"path": [path]}, node)
 
         batch = self.db.write(attempt)
         return batch.told._replace(since=batch.seq, rev=batch.seq, seq=batch.seq)
@@ -6335,7 +6386,7 @@ class Files:
             plan = Plan(self.tree, who)
             for path in outermost(paths):
                 plan.remove(path, given)
-            return plan.batch("delete", name_paths(paths))
+            return plan.batch("delete", {"path": list(paths)})
 
         return self.db.write(attempt).seq
 
@@ -6357,9 +6408,14 @@ class Files:
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
             moved = [plan.move(*pair, given, how) for pair, how in zip(pairs, for_each(clash, pairs))]
-            return plan.batch("move", {**name_paths([p[0] for p in pairs]), "to": "/".join(pairs[0][1])}, moved)
+            return plan.batch("move", name_pairs(pairs), moved)
 
-        return arrivals(self.db.write(attempt))
+        try:
+            return arrivals(self.db.write(attempt))
+        except CloudError as error:
+            if error.kind != "another-home":
+                raise
+        return self._bring(who, CopyTask(pairs, given, clash, ends=True), unwatched)
 
     def copy(self, who: Principal, *pairs: tuple[tuple[str, ...], tuple[str, ...]], given: Preconditions = ANY,
              clash: str | Sequence[str] = "replace", deep: bool = True, alive: Callable[[], None] = unwatched) -> list[tuple[Node, bool]]:
@@ -6367,25 +6423,40 @@ class Files:
 
         No byte moves: the copies refer to the same manifests.  Otherwise as move; raises also over-quota, too-many
         """
-        detail = {**name_paths([source for source, _ in pairs]), "to": "/".join(pairs[0][1])}
+        return self._bring(who, CopyTask(pairs, given, clash, deep), alive)
 
+    def _bring(self, who: Principal, act: CopyTask, alive: Callable[[], None]) -> list[tuple[Node, bool]]:
+        """Copy, and end what was copied to another home if that is asked for: of that nothing may have changed by then."""
         def attempt() -> Batch:
+            copies, nodes, tops = found[0] if below is not None else found.pop() if found else self._measure(who, act)
             plan = Plan(self.tree, who)
-            plan.rows += below
-            made = [plan.copy(node, top, *pair, given, how) for node, top, pair, how in zip(nodes, tops, pairs, for_each(clash, pairs))]
-            return plan.batch("copy", detail, made)
+            plan.rows += copies.statements() if below is None else below
+            made = [plan.move(*pair, act.given, how) if top is None else plan.copy(node, top, *pair, act.given, how)
+                    for node, top, pair, how in zip(nodes, tops, act.pairs, for_each(act.clash, act.pairs))]
+            for (source, _), top in zip(act.pairs, tops) if act.ends else ():
+                if top is not None:
+                    plan.guards.append(unchanged_since(plan.remove(source, act.given), copies.seq))
+                    if below is not None and self.db.read(plan.guards[-1].sql, plan.guards[-1].params):
+                        raise CloudError("conflict", "it changed while it was moved; nothing was")
+            return plan.batch("move" if act.ends else "copy", name_pairs(act.pairs), made)
 
         with self.tree.lane(who):
-            nodes = [self.stat(who, source) for source, _ in pairs]
-            copies = Copies(self.db, nodes[0].home)              # a step refuses what would go to another, or come from there
-            tops, below = [copies.measure(node, deep) for node in nodes], []
-            self.tree.store(who, price=copies.cost())
-            if copies.rows <= COPY_STEP:
-                below = copies.statements()
-            else:
+            found, below = [self._measure(who, act)], None
+            copies, _, tops = found[0]
+            if copies.rows > COPY_STEP:
+                below = []
                 attempt()                                    # whatever can be refused now is
-                below = copies.write_below(who, tops, detail, alive)
+                below = copies.write_below(who, list(filter(None, tops)), alive)
             return arrivals(self.db.write(attempt))
+
+    def _measure(self, who: Principal, act: CopyTask) -> tuple[Copies, list[Node], list[Node | None]]:
+        """What there is to copy, and the tops of the copies; None for what can be moved."""
+        there = self.tree.enter(who, act.pairs[0][1])
+        copies, here = Copies(self.db, there.view.home), [self.tree.enter(who, source, READ) for source, _ in act.pairs]
+        nodes = [shown(place, source) for place, (source, _) in zip(here, act.pairs)]
+        tops = [None if act.ends and (place.is_top or node.home == copies.home) else copies.measure(node, act.deep) for place, node in zip(here, nodes)]
+        self.tree.store(there, price=copies.cost())
+        return copies, nodes, tops
 
     # ---- properties
 
@@ -6398,7 +6469,7 @@ class Files:
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
             plan.patch(path, given, properties or {}, mtime)
-            return plan.batch("patch", {"path": "/".join(path)})
+            return plan.batch("patch", {"path": [path]})
 
         self.db.write(attempt)
         return self.stat(who, path)
@@ -6433,7 +6504,7 @@ class Files:
             plan.rows += [Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (home, now)),
                           Statement("INSERT INTO lock (token, home, node, account, deep, exclusive, owner, seconds, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", lock),
                           raise_shape(home)]
-            return plan.batch("lock", {"path": "/".join(path)}, (lock, place.node is None))
+            return plan.batch("lock", {"path": [path]}, (lock, place.node is None))
 
         return self.db.write(attempt).told
 
@@ -6673,7 +6744,7 @@ class Search:
                 place = plan.now.enter(path)
                 place.need(UPDATE)
                 plan.rows += property_rows(place.found(), {STAR: STARRED if on else None})
-            return plan.batch("star" if on else "unstar", name_paths(paths))
+            return plan.batch("star" if on else "unstar", {"path": list(paths)})
 
         self.db.write(attempt)
 
@@ -6735,11 +6806,12 @@ class Step(NamedTuple):
     device: str                  # or the name of the link by which it was done
     undoable: bool
     link: int | None = None      # its id
+    within: int | None = None    # the node that held, or was, all that it touched
 
 
 STEP = (  # the columns of Step, and where they come from
-    "j.seq, j.at, j.action, j.detail, coalesce(a.name, ''), coalesce(CASE WHEN d.account = j.home OR j.action LIKE 'account-%' "
-    "OR j.home = 0 THEN d.name END, s.name, ''), s.id, "
+    "j.seq, j.at, j.action, j.detail, coalesce(a.name, ''), coalesce(CASE WHEN d.account = :asks OR j.action LIKE 'account-%' "
+    "OR j.home = 0 THEN d.name END, CASE WHEN s.home = :asks THEN s.name END, ''), CASE WHEN s.home = :asks THEN s.id END, "
     "EXISTS (SELECT 1 FROM entry WHERE home = j.home AND since = j.seq) OR EXISTS (SELECT 1 FROM entry WHERE home = j.home "
     "AND until = j.seq) FROM journal j LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device "
     "LEFT JOIN share s ON s.id = -j.account")
@@ -6751,8 +6823,8 @@ WENT_BACK = "this server does not know what it said then: an older state of its 
 class Journal:
     """The line of batches: where it stands, and what was done when and by whom."""
 
-    def __init__(self, db: Database) -> None:
-        self.db, self.closing = db, threading.Event()
+    def __init__(self, tree: Tree) -> None:
+        self.tree, self.db, self.closing = tree, tree.db, threading.Event()
         self.waits = Slots(WAITS, "%d of this account wait for changes already")
 
     def head(self) -> int:
@@ -6824,32 +6896,50 @@ class Journal:
 
     # ---- activity
 
-    def activity(self, who: Principal, before: int = 1 << 62, limit: int = 100, *, action: str | None = None,
-                 device: str | None = None, after: int = 0, until: int = 1 << 62) -> list[Step]:
+    def activity(self, who: Principal, before: int = 1 << 62, limit: int = 100, *, path: tuple[str, ...] = (), **only: Any) -> list[Step]:
         """The journal of the account, the latest first.
 
-        before         a seq to go on from;  action, device  only these
-        after, until   ms since 1970
+        before         a seq to go on from
+        path           only what touched nothing but what lay there
+        action, device, after, until   only these; the latter are ms since 1970
         """
-        view = view_of(who)
-        view.need(PAST)
-        view.need_whole()
-        rows = self.db.read(
-            "SELECT " + STEP + " WHERE j.home = ? AND j.action <> 'copy-begin' AND j.seq < ? AND (? IS NULL OR j.action = ?) AND (? IS NULL OR d.name = ?) "
-            "AND j.at >= ? AND j.at < ? ORDER BY j.seq DESC LIMIT ?",
-            (view.home, before, action, action, device, device, after, until, limit))
-        return self._steps(rows)
+        place = self.tree.enter(who, path, PAST)
+        asked = {"action": None, "device": None, "after": 0, "until": 1 << 62, **only, "home": place.view.home, "asks": view_of(who).home}
+        found: list[Step] = []
+        while len(found) < limit:
+            rows = self.db.read(
+                "SELECT " + STEP + " WHERE j.home = :home AND j.action <> 'copy-begin' AND j.seq < :before AND (:action IS NULL OR j.action = :action) "
+                "AND (:device IS NULL OR d.name = :device) AND j.at >= :after AND j.at < :until ORDER BY j.seq DESC LIMIT :limit",
+                {**asked, "before": before, "limit": limit})
+            steps = self._steps(rows)
+            found += steps if place.view.whole and not path else filter(None, (self._seen_from(place, path, step) for step in steps))
+            if len(rows) < limit:
+                break
+            before = rows[-1][0]
+        return found[:limit]
+
+    def _seen_from(self, place: Place, path: tuple[str, ...], step: Step) -> Step | None:
+        """A step in the words of who sees a node at a path; None if it touched anything but that and what lay below it."""
+        view, within = place.view, step.within
+        if within is None or Moment(self.db.read, place.found().node, step.seq).path(within) is None:
+            return None
+        above = () if view.whole else Moment(self.db.read, (*place.chain, view.top)[0], step.seq).path(view.top)
+        if above is None:
+            return None
+        words = {name: "/".join((*path[:bool(view.seq)], *step.detail[name].split("/")[len(above):])) for name in ("path", "to")
+                 if isinstance(step.detail.get(name), str)}
+        return step._replace(detail={**step.detail, **words})
 
     def server_activity(self, before: int = 1 << 62, limit: int = 100) -> list[Step]:
         """What happened to accounts and settings of the whole server, the latest first: what the index journal_server holds."""
         return self._steps(self.db.read(
             "SELECT " + STEP + " WHERE j.action IN ('account-add', 'account-password', 'account-admin', 'account-quota', "
-            "'account-remove', 'settings', 'hold') AND j.seq < ? ORDER BY j.seq DESC LIMIT ?", (before, limit)))
+            "'account-remove', 'settings', 'hold') AND j.seq < :before ORDER BY j.seq DESC LIMIT :limit", {"before": before, "limit": limit, "asks": 0}))
 
     def _steps(self, rows: list[tuple[Any, ...]]) -> list[Step]:
-        return [Step(seq, at, action, json.loads(detail), account, device,
-                     bool(undoable) and action[:8] != "account-" and seq > self.oldest(), link)
-                for seq, at, action, detail, account, device, link, undoable in rows]
+        return [Step(seq, at, action, detail, account, device, bool(undoable) and action[:8] != "account-" and seq > self.oldest(), link,
+                     detail.pop("within", None))
+                for seq, at, action, detail, account, device, link, undoable in ((*row[:3], json.loads(row[3]), *row[4:]) for row in rows)]
 
 
 class History:
@@ -7000,7 +7090,7 @@ class History:
 
         if dry:
             return 0, len(self.differences(who, path, seq))
-        return self._revert(who, path, seq, choose, ("rewind", {"path": "/".join(path), "to": seq}))
+        return self._revert(who, path, seq, choose, ("rewind", {"path": [path], "to": seq}))
 
     def bring_back(self, who: Principal, seq: int, *paths: tuple[str, ...]) -> tuple[int, int]:
         """Make what was at paths as of a seq what it was, and all that it held, in one step; the rest stays as it is.
@@ -7028,7 +7118,7 @@ class History:
             if not choose(span)[0]:
                 return 0, 0
         lost = [path[:-1] for path, node in zip(paths, nodes) if len(path) > 1 and seen_by(self.db.read, who).path(node.parent) is None]
-        return self._revert(who, (), seq, choose, ("rewind", {"path": "/".join(paths[0]), "to": seq}), lost)
+        return self._revert(who, (), seq, choose, ("rewind", {"path": [paths[0]], "to": seq}), lost)
 
     def _may_bring_back(self, who: Principal, span: Span, id: int) -> bool:
         """May a device change this node by going back?  Only if it lies, or died, in what the device is limited to, and lay
@@ -7216,7 +7306,7 @@ class Versions:
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
             node = plan.revise(path, given, self.read(who, path, rev)[0])
-            return plan.batch("restore-version", {"path": "/".join(path), "rev": rev}, node)
+            return plan.batch("restore-version", {"path": [path], "rev": rev}, node)
 
         batch = self.db.write(attempt)
         return batch.told._replace(since=batch.seq, rev=batch.seq)
@@ -7282,7 +7372,7 @@ class Trash:
                 parent = item.node.parent
                 plan.restore(item.node, None, parent if plan.now.lives(parent) else plan.collection_at(item.path[:-1]))
             self.tree.space.check(place, plan.now.parts[view.home].growth, 0)
-            return plan.batch("restore", name_paths([item.path for item in items]))
+            return plan.batch("restore", {"path": [item.path for item in items]})
 
         seq = self.db.write(attempt).seq
         return seq, [self.files.path_of(who, node) for node in dict.fromkeys(nodes)]
@@ -7512,7 +7602,7 @@ class Sharing:
                 "INSERT INTO share (id, home, node, kind, rights, giver, name, note, token, password, due, expires, uses_most, files_most, "
                 "bytes_most, used, files, bytes, seq, created, secret, parent, grantee) SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, "
                 "0, max(seq), ?, ?, ?, ? FROM journal", (*new[:15], new.created, token and sha256_text(token), new.parent, grantee)))
-            batch = plan.batch("share", {"path": "/".join(path), **describe_share(new, name)}, new.id)
+            batch = plan.batch("share", {"path": [path], **describe_share(new, name)}, new.id)
             if kind == "account":
                 batch.also, batch.touches = [*batch.also, self.offers.deliver(who, new, node)], None
             return batch
@@ -7534,7 +7624,7 @@ class Sharing:
                 "UPDATE share SET rights = ?, name = ?, note = ?, password = ?, due = ?, expires = ?, uses_most = ?, files_most = ?, "
                 "bytes_most = ?, seq = (SELECT max(seq) FROM journal) WHERE id = ?",
                 (new.rights, new.name, new.note, *new[9:15], id)))
-            return plan.batch("share-change", {"path": "/".join(old.path or (old.node.name,)), **describe_share(new, old.grantee)})
+            return plan.batch("share-change", {"path": [old.path or (old.node.name,)], **describe_share(new, old.grantee)})
 
         self.db.write(attempt)
         return self.get(who, id)
@@ -8177,7 +8267,7 @@ class Sync:
 
     def _flush(self, who: Principal, received: Received) -> None:
         """Write the rows that wait, and note whose they are."""
-        self.tree.store(who, *self._loose_rows(who, received.rows))
+        self.tree.store(self.tree.enter(who, ()), *self._loose_rows(who, received.rows))
         received.rows, received.waiting = [], 0
 
     # ---- the commit
@@ -8243,7 +8333,7 @@ class Sync:
         paths = [split_path(step.get("to") or next(step[verb] for verb in COMMIT_STEPS if verb in step))
                  for step, outcome in zip(steps, outcomes) if not outcome.problem]
         plan.guards += still_stored([hash for hash in sending.used if hash not in received.sizes or hash in received.relied])
-        batch = plan.batch("sync", name_paths(paths), outcomes)
+        batch = plan.batch("sync", {"path": paths}, outcomes)
         batch.op, batch.result = op, json.dumps(describe_outcomes(outcomes, None))
         return batch
 
@@ -8526,7 +8616,7 @@ class Uploads:
                           Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
                           Statement("UPDATE upload SET done = ? || (SELECT max(seq) FROM journal) || '}' WHERE id = ?",
                                     ('{"node": %d, "rev": ' % change.after.node, upload.id))]
-            return plan.batch("write", name_written(path[:-1] + (change.after.name,), place.node), change)
+            return plan.batch("write", name_written(path, place, change.after.name), change)
 
         batch = self.db.write(attempt)
         change = batch.told
@@ -8696,7 +8786,7 @@ class Pictures:
         if len(data) >= node.size:
             raise CloudError("bad-request", "a thumbnail is smaller than its file")
         self.tree.space.check(self.tree.enter(who, ()), 0, len(data))
-        self.tree.store(who, Statement("DELETE FROM thumbnail WHERE home = ? AND manifest = ?", (view.home, node.manifest)),
+        self.tree.store(self.tree.enter(who, ()), Statement("DELETE FROM thumbnail WHERE home = ? AND manifest = ?", (view.home, node.manifest)),
                     Statement(PUT_THUMBNAIL, (view.home, node.manifest, data)))        # a new row, which backups notice
 
     def known(self, who: Principal) -> set[str]:
@@ -8748,7 +8838,7 @@ class Cloud:
         self.devices = Devices(self.db, self.clock, self.credentials)
         self.tree = tree = Tree(config, self.db, self.clock, self.blobs)
         self.contents, self.space, self.locks, self.brake = tree.contents, tree.space, tree.locks, tree.brake
-        self.files, self.journal = Files(tree), Journal(self.db)
+        self.files, self.journal = Files(tree), Journal(tree)
         self.history, self.versions = History(tree, self.journal, self.files), Versions(tree, self.files)
         self.sharing, self.drops = Sharing(tree, self.credentials, self.policy), Drops(self.files)
         self.offers = self.sharing.offers
@@ -8808,7 +8898,7 @@ class Cloud:
         id, now = secrets.token_urlsafe(16), self.clock.due()
         if self.db.read("SELECT count(*) FROM kept WHERE account = ? AND due > ?", (who.account, now))[0][0] >= KEPT_MOST:
             raise CloudError("busy", "too much is kept for this account already", retry_after=60)
-        self.tree.store(who, Statement(PUT_KEPT, (id, who.account, json.dumps(value), now + HOUR)))
+        self.tree.store(self.tree.enter(who, ()), Statement(PUT_KEPT, (id, who.account, json.dumps(value), now + HOUR)))
         return id
 
     def kept(self, who: Principal, id: str) -> Any:
@@ -10574,17 +10664,18 @@ one_call("POST", "undo-device", "account", "Take back what a held device did, in
          lambda cloud, who, device: dict(zip(("seq", "changed"), cloud.history.undo_device(who, device))), device=TEXT)
 
 
-@route("GET", API + "activity", needs="read", packs=True, before_="integer", limit_="limit", action_=TEXT, device_=TEXT, after_="time",
+@route("GET", API + "activity", needs="read", packs=True, before_="integer", limit_="limit", path_="path", action_=TEXT, device_=TEXT, after_="time",
        until_="time", grouped_="boolean")
 def api_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The journal of the account, the latest first; go on with before = seq of the last.
 
+    path             only what touched nothing but what lay there; of what others shared this is all there is
     action, device   only these;  after, until  only between these times
     grouped          many steps of one act are told as one: `seqs` names them all, the latest first, detail.count what they touched
     """
     values, limit = request.values, request.values["limit"] or LIMIT
     steps = cloud.journal.activity(
-        who, values["before"] or 1 << 62, PAGE_LIMIT // 2 if values["grouped"] else limit, action=values["action"],
+        who, values["before"] or 1 << 62, PAGE_LIMIT // 2 if values["grouped"] else limit, path=values["path"] or (), action=values["action"],
         device=values["device"], after=values["after"] or 0, until=1 << 62 if values["until"] is None else values["until"])
     return json_response({"steps": list(map(api_act, group_steps(steps)[:limit])) if values["grouped"] else list(map(api_step, steps))})
 

@@ -622,7 +622,7 @@ def test_functions_stay_short():
 MOST_METHODS, MOST_PARAMETERS, MOST_LINES = 25, 6, 1100
 LARGE_CLASSES = {}
 LONG_SIGNATURES = {
-    "Files.write": 7, "Files.lock": 7, "Journal.activity": 7, "Sync.commit": 7, "Uploads.create": 7,
+    "Files.write": 7, "Files.lock": 7, "Sync.commit": 7, "Uploads.create": 7,
     "Uploads.join_parts": 7, "Uploads._finish": 7}
 LARGE_ROOMS: dict = {}
 READS_OF_THE_ASKER = {
@@ -2468,7 +2468,7 @@ NEEDS = {  # the rights that a verb needs, each of them, or one of several; besi
     "pin": ([PAST, UPDATE], lambda c, a: c.versions.pin(a, ("f",), c.files.stat(a, ("f",)).rev, "kept"))}
 OWNERS = {  # what only the owner of the home may do, with whatever rights
     "usage": lambda c, a: c.files.usage(a), "empty the trash": NEEDS["empty the trash"][1], "pin": NEEDS["pin"][1], "undo": NEEDS["undo a deletion"][1],
-    "trash": NEEDS["trash"][1], "restore": NEEDS["restore"][1], "activity": NEEDS["activity"][1]}
+    "trash": NEEDS["trash"][1], "restore": NEEDS["restore"][1]}
 
 
 @pytest.fixture
@@ -3571,7 +3571,6 @@ def test_mounts_stay_in_the_root_and_nothing_replaces_them(cloud, ann, bob):
     before = tree(cloud, ann)
     assert outcome(move, cloud, bob, "d", "mine/d") == outcome(move, cloud, bob, "d", ".d") == "forbidden" and outcome(move, cloud, bob, "d", "mine") == "precondition-failed"
     assert outcome(move, cloud, bob, "mine", "d") == outcome(copy, cloud, bob, "mine", "d") == "precondition-failed"
-    assert outcome(move, cloud, bob, "mine/f", "d/x") == outcome(move, cloud, bob, "d/f", "x") == outcome(copy, cloud, bob, "d/f", "x") == "another-home"
     assert outcome(cloud.files.make_collection, bob, ("d",)) == "exists" and outcome(put, cloud, bob, "d") == "conflict"
     assert codes(commit(cloud, bob, [{"mkdir": "x"}, {"move": "d", "to": "x/e"}, {"move": "mine", "to": "d"}, {"move": "d/f", "to": "f"}, {"mkdir": "d"}])) == [
         201, "forbidden", "precondition-failed", "another-home", 200]
@@ -3723,7 +3722,7 @@ def test_the_journal_tells_owners_their_own_paths_and_no_others(cloud, ann, bob)
     put(cloud, bob, "of ann/f", b"g"), move(cloud, bob, "of ann/f", "of ann/g")
     commit(cloud, bob, [step_put("private/y", b""), step_put("of ann/h", b"")])
     assert [(step.action, step.detail.get("path"), step.detail.get("to")) for step in cloud.journal.activity(ann, limit=3)] == [
-        ("sync", "deep/d", None), ("move", "deep/d/f", "deep/d/g"), ("write", "deep/d/f", None)]
+        ("sync", "deep/d/h", None), ("move", "deep/d/f", "deep/d/g"), ("write", "deep/d/f", None)]
     assert cloud.journal.activity(bob, limit=1)[0].detail["path"] == "private/y"
 
 
@@ -3764,6 +3763,143 @@ def test_only_what_leads_through_a_mount_costs_more(cloud, ann, bob, monkeypatch
     assert own == [count(lambda: cloud.files.stat(bob, ("d0", "e", "f"))), count(lambda: put(cloud, bob, "d0/e/h")), count(lambda: cloud.files.stat(bob, ())),
                    count(lambda: cloud.journal.newest(bob))]
     assert count(lambda: cloud.files.stat(bob, ("d", "e", "f"))) <= own[0] + 3
+
+
+# ---- between homes: what is moved is copied there and ended here, in one batch (law 9 of sharing)
+
+def journal_of(cloud, who, count, **only):
+    return [(step.account, step.action, step.detail.get("path"), step.detail.get("to")) for step in cloud.journal.activity(who, limit=count, **only)]
+
+
+def own(cloud, who):
+    """What is in somebody's home, without what others shared."""
+    return {"/".join(path): None if node.kind else cloud.contents.of(node).read(1 << 20) for path, node in cs.Moment(cloud.db.read, who.root).walk(who.root)}
+
+
+def test_what_is_moved_to_somebody_else_is_copied_there_and_goes_into_the_trash_here(cloud, ann, bob):
+    """Bytes stay where they are; each home has its own line, which tells nothing of where else somebody is at work."""
+    put(cloud, ann, "up/d/c/f", b"f" * 70_000, parents=True), put(cloud, ann, "up/d/g", b"g"), put(cloud, bob, "private/h", b"h", parents=True)
+    cloud.files.patch(ann, ("up", "d", "c", "f"), properties={"{x}y": "<y/>"}), hand(cloud, ann, "up/d", bob)
+    chunks = cloud.db.read("SELECT count(*) FROM chunk")
+    moved = cloud.files.move(bob, (("d", "c"), ("private", "c2")))
+    assert own(cloud, bob) == {"private": None, "private/h": b"h", "private/c2": None, "private/c2/f": b"f" * 70_000}
+    assert tree(cloud, ann) == {"up": None, "up/d": None, "up/d/g": b"g"} and [item.path for item in cloud.trash.list(ann)] == [("up", "d", "c")]
+    assert moved[0][0] == cloud.files.stat(bob, ("private", "c2"))._replace(seq=moved[0][0].seq) and moved[0][1] is True
+    with cloud.files.listing(bob, ("private", "c2")) as (node, now):
+        assert list(now.properties(node).values()) == [{"{x}y": "<y/>"}]
+    assert journal_of(cloud, ann, 1) == [("bob", "delete", "up/d/c", None)] and journal_of(cloud, bob, 1) == [("bob", "move", "d/c", "private/c2")]
+    move(cloud, bob, "private/h", "d/h")
+    assert journal_of(cloud, ann, 1) == [("bob", "copy", "up/d/h", None)] and journal_of(cloud, bob, 1) == [("bob", "move", "private/h", "d/h")]
+    assert get(cloud, ann, "up/d/h") == b"h" and [item.path for item in cloud.trash.list(bob)] == [("private", "h")]
+    copy(cloud, bob, "d", "all"), copy(cloud, bob, "all/g", "d/g2")
+    assert get(cloud, bob, "all/h") == b"h" and get(cloud, ann, "up/d/g2") == b"g" and list(listed(cloud, bob)) == ["all", "d", "private"]
+    assert cloud.files.stat(bob, ()).size == 70_002 and cloud.files.stat(ann, ()).size == 3 and cloud.db.read("SELECT count(*) FROM chunk") == chunks
+    audit(cloud)
+
+
+def test_nobody_undoes_for_another_what_was_moved_between_them(cloud, ann, bob):
+    """What went out of a mount, was deleted there and comes back here is two nodes, each with its own past."""
+    put(cloud, ann, "d/f", b"f", parents=True), hand(cloud, ann, "d", bob)
+    move(cloud, bob, "d/f", "f"), cloud.files.delete(bob, ("f",))
+    cloud.trash.restore(ann, cloud.trash.list(ann)[0].node.node)
+    assert get(cloud, bob, "d/f") == b"f" and [item.path for item in cloud.trash.list(bob)] == [("f",)]
+    seq = move(cloud, bob, "d/f", "again")[0].since
+    cloud.history.undo(bob, seq)
+    assert own(cloud, bob) == {} and tree(cloud, ann) == {"d": None}
+    cloud.history.undo(ann, cloud.journal.activity(ann, limit=1)[0].seq)
+    assert tree(cloud, ann) == {"d": None, "d/f": b"f"} and outcome(cloud.history.undo, bob, cloud.journal.activity(ann, limit=1)[0].seq) == "not-found"
+    audit(cloud)
+
+
+def test_between_homes_rights_locks_and_conditions_hold_at_both_ends(cloud, ann, bob):
+    eve = account(cloud, "eve")
+    put(cloud, ann, "d/f", b"f", parents=True), put(cloud, eve, "e/f", b"eve's", parents=True), put(cloud, bob, "mine", b"mine")
+    share, other = hand(cloud, ann, "d", bob, "read"), hand(cloud, eve, "e", bob, "read create")
+    before = tree(cloud, ann), tree(cloud, eve), own(cloud, bob)
+    assert outcome(move, cloud, bob, "d/f", "f") == outcome(move, cloud, bob, "mine", "d/mine") == outcome(copy, cloud, bob, "mine", "d/mine") == "forbidden"
+    assert outcome(move, cloud, bob, "mine", "e/f") == outcome(copy, cloud, bob, "mine", "e/f") == outcome(move, cloud, bob, "d/f", "e/g") == "forbidden"
+    assert outcome(cloud.files.move, bob, (("mine",), ("e", "new")), (("d",), ("e", "d"))) == "forbidden"       # a mount stays in the root
+    assert (tree(cloud, ann), tree(cloud, eve), own(cloud, bob)) == before
+    copy(cloud, bob, "d/f", "e/g"), take_back(cloud, share), hand(cloud, ann, "d", bob), take_back(cloud, other), hand(cloud, eve, "e", bob)
+    assert get(cloud, eve, "e/g") == b"f"
+    lock = take_lock(cloud, eve, "e/f")
+    assert outcome(move, cloud, bob, "d/f", "e/f") == outcome(move, cloud, bob, "e/f", "f") == "locked"
+    cloud.files.unlock(eve, ("e", "f"), lock.token)
+    assert outcome(cloud.files.move, bob, (("d", "f"), ("f",)), given=Preconditions(if_match=("0-0",))) == "precondition-failed"
+    assert outcome(cloud.files.move, bob, (("d", "f"), ("e", "f")), clash="refuse") == "precondition-failed"
+    cloud.files.move(bob, (("d", "f"), ("e", "f")), (("mine",), ("e", "mine")), (("e", "g"), ("e", "h")), clash=["keep", "replace", "replace"])
+    assert tree(cloud, eve) == {"e": None, "e/f": b"eve's", "e/f (2)": b"f", "e/mine": b"mine", "e/h": b"f"}
+    assert outcome(cloud.files.move, bob, (("e", "h"), ("h",)), (("e", "mine"), ("d", "mine"))) == "another-home"
+    audit(cloud)
+
+
+def test_the_owner_of_the_home_pays_for_what_a_member_brings(make_cloud, fake, monkeypatch):
+    """Quota and what was stored of late; 507 says why, and the member's own quota is nobody's concern."""
+    monkeypatch.setattr(cs, "SPENT_FREE", 0)
+    cloud = make_cloud(clock=fake.clock())
+    ann, bob = account(cloud, quota=5_000), account(cloud, "bob", quota=1_000)
+    put(cloud, ann, "d/f", b"f" * 600, parents=True), put(cloud, bob, "small", b"s" * 900)
+    hand(cloud, ann, "d", bob)
+    spent = lambda who: cloud.db.read("SELECT coalesce(sum(bytes), 0) FROM spent WHERE home = ?", (who.account,))[0][0]
+    before = spent(ann), spent(bob)
+    copy(cloud, bob, "small", "d/small"), put(cloud, bob, "d/more", b"m" * 2_000)
+    assert spent(ann) > before[0] + 2_000 and spent(bob) == before[1]
+    assert outcome(copy, cloud, bob, "d/f", "f") == outcome(move, cloud, bob, "d/f", "f") == "over-quota" and outcome(put, cloud, bob, "d/big", b"b" * 2_000) == "over-quota"
+    assert outcome(copy, cloud, bob, "d", "d/d") == "same-place" and cloud.files.stat(ann, ()).size == 3_500
+    audit(cloud)
+
+
+@pytest.mark.parametrize("when", ["while it is decided", "while it is written"])
+def test_a_move_between_homes_takes_the_newest_or_nothing(cloud, ann, bob, monkeypatch, when):
+    """What ends the source says that it has not changed since it was copied; a small one is copied anew."""
+    if when == "while it is written":
+        monkeypatch.setattr(cs, "COPY_STEP", 3)
+    put(cloud, ann, "d/c/f0", b"0", parents=True), hand(cloud, ann, "d", bob)
+    for n in range(1, 9):
+        put(cloud, ann, "d/c/f%d" % n, b"old")
+    if when == "while it is decided":
+        before_commit(monkeypatch, cloud, lambda: put(cloud, ann, "d/c/f0", b"new"))
+        assert move(cloud, bob, "d/c", "c") and get(cloud, bob, "c/f0") == b"new" and tree(cloud, ann) == {"d": None}
+    else:
+        real = cs.Copies.write_below
+        monkeypatch.setattr(cs.Copies, "write_below", lambda self, *args: (real(self, *args), put(cloud, ann, "d/c/f0", b"new"))[0])
+        assert outcome(move, cloud, bob, "d/c", "c") == "conflict" and get(cloud, ann, "d/c/f0") == b"new" and own(cloud, bob) == {}
+        monkeypatch.setattr(cs.Copies, "write_below", real)
+        assert move(cloud, bob, "d/c", "c") and get(cloud, bob, "c/f0") == b"new" and len(own(cloud, bob)) == 10 and tree(cloud, ann) == {"d": None}
+        assert cloud.db.read("SELECT DISTINCT home FROM entry WHERE name = 'f1' AND until IS NULL AND since > (SELECT max(since) FROM entry WHERE home = ?)",
+                             (ann.account,)) in ([(bob.account,)], [])
+    audit(cloud)
+
+
+# ---- activity of what others shared
+
+def test_activity_through_a_mount_tells_what_was_done_there_and_nothing_else(cloud, ann, bob):
+    """Lines all of whose nodes lay under it, in the words of who asks, people by name, nobody else's devices."""
+    put(cloud, ann, "up/d/f", b"f", parents=True), put(cloud, ann, "private/x", b"", parents=True)
+    hand(cloud, ann, "up/d", bob, name="of ann")
+    put(cloud, token_of(cloud, ann, "ann's phone"), "up/d/g", b"g"), put(cloud, token_of(cloud, bob, "bob's phone"), "of ann/f", b"f2")
+    commit(cloud, ann, [step_put("private/y", b""), step_put("up/d/h", b"")])
+    move(cloud, ann, "private/x", "up/d/x"), move(cloud, ann, "up/d/h", "up/d/i"), move(cloud, ann, "up/d/i", "private/i"), put(cloud, ann, "private/x", b"")
+    cloud.files.delete(bob, ("of ann", "g"))
+    steps = cloud.journal.activity(bob, path=("of ann",))
+    assert [(step.account, step.device, step.action, step.detail) for step in steps] == [
+        ("bob", "", "delete", {"path": "of ann/g"}), ("ann", "", "move", {"path": "of ann/h", "to": "of ann/i"}),
+        ("bob", "bob's phone", "write", {"path": "of ann/f"}), ("ann", "", "write", {"path": "of ann/g", "new": True})]
+    assert cloud.journal.activity(bob, limit=2, path=("of ann",)) == steps[:2] and cloud.journal.activity(bob, steps[1].seq, 1, path=("of ann",)) == steps[2:3]
+    assert journal_of(cloud, ann, 1, path=("up", "d", "f")) == [("bob", "write", "up/d/f", None)]
+    assert journal_of(cloud, ann, 1) == [("bob", "delete", "up/d/g", None)] and journal_of(cloud, bob, 9, action="share") == [("bob", "share", None, None)]
+    move(cloud, ann, "up/d", "elsewhere"), put(cloud, bob, "of ann/late", b"")
+    assert journal_of(cloud, bob, 2, path=("of ann",)) == [("bob", "write", "of ann/late", None), ("bob", "delete", "of ann/g", None)]
+    phone = token_of(cloud, ann, node=cloud.files.stat(ann, ("elsewhere",)).node)
+    put(cloud, phone, "by phone", b"")
+    assert journal_of(cloud, phone, 1) == [("ann", "write", "by phone", None)] and journal_of(cloud, ann, 1) == [("ann", "write", "elsewhere/by phone", None)]
+
+
+def test_activity_of_a_single_file_that_was_shared(cloud, ann, bob):
+    put(cloud, ann, "deep/one.txt", b"one", parents=True), put(cloud, ann, "deep/two.txt", b"two")
+    hand(cloud, ann, "deep/one.txt", bob, name="1.txt")
+    put(cloud, bob, "1.txt", b"by bob"), put(cloud, ann, "deep/two.txt", b"secret")
+    assert journal_of(cloud, bob, 9, path=("1.txt",)) == [("bob", "write", "1.txt", None)] and journal_of(cloud, ann, 2)[1] == ("bob", "write", "deep/one.txt", None)
 
 
 # ---- conditions hold when the write is done, not when it was decided
