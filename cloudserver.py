@@ -1262,6 +1262,19 @@ LINK_ENDS = {  # why a visitor may not go on
     "gone": "this link does not work, or not any more", "forbidden": "this link does not allow that", "too-large": "this link takes no more"}
 
 
+class Counted(Body):
+    """A body that tells how many bytes came."""
+
+    def __init__(self, body: Body, tell: Callable[[int], None]) -> None:
+        self.length, self.body, self.tell = body.length, body, tell
+        self.skip, self.drain = body.skip, body.drain
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self.body.readinto(buffer)
+        self.tell(count)
+        return count
+
+
 class FileBody(Body):
     """The bytes of an open file."""
 
@@ -4208,6 +4221,11 @@ def view_of(who: Principal) -> View:
     return View(who, who.home or who.account, who.root, frozenset(rights), not who.scoped)
 
 
+def is_drop(who: Principal) -> bool:
+    """May they only send, and see nothing? (law 13)"""
+    return READ not in view_of(who).rights
+
+
 class Place(NamedTuple):
     """Where a path leads, for somebody."""
     view: View
@@ -5897,6 +5915,7 @@ class Plan:
         return self.tree.space.pay(Batch(body, guards, line, touches=touched_by(body), frees=not begins), home, place.quota)
 
 
+
 def begin_mount(plan: Plan, target: Node, giver: str, name: str = "") -> Node:
     """Let the root of a home show a node of another, under a name, its own if none is given, or one that tells from whom it is (law 4 of
     sharing): never one with a dot in front, for a stranger's .cloudignore would steer the sync client."""
@@ -6246,6 +6265,41 @@ COPY_FILES = (
 COPY_PROPERTIES = "INSERT INTO property (node, name, value) SELECT c.copy, p.name, p.value FROM (" + NEXT_FILES + ") c JOIN property p ON p.node = c.node"
 
 
+def foresee_file(plan: Plan, path: tuple[str, ...], given: Preconditions, size: int, parents: bool) -> Place | None:
+    """Refuse before the bytes what can be refused by then; to whom must not learn what is there: nothing that a name decides (law 13)."""
+    if not is_drop(plan.who):
+        return plan.place_for_file(path, given, size, parents)
+    place = plan.now.enter(())
+    place.need(CREATE)
+    plan.tree.space.check(place, size, size)
+    plan.tree.allowance.check(plan.who, 1, size)
+    return None
+
+
+def way_in(plan: Plan, path: tuple[str, ...], collection: bool = False) -> tuple[str, ...]:
+    """The path; for whom must not learn what is there, one like it on which nothing is in the way: no file, no lock, no name
+    that Windows would take for another.  It is looked for when the bytes are there, so that nobody is told by asking alone."""
+    if not is_drop(plan.who):
+        return path
+    found: tuple[str, ...] = ()
+    for depth, name in enumerate(path, 1):
+        place = plan.now.enter(found + (name,))
+        while is_in_the_way(plan, place, depth < len(path) or collection):
+            name = plan.now.free_name(place.parent, name)
+            place = plan.now.enter(found + (name,))
+        found += (name,)
+    return found
+
+
+def is_in_the_way(plan: Plan, place: Place, collection: bool) -> bool:
+    node = place.node
+    if node is None:
+        return plan.tree.config.windows_names == "refuse" and bool(place.rest) and any(
+            other.casefold() == place.rest[-1].casefold() for other, in plan.tree.db.read(
+                "SELECT name FROM entry WHERE parent = ? AND until IS NULL", (place.parent,)))
+    return not (collection and node.kind) or place.locked and any(lock.node == node.node for lock in plan.tree.locks.of(place))
+
+
 class Files:
     """Files and collections as they are now."""
 
@@ -6333,22 +6387,25 @@ class Files:
         Bytes go first and hold no lock; one batch then only moves a pointer.  A crash between the two leaves
         unreferenced chunks, which the sweep removes, and never a node without its bytes.
         """
-        def aim(size: int) -> tuple[Plan, Place]:
-            plan = Plan(self.tree, who)
-            return plan, plan.place_for_file(path, given, size, parents)
+        plan = Plan(self.tree, who)                      # before a byte is read
+        foreseen = [(plan, path, place) for place in [foresee_file(plan, path, given, body.length or 0, parents)] if place]
 
-        first = [aim(body.length or 0)]                  # before a byte is read
+        def aim(size: int) -> tuple[Plan, tuple[str, ...], Place]:
+            plan = Plan(self.tree, who)
+            way = way_in(plan, path)
+            return plan, way, plan.place_for_file(way, given, size, parents)
+
         known = known_to_nobody if who.means == "link" else partial(self.tree.contents.knows, view_of(who).home)
         stored = self.tree.blobs.put(body, known, sums or ())
         at = self.clock.wall() if mtime is None else mtime
 
         def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
-            plan, place = first.pop() if first else aim(stored.size)
+            plan, way, place = foreseen.pop() if foreseen else aim(stored.size)
             change = plan.put(place, stored, at)
             if stored.relied:
                 plan.guards += still_stored(stored.relied)
             plan.rows += self.tree.contents.rows(stored)
-            return plan.batch("write", name_written(path, place, change.after.name), change)
+            return plan.batch("write", name_written(way, place, change.after.name), change)
 
         try:
             for kind, value in (sums or {}).items():
@@ -7944,46 +8001,55 @@ class Uses:
 
 
 class Drops:
-    """What is sent by whom must not learn what is there (law 13)."""
+    """What is sent by whom must not learn what is there (law 13).
+
+    Names are looked at when the bytes are there, and then taken: who asks again asks something else.  Each answer waits for a
+    while that nobody can foretell, longer than a name makes a difference, and each stores something.
+    """
 
     def __init__(self, files: Files) -> None:
-        self.files, self.tree, self.db = files, files.tree, files.db
+        self.files, self.tree, self.db, self.clock = files, files.tree, files.db, files.clock
+        self._came, self._lock = {}, threading.Lock()        # (link, network): (files, bytes, when), as far as they count by now
 
     def receive(self, who: Principal, path: tuple[str, ...], body: Body, *, mtime: int | None = None, sums: dict[str, str] | None = None) -> None:
         """Store a file for whom must not learn what is there: beside it, and in collections that are made without a word."""
-        self.files.write(who, self.way_in(who, path), body, BESIDE, mtime=mtime, sums=sums, parents=True)
-
-    def receive_collection(self, who: Principal, path: tuple[str, ...]) -> None:
-        """Make a collection, or let one that is there be it."""
-        path = self.way_in(who, path, collection=True)
-        try:
-            if self.tree.enter(who, path).node is None:
-                self.files.make_collection(who, path, parents=True)
-        except CloudError as error:
-            if error.kind != "exists":
-                raise
-
-    def way_in(self, who: Principal, path: tuple[str, ...], collection: bool = False) -> tuple[str, ...]:
-        """A path like this one on which nothing is in the way: no file, no lock, no name that Windows would take for another."""
-        view_of(who).need(CREATE)
         if not path:
             raise CloudError("bad-request", "a file needs a name")
-        found: tuple[str, ...] = ()
-        for depth, name in enumerate(path, 1):
-            place = self.tree.enter(who, found + (name,))
-            while self._is_in_the_way(place, depth < len(path) or collection):
-                name = Draft(self.tree, who).free_name(place.parent, name)
-                place = self.tree.enter(who, found + (name,))
-            found += (name,)
-        return found
+        self.files.write(who, path, body, BESIDE, mtime=mtime, sums=sums, parents=True)
 
-    def _is_in_the_way(self, place: Place, collection: bool) -> bool:
-        node = place.node
-        if node is None:
-            return self.tree.config.windows_names == "refuse" and bool(place.rest) and any(
-                other.casefold() == place.rest[-1].casefold() for other, in self.db.read(
-                    "SELECT name FROM entry WHERE parent = ? AND until IS NULL", (place.parent,)))
-        return not (collection and node.kind) or place.locked and any(lock.node == node.node for lock in self.tree.locks.of(place))
+    def receive_collection(self, who: Principal, path: tuple[str, ...]) -> None:
+        """Make a collection, or let one that is there be it; either is a commit."""
+        def attempt() -> Batch:
+            plan = Plan(self.tree, who)
+            way = way_in(plan, path, collection=True)
+            if plan.now.enter(way).node:
+                return Batch([Statement("UPDATE share SET seen = ? WHERE id = ?", (self.clock.wall(), who.share))])
+            plan.mkdir(way, parents=True)
+            return plan.batch("make-collection", {"path": [way]})
+
+        self.db.write(attempt)
+
+    def admit(self, who: Principal, network: str, files: int = 1, size: int = 0) -> None:
+        """Count what comes from a network; what came fades within the hour.  raises CloudError throttled"""
+        with self._lock:
+            key, now = (who.share, network), self.clock.due()
+            before, bytes_before, then = self._came.get(key, (0, 0, now))
+            faded = (now - then) / HOUR
+            came, bytes_came = max(0, before - faded * DROP_FILES), max(0, bytes_before - faded * DROP_BYTES)
+            over = max(came / DROP_FILES, bytes_came / DROP_BYTES) - 1
+            if over >= 0 and files:
+                raise CloudError("throttled", "this link takes no more for a while", retry_after=1 + int(over * HOUR / SECOND))
+            if len(self._came) > 10_000:
+                self._came = {key: row for key, row in self._came.items() if now - row[2] < HOUR}
+            self._came[key] = came + files, bytes_came + size, now
+
+    def counted(self, who: Principal, network: str, body: Body) -> Body:
+        """A body whose bytes are counted as they come."""
+        return Counted(body, lambda count: self.admit(who, network, 0, count))
+
+    def pause(self) -> None:
+        """Wait before an answer goes out."""
+        time.sleep(secrets.randbelow(DROP_PAUSE + 1) / SECOND)
 
 
 class LinkPasswords:
@@ -8040,11 +8106,8 @@ class LinkPasswords:
 BESIDE = Preconditions(beside=True)
 GONE = LINK_ENDS["gone"]
 TOKENS_TRIED = 100              # that lead nowhere, from one network within an hour or so
-
-
-def is_drop(who: Principal) -> bool:
-    """May they only send, and see nothing? (law 13)"""
-    return READ not in view_of(who).rights
+DROP_FILES, DROP_BYTES = 5_000, 50 * GiB         # that come by one drop from one network in an hour
+DROP_PAUSE = 50                 # ms that an answer waits at most
 
 
 def visitor_of(share: Share) -> Principal:
@@ -8488,7 +8551,7 @@ class Uploads:
         size    bytes; None if not known yet.  What is announced counts against the quota at once.
         """
         view = view_of(who)
-        Plan(self.tree, who).place_for_file(path, given, size or 0, parents)
+        foresee_file(Plan(self.tree, who), path, given, size or 0, parents)
         self._check_uploads(who)
         now = self.clock.due()
         upload = Upload(secrets.token_urlsafe(16), view.home, who.account, view.top, json.dumps(path),
@@ -8607,7 +8670,8 @@ class Uploads:
 
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
-            place = plan.place_for_file(path, given, 0, parents)
+            way = way_in(plan, path)
+            place = plan.place_for_file(way, given, 0, parents)
             self._check_arrival(place, stored.size, credit)
             change = plan.put(place, stored, self.clock.wall() if mtime is None else mtime)
             plan.now.parts[place.view.home].growth -= credit
@@ -8616,7 +8680,7 @@ class Uploads:
                           Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
                           Statement("UPDATE upload SET done = ? || (SELECT max(seq) FROM journal) || '}' WHERE id = ?",
                                     ('{"node": %d, "rev": ' % change.after.node, upload.id))]
-            return plan.batch("write", name_written(path, place, change.after.name), change)
+            return plan.batch("write", name_written(way, place, change.after.name), change)
 
         batch = self.db.write(attempt)
         change = batch.told
@@ -9175,7 +9239,11 @@ def respond(cloud: Cloud, request: Request) -> Response:
             names["path"] = own_path(who, names["path"])
         if found.values:
             request.values = read_values(request, found.values)
-        response = found.handler(cloud, who, request, **names)
+        if found.by == "link" and is_sending(who, request):
+            with receiving(cloud, who, request):
+                response = found.handler(cloud, who, request, **names)
+        else:
+            response = found.handler(cloud, who, request, **names)
         if found.by == "link":
             see_off(cloud, who, response)
         return pack(request, response) if found.packs else response
@@ -9208,6 +9276,23 @@ def identify_visitor(cloud: Cloud, request: Request, names: dict[str, Any]) -> P
     user, password = (parse_basic(value) if scheme.lower() == "basic" else None) or ("", "")
     request.knock = Knock(names.pop("link", user), password, request.cookie(*LINK_COOKIE), request.address, request.safe, asks_for_rest(request))
     return cloud.sharing.open(request.knock)
+
+
+def is_sending(who: Principal, request: Request) -> bool:
+    """Does somebody send, who must not learn what is there?"""
+    return request.method in UNSAFE and who.share > 0 and is_drop(who)
+
+
+@contextmanager
+def receiving(cloud: Cloud, who: Principal, request: Request) -> Iterator[None]:
+    """Law 13: so much and no more, and whatever becomes of it, no time tells.  raises CloudError throttled"""
+    network = network_of(request.knock.address)
+    cloud.drops.admit(who, network)
+    request.body = cloud.drops.counted(who, network, request.body)
+    try:
+        yield
+    finally:
+        cloud.drops.pause()
 
 
 def see_off(cloud: Cloud, who: Principal, response: Response) -> None:
@@ -11088,7 +11173,7 @@ def tus_create(cloud: Cloud, who: Principal, request: Request) -> Response:
     if about.get("clash") == "refuse":
         given = given._replace(if_none_match=("*",))
     if is_drop(who):
-        path, given, about["parents"] = cloud.drops.way_in(who, path), BESIDE, ""
+        given, about["parents"] = BESIDE, ""
     upload = cloud.uploads.create(who, path, size, given, parents="parents" in about, note=text,
                                  mtime=parse_time(about["mtime"]) if "mtime" in about else None)
     if request["content-type"] == "application/offset+octet-stream" and not upload.done:
@@ -20468,6 +20553,8 @@ def link_post(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
         raise who.refusal
     sent = 0
     for name, file in read_files(request):
+        if sent and is_drop(who):
+            cloud.drops.admit(who, network_of(request.knock.address))
         cloud.drops.receive(who, (*path, name), capped(cloud, who, file))
         sent += 1
     if not wants_page(request):

@@ -4867,8 +4867,10 @@ def test_what_shares_nothing_any_more_ends(make_cloud, fake):
 
 
 @pytest.fixture
-def link(cloud, ann, address):
+def link(cloud, ann, address, monkeypatch):
     """Share something and come as a visitor: visit = link("d", role="edit"); visit("GET", "/sub/f").status"""
+    monkeypatch.setattr(cs, "DROP_PAUSE", 0)
+
     def make(path, **terms):
         given = cloud.sharing.share(ann, cs.split_path(path), **terms)
 
@@ -5276,6 +5278,117 @@ def test_a_drop_tells_nothing(cloud, ann, link):
     cloud.files.lock(ann, ("d", "in"), deep=True, exclusive=True, owner="", seconds=100)
     assert visit("PUT", "/in/h", b"new").status == 201 and get(cloud, ann, "d/in (3)/h") == b"new"       # nor of locks
     audit(cloud)
+
+
+LINK_DOORS = ["/s/%s/", "/s/%s/dav/", "/public.php/dav/files/%s/", "/public.php/webdav/"]
+
+
+@pytest.mark.parametrize("door", LINK_DOORS)
+def test_a_drop_answers_alike_whatever_is_there(cloud, ann, link, address, door):
+    """Law 13: status, fields and body are the same for names that are taken and those that are free, at every door and for every method."""
+    def ask(method, name, body=None, **headers):
+        if "webdav" in door:
+            headers["Authorization"] = basic(visit.token, "")
+        place = door if "webdav" in door else door % visit.token
+        answer = exchange(address, method, place + name, body, user=None, Destination=place + "elsewhere", Lock_Token="<urn:uuid:1>", **headers)
+        unlike = ("date", "location") if name == "tus" else ("date",)
+        return answer.status, {field: re.sub("nonce-[^']*|(?<=.{22}/)%s$" % name, "", value) for field, value in answer.headers.items() if field not in unlike}, re.sub(
+            b'nonce="[^"]*"', b"", answer.body)
+
+    form, fields = form_of(("NAME", "x"))
+    tus = lambda name: {"Tus_Resumable": "1.0.0", "Upload_Length": "1", "Content-Type": "application/offset+octet-stream",
+                        "Upload_Metadata": "path " + base64.b64encode(name.encode()).decode()}
+    ways = [("PUT", b"x", {}), ("PUT", b"x", {"If-None-Match": "*"}), ("PUT", b"x", {"If-Match": "*"}), ("PUT", b"x", {"If-Match": '"1"'}),
+            ("PUT", b"x", {"If": '(["1"])'}), ("PUT", b"x", {"X-OC-Mtime": "1000"}), ("PUT", b"x", {"OC-Checksum": "SHA1:" + "0" * 40}),
+            ("PUT", b"x", {"Content-Range": "bytes 0-0/1"}), ("PUT", iter([b"x"]), {}), ("MKCOL", None, {}), ("MKCOL", None, {"If": '(["1"])'}),
+            ("GET", None, {}), ("GET", None, {"Range": "bytes=0-0"}), ("GET", None, {"If-None-Match": "*"}), ("GET", None, {"Accept": "text/html"}), ("HEAD", None, {}), ("OPTIONS", None, {}),
+            ("DELETE", None, {}), ("MOVE", None, {}), ("MOVE", None, {"Overwrite": "F"}), ("COPY", None, {}), ("PROPFIND", None, {"Depth": "0"}),
+            ("PROPFIND", None, {"Depth": "1"}), ("PROPPATCH", XML_BODIES["PROPPATCH"], {}), ("LOCK", XML_BODIES["LOCK"], {}), ("UNLOCK", None, {}),
+            ("REPORT", None, {}), ("POST", None, {})]
+    for method, body, headers in ways:
+        for taken, free in [("taken", "free"), ("in", "out"), ("in/taken", "out/free"), ("taken/x", "free/x"), ("locked", "no"), ("shut/x", "open/x")][
+                :6 if method in ("PUT", "MKCOL") and not headers else 2]:
+            put(cloud, ann, "d/taken", b"old", parents=True), put(cloud, ann, "d/in/taken", b"old", parents=True)
+            put(cloud, ann, "d/locked", b"old"), cloud.files.make_collection(ann, ("d", "shut"))
+            cloud.files.lock(ann, ("d", "locked"), deep=False, exclusive=True, owner="", seconds=9), cloud.files.lock(ann, ("d", "shut"), deep=True, exclusive=True, owner="", seconds=9)
+            visit = link("d", role="drop")
+            bodies = [iter([b"x"]), iter([b"x"])] if not isinstance(body, (bytes, type(None))) else [body, body]
+            first, second = (ask(method, name, one, **headers) for name, one in zip((taken, free), bodies))
+            assert first == second and (first[0] < 300 or method not in ("PUT", "MKCOL") or headers) and first[0] < 500, (method, headers, taken, first, second)
+            if door == "/s/%s/" and method == "POST":
+                first, second = (ask("POST", "", form.replace(b"NAME", name.encode()), **fields) for name in (taken.rpartition("/")[2], free.rpartition("/")[2]))
+                assert first == second and first[0] == 201
+                first, second = (ask("POST", "tus", b"x", **tus(name)) for name in (taken, free))
+                assert first[0] == 201 and first == second
+            cloud.db.run(Statement("DELETE FROM lock")), cloud.files.delete(ann, ("d",))
+
+
+def test_nobody_is_told_of_names_by_a_drop_before_his_bytes_are_there(cloud, ann, monkeypatch):
+    """Law 13: whoever only begins, again and again, has asked for nothing; then the answer waits for as long as nobody can foretell."""
+    put(cloud, ann, "d/taken", b"old", parents=True)
+    who = cloud.sharing.open(cs.Knock(cloud.sharing.share(ann, ("d",), role="drop").share.token))
+    asked, read = [], cloud.db.read
+    monkeypatch.setattr(cloud.db, "read", lambda sql, params=(): asked.append(repr(params)) or read(sql, params))
+
+    class Late(Body):
+        def readinto(self, buffer):
+            assert not any("taken" in params for params in asked)
+            return super().readinto(buffer)
+    cloud.drops.receive(who, ("taken",), Late(b"x"))
+    asked.clear()
+    upload = cloud.uploads.create(who, ("taken",), 1, cs.BESIDE)
+    assert not any("taken" in params for params in asked if "[" not in params)
+    cloud.uploads.append(who, upload.id, 0, Body(b"y"))
+    assert get(cloud, ann, "d/taken (3)") == b"y"
+    waited, head = [], cloud.db.head()
+    monkeypatch.setattr(cs.time, "sleep", waited.append)
+    [cloud.drops.pause() for _ in range(200)]
+    assert 0 <= min(waited) < 0.01 and 0.04 < max(waited) <= 0.05
+    commits, commit = [], cloud.db.commit
+    monkeypatch.setattr(cloud.db, "commit", lambda batch: commits.append(batch) or commit(batch))
+    cloud.drops.receive_collection(who, ("new",)), cloud.drops.receive_collection(who, ("new",))
+    assert len(commits) == 2 and cloud.db.head() == head + 1                  # either is written
+
+
+def test_a_drop_of_too_much_is_refused_before_its_bytes(cloud, ann, monkeypatch):
+    """Law 13, S6: by the link 413, by the owner's quota 507."""
+    put(cloud, ann, "d/taken", b"old", parents=True)
+    open_ = lambda **terms: cloud.sharing.open(cs.Knock(cloud.sharing.share(ann, ("d",), role="drop", **terms).share.token))
+
+    class Unread(Body):
+        def readinto(self, buffer):
+            raise AssertionError("read")
+    small, none = open_(bytes=10), open_(files=1)
+    put(cloud, none, "f", b"")
+    for name in "taken", "free", "in/deep":
+        assert outcome(cloud.drops.receive, small, (name,), Unread(bytes(11))) == "too-large" == outcome(cloud.drops.receive, none, (name,), Unread(b"x"))
+        assert outcome(cloud.uploads.create, small, (name,), 11, cs.BESIDE) == "too-large"
+    assert none and outcome(cloud.drops.receive, small, ("new", "deep", "f"), Body(bytes(10))) is None
+    cloud.accounts.update("ann", ann, quota=1000)
+    who = open_()
+    assert outcome(cloud.drops.receive, who, ("taken",), Unread(bytes(2000))) == "over-quota" == outcome(cloud.uploads.create, who, ("free",), 2000, cs.BESIDE)
+
+
+def test_a_drop_takes_so_much_in_an_hour_from_one_network(make_cloud, fake, serve_cloud, monkeypatch):
+    """Law 13: files and bytes, of each link and network for itself; what came fades."""
+    monkeypatch.setattr(cs, "DROP_FILES", 4), monkeypatch.setattr(cs, "DROP_BYTES", 1000), monkeypatch.setattr(cs, "DROP_PAUSE", 0)
+    cloud = make_cloud(clock=fake.clock())
+    ann, address = account(cloud), serve_cloud(cloud)
+    cloud.files.make_collection(ann, ("d",))
+    one, other, added = (cloud.sharing.share(ann, ("d",), role=role).share for role in ("drop", "drop", "add"))
+    send = lambda share, name, size, method="PUT": exchange(address, method, "/s/%s/%s" % (share.token, name), bytes(size), user=None)
+    assert [send(one, "f%d" % n, 10).status for n in range(6)] == [201] * 4 + [429] * 2
+    refused = send(one, "f", 10)
+    assert 0 < int(refused.headers["retry-after"]) < 1000 and send(one, "c", 0, "MKCOL").status == 429
+    assert send(other, "f", 1500).status == 201 and send(other, "f", 1).status == 429 and send(added, "g", 1500).status == 201
+    cloud.drops.admit(cs.visitor_of(one), "192.0.2.0")
+    fake.pass_(cs.HOUR // 2)
+    assert [send(one, "g%d" % n, 1).status for n in range(3)] == [201, 201, 429] and send(other, "h", 1).status == 429
+    fake.pass_(cs.HOUR // 4)
+    assert send(other, "h", 1).status == 201
+    body, headers = form_of(*(("n%d" % n, "x") for n in range(9)))
+    fake.pass_(cs.HOUR)
+    assert exchange(address, "POST", "/s/%s/" % one.token, body, user=None, **headers).status == 429 and len([p for p in tree(cloud, ann) if p.startswith("d/n")]) == 4
 
 
 def test_a_drop_keeps_to_names_that_windows_can_hold(make_cloud, serve_cloud):
