@@ -4195,7 +4195,7 @@ CHANGES = CREATE, UPDATE, DELETE
 
 class View(NamedTuple):
     """What somebody may see and do: what lies below a node, and nothing else.  Outside of it nothing exists for them."""
-    who: Principal
+    who: Principal               # whoever has this very view: by a mount as if limited to what that shows
     home: int                    # whose tree it is
     top: int                     # the collection that is "/" to them
     rights: frozenset[str]       # out of RIGHTS
@@ -4211,7 +4211,7 @@ class View(NamedTuple):
     def need_whole(self) -> None:
         """raises CloudError forbidden if there is more in the home than is seen from here"""
         if not self.whole:
-            raise CloudError("forbidden", "this device is limited to one collection")
+            raise CloudError("forbidden", "only the owner of what is shared can do this" if self.seq else "this device is limited to one collection")
 
 
 @lru_cache(maxsize=1024)
@@ -5207,7 +5207,8 @@ class Tree:
         if grant:
             if len(path) == 1:
                 node, chunk, above, is_open = grant.node, None, grant.above, True
-            view = view._replace(rights=view.rights & grant.rights_at((*above, *([node.node] if node else ()))))
+            rights = view.rights & grant.rights_at((*above, *([node.node] if node else ())))
+            view = view._replace(rights=rights, who=who._replace(home=view.home, root=view.top, scoped=True, rights=rights))
             if right:
                 view.need(right)
             if node and node.kind:
@@ -5227,6 +5228,12 @@ class Tree:
         if grant is None:
             raise CloudError("not-found", "what was here is not shared any more")
         return grant
+
+    def within(self, who: Principal, path: tuple[str, ...], right: str | None = None) -> tuple[View, tuple[str, ...]]:
+        """The view that a path leads into, and the path from its top.  Through a mount its `who` is like a device that is limited to the
+        target: by that one a verb does there what it does at home."""
+        view = self.enter(who, path, right).view
+        return view, path[bool(view.seq):]
 
     def _enter_top(self, view: View, above: tuple[int, ...]) -> Place:
         rows = self.db.read(
@@ -5481,7 +5488,8 @@ class Draft:
         return tuple(reversed(self.above(id)))
 
     def lives(self, id: int) -> bool:
-        return self.top()[0] in (id, *self.above(id)[-1:])
+        """Is it the top of what is seen, or somewhere below?"""
+        return self.top()[-1] in (id, *self.above(id))
 
     def would_hold_itself(self, id: int, parent: int) -> bool:
         """Does a place lie in the very node that would come there?"""
@@ -6047,43 +6055,6 @@ def new_lock_token() -> str:
     return "urn:uuid:%s-%s-4%s-a%s-%s" % (digits[:8], digits[8:12], digits[13:16], digits[17:20], digits[20:])
 
 
-def outermost(paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Paths without those that lie below another of them, each once."""
-    found: list[tuple[str, ...]] = []
-    for path in sorted(set(paths)):
-        if not found or path[:len(found[-1])] != found[-1]:
-            found.append(path)
-    if not found:
-        raise CloudError("bad-request", "nothing was named")
-    return found
-
-
-def for_each(value: str | Sequence[str], things: Sequence[Any]) -> Sequence[str]:
-    """One value for all things, or a value for each."""
-    return [value] * len(things) if isinstance(value, str) else value
-
-
-def check_disjoint(pairs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> None:
-    """Refuse moves in one step of which one lies in another's way."""
-    sources = [source for source, _ in pairs]
-    if len(outermost(sources)) != len(sources) or any(
-            target[:len(source)] == source for source in sources for _, target in pairs):
-        raise CloudError("same-place", "one of the places is, or lies in, another")
-
-
-def name_pairs(pairs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> dict[str, Any]:
-    """What the journal says of (source, target) paths."""
-    sources, targets = zip(*pairs)
-    return {"path": list(sources), "to": list(targets)}
-
-
-def name_written(path: tuple[str, ...], place: Place, name: str) -> dict[str, Any]:
-    """What the journal says of a file that is written at a place, under a name: where it is, and whether it is new there."""
-    if place.node is None:
-        return {"path": [path[:-1] + (name,)], "new": True}
-    return {"path": [path if place.is_top else path[:-1] + (name,)]}
-
-
 def cut_text(text: str, size: int) -> str:
     """The beginning of a text that fits into `size` bytes of UTF-8."""
     return text.encode()[:size].decode("utf-8", "ignore")
@@ -6619,6 +6590,43 @@ class Files:
         return kinds, versions, trash
 
 
+def outermost(paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Paths without those that lie below another of them, each once."""
+    found: list[tuple[str, ...]] = []
+    for path in sorted(set(paths)):
+        if not found or path[:len(found[-1])] != found[-1]:
+            found.append(path)
+    if not found:
+        raise CloudError("bad-request", "nothing was named")
+    return found
+
+
+def for_each(value: str | Sequence[str], things: Sequence[Any]) -> Sequence[str]:
+    """One value for all things, or a value for each."""
+    return [value] * len(things) if isinstance(value, str) else value
+
+
+def check_disjoint(pairs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> None:
+    """Refuse moves in one step of which one lies in another's way."""
+    sources = [source for source, _ in pairs]
+    if len(outermost(sources)) != len(sources) or any(
+            target[:len(source)] == source for source in sources for _, target in pairs):
+        raise CloudError("same-place", "one of the places is, or lies in, another")
+
+
+def name_pairs(pairs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> dict[str, Any]:
+    """What the journal says of (source, target) paths."""
+    sources, targets = zip(*pairs)
+    return {"path": list(sources), "to": list(targets)}
+
+
+def name_written(path: tuple[str, ...], place: Place, name: str) -> dict[str, Any]:
+    """What the journal says of a file that is written at a place, under a name: where it is, and whether it is new there."""
+    if place.node is None:
+        return {"path": [path[:-1] + (name,)], "new": True}
+    return {"path": [path if place.is_top else path[:-1] + (name,)]}
+
+
 def shown(place: Place, path: tuple[str, ...]) -> Node:
     """The node at a place, under the name that leads to it.  raises CloudError not-found"""
     node = place.found()
@@ -7042,20 +7050,17 @@ class History:
 
         names    only these members; a single file as `path` gives itself, with the path ()
         """
-        right = READ if seq is None else PAST
-        view_of(who).need(right)
-        seq = self.journal.head() if seq is None else seq
-        first = [(name, self._as_of(who, path + name, seq, right)[0]) for name in names or [()]]
-        return self._with_contents(first, self.tree.as_of(self.db.read, who, seq, right))
+        right, seq = (READ, self.journal.head()) if seq is None else (PAST, seq)
+        return self._with_contents([(name, *self._as_of(self.db.read, who, path + name, seq, right)) for name in names or [()]])
 
     def own(self, who: Principal, missed: Callable[[tuple[str, ...], CloudError], None]) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
         """The same of all that belongs to an account, without what others shared; `missed` is told of each path that cannot be read, and of why."""
         top = self.tree.enter(who, (), READ).found()
-        return self._with_contents([((), top)], Moment(self.db.read, top.node, self.journal.head()), missed)
+        return self._with_contents([((), top, Moment(self.db.read, top.node, self.journal.head()))], missed)
 
-    def _with_contents(self, first: list[tuple[tuple[str, ...], Node]], then: Moment,
+    def _with_contents(self, first: list[tuple[tuple[str, ...], Node, Moment]],
                        missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
-        for path, top in first:
+        for path, top, then in first:
             for place, node in itertools.chain([(path, top)] if path or not top.kind else (), then.walk(top.node, path, missed) if top.kind else ()):
                 try:
                     content = None if node.kind else self.tree.contents.of(node)
@@ -7079,15 +7084,15 @@ class History:
 
     def past(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, list[Node]]:
         """The node that was at a path as of a seq and what it held.  raises CloudError not-found, gone"""
-        view_of(who).need(PAST)
-        return self._as_of(who, path, seq, PAST)
-
-    def _as_of(self, who: Principal, path: tuple[str, ...], seq: int, right: str) -> tuple[Node, list[Node]]:
-        self.tree.enter(who, ())
         with self.db.snapshot() as read:
-            then = self.tree.as_of(read, who, seq, right)
-            node = self.past_node(then, path)
+            node, then = self._as_of(read, who, path, seq, PAST)
             return node, list(then.children(node.node)) if node.kind else []
+
+    def _as_of(self, read: Read, who: Principal, path: tuple[str, ...], seq: int, right: str) -> tuple[Node, Moment]:
+        """The node at a path as of a seq, and that moment; a path that leads into what others shared by now leads there at any time."""
+        view, below = self.tree.within(who, path, right)
+        then = self.tree.as_of(read, view.who, seq, right)
+        return self.past_node(then, below), then
 
     def past_node(self, then: Moment, path: tuple[str, ...]) -> Node:
         self.journal.check_reach(then.seq)
@@ -7105,18 +7110,19 @@ class History:
 
     # ---- undo and restore to a moment
 
-    def undo(self, who: Principal, seq: int) -> tuple[int, int]:
+    def undo(self, who: Principal, seq: int, path: tuple[str, ...] = ()) -> tuple[int, int]:
         """Take back what one batch did; returns (seq of doing so, nodes left as they are because they changed since).
 
+        path    leads to where it was done: it touched nothing but what who asks sees by that way
         raises  CloudError not-found if there is nothing to take back, gone if that is too long ago, or given up for good
         """
-        view = view_of(who)
-        view.need_whole()
+        view, _ = self.tree.within(who, path, PAST)
 
         def choose(span: Span) -> tuple[list[int], int]:
             now = span.now
             touched = [id for id in span.touched(view.home, seq) if id != now.top]
-            if not touched:
+            after = Moment(now.read, now.top, seq)
+            if not touched or not view.whole and any(one.node(id) and not one.here(id) for one in (span.then, after) for id in touched):
                 raise CloudError("not-found", "there is nothing of that number to take back")
             later = {id for id in touched if list(now.read(
                 "SELECT 1 FROM entry WHERE node = :id AND until IS NULL AND since > :seq UNION ALL "
@@ -7129,25 +7135,27 @@ class History:
                 raise CloudError("gone", "what this step removed was given up for good")
             return mine, len(touched) - len(mine)
 
-        return self._revert(who, (), seq - 1, choose, ("undo", {"seq": seq}))
+        return self._revert(view, (), seq - 1, choose, ("undo", {"seq": seq}))
 
     def rewind(self, who: Principal, path: tuple[str, ...], seq: int, *, dry: bool = False) -> tuple[int, int]:
         """Make a collection what it was as of a seq; returns (seq of doing so, nodes changed).  It can be undone.
 
         dry     only count
         """
+        view, below = self.tree.within(who, path, PAST)
+
         def choose(span: Span) -> tuple[list[int], int]:
             top = span.now.top
-            mine = [id for id in span.touched(view_of(who).home) if id != top and span.differs(id)
+            mine = [id for id in span.touched(view.home) if id != top and span.differs(id)
                     or not span.then.here(id) and span.would_come_along(id)]
             holders = {top, *(span.now.above(top) or ())}        # what holds the collection by now stays where it is, and all
             mine = [id for id in mine if not span.is_lost(id) and not holders & set(span.then.chain(id))     # that it held then
-                    and self._may_bring_back(who, span, id)]
+                    and self._may_bring_back(view, span, id)]
             return mine, sum(map(span.differs, mine))
 
         if dry:
             return 0, len(self.differences(who, path, seq))
-        return self._revert(who, path, seq, choose, ("rewind", {"path": [path], "to": seq}))
+        return self._revert(view, below, seq, choose, ("rewind", {"path": [below], "to": seq}))
 
     def bring_back(self, who: Principal, seq: int, *paths: tuple[str, ...]) -> tuple[int, int]:
         """Make what was at paths as of a seq what it was, and all that it held, in one step; the rest stays as it is.
@@ -7155,9 +7163,8 @@ class History:
         What came into it since goes back to where it was, or to the trash.  Returns (seq of doing so, nodes changed), or (0, 0) if nothing has changed.  What held it and is gone by now is
         made anew.  raises CloudError not-found, gone
         """
-        view = view_of(who)
-        view.need(PAST)
-        paths = tuple(outermost(paths))
+        view, _ = self.tree.within(who, paths[0] if paths else (), PAST)
+        paths = tuple(outermost(self._below(who, view, path) for path in paths))
         with self.db.snapshot() as read:
             span = Span(Moment(read, view.top, seq), Moment(read, view.top))
             nodes = [self.past_node(span.then, path) for path in paths]
@@ -7168,19 +7175,24 @@ class History:
                 inside = lambda id: any(above in chosen for above in then.line(id))
                 touched = [id for id in {*chosen, *span.touched(view.home)} if id != now.top and any(map(inside, now.line(id)))]
                 mine = [id for id in touched if span.differs(id) or not then.here(id) and now.node(id)]
-                mine = [id for id in mine if not span.is_lost(id) and self._may_bring_back(who, span, id)
+                mine = [id for id in mine if not span.is_lost(id) and self._may_bring_back(view, span, id)
                         and not (id in chosen and span.is_in_place(id))]
                 return mine, len(mine)
 
             if not choose(span)[0]:
                 return 0, 0
-        lost = [path[:-1] for path, node in zip(paths, nodes) if len(path) > 1 and seen_by(self.db.read, who).path(node.parent) is None]
-        return self._revert(who, (), seq, choose, ("rewind", {"path": [paths[0]], "to": seq}), lost)
+        lost = [path[:-1] for path, node in zip(paths, nodes) if len(path) > 1 and seen_by(self.db.read, view.who).path(node.parent) is None]
+        return self._revert(view, (), seq, choose, ("rewind", {"path": [paths[0]], "to": seq}), lost)
 
-    def _may_bring_back(self, who: Principal, span: Span, id: int) -> bool:
-        """May a device change this node by going back?  Only if it lies, or died, in what the device is limited to, and lay
-        nowhere else then."""
-        view = view_of(who)
+    def _below(self, who: Principal, view: View, path: tuple[str, ...]) -> tuple[str, ...]:
+        """A path from the top of a view.  raises CloudError another-home if it leads elsewhere"""
+        there, below = self.tree.within(who, path)
+        if there.top != view.top:
+            raise CloudError("another-home", "these belong to different people; bring them back one by one")
+        return below
+
+    def _may_bring_back(self, view: View, span: Span, id: int) -> bool:
+        """May this node be changed by going back?  Only if it lies, or died, below the top of the view, and lay nowhere else then."""
         if view.whole:
             return True
         then, now = span.then, span.now
@@ -7192,11 +7204,12 @@ class History:
                     alive: Callable[[], None] = unwatched) -> list[Difference]:
         """What became of the things below a collection since a seq, in the order of paths."""
         place = self.tree.enter(who, path, PAST)
-        top = place.found().node
+        view, top = place.view, place.found().node
         self.journal.check_reach(seq)
         with self.db.snapshot() as read:
-            span = Span(Moment(read, top, seq), Moment(read, top))
-            found = [span.of(id) for id in watched(span.touched(place.view.home), alive) if id != top and span.differs(id)]
+            was_seen = view.whole or Moment(read, view.top, seq).path(top) is not None
+            span = Span(Moment(read, top if was_seen else 0, seq), Moment(read, top))
+            found = [span.of(id) for id in watched(span.touched(view.home), alive) if id != top and span.differs(id)]
         return sorted(found, key=lambda one: one.path or one.was)
 
     def undo_device(self, who: Principal, device: str) -> tuple[int, int]:
@@ -7216,18 +7229,19 @@ class History:
             mine = list(filter(span.differs, touched))
             return mine, len(mine)
 
-        done = self._revert(who, (), brake.seq, choose, ("undo", {"device": device, "seq": brake.seq}))
+        done = self._revert(view_of(who), (), brake.seq, choose, ("undo", {"device": device, "seq": brake.seq}))
         self.db.run(Statement("DELETE FROM brake WHERE device = ?", (device,)))
         return done
 
-    def _revert(self, who: Principal, path: tuple[str, ...], seq: int, choose: Callable[[Span], tuple[list[int], int]],
+    def _revert(self, view: View, path: tuple[str, ...], seq: int, choose: Callable[[Span], tuple[list[int], int]],
                 line: tuple[str, dict[str, Any]], lost: Sequence[tuple[str, ...]] = ()) -> tuple[int, int]:
         """Bring the chosen nodes below a path back to what they were as of a seq, after making collections that are lost.
 
         line   action and detail for the journal
         """
-        view_of(who).need(PAST)
-        view_of(who).need(*CHANGES)
+        who = view.who
+        view.need(PAST)
+        view.need(*CHANGES)
         self.journal.check_reach(seq)
 
         def attempt() -> Batch:
@@ -7235,8 +7249,6 @@ class History:
                 (head,), = read("SELECT max(seq) FROM journal")
                 plan = Plan(self.tree, who, as_of=head)
                 place = plan.now.enter(path)
-                if place.view.home != view_of(who).home:
-                    raise CloudError("forbidden", "only its owner can rewind what is shared")
                 top = place.found().node
                 if place.locked:
                     self.tree.locks.check(who, place, ANY, below=True)
@@ -7318,8 +7330,8 @@ class Versions:
             "SELECT v.rev, j.at, v.size, v.mtime, v.manifest, a.name, coalesce(d.name, ''), p.name "
             "FROM (SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NULL "
             "UNION SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NOT NULL) v "
-            "LEFT JOIN journal j ON j.seq = v.rev LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device AND d.account = j.home "
-            "LEFT JOIN pin p ON p.node = :node AND p.rev = v.rev ORDER BY v.rev DESC", {"node": node.node})
+            "LEFT JOIN journal j ON j.seq = v.rev LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device AND d.account = :asks "
+            "LEFT JOIN pin p ON p.node = :node AND p.rev = v.rev ORDER BY v.rev DESC", {"node": node.node, "asks": view_of(who).home})
         found = [version for version in map(Version._make, rows) if self._was_within(place.view, node.node, version.rev)]
         return [version for version, older in itertools.zip_longest(found, found[1:])
                 if older is None or older.manifest != version.manifest or version.name]
@@ -7370,8 +7382,9 @@ class Versions:
 
     def pin(self, who: Principal, path: tuple[str, ...], rev: int, name: str | None) -> None:
         """Keep a version for good under a name; None lets go of it."""
-        view_of(who).need(UPDATE)
-        view_of(who).need_whole()
+        place = self.tree.enter(who, path, PAST)
+        place.need(UPDATE)
+        place.view.need_whole()
         node, _ = self.read(who, path, rev)
         if name is not None and not 0 < len(name) <= 200:
             raise CloudError("bad-request", "the name of a version has 1 to 200 characters")
@@ -7390,39 +7403,49 @@ class Trash:
     def __init__(self, tree: Tree, files: Files) -> None:
         self.tree, self.files, self.db = tree, files, tree.db
 
-    def list(self, who: Principal, before: int = 1 << 62, limit: int = 1000) -> list[Trashed]:
-        """What was deleted and can be restored, the latest first; `before` is a seq to go on from."""
-        view_of(who).need(PAST)
-        view_of(who).need_whole()
-        return self._trashed(who, "e.until < ? ", before, limit)
+    def list(self, who: Principal, before: int = 1 << 62, limit: int = 1000, path: tuple[str, ...] = ()) -> list[Trashed]:
+        """What was deleted and can be restored, the latest first; `before` is a seq to go on from.
 
-    def _trashed(self, who: Principal, where: str, value: int, limit: int) -> list[Trashed]:
-        view = view_of(who)
+        path    leads to what others shared: what died there, in the words of who asks
+        """
+        view, _ = self.tree.within(who, path, PAST)
+        found, last = [], (before, INTEGERS - 1)
+        while last and len(found) < limit:
+            items = self._trashed(view, "(e.until < :until OR e.until = :until AND e.node > :node) ", *last, limit)
+            found += [item._replace(path=path[:bool(view.seq)] + item.path) for item in items if item.path is not None]
+            last = (items[-1].node.until, items[-1].node.node) if len(items) == limit else None
+        return found[:limit]
+
+    def _trashed(self, view: View, where: str, until: int, node: int, limit: int) -> list[Trashed]:
+        """Those of a home, each with its path from the top of a view; None if it did not die below that."""
         rows = self.db.read(
-            select_entries("e.home = ? AND e.fate = 'deleted' AND " + where + self._LAST, "j.at, coalesce(a.name, ''), " + NODE,
+            select_entries("e.home = :home AND e.fate = 'deleted' AND " + where + self._LAST, "j.at, coalesce(a.name, ''), " + NODE,
                     "entry e JOIN journal j ON j.seq = e.until LEFT JOIN account a ON a.id = j.account")
-            + "ORDER BY e.until DESC, e.node LIMIT ?", (view.home, value, limit))
+            + "ORDER BY e.until DESC, e.node LIMIT :limit", {"home": view.home, "until": until, "node": node, "limit": limit})
         with self.db.snapshot() as read:
-            return [Trashed(node, at, account, (Moment(read, view.top, node.until - 1).path(node.parent) or ()) + (node.name,))
-                    for at, account, node in ((at, account, Node._make(columns)) for at, account, *columns in rows)]
+            return [Trashed(node, at, account, self._path_of(read, view, node)) for at, account, node in (
+                (at, account, Node._make(columns)) for at, account, *columns in rows)]
+
+    def _path_of(self, read: Read, view: View, node: Node) -> tuple[str, ...] | None:
+        above = Moment(read, view.top, node.until - 1).path(node.parent)
+        return None if above is None and not view.whole else (above or ()) + (node.name,)
 
     _LAST = ("AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL) "       # it did not come back
              "AND NOT EXISTS (SELECT 1 FROM entry p WHERE p.node = e.node AND p.since >= e.until AND p.until IS NOT NULL) ")
 
-    def restore(self, who: Principal, *nodes: int) -> tuple[int, list[tuple[str, ...]]]:
+    def restore(self, who: Principal, *nodes: int, path: tuple[str, ...] = ()) -> tuple[int, list[tuple[str, ...]]]:
         """Bring nodes back from the trash to where they were; returns the seq and where each is now.
 
         Collections that are gone too are made anew; a name that is taken is changed.
+        path    leads to what others shared, if they died there
         raises  CloudError not-found if one is not in the trash
         """
-        view = view_of(who)
-        view.need(PAST)
-        view.need_whole()
+        view, _ = self.tree.within(who, path, PAST)
 
         def attempt() -> Batch:
-            plan = Plan(self.tree, who, as_of=self.db.head())
+            plan = Plan(self.tree, view.who, as_of=self.db.head())
             place = plan.now.enter(())
-            items = sorted(self._find_trashed(who, nodes), key=lambda item: len(item.path))
+            items = sorted(self._find_trashed(view, nodes), key=lambda item: len(item.path))
             for item in items:
                 if self._is_live(item.node.node):
                     raise CloudError("conflict", "it is back already")
@@ -7432,16 +7455,14 @@ class Trash:
             return plan.batch("restore", {"path": [item.path for item in items]})
 
         seq = self.db.write(attempt).seq
-        return seq, [self.files.path_of(who, node) for node in dict.fromkeys(nodes)]
+        return seq, [path[:bool(view.seq)] + self.files.path_of(view.who, node) for node in dict.fromkeys(nodes)]
 
     def item(self, who: Principal, node: int) -> Trashed:
         """One of them.  raises CloudError not-found"""
-        view_of(who).need(PAST)
-        view_of(who).need_whole()
-        return self._find_trashed(who, [node])[0]
+        return self._find_trashed(self.tree.within(who, (), PAST)[0], [node])[0]
 
-    def _find_trashed(self, who: Principal, nodes: Sequence[int]) -> list[Trashed]:
-        found = [item for node in dict.fromkeys(nodes) for item in self._trashed(who, "e.node = ? ", node, 1)]
+    def _find_trashed(self, view: View, nodes: Sequence[int]) -> list[Trashed]:
+        found = [item for node in dict.fromkeys(nodes) for item in self._trashed(view, "e.node = :node ", 0, node, 1) if item.path is not None]
         if not nodes or len(found) < len(set(nodes)):
             raise CloudError("not-found", "it is not in the trash")
         return found
@@ -7460,7 +7481,7 @@ class Trash:
         view.need_whole()
         if who.means == "token":
             raise CloudError("forbidden", "an app password cannot empty the trash; do so on the page")
-        chosen = [item.node for item in (self._find_trashed(who, nodes) if nodes else self.list(who, limit=1 << 40))]
+        chosen = [item.node for item in (self._find_trashed(view, nodes) if nodes else self.list(who, limit=1 << 40))]
         rows = [(node.home, node.since, node.node) for node in chosen]
         self.db.write(lambda: Batch([*give_up(rows), raise_shape(view.home)], frees=True,
                                     line=Line(view.home, who, "empty-trash", {"count": len(rows)})))
@@ -8833,8 +8854,8 @@ class Pictures:
 
     def thumbnail(self, who: Principal, path: tuple[str, ...], rev: int | None = None) -> bytes | None:
         """The thumbnail of a file, or of one of its versions; None if nobody made one yet."""
-        rows = self.db.read("SELECT data FROM thumbnail WHERE home = ? AND manifest = ?",
-                            (view_of(who).home, self._pictured(who, path, rev).manifest))
+        node = self._pictured(who, path, rev)
+        rows = self.db.read("SELECT data FROM thumbnail WHERE home = ? AND manifest = ?", (node.home, node.manifest))
         return rows[0][0] if rows else None
 
     def put(self, who: Principal, path: tuple[str, ...], data: bytes, rev: int | None = None) -> None:
@@ -8842,16 +8863,15 @@ class Pictures:
 
         raises  CloudError unsupported-media if it is no picture, bad-request if it is larger than what it stands for
         """
-        view = view_of(who)
-        view.need(UPDATE)
+        place = self.tree.enter(who, path, UPDATE)
         node = self._pictured(who, path, rev)
         if media_of_picture(data) is None:
             raise CloudError("unsupported-media", "a thumbnail is WebP, JPEG or PNG")
         if len(data) >= node.size:
             raise CloudError("bad-request", "a thumbnail is smaller than its file")
-        self.tree.space.check(self.tree.enter(who, ()), 0, len(data))
-        self.tree.store(self.tree.enter(who, ()), Statement("DELETE FROM thumbnail WHERE home = ? AND manifest = ?", (view.home, node.manifest)),
-                    Statement(PUT_THUMBNAIL, (view.home, node.manifest, data)))        # a new row, which backups notice
+        self.tree.space.check(place, 0, len(data))
+        self.tree.store(place, Statement("DELETE FROM thumbnail WHERE home = ? AND manifest = ?", (node.home, node.manifest)),
+                    Statement(PUT_THUMBNAIL, (node.home, node.manifest, data)))        # a new row, which backups notice
 
     def known(self, who: Principal) -> set[str]:
         """What has a thumbnail in the account: {manifest}."""
@@ -10688,20 +10708,23 @@ one_call("POST", "versions/pin", "write", "Keep a version for good under a name;
          lambda cloud, who, path, version, name: cloud.versions.pin(who, path, version, name), path="path", version="id", name_=TEXT)
 
 
-@route("GET", API + "trash", needs="read", packs=True, before_="integer", limit_="limit")
+@route("GET", API + "trash", needs="read", packs=True, before_="integer", limit_="limit", path_="path")
 def api_trash(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """What was deleted, the latest first; go on with before=next.  The moment before it went is seq:N, one less than its `seq`."""
+    """What was deleted, the latest first; go on with before=next.  The moment before it went is seq:N, one less than its `seq`.
+
+    path   leads to what others shared: what died there
+    """
     limit = request.values["limit"] or LIMIT
-    items = cloud.trash.list(who, request.values["before"] or 1 << 62, limit)
+    items = cloud.trash.list(who, request.values["before"] or 1 << 62, limit, request.values["path"] or ())
     return json_response({"items": [{**api_node(item.node, item.path), "deleted": format_time(item.at), "seq": item.node.until,
                                      "by": item.account} for item in items],
                           "next": items[-1].node.until if len(items) == limit else None})
 
 
-@route("POST", API + "trash/restore", needs="write", nodes="ids")
+@route("POST", API + "trash/restore", needs="write", nodes="ids", path_="path")
 def api_restore(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Bring deleted nodes back to where they were."""
-    seq, places = cloud.trash.restore(who, *request.values["nodes"])
+    """Bring deleted nodes back to where they were; `path` leads to what others shared, if they died there."""
+    seq, places = cloud.trash.restore(who, *request.values["nodes"], path=request.values["path"] or ())
     return json_response({"seq": seq, "paths": ["/".join(path) for path in places]})
 
 
@@ -10709,8 +10732,9 @@ one_call("POST", "trash/empty", "write", "Give up deleted nodes for good: those 
          lambda cloud, who, nodes: {"removed": 0 if nodes == [] else cloud.trash.empty(who, *nodes or ())}, nodes_="ids")
 
 
-one_call("POST", "undo", "write", "Take back one step of the journal; `skipped` counts what changed since and was left alone.",
-         lambda cloud, who, seq: dict(zip(("seq", "skipped"), cloud.history.undo(who, seq))), seq="integer")
+one_call("POST", "undo", "write", "Take back one step of the journal; `skipped` counts what changed since and was left alone.  `path` leads to "
+         "what others shared, if it was done there.",
+         lambda cloud, who, seq, path: dict(zip(("seq", "skipped"), cloud.history.undo(who, seq, path or ()))), seq="integer", path_="path")
 
 
 one_call("POST", "rewind", "write", "Make a collection what it was at a time; dry only counts.",

@@ -2467,8 +2467,7 @@ NEEDS = {  # the rights that a verb needs, each of them, or one of several; besi
     "empty the trash": ([PAST, DELETE], lambda c, a: c.trash.empty(a)),
     "pin": ([PAST, UPDATE], lambda c, a: c.versions.pin(a, ("f",), c.files.stat(a, ("f",)).rev, "kept"))}
 OWNERS = {  # what only the owner of the home may do, with whatever rights
-    "usage": lambda c, a: c.files.usage(a), "empty the trash": NEEDS["empty the trash"][1], "pin": NEEDS["pin"][1], "undo": NEEDS["undo a deletion"][1],
-    "trash": NEEDS["trash"][1], "restore": NEEDS["restore"][1]}
+    "usage": lambda c, a: c.files.usage(a), "empty the trash": NEEDS["empty the trash"][1], "pin": NEEDS["pin"][1]}
 
 
 @pytest.fixture
@@ -3244,6 +3243,18 @@ def test_a_limited_device_reads_the_versions_of_its_own_moments(cloud, ann, limi
     assert outcome(cloud.versions.pin, who, ("plan.txt",), hidden, "x") == "forbidden"
 
 
+def test_a_limited_device_sees_restores_and_undoes_what_was_done_in_its_collection(cloud, ann, limited):
+    cloud.files.delete(ann, ("a", "plan.txt")), cloud.files.delete(ann, ("private", "own.txt"))
+    gone = {item.path: item.node.node for item in cloud.trash.list(ann)}
+    who, seq = limited.who, cloud.journal.head()
+    assert [item.path for item in cloud.trash.list(who)] == [("plan.txt",)] and outcome(cloud.trash.restore, who, gone["private", "own.txt"]) == "not-found"
+    assert cloud.trash.restore(who, gone["a", "plan.txt"])[1] == [("plan.txt",)] and cloud.trash.item(ann, gone["private", "own.txt"])
+    assert outcome(cloud.history.undo, who, seq) == outcome(cloud.trash.item, who, gone["private", "own.txt"]) == "not-found"
+    put(cloud, who, "mine.txt", b"")
+    cloud.history.undo(who, cloud.journal.head())
+    assert "mine.txt" not in tree(cloud, who) and outcome(cloud.trash.empty, who) == outcome(cloud.files.usage, who) == "forbidden"
+
+
 def test_a_limited_device_going_back_changes_nothing_outside(cloud, ann, limited):
     """X5: neither takes a file from elsewhere, nor puts one there, nor brings back what died there."""
     move(cloud, ann, "a/plan.txt", "private/plan.txt")
@@ -3574,7 +3585,6 @@ def test_mounts_stay_in_the_root_and_nothing_replaces_them(cloud, ann, bob):
     assert outcome(cloud.files.make_collection, bob, ("d",)) == "exists" and outcome(put, cloud, bob, "d") == "conflict"
     assert codes(commit(cloud, bob, [{"mkdir": "x"}, {"move": "d", "to": "x/e"}, {"move": "mine", "to": "d"}, {"move": "d/f", "to": "f"}, {"mkdir": "d"}])) == [
         201, "forbidden", "precondition-failed", "another-home", 200]
-    assert outcome(cloud.history.rewind, bob, ("d",), cloud.journal.oldest()) == "forbidden"
     assert tree(cloud, ann) == before
     audit(cloud)
 
@@ -3868,6 +3878,157 @@ def test_a_move_between_homes_takes_the_newest_or_nothing(cloud, ann, bob, monke
         assert move(cloud, bob, "d/c", "c") and get(cloud, bob, "c/f0") == b"new" and len(own(cloud, bob)) == 10 and tree(cloud, ann) == {"d": None}
         assert cloud.db.read("SELECT DISTINCT home FROM entry WHERE name = 'f1' AND until IS NULL AND since > (SELECT max(since) FROM entry WHERE home = ?)",
                              (ann.account,)) in ([(bob.account,)], [])
+    audit(cloud)
+
+
+# ---- the past of what others shared
+
+class Through:
+    """The cloud for who says "x" and means "m/x": every path of a verb leads below `top`, and what has none names it."""
+
+    def __init__(self, real, top, verb=""):
+        self.real, self.top, self.verb = real, top, verb
+
+    def __getattr__(self, name):
+        found = getattr(self.real, name)
+        return Through(found, self.top, name) if callable(found) or name in ("files", "history", "versions", "trash", "journal", "sync", "uploads", "search") else found
+
+    def _below(self, value):
+        if isinstance(value, tuple) and all(isinstance(part, str) for part in value):
+            return (self.top, *value)
+        if isinstance(value, tuple) and all(isinstance(part, tuple) for part in value) and not hasattr(value, "_fields"):
+            return tuple(map(self._below, value))
+        if isinstance(value, list):
+            return [{key: self.top + "/" + path if key in (*cs.COMMIT_STEPS, "to") else path for key, path in step.items()} if isinstance(step, dict) else step
+                    for step in value]
+        return value
+
+    def __call__(self, who, *values, **named):
+        if self.verb in ("undo", "restore", "activity", "list") and not any(isinstance(value, tuple) for value in values):
+            named["path"] = (self.top,)
+        return self.real(who, *map(self._below, values), **named)
+
+
+MEMBERS = {"owner": cs.RIGHTS, "view": (READ,), "add": (READ, CREATE), "edit": (READ, CREATE, UPDATE, DELETE, PAST), "edit without PAST": (READ, CREATE, UPDATE, DELETE),
+           "former member": ()}
+HIDDEN = {"empty the trash", "past manifest"}            # what is refused is not there
+AT_HOME = {"send", "chunks", "search", "changes", "manifest", "zip"}         # they ask for no place, or are told of elsewhere
+SEVERAL = {  # what is taken back, by whoever may; the owner did it
+    "undo an overwrite": lambda c, a: put(c, a, "f", b"2"), "undo a rename": lambda c, a: move(c, a, "f", "new"),
+    "undo a move": lambda c, a: move(c, a, "f", "d/new"), "undo a creation": lambda c, a: put(c, a, "new")}
+
+
+@pytest.mark.parametrize("role", MEMBERS)
+@pytest.mark.parametrize("verb", sorted(set(NEEDS) - AT_HOME))
+def test_who_may_do_what_with_what_is_shared(cloud, ann, bob, verb, role):
+    """By the table of acts; what is not allowed changes nothing, and who is no member any more finds nothing."""
+    within = Through(cloud, "m")
+    for path in ("f", "d/g", "h", "gone"):
+        put(within, ann, path, parents=True)
+    who = ann if role == "owner" else bob
+    share = hand(cloud, ann, "m", bob, " ".join(MEMBERS[role] or MEMBERS["edit"])) if role != "owner" else None
+    cloud.files.delete(ann, ("m", "gone"))
+    if role == "former member":
+        take_back(cloud, share)
+    needed, act = NEEDS[verb]
+    if verb in SEVERAL:
+        SEVERAL[verb](within, ann)
+        seq = cloud.journal.head()
+        act = lambda c, a: c.history.undo(a, seq)
+    elif verb in ("undo a deletion", "bring back"):
+        seq = cloud.journal.activity(ann, limit=1, action="delete")[0].seq
+        act = {"undo a deletion": lambda c, a: c.history.undo(a, seq), "bring back": lambda c, a: c.history.bring_back(a, seq - 1, ("gone",))}[verb]
+    elif verb in ("restore", "empty the trash"):
+        gone = cloud.trash.list(ann)[0].node.node
+        act = {"restore": lambda c, a: c.trash.restore(a, gone), "empty the trash": lambda c, a: c.trash.empty(a, gone)}[verb]
+    elif verb in ("past", "past manifest", "past zip", "differences", "rewind"):
+        seq = cloud.journal.head() - (1 if verb == "past manifest" else 2)
+        act = {"past": lambda c, a: c.history.past(a, (), seq), "past manifest": lambda c, a: c.sync.manifest(a, (), seq),
+               "past zip": lambda c, a: list(c.history.archive(a, (), seq=seq)), "differences": lambda c, a: c.history.differences(a, (), seq),
+               "rewind": lambda c, a: c.history.rewind(a, (), 4)}[verb]
+        needed = needed if verb != "rewind" else [PAST, CREATE, DELETE]
+    may = verb not in OWNERS if role not in ("owner",) else True
+    may = may and all(set(MEMBERS[role]) & set(right if isinstance(right, tuple) else (right,)) for right in needed)
+    before, elsewhere = tree(cloud, ann), own(cloud, bob)
+    result = outcome(act, within, who)
+    if may:
+        assert not isinstance(result, str), result
+    else:
+        assert result in ("not-found", "no-parent", "gone") if role == "former member" or verb in HIDDEN else result == "forbidden"
+        assert tree(cloud, ann) == before
+    assert own(cloud, bob) == elsewhere
+    audit(cloud)
+
+
+def test_a_member_restores_and_takes_back_what_was_done_there_and_nothing_else(cloud, ann, bob):
+    put(cloud, ann, "up/d/in/f", b"f", parents=True), put(cloud, ann, "up/d/g", b"1"), put(cloud, ann, "secret", b"s"), put(cloud, bob, "own", b"o")
+    hand(cloud, ann, "up/d", bob, name="m")
+    cloud.files.delete(ann, ("secret",)), cloud.files.delete(ann, ("up", "d", "in")), cloud.files.delete(bob, ("own",)), cloud.files.delete(bob, ("m", "g"))
+    items = cloud.trash.list(bob, path=("m",))
+    assert [(item.path, item.account) for item in items] == [(("m", "g"), "bob"), (("m", "in"), "ann")]
+    assert cloud.trash.list(bob, path=("m",), limit=1) == items[:1] and cloud.trash.list(bob, items[0].node.until, 1, ("m",)) == items[1:]
+    secret = next(item.node.node for item in cloud.trash.list(ann) if item.path == ("secret",))
+    for node, path in ((secret, ("m",)), (secret, ()), (items[0].node.node, ())):
+        assert outcome(cloud.trash.restore, bob, node, path=path) == "not-found"
+    assert outcome(cloud.trash.empty, bob, items[0].node.node) == "not-found"
+    assert cloud.trash.restore(bob, *(item.node.node for item in items), path=("m",))[1] == [("m", "g"), ("m", "in")]
+    assert get(cloud, ann, "up/d/in/f") == b"f" and [item.path for item in cloud.trash.list(bob)] == [("own",)]
+    commit(cloud, ann, [step_put("secret2", b""), step_put("up/d/mixed", b"")])
+    both = cloud.journal.head()
+    put(cloud, ann, "up/d/g", b"2")
+    seq = cloud.journal.head()
+    assert outcome(cloud.history.undo, bob, seq) == outcome(cloud.history.undo, bob, both, ("m",)) == "not-found"
+    assert cloud.history.undo(bob, seq, ("m",)) and get(cloud, ann, "up/d/g") == b"1" and "secret2" in tree(cloud, ann)
+    assert cloud.history.undo(ann, cloud.journal.head()) and get(cloud, ann, "up/d/g") == b"2"          # each takes back what the other did
+    move(cloud, ann, "up/d/mixed", "mixed")
+    assert outcome(cloud.history.undo, bob, cloud.journal.head(), ("m",)) == "not-found"
+    audit(cloud)
+
+
+def test_what_died_in_a_collection_that_went_elsewhere_comes_back_where_it_is_seen(cloud, ann, bob):
+    put(cloud, ann, "d/c/f", b"f", parents=True), put(cloud, ann, "d/x", b"")
+    hand(cloud, ann, "d", bob)
+    cloud.files.delete(ann, ("d", "c", "f")), move(cloud, ann, "d/c", "private")
+    gone, = cloud.trash.list(bob, path=("d",))
+    assert gone.path == ("d", "c", "f") and cloud.trash.restore(bob, gone.node.node, path=("d",))[1] == [("d", "c", "f")]
+    assert tree(cloud, ann) == {"d": None, "d/c": None, "d/c/f": b"f", "d/x": b"", "private": None}
+    audit(cloud)
+
+
+def test_a_member_reads_no_past_of_what_lay_elsewhere(cloud, ann, bob):
+    """Neither the versions of a file nor what a collection held before it came."""
+    put(cloud, ann, "d/f", b"1", parents=True), put(cloud, ann, "private/c/secret", b"s", parents=True), put(cloud, ann, "private/c/kept", b"k")
+    hand(cloud, ann, "d", bob)
+    before = cloud.journal.head()
+    cloud.files.delete(ann, ("private", "c", "secret")), move(cloud, ann, "private/c", "d/c")
+    assert outcome(cloud.history.past, bob, ("d", "c"), before) == "not-found" and [node.name for node in cloud.history.past(bob, ("d",), before)[1]] == ["f"]
+    assert cloud.history.differences(bob, ("d", "c"), before) == [] and cloud.trash.list(bob, path=("d",)) == []
+    cloud.history.rewind(bob, ("d",), before)
+    assert tree(cloud, bob) == {"d": None, "d/c": None, "d/c/kept": b"k", "d/f": b"1"}
+    put(cloud, ann, "d/f", b"2"), put(cloud, bob, "d/f", b"3")
+    assert [v.account for v in cloud.versions.list(bob, ("d", "f"))] == ["bob", "ann", "ann"]
+    assert cloud.history.past_content(bob, ("d", "f"), before)[1].read(9) == b"1" and cloud.versions.restore(bob, ("d", "f"), cloud.versions.list(bob, ("d", "f"))[2].rev)
+    assert get(cloud, ann, "d/f") == b"1"
+    with zipfile.ZipFile(io.BytesIO(b"".join(cs.zip_archive(cloud.history.archive(bob, ("d",), seq=before), "d")))) as archive:
+        assert archive.namelist() == ["f"]
+    audit(cloud)
+
+
+def test_undo_and_rewind_of_ones_own_act_in_ones_own_home_alone(cloud, ann, bob):
+    """They never cross a mount, bring none back whose share has ended, and remove none."""
+    put(cloud, ann, "d/f", b"f", parents=True), put(cloud, bob, "own", b"1")
+    seq = cloud.journal.head()
+    share = hand(cloud, ann, "d", bob)
+    put(cloud, bob, "d/f", b"g"), put(cloud, bob, "own", b"2")
+    cloud.history.rewind(bob, (), seq)
+    assert tree(cloud, bob) == {"d": None, "d/f": b"g", "own": b"1"}
+    move(cloud, bob, "d", "e"), cloud.history.rewind(bob, (), seq)
+    assert "e/f" in tree(cloud, bob)
+    assert outcome(cloud.history.bring_back, bob, seq, ("own",), ("e", "f")) == "another-home"
+    assert cloud.history.bring_back(bob, seq, ("e", "f")) and get(cloud, ann, "d/f") == b"f"
+    take_back(cloud, share)
+    outcome(cloud.history.undo, bob, cloud.journal.activity(bob, limit=1)[0].seq), cloud.history.rewind(bob, (), seq)
+    assert tree(cloud, bob) == {"own": b"1"}
     audit(cloud)
 
 
