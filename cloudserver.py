@@ -161,7 +161,7 @@ import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait as await_all
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -258,6 +258,8 @@ class Policy(NamedTuple):
     links: bool = True           # may files be shared by links?
     link_password: bool = False  # must a link have a password?
     link_days: int | None = None # days that a link lives at most; None is no limit
+    sharing: str = "all"         # who may be shared with: all, groups (members of one's own, and these), none
+    ask_first: bool = False      # does what somebody shares who never did before wait for a yes?
 
 
 class Principal(NamedTuple):
@@ -2569,6 +2571,10 @@ CREATE TABLE answer (                   -- what became of a share with each whom
     share INTEGER NOT NULL, account INTEGER NOT NULL, said TEXT NOT NULL, PRIMARY KEY (share, account)) WITHOUT ROWID;
 CREATE INDEX answer_account ON answer (account);
 ALTER TABLE account ADD COLUMN sharing INTEGER NOT NULL DEFAULT 1;   -- may it share with others, and others with it?
+DROP INDEX journal_server;
+CREATE INDEX journal_server ON journal (seq) WHERE action IN
+    ('account-add', 'account-password', 'account-admin', 'account-quota', 'account-remove', 'settings', 'hold', 'account-sharing', 'group-add',
+     'group-rename', 'group-remove', 'group-join', 'group-leave', 'share', 'share-change', 'share-end');
 CREATE INDEX share_grantee ON share (grantee, kind) WHERE ended IS NULL;
 CREATE INDEX share_giver ON share (giver) WHERE ended IS NULL;
 CREATE INDEX share_parent ON share (parent) WHERE ended IS NULL;
@@ -3560,6 +3566,7 @@ class Account(NamedTuple):
     used: int                    # bytes of live files
     files: int
     created: int
+    sharing: bool                # may it share with others, and others with it?
 
 
 class Guess(NamedTuple):
@@ -3838,8 +3845,7 @@ class Accounts:
         first    only if there is none yet; the setup token is used up
         raises   CloudError bad-request for an unfit name or password, exists, forbidden
         """
-        if not re.fullmatch(ACCOUNT_NAME, name) or name.startswith("."):
-            raise CloudError("bad-request", "a name has 1 to 64 characters, none of them / \\ : or a control character")
+        check_account_name(name)
         check_new_password(name, password)
         stored, root = hash_password(password), self.db.new_id()
 
@@ -3864,7 +3870,7 @@ class Accounts:
 
     def list(self) -> list[Account]:
         return [Account._make(row) for row in self.db.read(
-            "SELECT a.id, a.name, a.admin, a.quota, c.size, c.files, a.created FROM account a "
+            "SELECT a.id, a.name, a.admin, a.quota, c.size, c.files, a.created, a.sharing FROM account a "
             "JOIN collection c ON c.node = a.root WHERE a.removed IS NULL ORDER BY a.key")]
 
     def get(self, name: str) -> Account:
@@ -3889,7 +3895,8 @@ class Accounts:
                      Statement("DELETE FROM device WHERE account = ?", (account.id,)),
                      Statement("DELETE FROM known_place WHERE account = ?", (account.id,)))
 
-    def update(self, name: str, who: Principal, *, admin: bool | None = None, quota: int | None | bool = False) -> Account:
+    def update(self, name: str, who: Principal, *, admin: bool | None = None, quota: int | None | bool = False,
+               sharing: bool | None = None) -> Account:
         """Change rights or quota (None is no limit); what is not given stays."""
         account = self.get(name)
         if admin is not None:
@@ -3899,6 +3906,10 @@ class Accounts:
         if quota is not False:
             self._change(account, who, "account-quota",
                          Statement("UPDATE account SET quota = ? WHERE id = ?", (quota, account.id)))
+        if sharing not in (None, bool(account.sharing)):
+            self._change(account, who, "account-sharing",
+                         Statement("UPDATE account SET sharing = ? WHERE id = ?", (int(sharing), account.id)),
+                         raise_shares(GIVEN_OR_GOT, account.id))
         return self.get(name)
 
     def remove(self, name: str, who: Principal = ANONYMOUS) -> None:
@@ -3909,8 +3920,8 @@ class Accounts:
                      Statement("DELETE FROM device WHERE account = ?", (account.id,)),
                      Statement("DELETE FROM known_place WHERE account = ?", (account.id,)),
                      Statement("DELETE FROM lock WHERE home = ?", (account.id,)),
-                     Statement("UPDATE share SET ended = ?1 WHERE (home = ?2 OR giver = ?2) AND ended IS NULL",
-                               (self.clock.wall(), account.id)),
+                     *end_shares("s.home = ?1 OR s.giver = ?1 OR s.kind = 'account' AND s.grantee = ?1", (account.id,), self.clock),
+                     Statement("DELETE FROM member WHERE account = ?", (account.id,)),
                      unless=(LAST_ADMIN + " AND EXISTS (SELECT 1 FROM account WHERE id <> :id AND removed IS NULL)",
                              "make another account an administrator first"))
 
@@ -4058,6 +4069,119 @@ class Devices:
             return batch
 
         return self.db.write(attempt).line.who.name, secret
+
+
+class Group(NamedTuple):
+    """Accounts that belong together, as an administrator sees them."""
+    id: int
+    name: str
+    members: list[str]
+
+
+class Groups:
+    """Which accounts belong together.  What was shared with a group reaches its members for as long as they are."""
+
+    def __init__(self, db: Database, clock: Clock, accounts: Accounts) -> None:
+        self.db, self.clock, self.accounts = db, clock, accounts
+
+    def list(self) -> list[Group]:
+        members: dict[int, list[str]] = {}
+        for group, name in self.db.read("SELECT m.grp, a.name FROM member m JOIN account a ON a.id = m.account ORDER BY a.key"):
+            members.setdefault(group, []).append(name)
+        return [Group(id, name, members.get(id, [])) for id, name in self.db.read("SELECT id, name FROM grp WHERE key IS NOT NULL ORDER BY key")]
+
+    def get(self, name: str) -> Group:
+        """raises CloudError not-found"""
+        for group in self.list():
+            if account_key(group.name) == account_key(name):
+                return group
+        raise CloudError("not-found", "there is no group %s" % name)
+
+    def add(self, name: str, who: Principal = ANONYMOUS) -> Group:
+        """raises CloudError bad-request, exists"""
+        check_account_name(name)
+
+        def attempt() -> Batch:
+            self._check_free(name)
+            id = (self.db.read("SELECT max(id) FROM grp")[0][0] or 0) + 1
+            return Batch([Statement("INSERT INTO grp (id, name, key) VALUES (?, ?, ?)", (id, name, account_key(name)))],
+                         line=Line(0, who, "group-add", {"name": name}))
+
+        self.db.write(attempt)
+        return self.get(name)
+
+    def _check_free(self, name: str, but: int = 0) -> None:
+        if self.db.read("SELECT 1 FROM grp WHERE key = ? AND id <> ?", (account_key(name), but)):
+            raise CloudError("exists", "there is a group of that name")
+
+    def rename(self, name: str, to: str, who: Principal = ANONYMOUS) -> Group:
+        """raises CloudError not-found, bad-request, exists"""
+        check_account_name(to)
+
+        def attempt() -> Batch:
+            group = self.get(name)
+            self._check_free(to, group.id)
+            return Batch([Statement("UPDATE grp SET name = ?, key = ? WHERE id = ?", (to, account_key(to), group.id))],
+                         line=Line(0, who, "group-rename", {"name": group.name, "to": to}))
+
+        self.db.write(attempt)
+        return self.get(to)
+
+    def remove(self, name: str, who: Principal = ANONYMOUS) -> None:
+        """End a group, and what was shared with it, at once.  raises CloudError not-found"""
+        def attempt() -> Batch:
+            group = self.get(name)
+            return Batch([*end_shares("s.kind = 'group' AND s.grantee = ?1", (group.id,), self.clock),
+                          Statement("UPDATE grp SET key = NULL WHERE id = ?", (group.id,)),
+                          Statement("DELETE FROM member WHERE grp = ?", (group.id,))], line=Line(0, who, "group-remove", {"name": group.name}))
+
+        self.db.write(attempt)
+
+    def join(self, name: str, account: str, who: Principal = ANONYMOUS) -> Group:
+        """Let an account be a member.  raises CloudError not-found"""
+        group, member = self.get(name), self.accounts.get(account)
+        self._change(member, who, "group-join", group, Statement(
+            "INSERT INTO member (grp, account) VALUES (?, ?) ON CONFLICT (grp, account) DO NOTHING", (group.id, member.id)))
+        return self.get(name)
+
+    def leave(self, name: str, account: str, who: Principal = ANONYMOUS) -> Group:
+        """Let it be none any more: it loses at once what was shared with the group, and so do those to whom it gave that on."""
+        group, member = self.get(name), self.accounts.get(account)
+        self._change(member, who, "group-leave", group, *end_shares(
+            "s.giver = ?1 AND s.parent IN (SELECT id FROM share WHERE kind = 'group' AND grantee = ?2)", (member.id, group.id), self.clock),
+                     Statement("DELETE FROM member WHERE grp = ? AND account = ?", (group.id, member.id)))
+        return self.get(name)
+
+    def _change(self, member: Account, who: Principal, action: str, group: Group, *body: Statement) -> None:
+        self.db.write(lambda: Batch([*body, raise_shares("s.kind = 'group' AND s.grantee = ?1", group.id), MOUNTS_LAG],
+                                    line=Line(member.id, who, action, {"name": member.name, "group": group.name})))
+
+
+def check_account_name(name: str) -> None:
+    """raises CloudError bad-request for what no account or group can be called"""
+    if not re.fullmatch(ACCOUNT_NAME, name) or name.startswith("."):
+        raise CloudError("bad-request", "a name has 1 to 64 characters, none of them / \\ : or a control character")
+
+
+GIVEN_OR_GOT = (
+    "s.giver = ?1 OR s.kind = 'account' AND s.grantee = ?1 OR s.kind = 'group' AND s.grantee IN (SELECT grp FROM member WHERE account = ?1)")
+AND_BELOW = "(WITH RECURSIVE below (id) AS (SELECT s.id FROM share s WHERE s.ended IS NULL AND (%s) UNION SELECT s.id FROM below JOIN share s " \
+    "ON s.parent = below.id AND s.ended IS NULL) SELECT id FROM below)"
+MOUNTS_LAG = put_setting("mounts", "lag")        # mounts have to follow what was shared, or with whom
+
+
+def raise_shares(where: str, *params: Any) -> Statement:
+    """What is seen by some shares, and by what was given on, is as of now: its rights may be others, or it is seen again, or no more."""
+    return Statement("UPDATE share SET seq = (SELECT max(seq) FROM journal) WHERE id IN " + AND_BELOW % where, params)
+
+
+def end_shares(where: str, params: tuple[Any, ...], clock: Clock) -> list[Statement]:
+    """End some shares, and all by which what they showed was given on; the mounts go later, what they show goes at once."""
+    shares = AND_BELOW % where
+    return [Statement("DELETE FROM lock WHERE account < 0 AND -account IN " + shares, params),
+            Statement("UPDATE upload SET due = ?%d WHERE account < 0 AND done IS NULL AND -account IN " % (len(params) + 1) + shares, (*params, clock.due())),
+            Statement("UPDATE share SET ended = ?%d, token = NULL, password = NULL, seq = (SELECT max(seq) FROM journal) WHERE id IN "
+                      % (len(params) + 1) + shares, (*params, clock.wall())), MOUNTS_LAG]
 
 
 def account_key(name: str) -> str:
@@ -4596,6 +4720,13 @@ class Moment:
             (node.home, node.manifest, node.node))}
 
 
+class Access(NamedTuple):
+    """What one share gives."""
+    share: int
+    node: int                    # from there downwards
+    rights: frozenset[str]
+
+
 class Grant(NamedTuple):
     """What somebody else shared with the owner of a home, as a mount in the root of that home shows it."""
     mount: int                   # the entry in the root
@@ -4603,13 +4734,19 @@ class Grant(NamedTuple):
     owner: str                   # the name of who shared it
     node: Node                   # the target
     above: tuple[int, ...]       # what holds it, the root of its home first
-    rights: frozenset[str]
     seq: int                     # of the shares
-    more: dict[int, frozenset[str]]              # {node: rights that other shares add from there downwards}
+    accesses: list[Access]       # by the shares of the target, and by those of what lies in it
+
+    def accesses_at(self, ids: Iterable[int]) -> list[Access]:
+        """Those to a node, by the ids of what holds it, and its own."""
+        return [access for access in self.accesses if access.node in ids]
 
     def rights_at(self, ids: Iterable[int]) -> frozenset[str]:
-        """The rights to a node, by the ids of what holds it, and its own."""
-        return self.rights.union(*(self.more[id] for id in ids if id in self.more)) if self.more else self.rights
+        return frozenset().union(*(access.rights for access in self.accesses_at(ids)))
+
+    @property
+    def rights(self) -> frozenset[str]:
+        return self.rights_at((self.node.node,))
 
     def seen(self) -> Node:
         """The target as it is seen: under the name of the mount."""
@@ -4618,27 +4755,37 @@ class Grant(NamedTuple):
 
 def outermost_of(grants: list[Grant]) -> list[Grant]:
     """Those whose target lies in that of no other one, where their rights are added (law 3)."""
-    for inner, outer in itertools.permutations(grants, 2):
-        if outer.node.node in inner.above:
-            outer.more[inner.node.node] = inner.rights
-    hidden = set().union(*(grant.more for grant in grants))
-    return [grant for grant in grants if grant.node.node not in hidden]
+    all, found = {grant.node.node: grant for grant in grants}, []
+    for inner in grants:
+        outer = [all[id] for id in inner.above if id in all]
+        for one in outer:
+            one.accesses.extend(inner.accesses_at((inner.node.node,)))
+        if not outer:
+            found.append(inner)
+    return found
 
 
-FOR = (  # does a share reach an account, by itself or by a group?
-    "(%s.kind = 'account' AND %s.grantee = %s OR %s.kind = 'group' AND EXISTS (SELECT 1 FROM member WHERE grp = %s.grantee AND account = %s))")
-STANDING = " AND %s.ended IS NULL AND (%s.due IS NULL OR %s.due > :now) AND "
+REACHES = (  # does share s reach account :home, by itself or by a group?
+    "(s.kind = 'account' AND s.grantee = :home OR s.kind = 'group' AND EXISTS (SELECT 1 FROM member WHERE grp = s.grantee AND account = :home))")
+STANDING = (  # does share s count at due time :now, and may its giver share?
+    "(s.ended IS NULL AND (s.due IS NULL OR s.due > :now) AND EXISTS (SELECT 1 FROM account WHERE id = s.giver AND sharing AND removed IS NULL))")
+SWITCHED_ON = (  # may account :home share, and be shared with?
+    "(EXISTS (SELECT 1 FROM account WHERE id = :home AND sharing) AND NOT EXISTS (SELECT 1 FROM setting WHERE name = 'sharing' AND value = 'none'))")
+CHAIN = (  # share :share and all above it, if they stand at due time :now: a row of (parent, rights, node) for each
+    "WITH RECURSIVE given (parent, rights, giver, node) AS (SELECT s.parent, s.rights, s.giver, s.node FROM share s WHERE s.id = :share AND " + STANDING
+    + " UNION ALL SELECT s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND "
+    + REACHES.replace(":home", "g.giver") + ") SELECT parent, rights, node FROM given")
 MOUNTED = (  # the targets of all mounts in home :home, what holds each, upwards, and the shares that stand at due time :now, each with its chain
     "WITH RECURSIVE up (mount, name, id, above, level) AS (SELECT m.node, x.name, e.node, e.parent, 0 FROM mount m JOIN entry x ON x.node = m.node "
     "AND x.until IS NULL JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = :home AND m.until IS NULL UNION ALL "
     "SELECT up.mount, up.name, e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL), "
-    "given (share, node, parent, rights, giver) AS (SELECT s.id, s.node, s.parent, s.rights, s.giver FROM mount m JOIN share s ON s.node = m.target"
-    + STANDING % (("s",) * 3) + FOR % ("s", "s", ":home", "s", "s", ":home") + " WHERE m.home = :home AND m.until IS NULL UNION ALL "
-    "SELECT g.share, g.node, p.parent, p.rights, p.giver FROM given g JOIN share p ON p.id = g.parent"
-    + STANDING % (("p",) * 3) + FOR % ("p", "p", "g.giver", "p", "p", "g.giver") + ") SELECT up.mount, up.name, CASE up.level WHEN 0 THEN "
-    "(SELECT name FROM account WHERE id = e.home) END, CASE up.level WHEN 0 THEN (SELECT max(seq) FROM share WHERE node = up.id) END, g.share, g.parent, "
-    "g.rights, " + NODE + " FROM up CROSS JOIN entry e LEFT JOIN collection c ON c.node = e.node LEFT JOIN given g ON up.level = 0 AND g.node = up.id "
-    "WHERE e.node = up.id AND e.until IS NULL ORDER BY up.mount, up.level")
+    "given (share, node, parent, rights, giver, top) AS (SELECT s.id, s.node, s.parent, s.rights, s.giver, s.node FROM mount m JOIN share s "
+    "ON s.node = m.target AND " + STANDING + " AND " + REACHES + " WHERE m.home = :home AND m.until IS NULL AND " + SWITCHED_ON + " UNION ALL "
+    "SELECT g.share, g.node, s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND "
+    + REACHES.replace(":home", "g.giver") + ") SELECT up.mount, up.name, CASE up.level WHEN 0 THEN (SELECT name FROM account WHERE id = e.home) END, "
+    "CASE up.level WHEN 0 THEN (SELECT max(seq) FROM share WHERE node = up.id) END, g.share, g.parent, g.rights, g.top, " + NODE + " FROM up "
+    "CROSS JOIN entry e LEFT JOIN collection c ON c.node = e.node LEFT JOIN given g ON up.level = 0 AND g.node = up.id WHERE e.node = up.id "
+    "AND e.until IS NULL ORDER BY up.mount, up.level")
 STOOD = " UNION ALL ".join(  # the mounts that stood in home :home as of :seq; what still stands may have had another name
     "SELECT m.node, e.name, m.target FROM mount m JOIN entry e ON e.node = m.node AND e.since <= :seq AND e.until %s WHERE m.home = :home "
     "AND m.until %s" % untils for untils in (("IS NULL", "IS NULL"), ("> :seq", "IS NULL"), ("> :seq", "IS NOT NULL")))
@@ -4664,10 +4811,10 @@ class Mounts:
             lines.setdefault(mount, []).append(tuple(row))
         found = []
         for mount, rows in lines.items():
-            nodes, (name, owner, seq, *_) = list(dict.fromkeys(Node._make(row[6:]) for row in rows)), rows[0]
-            rights = rights_of([row[3:6] for row in rows if row[3]])
-            if READ in rights and nodes[-1].parent is None and nodes[0].home != home:
-                found.append(Grant(mount, name, owner, nodes[0], tuple(node.node for node in reversed(nodes[1:])), rights - {SHARE}, seq, {}))
+            nodes, (name, owner, seq, *_) = list(dict.fromkeys(Node._make(row[7:]) for row in rows)), rows[0]
+            grant = Grant(mount, name, owner, nodes[0], tuple(node.node for node in reversed(nodes[1:])), seq, accesses_of(rows, nodes))
+            if READ in grant.rights and nodes[-1].parent is None and nodes[0].home != home:
+                found.append(grant)
         return found
 
     def _stood(self, moment: Moment, home: int) -> list[Grant]:
@@ -4677,8 +4824,24 @@ class Mounts:
         for mount, name, target in rows:
             line = [moment.node(id) for id in moment.line(target)]
             if line[-1] and line[-1].parent is None and line[0].home != home:
-                found.append(Grant(mount, name, "", line[0], tuple(node.node for node in reversed(line[1:])), frozenset(), 0, {}))
+                found.append(Grant(mount, name, "", line[0], tuple(node.node for node in reversed(line[1:])), 0, []))
         return found
+
+    def access(self, read: Read, share: int, node: int) -> Access | None:
+        """What a share of a node gives by now; None if it, or one above it, does not stand, or if the node is not there."""
+        above = Moment(read, node).above(node)
+        return None if above is None else access_by(share, node, list(read(CHAIN, {"share": share, "now": self.clock.due()})), (*above, node))
+
+    def to_give_on(self, read: Read, who: Principal, place: Place) -> Access | None:
+        """The share by which somebody may share what is at a place: of several that which allows most.  None: it is their own
+        raises CloudError forbidden"""
+        home, ids = view_of(who).home, (*place.chain, place.found().node)
+        if place.view.home == home:
+            return None
+        found = [access for grant in self.of(read, home).values() for access in grant.accesses_at(ids) if SHARE in access.rights]
+        if not found:
+            raise CloudError("forbidden", "nobody can give more than they have")
+        return max(found, key=lambda access: len(access.rights))
 
     # ---- which mounts a Moment goes on at
 
@@ -4699,14 +4862,22 @@ class Mounts:
         return lambda moment: outermost_of(self._stood(moment, home))
 
 
-def rights_of(chains: Iterable[tuple[int, int | None, str]]) -> frozenset[str]:
-    """What some shares give together, by rows (share, parent, rights) of each and of all above it: no share gives more than those above,
-    and nothing if not all of them are there."""
-    shares: dict[int, list[tuple[int | None, set[str]]]] = {}
-    for share, parent, rights in chains:
-        shares.setdefault(share, []).append((parent, set(rights.split())))
-    return frozenset().union(*(set.intersection(*(rights for _, rights in chain)) for chain in shares.values()
-                               if any(parent is None for parent, _ in chain)))
+def accesses_of(rows: Iterable[tuple[Any, ...]], nodes: list[Node]) -> list[Access]:
+    """What each share of a node gives, by rows of MOUNTED; `nodes` are it and what holds it."""
+    chains: dict[int, list[tuple[Any, ...]]] = {}
+    for _, _, _, share, *chain in rows:
+        if share is not None:
+            chains.setdefault(share, []).append(tuple(chain[:3]))
+    found = (access_by(share, nodes[0].node, chain, [node.node for node in nodes]) for share, chain in chains.items())
+    return [access for access in found if access]
+
+
+def access_by(share: int, node: int, chain: list[tuple[Any, ...]], line: Collection[int]) -> Access | None:
+    """What a share gives, by (parent, rights, node) of it and of all above it that stand: no more than those above, and nothing if one of them is
+    missing, or shares nothing any more that holds the node, whose `line` is that and what holds it."""
+    if all(parent is not None for parent, *_ in chain) or not all(top in line for *_, top in chain):
+        return None
+    return Access(share, node, frozenset.intersection(*(frozenset(rights.split()) for _, rights, _ in chain)))
 
 
 class Difference(NamedTuple):
@@ -5010,8 +5181,8 @@ class Allowance:
 
 
 LINK_REFUSES = (
-    "SELECT CASE WHEN ended IS NOT NULL OR due <= ?2 THEN 'gone' WHEN rights <> ?3 THEN 'forbidden' ELSE 'too-large' END FROM share "
-    "WHERE id = ?1 AND (ended IS NOT NULL OR due <= ?2 OR rights <> ?3 OR files + ?4 > files_most OR bytes + ?5 > bytes_most)")
+    "SELECT CASE WHEN ended IS NOT NULL OR due <= ?2 THEN 'gone' WHEN parent IS NULL AND rights <> ?3 THEN 'forbidden' ELSE 'too-large' END FROM share "
+    "WHERE id = ?1 AND (ended IS NOT NULL OR due <= ?2 OR parent IS NULL AND rights <> ?3 OR files + ?4 > files_most OR bytes + ?5 > bytes_most)")
 COUNT_CAME = "UPDATE share SET files = files + ?, bytes = bytes + ? WHERE id = ?"
 
 
@@ -5944,7 +6115,7 @@ def change_mount(plan: Plan, path: tuple[str, ...], target: tuple[str, ...] | No
     chain = plan.now.top()
     mount = plan.now.child(chain[-1], path[0])._replace(files=0)
     if target is None:
-        plan.rows.append(Statement(DECLINE, (mount.home, mount.node)))
+        plan.rows.append(Statement(DECLINE, {"home": mount.home, "mount": mount.node}))
         return end_mount(plan, mount, "declined")
     if len(target) != 1 or target[0][0] == ".":
         raise CloudError("forbidden", "what is shared with you stays where it is; it may have another name, without a dot in front")
@@ -5977,11 +6148,9 @@ def unchanged_since(node: Node, seq: int) -> Statement:
                      "AND e.until IS NULL AND coalesce(c.seq, e.since) <= ?)", (node.node, seq))
 
 
-REACHES = (  # does share s reach account ?1?
-    "(s.kind = 'account' AND s.grantee = ?1 OR s.kind = 'group' AND s.grantee IN (SELECT grp FROM member WHERE account = ?1))")
 SAY = "INSERT INTO answer (share, account, said) %s ON CONFLICT (share, account) DO UPDATE SET said = excluded.said"
 DECLINE = SAY % (
-    "SELECT s.id, ?1, 'declined' FROM mount m JOIN share s ON s.node = m.target WHERE m.node = ?2 AND s.ended IS NULL AND " + REACHES)
+    "SELECT s.id, :home, 'declined' FROM mount m JOIN share s ON s.node = m.target WHERE m.node = :mount AND s.ended IS NULL AND " + REACHES)
 OVERSPENT = "too much was stored within some days, counting what was deleted or overwritten since; room comes back day by day"
 END_ENTRY = "UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? WHERE home = ? AND since = ? AND node = ?"
 BEGIN_ENTRY = (
@@ -6996,10 +7165,11 @@ class Journal:
         return step._replace(detail={**step.detail, **words})
 
     def server_activity(self, before: int = 1 << 62, limit: int = 100) -> list[Step]:
-        """What happened to accounts and settings of the whole server, the latest first: what the index journal_server holds."""
+        """What happened to accounts, groups, shares and settings of the whole server, the latest first: what the index journal_server holds."""
         return self._steps(self.db.read(
-            "SELECT " + STEP + " WHERE j.action IN ('account-add', 'account-password', 'account-admin', 'account-quota', "
-            "'account-remove', 'settings', 'hold') AND j.seq < :before ORDER BY j.seq DESC LIMIT :limit", {"before": before, "limit": limit, "asks": 0}))
+            "SELECT " + STEP + " WHERE j.action IN ('account-add', 'account-password', 'account-admin', 'account-quota', 'account-remove', 'settings', "
+            "'hold', 'account-sharing', 'group-add', 'group-rename', 'group-remove', 'group-join', 'group-leave', 'share', 'share-change', 'share-end') "
+            "AND j.seq < :before ORDER BY j.seq DESC LIMIT :limit", {"before": before, "limit": limit, "asks": 0}))
 
     def _steps(self, rows: list[tuple[Any, ...]]) -> list[Step]:
         return [Step(seq, at, action, detail, account, device, bool(undoable) and action[:8] != "account-" and seq > self.oldest(), link,
@@ -7520,6 +7690,9 @@ SHARES_MOST = 1000              # that an account gives at a time
 LABEL_LIMIT, NOTE_LIMIT = 100, 1000              # characters
 SHARE_COLUMNS = ("s.id, s.home, s.node, s.kind, s.rights, s.giver, s.name, s.note, s.token, s.password, s.due, s.expires, s.uses_most, "
                  "s.files_most, s.bytes_most, s.used, s.files, s.bytes, s.seq, s.created, s.seen, s.parent, s.grantee")
+LAST_ENTRY = (  # is e what a node is, or was when it came into the trash?
+    "(e.until IS NULL OR e.fate = 'deleted'" + UNPURGED + " AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND (l.until IS NULL OR "
+    "l.until > e.until)))")
 STANDS = "s.ended IS NULL AND (s.due IS NULL OR s.due > ?)"              # does share s count at this due time?
 
 
@@ -7584,7 +7757,7 @@ class Terms:
         if not terms.keys().isdisjoint({"reshare"} if share.kind == "link" else LINK_TERMS):
             raise CloudError("bad-request", "this belongs to another kind of share")
         if not terms.keys().isdisjoint({"rights", "role", "reshare"}):
-            share = share._replace(rights=" ".join(self._rights(view, node, share, terms)))
+            share = share._replace(rights=self._rights(view, node, share, terms))
         for name, column in ("uses", "uses_most"), ("files", "files_most"), ("bytes", "bytes_most"):
             if name in terms:
                 share = share._replace(**{column: terms[name]})
@@ -7597,7 +7770,7 @@ class Terms:
             share = self._expire(share, terms["expires"], policy)
         return share
 
-    def _rights(self, view: View, node: Node, share: Share, terms: dict[str, Any]) -> list[str]:
+    def _rights(self, view: View, node: Node, share: Share, terms: dict[str, Any]) -> str:
         roles, had = roles_of(share), frozenset(share.rights.split())
         rights = frozenset(terms["rights"]) if terms.get("rights") is not None else roles.get(terms["role"]) if "role" in terms else had - {SHARE}
         allowed = LINK_RIGHTS if share.kind == "link" else RIGHTS
@@ -7610,7 +7783,7 @@ class Terms:
             raise CloudError("bad-request", "a share of a file is view or edit")
         if not rights <= view.rights:
             raise CloudError("forbidden", "nobody can give more than they have")
-        return [right for right in RIGHTS if right in rights]
+        return in_order(rights)
 
     def seal(self, terms: dict[str, Any]) -> dict[str, Any]:
         """The terms with the password as it is stored."""
@@ -7640,7 +7813,7 @@ class Sharing:
 
     def __init__(self, tree: Tree, credentials: Credentials, policy: Callable[[], Policy]) -> None:
         self.tree, self.policy, self.db, self.clock, self.throttle = tree, policy, tree.db, tree.clock, credentials.throttle
-        self.terms, self.passwords, self.offers = Terms(self.clock, policy), LinkPasswords(self.clock, self.throttle), Offers(tree)
+        self.terms, self.passwords, self.offers = Terms(self.clock, policy), LinkPasswords(self.clock, self.throttle), Offers(tree, policy)
         self.uses = Uses(self.db, self.clock)
 
     # ---- for who shares
@@ -7672,10 +7845,11 @@ class Sharing:
                 raise CloudError("exists", "it is shared with %s already" % name)
             if mine >= SHARES_MOST:
                 raise CloudError("conflict", "this account gives %d shares; end some first" % SHARES_MOST)
+            access = self.tree.mounts.to_give_on(self.db.read, who, place)
             new = Share(highest + 1, place.view.home, node.node, kind, READ, giver, "", "", token, None, None, None, None, None, None,
-                        created=self.clock.wall(), grantee=grantee)
-            new = self.terms.agree(place.view, node, new, terms)
-            plan.guards.append(still_there(node))
+                        created=self.clock.wall(), parent=access and access.share, grantee=grantee)
+            new = self.terms.agree(limited(place.view, access), node, new, terms)
+            plan.guards += [still_there(node), *still_given(new)]
             plan.rows.append(Statement(
                 "INSERT INTO share (id, home, node, kind, rights, giver, name, note, token, password, due, expires, uses_most, files_most, "
                 "bytes_most, used, files, bytes, seq, created, secret, parent, grantee) SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, "
@@ -7683,9 +7857,13 @@ class Sharing:
             batch = plan.batch("share", {"path": [path], **describe_share(new, name)}, new.id)
             if kind == "account":
                 batch.also, batch.touches = [*batch.also, self.offers.deliver(who, new, node)], None
+            elif kind == "group":
+                batch.body.append(MOUNTS_LAG)
             return batch
 
-        return self.get(who, self.db.write(attempt).told)
+        id = self.db.write(attempt).told
+        self.offers.follow(who)
+        return self.get(who, id)
 
     def change(self, who: Principal, id: int, **terms: Any) -> Given:
         """Change what `terms` name, at once for everybody; the rest stays.  raises CloudError not-found, and as share"""
@@ -7693,15 +7871,20 @@ class Sharing:
 
         def attempt() -> Batch:
             old = self.get(who, id)
+            if old.share.giver != view_of(who).home:
+                raise CloudError("forbidden", "who shared it may change that; others may end it")
             plan = Plan(self.tree, who)
             place = plan.now.enter(old.path or ())
             place.need(SHARE)
-            new = self.terms.agree(place.view, old.node, old.share, terms)
-            plan.guards.append(self._still(old.share))
+            access = old.share.parent and self.tree.mounts.access(self.db.read, old.share.parent, old.node.node) or None
+            if old.share.parent and not access:
+                raise CloudError("forbidden", "nobody can give more than they have")
+            new = self.terms.agree(limited(place.view, access), old.node, old.share, terms)
+            plan.guards += [self._still(old.share), *still_given(new)]
             plan.rows.append(Statement(
                 "UPDATE share SET rights = ?, name = ?, note = ?, password = ?, due = ?, expires = ?, uses_most = ?, files_most = ?, "
-                "bytes_most = ?, seq = (SELECT max(seq) FROM journal) WHERE id = ?",
-                (new.rights, new.name, new.note, *new[9:15], id)))
+                "bytes_most = ? WHERE id = ?", (new.rights, new.name, new.note, *new[9:15], id)))
+            plan.rows.append(raise_shares("s.id = ?1", id))
             return plan.batch("share-change", {"path": [old.path or (old.node.name,)], **describe_share(new, old.grantee)})
 
         self.db.write(attempt)
@@ -7720,54 +7903,51 @@ class Sharing:
         def attempt() -> Batch:
             old = find()
             share = old.share
-            return Batch([Statement("UPDATE share SET ended = ?, token = NULL, password = NULL, seq = (SELECT max(seq) FROM journal) WHERE id = ?",
-                                    (self.clock.wall(), share.id)),
-                          Statement("DELETE FROM lock WHERE home = ? AND account = ?", (share.home, -share.id)),
-                          Statement("UPDATE upload SET due = ? WHERE account = ? AND done IS NULL", (self.clock.due(), -share.id))],
-                         [self._still(share)],
-                         Line(share.home, who, "share-end", {"path": "/".join(old.path or (old.node.name,)), **describe_share(share, old.grantee)}), told=share)
+            root, = self.db.read("SELECT root FROM account WHERE id = ?", (share.home,))[0]
+            path = Moment(self.db.read, root).path(share.node) or (old.node.name,)
+            return Batch(end_shares("s.id = ?1", (share.id,), self.clock), [self._still(share)],
+                         Line(share.home, who, "share-end", {"path": "/".join(path), **describe_share(share, old.grantee)}))
 
-        self.offers.withdraw(who, self.db.write(attempt).told)
+        self.db.write(attempt)
+        self.offers.follow(who)
 
     def _still(self, share: Share) -> Statement:
         """The guard that says: a share is as somebody read it."""
         return Statement("SELECT 'share' WHERE NOT EXISTS (SELECT 1 FROM share WHERE id = ? AND seq = ? AND ended IS NULL)", (share.id, share.seq))
 
     def get(self, who: Principal, id: int) -> Given:
-        """One of those that `who` gave.  raises CloudError not-found"""
-        return find_share(self._mine(who, "s.id = ?", id), id)
+        """One of those that `who` gave, or that others gave on of what `who` gave.  raises CloudError not-found"""
+        return find_share(self._mine(who, "s.id = :value AND " + MINE_TO_END, id), id)
 
     def of(self, who: Principal, path: tuple[str, ...]) -> list[Given]:
-        """The shares of the node at a path, the newest first."""
-        return self._mine(who, "s.node = ?", self.tree.enter(who, path, READ).found().node)
+        """The same of the node at a path, the newest first."""
+        return self._mine(who, "s.node = :value AND " + MINE_TO_END, self.tree.enter(who, path, READ).found().node)
 
     def all(self, who: Principal) -> list[Given]:
         """All that `who` gave, the newest first."""
-        return self._mine(who, "s.node <> ?", 0)
+        return self._mine(who, "s.giver = :me")
 
-    def _mine(self, who: Principal, where: str, value: int) -> list[Given]:
+    def _mine(self, who: Principal, where: str, value: int = 0) -> list[Given]:
         """A limited device is told of none that lies elsewhere or allows more than it may itself: its address opens it."""
-        view, here = view_of(who), seen_by(self.db.read, who)
+        view, here = view_of(who), seen_by(self.db.read, who, self.tree.mounts)
         given = [Given(share, node, here.path(node.node), giver, grantee) for share, node, giver, grantee in self._select(
-            "s.home = ? AND s.giver = ? AND " + where, view.home, who.account, value)]
+            where, value=value, me=view.home)]
         return [one for one in given if view.whole or one.path] if SHARE in view.rights else [
             one for one in given if one.path and view.rights.issuperset(one.share.rights.split())]
 
     def everybodys(self) -> list[Given]:
         """All shares of the server, the newest first, for an administrator; each path is that in its home."""
-        found, roots = self._select("s.home <> ? AND s.giver <> ?", 0, 0), dict(self.db.read("SELECT id, root FROM account"))
+        found, roots = self._select("s.kind <> ''"), dict(self.db.read("SELECT id, root FROM account"))
         here = {home: Moment(self.db.read, root) for home, root in roots.items()}
         return [Given(share, node, here[share.home].path(node.node), giver, grantee) for share, node, giver, grantee in found]
 
-    def _select(self, where: str, *params: Any) -> list[tuple[Share, Node, str, str | None]]:
+    def _select(self, where: str, **params: int) -> list[tuple[Share, Node, str, str | None]]:
         """(share, its node as it is or last was, names of giver and grantee) of those that stand; without what was given up for good."""
-        now = self.clock.due()
         rows = self.db.read(
             "SELECT " + SHARE_COLUMNS + ", a.name, CASE s.kind WHEN 'account' THEN (SELECT name FROM account WHERE id = s.grantee) WHEN 'group' THEN "
             "(SELECT name FROM grp WHERE id = s.grantee) END, " + NODE + " FROM share s JOIN account a ON a.id = s.giver JOIN entry e ON e.node = s.node "
-            "LEFT JOIN collection c ON c.node = e.node WHERE " + where + " AND " + STANDS + " AND (e.until IS NULL OR e.fate = 'deleted' "
-            + UNPURGED + " AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND (l.until IS NULL OR l.until > e.until))) "
-            "ORDER BY s.id DESC", (*params, now))
+            "LEFT JOIN collection c ON c.node = e.node WHERE " + where + " AND s.ended IS NULL AND (s.due IS NULL OR s.due > :now) "
+            "AND " + LAST_ENTRY + " ORDER BY s.id DESC", {**params, "now": self.clock.due()})
         count = len(Share._fields)
         return [(Share._make(row[:count]), Node._make(row[count + 2:]), *row[count:count + 2]) for row in rows]
 
@@ -7815,9 +7995,10 @@ class Sharing:
     def about(self, who: Principal) -> Share:
         """The share that somebody came by.  raises CloudError gone if it has ended"""
         rows = self.db.read("SELECT " + SHARE_COLUMNS + " FROM share s WHERE s.id = ? AND " + STANDS, (who.share, self.clock.due()))
-        if not rows:
+        share = Share._make(rows[0]) if rows else None
+        if share is None or share.parent is not None and self.tree.mounts.access(self.db.read, share.id, share.node) is None:
             raise CloudError("gone", GONE)
-        return Share._make(rows[0])
+        return share
 
     def while_it_stands(self, who: Principal, parts: Iterable[Any], every: float = 10) -> Iterator[Any]:
         """The parts of an answer, with a look every so many seconds whether the share still stands (law 12)."""
@@ -7847,10 +8028,13 @@ class Sharing:
 
     def _look_up(self, token: str) -> tuple[Share | None, int, Collection[int] | None]:
         rows = self.db.read("SELECT " + SHARE_COLUMNS + " FROM share s JOIN account a ON a.id = s.home WHERE s.secret = ? AND s.ended IS NULL "
-                            "AND a.removed IS NULL", (sha256_text(token),))
+                            "AND a.removed IS NULL AND a.sharing", (sha256_text(token),))
         share = Share._make(rows[0]) if rows else None
         if share is None or not self.policy().links or Moment(self.db.read, share.node).above(share.node) is None:
             return None, 0, None
+        if share.parent is not None:                         # what those above it give may end by time, or by leaving a group
+            access = self.tree.mounts.access(self.db.read, share.id, share.node)
+            return access and share._replace(rights=in_order(access.rights)), 0, None
         return share, KiB, (share.node, share.home)
 
     def _refuse(self, network: str) -> None:
@@ -7862,19 +8046,38 @@ class Sharing:
         raise CloudError("gone", GONE)
 
 
+def in_order(rights: Container[str]) -> str:
+    """Rights as they are stored."""
+    return " ".join(right for right in RIGHTS if right in rights)
+
+
 class Offers:
     """Whom something may be shared with, and what reaches them: each share of an account or group, as a mount in its root."""
 
-    def __init__(self, tree: Tree) -> None:
-        self.tree, self.db, self.clock = tree, tree.db, tree.clock
+    def __init__(self, tree: Tree, policy: Callable[[], Policy]) -> None:
+        self.tree, self.policy, self.db, self.clock = tree, policy, tree.db, tree.clock
 
     def find(self, who: Principal, home: int, kind: str, name: str) -> tuple[int, str]:
         """The account or group of a name, (id, name), to share something of a home with.  raises CloudError not-found, whatever the reason is"""
-        rows = self.db.read("SELECT id, name FROM account WHERE key = ? AND removed IS NULL AND sharing AND id NOT IN (?, ?)" if kind == "account" else
-                            "SELECT id, name FROM grp WHERE key = ?", (account_key(name), view_of(who).home, home)[:3 if kind == "account" else 1])
-        if not rows:
+        found = self._findable(who, kind, " AND f.key = :key AND (:kind = 'group' OR f.id <> :home)", {"key": account_key(name), "kind": kind, "home": home})
+        if not found:
             raise CloudError("not-found", NOBODY)
-        return rows[0]
+        return found[0]
+
+    def people(self, who: Principal, text: str) -> list[tuple[str, str]]:
+        """(kind, name) of some accounts and groups that somebody may share with and whose names hold a text, those that begin with it first."""
+        view_of(who).need(SHARE)
+        like = re.sub(r"([%_\\])", r"\\\1", account_key(text))
+        rows = [(kind, name) for kind in ("account", "group") for _, name in self._findable(
+            who, kind, " AND f.key LIKE :held ESCAPE '\\' ORDER BY f.key NOT LIKE :begun ESCAPE '\\', f.key LIMIT :most",
+            {"held": "%" + like + "%", "begun": like + "%", "most": PEOPLE_MOST})]
+        return sorted(rows, key=lambda row: (not account_key(row[1]).startswith(account_key(text)), account_key(row[1])))[:PEOPLE_MOST]
+
+    def _findable(self, who: Principal, kind: str, where: str, params: dict[str, Any]) -> list[tuple[int, str]]:
+        policy = self.policy().sharing
+        if policy == "none":
+            return []
+        return self.db.read(FINDABLE[kind] + where, {**params, "me": view_of(who).home, "all": policy == "all"})
 
     # ---- for whom it reaches
 
@@ -7883,19 +8086,18 @@ class Offers:
         view = view_of(who)
         if not view.whole:
             return []
-        rows = self.db.read(
-            "SELECT " + SHARE_COLUMNS + ", o.name, g.name, w.said, m.name, " + NODE + " FROM share s JOIN account o ON o.id = s.home JOIN account g "
-            "ON g.id = s.giver JOIN entry e ON e.node = s.node AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node LEFT JOIN answer w "
-            "ON w.share = s.id AND w.account = ?1 LEFT JOIN mount t ON t.home = ?1 AND t.target = s.node AND t.until IS NULL LEFT JOIN entry m ON m.node = t.node "
-            "AND m.until IS NULL WHERE s.ended IS NULL AND (s.due IS NULL OR s.due > ?2) AND s.home <> ?1 AND " + REACHES + " ORDER BY s.id DESC",
-            (view.home, self.clock.due()))
-        count = len(Share._fields)
-        found = []
-        for row in rows:
-            owner, giver, said, name = row[count:count + 4]
-            share, node = Share._make(row[:count]), Node._make(row[count + 4:])
-            if Moment(self.db.read, node.node).above(node.node) is not None:
-                found.append(Offer(share, node, owner, giver, name and (name,), "mounted" if name else "declined" if said == "declined" else "waiting"))
+        here, count, found = seen_by(self.db.read, who, self.tree.mounts), len(Share._fields), []
+        for row in self.db.read(
+                "SELECT " + SHARE_COLUMNS + ", o.name, g.name, w.said, t.node, " + NODE + " FROM share s JOIN account o ON o.id = s.home JOIN account g "
+                "ON g.id = s.giver JOIN entry e ON e.node = s.node AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node LEFT JOIN answer w "
+                "ON w.share = s.id AND w.account = :home LEFT JOIN mount t ON t.home = :home AND t.target = s.node AND t.until IS NULL "
+                "WHERE " + STANDING + " AND :home NOT IN (s.home, s.giver) AND " + REACHES + " AND " + SWITCHED_ON + " ORDER BY s.id DESC",
+                {"home": view.home, "now": self.clock.due()}):
+            (owner, giver, said, mount), share, node = row[count:count + 4], Share._make(row[:count]), Node._make(row[count + 4:])
+            access = self.tree.mounts.access(self.db.read, share.id, node.node)
+            if access:
+                found.append(Offer(share._replace(rights=in_order(access.rights)), node, owner, giver, here.path(node.node) if mount else None,
+                                   "mounted" if mount else "declined" if said == "declined" else "waiting"))
         return found
 
     def get(self, who: Principal, id: int) -> Offer:
@@ -7937,45 +8139,97 @@ class Offers:
 
     def deliver(self, who: Principal, share: Share, node: Node) -> Batch:
         """What a new share does in the home of whom it is for: it stands in the root."""
-        plan, detail = Plan(self.tree, self._principal(share.grantee)), describe_share(share)
-        plan.now.enter(())
-        if not self.db.read("SELECT 1 FROM mount WHERE home = ? AND target = ? AND until IS NULL", (share.grantee, node.node)):
-            detail["path"] = begin_mount(plan, node, who.name).name
-        plan.rows.append(Statement(SAY % "VALUES (?, ?, 'accepted')", (share.id, share.grantee)))
-        batch = plan.batch("share", {"path": node.name, **detail})
-        batch.line = batch.line._replace(who=who)
-        return batch
+        plan = Plan(self.tree, self._principal(share.grantee))
+        detail = self._receive(plan, share, node, who.name)
+        batch = plan.batch("share", {"path": node.name, **describe_share(share), **detail})
+        return replace(batch, line=batch.line._replace(who=who))
 
-    def withdraw(self, who: Principal, share: Share) -> None:
-        """Mounts of what a share showed end where no other share shows it."""
+    def _receive(self, plan: Plan, share: Share, node: Node, giver: str) -> dict[str, Any]:
+        """Let a share reach somebody: a mount, if there is none, unless they are to be asked first; returns what the journal says of it."""
+        plan.now.enter(())
+        home, mount = view_of(plan.who).home, None
+        if self.policy().ask_first and not self.db.read(KNOWN, (home, share.giver)):
+            said = "waiting"
+        else:
+            said = "accepted"
+            if not self.db.read("SELECT 1 FROM mount WHERE home = ? AND target = ? AND until IS NULL", (home, node.node)):
+                mount = begin_mount(plan, node, giver)
+        plan.rows.append(Statement(SAY % "VALUES (?, ?, ?)", (share.id, home, said)))
+        return {"path": mount.name} if mount else {"waiting": True} if said == "waiting" else {}
+
+    def expire(self) -> None:
+        """End what people and groups have whose time is over, or that shares nothing any more."""
+        for id, home, node in self.db.read("SELECT id, home, node FROM share WHERE ended IS NULL AND kind <> 'link' AND (due <= ? OR " + SHARES_NOTHING
+                                           + ") LIMIT ?", (self.clock.due(), PIECE)):
+            self.db.write(lambda: Batch(end_shares("s.id = ?1", (id,), self.clock), line=Line(home, ANONYMOUS, "share-end", {"share": str(id)})))
+
+    def follow(self, who: Principal = ANONYMOUS) -> bool:
+        """Let mounts come and go as shares and groups did, some at a time; is there more to do?"""
         def attempt() -> Batch:
-            homes = [home for home, in self.db.read(
-                "SELECT m.home FROM mount m WHERE m.target = ? AND m.until IS NULL AND NOT EXISTS (SELECT 1 FROM share s WHERE s.node = m.target AND s.ended IS NULL AND "
-                + REACHES.replace("?1", "m.home") + ") LIMIT ?", (share.node, PIECE))]
-            parts = [self._end(who, home, share) for home in homes]
+            parts = self._going(who) or self._coming()
             if not parts:
-                return Batch([])
-            first = parts[0]
-            first.also, first.touches = parts[1:], None
-            return first
+                return Batch([Statement("DELETE FROM setting WHERE name = 'mounts' AND NOT EXISTS (SELECT 1 " + GOING + ") AND NOT EXISTS (SELECT 1 "
+                                        + COMING + ")", {"now": self.clock.due()})])
+            first, *others = parts
+            return replace(first, also=others, touches=None) if others else first
 
-        while self.db.write(attempt).body:
-            pass
+        return bool(self.db.setting("mounts")) and self.db.write(attempt).line is not None
 
-    def _end(self, who: Principal, home: int, share: Share) -> Batch:
-        plan = Plan(self.tree, self._principal(home))
-        plan.now.enter(())
-        mount, = self.db.read("SELECT " + NODE + " FROM mount m JOIN entry e ON e.node = m.node AND e.until IS NULL LEFT JOIN collection c "
-                              "ON c.node = e.node WHERE m.home = ? AND m.target = ?", (home, share.node))
-        ended = end_mount(plan, Node._make(mount), "unshared")
-        batch = plan.batch("share-end", {"path": ended.name, **describe_share(share)})
-        batch.line = batch.line._replace(who=who)
-        return batch
+    def _going(self, who: Principal) -> list[Batch]:
+        """Ends of mounts that show nothing any more."""
+        homes: dict[int, list[Node]] = {}
+        for row in self.db.read("SELECT " + NODE + " " + GOING.replace("WHERE", "JOIN entry e ON e.node = m.node AND e.until IS NULL LEFT JOIN "
+                                "collection c ON c.node = e.node WHERE") + " LIMIT :limit", {"limit": PIECE}):
+            node = Node._make(row)
+            homes.setdefault(node.home, []).append(node)
+        parts = []
+        for home, mounts in homes.items():
+            plan = Plan(self.tree, self._principal(home))
+            plan.now.enter(())
+            for mount in mounts:
+                end_mount(plan, mount, "unshared")
+            batch = plan.batch("share-end", {"path": [(mount.name,) for mount in mounts]})
+            parts.append(replace(batch, line=batch.line._replace(who=who)))
+        return parts
+
+    def _coming(self) -> list[Batch]:
+        """What reaches members of groups and has not been told to them yet."""
+        homes: dict[int, list[tuple[Any, ...]]] = {}
+        for home, *row in self.db.read("SELECT b.account, g.name, r.name, " + SHARE_COLUMNS + ", " + NODE + " " + COMING + " ORDER BY b.account LIMIT :limit",
+                                       {"now": self.clock.due(), "limit": PIECE}):
+            homes.setdefault(home, []).append(tuple(row))
+        parts = []
+        for home, rows in homes.items():
+            plan, details = Plan(self.tree, self._principal(home)), []
+            for giver, group, *columns in rows:
+                share, node = Share._make(columns[:len(Share._fields)]), Node._make(columns[len(Share._fields):])
+                details.append({"path": node.name, **describe_share(share, group), **self._receive(plan, share, node, giver)})
+            batch = plan.batch("share", {**details[0], **({"count": len(details)} if len(details) > 1 else {})})
+            parts.append(replace(batch, line=batch.line._replace(who=Principal(share.giver, giver))))
+        return parts
 
     def _principal(self, account: int) -> Principal:
         """Somebody, for what is done in their root by what others do."""
         (name, root), = self.db.read("SELECT name, root FROM account WHERE id = ?", (account,))
         return Principal(account, name, root, means="local")
+
+
+MINE_TO_END = "(s.giver = :me OR s.home = :me OR s.id IN " + AND_BELOW % "s.giver = :me" + ")"      # those that account :me may end
+FINDABLE = {  # whom account :me may find, and so share with: all, or else those of its own groups
+    "account": "SELECT f.id, f.name FROM account f WHERE f.removed IS NULL AND f.sharing AND f.id <> :me AND EXISTS (SELECT 1 FROM account WHERE "
+               "id = :me AND sharing) AND (:all OR EXISTS (SELECT 1 FROM member x JOIN member y ON y.grp = x.grp WHERE x.account = :me AND y.account = f.id))",
+    "group": "SELECT f.id, f.name FROM grp f WHERE f.key IS NOT NULL AND EXISTS (SELECT 1 FROM account WHERE id = :me AND sharing) "
+             "AND (:all OR EXISTS (SELECT 1 FROM member x WHERE x.grp = f.id AND x.account = :me))"}
+PEOPLE_MOST = 20                # that are told at a time
+KNOWN = (  # did an account take something of a giver?
+    "SELECT 1 FROM answer w JOIN share s ON s.id = w.share WHERE w.account = ? AND s.giver = ? AND w.said = 'accepted' LIMIT 1")
+GOING = (  # mounts m that no share stands for any more
+    "FROM mount m WHERE m.until IS NULL AND NOT EXISTS (SELECT 1 FROM share s WHERE s.node = m.target AND s.ended IS NULL AND " + REACHES.replace(":home", "m.home") + ")")
+COMING = (  # shares s of groups, and members b of those, that have not met yet
+    "FROM share s JOIN grp r ON r.id = s.grantee JOIN member b ON b.grp = s.grantee JOIN account a ON a.id = b.account JOIN account g ON g.id = s.giver "
+    "JOIN entry e ON e.node = s.node LEFT JOIN collection c ON c.node = e.node WHERE s.kind = 'group' AND s.ended IS NULL AND (s.due IS NULL OR s.due > :now) "
+    "AND a.removed IS NULL AND b.account NOT IN (s.home, s.giver) AND NOT EXISTS (SELECT 1 FROM answer w WHERE w.share = s.id AND w.account = b.account) "
+    "AND " + LAST_ENTRY)
 
 
 class Uses:
@@ -8144,6 +8398,16 @@ def find_share(given: Iterable[Given], id: int) -> Given:
     if found is None:
         raise CloudError("not-found", "there is no such share")
     return found
+
+
+def still_given(share: Share) -> list[Statement]:
+    """The guard that says: the share by which its giver has it has not ended."""
+    return [] if share.parent is None else [Statement("SELECT 'share' FROM share WHERE id = ? AND ended IS NOT NULL", (share.parent,))]
+
+
+def limited(view: View, access: Access | None) -> View:
+    """The same with no more rights than those of the share by which somebody has it."""
+    return view._replace(rights=view.rights & access.rights) if access else view
 
 
 def roles_of(share: Share) -> dict[str, frozenset[str]]:
@@ -8919,7 +9183,7 @@ class Cloud:
         self.db = Sqlite(config.data / "cloud.db", self.clock, readonly=how == "read")
         self.credentials = Credentials(self.db, self.clock)
         self.accounts = Accounts(self.db, self.clock, self.credentials)
-        self.devices = Devices(self.db, self.clock, self.credentials)
+        self.groups, self.devices = Groups(self.db, self.clock, self.accounts), Devices(self.db, self.clock, self.credentials)
         self.tree = tree = Tree(config, self.db, self.clock, self.blobs)
         self.contents, self.space, self.locks, self.brake = tree.contents, tree.space, tree.locks, tree.brake
         self.files, self.journal = Files(tree), Journal(tree)
@@ -8943,7 +9207,7 @@ class Cloud:
         given = Policy(self.config.keep_days, self.config.history, self.config.quota)
         return given._replace(**json.loads(self.db.setting("policy") or "{}"))
 
-    def set_policy(self, who: Principal, **values: int | None) -> Policy:
+    def set_policy(self, who: Principal, **values: int | str | None) -> Policy:
         """Change some of it; returns the whole.  What somebody else changes at the same time stays changed."""
         def attempt() -> Batch:
             stored, policy = self.db.setting("policy"), self.policy()._replace(**values)
@@ -8951,7 +9215,8 @@ class Cloud:
                 raise CloudError("bad-request", "keep_days is 0 to %d" % KEEP_MOST)
             if policy.link_days is not None and not 0 < policy.link_days <= KEEP_MOST:
                 raise CloudError("bad-request", "link_days is 1 to %d" % KEEP_MOST)
-            return Batch([put_setting("policy", json.dumps(policy._asdict()))],
+            return Batch([put_setting("policy", json.dumps(policy._asdict())), *((
+                put_setting("sharing", policy.sharing), raise_shares("s.kind <> 'link'")) if "sharing" in values else ())],
                          [Statement("SELECT 'policy' WHERE (SELECT value FROM setting WHERE name = 'policy') IS NOT ?", (stored,))],
                          line=Line(0, who, "settings", values))
 
@@ -9467,7 +9732,7 @@ VALUES: dict[str, Declared] = {          # what can be declared
     "chunks": (each(read_chunk_of_file, 100_000), {"type": "array", "items": {"type": "array"}}),
     "etag": (of_type("string, or null", lambda value: value is None or isinstance(value, str)), {"type": ["string", "null"]}),
     "clash": CLASH, "sort": one_of("name", "size", "mtime", "kind"), "order": one_of("asc", "desc"),
-    "within": one_of("", "names", "contents"), "category": one_of("", "collection", *KINDS),
+    "within": one_of("", "names", "contents"), "sharing": one_of("all", "groups", "none"), "category": one_of("", "collection", *KINDS),
     "limit": between(1, PAGE_LIMIT), "days": between(1, 3650), "count": between(1, INTEGERS - 1), "role": one_of(*ROLES),
     "rights": (each(one_of(*RIGHTS)[0], len(RIGHTS)), {"type": "array", "items": {"type": "string", "enum": list(RIGHTS)}}),
 }
@@ -10819,7 +11084,7 @@ def group_steps(steps: Iterable[Step]) -> list[list[Step]]:
 
 @route("GET", API + "activity/server", needs="admin", before_="integer", limit_="limit")
 def api_server_activity(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """What happened to accounts and settings of the whole server, the latest first."""
+    """What happened to accounts, groups, shares and settings of the whole server, the latest first."""
     values = request.values
     return json_response({"steps": list(map(api_step, cloud.journal.server_activity(values["before"] or 1 << 62, values["limit"] or LIMIT)))})
 
@@ -10991,6 +11256,12 @@ def api_decline(cloud: Cloud, who: Principal, request: Request, id: str) -> Resp
     return json_response(api_offer(cloud.offers.decline(who, parse_id(id))))
 
 
+@route("GET", API + "people", needs="account", q=TEXT)
+def api_people(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Whom the account may share with: some accounts and groups whose names hold a text."""
+    return json_response({"people": [{"kind": kind, "name": name} for kind, name in cloud.offers.people(who, request.values["q"])]})
+
+
 # ---- for administrators
 
 @route("GET", API + "admin/shares", needs="admin")
@@ -11008,9 +11279,55 @@ def api_end_any_share(cloud: Cloud, who: Principal, request: Request, id: str) -
     return Response(204)
 
 
+def api_group(group: Group) -> dict[str, Any]:
+    return {"name": group.name, "members": group.members}
+
+
+@route("GET", API + "admin/groups", needs="admin")
+def api_groups(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """All groups of accounts, and who belongs to each."""
+    return json_response({"groups": list(map(api_group, cloud.groups.list()))})
+
+
+@route("POST", API + "admin/groups", needs="admin fresh", name=TEXT)
+def api_add_group(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Make a group."""
+    return json_response(api_group(cloud.groups.add(request.values["name"], who)), 201)
+
+
+@route("PATCH", API + "admin/groups/<name>", needs="admin fresh", name=TEXT)
+def api_rename_group(cloud: Cloud, who: Principal, request: Request, name: str) -> Response:
+    """Give it another name."""
+    return json_response(api_group(cloud.groups.rename(name, request.values["name"], who)))
+
+
+@route("DELETE", API + "admin/groups/<name>", needs="admin fresh")
+def api_remove_group(cloud: Cloud, who: Principal, request: Request, name: str) -> Response:
+    """End a group, and what was shared with it."""
+    cloud.groups.remove(name, who)
+    cloud.offers.follow(who)
+    return Response(204)
+
+
+@route("PUT", API + "admin/groups/<group>/members/<name>", needs="admin fresh")
+def api_join_group(cloud: Cloud, who: Principal, request: Request, group: str, name: str) -> Response:
+    """Let an account be a member."""
+    joined = cloud.groups.join(group, name, who)
+    cloud.offers.follow(who)
+    return json_response(api_group(joined))
+
+
+@route("DELETE", API + "admin/groups/<group>/members/<name>", needs="admin fresh")
+def api_leave_group(cloud: Cloud, who: Principal, request: Request, group: str, name: str) -> Response:
+    """Let it be none any more."""
+    left = cloud.groups.leave(group, name, who)
+    cloud.offers.follow(who)
+    return json_response(api_group(left))
+
+
 def api_account_row(account: Account) -> dict[str, Any]:
     return {"name": account.name, "admin": bool(account.admin), "quota": account.quota, "used": account.used,
-            "files": account.files, "created": format_time(account.created)}
+            "files": account.files, "created": format_time(account.created), "sharing": bool(account.sharing)}
 
 
 @route("GET", API + "accounts", needs="admin")
@@ -11028,16 +11345,19 @@ def api_add_account(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response(api_account_row(cloud.accounts.get(values["name"])), 201)
 
 
-@route("PATCH", API + "accounts/<name>", needs="admin fresh", admin_="boolean", quota_="integer", password_=TEXT)
+@route("PATCH", API + "accounts/<name>", needs="admin fresh", admin_="boolean", quota_="integer", password_=TEXT, sharing_="boolean")
 def api_change_account(cloud: Cloud, who: Principal, request: Request, name: str) -> Response:
-    """Change rights, quota (negative is none) or password; the own one only by account/password, which wants the old one."""
+    """Change rights, quota (negative is none) or password; the own one only by account/password, which wants the old one.
+
+    sharing  may it share with others, and others with it?  What is shared leads nowhere while it may not
+    """
     values = request.values
     if values["password"] is not None:
         if account_key(name) == account_key(who.name):
             raise CloudError("forbidden", "change your own password at account/password")
         cloud.accounts.set_password(name, values["password"], who)
     quota = False if values["quota"] is None else None if values["quota"] < 0 else values["quota"]
-    return json_response(api_account_row(cloud.accounts.update(name, who, admin=values["admin"], quota=quota)))
+    return json_response(api_account_row(cloud.accounts.update(name, who, admin=values["admin"], quota=quota, sharing=values["sharing"])))
 
 
 @route("DELETE", API + "accounts/<name>", needs="admin fresh")
@@ -11052,15 +11372,17 @@ def api_settings(cloud: Cloud, who: Principal, request: Request) -> Response:
     """How long history is kept (days), the most it may take, and the quota of new accounts (bytes; null is none).
 
     links  whether there may be any;  link_password  whether each needs a password;  link_days  how long they live at most (null is for ever)
+    sharing  who may be found and shared with: all, groups (members of one's own groups, and these) or none;  ask_first  whether what
+             somebody shares who never did before waits for a yes
     """
     return json_response(cloud.policy()._asdict())
 
 
 @route("PATCH", API + "settings", needs="admin fresh", keep_days_="integer", history_="integer", quota_="integer", links_="boolean",
-       link_password_="boolean", link_days_="integer")
+       link_password_="boolean", link_days_="integer", sharing_="sharing", ask_first_="boolean")
 def api_change_settings(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Change some of them; from then on they count instead of the command line.  Negative bytes, or days of links, are no limit."""
-    values = {name: value if name == "keep_days" or value >= 0 else None for name, value in request.values.items() if value is not None}
+    values = {name: value if name in ("keep_days", "sharing") or value >= 0 else None for name, value in request.values.items() if value is not None}
     return json_response(cloud.set_policy(who, **values)._asdict())
 
 
@@ -12960,8 +13282,8 @@ class Upkeep:
                    Statement("DELETE FROM growing WHERE due < ?", (now,)),
                    Statement("DELETE FROM kept WHERE due < ?", (now,)),
                    Statement("DELETE FROM visit WHERE due < ?", (now,)),
-                   Statement("UPDATE share SET ended = ?, token = NULL, password = NULL WHERE ended IS NULL AND (due <= ? OR " + SHARES_NOTHING + ")",
-                             (self.clock.wall(), now)),
+                   Statement("UPDATE share SET ended = ?, token = NULL, password = NULL WHERE ended IS NULL AND kind = 'link' AND (due <= ? OR "
+                             + SHARES_NOTHING + ")", (self.clock.wall(), now)),
                    Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
                    Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
                    Statement("DELETE FROM upload WHERE due < ?", (now,)),
@@ -13363,6 +13685,7 @@ EVERYBODYS = ("devices", "links")        # what each process has to write
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what; at once again if it says True)
     "devices": (MINUTE, lambda janitor: janitor.cloud.devices.save_used()),
     "links": (MINUTE, lambda janitor: janitor.cloud.sharing.uses.save()),
+    "shares": (5 * SECOND, lambda janitor: janitor.cloud.offers.expire() or janitor.cloud.offers.follow()),
     "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
     "reserve": (MINUTE, lambda janitor: janitor.cloud.space.keep_reserve()),
     "crash": (MINUTE, lambda janitor: janitor.upkeep.look_after_crash()),
@@ -17272,7 +17595,7 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
 # ==== 27. Command line ===================================================================
 
 Arguments = argparse.Namespace
-GROUPS = {"user": "make, list, change and remove accounts"}
+GROUPS = {"user": "make, list, change and remove accounts", "group": "make, list and remove groups of accounts, and say who belongs to them"}
 
 
 class Command(NamedTuple):
@@ -17387,6 +17710,44 @@ def run_user_remove(cloud: Cloud, given: Arguments) -> Optional[int]:
         return 1
     cloud.accounts.remove(given.name)
     return None
+
+
+GROUP, MEMBER = ("name", {"help": "of the group"}), ("account", {"help": "who"})
+
+
+@command("group add", GROUP, opens="open")
+def run_group_add(cloud: Cloud, given: Arguments) -> None:
+    """make a group, to share with all its members"""
+    cloud.groups.add(given.name)
+
+
+@command("group list", opens="look")
+def run_group_list(cloud: Cloud, given: Arguments) -> None:
+    """list groups and their members"""
+    for group in cloud.groups.list():
+        print("%-24s %s" % (group.name, ", ".join(group.members)))
+
+
+@command("group remove", GROUP, switch("--yes", "do not ask"), opens="open")
+def run_group_remove(cloud: Cloud, given: Arguments) -> Optional[int]:
+    """end a group, and what was shared with it"""
+    group = cloud.groups.get(given.name)
+    if not given.yes and not agree("Remove %s with %d members?" % (group.name, len(group.members))):
+        return 1
+    cloud.groups.remove(given.name)
+    return None
+
+
+@command("group join", GROUP, MEMBER, opens="open")
+def run_group_join(cloud: Cloud, given: Arguments) -> None:
+    """let an account be a member of a group"""
+    cloud.groups.join(given.name, given.account)
+
+
+@command("group leave", GROUP, MEMBER, opens="open")
+def run_group_leave(cloud: Cloud, given: Arguments) -> None:
+    """let an account be a member no more"""
+    cloud.groups.leave(given.name, given.account)
 
 
 @command("verify", switch("--quick", "only that every part is there, not its bytes"), opens="look")
@@ -19675,6 +20036,7 @@ PAGE_GERMAN = r"""{
   "the name of a version has 1 to 200 characters": "der Name einer Version hat 1 bis 200 Zeichen",
   "there are 10000 of that name": "davon gibt es schon 10000",
   "there is an account of that name": "ein Konto mit diesem Namen gibt es schon",
+  "there is a group of that name": "eine Gruppe mit diesem Namen gibt es schon",
   "this account has 500 devices; revoke some first": "dieses Konto hat 500 Geräte; sperre erst welche",
   "this server allows no links": "Dieser Server erlaubt keine Links",
   "this setup link is not valid any more": "dieser Link zum Einrichten gilt nicht mehr",

@@ -4910,6 +4910,206 @@ def test_what_is_shared_with_somebody_stands_in_their_root_at_once(api, cloud, a
     audit(cloud)
 
 
+@pytest.fixture
+def people(cloud, ann, bob):
+    """ann, bob, cem, dan and eve, and what they may at a path: rights(cem, "d")."""
+    return argparse.Namespace(ann=ann, bob=bob, **{name: account(cloud, name) for name in ("cem", "dan", "eve")})
+
+
+def give(cloud, who, path, to, kind="account", **terms):
+    """Share with somebody; returns the id of the share."""
+    return cloud.sharing.share(who, cs.split_path(path), kind, to, **terms).share.id
+
+
+def rights_at(cloud, who, path):
+    """The rights somebody has at a path, in order; None if there is nothing for them."""
+    try:
+        place = cloud.tree.enter(who, cs.split_path(path))
+        return cs.in_order(place.view.rights) if place.node else None
+    except CloudError as error:
+        assert error.kind == "not-found"
+        return None
+
+
+def test_what_is_shared_with_a_group_follows_its_members(api, cloud, ann, people):
+    put(cloud, ann, "d/f", b"f", parents=True)
+    api("POST", "admin/groups", name="Crew"), api("PUT", "admin/groups/crew/members/bob"), api("PUT", "admin/groups/Crew/members/Ann")
+    made = api("POST", "shares", path="d", kind="group", **{"with": "crew"}, role="edit")
+    assert (made["kind"], made["with"], made["role"]) == ("group", "Crew", "edit") and api("GET", "admin/groups") == {"groups": [{"name": "Crew", "members": ["ann", "bob"]}]}
+    assert get(cloud, people.bob, "d/f") == b"f" and listed(cloud, ann).keys() == {"d"} and rights_at(cloud, people.cem, "d") is None
+    assert api("GET", "shares?with=me", user="bob")["shares"][0] == {**api("GET", "shares?with=me", user="bob")["shares"][0], "kind": "group", "state": "mounted", "path": "d"}
+    assert api("PUT", "admin/groups/crew/members/cem") == {"name": "Crew", "members": ["ann", "bob", "cem"]} and get(cloud, people.cem, "d/f") == b"f"
+    seen = cloud.files.stat(people.cem, ()).seq
+    assert api("DELETE", "admin/groups/crew/members/cem")["members"] == ["ann", "bob"] and listed(cloud, people.cem) == {} and cloud.files.stat(people.cem, ()).seq > seen
+    assert outcome(get, cloud, people.cem, "d/f") == "not-found" and api("GET", "shares?with=me", user="cem") == {"shares": []} and get(cloud, people.bob, "d/f") == b"f"
+    assert api("PATCH", "admin/groups/crew", name="Team")["name"] == "Team" and api("GET", "shares")["shares"][0]["with"] == "Team" and get(cloud, people.bob, "d/f") == b"f"
+    cloud.files.delete(people.bob, ("d",)), api("PUT", "admin/groups/team/members/dan")
+    assert rights_at(cloud, people.bob, "d") is None and rights_at(cloud, people.dan, "d") == "read create update delete past"       # what was declined stays so
+    assert api("POST", "shares/%s/accept" % made["id"], user="bob")["state"] == "mounted"
+    assert api("DELETE", "admin/groups/team") == 204 and listed(cloud, people.bob) == listed(cloud, people.dan) == {} and api("GET", "shares") == {"shares": []}
+    assert api("GET", "admin/groups") == {"groups": []} and cloud.db.read("SELECT count(*) FROM mount WHERE until IS NULL") == [(0,)]
+    assert [step["action"] for step in api("GET", "activity/server")["steps"]][:11] == [
+        "share-end", "share-end", "group-remove", "share", "group-join", "group-rename", "share-end", "group-leave", "share", "group-join", "share"]
+    audit(cloud)
+
+
+@pytest.mark.parametrize("method, path, values, code", [
+    ("POST", "admin/groups", {"name": "crew"}, "exists"), ("POST", "admin/groups", {"name": "a/b"}, "bad-request"), ("POST", "admin/groups", {"name": ""}, "bad-request"),
+    ("PATCH", "admin/groups/no", {"name": "x"}, "not-found"), ("PATCH", "admin/groups/crew", {"name": "OTHERS"}, "exists"), ("DELETE", "admin/groups/no", {}, "not-found"),
+    ("PUT", "admin/groups/no/members/bob", {}, "not-found"), ("PUT", "admin/groups/crew/members/no", {}, "not-found"), ("PATCH", "admin/groups/crew", {"name": "Crew "}, "bad-request")])
+def test_what_groups_cannot_be_is_refused(api, cloud, ann, bob, method, path, values, code):
+    cloud.groups.add("Crew"), cloud.groups.add("others")
+    assert api(method, path, **values) == code and api(method, path, user="bob", **values) == "forbidden"
+    assert [(group.name, group.members) for group in cloud.groups.list()] == [("Crew", []), ("others", [])]
+
+
+def test_mounts_of_a_large_group_come_and_go_in_batches(cloud, ann, monkeypatch):
+    """Ending a share writes one row of it, whoever has it: nobody reaches it from then on."""
+    put(cloud, ann, "d/f", b"f", parents=True), cloud.groups.add("all")
+    monkeypatch.setattr(cs, "hash_password", lambda password: "x"), monkeypatch.setattr(cs, "PIECE", 4)
+    names = ["m%d" % n for n in range(10)]
+    for name in names:
+        cloud.accounts.add(name, "a long password"), cloud.groups.join("all", name)
+    id = give(cloud, ann, "d", "all", "group")
+    has = lambda: sum("d" in listed(cloud, cloud.accounts.principal(name)) for name in names)
+    assert has() == 4 and cloud.offers.follow() and has() == 8 and cloud.offers.follow() and has() == 10
+    assert not cloud.offers.follow() and not cloud.db.setting("mounts") and not cloud.offers.follow()
+    cloud.sharing.end(ann, id)
+    assert has() == 0 and cloud.db.read("SELECT count(*) FROM mount WHERE until IS NULL") == [(6,)]
+    while cloud.offers.follow():
+        pass
+    assert cloud.db.read("SELECT count(*) FROM mount WHERE until IS NULL") == [(0,)] and audit(cloud) is None
+
+
+def test_what_is_given_on_allows_no_more_than_what_it_was_given_by(cloud, ann, people):
+    """And all below ends with it."""
+    put(cloud, ann, "a/d/in/f", b"f", parents=True)
+    first = give(cloud, ann, "a/d", "bob", role="edit", reshare=True)
+    assert rights_at(cloud, people.bob, "d/in") == "read create update delete share past" and outcome(give, cloud, people.bob, "d", "ann") == "not-found" == outcome(
+        give, cloud, people.bob, "d", "bob")
+    second = give(cloud, people.bob, "d/in", "cem", role="edit", reshare=True)
+    third = give(cloud, people.cem, "in", "dan", role="view")
+    assert outcome(give, cloud, people.dan, "in", "eve") == "forbidden" and get(cloud, people.dan, "in/f") == b"f"
+    link = cloud.sharing.share(people.cem, ("in",), role="edit")
+    visitor = lambda: cloud.sharing.open(cs.Knock(link.share.token))
+    assert put(cloud, visitor(), "new") and rights_at(cloud, people.cem, "in") == "read create update delete share past"
+    cloud.sharing.change(ann, first, role="view")
+    assert rights_at(cloud, people.cem, "in") == "read share" and give(cloud, people.cem, "in", "eve") and outcome(give, cloud, people.cem, "in", "eve") == "exists"
+    cloud.sharing.end(people.cem, cloud.sharing.all(people.cem)[0].share.id), cloud.sharing.change(ann, first, reshare=False)
+    assert [rights_at(cloud, who, "in") for who in (people.cem, people.dan)] == ["read", "read"] and outcome(put, cloud, visitor(), "new") == "forbidden"
+    assert get(cloud, visitor(), "f") == b"f" and outcome(give, cloud, people.bob, "d", "eve") == "forbidden"
+    cloud.sharing.change(ann, first, role="edit", reshare=True)
+    assert rights_at(cloud, people.cem, "in") == "read create update delete share past" and put(cloud, visitor(), "newer")
+    move(cloud, ann, "a/d/in", "a/out")                          # what lies elsewhere is not in what was given on
+    assert rights_at(cloud, people.cem, "in") is None and outcome(visitor) == "gone"
+    move(cloud, ann, "a/out", "a/d/in")
+    assert rights_at(cloud, people.dan, "in") == "read" and get(cloud, visitor(), "f") == b"f"
+    assert [one.share.id for one in cloud.sharing.all(people.bob)] == [second] and [(one.share.id, one.giver, one.path) for one in cloud.sharing.of(people.bob, ("d", "in"))] == [
+        (link.share.id, "cem", ("d", "in")), (third, "cem", ("d", "in")), (second, "bob", ("d", "in"))]
+    assert [one.share.id for one in cloud.sharing.of(ann, ("a", "d", "in"))] == [link.share.id, third, second] and outcome(cloud.sharing.end, people.dan, second) == "not-found"
+    assert outcome(cloud.sharing.change, people.bob, third, role="edit") == "forbidden" and outcome(cloud.sharing.change, people.dan, third, role="edit") == "not-found"
+    cloud.sharing.end(people.bob, third)
+    assert rights_at(cloud, people.dan, "in") is None and rights_at(cloud, people.cem, "in")
+    cloud.sharing.end(ann, first)
+    assert [rights_at(cloud, who, path) for who, path in ((people.bob, "d"), (people.cem, "in"))] == [None, None] and outcome(visitor) == "gone"
+    assert cloud.db.read("SELECT count(*) FROM share WHERE ended IS NULL") == [(0,)] and cloud.db.read("SELECT count(*) FROM mount WHERE until IS NULL") == [(0,)]
+    steps = [(step.action, step.account, step.detail["path"], step.detail.get("with")) for step in cloud.journal.activity(ann) if step.action.startswith("share")]
+    assert steps == [("share-end", "ann", "a/d", "bob"), ("share-end", "bob", "a/d/in", "dan"), ("share-change", "ann", "a/d", "bob"), ("share-change", "ann", "a/d", "bob"),
+                     ("share-end", "cem", "a/d/in", "eve"), ("share", "cem", "a/d/in", "eve"), ("share-change", "ann", "a/d", "bob"), ("share", "cem", "a/d/in", None), ("share", "cem", "a/d/in", "dan"), ("share", "bob", "a/d/in", "cem"), ("share", "ann", "a/d", "bob")]
+    audit(cloud)
+
+
+def test_who_leaves_a_group_gave_on_nothing_of_it(cloud, ann, people):
+    put(cloud, ann, "d/f", b"f", parents=True), cloud.groups.add("crew"), cloud.groups.join("crew", "bob")
+    give(cloud, ann, "d", "crew", "group", reshare=True)
+    give(cloud, people.bob, "d", "cem"), cloud.sharing.share(people.bob, ("d",))
+    assert get(cloud, people.cem, "d/f") == b"f"
+    cloud.groups.leave("crew", "bob")
+    assert rights_at(cloud, people.cem, "d") is None and rights_at(cloud, people.bob, "d") is None and len(cloud.sharing.of(ann, ("d",))) == 1
+    cloud.groups.join("crew", "bob"), cloud.offers.follow()
+    assert rights_at(cloud, people.bob, "d") == "read share" and rights_at(cloud, people.cem, "d") is None
+
+
+def test_of_several_shares_the_one_that_allows_most_is_given_on(cloud, ann, people):
+    put(cloud, ann, "d/in/f", b"f", parents=True)
+    small, large = give(cloud, ann, "d", "bob", reshare=True), give(cloud, ann, "d/in", "bob", role="edit", reshare=True)
+    assert give(cloud, people.bob, "d/in", "cem", role="edit") and outcome(give, cloud, people.bob, "d", "cem", role="edit") == "forbidden"
+    cloud.sharing.end(ann, small)
+    assert rights_at(cloud, people.cem, "in") == "read create update delete past"
+    cloud.sharing.end(ann, large)
+    assert rights_at(cloud, people.cem, "in") is None
+
+
+def test_whom_one_may_share_with_is_what_the_server_allows(api, cloud, ann, people):
+    """Whoever cannot be shared with is as if there were nobody of that name."""
+    put(cloud, ann, "d/f", parents=True)
+    cloud.groups.add("band"), cloud.groups.add("crew")
+    for name in ("ann", "bob"):
+        cloud.groups.join("crew", name)
+    found = lambda text="", **how: [one["name"] for one in api("GET", "people?q=" + text, **how)["people"]]
+    may = lambda name, kind="account": api("POST", "shares", path="d", kind=kind, **{"with": name})
+    assert found() == ["band", "bob", "cem", "crew", "dan", "eve"] and found("B") == ["band", "bob"] and found("e") == ["eve", "cem", "crew"] and found("%25") == found("_") == []
+    assert api("GET", "people?q=", user="eve")["people"][0] == {"kind": "account", "name": "ann"}
+    api("PATCH", "settings", sharing="groups")
+    assert found() == ["bob", "crew"] and found(user="eve") == [] and may("cem") == may("band", "group") == may("nobody") == "not-found"
+    assert {exchange_json(api, "cem"), exchange_json(api, "nobody"), exchange_json(api, "ann")} == {"not-found"}
+    assert may("bob")["with"] == "bob" and may("crew", "group")["with"] == "crew" and rights_at(cloud, people.bob, "d") == "read"
+    api("PATCH", "settings", sharing="none")
+    assert found() == [] and may("bob") == "not-found" and rights_at(cloud, people.bob, "d") is None and api("GET", "shares?with=me", user="bob") == {"shares": []}
+    assert api("PATCH", "settings", sharing="all")["sharing"] == "all" and rights_at(cloud, people.bob, "d") == "read" and api("PATCH", "settings", sharing="some") == "bad-request"
+    for name in ("bob", "ann"):                                  # whom an administrator took it from gives nothing, and gets nothing
+        seen = cloud.files.stat(people.bob, ()).seq
+        assert api("PATCH", "accounts/" + name, sharing=False)["sharing"] is False and rights_at(cloud, people.bob, "d") is None and cloud.files.stat(people.bob, ()).seq > seen
+        assert may("bob") == "not-found" and "bob" not in found() and found(user="bob") in ([], ["band", "cem", "crew", "dan", "eve"])
+        api("PATCH", "accounts/" + name, sharing=True)
+        assert rights_at(cloud, people.bob, "d") == "read"
+    audit(cloud)
+
+
+def exchange_json(api, name):
+    return api("POST", "shares", path="d", kind="account", **{"with": name})
+
+
+def test_what_a_stranger_shares_waits_for_a_yes(api, cloud, ann, people):
+    put(cloud, ann, "d/f", parents=True), put(cloud, ann, "e/f", parents=True), put(cloud, ann, "g/f", parents=True), put(cloud, people.cem, "c/f", parents=True)
+    cloud.groups.add("crew"), cloud.groups.join("crew", "bob"), api("PATCH", "settings", ask_first=True)
+    first, second, third = give(cloud, ann, "d", "bob"), give(cloud, ann, "e", "bob"), give(cloud, ann, "g", "crew", "group")
+    states = lambda: {one["name"]: one["state"] for one in api("GET", "shares?with=me", user="bob")["shares"]}
+    assert states() == dict.fromkeys("deg", "waiting") and listed(cloud, people.bob) == {}
+    api("POST", "shares/%d/decline" % second, user="bob"), api("POST", "shares/%d/accept" % first, user="bob")
+    assert states() == {"d": "mounted", "e": "declined", "g": "waiting"} and list(listed(cloud, people.bob)) == ["d"]
+    put(cloud, ann, "h/f", parents=True), give(cloud, ann, "h", "bob")
+    assert states()["h"] == "mounted" and give(cloud, people.cem, "c", "bob") and states()["c"] == "waiting"
+    audit(cloud)
+
+
+def test_what_accounts_gave_and_got_ends_with_them(api, cloud, ann, people):
+    put(cloud, ann, "d/f", parents=True), put(cloud, people.bob, "of bob/f", parents=True)
+    give(cloud, ann, "d", "bob", reshare=True), give(cloud, people.bob, "of bob", "cem"), give(cloud, people.bob, "d", "cem"), give(cloud, ann, "d", "dan")
+    assert sorted(listed(cloud, people.cem)) == ["d", "of bob"]
+    cloud.accounts.remove("bob", ann)
+    assert listed(cloud, people.cem) == {} and [one.grantee for one in cloud.sharing.all(ann)] == ["dan"] and rights_at(cloud, people.dan, "d") == "read"
+    while cloud.offers.follow():
+        pass
+    assert cloud.db.read("SELECT home FROM mount WHERE until IS NULL") == [(people.dan.account,)] and audit(cloud) is None
+
+
+def test_shares_end_when_their_time_is_over(make_cloud, fake):
+    cloud = make_cloud(clock=fake.clock())
+    ann, bob, cem = (account(cloud, name) for name in ("ann", "bob", "cem"))
+    put(cloud, ann, "d/f", b"f", parents=True), put(cloud, ann, "lost/f", parents=True)
+    give(cloud, ann, "d", "bob", reshare=True, expires=cloud.clock.wall() + cs.HOUR), give(cloud, bob, "d", "cem"), give(cloud, ann, "lost", "bob")
+    seen = [cloud.files.stat(bob, ()).seq]
+    fake.pass_(cs.HOUR)
+    assert [rights_at(cloud, who, "d") for who in (bob, cem)] == [None, None] and cloud.sharing.of(ann, ("d",))[0].grantee == "cem"
+    cloud.files.delete(ann, ("lost",)), cloud.trash.empty(ann), cloud.offers.expire()
+    while cloud.offers.follow():
+        pass
+    assert cloud.db.read("SELECT count(*) FROM share WHERE ended IS NULL") == [(0,)] and cloud.db.read("SELECT count(*) FROM mount WHERE until IS NULL") == [(0,)]
+    assert cloud.files.stat(bob, ()).seq > seen[0] and [step.action for step in cloud.journal.server_activity(limit=3)] == ["share-end"] * 3
+    audit(cloud)
+
+
 def test_what_several_shared_with_somebody_stands_there_once(api, cloud, ann, bob):
     put(cloud, ann, "d/f", b"f", parents=True)
     one = api("POST", "shares", path="d", kind="account", **{"with": "bob"}, role="add")
