@@ -4511,6 +4511,7 @@ def page_source(mounts: int) -> str:
 
 
 Seen = Callable[["Moment"], List["Grant"]]               # which mounts a Moment goes on at
+SharedBy = Tuple[str, frozenset]  # of a mount: (its owner, the rights to it); ("", rights) of what within one another share adds rights to
 
 
 class Moment:
@@ -4526,6 +4527,7 @@ class Moment:
         """floor   the seq of a share by which it is seen: no collection counts as older"""
         self.read, self.top, self.seq, self.purged, self.mounts, self.floor = read, top, seq, purged, mounts, floor
         self._grants: dict[int, Grant] | None = None
+        self._told: dict[int, Grant] = {}                # by the nodes at which they begin, or others add to their rights
         self._nodes: dict[int, Node | None] = {}
         self._paths: dict[int, tuple[str, ...] | None] = {top: ()}
 
@@ -4541,6 +4543,7 @@ class Moment:
             self._grants = {grant.node.node: grant for grant in self.mounts(self)} if self.mounts else {}
             self._paths.update((id, (grant.name,)) for id, grant in self._grants.items())
             self._nodes.update((id, grant.node) for id, grant in self._grants.items())
+            self._told.update((id, grant) for target, grant in self._grants.items() for id in (target, *(access.node for access in grant.accesses)))
         return self._grants
 
     def node(self, id: int) -> Node | None:
@@ -4672,6 +4675,13 @@ class Moment:
         """Those of others in which something is seen."""
         return sorted({grant.node.home for grant in self.grants.values()})
 
+    def shared_by(self, id: int, rights: frozenset[str]) -> SharedBy | None:
+        """What there is to say of rights at a node that is seen, to who has no others; None: what there was to say of what holds it."""
+        grant = self._told.get(id)
+        if grant is None:
+            return None
+        return (grant.owner, grant.rights & rights) if id == grant.node.node else ("", grant.rights_at(self.line(id)) & rights)
+
     def chain(self, id: int) -> list[int]:
         """A node that is below the top, and what holds it, up to there."""
         return list(itertools.takewhile(lambda one: one != self.top, self.line(id))) if self.here(id) else []
@@ -4795,11 +4805,17 @@ NEWEST_SHARED = (  # the newest seq of what the mounts of home a.id show, or sho
     "SELECT (SELECT max(seq) FROM share WHERE node = m.target) FROM mount m WHERE m.home = a.id AND m.until IS NULL) AS shown)")
 
 
+HELD_BY = (  # the shares of a home for people and groups, each with what holds its node, upwards
+    "WITH RECURSIVE up (share, id) AS (SELECT id, node FROM share WHERE home = :home AND kind <> 'link' AND ended IS NULL UNION ALL "
+    "SELECT up.share, e.parent FROM up JOIN entry e ON e.node = up.id AND e.until IS NULL WHERE e.parent IS NOT NULL) SELECT share, id FROM up")
+RAISE_SHARE = "UPDATE share SET seq = (SELECT max(seq) FROM journal) WHERE id = ?"
+
+
 class Mounts:
     """What others shared with somebody: entries in the root of their home, each with a node of another home as its target."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self.db, self.clock = db, clock
 
     def of(self, read: Read, home: int) -> dict[int, Grant]:
         """{mount: what it shows}; not those whose share has ended, whose target is in the trash, or that another one shows as well."""
@@ -4842,6 +4858,18 @@ class Mounts:
         if not found:
             raise CloudError("forbidden", "nobody can give more than they have")
         return max(found, key=lambda access: len(access.rights))
+
+    def raised(self, home: int, nodes: dict[int, int]) -> list[Statement]:
+        """What tells those who see what is shared in a home that it, or what holds it, left its place or came to one: {node: its kind} (law 5)."""
+        def look() -> tuple[dict[int, int], int, Collection[int]]:
+            given = dict(self.db.read("SELECT id, node FROM share WHERE home = ? AND kind <> 'link' AND ended IS NULL", (home,)))
+            return given, KiB + 200 * len(given), ()             # who changes a share touches everything
+
+        given: dict[int, int] = self.db.recent.get(("given", home), look) if nodes else {}
+        shares = {share for share, node in given.items() if node in nodes}
+        if given and any(nodes.values()):
+            shares.update(share for share, id in self.db.read(HELD_BY, {"home": home}) if id in nodes)
+        return [Statement(RAISE_SHARE, [(share,) for share in sorted(shares)], many=True)] if shares else []
 
     # ---- which mounts a Moment goes on at
 
@@ -4901,6 +4929,7 @@ class Span:
     def __init__(self, then: Moment, now: Moment) -> None:
         self.then, self.now = then, now
         self._whole: Moment | None = None                # then, with what was given up
+        self._between: dict[int, Moment] = {}
 
     def touched(self, home: int, reached: int = 1 << 62) -> list[int]:
         """Nodes of a home that batches after then, up to `reached`, touched."""
@@ -4944,7 +4973,15 @@ class Span:
     def was_in_sight(self, id: int) -> bool:
         """Did a node come and go since?  Who made it knows of it, and has to be told."""
         ends = list(self.now.read("SELECT until FROM entry WHERE node = ? AND until > ?", (id, self.then.seq)))
-        return any(Moment(self.now.read, self.now.top, until - 1, purged=True).path(id) is not None for until, in ends)
+        return any(self._just_before(until).path(id) is not None for until, in ends)
+
+    def _just_before(self, seq: int) -> Moment:
+        """The moment before a batch."""
+        if seq not in self._between:
+            if len(self._between) == PIECE:
+                self._between.clear()
+            self._between[seq] = Moment(self.now.read, self.now.top, seq - 1, purged=True, mounts=self.then.mounts)
+        return self._between[seq]
 
     def is_lost(self, id: int) -> bool:
         """Was a node here that can never be brought back here: it, or what held it, was given up for good?"""
@@ -5148,6 +5185,9 @@ class Changed(NamedTuple):
     node: Node | None
     path: tuple[str, ...] | None
     was: tuple[str, ...] | None
+    gone: str | None             # out of sight: deleted, moved, or unshared: what lies below it is out of sight, too
+    shared: SharedBy | None
+    is_whole: bool               # of a mount: what lies below it is not told, for it is so much
 
 
 class Allowance:
@@ -5348,7 +5388,7 @@ class Tree:
     def __init__(self, config: Config, db: Database, clock: Clock, blobs: Blobs) -> None:
         self.config, self.db, self.clock, self.blobs = config, db, clock, blobs
         self.contents, self.space = Contents(db, clock, blobs), Space(db, clock, config)
-        self.locks, self.brake, self.allowance, self.mounts = Locks(db, clock), Brake(db, clock), Allowance(db, clock), Mounts(clock)
+        self.locks, self.brake, self.allowance, self.mounts = Locks(db, clock), Brake(db, clock), Allowance(db, clock), Mounts(db, clock)
         self.lanes = Slots(2, "%d long operations of this account are under way already")
 
     def enter(self, who: Principal, path: tuple[str, ...], right: str | None = None, *, content: bool = False) -> Place:
@@ -5426,6 +5466,17 @@ class Tree:
         """What somebody sees of a moment; of what others shared, what he has a right to."""
         view = view_of(who)
         return Moment(read, view.top, seq, mounts=self.mounts.then(view, right) if view.whole else None)
+
+    def while_shared(self, who: Principal, then: Moment, top: int, rows: Iterable[Any], every: float = 10) -> Iterator[Any]:
+        """Rows that somebody reads of a moment from a node on, with a look every so many seconds whether what they show is still shared (law 12)."""
+        looked = time.monotonic()
+        for row in rows:
+            if time.monotonic() - looked >= every:
+                path, view, looked = then.path(top), view_of(who), time.monotonic()
+                seen = {then.top, *(id for id, grant in then.grants.items() if not path or grant.name == path[0])} - {view.top}
+                if seen and not seen <= {grant.node.node for grant in self.mounts.of(self.db.read, view.home).values()}:
+                    raise CloudError("gone", "some of it is not shared any more")
+            yield row
 
     def _is_collection(self, node: int) -> bool:
         return bool(self.db.read("SELECT 1 FROM collection WHERE node = ?", (node,)))
@@ -6016,8 +6067,8 @@ class Plan:
 
     def _check_since(self, place: Place, since: int) -> None:
         """Did another device do anything since, to this or to what has taken its place?"""
-        others = Statement("SELECT 'changed' FROM journal WHERE home = ? AND seq > ? AND device <> ? LIMIT 1",
-                           (place.view.home, since, self.who.device))
+        others = Statement("SELECT 'changed' FROM journal WHERE home = ? AND seq > ? AND (device <> ? OR account <> ?) LIMIT 1",
+                           (place.view.home, since, self.who.device, self.who.account))
         if not self.tree.db.read(others.sql, others.params):
             self.guards.append(others)
         elif max(place.node.since, place.node.seq or 0) > since:
@@ -6089,10 +6140,19 @@ class Plan:
         if new:
             body.append(Statement(BEGIN_COLLECTION, new, many=True))
         body.append(Statement(ADD_SUMS, [(*sum, node) for node, sum in part.sums.items()], many=True))
+        body += self.tree.mounts.raised(home, {node.node: node.kind for node in map(moved_by, changes) if node})
         if loose:
             body.append(raise_shape(home))
         return self.tree.space.pay(Batch(body, guards, line, touches=touched_by(body), frees=not begins), home, place.quota)
 
+
+
+def moved_by(change: Change) -> Node | None:
+    """The node if it leaves its collection, comes to another, or comes back."""
+    before, after = change.before, change.after
+    if before is None:
+        return after if after.since else None            # else it is new
+    return before if after is None or after.parent != before.parent else None
 
 
 def begin_mount(plan: Plan, target: Node, giver: str, name: str = "") -> Node:
@@ -6236,7 +6296,7 @@ COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row o
 
 TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the number of what a row of it changes for who remembers it
     CHUNK_ROWS: lambda row: number_of(row[0]), END_ENTRY: lambda row: row[3], RAISE_SHAPE: lambda row: row[0],
-    **dict.fromkeys((PUT_MANIFEST, PUT_OFFSET, PUT_DIGEST, BEGIN_ENTRY, BEGIN_COLLECTION, ADD_SUMS, PUT_PROPERTY, PUT_BRAKE, PUT_LOOSE, COUNT_CAME))}
+    **dict.fromkeys((RAISE_SHARE, PUT_MANIFEST, PUT_OFFSET, PUT_DIGEST, BEGIN_ENTRY, BEGIN_COLLECTION, ADD_SUMS, PUT_PROPERTY, PUT_BRAKE, PUT_LOOSE, COUNT_CAME))}
 
 
 class Rows:
@@ -7177,17 +7237,18 @@ class Journal:
                 for seq, at, action, detail, account, device, link, undoable in ((*row[:3], json.loads(row[3]), *row[4:]) for row in rows)]
 
 
-class History:
-    """What was: any moment of any collection, the feed of changes, and going back."""
+class Feed:
+    """What became of what somebody sees since a seq: one sequence over the home of the view and those of its mounts (law 6 of sharing)."""
 
-    def __init__(self, tree: Tree, journal: Journal, files: Files) -> None:
-        self.tree, self.journal, self.files, self.db = tree, journal, files, tree.db
+    def __init__(self, tree: Tree, journal: Journal) -> None:
+        self.tree, self.journal, self.db = tree, journal, tree.db
 
     def changes(self, who: Principal, path: tuple[str, ...], since: int, limit: int = 10_000,
                 alive: Callable[[], None] = unwatched) -> tuple[int, list[Changed]]:
         """What batches after `since` touched below a path; returns the seq reached and each node once.
 
-        A batch is never split, so there may be more than `limit`.  What came and went meanwhile has neither path.
+        A batch is never split, so there may be more than `limit`.  What came and went meanwhile has neither path.  A mount that came, or of which
+        something else may be seen by now, is told with all below it.
         raises  CloudError gone if history does not reach back to `since`, other-history if it does not reach so far
         """
         place = self.tree.enter(who, path, READ)
@@ -7195,24 +7256,62 @@ class History:
         if since < place.view.seq:
             raise CloudError("gone", "it was shared since then, or otherwise; read everything anew")
         with self.db.snapshot() as read:
-            (head,), = read("SELECT max(seq) FROM journal")
+            (head, fed, newest, shared, mounts), = read(
+                "SELECT (SELECT max(seq) FROM journal), a.fed, c.seq, " + NEWEST_SHARED + ", EXISTS (SELECT 1 FROM mount WHERE home = a.id) "
+                "FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ?", (top.home,))
+            mounts = mounts and place.view.whole and not path
             if since > head:
                 raise CloudError("other-history", WENT_BACK)
-            (fed,), = read("SELECT fed FROM account WHERE id = ?", (top.home,))
-            if since < max(fed, self.journal.oldest()):
-                raise CloudError("gone", "what happened since then is not known any more; read everything anew")
-            if since == head:
+            self._check_reach(since, fed)
+            if max(newest, shared or 0) <= since:
                 return head, []
-            reached = min([head, *(seq for column in ("since", "until") for (seq,) in read(
-                "SELECT %s FROM entry WHERE home = ? AND %s > ? ORDER BY %s LIMIT 1 OFFSET ?" % ((column,) * 3),
-                (top.home, since, limit)))])
-            span = Span(Moment(read, top.node, since, purged=True), Moment(read, top.node))
-            ids = span.with_what_came_along(span.touched(top.home, reached), alive)
-            then, now = span.then, span.now
-            found = [Changed(id, getattr(now.node(id) or then.node(id), "kind", FILE), now.node(id), now.path(id), then.path(id))
-                     for id in watched(ids, alive) if id != top.node]
-            found = [c for c in found if c.path is not None or c.was is not None or span.was_in_sight(c.id)]
-        return reached, sorted(found, key=lambda c: c.path or c.was or ())
+            now = Moment(read, top.node, mounts=self.tree.mounts.now(place.view) if mounts else None, floor=place.view.seq)
+            then = Moment(read, top.node, since, purged=True, mounts=self.tree.mounts.stood(top.home) if mounts else None)
+            homes = [top.home, *now.homes()]
+            if now.grants:
+                self._check_reach(since, max(fed for fed, in read("SELECT fed FROM account WHERE id IN (" + marks(homes) + ")", homes)))
+            reached = min([head, *(self._cut(read, home, since, limit) or head for home in homes)])
+            return reached, self._changed(place, Span(then, now), reached, alive)
+
+    def _check_reach(self, since: int, fed: int) -> None:
+        if since < max(fed, self.journal.oldest()):
+            raise CloudError("gone", "what happened since then is not known any more; read everything anew")
+
+    def _cut(self, read: Read, home: int, since: int, limit: int) -> int | None:
+        """The seq at which a home has told enough."""
+        return min((seq for column in ("since", "until") for seq, in read(
+            "SELECT %s FROM entry WHERE home = ? AND %s > ? ORDER BY %s LIMIT 1 OFFSET ?" % ((column,) * 3), (home, since, limit))), default=None)
+
+    def _changed(self, place: Place, span: Span, reached: int, alive: Callable[[], None]) -> list[Changed]:
+        then, now, top = span.then, span.now, place.found()
+        ids = dict.fromkeys(span.with_what_came_along([id for home in (top.home, *now.homes()) for id in span.touched(home, reached)], alive))
+        went, whole = set(then.grants).difference(now.grants), set()
+        for id, grant in now.grants.items():
+            if grant.seq > then.seq or id not in then.grants:
+                below = [node.node for _, node in watched(itertools.islice(now.walk(id), WHOLE_MOST + 1), alive)] if grant.node.kind else []
+                if len(below) > WHOLE_MOST:
+                    whole.add(id)
+                ids.update(dict.fromkeys([id, *(below if id not in whole else ())]))
+        ids.update(dict.fromkeys([*went, *(id for id, grant in now.grants.items() if id in then.grants and grant.name != then.grants[id].name)]))
+        names, found = {now.grants[id].name for id in whole}, []
+        for id in watched(ids, alive):
+            path, was = now.path(id), then.path(id)
+            is_told = path is not None and not (was is None and len(path) > 1 and path[0] in names) or was is not None or path is None and span.was_in_sight(id)
+            if id != top.node and is_told:
+                gone = None if path is not None else "unshared" if id in went else "moved" if now.node(id) else "deleted"
+                found.append(Changed(id, getattr(now.node(id) or then.node(id), "kind", FILE), now.here(id), path, was, gone,
+                                     now.shared_by(id, place.view.rights), id in whole))
+        return sorted(found, key=lambda c: c.path or c.was or ())
+
+
+WHOLE_MOST = 10_000             # nodes below a mount that came which are told one by one
+
+
+class History:
+    """What was: any moment of any collection, and going back."""
+
+    def __init__(self, tree: Tree, journal: Journal, files: Files) -> None:
+        self.tree, self.journal, self.files, self.db = tree, journal, files, tree.db
 
     def walk(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
              seq: int | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
@@ -7221,7 +7320,8 @@ class History:
         names    only these members; a single file as `path` gives itself, with the path ()
         """
         right, seq = (READ, self.journal.head()) if seq is None else (PAST, seq)
-        return self._with_contents([(name, *self._as_of(self.db.read, who, path + name, seq, right)) for name in names or [()]])
+        first = [(name, *self._as_of(self.db.read, who, path + name, seq, right)) for name in names or [()]]
+        return itertools.chain.from_iterable(self.tree.while_shared(who, one[2], one[1].node, self._with_contents([one])) for one in first)
 
     def own(self, who: Principal, missed: Callable[[tuple[str, ...], CloudError], None]) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
         """The same of all that belongs to an account, without what others shared; `missed` is told of each path that cannot be read, and of why."""
@@ -7850,6 +7950,7 @@ class Sharing:
                         created=self.clock.wall(), parent=access and access.share, grantee=grantee)
             new = self.terms.agree(limited(place.view, access), node, new, terms)
             plan.guards += [still_there(node), *still_given(new)]
+            plan.rows.append(raise_shape(node.home))                        # who moves it, or what holds it, has to know
             plan.rows.append(Statement(
                 "INSERT INTO share (id, home, node, kind, rights, giver, name, note, token, password, due, expires, uses_most, files_most, "
                 "bytes_most, used, files, bytes, seq, created, secret, parent, grantee) SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, "
@@ -8443,6 +8544,7 @@ class Listed(NamedTuple):
     node: Node
     sha256: str | None
     chunks: list[tuple[str, int]] | None         # (hash, size) in order, if asked for
+    shared: SharedBy | None = None
 
 
 class Received:
@@ -8494,21 +8596,24 @@ class Sync:
         seq = self.journal.head() if seq is None else seq
         with self.db.snapshot() as read:
             top = self.history.past_node(self.tree.as_of(read, who, seq, right), path)
-        return seq, top, self._places(self.tree.as_of(self.db.read, who, seq, right).walk(top.node, path), chunks)
+        then, rights = self.tree.as_of(self.db.read, who, seq, right), view_of(who).rights
+        places = self._places(then.walk(top.node, path), chunks, lambda node: then.shared_by(node.node, rights))
+        return seq, top, self.tree.while_shared(who, then, top.node, places)
 
-    def _places(self, nodes: Iterator[tuple[tuple[str, ...], Node]], chunks: bool) -> Iterator[Listed]:
+    def _places(self, nodes: Iterator[tuple[tuple[str, ...], Node]], chunks: bool, shared: Callable[[Node], SharedBy | None]) -> Iterator[Listed]:
         while True:
             some = list(itertools.islice(nodes, PIECE))
             ids = [node.manifest for _, node in some if is_composed(node)]
             sums = dict(self.db.read("SELECT id, sha256 FROM manifest WHERE id IN (" + marks(ids) + ")", ids)) if ids else {}
             for path, node in some:
-                yield Listed(path, node, sums.get(node.manifest, node.manifest), self.tree.contents.chunks(node) if chunks and not node.kind else None)
+                yield Listed(path, node, sums.get(node.manifest, node.manifest), self.tree.contents.chunks(node) if chunks and not node.kind else None,
+                             shared(node))
             if len(some) < PIECE:
                 return
 
-    def place_of(self, node: Node, path: tuple[str, ...], chunks: bool) -> Listed:
-        """A live node as a manifest tells it."""
-        return next(self._places(iter([(path, node)]), chunks))
+    def place_of(self, change: Changed, chunks: bool) -> Listed:
+        """A node that changed as a manifest tells it."""
+        return next(self._places(iter([(change.path, change.node)]), chunks, lambda node: change.shared))
 
     # ---- chunks
 
@@ -8653,7 +8758,8 @@ class Sync:
         except Replayed:
             return (*(self._answer_again(id, digest) or (0, [])), False)
         alone = since is not None and not self.db.read(
-            "SELECT 1 FROM journal WHERE home = ? AND seq > ? AND seq <> ? AND (device = '' OR device <> ?) LIMIT 1",
+            "SELECT 1 FROM journal WHERE home IN (SELECT ?1 UNION ALL SELECT e.home FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL "
+            "WHERE m.home = ?1 AND m.until IS NULL) AND seq > ?2 AND seq <> ?3 AND (device = '' OR device <> ?4) LIMIT 1",
             (view.home, since, batch.seq, who.device))
         return batch.seq, describe_outcomes(batch.told, batch.seq), alone
 
@@ -9188,6 +9294,7 @@ class Cloud:
         self.contents, self.space, self.locks, self.brake = tree.contents, tree.space, tree.locks, tree.brake
         self.files, self.journal = Files(tree), Journal(tree)
         self.history, self.versions = History(tree, self.journal, self.files), Versions(tree, self.files)
+        self.feed = Feed(tree, self.journal)
         self.sharing, self.drops = Sharing(tree, self.credentials, self.policy), Drops(self.files)
         self.offers = self.sharing.offers
         self.trash, self.pictures = Trash(tree, self.files), Pictures(tree, self.files, self.versions)
@@ -11588,6 +11695,9 @@ def sync_place(place: Listed) -> dict[str, Any]:
         about.update(size=node.size, sha256=place.sha256)
         if place.chunks is not None:
             about["chunks"] = place.chunks
+    if place.shared:
+        owner, rights = place.shared
+        about.update(rights=[right for right in RIGHTS if right in rights], **({"owner": owner} if owner else {}))
     return about
 
 
@@ -11595,7 +11705,8 @@ def sync_place(place: Listed) -> dict[str, Any]:
 def sync_manifest(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Everything below a path, one JSON object a line, in the order of paths; the last line is {"end": true, "count": N}.
 
-    The first line is {"seq", "tag", "server", "node"}: ask for the changes since that seq.  `chunks` adds [[hash, size], ...].
+    The first line is {"seq", "tag", "server", "node"}: ask for the changes since that seq.  `chunks` adds [[hash, size], ...].  What others
+    shared has its "owner" and "rights"; where something else adds to them within it, "rights" alone.
     With the `since` and `tag` a client has, 409 other-history says that an older state was put back: what is missing then is
     not deleted.
     """
@@ -11624,7 +11735,8 @@ def sync_lines(first: dict[str, Any], places: Iterator[Listed]) -> Iterator[byte
 def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The newest state of every node touched since a seq, each once; `wait` holds the answer, seconds, until there is one.
 
-    One that is out of sight has "path": null and says what became of it: deleted or moved.  `was` is its path as of
+    One that is out of sight has "path": null and says what became of it: deleted, moved, or, with all below it, unshared.  What others shared
+    has its "owner" and "rights"; when it comes it is told with all below it, or, over 10000 nodes, is "whole": ask for its manifest.  `was` is its path as of
     `since`, `root` the node whose changes these are.  410 asks to read the manifest anew; 409 other-history says that `since`
     and its `tag` are of another past: an older state was put back, and what is missing is not deleted.
     """
@@ -11633,13 +11745,12 @@ def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
     since, wait = values["since"], min(max(0, values["wait"] or 0), WAIT_LIMIT)
     if wait and cloud.journal.newest(who) <= since <= cloud.journal.head():
         cloud.journal.await_change(who, since, wait, request.check_alive)
-    reached, changes = cloud.history.changes(who, (), since, values["limit"] or LIMIT, request.check_alive)
+    reached, changes = cloud.feed.changes(who, (), since, values["limit"] or LIMIT, request.check_alive)
     found = []
     for change in changes:
-        about = {"path": None, "node": str(change.id), "kind": "collection" if change.kind else "file",
-                 "gone": "moved" if change.node else "deleted"}
+        about = {"path": None, "node": str(change.id), "kind": "collection" if change.kind else "file", "gone": change.gone}
         if change.path is not None:
-            about = sync_place(cloud.sync.place_of(change.node, change.path, bool(values["chunks"])))
+            about = {**sync_place(cloud.sync.place_of(change, bool(values["chunks"]))), **({"whole": True} if change.is_whole else {})}
         found.append({**about, "was": None if change.was is None else "/".join(change.was)})
     return json_response({"seq": reached, "tag": cloud.journal.tag_at(reached), "more": reached < cloud.journal.head(), "root": str(view_of(who).top),
                           "changes": found})
@@ -12335,12 +12446,12 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
     if since is None:
         reached, changed, rows = cloud.journal.head(), [], {below: (node.kind, node) for below, node in watched(cloud.files.walk(who, path), alive)}
     else:
-        reached, changed = cloud.history.changes(who, path, since, limit, alive)
+        reached, changed = cloud.feed.changes(who, path, since, limit, alive)
         rows = {change.was: (change.kind, None) for change in changed if change.was is not None and change.was != change.path}
     for change in changed:
         if change.path is not None:
             rows[change.path] = change.kind, change.node
-            if change.kind and change.was != change.path:                # it came with all that hangs below
+            if change.kind and (change.was != change.path or change.is_whole):       # it came with all that hangs below
                 rows.update((change.path + below, (node.kind, node))
                             for below, node in watched(cloud.files.walk(who, path + change.path), alive))
     return reached, [(below, *row) for below, row in rows.items()]

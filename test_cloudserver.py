@@ -2434,7 +2434,7 @@ ANY_CHANGE = CREATE, UPDATE, DELETE
 NEEDS = {  # the rights that a verb needs, each of them, or one of several; beside them only READ; and the verb, on f, d/g and what is gone
     "stat": ([READ], lambda c, a: c.files.stat(a, ("f",))), "open": ([READ], lambda c, a: c.files.open(a, ("f",))),
     "search": ([READ], lambda c, a: look_for(c, a, "f")), "manifest": ([READ], lambda c, a: list(c.sync.manifest(a, ())[2])),
-    "zip": ([READ], lambda c, a: list(c.history.archive(a, ()))), "changes": ([READ], lambda c, a: c.history.changes(a, (), 1)),
+    "zip": ([READ], lambda c, a: list(c.history.archive(a, ()))), "changes": ([READ], lambda c, a: c.feed.changes(a, (), 1)),
     "chunks": ([READ], lambda c, a: c.sync.read_chunks(a, [])),
     "create": ([CREATE], lambda c, a: put(c, a, "new")), "create with parents": ([CREATE], lambda c, a: put(c, a, "new/new", parents=True)),
     "mkdir": ([CREATE], lambda c, a: c.files.make_collection(a, ("new",))), "lock of nothing": ([CREATE], lambda c, a: take_lock(c, a, "new")),
@@ -3194,7 +3194,7 @@ def test_random_giving_up_loses_nothing_live_and_gives_back_nothing_gone(cloud, 
     for seq, then, places in cursors:
         seen = past_tree(cloud, ann, seq)
         assert set(seen.items()) <= set(then.items()) and not set(seen.values()) & dead
-        found = outcome(cloud.history.changes, ann, (), seq)
+        found = outcome(cloud.feed.changes, ann, (), seq)
         if found != "gone":                              # a client of then comes to the tree of now
             there = {node.node for _, node in cloud.files.walk(ann, ())}
             gone = [id for id in places if id not in there]
@@ -3285,7 +3285,7 @@ def test_a_limited_device_whose_collection_is_deleted_reads_nothing(cloud, ann, 
     query = cs.Query(("words",))
     readings = [lambda: cloud.history.past(who, (), seq), lambda: cloud.history.past_content(who, ("x.bin",), seq), lambda: cloud.sync.manifest(who, (), seq),
                 lambda: list(cloud.history.archive(who, (), (), seq)), lambda: list(cloud.history.walk(who, ())), lambda: cloud.files.open(who, ("x.bin",)),
-                lambda: cloud.versions.list(who, ("x.bin",)), lambda: cloud.history.changes(who, (), 1), lambda: cloud.history.differences(who, (), 1),
+                lambda: cloud.versions.list(who, ("x.bin",)), lambda: cloud.feed.changes(who, (), 1), lambda: cloud.history.differences(who, (), 1),
                 lambda: cloud.history.rewind(who, (), seq), lambda: cloud.files.path_of(who, file.node), lambda: cloud.search.find(who, query)]
     assert not any(isinstance(outcome(read), str) for read in readings[:-3]) and cloud.search.starred(who) and cloud.search.by_id(who, file.node)
     cloud.files.delete(ann, ("up", "s") if kill == "delete it" else ("up",))
@@ -3388,7 +3388,7 @@ def test_a_copy_comes_into_sight_whole(cloud, ann, steps, monkeypatch):
         if cloud.journal.head() not in cursors:
             cursors.append(cloud.journal.head())
             assert look(cloud, ann, "") == before and not cs.verify(cloud, quick=True)
-            assert {place.path[0] for place in cloud.sync.manifest(ann, ())[2]} == {"w"} and cloud.history.changes(ann, (), cursors[0])[1] == []
+            assert {place.path[0] for place in cloud.sync.manifest(ann, ())[2]} == {"w"} and cloud.feed.changes(ann, (), cursors[0])[1] == []
             assert all(found.path[0] == "w" for found in look_for(cloud, ann, "f03"))
         return commit(db, batch)
     monkeypatch.setattr(cs.Writer, "commit", watched)
@@ -3396,7 +3396,7 @@ def test_a_copy_comes_into_sight_whole(cloud, ann, steps, monkeypatch):
     monkeypatch.setattr(cs.Writer, "commit", commit)
     assert (len(cursors) > 1) == (steps < 100)
     for seq in cursors:
-        there = {changed.path for changed in cloud.history.changes(ann, (), seq)[1]}
+        there = {changed.path for changed in cloud.feed.changes(ann, (), seq)[1]}
         assert there == {("c",)} | {("c", *where) for where in look(cloud, ann, "c")}
         assert {place.path[0] for place in cloud.sync.manifest(ann, (), seq)[2]} == {"w"}
 
@@ -3705,6 +3705,109 @@ def test_a_listing_sorts_mounts_by_what_they_show(cloud, ann, bob):
             return [child.name for child in now.page(node.node, order, start, limit)]
     assert page("e.key") == ["a", "b", "c", "d", "own"] and page(cs.SORTS["size"]) == ["a", "own", "d", "b", "c"] and page(cs.SORTS["mtime"]) == ["d", "b", "a", "own", "c"]
     assert page("e.kind DESC, e.key") == ["b", "d", "a", "c", "own"] and page("e.key", 1, 2) == ["b", "c"] and page("e.key", 4, 2) == ["own"]
+
+
+class Mirror:
+    """Knows of a tree only what a feed told it: {node: (node that holds it, name)}, and what that is."""
+
+    def __init__(self, cloud, who):
+        self.cloud, self.who, self.seq, self.places, self.about = cloud, who, 0, {}, {}
+        self.read_anew()
+
+    def read_anew(self):
+        self.places, self.about = {}, {}
+        self.seq, _, lines = self.cloud.sync.manifest(self.who, ())
+        for line in lines:
+            self.take(line.node.node, line.path, line.node, line.shared)
+
+    def copy(self):
+        other = Mirror.__new__(Mirror)
+        other.__dict__.update(self.__dict__, places=dict(self.places), about=dict(self.about))
+        return other
+
+    def at(self, path):
+        """The node at a path by now; None is the root."""
+        found = None
+        for name in path:
+            found, = [id for id, place in self.places.items() if place == (found, name)]
+        return found
+
+    def take(self, id, path, node, access):
+        self.places[id] = self.at(path[:-1]), path[-1]
+        self.about[id] = node.kind, node.manifest, node.mtime, access
+
+    def follow(self, limit=10_000):
+        """Ask what changed until there is no more."""
+        while True:
+            reached, lines = self.cloud.feed.changes(self.who, (), self.seq, limit)
+            assert reached > self.seq or not lines
+            for line in lines:
+                self.places.pop(line.id, None)
+            for line in lines:
+                if line.path is not None:
+                    self.take(line.id, line.path, line.node, line.shared)
+            for line in lines:
+                if line.is_whole:
+                    for below in self.cloud.sync.manifest(self.who, line.path)[2]:
+                        self.places.pop(below.node.node, None)
+                        self.take(below.node.node, below.path, below.node, below.shared)
+            self.seq = reached
+            if reached >= self.cloud.journal.head() or not lines:
+                return self.tree()
+
+    def tree(self):
+        """{path: (node, what it is)} of what hangs below the root."""
+        def path(id):
+            if id is None:
+                return ()
+            above = path(self.places[id][0]) if id in self.places else None
+            return None if above is None else above + (self.places[id][1],)
+        return {"/".join(path(id)): (id, about) for id, about in self.about.items() if path(id)}
+
+
+def listed_whole(cloud, who):
+    """What the manifest gives, as Mirror has it."""
+    return {"/".join(line.path): (line.node.node, (line.node.kind, line.node.manifest, line.node.mtime, line.shared)) for line in cloud.sync.manifest(who, ())[2]}
+
+
+def test_what_moves_is_told_to_those_with_whom_it_is_shared(cloud, ann, bob):
+    """Or what holds it: by one more SELECT, if a collection does and there are shares; the shares of others, and members, cost nothing."""
+    put(cloud, ann, "a/b/d/f", b"f", parents=True), put(cloud, ann, "other/f", b"f", parents=True), put(cloud, ann, "one", b"1"), put(cloud, ann, "x/y/z", b"", parents=True)
+    shares = [hand(cloud, ann, path, bob) for path in ("a/b/d", "other", "one")]
+
+    def raised(act):
+        before = dict(cloud.db.read("SELECT id, seq FROM share"))
+        act()
+        return [shares.index(id) for id, seq in cloud.db.read("SELECT id, seq FROM share") if seq > before[id]]
+    assert raised(lambda: move(cloud, ann, "a/b", "b")) == [0] and raised(lambda: cloud.files.delete(ann, ("b",))) == [0]
+    assert raised(lambda: cloud.trash.restore(ann, cloud.trash.list(ann)[0].node.node)) == [0] and raised(lambda: cloud.history.undo(ann, cloud.journal.head())) == [0]
+    assert raised(lambda: cloud.history.undo(ann, cloud.journal.head())) == [0] and raised(lambda: cloud.files.delete(ann, ("one",))) == [2]
+    assert raised(lambda: cloud.history.rewind(ann, (), cloud.journal.head() - 1)) == [2] and raised(lambda: move(cloud, ann, "other", "b/other")) == [1]
+    assert raised(lambda: move(cloud, ann, "b/other", "b/new name")) == raised(lambda: move(cloud, ann, "x/y", "y")) == raised(lambda: put(cloud, ann, "one", b"2")) == []
+    assert raised(lambda: copy(cloud, ann, "b", "c")) == raised(lambda: move(cloud, ann, "b/d/f", "f")) == [] and raised(lambda: cloud.files.delete(ann, ("b",))) == [0, 1]
+    audit(cloud)
+
+
+def test_the_feed_tells_of_mounts_that_come_change_and_go(cloud, ann, bob):
+    put(cloud, ann, "x/d/in/f", b"f", parents=True), put(cloud, ann, "x/private", b""), put(cloud, bob, "mine", b"")
+    mirror = Mirror(cloud, bob)
+    old = mirror.copy()
+    share = hand(cloud, ann, "x/d", bob, "read create")
+    reached, lines = cloud.feed.changes(bob, (), mirror.seq)
+    assert [(line.path, line.was, line.gone, line.shared) for line in lines] == [
+        (("d",), None, None, ("ann", frozenset(["read", "create"]))), (("d", "in"), None, None, None), (("d", "in", "f"), None, None, None)]
+    assert mirror.follow() == listed_whole(cloud, bob) and cloud.feed.changes(bob, (), reached) == (reached, [])
+    put(cloud, ann, "x/private2", b""), put(cloud, ann, "x/d/in/g", b"g"), move(cloud, bob, "d", "other")
+    assert {line.path for line in cloud.feed.changes(bob, (), reached)[1]} == {("other",), ("other", "in", "g")}
+    assert mirror.follow() == listed_whole(cloud, bob) == old.copy().follow()
+    move(cloud, ann, "x/d/in/g", "x/g"), cloud.files.delete(ann, ("x", "d", "in", "f"))
+    gone = [(line.path, line.was, line.gone, line.node) for line in cloud.feed.changes(bob, (), mirror.seq)[1]]
+    assert gone == [(None, ("other", "in", "f"), "deleted", None), (None, ("other", "in", "g"), "moved", None)]
+    assert mirror.follow() == listed_whole(cloud, bob) == old.copy().follow() == Mirror(cloud, bob).tree()
+    take_back(cloud, share)
+    assert [(line.id, line.path, line.was, line.gone) for line in cloud.feed.changes(bob, (), mirror.seq)[1]] == [
+        (cloud.files.stat(ann, ("x", "d")).node, None, ("other",), "unshared")]
+    assert list(mirror.follow()) == ["mine"] and list(old.follow()) == ["mine"]
 
 
 def test_what_comes_back_goes_into_no_mount(cloud, ann, bob):
@@ -4234,7 +4337,7 @@ def test_random_changes_agree_with_a_model_at_every_moment(cloud, ann, rng):
     for seq, model in rng.sample(moments, 25):
         assert past_tree(cloud, ann, seq) == model
         known = {path: None for path in model}
-        reached, changed = cloud.history.changes(ann, (), seq)
+        reached, changed = cloud.feed.changes(ann, (), seq)
         assert apply_changes(cloud, ann, model, changed) == game.model and reached == cloud.journal.head()
     for seq, model in rng.sample(moments, 15):
         cloud.history.rewind(ann, (), seq)
@@ -4473,10 +4576,10 @@ def test_changes_are_limited_by_whole_batches(cloud, ann):
         put(cloud, ann, "f%d" % n)
     seen, seq = [], start
     while seq < cloud.journal.head():
-        seq, changed = cloud.history.changes(ann, (), seq, limit=3)
+        seq, changed = cloud.feed.changes(ann, (), seq, limit=3)
         seen += [change.path[0] for change in changed]
     assert seen == ["f%d" % n for n in range(10)]
-    assert outcome(cloud.history.changes, ann, (), 10_000) == "other-history"
+    assert outcome(cloud.feed.changes, ann, (), 10_000) == "other-history"
 
 
 def test_times_lead_to_moments(make_cloud, fake):
@@ -4638,7 +4741,7 @@ def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann, monkeypatch):
     cloud.files.delete(ann, ("a",))
     cloud.trash.restore(ann, cloud.trash.list(ann)[0].node.node)
     cloud.history.undo(ann, cloud.journal.head())
-    cloud.versions.list(ann, ("e", "c")), cloud.journal.activity(ann), cloud.history.changes(ann, (), 3), cloud.history.past(ann, ("a",), cloud.journal.head() - 3)
+    cloud.versions.list(ann, ("e", "c")), cloud.journal.activity(ann), cloud.feed.changes(ann, (), 3), cloud.history.past(ann, ("a",), cloud.journal.head() - 3)
     upload = cloud.uploads.create(ann, ("up",), 3)
     cloud.uploads.append(ann, upload.id, 0, Body(b"abc"))
     cloud.uploads.begin_parts(ann, "t", 3)
@@ -8016,10 +8119,10 @@ def test_changes_tell_of_what_came_and_went(cloud, ann):
     since = cloud.journal.head()
     node = put(cloud, ann, "d/a", "1", parents=True).node
     cloud.files.delete(ann, ("d", "a"))
-    assert [(change.id, change.node, change.path, change.was) for change in cloud.history.changes(ann, (), since)[1]][0] == (node, None, None, None)
+    assert [(change.id, change.node, change.path, change.was) for change in cloud.feed.changes(ann, (), since)[1]][0] == (node, None, None, None)
     bob = account(cloud, "bob")
     put(cloud, bob, "b"), cloud.files.delete(bob, ("b",))
-    assert len(cloud.history.changes(ann, (), since)[1]) == 2 and len(cloud.history.changes(ann, ("d",), since)[1]) == 1
+    assert len(cloud.feed.changes(ann, (), since)[1]) == 2 and len(cloud.feed.changes(ann, ("d",), since)[1]) == 1
 
 
 def test_changes_tell_of_all_that_comes_into_sight(cloud, ann):
@@ -8028,12 +8131,12 @@ def test_changes_tell_of_all_that_comes_into_sight(cloud, ann):
     cloud.files.delete(ann, ("d",))
     since = cloud.journal.head()
     cloud.trash.restore(ann, node)
-    assert [change.path for change in cloud.history.changes(ann, (), since)[1]] == [("d",), ("d", "e"), ("d", "e", "f"), ("d", "g")]
+    assert [change.path for change in cloud.feed.changes(ann, (), since)[1]] == [("d",), ("d", "e"), ("d", "e", "f"), ("d", "g")]
     cloud.files.make_collection(ann, ("here",))
     since = cloud.journal.head()
     cloud.files.move(ann, (("d",), ("here", "d")))
-    assert [change.path for change in cloud.history.changes(ann, ("here",), since)[1]] == [("d",), ("d", "e"), ("d", "e", "f"), ("d", "g")]
-    assert [change.path for change in cloud.history.changes(ann, (), since)[1]] == [("here", "d")]
+    assert [change.path for change in cloud.feed.changes(ann, ("here",), since)[1]] == [("d",), ("d", "e"), ("d", "e", "f"), ("d", "g")]
+    assert [change.path for change in cloud.feed.changes(ann, (), since)[1]] == [("here", "d")]
 
 
 def test_a_long_poll_waits_for_a_change(call, cloud, ann, monkeypatch):
@@ -14535,7 +14638,7 @@ def test_a_million_files_change_no_figure(make_cloud):
         return sorted(times)[15]
     numbers = iter(range(1 << 30))
     actions = {"stat": lambda: cloud.files.stat(ann, ("small", "a")), "put": lambda: put(cloud, ann, "small/n%d" % next(numbers)),
-               "list": lambda: tree(cloud, ann, ("tiny",)), "changes": lambda: cloud.history.changes(ann, (), cloud.journal.head() - 1),
+               "list": lambda: tree(cloud, ann, ("tiny",)), "changes": lambda: cloud.feed.changes(ann, (), cloud.journal.head() - 1),
                "activity": lambda: cloud.journal.activity(ann, limit=10), "trash": lambda: cloud.trash.list(ann, limit=10)}
     put(cloud, ann, "tiny/a", parents=True)
     before = {name: cost(action) for name, action in actions.items()}
