@@ -2585,6 +2585,14 @@ DROP INDEX mount_home;
 CREATE UNIQUE INDEX mount_home ON mount (home, target) WHERE until IS NULL;
 CREATE INDEX mount_past ON mount (home) WHERE until IS NOT NULL;
 CREATE INDEX mount_target ON mount (target) WHERE until IS NULL;
+ALTER TABLE brake RENAME TO brake_of_devices;
+CREATE TABLE brake (                    -- what a device, or a link, destroyed of late in a home
+    device TEXT NOT NULL, home INTEGER NOT NULL, seq INTEGER NOT NULL, due INTEGER NOT NULL,
+    files INTEGER NOT NULL,             -- live files of what it saw there when its window began
+    deletes INTEGER NOT NULL, overwrites INTEGER NOT NULL, held INTEGER, free INTEGER NOT NULL, PRIMARY KEY (device, home)) WITHOUT ROWID;
+INSERT INTO brake (device, home, seq, due, files, deletes, overwrites, held, free)
+    SELECT device, home, seq, due, files, deletes, overwrites, held, free FROM brake_of_devices;
+DROP TABLE brake_of_devices;
 """
 MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9, VERSION_10, VERSION_11]         # MIGRATIONS[0] leads from version 1 to 2
 INDEXES = (  # made where SQLite can: parts of names; words of contents
@@ -5077,13 +5085,13 @@ class Locks:
 BRAKE_FILES, BRAKE_SHARE, BRAKE_WINDOW = 200, 4, 10 * MINUTE       # held: over 200 files and over a quarter in the window
 BRAKE_FREE = HOUR               # how long a device that was allowed may do everything
 PUT_BRAKE = (
-    "INSERT INTO brake (device, home, seq, due, files, deletes, overwrites, held, free) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device) "
-    "DO UPDATE SET home = excluded.home, seq = excluded.seq, due = excluded.due, files = excluded.files, deletes = excluded.deletes, "
+    "INSERT INTO brake (device, home, seq, due, files, deletes, overwrites, held, free) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, home) "
+    "DO UPDATE SET seq = excluded.seq, due = excluded.due, files = excluded.files, deletes = excluded.deletes, "
     "overwrites = excluded.overwrites, held = excluded.held, free = excluded.free")
 
 
 class Window(NamedTuple):
-    """What a device deleted and overwrote of late.  The order is that of the table's columns."""
+    """What a device deleted and overwrote of late in a home.  The order is that of the table's columns."""
     device: str
     home: int
     seq: int
@@ -5096,46 +5104,46 @@ class Window(NamedTuple):
 
 
 class Brake:
-    """Holds a device that destroys much in little time, until somebody looks."""
+    """Holds a device that destroys much in little time, until somebody looks.
+
+    It counts in each home for itself; who is held in one is held in all, and the owner of that one lets go (law 8 of sharing).
+    """
 
     def __init__(self, db: Database, clock: Clock) -> None:
         self.db, self.clock = db, clock
 
-    def count(self, who: Principal, destroyed: Iterable[tuple[Node, Node | None]]) -> list[Statement]:
-        """Count what a device deletes and overwrites; returns the statement that notes it.  raises CloudError held
+    def count(self, who: Principal, view: View, destroyed: Iterable[tuple[Node, Node | None]]) -> list[Statement]:
+        """Count what a device deletes and overwrites in what it sees of a home; returns the statement that notes it.  raises CloudError held
 
         destroyed   (what was, what takes its place or None), whichever verb does it
         What it made itself within the window does not count, nor does a file that it overwrites once more.
         """
-        view = view_of(who)
         recent = self.clock.wall() - BRAKE_WINDOW
         gone = [(before, after) for before, after in destroyed if before.created < recent]
         deletes = sum(before.files if before.kind else 1 for before, after in gone if after is None)
         overwrites = sum(before.kind == FILE and after.manifest != before.manifest for before, after in gone if after)
         if not deletes + overwrites:
             return []
-        now, brake = self.clock.due(), self._brake_of(who)
+        now = self.clock.due()
+        windows = [Window._make(row) for row in self.db.read("SELECT * FROM brake WHERE device = ?", (who.device,))]
+        brake = next((one for one in windows if one.home == view.home), None)
+        if any(one.held is not None for one in windows if one.home != view.home):
+            raise CloudError("held", HELD_ELSEWHERE)
         if brake and brake.free > now:
             return []
         if brake and brake.held is None and brake.due > now:
-            note = Statement("UPDATE brake SET deletes = deletes + ?, overwrites = overwrites + ? WHERE device = ?",
-                             (deletes, overwrites, who.device))
+            note = Statement("UPDATE brake SET deletes = deletes + ?, overwrites = overwrites + ? WHERE device = ? AND home = ?",
+                             (deletes, overwrites, who.device, view.home))
         else:
-            seq, files = self.db.read("SELECT (SELECT max(seq) FROM journal), c.files FROM account a JOIN collection c "
-                                      "ON c.node = a.root WHERE a.id = ?", (view.home,))[0]
+            seq, files = self.db.read("SELECT (SELECT max(seq) FROM journal), coalesce((SELECT files FROM collection WHERE node = ?), 1)", (view.top,))[0]
             brake = brake if brake and brake.held is not None else Window(
                 who.device, view.home, seq, now + BRAKE_WINDOW, files, 0, 0, None, 0)
             note = Statement(PUT_BRAKE, brake._replace(deletes=deletes, overwrites=overwrites))
         self._check(who, brake, deletes, overwrites)
         return [note]
 
-    def _brake_of(self, who: Principal) -> Window | None:
-        rows = self.db.read("SELECT * FROM brake WHERE device = ?", (who.device,))
-        return Window._make(rows[0]) if rows else None
-
     def _check(self, who: Principal, brake: Window, deletes: int, overwrites: int) -> None:
         """raises CloudError held if this would be too much, or something was before"""
-        view = view_of(who)
         def is_too_much() -> bool:
             count = deletes + overwrites + brake.deletes + brake.overwrites
             return count > BRAKE_FILES and count * BRAKE_SHARE > brake.files
@@ -5143,23 +5151,25 @@ class Brake:
         if brake.held is None and is_too_much():
             (files,), = self.db.read(
                 "SELECT count(DISTINCT e.node) FROM journal j JOIN entry e ON e.home = j.home AND e.until = j.seq "
-                "WHERE j.home = ? AND j.seq > ? AND j.device = ? AND e.fate = 'replaced'", (view.home, brake.seq, who.device))
+                "WHERE j.home = ? AND j.seq > ? AND j.device = ? AND e.fate = 'replaced'", (brake.home, brake.seq, who.device))
             brake = brake._replace(overwrites=min(files, brake.overwrites))
             if not is_too_much():
-                self.db.run(Statement("UPDATE brake SET overwrites = ? WHERE device = ?", (files, who.device)))
+                self.db.run(Statement("UPDATE brake SET overwrites = ? WHERE device = ? AND home = ?", (files, who.device, brake.home)))
                 return
             held = brake._replace(deletes=brake.deletes + deletes, overwrites=brake.overwrites + overwrites,
                                   held=self.clock.wall())
-            self.db.write(lambda: Batch([Statement(PUT_BRAKE, held)], line=Line(view.home, who, "hold", {"count": held.deletes + held.overwrites})))
+            self.db.write(lambda: Batch([Statement(PUT_BRAKE, held)], line=Line(brake.home, who, "hold", {"count": held.deletes + held.overwrites})))
             log.warning("a device is held by the brake", extra={"account": who.name, "by": who.device})
             brake = held
         if brake.held is not None:
-            raise CloudError("held", "this device deletes or overwrites so much that it is held; allow or undo it on the page")
+            raise CloudError("held", "this device deletes or overwrites so much that it is held; allow or undo it on the page"
+                             if brake.home == view_of(who).home else HELD_ELSEWHERE)
 
     def held(self, who: Principal) -> list[tuple[Window, str]]:
-        """Devices of the account, and links that it gave, that the brake holds, and their names."""
-        rows = self.db.read("SELECT b.*, coalesce(d.name, s.name) FROM brake b LEFT JOIN device d ON d.id = b.device "
-                            "LEFT JOIN share s ON b.device = 'link-' || s.id AND s.ended IS NULL WHERE coalesce(d.account, s.home) = ? "
+        """Devices that the brake holds in a home, and links, and their names; of somebody else's the name of whose it is."""
+        rows = self.db.read("SELECT b.*, coalesce(CASE WHEN d.account = b.home THEN d.name ELSE a.name END, s.name) FROM brake b "
+                            "LEFT JOIN device d ON d.id = b.device LEFT JOIN account a ON a.id = d.account "
+                            "LEFT JOIN share s ON b.device = 'link-' || s.id AND s.ended IS NULL WHERE b.home = ? AND coalesce(d.id, s.id) IS NOT NULL "
                             "AND b.held IS NOT NULL ORDER BY b.held", (view_of(who).home,))
         return [(Window._make(columns), name) for *columns, name in rows]
 
@@ -5172,10 +5182,13 @@ class Brake:
     def allow(self, who: Principal, device: str) -> None:
         """Let a held device go on; for a while everything is allowed to it.  raises CloudError not-found"""
         self.find(who, device)
-        free = self.clock.due() + BRAKE_FREE
+        home, free = view_of(who).home, self.clock.due() + BRAKE_FREE
         self.db.write(lambda: Batch([Statement("UPDATE brake SET held = NULL, deletes = 0, overwrites = 0, free = ? "
-                                               "WHERE device = ?", (free, device))],
-                                    line=Line(who.account, who, "allow", {"device": device})))
+                                               "WHERE device = ? AND home = ?", (free, device, home))],
+                                    line=Line(home, who, "allow", {"device": device})))
+
+
+HELD_ELSEWHERE = "this device deleted or overwrote so much of what others shared that it is held until they allow it"
 
 
 class Changed(NamedTuple):
@@ -5191,7 +5204,7 @@ class Changed(NamedTuple):
 
 
 class Allowance:
-    """Whether a link stands while its visitor writes, and what it still takes."""
+    """Whether a link stands while its visitor writes, and what it still takes; and who may write to what they made."""
 
     def __init__(self, db: Database, clock: Clock) -> None:
         self.db, self.clock = db, clock
@@ -5211,13 +5224,20 @@ class Allowance:
         size = sum(after.size for _, after in came)
         return self.check(who, files, size), Statement(COUNT_CAME, (files, size, who.share))
 
-    def is_own(self, who: Principal, node: Node | None) -> bool:
-        """Did a visitor make this file within the hour?  Windows, davfs2 and rclone write a new file by LOCK, PUT, PUT."""
-        return (node is not None and not node.kind and view_of(who).rights >= {READ, CREATE} and node.created > self.clock.wall() - HOUR
+    def need_to_write(self, who: Principal, place: Place) -> None:
+        """raises CloudError forbidden without the right to make, or to change, what is at a place; who made a file may write to it for an hour"""
+        if place.node is None:
+            place.need(CREATE)
+        elif UPDATE not in place.view.rights and (place.view.whole or not self._is_own(who, place)):
+            place.need(UPDATE)
+
+    def _is_own(self, who: Principal, place: Place) -> bool:
+        """Did they make this file within the hour?  Windows, davfs2 and rclone write a new file by LOCK, PUT, PUT.  Not where nothing can be read."""
+        return (not place.node.kind and place.view.rights >= {READ, CREATE} and place.node.created > self.clock.wall() - HOUR
                 and bool(self.db.read(
                     "SELECT 1 FROM journal WHERE account = :account AND seq = (SELECT min(since) FROM (SELECT since FROM entry WHERE node = :node "
                     "AND until IS NULL UNION ALL SELECT since FROM entry WHERE node = :node AND until IS NOT NULL))",
-                    {"account": -who.share, "node": node.node})))
+                    {"account": -who.share, "node": place.node.node})))
 
 
 LINK_REFUSES = (
@@ -5273,6 +5293,10 @@ class Contents:
             "SELECT 1 FROM entry WHERE manifest = :hash AND home = :home) OR EXISTS ("
             "SELECT 1 FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = :hash AND e.home = :home))",
             {"hash": hash, "home": home}))
+
+    def known_to(self, view: View) -> Callable[[str], bool]:
+        """Tells of chunks whether who writes could read them anyway: those are not stored again, and nobody learns anything by that."""
+        return partial(self.knows, view.home) if view.whole else known_to_nobody
 
     def rows(self, stored: Stored, *, new: bool = True) -> list[Statement]:
         """Rows that make stored bytes known: the chunks, if they are new, and the manifest if there are several."""
@@ -5835,8 +5859,7 @@ class Plan:
         if given.beside and place.node:
             place = self.now.beside(place, path[-1])
         self.tree.check_place(place, path, parents)
-        if self.who.means != "link" or not self.tree.allowance.is_own(self.who, place.node):
-            place.view.need(UPDATE if place.node else CREATE)
+        self.tree.allowance.need_to_write(self.who, place)
         if place.node and place.node.kind:
             raise CloudError("conflict", "a collection is at this path", there=place.node)
         if place.locked or given is not ANY:
@@ -5938,8 +5961,8 @@ class Plan:
     def patch(self, path: tuple[str, ...], given: Preconditions, properties: dict[str, str | None], mtime: int | None) -> None:
         """Set or remove (None) dead properties, and the time of a node."""
         place = self.now.enter(path)
-        place.need(UPDATE)
         node = place.found()
+        self.tree.allowance.need_to_write(self.who, place)
         self.admit(place, path, given)
         self._set_properties(node, properties)
         if mtime not in (None, node.mtime):
@@ -6132,7 +6155,7 @@ class Plan:
             body.append(count)
         if ends:
             if self.who.means in ("token", "link"):
-                body += self.tree.brake.count(self.who, [
+                body += self.tree.brake.count(self.who, place.view, [
                     (part.left_of(change.before) if change.before.kind else change.before, change.after) for change in changes if change.before])
             body.append(Statement(END_ENTRY, ends, many=True))
         if begins:
@@ -6595,8 +6618,7 @@ class Files:
             way = way_in(plan, path)
             return plan, way, plan.place_for_file(way, given, size, parents)
 
-        known = known_to_nobody if who.means == "link" else partial(self.tree.contents.knows, view_of(who).home)
-        stored = self.tree.blobs.put(body, known, sums or ())
+        stored = self.tree.blobs.put(body, self.tree.contents.known_to(view_of(who)), sums or ())
         at = self.clock.wall() if mtime is None else mtime
 
         def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
@@ -6745,7 +6767,7 @@ class Files:
             plan = Plan(self.tree, who)
             place = plan.now.enter(path)
             place.need(READ)                             # the answer tells what is there
-            place.need(UPDATE if place.node else CREATE)
+            self.tree.allowance.need_to_write(who, place)
             self.tree.check_place(place, path)
             plan.check_conditions(place, path, given)
             if place.locked:
@@ -6784,9 +6806,10 @@ class Files:
         place = self.tree.enter(who, path, READ)
         place.need(*CHANGES)
         place.found()
+        is_owner = place.view.whole or who.admin
         for lock in self.tree.locks.covering(place, self.tree.locks.of(place)):
             if lock.token == token:
-                if lock.account != who.account and not who.admin:
+                if lock.account != who.account and not is_owner:
                     raise CloudError("forbidden", "this lock belongs to somebody else")
                 self.db.run(Statement("DELETE FROM lock WHERE token = ?", (token,)))
                 return
@@ -7500,7 +7523,7 @@ class History:
             return mine, len(mine)
 
         done = self._revert(view_of(who), (), brake.seq, choose, ("undo", {"device": device, "seq": brake.seq}))
-        self.db.run(Statement("DELETE FROM brake WHERE device = ?", (device,)))
+        self.db.run(Statement("DELETE FROM brake WHERE device = ? AND home = ?", (device, brake.home)))
         return done
 
     def _revert(self, view: View, path: tuple[str, ...], seq: int, choose: Callable[[Span], tuple[list[int], int]],
@@ -8619,14 +8642,26 @@ class Sync:
 
     def known(self, who: Principal, hashes: Iterable[str]) -> dict[str, int]:
         """{hash: size} of the chunks that `who` may read already or has sent: nobody else's count (D3)."""
-        view = view_of(who)
+        view, hashes = view_of(who), list(dict.fromkeys(hashes))
         found, now = {}, self.clock.due()
-        for some in pieces(list(dict.fromkeys(hashes))):
+        for some in pieces(hashes):
             found.update(self.db.read(
                 "SELECT h.hash, h.size FROM chunk h WHERE h.hash IN (" + marks(some) + ") AND h.bad IS NULL AND h.condemned IS NULL "
                 "AND (EXISTS (SELECT 1 FROM loose WHERE home = ? AND chunk = h.hash AND due > ?) OR " + OWNED + ")",
                 (*some, view.home, now, view.home, view.home)))
-        return {hash: size for hash, size in found.items() if self._is_within(who, hash, now)} if not view.whole else found
+        if not view.whole:
+            return {hash: size for hash, size in found.items() if self._is_within(who, hash, now)}
+        return {**found, **self._shared_with(who, [hash for hash in hashes if hash not in found])}
+
+    def _shared_with(self, who: Principal, hashes: Sequence[str]) -> dict[str, int]:
+        """{hash: size} of chunks that are part of a live file in what others shared with `who`."""
+        here, found = seen_by(self.db.read, who, self.tree.mounts), {}
+        homes = sorted({grant.node.home for grant in here.grants.values()}) if hashes else []
+        for some in pieces(hashes) if homes else ():
+            for hash, size, node in self.db.read(SHARED_CHUNKS.format(homes=marks(homes), hashes=marks(some)), (*some, *homes) * 2):
+                if hash not in found and here.path(node) is not None:
+                    found[hash] = size
+        return found
 
     def _is_within(self, who: Principal, hash: str, now: int) -> bool:
         """Is a chunk part of a live file below the root of a device that is limited to that, or did such a device send it?"""
@@ -8694,7 +8729,7 @@ class Sync:
 
     def _take_frames(self, who: Principal, frames: Iterable[bytes], received: Received, flying: deque[tuple[Future, int]]) -> None:
         view = view_of(who)
-        place, tag = self.tree.enter(who, ()), secrets.token_hex(8)
+        place, tag, knows = self.tree.enter(who, ()), secrets.token_hex(8), self.tree.contents.known_to(view)
         (ahead,), = self.db.read("SELECT coalesce(sum(size), 0) FROM loose WHERE home = ? AND due > ?",
                                  (view.home, self.clock.due()))
         for data in frames:
@@ -8710,7 +8745,7 @@ class Sync:
                 if received.waiting > FLUSH:
                     land(flying, 0)                  # a row names an object only when that is durable
                     self._flush(who, received)
-            elif self.tree.contents.knows(view.home, hash):
+            elif knows(hash):
                 received.relied.add(hash)
             else:
                 land(flying, CHUNK_LIMIT - len(data))
@@ -8866,6 +8901,11 @@ COMMIT_STEPS: dict[str, Callable[..., Outcome]] = {
     "put": Sync._take_put, "mkdir": Sync._take_mkdir, "move": Sync._take_move, "delete": Sync._take_delete}
 LOOSE_LIFE = 20 * HOUR          # less than the sweep leaves a chunk alone that nobody refers to
 FLUSH = 16 * MiB                # bytes of small chunks that wait in memory for the commit
+SHARED_CHUNKS = (  # chunks of live files in some homes
+    "SELECT h.hash, h.size, e.node FROM chunk h JOIN entry e ON e.manifest = h.hash AND e.until IS NULL WHERE h.hash IN ({hashes}) AND h.bad IS NULL "
+    "AND h.condemned IS NULL AND e.home IN ({homes}) UNION SELECT h.hash, h.size, e.node FROM chunk h JOIN manifest_chunk m ON m.chunk = h.hash "
+    "JOIN entry e ON e.manifest = m.manifest AND e.until IS NULL WHERE h.hash IN ({hashes}) AND h.bad IS NULL AND h.condemned IS NULL "
+    "AND e.home IN ({homes})")
 OWNED = (  # does an account (?, ?) refer to chunk h, now or in its history?
     "EXISTS (SELECT 1 FROM entry WHERE manifest = h.hash AND home = ?) OR EXISTS (SELECT 1 FROM manifest_chunk m "
     "JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = h.hash AND e.home = ?)")
@@ -8897,9 +8937,9 @@ def problem_of(error: CloudError) -> dict[str, Any]:
 class Upload(NamedTuple):
     """A resumable upload.  The order is that of the table's columns."""
     id: str
-    home: int
+    home: int                    # where it takes its room
     account: int
-    root: int                    # where its path begins
+    root: int                    # where its path begins: the top of the view that it led into
     path: str | None             # JSON; None: numbered parts, whose place is named at the end
     given: str                   # JSON: {"if_match": [...], "if_none_match": [...], "parents": bool}
     size: int | None             # announced; None while that is deferred
@@ -8929,6 +8969,14 @@ PARTS_OPEN = "SELECT 'upload' FROM upload WHERE id = ? AND done IS NULL AND due 
 UPLOAD_LIMIT, UPLOADS_BY_LINK = 1000, 100        # at a time, per account and per link
 
 
+def way_to(tree: Tree, who: Principal, root: int) -> tuple[str, ...] | None:
+    """Where the top of a view is for who asks: at the top of all, or by now at the mount that shows it."""
+    if root == view_of(who).top:
+        return ()
+    grants = seen_by(tree.db.read, who, tree.mounts).grants
+    return (grants[root].name,) if root in grants else None
+
+
 class Uploads:
     """Resumable uploads: parts go straight into chunks, finishing moves a pointer."""
 
@@ -8941,11 +8989,11 @@ class Uploads:
 
         size    bytes; None if not known yet.  What is announced counts against the quota at once.
         """
-        view = view_of(who)
-        foresee_file(Plan(self.tree, who), path, given, size or 0, parents)
+        foreseen = foresee_file(Plan(self.tree, who), path, given, size or 0, parents)
+        view = foreseen.view if foreseen else view_of(who)
         self._check_uploads(who)
         now = self.clock.due()
-        upload = Upload(secrets.token_urlsafe(16), view.home, who.account, view.top, json.dumps(path),
+        upload = Upload(secrets.token_urlsafe(16), view.home, who.account, view.top, json.dumps(path[bool(view.seq):]),
                         json.dumps({"if_match": given.if_match, "if_none_match": given.if_none_match, "parents": parents,
                                     "beside": given.beside}),
                         size, mtime, note, 0, now, now + UPLOAD_LIFE, None)
@@ -8953,22 +9001,30 @@ class Uploads:
         return self._finish_if_whole(who, upload)
 
     def _check_uploads(self, who: Principal) -> None:
-        home, mine = self.db.read("SELECT count(*), count(CASE WHEN account = ? THEN 1 END) FROM upload WHERE home = ? AND done IS NULL",
-                                  (-who.share, view_of(who).home))[0]
+        (count,), = self.db.read("SELECT count(*) FROM upload WHERE account = ? AND done IS NULL", (-who.share,))
         most = UPLOADS_BY_LINK if who.means == "link" else UPLOAD_LIMIT
-        if (mine if who.means == "link" else home) >= most:
+        if count >= most:
             raise CloudError("conflict", "%d uploads are under way already" % most)
 
     def upload(self, who: Principal, id: str, *, numbered: bool = False) -> Upload:
         """Where an upload stands.  raises CloudError not-found for another's too, gone when it has expired"""
-        rows = self.db.read("SELECT * FROM upload WHERE id = ? AND account = ? AND root = ? AND (path IS NULL) = ?",
-                            (id, who.account, view_of(who).top, numbered))
-        if not rows:
+        rows = self.db.read("SELECT * FROM upload WHERE id = ? AND account = ? AND (path IS NULL) = ?", (id, who.account, numbered))
+        if not rows or way_to(self.tree, who, rows[0][3]) is None:
             raise CloudError("not-found", "there is no such upload")
         upload = Upload._make(rows[0])
         if upload.due <= self.clock.due():
             raise CloudError("gone", "this upload has expired")
         return upload
+
+    def _room(self, who: Principal, upload: Upload) -> Place:
+        """The place in whose home an upload takes its room.  raises CloudError not-found if that is not shared any more"""
+        if upload.home == view_of(who).home:
+            return self.tree.enter(who, ())
+        grants = seen_by(self.db.read, who, self.tree.mounts).grants.values()
+        name = next((grant.name for grant in grants if grant.node.home == upload.home), None)
+        if name is None:
+            raise CloudError("not-found", "there is no such upload")
+        return self.tree.enter(who, (name,))
 
     def append(self, who: Principal, id: str, offset: int, body: Body, *, size: int | None = None,
                checksum: tuple[str, bytes] | None = None) -> Upload:
@@ -8992,7 +9048,7 @@ class Uploads:
                 digest.update(memoryview(buffer)[:count])
             if upload.size is not None and upload.received + count > upload.size:
                 raise CloudError("too-large", "more came than was announced")
-            upload = self._append_chunk(upload, memoryview(buffer)[:count])
+            upload = self._append_chunk(upload, memoryview(buffer)[:count], self.tree.contents.known_to(view_of(who)))
         if checksum and (broken or digest.digest() != checksum[1]):
             self._cut_back(upload, offset)
             raise broken or CloudError("bad-upload-checksum", "the part does not have the checksum that was announced")
@@ -9006,18 +9062,18 @@ class Uploads:
         if size is not None and upload.size not in (None, size):
             raise CloudError("bad-request", "the length was announced as %d" % upload.size)
         if size is not None and upload.size is None:
-            self.tree.space.check(self.tree.enter(who, ()), size, size)
+            self.tree.space.check(self._room(who, upload), size, size)
             self.db.run(Statement("UPDATE upload SET size = ? WHERE id = ? AND size IS NULL", (size, upload.id)))
             upload = upload._replace(size=size)
         if body.length is not None and upload.size is not None and offset + body.length > upload.size:
             raise CloudError("too-large", "more was sent than was announced")
-        self.tree.space.check(self.tree.enter(who, ()), 0, body.length or 1)
+        self.tree.space.check(self._room(who, upload), 0, body.length or 1)
         if who.means == "link":
             self.tree.allowance.check(who, 1, max(upload.size or 0, offset + (body.length or 1)))
         return upload
 
-    def _append_chunk(self, upload: Upload, data: memoryview) -> Upload:
-        stored = self.tree.blobs.put_bytes(data, known_to_nobody if upload.account < 0 else partial(self.tree.contents.knows, upload.home))
+    def _append_chunk(self, upload: Upload, data: memoryview, known: Callable[[str], bool]) -> Upload:
+        stored = self.tree.blobs.put_bytes(data, known)
         fresh = upload._replace(received=upload.received + stored.size, due=self.clock.due() + UPLOAD_LIFE)
         batch = Batch([*self.tree.contents.rows(stored),
                        Statement("INSERT INTO upload_chunk (upload, part, offset, chunk, size) VALUES (?, 0, ?, ?, ?)", (upload.id, upload.received, stored.manifest, stored.size)),
@@ -9039,7 +9095,7 @@ class Uploads:
         """When all has come: make it a file, in one batch."""
         if upload.size != upload.received or upload.done:
             return upload
-        path, how = check_path(json.loads(upload.path)), json.loads(upload.given)
+        path, how = check_path([*way_to(self.tree, who, upload.root), *json.loads(upload.path)]), json.loads(upload.given)
         given = Preconditions(tuple(how["if_match"]), tuple(how["if_none_match"]), beside=how.get("beside", False))
         change, seq = self._finish(who, upload, path, ANY if given == ANY else given, self._assembled(upload), upload.mtime,
                                    parents=how["parents"])
@@ -9057,12 +9113,11 @@ class Uploads:
     def _finish(self, who: Principal, upload: Upload, path: tuple[str, ...], given: Preconditions, stored: Stored,
                 mtime: int | None, *, parents: bool = False) -> tuple[Change, int]:
         """Make what came of an upload the file at a path, in one batch; returns the change and its seq."""
-        credit = max(upload.size or 0, upload.received)
-
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
             way = way_in(plan, path)
             place = plan.place_for_file(way, given, 0, parents)
+            credit = max(upload.size or 0, upload.received) if place.view.home == upload.home else 0
             self._check_arrival(place, stored.size, credit)
             change = plan.put(place, stored, self.clock.wall() if mtime is None else mtime)
             plan.now.parts[place.view.home].growth -= credit
@@ -9108,10 +9163,11 @@ class Uploads:
         if again and self.db.read(PARTS_OPEN, (parts_id(who, name), self.clock.due())):
             return
         place = self.tree.enter(who, ()) if path is None else Plan(self.tree, who).place_for_file(path, ANY, size or 0)
+        home = place.view.home
         self._check_parts(place, size or 0, size or 0)
         self._check_uploads(who)
         now = self.clock.due()
-        upload = Upload(parts_id(who, name), view.home, who.account, view.top, None, "{}", size, None, "", 0, now,
+        upload = Upload(parts_id(who, name), home, who.account, view.top, None, "{}", size, None, "", 0, now,
                         now + UPLOAD_LIFE, None)
 
         def attempt() -> Batch:
@@ -9135,8 +9191,8 @@ class Uploads:
         """Take one part, whole or not at all; one that came before is replaced.  Returns whether it is new."""
         view_of(who).need(CREATE, UPDATE)
         upload = self._parts(who, name)
-        self._check_parts(self.tree.enter(who, ()), max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
-        stored = self.tree.blobs.put(body, partial(self.tree.contents.knows, upload.home))
+        self._check_parts(self._room(who, upload), max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
+        stored = self.tree.blobs.put(body, self.tree.contents.known_to(view_of(who)))
         key, rows, offset = (upload.id, number), [], 0
         for hash, size in stored.chunks:
             rows.append((*key, offset, hash, size))

@@ -4135,6 +4135,145 @@ def test_undo_and_rewind_of_ones_own_act_in_ones_own_home_alone(cloud, ann, bob)
     audit(cloud)
 
 
+# ---- what is kept by home, and what by person (laws 8 and 10 of sharing)
+
+def test_the_brake_counts_in_each_home_and_holds_in_all(make_cloud, fake):
+    """A quarter of what the device sees there; only the owner of that home lets it go."""
+    cloud = make_cloud(clock=fake.clock())
+    ann, bob = account(cloud), account(cloud, "bob")
+    commit(cloud, ann, [{"mkdir": "d"}, {"mkdir": "big"}, *(step_put("d/%d" % n, b"x") for n in range(400)), *(step_put("big/%d" % n, b"x") for n in range(1_000))], [b"x"])
+    commit(cloud, bob, [step_put("own%d" % n, b"x") for n in range(400)], [b"x"])
+    hand(cloud, ann, "d", bob)
+    fake.pass_(cs.HOUR)
+    phone, laptop = token_of(cloud, bob, "bob's phone"), token_of(cloud, bob, "bob's laptop")
+    for n in range(150):
+        cloud.files.delete(phone, ("d", str(n))), cloud.files.delete(phone, ("own%d" % n,))
+    assert not cloud.brake.held(ann) and not cloud.brake.held(bob)
+    assert codes(commit(cloud, phone, [{"delete": "d/%d" % n} for n in range(150, 260)])).count("held") == 110
+    assert [(brake.device, name) for brake, name in cloud.brake.held(ann)] == [(phone.device, "bob")] and cloud.brake.held(bob) == []
+    assert outcome(cloud.files.delete, phone, ("own200",)) == outcome(put, cloud, phone, "own201", b"y") == "held"
+    assert put(cloud, phone, "new") and cloud.files.delete(laptop, ("own200",)) and outcome(cloud.brake.allow, bob, phone.device) == "not-found"
+    cloud.brake.allow(ann, phone.device)
+    assert cloud.files.delete(phone, ("own201",)) and codes(commit(cloud, phone, [{"delete": "d/%d" % n} for n in range(150, 260)])).count(204) == 110
+    assert codes(commit(cloud, phone, [{"delete": "own%d" % n} for n in range(210, 300)])).count("held") == 90 and [name for _, name in cloud.brake.held(bob)] == ["bob's phone"]
+    assert outcome(cloud.files.delete, phone, ("d", "399")) == "held" and cloud.brake.held(ann) == []
+    assert cloud.history.undo_device(bob, phone.device) and "own1" in own(cloud, bob) and "d/1" not in tree(cloud, ann)
+    audit(cloud)
+
+
+def test_an_upload_into_what_is_shared_belongs_to_its_owner_and_ends_by_the_grant(cloud, ann, bob):
+    """It takes room in the home that it leads into, goes on when the mount has another name, and not when the share has ended."""
+    put(cloud, ann, "up/d/f", b"f", parents=True)
+    share = hand(cloud, ann, "up/d", bob)
+    upload, lost = cloud.uploads.create(bob, ("d", "a"), 4), cloud.uploads.create(bob, ("d", "b"), 4)
+    assert cloud.db.read("SELECT DISTINCT home FROM upload") == [(ann.account,)] and cloud.space.reserved(ann.account) == 8 and not cloud.space.reserved(bob.account)
+    cloud.uploads.append(bob, upload.id, 0, Body(b"12"))
+    move(cloud, bob, "d", "e")
+    assert outcome(cloud.uploads.upload, account(cloud, "eve"), upload.id) == outcome(cloud.uploads.upload, ann, upload.id) == "not-found"
+    assert cloud.uploads.append(bob, upload.id, 2, Body(b"34")).done and get(cloud, ann, "up/d/a") == b"1234" and cloud.space.reserved(ann.account) == 4
+    assert [v.account for v in cloud.versions.list(ann, ("up", "d", "a"))] == ["bob"]
+    take_back(cloud, share)
+    assert outcome(cloud.uploads.append, bob, lost.id, 0, Body(b"1234")) == outcome(cloud.uploads.upload, bob, lost.id) == "not-found"
+    hand(cloud, ann, "up/d", bob, "read")
+    assert outcome(cloud.uploads.append, bob, lost.id, 0, Body(b"1234")) == "forbidden" and set(tree(cloud, ann)) == {"up", "up/d", "up/d/f", "up/d/a"}
+    audit(cloud)
+
+
+def test_parts_are_joined_into_what_is_shared(make_cloud):
+    cloud = make_cloud()
+    ann, bob = account(cloud, quota=100_000), account(cloud, "bob", quota=100_000)
+    put(cloud, ann, "d/f", b"f" * 50_000, parents=True), hand(cloud, ann, "d", bob), put(cloud, bob, "full", b"b" * 90_000)
+    cloud.uploads.begin_parts(bob, "one", 40_000, ("d", "one"))
+    assert cloud.space.reserved(ann.account) == 40_000 and outcome(cloud.uploads.begin_parts, bob, "two", 20_000, ("d", "two")) == "over-quota"
+    cloud.uploads.put_part(bob, "one", 1, Body(b"1" * 30_000)), cloud.uploads.put_part(bob, "one", 2, Body(b"2" * 10_000))
+    assert cloud.uploads.join_parts(bob, "one", ("d", "one"), size=40_000)[1] and cloud.files.stat(ann, ()).size == 90_000 and not cloud.space.reserved(ann.account)
+    cloud.uploads.begin_parts(bob, "three"), cloud.uploads.put_part(bob, "three", 1, Body(b"3" * 9_000))
+    assert cloud.uploads.join_parts(bob, "three", ("d", "three")) and cloud.files.stat(ann, ()).size == 99_000
+    cloud.uploads.begin_parts(bob, "four"), cloud.uploads.put_part(bob, "four", 1, Body(b"4" * 9_000))
+    assert outcome(cloud.uploads.join_parts, bob, "four", ("d", "four")) == "over-quota"
+    audit(cloud)
+
+
+def test_a_chunk_is_known_to_who_sees_it(cloud, ann, bob):
+    """By a live file in what is shared; not by what lies beside it, nor in its history, nor when the share has ended."""
+    shared, secret, old = (os.urandom(70_000) for _ in range(3))
+    put(cloud, ann, "d/f", old, parents=True), put(cloud, ann, "d/f", shared), put(cloud, ann, "secret", secret), put(cloud, ann, "d/large", bytes(5 << 20))
+    hashes = [hashlib.sha256(data).hexdigest() for data in (shared, secret, old, bytes(4 << 20))]
+    assert cloud.sync.known(bob, hashes) == {}
+    share = hand(cloud, ann, "d", bob, "read")
+    assert set(cloud.sync.known(bob, hashes)) == {hashes[0], hashes[3]} and cloud.sync.missing(bob, hashes) == hashes[1:3]
+    assert outcome(cloud.sync.read_chunks, bob, hashes[1:2]) == "missing" and cloud.sync.read_chunks(bob, hashes[:1])[0] == 70_000
+    phone = token_of(cloud, bob, node=cloud.files.make_collection(bob, ("in",)).node)
+    assert cloud.sync.known(phone, hashes) == {}
+    step = {"put": "mine", "chunks": [(hashes[0], 70_000)], "mtime": 1000}
+    assert codes(commit(cloud, bob, [step, {**step, "put": "in/x", "chunks": [(hashes[1], 70_000)]}])) == [201, "missing"] and get(cloud, bob, "mine") == shared
+    cloud.files.delete(bob, ("mine",)), take_back(cloud, share)
+    assert set(cloud.sync.known(bob, hashes)) == {hashes[0]}             # by his own trash
+
+
+@pytest.mark.parametrize("where", ["beside it", "a limited device"])
+def test_a_write_skips_storing_only_what_its_writer_could_read(cloud, ann, bob, monkeypatch, where):
+    """D3: what lies elsewhere in the home is stored once more, and nobody learns that it was there."""
+    data, stored = os.urandom(100_000), []
+    put(cloud, ann, "d/f", b"", parents=True), put(cloud, ann, "secret", data), put(cloud, bob, "mine", data[::-1])
+    hand(cloud, ann, "d", bob)
+    who = bob if where == "beside it" else token_of(cloud, ann, node=cloud.files.stat(ann, ("d",)).node)
+    path = "d/%s" if who is bob else "%s"
+    real = cs.Blobs.put_chunk
+    monkeypatch.setattr(cs.Blobs, "put_chunk", lambda self, hash, *args: stored.append(hash) or real(self, hash, *args))
+    put(cloud, who, path % "x", data)
+    upload = cloud.uploads.create(who, (*cs.split_path(path % "y"),), len(data))
+    assert cloud.uploads.append(who, upload.id, 0, Body(data)).done and len(stored) == 2
+    put(cloud, ann, "z", data), put(cloud, bob, "d/z", data[::-1])
+    assert len(stored) == 2 and get(cloud, ann, "d/x") == get(cloud, ann, "d/y") == data
+    audit(cloud)
+
+
+def test_who_made_a_file_in_what_is_shared_may_write_to_it_for_an_hour(make_cloud, fake):
+    """LOCK, PUT, PUT, PROPPATCH, as Windows, davfs2 and rclone write a new file; nobody else's, and nothing may be deleted."""
+    cloud = make_cloud(clock=fake.clock())
+    ann, bob, eve = account(cloud), account(cloud, "bob"), account(cloud, "eve")
+    put(cloud, ann, "d/f", b"f", parents=True), hand(cloud, ann, "d", bob, "read create"), hand(cloud, ann, "d", eve, "read create")
+    lock = take_lock(cloud, bob, "d/new")
+    put(cloud, bob, "d/new", b"1", holding(lock)), put(cloud, bob, "d/new", b"2", holding(lock))
+    cloud.files.unlock(bob, ("d", "new"), lock.token)
+    cloud.files.patch(bob, ("d", "new"), mtime=5_000)
+    assert outcome(put, cloud, bob, "d/f") == outcome(put, cloud, eve, "d/new") == outcome(cloud.files.delete, bob, ("d", "new")) == "forbidden"
+    assert outcome(cloud.files.patch, eve, ("d", "new"), mtime=5_000) == outcome(take_lock, cloud, eve, "d/new") == "forbidden"
+    assert put(cloud, ann, "d/new", b"3") and put(cloud, bob, "d/new", b"4") and outcome(put, cloud, bob._replace(readonly=True), "d/new") == "forbidden"
+    fake.pass_(cs.HOUR + cs.MINUTE)
+    assert outcome(put, cloud, bob, "d/new", b"5") == "forbidden" and get(cloud, ann, "d/new") == b"4"
+
+
+def test_locks_hold_at_both_ends_of_what_is_shared(cloud, ann, bob):
+    put(cloud, ann, "up/d/f", b"f", parents=True), put(cloud, ann, "up/d/g", b"g")
+    hand(cloud, ann, "up/d", bob)
+    by_bob, by_ann = take_lock(cloud, bob, "d/f"), take_lock(cloud, ann, "up/d/g")
+    assert outcome(put, cloud, ann, "up/d/f") == outcome(put, cloud, bob, "d/g") == outcome(move, cloud, ann, "up/d", "x") == outcome(cloud.files.delete, ann, ("up",)) == "locked"
+    assert outcome(take_lock, cloud, ann, "up", deep=True) == outcome(take_lock, cloud, bob, "d/g") == "lock-conflict"
+    assert put(cloud, bob, "d/f", b"2", holding(by_bob)) and put(cloud, ann, "up/d/g", b"2", holding(by_ann)) and outcome(put, cloud, ann, "up/d/f", b"3", holding(by_bob)) == "locked"
+    assert outcome(cloud.files.unlock, bob, ("d", "g"), by_ann.token) == "forbidden"
+    cloud.files.unlock(ann, ("up", "d", "f"), by_bob.token), cloud.files.unlock(ann, ("up", "d", "g"), by_ann.token)     # the owner may end any there
+    deep = take_lock(cloud, ann, "up", deep=True)
+    assert outcome(put, cloud, bob, "d/new") == outcome(cloud.files.make_collection, bob, ("d", "c")) == "locked" and move(cloud, bob, "d", "e")
+    cloud.files.unlock(ann, ("up",), deep.token)
+    assert put(cloud, bob, "e/new")
+    audit(cloud)
+
+
+def test_two_who_edit_at_once_conflict_as_two_devices_do(cloud, ann, bob):
+    put(cloud, ann, "d/f", b"1", parents=True), hand(cloud, ann, "d", bob)
+    etag = cloud.files.stat(bob, ("d", "f")).etag
+    assert cloud.files.stat(ann, ("d", "f")).etag == etag
+    put(cloud, ann, "d/f", b"ann's", Preconditions(if_match=(etag,)))
+    assert outcome(put, cloud, bob, "d/f", b"bob's", Preconditions(if_match=(etag,))) == "precondition-failed"
+    assert codes(commit(cloud, bob, [{**step_put("d/f", b"bob's"), "if": etag}, {**step_put("d/f (bob)", b"bob's"), "if": None}], [b"bob's"])) == ["precondition-failed", 201]
+    assert [(v.account, v.size) for v in cloud.versions.list(bob, ("d", "f"))] == [("ann", 5), ("ann", 1)] and get(cloud, ann, "d/f (bob)") == b"bob's"
+    since = cloud.journal.head()
+    put(cloud, ann, "d/c/new", b"", parents=True)
+    assert outcome(cloud.files.delete, bob, ("d", "c"), given=Preconditions(since=since)) == "precondition-failed"
+
+
 # ---- activity of what others shared
 
 def test_activity_through_a_mount_tells_what_was_done_there_and_nothing_else(cloud, ann, bob):
