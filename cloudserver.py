@@ -31,12 +31,13 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
     23  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
     24  Folder          Rules Folder Memory                            a folder on this computer
     25  Link            Link Fetcher introduce                         the server at the other end of a sync
-    26  Sync client     SyncClient Planner Uploader Downloader         a folder and an account kept alike
-    27  Command line    main                                           a function per command
-    28  Page parts      PARTS_* WORDS bare                             what pages are made of
-    29  Visitor         link_page H                                    what visitors of links see
-    30  Links           link_*                                         the doors that links open
-    31  Page            PAGE_* web_page                                the embedded page
+    26  Planner         Session Worklist Planner                      what a sync has to do
+    27  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
+    28  Command line    main                                           a function per command
+    29  Page parts      PARTS_* WORDS bare                             what pages are made of
+    30  Visitor         link_page H                                    what visitors of links see
+    31  Links           link_*                                         the doors that links open
+    32  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -16695,19 +16696,13 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
     memory.flush()
 
 
-# ==== 26. Sync client ====================================================================
+# ==== 26. Planner ========================================================================
 #
-# A run: what is to be done, and doing it.  The invariants are those of the room Folder.
+# What a run of the client has to do.  The invariants are those of the room Folder.
 
-COMMIT_FILES, COMMIT_BYTES = 2_000, 8 * MiB      # of one commit, and of one download
-FIRST_FILES = 250               # of the first, that both sides are soon at work; each has twice as many as the one before
 LANES = 2                       # requests under way while the next is prepared
-WINDOW = 4 * MiB                # bytes of a large file after which its chunks travel
-ROUNDS = 12                     # until a run gives up to reach a fixed point
 BRAKE_LEAST = 50                # deletions that never stop a run
-SCAN_LEAST, SCAN_MOST = 1.0, 15.0       # seconds between two looks at a watched folder
-AGAIN_LEAST, AGAIN_MOST = 5.0, 600.0    # seconds until what could not be synced, or reached, is tried again
-LATE_LOOK = 0.25                # seconds of a run that may go into reading such files once more
+LATE_LOOK = 0.25                # seconds of a run that may go into reading young files once more
 
 # ---- a run
 
@@ -17023,6 +17018,18 @@ class Planner:
                 self.memory.doubt(key)
                 return True
         return False
+
+
+# ==== 27. Sync client ====================================================================
+#
+# Doing it.  The invariants are those of the room Folder.
+
+COMMIT_FILES, COMMIT_BYTES = 2_000, 8 * MiB      # of one commit, and of one download
+FIRST_FILES = 250               # of the first, that both sides are soon at work; each has twice as many as the one before
+WINDOW = 4 * MiB                # bytes of a large file after which its chunks travel
+ROUNDS = 12                     # until a run gives up to reach a fixed point
+SCAN_LEAST, SCAN_MOST = 1.0, 15.0       # seconds between two looks at a watched folder
+AGAIN_LEAST, AGAIN_MOST = 5.0, 600.0    # seconds until what could not be synced, or reached, is tried again
 
 
 def is_at_home(base: Base, there: There | None) -> bool:
@@ -17759,7 +17766,7 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
         raise
 
 
-# ==== 27. Command line ===================================================================
+# ==== 28. Command line ===================================================================
 
 Arguments = argparse.Namespace
 GROUPS = {"user": "make, list, change and remove accounts", "group": "make, list and remove groups of accounts, and say who belongs to them"}
@@ -18285,7 +18292,7 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-# ==== 28. Page parts =====================================================================
+# ==== 29. Page parts =====================================================================
 #
 # What the pages of the program are made of, and share: style, script and words.  Each page adds its own behind them, and
 # the functions of its own that these call.
@@ -20339,7 +20346,7 @@ def source_hash(text: str) -> str:
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# ==== 29. Visitor ========================================================================
+# ==== 30. Visitor ========================================================================
 #
 # What somebody sees who opens a link: a page that is whole as the server writes it.  Its script adds preview, uploads that
 # go on after a break, and what else needs one.  Names and notes enter it by H and textContent alone (W5).  It tells nothing
@@ -21019,7 +21026,7 @@ def web_visitor(cloud: Cloud, who: Principal, request: Request) -> Response:
                                          "Cross-Origin-Resource-Policy": "same-origin"})
 
 
-# ==== 30. Links ==========================================================================
+# ==== 31. Links ==========================================================================
 #
 # The doors that links open: /s/TOKEN for browsers, curl, WebDAV and tus, and those of Nextcloud's public links.  Files whose name is that of a door below a token are reached by way of dav.
 
@@ -21174,7 +21181,7 @@ open_door(NC_LINK, nc_error, LINK_HANDLERS)
 open_door(NC_LINK._replace(names=("public.php", "webdav")), nc_error, LINK_HANDLERS)             # the token is the user's name there
 
 
-# ==== 31. Page ===========================================================================
+# ==== 32. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, style and script are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).

@@ -13572,7 +13572,7 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
         [cloud.files.delete(ann, (path,)) for path in list(tree(cloud, ann)) if "/" not in path]
 
 
-# ==== 27. Command line ===================================================================
+# ==== 28. Command line ===================================================================
 
 def run(*words, input=None, timeout=60, **how):
     """Run the real program; returns the finished process."""
@@ -13883,7 +13883,7 @@ def test_accounts_from_the_command_line(tmp_path):
     assert "bob" not in run("user", "list", *data).stdout
 
 
-# ==== 29. Visitor ========================================================================
+# ==== 30. Visitor ========================================================================
 
 def visitor_request(query, fields, *path):
     return cs.Request("GET", (("s", *path), False, query), cs.Envelope(fields=fields), Body())
@@ -13988,7 +13988,7 @@ def test_people_are_told_why_in_a_page_and_programs_in_a_document(kind, status, 
     assert json.loads(ask("*/*").body)["code"] == kind
 
 
-# ==== 31. Page ===========================================================================
+# ==== 32. Page ===========================================================================
 
 def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
