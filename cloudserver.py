@@ -159,7 +159,7 @@ import time
 import unicodedata
 import xml.etree.ElementTree as ET
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait as await_all
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -1123,7 +1123,7 @@ def _parse_float(text: str) -> float:
 
 XML_DEPTH, XML_ELEMENTS, XML_ATTRIBUTES = 64, 20_000, 256
 NAMESPACES = {"DAV:": "d", "http://owncloud.org/ns": "oc", "http://nextcloud.org/ns": "nc",
-              "http://sabredav.org/ns": "s"}
+              "http://sabredav.org/ns": "s", "http://open-collaboration-services.org/ns": "ocs", "http://open-cloud-mesh.org/ns": "ocm"}
 
 
 class Markup(str):
@@ -5380,6 +5380,11 @@ class Space:
                                         "bytes = bytes + excluded.bytes", (home, self.clock.due() // DAY, size)))
         return batch
 
+    def left(self, home: int, quota: int | None, used: int) -> int:
+        """Bytes that still go into a home: by its quota, or as many as the disk has where there is none."""
+        free = shutil.disk_usage(self.config.data).free
+        return free if quota is None else max(0, min(free, quota - used - self.reserved(home)))
+
     def reserved(self, home: int) -> int:
         return self.db.read("SELECT " + RESERVED + " FROM upload WHERE home = ? AND done IS NULL", (home,))[0][0]
 
@@ -5923,7 +5928,8 @@ class Plan:
         """Give a node another place or name; returns it and whether nothing was there; `clash` is that of Files.move."""
         here = self.now.enter(source)
         if here.view.seq and here.is_top:
-            return change_mount(self, source, target), True
+            change_mount(self, source, target)
+            return here.found()._replace(name=target[-1]), True
         here.need(UPDATE, DELETE)
         self._admit_removal(here, source, given)
         there, name = self._make_room(here, source, target, given, clash)
@@ -6524,6 +6530,13 @@ def is_in_the_way(plan: Plan, place: Place, collection: bool) -> bool:
     return not (collection and node.kind) or place.locked and any(lock.node == node.node for lock in plan.tree.locks.of(place))
 
 
+class Standing(NamedTuple):
+    """How somebody sees a node."""
+    rights: frozenset[str]
+    owner: str | None = None     # who shared it; None: it is in their own home
+    mount: bool = False          # does it stand in their root, as what was shared?
+
+
 class Files:
     """Files and collections as they are now."""
 
@@ -6563,6 +6576,24 @@ class Files:
             if node is None:
                 raise CloudError("not-found", "it was just deleted")
             yield node._replace(name=seen.name, seq=max(node.seq, seen.seq)) if node.kind else node._replace(name=seen.name), now
+
+    def standing(self, who: Principal, now: Moment | None = None) -> Callable[[Node], Standing]:
+        """Tells how somebody sees nodes that they see; `now` is where these were read."""
+        view, lines = view_of(who), {}
+        own, here = Standing(view.rights), now if now and now.mounts else seen_by(now.read if now else self.db.read, who, self.tree.mounts)
+
+        def look(node: Node) -> Standing:
+            if node.home == view.home:
+                return own
+            grant, above = here.grants.get(node.node), ()
+            if grant is None:
+                if node.parent not in lines:
+                    here.above(node.parent)              # all on the way at once
+                    lines[node.parent] = tuple(here.line(node.parent))
+                above = lines[node.parent]
+                grant = next(here.grants[id] for id in above if id in here.grants)
+            return Standing(view.rights & grant.rights_at((node.node, *above)), grant.owner, not above)
+        return look
 
     def walk(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Node]]:
         """Everything below a path, (path from there, node), collections before what they hold."""
@@ -6816,11 +6847,15 @@ class Files:
                 return
         raise CloudError("no-token", "there is no such lock on this")
 
-    def quota(self, who: Principal) -> tuple[int, int | None]:
+    def quota(self, who: Principal) -> tuple[int, int]:
         """(bytes used, bytes left): of the quota, or of the disk where there is none."""
         place = self.tree.enter(who, ())
-        free = shutil.disk_usage(self.tree.config.data).free
-        return place.used, free if place.quota is None else max(0, min(free, place.quota - place.used - self.tree.space.reserved(place.view.home)))
+        return place.used, self.tree.space.left(place.view.home, place.quota, place.used)
+
+    def room(self, home: int) -> int:
+        """Bytes left in a home in which somebody else writes."""
+        (quota, used), = self.db.read("SELECT a.quota - a.extra, r.size FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ?", (home,))
+        return self.tree.space.left(home, quota, used)
 
     def usage(self, who: Principal) -> tuple[dict[str, list[int]], int, int]:
         """({kind: [bytes, files]} of what is live, bytes of other versions, bytes in the trash) of a whole account."""
@@ -7817,6 +7852,8 @@ SHARE_COLUMNS = ("s.id, s.home, s.node, s.kind, s.rights, s.giver, s.name, s.not
 LAST_ENTRY = (  # is e what a node is, or was when it came into the trash?
     "(e.until IS NULL OR e.fate = 'deleted'" + UNPURGED + " AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND (l.until IS NULL OR "
     "l.until > e.until)))")
+GRANTEE = (  # the name of whom share s is for
+    "CASE s.kind WHEN 'account' THEN (SELECT name FROM account WHERE id = s.grantee) WHEN 'group' THEN (SELECT name FROM grp WHERE id = s.grantee) END")
 STANDS = "s.ended IS NULL AND (s.due IS NULL OR s.due > ?)"              # does share s count at this due time?
 
 
@@ -7846,7 +7883,8 @@ class Given(NamedTuple):
     node: Node                   # what is shared, as it is or last was
     path: tuple[str, ...] | None # where that is; None while it is in the trash
     giver: str
-    grantee: str | None = None   # the name of the account or group
+    owner: str
+    grantee: str | None          # the name of the account or group
 
 
 class Offer(NamedTuple):
@@ -7855,6 +7893,7 @@ class Offer(NamedTuple):
     node: Node                   # what is shared
     owner: str
     giver: str
+    grantee: str | None          # the name of the account or group
     path: tuple[str, ...] | None # where it stands in their tree
     state: str                   # mounted, waiting, declined
 
@@ -7903,6 +7942,8 @@ class Terms:
         if terms.get("reshare", SHARE in had and "rights" not in terms):
             rights |= {SHARE}
         kept = rights - {SHARE}
+        if share.kind != "link" and READ not in kept:
+            raise CloudError("bad-request", "what is shared with somebody can be read")
         if not node.kind and kept not in (roles["view"], roles["edit"]) and not kept <= {READ, UPDATE, PAST}:
             raise CloudError("bad-request", "a share of a file is view or edit")
         if not rights <= view.rights:
@@ -8055,8 +8096,7 @@ class Sharing:
     def _mine(self, who: Principal, where: str, value: int = 0) -> list[Given]:
         """A limited device is told of none that lies elsewhere or allows more than it may itself: its address opens it."""
         view, here = view_of(who), seen_by(self.db.read, who, self.tree.mounts)
-        given = [Given(share, node, here.path(node.node), giver, grantee) for share, node, giver, grantee in self._select(
-            where, value=value, me=view.home)]
+        given = [one._replace(path=here.path(one.node.node)) for one in self._select(where, value=value, me=view.home)]
         return [one for one in given if view.whole or one.path] if SHARE in view.rights else [
             one for one in given if one.path and view.rights.issuperset(one.share.rights.split())]
 
@@ -8064,17 +8104,16 @@ class Sharing:
         """All shares of the server, the newest first, for an administrator; each path is that in its home."""
         found, roots = self._select("s.kind <> ''"), dict(self.db.read("SELECT id, root FROM account"))
         here = {home: Moment(self.db.read, root) for home, root in roots.items()}
-        return [Given(share, node, here[share.home].path(node.node), giver, grantee) for share, node, giver, grantee in found]
+        return [one._replace(path=here[one.share.home].path(one.node.node)) for one in found]
 
-    def _select(self, where: str, **params: int) -> list[tuple[Share, Node, str, str | None]]:
-        """(share, its node as it is or last was, names of giver and grantee) of those that stand; without what was given up for good."""
+    def _select(self, where: str, **params: int) -> list[Given]:
+        """Those that stand, without their paths, and without what was given up for good."""
         rows = self.db.read(
-            "SELECT " + SHARE_COLUMNS + ", a.name, CASE s.kind WHEN 'account' THEN (SELECT name FROM account WHERE id = s.grantee) WHEN 'group' THEN "
-            "(SELECT name FROM grp WHERE id = s.grantee) END, " + NODE + " FROM share s JOIN account a ON a.id = s.giver JOIN entry e ON e.node = s.node "
-            "LEFT JOIN collection c ON c.node = e.node WHERE " + where + " AND s.ended IS NULL AND (s.due IS NULL OR s.due > :now) "
+            "SELECT " + SHARE_COLUMNS + ", g.name, o.name, " + GRANTEE + ", " + NODE + " FROM share s JOIN account g ON g.id = s.giver JOIN account o "
+            "ON o.id = s.home JOIN entry e ON e.node = s.node LEFT JOIN collection c ON c.node = e.node WHERE " + where + " AND s.ended IS NULL AND (s.due IS NULL OR s.due > :now) "
             "AND " + LAST_ENTRY + " ORDER BY s.id DESC", {**params, "now": self.clock.due()})
         count = len(Share._fields)
-        return [(Share._make(row[:count]), Node._make(row[count + 2:]), *row[count:count + 2]) for row in rows]
+        return [Given(Share._make(row[:count]), Node._make(row[count + 3:]), None, *row[count:count + 3]) for row in rows]
 
     def among(self, nodes: Iterable[Node]) -> set[int]:
         """Which of some nodes are shared."""
@@ -8089,6 +8128,20 @@ class Sharing:
 
         now = self.clock.due()
         return {id for id, due in self.db.recent.get(("shared", home), look) if due is None or due > now}
+
+    def given_by(self, who: Principal) -> dict[int, list[tuple[str, str | None]]]:
+        """{node: kind, and name of whom it is for, of each share} that somebody gives."""
+        home = view_of(who).home
+
+        def look() -> tuple[list[tuple[Any, ...]], int, Collection[int]]:
+            rows = self.db.read("SELECT s.node, s.due, s.kind, " + GRANTEE + " FROM share s WHERE s.giver = ? AND s.ended IS NULL ORDER BY s.id", (home,))
+            return rows, KiB + 200 * len(rows), ()           # who changes a share, or a name, touches everything
+
+        now, found = self.clock.due(), {}
+        for node, due, *whom in self.db.recent.get(("given", home), look):
+            if due is None or due > now:
+                found.setdefault(node, []).append(tuple(whom))
+        return found
 
     # ---- for who comes by a link
 
@@ -8213,15 +8266,15 @@ class Offers:
             return []
         here, count, found = seen_by(self.db.read, who, self.tree.mounts), len(Share._fields), []
         for row in self.db.read(
-                "SELECT " + SHARE_COLUMNS + ", o.name, g.name, w.said, t.node, " + NODE + " FROM share s JOIN account o ON o.id = s.home JOIN account g "
+                "SELECT " + SHARE_COLUMNS + ", o.name, g.name, " + GRANTEE + ", w.said, t.node, " + NODE + " FROM share s JOIN account o ON o.id = s.home JOIN account g "
                 "ON g.id = s.giver JOIN entry e ON e.node = s.node AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node LEFT JOIN answer w "
                 "ON w.share = s.id AND w.account = :home LEFT JOIN mount t ON t.home = :home AND t.target = s.node AND t.until IS NULL "
                 "WHERE " + STANDING + " AND :home NOT IN (s.home, s.giver) AND " + REACHES + " AND " + SWITCHED_ON + " ORDER BY s.id DESC",
                 {"home": view.home, "now": self.clock.due()}):
-            (owner, giver, said, mount), share, node = row[count:count + 4], Share._make(row[:count]), Node._make(row[count + 4:])
+            (*names, said, mount), share, node = row[count:count + 5], Share._make(row[:count]), Node._make(row[count + 5:])
             access = self.tree.mounts.access(self.db.read, share.id, node.node)
             if access:
-                found.append(Offer(share._replace(rights=in_order(access.rights)), node, owner, giver, here.path(node.node) if mount else None,
+                found.append(Offer(share._replace(rights=in_order(access.rights)), node, *names, here.path(node.node) if mount else None,
                                    "mounted" if mount else "declined" if said == "declined" else "waiting"))
         return found
 
@@ -11005,7 +11058,10 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     order = "e.kind DESC, " * bool(values["collections_first"]) + SORTS[values["sort"] or "name"] + direction + ", e.key" + direction
     with cloud.files.listing(who, path) as (node, now):
         page = now.page(node.node, order, start, limit + 1)
+        head, *seen = map(cloud.files.standing(who, now), [node, *page[:limit]])
     answer, *children = api_nodes(cloud, [(path, node), *((path + (child.name,), child) for child in page[:limit])])
+    for about, standing in [(answer, head), *((about, one) for about, one in zip(children, seen) if one.mount)]:
+        about.update(rights=in_order(standing.rights).split(), **({"owner": standing.owner} if standing.owner else {}), **({"mount": True} if standing.mount else {}))
     if node.kind:
         answer["children"], answer["next"] = children, start + limit if len(page) > limit else None
     elif values["chunks"]:
@@ -12161,13 +12217,17 @@ class About:
     """What live properties may need beside the node itself; fetched when first asked for."""
 
     def __init__(self, cloud: Cloud, who: Principal, node: Node, now: Moment) -> None:
-        self.who, self.tag_at = who, cloud.journal.tag_at
+        self._begin(cloud, who, cloud.files.standing(who, now))
         self._fetch = {"quota": lambda: cloud.files.quota(who), "digests": lambda: now.digests(node), "dead": lambda: now.properties(node),
                        "pictured": lambda: now.pictured(node), "locks": lambda: cloud.locks.near(now, node), "epoch": lambda: cloud.epoch,
-                       "shared": lambda: cloud.sharing.shared_in(node.home)}
+                       "given": lambda: cloud.sharing.given_by(who)}
+
+    def _begin(self, cloud: Cloud, who: Principal, standing: Callable[[Node], Standing]) -> None:
+        self.who, self.home, self.mine = who, view_of(who).home, Standing(view_of(who).rights)
+        self.tag_at, self.standing, self.room = cloud.journal.tag_at, standing, lru_cache(maxsize=None)(cloud.files.room)
 
     def __getattr__(self, name: str) -> Any:
-        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {manifest}; locks(node); epoch; shared: {node}"""
+        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {manifest}; locks(node); epoch; given: {node: ...}"""
         value = self.__dict__[name] = self._fetch[name]()
         return value
 
@@ -12225,8 +12285,8 @@ PROPERTIES: dict[str, Reader] = {       # live ones (RFC 4918 s15); a new one is
     "{DAV:}displayname": lambda node, about: escape(node.name or "/"),
     "{DAV:}supportedlock": lambda node, about: LOCK_ENTRIES,
     "{DAV:}lockdiscovery": lambda node, about: "".join(format_lock(lock, about.who) for lock in about.locks(node)),
-    "{DAV:}quota-used-bytes": lambda node, about: str(about.quota[0]) if node.kind else None,          # RFC 4331
-    "{DAV:}quota-available-bytes": lambda node, about: str(about.quota[1]) if node.kind else None,
+    "{DAV:}quota-used-bytes": lambda node, about: str(about.quota[0] if node.home == about.home else node.size) if node.kind else None,    # RFC 4331
+    "{DAV:}quota-available-bytes": lambda node, about: str(about.quota[1] if node.home == about.home else about.room(node.home)) if node.kind else None,
     "{DAV:}supported-report-set": lambda node, about: REPORTS if node.kind else "",                    # RFC 3253 s3.1.5
     "{DAV:}sync-token": lambda node, about: format_sync_token(about.epoch, node.seq, about.tag_at(node.seq)) if node.kind else None,   # RFC 6578 s4
     "{urn:schemas-microsoft-com:}Win32LastModifiedTime": lambda node, about: format_http_date(node.mtime),     # Windows
@@ -12234,7 +12294,8 @@ PROPERTIES: dict[str, Reader] = {       # live ones (RFC 4918 s15); a new one is
     "{http://owncloud.org/ns}size": lambda node, about: str(node.size),
     "{http://owncloud.org/ns}fileid": lambda node, about: str(node.node),
     "{http://owncloud.org/ns}id": lambda node, about: format_id(node),
-    "{http://owncloud.org/ns}permissions": lambda node, about: format_permissions(node.kind, view_of(about.who).rights),
+    "{http://owncloud.org/ns}permissions": lambda node, about: format_permissions(
+        node.kind, about.mine if node.home == about.home else about.standing(node), about.mine.rights),
 }
 ALLPROP = tuple(PROPERTIES)[:9]                  # RFC 4918 s9.1: what RFC 4918 itself defines
 SETTABLE: dict[str, Callable[[str], Optional[int]]] = {  # live properties that set the time of a node, and how to read them
@@ -12244,15 +12305,20 @@ SETTABLE: dict[str, Callable[[str], Optional[int]]] = {  # live properties that 
 }
 
 
-@lru_cache(maxsize=64)
-def format_permissions(kind: int, rights: frozenset[str]) -> str:
-    """What may be done with a node, in the letters of ownCloud's and Nextcloud's clients."""
-    return "".join(letter for letter, right, kinds in PERMISSIONS if right in rights and kind in kinds)
+@lru_cache(maxsize=256)
+def format_permissions(kind: int, standing: Standing, own: frozenset[str]) -> str:
+    """What may be done with a node, in the letters of ownCloud's and Nextcloud's clients; S says that somebody else shared it.
+
+    own   what one may do in one's own home: to give a mount another name there, and to decline it
+    """
+    return "S" * bool(standing.owner) + "".join(
+        letter for letter, right, kinds, is_of_place in PERMISSIONS if kind in kinds and right in (own if is_of_place and standing.mount else standing.rights))
 
 
-PERMISSIONS = (  # (letter, the right behind it, of what): share, read, delete, rename, move; write a file; create files and collections in one
-    ("R", SHARE, (FILE, COLLECTION)), ("G", READ, (FILE, COLLECTION)), ("D", DELETE, (FILE, COLLECTION)), ("N", UPDATE, (FILE, COLLECTION)),
-    ("V", UPDATE, (FILE, COLLECTION)), ("W", UPDATE, (FILE,)), ("C", CREATE, (COLLECTION,)), ("K", CREATE, (COLLECTION,)))
+ANYTHING = (FILE, COLLECTION)
+PERMISSIONS = (  # (letter, the right behind it, of what, is it about the place?): share, read, delete, rename, move; write a file; create files, collections
+    ("R", SHARE, ANYTHING, False), ("G", READ, ANYTHING, False), ("D", DELETE, ANYTHING, True), ("N", UPDATE, ANYTHING, True),
+    ("V", UPDATE, ANYTHING, True), ("W", UPDATE, (FILE,), False), ("C", CREATE, (COLLECTION,), False), ("K", CREATE, (COLLECTION,), False))
 
 
 def property_reader(door: Door, name: str) -> Reader:
@@ -12558,18 +12624,19 @@ def ocs(name: str) -> list[str]:
     return ["/ocs/%s/%s" % (version, name) for version in ("v1.php", "v2.php")]
 
 
-OCS_CODES = {401: 997, 404: 998, 500: 996}       # what version 1 says instead of HTTP's
+OCS_CODES = {200: 100, 401: 997, 500: 996}       # what version 1 says instead of HTTP's
+OCS_NO_FUNCTION = 998                            # the same, of a function that is not there: 404 is for a thing
 
 
-def ocs_response(request: Request, data: Any, status: int = 200, message: str = "OK", **fields: str) -> Response:
-    """An envelope, as JSON or XML.  Version 1 answers 200 to what it does not know, and 100 for well done."""
-    first, good = request.path[1] == "v1.php", status == 200
-    answer = {"meta": {"status": "ok" if good else "failure", "message": message, "totalitems": "", "itemsperpage": "",
-                       "statuscode": (100 if good else OCS_CODES.get(status, status)) if first else status}, "data": data}
+def ocs_response(request: Request, data: Any, status: int = 200, message: str = "OK", code: int | None = None, **fields: str) -> Response:
+    """An envelope, as JSON or XML.  Version 1 has codes of its own, and answers 200 to what it refuses (400, 403, 404)."""
+    first = request.path[1] == "v1.php"
+    answer = {"meta": {"status": "ok" if status == 200 else "failure", "message": message, "totalitems": "", "itemsperpage": "",
+                       "statuscode": code or OCS_CODES.get(status, status) if first else status}, "data": data}
     wants_json = request.argument("format") == "json" or "json" in request.fields.get("accept", "")
     body, media = ((format_json({"ocs": answer}), "application/json; charset=utf-8") if wants_json else
                    (format_xml(ocs_element("ocs", answer)), XML_TYPE))
-    return Response(200 if first and status == 404 else status, body, {"Content-Type": media, "Cache-Control": "no-store", **fields})
+    return Response(200 if first and status in (400, 403, 404) else status, body, {"Content-Type": media, "Cache-Control": "no-store", **fields})
 
 
 def ocs_element(name: str, value: Any) -> Markup:
@@ -12589,8 +12656,8 @@ def ocs_error(error: CloudError, request: Request) -> Response:
 
 @route("GET POST PUT DELETE", *ocs("<path>"), needs="nothing", refuse=ocs_error)
 def ocs_unknown(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    """What is not here: sharing between accounts, notifications, activity, and whatever will be thought of."""
-    raise CloudError("not-found", "this server has no such function")
+    """What is not here: notifications, activity, and whatever will be thought of."""
+    return ocs_response(request, [], 404, "this server has no such function", OCS_NO_FUNCTION)
 
 
 @route("GET", *ocs("cloud/capabilities"), needs="nothing", refuse=ocs_error)
@@ -12646,68 +12713,67 @@ def ocs_nothing(cloud: Cloud, who: Principal, request: Request) -> Response:
     return ocs_response(request, [])
 
 
-@route("GET", *ocs("apps/files_sharing/api/v1/sharees"), needs="read", refuse=ocs_error)
-def ocs_sharees(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Nobody to share with."""
-    none: dict[str, Any] = {"users": [], "groups": [], "remotes": []}
-    return ocs_response(request, {"exact": none, **none})
+# ---- sharing
 
-
-# ---- sharing: links, which are shares of type 3
-
-OCS_SHARES = "apps/files_sharing/api/v1/shares"
-OCS_LINK = "3"
-OCS_BITS = {READ: 1, UPDATE: 2, CREATE: 4, DELETE: 8}
+OCS_SHARING = "apps/files_sharing/api/v1/"
+OCS_SHARES = OCS_SHARING + "shares"
+OCS_KINDS = {"account": 0, "group": 1, "link": 3}            # shareType
+OCS_BITS = {READ: 1, UPDATE: 2, CREATE: 4, DELETE: 8, SHARE: 16}         # permissions; those of a file are READ, UPDATE, SHARE
+OCS_DEFAULT = {"account": 15, "group": 15, "link": 1}        # if nobody names any
 
 
 def ocs_sharing(policy: Policy) -> dict[str, Any]:
     """What clients offer in their dialogs."""
-    days, no = policy.link_days, {"enabled": False}
-    return {"api_enabled": True, "resharing": False, "group_sharing": False, "default_permissions": 15, "group": no, "sharebymail": no,
-            "user": {"send_mail": False, "expire_date": no}, "federation": {"outgoing": False, "incoming": False},
+    days, no, yes = policy.link_days, {"enabled": False}, {"enabled": True}
+    return {"api_enabled": True, "resharing": True, "group_sharing": True, "default_permissions": OCS_DEFAULT["account"], "sharebymail": no,
+            "user": {"send_mail": False, "expire_date": yes}, "group": {"enabled": True, "expire_date": yes},
+            "federation": {"outgoing": False, "incoming": False}, "sharee": {"query_lookup_default": False, "always_show_unique": True},
             "public": {"enabled": policy.links, "upload": True, "upload_files_drop": True, "supports_upload_only": True, "multiple_links": True,
                        "multiple": True, "send_mail": False, "password": {"enforced": policy.link_password, "askForOptionalPassword": False},
                        "expire_date": {"enabled": days is not None, "enforced": days is not None, **({} if days is None else {"days": days})}}}
 
 
-def ocs_share(request: Request, who: Principal, given: Given) -> dict[str, Any]:
-    """A share as Nextcloud's clients know it."""
-    share, node, hidden = given.share, given.node, "***redacted***" if given.share.password else None
-    return {"id": str(share.id), "share_type": int(OCS_LINK), "uid_owner": given.giver, "displayname_owner": given.giver,
-            "permissions": sum(OCS_BITS[right] for right in share.rights.split()), "can_edit": True, "can_delete": True, "stime": share.created // SECOND,
-            "parent": None, "expiration": None if share.expires is None else format_time(share.expires)[:10] + " 00:00:00", "token": share.token,
-            "uid_file_owner": given.giver, "displayname_file_owner": given.giver, "note": share.note, "label": share.name,
-            "path": "/" + "/".join(given.path or ()), "item_type": "folder" if node.kind else "file",
-            "mimetype": "httpd/unix-directory" if node.kind else node.media, "has_preview": False, "storage_id": "home::" + given.giver, "storage": 1,
-            "item_source": node.node, "file_source": node.node, "file_parent": node.parent, "file_target": "/" + node.name, "share_with": hidden,
-            "share_with_displayname": "(Shared link)", "password": hidden, "send_password_by_talk": False, "mail_send": 0, "hide_download": 0,
-            "attributes": None, "url": link_url(request, share), "tags": []}
+class Told(NamedTuple):
+    """A share as OCS tells it to whom gave it, or to whom it reaches."""
+    share: Share
+    node: Node
+    path: tuple[str, ...]        # in the tree of who asks
+    owner: str
+    giver: str
+    grantee: str | None
+    url: str
+
+    @property
+    def hidden(self) -> str | None:
+        """What stands for a password."""
+        return "***redacted***" if self.share.password else None
 
 
-def read_form(request: Request) -> dict[str, str]:
-    """What a client says in the address, a form or JSON: they do as they like."""
-    body = request.body.read(JSON_LIMIT)
-    if "json" in request.fields.get("content-type", ""):
-        form = {name: "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-                for name, value in parse_json(body or b"{}").items()}
-    else:
-        form = parse_query(body.decode("utf-8", "replace"))
-    return {**parse_query(request.query), **form}
+def told_of(request: Request, one: Given | Offer) -> Told:
+    return Told(one.share, one.node, one.path or (one.node.name,), one.owner, one.giver, one.grantee, link_url(request, one.share) if one.share.token else "")
 
 
-def ocs_terms(form: dict[str, str], is_collection: bool) -> dict[str, Any]:
-    """The terms of a share that a form names."""
-    terms: dict[str, Any] = {name: form[field] for field, name in (("label", "name"), ("note", "note"), ("password", "password")) if field in form}
-    if "expireDate" in form:
-        terms["expires"] = read_end_of_day(form["expireDate"])
-    if form.get("permissions", "").isdigit():
-        bits = int(form["permissions"])
-        terms["rights"] = [right for right, bit in OCS_BITS.items() if bits & bit and (is_collection or right in (READ, UPDATE))]
-    elif form.get("publicUpload") in TRUE and is_collection:
-        terms["role"] = "edit"
-    elif form.get("publicUpload") == "false":
-        terms["role"] = "view"
-    return terms
+class OcsField(NamedTuple):
+    """What OCS calls something about a share, and how a form asks for it."""
+    name: str
+    tell: Callable[[Told], Any]
+    asked: str = ""
+    read: Callable[[str, str, bool], dict[str, Any]] = lambda text, kind, is_collection: {}          # (text, kind of share, of node): terms
+
+
+def ocs_bits(rights: Container[str], is_collection: bool) -> int:
+    return sum(bit for right, bit in OCS_BITS.items() if right in rights and (is_collection or right in (READ, UPDATE, SHARE)))
+
+
+def read_bits(text: str, kind: str, is_collection: bool) -> dict[str, Any]:
+    """The role that gives these rights, or else just these.  What belongs to a collection is not meant of a file, for clients do not look."""
+    if not re.fullmatch("[0-9]{1,2}", text) or int(text) >= 32:
+        raise CloudError("bad-request", "permissions are a sum of 1, 2, 4, 8 and 16")
+    asked, roles = int(text), ROLES if kind == "link" else PEOPLE_ROLES
+    rights = [right for right, bit in OCS_BITS.items() if asked & bit and right != SHARE]
+    bits = ocs_bits(rights, is_collection)
+    role = next((role for role, held in roles.items() if bits and ocs_bits(held, is_collection) == bits), None)
+    return {**({"role": role} if role else {"rights": rights}), **({} if kind == "link" else {"reshare": bool(asked & OCS_BITS[SHARE])})}
 
 
 def read_end_of_day(text: str) -> int | None:
@@ -12717,48 +12783,212 @@ def read_end_of_day(text: str) -> int | None:
     return parse_time(text[:10] + "T00:00:00Z") + DAY - 1
 
 
+def check_download(text: str) -> dict[str, Any]:
+    """Whoever may read may also download: what promises something else is refused.  raises CloudError bad-request"""
+    wishes = parse_json(b'{"all":%s}' % (text or "[]").encode())["all"]
+    for wish in wishes if isinstance(wishes, list) else ():
+        if isinstance(wish, dict) and wish.get("key") == "download" and not wish.get("value", wish.get("enabled")):
+            raise CloudError("bad-request", "whoever may see a file may also download it")
+    return {}
+
+
+OCS_FIELDS = (
+    OcsField("id", lambda one: str(one.share.id)),
+    OcsField("share_type", lambda one: OCS_KINDS[one.share.kind]),
+    OcsField("uid_owner", lambda one: one.giver),
+    OcsField("displayname_owner", lambda one: one.giver),
+    OcsField("uid_file_owner", lambda one: one.owner),
+    OcsField("displayname_file_owner", lambda one: one.owner),
+    OcsField("permissions", lambda one: ocs_bits(one.share.rights.split(), bool(one.node.kind)), "permissions", read_bits),
+    OcsField("can_edit", lambda one: True),
+    OcsField("can_delete", lambda one: True),
+    OcsField("stime", lambda one: one.share.created // SECOND),
+    OcsField("parent", lambda one: None),
+    OcsField("expiration", lambda one: None if one.share.expires is None else format_time(one.share.expires)[:10] + " 00:00:00", "expireDate",
+             lambda text, *_: {"expires": read_end_of_day(text)}),
+    OcsField("token", lambda one: one.share.token),
+    OcsField("url", lambda one: one.url),
+    OcsField("note", lambda one: one.share.note, "note", lambda text, *_: {"note": text}),
+    OcsField("label", lambda one: one.share.name, "label", lambda text, *_: {"name": text}),
+    OcsField("path", lambda one: "/" + "/".join(one.path)),
+    OcsField("file_target", lambda one: "/" + one.path[-1]),
+    OcsField("item_type", lambda one: "folder" if one.node.kind else "file"),
+    OcsField("item_source", lambda one: one.node.node),
+    OcsField("item_size", lambda one: one.node.size),
+    OcsField("item_mtime", lambda one: one.node.mtime // SECOND),
+    OcsField("file_source", lambda one: one.node.node),
+    OcsField("file_parent", lambda one: one.node.parent),
+    OcsField("mimetype", lambda one: one.node.media or "httpd/unix-directory"),
+    OcsField("has_preview", lambda one: False),
+    OcsField("storage_id", lambda one: "home::" + one.owner),
+    OcsField("storage", lambda one: 1),
+    OcsField("share_with", lambda one: one.grantee or one.hidden),
+    OcsField("share_with_displayname", lambda one: one.grantee or "(Shared link)"),
+    OcsField("share_with_displayname_unique", lambda one: one.grantee or ""),
+    OcsField("password", lambda one: one.hidden, "password", lambda text, kind, _: {"password": text} if text or kind == "link" else {}),
+    OcsField("send_password_by_talk", lambda one: False),
+    OcsField("mail_send", lambda one: 0),
+    OcsField("hide_download", lambda one: 0, "hideDownload", lambda text, *_: check_download('[{"key":"download","value":%s}]' % (
+        "false" if text in TRUE else "true"))),
+    OcsField("attributes", lambda one: None, "attributes", lambda text, *_: check_download(text)),
+    OcsField("tags", lambda one: []))
+
+
+def ocs_share(request: Request, one: Given | Offer) -> dict[str, Any]:
+    """A share as Nextcloud's clients know it."""
+    seen = told_of(request, one)
+    return {field.name: field.tell(seen) for field in OCS_FIELDS}
+
+
+def ocs_terms(form: dict[str, str], kind: str, is_collection: bool) -> dict[str, Any]:
+    """The terms of a share that a form names."""
+    terms: dict[str, Any] = {}
+    for field in OCS_FIELDS:
+        if field.asked in form:
+            terms.update(field.read(form[field.asked], kind, is_collection))
+    return terms
+
+
+def read_form(request: Request) -> dict[str, str]:
+    """What a client says in the address, a form or JSON: they do as they like."""
+    body = request.body.read(JSON_LIMIT)
+    if "json" in request.fields.get("content-type", ""):
+        form = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in parse_json(body or b"{}").items() if value is not None}
+    else:
+        form = parse_query(body.decode("utf-8", "replace"))
+    form = {**parse_query(request.query), **form}
+    if form.get("publicUpload") in PUBLIC_UPLOAD:            # an older word for permissions
+        form.setdefault("permissions", PUBLIC_UPLOAD[form["publicUpload"]])
+    return form
+
+
+PUBLIC_UPLOAD = {"true": "15", "false": "1"}
+
+
+def ocs_list(request: Request, shares: Iterable[Given | Offer]) -> Response:
+    return ocs_response(request, [ocs_share(request, one) for one in shares])
+
+
 @route("GET", *ocs(OCS_SHARES), needs="read", refuse=ocs_error)
 def ocs_shares(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """The links that were given: all, those of a path, or with subfiles=true those of what it holds."""
+    """What somebody gave: all, of a path, or with subfiles=true of what it holds; with reshares=true, also what others gave on of that.
+
+    shared_with_me=true   what others gave them, as far as it stands in their root
+    """
     asked = parse_query(request.query)
-    given = [one for one in cloud.sharing.all(who) if one.share.token] if asked.get("shared_with_me") not in TRUE else []
-    if "path" in asked:
-        path, below = read_path(asked["path"]), asked.get("subfiles") in TRUE
+    is_mine, is_below, is_all = (asked.get(name) in TRUE for name in ("shared_with_me", "subfiles", "reshares"))
+    path = read_path(asked["path"]) if "path" in asked else None
+    if path is not None:
         cloud.files.stat(who, path)
-        given = [one for one in given if one.path is not None and (one.path[:-1] if below and one.path else one.path) == path]
-    return ocs_response(request, [ocs_share(request, who, one) for one in given])
+    if is_mine:
+        found: list[Any] = [offer for offer in cloud.offers.list(who) if offer.state == "mounted"]
+    elif path is None or is_below:
+        found = cloud.sharing.all(who)
+    else:
+        found = [one for one in cloud.sharing.of(who, path) if is_all or one.giver == who.name]
+    return ocs_list(request, [one for one in found if path is None or one.path and (one.path[:-1] if is_below else one.path) == path])
+
+
+@route("GET", *ocs(OCS_SHARES + "/inherited"), needs="read", refuse=ocs_error)
+def ocs_inherited(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What was given of the collections that hold a path."""
+    path = read_path(request.argument("path") or "")
+    cloud.files.stat(who, path)
+    return ocs_list(request, [one for one in cloud.sharing.all(who) if one.path and len(one.path) < len(path) and path[:len(one.path)] == one.path])
+
+
+@route("GET", *ocs(OCS_SHARES + "/pending"), *ocs(OCS_SHARING + "deletedshares"), needs="read", refuse=ocs_error)
+def ocs_offers(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What waits for a word, or was declined."""
+    state = "waiting" if request.path[-1] == "pending" else "declined"
+    return ocs_list(request, [offer for offer in cloud.offers.list(who) if offer.state == state])
+
+
+@route("POST", *ocs(OCS_SHARES + "/pending/<id>"), *ocs(OCS_SHARING + "pending/<id>"), *ocs(OCS_SHARING + "deletedshares/<id>"), needs="write",
+       refuse=ocs_error)                         # the second is nc-py-api's
+def ocs_accept(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """Let what somebody shared stand in the root."""
+    cloud.offers.accept(who, parse_id(id))
+    return ocs_response(request, [])
+
+
+@route("DELETE", *ocs(OCS_SHARES + "/pending/<id>"), *ocs(OCS_SHARING + "pending/<id>"), needs="write", refuse=ocs_error)
+def ocs_decline(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """Let it not stand there."""
+    cloud.offers.decline(who, parse_id(id))
+    return ocs_response(request, [])
 
 
 @route("POST", *ocs(OCS_SHARES), needs="write", refuse=ocs_error)
 def ocs_give(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Make a link."""
+    """Share a file or folder with an account or group, or by a link."""
     form = read_form(request)
     path = read_path(form.get("path", ""))
     node = cloud.files.stat(who, path)
-    if form.get("shareType") != OCS_LINK:
-        raise CloudError("not-found", "there is nobody of that name to share with")
-    return ocs_response(request, ocs_share(request, who, cloud.sharing.share(who, path, **ocs_terms(form, bool(node.kind)))))
+    kind = next((kind for kind, number in OCS_KINDS.items() if form.get("shareType") == str(number)), None)
+    if kind is None:
+        raise CloudError("bad-request", "shares are with an account (0), a group (1) or by a link (3)")
+    form.setdefault("permissions", str(OCS_DEFAULT[kind]))
+    to = "" if kind == "link" else form.get("shareWith", "")
+    return ocs_response(request, ocs_share(request, cloud.sharing.share(who, path, kind, to, **ocs_terms(form, kind, bool(node.kind)))))
+
+
+def find_offer(cloud: Cloud, who: Principal, id: str) -> Offer | None:
+    """The share of that id if it reaches somebody who did not give it."""
+    return next((one for one in cloud.offers.list(who) if one.share.id == parse_id(id)), None)
 
 
 @route("GET", *ocs(OCS_SHARES + "/<id>"), needs="read", refuse=ocs_error)
 def ocs_given(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
     """One of them, in a list."""
-    return ocs_response(request, [ocs_share(request, who, cloud.sharing.get(who, parse_id(id)))])
+    return ocs_list(request, [find_offer(cloud, who, id) or cloud.sharing.get(who, parse_id(id))])
 
 
 @route("PUT", *ocs(OCS_SHARES + "/<id>"), needs="write", refuse=ocs_error)
 def ocs_change_share(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
     """Change what the form names."""
     given = cloud.sharing.get(who, parse_id(id))
-    changed = cloud.sharing.change(who, given.share.id, **ocs_terms(read_form(request), bool(given.node.kind)))
-    return ocs_response(request, ocs_share(request, who, changed))
+    terms = ocs_terms(read_form(request), given.share.kind, bool(given.node.kind))
+    return ocs_response(request, ocs_share(request, cloud.sharing.change(who, given.share.id, **terms)))
 
 
 @route("DELETE", *ocs(OCS_SHARES + "/<id>"), needs="write", refuse=ocs_error)
 def ocs_end_share(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
-    """End a link."""
-    cloud.sharing.end(who, parse_id(id))
+    """End what one gave; decline what one was given."""
+    (cloud.offers.decline if find_offer(cloud, who, id) else cloud.sharing.end)(who, parse_id(id))
     return ocs_response(request, [])
+
+
+# ---- whom to share with
+
+SHAREES = {"account": "users", "group": "groups"}
+NO_SHAREES = {name: [] for name in (*SHAREES.values(), "remotes", "remote_groups", "emails", "circles", "rooms")}
+SHAREES_RECOMMENDED = 5
+
+
+def ocs_sharees_response(request: Request, people: Iterable[tuple[str, str]], text: str | None = None) -> Response:
+    """Accounts and groups, (kind, name), of the kinds that are asked for; those whose name is the text apart from the others."""
+    kinds = [value for name, value in parse_pairs(request.query) if name in ("shareType", "shareType[]")]
+    found: dict[bool, dict[str, list[Any]]] = {exact: {name: [] for name in NO_SHAREES} for exact in (True, False)}
+    for kind, name in people:
+        if not kinds or str(OCS_KINDS[kind]) in kinds:
+            found[text is not None and account_key(name) == account_key(text)][SHAREES[kind]].append({
+                "label": name, "subline": "", "icon": "", "value": {"shareType": OCS_KINDS[kind], "shareWith": name}, "shareWithDisplayNameUnique": name})
+    return ocs_response(request, {"exact": found[True], **found[False], "lookup": [], "lookupEnabled": False})
+
+
+@route("GET", *ocs(OCS_SHARING + "sharees"), needs="read", refuse=ocs_error)
+def ocs_sharees(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Whom one may share with, and whose names hold `search`."""
+    text = request.argument("search") or ""
+    return ocs_sharees_response(request, cloud.offers.people(who, text), text)
+
+
+@route("GET", *ocs(OCS_SHARING + "sharees_recommended"), needs="read", refuse=ocs_error)
+def ocs_recommended(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """With whom one shares most."""
+    given = Counter((one.share.kind, one.grantee) for one in cloud.sharing.all(who) if one.grantee)
+    return ocs_sharees_response(request, [whom for whom, _ in given.most_common(SHAREES_RECOMMENDED)])
 
 
 # ---- logging in: a browser lets the device in, which then gets an app password
@@ -12832,24 +13062,41 @@ def stored_text(node: Node, about: About, name: str) -> str:
     return found[1] if found else ""
 
 
+def format_share_types(given: Sequence[tuple[str, str | None]]) -> str:
+    """What kinds of share somebody gives of a node."""
+    return "".join(E("oc:share-type", str(number)) for kind, number in OCS_KINDS.items() if kind in dict(given))
+
+
+def format_sharees(given: Sequence[tuple[str, str | None]]) -> str:
+    """With whom somebody shares a node."""
+    return "".join(E("nc:sharee", E("nc:id", name), E("nc:display-name", name), E("nc:type", str(OCS_KINDS[kind]))) for kind, name in given if name)
+
+
+OCM_WORDS = {"share": {SHARE}, "read": {READ}, "write": {CREATE, UPDATE}}
 FAVORITE, LIVE_PHOTO = STAR, NC + "metadata-files-live-photo"
 NC_PROPERTIES: dict[str, Reader] = {
     **PROPERTIES,
     "{DAV:}getlastmodified": lambda node, about: format_http_date(max(node.mtime, SECOND)),  # Nextcloud's refuses times before
     OC + "data-fingerprint": lambda node, about: about.epoch,            # changes with a restored backup: nothing is deleted then
-    OC + "owner-id": lambda node, about: escape(about.who.name),
-    OC + "owner-display-name": lambda node, about: escape(about.who.name),
-    OC + "share-types": lambda node, about: E("oc:share-type", OCS_LINK) if node.node in about.shared else "",
+    OC + "owner-id": lambda node, about: escape(about.who.name if node.home == about.home else about.standing(node).owner),
+    OC + "owner-display-name": lambda node, about: escape(about.who.name if node.home == about.home else about.standing(node).owner),
+    OC + "share-types": lambda node, about: format_share_types(about.given[node.node]) if node.node in about.given else "",
+    NC + "sharees": lambda node, about: format_sharees(about.given[node.node]) if node.node in about.given and SHARE in about.mine.rights else "",
+    NC + "share-attributes": lambda node, about: None if node.home == about.home else "[]",
+    NC + "is-mount-root": lambda node, about: "true" if node.home != about.home and about.standing(node).mount else "false",
+    NC + "mount-type": lambda node, about: "" if node.home == about.home else "shared",
+    "{http://open-collaboration-services.org/ns}share-permissions": lambda node, about: str(ocs_bits(about.standing(node).rights, bool(node.kind))),
+    "{http://open-cloud-mesh.org/ns}share-permissions": lambda node, about: json.dumps([
+        word for word, rights in OCM_WORDS.items() if about.standing(node).rights & rights]),
     OC + "comments-unread": lambda node, about: "0",
     FAVORITE: lambda node, about: stored_text(node, about, FAVORITE) or "0",
     LIVE_PHOTO: lambda node, about: stored_text(node, about, LIVE_PHOTO) or None,           # iOS: the name of its other half
     NC + "is-encrypted": lambda node, about: "0",
     NC + "has-preview": lambda node, about: "true" if not node.kind and node.manifest in about.pictured else "false",
-    NC + "mount-type": lambda node, about: "",
     NC + "creation_time": lambda node, about: str(node.created // SECOND),
     NC + "upload_time": lambda node, about: str(node.created // SECOND),
     **dict.fromkeys([OC + name for name in "downloadURL dDC tags privatelink comments-count".split()] + [
-        NC + name for name in "note sharees rich-workspace rich-workspace-file hidden system-tags is-mount-root share-attributes "
+        NC + name for name in "note rich-workspace rich-workspace-file hidden system-tags "
         "lock lock-owner lock-owner-displayname lock-owner-editor lock-owner-type lock-time lock-timeout lock-token "
         "metadata-photos-size metadata-photos-gps metadata-photos-exif metadata-photos-place "
         "metadata-photos-original_date_time metadata_etag file-metadata-size file-metadata-gps share-download-limits "
@@ -13130,8 +13377,9 @@ class Scattered(About):
     """What properties need of nodes that come from everywhere."""
 
     def __init__(self, cloud: Cloud, who: Principal) -> None:
-        self.who, self.tag_at, self.locks = who, cloud.journal.tag_at, lambda node: []
-        self._fetch = {"shared": lambda: cloud.sharing.shared_in(view_of(who).home), "epoch": lambda: cloud.epoch, "quota": lambda: cloud.files.quota(who), "digests": dict, "pictured": lambda: cloud.pictures.known(who), "dead": lambda: {
+        self._begin(cloud, who, cloud.files.standing(who))
+        self.locks = lambda node: []
+        self._fetch = {"given": lambda: cloud.sharing.given_by(who), "epoch": lambda: cloud.epoch, "quota": lambda: cloud.files.quota(who), "digests": dict, "pictured": lambda: cloud.pictures.known(who), "dead": lambda: {
             node.node: {FAVORITE: value} for _, node, value in cloud.search.marked(who, FAVORITE)}}
 
 
