@@ -4979,6 +4979,12 @@ class Span:
                         pending.append(child.node)
         return list(found)
 
+    def with_what_was_left(self, ids: Collection[int], alive: Callable[[], None]) -> list[int]:
+        """Some nodes, and what lay in those collections among them whose place another has by now: nothing else tells that it is not there."""
+        taken, then, now = {self.now.path(id) for id in watched(ids, alive)}, self.then, self.now
+        left = [id for id in ids if then.here(id) and then.here(id).kind and then.path(id) in taken and then.path(id) != now.path(id)]
+        return list(dict.fromkeys([*ids, *(node.node for id in left for _, node in watched(then.walk(id), alive))]))
+
     def was_in_sight(self, id: int) -> bool:
         """Did a node come and go since?  Who made it knows of it, and has to be told."""
         ends = list(self.now.read("SELECT until FROM entry WHERE node = ? AND until > ?", (id, self.then.seq)))
@@ -7353,7 +7359,7 @@ class Feed:
                 ids.update(dict.fromkeys([id, *(below if id not in whole else ())]))
         ids.update(dict.fromkeys([*went, *(id for id, grant in now.grants.items() if id in then.grants and grant.name != then.grants[id].name)]))
         names, found = {now.grants[id].name for id in whole}, []
-        for id in watched(ids, alive):
+        for id in watched(span.with_what_was_left(ids, alive), alive):
             path, was = now.path(id), then.path(id)
             is_told = path is not None and not (was is None and len(path) > 1 and path[0] in names) or was is not None or path is None and span.was_in_sight(id)
             if id != top.node and is_told:
@@ -8406,8 +8412,8 @@ GOING = (  # mounts m that no share stands for any more
 COMING = (  # shares s of groups, and members b of those, that have not met yet
     "FROM share s JOIN grp r ON r.id = s.grantee JOIN member b ON b.grp = s.grantee JOIN account a ON a.id = b.account JOIN account g ON g.id = s.giver "
     "JOIN entry e ON e.node = s.node LEFT JOIN collection c ON c.node = e.node WHERE s.kind = 'group' AND s.ended IS NULL AND (s.due IS NULL OR s.due > :now) "
-    "AND a.removed IS NULL AND b.account NOT IN (s.home, s.giver) AND NOT EXISTS (SELECT 1 FROM answer w WHERE w.share = s.id AND w.account = b.account) "
-    "AND " + LAST_ENTRY)
+    "AND a.removed IS NULL AND b.account NOT IN (s.home, s.giver) AND NOT EXISTS (SELECT 1 FROM answer w WHERE w.share = s.id AND w.account = b.account "
+    "AND (w.said <> 'accepted' OR EXISTS (SELECT 1 FROM mount m WHERE m.home = b.account AND m.target = s.node AND m.until IS NULL))) AND " + LAST_ENTRY)
 
 
 class Uses:

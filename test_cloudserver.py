@@ -5195,6 +5195,18 @@ def test_what_is_shared_with_a_group_follows_its_members(api, cloud, ann, people
     audit(cloud)
 
 
+def test_who_joins_a_group_again_has_again_what_is_shared_with_it(api, cloud, ann, people):
+    """But for what they had declined."""
+    for name in "de":
+        put(cloud, ann, name + "/f", parents=True)
+    api("POST", "admin/groups", name="crew"), [api("POST", "shares", path=path, kind="group", **{"with": "crew"}, role="view") for path in ("d", "e")]
+    api("PUT", "admin/groups/crew/members/bob"), cloud.files.delete(people.bob, ("e",))
+    for _ in range(2):
+        assert listed(cloud, people.bob).keys() == {"d"} and api("DELETE", "admin/groups/crew/members/bob") and listed(cloud, people.bob) == {}
+        api("PUT", "admin/groups/crew/members/bob")
+    assert listed(cloud, people.bob).keys() == {"d"}
+
+
 @pytest.mark.parametrize("method, path, values, code", [
     ("POST", "admin/groups", {"name": "crew"}, "exists"), ("POST", "admin/groups", {"name": "a/b"}, "bad-request"), ("POST", "admin/groups", {"name": ""}, "bad-request"),
     ("PATCH", "admin/groups/no", {"name": "x"}, "not-found"), ("PATCH", "admin/groups/crew", {"name": "OTHERS"}, "exists"), ("DELETE", "admin/groups/no", {}, "not-found"),
@@ -8829,6 +8841,12 @@ def test_sync_collection_follows_every_change(call, cloud, ann):
     last, found = report(again)
     assert "404" in found["/dav/b"] and "404" in found["/dav/d/"] and found["/dav/e/c"].startswith('"') and "/dav/e/" in found
     assert set(report("", level="1")[1]) == {"/dav/e/"}
+    put(cloud, ann, "e/s/t", parents=True)
+    last, _ = report("")
+    move(cloud, ann, "e", "f")
+    put(cloud, ann, "e/c", b"3", parents=True)           # another collection at its address, which nobody may take for it
+    assert {path: status[:12] for path, status in report(last)[1].items() if "404" in status} == dict.fromkeys(
+        ["/dav/e/s/", "/dav/e/s/t"], "HTTP/1.1 404") and set(report(last)[1]) >= {"/dav/e/", "/dav/e/c", "/dav/f/", "/dav/f/c", "/dav/f/s/t"}
     assert report("urn:cloudserver:sync:00:5") == 403 and report("nonsense") == 403
     assert call("REPORT", "/dav/", b"<x/>").status == 403
 
