@@ -6211,14 +6211,19 @@ def change_mount(plan: Plan, path: tuple[str, ...], target: tuple[str, ...] | No
     chain = plan.now.top()
     mount = plan.now.child(chain[-1], path[0])._replace(files=0)
     if target is None:
-        plan.rows.append(Statement(DECLINE, {"home": mount.home, "mount": mount.node}))
-        return end_mount(plan, mount, "declined")
+        return decline_mount(plan, mount)
     if len(target) != 1 or target[0][0] == ".":
         raise CloudError("forbidden", "what is shared with you stays where it is; it may have another name, without a dot in front")
     there = plan.now.child(chain[-1], target[0])
     if there and there.node != mount.node:
         raise CloudError("precondition-failed", "there is something at the destination", there=there if there.kind != MOUNT else None)
     return plan.step(Change(mount, mount._replace(name=target[0]), chain, chain, "moved")).after
+
+
+def decline_mount(plan: Plan, mount: Node) -> Node:
+    """Somebody does not want what a mount shows, whoever shares it."""
+    plan.rows.append(Statement(DECLINE, {"home": mount.home, "mount": mount.node}))
+    return end_mount(plan, mount, "declined")
 
 
 def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
@@ -8311,10 +8316,10 @@ class Offers:
             offer, plan, view = self.get(who, id), Plan(self.tree, who), view_of(who)
             view.need(DELETE)
             plan.now.enter(())
-            if offer.path:
-                change_mount(plan, offer.path, None)
+            for mount in self._mounts("m.home = :home AND m.target = :target", home=view.home, target=offer.node.node):
+                decline_mount(plan, mount)
             plan.rows.append(Statement(SAY % "VALUES (?, ?, 'declined')", (id, view.home)))
-            return plan.batch("share-decline", {"share": str(id), "path": offer.path[0] if offer.path else offer.node.name})
+            return plan.batch("share-decline", {"share": str(id), "path": offer.node.name})
 
         self.db.write(attempt)
         return self.get(who, id)
@@ -8352,8 +8357,8 @@ class Offers:
         def attempt() -> Batch:
             parts = self._going(who) or self._coming()
             if not parts:
-                return Batch([Statement("DELETE FROM setting WHERE name = 'mounts' AND NOT EXISTS (SELECT 1 " + GOING + ") AND NOT EXISTS (SELECT 1 "
-                                        + COMING + ")", {"now": self.clock.due()})])
+                return Batch([Statement("DELETE FROM setting WHERE name = 'mounts' AND NOT EXISTS (SELECT 1 FROM mount m WHERE m.until "
+                                        "IS NULL AND " + LOST + ") AND NOT EXISTS (SELECT 1 " + COMING + ")", {"now": self.clock.due()})])
             first, *others = parts
             return replace(first, also=others, touches=None) if others else first
 
@@ -8362,10 +8367,8 @@ class Offers:
     def _going(self, who: Principal) -> list[Batch]:
         """Ends of mounts that show nothing any more."""
         homes: dict[int, list[Node]] = {}
-        for row in self.db.read("SELECT " + NODE + " " + GOING.replace("WHERE", "JOIN entry e ON e.node = m.node AND e.until IS NULL LEFT JOIN "
-                                "collection c ON c.node = e.node WHERE") + " LIMIT :limit", {"limit": PIECE}):
-            node = Node._make(row)
-            homes.setdefault(node.home, []).append(node)
+        for mount in self._mounts(LOST + " LIMIT :limit", limit=PIECE):
+            homes.setdefault(mount.home, []).append(mount)
         parts = []
         for home, mounts in homes.items():
             plan = Plan(self.tree, self._principal(home))
@@ -8376,17 +8379,23 @@ class Offers:
             parts.append(replace(batch, line=batch.line._replace(who=who)))
         return parts
 
+    def _mounts(self, where: str, **params: int) -> list[Node]:
+        """The entries of some mounts m."""
+        return [Node._make(row) for row in self.db.read(
+            "SELECT " + NODE + " FROM mount m JOIN entry e ON e.node = m.node AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node "
+            "WHERE m.until IS NULL AND " + where, params)]
+
     def _coming(self) -> list[Batch]:
         """What reaches members of groups and has not been told to them yet."""
-        homes: dict[int, list[tuple[Any, ...]]] = {}
+        homes: dict[int, dict[int, tuple[Any, ...]]] = {}
         for home, *row in self.db.read("SELECT b.account, g.name, r.name, " + SHARE_COLUMNS + ", " + NODE + " " + COMING + " ORDER BY b.account LIMIT :limit",
                                        {"now": self.clock.due(), "limit": PIECE}):
-            homes.setdefault(home, []).append(tuple(row))
+            share, node = Share._make(row[2:2 + len(Share._fields)]), Node._make(row[2 + len(Share._fields):])
+            homes.setdefault(home, {}).setdefault(node.node, (share, node, *row[:2]))        # by several shares it comes once
         parts = []
         for home, rows in homes.items():
             plan, details = Plan(self.tree, self._principal(home)), []
-            for giver, group, *columns in rows:
-                share, node = Share._make(columns[:len(Share._fields)]), Node._make(columns[len(Share._fields):])
+            for share, node, giver, group in rows.values():
                 details.append({"path": node.name, **describe_share(share, group), **self._receive(plan, share, node, giver)})
             batch = plan.batch("share", {**details[0], **({"count": len(details)} if len(details) > 1 else {})})
             parts.append(replace(batch, line=batch.line._replace(who=Principal(share.giver, giver))))
@@ -8407,13 +8416,13 @@ FINDABLE = {  # whom account :me may find, and so share with: all, or else those
 PEOPLE_MOST = 20                # that are told at a time
 KNOWN = (  # did an account take something of a giver?
     "SELECT 1 FROM answer w JOIN share s ON s.id = w.share WHERE w.account = ? AND s.giver = ? AND w.said = 'accepted' LIMIT 1")
-GOING = (  # mounts m that no share stands for any more
-    "FROM mount m WHERE m.until IS NULL AND NOT EXISTS (SELECT 1 FROM share s WHERE s.node = m.target AND s.ended IS NULL AND " + REACHES.replace(":home", "m.home") + ")")
-COMING = (  # shares s of groups, and members b of those, that have not met yet
+LOST = (  # does mount m show what no share gives any more?
+    "NOT EXISTS (SELECT 1 FROM share s WHERE s.node = m.target AND s.ended IS NULL AND " + REACHES.replace(":home", "m.home") + ")")
+COMING = (  # shares s of groups, and members b of those, to whom they have not come yet
     "FROM share s JOIN grp r ON r.id = s.grantee JOIN member b ON b.grp = s.grantee JOIN account a ON a.id = b.account JOIN account g ON g.id = s.giver "
     "JOIN entry e ON e.node = s.node LEFT JOIN collection c ON c.node = e.node WHERE s.kind = 'group' AND s.ended IS NULL AND (s.due IS NULL OR s.due > :now) "
-    "AND a.removed IS NULL AND b.account NOT IN (s.home, s.giver) AND NOT EXISTS (SELECT 1 FROM answer w WHERE w.share = s.id AND w.account = b.account "
-    "AND (w.said <> 'accepted' OR EXISTS (SELECT 1 FROM mount m WHERE m.home = b.account AND m.target = s.node AND m.until IS NULL))) AND " + LAST_ENTRY)
+    "AND a.removed IS NULL AND b.account NOT IN (s.home, s.giver) AND NOT EXISTS (SELECT 1 FROM mount WHERE home = b.account AND target = s.node "
+    "AND until IS NULL) AND NOT EXISTS (SELECT 1 FROM answer WHERE share = s.id AND account = b.account AND said <> 'accepted') AND " + LAST_ENTRY)
 
 
 class Uses:

@@ -5348,6 +5348,204 @@ def test_what_accounts_gave_and_got_ends_with_them(api, cloud, ann, people):
     assert cloud.db.read("SELECT home FROM mount WHERE until IS NULL") == [(people.dan.account,)] and audit(cloud) is None
 
 
+class Sharers:
+    """Who may what, by the laws alone: what was agreed on, and where things are in the eyes of their owners."""
+    ROLES = [("view", "read"), ("add", "read create"), ("edit", "read create update delete past")]
+
+    def __init__(self, cloud, rng):
+        self.cloud, self.rng = cloud, rng
+        self.people = {name: account(cloud, name) for name in ("ann", "bob", "cem", "dan")}
+        self.ids = {who.account: who for who in self.people.values()}
+        self.members = {"crew": set(), "band": set()}
+        self.shares, self.mounts, self.said = {}, set(), {}      # {id: what was agreed on}; (account, node); {(share, account): answer}
+        for name in self.members:
+            cloud.groups.add(name)
+        for name in ("ann", "bob"):
+            for path in ("a/b/c", "d/e"):
+                cloud.files.make_collection(self.people[name], ("%s of %s" % (path[0], name), *path.split("/")[1:]), parents=True)
+        self.look()
+
+    def look(self):
+        """{node: (home, ids of what holds it and its own)} of all that is live."""
+        self.lines = {}
+        for who in self.people.values():
+            at = {(): ()}
+            for path, node in cs.Moment(self.cloud.db.read, who.root).walk(who.root):
+                at[path] = at[path[:-1]] + (node.node,)
+                self.lines[node.node] = who.account, at[path]
+
+    def reaches(self, share, account):
+        return account in self.members[share["to"]] if share["kind"] == "group" else self.people[share["to"]].account == account
+
+    def access(self, id):
+        """What a share gives, with all above it; None if it does not stand."""
+        share, rights = self.shares[id], set(cs.RIGHTS)
+        node = share["node"]
+        while share:
+            if share["ended"] or node not in self.lines or share["node"] not in self.lines[node][1]:
+                return None
+            rights &= share["rights"]
+            share = share["parent"] and self.shares[share["parent"]]
+        return rights
+
+    def accesses(self, account, node):
+        """[(share, rights)] by which somebody has a node of another."""
+        return [(id, self.access(id)) for id, share in self.shares.items() if (account, share["node"]) in self.mounts and node in self.lines
+                and share["node"] in self.lines[node][1] and self.reaches(share, account) and self.access(id)]
+
+    def rights(self, account, node):
+        return set().union(*(rights for _, rights in self.accesses(account, node)))
+
+    def end(self, *ids):
+        for id in ids:
+            self.shares[id]["ended"] = True
+            self.end(*(below for below, share in self.shares.items() if share["parent"] == id and not share["ended"]))
+
+    def follow(self):
+        while self.cloud.offers.follow():
+            pass
+        for id, share in self.shares.items():
+            for account in self.ids:
+                if not share["ended"] and share["kind"] == "group" and self.reaches(share, account) and account not in (share["home"], share["giver"]):
+                    if (account, share["node"]) not in self.mounts and self.said.get((id, account)) != "declined":
+                        self.mounts.add((account, share["node"]))
+        self.mounts = {(account, node) for account, node in self.mounts if any(
+            share["node"] == node and not share["ended"] and self.reaches(share, account) for share in self.shares.values())}
+
+    def check(self):
+        self.look(), self.follow()
+        for account, who in self.ids.items():
+            here = cs.seen_by(self.cloud.db.read, who, self.cloud.tree.mounts)
+            for node, (home, _) in self.lines.items():
+                path, want = here.path(node), set(cs.RIGHTS) if home == account else self.rights(account, node)
+                have = set() if path is None else self.cloud.tree.enter(who, path).view.rights
+                assert have == want, (who.name, path, node, have, want)
+                assert path is None or self.cloud.files.stat(who, path).node == node
+            mounted = {offer.share.id: offer for offer in self.cloud.offers.list(who)}
+            assert mounted.keys() == {id for id, share in self.shares.items() if self.access(id) and self.reaches(share, account)
+                                      and account not in (share["home"], share["giver"])}
+            for id, offer in mounted.items():
+                assert set(offer.share.rights.split()) == self.access(id) and (offer.state == "mounted") == ((account, offer.node.node) in self.mounts)
+
+    # ---- steps
+
+    def any_node(self, who):
+        """(path, node) of something that somebody sees, but for the root."""
+        here = cs.seen_by(self.cloud.db.read, who, self.cloud.tree.mounts)
+        seen = [(here.path(node), node) for node in sorted(self.lines) if here.path(node)]
+        return self.rng.choice(seen) if seen else (None, None)
+
+    def share(self):
+        who = self.rng.choice(list(self.people.values()))
+        path, node = self.any_node(who)
+        kind = self.rng.choice(["account", "account", "group"])
+        to, (role, rights), reshare = self.rng.choice(list(self.people if kind == "account" else self.members)), self.rng.choice(self.ROLES), self.rng.random() < .6
+        if path is None:
+            return
+        home, rights = self.lines[node][0], {*rights.split(), *(["share"] if reshare else [])}
+        most = max((found for _, found in self.accesses(who.account, node) if "share" in found), key=len, default=set()) if home != who.account else set(cs.RIGHTS)
+        told = outcome(self.cloud.sharing.share, who, path, kind, to, role=role, reshare=reshare)
+        if home != who.account and "share" not in self.rights(who.account, node):
+            assert told == "forbidden"
+        elif kind == "account" and self.people[to].account in (home, who.account):
+            assert told == "not-found"
+        elif any(share["node"] == node and share["to"] == to and share["giver"] == who.account and not share["ended"] for share in self.shares.values()):
+            assert told == "exists"
+        elif not rights <= most:
+            assert told == "forbidden", (rights, most)
+        else:
+            self.shares[told.share.id] = {"home": home, "node": node, "kind": kind, "to": to, "rights": rights, "giver": who.account, "ended": False,
+                                          "parent": told.share.parent}
+            assert told.share.parent is None if home == who.account else len(self.access(told.share.parent)) == len(most)
+            if kind == "account":
+                self.mounts.add((self.people[to].account, node)), self.said.update({(told.share.id, self.people[to].account): "accepted"})
+
+    def standing(self):
+        return self.rng.choice([id for id, share in self.shares.items() if not share["ended"]] or [None])
+
+    def change(self):
+        id, (role, rights), reshare = self.standing(), self.rng.choice(self.ROLES), self.rng.random() < .5
+        if id:
+            share = self.shares[id]
+            told = outcome(self.cloud.sharing.change, self.ids[share["giver"]], id, role=role, reshare=reshare)
+            if not isinstance(told, str):
+                share["rights"] = {*rights.split(), *(["share"] if reshare else [])}
+            else:
+                assert told == "forbidden" and share["parent"], told
+
+    def end_one(self):
+        id = self.standing()
+        if id:
+            who = self.ids[self.rng.choice([self.shares[id]["giver"], self.shares[id]["home"]])]
+            self.cloud.sharing.end(who, id), self.end(id)
+
+    def join(self):
+        name, group = self.rng.choice(list(self.people)), self.rng.choice(list(self.members))
+        self.cloud.groups.join(group, name), self.members[group].add(self.people[name].account)
+
+    def leave(self):
+        name, group = self.rng.choice(list(self.people)), self.rng.choice(list(self.members))
+        account = self.people[name].account
+        self.cloud.groups.leave(group, name), self.members[group].discard(account)
+        self.end(*(id for id, share in self.shares.items() if share["giver"] == account and share["parent"] and not share["ended"]
+                   and (self.shares[share["parent"]]["kind"], self.shares[share["parent"]]["to"]) == ("group", group)))
+
+    def decline(self):
+        who = self.rng.choice(list(self.people.values()))
+        offer = self.rng.choice(self.cloud.offers.list(who) or [None])
+        if offer:
+            self.said[offer.share.id, who.account] = "declined"
+            if (who.account, offer.node.node) in self.mounts:
+                self.said.update({(id, who.account): "declined" for id, share in self.shares.items()
+                                  if share["node"] == offer.node.node and not share["ended"] and self.reaches(share, who.account)})
+                self.mounts.discard((who.account, offer.node.node))
+            self.cloud.offers.decline(who, offer.share.id)
+
+    def accept(self):
+        who = self.rng.choice(list(self.people.values()))
+        offer = self.rng.choice(self.cloud.offers.list(who) or [None])
+        if offer:
+            self.cloud.offers.accept(who, offer.share.id), self.mounts.add((who.account, offer.node.node))
+            self.said[offer.share.id, who.account] = "accepted"
+
+    def move(self):
+        who = self.rng.choice([self.people["ann"], self.people["bob"]])
+        mine = [path for path, _ in cs.Moment(self.cloud.db.read, who.root).walk(who.root)]
+        if mine:
+            path, into = self.rng.choice(mine), self.rng.choice([(), *mine])
+            if into[:len(path)] != path and into != path[:-1]:
+                outcome(self.cloud.files.move, who, (path, into + (path[-1],)))
+
+    def trash(self):
+        who = self.rng.choice([self.people["ann"], self.people["bob"]])
+        mine = [path for path, _ in cs.Moment(self.cloud.db.read, who.root).walk(who.root)]
+        if mine:
+            self.cloud.files.delete(who, self.rng.choice(mine))
+
+    def restore(self):
+        for who in self.people.values():
+            for item in self.cloud.trash.list(who):
+                outcome(self.cloud.trash.restore, who, item.node.node)
+
+    def rename(self):
+        who = self.rng.choice(list(self.people.values()))
+        names = [name for name in listed(self.cloud, who) if self.rng.random() < .3]
+        if names:
+            outcome(move, self.cloud, who, names[0], "renamed %d" % self.rng.randrange(1000))
+
+    STEPS = {share: 8, change: 3, end_one: 3, join: 3, leave: 2, decline: 2, accept: 3, move: 3, trash: 1, restore: 2, rename: 1}
+
+
+@pytest.mark.parametrize("steps", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_who_may_what_is_what_the_laws_say(cloud, rng, steps):
+    town = Sharers(cloud, rng)
+    for _ in range(steps):
+        rng.choices(list(town.STEPS), list(town.STEPS.values()))[0](town)
+        town.check()
+    audit(cloud)
+    assert cs.verify(cloud) == []
+
+
 def test_shares_end_when_their_time_is_over(make_cloud, fake):
     cloud = make_cloud(clock=fake.clock())
     ann, bob, cem = (account(cloud, name) for name in ("ann", "bob", "cem"))
