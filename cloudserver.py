@@ -15501,6 +15501,7 @@ def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
 # 5. An answer that is not whole, or not of the history we know, says nothing about what is gone.
 # 6. Whatever a server sends is checked where it comes in, and no path is followed through a link.
 # 7. One bad thing costs one thing: it is named, and all the rest goes on.
+# 8. What others share is known by its node: nothing that was here before comes into it, nothing that was changed here goes with it.
 
 SYNC_HOME = ".cloudserver"      # the folder's own corner: state, lock, files under construction
 CUT_LEAST, CUT_MOST = MiB, 8 * MiB      # bytes of a chunk where content decides; smaller files than CHUNK_SIZE are one
@@ -15524,6 +15525,8 @@ class There(NamedTuple):
     mtime: int                   # ms since 1970
     content: str                 # names its bytes (manifest_of); "" of a collection
     chunks: str                  # JSON: [[hash, size], ...] if there are several
+    owner: str = ""              # who shared it, if this is where that shows
+    rights: str = ""             # to it and to what it holds, if others than to what holds it
 
 
 class Base(NamedTuple):
@@ -15536,6 +15539,8 @@ class Base(NamedTuple):
     mtime: int
     content: str
     chunks: str
+    owner: str = ""
+    rights: str = ""
     mtime_ns: int = 0
     inode: int = 0
     ctime_ns: int = 0            # -1: not to be trusted
@@ -15630,6 +15635,16 @@ def lineage(key: str) -> Iterator[str]:
 def ancestors_of(key: str) -> Iterator[str]:
     """Keys of what holds something, upwards."""
     return lineage(parent_of(key))
+
+
+def topmost(keys: Collection[str]) -> list[str]:
+    """Keys whose parents are not among them."""
+    return sorted(key for key in keys if parent_of(key) not in keys)
+
+
+def top_of(key: str) -> str:
+    """The key of what holds something in the root."""
+    return key.partition("/")[0]
 
 
 def one_line(text: str) -> str:
@@ -16204,9 +16219,10 @@ class Memory:
     """The memory of a folder, in its corner: base and there by key, and some words.
 
     there   what the server has;  twin  what it has and this computer cannot tell apart from something there, by path
+    kept    what stays here as it is, for we may not send it: it was told
     """
 
-    TREES = {"there": There, "base": Base, "twin": There}
+    TREES = {"there": There, "base": Base, "twin": There, "kept": Here}
 
     def __init__(self, path: Path, key: Callable[[str], str]) -> None:
         """raises Stopped"""
@@ -16225,6 +16241,8 @@ class Memory:
                 (row[0], There._make(row[1:])) for row in rows["there"])}
             self.base: dict[str, Base] = {row[0]: self._with_words_of(self.there.get(row[0]), Base._make(row[1:])) for row in rows["base"]}
             self.twin: dict[str, There] = {row[0]: There._make(row[1:]) for row in rows["twin"]}
+            self.kept: dict[str, Here] = {row[0]: Here._make(row[1:]) for row in rows["kept"]}
+        self.shares = {key: there for key, there in self.there.items() if there.rights}      # where rights change, on the server
         self.young = {key for key, base in self.base.items() if not base.sure}
         self._changed: dict[str, set[str]] = {name: set() for name in self.TREES}
         self.steps = 0                               # how often something was agreed on
@@ -16266,7 +16284,7 @@ class Memory:
     def say(self, **words: Any) -> None:
         self.words.update((name, str(value)) for name, value in words.items())
 
-    def set(self, tree: str, key: str, value: There | Base | None) -> None:
+    def set(self, tree: str, key: str, value: There | Base | Here | None) -> None:
         mine = getattr(self, tree)
         if value is not None:
             if tree != "base" and mine.get(key) is value:
@@ -16278,6 +16296,10 @@ class Memory:
         if tree == "base":
             self.steps += 1
             (self.young.add if value and not value.sure else self.young.discard)(key)
+        elif tree == "there" and value and value.rights:
+            self.shares[key] = value
+        elif tree == "there" and self.shares:
+            self.shares.pop(key, None)
 
     def agree(self, key: str, there: There, here: Here) -> None:
         """Both sides are the same now: the bytes that were just read, or written."""
@@ -16454,12 +16476,20 @@ def is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
+def is_name(value: Any) -> bool:
+    return isinstance(value, str) and not why_not_a_name(value, "")
+
+
+def are_rights(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) < 100 and all(is_word(right) and right for right in value)
+
+
 are_hashes, are_chunks = can(each(read_hash)), can(each(read_chunk_of_file, sys.maxsize))
 SHAPES: dict[str, dict[str, Callable[[Any], bool]]] = {  # what answers are made of; a field with _ at its end may be missing
     "manifest": {"seq": is_count, "tag_": is_word, "server": is_word, "node_": is_word},
     "changes": {"seq": is_count, "tag_": is_word, "root_": is_word, "more": lambda value: isinstance(value, bool), "changes": is_list},
-    "collection": {"kind": lambda value: value == "collection", "path": is_path, "node": is_word, "mtime": is_mtime},
-    "file": {"kind": lambda value: value == "file", "path": is_path, "node": is_word, "mtime": is_mtime, "etag": is_word,
+    "collection": {"kind": lambda value: value == "collection", "path": is_path, "node": is_word, "mtime": is_mtime, "owner_": is_name, "rights_": are_rights},
+    "file": {"kind": lambda value: value == "file", "path": is_path, "node": is_word, "mtime": is_mtime, "owner_": is_name, "rights_": are_rights, "etag": is_word,
              "size": is_count, "chunks": are_chunks},
     "gone": {"node": is_word},
     "commit": {"results": is_list, "seq_": is_count, "cursor_": is_count, "tag_": is_word},
@@ -16486,11 +16516,12 @@ def there_of(about: Any) -> There:
     kind = about.get("kind") if isinstance(about, dict) else None
     about = checked("collection" if kind == "collection" else "file", about)
     if kind == "collection":
-        return collection_there(about["path"], about["node"], about["mtime"])
-    there = file_there(about["path"], about["node"], about["etag"], about["mtime"], [tuple(chunk) for chunk in about["chunks"]])
-    if there.size != about["size"]:
-        raise Stopped("the server sent what no cloudserver sends: chunks that do not make a file")
-    return there
+        there = collection_there(about["path"], about["node"], about["mtime"])
+    else:
+        there = file_there(about["path"], about["node"], about["etag"], about["mtime"], [tuple(chunk) for chunk in about["chunks"]])
+        if there.size != about["size"]:
+            raise Stopped("the server sent what no cloudserver sends: chunks that do not make a file")
+    return there._replace(owner=about.get("owner", ""), rights=" ".join(about["rights"])) if "rights" in about else there
 
 
 def change_of(about: Any) -> tuple[str, There | None]:
@@ -16703,13 +16734,28 @@ class Follower:
             raise CloudError("other-history", why="this account begins elsewhere than it did")
         if changes or memory.twin:
             memory.redraw(changes)
+        for about in answer["changes"]:
+            if about.get("whole") is True and about.get("path"):
+                self._fetch_whole(about["path"])
         memory.say(cursor=answer["seq"], tag=answer.get("tag", ""), root=root)
         return answer["more"] and answer["seq"] > before
 
-    def _fetch_manifest(self) -> None:
-        """Everything anew.  Another server, or one that was put back, agreed on nothing with us."""
-        memory, found, first, last = self.memory, [], None, None
-        with self.link.open("GET", "/api/v1/manifest?chunks=1") as response:
+    def _fetch_whole(self, path: str) -> None:
+        """What came with so much in it that only its name was told.  raises CloudError gone if it has another place by now"""
+        try:
+            _, found = self._read_manifest(path)
+        except CloudError as error:
+            raise CloudError("gone") from error
+        key = self.memory.key(path)
+        for other in self.memory.below("there", key):
+            if other != key:
+                self.memory.set("there", other, None)
+        self.memory.draw(found)
+
+    def _read_manifest(self, path: str) -> tuple[Any, list[There]]:
+        """(the first line, all below a path), of an answer that came whole.  raises CloudError, Stopped"""
+        found, first, last = [], None, None
+        with self.link.open("GET", "/api/v1/manifest?chunks=1" + ("&path=" + quote(path) if path else "")) as response:
             lines = io.BufferedReader(response, 64 * KiB)
             while True:
                 line = lines.readline(MANIFEST_LINE)
@@ -16722,6 +16768,12 @@ class Follower:
                 first, last = first or about, about
         if last != {"end": True, "count": len(found)} or first is last:
             raise Stopped("the answer of the server broke off; nothing was touched")
+        return first, found
+
+    def _fetch_manifest(self) -> None:
+        """Everything anew.  Another server, or one that was put back, agreed on nothing with us."""
+        memory = self.memory
+        first, found = self._read_manifest("")
         first = checked("manifest", first)
         known = memory.words.get("server")
         if known not in (None, first["server"]):
@@ -17116,8 +17168,8 @@ class Worklist:
         """Keys in the order of paths, so that collections come before what they hold."""
         return sorted(key for key, action in self.actions.items() if action in actions)
 
-    def settle_directories(self, memory: Memory, scan: Scan, left_out: set[str]) -> None:
-        """A directory goes only if all that is below goes too; what is left out, or never was here, stays, and what holds it.
+    def settle_directories(self, memory: Memory, scan: Scan, left_out: set[str], kept: Collection[str]) -> None:
+        """A directory goes only if all that is below goes too; what is left out, kept, or never was here, stays, and what holds it.
 
         Where a file takes the place of a directory, or the other way, that is done first; what is in the directory comes in
         the next round.
@@ -17125,10 +17177,12 @@ class Worklist:
         self._postpone_below({key for key in self.of("delete here", "delete there", "forget") if not memory.base[key].kind
                               and any(key in side and side[key].kind for side in (scan.here, memory.there))})
         stays: set[str] = set()
-        quiet = {above for key in left_out for above in lineage(key)}
+        quiet, needed = [{above for key in keys for above in lineage(key)} for keys in (left_out, kept)]
         for key in sorted(self.actions, reverse=True):
             action = self.actions[key]
-            if key in stays and action in ("delete there", "delete here"):
+            if key in needed and action == "delete here":
+                del self.actions[key]
+            elif key in stays and action in ("delete there", "delete here"):
                 action = "download" if action == "delete there" else "upload"
                 ours, theirs = scan.here.get(key), memory.there.get(key)
                 self.actions[key] = "compare" if ours and theirs and ours.kind != theirs.kind else action
@@ -17149,12 +17203,76 @@ class Planner:
     def __init__(self, session: Session) -> None:
         self.session, self.folder, self.memory = session, session.folder, session.memory
         self.stuck: set[str] = set()                 # keys of what should move to a place where it cannot be
+        self.ended: dict[str, str] = {}              # keys of what is another thing there, or nothing: what stays of it gets this mark
+        self.declined: set[str] = set()              # keys of what others share and was removed here
+        self.crossing: dict[str, str] = {}           # {key: the key it had here, in another home}
+        self.kept: dict[str, Here] = {}              # what may not be sent, by key
         self._contents: dict[tuple[str, tuple[int, ...]], str] = {}      # of files read in this round: (path, sizes of chunks)
         self._ignored: dict[str, bool] = {}          # directories that the rules of this round were asked about
 
     def begin(self) -> None:
         """A new look at the folder."""
-        self.stuck, self._contents, self._ignored = set(), {}, {}
+        self.stuck, self.declined, self.ended, self.crossing, self.kept = set(), set(), {}, {}, {}
+        self._contents, self._ignored = {}, {}
+
+    # ---- what others share (invariant 8)
+
+    def owner(self, key: str) -> str:
+        """Who shares what holds something, or is it; "" if it is our own."""
+        mount = self.memory.shares.get(top_of(key))
+        return mount.owner if mount else ""
+
+    def is_settled(self, key: str) -> bool:
+        """Is it our own, or in what is known here as what somebody shares?"""
+        base = self.memory.base.get(top_of(key))
+        return top_of(key) not in self.ended and (not self.owner(key) or base is not None and base.node == self.memory.shares[top_of(key)].node)
+
+    def may(self, key: str, right: str) -> bool:
+        """Is a right ours, to what is at a key or will be?"""
+        shares = self.memory.shares
+        near = next((shares[above] for above in lineage(key) if above in shares), None) if shares else None
+        return self.is_settled(key) and (near is None or right in near.rights.split())
+
+    def find_ended(self) -> None:
+        """What is no longer shared; what is declined; and what of ours is deleted where something shared has its name now."""
+        memory, here, only = self.memory, self.session.scan.here, self.session.only
+        for key in {*(key for key, base in memory.base.items() if base.owner), *memory.shares}.intersection(memory.base).difference(self.stuck):
+            base, there = memory.base[key], memory.there.get(key)
+            if (base.owner or there and there.owner) and (there is None or there.node != base.node):
+                self.ended[key] = " (no longer shared)" if base.owner else " (not shared)"
+            elif there.owner and key not in here and not any(part.startswith(key + "/") for part in only):
+                self.declined.add(key)           # as a whole: where only a part is synced, that it is gone says nothing
+
+    def permitted(self, key: str, action: str) -> str:
+        """What is done in place of what would change something there, if that is not allowed; "" is nothing."""
+        memory, ours = self.memory, self.session.scan.here.get(key)
+        if self.session.rules.broken and key != ".cloudignore":
+            return ""                            # while a rule cannot be read nothing goes up, but for the rules themselves
+        if not (memory.shares or self.ended) or top_of(key) in self.declined:
+            return action
+        if action == "delete there":
+            return action if key not in memory.shares and self.may(key, DELETE) else "download"
+        is_new = key not in memory.base or key not in memory.there
+        if self.may(key, CREATE if is_new else UPDATE):
+            return action
+        if not is_new and self.state_here(key) == "same":
+            return ""
+        if not is_new and self.may(key, CREATE) and memory.kept.get(key) != ours:
+            return action                        # who made it may change it for a while: the server knows
+        self.kept[key] = ours
+        return ""
+
+    def name_what_is_kept(self, undone: Collection[str]) -> None:
+        """Tell, once, what comes back and what stays here because we may not send it."""
+        memory = self.memory
+        for key in topmost([key for key, ours in self.kept.items() if memory.kept.get(key) != ours and self.is_settled(key)]):
+            self.session.complain(self.kept[key].path, "stays here alone, for you may %s what %s shares" % (
+                "change nothing of" if key in memory.base else "add nothing to", self.owner(key)))
+        for key in memory.kept.keys() | self.kept.keys():
+            if key in self.kept or not self.is_left_out(key) and key not in self.session.problems:
+                memory.set("kept", key, self.kept.get(key))
+        for key in topmost(undone):
+            self.session.passed[memory.there[key].path] = "comes back, for you may delete nothing of what %s shares" % self.owner(key)
 
     # ---- what is synced
 
@@ -17222,13 +17340,17 @@ class Planner:
 
     def plan(self) -> Worklist:
         """Compare each side with base."""
-        memory, here, plan, left_out = self.memory, self.session.scan.here, Worklist(), set(self.stuck)
+        memory, here, plan, left_out, undone = self.memory, self.session.scan.here, Worklist(), set(self.stuck), set()
         for key in {*memory.base, *memory.there, *here}:
             base, ours, theirs = memory.base.get(key), here.get(key), memory.there.get(key)
+            if self.ended and top_of(key) in self.ended:
+                theirs = None                    # what has its name now comes when it is gone
             changed = state_there(base, theirs)
             if changed == "same" and not base.is_still(theirs) and base.path == theirs.path:
                 memory.set("base", key, base.with_there(theirs))     # the same bytes, written once more
             action = DECISIONS[state_here(base, ours), changed]
+            if self.declined and action == "download" and top_of(key) in self.declined:
+                action = base and "delete there"
             if not action or key in left_out:
                 continue
             if self.is_left_out(key) or key in self.session.problems:
@@ -17238,17 +17360,20 @@ class Planner:
                 action = DECISIONS[self.state_here(key), changed]
             if action in ("download", "upload") and ours and theirs and ours.kind != theirs.kind:
                 action = "compare"               # one made a file where the other has a directory
-            if key in self.session.problems or action == "download" and not self.can_be_here(key) or self._is_muted(key, action):
+            if action in ("upload", "delete there"):
+                wish, action = action, self.permitted(key, action)
+                if (wish, action) == ("delete there", "download"):
+                    undone.add(key)
+            if not action or key in self.session.problems or action == "download" and not self.can_be_here(key):
                 left_out.add(key)
             else:
                 plan.actions[key] = action
         if plan.actions:
-            plan.settle_directories(memory, self.session.scan, left_out | self._holders_of_twins())
+            plan.settle_directories(memory, self.session.scan, left_out | self._holders_of_twins(), self.kept)
+        plan.actions.update((key, "let go") for key in self.ended if key in here and key not in {*plan.actions, *self.session.problems} and not self.is_left_out(key))
+        if self.kept or undone or memory.kept:
+            self.name_what_is_kept(undone)
         return plan
-
-    def _is_muted(self, key: str, action: str) -> bool:
-        """While a rule cannot be read nothing goes up, but for the rules themselves."""
-        return bool(self.session.rules.broken) and action in ("upload", "delete there") and key != ".cloudignore"
 
     def _holders_of_twins(self) -> set[str]:
         """Keys of the collections that hold, at whatever depth, what is not here because it cannot be told apart."""
@@ -17257,11 +17382,17 @@ class Planner:
 
     def check_brake(self, plan: Worklist) -> None:
         """raises Stopped when a run would delete most of what there is"""
-        count = sum(action in ("delete here", "delete there") and not self.memory.base[key].kind
-                    for key, action in plan.actions.items())
+        gone = {key for key, action in plan.actions.items() if action == "delete there" or action == "delete here" and not self._is_let_go(key)}
+        gone.update(other for key in self.declined & gone for other in self.memory.below("base", key))
+        gone.difference_update(self.crossing.values())
+        count = sum(not self.memory.base[key].kind for key in gone)
         files = sum(not base.kind for base in self.memory.base.values())
         if count > BRAKE_LEAST and count * 2 > files and not self.session.yes:
             raise Stopped("%d of %d files would be deleted; nothing was touched. With --yes it is done" % (count, files), ASK)
+
+    def _is_let_go(self, key: str) -> bool:
+        """Does it go because it is no longer shared?"""
+        return top_of(key) in self.ended and self.memory.base[top_of(key)].owner != ""
 
     def look_late(self) -> bool:
         """Read files once more that were read soon after a write: a memory map writes on, and no time tells.
@@ -17301,15 +17432,17 @@ def is_at_home(base: Base, there: There | None) -> bool:
 
 
 class Mover:
-    """Renames cost a rename: first those on the server, then ours."""
+    """Renames cost a rename: first those on the server, then ours.  What may not move, or stay where it is, is renamed here."""
 
     def __init__(self, session: Session, planner: Planner, uploader: Uploader) -> None:
         self.session, self.planner, self.uploader = session, planner, uploader
         self.folder, self.memory = session.folder, session.memory
 
     def follow(self) -> None:
+        self._make_way()
         while self._follow_there():              # once more for what was moved out of something that was moved
             pass
+        self.planner.find_ended()
         here = not self.session.rules.broken
         while here:
             gone = [key for key, base in self.memory.base.items() if key not in self.session.scan.here or self._is_respelled(key, base)]
@@ -17340,6 +17473,23 @@ class Mover:
                 self._rename_here(key, new, there.path)
         return self.session.tally.moved > before
 
+    def _make_way(self) -> None:
+        """What is here and nowhere else goes out of the way of what somebody shares; unless that is all the same, as in a folder
+        that is synced anew."""
+        memory, here = self.memory, self.session.scan.here
+        for key in [key for key, there in memory.shares.items() if there.owner and key in here and key not in memory.base]:
+            inside = [key, *(other for other in here if other.startswith(key + "/"))]
+            if not self.planner.is_left_out(key) and not all(self._is_there(other) for other in inside):
+                with self.session.forgiving(here[key].path):
+                    self.set_aside(key, " (not shared)")
+                    for other in inside:
+                        del here[other]          # the next round sees it
+
+    def _is_there(self, key: str) -> bool:
+        """Has the server the same at a key?"""
+        here, there = self.session.scan.here[key], self.memory.there.get(key)
+        return there is not None and here.kind == there.kind and (bool(here.kind) or here.size == there.size and self.planner.holds(here.path, there))
+
     def _is_stuck(self, new: str) -> bool:
         """Can what is to move not be at its new place?"""
         path = self.memory.there[new].path
@@ -17357,13 +17507,18 @@ class Mover:
             raise Changing(errno.EAGAIN, "it has changed since it was looked at")
         self.folder.rename(old.path, target)
         memory.rekey("base", key, base.path, new, path)
+        self._renamed_here(key, new, target)
+
+    def _renamed_here(self, key: str, new: str, path: str) -> None:
+        """Something of base, and all it holds, has another place here."""
+        here, old = self.session.scan.here, self.session.scan.here[key]
         for other in [key, *((other for other in here if other.startswith(key + "/")) if old.kind else ())]:
             found = here.pop(other)
-            here[new + other[len(key):]] = found._replace(path=target + found.path[len(old.path):])
-        now = self.folder.look(target)
+            here[new + other[len(key):]] = found._replace(path=path + found.path[len(old.path):])
+        now = self.folder.look(path)
         if not old.kind and now and has_same_bytes(now, old):
             here[new] = now
-            memory.know(new, now)
+            self.memory.know(new, now)
         self.session.tally.moved += 1
 
     def _is_respelled(self, key: str, base: Base) -> bool:
@@ -17379,19 +17534,51 @@ class Mover:
             if key not in memory.base and key not in memory.there:
                 for mark in self._marks(found):
                     twins.setdefault(mark, []).append(key)
-        steps: list[tuple[str, str]] = []
-        taken: set[str] = set()
+        steps: dict[str, list[tuple[str, str]]] = {"move": [], "cross": [], "back": []}
+        taken = set(self.planner.crossing.values())
         for key in sorted(gone, key=lambda key: (key.count("/"), key)):
             base = memory.base.get(key)
-            if base is None or not taken.isdisjoint(ancestors_of(key)) or state_there(base, memory.there.get(key)) != "same" \
-                    or self.planner.is_left_out(key):
+            if base is None or not taken.isdisjoint(lineage(key)) or state_there(base, memory.there.get(key)) != "same" \
+                    or self.planner.is_left_out(key) or top_of(key) in self.planner.ended:
                 continue
             new = key if key in here else next((new for mark in self._marks(base) for new in twins.get(mark, ())
                                                 if new not in taken and self._is_moved(key, base, new)), None)
             if new is not None:
-                steps.append((key, new))
+                steps[self._verdict(key, new)].append((key, new))
                 taken.update((key, new))
-        return any([self._move_there(some) for some in pieces(steps)])
+        for key, new in steps["cross"]:
+            self._cross(key, new)
+        return any([*(self._move_back(key, new) for key, new in steps["back"]), *(self._move_there(some) for some in pieces(steps["move"]))])
+
+    def _verdict(self, key: str, new: str) -> str:
+        """What becomes of a rename here: a move, a copy whose source ends when that has arrived ("cross"), or none at all ("back")."""
+        planner, shares = self.planner, self.memory.shares
+        if not shares and not planner.ended:
+            return "move"
+        if key in shares and shares[key].owner:          # it stays in the root, and steers nothing (.cloudignore)
+            return "back" if "/" in new or new.startswith(".") else "move"
+        if planner.owner(key) != planner.owner(parent_of(new)) or not planner.is_settled(new):
+            return "cross" if planner.may(new, CREATE) or not planner.is_settled(new) else "back"
+        if parent_of(key) == parent_of(new):
+            return "move" if planner.may(key, UPDATE) else "back"
+        return "move" if planner.may(key, DELETE) and planner.may(new, CREATE) else "back"
+
+    def _cross(self, key: str, new: str) -> None:
+        """What was renamed into another home is put there, and what it was ends only when that is done."""
+        for other in self.memory.below("base", key):
+            self.planner.crossing[new + other[len(key):]] = other
+
+    def _move_back(self, key: str, new: str) -> bool:
+        """Undo a rename here that may not be one there."""
+        base, path = self.memory.base[key], self.session.scan.here[new].path
+        with self.session.forgiving(path):
+            target = self.planner.path_here(key, base.path)
+            self.folder.rename(path, target)
+            self._renamed_here(new, key, target)
+            self.session.passed[path] = "was moved back, for it may not move there: %s shares it, or what was to hold it" % (
+                self.planner.owner(key) or self.planner.owner(new))
+            return True
+        return False
 
     def _marks(self, node: Here | Base) -> list[tuple[Any, ...]]:
         """By what a node is known wherever it is; an inode of 0 is none."""
@@ -17432,20 +17619,34 @@ class Mover:
                 if not here[new].kind:
                     memory.know(new, here[new])
                 self.session.tally.moved += 1
+            elif outcome.get("problem", {}).get("code") == "another-home":
+                self._cross(key, new)
         return self.session.tally.moved > before
+
+    def let_go(self, plan: Worklist) -> None:
+        """What stays of something that is no longer shared is ours, under another name."""
+        goes = {top_of(key) for key in plan.of("delete here") if key in self.memory.base and not self.memory.base[key].kind}
+        for key in plan.of("delete here", "let go"):
+            path = self.session.scan.here[key].path
+            if key in self.planner.ended and key not in goes and self.folder.look(path):
+                with self.session.forgiving(path):
+                    self.set_aside(key, self.planner.ended[key])
+                    self.session.passed[path] = "is not what it was there; what was changed here is yours, and has another name"
 
     def set_aside(self, key: str, mark: str) -> None:
         """Give something here another name: it is nobody's but ours.  raises OSError"""
-        self.memory.take_away([key])
-        path = self.session.scan.here[key].path
-        self.folder.rename(path, self._free_name(path, mark))
-        self.memory.set("base", key, None)
+        keys = self.memory.below("base", key)
+        self.memory.take_away([key, *keys])
+        seen = self.session.scan.here[key]
+        self.folder.rename(seen.path, self._free_name(seen, mark))
+        for other in keys:
+            self.memory.set("base", other, None)
 
-    def _free_name(self, path: str, mark: str) -> str:
+    def _free_name(self, seen: Here, mark: str) -> str:
         """A path with a mark in its name that nothing has, in whatever spelling."""
-        above, _, name = path.rpartition("/")
+        above, _, name = seen.path.rpartition("/")
         stem, dot, suffix = name.rpartition(".")
-        if not stem or len(suffix) > 16:
+        if seen.kind or not stem or len(suffix) > 16:
             stem, dot, suffix = name, "", ""
         for count in itertools.count(1):
             ending = mark + (" %d" % count if count > 1 else "") + dot + suffix
@@ -17485,6 +17686,7 @@ class Uploader:
     def __init__(self, session: Session, planner: Planner) -> None:
         self.session, self.planner = session, planner
         self.folder, self.memory, self.link = session.folder, session.memory, session.link
+        self.unknown: set[str] = set()               # keys of what is known to us elsewhere, but not to the server
 
     def make_collections(self, keys: list[str]) -> None:
         for some in pieces(keys, COMMIT_FILES):
@@ -17509,6 +17711,10 @@ class Uploader:
     def _take(self, batch: Outgoing, key: str, here: Here) -> None:
         """Read a file into a batch.  raises OSError"""
         base, data = self.memory.base.get(key), b""
+        moved = self.memory.base.get(self.planner.crossing.get(key, ""))
+        if moved and key not in self.unknown and (state_here(moved, here) == "same" or self.planner.holds(here.path, moved)):
+            self._offer(batch, key, here, chunks_of(moved), data)        # its bytes are there, in another home
+            return
         if here.size > CHUNK_SIZE and state_here(base, here) == "doubt" and self.planner.holds(here.path, base):
             self.memory.know(key, here)          # it may have been cut in another way
             return
@@ -17527,6 +17733,8 @@ class Uploader:
         base, there = self.memory.base.get(key), self.memory.there.get(key)
         new = file_there(here.path, "", "", min(max(here.mtime_ns // 1_000_000, MTIME_MIN), MTIME_MAX), chunks)
         is_same_there = base is not None and state_there(base, there) == "same"
+        if is_same_there and there.rights:
+            new = new._replace(owner=there.owner, rights=there.rights)
         self.folder.touch(here.path)
         if is_same_there and new.content == base.content:
             self.memory.know(key, here)          # only its time was changed
@@ -17573,6 +17781,10 @@ class Uploader:
                 self.session.tally.uploaded += 1
                 if self.session.progress and here.size <= CHUNK_SIZE:
                     self.session.progress.add(here.size)
+            elif outcome.get("problem", {}).get("code") == "missing":
+                self.unknown.add(key)
+            elif outcome.get("problem", {}).get("code") == "forbidden" and not self.planner.may(key, UPDATE):
+                self.memory.set("kept", key, here)           # it is not sent again until it changes
         if self.session.is_time:
             self.session.remember()
 
@@ -17580,20 +17792,23 @@ class Uploader:
 
     def delete(self, keys: list[str]) -> None:
         memory, steps, last = self.memory, [], None
+        waiting = {above for new, key in self.planner.crossing.items() if new not in memory.base for above in lineage(key)}
         for key in keys:
-            if last is not None and key.startswith(last + "/"):
-                continue                         # it goes with what holds it
+            if last is not None and key.startswith(last + "/") or key in waiting:
+                continue                         # it goes with what holds it, or when it has arrived in another home
             base = memory.base[key]
             if base.kind:
                 last = key
             if not self._is_gone(key, base):
                 self.session.unsettled.add(base.path)
                 continue
-            count = sum(not memory.base[other].kind for other in memory.below("base", key)) if base.kind else 1
+            count = 0 if base.owner else sum(not memory.base[other].kind for other in memory.below("base", key)) if base.kind else 1
             steps.append((key, count, {"delete": base.path, **({"since": memory.cursor} if base.kind else {"if": memory.there[key].etag})}))
         for some in pieces(steps, COMMIT_FILES):
             for (key, count, step), outcome in zip(some, self.session.commits.commit([step for _, _, step in some])):
                 if self.session.went_well(step["delete"], outcome):
+                    if memory.base[key].owner:
+                        self.session.passed[step["delete"]] = "is declined, and nothing of it deleted; on the page it can be accepted again"
                     memory.forget(key)
                     self.session.tally.deleted_there += count
 
@@ -17875,6 +18090,7 @@ class SyncClient:
         self.uploader.upload([key for key in plan.of("upload") if not here[key].kind])
         self.downloader.download([key for key in plan.of("download") if not there[key].kind])
         self.downloader.delete(plan.of("delete here"))
+        self.mover.let_go(plan)
         self.uploader.delete(plan.of("delete there"))
         session.commits.advance()
         if session.progress:
@@ -17910,7 +18126,8 @@ class SyncClient:
                 session.passed[block.path] = block.why       # and no file is kept away by it
             else:
                 session.complain(block.path, block.why)
-        session.tally.skipped = len(session.problems) + len(session.passed) + len(session.scan.junk)
+        told = sum(key not in session.problems for key in self.memory.kept)
+        session.tally.skipped = len(session.problems) + len(session.passed) + len(session.scan.junk) + told
 
     def notes(self) -> list[str]:
         """What a run could not do, and what it passed over: a line each."""

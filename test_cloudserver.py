@@ -13354,6 +13354,473 @@ def test_a_change_reaches_a_watching_client_at_once(laptop, cloud, ann, monkeypa
         assert get(cloud, ann, "mine") == b"mine"
 
 
+# ---- what others share
+
+@pytest.fixture
+def shared_laptop(laptop, cloud, ann, bob):
+    """Bob's laptop, and what ann shares with him: one, share = shared_laptop("photos", "edit"), with photos/a, photos/d/b and photos/d/c in it."""
+    def make(path="photos", role="edit", name="one"):
+        for name_there in ("a", "d/b", "d/c"):
+            put(cloud, ann, "%s/%s" % (path, name_there), name_there, parents=True)
+        share = cloud.sharing.share(ann, cs.split_path(path), "account", "bob", role=role).share.id
+        one = laptop(name)
+        one.url = one.url.replace("ann@", "bob@")
+        return one, share
+    return make
+
+
+PHOTOS = {"photos": None, "photos/a": b"a", "photos/d": None, "photos/d/b": b"d/b", "photos/d/c": b"d/c"}
+
+
+def role(cloud, ann, share, role):
+    cloud.sharing.change(ann, share, role=role)
+
+
+def is_quiet(one):
+    """Does a run find nothing to do, and nothing to tell?"""
+    return one.run().work() == 0 and one.notes == []
+
+
+def test_what_is_shared_comes_and_is_kept_alike(shared_laptop, laptop, cloud, ann, bob):
+    one, share = shared_laptop()
+    one.write("own", "own")
+    assert one.run().downloaded == 3 and one.tree() == {**PHOTOS, "own": b"own"} == tree(cloud, bob)
+    one.write("photos/a", "changed"), one.write("photos/d/new", "new"), (one.path / "photos/d/b").unlink(), (one.path / "photos/d/c").rename(one.path / "photos/c")
+    put(cloud, ann, "photos/theirs", "theirs")
+    tally = one.run()
+    assert (tally.uploaded, tally.downloaded, tally.moved, tally.deleted_there) == (2, 1, 1, 1) and not one.problems
+    assert tree(cloud, ann, ("photos",)) == {"photos/a": b"changed", "photos/c": b"d/c", "photos/d": None, "photos/d/new": b"new", "photos/theirs": b"theirs"}
+    assert one.tree() == tree(cloud, bob) and is_quiet(one)
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "file for a folder", "folder for a file"])
+@pytest.mark.parametrize("there", ["Photos", "photos", unicodedata.normalize("NFD", "\u00e4")])
+def test_what_is_private_never_comes_into_what_others_share(shared_laptop, laptop, cloud, ann, bob, what, there):
+    """Law 7: what is here and has the name of what comes is renamed, also where only case or form differ."""
+    one, share = shared_laptop()
+    one.run()
+    one.folder = FoldingFolder
+    name = {"Photos": "PHOTOS", "photos": "photos"}.get(there, "\u00e4")
+    one.write(name + "2/mine" if what.startswith("folder") else name + "2", "mine")
+    if "file" in what.split(" ")[-1]:
+        put(cloud, ann, there + "2", "theirs")
+    else:
+        put(cloud, ann, there + "2/theirs", "theirs", parents=True), put(cloud, ann, there + "2/mine", "not mine")
+    cloud.sharing.share(ann, (there + "2",), "account", "bob", role="edit")
+    before = tree(cloud, ann)
+    one.run(), one.run()
+    assert tree(cloud, ann) == before and not one.problems
+    assert {cs.key_of(path): data for path, data in one.tree().items()} == {cs.key_of(path): data for path, data in tree(cloud, bob).items()}
+    found = {cs.key_of(path): data for path, data in tree(cloud, bob).items()}
+    assert found[cs.key_of(name + "2 (not shared)" + "/mine" * what.startswith("folder"))] == b"mine" and is_quiet(one)
+
+
+def test_a_folder_that_is_synced_anew_is_what_is_shared_if_it_is_the_same(shared_laptop, laptop, cloud, ann, bob):
+    one, share = shared_laptop()
+    one.run()
+    before = {path: os.stat(one.path / path).st_ino for path in one.tree()}
+    cs.forget_folder(one.path)
+    assert one.run().work() == 0 and {path: os.stat(one.path / path).st_ino for path in one.tree()} == before
+    cs.forget_folder(one.path)
+    one.write("photos/d/mine", "mine")
+    one.run(), one.run()
+    assert one.tree() == tree(cloud, bob) == {**PHOTOS, **{path.replace("photos", "photos (not shared)"): data for path, data in PHOTOS.items()}, "photos (not shared)/d/mine": b"mine"}
+    assert "photos/d/mine" not in tree(cloud, ann)
+
+
+def test_a_folder_that_is_made_as_one_of_its_name_is_shared_stays_private(shared_laptop, laptop, cloud, ann, bob):
+    one, share = shared_laptop("other")
+    one.run()
+    one.write("photos/mine", "mine")
+    put(cloud, ann, "photos/theirs", "theirs", parents=True)
+    client = one.start()
+    fetch, rest = client.follower.fetch, []
+
+    def late():
+        fetch()
+        if not rest:
+            rest.append(cloud.sharing.share(ann, ("photos",), "account", "bob", role="edit"))
+    client.follower.fetch = late
+    client.run()
+    assert not client.session.problems and list(tree(cloud, ann, ("photos",))) == ["photos/theirs"]
+    assert one.read("photos (not shared)/mine") == b"mine" and one.read("photos/theirs") == b"theirs" and one.tree() == tree(cloud, bob)
+
+
+@pytest.mark.parametrize("rights", ["view", "add"])
+def test_without_the_right_nothing_is_lost_here_and_nothing_changed_there(shared_laptop, laptop, cloud, ann, bob, rights, fake):
+    one, share = shared_laptop(role=rights)
+    one.run()
+    before, added = tree(cloud, ann), {}
+    one.write("photos/a", "edited"), (one.path / "photos/d/b").unlink(), (one.path / "photos/d/c").rename(one.path / "photos/moved"), one.write("photos/new/n", "new")
+    if rights == "add":
+        added = {"photos/new": None, "photos/new/n": b"new"}
+    one.run()
+    assert tree(cloud, ann) == {**before, **added} and one.tree() == {**PHOTOS, "photos/a": b"edited", "photos/new": None, "photos/new/n": b"new"}
+    assert sorted(one.problems) == ["photos/a"] + ["photos/new"] * (rights == "view") and len(one.notes) == len(one.problems) + 2
+    assert one.run().work() == 0 and not one.problems and not one.notes          # named once
+    assert one.run().bytes_up < 2000                                             # and not sent again and again
+    shutil.rmtree(one.path / "photos/d")
+    one.run()
+    assert one.read("photos/d/b") == b"d/b" and not one.problems and "photos/d" in one.notes[0] and len(one.notes) == 1
+    one.write("photos/a", "edited again")
+    one.run()
+    assert list(one.problems) == ["photos/a"]
+    role(cloud, ann, share, "edit")
+    one.run()
+    assert tree(cloud, bob) == one.tree() and one.read("photos/a") == b"edited again" == get(cloud, ann, "photos/a") and get(cloud, ann, "photos/new/n") == b"new" and is_quiet(one)
+    role(cloud, ann, share, "view")
+    one.write("photos/a", "third")
+    one.run()
+    assert list(one.problems) == ["photos/a"] and get(cloud, ann, "photos/a") == b"edited again"
+    put(cloud, ann, "photos/a", "theirs")
+    one.run(), one.run()
+    copy, = [path for path in one.tree() if "conflict" in path]
+    assert one.read(copy) == b"third" and one.read("photos/a") == b"theirs"
+
+
+def test_a_touched_file_is_no_edit(shared_laptop, cloud, ann, bob):
+    one, share = shared_laptop(role="view")
+    one.run()
+    os.utime(one.path / "photos/a", (5, 5))
+    assert is_quiet(one)
+
+
+@pytest.mark.parametrize("how", ["end", "decline", "trash", "expired"])
+def test_what_is_no_longer_shared_goes_and_what_was_changed_stays(shared_laptop, laptop, cloud, ann, bob, how, monkeypatch):
+    one, share = shared_laptop()
+    for n in range(60):
+        put(cloud, ann, "photos/many/%d" % n, "%d" % n, parents=True)
+    one.run()
+    one.write("photos/d/b", "mine"), one.write("photos/d/new", "new"), (one.path / "photos/empty").mkdir()
+    end_share(cloud, ann, bob, share, how)
+    one.run()
+    mine = {"photos (no longer shared)": None, "photos (no longer shared)/d": None, "photos (no longer shared)/d/b": b"mine", "photos (no longer shared)/d/new": b"new",
+            "photos (no longer shared)/empty": None}
+    assert one.tree() == mine == tree(cloud, bob) and not one.problems
+    assert how == "trash" or get(cloud, ann, "photos/d/b") == b"d/b" and "photos/many/7" in tree(cloud, ann)
+    assert is_quiet(one)
+
+
+def end_share(cloud, ann, bob, share, how):
+    if how == "end":
+        cloud.sharing.end(ann, share)
+    elif how == "decline":
+        cloud.offers.decline(bob, share)
+    elif how == "trash":
+        cloud.files.delete(ann, ("photos",))
+    else:
+        cloud.db.write(lambda: Batch([Statement("UPDATE share SET due = 1, seq = (SELECT max(seq) FROM journal) WHERE id = ?", (share,))], line=line()))
+
+
+def test_a_clean_share_leaves_nothing_and_one_that_comes_back_is_as_before(shared_laptop, cloud, ann, bob):
+    one, share = shared_laptop()
+    one.run()
+    cloud.sharing.end(ann, share)
+    assert one.run().deleted_here == 3 and one.tree() == {} and not one.problems
+    cloud.sharing.share(ann, ("photos",), "account", "bob", role="edit")
+    one.run()
+    one.write("photos/a", "edit")
+    share = cloud.offers.list(bob)[0].share.id
+    cloud.sharing.end(ann, share), cloud.sharing.share(ann, ("photos",), "account", "bob", role="edit")      # before anybody looked
+    one.run()
+    assert get(cloud, ann, "photos/a") == b"edit" and one.tree() == tree(cloud, bob) and "photos (no longer shared)" not in one.tree()
+
+
+def test_a_shared_file_is_a_share_like_any_other(shared_laptop, cloud, ann, bob):
+    one, share = shared_laptop()
+    put(cloud, ann, "plan.v2.txt", "plan")
+    file = cloud.sharing.share(ann, ("plan.v2.txt",), "account", "bob", role="edit").share.id
+    one.run()
+    one.write("plan.v2.txt", "mine")
+    one.run()
+    assert get(cloud, ann, "plan.v2.txt") == b"mine" and is_quiet(one)
+    one.write("plan.v2.txt", "again")
+    one.run()
+    assert get(cloud, ann, "plan.v2.txt") == b"again" and is_quiet(one)
+    (one.path / "plan.v2.txt").rename(one.path / "my plan.txt")
+    one.run()
+    assert "my plan.txt" in tree(cloud, bob) and "plan.v2.txt" in tree(cloud, ann) and is_quiet(one)
+    one.write("my plan.txt", "unsent")
+    cloud.sharing.end(ann, file)
+    one.run()
+    assert get(cloud, bob, "my plan (no longer shared).txt") == b"unsent" and get(cloud, ann, "plan.v2.txt") == b"again"
+    cloud.sharing.share(ann, ("plan.v2.txt",), "account", "bob", role="view")
+    one.run()
+    (one.path / "plan.v2.txt").unlink()
+    one.run()
+    assert "plan.v2.txt" not in tree(cloud, bob) and "plan.v2.txt" in tree(cloud, ann) and not one.problems
+
+
+def test_a_share_that_is_removed_here_is_declined_and_nothing_of_it_deleted(shared_laptop, cloud, ann, bob):
+    one, share = shared_laptop(role="view")
+    one.write("own", "own")
+    one.run()
+    before = tree(cloud, ann)
+    for place in (one.path / "photos").iterdir():
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    one.run()
+    assert one.tree() == {**PHOTOS, "own": b"own"}               # only what it holds was gone
+    shutil.rmtree(one.path / "photos")
+    put(cloud, ann, "photos/a", "newer"), put(cloud, ann, "photos/d/new", "newer")
+    one.run()
+    assert one.tree() == tree(cloud, bob) == {"own": b"own"} and tree(cloud, ann).keys() == before.keys() | {"photos/d/new"} and not one.problems
+    assert cloud.offers.list(bob)[0].state == "declined" and is_quiet(one)
+    cloud.offers.accept(bob, share)
+    one.run()
+    assert one.read("photos/d/new") == b"newer"
+
+
+def test_a_share_of_which_only_a_part_is_synced_is_not_declined(shared_laptop, cloud, ann, bob):
+    one, share = shared_laptop()
+    one.run(only=["photos/d"])
+    assert one.tree() == {"photos": None, "photos/d": None, "photos/d/b": b"d/b", "photos/d/c": b"d/c"}
+    shutil.rmtree(one.path / "photos")
+    one.run(only=["photos/d"])
+    assert cloud.offers.list(bob)[0].state == "mounted" and "photos/a" in tree(cloud, ann)
+
+
+def test_a_share_may_have_another_name_and_stays_in_the_root(shared_laptop, laptop, cloud, ann, bob):
+    one, share = shared_laptop(role="view")
+    two = shared_laptop(role="view", path="other", name="two")[0]
+    one.write("d/own", "own")
+    one.run(), two.run()
+    (one.path / "photos").rename(one.path / "pictures")
+    assert one.run().moved == 1 and "pictures/d/b" in tree(cloud, bob) and "photos/d/b" in tree(cloud, ann) and is_quiet(one)
+    two.write("photos/d/b", "edited"), two.write("pictures", "private")
+    two.run(), two.run()
+    assert two.read("pictures/d/b") == b"edited" and two.read("pictures (not shared)") == b"private" and not (two.path / "photos").exists()
+    (two.path / "pictures/d/b").write_bytes(b"d/b")
+    one.run()
+    for target in ("d/pictures", ".pictures"):
+        (one.path / "pictures").rename(one.path / target)
+        one.run()
+        assert one.tree() == tree(cloud, bob) and "pictures/d/b" in one.tree() and len(one.notes) == 1 and is_quiet(one), target
+
+
+@pytest.mark.parametrize("way", ["in", "out", "between", "within"])
+@pytest.mark.parametrize("single", [True, False])
+def test_a_move_across_homes_puts_what_is_known_and_deletes(shared_laptop, laptop, cloud, ann, bob, way, single, monkeypatch):
+    carl = account(cloud, "carl")
+    one, share = shared_laptop()
+    put(cloud, carl, "work/w", parents=True), cloud.sharing.share(carl, ("work",), "account", "bob", role="edit")
+    put(cloud, ann, "second/s", parents=True), cloud.sharing.share(ann, ("second",), "account", "bob", role="edit")
+    source, target = {"in": ("own", "photos"), "out": ("photos", "own2"), "between": ("photos", "work"), "within": ("photos", "second")}[way]
+    data = {"%s/x/y/%d" % (source, n): os.urandom(3000) for n in range(40)}
+    one.run()
+    one.write("own/o", "o"), one.write("own2/o", "o")
+    for path, content in data.items():
+        one.write(path, content)
+    one.write(source + "/x/large", bytes(range(256)) * 20_000)
+    one.run()
+    if single:
+        data = {source + "/x/large": one.read(source + "/x/large")}
+        (one.path / target / "x").mkdir()
+        (one.path / source / "x/large").rename(one.path / target / "x/large")
+    else:
+        (one.path / source / "x").rename(one.path / target / "x")
+    tally = one.run()
+    found = tree(cloud, bob)
+    assert one.tree() == found and all(found[path.replace(source, target, 1)] == content for path, content in data.items()) and not data.keys() & found.keys()
+    assert tally.bytes_up < 30_000 and not one.problems and (tally.moved, tally.uploaded) == ((1, 0) if way == "within" else (0, len(data) + (not single)))
+    assert is_quiet(one)
+
+
+def test_a_move_across_homes_deletes_nothing_that_has_not_arrived(shared_laptop, cloud, ann, bob):
+    one, share = shared_laptop()
+    one.write("own/x/1", "1"), one.write("own/x/2", "2"), one.write("own/x/sub/3", "3")
+    one.run()
+    take = cs.Sync._take_put
+
+    def refuse(sync, sending, path, step):
+        if path[-1] in ("2", "3"):
+            raise CloudError("over-quota", "no room")
+        return take(sync, sending, path, step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cs.COMMIT_STEPS, "put", refuse)
+        (one.path / "own/x").rename(one.path / "photos/x")
+        one.run()
+        assert sorted(one.problems) == ["photos/x/2", "photos/x/sub/3"]
+        assert {"own/x/2", "own/x/sub/3", "photos/x/1"} <= tree(cloud, bob).keys() and "own/x/1" not in tree(cloud, bob)
+    one.run()
+    assert one.tree() == tree(cloud, bob) and "own/x" not in one.tree() and is_quiet(one)
+
+
+@pytest.mark.parametrize("rights", ["view", "add"])
+def test_what_may_not_go_where_it_was_moved_is_moved_back(shared_laptop, cloud, ann, bob, rights):
+    one, share = shared_laptop(role=rights)
+    one.write("own/x/1", "1"), one.write("own/y", "y")
+    one.run()
+    before = tree(cloud, bob)
+    (one.path / "own/x").rename(one.path / "photos/x"), (one.path / "photos/a").rename(one.path / "own/a"), (one.path / "photos/d").rename(one.path / "d")
+    tally = one.run()
+    copies = {"own/a": b"a", "d": None, "d/b": b"d/b", "d/c": b"d/c"}            # out of a share it is a copy: the source comes back
+    if rights == "view":
+        assert tree(cloud, bob) == {**before, **copies} == one.tree()
+    else:
+        assert one.tree() == tree(cloud, bob) and "photos/x/1" in one.tree() and "own/x" not in one.tree()
+    assert not one.problems and is_quiet(one)
+
+
+def test_what_the_server_does_not_know_after_all_is_sent(shared_laptop, cloud, ann, bob, monkeypatch):
+    one, share = shared_laptop()
+    one.write("own/x/1", "1" * 5000)
+    one.run()
+    (one.path / "own/x").rename(one.path / "photos/x")
+    known = cs.Sync.known
+    monkeypatch.setattr(cs.Sync, "known", lambda sync, who, hashes: {})
+    one.run()
+    assert tree(cloud, bob)["photos/x/1"] == b"1" * 5000 and not one.problems and "own/x" not in tree(cloud, bob)
+
+
+def test_a_share_that_is_moved_into_another_is_a_rename_here(shared_laptop, laptop, cloud, ann, bob):
+    one, share = shared_laptop(role="view")
+    put(cloud, ann, "all/x", parents=True), cloud.sharing.share(ann, ("all",), "account", "bob", role="view")
+    one.run()
+    before = os.stat(one.path / "photos/d/b").st_ino
+    one.write("photos/a", "edited")
+    cloud.files.move(ann, (("photos",), ("all", "photos")))
+    tally = one.run()
+    assert tally.downloaded == tally.uploaded == tally.deleted_here == 0 and os.stat(one.path / "all/photos/d/b").st_ino == before
+    assert one.read("all/photos/a") == b"edited" and "photos" not in one.tree() and get(cloud, ann, "all/photos/a") == b"a"
+    cloud.files.move(ann, (("all", "photos"), ("fotos",)))
+    assert one.run().downloaded == 0 and os.stat(one.path / "photos/d/b").st_ino == before and one.read("photos/a") == b"edited"
+
+
+def test_a_name_that_goes_from_one_share_to_another_mixes_nothing(shared_laptop, laptop, cloud, ann, bob):
+    carl = account(cloud, "carl")
+    one, share = shared_laptop()
+    one.run()
+    one.write("photos/a", "for ann"), one.write("photos/new", "for ann")
+    put(cloud, carl, "photos/a", "carl's", parents=True)
+    cloud.sharing.end(ann, share), cloud.sharing.share(carl, ("photos",), "account", "bob", role="edit")
+    one.run(), one.run()
+    assert tree(cloud, carl, ("photos",)) == {"photos/a": b"carl's"} and one.tree() == tree(cloud, bob) == {
+        "photos": None, "photos/a": b"carl's", "photos (no longer shared)": None, "photos (no longer shared)/a": b"for ann", "photos (no longer shared)/new": b"for ann"}
+    cloud.sharing.end(carl, cloud.offers.list(bob)[0].share.id)
+    cloud.files.make_collection(bob, ("photos",)), put(cloud, bob, "photos/own", "own")
+    one.write("photos/late", "late")
+    one.run(), one.run()
+    assert one.tree() == tree(cloud, bob) and one.read("photos (no longer shared) 2/late") == b"late" and one.read("photos/own") == b"own"
+    shared_laptop("photos2")
+    one.write("photos/unsent", "unsent")
+    cloud.files.delete(bob, ("photos",)), cloud.files.move(bob, (("photos2",), ("photos",)))
+    one.run(), one.run()
+    assert one.tree() == tree(cloud, bob) and one.read("photos (not shared)/unsent") == b"unsent" and "photos/own" not in one.tree() and "photos (not shared)/own" not in one.tree()
+    assert "photos2/unsent" not in tree(cloud, ann) and one.read("photos/d/b") == b"d/b"
+
+
+def test_a_strangers_rules_steer_nobody(shared_laptop, cloud, ann, bob):
+    """What .cloudignore says in a share is a file like any other: the rules are those of the root."""
+    one, share = shared_laptop()
+    put(cloud, ann, "photos/.cloudignore", "*"), put(cloud, ann, "photos/x.log", "x"), put(cloud, ann, ".cloudignore", "*.log")
+    cloud.sharing.share(ann, (".cloudignore",), "account", "bob", role="view")
+    one.write("own.log", "own"), one.write("photos2/mine", "mine")
+    one.run()
+    assert tree(cloud, bob) == one.tree() and {"own.log", "photos2/mine", "photos/x.log", "photos/.cloudignore", "cloudignore"} <= one.tree().keys()
+
+
+@pytest.mark.parametrize("point", ["take_away", "rename", "remove", "flush", "_ask"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_whoever_is_killed_as_something_ends_goes_on(shared_laptop, laptop, cloud, ann, bob, point, when):
+    """Only what was changed becomes somebody's own, wherever it was interrupted."""
+    for count in range(1, 9):
+        one, share = shared_laptop("photos", name="one%d" % count)
+        one.run()
+        one.write("photos/d/b", "mine"), one.write("photos/new", "new")
+        cloud.sharing.end(ann, share)
+        client, left = one.start(), [count]
+        with pytest.MonkeyPatch.context() as patch:
+            for place in (client.folder, client.memory, client.session.link):
+                if hasattr(place, point):
+                    def act(*rest, whole=getattr(place, point), **how):
+                        left[0] -= 1
+                        if left[0] == 0 and when == "before":
+                            raise Crash
+                        answer = whole(*rest, **how)
+                        if left[0] == 0:
+                            raise Crash
+                        return answer
+                    patch.setattr(place, point, act)
+            with contextlib.suppress(Crash):
+                client.run()
+        one.stop()
+        one.run()
+        assert one.tree() == tree(cloud, bob) == {"photos (no longer shared)": None, "photos (no longer shared)/d": None, "photos (no longer shared)/d/b": b"mine",
+                                                  "photos (no longer shared)/new": b"new"}, (count, one.problems)
+        assert is_quiet(one)
+        cloud.files.delete(bob, ("photos (no longer shared)",))
+        if left[0] > 0:
+            break
+
+
+def test_a_disk_that_is_taken_away_as_something_ends_takes_nothing_along(shared_laptop, laptop, cloud, ann, bob, tmp_path):
+    one, share = shared_laptop()
+    one.run()
+    one.write("photos/d/b", "mine")
+    cloud.sharing.end(ann, share)
+    client, remove = one.start(), one.client.folder.remove
+
+    def gone(*rest):
+        done = remove(*rest)
+        if one.path.exists():
+            one.path.rename(tmp_path / "away"), one.path.mkdir()
+        return done
+    client.folder.remove = gone
+    with pytest.raises(cs.Stopped) as stopped:
+        client.run()
+    one.stop()
+    assert stopped.value.code == 3
+    one.path.rmdir(), (tmp_path / "away").rename(one.path)
+    one.run()
+    assert one.tree() == tree(cloud, bob) == {"photos (no longer shared)": None, "photos (no longer shared)/d": None, "photos (no longer shared)/d/b": b"mine"}
+
+
+def test_two_laptops_of_one_person_and_one_of_another(shared_laptop, laptop, cloud, ann, bob):
+    one, share = shared_laptop()
+    two = shared_laptop(name="two", path="other")[0]
+    three = laptop("three")
+    for machine in (one, two, three):
+        machine.run()
+    one.write("photos/a", "one"), two.write("photos/a", "two"), three.write("photos/a", "three"), three.write("photos/d/3", "3")
+    (two.path / "photos/d").rename(two.path / "photos/e")
+    for machine in (one, two, three) * 3:
+        machine.run()
+    assert one.tree() == two.tree() == tree(cloud, bob) and three.tree() == tree(cloud, ann)
+    assert {data for path, data in one.tree().items() if path.startswith("photos/a")} == {b"one", b"two", b"three"} and one.read("photos/e/3") == b"3"
+    shutil.rmtree(one.path / "photos")
+    two.write("photos/late", "late")
+    one.run(), two.run(), two.run()
+    assert "photos" not in two.tree() and two.read("photos (no longer shared)/late") == b"late"
+    one.run(), three.run()
+    assert one.tree() == two.tree() == tree(cloud, bob) and three.tree() == tree(cloud, ann) and "photos/e/b" in three.tree()
+    assert not any(machine.run().work() for machine in (one, two, three))
+
+
+def test_names_of_shares_that_this_system_cannot_hold_stay_there(shared_laptop, cloud, ann, bob, monkeypatch):
+    one, share = shared_laptop()
+    put(cloud, ann, "aux/x", parents=True), cloud.sharing.share(ann, ("aux",), "account", "bob", role="edit")
+    monkeypatch.setattr(cs, "can_be_held", lambda names: all(map(cs.is_windows_name, names)))
+    one.run()
+    assert one.tree() == PHOTOS and list(one.problems) == ["aux"] or sorted(one.problems) == ["aux", "aux/x"]
+    one.run()
+    assert "aux/x" in tree(cloud, ann) and cloud.offers.list(bob)[0].state == "mounted"
+
+
+def test_many_files_go_across_in_few_requests(shared_laptop, cloud, ann, bob):
+    one, share = shared_laptop()
+    for n in range(600):
+        one.write("own/many/%d/%d" % (n % 20, n), "%d" % n * 50)
+    one.run()
+    (one.path / "own/many").rename(one.path / "photos/many")
+    client = one.start()
+    asked, ask = [], client.session.link._ask
+    client.session.link._ask = lambda method, path, *rest: asked.append(path) or ask(method, path, *rest)
+    tally = client.run()
+    one.stop()
+    assert tally.uploaded == 600 and sum("commit" in path for path in asked) <= 6 and not [path for path in asked if "chunks/" in path]
+    assert one.tree() == tree(cloud, bob) and is_quiet(one)
+
+
 # ---- two laptops, a page and crashes
 
 class Crash(BaseException):
