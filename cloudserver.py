@@ -20160,6 +20160,7 @@ PAGE_GERMAN = r"""{
   "Administrator no more": "Nicht mehr Verwaltung",
   "All devices": "Alle Geräte",
   "All folders": "Alle Ordner",
+  "All that is shared": "Alles, was geteilt ist",
   "All uploads": "Alle Uploads",
   "Allow": "Erlauben",
   "Already there": "Schon da",
@@ -20272,6 +20273,7 @@ PAGE_GERMAN = r"""{
   "End it for {name}": "Für {name} beenden",
   "End the link to {what}?": "Den Link zu {what} beenden?",
   "End the link {name}": "Den Link {name} beenden",
+  "End the share of {name}": "Die Freigabe von {name} beenden",
   "Ends": "Ende",
   "Ends after 30 days": "Endet nach 30 Tagen",
   "Ends after 7 days": "Endet nach 7 Tagen",
@@ -20280,6 +20282,7 @@ PAGE_GERMAN = r"""{
   "Esc": "Esc",
   "Every device has to log in again after this.": "Danach müssen sich alle Geräte neu anmelden.",
   "Every new link needs a password": "Jeder neue Link braucht ein Passwort",
+  "Everybody here": "Allen hier",
   "Everything": "Alles",
   "Everywhere": "Überall",
   "Exact time": "Genaue Zeit",
@@ -20301,6 +20304,7 @@ PAGE_GERMAN = r"""{
   "Grant access": "Zugang gewähren",
   "Grant access?": "Zugang gewähren?",
   "Group": "Gruppe",
+  "Groups": "Gruppen",
   "How": "Wie",
   "If the device shows a code, it has to be the same.": "Wenn das Gerät einen Code zeigt, muss es derselbe sein.",
   "If you save now, it is there again.": "Wenn du jetzt speicherst, ist sie wieder da.",
@@ -20339,6 +20343,7 @@ PAGE_GERMAN = r"""{
   "Leave": "Verlassen",
   "Leave without saving?": "Verlassen, ohne zu speichern?",
   "Let go": "Freigeben",
+  "Let them share again": "Teilen wieder erlauben",
   "Light": "Hell",
   "Like the system": "Wie das System",
   "Lines added: {added}, removed: {removed}": "Zeilen neu: {added}, entfernt: {removed}",
@@ -20360,6 +20365,8 @@ PAGE_GERMAN = r"""{
   "Make one": "Eines machen",
   "May only read": "Darf nur lesen",
   "May share it on": "Darf es weiter teilen",
+  "Members": "Mitglieder",
+  "Members of their own groups": "Mitgliedern der eigenen Gruppen",
   "Modified": "Geändert",
   "More": "Mehr",
   "Move here": "Hierher verschieben",
@@ -20376,6 +20383,7 @@ PAGE_GERMAN = r"""{
   "New": "Neu",
   "New account": "Neues Konto",
   "New folder": "Neuer Ordner",
+  "New group": "Neue Gruppe",
   "New link…": "Neuer Link …",
   "New name": "Neuer Name",
   "New names": "Neue Namen",
@@ -20385,6 +20393,7 @@ PAGE_GERMAN = r"""{
   "Next": "Weiter",
   "No connection: {done} of {n} uploaded": "Keine Verbindung: {done} von {n} hochgeladen",
   "No folders in here": "Keine Ordner hierin",
+  "Nobody": "Niemand",
   "Nobody can log in with it any more. Its files go after a while.": "Niemand kann sich damit mehr anmelden. Die Dateien verschwinden nach einer Weile.",
   "Nobody gets in by it any more. This cannot be undone.": "Niemand kommt mehr damit hinein. Das lässt sich nicht rückgängig machen.",
   "Nobody gets in by these {n} links any more. This cannot be undone.": "Niemand kommt mehr mit diesen {n} Links hinein. Das lässt sich nicht rückgängig machen.",
@@ -20419,7 +20428,7 @@ PAGE_GERMAN = r"""{
   "Over 1 GB": "Über 1 GB",
   "Over 10 MB": "Über 10 MB",
   "Over 100 MB": "Über 100 MB",
-  "Owner": "Gehört",
+  "Owner": "Gehört dieser Person",
   "PDF": "PDF",
   "Pages": "Seiten",
   "Password": "Passwort",
@@ -20429,6 +20438,7 @@ PAGE_GERMAN = r"""{
   "Pause": "Anhalten",
   "Paused: {done} of {n} uploaded": "Angehalten: {done} von {n} hochgeladen",
   "People and groups": "Personen und Gruppen",
+  "People may share with": "Geteilt werden darf mit",
   "Phone or tablet: WebDAV": "Handy oder Tablet: WebDAV",
   "Phone or tablet: photos and files": "Handy oder Tablet: Fotos und Dateien",
   "Photo": "Foto",
@@ -20445,6 +20455,7 @@ PAGE_GERMAN = r"""{
   "Remove from my files": "Aus meinen Dateien nehmen",
   "Remove star": "Markierung entfernen",
   "Remove the account {name}?": "Das Konto {name} entfernen?",
+  "Remove the group {name}?": "Die Gruppe {name} entfernen?",
   "Removed:": "Entfernt:",
   "Rename": "Umbenennen",
   "Rename {n} items": "{n} Elemente umbenennen",
@@ -20482,7 +20493,10 @@ PAGE_GERMAN = r"""{
   "Share {what}": "{what} teilen",
   "Shared": "Geteilt",
   "Shared by {name}": "Geteilt von {name}",
+  "Shares nothing": "Teilt nichts",
+  "Sharing": "Teilen",
   "Shift": "Umschalt",
+  "Show": "Zeigen",
   "Show as text": "Als Text zeigen",
   "Show in its folder": "Im Ordner zeigen",
   "Show more": "Mehr zeigen",
@@ -20510,6 +20524,7 @@ PAGE_GERMAN = r"""{
   "State": "Zustand",
   "Storage": "Speicher",
   "Storage used": "Belegter Speicher",
+  "Switch sharing off": "Teilen abschalten",
   "Synchronised folder": "Abgeglichener Ordner",
   "Tables": "Tabellen",
   "Take a photo": "Foto aufnehmen",
@@ -20617,8 +20632,12 @@ PAGE_GERMAN = r"""{
   "What is in it cannot be brought back after this.": "Sein Inhalt lässt sich danach nicht zurückholen.",
   "What is kept": "Was aufgehoben wird",
   "What is older goes for good; of what is more than the most, the oldest goes first.": "Was älter ist, geht endgültig; wird es mehr als das Höchste, geht das Älteste zuerst.",
+  "What is shared with a group reaches all its members.": "Was mit einer Gruppe geteilt wird, erreicht alle ihre Mitglieder.",
+  "What is shared with it reaches its members no more.": "Was mit ihr geteilt ist, erreicht ihre Mitglieder dann nicht mehr.",
   "What links may do": "Was Links dürfen",
+  "What may be shared": "Was geteilt werden darf",
   "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
+  "What somebody shares for the first time waits for a yes": "Was jemand zum ersten Mal teilt, wartet auf ein Ja",
   "What they may do": "Was erlaubt ist",
   "What was typed into {names} and not saved is lost then.": "Was in {names} getippt und nicht gespeichert wurde, ist dann verloren.",
   "What you send here is seen by nobody but whoever gave you this link.": "Was du hier sendest, sieht nur, wer dir diesen Link gegeben hat.",
@@ -20652,6 +20671,7 @@ PAGE_GERMAN = r"""{
   "a link ends in the future": "Ein Link endet in der Zukunft",
   "a name has 1 to 64 characters, none of them / \\ : or a control character": "ein Name hat 1 bis 64 Zeichen, darunter kein / \\ : und kein Steuerzeichen",
   "a password has 10 to 1024 characters": "ein Passwort hat 10 bis 1024 Zeichen",
+  "a share ends in the future": "eine Freigabe endet in der Zukunft",
   "added": "hinzugefügt",
   "added {when}": "hinzugefügt {when}",
   "and {n} more": "und {n} weitere",
@@ -20671,11 +20691,13 @@ PAGE_GERMAN = r"""{
   "in the trash": "im Papierkorb",
   "is there already": "gibt es schon",
   "it is back already": "es ist schon zurück",
+  "it may have {n} characters": "es darf {n} Zeichen haben",
   "less than a minute left": "noch weniger als eine Minute",
   "links of this server live {n} days at most": "Links dieses Servers leben höchstens {n} Tage",
   "links of this server need a password": "Links dieses Servers brauchen ein Passwort",
   "moved": "verschoben",
   "never ends": "endet nie",
+  "nobody can give more than they have": "niemand kann mehr geben, als er hat",
   "none": "keines",
   "not used yet": "noch nicht benutzt",
   "one folder": "ein Ordner",
@@ -20688,9 +20710,11 @@ PAGE_GERMAN = r"""{
   "something else is there by now": "dort ist inzwischen etwas anderes",
   "that password is too easy to guess": "dieses Passwort ist zu leicht zu erraten",
   "the name of a version has 1 to 200 characters": "der Name einer Version hat 1 bis 200 Zeichen",
+  "the root cannot be shared; share what is in it": "alles zusammen lässt sich nicht teilen; teile, was darin ist",
   "there are 10000 of that name": "davon gibt es schon 10000",
-  "there is an account of that name": "ein Konto mit diesem Namen gibt es schon",
   "there is a group of that name": "eine Gruppe mit diesem Namen gibt es schon",
+  "there is an account of that name": "ein Konto mit diesem Namen gibt es schon",
+  "this account gives {n} shares; end some first": "dieses Konto teilt schon {n}-mal; beende erst etwas davon",
   "this account has 500 devices; revoke some first": "dieses Konto hat 500 Geräte; sperre erst welche",
   "this server allows no links": "Dieser Server erlaubt keine Links",
   "this setup link is not valid any more": "dieser Link zum Einrichten gilt nicht mehr",
@@ -20699,7 +20723,10 @@ PAGE_GERMAN = r"""{
   "used last on {when}": "zuletzt benutzt am {when}",
   "used {when}": "benutzt {when}",
   "what is copied was given up meanwhile": "was kopiert wird, wurde inzwischen aufgegeben",
+  "who shared it may change that; others may end it": "ändern kann das, wer es geteilt hat; andere können es beenden",
   "with a password": "mit Passwort",
+  "with the group {name}": "mit der Gruppe {name}",
+  "with {name}": "mit {name}",
   "{free} of {total}": "{free} von {total}",
   "{how} since": "seither {how}",
   "{name} and {n} more were not sent.": "{name} und {n} weitere wurden nicht gesendet.",
@@ -20777,6 +20804,7 @@ PAGE_GERMAN = r"""{
   "{what} moved": "{what} verschoben",
   "{what} ready to be copied: paste it where you want it.": "{what} zum Kopieren vorgemerkt: Füge es ein, wo du es haben willst.",
   "{what} ready to be moved: paste it where it belongs.": "{what} zum Verschieben vorgemerkt: Füge es ein, wo es hingehört.",
+  "{what} removed from your files; nothing was deleted": "{what} aus deinen Dateien genommen; nichts wurde gelöscht",
   "{what} starred": "{what} markiert",
   "{what} will be deleted for everybody.": "{what} wird für alle gelöscht.",
   "{who} brought {what} back to an earlier time": "{who} hat {what} auf einen früheren Stand gebracht",
@@ -20785,23 +20813,36 @@ PAGE_GERMAN = r"""{
   "{who} changed the quota of {name}": "{who} hat den Speicherplatz von {name} geändert",
   "{who} changed the rights of {name}": "{who} hat die Rechte von {name} geändert",
   "{who} changed what is kept": "{who} hat geändert, was aufgehoben wird",
+  "{who} changed whether {name} may share": "{who} hat geändert, ob {name} teilen darf",
   "{who} changed {what}": "{who} hat {what} geändert",
   "{who} copied {what} to {to}": "{who} hat {what} nach {to} kopiert",
   "{who} deleted {what}": "{who} hat {what} gelöscht",
+  "{who} does not share {what} with you any more.": "{who} teilt {what} nicht mehr mit dir.",
   "{who} emptied the trash": "{who} hat den Papierkorb geleert",
   "{who} ended a share of {what}": "{who} hat eine Freigabe von {what} beendet",
+  "{who} ended the share of {what} with {with}": "{who} hat die Freigabe von {what} für {with} beendet",
   "{who} locked {what}": "{who} hat {what} gesperrt",
   "{who} made the account {name}": "{who} hat das Konto {name} angelegt",
   "{who} made the folder {what}": "{who} hat den Ordner {what} angelegt",
+  "{who} made the group {name}": "{who} hat die Gruppe {name} angelegt",
+  "{who} made {name} a member of {group}": "{who} hat {name} in die Gruppe {group} aufgenommen",
   "{who} moved {what} to {to}": "{who} hat {what} nach {to} verschoben",
   "{who} removed the account {name}": "{who} hat das Konto {name} entfernt",
+  "{who} removed the group {name}": "{who} hat die Gruppe {name} entfernt",
+  "{who} removed {what} from their files": "{who} hat {what} aus den eigenen Dateien genommen",
+  "{who} renamed the group {name} to {to}": "{who} hat die Gruppe {name} in {to} umbenannt",
   "{who} restored a version of {what}": "{who} hat eine Version von {what} wiederhergestellt",
   "{who} restored {what}": "{who} hat {what} wiederhergestellt",
   "{who} saved {what}": "{who} hat {what} gespeichert",
   "{who} shared {what}": "{who} hat {what} geteilt",
+  "{who} shared {what} with {with}": "{who} hat {what} mit {with} geteilt",
+  "{who} shares {what} with you.": "{who} teilt {what} mit dir.",
   "{who} synchronised {what}": "{who} hat {what} abgeglichen",
+  "{who} took {name} out of {group}": "{who} hat {name} aus der Gruppe {group} genommen",
+  "{who} took {what} among their files": "{who} hat {what} zu den eigenen Dateien genommen",
   "{who} undid a step": "{who} hat einen Schritt rückgängig gemacht",
   "{who} uploaded {what}": "{who} hat {what} hochgeladen",
+  "{who} wants to share {what} with you.": "{who} möchte {what} mit dir teilen.",
   "“{name}”": "„{name}“",
   "“{name}” and {n} more": "„{name}“ und {n} weitere",
   "“{name}” exists already": "„{name}“ gibt es schon",
@@ -21752,9 +21793,13 @@ mark { background: var(--mark); color: var(--text); }
 .chips [type=radio] { position: absolute; opacity: 0; width: 1px; min-height: 0; height: 1px; padding: 0; }
 .pair { display: flex; gap: .5rem; align-items: end; }
 .access { display: grid; gap: 1rem; }
+.members { border: 0; padding: 0; margin: 0; min-width: 0; }
+.members .walk { padding: .3rem .8rem; max-height: 30vh; height: auto; }
 .access h3 { font-size: 1rem; margin: 0; }
 .access select { width: auto; min-height: 36px; padding: .2rem .4rem; }
-.who { flex: 1; min-width: 0; position: relative; }
+.person { flex-wrap: wrap; }
+.who { flex: 1 1 12rem; position: relative; }
+.person select { flex: 0 1 auto; min-height: 40px; }
 .found { position: absolute; inset: 100% 0 auto; z-index: 2; margin: .2rem 0 0; padding: .3rem; list-style: none;
   background: var(--raised); border: 1px solid var(--line); border-radius: 8px; box-shadow: var(--shadow);
   max-height: 15rem; overflow: auto; }
@@ -22140,7 +22185,8 @@ function showOffline() {
   startLater();
 }
 
-let patience = 0, seen = 0;             // seen: the latest step of the journal that the page knows of
+let patience = 0;
+let seen = 0, offers = null;            // the latest step of the journal, what others share: as far as the page knows
 function startLater(wait = 5000) {
   clearTimeout(patience);
   patience = setTimeout(() =>
@@ -22153,6 +22199,7 @@ const NAVIGATION = [["files", "Files", "/files"], ["starred", "Starred", "/starr
   ["activity", "Activity", "/activity"], ["trash", "Trash", "/trash"], ["settings", "Settings", "/settings"]];
 
 function buildFrame() {
+  offers = null;
   const search = h("input",
     {type: "search", name: "q", placeholder: t("Search"), "aria-label": t("Search"), autocomplete: "off",
                              spellcheck: false, oninput: searchSoon, onkeydown: onSearchKey});
@@ -22338,27 +22385,29 @@ function markBusy(yes) {
 }
 
 // a view that cannot be shown says so in its place
-function showFailure(error, address) {
+function showFailure(error, address, owner) {
   const [, kind, rest] = address.match(/^\/(\w*)\/?(.*)$/);
   const path = ["files", "versions"].includes(kind) ? decodePath(rest) : "";
   const [, label = "Files"] = NAVIGATION.find(([name]) => name === kind) || [];
   enterView("failed", nameOf(path) || t(label));
   if (path) setCrumbs(...crumbsOf(path, addressOf));
   setBar();
-  setContent(failureBox(error, show, path));
+  setContent(failureBox(error, show, path, owner));
 }
 
 const isGone = error => ["not-found", "gone"].includes(error.code);
 
-function failureBox(error, again, path = "") {
+// owner: whose it is that is not shared any more
+function failureBox(error, again, path = "", owner) {
   if (!(error instanceof Problem)) reportError(error);
   const gone = isGone(error);
   return h("div.empty", {role: "alert"},
-    h("p.big", {}, gone && path ? t("“{name}” is not there (any more).", {name: nameOf(path)}) : explain(error)),
-    gone && path && h("p", {}, t("It was moved, renamed or deleted, or it is somebody else's.")),
+    h("p.big", {}, owner ? t("{who} does not share {what} with you any more.", {who: owner, what: quoted(nameOf(path))})
+      : gone && path ? t("“{name}” is not there (any more).", {name: nameOf(path)}) : explain(error)),
+    gone && path && !owner && h("p", {}, t("It was moved, renamed or deleted, or it is somebody else's.")),
     h("div.acts", {}, gone
       ? [link(t("To the files"), addressOf(""), {className: "button"}),
-         link(t("Look in the trash"), PREFIX + "/trash", {className: "button"})]
+         !owner && link(t("Look in the trash"), PREFIX + "/trash", {className: "button"})]
       : button(t("Try again"), again)));
 }
 
@@ -22979,8 +23028,12 @@ async function refresh() {
     } catch (error) {
       if (turn !== view.turn) return;
       if (!isGone(error)) throw error;
+      if (isEdited()) return;                    // what was typed can still be copied
+      const top = view.owner && view.path.split("/")[0];
+      const ended = top && !(await load(top, {limit: 1}).catch(absent)).node && view.owner;
+      if (turn !== view.turn) return;
       closePreview();
-      showFailure(error, "/files/" + encodePath(view.path));
+      showFailure(error, "/files/" + encodePath(view.path), ended);
     }
   } else if (["trash", "activity", "search", "starred", "shared", "past", "versions"].includes(view.kind)) await show();
   if (find(".foot")) find(".foot").replaceWith(previewFoot(preview.entry));
@@ -23170,11 +23223,16 @@ function setShape(name) {
 
 // ---- what actions do
 
-const undoable = [];                   // batches of steps of the journal, the latest last
+const undoable = [];                   // batches of steps of the journal, the latest last: {seqs, path}
 
-function offerUndo(text, ...seqs) {
-  undoable.push(seqs);
-  const take = () => undo(undoable.splice(undoable.indexOf(seqs), 1)[0] || seqs);
+// what others share stands in the root: {path, owner…} of what holds a path, if anything does
+const mountOf = path => [...offers?.values() || []].find(offer => offer.path && offer.path === path.split("/")[0]);
+
+// place: the collection it happened in; undoing names whose files that are, if they are somebody else's
+function offerUndo(text, seq, place = view.path) {
+  const steps = {seqs: [seq], path: mountOf(place)?.path};
+  undoable.push(steps);
+  const take = () => undo(undoable.splice(undoable.indexOf(steps), 1)[0] || steps);
   toast(text, {label: t("Undo"), run: () => attempt(take)});
 }
 
@@ -23182,9 +23240,9 @@ function undoLast() {
   return undo(undoable.pop());
 }
 
-async function undo(seqs) {
+async function undo({seqs, path}) {
   let skipped = 0;
-  for (const seq of [...seqs].reverse()) skipped += (await api("POST", "undo", {seq})).skipped;
+  for (const seq of seqs) skipped += (await api("POST", "undo", {seq, path})).skipped;
   toast(skipped ? plural(skipped, "Undone, except {n} that changed since.", "Undone, except {n} that changed since.")
     : t("Undone."));
   await refresh();
@@ -23196,7 +23254,9 @@ async function deleteItems(items) {
   const {seq} = await api("POST", "delete", {paths: items.map(entry => entry.path)});
   clearSelection();
   dropRows(items);
-  offerUndo(t("{what} deleted", {what: namesOf(items)}), seq);
+  const mounts = items.every(entry => entry.mount), what = namesOf(items);
+  offerUndo(t(mounts ? "{what} removed from your files; nothing was deleted" : "{what} deleted", {what}), seq,
+    parentOf(items[0].path));
   await refresh();
 }
 
@@ -23316,7 +23376,7 @@ async function rename(entry, name, then = () => {}) {
   const target = join(parentOf(entry.path), name);
   const {seq} = await api("POST", "move", {items: [{from: entry.path, to: target}]}).catch(sayTaken);
   then();
-  offerUndo(t("Renamed to “{name}”", {name}), seq);
+  offerUndo(t("Renamed to “{name}”", {name}), seq, parentOf(target));
   await refresh();
 }
 
@@ -23382,7 +23442,7 @@ function judgeNames(items, names) {
 // one step, which the server makes as a whole or not at all: to it a name that another of them still has is taken
 async function renameAll(all) {
   const {seq} = await api("POST", "move", {items: all.map(({from, to}) => ({from, to}))}).catch(sayTaken);
-  offerUndo(plural(all.length, "{n} item renamed", "{n} items renamed"), seq);
+  offerUndo(plural(all.length, "{n} item renamed", "{n} items renamed"), seq, parentOf(all[0].to));
   await refresh();
 }
 
@@ -23432,7 +23492,7 @@ async function transfer(verb, items, target) {
   });
   clearSelection();
   const words = {what: namesOf(items)};
-  if (done) offerUndo(verb === "move" ? t("{what} moved", words) : t("{what} copied", words), done.seq);
+  if (done) offerUndo(verb === "move" ? t("{what} moved", words) : t("{what} copied", words), done.seq, target);
   await refresh();
 }
 
@@ -23515,6 +23575,7 @@ async function fitting(found) {
   found = found.filter(one => one.size <= me.most);
   Object.assign(me, await api("GET", "account").catch(unless("network")));       // offline it is to wait, like all else
   const size = all => all.reduce((bytes, one) => bytes + one.size, 0), left = me.left === null ? Infinity : me.left;
+  if (mountOf(found[0]?.path || "")) return found;                       // how much others have left is not told
   const begun = size(unfinished().filter(one => !one.upload));
   if (begun + size(found) <= left) return found;
   const fits = [];
@@ -23998,7 +24059,17 @@ const ACTIVITY = {
   settings: "{who} changed what is kept",
   share: "{who} shared {what}",
   "share-change": "{who} changed a share of {what}",
-  "share-end": "{who} ended a share of {what}"
+  "share-end": "{who} ended a share of {what}",
+  "share-with": "{who} shared {what} with {with}",
+  "share-end-with": "{who} ended the share of {what} with {with}",
+  "share-accept": "{who} took {what} among their files",
+  "share-decline": "{who} removed {what} from their files",
+  "account-sharing": "{who} changed whether {name} may share",
+  "group-add": "{who} made the group {name}",
+  "group-rename": "{who} renamed the group {name} to {to}",
+  "group-remove": "{who} removed the group {name}",
+  "group-join": "{who} made {name} a member of {group}",
+  "group-leave": "{who} took {name} out of {group}"
 };
 
 async function showActivity() {
@@ -24072,10 +24143,10 @@ function whatOf({action, detail: {path = "", count}}) {
 }
 
 function stepWords(step, what = whatOf(step)) {
-  const {name = "", kind, new: isNew} = step.detail;
-  return t(ACTIVITY[isNew ? "upload" : step.action] || step.action,
-    {who: step.account || t(step.link ? "A visitor" : "The server"),
-     what, to: quoted(targetOf(step)), name: agentOf({kind, name})});
+  const {name = "", kind, group = "", with: grantee, new: isNew} = step.detail;
+  const words = grantee && ACTIVITY[step.action + "-with"] || ACTIVITY[isNew ? "upload" : step.action] || step.action;
+  return t(words, {who: step.account || t(step.link ? "A visitor" : "The server"),
+    what, to: quoted(targetOf(step)), name: agentOf({kind, name}), with: grantee, group});
 }
 
 function stepRow(step) {
@@ -24087,7 +24158,7 @@ function stepRow(step) {
       words[0], words.length > 1 && (place ? link(what, addressOf(place) + queryOf({at})) : what), words[1],
       h("div.soft", {}, dotted(dates.time.format(new Date(step.at)), stepBy(step)))),
     h("div.acts", {},
-      step.undoable ? button(t("Undo"), () => attempt(() => undo([...seqsOf(step)].reverse()))) : null));
+      step.undoable ? button(t("Undo"), () => attempt(() => undo({seqs: seqsOf(step)}))) : null));
 }
 
 // ---- a collection as it was
@@ -24103,11 +24174,11 @@ const seqOf = moment => Number(/^seq:(\d{1,15})$/.exec(moment)?.[1] || 0);
 
 // what an address says to the moment and the time that is shown for it; "now", or what is no moment: the last that
 // happened
-async function findMoment(text) {
+async function findMoment(text, mount) {
   const seq = seqOf(text);
   if (text === view.at) return view;
   if (!seq && !Number.isNaN(Date.parse(text))) return {at: text, time: text};
-  const {steps: [last]} = await api("GET", "activity", {limit: 1, before: seq ? seq + 1 : undefined});
+  const {steps: [last]} = await api("GET", "activity", {limit: 1, before: seq ? seq + 1 : undefined, path: mount});
   const time = last ? last.at : new Date().toISOString();
   return {at: seq || last ? momentOf(seq || last.seq) : time, time};
 }
@@ -24115,13 +24186,14 @@ async function findMoment(text) {
 const HOW = {added: "added", deleted: "deleted", changed: "changed", moved: "moved"};
 
 async function showPast(moment, address) {
-  const path = decodePath(address), turn = view.turn, {at, time} = await findMoment(decodeURIComponent(moment));
+  const path = decodePath(address), turn = view.turn, mount = mountOf(path)?.path;
+  const {at, time} = await findMoment(decodeURIComponent(moment), mount);
   if (turn !== view.turn) return;
   if (showInside(path, "past", at)) return;
   const there = await load(path, {at}).catch(absent), file = there.kind === "file";
   const place = file ? parentOf(path) : path;
   const [answer, {steps}, since] =
-    await Promise.all([file ? load(place, {at}) : there, api("GET", "activity", {limit: 1000}),
+    await Promise.all([file ? load(place, {at}) : there, api("GET", "activity", {limit: 1000, path: mount}),
     api("GET", "differences/" + encodePath(place), {at, limit: 10000}).catch(error => error.code === "not-found"
       ? {count: 1, changes: [{how: "deleted", path: null, was: place}]} : absent(error))]);
   if (turn !== view.turn) return;
@@ -24345,7 +24417,7 @@ async function saveText(edit) {
     if (!await askToReplace(edit.path)) throw new DOMException("", "AbortError");
     return put({});
   });
-  Object.assign(preview.entry, await answer.json());
+  preview.entry = {...preview.entry, ...await answer.json()};      // the list keeps its own until it is read anew
   Object.assign(edit, {etag: answer.headers.get("ETag"), saved: typed});
   edit.source.text = text;
   edit.save.disabled = !isEdited();
@@ -24613,6 +24685,7 @@ function watchServer() {
     };
   }
   showHeld();
+  showOffers();
 }
 
 // the server says something now and then; if not, it is asked anew
@@ -24623,9 +24696,12 @@ function awaitNews() {
 
 const changed = soon(async () => {
   showHeld();
+  showOffers();
+  find(".access")?.draw().catch(() => {});
   if (list.editing) return;
   await followPreview();
-  if (["trash", "starred", "failed"].includes(view.kind) || view.kind === "activity" && scrollY < 300) await show();
+  const whole = ["trash", "starred", "shared", "failed"].includes(view.kind);
+  if (whole || view.kind === "activity" && scrollY < 300) await show();
   if (!inFiles()) return;
   const turn = view.turn, {etag} = await load(view.path, {limit: 1}).catch(absent);
   if (turn === view.turn && etag !== view.etag) await refresh();
@@ -24646,6 +24722,21 @@ async function followPreview() {
   preview.note.replaceChildren(t("Somebody changed this file; you see it as it is now."));
   find(".pages", preview.body)?.scrollTo(0, scroll);
 }
+
+// what others share with me: what waits is counted, what came or went while the page is open is told
+const showOffers = soon(async () => {
+  const {shares} = await api("GET", "shares", {with: "me"}), known = offers;
+  offers = new Map(shares.map(offer => [offer.id, offer]));
+  const waiting = shares.filter(offer => offer.state === "waiting").length, place = find("[data-view=shared]");
+  if (place) place.textContent = t("Shared") + (waiting ? " (" + number.format(waiting) + ")" : "");
+  if (!known) return;
+  const came = shares.find(({id}) => !known.has(id)), went = [...known.values()].find(({id}) => !offers.has(id));
+  if (went) toast(t("{who} does not share {what} with you any more.", {who: went.owner, what: quoted(went.name)}));
+  if (!came) return;
+  const words = came.state === "waiting" ? "{who} wants to share {what} with you." : "{who} shares {what} with you.";
+  toast(t(words, {who: came.giver, what: quoted(came.name)}),
+    {label: t("Show"), run: () => go(came.path ? addressOf(came.path) : PREFIX + "/shared")});
+}, 50);
 
 const showHeld = soon(async () => {
   const {held} = await api("GET", "held"), box = find(".banners");
@@ -24964,7 +25055,7 @@ function readTerms({role, password, open, name, note, uses, files, bytes, ...end
 
 // here the server's own words say more than ours
 const sayPlainly = error => {
-  throw ["bad-request", "forbidden"].includes(error.code) ? trouble("", said(error.message)) : error;
+  throw ["bad-request", "forbidden", "conflict"].includes(error.code) ? trouble("", said(error.message)) : error;
 };
 
 async function newLink(entry, role = "view", problem) {
@@ -25065,7 +25156,9 @@ function personForm(entry, then) {
     } catch (error) {
       problem.textContent = explain(error);
     }
-  }}, h("div.pair", {}, who, roleChoice(entry.kind === "file", "view"), h("button.primary", {}, t("Share"))), problem,
+  }},
+  h("div.pair.person", {}, who, roleChoice(entry.kind === "file", "view"), h("button.primary", {}, t("Share"))),
+  problem,
   h("details", {}, h("summary", {}, t("More")), h("div.way", {}, tick(t("May share it on"), {name: "reshare"}),
     endFields(), noteField(""))));
   return form;
@@ -25094,18 +25187,22 @@ async function endPerson(share, then) {
   return then();
 }
 
+const personFacts = ({with: name, kind, giver, role, reshare, expires, note}, where = true) => dotted(
+  where && t(kind === "group" ? "with the group {name}" : "with {name}", {name}),
+  where && t(ROLES[role] || "Special rights"), reshare && t("May share it on"),
+  giver !== me.name && t("shared by {name}", {name: giver}),
+  expires && t("ends {when}", {when: longTime(expires)}), note);
+
 // a row for a person or group; where: also what it is of;  lately: what they did with it
 function personRow(share, then, {where, lately} = {}) {
-  const {with: name, kind, giver, path, title, note, reshare, expires, collection, role} = share;
+  const {with: name, kind, path, title, collection, role} = share;
   const what = path === null ? h("strong", {}, quoted(title) + " · " + t("in the trash")) : link(path, addressOf(path));
   const patch = role => api("PATCH", shareAddress(share), {role}).catch(sayPlainly);
   const change = ({target}) => attempt(() => patch(target.value)).then(then);
   return h("li", {},
-    h("div.what", {}, where ? [what, h("span.tag", {}, h("bdi", {}, name))] : h("strong", {}, h("bdi", {}, name)),
-      kind === "group" && h("span.tag", {}, t("Group")),
-      h("div.soft", {}, dotted(where && t(ROLES[role] || "Special rights"), reshare && t("May share it on"),
-        giver !== me.name && t("shared by {name}", {name: giver}),
-        expires && t("ends {when}", {when: longTime(expires)}), note)),
+    h("div.what", {}, where ? what : h("strong", {}, h("bdi", {}, name)),
+      !where && kind === "group" && h("span.tag", {}, t("Group")),
+      h("div.soft", {}, personFacts(share, Boolean(where))),
       lately && h("div.soft", {}, lately)),
     h("div.acts", {},
       !where && roleChoice(!collection, role, {onchange: change, "aria-label": t("What {name} may do", {name})}),
@@ -25119,12 +25216,8 @@ const shareRow = (share, then) => isLink(share) ? linkRow(share, then, true) : p
 
 // {name: what they did with it last}
 async function lastSteps(entry) {
-  const {steps} = await api("GET", "activity", {limit: 300, grouped: 1}), found = {};
-  for (const step of steps) {
-    const isHere = [step.detail.path, step.detail.to].some(one => isBelow(one + "/", entry.path));
-    if (step.account && isHere && !found[step.account])
-      found[step.account] = dotted(stepWords(step), longTime(step.at));
-  }
+  const {steps} = await api("GET", "activity", {limit: 300, grouped: 1, path: entry.path}), found = {};
+  for (const step of steps.reverse()) found[step.account] = dotted(stepWords(step), longTime(step.at));
   return found;
 }
 
@@ -25136,6 +25229,9 @@ function openSharing(entry) {
     const hint = h("p.soft", {}, t("One moment…"));
     const draw = async () => {
       const [shares, lately] = await Promise.all([sharesOf(entry), lastSteps(entry).catch(() => ({}))]);
+      const told = JSON.stringify([shares, lately]);
+      if (told === box.told) return;
+      box.told = told;
       const links = shares.filter(isLink), others = shares.filter(share => !isLink(share));
       const owner = entry.owner && h("li", {}, h("div.what", {}, h("strong", {}, h("bdi", {}, entry.owner)),
         h("div.soft", {}, t("Owner"))));

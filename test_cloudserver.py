@@ -14979,6 +14979,17 @@ def test_what_accounts_say_to_people_is_there_in_both_languages():
     assert len(said) > 5 and said <= set(json.loads(cs.PAGE_GERMAN)), sorted(said - set(json.loads(cs.PAGE_GERMAN)))
 
 
+def test_what_sharing_says_to_people_is_there_in_both_languages():
+    """What the page shows of it in the server's own words; a number in them is no part of the key."""
+    said = {part.value.replace("%d", "{n}") for node in ast.walk(TREE) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CloudError"
+            and room_of(node) == "Sharing" and len(node.args) > 1 and node.args[0].value in ("bad-request", "conflict", "forbidden")
+            for part in ast.walk(node.args[1]) if isinstance(part, ast.Constant) and isinstance(part.value, str) and "%s" not in part.value and part.value[0].isalpha()}
+    never = {"a file needs a name", "a share is for an account, a group or whoever has a link", "a share of a file is view or edit",
+             "this belongs to another kind of share"}           # the page asks for nothing of the kind
+    german = json.loads(cs.PAGE_GERMAN)
+    assert len(said) > 5 and said - never <= set(german), sorted(said - never - set(german))
+
+
 def test_the_words_of_a_language_are_sent_when_they_changed(call):
     words = call("GET", "/words/de", user=None)
     assert words.json()["Files"] == "Dateien" and words.headers["cache-control"] == "no-cache"
@@ -16165,6 +16176,17 @@ class Page:
     def __getattr__(self, name):
         return getattr(self.browser, name)
 
+    def log_in(self):
+        secret, _ = self.cloud.devices.log_in(self.who.name, PASSWORD, "127.0.0.1", "Firefox Linux")
+        self.cdp("Network.clearBrowserCookies")
+        self.cdp("Network.setCookie", url=self.home, name="session", value=secret, httpOnly=True, sameSite="Lax")
+        self.size(1280, 800)
+
+    def leave(self):
+        assert self.log() == []
+        self.run("if (location.protocol === 'http:') localStorage.clear()")
+        self.go("about:blank")
+
     def open(self, path="/"):
         self.go(self.home + path)
         self.wait("return document.querySelector('main')")      # from here on it listens
@@ -16198,14 +16220,25 @@ def page(browser, shared, request):
     name = "ann-%d" % (len(cloud.accounts.list()) + 1)
     page = Page(browser, cloud, "http://127.0.0.1:%d" % address[1], account(cloud, name))
     page.ahead = ahead
-    secret, _ = cloud.devices.log_in(name, PASSWORD, "127.0.0.1", "Firefox Linux")
-    browser.cdp("Network.clearBrowserCookies")
-    browser.cdp("Network.setCookie", url=page.home, name="session", value=secret, httpOnly=True, sameSite="Lax")
-    page.size(1280, 800)
+    page.log_in()
     yield page
-    assert browser.log() == []
-    browser.run("localStorage.clear()")
-    browser.go("about:blank")
+    page.leave()
+
+
+@pytest.fixture(scope="module")
+def second_browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("second"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def other(page, second_browser):
+    """The page of somebody else, in a browser of their own."""
+    other = Page(second_browser, page.cloud, page.home, account(page.cloud, page.who.name.replace("ann", "bob")))
+    other.log_in()
+    yield other
+    other.leave()
 
 
 @pytest.fixture
