@@ -20351,7 +20351,6 @@ PAGE_GERMAN = r"""{
   "Link copied: whoever has it can view {what}.": "Link kopiert: Wer ihn hat, kann {what} ansehen.",
   "Link to {what}": "Link zu {what}",
   "Links": "Links",
-  "Links of all accounts": "Links aller Konten",
   "List": "Liste",
   "Log in": "Anmelden",
   "Log out": "Abmelden",
@@ -20634,7 +20633,6 @@ PAGE_GERMAN = r"""{
   "What is older goes for good; of what is more than the most, the oldest goes first.": "Was älter ist, geht endgültig; wird es mehr als das Höchste, geht das Älteste zuerst.",
   "What is shared with a group reaches all its members.": "Was mit einer Gruppe geteilt wird, erreicht alle ihre Mitglieder.",
   "What is shared with it reaches its members no more.": "Was mit ihr geteilt ist, erreicht ihre Mitglieder dann nicht mehr.",
-  "What links may do": "Was Links dürfen",
   "What may be shared": "Was geteilt werden darf",
   "What should happen with the new one?": "Was soll mit dem Neuen geschehen?",
   "What somebody shares for the first time waits for a yes": "Was jemand zum ersten Mal teilt, wartet auf ein Ja",
@@ -24668,7 +24666,7 @@ function curlFor({path, name, kind}) {
 
 // ---- what others do: changes as they happen, and the brake
 
-let source = null, silent = 0;
+let source = null, silent = 0, still = 0;
 
 function watchServer() {
   if (source) source.close();
@@ -24681,6 +24679,7 @@ function watchServer() {
       awaitNews();
       const {seq} = JSON.parse(event.data);
       if (seen !== seq) changed();
+      else if (++still % 4 === 0) showOffers();          // what waits for a yes is no change yet
       seen = seq;
     };
   }
@@ -25294,19 +25293,21 @@ function offerRow(offer) {
 async function showShared() {
   const turn = view.turn, [{shares}, {shares: offers}] =
     await Promise.all([api("GET", "shares"), api("GET", "shares", {with: "me"})]);
-  if (turn !== view.turn) return;
+  const told = JSON.stringify([shares, offers]);
+  if (turn !== view.turn || find(".given")?.told === told) return;       // a click under way must not lose its target
   const links = shares.filter(isLink), none = words => h("p.soft", {}, t(words));
   enterView("shared", t("Shared"));
   setBar(h("span.count", {}, plural(shares.length + offers.length, "{n} share", "{n} shares")),
     links.length > 1 && button(t("End all links"), () => attempt(() => endLinks(links)).then(show)));
   const rank = ({state}) => ["waiting", "mounted", "declined"].indexOf(state);
   offers.sort((a, b) => rank(a) - rank(b));
-  setContent(h("div.settings", {},
+  setContent(Object.assign(h("div.settings.given"), {told}));
+  find(".given").append(
     h("section", {}, h("h2", {}, t("With me")),
       offers.length ? h("ul.steps", {}, offers.map(offerRow)) : none("Nobody shares anything with you yet.")),
     h("section", {}, h("h2", {}, t("By me")),
       shares.length ? h("ul.steps", {}, shares.map(share => shareRow(share, show)))
-        : none("Choose a file or folder, then “Share”."))));
+        : none("Choose a file or folder, then “Share”.")));
 }
 """
 
@@ -25319,7 +25320,7 @@ const SECTIONS = [
   ["connect", "Connect", connectSection],
   ["devices", "Devices", devicesSection],
   ["accounts", "Accounts", accountsSection, true],
-  ["links", "Links", () => sharing(linksSection), true],
+  ["links", "Sharing", () => sharing(sharingSection), true],
   ["server", "Server", serverSection, true]
 ];
 
@@ -25465,10 +25466,47 @@ const quotaField = quota => gigabytes(t("Quota in GB; empty is no limit"), "quot
 const readGigabytes = text => text === "" ? -1 : Math.round(text * GB);
 
 async function accountsSection() {
-  const {accounts} = await api("GET", "accounts");
-  return section(t("Accounts"), h("ul.steps", {}, accounts.map(accountRow)),
-    buttonsRow(button(t("New account"), newAccount, {className: "primary"})));
+  const [{accounts}, {groups}] = await Promise.all(["accounts", "admin/groups"].map(what => api("GET", what)));
+  return [
+    section(t("Accounts"), h("ul.steps", {}, accounts.map(accountRow)),
+      buttonsRow(button(t("New account"), newAccount, {className: "primary"}))),
+    section(t("Groups"), h("p.soft", {}, t("What is shared with a group reaches all its members.")),
+      h("ul.steps", {}, groups.map(group => groupRow(group, accounts))),
+      buttonsRow(button(t("New group"), () => editGroup({members: []}, accounts))))
+  ];
 }
+
+const groupAddress = name => "admin/groups" + (name ? "/" + encodeURIComponent(name) : "");
+
+function groupRow(group, accounts) {
+  const {name, members} = group;
+  const remove = async () => {
+    if (await askYesNo(t("Remove the group {name}?", {name}), t("What is shared with it reaches its members no more."),
+      t("Remove"))) await api("DELETE", groupAddress(name));
+    show();
+  };
+  return h("li", {},
+    h("div.what", {}, h("strong", {}, h("bdi", {}, name)), h("div.soft", {}, members.join(", ") || t("Nobody"))),
+    h("div.acts", {},
+      button(t("Change"), () => editGroup(group, accounts), {"aria-label": t("Change {name}", {name})}),
+      button(t("Remove"), () => attempt(remove),
+        {className: "danger", "aria-label": t("Remove the group {name}?", {name})})));
+}
+
+// of a new one the name is undefined
+const editGroup = ({name, members}, accounts) => askForm(name === undefined ? t("New group") : name, [
+  field(t("Name"), {name: "name", value: name || "", maxLength: 64, autofocus: true, autocomplete: "off"}),
+  h("fieldset.members", {}, h("legend", {}, t("Members")), h("div.walk", {}, accounts.map(one =>
+    tick(h("bdi", {}, one.name), {name: "member", value: one.name, checked: members.includes(one.name)}))))
+], t("Save"), async (values, form) => {
+  const now = values.name.trim(), place = groupAddress(now);
+  if (name === undefined) await api("POST", groupAddress(), {name: now});
+  else if (now !== name) await api("PATCH", groupAddress(name), {name: now});
+  for (const {value: one, checked} of form.querySelectorAll("[name=member]"))
+    if (checked !== members.includes(one))
+      await api(checked ? "PUT" : "DELETE", place + "/members/" + encodeURIComponent(one));
+  show();
+});
 
 async function serverSection() {
   const [{version, health, python, sqlite, disk_free, disk_total}, {keep_days, history, quota}, {steps}] =
@@ -25495,7 +25533,7 @@ async function serverSection() {
 }
 
 function accountRow(account) {
-  const {name, quota, files, admin} = account, address = "accounts/" + encodeURIComponent(name);
+  const {name, quota, files, admin, sharing} = account, address = "accounts/" + encodeURIComponent(name);
   const change = async values => { await api("PATCH", address, values); show(); };
   const rows = [
     {label: t("Set the quota"),
@@ -25505,6 +25543,8 @@ function accountRow(account) {
        {autocomplete: "new-password", autofocus: true})], t("Save"), ({password}) => change({password}))}],
     {label: admin ? t("Administrator no more") : t("Make administrator"),
      run: () => attempt(() => change({admin: !admin}))},
+    {label: sharing ? t("Switch sharing off") : t("Let them share again"),
+     run: () => attempt(() => change({sharing: !sharing}))},
     {label: t("Remove"), run: () => attempt(async () => {
       if (await askYesNo(t("Remove the account {name}?", {name}),
         t("Nobody can log in with it any more. Its files go after a while."), t("Remove")))
@@ -25514,6 +25554,7 @@ function accountRow(account) {
   ];
   return h("li", {},
     h("div.what", {}, h("strong", {}, h("bdi", {}, name)), admin && h("span.tag", {}, t("Administrator")),
+      !sharing && h("span.tag", {}, t("Shares nothing")),
       h("div.soft", {}, usedWords(account) + " · " + plural(files, "{n} file", "{n} files"))),
     h("div.acts", {}, button(t("Change"), event => menu(event.currentTarget, rows),
       {"aria-haspopup": "menu", "aria-label": t("Change {name}", {name})})));
@@ -25550,30 +25591,40 @@ async function showGrant(token) {
     });
 }
 
-// ---- settings: links, for administrators
+// ---- settings: sharing, for administrators
 
-async function linksSection() {
-  const [{links, link_password, link_days}, {shares}] =
+async function sharingSection() {
+  const [{links, link_password, link_days, sharing, ask_first}, {shares}] =
     await Promise.all(["settings", "admin/shares"].map(what => api("GET", what)));
+  const endWords = share => t(isLink(share) ? "End the link {name}" : "End the share of {name}",
+    {name: share.path || share.title});
   const row = share => h("li", {},
-    h("div.what", {}, h("strong", {}, h("bdi", {}, share.path || share.title)), h("span.tag", {}, share.giver),
-      h("div.soft", {}, factsOf(share)), h("div.soft", {}, newsOf(share))),
-    h("div.acts", {}, button(t("End"), () => attempt(() => endLinks([{...share, any: true}])).then(show),
-      {className: "danger", "aria-label": t("End the link {name}", {name: share.path || share.title})})));
+    h("div.what", {}, h("strong", {}, h("bdi", {}, share.path || share.title)),
+      isLink(share) ? [h("div.soft", {}, dotted(t("shared by {name}", {name: share.giver}), factsOf(share))),
+        h("div.soft", {}, newsOf(share))]
+        : h("div.soft", {}, personFacts(share))),
+    h("div.acts", {}, button(t("End"), () => attempt(() => endAny(share)).then(show),
+      {className: "danger", "aria-label": endWords(share)})));
   return [
-    section(t("What links may do"), formOf([
+    section(t("What may be shared"), formOf([
+      h("label.field", {}, h("span", {}, t("People may share with")), choice("People may share with", "sharing",
+        {all: "Everybody here", groups: "Members of their own groups", none: "Nobody"}, sharing)),
+      tick(t("What somebody shares for the first time waits for a yes"), {name: "first", checked: ask_first}),
       tick(t("Files may be shared by links"), {name: "links", checked: links}),
       tick(t("Every new link needs a password"), {name: "secret", checked: link_password}),
       field(t("Days that a link lives at most; empty is no limit"),
         {name: "days", type: "number", min: 1, max: 36500, required: false, value: link_days ?? ""})], t("Save"),
-      async ({links, secret, days}) => {
-        await api("PATCH", "settings", {links: Boolean(links), link_password: Boolean(secret), link_days: +days || -1});
+      async ({sharing, first, links, secret, days}) => {
+        await api("PATCH", "settings", {sharing, ask_first: Boolean(first), links: Boolean(links),
+          link_password: Boolean(secret), link_days: +days || -1});
         toast(t("Saved."));
         show();
       })),
-    section(t("Links of all accounts"),
+    section(t("All that is shared"),
       shares.length ? h("ul.steps", {}, shares.map(row)) : h("p.soft", {}, t("Nothing shared yet")))];
 }
+
+const endAny = share => isLink(share) ? endLinks([{...share, any: true}]) : endPerson({...share, any: true}, () => {});
 """
 
 PAGE_PARTS = {"sharing": PAGE_SHARING, "settings": PAGE_SETTINGS}

@@ -18223,6 +18223,109 @@ def test_browser_keeps_to_what_the_server_allows_of_links(page):
 
 # ---- visitors of links
 
+def give_to(other, page, path, role="view", **terms):
+    """Share something of a page's account with another one."""
+    return page.cloud.sharing.share(page.who, cs.split_path(path), "account", other.who.name, role=role, **terms).share
+
+
+def offered(page):
+    """What others share with the account of a page: {name: state}."""
+    return {offer.node.name: offer.state for offer in page.cloud.offers.list(page.who)}
+
+
+def test_browser_accepts_what_waits_for_a_yes(page, other):
+    before = page.cloud.policy()
+    page.cloud.set_policy(page.who, ask_first=True)
+    other.open("/")
+    other.sees("Nothing here yet")
+    other.listens()
+    page.put("trip/a.txt")
+    give_to(other, page, "trip")
+    page.cloud.set_policy(page.who, ask_first=before.ask_first)
+    other.put("own.txt")                         # it is looked for with whatever else comes, or within a minute
+    other.sees("%s wants to share “trip” with you." % page.who.name, "Shared (1)")
+    other.click("Show")
+    other.sees("Waits for your yes")
+    other.shot("shared-waiting")
+    other.click("Accept")
+    other.sees("stands among your files now")
+    other.misses("Shared (1)")
+    assert offered(other) == {"trip": "mounted"}
+
+
+def test_browser_administers_groups_and_what_may_be_shared(page, other):
+    group, before = "crew-" + page.who.name, page.cloud.policy()
+    page.cloud.accounts.update(page.who.name, page.who, admin=True)
+    page.put("trip/a.txt")
+    page.open("/settings/accounts")
+    page.click("New group")
+    page.fill("dialog input[name=name]", group)
+    page.click("dialog input[value='%s']" % other.who.name)
+    page.click("dialog .primary")
+    page.sees(group)
+    page.shot("groups")
+    page.open("/files/trip")
+    page.shows("a.txt")
+    page.press(".")
+    page.sees("Share “trip”")
+    page.fill("input[name=with]", group)
+    page.wait("return document.querySelector('.found .tag')?.textContent === 'Group'")
+    page.press("Down")
+    page.press("Enter")
+    page.click("dialog form .primary")
+    page.sees("“trip” is shared with %s." % group)
+    page.click("Close")
+    assert list(offered(other)) == ["trip"]
+    page.open("/settings/accounts")
+    page.click("Change " + group)
+    page.fill("dialog input[name=name]", group + "-2")
+    page.click("dialog input[value='%s']" % other.who.name)
+    page.click("dialog .primary")
+    page.sees(group + "-2", "Nobody")
+    assert offered(other) == {}
+    page.walk("/settings/links")
+    page.sees("All that is shared", "with the group %s-2" % group)
+    page.choose("select", "Nobody")
+    page.click("Save")
+    page.sees("Saved.")
+    assert page.cloud.policy().sharing == "none"
+    page.cloud.set_policy(page.who, sharing=before.sharing)
+    page.walk("/settings/accounts")
+    page.click("Remove the group %s-2?" % group)
+    page.sees("reaches its members no more")
+    page.click("dialog .danger")
+    page.misses(group)
+
+
+def test_browser_shares_by_keyboard_alone_on_a_phone(page, other):
+    page.put("trip/a.txt")
+    page.size(390, 844)
+    page.open("/")
+    page.shows("trip")
+    page.run("list.box.focus()")
+    page.press("Down")
+    page.press(".")
+    page.sees("Share “trip”")
+    page.wait("return document.activeElement.closest('dialog')")
+    page.run("document.querySelector('input[name=with]').focus()")
+    page.keys(other.who.name)
+    page.wait("return document.querySelectorAll('.found li').length === 1")
+    page.shot("share-phone")
+    page.press("Down")
+    assert page.run("return document.activeElement.getAttribute('aria-activedescendant')") == "found0"
+    page.press("Escape")                         # closes what was found, and no more
+    page.wait("return document.querySelector('.found').hidden && document.querySelector('dialog')")
+    page.press("Enter")
+    page.sees("“trip” is shared with %s." % other.who.name)
+    assert page.run("return document.querySelector('dialog').scrollWidth <= innerWidth")
+    assert offered(other) == {"trip": "mounted"}
+    page.wait("return document.querySelector('li select')")
+    page.run("document.querySelector('[aria-label=\"End it for ' + arguments[0] + '\"]').focus()", other.who.name)
+    page.press("Enter")
+    page.sees("is not shared with %s any more." % other.who.name)
+    assert offered(other) == {}
+
+
 def shared_link(page, path, role="view", **terms):
     """The address of a new link to what the story's account has."""
     return page.home + "/s/" + page.cloud.sharing.share(page.who, cs.split_path(path), role=role, **terms).share.token
