@@ -24726,7 +24726,7 @@ async function followPreview() {
 const showOffers = soon(async () => {
   const {shares} = await api("GET", "shares", {with: "me"}), known = offers;
   offers = new Map(shares.map(offer => [offer.id, offer]));
-  const waiting = shares.filter(offer => offer.state === "waiting").length, place = find("[data-view=shared]");
+  const waiting = shares.filter(offer => offer.state === "waiting").length, place = find("nav [data-view=shared]");
   if (place) place.textContent = t("Shared") + (waiting ? " (" + number.format(waiting) + ")" : "");
   if (!known) return;
   const came = shares.find(({id}) => !known.has(id)), went = [...known.values()].find(({id}) => !offers.has(id));

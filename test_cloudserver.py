@@ -18198,7 +18198,7 @@ def test_browser_keeps_to_what_the_server_allows_of_links(page):
     page.shot("links")
     page.click("Save")
     page.sees("Saved.")
-    assert page.cloud.policy()[3:] == (True, True, 10)
+    assert page.cloud.policy()[3:6] == (True, True, 10)
     page.click("End the link hers.txt")
     page.click("dialog .danger")
     page.misses("hers.txt")
