@@ -20363,7 +20363,7 @@ PAGE_GERMAN = r"""{
   "Make and copy": "Anlegen und kopieren",
   "Make one": "Eines machen",
   "May only read": "Darf nur lesen",
-  "May share it on": "Darf es weiter teilen",
+  "May share it on": "Darf es weiterteilen",
   "Members": "Mitglieder",
   "Members of their own groups": "Mitgliedern der eigenen Gruppen",
   "Modified": "Geändert",

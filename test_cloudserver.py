@@ -14985,7 +14985,7 @@ def test_what_sharing_says_to_people_is_there_in_both_languages():
             and room_of(node) == "Sharing" and len(node.args) > 1 and node.args[0].value in ("bad-request", "conflict", "forbidden")
             for part in ast.walk(node.args[1]) if isinstance(part, ast.Constant) and isinstance(part.value, str) and "%s" not in part.value and part.value[0].isalpha()}
     never = {"a file needs a name", "a share is for an account, a group or whoever has a link", "a share of a file is view or edit",
-             "this belongs to another kind of share"}           # the page asks for nothing of the kind
+             "this belongs to another kind of share", "what is shared with somebody can be read"}           # the page asks for nothing of the kind
     german = json.loads(cs.PAGE_GERMAN)
     assert len(said) > 5 and said - never <= set(german), sorted(said - never - set(german))
 
@@ -18335,6 +18335,155 @@ def entries(page, *names):
     """Wait until a visitor's list shows these."""
     page.wait("return JSON.stringify([...document.querySelectorAll('.entries .name')].map(one => one.textContent)) === arguments[0]",
               json.dumps(list(names), separators=(",", ":"), ensure_ascii=False))
+
+
+def test_browser_shares_with_somebody_who_sees_it_at_once(page, other):
+    """ann shares, bob sees it without reloading, edits; ann sees the version and whose it is; what she takes away is gone at once."""
+    page.put("trip/a.txt", "hello")
+    page.open("/")
+    other.open("/")
+    other.sees("Nothing here yet")
+    other.listens()
+    page.shows("trip")
+    page.run("list.box.focus(); pick(0)")
+    page.press(".")
+    page.sees("Share “trip”")
+    page.fill("input[name=with]", "nobody-at-all")
+    page.click("dialog form .primary")
+    page.sees("There is nobody of that name to share this with.")
+    page.fill("input[name=with]", other.who.name[:-1])
+    page.wait("return [...document.querySelectorAll('.found li')].some(one => one.textContent === arguments[0])", other.who.name)
+    page.fill("input[name=with]", other.who.name)
+    page.wait("return document.querySelectorAll('.found li').length === 1")
+    page.press("Down")
+    page.press("Enter")
+    page.choose("form select", "Can edit")
+    page.click("dialog form .primary")
+    page.sees("“trip” is shared with %s." % other.who.name)
+    other.sees("%s shares “trip” with you." % page.who.name)
+    other.click("Show")
+    other.shows("a.txt")
+    assert other.path() == "/files/trip" and page.who.name in other.run("return document.querySelector('.crumbs').innerText")
+    other.click("a.txt")
+    other.sees("hello")
+    other.click("Edit")
+    other.wait("return preview.edit")
+    other.fill("dialog textarea", "from the other one")
+    other.click("Save")
+    other.sees("Saved.")
+    other.press("Escape")
+    other.shows("a.txt")
+    other.sees("18 B")
+    page.sees("%s saved “a.txt”" % other.who.name)                      # in the dialog, which is still open
+    page.shot("share-people")
+    page.choose("li select", "Can view")
+    other.wait("return !view.rights.includes('update') && document.querySelector('.new').hidden")
+    other.shot("mount-view")
+    page.click("End")
+    page.sees("“trip” is not shared with %s any more." % other.who.name)
+    other.sees("%s does not share “trip” with you any more." % page.who.name)
+    other.misses("Look in the trash")
+    other.shot("mount-ended")
+    page.click("Undo")
+    page.wait("return document.querySelector('li select')?.value === 'view'")
+    assert offered(other) == {"trip": "mounted"}
+    page.click("Close")
+    page.walk("/versions/trip/a.txt")
+    page.sees(other.who.name, "2 versions")
+    other.walk("/files")
+    other.shows("trip")
+
+
+def test_browser_offers_nothing_that_is_not_allowed(page, other):
+    """What somebody may only look at has no button, no key, no menu and no place to drop or paste for what would fail."""
+    page.put("look/a.txt", "hello")
+    give_to(other, page, "look")
+    other.put("own.txt")
+    other.open("/")
+    other.shows("look", "own.txt")
+    names = "return actionsFor(arguments[0], arguments[0] === 'items' ? selection() : []).map(action => action.name)"
+    other.run("pick(0)")
+    mount = set(other.run(names, "items"))
+    assert mount >= {"unmount", "rename", "download", "copy"} and not mount & {"delete", "move", "cut", "share", "copy-link", "request", "past-of"}
+    other.run("clearSelection()")
+    other.click("look")
+    other.shows("a.txt")
+    assert other.run("return document.querySelector('.new').hidden")
+    assert set(other.run(names, "place")) == {"select-all", "download-all"}
+    other.run("pick(0)")
+    assert set(other.run(names, "items")) == {"open", "download", "copy", "copy-clip", "address", "curl", "star"}
+    for keys in (["F2"], ["Delete"], ["m"], ["u"], ["."], ["e"], ["Control", "x"], ["Shift", "n"]):
+        other.press(*keys)
+    assert not other.run("return document.querySelector('dialog, .rename') || clip.ids.size || undoable.length")
+    drop = """const event = new DragEvent('dragover', {bubbles: true, cancelable: true, dataTransfer: new DataTransfer()});
+        event.dataTransfer.items.add(new File(['x'], 'x.txt')); document.querySelector('.rows').dispatchEvent(event);
+        return document.body.classList.contains('dropping')"""
+    assert not other.run(drop)
+    other.run("const event = new ClipboardEvent('paste', {bubbles: true, clipboardData: new DataTransfer()});"
+              "event.clipboardData.items.add(new File(['x'], 'x.txt')); document.body.dispatchEvent(event)")
+    other.click("a.txt")
+    other.sees("hello")
+    assert other.run("return [...document.querySelectorAll('.preview .title button')].filter(one => !one.hidden).map(one => one.innerText)") == [
+        "Copy address", "Download", "Close"]
+    other.press("e")
+    assert not other.run("return preview.edit || queue.items.length")
+    other.press("Escape")
+    other.wait("return !preview.box")
+    assert page.tree() == {"look", "look/a.txt"}
+
+
+def test_browser_declines_and_accepts(page, other):
+    """Taking what somebody shared out of one's files deletes nothing, and can be taken back."""
+    page.put("trip/a.txt")
+    give_to(other, page, "trip", "edit", note="Have a look")
+    other.put("own.txt")
+    other.open("/")
+    other.shows("trip", "own.txt")
+    other.run("list.box.focus(); pick(0)")
+    other.press("Delete")
+    other.sees("“trip” removed from your files; nothing was deleted")
+    other.shows("own.txt")
+    assert offered(other) == {"trip": "declined"} and page.tree() == {"trip", "trip/a.txt"}
+    other.click("Shared")
+    other.sees("Have a look", "Not among your files")
+    other.click("Add to my files")
+    other.sees("stands among your files now")
+    other.sees("Remove from my files")
+    other.shot("shared-with-me")
+    assert offered(other) == {"trip": "mounted"}
+    other.click("Remove from my files")
+    other.sees("Nothing was deleted.")
+    other.click("Undo")
+    other.wait("return document.querySelector('.content').innerText.includes('Remove from my files')")
+    assert offered(other) == {"trip": "mounted"} and page.tree() == {"trip", "trip/a.txt"}
+
+
+def test_browser_shares_on(page, other):
+    """bob gives on what ann lets him give on, not more than he has; ann sees that, and ends all by ending his."""
+    third = account(page.cloud, page.who.name.replace("ann", "carol"))
+    page.put("trip/a.txt")
+    give_to(other, page, "trip", "add", reshare=True)
+    other.open("/files/trip")
+    other.shows("a.txt")
+    other.press(".")
+    other.sees("Share “trip”", page.who.name, "Owner")
+    other.fill("input[name=with]", third.name)
+    other.choose("form select", "Can edit")
+    other.click("dialog form .primary")
+    other.sees("nobody can give more than they have")
+    other.choose("form select", "Can view")
+    other.click("dialog form .primary")
+    other.sees("“trip” is shared with %s." % third.name)
+    assert [offer.state for offer in page.cloud.offers.list(third)] == ["mounted"]
+    page.open("/files/trip")
+    page.shows("a.txt")
+    page.press(".")
+    page.sees(third.name, "shared by " + other.who.name)
+    page.shot("share-on")
+    page.click("End it for " + other.who.name)
+    page.sees("“trip” is not shared with %s any more." % other.who.name)
+    other.sees("%s does not share “trip” with you any more." % page.who.name)
+    assert not page.cloud.offers.list(third)
 
 
 def test_browser_visits_a_folder_by_a_link(page):
