@@ -8149,7 +8149,7 @@ class Sharing:
             return rows, KiB + 200 * len(rows), ()           # who changes a share, or a name, touches everything
 
         now, found = self.clock.due(), {}
-        for node, due, *whom in self.db.recent.get(("given", home), look):
+        for node, due, *whom in self.db.recent.get(("gives", home), look):
             if due is None or due > now:
                 found.setdefault(node, []).append(tuple(whom))
         return found

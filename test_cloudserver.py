@@ -6612,6 +6612,7 @@ def test_nextclouds_clients_are_told_whose_what_is_shared_is_and_what_they_may(c
     reader = "Bearer " + cloud.devices.add_token(bob, "phone", readonly=True)[1]
     assert shared_properties(call, "/", "bob", Authorization=reader)["d"]["permissions"] == "SG"
     of_ann = shared_properties(call, "/", "ann")
+    assert not isinstance(outcome(move, cloud, ann, "d/in", "d/out"), str) and not isinstance(outcome(move, cloud, ann, "d/out", "d/in"), str)     # what is kept of shares has one meaning
     assert (of_ann["d"]["share-types"], of_ann["d"]["sharees"], of_ann["d"]["permissions"], of_ann["d"]["is-mount-root"]) == ("0", "bobbob0", "RGDNVCK", "false")
     listed = call("GET", "/api/v1/files/?collections_first=true", user="bob").json()
     rights = sorted(cs.PEOPLE_ROLES[role] | ({"share"} if reshare else set()))
@@ -19419,9 +19420,19 @@ def url_of(served, path="/dav/", user=None):
     return "http://%s127.0.0.1:%d%s" % (user + "@" if user else "", served.address[1], path)
 
 
-def test_litmus_passes_every_test(serve, tmp_path):
+def serve_mount(serve):
+    """A served cloud on which ann shares d, to be edited, with bob."""
     served = serve()
-    shown = client(program("litmus"), "-k", url_of(served), "ann", PASSWORD, cwd=tmp_path, timeout=300)
+    assert run("user", "add", "bob", "--password-stdin", "--data", served.data, input=PASSWORD).returncode == 0
+    assert served.call("MKCOL", "/dav/d").status == 201 and ocs_of(served.call)("POST", path="/d", shareType="0", shareWith="bob")["permissions"] == 15
+    return served
+
+
+@pytest.mark.parametrize("user, path", [("ann", "/dav/"), ("bob", "/dav/d/")])
+def test_litmus_passes_every_test(serve, tmp_path, user, path):
+    """At the root of an account, and in what somebody else shared."""
+    served = serve_mount(serve)
+    shown = client(program("litmus"), "-k", url_of(served, path), user, PASSWORD, cwd=tmp_path, timeout=300)
     summaries = re.findall(r"summary for `(\w+)': of (\d+) tests run: (\d+) passed, (\d+) failed", shown)
     assert [name for name, *_ in summaries] == ["basic", "copymove", "props", "locks", "http"]
     assert all(run_ == passed and failed == "0" for _, run_, passed, failed in summaries) and "SKIPPED" not in shown, shown[-3000:]
@@ -19500,6 +19511,23 @@ def test_rclone_copies_checks_and_syncs(serve, tmp_path, rng, vendor, files):
     assert served.stop() == 0 and run("verify", "--data", served.data).returncode == 0
 
 
+@pytest.mark.parametrize("vendor", ["other", "owncloud", "nextcloud"])
+def test_rclone_works_in_what_somebody_else_shared(serve, tmp_path, rng, vendor):
+    served, source, rclone = serve_mount(serve), make_tree(tmp_path / "source", rng, 12), program("rclone")
+    door = {"other": "/dav/", "owncloud": "/remote.php/webdav/", "nextcloud": "/remote.php/dav/files/bob/"}[vendor]
+    environment = {**rclone_environment(served, tmp_path, vendor), "RCLONE_CONFIG_X_USER": "bob", "RCLONE_CONFIG_X_URL": url_of(served, door)}
+    run_ = partial(client, rclone, "--retries", "1", "-q", env=environment, timeout=300)
+    run_("copy", source, "x:d/tree"), run_("check", source, "x:d/tree", "--download")
+    next(path for path in sorted(source.rglob("*")) if path.is_file()).unlink()
+    (source / "new.txt").write_text("new")
+    run_("sync", source, "x:d/tree"), run_("copy", "x:d/tree", "x:own"), run_("move", "x:d/tree", "x:d/moved"), run_("sync", "x:d/moved", tmp_path / "back")
+    same_trees(source, tmp_path / "back")
+    files = {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    for user, path in (("ann", "d/moved"), ("bob", "own")):
+        assert {name[len(path) + 1:]: data for name, data in server_tree(served, user, path).items() if data is not None} == files
+    assert served.stop() == 0 and run("verify", "--data", served.data).returncode == 0
+
+
 def test_cadaver_session(serve, tmp_path):
     served = serve()
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login ann password %s\n" % PASSWORD.replace(" ", "\\ "))
@@ -19517,17 +19545,19 @@ def test_cadaver_session(serve, tmp_path):
 
 
 @needs_fork
-def test_davfs2_mounts_and_edits(serve, tmp_path):
+@pytest.mark.parametrize("user, top", [("ann", ""), ("bob", "d/")])
+def test_davfs2_mounts_and_edits(serve, tmp_path, user, top):
+    """The root of an account, and what somebody else shared."""
     mount = program("mount.davfs")
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         pytest.skip("mounting needs root and FUSE")
-    served, place = serve(), tmp_path / "mounted"
+    served, place = serve_mount(serve), tmp_path / "mounted"
     place.mkdir()
     config = tmp_path / "davfs2.conf"
     config.write_text("ask_auth 0\nuse_locks 1\ndelay_upload 0\nsecrets %s\n" % (tmp_path / "secrets"))
-    (tmp_path / "secrets").write_text('%s ann "%s"\n' % (place, PASSWORD))
+    (tmp_path / "secrets").write_text('%s %s "%s"\n' % (place, user, PASSWORD))
     (tmp_path / "secrets").chmod(0o600)
-    client(mount, url_of(served), place, "-o", "conf=%s" % config, timeout=60)
+    client(mount, url_of(served, "/dav/" + top), place, "-o", "conf=%s" % config, timeout=60)
     try:
         data = os.urandom(200_000)
         (place / "dir").mkdir()
@@ -19542,8 +19572,8 @@ def test_davfs2_mounts_and_edits(serve, tmp_path):
         assert not (place / "dir" / "a.bin").exists()    # no listing: davfs2 1.6 and kernels of 2025 disagree on that call
     finally:
         client("umount", place, timeout=120)
-    assert served.call("GET", "/dav/moved%20%C3%A4.bin").body == data and served.call("GET", "/dav/dir/b.txt").body == b"one\ntwo\n"
-    assert served.call("GET", "/dav/gone").status == 404
+    assert served.call("GET", "/dav/%smoved%%20%%C3%%A4.bin" % top).body == data and served.call("GET", "/dav/%sdir/b.txt" % top).body == b"one\ntwo\n"
+    assert served.call("GET", "/dav/%sgone" % top).status == 404
 
 
 def test_a_tus_client_uploads_and_resumes(serve, tmp_path):
@@ -20006,6 +20036,52 @@ def test_dvc_pushes_and_pulls(serve, tmp_path):
     run_("pull")
     assert (work / "data.bin").read_bytes() == data and [(work / "dir" / ("f%d" % n)).read_text() for n in range(3)] == ["0", "1", "2"]
     assert "in sync" in run_("status", "-c")
+
+
+@slow
+def test_nextclouds_library_for_python_shares(serve):
+    """All that it knows of shares, as who gives them and as whom they reach."""
+    library("nc_py_api")
+    script("""
+import sys
+from datetime import datetime
+from nc_py_api import Nextcloud, NextcloudException
+from nc_py_api.files import FilePermissions as May, ShareType as To
+ann, bob = (Nextcloud(nextcloud_url=sys.argv[1], nc_auth_user=name, nc_auth_pass=sys.argv[2]).files for name in ("ann", "bob"))
+sharing, his = ann.sharing, bob.sharing
+assert sharing.available
+ann.upload("d/f", "text")
+share, = sharing.get_list()
+assert (share.share_type, share.share_with, share.path, share.share_owner, share.file_owner, share.file_source_id) == (
+    To.TYPE_USER, "bob", "d", "ann", "ann", ann.by_path("d").info.fileid) and share.permissions == 15 and share.can_edit
+assert [one.share_id for one in his.get_list(shared_with_me=True)] == [share.share_id] == [one.share_id for one in sharing.get_inherited("d/f")]
+mount = bob.by_path("d")
+assert mount.is_shared and mount.is_creatable and mount.is_deletable and not mount.is_shareable and not mount.is_mounted and mount.info.permissions == "SGDNVCK"
+bob.upload("d/g", "of bob")
+assert ann.download("d/g") == b"of bob"
+changed = sharing.update(share, permissions=May.PERMISSION_READ, note="look", label="name", expire_date=datetime(2035, 12, 31))
+assert (changed.permissions, changed.note, changed.label, changed.expire_date) == (May.PERMISSION_READ, "look", "name", datetime(2035, 12, 31))
+try:
+    bob.upload("d/h", "no")
+    raise SystemExit("it may only read")
+except NextcloudException as error:
+    assert error.status_code == 403
+his.delete(share)
+assert [one.share_id for one in his.get_deleted()] == [share.share_id] and his.get_list(shared_with_me=True) == [] == his.get_pending()
+his.undelete(share)
+his.decline_share(share), his.accept_share(share)
+assert his.get_by_id(share.share_id).path == "d" and bob.download("d/f") == b"text"
+link = sharing.create("d", To.TYPE_LINK, password="correct horse", label="mine")
+assert link.url.endswith(link.token) and link.label == "mine" and len(sharing.get_list(path="d")) == 2
+for whom in ("nobody", "ann"):
+    try:
+        sharing.create("d", To.TYPE_USER, May.PERMISSION_READ, whom)
+        raise SystemExit("there is nobody of that name")
+    except NextcloudException as error:
+        assert error.status_code == 404
+sharing.delete(share), sharing.delete(link)
+assert sharing.get_list() == [] == his.get_list(shared_with_me=True)
+""", url_of(serve_mount(serve), ""), PASSWORD)
 
 
 @slow
