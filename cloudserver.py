@@ -2581,6 +2581,7 @@ CREATE INDEX share_giver ON share (giver) WHERE ended IS NULL;
 CREATE INDEX share_parent ON share (parent) WHERE ended IS NULL;
 DROP INDEX share_node;
 CREATE INDEX share_node ON share (node, seq);
+ALTER TABLE mount ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;         -- no collection that is seen by it counts as older, whatever its shares say
 ALTER TABLE mount ADD COLUMN until INTEGER;                          -- seq of its end; it stays as long as its entry, for the feed asks what it showed
 DROP INDEX mount_home;
 CREATE UNIQUE INDEX mount_home ON mount (home, target) WHERE until IS NULL;
@@ -4689,7 +4690,10 @@ class Moment:
         grant = self._told.get(id)
         if grant is None:
             return None
-        return (grant.owner, grant.rights & rights) if id == grant.node.node else ("", grant.rights_at(self.line(id)) & rights)
+        if id == grant.node.node:
+            return grant.owner, grant.rights & rights
+        here, above = (grant.rights_at(list(self.line(one))) & rights for one in (id, self._parent(id)))
+        return ("", here) if here != above else None
 
     def chain(self, id: int) -> list[int]:
         """A node that is below the top, and what holds it, up to there."""
@@ -4756,11 +4760,11 @@ class Grant(NamedTuple):
     seq: int                     # of the shares
     accesses: list[Access]       # by the shares of the target, and by those of what lies in it
 
-    def accesses_at(self, ids: Iterable[int]) -> list[Access]:
+    def accesses_at(self, ids: Collection[int]) -> list[Access]:
         """Those to a node, by the ids of what holds it, and its own."""
         return [access for access in self.accesses if access.node in ids]
 
-    def rights_at(self, ids: Iterable[int]) -> frozenset[str]:
+    def rights_at(self, ids: Collection[int]) -> frozenset[str]:
         return frozenset().union(*(access.rights for access in self.accesses_at(ids)))
 
     @property
@@ -4795,13 +4799,13 @@ CHAIN = (  # share :share and all above it, if they stand at due time :now: a ro
     + " UNION ALL SELECT s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND "
     + REACHES.replace(":home", "g.giver") + ") SELECT parent, rights, node FROM given")
 MOUNTED = (  # the targets of all mounts in home :home, what holds each, upwards, and the shares that stand at due time :now, each with its chain
-    "WITH RECURSIVE up (mount, name, id, above, level) AS (SELECT m.node, x.name, e.node, e.parent, 0 FROM mount m JOIN entry x ON x.node = m.node "
+    "WITH RECURSIVE up (mount, name, seq, id, above, level) AS (SELECT m.node, x.name, m.seq, e.node, e.parent, 0 FROM mount m JOIN entry x ON x.node = m.node "
     "AND x.until IS NULL JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = :home AND m.until IS NULL UNION ALL "
-    "SELECT up.mount, up.name, e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL), "
+    "SELECT up.mount, up.name, up.seq, e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL), "
     "given (share, node, parent, rights, giver, top) AS (SELECT s.id, s.node, s.parent, s.rights, s.giver, s.node FROM mount m JOIN share s "
     "ON s.node = m.target AND " + STANDING + " AND " + REACHES + " WHERE m.home = :home AND m.until IS NULL AND " + SWITCHED_ON + " UNION ALL "
     "SELECT g.share, g.node, s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND "
-    + REACHES.replace(":home", "g.giver") + ") SELECT up.mount, up.name, CASE up.level WHEN 0 THEN (SELECT name FROM account WHERE id = e.home) END, "
+    + REACHES.replace(":home", "g.giver") + ") SELECT up.mount, up.name, CASE up.level WHEN 0 THEN (SELECT name FROM account WHERE id = e.home) END, up.seq, "
     "CASE up.level WHEN 0 THEN (SELECT max(seq) FROM share WHERE node = up.id) END, g.share, g.parent, g.rights, g.top, " + NODE + " FROM up "
     "CROSS JOIN entry e LEFT JOIN collection c ON c.node = e.node LEFT JOIN given g ON up.level = 0 AND g.node = up.id WHERE e.node = up.id "
     "AND e.until IS NULL ORDER BY up.mount, up.level")
@@ -4817,6 +4821,12 @@ NEWEST_SHARED = (  # the newest seq of what the mounts of home a.id show, or sho
 HELD_BY = (  # the shares of a home for people and groups, each with what holds its node, upwards
     "WITH RECURSIVE up (share, id) AS (SELECT id, node FROM share WHERE home = :home AND kind <> 'link' AND ended IS NULL UNION ALL "
     "SELECT up.share, e.parent FROM up JOIN entry e ON e.node = up.id AND e.until IS NULL WHERE e.parent IS NOT NULL) SELECT share, id FROM up")
+RAISE_NESTED = (  # the mounts of home :home that show something that lies in what mount :node showed, or holds it: their rights depended on each other
+    "UPDATE mount SET seq = (SELECT max(seq) FROM journal) WHERE home = :home AND until IS NULL AND node IN (WITH RECURSIVE up (mount, id) AS ("
+    "SELECT node, target FROM mount WHERE home = :home AND until IS NULL UNION ALL SELECT node, target FROM mount WHERE node = :node UNION ALL "
+    "SELECT up.mount, e.parent FROM up JOIN entry e ON e.node = up.id AND e.until IS NULL WHERE e.parent IS NOT NULL) "
+    "SELECT up.mount FROM up JOIN mount n ON n.target = up.id WHERE n.node = :node UNION ALL "
+    "SELECT m.node FROM up JOIN mount m ON m.target = up.id AND m.home = :home AND m.until IS NULL WHERE up.mount = :node)")
 RAISE_SHARE = "UPDATE share SET seq = (SELECT max(seq) FROM journal) WHERE id = ?"
 
 
@@ -4834,13 +4844,16 @@ class Mounts:
         lines: dict[int, list[tuple[Any, ...]]] = {}
         for mount, *row in read(MOUNTED, {"home": home, "now": self.clock.due()}):
             lines.setdefault(mount, []).append(tuple(row))
-        found = []
+        found, own, floors = [], {}, {}
         for mount, rows in lines.items():
-            nodes, (name, owner, seq, *_) = list(dict.fromkeys(Node._make(row[7:]) for row in rows)), rows[0]
-            grant = Grant(mount, name, owner, nodes[0], tuple(node.node for node in reversed(nodes[1:])), seq, accesses_of(rows, nodes))
+            nodes, (name, owner, came, seq, *_) = list(dict.fromkeys(Node._make(row[8:]) for row in rows)), rows[0]
+            own[nodes[0].node] = max(came, seq or 0)
+            for node in nodes:                           # where a mount lies in another, the rights of the two depend on each other, or did
+                floors[node.node] = max(floors.get(node.node, 0), own[nodes[0].node])
+            grant = Grant(mount, name, owner, nodes[0], tuple(node.node for node in reversed(nodes[1:])), 0, accesses_of(rows, nodes))
             if READ in grant.rights and nodes[-1].parent is None and nodes[0].home != home:
                 found.append(grant)
-        return found
+        return [grant._replace(seq=max([floors[grant.node.node], *(own.get(id, 0) for id in grant.above)])) for grant in found]
 
     def _stood(self, moment: Moment, home: int) -> list[Grant]:
         """All that stood as of a moment, whoever may see it by now; nothing is said of rights."""
@@ -4902,7 +4915,7 @@ class Mounts:
 def accesses_of(rows: Iterable[tuple[Any, ...]], nodes: list[Node]) -> list[Access]:
     """What each share of a node gives, by rows of MOUNTED; `nodes` are it and what holds it."""
     chains: dict[int, list[tuple[Any, ...]]] = {}
-    for _, _, _, share, *chain in rows:
+    for _, _, _, _, share, *chain in rows:
         if share is not None:
             chains.setdefault(share, []).append(tuple(chain[:3]))
     found = (access_by(share, nodes[0].node, chain, [node.node for node in nodes]) for share, chain in chains.items())
@@ -6201,7 +6214,7 @@ def begin_mount(plan: Plan, target: Node, giver: str, name: str = "") -> Node:
         if plan.now.child(root, found) is None:
             break
     node = plan.now.new_node(place.view.home, root, found, MOUNT)
-    plan.rows.append(Statement("INSERT INTO mount (node, home, target) VALUES (?, ?, ?)", (node.node, place.view.home, target.node)))
+    plan.rows.append(Statement("INSERT INTO mount (node, home, target, seq) SELECT ?, ?, ?, max(seq) FROM journal", (node.node, place.view.home, target.node)))
     return plan.step(Change(None, node, (), (*place.chain, root))).after
 
 
@@ -6228,7 +6241,8 @@ def decline_mount(plan: Plan, mount: Node) -> Node:
 
 def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
     """Let a root show no more what a mount in it shows; nothing is deleted."""
-    plan.rows.append(Statement("UPDATE mount SET until = (SELECT max(seq) FROM journal) WHERE node = ?", (mount.node,)))
+    plan.rows += [Statement("UPDATE mount SET until = (SELECT max(seq) FROM journal) WHERE node = ?", (mount.node,)),
+                  Statement(RAISE_NESTED, {"home": mount.home, "node": mount.node})]
     return plan.step(Change(mount._replace(files=0), None, plan.now.top(), (), fate)).before
 
 
@@ -7340,8 +7354,11 @@ class Feed:
             homes = [top.home, *now.homes()]
             if now.grants:
                 self._check_reach(since, max(fed for fed, in read("SELECT fed FROM account WHERE id IN (" + marks(homes) + ")", homes)))
-            reached = min([head, *(self._cut(read, home, since, limit) or head for home in homes)])
-            return reached, self._changed(place, Span(then, now), reached, alive)
+            came = [id for id, grant in now.grants.items() if grant.seq > since or id not in then.grants]
+            reached = head                               # what went while a mount was out of sight is known only of the whole span
+            if not came and then.grants.keys() <= now.grants.keys():
+                reached = min([head, *(self._cut(read, home, since, limit) or head for home in homes)])
+            return reached, self._changed(place, Span(then, now), reached, came, alive)
 
     def _check_reach(self, since: int, fed: int) -> None:
         if since < max(fed, self.journal.oldest()):
@@ -7352,16 +7369,15 @@ class Feed:
         return min((seq for column in ("since", "until") for seq, in read(
             "SELECT %s FROM entry WHERE home = ? AND %s > ? ORDER BY %s LIMIT 1 OFFSET ?" % ((column,) * 3), (home, since, limit))), default=None)
 
-    def _changed(self, place: Place, span: Span, reached: int, alive: Callable[[], None]) -> list[Changed]:
+    def _changed(self, place: Place, span: Span, reached: int, came: list[int], alive: Callable[[], None]) -> list[Changed]:
         then, now, top = span.then, span.now, place.found()
         ids = dict.fromkeys(span.with_what_came_along([id for home in (top.home, *now.homes()) for id in span.touched(home, reached)], alive))
         went, whole = set(then.grants).difference(now.grants), set()
-        for id, grant in now.grants.items():
-            if grant.seq > then.seq or id not in then.grants:
-                below = [node.node for _, node in watched(itertools.islice(now.walk(id), WHOLE_MOST + 1), alive)] if grant.node.kind else []
-                if len(below) > WHOLE_MOST:
-                    whole.add(id)
-                ids.update(dict.fromkeys([id, *(below if id not in whole else ())]))
+        for id in came:
+            below = [node.node for _, node in watched(itertools.islice(now.walk(id), WHOLE_MOST + 1), alive)] if now.grants[id].node.kind else []
+            if len(below) > WHOLE_MOST:
+                whole.add(id)
+            ids.update(dict.fromkeys([id, *(below if id not in whole else ())]))
         ids.update(dict.fromkeys([*went, *(id for id, grant in now.grants.items() if id in then.grants and grant.name != then.grants[id].name)]))
         names, found = {now.grants[id].name for id in whole}, []
         for id in watched(span.with_what_was_left(ids, alive), alive):

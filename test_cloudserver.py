@@ -3722,7 +3722,7 @@ class Mirror:
 
     def copy(self):
         other = Mirror.__new__(Mirror)
-        other.__dict__.update(self.__dict__, places=dict(self.places), about=dict(self.about))
+        vars(other).update(vars(self), places=dict(self.places), about=dict(self.about))
         return other
 
     def at(self, path):
@@ -3736,10 +3736,10 @@ class Mirror:
         self.places[id] = self.at(path[:-1]), path[-1]
         self.about[id] = node.kind, node.manifest, node.mtime, access
 
-    def follow(self, limit=10_000):
+    def follow(self):
         """Ask what changed until there is no more."""
         while True:
-            reached, lines = self.cloud.feed.changes(self.who, (), self.seq, limit)
+            reached, lines = self.cloud.feed.changes(self.who, (), self.seq)
             assert reached > self.seq or not lines
             for line in lines:
                 self.places.pop(line.id, None)
@@ -3752,17 +3752,20 @@ class Mirror:
                         self.places.pop(below.node.node, None)
                         self.take(below.node.node, below.path, below.node, below.shared)
             self.seq = reached
+            for id in [id for id in self.about if self.path(id) is None]:           # with what went goes what it held
+                self.places.pop(id, None), self.about.pop(id)
             if reached >= self.cloud.journal.head() or not lines:
                 return self.tree()
 
+    def path(self, id):
+        if id is None:
+            return ()
+        above = self.path(self.places[id][0]) if id in self.places else None
+        return None if above is None else above + (self.places[id][1],)
+
     def tree(self):
-        """{path: (node, what it is)} of what hangs below the root."""
-        def path(id):
-            if id is None:
-                return ()
-            above = path(self.places[id][0]) if id in self.places else None
-            return None if above is None else above + (self.places[id][1],)
-        return {"/".join(path(id)): (id, about) for id, about in self.about.items() if path(id)}
+        """{path: (node, what it is)}"""
+        return {"/".join(self.path(id)): (id, about) for id, about in self.about.items()}
 
 
 def listed_whole(cloud, who):
@@ -3808,6 +3811,134 @@ def test_the_feed_tells_of_mounts_that_come_change_and_go(cloud, ann, bob):
     assert [(line.id, line.path, line.was, line.gone) for line in cloud.feed.changes(bob, (), mirror.seq)[1]] == [
         (cloud.files.stat(ann, ("x", "d")).node, None, ("other",), "unshared")]
     assert list(mirror.follow()) == ["mine"] and list(old.follow()) == ["mine"]
+
+
+class Overlapping:
+    """Two who share, nested and overlapping, with bob and a group of his, and do what they like; at random."""
+
+    def __init__(self, cloud, rng, fake):
+        self.cloud, self.rng, self.fake, self.bob, self.given = cloud, rng, fake, account(cloud, "bob"), []
+        self.owners = [account(cloud, "ann%d" % n) for n in range(2)]
+        cloud.groups.add("crew"), cloud.groups.join("crew", "bob")
+        for owner in self.owners:
+            for path in ("a/b/c/f", "a/b/g", "d/e/h", "x/y/z"):
+                put(cloud, owner, path, path.encode(), parents=True)
+
+    def paths(self, who):
+        return ["/".join(path) for path, _ in self.cloud.files.walk(who, ())] or ["none"]
+
+    def collections(self, who):
+        return [""] + ["/".join(path) for path, node in self.cloud.files.walk(who, ()) if node.kind]
+
+    def step(self):
+        names = [name for name in dir(self) if name.startswith("do_")]
+        name, who = self.rng.choice(names), self.rng.choice(self.owners)
+        with contextlib.suppress(cs.CloudError, IndexError):            # there may be nothing to choose from
+            getattr(self, name)(who)
+        self.did = name
+        self.cloud.offers.expire()
+        if self.rng.random() < 0.7:                          # else mounts come and go later
+            while self.cloud.offers.follow():
+                pass
+
+    def some(self, who):
+        return self.rng.choice(self.paths(who))
+
+    def place(self, who):
+        return (self.rng.choice(self.collections(who)) + "/n%d" % self.rng.randrange(6)).strip("/")
+
+    def do_put(self, who):
+        put(self.cloud, self.rng.choice([who, self.bob]), self.place(who), str(self.rng.random()).encode())
+
+    def do_put_through(self, who):
+        put(self.cloud, self.bob, self.place(self.bob), str(self.rng.random()).encode())
+
+    def do_move(self, who):
+        move(self.cloud, who, self.some(who), self.place(who))
+
+    do_move_more = do_move
+
+    def do_bob_moves(self, who):
+        move(self.cloud, self.bob, self.some(self.bob), self.place(self.bob))
+
+    def do_bob_renames(self, who):
+        move(self.cloud, self.bob, self.rng.choice(list(listed(self.cloud, self.bob))), "m%d" % self.rng.randrange(9))
+
+    def do_delete(self, who):
+        self.cloud.files.delete(who, cs.split_path(self.some(who)))
+
+    def do_restore(self, who):
+        self.cloud.trash.restore(who, self.rng.choice(self.cloud.trash.list(who)).node.node)
+
+    def do_undo(self, who):
+        self.cloud.history.undo(who, self.cloud.journal.activity(who, limit=3)[-1].seq)
+
+    def do_rewind(self, who):
+        self.cloud.history.rewind(who, (), self.cloud.journal.head() - self.rng.randrange(1, 9))
+
+    def do_share(self, who):
+        kind, to = self.rng.choice([("account", "bob"), ("group", "crew")])
+        expires = self.rng.choice([None, self.cloud.clock.wall() + 2 * cs.HOUR])
+        self.given.append((who, self.cloud.sharing.share(who, cs.split_path(self.rng.choice(self.paths(who))), kind, to, role=self.rng.choice(
+            ["view", "edit"]), expires=expires).share.id))
+
+    do_share_more = do_share_again = do_share
+
+    def do_end(self, who):
+        self.cloud.sharing.end(*self.given.pop(self.rng.randrange(len(self.given) or 1)))
+
+    def do_role(self, who):
+        owner, id = self.rng.choice(self.given)
+        self.cloud.sharing.change(owner, id, role=self.rng.choice(["view", "edit"]))
+
+    def do_due(self, who):
+        self.fake.pass_(self.rng.choice([cs.MINUTE, 2 * cs.HOUR]))
+
+    def do_decline(self, who):
+        self.cloud.files.delete(self.bob, (self.rng.choice(list(listed(self.cloud, self.bob))),))
+
+    def do_accept(self, who):
+        offer = self.rng.choice([offer for offer in self.cloud.offers.list(self.bob) if offer.state == "declined"])
+        self.cloud.offers.accept(self.bob, offer.share.id)
+
+    def do_group(self, who):
+        self.rng.choice([self.cloud.groups.join, self.cloud.groups.leave])("crew", "bob")
+
+
+def states_of(cloud, who):
+    """{etag: what it stands for} of all collections that somebody sees: what each holds, and the rights to all that."""
+    below, found, rights = {}, {}, {(): None}
+    lines = [((), cloud.files.stat(who, ()), None), *((line.path, line.node, line.shared) for line in cloud.sync.manifest(who, ())[2])]
+    for path, node, shared in lines:
+        rights[path] = shared[1] if shared else rights[path[:-1]]
+        if path:
+            below.setdefault(path[:-1], []).append((node.node, path[-1], node.kind, "" if node.kind else node.manifest, rights[path]))
+
+    def state(path):
+        return rights[path], tuple((row, row[2] and state(path + (row[1],))) for row in sorted(below.get(path, ()), key=lambda row: row[1]))
+    return {node.etag: state(path) for path, node, _ in lines if node.kind}
+
+
+@pytest.mark.parametrize("rounds", [60, pytest.param(1500, marks=pytest.mark.slow)])
+def test_whatever_sharers_do_etags_name_one_state_and_every_feed_leads_to_the_tree(make_cloud, fake, rng, rounds):
+    """Laws 5 and 6: a client that has only applied what the feed told, from whichever of its cursors, has what the manifest gives;
+    no etag of a collection ever named two states, and the newest seq never falls."""
+    cloud = make_cloud(clock=fake.clock())
+    game, etags, seqs, mirrors = Overlapping(cloud, rng, fake), {}, [], []
+    bob = game.bob
+    for round in range(rounds):
+        game.step()
+        seqs.append(cloud.files.stat(bob, ()).seq)
+        assert seqs[-1] == cloud.journal.newest(bob) and seqs[-1] >= seqs[max(0, len(seqs) - 2)]
+        for etag, state in states_of(cloud, bob).items():
+            assert etags.setdefault(etag, state) == state, etag
+        if round % 3 == 0:
+            want = listed_whole(cloud, bob)
+            assert Mirror(cloud, bob).tree() == want
+            for mirror in rng.sample(mirrors, min(2, len(mirrors))):
+                assert mirror.follow() == want
+            mirrors.append(Mirror(cloud, bob))
+    audit(cloud)
 
 
 def test_what_comes_back_goes_into_no_mount(cloud, ann, bob):
