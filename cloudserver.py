@@ -11091,7 +11091,7 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
         page = now.page(node.node, order, start, limit + 1)
         head, *seen = map(cloud.files.standing(who, now), [node, *page[:limit]])
     answer, *children = api_nodes(cloud, [(path, node), *((path + (child.name,), child) for child in page[:limit])])
-    for about, standing in [(answer, head), *((about, one) for about, one in zip(children, seen) if one.mount)]:
+    for about, standing in [(answer, head), *((about, one) for about, one in zip(children, seen) if one.mount or one.rights != head.rights)]:
         about.update(rights=in_order(standing.rights).split(), **({"owner": standing.owner} if standing.owner else {}), **({"mount": True} if standing.mount else {}))
     if node.kind:
         answer["children"], answer["next"] = children, start + limit if len(page) > limit else None
