@@ -6753,6 +6753,32 @@ def test_nextclouds_clients_are_told_whose_what_is_shared_is_and_what_they_may(c
     assert (head["owner"], sorted(head["rights"])) == ("ann", rights) and not {"mount", "rights"} & set(head["children"][0])
 
 
+def test_nextclouds_clients_have_versions_previews_and_search_of_what_is_shared(call, cloud, ann, bob):
+    """By the rights of the share; its trash is its owner's, and nothing of what lies elsewhere is found by its id."""
+    for path in ("edit/a.jpg", "view/a.jpg", "private/a.jpg"):
+        put(cloud, ann, path, b"one", parents=True), put(cloud, ann, path, b"second" * 20)
+        cloud.pictures.put(ann, cs.split_path(path), b"\xff\xd8\xff small")
+    cloud.sharing.share(ann, ("edit",), "account", "bob", role="edit"), cloud.sharing.share(ann, ("view",), "account", "bob", role="view")
+    ids = {path: cloud.files.stat(ann, (path, "a.jpg")).node for path in ("edit", "view", "private")}
+    versions = "/remote.php/dav/versions/bob/versions/%d"
+    listed = {path: call("PROPFIND", versions % id, Depth="1", user="bob") for path, id in ids.items()}
+    assert [listed[path].status for path in ids] == [207, 403, 404]
+    old, = [response.findtext("{DAV:}href") for response in cs.read_xml(listed["edit"].body)][1:]
+    assert call("GET", old, user="bob").body == b"one" and call("MOVE", old, user="bob", Destination="/remote.php/dav/versions/bob/restore/target").status == 201
+    assert get(cloud, ann, "edit/a.jpg") == b"one" and call("GET", old.replace(str(ids["edit"]), str(ids["view"])), user="bob").status in (403, 404)
+    previews = [call("GET", "/index.php/core/preview?fileId=%d&x=64&y=64" % id, user="bob").status for id in ids.values()]
+    assert previews[1:] == [200, 404]
+    body = b"""<d:searchrequest xmlns:d="DAV:"><d:basicsearch><d:select><d:prop><d:displayname/></d:prop></d:select><d:from><d:scope><d:href>/files/bob</d:href>
+        <d:depth>infinity</d:depth></d:scope></d:from><d:where><d:like><d:prop><d:displayname/></d:prop><d:literal>%a.jp%</d:literal></d:like></d:where></d:basicsearch></d:searchrequest>"""
+    found = cs.read_xml(call("SEARCH", "/remote.php/dav/", body, user="bob").body)
+    assert sorted(href.text for href in found.iter("{DAV:}href")) == ["/remote.php/dav/files/bob/edit/a.jpg", "/remote.php/dav/files/bob/view/a.jpg"]
+    assert call("DELETE", "/remote.php/dav/files/bob/edit/a.jpg", user="bob").status == 204
+    count = lambda user: len(list(cs.read_xml(call("PROPFIND", "/remote.php/dav/trashbin/%s/trash" % user, Depth="1", user=user).body).iterfind("{DAV:}response")))
+    assert (count("ann"), count("bob")) == (2, 1)
+    trashed = "/remote.php/dav/trashbin/bob/trash/%d" % ids["edit"]
+    assert call("MOVE", trashed, user="bob", Destination="/remote.php/dav/trashbin/bob/restore/x").status == 404 == call("DELETE", trashed, user="bob").status
+
+
 def test_refusals_of_ocs_have_the_codes_of_both_versions(call, cloud, ann):
     put(cloud, ann, "d/f", b"x", parents=True)
     asked = {"path=/no&shareType=3": 404, "path=/d&shareType=9": 400, "path=/&shareType=3": 403, "path=/d&shareType=0&shareWith=nobody": 404}
