@@ -6616,8 +6616,8 @@ class Files:
                     here.above(node.parent)              # all on the way at once
                     lines[node.parent] = tuple(here.line(node.parent))
                 above = lines[node.parent]
-                grant = next(here.grants[id] for id in above if id in here.grants)
-            return Standing(view.rights & grant.rights_at((node.node, *above)), grant.owner, not above)
+                grant = next((here.grants[id] for id in above if id in here.grants), None)
+            return own if grant is None else Standing(view.rights & grant.rights_at((node.node, *above)), grant.owner, not above)
         return look
 
     def walk(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Node]]:
@@ -13109,8 +13109,8 @@ NC_PROPERTIES: dict[str, Reader] = {
     **PROPERTIES,
     "{DAV:}getlastmodified": lambda node, about: format_http_date(max(node.mtime, SECOND)),  # Nextcloud's refuses times before
     OC + "data-fingerprint": lambda node, about: about.epoch,            # changes with a restored backup: nothing is deleted then
-    OC + "owner-id": lambda node, about: escape(about.who.name if node.home == about.home else about.standing(node).owner),
-    OC + "owner-display-name": lambda node, about: escape(about.who.name if node.home == about.home else about.standing(node).owner),
+    OC + "owner-id": lambda node, about: escape(about.standing(node).owner or about.who.name),
+    OC + "owner-display-name": lambda node, about: escape(about.standing(node).owner or about.who.name),
     OC + "share-types": lambda node, about: format_share_types(about.given[node.node]) if node.node in about.given else "",
     NC + "sharees": lambda node, about: format_sharees(about.given[node.node]) if node.node in about.given and SHARE in about.mine.rights else "",
     NC + "share-attributes": lambda node, about: None if node.home == about.home else "[]",
