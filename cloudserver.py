@@ -4798,17 +4798,17 @@ CHAIN = (  # share :share and all above it, if they stand at due time :now: a ro
     "WITH RECURSIVE given (parent, rights, giver, node) AS (SELECT s.parent, s.rights, s.giver, s.node FROM share s WHERE s.id = :share AND " + STANDING
     + " UNION ALL SELECT s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND "
     + REACHES.replace(":home", "g.giver") + ") SELECT parent, rights, node FROM given")
-MOUNTED = (  # the targets of all mounts in home :home, what holds each, upwards, and the shares that stand at due time :now, each with its chain
-    "WITH RECURSIVE up (mount, name, seq, id, above, level) AS (SELECT m.node, x.name, m.seq, e.node, e.parent, 0 FROM mount m JOIN entry x ON x.node = m.node "
-    "AND x.until IS NULL JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = :home AND m.until IS NULL UNION ALL "
-    "SELECT up.mount, up.name, up.seq, e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL), "
+MOUNTED = (  # the targets of all mounts in home :home, all that holds them, and the shares that stand at due time :now, each with its chain
+    "WITH RECURSIVE up (id, above) AS (SELECT e.node, e.parent FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = :home "
+    "AND m.until IS NULL UNION SELECT e.node, e.parent FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL), "
     "given (share, node, parent, rights, giver, top) AS (SELECT s.id, s.node, s.parent, s.rights, s.giver, s.node FROM mount m JOIN share s "
     "ON s.node = m.target AND " + STANDING + " AND " + REACHES + " WHERE m.home = :home AND m.until IS NULL AND " + SWITCHED_ON + " UNION ALL "
     "SELECT g.share, g.node, s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND "
-    + REACHES.replace(":home", "g.giver") + ") SELECT up.mount, up.name, CASE up.level WHEN 0 THEN (SELECT name FROM account WHERE id = e.home) END, up.seq, "
-    "CASE up.level WHEN 0 THEN (SELECT max(seq) FROM share WHERE node = up.id) END, g.share, g.parent, g.rights, g.top, " + NODE + " FROM up "
-    "CROSS JOIN entry e LEFT JOIN collection c ON c.node = e.node LEFT JOIN given g ON up.level = 0 AND g.node = up.id WHERE e.node = up.id "
-    "AND e.until IS NULL ORDER BY up.mount, up.level")
+    + REACHES.replace(":home", "g.giver") + ") SELECT up.id, up.above, m.node, x.name, (SELECT name FROM account WHERE id = e.home), "
+    "m.seq, CASE WHEN m.node IS NOT NULL THEN (SELECT max(seq) FROM share WHERE node = up.id) END, g.share, g.parent, g.rights, g.top, " + NODE + " FROM up "
+    "LEFT JOIN mount m ON m.home = :home AND m.target = up.id AND m.until IS NULL LEFT JOIN entry x ON x.node = m.node AND x.until IS NULL "
+    "LEFT JOIN entry e ON e.node = m.target AND e.until IS NULL LEFT JOIN collection c ON c.node = m.target LEFT JOIN given g ON g.node = m.target "
+    "ORDER BY m.node")
 STOOD = " UNION ALL ".join(  # the mounts that stood in home :home as of :seq; what still stands may have had another name
     "SELECT m.node, e.name, m.target FROM mount m JOIN entry e ON e.node = m.node AND e.since <= :seq AND e.until %s WHERE m.home = :home "
     "AND m.until %s" % untils for untils in (("IS NULL", "IS NULL"), ("> :seq", "IS NULL"), ("> :seq", "IS NOT NULL")))
@@ -4835,23 +4835,30 @@ class Mounts:
 
     def __init__(self, db: Database, clock: Clock) -> None:
         self.db, self.clock = db, clock
+        self.seen: set[int] = set()                          # shares by which somebody came, not yet written
 
     def of(self, read: Read, home: int) -> dict[int, Grant]:
         """{mount: what it shows}; not those whose share has ended, whose target is in the trash, or that another one shows as well."""
         return {grant.mount: grant for grant in outermost_of(self._standing(read, home))}
 
     def _standing(self, read: Read, home: int) -> list[Grant]:
-        lines: dict[int, list[tuple[Any, ...]]] = {}
-        for mount, *row in read(MOUNTED, {"home": home, "now": self.clock.due()}):
-            lines.setdefault(mount, []).append(tuple(row))
+        holder: dict[int, int | None] = {}
+        mounts: dict[int, list[tuple[Any, ...]]] = {}
+        for id, above, *row in read(MOUNTED, {"home": home, "now": self.clock.due()}):
+            holder[id] = above
+            if row[0] is not None:
+                mounts.setdefault(row[0], []).append(tuple(row))
         found, own, floors = [], {}, {}
-        for mount, rows in lines.items():
-            nodes, (name, owner, came, seq, *_) = list(dict.fromkeys(Node._make(row[8:]) for row in rows)), rows[0]
-            own[nodes[0].node] = max(came, seq or 0)
-            for node in nodes:                           # where a mount lies in another, the rights of the two depend on each other, or did
-                floors[node.node] = max(floors.get(node.node, 0), own[nodes[0].node])
-            grant = Grant(mount, name, owner, nodes[0], tuple(node.node for node in reversed(nodes[1:])), 0, accesses_of(rows, nodes))
-            if READ in grant.rights and nodes[-1].parent is None and nodes[0].home != home:
+        for mount, rows in mounts.items():
+            (_, name, owner, came, seq), node = rows[0][:5], Node._make(rows[0][9:])
+            line = [node.node]
+            while holder.get(line[-1]) is not None:
+                line.append(holder[line[-1]])
+            own[node.node] = max(came, seq or 0)
+            for id in line:                              # where a mount lies in another, the rights of the two depend on each other, or did
+                floors[id] = max(floors.get(id, 0), own[node.node])
+            grant = Grant(mount, name, owner, node, tuple(reversed(line[1:])), 0, accesses_of([row[5:9] for row in rows], line))
+            if any(READ in access.rights for access in grant.accesses) and line[-1] in holder and node.home != home:
                 found.append(grant)
         return [grant._replace(seq=max([floors[grant.node.node], *(own.get(id, 0) for id in grant.above)])) for grant in found]
 
@@ -4912,13 +4919,13 @@ class Mounts:
         return lambda moment: outermost_of(self._stood(moment, home))
 
 
-def accesses_of(rows: Iterable[tuple[Any, ...]], nodes: list[Node]) -> list[Access]:
-    """What each share of a node gives, by rows of MOUNTED; `nodes` are it and what holds it."""
+def accesses_of(rows: Iterable[tuple[Any, ...]], line: list[int]) -> list[Access]:
+    """What each share of a node gives, by rows (share, parent, rights, node) of it and of all above it; `line` is the node and what holds it."""
     chains: dict[int, list[tuple[Any, ...]]] = {}
-    for _, _, _, _, share, *chain in rows:
+    for share, *chain in rows:
         if share is not None:
-            chains.setdefault(share, []).append(tuple(chain[:3]))
-    found = (access_by(share, nodes[0].node, chain, [node.node for node in nodes]) for share, chain in chains.items())
+            chains.setdefault(share, []).append(tuple(chain))
+    found = (access_by(share, line[0], chain, line) for share, chain in chains.items())
     return [access for access in found if access]
 
 
@@ -4927,7 +4934,13 @@ def access_by(share: int, node: int, chain: list[tuple[Any, ...]], line: Collect
     missing, or shares nothing any more that holds the node, whose `line` is that and what holds it."""
     if all(parent is not None for parent, *_ in chain) or not all(top in line for *_, top in chain):
         return None
-    return Access(share, node, frozenset.intersection(*(frozenset(rights.split()) for _, rights, _ in chain)))
+    return Access(share, node, frozenset.intersection(*(rights_named(rights) for _, rights, _ in chain)))
+
+
+@lru_cache(maxsize=128)
+def rights_named(text: str) -> frozenset[str]:
+    """Rights as they are stored."""
+    return frozenset(text.split())
 
 
 class Difference(NamedTuple):
@@ -5467,7 +5480,9 @@ class Tree:
         if grant:
             if len(path) == 1:
                 node, chunk, above, is_open = grant.node, None, grant.above, True
-            rights = view.rights & grant.rights_at((*above, *([node.node] if node else ())))
+            ids = (*above, *([node.node] if node else ()))
+            rights = view.rights & grant.rights_at(ids)
+            self.mounts.seen.update(access.share for access in grant.accesses_at(ids))
             view = view._replace(rights=rights, who=who._replace(home=view.home, root=view.top, scoped=True, rights=rights))
             if right:
                 view.need(right)
@@ -8099,7 +8114,8 @@ class Sharing:
             root, = self.db.read("SELECT root FROM account WHERE id = ?", (share.home,))[0]
             path = Moment(self.db.read, root).path(share.node) or (old.node.name,)
             return Batch(end_shares("s.id = ?1", (share.id,), self.clock), [self._still(share)],
-                         Line(share.home, who, "share-end", {"path": "/".join(path), **describe_share(share, old.grantee)}))
+                         Line(share.home, who, "share-end", {"path": "/".join(path), **describe_share(share, old.grantee)}),
+                         also=self.offers.take_back(who, old))
 
         self.db.write(attempt)
         self.offers.follow(who)
@@ -8141,20 +8157,6 @@ class Sharing:
             "AND " + LAST_ENTRY + " ORDER BY s.id DESC", {**params, "now": self.clock.due()})
         count = len(Share._fields)
         return [Given(Share._make(row[:count]), Node._make(row[count + 3:]), None, *row[count:count + 3]) for row in rows]
-
-    def among(self, nodes: Iterable[Node]) -> set[int]:
-        """Which of some nodes are shared."""
-        nodes = list(nodes)
-        return set().union(*map(self.shared_in, {node.home for node in nodes})).intersection(node.node for node in nodes)
-
-    def shared_in(self, home: int) -> set[int]:
-        """The nodes of a home that are shared."""
-        def look() -> tuple[list[tuple[int, int | None]], int, Collection[int]]:
-            rows = self.db.read("SELECT node, due FROM share WHERE home = ? AND ended IS NULL", (home,))
-            return rows, KiB + 100 * len(rows), ()           # who changes a share touches everything
-
-        now = self.clock.due()
-        return {id for id, due in self.db.recent.get(("shared", home), look) if due is None or due > now}
 
     def given_by(self, who: Principal) -> dict[int, list[tuple[str, str | None]]]:
         """{node: kind, and name of whom it is for, of each share} that somebody gives."""
@@ -8362,11 +8364,24 @@ class Offers:
         plan.rows.append(Statement(SAY % "VALUES (?, ?, ?)", (share.id, home, said)))
         return {"path": mount.name} if mount else {"waiting": True} if said == "waiting" else {}
 
+    def save_seen(self) -> None:
+        """Write which shares were used since; the janitor does so every minute."""
+        seen, self.tree.mounts.seen = self.tree.mounts.seen, set()
+        if seen:
+            self.db.run(Statement("UPDATE share SET seen = ? WHERE id = ?", [(self.clock.wall(), id) for id in seen], many=True))
+
     def expire(self) -> None:
         """End what people and groups have whose time is over, or that shares nothing any more."""
         for id, home, node in self.db.read("SELECT id, home, node FROM share WHERE ended IS NULL AND kind <> 'link' AND (due <= ? OR " + SHARES_NOTHING
                                            + ") LIMIT ?", (self.clock.due(), PIECE)):
             self.db.write(lambda: Batch(end_shares("s.id = ?1", (id,), self.clock), line=Line(home, ANONYMOUS, "share-end", {"share": str(id)})))
+
+    def take_back(self, who: Principal, given: Given) -> list[Batch]:
+        """Whom nothing is taken from, as they have no mount of it, are told that a share has ended."""
+        share = given.share
+        if share.kind != "account" or self._mounts("m.home = :home AND m.target = :target", home=share.grantee, target=share.node):
+            return []
+        return [Batch([], line=Line(share.grantee, who, "share-end", {"path": given.node.name, **describe_share(share)}))]
 
     def follow(self, who: Principal = ANONYMOUS) -> bool:
         """Let mounts come and go as shares and groups did, some at a time; is there more to do?"""
@@ -10909,10 +10924,10 @@ def api_node(node: Node, path: Sequence[str]) -> dict[str, Any]:
     return about
 
 
-def api_nodes(cloud: Cloud, rows: Iterable[tuple[Sequence[str], Node]]) -> list[dict[str, Any]]:
+def api_nodes(cloud: Cloud, who: Principal, rows: Iterable[tuple[Sequence[str], Node]]) -> list[dict[str, Any]]:
     """Live nodes, (path, node), with what marks them: stars, and whether they are shared."""
     rows = list(rows)
-    stars, shared = cloud.search.stars_among(node for _, node in rows), cloud.sharing.among(node for _, node in rows)
+    stars, shared = cloud.search.stars_among(node for _, node in rows), cloud.sharing.given_by(who)
     return [{**api_node(node, path), **({"starred": True} if node.node in stars else {}), **({"shared": True} if node.node in shared else {})}
             if node.node in stars or node.node in shared else api_node(node, path) for path, node in rows]
 
@@ -11090,7 +11105,7 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     with cloud.files.listing(who, path) as (node, now):
         page = now.page(node.node, order, start, limit + 1)
         head, *seen = map(cloud.files.standing(who, now), [node, *page[:limit]])
-    answer, *children = api_nodes(cloud, [(path, node), *((path + (child.name,), child) for child in page[:limit])])
+    answer, *children = api_nodes(cloud, who, [(path, node), *((path + (child.name,), child) for child in page[:limit])])
     for about, standing in [(answer, head), *((about, one) for about, one in zip(children, seen) if one.mount or one.rights != head.rights)]:
         about.update(rights=in_order(standing.rights).split(), **({"owner": standing.owner} if standing.owner else {}), **({"mount": True} if standing.mount else {}))
     if node.kind:
@@ -11365,7 +11380,7 @@ def api_search(cloud: Cloud, who: Principal, request: Request) -> Response:
         return json_response({"items": [], "more": False})
     found, more = cloud.search.find(who, query, values["path"] or (), min(LIMIT, values["limit"] or LIMIT),
                                partial(request.check_alive, SEARCH_TIME))
-    items = api_nodes(cloud, ((hit.path, hit.node) for hit in found))
+    items = api_nodes(cloud, who, ((hit.path, hit.node) for hit in found))
     for item, hit in zip(items, found):
         if hit.snippet:
             item["snippet"] = dict(zip(("before", "match", "after"), hit.snippet))
@@ -11412,7 +11427,7 @@ def api_star(cloud: Cloud, who: Principal, request: Request) -> Response:
 @route("GET", API + "starred", needs="read", packs=True)
 def api_starred(cloud: Cloud, who: Principal, request: Request) -> Response:
     """All that bears a star, in the order of paths."""
-    return json_response({"items": api_nodes(cloud, cloud.search.starred(who))})
+    return json_response({"items": api_nodes(cloud, who, cloud.search.starred(who))})
 
 
 one_call("POST", "qr", "read", "A text as a QR code: rows of 1 (dark) and 0; it stands in no address, for it may be a secret.",
@@ -14128,10 +14143,11 @@ class Janitor(threading.Thread):
             self.upkeep.release()
 
 
-EVERYBODYS = ("devices", "links")        # what each process has to write
+EVERYBODYS = ("devices", "links", "offers")        # what each process has to write
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what; at once again if it says True)
     "devices": (MINUTE, lambda janitor: janitor.cloud.devices.save_used()),
     "links": (MINUTE, lambda janitor: janitor.cloud.sharing.uses.save()),
+    "offers": (MINUTE, lambda janitor: janitor.cloud.offers.save_seen()),
     "shares": (5 * SECOND, lambda janitor: janitor.cloud.offers.expire() or janitor.cloud.offers.follow()),
     "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
     "reserve": (MINUTE, lambda janitor: janitor.cloud.space.keep_reserve()),
@@ -18376,7 +18392,9 @@ def run_user_passwd(cloud: Cloud, given: Arguments) -> None:
 def run_user_remove(cloud: Cloud, given: Arguments) -> Optional[int]:
     """end an account; its files go when history does"""
     account = cloud.accounts.get(given.name)
-    if not given.yes and not agree("Remove %s and %d files?" % (account.name, account.files)):
+    shares = len(cloud.sharing.all(cloud.accounts.principal(account.name)))
+    if not given.yes and not agree("Remove %s and %d files, of which %d are shared?" % (account.name, account.files, shares)
+                                   if shares else "Remove %s and %d files?" % (account.name, account.files)):
         return 1
     cloud.accounts.remove(given.name)
     return None

@@ -5468,6 +5468,61 @@ def test_what_a_stranger_shares_waits_for_a_yes(api, cloud, ann, people):
     audit(cloud)
 
 
+def test_what_others_share_is_told_to_nobody_else(api, cloud, ann, people):
+    """A member sees that he shared something himself, not what else its owner does with it."""
+    put(cloud, ann, "d/in/f", parents=True)
+    give(cloud, ann, "d", "bob", reshare=True), give(cloud, ann, "d/in", "cem"), cloud.sharing.share(ann, ("d", "in", "f"))
+    marks = lambda user, *paths: [[child.get("shared") for child in api("GET", "files/" + path, user=user)["children"]] for path in paths]
+    assert marks("ann", "", "d", "d/in") == [[True]] * 3 and marks("bob", "", "d", "d/in") == [[None]] * 3 and api("GET", "shares?path=d/in", user="bob") == {"shares": []}
+    id = give(cloud, people.bob, "d/in", "dan")
+    assert marks("bob", "d") == [[True]] and outcome(cloud.sharing.end, people.cem, id) == "not-found"
+    assert [one["giver"] for one in api("GET", "shares?path=d/in", user="bob")["shares"]] == ["bob"]
+
+
+def test_givers_are_told_when_a_share_was_last_used(api, cloud, ann, people):
+    put(cloud, ann, "d/f", parents=True)
+    used, other = give(cloud, ann, "d", "bob"), give(cloud, ann, "d", "cem")
+    cloud.files.stat(people.bob, ("d", "f")), cloud.offers.save_seen()
+    seen = {one["id"]: one["seen"] for one in api("GET", "shares")["shares"]}
+    assert abs(seen[str(used)] - cloud.clock.wall()) < 60_000 and seen[str(other)] is None
+
+
+def test_who_is_to_be_asked_is_told_when_there_is_nothing_to_ask_any_more(api, cloud, ann, people):
+    put(cloud, ann, "d/f", parents=True), api("PATCH", "settings", ask_first=True)
+    head = cloud.journal.head()
+    id = give(cloud, ann, "d", "bob")
+    cloud.sharing.end(ann, id)
+    assert [(step.action, step.detail["path"], step.detail.get("waiting"), step.account) for step in cloud.journal.activity(people.bob) if step.seq > head] == [
+        ("share-end", "d", None, "ann"), ("share", "d", True, "ann")]
+
+
+def test_sharing_is_nothing_that_is_undone(cloud, ann, people):
+    """It is ended where it stands; who has it declines it."""
+    put(cloud, ann, "d/f", parents=True)
+    give(cloud, ann, "d", "bob")
+    for who in (ann, people.bob):
+        for seq in (cloud.journal.head(), cloud.journal.head() - 1):
+            outcome(cloud.history.undo, who, seq)
+    assert rights_at(cloud, people.bob, "d") == "read" and not any(step.undoable for step in cloud.journal.activity(ann) if step.action == "share")
+    audit(cloud)
+
+
+def test_all_mounts_of_a_listing_are_asked_for_at_once(cloud, ann, bob, monkeypatch):
+    """A hundred cost one statement, whose rows are one for each and for each collection that holds some."""
+    asked, read = [], cs.Sqlite.read
+
+    def counted(db, sql, params=()):
+        rows = read(db, sql, params)
+        asked.append(len(rows))
+        return rows
+    for n in range(100):
+        put(cloud, ann, "deep/er/m%d/f" % n, parents=True), give(cloud, ann, "deep/er/m%d" % n, "bob")
+    snapshot = cs.Sqlite.snapshot
+    monkeypatch.setattr(cs.Sqlite, "read", counted)
+    cloud.files.stat(bob, ("m5", "f"))
+    assert asked == [1, 103] and len(listed(cloud, bob)) == 100 and snapshot
+
+
 def test_what_accounts_gave_and_got_ends_with_them(api, cloud, ann, people):
     put(cloud, ann, "d/f", parents=True), put(cloud, people.bob, "of bob/f", parents=True)
     give(cloud, ann, "d", "bob", reshare=True), give(cloud, people.bob, "of bob", "cem"), give(cloud, people.bob, "d", "cem"), give(cloud, ann, "d", "dan")
@@ -5736,9 +5791,9 @@ def test_lists_tell_what_is_shared(api, cloud, ann, fake, make_cloud):
     ann = account(other)
     node = put(other, ann, "f")
     other.sharing.share(ann, ("f",), expires=other.clock.wall() + cs.HOUR)
-    assert other.sharing.among([node]) == {node.node}
+    assert list(other.sharing.given_by(ann)) == [node.node]
     fake.pass_(cs.HOUR)
-    assert other.sharing.among([node]) == set() and other.sharing.all(ann) == []
+    assert not other.sharing.given_by(ann) and other.sharing.all(ann) == []
 
 
 def test_devices_share_no_more_than_they_have(cloud, ann):
