@@ -16553,7 +16553,8 @@ def there_of(about: Any) -> There:
         there = file_there(about["path"], about["node"], about["etag"], about["mtime"], [tuple(chunk) for chunk in about["chunks"]])
         if there.size != about["size"]:
             raise Stopped("the server sent what no cloudserver sends: chunks that do not make a file")
-    return there._replace(owner=about.get("owner", ""), rights=" ".join(about["rights"])) if "rights" in about else there
+    owner = about.get("owner", "") if "/" not in there.path else ""
+    return there._replace(owner=owner, rights=" ".join(about["rights"])) if "rights" in about else there
 
 
 def change_of(about: Any) -> tuple[str, There | None]:
@@ -18608,7 +18609,8 @@ def tell_status(given: Arguments) -> int:
     with closing(memory):
         client = SyncClient(Session(folder, memory, Link(memory.words["url"], "", AGENT), Wishes()))
         about = {"server": memory.words["url"], "account": memory.words["account"], "device": memory.words["device"],
-                 "files": sum(not base.kind for base in memory.base.values()), "seq": memory.cursor, "changed_here": len(client.changed_here())}
+                 "files": sum(not base.kind for base in memory.base.values()), "seq": memory.cursor, "changed_here": len(client.changed_here()),
+                 "only_here": len(memory.kept)}
     print(json.dumps(about) if given.json else "\n".join("%-14s%s" % (name, one_line(str(value))) for name, value in about.items()))
     return 0
 
