@@ -4862,7 +4862,7 @@ class Mounts:
                 found.append(grant)
         return [grant._replace(seq=max([floors[grant.node.node], *(own.get(id, 0) for id in grant.above)])) for grant in found]
 
-    def _stood(self, moment: Moment, home: int) -> list[Grant]:
+    def stood_at(self, moment: Moment, home: int) -> list[Grant]:
         """All that stood as of a moment, whoever may see it by now; nothing is said of rights."""
         rows, found = list(moment.read(STOOD, {"home": home, "seq": moment.seq})), []
         moment.load(target for _, _, target in rows)
@@ -4911,12 +4911,12 @@ class Mounts:
         def look(moment: Moment) -> list[Grant]:
             standing = {grant.mount: grant for grant in self._standing(moment.read, view.home) if right in grant.rights}
             return outermost_of([standing[one.mount]._replace(name=one.name, node=one.node, above=one.above)
-                                 for one in self._stood(moment, view.home) if one.mount in standing])
+                                 for one in self.stood_at(moment, view.home) if one.mount in standing])
         return look
 
     def stood(self, home: int) -> Seen:
         """Those that stood then, to compare with: not to be shown."""
-        return lambda moment: outermost_of(self._stood(moment, home))
+        return lambda moment: outermost_of(self.stood_at(moment, home))
 
 
 def accesses_of(rows: Iterable[tuple[Any, ...]], line: list[int]) -> list[Access]:
@@ -7370,10 +7370,11 @@ class Feed:
             if now.grants:
                 self._check_reach(since, max(fed for fed, in read("SELECT fed FROM account WHERE id IN (" + marks(homes) + ")", homes)))
             came = [id for id, grant in now.grants.items() if grant.seq > since or id not in then.grants]
+            went = {grant.node.node for grant in (self.tree.mounts.stood_at(then, top.home) if mounts else ())}.difference(now.grants)
             reached = head                               # what went while a mount was out of sight is known only of the whole span
-            if not came and then.grants.keys() <= now.grants.keys():
+            if not came and not went:
                 reached = min([head, *(self._cut(read, home, since, limit) or head for home in homes)])
-            return reached, self._changed(place, Span(then, now), reached, came, alive)
+            return reached, self._changed(place, Span(then, now), reached, (came, went), alive)
 
     def _check_reach(self, since: int, fed: int) -> None:
         if since < max(fed, self.journal.oldest()):
@@ -7384,10 +7385,11 @@ class Feed:
         return min((seq for column in ("since", "until") for seq, in read(
             "SELECT %s FROM entry WHERE home = ? AND %s > ? ORDER BY %s LIMIT 1 OFFSET ?" % ((column,) * 3), (home, since, limit))), default=None)
 
-    def _changed(self, place: Place, span: Span, reached: int, came: list[int], alive: Callable[[], None]) -> list[Changed]:
+    def _changed(self, place: Place, span: Span, reached: int, mounts: tuple[list[int], set[int]], alive: Callable[[], None]) -> list[Changed]:
+        """mounts   what those show that came, and those that went, or lie in another one by now"""
         then, now, top = span.then, span.now, place.found()
         ids = dict.fromkeys(span.with_what_came_along([id for home in (top.home, *now.homes()) for id in span.touched(home, reached)], alive))
-        went, whole = set(then.grants).difference(now.grants), set()
+        (came, went), whole = mounts, set()
         for id in came:
             below = [node.node for _, node in watched(itertools.islice(now.walk(id), WHOLE_MOST + 1), alive)] if now.grants[id].node.kind else []
             if len(below) > WHOLE_MOST:

@@ -3906,17 +3906,16 @@ class Overlapping:
 
 
 def states_of(cloud, who):
-    """{etag: what it stands for} of all collections that somebody sees: what each holds, and the rights to all that."""
-    below, found, rights = {}, {}, {(): None}
+    """{etag: what it stands for} of all collections that somebody sees: what each holds, and of a mount the rights to it."""
+    below, found = {}, {}
     lines = [((), cloud.files.stat(who, ()), None), *((line.path, line.node, line.shared) for line in cloud.sync.manifest(who, ())[2])]
-    for path, node, shared in lines:
-        rights[path] = shared[1] if shared else rights[path[:-1]]
+    for path, node, _ in lines:
         if path:
-            below.setdefault(path[:-1], []).append((node.node, path[-1], node.kind, "" if node.kind else node.manifest, rights[path]))
+            below.setdefault(path[:-1], []).append((node.node, path[-1], node.kind, "" if node.kind else node.manifest))
 
     def state(path):
-        return rights[path], tuple((row, row[2] and state(path + (row[1],))) for row in sorted(below.get(path, ()), key=lambda row: row[1]))
-    return {node.etag: state(path) for path, node, _ in lines if node.kind}
+        return tuple((row, row[2] and state(path + (row[1],))) for row in sorted(below.get(path, ()), key=lambda row: row[1]))
+    return {node.etag: (state(path), len(path) == 1 and shared) for path, node, shared in lines if node.kind}
 
 
 @pytest.mark.parametrize("rounds", [60, pytest.param(1500, marks=pytest.mark.slow)])
