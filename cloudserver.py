@@ -4894,7 +4894,7 @@ class Mounts:
             given = dict(self.db.read("SELECT id, node FROM share WHERE home = ? AND kind <> 'link' AND ended IS NULL", (home,)))
             return given, KiB + 200 * len(given), ()             # who changes a share touches everything
 
-        given: dict[int, int] = self.db.recent.get(("given", home), look) if nodes else {}
+        given: dict[int, int] = self.db.recent.get(("given", home), look)
         shares = {share for share, node in given.items() if node in nodes}
         if given and any(nodes.values()):
             shares.update(share for share, id in self.db.read(HELD_BY, {"home": home}) if id in nodes)
@@ -6174,9 +6174,11 @@ class Plan:
 
     def _batch(self, part: HomePart, changes: list[Change], rows: list[Statement], line: Line) -> Batch:
         """What is done in one home."""
-        home, place, guards, ends, begins, new, gone, loose = line.home, part.place, part.guards(changes, self.as_of), [], [], [], [], False
+        home, place, guards, ends, begins, new, gone, loose, placed = line.home, part.place, part.guards(changes, self.as_of), [], [], [], [], False, {}
         for change in changes:
             before, after = change.before, change.after
+            if after is None or (after.parent != before.parent if before else after.since):          # what is new has no since
+                placed[(before or after).node] = (before or after).kind
             if before:
                 ends.append((change.fate, before.home, before.since, before.node))
                 if after is None or (after.parent, after.name) != (before.parent, before.name):
@@ -6204,19 +6206,12 @@ class Plan:
         if new:
             body.append(Statement(BEGIN_COLLECTION, new, many=True))
         body.append(Statement(ADD_SUMS, [(*sum, node) for node, sum in part.sums.items()], many=True))
-        body += self.tree.mounts.raised(home, {node.node: node.kind for node in map(moved_by, changes) if node})
+        if placed:
+            body += self.tree.mounts.raised(home, placed)
         if loose:
             body.append(raise_shape(home))
         return self.tree.space.pay(Batch(body, guards, line, touches=touched_by(body), frees=not begins), home, place.quota)
 
-
-
-def moved_by(change: Change) -> Node | None:
-    """The node if it leaves its collection, comes to another, or comes back."""
-    before, after = change.before, change.after
-    if before is None:
-        return after if after.since else None            # else it is new
-    return before if after is None or after.parent != before.parent else None
 
 
 def begin_mount(plan: Plan, target: Node, giver: str, name: str = "") -> Node:

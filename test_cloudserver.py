@@ -4435,6 +4435,42 @@ def test_activity_of_a_single_file_that_was_shared(cloud, ann, bob):
     assert journal_of(cloud, bob, 9, path=("1.txt",)) == [("bob", "write", "1.txt", None)] and journal_of(cloud, ann, 2)[1] == ("bob", "write", "deep/one.txt", None)
 
 
+def test_a_hundred_mounts_cost_one_statement_more(cloud, ann, bob, monkeypatch):
+    """For a path, a listing, a page of one; none for a question whether there is anything new.  Each statement finds its rows by an index."""
+    asked, read = [], cs.Sqlite.read
+    monkeypatch.setattr(cs.Sqlite, "read", lambda db, sql, params=(): asked.append((sql, params)) or read(db, sql, params))
+
+    def count(act):
+        asked.clear()
+        act()
+        return len(asked)
+    put(cloud, bob, "d/e/f", parents=True)
+    acts = [lambda: cloud.files.stat(bob, ("d", "e", "f")), lambda: cloud.journal.newest(bob), lambda: cloud.files.stat(bob, ()),
+            lambda: cloud.feed.changes(bob, (), cloud.journal.newest(bob)), lambda: cloud.journal.await_change(bob, cloud.journal.head(), 0)]
+    before = [count(act) for act in acts]
+    for n in range(100):
+        put(cloud, ann, "m%d/f" % n, parents=True), hand(cloud, ann, "m%d" % n, bob)
+    assert [count(act) for act in acts] == before and count(lambda: cloud.files.stat(bob, ("m7", "f"))) == before[0] + 1
+    since = cloud.journal.newest(bob)
+    put(cloud, ann, "private")
+    assert cloud.feed.changes(bob, (), since) == (cloud.journal.head(), []) and count(acts[3]) == before[3]
+    for sql, params in [(cs.MOUNTED, {"home": bob.account, "now": 0}), (cs.HELD_BY, {"home": ann.account}), (cs.STOOD, {"home": bob.account, "seq": 1}),
+                        ("SELECT " + cs.NEWEST_SHARED + " FROM account a WHERE a.id = ?", (bob.account,)), (cs.path_query(3, True, True), (bob.root, "m7", "f", "x", bob.account)),
+                        (cs.RAISE_NESTED, {"home": bob.account, "node": 1})]:
+        plan = [row[3] for row in cloud.db.writer.connection.execute("EXPLAIN QUERY PLAN " + sql, params)]
+        assert not [step for step in plan if step.startswith("SCAN") and step.split()[1] not in ("up", "given", "g", "shown", "CONSTANT", "(subquery")], (sql, plan)
+
+
+def test_who_waits_is_woken_by_what_happens_in_what_others_shared(cloud, ann, bob):
+    put(cloud, ann, "d/f", parents=True)
+    share = hand(cloud, ann, "d", bob)
+    for act in (lambda: put(cloud, ann, "d/f", b"2"), lambda: cloud.files.delete(ann, ("d", "f")), lambda: cloud.files.delete(ann, ("d",)), lambda: take_back(cloud, share)):
+        since, woken = cloud.journal.newest(bob), []
+        waiter = threading.Thread(target=lambda: woken.append(cloud.journal.await_change(bob, since, 60)), daemon=True)
+        waiter.start(), put(cloud, ann, "private"), act(), waiter.join(60)
+        assert woken == [True]
+
+
 # ---- conditions hold when the write is done, not when it was decided
 
 def read_etag(cloud, ann, path):
