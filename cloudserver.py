@@ -4814,7 +4814,7 @@ STOOD = " UNION ALL ".join(  # the mounts that stood in home :home as of :seq; w
     "AND m.until %s" % untils for untils in (("IS NULL", "IS NULL"), ("> :seq", "IS NULL"), ("> :seq", "IS NOT NULL")))
 NEWEST_SHARED = (  # the newest seq of what the mounts of home a.id show, or showed, and of all shares of that: it never falls
     "(SELECT max(seq) FROM (SELECT c.seq FROM mount m JOIN collection c ON c.node = m.target WHERE m.home = a.id AND m.until IS NULL UNION ALL "
-    "SELECT e.rev FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = a.id AND m.until IS NULL UNION ALL "
+    "SELECT e.since FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = a.id AND m.until IS NULL UNION ALL "
     "SELECT (SELECT max(seq) FROM share WHERE node = m.target) FROM mount m WHERE m.home = a.id AND m.until IS NULL) AS shown)")
 
 

@@ -3813,6 +3813,18 @@ def test_the_feed_tells_of_mounts_that_come_change_and_go(cloud, ann, bob):
     assert list(mirror.follow()) == ["mine"] and list(old.follow()) == ["mine"]
 
 
+def test_the_feed_tells_of_a_shared_file_that_is_again_what_it_was(cloud, ann, bob):
+    """What it is is new then, though its version is an old one."""
+    put(cloud, ann, "one", b"1"), hand(cloud, ann, "one", bob)
+    then, etag = cloud.journal.head(), cloud.files.stat(bob, ("one",)).etag
+    cloud.files.delete(ann, ("one",)), cloud.trash.restore(ann, cloud.trash.list(ann)[0].node.node), move(cloud, ann, "one", "two")
+    reached, seen = cloud.journal.head(), cloud.files.stat(bob, ()).seq
+    assert cloud.files.stat(bob, ("one",)).etag != etag
+    cloud.history.rewind(ann, (), then)
+    assert cloud.files.stat(bob, ("one",)).etag == etag and cloud.files.stat(bob, ()).seq > seen
+    assert [(line.path, line.node.etag) for line in cloud.feed.changes(bob, (), reached)[1]] == [(("one",), etag)]
+
+
 class Overlapping:
     """Two who share, nested and overlapping, with bob and a group of his, and do what they like; at random."""
 
