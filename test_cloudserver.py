@@ -5555,6 +5555,53 @@ def test_sharing_is_nothing_that_is_undone(cloud, ann, people):
     audit(cloud)
 
 
+DOORS_OF_A_MOUNT = [  # a request through a mount d with f in it, at each door
+    ("GET", "/dav/d/f", None, {}), ("PUT", "/dav/d/f", b"x", {}), ("PUT", "/dav/d/new", b"x", {}), ("PROPFIND", "/dav/d/", None, {"Depth": "1"}),
+    ("DELETE", "/dav/d/f", None, {}), ("MOVE", "/dav/d/f", None, {"Destination": "/dav/d/g"}), ("COPY", "/dav/d/f", None, {"Destination": "/dav/mine"}),
+    ("MKCOL", "/dav/d/c", None, {}), ("GET", "/api/v1/files/d", None, {}), ("GET", "/api/v1/files/d/f", None, {}), ("GET", "/remote.php/dav/files/bob/d/f", None, {}),
+    ("PROPFIND", "/remote.php/dav/files/bob/d", None, {"Depth": "0"}), ("PUT", "/remote.php/webdav/d/f", b"x", {}), ("GET", "/api/v1/manifest?path=d", None, {})]
+
+
+@pytest.mark.parametrize("how", ["end", "leave", "due", "account off", "no sharing"])
+def test_what_is_not_shared_any_more_is_gone_at_every_door_with_the_next_request(cloud, ann, bob, address, how):
+    """Law 12: mounts may follow when they will."""
+    put(cloud, ann, "d/f", b"f", parents=True), cloud.groups.add("crew"), cloud.groups.join("crew", "bob")
+    id = give(cloud, ann, "d", "crew", "group", role="edit")
+    ask = lambda method, path, body, headers: exchange(address, method, path, body, user="bob", **headers)
+    assert ask("GET", "/dav/d/f", None, {}).body == b"f" and ask(*DOORS_OF_A_MOUNT[8]).status == 200
+    cloud.sharing.offers.follow = lambda who=cs.ANONYMOUS: False
+    {"end": lambda: cloud.sharing.end(ann, id), "leave": lambda: cloud.groups.leave("crew", "bob"), "account off": lambda: cloud.accounts.update("ann", ann, sharing=False),
+     "due": lambda: cloud.db.run(Statement("UPDATE share SET due = 1 WHERE id = ?", (id,))), "no sharing": lambda: cloud.set_policy(ann, sharing="none")}[how]()
+    before = tree(cloud, ann)
+    for request in DOORS_OF_A_MOUNT:
+        answer = ask(*request)
+        assert answer.status in (404, 409, 410) and b"<d:href>/dav/d/f" not in answer.body, (request, answer)
+    assert tree(cloud, ann) == before == {"d": None, "d/f": b"f"} and listed(cloud, bob) == {}
+
+
+def test_less_rights_hold_at_every_door_with_the_next_request(cloud, ann, bob, address):
+    """Law 12"""
+    put(cloud, ann, "d/f", b"f", parents=True)
+    id = give(cloud, ann, "d", "bob", role="edit")
+    assert exchange(address, "PUT", "/dav/d/f", b"g", user="bob").status == 204
+    cloud.sharing.change(ann, id, role="view")
+    for method, path, body, headers in DOORS_OF_A_MOUNT:
+        answer = exchange(address, method, path, body, user="bob", **headers)
+        assert answer.status < 300 if method in ("GET", "PROPFIND", "COPY") else answer.status == 403, (method, path, answer)
+    assert tree(cloud, ann) == {"d": None, "d/f": b"g"}
+
+
+def test_groups_are_managed_on_the_command_line(here, tmp_path, capsys, monkeypatch):
+    data = "--data", tmp_path / "d"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PASSWORD.encode() + b"\n" + PASSWORD.encode() + b"\n")))
+    assert [here("user", "add", name, "--password-stdin", *data) for name in ("ann", "bob")] == [0, 0]
+    assert [here("group", *words, *data) for words in (("add", "Crew"), ("join", "crew", "bob"), ("join", "crew", "ann"), ("leave", "crew", "ann"), ("list",))] == [0] * 5
+    assert "Crew                     bob" in capsys.readouterr().out
+    assert here("group", "join", "crew", "nobody", *data) == here("group", "remove", "no", "--yes", *data) == 1 and here("group", "remove", "crew", "--yes", *data) == 0
+    capsys.readouterr()
+    assert here("group", "list", *data) == 0 and capsys.readouterr().out == ""
+
+
 def test_all_mounts_of_a_listing_are_asked_for_at_once(cloud, ann, bob, monkeypatch):
     """A hundred cost one statement, whose rows are one for each and for each collection that holds some."""
     asked, read = [], cs.Sqlite.read
