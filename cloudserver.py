@@ -19207,7 +19207,7 @@ const PROBLEMS = {
   "precondition-failed": "Somebody changed this in the meantime.",
   "same-place": "One of these lies in the other.",
   "locked": "Another program has this file locked at the moment.",
-  "over-quota": "Your storage is full. Delete something, then empty the trash, or ask for more.",
+  "over-quota": "The storage is full. Delete something, then empty the trash, or ask for more.",
   "disk-full": "The disk of the server is almost full; it takes nothing new until there is room.",
   "too-large": "This file is larger than the server accepts.",
   "busy": "The server is busy. Try again in a moment.",
@@ -20579,6 +20579,7 @@ PAGE_GERMAN = r"""{
   "The server could not read all of it. Whoever runs it should look at its log.": "Der Server konnte nicht alles lesen. Wer ihn betreibt, sollte ins Protokoll sehen.",
   "The server is busy": "Der Server ist beschäftigt",
   "The server is busy. Try again in a moment.": "Der Server ist beschäftigt. Versuche es gleich noch einmal.",
+  "The storage is full. Delete something, then empty the trash, or ask for more.": "Der Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
   "The text": "Der Text",
   "The trash is empty": "Der Papierkorb ist leer",
   "The two passwords differ.": "Die beiden Passwörter sind verschieden.",
@@ -20695,7 +20696,6 @@ PAGE_GERMAN = r"""{
   "You changed this text.": "Du hast diesen Text geändert.",
   "Your password, please": "Dein Passwort, bitte",
   "Your session has ended.": "Deine Sitzung ist zu Ende.",
-  "Your storage is full. Delete something, then empty the trash, or ask for more.": "Dein Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
   "a collection has no versions; ask for it as of a time": "ein Ordner hat keine Versionen; sieh ihn an, wie er zu einer Zeit war",
   "a collection is at this path": "an dieser Stelle ist ein Ordner",
   "a file is in the way": "eine Datei steht im Weg",
@@ -23083,7 +23083,8 @@ const inTreeOne = items => inTree() && one(items);
 const isFound = () => inTree() && !inFiles();
 // what somebody else lets one do: the head of a list tells it of all in it, a row of itself; where nothing is told, all
 const allows = (rights, right) => !rights || rights.includes(right);
-const may = (right, items) => items.every(entry => allows(entry.rights || view.rights, right));
+const may = (right, items) =>
+  items.every(entry => allows(entry.rights || view.rights || mountOf(entry.path)?.rights, right));
 const mayHere = right => !inFiles() || allows(view.rights, right);
 const inTreeMay = right => items => inTreeAny(items) && may(right, items);
 // what others share stands where it stands, and under its own name
@@ -23256,8 +23257,11 @@ function setShape(name) {
 
 const undoable = [];                   // batches of steps of the journal, the latest last: {seqs, path}
 
-// what others share stands in the root: {path, owner…} of what holds a path, if anything does
-const mountOf = path => [...offers?.values() || []].find(offer => offer.path && offer.path === path.split("/")[0]);
+// what others share stands in the root: the one that holds a path, if any does, with all the rights to it
+function mountOf(path) {
+  const all = [...offers?.values() || []].filter(offer => offer.path && offer.path === path.split("/")[0]);
+  return all[0] && {path: all[0].path, rights: all.flatMap(offer => offer.rights)};
+}
 
 // place: the collection it happened in; undoing names whose files that are, if they are somebody else's
 function offerUndo(text, seq, place = view.path) {
@@ -24180,9 +24184,10 @@ function stepWords(step, what = whatOf(step)) {
     what, to: quoted(targetOf(step)), name: agentOf({kind, name}), with: grantee, group});
 }
 
+// elsewhere: it was not among the files of who looks
 function stepRow(step) {
-  const place = targetOf(step) || step.detail.path || "", what = whatOf(step), gone = step.action === "delete";
-  const words = stepWords(step, "\0").split("\0");
+  const place = step.elsewhere ? "" : targetOf(step) || step.detail.path, what = whatOf(step);
+  const gone = step.action === "delete", words = stepWords(step, "\0").split("\0");
   const at = momentOf(step.seq - gone);                  // after the step, or just before it went
   return h("li", {},
     h("div.what", {},
@@ -24217,7 +24222,8 @@ async function findMoment(text, mount) {
 const HOW = {added: "added", deleted: "deleted", changed: "changed", moved: "moved"};
 
 async function showPast(moment, address) {
-  const path = decodePath(address), turn = view.turn, mount = mountOf(path)?.path;
+  const path = decodePath(address), turn = view.turn, [top] = path.split("/");
+  const {owner, rights} = top ? await load(top, {limit: 1}).catch(absent) : {}, mount = owner && top;
   const {at, time} = await findMoment(decodeURIComponent(moment), mount);
   if (turn !== view.turn) return;
   if (showInside(path, "past", at)) return;
@@ -24229,7 +24235,7 @@ async function showPast(moment, address) {
       ? {count: 1, changes: [{how: "deleted", path: null, was: place}]} : absent(error))]);
   if (turn !== view.turn) return;
   const same = view.kind === "past" && view.path === place && find(".slider"), marks = marksOf(since.changes, place);
-  Object.assign(view, {kind: "past", path: place, at, time, since, rights: answer.rights, owner: answer.owner});
+  Object.assign(view, {kind: "past", path: place, at, time, since, rights, owner});
   setTitle(place ? nameOf(place) : t("Files"));
   setCrumbs(...crumbsOf(place, path => pastAddress(at, path)), h("span.soft", {}, longTime(time)));
   if (!same) setContent(timeSlider(steps), h("details.changes"),
@@ -25561,7 +25567,8 @@ async function serverSection() {
       toast(t("Saved."));
       show();
     })),
-    section(t("Recently"), h("ol.steps", {}, steps.slice(0, 50).map(step => stepRow({...step, undoable: false}))))
+    section(t("Recently"), h("ol.steps", {},
+      steps.slice(0, 50).map(step => stepRow({...step, undoable: false, elsewhere: true}))))
   ];
 }
 

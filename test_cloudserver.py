@@ -19678,6 +19678,10 @@ def test_browser_offers_nothing_that_is_not_allowed(page, other):
     assert not other.run("return preview.edit || queue.items.length")
     other.press("Escape")
     other.wait("return !preview.box")
+    other.walk("/search?q=a.txt")
+    other.shows("a.txt")
+    other.run("pick(0)")
+    assert set(other.run(names, "items")) == {"open", "show", "download", "copy", "copy-clip", "address", "curl", "star"}
     assert page.tree() == {"look", "look/a.txt"}
 
 
@@ -19733,6 +19737,46 @@ def test_browser_shares_on(page, other):
     page.sees("“trip” is not shared with %s any more." % other.who.name)
     other.sees("%s does not share “trip” with you any more." % page.who.name)
     assert not page.cloud.offers.list(third)
+
+
+def test_browser_takes_back_what_it_did_among_the_files_of_others(page, other):
+    """Undo, the past and versions are those of the owner's home, as far as it is shared."""
+    page.put("trip/a.txt", "one")
+    page.put("private.txt")
+    give_to(other, page, "trip", "edit")
+    other.put("own.txt")
+    put(page.cloud, other.who, "trip/a.txt", "two")
+    other.open("/files/trip")
+    other.shows("a.txt")
+    other.click("Select a.txt")
+    other.press("Delete")
+    other.sees("“a.txt” deleted")
+    assert "trip/a.txt" not in page.tree()
+    other.click("Undo")
+    other.shows("a.txt")
+    assert page.get("trip/a.txt") == b"two"
+    other.run("list.box.focus(); pick(0)")
+    other.press("F2")
+    other.wait("return document.activeElement.classList.contains('rename')")
+    other.keys("b")
+    other.press("Enter")
+    other.shows("b.txt")
+    other.press("Control", "z")
+    other.shows("a.txt")
+    other.walk("/past/now/trip")
+    other.sees("Bring this time back", "Nothing has changed since then.")
+    assert page.who.name in other.run("return document.querySelector('.crumbs').innerText")
+    for _ in range(3):                           # from undone to renamed, undone, deleted
+        other.click("Earlier")
+    other.sees("Nothing was here then", "1 changed since")
+    other.shot("mount-past")
+    other.walk("/versions/trip/a.txt")
+    other.sees("2 versions", other.who.name, page.who.name, "Restore")
+    other.misses("Keep for good")
+    other.click("Restore")
+    other.sees("This version is the present one now")
+    assert page.get("trip/a.txt") == b"one"
+    assert not other.run("return [document.body.innerText.includes('private')]")[0]
 
 
 def test_browser_visits_a_folder_by_a_link(page):
@@ -20479,10 +20523,16 @@ AUDITED = [                                      # address, how to come to what 
     ("/settings", "", "return document.querySelector('.shares')"),
     ("/settings/connect", "", "return document.querySelector('.ways')"),
     ("/settings/devices", "", "return document.querySelector('.steps')"),
-    ("/settings/accounts", "", "return document.querySelector('.steps')"),
+    ("/settings/accounts", "", "return document.querySelectorAll('section').length > 1"),
     ("/settings/server", "", "return document.querySelector('.way')"),
     ("/settings/links", "", "return document.querySelector('.way')"),
     ("/shared", "", "return document.querySelector('.steps')"),
+    ("/files/lent", "", "return view.owner"),
+    ("/", "sharing(() => openSharing(list.entries.find(one => one.name === 'empty')))", "return document.querySelector('.access li select')"),
+    ("/", "sharing(() => openSharing(list.entries.find(one => one.name === 'empty'))); setTimeout(() => { const one = find('[name=with]'); one.focus();"
+     " one.value = 'ann'; one.dispatchEvent(new Event('input')); }, 500)", "return document.querySelector('.found li')"),
+    ("/", "sharing(() => sharesOf(list.entries.find(one => one.name === 'empty'))).then(([one]) => changePerson(one))", SHEET),
+    ("/settings/accounts", "editGroup({members: []}, [{name: 'ann'}])", SHEET),
     ("/", "sharing(() => openSharing(list.entries.find(one => one.name === 'a.txt')))", "return document.querySelector('dialog .steps li')"),
     ("/", "sharing(() => newLink(list.entries.find(one => one.name === 'empty'), 'add'))", "return document.querySelector('dialog [role=status]:not(:empty)')"),
     ("/", "sharing(() => sharesOf(list.entries.find(one => one.name === 'a.txt'))).then(([one]) => sendLink(one))", "return document.querySelector('dialog .qr path')"),
@@ -20505,6 +20555,10 @@ def test_browser_keeps_nobody_out(page, axe, width, height, dark):
     page.cloud.search.star(page.who, ("a.txt",), on=True)
     for path in ("README.md", "a.txt"):
         page.cloud.sharing.share(page.who, (path,), name="For " + path)
+    zoe = account(page.cloud, page.who.name + "-zoe")
+    page.cloud.sharing.share(page.who, ("empty",), "account", zoe.name, role="edit")
+    put(page.cloud, zoe, "lent/z.txt", parents=True)
+    page.cloud.sharing.share(zoe, ("lent",), "account", page.who.name, note="A note")
     page.size(width, height, dark=dark, touch=width < 720)
     _, token = page.cloud.devices.begin_pairing("a phone", "203.0.113.7")
     found = [one for place, *how in AUDITED for one in audit_page(page, axe, place.replace("TOKEN", token), *how)]
