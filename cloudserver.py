@@ -23255,7 +23255,7 @@ function setShape(name) {
 
 // ---- what actions do
 
-const undoable = [];                   // batches of steps of the journal, the latest last: {seqs, path}
+const undoable = [];                   // what can be taken back, the latest last: steps of the journal, {seq, path}
 
 // what others share stands in the root: the one that holds a path, if any does, with all the rights to it
 function mountOf(path) {
@@ -23264,8 +23264,10 @@ function mountOf(path) {
 }
 
 // place: the collection it happened in; undoing names whose files that are, if they are somebody else's
-function offerUndo(text, seq, place = view.path) {
-  const steps = {seqs: [seq], path: mountOf(place)?.path};
+const stepAt = (seq, place) => ({seq, path: mountOf(place)?.path});
+const offerUndo = (text, seq, place = view.path) => offerUndoOf(text, [stepAt(seq, place)]);
+
+function offerUndoOf(text, steps) {
   undoable.push(steps);
   const take = () => undo(undoable.splice(undoable.indexOf(steps), 1)[0] || steps);
   toast(text, {label: t("Undo"), run: () => attempt(take)});
@@ -23275,9 +23277,9 @@ function undoLast() {
   return undo(undoable.pop());
 }
 
-async function undo({seqs, path}) {
+async function undo(steps) {
   let skipped = 0;
-  for (const seq of seqs) skipped += (await api("POST", "undo", {seq, path})).skipped;
+  for (const step of steps) skipped += (await api("POST", "undo", step)).skipped;
   toast(skipped ? plural(skipped, "Undone, except {n} that changed since.", "Undone, except {n} that changed since.")
     : t("Undone."));
   await refresh();
@@ -23527,8 +23529,24 @@ async function transfer(verb, items, target) {
   });
   clearSelection();
   const words = {what: namesOf(items)};
-  if (done) offerUndo(verb === "move" ? t("{what} moved", words) : t("{what} copied", words), done.seq, target);
+  if (done) {
+    const steps = verb === "move" ? await stepsOfMove(items, done.seq, target) : [stepAt(done.seq, target)];
+    const said = verb === "move" ? t("{what} moved", words) : t("{what} copied", words);
+    steps ? offerUndoOf(said, steps) : toast(said);
+  }
   await refresh();
+}
+
+// what comes into other files than it was among is two steps: it is back where it was before it goes where it came to.
+// Null if the first is not known: half of it is no undo
+async function stepsOfMove(items, seq, target) {
+  const to = stepAt(seq, target), from = [...new Set(items.map(entry => mountOf(entry.path)?.path))];
+  if (from.every(path => path === to.path)) return [to];
+  const last = path => api("GET", "activity", {limit: 1, path}).then(({steps: [step]}) => step, () => null);
+  const found = await Promise.all(from.filter(path => path !== to.path).map(async path => [path, await last(path)]));
+  if (!found.every(([, step]) => step && step.account === me.name && step.seq > seq && step.seq <= seq + found.length))
+    return null;
+  return [...found.map(([path, step]) => ({seq: step.seq, path})), to];
 }
 
 // for each name that is taken at the target: keep both, replace or skip?
@@ -24178,10 +24196,12 @@ function whatOf({action, detail: {path = "", count}}) {
 }
 
 function stepWords(step, what = whatOf(step)) {
-  const {name = "", kind, group = "", with: grantee, new: isNew} = step.detail;
-  const words = grantee && ACTIVITY[step.action + "-with"] || ACTIVITY[isNew ? "upload" : step.action] || step.action;
+  const {name: label = "", kind, group = "", with: grantee, new: isNew} = step.detail;
+  const isUpload = isNew || step.action === "copy" && !step.detail.to;           // or it came from elsewhere
+  const name = isUpload ? "upload" : grantee && step.action + "-with";
+  const words = ACTIVITY[name] || ACTIVITY[step.action] || step.action;
   return t(words, {who: step.account || t(step.link ? "A visitor" : "The server"),
-    what, to: quoted(targetOf(step)), name: agentOf({kind, name}), with: grantee, group});
+    what, to: quoted(targetOf(step)), name: agentOf({kind, name: label}), with: grantee, group});
 }
 
 // elsewhere: it was not among the files of who looks
@@ -24194,7 +24214,7 @@ function stepRow(step) {
       words[0], words.length > 1 && (place ? link(what, addressOf(place) + queryOf({at})) : what), words[1],
       h("div.soft", {}, dotted(dates.time.format(new Date(step.at)), stepBy(step)))),
     h("div.acts", {},
-      step.undoable ? button(t("Undo"), () => attempt(() => undo({seqs: seqsOf(step)}))) : null));
+      step.undoable ? button(t("Undo"), () => attempt(() => undo(seqsOf(step).map(seq => ({seq}))))) : null));
 }
 
 // ---- a collection as it was

@@ -19779,6 +19779,26 @@ def test_browser_takes_back_what_it_did_among_the_files_of_others(page, other):
     assert not other.run("return [document.body.innerText.includes('private')]")[0]
 
 
+def test_browser_moves_between_its_own_files_and_those_of_others_and_back(page, other):
+    """What went from the files of one to those of another is taken back in both: nothing is there twice, and nothing nowhere."""
+    page.put("trip/a.txt", "hers")
+    give_to(other, page, "trip", "edit")
+    other.put("own.txt", "his")
+    other.open("/")
+    other.shows("trip", "own.txt")
+    other.wait("return offers")
+    for names, target, theirs, mine in ((["own.txt"], "trip", {"trip", "trip/a.txt", "trip/own.txt"}, set()),
+                                        (["trip/a.txt"], "", {"trip"}, {"a.txt", "own.txt"})):
+        other.walk("/files/trip" if "/" in names[0] else "/files")
+        other.wait("return list.entries.some(one => one.path === arguments[0])", names[0])
+        other.run("attempt(() => transfer('move', list.entries.filter(one => arguments[0].includes(one.path)), arguments[1]))", names, target)
+        other.sees("moved")
+        assert page.tree() == theirs and other.tree() - {"trip", "trip/a.txt", "trip/own.txt"} == mine
+        other.click("Undo")
+        other.sees("Undone.")
+        assert page.tree() == {"trip", "trip/a.txt"} and other.get("own.txt") == b"his" and page.get("trip/a.txt") == b"hers"
+
+
 def test_browser_visits_a_folder_by_a_link(page):
     """Gallery and list, preview that Back closes, what is chosen as a zip; no account, and nothing that a policy refuses."""
     for n in range(5):
