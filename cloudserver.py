@@ -20526,7 +20526,6 @@ PAGE_GERMAN = r"""{
   "Shared": "Geteilt",
   "Shared by {name}": "Geteilt von {name}",
   "Shares nothing": "Teilt nichts",
-  "Sharing": "Teilen",
   "Shift": "Umschalt",
   "Show": "Zeigen",
   "Show as text": "Als Text zeigen",
@@ -25379,7 +25378,7 @@ const SECTIONS = [
   ["connect", "Connect", connectSection],
   ["devices", "Devices", devicesSection],
   ["accounts", "Accounts", accountsSection, true],
-  ["links", "Sharing", () => sharing(sharingSection), true],
+  ["links", "Share", () => sharing(sharingSection), true],
   ["server", "Server", serverSection, true]
 ];
 
