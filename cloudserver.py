@@ -21857,7 +21857,8 @@ summary { cursor: pointer; }
 .slider input, .limits select { width: auto; }
 .limits select { max-width: 14rem; min-height: 38px; padding: .2rem .4rem; }
 .limits input { min-height: 38px; }
-.row .tag { margin-right: .75rem; }
+.row .tag { margin-right: .75rem; max-width: 9rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.tiles .row .tag { position: absolute; right: 14px; bottom: 50px; margin: 0; }
 .limits label { color: var(--soft); display: flex; gap: .5rem; align-items: center; }
 .changes { max-width: 60rem; padding-bottom: 1rem; }
 .changes summary { cursor: pointer; padding: .4rem 0; }
