@@ -19786,7 +19786,7 @@ def test_browser_moves_between_its_own_files_and_those_of_others_and_back(page, 
     other.put("own.txt", "his")
     other.open("/")
     other.shows("trip", "own.txt")
-    other.wait("return offers")
+    other.wait("return offers !== null")
     for names, target, theirs, mine in ((["own.txt"], "trip", {"trip", "trip/a.txt", "trip/own.txt"}, set()),
                                         (["trip/a.txt"], "", {"trip"}, {"a.txt", "own.txt"})):
         other.walk("/files/trip" if "/" in names[0] else "/files")
