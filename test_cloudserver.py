@@ -3737,6 +3737,13 @@ class Mirror:
         self.places[id] = self.at(path[:-1]), path[-1]
         self.about[id] = node.kind, node.manifest, node.mtime, access
 
+    def by_sync_collection(self, seq, known):
+        """The seq reached, and {path: (node, etag of a file)} as a client of WebDAV has it that had `known` at a seq."""
+        reached, rows = cs.sync_rows(self.cloud, self.who, (), seq, 10_000, cs.unwatched)
+        for gone in [path for path, _, node in rows if node is None]:
+            known = {path: about for path, about in known.items() if path[:len(gone)] != gone}
+        return reached, {**known, **{path: (node.node, node.kind or node.etag) for path, _, node in rows if node}}
+
     def follow(self):
         """Ask what changed until there is no more."""
         while True:
@@ -3933,8 +3940,8 @@ def states_of(cloud, who):
 
 @pytest.mark.parametrize("rounds", [60, pytest.param(1500, marks=pytest.mark.slow)])
 def test_whatever_sharers_do_etags_name_one_state_and_every_feed_leads_to_the_tree(make_cloud, fake, rng, rounds):
-    """Laws 5 and 6: a client that has only applied what the feed told, from whichever of its cursors, has what the manifest gives;
-    no etag of a collection ever named two states, and the newest seq never falls."""
+    """Laws 5 and 6: a client that has only applied what the feed told, from whichever of its cursors, has what the manifest gives,
+    and one by sync-collection what WebDAV shows; no etag of a collection ever named two states, and the newest seq never falls."""
     cloud = make_cloud(clock=fake.clock())
     game, etags, seqs, mirrors = Overlapping(cloud, rng, fake), {}, [], []
     bob = game.bob
@@ -3949,7 +3956,10 @@ def test_whatever_sharers_do_etags_name_one_state_and_every_feed_leads_to_the_tr
             assert Mirror(cloud, bob).tree() == want
             for mirror in rng.sample(mirrors, min(2, len(mirrors))):
                 assert mirror.follow() == want
+                mirror.dav = mirror.by_sync_collection(*mirror.dav)
+                assert mirror.dav[1] == {path: (node.node, node.kind or node.etag) for path, node in cloud.files.walk(bob, ())}
             mirrors.append(Mirror(cloud, bob))
+            mirrors[-1].dav = mirrors[-1].by_sync_collection(None, {})
     audit(cloud)
 
 
