@@ -3833,6 +3833,28 @@ def test_the_feed_tells_of_a_shared_file_that_is_again_what_it_was(cloud, ann, b
     assert [(line.path, line.node.etag) for line in cloud.feed.changes(bob, (), reached)[1]] == [(("one",), etag)]
 
 
+def test_a_large_mount_that_came_is_one_line_and_what_is_shared_no_more_ends_what_reads_it(api, cloud, ann, bob, monkeypatch):
+    for n in range(9):
+        put(cloud, ann, "d/in/f%d" % n, parents=True)
+    mirror, since = Mirror(cloud, bob), cloud.journal.head()
+    share = hand(cloud, ann, "d", bob, "read")
+    monkeypatch.setattr(cs, "WHOLE_MOST", 9)
+    line, = api("GET", "changes?since=%d" % since, user="bob")["changes"]
+    assert (line["path"], line["owner"], line["rights"], line["whole"]) == ("d", "ann", ["read"], True) and mirror.follow() == listed_whole(cloud, bob)
+    monkeypatch.setattr(cs, "WHOLE_MOST", 10)
+    lines = api("GET", "changes?since=%d" % since, user="bob")["changes"]
+    assert len(lines) == 11 and "whole" not in lines[0] and not any("owner" in line for line in lines[1:])
+    monkeypatch.setattr(cs.Tree.while_shared, "__defaults__", (0,))
+    for rows in (cloud.history.walk(bob, ()), cloud.history.walk(bob, ("d",)), cloud.history.walk(bob, ("d", "in")), cloud.sync.manifest(bob, ())[2]):
+        next(rows)
+        with monkeypatch.context() as ended:
+            ended.setattr(cloud.tree.mounts, "of", lambda read, home: {})
+            assert outcome(list, rows) == "gone"
+    take_back(cloud, share)
+    line, = api("GET", "changes?since=%d" % (cloud.journal.head() - 1), user="bob")["changes"]
+    assert (line["path"], line["gone"], line["was"]) == (None, "unshared", "d")
+
+
 class Overlapping:
     """Two who share, nested and overlapping, with bob and a group of his, and do what they like; at random."""
 
