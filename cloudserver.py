@@ -5013,8 +5013,9 @@ class Span:
 
     def was_in_sight(self, id: int) -> bool:
         """Did a node come and go since?  Who made it knows of it, and has to be told."""
-        ends = list(self.now.read("SELECT until FROM entry WHERE node = ? AND until > ?", (id, self.then.seq)))
-        return any(self._just_before(until).path(id) is not None for until, in ends)
+        spans = list(self.now.read("SELECT since, until FROM entry WHERE node = ? AND until > ?", (id, self.then.seq)))
+        return any(self._just_before(seq).path(id) is not None for since, until in spans          # what held it may be gone when it went
+                   for seq in (since + 1, until) if seq > self.then.seq + 1)
 
     def _just_before(self, seq: int) -> Moment:
         """The moment before a batch."""

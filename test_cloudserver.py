@@ -8942,6 +8942,14 @@ def test_changes_tell_each_node_once(call, cloud, ann):
     assert call("GET", "/api/v1/changes?since=%d" % (since + 1000)).status == 409
 
 
+def test_changes_tell_of_what_went_while_what_held_it_was_gone(cloud, ann):
+    """Who made it saw it, and nothing else tells them: the collection is back by then, without it."""
+    put(cloud, ann, "d/f", parents=True)
+    since = cloud.journal.head()
+    put(cloud, ann, "d/g"), cloud.files.delete(ann, ("d",)), cloud.history.rewind(ann, (), since)
+    assert [(line.path, line.gone) for line in cloud.feed.changes(ann, (), since)[1] if line.id != cloud.files.stat(ann, ("d",)).node] == [(None, "deleted")]
+
+
 def test_changes_tell_of_what_came_and_went(cloud, ann):
     """Who made it knows of it by the answer to its commit."""
     since = cloud.journal.head()
