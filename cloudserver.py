@@ -278,6 +278,7 @@ class Principal(NamedTuple):
     op: Optional[Tuple[str, str]] = None      # what a batch of theirs bears: see Cloud.once
     home: int = 0                # whose tree it is; 0: the account's own
     rights: Optional[frozenset[str]] = None   # out of RIGHTS; None: what the means give
+    mounted: bool = False        # root is a mount: see Tree.limited
 
     @property
     def share(self) -> int:
@@ -2587,6 +2588,7 @@ DROP INDEX mount_home;
 CREATE UNIQUE INDEX mount_home ON mount (home, target) WHERE until IS NULL;
 CREATE INDEX mount_past ON mount (home) WHERE until IS NOT NULL;
 CREATE INDEX mount_target ON mount (target) WHERE until IS NULL;
+CREATE INDEX upload_account ON upload (account) WHERE done IS NULL;
 ALTER TABLE brake RENAME TO brake_of_devices;
 CREATE TABLE brake (                    -- what a device, or a link, destroyed of late in a home
     device TEXT NOT NULL, home INTEGER NOT NULL, seq INTEGER NOT NULL, due INTEGER NOT NULL,
@@ -2831,7 +2833,7 @@ class Batch:
     frees: bool = False                          # it gives room back: on a full disk the reserve makes it possible
     also: Sequence[Batch] = ()                   # more parts, in other homes: guards, a line with a seq of its own, a body
     seq: int = 0                                 # set when it is committed,
-    tag: str = ""                                # with this
+    tag: str = ""                                # with this, as all its parts are
 
 
 def fresh_tags() -> Iterator[str]:
@@ -3040,10 +3042,11 @@ class Writer:
     def _apply(self, batch: Batch) -> None:
         """raises CloudError, sqlite3.Error, and what its rows raise"""
         db = self.connection
+        tag = next(self._tags) if batch.line else ""
         for part in batch, *batch.also:
             if part.line:
                 home, who, action, detail = part.line
-                part.tag = next(self._tags)
+                part.tag = tag
                 part.seq = db.execute(
                     "INSERT INTO journal (seq, at, home, account, device, action, detail, tag) "
                     "SELECT max(seq) + 1, ?, ?, ?, ?, ?, ?, ? FROM journal",
@@ -3746,15 +3749,15 @@ class Credentials:
     def _by_secret(self, secret: str, kind: str) -> Principal:
         now = self.clock.due()
         rows = self.db.read(
-            "SELECT a.id, a.name, coalesce(d.node, a.root), a.admin, d.id, d.readonly, d.node IS NOT NULL, d.confirmed "
-            "FROM device d JOIN account a ON a.id = d.account "
+            "SELECT a.id, a.name, coalesce(d.node, a.root), a.admin, d.id, d.readonly, d.node IS NOT NULL, d.confirmed, m.node IS NOT NULL "
+            "FROM device d JOIN account a ON a.id = d.account LEFT JOIN mount m ON m.node = d.node "
             "WHERE d.secret = ? AND d.kind = ? AND a.removed IS NULL "
             "AND coalesce(d.idle, ?) >= ? AND coalesce(d.due, ?) >= ?", (sha256_text(secret), kind, now, now, now, now))
         if not rows:
             raise CloudError("unauthenticated", "this session or token is not valid")
-        account, name, root, admin, device, readonly, scoped, confirmed = rows[0]
+        account, name, root, admin, device, readonly, scoped, confirmed, mounted = rows[0]
         return Principal(account, name, root, bool(admin) and kind == "session", kind, device, bool(readonly),
-                         bool(scoped), confirmed)
+                         bool(scoped), confirmed, mounted=bool(mounted))
 
     def by_password(self, name: str, password: str, address: str, key: bytes = b"") -> Principal:
         """Check name and password, at the same cost whether or not there is such an account (A6).
@@ -4358,6 +4361,11 @@ def view_of(who: Principal) -> View:
 def is_drop(who: Principal) -> bool:
     """May they only send, and see nothing? (law 13)"""
     return READ not in view_of(who).rights
+
+
+def limited_to(who: Principal, node: Node, rights: frozenset[str]) -> Principal:
+    """The same, as if they were limited to a node of somebody else."""
+    return who._replace(home=node.home, root=node.node, scoped=True, rights=rights)
 
 
 class Place(NamedTuple):
@@ -5058,8 +5066,8 @@ def holders(read: Read, node: int) -> tuple[int, ...]:
 class Locks:
     """Which locks there are, and what they forbid (RFC 4918 s6, s7)."""
 
-    def __init__(self, db: Database, clock: Clock) -> None:
-        self.db, self.clock = db, clock
+    def __init__(self, db: Database, clock: Clock, mounts: Mounts) -> None:
+        self.db, self.clock, self.mounts = db, clock, mounts
 
     def of(self, place: Place) -> list[Lock]:
         return [Lock._make(row) for row in self.db.read("SELECT * FROM lock WHERE home = ? AND due > ?",
@@ -5088,7 +5096,7 @@ class Locks:
         shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
         for lock in held:
             if lock.token not in mine and (lock.exclusive or lock.node not in shared):
-                raise CloudError("locked", "it is locked", path=seen_by(self.db.read, who).path(lock.node))
+                raise CloudError("locked", "it is locked", path=seen_by(self.db.read, who, self.mounts).path(lock.node))
 
     def check_conflict(self, who: Principal, place: Place, exclusive: bool, deep: bool) -> None:
         locks = self.of(place)
@@ -5097,7 +5105,7 @@ class Locks:
             near += [lock for lock in locks if place.node.node in holders(self.db.read, lock.node)]
         for lock in near:
             if exclusive or lock.exclusive:
-                raise CloudError("lock-conflict", "it is locked", path=seen_by(self.db.read, who).path(lock.node))
+                raise CloudError("lock-conflict", "it is locked", path=seen_by(self.db.read, who, self.mounts).path(lock.node))
         if len(locks) >= 10_000:
             raise CloudError("busy", "this account has 10000 locks")
 
@@ -5260,9 +5268,11 @@ class Allowance:
 
     def need_to_write(self, who: Principal, place: Place) -> None:
         """raises CloudError forbidden without the right to make, or to change, what is at a place; who made a file may write to it for an hour"""
+        rights = place.view.rights
         if place.node is None:
-            place.need(CREATE)
-        elif UPDATE not in place.view.rights and (place.view.whole or not self._is_own(who, place)):
+            if CREATE not in rights:
+                place.need(CREATE)
+        elif UPDATE not in rights and (place.view.whole or not self._is_own(who, place)):
             place.need(UPDATE)
 
     def _is_own(self, who: Principal, place: Place) -> bool:
@@ -5384,7 +5394,7 @@ class Space:
         if size > self.config.max_file:
             raise CloudError("too-large", "files may have %s" % format_size(self.config.max_file))
         if place.quota is not None and growth > 0 and place.used + self.reserved(place.view.home) + growth > place.quota:
-            raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, place.quota - place.used)))
+            raise CloudError("over-quota", left_of_quota(place))
         if size and place.quota is not None:
             self._check_spent(self._overspent(place.view.home, size, SPENT_FREE))
         if size and not self.has_room():
@@ -5422,7 +5432,7 @@ class Space:
         return self.db.read("SELECT " + RESERVED + " FROM upload WHERE home = ? AND done IS NULL", (home,))[0][0]
 
     def quota_of(self, home: int) -> int | None:
-        return self.db.read("SELECT quota FROM account WHERE id = ?", (home,))[0][0]
+        return next((quota for quota, in self.db.read("SELECT quota FROM account WHERE id = ?", (home,))), None)
 
     def has_room(self) -> bool:
         """Is there more free space than the low-water mark?  Looked up once a second (R18)."""
@@ -5440,6 +5450,11 @@ class Space:
             self.db.reserve.keep(size)
 
 
+def left_of_quota(place: Place) -> str:
+    left = format_size(max(0, place.quota - place.used))
+    return "%s are left of the quota of whose files these are" % left if place.view.seq else "%s are left of the quota" % left
+
+
 def low_mark(config: Config, total: int) -> int:
     """The free space below which nothing is written to a disk of `total` bytes."""
     return min(config.low_water, total // 50)
@@ -5451,7 +5466,8 @@ class Tree:
     def __init__(self, config: Config, db: Database, clock: Clock, blobs: Blobs) -> None:
         self.config, self.db, self.clock, self.blobs = config, db, clock, blobs
         self.contents, self.space = Contents(db, clock, blobs), Space(db, clock, config)
-        self.locks, self.brake, self.allowance, self.mounts = Locks(db, clock), Brake(db, clock), Allowance(db, clock), Mounts(db, clock)
+        self.brake, self.allowance, self.mounts = Brake(db, clock), Allowance(db, clock), Mounts(db, clock)
+        self.locks = Locks(db, clock, self.mounts)
         self.lanes = Slots(2, "%d long operations of this account are under way already")
 
     def enter(self, who: Principal, path: tuple[str, ...], right: str | None = None, *, content: bool = False) -> Place:
@@ -5484,7 +5500,7 @@ class Tree:
             ids = (*above, *([node.node] if node else ()))
             rights = view.rights & grant.rights_at(ids)
             self.mounts.seen.update(access.share for access in grant.accesses_at(ids))
-            view = view._replace(rights=rights, who=who._replace(home=view.home, root=view.top, scoped=True, rights=rights))
+            view = view._replace(rights=rights, who=limited_to(who, grant.node, rights))
             if right:
                 view.need(right)
             if node and node.kind:
@@ -5504,6 +5520,23 @@ class Tree:
         if grant is None:
             raise CloudError("not-found", "what was here is not shared any more")
         return grant
+
+    def limited(self, who: Principal) -> Principal:
+        """Whoever is limited to a mount, as they see what that shows now; nothing is there for them if it shows nothing."""
+        view = view_of(who)
+        grant = self.mounts.of(self.db.read, view.home).get(view.top)
+        return limited_to(who, grant.node, grant.rights & view.rights) if grant else who
+
+    def limit_at(self, who: Principal, path: tuple[str, ...]) -> int:
+        """What a device is limited to by a path: a collection, or a mount in the root.  raises CloudError bad-request, forbidden"""
+        place = self.enter(who, path, READ)
+        if not place.found().kind:
+            raise CloudError("bad-request", "a device can be limited to a collection only")
+        if not place.view.seq:
+            return place.node.node
+        if not place.is_top:
+            raise CloudError("forbidden", "a device can be limited to what somebody shared as a whole, not to something in it")
+        return next(grant.mount for grant in self.mounts.of(self.db.read, view_of(who).home).values() if grant.node.node == place.view.top)
 
     def within(self, who: Principal, path: tuple[str, ...], right: str | None = None) -> tuple[View, tuple[str, ...]]:
         """The view that a path leads into, and the path from its top.  Through a mount its `who` is like a device that is limited to the
@@ -5673,7 +5706,7 @@ class Draft:
         self._seen: dict[tuple[int, str], Node | None] = {}          # and what was there before
         self._chains: dict[tuple[str, ...], tuple[int, ...] | None] = {}
         self._parents: dict[int, int | None] = {}
-        self._mounts: dict[str, Place | None] = {}
+        self._mounts: dict[str, tuple[Place, Grant] | None] = {}
         self._made: set[int] = set()                 # collections with nothing in them but what steps put there
 
     # ---- where things are by now
@@ -5700,9 +5733,12 @@ class Draft:
                 above = self._chain(path[:there])
                 is_open = not above or self.child(above[-1], path[there]) is None
         node = self.child(chain[-1], path[-1]) if there == len(path) - 1 else None
-        part = self.parts[mounted.view.home if mounted else view_of(self.who).home]
-        return part.place._replace(used=part.place.used + part.growth, chain=chain, open=is_open, rest=() if node else path[there:], node=node,
-                                   view=(mounted or part.place).view)
+        view = mounted.view if mounted else view_of(self.who)
+        if mounted:
+            rights = self._mounts[path[0]][1].rights_at((*chain, *([node.node] if node else ()))) & view_of(self.who).rights
+            view = view._replace(rights=rights)
+        part = self.parts[view.home]
+        return part.place._replace(used=part.place.used + part.growth, chain=chain, open=is_open, rest=() if node else path[there:], node=node, view=view)
 
     def home_of(self, path: tuple[str, ...]) -> int:
         """The home that a path led to which was entered."""
@@ -5720,12 +5756,15 @@ class Draft:
             node = self.child(self.top()[-1], name)
             if node and node.kind == MOUNT and self.since is not None and node.since > self.since:
                 raise CloudError("precondition-failed", "what is shared here came just now")
-            self._mounts[name] = place = self.tree.enter(self.who, path[:1]) if node and node.kind == MOUNT else None
-            if place and not place.view.seq:
-                raise CloudError("conflict", "it came here by this very step")
-            if place:
-                self.parts.setdefault(place.view.home, HomePart(place)).mounts[name] = place.view.top
-        return self._mounts[name]
+            self._mounts[name] = self._enter_mount(path[:1], node) if node and node.kind == MOUNT else None
+        return self._mounts[name] and self._mounts[name][0]
+
+    def _enter_mount(self, path: tuple[str, ...], mount: Node) -> tuple[Place, Grant]:
+        place = self.tree.enter(self.who, path)
+        if not place.view.seq:
+            raise CloudError("conflict", "it came here by this very step")
+        self.parts.setdefault(place.view.home, HomePart(place)).mounts[path[0]] = place.view.top
+        return place, self.tree.mounts.of(self.tree.db.read, view_of(self.who).home)[mount.node]
 
     def top(self) -> tuple[int, ...]:
         """Ids down to the top of what is seen, the root of the home first."""
@@ -6003,8 +6042,11 @@ class Plan:
     def patch(self, path: tuple[str, ...], given: Preconditions, properties: dict[str, str | None], mtime: int | None) -> None:
         """Set or remove (None) dead properties, and the time of a node."""
         place = self.now.enter(path)
+        if place.node:
+            self.tree.allowance.need_to_write(self.who, place)
+        else:
+            place.need(UPDATE)                           # before a word of whether there is anything
         node = place.found()
-        self.tree.allowance.need_to_write(self.who, place)
         self.admit(place, path, given)
         self._set_properties(node, properties)
         if mtime not in (None, node.mtime):
@@ -6215,20 +6257,6 @@ class Plan:
 
 
 
-def begin_mount(plan: Plan, target: Node, giver: str, name: str = "") -> Node:
-    """Let the root of a home show a node of another, under a name, its own if none is given, or one that tells from whom it is (law 4 of
-    sharing): never one with a dot in front, for a stranger's .cloudignore would steer the sync client."""
-    place = plan.now.enter(())
-    root, name = place.found().node, (name or target.name).lstrip(".") or "shared"
-    for mark in ("", " (%s)" % giver, *(" (%s %d)" % (giver, count) for count in range(2, 10_000))):
-        found = cut_text(name, NAME_LIMIT - len(mark.encode())) + mark
-        if plan.now.child(root, found) is None:
-            break
-    node = plan.now.new_node(place.view.home, root, found, MOUNT)
-    plan.rows.append(Statement("INSERT INTO mount (node, home, target, seq) SELECT ?, ?, ?, max(seq) FROM journal", (node.node, place.view.home, target.node)))
-    return plan.step(Change(None, node, (), (*place.chain, root))).after
-
-
 def change_mount(plan: Plan, path: tuple[str, ...], target: tuple[str, ...] | None) -> Node:
     """Give a mount another name, which is nobody else's concern, or none any more: then it is declined, and nothing is deleted."""
     view_of(plan.who).need(DELETE if target is None else UPDATE)
@@ -6266,12 +6294,6 @@ def still_there(node: Node) -> Statement:
     """The guard that says: this very entry is what the node is now."""
     return Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry WHERE home = ? AND since = ? AND node = ? "
                      "AND until IS NULL)", (node.home, node.since, node.node))
-
-
-def unchanged_since(node: Node, seq: int) -> Statement:
-    """The guard that says: neither a node nor what it holds has changed since."""
-    return Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.node = ? "
-                     "AND e.until IS NULL AND coalesce(c.seq, e.since) <= ?)", (node.node, seq))
 
 
 SAY = "INSERT INTO answer (share, account, said) %s ON CONFLICT (share, account) DO UPDATE SET said = excluded.said"
@@ -6313,12 +6335,6 @@ def touched_by(body: Sequence[Statement]) -> set[int] | None:
     return touched
 
 
-def still_stored(hashes: Sequence[str]) -> tuple[Statement, ...]:
-    """The guards that say: chunks that were found stored, and so were not stored again, are there and whole."""
-    return tuple(Statement("SELECT 'chunk' WHERE (SELECT count(*) FROM chunk WHERE hash IN (" + marks(piece) + ") AND bad IS NULL) <> ?",
-                           (*piece, len(piece))) for piece in pieces(hashes))
-
-
 def property_rows(node: Node, properties: dict[str, str | None]) -> list[Statement]:
     return [Statement("DELETE FROM property WHERE node = ? AND name = ?", (node.node, name)) if value is None else
             Statement(PUT_PROPERTY, (node.node, name, value))
@@ -6342,12 +6358,6 @@ IS_GIVEN_UP = (  # was the collection that an entry hangs in given up?
 IS_LAST = (  # is an entry the last that its node had, and the node not live?
     "NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.until IS NULL) "
     "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.since >= entry.until AND l.until IS NOT NULL)")
-
-
-def new_lock_token() -> str:
-    """A random UUID as a URI (RFC 4918 s6.5)."""
-    digits = secrets.token_hex(16)
-    return "urn:uuid:%s-%s-4%s-a%s-%s" % (digits[:8], digits[8:12], digits[13:16], digits[17:20], digits[20:])
 
 
 def cut_text(text: str, size: int) -> str:
@@ -6951,6 +6961,38 @@ def name_written(path: tuple[str, ...], place: Place, name: str) -> dict[str, An
     return {"path": [path if place.is_top else path[:-1] + (name,)]}
 
 
+def new_lock_token() -> str:
+    """A random UUID as a URI (RFC 4918 s6.5)."""
+    digits = secrets.token_hex(16)
+    return "urn:uuid:%s-%s-4%s-a%s-%s" % (digits[:8], digits[8:12], digits[13:16], digits[17:20], digits[20:])
+
+
+def still_stored(hashes: Sequence[str]) -> tuple[Statement, ...]:
+    """The guards that say: chunks that were found stored, and so were not stored again, are there and whole."""
+    return tuple(Statement("SELECT 'chunk' WHERE (SELECT count(*) FROM chunk WHERE hash IN (" + marks(piece) + ") AND bad IS NULL) <> ?",
+                           (*piece, len(piece))) for piece in pieces(hashes))
+
+
+def unchanged_since(node: Node, seq: int) -> Statement:
+    """The guard that says: neither a node nor what it holds has changed since."""
+    return Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.node = ? "
+                     "AND e.until IS NULL AND coalesce(c.seq, e.since) <= ?)", (node.node, seq))
+
+
+def begin_mount(plan: Plan, target: Node, giver: str, name: str = "") -> Node:
+    """Let the root of a home show a node of another, under a name, its own if none is given, or one that tells from whom it is (law 4 of
+    sharing): never one with a dot in front, for a stranger's .cloudignore would steer the sync client."""
+    place = plan.now.enter(())
+    root, name = place.found().node, (name or target.name).lstrip(".") or "shared"
+    for mark in ("", " (%s)" % giver, *(" (%s %d)" % (giver, count) for count in range(2, 10_000))):
+        found = cut_text(name, NAME_LIMIT - len(mark.encode())) + mark
+        if plan.now.child(root, found) is None:
+            break
+    node = plan.now.new_node(place.view.home, root, found, MOUNT)
+    plan.rows.append(Statement("INSERT INTO mount (node, home, target, seq) SELECT ?, ?, ?, max(seq) FROM journal", (node.node, place.view.home, target.node)))
+    return plan.step(Change(None, node, (), (*place.chain, root))).after
+
+
 def shown(place: Place, path: tuple[str, ...]) -> Node:
     """The node at a place, under the name that leads to it.  raises CloudError not-found"""
     node = place.found()
@@ -7206,6 +7248,7 @@ STEP = (  # the columns of Step, and where they come from
     "LEFT JOIN share s ON s.id = -j.account")
 
 
+LOOK_BACK = 20_000              # steps that are looked at for those of one place
 WENT_BACK = "this server does not know what it said then: an older state of its data was put back"
 
 
@@ -7224,6 +7267,16 @@ class Journal:
         """What tells the history up to a seq from others; None if there is no such seq."""
         rows = self.db.read("SELECT tag FROM journal WHERE seq = ?", (seq,))
         return rows[0][0] if rows else None
+
+    def steps_of(self, who: Principal, seq: int) -> list[tuple[int, tuple[str, ...]]]:
+        """(seq, path) of all that one batch did, in each home for itself, as `undo` wants to hear of it."""
+        here, found = seen_by(self.db.read, who, self.tree.mounts), []
+        for part, home, detail in self.db.read("SELECT seq, home, detail FROM journal WHERE seq >= :seq AND seq < :seq + 100 AND tag = (SELECT tag FROM "
+                                               "journal WHERE seq = :seq) ORDER BY seq", {"seq": seq}):
+            path = () if home == view_of(who).home else here.path(json.loads(detail).get("within", 0))
+            if path is not None:
+                found.append((part, path[:1]))
+        return found
 
     def check(self, epoch: str | None, since: int | None, tag: str | None) -> None:
         """Is a client's cursor a point of our own past?  What it does not say is not asked.
@@ -7294,15 +7347,16 @@ class Journal:
         """
         place = self.tree.enter(who, path, PAST)
         asked = {"action": None, "device": None, "after": 0, "until": 1 << 62, **only, "home": place.view.home, "asks": view_of(who).home}
+        is_all = place.view.whole and not path
         found: list[Step] = []
-        while len(found) < limit:
+        for count in [limit] if is_all else [max(limit, PIECE)] * (LOOK_BACK // max(limit, PIECE)):
             rows = self.db.read(
                 "SELECT " + STEP + " WHERE j.home = :home AND j.action <> 'copy-begin' AND j.seq < :before AND (:action IS NULL OR j.action = :action) "
                 "AND (:device IS NULL OR d.name = :device) AND j.at >= :after AND j.at < :until ORDER BY j.seq DESC LIMIT :limit",
-                {**asked, "before": before, "limit": limit})
+                {**asked, "before": before, "limit": count})
             steps = self._steps(rows)
-            found += steps if place.view.whole and not path else filter(None, (self._seen_from(place, path, step) for step in steps))
-            if len(rows) < limit:
+            found += steps if is_all else filter(None, (self._seen_from(place, path, step) for step in steps))
+            if len(rows) < count or len(found) >= limit:
                 break
             before = rows[-1][0]
         return found[:limit]
@@ -7486,6 +7540,10 @@ class History:
         raises  CloudError not-found if there is nothing to take back, gone if that is too long ago, or given up for good
         """
         view, _ = self.tree.within(who, path, PAST)
+        brought = self._bring_mounts_back(view, seq) if view.whole else 0
+        if brought and not self.db.read("SELECT 1 FROM entry WHERE home = ?1 AND since = ?2 UNION ALL SELECT 1 FROM entry WHERE home = ?1 AND until = ?2 "
+                                        "AND kind < 2", (view.home, seq)):
+            return brought, 0
 
         def choose(span: Span) -> tuple[list[int], int]:
             now = span.now
@@ -7505,6 +7563,27 @@ class History:
             return mine, len(touched) - len(mine)
 
         return self._revert(view, (), seq - 1, choose, ("undo", {"seq": seq}))
+
+    def _bring_mounts_back(self, view: View, seq: int) -> int:
+        """Let what somebody declined in a batch stand again while it is shared; returns the seq of doing so, 0 if there is nothing (law 4 of sharing)."""
+        values = {"home": view.home, "seq": seq, "now": self.tree.clock.due()}
+        rows = self.db.read(
+            "SELECT m.target, e.name, a.name FROM mount m JOIN entry e ON e.node = m.node AND e.until = m.until JOIN entry t ON t.node = m.target AND "
+            "t.until IS NULL JOIN account a ON a.id = t.home WHERE m.home = :home AND m.until = :seq AND e.fate = 'declined' AND EXISTS (SELECT 1 FROM share s "
+            "WHERE s.node = m.target AND " + REACHES + " AND " + STANDING + ") AND NOT EXISTS (SELECT 1 FROM mount l WHERE l.home = m.home "
+            "AND l.target = m.target AND l.until IS NULL)", values)
+
+        def attempt() -> Batch:
+            plan = Plan(self.tree, view.who)
+            for target, name, owner in rows:
+                begin_mount(plan, Moment(self.db.read, target).node(target), owner, name)
+                plan.rows.append(Statement(SAY % ("SELECT s.id, :home, 'accepted' FROM share s WHERE s.node = :target AND " + REACHES + " AND " + STANDING),
+                                           {**values, "target": target}))
+            return plan.batch("undo", {"seq": seq, "count": len(rows)})
+
+        if rows:
+            view.need(CREATE)
+        return self.db.write(attempt).seq if rows else 0
 
     def rewind(self, who: Principal, path: tuple[str, ...], seq: int, *, dry: bool = False) -> tuple[int, int]:
         """Make a collection what it was as of a seq; returns (seq of doing so, nodes changed).  It can be undone.
@@ -8668,6 +8747,17 @@ class Listed(NamedTuple):
     shared: SharedBy | None = None
 
 
+def without_place(top: Place) -> Place:
+    """What counts for bytes that may yet go to others: no quota, which is that of the home where they will be (law 10 of sharing)."""
+    return top._replace(quota=None) if top.mounts else top
+
+
+def check_ahead(place: Place, size: int) -> None:
+    """raises CloudError over-quota for more than one may send ahead"""
+    if place.mounts and size > AHEAD_MOST:
+        raise CloudError("over-quota", "%s were sent ahead of where they are to be; finish something first" % format_size(AHEAD_MOST))
+
+
 class Received:
     """Chunks that came with a request: what is small waits to be written with the batch, the rest is durable."""
 
@@ -8827,7 +8917,7 @@ class Sync:
 
     def _take_frames(self, who: Principal, frames: Iterable[bytes], received: Received, flying: deque[tuple[Future, int]]) -> None:
         view = view_of(who)
-        place, tag, knows = self.tree.enter(who, ()), secrets.token_hex(8), self.tree.contents.known_to(view)
+        place, tag, knows = without_place(self.tree.enter(who, ())), secrets.token_hex(8), self.tree.contents.known_to(view)
         (ahead,), = self.db.read("SELECT coalesce(sum(size), 0) FROM loose WHERE home = ? AND due > ?",
                                  (view.home, self.clock.due()))
         for data in frames:
@@ -8835,6 +8925,7 @@ class Sync:
             if hash in received.sizes:
                 continue
             ahead += len(data)
+            check_ahead(place, ahead)
             self.tree.space.check(place, ahead, len(data))
             received.sizes[hash], received.heads[hash] = len(data), data[:32]
             if len(data) <= INLINE_LIMIT:
@@ -8894,13 +8985,13 @@ class Sync:
             "SELECT 1 FROM journal WHERE home IN (SELECT ?1 UNION ALL SELECT e.home FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL "
             "WHERE m.home = ?1 AND m.until IS NULL) AND seq > ?2 AND seq <> ?3 AND (device = '' OR device <> ?4) LIMIT 1",
             (view.home, since, batch.seq, who.device))
-        return batch.seq, describe_outcomes(batch.told, batch.seq), alone
+        return batch.seq, describe_outcomes(batch, batch.seq), alone
 
     def _answer_again(self, id: str, digest: str) -> tuple[int, list[dict[str, Any]]] | None:
         for seq, known, result in self.db.read("SELECT seq, digest, result FROM op WHERE id = ?", (id,)):
             if known != digest:
                 raise CloudError("op-reused", "this operation id was used for something else")
-            return seq, [{**item, "etag": item["etag"].replace("*", "%x" % seq)} for item in json.loads(result)]
+            return seq, [with_seq(item, seq) for item in json.loads(result)]
         return None
 
     def _plan_commit(self, plan: Plan, op: tuple[str, str], steps: Sequence[dict[str, Any]], received: Received, atomic: bool) -> Batch:
@@ -8921,7 +9012,7 @@ class Sync:
                  for step, outcome in zip(steps, outcomes) if not outcome.problem]
         plan.guards += still_stored([hash for hash in sending.used if hash not in received.sizes or hash in received.relied])
         batch = plan.batch("sync", {"path": paths}, outcomes)
-        batch.op, batch.result = op, json.dumps(describe_outcomes(outcomes, None))
+        batch.op, batch.result = op, json.dumps(describe_outcomes(batch))
         return batch
 
     def _loose_rows(self, who: Principal, rows: list[tuple[Any, ...]], used: Container[str] = ()) -> list[Statement]:
@@ -8998,6 +9089,7 @@ def conditions_of(step: dict[str, Any]) -> Preconditions:
 COMMIT_STEPS: dict[str, Callable[..., Outcome]] = {
     "put": Sync._take_put, "mkdir": Sync._take_mkdir, "move": Sync._take_move, "delete": Sync._take_delete}
 LOOSE_LIFE = 20 * HOUR          # less than the sweep leaves a chunk alone that nobody refers to
+AHEAD_MOST = 64 * GiB           # bytes that somebody with whom others share may send before it is known where they are to be
 FLUSH = 16 * MiB                # bytes of small chunks that wait in memory for the commit
 SHARED_CHUNKS = (  # chunks of live files in some homes
     "SELECT h.hash, h.size, e.node FROM chunk h JOIN entry e ON e.manifest = h.hash AND e.until IS NULL WHERE h.hash IN ({hashes}) AND h.bad IS NULL "
@@ -9009,16 +9101,23 @@ OWNED = (  # does an account (?, ?) refer to chunk h, now or in its history?
     "JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = h.hash AND e.home = ?)")
 
 
-def describe_outcomes(outcomes: Sequence[Outcome], seq: int | None) -> list[dict[str, Any]]:
-    """Outcomes as JSON tells them; without a seq, "*" stands for it in the etags that are made of it."""
-    mark = "*" if seq is None else "%x" % seq
+def describe_outcomes(batch: Batch, seq: int | None = None) -> list[dict[str, Any]]:
+    """Outcomes as JSON tells them; without a seq, in the etags that are made of it "*" stands for it, "**" for the next one: that of the second part."""
+    homes = [part.line.home for part in (batch, *batch.also) if part.line]
+    marks_of = {home: "*" * (1 + count) if seq is None else "%x" % (seq + count) for count, home in enumerate(homes)}
     found: list[dict[str, Any]] = []
-    for status, node, problem in outcomes:
+    for status, node, problem in batch.told:
         number = 0 if node is None else node.seq if node.kind else node.rev
-        etag = "" if node is None else "%s-%x" % ("%x" % number if number else mark, node.node)
+        etag = "" if node is None else "%s-%x" % ("%x" % number if number else marks_of.get(node.home, "*"), node.node)
         found.append({"status": status, "etag": etag, **({"node": str(node.node)} if node else {}),
                       **({"problem": problem} if problem else {})})
     return found
+
+
+def with_seq(outcome: dict[str, Any], seq: int) -> dict[str, Any]:
+    """The same once the seq of the batch is known."""
+    stars = outcome["etag"].count("*")
+    return {**outcome, "etag": outcome["etag"].replace("*" * stars, "%x" % (seq + stars - 1))} if stars else outcome
 
 
 def problem_of(error: CloudError) -> dict[str, Any]:
@@ -9035,7 +9134,7 @@ def problem_of(error: CloudError) -> dict[str, Any]:
 class Upload(NamedTuple):
     """A resumable upload.  The order is that of the table's columns."""
     id: str
-    home: int                    # where it takes its room
+    home: int                    # where it takes its room; 0: that is not known yet
     account: int
     root: int                    # where its path begins: the top of the view that it led into
     path: str | None             # JSON; None: numbered parts, whose place is named at the end
@@ -9116,8 +9215,9 @@ class Uploads:
 
     def _room(self, who: Principal, upload: Upload) -> Place:
         """The place in whose home an upload takes its room.  raises CloudError not-found if that is not shared any more"""
-        if upload.home == view_of(who).home:
-            return self.tree.enter(who, ())
+        if upload.home in (0, view_of(who).home):
+            place = self.tree.enter(who, ())
+            return place if upload.home else without_place(place)
         grants = seen_by(self.db.read, who, self.tree.mounts).grants.values()
         name = next((grant.name for grant in grants if grant.node.home == upload.home), None)
         if name is None:
@@ -9234,7 +9334,7 @@ class Uploads:
         """Refuse an upload whose place was not known when room was reserved for it, if its growth does not fit."""
         growth = size - (place.node.size if place.node else 0)
         if place.quota is not None and place.used + self.tree.space.reserved(place.view.home) - credit + growth > place.quota and growth > 0:
-            raise CloudError("over-quota", "%s are left of the quota" % format_size(max(0, place.quota - place.used)))
+            raise CloudError("over-quota", left_of_quota(place))
 
     def drop(self, who: Principal, id: str) -> None:
         """Forget an upload; its chunks go with the sweep."""
@@ -9261,7 +9361,8 @@ class Uploads:
         if again and self.db.read(PARTS_OPEN, (parts_id(who, name), self.clock.due())):
             return
         place = self.tree.enter(who, ()) if path is None else Plan(self.tree, who).place_for_file(path, ANY, size or 0)
-        home = place.view.home
+        home = 0 if path is None and place.mounts else place.view.home
+        place = place if home else without_place(place)
         self._check_parts(place, size or 0, size or 0)
         self._check_uploads(who)
         now = self.clock.due()
@@ -9289,7 +9390,10 @@ class Uploads:
         """Take one part, whole or not at all; one that came before is replaced.  Returns whether it is new."""
         view_of(who).need(CREATE, UPDATE)
         upload = self._parts(who, name)
-        self._check_parts(self._room(who, upload), max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
+        room = self._room(who, upload)
+        if not upload.home:
+            check_ahead(room, self.db.read("SELECT sum(received) FROM upload WHERE account = ? AND home = 0 AND done IS NULL", (upload.account,))[0][0] + (body.length or 0))
+        self._check_parts(room, max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
         stored = self.tree.blobs.put(body, self.tree.contents.known_to(view_of(who)))
         key, rows, offset = (upload.id, number), [], 0
         for hash, size in stored.chunks:
@@ -9773,6 +9877,8 @@ def respond(cloud: Cloud, request: Request) -> Response:
             request.address, secure=request.safe)
         if request.refusal:
             raise request.refusal
+        if who.mounted:
+            who = request.who = cloud.tree.limited(who)
         take_slot(who, request)
         if not who.account:
             request.body.wait_if_small(SMALL_BODY)
@@ -11049,10 +11155,8 @@ def api_devices(cloud: Cloud, who: Principal, request: Request) -> Response:
 def api_add_device(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make an app password, perhaps for reading only, for one collection, or for some days; it is shown this once."""
     values = request.values
-    node = None if values["path"] is None else cloud.files.stat(who, values["path"])
-    if node and not node.kind:
-        raise CloudError("bad-request", "a device can be limited to a collection only")
-    id, token = cloud.devices.add_token(who, values["name"], readonly=bool(values["readonly"]), node=node and node.node,
+    node = None if values["path"] is None else cloud.tree.limit_at(who, values["path"])
+    id, token = cloud.devices.add_token(who, values["name"], readonly=bool(values["readonly"]), node=node,
                                          life=values["days"] and values["days"] * DAY)
     return json_response({"id": id, "token": token}, 201)
 
@@ -11172,8 +11276,13 @@ def api_transfer(cloud: Cloud, who: Principal, verb: Callable[..., list[tuple[No
     if not pairs:
         raise CloudError("bad-request", "items are 1 to %d" % PAGE_LIMIT)
     arrived = verb(who, *pairs, clash=[own or clash for _, _, own in values["items"]])
-    return json_response({"seq": arrived[0][0].since, "items": [
+    return json_response({"seq": arrived[0][0].since, "undo": api_undo(cloud, who, arrived[0][0].since), "items": [
         api_node(node, target[:-1] + (node.name,)) for (node, _), (_, target) in zip(arrived, pairs)]})
+
+
+def api_undo(cloud: Cloud, who: Principal, seq: int) -> list[dict[str, Any]]:
+    """What to ask `undo` for, one after the other, to take a step back: what was done to several people's files is several steps."""
+    return [{"seq": part, **({"path": "/".join(path)} if path else {})} for part, path in cloud.journal.steps_of(who, seq)]
 
 
 @route("POST", API + "taken", needs="read", paths="paths")
@@ -11183,8 +11292,11 @@ def api_taken(cloud: Cloud, who: Principal, request: Request) -> Response:
     return json_response({"taken": ["/".join(path) for path, _ in found], "items": [api_node(node, path) for path, node in found]})
 
 
-one_call("POST", "delete", "write", "Move to the trash, many in one step; returns the seq to undo.",
-         lambda cloud, who, paths: {"seq": cloud.files.delete(who, *paths)}, paths="paths")
+@route("POST", API + "delete", needs="write", paths="paths")
+def api_delete(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Move to the trash, many in one step; returns the seq to undo, and if that is several steps, `undo` of each."""
+    seq = cloud.files.delete(who, *request.values["paths"])
+    return json_response({"seq": seq, "undo": api_undo(cloud, who, seq)})
 
 
 @route("POST", API + "zip-names", needs="write", names="paths")
@@ -13833,7 +13945,10 @@ class Thinning(Duty):
                 if len(rows) == PIECE:
                     gone += self._forget(rows)
             gone += self._forget(rows)
-        return gone + self._cap_history()
+        gone += self._cap_history()
+        self.write(Statement("DELETE FROM mount WHERE until IS NOT NULL AND NOT EXISTS (SELECT 1 FROM entry e WHERE e.node = mount.node "
+                             "AND e.until IS NOT NULL)"))
+        return gone
 
     def _thinned(self, home: int, cut: int) -> Iterator[tuple[int, int, int]]:
         """Ended entries that the ladder gives up."""
@@ -13875,7 +13990,7 @@ class Thinning(Duty):
             over = self.db.read("SELECT coalesce(sum(size), 0) FROM entry WHERE home = ? AND kind = 0", (home,))[0][0] - live - most
             rows, dead = [], []
             for since, node, size, fate in self.db.read(
-                    "SELECT e.since, e.node, CASE WHEN e.kind THEN c.size ELSE e.size END, e.fate FROM entry e "
+                    "SELECT e.since, e.node, coalesce(c.size, e.size), e.fate FROM entry e "
                     "LEFT JOIN collection c ON c.node = e.node LEFT JOIN pin p ON p.node = e.node AND p.rev = e.rev "
                     "WHERE e.home = ? AND e.until IS NOT NULL AND e.fate <> 'purged' AND p.name IS NULL ORDER BY e.until", (home,)):
                 if over <= 0:

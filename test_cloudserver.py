@@ -438,7 +438,8 @@ def audit(cloud):
     assert {node: sums[node] for node in reachable} == {node: stored[node] for node in reachable}
     lines = db.read("SELECT seq, action, tag FROM journal ORDER BY seq")
     assert all(seq == before + (cs.SEQS_LOST if action == "restored" else 1) for (before, *_), (seq, action, _) in zip(lines, lines[1:]))
-    assert len({tag for *_, tag in lines}) == len(lines)                 # the first has none
+    tags = [tag for tag, _ in itertools.groupby(tag for *_, tag in lines)]               # the first line has none, and a batch one for all its lines
+    assert len(set(tags)) == len(tags)
     assert db.read("PRAGMA integrity_check") == [("ok",)]
 
 
@@ -3591,7 +3592,7 @@ def test_mounts_stay_in_the_root_and_nothing_replaces_them(cloud, ann, bob):
 
 
 def test_a_mount_has_a_name_of_its_own_and_may_be_declined(cloud, ann, bob):
-    """Which changes nothing for anybody else; there is no trash, nothing to undo, and it counts for no brake."""
+    """Which changes nothing for anybody else; there is no trash, and it counts for no brake; who takes it back has it again."""
     put(cloud, ann, "d/f", b"f", parents=True), put(cloud, ann, "e/f", b"e", parents=True)
     hand(cloud, ann, "d", bob, "read"), hand(cloud, ann, "e", bob, "read")
     before, head, root = tree(cloud, ann), cloud.files.stat(ann, ()).seq, cloud.files.stat(bob, ()).seq
@@ -3599,8 +3600,9 @@ def test_a_mount_has_a_name_of_its_own_and_may_be_declined(cloud, ann, bob):
     assert get(cloud, bob, "other/f") == b"f" and outcome(get, cloud, bob, "d/f") == "not-found" and cloud.files.stat(bob, ("other",)).name == "other"
     assert codes(commit(cloud, token_of(cloud, bob), [{"move": "other", "to": "d"}, step_put("d/g", b""), {"delete": "e"}])) == [200, "conflict", 204]
     assert list(listed(cloud, bob)) == ["d"] and cloud.trash.list(bob) == [] and get(cloud, bob, "d/f") == b"f"
-    outcome(cloud.history.undo, bob, cloud.journal.head())
-    cloud.files.delete(bob, ("d",))
+    cloud.history.undo(bob, cloud.journal.head())
+    assert sorted(listed(cloud, bob)) == ["d", "e"] and get(cloud, bob, "e/f") == b"e"
+    cloud.files.delete(bob, ("d",), ("e",))
     assert listed(cloud, bob) == {} and put(cloud, bob, "d/f", b"mine", parents=True) and cloud.files.stat(bob, ()).seq > root
     assert tree(cloud, ann) == before and cloud.files.stat(ann, ()).seq == head and outcome(cloud.files.delete, bob._replace(readonly=True), ("d",)) == "forbidden"
     assert cloud.db.read("SELECT count(*) FROM mount WHERE until IS NULL") == [(0,)] and cs.verify(cloud) == []
@@ -4085,6 +4087,64 @@ def test_what_is_moved_to_somebody_else_is_copied_there_and_goes_into_the_trash_
     audit(cloud)
 
 
+def test_what_was_declined_stands_again_when_that_is_taken_back_while_it_is_shared(api, cloud, ann):
+    bob = account(cloud, "bob")
+    put(cloud, ann, "d/f", b"f", parents=True), put(cloud, ann, "e/f", b"f", parents=True), put(cloud, bob, "own", b"o")
+    api("POST", "shares", path="d", kind="account", **{"with": "bob"}), api("POST", "shares", path="e", kind="account", **{"with": "bob"})
+    move(cloud, bob, "d", "other")
+    first = api("POST", "delete", user="bob", paths=["other"])["seq"]
+    both = api("POST", "delete", user="bob", paths=["e", "own"])["seq"]
+    assert listed(cloud, bob) == {} and {one["state"] for one in api("GET", "shares?with=me", user="bob")["shares"]} == {"declined"}
+    assert api("POST", "undo", user="bob", seq=first)["skipped"] == 0 and list(listed(cloud, bob)) == ["other"]
+    assert api("POST", "undo", user="bob", seq=both) and sorted(listed(cloud, bob)) == ["e", "other", "own"] and get(cloud, bob, "other/f") == b"f"
+    assert {one["state"] for one in api("GET", "shares?with=me", user="bob")["shares"]} == {"mounted"}
+    again = api("POST", "delete", user="bob", paths=["e"])["seq"]
+    for share in api("GET", "shares")["shares"]:
+        api("DELETE", "shares/" + share["id"])
+    api("POST", "undo", user="bob", seq=again)
+    assert sorted(listed(cloud, bob)) == ["own"]
+    audit(cloud)
+
+
+def test_what_was_done_to_files_of_several_people_is_taken_back_in_each_home(api, cloud, ann):
+    bob, eve = account(cloud, "bob"), account(cloud, "eve")
+    put(cloud, ann, "up/d/f", b"f", parents=True), put(cloud, eve, "e/g", b"g", parents=True), put(cloud, bob, "own", b"o"), put(cloud, bob, "in/x", b"", parents=True)
+    hand(cloud, ann, "up/d", bob), hand(cloud, eve, "e", bob)
+    before = [own(cloud, who) for who in (ann, bob, eve)]
+    take = lambda what, **values: api("POST", what, user="bob", **values)
+    for act, places in ((lambda: take("move", items=[{"from": "d/f", "to": "in/f"}]), [None, "d"]), (lambda: take("move", items=[{"from": "own", "to": "e/own"}]), ["e", None]),
+                           (lambda: take("move", items=[{"from": "d/f", "to": "e/f"}]), ["e", "d"]), (lambda: take("copy", items=[{"from": "d", "to": "in/d"}]), [None]),
+                           (lambda: take("delete", paths=["own", "d/f", "e/g"]), [None, "d", "e"]), (lambda: take("delete", paths=["own"]), [None])):
+        answer = act()
+        assert {step.get("path") for step in answer["undo"]} == set(places) and answer["undo"][0]["seq"] == answer["seq"], answer
+        assert [own(cloud, who) for who in (ann, bob, eve)] != before
+        for step in answer["undo"]:
+            assert take("undo", **step)["skipped"] == 0
+        assert [own(cloud, who) for who in (ann, bob, eve)] == before
+    audit(cloud)
+
+
+@pytest.mark.parametrize("door", ["/dav/", "/remote.php/dav/files/bob/"])
+def test_webdav_moves_and_copies_between_homes(cloud, ann, address, door):
+    """And uploads in chunks end in what is shared; what may not be says so in words."""
+    bob = account(cloud, "bob")
+    put(cloud, ann, "d/f", b"f", parents=True), put(cloud, ann, "v/x", b"x", parents=True), put(cloud, bob, "own", b"own"), put(cloud, bob, "c/g", b"g", parents=True)
+    hand(cloud, ann, "d", bob), hand(cloud, ann, "v", bob, "read")
+    ask = lambda method, path, body=None, **fields: exchange(address, method, path if path[0] == "/" else door + path, body, user="bob", **fields)
+    go = lambda method, source, target, **fields: ask(method, source, Destination=door + target, **fields)
+    moved = go("MOVE", "d/f", "f")
+    assert moved.status == 201 and moved.headers["etag"] == ask("GET", "f").headers["etag"] and ask("GET", "d/f").status == 404
+    assert go("MOVE", "own", "d/own").status == 201 and go("MOVE", "f", "d/own", Overwrite="F").status == 412 and go("MOVE", "f", "d/own").status == 204
+    assert go("COPY", "d", "all").status == 201 and go("MOVE", "c", "d/c").status == 201 and go("COPY", "v/x", "x").status == 201
+    assert go("MOVE", "v/x", "y").status == go("COPY", "x", "v/y").status == go("MOVE", "d", "c/d").status == 403
+    assert own(cloud, ann) == {"d": None, "d/own": b"f", "d/c": None, "d/c/g": b"g", "v": None, "v/x": b"x"} and own(cloud, bob) == {"all": None, "all/own": b"f", "x": b"x"}
+    if door != "/dav/":
+        uploads = "/remote.php/dav/uploads/bob/one"
+        assert ask("MKCOL", uploads).status == 201 and ask("PUT", uploads + "/1", b"12").status == 201 and ask("PUT", uploads + "/2", b"34").status == 201
+        assert ask("MOVE", uploads + "/.file", Destination=door + "d/whole").status == 201 and get(cloud, ann, "d/whole") == b"1234"
+    audit(cloud)
+
+
 def test_nobody_undoes_for_another_what_was_moved_between_them(cloud, ann, bob):
     """What went out of a mount, was deleted there and comes back here is two nodes, each with its own past."""
     put(cloud, ann, "d/f", b"f", parents=True), hand(cloud, ann, "d", bob)
@@ -4134,6 +4194,8 @@ def test_the_owner_of_the_home_pays_for_what_a_member_brings(make_cloud, fake, m
     assert spent(ann) > before[0] + 2_000 and spent(bob) == before[1]
     assert outcome(copy, cloud, bob, "d/f", "f") == outcome(move, cloud, bob, "d/f", "f") == "over-quota" and outcome(put, cloud, bob, "d/big", b"b" * 2_000) == "over-quota"
     assert outcome(copy, cloud, bob, "d", "d/d") == "same-place" and cloud.files.stat(ann, ()).size == 3_500
+    with pytest.raises(cs.CloudError, match="of the quota of whose files these are"):
+        put(cloud, bob, "d/big", b"b" * 2_000)
     audit(cloud)
 
 
@@ -4369,6 +4431,26 @@ def test_parts_are_joined_into_what_is_shared(make_cloud):
     audit(cloud)
 
 
+def test_what_is_sent_ahead_counts_against_no_quota_but_a_limit_of_the_person(make_cloud, monkeypatch):
+    """It may be for somebody who has room; where it goes in the end the quota of that home counts."""
+    cloud = make_cloud()
+    ann, bob = account(cloud, quota=500_000), account(cloud, "bob", quota=100_000)
+    put(cloud, bob, "full", b"b" * 99_000), put(cloud, ann, "d/f", b"f", parents=True)
+    data = os.urandom(90_000)
+    assert outcome(cloud.sync.send, bob, [data]) == "over-quota"
+    hand(cloud, ann, "d", bob)
+    assert codes(commit(cloud, bob, [step_put("d/new", data), step_put("new", data)], [data])) == [201, "over-quota"] and get(cloud, ann, "d/new") == data
+    cloud.uploads.begin_parts(bob, "x"), cloud.uploads.put_part(bob, "x", 1, Body(data[::-1]))
+    assert outcome(cloud.uploads.join_parts, bob, "x", ("y",)) == "over-quota" and not cloud.space.reserved(bob.account)
+    cloud.uploads.join_parts(bob, "x", ("d", "y"))
+    assert get(cloud, ann, "d/y") == data[::-1] and put(cloud, bob, "small", b"s" * 900)
+    monkeypatch.setattr(cs, "AHEAD_MOST", 100_000)
+    assert cloud.sync.send(bob, [os.urandom(60_000)]) and outcome(cloud.sync.send, bob, [os.urandom(60_000)]) == "over-quota"
+    cloud.uploads.begin_parts(bob, "z"), cloud.uploads.put_part(bob, "z", 1, Body(data))
+    assert outcome(cloud.uploads.put_part, bob, "z", 2, Body(data)) == "over-quota"
+    audit(cloud)
+
+
 def test_a_chunk_is_known_to_who_sees_it(cloud, ann, bob):
     """By a live file in what is shared; not by what lies beside it, nor in its history, nor when the share has ended."""
     shared, secret, old = (os.urandom(70_000) for _ in range(3))
@@ -4436,6 +4518,19 @@ def test_locks_hold_at_both_ends_of_what_is_shared(cloud, ann, bob):
     audit(cloud)
 
 
+def test_a_commit_into_several_homes_tells_the_etags_that_are_there(cloud, ann, bob):
+    """Each home has a seq of its own; asked again, the answer is the same; and rights are those of each place."""
+    put(cloud, ann, "d/in/f", b"f", parents=True), hand(cloud, ann, "d", bob, "read"), hand(cloud, ann, "d/in", bob, "read create update")
+    steps = [step_put("own", b""), step_put("d/in/a", b""), {"mkdir": "c"}, {"mkdir": "d/in/c"}, step_put("d/in/f", b""), step_put("d/no", b""), step_put("c/x", b"")]
+    results = commit(cloud, bob, steps, op="once")
+    assert codes(results) == [201, 201, 201, 201, 200, "forbidden", 201] and commit(cloud, bob, steps, op="once") == results
+    for step, result in zip(steps, results):
+        path = step.get("put") or step["mkdir"]
+        assert "problem" in result or result["etag"] == cloud.files.stat(bob, cs.split_path(path)).etag, path
+    assert cloud.files.stat(bob, ("own",)).rev != cloud.files.stat(bob, ("d", "in", "a")).rev
+    audit(cloud)
+
+
 def test_two_who_edit_at_once_conflict_as_two_devices_do(cloud, ann, bob):
     put(cloud, ann, "d/f", b"1", parents=True), hand(cloud, ann, "d", bob)
     etag = cloud.files.stat(bob, ("d", "f")).etag
@@ -4447,6 +4542,53 @@ def test_two_who_edit_at_once_conflict_as_two_devices_do(cloud, ann, bob):
     since = cloud.journal.head()
     put(cloud, ann, "d/c/new", b"", parents=True)
     assert outcome(cloud.files.delete, bob, ("d", "c"), given=Preconditions(since=since)) == "precondition-failed"
+
+
+def test_a_device_may_be_limited_to_what_somebody_shared_not_to_something_in_it(api, cloud, ann, address):
+    bob = account(cloud, "bob")
+    put(cloud, ann, "up/d/in/f", b"f", parents=True), put(cloud, ann, "up/d/g", b"g"), put(cloud, ann, "one.txt", b"1"), put(cloud, bob, "own", b"")
+    share = hand(cloud, ann, "up/d", bob, "read create update past")
+    hand(cloud, ann, "one.txt", bob)
+    add = lambda path: api("POST", "devices", user="bob", name="phone", path=path)
+    assert add("d/in") == "forbidden" and add("one.txt") == add("own") == "bad-request" and add("d/none") == "not-found"
+    secret = add("d")["token"]
+    ask = lambda method, path, body=None, **fields: exchange(address, method, "/dav/" + path, body, user=None, Authorization="Bearer " + secret, **fields)
+    assert ask("GET", "in/f").body == b"f" and ask("PUT", "in/new", b"n").status == 201 and ask("DELETE", "g").status == 403 and ask("GET", "own").status == 404
+    assert ask("PROPFIND", "", Depth="1").body.count(b"<d:response>") == 3 and get(cloud, ann, "up/d/in/new") == b"n"
+    assert cloud.db.read("SELECT DISTINCT home FROM entry WHERE name = 'new'") == [(ann.account,)]
+    move(cloud, bob, "d", "e")
+    assert ask("GET", "in/f").status == 200
+    take_back(cloud, share)
+    assert [ask(*what).status for what in (("GET", "in/f"), ("PUT", "in/x", b""), ("PROPFIND", ""))] == [404, 409, 404]
+    audit(cloud)
+
+
+def test_mounts_that_ended_are_forgotten_in_time(make_cloud, fake):
+    cloud = make_cloud(clock=fake.clock(), keep_days=1, history=1000)
+    ann, bob = account(cloud), account(cloud, "bob")
+    for name in "abc":
+        put(cloud, ann, name + "/f", b"f", parents=True), hand(cloud, ann, name, bob)
+    move(cloud, bob, "a", "z"), cloud.files.delete(bob, ("b",))
+    upkeep = cs.Upkeep(cloud)
+    upkeep.hold(), upkeep.thinning.mark_age()
+    rows = lambda: cloud.db.read("SELECT (SELECT count(*) FROM mount), (SELECT count(*) FROM entry WHERE kind = ?)", (cs.MOUNT,))
+    upkeep.thinning.thin()
+    assert rows() == [(3, 4)]
+    fake.pass_(40 * cs.DAY)
+    upkeep.hold(), upkeep.thinning.mark_age(), upkeep.thinning.thin(), upkeep.thinning.purge()
+    assert rows() == [(2, 2)] and sorted(listed(cloud, bob)) == ["c", "z"] and cs.verify(cloud) == []
+    audit(cloud)
+
+
+def test_a_share_is_not_copied_and_goes_with_its_node(cloud, ann, bob):
+    put(cloud, ann, "a/d/f", b"f", parents=True), put(cloud, ann, "a/d/.cloudignore", b"*"), hand(cloud, ann, "a/d", bob)
+    copy(cloud, ann, "a/d", "copy"), copy(cloud, ann, "a", "a2"), move(cloud, ann, "a/d", "moved")
+    assert list(listed(cloud, bob)) == ["d"] and sorted(listed(cloud, bob, "d")) == [".cloudignore", "f"]
+    copy(cloud, bob, "d", "mine")
+    assert cloud.db.read("SELECT count(*) FROM share") == [(1,)] and outcome(move, cloud, bob, "mine", "d") == "precondition-failed"
+    for path in ("d/x", "mine/d"):
+        assert outcome(move, cloud, bob, "d", path) in ("forbidden", "same-place")
+    audit(cloud)
 
 
 # ---- activity of what others shared
