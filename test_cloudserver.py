@@ -6425,11 +6425,12 @@ def test_each_of_many_downloads_at_once_is_counted(cloud, ann, monkeypatch):
         [thread.join() for thread in threads]
     finally:
         sys.setswitchinterval(switch)
+    download()
     with monkeypatch.context() as broken:
         broken.setattr(cloud.db, "run", lambda *body: (_ for _ in ()).throw(cs.CloudError("busy")))
         assert outcome(cloud.sharing.uses.save) == "busy"
     cloud.sharing.uses.save()
-    assert cloud.sharing.get(ann, share.id).share.used == 2000 and cloud.db.head() == before
+    assert cloud.sharing.get(ann, share.id).share.used == 2500 and cloud.db.head() == before
 
 
 def test_a_long_answer_ends_with_its_link(cloud, ann, link, address):
@@ -7124,6 +7125,219 @@ def test_nextclouds_clients_find_whom_to_share_with(call, cloud, ann, bob):
     put(cloud, ann, "f", b"x")
     cloud.sharing.share(ann, ("f",), "account", "cem")
     assert recommended("GET", itemType="file")["users"] == [row("cem")]
+
+
+# ---- who reaches what
+
+SECRET = b"\xff\xd8\xff nobody else reads this"
+INSIDE = b"\xff\xd8\xff what is shared, a picture of some size"
+KINDS_OF_WHO = "owner reader view add edit group reshare declined former left stranger visitor nobody".split()
+FILE_PATHS = {"PUT": "d/new", "MKCOL": "d/new", "PROPFIND": "d", "REPORT": "d", "GET": "d/f"}
+SAMPLES = {"path": "d/f", "paths": ["d/f"], "transfers": [{"from": "d/f", "to": "d/to"}], "boolean": True, "string": "x", "role": "view",
+           "days": 1, "time": 5000, "text": "x"}
+SPECIAL = {  # bodies and addresses that the declared values alone do not make
+    "GET /api/v1/differences/<path>": "d", "GET /api/v1/zip/<path>": "d", "GET /files/<path>": "d", "PUT /api/v1/thumbnails/<path>": "d/f",
+    "POST /api/v1/make-collection": {"path": "d/new"}, "POST /api/v1/rewind": {"path": "d", "at": "seq:HEAD", "dry": True},
+    "POST /api/v1/allow": {"device": "none"}, "POST /api/v1/undo-device": {"device": "none"}, "POST /api/v1/account/password": {"old": "wrong one!", "new": "another horse"},
+    "POST /api/v1/confirm": {"password": PASSWORD}, "POST /api/v1/trash/empty": {"nodes": ["GONE"]}, "POST /api/v1/trash/restore": {"nodes": ["GONE"]},
+    "POST /api/v1/undo": {"seq": "SEQ"}, "POST /api/v1/versions/pin": {"path": "d/f", "version": "REV", "name": "x"}, "POST /api/v1/versions/restore": {"path": "d/f", "version": "REV"},
+    "POST /api/v1/chunks/get": {"hashes": ["HASH"]}, "POST /api/v1/chunks/missing": {"hashes": ["HASH"]}, "POST /api/v1/chunks": b"\0\0\0\1x",
+    "POST /api/v1/commit": b'{"op": "OP", "ops": [{"mkdir": "d/new"}]}\n', "POST /api/v1/shares": {"path": "d/f"}, "PATCH /api/v1/settings": {"keep_days": 30},
+    "POST /remote.php/dav/bulk": b"--b\r\nX-File-Path: d/new\r\nContent-Length: 1\r\n\r\nx\r\n--b--\r\n",
+    "SEARCH /remote.php/dav": b"<d:searchrequest xmlns:d='DAV:'><d:basicsearch><d:select><d:prop><d:displayname/></d:prop></d:select><d:from><d:scope><d:href>/files/NAME/d"
+                              b"</d:href></d:scope></d:from><d:where><d:like><d:prop><d:displayname/></d:prop><d:literal>%f%</d:literal></d:like></d:where></d:basicsearch></d:searchrequest>"}
+
+
+class Circle:
+    """What ann shared, everybody who might ask for it, and one request of each route."""
+
+    def __init__(self, cloud, ann, address):
+        self.cloud, self.ann, self.address, self.values = cloud, ann, address, None
+        put(cloud, ann, "private", SECRET), put(cloud, ann, "d/f", INSIDE, parents=True)
+        self.shares, self.credentials = {}, {"owner": basic("ann"), "nobody": None}
+        for name, terms in {"view": {}, "add": {"role": "add"}, "edit": {"role": "edit"}, "reshare": {"reshare": True}, "declined": {"role": "edit"},
+                            "former": {"role": "edit"}, "stranger": None}.items():
+            account(cloud, name)
+            self.credentials[name] = basic(name)
+            if terms is not None:
+                self.shares[name] = cloud.sharing.share(ann, ("d",), "account", name, **terms).share.id
+        self.link = cloud.sharing.share(ann, ("d",), role="edit").share
+        self.credentials["visitor"] = basic(self.link.token, "")
+        cloud.sharing.end(ann, self.shares["former"])
+        cloud.groups.add("crew")
+        for name in "group", "left":
+            account(cloud, name), cloud.groups.join("crew", name)
+            self.credentials[name] = basic(name)
+        self.shares["group"] = cloud.sharing.share(ann, ("d",), "group", "crew", role="edit").share.id
+        cloud.groups.leave("crew", "left")
+
+    def set_out(self):
+        """All is there as it was; names of what a request may name."""
+        cloud, ann = self.cloud, self.ann
+        put(cloud, ann, "d/f", b"older"), put(cloud, ann, "d/gone")
+        put(cloud, ann, "d/f", INSIDE)
+        node, gone = cloud.files.stat(ann, ("d", "f")), cloud.files.stat(ann, ("d", "gone")).node
+        cloud.files.delete(ann, ("d", "gone"))
+        for name in "new", "to":
+            outcome(cloud.files.delete, ann, ("d", name))
+        for name, id in self.shares.items():
+            offers, member = cloud.offers, cloud.accounts.principal(name)
+            for offer in offers.list(member):
+                if (name == "declined") == (offer.state == "mounted"):
+                    (offers.decline if name == "declined" else offers.accept)(member, id)
+        if not self.cloud.devices.list(ann) or not any(device.name == "phone" for device in self.cloud.devices.list(ann)):
+            self.credentials["reader"] = "Bearer " + cloud.devices.add_token(ann, "phone", readonly=True)[1]
+        return {"GONE": gone, "SEQ": node.rev, "REV": node.rev, "HEAD": cloud.db.head(), "HASH": node.manifest, "NODE": node.node,
+                "SHARE": next((given.share.id for given in cloud.sharing.of(ann, ("d", "f")) if given.giver == "ann"), None) or cloud.sharing.share(ann, ("d", "f")).share.id}
+
+    def ask(self, who, route):
+        """The answer to a request of a route, and whether it was granted."""
+        self.values = self.values or self.set_out()
+        values = {**self.values, "OP": os.urandom(8).hex(), "NAME": "ann" if who in ("owner", "reader", "nobody", "visitor") else who}
+        key, fields = "%s %s" % (route.method, route.pattern), {"Depth": "1", "Tus-Resumable": "1.0.0", "Upload-Metadata": "path ZC9uZXc=", "Upload-Length": "0",
+                                                                "Lock-Token": "<urn:uuid:1>", "X-File-Path": "d/new"}
+        special = SPECIAL.get(key)
+        if route.method in ("LOCK", "PATCH"):
+            fields.update({"Depth": "0", "X-Recalculate-Hash": "SHA1"})
+        path = special if isinstance(special, str) else FILE_PATHS.get(route.method, "d/f")
+        if "/uploads/" in route.pattern:
+            path = {"MKCOL": "up", "PROPFIND": "up", "MOVE": "up/.file"}.get(route.method, "up/1")
+        path = {"trashbin": "trash/%d" % values["GONE"], "versions": "versions/%d/%d" % (values["NODE"], values["REV"])}.get(
+            route.pattern.partition("/dav/")[2].partition("/")[0], path) if route.pattern.startswith("/remote.php/dav/") else path
+        if re.search("/accept$|/decline$|pending/<id>$|deletedshares/<id>$", route.pattern):
+            values["SHARE"] = self.shares.get(who, self.shares["edit"])
+        where = route.pattern.replace("<owner>", values["NAME"]).replace("<path>", path).replace("<id>", str(values["SHARE"])).replace("<name>", values["NAME"]).replace("<token>", "x")
+        base = route.door.names if route.door else ("dav",)
+        fields["Destination"] = "/" + "/".join(base).replace("<owner>", values["NAME"]) + "/d/to"
+        if "trashbin" in where and route.method == "MOVE":
+            fields["Destination"] = "/remote.php/dav/trashbin/%s/restore/x" % values["NAME"]
+        if "/dav/versions" in where and route.method == "MOVE":
+            fields["Destination"] = "/remote.php/dav/versions/%s/restore/x" % values["NAME"]
+        if "/dav/uploads" in where:
+            fields["Destination"] = "/remote.php/dav/files/%s/d/new" % values["NAME"]
+        body = special if isinstance(special, (bytes, dict)) else None
+        asked = {name: SAMPLES.get(kind, 1) for name, kind in route.values.items() if name[-1] != "_"}
+        asked = {name: "seq:%d" % values["HEAD"] if route.values[name] == "moment" else values["REV"] if route.values[name] == "id" else value for name, value in asked.items()}
+        if asked and route.method in cs.IN_QUERY:
+            where += "?" + cs.urlencode(asked)
+        elif asked and body is None:
+            body = asked
+        if isinstance(body, dict):
+            body = json.loads(re.sub('"(GONE|REV)"', lambda found: '"%s"' % values[found[1]], re.sub('"SEQ"', str(values["SEQ"]), json.dumps(body).replace("HEAD", str(values["HEAD"])).replace("HASH", values["HASH"]))))
+        elif isinstance(body, bytes):
+            body = body.replace(b"NAME", values["NAME"].encode()).replace(b"OP", values["OP"].encode())
+        if body is None:
+            body = {**XML_BODIES, "PUT": b"x", "REPORT": b"<sync-collection xmlns='DAV:'><sync-token/><sync-level>1</sync-level><prop><getetag/></prop></sync-collection>"}.get(route.method)
+        if "preview" in where:
+            where += "?fileId=%d" % values["NODE"]
+        if where.endswith("/inherited"):
+            where += "?path=/d/f"
+        if "download.php" in where:
+            where += "?dir=/d&files=f"
+        if where.endswith("/shares") and where.startswith("/ocs") and route.method == "POST":
+            body = {"path": "/d/f", "shareType": 3}
+        if where.endswith("/thumbnails/d/f") or "/thumbnails/d/f?" in where:
+            self.cloud.pictures.put(self.ann, ("d", "f"), b"\xff\xd8\xff small")
+            body = b"\xff\xd8\xff small" if route.method == "PUT" else None
+        if where.endswith("/bulk"):
+            fields["Content-Type"] = "multipart/related; boundary=b"
+        if where.endswith("/events") and who not in ("nobody", "visitor"):
+            return None, True                            # it never ends
+        answer = exchange(self.address, route.method, where, body, user=None, **fields, **({"Authorization": self.credentials[who]} if self.credentials[who] else {}))
+        if answer.headers.get("lock-token"):
+            exchange(self.address, "UNLOCK", where, user=None, Authorization=self.credentials[who], Lock_Token=answer.headers["lock-token"])
+        if who == "visitor":
+            self.cloud.db.run(Statement("DELETE FROM throttle"))          # who guesses waits; that is not asked here
+        granted = answer.status < 300 and not any(words in answer.body for words in (b"<status>failure</status>", b'"error":true', b'"problem"'))
+        if granted and route.method not in ("GET", "HEAD", "PROPFIND", "REPORT", "SEARCH"):
+            self.values = None                           # set out anew
+        return answer, granted
+
+
+SHARED_WITH = "view add edit group reshare"
+GRANTED = {  # to whom a route gives something on what is shared, or in a home of their own: its rows
+    "owner reader %s declined former left stranger" % SHARED_WITH: """
+        POST /api/v1/logout  GET /api/v1/account  GET /api/v1/usage  POST /api/v1/taken  GET /api/v1/trash  GET /api/v1/activity  GET /api/v1/search
+        GET /api/v1/starred  POST /api/v1/qr  GET /api/v1/manifest  GET /api/v1/changes  GET /api/v1/events  POST /api/v1/chunks/missing  SEARCH /remote.php/dav
+        GET /ocs/*/cloud/user  GET /ocs/*/cloud/users/<name>  GET /ocs/*/core/navigation/apps
+        GET /ocs/*/apps/files_sharing/api/v1/shares  GET /ocs/*/apps/files_sharing/api/v1/sharees_recommended
+        GET /ocs/*/apps/files_sharing/api/v1/deletedshares  GET /ocs/*/apps/files_sharing/api/v1/shares/pending""",
+    "owner %s declined former left stranger" % SHARED_WITH: """
+        POST /api/v1/confirm  GET /api/v1/devices  POST /api/v1/devices  POST /api/v1/zip-names  GET /api/v1/held  GET /api/v1/activity/devices
+        GET /api/v1/shares  GET /api/v1/people  POST /api/v1/chunks  GET /ocs/*/core/getapppassword
+        GET /ocs/*/apps/files_sharing/api/v1/sharees""",
+    "owner reader " + SHARED_WITH: """
+        GET /ocs/*/apps/files_sharing/api/v1/shares/inherited
+        GET /api/v1/files/<path>  GET /api/v1/content/<path>  GET /api/v1/zip/<path>  GET /api/v1/thumbnails/<path>  POST /api/v1/chunks/get
+        GET /index.php/core/preview  GET /index.php/core/preview.png  GET /index.php/apps/files/ajax/download.php  GET /apps/files/ajax/download.php
+        GET DAV  PROPFIND DAV  REPORT DAV""",
+    "owner " + SHARED_WITH: "PATCH /remote.php/dav/files/<owner>/<path>  PATCH /remote.php/webdav/<path>",
+    "owner add edit group": """
+        PUT /api/v1/files/<path>  POST /api/v1/make-collection  POST /api/v1/copy  POST /api/v1/commit  POST /tus  PUT DAV  MKCOL DAV  COPY DAV
+        MKCOL UPLOADS  PUT UPLOADS  DELETE UPLOADS  MOVE UPLOADS  POST /remote.php/dav/bulk""",
+    "owner reader add edit group": "PROPFIND UPLOADS",
+    "owner edit group": """
+        PATCH /api/v1/files/<path>  POST /api/v1/move  POST /api/v1/delete  POST /api/v1/versions/restore  POST /api/v1/rewind  POST /api/v1/bring-back
+        PUT /api/v1/thumbnails/<path>  POST /api/v1/star  DELETE DAV  MOVE DAV  PROPPATCH DAV  LOCK DAV  MOVE /remote.php/dav/versions/<owner>/<path>""",
+    "owner reader edit group": """
+        GET /api/v1/versions/<path>  GET /api/v1/differences/<path>  PROPFIND /remote.php/dav/versions/<owner>/<path>  GET /remote.php/dav/versions/<owner>/<path>""",
+    "owner": """
+        POST /api/v1/versions/pin  POST /api/v1/trash/restore  POST /api/v1/trash/empty  POST /api/v1/undo  GET /api/v1/activity/server  PATCH /api/v1/shares/<id>
+        DELETE /api/v1/shares/<id>  GET /api/v1/admin/shares  DELETE /api/v1/admin/shares/<id>  GET /api/v1/admin/groups  POST /api/v1/admin/groups
+        GET /api/v1/accounts  PATCH /api/v1/accounts/<name>  GET /api/v1/settings  PATCH /api/v1/settings  GET /api/v1/status
+        PUT /ocs/*/apps/files_sharing/api/v1/shares/<id>  DELETE /ocs/*/apps/files_sharing/api/v1/shares/<id>
+        DELETE /remote.php/dav/trashbin/<owner>/<path>  MOVE /remote.php/dav/trashbin/<owner>/<path>""",
+    "owner reader": "GET /ocs/*/apps/files_sharing/api/v1/shares/<id>  PROPFIND /remote.php/dav/trashbin/<owner>/<path>",
+    "owner reshare": "POST /api/v1/shares  POST /ocs/*/apps/files_sharing/api/v1/shares",
+    SHARED_WITH + " declined": """
+        POST /api/v1/shares/<id>/accept  POST /api/v1/shares/<id>/decline  POST /ocs/*/apps/files_sharing/api/v1/deletedshares/<id>
+        POST /ocs/*/apps/files_sharing/api/v1/pending/<id>  POST /ocs/*/apps/files_sharing/api/v1/shares/pending/<id>
+        DELETE /ocs/*/apps/files_sharing/api/v1/pending/<id>  DELETE /ocs/*/apps/files_sharing/api/v1/shares/pending/<id>""",
+    "reader": "DELETE /ocs/*/core/apppassword",
+    "": """
+        POST /api/v1/account/password  DELETE /api/v1/devices/<id>  POST /api/v1/grants/<token>  POST /api/v1/allow  POST /api/v1/undo-device
+        PATCH /api/v1/admin/groups/<name>  DELETE /api/v1/admin/groups/<name>  PUT /api/v1/admin/groups/<group>/members/<name>
+        DELETE /api/v1/admin/groups/<group>/members/<name>  POST /api/v1/accounts  DELETE /api/v1/accounts/<name>
+        HEAD /tus/<id>  PATCH /tus/<id>  DELETE /tus/<id>  POST /tus/<id>  UNLOCK DAV"""}         # what is named by it is not there
+SHORT = {"/ocs/*": ["/ocs/v1.php", "/ocs/v2.php"], "DAV": ["/dav/<path>", "/remote.php/dav/files/<owner>/<path>", "/remote.php/webdav/<path>"],
+         "UPLOADS": ["/remote.php/dav/uploads/<owner>/<path>"]}
+
+
+def rows_of(text):
+    for row in re.split("  +|\n", text.strip()):
+        short = next((short for short in SHORT if short in row), None)
+        yield from [row.replace(short, long) for long in SHORT[short]] if short else [row] if row else []
+
+
+def test_each_route_gives_to_whom_it_should(cloud, ann, address):
+    """Every route of accounts times whoever may come: members of each role, of groups, those who were and those who never were, visitors, strangers.
+
+    A route without a row fails.  Nobody is shown what is not shared with them, and nothing of the owner's changes for whom it is not granted.
+    """
+    expected = {row: who.split() for who, text in GRANTED.items() for row in rows_of(text)}
+    routes = {"%s %s" % (route.method, route.pattern): route for route in cs.walk_routes(cs.ROUTES) if route.by == "account" and route.needs != "nothing"}
+    assert sorted(routes) == sorted(expected)
+    circle, wrong = Circle(cloud, ann, address), []
+    for row, route in routes.items():
+        for who in KINDS_OF_WHO:
+            before = circle.values and tree(cloud, ann)
+            answer, granted = circle.ask(who, route)
+            body = answer.body if answer else b""
+            if granted != (who in expected[row]) or answer and answer.status >= 500:
+                wrong.append((row, who, answer and answer.status))
+            assert SECRET not in body or who in ("owner", "reader"), (row, who)
+            assert INSIDE not in body or who not in ("declined", "former", "left", "stranger", "visitor", "nobody"), (row, who)
+            assert granted or before is None or tree(cloud, ann) == before, (row, who)
+    assert wrong == []
+    audit(cloud)
+
+
+def test_what_needs_no_account_shows_nothing_of_one(cloud, ann, address):
+    circle = Circle(cloud, ann, address)
+    for route in cs.walk_routes(cs.ROUTES):
+        if route.by == "account" and route.needs == "nothing":
+            answer, _ = circle.ask("nobody", route)
+            assert answer.status < 500 and not any(words in answer.body for words in (SECRET, INSIDE, b"private")), route
 
 
 # ==== 15. HTTP ===========================================================================
