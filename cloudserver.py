@@ -8284,15 +8284,6 @@ class Sharing:
             raise CloudError("gone", GONE)
         return share
 
-    def while_it_stands(self, who: Principal, parts: Iterable[Any], every: float = 10) -> Iterator[Any]:
-        """The parts of an answer, with a look every so many seconds whether the share still stands (law 12)."""
-        looked = time.monotonic()
-        for part in parts:
-            if time.monotonic() - looked >= every:
-                self.about(who)
-                looked = time.monotonic()
-            yield part
-
     def use(self, who: Principal, knock: Knock, content: int) -> None:
         """Count a download before its first byte.  raises CloudError gone when there were as many as may be
 
@@ -8531,6 +8522,42 @@ COMING = (  # shares s of groups, and members b of those, to whom they have not 
     "JOIN entry e ON e.node = s.node LEFT JOIN collection c ON c.node = e.node WHERE s.kind = 'group' AND s.ended IS NULL AND (s.due IS NULL OR s.due > :now) "
     "AND a.removed IS NULL AND b.account NOT IN (s.home, s.giver) AND NOT EXISTS (SELECT 1 FROM mount WHERE home = b.account AND target = s.node "
     "AND until IS NULL) AND NOT EXISTS (SELECT 1 FROM answer WHERE share = s.id AND account = b.account AND said <> 'accepted') AND " + LAST_ENTRY)
+
+
+class Permit:
+    """Whether an answer that is under way may go on: its link, its device, its share (law 12)."""
+
+    def __init__(self, sharing: Sharing, who: Principal, node: Node | None = None) -> None:
+        self.sharing, self.who, self.node = sharing, who, node       # node: whose bytes are sent
+
+    def check(self) -> None:
+        """raises CloudError gone"""
+        if self.who.means == "link":
+            self.sharing.about(self.who)
+        elif not self._is_let_in() or self.node and self._is_foreign(self.node) and not self._is_shown(self.node):
+            raise CloudError("gone", "this is not shared any more, or not with you")
+
+    def of_each(self, members: Iterable[tuple[Any, Node, Any]]) -> Iterator[tuple[Any, Node, Any]]:
+        """The members of an archive: asked for at each that belongs to somebody else."""
+        for path, node, content in members:
+            self.node = node
+            if self._is_foreign(node):
+                self.check()
+            yield path, node, content
+
+    def _is_let_in(self) -> bool:
+        return not self.who.account or bool(self.sharing.db.read(
+            "SELECT 1 FROM account WHERE id = ? AND removed IS NULL AND (? = '' OR EXISTS (SELECT 1 FROM device WHERE id = ?))",
+            (self.who.account, self.who.device, self.who.device)))
+
+    def _is_foreign(self, node: Node) -> bool:
+        return self.who.means == "link" or node.home != view_of(self.who).home
+
+    def _is_shown(self, node: Node) -> bool:
+        """Is it where they see it?  Of what was deleted meanwhile, or is read as it was: does its owner share anything with them?"""
+        read, mounts = self.sharing.db.read, self.sharing.tree.mounts
+        return seen_by(read, self.who, mounts).path(node.node) is not None or Moment(read, node.node).above(node.node) is None and any(
+            grant.node.home == node.home for grant in mounts.of(read, view_of(self.who).home).values())
 
 
 class Uses:
@@ -9663,6 +9690,7 @@ def parts_id(who: Principal, name: str) -> str:
 HEADER_TIME, IDLE_TIME, STALL_TIME, HANDSHAKE_TIME = 20, 75, 60, 10     # seconds (R34)
 LINGER_TIME, SMALL_BODY_TIME = 2, 20
 BODY_WINDOW, BODY_RATE = 30, KiB        # a body brings at least this many bytes/s over each window, seconds
+LOOK_AGAIN = 10                         # seconds after which an answer under way asks whether it may go on (law 12)
 LONG = 1                                # seconds after which work for somebody who has left is given up
 SMALL_BODY = 16 * KiB                   # most that somebody who is not let in may send
 TICK = 1                                # seconds a thread waits for a silent connection before it is parked
@@ -9761,14 +9789,14 @@ class Request:
 
 class Response:
     """One answer.  body: bytes, or pieces to send one after the other; length: of all pieces, None if unknown."""
-    __slots__ = ("status", "fields", "lines", "body", "length", "close")
+    __slots__ = ("status", "fields", "lines", "body", "length", "close", "node", "go_on")
 
     def __init__(self, status: int = 200, body: bytes | Iterator[bytes | FileSlice] = b"",
                  fields: dict[str, str] | None = None, *, length: int | None = None, lines: str = "") -> None:
         self.status, self.body, self.fields = status, body, fields if fields is not None else {}
         self.lines = lines               # fields that are written out already
         self.length = len(body) if isinstance(body, bytes) else length
-        self.close = False
+        self.close, self.node, self.go_on = False, None, None    # node: whose bytes it has; go_on: asked now and then while it is sent
 
 
 class Route(NamedTuple):
@@ -9897,7 +9925,9 @@ def respond(cloud: Cloud, request: Request) -> Response:
         else:
             response = found.handler(cloud, who, request, **names)
         if found.by == "link":
-            see_off(cloud, who, response)
+            response.fields["X-Robots-Tag"] = "noindex"          # S7
+        if not isinstance(response.body, bytes):
+            response.go_on = response.go_on or Permit(cloud.sharing, who, response.node).check
         return pack(request, response) if found.packs else response
     except CloudError as error:
         if error.kind == "storage-failed":
@@ -9945,13 +9975,6 @@ def receiving(cloud: Cloud, who: Principal, request: Request) -> Iterator[None]:
         yield
     finally:
         cloud.drops.pause()
-
-
-def see_off(cloud: Cloud, who: Principal, response: Response) -> None:
-    """What each answer to a visitor keeps to: no search engine knows of it, and a long one ends with the link (S7, law 12)."""
-    response.fields["X-Robots-Tag"] = "noindex"
-    if not isinstance(response.body, bytes):
-        response.body = cloud.sharing.while_it_stands(who, response.body)
 
 
 LINK_COOKIE = "__Secure-link", "link"
@@ -10244,14 +10267,18 @@ def content_response(request: Request, node: Node, content: Content) -> Response
     if "range" in request.fields and request.method == "GET" and may_range(request["if-range"], node):
         ranges = parse_ranges(request["range"], node.size)
         if ranges:
-            return range_response({**version_fields(node.etag, node.mtime), **content_fields(node.media, node.name)}, content, ranges)
+            response = range_response({**version_fields(node.etag, node.mtime), **content_fields(node.media, node.name)}, content, ranges)
+            response.node = node
+            return response
     lines = content_lines(node.etag, node.mtime, node.media, node.name)
     if request.method == "HEAD":
         return Response(200, iter(()), length=node.size, lines=lines)
     data = content.inline()
     if data is not None:
         return Response(200, data, lines=lines)
-    return Response(200, begun(content.slices()), length=content.size, lines=lines)
+    response = Response(200, begun(content.slices()), length=content.size, lines=lines)
+    response.node = node
+    return response
 
 
 def version_fields(etag: str, mtime: int) -> dict[str, str]:
@@ -10625,12 +10652,16 @@ def read_target(target: str) -> tuple[str, tuple[str, ...], bool, str, CloudErro
 class Pace:
     """At least so many bytes in each window of time, or a peer is too slow to be waited for (R34)."""
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, go_on: Callable[[], None] | None = None) -> None:
         self.window, self.since, self.count = window, time.monotonic(), 0
+        self.go_on, self.looked = go_on, self.since
 
     def is_slow(self) -> bool:
-        """Asked now and then; looks once a window."""
+        """Asked now and then; looks once a window.  raises what `go_on` raises, which is asked every ten seconds"""
         now = time.monotonic()
+        if self.go_on and now - self.looked >= LOOK_AGAIN:
+            self.looked = now
+            self.go_on()
         if now - self.since <= self.window:
             return False
         slow = self.count < self.window * BODY_RATE
@@ -10910,8 +10941,9 @@ class Handler(BaseHTTPRequestHandler, Source):
             self.link.seize()
 
     def _send_parts(self, response: Response, parts: Iterable[bytes | FileSlice] | None, head: bytes, chunked: bool) -> int:
-        sent, pending, pace = 0, head, Pace(STALL_TIME)
+        sent, pending, pace = 0, head, Pace(STALL_TIME, response.go_on)
         for part in parts or ():
+            self._check_stall(pace)
             if isinstance(part, FileSlice) and not chunked:
                 if pending:                      # TLS before Python 3.10 takes an empty send for the end
                     self.send_all(pending, pace)
@@ -11318,12 +11350,15 @@ def api_zip(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
 def zip_response(cloud: Cloud, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]], moment: int | None) -> Response:
     """All below a path, or only some members, as of now or of a seq."""
     where = path + names[0] if len(names) == 1 else path
-    return archive_response(cloud.history.archive(who, path, names, moment), where[-1] if where else "files")
+    return archive_response(Permit(cloud.sharing, who), cloud.history.archive(who, path, names, moment), where[-1] if where else "files")
 
 
-def archive_response(members: Iterator[tuple[tuple[str, ...], Node, Content | None]], stem: str) -> Response:
-    return Response(200, zip_archive(members, stem), {"Content-Type": "application/zip", "Cache-Control": PRIVATE,
-                                   "Content-Disposition": format_disposition(stem + ".zip"), "Content-Security-Policy": SANDBOX})
+def archive_response(permit: Permit, members: Iterator[tuple[tuple[str, ...], Node, Content | None]], stem: str) -> Response:
+    response = Response(200, zip_archive(permit.of_each(members), stem), {
+        "Content-Type": "application/zip", "Cache-Control": PRIVATE, "Content-Disposition": format_disposition(stem + ".zip"),
+        "Content-Security-Policy": SANDBOX})
+    response.go_on = permit.check
+    return response
 
 
 # ---- what was
@@ -21753,7 +21788,7 @@ def link_zip(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     members = cloud.history.archive(who, path, names)
     if request.method == "GET":
         cloud.sharing.use(who, request.knock._replace(again=False), node.node)
-    return archive_response(cloud.sharing.while_it_stands(who, members, 0), node.name)
+    return archive_response(Permit(cloud.sharing, who), members, node.name)
 
 
 def link_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:

@@ -6439,11 +6439,63 @@ def test_a_long_answer_ends_with_its_link(cloud, ann, link, address):
         put(cloud, ann, "d/f%d" % n, bytes(100_000), parents=True)
     visit = link("d")
     who = cloud.sharing.open(cs.Knock(visit.token))
-    members = cloud.sharing.while_it_stands(who, cloud.history.archive(who, ()), 0)
+    members = cs.Permit(cloud.sharing, who).of_each(cloud.history.archive(who, ()))
     assert next(members)[0] == ("f0",)
     cloud.sharing.end(ann, visit.id)
     assert outcome(next, members) == "gone"
     assert outcome(cloud.files.write, who, ("late",), Body(b"x")) == "forbidden"
+
+
+def end_what_allowed(cloud, ann, bob, how):
+    """What ends it for whom it was shared with."""
+    share = cloud.sharing.of(ann, ("d",))[0].share
+    if how == "ended":
+        cloud.sharing.end(ann, share.id)
+    elif how == "changed":                               # still there
+        cloud.sharing.change(ann, share.id, role="edit")
+    elif how == "declined":
+        cloud.offers.decline(bob, share.id)
+    elif how == "left":
+        cloud.groups.leave("crew", "bob")
+    elif how == "trash":
+        cloud.files.delete(ann, ("d",))
+    elif how == "removed":
+        cloud.accounts.remove("bob", ann)
+    elif how == "device":
+        cloud.devices.revoke(bob, next(device.id for device in cloud.devices.list(bob)))
+
+
+@pytest.mark.parametrize("how", ["ended", "changed", "declined", "left", "trash", "removed", "device"])
+def test_an_answer_under_way_ends_with_what_allowed_it(cloud, ann, bob, how):
+    """Law 12: a file, an archive and what goes on for ever ask every ten seconds whether they may."""
+    for name in ("f0", "f1"):
+        put(cloud, ann, "d/" + name, bytes(100), parents=True)
+    put(cloud, bob, "mine", b"x"), cloud.groups.add("crew"), cloud.groups.join("crew", "bob")
+    cloud.sharing.share(ann, ("d",), *("group", "crew") if how == "left" else ("account", "bob"))
+    who = token_of(cloud, bob)
+    node, members = cloud.files.open(who, ("d", "f0"))[0], cs.Permit(cloud.sharing, who).of_each(cloud.history.archive(who, ("d",)))
+    looks = [cs.Permit(cloud.sharing, who, one).check for one in (node, cloud.files.open(who, ("mine",))[0], None)]
+    assert [outcome(look) for look in looks] == [None] * 3 and next(members)[0] == ("f0",)
+    end_what_allowed(cloud, ann, bob, how)
+    stays = how == "changed"
+    assert [outcome(look) for look in looks] == [None if stays else "gone", *["gone" if how in ("removed", "device") else None] * 2]
+    assert (outcome(next, members) != "gone") == stays
+
+
+@pytest.mark.parametrize("way", ["/dav/d/large", "/api/v1/content/d/large", "/api/v1/zip/d", "/s/TOKEN/large", "/s/TOKEN?zip=1"])
+def test_who_reads_slowly_is_cut_off_when_it_is_not_shared_any_more(cloud, ann, bob, address, monkeypatch, way):
+    """Law 12, over the wire: a part never looks whole."""
+    monkeypatch.setattr(cs, "LOOK_AGAIN", 0)
+    put(cloud, ann, "d/large", os.urandom(24 << 20), parents=True)
+    given, link = cloud.sharing.share(ann, ("d",), "account", "bob"), cloud.sharing.share(ann, ("d",))
+    connection = http.client.HTTPConnection(*address, timeout=60)
+    connection.request("GET", way.replace("TOKEN", link.share.token), headers={} if "TOKEN" in way else {"Authorization": basic("bob")})
+    answer = connection.getresponse()
+    assert answer.status == 200 and len(answer.read(100_000)) == 100_000
+    cloud.sharing.end(ann, (link if "TOKEN" in way else given).share.id)
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        answer.read()
+    connection.close()
 
 
 def test_no_log_holds_the_token_of_a_link(cloud, ann, link, address, serve_cloud, caplog, monkeypatch):
