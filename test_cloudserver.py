@@ -7307,7 +7307,7 @@ class Circle:
 
 
 SHARED_WITH = "view add edit group reshare"
-GRANTED = {  # to whom a route gives something on what is shared, or in a home of their own: its rows
+ROUTE_GIVES = {  # to whom a route gives something on what is shared, or in a home of their own: its rows
     "owner reader %s declined former left stranger" % SHARED_WITH: """
         POST /api/v1/logout  GET /api/v1/account  GET /api/v1/usage  POST /api/v1/taken  GET /api/v1/trash  GET /api/v1/activity  GET /api/v1/search
         GET /api/v1/starred  POST /api/v1/qr  GET /api/v1/manifest  GET /api/v1/changes  GET /api/v1/events  POST /api/v1/chunks/missing  SEARCH /remote.php/dav
@@ -7366,7 +7366,7 @@ def test_each_route_gives_to_whom_it_should(cloud, ann, address):
 
     A route without a row fails.  Nobody is shown what is not shared with them, and nothing of the owner's changes for whom it is not granted.
     """
-    expected = {row: who.split() for who, text in GRANTED.items() for row in rows_of(text)}
+    expected = {row: who.split() for who, text in ROUTE_GIVES.items() for row in rows_of(text)}
     routes = {"%s %s" % (route.method, route.pattern): route for route in cs.walk_routes(cs.ROUTES) if route.by == "account" and route.needs != "nothing"}
     assert sorted(routes) == sorted(expected)
     circle, wrong = Circle(cloud, ann, address), []
