@@ -22556,7 +22556,7 @@ async function showAddress() {
   if (!find(".search")) return; // a gate took the place of the frame
   if (view.kind !== "search") find(".search input").value = "";
   if (scroll) scrollTo(0, scroll);
-  if (chosen && list.box?.isConnected) setSelection(chosen.filter(id => list.known.has(id)));
+  if (chosen && !list.selected.size && list.box?.isConnected) setSelection(chosen.filter(id => list.known.has(id)));
   if (chosen) history.replaceState({...state, scroll: 0, chosen: null}, "");     // to come back to, once
 }
 
