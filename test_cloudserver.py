@@ -4915,7 +4915,7 @@ def test_random_things_are_brought_back_alone(cloud, ann, rng):
             place = after[nodes[()].node][0]
             assert {where[len(place):]: node.manifest for where, node in after.values() if where[:len(place)] == place} == {
                 where: node.manifest for where, node in nodes.items()}
-            there = cloud.files.find(ann, path[:-1])
+            there = next((node for where, node in before.values() if where == path[:-1] and node.node not in touched), None)
             assert place[:-1] == path[:-1] or nodes[()].parent in after or not (there and there.kind), "back to its place, or to where that is by now"
         for id, (_, node) in before.items():
             if id not in touched:
@@ -21287,7 +21287,7 @@ def test_rclone_copies_checks_and_syncs(serve, tmp_path, rng, vendor, files):
     assert served.stop() == 0 and run("verify", "--data", served.data).returncode == 0
 
 
-@pytest.mark.parametrize("vendor", ["other", "owncloud", "nextcloud"])
+@pytest.mark.parametrize("vendor", [pytest.param("other", marks=slow), pytest.param("owncloud", marks=slow), "nextcloud"])
 def test_rclone_works_in_what_somebody_else_shared(serve, tmp_path, rng, vendor):
     served, source, rclone = serve_mount(serve), make_tree(tmp_path / "source", rng, 12), program("rclone")
     door = {"other": "/dav/", "owncloud": "/remote.php/webdav/", "nextcloud": "/remote.php/dav/files/bob/"}[vendor]
@@ -21321,7 +21321,7 @@ def test_cadaver_session(serve, tmp_path):
 
 
 @needs_fork
-@pytest.mark.parametrize("user, top", [("ann", ""), ("bob", "d/")])
+@pytest.mark.parametrize("user, top", [("ann", ""), pytest.param("bob", "d/", marks=slow)])
 def test_davfs2_mounts_and_edits(serve, tmp_path, user, top):
     """The root of an account, and what somebody else shared."""
     mount = program("mount.davfs")
@@ -21565,7 +21565,7 @@ def test_two_kinds_of_desktop_client_share_an_account_and_another_sees_nothing(s
     assert served.stop() == 0 and run("verify", "--data", served.data).returncode == 0
 
 
-@pytest.fixture(params=["nextcloudcmd", "owncloudcmd"])
+@pytest.fixture(params=["nextcloudcmd", pytest.param("owncloudcmd", marks=slow)])
 def two_people(request, serve, tmp_path):
     """A served cloud, folders of ann and of bob kept by the same kind of client, and what ann's dialog sends about shares."""
     program(request.param)
@@ -21636,7 +21636,8 @@ def test_desktop_clients_undo_what_a_share_does_not_allow(two_people):
     sync_in_turn(bob, times=3)
     if bob.kind == "nextcloudcmd":               # ownCloud's waits before it tries again
         assert {**before, "team/new.txt": b"new", "team/dir": None, "team/dir/new.txt": b"new"}.items() <= server_tree(served).items()
-    bob.write("team/a.txt", "still not allowed"), (bob.folder / "team/b.txt").unlink(), bob.write("team/later.txt", "later")
+    bob.write("team/a.txt", "still not allowed", mtime=1_700_000_000)        # Nextcloud's misses an edit in the second of its last run
+    (bob.folder / "team/b.txt").unlink(), bob.write("team/later.txt", "later")
     sync_in_turn(bob, times=3)
     there = server_tree(served)
     assert before.items() <= there.items() and there["team/later.txt"] == b"later"
