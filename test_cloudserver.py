@@ -11317,7 +11317,9 @@ def test_a_damaged_database_is_named_for_what_it_is(make_cloud, tmp_path, rng, s
     assert doctor.returncode == 1 and "LOOK" in doctor.stdout and "Traceback" not in doctor.stderr, doctor.stderr
     for words in (["verify"], ["export", tmp_path / "x"]):
         found = run(*words, "--data", cloud.config.data)
-        assert found.returncode == 1 and "Traceback" not in found.stderr, (words, found.stderr)
+        whole = found.returncode == 0 and words[0] == "export" and all(         # the damage may lie where nothing of a file is
+            (tmp_path / ("x/ann/d%d-%d" % (k, n))).read_bytes() == b"%d" % n * 50 for k in range(30) for n in range(100))
+        assert (found.returncode == 1 or whole) and "Traceback" not in found.stderr, (words, found.stderr)
 
 
 def test_a_server_stops_writing_to_a_database_it_finds_damaged(cloud, ann):
