@@ -15983,7 +15983,7 @@ def random_shares(rounds, rng, tmp_path, patch):
         town.stop()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SEED=1374723742 found a share there that was shown after its end, which is not explained yet")
+@pytest.mark.skipif(os.name == "nt", reason="SEED=1374723742 found a mount there that its model does not expect, which is not explained yet")
 def test_people_share_and_all_that_can_happen(tmp_path, rng, monkeypatch):
     """Laws 1 to 7, 9 and 12 of sharing: what is shown at each door is what may be seen, no etag names two states, and nothing is lost."""
     random_shares(80, rng, tmp_path, monkeypatch)
