@@ -9020,8 +9020,8 @@ class Sync:
         except Replayed:
             return (*(self._answer_again(id, digest) or (0, [])), False)
         alone = since is not None and not self.db.read(
-            "SELECT 1 FROM journal WHERE home IN (SELECT ?1 UNION ALL SELECT e.home FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL "
-            "WHERE m.home = ?1 AND m.until IS NULL) AND seq > ?2 AND seq <> ?3 AND (device = '' OR device <> ?4) LIMIT 1",
+            "SELECT 1 FROM journal WHERE home IN (SELECT ?1 UNION ALL SELECT e.home FROM mount m JOIN entry e ON e.node = m.target "      # gone or not
+            "WHERE m.home = ?1 AND (m.until IS NULL OR m.until > ?2)) AND seq > ?2 AND seq <> ?3 AND (device = '' OR device <> ?4) LIMIT 1",
             (view.home, since, batch.seq, who.device))
         return batch.seq, describe_outcomes(batch, batch.seq), alone
 

@@ -3950,7 +3950,7 @@ class Overlapping:
 
 
 def states_of(cloud, who):
-    """{etag: what it stands for} of all collections that somebody sees: what each holds, and of a mount the rights to it."""
+    """{(etag, is it a mount?): what it stands for} of all collections that somebody sees: what each holds, and of a mount the rights to it."""
     below, found = {}, {}
     lines = [((), cloud.files.stat(who, ()), None), *((line.path, line.node, line.shared) for line in cloud.sync.manifest(who, ())[2])]
     for path, node, _ in lines:
@@ -3959,7 +3959,8 @@ def states_of(cloud, who):
 
     def state(path):
         return tuple((row, row[2] and state(path + (row[1],))) for row in sorted(below.get(path, ()), key=lambda row: row[1]))
-    return {node.etag: (state(path), len(path) == 1 and shared) for path, node, shared in lines if node.kind}
+    rights = {path: len(path) == 1 and shared or None for path, _, shared in lines}
+    return {(node.etag, rights[path] is not None): (state(path), rights[path]) for path, node, _ in lines if node.kind}
 
 
 @pytest.mark.parametrize("rounds", [60, pytest.param(1500, marks=pytest.mark.slow)])
@@ -9317,6 +9318,20 @@ def test_a_large_manifest_comes_in_pages(cloud, ann):
     plan = " ".join(row[3] for row in cloud.db.read("EXPLAIN QUERY PLAN " + cs.entries_at(*cs.IN_ORDER) + " ORDER BY key LIMIT :limit",
                                                     {"parent": 1, "seq": 1, "after": "", "limit": 500}))
     assert "USING INDEX entry_name (parent=? AND key>?)" in plan and "SCAN e" not in plan, plan
+
+
+@pytest.mark.parametrize("path", ["d", "d/f"])
+def test_a_commit_leads_past_nothing_that_happened_to_what_others_share(cloud, ann, bob, path):
+    """Law 6: also what went into the trash of its owner as the commit was on its way has to be told."""
+    put(cloud, ann, "d/f", b"f", parents=True), cloud.sharing.share(ann, cs.split_path(path), "account", "bob", role="view")
+    laptop, since = token_of(cloud, bob), cloud.journal.head()
+    def is_alone(name):
+        return cloud.sync.commit(laptop, name, name, [{"mkdir": name}], iter(()), since=since)[2]
+    assert is_alone("a")
+    cloud.files.delete(ann, cs.split_path(path))
+    assert not is_alone("b")
+    since = cloud.journal.head()
+    assert is_alone("c") and cloud.trash.restore(ann, cloud.trash.list(ann)[0].node.node) and not is_alone("d")
 
 
 def test_sync_over_http(call, cloud, ann):
@@ -15397,7 +15412,7 @@ class Town:
             self.people[name] = Person(self, name, Laptop(tmp_path / name, "http://%s@127.0.0.1:%d" % (name, self.port)) if name != "cem" else None)
         self.groups = {"crew": set()}
         assert self.people["ann"].api("POST", "admin/groups", {"name": "crew"}).status == 201
-        self.agreed, self.declined = [], set()           # declined: (name, node)
+        self.agreed, self.declined = [], {}              # declined: {(name, node): the shares that reached them then}
         self.names = {}                          # {(name, node): the name under which somebody sees a mount}
         self.etags = {}                          # {(who, node): {etag: state}}
         self.made = {}                           # {node: (who made it, when)}
@@ -15419,8 +15434,11 @@ class Town:
 
     def rights_by(self, share):
         """What a share gives now: the least of what stands in the chain of those by which it was given."""
+        own = self.own(share.home)
         if not self.is_open(share) or share.parent and share.giver not in self.reached_by(share.parent):
             return set()
+        if share.parent and share.node in own and not (share.parent.node in own and lies_in(own[share.node], own[share.parent.node])):
+            return set()                         # who gave it on has it no more: it left what was shared with him
         return share.rights & self.rights_by(share.parent) if share.parent else set(share.rights)
 
     def reached_by(self, share):
@@ -15476,7 +15494,12 @@ class Town:
         mounts = {row.node: path for path, row in self.seen[name].items() if row.mount == row.node}
         self.names.update(((name, node), path) for node, path in mounts.items() if (name, node) in self.names)
         offers = [one for one in self.people[name].get("shares?with=me")["shares"] if one["state"] == "declined"]
-        self.declined |= {(name, share.node) for share in self.agreed if share.id in {one["id"] for one in offers} and share.node not in mounts}
+        for node in {share.node for share in self.agreed if share.id in {one["id"] for one in offers} and share.node not in mounts}:
+            if (name, node) not in self.declined:
+                self.decline(name, node)
+
+    def decline(self, name, node):
+        self.declined[name, node] = {share.id for share in self.agreed if share.node == node and name in self.reached_by(share) and not share.ended}
 
     def judge_mounts(self, name):
         seen, grants = self.seen[name], self.grants(name)
@@ -15725,7 +15748,7 @@ class Town:
         assert answer.status >= 300 or allowed, (said, answer, self.done[-12:])
         assert answer.status != 403 or not allowed or source == target or lies_in(target, source) or lies_in(source, target), (said, answer, self.done[-12:])
         if answer.status < 300 and is_mount and verb == "delete":
-            self.declined.add((person.name, here.node))
+            self.decline(person.name, here.node)
         if answer.status < 300 and is_mount and verb == "move":
             self.names[person.name, here.node] = target
         self.note_made(person.name)
@@ -15780,7 +15803,8 @@ class Town:
             share = Agreed(person.name, home, row.node, kind, to, rights, due, parents[0])
             share.id, share.token = answer.json()["id"], answer.json().get("token")
             self.agreed.append(share)
-            self.declined -= {(name, row.node) for name in self.reached_by(share)}
+            for name in self.reached_by(share):
+                self.declined.pop((name, row.node), None)
         self.note_rights()
 
     def end(self):
@@ -15818,7 +15842,7 @@ class Town:
                 answer = self.people[name].api("POST", "shares/%s/accept" % shares[0].id)
                 self.done.append((name, "accept", shares[0].id, answer.status))
                 assert answer.status == 200, (answer, self.done[-12:])
-                self.declined.discard((name, node))
+                del self.declined[name, node]
         self.note_rights()
 
     def join(self):
@@ -15828,6 +15852,12 @@ class Town:
         self.done.append((name, "joins" if joins else "leaves", answer.status))
         assert answer.status < 300, answer
         self.groups["crew"] ^= {name}
+        for share in self.agreed:
+            if share.kind == "group" and joins and name not in (share.home, share.giver) and self.is_open(share) and \
+                    share.id not in self.declined.get((name, share.node), {share.id}):
+                del self.declined[name, share.node]      # it comes by another share than those that were declined
+            elif not joins and share.giver == name and share.parent and share.parent.kind == "group":
+                share.ended = True                       # what was given on ends with what it was given by
         self.note_rights()
 
     # ---- steps: at home, and time
@@ -15969,6 +15999,9 @@ class Town:
             missing = "update" if path in shown else "create"
             why = " ".join(said for problem, said in (*person.laptop.problems.items(), *((one, "kept here") for one in kept)) if lies_in(path, problem))
             excused = why and path in folder and (row.mount and missing not in row.rights or path not in shown and "is not shared any more" in why)
+            if path in shown and path not in folder:     # it was moved here to such a name, and goes when it has arrived
+                excused = excused or any("is not shared any more" in said and folder.get(to) == shown[path] is not None
+                                         for to, said in person.laptop.problems.items())
             assert excused, (person.name, path, path in shown, path in folder, row, person.laptop.problems, self.done[-30:])
 
 
@@ -15983,7 +16016,6 @@ def random_shares(rounds, rng, tmp_path, patch):
         town.stop()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SEED=1374723742 found a mount there that its model does not expect, which is not explained yet")
 def test_people_share_and_all_that_can_happen(tmp_path, rng, monkeypatch):
     """Laws 1 to 7, 9 and 12 of sharing: what is shown at each door is what may be seen, no etag names two states, and nothing is lost."""
     random_shares(80, rng, tmp_path, monkeypatch)
