@@ -4,7 +4,7 @@
     python3 test_cloudserver.py                 all but the slow ones, in one process more than there are cores: now and then a test waits
     python3 test_cloudserver.py -m slow         the slow ones, one by one: crash loops, large files, a million nodes
     python3 test_cloudserver.py -k x --pdb      further words are pytest's; --processes 1 runs all in this one process
-    SEED=123 python3 test_cloudserver.py -k x   with the randomness of an earlier run
+    SEED=random python3 test_cloudserver.py -k x   with other randomness than each test's own; SEED=123 with that of an earlier run
 
 Codes like H9 or R14 in names and comments are the numbered promises listed at the end of README.md.
 """
@@ -295,9 +295,10 @@ cs.SCRYPT = (4, 8, 1)            # the real cost is tested once; everywhere else
 # ==== fixtures and helpers ===============================================================
 
 @pytest.fixture
-def rng():
-    """Randomness that can be replayed: SEED=123 python3 test_cloudserver.py -k name."""
-    seed = int(os.environ.get("SEED") or random.SystemRandom().getrandbits(32))
+def rng(request):
+    """Randomness that is each test's own and the same everywhere; SEED=random explores, SEED=123 replays."""
+    seed = os.environ.get("SEED") or zlib.crc32(request.node.name.encode())
+    seed = random.SystemRandom().getrandbits(32) if seed == "random" else int(seed)
     print("SEED=%d" % seed)                      # pytest shows it when the test fails
     return random.Random(seed)
 
