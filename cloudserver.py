@@ -14,8 +14,8 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      6  Store           Store Directory Blobs Content                  the only code that opens data files
      7  Database        Database Sqlite Batch SCHEMA MIGRATIONS        two calls: read and write
      8  Accounts        Credentials Accounts Devices                   who is asking
-     9  Tree            View Place Moment Span Allowance               the tree of files, read
-    10  Changes         Contents Space Locks Brake Tree Plan           how it is changed
+     9  Tree            View Place Moment Span Contents Brake          the tree of files, read
+    10  Changes         Space Tree Draft Plan                          how it is changed
     11  Files           Files Copies Search                            the verbs of what is
     12  History         Journal History Versions Trash                 ... and of what was
     13  Sharing         Sharing Terms Drops                            what people hand to others
@@ -693,6 +693,11 @@ def is_windows_name(name: str) -> bool:
 def key_of(name: str) -> str:
     """What names are compared by: their NFC form (P9)."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def cut_text(text: str, size: int) -> str:
+    """The beginning of a text that fits into `size` bytes of UTF-8."""
+    return text.encode()[:size].decode("utf-8", "ignore")
 
 
 def split_path(text: str) -> tuple[str, ...]:
@@ -1494,6 +1499,64 @@ def read_pieces(part: bytes | FileSlice, step: int = 256 * KiB) -> Iterator[byte
             raise CloudError("storage-failed", "a part of the file is cut short")
         left -= len(data)
         yield data
+
+
+def unwatched() -> None:
+    """Nobody waits who could leave: the default of `alive`, which long reads call now and then and which ends them by raising."""
+
+
+def watched(rows: Iterable[Any], alive: Callable[[], None], every: int = 256) -> Iterator[Any]:
+    """The same rows, with a look now and then whether anybody still waits for them."""
+    for count, row in enumerate(rows):
+        if count % every == 0:
+            alive()
+        yield row
+
+
+class Slots:
+    """How much each has of what all share: so many at a time of something, and no more."""
+
+    def __init__(self, most: int, words: str, retry_after: int = 5) -> None:
+        """`words` with %d for `most` tell who wants more."""
+        self.most, self.words, self.retry_after = most, words, retry_after
+        self._lock, self._counts, self._waiting = threading.Lock(), {}, 0
+        self._given = threading.Condition(self._lock)
+
+    def take(self, key: Any, wait: float = 0) -> None:
+        """Have one, if need be after some seconds.  raises CloudError busy"""
+        with self._lock:
+            if self._counts.get(key, 0) >= self.most and not self._wait(key, wait):
+                raise CloudError("busy", self.words % self.most, retry_after=self.retry_after)
+            self._counts[key] = self._counts.get(key, 0) + 1
+
+    def _wait(self, key: Any, seconds: float) -> bool:
+        self._waiting += 1
+        try:
+            return self._given.wait_for(lambda: self._counts.get(key, 0) < self.most, seconds)
+        finally:
+            self._waiting -= 1
+
+    def give(self, key: Any) -> None:
+        with self._lock:
+            if self._counts[key] > 1:
+                self._counts[key] -= 1
+            else:
+                del self._counts[key]
+            if self._waiting:
+                self._given.notify_all()
+
+    @contextmanager
+    def of(self, key: Any) -> Iterator[None]:
+        """One of them, for as long as something takes."""
+        self.take(key)
+        try:
+            yield
+        finally:
+            self.give(key)
+
+    def taken(self) -> int:
+        """How many all have together."""
+        return sum(self._counts.values())
 
 
 # ==== 5. Formats =========================================================================
@@ -4428,64 +4491,6 @@ def path_query(depth: int, content: bool, mounts: bool) -> str:
                 " ".join(joins), home, nodes[-2], "LEFT JOIN chunk h ON h.hash = e.manifest" if content else ""))
 
 
-def unwatched() -> None:
-    """Nobody waits who could leave: the default of `alive`, which long reads call now and then and which ends them by raising."""
-
-
-def watched(rows: Iterable[Any], alive: Callable[[], None], every: int = 256) -> Iterator[Any]:
-    """The same rows, with a look now and then whether anybody still waits for them."""
-    for count, row in enumerate(rows):
-        if count % every == 0:
-            alive()
-        yield row
-
-
-class Slots:
-    """How much each has of what all share: so many at a time of something, and no more."""
-
-    def __init__(self, most: int, words: str, retry_after: int = 5) -> None:
-        """`words` with %d for `most` tell who wants more."""
-        self.most, self.words, self.retry_after = most, words, retry_after
-        self._lock, self._counts, self._waiting = threading.Lock(), {}, 0
-        self._given = threading.Condition(self._lock)
-
-    def take(self, key: Any, wait: float = 0) -> None:
-        """Have one, if need be after some seconds.  raises CloudError busy"""
-        with self._lock:
-            if self._counts.get(key, 0) >= self.most and not self._wait(key, wait):
-                raise CloudError("busy", self.words % self.most, retry_after=self.retry_after)
-            self._counts[key] = self._counts.get(key, 0) + 1
-
-    def _wait(self, key: Any, seconds: float) -> bool:
-        self._waiting += 1
-        try:
-            return self._given.wait_for(lambda: self._counts.get(key, 0) < self.most, seconds)
-        finally:
-            self._waiting -= 1
-
-    def give(self, key: Any) -> None:
-        with self._lock:
-            if self._counts[key] > 1:
-                self._counts[key] -= 1
-            else:
-                del self._counts[key]
-            if self._waiting:
-                self._given.notify_all()
-
-    @contextmanager
-    def of(self, key: Any) -> Iterator[None]:
-        """One of them, for as long as something takes."""
-        self.take(key)
-        try:
-            yield
-        finally:
-            self.give(key)
-
-    def taken(self) -> int:
-        """How many all have together."""
-        return sum(self._counts.values())
-
-
 Read = Callable[..., Iterable[Tuple[Any, ...]]]          # db.read, or that of a snapshot
 
 UNPURGED = " AND NOT EXISTS (SELECT 1 FROM entry g WHERE g.node = e.node AND g.fate = 'purged')"      # of an ended entry e
@@ -5124,6 +5129,113 @@ class Locks:
         return lambda one: [lock for lock in locks if lock.node == one.node or lock.deep and lock.node in above]
 
 
+CHUNK_ROWS = (  # makes chunks known; one that was given up or found damaged is good again
+    "INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
+    "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
+    "object = CASE WHEN bad IS NULL THEN object ELSE excluded.object END, "
+    "data = CASE WHEN bad IS NULL THEN data ELSE excluded.data END WHERE condemned IS NOT NULL OR bad IS NOT NULL")
+PUT_MANIFEST = "INSERT INTO manifest (id, size, sha256) VALUES (?, ?, ?) ON CONFLICT (id) DO NOTHING"
+PUT_OFFSET = "INSERT INTO manifest_chunk (manifest, offset, chunk) VALUES (?, ?, ?) ON CONFLICT (manifest, offset) DO NOTHING"
+PUT_DIGEST = "INSERT INTO digest (manifest, kind, value) VALUES (?, ?, ?) ON CONFLICT (manifest, kind) DO NOTHING"
+
+
+def is_composed(node: Node) -> bool:
+    """Has a file several chunks, listed under its manifest?"""
+    return node.kind == FILE and node.manifest[0] == "m"
+
+
+class Rows:
+    """Rows for many=True that are made anew each time a batch is tried."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.make()
+
+
+class Contents:
+    """The bytes of files: what is known of chunks and manifests, and the rows that make them known."""
+
+    def __init__(self, db: Database, clock: Clock, blobs: Blobs) -> None:
+        self.db, self.clock, self.blobs = db, clock, blobs
+
+    def of(self, node: Node, only: StoredChunk | None = None) -> Content:
+        """The bytes of a version; `only` is its chunk if it has one and the caller has read it."""
+        return self.content(node.manifest, node.size, only)
+
+    def content(self, manifest: str, size: int, only: StoredChunk | None = None) -> Content:
+        if manifest[0] != "m":
+            if only is None:
+                rows = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (manifest,))
+                only = StoredChunk._make(rows[0]) if rows else None
+            if only is None:
+                raise CloudError("storage-failed", "a part of the file is missing")
+            return Content(self.blobs, size, only)
+        return Content(self.blobs, size, more=lambda offset: [
+            (at, StoredChunk._make(chunk)) for at, *chunk in self.db.read(
+                "SELECT m.offset, " + CHUNK + " FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
+                "WHERE m.manifest = ? AND m.offset >= (SELECT max(offset) FROM manifest_chunk WHERE manifest = ? "
+                "AND offset <= ?) ORDER BY m.offset LIMIT 64", (manifest, manifest, offset))])
+
+    def knows(self, home: int, hash: str) -> bool:
+        """Does this home refer to a chunk already, so that telling its owner so betrays nothing? (D3)"""
+        return bool(self.db.read(
+            "SELECT 1 FROM chunk h WHERE h.hash = :hash AND h.bad IS NULL AND h.condemned IS NULL AND (EXISTS ("
+            "SELECT 1 FROM entry WHERE manifest = :hash AND home = :home) OR EXISTS ("
+            "SELECT 1 FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = :hash AND e.home = :home))",
+            {"hash": hash, "home": home}))
+
+    def known_to(self, view: View) -> Callable[[str], bool]:
+        """Tells of chunks whether who writes could read them anyway: those are not stored again, and nobody learns anything by that."""
+        return partial(self.knows, view.home) if view.whole else known_to_nobody
+
+    def rows(self, stored: Stored, *, new: bool = True) -> list[Statement]:
+        """Rows that make stored bytes known: the chunks, if they are new, and the manifest if there are several."""
+        body = [Statement(CHUNK_ROWS, self.chunk_rows(stored), many=True)] if new else []
+        if len(stored.chunks) > 1:
+            body += [Statement(PUT_MANIFEST, (stored.manifest, stored.size, stored.sha256)),
+                     Statement(PUT_OFFSET, Rows(partial(self._offsets, stored)), many=True)]
+        if stored.digests:
+            body.append(Statement(PUT_DIGEST, [(stored.manifest, kind, value) for kind, value in stored.digests.items()], many=True))
+        return body
+
+    def chunk_rows(self, stored: Stored) -> list[tuple[Any, ...]]:
+        now = self.clock.due()
+        if stored.inline is not None:
+            return [(stored.manifest, stored.size, None, now, stored.inline)]
+        return [(hash, size, "%s-%s" % (hash, stored.tag), now, None) for hash, size in dict(stored.chunks).items()
+                if hash not in stored.relied]
+
+    def _offsets(self, stored: Stored) -> Iterator[tuple[str, int, str]]:
+        offset = 0
+        for hash, size in stored.chunks:
+            yield stored.manifest, offset, hash
+            offset += size
+
+    def sums(self, node: Node) -> dict[str, str]:
+        """The checksums that are known of a file: {"sha1": hex}."""
+        found = dict(self.db.read("SELECT kind, value FROM digest WHERE manifest = ? UNION ALL SELECT 'sha256', sha256 "
+                                  "FROM manifest WHERE id = ? AND sha256 IS NOT NULL", (node.manifest,) * 2))
+        return found if node.manifest[0] == "m" else {**found, "sha256": node.manifest}
+
+    def chunks(self, node: Node) -> list[tuple[str, int]]:
+        """(hash, size) of the chunks of a file in order; an empty file has none."""
+        if not is_composed(node):
+            return [(node.manifest, node.size)] if node.size else []
+        return self.db.read("SELECT m.chunk, h.size FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
+                            "WHERE m.manifest = ? ORDER BY m.offset", (node.manifest,))
+
+    def chunk(self, hash: str) -> StoredChunk:
+        return StoredChunk._make(self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (hash,))[0])
+
+
+def still_stored(hashes: Sequence[str]) -> tuple[Statement, ...]:
+    """The guards that say: chunks that were found stored, and so were not stored again, are there and whole."""
+    return tuple(Statement("SELECT 'chunk' WHERE (SELECT count(*) FROM chunk WHERE hash IN (" + marks(piece) + ") AND bad IS NULL) <> ?",
+                           (*piece, len(piece))) for piece in pieces(hashes))
+
+
 BRAKE_FILES, BRAKE_SHARE, BRAKE_WINDOW = 200, 4, 10 * MINUTE       # held: over 200 files and over a quarter in the window
 BRAKE_FREE = HOUR               # how long a device that was allowed may do everything
 PUT_BRAKE = (
@@ -5293,93 +5405,6 @@ COUNT_CAME = "UPDATE share SET files = files + ?, bytes = bytes + ? WHERE id = ?
 # ==== 10. Changes ========================================================================
 #
 # What a change of the tree needs, and how it becomes a batch: a verb enters, asks, and gives its steps to a Plan.
-
-CHUNK_ROWS = (  # makes chunks known; one that was given up or found damaged is good again
-    "INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
-    "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
-    "object = CASE WHEN bad IS NULL THEN object ELSE excluded.object END, "
-    "data = CASE WHEN bad IS NULL THEN data ELSE excluded.data END WHERE condemned IS NOT NULL OR bad IS NOT NULL")
-
-
-def is_composed(node: Node) -> bool:
-    """Has a file several chunks, listed under its manifest?"""
-    return node.kind == FILE and node.manifest[0] == "m"
-
-
-class Contents:
-    """The bytes of files: what is known of chunks and manifests, and the rows that make them known."""
-
-    def __init__(self, db: Database, clock: Clock, blobs: Blobs) -> None:
-        self.db, self.clock, self.blobs = db, clock, blobs
-
-    def of(self, node: Node, only: StoredChunk | None = None) -> Content:
-        """The bytes of a version; `only` is its chunk if it has one and the caller has read it."""
-        return self.content(node.manifest, node.size, only)
-
-    def content(self, manifest: str, size: int, only: StoredChunk | None = None) -> Content:
-        if manifest[0] != "m":
-            if only is None:
-                rows = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (manifest,))
-                only = StoredChunk._make(rows[0]) if rows else None
-            if only is None:
-                raise CloudError("storage-failed", "a part of the file is missing")
-            return Content(self.blobs, size, only)
-        return Content(self.blobs, size, more=lambda offset: [
-            (at, StoredChunk._make(chunk)) for at, *chunk in self.db.read(
-                "SELECT m.offset, " + CHUNK + " FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
-                "WHERE m.manifest = ? AND m.offset >= (SELECT max(offset) FROM manifest_chunk WHERE manifest = ? "
-                "AND offset <= ?) ORDER BY m.offset LIMIT 64", (manifest, manifest, offset))])
-
-    def knows(self, home: int, hash: str) -> bool:
-        """Does this home refer to a chunk already, so that telling its owner so betrays nothing? (D3)"""
-        return bool(self.db.read(
-            "SELECT 1 FROM chunk h WHERE h.hash = :hash AND h.bad IS NULL AND h.condemned IS NULL AND (EXISTS ("
-            "SELECT 1 FROM entry WHERE manifest = :hash AND home = :home) OR EXISTS ("
-            "SELECT 1 FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = :hash AND e.home = :home))",
-            {"hash": hash, "home": home}))
-
-    def known_to(self, view: View) -> Callable[[str], bool]:
-        """Tells of chunks whether who writes could read them anyway: those are not stored again, and nobody learns anything by that."""
-        return partial(self.knows, view.home) if view.whole else known_to_nobody
-
-    def rows(self, stored: Stored, *, new: bool = True) -> list[Statement]:
-        """Rows that make stored bytes known: the chunks, if they are new, and the manifest if there are several."""
-        body = [Statement(CHUNK_ROWS, self.chunk_rows(stored), many=True)] if new else []
-        if len(stored.chunks) > 1:
-            body += [Statement(PUT_MANIFEST, (stored.manifest, stored.size, stored.sha256)),
-                     Statement(PUT_OFFSET, Rows(partial(self._offsets, stored)), many=True)]
-        if stored.digests:
-            body.append(Statement(PUT_DIGEST, [(stored.manifest, kind, value) for kind, value in stored.digests.items()], many=True))
-        return body
-
-    def chunk_rows(self, stored: Stored) -> list[tuple[Any, ...]]:
-        now = self.clock.due()
-        if stored.inline is not None:
-            return [(stored.manifest, stored.size, None, now, stored.inline)]
-        return [(hash, size, "%s-%s" % (hash, stored.tag), now, None) for hash, size in dict(stored.chunks).items()
-                if hash not in stored.relied]
-
-    def _offsets(self, stored: Stored) -> Iterator[tuple[str, int, str]]:
-        offset = 0
-        for hash, size in stored.chunks:
-            yield stored.manifest, offset, hash
-            offset += size
-
-    def sums(self, node: Node) -> dict[str, str]:
-        """The checksums that are known of a file: {"sha1": hex}."""
-        found = dict(self.db.read("SELECT kind, value FROM digest WHERE manifest = ? UNION ALL SELECT 'sha256', sha256 "
-                                  "FROM manifest WHERE id = ? AND sha256 IS NOT NULL", (node.manifest,) * 2))
-        return found if node.manifest[0] == "m" else {**found, "sha256": node.manifest}
-
-    def chunks(self, node: Node) -> list[tuple[str, int]]:
-        """(hash, size) of the chunks of a file in order; an empty file has none."""
-        if not is_composed(node):
-            return [(node.manifest, node.size)] if node.size else []
-        return self.db.read("SELECT m.chunk, h.size FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
-                            "WHERE m.manifest = ? ORDER BY m.offset", (node.manifest,))
-
-    def chunk(self, hash: str) -> StoredChunk:
-        return StoredChunk._make(self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (hash,))[0])
 
 
 class Space:
@@ -6256,7 +6281,6 @@ class Plan:
         return self.tree.space.pay(Batch(body, guards, line, touches=touched_by(body), frees=not begins), home, place.quota)
 
 
-
 def change_mount(plan: Plan, path: tuple[str, ...], target: tuple[str, ...] | None) -> Node:
     """Give a mount another name, which is nobody else's concern, or none any more: then it is declined, and nothing is deleted."""
     view_of(plan.who).need(DELETE if target is None else UPDATE)
@@ -6308,9 +6332,6 @@ BEGIN_COLLECTION = (
     "INSERT INTO collection (node, seq, size, files) VALUES (?, (SELECT max(seq) FROM journal), 0, 0) ON CONFLICT (node) DO NOTHING")
 ADD_SUMS = "UPDATE collection SET seq = (SELECT max(seq) FROM journal), size = size + ?, files = files + ? WHERE node = ?"
 RAISE_SHAPE = "UPDATE account SET shape = shape + 1 WHERE id = ?"
-PUT_MANIFEST = "INSERT INTO manifest (id, size, sha256) VALUES (?, ?, ?) ON CONFLICT (id) DO NOTHING"
-PUT_OFFSET = "INSERT INTO manifest_chunk (manifest, offset, chunk) VALUES (?, ?, ?) ON CONFLICT (manifest, offset) DO NOTHING"
-PUT_DIGEST = "INSERT INTO digest (manifest, kind, value) VALUES (?, ?, ?) ON CONFLICT (manifest, kind) DO NOTHING"
 PUT_PROPERTY = "INSERT INTO property (node, name, value) VALUES (?, ?, ?) ON CONFLICT (node, name) DO UPDATE SET value = excluded.value"
 PUT_THUMBNAIL = "INSERT INTO thumbnail (home, manifest, data) VALUES (?, ?, ?)"
 PUT_LOOSE = (
@@ -6346,25 +6367,6 @@ def raise_shape(home: int) -> Statement:
     return Statement(RAISE_SHAPE, (home,))
 
 
-def give_up(rows: Sequence[tuple[int, int, int]]) -> list[Statement]:
-    """Mark deleted entries (home, since, node) as given up for good: only the last of what a node was, and none that is back."""
-    return [Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND since = ? AND node = ? AND fate = 'deleted' AND "
-                      + IS_LAST, rows, many=True)]
-
-
-IS_GIVEN_UP = (  # was the collection that an entry hangs in given up?
-    "EXISTS (SELECT 1 FROM entry g WHERE g.node = entry.parent AND g.fate = 'purged') "
-    "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.parent AND l.until IS NULL)")
-IS_LAST = (  # is an entry the last that its node had, and the node not live?
-    "NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.until IS NULL) "
-    "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.since >= entry.until AND l.until IS NOT NULL)")
-
-
-def cut_text(text: str, size: int) -> str:
-    """The beginning of a text that fits into `size` bytes of UTF-8."""
-    return text.encode()[:size].decode("utf-8", "ignore")
-
-
 COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row of it takes
     CHUNK_ROWS: lambda row: row[1], PUT_OFFSET: lambda row: 64, BEGIN_ENTRY: lambda row: ROW,
     PUT_PROPERTY: lambda row: len(row[1]) + len(row[2]), PUT_THUMBNAIL: lambda row: len(row[2]), PUT_KEPT: lambda row: len(row[2])}
@@ -6373,16 +6375,6 @@ COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row o
 TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the number of what a row of it changes for who remembers it
     CHUNK_ROWS: lambda row: number_of(row[0]), END_ENTRY: lambda row: row[3], RAISE_SHAPE: lambda row: row[0],
     **dict.fromkeys((RAISE_SHARE, PUT_MANIFEST, PUT_OFFSET, PUT_DIGEST, BEGIN_ENTRY, BEGIN_COLLECTION, ADD_SUMS, PUT_PROPERTY, PUT_BRAKE, PUT_LOOSE, COUNT_CAME))}
-
-
-class Rows:
-    """Rows for many=True that are made anew each time a batch is tried."""
-
-    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
-        self.make = make
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.make()
 
 
 # ==== 11. Files ==========================================================================
@@ -6965,12 +6957,6 @@ def new_lock_token() -> str:
     """A random UUID as a URI (RFC 4918 s6.5)."""
     digits = secrets.token_hex(16)
     return "urn:uuid:%s-%s-4%s-a%s-%s" % (digits[:8], digits[8:12], digits[13:16], digits[17:20], digits[20:])
-
-
-def still_stored(hashes: Sequence[str]) -> tuple[Statement, ...]:
-    """The guards that say: chunks that were found stored, and so were not stored again, are there and whole."""
-    return tuple(Statement("SELECT 'chunk' WHERE (SELECT count(*) FROM chunk WHERE hash IN (" + marks(piece) + ") AND bad IS NULL) <> ?",
-                           (*piece, len(piece))) for piece in pieces(hashes))
 
 
 def unchanged_since(node: Node, seq: int) -> Statement:
@@ -7960,6 +7946,20 @@ class Trash:
                     "UPDATE entry SET until = ?, fate = 'purged' WHERE home = ? AND since = ? AND node = ? AND until IS NULL AND "
                     + IS_GIVEN_UP, marked, many=True), *map(raise_shape, {row[0] for row in rows})], frees=True))
                 pending += [(top, until), *((node, until) for _, _, node, kind in rows if kind)]
+
+
+def give_up(rows: Sequence[tuple[int, int, int]]) -> list[Statement]:
+    """Mark deleted entries (home, since, node) as given up for good: only the last of what a node was, and none that is back."""
+    return [Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND since = ? AND node = ? AND fate = 'deleted' AND "
+                      + IS_LAST, rows, many=True)]
+
+
+IS_GIVEN_UP = (  # was the collection that an entry hangs in given up?
+    "EXISTS (SELECT 1 FROM entry g WHERE g.node = entry.parent AND g.fate = 'purged') "
+    "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.parent AND l.until IS NULL)")
+IS_LAST = (  # is an entry the last that its node had, and the node not live?
+    "NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.until IS NULL) "
+    "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.since >= entry.until AND l.until IS NOT NULL)")
 
 
 # ==== 13. Sharing ========================================================================
