@@ -8995,8 +8995,9 @@ class Sync:
         digest   of all that was asked, to tell a repetition from a reuse
         frames   new chunks that the steps name
         atomic   take all steps or none
-        since    a seq of the client's; the last result says whether all that is newer was done by this device.  What was shared
-                 with it since is not what it means: else a folder made at that moment would come into somebody else's
+        since    a seq of the client's; the last result says whether all that is newer was done by this device, and showed nothing that others
+                 share in another way.  What was shared with it since is not what it means: else a folder made at that moment would come
+                 into somebody else's
         raises   CloudError op-reused, bad-frame, over-quota, busy
         """
         view = view_of(who)
@@ -9021,8 +9022,9 @@ class Sync:
             return (*(self._answer_again(id, digest) or (0, [])), False)
         alone = since is not None and not self.db.read(
             "SELECT 1 FROM journal WHERE home IN (SELECT ?1 UNION ALL SELECT e.home FROM mount m JOIN entry e ON e.node = m.target "      # gone or not
-            "WHERE m.home = ?1 AND (m.until IS NULL OR m.until > ?2)) AND seq > ?2 AND seq <> ?3 AND (device = '' OR device <> ?4) LIMIT 1",
-            (view.home, since, batch.seq, who.device))
+            "WHERE m.home = ?1 AND (m.until IS NULL OR m.until > ?2)) AND seq > ?2 AND seq <> ?3 AND (device = '' OR device <> ?4) UNION ALL "
+            "SELECT 1 FROM mount m WHERE m.home = ?1 AND m.until IS NULL AND (m.seq > ?2 OR EXISTS (SELECT 1 FROM share WHERE node = m.target AND seq > ?2)) "
+            "LIMIT 1", (view.home, since, batch.seq, who.device))
         return batch.seq, describe_outcomes(batch, batch.seq), alone
 
     def _answer_again(self, id: str, digest: str) -> tuple[int, list[dict[str, Any]]] | None:

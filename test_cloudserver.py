@@ -14347,6 +14347,17 @@ def test_a_share_that_is_removed_here_is_declined_and_nothing_of_it_deleted(shar
     assert one.read("photos/d/new") == b"newer"
 
 
+def test_what_lay_in_a_share_that_is_declined_comes_by_a_share_of_its_own(shared_laptop, cloud, ann, bob):
+    """Law 3: it was hidden in that one; nobody but this laptop did anything, and yet it has to be told."""
+    one, share = shared_laptop()
+    one.run()
+    cloud.sharing.share(ann, ("photos", "d"), "account", "bob", role="view")
+    one.run()
+    shutil.rmtree(one.path / "photos")
+    one.run()
+    assert one.tree() == tree(cloud, bob) == {"d": None, "d/b": b"d/b", "d/c": b"d/c"} and is_quiet(one)
+
+
 def test_a_share_of_which_only_a_part_is_synced_is_not_declined(shared_laptop, cloud, ann, bob):
     one, share = shared_laptop()
     one.run(only=["photos/d"])
