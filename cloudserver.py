@@ -9962,7 +9962,8 @@ def loggable(path: tuple[str, ...]) -> tuple[str, ...]:
     return path
 
 
-OPENERS = (("s",), ("public.php", "dav", "files"), ("tus",), ("api", "v1", "grants"), ("login", "v2", "flow"))        # a secret follows
+OPENERS = (              # a secret follows
+    ("s",), ("public.php", "dav", "files"), ("apps", "files_sharing", "publicpreview"), ("tus",), ("api", "v1", "grants"), ("login", "v2", "flow"))
 
 
 def identify_visitor(cloud: Cloud, request: Request, names: dict[str, Any]) -> Principal:
@@ -10879,6 +10880,8 @@ class Handler(BaseHTTPRequestHandler, Source):
             authority, path, slash, query, refusal = "", (), True, "", None
         else:
             authority, path, slash, query, refusal = read_target(target)
+        if path and path[0] == FRONT:
+            path = path[1:]
         if authority:
             envelope = envelope._replace(fields={**envelope.fields, "host": authority})
         if not site.knows(envelope.fields.get("host", "localhost")):
@@ -11047,6 +11050,7 @@ def date_line(second: int) -> str:
 
 QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 NO_REQUEST = Request("-", ((), False, ""), Envelope(), Body())
+FRONT = "index.php"             # before an address it is nothing: Nextcloud's clients write it or not
 
 
 # ==== 17. JSON API =======================================================================
@@ -13199,11 +13203,6 @@ def ocs_recommended(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 # ---- logging in: a browser lets the device in, which then gets an app password
 
-def php(name: str) -> list[str]:
-    """The addresses of a page: clients put index.php before it, or nothing."""
-    return [name, "/index.php" + name]
-
-
 AGENTS = (  # what clients call themselves, and what people call them
     (r"\(([^()]{1,40})\) mirall/([\d.]{1,20})[^\d.].*owncloud", "ownCloud desktop {1}, {0}"),
     (r"\(([^()]{1,40})\) mirall/([\d.]{1,20})", "Nextcloud desktop {1}, {0}"),
@@ -13221,7 +13220,7 @@ def device_name(request: Request) -> str:
     return agent[:100] or "device"
 
 
-@route("POST", *php("/login/v2"), needs="nothing")
+@route("POST", "/login/v2", needs="nothing")
 def nc_login(cloud: Cloud, who: Principal, request: Request) -> Response:
     """A device wants in: what it shall open in a browser, and where it then asks for its app password."""
     check_safe(request)
@@ -13235,7 +13234,7 @@ def nc_poll_error(error: CloudError, request: Request) -> Response:
     return json_response([], 404) if error.kind == "not-found" else json_error(error, request)
 
 
-@route("POST", *php("/login/v2/poll"), needs="nothing", refuse=nc_poll_error)
+@route("POST", "/login/v2/poll", needs="nothing", refuse=nc_poll_error)
 def nc_poll(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The app password, once somebody let the device in; iOS sends the token in the query."""
     check_safe(request)
@@ -13542,15 +13541,18 @@ def bulk_file(fields: dict[str, str], data: bytes) -> Writing:
 
 # ---- previews: the thumbnails that browsers made
 
-@route("GET", "/index.php/core/preview", "/index.php/core/preview.png", needs="read")
+@route("GET", "/core/preview", "/core/preview.png", needs="read")
 def nc_preview(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The thumbnail of a file, by its id or its path; whatever size is asked for, there is one."""
     asked = dict(parse_pairs(request.query))
     path = read_path(asked["file"]) if "file" in asked else cloud.files.path_of(who, read_file_id(asked.get("fileId", "")))
-    answer = api_thumbnail_response(request, cloud.pictures.thumbnail(who, path))
-    if answer.status == 204:
-        raise CloudError("not-found", "there is no preview")
-    return answer
+    return known_thumbnail(request, cloud.pictures.thumbnail(who, path))
+
+
+def known_thumbnail(request: Request, data: bytes | None) -> Response:
+    if data is None:
+        raise CloudError("not-found", "there is no small picture of it")
+    return api_thumbnail_response(request, data)
 
 
 def read_path(text: str) -> tuple[str, ...]:
@@ -13563,18 +13565,23 @@ def read_file_id(text: str) -> int:
     return parse_id(re.match("[0-9]{0,19}", text)[0])
 
 
-@route("GET", *php("/apps/files/ajax/download.php"), needs="read")
+@route("GET", "/apps/files/ajax/download.php", needs="read")
 def nc_download(cloud: Cloud, who: Principal, request: Request) -> Response:
     """A collection as an archive, or those of its members that `files` names, as JSON or one alone; a file alone comes as it is."""
-    asked = parse_query(request.query)
-    path, files = read_path(asked.get("dir", "")), asked.get("files", "")
-    names = parse_json(b'{"names":%s}' % files.encode())["names"] if files[:1] == "[" else [files] if files else []
-    paths = [split_path(name) for name in names]
+    path, paths = read_wanted(request, "dir")
     if len(paths) == 1:
         node, content = cloud.files.open(who, path + paths[0])
         if content is not None:
             return content_response(request, node, content)
     return zip_response(cloud, who, path, paths, None)
+
+
+def read_wanted(request: Request, where: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(path, some names below it) that Nextcloud's addresses of downloads name: `where`, and `files`, a list in JSON or one name."""
+    asked = parse_query(request.query)
+    files = asked.get("files", "")
+    names = parse_json(b'{"names":%s}' % files.encode())["names"] if files[:1] + files[-1:] == "[]" else [files] if files else []
+    return read_path(asked.get(where, "")), [split_path(name) for name in names]
 
 
 # ---- favourites and search
@@ -21763,16 +21770,16 @@ def link_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     """A file; of a collection the names in it, or to browsers a page.
 
     ?download=1 to save it, ?preview=1 to look at it, ?thumbnail=1 its small picture, ?zip=1 all below, or &name= some.  Where
-    downloads have a limit, to look at all of a file is one.
+    downloads have a limit, to look at all of a file is one.  /download and /preview are what they are with links of Nextcloud.
     """
     asked, is_page = parse_pairs(request.query), wants_page(request) and request.door.names[0] == "s"
-    ways = dict(asked)
-    if path == ("download",) and not is_drop(who) and cloud.files.find(who, path) is None:           # as people do with links of Nextcloud
-        path, ways = (), {"zip" if cloud.files.stat(who, ()).kind else "download": "1"}
+    ways, names = dict(asked), [split_path(value) for name, value in asked if name == "name"]
+    if path in NC_LINK_WAYS and not is_drop(who) and (not ways.keys().isdisjoint(("path", "files")) or cloud.files.find(who, path) is None):
+        path, names, ways = nc_link_way(cloud, who, request, path)
     if ways.get("zip") == "1":
-        return link_zip(cloud, who, request, path, [split_path(value) for name, value in asked if name == "name"])
+        return link_zip(cloud, who, request, path, names)
     if ways.get("thumbnail") == "1":
-        return link_thumbnail(cloud, who, request, path)
+        return known_thumbnail(request, cloud.pictures.thumbnail(who, path))
     if is_drop(who) and is_page and not path:
         return link_page(cloud, who, request, path)
     node, content = cloud.files.open(who, path)
@@ -21787,6 +21794,19 @@ def link_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
         goes_on = request.knock.again and response.status == 206                         # If-Range may make it the whole
         cloud.sharing.use(who, request.knock._replace(again=goes_on), number_of(node.manifest))
     return as_attachment(response) if not looks and (not path or ways.get("download") == "1") else response
+
+
+NC_LINK_WAYS = ("download",), ("preview",)
+
+
+def nc_link_way(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> tuple[
+        tuple[str, ...], list[tuple[str, ...]], dict[str, str]]:
+    """(path, names, ways) that /download?path=&files= and /preview are; of a link to one file they mean that, whatever they name."""
+    if path == ("preview",) or not cloud.files.stat(who, ()).kind:
+        return (), [], {"thumbnail" if path == ("preview",) else "download": "1"}
+    path, names = read_wanted(request, "path")
+    one = path + names[0] if len(names) == 1 else path
+    return (path, names, {"zip": "1"}) if cloud.files.stat(who, one).kind else (one, [], {"download": "1"})
 
 
 def as_attachment(response: Response) -> Response:
@@ -21806,11 +21826,10 @@ def link_zip(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     return archive_response(Permit(cloud.sharing, who), members, node.name)
 
 
-def link_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    data = cloud.pictures.thumbnail(who, path)
-    if data is None:
-        raise CloudError("not-found", "there is no small picture of it")
-    return api_thumbnail_response(request, data)
+@route("GET", "/apps/files_sharing/publicpreview/<link>", needs="read", refuse=nc_error, by="link")
+def nc_link_preview(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """The small picture of `file` below a link, or of that whose id is `fileId`; of a link to one file its own."""
+    return nc_preview(cloud, who, request) if cloud.files.stat(who, ()).kind else known_thumbnail(request, cloud.pictures.thumbnail(who, ()))
 
 
 def capped(cloud: Cloud, who: Principal, body: Body) -> Body:

@@ -6379,6 +6379,10 @@ def test_downloads_are_counted_exactly(cloud, ann, link):
 
 WAYS_TO_BYTES = ["/f", "/f?download=1", "/f?preview=1", "/f?preview=1&download=1", "/f?thumbnail=1&preview=1", "?zip=1", "?zip=1&name=f", "/f?zip=1", "/download",
                  "/dav/f", "/dav/f?preview=1", "/dav/?zip=1", "/dav/download"]
+WAYS_OF_NEXTCLOUD = ["/public.php/dav/files/%s/f", "/public.php/dav/files/%s/f?preview=1", "/public.php/webdav/f", "/index.php/s/%s/f", "/index.php/s/%s/download",
+                     "/index.php/s/%s/download?path=/&files=f", "/s/%s/download?files=[%%22f%%22]&preview=1", "/s/%s/download?path=/f&thumbnail=1",
+                     "/index.php/s/%s/download?files=[%%22f%%22,%%22g%%22]", "/s/%s/download?path=%%2F", "/index.php/s/%s/preview", "/s/%s/preview?path=f&files=f&download=1",
+                     "/index.php/apps/files_sharing/publicpreview/%s?file=/f&x=99999&y=99999&a=1", "/apps/files_sharing/publicpreview/%s?file=f&download=1&preview=1"]
 PARTS_OF_IT = [None, "bytes=0-", "bytes=1-", "bytes=-199", "bytes=0-9,10-", "bytes=1-,0-0", "bytes=01-", "Bytes=1-", "bytes= 1-", "bytes=1-5,6-199"]
 
 
@@ -6387,7 +6391,7 @@ def test_no_address_of_a_counted_link_gives_bytes_without_a_use(cloud, ann, link
     data = b"\xff\xd8\xff" + bytes(range(197))
     put(cloud, ann, "d/f", data, parents=True), put(cloud, ann, "d/g", b"\xff\xd8\xff other", parents=True)
     cloud.pictures.put(ann, ("d", "f"), b"\xff\xd8\xff small")
-    for way in WAYS_TO_BYTES + ["/public.php/dav/files/%s/f", "/public.php/dav/files/%s/f?preview=1", "/public.php/webdav/f"]:
+    for way in WAYS_TO_BYTES + WAYS_OF_NEXTCLOUD:
         for part in PARTS_OF_IT:
             for accept in "*/*", "text/html":
                 visit = link("d", uses=1, role="edit")
@@ -6395,7 +6399,7 @@ def test_no_address_of_a_counted_link_gives_bytes_without_a_use(cloud, ann, link
                 headers = {"Accept": accept, **({"Range": part} if part else {}), **({"Authorization": basic(visit.token, "")} if "webdav" in way else {})}
                 got = exchange(address, "GET", where, user=None, **headers)
                 used = cloud.sharing.get(ann, visit.id).share.used
-                assert used == 1 or got.status in (200, 404, 416) and data[3:5] not in got.body, (where, part, got)
+                assert used == 1 or got.status in (200, 404, 409, 416) and data[3:5] not in got.body, (where, part, got)
                 if used and got.status == 200:           # nothing is left, and nothing goes on that was not begun
                     assert exchange(address, "GET", "/s/%s/g" % visit.token, user=None, Range="bytes=1-").status == 410
     visit = link("d", uses=1, role="edit")
@@ -6504,10 +6508,12 @@ def test_no_log_holds_the_token_of_a_link(cloud, ann, link, address, serve_cloud
     """L1"""
     put(cloud, ann, "d/f", b"x", parents=True)
     visit = link("d", password="correct horse", role="edit")
-    for path in ("/s/%s/f", "/s/%s/dav/f", "/public.php/dav/files/%s/f"):
+    for path in ("/s/%s/f", "/s/%s/dav/f", "/public.php/dav/files/%s/f", "/apps/files_sharing/publicpreview/%s"):
         assert visit.token not in "/".join(cs.loggable(tuple(filter(None, (path % visit.token).split("/")))))
     with caplog.at_level("DEBUG"):
         visit("GET", "/f"), visit("GET", "/f", password="correct horse"), visit("GET", "/f", password="wrong horse x")
+        for path in "/index.php/s/%s/f", "/index.php/apps/files_sharing/publicpreview/%s?file=f":
+            exchange(address, "GET", path % visit.token, user=None)
         monkeypatch.setattr(cs.Content, "slices", None)
         visit("GET", "/f", password="correct horse", Range="bytes=0-0")
     assert visit.token not in caplog.text and "horse" not in caplog.text
@@ -6778,6 +6784,45 @@ def test_links_are_what_nextclouds_public_links_are(cloud, ann, link, address):
         assert folder in body and file in body, (role, body)
 
 
+def test_links_have_the_addresses_of_nextclouds(cloud, ann, link, address):
+    """With index.php before them or not: the page, downloads by path and files, small pictures; nothing that lies elsewhere."""
+    picture, small = b"\xff\xd8\xff" + bytes(99), b"\xff\xd8\xff small"
+    for name, data in {"a": b"1", "[1] b": b"22", "s/c": b"333", "p.jpg": picture}.items():
+        put(cloud, ann, "d/" + name, data, parents=True)
+    put(cloud, ann, "out.jpg", picture), cloud.pictures.put(ann, ("d", "p.jpg"), small), cloud.pictures.put(ann, ("out.jpg",), small)
+    folder, file, locked = link("d"), link("d/p.jpg"), link("d", password="correct horse")
+    ask = lambda given, where, **how: exchange(address, "GET", where.replace("TOKEN", given.token), user=None, **how)
+    for php in "/index.php", "":
+        get_ = lambda query, given=folder, **how: ask(given, php + "/s/TOKEN/download" + query, **how)
+        assert set(unzip(get_("").body)) == {"a", "[1] b", "s/", "s/c", "p.jpg"} == set(unzip(get_("?path=%2F").body)) == set(unzip(get_("?files=&path=").body))
+        assert get_("").headers["content-disposition"].startswith('attachment; filename="d.zip"')
+        one = get_("?path=/&files=a", Accept="text/html")
+        assert (one.body, one.headers["content-disposition"]) == (b"1", 'attachment; filename="a"') and get_("?path=%2Fa").body == b"1"
+        assert get_("?path=%2Fs&files=c").body == b"333" == get_("?files=s/c").body and get_("?files=%5B1%5D%20b").body == b"22" == get_("?files=" + cs.quote('["[1] b"]')).body
+        assert unzip(get_("?path=/&files=" + cs.quote('["a","s"]')).body) == {"a": b"1", "s/": b"", "s/c": b"333"} and set(unzip(get_("?files=s").body)) == {"s/", "s/c"}
+        assert get_("", file).body == picture == get_("?path=/&files=p.jpg", file).body == get_("?path=/no", file).body
+        assert ask(folder, php + "/s/TOKEN/s/c").body == b"333" and b"/s/%s/s/" % folder.token.encode() in ask(folder, php + "/s/TOKEN", Accept="text/html").body
+        preview = php + "/apps/files_sharing/publicpreview/TOKEN?x=64&y=64&a=1"
+        got = ask(folder, preview + "&file=/p.jpg")
+        assert (got.body, got.headers["content-type"], got.headers["x-robots-tag"]) == (small, "image/jpeg", "noindex")
+        ids = {name: cloud.files.stat(ann, cs.split_path(name)).node for name in ("d/p.jpg", "d/s", "out.jpg")}
+        assert ask(folder, preview + "&fileId=%d" % ids["d/p.jpg"]).body == small == ask(file, preview).body == ask(file, preview + "&file=/out.jpg").body
+        assert ask(file, php + "/s/TOKEN/preview").body == small and ask(folder, php + "/s/TOKEN/preview").status == 409
+        for refused, status in (("&file=a", 404), ("&file=/no", 404), ("&file=../out.jpg", 400), ("&fileId=%d" % ids["out.jpg"], 404), ("&fileId=%d" % ids["d/s"], 409),
+                                ("&fileId=x", 400), ("", 400), ("&file=s", 409)):
+            answer = ask(folder, preview + refused)
+            assert answer.status == status and small not in answer.body, refused
+        for refused, status in (("?path=/no", 404), ("?files=no", 404), ("?path=..", 400), ("?files=" + cs.quote('["a","../out.jpg"]'), 400), ("?files=[1]", 400), ("?files=[x]", 400)):
+            assert get_(refused).status == status, refused
+        for where in "/s/TOKEN", "/s/TOKEN/download", "/s/TOKEN/download?path=/&files=a", "/s/TOKEN/preview", "/apps/files_sharing/publicpreview/TOKEN?file=p.jpg":
+            assert ask(locked, php + where).status == 401 == ask(locked, php + where, Authorization=basic("ann")).status
+            cloud.db.run(Statement("DELETE FROM throttle"))
+            assert ask(locked, php + where, Authorization=basic("", "correct horse")).status == (409 if "preview" in where and "file=" not in where else 200), where
+            assert exchange(address, "GET", php + where.replace("TOKEN", "A" * 22), user=None).status == 410
+    put(cloud, ann, "d/download", b"a file of that name"), put(cloud, ann, "d/preview", b"and another")
+    assert folder("GET", "/download").body == b"a file of that name" and folder("GET", "/download?files=a").body == b"1" and folder("GET", "/preview").body == b"and another"
+
+
 @pytest.mark.parametrize("role", ["drop", "add"])
 def test_a_link_takes_so_much_and_no_more(cloud, ann, link, role):
     """S6: refused before the bytes where their length is told, and exactly where many come at once."""
@@ -6896,7 +6941,7 @@ FILE_DOOR = {"GET": READERS, "OPTIONS": ALL + " locked", "PUT": WRITERS, "MKCOL"
 TUS_DOOR = {"HEAD": WRITERS, "PATCH": WRITERS, "DELETE": WRITERS, "POST": WRITERS}
 WHO_MAY = {  # what each route of links, and of those who give them, is open to
     "/s/<link>/<path>": {**FILE_DOOR, "POST": WRITERS}, "/s/<link>/dav/<path>": FILE_DOOR, "/public.php/dav/files/<link>/<path>": FILE_DOOR,
-    "/public.php/webdav/<path>": FILE_DOOR, "/s/<link>/tus": {"POST": WRITERS, "OPTIONS": ALL + " locked"}, "/s/<link>/tus/<id>": TUS_DOOR,
+    "/public.php/webdav/<path>": FILE_DOOR, "/apps/files_sharing/publicpreview/<link>": {"GET": READERS}, "/s/<link>/tus": {"POST": WRITERS, "OPTIONS": ALL + " locked"}, "/s/<link>/tus/<id>": TUS_DOOR,
     "/api/v1/shares": {"GET": "owner other", "POST": "owner"}, "/api/v1/shares/<id>": {"PATCH": "owner", "DELETE": "owner"},
     "/api/v1/admin/shares": {"GET": "owner"}, "/api/v1/admin/shares/<id>": {"DELETE": "owner"},
     **{"/ocs/%s/apps/files_sharing/api/v1/shares" % version: {"GET": "owner other phone", "POST": "owner phone"} for version in ("v1.php", "v2.php")},
@@ -6940,6 +6985,9 @@ def knock_at(cloud, ann, address, method, pattern, token, who, headers):
                "Lock-Token": "<%s>" % lock.token if lock else "<urn:uuid:1>"}
     path = pattern.replace("<link>", token).replace("<path>", {"PUT": "new", "MKCOL": "col", "POST": "", "UNLOCK": "g"}.get(method, "f"))
     headers["Destination"] = pattern.partition("/<path>")[0].replace("<link>", token) + "/to"
+    if "publicpreview" in path:
+        put(cloud, ann, "d/p", b"\xff\xd8\xff" + bytes(99)), cloud.pictures.put(ann, ("d", "p"), b"\xff\xd8\xff small")
+        path += "?file=/p"
     body = XML_BODIES.get(method) or {"PUT": b"x", "PATCH": b"x"}.get(method)
     if "<id>" in path:
         if who in WRITERS.split():
@@ -7323,7 +7371,7 @@ ROUTE_GIVES = {  # to whom a route gives something on what is shared, or in a ho
     "owner reader " + SHARED_WITH: """
         GET /ocs/*/apps/files_sharing/api/v1/shares/inherited
         GET /api/v1/files/<path>  GET /api/v1/content/<path>  GET /api/v1/zip/<path>  GET /api/v1/thumbnails/<path>  POST /api/v1/chunks/get
-        GET /index.php/core/preview  GET /index.php/core/preview.png  GET /index.php/apps/files/ajax/download.php  GET /apps/files/ajax/download.php
+        GET /core/preview  GET /core/preview.png  GET /apps/files/ajax/download.php
         GET DAV  PROPFIND DAV  REPORT DAV""",
     "owner " + SHARED_WITH: "PATCH /remote.php/dav/files/<owner>/<path>  PATCH /remote.php/webdav/<path>",
     "owner add edit group": """
@@ -10433,7 +10481,7 @@ def test_folders_are_downloaded_as_nextcloud_clients_ask(call, cloud, ann):
     assert set(unzip(get_("?dir=/d%20%C3%A4&files=" + cs.quote('["a","s"]')).body)) == {"a", "s/", "s/c"}
     assert get_("?dir=/d%20%C3%A4&files=b").body == b"22" and set(unzip(get_("").body)) >= {"d \u00e4/a"}
     assert set(unzip(get_("?dir=/d%20%C3%A4&files=s").body)) == {"s/", "s/c"}
-    for query, want in (("?dir=/no", 404), ("?dir=/d%20%C3%A4&files=no", 404), ("?files=" + cs.quote('[1]'), 400), ("?files=" + cs.quote('[') , 400),
+    for query, want in (("?dir=/no", 404), ("?dir=/d%20%C3%A4&files=no", 404), ("?files=" + cs.quote('[1]'), 400), ("?files=" + cs.quote('[x]') , 400), ("?files=" + cs.quote('['), 404),
                         ("?files=" + cs.quote('[],"x":[]'), 200), ("?dir=/../x", 400)):
         assert get_(query).status == want, query
 
