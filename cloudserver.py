@@ -6323,6 +6323,9 @@ def still_there(node: Node) -> Statement:
 SAY = "INSERT INTO answer (share, account, said) %s ON CONFLICT (share, account) DO UPDATE SET said = excluded.said"
 DECLINE = SAY % (
     "SELECT s.id, :home, 'declined' FROM mount m JOIN share s ON s.node = m.target WHERE m.node = :mount AND s.ended IS NULL AND " + REACHES)
+ACCEPT = SAY % (  # share :share of node :node, and with it what was declined of that node
+    "SELECT s.id, :home, 'accepted' FROM share s WHERE s.node = :node AND s.ended IS NULL AND " + REACHES + " AND (s.id = :share OR EXISTS "
+    "(SELECT 1 FROM answer WHERE share = s.id AND account = :home AND said = 'declined'))")
 OVERSPENT = "too much was stored within some days, counting what was deleted or overwritten since; room comes back day by day"
 END_ENTRY = "UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? WHERE home = ? AND since = ? AND node = ?"
 BEGIN_ENTRY = (
@@ -7574,8 +7577,7 @@ class History:
             plan = Plan(self.tree, view.who)
             for target, name, owner in rows:
                 begin_mount(plan, Moment(self.db.read, target).node(target), owner, name)
-                plan.rows.append(Statement(SAY % ("SELECT s.id, :home, 'accepted' FROM share s WHERE s.node = :target AND " + REACHES + " AND " + STANDING),
-                                           {**values, "target": target}))
+                plan.rows.append(Statement(ACCEPT, {"home": view.home, "node": target, "share": 0}))
             return plan.batch("undo", {"seq": seq, "count": len(rows)})
 
         if rows:
@@ -8394,14 +8396,14 @@ class Offers:
         return found
 
     def accept(self, who: Principal, id: int) -> Offer:
-        """Let it stand in the root.  raises CloudError not-found"""
+        """Let it stand in the root, with all other shares of the same node that were declined.  raises CloudError not-found"""
         def attempt() -> Batch:
             offer, plan, view = self.get(who, id), Plan(self.tree, who), view_of(who)
             view.need(CREATE)
             if not offer.path:
                 begin_mount(plan, offer.node, offer.giver)
             plan.now.enter(())
-            plan.rows.append(Statement(SAY % "VALUES (?, ?, 'accepted')", (id, view.home)))
+            plan.rows.append(Statement(ACCEPT, {"home": view.home, "node": offer.node.node, "share": id}))
             return plan.batch("share-accept", {"share": str(id), "path": offer.node.name})
 
         self.db.write(attempt)
@@ -8526,13 +8528,15 @@ FINDABLE = {  # whom account :me may find, and so share with: all, or else those
 PEOPLE_MOST = 20                # that are told at a time
 KNOWN = (  # did an account take something of a giver?
     "SELECT 1 FROM answer w JOIN share s ON s.id = w.share WHERE w.account = ? AND s.giver = ? AND w.said = 'accepted' LIMIT 1")
-LOST = (  # does mount m show what no share gives any more?
-    "NOT EXISTS (SELECT 1 FROM share s WHERE s.node = m.target AND s.ended IS NULL AND " + REACHES.replace(":home", "m.home") + ")")
+TAKEN = "NOT EXISTS (SELECT 1 FROM answer WHERE share = s.id AND account = %s AND said <> 'accepted')"     # neither declined by that account nor waiting
+LOST = (  # does mount m show what no share gives any more, but for those that were declined?
+    "NOT EXISTS (SELECT 1 FROM share s WHERE s.node = m.target AND s.ended IS NULL AND " + REACHES.replace(":home", "m.home")
+    + " AND " + TAKEN % "m.home" + ")")
 COMING = (  # shares s of groups, and members b of those, to whom they have not come yet
     "FROM share s JOIN grp r ON r.id = s.grantee JOIN member b ON b.grp = s.grantee JOIN account a ON a.id = b.account JOIN account g ON g.id = s.giver "
     "JOIN entry e ON e.node = s.node LEFT JOIN collection c ON c.node = e.node WHERE s.kind = 'group' AND s.ended IS NULL AND (s.due IS NULL OR s.due > :now) "
     "AND a.removed IS NULL AND b.account NOT IN (s.home, s.giver) AND NOT EXISTS (SELECT 1 FROM mount WHERE home = b.account AND target = s.node "
-    "AND until IS NULL) AND NOT EXISTS (SELECT 1 FROM answer WHERE share = s.id AND account = b.account AND said <> 'accepted') AND " + LAST_ENTRY)
+    "AND until IS NULL) AND " + TAKEN % "b.account" + " AND " + LAST_ENTRY)
 
 
 class Permit:

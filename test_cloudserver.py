@@ -5562,6 +5562,23 @@ def test_who_joins_a_group_again_has_again_what_is_shared_with_it(api, cloud, an
     assert listed(cloud, people.bob).keys() == {"d"}
 
 
+def test_what_was_declined_stands_no_longer_than_what_came_later(cloud, ann, people):
+    """Who declined what is shared with a group, and has it by another share then, says yes to the group only by accepting it."""
+    put(cloud, ann, "d/f", parents=True), cloud.groups.add("crew"), cloud.groups.join("crew", "bob")
+    bob, crew = people.bob, give(cloud, ann, "d", "crew", "group")
+    for accepted in (False, True):
+        cloud.files.delete(bob, ("d",))
+        share = give(cloud, ann, "d", "bob")
+        if accepted:
+            cloud.files.delete(bob, ("d",)), cloud.offers.accept(bob, share)
+        assert listed(cloud, bob).keys() == {"d"}
+        cloud.sharing.end(ann, share)
+        assert listed(cloud, bob).keys() == ({"d"} if accepted else set()) and [offer.state for offer in cloud.offers.list(bob)] == ["mounted" if accepted else "declined"]
+        cloud.offers.accept(bob, crew), cloud.groups.leave("crew", "bob"), cloud.groups.join("crew", "bob")
+        assert listed(cloud, bob).keys() == {"d"}
+    audit(cloud)
+
+
 @pytest.mark.parametrize("method, path, values, code", [
     ("POST", "admin/groups", {"name": "crew"}, "exists"), ("POST", "admin/groups", {"name": "a/b"}, "bad-request"), ("POST", "admin/groups", {"name": ""}, "bad-request"),
     ("PATCH", "admin/groups/no", {"name": "x"}, "not-found"), ("PATCH", "admin/groups/crew", {"name": "OTHERS"}, "exists"), ("DELETE", "admin/groups/no", {}, "not-found"),
@@ -5814,7 +5831,7 @@ class Sharers:
         self.people = {name: account(cloud, name) for name in ("ann", "bob", "cem", "dan")}
         self.ids = {who.account: who for who in self.people.values()}
         self.members = {"crew": set(), "band": set()}
-        self.shares, self.mounts, self.said = {}, set(), {}      # {id: what was agreed on}; (account, node); {(share, account): answer}
+        self.shares, self.declined = {}, set()   # {id: what was agreed on}; (share, account)
         for name in self.members:
             cloud.groups.add(name)
         for name in ("ann", "bob"):
@@ -5847,7 +5864,7 @@ class Sharers:
 
     def accesses(self, account, node):
         """[(share, rights)] by which somebody has a node of another."""
-        return [(id, self.access(id)) for id, share in self.shares.items() if (account, share["node"]) in self.mounts and node in self.lines
+        return [(id, self.access(id)) for id, share in self.shares.items() if self.has_mount(account, share["node"]) and node in self.lines
                 and share["node"] in self.lines[node][1] and self.reaches(share, account) and self.access(id)]
 
     def rights(self, account, node):
@@ -5858,19 +5875,17 @@ class Sharers:
             self.shares[id]["ended"] = True
             self.end(*(below for below, share in self.shares.items() if share["parent"] == id and not share["ended"]))
 
-    def follow(self):
-        while self.cloud.offers.follow():
-            pass
-        for id, share in self.shares.items():
-            for account in self.ids:
-                if not share["ended"] and share["kind"] == "group" and self.reaches(share, account) and account not in (share["home"], share["giver"]):
-                    if (account, share["node"]) not in self.mounts and self.said.get((id, account)) != "declined":
-                        self.mounts.add((account, share["node"]))
-        self.mounts = {(account, node) for account, node in self.mounts if any(
-            share["node"] == node and not share["ended"] and self.reaches(share, account) for share in self.shares.values())}
+    def reaching(self, account, node):
+        return {id for id, share in self.shares.items() if share["node"] == node and not share["ended"] and self.reaches(share, account)
+                and account not in (share["home"], share["giver"])}
+
+    def has_mount(self, account, node):
+        return any((id, account) not in self.declined for id in self.reaching(account, node))
 
     def check(self):
-        self.look(), self.follow()
+        self.look()
+        while self.cloud.offers.follow():
+            pass
         for account, who in self.ids.items():
             here = cs.seen_by(self.cloud.db.read, who, self.cloud.tree.mounts)
             for node, (home, _) in self.lines.items():
@@ -5882,7 +5897,7 @@ class Sharers:
             assert mounted.keys() == {id for id, share in self.shares.items() if self.access(id) and self.reaches(share, account)
                                       and account not in (share["home"], share["giver"])}
             for id, offer in mounted.items():
-                assert set(offer.share.rights.split()) == self.access(id) and (offer.state == "mounted") == ((account, offer.node.node) in self.mounts)
+                assert set(offer.share.rights.split()) == self.access(id) and (offer.state == "mounted") == self.has_mount(account, offer.node.node)
 
     # ---- steps
 
@@ -5914,8 +5929,6 @@ class Sharers:
             self.shares[told.share.id] = {"home": home, "node": node, "kind": kind, "to": to, "rights": rights, "giver": who.account, "ended": False,
                                           "parent": told.share.parent}
             assert told.share.parent is None if home == who.account else len(self.access(told.share.parent)) == len(most)
-            if kind == "account":
-                self.mounts.add((self.people[to].account, node)), self.said.update({(told.share.id, self.people[to].account): "accepted"})
 
     def standing(self):
         return self.rng.choice([id for id, share in self.shares.items() if not share["ended"]] or [None])
@@ -5951,19 +5964,16 @@ class Sharers:
         who = self.rng.choice(list(self.people.values()))
         offer = self.rng.choice(self.cloud.offers.list(who) or [None])
         if offer:
-            self.said[offer.share.id, who.account] = "declined"
-            if (who.account, offer.node.node) in self.mounts:
-                self.said.update({(id, who.account): "declined" for id, share in self.shares.items()
-                                  if share["node"] == offer.node.node and not share["ended"] and self.reaches(share, who.account)})
-                self.mounts.discard((who.account, offer.node.node))
+            all = self.reaching(who.account, offer.node.node) if self.has_mount(who.account, offer.node.node) else {offer.share.id}
+            self.declined.update((id, who.account) for id in all)
             self.cloud.offers.decline(who, offer.share.id)
 
     def accept(self):
         who = self.rng.choice(list(self.people.values()))
         offer = self.rng.choice(self.cloud.offers.list(who) or [None])
         if offer:
-            self.cloud.offers.accept(who, offer.share.id), self.mounts.add((who.account, offer.node.node))
-            self.said[offer.share.id, who.account] = "accepted"
+            self.declined.difference_update((id, who.account) for id in self.reaching(who.account, offer.node.node))
+            self.cloud.offers.accept(who, offer.share.id)
 
     def move(self):
         who = self.rng.choice([self.people["ann"], self.people["bob"]])
