@@ -4444,6 +4444,7 @@ class Place(NamedTuple):
     node: Node | None
     chunk: StoredChunk | None = None
     mounts: bool = False         # of the root: are there any in it?
+    hidden: bool = False         # does a mount that nobody sees have the first of the names that do not exist?
 
     @property
     def parent(self) -> int:
@@ -4884,6 +4885,10 @@ class Mounts:
             if line[-1] and line[-1].parent is None and line[0].home != home:
                 found.append(Grant(mount, name, "", line[0], tuple(node.node for node in reversed(line[1:])), 0, []))
         return found
+
+    def owner(self, mount: int) -> str:
+        """The name of who shared what a mount shows, or showed."""
+        return self.db.read("SELECT a.name FROM mount m JOIN share s ON s.node = m.target JOIN account a ON a.id = s.home WHERE m.node = ? LIMIT 1", (mount,))[0][0]
 
     def access(self, read: Read, share: int, node: int) -> Access | None:
         """What a share of a node gives by now; None if it, or one above it, does not stand, or if the node is not there."""
@@ -5496,8 +5501,7 @@ class Tree:
         self.lanes = Slots(2, "%d long operations of this account are under way already")
 
     def enter(self, who: Principal, path: tuple[str, ...], right: str | None = None, *, content: bool = False) -> Place:
-        """The one way in: follow a path from the top of what `who` sees.  raises CloudError forbidden, for nobody and without the right,
-        not-found for a mount that leads nowhere"""
+        """The one way in: follow a path from the top of what `who` sees.  raises CloudError forbidden, for nobody and without the right"""
         view = view_of(who)
         if not view.rights or right and right not in view.rights:
             view.need(right or READ)
@@ -5511,7 +5515,9 @@ class Tree:
             row = self._place_row(above[-1], some, view, content and is_last)
             ids, tail = row[5:5 + len(some) - is_last], row[4 + len(some):]
             if row[-1] is not None:                          # the first is a mount
-                grant = self._granted(view, row[-1])
+                grant = self.mounts.of(self.db.read, view.home).get(row[-1])
+                if grant is None:                            # it leads nowhere: nothing is there
+                    return self._enter_top(view, ())._replace(chain=above, rest=path, node=None, mounts=False, hidden=True)
                 view = View(who, grant.node.home, grant.node.node, view.rights, False, grant.seq)
                 above, ids, walked = (*grant.above, view.top), ids[1:], 1
             there = next((n for n, id in enumerate(ids) if id is None), len(ids))
@@ -5538,13 +5544,6 @@ class Tree:
         if not rows:
             raise CloudError("forbidden", "this account does not exist any more")
         return rows[0]
-
-    def _granted(self, view: View, mount: int) -> Grant:
-        """What a mount shows.  raises CloudError not-found for one that leads nowhere"""
-        grant = self.mounts.of(self.db.read, view.home).get(mount)
-        if grant is None:
-            raise CloudError("not-found", "what was here is not shared any more")
-        return grant
 
     def limited(self, who: Principal) -> Principal:
         """Whoever is limited to a mount, as they see what that shows now; nothing is there for them if it shows nothing."""
@@ -5631,7 +5630,7 @@ class Tree:
         name = place.rest[0]
         if not all(map(is_windows_name, place.rest)):
             raise CloudError("conflict", "Windows cannot hold the name %s" % name)
-        for (other,) in self.db.read("SELECT name FROM entry WHERE parent = ? AND until IS NULL", (place.parent,)):
+        for (other,) in self.db.read("SELECT name FROM entry WHERE parent = ? AND key <> ? AND until IS NULL", (place.parent, key_of(name))):
             if other.casefold() == name.casefold():
                 raise CloudError("conflict", "%s is there, and Windows cannot tell the two apart" % other)
 
@@ -5732,6 +5731,7 @@ class Draft:
         self._chains: dict[tuple[str, ...], tuple[int, ...] | None] = {}
         self._parents: dict[int, int | None] = {}
         self._mounts: dict[str, tuple[Place, Grant] | None] = {}
+        self._grants: dict[int, Grant] | None = None         # {mount: what it shows}
         self._made: set[int] = set()                 # collections with nothing in them but what steps put there
 
     # ---- where things are by now
@@ -5746,6 +5746,8 @@ class Draft:
                 self.parts[place.view.home].mounts[path[0]] = place.view.top
                 if self.since is not None:
                     self.mounted(path)
+            elif place.hidden:
+                self.child(place.parent, path[0])
             return place
         mounted = self.mounted(path)
         if mounted and len(path) == 1:
@@ -5789,7 +5791,7 @@ class Draft:
         if not place.view.seq:
             raise CloudError("conflict", "it came here by this very step")
         self.parts.setdefault(place.view.home, HomePart(place)).mounts[path[0]] = place.view.top
-        return place, self.tree.mounts.of(self.tree.db.read, view_of(self.who).home)[mount.node]
+        return place, self._grants[mount.node]
 
     def top(self) -> tuple[int, ...]:
         """Ids down to the top of what is seen, the root of the home first."""
@@ -5809,7 +5811,16 @@ class Draft:
         return self._chains[path]
 
     def child(self, parent: int, name: str) -> Node | None:
-        """What a collection holds under a name by now."""
+        """What a collection holds under a name by now; a mount that nobody sees leaves its name to what comes there."""
+        node = self.entry(parent, name)
+        if node is None or node.kind != MOUNT or self.is_made(node):
+            return node
+        if self._grants is None:
+            self._grants = self.tree.mounts.of(self.tree.db.read, view_of(self.who).home)
+        return node if node.node in self._grants else None
+
+    def entry(self, parent: int, name: str) -> Node | None:
+        """The same, seen or not."""
         place = parent, key_of(name)
         if place in self._names:
             return self._names[place]
@@ -5855,6 +5866,8 @@ class Draft:
         node = place.node
         if node is None:
             key = key_of(place.rest[0])
+            if place.hidden:
+                return [still_there(self.entry(place.parent, place.rest[0]))]
             return [] if (place.parent, key) in self._names else [
                 Statement("SELECT 'changed' FROM entry WHERE parent = ? AND key = ? AND until IS NULL", (place.parent, key))]
         if node.node in self.changes:
@@ -5904,7 +5917,13 @@ class Draft:
                 self._leave(before)
         if after:
             self._count(change.joined, after, +1)
-            self._names[after.parent, key_of(after.name)] = after
+            place = after.parent, key_of(after.name)
+            held = self._names.get(place, self._seen.get(place))
+            if held and held.kind == MOUNT and held.node != after.node and self.child(after.parent, after.name) is None:
+                owner = self.tree.mounts.owner(held.node)
+                plain = re.sub(r" \(%s( \d+)?\)$" % re.escape(owner), "", held.name) or held.name
+                self.take(rename_of(self, held, name_of_mount(self.entry, held._replace(name=plain), owner)))
+            self._names[place] = after
         id = (after or before).node
         if id in self.changes:
             first = self.changes[id].before
@@ -6285,7 +6304,7 @@ def change_mount(plan: Plan, path: tuple[str, ...], target: tuple[str, ...] | No
     """Give a mount another name, which is nobody else's concern, or none any more: then it is declined, and nothing is deleted."""
     view_of(plan.who).need(DELETE if target is None else UPDATE)
     chain = plan.now.top()
-    mount = plan.now.child(chain[-1], path[0])._replace(files=0)
+    mount = plan.now.child(chain[-1], path[0])
     if target is None:
         return decline_mount(plan, mount)
     if len(target) != 1 or target[0][0] == ".":
@@ -6293,7 +6312,22 @@ def change_mount(plan: Plan, path: tuple[str, ...], target: tuple[str, ...] | No
     there = plan.now.child(chain[-1], target[0])
     if there and there.node != mount.node:
         raise CloudError("precondition-failed", "there is something at the destination", there=there if there.kind != MOUNT else None)
-    return plan.step(Change(mount, mount._replace(name=target[0]), chain, chain, "moved")).after
+    return plan.step(rename_of(plan.now, mount, target[0])).after
+
+
+def rename_of(now: Draft, mount: Node, name: str) -> Change:
+    """A mount gets another name."""
+    mount, chain = mount._replace(files=0), now.top()
+    return Change(mount, mount._replace(name=name), chain, chain, "moved")
+
+
+def name_of_mount(look: Callable[[int, str], Node | None], mount: Node, whose: str) -> str:
+    """Its name, or one like it that tells from whom it is, if nothing has that by a look (law 4 of sharing)."""
+    for mark in ("", " (%s)" % whose, *(" (%s %d)" % (whose, count) for count in range(2, 10_000))):
+        found = cut_text(mount.name, NAME_LIMIT - len(mark.encode())) + mark
+        if look(mount.parent, found) is None:
+            break
+    return found
 
 
 def decline_mount(plan: Plan, mount: Node) -> Node:
@@ -6972,12 +7006,9 @@ def begin_mount(plan: Plan, target: Node, giver: str, name: str = "") -> Node:
     """Let the root of a home show a node of another, under a name, its own if none is given, or one that tells from whom it is (law 4 of
     sharing): never one with a dot in front, for a stranger's .cloudignore would steer the sync client."""
     place = plan.now.enter(())
-    root, name = place.found().node, (name or target.name).lstrip(".") or "shared"
-    for mark in ("", " (%s)" % giver, *(" (%s %d)" % (giver, count) for count in range(2, 10_000))):
-        found = cut_text(name, NAME_LIMIT - len(mark.encode())) + mark
-        if plan.now.child(root, found) is None:
-            break
-    node = plan.now.new_node(place.view.home, root, found, MOUNT)
+    root = place.found().node
+    node = plan.now.new_node(place.view.home, root, (name or target.name).lstrip(".") or "shared", MOUNT)
+    node = node._replace(name=name_of_mount(plan.now.child, node, giver))
     plan.rows.append(Statement("INSERT INTO mount (node, home, target, seq) SELECT ?, ?, ?, max(seq) FROM journal", (node.node, place.view.home, target.node)))
     return plan.step(Change(None, node, (), (*place.chain, root))).after
 
@@ -7560,7 +7591,8 @@ class History:
             mine = [id for id in touched if id not in later and span.differs(id)]
             if not mine and any(map(span.is_lost, touched)):
                 raise CloudError("gone", "what this step removed was given up for good")
-            return mine, len(touched) - len(mine)
+            left = [id for id in set(touched).difference(mine) if span.then.node(id) or after.node(id)]
+            return mine, len(left) if mine else len(touched)         # a mount that left its name to what is undone keeps its other one
 
         return self._revert(view, (), seq - 1, choose, ("undo", {"seq": seq}))
 
