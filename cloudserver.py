@@ -7446,16 +7446,19 @@ class Feed:
                 reached = min([head, *(self._cut(read, home, since, limit) or head for home in homes)])
             return reached, self._changed(place, Span(then, now), reached, (came, went), alive)
 
-    def left(self, who: Principal, since: int) -> list[str]:
-        """Names in the root at which nothing is, and where a mount stood as of a seq that lay in another one, or seemed to: that one may have ended
-        before, and only its entry lagged behind, so that `was` of what they showed is only one of two places."""
+    def left(self, who: Principal, since: int, alive: Callable[[], None]) -> list[tuple[str, ...]]:
+        """Paths at which nothing is by now, of mounts in the root that as of a seq lay in another one, or seemed to, and of what lay in those whose name
+        another has: that other one may have ended before, and only its entry lagged behind, so that `was` of what they showed is only one of two places."""
         view = self.tree.enter(who, ()).view
         if not view.whole:
             return []
         with self.db.snapshot() as read:
-            now, stood = Moment(read, view.top, mounts=self.tree.mounts.now(view)), self.tree.mounts.stood_at(Moment(read, view.top, since, purged=True), view.home)
+            then, now = Moment(read, view.top, since, purged=True), Moment(read, view.top, mounts=self.tree.mounts.now(view))
+            stood = self.tree.mounts.stood_at(then, view.home)
             shown = {grant.mount for grant in outermost_of(stood)}
-            return [grant.name for grant in stood if grant.mount not in shown and now.find((grant.name,)) is None]
+            gone = [grant for grant in stood if grant.mount not in shown and getattr(now.find((grant.name,)), "node", None) != grant.node.node]
+            return [(grant.name, *below) for grant in gone
+                    for below in ((), *(below for below, _ in watched(then.walk(grant.node.node), alive))) if now.find((grant.name, *below)) is None]
 
     def _check_reach(self, since: int, fed: int) -> None:
         if since < max(fed, self.journal.oldest()):
@@ -12816,7 +12819,7 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
         reached, changed = cloud.feed.changes(who, path, since, limit, alive)
         rows = {change.was: (change.kind, None) for change in changed if change.was is not None and change.was != change.path}
         if not path and changed:
-            rows.update(((name,), (COLLECTION, None)) for name in cloud.feed.left(who, since))
+            rows.update((gone, (COLLECTION, None)) for gone in cloud.feed.left(who, since, alive))
     for change in changed:
         if change.path is not None:
             rows[change.path] = change.kind, change.node

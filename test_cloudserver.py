@@ -4117,6 +4117,26 @@ def test_whatever_sharers_do_etags_name_one_state_and_every_feed_leads_to_the_tr
     audit(cloud)
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_sync_collection_tells_what_a_mount_showed_while_another_lagged_behind_its_end(make_cloud, fake, taken):
+    """Law 6: `d` ends, its entry follows later, and meanwhile `e` that lies in it is seen by itself; whoever looked then is told of it as it goes."""
+    cloud = make_cloud(clock=fake.clock())
+    ann, bob = [account(cloud, name) for name in ("ann", "bob")]
+    put(cloud, ann, "d/e/x", b"x", parents=True)
+    cloud.sharing.share(ann, ("d",), "account", "bob", role="view", expires=cloud.clock.wall() + cs.HOUR)
+    inner = cloud.sharing.share(ann, ("d", "e"), "account", "bob", role="view").share.id
+    fake.pass_(2 * cs.HOUR), cloud.offers.expire()
+    mirror = Mirror(cloud, bob)
+    seq, known = mirror.by_sync_collection(None, {})
+    assert known.keys() == {("e",), ("e", "x")}
+    while cloud.offers.follow():
+        pass
+    cloud.sharing.end(ann, inner)
+    if taken:
+        put(cloud, bob, "e", b"mine")
+    assert mirror.by_sync_collection(seq, known)[1] == {path: (node.node, node.kind or node.etag) for path, node in cloud.files.walk(bob, ())}
+
+
 def test_what_comes_back_goes_into_no_mount(cloud, ann, bob):
     """Where its collection was somebody else's stands now."""
     put(cloud, bob, "d/a", b"a", parents=True), put(cloud, bob, "d/b", b"b"), put(cloud, ann, "d/f", b"f", parents=True)
