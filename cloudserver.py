@@ -4749,12 +4749,16 @@ class Moment:
                 found[manifest] = [*found.get(manifest, ()), *([(kind, value)] if (kind, value) not in found.get(manifest, ()) else ())]
         return found
 
-    def pictured(self, node: Node) -> set[str]:
-        """Which of the contents have a thumbnail: {manifest}."""
-        return {manifest for (manifest,) in self.read(
-            "SELECT t.manifest FROM thumbnail t WHERE t.home = ? AND t.manifest = ? UNION SELECT t.manifest FROM entry e "
+    def pictured(self, node: Node) -> set[tuple[int, str]]:
+        """Which of the contents have a thumbnail: {(home, manifest)}."""
+        found = set(self.read(
+            "SELECT t.home, t.manifest FROM thumbnail t WHERE t.home = ? AND t.manifest = ? UNION SELECT t.home, t.manifest FROM entry e "
             "JOIN thumbnail t ON t.home = e.home AND t.manifest = e.manifest WHERE e.parent = ? AND e.until IS NULL",
-            (node.home, node.manifest, node.node))}
+            (node.home, node.manifest, node.node)))
+        for some in pieces([grant.node.node for grant in self.grants.values() if not grant.node.kind]):
+            found.update(self.read("SELECT t.home, t.manifest FROM entry e JOIN thumbnail t ON t.home = e.home AND t.manifest = e.manifest "
+                                   "WHERE e.node IN (" + marks(some) + ") AND e.until IS NULL", some))
+        return found
 
 
 class Access(NamedTuple):
@@ -5424,7 +5428,7 @@ class Space:
         if size > self.config.max_file:
             raise CloudError("too-large", "files may have %s" % format_size(self.config.max_file))
         if place.quota is not None and growth > 0 and place.used + self.reserved(place.view.home) + growth > place.quota:
-            raise CloudError("over-quota", left_of_quota(place))
+            raise over_quota(place)
         if size and place.quota is not None:
             self._check_spent(self._overspent(place.view.home, size, SPENT_FREE))
         if size and not self.has_room():
@@ -5480,9 +5484,11 @@ class Space:
             self.db.reserve.keep(size)
 
 
-def left_of_quota(place: Place) -> str:
-    left = format_size(max(0, place.quota - place.used))
-    return "%s are left of the quota of whose files these are" % left if place.view.seq else "%s are left of the quota" % left
+def over_quota(place: Place) -> CloudError:
+    left = max(0, place.quota - place.used)
+    if not place.view.seq:
+        return CloudError("over-quota", "%s are left of the quota" % format_size(left))
+    return CloudError("over-quota", "%s are left of the quota of whose files these are" % format_size(left), left=left)
 
 
 def low_mark(config: Config, total: int) -> int:
@@ -7384,6 +7390,8 @@ class Journal:
     def _seen_from(self, place: Place, path: tuple[str, ...], step: Step) -> Step | None:
         """A step in the words of who sees a node at a path; None if it touched anything but that and what lay below it."""
         view, within = place.view, step.within
+        if view.seq and step.action.startswith("share") and step.account != view.who.name:
+            return None                                  # whom else somebody gives it to
         if within is None or Moment(self.db.read, place.found().node, step.seq).path(within) is None:
             return None
         above = () if view.whole else Moment(self.db.read, (*place.chain, view.top)[0], step.seq).path(view.top)
@@ -8800,7 +8808,7 @@ def role_of(share: Share) -> str | None:
 
 def describe_share(share: Share, grantee: str | None = None) -> dict[str, Any]:
     """What the journal says of one, beside the path."""
-    return {"share": str(share.id), "kind": share.kind, "role": role_of(share) or share.rights, **({"name": share.name} if share.name else {}),
+    return {"share": str(share.id), "within": share.node, "kind": share.kind, "role": role_of(share) or share.rights, **({"name": share.name} if share.name else {}),
             **({"with": grantee} if grantee else {}),
             **({"password": True} if share.password else {}), **({"expires": share.expires} if share.expires else {})}
 
@@ -9413,7 +9421,7 @@ class Uploads:
         """Refuse an upload whose place was not known when room was reserved for it, if its growth does not fit."""
         growth = size - (place.node.size if place.node else 0)
         if place.quota is not None and place.used + self.tree.space.reserved(place.view.home) - credit + growth > place.quota and growth > 0:
-            raise CloudError("over-quota", left_of_quota(place))
+            raise over_quota(place)
 
     def drop(self, who: Principal, id: str) -> None:
         """Forget an upload; its chunks go with the sweep."""
@@ -9570,7 +9578,8 @@ class Pictures:
 
         raises  CloudError unsupported-media if it is no picture, bad-request if it is larger than what it stands for
         """
-        place = self.tree.enter(who, path, UPDATE)
+        place = self.tree.enter(who, path)
+        self.tree.allowance.need_to_write(who, place)
         node = self._pictured(who, path, rev)
         if media_of_picture(data) is None:
             raise CloudError("unsupported-media", "a thumbnail is WebP, JPEG or PNG")
@@ -9580,9 +9589,10 @@ class Pictures:
         self.tree.store(place, Statement("DELETE FROM thumbnail WHERE home = ? AND manifest = ?", (node.home, node.manifest)),
                     Statement(PUT_THUMBNAIL, (node.home, node.manifest, data)))        # a new row, which backups notice
 
-    def known(self, who: Principal) -> set[str]:
-        """What has a thumbnail in the account: {manifest}."""
-        return {manifest for (manifest,) in self.db.read("SELECT manifest FROM thumbnail WHERE home = ?", (view_of(who).home,))}
+    def known(self, who: Principal) -> set[tuple[int, str]]:
+        """What has a thumbnail in the homes of which somebody sees something: {(home, manifest)}."""
+        homes = [view_of(who).home, *seen_by(self.db.read, who, self.tree.mounts).homes()]
+        return {row for some in pieces(homes) for row in self.db.read("SELECT home, manifest FROM thumbnail WHERE home IN (" + marks(some) + ")", some)}
 
     def _pictured(self, who: Principal, path: tuple[str, ...], rev: int | None) -> Node:
         node = self.files.stat(who, path)
@@ -10260,7 +10270,7 @@ def json_error(error: CloudError, request: Request) -> Response:
     """A problem document (RFC 9457)."""
     problem = {"type": "about:blank", "title": REASONS[error.status], "status": error.status, "code": error.kind,
                "detail": str(error)}
-    for name in ("missing", "now", "offset"):
+    for name in ("missing", "now", "offset", "left"):
         if name in error.detail:
             problem[name] = error.detail[name]
     if request.id:
@@ -11117,11 +11127,18 @@ def api_node(node: Node, path: Sequence[str]) -> dict[str, Any]:
 
 
 def api_nodes(cloud: Cloud, who: Principal, rows: Iterable[tuple[Sequence[str], Node]]) -> list[dict[str, Any]]:
-    """Live nodes, (path, node), with what marks them: stars, and whether they are shared."""
+    """Live nodes, (path, node), with what marks them: stars, and how they are shared."""
     rows = list(rows)
     stars, shared = cloud.search.stars_among(node for _, node in rows), cloud.sharing.given_by(who)
-    return [{**api_node(node, path), **({"starred": True} if node.node in stars else {}), **({"shared": True} if node.node in shared else {})}
+    return [{**api_node(node, path), **api_marks(node.node in stars, shared.get(node.node, ()))}
             if node.node in stars or node.node in shared else api_node(node, path) for path, node in rows]
+
+
+def api_marks(starred: bool, shared: Sequence[tuple[str, str | None]]) -> dict[str, Any]:
+    """A star; whether it is shared, by a link, and with whom."""
+    marks = {"starred": starred, "shared": bool(shared), "linked": any(kind == "link" for kind, _ in shared),
+             "shared_with": [name for kind, name in shared if kind != "link"]}
+    return {name: mark for name, mark in marks.items() if mark}
 
 
 def one_call(method: str, what: str, needs: str, does: str, run: Callable[..., Any], **values: str) -> None:
@@ -11298,6 +11315,8 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     answer, *children = api_nodes(cloud, who, [(path, node), *((path + (child.name,), child) for child in page[:limit])])
     for about, standing in [(answer, head), *((about, one) for about, one in zip(children, seen) if one.mount or one.rights != head.rights)]:
         about.update(rights=in_order(standing.rights).split(), **({"owner": standing.owner} if standing.owner else {}), **({"mount": True} if standing.mount else {}))
+    if head.owner and not head.rights.isdisjoint((CREATE, UPDATE)):
+        answer["left"] = cloud.files.room(node.home)
     if node.kind:
         answer["children"], answer["next"] = children, start + limit if len(page) > limit else None
     elif values["chunks"]:
@@ -12474,7 +12493,7 @@ class About:
         self.tag_at, self.standing, self.room = cloud.journal.tag_at, standing, lru_cache(maxsize=None)(cloud.files.room)
 
     def __getattr__(self, name: str) -> Any:
-        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {manifest}; locks(node); epoch; given: {node: ...}"""
+        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {(home, manifest)}; locks(node); epoch; given: {node: ...}"""
         value = self.__dict__[name] = self._fetch[name]()
         return value
 
@@ -13336,7 +13355,7 @@ NC_PROPERTIES: dict[str, Reader] = {
     FAVORITE: lambda node, about: stored_text(node, about, FAVORITE) or "0",
     LIVE_PHOTO: lambda node, about: stored_text(node, about, LIVE_PHOTO) or None,           # iOS: the name of its other half
     NC + "is-encrypted": lambda node, about: "0",
-    NC + "has-preview": lambda node, about: "true" if not node.kind and node.manifest in about.pictured else "false",
+    NC + "has-preview": lambda node, about: "true" if not node.kind and (node.home, node.manifest) in about.pictured else "false",
     NC + "creation_time": lambda node, about: str(node.created // SECOND),
     NC + "upload_time": lambda node, about: str(node.created // SECOND),
     **dict.fromkeys([OC + name for name in "downloadURL dDC tags privatelink comments-count".split()] + [
@@ -19433,7 +19452,9 @@ Object.assign(PROBLEMS, {twin: PROBLEMS.exists, "lock-conflict": PROBLEMS.locked
 const waitWords = seconds => seconds < 99 ? plural(seconds, "{n} second", "{n} seconds")
   : plural(Math.ceil(seconds / 60), "{n} minute", "{n} minutes");
 const explain = error => plain(error.code === "throttled"
-  ? t("Too many tries. Wait {time}, then try again.", {time: waitWords(error.wait)}) : error instanceof Problem
+  ? t("Too many tries. Wait {time}, then try again.", {time: waitWords(error.wait)}) : error.about?.left >= 0
+  ? t("The storage of whoever shared this has only {left} left.", {left: formatSize(error.about.left)})
+  : error instanceof Problem
   ? t(PROBLEMS[error.code] || error.message) + (error.about.request ? " (" + error.about.request + ")" : "")
   : String(error));
 const HEADERS = {"X-Requested-By": "page"};
@@ -20565,6 +20586,7 @@ PAGE_GERMAN = r"""{
   "It asks from another network than the one you are in.": "Es fragt aus einem anderen Netz als dem, in dem du bist.",
   "It calls itself": "Es nennt sich",
   "It changed since you opened it. If you save now, their version stays among the versions.": "Sie hat sich geändert, seit du sie geöffnet hast. Wenn du jetzt speicherst, bleibt die andere Fassung unter den Versionen.",
+  "It counts for {name}, whose files these are.": "Es zählt bei {name}, denn dort liegen diese Dateien.",
   "It goes on by itself when the connection is back.": "Es geht von selbst weiter, sobald die Verbindung wieder da ist.",
   "It has ended or was used up, or its address is not complete. Ask whoever gave it to you for another one.": "Er ist abgelaufen oder aufgebraucht, oder seine Adresse ist nicht vollständig. Frag, wer ihn dir gegeben hat, nach einem neuen.",
   "It takes {n} file at most.": "Höchstens {n} Datei passt hinein.",
@@ -20736,7 +20758,9 @@ PAGE_GERMAN = r"""{
   "Share this folder": "Diesen Ordner teilen",
   "Share {what}": "{what} teilen",
   "Shared": "Geteilt",
+  "Shared by a link": "Mit einem Link geteilt",
   "Shared by {name}": "Geteilt von {name}",
+  "Shared with {names}": "Geteilt mit {names}",
   "Shares nothing": "Teilt nichts",
   "Shift": "Umschalt",
   "Show": "Zeigen",
@@ -20791,6 +20815,7 @@ PAGE_GERMAN = r"""{
   "The server is busy": "Der Server ist beschäftigt",
   "The server is busy. Try again in a moment.": "Der Server ist beschäftigt. Versuche es gleich noch einmal.",
   "The storage is full. Delete something, then empty the trash, or ask for more.": "Der Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
+  "The storage of whoever shared this has only {left} left.": "Im Speicher der Person, die das teilt, sind nur noch {left} frei.",
   "The text": "Der Text",
   "The trash is empty": "Der Papierkorb ist leer",
   "The two passwords differ.": "Die beiden Passwörter sind verschieden.",
@@ -22036,7 +22061,8 @@ mark { background: var(--mark); color: var(--text); }
   font-weight: 600; pointer-events: none; background: color-mix(in srgb, var(--accent) 8%, transparent); }
 .ghost { position: absolute; top: -9rem; background: var(--accent); color: var(--on-accent); padding: .4rem .9rem;
   border-radius: 8px; }
-.star, .shared { width: 18px; height: 18px; flex: none; margin-right: .75rem; fill: var(--star); }
+.marks { display: flex; gap: .6rem; margin-right: .75rem; }
+.star, .shared { width: 18px; height: 18px; flex: none; fill: var(--star); }
 .shared { fill: none; stroke: var(--icon); stroke-width: 2; stroke-linecap: round; }
 .chips { display: flex; flex-wrap: wrap; gap: .4rem; border: 0; padding: 0; margin: 0; min-width: 0; }
 .chips legend { font-weight: 500; padding: 0 0 .25rem; }
@@ -22070,9 +22096,8 @@ summary { cursor: pointer; }
 .tiles .row > .mtime, .tiles .row > .size, .tiles .row > .deleted { display: none; }
 .tiles .names { flex: none; padding: 0 .3rem; }
 .tiles .label { margin: 0 auto; font-size: .9rem; }
-.tiles :is(.star, .shared) { position: absolute; left: 16px; bottom: 52px; stroke: var(--back); stroke-width: 2;
-  paint-order: stroke; }
-.tiles .shared { left: 44px; stroke: var(--icon); background: var(--back); border-radius: 4px; }
+.tiles .marks { position: absolute; left: 14px; bottom: 50px; gap: 4px; }
+.tiles .marks svg { background: var(--back); border-radius: 4px; }
 .tiles .check { position: absolute; left: 14px; top: 14px; opacity: 0; z-index: 1; }
 .tiles .more button { background: var(--raised); border-radius: 8px; }
 .tiles .more { position: absolute; right: 8px; top: 8px; z-index: 1; }
@@ -22789,9 +22814,9 @@ function fillList(entries) {
   showBar();
 }
 
-const same = (a, b) => b
-  && ["node", "etag", "path", "mtime", "size", "since", "starred", "shared", "snippet"]
-    .every(name => a[name] === b[name]);
+const looks = entry => JSON.stringify(["node", "etag", "path", "mtime", "size", "since", "starred", "linked",
+  "shared_with", "snippet"].map(name => entry[name]));
+const same = (a, b) => b && looks(a) === looks(b);
 
 // rows that would look as they do stay: a click that is under way must not lose its target
 function redrawRows(keep = () => false) {
@@ -22851,7 +22876,9 @@ function makeRow(entry, index) {
       list.editing === entry ? renameField(entry) : entryName(entry),
       entry.since && h("span.tag", {}, t("{how} since", {how: t(HOW[entry.since])})),
       entry.mount && ownerTag(entry.owner),
-      entry.shared && sign("shared", "Shared", CHAIN), entry.starred && sign("star", "Starred", STAR)),
+      h("span.marks", {}, entry.linked && sign("shared", t("Shared by a link"), CHAIN),
+        entry.shared_with && sign("shared", t("Shared with {names}", {names: entry.shared_with.join(", ")}), PEOPLE),
+        entry.starred && sign("star", t("Starred"), STAR))),
     list.columns.map(column => h("div." + column, {role: "gridcell"}, cellOf(entry, column))),
     h("div.more", {role: "gridcell"},
       h("button", {type: "button", tabIndex: -1, "aria-label": t("Actions for {name}", {name: entry.name})}, "⋯")));
@@ -22861,9 +22888,8 @@ function makeRow(entry, index) {
   return row;
 }
 
-
-const sign = (name, words, path) => svg("svg", {viewBox: "0 0 24 24", class: name, role: "img", "aria-label": t(words)},
-  svg("path", {d: path}));
+const sign = (name, words, path) =>
+  svg("svg", {viewBox: "0 0 24 24", class: name, role: "img"}, svg("title", {}, plain(words)), svg("path", {d: path}));
 
 function entryName(entry) {
   const draggable = view.kind === "files" && mouse.matches;
@@ -22909,7 +22935,7 @@ async function showThumbnail(entry, kind, picture) {
     making.push(work.catch(() => {}));
     blob = await work;
     if (!blob) return picture.isConnected && picture.onerror();
-    if (!me.readonly) keepThumbnail(entry, blob).catch(() => {});
+    if (!me.readonly && may("update", [entry])) keepThumbnail(entry, blob).catch(() => {});
   }
   picture.onload = () => URL.revokeObjectURL(picture.src);
   picture.src = URL.createObjectURL(blob);
@@ -22972,6 +22998,7 @@ function paint(order, things) {
 }
 
 const STAR = "M12 3l3 6 6 1-4 4 1 7-6-3-6 3 1-7-4-4 6-1z";
+const PEOPLE = "M15 20a6 6 0 0 0-12 0M9 11a3 3 0 1 0 0-7 3 3 0 0 0 0 7M21 20a6 6 0 0 0-4-5M16 4a3 3 0 0 1 0 7";
 const CHAIN = "M9 15l6-6M10.500 6.500l2-2a4.500 4.500 0 0 1 7 7l-2 2M13.500 17.500l-2 2a4.500 4.500 0 0 1-7-7l2-2";
 
 const cellOf = (entry, column) => column === "size" ? formatSize(entry.size) : timeElement(entry[column]);
@@ -23250,7 +23277,10 @@ async function fillFiles(answer, turn, whole) {
   }
 }
 
-const ownerTag = name => h("span.tag", {title: t("Shared by {name}", {name})}, h("bdi", {}, name));
+function ownerTag(name) {
+  const title = t("Shared by {name}", {name});
+  return h("span.tag", {title}, h("span.unseen", {}, title), h("bdi", {"aria-hidden": "true"}, name));
+}
 
 function crumbsOf(path, address) {
   const names = path ? path.split("/") : [];
@@ -23344,6 +23374,10 @@ const ACTIONS = [
   {name: "past-of", label: "See it as it was…", on: "items", menu: true,
    when: items => inTreeOne(items) && items[0].kind === "collection" && may("past", items),
    run: ([{path}]) => go(pastAddress("now", path))},
+  {name: "activity", label: "Activity", on: "place", when: () => inFiles() && mayHere("past"),
+   run: () => go(activityAddress(view.path))},
+  {name: "activity-of", label: "Activity", on: "items", menu: true,
+   when: items => one(items) && inTreeMay("past")(items), run: ([{path}]) => go(activityAddress(path))},
   {name: "rewind", label: "Bring this time back", on: "place", bar: true,
    when: () => view.kind === "past" && isRewindable(), run: rewind},
   {name: "open", label: "Open", on: "items", menu: true, keys: "Enter",
@@ -23484,14 +23518,12 @@ const undoable = [];                   // what can be taken back, the latest las
 // what others share stands in the root: the one that holds a path, if any does, with all the rights to it
 function mountOf(path) {
   const all = [...offers?.values() || []].filter(offer => offer.path && offer.path === path.split("/")[0]);
-  return all[0] && {path: all[0].path, rights: all.flatMap(offer => offer.rights)};
+  return all[0] && {path: all[0].path, owner: all[0].owner, rights: all.flatMap(offer => offer.rights)};
 }
 
-// place: the collection it happened in; undoing names whose files that are, if they are somebody else's
-const stepAt = (seq, place) => ({seq, path: mountOf(place)?.path});
-const offerUndo = (text, seq, place = view.path) => offerUndoOf(text, [stepAt(seq, place)]);
-
-function offerUndoOf(text, steps) {
+// done: what the server said to it.  That tells the steps that take it back, or there is one, where the reader is:
+// undoing names whose files those are, if they are somebody else's
+function offerUndo(text, {seq, undo: steps = [{seq, path: mountOf(view.path)?.path}]}) {
   undoable.push(steps);
   const take = () => undo(undoable.splice(undoable.indexOf(steps), 1)[0] || steps);
   toast(text, {label: t("Undo"), run: () => attempt(take)});
@@ -23512,12 +23544,11 @@ async function undo(steps) {
 const namesOf = items => items.length === 1 ? quoted(items[0].name) : plural(items.length, "{n} item", "{n} items");
 
 async function deleteItems(items) {
-  const {seq} = await api("POST", "delete", {paths: items.map(entry => entry.path)});
+  const done = await api("POST", "delete", {paths: items.map(entry => entry.path)});
   clearSelection();
   dropRows(items);
   const mounts = items.every(entry => entry.mount), what = namesOf(items);
-  offerUndo(t(mounts ? "{what} removed from your files; nothing was deleted" : "{what} deleted", {what}), seq,
-    parentOf(items[0].path));
+  offerUndo(t(mounts ? "{what} removed from your files; nothing was deleted" : "{what} deleted", {what}), done);
   await refresh();
 }
 
@@ -23635,9 +23666,9 @@ async function rename(entry, name, then = () => {}) {
   checkName(name);
   if (name === entry.name) return;
   const target = join(parentOf(entry.path), name);
-  const {seq} = await api("POST", "move", {items: [{from: entry.path, to: target}]}).catch(sayTaken);
+  const done = await api("POST", "move", {items: [{from: entry.path, to: target}]}).catch(sayTaken);
   then();
-  offerUndo(t("Renamed to “{name}”", {name}), seq, parentOf(target));
+  offerUndo(t("Renamed to “{name}”", {name}), done);
   await refresh();
 }
 
@@ -23702,8 +23733,8 @@ function judgeNames(items, names) {
 
 // one step, which the server makes as a whole or not at all: to it a name that another of them still has is taken
 async function renameAll(all) {
-  const {seq} = await api("POST", "move", {items: all.map(({from, to}) => ({from, to}))}).catch(sayTaken);
-  offerUndo(plural(all.length, "{n} item renamed", "{n} items renamed"), seq, parentOf(all[0].to));
+  const done = await api("POST", "move", {items: all.map(({from, to}) => ({from, to}))}).catch(sayTaken);
+  offerUndo(plural(all.length, "{n} item renamed", "{n} items renamed"), done);
   await refresh();
 }
 
@@ -23753,24 +23784,8 @@ async function transfer(verb, items, target) {
   });
   clearSelection();
   const words = {what: namesOf(items)};
-  if (done) {
-    const steps = verb === "move" ? await stepsOfMove(items, done.seq, target) : [stepAt(done.seq, target)];
-    const said = verb === "move" ? t("{what} moved", words) : t("{what} copied", words);
-    steps ? offerUndoOf(said, steps) : toast(said);
-  }
+  if (done) offerUndo(t(verb === "move" ? "{what} moved" : "{what} copied", words), done);
   await refresh();
-}
-
-// what comes into other files than it was among is two steps: it is back where it was before it goes where it came to.
-// Null if the first is not known: half of it is no undo
-async function stepsOfMove(items, seq, target) {
-  const to = stepAt(seq, target), from = [...new Set(items.map(entry => mountOf(entry.path)?.path))];
-  if (from.every(path => path === to.path)) return [to];
-  const last = path => api("GET", "activity", {limit: 1, path}).then(({steps: [step]}) => step, () => null);
-  const found = await Promise.all(from.filter(path => path !== to.path).map(async path => [path, await last(path)]));
-  if (!found.every(([, step]) => step && step.account === me.name && step.seq > seq && step.seq <= seq + found.length))
-    return null;
-  return [...found.map(([path, step]) => ({seq: step.seq, path})), to];
 }
 
 // for each name that is taken at the target: keep both, replace or skip?
@@ -23850,10 +23865,11 @@ async function fitting(found) {
     t("This server takes files of up to {size}.", {size: formatSize(me.most)}),
     namesSome(large))) return [];
   found = found.filter(one => one.size <= me.most);
-  Object.assign(me, await api("GET", "account").catch(unless("network")));       // offline it is to wait, like all else
-  const size = all => all.reduce((bytes, one) => bytes + one.size, 0), left = me.left === null ? Infinity : me.left;
-  if (mountOf(found[0]?.path || "")) return found;                       // how much others have left is not told
-  const begun = size(unfinished().filter(one => !one.upload));
+  const mount = mountOf(found[0]?.path || ""), holds = one => mountOf(one.path)?.path === mount?.path;
+  const asked = mount ? load(mount.path, {limit: 1}) : api("GET", "account").then(answer => Object.assign(me, answer));
+  const {left = Infinity} = await asked.catch(unless("network")) || {};          // offline it is to wait, like all else
+  const size = all => all.reduce((bytes, one) => bytes + one.size, 0);
+  const begun = size(unfinished().filter(one => !one.upload && holds(one)));
   if (begun + size(found) <= left) return found;
   const fits = [];
   let need = begun, room = left - begun;
@@ -23869,14 +23885,16 @@ async function fitting(found) {
   const some = fits.some(one => one.size), rest = found.filter(one => !fits.includes(one));
   return await tellUnfit(t("Not enough room"), some,
     t("This needs {need}, but {left} is all that is left: {lack} is missing.", values),
+    mount && t("It counts for {name}, whose files these are.", {name: mount.owner}),
     some ? t("There is no room for {names}.", {names: namesSome(rest)})
-      : t("Delete something and empty the trash, or choose less.")) ? fits : [];
+      : !mount && t("Delete something and empty the trash, or choose less.")) ? fits : [];
 }
 
 const namesSome = all =>
   all.slice(0, 20).map(one => quoted(nameOf(one.path))).join(", ") + (all.length > 20 ? " …" : "");
 
-const tellUnfit = (title, others, ...texts) => sheet(title, close => [texts.map(text => h("p", {}, text)), buttonsRow(
+const tellUnfit = (title, others, ...texts) => sheet(title, close => [
+  texts.map(text => text && h("p", {}, text)), buttonsRow(
   button(t(others ? "Cancel" : "Close"), () => close()),
   others && button(t("Upload the others"), () => close(true), {className: "primary", autofocus: true}))]);
 
@@ -24052,8 +24070,8 @@ async function showVersions(address) {
 
 function versionRow(path, {version, at, size, account, device, name}, n, chosen) {
   const restore = async () => {
-    const {seq} = await api("POST", "versions/restore", {path, version});
-    offerUndo(t("This version is the present one now; the others stay."), seq);
+    const done = await api("POST", "versions/restore", {path, version});
+    offerUndo(t("This version is the present one now; the others stay."), done);
     await show();
   };
   const pin = async name => {
@@ -24180,11 +24198,12 @@ async function showTrash() {
 }
 
 async function restoreItems(items) {
-  const {seq, paths} = await api("POST", "trash/restore", {nodes: items.map(entry => entry.node)});
+  const done = await api("POST", "trash/restore", {nodes: items.map(entry => entry.node)});
+  const {paths} = done;
   clearSelection();
   dropRows(items);
   offerUndo(paths.length === 1 ? t("Restored to {place}", {place: parentOf(paths[0]) || t("Files")})
-    : plural(paths.length, "{n} item restored", "{n} items restored"), seq);
+    : plural(paths.length, "{n} item restored", "{n} items restored"), done);
   await refresh();
 }
 
@@ -24351,20 +24370,22 @@ const ACTIVITY = {
 
 async function showActivity() {
   const turn = view.turn, asked = Object.fromEntries(new URLSearchParams(location.search)),
-    {action, device, after, until} = asked;
+    {action, device, after, until, path} = asked, mount = mountOf(path || "");
   const time = (day, hour) => day && new Date(day + hour).toISOString();
-  const get = before => api("GET", "activity", {limit: 100, grouped: 1, action, device, before,
+  const get = before => api("GET", "activity", {limit: 100, grouped: 1, action, device, before, path,
      after: time(after, "T00:00"), until: time(until, "T23:59:59.999")});
   const same = view.kind === "activity" && find(".days");
   const [{steps}, {devices}] = await Promise.all([get(), same ? {} : api("GET", "activity/devices")]);
   if (turn !== view.turn) return;
   enterView("activity", t("Activity"));
+  view.owner = mount?.owner;
+  if (path) setCrumbs(...crumbsOf(path, addressOf), h("span.soft", {}, t("Activity")));
   setBar();
   const box = h("div.days");
   const more = button(t("Show more"), () => attempt(async () => addSteps((await get(more.value)).steps)),
     {className: "wide"});
   const addSteps = steps => {
-    for (const step of steps) dayOf(box, step.at).append(stepRow(step));
+    for (const step of steps) dayOf(box, step.at).append(stepRow(step, mount?.path));
     more.hidden = steps.length < 100;
     if (steps.length) more.value = seqsOf(steps.at(-1)).at(-1);
     box.append(more);
@@ -24383,10 +24404,10 @@ function stepFilters(devices) {
     h("option", {value: ""}, all), rows.map(([value, words]) => h("option", {value}, words)));
   const day = (name, label) => h("label", {}, label, h("input", {type: "date", name}));
   const form = h("form.limits", {onchange: change}, choose("action", t("What"), t("Everything"),
-      Object.keys(ACTIVITY).filter(name => name !== "upload" && ACTIVITY[name].startsWith("{who}"))
-      .map(name => [name, t(ACTIVITY[name], {who: "", what: "…", to: "…"})])),
+      Object.keys(ACTIVITY).filter(name => !/^upload|-with$/.test(name) && ACTIVITY[name].startsWith("{who}"))
+      .map(name => [name, t(ACTIVITY[name], {who: "", what: "…", to: "…", name: "…", group: "…"})])),
     choose("device", t("Device"), t("All devices"), devices.map(one => [one.name, agentOf(one)])),
-    day("after", t("From")), day("until", t("Until")));
+    day("after", t("From")), day("until", t("Until")), h("input", {type: "hidden", name: "path"}));
   return form;
 }
 
@@ -24410,6 +24431,7 @@ function dayOf(box, at) {
   return list;
 }
 
+const activityAddress = path => PREFIX + "/activity" + queryOf({path});
 const seqsOf = step => step.seqs || [step.seq];
 
 const targetOf = ({action, detail: {to = ""}}) => action === "rewind" ? "" : to;
@@ -24428,8 +24450,8 @@ function stepWords(step, what = whatOf(step)) {
     what, to: quoted(targetOf(step)), name: agentOf({kind, name: label}), with: grantee, group});
 }
 
-// elsewhere: it was not among the files of who looks
-function stepRow(step) {
+// elsewhere: it was not among the files of who looks;  mount: whose files those are, by their name here
+function stepRow(step, mount) {
   const place = step.elsewhere ? "" : targetOf(step) || step.detail.path, what = whatOf(step);
   const gone = step.action === "delete", words = stepWords(step, "\0").split("\0");
   const at = momentOf(step.seq - gone);                  // after the step, or just before it went
@@ -24438,7 +24460,7 @@ function stepRow(step) {
       words[0], words.length > 1 && (place ? link(what, addressOf(place) + queryOf({at})) : what), words[1],
       h("div.soft", {}, dotted(dates.time.format(new Date(step.at)), stepBy(step)))),
     h("div.acts", {},
-      step.undoable ? button(t("Undo"), () => attempt(() => undo(seqsOf(step).map(seq => ({seq}))))) : null));
+      step.undoable && button(t("Undo"), () => attempt(() => undo(seqsOf(step).map(seq => ({seq, path: mount})))))));
 }
 
 // ---- a collection as it was
@@ -24560,9 +24582,9 @@ function timeSlider(steps) {
 
 // what is chosen in the past becomes what it was, and nothing else
 async function bringBack(items) {
-  const {seq, changed} = await api("POST", "bring-back", {at: view.at, paths: items.map(entry => entry.path)});
+  const done = await api("POST", "bring-back", {at: view.at, paths: items.map(entry => entry.path)});
   clearSelection();
-  if (changed) offerUndo(t("{what} brought back", {what: namesOf(items)}), seq);
+  if (done.changed) offerUndo(t("{what} brought back", {what: namesOf(items)}), done);
   else toast(t("Nothing has changed since then."));
   await refresh();
 }
@@ -24574,9 +24596,9 @@ async function rewind() {
     "{what} becomes what it was on {when}. {n} things change; you can undo this.",
     {what: path ? quoted(nameOf(path)) : t("Everything"), when});
   if (!await askYesNo(t("Bring this time back?"), words, t("Bring it back"))) return undefined;
-  const {seq} = await api("POST", "rewind", {path, at});
+  const done = await api("POST", "rewind", {path, at});
   await go(addressOf(path));
-  return offerUndo(t("As it was on {when}", {when}), seq);
+  return offerUndo(t("As it was on {when}", {when}), done);
 }
 
 // ---- preview, in the account
@@ -25027,7 +25049,7 @@ const showHeld = soon(async () => {
     attempt(async () => {
       const done = await api("POST", what, {device});
       await showHeld();
-      if (done) offerUndo(t("Taken back."), done.seq);
+      if (done) offerUndo(t("Taken back."), done);
       await refresh();
     });
   box.replaceChildren(...held.map(one => h("div.banner", {role: "alert"},
@@ -25538,7 +25560,9 @@ function openSharing(entry) {
       buttonsRow(act("New link…", () => newLink(entry)),
         entry.kind === "collection" && may("create", [entry]) && act("Request files…", () => newLink(entry, "drop")),
         act("Copy link", () => shareAtOnce(entry), {autofocus: isPhone.matches})),
-      hint, rows, buttonsRow(button(t("Close"), () => close(), {className: "primary"})));
+      hint, rows, buttonsRow(
+        may("past", [entry]) && button(t("Activity"), () => { close(); go(activityAddress(entry.path)); }),
+        button(t("Close"), () => close(), {className: "primary"})));
     return Object.assign(box, {draw});
   }, ".wider");
 }

@@ -5868,6 +5868,33 @@ def test_what_others_share_is_told_to_nobody_else(api, cloud, ann, people):
     assert [one["giver"] for one in api("GET", "shares?path=d/in", user="bob")["shares"]] == ["bob"]
 
 
+def test_who_may_add_is_told_the_room_that_whose_files_these_are_has_left(api, call, cloud, ann, people):
+    put(cloud, ann, "d/f", b"f" * 600, parents=True), put(cloud, ann, "v/f", b"f" * 100, parents=True)
+    cloud.accounts.update("ann", ann, quota=1000)
+    give(cloud, ann, "d", "bob", role="add"), give(cloud, ann, "v", "bob"), put(cloud, people.bob, "own", b"o" * 350)
+    left = lambda path: api("GET", "files/" + path, user="bob").get("left")
+    assert (left("d"), left("v"), left("d/f"), left("")) == (300, None, 300, None)
+    for answer in (call("PUT", "/api/v1/files/d/g", b"x" * 301, user="bob"), call("POST", "/api/v1/move", json.dumps({"items": [{"from": "own", "to": "d/g"}]}), user="bob")):
+        assert (answer.status, answer.json()["code"], answer.json()["left"]) == (507, "over-quota", 300)
+    assert call("PUT", "/api/v1/files/d/g", b"x" * 300, user="bob").status == 201 and left("d") == 0
+    assert "left" not in call("PUT", "/api/v1/files/d/h", b"x").json()                                  # of one's own it is the account that tells
+
+
+def test_what_happened_to_a_share_is_told_with_what_it_is_of(api, cloud, ann, people):
+    put(cloud, ann, "d/f", parents=True), put(cloud, ann, "e/f", parents=True)
+    id = give(cloud, ann, "d", "bob", role="edit")
+    give(cloud, ann, "e", "cem"), cloud.sharing.end(ann, cloud.sharing.share(ann, ("d", "f")).share.id)
+    done = lambda user, path: [(step["action"], step["detail"]["path"]) for step in api("GET", "activity?path=" + path, user=user)["steps"]]
+    assert done("ann", "d")[:3] == [("share-end", "d/f"), ("share", "d/f"), ("share", "d")] and done("ann", "e")[0] == ("share", "e")
+    put(cloud, ann, "d/g")
+    assert done("bob", "d") == [("write", "d/g")]                                   # whom else ann gives it to is her affair
+    cloud.sharing.change(ann, id, reshare=True)
+    cloud.sharing.share(people.bob, ("d", "f"))
+    assert done("bob", "d")[0] == ("share", "d/f") and done("ann", "d")[:2] == [("share", "d/f"), ("share-change", "d")]
+    cloud.sharing.end(ann, id)
+    assert done("ann", "d")[0] == ("share-end", "d")
+
+
 def test_givers_are_told_when_a_share_was_last_used(api, cloud, ann, people):
     put(cloud, ann, "d/f", parents=True)
     used, other = give(cloud, ann, "d", "bob"), give(cloud, ann, "d", "cem")
@@ -6214,7 +6241,12 @@ def test_lists_tell_what_is_shared(api, cloud, ann, fake, make_cloud):
     shared = lambda: [child["name"] for child in api("GET", "files/d")["children"] if child.get("shared")]
     assert shared() == ["b"] and "shared" not in api("GET", "files/d") and api("GET", "files/d/b")["shared"] is True
     assert api("GET", "search", q="b")["items"][0]["shared"] is True
+    cloud.sharing.share(ann, ("d", "b"), "account", account(cloud, "zoe").name)
+    marks = ("shared", "linked", "shared_with")
+    assert [api("GET", "files/d/b").get(name) for name in marks] == [True, True, ["zoe"]]
     api("DELETE", "shares/" + id)
+    assert [api("GET", "files/d/b").get(name) for name in marks] == [True, None, ["zoe"]]
+    cloud.sharing.end(ann, cloud.sharing.all(ann)[0].share.id)
     assert shared() == []
     other = make_cloud(clock=fake.clock(), name="other")
     ann = account(other)
@@ -10300,6 +10332,29 @@ def test_nextcloud_previews_are_the_thumbnails_that_browsers_made(call, cloud, a
         assert call("GET", "/index.php/core/" + where).status == want, where
     account(cloud, "bob")
     assert call("GET", "/index.php/core/preview?fileId=" + id, user="bob").status == 404 and call("GET", "/index.php/core/preview", user=None).status == 401
+
+
+def test_previews_go_through_mounts(call, cloud, ann, bob):
+    """Of a mount that is a file, too; a content that is mine as well shows nothing that somebody else made (D1).  Who may change a file, or made it just
+    now, may give it a picture."""
+    data = b"\x89PNG\r\n\x1a\n" + bytes(99)
+    for path in ("pic.png", "d/in.png"):
+        put(cloud, ann, path, data, parents=True)
+    put(cloud, bob, "same.png", data)
+    cloud.pictures.put(ann, ("pic.png",), b"\xff\xd8\xff small")
+    for path, role in (("pic.png", "view"), ("d", "add")):
+        cloud.sharing.share(ann, (path,), "account", "bob", role=role)
+    home = "/remote.php/dav/files/bob"
+    pictured = lambda path, depth="1": {name[len(home):] for name, about in propfind(call, home + path, "nc:has-preview", depth=depth, user="bob").items()
+                                        if about["{http://nextcloud.org/ns}has-preview"].text == "true"}
+    assert pictured("") == pictured("/pic.png", "0") == {"/pic.png"} and pictured("/d") == {"/d/in.png"}
+    assert cloud.pictures.known(bob) == {(cs.view_of(ann).home, cloud.files.stat(ann, ("pic.png",)).manifest)}
+    small = lambda path, **how: call("GET", "/api/v1/thumbnails/" + path, user="bob", **how)
+    assert small("pic.png").body == small("d/in.png").body == b"\xff\xd8\xff small" and small("same.png").status == 204
+    give = lambda path: call("PUT", "/api/v1/thumbnails/" + path, b"\xff\xd8\xff other", user="bob").status
+    assert (give("pic.png"), give("d/in.png")) == (403, 403)
+    put(cloud, bob, "d/his.png", data + b"his")
+    assert give("d/his.png") == 204 and cloud.pictures.thumbnail(ann, ("d", "his.png")) == b"\xff\xd8\xff other"
 
 
 def test_pictures_and_listings_are_sent_when_they_changed(call, cloud, ann):
@@ -19293,7 +19348,7 @@ def test_browser_stars(page):
     page.press("Escape")
     page.press("Control", "a")
     page.press("s")
-    page.wait("return document.querySelectorAll('.star[aria-label=Starred]').length === 2")
+    page.wait("return [...document.querySelectorAll('.star title')].filter(one => one.textContent === 'Starred').length === 2")
     page.sees("2 items starred", "Remove star")
     page.shot("star")
     page.click("Undo")
@@ -20385,6 +20440,116 @@ def test_browser_offers_nothing_that_is_not_allowed(page, other):
     other.run("pick(0)")
     assert set(other.run(names, "items")) == {"open", "show", "download", "copy", "copy-clip", "address", "curl", "star"}
     assert page.tree() == {"look", "look/a.txt"}
+
+
+def test_browser_marks_what_is_shared_and_how(page, other):
+    """By a link, with people, and by somebody else: each in words for those who do not see it."""
+    for path in ("both/a.txt", "link/a.txt", "people/a.txt", "plain/a.txt"):
+        page.put(path)
+    third = account(page.cloud, page.who.name.replace("ann", "carol"))
+    for path in ("both", "link"):
+        page.cloud.sharing.share(page.who, (path,))
+    for path in ("both", "people"):
+        give_to(other, page, path)
+    page.cloud.sharing.share(page.who, ("people",), "account", third.name)
+    page.open("/")
+    page.shows("both", "link", "people", "plain")
+    marks = "return [...document.querySelectorAll('.rows .row')].sort((a, b) => a.id.slice(3) - b.id.slice(3)).map(row => [...row.querySelectorAll('svg title')].map(one => one.textContent))"
+    assert page.run(marks) == [["Shared by a link", "Shared with " + other.who.name], ["Shared by a link"],
+                               ["Shared with %s, %s" % (other.who.name, third.name)], []]
+    page.shot("marks")
+    page.run("setShape('tiles')")
+    page.wait("return document.querySelectorAll('.tiles svg.shared').length === 4")
+    page.shot("marks-tiles")
+    page.run("setShape('list')")
+    other.open("/")
+    other.shows("both", "people")
+    assert other.run("return document.querySelector('.row .tag').title") == "Shared by " + page.who.name
+    assert other.run("return document.querySelector('.row .unseen').textContent") == "Shared by " + page.who.name
+    assert other.run(marks) == [[], []]
+    other.shot("marks-mount")
+
+
+def test_browser_looks_for_room_where_the_files_of_others_are(page, other):
+    """Before a byte is sent; what fits among one's own files may have no room there, and the other way round."""
+    page.put("trip/a.txt", "x" * 500_000)
+    page.cloud.accounts.update(page.who.name, page.who, quota=1_000_000)
+    give_to(other, page, "trip", "edit")
+    other.put("own.bin", "x" * 600_000)
+    other.open("/files/trip")
+    other.shows("a.txt")
+    other.wait("return offers?.size")
+    add = "addUploads([{path: arguments[0], file: new File([new Uint8Array(arguments[1]).fill(120)], 'a')}])"
+    other.run(add, "trip/b.bin", 600_000)
+    other.sees("Not enough room", "This needs 585.9 KB, but 488.3 KB is all that is left: 97.7 KB is missing.")
+    other.sees("It counts for %s, whose files these are." % page.who.name)
+    other.shot("no-room-there")
+    other.click("Close")
+    other.run("attempt(() => transfer('copy', [{path: 'own.bin', name: 'own.bin'}], 'trip'))")
+    other.sees("The storage of whoever shared this has only 488.3 KB left.")
+    assert page.tree() == {"trip", "trip/a.txt"}
+    other.cloud.accounts.update(other.who.name, other.who, quota=600_001)
+    other.run(add, "trip/b.bin", 400_000)
+    other.sees("1 file uploaded")
+    assert page.tree() == {"trip", "trip/a.txt", "trip/b.bin"}
+
+
+def test_browser_shows_pictures_that_others_share(page, other, monkeypatch):
+    """A mount that is a picture has one in the list of tiles; whoever may only look keeps none for all."""
+    kept, put_picture = [], page.cloud.pictures.put
+    monkeypatch.setattr(page.cloud.pictures, "put", lambda *args, **how: (kept.append(args[1]), put_picture(*args, **how)))
+    page.open("/")
+    painted, _ = page.run_async(JPEGS)
+    for path in ("look.jpg", "edit.jpg"):
+        page.put(path, base64.b64decode(painted) + bytes(120_000) + path.encode())
+        give_to(other, page, path, path.split(".")[0].replace("look", "view"))
+    other.open("/")
+    other.shows("edit.jpg", "look.jpg")
+    other.run("setShape('tiles')")
+    other.wait("return [...document.querySelectorAll('.picture img')].filter(one => one.naturalWidth).length === 2")
+    other.shot("mount-pictures")
+    other.wait("return !orders.size")
+    other.run("setShape('list')")
+    until = time.monotonic() + 60
+    while not kept and time.monotonic() < until:
+        time.sleep(0.02)
+    assert kept == [("edit.jpg",)] and page.cloud.pictures.thumbnail(page.who, ("edit.jpg",)) and not page.cloud.pictures.thumbnail(page.who, ("look.jpg",))
+    other.click("look.jpg")
+    other.wait("return document.querySelector('.preview img')?.naturalWidth === 1200")
+
+
+def test_browser_tells_who_did_what_in_a_shared_folder(page, other):
+    page.cloud.files.make_collection(page.who, ("trip",))
+    for path in ("trip/a.txt", "private.txt"):
+        page.put(path)
+    give_to(other, page, "trip", "edit")
+    other.put("own.txt")
+    put(page.cloud, other.who, "trip/b.txt", "two")
+    page.cloud.sharing.end(page.who, page.cloud.sharing.share(page.who, ("trip", "a.txt"), name="For Zoe").share.id)
+    other.open("/files/trip")
+    other.shows("a.txt", "b.txt")
+    other.run("clearSelection()")
+    other.click("More")
+    other.click("Activity")
+    other.sees("%s uploaded “b.txt”" % other.who.name, "%s uploaded “a.txt”" % page.who.name)
+    assert other.path() == "/activity?path=trip" and page.who.name in other.run("return document.querySelector('.crumbs').innerText")
+    assert not {"private.txt", "own.txt"} & set(re.findall(r"\w+\.txt", other.text()))
+    other.shot("mount-activity")
+    other.run("[...document.querySelectorAll('.steps li')].find(one => one.innerText.includes('b.txt')).querySelector('button').click()")
+    other.sees("Undone.")
+    assert page.tree() == {"trip", "trip/a.txt", "private.txt"}
+    other.choose("select[name=action]", "deleted …")
+    other.sees("Nothing found")
+    assert other.path() == "/activity?action=delete&path=trip"
+    page.open("/")
+    page.shows("trip", "private.txt")
+    page.run("pick(0)")
+    page.press(".")
+    page.sees("Share “trip”", other.who.name)
+    page.click("dialog .access > .buttons:last-child button")
+    page.sees("%s uploaded “b.txt”" % other.who.name, "%s shared “trip” with %s" % (page.who.name, other.who.name))
+    page.sees("%s ended a share of “a.txt”" % page.who.name)
+    page.misses("private.txt")
 
 
 def test_browser_declines_and_accepts(page, other):
