@@ -285,6 +285,11 @@ class Principal(NamedTuple):
         """The id of the share that a visitor came by."""
         return -self.account
 
+    @property
+    def person(self) -> int:
+        """Whose the rows are that are kept for each person (law 11 of sharing)."""
+        return self.account
+
 
 ANONYMOUS = Principal()
 
@@ -2660,6 +2665,13 @@ CREATE TABLE brake (                    -- what a device, or a link, destroyed o
 INSERT INTO brake (device, home, seq, due, files, deletes, overwrites, held, free)
     SELECT device, home, seq, due, files, deletes, overwrites, held, free FROM brake_of_devices;
 DROP TABLE brake_of_devices;
+CREATE TABLE star (                     -- what somebody marked, for themselves
+    account INTEGER NOT NULL, node INTEGER NOT NULL, PRIMARY KEY (account, node)) WITHOUT ROWID;
+CREATE INDEX star_node ON star (node);
+INSERT INTO star (account, node) SELECT DISTINCT e.home, p.node FROM property p JOIN entry e ON e.node = p.node
+    WHERE p.name = '{http://owncloud.org/ns}favorite' AND trim(substr(p.value, instr(p.value, '>') + 1,
+    instr(substr(p.value, instr(p.value, '>') + 1), '<') - 1), char(9, 10, 13, 32)) IN ('1', 'yes', 'true');
+DELETE FROM property WHERE name = '{http://owncloud.org/ns}favorite';
 """
 MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9, VERSION_10, VERSION_11]         # MIGRATIONS[0] leads from version 1 to 2
 INDEXES = (  # made where SQLite can: parts of names; words of contents
@@ -3996,6 +4008,7 @@ class Accounts:
                      Statement("DELETE FROM device WHERE account = ?", (account.id,)),
                      Statement("DELETE FROM known_place WHERE account = ?", (account.id,)),
                      Statement("DELETE FROM lock WHERE home = ?", (account.id,)),
+                     Statement("DELETE FROM star WHERE account = ?", (account.id,)),
                      *end_shares("s.home = ?1 OR s.giver = ?1 OR s.kind = 'account' AND s.grantee = ?1", (account.id,), self.clock),
                      Statement("DELETE FROM member WHERE account = ?", (account.id,)),
                      unless=(LAST_ADMIN + " AND EXISTS (SELECT 1 FROM account WHERE id <> :id AND removed IS NULL)",
@@ -4372,7 +4385,7 @@ def network_of(address: str) -> str:
 NODE = ("e.node, e.home, e.since, e.until, e.parent, e.name, e.kind, e.manifest, coalesce(c.size, e.size), e.mtime, "
         "e.media, e.rev, e.fate, c.seq, c.files")
 CHUNK = "h.hash, h.size, h.data, h.object"
-STAR = "{http://owncloud.org/ns}favorite"        # the dead property of what somebody marked, in the words of most clients
+STAR = "{http://owncloud.org/ns}favorite"        # the property of what somebody marked, in the words of most clients
 TEXT_LIMIT = MiB                # bytes of a text file whose contents are found by a search
 THUMBNAIL_LIMIT = 64 * KiB      # bytes of one
 STARRED = '<o:favorite xmlns:o="http://owncloud.org/ns">1</o:favorite>'
@@ -4405,8 +4418,16 @@ class View(NamedTuple):
     def need(self, *rights: str) -> None:
         """raises CloudError forbidden without any of these rights"""
         if self.rights.isdisjoint(rights):
-            raise CloudError("forbidden", "nobody is logged in" if not self.rights else "this link does not allow that"
-                             if self.who.means == "link" else "this device may only read")
+            self.refuse()
+
+    def need_person(self) -> None:
+        """raises CloudError forbidden for a visitor, and for a device that may only read: whatever the rights to a place, they keep nothing"""
+        if self.who.means == "link" or self.who.readonly:
+            self.refuse()
+
+    def refuse(self) -> None:
+        raise CloudError("forbidden", "nobody is logged in" if not self.rights else "this link does not allow that"
+                         if self.who.means == "link" else "this device may only read")
 
     def need_whole(self) -> None:
         """raises CloudError forbidden if there is more in the home than is seen from here"""
@@ -4534,6 +4555,10 @@ def page_source(mounts: int) -> str:
             ", ".join(":m%d" % n for n in range(mounts)))
 
 
+PROPERTIES_OF = (  # of node :node and of what it holds now.  CROSS keeps the order: whoever has many stars pays for what is listed alone
+    "SELECT node, name, value FROM property WHERE node = :node UNION ALL SELECT p.node, p.name, p.value FROM entry e JOIN property p ON p.node = e.node "
+    "WHERE e.parent = :node AND e.until IS NULL UNION ALL SELECT node, :star, :starred FROM star WHERE account = :account AND node = :node UNION ALL "
+    "SELECT s.node, :star, :starred FROM entry e CROSS JOIN star s ON s.account = :account AND s.node = e.node WHERE e.parent = :node AND e.until IS NULL")
 Seen = Callable[["Moment"], List["Grant"]]               # which mounts a Moment goes on at
 SharedBy = Tuple[str, frozenset]  # of a mount: (its owner, the rights to it); ("", rights) of what within one another share adds rights to
 
@@ -4725,15 +4750,14 @@ class Moment:
 
     # ---- what belongs to a node and to its children, as it is now
 
-    def properties(self, node: Node) -> dict[int, dict[str, str]]:
-        """Dead properties: {node: {"{namespace}name": XML}}."""
+    def properties(self, node: Node, account: int = 0) -> dict[int, dict[str, str]]:
+        """Dead properties, and STAR of what an account marked: {node: {"{namespace}name": XML}}."""
         found: dict[int, dict[str, str]] = {}
-        for id, name, value in self.read(
-                "SELECT node, name, value FROM property WHERE node = ? UNION ALL SELECT p.node, p.name, p.value FROM entry e "
-                "JOIN property p ON p.node = e.node WHERE e.parent = ? AND e.until IS NULL", (node.node,) * 2):
+        for id, name, value in self.read(PROPERTIES_OF, {"node": node.node, "account": account, "star": STAR, "starred": STARRED}):
             found.setdefault(id, {})[name] = value
         for some in pieces(list(self.grants)):
-            for id, name, value in self.read("SELECT node, name, value FROM property WHERE node IN (" + marks(some) + ")", some):
+            for id, name, value in self.read("SELECT node, name, value FROM property WHERE node IN (%s) UNION ALL SELECT node, ?, ? FROM star WHERE "
+                                             "account = ? AND node IN (%s)" % ((marks(some),) * 2), (*some, STAR, STARRED, account, *some)):
                 found.setdefault(id, {})[name] = value
         return found
 
@@ -5574,6 +5598,12 @@ class Tree:
         view = self.enter(who, path, right).view
         return view, path[bool(view.seq):]
 
+    def shared_at(self, who: Principal, path: tuple[str, ...]) -> View:
+        """The view by which somebody goes back in what others shared at a path, or for () at home.  raises CloudError not-found"""
+        place = self.enter(who, path, PAST)
+        place.found()
+        return place.view
+
     def _enter_top(self, view: View, above: tuple[int, ...]) -> Place:
         rows = self.db.read(
             "SELECT a.shape, EXISTS (SELECT 1 FROM lock WHERE home = a.id), a.quota - a.extra, r.size, " + NEWEST_SHARED + ", " + NODE + " FROM account a "
@@ -6176,6 +6206,9 @@ class Plan:
 
     def _set_properties(self, node: Node, properties: dict[str, str | None]) -> None:
         """raises CloudError too-large beyond what a node may hold (X4)"""
+        if STAR in properties:
+            self.rows += star_rows(self.who, [node], is_star(properties[STAR]))
+            properties = {name: value for name, value in properties.items() if name != STAR}
         rows = dict(self.tree.db.read("SELECT name, length(name) + length(value) FROM property WHERE node = ?", (node.node,)))
         rows.update((name, len(name) + len(value or "")) for name, value in properties.items())
         if any(size > PROPERTY_LIMIT for size in rows.values()) or sum(rows.values()) > 16 * PROPERTY_LIMIT:
@@ -6376,6 +6409,8 @@ BEGIN_COLLECTION = (
 ADD_SUMS = "UPDATE collection SET seq = (SELECT max(seq) FROM journal), size = size + ?, files = files + ? WHERE node = ?"
 RAISE_SHAPE = "UPDATE account SET shape = shape + 1 WHERE id = ?"
 PUT_PROPERTY = "INSERT INTO property (node, name, value) VALUES (?, ?, ?) ON CONFLICT (node, name) DO UPDATE SET value = excluded.value"
+PUT_STAR = "INSERT INTO star (account, node) VALUES (?, ?) ON CONFLICT (account, node) DO NOTHING"
+END_STAR = "DELETE FROM star WHERE account = ? AND node = ?"
 PUT_THUMBNAIL = "INSERT INTO thumbnail (home, manifest, data) VALUES (?, ?, ?)"
 PUT_LOOSE = (
     "INSERT INTO loose (home, chunk, size, due, root) VALUES (?, ?, ?, ?, ?) ON CONFLICT (home, chunk) DO UPDATE SET "
@@ -6405,6 +6440,18 @@ def property_rows(node: Node, properties: dict[str, str | None]) -> list[Stateme
             for name, value in properties.items()]
 
 
+def star_rows(who: Principal, nodes: Iterable[Node], on: bool) -> list[Statement]:
+    """Mark nodes with a star of somebody's own, or take it away.  raises CloudError forbidden for who may only look, and for visitors"""
+    view_of(who).need_person()
+    return [Statement(PUT_STAR if on else END_STAR, [(who.person, node.node) for node in nodes], many=True)]
+
+
+def is_star(value: str | None) -> bool:
+    """Does this value of STAR, an element, say yes?"""
+    found = re.search(">([^<]*)<", value or "")
+    return bool(found) and found[1].strip() in ("1", "yes", "true")
+
+
 def raise_shape(home: int) -> Statement:
     """Whatever was decided about paths, locks or history of a home before this is decided anew (invariant 5)."""
     return Statement(RAISE_SHAPE, (home,))
@@ -6417,7 +6464,8 @@ COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row o
 
 TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the number of what a row of it changes for who remembers it
     CHUNK_ROWS: lambda row: number_of(row[0]), END_ENTRY: lambda row: row[3], RAISE_SHAPE: lambda row: row[0],
-    **dict.fromkeys((RAISE_SHARE, PUT_MANIFEST, PUT_OFFSET, PUT_DIGEST, BEGIN_ENTRY, BEGIN_COLLECTION, ADD_SUMS, PUT_PROPERTY, PUT_BRAKE, PUT_LOOSE, COUNT_CAME))}
+    **dict.fromkeys((RAISE_SHARE, PUT_MANIFEST, PUT_OFFSET, PUT_DIGEST, BEGIN_ENTRY, BEGIN_COLLECTION, ADD_SUMS, PUT_PROPERTY, PUT_STAR, END_STAR, PUT_BRAKE, PUT_LOOSE,
+                     COUNT_CAME))}
 
 
 # ==== 11. Files ==========================================================================
@@ -6457,12 +6505,13 @@ class Copies:
     brings the tops.  What is left of one that broke off hangs under nothing; Upkeep finds it by `growing`.
     """
 
-    def __init__(self, db: Database, home: int) -> None:
-        self.db, self.home, self.rows = db, home, 0
+    def __init__(self, db: Database, home: int, account: int) -> None:
+        """account   whose stars come along"""
+        self.db, self.home, self.account, self.rows = db, home, account, 0
         self.seq = db.read("SELECT max(seq) FROM journal")[0][0]
         self._parts: list[CopiedCollection] = []             # each before those that it holds
         self._pairs: list[tuple[int, int]] = []              # (node, copy) of tops and collections, for properties
-        self._has_properties = bool(db.read("SELECT 1 FROM property LIMIT 1"))
+        (self._has_properties, self._has_stars), = db.read("SELECT EXISTS (SELECT 1 FROM property), EXISTS (SELECT 1 FROM star WHERE account = ?)", (account,))
 
     def measure(self, node: Node, deep: bool) -> Node:
         """Take up a copy of a node and, if it is `deep`, of all below it; returns its top.  raises CloudError too-many"""
@@ -6544,10 +6593,11 @@ class Copies:
 
     def _steps(self, one: CopiedCollection, since: int | None, step: int) -> Iterator[list[Statement]]:
         """The entries of what a collection holds, so many at a time."""
-        values = {"parent": one.node, "seq": self.seq, "home": self.home, "copy": one.copy, "since": since, "after": ""}
+        values = {"parent": one.node, "seq": self.seq, "home": self.home, "account": self.account, "copy": one.copy, "since": since, "after": ""}
         for done in range(0, one.count, max(1, step)):
             piece = {**values, "first": one.first + (done << 12), "count": step}
-            yield [Statement(COPY_FILES, piece), *([Statement(COPY_PROPERTIES, piece)] if self._has_properties else ())]
+            yield [Statement(sql, piece) for sql, is_needed in (
+                (COPY_FILES, True), (COPY_PROPERTIES, self._has_properties), (COPY_STARS, self._has_stars)) if is_needed]
             for last, in self.db.read("SELECT key FROM (" + COPIED + ") WHERE kind = 0 AND key > :after ORDER BY key LIMIT 1 OFFSET :step",
                                       {**values, "step": step - 1}) if done + step < one.count else ():
                 values["after"] = last
@@ -6561,8 +6611,10 @@ class Copies:
                           [(one.copy, since, one.size, one.files) for one in parts], many=True)]
 
     def _properties(self) -> list[Statement]:
-        return [Statement("INSERT INTO property (node, name, value) SELECT ?2, name, value FROM property WHERE node = ?1", self._pairs,
-                          many=True)] if self._has_properties else []
+        return [*([Statement("INSERT INTO property (node, name, value) SELECT ?2, name, value FROM property WHERE node = ?1", self._pairs,
+                             many=True)] if self._has_properties else ()),
+                *([Statement("INSERT INTO star (account, node) SELECT account, ?2 FROM star WHERE node = ?1 AND account = ?3",
+                             [(*pair, self.account) for pair in self._pairs], many=True)] if self._has_stars else ())]
 
 
 COPY_STEP = 2_000               # rows that a copy writes in one batch
@@ -6574,6 +6626,7 @@ COPY_FILES = (
     "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) SELECT :home, coalesce(:since, s), copy, "
     ":copy, name, key, kind, manifest, size, mtime, media, coalesce(:since, s) FROM (" + NEXT_FILES + "), (SELECT max(seq) AS s FROM journal)")
 COPY_PROPERTIES = "INSERT INTO property (node, name, value) SELECT c.copy, p.name, p.value FROM (" + NEXT_FILES + ") c JOIN property p ON p.node = c.node"
+COPY_STARS = "INSERT INTO star (account, node) SELECT account, c.copy FROM (" + NEXT_FILES + ") c JOIN star s ON s.account = :account AND s.node = c.node"
 
 
 def foresee_file(plan: Plan, path: tuple[str, ...], given: Preconditions, size: int, parents: bool) -> Place | None:
@@ -6618,11 +6671,52 @@ class Standing(NamedTuple):
     mount: bool = False          # does it stand in their root, as what was shared?
 
 
+class Stars:
+    """What people marked, each for themselves: others see nothing of it, and nothing changes by it but the list of who did (law 10 of sharing)."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree, self.db = tree, tree.db
+
+    def mark(self, who: Principal, *paths: tuple[str, ...], on: bool, given: Preconditions = ANY) -> None:
+        """Mark files and collections that somebody may read with a star, in one step, or take it away."""
+        def attempt() -> Batch:
+            plan, nodes = Plan(self.tree, who), []
+            for path in paths:
+                place = plan.now.enter(path)
+                place.need(READ)
+                plan.check_conditions(place, path, given)
+                nodes.append(place.found())
+            detail = {"path": "/".join(self._from_root(who, paths[0], nodes[0])), **({"count": len(paths)} if len(paths) > 1 else {})}
+            return Batch(star_rows(who, nodes, on), plan.guards, Line(who.person, who, "star" if on else "unstar", detail))
+
+        self.db.write(attempt)
+
+    def _from_root(self, who: Principal, path: tuple[str, ...], node: Node) -> tuple[str, ...]:
+        """Where a node is for whose star it is, whatever their device is limited to."""
+        if view_of(who).whole:
+            return path
+        (root,), = self.db.read("SELECT root FROM account WHERE id = ?", (who.person,))
+        return seen_by(self.db.read, Principal(who.person, who.name, root), self.tree.mounts).path(node.node) or path
+
+    def list(self, who: Principal) -> list[tuple[tuple[str, ...], Node]]:
+        """(path, node) of all that bears a star of somebody and that they see, in the order of paths."""
+        here, ids = seen_by(self.db.read, who, self.tree.mounts), [id for id, in self.db.read("SELECT node FROM star WHERE account = ?", (who.person,))]
+        here.load(ids)
+        return sorted((here.path(id), here.here(id)) for id in ids if here.path(id) is not None)
+
+    def among(self, who: Principal, nodes: Iterable[Node]) -> set[int]:
+        """Which of some nodes bear a star of somebody."""
+        if not self.db.read("SELECT 1 FROM star WHERE account = ? LIMIT 1", (who.person,)):
+            return set()
+        return {id for piece in pieces([node.node for node in nodes]) for id, in self.db.read(
+            "SELECT node FROM star WHERE account = ? AND node IN (" + marks(piece) + ")", (who.person, *piece))}
+
+
 class Files:
     """Files and collections as they are now."""
 
     def __init__(self, tree: Tree) -> None:
-        self.tree, self.db, self.clock, self.sums = tree, tree.db, tree.clock, Sums(tree.db)
+        self.tree, self.db, self.clock, self.sums, self.stars = tree, tree.db, tree.clock, Sums(tree.db), Stars(tree)
 
     def stat(self, who: Principal, path: tuple[str, ...]) -> Node:
         """The node at a path.  raises CloudError not-found"""
@@ -6844,7 +6938,7 @@ class Files:
     def _measure(self, who: Principal, act: CopyTask) -> tuple[Copies, list[Node], list[Node | None]]:
         """What there is to copy, and the tops of the copies; None for what can be moved."""
         there = self.tree.enter(who, act.pairs[0][1])
-        copies, here = Copies(self.db, there.view.home), [self.tree.enter(who, source, READ) for source, _ in act.pairs]
+        copies, here = Copies(self.db, there.view.home, who.person), [self.tree.enter(who, source, READ) for source, _ in act.pairs]
         nodes = [shown(place, source) for place, (source, _) in zip(here, act.pairs)]
         tops = [None if act.ends and (place.is_top or node.home == copies.home) else copies.measure(node, act.deep) for place, node in zip(here, nodes)]
         self.tree.store(there, price=copies.cost())
@@ -6863,7 +6957,10 @@ class Files:
             plan.patch(path, given, properties or {}, mtime)
             return plan.batch("patch", {"path": [path]})
 
-        self.db.write(attempt)
+        if list(properties or ()) == [STAR] and mtime is None:
+            self.stars.mark(who, path, on=is_star(properties[STAR]), given=given)
+        else:
+            self.db.write(attempt)
         return self.stat(who, path)
 
     # ---- locks (RFC 4918 s6, s7)
@@ -7171,13 +7268,6 @@ class Search:
         with self.tree.lane(who):
             return [row for row in watched(self.files.walk(who, path), alive) if test(row[1])]
 
-    def marked(self, who: Principal, name: str) -> list[tuple[tuple[str, ...], Node, str]]:
-        """(path, node, value) of all nodes that bear a dead property."""
-        here = seen_by(self.db.read, who, self.tree.mounts)
-        rows = [row for home in (view_of(who).home, *here.homes()) for row in self.db.read(
-            "SELECT p.node, p.value FROM property p JOIN entry e ON e.node = p.node AND e.until IS NULL WHERE p.name = ? AND e.home = ?", (name, home))]
-        return sorted((here.path(id), here.here(id), value) for id, value in rows if here.path(id) is not None)
-
     def _candidates(self, home: int, query: Query) -> Iterator[Node]:
         """Live nodes of a home: those the index of names knows to fit, and all it has not seen yet."""
         usable = query.words and all(len(word) > 2 for word in query.words)
@@ -7193,40 +7283,11 @@ class Search:
                 entries_now("name_index MATCH ? AND e.home = ?", source="name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e "
                             "ON e.node = r.node") + " ORDER BY i.rowid DESC", (wanted, home)))
 
-    def star(self, who: Principal, *paths: tuple[str, ...], on: bool) -> None:
-        """Mark files and collections with a star, in one step, or take it away."""
-        def attempt() -> Batch:
-            plan = Plan(self.tree, who)
-            for path in paths:
-                place = plan.now.enter(path)
-                place.need(UPDATE)
-                plan.rows += property_rows(place.found(), {STAR: STARRED if on else None})
-            return plan.batch("star" if on else "unstar", {"path": list(paths)})
-
-        self.db.write(attempt)
-
-    def starred(self, who: Principal) -> list[tuple[tuple[str, ...], Node]]:
-        """(path, node) of all that bears a star, in the order of paths."""
-        return [(path, node) for path, node, value in self.marked(who, STAR) if is_star(value)]
-
-    def stars_among(self, nodes: Iterable[Node]) -> set[int]:
-        """Which of some nodes bear a star."""
-        if not self.db.read("SELECT 1 FROM property WHERE name = ? LIMIT 1", (STAR,)):
-            return set()
-        return {id for piece in pieces([node.node for node in nodes]) for id, value in self.db.read(
-            "SELECT node, value FROM property WHERE name = ? AND node IN (" + marks(piece) + ")", (STAR, *piece)) if is_star(value)}
-
     def by_id(self, who: Principal, node: int) -> list[tuple[tuple[str, ...], Node]]:
         """(path, node) of a live node, if `who` can see it."""
         here = seen_by(self.db.read, who, self.tree.mounts)
         path = here.path(node)
         return [] if path is None else [(path, here.here(node))]
-
-
-def is_star(value: str) -> bool:
-    """Does this value of STAR, an element, say yes?"""
-    found = re.search(">([^<]*)<", value)
-    return bool(found) and found[1].strip() in ("1", "yes", "true")
 
 
 # ==== 12. History ========================================================================
@@ -7581,7 +7642,7 @@ class History:
         path    leads to where it was done: it touched nothing but what who asks sees by that way
         raises  CloudError not-found if there is nothing to take back, gone if that is too long ago, or given up for good
         """
-        view, _ = self.tree.within(who, path, PAST)
+        view = self.tree.shared_at(who, path)
         brought = self._bring_mounts_back(view, seq) if view.whole else 0
         if brought and not self.db.read("SELECT 1 FROM entry WHERE home = ?1 AND since = ?2 UNION ALL SELECT 1 FROM entry WHERE home = ?1 AND until = ?2 "
                                         "AND kind < 2", (view.home, seq)):
@@ -7898,7 +7959,7 @@ class Trash:
 
         path    leads to what others shared: what died there, in the words of who asks
         """
-        view, _ = self.tree.within(who, path, PAST)
+        view = self.tree.shared_at(who, path)
         found, last = [], (before, INTEGERS - 1)
         while last and len(found) < limit:
             items = self._trashed(view, "(e.until < :until OR e.until = :until AND e.node > :node) ", *last, limit)
@@ -7930,7 +7991,7 @@ class Trash:
         path    leads to what others shared, if they died there
         raises  CloudError not-found if one is not in the trash
         """
-        view, _ = self.tree.within(who, path, PAST)
+        view = self.tree.shared_at(who, path)
 
         def attempt() -> Batch:
             plan = Plan(self.tree, view.who, as_of=self.db.head())
@@ -11129,7 +11190,7 @@ def api_node(node: Node, path: Sequence[str]) -> dict[str, Any]:
 def api_nodes(cloud: Cloud, who: Principal, rows: Iterable[tuple[Sequence[str], Node]]) -> list[dict[str, Any]]:
     """Live nodes, (path, node), with what marks them: stars, and how they are shared."""
     rows = list(rows)
-    stars, shared = cloud.search.stars_among(node for _, node in rows), cloud.sharing.given_by(who)
+    stars, shared = cloud.files.stars.among(who, (node for _, node in rows)), cloud.sharing.given_by(who)
     return [{**api_node(node, path), **api_marks(node.node in stars, shared.get(node.node, ()))}
             if node.node in stars or node.node in shared else api_node(node, path) for path, node in rows]
 
@@ -11640,14 +11701,14 @@ def api_star(cloud: Cloud, who: Principal, request: Request) -> Response:
     paths = request.values["paths"]
     if not paths:
         raise CloudError("bad-request", "paths are 1 to %d" % PAGE_LIMIT)
-    cloud.search.star(who, *paths, on=request.values["starred"])
+    cloud.files.stars.mark(who, *paths, on=request.values["starred"])
     return Response(204)
 
 
 @route("GET", API + "starred", needs="read", packs=True)
 def api_starred(cloud: Cloud, who: Principal, request: Request) -> Response:
     """All that bears a star, in the order of paths."""
-    return json_response({"items": api_nodes(cloud, who, cloud.search.starred(who))})
+    return json_response({"items": api_nodes(cloud, who, cloud.files.stars.list(who))})
 
 
 one_call("POST", "qr", "read", "A text as a QR code: rows of 1 (dark) and 0; it stands in no address, for it may be a secret.",
@@ -12484,7 +12545,7 @@ class About:
 
     def __init__(self, cloud: Cloud, who: Principal, node: Node, now: Moment) -> None:
         self._begin(cloud, who, cloud.files.standing(who, now))
-        self._fetch = {"quota": lambda: cloud.files.quota(who), "digests": lambda: now.digests(node), "dead": lambda: now.properties(node),
+        self._fetch = {"quota": lambda: cloud.files.quota(who), "digests": lambda: now.digests(node), "dead": lambda: now.properties(node, who.person),
                        "pictured": lambda: now.pictured(node), "locks": lambda: cloud.locks.near(now, node), "epoch": lambda: cloud.epoch,
                        "given": lambda: cloud.sharing.given_by(who)}
 
@@ -13352,7 +13413,7 @@ NC_PROPERTIES: dict[str, Reader] = {
     "{http://open-cloud-mesh.org/ns}share-permissions": lambda node, about: json.dumps([
         word for word, rights in OCM_WORDS.items() if about.standing(node).rights & rights]),
     OC + "comments-unread": lambda node, about: "0",
-    FAVORITE: lambda node, about: stored_text(node, about, FAVORITE) or "0",
+    FAVORITE: lambda node, about: str(int(is_favorite(node, about))),
     LIVE_PHOTO: lambda node, about: stored_text(node, about, LIVE_PHOTO) or None,           # iOS: the name of its other half
     NC + "is-encrypted": lambda node, about: "0",
     NC + "has-preview": lambda node, about: "true" if not node.kind and (node.home, node.manifest) in about.pictured else "false",
@@ -13651,7 +13712,7 @@ class Scattered(About):
         self._begin(cloud, who, cloud.files.standing(who))
         self.locks = lambda node: []
         self._fetch = {"given": lambda: cloud.sharing.given_by(who), "epoch": lambda: cloud.epoch, "quota": lambda: cloud.files.quota(who), "digests": dict, "pictured": lambda: cloud.pictures.known(who), "dead": lambda: {
-            node.node: {FAVORITE: value} for _, node, value in cloud.search.marked(who, FAVORITE)}}
+            node.node: {FAVORITE: STARRED} for _, node in cloud.files.stars.list(who)}}
 
 
 def nc_rows(request: Request, about: About, base: tuple[str, ...], names: Sequence[str],
@@ -13668,7 +13729,7 @@ def nc_filter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     names = read_names(body.iterfind("{DAV:}prop/*"))
     wanted = (body.findtext(OC + "filter-rules/" + FAVORITE) or "").strip() in TRUE
     about, base = Scattered(cloud, who), request.door.root(request.path)
-    return nc_rows(request, about, base, names, ((place, node) for place, node in cloud.search.starred(who)
+    return nc_rows(request, about, base, names, ((place, node) for place, node in cloud.files.stars.list(who)
                                                  if wanted and place[:len(path)] == path))
 
 
@@ -13683,7 +13744,7 @@ TRUE = ("1", "yes", "true")
 
 
 def is_favorite(node: Node, about: About) -> bool:
-    return is_star(about.dead.get(node.node, {}).get(FAVORITE, ""))
+    return FAVORITE in about.dead.get(node.node, ())
 
 
 def read_search_time(text: str) -> int:
@@ -13777,7 +13838,7 @@ def look_up_name(cloud: Cloud, who: Principal, pattern: str) -> list[tuple[tuple
 
 
 def look_up_favorites(cloud: Cloud, who: Principal, value: str) -> list[tuple[tuple[str, ...], Node]] | None:
-    return cloud.search.starred(who) if value in TRUE else None
+    return cloud.files.stars.list(who) if value in TRUE else None
 
 
 LOOKUPS: dict[tuple[str, str], Callable[[Cloud, Principal, str], Optional[list[tuple[tuple[str, ...], Node]]]]] = {
@@ -13918,7 +13979,7 @@ IS_LIVE = "EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.until I
 PURGED = (" AND EXISTS (SELECT 1 FROM entry g WHERE g.node = :node AND g.fate = 'purged') "
           "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = :node AND l.until IS NULL)")
 PURGE = (  # what goes with a node: each if PURGED, and the entries last
-    "DELETE FROM property WHERE node = :node", "DELETE FROM pin WHERE node = :node", "DELETE FROM lock WHERE node = :node",
+    "DELETE FROM property WHERE node = :node", "DELETE FROM star WHERE node = :node", "DELETE FROM pin WHERE node = :node", "DELETE FROM lock WHERE node = :node",
     "DELETE FROM mount WHERE node = :node", "DELETE FROM collection WHERE node = :node", "DELETE FROM name_row WHERE node = :node",
     "UPDATE account SET fed = :until WHERE id = :home AND fed < :until",
     "DELETE FROM entry WHERE node = :node AND until IS NOT NULL")

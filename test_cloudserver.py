@@ -1844,6 +1844,22 @@ def test_every_released_version_comes_to_the_tables_of_today(tmp_path, monkeypat
     assert len(shapes[0]) > 40 and all(shape == shapes[-1] for shape in shapes)
 
 
+def test_stars_that_were_properties_are_those_of_their_owners(tmp_path, monkeypatch):
+    values = {1: "<o:favorite xmlns:o='x'>1</o:favorite>", 2: "<favorite> yes\n</favorite>", 3: "<favorite>true</favorite>", 4: "<favorite>0</favorite>", 5: "<favorite/>",
+              6: "<favorite>1</favorite>"}
+    with monkeypatch.context() as patch:
+        patch.setattr(cs, "MIGRATIONS", cs.MIGRATIONS[:9])
+        cs.Sqlite(tmp_path / "cloud.db", Clock()).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "cloud.db")) as db:
+        db.executemany("INSERT INTO property VALUES (?, ?, ?)", [row for node, value in values.items() for row in ((node, cs.STAR, value), (node, "{x}y", "<y/>"))])
+        db.executemany("INSERT INTO entry (node, home, since, until, name, key, kind, size, mtime, rev) VALUES (?, ?, ?, ?, '', '', 1, 0, 0, 0)",
+                       [(1, 7, 1, None), (2, 8, 1, 2), (2, 8, 3, None), (3, 7, 1, 2), (4, 7, 1, None), (5, 7, 1, None)])
+        db.commit()
+    with contextlib.closing(cs.Sqlite(tmp_path / "cloud.db", Clock())) as db:
+        assert db.read("SELECT account, node FROM star ORDER BY node") == [(7, 1), (8, 2), (7, 3)]
+        assert db.read("SELECT DISTINCT name FROM property") == [("{x}y",)]
+
+
 RELEASED = (  # SHA-256 of SCHEMA and of each of MIGRATIONS that a release has had, without comments
     "c96d0f5a19dbd102abf81819cc0f9c8b85ffb8d5f4fccd4dfdcd8eb3c7e930e3", "63db0754c55e84713f22031317394ab399429118ee6dd8373ef012bda2c8805e")
 
@@ -2445,7 +2461,7 @@ NEEDS = {  # the rights that a verb needs, each of them, or one of several; besi
     "upload": ([CREATE], lambda c, a: c.uploads.create(a, ("new",), 3)), "upload over": ([UPDATE], lambda c, a: c.uploads.create(a, ("f",), 3)),
     "send": ([(CREATE, UPDATE)], lambda c, a: c.sync.send(a, [b"chunk"])),
     "overwrite": ([UPDATE], lambda c, a: put(c, a, "f", b"2")), "patch": ([UPDATE], lambda c, a: c.files.patch(a, ("f",), mtime=5)),
-    "lock": ([UPDATE], lambda c, a: take_lock(c, a, "f")), "star": ([UPDATE], lambda c, a: c.search.star(a, ("f",), on=True)),
+    "lock": ([UPDATE], lambda c, a: take_lock(c, a, "f")), "star": ([READ], lambda c, a: c.files.stars.mark(a, ("f",), on=True)),
     "restore a version": ([PAST, UPDATE], lambda c, a: c.versions.restore(a, ("f",), c.files.stat(a, ("f",)).rev)),
     "rename": ([UPDATE], lambda c, a: move(c, a, "f", "new")), "rename over": ([UPDATE, DELETE], lambda c, a: move(c, a, "f", "h")),
     "move": ([CREATE, DELETE], lambda c, a: move(c, a, "d/g", "new")), "move over": ([CREATE, DELETE], lambda c, a: move(c, a, "d/g", "f")),
@@ -3283,17 +3299,17 @@ def test_a_limited_device_whose_collection_is_deleted_reads_nothing(cloud, ann, 
     data = os.urandom(100_000)
     file = put(cloud, ann, "up/s/x.bin", data, parents=True)
     put(cloud, ann, "up/s/words.txt", b"needle in a haystack")
-    cloud.search.star(ann, ("up", "s", "x.bin"), on=True)
+    cloud.files.stars.mark(ann, ("up", "s", "x.bin"), on=True)
     who, seq = token_of(cloud, ann, node=cloud.files.stat(ann, ("up", "s")).node), cloud.journal.head()
     query = cs.Query(("words",))
     readings = [lambda: cloud.history.past(who, (), seq), lambda: cloud.history.past_content(who, ("x.bin",), seq), lambda: cloud.sync.manifest(who, (), seq),
                 lambda: list(cloud.history.archive(who, (), (), seq)), lambda: list(cloud.history.walk(who, ())), lambda: cloud.files.open(who, ("x.bin",)),
                 lambda: cloud.versions.list(who, ("x.bin",)), lambda: cloud.feed.changes(who, (), 1), lambda: cloud.history.differences(who, (), 1),
                 lambda: cloud.history.rewind(who, (), seq), lambda: cloud.files.path_of(who, file.node), lambda: cloud.search.find(who, query)]
-    assert not any(isinstance(outcome(read), str) for read in readings[:-3]) and cloud.search.starred(who) and cloud.search.by_id(who, file.node)
+    assert not any(isinstance(outcome(read), str) for read in readings[:-3]) and cloud.files.stars.list(who) and cloud.search.by_id(who, file.node)
     cloud.files.delete(ann, ("up", "s") if kill == "delete it" else ("up",))
     assert [outcome(read) for read in readings] == ["not-found"] * len(readings)
-    assert cloud.search.starred(who) == [] and cloud.search.by_id(who, file.node) == [] and cloud.sync.known(who, [file.manifest]) == {}
+    assert cloud.files.stars.list(who) == [] and cloud.search.by_id(who, file.node) == [] and cloud.sync.known(who, [file.manifest]) == {}
     assert tree(cloud, ann) in ({}, {"up": None})
 
 
@@ -4381,7 +4397,7 @@ class Through:
 
     def __getattr__(self, name):
         found = getattr(self.real, name)
-        return Through(found, self.top, name) if callable(found) or name in ("files", "history", "versions", "trash", "journal", "sync", "uploads", "search") else found
+        return Through(found, self.top, name) if callable(found) or name in ("files", "history", "versions", "trash", "journal", "sync", "uploads", "search", "stars") else found
 
     def _below(self, value):
         if isinstance(value, tuple) and all(isinstance(part, str) for part in value):
@@ -4441,7 +4457,10 @@ def test_who_may_do_what_with_what_is_shared(cloud, ann, bob, verb, role):
     may = may and all(set(MEMBERS[role]) & set(right if isinstance(right, tuple) else (right,)) for right in needed)
     before, elsewhere = tree(cloud, ann), own(cloud, bob)
     result = outcome(act, within, who)
-    if may:
+    if role == "former member" and verb == "create with parents":            # the name is theirs again
+        assert own(cloud, bob) == {**elsewhere, "m": None, "m/new": None, "m/new/new": b"x"} and tree(cloud, ann) == before
+        elsewhere = own(cloud, bob)
+    elif may:
         assert not isinstance(result, str), result
     else:
         assert result in ("not-found", "no-parent", "gone") if role == "former member" or verb in HIDDEN else result == "forbidden"
@@ -5388,11 +5407,11 @@ def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann, monkeypatch):
     cloud.uploads.append(ann, upload.id, 0, Body(b"abc"))
     cloud.uploads.begin_parts(ann, "t", 3)
     cloud.uploads.put_part(ann, "t", 1, Body(b"abc"))
-    cloud.uploads.parts(ann, "t"), cloud.uploads.join_parts(ann, "t", ("joined",)), cloud.contents.sums(cloud.files.stat(ann, ("joined",))), cloud.search.marked(ann, "x")
+    cloud.uploads.parts(ann, "t"), cloud.uploads.join_parts(ann, "t", ("joined",)), cloud.contents.sums(cloud.files.stat(ann, ("joined",)))
     cloud.once("op", ann, lambda who: put(cloud, who, "once"))
     with cloud.files.listing(ann, ("e",)) as (node, now):
         list(now.children(node.node)), now.properties(node), now.digests(node), cloud.locks.near(now, node)(node)
-    cloud.search.star(ann, ("e",), on=True), cloud.search.starred(ann), cloud.search.stars_among([cloud.files.stat(ann, ("e",))])
+    cloud.files.stars.mark(ann, ("e",), on=True), cloud.files.stars.list(ann), cloud.files.stars.among(ann, [cloud.files.stat(ann, ("e",))])
     look_for(cloud, ann, "word other"), look_for(cloud, ann, "", kind="text"), cloud.policy()
     cloud.kept(ann, cloud.keep(ann, 1)), cloud.pictures.thumbnail(ann, ("e", "c")), cloud.history.differences(ann, (), 3), cloud.files.usage(ann), cloud.journal.server_activity(), cloud.journal.activity(ann, device="x")
     local.off, scans = True, {}
@@ -6403,7 +6422,7 @@ def test_a_link_reaches_nothing_but_what_is_shared(cloud, ann, link):
     """S2: each route times each form of leaving it; nothing is told of what is there."""
     put(cloud, ann, "d/in/f", b"shared", parents=True), put(cloud, ann, "d/out", b"secret"), put(cloud, ann, "deep", b"secret")
     cloud.files.patch(ann, ("d", "in", "f"), properties={"{x:}note": '<note xmlns="x:">secret</note>'})
-    cloud.search.star(ann, ("d", "in", "f"), on=True)
+    cloud.files.stars.mark(ann, ("d", "in", "f"), on=True)
     visit, other = link("d/in", role="edit"), link("d/out")
     for way in ("/../out", "/..", "/%2e%2e/out", "/.%2e/out", "/..%2fout", "/%2e%2e%2fout", "/in/../../out", "/./../out", "/..\\out", "/%5c..%5cout",
                 "/dav/../../out", "/dav/%2e%2e/out", "/f/../../out"):
@@ -8664,7 +8683,88 @@ def test_stars_are_those_of_nextcloud_clients(api, call, cloud, ann):
          b"<o:favorite>1</o:favorite></d:prop></d:set></d:propertyupdate>")
     assert [item["path"] for item in api("GET", "starred")["items"]] == ["b/c.txt", "d.txt", "e.txt"]
     assert api("POST", "star", paths=["d.txt", "nothing"], starred=False) == "not-found"
-    assert "starred" in api("GET", "files/d.txt") and cloud.search.starred(account(cloud, "bob")) == []
+    assert "starred" in api("GET", "files/d.txt") and cloud.files.stars.list(account(cloud, "bob")) == []
+
+
+def test_a_star_is_of_whose_it_is_alone_and_needs_no_more_than_reading(api, call, cloud, ann, people):
+    """Law 10: at every door, also on what others share; nobody else sees it, no etag changes, and no activity but one's own tells of it."""
+    bob, find = people.bob, b'<d:propfind xmlns:d="DAV:" xmlns:o="http://owncloud.org/ns"><d:prop><o:favorite/></d:prop></d:propfind>'
+    put(cloud, ann, "x/d/f", b"f", parents=True), put(cloud, bob, "mine", b""), give(cloud, ann, "x/d", "bob", role="view")
+    before = [cloud.files.stat(who, path).etag for who, path in ((ann, ()), (ann, ("x", "d")), (ann, ("x", "d", "f")), (bob, ()), (bob, ("d",)))]
+
+    def shown(user, *paths):
+        """Which bear a star, as each door tells."""
+        base = {"ann": "x/"}.get(user, "")
+        told = [{path for path in paths if b">1</" in call("PROPFIND", door + path, find, user=user, Depth="0").body}
+                for door in ("/dav/" + base, "/remote.php/dav/files/%s/%s" % (user, base))]
+        told.append({path for path in paths if api("GET", "files/" + base + path, user=user).get("starred")})
+        told.append({row["path"][len(base):] for row in api("GET", "starred", user=user)["items"]})
+        told.append({href.rpartition("/files/%s/%s" % (user, base))[2].strip("/") for href in dav(partial(call, user=user), "REPORT", "/remote.php/dav/files/" + user, FAVORITES)})
+        assert all(one == told[0] for one in told), told
+        return told[0]
+    assert api("POST", "star", user="bob", paths=["d", "mine"], starred=True) == 204 and favor(partial(call, user="bob"), "/remote.php/dav/files/bob/d/f", 1).status == 207
+    assert shown("bob", "d", "d/f", "mine") == {"d", "d/f", "mine"} and shown("ann", "d", "d/f") == set()
+    assert {row["name"] for row in api("GET", "files", user="bob")["children"] if row.get("starred")} == {"d", "mine"}
+    assert favor(call, "/dav/x/d/f", "yes").status == 207 and favor(partial(call, user="bob"), "/dav/d/f", 0).status == 207
+    assert shown("bob", "d", "d/f", "mine") == {"d", "mine"} and shown("ann", "d", "d/f") == {"d/f"}
+    assert before == [cloud.files.stat(who, path).etag for who, path in ((ann, ()), (ann, ("x", "d")), (ann, ("x", "d", "f")), (bob, ()), (bob, ("d",)))]
+    assert [(step.account, step.detail) for step in cloud.journal.activity(ann) if "star" in step.action] == [("ann", {"path": "x/d/f"})]
+    assert [step.detail for step in cloud.journal.activity(bob) if "star" in step.action] == [{"path": "d/f"}, {"path": "d/f"}, {"path": "d", "count": 2}]
+    assert outcome(cloud.files.stars.mark, bob._replace(readonly=True), ("d",), on=True) == "forbidden" and outcome(cloud.files.patch, bob, ("d",), properties={cs.STAR: None, "{x}y": "<y/>"}) == "forbidden"
+    assert outcome(cloud.files.stars.mark, people.cem, ("d",), on=True) == "not-found" == outcome(cloud.files.stars.mark, bob, ("d",), ("no",), on=False)
+    assert outcome(cloud.files.stars.mark, bob, ("d",), on=False, given=Preconditions(if_match=("x",))) == "precondition-failed"
+    cloud.sharing.end(ann, cloud.sharing.all(ann)[0].share.id)
+    assert shown("bob", "mine") == {"mine"}
+    give(cloud, ann, "x/d", "bob", role="view")
+    assert shown("bob", "d", "mine") == {"d", "mine"}
+
+
+def test_a_limited_device_stars_what_it_sees_and_the_journal_tells_where_that_is(cloud, ann, people):
+    put(cloud, ann, "x/d/f", parents=True), put(cloud, people.bob, "own/in/g", parents=True), give(cloud, ann, "x/d", "bob", role="view")
+    for path, name in (("own", "in"), ("d", "f")):
+        device = cloud.tree.limited(token_of(cloud, people.bob, "of " + path, node=cloud.tree.limit_at(people.bob, (path,))))
+        cloud.files.stars.mark(device, (name,), on=True)
+        assert [row for row, _ in cloud.files.stars.list(device)] == [(name,)]
+        assert (people.bob.account, {"path": path + "/" + name}) == cloud.db.read("SELECT home, detail FROM journal ORDER BY seq DESC LIMIT 1")[0][:1] + (
+            cloud.journal.activity(people.bob, limit=1)[0].detail,)
+    assert [path for path, _ in cloud.files.stars.list(people.bob)] == [("d", "f"), ("own", "in")] and cloud.files.stars.list(ann) == []
+
+
+def test_stars_come_along_and_go_with_what_bears_them_and_with_whose_they_are(make_cloud, fake):
+    cloud = make_cloud(clock=fake.clock())
+    ann, bob = account(cloud, "ann"), account(cloud, "bob")
+    put(cloud, ann, "d/in/f", b"f", parents=True), put(cloud, ann, "d/g", b"g"), put(cloud, ann, "one", b"1"), give(cloud, ann, "d", "bob", role="edit")
+    cloud.files.stars.mark(ann, ("d",), ("d", "in", "f"), ("one",), on=True), cloud.files.stars.mark(bob, ("d", "in"), ("d", "g"), on=True)
+    stars = lambda who: ["/".join(path) for path, _ in cloud.files.stars.list(who)]
+    copy(cloud, ann, "d", "e"), copy(cloud, ann, "one", "two"), copy(cloud, bob, "d/in", "in")
+    assert stars(ann) == ["d", "d/in/f", "e", "e/in/f", "one", "two"] and stars(bob) == ["d/g", "d/in", "in"]
+    move(cloud, ann, "one", "d/moved"), move(cloud, bob, "d/g", "g")
+    assert stars(ann) == ["d", "d/in/f", "d/moved", "e", "e/in/f", "two"] and stars(bob) == ["d/in", "g", "in"]
+    cloud.files.delete(ann, ("two",))
+    assert "two" not in stars(ann)
+    cloud.trash.restore(ann, cloud.trash.list(ann)[0].node.node)
+    assert "two" in stars(ann)
+    cloud.files.delete(ann, ("two",)), cloud.files.delete(ann, ("d",)), cloud.trash.empty(ann)
+    upkeep = cs.Upkeep(cloud)
+    assert upkeep.hold()
+    while upkeep.thinning.purge():
+        pass
+    nodes = {node for node, in cloud.db.read("SELECT node FROM entry")}
+    assert {node for node, in cloud.db.read("SELECT node FROM star")} <= nodes and stars(ann) == ["e", "e/in/f"] and stars(bob) == ["g", "in"]
+    cloud.accounts.add("eve", PASSWORD, admin=True), cloud.accounts.remove("bob")
+    assert {who for who, in cloud.db.read("SELECT account FROM star")} == {ann.account}
+    audit(cloud)
+
+
+def test_visitors_have_no_stars_and_see_none(call, cloud, ann):
+    put(cloud, ann, "d/f", parents=True), cloud.files.stars.mark(ann, ("d",), ("d", "f"), on=True)
+    token = cloud.sharing.share(ann, ("d",), role="edit").share.token
+    for door in ("/s/%s/dav/f" % token, "/public.php/dav/files/%s/f" % token):
+        answer = call("PROPFIND", door, "<d:propfind xmlns:d='DAV:' xmlns:o='http://owncloud.org/ns'><d:prop><o:favorite/></d:prop></d:propfind>", user=None, Depth="0")
+        assert answer.status == 207 and b">1</" not in answer.body
+        answer = favor(partial(call, user=None), door, 0)
+        assert answer.status == 403 or b" 403 " in answer.body and b" 200 " not in answer.body
+    assert [path for path, _ in cloud.files.stars.list(ann)] == [("d",), ("d", "f")] and cloud.db.read("SELECT count(*) FROM star") == [(2,)]
 
 
 def test_a_file_tells_its_chunks(api, cloud, ann):
@@ -21439,7 +21539,7 @@ def test_browser_keeps_nobody_out(page, axe, width, height, dark):
         page.put(name, data)
     page.cloud.files.make_collection(page.who, ("empty",))
     page.cloud.files.delete(page.who, ("gone.txt",))
-    page.cloud.search.star(page.who, ("a.txt",), on=True)
+    page.cloud.files.stars.mark(page.who, ("a.txt",), on=True)
     for path in ("README.md", "a.txt"):
         page.cloud.sharing.share(page.who, (path,), name="For " + path)
     zoe = account(page.cloud, page.who.name + "-zoe")
