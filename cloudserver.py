@@ -782,10 +782,14 @@ MTIME_MAX = 253_402_300_799_999                  # year 9999
 @lru_cache(maxsize=4096)
 def format_http_date(at: int) -> str:
     """ms since 1970 to "Mon, 23 Nov 2026 13:00:00 GMT" (RFC 9110 s5.6.7)."""
-    moment = _EPOCH + timedelta(seconds=at // 1000)
-    return "%s, %02d %s %04d %02d:%02d:%02d GMT" % (
-        _DAYS[moment.weekday()], moment.day, _MONTHS[moment.month - 1], moment.year,
-        moment.hour, moment.minute, moment.second)
+    day, second = divmod(at // 1000, DAY // SECOND)
+    return "%s %02d:%02d:%02d GMT" % (_http_day(day), second // 3600, second // 60 % 60, second % 60)
+
+
+@lru_cache(maxsize=1024)
+def _http_day(day: int) -> str:
+    moment = _EPOCH + timedelta(days=day)
+    return "%s, %02d %s %04d" % (_DAYS[moment.weekday()], moment.day, _MONTHS[moment.month - 1], moment.year)
 
 
 def parse_http_date(text: str) -> int | None:
@@ -6741,10 +6745,16 @@ class Files:
         return self.db.recent.get((who, path), look)
 
     @contextmanager
-    def listing(self, who: Principal, path: tuple[str, ...]) -> Iterator[tuple[Node, Moment]]:
-        """A node, and the moment from which to read what it holds.  raises CloudError not-found"""
+    def listing(self, who: Principal, path: tuple[str, ...], *, alone: bool = False) -> Iterator[tuple[Node, Moment]]:
+        """A node, and the moment from which to read what it holds.  raises CloudError not-found
+
+        alone   nobody will: then that needs to be no single moment
+        """
         place = self.tree.enter(who, path, READ)
         seen = shown(place, path)
+        if alone:
+            yield seen, self.tree.below(self.db.read, place)
+            return
         with self.db.snapshot() as read:
             now = self.tree.below(read, place)
             node = now.node(seen.node)
@@ -10482,24 +10492,26 @@ class Spool:
     """
 
     def __init__(self) -> None:
-        self._file, self._parts, self._size = tempfile.SpooledTemporaryFile(MiB), [], 0
+        self._file: BinaryIO | None = None
+        self._parts, self._size = [], 0
 
     def write(self, text: str) -> None:
         self._parts.append(text)
         self._size += len(text)
-        if self._size > 64 * KiB:
+        if self._size > MiB:
             self._flush()
 
     def _flush(self) -> None:
+        self._file = self._file or tempfile.TemporaryFile()
         self._file.write("".join(self._parts).encode("utf-8"))
         self._parts, self._size = [], 0
 
     def response(self, status: int, fields: dict[str, str]) -> Response:
+        if self._file is None:
+            return Response(status, "".join(self._parts).encode("utf-8"), fields)
         self._flush()
+        self._file.flush()
         length = self._file.tell()
-        self._file.seek(0)
-        if length <= MiB:
-            return Response(status, self._file.read(), fields)
         return Response(status, iter([FileSlice(self._file, 0, length)]), fields, length=length)
 
 
@@ -12283,13 +12295,13 @@ LOCK_DEFAULT = 3600                              # seconds, when a client names 
 ROOT_NAMESPACES = {"xmlns_" + prefix: namespace for namespace, prefix in NAMESPACES.items()}
 
 
-class Door(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Door:
     """Addresses under which the files of an account are reached, and what is told of them there."""
     names: tuple[str, ...]               # what they begin with; "<owner>" is the name of the account, "<link>" the token of a link
     properties: dict[str, Reader]        # live ones
     kept: frozenset[str]                 # of those, what shows what was stored as a dead one
     reports: dict[str, Callable[..., Response]]          # by the element that asks for one
-
     by: str = "account"                  # who comes by it: as a route says
     dead: bool = True                    # are dead properties told and taken?
 
@@ -12391,10 +12403,15 @@ def read_destination(request: Request) -> tuple[str, ...]:
 
 def read_body(request: Request) -> ET.Element | None:
     """The XML of a request; None if it has no body."""
+    body = read_bytes(request)
+    return read_xml(body) if body.strip() else None
+
+
+def read_bytes(request: Request) -> bytes:
+    """What XML there is."""
     if "content-encoding" in request.fields and request.fields["content-encoding"].lower() != "identity":
         raise CloudError("unsupported-media", "the body may not be encoded")
-    body = request.body.read(XML_LIMIT)
-    return read_xml(body) if body.strip() else None
+    return request.body.read(XML_LIMIT)
 
 
 def read_mtime(request: Request) -> int | None:
@@ -12543,18 +12560,17 @@ def dav_allow(path: tuple[str, ...]) -> str:
 class About:
     """What live properties may need beside the node itself; fetched when first asked for."""
 
-    def __init__(self, cloud: Cloud, who: Principal, node: Node, now: Moment) -> None:
-        self._begin(cloud, who, cloud.files.standing(who, now))
-        self._fetch = {"quota": lambda: cloud.files.quota(who), "digests": lambda: now.digests(node), "dead": lambda: now.properties(node, who.person),
+    def __init__(self, cloud: Cloud, who: Principal, node: Node | None, now: Moment | None) -> None:
+        self.who, self.home, self.mine = who, view_of(who).home, Standing(view_of(who).rights)
+        self.tag_at = cloud.journal.tag_at
+        self._fetch = {"standing": lambda: cloud.files.standing(who, now), "room": lambda: lru_cache(maxsize=None)(cloud.files.room),
+                       "quota": lambda: cloud.files.quota(who), "digests": lambda: now.digests(node), "dead": lambda: now.properties(node, who.person),
                        "pictured": lambda: now.pictured(node), "locks": lambda: cloud.locks.near(now, node), "epoch": lambda: cloud.epoch,
                        "given": lambda: cloud.sharing.given_by(who)}
 
-    def _begin(self, cloud: Cloud, who: Principal, standing: Callable[[Node], Standing]) -> None:
-        self.who, self.home, self.mine = who, view_of(who).home, Standing(view_of(who).rights)
-        self.tag_at, self.standing, self.room = cloud.journal.tag_at, standing, lru_cache(maxsize=None)(cloud.files.room)
-
     def __getattr__(self, name: str) -> Any:
-        """quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}}; pictured: {(home, manifest)}; locks(node); epoch; given: {node: ...}"""
+        """standing(node); room(home); locks(node); quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}};
+        pictured: {(home, manifest)}; epoch; given: {node: ...}"""
         value = self.__dict__[name] = self._fetch[name]()
         return value
 
@@ -12654,60 +12670,81 @@ def property_reader(door: Door, name: str) -> Reader:
     return door.properties.get(name, dead)
 
 
-class Multistatus:
-    """Writes a 207 answer (RFC 4918 s13), a response at a time.
+class Form:
+    """What a 207 answer tells of each node: which properties, and in which words.
 
     Which properties a node has decides on a shape; each shape is built by E once, and then only filled in.
     """
 
-    def __init__(self, names: Sequence[str] = (), door: Door | None = None, *, values: bool = True,
-                 complete: bool = True) -> None:
-        """
-        names      of the properties asked for
-        door       that knows which of them are live
-        values     False: their names alone (propname)
-        complete   whether to tell of those a node lacks
-        """
+    def __init__(self, names: Sequence[str], door: Door | None, values: bool, complete: bool) -> None:
+        """As Multistatus."""
         self.names, self.live, self.values, self.complete = names, door.properties if door else {}, values, complete
-        self._readers = [property_reader(door, name) for name in names] if door else ()
-        self._shapes: dict[tuple[bool, ...], str] = {}
-        self._spool = Spool()
-        head, _, self._tail = E("d:multistatus", Markup("\0"), **ROOT_NAMESPACES).partition("\0")
-        self._spool.write(format_xml(Markup(head)).decode())
+        self.readers = [property_reader(door, name) for name in names] if door else ()
+        self._shapes: dict[tuple[int, ...], str] = {}        # by the positions of the names that are missing
 
-    def tell(self, href: str, node: Node, about: About, lacks: Collection[str] = ()) -> None:
-        """A response with what is asked of a node; `lacks` are names that are not told of this one."""
-        values = [read and read(node, about) for read in self._readers]
-        self.add(href, [None if name in lacks else value for name, value in zip(self.names, values)] if lacks else values)
-
-    def add(self, href: str, values: Sequence[str | None]) -> None:
+    def fill(self, href: str, values: Sequence[str | None]) -> str:
         """A response with one value, or None, for each of the names; values are XML."""
-        present = tuple([value is not None for value in values])
-        shape = self._shapes.get(present) or self._shape(present)
-        if not self.values:
-            values = ()
-        self._spool.write(shape % (href, *[value for value in values if value is not None]))
+        missing: tuple[int, ...] = ()
+        if None in values:
+            missing = tuple([at for at, value in enumerate(values) if value is None])
+            values = [value for value in values if value is not None]
+        shape = self._shapes.get(missing) or self._shape(missing)
+        return shape % ((href, *values) if self.values else href)
 
-    def _shape(self, present: tuple[bool, ...]) -> str:
-        found = [self._slot(name) for name, here in zip(self.names, present) if here]
-        missing = [E(name) for name, here in zip(self.names, present) if not here] if self.complete else []
-        parts = [propstat(200, found)] if found or not missing else []
-        if missing:
-            parts.append(propstat(404, missing))         # last: iOS reads the first alone, ownCloud leaks an empty one
+    def _shape(self, missing: tuple[int, ...]) -> str:
+        if len(self._shapes) >= SHAPES_MOST:
+            self._shapes.clear()
+        found = [self._slot(name) for at, name in enumerate(self.names) if at not in missing]
+        parts = [propstat(200, found)] if found or not (missing and self.complete) else []
+        if missing and self.complete:                    # last: iOS reads the first alone, ownCloud leaks an empty one
+            parts.append(propstat(404, [E(self.names[at]) for at in missing]))
         shape = E("d:response", E("d:href", Markup("\0")), *parts) + "\n"
-        return self._shapes.setdefault(present, shape.replace("%", "%%").replace("\0", "%s"))
+        return self._shapes.setdefault(missing, shape.replace("%", "%%").replace("\0", "%s"))
 
     def _slot(self, name: str) -> Markup:
         if not self.values:
             return E(name)
         return E(name, Markup("\0")) if name in self.live else Markup("\0")
 
+
+SHAPES_MOST = 64                # that a form keeps: dead properties may be there or not in any number of ways
+QUESTION_MOST = 4 * KiB            # bytes of a question that is remembered for the next one who asks the same: clients repeat theirs
+recent_form = lru_cache(maxsize=32)(Form)
+
+
+class Multistatus:
+    """Writes a 207 answer (RFC 4918 s13), a response at a time."""
+
+    def __init__(self, names: Sequence[str] = (), door: Door | None = None, *, values: bool = True, complete: bool = True) -> None:
+        """
+        names      of the properties asked for
+        door       that knows which of them are live
+        values     False: their names alone (propname)
+        complete   whether to tell of those a node lacks
+        """
+        self.form = (recent_form if len("".join(names)) <= QUESTION_MOST else Form)(tuple(names), door, values, complete)
+        self._spool = Spool()
+        self._spool.write(MULTISTATUS_HEAD)
+
+    def tell(self, href: str, node: Node, about: About, lacks: Collection[str] = ()) -> None:
+        """A response with what is asked of a node; `lacks` are names that are not told of this one."""
+        form = self.form
+        values = [read and read(node, about) for read in form.readers]
+        self._spool.write(form.fill(href, [None if name in lacks else value for name, value in zip(form.names, values)] if lacks else values))
+
+    def add(self, href: str, values: Sequence[str | None]) -> None:
+        """A response with one value, or None, for each of the names; values are XML."""
+        self._spool.write(self.form.fill(href, values))
+
     def add_part(self, *parts: Markup) -> None:
         self._spool.write("".join(parts) + "\n")
 
     def response(self) -> Response:
-        self._spool.write(self._tail + "\n")
+        self._spool.write(MULTISTATUS_TAIL + "\n")
         return self._spool.response(207, {"Content-Type": XML_TYPE, "Cache-Control": PRIVATE})
+
+
+MULTISTATUS_HEAD, MULTISTATUS_TAIL = format_xml(E("d:multistatus", Markup("\0"), **ROOT_NAMESPACES)).decode().split("\0")
 
 
 def propstat(status: int, properties: Iterable[Markup], *more: Markup) -> Markup:
@@ -12725,10 +12762,16 @@ def read_names(props: Iterable[ET.Element]) -> tuple[str, ...]:
     return names
 
 
-def read_propfind(body: ET.Element | None) -> tuple[tuple[str, ...] | None, bool]:
+def read_propfind(request: Request) -> tuple[tuple[str, ...] | None, bool]:
     """The names a PROPFIND asks for, None for all; and whether it wants values (RFC 4918 s14.20)."""
-    if body is None:
+    body = read_bytes(request)
+    return (recent_question if len(body) <= QUESTION_MOST else parse_propfind)(body)
+
+
+def parse_propfind(data: bytes) -> tuple[tuple[str, ...] | None, bool]:
+    if not data.strip():
         return None, True
+    body = read_xml(data)
     kinds = [part.tag for part in body if part.tag in ("{DAV:}prop", "{DAV:}allprop", "{DAV:}propname")]
     if body.tag != "{DAV:}propfind" or len(kinds) != 1:
         raise CloudError("bad-request", "ask for prop, allprop or propname")
@@ -12737,16 +12780,19 @@ def read_propfind(body: ET.Element | None) -> tuple[tuple[str, ...] | None, bool
     return None, kinds[0] == "{DAV:}allprop"
 
 
+recent_question = lru_cache(maxsize=32)(parse_propfind)
+
+
 def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Properties of a node and, unless Depth is 0, of what it holds.
 
     infinity is refused for a collection (RFC 4918 s9.1), where a shallow answer would look complete; no Depth is 1, as
     with Nextcloud.
     """
-    names, values = read_propfind(read_body(request))
+    names, values = read_propfind(request)
     depth = parse_depth(request["depth"], "1")
     door = request.door
-    with cloud.files.listing(who, path) as (node, now):
+    with cloud.files.listing(who, path, alone=depth == "0") as (node, now):
         if depth == "infinity" and node.kind:
             raise CloudError("infinite-depth", "ask for Depth 0 or 1")
         about, asked = About(cloud, who, node, now), names is not None
@@ -13551,7 +13597,7 @@ def nc_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 @route("PROPFIND", NC_UPLOADS, needs="read", refuse=nc_error)
 def nc_chunks(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What has come of an upload, so that the client sends the rest."""
-    names, values = read_propfind(read_body(request))
+    names, values = read_propfind(request)
     _, chunks = cloud.uploads.parts(who, read_chunk(path)[0])
     names = names or ("{DAV:}resourcetype", "{DAV:}getcontentlength")
     answer = Multistatus(names, NC_FILES, values=values)
@@ -13709,10 +13755,10 @@ class Scattered(About):
     """What properties need of nodes that come from everywhere."""
 
     def __init__(self, cloud: Cloud, who: Principal) -> None:
-        self._begin(cloud, who, cloud.files.standing(who))
+        super().__init__(cloud, who, None, None)
         self.locks = lambda node: []
-        self._fetch = {"given": lambda: cloud.sharing.given_by(who), "epoch": lambda: cloud.epoch, "quota": lambda: cloud.files.quota(who), "digests": dict, "pictured": lambda: cloud.pictures.known(who), "dead": lambda: {
-            node.node: {FAVORITE: STARRED} for _, node in cloud.files.stars.list(who)}}
+        self._fetch.update(digests=dict, pictured=lambda: cloud.pictures.known(who), dead=lambda: {
+            node.node: {FAVORITE: STARRED} for _, node in cloud.files.stars.list(who)})
 
 
 def nc_rows(request: Request, about: About, base: tuple[str, ...], names: Sequence[str],
@@ -13738,7 +13784,7 @@ NC_HANDLERS = {**HANDLERS, "GET": ("read", nc_get), "PUT": ("write", done_once(n
 NC_REPORTS = {**REPORT_KINDS, OC + "filter-files": nc_filter}
 NC_ROOT = ("remote.php", "dav", "files")
 NC_FILES = Door(NC_ROOT + ("<owner>",), NC_PROPERTIES, frozenset([FAVORITE, LIVE_PHOTO]), NC_REPORTS)
-for _door in NC_FILES, NC_FILES._replace(names=("remote.php", "webdav")):
+for _door in NC_FILES, replace(NC_FILES, names=("remote.php", "webdav")):
     open_door(_door, nc_error, NC_HANDLERS)
 TRUE = ("1", "yes", "true")
 
@@ -13883,7 +13929,7 @@ TRASHED: dict[str, Reader] = {  # about.trashed: {node: Trashed}
     NC + "trashbin-original-location": lambda node, about: escape("/".join(about.trashed[node.node].path)) if node.node in about.trashed else None,
     NC + "trashbin-deletion-time": lambda node, about: str(about.trashed[node.node].at // SECOND) if node.node in about.trashed else None,
 }
-NC_TRASHED = NC_FILES._replace(properties={**NC_PROPERTIES, **TRASHED})
+NC_TRASHED = replace(NC_FILES, properties={**NC_PROPERTIES, **TRASHED})
 
 
 NC_TRASH, NC_VERSIONS = "/remote.php/dav/trashbin/<owner>/<path>", "/remote.php/dav/versions/<owner>/<path>"
@@ -13898,7 +13944,7 @@ def check_place(path: tuple[str, ...], *first: str) -> None:
 def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What was deleted, each by its id; or what a deleted collection held."""
     check_place(path, "trash")
-    names, about = read_propfind(read_body(request))[0] or tuple(TRASHED) + ALLPROP, Scattered(cloud, who)
+    names, about = read_propfind(request)[0] or tuple(TRASHED) + ALLPROP, Scattered(cloud, who)
     if len(path) == 1:
         root, items = cloud.files.stat(who, ()), cloud.trash.list(who, limit=PAGE_LIMIT)
         rows = [((str(item.node.node),), item) for item in items]
@@ -13940,7 +13986,7 @@ def find_version(cloud: Cloud, who: Principal, path: tuple[str, ...]) -> tuple[t
 def nc_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """The versions of a file before the present one."""
     path, _ = find_version(cloud, who, path)
-    names = read_propfind(read_body(request))[0] or ALLPROP
+    names = read_propfind(request)[0] or ALLPROP
     live, about = cloud.files.stat(who, path), Scattered(cloud, who)
     answer, base = Multistatus(names, NC_FILES), request.href(request.path)
     answer.tell(base + "/", live._replace(kind=COLLECTION, seq=live.rev), about, ROOTS_LACK)
@@ -22033,13 +22079,13 @@ def format_link_cookie(request: Request, value: str) -> str:
 LINK_HANDLERS = {**{methods: row for methods, row in HANDLERS.items() if methods != "REPORT"}, "GET": ("read", link_get),    # no past
                  "PUT": ("write", link_put), "MKCOL": ("write", link_mkcol), "OPTIONS": ("nothing", dav_options)}
 LINK_DAV = Door(("s", "<link>", "dav"), {name: read for name, read in PROPERTIES.items() if name not in OUT_OF_SIGHT}, frozenset(), {}, "link", False)
-LINK_DOOR = LINK_DAV._replace(names=("s", "<link>"))
-NC_LINK = LINK_DAV._replace(names=("public.php", "dav", "files", "<link>"), properties={
+LINK_DOOR = replace(LINK_DAV, names=("s", "<link>"))
+NC_LINK = replace(LINK_DAV, names=("public.php", "dav", "files", "<link>"), properties={
     name: read for name, read in NC_PROPERTIES.items() if name not in OUT_OF_SIGHT and name not in NC_FILES.kept})
 open_door(LINK_DAV, dav_error, LINK_HANDLERS)
 open_door(LINK_DOOR, link_error, {**LINK_HANDLERS, "POST": ("nothing", link_post)})
 open_door(NC_LINK, nc_error, LINK_HANDLERS)
-open_door(NC_LINK._replace(names=("public.php", "webdav")), nc_error, LINK_HANDLERS)             # the token is the user's name there
+open_door(replace(NC_LINK, names=("public.php", "webdav")), nc_error, LINK_HANDLERS)             # the token is the user's name there
 
 
 # ==== 32. Page ===========================================================================

@@ -9927,6 +9927,25 @@ def test_propfind_tells_of_a_node_and_its_children(call, cloud, ann):
         assert call("PROPFIND", href, b"", Depth="0").status == 207
 
 
+def test_what_was_asked_before_is_answered_as_things_are_by_now_and_as_each_door_knows_them(call, cloud, ann):
+    put(cloud, ann, "a", b"1")
+    for content in b"22", b"333":                # the same words again
+        put(cloud, ann, "a", content)
+        assert propfind(call, "/dav/a", "d:getcontentlength", "oc:favorite")["/dav/a"]["{DAV:}getcontentlength"].text == str(len(content))
+        assert "{http://owncloud.org/ns}favorite" not in propfind(call, "/dav/a", "d:getcontentlength", "oc:favorite")["/dav/a"]
+    found, = propfind(call, FILES + "/a", "d:getcontentlength", "oc:favorite").values()
+    assert found["{http://owncloud.org/ns}favorite"].text == "0"
+    names = "".join('<p%d xmlns="urn:x"/>' % n for n in range(8))
+    for having in range(0, 256, 3):              # there or not in any number of ways
+        cloud.files.patch(ann, ("a",), ANY, mtime=None, properties={
+            "{urn:x}p%d" % n: '<p%d xmlns="urn:x">%d</p%d>' % (n, n, n) if having >> n & 1 else None for n in range(8)})
+        answer = call("PROPFIND", "/dav/a", b"<propfind xmlns='DAV:'><prop>%s</prop></propfind>" % names.encode(), Depth="0").body
+        there = answer.partition(b"200 OK")[0] if b"200 OK" in answer else b""
+        assert [b">%d</p%d>" % (n, n) in there for n in range(8)] == [bool(having >> n & 1) for n in range(8)]
+    long = b"<propfind xmlns='DAV:'><prop><getetag/>%s</prop></propfind>" % b"".join(b"<n%d xmlns='urn:%b'/>" % (n, b"y" * 90) for n in range(60))
+    assert [call("PROPFIND", "/dav/a", long, Depth="0").body.count(b"<n") for _ in range(2)] == [60, 60]
+
+
 def test_propfind_forms(call, cloud, ann):
     put(cloud, ann, "a")
     assert call("PROPFIND", "/dav/", b"", Depth="infinity").status == 403
@@ -10539,10 +10558,10 @@ def test_nextcloud_refusals_are_worded_as_clients_expect(call, cloud, ann, monke
     lock = take_lock(cloud, ann, "a")
     locked = call("PUT", FILES + "/a", b"2")
     assert locked.status == 423 and b"Exception\\Locked" in locked.body and lock.token.encode() not in locked.body
-    monkeypatch.setattr(cloud.files, "listing", lambda *_: (_ for _ in ()).throw(CloudError("storage-failed")))
+    monkeypatch.setattr(cloud.files, "listing", lambda *_, **__: (_ for _ in ()).throw(CloudError("storage-failed")))
     broken = call("PROPFIND", FILES, b"", Depth="1")
     assert broken.status == 503 and b"Exception\\ServiceUnavailable" in broken.body              # ends the run: nothing is deleted
-    monkeypatch.setattr(cloud.files, "listing", lambda *_: (_ for _ in ()).throw(CloudError("busy")))
+    monkeypatch.setattr(cloud.files, "listing", lambda *_, **__: (_ for _ in ()).throw(CloudError("busy")))
     busy = call("PROPFIND", FILES, b"", Depth="1")
     assert busy.status == 503 and b"ServiceUnavailable" not in busy.body                         # concerns this request alone
 
