@@ -14877,6 +14877,73 @@ def test_a_name_that_goes_from_one_share_to_another_mixes_nothing(shared_laptop,
     assert "photos2/unsent" not in tree(cloud, ann) and one.read("photos/d/b") == b"d/b"
 
 
+@pytest.mark.parametrize("arrives", ["file", "folder"])
+@pytest.mark.parametrize("how", ["given", "renamed"])
+def test_whatever_stood_where_something_shared_arrives_both_sides_end_alike(laptop, cloud, ann, bob, arrives, how):
+    """Law 7: all at once, under names that say what stood there, and whether it was edited here meanwhile."""
+    one, two = laptop("one"), laptop("two")
+    one.url = two.url = one.url.replace("ann@", "bob@")
+    ways = [*("nothing", "private"), *(way + edited for way in ("ended", "declined", "moved", "deleted", "mount moved") for edited in ("", " edited"))]
+    names = [way + " " + kind for way in ways for kind in ("file", "folder")]
+    inside = lambda name, kind: name + "/f" * (kind == "folder")
+    file_of = lambda name: inside(name, name.split(" ")[-1])
+    give = lambda path: cloud.sharing.share(ann, cs.split_path(path), "account", "bob", role="edit").share.id
+    shares = {}
+    for name in names:
+        put(cloud, ann, inside("in/" + name, arrives), "theirs " + name, parents=True)
+        if name.startswith(("moved", "deleted")):
+            put(cloud, bob, file_of(name), "old " + name, parents=True)
+        elif not name.startswith(("nothing", "private")):
+            put(cloud, ann, "old/" + file_of(name), "old " + name, parents=True)
+            shares[name] = give("old/" + name)
+        if how == "renamed":
+            taken = name in tree(cloud, bob)
+            give("in/" + name)
+            move(cloud, bob, name + " (ann)" * taken, "before " + name)
+    one.run()
+    for name in names:
+        if "moved" in name:
+            move(cloud, bob, name, "now " + name)
+        elif name.startswith("ended"):
+            cloud.sharing.end(ann, shares[name])
+        elif name in tree(cloud, bob):
+            cloud.files.delete(bob, (name,))
+        if "private" in name or "edited" in name:
+            one.write(file_of(name), "mine " + name)
+        give("in/" + name) if how == "given" else move(cloud, bob, "before " + name, name)
+    before = tree(cloud, ann)
+    one.run(), one.run()
+    found = tree(cloud, bob)
+    assert one.tree() == found and not one.problems and is_quiet(one)
+    assert {name: found.get(inside(name, arrives)) for name in names} == {name: b"theirs " + name.encode() for name in names}
+    assert {b"mine " + name.encode() for name in names if "private" in name or "edited" in name} <= set(found.values())
+    now = tree(cloud, ann)
+    assert {path for path in now.keys() | before.keys() if now.get(path) != before.get(path)} <= {"old/" + file_of(name) for name in names if name.startswith("mount moved edited")}
+    two.run()
+    assert two.tree() == found
+
+
+@pytest.mark.parametrize("kinds", ["files", "folders", "a file and a folder"])
+@pytest.mark.parametrize("edited", [False, True])
+def test_shares_that_exchange_their_names_are_each_under_its_own(laptop, cloud, ann, bob, kinds, edited):
+    one = laptop("one")
+    one.url = one.url.replace("ann@", "bob@")
+    files = {"a": "a/f" if kinds == "folders" else "a", "b": "b" if kinds == "files" else "b/f"}
+    for name, path in files.items():
+        put(cloud, ann, path, "of " + name, parents=True)
+        cloud.sharing.share(ann, (name,), "account", "bob", role="edit")
+    one.run()
+    for source, target in (("a", "c"), ("b", "a"), ("c", "b")):
+        move(cloud, bob, source, target)
+    for name, path in files.items() if edited else ():
+        one.write(path, "mine " + name)
+    one.run(), one.run()
+    found = tree(cloud, bob)
+    assert one.tree() == found and not one.problems and is_quiet(one)
+    assert found[files["a"].replace("a", "b")] in (b"of a", b"mine a") and found[files["b"].replace("b", "a")] in (b"of b", b"mine b")
+    assert not edited or {b"mine a", b"mine b"} <= set(found.values())
+
+
 def test_a_strangers_rules_steer_nobody(shared_laptop, cloud, ann, bob):
     """What .cloudignore says in a share is a file like any other: the rules are those of the root."""
     one, share = shared_laptop()
