@@ -15870,7 +15870,8 @@ class Town:
             self.people[name] = Person(self, name, Laptop(tmp_path / name, "http://%s@127.0.0.1:%d" % (name, self.port)) if name != "cem" else None)
         self.groups = {"crew": set()}
         assert self.people["ann"].api("POST", "admin/groups", {"name": "crew"}).status == 201
-        self.agreed, self.declined = [], {}              # declined: {(name, node): the shares that reached them then}
+        self.agreed, self.declined = [], set()           # declined: (share, name)
+        self.running = None                      # whose laptop is at work
         self.names = {}                          # {(name, node): the name under which somebody sees a mount}
         self.etags = {}                          # {(who, node): {etag: state}}
         self.made = {}                           # {node: (who made it, when)}
@@ -15902,6 +15903,17 @@ class Town:
     def reached_by(self, share):
         return {share.to} if share.kind == "account" else self.groups.get(share.to, set()) if share.kind == "group" else set()
 
+    def stands(self, share):
+        """Did neither it end, nor one of those by which it was given?"""
+        return self.is_open(share) and (not share.parent or self.stands(share.parent))
+
+    def reaching(self, name, node):
+        return [share for share in self.agreed if share.node == node and name in self.reached_by(share) and name not in (share.home, share.giver)
+                and self.stands(share)]
+
+    def has_mount(self, name, node):
+        return any((share.id, name) not in self.declined for share in self.reaching(name, node))
+
     def own(self, name):
         """{node: path} of what lies in a home, as its owner sees it."""
         return {row.node: path for path, row in self.seen[name].items() if row.mount is None}
@@ -15909,12 +15921,11 @@ class Town:
     def grants(self, name):
         """{node: rights} of what is shared with somebody and is there."""
         found = {}
-        for share in self.agreed:
-            if name in self.reached_by(share) and share.home != name and share.node in self.own(share.home):
-                rights = self.rights_by(share)
-                if "read" in rights:
-                    found[share.node] = found.get(share.node, set()) | rights
-        return {node: rights for node, rights in found.items() if (name, node) not in self.declined}
+        for node in {share.node for share in self.agreed if share.node in self.own(share.home) and self.has_mount(name, share.node)}:
+            rights = set().union(*map(self.rights_by, self.reaching(name, node)))
+            if "read" in rights:
+                found[node] = rights
+        return found
 
     def home_of(self, node):
         return next(name for name in self.people if node in self.own(name))
@@ -15951,13 +15962,13 @@ class Town:
         """Who deletes in a folder what others shared has declined it, and who renames it there has named it."""
         mounts = {row.node: path for path, row in self.seen[name].items() if row.mount == row.node}
         self.names.update(((name, node), path) for node, path in mounts.items() if (name, node) in self.names)
-        offers = [one for one in self.people[name].get("shares?with=me")["shares"] if one["state"] == "declined"]
-        for node in {share.node for share in self.agreed if share.id in {one["id"] for one in offers} and share.node not in mounts}:
-            if (name, node) not in self.declined:
-                self.decline(name, node)
+        offers = {one["id"] for one in self.people[name].get("shares?with=me")["shares"] if one["state"] == "declined"}
+        for node in {share.node for share in self.agreed if share.id in offers and self.has_mount(name, share.node)}:
+            self.decline(name, node)
 
     def decline(self, name, node):
-        self.declined[name, node] = {share.id for share in self.agreed if share.node == node and name in self.reached_by(share) and not share.ended}
+        """To all that reaches them by now, whoever gave it."""
+        self.declined.update((share.id, name) for share in self.reaching(name, node))
 
     def judge_mounts(self, name):
         seen, grants = self.seen[name], self.grants(name)
@@ -16126,7 +16137,7 @@ class Town:
         """The others do something while somebody's laptop syncs."""
         person, moments = self.rng.choice(self.laptops()), self.rng.sample(range(10), 3)
         self.work(person)
-        client, actors = person.laptop.start(yes=True), [person.name]
+        client, actors, self.running = person.laptop.start(yes=True), [person.name], person.name
         count, lock = itertools.count(), threading.Lock()
 
         def meanwhile(act, *rest):
@@ -16142,6 +16153,7 @@ class Town:
                 client.run()
             finally:
                 person.laptop.stop()
+                self.running = None
         return actors
 
     # ---- steps: at the page
@@ -16149,6 +16161,8 @@ class Town:
     def glance(self):
         """What each is shown by now, for who acts twice between two judgments."""
         self.seen = {name: person.look() for name, person in self.people.items()}
+        if self.running:
+            self.follow_laptop(self.running)
         self.note_rights()
 
     def note_rights(self):
@@ -16261,8 +16275,6 @@ class Town:
             share = Agreed(person.name, home, row.node, kind, to, rights, due, parents[0])
             share.id, share.token = answer.json()["id"], answer.json().get("token")
             self.agreed.append(share)
-            for name in self.reached_by(share):
-                self.declined.pop((name, row.node), None)
         self.note_rights()
 
     def end(self):
@@ -16294,13 +16306,14 @@ class Town:
         self.note_rights()
 
     def accept(self):
-        for name, node in sorted(self.declined):
-            shares = [share for share in self.agreed if share.node == node and name in self.reached_by(share) and self.rights_by(share)]
-            if shares and self.rng.random() < 0.5 and node in self.own(shares[0].home):
-                answer = self.people[name].api("POST", "shares/%s/accept" % shares[0].id)
-                self.done.append((name, "accept", shares[0].id, answer.status))
+        for name, node in sorted({(name, share.node) for share in self.agreed for name in self.people if (share.id, name) in self.declined}):
+            shares = [share for share in self.reaching(name, node) if self.rights_by(share) and node in self.own(share.home)]
+            if shares and not self.has_mount(name, node) and self.rng.random() < 0.5:
+                share = self.rng.choice(shares)
+                answer = self.people[name].api("POST", "shares/%s/accept" % share.id)
+                self.done.append((name, "accept", share.id, answer.status))
                 assert answer.status == 200, (answer, self.done[-12:])
-                del self.declined[name, node]
+                self.declined.difference_update((share.id, name) for share in self.reaching(name, node))
         self.note_rights()
 
     def join(self):
@@ -16311,10 +16324,7 @@ class Town:
         assert answer.status < 300, answer
         self.groups["crew"] ^= {name}
         for share in self.agreed:
-            if share.kind == "group" and joins and name not in (share.home, share.giver) and self.is_open(share) and \
-                    share.id not in self.declined.get((name, share.node), {share.id}):
-                del self.declined[name, share.node]      # it comes by another share than those that were declined
-            elif not joins and share.giver == name and share.parent and share.parent.kind == "group":
+            if not joins and share.giver == name and share.parent and share.parent.kind == "group":
                 share.ended = True                       # what was given on ends with what it was given by
         self.note_rights()
 
