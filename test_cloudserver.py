@@ -15754,13 +15754,13 @@ class Agreed:
 class Person:
     """Somebody with an account: what is shown to them at each door."""
 
-    def __init__(self, town, name, laptop=None):
-        self.town, self.name, self.laptop = town, name, laptop
+    def __init__(self, town, name, laptop=None, secret=PASSWORD):
+        self.town, self.name, self.laptop, self.secret = town, name, laptop, secret
         self.cursor, self.mirror = None, {}      # seq of the feed of changes; {node: [parent, name, kind, sha]}
         self.token, self.members = "", {}        # of sync-collection: {href: etag}
 
     def ask(self, method, path, body=None, **headers):
-        return exchange(("127.0.0.1", self.town.port), method, path, body, user=self.name, **headers)
+        return exchange(("127.0.0.1", self.town.port), method, path, body, Authorization=basic(self.name, self.secret), **headers)
 
     def api(self, method, what, body=None):
         return self.ask(method, "/api/v1/" + what, body)
@@ -15870,7 +15870,9 @@ class Town:
             self.people[name] = Person(self, name, Laptop(tmp_path / name, "http://%s@127.0.0.1:%d" % (name, self.port)) if name != "cem" else None)
         self.groups = {"crew": set()}
         assert self.people["ann"].api("POST", "admin/groups", {"name": "crew"}).status == 201
-        self.agreed, self.declined = [], set()           # declined: (share, name)
+        self.agreed, self.said = [], {}          # said: {(share, name): "accepted", "declined", "waiting", or "along" of what came by another share already}
+        self.sharing, self.ask_first, self.off = "all", False, set()     # what the administrator allows; off: who may not share
+        self.limited, self.count = None, 0       # (whose, which node, as it sees it); how many came and went
         self.running = None                      # whose laptop is at work
         self.names = {}                          # {(name, node): the name under which somebody sees a mount}
         self.etags = {}                          # {(who, node): {etag: state}}
@@ -15894,7 +15896,7 @@ class Town:
     def rights_by(self, share):
         """What a share gives now: the least of what stands in the chain of those by which it was given."""
         own = self.own(share.home)
-        if not self.is_open(share) or share.parent and share.giver not in self.reached_by(share.parent):
+        if not self.is_open(share) or share.giver in self.off or share.parent and (self.sharing == "none" or share.giver not in self.reached_by(share.parent)):
             return set()
         if share.parent and share.node in own and not (share.parent.node in own and lies_in(own[share.node], own[share.parent.node])):
             return set()                         # who gave it on has it no more: it left what was shared with him
@@ -15912,15 +15914,40 @@ class Town:
                 and self.stands(share)]
 
     def has_mount(self, name, node):
-        return any((share.id, name) not in self.declined for share in self.reaching(name, node))
+        return any(self.said.get((share.id, name)) in ("accepted", "along") for share in self.reaching(name, node))
+
+    def say(self, name, shares, said):
+        self.said.update(((share.id, name), said) for share in shares)
+
+    def receive(self, name, share):
+        """What came by another share already comes with that; else who never shared anything that was taken may have to wait for a yes."""
+        is_known = any(self.said.get((other.id, name)) == "accepted" for other in self.agreed if other.giver == share.giver)
+        self.say(name, [share], "waiting" if self.ask_first and not is_known else "accepted")
+
+    def deliver(self):
+        """What is shared with a group comes to its members."""
+        for share in self.agreed:
+            for name in self.people:
+                if share.kind == "group" and (share.id, name) not in self.said and share in self.reaching(name, share.node):
+                    if self.has_mount(name, share.node):
+                        self.say(name, [share], "along")
+                    else:
+                        self.receive(name, share)
+
+    def is_offered(self, name, share):
+        """Is it told among what is shared with somebody?"""
+        return (self.sharing != "none" and name not in self.off and share in self.reaching(name, share.node) and "read" in self.rights_by(share)
+                and share.node in self.own(share.home))
 
     def own(self, name):
         """{node: path} of what lies in a home, as its owner sees it."""
-        return {row.node: path for path, row in self.seen[name].items() if row.mount is None}
+        return {row.node: path for path, row in self.seen.get(name, {}).items() if row.mount is None}
 
     def grants(self, name):
         """{node: rights} of what is shared with somebody and is there."""
         found = {}
+        if self.sharing == "none" or name in self.off:
+            return {}
         for node in {share.node for share in self.agreed if share.node in self.own(share.home) and self.has_mount(name, share.node)}:
             rights = set().union(*map(self.rights_by, self.reaching(name, node)))
             if "read" in rights:
@@ -15947,16 +15974,54 @@ class Town:
         before, self.seen = self.seen, {name: person.look() for name, person in self.people.items()}
         for name in self.people:
             if name not in actors:
-                self.justify(name, before[name], self.seen[name], [one for one in actors])
+                self.justify(name, before.get(name, {}), self.seen[name], actors)
         for name, person in self.people.items():
             if name in actors and person.laptop:
                 self.follow_laptop(name)
             self.judge_mounts(name)
+            self.judge_shares(name)
             self.judge_etags(name, self.seen[name])
             assert person.follow() == {path: (row.node, row.kind, row.sha) for path, row in self.seen[name].items() if path}, (name, self.done[-12:])
             assert person.report() == {path: None if row.kind == "collection" else row.etag for path, row in self.seen[name].items() if path}, (name, self.done[-12:])
         self.judge_links()
+        self.judge_limited()
         self.check()
+
+    def judge_shares(self, name):
+        """Each is told what they gave, and what reaches them."""
+        told = {one["id"]: one for one in self.people[name].get("shares?with=me")["shares"]}
+        assert told.keys() == {share.id for share in self.agreed if self.is_offered(name, share)}, (name, told, self.done[-12:])
+        places = {row.node: path for path, row in self.seen[name].items()}
+        for share in self.agreed:
+            if share.id in told:
+                has, said = self.has_mount(name, share.node), self.said.get((share.id, name))
+                wanted = {"state": "mounted" if has else said, "path": places[share.node] if has else None, "owner": share.home, "giver": share.giver,
+                          "kind": share.kind, "rights": [right for right in cs.RIGHTS if right in self.rights_by(share)], "expires": share.due}
+                assert told[share.id] == {**told[share.id], **wanted}, (name, told[share.id], wanted, self.done[-12:])
+        told = {one["id"]: one for one in self.people[name].get("shares")["shares"]}
+        given = {share.id: share for share in self.agreed if share.giver == name and self.stands(share)}
+        assert told.keys() == given.keys(), (name, told, self.done[-12:])
+        for id, share in given.items():
+            wanted = {"path": places.get(share.node), "with": share.to, "rights": [right for right in cs.RIGHTS if right in share.rights]}
+            assert {"with": None, **told[id]} == {**told[id], **wanted}, (name, told[id], wanted, self.done[-12:])
+
+    def judge_limited(self):
+        """A device that is limited to a collection, or to what others shared, sees that, and nothing else."""
+        if not self.limited:
+            return
+        name, node, device = self.limited
+        seen = self.seen.get(name, {})
+        top = next((path for path, row in seen.items() if row.node == node), None)
+        if top is None:
+            assert device.api("GET", "files/").status in (401, 404), (name, node, self.done[-12:])
+            device.cursor, device.token = None, ""
+            return
+        shown, part = device.look(), {path[len(top):].lstrip("/"): row for path, row in seen.items() if lies_in(path, top)}
+        assert {path: (row.node, row.kind, row.sha, row.rights) for path, row in shown.items()} == {
+            path: (row.node, row.kind, row.sha, row.rights) for path, row in part.items()}, (name, top, self.done[-12:])
+        self.judge_etags("device", shown)
+        assert device.follow() == {path: (row.node, row.kind, row.sha) for path, row in part.items() if path}, (name, top, self.done[-12:])
+        assert device.report() == {path: None if row.kind == "collection" else row.etag for path, row in shown.items() if path}, (name, top, self.done[-12:])
 
     def follow_laptop(self, name):
         """Who deletes in a folder what others shared has declined it, and who renames it there has named it."""
@@ -15968,7 +16033,7 @@ class Town:
 
     def decline(self, name, node):
         """To all that reaches them by now, whoever gave it."""
-        self.declined.update((share.id, name) for share in self.reaching(name, node))
+        self.say(name, self.reaching(name, node), "declined")
 
     def judge_mounts(self, name):
         seen, grants = self.seen[name], self.grants(name)
@@ -16262,7 +16327,7 @@ class Town:
         answer = person.api("POST", "shares", asked)
         rights = GRANTED[role] - ({"past"} if kind == "link" else set()) | ({"share"} if reshare else set())
         self.done.append((person.name, "give", path, kind, to, role, reshare, life, answer.status))
-        if to == home:
+        if to and (to == home or not self.may_find(person.name, kind, to)):
             assert answer.status == 404, (answer, self.done[-12:])
         elif to and any((share.giver, share.node, share.kind, share.to) == (person.name, row.node, kind, to) and self.is_open(share) for share in self.agreed):
             assert answer.status == 409, (answer, self.done[-12:])
@@ -16275,7 +16340,14 @@ class Town:
             share = Agreed(person.name, home, row.node, kind, to, rights, due, parents[0])
             share.id, share.token = answer.json()["id"], answer.json().get("token")
             self.agreed.append(share)
+            if kind == "account":
+                self.receive(to, share)
         self.note_rights()
+        return None
+
+    def may_find(self, name, kind, to):
+        together = to in self.groups and name in self.groups[to] or name in self.groups["crew"] and to in self.groups["crew"]
+        return not self.off & {name, to} and (self.sharing == "all" or self.sharing == "groups" and together)
 
     def end(self):
         share = self.some_share()
@@ -16305,15 +16377,22 @@ class Town:
             assert answer.status == 400 and role == "add", (answer, self.done[-12:])
         self.note_rights()
 
-    def accept(self):
-        for name, node in sorted({(name, share.node) for share in self.agreed for name in self.people if (share.id, name) in self.declined}):
-            shares = [share for share in self.reaching(name, node) if self.rights_by(share) and node in self.own(share.home)]
-            if shares and not self.has_mount(name, node) and self.rng.random() < 0.5:
-                share = self.rng.choice(shares)
-                answer = self.people[name].api("POST", "shares/%s/accept" % share.id)
-                self.done.append((name, "accept", share.id, answer.status))
-                assert answer.status == 200, (answer, self.done[-12:])
-                self.declined.difference_update((share.id, name) for share in self.reaching(name, node))
+    def answer(self):
+        """Somebody says yes or no to what reaches them."""
+        self.glance()
+        offers = [(name, share) for share in self.agreed for name in self.people if self.is_offered(name, share)]
+        waiting = [(name, share) for name, share in offers if not self.has_mount(name, share.node)]
+        if not offers:
+            return
+        name, share = self.rng.choice(waiting or offers)
+        says, all = self.rng.choice(["accept", "accept", "decline"]), self.reaching(name, share.node)
+        answer = self.people[name].api("POST", "shares/%s/%s" % (share.id, says))
+        self.done.append((name, says, share.id, answer.status))
+        assert answer.status == 200, (answer, self.done[-12:])
+        if says == "accept":
+            self.say(name, [share, *(one for one in all if self.said.get((one.id, name)) == "declined")], "accepted")
+        else:
+            self.say(name, all if self.has_mount(name, share.node) else [share], "declined")
         self.note_rights()
 
     def join(self):
@@ -16326,7 +16405,59 @@ class Town:
         for share in self.agreed:
             if not joins and share.giver == name and share.parent and share.parent.kind == "group":
                 share.ended = True                       # what was given on ends with what it was given by
+            if not joins and share.kind == "group" and self.said.get((share.id, name)) == "along":
+                del self.said[share.id, name]
         self.note_rights()
+
+    def set_policy(self):
+        """The administrator allows less, or all again."""
+        ann, what = self.people["ann"], self.rng.choice(["ask_first", "sharing", "account"])
+        if what == "account":
+            name = self.rng.choice(sorted(self.off or self.people))
+            self.off ^= {name}
+            answer = ann.api("PATCH", "accounts/" + name, {"sharing": name not in self.off})
+        elif what == "sharing":
+            self.sharing = "all" if self.sharing != "all" else self.rng.choice(["groups", "none"])
+            answer = ann.api("PATCH", "settings", {"sharing": self.sharing})
+        else:
+            self.ask_first = not self.ask_first
+            answer = ann.api("PATCH", "settings", {"ask_first": self.ask_first})
+        self.done.append((what, self.sharing, self.ask_first, self.off, answer.status))
+        assert answer.status == 200, answer
+        self.note_rights()
+
+    def come_or_go(self):
+        """Somebody gets an account, or loses it with all that is in it."""
+        name = next((name for name in self.people if name[:3] == "dan"), None)
+        if name is None:
+            self.count += 1
+            name = "dan%d" % self.count
+            answer = self.people["ann"].api("POST", "accounts", {"name": name, "password": PASSWORD})
+            self.people[name] = Person(self, name)
+            self.glance()
+        else:
+            with self.by_hand(self.there_now):
+                answer = self.people["ann"].api("DELETE", "accounts/" + name)
+                del self.people[name]
+            self.groups["crew"].discard(name), self.off.discard(name)
+            for share in self.agreed:
+                share.ended = share.ended or name in (share.home, share.giver, share.to)
+        self.done.append((name, "comes or goes", answer.status))
+        assert answer.status < 300, answer
+        self.note_rights()
+
+    def limit(self):
+        """Somebody sets up a device for one collection."""
+        self.glance()
+        person = self.rng.choice(list(self.people.values()))
+        paths = [path for path, row in self.seen[person.name].items() if path and row.kind == "collection" and row.mount in (None, row.node)]
+        if paths:
+            path = self.rng.choice(paths)
+            answer = person.api("POST", "devices", {"name": "limited", "path": path})
+            self.done.append((person.name, "limits", path, answer.status))
+            assert answer.status == 201, answer
+            self.limited = person.name, self.seen[person.name][path].node, Person(self, person.name, secret=answer.json()["token"])
+            self.etags = {key: known for key, known in self.etags.items() if key[0] != "device"}
 
     # ---- steps: at home, and time
 
@@ -16358,18 +16489,36 @@ class Town:
         return home
 
     def go_back(self):
-        """Undo the last acts in a home, or go back to an earlier moment of it."""
-        home = self.rng.choice(list(self.people))
+        """Undo one of the last acts, go back to an earlier moment, or bring something back from the trash: at home, or in what others shared."""
+        self.glance()
+        person = self.rng.choice(list(self.people.values()))
+        seen = self.seen[person.name]
+        place = self.rng.choice(["", self.rng.choice([path for path, row in seen.items() if not path or row.mount == row.node])])
+        home, where = self.home_of(seen[place].node), {"path": place} if place else {}
         lines = [seq for seq, in self.cloud.db.read("SELECT seq FROM journal j JOIN account a ON a.id = j.home WHERE a.name = ? ORDER BY seq DESC LIMIT 8", (home,))]
-        if lines:
-            seq = self.rng.choice(lines)
-            with self.by_hand(self.there_now):
-                answer = self.people[home].api("POST", *self.rng.choice([("undo", {"seq": seq}), ("rewind", {"path": "", "at": "seq:%d" % seq})]))
-            self.done.append((home, "undo or rewind", seq, answer.status))
-            assert answer.status in (200, 403, 404, 409, 410), (answer, self.done[-12:])
-            self.glance()
-            self.note_made(home)
-        return home
+        trash = person.api("GET", "trash?path=" + quote(place))
+        assert (trash.status == 200) == ("past" in seen[place].rights), (trash, self.done[-12:])
+        verb, items = self.rng.choice(["undo", "rewind", "restore"]), trash.status == 200 and trash.json()["items"]
+        if not (items if verb == "restore" else lines):
+            return person.name
+        with self.by_hand(self.there_now):
+            if verb == "restore":
+                answer = person.api("POST", "trash/restore", {"nodes": [self.rng.choice(items)["node"]], **where})
+            elif verb == "undo":
+                answer = person.api("POST", "undo", {"seq": self.rng.choice(lines), **where})
+            else:
+                top = self.rng.choice([path for path, row in seen.items() if lies_in(path, place) and row.mount == seen[place].mount and row.kind == "collection"] or [place])
+                answer = person.api("POST", "rewind", {"path": top, "at": "seq:%d" % self.rng.choice(lines)})
+        self.done.append((person.name, verb, place, answer.status, answer.body[:100]))
+        assert answer.status in ((200, 403, 404, 409, 410) if "past" in seen[place].rights else (403,)), (answer, self.done[-12:])
+        if verb == "undo" and not place:         # what was declined then is taken again
+            mounted = {one["id"] for one in person.get("shares?with=me")["shares"] if one["state"] == "mounted"}
+            for share in self.agreed:
+                if share.id in mounted and not self.has_mount(person.name, share.node):
+                    self.say(person.name, [one for one in self.reaching(person.name, share.node) if self.said.get((one.id, person.name)) == "declined"], "accepted")
+        self.glance()
+        self.note_made(person.name)
+        return person.name
 
     def pass_time(self):
         self.fake.pass_(self.rng.choice([60_000, 3_600_000, 86_400_000]))
@@ -16378,7 +16527,10 @@ class Town:
 
     def tend(self):
         """What the janitor does every few seconds."""
-        self.cloud.offers.expire(), self.cloud.offers.follow()
+        self.cloud.offers.expire()
+        while self.cloud.offers.follow():
+            pass
+        self.deliver()
 
     def collect(self):
         def gc():
@@ -16398,6 +16550,9 @@ class Town:
         act()
         self.given_up |= before - self.known()
         self.promised -= self.given_up
+        kept = {node for node, in self.cloud.db.read("SELECT node FROM entry GROUP BY node HAVING sum(fate IS 'purged') = 0")}
+        for share in self.agreed:
+            share.ended = share.ended or int(share.node) not in kept
 
     def visit(self):
         """Somebody who has a link looks, and tries to write and to delete."""
@@ -16421,8 +16576,8 @@ class Town:
         self.note_made("visitor")
         return "visitor"
 
-    STEPS = [(20, edit), (8, interfere), (30, use_page), (12, give), (5, end), (5, change), (3, accept), (5, join), (6, move_shared), (5, trash_parent),
-             (6, go_back), (5, pass_time), (2, collect), (2, empty_trash), (6, visit)]
+    STEPS = [(20, edit), (8, interfere), (30, use_page), (12, give), (5, end), (5, change), (5, answer), (5, join), (6, move_shared), (5, trash_parent),
+             (10, go_back), (5, pass_time), (2, collect), (2, empty_trash), (6, visit), (4, set_policy), (2, come_or_go), (2, limit)]
 
     def step(self):
         weights, steps = zip(*self.STEPS)
