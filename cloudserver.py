@@ -8885,9 +8885,10 @@ def describe_share(share: Share, grantee: str | None = None) -> dict[str, Any]:
 
 
 def check_label(text: str, most: int) -> str:
+    text = re.sub("\r\n?", "\n", text).replace("\t", " ").strip()          # as dialogs send them
     if len(text) > most or any(unicodedata.category(mark) == "Cc" and mark != "\n" for mark in text):
-        raise CloudError("bad-request", "it may have %d characters" % most)
-    return text.strip()
+        raise CloudError("bad-request", "it may have %d characters, and no control characters" % most)
+    return text
 
 
 # ==== 14. Verbs ==========================================================================

@@ -7316,6 +7316,75 @@ def test_nextclouds_clients_share_with_people(call, cloud, ann, bob):
     assert get(cloud, bob, "one.txt") == b"one" and mine("DELETE", "/" + file["id"]) == [] and outcome(get, cloud, bob, "one.txt") == "not-found"
 
 
+def test_the_dialog_of_nextclouds_desktop_shares(call, cloud, ann, bob):
+    """Word for word what version 35.0.0 sent while its dialog was driven by hand, and what it has to be told."""
+    put(cloud, ann, "team/a.txt", b"a", parents=True)
+    base, form = OCS_SHARING % "v2", {"Content-Type": "application/x-www-form-urlencoded", "OCS_APIRequest": "true"}
+
+    def send(method, where, body=None, user="ann"):
+        answer = call(method, base + where, body, user=user, **(form if body else {"OCS_APIRequest": "true"}))
+        told = answer.json()["ocs"]
+        return told["data"] if answer.status == 200 == told["meta"]["statuscode"] else (answer.status, told["meta"]["message"])
+
+    link = send("POST", "shares?format=json", "path=%2Fteam&shareType=3")
+    change = lambda body, id=link["id"]: send("PUT", "shares/%s?format=json" % id, body)
+    assert link["permissions"] == 1 and link["url"].endswith("/s/" + link["token"]) and change("label=For%20Bob")["label"] == "For Bob"
+    assert [change("permissions=%d" % bits)["permissions"] for bits in (15, 4, 1, 17)] == [15, 4, 1, 1]
+    assert change("hideDownload=true") == (400, "whoever may see a file may also download it")               # it shows the words
+    assert change("password=O4G%5Dd71%60%7B%28XEMuVJ%3DCl%2AW%3Fek")["share_with"] == "***redacted***" and change("password=pw") == (400, "a password has 10 to 1024 characters")
+    assert call("GET", "/s/%s/a.txt" % link["token"], user=None, Authorization=basic("", "O4G]d71`{(XEMuVJ=Cl*W?ek")).body == b"a"
+    assert change("expireDate=2035-11-28")["expiration"] == "2035-11-28 00:00:00" and change("expireDate=")["expiration"] is None
+    found = send("GET", "sharees?search=bo&itemType=folder&page=1&perPage=50&lookup=false&format=json")
+    assert [one["value"] for one in found["users"]] == [{"shareType": 0, "shareWith": "bob"}] and found["exact"]["users"] == []
+    assert send("GET", "shares?path=%2Fteam&shared_with_me=true&format=json") == []
+    given = send("POST", "shares?format=json", "path=%2Fteam&shareType=0&shareWith=bob")
+    change = partial(change, id=given["id"])
+    assert given["permissions"] == 15 and [one["id"] for one in send("GET", "shares?path=%2Fteam&reshares=true&format=json")] == [given["id"], link["id"]]
+    assert change("permissions=4") == (400, "what is shared with somebody can be read") and [change("permissions=%d" % bits)["permissions"] for bits in (1, 17)] == [1, 17]
+    assert change("note=hello%20bob%09")["note"] == "hello bob" and change("note=two%0D%0Alines%0Dor%20three")["note"] == "two\nlines\nor three"
+    assert change("note=a%07")[0] == 400 and call("GET", "/remote.php/dav/avatars/bob/64.png").status == 404
+    mine = send("GET", "shares?path=%2Fteam&shared_with_me=true&format=json", user="bob")
+    assert [(one["id"], one["uid_owner"], one["file_target"]) for one in mine] == [(given["id"], "ann", "/team")]
+    assert call("DELETE", "/remote.php/dav/files/bob/team", user="bob").status == 204        # "Leave this share"
+    assert send("GET", "shares?path=%2F&shared_with_me=true&format=json", user="bob") == [] and get(cloud, ann, "team/a.txt") == b"a"
+    assert send("DELETE", "shares/%s?format=json" % given["id"]) == [] == send("DELETE", "shares/%s?format=json" % link["id"])
+
+
+LISTS_OF_SHARES = {  # where somebody is shown what others share with them: how, and in which states
+    "shares?shared_with_me=true": "mounted", "shares/pending": "waiting", "deletedshares": "declined", "shares/ID": "mounted waiting declined",
+    "shares": "", "shares?path=/team&reshares=true": "", "shares?path=/&subfiles=true": "", "shares/inherited?path=/own": ""}
+
+
+@pytest.mark.parametrize("state", ["mounted", "waiting", "declined", "ended", "late", "trash", "off"])
+def test_each_list_of_shares_shows_those_of_its_state(call, api, cloud, ann, bob, state):
+    """Of Nextcloud's and of ours, to whom it reaches; the giver sees it whatever the other said to it."""
+    put(cloud, ann, "team/a.txt", b"a", parents=True), put(cloud, bob, "own"), cloud.set_policy(ann, ask_first=True)
+    share, mine, his = give(cloud, ann, "team", "bob"), ocs_of(call), partial(call, user="bob", OCS_APIRequest="true")
+    if state != "waiting":
+        cloud.offers.accept(bob, share)
+    {"declined": lambda: cloud.offers.decline(bob, share), "ended": lambda: cloud.sharing.end(ann, share), "trash": lambda: cloud.files.delete(ann, ("team",)),
+     "late": lambda: cloud.db.run(Statement("UPDATE share SET due = 1 WHERE id = ?", (share,))), "off": lambda: cloud.set_policy(ann, sharing="none")}.get(state, int)()
+    for where, states in LISTS_OF_SHARES.items():
+        for version in "v1", "v2":
+            answer = his("GET", OCS_SHARING % version + where.replace("ID", str(share)))
+            shown = answer.status == 200 and [one.text for one in cs.read_xml(answer.body).iterfind("data/element/id")] == [str(share)]
+            assert shown == (state in states.split()) and (shown or b"team" not in answer.body), (where, answer)
+    assert [one["state"] for one in api("GET", "shares?with=me", user="bob")["shares"]] == [state] * (state in ("mounted", "waiting", "declined"))
+    assert api("GET", "shares", user="bob") == {"shares": []} == api("GET", "shares?path=own", user="bob")
+    there = state == "mounted"
+    for door in "/dav/", "/remote.php/dav/files/bob/", "/remote.php/webdav/":
+        listed = his("PROPFIND", door, b'<propfind xmlns="DAV:"><prop><sharees xmlns="http://nextcloud.org/ns"/></prop></propfind>', Depth="1").body
+        assert (b"team" in listed) == there and b"nc:sharee>" not in listed, door
+    known = state not in ("ended", "late")
+    assert [one["id"] for one in mine("GET")] == [str(share)] * known and (mine("GET", "/%d" % share) != 404) == known
+    assert [one["value"]["shareWith"] for one in ocs_of(call, where="sharees_recommended")("GET")["users"]] == ["bob"] * known
+    if state != "trash":
+        assert [one["id"] for one in mine("GET", "/inherited", path="/team/a.txt")] == [str(share)] * known == [one["id"] for one in mine("GET", path="/", subfiles="true")]
+        asked = b'<propfind xmlns="DAV:"><prop><sharees xmlns="http://nextcloud.org/ns"/><share-types xmlns="http://owncloud.org/ns"/></prop></propfind>'
+        body = call("PROPFIND", "/remote.php/dav/files/ann/team", asked, Depth="0").body
+        assert (b"<nc:id>bob</nc:id>" in body, b"<oc:share-type>0<" in body) == (known, known)
+
+
 @pytest.mark.parametrize("door", ["/dav", "/remote.php/dav/files/bob", "/remote.php/webdav"])
 def test_webdav_moves_copies_locks_and_deletes_through_mounts(call, cloud, ann, bob, door):
     """Statuses that clients understand: a mount may have another name; it does not leave the root, nothing replaces it, and to delete it declines it."""
@@ -7442,7 +7511,7 @@ def test_nextclouds_clients_find_whom_to_share_with(call, cloud, ann, bob):
 
 SECRET = b"\xff\xd8\xff nobody else reads this"
 INSIDE = b"\xff\xd8\xff what is shared, a picture of some size"
-KINDS_OF_WHO = "owner reader view add edit group reshare declined former left stranger visitor nobody".split()
+KINDS_OF_WHO = "owner reader view add edit group reshare waiting declined former left stranger visitor nobody".split()
 FILE_PATHS = {"PUT": "d/new", "MKCOL": "d/new", "PROPFIND": "d", "REPORT": "d", "GET": "d/f"}
 SAMPLES = {"path": "d/f", "paths": ["d/f"], "transfers": [{"from": "d/f", "to": "d/to"}], "boolean": True, "string": "x", "role": "view",
            "days": 1, "time": 5000, "text": "x"}
@@ -7467,9 +7536,11 @@ class Circle:
         put(cloud, ann, "private", SECRET), put(cloud, ann, "d/f", INSIDE, parents=True)
         self.shares, self.credentials = {}, {"owner": basic("ann"), "nobody": None}
         for name, terms in {"view": {}, "add": {"role": "add"}, "edit": {"role": "edit"}, "reshare": {"reshare": True}, "declined": {"role": "edit"},
+                            "waiting": {"role": "edit"},
                             "former": {"role": "edit"}, "stranger": None}.items():
             account(cloud, name)
             self.credentials[name] = basic(name)
+            cloud.set_policy(ann, ask_first=name == "waiting")
             if terms is not None:
                 self.shares[name] = cloud.sharing.share(ann, ("d",), "account", name, **terms).share.id
         self.link = cloud.sharing.share(ann, ("d",), role="edit").share
@@ -7494,8 +7565,10 @@ class Circle:
         for name, id in self.shares.items():
             offers, member = cloud.offers, cloud.accounts.principal(name)
             for offer in offers.list(member):
-                if (name == "declined") == (offer.state == "mounted"):
-                    (offers.decline if name == "declined" else offers.accept)(member, id)
+                if (name in ("declined", "waiting")) == (offer.state == "mounted"):
+                    (offers.accept if offer.state != "mounted" else offers.decline)(member, id)
+            if name == "waiting":
+                cloud.db.run(Statement("UPDATE answer SET said = 'waiting' WHERE share = ?", (id,)))
         if not self.cloud.devices.list(ann) or not any(device.name == "phone" for device in self.cloud.devices.list(ann)):
             self.credentials["reader"] = "Bearer " + cloud.devices.add_token(ann, "phone", readonly=True)[1]
         return {"GONE": gone, "SEQ": node.rev, "REV": node.rev, "HEAD": cloud.db.head(), "HASH": node.manifest, "NODE": node.node,
@@ -7567,13 +7640,13 @@ class Circle:
 
 SHARED_WITH = "view add edit group reshare"
 ROUTE_GIVES = {  # to whom a route gives something on what is shared, or in a home of their own: its rows
-    "owner reader %s declined former left stranger" % SHARED_WITH: """
+    "owner reader %s waiting declined former left stranger" % SHARED_WITH: """
         POST /api/v1/logout  GET /api/v1/account  GET /api/v1/usage  POST /api/v1/taken  GET /api/v1/trash  GET /api/v1/activity  GET /api/v1/search
         GET /api/v1/starred  POST /api/v1/qr  GET /api/v1/manifest  GET /api/v1/changes  GET /api/v1/events  POST /api/v1/chunks/missing  SEARCH /remote.php/dav
         GET /ocs/*/cloud/user  GET /ocs/*/cloud/users/<name>  GET /ocs/*/core/navigation/apps
         GET /ocs/*/apps/files_sharing/api/v1/shares  GET /ocs/*/apps/files_sharing/api/v1/sharees_recommended
         GET /ocs/*/apps/files_sharing/api/v1/deletedshares  GET /ocs/*/apps/files_sharing/api/v1/shares/pending""",
-    "owner %s declined former left stranger" % SHARED_WITH: """
+    "owner %s waiting declined former left stranger" % SHARED_WITH: """
         POST /api/v1/confirm  GET /api/v1/devices  POST /api/v1/devices  POST /api/v1/zip-names  GET /api/v1/held  GET /api/v1/activity/devices
         GET /api/v1/shares  GET /api/v1/people  POST /api/v1/chunks  GET /ocs/*/core/getapppassword
         GET /ocs/*/apps/files_sharing/api/v1/sharees""",
@@ -7600,7 +7673,7 @@ ROUTE_GIVES = {  # to whom a route gives something on what is shared, or in a ho
         DELETE /remote.php/dav/trashbin/<owner>/<path>  MOVE /remote.php/dav/trashbin/<owner>/<path>""",
     "owner reader": "GET /ocs/*/apps/files_sharing/api/v1/shares/<id>  PROPFIND /remote.php/dav/trashbin/<owner>/<path>",
     "owner reshare": "POST /api/v1/shares  POST /ocs/*/apps/files_sharing/api/v1/shares",
-    SHARED_WITH + " declined": """
+    SHARED_WITH + " waiting declined": """
         POST /api/v1/shares/<id>/accept  POST /api/v1/shares/<id>/decline  POST /ocs/*/apps/files_sharing/api/v1/deletedshares/<id>
         POST /ocs/*/apps/files_sharing/api/v1/pending/<id>  POST /ocs/*/apps/files_sharing/api/v1/shares/pending/<id>
         DELETE /ocs/*/apps/files_sharing/api/v1/pending/<id>  DELETE /ocs/*/apps/files_sharing/api/v1/shares/pending/<id>""",
@@ -7637,7 +7710,7 @@ def test_each_route_gives_to_whom_it_should(cloud, ann, address):
             if granted != (who in expected[row]) or answer and answer.status >= 500:
                 wrong.append((row, who, answer and answer.status))
             assert SECRET not in body or who in ("owner", "reader"), (row, who)
-            assert INSIDE not in body or who not in ("declined", "former", "left", "stranger", "visitor", "nobody"), (row, who)
+            assert INSIDE not in body or who not in ("waiting", "declined", "former", "left", "stranger", "visitor", "nobody"), (row, who)
             assert granted or before is None or tree(cloud, ann) == before, (row, who)
     assert wrong == []
     audit(cloud)
