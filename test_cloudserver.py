@@ -7655,14 +7655,14 @@ ROUTE_GIVES = {  # to whom a route gives something on what is shared, or in a ho
         GET /api/v1/files/<path>  GET /api/v1/content/<path>  GET /api/v1/zip/<path>  GET /api/v1/thumbnails/<path>  POST /api/v1/chunks/get
         GET /core/preview  GET /core/preview.png  GET /apps/files/ajax/download.php
         GET DAV  PROPFIND DAV  REPORT DAV""",
-    "owner " + SHARED_WITH: "PATCH /remote.php/dav/files/<owner>/<path>  PATCH /remote.php/webdav/<path>",
+    "owner " + SHARED_WITH: "POST /api/v1/star  PATCH /remote.php/dav/files/<owner>/<path>  PATCH /remote.php/webdav/<path>",
     "owner add edit group": """
         PUT /api/v1/files/<path>  POST /api/v1/make-collection  POST /api/v1/copy  POST /api/v1/commit  POST /tus  PUT DAV  MKCOL DAV  COPY DAV
         MKCOL UPLOADS  PUT UPLOADS  DELETE UPLOADS  MOVE UPLOADS  POST /remote.php/dav/bulk""",
     "owner reader add edit group": "PROPFIND UPLOADS",
     "owner edit group": """
         PATCH /api/v1/files/<path>  POST /api/v1/move  POST /api/v1/delete  POST /api/v1/versions/restore  POST /api/v1/rewind  POST /api/v1/bring-back
-        PUT /api/v1/thumbnails/<path>  POST /api/v1/star  DELETE DAV  MOVE DAV  PROPPATCH DAV  LOCK DAV  MOVE /remote.php/dav/versions/<owner>/<path>""",
+        PUT /api/v1/thumbnails/<path>  DELETE DAV  MOVE DAV  PROPPATCH DAV  LOCK DAV  MOVE /remote.php/dav/versions/<owner>/<path>""",
     "owner reader edit group": """
         GET /api/v1/versions/<path>  GET /api/v1/differences/<path>  PROPFIND /remote.php/dav/versions/<owner>/<path>  GET /remote.php/dav/versions/<owner>/<path>""",
     "owner": """
