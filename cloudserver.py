@@ -2644,6 +2644,7 @@ CREATE INDEX member_account ON member (account);
 CREATE TABLE answer (                   -- what became of a share with each whom it reaches: accepted, declined, or waiting for a word
     share INTEGER NOT NULL, account INTEGER NOT NULL, said TEXT NOT NULL, PRIMARY KEY (share, account)) WITHOUT ROWID;
 CREATE INDEX answer_account ON answer (account);
+CREATE INDEX answer_open ON answer (share) WHERE said <> 'accepted';
 ALTER TABLE account ADD COLUMN sharing INTEGER NOT NULL DEFAULT 1;   -- may it share with others, and others with it?
 DROP INDEX journal_server;
 CREATE INDEX journal_server ON journal (seq) WHERE action IN
@@ -7408,23 +7409,24 @@ class Journal:
         rows = self.db.read("SELECT at FROM journal WHERE seq = ?", (seq,))
         return rows[0][0] if rows else 0
 
-    def newest(self, who: Principal) -> int:
-        """The seq of the last change of an account's tree."""
-        rows = self.db.read("SELECT c.seq, " + NEWEST_SHARED + " FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ? "
-                            "AND (? = '' OR EXISTS (SELECT 1 FROM device WHERE id = ?))", (view_of(who).home, who.device, who.device))
+    def newest(self, who: Principal, *, told: bool = False) -> int:
+        """The seq of the last change of an account's tree; `told`: or of whatever else its journal tells."""
+        rows = self.db.read("SELECT c.seq, " + NEWEST_SHARED + ", (SELECT max(seq) FROM journal WHERE home = ?) FROM account a JOIN collection c ON c.node = a.root "
+                            "WHERE a.id = ? AND (? = '' OR EXISTS (SELECT 1 FROM device WHERE id = ?))",
+                            (who.person, view_of(who).home, who.device, who.device))
         if not rows:
             raise CloudError("unauthenticated", "this device was revoked")
-        own, shared = rows[0]
-        return max(own, shared or 0)
+        own, shared, line = rows[0]
+        return max(own, shared or 0, line if told and line else 0)
 
     def await_change(self, who: Principal, since: int, seconds: float, alive: Callable[[], None] = unwatched) -> bool:
-        """Wait until something in the account is newer than a seq; False if nothing was in time.
+        """Wait until something in the account, or in its journal, is newer than a seq; False if nothing was in time.
 
         So many may wait at a time and no more.
         raises  CloudError busy
         """
         def is_newer() -> bool:
-            if self.newest(who) > since:
+            if self.newest(who, told=True) > since:
                 return True
             alive()
             return False
@@ -8318,8 +8320,7 @@ class Sharing:
             root, = self.db.read("SELECT root FROM account WHERE id = ?", (share.home,))[0]
             path = Moment(self.db.read, root).path(share.node) or (old.node.name,)
             return Batch(end_shares("s.id = ?1", (share.id,), self.clock), [self._still(share)],
-                         Line(share.home, who, "share-end", {"path": "/".join(path), **describe_share(share, old.grantee)}),
-                         also=self.offers.take_back(who, old))
+                         Line(share.home, who, "share-end", {"path": "/".join(path), **describe_share(share, old.grantee)}))
 
         self.db.write(attempt)
         self.offers.follow(who)
@@ -8571,20 +8572,14 @@ class Offers:
                                            + ") LIMIT ?", (self.clock.due(), PIECE)):
             self.db.write(lambda: Batch(end_shares("s.id = ?1", (id,), self.clock), line=Line(home, ANONYMOUS, "share-end", {"share": str(id)})))
 
-    def take_back(self, who: Principal, given: Given) -> list[Batch]:
-        """Whom nothing is taken from, as they have no mount of it, are told that a share has ended."""
-        share = given.share
-        if share.kind != "account" or self._mounts("m.home = :home AND m.target = :target", home=share.grantee, target=share.node):
-            return []
-        return [Batch([], line=Line(share.grantee, who, "share-end", {"path": given.node.name, **describe_share(share)}))]
-
     def follow(self, who: Principal = ANONYMOUS) -> bool:
         """Let mounts come and go as shares and groups did, some at a time; is there more to do?"""
         def attempt() -> Batch:
-            parts = self._going(who) or self._coming()
+            parts = [*self._going(who), *self._told(who)] or self._coming()
             if not parts:
                 return Batch([Statement("DELETE FROM setting WHERE name = 'mounts' AND NOT EXISTS (SELECT 1 FROM mount m WHERE m.until "
-                                        "IS NULL AND " + LOST + ") AND NOT EXISTS (SELECT 1 " + COMING + ")", {"now": self.clock.due()})])
+                                        "IS NULL AND " + LOST + ") AND NOT EXISTS (SELECT 1 " + UNTOLD + ") AND NOT EXISTS (SELECT 1 " + COMING + ")",
+                                        {"now": self.clock.due()})])
             first, *others = parts
             return replace(first, also=others, touches=None) if others else first
 
@@ -8604,6 +8599,14 @@ class Offers:
             batch = plan.batch("share-end", {"path": [(mount.name,) for mount in mounts]})
             parts.append(replace(batch, line=batch.line._replace(who=who)))
         return parts
+
+    def _told(self, who: Principal) -> list[Batch]:
+        """Whom nothing is taken from, as they have no mount of it, are told that a share has ended."""
+        rows = self.db.read("SELECT w.account, (SELECT name FROM account WHERE id = w.account), coalesce((SELECT name FROM entry WHERE node = s.node AND until IS NULL), "
+                            "(SELECT name FROM entry WHERE node = s.node AND until IS NOT NULL ORDER BY since DESC LIMIT 1), ''), " + SHARE_COLUMNS + " " + UNTOLD
+                            + " LIMIT ?", (PIECE,))
+        return [Batch([Statement("DELETE FROM answer WHERE share = ? AND account = ?", (share[0], account))],
+                      line=Line(account, who, "share-end", {"path": path, **describe_share(Share._make(share), name)})) for account, name, path, *share in rows]
 
     def _mounts(self, where: str, **params: int) -> list[Node]:
         """The entries of some mounts m."""
@@ -8646,6 +8649,9 @@ TAKEN = "NOT EXISTS (SELECT 1 FROM answer WHERE share = s.id AND account = %s AN
 LOST = (  # does mount m show what no share gives any more, but for those that were declined?
     "NOT EXISTS (SELECT 1 FROM share s WHERE s.node = m.target AND s.ended IS NULL AND " + REACHES.replace(":home", "m.home")
     + " AND " + TAKEN % "m.home" + ")")
+UNTOLD = (  # shares s that have ended, and answers w to them of who has no mount by it and has not been told
+    "FROM answer w JOIN share s ON s.id = w.share WHERE w.said <> 'accepted' AND s.ended IS NOT NULL AND NOT EXISTS (SELECT 1 FROM mount WHERE home = w.account "
+    "AND target = s.node AND until IS NULL)")
 COMING = (  # shares s of groups, and members b of those, to whom they have not come yet
     "FROM share s JOIN grp r ON r.id = s.grantee JOIN member b ON b.grp = s.grantee JOIN account a ON a.id = b.account JOIN account g ON g.id = s.giver "
     "JOIN entry e ON e.node = s.node LEFT JOIN collection c ON c.node = e.node WHERE s.kind = 'group' AND s.ended IS NULL AND (s.due IS NULL OR s.due > :now) "
@@ -11238,7 +11244,7 @@ def api_root(cloud: Cloud, who: Principal, request: Request) -> Response:
     known = bool(who.account)
     return json_response({
         "name": "cloudserver", "set_up": cloud.accounts.is_set_up(), "account": who.name or None, "server": cloud.epoch,
-        "me": api_account_of(cloud, who) if known else None, "seq": cloud.journal.newest(who) if known else None,
+        "me": api_account_of(cloud, who) if known else None, "seq": cloud.journal.newest(who, told=True) if known else None,
         "openapi": API + "openapi.json",
         "limits": {"file": cloud.config.max_file, "name": NAME_LIMIT, "path": PATH_LIMIT, "depth": DEPTH_LIMIT,
                    "chunk": CHUNK_LIMIT, "frames": FRAMES_LIMIT, "ops": OPS_LIMIT, "entries": PAGE_LIMIT, "copy": COPY_LIMIT}})
@@ -12211,19 +12217,19 @@ def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 @route("GET", API + "events", needs="read")
 def sync_events(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Server-sent events: {"seq": N} whenever something in the account has changed, and again every 15 seconds: by its silence
-    a listener knows that the connection is dead."""
-    cloud.journal.await_change(who, cloud.journal.newest(who), 0)        # refuse now what would be refused later
+    """Server-sent events: {"seq": N} whenever something in the account has changed, or is told in its journal, and again every 15 seconds:
+    by its silence a listener knows that the connection is dead."""
+    cloud.journal.await_change(who, cloud.journal.newest(who, told=True), 0)        # refuse now what would be refused later
     return Response(200, sync_wake_ups(cloud, who), {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
                                                      "X-Accel-Buffering": "no"}, length=None)
 
 
 def sync_wake_ups(cloud: Cloud, who: Principal) -> Iterator[bytes]:
-    seq, until = cloud.journal.newest(who), time.monotonic() + EVENTS_LIFE
+    seq, until = cloud.journal.newest(who, told=True), time.monotonic() + EVENTS_LIFE
     yield b'retry: 2000\ndata: {"seq":%d}\n\n' % seq
     while time.monotonic() < until and not cloud.journal.closing.is_set():
         if cloud.journal.await_change(who, seq, 15):
-            seq = cloud.journal.newest(who)
+            seq = cloud.journal.newest(who, told=True)
         yield b'data: {"seq":%d}\n\n' % seq             # finds out whether anybody still listens, too
 
 
@@ -25079,7 +25085,7 @@ function curlFor({path, name, kind}) {
 
 // ---- what others do: changes as they happen, and the brake
 
-let source = null, silent = 0, still = 0;
+let source = null, silent = 0;
 
 function watchServer() {
   if (source) source.close();
@@ -25092,7 +25098,6 @@ function watchServer() {
       awaitNews();
       const {seq} = JSON.parse(event.data);
       if (seen !== seq) changed();
-      else if (++still % 4 === 0) showOffers();          // what waits for a yes is no change yet
       seen = seq;
     };
   }

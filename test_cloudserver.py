@@ -5931,6 +5931,31 @@ def test_who_is_to_be_asked_is_told_when_there_is_nothing_to_ask_any_more(api, c
         ("share-end", "d", None, "ann"), ("share", "d", True, "ann")]
 
 
+@pytest.mark.parametrize("kind, to", [("account", "bob"), ("group", "crew")])
+@pytest.mark.parametrize("said", ["waiting", "declined"])
+def test_what_waits_for_a_yes_wakes_who_listens_and_so_does_its_end(api, cloud, ann, people, kind, to, said):
+    """By a line in their journal: their tree has not changed."""
+    put(cloud, ann, "up/d/f", parents=True), api("PATCH", "settings", ask_first=True), cloud.groups.add("crew"), cloud.groups.join("crew", "bob"), cloud.groups.join("crew", "cem")
+    bob, etag = people.bob, cloud.files.stat(people.bob, ()).etag
+
+    def woken(act):
+        since = cloud.journal.newest(bob, told=True)
+        assert not cloud.journal.await_change(bob, since, 0)
+        found = act()
+        assert cloud.journal.await_change(bob, since, 0) and cloud.files.stat(bob, ()).etag == etag
+        return found
+    id = woken(lambda: give(cloud, ann, "up/d", to, kind))
+    if said == "declined":
+        woken(lambda: cloud.offers.decline(bob, id))
+    woken(lambda: cloud.sharing.end(ann, id))
+    assert [(step.action, step.detail["path"], step.detail["with"]) for step in cloud.journal.activity(bob, limit=1)] == [("share-end", "d", "bob")]
+    assert cloud.db.read("SELECT account FROM answer") == []
+    id = woken(lambda: give(cloud, ann, "up/d", to, kind, reshare=True))
+    cloud.files.delete(ann, ("up",)), cloud.trash.empty(ann)
+    cloud.offers.expire()
+    woken(lambda: [None for _ in iter(cloud.offers.follow, False)])
+
+
 def test_sharing_is_nothing_that_is_undone(cloud, ann, people):
     """It is ended where it stands; who has it declines it."""
     put(cloud, ann, "d/f", parents=True)
@@ -20672,7 +20697,6 @@ def test_browser_accepts_what_waits_for_a_yes(page, other):
     page.put("trip/a.txt")
     give_to(other, page, "trip")
     page.cloud.set_policy(page.who, ask_first=before.ask_first)
-    other.put("own.txt")                         # it is looked for with whatever else comes, or within a minute
     other.sees("%s wants to share “trip” with you." % page.who.name, "Shared (1)")
     other.click("Show")
     other.sees("Waits for your yes")
