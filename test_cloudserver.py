@@ -15973,7 +15973,7 @@ class Town:
         self.limited, self.count = None, 0       # (whose, which node, as it sees it); how many came and went
         self.running = None                      # whose laptop is at work
         self.names = {}                          # {(name, node): the name under which somebody sees a mount}
-        self.etags = {}                          # {(who, node): {etag: state}}
+        self.etags = {}                          # {(who, node, does a mount show it?): {etag: state}}
         self.made = {}                           # {node: (who made it, when)}
         self.promised, self.given_up, self.wanted, self.dead, self.known_ever = set(), set(), set(), set(), set()
         self.done = []
@@ -16157,7 +16157,7 @@ class Town:
             state = row.sha if row.kind == "file" else tuple(sorted(
                 (one[len(path):], below.node, below.sha, tuple(sorted(below.rights)) if below.mount == below.node else ())
                 for one, below in seen.items() if lies_in(one, path)))
-            known = self.etags.setdefault((name, row.node), {})
+            known = self.etags.setdefault((name, row.node, row.mount == row.node), {})
             assert known.setdefault(row.etag, state) == state, (name, path, row, known[row.etag], state, self.done[-12:])
 
     def judge_links(self):
