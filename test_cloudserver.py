@@ -15675,6 +15675,8 @@ class Neighbours:
         for name in self.NAMES:
             for path in ("a", "e/b", "e/c"):
                 put(cloud, ann, name + "/" + path, name + path, parents=True)
+        for path, role in (("photos", "edit"), ("work", "view")):
+            cloud.sharing.share(ann, (path,), "account", "bob", role=role)
 
     def who(self, machine):
         return self.ann if machine.path.name == "anns" else self.bob
@@ -15697,9 +15699,9 @@ class Neighbours:
 
     def work(self, machine):
         """Some random work in a folder."""
-        rng, is_bobs = self.rng, self.who(machine) is self.bob
+        rng, is_bobs, before = self.rng, self.who(machine) is self.bob, self.here(machine)
         mounts = set() if not is_bobs else {grant.path[0] for grant in self.cloud.offers.list(self.bob) if grant.path}
-        for _ in range(rng.randrange(4)):
+        for _ in range(rng.randrange(1, 7)):
             files = machine.tree()
             paths = sorted(path for path, data in files.items() if not any(name.startswith(path) and (data or b"").startswith(b"private") for name, data in files.items()))
             path = rng.choice(["", "e/", "photos/", "photos/e/", "work/", "d/e/"]) + rng.choice("abcn")
@@ -15720,6 +15722,7 @@ class Neighbours:
                     (machine.path / rng.choice(paths)).unlink()
                 elif verb == "rmtree" and paths and rng.random() < 0.4:
                     shutil.rmtree(machine.path / rng.choice(paths))
+        self.promised -= before - self.here(machine) - self.known()      # what is kept here alone, until somebody removes it by hand
 
     def sync(self, machine, crash=False):
         before, client = self.here(machine), machine.start(yes=True)
