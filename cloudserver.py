@@ -164,7 +164,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait as await_all
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -4471,6 +4471,7 @@ class Place(NamedTuple):
     chunk: StoredChunk | None = None
     mounts: bool = False         # of the root: are there any in it?
     hidden: bool = False         # does a mount that nobody sees have the first of the names that do not exist?
+    grant: Grant | None = None   # by which it is seen, if somebody else's
 
     @property
     def parent(self) -> int:
@@ -4541,6 +4542,14 @@ def entries_at(where: str, columns: str = NODE, ended: str = UNPURGED, kinds: in
     return select_entries(where + "IS NULL", columns) + " UNION ALL " + select_entries(where + "> :seq" + ended, columns)
 
 
+@lru_cache(maxsize=64)
+def entries_named(count: int) -> str:
+    """A SELECT of what collections hold now by so many pairs of collection and key: each is searched for, in whatever order the database would begin."""
+    pairs = ", ".join(["(CAST(? AS BIGINT), CAST(? AS TEXT))"] + ["(?, ?)"] * (count - 1))
+    return "WITH wanted (parent, key) AS (VALUES " + pairs + ") " + entries_now(
+        "e.parent = w.parent AND e.key = w.key", source="wanted w CROSS JOIN entry e", kinds=MOUNT + 1)
+
+
 LINE = (  # a live node and what holds it, upwards: :node
     "WITH RECURSIVE up (id, above, level) AS (SELECT node, parent, 0 FROM entry WHERE node = :node AND until IS NULL "
     "UNION ALL SELECT e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL) "
@@ -4577,15 +4586,19 @@ class Moment:
     seen (`mounts`): what is in one is read as all else, for a node has one place.
     """
 
+    kinds = MOUNT                                        # only nodes of kinds below this number are there
+
     def __init__(self, read: Read, top: int, seq: int | None = None, *, purged: bool = False, mounts: Seen | None = None, floor: int = 0) -> None:
         """floor   the seq of a share by which it is seen: no collection counts as older"""
         self.read, self.top, self.seq, self.purged, self.mounts, self.floor = read, top, seq, purged, mounts, floor
         self._grants: dict[int, Grant] | None = None
         self._told: dict[int, Grant] = {}                # by the nodes at which they begin, or others add to their rights
         self._nodes: dict[int, Node | None] = {}
+        self._named: dict[tuple[int, str], Node | None] = {}             # {(collection, key): what it holds under that name}
         self._paths: dict[int, tuple[str, ...] | None] = {top: ()}
 
-    def _select(self, where: str, params: dict[str, Any], columns: str = NODE, tail: str = "", kinds: int = MOUNT) -> Iterable[tuple[Any, ...]]:
+    def _select(self, where: str, params: dict[str, Any], columns: str = NODE, tail: str = "", mounts: bool = False) -> Iterable[tuple[Any, ...]]:
+        kinds = max(self.kinds, MOUNT + mounts)
         if self.seq is None:
             return self.read(entries_now(where, columns, kinds=kinds) + tail, params)
         return self.read(entries_at(where, columns, "" if self.purged else UNPURGED, kinds) + tail, {**params, "seq": self.seq})
@@ -4608,8 +4621,11 @@ class Moment:
 
     def child(self, id: int, name: str) -> Node | None:
         """What a collection holds under a name."""
-        return next(iter(self._shown(list(map(Node._make, self._select(
-            "e.parent = :parent AND e.key = :key", {"parent": id, "key": key_of(name)}, kinds=MOUNT + bool(self.mounts)))))), None)
+        place = id, key_of(name)
+        if place not in self._named:
+            found = self._select("e.parent = :parent AND e.key = :key", dict(zip(("parent", "key"), place)), mounts=bool(self.mounts))
+            self._named[place] = next(iter(self._shown(list(map(Node._make, found)))), None)
+        return self._named[place]
 
     def find(self, path: tuple[str, ...]) -> Node | None:
         """The node at a path from the top."""
@@ -4626,8 +4642,7 @@ class Moment:
         where, columns = IN_ORDER
         after: str | None = ""
         while after is not None:
-            rows = list(self._select(where, {"parent": id, "after": after, "limit": PIECE}, columns, " ORDER BY key LIMIT :limit",
-                                     MOUNT + bool(self.mounts)))
+            rows = list(self._select(where, {"parent": id, "after": after, "limit": PIECE}, columns, " ORDER BY key LIMIT :limit", bool(self.mounts)))
             yield from self._shown([Node._make(row[:-1]) for row in rows], floor)
             after = rows[-1][-1] if len(rows) == PIECE else None
 
@@ -4637,7 +4652,7 @@ class Moment:
         nodes = self._shown(list(map(Node._make, self.read(
             entries_now("e.parent = :parent", source=page_source(len(mounts))) + " ORDER BY " + order + " LIMIT :limit OFFSET :start",
             {**mounts, "parent": id, "limit": limit, "start": start}))))
-        return [self.grants[node.node].seen() if node.node in self.grants else node for node in nodes] if mounts else nodes
+        return list(map(self.named, nodes)) if mounts else nodes
 
     def _shown(self, nodes: list[Node], floor: int = 0) -> list[Node]:
         """The same as they are seen: of a mount its target, under the name that it has here; none that leads nowhere."""
@@ -4690,17 +4705,14 @@ class Moment:
         """Where a node is below the top; None if elsewhere or nowhere."""
         if self.seq is None and not self._nodes and id != self.top:
             self.above(id)                               # the first: all on the way at once
-        walked = self._unplaced(id)
+        unplaced = lambda: list(itertools.takewhile(lambda one: one not in self._paths, self.line(id)))      # it and what holds it, upwards
+        walked = unplaced()
         if walked and self.mounts and self._grants is None and self._parent(walked[-1]) not in self._paths and self.grants:
-            walked = self._unplaced(id)
+            walked = unplaced()
         for one in reversed(walked):
             above = self._paths.get(self._parent(one))
             self._paths[one] = None if above is None else above + (self.node(one).name,)
         return self._paths[id]
-
-    def _unplaced(self, id: int) -> list[int]:
-        """A node and what holds it, upwards, as far as it is not known where that is."""
-        return list(itertools.takewhile(lambda one: one not in self._paths, self.line(id)))
 
     def _parent(self, id: int) -> int | None:
         node = self.node(id)
@@ -4721,9 +4733,9 @@ class Moment:
         return max([self.floor, *(grant.seq for grant in (self._grants or {}).values() if grant.name == path[0])]) if path else self.floor
 
     def named(self, node: Node) -> Node:
-        """The same under the name that it has here."""
+        """The same as it is seen, under the name that it has here."""
         grant = self.grants.get(node.node)
-        return node._replace(name=grant.name) if grant else node
+        return grant.seen() if grant else node
 
     def homes(self) -> list[int]:
         """Those of others in which something is seen."""
@@ -4790,6 +4802,20 @@ class Moment:
         return found
 
 
+class Entries(Moment):
+    """The tree as it is now, for who changes it: mounts are the entries that they are."""
+
+    kinds = MOUNT + 1
+
+    def load_named(self, places: Collection[tuple[int, str]]) -> None:
+        """Read at once what some collections hold under some names, [(collection, key)]."""
+        for some in pieces(list(set(places).difference(self._named))):
+            self._named.update(dict.fromkeys(some))
+            for row in self.read(entries_named(len(some)), list(itertools.chain.from_iterable(some))):
+                node = Node._make(row)
+                self._named[node.parent, key_of(node.name)] = node
+
+
 class Access(NamedTuple):
     """What one share gives."""
     share: int
@@ -4817,6 +4843,11 @@ class Grant(NamedTuple):
     @property
     def rights(self) -> frozenset[str]:
         return self.rights_at((self.node.node,))
+
+    def opens(self, who: Principal, ids: Collection[int]) -> View:
+        """What somebody may see and do by it at a node in it, by the ids of that and of what holds it."""
+        rights = view_of(who).rights & self.rights_at(ids)
+        return View(limited_to(who, self.node, rights), self.node.home, self.node.node, rights, False, self.seq)
 
     def seen(self) -> Node:
         """The target as it is seen: under the name of the mount."""
@@ -5393,6 +5424,7 @@ class Changed(NamedTuple):
     gone: str | None             # out of sight: deleted, moved, or unshared: what lies below it is out of sight, too
     shared: SharedBy | None
     is_whole: bool               # of a mount: what lies below it is not told, for it is so much
+    left: Sequence[tuple[str, ...]] = ()         # of a mount: where it, and what it shows, seemed to stand as well, and nothing is now
 
 
 class Allowance:
@@ -5553,8 +5585,8 @@ class Tree:
                 grant = self.mounts.of(self.db.read, view.home).get(row[-1])
                 if grant is None:                            # it leads nowhere: nothing is there
                     return self._enter_top(view, ())._replace(chain=above, rest=path, node=None, mounts=False, hidden=True)
-                view = View(who, grant.node.home, grant.node.node, view.rights, False, grant.seq)
-                above, ids, walked = (*grant.above, view.top), ids[1:], 1
+                above, ids, walked = (*grant.above, grant.node.node), ids[1:], 1
+                view = grant.opens(who, above)
             there = next((n for n, id in enumerate(ids) if id is None), len(ids))
             above, walked, is_last = above + ids[:there], walked + there, is_last or there < len(ids)
         node = Node._make(tail[:15]) if tail[0] is not None else None
@@ -5564,14 +5596,13 @@ class Tree:
             if len(path) == 1:
                 node, chunk, above, is_open = grant.node, None, grant.above, True
             ids = (*above, *([node.node] if node else ()))
-            rights = view.rights & grant.rights_at(ids)
+            view = grant.opens(who, ids)
             self.mounts.seen.update(access.share for access in grant.accesses_at(ids))
-            view = view._replace(rights=rights, who=limited_to(who, grant.node, rights))
             if right:
                 view.need(right)
             if node and node.kind:
                 node = node._replace(seq=max(node.seq, view.seq))
-        return Place(view, row[0], bool(row[1]), row[2], row[3], above, is_open, () if node else path[walked:], node, chunk)
+        return Place(view, row[0], bool(row[1]), row[2], row[3], above, is_open, () if node else path[walked:], node, chunk, grant=grant)
 
     def _place_row(self, start: int, keys: Sequence[str], view: View, content: bool) -> tuple[Any, ...]:
         params = (start, *keys, start, view.home) if len(keys) == 1 else (start, *keys, view.home)
@@ -5595,7 +5626,7 @@ class Tree:
             return place.node.node
         if not place.is_top:
             raise CloudError("forbidden", "a device can be limited to what somebody shared as a whole, not to something in it")
-        return next(grant.mount for grant in self.mounts.of(self.db.read, view_of(who).home).values() if grant.node.node == place.view.top)
+        return place.grant.mount
 
     def within(self, who: Principal, path: tuple[str, ...], right: str | None = None) -> tuple[View, tuple[str, ...]]:
         """The view that a path leads into, and the path from its top.  Through a mount its `who` is like a device that is limited to the
@@ -5768,23 +5799,28 @@ class Draft:
         self.parts: dict[int, HomePart] = {}             # {home: what is done there}, also where something was only looked at
         self.changes: dict[int, Change] = {}         # what became of each node that was touched
         self._names: dict[tuple[int, str], Node | None] = {}         # {(parent, key): what steps left there}
-        self._seen: dict[tuple[int, str], Node | None] = {}          # and what was there before
         self._chains: dict[tuple[str, ...], tuple[int, ...] | None] = {}
-        self._parents: dict[int, int | None] = {}
-        self._mounts: dict[str, tuple[Place, Grant] | None] = {}
+        self._mounts: dict[str, Place | None] = {}
         self._grants: dict[int, Grant] | None = None         # {mount: what it shows}
+        self._hidden: dict[tuple[int, str], Node] = {}       # {(parent, key): the mount that nobody sees there}
         self._made: set[int] = set()                 # collections with nothing in them but what steps put there
+        self._is_looked_at = False                   # by look_at?
 
     # ---- where things are by now
 
+    @cached_property
+    def before(self) -> Entries:
+        """The tree as it was."""
+        return Entries(self.tree.db.read, view_of(self.who).top)
+
     def enter(self, path: tuple[str, ...]) -> Place:
         """Where a path leads by now."""
-        if not path or not self.changes:
+        if not path or not (self.changes or self._is_looked_at):
             place = self.tree.enter(self.who, path)
             if place.view.home not in self.parts:
                 self.parts[place.view.home] = HomePart(place)
-            if place.view.seq:
-                self.parts[place.view.home].mounts[path[0]] = place.view.top
+            if place.grant:
+                self._note(place, path)
                 if self.since is not None:
                     self.mounted(path)
             elif place.hidden:
@@ -5801,21 +5837,32 @@ class Draft:
                 above = self._chain(path[:there])
                 is_open = not above or self.child(above[-1], path[there]) is None
         node = self.child(chain[-1], path[-1]) if there == len(path) - 1 else None
-        view = mounted.view if mounted else view_of(self.who)
-        if mounted:
-            rights = self._mounts[path[0]][1].rights_at((*chain, *([node.node] if node else ()))) & view_of(self.who).rights
-            view = view._replace(rights=rights)
+        view = mounted.grant.opens(self.who, (*chain, *([node.node] if node else ()))) if mounted else view_of(self.who)
         part = self.parts[view.home]
         return part.place._replace(used=part.place.used + part.growth, chain=chain, open=is_open, rest=() if node else path[there:], node=node, view=view)
+
+    def _note(self, place: Place, path: tuple[str, ...]) -> None:
+        """Note by what name somebody else's home was entered."""
+        self.parts.setdefault(place.view.home, HomePart(place)).mounts[path[0]] = place.view.top
+
+    def look_at(self, paths: Collection[tuple[str, ...]]) -> None:
+        """Read what is at many paths, level by level; else each would be asked for by itself."""
+        self._is_looked_at = True
+        holders = {(): self.top()[-1]}
+        for depth in range(max(map(len, paths), default=0)):
+            wanted = {path[:depth + 1] for path in paths if len(path) > depth and path[:depth] in holders}
+            self.before.load_named([(holders[path[:-1]], key_of(path[-1])) for path in wanted])
+            for path in wanted:
+                node = self.child(holders[path[:-1]], path[-1])
+                if node and node.kind == MOUNT:
+                    with suppress(CloudError):           # each step is told by itself
+                        node = self.mounted(path).node
+                if node and node.kind == COLLECTION:
+                    holders[path] = node.node
 
     def home_of(self, path: tuple[str, ...]) -> int:
         """The home that a path led to which was entered."""
         return next((home for home, part in self.parts.items() if path and path[0] in part.mounts), view_of(self.who).home)
-
-    def _root(self) -> Place:
-        """A place that is seen by no mount."""
-        part = self.parts.get(view_of(self.who).home)
-        return part.place if part else self.enter(())
 
     def mounted(self, path: tuple[str, ...]) -> Place | None:
         """The mount that a path begins with, if it does."""
@@ -5824,19 +5871,18 @@ class Draft:
             node = self.child(self.top()[-1], name)
             if node and node.kind == MOUNT and self.since is not None and node.since > self.since:
                 raise CloudError("precondition-failed", "what is shared here came just now")
-            self._mounts[name] = self._enter_mount(path[:1], node) if node and node.kind == MOUNT else None
-        return self._mounts[name] and self._mounts[name][0]
-
-    def _enter_mount(self, path: tuple[str, ...], mount: Node) -> tuple[Place, Grant]:
-        place = self.tree.enter(self.who, path)
-        if not place.view.seq:
-            raise CloudError("conflict", "it came here by this very step")
-        self.parts.setdefault(place.view.home, HomePart(place)).mounts[path[0]] = place.view.top
-        return place, self._grants[mount.node]
+            place = self.tree.enter(self.who, path[:1]) if node and node.kind == MOUNT else None
+            if place and not place.grant:
+                raise CloudError("conflict", "it came here by this very step")
+            if place:
+                self._note(place, path)
+            self._mounts[name] = place
+        return self._mounts[name]
 
     def top(self) -> tuple[int, ...]:
         """Ids down to the top of what is seen, the root of the home first."""
-        place = self._root()
+        part = self.parts.get(view_of(self.who).home)
+        place = part.place if part else self.enter(())
         chain = (*place.chain, place.node.node) if place.node else place.chain
         return chain[:chain.index(place.view.top) + 1]
 
@@ -5858,30 +5904,24 @@ class Draft:
             return node
         if self._grants is None:
             self._grants = self.tree.mounts.of(self.tree.db.read, view_of(self.who).home)
-        return node if node.node in self._grants else None
+        if node.node in self._grants:
+            return node
+        self._hidden[parent, key_of(name)] = node
+        return None
 
     def entry(self, parent: int, name: str) -> Node | None:
         """The same, seen or not."""
         place = parent, key_of(name)
         if place in self._names:
             return self._names[place]
-        if place not in self._seen:
-            self._seen[place] = None if parent in self._made else next(map(Node._make, self.tree.db.read(
-                entries_now("e.parent = ? AND e.key = ?", kinds=MOUNT + 1), place)), None)
-        return self._seen[place]
+        return None if parent in self._made else self.before.child(parent, name)
 
     def above(self, id: int | None) -> list[int]:
         """What holds a node by now, upwards: to the root, or to what is deleted itself."""
         found = []
         while id is not None:
-            if id in self.changes:
-                after = self.changes[id].after
-                id = after and after.parent
-            else:
-                if id not in self._parents:
-                    self._parents[id] = next((parent for parent, in self.tree.db.read(
-                        "SELECT parent FROM entry WHERE node = ? AND until IS NULL", (id,))), None)
-                id = self._parents[id]
+            node = self.changes[id].after if id in self.changes else self.before.node(id)
+            id = node.parent if node else None
             if id is not None:
                 found.append(id)
         return found
@@ -5959,8 +5999,8 @@ class Draft:
         if after:
             self._count(change.joined, after, +1)
             place = after.parent, key_of(after.name)
-            held = self._names.get(place, self._seen.get(place))
-            if held and held.kind == MOUNT and held.node != after.node and self.child(after.parent, after.name) is None:
+            held = self._hidden.pop(place, None)
+            if held and held.node != after.node:
                 owner = self.tree.mounts.owner(held.node)
                 plain = re.sub(r" \(%s( \d+)?\)$" % re.escape(owner), "", held.name) or held.name
                 self.take(rename_of(self, held, name_of_mount(self.entry, held._replace(name=plain), owner)))
@@ -6299,6 +6339,9 @@ class Plan:
             guards.append(Statement("SELECT 'shape' WHERE (SELECT shape FROM account WHERE id = ?) IS NOT ?", (home, part.place.shape)))
         first = parts[0]
         first.guards, first.op, first.told = list(dict.fromkeys(guards + first.guards)), self.who.op, told
+        if len(self.now.changes) > 1:
+            for part in parts:
+                part.guards = gather(part.guards)
         if len(parts) > 1:
             first.also, first.touches = parts[1:], None
         return first
@@ -6394,10 +6437,19 @@ def removal_of(place: Place) -> Change:
 
 def still_there(node: Node) -> Statement:
     """The guard that says: this very entry is what the node is now."""
-    return Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry WHERE home = ? AND since = ? AND node = ? "
-                     "AND until IS NULL)", (node.home, node.since, node.node))
+    return Statement(STILL_THERE, (node.home, node.since, node.node))
 
 
+def gather(guards: Sequence[Statement]) -> list[Statement]:
+    """The same, but asked at once of many entries whether they are still there."""
+    entries = [guard.params for guard in guards if guard.sql == STILL_THERE]
+    return [guard for guard in guards if guard.sql != STILL_THERE] + [Statement(
+        "WITH wanted (home, since, node) AS (VALUES " + ", ".join(["(CAST(? AS BIGINT), CAST(? AS BIGINT), CAST(? AS BIGINT))"] + ["(?, ?, ?)"] * (len(some) - 1))
+        + ") SELECT 'changed' WHERE (SELECT count(*) FROM wanted w CROSS JOIN entry e WHERE e.home = w.home AND e.since = w.since AND e.node = w.node "
+        "AND e.until IS NULL) <> ?", (*itertools.chain.from_iterable(some), len(some))) for some in pieces(entries)]
+
+
+STILL_THERE = "SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry WHERE home = ? AND since = ? AND node = ? AND until IS NULL)"
 SAY = "INSERT INTO answer (share, account, said) %s ON CONFLICT (share, account) DO UPDATE SET said = excluded.said"
 DECLINE = SAY % (
     "SELECT s.id, :home, 'declined' FROM mount m JOIN share s ON s.node = m.target WHERE m.node = :mount AND s.ended IS NULL AND " + REACHES)
@@ -6881,6 +6933,8 @@ class Files:
         """Move nodes to the trash, in one step; returns its seq.  raises CloudError not-found, forbidden, locked"""
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
+            if len(paths) > 1:
+                plan.now.look_at(paths)
             for path in outermost(paths):
                 plan.remove(path, given)
             return plan.batch("delete", {"path": list(paths)})
@@ -7487,6 +7541,14 @@ class Journal:
                 for seq, at, action, detail, account, device, link, undoable in ((*row[:3], json.loads(row[3]), *row[4:]) for row in rows)]
 
 
+class MountsSince(NamedTuple):
+    """What became of mounts since a seq, by the nodes that they show."""
+    came: Collection[int] = ()
+    went: Collection[int] = ()   # or lie in another one by now
+    left: dict[int, list[tuple[str, ...]]] = {}  # paths at which nothing is, of those that lay in another one, or seemed to: that one may have ended before,
+                                 # and only its entry lagged behind, so that `was` of what they showed is only one of two places
+
+
 class Feed:
     """What became of what somebody sees since a seq: one sequence over the home of the view and those of its mounts (law 6 of sharing)."""
 
@@ -7520,26 +7582,21 @@ class Feed:
             homes = [top.home, *now.homes()]
             if now.grants:
                 self._check_reach(since, max(fed for fed, in read("SELECT fed FROM account WHERE id IN (" + marks(homes) + ")", homes)))
-            came = [id for id, grant in now.grants.items() if grant.seq > since or id not in then.grants]
-            went = {grant.node.node for grant in (self.tree.mounts.stood_at(then, top.home) if mounts else ())}.difference(now.grants)
+            since_then = self._mounts_since(Span(then, now), top.home, alive) if mounts else MountsSince()
             reached = head                               # what went while a mount was out of sight is known only of the whole span
-            if not came and not went:
+            if not since_then.came and not since_then.went:
                 reached = min([head, *(self._cut(read, home, since, limit) or head for home in homes)])
-            return reached, self._changed(place, Span(then, now), reached, (came, went), alive)
+            return reached, self._changed(place, Span(then, now), reached, since_then, alive)
 
-    def left(self, who: Principal, since: int, alive: Callable[[], None]) -> list[tuple[str, ...]]:
-        """Paths at which nothing is by now, of mounts in the root that as of a seq lay in another one, or seemed to, and of what lay in those whose name
-        another has: that other one may have ended before, and only its entry lagged behind, so that `was` of what they showed is only one of two places."""
-        view = self.tree.enter(who, ()).view
-        if not view.whole:
-            return []
-        with self.db.snapshot() as read:
-            then, now = Moment(read, view.top, since, purged=True), Moment(read, view.top, mounts=self.tree.mounts.now(view))
-            stood = self.tree.mounts.stood_at(then, view.home)
-            shown = {grant.mount for grant in outermost_of(stood)}
-            gone = [grant for grant in stood if grant.mount not in shown and getattr(now.find((grant.name,)), "node", None) != grant.node.node]
-            return [(grant.name, *below) for grant in gone
-                    for below in ((), *(below for below, _ in watched(then.walk(grant.node.node), alive))) if now.find((grant.name, *below)) is None]
+    def _mounts_since(self, span: Span, home: int, alive: Callable[[], None]) -> MountsSince:
+        then, now, stood = span.then, span.now, self.tree.mounts.stood_at(span.then, home)
+        shown = {grant.mount for grant in then.grants.values()}
+        hidden = [grant for grant in stood if grant.mount not in shown and getattr(now.find((grant.name,)), "node", None) != grant.node.node]
+        return MountsSince(
+            [id for id, grant in now.grants.items() if grant.seq > then.seq or id not in then.grants],
+            {grant.node.node for grant in stood}.difference(now.grants),
+            {grant.node.node: [(grant.name, *below) for below in ((), *(below for below, _ in watched(then.walk(grant.node.node), alive)))
+                               if now.find((grant.name, *below)) is None] for grant in hidden})
 
     def _check_reach(self, since: int, fed: int) -> None:
         if since < max(fed, self.journal.oldest()):
@@ -7550,25 +7607,24 @@ class Feed:
         return min((seq for column in ("since", "until") for seq, in read(
             "SELECT %s FROM entry WHERE home = ? AND %s > ? ORDER BY %s LIMIT 1 OFFSET ?" % ((column,) * 3), (home, since, limit))), default=None)
 
-    def _changed(self, place: Place, span: Span, reached: int, mounts: tuple[list[int], set[int]], alive: Callable[[], None]) -> list[Changed]:
-        """mounts   what those show that came, and those that went, or lie in another one by now"""
+    def _changed(self, place: Place, span: Span, reached: int, mounts: MountsSince, alive: Callable[[], None]) -> list[Changed]:
         then, now, top = span.then, span.now, place.found()
         ids = dict.fromkeys(span.with_what_came_along([id for home in (top.home, *now.homes()) for id in span.touched(home, reached)], alive))
-        (came, went), whole = mounts, set()
-        for id in came:
+        whole = set()
+        for id in mounts.came:
             below = [node.node for _, node in watched(itertools.islice(now.walk(id), WHOLE_MOST + 1), alive)] if now.grants[id].node.kind else []
             if len(below) > WHOLE_MOST:
                 whole.add(id)
             ids.update(dict.fromkeys([id, *(below if id not in whole else ())]))
-        ids.update(dict.fromkeys([*went, *(id for id, grant in now.grants.items() if id in then.grants and grant.name != then.grants[id].name)]))
+        ids.update(dict.fromkeys([*mounts.went, *(id for id, grant in now.grants.items() if id in then.grants and grant.name != then.grants[id].name)]))
         names, found = {now.grants[id].name for id in whole}, []
         for id in watched(span.with_what_was_left(ids, alive), alive):
             path, was = now.path(id), then.path(id)
             is_told = path is not None and not (was is None and len(path) > 1 and path[0] in names) or was is not None or path is None and span.was_in_sight(id)
             if id != top.node and is_told:
-                gone = None if path is not None else "unshared" if id in went else "moved" if now.node(id) else "deleted"
+                gone = None if path is not None else "unshared" if id in mounts.went else "moved" if now.node(id) else "deleted"
                 found.append(Changed(id, getattr(now.node(id) or then.node(id), "kind", FILE), now.here(id), path, was, gone,
-                                     now.shared_by(id, place.view.rights), id in whole))
+                                     now.shared_by(id, place.view.rights), id in whole, mounts.left.get(id, ())))
         return sorted(found, key=lambda c: c.path or c.was or ())
 
 
@@ -8938,6 +8994,22 @@ def land(flying: deque[tuple[Future, int]], size: int) -> None:
         flying.popleft()[0].result()
 
 
+class Asked(NamedTuple):
+    """A step of a commit, and the paths that it names; why it is refused, if one of them cannot be."""
+    step: dict[str, Any]
+    paths: Sequence[tuple[str, ...]] = ()
+    refusal: CloudError | None = None
+
+
+def asked_by(step: dict[str, Any]) -> Asked:
+    try:
+        paths = [split_path(step[name]) for name in (*COMMIT_STEPS, "to") if name in step]
+        return Asked(step, paths) if paths and paths[0] else Asked(step, (), CloudError(
+            "forbidden", "the root stays as it is") if paths else CloudError("bad-request", "a step is a put, mkdir, move or delete"))
+    except CloudError as error:
+        return Asked(step, (), error)
+
+
 class Sending(NamedTuple):
     """A commit under way: what its steps become, and the chunks that they may name."""
     plan: Plan
@@ -9007,7 +9079,7 @@ class Sync:
     def _shared_with(self, who: Principal, hashes: Sequence[str]) -> dict[str, int]:
         """{hash: size} of chunks that are part of a live file in what others shared with `who`."""
         here, found = seen_by(self.db.read, who, self.tree.mounts), {}
-        homes = sorted({grant.node.home for grant in here.grants.values()}) if hashes else []
+        homes = here.homes() if hashes else []
         for some in pieces(hashes) if homes else ():
             for hash, size, node in self.db.read(SHARED_CHUNKS.format(homes=marks(homes), hashes=marks(some)), (*some, *homes) * 2):
                 if hash not in found and here.path(node) is not None:
@@ -9161,10 +9233,12 @@ class Sync:
 
     def _plan_commit(self, plan: Plan, op: tuple[str, str], steps: Sequence[dict[str, Any]], received: Received, atomic: bool) -> Batch:
         """Decide every step on the tree as the steps before it leave it."""
-        who, root = plan.who, plan.now.enter(())
+        who, root, asked = plan.who, plan.now.enter(()), list(map(asked_by, steps))
         sending = Sending(plan, received, {**self.known(who, [hash for step in steps for hash, _ in step.get("chunks") or ()
                                                               if hash not in received.sizes]), **received.sizes}, set())
-        outcomes = [self._take(sending, step) for step in steps]
+        if len(steps) > 1:
+            plan.now.look_at([path for one in asked for path in one.paths])
+        outcomes = [self._take(sending, *one) for one in asked]
         if atomic and any(outcome.problem for outcome in outcomes):
             failed = problem_of(CloudError("not-done", "another step failed, and all or none was asked for"))
             return self.tree.space.pay(Batch(self._loose_rows(who, received.rows), told=[
@@ -9173,8 +9247,7 @@ class Sync:
         plan.rows = [*self._loose_rows(who, received.rows, sending.used), *plan.rows]
         if not plan.now.changes:
             return self.tree.space.pay(Batch(plan.rows, told=outcomes), root.view.home, root.quota)
-        paths = [split_path(step.get("to") or next(step[verb] for verb in COMMIT_STEPS if verb in step))
-                 for step, outcome in zip(steps, outcomes) if not outcome.problem]
+        paths = [one.paths[-1] for one, outcome in zip(asked, outcomes) if not outcome.problem]
         plan.guards += still_stored([hash for hash in sending.used if hash not in received.sizes or hash in received.relied])
         batch = plan.batch("sync", {"path": paths}, outcomes)
         batch.op, batch.result = op, json.dumps(describe_outcomes(batch))
@@ -9188,16 +9261,12 @@ class Sync:
         return [*([Statement(CHUNK_ROWS, rows, many=True)] if rows else ()),
                 *([Statement(PUT_LOOSE, loose, many=True)] if loose else ())]
 
-    def _take(self, sending: Sending, step: dict[str, Any]) -> Outcome:
+    def _take(self, sending: Sending, step: dict[str, Any], paths: Sequence[tuple[str, ...]], refusal: CloudError | None) -> Outcome:
         """One step; a refusal becomes its outcome and leaves the plan as it was."""
-        verb = next((name for name in COMMIT_STEPS if name in step), None)
         try:
-            if verb is None:
-                raise CloudError("bad-request", "a step is a put, mkdir, move or delete")
-            path = split_path(step[verb])
-            if not path:
-                raise CloudError("forbidden", "the root stays as it is")
-            return COMMIT_STEPS[verb](self, sending, path, step)
+            if refusal:
+                raise refusal
+            return next(take for verb, take in COMMIT_STEPS.items() if verb in step)(self, sending, paths[0], step, *paths[1:])
         except CloudError as error:
             return Outcome(error.status, None, problem_of(error))
 
@@ -9235,8 +9304,8 @@ class Sync:
                 raise
             return Outcome(200, error.detail["there"])
 
-    def _take_move(self, sending: Sending, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
-        return Outcome(200, sending.plan.move(path, split_path(step["to"]), conditions_of(step), "refuse")[0])
+    def _take_move(self, sending: Sending, path: tuple[str, ...], step: dict[str, Any], to: tuple[str, ...]) -> Outcome:
+        return Outcome(200, sending.plan.move(path, to, conditions_of(step), "refuse")[0])
 
     def _take_delete(self, sending: Sending, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
         sending.plan.remove(path, conditions_of(step))
@@ -12950,9 +13019,7 @@ def sync_rows(cloud: Cloud, who: Principal, path: tuple[str, ...], since: int | 
         reached, changed, rows = cloud.journal.head(), [], {below: (node.kind, node) for below, node in watched(cloud.files.walk(who, path), alive)}
     else:
         reached, changed = cloud.feed.changes(who, path, since, limit, alive)
-        rows = {change.was: (change.kind, None) for change in changed if change.was is not None and change.was != change.path}
-        if not path and changed:
-            rows.update((gone, (COLLECTION, None)) for gone in cloud.feed.left(who, since, alive))
+        rows = {was: (change.kind, None) for change in changed for was in (change.was, *change.left) if was is not None and was != change.path}
     for change in changed:
         if change.path is not None:
             rows[change.path] = change.kind, change.node

@@ -4700,6 +4700,29 @@ def test_a_commit_into_several_homes_tells_the_etags_that_are_there(cloud, ann, 
     audit(cloud)
 
 
+@pytest.mark.parametrize("below", ["%d", "c/%d", "c%d/f", "d/%d", "d/c%d/f"])
+def test_what_many_paths_lead_to_is_asked_at_once(cloud, ann, bob, monkeypatch, below):
+    """However many they are, and in however many collections, of others, too; each is judged as if it were alone."""
+    put(cloud, ann, "d/f", b"f", parents=True), hand(cloud, ann, "d", bob)
+    paths, asked, real = [below % n for n in range(40)], [], cs.Sqlite.read
+    for path in paths[:20]:
+        put(cloud, bob, path, b"old", parents=True)
+    for path in paths[20:]:
+        above = cs.split_path(path)[:-1]
+        if not cloud.files.taken(bob, above):
+            cloud.files.make_collection(bob, above, parents=True)
+    monkeypatch.setattr(cs.Sqlite, "read", lambda self, *what: asked.append(what[0]) or real(self, *what))
+    etag = cloud.files.stat(bob, cs.split_path(paths[0])).etag
+    asked.clear()
+    results = commit(cloud, bob, [{**step_put(path, b"new"), "if": "other" if n else etag} if n < 2 else step_put(path, b"new")
+                                  for n, path in enumerate(paths)], [b"new"])
+    assert codes(results) == [200, "precondition-failed", *[200] * 18, *[201] * 20] and len(asked) < 20
+    asked.clear()
+    assert codes(commit(cloud, bob, [{"delete": path} for path in paths])) == [204] * 40 and len(asked) < 20
+    assert not cloud.files.taken(bob, *map(cs.split_path, paths))
+    audit(cloud)
+
+
 def test_two_who_edit_at_once_conflict_as_two_devices_do(cloud, ann, bob):
     put(cloud, ann, "d/f", b"1", parents=True), hand(cloud, ann, "d", bob)
     etag = cloud.files.stat(bob, ("d", "f")).etag
