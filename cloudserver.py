@@ -17812,10 +17812,18 @@ class Planner:
                 plan.actions[key] = action
         if plan.actions:
             plan.settle_directories(memory, self.session.scan, left_out | self._holders_of_twins(), self.kept)
+        plan.actions.update((key, "compare") for key in self._held_by_kept(plan))
         plan.actions.update((key, "let go") for key in self.ended if key in here and key not in {*plan.actions, *self.session.problems} and not self.is_left_out(key))
         if self.kept or undone or memory.kept:
             self.name_what_is_kept(undone)
         return plan
+
+    def _held_by_kept(self, plan: Worklist) -> list[str]:
+        """Keys of directories that hold nothing more but what may not be sent, where the server has a file."""
+        here, there = self.session.scan.here, self.memory.there
+        busy = {above for key in plan.actions for above in lineage(key)}
+        return [key for key in {above for kept in self.kept for above in ancestors_of(kept)} - busy
+                if key in here and key in there and here[key].kind != there[key].kind and top_of(key) not in self.ended and not self.is_left_out(key)]
 
     def _holders_of_twins(self) -> set[str]:
         """Keys of the collections that hold, at whatever depth, what is not here because it cannot be told apart."""

@@ -14756,6 +14756,19 @@ def test_without_the_right_nothing_is_lost_here_and_nothing_changed_there(shared
     assert one.read(copy) == b"third" and one.read("photos/a") == b"theirs"
 
 
+@pytest.mark.parametrize("kept", ["b", "new"])
+def test_what_is_kept_goes_aside_where_a_file_comes_in_place_of_what_holds_it(shared_laptop, cloud, ann, bob, kept):
+    one, share = shared_laptop(role="view")
+    one.run()
+    one.write("photos/d/" + kept, "mine")
+    one.run()
+    cloud.files.delete(ann, ("photos", "d")), put(cloud, ann, "photos/d", "theirs")
+    before = tree(cloud, ann)
+    assert one.run().conflicts == 1 and one.read("photos/d") == b"theirs" and tree(cloud, ann) == before
+    aside, = one.tree().keys() - tree(cloud, bob).keys() - {path for path, data in one.tree().items() if data is None}
+    assert re.fullmatch("photos/d \\(conflict one .*\\)/" + kept, aside) and one.read(aside) == b"mine" and is_quiet(one)
+
+
 def test_a_touched_file_is_no_edit(shared_laptop, cloud, ann, bob):
     one, share = shared_laptop(role="view")
     one.run()
