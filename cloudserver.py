@@ -7712,8 +7712,8 @@ class History:
         """
         view = self.tree.shared_at(who, path)
         brought = self._bring_mounts_back(view, seq) if view.whole else 0
-        if brought and not self.db.read("SELECT 1 FROM entry WHERE home = ?1 AND since = ?2 UNION ALL SELECT 1 FROM entry WHERE home = ?1 AND until = ?2 "
-                                        "AND kind < 2", (view.home, seq)):
+        if brought and not self.db.read("SELECT 1 FROM entry WHERE home = ?1 AND since = ?2 AND kind < 2 UNION ALL SELECT 1 FROM entry WHERE home = ?1 "
+                                        "AND until = ?2 AND kind < 2", (view.home, seq)):
             return brought, 0
 
         def choose(span: Span) -> tuple[list[int], int]:
@@ -7737,24 +7737,32 @@ class History:
         return self._revert(view, (), seq - 1, choose, ("undo", {"seq": seq}))
 
     def _bring_mounts_back(self, view: View, seq: int) -> int:
-        """Let what somebody declined in a batch stand again while it is shared; returns the seq of doing so, 0 if there is nothing (law 4 of sharing)."""
+        """Let what somebody declined in a batch stand again while it is shared, and what they gave another name bear its own, if nothing has that;
+        returns the seq of doing so, 0 if there is nothing (law 4 of sharing)."""
         values = {"home": view.home, "seq": seq, "now": self.tree.clock.due()}
         rows = self.db.read(
             "SELECT m.target, e.name, a.name FROM mount m JOIN entry e ON e.node = m.node AND e.until = m.until JOIN entry t ON t.node = m.target AND "
             "t.until IS NULL JOIN account a ON a.id = t.home WHERE m.home = :home AND m.until = :seq AND e.fate = 'declined' AND EXISTS (SELECT 1 FROM share s "
             "WHERE s.node = m.target AND " + REACHES + " AND " + STANDING + ") AND NOT EXISTS (SELECT 1 FROM mount l WHERE l.home = m.home "
             "AND l.target = m.target AND l.until IS NULL)", values)
+        names = self.db.read(
+            "SELECT l.name, e.name FROM mount m JOIN entry e ON e.node = m.node AND e.until = :seq JOIN entry l ON l.node = m.node AND l.since = :seq "
+            "WHERE m.home = :home AND l.until IS NULL AND l.name <> e.name AND NOT EXISTS (SELECT 1 FROM entry o WHERE o.parent = l.parent "
+            "AND o.key = e.key AND o.until IS NULL AND o.node <> l.node)", values)
 
         def attempt() -> Batch:
             plan = Plan(self.tree, view.who)
+            plan.now.enter(())
+            for name, before in names:
+                change_mount(plan, (name,), (before,))
             for target, name, owner in rows:
                 begin_mount(plan, Moment(self.db.read, target).node(target), owner, name)
                 plan.rows.append(Statement(ACCEPT, {"home": view.home, "node": target, "share": 0}))
-            return plan.batch("undo", {"seq": seq, "count": len(rows)})
+            return plan.batch("undo", {"seq": seq, "count": len(rows) + len(names)})
 
         if rows:
             view.need(CREATE)
-        return self.db.write(attempt).seq if rows else 0
+        return self.db.write(attempt).seq if rows or names else 0
 
     def rewind(self, who: Principal, path: tuple[str, ...], seq: int, *, dry: bool = False) -> tuple[int, int]:
         """Make a collection what it was as of a seq; returns (seq of doing so, nodes changed).  It can be undone.
@@ -11703,10 +11711,10 @@ def api_act(steps: list[Step]) -> dict[str, Any]:
 
 
 def group_steps(steps: Iterable[Step]) -> list[list[Step]]:
-    """Neighbours that did the same in the same collection with the same device, with no long pause between them."""
+    """Neighbours that did the same in the same collection with the same device, with no long pause between them; each share is told."""
     def act(step: Step) -> tuple[Any, ...]:
         places = [str(step.detail.get(name, "")).rpartition("/")[0] for name in ("path", "to")]          # a rewind's "to" is a seq
-        return step.action, step.account, step.device, step.detail.get("new"), *places, "path" in step.detail or step.seq
+        return step.action, step.account, step.device, step.detail.get("new"), *places, "path" in step.detail and "share" not in step.detail or step.seq
 
     groups: list[list[Step]] = []
     for step in steps:
@@ -21269,6 +21277,7 @@ PAGE_GERMAN = r"""{
   "{who} changed the quota of {name}": "{who} hat den Speicherplatz von {name} geändert",
   "{who} changed the rights of {name}": "{who} hat die Rechte von {name} geändert",
   "{who} changed what is kept": "{who} hat geändert, was aufgehoben wird",
+  "{who} changed what you may do with {what}.": "{who} hat geändert, was du mit {what} tun darfst.",
   "{who} changed whether {name} may share": "{who} hat geändert, ob {name} teilen darf",
   "{who} changed {what}": "{who} hat {what} geändert",
   "{who} copied {what} to {to}": "{who} hat {what} nach {to} kopiert",
@@ -22252,7 +22261,7 @@ mark { background: var(--mark); color: var(--text); }
   border-radius: 8px; }
 .marks { display: flex; gap: .6rem; margin-right: .75rem; }
 .star, .shared { width: 18px; height: 18px; flex: none; fill: var(--star); }
-.shared { fill: none; stroke: var(--icon); stroke-width: 2; stroke-linecap: round; }
+.shared { cursor: pointer; fill: none; stroke: var(--icon); stroke-width: 2; stroke-linecap: round; }
 .chips { display: flex; flex-wrap: wrap; gap: .4rem; border: 0; padding: 0; margin: 0; min-width: 0; }
 .chips legend { font-weight: 500; padding: 0 0 .25rem; }
 .chips label { border: 1px solid var(--soft); border-radius: 99px; padding: 0 .8rem; line-height: 34px;
@@ -22392,7 +22401,9 @@ th { background: var(--side); position: sticky; top: 0; }
   .check { visibility: hidden; }
   .selecting .cells { grid-template-columns: 44px minmax(0, 1fr) 44px; }
   .selecting .check { visibility: visible; }
-  .slider output { flex: 1 0 100%; }
+  .slider output, .access .acts { flex: 1 0 100%; }
+  .access .acts select { flex: 1; min-width: 6rem; }
+  .person select { flex: 1; }
   .slider [type=datetime-local], .limits > select { flex: 1; min-width: 8.5rem; max-width: none; }
   .limits > label { flex: 1; min-width: 10rem; }
   .limits label { display: grid; gap: 0; }
@@ -23301,6 +23312,8 @@ function onRowClick(event, touch) {
   if (event.target.closest(".more")) {
     if (!list.selected.has(entry.node)) pick(index);
     openMenu(event.target.closest(".more"));
+  } else if (event.target.closest(".shared")) {
+    attempt(() => sharing(() => openSharing(entry)));
   } else if (event.target.closest(".check")) {
     event.target.closest("input") || event.preventDefault();
     pick(index, {toggle: true, range: event.shiftKey});
@@ -23577,7 +23590,7 @@ const ACTIONS = [
    when: items => view.kind !== "trash" && items.length > 0, run: download},
   {name: "share", label: "Share", on: "items", prime: true, keys: ".",
    when: items => one(items) && inTreeMay("share")(items), run: ([entry]) => sharing(() => openSharing(entry))},
-  {name: "copy-link", label: "Copy link", on: "items", menu: true,
+  {name: "copy-link", label: "Copy link", on: "items",
    when: items => one(items) && inTreeMay("share")(items), run: ([entry]) => sharing(() => shareAtOnce(entry))},
   {name: "request", label: "Request files…", on: "items", menu: true,
    when: items => inTreeOne(items) && items[0].kind === "collection" && may("share", items) && may("create", items),
@@ -25222,6 +25235,8 @@ const showOffers = soon(async () => {
   const waiting = shares.filter(offer => offer.state === "waiting").length, place = find("nav [data-view=shared]");
   if (place) place.textContent = t("Shared") + (waiting ? " (" + number.format(waiting) + ")" : "");
   if (!known) return;
+  const other = shares.find(({id, rights}) => known.has(id) && String(known.get(id).rights) !== String(rights));
+  if (other) toast(t("{who} changed what you may do with {what}.", {who: other.giver, what: quoted(other.name)}));
   const came = shares.find(({id}) => !known.has(id)), went = [...known.values()].find(({id}) => !offers.has(id));
   if (went) toast(t("{who} does not share {what} with you any more.", {who: went.owner, what: quoted(went.name)}));
   if (!came) return;
@@ -25453,7 +25468,7 @@ async function copyLater(text) {
   return done || copyText(await text);
 }
 
-const isPlain = share => share.role === "view" && !share.password && !share.uses && !share.expires;
+const isPlain = share => isLink(share) && share.role === "view" && !share.password && !share.uses && !share.expires;
 
 // a link to look, made if there is none yet, and copied at once
 async function shareAtOnce(entry) {
@@ -25792,14 +25807,16 @@ async function showShared() {
   if (turn !== view.turn || find(".given")?.told === told) return;       // a click under way must not lose its target
   const links = shares.filter(isLink), none = words => h("p.soft", {}, t(words));
   enterView("shared", t("Shared"));
-  setBar(h("span.count", {}, plural(shares.length + offers.length, "{n} share", "{n} shares")),
-    links.length > 1 && button(t("End all links"), () => attempt(() => endLinks(links)).then(show)));
   const rank = ({state}) => ["waiting", "mounted", "declined"].indexOf(state);
-  offers.sort((a, b) => rank(a) - rank(b));
+  // what reaches one by several shares stands there once
+  const mine = offers.sort((a, b) => rank(a) - rank(b) || b.rights.length - a.rights.length)
+    .filter(({path}, n) => !path || n === offers.findIndex(one => one.path === path));
+  setBar(h("span.count", {}, plural(shares.length + mine.length, "{n} share", "{n} shares")),
+    links.length > 1 && button(t("End all links"), () => attempt(() => endLinks(links)).then(show)));
   setContent(Object.assign(h("div.settings.given"), {told}));
   find(".given").append(
     h("section", {}, h("h2", {}, t("With me")),
-      offers.length ? h("ul.steps", {}, offers.map(offerRow)) : none("Nobody shares anything with you yet.")),
+      mine.length ? h("ul.steps", {}, mine.map(offerRow)) : none("Nobody shares anything with you yet.")),
     h("section", {}, h("h2", {}, t("By me")),
       shares.length ? h("ul.steps", {}, shares.map(share => shareRow(share, show)))
         : none("Choose a file or folder, then “Share”.")));

@@ -5910,6 +5910,31 @@ def test_what_others_share_is_told_to_nobody_else(api, cloud, ann, people):
     assert [one["giver"] for one in api("GET", "shares?path=d/in", user="bob")["shares"]] == ["bob"]
 
 
+def test_a_new_name_of_a_mount_is_taken_back(cloud, ann, bob):
+    """Unless something else has the one before by now; alone, and among other things that were done at once."""
+    put(cloud, ann, "d/f", parents=True), put(cloud, bob, "own")
+    give(cloud, ann, "d", "bob")
+    rename = lambda *pairs: cloud.files.move(bob, *(((a,), (b,)) for a, b in pairs))[0][0].since
+    assert cloud.history.undo(bob, rename(("d", "e")))[1] == 0 and list(listed(cloud, bob)) == ["d", "own"]
+    assert cloud.history.undo(bob, cloud.journal.head())[1] == 0 and list(listed(cloud, bob)) == ["e", "own"]            # and that, too
+    assert cloud.history.undo(bob, rename(("own", "mine"), ("e", "x"))) and list(listed(cloud, bob)) == ["e", "own"]
+    seq = rename(("e", "d"))
+    put(cloud, bob, "e")
+    assert outcome(cloud.history.undo, bob, seq)[1] == 1 and sorted(listed(cloud, bob)) == ["d", "e", "own"]
+    assert tree(cloud, ann) == {"d": None, "d/f": b"x"}
+    audit(cloud)
+
+
+def test_each_share_is_a_step_of_its_own(api, cloud, ann, people):
+    put(cloud, ann, "d/f", parents=True)
+    for name in ("bob", "cem"):
+        give(cloud, ann, "d", name)
+    put(cloud, ann, "d/g"), put(cloud, ann, "d/h")
+    steps = api("GET", "activity?grouped=1&path=d")["steps"]
+    assert [(step["action"], step["detail"].get("with"), step["detail"].get("count")) for step in steps] == [
+        ("write", None, 2), ("share", "cem", None), ("share", "bob", None)]
+
+
 def test_who_may_add_is_told_the_room_that_whose_files_these_are_has_left(api, call, cloud, ann, people):
     put(cloud, ann, "d/f", b"f" * 600, parents=True), put(cloud, ann, "v/f", b"f" * 100, parents=True)
     cloud.accounts.update("ann", ann, quota=1000)
@@ -20589,8 +20614,8 @@ def test_browser_shares_by_a_link_in_one_click(page):
     assert link == page.home + "/s/" + given.share.token and given.share.rights == "read" and given.path == ("box",)
     page.wait("return document.querySelector('#row0 svg.shared')")          # it bears a mark, and the other none
     assert not page.run("return document.querySelector('#row1 svg.shared')")
-    page.run("window.copied = ''; clearSelection(); list.box.focus(); setCursor(0); pick(0)")
-    page.press(".")
+    page.run("window.copied = ''; clearSelection(); list.box.focus(); setCursor(0)")
+    page.run("document.querySelector('#row0 svg.shared').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
     page.sees("Share “box”", "not used yet")
     page.shot("share")
     page.click("Copy link")
@@ -20927,6 +20952,47 @@ def test_browser_offers_nothing_that_is_not_allowed(page, other):
     other.run("pick(0)")
     assert set(other.run(names, "items")) == {"open", "show", "download", "copy", "copy-clip", "address", "curl", "star"}
     assert page.tree() == {"look", "look/a.txt"}
+
+
+def test_browser_copies_a_link_of_what_somebody_may_view_already(page, other):
+    """From the bar, in one click; those with whom it is shared are no link."""
+    page.put("trip/a.txt")
+    give_to(other, page, "trip")
+    page.open("/")
+    page.shows("trip")
+    watch_clipboard(page)
+    page.run("pick(0)")
+    page.click(".bar [data-action=copy-link]")
+    page.sees("Link copied: whoever has it can view “trip”.")
+    assert re.fullmatch(re.escape(page.home) + "/s/[\\w-]{22}", copied(page)) and len(page.cloud.sharing.all(page.who)) == 2
+
+
+def test_browser_keeps_up_with_what_one_may_do(page, other):
+    """A role that changes, a mount under another name and back again, by several shares once in the list."""
+    page.put("trip/a.txt")
+    given, group = give_to(other, page, "trip", "edit"), "crew-" + page.who.name
+    page.cloud.groups.add(group), page.cloud.groups.join(group, other.who.name)
+    page.cloud.sharing.share(page.who, ("trip",), "group", group)
+    other.open("/files/trip")
+    other.shows("a.txt")
+    other.listens()
+    other.wait("return offers?.size === 2")
+    page.cloud.sharing.change(page.who, given.id, role="add")
+    other.sees("%s changed what you may do with “trip”." % page.who.name)
+    other.wait("return view.rights.join() === 'read,create'")
+    other.walk("/files")
+    other.shows("trip")
+    other.run("list.box.focus(); pick(0)")
+    other.press("F2")
+    other.wait("return document.activeElement.classList.contains('rename')")
+    other.keys("x")
+    other.press("Enter")
+    other.shows("x")
+    other.click("Undo")
+    other.shows("trip")
+    other.walk("/shared")
+    other.sees("1 share", "Can view and add")
+    assert other.run("return document.querySelectorAll('.given li').length") == 1
 
 
 def test_browser_marks_what_is_shared_and_how(page, other):
