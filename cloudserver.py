@@ -4870,11 +4870,11 @@ REACHES = (  # does share s reach account :home, by itself or by a group?
     "(s.kind = 'account' AND s.grantee = :home OR s.kind = 'group' AND EXISTS (SELECT 1 FROM member WHERE grp = s.grantee AND account = :home))")
 STANDING = (  # does share s count at due time :now, and may its giver share?
     "(s.ended IS NULL AND (s.due IS NULL OR s.due > :now) AND EXISTS (SELECT 1 FROM account WHERE id = s.giver AND sharing AND removed IS NULL))")
-SWITCHED_ON = (  # may account :home share, and be shared with?
-    "(EXISTS (SELECT 1 FROM account WHERE id = :home AND sharing) AND NOT EXISTS (SELECT 1 FROM setting WHERE name = 'sharing' AND value = 'none'))")
+ALLOWED = "NOT EXISTS (SELECT 1 FROM setting WHERE name = 'sharing' AND value = 'none')"       # may people share with each other?
+SWITCHED_ON = "(EXISTS (SELECT 1 FROM account WHERE id = :home AND sharing) AND " + ALLOWED + ")"   # may account :home share, and be shared with?
 CHAIN = (  # share :share and all above it, if they stand at due time :now: a row of (parent, rights, node) for each
     "WITH RECURSIVE given (parent, rights, giver, node) AS (SELECT s.parent, s.rights, s.giver, s.node FROM share s WHERE s.id = :share AND " + STANDING
-    + " UNION ALL SELECT s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND "
+    + " UNION ALL SELECT s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND " + ALLOWED + " AND "
     + REACHES.replace(":home", "g.giver") + ") SELECT parent, rights, node FROM given")
 MOUNTED = (  # the targets of all mounts in home :home, all that holds them, and the shares that stand at due time :now, each with its chain
     "WITH RECURSIVE up (id, above) AS (SELECT e.node, e.parent FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = :home "
@@ -8314,10 +8314,12 @@ class Sharing:
             if not path:
                 raise CloudError("forbidden", "the root cannot be shared; share what is in it")
             grantee, name = (None, None) if token else self.offers.find(who, place.view.home, kind, to)
-            (highest, mine, twice), = self.db.read(
-                "SELECT (SELECT coalesce(max(id), 0) FROM share), (SELECT count(*) FROM share WHERE giver = ?1 AND ended IS NULL), EXISTS (SELECT 1 "
+            (highest, may_share, mine, twice), = self.db.read(
+                "SELECT (SELECT coalesce(max(id), 0) FROM share), (SELECT sharing FROM account WHERE id = ?1), (SELECT count(*) FROM share WHERE giver = ?1 AND ended IS NULL), EXISTS (SELECT 1 "
                 "FROM share s WHERE s.giver = ?1 AND s.node = ?2 AND s.kind = ?3 AND s.grantee = ?4 AND s.ended IS NULL AND (s.due IS NULL OR s.due > ?5))",
                 (giver, node.node, kind, grantee, self.clock.due()))
+            if not may_share:
+                raise CloudError("forbidden", "an administrator took sharing from this account")
             if twice:
                 raise CloudError("exists", "it is shared with %s already" % name)
             if mine >= SHARES_MOST:

@@ -5886,6 +5886,21 @@ def exchange_json(api, name):
     return api("POST", "shares", path="d", kind="account", **{"with": name})
 
 
+def test_where_sharing_is_switched_off_links_to_what_others_shared_lead_nowhere(api, call, cloud, ann, people):
+    """Links to one's own have a switch of their own; an account from which sharing was taken makes none."""
+    put(cloud, ann, "d/f", b"f", parents=True), put(cloud, people.bob, "own/f", b"f", parents=True), give(cloud, ann, "d", "bob", reshare=True)
+    links = [cloud.sharing.share(who, (path,)).share for who, path in ((people.bob, "d"), (people.bob, "own"), (ann, "d"))]
+    opened = lambda: [call("GET", "/s/%s/dav/f" % link.token, user=None).status for link in links]
+    for switch, off, on, wanted in (("settings", "none", "all", [410, 200, 200]), ("accounts/bob", False, True, [410, 410, 200]), ("accounts/ann", False, True, [410, 200, 410])):
+        api("PATCH", switch, sharing=off)
+        assert opened() == wanted, switch
+        if switch != "settings":
+            assert api("POST", "shares", user=switch[-3:], path="d" if switch[-3:] == "ann" else "own") == "forbidden"
+        api("PATCH", switch, sharing=on)
+        assert opened() == [200] * 3 and api("POST", "shares", user="bob", path="own")["kind"] == "link"
+    audit(cloud)
+
+
 def test_what_a_stranger_shares_waits_for_a_yes(api, cloud, ann, people):
     put(cloud, ann, "d/f", parents=True), put(cloud, ann, "e/f", parents=True), put(cloud, ann, "g/f", parents=True), put(cloud, people.cem, "c/f", parents=True)
     cloud.groups.add("crew"), cloud.groups.join("crew", "bob"), api("PATCH", "settings", ask_first=True)
@@ -16489,7 +16504,9 @@ class Town:
         answer = person.api("POST", "shares", asked)
         rights = GRANTED[role] - ({"past"} if kind == "link" else set()) | ({"share"} if reshare else set())
         self.done.append((person.name, "give", path, kind, to, role, reshare, life, answer.status))
-        if to and (to == home or not self.may_find(person.name, kind, to)):
+        if not to and person.name in self.off:
+            assert answer.status == 403, (answer, self.done[-12:])
+        elif to and (to == home or not self.may_find(person.name, kind, to)):
             assert answer.status == 404, (answer, self.done[-12:])
         elif to and any((share.giver, share.node, share.kind, share.to) == (person.name, row.node, kind, to) and self.is_open(share) for share in self.agreed):
             assert answer.status == 409, (answer, self.done[-12:])
