@@ -1261,27 +1261,8 @@ class Body:
         return bytes(buffer[:count])
 
 
-class Capped(Body):
-    """A body that may have so many bytes and no more."""
-
-    def __init__(self, body: Body, most: int) -> None:
-        self.length, self.body, self.left = body.length, body, most
-        self.skip, self.drain = body.skip, body.drain
-
-    def readinto(self, buffer: memoryview) -> int:
-        count = self.body.readinto(buffer)
-        self.left -= count
-        if self.left < 0:
-            raise CloudError("too-large", LINK_ENDS["too-large"], close=True)
-        return count
-
-
-LINK_ENDS = {  # why a visitor may not go on
-    "gone": "this link does not work, or not any more", "forbidden": "this link does not allow that", "too-large": "this link takes no more"}
-
-
 class Counted(Body):
-    """A body that tells how many bytes came."""
+    """A body that tells how many bytes came, to whom may say that these are too many."""
 
     def __init__(self, body: Body, tell: Callable[[int], None]) -> None:
         self.length, self.body, self.tell = body.length, body, tell
@@ -5425,6 +5406,10 @@ class Changed(NamedTuple):
     shared: SharedBy | None
     is_whole: bool               # of a mount: what lies below it is not told, for it is so much
     left: Sequence[tuple[str, ...]] = ()         # of a mount: where it, and what it shows, seemed to stand as well, and nothing is now
+
+
+LINK_ENDS = {  # why a visitor may not go on
+    "gone": "this link does not work, or not any more", "forbidden": "this link does not allow that", "too-large": "this link takes no more"}
 
 
 class Allowance:
@@ -22098,8 +22083,15 @@ def nc_link_preview(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 def capped(cloud: Cloud, who: Principal, body: Body) -> Body:
     """A body of no more bytes than the link still takes."""
-    share = cloud.sharing.about(who)
-    return body if share.bytes_most is None else Capped(body, max(0, share.bytes_most - share.bytes))
+    share, came = cloud.sharing.about(who), 0
+
+    def count(more: int) -> None:
+        nonlocal came
+        came += more
+        if came > max(0, share.bytes_most - share.bytes):
+            raise CloudError("too-large", LINK_ENDS["too-large"], close=True)
+
+    return body if share.bytes_most is None else Counted(body, count)
 
 
 def link_post(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
