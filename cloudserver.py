@@ -278,7 +278,8 @@ class Principal(NamedTuple):
     op: Optional[Tuple[str, str]] = None      # what a batch of theirs bears: see Cloud.once
     home: int = 0                # whose tree it is; 0: the account's own
     rights: Optional[frozenset[str]] = None   # out of RIGHTS; None: what the means give
-    mounted: bool = False        # root is a mount: see Tree.limited
+    mount: int = 0               # what root is, if that is a mount: see Tree.limited
+    sealed: str | None = None    # what the password that let them in is stored as: another one ends what they do
 
     @property
     def share(self) -> int:
@@ -1238,6 +1239,9 @@ class Body:
         self._rest = self._rest[count:]
         return count
 
+    def lead(self, *ways: tuple[tuple[str, ...], Any]) -> None:
+        """What comes from here on goes to these paths, each into a View that somebody else shares: that may end meanwhile (law 12)."""
+
     def wait_if_small(self, limit: int) -> None:
         """See that all of it is there, if it is small; in memory it is."""
 
@@ -1266,7 +1270,7 @@ class Counted(Body):
 
     def __init__(self, body: Body, tell: Callable[[int], None]) -> None:
         self.length, self.body, self.tell = body.length, body, tell
-        self.skip, self.drain = body.skip, body.drain
+        self.lead, self.skip, self.drain = body.lead, body.skip, body.drain
 
     def readinto(self, buffer: memoryview) -> int:
         count = self.body.readinto(buffer)
@@ -1285,7 +1289,7 @@ class FileBody(Body):
 
 
 def fill_what_comes(body: Body, view: memoryview) -> tuple[int, CloudError | None]:
-    """As fill, but a body that breaks off gives what came of it, and the error."""
+    """As fill, but a body that breaks off gives what came of it, and the error.  raises CloudError if it may not go on"""
     count = 0
     try:
         while count < len(view):
@@ -1294,8 +1298,13 @@ def fill_what_comes(body: Body, view: memoryview) -> tuple[int, CloudError | Non
                 break
             count += more
     except CloudError as error:
+        if error.kind not in BREAKS:
+            raise
         return count, error
     return count, None
+
+
+BREAKS = ("bad-request", "timeout")      # how a body ends early
 
 
 def fill(body: Body, view: memoryview) -> int:
@@ -1374,7 +1383,7 @@ class Part(Body):
     """What is between two marks."""
 
     def __init__(self, form: Multipart) -> None:
-        self.length, self.form = None, form
+        self.length, self.form, self.lead = None, form, form.body.lead
 
     def readinto(self, buffer: memoryview) -> int:
         data, mark = self.form.data, self.form.mark
@@ -3810,15 +3819,15 @@ class Credentials:
     def _by_secret(self, secret: str, kind: str) -> Principal:
         now = self.clock.due()
         rows = self.db.read(
-            "SELECT a.id, a.name, coalesce(d.node, a.root), a.admin, d.id, d.readonly, d.node IS NOT NULL, d.confirmed, m.node IS NOT NULL "
+            "SELECT a.id, a.name, coalesce(d.node, a.root), a.admin, d.id, d.readonly, d.node IS NOT NULL, d.confirmed, coalesce(m.node, 0) "
             "FROM device d JOIN account a ON a.id = d.account LEFT JOIN mount m ON m.node = d.node "
             "WHERE d.secret = ? AND d.kind = ? AND a.removed IS NULL "
             "AND coalesce(d.idle, ?) >= ? AND coalesce(d.due, ?) >= ?", (sha256_text(secret), kind, now, now, now, now))
         if not rows:
             raise CloudError("unauthenticated", "this session or token is not valid")
-        account, name, root, admin, device, readonly, scoped, confirmed, mounted = rows[0]
+        account, name, root, admin, device, readonly, scoped, confirmed, mount = rows[0]
         return Principal(account, name, root, bool(admin) and kind == "session", kind, device, bool(readonly),
-                         bool(scoped), confirmed, mounted=bool(mounted))
+                         bool(scoped), confirmed, mount=mount)
 
     def by_password(self, name: str, password: str, address: str, key: bytes = b"") -> Principal:
         """Check name and password, at the same cost whether or not there is such an account (A6).
@@ -3849,9 +3858,9 @@ class Credentials:
         account, name, root, admin, stored, _ = rows[0]
         self._welcome(account, guess)
         if not stored.startswith("scrypt %d %d %d " % SCRYPT) and is_weaker(stored):
-            self.db.run(Statement("UPDATE account SET password = ? WHERE id = ? AND password = ?",
-                                  (hash_password(password), account, stored)))
-        return Principal(account, name, root, bool(admin), "password", confirmed=self.clock.due() + CONFIRMED)
+            weaker, stored = stored, hash_password(password)
+            self.db.run(Statement("UPDATE account SET password = ? WHERE id = ? AND password = ?", (stored, account, weaker)))
+        return Principal(account, name, root, bool(admin), "password", confirmed=self.clock.due() + CONFIRMED, sealed=stored)
 
     def check(self, who: Principal, password: str, address: str) -> None:
         """Is it the password of the account?  raises CloudError unauthenticated, throttled"""
@@ -4921,6 +4930,10 @@ class Mounts:
                 found.append(grant)
         return [grant._replace(seq=max([floors[grant.node.node], *(own.get(id, 0) for id in grant.above)])) for grant in found]
 
+    def are_there(self, home: int) -> bool:
+        """Is, or was, anything shared with a home?"""
+        return self.db.recent.get(("mounts", home), lambda: (bool(self.db.read("SELECT 1 FROM mount WHERE home = ? LIMIT 1", (home,))), KiB, ()))
+
     def stood_at(self, moment: Moment, home: int) -> list[Grant]:
         """All that stood as of a moment, whoever may see it by now; nothing is said of rights."""
         rows, found = list(moment.read(STOOD, {"home": home, "seq": moment.seq})), []
@@ -5421,7 +5434,7 @@ class Allowance:
     def check(self, who: Principal, files: int, size: int) -> Statement:
         """The guard that says: it stands, allows what it did, and takes so many files and bytes more.  raises CloudError gone, forbidden, too-large"""
         rights = " ".join(right for right in RIGHTS if right in view_of(who).rights)
-        guard = Statement(LINK_REFUSES, (who.share, self.clock.due(), rights, int(files), size))
+        guard = Statement(LINK_REFUSES, (who.share, self.clock.due(), rights, int(files), size, who.sealed or ""))
         for kind, in self.db.read(guard.sql, guard.params):
             raise CloudError(kind, LINK_ENDS[kind])
         return guard
@@ -5432,6 +5445,11 @@ class Allowance:
         files = sum(after.files if after.kind else 1 for before, after in came if not before)
         size = sum(after.size for _, after in came)
         return self.check(who, files, size), Statement(COUNT_CAME, (files, size, who.share))
+
+    def bytes_left(self, who: Principal) -> int | None:
+        """How much a link still takes; None: there is no limit."""
+        (left,), = self.db.read("SELECT bytes_most - bytes FROM share WHERE id = ?", (who.share,))
+        return left and max(0, left)
 
     def need_to_write(self, who: Principal, place: Place) -> None:
         """raises CloudError forbidden without the right to make, or to change, what is at a place; who made a file may write to it for an hour"""
@@ -5452,8 +5470,9 @@ class Allowance:
 
 
 LINK_REFUSES = (
-    "SELECT CASE WHEN ended IS NOT NULL OR due <= ?2 THEN 'gone' WHEN parent IS NULL AND rights <> ?3 THEN 'forbidden' ELSE 'too-large' END FROM share "
-    "WHERE id = ?1 AND (ended IS NOT NULL OR due <= ?2 OR parent IS NULL AND rights <> ?3 OR files + ?4 > files_most OR bytes + ?5 > bytes_most)")
+    "SELECT CASE WHEN ended IS NOT NULL OR due <= ?2 OR coalesce(password, '') <> ?6 THEN 'gone' WHEN parent IS NULL AND rights <> ?3 THEN 'forbidden' "
+    "ELSE 'too-large' END FROM share WHERE id = ?1 AND (ended IS NOT NULL OR due <= ?2 OR coalesce(password, '') <> ?6 OR parent IS NULL AND rights <> ?3 "
+    "OR files + ?4 > files_most OR bytes + ?5 > bytes_most)")
 COUNT_CAME = "UPDATE share SET files = files + ?, bytes = bytes + ? WHERE id = ?"
 
 
@@ -5598,9 +5617,8 @@ class Tree:
 
     def limited(self, who: Principal) -> Principal:
         """Whoever is limited to a mount, as they see what that shows now; nothing is there for them if it shows nothing."""
-        view = view_of(who)
-        grant = self.mounts.of(self.db.read, view.home).get(view.top)
-        return limited_to(who, grant.node, grant.rights & view.rights) if grant else who
+        grant = self.mounts.of(self.db.read, who.account).get(who.mount)
+        return limited_to(who, grant.node, grant.rights & view_of(who).rights) if grant else who._replace(home=0, root=who.mount)
 
     def limit_at(self, who: Principal, path: tuple[str, ...]) -> int:
         """What a device is limited to by a path: a collection, or a mount in the root.  raises CloudError bad-request, forbidden"""
@@ -6867,6 +6885,9 @@ class Files:
         """
         plan = Plan(self.tree, who)                      # before a byte is read
         foreseen = [(plan, path, place) for place in [foresee_file(plan, path, given, body.length or 0, parents)] if place]
+        for _, _, place in foreseen:
+            if place.view.seq:
+                body.lead((path, place.view))
 
         def aim(size: int) -> tuple[Plan, tuple[str, ...], Place]:
             plan = Plan(self.tree, who)
@@ -8456,11 +8477,12 @@ class Sharing:
         return self.passwords.cookie(self._find(knock.token))
 
     def about(self, who: Principal) -> Share:
-        """The share that somebody came by.  raises CloudError gone if it has ended"""
-        rows = self.db.read("SELECT " + SHARE_COLUMNS + " FROM share s WHERE s.id = ? AND " + STANDS, (who.share, self.clock.due()))
-        share = Share._make(rows[0]) if rows else None
-        if share is None or share.parent is not None and self.tree.mounts.access(self.db.read, share.id, share.node) is None:
+        """The share that somebody came by, as it is now.  raises CloudError gone if it has ended, unauthenticated if its password is another"""
+        share = self._standing("s.id", who.share)
+        if share is None:
             raise CloudError("gone", GONE)
+        if share.password != who.sealed:
+            raise CloudError("unauthenticated", "this link has another password")
         return share
 
     def use(self, who: Principal, knock: Knock, content: int) -> None:
@@ -8477,12 +8499,15 @@ class Sharing:
 
     def _find(self, token: str) -> Share | None:
         """The share behind a token, if it stands and its node is there."""
-        found = self.db.recent.get(("link", token), partial(self._look_up, token))
+        return self._standing("s.secret", sha256_text(token))
+
+    def _standing(self, column: str, value: int | str) -> Share | None:
+        found = self.db.recent.get((column, value), partial(self._look_up, column, value))
         return found if found and (found.due is None or found.due > self.clock.due()) else None
 
-    def _look_up(self, token: str) -> tuple[Share | None, int, Collection[int] | None]:
-        rows = self.db.read("SELECT " + SHARE_COLUMNS + " FROM share s JOIN account a ON a.id = s.home WHERE s.secret = ? AND s.ended IS NULL "
-                            "AND a.removed IS NULL AND a.sharing", (sha256_text(token),))
+    def _look_up(self, column: str, value: int | str) -> tuple[Share | None, int, Collection[int] | None]:
+        rows = self.db.read("SELECT " + SHARE_COLUMNS + " FROM share s JOIN account a ON a.id = s.home WHERE " + column + " = ? AND s.ended IS NULL "
+                            "AND a.removed IS NULL AND a.sharing", (value,))
         share = Share._make(rows[0]) if rows else None
         if share is None or not self.policy().links or Moment(self.db.read, share.node).above(share.node) is None:
             return None, 0, None
@@ -8711,39 +8736,59 @@ COMING = (  # shares s of groups, and members b of those, to whom they have not 
 
 
 class Permit:
-    """Whether an answer that is under way may go on: its link, its device, its share (law 12)."""
+    """Whether what is under way may go on, an answer or a body: its link, its device, its share (law 12)."""
 
-    def __init__(self, sharing: Sharing, who: Principal, node: Node | None = None) -> None:
-        self.sharing, self.who, self.node = sharing, who, node       # node: whose bytes are sent
+    def __init__(self, sharing: Sharing, who: Principal, node: Node | None = None,
+                 ways: Collection[tuple[tuple[str, ...], View]] | None = None) -> None:
+        """node  whose bytes are sent;  ways  where bytes go that come, in what others share"""
+        self.sharing, self.tree, self.who, self.node, self.ways = sharing, sharing.tree, who, node, ways
 
     def check(self) -> None:
-        """raises CloudError gone"""
-        if self.who.means == "link":
-            self.sharing.about(self.who)
-        elif not self._is_let_in() or self.node and self._is_foreign(self.node) and not self._is_shown(self.node):
+        """raises CloudError gone, unauthenticated, forbidden, which close the connection"""
+        try:
+            self._check(self._as_of_now())
+        except CloudError as ended:
+            ended.close = True                   # what is still to come is not waited for
+            raise
+
+    def _check(self, who: Principal) -> None:
+        views = [(view_of(self.who), view_of(who)), *((view, self.tree.enter(who, path).view) for path, view in self.ways or ())]
+        needs = {READ} if self.ways is None else {CREATE, UPDATE}
+        if any(then.top != now.top for then, now in views) or self.node and self._is_foreign(self.node) and not self._is_shown(self.node):
             raise CloudError("gone", "this is not shared any more, or not with you")
+        if any(not now.rights.issuperset(then.rights & needs) for then, now in views):
+            raise CloudError("forbidden", "this is not allowed any more")
+
+    def _as_of_now(self) -> Principal:
+        """Who it is by now.  raises CloudError gone, unauthenticated"""
+        if self.who.means == "link":
+            return visitor_of(self.sharing.about(self.who))
+        if self.who.account and not self.sharing.db.read(LET_IN, {"account": self.who.account, "device": self.who.device, "sealed": self.who.sealed,
+                                                                  "now": self.sharing.clock.due()}):
+            raise CloudError("unauthenticated", "log in again")
+        return self.tree.limited(self.who) if self.who.mount else self.who
 
     def of_each(self, members: Iterable[tuple[Any, Node, Any]]) -> Iterator[tuple[Any, Node, Any]]:
         """The members of an archive: asked for at each that belongs to somebody else."""
         for path, node, content in members:
             self.node = node
-            if self._is_foreign(node):
+            if self.who.mount or self.who.means == "link" or self._is_foreign(node):
                 self.check()
             yield path, node, content
 
-    def _is_let_in(self) -> bool:
-        return not self.who.account or bool(self.sharing.db.read(
-            "SELECT 1 FROM account WHERE id = ? AND removed IS NULL AND (? = '' OR EXISTS (SELECT 1 FROM device WHERE id = ?))",
-            (self.who.account, self.who.device, self.who.device)))
-
     def _is_foreign(self, node: Node) -> bool:
-        return self.who.means == "link" or node.home != view_of(self.who).home
+        return node.home != view_of(self.who).home
 
     def _is_shown(self, node: Node) -> bool:
         """Is it where they see it?  Of what was deleted meanwhile, or is read as it was: does its owner share anything with them?"""
-        read, mounts = self.sharing.db.read, self.sharing.tree.mounts
+        read, mounts = self.sharing.db.read, self.tree.mounts
         return seen_by(read, self.who, mounts).path(node.node) is not None or Moment(read, node.node).above(node.node) is None and any(
             grant.node.home == node.home for grant in mounts.of(read, view_of(self.who).home).values())
+
+
+LET_IN = (  # does an account let a device in, or who gave a password?
+    "SELECT 1 FROM account WHERE id = :account AND removed IS NULL AND (:sealed IS NULL OR password = :sealed) AND (:device = '' OR EXISTS (SELECT 1 "
+    "FROM device WHERE id = :device AND coalesce(due, :now) >= :now))")
 
 
 class Uses:
@@ -8903,7 +8948,7 @@ def visitor_of(share: Share) -> Principal:
     """Whoever comes by a link."""
     rights = frozenset(share.rights.split())
     return Principal(-share.id, "", share.node, means="link", device="link-%d" % share.id, readonly=not rights - {READ}, scoped=True,
-                     home=share.home, rights=rights)
+                     home=share.home, rights=rights, sealed=share.password)
 
 
 def find_share(given: Iterable[Given], id: int) -> Given:
@@ -9360,6 +9405,15 @@ def problem_of(error: CloudError) -> dict[str, Any]:
     return problem
 
 
+def lead_to_mounts(tree: Tree, who: Principal, body: Body, paths: Iterable[str]) -> None:
+    """Say which of what others share a body goes to that holds what belongs at several paths (law 12)."""
+    view = view_of(who)
+    if view.whole and tree.mounts.are_there(view.home):
+        names = {key_of(path.lstrip("/").partition("/")[0]) for path in paths}
+        ways = [(grant.name,) for grant in tree.mounts.of(tree.db.read, view.home).values() if key_of(grant.name) in names]
+        body.lead(*((way, tree.enter(who, way).view) for way in ways))
+
+
 class Upload(NamedTuple):
     """A resumable upload.  The order is that of the table's columns."""
     id: str
@@ -9464,6 +9518,10 @@ class Uploads:
         """
         view_of(who).need(CREATE, UPDATE)
         upload = self._checked_part(who, self.upload(who, id), offset, body, size)
+        way = way_to(self.tree, who, upload.root)
+        if way:
+            path = (*way, *json.loads(upload.path))
+            body.lead((path, self.tree.enter(who, path).view))
         digest = new_digest(checksum[0]) if checksum else None
         buffer = bytearray(CHUNK_SIZE if body.length is None else min(CHUNK_SIZE, body.length or 1))
         broken = None
@@ -9512,7 +9570,7 @@ class Uploads:
 
     def _upload_guards(self, upload: Upload) -> list[Statement]:
         return [Statement("SELECT 'upload' WHERE NOT EXISTS (SELECT 1 FROM upload WHERE id = ? AND received = ? "
-                          "AND done IS NULL)", (upload.id, upload.received))]
+                          "AND done IS NULL AND due > ?)", (upload.id, upload.received, self.clock.due()))]
 
     def _cut_back(self, upload: Upload, offset: int) -> None:
         self.db.run(Statement("DELETE FROM upload_chunk WHERE upload = ? AND offset >= ?", (upload.id, offset)),
@@ -9620,6 +9678,8 @@ class Uploads:
         view_of(who).need(CREATE, UPDATE)
         upload = self._parts(who, name)
         room = self._room(who, upload)
+        if room.view.seq:
+            body.lead((way_to(self.tree, who, room.view.top), room.view))
         if not upload.home:
             check_ahead(room, self.db.read("SELECT sum(received) FROM upload WHERE account = ? AND home = 0 AND done IS NULL", (upload.account,))[0][0] + (body.length or 0))
         self._check_parts(room, max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
@@ -9894,7 +9954,7 @@ def parts_id(who: Principal, name: str) -> str:
 HEADER_TIME, IDLE_TIME, STALL_TIME, HANDSHAKE_TIME = 20, 75, 60, 10     # seconds (R34)
 LINGER_TIME, SMALL_BODY_TIME = 2, 20
 BODY_WINDOW, BODY_RATE = 30, KiB        # a body brings at least this many bytes/s over each window, seconds
-LOOK_AGAIN = 10                         # seconds after which an answer under way asks whether it may go on (law 12)
+LOOK_AGAIN = 10                         # seconds after which what is under way, out or in, asks whether it may go on (law 12)
 LONG = 1                                # seconds after which work for somebody who has left is given up
 SMALL_BODY = 16 * KiB                   # most that somebody who is not let in may send
 TICK = 1                                # seconds a thread waits for a silent connection before it is parked
@@ -10109,7 +10169,7 @@ def respond(cloud: Cloud, request: Request) -> Response:
             request.address, secure=request.safe)
         if request.refusal:
             raise request.refusal
-        if who.mounted:
+        if who.mount:
             who = request.who = cloud.tree.limited(who)
         take_slot(who, request)
         if not who.account:
@@ -10750,6 +10810,10 @@ class RequestBody(Body):
         self.left = length or 0                  # bytes of the body, or of the present chunk
         self.ended = length == 0
         self.overhead = 0                        # bytes of chunk extensions and trailers seen
+        self.ways: Sequence[tuple[tuple[str, ...], View]] = ()   # where it goes, in what others share
+
+    def lead(self, *ways: tuple[tuple[str, ...], View]) -> None:
+        self.ways = ways
 
     def readinto(self, buffer: memoryview) -> int:
         if self.ended:
@@ -11024,7 +11088,7 @@ class Handler(BaseHTTPRequestHandler, Source):
     def _can_keep(self, request: Request, response: Response) -> bool:
         """May another request come after this answer?  Nothing is read for who was not let in (H14)."""
         body, self.link.continued = request.body, False
-        return ((body.drain() if request.who.account else body.skip()) and not response.close and not self.server.stopping
+        return (not response.close and (body.drain() if request.who.account else body.skip()) and not self.server.stopping
                 and request.minor == 1 and "close" not in request.fields.get("connection", "").lower())
 
     def _answer(self, request: Request, response: Response, keep: bool) -> bool:
@@ -11079,12 +11143,13 @@ class Handler(BaseHTTPRequestHandler, Source):
             envelope = envelope._replace(fields={**envelope.fields, "host": authority})
         if not site.knows(envelope.fields.get("host", "localhost")):
             raise CloudError("misdirected", "this server does not go by that name; see --hostname")
-        body: Body = NO_BODY
+        body = NO_BODY
         if envelope.length != 0:
             body = RequestBody(self.parser, self, envelope.length, envelope.expects and not self.link.continued)
-            self.pace, self.hurried = Pace(BODY_WINDOW), False
         request = Request(method, (path, slash, query), envelope, body, site, self.link)
         request.refusal = refusal
+        if body is not NO_BODY:
+            self.pace, self.hurried = Pace(BODY_WINDOW, partial(self._check_receiving, request, body)), False
         return request
 
     def _read_envelope(self, block: bytes, minor: int) -> Envelope:
@@ -11095,6 +11160,10 @@ class Handler(BaseHTTPRequestHandler, Source):
             raise CloudError("expectation-failed", "only 100-continue can be expected")
         address, https, safe = site.locate(self.peer, self.server.tls is not None, fields)
         return Envelope(minor, fields, address, https, safe, site.prefix(self.peer, fields), length, expect is not None, block)
+
+    def _check_receiving(self, request: Request, body: RequestBody) -> None:
+        """May a body go on that comes?  raises CloudError"""
+        Permit(self.server.cloud.sharing, request.who, ways=body.ways).check()
 
     def receive_into(self, buffer: memoryview) -> int:
         if not self.hurried:
@@ -12336,6 +12405,7 @@ def sync_commit(cloud: Cloud, who: Principal, request: Request) -> Response:
     if not 0 < len(op) <= 64 or not 0 < len(steps) <= OPS_LIMIT:
         raise CloudError("bad-request", 'the first line is {"op": id, "ops": [1 to %d steps]}' % OPS_LIMIT)
     cloud.journal.check(values.get("server"), since, values.get("tag"))
+    lead_to_mounts(cloud.tree, who, request.body, (step[field] for step in steps for field in ("put", "mkdir", "move", "to", "delete") if field in step))
     seq, results, alone = cloud.sync.commit(who, op, hashlib.sha256(line).hexdigest(), steps, reader,
                                        atomic=values.get("atomic") is True, since=since)
     return json_response({"seq": seq, "results": results, **({"tag": cloud.journal.tag_at(seq)} if seq else {}), **({"cursor": seq} if alone and seq else {})})
@@ -13717,7 +13787,8 @@ def nc_bulk(cloud: Cloud, who: Principal, request: Request) -> Response:
     found = re.search(r'boundary="?([^";\s]{1,200})"?', request.fields.get("content-type", ""))
     if not found:
         raise CloudError("bad-request", "this is not multipart/related")
-    answer, files = {}, read_bulk(request.body, found[1].encode("latin-1"))
+    lead = partial(lead_to_mounts, cloud.tree, who, request.body)
+    answer, files = {}, read_bulk(request.body, found[1].encode("latin-1"), lead)
     for place, outcome in cloud.files.write_each(who, itertools.islice(files, PAGE_LIMIT)):
         answer[place] = {"error": True, "message": str(outcome)} if isinstance(outcome, CloudError) else {
             "error": False, "etag": outcome.etag, "fileid": str(outcome.node), "OC-FileID": format_id(outcome),
@@ -13728,8 +13799,8 @@ def nc_bulk(cloud: Cloud, who: Principal, request: Request) -> Response:
 BULK_PART = MiB                 # bytes of a file in a bulk upload; clients send those of up to a tenth of that so
 
 
-def read_bulk(body: Body, boundary: bytes) -> Iterator[Writing]:
-    """The files in a bulk, one after the other."""
+def read_bulk(body: Body, boundary: bytes, lead: Callable[[Sequence[str]], None]) -> Iterator[Writing]:
+    """The files in a bulk, one after the other; `lead` is told where each goes before it comes."""
     file = buffered(body)
     while True:
         line = read_bulk_line(file)
@@ -13740,6 +13811,7 @@ def read_bulk(body: Body, boundary: bytes) -> Iterator[Writing]:
             length = fields.get("content-length", "")
             if not _LENGTH.fullmatch(length) or int(length) > BULK_PART:
                 raise CloudError("bad-request", "a part has no proper Content-Length")
+            lead([fields.get("x-file-path", "")])
             data = file.read(int(length))
             if len(data) < int(length):
                 raise CloudError("bad-request", "the body ended early")
@@ -22083,15 +22155,15 @@ def nc_link_preview(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 def capped(cloud: Cloud, who: Principal, body: Body) -> Body:
     """A body of no more bytes than the link still takes."""
-    share, came = cloud.sharing.about(who), 0
+    left = cloud.tree.allowance.bytes_left(who)
 
-    def count(more: int) -> None:
-        nonlocal came
-        came += more
-        if came > max(0, share.bytes_most - share.bytes):
+    def count(came: int) -> None:
+        nonlocal left
+        left -= came
+        if left < 0:
             raise CloudError("too-large", LINK_ENDS["too-large"], close=True)
 
-    return body if share.bytes_most is None else Counted(body, count)
+    return body if left is None else Counted(body, count)
 
 
 def link_post(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:

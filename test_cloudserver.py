@@ -6780,9 +6780,9 @@ def test_an_answer_under_way_ends_with_what_allowed_it(cloud, ann, bob, how):
     looks = [cs.Permit(cloud.sharing, who, one).check for one in (node, cloud.files.open(who, ("mine",))[0], None)]
     assert [outcome(look) for look in looks] == [None] * 3 and next(members)[0] == ("f0",)
     end_what_allowed(cloud, ann, bob, how)
-    stays = how == "changed"
-    assert [outcome(look) for look in looks] == [None if stays else "gone", *["gone" if how in ("removed", "device") else None] * 2]
-    assert (outcome(next, members) != "gone") == stays
+    stays, out = how == "changed", "unauthenticated" if how in ("removed", "device") else None
+    assert [outcome(look) for look in looks] == [None if stays else out or "gone", out, out]
+    assert (outcome(next, members) not in ("gone", out)) == stays
 
 
 @pytest.mark.parametrize("way", ["/dav/d/large", "/api/v1/content/d/large", "/api/v1/zip/d", "/s/TOKEN/large", "/s/TOKEN?zip=1"])
@@ -6799,6 +6799,163 @@ def test_who_reads_slowly_is_cut_off_when_it_is_not_shared_any_more(cloud, ann, 
     with pytest.raises((http.client.IncompleteRead, ConnectionError)):
         answer.read()
     connection.close()
+
+
+class Sender:
+    """Somebody who uploads into d, which ann shares with them by a group and by links, some of which bob gives on."""
+
+    def __init__(self, cloud, boss, n):
+        self.cloud, self.boss, self.crew = cloud, boss, "crew%d" % n
+        self.ann, self.bob = account(cloud, "ann%d" % n), account(cloud, "bob%d" % n)
+        cloud.groups.add(self.crew), cloud.groups.join(self.crew, self.bob.name)
+        put(cloud, self.ann, "d/old", b"old", parents=True), put(cloud, self.bob, "mine", b"mine")
+        soon = cloud.clock.wall() + cs.HOUR
+        self.share = cloud.sharing.share(self.ann, ("d",), "group", self.crew, role="edit", reshare=True, expires=soon).share
+        self.link = cloud.sharing.share(self.ann, ("d",), role="edit", password="correct horse", expires=soon).share
+        self.onward = cloud.sharing.share(self.bob, ("d",), role="edit").share
+        self.device, self.token = cloud.devices.add_token(self.bob, "laptop")
+        self.limited = cloud.devices.add_token(self.bob, "phone", node=cloud.tree.limit_at(self.bob, ("d",)))[1]
+
+    def upload(self, address, method, path, body, headers, during):
+        """Send most of a body, do something, and send no more but what would make it whole; the status, and whether the connection ends."""
+        for name in "link", "onward":
+            path = path.replace(name.upper(), getattr(self, name).token)
+        with socket.create_connection(address, timeout=60) as sock:
+            fields = {"Host": "localhost", "Content-Length": len(body), "Expect": "100-continue", **headers}
+            sock.sendall(("%s %s HTTP/1.1\r\n%s\r\n" % (method, path, "".join("%s: %s\r\n" % row for row in fields.items()))).encode())
+            with sock.makefile("rb") as file:
+                first = file.readline()
+                if b" 100 " not in first:
+                    return int(first.split()[1]), None
+                file.readline(), sock.sendall(body[:-2000])
+                goes_on = during()
+                if goes_on:
+                    sock.sendall(body[-2000:])
+                else:
+                    with contextlib.suppress(OSError):           # it is closed already
+                        sock.sendall(body[-2000:-1000])
+                status = int(file.readline().split()[1])
+                with contextlib.suppress(ConnectionError):
+                    return status, goes_on or not file.read()[-1:] or True
+
+
+OCTETS = os.urandom(150_000)
+TUS_PART = {"Tus-Resumable": "1.0.0", "Content-Type": "application/offset+octet-stream"}
+
+
+def ways_to_upload(sender, address):
+    """{name: (method, path, body, headers)} of each way in which bytes come in, for a member, a device that is limited to what was shared, visitors."""
+    chunks = [list(chunk(OCTETS))]
+    by = lambda token, **fields: {"Authorization": "Bearer " + token, **fields}
+    word = lambda text: base64.b64encode(text.encode()).decode()
+    line = json.dumps({"op": os.urandom(8).hex(), "ops": [{"put": "d/commit", "chunks": chunks, "mtime": 5}]}).encode() + b"\n"
+    form, multipart = form_of(("form", "x" * 150_000))
+    bulk = b"--b\r\nX-File-Path: d/bulk1\r\nContent-Length: 1\r\n\r\nx\r\n--b\r\nX-File-Path: d/bulk2\r\nContent-Length: 150000\r\n\r\n" + OCTETS + b"\r\n--b--\r\n"
+    begin = lambda tus, name, **fields: exchange(address, "POST", tus, user=None, Upload_Length=str(len(OCTETS) + 3), Upload_Metadata="path " + word(name), **TUS_PART, **fields, body=b"abc")
+    token, guest = sender.token, {"Authorization": basic("", "correct horse")}
+    uploads = "/remote.php/dav/uploads/%s/x" % sender.bob.name
+    exchange(address, "MKCOL", uploads, user=None, Destination="/remote.php/dav/files/%s/d/joined" % sender.bob.name, **by(token))
+    created = {"Upload-Length": len(OCTETS), **TUS_PART}
+    ways = {
+        "own PUT": ("PUT", "/dav/home", OCTETS, by(token)), "own chunks": ("POST", "/api/v1/chunks", cs.format_frame(OCTETS), by(token)),
+        "own tus": ("POST", "/tus", OCTETS, {**by(token), **created, "Upload-Metadata": "path " + word("home2")}),
+        "PUT": ("PUT", "/dav/d/new", OCTETS, by(token)), "over": ("PUT", "/dav/d/old", OCTETS, by(token)),
+        "api": ("PUT", "/api/v1/files/d/new2", OCTETS, by(token)),
+        "commit": ("POST", "/api/v1/commit", line + cs.format_frame(OCTETS), by(token)),
+        "tus begun": ("POST", "/tus", OCTETS, {**by(token), **created, "Upload-Metadata": "path " + word("d/tus1")}),
+        "tus": ("PATCH", begin("/tus", "d/tus2", **by(token)).headers["location"], OCTETS, {**by(token), **TUS_PART, "Upload-Offset": 3}),
+        "parts": ("PUT", uploads + "/1", OCTETS, by(token)), "bulk": ("POST", "/remote.php/dav/bulk", bulk, by(token, **{"Content-Type": "multipart/related; boundary=b"})),
+        "password": ("PUT", "/dav/d/basic", OCTETS, {"Authorization": basic(sender.bob.name)}),
+        "limited": ("PUT", "/dav/new3", OCTETS, by(sender.limited)),
+        "link tus": ("PATCH", begin("/s/%s/tus" % sender.link.token, "tus3", **guest).headers["location"], OCTETS, {**guest, **TUS_PART, "Upload-Offset": 3}),
+        "link tus begun": ("POST", "/s/LINK/tus", OCTETS, {**guest, **created, "Upload-Metadata": "path " + word("tus4")}),
+        "link form": ("POST", "/s/LINK/", form, {**guest, **multipart}),
+        "public.php": ("PUT", "/public.php/webdav/new7", OCTETS, {"Authorization": basic(sender.link.token, "correct horse")}),
+        "onward": ("PUT", "/s/ONWARD/new8", OCTETS, {}), "onward form": ("POST", "/s/ONWARD/", form, multipart)}
+    for name, door in ("link", "/s/LINK/"), ("link dav", "/s/LINK/dav/"), ("link nc", "/public.php/dav/files/LINK/"):
+        ways[name] = "PUT", door + name.replace(" ", ""), OCTETS, guest
+    return ways
+
+
+def lead_and_tell(lead, led, tree, who, body, paths):
+    lead(tree, who, body, paths)
+    led.update(paths)
+
+
+def of_ways(*kinds):
+    """Does a way begin with one of these words?"""
+    return lambda way: way.startswith(kinds)
+
+
+NO_WAY, EVERY_WAY, LINK_WAYS = of_ways("-"), of_ways(""), of_ways("link", "public")
+SHARED_WAYS = lambda way: not way.startswith(("own", "link", "public"))          # those by the share with the group
+ENDS_OF_UPLOADS = {  # what happens: (how, which ways it cuts)
+    "nothing": (lambda c, s: None, NO_WAY),
+    "more": (lambda c, s: (c.sharing.change(s.ann, s.share.id, note="hello"), c.sharing.change(s.ann, s.link.id, note="hello", expires=None)), NO_WAY),
+    "share ended": (lambda c, s: c.sharing.end(s.ann, s.share.id), SHARED_WAYS),
+    "link ended": (lambda c, s: c.sharing.end(s.ann, s.link.id), LINK_WAYS),
+    "both late": (lambda c, s: s.fake.pass_(2 * cs.HOUR), lambda way: LINK_WAYS(way) or SHARED_WAYS(way)),
+    "link password": (lambda c, s: c.sharing.change(s.ann, s.link.id, password="another horse"), LINK_WAYS),
+    "link view": (lambda c, s: c.sharing.change(s.ann, s.link.id, role="view"), LINK_WAYS),
+    "share view": (lambda c, s: c.sharing.change(s.ann, s.share.id, role="view"), SHARED_WAYS),
+    "left": (lambda c, s: c.groups.leave(s.crew, s.bob.name), SHARED_WAYS),
+    "declined": (lambda c, s: c.offers.decline(s.bob, s.share.id), lambda way: SHARED_WAYS(way) and not way.startswith("onward")),
+    "trash": (lambda c, s: c.files.delete(s.ann, ("d",)), lambda way: LINK_WAYS(way) or SHARED_WAYS(way)),
+    "giver off": (lambda c, s: c.accounts.update(s.ann.name, s.boss, sharing=False), lambda way: LINK_WAYS(way) or SHARED_WAYS(way)),
+    "member off": (lambda c, s: c.accounts.update(s.bob.name, s.boss, sharing=False), SHARED_WAYS),
+    "no links": (lambda c, s: c.set_policy(s.boss, links=False), lambda way: LINK_WAYS(way) or way.startswith("onward")),
+    "device": (lambda c, s: c.devices.revoke(s.bob, s.device), lambda way: not LINK_WAYS(way) and not way.startswith(("onward", "password", "limited"))),
+    "password": (lambda c, s: c.accounts.set_password(s.bob.name, "another long password"), lambda way: not LINK_WAYS(way) and not way.startswith("onward")),
+    "member removed": (lambda c, s: c.accounts.remove(s.bob.name, s.boss), lambda way: not LINK_WAYS(way)),
+    "giver removed": (lambda c, s: c.accounts.remove(s.ann.name, s.boss), lambda way: LINK_WAYS(way) or SHARED_WAYS(way))}
+
+
+@pytest.mark.parametrize("what", ENDS_OF_UPLOADS)
+def test_an_upload_under_way_ends_with_what_allowed_it(make_cloud, serve_cloud, fake, monkeypatch, what):
+    """Law 12, every way in times every end that cuts it, and some that do not: cut at the next look; nothing is half there, and what was acknowledged before stays."""
+    led, lead = set(), cs.lead_to_mounts
+    monkeypatch.setattr(cs, "LOOK_AGAIN", 0)
+    monkeypatch.setattr(cs, "lead_to_mounts", lambda tree, who, body, paths: lead_and_tell(lead, led, tree, who, body, list(paths)))
+    cloud = make_cloud(clock=fake.clock())
+    boss, address = account(cloud, "boss", admin=True), serve_cloud(cloud)
+    act, cuts = ENDS_OF_UPLOADS[what]
+    names = list(ways_to_upload(Sender(cloud, boss, 0), address))
+    cut = [name for name in names if cuts(name)]
+    for n, name in enumerate(cut + [name for name in names if name not in cut][::3 if cut else 1], 1):
+        sender = Sender(cloud, boss, n)
+        sender.fake = fake
+        way, before = ways_to_upload(sender, address)[name], tree(cloud, sender.ann)
+        read_all = lambda: (tree(cloud, sender.ann), "home" in tree(cloud, sender.bob)) if "removed" not in what and what != "trash" else None
+
+        def during():
+            if name in ("commit", "bulk"):               # they are told by what comes where it goes
+                eventually(lambda: {"d/commit", "d/bulk2"} & led)
+                led.clear()
+            act(cloud, sender)
+            return not cuts(name)
+        status, closed = sender.upload(address, *way, during)
+        if cuts(name):
+            assert status in (401, 403, 404, 410) and closed, (what, name, status)
+            after = read_all()
+            assert after is None or {path: data for path, data in after[0].items() if path != "d/bulk1"} == before and not after[1], (what, name)
+            if name in ("tus", "link tus"):
+                assert cloud.db.read("SELECT received FROM upload WHERE id = ?", (way[1].rpartition("/")[2],)) == [(3,)]
+        else:
+            assert status < 300, (what, name, status)
+        cloud.set_policy(boss, links=True)
+    audit(cloud)
+
+
+def test_what_is_under_way_is_asked_for_every_ten_seconds(monkeypatch):
+    """Out and in; whatever does not come, or go, is waited for a tick at a time."""
+    now, asked = [0], []
+    with monkeypatch.context() as patched:
+        patched.setattr(cs.time, "monotonic", lambda: now[0])
+        pace = cs.Pace(30, lambda: asked.append(now[0]))
+        for now[0] in range(45):
+            pace.count += cs.BODY_RATE
+            assert not pace.is_slow()
+    assert asked == [10, 20, 30, 40]
 
 
 def test_no_log_holds_the_token_of_a_link(cloud, ann, link, address, serve_cloud, caplog, monkeypatch):
