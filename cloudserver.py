@@ -487,6 +487,10 @@ class CloudError(Exception):
         self.status, self.condition = ERRORS[kind]
 
 
+LINK_ENDS = {  # why a visitor may not go on
+    "gone": "this link does not work, or not any more", "forbidden": "this link does not allow that", "too-large": "this link takes no more"}
+
+
 class Conflict(Exception):
     """A guard of a batch did not hold: somebody was faster.  Read again and decide again."""
 
@@ -4930,10 +4934,6 @@ class Mounts:
                 found.append(grant)
         return [grant._replace(seq=max([floors[grant.node.node], *(own.get(id, 0) for id in grant.above)])) for grant in found]
 
-    def are_there(self, home: int) -> bool:
-        """Is, or was, anything shared with a home?"""
-        return self.db.recent.get(("mounts", home), lambda: (bool(self.db.read("SELECT 1 FROM mount WHERE home = ? LIMIT 1", (home,))), KiB, ()))
-
     def stood_at(self, moment: Moment, home: int) -> list[Grant]:
         """All that stood as of a moment, whoever may see it by now; nothing is said of rights."""
         rows, found = list(moment.read(STOOD, {"home": home, "seq": moment.seq})), []
@@ -5421,10 +5421,6 @@ class Changed(NamedTuple):
     left: Sequence[tuple[str, ...]] = ()         # of a mount: where it, and what it shows, seemed to stand as well, and nothing is now
 
 
-LINK_ENDS = {  # why a visitor may not go on
-    "gone": "this link does not work, or not any more", "forbidden": "this link does not allow that", "too-large": "this link takes no more"}
-
-
 class Allowance:
     """Whether a link stands while its visitor writes, and what it still takes; and who may write to what they made."""
 
@@ -5445,11 +5441,6 @@ class Allowance:
         files = sum(after.files if after.kind else 1 for before, after in came if not before)
         size = sum(after.size for _, after in came)
         return self.check(who, files, size), Statement(COUNT_CAME, (files, size, who.share))
-
-    def bytes_left(self, who: Principal) -> int | None:
-        """How much a link still takes; None: there is no limit."""
-        (left,), = self.db.read("SELECT bytes_most - bytes FROM share WHERE id = ?", (who.share,))
-        return left and max(0, left)
 
     def need_to_write(self, who: Principal, place: Place) -> None:
         """raises CloudError forbidden without the right to make, or to change, what is at a place; who made a file may write to it for an hour"""
@@ -8485,6 +8476,11 @@ class Sharing:
             raise CloudError("unauthenticated", "this link has another password")
         return share
 
+    def bytes_left(self, who: Principal) -> int | None:
+        """How much a link still takes; None: there is no limit."""
+        (left,), = self.db.read("SELECT bytes_most - bytes FROM share WHERE id = ?", (who.share,))
+        return left and max(0, left)
+
     def use(self, who: Principal, knock: Knock, content: int) -> None:
         """Count a download before its first byte.  raises CloudError gone when there were as many as may be
 
@@ -9408,7 +9404,7 @@ def problem_of(error: CloudError) -> dict[str, Any]:
 def lead_to_mounts(tree: Tree, who: Principal, body: Body, paths: Iterable[str]) -> None:
     """Say which of what others share a body goes to that holds what belongs at several paths (law 12)."""
     view = view_of(who)
-    if view.whole and tree.mounts.are_there(view.home):
+    if view.whole and tree.db.recent.get(("mounts", view.home), lambda: (tree.db.read("SELECT 1 FROM mount WHERE home = ? LIMIT 1", (view.home,)), KiB, ())):
         names = {key_of(path.lstrip("/").partition("/")[0]) for path in paths}
         ways = [(grant.name,) for grant in tree.mounts.of(tree.db.read, view.home).values() if key_of(grant.name) in names]
         body.lead(*((way, tree.enter(who, way).view) for way in ways))
@@ -22155,7 +22151,7 @@ def nc_link_preview(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 def capped(cloud: Cloud, who: Principal, body: Body) -> Body:
     """A body of no more bytes than the link still takes."""
-    left = cloud.tree.allowance.bytes_left(who)
+    left = cloud.sharing.bytes_left(who)
 
     def count(came: int) -> None:
         nonlocal left
