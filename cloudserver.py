@@ -5608,6 +5608,8 @@ class Tree:
 
     def limited(self, who: Principal) -> Principal:
         """Whoever is limited to a mount, as they see what that shows now; nothing is there for them if it shows nothing."""
+        if not who.mount:
+            return who
         grant = self.mounts.of(self.db.read, who.account).get(who.mount)
         return limited_to(who, grant.node, grant.rights & view_of(who).rights) if grant else who._replace(home=0, root=who.mount)
 
@@ -8762,7 +8764,7 @@ class Permit:
         if self.who.account and not self.sharing.db.read(LET_IN, {"account": self.who.account, "device": self.who.device, "sealed": self.who.sealed,
                                                                   "now": self.sharing.clock.due()}):
             raise CloudError("unauthenticated", "log in again")
-        return self.tree.limited(self.who) if self.who.mount else self.who
+        return self.tree.limited(self.who)
 
     def of_each(self, members: Iterable[tuple[Any, Node, Any]]) -> Iterator[tuple[Any, Node, Any]]:
         """The members of an archive: asked for at each that belongs to somebody else."""
