@@ -1997,11 +1997,11 @@ def claim_directory(path: Path) -> None:
     make_private_directory(path)
 
 
-def give_to_owner(fd: int, home: Path) -> None:
-    """A file that root makes in somebody's directory becomes that somebody's, as SQLite does with its own."""
+def give_to_owner(made: int | Path, home: Path) -> None:
+    """What root makes in somebody's directory, a file that is open or a directory, becomes that somebody's, as SQLite does with its own."""
     if hasattr(os, "geteuid") and not os.geteuid():
         about = home.stat()
-        os.fchown(fd, about.st_uid, about.st_gid)
+        os.chown(made, about.st_uid, about.st_gid)
 
 
 def insist(act: Callable[..., None], *places: Any) -> None:
@@ -2112,18 +2112,29 @@ class Store:
 
 
 class Directory(Store):
-    """A store in a directory: ab/abcd...-RANDOM.  No link is followed (P16)."""
+    """A store in a directory: ab/abcd...-RANDOM.  No link is followed (P16).  A shard is made for the first object in it."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self._durable: set[str] = set()          # shards whose names are known to survive a loss of power
 
     def create(self) -> None:
-        if (self.home / SHARDS[-1]).exists():
-            return
         make_directory(self.home, 0o700)
-        for shard in SHARDS:
-            (self.home / shard).mkdir(mode=0o700, exist_ok=True)
+        there = os.listdir(self.home)
         sync_directory(self.home)
+        self._durable.update(there)
+
+    def _keep_shard(self, shard: str) -> None:
+        """Have a shard, durably: who finds one cannot tell whether whoever made it has told the disk by then."""
+        if shard in self._durable:
+            return
+        missing = SHARDS if shard == SHARDS[-1] else [shard]             # the last comes after all others: older programs take it for a sign of them
+        for name in missing:
+            with suppress(FileExistsError):
+                (self.home / name).mkdir(mode=0o700)
+                give_to_owner(self.home / name, self.home)
+        sync_directory(self.home)
+        self._durable.update(missing)
 
     def _place(self, name: str) -> Path:
         if not OBJECT.fullmatch(name):
@@ -2132,6 +2143,7 @@ class Directory(Store):
 
     def put(self, name: str, data: bytes | memoryview) -> os.stat_result:
         place = self._place(name)
+        self._keep_shard(place.parent.name)
         temporary = place.with_name("." + name)
         with suppress(FileNotFoundError):                # a leftover of somebody who was killed
             insist(os.unlink, temporary)
@@ -2170,9 +2182,9 @@ class Directory(Store):
     def list(self, prefix: str = "") -> Iterator[str]:
         for shard in SHARDS:
             if shard.startswith(prefix[:2]):
-                for name in os.listdir(self.home / shard):
-                    if OBJECT.fullmatch(name.lstrip(".")) and name.lstrip(".").startswith(prefix):
-                        yield name
+                with suppress(FileNotFoundError):        # nothing was ever put there
+                    names = os.listdir(self.home / shard)
+                    yield from (name for name in names if OBJECT.fullmatch(name.lstrip(".")) and name.lstrip(".").startswith(prefix))
 
 
 OBJECT = re.compile(r"[0-9a-f]{64}-[0-9a-f]{1,32}")
