@@ -21224,7 +21224,7 @@ PAGE_GERMAN = r"""{
   "in the trash": "im Papierkorb",
   "is there already": "gibt es schon",
   "it is back already": "es ist schon zurück",
-  "it may have {n} characters": "es darf {n} Zeichen haben",
+  "it may have {n} characters, and no control characters": "es darf {n} Zeichen haben, und keine Steuerzeichen",
   "less than a minute left": "noch weniger als eine Minute",
   "links of this server live {n} days at most": "Links dieses Servers leben höchstens {n} Tage",
   "links of this server need a password": "Links dieses Servers brauchen ein Passwort",
