@@ -7757,8 +7757,8 @@ class History:
             "WHERE s.node = m.target AND " + REACHES + " AND " + STANDING + ") AND NOT EXISTS (SELECT 1 FROM mount l WHERE l.home = m.home "
             "AND l.target = m.target AND l.until IS NULL)", values)
         names = self.db.read(
-            "SELECT l.name, e.name FROM mount m JOIN entry e ON e.node = m.node AND e.until = :seq JOIN entry l ON l.node = m.node AND l.since = :seq "
-            "WHERE m.home = :home AND l.until IS NULL AND l.name <> e.name AND NOT EXISTS (SELECT 1 FROM entry o WHERE o.parent = l.parent "
+            "SELECT l.name, e.name FROM entry e JOIN mount m ON m.node = e.node JOIN entry l ON l.node = e.node AND l.until IS NULL WHERE e.home = :home "
+            "AND e.until = :seq AND l.since = :seq AND l.name <> e.name AND NOT EXISTS (SELECT 1 FROM entry o WHERE o.parent = l.parent "
             "AND o.key = e.key AND o.until IS NULL AND o.node <> l.node)", values)
 
         def attempt() -> Batch:
