@@ -21224,6 +21224,8 @@ PAGE_GERMAN = r"""{
   "in the trash": "im Papierkorb",
   "is there already": "gibt es schon",
   "it is back already": "es ist schon zurück",
+  "this is not allowed any more": "das ist nicht mehr erlaubt",
+  "an administrator took sharing from this account": "Ein Administrator hat diesem Konto das Teilen genommen",
   "it may have {n} characters, and no control characters": "es darf {n} Zeichen haben, und keine Steuerzeichen",
   "less than a minute left": "noch weniger als eine Minute",
   "links of this server live {n} days at most": "Links dieses Servers leben höchstens {n} Tage",
