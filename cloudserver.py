@@ -4935,9 +4935,7 @@ class Mounts:
         found, own, floors = [], {}, {}
         for mount, rows in mounts.items():
             (_, name, owner, came, seq), node = rows[0][:5], Node._make(rows[0][9:])
-            line = [node.node]
-            while holder.get(line[-1]) is not None:
-                line.append(holder[line[-1]])
+            line = line_up(holder, node.node)
             own[node.node] = max(came, seq or 0)
             for id in line:                              # where a mount lies in another, the rights of the two depend on each other, or did
                 floors[id] = max(floors.get(id, 0), own[node.node])
@@ -5005,6 +5003,14 @@ class Mounts:
     def stood(self, home: int) -> Seen:
         """Those that stood then, to compare with: not to be shown."""
         return lambda moment: outermost_of(self.stood_at(moment, home))
+
+
+def line_up(holder: dict[int, int | None], id: int) -> list[int]:
+    """A node and what holds it, upwards, by what is known of that; to the root of its home if all of them live."""
+    line = [id]
+    while holder.get(line[-1]) is not None:
+        line.append(holder[line[-1]])
+    return line
 
 
 def accesses_of(rows: Iterable[tuple[Any, ...]], line: list[int]) -> list[Access]:
@@ -8575,19 +8581,21 @@ class Offers:
         view = view_of(who)
         if not view.whole:
             return []
-        here, count, found = seen_by(self.db.read, who, self.tree.mounts), len(Share._fields), []
-        for row in self.db.read(
-                "SELECT " + SHARE_COLUMNS + ", o.name, g.name, " + GRANTEE + ", w.said, t.node, " + NODE + " FROM share s JOIN account o ON o.id = s.home JOIN account g "
-                "ON g.id = s.giver JOIN entry e ON e.node = s.node AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node LEFT JOIN answer w "
-                "ON w.share = s.id AND w.account = :home LEFT JOIN mount t ON t.home = :home AND t.target = s.node AND t.until IS NULL "
-                "WHERE " + STANDING + " AND :home NOT IN (s.home, s.giver) AND " + REACHES + " AND " + SWITCHED_ON + " ORDER BY s.id DESC",
-                {"home": view.home, "now": self.clock.due()}):
-            (*names, said, mount), share, node = row[count:count + 5], Share._make(row[:count]), Node._make(row[count + 5:])
-            access = self.tree.mounts.access(self.db.read, share.id, node.node)
+        count, holder, names, shares = len(Share._fields), {}, {}, {}
+        for id, above, name, *row in self.db.read(OFFERED, {"home": view.home, "now": self.clock.due()}):
+            holder[id], names[id] = above, name
+            if row[0] is not None:
+                shares.setdefault(row[0], []).append(row)
+        found, mounts = [], {}
+        for row, *more in shares.values():
+            share, node, (*known, said, mount) = Share._make(row[:count]), Node._make(row[count + 8:]), row[count:count + 5]
+            line = line_up(holder, node.node)
+            access = access_by(share.id, node.node, [one[count + 5:count + 8] for one in (row, *more)], line) if line[-1] in holder else None
             if access:
-                found.append(Offer(share._replace(rights=in_order(access.rights)), node, *names, here.path(node.node) if mount else None,
-                                   "mounted" if mount else "declined" if said == "declined" else "waiting"))
-        return found
+                mounts.update({node.node: mount} if mount else {})
+                state = "mounted" if mount else "declined" if said == "declined" else "waiting"
+                found.append((Offer(share._replace(rights=in_order(access.rights)), node, *known, None, state), line))
+        return [offer._replace(path=path_by(line, mounts, names)) if offer.state == "mounted" else offer for offer, line in found]
 
     def get(self, who: Principal, id: int) -> Offer:
         """raises CloudError not-found"""
@@ -8720,6 +8728,25 @@ class Offers:
         """Somebody, for what is done in their root by what others do."""
         (name, root), = self.db.read("SELECT name, root FROM account WHERE id = ?", (account,))
         return Principal(account, name, root, means="local")
+
+
+OFFERED = (  # what holds the nodes that shares of others give account :home at due time :now, and those shares, the newest first, each with its chain
+    "WITH RECURSIVE reach (share, node) AS (SELECT s.id, s.node FROM share s WHERE " + STANDING + " AND :home NOT IN (s.home, s.giver) AND " + REACHES
+    + " AND " + SWITCHED_ON + "), up (id, above, name) AS (SELECT e.node, e.parent, e.name FROM reach r JOIN entry e ON e.node = r.node AND e.until IS NULL "
+    "UNION SELECT e.node, e.parent, e.name FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL), "
+    "given (share, parent, rights, giver, top) AS (SELECT s.id, s.parent, s.rights, s.giver, s.node FROM reach r JOIN share s ON s.id = r.share UNION ALL "
+    "SELECT q.share, s.parent, s.rights, s.giver, s.node FROM given q JOIN share s ON s.id = q.parent AND " + STANDING + " AND "
+    + REACHES.replace(":home", "q.giver") + ") SELECT up.id, up.above, up.name, " + SHARE_COLUMNS + ", o.name, g.name, " + GRANTEE + ", w.said, x.name, "
+    "q.parent, q.rights, q.top, " + NODE + " FROM up LEFT JOIN reach r ON r.node = up.id LEFT JOIN share s ON s.id = r.share LEFT JOIN given q ON q.share = s.id "
+    "LEFT JOIN account o ON o.id = s.home LEFT JOIN account g ON g.id = s.giver LEFT JOIN entry e ON e.node = s.node AND e.until IS NULL LEFT JOIN collection c "
+    "ON c.node = e.node LEFT JOIN answer w ON w.share = s.id AND w.account = :home LEFT JOIN mount t ON t.home = :home AND t.target = s.node AND t.until IS NULL "
+    "LEFT JOIN entry x ON x.node = t.node AND x.until IS NULL ORDER BY s.id DESC")
+
+
+def path_by(line: list[int], mounts: dict[int, str], names: dict[int, str]) -> tuple[str, ...]:
+    """Where a node stands, by its id and those of what holds it, upwards: below the outermost of what mounts show, {node: name of the mount}."""
+    top = max(level for level, id in enumerate(line) if id in mounts)
+    return (mounts[line[top]], *(names[id] for id in reversed(line[:top])))
 
 
 MINE_TO_END = "(s.giver = :me OR s.home = :me OR s.id IN " + AND_BELOW % "s.giver = :me" + ")"      # those that account :me may end

@@ -6109,6 +6109,8 @@ def test_all_mounts_of_a_listing_are_asked_for_at_once(cloud, ann, bob, monkeypa
     monkeypatch.setattr(cs.Sqlite, "read", counted)
     cloud.files.stat(bob, ("m5", "f"))
     assert asked == [1, 103] and len(listed(cloud, bob)) == 100 and snapshot
+    asked.clear()
+    assert [offer.path for offer in cloud.offers.list(bob)] == [("m%d" % n,) for n in reversed(range(100))] and asked == [103]
 
 
 def test_what_accounts_gave_and_got_ends_with_them(api, cloud, ann, people):
@@ -6198,6 +6200,7 @@ class Sharers:
                                       and account not in (share["home"], share["giver"])}
             for id, offer in mounted.items():
                 assert set(offer.share.rights.split()) == self.access(id) and (offer.state == "mounted") == self.has_mount(account, offer.node.node)
+                assert offer.path == (here.path(offer.node.node) if offer.state == "mounted" else None)
 
     # ---- steps
 
