@@ -4397,8 +4397,6 @@ NODE = ("e.node, e.home, e.since, e.until, e.parent, e.name, e.kind, e.manifest,
         "e.media, e.rev, e.fate, c.seq, c.files")
 CHUNK = "h.hash, h.size, h.data, h.object"
 STAR = "{http://owncloud.org/ns}favorite"        # the property of what somebody marked, in the words of most clients
-TEXT_LIMIT = MiB                # bytes of a text file whose contents are found by a search
-THUMBNAIL_LIMIT = 64 * KiB      # bytes of one
 STARRED = '<o:favorite xmlns:o="http://owncloud.org/ns">1</o:favorite>'
 RESERVED = (  # bytes that uploads under way may come to; those of visitors count as far as they have arrived
     "coalesce(sum(CASE WHEN account < 0 THEN received ELSE max(coalesce(size, 0), received) END), 0)")
@@ -4407,10 +4405,6 @@ SPENT_DAYS, SPENT_TIMES = 3, 3  # in so many days an account may make the server
 SPENT_FREE = 16 * MiB           # this; so much of rows, properties and thumbnails is free of charge, too
 ROW = KiB                       # what an entry takes on the disk, with its indexes
 RESERVE = 16 * MiB              # put by for the moment when the disk is full; less on a small one
-LOCK_MOST = 24 * 3600           # seconds a lock may be granted for
-KEEP_MOST = 36500               # days that history may be kept
-LONG_HASH = 64 * MiB            # larger files are hashed in the lane for long work
-WAITERS, WAITS = 128, 32        # who may wait for changes at a time, per process: in all, and of one account
 
 
 READ, CREATE, UPDATE, DELETE, SHARE, PAST = RIGHTS = ("read", "create", "update", "delete", "share", "past")
@@ -7204,6 +7198,8 @@ def shown(place: Place, path: tuple[str, ...]) -> Node:
     return node._replace(name=path[-1]) if place.view.seq and place.is_top and path else node
 
 
+TEXT_LIMIT = MiB                # bytes of a text file whose contents are found by a search
+LONG_HASH = 64 * MiB            # larger files are hashed in the lane for long work
 SUMS_LEAST = 10_000             # files from which on the sums of an account are kept
 LIVE_FILES = (  # below :top, of what was there as of :seq already.  CROSS keeps the order: SQLite 3.53 would begin with the entries of everybody
     "WITH RECURSIVE live (node) AS (SELECT :top UNION ALL SELECT e.node FROM live JOIN entry e ON e.parent = live.node "
@@ -7645,6 +7641,7 @@ class Feed:
         return sorted(found, key=lambda c: c.path or c.was or ())
 
 
+WAITERS, WAITS = 128, 32        # who may wait for changes at a time, per process: in all, and of one account
 WHOLE_MOST = 10_000             # nodes below a mount that came which are told one by one
 
 
@@ -9477,6 +9474,7 @@ class Writing(NamedTuple):
     sums: dict[str, str]
 
 
+KEEP_MOST = 36500               # days that history may be kept
 KEPT_MOST = 100                 # values that Cloud.keep holds at a time, per account
 UPLOAD_LIFE = DAY
 PUT_UPLOAD = (
@@ -11406,6 +11404,7 @@ def seq_of(cloud: Cloud, moment: tuple[str, int]) -> int:
 
 
 LIMIT = 1000                    # rows of an answer, if nobody says how many
+THUMBNAIL_LIMIT = 64 * KiB      # bytes of a small picture
 
 
 @route("GET", "/api/v1", needs="nothing")
@@ -12929,6 +12928,7 @@ def propstat(status: int, properties: Iterable[Markup], *more: Markup) -> Markup
     return E("d:propstat", E("d:prop", *properties), E("d:status", "HTTP/1.1 %d %s" % (status, REASONS[status])), *more)
 
 
+LOCK_MOST = 24 * 3600           # seconds a lock may be granted for
 PROPERTIES_MOST = 256           # names in one question; clients ask for up to a few dozen
 
 
