@@ -7760,14 +7760,15 @@ class History:
             "WHERE s.node = m.target AND " + REACHES + " AND " + STANDING + ") AND NOT EXISTS (SELECT 1 FROM mount l WHERE l.home = m.home "
             "AND l.target = m.target AND l.until IS NULL)", values)
         names = self.db.read(
-            "SELECT l.name, e.name FROM entry e JOIN mount m ON m.node = e.node JOIN entry l ON l.node = e.node AND l.until IS NULL WHERE e.home = :home "
+            "SELECT m.node, l.name, e.name FROM entry e JOIN mount m ON m.node = e.node JOIN entry l ON l.node = e.node AND l.until IS NULL WHERE e.home = :home "
             "AND e.until = :seq AND l.since = :seq AND l.name <> e.name AND NOT EXISTS (SELECT 1 FROM entry o WHERE o.parent = l.parent "
             "AND o.key = e.key AND o.until IS NULL AND o.node <> l.node)", values)
+        names = names and [row for row in names if row[0] in self.tree.mounts.of(self.db.read, view.home)]
 
         def attempt() -> Batch:
             plan = Plan(self.tree, view.who)
             plan.now.enter(())
-            for name, before in names:
+            for _, name, before in names:
                 change_mount(plan, (name,), (before,))
             for target, name, owner in rows:
                 begin_mount(plan, Moment(self.db.read, target).node(target), owner, name)

@@ -3636,8 +3636,8 @@ def test_a_mount_has_a_name_of_its_own_and_may_be_declined(cloud, ann, bob):
     assert codes(commit(cloud, token_of(cloud, bob), [{"move": "other", "to": "d"}, step_put("d/g", b""), {"delete": "e"}])) == [200, "conflict", 204]
     assert list(listed(cloud, bob)) == ["d"] and cloud.trash.list(bob) == [] and get(cloud, bob, "d/f") == b"f"
     cloud.history.undo(bob, cloud.journal.head())
-    assert sorted(listed(cloud, bob)) == ["d", "e"] and get(cloud, bob, "e/f") == b"e"
-    cloud.files.delete(bob, ("d",), ("e",))
+    assert sorted(listed(cloud, bob)) == ["e", "other"] and get(cloud, bob, "e/f") == b"e"
+    move(cloud, bob, "other", "d"), cloud.files.delete(bob, ("d",), ("e",))
     assert listed(cloud, bob) == {} and put(cloud, bob, "d/f", b"mine", parents=True) and cloud.files.stat(bob, ()).seq > root
     assert tree(cloud, ann) == before and cloud.files.stat(ann, ()).seq == head and outcome(cloud.files.delete, bob._replace(readonly=True), ("d",)) == "forbidden"
     assert cloud.db.read("SELECT count(*) FROM mount WHERE until IS NULL") == [(0,)] and cs.verify(cloud) == []
@@ -3815,6 +3815,12 @@ def test_a_mount_that_nobody_sees_takes_a_name_that_nothing_has(cloud, ann, bob)
     cloud.files.delete(ann, ("x",)), cloud.files.delete(bob, ("d",)), put(cloud, bob, "d (ann 3)"), put(cloud, bob, "d", parents=True)
     cloud.trash.restore(ann, cloud.trash.list(ann)[0].node.node)
     assert sorted(listed(cloud, bob)) == ["d", "d (ann 2)", "d (ann 3)", "d (ann 4)", "d (ann)"]
+    cloud.files.delete(ann, ("x",)), cloud.files.make_collection(bob, ("d (ann 4)",))
+    seq = cloud.journal.head()
+    cloud.files.delete(bob, ("d (ann 4)",))
+    assert outcome(cloud.history.undo, bob, seq) and sorted(listed(cloud, bob)) == ["d", "d (ann 2)", "d (ann 3)", "d (ann)"]            # it is out of sight
+    cloud.trash.restore(ann, cloud.trash.list(ann)[0].node.node)
+    assert "d (ann 5)" in listed(cloud, bob) and cloud.history.undo(bob, seq) and "d (ann 4)" in listed(cloud, bob)
     audit(cloud)
 
 
