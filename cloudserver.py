@@ -9616,7 +9616,10 @@ class Uploads:
         """When all has come: make it a file, in one batch."""
         if upload.size != upload.received or upload.done:
             return upload
-        path, how = check_path([*way_to(self.tree, who, upload.root), *json.loads(upload.path)]), json.loads(upload.given)
+        way, how = way_to(self.tree, who, upload.root), json.loads(upload.given)
+        if way is None:
+            raise CloudError("not-found", "what it was to become a part of is not shared any more")
+        path = check_path([*way, *json.loads(upload.path)])
         given = Preconditions(tuple(how["if_match"]), tuple(how["if_none_match"]), beside=how.get("beside", False))
         change, seq = self._finish(who, upload, path, ANY if given == ANY else given, self._assembled(upload), upload.mtime,
                                    parents=how["parents"])
@@ -19478,8 +19481,8 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .toasts { position: fixed; left: 50%; transform: translateX(-50%); bottom: 1.4rem; z-index: 8; display: grid;
   gap: .5rem; width: max-content; max-width: min(92vw, 40rem); }
 .toast { display: flex; align-items: center; gap: .4rem; background: #24292f; color: #f4f6f8; border-radius: 10px;
-  padding: .45rem .5rem .45rem 1rem; box-shadow: var(--shadow); }
-.toast span { flex: 1; overflow-wrap: anywhere; padding: .25rem .6rem .25rem 0; }
+  padding: .45rem .5rem .45rem 1rem; box-shadow: var(--shadow); flex-wrap: wrap; justify-content: flex-end; }
+.toast span { flex: 1 1 12rem; overflow-wrap: anywhere; padding: .25rem .6rem .25rem 0; }
 .toast button { background: none; border: 0; color: #9cc3ff; font-weight: 600; }
 .toast button.quiet { color: #b9c2cc; font-weight: 400; }
 .toast button:hover { background: rgb(255 255 255 / .12); color: #fff; }
@@ -25883,6 +25886,7 @@ const OFFERS = {waiting: "Waits for your yes", declined: "Not among your files"}
 async function answerOffer(offer, what) {
   const {owner, name} = offer, words = {name: quoted(name), owner};
   await api("POST", shareAddress(offer) + "/" + what);
+  showOffers();
   if (what === "accept") toast(t("{name} of {owner} stands among your files now.", words));
   else toast(t("{name} of {owner} does not stand among your files any more. Nothing was deleted.", words),
     {label: t("Undo"), run: () => attempt(() => answerOffer(offer, "accept")).then(show)});

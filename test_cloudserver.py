@@ -5949,6 +5949,22 @@ def test_what_others_share_is_told_to_nobody_else(api, cloud, ann, people):
     assert [one["giver"] for one in api("GET", "shares?path=d/in", user="bob")["shares"]] == ["bob"]
 
 
+def test_an_upload_into_what_is_not_shared_any_more_ends_in_words(cloud, ann, bob):
+    """Though its last bytes were under way when the share ended."""
+    class Late(Body):
+        def readinto(self, buffer):
+            if len(self._rest) == 1:
+                cloud.sharing.end(ann, id)
+            return super().readinto(buffer[:1])
+
+    put(cloud, ann, "d/f", parents=True)
+    id = give(cloud, ann, "d", "bob", role="edit")
+    upload = cloud.uploads.create(bob, ("d", "new"), 4)
+    assert outcome(cloud.uploads.append, bob, upload.id, 0, Late(b"1234")) == "not-found"
+    assert outcome(cloud.uploads.append, bob, upload.id, 4, Body(b"")) == "not-found" and set(tree(cloud, ann)) == {"d", "d/f"}
+    audit(cloud)
+
+
 def test_a_new_name_of_a_mount_is_taken_back(cloud, ann, bob):
     """Unless something else has the one before by now; alone, and among other things that were done at once."""
     put(cloud, ann, "d/f", parents=True), put(cloud, bob, "own")
@@ -22169,6 +22185,7 @@ AUDITED = [                                      # address, how to come to what 
     ("/settings/links", "", "return document.querySelector('.way')"),
     ("/shared", "", "return document.querySelector('.steps')"),
     ("/files/lent", "", "return view.owner"),
+    ("/activity?path=empty", "", "return document.querySelector('.steps li')"),
     ("/", "sharing(() => openSharing(list.entries.find(one => one.name === 'empty')))", "return document.querySelector('.access li select')"),
     ("/", "sharing(() => openSharing(list.entries.find(one => one.name === 'empty'))); setTimeout(() => { const one = find('[name=with]'); one.focus();"
      " one.value = 'ann'; one.dispatchEvent(new Event('input')); }, 500)", "return document.querySelector('.found li')"),
