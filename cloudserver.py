@@ -19481,8 +19481,8 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 .toasts { position: fixed; left: 50%; transform: translateX(-50%); bottom: 1.4rem; z-index: 8; display: grid;
   gap: .5rem; width: max-content; max-width: min(92vw, 40rem); }
 .toast { display: flex; align-items: center; gap: .4rem; background: #24292f; color: #f4f6f8; border-radius: 10px;
-  padding: .45rem .5rem .45rem 1rem; box-shadow: var(--shadow); flex-wrap: wrap; justify-content: flex-end; }
-.toast span { flex: 1 1 12rem; overflow-wrap: anywhere; padding: .25rem .6rem .25rem 0; }
+  padding: .45rem .5rem .45rem 1rem; box-shadow: var(--shadow); justify-content: flex-end; }
+.toast span { flex: 1; overflow-wrap: anywhere; padding: .25rem .6rem .25rem 0; }
 .toast button { background: none; border: 0; color: #9cc3ff; font-weight: 600; }
 .toast button.quiet { color: #b9c2cc; font-weight: 400; }
 .toast button:hover { background: rgb(255 255 255 / .12); color: #fff; }
@@ -19557,6 +19557,8 @@ dialog.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; m
   .sheet.menu::backdrop { background: rgb(10 14 20 / .45); }
   .item { min-height: 48px; }
   .toasts { bottom: calc(64px + env(safe-area-inset-bottom)); width: 94vw; }
+  .toast:has(button + button) { flex-wrap: wrap; }
+  .toast:has(button + button) span { flex: 1 0 100%; }
   .queue { right: .5rem; left: .5rem; width: auto; max-width: none; bottom: calc(60px + env(safe-area-inset-bottom)); }
   .queue ul { max-height: 7.5rem; }
 }
@@ -21394,6 +21396,7 @@ PAGE_GERMAN = r"""{
   "{who} made the group {name}": "{who} hat die Gruppe {name} angelegt",
   "{who} made {name} a member of {group}": "{who} hat {name} in die Gruppe {group} aufgenommen",
   "{who} moved {what} to {to}": "{who} hat {what} nach {to} verschoben",
+  "{who} opened a link to {what}": "{who} hat einen Link zu {what} geöffnet",
   "{who} removed the account {name}": "{who} hat das Konto {name} entfernt",
   "{who} removed the group {name}": "{who} hat die Gruppe {name} entfernt",
   "{who} removed {what} from their files": "{who} hat {what} aus den eigenen Dateien genommen",
@@ -24667,6 +24670,7 @@ const ACTIVITY = {
   share: "{who} shared {what}",
   "share-change": "{who} changed a share of {what}",
   "share-end": "{who} ended a share of {what}",
+  "share-open": "{who} opened a link to {what}",
   "share-with": "{who} shared {what} with {with}",
   "share-end-with": "{who} ended the share of {what} with {with}",
   "share-accept": "{who} took {what} among their files",
@@ -25768,6 +25772,7 @@ function personForm(entry, then) {
       await api("POST", "shares", share).catch(sayWho(name));
       toast(t("{what} is shared with {name}.", {what, name}));
       form.reset();
+      if (!isPhone.matches) form.elements.with.focus();
       then();
     } catch (error) {
       problem.textContent = explain(error);
