@@ -5341,22 +5341,27 @@ class Brake:
     def __init__(self, db: Database, clock: Clock) -> None:
         self.db, self.clock = db, clock
 
-    def count(self, who: Principal, view: View, destroyed: Iterable[tuple[Node, Node | None]]) -> list[Statement]:
+    def count(self, who: Principal, view: View, destroyed: Sequence[tuple[Node, Node | None]], moved: int) -> list[Statement]:
         """Count what a device deletes and overwrites in what it sees of a home; returns the statement that notes it.  raises CloudError held
 
         destroyed   (what was, what takes its place or None), whichever verb does it
-        What it made itself within the window does not count, nor does a file that it overwrites once more.
+        moved       files beside these that it moved to other homes
+        What it made itself within the window does not count, unless it moved as many there, nor does a file that it overwrites once more.
         """
         recent = self.clock.wall() - BRAKE_WINDOW
         gone = [(before, after) for before, after in destroyed if before.created < recent]
-        deletes = sum(before.files if before.kind else 1 for before, after in gone if after is None)
+        deletes, fresh = (sum(before.files if before.kind else 1 for before, after in some if after is None)
+                          for some in (gone, [one for one in destroyed if one[0].created >= recent]))
         overwrites = sum(before.kind == FILE and after.manifest != before.manifest for before, after in gone if after)
-        if not deletes + overwrites:
+        if not deletes + overwrites + fresh + moved:
             return []
         now = self.clock.due()
         windows = [Window._make(row) for row in self.db.read("SELECT * FROM brake WHERE device = ?", (who.device,))]
         brake = next((one for one in windows if one.home == view.home), None)
-        if any(one.held is not None for one in windows if one.home != view.home):
+        deletes += min(fresh, sum(self._moved(one, recent) for one in windows if one.home != view.home)) if fresh else 0
+        if not deletes + overwrites and (not moved or brake and (brake.held is not None or brake.due > now)):
+            return []                                    # a window tells where it moved things from
+        if deletes + overwrites and any(one.held is not None for one in windows if one.home != view.home):
             raise CloudError("held", HELD_ELSEWHERE)
         if brake and brake.free > now:
             return []
@@ -5370,6 +5375,12 @@ class Brake:
             note = Statement(PUT_BRAKE, brake._replace(deletes=deletes, overwrites=overwrites))
         self._check(who, brake, deletes, overwrites)
         return [note]
+
+    def _moved(self, window: Window, since: int) -> int:
+        """Files that a device moved from a home to others since a time."""
+        return sum(json.loads(detail).get("moved", 0) for detail, in self.db.read(
+            "SELECT detail FROM journal WHERE home = ?1 AND seq > (SELECT coalesce(max(seq), 0) FROM journal WHERE home = ?1 AND at < ?2) AND device = ?3 "
+            "AND detail LIKE '%\"moved\":%'", (window.home, since, window.device)))
 
     def _check(self, who: Principal, brake: Window, deletes: int, overwrites: int) -> None:
         """raises CloudError held if this would be too much, or something was before"""
@@ -5777,9 +5788,9 @@ class HomePart:
                 (home, self.growth)))
         return guards
 
-    def left_of(self, node: Node) -> Node:
-        """A collection that is deleted, with as many files as are left in it."""
-        return node._replace(files=node.files + self.sums[node.node][1]) if node.node in self.sums else node
+    def left_of(self, node: Node, moved: int) -> Node:
+        """What is deleted; a collection with as many files as are left in it when some of them were moved to another home."""
+        return node._replace(files=max(0, node.files + self.sums.get(node.node, (0, 0))[1] - moved)) if node.kind else node
 
 
 def lowest_of(changes: Sequence[Change]) -> int | None:
@@ -6063,6 +6074,7 @@ class Plan:
         self.now = Draft(tree, who, since)
         self.guards: list[Statement] = []
         self.rows: list[Statement] = []              # of the same act: contents, properties, locks
+        self.moved: dict[int, int] = {}              # {node: how many files of what is deleted stand in another home by now}: that loses nothing
 
     # ---- steps
 
@@ -6218,7 +6230,8 @@ class Plan:
     def step(self, change: Change) -> Change:
         """Let one node leave one state and take another.  raises CloudError held"""
         before, after = change.before, change.after
-        if self.held and before and (after is None or before.kind == FILE and after.manifest != before.manifest):
+        if self.held and before and (self.moved.get(before.node, -1) < (before.files if before.kind else 1) if after is None else
+                                     before.kind == FILE and after.manifest != before.manifest):
             raise CloudError("held", "this device is held; allow or undo what it did on the page")
         self.now.take(change)
         return change
@@ -6341,7 +6354,8 @@ class Plan:
         guards, rows, parts = self.guards, self.rows, []
         for home in homes:
             part, mine = self.now.parts[home], changes.get(home, [])
-            parts.append(self._batch(part, mine, rows, part.line(self.now, mine, action, said)))
+            moved = sum(self.moved.get(change.before.node, 0) for change in mine if change.before and change.after is None) if self.moved else 0
+            parts.append(self._batch(part, mine, rows, part.line(self.now, mine, action, {**said, "moved": moved} if moved else said)))
             rows = []
         for home, part in self.now.parts.items():
             guards.append(Statement("SELECT 'shape' WHERE (SELECT shape FROM account WHERE id = ?) IS NOT ?", (home, part.place.shape)))
@@ -6381,7 +6395,8 @@ class Plan:
         if ends:
             if self.who.means in ("token", "link"):
                 body += self.tree.brake.count(self.who, place.view, [
-                    (part.left_of(change.before) if change.before.kind else change.before, change.after) for change in changes if change.before])
+                    (part.left_of(before, self.moved.get(before.node, 0)), after) for before, after, *_ in changes
+                    if before and (before.kind or after or not self.moved.get(before.node))], line.detail.get("moved", 0))
             body.append(Statement(END_ENTRY, ends, many=True))
         if begins:
             body.append(Statement(BEGIN_ENTRY, begins, many=True))
@@ -6995,8 +7010,9 @@ class Files:
             plan.rows += copies.statements() if below is None else below
             made = [plan.move(*pair, act.given, how) if top is None else plan.copy(node, top, *pair, act.given, how)
                     for node, top, pair, how in zip(nodes, tops, act.pairs, for_each(act.clash, act.pairs))]
-            for (source, _), top in zip(act.pairs, tops) if act.ends else ():
+            for (source, _), node, top in zip(act.pairs, nodes, tops) if act.ends else ():
                 if top is not None:
+                    plan.moved[node.node] = node.files if node.kind else 1
                     plan.guards.append(unchanged_since(plan.remove(source, act.given), copies.seq))
                     if below is not None and self.db.read(plan.guards[-1].sql, plan.guards[-1].params):
                         raise CloudError("conflict", "it changed while it was moved; nothing was")
@@ -9383,8 +9399,23 @@ class Sync:
         return Outcome(200, sending.plan.move(path, to, conditions_of(step), "refuse")[0])
 
     def _take_delete(self, sending: Sending, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
+        if "moved" in step:
+            self._note_moved(sending.plan, path, step["moved"])
         sending.plan.remove(path, conditions_of(step))
         return Outcome(204)
+
+    def _note_moved(self, plan: Plan, path: tuple[str, ...], to: str) -> None:
+        """Note how many files of what is at a path stand at another one by now, in another home, for who moved them there by chunks: the brake
+        does not count them."""
+        with suppress(CloudError):
+            here, target = plan.now.enter(path), split_path(to)
+            files = [((), here.found())] if not here.found().kind else [
+                one for one in Moment(self.db.read, here.node.node).walk(here.node.node) if not one[1].kind]
+            plan.now.look_at([target + below for below, _ in files])
+            there = [(plan.now.enter(target + below), node) for below, node in files]
+            plan.moved[here.node.node] = sum(
+                place.view.home != here.view.home and READ in place.view.rights and place.node is not None
+                and place.node.manifest == node.manifest for place, node in there)
 
 
 def conditions_of(step: dict[str, Any]) -> Preconditions:
@@ -12433,8 +12464,8 @@ def sync_commit(cloud: Cloud, who: Principal, request: Request) -> Response:
 
     The first line is {"op": id, "ops": [...], "atomic"?, "since"?, "tag"?, "server"?}.  Steps:
     {"put": path, "chunks": [[hash, size], ...], "mtime": ms, "if"?: etag or null}, {"mkdir": path},
-    {"move": path, "to": path, "if"?: etag}, {"delete": path, "if"?: etag, "since"?: seq}; "if": null says that nothing is there,
-    "since" that no other device changed anything since.  Each gets {"status", "etag", "node"} or a problem, in order.
+    {"move": path, "to": path, "if"?: etag}, {"delete": path, "if"?: etag, "since"?: seq, "moved"?: path}; "if": null says that nothing is
+    there, "since" that no other device changed anything since, "moved" where in another person's files, or back in one's own, the same stands by now.  Each gets {"status", "etag", "node"} or a problem, in order.
     The same `op` again changes nothing and is answered the same.  `seq` is where this is in the history, and its `tag`; it is
     a "cursor", too, when no other device did anything after `since`.  409 other-history, and nothing done, if `since` and `tag` are of another past.
     """
@@ -12454,7 +12485,7 @@ def sync_commit(cloud: Cloud, who: Principal, request: Request) -> Response:
 COMMIT_FIELDS = {"op": TEXT, "ops": "array", "atomic_": "boolean", "since_": "integer", "tag_": TEXT, "server_": TEXT}
 STEP_FIELDS = {  # of each kind of step; paths are looked at step by step, so that one is refused alone
     "put": {"put": TEXT, "chunks": "chunks", "mtime": "time", "if_": "etag"}, "mkdir": {"mkdir": TEXT},
-    "move": {"move": TEXT, "to": TEXT, "if_": "etag"}, "delete": {"delete": TEXT, "if_": "etag", "since_": "integer"}}
+    "move": {"move": TEXT, "to": TEXT, "if_": "etag"}, "delete": {"delete": TEXT, "if_": "etag", "since_": "integer", "moved_": TEXT}}
 
 
 def sync_step(step: Any) -> dict[str, Any]:
@@ -14250,7 +14281,7 @@ class Upkeep:
                    Statement("DELETE FROM throttle WHERE due < ?", (now - HOUR,)),
                    Statement("DELETE FROM loose WHERE due < ?", (now,)),
                    Statement("DELETE FROM brake WHERE held IS NULL AND due < ? AND free < ? OR device NOT IN "
-                             "(SELECT id FROM device UNION ALL SELECT 'link-' || id FROM share WHERE ended IS NULL)", (now, now)),
+                             "(SELECT id FROM device UNION ALL SELECT 'link-' || id FROM share WHERE ended IS NULL)", (now - BRAKE_WINDOW, now)),
                    Statement("DELETE FROM pairing WHERE due < ?", (now,)),
                    Statement("DELETE FROM known_place WHERE due < ?", (now,)),
                    Statement("INSERT INTO entry (home, since, node, until, name, key, kind, size, mtime, rev, fate) SELECT home, s, node, s, '', "

@@ -4591,6 +4591,72 @@ def test_the_brake_counts_in_each_home_and_holds_in_all(make_cloud, fake):
     audit(cloud)
 
 
+@pytest.fixture
+def mover(make_cloud, fake, serve_cloud, monkeypatch):
+    """Bob's phone, old files of his and of two who share with him, and a way to move them by each door: mover.move(how, source, target)."""
+    monkeypatch.setattr(cs, "BRAKE_FILES", 20)
+    cloud = make_cloud(clock=fake.clock())
+    ann, bob, eve = account(cloud), account(cloud, "bob"), account(cloud, "eve")
+    for who, path in ((ann, "ann"), (eve, "eve"), (bob, "own")):
+        commit(cloud, who, [{"mkdir": path}, {"mkdir": path + "/t"}, *(step_put("%s/t/%d" % (path, n), b"%s %d" % (path.encode(), n)) for n in range(30))],
+               [b"%s %d" % (path.encode(), n) for n in range(30)])
+    hand(cloud, ann, "ann", bob), hand(cloud, eve, "eve", bob)
+    fake.pass_(cs.HOUR)
+    _, token = cloud.devices.add_token(bob, "bob's phone")
+    phone, address = cloud.credentials.identify("Bearer " + token, "", "127.0.0.1", secure=True), serve_cloud(cloud)
+
+    def copy_by_chunks(source, target):
+        nodes = dict(list(cloud.files.walk(bob, cs.split_path(source))))
+        return codes(commit(cloud, phone, [{"mkdir": target}, *({"put": "%s/%s" % (target, "/".join(path)), "chunks": [(node.manifest, node.size)], "mtime": 1000}
+                                                                for path, node in nodes.items())]))
+
+    def move(how, source, target):
+        ask = lambda method, path, body=None, **fields: exchange(address, method, path, body, user=None, Authorization="Bearer " + token, **fields).status
+        if how == "webdav":
+            return ask("MOVE", "/dav/" + source, Destination="/dav/" + target) == 201
+        if how == "json":
+            return ask("POST", "/api/v1/move", {"items": [{"from": source, "to": target}]}) == 200
+        copy_by_chunks(source, target)
+        return codes(commit(cloud, phone, [{"delete": source, "moved": target}])) == [204]
+    return types.SimpleNamespace(cloud=cloud, ann=ann, bob=bob, eve=eve, phone=phone, move=move, copy=copy_by_chunks, held=lambda: [
+        len(cloud.brake.held(who)) for who in (ann, bob, eve)])
+
+
+@pytest.mark.parametrize("where", [("own/t", "ann/new"), ("ann/t", "new"), ("ann/t", "eve/new")], ids=["into a mount", "out of one", "between two"])
+@pytest.mark.parametrize("how", ["webdav", "json", "native"])
+def test_a_move_to_another_home_deletes_nothing_for_the_brake(mover, how, where):
+    """All of it stands there in the same batch, or does already; but who then deletes it there has destroyed it."""
+    cloud, (source, target) = mover.cloud, where
+    assert mover.move(how, source, target) and mover.held() == [0, 0, 0]
+    assert len(tree(cloud, mover.bob, cs.split_path(target))) == 30 and not cloud.files.taken(mover.bob, cs.split_path(source))
+    assert cloud.trash.list({"own": mover.bob, "ann": mover.ann}[source.split("/")[0]])
+    assert outcome(cloud.files.delete, mover.phone, cs.split_path(target)) == "held" and sum(mover.held()) == 1
+    audit(cloud)
+
+
+@pytest.mark.parametrize("wrong, counts", [
+    ("nowhere", 30), ("own/other", 30), ("eve/t", 30), ("../x", 30), ("", 30), (None, 30), ("ann/some", 18), ("ann/new", 0)])
+def test_the_brake_takes_nobodys_word_for_a_move(mover, wrong, counts):
+    """What does not stand in another home, file by file and with the same bytes, where who says so may read it, is deleted."""
+    cloud = mover.cloud
+    mover.copy("own/t", "ann/new"), mover.copy("own/t", "own/other"), mover.copy("own/t", "ann/some")
+    put(cloud, mover.ann, "ann/some/0", b"something else"), cloud.files.delete(mover.ann, *(("ann", "some", str(n)) for n in range(1, 18)))
+    assert codes(commit(cloud, mover.phone, [{"delete": "own/t", "moved": wrong}])) == (["held"] if counts > 20 else [204])
+    assert mover.held() == [0, int(counts > 20), 0]
+    assert cloud.db.read("SELECT deletes FROM brake WHERE device = ? AND home = ?", (mover.phone.device, mover.bob.account)) == [(counts,)]
+    audit(cloud)
+
+
+def test_a_device_that_is_held_still_moves(mover):
+    """As it does within a home; and what a move replaces counts as ever."""
+    cloud = mover.cloud
+    assert outcome(cloud.files.delete, mover.phone, ("own", "t")) == "held"
+    assert mover.move("native", "own/t", "ann/new") and mover.move("webdav", "ann/t", "eve/new") and mover.move("json", "eve/new", "again")
+    assert outcome(cloud.files.delete, mover.phone, ("again", "1")) == "held"
+    assert outcome(cloud.files.move, mover.phone, (("again",), ("ann", "new"))) == "held"
+    audit(cloud)
+
+
 def test_an_upload_into_what_is_shared_belongs_to_its_owner_and_ends_by_the_grant(cloud, ann, bob):
     """It takes room in the home that it leads into, goes on when the mount has another name, and not when the share has ended."""
     put(cloud, ann, "up/d/f", b"f", parents=True)
