@@ -9156,35 +9156,27 @@ class Sync:
 
     def known(self, who: Principal, hashes: Iterable[str]) -> dict[str, int]:
         """{hash: size} of the chunks that `who` may read already or has sent: nobody else's count (D3)."""
-        view, hashes = view_of(who), list(dict.fromkeys(hashes))
-        found, now = {}, self.clock.due()
+        view, hashes, found = view_of(who), list(dict.fromkeys(hashes)), {}
+        theirs, values = ("", OWNED), (view.home, view.home)
+        if not view.whole:
+            theirs, values = (" AND root = ?", "FALSE"), (view.top,)
         for some in pieces(hashes):
             found.update(self.db.read(
-                "SELECT h.hash, h.size FROM chunk h WHERE h.hash IN (" + marks(some) + ") AND h.bad IS NULL AND h.condemned IS NULL "
-                "AND (EXISTS (SELECT 1 FROM loose WHERE home = ? AND chunk = h.hash AND due > ?) OR " + OWNED + ")",
-                (*some, view.home, now, view.home, view.home)))
-        if not view.whole:
-            return {hash: size for hash, size in found.items() if self._is_within(who, hash, now)}
-        return {**found, **self._shared_with(who, [hash for hash in hashes if hash not in found])}
+                "SELECT h.hash, h.size FROM chunk h WHERE h.hash IN (" + marks(some) + ") AND h.bad IS NULL AND h.condemned IS NULL AND "
+                "(EXISTS (SELECT 1 FROM loose WHERE home = ? AND chunk = h.hash AND due > ?%s) OR %s)" % theirs, (*some, view.home, self.clock.due(), *values)))
+        return {**found, **self._in_sight(who, [hash for hash in hashes if hash not in found])}
 
-    def _shared_with(self, who: Principal, hashes: Sequence[str]) -> dict[str, int]:
-        """{hash: size} of chunks that are part of a live file in what others shared with `who`."""
-        here, found = seen_by(self.db.read, who, self.tree.mounts), {}
-        homes = here.homes() if hashes else []
+    def _in_sight(self, who: Principal, hashes: Sequence[str]) -> dict[str, int]:
+        """{hash: size} of chunks that are part of a live file in what others shared with `who`, or in what a device is limited to."""
+        if not hashes:
+            return {}
+        view, here, found = view_of(who), seen_by(self.db.read, who, self.tree.mounts), {}
+        homes = here.homes() if view.whole else [view.home]
         for some in pieces(hashes) if homes else ():
-            for hash, size, node in self.db.read(SHARED_CHUNKS.format(homes=marks(homes), hashes=marks(some)), (*some, *homes) * 2):
+            for hash, size, node in self.db.read(LIVE_CHUNKS.format(homes=marks(homes), hashes=marks(some)), (*some, *homes) * 2):
                 if hash not in found and here.path(node) is not None:
                     found[hash] = size
         return found
-
-    def _is_within(self, who: Principal, hash: str, now: int) -> bool:
-        """Is a chunk part of a live file below the root of a device that is limited to that, or did such a device send it?"""
-        view = view_of(who)
-        nodes = self.db.read("SELECT node FROM entry WHERE manifest = :hash AND home = :home AND until IS NULL UNION "
-                             "SELECT e.node FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest "
-                             "WHERE m.chunk = :hash AND e.home = :home AND e.until IS NULL", {"hash": hash, "home": view.home})
-        return any(view.top in holders(self.db.read, node) for (node,) in nodes) or bool(self.db.read(
-            "SELECT 1 FROM loose WHERE home = ? AND chunk = ? AND root = ? AND due > ?", (view.home, hash, view.top, now)))
 
     def missing(self, who: Principal, hashes: Sequence[str]) -> list[str]:
         """Those that would have to be sent."""
@@ -9431,7 +9423,7 @@ COMMIT_STEPS: dict[str, Callable[..., Outcome]] = {
 LOOSE_LIFE = 20 * HOUR          # less than the sweep leaves a chunk alone that nobody refers to
 AHEAD_MOST = 64 * GiB           # bytes that somebody with whom others share may send before it is known where they are to be
 FLUSH = 16 * MiB                # bytes of small chunks that wait in memory for the commit
-SHARED_CHUNKS = (  # chunks of live files in some homes
+LIVE_CHUNKS = (  # chunks of live files in some homes
     "SELECT h.hash, h.size, e.node FROM chunk h JOIN entry e ON e.manifest = h.hash AND e.until IS NULL WHERE h.hash IN ({hashes}) AND h.bad IS NULL "
     "AND h.condemned IS NULL AND e.home IN ({homes}) UNION SELECT h.hash, h.size, e.node FROM chunk h JOIN manifest_chunk m ON m.chunk = h.hash "
     "JOIN entry e ON e.manifest = m.manifest AND e.until IS NULL WHERE h.hash IN ({hashes}) AND h.bad IS NULL AND h.condemned IS NULL "
