@@ -14,10 +14,10 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      6  Store           Store Directory Blobs Content                  the only code that opens data files
      7  Database        Database Sqlite Batch SCHEMA MIGRATIONS        two calls: read and write
      8  Accounts        Credentials Accounts Devices                   who is asking
-     9  Tree            View Place Moment Span Contents Brake          the tree of files, read
+     9  Tree            View Place Moment Contents Locks Brake         the tree of files, read
     10  Changes         Space Tree Draft Plan                          how it is changed
     11  Files           Files Copies Search                            the verbs of what is
-    12  History         Journal History Versions Trash                 ... and of what was
+    12  History         Span Journal Feed History Versions Trash       ... and of what was
     13  Sharing         Sharing Terms Drops                            what people hand to others
     14  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
     15  HTTP            Request Response route respond                 what is asked, and the gate
@@ -5031,95 +5031,6 @@ def rights_named(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-class Difference(NamedTuple):
-    """What became of a node between two moments, seen from a collection; None: not below it."""
-    then: Node | None
-    now: Node | None
-    was: tuple[str, ...] | None
-    path: tuple[str, ...] | None
-
-    @property
-    def how(self) -> str:
-        """added, deleted, moved (and perhaps changed as well) or changed"""
-        if self.then is None or self.now is None:
-            return "added" if self.then is None else "deleted"
-        return "changed" if self.was == self.path else "moved"
-
-
-class Span:
-    """What became of what lies below a collection since a moment: the one reader of differences."""
-
-    def __init__(self, then: Moment, now: Moment) -> None:
-        self.then, self.now = then, now
-        self._whole: Moment | None = None                # then, with what was given up
-        self._between: dict[int, Moment] = {}
-
-    def touched(self, home: int, reached: int = 1 << 62) -> list[int]:
-        """Nodes of a home that batches after then, up to `reached`, touched."""
-        return [id for (id,) in self.now.read(
-            "SELECT node FROM entry WHERE home = :home AND since > :seq AND since <= :reached "
-            "UNION SELECT node FROM entry WHERE home = :home AND until > :seq AND until <= :reached",
-            {"home": home, "seq": self.then.seq, "reached": reached})]
-
-    def of(self, id: int) -> Difference:
-        return Difference(self.then.here(id), self.now.here(id), self.then.path(id), self.now.path(id))
-
-    def differs(self, id: int) -> bool:
-        """Would bringing a node back change anything?"""
-        then, now = self.then.here(id), self.now.here(id)
-        if then is None or now is None:
-            return then is not now
-        return (then.parent, then.name, then.manifest, then.mtime) != (now.parent, now.name, now.manifest, now.mtime)
-
-    def is_in_place(self, id: int) -> bool:
-        """Is a node, now, where it was and what it was, though in another collection there, as that one is gone?"""
-        then, now = self.then.here(id), self.now.here(id)
-        return (bool(then and now) and self.then.path(id) == self.now.path(id) and not self.now.here(then.parent)
-                and (then.manifest, then.mtime) == (now.manifest, now.mtime))
-
-    def would_come_along(self, id: int) -> bool:
-        """Does it hang below a collection that was here then, though that is deleted or elsewhere by now?"""
-        return any(map(self.then.here, itertools.islice(self.now.line(id), 1, None)))
-
-    def with_what_came_along(self, ids: list[int], alive: Callable[[], None]) -> list[int]:
-        """Touched nodes, and what lies in collections that came into sight whole: from the trash, or from elsewhere."""
-        found, here = dict.fromkeys(ids), self.now.here
-        pending = [id for id in watched(ids, alive) if here(id) and here(id).kind and not self.then.here(id)]
-        while pending:
-            for child in watched(self.now.children(pending.pop()), alive):
-                if child.node not in found:
-                    found[child.node] = None
-                    if child.kind:
-                        pending.append(child.node)
-        return list(found)
-
-    def with_what_was_left(self, ids: Collection[int], alive: Callable[[], None]) -> list[int]:
-        """Some nodes, and what lay in those collections among them whose place another has by now: nothing else tells that it is not there."""
-        taken, then, now = {self.now.path(id) for id in watched(ids, alive)}, self.then, self.now
-        left = [id for id in ids if then.here(id) and then.here(id).kind and then.path(id) in taken and then.path(id) != now.path(id)]
-        return list(dict.fromkeys([*ids, *(node.node for id in left for _, node in watched(then.walk(id), alive))]))
-
-    def was_in_sight(self, id: int) -> bool:
-        """Did a node come and go since?  Who made it knows of it, and has to be told."""
-        spans = list(self.now.read("SELECT since, until FROM entry WHERE node = ? AND until > ?", (id, self.then.seq)))
-        return any(self._just_before(seq).path(id) is not None for since, until in spans          # what held it may be gone when it went
-                   for seq in (since + 1, until) if seq > self.then.seq + 1)
-
-    def _just_before(self, seq: int) -> Moment:
-        """The moment before a batch."""
-        if seq not in self._between:
-            if len(self._between) == PIECE:
-                self._between.clear()
-            self._between[seq] = Moment(self.now.read, self.now.top, seq - 1, purged=True, mounts=self.then.mounts)
-        return self._between[seq]
-
-    def is_lost(self, id: int) -> bool:
-        """Was a node here that can never be brought back here: it, or what held it, was given up for good?"""
-        then = self.then
-        self._whole = self._whole or Moment(then.read, then.top, then.seq, purged=True)
-        return then.path(id) is None and self._whole.path(id) is not None
-
-
 def seen_by(read: Read, who: Principal, mounts: Mounts | None = None) -> Moment:
     """What somebody sees, as it is now: nothing, if the collection that a device is limited to is in the trash.
 
@@ -5429,19 +5340,6 @@ class Brake:
 
 
 HELD_ELSEWHERE = "this device deleted or overwrote so much of what others shared that it is held until they allow it"
-
-
-class Changed(NamedTuple):
-    """A node that a batch touched: where it is now and where it was, seen from a collection; None: out of sight."""
-    id: int
-    kind: int
-    node: Node | None
-    path: tuple[str, ...] | None
-    was: tuple[str, ...] | None
-    gone: str | None             # out of sight: deleted, moved, or unshared: what lies below it is out of sight, too
-    shared: SharedBy | None
-    is_whole: bool               # of a mount: what lies below it is not told, for it is so much
-    left: Sequence[tuple[str, ...]] = ()         # of a mount: where it, and what it shows, seemed to stand as well, and nothing is now
 
 
 class Allowance:
@@ -7568,6 +7466,108 @@ class Journal:
         return [Step(seq, at, action, detail, account, device, bool(undoable) and action[:8] != "account-" and seq > self.oldest(), link,
                      detail.pop("within", None))
                 for seq, at, action, detail, account, device, link, undoable in ((*row[:3], json.loads(row[3]), *row[4:]) for row in rows)]
+
+
+class Difference(NamedTuple):
+    """What became of a node between two moments, seen from a collection; None: not below it."""
+    then: Node | None
+    now: Node | None
+    was: tuple[str, ...] | None
+    path: tuple[str, ...] | None
+
+    @property
+    def how(self) -> str:
+        """added, deleted, moved (and perhaps changed as well) or changed"""
+        if self.then is None or self.now is None:
+            return "added" if self.then is None else "deleted"
+        return "changed" if self.was == self.path else "moved"
+
+
+class Span:
+    """What became of what lies below a collection since a moment: the one reader of differences."""
+
+    def __init__(self, then: Moment, now: Moment) -> None:
+        self.then, self.now = then, now
+        self._whole: Moment | None = None                # then, with what was given up
+        self._between: dict[int, Moment] = {}
+
+    def touched(self, home: int, reached: int = 1 << 62) -> list[int]:
+        """Nodes of a home that batches after then, up to `reached`, touched."""
+        return [id for (id,) in self.now.read(
+            "SELECT node FROM entry WHERE home = :home AND since > :seq AND since <= :reached "
+            "UNION SELECT node FROM entry WHERE home = :home AND until > :seq AND until <= :reached",
+            {"home": home, "seq": self.then.seq, "reached": reached})]
+
+    def of(self, id: int) -> Difference:
+        return Difference(self.then.here(id), self.now.here(id), self.then.path(id), self.now.path(id))
+
+    def differs(self, id: int) -> bool:
+        """Would bringing a node back change anything?"""
+        then, now = self.then.here(id), self.now.here(id)
+        if then is None or now is None:
+            return then is not now
+        return (then.parent, then.name, then.manifest, then.mtime) != (now.parent, now.name, now.manifest, now.mtime)
+
+    def is_in_place(self, id: int) -> bool:
+        """Is a node, now, where it was and what it was, though in another collection there, as that one is gone?"""
+        then, now = self.then.here(id), self.now.here(id)
+        return (bool(then and now) and self.then.path(id) == self.now.path(id) and not self.now.here(then.parent)
+                and (then.manifest, then.mtime) == (now.manifest, now.mtime))
+
+    def would_come_along(self, id: int) -> bool:
+        """Does it hang below a collection that was here then, though that is deleted or elsewhere by now?"""
+        return any(map(self.then.here, itertools.islice(self.now.line(id), 1, None)))
+
+    def with_what_came_along(self, ids: list[int], alive: Callable[[], None]) -> list[int]:
+        """Touched nodes, and what lies in collections that came into sight whole: from the trash, or from elsewhere."""
+        found, here = dict.fromkeys(ids), self.now.here
+        pending = [id for id in watched(ids, alive) if here(id) and here(id).kind and not self.then.here(id)]
+        while pending:
+            for child in watched(self.now.children(pending.pop()), alive):
+                if child.node not in found:
+                    found[child.node] = None
+                    if child.kind:
+                        pending.append(child.node)
+        return list(found)
+
+    def with_what_was_left(self, ids: Collection[int], alive: Callable[[], None]) -> list[int]:
+        """Some nodes, and what lay in those collections among them whose place another has by now: nothing else tells that it is not there."""
+        taken, then, now = {self.now.path(id) for id in watched(ids, alive)}, self.then, self.now
+        left = [id for id in ids if then.here(id) and then.here(id).kind and then.path(id) in taken and then.path(id) != now.path(id)]
+        return list(dict.fromkeys([*ids, *(node.node for id in left for _, node in watched(then.walk(id), alive))]))
+
+    def was_in_sight(self, id: int) -> bool:
+        """Did a node come and go since?  Who made it knows of it, and has to be told."""
+        spans = list(self.now.read("SELECT since, until FROM entry WHERE node = ? AND until > ?", (id, self.then.seq)))
+        return any(self._just_before(seq).path(id) is not None for since, until in spans          # what held it may be gone when it went
+                   for seq in (since + 1, until) if seq > self.then.seq + 1)
+
+    def _just_before(self, seq: int) -> Moment:
+        """The moment before a batch."""
+        if seq not in self._between:
+            if len(self._between) == PIECE:
+                self._between.clear()
+            self._between[seq] = Moment(self.now.read, self.now.top, seq - 1, purged=True, mounts=self.then.mounts)
+        return self._between[seq]
+
+    def is_lost(self, id: int) -> bool:
+        """Was a node here that can never be brought back here: it, or what held it, was given up for good?"""
+        then = self.then
+        self._whole = self._whole or Moment(then.read, then.top, then.seq, purged=True)
+        return then.path(id) is None and self._whole.path(id) is not None
+
+
+class Changed(NamedTuple):
+    """A node that a batch touched: where it is now and where it was, seen from a collection; None: out of sight."""
+    id: int
+    kind: int
+    node: Node | None
+    path: tuple[str, ...] | None
+    was: tuple[str, ...] | None
+    gone: str | None             # out of sight: deleted, moved, or unshared: what lies below it is out of sight, too
+    shared: SharedBy | None
+    is_whole: bool               # of a mount: what lies below it is not told, for it is so much
+    left: Sequence[tuple[str, ...]] = ()         # of a mount: where it, and what it shows, seemed to stand as well, and nothing is now
 
 
 class MountsSince(NamedTuple):
