@@ -6331,7 +6331,7 @@ def rename_of(now: Draft, mount: Node, name: str) -> Change:
 
 def name_of_mount(look: Callable[[int, str], Node | None], mount: Node, whose: str) -> str:
     """Its name, or one like it that tells from whom it is, if nothing has that by a look (law 4 of sharing)."""
-    for mark in ("", " (%s)" % whose, *(" (%s %d)" % (whose, count) for count in range(2, 10_000))):
+    for mark in itertools.chain(("", " (%s)" % whose), (" (%s %d)" % (whose, count) for count in range(2, 10_000))):
         found = cut_text(mount.name, NAME_LIMIT - len(mark.encode())) + mark
         if look(mount.parent, found) is None:
             break
