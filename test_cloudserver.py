@@ -11,6 +11,7 @@ Codes like H9 or R14 in names and comments are the numbered promises listed at t
 from __future__ import annotations
 
 import ast
+import gc
 import os
 import queue
 import shutil
@@ -32,6 +33,7 @@ def main(words):
         return subprocess.call([python, __file__, *words])
     import pytest
     os.chdir(HERE)
+    gc.disable()                                 # while this file is read: to look through its tree each time that has grown a little takes longer than all else
     if words[:1] == ["--worker"]:
         home, number, count, *words = words[1:]
         return pytest.main(arguments(words, home), plugins=[Worker(home, int(number), int(count))])
@@ -95,6 +97,11 @@ class Crew:
 
     def pytest_addoption(self, parser):
         parser.addoption("--processes", type=int, default=1, help="run the tests in so many processes")
+
+    def pytest_collection_finish(self):
+        """What there is by now stays until the end."""
+        gc.freeze()
+        gc.enable()
 
     def take(self, number):
         """Is it mine?  A test is whose file of its number it is."""
