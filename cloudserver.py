@@ -22378,7 +22378,7 @@ body:has(.side) #app { display: grid; grid-template-columns: 14.5rem minmax(0, 1
 .tiles .snippet { display: none; }
 mark { background: var(--mark); color: var(--text); }
 .filters { display: flex; flex-wrap: wrap; gap: .4rem; padding-bottom: .6rem; }
-.filters select { width: auto; max-width: 14rem; min-height: 38px; padding: .2rem .4rem; }
+.filters select, .limits select { width: auto; max-width: 14rem; min-height: 38px; padding: .2rem .4rem; }
 .names:has(.where) .label { line-height: 1.3; }
 .more button { background: none; border: 0; width: 40px; padding: 0; color: var(--soft); opacity: 0; font-weight: 700; }
 .row:hover .more button, .row.cursor .more button, .row[aria-selected=true] .more button { opacity: 1; }
@@ -22436,8 +22436,7 @@ summary { cursor: pointer; }
 .tiles .more { position: absolute; right: 8px; top: 8px; z-index: 1; }
 .tiles .row:hover .check, .tiles .row[aria-selected=true] .check, .tiles .cursor .check { opacity: 1; }
 .slider, .limits { display: flex; flex-wrap: wrap; gap: .8rem; align-items: center; padding-bottom: 1rem; }
-.slider input, .limits select { width: auto; }
-.limits select { max-width: 14rem; min-height: 38px; padding: .2rem .4rem; }
+.slider input { width: auto; }
 .limits input { min-height: 38px; }
 .row .tag { margin-right: .75rem; max-width: 9rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .tiles .row .tag { position: absolute; right: 14px; bottom: 50px; margin: 0; }
@@ -23678,12 +23677,13 @@ const may = (right, items) =>
   items.every(entry => allows(entry.rights || view.rights || mountOf(entry.path)?.rights, right));
 const mayHere = right => !inFiles() || allows(view.rights, right);
 const inTreeMay = right => items => inTreeAny(items) && may(right, items);
+const mayLookBack = items => items.length ? one(items) && inTreeMay("past")(items) : inFiles() && mayHere("past");
 // what others share stands where it stands, and under its own name
 const isMovable = items => inTreeAny(items) && items.every(entry => !entry.mount && may("delete", [entry]));
 const mayRename = items => inTreeAny(items) && items.every(entry => entry.mount || may("update", [entry]));
 const oneFile = items => one(items) && items[0].kind === "file";
 
-// on: what it is for, "items" or the "place" as a whole;  when: does it apply;  menu: stands in the menu only;
+// on: what it is for, "items", the "place" as a whole, or both;  when: does it apply;  menu: stands in the menu only;
 // prime: has room in the bar even on a phone;  make: stands under "New", where something may be made;  bar: has a
 // button of its own, in every view or in one
 const ACTIONS = [
@@ -23706,15 +23706,11 @@ const ACTIONS = [
    when: () => view.kind === "trash" && list.entries.length > 0, run: emptyTrash},
   {name: "download-all", label: "Download this folder", on: "place", bar: "past",
    when: () => (inFiles() || view.kind === "past") && list.entries.length > 0, run: () => downloadZip([])},
-  {name: "past", label: "See it as it was…", on: "place", when: () => inFiles() && mayHere("past"),
-   run: () => go(pastAddress("now", view.path))},
-  {name: "past-of", label: "See it as it was…", on: "items", menu: true,
-   when: items => inTreeOne(items) && items[0].kind === "collection" && may("past", items),
-   run: ([{path}]) => go(pastAddress("now", path))},
-  {name: "activity", label: "Activity", on: "place", when: () => inFiles() && mayHere("past"),
-   run: () => go(activityAddress(view.path))},
-  {name: "activity-of", label: "Activity", on: "items", menu: true,
-   when: items => one(items) && inTreeMay("past")(items), run: ([{path}]) => go(activityAddress(path))},
+  {name: "past", label: "See it as it was…", on: "items place", menu: true,
+   when: items => mayLookBack(items) && items[0]?.kind !== "file",
+   run: ([{path} = view]) => go(pastAddress("now", path))},
+  {name: "activity", label: "Activity", on: "items place", menu: true,
+   when: items => mayLookBack(items), run: ([{path} = view]) => go(activityAddress(path))},
   {name: "rewind", label: "Bring this time back", on: "place", bar: true,
    when: () => view.kind === "past" && isRewindable(), run: rewind},
   {name: "open", label: "Open", on: "items", menu: true, keys: "Enter",
@@ -23774,7 +23770,7 @@ const ACTIONS = [
 ];
 
 const applies = (action, items) => action.when(items) && (!action.make || mayHere("create"));
-const actionsFor = (on, items = []) => ACTIONS.filter(action => action.on === on && applies(action, items));
+const actionsFor = (on, items = []) => ACTIONS.filter(action => action.on.includes(on) && applies(action, items));
 const onMac = /Mac|iPhone|iPad/.test(navigator.platform);
 const keyNames = {Delete: "Delete", Escape: "Esc", Enter: "Enter"};
 const showKeys = keys =>
