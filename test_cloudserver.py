@@ -3831,6 +3831,26 @@ def test_a_mount_that_nobody_sees_takes_a_name_that_nothing_has(cloud, ann, bob)
     audit(cloud)
 
 
+def test_rights_that_a_hidden_mount_adds_raise_what_holds_them(cloud, ann, bob):
+    """Law 5: wherever they begin, or end, the etag of that collection is another, and those of all that hold it."""
+    put(cloud, ann, "top/up/x/in/deep/f", parents=True)
+    path, shares = ("up", "x", "in", "deep"), [give(cloud, ann, "top/up", "bob")]
+    cloud.groups.add("crew"), cloud.groups.join("crew", "bob")
+    states = lambda: [(cloud.files.stat(bob, path[:n]).etag, cs.in_order(cloud.tree.enter(bob, path[:n]).view.rights)) for n in range(len(path) + 1)]
+    for act in (lambda: shares.append(give(cloud, ann, "top/up/x/in", "bob", role="edit")), lambda: cloud.sharing.change(ann, shares[1], role="add"),
+                lambda: move(cloud, ann, "top/up/x/in", "in"), lambda: move(cloud, ann, "in", "top/up/x/in"), lambda: cloud.sharing.end(ann, shares[1]),
+                lambda: shares.append(give(cloud, ann, "top/up/x/in", "crew", "group", role="edit")), lambda: cloud.groups.leave("crew", "bob"),
+                lambda: cloud.groups.join("crew", "bob"), lambda: cloud.offers.decline(bob, shares[2]), lambda: cloud.offers.accept(bob, shares[2])):
+        before = None if rights_at(cloud, bob, "/".join(path)) is None else states()
+        act()
+        while cloud.offers.follow():
+            pass
+        after = None if rights_at(cloud, bob, "/".join(path)) is None else states()
+        if before and after:
+            assert before[-1][1] != after[-1][1] and all(old != new for (old, _), (new, _) in zip(before, after)), (before, after)
+    audit(cloud)
+
+
 def seen(cloud, who):
     """{path: node} of all that somebody sees, by walking."""
     return {"/".join(path): node for path, node in cloud.files.walk(who, ())}
