@@ -17965,11 +17965,20 @@ class Planner:
         """raises Stopped when a run would delete most of what there is"""
         gone = {key for key, action in plan.actions.items() if action == "delete there" or action == "delete here" and not self._is_let_go(key)}
         gone.update(other for key in self.declined & gone for other in self.memory.below("base", key))
-        gone.difference_update(self.crossing.values())
+        gone.difference_update(self.crossing.values(), self.arrived(gone))
         count = sum(not self.memory.base[key].kind for key in gone)
         files = sum(not base.kind for base in self.memory.base.values())
         if count > BRAKE_LEAST and count * 2 > files and not self.session.yes:
             raise Stopped("%d of %d files would be deleted; nothing was touched. With --yes it is done" % (count, files), ASK)
+
+    def arrived(self, keys: Iterable[str]) -> dict[str, str]:
+        """{key: where it stands by now} of what is gone here from one home and was put into another: in this round, or before we were killed."""
+        there, here, crossed = self.memory.there, self.session.scan.here, {key: new for new, key in self.crossing.items()}
+        bases = {key: self.memory.base[key] for key in keys} if self.memory.shares else {}
+        by_inode = {found.inode: key for key, found in here.items() if found.inode and key in there} if bases else {}
+        found = {key: crossed.get(key) or by_inode.get(base.inode, "") for key, base in bases.items()}
+        return {key: new for key, new in found.items() if new in there and self.owner(new) != self.owner(key)
+                and (there[new].kind, there[new].content) == (bases[key].kind, bases[key].content)}
 
     def _is_let_go(self, key: str) -> bool:
         """Does it go because it is no longer shared?"""
@@ -18374,17 +18383,19 @@ class Uploader:
     def delete(self, keys: list[str]) -> None:
         memory, steps, last = self.memory, [], None
         waiting = {above for new, key in self.planner.crossing.items() if new not in memory.base for above in lineage(key)}
+        arrived = self.planner.arrived(keys)
         for key in keys:
             if last is not None and key.startswith(last + "/") or key in waiting:
                 continue                         # it goes with what holds it, or when it has arrived in another home
-            base = memory.base[key]
+            base, moved = memory.base[key], arrived.get(key)
             if base.kind:
                 last = key
             if not self._is_gone(key, base):
                 self.session.unsettled.add(base.path)
                 continue
             count = 0 if base.owner else sum(not memory.base[other].kind for other in memory.below("base", key)) if base.kind else 1
-            steps.append((key, count, {"delete": base.path, **({"since": memory.cursor} if base.kind else {"if": memory.there[key].etag})}))
+            steps.append((key, count, {"delete": base.path, **({"moved": memory.there[moved].path} if moved else {}),
+                                       **({"since": memory.cursor} if base.kind else {"if": memory.there[key].etag})}))
         for some in pieces(steps, COMMIT_FILES):
             for (key, count, step), outcome in zip(some, self.session.commits.commit([step for _, _, step in some])):
                 if self.session.went_well(step["delete"], outcome):

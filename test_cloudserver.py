@@ -15552,6 +15552,32 @@ def test_many_files_go_across_in_few_requests(shared_laptop, cloud, ann, bob):
     assert one.tree() == tree(cloud, bob) and is_quiet(one)
 
 
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_no_brake_takes_a_move_across_homes_for_a_deletion(shared_laptop, cloud, ann, bob, way, killed, monkeypatch):
+    """Neither the server's nor the client's, even if the client is killed between the two halves of it."""
+    monkeypatch.setattr(cs, "BRAKE_FILES", 20), monkeypatch.setattr(cs, "BRAKE_LEAST", 20), monkeypatch.setattr(cs, "BRAKE_WINDOW", 0)
+    one, share = shared_laptop()
+    one.run()
+    source, target = ("own", "photos/own") if way == "in" else ("photos/many", "many")
+    for n in range(30):
+        one.write("%s/%d/%d" % (source, n % 3, n), str(n))
+    one.run()
+    (one.path / source).rename(one.path / target)
+    one.write(target + "/0/new", "new"), one.write(target + "/0/3", "edited")
+    if killed:
+        def die(uploader, keys):
+            raise Crash
+
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(cs.Uploader, "delete", die)
+            one.run()
+        assert {source + "/1/1", target + "/1/1"} <= tree(cloud, bob).keys()
+    one.run()
+    assert source not in tree(cloud, bob) and one.tree() == tree(cloud, bob) and is_quiet(one)
+    assert cloud.brake.held(bob) == cloud.brake.held(ann) == []
+
+
 # ---- two laptops, a page and crashes
 
 class Crash(BaseException):
