@@ -2655,7 +2655,7 @@ ALTER TABLE account ADD COLUMN sharing INTEGER NOT NULL DEFAULT 1;   -- may it s
 DROP INDEX journal_server;
 CREATE INDEX journal_server ON journal (seq) WHERE action IN
     ('account-add', 'account-password', 'account-admin', 'account-quota', 'account-remove', 'settings', 'hold', 'account-sharing', 'group-add',
-     'group-rename', 'group-remove', 'group-join', 'group-leave', 'share', 'share-change', 'share-end');
+     'group-rename', 'group-remove', 'group-join', 'group-leave', 'share', 'share-change', 'share-end', 'share-open');
 CREATE INDEX share_grantee ON share (grantee, kind) WHERE ended IS NULL;
 CREATE INDEX share_giver ON share (giver) WHERE ended IS NULL;
 CREATE INDEX share_parent ON share (parent) WHERE ended IS NULL;
@@ -6605,6 +6605,7 @@ COPY_FILES = (
     ":copy, name, key, kind, manifest, size, mtime, media, coalesce(:since, s) FROM (" + NEXT_FILES + "), (SELECT max(seq) AS s FROM journal)")
 COPY_PROPERTIES = "INSERT INTO property (node, name, value) SELECT c.copy, p.name, p.value FROM (" + NEXT_FILES + ") c JOIN property p ON p.node = c.node"
 COPY_STARS = "INSERT INTO star (account, node) SELECT account, c.copy FROM (" + NEXT_FILES + ") c JOIN star s ON s.account = :account AND s.node = c.node"
+LOCKS_MOST = 1000               # that somebody holds at a time
 
 
 def foresee_file(plan: Plan, path: tuple[str, ...], given: Preconditions, size: int, parents: bool) -> Place | None:
@@ -6980,6 +6981,8 @@ class Files:
                 node = plan.put(place, empty, self.clock.wall()).after
                 plan.rows += self.tree.contents.rows(empty)
             lock = Lock(new_lock_token(), home, node.node, who.account, deep, exclusive, owner, seconds, now + seconds * 1000)
+            if self.db.read("SELECT count(*) FROM lock WHERE account = ? AND due > ?", (lock.account, now))[0][0] >= LOCKS_MOST:
+                raise CloudError("conflict", "you hold %d locks already" % LOCKS_MOST)
             plan.rows += [Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (home, now)),
                           Statement("INSERT INTO lock (token, home, node, account, deep, exclusive, owner, seconds, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", lock),
                           raise_shape(home)]
@@ -7459,8 +7462,8 @@ class Journal:
         """What happened to accounts, groups, shares and settings of the whole server, the latest first: what the index journal_server holds."""
         return self._steps(self.db.read(
             "SELECT " + STEP + " WHERE j.action IN ('account-add', 'account-password', 'account-admin', 'account-quota', 'account-remove', 'settings', "
-            "'hold', 'account-sharing', 'group-add', 'group-rename', 'group-remove', 'group-join', 'group-leave', 'share', 'share-change', 'share-end') "
-            "AND j.seq < :before ORDER BY j.seq DESC LIMIT :limit", {"before": before, "limit": limit, "asks": 0}))
+            "'hold', 'account-sharing', 'group-add', 'group-rename', 'group-remove', 'group-join', 'group-leave', 'share', 'share-change', 'share-end', "
+            "'share-open') AND j.seq < :before ORDER BY j.seq DESC LIMIT :limit", {"before": before, "limit": limit, "asks": 0}))
 
     def _steps(self, rows: list[tuple[Any, ...]]) -> list[Step]:
         return [Step(seq, at, action, detail, account, device, bool(undoable) and action[:8] != "account-" and seq > self.oldest(), link,
@@ -8322,7 +8325,7 @@ class Sharing:
     def __init__(self, tree: Tree, credentials: Credentials, policy: Callable[[], Policy]) -> None:
         self.tree, self.policy, self.db, self.clock, self.throttle = tree, policy, tree.db, tree.clock, credentials.throttle
         self.terms, self.passwords, self.offers = Terms(self.clock, policy), LinkPasswords(self.clock, self.throttle), Offers(tree, policy)
-        self.uses = Uses(self.db, self.clock)
+        self.uses, self.openings = Uses(self.db, self.clock), Openings(self.db, self.clock)
 
     # ---- for who shares
 
@@ -8881,8 +8884,48 @@ class Uses:
 
     def has_visited(self, share: Share, knock: Knock, content: int | None = None) -> bool:
         """Did a visitor begin to download this, or anything, within the hour?"""
-        return bool(self.db.read("SELECT 1 FROM visit WHERE share = ? AND visitor = ? AND (? IS NULL OR node = ?) AND due > ?",
+        return bool(self.db.read("SELECT 1 FROM visit WHERE share = ? AND visitor = ? AND (? IS NULL AND node <> 0 OR node = ?) AND due > ?",
                                  (share.id, knock.visitor, content, content, self.clock.due())))
+
+
+class Openings:
+    """Who opened links: a line of the journal for the first time within an hour that a visitor did, written within a minute."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self.db, self.clock, self._lock = db, clock, threading.Lock()
+        self._seen: dict[tuple[int, str], int] = {}          # (share, visitor): until when it is told
+        self._new: dict[int, set[str]] = {}                  # share: visitors of whom the journal knows nothing yet
+
+    def note(self, share: int, visitor: str) -> None:
+        now = self.clock.due()
+        with self._lock:
+            if self._seen.get((share, visitor), 0) <= now:
+                if len(self._seen) >= VISITORS_MOST:
+                    self._seen, self._new = {}, {}
+                self._seen[share, visitor] = now + HOUR
+                self._new.setdefault(share, set()).add(visitor)
+
+    def save(self) -> None:
+        """Write what was noted; the janitor does so every minute."""
+        with self._lock:
+            new, self._new = self._new, {}
+        for share, visitors in new.items():
+            self.db.write(partial(self._tell, share, visitors))
+
+    def _tell(self, id: int, visitors: set[str]) -> Batch:
+        """A line for a link, unless all was told already, by another process."""
+        now, (row, root) = self.clock.due(), self._find(id)
+        told = {visitor for visitor, in self.db.read("SELECT visitor FROM visit WHERE share = ? AND node = 0 AND due > ?", (id, now))}
+        path = row and Moment(self.db.read, root).path(row.node)
+        if not visitors - told or path is None:
+            return Batch([])
+        return Batch([Statement("INSERT INTO visit (share, visitor, node, due) VALUES (?, ?, 0, ?) ON CONFLICT (share, visitor, node) DO UPDATE SET due = "
+                                "excluded.due", [(id, visitor, now + HOUR) for visitor in visitors - told], many=True)], touches=(),
+                     line=Line(row.home, visitor_of(row), "share-open", {"path": "/".join(path), "within": row.node, **describe_share(row)}))
+
+    def _find(self, id: int) -> tuple[Share | None, int]:
+        rows = self.db.read("SELECT a.root, " + SHARE_COLUMNS + " FROM share s JOIN account a ON a.id = s.home WHERE s.id = ? AND s.ended IS NULL", (id,))
+        return (Share._make(rows[0][1:]), rows[0][0]) if rows else (None, 0)
 
 
 class Drops:
@@ -8990,6 +9033,7 @@ class LinkPasswords:
 
 BESIDE = Preconditions(beside=True)
 GONE = LINK_ENDS["gone"]
+VISITORS_MOST = 10_000          # that are remembered at a time
 TOKENS_TRIED = 100              # that lead nowhere, from one network within an hour or so
 DROP_FILES, DROP_BYTES = 5_000, 50 * GiB         # that come by one drop from one network in an hour
 DROP_PAUSE = 50                 # ms that an answer waits at most
@@ -9516,6 +9560,14 @@ def way_to(tree: Tree, who: Principal, root: int) -> tuple[str, ...] | None:
     return (grants[root].name,) if root in grants else None
 
 
+def check_link(tree: Tree, who: Principal, upload: Upload, size: int) -> None:
+    """Does a link still take an upload of this size, beside the others that are under way by it?  raises CloudError"""
+    if who.means == "link":
+        (others,), = tree.db.read("SELECT coalesce(sum(received), 0) FROM upload WHERE account = ? AND id <> ? AND done IS NULL AND due > ?",
+                                  (upload.account, upload.id, tree.clock.due()))
+        tree.allowance.check(who, 1, others + size)
+
+
 class Uploads:
     """Resumable uploads: parts go straight into chunks, finishing moves a pointer."""
 
@@ -9592,6 +9644,7 @@ class Uploads:
                 digest.update(memoryview(buffer)[:count])
             if upload.size is not None and upload.received + count > upload.size:
                 raise CloudError("too-large", "more came than was announced")
+            check_link(self.tree, who, upload, upload.received + count)
             upload = self._append_chunk(upload, memoryview(buffer)[:count], self.tree.contents.known_to(view_of(who)))
         if checksum and (broken or digest.digest() != checksum[1]):
             self._cut_back(upload, offset)
@@ -9612,8 +9665,7 @@ class Uploads:
         if body.length is not None and upload.size is not None and offset + body.length > upload.size:
             raise CloudError("too-large", "more was sent than was announced")
         self.tree.space.check(self._room(who, upload), 0, body.length or 1)
-        if who.means == "link":
-            self.tree.allowance.check(who, 1, max(upload.size or 0, offset + (body.length or 1)))
+        check_link(self.tree, who, upload, max(upload.size or 0, offset + (body.length or 1)))
         return upload
 
     def _append_chunk(self, upload: Upload, data: memoryview, known: Callable[[str], bool]) -> Upload:
@@ -13062,7 +13114,7 @@ def has_checksums(cloud: Cloud, who: Principal, request: Request, path: tuple[st
 def dav_lock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Take a write lock, or refresh one that If names.  Locking nothing makes an empty file."""
     body, given, new = read_body(request), read_dav_conditions(request), False
-    seconds = parse_timeout(request["timeout"], LOCK_DEFAULT, LOCK_MOST)
+    seconds = parse_timeout(request["timeout"], LOCK_DEFAULT, LOCK_DEFAULT if who.means == "link" else LOCK_MOST)
     if body is None or given.tokens and request.fields["if"][:1] not in "(<":    # webdav 5 for JavaScript refreshes with a body
         lock = cloud.files.refresh(who, path, given.tokens, seconds)
     else:
@@ -14686,7 +14738,7 @@ class Janitor(threading.Thread):
 EVERYBODYS = ("devices", "links", "offers")        # what each process has to write
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what; at once again if it says True)
     "devices": (MINUTE, lambda janitor: janitor.cloud.devices.save_used()),
-    "links": (MINUTE, lambda janitor: janitor.cloud.sharing.uses.save()),
+    "links": (MINUTE, lambda janitor: (janitor.cloud.sharing.uses.save(), janitor.cloud.sharing.openings.save())),
     "offers": (MINUTE, lambda janitor: janitor.cloud.offers.save_seen()),
     "shares": (5 * SECOND, lambda janitor: janitor.cloud.offers.expire() or janitor.cloud.offers.follow()),
     "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
@@ -15355,6 +15407,7 @@ def work(config: Config, listener: socket.socket, lifeline: int | None = None, b
     with suppress(CloudError):                   # a disk that fails does not keep us
         cloud.devices.save_used()
         cloud.sharing.uses.save()
+        cloud.sharing.openings.save()
         cloud.db.save_clock()
     if not server.active:
         cloud.close()
@@ -22177,6 +22230,8 @@ def link_get(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     ways, names = dict(asked), [split_path(value) for name, value in asked if name == "name"]
     if path in NC_LINK_WAYS and not is_drop(who) and (not ways.keys().isdisjoint(("path", "files")) or cloud.files.find(who, path) is None):
         path, names, ways = nc_link_way(cloud, who, request, path)
+    if request.method == "GET" and not is_drop(who) and ways.keys().isdisjoint(("preview", "thumbnail")):
+        cloud.sharing.openings.note(who.share, request.knock.visitor)
     if ways.get("zip") == "1":
         return link_zip(cloud, who, request, path, names)
     if ways.get("thumbnail") == "1":

@@ -7511,6 +7511,61 @@ def test_the_owner_sees_what_visitors_did(api, cloud, ann, link):
     assert api("GET", "activity")["steps"][3]["device"] == "For Bob"
 
 
+def test_the_owner_is_told_that_a_link_was_opened(make_cloud, serve_cloud, fake):
+    """Once an hour for each visitor, within a minute, whatever they look at, and not for previews and HEAD; members and drops are told nothing."""
+    cloud = make_cloud(clock=fake.clock())
+    ann, bob = account(cloud, admin=True), account(cloud, "bob")
+    address = serve_cloud(cloud)
+    put(cloud, ann, "a/d/f.txt", b"x", parents=True)
+    cloud.sharing.share(ann, ("a", "d"), "account", "bob", role="edit")
+    one, drop = cloud.sharing.share(ann, ("a", "d"), name="For Eve").share, cloud.sharing.share(ann, ("a", "d"), role="drop").share
+    visit = lambda method, below="", share=one: exchange(address, method, "/s/%s%s" % (share.token, below), user=None).status
+    opened = lambda who: [(step.detail["path"], step.device, step.link, step.undoable) for step in cloud.journal.activity(who) if step.action == "share-open"]
+    before = cloud.db.head()
+    assert [visit(*row) for row in [("HEAD", "/f.txt"), ("GET", "/f.txt?preview=1"), ("GET", "/f.txt?thumbnail=1"), ("PROPFIND", "/dav/")]] == [200, 200, 404, 207]
+    assert visit("GET", "", drop) == 403
+    cloud.sharing.openings.save()
+    assert opened(ann) == [] and cloud.db.head() == before
+    assert [visit("GET", below) for below in ("", "/f.txt", "/f.txt", "?zip=1")] == [200] * 4 and cloud.db.head() == before      # nothing is written by then
+    for _ in range(2):
+        cloud.sharing.openings.save()
+        assert visit("GET") == 200
+    assert opened(ann) == [("a/d", "For Eve", one.id, False)] and cloud.db.head() == before + 1
+    other = Cloud(Config(data=cloud.config.data), fake.clock())          # another worker is told the same
+    other.sharing.openings.note(one.id, cs.Knock(one.token, address="127.0.0.1").visitor), other.sharing.openings.save()
+    assert len(opened(ann)) == 1
+    other.sharing.openings.note(one.id, cs.Knock(one.token, address="192.0.2.1").visitor), other.sharing.openings.save()
+    other.close()
+    assert len(opened(ann)) == 2 == len([step for step in cloud.journal.activity(ann, path=("a", "d")) if step.action == "share-open"])
+    assert [step.action for step in cloud.journal.server_activity(limit=2)] == ["share-open"] * 2
+    steps = cloud.journal.activity(bob, path=("d",))
+    assert opened(bob) == [] and "share-open" not in [step.action for step in steps]
+    assert "127.0.0.1" not in repr(cloud.journal.activity(ann)) and not any(cloud.db.read("SELECT 1 FROM journal WHERE detail LIKE '%127.0%'"))
+    fake.pass_(cs.HOUR + 1)
+    visit("GET"), cloud.sharing.openings.save()
+    assert len(opened(ann)) == 3
+    visit("GET"), cloud.sharing.end(ann, one.id), fake.pass_(2 * cs.HOUR), cloud.sharing.openings.note(one.id, "x"), cloud.sharing.openings.save()
+    assert len(opened(ann)) == 3
+    audit(cloud)
+
+
+def test_what_a_visitor_leaves_under_way_has_its_limits(cloud, ann, link, monkeypatch):
+    """S6, Q2: uploads that are not finished count against the limit of the link together; locks are so many, and last an hour at most."""
+    cloud.files.make_collection(ann, ("d",))
+    visit = link("d", role="edit", bytes=1000)
+    tus = {"Tus-Resumable": "1.0.0", "Upload-Metadata": "path eA==,clash a2VlcA=="}
+    part = {"Tus-Resumable": "1.0.0", "Content-Type": "application/offset+octet-stream", "Upload-Offset": "0"}
+    begun = [visit("POST", "/tus", **tus, Upload_Length="700").headers["location"][len("/s/" + visit.token):] for _ in range(4)]
+    answers = [visit("PATCH", below, bytes(600), **part).status for below in begun]
+    assert answers == [204, 413, 413, 413]
+    assert visit("DELETE", begun[0], **tus).status == 204 and visit("PATCH", begun[1], bytes(700), **part).status == 204
+    monkeypatch.setattr(cs, "LOCKS_MOST", 3)
+    lock = XML_BODIES["LOCK"].replace(b"exclusive", b"shared")
+    answers = [visit("LOCK", "/x", lock, Timeout="Infinite") for _ in range(4)]
+    assert [answer.status for answer in answers] == [200] * 3 + [409] and b"Second-3600" in answers[0].body
+    assert cloud.files.lock(ann, (), deep=False, exclusive=False, owner="", seconds=9)[1] is False
+
+
 def test_the_brake_holds_a_link_that_destroys_much(cloud, ann, link, monkeypatch):
     """Law 8: allowed or taken back by the owner, like what a device did."""
     monkeypatch.setattr(cs, "BRAKE_FILES", 3)
