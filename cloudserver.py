@@ -2112,29 +2112,25 @@ class Store:
 
 
 class Directory(Store):
-    """A store in a directory: ab/abcd...-RANDOM.  No link is followed (P16).  A shard is made for the first object in it."""
+    """A store in a directory: ab/abcd...-RANDOM.  No link is followed (P16).  Shards are made for the first object."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self._durable: set[str] = set()          # shards whose names are known to survive a loss of power
+        self._has_shards = False                 # does this process know that they are there, durably?
 
     def create(self) -> None:
         make_directory(self.home, 0o700)
-        there = os.listdir(self.home)
-        sync_directory(self.home)
-        self._durable.update(there)
 
-    def _keep_shard(self, shard: str) -> None:
-        """Have a shard, durably: who finds one cannot tell whether whoever made it has told the disk by then."""
-        if shard in self._durable:
-            return
-        missing = SHARDS if shard == SHARDS[-1] else [shard]             # the last comes after all others: older programs take it for a sign of them
-        for name in missing:
-            with suppress(FileExistsError):
-                (self.home / name).mkdir(mode=0o700)
-                give_to_owner(self.home / name, self.home)
+    def _make_shards(self) -> None:
+        """Those that are missing.  Who finds them cannot tell whether whoever made them has told the disk by then."""
+        there = set(os.listdir(self.home))
+        for shard in SHARDS:
+            if shard not in there:
+                with suppress(FileExistsError):
+                    (self.home / shard).mkdir(mode=0o700)
+                    give_to_owner(self.home / shard, self.home)
         sync_directory(self.home)
-        self._durable.update(missing)
+        self._has_shards = True
 
     def _place(self, name: str) -> Path:
         if not OBJECT.fullmatch(name):
@@ -2143,7 +2139,8 @@ class Directory(Store):
 
     def put(self, name: str, data: bytes | memoryview) -> os.stat_result:
         place = self._place(name)
-        self._keep_shard(place.parent.name)
+        if not self._has_shards:
+            self._make_shards()
         temporary = place.with_name("." + name)
         with suppress(FileNotFoundError):                # a leftover of somebody who was killed
             insist(os.unlink, temporary)
