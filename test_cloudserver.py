@@ -7545,6 +7545,49 @@ def test_the_owner_is_told_that_a_link_was_opened(make_cloud, serve_cloud, fake)
     audit(cloud)
 
 
+def test_conditions_of_a_visitor_ask_nothing_about_other_nodes(cloud, ann, link):
+    """S2: an If field with the etag of something else tells nothing, wherever it is said to be."""
+    put(cloud, ann, "d/in/f", b"x", parents=True), put(cloud, ann, "d/out", b"secret")
+    visit, other, etag = link("d/in", role="edit"), link("d/out"), cloud.files.stat(ann, ("d", "out")).etag
+    for place in ("/dav/d/out", "http://localhost/dav/d/out", "/s/%s/../out" % visit.token, "/s/" + other.token, "/remote.php/webdav/d/out",
+                  "/public.php/dav/files/" + other.token):
+        right, wrong = (visit("PUT", "/g", b"1", Host="localhost", If='<%s> (["%s"])' % (place, tag)) for tag in (etag, "nope"))
+        assert right.status == wrong.status >= 400, (place, right, wrong)
+
+
+def test_only_the_cookie_of_its_present_password_opens_a_link(cloud, ann, link):
+    """S3"""
+    put(cloud, ann, "d/f", b"x", parents=True)
+    visit, words = link("d", password="correct horse"), {"Content-Type": "application/x-www-form-urlencoded"}
+    name, _, value = visit("POST", "", "password=correct+horse", **words).headers["set-cookie"].partition(";")[0].partition("=")
+    due, _, mark = value.partition(".")
+    assert visit("GET", "/f", Cookie="link=" + value).body == b"x"
+    for forged in ("ffffffffffffff." + mark, due + "." + "0" * 64, due + "." + mark[:-1], ".", due + ".", value.upper(), value + "0", "-" + value, " "):
+        assert visit("GET", "/f", Cookie="link=" + forged).status == 401, forged
+    assert visit("GET", "/f", Cookie="__Secure-link=" + value).status == 401           # that of another scheme
+    cloud.sharing.change(ann, visit.id, password="another horse"), cloud.sharing.change(ann, visit.id, password="correct horse")
+    assert visit("GET", "/f", Cookie="link=" + value).status == 401                     # the same words again are another password
+
+
+@pytest.mark.parametrize("name, data", [
+    ("p.html", "<script>1</script>"), ("p.jpg", "<script>1</script>"), ("p.md", "<script>1</script>"), ("p.pdf", "%PDF-1.4"), ("p", "<!doctype html><script>1"),
+    ("p.xml", "<html xmlns='http://www.w3.org/1999/xhtml'><script>1</script></html>"), ("p.svg", "<svg xmlns='http://www.w3.org/2000/svg' onload='1'/>"),
+    ('"><img src=x onerror=1>.svg', "<svg onload='1'/>"), ("javascript:1", "x")])
+def test_what_visitors_send_is_live_at_no_address_of_a_link(cloud, ann, link, name, data):
+    """W1, W5: names, notes and bytes, on the page and by themselves."""
+    put(cloud, ann, "d/" + name, data, parents=True)
+    visit = link("d", role="edit", name=name, note=name + "<script>")
+    for query in "", "?sent=%3Cscript%3E", "?sort=%22%3E%3Cscript%3E&view=%22%3E&after=%3Cx", "?after=1%22":
+        page = visit("GET", "/" + query, Accept="text/html", Accept_Language='"><script>')
+        assert page.status == 200 and page.body.count(b"<script") == 1 and b"<img src=x" not in page.body and b'href="javascript:' not in page.body
+        assert "unsafe" not in page.headers["content-security-policy"]
+    for door in "/", "/dav/":
+        for query in "", "?preview=1", "?download=1", "?preview=1&download=0":
+            fields = visit("GET", door + cs.quote(name, safe="") + query, Accept="text/html").headers
+            assert fields["x-content-type-options"] == "nosniff" and "sandbox" in fields["content-security-policy"], (door, query)
+            assert fields["content-disposition"].startswith("attachment") or fields["content-type"].startswith(("text/plain", "image/jpeg")), (door, query, fields)
+
+
 def test_what_a_visitor_leaves_under_way_has_its_limits(cloud, ann, link, monkeypatch):
     """S6, Q2: uploads that are not finished count against the limit of the link together; locks are so many, and last an hour at most."""
     cloud.files.make_collection(ann, ("d",))
