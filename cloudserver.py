@@ -279,6 +279,7 @@ class Principal(NamedTuple):
     home: int = 0                # whose tree it is; 0: the account's own
     rights: Optional[frozenset[str]] = None   # out of RIGHTS; None: what the means give
     mount: int = 0               # what root is, if that is a mount: see Tree.limited
+    owner: str = ""              # whose files that shows
     sealed: str | None = None    # what the password that let them in is stored as: another one ends what they do
 
     @property
@@ -5529,7 +5530,9 @@ class Tree:
         if not who.mount:
             return who
         grant = self.mounts.of(self.db.read, who.account).get(who.mount)
-        return limited_to(who, grant.node, grant.rights & view_of(who).rights) if grant else who._replace(home=0, root=who.mount)
+        if grant is None:
+            return who._replace(home=0, root=who.mount)
+        return limited_to(who, grant.node, view_of(who).rights & grant.rights - {SHARE})._replace(owner=grant.owner)         # it gives nothing on
 
     def limit_at(self, who: Principal, path: tuple[str, ...]) -> int:
         """What a device is limited to by a path: a collection, or a mount in the root.  raises CloudError bad-request, forbidden"""
@@ -6737,7 +6740,7 @@ class Files:
     def standing(self, who: Principal, now: Moment | None = None) -> Callable[[Node], Standing]:
         """Tells how somebody sees nodes that they see; `now` is where these were read."""
         view, lines = view_of(who), {}
-        own, here = Standing(view.rights), now if now and now.mounts else seen_by(now.read if now else self.db.read, who, self.tree.mounts)
+        own, here = Standing(view.rights, who.owner or None), now if now and now.mounts else seen_by(now.read if now else self.db.read, who, self.tree.mounts)
 
         def look(node: Node) -> Standing:
             if node.home == view.home:
@@ -8462,7 +8465,7 @@ class Sharing:
 
     def given_by(self, who: Principal) -> dict[int, list[tuple[str, str | None]]]:
         """{node: kind, and name of whom it is for, of each share} that somebody gives."""
-        home = view_of(who).home
+        home = who.person
 
         def look() -> tuple[list[tuple[Any, ...]], int, Collection[int]]:
             rows = self.db.read("SELECT s.node, s.due, s.kind, " + GRANTEE + " FROM share s WHERE s.giver = ? AND s.ended IS NULL ORDER BY s.id", (home,))
@@ -11551,7 +11554,7 @@ def api_account(cloud: Cloud, who: Principal, request: Request) -> Response:
 def api_account_of(cloud: Cloud, who: Principal) -> dict[str, Any]:
     used, left = cloud.files.quota(who)
     return {"name": who.name, "admin": who.admin, "means": who.means, "readonly": who.readonly, "used": used, "left": left,
-            "quota": cloud.accounts.get(who.name).quota}
+            "quota": cloud.accounts.get(who.owner or who.name).quota}
 
 
 @route("GET", API + "usage", needs="read")
@@ -12419,7 +12422,7 @@ def sync_manifest(cloud: Cloud, who: Principal, request: Request) -> Response:
     path = values["path"] or ()
     seq, top, places = cloud.sync.manifest(who, path, None if values["at"] is None else seq_of(cloud, values["at"]),
                                       bool(values["chunks"]))
-    first = {"seq": seq, "tag": cloud.journal.tag_at(seq), "server": cloud.epoch, "node": str(top.node)}
+    first = {"seq": seq, "tag": cloud.journal.tag_at(seq), "server": cloud.epoch, "node": str(top.node), **root_shared(who)}
     return Response(200, sync_lines(first, places), {"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"}, length=None)
 
 
@@ -12457,7 +12460,12 @@ def sync_changes(cloud: Cloud, who: Principal, request: Request) -> Response:
             about = {**sync_place(cloud.sync.place_of(change, bool(values["chunks"]))), **({"whole": True} if change.is_whole else {})}
         found.append({**about, "was": None if change.was is None else "/".join(change.was)})
     return json_response({"seq": reached, "tag": cloud.journal.tag_at(reached), "more": reached < cloud.journal.head(), "root": str(view_of(who).top),
-                          "changes": found})
+                          **root_shared(who), "changes": found})
+
+
+def root_shared(who: Principal) -> dict[str, Any]:
+    """What there is to say of the root to a device that is limited to what others shared."""
+    return {"owner": who.owner, "rights": in_order(view_of(who).rights).split()} if who.owner else {}
 
 
 @route("GET", API + "events", needs="read")
@@ -12814,7 +12822,7 @@ class About:
     """What live properties may need beside the node itself; fetched when first asked for."""
 
     def __init__(self, cloud: Cloud, who: Principal, node: Node | None, now: Moment | None) -> None:
-        self.who, self.home, self.mine = who, view_of(who).home, Standing(view_of(who).rights)
+        self.who, self.home, self.mine = who, view_of(who).home, Standing(view_of(who).rights, who.owner or None)
         self.tag_at = cloud.journal.tag_at
         self._fetch = {"standing": lambda: cloud.files.standing(who, now), "room": lambda: lru_cache(maxsize=None)(cloud.files.room),
                        "quota": lambda: cloud.files.quota(who), "digests": lambda: now.digests(node), "dead": lambda: now.properties(node, who.person),

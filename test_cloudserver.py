@@ -4868,6 +4868,40 @@ def test_a_device_may_be_limited_to_what_somebody_shared_not_to_something_in_it(
     audit(cloud)
 
 
+@pytest.mark.parametrize("shares", [True, False], ids=["to what ann shared", "to a folder of his own"])
+def test_what_a_limited_device_is_told_is_of_the_home_it_sees(make_cloud, serve_cloud, shares):
+    """Owner, rights, quota, trash and activity are those of the home of what it is limited to, as who has it sees them."""
+    cloud = make_cloud()
+    ann, bob, eve = account(cloud, quota=1_000), account(cloud, "bob", quota=5_000), account(cloud, "eve")
+    for who in (ann, bob):
+        put(cloud, who, "up/d/in/f", b"f" * 10, parents=True), put(cloud, who, "up/d/gone"), put(cloud, who, "other", b"o" * 90), put(cloud, who, "away")
+        cloud.files.delete(who, ("up", "d", "gone")), cloud.files.delete(who, ("away",))
+    hand(cloud, ann, "up/d", bob, "read update past share"), hand(cloud, ann, "up/d/in", eve)
+    _, token = cloud.devices.add_token(bob, "phone", node=cloud.tree.limit_at(bob, ("d",) if shares else ("up", "d")))
+    address, owner, home = serve_cloud(cloud), "ann" if shares else "bob", ann if shares else bob
+    ask = lambda method, path, body=None, **fields: exchange(address, method, path, body, user=None, Authorization="Bearer " + token, **fields)
+    first = json.loads(ask("GET", "/api/v1/manifest").body.splitlines()[0])
+    changes, listed, inner = ask("GET", "/api/v1/changes?since=1").json(), ask("GET", "/api/v1/files/").json(), ask("GET", "/api/v1/files/in").json()
+    rights = ["read", "update", "past"] if shares else list(cs.RIGHTS)
+    assert first["node"] == changes["root"] == listed["node"] == str(cloud.files.stat(home, ("up", "d")).node)
+    for about in (first, changes, listed, inner):
+        assert (about.get("owner"), about.get("rights")) == (("ann", rights) if shares else (None, None if about in (first, changes) else rights))
+    about = ask("GET", "/api/v1/account").json()
+    assert (about["name"], about["used"], about["quota"], about["left"]) == (("bob", 100, 1_000, 900) if shares else ("bob", 100, 5_000, 4_900))
+    names = "{DAV:}quota-available-bytes {http://owncloud.org/ns}owner-id {http://owncloud.org/ns}permissions {http://nextcloud.org/ns}sharees".split()
+    body = b'<d:propfind xmlns:d="DAV:"><d:prop>%s</d:prop></d:propfind>' % b"".join(b'<x:%s xmlns:x="%s"/>' % (n[1:].split("}")[1].encode(), n[1:].split("}")[0].encode()) for n in names)
+    told = ask("PROPFIND", "/remote.php/dav/files/bob/in", body, Depth="0").body.decode()
+    for text in ("quota-available-bytes>%d<" % about["left"], "owner-id>%s<" % owner, "permissions>%s<" % ("SGNV" if shares else "RGDNVCK")):
+        assert text in told
+    assert "eve" not in told
+    assert [item["path"] for item in ask("GET", "/api/v1/trash").json()["items"]] == ["gone"]
+    assert [(step["action"], step["detail"]["path"], step["account"]) for step in ask("GET", "/api/v1/activity").json()["steps"]][:2] == [("delete", "gone", owner), ("write", "gone", owner)]
+    assert ask("GET", "/api/v1/usage").status == ask("POST", "/api/v1/trash/empty", {}).status == 403
+    given = ask("POST", "/ocs/v2.php/apps/files_sharing/api/v1/shares", b"path=/in&shareType=3", Content_Type="application/x-www-form-urlencoded", OCS_APIRequest="true")
+    assert (given.status == 200) != shares and cloud.db.read("SELECT count(*) FROM share WHERE kind = 'link'") == [(int(not shares),)]         # what somebody else shared it gives nobody
+    audit(cloud)
+
+
 def test_mounts_that_ended_are_forgotten_in_time(make_cloud, fake):
     cloud = make_cloud(clock=fake.clock(), keep_days=1, history=1000)
     ann, bob = account(cloud), account(cloud, "bob")
