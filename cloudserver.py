@@ -8728,7 +8728,7 @@ class Offers:
     def _coming(self) -> list[Batch]:
         """What reaches members of groups and has not been told to them yet."""
         homes: dict[int, dict[int, tuple[Any, ...]]] = {}
-        for home, *row in self.db.read("SELECT b.account, g.name, r.name, " + SHARE_COLUMNS + ", " + NODE + " " + COMING + " ORDER BY b.account LIMIT :limit",
+        for home, *row in self.db.read("SELECT b.account, g.name, r.name, " + SHARE_COLUMNS + ", " + NODE + " " + COMING + " ORDER BY b.account, s.id LIMIT :limit",
                                        {"now": self.clock.due(), "limit": PIECE}):
             share, node = Share._make(row[2:2 + len(Share._fields)]), Node._make(row[2 + len(Share._fields):])
             homes.setdefault(home, {}).setdefault(node.node, (share, node, *row[:2]))        # by several shares it comes once
