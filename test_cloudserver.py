@@ -16638,7 +16638,6 @@ class Town:
         top = next((path for path, row in seen.items() if row.node == node), None)
         if top is None:
             assert device.api("GET", "files/").status in (401, 404), (name, node, self.done[-12:])
-            device.cursor, device.token = None, ""
             return
         shown, part = device.look(), {path[len(top):].lstrip("/"): row for path, row in seen.items() if lies_in(path, top)}
         assert {path: (row.node, row.kind, row.sha, row.rights) for path, row in shown.items()} == {
@@ -17245,7 +17244,8 @@ class Town:
                 above = holder(above)
             row = seen[above]
             missing = "update" if path in shown else "create"
-            why = " ".join(said for problem, said in (*person.laptop.problems.items(), *((one, "kept here") for one in kept)) if lies_in(path, problem))
+            named = (*person.laptop.problems.items(), *((one, "kept here") for one in kept))
+            why = " ".join(said for problem, said in named if lies_in(path, problem) or path not in shown and folder[path] is None and lies_in(problem, path))
             excused = why and path in folder and row.mount and missing not in row.rights
             assert excused, (person.name, path, path in shown, path in folder, row, person.laptop.problems, self.done[-30:])
 
