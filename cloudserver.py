@@ -4864,8 +4864,8 @@ def outermost_of(grants: list[Grant]) -> list[Grant]:
     return found
 
 
-REACHES = (  # does share s reach account :home, by itself or by a group?
-    "(s.kind = 'account' AND s.grantee = :home OR s.kind = 'group' AND EXISTS (SELECT 1 FROM member WHERE grp = s.grantee AND account = :home))")
+REACHES = (  # does share s reach account :home, by itself or by a group?  Nobody is reached by what they gave
+    "(s.kind = 'account' AND s.grantee = :home OR s.kind = 'group' AND s.giver <> :home AND EXISTS (SELECT 1 FROM member WHERE grp = s.grantee AND account = :home))")
 STANDING = (  # does share s count at due time :now, and may its giver share?
     "(s.ended IS NULL AND (s.due IS NULL OR s.due > :now) AND EXISTS (SELECT 1 FROM account WHERE id = s.giver AND sharing AND removed IS NULL))")
 ALLOWED = "NOT EXISTS (SELECT 1 FROM setting WHERE name = 'sharing' AND value = 'none')"       # may people share with each other?

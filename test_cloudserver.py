@@ -5916,6 +5916,20 @@ def test_what_was_declined_stands_no_longer_than_what_came_later(cloud, ann, peo
     audit(cloud)
 
 
+def test_nobody_has_something_by_what_they_gave_on(cloud, ann, people):
+    """Not even who gave it to a group of their own."""
+    bob = people.bob
+    put(cloud, ann, "d/f", parents=True), cloud.groups.add("crew"), cloud.groups.join("crew", "bob"), cloud.groups.join("crew", "cem")
+    give(cloud, ann, "d", "bob", reshare=True), cloud.files.delete(bob, ("d",))
+    cloud.groups.add("band"), cloud.groups.join("band", "bob")
+    band = give(cloud, ann, "d", "band", "group")
+    given = give(cloud, bob, "d", "crew", "group")
+    assert cloud.sharing.get(bob, given).share.parent != band and listed(cloud, people.cem).keys() == {"d"}
+    cloud.sharing.end(ann, band)
+    assert listed(cloud, bob) == {} and [offer.state for offer in cloud.offers.list(bob)] == ["declined"] and listed(cloud, people.cem).keys() == {"d"}
+    audit(cloud)
+
+
 @pytest.mark.parametrize("method, path, values, code", [
     ("POST", "admin/groups", {"name": "crew"}, "exists"), ("POST", "admin/groups", {"name": "a/b"}, "bad-request"), ("POST", "admin/groups", {"name": ""}, "bad-request"),
     ("PATCH", "admin/groups/no", {"name": "x"}, "not-found"), ("PATCH", "admin/groups/crew", {"name": "OTHERS"}, "exists"), ("DELETE", "admin/groups/no", {}, "not-found"),
