@@ -17002,7 +17002,9 @@ class Memory:
         touched = {node for node, _ in changes}
         old = sorted(((tree, key, there) for tree in ("there", "twin") for key, there in getattr(self, tree).items()
                       if there.node in touched), key=lambda item: item[1].count("/"), reverse=True)
-        taken = {there.node: self.take(tree, key, there.path) for tree, key, there in old}
+        taken: dict[str, list[tuple[str, str, Any]]] = {}
+        for tree, key, there in old:             # one that we made where it had come just now is known in both places
+            taken.setdefault(there.node, []).extend(self.take(tree, key, there.path))
         for node, there in sorted(changes, key=lambda change: change[1].path.count("/") if change[1] else 0):
             if there is not None:
                 self.draw([there, *(value._replace(path=there.path + rest) for _, rest, value in taken.get(node, ()) if rest)])

@@ -15107,6 +15107,27 @@ def test_a_change_reaches_a_watching_client_at_once(laptop, cloud, ann, monkeypa
         assert get(cloud, ann, "mine") == b"mine"
 
 
+def test_a_folder_that_gets_the_same_name_on_both_sides_at_once_keeps_what_it_holds(laptop, cloud, ann):
+    one = laptop()
+    one.write("b/f", "f")
+    one.run()
+    (one.path / "b").rename(one.path / "d")
+    client = one.start()
+    ask = client.session.link._ask
+
+    def meanwhile(method, path, body=None, *rest):
+        if b'"move"' in (body or b""):
+            move(cloud, ann, "b", "d")
+        if b'"put"' in (body or b""):
+            (one.path / "d/f").unlink()
+        return ask(method, path, body, *rest)
+    client.session.link._ask = meanwhile
+    client.run()
+    one.stop()
+    one.run()
+    assert one.tree() == tree(cloud, ann) == {"d": None, "d/f": b"f"}
+
+
 # ---- what others share
 
 @pytest.fixture
