@@ -5631,6 +5631,7 @@ class HomePart:
     mounts: dict[str, int] = field(default_factory=dict)         # {name: target} of those by which it was entered
     growth: int = 0                              # bytes, but for those that were reserved before
     sums: dict[int, list[int]] = field(default_factory=dict)     # {collection: [bytes, files]}
+    rows: list[Statement] = field(default_factory=list)          # of the same act, what they store is for the home to pay
 
     def line(self, draft: Draft, changes: list[Change], action: str, said: dict[str, Any]) -> Line:
         """What the journal of the home says: paths from its root, the node that holds, or is, all that changes, and nothing of where else
@@ -6253,7 +6254,7 @@ class Plan:
         for home in homes:
             part, mine = self.now.parts[home], changes.get(home, [])
             moved = sum(self.moved.get(change.before.node, 0) for change in mine if change.before and change.after is None) if self.moved else 0
-            parts.append(self._batch(part, mine, rows, part.line(self.now, mine, action, {**said, "moved": moved} if moved else said)))
+            parts.append(self._batch(part, mine, [*rows, *part.rows], part.line(self.now, mine, action, {**said, "moved": moved} if moved else said)))
             rows = []
         for home, part in self.now.parts.items():
             guards.append(Statement("SELECT 'shape' WHERE (SELECT shape FROM account WHERE id = ?) IS NOT ?", (home, part.place.shape)))
@@ -9150,7 +9151,7 @@ class Sending(NamedTuple):
     plan: Plan
     received: Received
     known: dict[str, int]                            # {hash: bytes} of chunks that steps may name
-    used: set[str]                                   # those that they did name
+    used: dict[int, set[str]]                        # {home: those that they did name there}
 
 
 class Outcome(NamedTuple):
@@ -9362,7 +9363,7 @@ class Sync:
         """Decide every step on the tree as the steps before it leave it."""
         who, root, asked = plan.who, plan.now.enter(()), list(map(asked_by, steps))
         sending = Sending(plan, received, {**self.known(who, [hash for step in steps for hash, _ in step.get("chunks") or ()
-                                                              if hash not in received.sizes]), **received.sizes}, set())
+                                                              if hash not in received.sizes]), **received.sizes}, {})
         if len(steps) > 1:
             plan.now.look_at([path for one in asked for path in one.paths])
         outcomes = [self._take(sending, *one) for one in asked]
@@ -9371,22 +9372,25 @@ class Sync:
             return self.tree.space.pay(Batch(self._loose_rows(who, received.rows), told=[
                 outcome if outcome.problem else Outcome(424, None, failed) for outcome in outcomes]), root.view.home, root.quota)
         outcomes = [outcome._replace(node=plan.now.state(outcome.node)) for outcome in outcomes]
-        plan.rows = [*self._loose_rows(who, received.rows, sending.used), *plan.rows]
         if not plan.now.changes:
-            return self.tree.space.pay(Batch(plan.rows, told=outcomes), root.view.home, root.quota)
+            return self.tree.space.pay(Batch(self._loose_rows(who, received.rows), told=outcomes), root.view.home, root.quota)
+        used = set().union(*sending.used.values())
+        plan.rows += self._loose_rows(who, [row for row in received.rows if row[0] not in used])
+        for home, hashes in sending.used.items():            # each home pays for what it holds
+            rows = [row for row in received.rows if row[0] in hashes]
+            plan.now.parts[home].rows += [Statement(CHUNK_ROWS, rows, many=True)] if rows else []
         paths = [one.paths[-1] for one, outcome in zip(asked, outcomes) if not outcome.problem]
-        plan.guards += still_stored([hash for hash in sending.used if hash not in received.sizes or hash in received.relied])
+        plan.guards += still_stored([hash for hash in used if hash not in received.sizes or hash in received.relied])
         batch = plan.batch("sync", {"path": paths}, outcomes)
         batch.op, batch.result = op, json.dumps(describe_outcomes(batch))
         return batch
 
-    def _loose_rows(self, who: Principal, rows: list[tuple[Any, ...]], used: Container[str] = ()) -> list[Statement]:
-        """Make chunks known; those that nothing uses yet stay with the account for a while."""
+    def _loose_rows(self, who: Principal, rows: list[tuple[Any, ...]]) -> list[Statement]:
+        """Make chunks known that nothing uses yet; they stay with the account for a while."""
         view = view_of(who)
         due = self.clock.due() + LOOSE_LIFE
-        loose = [(view.home, row[0], row[1], due, view.top) for row in rows if row[0] not in used]
-        return [*([Statement(CHUNK_ROWS, rows, many=True)] if rows else ()),
-                *([Statement(PUT_LOOSE, loose, many=True)] if loose else ())]
+        loose = [(view.home, row[0], row[1], due, view.top) for row in rows]
+        return [Statement(CHUNK_ROWS, rows, many=True), Statement(PUT_LOOSE, loose, many=True)] if rows else []
 
     def _take(self, sending: Sending, step: dict[str, Any], paths: Sequence[tuple[str, ...]], refusal: CloudError | None) -> Outcome:
         """One step; a refusal becomes its outcome and leaves the plan as it was."""
@@ -9409,9 +9413,9 @@ class Sync:
         stored = Stored(manifest_of(chunks) if chunks else EMPTY, size, None, chunks, inline=None if chunks else b"",
                         head=self._head_of(sending.received, path[-1], chunks))
         change = sending.plan.put(place, stored, step["mtime"])
-        sending.used.update(hash for hash, _ in chunks)
+        sending.used.setdefault(place.view.home, set()).update(hash for hash, _ in chunks)
         if len(chunks) != 1:
-            sending.plan.rows += self.tree.contents.rows(stored, new=not chunks)
+            sending.plan.now.parts[place.view.home].rows += self.tree.contents.rows(stored, new=not chunks)
         return Outcome(200 if change.before else 201, change.after)
 
     def _head_of(self, received: Received, name: str, chunks: Sequence[tuple[str, int]]) -> bytes:

@@ -4733,6 +4733,22 @@ def test_what_is_sent_ahead_counts_against_no_quota_but_a_limit_of_the_person(ma
     audit(cloud)
 
 
+def test_each_home_pays_for_what_a_commit_brings_into_it(make_cloud):
+    cloud = make_cloud()
+    ann, bob = account(cloud, quota=1 << 30), account(cloud, "bob", quota=1 << 30)
+    put(cloud, ann, "d/f", b"f", parents=True), hand(cloud, ann, "d", bob)
+    spent = lambda who: cloud.db.read("SELECT coalesce(sum(bytes), 0) FROM spent WHERE home = ?", (who.account,))[0][0]
+    mine, hers, both, loose = (os.urandom(size) for size in (40_000, 90_000, 60_000, 30_000))
+    before = spent(ann), spent(bob)
+    steps = [step_put("mine", mine), step_put("d/hers", hers), step_put("both", both), step_put("d/both", both)]
+    assert codes(commit(cloud, bob, steps, [mine, hers, both, loose])) == [201] * 4
+    paid = spent(ann) - before[0], spent(bob) - before[1]
+    assert 150_000 <= paid[0] < 160_000 and 130_000 <= paid[1] < 140_000
+    assert get(cloud, ann, "d/hers") == hers and get(cloud, bob, "both") == get(cloud, ann, "d/both") == both
+    assert cloud.sync.missing(bob, [hashlib.sha256(loose).hexdigest()]) == []
+    audit(cloud)
+
+
 def test_a_chunk_is_known_to_who_sees_it(cloud, ann, bob):
     """By a live file in what is shared; not by what lies beside it, nor in its history, nor when the share has ended."""
     shared, secret, old = (os.urandom(70_000) for _ in range(3))
