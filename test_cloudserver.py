@@ -18607,6 +18607,47 @@ def test_losing_power_loses_nothing_acknowledged(tmp_path, rng):
 
 @slow
 @needs_fork
+def test_a_gigabyte_reaches_a_request_link_through_broken_connections(serve, on_disk):
+    """R33, law 13: nothing is seen before all is there, and the server takes no more memory for it than for a few chunks."""
+    size, block = 1024 * MiB, os.urandom(MiB - 32)
+    piece = lambda at: (hashlib.sha256(b"%d" % (at // MiB)).digest() + block)[at % MiB:]         # no two are alike
+    served = serve("--workers", 1)
+    served.call("MKCOL", "/dav/in")
+    token = served.call("POST", "/api/v1/shares", {"path": "in", "role": "drop"}).json()["token"]
+    resident = lambda: int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/%d/status" % served.process.pid).read_text())[1])
+    tus = {"Tus-Resumable": "1.0.0"}
+    where = exchange(served.address, "POST", "/s/%s/tus" % token, user=None, Upload_Length=str(size), Upload_Metadata="path eA==", **tus).headers["location"]
+    before, most, at, cuts = resident(), 0, 0, 0
+    while at < size:
+        connection = http.client.HTTPConnection(*served.address, timeout=60)
+        connection.putrequest("PATCH", where)
+        for name, value in {**tus, "Content-Type": "application/offset+octet-stream", "Upload-Offset": at, "Content-Length": size - at}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        until = min(size, at + 400 * MiB + 12345)
+        while at < until:
+            data = piece(at)[:until - at]
+            connection.send(data)
+            at, most = at + len(data), max(most, resident() if at % (16 * MiB) < MiB else 0)
+        if at == size:
+            assert connection.getresponse().status == 204
+        else:
+            connection.close()
+            eventually(lambda: exchange(served.address, "HEAD", where, user=None, **tus).headers["upload-offset"] == str(until))
+            assert served.call("PROPFIND", "/dav/in/", Depth="1").body.count(b"<d:response>") == 1
+            cuts += 1
+    assert cuts == 2 and most - before < 64 << 10, (cuts, before, most)
+    connection = http.client.HTTPConnection(*served.address, timeout=60)
+    connection.request("GET", "/dav/in/x", headers={"Authorization": basic()})
+    expected = hashlib.sha256()
+    for start in range(0, size, MiB):
+        expected.update(piece(start))
+    assert digest_of(connection.getresponse().read) == expected.hexdigest()
+    connection.close()
+
+
+@slow
+@needs_fork
 def test_two_thousand_idle_connections_hold_no_thread(serve):
     """R32"""
     served = serve("--workers", 1, "--max-connections", 2500)
