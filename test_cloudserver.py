@@ -6342,7 +6342,7 @@ class Sharers:
     def accesses(self, account, node):
         """[(share, rights)] by which somebody has a node of another."""
         return [(id, self.access(id)) for id, share in self.shares.items() if self.has_mount(account, share["node"]) and node in self.lines
-                and share["node"] in self.lines[node][1] and self.reaches(share, account) and self.access(id)]
+                and share["node"] in self.lines[node][1] and id in self.reaching(account, share["node"]) and self.access(id)]
 
     def rights(self, account, node):
         return set().union(*(rights for _, rights in self.accesses(account, node)))
