@@ -1329,8 +1329,11 @@ def test_a_new_directory_and_those_above_it_are_durable(tmp_path, monkeypatch):
     monkeypatch.setattr(cs, "sync_directory", lambda path: synced.append(Path(path)))
     cs.claim_directory(tmp_path / "a/b/data")
     assert {tmp_path, tmp_path / "a", tmp_path / "a/b"} == set(synced)
-    cs.Directory(tmp_path / "c/objects").create()
-    assert {tmp_path / "c", tmp_path / "c/objects"} <= set(synced)
+    objects = cs.Directory(tmp_path / "c/objects")
+    objects.create()
+    assert tmp_path / "c" in synced
+    objects.put("ab" * 32 + "-57a9", b"x")
+    assert tmp_path / "c/objects" in synced          # which holds the shards
     del synced[:]
     assert not cs.make_directory(tmp_path / "a") and not synced
 
