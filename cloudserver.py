@@ -16777,6 +16777,11 @@ def here_of(path: str, about: os.stat_result) -> Here:
     return Here(path, FILE, about.st_size, storable(about.st_mtime_ns), storable(made), storable(inode))
 
 
+def known_by(node: Here | Base) -> list[tuple[Any, ...]]:
+    """By what a node is known wherever it is; an inode of 0 is none."""
+    return [*([(node.kind, node.inode)] if node.inode else ()), *(() if node.kind else [(node.size, node.mtime_ns, "file")])]
+
+
 def has_same_bytes(one: Here, other: Here) -> bool:
     """May they be the same file with the same bytes?  A rename changes ctime and says nothing."""
     return one.kind == other.kind and one.size == other.size and one.mtime_ns == other.mtime_ns and one.inode == other.inode
@@ -18037,12 +18042,18 @@ class Planner:
 
     def arrived(self, keys: Iterable[str]) -> dict[str, str]:
         """{key: where it stands by now} of what is gone here from one home and was put into another: in this round, or before we were killed."""
-        there, here, crossed = self.memory.there, self.session.scan.here, {key: new for new, key in self.crossing.items()}
+        there, crossed = self.memory.there, {key: new for new, key in self.crossing.items()}
         bases = {key: self.memory.base[key] for key in keys} if self.memory.shares else {}
-        by_inode = {found.inode: key for key, found in here.items() if found.inode and key in there} if bases else {}
-        found = {key: crossed.get(key) or by_inode.get(base.inode, "") for key, base in bases.items()}
-        return {key: new for key, new in found.items() if new in there and self.owner(new) != self.owner(key)
-                and (there[new].kind, there[new].content) == (bases[key].kind, bases[key].content)}
+        twins: dict[Any, dict[str, str]] = {}            # {what is known of a node: {whose: where}}
+        for key, found in self.session.scan.here.items() if bases else ():
+            for mark in known_by(found) if key in there else ():
+                twins.setdefault((mark, there[key].content), {})[self.owner(key)] = key
+        found: dict[str, str] = {}
+        for key, base in bases.items():
+            for new in [crossed.get(key), *(new for mark in known_by(base) for new in twins.get((mark, base.content), {}).values())]:
+                if new in there and self.owner(new) != self.owner(key) and (there[new].kind, there[new].content) == (base.kind, base.content):
+                    found.setdefault(key, new)
+        return found
 
     def _is_let_go(self, key: str) -> bool:
         """Does it go because it is no longer shared?"""
@@ -18186,7 +18197,7 @@ class Mover:
         twins: dict[Any, list[str]] = {}
         for key, found in here.items():
             if key not in memory.base and key not in memory.there:
-                for mark in self._marks(found):
+                for mark in known_by(found):
                     twins.setdefault(mark, []).append(key)
         steps: dict[str, list[tuple[str, str]]] = {"move": [], "cross": [], "back": []}
         taken = set(self.planner.crossing.values())
@@ -18195,7 +18206,7 @@ class Mover:
             if base is None or not taken.isdisjoint(lineage(key)) or state_there(base, memory.there.get(key)) != "same" \
                     or self.planner.is_left_out(key) or top_of(key) in self.planner.ended:
                 continue
-            new = key if key in here else next((new for mark in self._marks(base) for new in twins.get(mark, ())
+            new = key if key in here else next((new for mark in known_by(base) for new in twins.get(mark, ())
                                                 if new not in taken and self._is_moved(key, base, new)), None)
             if new is not None:
                 steps[self._verdict(key, new)].append((key, new))
@@ -18233,10 +18244,6 @@ class Mover:
                 self.planner.owner(key) or self.planner.owner(new))
             return True
         return False
-
-    def _marks(self, node: Here | Base) -> list[tuple[Any, ...]]:
-        """By what a node is known wherever it is; an inode of 0 is none."""
-        return [*([(node.kind, node.inode)] if node.inode else ()), *(() if node.kind else [(node.size, node.mtime_ns, "file")])]
 
     def _is_moved(self, key: str, base: Base, new: str) -> bool:
         found = self.session.scan.here[new]
