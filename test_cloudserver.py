@@ -22442,13 +22442,13 @@ def test_browser_keeps_the_new_page_instead_of_the_old(page, keepers, monkeypatc
     (old,), kept = page.run_async(KEPT)
     text = cs.worker_as_sent()
     monkeypatch.setattr(cs, "worker_as_sent", lambda: text.replace(old.split()[-1].encode(), b"another"))
-    for last in (False, True):                   # once in a while the new one waits until the page is left
+    for tries in range(8, -1, -1):               # the new one waits until the page is left, once in a while, or is not looked for while much else is done
         page.open("/")
         try:
-            eventually(lambda: page.run_async(KEPT) == [["shell / another"], kept], seconds=60 if last else 5)
+            eventually(lambda: page.run_async(KEPT) == [["shell / another"], kept], seconds=10)
             break
         except AssertionError:
-            assert not last
+            assert tries
 
 
 @pytest.fixture(scope="module")
