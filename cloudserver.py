@@ -2663,9 +2663,10 @@ ALTER TABLE mount ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;         -- no colle
 ALTER TABLE mount ADD COLUMN until INTEGER;                          -- seq of its end; it stays as long as its entry, for the feed asks what it showed
 DROP INDEX mount_home;
 CREATE UNIQUE INDEX mount_home ON mount (home, target) WHERE until IS NULL;
-CREATE INDEX mount_past ON mount (home) WHERE until IS NOT NULL;
+CREATE INDEX mount_all ON mount (home, until);
 CREATE INDEX mount_target ON mount (target) WHERE until IS NULL;
 CREATE INDEX upload_account ON upload (account) WHERE done IS NULL;
+CREATE INDEX lock_account ON lock (account);
 ALTER TABLE brake RENAME TO brake_of_devices;
 CREATE TABLE brake (                    -- what a device, or a link, destroyed of late in a home
     device TEXT NOT NULL, home INTEGER NOT NULL, seq INTEGER NOT NULL, due INTEGER NOT NULL,
@@ -4276,8 +4277,8 @@ def raise_shares(where: str, *params: Any) -> Statement:
 def end_shares(where: str, params: tuple[Any, ...], clock: Clock) -> list[Statement]:
     """End some shares, and all by which what they showed was given on; the mounts go later, what they show goes at once."""
     shares = AND_BELOW % where
-    return [Statement("DELETE FROM lock WHERE account < 0 AND -account IN " + shares, params),
-            Statement("UPDATE upload SET due = ?%d WHERE account < 0 AND done IS NULL AND -account IN " % (len(params) + 1) + shares, (*params, clock.due())),
+    return [Statement("DELETE FROM lock WHERE account IN (SELECT -id FROM " + shares + " AS ending)", params),
+            Statement("UPDATE upload SET due = ?%d WHERE done IS NULL AND account IN (SELECT -id FROM " % (len(params) + 1) + shares + " AS ending)", (*params, clock.due())),
             Statement("UPDATE share SET ended = ?%d, token = NULL, password = NULL, seq = (SELECT max(seq) FROM journal) WHERE id IN "
                       % (len(params) + 1) + shares, (*params, clock.wall())), MOUNTS_LAG]
 
@@ -8196,9 +8197,10 @@ SHARES_MOST = 1000              # that an account gives at a time
 LABEL_LIMIT, NOTE_LIMIT = 100, 1000              # characters
 SHARE_COLUMNS = ("s.id, s.home, s.node, s.kind, s.rights, s.giver, s.name, s.note, s.token, s.password, s.due, s.expires, s.uses_most, "
                  "s.files_most, s.bytes_most, s.used, s.files, s.bytes, s.seq, s.created, s.seen, s.parent, s.grantee")
-LAST_ENTRY = (  # is e what a node is, or was when it came into the trash?
-    "(e.until IS NULL OR e.fate = 'deleted'" + UNPURGED + " AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND (l.until IS NULL OR "
-    "l.until > e.until)))")
+LAST_ENTRY = (  # is e what the node of share s is, or was when it came into the trash?  Each half says by which index it is found
+    "(e.node = s.node AND e.until IS NULL OR e.node = s.node AND e.until IS NOT NULL AND e.fate = 'deleted'" + UNPURGED
+    + " AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL) AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node "
+    "AND l.until IS NOT NULL AND l.until > e.until))")
 GRANTEE = (  # the name of whom share s is for
     "CASE s.kind WHEN 'account' THEN (SELECT name FROM account WHERE id = s.grantee) WHEN 'group' THEN (SELECT name FROM grp WHERE id = s.grantee) END")
 STANDS = "s.ended IS NULL AND (s.due IS NULL OR s.due > ?)"              # does share s count at this due time?
@@ -8723,7 +8725,7 @@ class Offers:
     def _mounts(self, where: str, **params: int) -> list[Node]:
         """The entries of some mounts m."""
         return [Node._make(row) for row in self.db.read(
-            "SELECT " + NODE + " FROM mount m JOIN entry e ON e.node = m.node AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node "
+            "SELECT " + NODE + " FROM mount m CROSS JOIN entry e ON e.node = m.node AND e.until IS NULL LEFT JOIN collection c ON c.node = e.node "
             "WHERE m.until IS NULL AND " + where, params)]
 
     def _coming(self) -> list[Batch]:
@@ -8749,8 +8751,9 @@ class Offers:
 
 
 OFFERED = (  # what holds the nodes that shares of others give account :home at due time :now, and those shares, the newest first, each with its chain
-    "WITH RECURSIVE reach (share, node) AS (SELECT s.id, s.node FROM share s WHERE " + STANDING + " AND :home NOT IN (s.home, s.giver) AND " + REACHES
-    + " AND " + SWITCHED_ON + "), up (id, above, name) AS (SELECT e.node, e.parent, e.name FROM reach r JOIN entry e ON e.node = r.node AND e.until IS NULL "
+    "WITH RECURSIVE reach (share, node) AS (SELECT s.id, s.node FROM share s WHERE s.id IN (SELECT id FROM share WHERE kind = 'account' AND grantee = :home AND ended IS NULL "
+    "UNION ALL SELECT g.id FROM member b JOIN share g ON g.grantee = b.grp AND g.kind = 'group' AND g.ended IS NULL WHERE b.account = :home) AND " + STANDING
+    + " AND :home NOT IN (s.home, s.giver) AND " + SWITCHED_ON + "), up (id, above, name) AS (SELECT e.node, e.parent, e.name FROM reach r JOIN entry e ON e.node = r.node AND e.until IS NULL "
     "UNION SELECT e.node, e.parent, e.name FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL), "
     "given (share, parent, rights, giver, top) AS (SELECT s.id, s.parent, s.rights, s.giver, s.node FROM reach r JOIN share s ON s.id = r.share UNION ALL "
     "SELECT q.share, s.parent, s.rights, s.giver, s.node FROM given q JOIN share s ON s.id = q.parent AND " + STANDING + " AND "
@@ -8902,7 +8905,7 @@ class Openings:
         with self._lock:
             if self._seen.get((share, visitor), 0) <= now:
                 if len(self._seen) >= VISITORS_MOST:
-                    self._seen, self._new = {}, {}
+                    self._seen = {}
                 self._seen[share, visitor] = now + HOUR
                 self._new.setdefault(share, set()).add(visitor)
 
@@ -9346,7 +9349,7 @@ class Sync:
         except Replayed:
             return (*(self._answer_again(id, digest) or (0, [])), False)
         alone = since is not None and not self.db.read(
-            "SELECT 1 FROM journal WHERE home IN (SELECT ?1 UNION ALL SELECT e.home FROM mount m JOIN entry e ON e.node = m.target "      # gone or not
+            "SELECT 1 FROM journal WHERE home IN (SELECT ?1 UNION ALL SELECT s.home FROM mount m JOIN share s ON s.node = m.target "      # gone or not
             "WHERE m.home = ?1 AND (m.until IS NULL OR m.until > ?2)) AND seq > ?2 AND seq <> ?3 AND (device = '' OR device <> ?4) UNION ALL "
             "SELECT 1 FROM mount m WHERE m.home = ?1 AND m.until IS NULL AND (m.seq > ?2 OR EXISTS (SELECT 1 FROM share WHERE node = m.target AND seq > ?2)) "
             "LIMIT 1", (view.home, since, batch.seq, who.device))
