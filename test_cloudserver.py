@@ -301,12 +301,27 @@ cs.SCRYPT = (4, 8, 1)            # the real cost is tested once; everywhere else
 
 # ==== fixtures and helpers ===============================================================
 
-@pytest.fixture
+CONTENT = random.Random(1)
+
+
+def random_bytes(size):
+    """Contents like no others, that are each test's own and the same everywhere."""
+    return CONTENT.randbytes(size)
+
+
+def damaged(data):
+    """The same bytes but for one, which is another whatever it was."""
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+
+
+@pytest.fixture(autouse=True)
 def rng(request):
     """Randomness that is each test's own and the same everywhere; SEED=random explores, SEED=123 replays."""
     seed = os.environ.get("SEED") or zlib.crc32(request.node.name.encode())
     seed = random.SystemRandom().getrandbits(32) if seed == "random" else int(seed)
     print("SEED=%d" % seed)                      # pytest shows it when the test fails
+    CONTENT.seed("contents of %d" % seed)
     return random.Random(seed)
 
 
@@ -792,7 +807,7 @@ def test_a_compiled_copy_counts_only_if_it_is_ours(starter, how):
     head, owners = copy.read_bytes()[:16], {os.geteuid()}
     assert cs.has_copy(str(copy), head, owners) and not cs.has_copy(str(copy), head, {os.geteuid() + 1})
     {"others write it": lambda: copy.chmod(0o646), "others write beside it": lambda: copy.parent.chmod(0o777), "another's": lambda: owners.clear(),
-     "of another state": lambda: copy.write_bytes(head[:-1] + b"?" + copy.read_bytes()[16:]), "cut short": lambda: copy.write_bytes(head[:10]),
+     "of another state": lambda: copy.write_bytes(damaged(head) + copy.read_bytes()[16:]), "cut short": lambda: copy.write_bytes(head[:10]),
      "of another Python": lambda: copy.write_bytes(b"????" + copy.read_bytes()[4:]), "gone": copy.unlink}[how]()
     assert not cs.has_copy(str(copy), head, owners)
     if how in ("others write beside it", "others write it"):
@@ -1131,7 +1146,7 @@ class TestStore:
 
     @pytest.mark.parametrize("size", [1, 100_000, cs.CHUNK_LIMIT])
     def test_what_is_put_comes_back(self, store, size):
-        data = os.urandom(size)
+        data = random_bytes(size)
         store.put(object_name(data), memoryview(data))
         with store.get(object_name(data)) as file:
             assert file.read() == data and os.fstat(file.fileno()).st_size == size
@@ -1192,7 +1207,7 @@ class TestStore:
         assert list(store.list()) == []
 
     def test_many_may_put_at_once(self, store):
-        data = [os.urandom(100_000 + n) for n in range(16)]
+        data = [random_bytes(100_000 + n) for n in range(16)]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda some: store.put(object_name(some), some), data))
         assert all(store.get(object_name(some)).read() == some for some in data)
@@ -1357,7 +1372,7 @@ def test_a_file_that_a_scanner_holds_is_waited_for(blobs, tmp_path, monkeypatch)
 
 def test_a_damaged_object_is_never_served(blobs):
     """R25"""
-    stored = blobs.put(Body(os.urandom(100_000)), lambda hash: False)
+    stored = blobs.put(Body(random_bytes(100_000)), lambda hash: False)
     chunk = cs.StoredChunk(stored.manifest, stored.size, None, "%s-%s" % (stored.manifest, stored.tag))
     path = blobs.store.home / chunk.hash[:2] / chunk.object
     assert len(blobs.read(chunk)) == 100_000
@@ -1372,7 +1387,7 @@ def test_an_object_is_hashed_once_and_by_whoever_wrote_it(blobs, monkeypatch):
     """R25: not again while its file stays as it is; but after a start, and after any change of the file"""
     hashed, really = [], cs.hash_file
     monkeypatch.setattr(cs, "hash_file", lambda file: hashed.append(1) or really(file))
-    stored = blobs.put(Body(os.urandom(cs.CHUNK_SIZE + 100_000)), lambda hash: False)
+    stored = blobs.put(Body(random_bytes(cs.CHUNK_SIZE + 100_000)), lambda hash: False)
     chunks = [cs.StoredChunk(hash, size, None, "%s-%s" % (hash, stored.tag)) for hash, size in stored.chunks]
     assert sum(len(blobs.read(chunk)) for chunk in chunks) == stored.size and not hashed
     monkeypatch.setattr(cs.Blobs, "whole", cs.Whole())       # as after a start
@@ -1428,7 +1443,7 @@ def test_a_file_of_one_chunk_is_hashed_once(blobs, monkeypatch, size):
         def hexdigest(self):
             return self.digest.hexdigest()
     monkeypatch.setattr(cs.hashlib, "sha256", Counting)
-    data = os.urandom(size)
+    data = random_bytes(size)
     assert blobs.put(Body(data), lambda hash: False).sha256 == really(data).hexdigest()
     assert size <= hashed[0] < size + 200 if size <= cs.CHUNK_SIZE else hashed[0] >= 2 * size
 
@@ -2438,7 +2453,7 @@ def test_a_file_that_was_read_is_not_looked_for_again_while_others_are_written(c
 
 
 def test_a_file_is_whole_again_as_soon_as_anybody_brought_its_bytes(cloud, ann):
-    data, other = os.urandom(cs.INLINE_LIMIT + 1), cs.Cloud(cloud.config)
+    data, other = random_bytes(cs.INLINE_LIMIT + 1), cs.Cloud(cloud.config)
     node = put(cloud, ann, "f", data)
     assert get(cloud, ann, "f") == data
     damage(cloud, node)
@@ -3320,7 +3335,7 @@ def test_a_limited_device_going_back_changes_nothing_outside(cloud, ann, limited
 @pytest.mark.parametrize("kill", ["delete it", "delete what holds it"])
 def test_a_limited_device_whose_collection_is_deleted_reads_nothing(cloud, ann, kill):
     """X6: as of no moment, by no id, hash, search or feed."""
-    data = os.urandom(100_000)
+    data = random_bytes(100_000)
     file = put(cloud, ann, "up/s/x.bin", data, parents=True)
     put(cloud, ann, "up/s/words.txt", b"needle in a haystack")
     cloud.files.stars.mark(ann, ("up", "s", "x.bin"), on=True)
@@ -3341,7 +3356,7 @@ def test_a_chunk_sent_by_one_device_is_not_there_for_a_limited_one(cloud, ann, f
     """X7, D2: and what a device sent itself is, until it runs out."""
     cloud = make_cloud(clock=fake.clock(), name="other")
     ann = account(cloud)
-    secret, own = os.urandom(70_000), os.urandom(70_000)
+    secret, own = random_bytes(70_000), random_bytes(70_000)
     cloud.files.make_collection(ann, ("a",))
     who = token_of(cloud, ann, node=cloud.files.stat(ann, ("a",)).node)
     hashes = cloud.sync.send(ann, [secret]) + cloud.sync.send(who, [own])
@@ -4721,7 +4736,7 @@ def test_what_is_sent_ahead_counts_against_no_quota_but_a_limit_of_the_person(ma
     cloud = make_cloud()
     ann, bob = account(cloud, quota=500_000), account(cloud, "bob", quota=100_000)
     put(cloud, bob, "full", b"b" * 99_000), put(cloud, ann, "d/f", b"f", parents=True)
-    data = os.urandom(90_000)
+    data = random_bytes(90_000)
     assert outcome(cloud.sync.send, bob, [data]) == "over-quota"
     hand(cloud, ann, "d", bob)
     assert codes(commit(cloud, bob, [step_put("d/new", data), step_put("new", data)], [data])) == [201, "over-quota"] and get(cloud, ann, "d/new") == data
@@ -4730,7 +4745,7 @@ def test_what_is_sent_ahead_counts_against_no_quota_but_a_limit_of_the_person(ma
     cloud.uploads.join_parts(bob, "x", ("d", "y"))
     assert get(cloud, ann, "d/y") == data[::-1] and put(cloud, bob, "small", b"s" * 900)
     monkeypatch.setattr(cs, "AHEAD_MOST", 100_000)
-    assert cloud.sync.send(bob, [os.urandom(60_000)]) and outcome(cloud.sync.send, bob, [os.urandom(60_000)]) == "over-quota"
+    assert cloud.sync.send(bob, [random_bytes(60_000)]) and outcome(cloud.sync.send, bob, [random_bytes(60_000)]) == "over-quota"
     cloud.uploads.begin_parts(bob, "z"), cloud.uploads.put_part(bob, "z", 1, Body(data))
     assert outcome(cloud.uploads.put_part, bob, "z", 2, Body(data)) == "over-quota"
     audit(cloud)
@@ -4741,7 +4756,7 @@ def test_each_home_pays_for_what_a_commit_brings_into_it(make_cloud):
     ann, bob = account(cloud, quota=1 << 30), account(cloud, "bob", quota=1 << 30)
     put(cloud, ann, "d/f", b"f", parents=True), hand(cloud, ann, "d", bob)
     spent = lambda who: cloud.db.read("SELECT coalesce(sum(bytes), 0) FROM spent WHERE home = ?", (who.account,))[0][0]
-    mine, hers, both, loose = (os.urandom(size) for size in (40_000, 90_000, 60_000, 30_000))
+    mine, hers, both, loose = (random_bytes(size) for size in (40_000, 90_000, 60_000, 30_000))
     before = spent(ann), spent(bob)
     steps = [step_put("mine", mine), step_put("d/hers", hers), step_put("both", both), step_put("d/both", both)]
     assert codes(commit(cloud, bob, steps, [mine, hers, both, loose])) == [201] * 4
@@ -4754,7 +4769,7 @@ def test_each_home_pays_for_what_a_commit_brings_into_it(make_cloud):
 
 def test_a_chunk_is_known_to_who_sees_it(cloud, ann, bob):
     """By a live file in what is shared; not by what lies beside it, nor in its history, nor when the share has ended."""
-    shared, secret, old = (os.urandom(70_000) for _ in range(3))
+    shared, secret, old = (random_bytes(70_000) for _ in range(3))
     put(cloud, ann, "d/f", old, parents=True), put(cloud, ann, "d/f", shared), put(cloud, ann, "secret", secret), put(cloud, ann, "d/large", bytes(5 << 20))
     hashes = [hashlib.sha256(data).hexdigest() for data in (shared, secret, old, bytes(4 << 20))]
     assert cloud.sync.known(bob, hashes) == {}
@@ -4772,7 +4787,7 @@ def test_a_chunk_is_known_to_who_sees_it(cloud, ann, bob):
 @pytest.mark.parametrize("where", ["beside it", "a limited device"])
 def test_a_write_skips_storing_only_what_its_writer_could_read(cloud, ann, bob, monkeypatch, where):
     """D3: what lies elsewhere in the home is stored once more, and nobody learns that it was there."""
-    data, stored = os.urandom(100_000), []
+    data, stored = random_bytes(100_000), []
     put(cloud, ann, "d/f", b"", parents=True), put(cloud, ann, "secret", data), put(cloud, bob, "mine", data[::-1])
     hand(cloud, ann, "d", bob)
     who = bob if where == "beside it" else token_of(cloud, ann, node=cloud.files.stat(ann, ("d",)).node)
@@ -5599,7 +5614,7 @@ def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann):
     with scanning(cloud) as (seen, scans):
         put(cloud, ann, "a/b/c", b"1", parents=True)
         put(cloud, ann, "a/b/c", b"2")
-        put(cloud, ann, "a/big", os.urandom(5 * MiB))
+        put(cloud, ann, "a/big", random_bytes(5 * MiB))
         get(cloud, ann, "a/big")
         copy(cloud, ann, "a", "d")
         move(cloud, ann, "d/b", "e")
@@ -5650,7 +5665,7 @@ def test_no_statement_of_sharing_scans_a_table(cloud, ann, bob):
 # ---- resumable uploads
 
 def test_an_upload_in_parts_becomes_a_file(cloud, ann, rng):
-    data = os.urandom(9 * MiB + 5)
+    data = random_bytes(9 * MiB + 5)
     upload = cloud.uploads.create(ann, ("big.bin",), len(data), mtime=1000)
     at = 0
     while at < len(data):
@@ -5666,7 +5681,7 @@ def test_an_upload_in_parts_becomes_a_file(cloud, ann, rng):
 
 def test_an_upload_keeps_what_arrived_before_a_break(cloud, ann):
     """R23"""
-    data = os.urandom(5 * MiB)
+    data = random_bytes(5 * MiB)
 
     class Breaking(Body):
         def readinto(self, buffer):
@@ -5733,7 +5748,7 @@ def test_an_upload_may_learn_its_length_late(cloud, ann):
 # ---- uploads in numbered parts
 
 def test_numbered_parts_join_in_the_order_of_their_numbers(cloud, ann, rng):
-    data = os.urandom(9 * MiB + 5)
+    data = random_bytes(9 * MiB + 5)
     cuts = [0, 10, 10, 5 * MiB, 5 * MiB + 70_000, len(data)]
     parts = [(number, data[start:stop]) for number, (start, stop) in enumerate(zip(cuts, cuts[1:]), 8)]      # 8 9 10 11 12
     rng.shuffle(parts)
@@ -7022,7 +7037,7 @@ def test_an_answer_under_way_ends_with_what_allowed_it(cloud, ann, bob, how):
 def test_who_reads_slowly_is_cut_off_when_it_is_not_shared_any_more(cloud, ann, bob, address, monkeypatch, way):
     """Law 12, over the wire: a part never looks whole."""
     monkeypatch.setattr(cs, "LOOK_AGAIN", 0)
-    put(cloud, ann, "d/large", os.urandom(24 << 20), parents=True)
+    put(cloud, ann, "d/large", random_bytes(24 << 20), parents=True)
     given, link = cloud.sharing.share(ann, ("d",), "account", "bob"), cloud.sharing.share(ann, ("d",))
     connection = http.client.HTTPConnection(*address, timeout=60)
     connection.request("GET", way.replace("TOKEN", link.share.token), headers={} if "TOKEN" in way else {"Authorization": basic("bob")})
@@ -7072,7 +7087,7 @@ class Sender:
                     return status, goes_on or not file.read()[-1:] or True
 
 
-OCTETS = os.urandom(150_000)
+OCTETS = random_bytes(150_000)
 TUS_PART = {"Tus-Resumable": "1.0.0", "Content-Type": "application/offset+octet-stream"}
 
 
@@ -7563,7 +7578,7 @@ def test_a_visitor_writes_again_what_he_made_within_the_hour(make_cloud, fake):
 
 def test_a_visitor_is_told_by_nothing_what_is_stored(cloud, ann, link, monkeypatch):
     """D3: what comes by a link is stored again, whoever has it."""
-    data = os.urandom(200_000)
+    data = random_bytes(200_000)
     put(cloud, ann, "secret", data), cloud.files.make_collection(ann, ("d",))
     stored, put_chunk = [], cs.Blobs.put_chunk
     monkeypatch.setattr(cs.Blobs, "put_chunk", lambda *args: stored.append(args) or put_chunk(*args))
@@ -8482,7 +8497,7 @@ def test_several_ranges_come_as_parts(call, rng):
 
 
 def test_large_files_in_any_range(call, rng):
-    data = os.urandom(1000) * 10_000
+    data = random_bytes(1000) * 10_000
     assert call("PUT", "/dav/big", data).status == 201
     assert call("GET", "/dav/big").body == data
     for _ in range(20):
@@ -8993,7 +9008,7 @@ def test_waits_and_downloads_end_when_the_client_leaves(cloud, ann, address):
 def test_who_reads_too_slowly_is_given_up(address, cloud, ann, serve_cloud, monkeypatch, reads):
     """R34: a download that stands still, and one that only trickles"""
     monkeypatch.setattr(cs, "STALL_TIME", 1)
-    put(cloud, ann, "big", os.urandom(30 * MiB))
+    put(cloud, ann, "big", random_bytes(30 * MiB))
     sock, = connect(address, request_bytes("GET", "/dav/big"), SO_RCVBUF=4096)
     server, until = serve_cloud.servers[-1], time.monotonic() + 60
     with sock:
@@ -9260,7 +9275,7 @@ def unzip(data):
 
 def test_zip_archives(call, cloud, ann):
     """Z1"""
-    big = os.urandom(5 * MiB)
+    big = random_bytes(5 * MiB)
     for path, data in (("d/a", b"1"), ("d/s/\u00e4 b", b"22"), ("d/s/big", big), ("other", b"3")):
         put(cloud, ann, path, data, parents=True)
     cloud.files.make_collection(ann, ("d", "empty"))
@@ -9277,7 +9292,7 @@ def test_zip_archives(call, cloud, ann):
 def test_an_archive_that_breaks_is_cut_off(address, cloud, ann, monkeypatch):
     """H21, Z1"""
     put(cloud, ann, "d/a", b"1", parents=True)
-    put(cloud, ann, "d/b", os.urandom(100_000))
+    put(cloud, ann, "d/b", random_bytes(100_000))
     shutil.rmtree(cloud.config.data / "objects")
     received = raw(address, request_bytes("GET", "/api/v1/zip/d"))
     assert b"200 OK" in received and not received.endswith(b"0\r\n\r\n")
@@ -9417,7 +9432,7 @@ def test_visitors_have_no_stars_and_see_none(call, cloud, ann):
 
 
 def test_a_file_tells_its_chunks(api, cloud, ann):
-    data = os.urandom(9 * MiB)
+    data = random_bytes(9 * MiB)
     put(cloud, ann, "a", data)
     put(cloud, ann, "b", b"")
     assert api("GET", "files/a", chunks="true")["chunks"] == [
@@ -10031,7 +10046,7 @@ def test_tus_for_those_who_can_only_post(call, cloud, ann):
 
 def test_a_part_cut_off_resumes_where_it_broke(call, address, cloud, ann):
     """R23"""
-    data = os.urandom(3_000_000)
+    data = random_bytes(3_000_000)
     where = call("POST", "/tus", b"", Upload_Length=str(len(data)), Upload_Metadata=metadata(path="a"), **TUS).headers["location"]
     raw(address, request_bytes("PATCH", where, b"", "Tus-Resumable: 1.0.0", "Upload-Offset: 0", "Content-Length: 3000000",
                                "Content-Type: application/offset+octet-stream") + data[:1_234_567], wait=0.5, half_close=True)
@@ -10260,7 +10275,7 @@ def test_a_limited_device_sees_and_names_only_its_own_chunks(cloud, ann):
 
 
 def test_large_chunks_travel_both_ways(cloud, ann):
-    parts = [os.urandom(size) for size in (70_000, 5_000_000, 3, 16 * MiB)]
+    parts = [random_bytes(size) for size in (70_000, 5_000_000, 3, 16 * MiB)]
     hashes = cloud.sync.send(ann, parts)
     assert hashes == [chunk(part)[0] for part in parts]
     assert codes(commit(cloud, ann, [{"put": "big", "chunks": [tuple(chunk(part)) for part in parts], "mtime": 5}])) == [201]
@@ -10445,7 +10460,7 @@ def test_each_step_is_refused_by_itself(cloud, ann, step, code):
 def test_a_row_names_an_object_only_when_that_is_stored(cloud, ann, monkeypatch):
     """R1: also while large frames are still being written; and what is refused leaves no objects."""
     really, ended, wrote = cloud.blobs.put_chunk, [], cloud.db.write_once
-    large, small = [os.urandom(300_000) for _ in range(3)], [os.urandom(100) for _ in range(30)]
+    large, small = [random_bytes(300_000) for _ in range(3)], [random_bytes(100) for _ in range(30)]
 
     def put_chunk(hash, data, tag):
         time.sleep(0.05)
@@ -10463,7 +10478,7 @@ def test_a_row_names_an_object_only_when_that_is_stored(cloud, ann, monkeypatch)
     assert len(ended) == 3 and all(cloud.blobs.store.has(name) for name, in cloud.db.read("SELECT object FROM chunk WHERE object IS NOT NULL"))
 
     def broken():
-        yield os.urandom(300_000)
+        yield random_bytes(300_000)
         raise CloudError("bad-request", "half a frame")
     assert outcome(cloud.sync.send, ann, broken()) == "bad-request"
     assert len(list(cloud.blobs.store.list())) == 3
@@ -11144,7 +11159,7 @@ def test_checksums_are_computed_when_a_client_asks(call, cloud, ann):
     """C7: and kept, so that listings show them; rclone asks after uploads without one and after changes of the time."""
     ask = lambda path, kind="sha1", **how: call("PATCH", path, b"", X_Recalculate_Hash=kind, **how)
     assert "nextcloud-checksum-update" in call("OPTIONS", FILES).headers["dav"] and "PATCH" in call("OPTIONS", FILES).headers["allow"]
-    for path, data in (("f", b"hello"), ("large", os.urandom(9 * MiB)), ("empty", b"")):
+    for path, data in (("f", b"hello"), ("large", random_bytes(9 * MiB)), ("empty", b"")):
         put(cloud, ann, path, data)
         for kind, name in (("sha1", "SHA1"), ("MD5", "MD5"), ("sha256", "SHA256"), ("SHA3-256", "SHA3-256"), ("adler32", "ADLER32")):
             answer, value = ask(FILES + "/" + path, kind), cs.hexdigest_of(cs._CHECKSUMS[name], data)
@@ -11568,7 +11583,7 @@ def aging(make_cloud, fake):
 
 def spend(way, cloud, ann, n):
     """Make the server store something that no quota of live bytes bounds, for the n-th time."""
-    name, some = "f%d" % n, os.urandom(40_000)
+    name, some = "f%d" % n, random_bytes(40_000)
     png = PNG + some
 
     def move(a, b):
@@ -11616,7 +11631,7 @@ def test_a_quota_bounds_all_that_an_account_makes_the_server_store(aging, monkey
     cloud.files.delete(ann, *[(name,) for name in tree(cloud, ann) if "/" not in name])
     aging.days(40)
     aging.work(), aging.upkeep.indexing.tidy(), aging.upkeep.reckon()
-    assert put(cloud, ann, "room again", os.urandom(80_000))
+    assert put(cloud, ann, "room again", random_bytes(80_000))
     audit(cloud)
 
 
@@ -11624,8 +11639,8 @@ def test_trash_goes_after_thirty_days_and_its_space_later(aging):
     """R13, R27"""
     cloud, ann = aging.cloud, aging.ann
     put(cloud, ann, "d/small", b"1", parents=True)
-    put(cloud, ann, "d/big", os.urandom(200_000))
-    put(cloud, ann, "d/huge", os.urandom(5 * MiB))
+    put(cloud, ann, "d/big", random_bytes(200_000))
+    put(cloud, ann, "d/huge", random_bytes(5 * MiB))
     put(cloud, ann, "keep", b"2")
     cloud.files.delete(ann, ("d",))
     aging.upkeep.thinning.mark_age()
@@ -11674,7 +11689,7 @@ def test_versions_thin_out_along_the_ladder_and_pinned_ones_stay(aging):
 def test_a_wrong_clock_sweeps_and_forgets_nothing(aging, fake):
     """R17"""
     cloud, ann = aging.cloud, aging.ann
-    put(cloud, ann, "a", os.urandom(200_000))
+    put(cloud, ann, "a", random_bytes(200_000))
     put(cloud, ann, "a", b"2")
     cloud.files.delete(ann, ("a",))
     for jump in (10 * 365, -20 * 365, 10 * 365):
@@ -11688,7 +11703,7 @@ def test_an_object_that_is_in_use_is_deleted_later_and_stops_nothing(aging, monk
     """O11: on Windows a reader or a scanner holds it"""
     monkeypatch.setattr(cs, "SHARING_WAITS", ())
     for n in range(4):
-        put(aging.cloud, aging.ann, "d/%d" % n if n else "kept", os.urandom(100_000), parents=True)
+        put(aging.cloud, aging.ann, "d/%d" % n if n else "kept", random_bytes(100_000), parents=True)
     aging.cloud.files.delete(aging.ann, ("d",))
     aging.days(31)
     for _ in range(2):
@@ -11706,7 +11721,7 @@ def test_an_object_that_is_in_use_is_deleted_later_and_stops_nothing(aging, monk
 
 def test_a_chunk_that_is_used_again_survives_the_sweep(aging):
     """R27: condemned, then referred to again"""
-    cloud, ann, data = aging.cloud, aging.ann, os.urandom(200_000)
+    cloud, ann, data = aging.cloud, aging.ann, random_bytes(200_000)
     put(cloud, ann, "a", data)
     cloud.files.delete(ann, ("a",))
     cloud.trash.empty(ann)
@@ -11736,7 +11751,7 @@ def test_objects_without_a_row_go_in_the_end(aging):
 
 def test_a_backup_under_way_holds_the_sweep(aging):
     cloud, ann = aging.cloud, aging.ann
-    put(cloud, ann, "a", os.urandom(200_000))
+    put(cloud, ann, "a", random_bytes(200_000))
     cloud.files.delete(ann, ("a",))
     cloud.trash.empty(ann)
     aging.days(2)
@@ -11843,7 +11858,7 @@ def test_what_is_not_indexed_yet_is_found_in_any_case_too(cloud, ann, name, text
 
 
 def test_checksums_of_uploads_in_parts_come_later(cloud, ann):
-    data = os.urandom(9 * MiB)
+    data = random_bytes(9 * MiB)
     upload = cloud.uploads.create(ann, ("a",), len(data))
     for at in range(0, len(data), 3 * MiB):
         cloud.uploads.append(ann, upload.id, at, Body(data[at:at + 3 * MiB]))
@@ -11854,20 +11869,18 @@ def test_checksums_of_uploads_in_parts_come_later(cloud, ann):
 
 
 def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    path.write_bytes(damaged(path.read_bytes()))
 
 
 def test_verify_names_every_file_a_damaged_chunk_touches(make_cloud, rng):
     """R25, R26: and a new upload of the same bytes heals them"""
     cloud = make_cloud()
-    ann, big = account(cloud), os.urandom(9 * MiB)
+    ann, big = account(cloud), random_bytes(9 * MiB)
     put(cloud, ann, "photos/big", big, parents=True)
     copy(cloud, ann, "photos/big", "copy")
     put(cloud, ann, "old", big[:4 * MiB])
     put(cloud, ann, "old", b"new")
-    put(cloud, ann, "fine", os.urandom(200_000))
+    put(cloud, ann, "fine", random_bytes(200_000))
     assert cs.verify(cloud) == []
     chunk = cloud.db.read("SELECT hash, object FROM chunk JOIN manifest_chunk ON chunk = hash WHERE offset = 0")[0]
     flip(cloud.blobs.store.home / chunk[1][:2] / chunk[1])
@@ -11892,7 +11905,7 @@ def test_a_damaged_row_is_never_served(cloud, ann, call):
 
 def test_a_chunk_damaged_in_mid_file_cuts_the_answer(cloud, ann, address, serve_cloud, make_cloud):
     """R25, H21"""
-    data = os.urandom(9 * MiB)
+    data = random_bytes(9 * MiB)
     put(cloud, ann, "a", data)
     name, = cloud.db.read("SELECT object FROM chunk JOIN manifest_chunk ON chunk = hash WHERE offset > 5000000")[0]
     flip(cloud.blobs.store.home / name[:2] / name)
@@ -11907,13 +11920,13 @@ def test_backup_is_incremental_and_restores(make_cloud, tmp_path, rng):
     game = Random(cloud, ann, rng)
     for _ in range(40):
         game.step()
-    put(cloud, ann, "big", os.urandom(9 * MiB))
+    put(cloud, ann, "big", random_bytes(9 * MiB))
     cloud.pictures.put(ann, ("big",), b"\xff\xd8\xff old")
     first = cs.back_up(cloud, tmp_path / "backup")
     assert first[0] == 3
     cloud.pictures.put(ann, ("big",), b"\xff\xd8\xff")
     inside = tree(cloud, ann)
-    put(cloud, ann, "more", os.urandom(5 * MiB))
+    put(cloud, ann, "more", random_bytes(5 * MiB))
     cloud.pictures.put(ann, ("more",), b"\xff\xd8\xff more")
     move(cloud, ann, "more", "many words.txt")
     cloud.files.delete(ann, ("big",))
@@ -11956,7 +11969,7 @@ def test_damage_costs_only_the_files_it_is_in(make_cloud, tmp_path, how):
     cloud = make_cloud()
     ann = account(cloud)
     for n in range(6):
-        put(cloud, ann, "d/f%d" % n, os.urandom(100_000 + n), parents=True)
+        put(cloud, ann, "d/f%d" % n, random_bytes(100_000 + n), parents=True)
     put(cloud, ann, "small", b"small")
     damage(cloud, cloud.files.stat(ann, ("d", "f3")), how)
     whole = {path: data for path, data in ((path, outcome(get, cloud, ann, "/".join(path))) for path, node in cloud.files.walk(ann, ()) if not node.kind)
@@ -11976,13 +11989,13 @@ def test_damage_costs_only_the_files_it_is_in(make_cloud, tmp_path, how):
     found = run("backup", tmp_path / "backup", "--data", cloud.config.data)
     assert found.returncode == 1 and "d/f3" in found.stdout
     assert run("export", tmp_path / "plain2", "--data", cloud.config.data).returncode == 1
-    put(restored, back, "again", os.urandom(99_000))     # and what was restored is a cloud like any
+    put(restored, back, "again", random_bytes(99_000))     # and what was restored is a cloud like any
     assert cs.verify(restored) == wrong
 
 
 def test_a_damaged_file_says_so_before_its_first_byte(call, cloud, ann, address, caplog):
     """S7: a problem and not a connection that ends; the log has the path."""
-    put(cloud, ann, "d/one chunk", os.urandom(200_000), parents=True)
+    put(cloud, ann, "d/one chunk", random_bytes(200_000), parents=True)
     damage(cloud, cloud.files.stat(ann, ("d", "one chunk")))
     for path, how in (("/dav/d/one%20chunk", {}), ("/dav/d/one%20chunk", {"Range": "bytes=5-9"}), ("/api/v1/content/d/one%20chunk", {})):
         answer = call("GET", path, **how)
@@ -11996,7 +12009,7 @@ def test_repair_brings_parts_back(make_cloud, tmp_path, how, source):
     """R26: from whatever has the bytes; it shows its plan, and changes nothing until told to."""
     cloud = make_cloud()
     ann = account(cloud)
-    data = {"one": os.urandom(100_000), "three": os.urandom(9 * MiB), "lost": os.urandom(70_000)}
+    data = {"one": random_bytes(100_000), "three": random_bytes(9 * MiB), "lost": random_bytes(70_000)}
     for name, content in data.items():
         put(cloud, ann, name, content)
     if source == "a backup":
@@ -12025,7 +12038,7 @@ def test_repair_brings_parts_back(make_cloud, tmp_path, how, source):
 
 def test_repair_knows_chunks_whose_rows_are_gone(make_cloud, tmp_path):
     cloud = make_cloud()
-    ann, data = account(cloud), os.urandom(9 * MiB)
+    ann, data = account(cloud), random_bytes(9 * MiB)
     put(cloud, ann, "big", data)
     put(cloud, ann, "small", b"small")
     cs.export_files(cloud, ann, tmp_path / "plain")
@@ -12038,7 +12051,7 @@ def test_a_backup_is_only_ever_of_one_cloud(make_cloud, tmp_path):
     """S2: a cloud that is not there, an empty one and another one leave a good backup alone; a restored one is the same cloud."""
     cloud, other = make_cloud(), make_cloud(name="other")
     ann = account(cloud)
-    put(cloud, ann, "a", os.urandom(100_000))
+    put(cloud, ann, "a", random_bytes(100_000))
     cs.back_up(cloud, tmp_path / "backup")
     before = {file: file.read_bytes() for file in (tmp_path / "backup").rglob("*") if file.is_file() and file.name != "write.lock"}
     assert outcome(cs.back_up, other, tmp_path / "backup") == "conflict"         # empty
@@ -12050,7 +12063,7 @@ def test_a_backup_is_only_ever_of_one_cloud(make_cloud, tmp_path):
     config = Config(data=tmp_path / "restored")
     assert cs.restore_backup(tmp_path / "backup", config) == []
     restored = make_cloud(config)
-    put(restored, restored.accounts.principal("ann"), "b", os.urandom(100_000))
+    put(restored, restored.accounts.principal("ann"), "b", random_bytes(100_000))
     assert cs.back_up(restored, tmp_path / "backup")[0] == 1
     for place in (cloud.config.data, cloud.config.data / "inside", tmp_path):
         assert outcome(cs.back_up, cloud, place) == "conflict", place            # S15
@@ -12070,7 +12083,7 @@ def test_a_cloud_whose_database_is_lost_is_no_empty_cloud(make_cloud, tmp_path, 
     """S3"""
     cloud = make_cloud()
     ann = account(cloud)
-    put(cloud, ann, "a", os.urandom(100_000))
+    put(cloud, ann, "a", random_bytes(100_000))
     cloud.space.keep_reserve()
     place = tmp_path / "left"
     place.mkdir()
@@ -12090,7 +12103,7 @@ def test_a_killed_backup_or_restore_goes_on(make_cloud, tmp_path, rng):
     """S5: whatever it left behind, at whichever moment it was killed."""
     cloud = make_cloud()
     ann = account(cloud)
-    contents = {"f%d" % n: os.urandom(rng.randint(65_537, 200_000)) for n in range(120)}
+    contents = {"f%d" % n: random_bytes(rng.randint(65_537, 200_000)) for n in range(120)}
     for name, data in contents.items():
         put(cloud, ann, name, data)
     for n in range(6):
@@ -12122,7 +12135,7 @@ def test_a_backup_that_was_killed_as_it_commits_is_the_one_before(make_cloud, tm
     """S5, S20: its tables are half written, and only its journal knows what they were; who reads it sees that, and leaves it as it is."""
     cloud, killed = make_cloud(), tmp_path / "killed"
     ann = account(cloud)
-    put(cloud, ann, "f", "before"), put(cloud, ann, "large", os.urandom(100_000))
+    put(cloud, ann, "f", "before"), put(cloud, ann, "large", random_bytes(100_000))
     cs.back_up(cloud, tmp_path / "backup")
     before, copy_tables = tree(cloud, ann), cs.copy_tables
     for n in range(300):
@@ -12178,11 +12191,11 @@ def test_a_backup_writes_only_what_changed(make_cloud, tmp_path):
     cloud = make_cloud()
     ann = account(cloud)
     for n in range(60):
-        put(cloud, ann, "f%d" % n, os.urandom(60_000))
+        put(cloud, ann, "f%d" % n, random_bytes(60_000))
     cs.back_up(cloud, tmp_path / "backup")
     watch = sqlite3.connect(tmp_path / "backup" / "cloud.db")
     watch.executescript("CREATE TABLE seen (hash); CREATE TRIGGER watch AFTER UPDATE ON chunk BEGIN INSERT INTO seen VALUES (new.hash); END")
-    put(cloud, ann, "one more", os.urandom(60_000))
+    put(cloud, ann, "one more", random_bytes(60_000))
     cs.back_up(cloud, tmp_path / "backup")
     assert watch.execute("SELECT count(*) FROM seen").fetchone() == (0,) and watch.execute("SELECT count(*) FROM chunk").fetchone() == (61,)
     watch.close()
@@ -12217,9 +12230,9 @@ def test_gc_now_gives_everything_back_at_once(make_cloud, tmp_path, fake):
     cloud = make_cloud()
     ann = account(cloud)
     for n in range(5):
-        put(cloud, ann, "f%d" % n, os.urandom(100_000))
+        put(cloud, ann, "f%d" % n, random_bytes(100_000))
     put(cloud, ann, "keep", b"k" * 100_000)
-    loose, = cloud.sync.send(ann, [os.urandom(80_000)])
+    loose, = cloud.sync.send(ann, [random_bytes(80_000)])
     put(cloud, ann, "f0", b"changed")
     cloud.files.delete(ann, *[("f%d" % n,) for n in range(4)])
     assert run("gc", "--now", "--data", cloud.config.data, input="n").returncode == 1
@@ -12233,7 +12246,7 @@ def test_gc_now_gives_everything_back_at_once(make_cloud, tmp_path, fake):
 
 def test_who_relied_on_a_chunk_that_was_swept_meanwhile_is_told(cloud, ann, monkeypatch):
     """What was found stored, and so not stored again, must be there when the batch is done: by PUT, by a part, by a native commit."""
-    data, upkeep = os.urandom(100_000), cs.Upkeep(cloud)
+    data, upkeep = random_bytes(100_000), cs.Upkeep(cloud)
     def sweep():
         cloud.files.delete(ann, ("f",)), cloud.trash.empty(ann)
         assert upkeep.hold() and upkeep.thinning.purge() and upkeep.sweep.run(at_once=True)["deleted"] == 1
@@ -12276,7 +12289,7 @@ def test_a_full_disk_is_no_trap(serve, small_disk):
     small = small_disk("24m")
     served = serve("--low-water", "0", data=small / "data")
     for n in range(6):
-        assert served.call("PUT", "/dav/f%d" % n, os.urandom(1_000_000)).status == 201
+        assert served.call("PUT", "/dav/f%d" % n, random_bytes(1_000_000)).status == 201
     def fill():
         with open(small / "filler", "ab", buffering=0) as filler:
             for size in (65536, 1):
@@ -12308,7 +12321,7 @@ def test_a_read_only_medium_can_be_looked_at(small_disk, make_cloud, tmp_path, l
     small = small_disk("64m")
     cloud = make_cloud()
     ann = account(cloud)
-    put(cloud, ann, "d/f", os.urandom(100_000), parents=True)
+    put(cloud, ann, "d/f", random_bytes(100_000), parents=True)
     put(cloud, ann, "small", b"small")
     want = tree(cloud, ann)
     if log == "no log":
@@ -12430,7 +12443,7 @@ def test_export_and_import_keep_bytes_and_times(make_cloud, tmp_path):
     ann = account(cloud)
     for n, path in enumerate(("a", "d/\u00e4 #%&.txt", "d/s/" + "x" * 200)):
         put(cloud, ann, path, b"%d" % n * (n + 1), parents=True, mtime=1_000_000_000_123 + n)
-    put(cloud, ann, "big", os.urandom(5 * MiB))
+    put(cloud, ann, "big", random_bytes(5 * MiB))
     cloud.files.make_collection(ann, ("empty",))
     assert cs.export_files(cloud, ann, tmp_path / "out") == (4, []) and cs.export_files(cloud, ann, tmp_path / "out") == (0, [])
     assert (tmp_path / "out" / "a").stat().st_mtime_ns // 1_000_000 == 1_000_000_000_123
@@ -12514,7 +12527,7 @@ def test_export_says_done_after_the_last_sync(cloud, ann, tmp_path, monkeypatch)
 @pytest.mark.parametrize("size", [5, 100_000, 3 * cs.CHUNK_SIZE])
 def test_export_trusts_bytes_and_not_size_and_time(cloud, ann, tmp_path, size):
     """S21: a file that lost its bytes with the power is written anew; what is whole is left"""
-    data = os.urandom(size - 1) + b"?"
+    data = random_bytes(size - 1) + b"?"
     put(cloud, ann, "f", data, mtime=1_600_000_000_000)
     put(cloud, ann, "g", b"whole")
     assert cs.export_files(cloud, ann, tmp_path / "out")[0] == 2
@@ -12718,7 +12731,7 @@ def test_what_root_does_in_somebodys_directory_is_that_somebodys(owner):
     (home / "data").mkdir()
     os.chown(home / "data", owner, owner)
     (home / "mine").mkdir(mode=0o700)            # what root alone may read
-    (home / "mine/file").write_bytes(os.urandom(100_000))
+    (home / "mine/file").write_bytes(random_bytes(100_000))
 
     def root(*words, alive=False):
         reading, writing = os.pipe()
@@ -12735,7 +12748,7 @@ def test_what_root_does_in_somebodys_directory_is_that_somebodys(owner):
         assert root("import", str(home / "mine"), "--user", "ann") == 0
         pid, told = root("serve", "--port", "0", "--workers", "1", alive=True)
         served = "127.0.0.1", int(re.search(r":(\d+)/", told)[1])
-        assert exchange(served, "PUT", "/dav/new", os.urandom(100_000)).status == 201
+        assert exchange(served, "PUT", "/dav/new", random_bytes(100_000)).status == 201
         assert os.stat("/proc/%d" % pid).st_uid == owner and exchange(served, "GET", "/dav/file").body == (home / "mine/file").read_bytes()
         assert root("doctor", "--alive") == 0
         os.kill(pid, signal.SIGTERM)
@@ -13129,7 +13142,7 @@ def test_first_connect_of_a_full_folder_to_a_fresh_server(laptop, cloud, ann):
     one, two = laptop("one"), laptop("two")
     for n in range(30):
         one.write("d%d/f%d" % (n % 3, n), "text %d" % n)
-    one.write("empty", b""), one.write("large", os.urandom(9 * MiB)), one.write("medium", os.urandom(300_000)), (one.path / "no files").mkdir()
+    one.write("empty", b""), one.write("large", random_bytes(9 * MiB)), one.write("medium", random_bytes(300_000)), (one.path / "no files").mkdir()
     os.utime(one.path / "empty", (1_000_000_000.5,) * 2)
     tally = one.run()
     assert (tally.uploaded, tally.downloaded, tally.conflicts, tally.skipped) == (33, 0, 0, 0)
@@ -13213,7 +13226,7 @@ def test_a_directory_stays_for_what_was_added_to_it(laptop, cloud, ann):
 def test_renames_cost_a_rename_on_both_sides(laptop, cloud, ann):
     one, two = laptop("one"), laptop("two")
     for n in range(50):
-        one.write("photos/2026/%d" % n, os.urandom(2000))
+        one.write("photos/2026/%d" % n, random_bytes(2000))
     one.write("a", "a" * 5000)
     one.run(), two.run()
     node = cloud.files.stat(ann, ("photos",)).node
@@ -13256,7 +13269,7 @@ def test_only_what_changed_in_a_large_file_travels(laptop, cloud, ann, rng):
     data = rng.getrandbits(8 * 40 * MiB).to_bytes(40 * MiB, "big")
     one.write("big", data)
     one.run(), two.run()
-    longer = data[:20 * MiB] + os.urandom(MiB) + data[20 * MiB:]
+    longer = data[:20 * MiB] + random_bytes(MiB) + data[20 * MiB:]
     one.write("big", longer)
     before, after = [set(cs.cut_by_content(io.BytesIO(whole))) for whole in (data, longer)]
     fresh = sum(map(len, after - before))        # how much that is, is up to chance: where the cuts fall
@@ -13267,7 +13280,7 @@ def test_only_what_changed_in_a_large_file_travels(laptop, cloud, ann, rng):
 
 def test_a_run_that_was_cut_off_goes_on_where_it_was(laptop, cloud, ann, monkeypatch):
     one, two = laptop("one"), laptop("two")
-    data = os.urandom(40 * MiB)
+    data = random_bytes(40 * MiB)
     one.write("big", data)
 
     def break_after(count):
@@ -13466,7 +13479,7 @@ def test_a_folder_that_was_moved_to_another_disk_has_no_changes(laptop, cloud, a
     one, two = laptop("one"), laptop("two")
     for n in range(1, 5):
         one.write("doc%d" % n, "text %d" % n)
-    one.write("big", os.urandom(5 * MiB)), one.write("d/f", "f")
+    one.write("big", random_bytes(5 * MiB)), one.write("d/f", "f")
     one.run(), two.run()
     (two.path / "doc1").unlink(), two.write("doc2", "edited"), (two.path / "doc3").rename(two.path / "doc5")
     two.run()
@@ -13807,10 +13820,10 @@ def damage_chunks(cloud, *datas):
         hash, _ = chunk(data)
         (name, inline), = cloud.db.read("SELECT object, data FROM chunk WHERE hash = ?", (hash,))
         if name is None:
-            cloud.db.run(Statement("UPDATE chunk SET data = ? WHERE hash = ?", (b"\xff" + inline[1:], hash)))
+            cloud.db.run(Statement("UPDATE chunk SET data = ? WHERE hash = ?", (damaged(inline), hash)))
         else:
             place = cloud.config.data / "objects" / name[:2] / name
-            place.chmod(0o600), place.write_bytes(b"\xff" + place.read_bytes()[1:])
+            place.chmod(0o600), flip(place)
 
 
 @pytest.mark.parametrize("noted", [False, True])
@@ -13819,7 +13832,7 @@ def test_a_damaged_chunk_costs_only_the_files_that_hold_it(laptop, cloud, ann, n
     """Y7: all the others come, in the same run; the damaged ones are named; nothing is fetched again and again."""
     small = [b"%03d" % n * 30_000 for n in range(40)]
     inline = [b"inline %d" % n for n in range(40)]
-    large = os.urandom(9 * MiB)
+    large = random_bytes(9 * MiB)
     for n, (one_small, one_inline) in enumerate(zip(small, inline)):
         put(cloud, ann, "s%03d" % n, one_small), put(cloud, ann, "i%03d" % n, one_inline)
     put(cloud, ann, "big", large), put(cloud, ann, "twin of big", large)
@@ -13870,7 +13883,7 @@ def test_no_file_under_construction_outlives_what_goes_wrong(laptop, cloud, ann,
     one.run()
     for n in range(9):
         put(cloud, ann, "d/f%d" % n, "new %d" % n)
-    put(cloud, ann, "d/large", os.urandom(5 * MiB))
+    put(cloud, ann, "d/large", random_bytes(5 * MiB))
     act, count = getattr(cs.Folder, where), [0]
 
     def failing(folder, *args, **how):
@@ -13922,12 +13935,12 @@ def test_a_file_that_is_replaced_keeps_its_mode(laptop, cloud, ann, mode):
     """Y14: but never a bit that would give other people's bytes the rights of its owner."""
     one, two = laptop("one"), laptop("two")
     for path, size in (("small", 10), ("large", 5 * MiB)):
-        one.write(path, os.urandom(size))
+        one.write(path, random_bytes(size))
         (one.path / path).chmod(mode)
     one.run(), two.run()
     assert one.run().work() == 0
     for path, size in (("small", 20), ("large", 6 * MiB)):
-        two.write(path, os.urandom(size))
+        two.write(path, random_bytes(size))
     two.run(), one.run()
     assert one.tree() == two.tree()
     kept = mode & 0o777 if os.name != "nt" else 0o666 if mode & 0o200 else 0o444         # Windows keeps but the right to write
@@ -14096,7 +14109,7 @@ def put_link(one, outside, above):
 
 LINK_CASES = {  # what another device does in or with d: (how, path that cannot come)
     "a new file": lambda cloud, ann: put(cloud, ann, "d/new", "new"),
-    "a new large file": lambda cloud, ann: put(cloud, ann, "d/new", os.urandom(5 * MiB)),
+    "a new large file": lambda cloud, ann: put(cloud, ann, "d/new", random_bytes(5 * MiB)),
     "a changed file": lambda cloud, ann: put(cloud, ann, "d/f", "changed"),
     "a deleted file": lambda cloud, ann: cloud.files.delete(ann, ("d", "f")),
     "a new collection": lambda cloud, ann: put(cloud, ann, "d/x/y", "y", parents=True),
@@ -14232,7 +14245,7 @@ def test_no_value_that_a_server_sends_does_harm(laptop, cloud, ann, hostile, kin
             one.write("mine", "mine"), one.write("d/f", "f")
             if not kind.startswith("manifest"):
                 one.run()
-                put(cloud, ann, "theirs", os.urandom(70_000)), one.write("new", os.urandom(70_000))
+                put(cloud, ann, "theirs", random_bytes(70_000)), one.write("new", random_bytes(70_000))
             before = set(tmp_path.rglob("*"))
             hostile[kind, name] = value
             client = one.start()
@@ -14382,7 +14395,7 @@ def test_no_accident_of_the_network_ends_in_a_traceback_or_a_loss(laptop, cloud,
     client = one.start()
     client.run()
     for name, times in itertools.product(ACCIDENTS, (1, 99)):
-        put(cloud, ann, "theirs", os.urandom(70_000)), one.write("mine", os.urandom(70_000)), one.write("large", os.urandom(200_000))
+        put(cloud, ann, "theirs", random_bytes(70_000)), one.write("mine", random_bytes(70_000)), one.write("large", random_bytes(200_000))
         if place == "manifest":
             client.memory.say(cursor=-1)
         meddler.play(ACCIDENTS[name], PLACES[place], times)
@@ -14415,7 +14428,7 @@ def test_no_accident_of_the_network_ends_a_watch(laptop, cloud, ann, meddler, pl
             if place != "manifest":
                 eventually(lambda: one.tree() == tree(cloud, ann))
                 meddler.play(accident, PLACES[place], 12)
-                put(cloud, ann, "theirs", os.urandom(70_000)), one.write("mine", os.urandom(70_000)), one.write("large", os.urandom(200_000))
+                put(cloud, ann, "theirs", random_bytes(70_000)), one.write("mine", random_bytes(70_000)), one.write("large", random_bytes(200_000))
             eventually(lambda: meddler.done)
             meddler.play(None, "", 0)
             eventually(lambda: one.tree() == tree(cloud, ann))
@@ -14820,7 +14833,7 @@ def test_a_read_only_file_is_replaced_and_removed(laptop, cloud, ann, monkeypatc
 def test_an_old_file_is_not_open_when_it_is_replaced(laptop, cloud, ann, monkeypatch):
     """O8: by ourselves, as Windows would refuse; large files and small."""
     one = laptop()
-    data = os.urandom(9 * MiB)
+    data = random_bytes(9 * MiB)
     one.write("big", data), one.write("small", "1")
     one.run()
     put(cloud, ann, "big", data + b"x"), put(cloud, ann, "small", "2")
@@ -15456,7 +15469,7 @@ def test_a_move_across_homes_puts_what_is_known_and_deletes(shared_laptop, lapto
     put(cloud, carl, "work/w", parents=True), cloud.sharing.share(carl, ("work",), "account", "bob", role="edit")
     put(cloud, ann, "second/s", parents=True), cloud.sharing.share(ann, ("second",), "account", "bob", role="edit")
     source, target = {"in": ("own", "photos"), "out": ("photos", "own2"), "between": ("photos", "work"), "within": ("photos", "second")}[way]
-    data = {"%s/x/y/%d" % (source, n): os.urandom(3000) for n in range(40)}
+    data = {"%s/x/y/%d" % (source, n): random_bytes(3000) for n in range(40)}
     one.run()
     one.write("own/o", "o"), one.write("own2/o", "o")
     for path, content in data.items():
@@ -17410,7 +17423,7 @@ def test_what_a_loss_of_power_takes_from_a_laptop_is_not_taken_from_the_server(l
 def test_a_file_has_its_bytes_then_its_time_then_its_place(laptop, cloud, ann, monkeypatch):
     """O5: where each file has to be told, and a time does not stick while the file is open."""
     one, told = laptop(), []
-    put(cloud, ann, "small", "s"), put(cloud, ann, "large", os.urandom(5 * MiB)), put(cloud, ann, "d/small", "s", parents=True)
+    put(cloud, ann, "small", "s"), put(cloud, ann, "large", random_bytes(5 * MiB)), put(cloud, ann, "d/small", "s", parents=True)
     fsync, utime, replace = os.fsync, os.utime, os.replace
     is_open = lambda name: any(os.path.realpath("/proc/self/fd/" + fd) == name for fd in os.listdir("/proc/self/fd"))
     monkeypatch.setattr(cs, "has_sync_file_system", lambda: False)
@@ -17445,10 +17458,10 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
         monkeypatch.setattr(cs.Memory, "flush", lambda memory: told.append(("flush", memory.is_changed)) or flush(memory))
         monkeypatch.setattr(cs.Folder, "finish", lambda folder, file, *rest, **how: (finish(folder, file, *rest, **how), told.append(("finish", plain(file.place))))[0])
         one.write("mine", "mine"), one.write("d/mine", "mine")
-        put(cloud, ann, "theirs", "theirs"), put(cloud, ann, "large", os.urandom(5 * MiB)), put(cloud, ann, "moves", "m")
+        put(cloud, ann, "theirs", "theirs"), put(cloud, ann, "large", random_bytes(5 * MiB)), put(cloud, ann, "moves", "m")
         [put(cloud, ann, "more%d" % n, "more") for n in range(6)]
         one.run()
-        move(cloud, ann, "moves", "moved"), cloud.files.delete(ann, ("theirs",)), put(cloud, ann, "large", os.urandom(5 * MiB))
+        move(cloud, ann, "moves", "moved"), cloud.files.delete(ann, ("theirs",)), put(cloud, ann, "large", random_bytes(5 * MiB))
         one.run()
         for number, (what, *about) in enumerate(told):
             before = told[:number]
@@ -18112,7 +18125,7 @@ def test_https_from_certificate_files(serve, certificate):
     assert "https://" in served.greeting
     trust = ssl.create_default_context(cafile=str(certificate[0]))
     connection = http.client.HTTPSConnection("localhost", served.address[1], context=trust, timeout=60)
-    data = os.urandom(6 * MiB)
+    data = random_bytes(6 * MiB)
     for method, body, want in (("PUT", data, 201), ("GET", None, 200)):
         connection.request(method, "/dav/a", body, {"Authorization": basic()})
         answer = connection.getresponse()
@@ -18233,7 +18246,7 @@ def test_the_recipe_for_a_proxy_works_as_it_stands(behind, name):
         assert call("PUT", "/dav/" + odd, b"x").status == 201 and call("GET", "/dav/" + odd).body == b"x", odd
     assert call("GET", "/dav/a%2Fb").status == 400                       # it came as it was sent
     assert call("MOVE", "/dav/a%20b", Destination=here + "/dav/moved%20%23").status == 201 and call("GET", "/dav/moved%20%23").body == b"x"
-    data = os.urandom(3 * MiB)
+    data = random_bytes(3 * MiB)
     assert call("PUT", "/dav/large", data).status == 201 and call("GET", "/dav/large").body == data
     assert call("GET", "/dav/large", Range="bytes=7-99").body == data[7:100]
     head = call("GET", "/api/v1").json()
@@ -18315,10 +18328,10 @@ def test_a_full_disk_harms_nothing(serve, tmp_path):
         assert served.call("PUT", "/dav/a", b"old" * 10_000).status == 201
         codes, kept = [], 0
         for n in range(40):
-            codes.append(served.call("PUT", "/dav/f%d" % n, os.urandom(2_000_000)).status)
+            codes.append(served.call("PUT", "/dav/f%d" % n, random_bytes(2_000_000)).status)
             kept += codes[-1] == 201
             if codes[-1] != 201:
-                codes.append(served.call("PUT", "/dav/a", os.urandom(2_000_000)).status)
+                codes.append(served.call("PUT", "/dav/a", random_bytes(2_000_000)).status)
                 break
         assert codes[-2:] == [507, 507] and kept > 3
         assert served.call("GET", "/dav/a").body == b"old" * 10_000 and served.call("GET", "/dav/f0").status == 200
@@ -18648,7 +18661,7 @@ def test_losing_power_loses_nothing_acknowledged(tmp_path, rng):
 @needs_fork
 def test_a_gigabyte_reaches_a_request_link_through_broken_connections(serve, on_disk):
     """R33, law 13: nothing is seen before all is there, and the server takes no more memory for it than for a few chunks."""
-    size, block = 1024 * MiB, os.urandom(MiB - 32)
+    size, block = 1024 * MiB, random_bytes(MiB - 32)
     piece = lambda at: (hashlib.sha256(b"%d" % (at // MiB)).digest() + block)[at % MiB:]         # no two are alike
     served = serve("--workers", 1)
     served.call("MKCOL", "/dav/in")
@@ -18891,7 +18904,7 @@ def work_without_fsync(rng, place, names):
     for _ in range(rng.randrange(3, 25)):
         path, verb = place / rng.choice(names), rng.choice(["write"] * 4 + ["replace", "move", "delete"])
         path.parent.mkdir(exist_ok=True)
-        data = os.urandom(rng.choice([10, 3000, 3000, 200_000, 5_000_000 if rng.random() < 0.1 else 100]))
+        data = random_bytes(rng.choice([10, 3000, 3000, 200_000, 5_000_000 if rng.random() < 0.1 else 100]))
         if verb == "write":
             path.write_bytes(data)
         elif verb == "replace":
@@ -18915,7 +18928,7 @@ def change_cloud(rng, cloud, ann):
     for _ in range(rng.randrange(10, 60)):
         path = rng.choice(["", "d/", "d/e/"]) + "f%d" % rng.randrange(25)
         if rng.random() < 0.8:
-            put(cloud, ann, path, os.urandom(rng.choice([0, 10, 5_000, 90_000, 400_000])), parents=True)
+            put(cloud, ann, path, random_bytes(rng.choice([0, 10, 5_000, 90_000, 400_000])), parents=True)
         else:
             outcome(cloud.files.delete, ann, cs.split_path(path))
 
@@ -19030,7 +19043,7 @@ def kill_rounds(household, rng, rounds):
     for count in range(rounds):
         name = "d%d/f%d" % (rng.randrange(5), rng.randrange(200))
         for number in range(rng.randrange(1, 40)):
-            path, data = "%s-%d-%d" % (name, count, number), os.urandom(rng.choice([10, 5000, 200_000]))
+            path, data = "%s-%d-%d" % (name, count, number), random_bytes(rng.choice([10, 5000, 200_000]))
             (trees[count % 2] / path).parent.mkdir(exist_ok=True)
             (trees[count % 2] / path).write_bytes(data)
             expect[path] = data
@@ -19539,7 +19552,7 @@ def test_browser_uploads_files_and_folders(page, tmp_path):
     for n in range(250):
         (tmp_path / "up" / "inner" / ("f%03d.txt" % n)).write_text(str(n))
     (tmp_path / "up" / "top.txt").write_text("top")
-    (tmp_path / "large.bin").write_bytes(os.urandom(9 * MiB))
+    (tmp_path / "large.bin").write_bytes(random_bytes(9 * MiB))
     os.utime(tmp_path / "large.bin", (1_000_000_000, 1_000_000_000))
     page.open("/")
     page.sees("Nothing here yet")
@@ -20303,7 +20316,7 @@ def test_browser_keeps_the_readme_up_to_date(page):
 def noise(width, height):
     """A PNG that cannot be packed."""
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    rows = b"".join(b"\0" + os.urandom(width * 3) for _ in range(height))
+    rows = b"".join(b"\0" + random_bytes(width * 3) for _ in range(height))
     return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
             + chunk(b"IDAT", zlib.compress(rows, 0)) + chunk(b"IEND", b""))
 
@@ -22056,7 +22069,7 @@ def test_browser_lets_a_device_in(page):
 
 
 def test_browser_uploads_pause_resume_cancel_and_outlive_the_network(page, tmp_path, monkeypatch):
-    data = os.urandom(12 * MiB)
+    data = random_bytes(12 * MiB)
     for name in ("one.bin", "two.bin", "three.bin"):
         (tmp_path / name).write_bytes(data)
     offline = page.offline
@@ -22108,7 +22121,7 @@ def test_browser_gives_up_waiting_for_a_server_that_says_nothing(page, monkeypat
     for part, name in ((page.cloud.uploads, "create"), (page.cloud.uploads, "upload"), (page.cloud.uploads, "append"), (page.cloud.files, "write"),
                        (page.cloud.files, "listing")):
         hang(part, name)
-    data = os.urandom(5 * MiB)
+    data = random_bytes(5 * MiB)
     page.run("""const data = Uint8Array.from(atob(arguments[0]), one => one.charCodeAt(0));
         addUploads([{path: 'a.bin', file: new File([data], 'a.bin')}, {path: 'b.txt', file: new File(['b'], 'b.txt')}])""", base64.b64encode(data).decode())
     page.sees("2 files uploaded")
@@ -22126,7 +22139,7 @@ def test_browser_gives_up_waiting_for_a_server_that_says_nothing(page, monkeypat
 
 def test_browser_says_what_the_end_of_a_page_broke_off(page, tmp_path):
     """P13: and goes on when it is chosen again."""
-    data = os.urandom(20 * MiB)
+    data = random_bytes(20 * MiB)
     (tmp_path / "big.bin").write_bytes(data)
     (tmp_path / "b.txt").write_text("b")
     page.cloud.files.make_collection(page.who, ("box",))
@@ -22173,7 +22186,7 @@ def test_browser_knows_a_file_whose_answer_was_lost(page, monkeypatch):
 
 
 def test_browser_says_how_fast_an_upload_is_and_how_long_it_takes(page, tmp_path):
-    (tmp_path / "a.bin").write_bytes(os.urandom(8 * MiB))
+    (tmp_path / "a.bin").write_bytes(random_bytes(8 * MiB))
     page.open("/")
     page.sees("Nothing here yet")
     page.cdp("Network.enable")
@@ -22391,7 +22404,7 @@ def test_browser_uploads_two_gigabytes_over_a_broken_network_and_a_killed_server
     with open(tmp_path / "large.bin", "wb") as file:
         for at in range(0, size, MiB):
             file.seek(at)
-            file.write(os.urandom(5000))
+            file.write(random_bytes(5000))
         file.truncate(size)
     served = serve("--workers", 1)
     browser.cdp("Network.clearBrowserCookies")
@@ -22781,7 +22794,7 @@ def test_curl_as_in_the_readme(serve, tmp_path):
     served = serve()
     curl = [program("curl"), "-sS", "-u", "ann:" + PASSWORD]
     source = tmp_path / "photo 1.jpg"
-    source.write_bytes(os.urandom(300_000))
+    source.write_bytes(random_bytes(300_000))
     assert "201" in client(*curl, "-i", "-T", source, url_of(served))
     assert "201" in client(*curl, "-i", "-T", source, url_of(served, "/dav/a/b/photo.jpg?parents=1"))
     client(*curl, "-o", tmp_path / "back", url_of(served, "/dav/a/b/photo.jpg"))
@@ -22809,7 +22822,7 @@ def make_tree(home, rng, files):
     for n in range(files):
         path = home / ("d%d" % (n % 17)) / ("s%d" % (n % 5)) / rng.choice(["f%d.txt", "with blank %d", "\u00e4\u00f6 %d.md", "#%%&+ %d", "\U0001f600%d"]).__mod__(n)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(os.urandom(rng.choice((0, 1, 500, 4096, 20_000, 100_000 if n % 50 == 0 else 10))))
+        path.write_bytes(random_bytes(rng.choice((0, 1, 500, 4096, 20_000, 100_000 if n % 50 == 0 else 10))))
         os.utime(path, (1_000_000_000 + n, 1_000_000_000 + n))
     return home
 
@@ -22830,7 +22843,7 @@ def rclone_environment(served, tmp_path, vendor="other"):
 @pytest.mark.parametrize("vendor, files", [pytest.param("other", 40, marks=slow), ("owncloud", 12), ("nextcloud", 12), pytest.param("other", 5000, marks=slow)])
 def test_rclone_copies_checks_and_syncs(serve, tmp_path, rng, vendor, files):
     served, source = serve(), make_tree(tmp_path / "source", rng, files)
-    (source / "large.bin").write_bytes(os.urandom(21 * MiB))     # newer ones send it to Nextcloud in chunks
+    (source / "large.bin").write_bytes(random_bytes(21 * MiB))     # newer ones send it to Nextcloud in chunks
     environment, rclone = rclone_environment(served, tmp_path, vendor), program("rclone")
     flags = ["--transfers", "8", "--retries", "1", "-q"]
     client(rclone, "copy", source, "x:tree", *flags, env=environment, timeout=300)
@@ -22898,7 +22911,7 @@ def test_davfs2_mounts_and_edits(serve, tmp_path, user, top):
     (tmp_path / "secrets").chmod(0o600)
     client(mount, url_of(served, "/dav/" + top), place, "-o", "conf=%s" % config, timeout=60)
     try:
-        data = os.urandom(200_000)
+        data = random_bytes(200_000)
         (place / "dir").mkdir()
         (place / "dir" / "a.bin").write_bytes(data)
         (place / "dir" / "b.txt").write_text("one\n")
@@ -22921,7 +22934,7 @@ def test_a_tus_client_uploads_and_resumes(serve, tmp_path):
     except ImportError:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("tuspy is not installed")
     served, source = serve(), tmp_path / "big.bin"
-    source.write_bytes(os.urandom(11 * MiB + 3))
+    source.write_bytes(random_bytes(11 * MiB + 3))
     tus = tus_client.TusClient(url_of(served, "/tus"), headers={"Authorization": basic()})
     uploader = tus.uploader(str(source), chunk_size=3 * MiB, metadata={"filename": "big.bin"}, upload_checksum=True)
     uploader.upload_chunk()
@@ -23018,12 +23031,12 @@ def test_desktop_clients_sync_both_ways(desktops):
     for name in ODD_NAMES:
         one.write("odd/%s/%s" % (name, name), name)
     one.write("empty.txt", b"")
-    one.write("big.bin", os.urandom(300_000), mtime=1_234_567_890)
+    one.write("big.bin", random_bytes(300_000), mtime=1_234_567_890)
     (one.folder / "empty folder").mkdir()
     before = one.tree()
     assert settle(served, one, two) == before
     assert int((two.folder / "big.bin").stat().st_mtime) == 1_234_567_890
-    two.write("big.bin", os.urandom(300_001))            # edits, on both sides and of several kinds
+    two.write("big.bin", random_bytes(300_001))            # edits, on both sides and of several kinds
     two.write("empty.txt", b"not any more")
     one.write("odd/a b/a b", b"")
     after = settle(served, two, one)
@@ -23082,7 +23095,7 @@ def test_desktop_clients_send_large_files_in_chunks_and_go_on_after_a_kill(deskt
     served, one, two, _ = desktops
     small = {"OWNCLOUD_CHUNK_SIZE": str(MiB), "OWNCLOUD_MIN_CHUNK_SIZE": str(MiB), "OWNCLOUD_MAX_CHUNK_SIZE": str(MiB),
              "OWNCLOUD_TARGET_CHUNK_UPLOAD_DURATION": "0"}
-    data = os.urandom(24 * MiB + 17)
+    data = random_bytes(24 * MiB + 17)
     one.write("large.bin", data, mtime=1_600_000_000)
     database, seen = sqlite3.connect(str(served.data / "cloud.db")), 0
     process = one.start(**small)
@@ -23284,7 +23297,7 @@ def test_a_current_rclone_keeps_times_and_checksums(serve, tmp_path, vendor):
     (tmp_path / "source").mkdir()
     for name in ("a \u00e4", "b"):
         (tmp_path / "source" / name).write_text("content of " + name)
-    (tmp_path / "source" / "large").write_bytes(os.urandom(21 * MiB))
+    (tmp_path / "source" / "large").write_bytes(random_bytes(21 * MiB))
     run_("copy", tmp_path / "source", "x:tree")
     run_("touch", "--timestamp", "2001-02-03T04:05:06", "x:tree/b")
     assert "2001-02-03 04:05:06" in run_("lsl", "x:tree")
@@ -23366,7 +23379,7 @@ def test_dvc_pushes_and_pulls(serve, tmp_path):
     run_("init", "--no-scm", "-q")
     run_("remote", "add", "-q", "-d", "r", url_of(served, "/dav/store").replace("http", "webdav"))
     run_("remote", "modify", "r", "user", "ann"), run_("remote", "modify", "r", "password", PASSWORD)
-    data = os.urandom(300_000)
+    data = random_bytes(300_000)
     (work / "data.bin").write_bytes(data)
     (work / "dir").mkdir()
     for n in range(3):
