@@ -15,29 +15,30 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      7  Database        Database Sqlite Batch SCHEMA MIGRATIONS        two calls: read and write
      8  Accounts        Credentials Accounts Devices                   who is asking
      9  Tree            View Place Moment Contents Locks Brake         the tree of files, read
-    10  Changes         Space Tree Draft Plan                          how it is changed
-    11  Files           Files Copies Search                            the verbs of what is
-    12  History         Span Journal Feed History Versions Trash       ... and of what was
-    13  Sharing         Sharing Terms Drops                            what people hand to others
-    14  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
-    15  HTTP            Request Response route respond                 what is asked, and the gate
-    16  Connections     Parser Connection Handler                      the only code that touches a socket
-    17  JSON API        api_*                                          what the page and programs use
-    18  Transfer        tus_* sync_*                                   resumable uploads, native sync
-    19  WebDAV          dav_*                                          RFC 4918
-    20  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
-    21  Upkeep          Upkeep Janitor                                 background jobs
-    22  Service         CloudServer Supervisor                         start, stop, logs
-    23  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
-    24  Folder          Rules Folder Memory                            a folder on this computer
-    25  Link            Link Fetcher introduce                         the server at the other end of a sync
-    26  Planner         Session Worklist Planner                      what a sync has to do
-    27  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
-    28  Command line    main                                           a function per command
-    29  Page parts      PARTS_* WORDS bare                             what pages are made of
-    30  Visitor         link_page H                                    what visitors of links see
-    31  Links           link_*                                         the doors that links open
-    32  Page            PAGE_* web_page                                the embedded page
+    10  Mounts          Access Grant Mounts                            what others shared, as it stands in a root
+    11  Changes         Space Tree Draft Plan                          how it is changed
+    12  Files           Files Copies Search                            the verbs of what is
+    13  History         Span Journal Feed History Versions Trash       ... and of what was
+    14  Sharing         Sharing Terms Drops                            what people hand to others
+    15  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
+    16  HTTP            Request Response route respond                 what is asked, and the gate
+    17  Connections     Parser Connection Handler                      the only code that touches a socket
+    18  JSON API        api_*                                          what the page and programs use
+    19  Transfer        tus_* sync_*                                   resumable uploads, native sync
+    20  WebDAV          dav_*                                          RFC 4918
+    21  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
+    22  Upkeep          Upkeep Janitor                                 background jobs
+    23  Service         CloudServer Supervisor                         start, stop, logs
+    24  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
+    25  Folder          Rules Folder Memory                            a folder on this computer
+    26  Link            Link Fetcher introduce                         the server at the other end of a sync
+    27  Planner         Session Worklist Planner                      what a sync has to do
+    28  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
+    29  Command line    main                                           a function per command
+    30  Page parts      PARTS_* WORDS bare                             what pages are made of
+    31  Visitor         link_page H                                    what visitors of links see
+    32  Links           link_*                                         the doors that links open
+    33  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -45,7 +46,7 @@ The path of a request:
         1 find_route  ROUTES         which function?                    404 405
         2 identify    Credentials    who is asking?  (of a link: Sharing)
         3 admit       Route.needs    may they knock?                    401 403
-        4 handler     rooms 17-20    words to values, one Cloud call, values to words
+        4 handler     rooms 18-21    words to values, one Cloud call, values to words
               Files, History, ...    this principal, on this node?      403 404 409 412 423 507
                   Store              bytes first, no lock held
                   Database           then guards, rows and one journal line, in one batch
@@ -4815,221 +4816,6 @@ class Entries(Moment):
                 self._named[node.parent, key_of(node.name)] = node
 
 
-class Access(NamedTuple):
-    """What one share gives."""
-    share: int
-    node: int                    # from there downwards
-    rights: frozenset[str]
-
-
-class Grant(NamedTuple):
-    """What somebody else shared with the owner of a home, as a mount in the root of that home shows it."""
-    mount: int                   # the entry in the root
-    name: str                    # its name
-    owner: str                   # the name of who shared it
-    node: Node                   # the target
-    above: tuple[int, ...]       # what holds it, the root of its home first
-    seq: int                     # of the shares
-    accesses: list[Access]       # by the shares of the target, and by those of what lies in it
-
-    def accesses_at(self, ids: Collection[int]) -> list[Access]:
-        """Those to a node, by the ids of what holds it, and its own."""
-        return [access for access in self.accesses if access.node in ids]
-
-    def rights_at(self, ids: Collection[int]) -> frozenset[str]:
-        return frozenset().union(*(access.rights for access in self.accesses_at(ids)))
-
-    @property
-    def rights(self) -> frozenset[str]:
-        return self.rights_at((self.node.node,))
-
-    def opens(self, who: Principal, ids: Collection[int]) -> View:
-        """What somebody may see and do by it at a node in it, by the ids of that and of what holds it."""
-        rights = view_of(who).rights & self.rights_at(ids)
-        return View(limited_to(who, self.node, rights), self.node.home, self.node.node, rights, False, self.seq)
-
-    def seen(self) -> Node:
-        """The target as it is seen: under the name of the mount."""
-        return self.node._replace(name=self.name, **({"seq": max(self.node.seq, self.seq)} if self.node.kind else {}))
-
-
-def outermost_of(grants: list[Grant]) -> list[Grant]:
-    """Those whose target lies in that of no other one, where their rights are added (law 3)."""
-    all, found = {grant.node.node: grant for grant in grants}, []
-    for inner in grants:
-        outer = [all[id] for id in inner.above if id in all]
-        for one in outer:
-            one.accesses.extend(inner.accesses_at((inner.node.node,)))
-        if not outer:
-            found.append(inner)
-    return found
-
-
-REACHES = (  # does share s reach account :home, by itself or by a group?  Nobody is reached by what they gave
-    "(s.kind = 'account' AND s.grantee = :home OR s.kind = 'group' AND s.giver <> :home AND EXISTS (SELECT 1 FROM member WHERE grp = s.grantee AND account = :home))")
-STANDING = (  # does share s count at due time :now, and may its giver share?
-    "(s.ended IS NULL AND (s.due IS NULL OR s.due > :now) AND EXISTS (SELECT 1 FROM account WHERE id = s.giver AND sharing AND removed IS NULL))")
-ALLOWED = "NOT EXISTS (SELECT 1 FROM setting WHERE name = 'sharing' AND value = 'none')"       # may people share with each other?
-SWITCHED_ON = "(EXISTS (SELECT 1 FROM account WHERE id = :home AND sharing) AND " + ALLOWED + ")"   # may account :home share, and be shared with?
-CHAIN = (  # share :share and all above it, if they stand at due time :now: a row of (parent, rights, node) for each
-    "WITH RECURSIVE given (parent, rights, giver, node) AS (SELECT s.parent, s.rights, s.giver, s.node FROM share s WHERE s.id = :share AND " + STANDING
-    + " UNION ALL SELECT s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND " + ALLOWED + " AND "
-    + REACHES.replace(":home", "g.giver") + ") SELECT parent, rights, node FROM given")
-MOUNTED = (  # the targets of all mounts in home :home, all that holds them, and the shares that stand at due time :now, each with its chain
-    "WITH RECURSIVE up (id, above) AS (SELECT e.node, e.parent FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = :home "
-    "AND m.until IS NULL UNION SELECT e.node, e.parent FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL), "
-    "given (share, node, parent, rights, giver, top) AS (SELECT s.id, s.node, s.parent, s.rights, s.giver, s.node FROM mount m JOIN share s "
-    "ON s.node = m.target AND " + STANDING + " AND " + REACHES + " WHERE m.home = :home AND m.until IS NULL AND " + SWITCHED_ON + " UNION ALL "
-    "SELECT g.share, g.node, s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND "
-    + REACHES.replace(":home", "g.giver") + ") SELECT up.id, up.above, m.node, x.name, (SELECT name FROM account WHERE id = e.home), "
-    "m.seq, CASE WHEN m.node IS NOT NULL THEN (SELECT max(seq) FROM share WHERE node = up.id) END, g.share, g.parent, g.rights, g.top, " + NODE + " FROM up "
-    "LEFT JOIN mount m ON m.home = :home AND m.target = up.id AND m.until IS NULL LEFT JOIN entry x ON x.node = m.node AND x.until IS NULL "
-    "LEFT JOIN entry e ON e.node = m.target AND e.until IS NULL LEFT JOIN collection c ON c.node = m.target LEFT JOIN given g ON g.node = m.target "
-    "ORDER BY m.node")
-STOOD = " UNION ALL ".join(  # the mounts that stood in home :home as of :seq; what still stands may have had another name
-    "SELECT m.node, e.name, m.target FROM mount m JOIN entry e ON e.node = m.node AND e.since <= :seq AND e.until %s WHERE m.home = :home "
-    "AND m.until %s" % untils for untils in (("IS NULL", "IS NULL"), ("> :seq", "IS NULL"), ("> :seq", "IS NOT NULL")))
-NEWEST_SHARED = (  # the newest seq of what the mounts of home a.id show, or showed, and of all shares of that: it never falls
-    "(SELECT max(seq) FROM (SELECT c.seq FROM mount m JOIN collection c ON c.node = m.target WHERE m.home = a.id AND m.until IS NULL UNION ALL "
-    "SELECT e.since FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = a.id AND m.until IS NULL UNION ALL "
-    "SELECT (SELECT max(seq) FROM share WHERE node = m.target) FROM mount m WHERE m.home = a.id AND m.until IS NULL) AS shown)")
-
-
-HELD_BY = (  # the shares of a home for people and groups, each with what holds its node, upwards
-    "WITH RECURSIVE up (share, id) AS (SELECT id, node FROM share WHERE home = :home AND kind <> 'link' AND ended IS NULL UNION ALL "
-    "SELECT up.share, e.parent FROM up JOIN entry e ON e.node = up.id AND e.until IS NULL WHERE e.parent IS NOT NULL) SELECT share, id FROM up")
-RAISE_NESTED = (  # the mounts of home :home that show something that lies in what mount :node showed, or holds it: their rights depended on each other
-    "UPDATE mount SET seq = (SELECT max(seq) FROM journal) WHERE home = :home AND until IS NULL AND node IN (WITH RECURSIVE up (mount, id) AS ("
-    "SELECT node, target FROM mount WHERE home = :home AND until IS NULL UNION ALL SELECT node, target FROM mount WHERE node = :node UNION ALL "
-    "SELECT up.mount, e.parent FROM up JOIN entry e ON e.node = up.id AND e.until IS NULL WHERE e.parent IS NOT NULL) "
-    "SELECT up.mount FROM up JOIN mount n ON n.target = up.id WHERE n.node = :node UNION ALL "
-    "SELECT m.node FROM up JOIN mount m ON m.target = up.id AND m.home = :home AND m.until IS NULL WHERE up.mount = :node)")
-RAISE_SHARE = "UPDATE share SET seq = (SELECT max(seq) FROM journal) WHERE id = ?"
-
-
-class Mounts:
-    """What others shared with somebody: entries in the root of their home, each with a node of another home as its target."""
-
-    def __init__(self, db: Database, clock: Clock) -> None:
-        self.db, self.clock = db, clock
-        self.seen: set[int] = set()                          # shares by which somebody came, not yet written
-
-    def of(self, read: Read, home: int) -> dict[int, Grant]:
-        """{mount: what it shows}; not those whose share has ended, whose target is in the trash, or that another one shows as well."""
-        return {grant.mount: grant for grant in outermost_of(self._standing(read, home))}
-
-    def _standing(self, read: Read, home: int) -> list[Grant]:
-        holder: dict[int, int | None] = {}
-        mounts: dict[int, list[tuple[Any, ...]]] = {}
-        for id, above, *row in read(MOUNTED, {"home": home, "now": self.clock.due()}):
-            holder[id] = above
-            if row[0] is not None:
-                mounts.setdefault(row[0], []).append(tuple(row))
-        found, own, floors = [], {}, {}
-        for mount, rows in mounts.items():
-            (_, name, owner, came, seq), node = rows[0][:5], Node._make(rows[0][9:])
-            line = line_up(holder, node.node)
-            own[node.node] = max(came, seq or 0)
-            for id in line:                              # where a mount lies in another, the rights of the two depend on each other, or did
-                floors[id] = max(floors.get(id, 0), own[node.node])
-            grant = Grant(mount, name, owner, node, tuple(reversed(line[1:])), 0, accesses_of([row[5:9] for row in rows], line))
-            if any(READ in access.rights for access in grant.accesses) and line[-1] in holder and node.home != home:
-                found.append(grant)
-        return [grant._replace(seq=max([floors[grant.node.node], *(own.get(id, 0) for id in grant.above)])) for grant in found]
-
-    def stood_at(self, moment: Moment, home: int) -> list[Grant]:
-        """All that stood as of a moment, whoever may see it by now; nothing is said of rights."""
-        rows, found = list(moment.read(STOOD, {"home": home, "seq": moment.seq})), []
-        moment.load(target for _, _, target in rows)
-        for mount, name, target in rows:
-            line = [moment.node(id) for id in moment.line(target)]
-            if line[-1] and line[-1].parent is None and line[0].home != home:
-                found.append(Grant(mount, name, "", line[0], tuple(node.node for node in reversed(line[1:])), 0, []))
-        return found
-
-    def owner(self, mount: int) -> str:
-        """The name of who shared what a mount shows, or showed."""
-        return self.db.read("SELECT a.name FROM mount m JOIN share s ON s.node = m.target JOIN account a ON a.id = s.home WHERE m.node = ? LIMIT 1", (mount,))[0][0]
-
-    def access(self, read: Read, share: int, node: int) -> Access | None:
-        """What a share of a node gives by now; None if it, or one above it, does not stand, or if the node is not there."""
-        above = Moment(read, node).above(node)
-        return None if above is None else access_by(share, node, list(read(CHAIN, {"share": share, "now": self.clock.due()})), (*above, node))
-
-    def to_give_on(self, read: Read, who: Principal, place: Place) -> Access | None:
-        """The share by which somebody may share what is at a place: of several that which allows most.  None: it is their own
-        raises CloudError forbidden"""
-        home, ids = view_of(who).home, (*place.chain, place.found().node)
-        if place.view.home == home:
-            return None
-        found = [access for grant in self.of(read, home).values() for access in grant.accesses_at(ids) if SHARE in access.rights]
-        if not found:
-            raise CloudError("forbidden", "nobody can give more than they have")
-        return max(found, key=lambda access: len(access.rights))
-
-    def raised(self, home: int, nodes: dict[int, int]) -> list[Statement]:
-        """What tells those who see what is shared in a home that it, or what holds it, left its place or came to one: {node: its kind} (law 5)."""
-        def look() -> tuple[dict[int, int], int, Collection[int]]:
-            given = dict(self.db.read("SELECT id, node FROM share WHERE home = ? AND kind <> 'link' AND ended IS NULL", (home,)))
-            return given, KiB + 200 * len(given), ()             # who changes a share touches everything
-
-        given: dict[int, int] = self.db.recent.get(("given", home), look)
-        shares = {share for share, node in given.items() if node in nodes}
-        if given and any(nodes.values()):
-            shares.update(share for share, id in self.db.read(HELD_BY, {"home": home}) if id in nodes)
-        return [Statement(RAISE_SHARE, [(share,) for share in sorted(shares)], many=True)] if shares else []
-
-    # ---- which mounts a Moment goes on at
-
-    def now(self, view: View) -> Seen:
-        """Those that somebody may read."""
-        return lambda moment: list(self.of(moment.read, view.home).values())
-
-    def then(self, view: View, right: str) -> Seen:
-        """Those that stood then, to which somebody has a right now."""
-        def look(moment: Moment) -> list[Grant]:
-            standing = {grant.mount: grant for grant in self._standing(moment.read, view.home) if right in grant.rights}
-            return outermost_of([standing[one.mount]._replace(name=one.name, node=one.node, above=one.above)
-                                 for one in self.stood_at(moment, view.home) if one.mount in standing])
-        return look
-
-    def stood(self, home: int) -> Seen:
-        """Those that stood then, to compare with: not to be shown."""
-        return lambda moment: outermost_of(self.stood_at(moment, home))
-
-
-def line_up(holder: dict[int, int | None], id: int) -> list[int]:
-    """A node and what holds it, upwards, by what is known of that; to the root of its home if all of them live."""
-    line = [id]
-    while holder.get(line[-1]) is not None:
-        line.append(holder[line[-1]])
-    return line
-
-
-def accesses_of(rows: Iterable[tuple[Any, ...]], line: list[int]) -> list[Access]:
-    """What each share of a node gives, by rows (share, parent, rights, node) of it and of all above it; `line` is the node and what holds it."""
-    chains: dict[int, list[tuple[Any, ...]]] = {}
-    for share, *chain in rows:
-        if share is not None:
-            chains.setdefault(share, []).append(tuple(chain))
-    found = (access_by(share, line[0], chain, line) for share, chain in chains.items())
-    return [access for access in found if access]
-
-
-def access_by(share: int, node: int, chain: list[tuple[Any, ...]], line: Collection[int]) -> Access | None:
-    """What a share gives, by (parent, rights, node) of it and of all above it that stand: no more than those above, and nothing if one of them is
-    missing, or shares nothing any more that holds the node, whose `line` is that and what holds it."""
-    if all(parent is not None for parent, *_ in chain) or not all(top in line for *_, top in chain):
-        return None
-    return Access(share, node, frozenset.intersection(*(rights_named(rights) for _, rights, _ in chain)))
-
-
-@lru_cache(maxsize=128)
-def rights_named(text: str) -> frozenset[str]:
-    """Rights as they are stored."""
-    return frozenset(text.split())
-
-
 def seen_by(read: Read, who: Principal, mounts: Mounts | None = None) -> Moment:
     """What somebody sees, as it is now: nothing, if the collection that a device is limited to is in the trash.
 
@@ -5387,7 +5173,287 @@ LINK_REFUSES = (
 COUNT_CAME = "UPDATE share SET files = files + ?, bytes = bytes + ? WHERE id = ?"
 
 
-# ==== 10. Changes ========================================================================
+# ==== 10. Mounts =========================================================================
+#
+# What others shared with somebody stands in the root of their home: who sees what of it, and how a mount comes, gets another name and goes.
+
+
+class Access(NamedTuple):
+    """What one share gives."""
+    share: int
+    node: int                    # from there downwards
+    rights: frozenset[str]
+
+
+class Grant(NamedTuple):
+    """What somebody else shared with the owner of a home, as a mount in the root of that home shows it."""
+    mount: int                   # the entry in the root
+    name: str                    # its name
+    owner: str                   # the name of who shared it
+    node: Node                   # the target
+    above: tuple[int, ...]       # what holds it, the root of its home first
+    seq: int                     # of the shares
+    accesses: list[Access]       # by the shares of the target, and by those of what lies in it
+
+    def accesses_at(self, ids: Collection[int]) -> list[Access]:
+        """Those to a node, by the ids of what holds it, and its own."""
+        return [access for access in self.accesses if access.node in ids]
+
+    def rights_at(self, ids: Collection[int]) -> frozenset[str]:
+        return frozenset().union(*(access.rights for access in self.accesses_at(ids)))
+
+    @property
+    def rights(self) -> frozenset[str]:
+        return self.rights_at((self.node.node,))
+
+    def opens(self, who: Principal, ids: Collection[int]) -> View:
+        """What somebody may see and do by it at a node in it, by the ids of that and of what holds it."""
+        rights = view_of(who).rights & self.rights_at(ids)
+        return View(limited_to(who, self.node, rights), self.node.home, self.node.node, rights, False, self.seq)
+
+    def seen(self) -> Node:
+        """The target as it is seen: under the name of the mount."""
+        return self.node._replace(name=self.name, **({"seq": max(self.node.seq, self.seq)} if self.node.kind else {}))
+
+
+def outermost_of(grants: list[Grant]) -> list[Grant]:
+    """Those whose target lies in that of no other one, where their rights are added (law 3)."""
+    all, found = {grant.node.node: grant for grant in grants}, []
+    for inner in grants:
+        outer = [all[id] for id in inner.above if id in all]
+        for one in outer:
+            one.accesses.extend(inner.accesses_at((inner.node.node,)))
+        if not outer:
+            found.append(inner)
+    return found
+
+
+REACHES = (  # does share s reach account :home, by itself or by a group?  Nobody is reached by what they gave
+    "(s.kind = 'account' AND s.grantee = :home OR s.kind = 'group' AND s.giver <> :home AND EXISTS (SELECT 1 FROM member WHERE grp = s.grantee AND account = :home))")
+STANDING = (  # does share s count at due time :now, and may its giver share?
+    "(s.ended IS NULL AND (s.due IS NULL OR s.due > :now) AND EXISTS (SELECT 1 FROM account WHERE id = s.giver AND sharing AND removed IS NULL))")
+ALLOWED = "NOT EXISTS (SELECT 1 FROM setting WHERE name = 'sharing' AND value = 'none')"       # may people share with each other?
+SWITCHED_ON = "(EXISTS (SELECT 1 FROM account WHERE id = :home AND sharing) AND " + ALLOWED + ")"   # may account :home share, and be shared with?
+CHAIN = (  # share :share and all above it, if they stand at due time :now: a row of (parent, rights, node) for each
+    "WITH RECURSIVE given (parent, rights, giver, node) AS (SELECT s.parent, s.rights, s.giver, s.node FROM share s WHERE s.id = :share AND " + STANDING
+    + " UNION ALL SELECT s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND " + ALLOWED + " AND "
+    + REACHES.replace(":home", "g.giver") + ") SELECT parent, rights, node FROM given")
+MOUNTED = (  # the targets of all mounts in home :home, all that holds them, and the shares that stand at due time :now, each with its chain
+    "WITH RECURSIVE up (id, above) AS (SELECT e.node, e.parent FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = :home "
+    "AND m.until IS NULL UNION SELECT e.node, e.parent FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL), "
+    "given (share, node, parent, rights, giver, top) AS (SELECT s.id, s.node, s.parent, s.rights, s.giver, s.node FROM mount m JOIN share s "
+    "ON s.node = m.target AND " + STANDING + " AND " + REACHES + " WHERE m.home = :home AND m.until IS NULL AND " + SWITCHED_ON + " UNION ALL "
+    "SELECT g.share, g.node, s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND "
+    + REACHES.replace(":home", "g.giver") + ") SELECT up.id, up.above, m.node, x.name, (SELECT name FROM account WHERE id = e.home), "
+    "m.seq, CASE WHEN m.node IS NOT NULL THEN (SELECT max(seq) FROM share WHERE node = up.id) END, g.share, g.parent, g.rights, g.top, " + NODE + " FROM up "
+    "LEFT JOIN mount m ON m.home = :home AND m.target = up.id AND m.until IS NULL LEFT JOIN entry x ON x.node = m.node AND x.until IS NULL "
+    "LEFT JOIN entry e ON e.node = m.target AND e.until IS NULL LEFT JOIN collection c ON c.node = m.target LEFT JOIN given g ON g.node = m.target "
+    "ORDER BY m.node")
+STOOD = " UNION ALL ".join(  # the mounts that stood in home :home as of :seq; what still stands may have had another name
+    "SELECT m.node, e.name, m.target FROM mount m JOIN entry e ON e.node = m.node AND e.since <= :seq AND e.until %s WHERE m.home = :home "
+    "AND m.until %s" % untils for untils in (("IS NULL", "IS NULL"), ("> :seq", "IS NULL"), ("> :seq", "IS NOT NULL")))
+NEWEST_SHARED = (  # the newest seq of what the mounts of home a.id show, or showed, and of all shares of that: it never falls
+    "(SELECT max(seq) FROM (SELECT c.seq FROM mount m JOIN collection c ON c.node = m.target WHERE m.home = a.id AND m.until IS NULL UNION ALL "
+    "SELECT e.since FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = a.id AND m.until IS NULL UNION ALL "
+    "SELECT (SELECT max(seq) FROM share WHERE node = m.target) FROM mount m WHERE m.home = a.id AND m.until IS NULL) AS shown)")
+
+
+HELD_BY = (  # the shares of a home for people and groups, each with what holds its node, upwards
+    "WITH RECURSIVE up (share, id) AS (SELECT id, node FROM share WHERE home = :home AND kind <> 'link' AND ended IS NULL UNION ALL "
+    "SELECT up.share, e.parent FROM up JOIN entry e ON e.node = up.id AND e.until IS NULL WHERE e.parent IS NOT NULL) SELECT share, id FROM up")
+RAISE_NESTED = (  # the mounts of home :home that show something that lies in what mount :node showed, or holds it: their rights depended on each other
+    "UPDATE mount SET seq = (SELECT max(seq) FROM journal) WHERE home = :home AND until IS NULL AND node IN (WITH RECURSIVE up (mount, id) AS ("
+    "SELECT node, target FROM mount WHERE home = :home AND until IS NULL UNION ALL SELECT node, target FROM mount WHERE node = :node UNION ALL "
+    "SELECT up.mount, e.parent FROM up JOIN entry e ON e.node = up.id AND e.until IS NULL WHERE e.parent IS NOT NULL) "
+    "SELECT up.mount FROM up JOIN mount n ON n.target = up.id WHERE n.node = :node UNION ALL "
+    "SELECT m.node FROM up JOIN mount m ON m.target = up.id AND m.home = :home AND m.until IS NULL WHERE up.mount = :node)")
+RAISE_SHARE = "UPDATE share SET seq = (SELECT max(seq) FROM journal) WHERE id = ?"
+SAY = "INSERT INTO answer (share, account, said) %s ON CONFLICT (share, account) DO UPDATE SET said = excluded.said"
+DECLINE = SAY % (
+    "SELECT s.id, :home, 'declined' FROM mount m JOIN share s ON s.node = m.target WHERE m.node = :mount AND s.ended IS NULL AND " + REACHES)
+ACCEPT = SAY % (  # share :share of node :node, and with it what was declined of that node
+    "SELECT s.id, :home, 'accepted' FROM share s WHERE s.node = :node AND s.ended IS NULL AND " + REACHES + " AND (s.id = :share OR EXISTS "
+    "(SELECT 1 FROM answer WHERE share = s.id AND account = :home AND said = 'declined'))")
+
+
+class Mounts:
+    """What others shared with somebody: entries in the root of their home, each with a node of another home as its target."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self.db, self.clock = db, clock
+        self.seen: set[int] = set()                          # shares by which somebody came, not yet written
+
+    def of(self, read: Read, home: int) -> dict[int, Grant]:
+        """{mount: what it shows}; not those whose share has ended, whose target is in the trash, or that another one shows as well."""
+        return {grant.mount: grant for grant in outermost_of(self._standing(read, home))}
+
+    def _standing(self, read: Read, home: int) -> list[Grant]:
+        holder: dict[int, int | None] = {}
+        mounts: dict[int, list[tuple[Any, ...]]] = {}
+        for id, above, *row in read(MOUNTED, {"home": home, "now": self.clock.due()}):
+            holder[id] = above
+            if row[0] is not None:
+                mounts.setdefault(row[0], []).append(tuple(row))
+        found, own, floors = [], {}, {}
+        for mount, rows in mounts.items():
+            (_, name, owner, came, seq), node = rows[0][:5], Node._make(rows[0][9:])
+            line = line_up(holder, node.node)
+            own[node.node] = max(came, seq or 0)
+            for id in line:                              # where a mount lies in another, the rights of the two depend on each other, or did
+                floors[id] = max(floors.get(id, 0), own[node.node])
+            grant = Grant(mount, name, owner, node, tuple(reversed(line[1:])), 0, accesses_of([row[5:9] for row in rows], line))
+            if any(READ in access.rights for access in grant.accesses) and line[-1] in holder and node.home != home:
+                found.append(grant)
+        return [grant._replace(seq=max([floors[grant.node.node], *(own.get(id, 0) for id in grant.above)])) for grant in found]
+
+    def stood_at(self, moment: Moment, home: int) -> list[Grant]:
+        """All that stood as of a moment, whoever may see it by now; nothing is said of rights."""
+        rows, found = list(moment.read(STOOD, {"home": home, "seq": moment.seq})), []
+        moment.load(target for _, _, target in rows)
+        for mount, name, target in rows:
+            line = [moment.node(id) for id in moment.line(target)]
+            if line[-1] and line[-1].parent is None and line[0].home != home:
+                found.append(Grant(mount, name, "", line[0], tuple(node.node for node in reversed(line[1:])), 0, []))
+        return found
+
+    def owner(self, mount: int) -> str:
+        """The name of who shared what a mount shows, or showed."""
+        return self.db.read("SELECT a.name FROM mount m JOIN share s ON s.node = m.target JOIN account a ON a.id = s.home WHERE m.node = ? LIMIT 1", (mount,))[0][0]
+
+    def access(self, read: Read, share: int, node: int) -> Access | None:
+        """What a share of a node gives by now; None if it, or one above it, does not stand, or if the node is not there."""
+        above = Moment(read, node).above(node)
+        return None if above is None else access_by(share, node, list(read(CHAIN, {"share": share, "now": self.clock.due()})), (*above, node))
+
+    def to_give_on(self, read: Read, who: Principal, place: Place) -> Access | None:
+        """The share by which somebody may share what is at a place: of several that which allows most.  None: it is their own
+        raises CloudError forbidden"""
+        home, ids = view_of(who).home, (*place.chain, place.found().node)
+        if place.view.home == home:
+            return None
+        found = [access for grant in self.of(read, home).values() for access in grant.accesses_at(ids) if SHARE in access.rights]
+        if not found:
+            raise CloudError("forbidden", "nobody can give more than they have")
+        return max(found, key=lambda access: len(access.rights))
+
+    def raised(self, home: int, nodes: dict[int, int]) -> list[Statement]:
+        """What tells those who see what is shared in a home that it, or what holds it, left its place or came to one: {node: its kind} (law 5)."""
+        def look() -> tuple[dict[int, int], int, Collection[int]]:
+            given = dict(self.db.read("SELECT id, node FROM share WHERE home = ? AND kind <> 'link' AND ended IS NULL", (home,)))
+            return given, KiB + 200 * len(given), ()             # who changes a share touches everything
+
+        given: dict[int, int] = self.db.recent.get(("given", home), look)
+        shares = {share for share, node in given.items() if node in nodes}
+        if given and any(nodes.values()):
+            shares.update(share for share, id in self.db.read(HELD_BY, {"home": home}) if id in nodes)
+        return [Statement(RAISE_SHARE, [(share,) for share in sorted(shares)], many=True)] if shares else []
+
+    # ---- which mounts a Moment goes on at
+
+    def now(self, view: View) -> Seen:
+        """Those that somebody may read."""
+        return lambda moment: list(self.of(moment.read, view.home).values())
+
+    def then(self, view: View, right: str) -> Seen:
+        """Those that stood then, to which somebody has a right now."""
+        def look(moment: Moment) -> list[Grant]:
+            standing = {grant.mount: grant for grant in self._standing(moment.read, view.home) if right in grant.rights}
+            return outermost_of([standing[one.mount]._replace(name=one.name, node=one.node, above=one.above)
+                                 for one in self.stood_at(moment, view.home) if one.mount in standing])
+        return look
+
+    def stood(self, home: int) -> Seen:
+        """Those that stood then, to compare with: not to be shown."""
+        return lambda moment: outermost_of(self.stood_at(moment, home))
+
+
+def line_up(holder: dict[int, int | None], id: int) -> list[int]:
+    """A node and what holds it, upwards, by what is known of that; to the root of its home if all of them live."""
+    line = [id]
+    while holder.get(line[-1]) is not None:
+        line.append(holder[line[-1]])
+    return line
+
+
+def accesses_of(rows: Iterable[tuple[Any, ...]], line: list[int]) -> list[Access]:
+    """What each share of a node gives, by rows (share, parent, rights, node) of it and of all above it; `line` is the node and what holds it."""
+    chains: dict[int, list[tuple[Any, ...]]] = {}
+    for share, *chain in rows:
+        if share is not None:
+            chains.setdefault(share, []).append(tuple(chain))
+    found = (access_by(share, line[0], chain, line) for share, chain in chains.items())
+    return [access for access in found if access]
+
+
+def access_by(share: int, node: int, chain: list[tuple[Any, ...]], line: Collection[int]) -> Access | None:
+    """What a share gives, by (parent, rights, node) of it and of all above it that stand: no more than those above, and nothing if one of them is
+    missing, or shares nothing any more that holds the node, whose `line` is that and what holds it."""
+    if all(parent is not None for parent, *_ in chain) or not all(top in line for *_, top in chain):
+        return None
+    return Access(share, node, frozenset.intersection(*(rights_named(rights) for _, rights, _ in chain)))
+
+
+@lru_cache(maxsize=128)
+def rights_named(text: str) -> frozenset[str]:
+    """Rights as they are stored."""
+    return frozenset(text.split())
+
+
+def begin_mount(plan: Plan, target: Node, giver: str, name: str = "") -> Node:
+    """Let the root of a home show a node of another, under a name, its own if none is given, or one that tells from whom it is (law 4 of
+    sharing): never one with a dot in front, for a stranger's .cloudignore would steer the sync client."""
+    place = plan.now.enter(())
+    root = place.found().node
+    node = plan.now.new_node(place.view.home, root, (name or target.name).lstrip(".") or "shared", MOUNT)
+    node = node._replace(name=name_of_mount(plan.now.child, node, giver))
+    plan.rows.append(Statement("INSERT INTO mount (node, home, target, seq) SELECT ?, ?, ?, max(seq) FROM journal", (node.node, place.view.home, target.node)))
+    return plan.step(Change(None, node, (), (*place.chain, root))).after
+
+
+def change_mount(plan: Plan, path: tuple[str, ...], target: tuple[str, ...] | None) -> Node:
+    """Give a mount another name, which is nobody else's concern, or none any more: then it is declined, and nothing is deleted."""
+    view_of(plan.who).need(DELETE if target is None else UPDATE)
+    chain = plan.now.top()
+    mount = plan.now.child(chain[-1], path[0])
+    if target is None:
+        return decline_mount(plan, mount)
+    if len(target) != 1 or target[0][0] == ".":
+        raise CloudError("forbidden", "what is shared with you stays where it is; it may have another name, without a dot in front")
+    there = plan.now.child(chain[-1], target[0])
+    if there and there.node != mount.node:
+        raise CloudError("precondition-failed", "there is something at the destination", there=there if there.kind != MOUNT else None)
+    return plan.step(rename_of(plan.now, mount, target[0])).after
+
+
+def rename_of(now: Draft, mount: Node, name: str) -> Change:
+    """A mount gets another name."""
+    mount, chain = mount._replace(files=0), now.top()
+    return Change(mount, mount._replace(name=name), chain, chain, "moved")
+
+
+def name_of_mount(look: Callable[[int, str], Node | None], mount: Node, whose: str) -> str:
+    """Its name, or one like it that tells from whom it is, if nothing has that by a look (law 4 of sharing)."""
+    for mark in itertools.chain(("", " (%s)" % whose), (" (%s %d)" % (whose, count) for count in range(2, 10_000))):
+        found = cut_text(mount.name, NAME_LIMIT - len(mark.encode())) + mark
+        if look(mount.parent, found) is None:
+            break
+    return found
+
+
+def decline_mount(plan: Plan, mount: Node) -> Node:
+    """Somebody does not want what a mount shows, whoever shares it."""
+    plan.rows.append(Statement(DECLINE, {"home": mount.home, "mount": mount.node}))
+    return end_mount(plan, mount, "declined")
+
+
+def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
+    """Let a root show no more what a mount in it shows; nothing is deleted."""
+    plan.rows += [Statement("UPDATE mount SET until = (SELECT max(seq) FROM journal) WHERE node = ?", (mount.node,)),
+                  Statement(RAISE_NESTED, {"home": mount.home, "node": mount.node})]
+    return plan.step(Change(mount._replace(files=0), None, plan.now.top(), (), fate)).before
+
+
+# ==== 11. Changes ========================================================================
 #
 # What a change of the tree needs, and how it becomes a batch: a verb enters, asks, and gives its steps to a Plan.
 
@@ -6310,49 +6376,6 @@ class Plan:
         return self.tree.space.pay(Batch(body, guards, line, touches=touched_by(body), frees=not begins), home, place.quota)
 
 
-def change_mount(plan: Plan, path: tuple[str, ...], target: tuple[str, ...] | None) -> Node:
-    """Give a mount another name, which is nobody else's concern, or none any more: then it is declined, and nothing is deleted."""
-    view_of(plan.who).need(DELETE if target is None else UPDATE)
-    chain = plan.now.top()
-    mount = plan.now.child(chain[-1], path[0])
-    if target is None:
-        return decline_mount(plan, mount)
-    if len(target) != 1 or target[0][0] == ".":
-        raise CloudError("forbidden", "what is shared with you stays where it is; it may have another name, without a dot in front")
-    there = plan.now.child(chain[-1], target[0])
-    if there and there.node != mount.node:
-        raise CloudError("precondition-failed", "there is something at the destination", there=there if there.kind != MOUNT else None)
-    return plan.step(rename_of(plan.now, mount, target[0])).after
-
-
-def rename_of(now: Draft, mount: Node, name: str) -> Change:
-    """A mount gets another name."""
-    mount, chain = mount._replace(files=0), now.top()
-    return Change(mount, mount._replace(name=name), chain, chain, "moved")
-
-
-def name_of_mount(look: Callable[[int, str], Node | None], mount: Node, whose: str) -> str:
-    """Its name, or one like it that tells from whom it is, if nothing has that by a look (law 4 of sharing)."""
-    for mark in itertools.chain(("", " (%s)" % whose), (" (%s %d)" % (whose, count) for count in range(2, 10_000))):
-        found = cut_text(mount.name, NAME_LIMIT - len(mark.encode())) + mark
-        if look(mount.parent, found) is None:
-            break
-    return found
-
-
-def decline_mount(plan: Plan, mount: Node) -> Node:
-    """Somebody does not want what a mount shows, whoever shares it."""
-    plan.rows.append(Statement(DECLINE, {"home": mount.home, "mount": mount.node}))
-    return end_mount(plan, mount, "declined")
-
-
-def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
-    """Let a root show no more what a mount in it shows; nothing is deleted."""
-    plan.rows += [Statement("UPDATE mount SET until = (SELECT max(seq) FROM journal) WHERE node = ?", (mount.node,)),
-                  Statement(RAISE_NESTED, {"home": mount.home, "node": mount.node})]
-    return plan.step(Change(mount._replace(files=0), None, plan.now.top(), (), fate)).before
-
-
 def removal_of(place: Place) -> Change:
     """What is at a place goes into the trash."""
     return Change(place.node, None, place.chain, (), "deleted")
@@ -6373,12 +6396,6 @@ def gather(guards: Sequence[Statement]) -> list[Statement]:
 
 
 STILL_THERE = "SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry WHERE home = ? AND since = ? AND node = ? AND until IS NULL)"
-SAY = "INSERT INTO answer (share, account, said) %s ON CONFLICT (share, account) DO UPDATE SET said = excluded.said"
-DECLINE = SAY % (
-    "SELECT s.id, :home, 'declined' FROM mount m JOIN share s ON s.node = m.target WHERE m.node = :mount AND s.ended IS NULL AND " + REACHES)
-ACCEPT = SAY % (  # share :share of node :node, and with it what was declined of that node
-    "SELECT s.id, :home, 'accepted' FROM share s WHERE s.node = :node AND s.ended IS NULL AND " + REACHES + " AND (s.id = :share OR EXISTS "
-    "(SELECT 1 FROM answer WHERE share = s.id AND account = :home AND said = 'declined'))")
 OVERSPENT = "too much was stored within some days, counting what was deleted or overwritten since; room comes back day by day"
 END_ENTRY = "UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? WHERE home = ? AND since = ? AND node = ?"
 BEGIN_ENTRY = (
@@ -6448,7 +6465,7 @@ TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the nu
                      COUNT_CAME))}
 
 
-# ==== 11. Files ==========================================================================
+# ==== 12. Files ==========================================================================
 #
 # Files and collections as they are now: reading, writing, moving, copying, properties, locks; pictures of them; what is found.
 
@@ -7100,17 +7117,6 @@ def unchanged_since(node: Node, seq: int) -> Statement:
                      "AND e.until IS NULL AND coalesce(c.seq, e.since) <= ?)", (node.node, seq))
 
 
-def begin_mount(plan: Plan, target: Node, giver: str, name: str = "") -> Node:
-    """Let the root of a home show a node of another, under a name, its own if none is given, or one that tells from whom it is (law 4 of
-    sharing): never one with a dot in front, for a stranger's .cloudignore would steer the sync client."""
-    place = plan.now.enter(())
-    root = place.found().node
-    node = plan.now.new_node(place.view.home, root, (name or target.name).lstrip(".") or "shared", MOUNT)
-    node = node._replace(name=name_of_mount(plan.now.child, node, giver))
-    plan.rows.append(Statement("INSERT INTO mount (node, home, target, seq) SELECT ?, ?, ?, max(seq) FROM journal", (node.node, place.view.home, target.node)))
-    return plan.step(Change(None, node, (), (*place.chain, root))).after
-
-
 def shown(place: Place, path: tuple[str, ...]) -> Node:
     """The node at a place, under the name that leads to it.  raises CloudError not-found"""
     node = place.found()
@@ -7287,7 +7293,7 @@ class Search:
         return [] if path is None else [(path, here.here(node))]
 
 
-# ==== 12. History ========================================================================
+# ==== 13. History ========================================================================
 #
 # What was: versions, trash, activity, undo and rewind.
 
@@ -8180,7 +8186,7 @@ IS_LAST = (  # is an entry the last that its node had, and the node not live?
     "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.since >= entry.until AND l.until IS NOT NULL)")
 
 
-# ==== 13. Sharing ========================================================================
+# ==== 14. Sharing ========================================================================
 #
 # What people hand to others.  A share is a View of a node; who comes by one is a Principal like any other, and no verb knows more of it.
 # 1. A share holds a node: it goes where that goes, and shows nothing of what is around it.  2. One function opens a link, for every door (S4).
@@ -9092,7 +9098,7 @@ def check_label(text: str, most: int) -> str:
     return text
 
 
-# ==== 14. Verbs ==========================================================================
+# ==== 15. Verbs ==========================================================================
 #
 # Native sync, uploads in parts, pictures; Cloud, which holds every verb.
 
@@ -10065,7 +10071,7 @@ def parts_id(who: Principal, name: str) -> str:
     return "%d:%d:%s" % (who.account, view_of(who).top, name)
 
 
-# ==== 15. HTTP ===========================================================================
+# ==== 16. HTTP ===========================================================================
 #
 # The only code that touches a socket.  1. One parser, one path function, one gate for every request.
 # 2. An answer is one send if it is small.  3. An unread body never becomes the next request: it is drained, up to
@@ -10793,7 +10799,7 @@ def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
                                                    "Cache-Control": "no-store"})
 
 
-# ==== 16. Connections ====================================================================
+# ==== 17. Connections ====================================================================
 #
 # From bytes to requests, and answers to bytes.  The invariants are those of the room above.
 
@@ -11436,7 +11442,7 @@ NO_REQUEST = Request("-", ((), False, ""), Envelope(), Body())
 FRONT = "index.php"             # before an address it is nothing: Nextcloud's clients write it or not
 
 
-# ==== 17. JSON API =======================================================================
+# ==== 18. JSON API =======================================================================
 #
 # /api/v1/: everything the page can do, and so can any program.  Paths are strings like "photos/a.jpg", "" is the root;
 # times go out as RFC 3339 and come in so or as ms since 1970; ids and versions are decimal strings.
@@ -12262,7 +12268,7 @@ def describe_route(found: Route) -> dict[str, Any]:
     return about
 
 
-# ==== 18. Transfer =======================================================================
+# ==== 19. Transfer =======================================================================
 #
 # Resumable uploads by the tus protocol, 1.0: core, creation, creation-with-upload, creation-defer-length, checksum,
 # expiration, termination.  An upload is finished when its last byte has come; there is nothing to assemble.
@@ -12552,7 +12558,7 @@ def sync_step(step: Any) -> dict[str, Any]:
     return check_fields(step, STEP_FIELDS[verbs[0]])
 
 
-# ==== 19. WebDAV =========================================================================
+# ==== 20. WebDAV =========================================================================
 #
 # RFC 4918 classes 1, 2 and 3, with quotas (RFC 4331), extended MKCOL (RFC 5689) and sync-collection (RFC 6578).
 # A quirk of a client is a row or a few lines here, with the client named; the operations never learn of it.
@@ -13238,7 +13244,7 @@ REPORT_KINDS = {"{DAV:}sync-collection": dav_changes}
 open_door(Door(("dav",), PROPERTIES, frozenset(), REPORT_KINDS), dav_error, HANDLERS)
 
 
-# ==== 20. Nextcloud dialect ==============================================================
+# ==== 21. Nextcloud dialect ==============================================================
 #
 # What Nextcloud's and ownCloud's clients ask beside WebDAV: discovery, OCS, the login flow, uploads in chunks and in
 # bulk, trash, versions, search.  Words are translated to one Cloud call and back; the files themselves are served by
@@ -14278,7 +14284,7 @@ def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tup
     return Response(201)
 
 
-# ==== 21. Upkeep =========================================================================
+# ==== 22. Upkeep =========================================================================
 #
 # What goes on in the background.
 
@@ -14771,7 +14777,7 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
 }
 
 
-# ==== 22. Service ========================================================================
+# ==== 23. Service ========================================================================
 #
 # One supervisor, several workers that share the listening socket.  1. The supervisor forks before any database is
 # opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
@@ -15497,7 +15503,7 @@ def keep_on_core(index: int) -> None:
         os.sched_setaffinity(0, {sorted(CORES)[index % len(CORES)]})
 
 
-# ==== 23. Custody ========================================================================
+# ==== 24. Custody ========================================================================
 #
 # What its keeper does with a cloud as a whole.
 
@@ -16125,7 +16131,7 @@ def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
         yield None, "no server runs on this data"
 
 
-# ==== 24. Folder =========================================================================
+# ==== 25. Folder =========================================================================
 #
 # Two-way sync of a folder with a server, over the sync protocol and nothing else.
 # 1. Each side is compared with what both last agreed on (base), never with the other.  Size, times and inode say that a
@@ -17067,7 +17073,7 @@ class Memory:
         self.db.close()
 
 
-# ==== 25. Link ===========================================================================
+# ==== 26. Link ===========================================================================
 #
 # The server at the other end of a sync: what it answers is checked here (invariant 6).
 
@@ -17656,7 +17662,7 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
     memory.flush()
 
 
-# ==== 26. Planner ========================================================================
+# ==== 27. Planner ========================================================================
 #
 # What a run of the client has to do.  The invariants are those of the room Folder.
 
@@ -18082,7 +18088,7 @@ class Planner:
         return False
 
 
-# ==== 27. Sync client ====================================================================
+# ==== 28. Sync client ====================================================================
 #
 # Doing it.  The invariants are those of the room Folder.
 
@@ -18912,7 +18918,7 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
         raise
 
 
-# ==== 28. Command line ===================================================================
+# ==== 29. Command line ===================================================================
 
 Arguments = argparse.Namespace
 GROUPS = {"user": "make, list, change and remove accounts", "group": "make, list and remove groups of accounts, and say who belongs to them"}
@@ -19441,7 +19447,7 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-# ==== 29. Page parts =====================================================================
+# ==== 30. Page parts =====================================================================
 #
 # What the pages of the program are made of, and share: style, script and words.  Each page adds its own behind them, and
 # the functions of its own that these call.
@@ -21545,7 +21551,7 @@ def source_hash(text: str) -> str:
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# ==== 30. Visitor ========================================================================
+# ==== 31. Visitor ========================================================================
 #
 # What somebody sees who opens a link: a page that is whole as the server writes it.  Its script adds preview, uploads that
 # go on after a break, and what else needs one.  Names and notes enter it by H and textContent alone (W5).  It tells nothing
@@ -22225,7 +22231,7 @@ def web_visitor(cloud: Cloud, who: Principal, request: Request) -> Response:
                                          "Cross-Origin-Resource-Policy": "same-origin"})
 
 
-# ==== 31. Links ==========================================================================
+# ==== 32. Links ==========================================================================
 #
 # The doors that links open: /s/TOKEN for browsers, curl, WebDAV and tus, and those of Nextcloud's public links.  Files whose name is that of a door below a token are reached by way of dav.
 
@@ -22401,7 +22407,7 @@ open_door(NC_LINK, nc_error, LINK_HANDLERS)
 open_door(replace(NC_LINK, names=("public.php", "webdav")), nc_error, LINK_HANDLERS)             # the token is the user's name there
 
 
-# ==== 32. Page ===========================================================================
+# ==== 33. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, style and script are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).

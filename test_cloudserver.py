@@ -5832,7 +5832,7 @@ def test_a_request_that_comes_twice_counts_once(make_cloud, fake):
     assert cloud.once("op", ann, lambda who: put(cloud, who, "a", b"3")).size == 1
 
 
-# ==== 13. Sharing ========================================================================
+# ==== 14. Sharing ========================================================================
 
 def limited_to(cloud, who, path, **how):
     """The Principal of a device that is limited to a collection."""
@@ -8315,7 +8315,7 @@ def test_what_needs_no_account_shows_nothing_of_one(cloud, ann, address):
             assert answer.status < 500 and not any(words in answer.body for words in (SECRET, INSIDE, b"private")), route
 
 
-# ==== 15. HTTP ===========================================================================
+# ==== 16. HTTP ===========================================================================
 
 GET_ROOT = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -9162,7 +9162,7 @@ def test_long_reads_end_when_nobody_waits_for_the_answer(cloud, ann, serve_cloud
     eventually(lambda: not cloud.tree.lanes.taken())
 
 
-# ==== 17. JSON API =======================================================================
+# ==== 18. JSON API =======================================================================
 
 @pytest.fixture
 def api(call):
@@ -9973,7 +9973,7 @@ def test_the_description_fits_the_routes(call):
             assert about["summary"], route.pattern
 
 
-# ==== 18. Transfer =======================================================================
+# ==== 19. Transfer =======================================================================
 
 TUS = {"Tus_Resumable": "1.0.0"}
 PART = {**TUS, "Content_Type": "application/offset+octet-stream"}
@@ -10560,7 +10560,7 @@ def test_a_held_device_may_still_add_by_a_commit(make_cloud, fake, serve_cloud):
     assert codes(commit(cloud, device, [{"delete": "d"}])) == [204]
 
 
-# ==== 19. WebDAV =========================================================================
+# ==== 20. WebDAV =========================================================================
 
 def propfind(call, path, *names, depth="0", **headers):
     """{href: {name: element}} of a PROPFIND for properties like "d:getetag"."""
@@ -10989,7 +10989,7 @@ def test_quota_properties(call, cloud, ann):
     assert call("PUT", "/dav/b", bytes(800)).status == 507
 
 
-# ==== 20. Nextcloud dialect ==============================================================
+# ==== 21. Nextcloud dialect ==============================================================
 
 FILES = "/remote.php/dav/files/ann"
 UPLOADS = "/remote.php/dav/uploads/ann/"
@@ -11552,7 +11552,7 @@ def test_a_poll_that_finds_nothing_new_is_cheap(call, cloud, ann):
     assert len([sql for sql in steps if sql.startswith("SELECT")]) <= 4, steps
 
 
-# ==== 21. Upkeep and custody =============================================================
+# ==== 22. Upkeep and custody =============================================================
 
 @pytest.fixture
 def aging(make_cloud, fake):
@@ -12616,7 +12616,7 @@ def test_commands_work_beside_a_running_server(serve, tmp_path):
     assert name is None or done.returncode == 1 and "damaged" in done.stdout
 
 
-# ==== 22. Service ========================================================================
+# ==== 23. Service ========================================================================
 
 def test_first_start_prints_a_setup_link(serve):
     served = serve(user=None)
@@ -12950,7 +12950,7 @@ def test_the_access_log_is_combined_and_keeps_secrets(serve, tmp_path):
     assert '"GET /dav/a%20b HTTP/1.1" 200 5' in got and "secret" not in log.read_text() and is_private(log)
 
 
-# ==== 24. Folder and sync client =========================================================
+# ==== 25. Folder and sync client =========================================================
 
 @pytest.mark.parametrize("lines, ignored, kept", [
     (["*.log"], ["a.log", "d/a.log"], ["a.log.txt", "log"]),
@@ -17476,7 +17476,7 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
         [cloud.files.delete(ann, (path,)) for path in list(tree(cloud, ann)) if "/" not in path]
 
 
-# ==== 28. Command line ===================================================================
+# ==== 29. Command line ===================================================================
 
 def run(*words, input=None, timeout=60, **how):
     """Run the real program; returns the finished process."""
@@ -17789,7 +17789,7 @@ def test_accounts_from_the_command_line(tmp_path):
     assert "bob" not in run("user", "list", *data).stdout
 
 
-# ==== 30. Visitor ========================================================================
+# ==== 31. Visitor ========================================================================
 
 def visitor_request(query, fields, *path):
     return cs.Request("GET", (("s", *path), False, query), cs.Envelope(fields=fields), Body())
@@ -17894,7 +17894,7 @@ def test_people_are_told_why_in_a_page_and_programs_in_a_document(kind, status, 
     assert json.loads(ask("*/*").body)["code"] == kind
 
 
-# ==== 32. Page ===========================================================================
+# ==== 33. Page ===========================================================================
 
 def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
