@@ -4399,7 +4399,7 @@ CHUNK = "h.hash, h.size, h.data, h.object"
 STAR = "{http://owncloud.org/ns}favorite"        # the property of what somebody marked, in the words of most clients
 STARRED = '<o:favorite xmlns:o="http://owncloud.org/ns">1</o:favorite>'
 RESERVED = (  # bytes that uploads under way may come to; those of visitors count as far as they have arrived
-    "coalesce(sum(CASE WHEN account < 0 THEN received ELSE max(coalesce(size, 0), received) END), 0)")
+    "coalesce(sum(CASE WHEN account < 0 OR size IS NULL OR size < received THEN received ELSE size END), 0)")
 STRIDE = 24                     # names that one statement walks down
 SPENT_DAYS, SPENT_TIMES = 3, 3  # in so many days an account may make the server store so many times its quota, and
 SPENT_FREE = 16 * MiB           # this; so much of rows, properties and thumbnails is free of charge, too
@@ -4903,8 +4903,8 @@ class Locks:
 CHUNK_ROWS = (  # makes chunks known; one that was given up or found damaged is good again
     "INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
     "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
-    "object = CASE WHEN bad IS NULL THEN object ELSE excluded.object END, "
-    "data = CASE WHEN bad IS NULL THEN data ELSE excluded.data END WHERE condemned IS NOT NULL OR bad IS NOT NULL")
+    "object = CASE WHEN chunk.bad IS NULL THEN chunk.object ELSE excluded.object END, "
+    "data = CASE WHEN chunk.bad IS NULL THEN chunk.data ELSE excluded.data END WHERE chunk.condemned IS NOT NULL OR chunk.bad IS NOT NULL")
 PUT_MANIFEST = "INSERT INTO manifest (id, size, sha256) VALUES (?, ?, ?) ON CONFLICT (id) DO NOTHING"
 PUT_OFFSET = "INSERT INTO manifest_chunk (manifest, offset, chunk) VALUES (?, ?, ?) ON CONFLICT (manifest, offset) DO NOTHING"
 PUT_DIGEST = "INSERT INTO digest (manifest, kind, value) VALUES (?, ?, ?) ON CONFLICT (manifest, kind) DO NOTHING"
@@ -5105,7 +5105,7 @@ class Brake:
         """Devices that the brake holds in a home, and links, and their names; of somebody else's the name of whose it is."""
         rows = self.db.read("SELECT b.*, coalesce(CASE WHEN d.account = b.home THEN d.name ELSE a.name END, s.name) FROM brake b "
                             "LEFT JOIN device d ON d.id = b.device LEFT JOIN account a ON a.id = d.account "
-                            "LEFT JOIN share s ON b.device = 'link-' || s.id AND s.ended IS NULL WHERE b.home = ? AND coalesce(d.id, s.id) IS NOT NULL "
+                            "LEFT JOIN share s ON b.device = 'link-' || s.id AND s.ended IS NULL WHERE b.home = ? AND (d.id IS NOT NULL OR s.id IS NOT NULL) "
                             "AND b.held IS NOT NULL ORDER BY b.held", (view_of(who).home,))
         return [(Window._make(columns), name) for *columns, name in rows]
 
@@ -5162,7 +5162,7 @@ class Allowance:
         return (not place.node.kind and place.view.rights >= {READ, CREATE} and place.node.created > self.clock.wall() - HOUR
                 and bool(self.db.read(
                     "SELECT 1 FROM journal WHERE account = :account AND seq = (SELECT min(since) FROM (SELECT since FROM entry WHERE node = :node "
-                    "AND until IS NULL UNION ALL SELECT since FROM entry WHERE node = :node AND until IS NOT NULL))",
+                    "AND until IS NULL UNION ALL SELECT since FROM entry WHERE node = :node AND until IS NOT NULL) AS entries)",
                     {"account": -who.share, "node": place.node.node})))
 
 
@@ -5231,9 +5231,9 @@ def outermost_of(grants: list[Grant]) -> list[Grant]:
 REACHES = (  # does share s reach account :home, by itself or by a group?  Nobody is reached by what they gave
     "(s.kind = 'account' AND s.grantee = :home OR s.kind = 'group' AND s.giver <> :home AND EXISTS (SELECT 1 FROM member WHERE grp = s.grantee AND account = :home))")
 STANDING = (  # does share s count at due time :now, and may its giver share?
-    "(s.ended IS NULL AND (s.due IS NULL OR s.due > :now) AND EXISTS (SELECT 1 FROM account WHERE id = s.giver AND sharing AND removed IS NULL))")
+    "(s.ended IS NULL AND (s.due IS NULL OR s.due > :now) AND EXISTS (SELECT 1 FROM account WHERE id = s.giver AND sharing <> 0 AND removed IS NULL))")
 ALLOWED = "NOT EXISTS (SELECT 1 FROM setting WHERE name = 'sharing' AND value = 'none')"       # may people share with each other?
-SWITCHED_ON = "(EXISTS (SELECT 1 FROM account WHERE id = :home AND sharing) AND " + ALLOWED + ")"   # may account :home share, and be shared with?
+SWITCHED_ON = "(EXISTS (SELECT 1 FROM account WHERE id = :home AND sharing <> 0) AND " + ALLOWED + ")"   # may account :home share, and be shared with?
 CHAIN = (  # share :share and all above it, if they stand at due time :now: a row of (parent, rights, node) for each
     "WITH RECURSIVE given (parent, rights, giver, node) AS (SELECT s.parent, s.rights, s.giver, s.node FROM share s WHERE s.id = :share AND " + STANDING
     + " UNION ALL SELECT s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND " + ALLOWED + " AND "
@@ -5496,7 +5496,7 @@ class Space:
             batch.guards.append(self._overspent(home, size, 2 * SPENT_FREE))     # who may upload no more still moves and restores
             self._check_spent(batch.guards[-1])
             batch.body.append(Statement("INSERT INTO spent (home, day, bytes) VALUES (?, ?, ?) ON CONFLICT (home, day) DO UPDATE SET "
-                                        "bytes = bytes + excluded.bytes", (home, self.clock.due() // DAY, size)))
+                                        "bytes = spent.bytes + excluded.bytes", (home, self.clock.due() // DAY, size)))
         return batch
 
     def left(self, home: int, quota: int | None, used: int) -> int:
@@ -6400,7 +6400,7 @@ OVERSPENT = "too much was stored within some days, counting what was deleted or 
 END_ENTRY = "UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? WHERE home = ? AND since = ? AND node = ?"
 BEGIN_ENTRY = (
     "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) "
-    "SELECT ?, s, ?, ?, ?, ?, ?, ?, ?, ?, ?, coalesce(?, s) FROM (SELECT max(seq) AS s FROM journal)")
+    "SELECT ?, s, ?, ?, ?, ?, ?, ?, ?, ?, ?, coalesce(?, s) FROM (SELECT max(seq) AS s FROM journal) AS newest")
 BEGIN_COLLECTION = (
     "INSERT INTO collection (node, seq, size, files) VALUES (?, (SELECT max(seq) FROM journal), 0, 0) ON CONFLICT (node) DO NOTHING")
 ADD_SUMS = "UPDATE collection SET seq = (SELECT max(seq) FROM journal), size = size + ?, files = files + ? WHERE node = ?"
@@ -6524,9 +6524,9 @@ class Copies:
         order = [CopiedCollection(node, copy)]
         for one in order if deep else ():
             where = {"parent": one.node, "seq": self.seq}
-            (one.count, one.size), = self.db.read("SELECT count(*), coalesce(sum(size), 0) FROM (" + COPIED + ") WHERE kind = 0", where)
+            (one.count, one.size), = self.db.read("SELECT count(*), coalesce(sum(size), 0) FROM (" + COPIED + ") AS copied WHERE kind = 0", where)
             one.files, one.first = one.count, self.db.new_ids(one.count)
-            for child, *about in self.db.read("SELECT node, name, key, mtime FROM (" + COPIED + ") WHERE kind = 1", where):
+            for child, *about in self.db.read("SELECT node, name, key, mtime FROM (" + COPIED + ") AS copied WHERE kind = 1", where):
                 order.append(CopiedCollection(child, self.db.new_id(), one))
                 one.below.append((order[-1].copy, *about))
                 self._pairs.append((child, order[-1].copy))
@@ -6595,12 +6595,12 @@ class Copies:
             piece = {**values, "first": one.first + (done << 12), "count": step}
             yield [Statement(sql, piece) for sql, is_needed in (
                 (COPY_FILES, True), (COPY_PROPERTIES, self._has_properties), (COPY_STARS, self._has_stars)) if is_needed]
-            for last, in self.db.read("SELECT key FROM (" + COPIED + ") WHERE kind = 0 AND key > :after ORDER BY key LIMIT 1 OFFSET :step",
+            for last, in self.db.read("SELECT key FROM (" + COPIED + ") AS copied WHERE kind = 0 AND key > :after ORDER BY key LIMIT 1 OFFSET :step",
                                       {**values, "step": step - 1}) if done + step < one.count else ():
                 values["after"] = last
         if one.below:
             yield [Statement("INSERT INTO entry (home, since, node, parent, name, key, kind, size, mtime, rev) SELECT ?1, coalesce(?2, s), ?3, ?4, "
-                             "?5, ?6, 1, 0, ?7, coalesce(?2, s) FROM (SELECT max(seq) AS s FROM journal)",
+                             "?5, ?6, 1, 0, ?7, coalesce(?2, s) FROM (SELECT max(seq) AS s FROM journal) AS newest",
                              [(self.home, since, copy, one.copy, name, key, mtime) for copy, name, key, mtime in one.below], many=True)]
 
     def _sums(self, parts: Sequence[CopiedCollection], since: int | None) -> list[Statement]:
@@ -6617,11 +6617,11 @@ class Copies:
 COPY_STEP = 2_000               # rows that a copy writes in one batch
 COPY_TIME = HOUR                # a copy that takes longer was given up
 NEXT_FILES = (  # of a collection as of a seq, and the ids of their copies
-    "SELECT *, :first + (row_number() OVER (ORDER BY key) - 1) * 4096 AS copy FROM (" + COPIED + ") WHERE kind = 0 AND key > :after "
+    "SELECT *, :first + (row_number() OVER (ORDER BY key) - 1) * 4096 AS copy FROM (" + COPIED + ") AS copied WHERE kind = 0 AND key > :after "
     "ORDER BY key LIMIT :count")
 COPY_FILES = (
     "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) SELECT :home, coalesce(:since, s), copy, "
-    ":copy, name, key, kind, manifest, size, mtime, media, coalesce(:since, s) FROM (" + NEXT_FILES + "), (SELECT max(seq) AS s FROM journal)")
+    ":copy, name, key, kind, manifest, size, mtime, media, coalesce(:since, s) FROM (" + NEXT_FILES + ") AS files, (SELECT max(seq) AS s FROM journal) AS newest")
 COPY_PROPERTIES = "INSERT INTO property (node, name, value) SELECT c.copy, p.name, p.value FROM (" + NEXT_FILES + ") c JOIN property p ON p.node = c.node"
 COPY_STARS = "INSERT INTO star (account, node) SELECT account, c.copy FROM (" + NEXT_FILES + ") c JOIN star s ON s.account = :account AND s.node = c.node"
 LOCKS_MOST = 1000               # that somebody holds at a time
@@ -8549,7 +8549,7 @@ class Sharing:
 
     def _look_up(self, column: str, value: int | str) -> tuple[Share | None, int, Collection[int] | None]:
         rows = self.db.read("SELECT " + SHARE_COLUMNS + " FROM share s JOIN account a ON a.id = s.home WHERE " + column + " = ? AND s.ended IS NULL "
-                            "AND a.removed IS NULL AND a.sharing", (value,))
+                            "AND a.removed IS NULL AND a.sharing <> 0", (value,))
         share = Share._make(rows[0]) if rows else None
         if share is None or not self.policy().links or Moment(self.db.read, share.node).above(share.node) is None:
             return None, 0, None
@@ -8778,10 +8778,10 @@ def path_by(line: list[int], mounts: dict[int, str], names: dict[int, str]) -> t
 
 MINE_TO_END = "(s.giver = :me OR s.home = :me OR s.id IN " + AND_BELOW % "s.giver = :me" + ")"      # those that account :me may end
 FINDABLE = {  # whom account :me may find, and so share with: all, or else those of its own groups
-    "account": "SELECT f.id, f.name FROM account f WHERE f.removed IS NULL AND f.sharing AND f.id <> :me AND EXISTS (SELECT 1 FROM account WHERE "
-               "id = :me AND sharing) AND (:all OR EXISTS (SELECT 1 FROM member x JOIN member y ON y.grp = x.grp WHERE x.account = :me AND y.account = f.id))",
-    "group": "SELECT f.id, f.name FROM grp f WHERE f.key IS NOT NULL AND EXISTS (SELECT 1 FROM account WHERE id = :me AND sharing) "
-             "AND (:all OR EXISTS (SELECT 1 FROM member x WHERE x.grp = f.id AND x.account = :me))"}
+    "account": "SELECT f.id, f.name FROM account f WHERE f.removed IS NULL AND f.sharing <> 0 AND f.id <> :me AND EXISTS (SELECT 1 FROM account WHERE "
+               "id = :me AND sharing <> 0) AND (:all <> 0 OR EXISTS (SELECT 1 FROM member x JOIN member y ON y.grp = x.grp WHERE x.account = :me AND y.account = f.id))",
+    "group": "SELECT f.id, f.name FROM grp f WHERE f.key IS NOT NULL AND EXISTS (SELECT 1 FROM account WHERE id = :me AND sharing <> 0) "
+             "AND (:all <> 0 OR EXISTS (SELECT 1 FROM member x WHERE x.grp = f.id AND x.account = :me))"}
 PEOPLE_MOST = 20                # that are told at a time
 KNOWN = (  # did an account take something of a giver?
     "SELECT 1 FROM answer w JOIN share s ON s.id = w.share WHERE w.account = ? AND s.giver = ? AND w.said = 'accepted' LIMIT 1")
@@ -9612,7 +9612,7 @@ class Uploads:
 
     def upload(self, who: Principal, id: str, *, numbered: bool = False) -> Upload:
         """Where an upload stands.  raises CloudError not-found for another's too, gone when it has expired"""
-        rows = self.db.read("SELECT * FROM upload WHERE id = ? AND account = ? AND (path IS NULL) = ?", (id, who.account, numbered))
+        rows = self.db.read("SELECT * FROM upload WHERE id = ? AND account = ? AND (CASE WHEN path IS NULL THEN 1 ELSE 0 END) = ?", (id, who.account, numbered))
         if not rows or way_to(self.tree, who, rows[0][3]) is None:
             raise CloudError("not-found", "there is no such upload")
         upload = Upload._make(rows[0])
@@ -14347,7 +14347,7 @@ class Upkeep:
                    Statement("DELETE FROM pairing WHERE due < ?", (now,)),
                    Statement("DELETE FROM known_place WHERE due < ?", (now,)),
                    Statement("INSERT INTO entry (home, since, node, until, name, key, kind, size, mtime, rev, fate) SELECT home, s, node, s, '', "
-                             "'', 1, 0, 0, s, 'purged' FROM growing, (SELECT max(seq) AS s FROM journal) WHERE due < ?", (now,)),
+                             "'', 1, 0, 0, s, 'purged' FROM growing, (SELECT max(seq) AS s FROM journal) AS newest WHERE due < ?", (now,)),
                    Statement("DELETE FROM growing WHERE due < ?", (now,)),
                    Statement("DELETE FROM kept WHERE due < ?", (now,)),
                    Statement("DELETE FROM visit WHERE due < ?", (now,)),
@@ -14675,8 +14675,8 @@ class Indexing(Duty):
         gone = self.db.read("SELECT id FROM thumbnail t WHERE NOT EXISTS (SELECT 1 FROM entry WHERE manifest = t.manifest "
                             "AND home = t.home)")
         self.write_all(gone, "DELETE FROM thumbnail WHERE id = ?")
-        stale, known = self.db.read("SELECT coalesce(sum(NOT EXISTS (SELECT 1 FROM entry e WHERE e.manifest = r.manifest "
-                                    "AND e.home = r.home AND until IS NULL)), 0), count(*) FROM text_row r")[0]
+        stale, known = self.db.read("SELECT coalesce(sum(CASE WHEN EXISTS (SELECT 1 FROM entry e WHERE e.manifest = r.manifest "
+                                    "AND e.home = r.home AND until IS NULL) THEN 0 ELSE 1 END), 0), count(*) FROM text_row r")[0]
         if stale > 1000 and 2 * stale > known:
             self.write(Statement("INSERT INTO text_index (text_index) VALUES ('delete-all')"), Statement("DELETE FROM text_row"),
                        Statement("DELETE FROM setting WHERE name = 'read'"))
@@ -15558,7 +15558,7 @@ def name_damage(cloud: Cloud, bad: dict[str, str]) -> list[str]:
 
 
 WRONG_SUMS = """SELECT c.node FROM collection c WHERE (c.size, c.files) <> (
-    SELECT coalesce(sum(CASE WHEN e.kind THEN k.size ELSE e.size END), 0), coalesce(sum(CASE WHEN e.kind THEN k.files ELSE 1 END), 0)
+    SELECT coalesce(sum(CASE WHEN e.kind <> 0 THEN k.size ELSE e.size END), 0), coalesce(sum(CASE WHEN e.kind <> 0 THEN k.files ELSE 1 END), 0)
     FROM entry e LEFT JOIN collection k ON k.node = e.node WHERE e.parent = c.node AND e.until IS NULL)
     AND NOT EXISTS (SELECT 1 FROM entry WHERE node = c.node AND fate = 'purged')"""      # what was given up waits for the sweep
 WRONG_MANIFESTS = """SELECT m.id FROM manifest m WHERE m.size <> (SELECT coalesce(sum(h.size), -1) FROM manifest_chunk c
