@@ -358,9 +358,10 @@ class Preconditions(NamedTuple):
     tokens: frozenset[str] = frozenset()          # lock tokens submitted anywhere in If
     beside: bool = False                          # nothing: a new file takes a free name beside what is there
     since: int | None = None                      # a seq: no other device has changed it, or what it holds, after that
+    parents: bool = False                         # nothing: collections that are missing on the way are made
 
 
-ANY = Preconditions()
+ANY, PARENTS, BESIDE = Preconditions(), Preconditions(parents=True), Preconditions(beside=True, parents=True)
 
 
 class Query(NamedTuple):
@@ -5669,12 +5670,12 @@ class Tree:
         """A lane for long work, some at a time for each account (Q3)."""
         return self.lanes.of(who.account)
 
-    def check_place(self, place: Place, path: tuple[str, ...], parents: bool = False) -> None:
+    def check_place(self, place: Place, path: tuple[str, ...], given: Preconditions = ANY) -> None:
         """Refuse a path at which nothing can be."""
         if not place.open:
             raise CloudError("conflict", "a file is in the way")
         if place.node is None:
-            if len(place.rest) > 1 and not parents:
+            if len(place.rest) > 1 and not given.parents:
                 raise CloudError("no-parent", "the collection %s does not exist" % "/".join(path[:-1]))
             if len(place.chain) - 1 + len(place.rest) > DEPTH_LIMIT:
                 raise CloudError("bad-request", "over %d levels deep" % DEPTH_LIMIT)
@@ -6044,12 +6045,12 @@ class Plan:
 
     # ---- steps
 
-    def place_for_file(self, path: tuple[str, ...], given: Preconditions, size: int, parents: bool = False) -> Place:
+    def place_for_file(self, path: tuple[str, ...], given: Preconditions, size: int) -> Place:
         """Where a file of `size` bytes may be written, everything checked."""
         place = self.now.enter(path)
         if given.beside and place.node:
             place = self.now.beside(place, path[-1])
-        self.tree.check_place(place, path, parents)
+        self.tree.check_place(place, path, given)
         self.tree.allowance.need_to_write(self.who, place)
         if place.node and place.node.kind:
             raise CloudError("conflict", "a collection is at this path", there=place.node)
@@ -6072,12 +6073,11 @@ class Plan:
                          mtime, media_type(place.rest[-1], stored.head), 0, None)
         return self.step(Change(place.node, after, chain, chain))
 
-    def mkdir(self, path: tuple[str, ...], given: Preconditions = ANY, *, parents: bool = False,
-              properties: dict[str, str] | None = None) -> Node:
+    def mkdir(self, path: tuple[str, ...], given: Preconditions = ANY, properties: dict[str, str] | None = None) -> Node:
         """Make an empty collection, with dead properties if some are given."""
         place = self.now.enter(path)
         place.need(CREATE)
-        self.tree.check_place(place, path, parents)
+        self.tree.check_place(place, path, given)
         if place.node:
             raise CloudError("exists", "there is something at this path already", there=place.node)
         self.admit(place, path, given)
@@ -6094,7 +6094,7 @@ class Plan:
             return self.now.top()[-1]
         place = self.now.enter(path)
         if place.node is None and place.open:
-            return self.mkdir(path, parents=True).node
+            return self.mkdir(path, PARENTS).node
         return place.node.node if place.node and place.node.kind else place.view.top
 
     def remove(self, path: tuple[str, ...], given: Preconditions = ANY) -> Node:
@@ -6627,10 +6627,10 @@ COPY_STARS = "INSERT INTO star (account, node) SELECT account, c.copy FROM (" + 
 LOCKS_MOST = 1000               # that somebody holds at a time
 
 
-def foresee_file(plan: Plan, path: tuple[str, ...], given: Preconditions, size: int, parents: bool) -> Place | None:
+def foresee_file(plan: Plan, path: tuple[str, ...], given: Preconditions, size: int) -> Place | None:
     """Refuse before the bytes what can be refused by then; to whom must not learn what is there: nothing that a name decides (law 13)."""
     if not is_drop(plan.who):
-        return plan.place_for_file(path, given, size, parents)
+        return plan.place_for_file(path, given, size)
     place = plan.now.enter(())
     place.need(CREATE)
     plan.tree.space.check(place, size, size)
@@ -6810,19 +6810,18 @@ class Files:
     # ---- writing
 
     def write(self, who: Principal, path: tuple[str, ...], body: Body, given: Preconditions = ANY, *,
-              mtime: int | None = None, sums: dict[str, str] | None = None, parents: bool = False) -> tuple[Node, bool]:
+              mtime: int | None = None, sums: dict[str, str] | None = None) -> tuple[Node, bool]:
         """Make `body` the new content of the file at a path; returns the node it became and whether it is new.
 
         mtime    ms since 1970; now if None
         sums     checksums the bytes must have: {"sha1": hex}
-        parents  make missing collections on the way
         raises   CloudError no-parent, conflict, precondition-failed, locked, over-quota, disk-full, bad-checksum
 
         Bytes go first and hold no lock; one batch then only moves a pointer.  A crash between the two leaves
         unreferenced chunks, which the sweep removes, and never a node without its bytes.
         """
         plan = Plan(self.tree, who)                      # before a byte is read
-        foreseen = [(plan, path, place) for place in [foresee_file(plan, path, given, body.length or 0, parents)] if place]
+        foreseen = [(plan, path, place) for place in [foresee_file(plan, path, given, body.length or 0)] if place]
         for _, _, place in foreseen:
             if place.view.seq:
                 body.lead((path, place.view))
@@ -6830,7 +6829,7 @@ class Files:
         def aim(size: int) -> tuple[Plan, tuple[str, ...], Place]:
             plan = Plan(self.tree, who)
             way = way_in(plan, path)
-            return plan, way, plan.place_for_file(way, given, size, parents)
+            return plan, way, plan.place_for_file(way, given, size)
 
         stored = self.tree.blobs.put(body, self.tree.contents.known_to(view_of(who)), sums or ())
         at = self.clock.wall() if mtime is None else mtime
@@ -6862,12 +6861,11 @@ class Files:
                 outcome = error
             yield path, outcome
 
-    def make_collection(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *,
-                        parents: bool = False, properties: dict[str, str] | None = None) -> Node:
+    def make_collection(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, properties: dict[str, str] | None = None) -> Node:
         """Make an empty collection, with dead properties if some are given.  raises CloudError exists, no-parent, conflict, locked"""
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
-            node = plan.mkdir(path, given, parents=parents, properties=properties)
+            node = plan.mkdir(path, given, properties)
             return plan.batch("make-collection", {"path": [path]}, node)
 
         batch = self.db.write(attempt)
@@ -8953,7 +8951,7 @@ class Drops:
         """Store a file for whom must not learn what is there: beside it, and in collections that are made without a word."""
         if not path:
             raise CloudError("bad-request", "a file needs a name")
-        self.files.write(who, path, body, BESIDE, mtime=mtime, sums=sums, parents=True)
+        self.files.write(who, path, body, BESIDE, mtime=mtime, sums=sums)
 
     def receive_collection(self, who: Principal, path: tuple[str, ...]) -> None:
         """Make a collection, or let one that is there be it; either is a commit."""
@@ -8962,7 +8960,7 @@ class Drops:
             way = way_in(plan, path, collection=True)
             if plan.now.enter(way).node:
                 return Batch([Statement("UPDATE share SET seen = ? WHERE id = ?", (self.clock.wall(), who.share))])
-            plan.mkdir(way, parents=True)
+            plan.mkdir(way, PARENTS)
             return plan.batch("make-collection", {"path": [way]})
 
         self.db.write(attempt)
@@ -9041,7 +9039,6 @@ class LinkPasswords:
         return bool(found) and int(found[1], 16) > self.clock.due() and hmac.compare_digest(found[2], self._sign(share, int(found[1], 16)))
 
 
-BESIDE = Preconditions(beside=True)
 GONE = LINK_ENDS["gone"]
 VISITORS_MOST = 10_000          # that are remembered at a time
 TOKENS_TRIED = 100              # that lead nowhere, from one network within an hour or so
@@ -9536,7 +9533,7 @@ class Upload(NamedTuple):
     account: int
     root: int                    # where its path begins: the top of the view that it led into
     path: str | None             # JSON; None: numbered parts, whose place is named at the end
-    given: str                   # JSON: {"if_match": [...], "if_none_match": [...], "parents": bool}
+    given: str                   # JSON: {"if_match": [...], "if_none_match": [...], "parents": bool, "beside": bool}
     size: int | None             # announced; None while that is deferred
     mtime: int | None
     note: str                    # what the client wants to hear again: tus metadata
@@ -9588,18 +9585,17 @@ class Uploads:
         self.tree, self.files, self.db, self.clock = tree, files, tree.db, tree.clock
 
     def create(self, who: Principal, path: tuple[str, ...], size: int | None, given: Preconditions = ANY, *,
-                      mtime: int | None = None, parents: bool = False, note: str = "") -> Upload:
+               mtime: int | None = None, note: str = "") -> Upload:
         """Announce a file that will come in parts; everything that can be refused now is.
 
         size    bytes; None if not known yet.  What is announced counts against the quota at once.
         """
-        foreseen = foresee_file(Plan(self.tree, who), path, given, size or 0, parents)
+        foreseen = foresee_file(Plan(self.tree, who), path, given, size or 0)
         view = foreseen.view if foreseen else view_of(who)
         self._check_uploads(who)
         now = self.clock.due()
         upload = Upload(secrets.token_urlsafe(16), view.home, who.account, view.top, json.dumps(path[bool(view.seq):]),
-                        json.dumps({"if_match": given.if_match, "if_none_match": given.if_none_match, "parents": parents,
-                                    "beside": given.beside}),
+                        json.dumps({name: getattr(given, name) for name in ("if_match", "if_none_match", "parents", "beside")}),
                         size, mtime, note, 0, now, now + UPLOAD_LIFE, None)
         self.db.run(Statement(PUT_UPLOAD, upload))
         return self._finish_if_whole(who, upload)
@@ -9708,9 +9704,8 @@ class Uploads:
         if way is None:
             raise CloudError("not-found", "what it was to become a part of is not shared any more")
         path = check_path([*way, *json.loads(upload.path)])
-        given = Preconditions(tuple(how["if_match"]), tuple(how["if_none_match"]), beside=how.get("beside", False))
-        change, seq = self._finish(who, upload, path, ANY if given == ANY else given, self._assembled(upload), upload.mtime,
-                                   parents=how["parents"])
+        given = Preconditions(tuple(how["if_match"]), tuple(how["if_none_match"]), beside=how.get("beside", False), parents=how["parents"])
+        change, seq = self._finish(who, upload, path, given, self._assembled(upload), upload.mtime)
         return upload._replace(done=json.dumps({"node": change.after.node, "rev": seq}))
 
     def _assembled(self, upload: Upload) -> Stored:
@@ -9723,12 +9718,12 @@ class Uploads:
         return Stored(manifest, sum(size for _, size in rows), manifest if len(rows) == 1 else None, rows, head=head)
 
     def _finish(self, who: Principal, upload: Upload, path: tuple[str, ...], given: Preconditions, stored: Stored,
-                mtime: int | None, *, parents: bool = False) -> tuple[Change, int]:
+                mtime: int | None) -> tuple[Change, int]:
         """Make what came of an upload the file at a path, in one batch; returns the change and its seq."""
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
             way = way_in(plan, path)
-            place = plan.place_for_file(way, given, 0, parents)
+            place = plan.place_for_file(way, given, 0)
             credit = max(upload.size or 0, upload.received) if place.view.home == upload.home else 0
             self._check_arrival(place, stored.size, credit)
             change = plan.put(place, stored, self.clock.wall() if mtime is None else mtime)
@@ -11668,10 +11663,10 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
 @route("PUT", API + "files/<path>", needs="write", mtime_="time", parents_="boolean", keep_="boolean")
 def api_write(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Store the body as a file; keep: beside what is there, under a free name."""
-    values = request.values
-    given = read_conditions(request)._replace(beside=True) if values["keep"] else read_conditions(request)
-    node, new = cloud.files.write(who, path, request.body, given, parents=bool(values["parents"]),
-                            mtime=values["mtime"])
+    values, given = request.values, read_conditions(request)
+    if values["keep"] or values["parents"]:
+        given = given._replace(beside=bool(values["keep"]), parents=bool(values["parents"]))
+    node, new = cloud.files.write(who, path, request.body, given, mtime=values["mtime"])
     return json_response(api_node(node, path[:-1] + (node.name,)), 201 if new else 200, ETag='"%s"' % node.etag)
 
 
@@ -11699,7 +11694,7 @@ def api_content(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
 def api_make_collection(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Make a collection."""
     path = request.values["path"]
-    return json_response(api_node(cloud.files.make_collection(who, path, parents=bool(request.values["parents"])), path), 201)
+    return json_response(api_node(cloud.files.make_collection(who, path, PARENTS if request.values["parents"] else ANY), path), 201)
 
 
 @route("POST", API + "move", needs="write", items="transfers", clash_="clash")
@@ -12342,13 +12337,11 @@ def tus_create(cloud: Cloud, who: Principal, request: Request) -> Response:
     path = split_path(about.get("path") or about.get("filename") or "")
     if not path or len(text) > 8 * KiB:
         raise CloudError("bad-request", "Upload-Metadata must hold a path or a filename")
-    given = read_conditions(request)._replace(beside=about.get("clash") == "keep")
+    given = read_conditions(request)._replace(beside=about.get("clash") == "keep", parents="parents" in about)
     if about.get("clash") == "refuse":
         given = given._replace(if_none_match=("*",))
-    if is_drop(who):
-        given, about["parents"] = BESIDE, ""
-    upload = cloud.uploads.create(who, path, size, given, parents="parents" in about, note=text,
-                                 mtime=parse_time(about["mtime"]) if "mtime" in about else None)
+    upload = cloud.uploads.create(who, path, size, BESIDE if is_drop(who) else given, note=text,
+                                  mtime=parse_time(about["mtime"]) if "mtime" in about else None)
     if request["content-type"] == "application/offset+octet-stream" and not upload.done:
         upload = cloud.uploads.append(who, upload.id, 0, request.body, checksum=read_tus_checksum(request))
     return tus_response(201, upload, cloud.clock.due(), cloud.clock.wall(), Location=request.href(request.path + (upload.id,)))
@@ -12761,8 +12754,10 @@ def dav_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
         raise CloudError("unsupported-media", "the body may not be encoded")
     if request.slash:
         raise CloudError("conflict", "a file's address has no slash at its end")
-    node, new = cloud.files.write(who, path, request.body, read_dav_conditions(request), mtime=read_mtime(request),
-                            sums=read_sums(request), parents=bool(request.query) and request.argument("parents") == "1")
+    given = read_dav_conditions(request)
+    if request.query and request.argument("parents") == "1":
+        given = given._replace(parents=True)
+    node, new = cloud.files.write(who, path, request.body, given, mtime=read_mtime(request), sums=read_sums(request))
     return stored_response(request, node, new, dav_href(request, path))
 
 
@@ -15988,7 +15983,7 @@ def import_files(cloud: Cloud, who: Principal, source: Path, into: tuple[str, ..
             if node is not None and not node.kind and node.size == size and node.mtime == at:
                 return False
             with open(place, "rb", buffering=0) as file:
-                cloud.files.write(who, path, FileBody(file, size), mtime=check_mtime(at), parents=True)
+                cloud.files.write(who, path, FileBody(file, size), PARENTS, mtime=check_mtime(at))
             return True
         except (OSError, CloudError) as error:
             skipped.append("%s: %s" % (place, reason_of(error)))
@@ -16045,7 +16040,7 @@ def scan_files(source: Path, skipped: list[str], cloud: Cloud | None = None, who
 def make_once(cloud: Cloud, who: Principal, path: tuple[str, ...]) -> None:
     """Make a collection that may be there already.  raises CloudError"""
     try:
-        cloud.files.make_collection(who, path, parents=True)
+        cloud.files.make_collection(who, path, PARENTS)
     except CloudError as error:
         if error.kind != "exists":
             raise
