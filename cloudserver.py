@@ -364,6 +364,15 @@ class Preconditions(NamedTuple):
 ANY, PARENTS, BESIDE = Preconditions(), Preconditions(parents=True), Preconditions(beside=True, parents=True)
 
 
+class Announced(NamedTuple):
+    """What is said of the bytes of a file by who sends them."""
+    mtime: int | None = None                      # ms since 1970; None: the time when they came
+    sums: dict[str, str] | None = None            # checksums that they must have: {"sha1": hex}
+
+
+UNANNOUNCED = Announced()
+
+
 class Query(NamedTuple):
     """What a search looks for; "", () and None ask for nothing."""
     words: tuple[str, ...] = ()                   # folded; all must be there
@@ -6809,12 +6818,10 @@ class Files:
 
     # ---- writing
 
-    def write(self, who: Principal, path: tuple[str, ...], body: Body, given: Preconditions = ANY, *,
-              mtime: int | None = None, sums: dict[str, str] | None = None) -> tuple[Node, bool]:
+    def write(self, who: Principal, path: tuple[str, ...], body: Body, given: Preconditions = ANY,
+              announced: Announced = UNANNOUNCED) -> tuple[Node, bool]:
         """Make `body` the new content of the file at a path; returns the node it became and whether it is new.
 
-        mtime    ms since 1970; now if None
-        sums     checksums the bytes must have: {"sha1": hex}
         raises   CloudError no-parent, conflict, precondition-failed, locked, over-quota, disk-full, bad-checksum
 
         Bytes go first and hold no lock; one batch then only moves a pointer.  A crash between the two leaves
@@ -6831,8 +6838,8 @@ class Files:
             way = way_in(plan, path)
             return plan, way, plan.place_for_file(way, given, size)
 
-        stored = self.tree.blobs.put(body, self.tree.contents.known_to(view_of(who)), sums or ())
-        at = self.clock.wall() if mtime is None else mtime
+        stored = self.tree.blobs.put(body, self.tree.contents.known_to(view_of(who)), announced.sums or ())
+        at = self.clock.wall() if announced.mtime is None else announced.mtime
 
         def attempt() -> Batch:                          # run again when a guard finds that somebody was faster
             plan, way, place = foreseen.pop() if foreseen else aim(stored.size)
@@ -6843,7 +6850,7 @@ class Files:
             return plan.batch("write", name_written(way, place, change.after.name), change)
 
         try:
-            for kind, value in (sums or {}).items():
+            for kind, value in (announced.sums or {}).items():
                 if stored.digests[kind] != value:
                     raise CloudError("bad-checksum", "what arrived does not have the checksum that was announced")
             batch = self.db.write(attempt)
@@ -6854,9 +6861,9 @@ class Files:
 
     def write_each(self, who: Principal, files: Iterable["Writing"]) -> Iterator[tuple[str, Node | CloudError]]:
         """Write files one after the other; (path as given, what became of it) of each."""
-        for path, body, given, mtime, sums in files:
+        for path, *what in files:
             try:
-                outcome: Node | CloudError = self.write(who, split_path(path), body, given, mtime=mtime, sums=sums)[0]
+                outcome: Node | CloudError = self.write(who, split_path(path), *what)[0]
             except CloudError as error:
                 outcome = error
             yield path, outcome
@@ -8947,11 +8954,11 @@ class Drops:
         self.files, self.tree, self.db, self.clock = files, files.tree, files.db, files.clock
         self._came, self._lock = {}, threading.Lock()        # (link, network): (files, bytes, when), as far as they count by now
 
-    def receive(self, who: Principal, path: tuple[str, ...], body: Body, *, mtime: int | None = None, sums: dict[str, str] | None = None) -> None:
+    def receive(self, who: Principal, path: tuple[str, ...], body: Body, announced: Announced = UNANNOUNCED) -> None:
         """Store a file for whom must not learn what is there: beside it, and in collections that are made without a word."""
         if not path:
             raise CloudError("bad-request", "a file needs a name")
-        self.files.write(who, path, body, BESIDE, mtime=mtime, sums=sums)
+        self.files.write(who, path, body, BESIDE, announced)
 
     def receive_collection(self, who: Principal, path: tuple[str, ...]) -> None:
         """Make a collection, or let one that is there be it; either is a commit."""
@@ -9548,8 +9555,7 @@ class Writing(NamedTuple):
     path: str
     body: Body
     given: Preconditions
-    mtime: int | None
-    sums: dict[str, str]
+    announced: Announced
 
 
 KEEP_MOST = 36500               # days that history may be kept
@@ -9848,9 +9854,9 @@ class Uploads:
         self.db.run(Statement("UPDATE upload SET received = received - ? WHERE id = ?", (dict(parts)[number], upload.id)),
                     Statement("DELETE FROM upload_chunk WHERE upload = ? AND part = ?", (upload.id, number)))
 
-    def join_parts(self, who: Principal, name: str, path: tuple[str, ...], given: Preconditions = ANY, *,
-                   size: int | None = None, mtime: int | None = None, sums: dict[str, str] | None = None) -> tuple[Node, bool]:
-        """Make the parts, in the order of their numbers, the content of a file; returns it and whether it is new.
+    def join_parts(self, who: Principal, name: str, path: tuple[str, ...], given: Preconditions = ANY,
+                   announced: Announced = UNANNOUNCED, size: int | None = None) -> tuple[Node, bool]:
+        """Make the parts, in the order of their numbers, the content of a file of so many bytes; returns it and whether it is new.
 
         Asked again, for the answer got lost, it returns the file it made.
         raises  CloudError bad-request if bytes are missing, bad-checksum, and as write; the parts stay then
@@ -9866,9 +9872,9 @@ class Uploads:
         stored, wanted = self._assembled(upload), upload.size if size is None else size
         if wanted not in (None, stored.size):
             raise CloudError("bad-request", "%d bytes came, %d were announced" % (stored.size, wanted))
-        if sums:
-            self._check_sums(stored, sums)
-        change, _ = self._finish(who, upload, path, given, stored, mtime)
+        if announced.sums:
+            self._check_sums(stored, announced.sums)
+        change, _ = self._finish(who, upload, path, given, stored, announced.mtime)
         return change.after, change.before is None
 
     def _check_sums(self, stored: Stored, sums: dict[str, str]) -> None:
@@ -11666,7 +11672,7 @@ def api_write(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     values, given = request.values, read_conditions(request)
     if values["keep"] or values["parents"]:
         given = given._replace(beside=bool(values["keep"]), parents=bool(values["parents"]))
-    node, new = cloud.files.write(who, path, request.body, given, mtime=values["mtime"])
+    node, new = cloud.files.write(who, path, request.body, given, Announced(values["mtime"]))
     return json_response(api_node(node, path[:-1] + (node.name,)), 201 if new else 200, ETag='"%s"' % node.etag)
 
 
@@ -12681,14 +12687,10 @@ def read_bytes(request: Request) -> bytes:
     return request.body.read(XML_LIMIT)
 
 
-def read_mtime(request: Request) -> int | None:
-    """X-OC-Mtime, seconds since 1970 and perhaps a fraction: how ownCloud's, Nextcloud's and rclone's clients say it."""
-    return parse_seconds(request["x-oc-mtime"])
-
-
-def read_sums(request: Request) -> dict[str, str] | None:
-    """OC-Checksum: what the bytes must have."""
-    return dict([parse_checksum(request.fields["oc-checksum"])]) if "oc-checksum" in request.fields else None
+def read_announced(request: Request) -> Announced:
+    """How ownCloud's, Nextcloud's and rclone's clients say it: X-OC-Mtime, seconds since 1970 and perhaps a fraction, and OC-Checksum."""
+    sums = dict([parse_checksum(request.fields["oc-checksum"])]) if "oc-checksum" in request.fields else None
+    return Announced(parse_seconds(request["x-oc-mtime"]), sums)
 
 
 # ---- files
@@ -12757,7 +12759,7 @@ def dav_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
     given = read_dav_conditions(request)
     if request.query and request.argument("parents") == "1":
         given = given._replace(parents=True)
-    node, new = cloud.files.write(who, path, request.body, given, mtime=read_mtime(request), sums=read_sums(request))
+    node, new = cloud.files.write(who, path, request.body, given, read_announced(request))
     return stored_response(request, node, new, dav_href(request, path))
 
 
@@ -13889,9 +13891,8 @@ def nc_join(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
     """Make the chunks a file.  Conditions are on what is there."""
     if len(path) != 2 or path[1] != ".file":
         raise CloudError("not-found", "there is nothing at this address")
-    target, mtime = read_destination(request), read_mtime(request)
-    node, new = cloud.uploads.join_parts(who, path[0], target, read_dav_conditions(request), mtime=mtime, sums=read_sums(request),
-                                 size=read_number(request, "oc-total-length"))
+    target = read_destination(request)
+    node, new = cloud.uploads.join_parts(who, path[0], target, read_dav_conditions(request), read_announced(request), read_number(request, "oc-total-length"))
     return stored_response(request, node, new, request.href(NC_ROOT + (who.name,) + target))
 
 
@@ -13904,7 +13905,7 @@ def nc_legacy_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[
     cloud.uploads.put_part(who, name, int(index), request.body)
     if len(cloud.uploads.parts(who, name)[1]) < int(count):
         return Response(201)                     # without any ETag: that means more is to come
-    node, new = cloud.uploads.join_parts(who, name, path, read_dav_conditions(request), mtime=read_mtime(request), sums=read_sums(request))
+    node, new = cloud.uploads.join_parts(who, name, path, read_dav_conditions(request), read_announced(request))
     return stored_response(request, node, new, dav_href(request, path))
 
 
@@ -13971,7 +13972,7 @@ def bulk_file(fields: dict[str, str], data: bytes) -> Writing:
         sums.update([parse_checksum("MD5:" + fields["x-file-md5"])])
     given = Preconditions(if_match=parse_etags(fields["if-match"], weak=False)) if "if-match" in fields else ANY
     return Writing(fields.get("x-file-path", ""), Body(data), given,
-                   parse_seconds(fields.get("x-file-mtime", fields.get("x-oc-mtime"))), sums)
+                   Announced(parse_seconds(fields.get("x-file-mtime", fields.get("x-oc-mtime"))), sums))
 
 
 # ---- previews: the thumbnails that browsers made
@@ -15983,7 +15984,7 @@ def import_files(cloud: Cloud, who: Principal, source: Path, into: tuple[str, ..
             if node is not None and not node.kind and node.size == size and node.mtime == at:
                 return False
             with open(place, "rb", buffering=0) as file:
-                cloud.files.write(who, path, FileBody(file, size), PARENTS, mtime=check_mtime(at))
+                cloud.files.write(who, path, FileBody(file, size), PARENTS, Announced(check_mtime(at)))
             return True
         except (OSError, CloudError) as error:
             skipped.append("%s: %s" % (place, reason_of(error)))
@@ -22362,7 +22363,7 @@ def link_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
         return dav_put(cloud, who, request, path)
     if "content-range" in request.fields:
         raise CloudError("bad-request", "partial writes go through tus")
-    cloud.drops.receive(who, path, request.body, mtime=read_mtime(request), sums=read_sums(request))
+    cloud.drops.receive(who, path, request.body, read_announced(request))
     return Response(201)
 
 
