@@ -412,6 +412,14 @@ class Share(NamedTuple):
     grantee: int | None = None   # the account or group
 
 
+class LockInfo(NamedTuple):
+    """What somebody asks of a write lock (RFC 4918 s9.10)."""
+    deep: bool                   # Depth: infinity
+    exclusive: bool
+    owner: str                   # the client's XML
+    seconds: int
+
+
 class Lock(NamedTuple):
     """A write lock (RFC 4918 s6).  The order is that of the table's columns."""
     token: str
@@ -4884,13 +4892,14 @@ class Locks:
             if lock.token not in mine and (lock.exclusive or lock.node not in shared):
                 raise CloudError("locked", "it is locked", path=seen_by(self.db.read, who, self.mounts).path(lock.node))
 
-    def check_conflict(self, who: Principal, place: Place, exclusive: bool, deep: bool) -> None:
+    def check_conflict(self, who: Principal, place: Place, wanted: LockInfo) -> None:
+        """raises CloudError lock-conflict, busy"""
         locks = self.of(place)
         near = self.covering(place, locks)
-        if deep and place.node:
+        if wanted.deep and place.node:
             near += [lock for lock in locks if place.node.node in holders(self.db.read, lock.node)]
         for lock in near:
-            if exclusive or lock.exclusive:
+            if wanted.exclusive or lock.exclusive:
                 raise CloudError("lock-conflict", "it is locked", path=seen_by(self.db.read, who, self.mounts).path(lock.node))
         if len(locks) >= 10_000:
             raise CloudError("busy", "this account has 10000 locks")
@@ -6980,8 +6989,7 @@ class Files:
 
     # ---- locks (RFC 4918 s6, s7)
 
-    def lock(self, who: Principal, path: tuple[str, ...], given: Preconditions = ANY, *, deep: bool, exclusive: bool,
-             owner: str, seconds: int) -> tuple[Lock, bool]:
+    def lock(self, who: Principal, path: tuple[str, ...], wanted: LockInfo, given: Preconditions = ANY) -> tuple[Lock, bool]:
         """Lock a node, making an empty file if nothing is there; returns the lock and whether it is new.
 
         raises  CloudError lock-conflict, no-parent, precondition-failed
@@ -6996,7 +7004,7 @@ class Files:
             self.tree.check_place(place, path)
             plan.check_conditions(place, path, given)
             if place.locked:
-                self.tree.locks.check_conflict(who, place, exclusive, deep)
+                self.tree.locks.check_conflict(who, place, wanted)
             node, home, now = place.node, place.view.home, self.clock.due()
             if node is None:
                 if place.locked:
@@ -7004,7 +7012,7 @@ class Files:
                 self.tree.space.check(place, 0, 1)
                 node = plan.put(place, empty, self.clock.wall()).after
                 plan.rows += self.tree.contents.rows(empty)
-            lock = Lock(new_lock_token(), home, node.node, who.account, deep, exclusive, owner, seconds, now + seconds * 1000)
+            lock = Lock(new_lock_token(), home, node.node, who.account, *wanted, now + wanted.seconds * 1000)
             if self.db.read("SELECT count(*) FROM lock WHERE account = ? AND due > ?", (lock.account, now))[0][0] >= LOCKS_MOST:
                 raise CloudError("conflict", "you hold %d locks already" % LOCKS_MOST)
             plan.rows += [Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (home, now)),
@@ -13143,8 +13151,7 @@ def dav_lock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
         text = "" if owner is None else ET.tostring(owner, encoding="unicode").strip()
         if len(text) > 4 * KiB:
             raise CloudError("bad-request", "the owner of a lock may have 4 KiB")
-        lock, new = cloud.files.lock(who, path, given, deep=depth == "infinity", exclusive=scope == ["{DAV:}exclusive"], owner=text,
-                               seconds=seconds)
+        lock, new = cloud.files.lock(who, path, LockInfo(depth == "infinity", scope == ["{DAV:}exclusive"], text, seconds), given)
     answer = E("d:prop", E("d:lockdiscovery", format_lock(lock, who)), **ROOT_NAMESPACES)
     return Response(201 if new else 200, format_xml(answer), {
         "Content-Type": XML_TYPE, "Cache-Control": "no-store", **({"Lock-Token": "<%s>" % lock.token} if body is not None else {})})
