@@ -9151,6 +9151,20 @@ def land(flying: deque[tuple[Future, int]], size: int) -> None:
         flying.popleft()[0].result()
 
 
+class Commit(NamedTuple):
+    """Many steps that a client wants to be one batch."""
+    op: str                      # an id that it chose: the same again changes nothing and is answered the same
+    digest: str                  # of all that was asked, to tell a repetition from a reuse
+    steps: Sequence[dict[str, Any]]
+    atomic: bool = False         # all of them or none
+    since: int | None = None     # the seq of what it knows: what was shared with it since is not what it means, else a folder made at that
+    #                              moment would come into somebody else's
+
+    def op_of(self, who: Principal) -> tuple[str, str]:
+        """That of the batch: whoever else chose the same id asked for something else."""
+        return "%d:%s" % (who.account, self.op), self.digest
+
+
 class Asked(NamedTuple):
     """A step of a commit, and the paths that it names; why it is refused, if one of them cannot be."""
     step: dict[str, Any]
@@ -9333,39 +9347,32 @@ class Sync:
 
     # ---- the commit
 
-    def commit(self, who: Principal, op: str, digest: str, steps: Sequence[dict[str, Any]], frames: Iterable[bytes], *,
-               atomic: bool = False, since: int | None = None) -> tuple[int, list[dict[str, Any]], bool]:
-        """Take many steps in one batch; returns (its seq or 0, an outcome for each, whether nothing else happened since).
+    def commit(self, who: Principal, wanted: Commit, frames: Iterable[bytes]) -> tuple[int, list[dict[str, Any]], bool]:
+        """Take many steps in one batch; returns (its seq or 0, an outcome for each, whether all that is newer than its `since` was done by this
+        device, and showed nothing that others share in another way).
 
-        op       an id the client chose: the same again changes nothing and is answered the same
-        digest   of all that was asked, to tell a repetition from a reuse
         frames   new chunks that the steps name
-        atomic   take all steps or none
-        since    a seq of the client's; the last result says whether all that is newer was done by this device, and showed nothing that others
-                 share in another way.  What was shared with it since is not what it means: else a folder made at that moment would come
-                 into somebody else's
         raises   CloudError op-reused, bad-frame, over-quota, busy
         """
-        view = view_of(who)
+        view, since = view_of(who), wanted.since
         view.need(*CHANGES)
-        id = "%d:%s" % (who.account, op)
-        again = self._answer_again(id, digest)
+        again = self._answer_again(who, wanted)
         received = self._receive(who, frames)
         if again:
             return (*again, False)
 
         def attempt() -> Batch:
             try:
-                return self._plan_commit(Plan(self.tree, who, since=since), (id, digest), steps, received, atomic)
+                return self._plan_commit(Plan(self.tree, who, since=since), wanted, received)
             except CloudError as error:
                 if error.kind != "held":
                     raise
-                return self._plan_commit(Plan(self.tree, who, since=since, held=True), (id, digest), steps, received, atomic)
+                return self._plan_commit(Plan(self.tree, who, since=since, held=True), wanted, received)
 
         try:
             batch = self.db.write(attempt)
         except Replayed:
-            return (*(self._answer_again(id, digest) or (0, [])), False)
+            return (*(self._answer_again(who, wanted) or (0, [])), False)
         alone = since is not None and not self.db.read(
             "SELECT 1 FROM journal WHERE home IN (SELECT ?1 UNION ALL SELECT s.home FROM mount m JOIN share s ON s.node = m.target "      # gone or not
             "WHERE m.home = ?1 AND (m.until IS NULL OR m.until > ?2)) AND seq > ?2 AND seq <> ?3 AND (device = '' OR device <> ?4) UNION ALL "
@@ -9373,22 +9380,23 @@ class Sync:
             "LIMIT 1", (view.home, since, batch.seq, who.device))
         return batch.seq, describe_outcomes(batch, batch.seq), alone
 
-    def _answer_again(self, id: str, digest: str) -> tuple[int, list[dict[str, Any]]] | None:
+    def _answer_again(self, who: Principal, wanted: Commit) -> tuple[int, list[dict[str, Any]]] | None:
+        id, digest = wanted.op_of(who)
         for seq, known, result in self.db.read("SELECT seq, digest, result FROM op WHERE id = ?", (id,)):
             if known != digest:
                 raise CloudError("op-reused", "this operation id was used for something else")
             return seq, [with_seq(item, seq) for item in json.loads(result)]
         return None
 
-    def _plan_commit(self, plan: Plan, op: tuple[str, str], steps: Sequence[dict[str, Any]], received: Received, atomic: bool) -> Batch:
+    def _plan_commit(self, plan: Plan, wanted: Commit, received: Received) -> Batch:
         """Decide every step on the tree as the steps before it leave it."""
-        who, root, asked = plan.who, plan.now.enter(()), list(map(asked_by, steps))
-        sending = Sending(plan, received, {**self.known(who, [hash for step in steps for hash, _ in step.get("chunks") or ()
+        who, root, asked = plan.who, plan.now.enter(()), list(map(asked_by, wanted.steps))
+        sending = Sending(plan, received, {**self.known(who, [hash for step in wanted.steps for hash, _ in step.get("chunks") or ()
                                                               if hash not in received.sizes]), **received.sizes}, {})
-        if len(steps) > 1:
+        if len(asked) > 1:
             plan.now.look_at([path for one in asked for path in one.paths])
         outcomes = [self._take(sending, *one) for one in asked]
-        if atomic and any(outcome.problem for outcome in outcomes):
+        if wanted.atomic and any(outcome.problem for outcome in outcomes):
             failed = problem_of(CloudError("not-done", "another step failed, and all or none was asked for"))
             return self.tree.space.pay(Batch(self._loose_rows(who, received.rows), told=[
                 outcome if outcome.problem else Outcome(424, None, failed) for outcome in outcomes]), root.view.home, root.quota)
@@ -9403,7 +9411,7 @@ class Sync:
         paths = [one.paths[-1] for one, outcome in zip(asked, outcomes) if not outcome.problem]
         plan.guards += still_stored([hash for hash in used if hash not in received.sizes or hash in received.relied])
         batch = plan.batch("sync", {"path": paths}, outcomes)
-        batch.op, batch.result = op, json.dumps(describe_outcomes(batch))
+        batch.op, batch.result = wanted.op_of(who), json.dumps(describe_outcomes(batch))
         return batch
 
     def _loose_rows(self, who: Principal, rows: list[tuple[Any, ...]]) -> list[Statement]:
@@ -12546,8 +12554,7 @@ def sync_commit(cloud: Cloud, who: Principal, request: Request) -> Response:
         raise CloudError("bad-request", 'the first line is {"op": id, "ops": [1 to %d steps]}' % OPS_LIMIT)
     cloud.journal.check(values.get("server"), since, values.get("tag"))
     lead_to_mounts(cloud.tree, who, request.body, (step[field] for step in steps for field in ("put", "mkdir", "move", "to", "delete") if field in step))
-    seq, results, alone = cloud.sync.commit(who, op, hashlib.sha256(line).hexdigest(), steps, reader,
-                                       atomic=values.get("atomic") is True, since=since)
+    seq, results, alone = cloud.sync.commit(who, Commit(op, hashlib.sha256(line).hexdigest(), steps, values.get("atomic") is True, since), reader)
     return json_response({"seq": seq, "results": results, **({"tag": cloud.journal.tag_at(seq)} if seq else {}), **({"cursor": seq} if alone and seq else {})})
 
 
