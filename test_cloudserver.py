@@ -4468,6 +4468,8 @@ class Through:
             return (self.top, *value)
         if isinstance(value, tuple) and all(isinstance(part, tuple) for part in value) and not hasattr(value, "_fields"):
             return tuple(map(self._below, value))
+        if isinstance(value, cs.Commit):
+            return value._replace(steps=self._below(value.steps))
         if isinstance(value, list):
             return [{key: self.top + "/" + path if key in (*cs.COMMIT_STEPS, "to") else path for key, path in step.items()} if isinstance(step, dict) else step
                     for step in value]
