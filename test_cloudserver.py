@@ -257,7 +257,7 @@ from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 from urllib.parse import quote, unquote
 
 import pytest
@@ -358,13 +358,27 @@ def tmp_path(request, tmp_path):
             yield Path(place)
 
 
+TABLES = [cs.SCHEMA, *cs.MIGRATIONS]
+EMPTY = sqlite3.connect(":memory:", check_same_thread=False)
+cs.migrate(EMPTY, TABLES)
+
+
+def migrate_by_copy(db, steps, migrate=cs.migrate):
+    """A new database gets a copy of tables that were made once: that takes less than half as long."""
+    if steps[:-1] != TABLES:
+        return migrate(db, steps)
+    EMPTY.backup(db)
+    migrate(db, steps[-1:])
+
+
 @pytest.fixture
 def make_cloud(tmp_path):
     """Open clouds on a directory each: make_cloud(), make_cloud(config), make_cloud(clock=...)."""
     clouds = []
 
     def make(config=None, clock=None, name="data", **settings):
-        cloud = Cloud(config or Config(data=tmp_path / name, **settings), clock)
+        with patch.object(cs, "migrate", migrate_by_copy):
+            cloud = Cloud(config or Config(data=tmp_path / name, **settings), clock)
         clouds.append(cloud)
         return cloud
 
@@ -3820,10 +3834,12 @@ def test_what_is_new_takes_the_name_of_a_mount_that_nobody_sees(call, api, cloud
             mirrors[-1].dav = mirrors[-1].by_sync_collection(None, {})
             assert cloud.history.undo(bob, seq)[1] == 0 and n not in listed(cloud, bob) and n + " (ann)" in listed(cloud, bob), how
         want = listed_whole(cloud, bob)
+        walked = {path: (node.node, node.kind or node.etag) for path, node in cloud.files.walk(bob, ())}
         for mirror in mirrors:
             assert mirror.follow() == want, how
             mirror.dav = mirror.by_sync_collection(*mirror.dav)
-            assert mirror.dav[1] == {path: (node.node, node.kind or node.etag) for path, node in cloud.files.walk(bob, ())}, how
+            assert mirror.dav[1] == walked, how
+        del mirrors[1:]                          # from here on they all know the same
     audit(cloud)
 
 
