@@ -393,15 +393,15 @@ class Share(NamedTuple):
     kind: str                    # link, account, group
     rights: str                  # out of RIGHTS, blanks between them
     giver: int                   # account
-    name: str
-    note: str
-    token: str | None            # of a link: what its address ends with
-    password: str | None         # as it is stored
-    due: int | None              # it ends then, steady ms; and
-    expires: int | None          # as people read it
-    uses_most: int | None        # downloads
-    files_most: int | None       # files and
-    bytes_most: int | None       # bytes that may come by it
+    name: str = ""
+    note: str = ""
+    token: str | None = None     # of a link: what its address ends with
+    password: str | None = None  # as it is stored
+    due: int | None = None       # it ends then, steady ms; and
+    expires: int | None = None   # as people read it
+    uses_most: int | None = None # downloads
+    files_most: int | None = None        # files and
+    bytes_most: int | None = None        # bytes that may come by it
     used: int = 0                # what was, and what came, so far
     files: int = 0
     bytes: int = 0
@@ -5249,8 +5249,9 @@ def outermost_of(grants: list[Grant]) -> list[Grant]:
 
 REACHES = (  # does share s reach account :home, by itself or by a group?  Nobody is reached by what they gave
     "(s.kind = 'account' AND s.grantee = :home OR s.kind = 'group' AND s.giver <> :home AND EXISTS (SELECT 1 FROM member WHERE grp = s.grantee AND account = :home))")
-STANDING = (  # does share s count at due time :now, and may its giver share?
-    "(s.ended IS NULL AND (s.due IS NULL OR s.due > :now) AND EXISTS (SELECT 1 FROM account WHERE id = s.giver AND sharing <> 0 AND removed IS NULL))")
+STANDS = "s.ended IS NULL AND (s.due IS NULL OR s.due > :now)"           # does share s count at due time :now?
+STANDING = (  # the same, and may its giver share?
+    "(" + STANDS + " AND EXISTS (SELECT 1 FROM account WHERE id = s.giver AND sharing <> 0 AND removed IS NULL))")
 ALLOWED = "NOT EXISTS (SELECT 1 FROM setting WHERE name = 'sharing' AND value = 'none')"       # may people share with each other?
 SWITCHED_ON = "(EXISTS (SELECT 1 FROM account WHERE id = :home AND sharing <> 0) AND " + ALLOWED + ")"   # may account :home share, and be shared with?
 CHAIN = (  # share :share and all above it, if they stand at due time :now: a row of (parent, rights, node) for each
@@ -8209,8 +8210,6 @@ ROLES = {  # names of sets of rights: of links,
     "view": frozenset([READ]), "add": frozenset([READ, CREATE]), "edit": frozenset([READ, CREATE, UPDATE, DELETE]), "drop": frozenset([CREATE])}
 PEOPLE_ROLES = {  # and of people and groups, who may have the past as well, and may give on what they have (SHARE) if that is agreed on
     "view": ROLES["view"], "add": ROLES["add"], "edit": ROLES["edit"] | {PAST}}
-LINK_RIGHTS = (READ, CREATE, UPDATE, DELETE)     # PAST and SHARE are never a link's
-LINK_TERMS = {"password", "uses", "files", "bytes"}
 NOBODY = "there is nobody of that name to share with"        # whatever the reason is
 SHARES_MOST = 1000              # that an account gives at a time
 LABEL_LIMIT, NOTE_LIMIT = 100, 1000              # characters
@@ -8222,7 +8221,26 @@ LAST_ENTRY = (  # is e what the node of share s is, or was when it came into the
     "AND l.until IS NOT NULL AND l.until > e.until))")
 GRANTEE = (  # the name of whom share s is for
     "CASE s.kind WHEN 'account' THEN (SELECT name FROM account WHERE id = s.grantee) WHEN 'group' THEN (SELECT name FROM grp WHERE id = s.grantee) END")
-STANDS = "s.ended IS NULL AND (s.due IS NULL OR s.due > ?)"              # does share s count at this due time?
+PUT_SHARE = (
+    "INSERT INTO share (id, home, node, kind, rights, giver, name, note, token, secret, password, due, expires, uses_most, files_most, bytes_most, used, files, "
+    "bytes, seq, created, parent, grantee) VALUES (:id, :home, :node, :kind, :rights, :giver, :name, :note, :token, :secret, :password, :due, :expires, "
+    ":uses_most, :files_most, :bytes_most, 0, 0, 0, (SELECT max(seq) FROM journal), :created, :parent, :grantee)")
+SET_TERMS = (
+    "UPDATE share SET rights = :rights, name = :name, note = :note, password = :password, due = :due, expires = :expires, uses_most = :uses_most, "
+    "files_most = :files_most, bytes_most = :bytes_most WHERE id = :id")
+
+
+class ShareKind(NamedTuple):
+    """What sets one kind of share apart."""
+    roles: dict[str, frozenset[str]]
+    rights: Sequence[str]        # that it may hold
+    foreign: frozenset[str]      # terms that are of others
+    terms: dict[str, Any]        # that count where nothing else is agreed on
+
+
+LINKS = ShareKind(ROLES, (READ, CREATE, UPDATE, DELETE), frozenset(["reshare"]), {"role": "view", "expires": None, "password": None})
+PEOPLE = ShareKind(PEOPLE_ROLES, RIGHTS, frozenset(["password", "uses", "files", "bytes"]), {"role": "view", "expires": None})
+SHARE_KINDS = {"link": LINKS, "account": PEOPLE, "group": PEOPLE}
 
 
 class Knock(NamedTuple):
@@ -8282,10 +8300,10 @@ class Terms:
         name, note           for people
         uses, files, bytes   the most of each; None is no limit; of links
         """
-        policy = self.policy()
-        if share.kind == "link" and not policy.links:
+        policy, kind = self.policy(), SHARE_KINDS[share.kind]
+        if kind is LINKS and not policy.links:
             raise CloudError("forbidden", "this server allows no links")
-        if not terms.keys().isdisjoint({"reshare"} if share.kind == "link" else LINK_TERMS):
+        if not terms.keys().isdisjoint(kind.foreign):
             raise CloudError("bad-request", "this belongs to another kind of share")
         if not terms.keys().isdisjoint({"rights", "role", "reshare"}):
             share = share._replace(rights=self._rights(view, node, share, terms))
@@ -8302,9 +8320,8 @@ class Terms:
         return share
 
     def _rights(self, view: View, node: Node, share: Share, terms: dict[str, Any]) -> str:
-        roles, had = roles_of(share), frozenset(share.rights.split())
+        (roles, allowed, *_), had = SHARE_KINDS[share.kind], frozenset(share.rights.split())
         rights = frozenset(terms["rights"]) if terms.get("rights") is not None else roles.get(terms["role"]) if "role" in terms else had - {SHARE}
-        allowed = LINK_RIGHTS if share.kind == "link" else RIGHTS
         if not rights or not rights.issubset(allowed):
             raise CloudError("bad-request", "roles are %s, rights %s" % (", ".join(roles), ", ".join(allowed)))
         if terms.get("reshare", SHARE in had and "rights" not in terms):
@@ -8357,10 +8374,10 @@ class Sharing:
         to      the name of the account or group
         raises  CloudError bad-request, not-found, forbidden without the right or if there may be no links, conflict, exists
         """
-        if kind not in ("link", "account", "group"):
+        if kind not in SHARE_KINDS:
             raise CloudError("bad-request", "a share is for an account, a group or whoever has a link")
-        giver, token = who.account, secrets.token_urlsafe(16) if kind == "link" else None
-        terms = self.terms.seal({"role": "view", "expires": None, **({"password": None} if token else {}), **terms})
+        token = secrets.token_urlsafe(16) if kind == "link" else None
+        terms = self.terms.seal({**SHARE_KINDS[kind].terms, **terms})
 
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
@@ -8370,36 +8387,31 @@ class Sharing:
             if not path:
                 raise CloudError("forbidden", "the root cannot be shared; share what is in it")
             grantee, name = (None, None) if token else self.offers.find(who, place.view.home, kind, to)
-            (highest, may_share, mine, twice), = self.db.read(
-                "SELECT (SELECT coalesce(max(id), 0) FROM share), (SELECT sharing FROM account WHERE id = ?1), (SELECT count(*) FROM share WHERE giver = ?1 AND ended IS NULL), EXISTS (SELECT 1 "
-                "FROM share s WHERE s.giver = ?1 AND s.node = ?2 AND s.kind = ?3 AND s.grantee = ?4 AND s.ended IS NULL AND (s.due IS NULL OR s.due > ?5))",
-                (giver, node.node, kind, grantee, self.clock.due()))
-            if not may_share:
-                raise CloudError("forbidden", "an administrator took sharing from this account")
-            if twice:
-                raise CloudError("exists", "it is shared with %s already" % name)
-            if mine >= SHARES_MOST:
-                raise CloudError("conflict", "this account gives %d shares; end some first" % SHARES_MOST)
+            new = self._numbered(Share(0, place.view.home, node.node, kind, READ, who.account, token=token, created=self.clock.wall(), grantee=grantee), name)
             access = self.tree.mounts.to_give_on(self.db.read, who, place)
-            new = Share(highest + 1, place.view.home, node.node, kind, READ, giver, "", "", token, None, None, None, None, None, None,
-                        created=self.clock.wall(), parent=access and access.share, grantee=grantee)
-            new = self.terms.agree(limited(place.view, access), node, new, terms)
+            new = self.terms.agree(limited(place.view, access), node, new._replace(parent=access and access.share), terms)
             plan.guards += [still_there(node), *still_given(new)]
-            plan.rows.append(raise_shape(node.home))                        # who moves it, or what holds it, has to know
-            plan.rows.append(Statement(
-                "INSERT INTO share (id, home, node, kind, rights, giver, name, note, token, password, due, expires, uses_most, files_most, "
-                "bytes_most, used, files, bytes, seq, created, secret, parent, grantee) SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, "
-                "0, max(seq), ?, ?, ?, ? FROM journal", (*new[:15], new.created, token and sha256_text(token), new.parent, grantee)))
-            batch = plan.batch("share", {"path": [path], **describe_share(new, name)}, new.id)
-            if kind == "account":
-                batch.also, batch.touches = [*batch.also, self.offers.deliver(who, new, node)], None
-            elif kind == "group":
-                batch.body.append(MOUNTS_LAG)
-            return batch
+            plan.rows += [raise_shape(node.home),                           # who moves it, or what holds it, has to know
+                          Statement(PUT_SHARE, {**new._asdict(), "secret": token and sha256_text(token)})]
+            return self.offers.deliver(plan.batch("share", {"path": [path], **describe_share(new, name)}, new.id), who, new, node)
 
         id = self.db.write(attempt).told
         self.offers.follow(who)
         return self.get(who, id)
+
+    def _numbered(self, share: Share, name: str | None) -> Share:
+        """A new one, for whom is called so, with its id.  raises CloudError forbidden, exists, conflict"""
+        (highest, may_share, mine, twice), = self.db.read(
+            "SELECT (SELECT coalesce(max(id), 0) FROM share), (SELECT sharing FROM account WHERE id = :giver), (SELECT count(*) FROM share WHERE giver = :giver "
+            "AND ended IS NULL), EXISTS (SELECT 1 FROM share s WHERE s.giver = :giver AND s.node = :node AND s.kind = :kind AND s.grantee = :grantee AND " + STANDS + ")",
+            {"giver": share.giver, "node": share.node, "kind": share.kind, "grantee": share.grantee, "now": self.clock.due()})
+        if not may_share:
+            raise CloudError("forbidden", "an administrator took sharing from this account")
+        if twice:
+            raise CloudError("exists", "it is shared with %s already" % name)
+        if mine >= SHARES_MOST:
+            raise CloudError("conflict", "this account gives %d shares; end some first" % SHARES_MOST)
+        return share._replace(id=highest + 1)
 
     def change(self, who: Principal, id: int, **terms: Any) -> Given:
         """Change what `terms` name, at once for everybody; the rest stays.  raises CloudError not-found, and as share"""
@@ -8417,10 +8429,7 @@ class Sharing:
                 raise CloudError("forbidden", "nobody can give more than they have")
             new = self.terms.agree(limited(place.view, access), old.node, old.share, terms)
             plan.guards += [self._still(old.share), *still_given(new)]
-            plan.rows.append(Statement(
-                "UPDATE share SET rights = ?, name = ?, note = ?, password = ?, due = ?, expires = ?, uses_most = ?, files_most = ?, "
-                "bytes_most = ? WHERE id = ?", (new.rights, new.name, new.note, *new[9:15], id)))
-            plan.rows.append(raise_shares("s.id = ?1", id))
+            plan.rows += [Statement(SET_TERMS, new._asdict()), raise_shares("s.id = ?1", id)]
             return plan.batch("share-change", {"path": [old.path or (old.node.name,)], **describe_share(new, old.grantee)})
 
         self.db.write(attempt)
@@ -8480,8 +8489,8 @@ class Sharing:
         """Those that stand, without their paths, and without what was given up for good."""
         rows = self.db.read(
             "SELECT " + SHARE_COLUMNS + ", g.name, o.name, " + GRANTEE + ", " + NODE + " FROM share s JOIN account g ON g.id = s.giver JOIN account o "
-            "ON o.id = s.home JOIN entry e ON e.node = s.node LEFT JOIN collection c ON c.node = e.node WHERE " + where + " AND s.ended IS NULL AND (s.due IS NULL OR s.due > :now) "
-            "AND " + LAST_ENTRY + " ORDER BY s.id DESC", {**params, "now": self.clock.due()})
+            "ON o.id = s.home JOIN entry e ON e.node = s.node LEFT JOIN collection c ON c.node = e.node WHERE " + where + " AND " + STANDS
+            + " AND " + LAST_ENTRY + " ORDER BY s.id DESC", {**params, "now": self.clock.due()})
         count = len(Share._fields)
         return [Given(Share._make(row[:count]), Node._make(row[count + 3:]), None, *row[count:count + 3]) for row in rows]
 
@@ -8673,8 +8682,15 @@ class Offers:
 
     # ---- for who shares
 
-    def deliver(self, who: Principal, share: Share, node: Node) -> Batch:
-        """What a new share does in the home of whom it is for: it stands in the root."""
+    def deliver(self, batch: Batch, who: Principal, share: Share, node: Node) -> Batch:
+        """The batch of a new share with what it does for whom it is: it stands in the root of an account at once, in those of the members of a group soon."""
+        if share.kind == "account":
+            batch.also, batch.touches = [*batch.also, self._deliver(who, share, node)], None
+        elif share.kind == "group":
+            batch.body.append(MOUNTS_LAG)
+        return batch
+
+    def _deliver(self, who: Principal, share: Share, node: Node) -> Batch:
         plan = Plan(self.tree, self._principal(share.grantee))
         detail = self._receive(plan, share, node, who.name)
         batch = plan.batch("share", {"path": node.name, **describe_share(share), **detail})
@@ -8807,7 +8823,7 @@ UNTOLD = (  # shares s that have ended, and answers w to them of who has no moun
     "AND target = s.node AND until IS NULL)")
 COMING = (  # shares s of groups, and members b of those, to whom they have not come yet
     "FROM share s JOIN grp r ON r.id = s.grantee JOIN member b ON b.grp = s.grantee JOIN account a ON a.id = b.account JOIN account g ON g.id = s.giver "
-    "JOIN entry e ON e.node = s.node LEFT JOIN collection c ON c.node = e.node WHERE s.kind = 'group' AND s.ended IS NULL AND (s.due IS NULL OR s.due > :now) "
+    "JOIN entry e ON e.node = s.node LEFT JOIN collection c ON c.node = e.node WHERE s.kind = 'group' AND " + STANDS + " "
     "AND a.removed IS NULL AND b.account NOT IN (s.home, s.giver) AND NOT EXISTS (SELECT 1 FROM mount WHERE home = b.account AND target = s.node "
     "AND until IS NULL) AND " + TAKEN % "b.account" + " AND " + LAST_ENTRY)
 
@@ -9086,14 +9102,10 @@ def limited(view: View, access: Access | None) -> View:
     return view._replace(rights=view.rights & access.rights) if access else view
 
 
-def roles_of(share: Share) -> dict[str, frozenset[str]]:
-    return ROLES if share.kind == "link" else PEOPLE_ROLES
-
-
 def role_of(share: Share) -> str | None:
     """The name of its set of rights, if that has one."""
     rights = frozenset(share.rights.split()) - {SHARE}
-    return next((role for role, all in roles_of(share).items() if all == rights), None)
+    return next((role for role, all in SHARE_KINDS[share.kind].roles.items() if all == rights), None)
 
 
 def describe_share(share: Share, grantee: str | None = None) -> dict[str, Any]:
@@ -13428,7 +13440,7 @@ def read_bits(text: str, kind: str, is_collection: bool) -> dict[str, Any]:
     """The role that gives these rights, or else just these.  What belongs to a collection is not meant of a file, for clients do not look."""
     if not re.fullmatch("[0-9]{1,2}", text) or int(text) >= 32:
         raise CloudError("bad-request", "permissions are a sum of 1, 2, 4, 8 and 16")
-    asked, roles = int(text), ROLES if kind == "link" else PEOPLE_ROLES
+    asked, roles = int(text), SHARE_KINDS[kind].roles
     rights = [right for right, bit in OCS_BITS.items() if asked & bit and right != SHARE]
     bits = ocs_bits(rights, is_collection)
     role = next((role for role, held in roles.items() if bits and ocs_bits(held, is_collection) == bits), None)
