@@ -324,6 +324,10 @@ class Node(NamedTuple):
         """Strong validator without its quotes: differs whenever the content does, survives a move."""
         return "%x-%x" % (self.seq if self.kind else self.rev, self.node)
 
+    def no_older(self, seq: int | None) -> Node:
+        """The same, as it is seen by what was shared in a batch: no collection counts as older (law 5 of sharing)."""
+        return self._replace(seq=max(self.seq, seq)) if seq and self.kind else self
+
     @property
     def created(self) -> int:
         """ms since 1970: node ids are drawn from the clock (see new_id)."""
@@ -4470,11 +4474,6 @@ def is_drop(who: Principal) -> bool:
     return READ not in view_of(who).rights
 
 
-def limited_to(who: Principal, node: Node, rights: frozenset[str]) -> Principal:
-    """The same, as if they were limited to a node of somebody else."""
-    return who._replace(home=node.home, root=node.node, scoped=True, rights=rights)
-
-
 class Place(NamedTuple):
     """Where a path leads, for somebody."""
     view: View
@@ -4676,7 +4675,7 @@ class Moment:
         """The same as they are seen: of a mount its target, under the name that it has here; none that leads nowhere."""
         floor = max(floor, self.floor)
         if floor:
-            return [node._replace(seq=max(node.seq, floor)) if node.kind else node for node in nodes]
+            return [node.no_older(floor) for node in nodes]
         if not self.mounts or not any(node.kind == MOUNT for node in nodes):
             return nodes
         found = {grant.mount: grant.seen() for grant in self.grants.values()}
@@ -4743,7 +4742,7 @@ class Moment:
         if self._grants and id in self._grants:
             return self._grants[id].seen()
         node, floor = self.node(id), self.floor_at(id)
-        return node._replace(seq=max(node.seq, floor)) if floor and node.kind else node
+        return node.no_older(floor) if floor else node
 
     def floor_at(self, id: int) -> int:
         """No collection counts as older than this that is seen where a node below the top is."""
@@ -4834,16 +4833,6 @@ class Entries(Moment):
                 self._named[node.parent, key_of(node.name)] = node
 
 
-def seen_by(read: Read, who: Principal, mounts: Mounts | None = None) -> Moment:
-    """What somebody sees, as it is now: nothing, if the collection that a device is limited to is in the trash.
-
-    mounts   go on at those
-    """
-    view = view_of(who)
-    hidden = READ not in view.rights or not view.whole and Moment(read, view.top).above(view.top) is None
-    return Moment(read, 0 if hidden else view.top, mounts=mounts.now(view) if mounts and view.whole else None)
-
-
 def above_top(read: Read, view: View) -> tuple[int, ...]:
     """What holds the collection that a device is limited to.  raises CloudError not-found if that is in the trash"""
     above = () if view.whole else Moment(read, view.top).above(view.top)
@@ -4890,7 +4879,7 @@ class Locks:
         shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
         for lock in held:
             if lock.token not in mine and (lock.exclusive or lock.node not in shared):
-                raise CloudError("locked", "it is locked", path=seen_by(self.db.read, who, self.mounts).path(lock.node))
+                raise CloudError("locked", "it is locked", path=self.mounts.seen_by(who).path(lock.node))
 
     def check_conflict(self, who: Principal, place: Place, wanted: LockInfo) -> None:
         """raises CloudError lock-conflict, busy"""
@@ -4900,7 +4889,7 @@ class Locks:
             near += [lock for lock in locks if place.node.node in holders(self.db.read, lock.node)]
         for lock in near:
             if wanted.exclusive or lock.exclusive:
-                raise CloudError("lock-conflict", "it is locked", path=seen_by(self.db.read, who, self.mounts).path(lock.node))
+                raise CloudError("lock-conflict", "it is locked", path=self.mounts.seen_by(who).path(lock.node))
         if len(locks) >= 10_000:
             raise CloudError("busy", "this account has 10000 locks")
 
@@ -5197,6 +5186,11 @@ COUNT_CAME = "UPDATE share SET files = files + ?, bytes = bytes + ? WHERE id = ?
 # What others shared with somebody stands in the root of their home: who sees what of it, and how a mount comes, gets another name and goes.
 
 
+def limited_to(who: Principal, node: Node, rights: frozenset[str]) -> Principal:
+    """The same, as if they were limited to a node of somebody else."""
+    return who._replace(home=node.home, root=node.node, scoped=True, rights=rights)
+
+
 class Access(NamedTuple):
     """What one share gives."""
     share: int
@@ -5232,7 +5226,7 @@ class Grant(NamedTuple):
 
     def seen(self) -> Node:
         """The target as it is seen: under the name of the mount."""
-        return self.node._replace(name=self.name, **({"seq": max(self.node.seq, self.seq)} if self.node.kind else {}))
+        return self.node._replace(name=self.name).no_older(self.seq)
 
 
 def outermost_of(grants: list[Grant]) -> list[Grant]:
@@ -5254,17 +5248,16 @@ STANDING = (  # the same, and may its giver share?
     "(" + STANDS + " AND EXISTS (SELECT 1 FROM account WHERE id = s.giver AND sharing <> 0 AND removed IS NULL))")
 ALLOWED = "NOT EXISTS (SELECT 1 FROM setting WHERE name = 'sharing' AND value = 'none')"       # may people share with each other?
 SWITCHED_ON = "(EXISTS (SELECT 1 FROM account WHERE id = :home AND sharing <> 0) AND " + ALLOWED + ")"   # may account :home share, and be shared with?
-CHAIN = (  # share :share and all above it, if they stand at due time :now: a row of (parent, rights, node) for each
-    "WITH RECURSIVE given (parent, rights, giver, node) AS (SELECT s.parent, s.rights, s.giver, s.node FROM share s WHERE s.id = :share AND " + STANDING
-    + " UNION ALL SELECT s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND " + ALLOWED + " AND "
-    + REACHES.replace(":home", "g.giver") + ") SELECT parent, rights, node FROM given")
+GIVEN = (  # a row for each of some shares s, %s, and one for each above it that stands at due time :now
+    "given (share, node, parent, rights, giver, top) AS (SELECT s.id, s.node, s.parent, s.rights, s.giver, s.node FROM %s UNION ALL SELECT q.share, q.node, "
+    "s.parent, s.rights, s.giver, s.node FROM given q JOIN share s ON s.id = q.parent AND " + STANDING + " AND " + ALLOWED + " AND "
+    + REACHES.replace(":home", "q.giver") + ")")
+CHAIN = "WITH RECURSIVE " + GIVEN % ("share s WHERE s.id = :share AND " + STANDING) + " SELECT parent, rights, top FROM given"
 MOUNTED = (  # the targets of all mounts in home :home, all that holds them, and the shares that stand at due time :now, each with its chain
     "WITH RECURSIVE up (id, above) AS (SELECT e.node, e.parent FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = :home "
     "AND m.until IS NULL UNION SELECT e.node, e.parent FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL), "
-    "given (share, node, parent, rights, giver, top) AS (SELECT s.id, s.node, s.parent, s.rights, s.giver, s.node FROM mount m JOIN share s "
-    "ON s.node = m.target AND " + STANDING + " AND " + REACHES + " WHERE m.home = :home AND m.until IS NULL AND " + SWITCHED_ON + " UNION ALL "
-    "SELECT g.share, g.node, s.parent, s.rights, s.giver, s.node FROM given g JOIN share s ON s.id = g.parent AND " + STANDING + " AND "
-    + REACHES.replace(":home", "g.giver") + ") SELECT up.id, up.above, m.node, x.name, (SELECT name FROM account WHERE id = e.home), "
+    + GIVEN % ("mount m JOIN share s ON s.node = m.target AND " + STANDING + " AND " + REACHES + " WHERE m.home = :home AND m.until IS NULL AND " + SWITCHED_ON)
+    + " SELECT up.id, up.above, m.node, x.name, (SELECT name FROM account WHERE id = e.home), "
     "m.seq, CASE WHEN m.node IS NOT NULL THEN (SELECT max(seq) FROM share WHERE node = up.id) END, g.share, g.parent, g.rights, g.top, " + NODE + " FROM up "
     "LEFT JOIN mount m ON m.home = :home AND m.target = up.id AND m.until IS NULL LEFT JOIN entry x ON x.node = m.node AND x.until IS NULL "
     "LEFT JOIN entry e ON e.node = m.target AND e.until IS NULL LEFT JOIN collection c ON c.node = m.target LEFT JOIN given g ON g.node = m.target "
@@ -5303,25 +5296,25 @@ class Mounts:
         self.db, self.clock = db, clock
         self.seen: set[int] = set()                          # shares by which somebody came, not yet written
 
-    def of(self, read: Read, home: int) -> dict[int, Grant]:
+    def of(self, home: int, read: Read | None = None) -> dict[int, Grant]:
         """{mount: what it shows}; not those whose share has ended, whose target is in the trash, or that another one shows as well."""
-        return {grant.mount: grant for grant in outermost_of(self._standing(read, home))}
+        return {grant.mount: grant for grant in outermost_of(self._standing(read or self.db.read, home))}
 
     def _standing(self, read: Read, home: int) -> list[Grant]:
         holder: dict[int, int | None] = {}
-        mounts: dict[int, list[tuple[Any, ...]]] = {}
-        for id, above, *row in read(MOUNTED, {"home": home, "now": self.clock.due()}):
+        mounts: dict[int, list[list[Any]]] = {}
+        for id, above, mount, *row in read(MOUNTED, {"home": home, "now": self.clock.due()}):
             holder[id] = above
-            if row[0] is not None:
-                mounts.setdefault(row[0], []).append(tuple(row))
+            if mount is not None:
+                mounts.setdefault(mount, []).append(row)
         found, own, floors = [], {}, {}
         for mount, rows in mounts.items():
-            (_, name, owner, came, seq), node = rows[0][:5], Node._make(rows[0][9:])
+            (name, owner, came, seq), node = rows[0][:4], Node._make(rows[0][8:])
             line = line_up(holder, node.node)
             own[node.node] = max(came, seq or 0)
             for id in line:                              # where a mount lies in another, the rights of the two depend on each other, or did
                 floors[id] = max(floors.get(id, 0), own[node.node])
-            grant = Grant(mount, name, owner, node, tuple(reversed(line[1:])), 0, accesses_of([row[5:9] for row in rows], line))
+            grant = Grant(mount, name, owner, node, tuple(reversed(line[1:])), 0, accesses_of([row[4:8] for row in rows], line))
             if any(READ in access.rights for access in grant.accesses) and line[-1] in holder and node.home != home:
                 found.append(grant)
         return [grant._replace(seq=max([floors[grant.node.node], *(own.get(id, 0) for id in grant.above)])) for grant in found]
@@ -5340,18 +5333,18 @@ class Mounts:
         """The name of who shared what a mount shows, or showed."""
         return self.db.read("SELECT a.name FROM mount m JOIN share s ON s.node = m.target JOIN account a ON a.id = s.home WHERE m.node = ? LIMIT 1", (mount,))[0][0]
 
-    def access(self, read: Read, share: int, node: int) -> Access | None:
+    def access(self, share: int, node: int) -> Access | None:
         """What a share of a node gives by now; None if it, or one above it, does not stand, or if the node is not there."""
-        above = Moment(read, node).above(node)
-        return None if above is None else access_by(share, node, list(read(CHAIN, {"share": share, "now": self.clock.due()})), (*above, node))
+        above = Moment(self.db.read, node).above(node)
+        return None if above is None else access_by(share, self.db.read(CHAIN, {"share": share, "now": self.clock.due()}), (node, *above))
 
-    def to_give_on(self, read: Read, who: Principal, place: Place) -> Access | None:
+    def to_give_on(self, who: Principal, place: Place) -> Access | None:
         """The share by which somebody may share what is at a place: of several that which allows most.  None: it is their own
         raises CloudError forbidden"""
         home, ids = view_of(who).home, (*place.chain, place.found().node)
         if place.view.home == home:
             return None
-        found = [access for grant in self.of(read, home).values() for access in grant.accesses_at(ids) if SHARE in access.rights]
+        found = [access for grant in self.of(home).values() for access in grant.accesses_at(ids) if SHARE in access.rights]
         if not found:
             raise CloudError("forbidden", "nobody can give more than they have")
         return max(found, key=lambda access: len(access.rights))
@@ -5368,11 +5361,17 @@ class Mounts:
             shares.update(share for share, id in self.db.read(HELD_BY, {"home": home}) if id in nodes)
         return [Statement(RAISE_SHARE, [(share,) for share in sorted(shares)], many=True)] if shares else []
 
+    def seen_by(self, who: Principal, read: Read | None = None) -> Moment:
+        """What somebody sees, as it is now: nothing, if the collection that a device is limited to is in the trash."""
+        view, read = view_of(who), read or self.db.read
+        hidden = READ not in view.rights or not view.whole and Moment(read, view.top).above(view.top) is None
+        return Moment(read, 0 if hidden else view.top, mounts=self.now(view) if view.whole else None)
+
     # ---- which mounts a Moment goes on at
 
     def now(self, view: View) -> Seen:
         """Those that somebody may read."""
-        return lambda moment: list(self.of(moment.read, view.home).values())
+        return lambda moment: list(self.of(view.home, moment.read).values())
 
     def then(self, view: View, right: str) -> Seen:
         """Those that stood then, to which somebody has a right now."""
@@ -5401,16 +5400,16 @@ def accesses_of(rows: Iterable[tuple[Any, ...]], line: list[int]) -> list[Access
     for share, *chain in rows:
         if share is not None:
             chains.setdefault(share, []).append(tuple(chain))
-    found = (access_by(share, line[0], chain, line) for share, chain in chains.items())
+    found = (access_by(share, chain, line) for share, chain in chains.items())
     return [access for access in found if access]
 
 
-def access_by(share: int, node: int, chain: list[tuple[Any, ...]], line: Collection[int]) -> Access | None:
-    """What a share gives, by (parent, rights, node) of it and of all above it that stand: no more than those above, and nothing if one of them is
-    missing, or shares nothing any more that holds the node, whose `line` is that and what holds it."""
+def access_by(share: int, chain: list[tuple[Any, ...]], line: Sequence[int]) -> Access | None:
+    """What a share of a node gives, by (parent, rights, node) of it and of all above it that stand: no more than those above, and nothing if one of
+    them is missing, or shares nothing any more that holds the node; `line` is the node and what holds it."""
     if all(parent is not None for parent, *_ in chain) or not all(top in line for *_, top in chain):
         return None
-    return Access(share, node, frozenset.intersection(*(rights_named(rights) for _, rights, _ in chain)))
+    return Access(share, line[0], frozenset.intersection(*(rights_named(rights) for _, rights, _ in chain)))
 
 
 @lru_cache(maxsize=128)
@@ -5422,32 +5421,32 @@ def rights_named(text: str) -> frozenset[str]:
 def begin_mount(plan: Plan, target: Node, giver: str, name: str = "") -> Node:
     """Let the root of a home show a node of another, under a name, its own if none is given, or one that tells from whom it is (law 4 of
     sharing): never one with a dot in front, for a stranger's .cloudignore would steer the sync client."""
-    place = plan.now.enter(())
-    root = place.found().node
-    node = plan.now.new_node(place.view.home, root, (name or target.name).lstrip(".") or "shared", MOUNT)
+    home, chain = view_of(plan.who).home, plan.now.top
+    node = plan.now.new_node(home, chain[-1], (name or target.name).lstrip(".") or "shared", MOUNT)
     node = node._replace(name=name_of_mount(plan.now.child, node, giver))
-    plan.rows.append(Statement("INSERT INTO mount (node, home, target, seq) SELECT ?, ?, ?, max(seq) FROM journal", (node.node, place.view.home, target.node)))
-    return plan.step(Change(None, node, (), (*place.chain, root))).after
+    plan.rows.append(Statement("INSERT INTO mount (node, home, target, seq) SELECT ?, ?, ?, max(seq) FROM journal", (node.node, home, target.node)))
+    return plan.step(Change(None, node, (), chain)).after
 
 
-def change_mount(plan: Plan, path: tuple[str, ...], target: tuple[str, ...] | None) -> Node:
-    """Give a mount another name, which is nobody else's concern, or none any more: then it is declined, and nothing is deleted."""
-    view_of(plan.who).need(DELETE if target is None else UPDATE)
-    chain = plan.now.top()
-    mount = plan.now.child(chain[-1], path[0])
-    if target is None:
-        return decline_mount(plan, mount)
+def mount_at(plan: Plan, name: str) -> Node:
+    """The mount of a name, by which something was entered."""
+    return plan.now.child(plan.now.top[-1], name)
+
+
+def rename_mount(plan: Plan, mount: Node, target: tuple[str, ...]) -> None:
+    """Give a mount another name, which is nobody else's concern."""
+    view_of(plan.who).need(UPDATE)
     if len(target) != 1 or target[0][0] == ".":
         raise CloudError("forbidden", "what is shared with you stays where it is; it may have another name, without a dot in front")
-    there = plan.now.child(chain[-1], target[0])
+    there = plan.now.child(mount.parent, target[0])
     if there and there.node != mount.node:
         raise CloudError("precondition-failed", "there is something at the destination", there=there if there.kind != MOUNT else None)
-    return plan.step(rename_of(plan.now, mount, target[0])).after
+    plan.step(rename_of(mount, target[0], plan.now.top))
 
 
-def rename_of(now: Draft, mount: Node, name: str) -> Change:
-    """A mount gets another name."""
-    mount, chain = mount._replace(files=0), now.top()
+def rename_of(mount: Node, name: str, chain: tuple[int, ...]) -> Change:
+    """A mount in a root, which `chain` leads to, gets another name."""
+    mount = mount._replace(files=0)
     return Change(mount, mount._replace(name=name), chain, chain, "moved")
 
 
@@ -5462,6 +5461,7 @@ def name_of_mount(look: Callable[[int, str], Node | None], mount: Node, whose: s
 
 def decline_mount(plan: Plan, mount: Node) -> Node:
     """Somebody does not want what a mount shows, whoever shares it."""
+    view_of(plan.who).need(DELETE)
     plan.rows.append(Statement(DECLINE, {"home": mount.home, "mount": mount.node}))
     return end_mount(plan, mount, "declined")
 
@@ -5470,7 +5470,7 @@ def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
     """Let a root show no more what a mount in it shows; nothing is deleted."""
     plan.rows += [Statement("UPDATE mount SET until = (SELECT max(seq) FROM journal) WHERE node = ?", (mount.node,)),
                   Statement(RAISE_NESTED, {"home": mount.home, "node": mount.node})]
-    return plan.step(Change(mount._replace(files=0), None, plan.now.top(), (), fate)).before
+    return plan.step(Change(mount._replace(files=0), None, plan.now.top, (), fate)).before
 
 
 # ==== 11. Changes ========================================================================
@@ -5583,7 +5583,7 @@ class Tree:
             row = self._place_row(above[-1], some, view, content and is_last)
             ids, tail = row[5:5 + len(some) - is_last], row[4 + len(some):]
             if row[-1] is not None:                          # the first is a mount
-                grant = self.mounts.of(self.db.read, view.home).get(row[-1])
+                grant = self.mounts.of(view.home).get(row[-1])
                 if grant is None:                            # it leads nowhere: nothing is there
                     return self._enter_top(view, ())._replace(chain=above, rest=path, node=None, mounts=False, hidden=True)
                 above, ids, walked = (*grant.above, grant.node.node), ids[1:], 1
@@ -5601,8 +5601,7 @@ class Tree:
             self.mounts.seen.update(access.share for access in grant.accesses_at(ids))
             if right:
                 view.need(right)
-            if node and node.kind:
-                node = node._replace(seq=max(node.seq, view.seq))
+            node = node and node.no_older(view.seq)
         return Place(view, row[0], bool(row[1]), row[2], row[3], above, is_open, () if node else path[walked:], node, chunk, grant=grant)
 
     def _place_row(self, start: int, keys: Sequence[str], view: View, content: bool) -> tuple[Any, ...]:
@@ -5616,7 +5615,7 @@ class Tree:
         """Whoever is limited to a mount, as they see what that shows now; nothing is there for them if it shows nothing."""
         if not who.mount:
             return who
-        grant = self.mounts.of(self.db.read, who.account).get(who.mount)
+        grant = self.mounts.of(who.account).get(who.mount)
         if grant is None:
             return who._replace(home=0, root=who.mount)
         return limited_to(who, grant.node, view_of(who).rights & grant.rights - {SHARE})._replace(owner=grant.owner)         # it gives nothing on
@@ -5653,8 +5652,7 @@ class Tree:
             raise CloudError("not-found", "the collection this device is limited to is gone")
         shape, locked, quota, used, shared, *columns = rows[0]
         node, has_mounts = Node._make(columns), view.whole and shared is not None
-        node = node._replace(seq=max(node.seq, shared)) if has_mounts else node
-        return Place(view, shape, bool(locked), quota, used, above, True, (), node, mounts=has_mounts)
+        return Place(view, shape, bool(locked), quota, used, above, True, (), node.no_older(shared) if has_mounts else node, mounts=has_mounts)
 
     def below(self, read: Read, place: Place) -> Moment:
         """What lies below a place now, as it is seen from there."""
@@ -5672,7 +5670,7 @@ class Tree:
             if time.monotonic() - looked >= every:
                 path, view, looked = then.path(top), view_of(who), time.monotonic()
                 seen = {then.top, *(id for id, grant in then.grants.items() if not path or grant.name == path[0])} - {view.top}
-                if seen and not seen <= {grant.node.node for grant in self.mounts.of(self.db.read, view.home).values()}:
+                if seen and not seen <= {grant.node.node for grant in self.mounts.of(view.home).values()}:
                     raise CloudError("gone", "some of it is not shared any more")
             yield row
 
@@ -5853,7 +5851,7 @@ class Draft:
     def look_at(self, paths: Collection[tuple[str, ...]]) -> None:
         """Read what is at many paths, level by level; else each would be asked for by itself."""
         self._is_looked_at = True
-        holders = {(): self.top()[-1]}
+        holders = {(): self.top[-1]}
         for depth in range(max(map(len, paths), default=0)):
             wanted = {path[:depth + 1] for path in paths if len(path) > depth and path[:depth] in holders}
             self.before.load_named([(holders[path[:-1]], key_of(path[-1])) for path in wanted])
@@ -5873,7 +5871,7 @@ class Draft:
         """The mount that a path begins with, if it does."""
         name = path[0] if path else ""
         if name not in self._mounts:
-            node = self.child(self.top()[-1], name)
+            node = self.child(self.top[-1], name)
             if node and node.kind == MOUNT and self.since is not None and node.since > self.since:
                 raise CloudError("precondition-failed", "what is shared here came just now")
             place = self.tree.enter(self.who, path[:1]) if node and node.kind == MOUNT else None
@@ -5884,6 +5882,7 @@ class Draft:
             self._mounts[name] = place
         return self._mounts[name]
 
+    @cached_property
     def top(self) -> tuple[int, ...]:
         """Ids down to the top of what is seen, the root of the home first."""
         part = self.parts.get(view_of(self.who).home)
@@ -5894,7 +5893,7 @@ class Draft:
     def _chain(self, path: tuple[str, ...]) -> tuple[int, ...] | None:
         """Ids of the collections down to the one at a path; None if there is none."""
         if not path:
-            return self.top()
+            return self.top
         if path not in self._chains:
             mounted = self.mounted(path) if len(path) == 1 else None
             above = mounted.chain if mounted else self._chain(path[:-1])
@@ -5908,7 +5907,7 @@ class Draft:
         if node is None or node.kind != MOUNT or self.is_made(node):
             return node
         if self._grants is None:
-            self._grants = self.tree.mounts.of(self.tree.db.read, view_of(self.who).home)
+            self._grants = self.tree.mounts.of(view_of(self.who).home)
         if node.node in self._grants:
             return node
         self._hidden[parent, key_of(name)] = node
@@ -5937,7 +5936,7 @@ class Draft:
 
     def lives(self, id: int) -> bool:
         """Is it the top of what is seen, or somewhere below?"""
-        return self.top()[-1] in (id, *self.above(id))
+        return self.top[-1] in (id, *self.above(id))
 
     def would_hold_itself(self, id: int, parent: int) -> bool:
         """Does a place lie in the very node that would come there?"""
@@ -6008,7 +6007,7 @@ class Draft:
             if held and held.node != after.node:
                 owner = self.tree.mounts.owner(held.node)
                 plain = re.sub(r" \(%s( \d+)?\)$" % re.escape(owner), "", held.name) or held.name
-                self.take(rename_of(self, held, name_of_mount(self.entry, held._replace(name=plain), owner)))
+                self.take(rename_of(held, name_of_mount(self.entry, held._replace(name=plain), owner), self.top))
             self._names[place] = after
         id = (after or before).node
         if id in self.changes:
@@ -6110,7 +6109,7 @@ class Plan:
     def collection_at(self, path: tuple[str, ...]) -> int:
         """The collection at a path, made if need be; the top if a file or a mount is in the way."""
         if self.now.mounted(path):
-            return self.now.top()[-1]
+            return self.now.top[-1]
         place = self.now.enter(path)
         if place.node is None and place.open:
             return self.mkdir(path, PARENTS).node
@@ -6120,7 +6119,7 @@ class Plan:
         """Put a node into the trash."""
         place = self.now.enter(path)
         if place.view.seq and place.is_top:
-            return change_mount(self, path, None)
+            return decline_mount(self, mount_at(self, path[0]))
         place.need(DELETE)
         self._admit_removal(place, path, given)
         if self.now.is_made(place.node):
@@ -6132,7 +6131,7 @@ class Plan:
         """Give a node another place or name; returns it and whether nothing was there; `clash` is that of Files.move."""
         here = self.now.enter(source)
         if here.view.seq and here.is_top:
-            change_mount(self, source, target)
+            rename_mount(self, mount_at(self, source[0]), target)
             return here.found()._replace(name=target[-1]), True
         here.need(UPDATE, DELETE)
         self._admit_removal(here, source, given)
@@ -6713,11 +6712,11 @@ class Stars:
         if view_of(who).whole:
             return path
         (root,), = self.db.read("SELECT root FROM account WHERE id = ?", (who.person,))
-        return seen_by(self.db.read, Principal(who.person, who.name, root), self.tree.mounts).path(node.node) or path
+        return self.tree.mounts.seen_by(Principal(who.person, who.name, root)).path(node.node) or path
 
     def list(self, who: Principal) -> list[tuple[tuple[str, ...], Node]]:
         """(path, node) of all that bears a star of somebody and that they see, in the order of paths."""
-        here, ids = seen_by(self.db.read, who, self.tree.mounts), [id for id, in self.db.read("SELECT node FROM star WHERE account = ?", (who.person,))]
+        here, ids = self.tree.mounts.seen_by(who), [id for id, in self.db.read("SELECT node FROM star WHERE account = ?", (who.person,))]
         here.load(ids)
         return sorted((here.path(id), here.here(id)) for id in ids if here.path(id) is not None)
 
@@ -6773,12 +6772,12 @@ class Files:
             node = now.node(seen.node)
             if node is None:
                 raise CloudError("not-found", "it was just deleted")
-            yield node._replace(name=seen.name, seq=max(node.seq, seen.seq)) if node.kind else node._replace(name=seen.name), now
+            yield node._replace(name=seen.name).no_older(seen.seq), now
 
     def standing(self, who: Principal, now: Moment | None = None) -> Callable[[Node], Standing]:
         """Tells how somebody sees nodes that they see; `now` is where these were read."""
         view, lines = view_of(who), {}
-        own, here = Standing(view.rights, who.owner or None), now if now and now.mounts else seen_by(now.read if now else self.db.read, who, self.tree.mounts)
+        own, here = Standing(view.rights, who.owner or None), now if now and now.mounts else self.tree.mounts.seen_by(who, now and now.read)
 
         def look(node: Node) -> Standing:
             if node.home == view.home:
@@ -6800,7 +6799,7 @@ class Files:
 
     def path_of(self, who: Principal, node: int) -> tuple[str, ...]:
         """Where a live node is for `who`.  raises CloudError not-found if that is nowhere"""
-        path = seen_by(self.db.read, who, self.tree.mounts).path(node)
+        path = self.tree.mounts.seen_by(who).path(node)
         if path is None:
             raise CloudError("not-found", "there is nothing of that id")
         return path
@@ -7243,7 +7242,7 @@ class Search:
         """
         place = self.tree.enter(who, path, READ)
         place.found()
-        found, seen, here = [], set(), seen_by(self.db.read, who, self.tree.mounts)
+        found, seen, here = [], set(), self.tree.mounts.seen_by(who)
         homes = (place.view.home,) if path else (place.view.home, *here.homes())
         with nullcontext() if query.words else self.tree.lane(who):         # without words everything is looked at
             for node, inside in self._hits(homes, query, here, alive):
@@ -7302,7 +7301,7 @@ class Search:
 
     def by_id(self, who: Principal, node: int) -> list[tuple[tuple[str, ...], Node]]:
         """(path, node) of a live node, if `who` can see it."""
-        here = seen_by(self.db.read, who, self.tree.mounts)
+        here = self.tree.mounts.seen_by(who)
         path = here.path(node)
         return [] if path is None else [(path, here.here(node))]
 
@@ -7374,7 +7373,7 @@ class Journal:
 
     def steps_of(self, who: Principal, seq: int) -> list[tuple[int, tuple[str, ...]]]:
         """(seq, path) of all that one batch did, in each home for itself, as `undo` wants to hear of it."""
-        here, found = seen_by(self.db.read, who, self.tree.mounts), []
+        here, found = self.tree.mounts.seen_by(who), []
         for part, home, detail in self.db.read("SELECT seq, home, detail FROM journal WHERE seq >= :seq AND seq < :seq + 100 AND tag = (SELECT tag FROM "
                                                "journal WHERE seq = :seq) ORDER BY seq", {"seq": seq}):
             path = () if home == view_of(who).home else here.path(json.loads(detail).get("within", 0))
@@ -7804,13 +7803,13 @@ class History:
             "SELECT m.node, l.name, e.name FROM entry e JOIN mount m ON m.node = e.node JOIN entry l ON l.node = e.node AND l.until IS NULL WHERE e.home = :home "
             "AND e.until = :seq AND l.since = :seq AND l.name <> e.name AND NOT EXISTS (SELECT 1 FROM entry o WHERE o.parent = l.parent "
             "AND o.key = e.key AND o.until IS NULL AND o.node <> l.node)", values)
-        names = names and [row for row in names if row[0] in self.tree.mounts.of(self.db.read, view.home)]
+        names = names and [row for row in names if row[0] in self.tree.mounts.of(view.home)]
 
         def attempt() -> Batch:
             plan = Plan(self.tree, view.who)
             plan.now.enter(())
             for _, name, before in names:
-                change_mount(plan, (name,), (before,))
+                rename_mount(plan, mount_at(plan, name), (before,))
             for target, name, owner in rows:
                 begin_mount(plan, Moment(self.db.read, target).node(target), owner, name)
                 plan.rows.append(Statement(ACCEPT, {"home": view.home, "node": target, "share": 0}))
@@ -7864,7 +7863,7 @@ class History:
 
             if not choose(span)[0]:
                 return 0, 0
-        lost = [path[:-1] for path, node in zip(paths, nodes) if len(path) > 1 and seen_by(self.db.read, view.who).path(node.parent) is None]
+        lost = [path[:-1] for path, node in zip(paths, nodes) if len(path) > 1 and self.tree.mounts.seen_by(view.who).path(node.parent) is None]
         return self._revert(view, (), seq, choose, ("rewind", {"path": [paths[0]], "to": seq}), lost)
 
     def _below(self, who: Principal, view: View, path: tuple[str, ...]) -> tuple[str, ...]:
@@ -8364,7 +8363,7 @@ class Sharing:
     def __init__(self, tree: Tree, credentials: Credentials, policy: Callable[[], Policy]) -> None:
         self.tree, self.policy, self.db, self.clock, self.throttle = tree, policy, tree.db, tree.clock, credentials.throttle
         self.terms, self.passwords, self.offers = Terms(self.clock, policy), LinkPasswords(self.clock, self.throttle), Offers(tree, policy)
-        self.uses, self.openings = Uses(self.db, self.clock), Openings(self.db, self.clock)
+        self.uses, self.openings = Uses(self.db, self.clock, tree.mounts), Openings(self.db, self.clock)
 
     # ---- for who shares
 
@@ -8388,7 +8387,7 @@ class Sharing:
                 raise CloudError("forbidden", "the root cannot be shared; share what is in it")
             grantee, name = (None, None) if token else self.offers.find(who, place.view.home, kind, to)
             new = self._numbered(Share(0, place.view.home, node.node, kind, READ, who.account, token=token, created=self.clock.wall(), grantee=grantee), name)
-            access = self.tree.mounts.to_give_on(self.db.read, who, place)
+            access = self.tree.mounts.to_give_on(who, place)
             new = self.terms.agree(limited(place.view, access), node, new._replace(parent=access and access.share), terms)
             plan.guards += [still_there(node), *still_given(new)]
             plan.rows += [raise_shape(node.home),                           # who moves it, or what holds it, has to know
@@ -8424,7 +8423,7 @@ class Sharing:
             plan = Plan(self.tree, who)
             place = plan.now.enter(old.path or ())
             place.need(SHARE)
-            access = old.share.parent and self.tree.mounts.access(self.db.read, old.share.parent, old.node.node) or None
+            access = old.share.parent and self.tree.mounts.access(old.share.parent, old.node.node) or None
             if old.share.parent and not access:
                 raise CloudError("forbidden", "nobody can give more than they have")
             new = self.terms.agree(limited(place.view, access), old.node, old.share, terms)
@@ -8474,7 +8473,7 @@ class Sharing:
 
     def _mine(self, who: Principal, where: str, value: int = 0) -> list[Given]:
         """A limited device is told of none that lies elsewhere or allows more than it may itself: its address opens it."""
-        view, here = view_of(who), seen_by(self.db.read, who, self.tree.mounts)
+        view, here = view_of(who), self.tree.mounts.seen_by(who)
         given = [one._replace(path=here.path(one.node.node)) for one in self._select(where, value=value, me=view.home)]
         return [one for one in given if view.whole or one.path] if SHARE in view.rights else [
             one for one in given if one.path and view.rights.issuperset(one.share.rights.split())]
@@ -8576,7 +8575,7 @@ class Sharing:
         if share is None or not self.policy().links or Moment(self.db.read, share.node).above(share.node) is None:
             return None, 0, None
         if share.parent is not None:                         # what those above it give may end by time, or by leaving a group
-            access = self.tree.mounts.access(self.db.read, share.id, share.node)
+            access = self.tree.mounts.access(share.id, share.node)
             return access and share._replace(rights=in_order(access.rights)), 0, None
         return share, KiB, (share.node, share.home)
 
@@ -8638,7 +8637,7 @@ class Offers:
         for row, *more in shares.values():
             share, node, (*known, said, mount) = Share._make(row[:count]), Node._make(row[count + 8:]), row[count:count + 5]
             line = line_up(holder, node.node)
-            access = access_by(share.id, node.node, [one[count + 5:count + 8] for one in (row, *more)], line) if line[-1] in holder else None
+            access = access_by(share.id, [one[count + 5:count + 8] for one in (row, *more)], line) if line[-1] in holder else None
             if access:
                 mounts.update({node.node: mount} if mount else {})
                 state = "mounted" if mount else "declined" if said == "declined" else "waiting"
@@ -8708,12 +8707,6 @@ class Offers:
                 mount = begin_mount(plan, node, giver)
         plan.rows.append(Statement(SAY % "VALUES (?, ?, ?)", (share.id, home, said)))
         return {"path": mount.name} if mount else {"waiting": True} if said == "waiting" else {}
-
-    def save_seen(self) -> None:
-        """Write which shares were used since; the janitor does so every minute."""
-        seen, self.tree.mounts.seen = self.tree.mounts.seen, set()
-        if seen:
-            self.db.run(Statement("UPDATE share SET seen = ? WHERE id = ?", [(self.clock.wall(), id) for id in seen], many=True))
 
     def expire(self) -> None:
         """End what people and groups have whose time is over, or that shares nothing any more."""
@@ -8790,9 +8783,7 @@ OFFERED = (  # what holds the nodes that shares of others give account :home at 
     "UNION ALL SELECT g.id FROM member b JOIN share g ON g.grantee = b.grp AND g.kind = 'group' AND g.ended IS NULL WHERE b.account = :home) AND " + STANDING
     + " AND :home NOT IN (s.home, s.giver) AND " + SWITCHED_ON + "), up (id, above, name) AS (SELECT e.node, e.parent, e.name FROM reach r JOIN entry e ON e.node = r.node AND e.until IS NULL "
     "UNION SELECT e.node, e.parent, e.name FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL), "
-    "given (share, parent, rights, giver, top) AS (SELECT s.id, s.parent, s.rights, s.giver, s.node FROM reach r JOIN share s ON s.id = r.share UNION ALL "
-    "SELECT q.share, s.parent, s.rights, s.giver, s.node FROM given q JOIN share s ON s.id = q.parent AND " + STANDING + " AND "
-    + REACHES.replace(":home", "q.giver") + ") SELECT up.id, up.above, up.name, " + SHARE_COLUMNS + ", o.name, g.name, " + GRANTEE + ", w.said, x.name, "
+    + GIVEN % "reach r JOIN share s ON s.id = r.share" + " SELECT up.id, up.above, up.name, " + SHARE_COLUMNS + ", o.name, g.name, " + GRANTEE + ", w.said, x.name, "
     "q.parent, q.rights, q.top, " + NODE + " FROM up LEFT JOIN reach r ON r.node = up.id LEFT JOIN share s ON s.id = r.share LEFT JOIN given q ON q.share = s.id "
     "LEFT JOIN account o ON o.id = s.home LEFT JOIN account g ON g.id = s.giver LEFT JOIN entry e ON e.node = s.node AND e.until IS NULL LEFT JOIN collection c "
     "ON c.node = e.node LEFT JOIN answer w ON w.share = s.id AND w.account = :home LEFT JOIN mount t ON t.home = :home AND t.target = s.node AND t.until IS NULL "
@@ -8874,9 +8865,9 @@ class Permit:
 
     def _is_shown(self, node: Node) -> bool:
         """Is it where they see it?  Of what was deleted meanwhile, or is read as it was: does its owner share anything with them?"""
-        read, mounts = self.sharing.db.read, self.tree.mounts
-        return seen_by(read, self.who, mounts).path(node.node) is not None or Moment(read, node.node).above(node.node) is None and any(
-            grant.node.home == node.home for grant in mounts.of(read, view_of(self.who).home).values())
+        mounts = self.tree.mounts
+        return mounts.seen_by(self.who).path(node.node) is not None or Moment(mounts.db.read, node.node).above(node.node) is None and any(
+            grant.node.home == node.home for grant in mounts.of(view_of(self.who).home).values())
 
 
 LET_IN = (  # does an account let a device in, or who gave a password?
@@ -8885,10 +8876,10 @@ LET_IN = (  # does an account let a device in, or who gave a password?
 
 
 class Uses:
-    """Downloads by links: each is counted, those that have a limit before they begin, the others in memory until the next minute."""
+    """When shares were used, and downloads by links: each is counted, those that have a limit before they begin, the others in memory until the next minute."""
 
-    def __init__(self, db: Database, clock: Clock) -> None:
-        self.db, self.clock, self._lock = db, clock, threading.Lock()
+    def __init__(self, db: Database, clock: Clock, mounts: Mounts) -> None:
+        self.db, self.clock, self.mounts, self._lock = db, clock, mounts, threading.Lock()
         self._noted: dict[int, tuple[int, int]] = {}         # share: (downloads, when last seen), not yet written
 
     def note(self, id: int, uses: int) -> None:
@@ -8901,6 +8892,8 @@ class Uses:
         """Write what was noted; the janitor does so every minute.  What cannot be written is not lost.  raises CloudError"""
         with self._lock:
             noted, self._noted = self._noted, {}
+        seen, self.mounts.seen = self.mounts.seen, set()
+        noted = {**dict.fromkeys(seen, (0, self.clock.wall())), **noted}
         try:
             if noted:
                 self.db.run(Statement("UPDATE share SET used = used + ?, seen = ? WHERE id = ?", [(*row, id) for id, row in noted.items()], many=True))
@@ -9262,7 +9255,7 @@ class Sync:
         """{hash: size} of chunks that are part of a live file in what others shared with `who`, or in what a device is limited to."""
         if not hashes:
             return {}
-        view, here, found = view_of(who), seen_by(self.db.read, who, self.tree.mounts), {}
+        view, here, found = view_of(who), self.tree.mounts.seen_by(who), {}
         homes = here.homes() if view.whole else [view.home]
         for some in pieces(hashes) if homes else ():
             for hash, size, node in self.db.read(LIVE_CHUNKS.format(homes=marks(homes), hashes=marks(some)), (*some, *homes) * 2):
@@ -9557,7 +9550,7 @@ def lead_to_mounts(tree: Tree, who: Principal, body: Body, paths: Iterable[str])
     view = view_of(who)
     if view.whole and tree.db.recent.get(("mounts", view.home), lambda: (tree.db.read("SELECT 1 FROM mount WHERE home = ? LIMIT 1", (view.home,)), KiB, ())):
         names = {key_of(path.lstrip("/").partition("/")[0]) for path in paths}
-        ways = [(grant.name,) for grant in tree.mounts.of(tree.db.read, view.home).values() if key_of(grant.name) in names]
+        ways = [(grant.name,) for grant in tree.mounts.of(view.home).values() if key_of(grant.name) in names]
         body.lead(*((way, tree.enter(who, way).view) for way in ways))
 
 
@@ -9600,7 +9593,7 @@ def way_to(tree: Tree, who: Principal, root: int) -> tuple[str, ...] | None:
     """Where the top of a view is for who asks: at the top of all, or by now at the mount that shows it."""
     if root == view_of(who).top:
         return ()
-    grants = seen_by(tree.db.read, who, tree.mounts).grants
+    grants = tree.mounts.seen_by(who).grants
     return (grants[root].name,) if root in grants else None
 
 
@@ -9655,7 +9648,7 @@ class Uploads:
         if upload.home in (0, view_of(who).home):
             place = self.tree.enter(who, ())
             return place if upload.home else without_place(place)
-        grants = seen_by(self.db.read, who, self.tree.mounts).grants.values()
+        grants = self.tree.mounts.seen_by(who).grants.values()
         name = next((grant.name for grant in grants if grant.node.home == upload.home), None)
         if name is None:
             raise CloudError("not-found", "there is no such upload")
@@ -9949,7 +9942,7 @@ class Pictures:
 
     def known(self, who: Principal) -> set[tuple[int, str]]:
         """What has a thumbnail in the homes of which somebody sees something: {(home, manifest)}."""
-        homes = [view_of(who).home, *seen_by(self.db.read, who, self.tree.mounts).homes()]
+        homes = [view_of(who).home, *self.tree.mounts.seen_by(who).homes()]
         return {row for some in pieces(homes) for row in self.db.read("SELECT home, manifest FROM thumbnail WHERE home IN (" + marks(some) + ")", some)}
 
     def _pictured(self, who: Principal, path: tuple[str, ...], rev: int | None) -> Node:
@@ -14775,11 +14768,10 @@ class Janitor(threading.Thread):
             self.upkeep.release()
 
 
-EVERYBODYS = ("devices", "links", "offers")        # what each process has to write
+EVERYBODYS = ("devices", "links")                  # what each process has to write
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what; at once again if it says True)
     "devices": (MINUTE, lambda janitor: janitor.cloud.devices.save_used()),
     "links": (MINUTE, lambda janitor: (janitor.cloud.sharing.uses.save(), janitor.cloud.sharing.openings.save())),
-    "offers": (MINUTE, lambda janitor: janitor.cloud.offers.save_seen()),
     "shares": (5 * SECOND, lambda janitor: janitor.cloud.offers.expire() or janitor.cloud.offers.follow()),
     "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
     "reserve": (MINUTE, lambda janitor: janitor.cloud.space.keep_reserve()),

@@ -4075,7 +4075,7 @@ def test_a_large_mount_that_came_is_one_line_and_what_is_shared_no_more_ends_wha
     for rows in (cloud.history.walk(bob, ()), cloud.history.walk(bob, ("d",)), cloud.history.walk(bob, ("d", "in")), cloud.sync.manifest(bob, ())[2]):
         next(rows)
         with monkeypatch.context() as ended:
-            ended.setattr(cloud.tree.mounts, "of", lambda read, home: {})
+            ended.setattr(cloud.tree.mounts, "of", lambda home, read=None: {})
             assert outcome(list, rows) == "gone"
     take_back(cloud, share)
     line, = api("GET", "changes?since=%d" % (cloud.journal.head() - 1), user="bob")["changes"]
@@ -5035,7 +5035,7 @@ def test_a_hundred_mounts_cost_one_statement_more(cloud, ann, bob, monkeypatch):
                         ("SELECT " + cs.NEWEST_SHARED + " FROM account a WHERE a.id = ?", (bob.account,)), (cs.path_query(3, True, True), (bob.root, "m7", "f", "x", bob.account)),
                         (cs.RAISE_NESTED, {"home": bob.account, "node": 1})]:
         plan = [row[3] for row in cloud.db.writer.connection.execute("EXPLAIN QUERY PLAN " + sql, params)]
-        assert not [step for step in plan if step.startswith("SCAN") and step.split()[1] not in ("up", "given", "g", "shown", "CONSTANT", "(subquery")], (sql, plan)
+        assert not [step for step in plan if step.startswith("SCAN") and step.split()[1] not in ("up", "given", "q", "shown", "CONSTANT", "(subquery")], (sql, plan)
 
 
 def test_who_waits_is_woken_by_what_happens_in_what_others_shared(cloud, ann, bob):
@@ -6242,7 +6242,7 @@ def test_what_happened_to_a_share_is_told_with_what_it_is_of(api, cloud, ann, pe
 def test_givers_are_told_when_a_share_was_last_used(api, cloud, ann, people):
     put(cloud, ann, "d/f", parents=True)
     used, other = give(cloud, ann, "d", "bob"), give(cloud, ann, "d", "cem")
-    cloud.files.stat(people.bob, ("d", "f")), cloud.offers.save_seen()
+    cloud.files.stat(people.bob, ("d", "f")), cloud.sharing.uses.save()
     seen = {one["id"]: one["seen"] for one in api("GET", "shares")["shares"]}
     assert abs(seen[str(used)] - cloud.clock.wall()) < 60_000 and seen[str(other)] is None
 
@@ -6433,7 +6433,7 @@ class Sharers:
         while self.cloud.offers.follow():
             pass
         for account, who in self.ids.items():
-            here = cs.seen_by(self.cloud.db.read, who, self.cloud.tree.mounts)
+            here = self.cloud.tree.mounts.seen_by(who)
             for node, (home, _) in self.lines.items():
                 path, want = here.path(node), set(cs.RIGHTS) if home == account else self.rights(account, node)
                 have = set() if path is None else self.cloud.tree.enter(who, path).view.rights
@@ -6450,7 +6450,7 @@ class Sharers:
 
     def any_node(self, who):
         """(path, node) of something that somebody sees, but for the root."""
-        here = cs.seen_by(self.cloud.db.read, who, self.cloud.tree.mounts)
+        here = self.cloud.tree.mounts.seen_by(who)
         seen = [(here.path(node), node) for node in sorted(self.lines) if here.path(node)]
         return self.rng.choice(seen) if seen else (None, None)
 
