@@ -2706,7 +2706,11 @@ INSERT INTO star (account, node) SELECT DISTINCT e.home, p.node FROM property p 
     instr(substr(p.value, instr(p.value, '>') + 1), '<') - 1), char(9, 10, 13, 32)) IN ('1', 'yes', 'true');
 DELETE FROM property WHERE name = '{http://owncloud.org/ns}favorite';
 """
-MIGRATIONS = [VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9, VERSION_10, VERSION_11]         # MIGRATIONS[0] leads from version 1 to 2
+VERSION_12 = """
+CREATE INDEX share_due ON share (due) WHERE ended IS NULL;
+"""
+MIGRATIONS = [  # MIGRATIONS[0] leads from version 1 to 2
+    VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9, VERSION_10, VERSION_11, VERSION_12]
 INDEXES = (  # made where SQLite can: parts of names; words of contents
     "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
     "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
@@ -8257,11 +8261,6 @@ class Knock(NamedTuple):
         return sha256_text("%s %s" % (self.token, network_of(self.address)))[:32]
 
 
-SHARES_NOTHING = (  # was the node of a share given up for good?
-    "EXISTS (SELECT 1 FROM entry g WHERE g.node = share.node AND g.fate = 'purged') OR NOT EXISTS (SELECT 1 FROM entry e WHERE e.node = "
-    "share.node AND e.until IS NULL) AND NOT EXISTS (SELECT 1 FROM entry e WHERE e.node = share.node AND e.until IS NOT NULL)")
-
-
 class Given(NamedTuple):
     """A share as its giver sees it."""
     share: Share
@@ -8709,10 +8708,20 @@ class Offers:
         return {"path": mount.name} if mount else {"waiting": True} if said == "waiting" else {}
 
     def expire(self) -> None:
-        """End what people and groups have whose time is over, or that shares nothing any more."""
-        for id, home, node in self.db.read("SELECT id, home, node FROM share WHERE ended IS NULL AND kind <> 'link' AND (due <= ? OR " + SHARES_NOTHING
-                                           + ") LIMIT ?", (self.clock.due(), PIECE)):
+        """End what people and groups have whose time is over."""
+        self._end_each("due <= ?", (self.clock.due(),))
+
+    def end_of(self, nodes: Sequence[int]) -> None:
+        """End what people and groups have of nodes, some at a time, that were given up for good; whom that concerns is told while their names are known."""
+        if self._end_each("node IN (" + marks(nodes) + ")", nodes):
+            while self.follow():
+                pass
+
+    def _end_each(self, where: str, params: Sequence[Any]) -> int:
+        found = self.db.read("SELECT id, home FROM share WHERE ended IS NULL AND kind <> 'link' AND " + where, params)
+        for id, home in found:
             self.db.write(lambda: Batch(end_shares("s.id = ?1", (id,), self.clock), line=Line(home, ANONYMOUS, "share-end", {"share": str(id)})))
+        return len(found)
 
     def follow(self, who: Principal = ANONYMOUS) -> bool:
         """Let mounts come and go as shares and groups did, some at a time; is there more to do?"""
@@ -14316,7 +14325,7 @@ PURGED = (" AND EXISTS (SELECT 1 FROM entry g WHERE g.node = :node AND g.fate = 
           "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = :node AND l.until IS NULL)")
 PURGE = (  # what goes with a node: each if PURGED, and the entries last
     "DELETE FROM property WHERE node = :node", "DELETE FROM star WHERE node = :node", "DELETE FROM pin WHERE node = :node", "DELETE FROM lock WHERE node = :node",
-    "DELETE FROM mount WHERE node = :node", "DELETE FROM collection WHERE node = :node", "DELETE FROM name_row WHERE node = :node",
+    "UPDATE share SET ended = :at, token = NULL, password = NULL WHERE ended IS NULL AND kind = 'link' AND node = :node", "DELETE FROM mount WHERE node = :node", "DELETE FROM collection WHERE node = :node", "DELETE FROM name_row WHERE node = :node",
     "UPDATE account SET fed = :until WHERE id = :home AND fed < :until",
     "DELETE FROM entry WHERE node = :node AND until IS NOT NULL")
 LEASE = 2 * MINUTE
@@ -14366,8 +14375,8 @@ class Upkeep:
                    Statement("DELETE FROM growing WHERE due < ?", (now,)),
                    Statement("DELETE FROM kept WHERE due < ?", (now,)),
                    Statement("DELETE FROM visit WHERE due < ?", (now,)),
-                   Statement("UPDATE share SET ended = ?, token = NULL, password = NULL WHERE ended IS NULL AND kind = 'link' AND (due <= ? OR "
-                             + SHARES_NOTHING + ")", (self.clock.wall(), now)),
+                   Statement("UPDATE share SET ended = ?, token = NULL, password = NULL WHERE ended IS NULL AND kind = 'link' AND due <= ?",
+                             (self.clock.wall(), now)),
                    Statement("DELETE FROM op WHERE at < ?", (now - 7 * DAY,)),
                    Statement("DELETE FROM upload_chunk WHERE upload IN (SELECT id FROM upload WHERE due < ?)", (now,)),
                    Statement("DELETE FROM upload WHERE due < ?", (now,)),
@@ -14522,10 +14531,11 @@ class Thinning(Duty):
         self.cloud.trash.give_up_below(self.db.read("SELECT node, max(until) FROM entry WHERE fate = 'purged' AND kind = 1 GROUP BY node"))
         gone = 0
         while True:
-            nodes = [{"node": node, "home": home, "until": until} for node, home, until in self.db.read(
+            nodes = [{"node": node, "home": home, "until": until, "at": self.clock.wall()} for node, home, until in self.db.read(
                 "SELECT node, home, max(until) FROM entry WHERE fate = 'purged' GROUP BY node, home LIMIT ?", (PIECE,))]
             if not nodes:
                 return gone
+            self.cloud.offers.end_of([row["node"] for row in nodes])
             self.write(Statement("UPDATE entry SET fate = 'deleted' WHERE node = :node AND fate = 'purged' AND " + IS_LIVE, nodes, many=True),
                        *(Statement(sql + PURGED, nodes, many=True) for sql in PURGE),
                        *map(raise_shape, {row["home"] for row in nodes}))

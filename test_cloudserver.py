@@ -5658,7 +5658,7 @@ def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann):
 
 
 def test_no_statement_of_sharing_scans_a_table(cloud, ann, bob):
-    """Growth: whatever everybody else has, and has shared.  Only the janitor looks through all open shares, and through mounts when some have to follow"""
+    """Growth: whatever everybody else has, and has shared.  Only the janitor looks through mounts, when some have to follow."""
     put(cloud, ann, "d/e/f", b"1", parents=True), put(cloud, bob, "own/x", b"2", parents=True)
     cloud.groups.add("crew"), cloud.groups.join("crew", "bob")
     with scanning(cloud) as (seen, scans):
@@ -5675,6 +5675,7 @@ def test_no_statement_of_sharing_scans_a_table(cloud, ann, bob):
         move(cloud, bob, "own", "d/own"), copy(cloud, bob, "d/own", "own2")
         cloud.files.standing(bob, None), cloud.pictures.known(bob), cloud.trash.list(ann), cloud.journal.activity(bob, path=("d",))
         cloud.sharing.change(ann, one.id, role="view"), cloud.sharing.end(ann, one.id)
+        cloud.offers.expire(), cloud.offers.end_of([1, 2])
     follows = [sql for sql in scans if "LIMIT %d" % cs.PIECE in sql or "name = 'mounts'" in sql]
     assert len(seen) > 100 and scans.keys() == set(follows) and not any(re.match(r"SCAN (entry|e|journal|j|lock|account|a)\b", scans[sql]) for sql in follows)
 
@@ -6256,6 +6257,12 @@ def test_who_is_to_be_asked_is_told_when_there_is_nothing_to_ask_any_more(api, c
         ("share-end", "d", None, "ann"), ("share", "d", True, "ann")]
 
 
+def given_up(cloud):
+    """What the janitor does with what was given up for good."""
+    upkeep = cs.Upkeep(cloud)
+    assert upkeep.hold() and upkeep.thinning.purge()
+
+
 @pytest.mark.parametrize("kind, to", [("account", "bob"), ("group", "crew")])
 @pytest.mark.parametrize("said", ["waiting", "declined"])
 def test_what_waits_for_a_yes_wakes_who_listens_and_so_does_its_end(api, cloud, ann, people, kind, to, said):
@@ -6277,8 +6284,8 @@ def test_what_waits_for_a_yes_wakes_who_listens_and_so_does_its_end(api, cloud, 
     assert cloud.db.read("SELECT account FROM answer") == []
     id = woken(lambda: give(cloud, ann, "up/d", to, kind, reshare=True))
     cloud.files.delete(ann, ("up",)), cloud.trash.empty(ann)
-    cloud.offers.expire()
-    woken(lambda: [None for _ in iter(cloud.offers.follow, False)])
+    woken(lambda: given_up(cloud))
+    assert [(step.action, step.detail["path"]) for step in cloud.journal.activity(bob, limit=1)] == [("share-end", "d")]
 
 
 def test_sharing_is_nothing_that_is_undone(cloud, ann, people):
@@ -6568,7 +6575,7 @@ def test_shares_end_when_their_time_is_over(make_cloud, fake):
     seen = [cloud.files.stat(bob, ()).seq]
     fake.pass_(cs.HOUR)
     assert [rights_at(cloud, who, "d") for who in (bob, cem)] == [None, None] and cloud.sharing.of(ann, ("d",))[0].grantee == "cem"
-    cloud.files.delete(ann, ("lost",)), cloud.trash.empty(ann), cloud.offers.expire()
+    cloud.files.delete(ann, ("lost",)), cloud.trash.empty(ann), cloud.offers.expire(), given_up(cloud)
     while cloud.offers.follow():
         pass
     assert cloud.db.read("SELECT count(*) FROM share WHERE ended IS NULL") == [(0,)] and cloud.db.read("SELECT count(*) FROM mount WHERE until IS NULL") == [(0,)]
@@ -6694,7 +6701,7 @@ def test_what_shares_nothing_any_more_ends(make_cloud, fake):
     cloud.trash.empty(ann, next(item.node.node for item in cloud.trash.list(ann) if item.path == ("lost",)))
     fake.pass_(2 * cs.HOUR)
     upkeep = cs.Upkeep(cloud)
-    upkeep.hold(), upkeep.expire()
+    upkeep.hold(), upkeep.expire(), upkeep.thinning.purge()
     assert cloud.db.read("SELECT id, token IS NULL, ended IS NULL FROM share ORDER BY id") == [(late, 1, 0), (others[0], 1, 0), (others[1], 0, 1), (others[2], 0, 1)]
 
 
