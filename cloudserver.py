@@ -4640,9 +4640,9 @@ class Moment:
             self._nodes[id] = next(map(Node._make, self._select("e.node = :node", {"node": id})), None)
         return self._nodes[id]
 
-    def child(self, id: int, name: str) -> Node | None:
-        """What a collection holds under a name."""
-        place = id, key_of(name)
+    def child(self, id: int, key: str) -> Node | None:
+        """What a collection holds under a name, by what names are compared by."""
+        place = id, key
         if place not in self._named:
             found = self._select("e.parent = :parent AND e.key = :key", dict(zip(("parent", "key"), place)), mounts=bool(self.mounts))
             self._named[place] = next(iter(self._shown(list(map(Node._make, found)))), None)
@@ -4652,7 +4652,7 @@ class Moment:
         """The node at a path from the top."""
         node = self.node(self.top)
         for name in path:
-            node = self.child(node.node, name) if node and node.kind else None
+            node = self.child(node.node, key_of(name)) if node and node.kind else None
         return node
 
     def children(self, id: int, floor: int = 0) -> Iterator[Node]:
@@ -5922,7 +5922,7 @@ class Draft:
         place = parent, key_of(name)
         if place in self._names:
             return self._names[place]
-        return None if parent in self._made else self.before.child(parent, name)
+        return None if parent in self._made else self.before.child(*place)
 
     def above(self, id: int | None) -> list[int]:
         """What holds a node by now, upwards: to the root, or to what is deleted itself."""
