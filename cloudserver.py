@@ -4679,7 +4679,7 @@ class Moment:
         """The same as they are seen: of a mount its target, under the name that it has here; none that leads nowhere."""
         floor = max(floor, self.floor)
         if floor:
-            return [node.no_older(floor) for node in nodes]
+            return [node.no_older(floor) if node.kind else node for node in nodes]
         if not self.mounts or not any(node.kind == MOUNT for node in nodes):
             return nodes
         found = {grant.mount: grant.seen() for grant in self.grants.values()}
@@ -4839,7 +4839,7 @@ class Entries(Moment):
 
 def above_top(read: Read, view: View) -> tuple[int, ...]:
     """What holds the collection that a device is limited to.  raises CloudError not-found if that is in the trash"""
-    above = () if view.whole else Moment(read, view.top).above(view.top)
+    above = Moment(read, view.top).above(view.top)
     if above is None:
         raise CloudError("not-found", "there is nothing of that id")
     return above
@@ -5578,20 +5578,19 @@ class Tree:
         if not view.rights or right and right not in view.rights:
             view.need(right or READ)
         if not path:
-            return self._enter_top(view, above_top(self.db.read, view))
+            return self._enter_top(view, () if view.whole else above_top(self.db.read, view))
         above, grant = (view.top,) if view.whole else above_top(self.db.read, view) + (view.top,), None
-        keys, walked, is_last = [key_of(name) for name in path], 0, False
+        keys, walked, is_last, home = [key_of(name) for name in path], 0, False, view.home
         while not is_last:                                   # far down: in several steps
             some = keys[walked:walked + STRIDE]
             is_last = walked + len(some) == len(keys)
-            row = self._place_row(above[-1], some, view, content and is_last)
+            row = self._place_row(home, above[-1], some, content and is_last, view.whole and not walked)
             ids, tail = row[5:5 + len(some) - is_last], row[4 + len(some):]
             if row[-1] is not None:                          # the first is a mount
                 grant = self.mounts.of(view.home).get(row[-1])
                 if grant is None:                            # it leads nowhere: nothing is there
                     return self._enter_top(view, ())._replace(chain=above, rest=path, node=None, mounts=False, hidden=True)
-                above, ids, walked = (*grant.above, grant.node.node), ids[1:], 1
-                view = grant.opens(who, above)
+                above, ids, walked, home = (*grant.above, grant.node.node), ids[1:], 1, grant.node.home
             there = next((n for n, id in enumerate(ids) if id is None), len(ids))
             above, walked, is_last = above + ids[:there], walked + there, is_last or there < len(ids)
         node = Node._make(tail[:15]) if tail[0] is not None else None
@@ -5608,9 +5607,9 @@ class Tree:
             node = node and node.no_older(view.seq)
         return Place(view, row[0], bool(row[1]), row[2], row[3], above, is_open, () if node else path[walked:], node, chunk, grant=grant)
 
-    def _place_row(self, start: int, keys: Sequence[str], view: View, content: bool) -> tuple[Any, ...]:
-        params = (start, *keys, start, view.home) if len(keys) == 1 else (start, *keys, view.home)
-        rows = self.db.read(path_query(len(keys), content, view.whole and start == view.top), params)
+    def _place_row(self, home: int, start: int, keys: Sequence[str], content: bool, mounts: bool) -> tuple[Any, ...]:
+        params = (start, *keys, start, home) if len(keys) == 1 else (start, *keys, home)
+        rows = self.db.read(path_query(len(keys), content, mounts), params)
         if not rows:
             raise CloudError("forbidden", "this account does not exist any more")
         return rows[0]
