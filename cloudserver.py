@@ -12,33 +12,34 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      4  Streams         Body FrameReader FileSlice                     bytes on their way
      5  Formats         media_type find_words qr_code zip_archive      what files are made of
      6  Store           Store Directory Blobs Content                  the only code that opens data files
-     7  Database        Database Sqlite Batch SCHEMA MIGRATIONS        two calls: read and write
-     8  Accounts        Credentials Accounts Devices                   who is asking
-     9  Tree            View Place Moment Contents Locks Brake         the tree of files, read
-    10  Mounts          Access Grant Mounts                            what others shared, as it stands in a root
-    11  Changes         Space Tree Draft Plan                          how it is changed
-    12  Files           Files Copies Search                            the verbs of what is
-    13  History         Span Journal Feed History Versions Trash       ... and of what was
-    14  Sharing         Sharing Terms Drops                            what people hand to others
-    15  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
-    16  HTTP            Request Response route respond                 what is asked, and the gate
-    17  Connections     Parser Connection Handler                      the only code that touches a socket
-    18  JSON API        api_*                                          what the page and programs use
-    19  Transfer        tus_* sync_*                                   resumable uploads, native sync
-    20  WebDAV          dav_*                                          RFC 4918
-    21  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
-    22  Upkeep          Upkeep Janitor                                 background jobs
-    23  Service         CloudServer Supervisor                         start, stop, logs
-    24  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
-    25  Folder          Rules Folder Memory                            a folder on this computer
-    26  Link            Link Fetcher introduce                         the server at the other end of a sync
-    27  Planner         Session Worklist Planner                      what a sync has to do
-    28  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
-    29  Command line    main                                           a function per command
-    30  Page parts      PARTS_* WORDS bare                             what pages are made of
-    31  Visitor         link_page H                                    what visitors of links see
-    32  Links           link_*                                         the doors that links open
-    33  Page            PAGE_* web_page                                the embedded page
+     7  Bucket          Bucket S3 Cache                                 objects in an S3, and copies of some here
+     8  Database        Database Sqlite Batch SCHEMA MIGRATIONS        two calls: read and write
+     9  Accounts        Credentials Accounts Devices                   who is asking
+    10  Tree            View Place Moment Contents Locks Brake         the tree of files, read
+    11  Mounts          Access Grant Mounts                            what others shared, as it stands in a root
+    12  Changes         Space Tree Draft Plan                          how it is changed
+    13  Files           Files Copies Search                            the verbs of what is
+    14  History         Span Journal Feed History Versions Trash       ... and of what was
+    15  Sharing         Sharing Terms Drops                            what people hand to others
+    16  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
+    17  HTTP            Request Response route respond                 what is asked, and the gate
+    18  Connections     Parser Connection Handler                      the only code that touches a socket
+    19  JSON API        api_*                                          what the page and programs use
+    20  Transfer        tus_* sync_*                                   resumable uploads, native sync
+    21  WebDAV          dav_*                                          RFC 4918
+    22  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
+    23  Upkeep          Upkeep Janitor                                 background jobs
+    24  Service         CloudServer Supervisor                         start, stop, logs
+    25  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
+    26  Folder          Rules Folder Memory                            a folder on this computer
+    27  Link            Link Fetcher introduce                         the server at the other end of a sync
+    28  Planner         Session Worklist Planner                      what a sync has to do
+    29  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
+    30  Command line    main                                           a function per command
+    31  Page parts      PARTS_* WORDS bare                             what pages are made of
+    32  Visitor         link_page H                                    what visitors of links see
+    33  Links           link_*                                         the doors that links open
+    34  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -228,6 +229,11 @@ def option(default: Any, help: str, **how: Any) -> Any:
 class Config:
     """Every setting, once: command line, environment (CLOUDSERVER_PORT) and tests all read this class."""
     data: Path = option(Path("cloud-data"), "directory that holds everything", metavar="DIR")
+    objects: str = option("", "where the larger parts of files are kept, if not there: a directory, or s3://BUCKET@HOST:PORT/PREFIX?region=REGION",
+                          metavar="PLACE")
+    objects_key_file: Optional[Path] = option(None, "file with id and secret for a bucket, mode 600; else AWS_ACCESS_KEY_ID and "
+                                              "AWS_SECRET_ACCESS_KEY say them", metavar="FILE")
+    cache: Size = option(10 * GiB, "most that copies of objects in a bucket take here", metavar="SIZE")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all", metavar="ADDRESS")
     port: int = option(8765, "port to listen on; 0 picks a free one")
     workers: int = option(0, "processes that answer; 0 takes one per core, at most 8", metavar="N")
@@ -1901,6 +1907,7 @@ def zip_archive(contents: Iterator[tuple[tuple[str, ...], Node, Content | None]]
 
 EMPTY = hashlib.sha256(b"").hexdigest()
 BUFFERS = 3                     # chunks in memory per upload: one arrives, two are hashed and written
+FAR_BUFFERS, FAR_LANE = 5, 16   # where four go to a store elsewhere at once, which takes time but no processor
 WRITE_STEP = 256 * KiB          # for more at once Linux takes larger pages, which many a virtual machine has to get from its host: measured 3 times slower
 WHOLE_SLOTS = 1 << 15           # objects remembered as whole since the start
 
@@ -2099,7 +2106,7 @@ class Store:
 
     name    HASH-RANDOM, as OBJECT says: made by the server alone and never used again for other bytes.  Nothing is to be
             found under anything else
-    raises  OSError, whatever fails; FileNotFoundError where there is no object of that name
+    raises  OSError, whatever fails; FileNotFoundError where there is no object of that name; Away where nobody can know
     Any number of threads and processes may call at once.
     """
 
@@ -2110,8 +2117,8 @@ class Store:
     def put(self, name: str, data: bytes | memoryview) -> os.stat_result:
         """Store an object: when it returns, the object survives a loss of power, and everybody finds it.
 
-        The same bytes under the same name once more change nothing.  If it raises, nothing is found under the name; who is
-        killed meanwhile may leave what only list() and delete() see.
+        The same bytes under the same name once more change nothing.  If it raises, nothing is found under the name, unless it
+        raises Away; who is killed meanwhile may leave what only list() and delete() see.
         returns  what fstat() says of the file that get() opens, as long as nobody changes it
         """
         raise NotImplementedError
@@ -2120,6 +2127,18 @@ class Store:
         """Open an object as an unbuffered file with a descriptor, all of it, to be read from anywhere: a store elsewhere fetches
         it first.  Whether the bytes are right is for the caller to find out."""
         raise NotImplementedError
+
+    def near(self, name: str) -> BinaryIO | None:
+        """The same if that takes no time; None if get() would."""
+        return self.get(name)
+
+    def forget(self, name: str) -> None:
+        """Let the next get() bring the bytes from where they are kept, and not a copy of them."""
+
+    def size(self, name: str) -> int:
+        """How many bytes an object has, without reading them."""
+        with self.get(name) as file:
+            return os.fstat(file.fileno()).st_size
 
     def has(self, name: str) -> bool:
         """Is there an object of that name?"""
@@ -2133,6 +2152,29 @@ class Store:
         """The names that begin so, in no order, and "." and the name of what was left half made; what comes or goes
         meanwhile may be among them.  Objects may be deleted on the way."""
         raise NotImplementedError
+
+    def owner(self) -> str:
+        """The id of the cloud whose objects these are; "" if none says so."""
+        raise NotImplementedError
+
+    def own(self, id: str) -> None:
+        """Say, durably, whose objects these are."""
+        raise NotImplementedError
+
+    def is_vacant(self) -> bool:
+        """Is there nothing at all, neither objects nor what else somebody keeps in that place?"""
+        raise NotImplementedError
+
+    def trouble(self) -> str:
+        """A sentence while a store elsewhere cannot be used, as far as is known; "" while all is well."""
+        return ""
+
+
+class Away(OSError):
+    """A store elsewhere does not answer, or not to us: nothing can be known of its objects now."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(errno.EAGAIN, sentence)
 
 
 class Directory(Store):
@@ -2207,8 +2249,29 @@ class Directory(Store):
                     names = os.listdir(self.home / shard)
                     yield from (name for name in names if OBJECT.fullmatch(name.lstrip(".")) and name.lstrip(".").startswith(prefix))
 
+    def owner(self) -> str:
+        try:
+            with open(self.home / CLOUD_ID, "rb") as file:
+                return file.read(KiB).decode("ascii", "replace").strip()
+        except FileNotFoundError:
+            return ""
+
+    def own(self, id: str) -> None:
+        temporary = self.home / ("." + CLOUD_ID)
+        with open(temporary, "wb") as file:
+            give_to_owner(file.fileno(), self.home)
+            file.write(id.encode())
+            file.flush()
+            sync_file(file.fileno())
+        insist(os.replace, temporary, self.home / CLOUD_ID)
+        sync_directory(self.home)
+
+    def is_vacant(self) -> bool:
+        return not self.home.exists() or not set(os.listdir(self.home)) - {"lost+found", "." + CLOUD_ID}
+
 
 OBJECT = re.compile(r"[0-9a-f]{64}-[0-9a-f]{1,32}")
+CLOUD_ID = "cloud-id"           # what says whose the objects beside it are
 SHARDS = ["%02x" % number for number in range(256)]
 O_EXTRA = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
@@ -2256,8 +2319,9 @@ class Blobs:
     whole = Whole()                              # made before there are workers, who share it
 
     def __init__(self, store: Store) -> None:
-        self.store = store
-        self.lane = ThreadPoolExecutor(max_workers=4, thread_name_prefix="bytes", initializer=use_all_cores)
+        is_near = isinstance(store, Directory)
+        self.store, self.buffers = store, BUFFERS if is_near else FAR_BUFFERS
+        self.lane = ThreadPoolExecutor(4 if is_near else FAR_LANE, thread_name_prefix="bytes", initializer=use_all_cores)
 
     def put(self, body: Body, known: Callable[[str], bool], digests: Iterable[str] = ()) -> Stored:
         """Cut a body into chunks and make them durable.
@@ -2307,14 +2371,22 @@ class Blobs:
 
     def _open(self, chunk: StoredChunk) -> BinaryIO | Future:
         """Open a chunk's object; once per start, and after any change of the file, its bytes are checked first, in the lane (R25)."""
-        try:
-            file = self.store.get(chunk.object)
-        except OSError as error:
-            raise CloudError("storage-failed", "a part of the file cannot be read") from error
-        return file if self.whole.has(chunk.object, os.fstat(file.fileno())) else self.lane.submit(self._check, chunk, file)
+        file = self._reach(self.store.near, chunk)
+        if file is not None and self.whole.has(chunk.object, os.fstat(file.fileno())):
+            return file
+        return self.lane.submit(self._check, chunk, file)
 
-    def _check(self, chunk: StoredChunk, file: BinaryIO) -> BinaryIO:
+    def _reach(self, reach: Callable[[str], BinaryIO | None], chunk: StoredChunk) -> BinaryIO | None:
+        try:
+            return reach(chunk.object)
+        except OSError as error:
+            raise storage_error(error) if isinstance(error, Away) else CloudError("storage-failed", "a part of the file cannot be read") from error
+
+    def _check(self, chunk: StoredChunk, file: BinaryIO | None) -> BinaryIO:
+        file = file or self._reach(self.store.get, chunk)
         about = os.fstat(file.fileno())
+        if self.whole.has(chunk.object, about):
+            return file
         if hash_file(file) != chunk.hash:
             file.close()
             log.error("damaged chunk %s", chunk.hash)
@@ -2323,12 +2395,12 @@ class Blobs:
         return file
 
     def slices(self, chunks: Iterable[tuple[StoredChunk, int, int]]) -> Iterator[bytes | FileSlice]:
-        """Bytes to send for (chunk, start, stop) in turn; the next chunk is checked while one is sent."""
+        """Bytes to send for (chunk, start, stop) in turn; the next chunk is checked, or some are fetched, while one is sent."""
         ahead: deque[tuple[StoredChunk, int, int, BinaryIO | Future | None]] = deque()
         try:
             for chunk, start, stop in chunks:
                 ahead.append((chunk, start, stop, self._open(chunk) if chunk.data is None else None))
-                if len(ahead) > 1:
+                if len(ahead) >= self.buffers - 1:
                     yield from slice_of(*ahead.popleft())
             while ahead:
                 yield from slice_of(*ahead.popleft())
@@ -2445,7 +2517,7 @@ class _Cutting:
                     digest.update(view)
                 if is_last:
                     break
-                is_free = len(self.flying) >= BUFFERS - 1 or self.flying[0][0].done()        # who sends slowly needs only two
+                is_free = len(self.flying) >= self.blobs.buffers - 1 or self.flying[0][0].done()        # who sends slowly needs only two
                 buffer = self._land() if is_free else bytearray(step)
                 count = fill(body, memoryview(buffer))
             while self.flying:
@@ -2479,7 +2551,10 @@ class _Cutting:
 
 
 def storage_error(error: OSError) -> CloudError:
-    """Word a failure of the disk (R18-R20)."""
+    """Word a failure of the disk (R18-R20), or of a store elsewhere."""
+    if isinstance(error, Away):
+        log.error("objects: %s", error.strerror)
+        return CloudError("busy", "the server does not reach its store for now", retry_after=30)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CloudError("disk-full", "the disk of the server is full")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -2488,7 +2563,445 @@ def storage_error(error: OSError) -> CloudError:
     return CloudError("storage-failed", "the disk of the server fails")
 
 
-# ==== 7. Database ========================================================================
+# ==== 7. Bucket ==========================================================================
+#
+# Objects in a bucket of any S3, and copies of those that were used last on this machine.
+#
+# 1. Four verbs and whole objects are all that is asked of an S3: names are never reused, so nothing has to be conditional.
+# 2. An object goes there with the SHA-256 of its bytes, which the other side compares with what it got.
+# 3. A copy is whole or not there, and counts only once its bytes were found to be what its name says.
+# 4. What cannot be asked now is Away, never missing.  Whatever an S3 answers is bounded, and believed for what it is asked alone.
+
+CONNECTIONS = 16                # to one S3, of each process; callers wait for one
+PATIENCE = 20                   # seconds that a request is tried again
+PAUSE = 5                       # seconds that nobody is asked again who did not answer
+CONNECT_TIME, ANSWER_TIME = 10, 30                       # seconds that a connection, and each of its steps, may take
+PAGE_KEYS = 1000                # names in one answer
+KEY_FILE_LIMIT = 4 * KiB
+AGAIN = (429, 500, 502, 503, 504)                        # statuses after which the same may succeed
+SKEW_LEAST = 60                 # seconds that clocks differ before a refusal is blamed on that
+
+
+class Keys(NamedTuple):
+    """What requests are signed with; never shown."""
+    id: str
+    secret: str
+    token: str = ""              # goes with keys that end soon
+
+    def __repr__(self) -> str:
+        return "Keys()"
+
+
+class Location(NamedTuple):
+    """Where a bucket is: s3://BUCKET@HOST:PORT/PREFIX?region=REGION&style=host&scheme=http"""
+    bucket: str
+    scheme: str
+    host: str                    # with the port, unless that goes without saying
+    prefix: str                  # what all keys begin with: "" or ends with a slash
+    region: str
+    is_virtual: bool             # the bucket is a part of the host's name, not of the path
+
+    def __str__(self) -> str:
+        return "s3://%s@%s/%s" % (self.bucket, self.host, self.prefix.rstrip("/"))
+
+
+def parse_location(text: str) -> Location:
+    """raises CloudError for what is none"""
+    try:
+        url = urlsplit(text)
+        given = dict(item.split("=") for item in url.query.split("&")) if url.query else {}
+        host, port, bucket = url.hostname or "", url.port, url.username or ""
+    except ValueError:
+        host = bucket = ""
+    if not host or not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket) or url.password is not None or url.fragment:
+        raise CloudError("bad-request", "a bucket is given as s3://BUCKET@HOST:PORT/PREFIX, and its keys not in there")
+    known = {"region": r"[a-z0-9-]{1,64}", "style": "path|host", "scheme": "https?"}
+    if not all(re.fullmatch(known.get(name, "$^"), value) for name, value in given.items()):
+        raise CloudError("bad-request", "behind the ? of a bucket stand region=REGION, style=host and scheme=http, with & between")
+    scheme = given.get("scheme") or ("http" if host in ("localhost", "127.0.0.1", "::1") else "https")
+    address = "[%s]" % host if ":" in host else host
+    address += "" if port in (None, 443 if scheme == "https" else 80) else ":%d" % port
+    region = re.fullmatch(r"s3[.-]([a-z0-9-]+)\.amazonaws\.com", host)
+    prefix = unquote_to_bytes(url.path).decode("utf-8", "replace").strip("/")
+    return Location(bucket, scheme, address, prefix and prefix + "/", given.get("region") or (region[1] if region else "us-east-1"),
+                    given.get("style") == "host")
+
+
+@lru_cache(maxsize=1)
+def read_keys(file: Path | None) -> Keys:
+    """The keys from a file, id and secret, or from the environment; read once, before root becomes somebody else.  raises CloudError"""
+    if file is None:
+        keys = Keys(os.environ.get("AWS_ACCESS_KEY_ID", ""), os.environ.get("AWS_SECRET_ACCESS_KEY", ""), os.environ.get("AWS_SESSION_TOKEN", ""))
+        if not (keys.id and keys.secret):
+            raise CloudError("bad-request", "a bucket needs keys: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or --objects-key-file")
+        return keys
+    try:
+        with open(file, encoding="utf-8-sig") as opened:
+            if os.name != "nt" and os.fstat(opened.fileno()).st_mode & 0o077:
+                raise CloudError("bad-request", "%s holds keys, and others can read it: chmod 600" % file)
+            words = opened.read(KEY_FILE_LIMIT).split()
+    except (OSError, ValueError) as error:
+        raise CloudError("bad-request", "cannot read the keys in %s: %s" % (file, reason_of(error))) from None
+    if len(words) not in (2, 3):
+        raise CloudError("bad-request", "%s does not hold an id and a secret" % file)
+    return Keys(*words)
+
+
+def sign_request(keys: Keys, region: str, target: tuple[str, str, str], fields: dict[str, str]) -> dict[str, str]:
+    """The fields of a request with its signature (AWS Signature Version 4).
+
+    target  (method, path, query), as they are sent; the query sorted
+    fields  in lower case; x-amz-date and x-amz-content-sha256 are among them
+    """
+    if keys.token:
+        fields = {**fields, "x-amz-security-token": keys.token}
+    names, at = ";".join(sorted(fields)), fields["x-amz-date"]
+    scope = (at[:8], region, "s3", "aws4_request")
+    request = "\n".join([*target, *("%s:%s" % (name, fields[name]) for name in sorted(fields)), "", names, fields["x-amz-content-sha256"]])
+    key = ("AWS4" + keys.secret).encode()
+    for part in scope:
+        key = hmac.new(key, part.encode(), "sha256").digest()
+    text = "\n".join(["AWS4-HMAC-SHA256", at, "/".join(scope), hashlib.sha256(request.encode()).hexdigest()])
+    return {**fields, "authorization": "AWS4-HMAC-SHA256 Credential=%s/%s,SignedHeaders=%s,Signature=%s" % (
+        keys.id, "/".join(scope), names, hmac.new(key, text.encode(), "sha256").hexdigest())}
+
+
+class S3Answer(NamedTuple):
+    """What an S3 said."""
+    status: int
+    date: str
+    length: int                  # bytes that were announced
+    body: bytes                  # at most as many as were wanted, and one more
+
+    @property
+    def code(self) -> str:
+        """Of an error, a word."""
+        found = re.search(rb"<Code>([A-Za-z]{1,64})</Code>", self.body)
+        return found[1].decode() if found else ""
+
+
+class S3:
+    """A bucket as HTTP shows it: requests are signed, and tried again while that can help."""
+
+    def __init__(self, location: Location, keys: Keys) -> None:
+        self.location, self._keys = location, keys
+        self.trouble, self._paused = "", 0.0     # what is wrong since when; until then nobody is asked
+        self._skew = 0.0                         # seconds that its clock is ahead of ours
+        host, kind = location.host, {}
+        if location.scheme == "https":
+            kind["context"] = ssl.create_default_context()
+        connect = http.client.HTTPSConnection if kind else http.client.HTTPConnection
+        self.host = "%s.%s" % (location.bucket, host) if location.is_virtual else host
+        self._pool: queue.LifoQueue[http.client.HTTPConnection] = queue.LifoQueue()
+        for _ in range(CONNECTIONS):
+            self._pool.put(connect(self.host, timeout=CONNECT_TIME, **kind))
+
+    def ask(self, method: str, key: str = "", query: str = "", data: bytes | memoryview = b"", hash: str = EMPTY, most: int = MiB) -> S3Answer:
+        """One request, about a key or the bucket.  raises Away; FileNotFoundError where there is no such key"""
+        pause, until = 0.1, time.monotonic() + (0 if self.trouble else PATIENCE)
+        if time.monotonic() < self._paused:
+            raise Away(self.trouble)
+        while True:
+            again = True
+            try:
+                answer = self._exchange((method, self._path_of(key), query), data, hash, most)
+                if 200 <= answer.status < 300 or answer.status == 404 and key and answer.code in ("", "NoSuchKey"):
+                    self.trouble = ""
+                    if answer.status == 404:
+                        raise FileNotFoundError(errno.ENOENT, "not in the bucket", key)
+                    return answer
+                again, trouble = answer.status in AGAIN or answer.code == "RequestTimeout" or self._set_clock(answer), self._word(answer)
+            except FileNotFoundError:
+                raise
+            except queue.Empty:
+                raise Away("%s is too slow: all connections are in use" % self.host) from None
+            except ssl.SSLCertVerificationError as error:
+                again, trouble = False, "the certificate of %s cannot be verified: %s" % (self.host, error.verify_message)
+            except (OSError, http.client.HTTPException) as error:
+                trouble = "cannot reach %s: %s" % (self.host, reason_of(error) or type(error).__name__)
+            if not again or time.monotonic() + pause > until:
+                self.trouble, self._paused = trouble, time.monotonic() + PAUSE
+                raise Away(trouble)
+            time.sleep(pause * (500 + secrets.randbelow(500)) / 1000)
+            pause = min(4, 2 * pause)
+
+    def _path_of(self, key: str) -> str:
+        return ("/" if self.location.is_virtual else "/%s/" % self.location.bucket) + quote(self.location.prefix + key if key else "")
+
+    def _word(self, answer: S3Answer) -> str:
+        bucket = "bucket %s at %s" % (self.location.bucket, self.location.host)
+        if answer.code == "NoSuchBucket" or answer.status == 404:
+            return "there is no " + bucket
+        said = "%d %s" % (answer.status, answer.code or HTTPStatus(answer.status).phrase if answer.status in list(HTTPStatus) else "")
+        return ("%s does not let us in with these keys (%s)" if answer.status == 403 else "%s answers %s") % (bucket, said.strip())
+
+    def _set_clock(self, answer: S3Answer) -> bool:
+        """Was it refused because our clocks differ?  Then they do not any more."""
+        theirs = parse_http_date(answer.date) if answer.status == 403 else None
+        if theirs is None or abs(theirs / 1000 - time.time() - self._skew) < SKEW_LEAST:
+            return False
+        self._skew = theirs / 1000 - time.time()
+        return True
+
+    def _exchange(self, target: tuple[str, str, str], data: bytes | memoryview, hash: str, most: int) -> S3Answer:
+        """raises OSError, HTTPException, queue.Empty"""
+        connection = self._pool.get(timeout=PATIENCE)
+        try:
+            if connection.sock is not None:
+                with suppress(ConnectionError, ssl.SSLError, http.client.BadStatusLine):     # it was closed while nobody used it
+                    return self._send(connection, target, data, hash, most)
+                connection.close()
+            connection.connect()
+            connection.sock.settimeout(ANSWER_TIME)
+            return self._send(connection, target, data, hash, most)
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            self._pool.put(connection)
+
+    def _send(self, connection: http.client.HTTPConnection, target: tuple[str, str, str], data: bytes | memoryview, hash: str, most: int) -> S3Answer:
+        fields = sign_request(self._keys, self.location.region, target, {
+            "host": self.host, "x-amz-content-sha256": hash,
+            "x-amz-date": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() + self._skew))})
+        method, path, query = target
+        connection.putrequest(method, path + ("?" + query if query else ""), skip_host=True, skip_accept_encoding=True)
+        for name, value in fields.items():
+            connection.putheader(name, value)
+        if method == "PUT":
+            connection.putheader("content-length", str(len(data)))
+        connection.endheaders()
+        with suppress(BrokenPipeError, ConnectionResetError):            # it may have answered, and not wanted the rest
+            send_pieces(connection, memoryview(data))
+        response = connection.getresponse()
+        announced = response.getheader("content-length") or ""
+        length = int(announced) if re.fullmatch(r"[0-9]{1,18}", announced, re.ASCII) else -1
+        body = b"" if method == "HEAD" else response.read(min(length, most + 1) if length >= 0 else most + 1)
+        if not 200 <= response.status < 300 or not response.isclosed():
+            connection.close()
+        if 0 <= length <= most and method != "HEAD" and len(body) < length:
+            raise http.client.IncompleteRead(body)
+        return S3Answer(response.status, response.getheader("date") or "", length, body)
+
+
+def send_pieces(connection: http.client.HTTPConnection, view: memoryview) -> None:
+    """The time that a connection gives a step is for some of the bytes, not for all."""
+    while view:
+        connection.send(view[:WRITE_STEP])
+        view = view[WRITE_STEP:]
+
+
+class Cache:
+    """Objects that lie on this machine as well, so many bytes of them; who was used longest ago goes first.  Several processes may use them."""
+
+    def __init__(self, home: Path, most: int) -> None:
+        self.home, self.most = home, most
+        self._lock, self._added = threading.Lock(), most     # bytes since somebody looked how many there are
+
+    def open(self, name: str) -> BinaryIO | None:
+        """A copy, which is used from now on; None if there is none."""
+        place = self.home / name
+        try:
+            file = open(os.open(place, os.O_RDONLY | O_EXTRA), "rb", buffering=0)
+        except FileNotFoundError:
+            return None
+        about = os.fstat(file.fileno())
+        if time.time() - about.st_atime > 60:
+            with suppress(OSError):
+                os.utime(place, ns=(time.time_ns(), about.st_mtime_ns))
+        return file
+
+    def add(self, name: str, data: bytes | memoryview) -> os.stat_result:
+        """Have a copy of these bytes, which are what the name says; nothing of it need survive a loss of power."""
+        self._make_room(len(data))
+        temporary = self.home / (".%s-%s" % (name, secrets.token_hex(4)))
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_EXTRA, 0o600)
+        try:
+            try:
+                give_to_owner(fd, self.home)
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(fd, view[:WRITE_STEP]):]
+                about = os.fstat(fd)
+            finally:
+                os.close(fd)
+            insist(os.replace, temporary, self.home / name)
+        except BaseException:
+            with suppress(OSError):
+                insist(os.unlink, temporary)
+            raise
+        Blobs.whole.add(name, about)
+        return about
+
+    def drop(self, name: str) -> None:
+        with suppress(OSError):                  # on Windows somebody may have it open: then another time
+            os.unlink(self.home / name)
+
+    def _make_room(self, size: int) -> None:
+        """Look now and then how much there is, so that many processes together keep to the limit; a tenth of the disk stays free."""
+        with self._lock:
+            self._added += size
+            if self._added < self.most // 64:
+                return
+            self._added = 0
+        if make_directory(self.home, 0o700):
+            give_to_owner(self.home, self.home.parent)
+        usage, found = shutil.disk_usage(self.home), []
+        with os.scandir(self.home) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    about = entry.stat(follow_symlinks=False)
+                    if entry.name[0] != ".":
+                        found.append((max(about.st_atime, about.st_mtime), about.st_size, entry.name))
+                    elif time.time() - about.st_mtime > 3600:            # of somebody who was killed
+                        self.drop(entry.name)
+        total = sum(size for _, size, _ in found)
+        most = min(self.most - self.most // 8, total + usage.free - usage.total // 10)
+        for _, size, name in sorted(found):
+            if total <= most:
+                break
+            self.drop(name)
+            total -= size
+
+
+class Bucket(Store):
+    """A store in an S3: PREFIX/ab/abcd...-RANDOM, as in a Directory.  An object is there all at once, so nothing is ever half made."""
+
+    def __init__(self, s3: S3, cache: Cache) -> None:
+        self.s3, self._cache = s3, cache
+        self._lock = threading.Lock()
+        self._coming: dict[str, Future] = {}     # objects that somebody is bringing here
+
+    def create(self) -> None:
+        """A bucket is made by whoever pays for it."""
+
+    def _key(self, name: str) -> str:
+        if not OBJECT.fullmatch(name):
+            raise FileNotFoundError(errno.ENOENT, "not the name of an object", name)
+        return name[:2] + "/" + name
+
+    def put(self, name: str, data: bytes | memoryview) -> os.stat_result:
+        self.s3.ask("PUT", self._key(name), data=data, hash=name[:64])
+        try:
+            return self._cache.add(name, data)
+        except OSError:
+            with suppress(OSError):
+                self.delete(name)
+            raise
+
+    def get(self, name: str) -> BinaryIO:
+        for _ in range(5):
+            file = self.near(name)
+            if file is not None:
+                return file
+            self._bring(name)                    # and it may be gone again at once
+        raise OSError(errno.EBUSY, "copies of objects go faster than they are read")
+
+    def near(self, name: str) -> BinaryIO | None:
+        self._key(name)
+        file = self._cache.open(name)
+        if file is None or Blobs.whole.has(name, os.fstat(file.fileno())):
+            return file
+        file.close()
+        return None
+
+    def _bring(self, name: str) -> None:
+        """Have a copy that is whole; who wants the same meanwhile waits for it."""
+        with self._lock:
+            coming = self._coming.get(name)
+            if coming is None:
+                mine = self._coming[name] = Future()
+        if coming is not None:
+            return coming.result()
+        try:
+            self._check_copy(name) or self._fetch(name)
+            mine.set_result(None)
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._coming[name]
+
+    def _check_copy(self, name: str) -> bool:
+        """Is there a copy, and is it whole?"""
+        file = self._cache.open(name)
+        if file is None:
+            return False
+        with file:
+            about = os.fstat(file.fileno())
+            if hash_file(file) == name[:64]:
+                Blobs.whole.add(name, about)
+                return True
+        self._cache.drop(name)
+        return False
+
+    def _fetch(self, name: str) -> None:
+        data = self.s3.ask("GET", self._key(name), most=CHUNK_LIMIT).body
+        if hashlib.sha256(data).hexdigest() != name[:64]:
+            raise OSError(errno.EIO, "damaged")
+        self._cache.add(name, data)
+
+    def forget(self, name: str) -> None:
+        self._key(name)
+        self._cache.drop(name)
+
+    def size(self, name: str) -> int:
+        return self.s3.ask("HEAD", self._key(name)).length
+
+    def has(self, name: str) -> bool:
+        try:
+            self.size(name)
+            return True
+        except FileNotFoundError:
+            return False
+
+    def delete(self, name: str) -> None:
+        if OBJECT.fullmatch(name):
+            with suppress(FileNotFoundError):
+                self.s3.ask("DELETE", self._key(name))
+            self._cache.drop(name)
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        for key in self._keys(prefix if len(prefix) < 3 else prefix[:2] + "/" + prefix):
+            name = key.rpartition("/")[2]
+            if OBJECT.fullmatch(name) and key == self._key(name) and name.startswith(prefix):
+                yield name
+
+    def _keys(self, prefix: str, page: int = PAGE_KEYS) -> Iterator[str]:
+        """Keys that begin so, behind the prefix of all; from page to page."""
+        above, token = self.s3.location.prefix, ""
+        while True:
+            query = {"list-type": "2", "max-keys": str(page), "prefix": above + prefix, **({"continuation-token": token} if token else {})}
+            answer = self.s3.ask("GET", query=urlencode(sorted(query.items()), quote_via=quote, safe=""))
+            try:
+                found = [(element.tag.rpartition("}")[2], element.text or "") for element in read_xml(answer.body).iter()]
+            except CloudError:
+                raise Away("%s does not answer as an S3" % self.s3.host) from None
+            yield from (text[len(above):] for tag, text in found if tag == "Key" and text.startswith(above))
+            before, token = token, next((text for tag, text in found if tag == "NextContinuationToken"), "")
+            if not token or ("IsTruncated", "true") not in found:
+                return
+            if token == before:
+                raise Away("%s lists without end" % self.s3.host)
+
+    def owner(self) -> str:
+        try:
+            return self.s3.ask("GET", CLOUD_ID, most=KiB).body.decode("ascii", "replace").strip()
+        except FileNotFoundError:
+            return ""
+
+    def own(self, id: str) -> None:
+        self.s3.ask("PUT", CLOUD_ID, data=id.encode(), hash=hashlib.sha256(id.encode()).hexdigest())
+
+    def is_vacant(self) -> bool:
+        return next(self._keys("", 1), None) is None
+
+    def trouble(self) -> str:
+        return self.s3.trouble
+
+
+# ==== 8. Database ========================================================================
 #
 # Two calls, read and write, and no open transaction ever spans a round trip: what holds for SQLite here can
 # hold for a database behind a network.
@@ -3573,7 +4086,7 @@ DATABASE_ERRORS = (  # (words of SQLite's, kind, what it means)
 )
 
 
-# ==== 8. Accounts ========================================================================
+# ==== 9. Accounts ========================================================================
 #
 # Who is asking.  1. Nothing a second process needs lives in memory: sessions, tokens and throttles are rows.
 # 2. What is remembered in memory is keyed by a digest of the credential under a key of this process, and counts
@@ -4408,7 +4921,7 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
-# ==== 9. Tree ============================================================================
+# ==== 10. Tree ===========================================================================
 #
 # What every verb stands on.  1. A verb takes who, then what, then Preconditions.  2. It enters where somebody may go (View,
 # Place), says what right it needs, stores bytes, then commits one batch; nothing it decided on can have changed by then, because guards restate it.
@@ -5185,7 +5698,7 @@ LINK_REFUSES = (
 COUNT_CAME = "UPDATE share SET files = files + ?, bytes = bytes + ? WHERE id = ?"
 
 
-# ==== 10. Mounts =========================================================================
+# ==== 11. Mounts =========================================================================
 #
 # What others shared with somebody stands in the root of their home: who sees what of it, and how a mount comes, gets another name and goes.
 
@@ -5477,7 +5990,7 @@ def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
     return plan.step(Change(mount._replace(files=0), None, plan.now.top, (), fate)).before
 
 
-# ==== 11. Changes ========================================================================
+# ==== 12. Changes ========================================================================
 #
 # What a change of the tree needs, and how it becomes a batch: a verb enters, asks, and gives its steps to a Plan.
 
@@ -6486,7 +6999,7 @@ TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the nu
                      COUNT_CAME))}
 
 
-# ==== 12. Files ==========================================================================
+# ==== 13. Files ==========================================================================
 #
 # Files and collections as they are now: reading, writing, moving, copying, properties, locks; pictures of them; what is found.
 
@@ -7309,7 +7822,7 @@ class Search:
         return [] if path is None else [(path, here.here(node))]
 
 
-# ==== 13. History ========================================================================
+# ==== 14. History ========================================================================
 #
 # What was: versions, trash, activity, undo and rewind.
 
@@ -8202,7 +8715,7 @@ IS_LAST = (  # is an entry the last that its node had, and the node not live?
     "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.since >= entry.until AND l.until IS NOT NULL)")
 
 
-# ==== 14. Sharing ========================================================================
+# ==== 15. Sharing ========================================================================
 #
 # What people hand to others.  A share is a View of a node; who comes by one is a Principal like any other, and no verb knows more of it.
 # 1. A share holds a node: it goes where that goes, and shows nothing of what is around it.  2. One function opens a link, for every door (S4).
@@ -9123,7 +9636,7 @@ def check_label(text: str, most: int) -> str:
     return text
 
 
-# ==== 15. Verbs ==========================================================================
+# ==== 16. Verbs ==========================================================================
 #
 # Native sync, uploads in parts, pictures; Cloud, which holds every verb.
 
@@ -9299,7 +9812,9 @@ class Sync:
         slices = self.tree.blobs.slices([(chunk, 0, chunk.size)])
         try:
             first = next(slices)
-        except CloudError:
+        except CloudError as error:
+            if error.kind != "storage-failed":
+                raise
             self.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ?", (self.clock.wall(), chunk.hash)))
             raise
         yield chunk.size.to_bytes(4, "big")
@@ -9977,6 +10492,32 @@ def check_presence(data: Path, how: str) -> None:
         raise CloudError("not-found", "%s holds no cloud; give the right --data" % data)
 
 
+def open_store(config: Config) -> Store:
+    """The store of objects that a command line names.  raises CloudError"""
+    if config.objects.startswith("s3://"):
+        cache = Cache(config.data / "objects-cache", max(config.cache, CONNECTIONS * CHUNK_LIMIT))
+        return Bucket(S3(parse_location(config.objects), read_keys(config.objects_key_file)), cache)
+    return Directory(Path(config.objects) if config.objects else config.data / "objects")
+
+
+def check_free(db: Database, store: Store, place: str, owner: str) -> None:
+    """raises CloudError unless a cloud may begin to keep its objects in a place of its own"""
+    if owner:
+        raise CloudError("conflict", "%s holds the objects of another cloud" % place)
+    if db.read("SELECT 1 FROM chunk WHERE object IS NOT NULL LIMIT 1"):
+        raise CloudError("conflict", "%s does not hold the objects of this cloud" % place)
+    if not store.is_vacant():
+        raise CloudError("conflict", "%s holds something else already; name an empty place" % place)
+
+
+def place_of(config: Config) -> str:
+    """Where objects are, as it is remembered; "" in the data directory."""
+    if config.objects.startswith("s3://"):
+        return str(parse_location(config.objects))
+    place = Path(config.objects or config.data / "objects").resolve()
+    return "" if place == (config.data / "objects").resolve() else str(place)
+
+
 class Cloud:
     """The cloud of all accounts: what any door can do, it does by one call of one of these."""
 
@@ -9987,10 +10528,11 @@ class Cloud:
         """
         self.config, self.clock = config, clock or Clock()
         check_presence(config.data, how)
-        store = Directory(config.data / "objects")
+        store = open_store(config)
         if how != "read":
             claim_directory(config.data)
-            store.create()
+            if not config.objects:
+                store.create()
         self.blobs = Blobs(store)
         self.db = Sqlite(config.data / "cloud.db", self.clock, readonly=how == "read")
         self.credentials = Credentials(self.db, self.clock)
@@ -10015,6 +10557,41 @@ class Cloud:
         """Which server this is; a new one after a restore (R29)."""
         return self.db.setting("epoch")
 
+    def settle(self, *, prove: bool = False) -> None:
+        """See that the store is this cloud's.  One elsewhere that says nothing is taken only if nothing is there; the one in the
+        data directory goes with the database.
+
+        prove   that it can be written, too
+        raises  CloudError
+        """
+        store, place, id = self.blobs.store, place_of(self.config), self.db.setting("cloud")
+        known, given = self.db.setting("objects") or "", self.config.objects
+        if known and not given:
+            raise CloudError("conflict", "the objects of this cloud are kept in %s; say so with --objects" % known)
+        try:
+            owner = store.owner()
+            if given and (not owner or owner != id):
+                check_free(self.db, store, given, owner)
+            if self.db.readonly:
+                return
+            id = id or owner or secrets.token_hex(16)
+            if (id, place) != (self.db.setting("cloud"), known):
+                self.db.run(put_setting("cloud", id), put_setting("objects", place))
+            store.create()
+            if owner != id or given and prove:
+                store.own(id)
+        except OSError as error:
+            raise CloudError("storage-failed", "%s cannot be used: %s" % (given or "the store", reason_of(error))) from error
+
+    def check_store(self) -> None:
+        """raises CloudError if the store is another cloud's, or cannot be asked: nothing may be deleted there"""
+        try:
+            owner = self.blobs.store.owner()
+        except OSError as error:
+            raise storage_error(error) from error
+        if owner != (self.db.setting("cloud") or ""):
+            raise CloudError("conflict", "the store holds the objects of another cloud: nothing is swept")
+
     def policy(self) -> Policy:
         """What an administrator may change while the server runs; until then it is what the command line says."""
         given = Policy(self.config.keep_days, self.config.history, self.config.quota)
@@ -10038,9 +10615,11 @@ class Cloud:
         return self.policy()
 
     def health(self) -> str:
-        """"ok", "low" when the disk is almost full, "read-only" when nothing can be written."""
+        """"ok", "low" when the disk is almost full, "read-only" when nothing can be written, "objects away" when their store is."""
         if self.db.writer.broken:
             return "read-only"
+        if self.blobs.store.trouble():
+            return "objects away"
         return "ok" if self.space.has_room() else "low"
 
     def numbers(self) -> dict[str, int]:
@@ -10101,7 +10680,7 @@ def parts_id(who: Principal, name: str) -> str:
     return "%d:%d:%s" % (who.account, view_of(who).top, name)
 
 
-# ==== 16. HTTP ===========================================================================
+# ==== 17. HTTP ===========================================================================
 #
 # The only code that touches a socket.  1. One parser, one path function, one gate for every request.
 # 2. An answer is one send if it is small.  3. An unread body never becomes the next request: it is drained, up to
@@ -10813,7 +11392,7 @@ def options(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 @route("GET", "/healthz", needs="nothing")
 def health(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Is the server alive, and can it write?  "ok", "low" on disk, or "read-only" (N6)."""
+    """Is the server alive, and can it write?  "ok", "low" on disk, "read-only", or "objects away" (N6)."""
     state = cloud.health()
     return Response(200 if state == "ok" else 503, state.encode() + b"\n", {"Content-Type": "text/plain; charset=utf-8",
                                                                             "Cache-Control": "no-store"})
@@ -10829,7 +11408,7 @@ def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
                                                    "Cache-Control": "no-store"})
 
 
-# ==== 17. Connections ====================================================================
+# ==== 18. Connections ====================================================================
 #
 # From bytes to requests, and answers to bytes.  The invariants are those of the room above.
 
@@ -11472,7 +12051,7 @@ NO_REQUEST = Request("-", ((), False, ""), Envelope(), Body())
 FRONT = "index.php"             # before an address it is nothing: Nextcloud's clients write it or not
 
 
-# ==== 18. JSON API =======================================================================
+# ==== 19. JSON API =======================================================================
 #
 # /api/v1/: everything the page can do, and so can any program.  Paths are strings like "photos/a.jpg", "" is the root;
 # times go out as RFC 3339 and come in so or as ms since 1970; ids and versions are decimal strings.
@@ -12298,7 +12877,7 @@ def describe_route(found: Route) -> dict[str, Any]:
     return about
 
 
-# ==== 19. Transfer =======================================================================
+# ==== 20. Transfer =======================================================================
 #
 # Resumable uploads by the tus protocol, 1.0: core, creation, creation-with-upload, creation-defer-length, checksum,
 # expiration, termination.  An upload is finished when its last byte has come; there is nothing to assemble.
@@ -12585,7 +13164,7 @@ def sync_step(step: Any) -> dict[str, Any]:
     return check_fields(step, STEP_FIELDS[verbs[0]])
 
 
-# ==== 20. WebDAV =========================================================================
+# ==== 21. WebDAV =========================================================================
 #
 # RFC 4918 classes 1, 2 and 3, with quotas (RFC 4331), extended MKCOL (RFC 5689) and sync-collection (RFC 6578).
 # A quirk of a client is a row or a few lines here, with the client named; the operations never learn of it.
@@ -13268,7 +13847,7 @@ REPORT_KINDS = {"{DAV:}sync-collection": dav_changes}
 open_door(Door(("dav",), PROPERTIES, frozenset(), REPORT_KINDS), dav_error, HANDLERS)
 
 
-# ==== 21. Nextcloud dialect ==============================================================
+# ==== 22. Nextcloud dialect ==============================================================
 #
 # What Nextcloud's and ownCloud's clients ask beside WebDAV: discovery, OCS, the login flow, uploads in chunks and in
 # bulk, trash, versions, search.  Words are translated to one Cloud call and back; the files themselves are served by
@@ -14307,7 +14886,7 @@ def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tup
     return Response(201)
 
 
-# ==== 22. Upkeep =========================================================================
+# ==== 23. Upkeep =========================================================================
 #
 # What goes on in the background.
 
@@ -14413,9 +14992,9 @@ class Upkeep:
                 break
 
     def scrub(self) -> None:
-        """Read one of 4096 parts of all chunks; each has its turn in 30 days (R25)."""
+        """Read one of 4096 parts of all chunks; each has its turn in 30 days (R25).  A bucket does that itself: there they are counted."""
         turn = int(self.db.setting("scrubbed") or 0) % 4096
-        for hash, _, wrong in check_chunks(self.cloud, "%03x" % turn):
+        for hash, _, wrong in check_chunks(self.cloud, "%03x" % turn, isinstance(self.cloud.blobs.store, Bucket)):
             if wrong:
                 log.error("chunk %s is %s; the command verify names the files", hash, wrong)
         self.write(put_setting("scrubbed", str(turn + 1)))
@@ -14553,6 +15132,7 @@ class Sweep(Duty):
         now, done = self.clock.due(), dict.fromkeys(("manifests", "condemned", "buried", "deleted"), 0)
         if self.db.writer.broken or int(self.db.setting("hold") or 0) > now:
             return done                          # a backup copies what we might delete
+        self.cloud.check_store()
         for shard in shards:
             prefix = "%02x" % shard
             done["manifests"] += self._sweep_manifests(prefix)
@@ -14717,14 +15297,19 @@ def check_chunks(cloud: Cloud, prefix: str = "", quick: bool = False) -> Iterato
         try:
             if object is None:
                 wrong = None if hashlib.sha256(data).hexdigest() == hash else "damaged"
+            elif quick:
+                wrong = None if cloud.blobs.store.size(object) == size else "damaged"
             else:
+                cloud.blobs.store.forget(object)
                 with cloud.blobs.store.get(object) as file:
-                    if os.fstat(file.fileno()).st_size != size or not quick and hash_file(file) != hash:
+                    if os.fstat(file.fileno()).st_size != size or hash_file(file) != hash:
                         wrong = "damaged"
         except FileNotFoundError:
             wrong = "missing"
+        except Away as error:
+            raise storage_error(error) from error
         except OSError as error:
-            wrong = str(error)
+            wrong = reason_of(error)
         if bool(wrong) != bool(bad) and (wrong or not quick) and not cloud.db.readonly:
             cloud.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ?", (cloud.clock.wall() if wrong else None, hash)))
         yield hash, size, wrong
@@ -14777,10 +15362,11 @@ class Janitor(threading.Thread):
             self.upkeep.release()
 
 
-EVERYBODYS = ("devices", "links")                  # what each process has to write
+EVERYBODYS = ("devices", "links", "objects")       # what each process has to do
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what; at once again if it says True)
     "devices": (MINUTE, lambda janitor: janitor.cloud.devices.save_used()),
     "links": (MINUTE, lambda janitor: (janitor.cloud.sharing.uses.save(), janitor.cloud.sharing.openings.save())),
+    "objects": (MINUTE, lambda janitor: janitor.cloud.check_store()),
     "shares": (5 * SECOND, lambda janitor: janitor.cloud.offers.expire() or janitor.cloud.offers.follow()),
     "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
     "reserve": (MINUTE, lambda janitor: janitor.cloud.space.keep_reserve()),
@@ -14800,7 +15386,7 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
 }
 
 
-# ==== 23. Service ========================================================================
+# ==== 24. Service ========================================================================
 #
 # One supervisor, several workers that share the listening socket.  1. The supervisor forks before any database is
 # opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
@@ -15397,6 +15983,7 @@ def announce(config: Config, port: int, password: str | None) -> None:
     """Make the database, and say where to find us; on the very first start, by what link to set up."""
     urls, here = urls_of(config, port), local_url(config, port)
     with closing(Cloud(config)) as cloud:
+        cloud.settle(prove=True)
         unclean = [put_setting("unclean", "1")] if cloud.db.setting("running") else []       # the janitor looks (R22)
         cloud.db.run(put_setting("running", here), *unclean, frees=True)
         at = [*urls, *([here + " for the proxy"] if config.behind_proxy else [])]
@@ -15526,7 +16113,7 @@ def keep_on_core(index: int) -> None:
         os.sched_setaffinity(0, {sorted(CORES)[index % len(CORES)]})
 
 
-# ==== 24. Custody ========================================================================
+# ==== 25. Custody ========================================================================
 #
 # What its keeper does with a cloud as a whole.
 
@@ -15631,6 +16218,8 @@ def read_object(store: Store, name: str, hash: str) -> tuple[bytes, str | None]:
             data = file.read()
     except FileNotFoundError:
         return b"", "missing"
+    except Away as error:
+        raise storage_error(error) from error
     except OSError as error:
         return b"", error.strerror or str(error)
     return data, None if hashlib.sha256(data).hexdigest() == hash else "damaged"
@@ -15750,7 +16339,7 @@ def copy_tables(db: sqlite3.Connection) -> dict[str, str]:
     db.execute("DELETE FROM main.thumbnail WHERE NOT EXISTS (SELECT 1 FROM live.thumbnail l WHERE l.id = thumbnail.id "
                "AND l.home = thumbnail.home AND l.manifest = thumbnail.manifest)")
     db.execute(copy_rows(db, "thumbnail") + " l WHERE NOT EXISTS (SELECT 1 FROM main.thumbnail t WHERE t.id = l.id)")
-    db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed', 'read', 'running', 'unclean')")
+    db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed', 'read', 'running', 'unclean', 'cloud', 'objects')")
     return bad
 
 
@@ -15779,15 +16368,18 @@ def restore_backup(source: Path, config: Config) -> list[str]:
         raise CloudError("conflict", "%s holds a cloud already; restore into an empty directory" % config.data)
     check_apart(config.data, source)
     claim_directory(config.data)
-    copying = Copying(Directory(config.data / "objects"))
-    copying.target.create()
     partial = config.data / "cloud.db.partial"
+    id, place = begun_before(partial) or secrets.token_hex(16), place_of(config)
     partial.unlink(missing_ok=True)
+    copying = Copying(open_store(config))
     db = sqlite3.connect(partial, isolation_level=None)
     try:
         with opened_to_read(source / "cloud.db") as backup:
             backup.backup(db)
         check_version(db.execute("PRAGMA user_version").fetchone()[0])
+        db.execute("DELETE FROM setting WHERE name IN ('cloud', 'objects')")
+        db.execute("INSERT INTO setting (name, value) VALUES ('cloud', ?), ('objects', ?)", (id, place))
+        take_store(copying.target, place, id)
         copying.run(Directory(source / "objects"), db.execute(OBJECTS))
     except sqlite3.Error as error:
         raise CloudError("storage-failed", "%s is no whole backup (%s)" % (source, error)) from error
@@ -15798,6 +16390,25 @@ def restore_backup(source: Path, config: Config) -> list[str]:
     with closing(Cloud(config, how="open")) as cloud:
         begin_anew(cloud)
         return verify(cloud)
+
+
+def begun_before(partial: Path) -> str:
+    """The id of the cloud that a restore which broke off was making; "" if there is none."""
+    with suppress(sqlite3.Error, CloudError), opened_to_read(partial) as db:
+        for (id,) in db.execute("SELECT value FROM setting WHERE name = 'cloud'"):
+            return id
+    return ""
+
+
+def take_store(store: Store, place: str, id: str) -> None:
+    """Let a store be that of a cloud which is made just now; elsewhere only if nothing else is there.  raises CloudError"""
+    try:
+        if place and store.owner() != id and not (store.is_vacant() and not store.owner()):
+            raise CloudError("conflict", "%s is not empty; restore into a place of its own" % place)
+        store.create()
+        store.own(id)
+    except OSError as error:
+        raise CloudError("storage-failed", "%s cannot be used: %s" % (place or "the store", reason_of(error))) from error
 
 
 class Healing(NamedTuple):
@@ -16128,8 +16739,26 @@ def examine_cloud(config: Config) -> Iterator[tuple[bool, str]]:
     try:
         with closing(Cloud(config, how="open")) as cloud:
             yield from examine_data(cloud)
+            yield from examine_store(cloud) if place_of(config) else ()
     except (CloudError, OSError) as error:       # whatever it is: this is where one comes to hear of it
         yield False, str(error)
+
+
+def examine_store(cloud: Cloud) -> Iterator[tuple[bool, str]]:
+    """Everything that is asked of a store elsewhere, once."""
+    store, place, data = cloud.blobs.store, place_of(cloud.config), secrets.token_bytes(INLINE_LIMIT)
+    name = "%s-%s" % (hashlib.sha256(data).hexdigest(), secrets.token_hex(8))
+    cloud.settle()
+    began = time.monotonic()
+    store.put(name, data)
+    try:
+        yield True, "%s takes %s in %.0f ms" % (place, format_size(len(data)), (time.monotonic() - began) * 1000)
+        store.forget(name)
+        yield read_object(store, name, name[:64])[1] is None, "... gives it back"
+        yield list(store.list(name)) == [name], "... lists it"
+    finally:
+        store.delete(name)
+    yield not store.has(name), "... deletes it"
 
 
 def examine_data(cloud: Cloud) -> Iterator[tuple[bool, str]]:
@@ -16154,7 +16783,7 @@ def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
         yield None, "no server runs on this data"
 
 
-# ==== 25. Folder =========================================================================
+# ==== 26. Folder =========================================================================
 #
 # Two-way sync of a folder with a server, over the sync protocol and nothing else.
 # 1. Each side is compared with what both last agreed on (base), never with the other.  Size, times and inode say that a
@@ -17096,7 +17725,7 @@ class Memory:
         self.db.close()
 
 
-# ==== 26. Link ===========================================================================
+# ==== 27. Link ===========================================================================
 #
 # The server at the other end of a sync: what it answers is checked here (invariant 6).
 
@@ -17685,7 +18314,7 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
     memory.flush()
 
 
-# ==== 27. Planner ========================================================================
+# ==== 28. Planner ========================================================================
 #
 # What a run of the client has to do.  The invariants are those of the room Folder.
 
@@ -18111,7 +18740,7 @@ class Planner:
         return False
 
 
-# ==== 28. Sync client ====================================================================
+# ==== 29. Sync client ====================================================================
 #
 # Doing it.  The invariants are those of the room Folder.
 
@@ -18941,7 +19570,7 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
         raise
 
 
-# ==== 29. Command line ===================================================================
+# ==== 30. Command line ===================================================================
 
 Arguments = argparse.Namespace
 GROUPS = {"user": "make, list, change and remove accounts", "group": "make, list and remove groups of accounts, and say who belongs to them"}
@@ -18957,6 +19586,9 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {}
+
+
+OBJECTS_TOO = ("data", "objects", "objects_key_file", "cache")           # of commands that read or write the larger parts of files
 
 
 def command(name: str, *arguments: tuple[Any, ...], settings: Iterable[str] = ("data",), opens: str = "", outside: bool = False
@@ -19101,7 +19733,7 @@ def run_group_leave(cloud: Cloud, given: Arguments) -> None:
     cloud.groups.leave(given.name, given.account)
 
 
-@command("verify", switch("--quick", "only that every part is there, not its bytes"), opens="look")
+@command("verify", switch("--quick", "only that every part is there, not its bytes"), settings=OBJECTS_TOO, opens="look")
 def run_verify(cloud: Cloud, given: Arguments) -> int:
     """read everything and name every file that is damaged"""
     wrong = verify(cloud, given.quick)
@@ -19110,7 +19742,7 @@ def run_verify(cloud: Cloud, given: Arguments) -> int:
 
 
 @command("gc", switch("--now", "empty every trash and give back at once what nothing needs any more"),
-         switch("--yes", "do not ask"), settings=("data", "keep_days", "history"), opens="open")
+         switch("--yes", "do not ask"), settings=(*OBJECTS_TOO, "keep_days", "history"), opens="open")
 def run_gc(cloud: Cloud, given: Arguments) -> int:
     """give back space now (a running server does so by itself, bit by bit)"""
     upkeep = Upkeep(cloud)
@@ -19136,7 +19768,8 @@ def agree(question: str) -> bool:
     return read_line().lower() == "y"
 
 
-@command("backup", directory_argument("to", "DIR", "directory to bring up to date; only what it lacks is copied"), opens="look", outside=True)
+@command("backup", directory_argument("to", "DIR", "directory to bring up to date; only what it lacks is copied"), settings=OBJECTS_TOO,
+         opens="look", outside=True)
 def run_backup(cloud: Cloud, given: Arguments) -> int:
     """copy everything to a directory, while the server runs"""
     count, size, damaged = back_up(cloud, given.to)
@@ -19145,11 +19778,12 @@ def run_backup(cloud: Cloud, given: Arguments) -> int:
 
 
 @command("repair", directory_argument("source", "FROM", "a backup, or plain files: an export, a sync folder"),
-         switch("--yes", "do it; without this only the plan is shown"))
+         switch("--yes", "do it; without this only the plan is shown"), settings=OBJECTS_TOO)
 def run_repair(config: Config, given: Arguments) -> int:
     """bring damaged and missing parts of files back from a backup or from plain files"""
     need_directory(given.source)
     with open_cloud(config, "open" if given.yes else "look") as cloud:
+        cloud.settle()
         healings = find_healing(cloud, given.source)
         known, lost = ({one.hash: one.wrong for one in healings if bool(one.source) == there} for there in (True, False))
         print("%d parts are damaged or missing; %s has %d of them" % (len(healings), given.source, len(known)))
@@ -19162,7 +19796,7 @@ def run_repair(config: Config, given: Arguments) -> int:
     return 1 if lost or known and not given.yes else 0
 
 
-@command("restore", directory_argument("source", "FROM", "directory that backup wrote"), outside=True)
+@command("restore", directory_argument("source", "FROM", "directory that backup wrote"), settings=OBJECTS_TOO, outside=True)
 def run_restore(config: Config, given: Arguments) -> int:
     """make a new data directory from a backup, and verify it"""
     wrong = restore_backup(given.source, config)
@@ -19182,7 +19816,7 @@ def run_restored(cloud: Cloud, given: Arguments) -> None:
 ONE_USER = ("--user", {"default": "", "help": "whose files; all, each in a folder of its own, if not given"})
 
 
-@command("export", directory_argument("to", "DIR", "where to write"), ONE_USER, opens="look", outside=True)
+@command("export", directory_argument("to", "DIR", "where to write"), ONE_USER, settings=OBJECTS_TOO, opens="look", outside=True)
 def run_export(cloud: Cloud, given: Arguments) -> int:
     """write the files as plain files, with their times"""
     code = 0
@@ -19196,7 +19830,7 @@ def run_export(cloud: Cloud, given: Arguments) -> int:
 
 @command("import", directory_argument("source", "DIR", "what to store"),
          ("--user", {"required": True, "help": "whose it becomes"}), ("--into", {"default": "", "help": "collection to put it in"}),
-         opens="open", outside=True)
+         settings=OBJECTS_TOO, opens="open", outside=True)
 def run_import(cloud: Cloud, given: Arguments) -> int:
     """store a directory of plain files, with their times"""
     need_directory(given.source)
@@ -19278,7 +19912,7 @@ def tell_status(given: Arguments) -> int:
 
 
 @command("doctor", switch("--alive", "only ask the running server whether it is well"),
-         settings=("data", "low_water", "tls_cert", "tls_key"))
+         settings=(*OBJECTS_TOO, "low_water", "tls_cert", "tls_key"))
 def run_doctor(config: Config, given: Arguments) -> int:
     """look for what is known to go wrong"""
     if not (config.data / "cloud.db").exists():
@@ -19441,6 +20075,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not given.command.outside:
             become_owner(config.data)
         with open_cloud(config, given.command.opens) if given.command.opens else nullcontext(config) as subject:
+            if given.command.opens and "objects" in given.command.settings:
+                subject.settle()
             return given.command.run(subject, given) or 0
     except (CloudError, OSError, sqlite3.Error) as error:
         return complain(error, 1)
@@ -19452,6 +20088,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_config(config: Config) -> None:
     """raises CloudError for a setting that makes no sense"""
+    if config.objects.startswith("s3://"):
+        parse_location(config.objects), read_keys(config.objects_key_file)
+    elif "://" in config.objects:
+        raise CloudError("bad-request", "--objects is a directory, or s3://BUCKET@HOST:PORT/PREFIX")
     if not 0 <= config.port <= 65535 or config.workers < 0 or not 0 <= config.keep_days <= KEEP_MOST or config.max_connections < 1:
         raise CloudError("bad-request", "--port, --workers, --keep-days or --max-connections is out of range")
     if config.windows_names not in ("allow", "refuse"):
@@ -19470,7 +20110,7 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-# ==== 30. Page parts =====================================================================
+# ==== 31. Page parts =====================================================================
 #
 # What the pages of the program are made of, and share: style, script and words.  Each page adds its own behind them, and
 # the functions of its own that these call.
@@ -21574,7 +22214,7 @@ def source_hash(text: str) -> str:
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# ==== 31. Visitor ========================================================================
+# ==== 32. Visitor ========================================================================
 #
 # What somebody sees who opens a link: a page that is whole as the server writes it.  Its script adds preview, uploads that
 # go on after a break, and what else needs one.  Names and notes enter it by H and textContent alone (W5).  It tells nothing
@@ -22254,7 +22894,7 @@ def web_visitor(cloud: Cloud, who: Principal, request: Request) -> Response:
                                          "Cross-Origin-Resource-Policy": "same-origin"})
 
 
-# ==== 32. Links ==========================================================================
+# ==== 33. Links ==========================================================================
 #
 # The doors that links open: /s/TOKEN for browsers, curl, WebDAV and tus, and those of Nextcloud's public links.  Files whose name is that of a door below a token are reached by way of dav.
 
@@ -22430,7 +23070,7 @@ open_door(NC_LINK, nc_error, LINK_HANDLERS)
 open_door(replace(NC_LINK, names=("public.php", "webdav")), nc_error, LINK_HANDLERS)             # the token is the user's name there
 
 
-# ==== 33. Page ===========================================================================
+# ==== 34. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, style and script are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).

@@ -224,12 +224,15 @@ if __name__ == "__main__":
 import argparse
 import atexit
 import base64
+import calendar
 import contextlib
 import errno
 import gzip
 import hashlib
+import hmac
 import html
 import http.client
+import http.server
 import importlib.util
 import inspect
 import io
@@ -1134,12 +1137,18 @@ def test_a_text_may_be_too_long_for_a_qr_code(api):
 
 # ==== 6. Store ===========================================================================
 
-STORES = {"directory": lambda home: cs.Directory(home / "objects")}      # every kind there is: one more is one more line
-KILLED_IN = {"directory": "sync_file"}                                   # where whoever puts is killed, half done
+def bucket_of(home):
+    return cs.Bucket(cs.S3(cs.parse_location((home / "s3").read_text()), S3_KEYS), cs.Cache(home / "copies", 1 << 30))
+
+
+STORES = {"directory": lambda home: cs.Directory(home / "objects"), "s3": bucket_of, "gateway": bucket_of}      # every kind there is
+KILLED_IN = {"directory": "sync_file", "s3": "send_pieces", "gateway": "send_pieces"}                            # where whoever puts is killed, half done
 
 
 @pytest.fixture(params=list(STORES))
 def store(request, tmp_path):
+    if request.param != "directory":
+        (tmp_path / "s3").write_text(request.getfixturevalue(request.param).url)
     made = STORES[request.param](tmp_path)
     made.create()
     return made
@@ -1212,7 +1221,7 @@ class TestStore:
     def test_names_are_listed_by_how_they_begin(self, store):
         names = [object_name(b"%d" % n, "%x" % n) for n in range(300)]
         for name in names:
-            store.put(name, b"x")
+            store.put(name, b"%d" % names.index(name))
         for prefix in "", "0", "ab", names[7][:3], names[7][:64], names[7]:
             assert sorted(store.list(prefix)) == sorted(name for name in names if name.startswith(prefix))
         for name in store.list():
@@ -1224,6 +1233,33 @@ class TestStore:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda some: store.put(object_name(some), some), data))
         assert all(store.get(object_name(some)).read() == some for some in data)
+
+    def test_a_size_is_told_without_the_bytes(self, store):
+        data = random_bytes(100_000)
+        store.put(object_name(data), data)
+        assert store.size(object_name(data)) == 100_000
+        for name in object_name(b"a"), "../" + object_name(data):
+            with pytest.raises(FileNotFoundError):
+                store.size(name)
+
+    def test_what_is_near_is_what_would_be_fetched(self, store):
+        data = random_bytes(100_000)
+        about = store.put(object_name(data), data)
+        for look in store.near, store.get:
+            with look(object_name(data)) as file:
+                assert file.read() == data and cs.mark_of("x", os.fstat(file.fileno())) == cs.mark_of("x", about)
+        store.forget(object_name(data))
+        assert store.get(object_name(data)).read() == data and not store.trouble()
+
+    def test_a_store_says_whose_it_is(self, store, tmp_path, request):
+        assert store.owner() == "" and store.is_vacant()
+        store.own("ab12"), store.own("cd34")
+        other = STORES[request.node.callspec.params["store"]](tmp_path)
+        assert store.owner() == other.owner() == "cd34" and not store.is_vacant() and list(store.list()) == []
+
+    def test_a_store_that_holds_objects_is_not_vacant(self, store):
+        store.put(object_name(b"a"), b"a")
+        assert not store.is_vacant() and store.owner() == ""
 
     def test_who_is_killed_leaves_nothing_that_is_found(self, store, tmp_path, request):
         """Only the list shows what is left, if anything, under a name by which it can be deleted or put once more."""
@@ -1242,10 +1278,12 @@ class TestStore:
 
 
 def test_a_store_keeps_what_it_promises_in_the_words_of_the_contract():
-    """Each verb of the contract, and no other, has the same parameters everywhere."""
+    """Each verb of the contract, and no other, has the same parameters everywhere; some need not be worded anew."""
     verbs = {name: inspect.signature(verb) for name, verb in vars(cs.Store).items() if name[0] != "_"}
+    given = {"near", "forget", "size", "trouble"}
     for kind in cs.Store.__subclasses__():
-        assert {name: inspect.signature(verb) for name, verb in vars(kind).items() if name[0] != "_"} == verbs
+        own = {name: inspect.signature(verb) for name, verb in vars(kind).items() if name[0] != "_"}
+        assert own.items() <= verbs.items() and set(verbs) - set(own) <= given
 
 
 def test_shards_are_durable_before_there_is_an_object_in_one_whoever_made_them(tmp_path, monkeypatch):
@@ -1495,7 +1533,454 @@ def test_a_file_that_repeats_itself(tmp_path):
     blobs.lane.shutdown()
 
 
-# ==== 7. Database ========================================================================
+# ==== 7. Bucket ==========================================================================
+
+S3_KEYS = cs.Keys("AKIDEXAMPLE", "not/so+secret")
+
+
+class FakeS3(http.server.ThreadingHTTPServer):
+    """An S3 with one bucket, in memory.  It believes nobody: signatures and hashes are checked as they are published, by code of its own.
+
+    faults  what happens to the next requests: a status; "reset", "cut", "wrong", "endless"; or a function that is called first
+    """
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), FakeS3Handler)
+        self.objects, self.faults, self.asked = {}, deque(), []
+        self.bucket, self.page, self.ahead, self.readonly, self.hosts = "bucket", 1000, 0, False, set()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    @property
+    def url(self):
+        return "s3://bucket@127.0.0.1:%d/some/where" % self.server_address[1]
+
+    def store(self, home, most=1 << 30):
+        made = cs.Bucket(cs.S3(cs.parse_location(self.url), S3_KEYS), cs.Cache(home, most))
+        made.create()
+        return made
+
+
+class FakeS3Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *args):
+        pass
+
+    def serve(self):
+        server = self.server
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path, _, query = self.path.partition("?")
+        server.asked.append((self.command, unquote(path), query))
+        fault = server.faults.popleft() if server.faults else None
+        if callable(fault):
+            fault = fault()
+        if isinstance(fault, tuple) and self.command == "HEAD":
+            fault = None                         # it has no body to say that
+        if fault == "reset":
+            self.close_connection = True
+            return
+        status, answer = fault if isinstance(fault, tuple) else (fault, b"") if isinstance(fault, int) else self.answer(path, query, body)
+        if status >= 400 and not answer:
+            answer = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>no</Message></Error>" % {503: b"SlowDown"}.get(status, b"Oops")
+        if fault == "wrong":
+            answer = damaged(answer)
+        self.send_response_only(status)
+        self.send_header("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + server.ahead)))
+        self.send_header("Content-Length", 1 << 40 if fault == "endless" else len(answer))
+        self.end_headers()
+        try:
+            self.wfile.write(b"" if self.command == "HEAD" else answer[:len(answer) // 2] if fault == "cut" else answer)
+            while fault == "endless":
+                self.wfile.write(bytes(65536))
+        except OSError:
+            fault = "cut"
+        self.close_connection = self.close_connection or fault == "cut"
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = serve
+
+    def answer(self, path, query, body):
+        server, asks = self.server, dict(item.split("=") for item in query.split("&")) if query else {}
+        refused = self.refusal(path, query, body)
+        if refused:
+            return 403, b"<Error><Code>%s</Code></Error>" % refused.encode()
+        if self.headers["x-amz-content-sha256"] != hashlib.sha256(body).hexdigest():
+            return 400, b"<Error><Code>XAmzContentSHA256Mismatch</Code></Error>"
+        host = self.headers["Host"].partition(":")[0]
+        server.hosts.add(host)
+        bucket, _, key = (host.partition(".")[0] + path if host.endswith("localhost") else path[1:]).partition("/")
+        if bucket != server.bucket:
+            return 404, b"<Error><Code>NoSuchBucket</Code></Error>"
+        key = unquote(key)
+        if self.command in ("PUT", "DELETE") and server.readonly:
+            return 403, b"<Error><Code>AccessDenied</Code></Error>"
+        if self.command == "PUT":
+            server.objects[key] = body
+        elif self.command == "DELETE":
+            server.objects.pop(key, None)
+            return 204, b""
+        elif not key:
+            return 200, self.page(asks)
+        elif key not in server.objects:
+            return 404, b"<Error><Code>NoSuchKey</Code></Error>"
+        return 200, b"" if self.command == "PUT" else server.objects[key]
+
+    def page(self, asks):
+        assert asks["list-type"] == "2"
+        after, begin = unquote(asks.get("continuation-token", ""))[6:], unquote(asks["prefix"])
+        keys = sorted(key for key in self.server.objects if key.startswith(begin) and key > after)
+        some = keys[:min(self.server.page, int(asks["max-keys"]))]
+        more = "<NextContinuationToken>after %s</NextContinuationToken>" % html.escape(some[-1]) if len(some) < len(keys) else ""
+        return ('<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>%s</IsTruncated>%s%s'
+                "</ListBucketResult>" % (str(bool(more)).lower(), more, "".join("<Contents><Key>%s</Key><Size>%d</Size></Contents>" % (
+                    html.escape(key), len(self.server.objects[key])) for key in some))).encode()
+
+    def refusal(self, path, query, body):
+        """Why a request is not believed: docs.aws.amazon.com, "Authenticating Requests (AWS Signature Version 4)", step by step."""
+        found = re.fullmatch(r"AWS4-HMAC-SHA256 Credential=([^/]+)/(\d{8})/([^/]+)/s3/aws4_request,SignedHeaders=([a-z0-9;-]+),Signature=([0-9a-f]{64})",
+                             self.headers.get("Authorization", ""))
+        if not found:
+            return "AccessDenied"
+        id, day, region, signed, signature = found.groups()
+        if id != S3_KEYS.id or region != "us-east-1":
+            return "InvalidAccessKeyId"
+        stamp = self.headers["x-amz-date"]
+        sent = time.strptime(stamp, "%Y%m%dT%H%M%SZ")
+        if abs(calendar.timegm(sent) - time.time() - self.server.ahead) > 900 or stamp[:8] != day:
+            return "RequestTimeTooSkewed"
+        assert {"host", "x-amz-date", "x-amz-content-sha256"} <= set(signed.split(";"))
+        lines = [self.command, quote(unquote(path), safe="/-_.~"), "&".join(sorted(query.split("&")))]
+        for name in signed.split(";"):
+            lines.append(name + ":" + " ".join(self.headers[name].split()))
+        lines += ["", signed, self.headers["x-amz-content-sha256"]]
+        scope = "%s/%s/s3/aws4_request" % (day, region)
+        to_sign = "AWS4-HMAC-SHA256\n%s\n%s\n%s" % (stamp, scope, hashlib.sha256("\n".join(lines).encode()).hexdigest())
+        mac = lambda key, text: hmac.new(key, text.encode(), hashlib.sha256).digest()
+        signing = mac(mac(mac(mac(b"AWS4" + S3_KEYS.secret.encode(), day), region), "s3"), "aws4_request")
+        return None if mac(signing, to_sign).hex() == signature else "SignatureDoesNotMatch"
+
+
+@pytest.fixture
+def s3():
+    made = FakeS3()
+    yield made
+    made.shutdown(), made.server_close()
+
+
+@pytest.fixture(scope="session")
+def gateway_program(tmp_path_factory):
+    """A real S3: versitygw, over a directory."""
+    home = tmp_path_factory.mktemp("gateway")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (home / "top").mkdir(), (home / "beside").mkdir()
+    process = subprocess.Popen([program("versitygw"), "--port", "127.0.0.1:%d" % port, "--access", S3_KEYS.id, "--secret", S3_KEYS.secret, "--quiet", "--keep-alive",
+                                "posix", "--sidecar", str(home / "beside"), str(home / "top")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        eventually(lambda: can_connect(port))
+        yield home / "top", port
+    finally:
+        process.kill(), process.wait()
+
+
+@pytest.fixture
+def gateway(gateway_program):
+    """A new bucket of it."""
+    top, port = gateway_program
+    name = "bucket-%s" % os.urandom(6).hex()
+    (top / name).mkdir()
+    return argparse.Namespace(url="s3://%s@127.0.0.1:%d/some/where" % (name, port), home=top / name)
+
+
+def can_connect(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
+        return True
+
+
+@pytest.mark.parametrize("method, path, query, fields, want", [
+    ("GET", "/test.txt", "", {"range": "bytes=0-9"}, "f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41"),
+    ("PUT", "/test%24file.text", "", {"date": "Fri, 24 May 2013 00:00:00 GMT", "x-amz-storage-class": "REDUCED_REDUNDANCY",
+                                      "x-amz-content-sha256": hashlib.sha256(b"Welcome to Amazon S3.").hexdigest()},
+     "98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd"),
+    ("GET", "/", "lifecycle=", {}, "fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543"),
+    ("GET", "/", "max-keys=2&prefix=J", {}, "34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7")])
+def test_requests_are_signed_as_in_the_published_examples(method, path, query, fields, want):
+    keys = cs.Keys("AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY")
+    signed = cs.sign_request(keys, "us-east-1", (method, path, query), {
+        "host": "examplebucket.s3.amazonaws.com", "x-amz-date": "20130524T000000Z", "x-amz-content-sha256": cs.EMPTY, **fields})
+    assert signed["authorization"].endswith("Signature=" + want)
+
+
+@pytest.mark.parametrize("text, want", [
+    ("s3://b.1-x@127.0.0.1:9000", ("b.1-x", "http", "127.0.0.1:9000", "", "us-east-1", False)),
+    ("s3://bucket@[::1]:9000/a/b/", ("bucket", "http", "[::1]:9000", "a/b/", "us-east-1", False)),
+    ("s3://bucket@s3.eu-central-1.amazonaws.com/%C3%BC x", ("bucket", "https", "s3.eu-central-1.amazonaws.com", "\u00fc x/", "eu-central-1", False)),
+    ("s3://bucket@example.com:443/?region=here-1&style=host", ("bucket", "https", "example.com", "", "here-1", True)),
+    ("s3://bucket@example.com?scheme=http&style=path", ("bucket", "http", "example.com", "", "us-east-1", False)),
+    *[(text, "bad-request") for text in (
+        "s3://example.com/x", "s3://bucket@", "s3://b:secret@example.com", "s3://bucket@example.com:x", "s3://bucket@example.com?regoin=x", "s3://bucket@example.com?region=",
+        "s3://bucket@example.com?region=a=b", "s3://bucket@example.com#x", "s3://Bucket@example.com", "s3://a/b@example.com", "s3://bucket@example.com?x")]])
+def test_a_bucket_is_named_by_an_address(text, want):
+    assert outcome(cs.parse_location, text) == want
+
+
+@pytest.fixture
+def keys_in(monkeypatch):
+    """Say what keys the environment has."""
+    def say(id="", secret="", token=""):
+        for name, value in (("AWS_ACCESS_KEY_ID", id), ("AWS_SECRET_ACCESS_KEY", secret), ("AWS_SESSION_TOKEN", token)):
+            monkeypatch.setenv(name, value)
+        cs.read_keys.cache_clear()
+    yield say
+    cs.read_keys.cache_clear()
+
+
+def test_keys_come_from_the_environment_or_a_file_that_others_cannot_read(keys_in, tmp_path):
+    keys_in()
+    assert outcome(cs.read_keys, None) == "bad-request"
+    keys_in("me", "it", "for now")
+    assert cs.read_keys(None) == ("me", "it", "for now") and "it" not in repr(cs.read_keys(None)) + str(cs.read_keys(None))
+    file = tmp_path / "keys"
+    for text, want in (("id secret\n", ("id", "secret", "")), ("id\r\nsecret\r\n", ("id", "secret", "")), ("id\n", "bad-request"), ("", "bad-request"), ("\xff\xfe", "bad-request")):
+        file.write_bytes(text.encode("latin-1"))
+        file.chmod(0o600)
+        cs.read_keys.cache_clear()
+        assert outcome(cs.read_keys, file) == want
+    assert outcome(cs.read_keys, tmp_path / "none") == "bad-request"
+    if os.name != "nt":
+        file.write_text("id secret"), file.chmod(0o640)
+        assert outcome(cs.read_keys, file) == "bad-request"
+
+
+def test_a_bucket_can_be_a_part_of_the_hosts_name(s3, tmp_path, monkeypatch):
+    really = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *how, **more: really("127.0.0.1", *how, **more))
+    for style in "host", "path":
+        store = cs.Bucket(cs.S3(cs.parse_location("s3://bucket@%s:%d/\u00fc+%%25 x?style=%s" % (
+            "localhost" if style == "host" else "127.0.0.1", s3.server_address[1], style)), S3_KEYS), cs.Cache(tmp_path / style, 1 << 30))
+        store.create(), store.put(object_name(b"a"), b"a"), store.own("x")
+        assert list(store.list()) == [object_name(b"a")] and store.owner() == "x"
+    assert s3.hosts == {"bucket.localhost", "127.0.0.1"} and set(s3.objects) == {"\u00fc+% x/cloud-id", "\u00fc+% x/ca/" + object_name(b"a")}
+
+
+def test_a_bucket_is_listed_in_pages_and_what_is_not_ours_is_not_seen(s3, tmp_path):
+    store, s3.page = s3.store(tmp_path), 7
+    names = [object_name(b"%d" % n) for n in range(40)]
+    s3.objects.update({"some/where/%s/%s" % (name[:2], name): b"" for name in names})
+    s3.objects.update(dict.fromkeys(["some/where/", "some/where/cloud-id", "some/where/xx/" + names[0], "some/where/" + names[0], "some/whereas", "other/ab/" + names[0],
+                                     "some/where/%s/%s/x" % (names[0][:2], names[0]), "some/where/<&>\u00fc"], b""))
+    assert sorted(store.list()) == sorted(names) and len(s3.asked) > 5
+    for prefix in names[0][:1], names[0][:2], names[0][:3], names[0]:
+        assert sorted(store.list(prefix)) == sorted(name for name in names if name.startswith(prefix))
+
+
+@pytest.mark.parametrize("fault", [500, 502, 503, 504, 429, "reset", "cut", (400, b"<Error><Code>RequestTimeout</Code></Error>")])
+def test_what_fails_once_or_twice_is_tried_again(s3, tmp_path, fault):
+    store, data = s3.store(tmp_path), random_bytes(300_000)
+    name = object_name(data)
+    for verb, want in ((lambda: store.put(name, data).st_size, len(data)), (lambda: store.forget(name) or store.get(name).read(), data),
+                       (lambda: store.size(name), len(data)), (lambda: list(store.list()), [name]), (lambda: store.delete(name), None)):
+        s3.faults.extend([fault, fault])
+        assert verb() == want
+        assert not s3.faults or fault == "cut" or isinstance(fault, tuple)           # which answers without a body cannot be
+        s3.faults.clear()
+    assert not s3.objects and not store.trouble()
+
+
+def test_who_does_not_answer_is_away_and_left_alone_for_a_while(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(cs, "PATIENCE", 0.5)
+    store = s3.store(tmp_path)
+    store.put(object_name(b"a"), b"a")
+    s3.faults.extend([503] * 100)
+    with pytest.raises(cs.Away):
+        store.owner()
+    asked = len(s3.asked)
+    assert asked > 2 and "503 SlowDown" in store.trouble()
+    for verb in store.has, store.size, store.delete, lambda name: store.put(object_name(b"b"), b"b"), lambda name: list(store.list()):
+        with pytest.raises(cs.Away):
+            verb(object_name(b"a"))
+    with store.get(object_name(b"a")) as file:   # a copy is here
+        assert file.read() == b"a" and len(s3.asked) == asked
+    monkeypatch.setattr(store.s3, "_paused", 0)
+    with pytest.raises(cs.Away):
+        store.has(object_name(b"a"))
+    assert len(s3.asked) == asked + 1            # once, as long as it is away
+    s3.faults.clear()
+    monkeypatch.setattr(store.s3, "_paused", 0)
+    assert store.has(object_name(b"a")) and not store.trouble()
+
+
+@pytest.mark.parametrize("how, says", [
+    ("keys", "does not let us in with these keys (403 InvalidAccessKeyId)"), ("secret", "403 SignatureDoesNotMatch"), ("bucket", "there is no bucket bucket at"),
+    ("moved", "answers 301"), ("strange", "answers 999"), ("gone", "cannot reach")])
+def test_what_no_patience_helps_against_is_said_in_a_sentence(s3, tmp_path, monkeypatch, caplog, how, says):
+    if how in ("keys", "secret"):
+        monkeypatch.setattr(sys.modules[__name__], "S3_KEYS", S3_KEYS._replace(**{"keys": {"id": "another"}, "secret": {"secret": "sesame"}}[how]))
+        store = s3.store(tmp_path)
+        monkeypatch.undo()
+    else:
+        store = s3.store(tmp_path)
+    if how == "bucket":
+        s3.bucket = "another"
+    if how in ("moved", "strange"):
+        s3.faults.append({"moved": 301, "strange": 999}[how])
+    if how == "gone":
+        monkeypatch.setattr(cs, "PATIENCE", 0)
+        s3.shutdown(), s3.server_close()
+    with pytest.raises(cs.Away) as caught:
+        store.owner()
+    assert says in caught.value.strerror and len(s3.asked) == (how != "gone")
+    assert cs.storage_error(caught.value).status == 503 and cs.storage_error(caught.value).detail == {"retry_after": 30}
+    assert not any(secret in caplog.text + str(caught.value) for secret in ("sesame", S3_KEYS.secret, "Signature="))
+
+
+@pytest.mark.parametrize("ahead", [-7200, 7200])
+def test_a_clock_that_is_wrong_is_set_by_the_other_sides(s3, tmp_path, ahead):
+    store, s3.ahead = s3.store(tmp_path), ahead
+    for _ in range(2):
+        store.put(object_name(b"a"), b"a")
+        assert store.has(object_name(b"a"))
+    assert len(s3.asked) == 5                    # the first one twice
+
+
+def test_a_refusal_at_the_right_time_is_not_asked_for_again(s3, tmp_path):
+    store, s3.readonly = s3.store(tmp_path), True
+    with pytest.raises(cs.Away):
+        store.put(object_name(b"a"), b"a")
+    assert len(s3.asked) == 1
+
+
+def test_a_connection_that_was_closed_meanwhile_costs_nothing(s3, tmp_path):
+    store = s3.store(tmp_path)
+    store.put(object_name(b"a"), b"a")
+    for connection in list(store.s3._pool.queue):
+        if connection.sock is not None:
+            connection.sock.shutdown(socket.SHUT_RDWR)
+    store.s3._paused, store.s3.trouble = 0, "one try only"
+    assert store.has(object_name(b"a")) and store.trouble() == ""
+
+
+@pytest.mark.parametrize("fault", ["wrong", "endless", (200, b""), (200, bytes(cs.CHUNK_LIMIT + 100))])
+def test_wrong_bytes_are_damage_and_no_copy_of_them_is_kept(s3, tmp_path, fault):
+    store, data = s3.store(tmp_path), random_bytes(1000)
+    store.put(object_name(data), data)
+    store.forget(object_name(data))
+    s3.faults.append(fault)
+    with pytest.raises(OSError) as caught:
+        store.get(object_name(data))
+    assert caught.value.errno == errno.EIO and os.listdir(tmp_path) == []
+    assert store.get(object_name(data)).read() == data
+
+
+@pytest.mark.parametrize("answer", [
+    b"<!DOCTYPE x [<!ENTITY a 'aaaa'>]><x>&a;</x>", b"<ListBucketResult>", b"hello", b"<a>" * 1000, b"<x>" + b"<y/>" * 100_000 + b"</x>", b"",
+    b"<x><IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken></x>"])
+def test_a_list_that_is_none_or_has_no_end_is_refused(s3, tmp_path, answer):
+    store = s3.store(tmp_path)
+    s3.faults.extend([(200, answer)] * 10)
+    with pytest.raises(cs.Away):
+        list(store.list())
+    assert len(s3.asked) <= 2
+
+
+def test_what_many_want_at_once_is_fetched_once(s3, tmp_path):
+    store, data, gate = s3.store(tmp_path), random_bytes(100_000), threading.Event()
+    store.put(object_name(data), data), store.forget(object_name(data))
+    s3.asked.clear()
+    s3.faults.append(lambda: gate.wait(60) and None)
+    with ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(lambda: store.get(object_name(data)).read()) for _ in range(8)]
+        eventually(lambda: s3.asked)
+        gate.set()
+        assert all(one.result() == data for one in found) and len(s3.asked) == 1
+    assert not store._coming
+
+
+def test_callers_wait_for_a_connection(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(cs, "CONNECTIONS", 2)
+    store, gate, most = s3.store(tmp_path), threading.Event(), []
+    s3.faults.extend([lambda: most.append(1) or gate.wait(60) and None] * 2)
+    with ThreadPoolExecutor(6) as pool:
+        found = [pool.submit(store.has, object_name(b"%d" % n)) for n in range(6)]
+        eventually(lambda: len(most) == 2)
+        assert len(s3.asked) == 2
+        gate.set()
+        assert not any(one.result() for one in found)
+
+
+def test_a_copy_that_is_damaged_is_fetched_anew(s3, tmp_path, monkeypatch):
+    """R25: after a start copies are compared with their names before they count, and after any change of the file."""
+    store, data = s3.store(tmp_path), random_bytes(100_000)
+    store.put(object_name(data), data)
+    s3.asked.clear()
+    for change in (lambda place: place.write_bytes(damaged(data)), lambda place: os.truncate(place, 0), Path.unlink):
+        time.sleep(0.02)                         # so that the file's time changes
+        change(tmp_path / object_name(data))
+        assert store.near(object_name(data)) is None and store.get(object_name(data)).read() == data
+    assert len(s3.asked) == 3
+    monkeypatch.setattr(cs.Blobs, "whole", cs.Whole())       # as after a start
+    assert store.near(object_name(data)) is None and store.get(object_name(data)).read() == data and len(s3.asked) == 3
+
+
+def test_copies_keep_to_their_limit_and_who_was_used_longest_ago_goes_first(s3, tmp_path):
+    store = s3.store(tmp_path, most=1000)
+    parts = [random_bytes(100) for _ in range(30)]
+    (tmp_path / ".old").write_bytes(b"x"), (tmp_path / ".new").write_bytes(b"x")
+    os.utime(tmp_path / ".old", (1, 1))
+    for n, part in enumerate(parts):
+        store.put(object_name(part), part)
+        os.utime(tmp_path / object_name(part), (1000 + n, 1000 + n))
+        store.get(object_name(parts[0])).close()             # used now
+    left = [n for n, part in enumerate(parts) if (tmp_path / object_name(part)).exists()]
+    assert 0 in left and left[1:] == list(range(30 - len(left[1:]), 30)) and len(left) <= 10 and (tmp_path / ".new").exists() and not (tmp_path / ".old").exists()
+    assert all(store.get(object_name(part)).read() == part for part in parts)
+
+
+def test_copies_leave_a_tenth_of_the_disk_free(s3, tmp_path, monkeypatch):
+    store, parts = s3.store(tmp_path), [random_bytes(100) for _ in range(10)]
+    monkeypatch.setattr(store._cache, "most", 10 ** 6)
+    monkeypatch.setattr(cs.shutil, "disk_usage", lambda place: types.SimpleNamespace(total=10_000, used=9_500, free=500))
+    for part in parts:
+        store._cache._added = 10 ** 6
+        store.put(object_name(part), part)
+    assert len(os.listdir(tmp_path)) <= 2
+
+
+def test_an_upload_sends_four_parts_at_once_and_holds_no_more_than_five(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(cs, "CHUNK_SIZE", 100_000)
+    blobs, gate, under_way, made = cs.Blobs(s3.store(tmp_path)), threading.Event(), [], []
+    really = bytearray
+    monkeypatch.setattr(cs, "bytearray", lambda *how: made.append(1) or really(*how), raising=False)
+    s3.faults.extend([lambda: under_way.append(1) or gate.wait(60) and None] * 4)
+    data = random_bytes(1_000_000)
+    with ThreadPoolExecutor(1) as pool:
+        stored = pool.submit(blobs.put, Body(data), lambda hash: False)
+        eventually(lambda: len(under_way) == 4)
+        gate.set()
+        stored = stored.result()
+    assert len(made) <= 5 and len(s3.objects) == 10
+    chunks = [(cs.StoredChunk(hash, size, None, "%s-%s" % (hash, stored.tag)), 0, size) for hash, size in stored.chunks]
+    for chunk, *_ in chunks:
+        blobs.store.forget(chunk.object)
+    assert b"".join(map(cs.read_slice, blobs.slices(chunks))) == data
+
+
+def test_an_upload_that_fails_leaves_no_object(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(cs, "CHUNK_SIZE", 100_000)
+    blobs, count = cs.Blobs(s3.store(tmp_path)), [0]
+
+    def refuse():
+        count[0] += 1
+        return 403 if count[0] == 6 else None
+    s3.faults.extend([refuse] * 8)
+    monkeypatch.setattr(cs, "PAUSE", 0)
+    assert outcome(blobs.put, Body(random_bytes(1_000_000)), lambda hash: False) == "busy"
+    blobs.lane.shutdown()
+    assert not s3.objects
+
+
+# ==== 8. Database ========================================================================
 
 def test_only_a_lock_that_is_held_is_waited_for_on_windows(tmp_path, monkeypatch):
     """O23: any other error would be waited for without end"""
@@ -1988,7 +2473,7 @@ def test_the_clock_for_deadlines_never_jumps(tmp_path, fake):
     db.close()
 
 
-# ==== 8. Accounts ========================================================================
+# ==== 9. Accounts ========================================================================
 
 def identify(cloud, authorization="", cookie="", address="127.0.0.1", secure=True):
     return cloud.credentials.identify(authorization, cookie, address, secure=secure)
@@ -2375,7 +2860,7 @@ def test_devices_are_let_in_once(make_cloud, fake):
     assert outcome(cloud.devices.begin_pairing, "x", "10.0.0.1") == "throttled" and cloud.devices.begin_pairing("x", "10.0.0.2")
 
 
-# ==== 9. Tree, history and verbs =========================================================
+# ==== 10. Tree, history and verbs ========================================================
 
 def test_a_file_comes_back_as_it_was_given(cloud, ann):
     node, new = cloud.files.write(ann, ("a.txt",), Body(b"hello"), announced=cs.Announced(mtime=-5000))
@@ -5850,7 +6335,7 @@ def test_a_request_that_comes_twice_counts_once(make_cloud, fake):
     assert cloud.once("op", ann, lambda who: put(cloud, who, "a", b"3")).size == 1
 
 
-# ==== 14. Sharing ========================================================================
+# ==== 15. Sharing ========================================================================
 
 def limited_to(cloud, who, path, **how):
     """The Principal of a device that is limited to a collection."""
@@ -8339,7 +8824,7 @@ def test_what_needs_no_account_shows_nothing_of_one(cloud, ann, address):
             assert answer.status < 500 and not any(words in answer.body for words in (SECRET, INSIDE, b"private")), route
 
 
-# ==== 16. HTTP ===========================================================================
+# ==== 17. HTTP ===========================================================================
 
 GET_ROOT = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -9186,7 +9671,7 @@ def test_long_reads_end_when_nobody_waits_for_the_answer(cloud, ann, serve_cloud
     eventually(lambda: not cloud.tree.lanes.taken())
 
 
-# ==== 18. JSON API =======================================================================
+# ==== 19. JSON API =======================================================================
 
 @pytest.fixture
 def api(call):
@@ -9997,7 +10482,7 @@ def test_the_description_fits_the_routes(call):
             assert about["summary"], route.pattern
 
 
-# ==== 19. Transfer =======================================================================
+# ==== 20. Transfer =======================================================================
 
 TUS = {"Tus_Resumable": "1.0.0"}
 PART = {**TUS, "Content_Type": "application/offset+octet-stream"}
@@ -10584,7 +11069,7 @@ def test_a_held_device_may_still_add_by_a_commit(make_cloud, fake, serve_cloud):
     assert codes(commit(cloud, device, [{"delete": "d"}])) == [204]
 
 
-# ==== 20. WebDAV =========================================================================
+# ==== 21. WebDAV =========================================================================
 
 def propfind(call, path, *names, depth="0", **headers):
     """{href: {name: element}} of a PROPFIND for properties like "d:getetag"."""
@@ -11013,7 +11498,7 @@ def test_quota_properties(call, cloud, ann):
     assert call("PUT", "/dav/b", bytes(800)).status == 507
 
 
-# ==== 21. Nextcloud dialect ==============================================================
+# ==== 22. Nextcloud dialect ==============================================================
 
 FILES = "/remote.php/dav/files/ann"
 UPLOADS = "/remote.php/dav/uploads/ann/"
@@ -11576,7 +12061,7 @@ def test_a_poll_that_finds_nothing_new_is_cheap(call, cloud, ann):
     assert len([sql for sql in steps if sql.startswith("SELECT")]) <= 4, steps
 
 
-# ==== 22. Upkeep and custody =============================================================
+# ==== 23. Upkeep and custody =============================================================
 
 @pytest.fixture
 def aging(make_cloud, fake):
@@ -12640,7 +13125,249 @@ def test_commands_work_beside_a_running_server(serve, tmp_path):
     assert name is None or done.returncode == 1 and "damaged" in done.stdout
 
 
-# ==== 23. Service ========================================================================
+# ---- objects elsewhere
+
+@pytest.fixture(params=["a directory", "s3", "gateway"])
+def place(request, tmp_path, keys_in):
+    """What --objects says: where nothing is yet."""
+    if request.param == "a directory":
+        return str(tmp_path / "elsewhere")
+    keys_in(S3_KEYS.id, S3_KEYS.secret)
+    return request.getfixturevalue(request.param).url
+
+
+@pytest.fixture
+def far(make_cloud, place, fake):
+    """A cloud whose objects are elsewhere."""
+    cloud = make_cloud(clock=fake.clock(), objects=place)
+    cloud.settle(prove=True)
+    return cloud
+
+
+def test_files_whose_parts_are_elsewhere_are_like_any_other(far, rng, tmp_path, make_cloud):
+    ann = account(far)
+    game = Random(far, ann, rng)
+    for _ in range(30):
+        game.step()
+    data = {"big": random_bytes(9 * MiB), "middle": random_bytes(100_000), "small": b"small"}
+    for name, content in data.items():
+        put(far, ann, name, content)
+    for store in far.blobs.store, cs.open_store(far.config):
+        for name in store.list():
+            store.forget(name)
+        assert all(get(far, ann, name) == content for name, content in data.items())
+    assert far.files.open(ann, ("big",))[1].slices(5 * MiB, 5 * MiB + 10).__next__().count == 10
+    assert not list((far.config.data / "objects").glob("??/*")) and cs.verify(far) == cs.verify(far, quick=True) == [] and far.health() == "ok"
+    written, failed = cs.export_files(far, ann, tmp_path / "out")
+    assert failed == [] and (tmp_path / "out" / "big").read_bytes() == data["big"]
+    bob = account(far, "bob")
+    assert cs.import_files(far, bob, tmp_path / "out", ()) == (written, []) and tree(far, bob) == tree(far, ann)
+    audit(far)
+
+
+def test_space_elsewhere_comes_back(far, fake):
+    ann, upkeep = account(far), cs.Upkeep(far)
+    put(far, ann, "keep", random_bytes(100_000)), put(far, ann, "d/go", random_bytes(200_000), parents=True)
+    far.blobs.store.put(object_name(b"orphan"), b"orphan")
+    far.files.delete(ann, ("d",)), far.trash.empty(ann)
+    for _ in range(6):
+        upkeep.hold(), upkeep.thinning.purge(), upkeep.sweep.run()
+        fake.pass_(2 * cs.DAY)
+    assert [size_of(far.blobs.store, name) for name in far.blobs.store.list()] == [100_000] and cs.verify(far) == []
+
+
+def test_a_sweep_touches_nothing_of_another_clouds(far, fake, make_cloud):
+    """A copied database must never delete what the original has; and while nobody can know whose it is, nothing goes."""
+    ann, upkeep = account(far), cs.Upkeep(far)
+    put(far, ann, "a", random_bytes(100_000))
+    far.files.delete(ann, ("a",)), far.trash.empty(ann)
+    far.blobs.store.own("another")
+    for _ in range(6):
+        upkeep.hold(), upkeep.thinning.purge()
+        assert outcome(upkeep.sweep.run, at_once=True) == "conflict"
+        fake.pass_(8 * cs.DAY)
+    assert len(list(far.blobs.store.list())) == 1
+    far.blobs.store.own(far.db.setting("cloud"))
+    upkeep.hold(), upkeep.thinning.purge()
+    assert upkeep.sweep.run(at_once=True)["deleted"] == 1
+
+
+def test_a_place_belongs_to_one_cloud(far, place, make_cloud, tmp_path):
+    ann = account(far)
+    put(far, ann, "a", random_bytes(100_000))
+    assert outcome(make_cloud(name="other", objects=place).settle) == "conflict"                  # another's
+    again = make_cloud(far.config)
+    again.settle()
+    assert outcome(make_cloud(replace(far.config, objects="")).settle) == "conflict"              # forgotten
+    (tmp_path / "empty").mkdir()
+    assert outcome(make_cloud(replace(far.config, objects=str(tmp_path / "empty"))).settle) == "conflict"       # not mounted, or the wrong one
+    assert os.listdir(tmp_path / "empty") == []
+    (tmp_path / "full").mkdir(), (tmp_path / "full" / "letter.txt").write_text("mine")
+    assert outcome(make_cloud(name="third", objects=str(tmp_path / "full")).settle) == "conflict"
+    assert os.listdir(tmp_path / "full") == ["letter.txt"]
+    other = make_cloud(name="fourth", objects=str(tmp_path / "empty"))
+    other.settle(), other.settle()
+    assert other.blobs.store.owner() == other.db.setting("cloud") not in ("", far.db.setting("cloud"))
+
+
+def test_objects_move_by_copying_them(far, make_cloud, tmp_path, place):
+    """From the data directory, and back: the same names everywhere, and whose they are goes with them."""
+    local = make_cloud(name="local")
+    ann, data = account(local), random_bytes(5 * MiB)
+    put(local, ann, "a", data)
+    local.settle()                               # as a server does when it starts
+    target = make_cloud(name="target", objects=place)
+    for name in far.blobs.store.list():
+        far.blobs.store.delete(name)
+    for name in local.blobs.store.list():
+        with local.blobs.store.get(name) as file:
+            target.blobs.store.put(name, file.read())
+    target.blobs.store.own(local.blobs.store.owner())
+    moved = make_cloud(replace(local.config, objects=place))
+    moved.settle()
+    put(moved, ann, "b", random_bytes(100_000))
+    assert get(moved, ann, "a") == data and cs.verify(moved) == [] and outcome(local.settle) == "conflict"
+    home = local.config.data / "objects"
+    for name in moved.blobs.store.list():
+        with moved.blobs.store.get(name) as file:
+            local.blobs.store.put(name, file.read())
+    back = make_cloud(replace(local.config, objects=str(home)))
+    back.settle()
+    local.settle()
+    assert cs.verify(local) == [] and get(local, ann, "a") == data
+
+
+def test_a_data_directory_takes_its_own_objects_whatever_they_say(make_cloud):
+    """One that an older version left has no id; one whose database was replaced has another."""
+    cloud = make_cloud()
+    put(cloud, account(cloud), "a", random_bytes(100_000))
+    assert cloud.blobs.store.owner() == "" and cloud.check_store() is None
+    cloud.settle()
+    id = cloud.db.setting("cloud")
+    assert cloud.blobs.store.owner() == id and len(id) == 32
+    cloud.blobs.store.own("another")
+    cloud.settle()
+    assert cloud.blobs.store.owner() == cloud.db.setting("cloud") == id
+    cloud.db.run(Statement("DELETE FROM setting WHERE name = 'cloud'"))
+    cloud.settle()
+    assert cloud.db.setting("cloud") == id and cs.verify(cloud) == []
+
+
+def test_a_backup_brings_objects_here_and_a_restore_puts_them_elsewhere(far, place, make_cloud, tmp_path, monkeypatch):
+    ann, data = account(far), random_bytes(9 * MiB)
+    put(far, ann, "a", data), put(far, ann, "b", b"small")
+    assert cs.back_up(far, tmp_path / "backup")[0] == 3 and cs.back_up(far, tmp_path / "backup") == (0, 0, [])
+    plain = make_cloud(name="backup")            # which can be used as it is, and never touches the other's
+    plain.settle()
+    assert get(plain, ann, "a") == data and plain.db.setting("cloud") != far.db.setting("cloud")
+    assert outcome(make_cloud(replace(plain.config, objects=place)).settle) == "conflict"
+    config = Config(data=tmp_path / "restored", objects=place)
+    assert outcome(cs.restore_backup, tmp_path / "backup", config) == "conflict" and not (tmp_path / "restored" / "cloud.db").exists()
+    config = replace(config, objects=place + "-2")
+    if place.startswith("/"):
+        (tmp_path / "restored-2").mkdir()
+    really, count = cs.Copying.run, [0]
+
+    def killed(copying, source, rows):
+        really(copying, source, list(rows)[:2])
+        raise KeyboardInterrupt
+    monkeypatch.setattr(cs.Copying, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cs.restore_backup(tmp_path / "backup", config)
+    monkeypatch.setattr(cs.Copying, "run", really)
+    assert len(list(cs.open_store(config).list())) == 2
+    assert cs.restore_backup(tmp_path / "backup", config) == []
+    restored = make_cloud(config)
+    restored.settle()
+    assert get(restored, restored.accounts.principal("ann"), "a") == data and restored.db.setting("cloud") not in (far.db.setting("cloud"), plain.db.setting("cloud"))
+    assert count and cs.verify(far) == []
+
+
+def test_repair_and_verify_look_at_what_is_there_and_not_at_copies(far, tmp_path):
+    ann, data = account(far), random_bytes(100_000)
+    put(far, ann, "a", data), put(far, ann, "b", random_bytes(100_000))
+    cs.export_files(far, ann, tmp_path / "out")
+    name, = (name for name, in far.db.read("SELECT object FROM chunk WHERE hash = ?", (hashlib.sha256(data).hexdigest(),)))
+    cs.open_store(replace(far.config, data=tmp_path / "elsewhere-too")).delete(name)               # as another would: our copy stays
+    assert cs.verify(far) == ["ann: a: a part is missing"] == cs.verify(far, quick=True)
+    healings = cs.find_healing(far, tmp_path / "out")
+    assert cs.heal(far, healings) == 1 and cs.verify(far) == [] and get(far, ann, "a") == data
+
+
+def test_doctor_tries_what_is_elsewhere(far, s3, capsys, here):
+    account(far)
+    words = ("doctor", "--data", far.config.data, "--objects", far.config.objects)
+    here(*words)
+    said = capsys.readouterr().out
+    assert all(re.search("ok    .*" + line, said) for line in ("takes 64.* in", "gives it back", "lists it", "deletes it")) and "LOOK  %s" % far.config.objects not in said
+    assert not list(far.blobs.store.list())
+    if far.config.objects == s3.url:
+        s3.readonly = True
+        assert here(*words) == 1 and "LOOK  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trouble, says", [
+    ("bucket", "there is no bucket bucket at 127.0.0.1"), ("keys", "does not let us in with these keys"), ("readonly", "does not let us in"), ("gone", "cannot reach"),
+    ("another", "holds the objects of another cloud"), ("full", "holds something else")])
+def test_a_server_whose_bucket_cannot_be_used_says_so_and_ends(s3, tmp_path, keys_in, monkeypatch, trouble, says):
+    keys_in(S3_KEYS.id, "another" if trouble == "keys" else S3_KEYS.secret)
+    s3.bucket = "other" if trouble == "bucket" else "bucket"
+    s3.readonly = trouble == "readonly"
+    s3.objects.update({"another": {"some/where/cloud-id": b"x"}, "full": {"some/where/x": b""}}.get(trouble, {}))
+    if trouble == "gone":
+        s3.server_close()
+        monkeypatch.setattr(cs, "PATIENCE", 0)
+    monkeypatch.setattr(cs, "leave", lambda code: code)
+    config = Config(data=tmp_path / "data", port=0, objects=s3.url)
+    with pytest.raises(CloudError) as caught, contextlib.closing(Cloud(config)) as cloud:
+        cloud.settle(prove=True)
+    assert says in str(caught.value) and S3_KEYS.secret not in str(caught.value)
+    if trouble in ("bucket", "full"):
+        done = run("serve", "--data", tmp_path / "data", "--port", "0", "--objects", s3.url)
+        assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+@pytest.mark.parametrize("words, says", [
+    (("--objects", "s3://user:secret@example.com"), "its keys not in there"), (("--objects", "https://example.com/bucket"), "s3://BUCKET@HOST"),
+    (("--objects", "s3://bucket@example.com"), "a bucket needs keys")])
+def test_a_bucket_that_is_named_wrongly_is_usage(tmp_path, keys_in, words, says):
+    keys_in()
+    done = run("serve", "--data", tmp_path / "data", *words)
+    assert done.returncode == 2 and says in done.stderr and not (tmp_path / "data").exists()
+
+
+def test_while_a_bucket_is_away_what_is_here_goes_on(s3, keys_in, make_cloud, serve_cloud, monkeypatch):
+    keys_in(S3_KEYS.id, S3_KEYS.secret)
+    monkeypatch.setattr(cs, "PATIENCE", 0.2)
+    cloud = make_cloud(objects=s3.url)
+    cloud.settle(prove=True)
+    ann, data = account(cloud, admin=True), random_bytes(9 * MiB)
+    call = partial(exchange, serve_cloud(cloud))
+    assert call("PUT", "/dav/here", data).status == call("PUT", "/dav/there", random_bytes(100_000)).status == 201
+    away, = cloud.db.read("SELECT object FROM chunk WHERE size = 100000")[0]
+    cloud.blobs.store.forget(away)
+    s3.faults.extend([503] * 10_000)
+    refused = call("PUT", "/dav/new", random_bytes(100_000))
+    assert refused.status == 503 and refused.headers["retry-after"] == "30" and b"127.0.0.1" not in refused.body
+    assert call("GET", "/dav/there").status == 503 and call("GET", "/dav/here").body == data
+    assert call("PUT", "/dav/small", b"x").status == 201 and call("GET", "/dav/small").body == b"x"
+    assert call("GET", "/healthz").status == 503 and call("GET", "/healthz").body == b"objects away\n"
+    hash = away[:64]
+    with pytest.raises(http.client.RemoteDisconnected):
+        call("POST", "/api/v1/chunks/get", {"hashes": [hash]})
+    assert cloud.db.read("SELECT count(*) FROM chunk WHERE bad IS NOT NULL") == [(0,)]           # nobody knows whether it is
+    for verb in (lambda: cs.verify(cloud), lambda: cs.verify(cloud, quick=True), cloud.check_store, lambda: cs.Upkeep(cloud).scrub(),
+                 lambda: cs.back_up(cloud, cloud.config.data.parent / "backup")):
+        assert outcome(verb) == "busy"
+    assert cloud.db.read("SELECT count(*) FROM chunk WHERE bad IS NOT NULL") == [(0,)]
+    s3.faults.clear()
+    cloud.blobs.store.s3._paused = 0
+    cloud.check_store()
+    assert call("GET", "/healthz").body == b"ok\n" and len(call("GET", "/dav/there").body) == 100_000
+    assert call("PUT", "/dav/new", random_bytes(100_000)).status == 201 and cs.verify(cloud) == []
+
+
+# ==== 24. Service ========================================================================
 
 def test_first_start_prints_a_setup_link(serve):
     served = serve(user=None)
@@ -12974,7 +13701,7 @@ def test_the_access_log_is_combined_and_keeps_secrets(serve, tmp_path):
     assert '"GET /dav/a%20b HTTP/1.1" 200 5' in got and "secret" not in log.read_text() and is_private(log)
 
 
-# ==== 25. Folder and sync client =========================================================
+# ==== 26. Folder and sync client =========================================================
 
 @pytest.mark.parametrize("lines, ignored, kept", [
     (["*.log"], ["a.log", "d/a.log"], ["a.log.txt", "log"]),
@@ -17500,7 +18227,7 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
         [cloud.files.delete(ann, (path,)) for path in list(tree(cloud, ann)) if "/" not in path]
 
 
-# ==== 29. Command line ===================================================================
+# ==== 30. Command line ===================================================================
 
 def run(*words, input=None, timeout=60, **how):
     """Run the real program; returns the finished process."""
@@ -17813,7 +18540,7 @@ def test_accounts_from_the_command_line(tmp_path):
     assert "bob" not in run("user", "list", *data).stdout
 
 
-# ==== 31. Visitor ========================================================================
+# ==== 32. Visitor ========================================================================
 
 def visitor_request(query, fields, *path):
     return cs.Request("GET", (("s", *path), False, query), cs.Envelope(fields=fields), Body())
@@ -17918,7 +18645,7 @@ def test_people_are_told_why_in_a_page_and_programs_in_a_document(kind, status, 
     assert json.loads(ask("*/*").body)["code"] == kind
 
 
-# ==== 33. Page ===========================================================================
+# ==== 34. Page ===========================================================================
 
 def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
