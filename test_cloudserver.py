@@ -13069,6 +13069,7 @@ def test_what_would_work_on_its_own_data_is_refused_in_words(tmp_path, capsys, h
     above.mkdir()
     with contextlib.closing(Cloud(Config(data=places["data"]))) as cloud:
         put(cloud, account(cloud), "f", b"x" * 100_000)
+        cloud.settle()
     if "{link}" in words and not make_link(places["link"], places["data"]):
         pytest.skip("no links here")
     before = sorted(path for path in above.rglob("*"))
@@ -13264,9 +13265,7 @@ def test_a_backup_brings_objects_here_and_a_restore_puts_them_elsewhere(far, pla
     config = Config(data=tmp_path / "restored", objects=place)
     assert outcome(cs.restore_backup, tmp_path / "backup", config) == "conflict" and not (tmp_path / "restored" / "cloud.db").exists()
     config = replace(config, objects=place + "-2")
-    if place.startswith("/"):
-        (tmp_path / "restored-2").mkdir()
-    really, count = cs.Copying.run, [0]
+    really = cs.Copying.run
 
     def killed(copying, source, rows):
         really(copying, source, list(rows)[:2])
@@ -13280,7 +13279,7 @@ def test_a_backup_brings_objects_here_and_a_restore_puts_them_elsewhere(far, pla
     restored = make_cloud(config)
     restored.settle()
     assert get(restored, restored.accounts.principal("ann"), "a") == data and restored.db.setting("cloud") not in (far.db.setting("cloud"), plain.db.setting("cloud"))
-    assert count and cs.verify(far) == []
+    assert cs.verify(far) == []
 
 
 def test_repair_and_verify_look_at_what_is_there_and_not_at_copies(far, tmp_path):
