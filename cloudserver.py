@@ -4950,6 +4950,17 @@ READ, CREATE, UPDATE, DELETE, SHARE, PAST = RIGHTS = ("read", "create", "update"
 CHANGES = CREATE, UPDATE, DELETE
 
 
+def in_order(rights: Container[str]) -> str:
+    """Rights as they are stored."""
+    return " ".join(right for right in RIGHTS if right in rights)
+
+
+@lru_cache(maxsize=128)
+def rights_named(text: str) -> frozenset[str]:
+    """Those that are stored so."""
+    return frozenset(text.split())
+
+
 class View(NamedTuple):
     """What somebody may see and do: what lies below a node, and nothing else.  Outside of it nothing exists for them."""
     who: Principal               # whoever has this very view: by a mount as if limited to what that shows
@@ -5392,7 +5403,7 @@ class Locks:
         if below and place.node:
             held += [lock for lock in locks if lock.node != place.node.node and lock not in held
                      and place.node.node in holders(self.db.read, lock.node)]
-        mine = {lock.token for lock in held if lock.account == who.account and lock.token in given.tokens}
+        mine = {lock.token for lock in held if lock.account == who.person and lock.token in given.tokens}
         shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
         for lock in held:
             if lock.token not in mine and (lock.exclusive or lock.node not in shared):
@@ -5660,8 +5671,7 @@ class Allowance:
 
     def check(self, who: Principal, files: int, size: int) -> Statement:
         """The guard that says: it stands, allows what it did, and takes so many files and bytes more.  raises CloudError gone, forbidden, too-large"""
-        rights = " ".join(right for right in RIGHTS if right in view_of(who).rights)
-        guard = Statement(LINK_REFUSES, (who.share, self.clock.due(), rights, int(files), size, who.sealed or ""))
+        guard = Statement(LINK_REFUSES, (who.share, self.clock.due(), in_order(view_of(who).rights), int(files), size, who.sealed or ""))
         for kind, in self.db.read(guard.sql, guard.params):
             raise CloudError(kind, LINK_ENDS[kind])
         return guard
@@ -5688,7 +5698,7 @@ class Allowance:
                 and bool(self.db.read(
                     "SELECT 1 FROM journal WHERE account = :account AND seq = (SELECT min(since) FROM (SELECT since FROM entry WHERE node = :node "
                     "AND until IS NULL UNION ALL SELECT since FROM entry WHERE node = :node AND until IS NOT NULL) AS entries)",
-                    {"account": -who.share, "node": place.node.node})))
+                    {"account": who.person, "node": place.node.node})))
 
 
 LINK_REFUSES = (
@@ -5927,12 +5937,6 @@ def access_by(share: int, chain: list[tuple[Any, ...]], line: Sequence[int]) -> 
     if all(parent is not None for parent, *_ in chain) or not all(top in line for *_, top in chain):
         return None
     return Access(share, line[0], frozenset.intersection(*(rights_named(rights) for _, rights, _ in chain)))
-
-
-@lru_cache(maxsize=128)
-def rights_named(text: str) -> frozenset[str]:
-    """Rights as they are stored."""
-    return frozenset(text.split())
 
 
 def begin_mount(plan: Plan, target: Node, giver: str, name: str = "") -> Node:
@@ -6201,7 +6205,7 @@ class Tree:
 
     def lane(self, who: Principal) -> ContextManager[None]:
         """A lane for long work, some at a time for each account (Q3)."""
-        return self.lanes.of(who.account)
+        return self.lanes.of(who.person)
 
     def check_place(self, place: Place, path: tuple[str, ...], given: Preconditions = ANY) -> None:
         """Refuse a path at which nothing can be."""
@@ -7528,7 +7532,7 @@ class Files:
                 self.tree.space.check(place, 0, 1)
                 node = plan.put(place, empty, self.clock.wall()).after
                 plan.rows += self.tree.contents.rows(empty)
-            lock = Lock(new_lock_token(), home, node.node, who.account, *wanted, now + wanted.seconds * 1000)
+            lock = Lock(new_lock_token(), home, node.node, who.person, *wanted, now + wanted.seconds * 1000)
             if self.db.read("SELECT count(*) FROM lock WHERE account = ? AND due > ?", (lock.account, now))[0][0] >= LOCKS_MOST:
                 raise CloudError("conflict", "you hold %d locks already" % LOCKS_MOST)
             plan.rows += [Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (home, now)),
@@ -7543,7 +7547,7 @@ class Files:
         def attempt() -> Batch:
             place = self.tree.enter(who, path, READ)
             lock = next((lock for lock in self.tree.locks.covering(place, self.tree.locks.of(place))
-                         if lock.token in tokens and lock.account == who.account), None)
+                         if lock.token in tokens and lock.account == who.person), None)
             if lock is None:
                 raise CloudError("precondition-failed", "there is no such lock on this")
             lock = lock._replace(seconds=seconds, due=self.clock.due() + seconds * 1000)
@@ -7560,7 +7564,7 @@ class Files:
         is_owner = place.view.whole or who.admin
         for lock in self.tree.locks.covering(place, self.tree.locks.of(place)):
             if lock.token == token:
-                if lock.account != who.account and not is_owner:
+                if lock.account != who.person and not is_owner:
                     raise CloudError("forbidden", "this lock belongs to somebody else")
                 self.db.run(Statement("DELETE FROM lock WHERE token = ?", (token,)))
                 return
@@ -7953,7 +7957,7 @@ class Journal:
             return False
         if self.waits.taken() >= WAITERS:
             raise CloudError("busy", "%d wait for changes already" % WAITERS, retry_after=5)
-        with self.waits.of(who.account):
+        with self.waits.of(who.person):
             return self.db.wait(is_newer, seconds, self.closing)
 
     # ---- activity
@@ -8830,7 +8834,7 @@ class Terms:
         return share
 
     def _rights(self, view: View, node: Node, share: Share, terms: dict[str, Any]) -> str:
-        (roles, allowed, *_), had = SHARE_KINDS[share.kind], frozenset(share.rights.split())
+        (roles, allowed, *_), had = SHARE_KINDS[share.kind], rights_named(share.rights)
         rights = frozenset(terms["rights"]) if terms.get("rights") is not None else roles.get(terms["role"]) if "role" in terms else had - {SHARE}
         if not rights or not rights.issubset(allowed):
             raise CloudError("bad-request", "roles are %s, rights %s" % (", ".join(roles), ", ".join(allowed)))
@@ -8897,7 +8901,7 @@ class Sharing:
             if not path:
                 raise CloudError("forbidden", "the root cannot be shared; share what is in it")
             grantee, name = (None, None) if token else self.offers.find(who, place.view.home, kind, to)
-            new = self._numbered(Share(0, place.view.home, node.node, kind, READ, who.account, token=token, created=self.clock.wall(), grantee=grantee), name)
+            new = self._numbered(Share(0, place.view.home, node.node, kind, READ, who.person, token=token, created=self.clock.wall(), grantee=grantee), name)
             access = self.tree.mounts.to_give_on(who, place)
             new = self.terms.agree(limited(place.view, access), node, new._replace(parent=access and access.share), terms)
             plan.guards += [still_there(node), *still_given(new)]
@@ -8987,7 +8991,7 @@ class Sharing:
         view, here = view_of(who), self.tree.mounts.seen_by(who)
         given = [one._replace(path=here.path(one.node.node)) for one in self._select(where, value=value, me=view.home)]
         return [one for one in given if view.whole or one.path] if SHARE in view.rights else [
-            one for one in given if one.path and view.rights.issuperset(one.share.rights.split())]
+            one for one in given if one.path and view.rights >= rights_named(one.share.rights)]
 
     def everybodys(self) -> list[Given]:
         """All shares of the server, the newest first, for an administrator; each path is that in its home."""
@@ -9099,11 +9103,6 @@ class Sharing:
         raise CloudError("gone", GONE)
 
 
-def in_order(rights: Container[str]) -> str:
-    """Rights as they are stored."""
-    return " ".join(right for right in RIGHTS if right in rights)
-
-
 class Offers:
     """Whom something may be shared with, and what reaches them: each share of an account or group, as a mount in its root."""
 
@@ -9157,10 +9156,7 @@ class Offers:
 
     def get(self, who: Principal, id: int) -> Offer:
         """raises CloudError not-found"""
-        found = next((offer for offer in self.list(who) if offer.share.id == id), None)
-        if found is None:
-            raise CloudError("not-found", "there is no such share")
-        return found
+        return find_share(self.list(who), id)
 
     def accept(self, who: Principal, id: int) -> Offer:
         """Let it stand in the root, with all other shares of the same node that were declined.  raises CloudError not-found"""
@@ -9593,12 +9589,12 @@ DROP_PAUSE = 50                 # ms that an answer waits at most
 
 def visitor_of(share: Share) -> Principal:
     """Whoever comes by a link."""
-    rights = frozenset(share.rights.split())
+    rights = rights_named(share.rights)
     return Principal(-share.id, "", share.node, means="link", device="link-%d" % share.id, readonly=not rights - {READ}, scoped=True,
                      home=share.home, rights=rights, sealed=share.password)
 
 
-def find_share(given: Iterable[Given], id: int) -> Given:
+def find_share(given: Iterable[Given | Offer], id: int) -> Any:
     """raises CloudError not-found"""
     found = next((one for one in given if one.share.id == id), None)
     if found is None:
@@ -9618,7 +9614,7 @@ def limited(view: View, access: Access | None) -> View:
 
 def role_of(share: Share) -> str | None:
     """The name of its set of rights, if that has one."""
-    rights = frozenset(share.rights.split()) - {SHARE}
+    rights = rights_named(share.rights) - {SHARE}
     return next((role for role, all in SHARE_KINDS[share.kind].roles.items() if all == rights), None)
 
 
@@ -9688,7 +9684,7 @@ class Commit(NamedTuple):
 
     def op_of(self, who: Principal) -> tuple[str, str]:
         """That of the batch: whoever else chose the same id asked for something else."""
-        return "%d:%s" % (who.account, self.op), self.digest
+        return "%d:%s" % (who.person, self.op), self.digest
 
 
 class Asked(NamedTuple):
@@ -10144,21 +10140,21 @@ class Uploads:
         view = foreseen.view if foreseen else view_of(who)
         self._check_uploads(who)
         now = self.clock.due()
-        upload = Upload(secrets.token_urlsafe(16), view.home, who.account, view.top, json.dumps(path[bool(view.seq):]),
+        upload = Upload(secrets.token_urlsafe(16), view.home, who.person, view.top, json.dumps(path[bool(view.seq):]),
                         json.dumps({name: getattr(given, name) for name in ("if_match", "if_none_match", "parents", "beside")}),
                         size, mtime, note, 0, now, now + UPLOAD_LIFE, None)
         self.db.run(Statement(PUT_UPLOAD, upload))
         return self._finish_if_whole(who, upload)
 
     def _check_uploads(self, who: Principal) -> None:
-        (count,), = self.db.read("SELECT count(*) FROM upload WHERE account = ? AND done IS NULL", (-who.share,))
+        (count,), = self.db.read("SELECT count(*) FROM upload WHERE account = ? AND done IS NULL", (who.person,))
         most = UPLOADS_BY_LINK if who.means == "link" else UPLOAD_LIMIT
         if count >= most:
             raise CloudError("conflict", "%d uploads are under way already" % most)
 
     def upload(self, who: Principal, id: str, *, numbered: bool = False) -> Upload:
         """Where an upload stands.  raises CloudError not-found for another's too, gone when it has expired"""
-        rows = self.db.read("SELECT * FROM upload WHERE id = ? AND account = ? AND (CASE WHEN path IS NULL THEN 1 ELSE 0 END) = ?", (id, who.account, numbered))
+        rows = self.db.read("SELECT * FROM upload WHERE id = ? AND account = ? AND (CASE WHEN path IS NULL THEN 1 ELSE 0 END) = ?", (id, who.person, numbered))
         if not rows or way_to(self.tree, who, rows[0][3]) is None:
             raise CloudError("not-found", "there is no such upload")
         upload = Upload._make(rows[0])
@@ -10325,7 +10321,7 @@ class Uploads:
         self._check_parts(place, size or 0, size or 0)
         self._check_uploads(who)
         now = self.clock.due()
-        upload = Upload(parts_id(who, name), home, who.account, view.top, None, "{}", size, None, "", 0, now,
+        upload = Upload(parts_id(who, name), home, who.person, view.top, None, "{}", size, None, "", 0, now,
                         now + UPLOAD_LIFE, None)
 
         def attempt() -> Batch:
@@ -10637,14 +10633,14 @@ class Cloud:
         """Keep, for an hour, what a later request needs and cannot hold in its address; returns what to call it by."""
         view_of(who).need(UPDATE)
         id, now = secrets.token_urlsafe(16), self.clock.due()
-        if self.db.read("SELECT count(*) FROM kept WHERE account = ? AND due > ?", (who.account, now))[0][0] >= KEPT_MOST:
+        if self.db.read("SELECT count(*) FROM kept WHERE account = ? AND due > ?", (who.person, now))[0][0] >= KEPT_MOST:
             raise CloudError("busy", "too much is kept for this account already", retry_after=60)
-        self.tree.store(self.tree.enter(who, ()), Statement(PUT_KEPT, (id, who.account, json.dumps(value), now + HOUR)))
+        self.tree.store(self.tree.enter(who, ()), Statement(PUT_KEPT, (id, who.person, json.dumps(value), now + HOUR)))
         return id
 
     def kept(self, who: Principal, id: str) -> Any:
         """What was kept under a name.  raises CloudError not-found"""
-        rows = self.db.read("SELECT value FROM kept WHERE id = ? AND account = ? AND due > ?", (id, who.account, self.clock.due()))
+        rows = self.db.read("SELECT value FROM kept WHERE id = ? AND account = ? AND due > ?", (id, who.person, self.clock.due()))
         if not rows:
             raise CloudError("not-found", "this is not kept any more")
         return json.loads(rows[0][0])
@@ -10677,7 +10673,7 @@ def op_ids(op: str, now: int) -> tuple[str, str]:
 
 def parts_id(who: Principal, name: str) -> str:
     """The id of an upload that a client named; no other kind has colons."""
-    return "%d:%d:%s" % (who.account, view_of(who).top, name)
+    return "%d:%d:%s" % (who.person, view_of(who).top, name)
 
 
 # ==== 17. HTTP ===========================================================================
@@ -13483,7 +13479,7 @@ def format_checksums(node: Node, about: About) -> Markup | None:
 
 def format_lock(lock: Lock, who: Principal) -> Markup:
     """An activelock element; the token is shown to its owner alone (A19), and to visitors of links not who that is."""
-    mine = lock.account == who.account
+    mine = lock.account == who.person
     token = [E("d:locktoken", E("d:href", lock.token))] if mine else []
     return E("d:activelock", E("d:locktype", E("d:write")), E("d:lockscope", E("d:exclusive" if lock.exclusive else "d:shared")),
              E("d:depth", "infinity" if lock.deep else "0"), *([Markup(lock.owner)] if mine or who.means != "link" else []), E("d:timeout", "Second-%d" % lock.seconds),
