@@ -5206,8 +5206,8 @@ class Moment:
             return [node.no_older(floor) if node.kind else node for node in nodes]
         if not self.mounts or not any(node.kind == MOUNT for node in nodes):
             return nodes
-        found = {grant.mount: grant.seen() for grant in self.grants.values()}
-        return [found.get(node.node, node) for node in nodes if node.kind != MOUNT or node.node in found]
+        found = {grant.mount: grant for grant in self.grants.values()}
+        return [found[node.node].seen() if node.kind == MOUNT else node for node in nodes if node.kind != MOUNT or node.node in found]
 
     def walk(self, id: int, path: tuple[str, ...] = (),
              missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node]]:
@@ -5711,6 +5711,7 @@ COUNT_CAME = "UPDATE share SET files = files + ?, bytes = bytes + ? WHERE id = ?
 # ==== 11. Mounts =========================================================================
 #
 # What others shared with somebody stands in the root of their home: who sees what of it, and how a mount comes, gets another name and goes.
+# These are steps of a Plan, which is handed in.
 
 
 def limited_to(who: Principal, node: Node, rights: frozenset[str]) -> Principal:
