@@ -5581,9 +5581,10 @@ class Brake:
         What it made itself within the window does not count, unless it moved as many there, nor does a file that it overwrites once more.
         """
         recent = self.clock.wall() - BRAKE_WINDOW
-        gone = [(before, after) for before, after in destroyed if before.created < recent]
-        deletes, fresh = (sum(before.files if before.kind else 1 for before, after in some if after is None)
-                          for some in (gone, [one for one in destroyed if one[0].created >= recent]))
+        gone, new = [], []
+        for before, after in destroyed:
+            (gone if before.created < recent else new).append((before, after))
+        deletes, fresh = (sum(before.files if before.kind else 1 for before, after in some if after is None) for some in (gone, new))
         overwrites = sum(before.kind == FILE and after.manifest != before.manifest for before, after in gone if after)
         if not deletes + overwrites + fresh + moved:
             return []
@@ -8835,16 +8836,16 @@ class Terms:
         return share
 
     def _rights(self, view: View, node: Node, share: Share, terms: dict[str, Any]) -> str:
-        (roles, allowed, *_), had = SHARE_KINDS[share.kind], rights_named(share.rights)
-        rights = frozenset(terms["rights"]) if terms.get("rights") is not None else roles.get(terms["role"]) if "role" in terms else had - {SHARE}
-        if not rights or not rights.issubset(allowed):
-            raise CloudError("bad-request", "roles are %s, rights %s" % (", ".join(roles), ", ".join(allowed)))
+        kind, had = SHARE_KINDS[share.kind], rights_named(share.rights)
+        rights = frozenset(terms["rights"]) if terms.get("rights") is not None else kind.roles.get(terms["role"]) if "role" in terms else had - {SHARE}
+        if not rights or not rights.issubset(kind.rights):
+            raise CloudError("bad-request", "roles are %s, rights %s" % (", ".join(kind.roles), ", ".join(kind.rights)))
         if terms.get("reshare", SHARE in had and "rights" not in terms):
             rights |= {SHARE}
         kept = rights - {SHARE}
-        if share.kind != "link" and READ not in kept:
+        if kind is PEOPLE and READ not in kept:
             raise CloudError("bad-request", "what is shared with somebody can be read")
-        if not node.kind and kept not in (roles["view"], roles["edit"]) and not kept <= {READ, UPDATE, PAST}:
+        if not node.kind and kept not in (kind.roles["view"], kind.roles["edit"]) and not kept <= {READ, UPDATE, PAST}:
             raise CloudError("bad-request", "a share of a file is view or edit")
         if not rights <= view.rights:
             raise CloudError("forbidden", "nobody can give more than they have")
