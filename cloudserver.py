@@ -13558,14 +13558,14 @@ class Form:
         self.readers = [property_reader(door, name) for name in names] if door else ()
         self._shapes: dict[tuple[int, ...], str] = {}        # by the positions of the names that are missing
 
-    def fill(self, href: str, values: Sequence[str | None]) -> str:
-        """A response with one value, or None, for each of the names; values are XML."""
+    def fill(self, row: tuple[str | None, ...]) -> str:
+        """A response to (href, one value or None for each of the names); values are XML."""
         missing: tuple[int, ...] = ()
-        if None in values:
-            missing = tuple([at for at, value in enumerate(values) if value is None])
-            values = [value for value in values if value is not None]
+        if None in row:
+            missing = tuple([at for at, value in enumerate(row[1:]) if value is None])
+            row = tuple([value for value in row if value is not None])
         shape = self._shapes.get(missing) or self._shape(missing)
-        return shape % ((href, *values) if self.values else href)
+        return shape % (row if self.values else row[:1])
 
     def _shape(self, missing: tuple[int, ...]) -> str:
         if len(self._shapes) >= SHAPES_MOST:
@@ -13604,13 +13604,18 @@ class Multistatus:
 
     def tell(self, href: str, node: Node, about: About, lacks: Collection[str] = ()) -> None:
         """A response with what is asked of a node; `lacks` are names that are not told of this one."""
+        self.tell_each([href], [node], about, lacks)
+
+    def tell_each(self, hrefs: Iterable[str], nodes: Sequence[Node], about: About, lacks: Collection[str] = ()) -> None:
+        """The same for some nodes, a property of all of them at a time: that is quicker."""
         form = self.form
-        values = [read and read(node, about) for read in form.readers]
-        self._spool.write(form.fill(href, [None if name in lacks else value for name, value in zip(form.names, values)] if lacks else values))
+        columns = [[read(node, about) for node in nodes] if read and name not in lacks else [None] * len(nodes)
+                   for name, read in zip(form.names, form.readers)]
+        self._spool.write("".join(map(form.fill, zip(hrefs, *columns))))
 
     def add(self, href: str, values: Sequence[str | None]) -> None:
         """A response with one value, or None, for each of the names; values are XML."""
-        self._spool.write(self.form.fill(href, values))
+        self._spool.write(self.form.fill((href, *values)))
 
     def add_part(self, *parts: Markup) -> None:
         self._spool.write("".join(parts) + "\n")
@@ -13678,9 +13683,11 @@ def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str
         answer = Multistatus(names, door, values=values, complete=asked and not is_minimal(request))
         base = dav_href(request, path, bool(node.kind))
         answer.tell(base, node, about)
-        for child in watched(now.children(node.node), request.check_alive) if depth == "1" and node.kind else ():
-            name = child.name if _PLAIN.fullmatch(child.name) else quote(child.name, safe="~")
-            answer.tell(base + name + "/" * child.kind, child, about)
+        children = now.children(node.node) if depth == "1" and node.kind else iter(())
+        for some in iter(lambda: list(itertools.islice(children, PIECE)), []):
+            request.check_alive()
+            answer.tell_each([base + (child.name if _PLAIN.fullmatch(child.name) else quote(child.name, safe="~")) + "/" * child.kind
+                              for child in some], some, about)
     return answer.response()
 
 

@@ -11116,6 +11116,26 @@ def test_what_was_asked_before_is_answered_as_things_are_by_now_and_as_each_door
     assert [call("PROPFIND", "/dav/a", long, Depth="0").body.count(b"<n") for _ in range(2)] == [60, 60]
 
 
+def test_propfind_makes_few_calls_for_each_file(cloud, ann):
+    """Four properties of a file: whatever is done for it alone, it is done as often as there are files."""
+    asked = b"<propfind xmlns='DAV:'><prop><resourcetype/><getcontentlength/><getlastmodified/><getetag/></prop></propfind>"
+
+    def calls(path):
+        count = Counter()
+        sys.setprofile(lambda frame, event, what: count.update([event == "call" and frame.f_code.co_filename == cs.__file__]))
+        try:
+            status = answer_of(cloud, "PROPFIND", path, asked, depth="1")
+        finally:
+            sys.setprofile(None)
+        assert status == 207
+        return count[True]
+    for path, many in (("few", 20), ("some", 120)):
+        for n in range(many):
+            put(cloud, ann, "%s/f%d" % (path, n), b"%d" % n, parents=True)
+        calls("/dav/%s/" % path)
+    assert calls("/dav/some/") - calls("/dav/few/") <= 9 * 100
+
+
 def test_propfind_forms(call, cloud, ann):
     put(cloud, ann, "a")
     assert call("PROPFIND", "/dav/", b"", Depth="infinity").status == 403
