@@ -2165,6 +2165,10 @@ class Store:
         """Is there nothing at all, neither objects nor what else somebody keeps in that place?"""
         raise NotImplementedError
 
+    def room(self) -> tuple[int, int]:
+        """(bytes that objects may take in all, bytes that are free), as far as is known."""
+        raise NotImplementedError
+
     def trouble(self) -> str:
         """A sentence while a store elsewhere cannot be used, as far as is known; "" while all is well."""
         return ""
@@ -2268,6 +2272,10 @@ class Directory(Store):
 
     def is_vacant(self) -> bool:
         return not self.home.exists() or not set(os.listdir(self.home)) - {"lost+found", "." + CLOUD_ID}
+
+    def room(self) -> tuple[int, int]:
+        usage = shutil.disk_usage(self.home)
+        return usage.total, usage.free
 
 
 OBJECT = re.compile(r"[0-9a-f]{64}-[0-9a-f]{1,32}")
@@ -2577,6 +2585,7 @@ PATIENCE = 20                   # seconds that a request is tried again
 PAUSE = 5                       # seconds that nobody is asked again who did not answer
 CONNECT_TIME, ANSWER_TIME = 10, 30                       # seconds that a connection, and each of its steps, may take
 PAGE_KEYS = 1000                # names in one answer
+BUCKET_ROOM = 1 << 50           # bytes that go into a bucket, which tells nobody how many do
 KEY_FILE_LIMIT = 4 * KiB
 AGAIN = (429, 500, 502, 503, 504)                        # statuses after which the same may succeed
 SKEW_LEAST = 60                 # seconds that clocks differ before a refusal is blamed on that
@@ -2813,6 +2822,8 @@ class Cache:
 
     def add(self, name: str, data: bytes | memoryview) -> os.stat_result:
         """Have a copy of these bytes, which are what the name says; nothing of it need survive a loss of power."""
+        if not self.home.exists() and make_directory(self.home, 0o700):
+            give_to_owner(self.home, self.home.parent)
         self._make_room(len(data))
         temporary = self.home / (".%s-%s" % (name, secrets.token_hex(4)))
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_EXTRA, 0o600)
@@ -2844,8 +2855,6 @@ class Cache:
             if self._added < self.most // 64:
                 return
             self._added = 0
-        if make_directory(self.home, 0o700):
-            give_to_owner(self.home, self.home.parent)
         usage, found = shutil.disk_usage(self.home), []
         with os.scandir(self.home) as entries:
             for entry in entries:
@@ -2996,6 +3005,9 @@ class Bucket(Store):
 
     def is_vacant(self) -> bool:
         return next(self._keys("", 1), None) is None
+
+    def room(self) -> tuple[int, int]:
+        return BUCKET_ROOM, BUCKET_ROOM
 
     def trouble(self) -> str:
         return self.s3.trouble
@@ -6004,8 +6016,8 @@ def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
 class Space:
     """What may be stored: quotas, what was spent of late, the disk."""
 
-    def __init__(self, db: Database, clock: Clock, config: Config) -> None:
-        self.db, self.clock, self.config = db, clock, config
+    def __init__(self, db: Database, clock: Clock, config: Config, store: Store) -> None:
+        self.db, self.clock, self.config, self.store = db, clock, config, store
         self._free: tuple[int, bool] = (0, True)         # until when the disk counts as free
 
     def check(self, place: Place, growth: int, size: int) -> None:
@@ -6043,8 +6055,8 @@ class Space:
         return batch
 
     def left(self, home: int, quota: int | None, used: int) -> int:
-        """Bytes that still go into a home: by its quota, or as many as the disk has where there is none."""
-        free = shutil.disk_usage(self.config.data).free
+        """Bytes that still go into a home: by its quota, or as many as there is room for where there is none."""
+        _, free = self.store.room()
         return free if quota is None else max(0, min(free, quota - used - self.reserved(home)))
 
     def reserved(self, home: int) -> int:
@@ -6054,11 +6066,12 @@ class Space:
         return next((quota for quota, in self.db.read("SELECT quota FROM account WHERE id = ?", (home,))), None)
 
     def has_room(self) -> bool:
-        """Is there more free space than the low-water mark?  Looked up once a second (R18)."""
+        """Is there more free space than the low-water mark, for rows and for objects?  Looked up once a second (R18)."""
         now = self.clock.due()
         if now >= self._free[0]:
             usage = shutil.disk_usage(self.config.data)
-            self._free = now + SECOND, usage.free >= low_mark(self.config, usage.total)
+            room = self.store.room() if self.config.objects else (0, 0)
+            self._free = now + SECOND, all(free >= low_mark(self.config, total) for total, free in ((usage.total, usage.free), room))
         return self._free[1]
 
     def keep_reserve(self) -> None:
@@ -6086,7 +6099,7 @@ class Tree:
 
     def __init__(self, config: Config, db: Database, clock: Clock, blobs: Blobs) -> None:
         self.config, self.db, self.clock, self.blobs = config, db, clock, blobs
-        self.contents, self.space = Contents(db, clock, blobs), Space(db, clock, config)
+        self.contents, self.space = Contents(db, clock, blobs), Space(db, clock, config, blobs.store)
         self.brake, self.allowance, self.mounts = Brake(db, clock), Allowance(db, clock), Mounts(db, clock)
         self.locks = Locks(db, clock, self.mounts)
         self.lanes = Slots(2, "%d long operations of this account are under way already")
@@ -16193,6 +16206,9 @@ def names_of(cloud: Cloud, where: str, params: tuple[Any, ...]) -> Iterator[str]
 
 # ---- backup, restore, repair, export, import
 
+COPIED_AT_ONCE = 4              # objects, each of which is in memory
+
+
 class Copying:
     """Objects on their way into a store.  One that is missing, damaged or cannot be read costs only itself, and is noted."""
 
@@ -16202,18 +16218,27 @@ class Copying:
 
     def run(self, source: Store, rows: Iterable[tuple[str, int, str]]) -> None:
         """Copy what the target lacks of (hash, bytes, name).  raises OSError when the target cannot be written"""
-        rows = [row for row in rows if not self.target.has(row[2])]
+        known = set(self.target.list()).__contains__ if isinstance(self.target, Bucket) else self.target.has
+        rows = [row for row in rows if not known(row[2])]
         progress = Progress("copy", sum(size for _, size, _ in rows))
-        for hash, size, name in rows:
-            data, wrong = read_object(source, name, hash)
-            if wrong:
-                self.bad[hash] = wrong
-            else:
-                self.target.put(name, data)
-                self.bad.pop(hash, None)
-                self.count, self.size = self.count + 1, self.size + size
-            progress.add(size)
+        with ThreadPoolExecutor(COPIED_AT_ONCE) as pool:
+            for some in pieces(rows, 4 * COPIED_AT_ONCE):
+                for (hash, size, _), wrong in zip(some, pool.map(partial(self._copy, source), some)):
+                    if wrong:
+                        self.bad[hash] = wrong
+                    else:
+                        self.bad.pop(hash, None)
+                        self.count, self.size = self.count + 1, self.size + size
+                    progress.add(size)
         progress.end()
+
+    def _copy(self, source: Store, row: tuple[str, int, str]) -> str | None:
+        """What is wrong with an object, which is not copied then."""
+        hash, _, name = row
+        data, wrong = read_object(source, name, hash)
+        if wrong is None:
+            self.target.put(name, data)
+        return wrong
 
 
 def read_object(store: Store, name: str, hash: str) -> tuple[bytes, str | None]:

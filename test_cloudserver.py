@@ -1254,6 +1254,10 @@ class TestStore:
         other = STORES[request.node.callspec.params["store"]](tmp_path)
         assert store.owner() == other.owner() == "cd34" and not store.is_vacant() and list(store.list()) == []
 
+    def test_a_store_has_room(self, store):
+        total, free = store.room()
+        assert 0 < free <= total
+
     def test_a_store_that_holds_objects_is_not_vacant(self, store):
         store.put(object_name(b"a"), b"a")
         assert not store.is_vacant() and store.owner() == ""
@@ -1942,6 +1946,16 @@ def test_copies_leave_a_tenth_of_the_disk_free(s3, tmp_path, monkeypatch):
         store._cache._added = 10 ** 6
         store.put(object_name(part), part)
     assert len(os.listdir(tmp_path)) <= 2
+
+
+def test_the_directory_of_copies_may_be_thrown_away_at_any_time(s3, tmp_path):
+    store, parts = s3.store(tmp_path / "copies"), [random_bytes(100) for _ in range(20)]
+    for _ in range(5):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda part: store.put(object_name(part), part), parts))
+        shutil.rmtree(tmp_path / "copies")
+        assert all(store.get(object_name(part)).read() == part for part in parts) and is_private(tmp_path / "copies")
+        shutil.rmtree(tmp_path / "copies")
 
 
 def test_an_upload_sends_four_parts_at_once_and_holds_no_more_than_five(s3, tmp_path, monkeypatch):
@@ -13310,6 +13324,19 @@ def test_repair_and_verify_look_at_what_is_there_and_not_at_copies(far, tmp_path
     assert cs.heal(far, healings) == 1 and cs.verify(far) == [] and get(far, ann, "a") == data
 
 
+def test_room_is_looked_for_where_objects_are(far, monkeypatch):
+    """A small disk for the database bounds no upload; one that is full takes none."""
+    ann, usage, home = account(far), cs.shutil.disk_usage(far.config.data), getattr(far.blobs.store, "home", None)
+    disks = {far.config.data: usage._replace(total=4 * cs.GiB, free=2 * cs.GiB), home: usage._replace(total=4 * cs.TiB, free=3 * cs.TiB)}
+    monkeypatch.setattr(cs.shutil, "disk_usage", lambda place: disks.get(Path(place), usage))
+    assert far.space.left(ann.account, None, 0) >= 3 * cs.TiB and far.health() == "ok"
+    for full in {far.config.data, home} - {None}:
+        was, disks[full] = disks[full], disks[full]._replace(free=1000)
+        far.space._free = (0, True)
+        assert far.health() == "low" and outcome(put, far, ann, "a", random_bytes(100_000)) == "disk-full"
+        disks[full] = was
+
+
 def test_doctor_tries_what_is_elsewhere(far, s3, capsys, here):
     account(far)
     words = ("doctor", "--data", far.config.data, "--objects", far.config.objects)
@@ -19844,6 +19871,74 @@ def test_client_and_server_are_killed_at_random(household, rng):
 @needs_fork
 def test_client_and_server_are_killed_at_random_many_times(household, rng):
     kill_rounds(household, rng, 100)
+# ---- objects in a bucket
+
+@pytest.fixture(params=["s3", "gateway"])
+def bucket_url(request, keys_in):
+    keys_in(S3_KEYS.id, S3_KEYS.secret)
+    return request.getfixturevalue(request.param).url
+
+
+def test_two_laptops_and_an_upload_over_a_bucket(serve, bucket_url, tmp_path, rng):
+    """And what its keeper does: doctor, gc, verify, a backup, a restore into another place of the bucket."""
+    served, one, two = serve("--objects", bucket_url, "--workers", "2"), make_tree(tmp_path / "one", rng, 20), tmp_path / "two"
+    (one / "large").write_bytes(random_bytes(9 * MiB))
+    sync = lambda place: json.loads(subprocess.run(
+        [*PROGRAM, "sync", str(place), url_of(served, "", "ann"), "--once", "--json"], check=True, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD, "XDG_CONFIG_HOME": str(tmp_path / "config")}).stdout)
+    files = lambda home: {str(path.relative_to(home)): path.read_bytes() for path in home.rglob("*") if path.is_file() and cs.SYNC_HOME not in path.parts}
+    assert sync(one)["uploaded"] == 21 and sync(two)["downloaded"] == 21 and files(one) == files(two)
+    (two / "large").write_bytes((two / "large").read_bytes()[:5 * MiB] + b"!" + (two / "large").read_bytes()[5 * MiB:])
+    sync(two), sync(one)
+    data = random_bytes(9 * MiB)
+    where = served.call("POST", "/tus", Upload_Length=str(len(data)), Upload_Metadata="path " + base64.b64encode(b"by the page").decode(), **TUS).headers["location"]
+    for at in range(0, len(data), 5 * MiB):
+        assert served.call("PATCH", cs.urlsplit(where).path, data[at:at + 5 * MiB], Upload_Offset=str(at), **PART).status == 204
+    sync(one)
+    assert (one / "by the page").read_bytes() == data and files(one)["large"] == (two / "large").read_bytes()
+    place = ("--data", served.data, "--objects", bucket_url)
+    assert run("doctor", *place).stdout.count("LOOK") == (os.name != "nt" and os.geteuid() == 0)
+    assert run("backup", tmp_path / "backup", *place).returncode == 0
+    assert served.call("DELETE", "/dav/large").status == 204 and served.stop() == 0
+    assert run("gc", "--now", "--yes", *place).returncode == 0 and "all is well" in run("verify", *place).stdout
+    assert "say so with --objects" in run("verify", "--data", served.data).stderr
+    shutil.rmtree(served.data / "objects-cache")
+    again = serve("--objects", bucket_url, data=served.data)
+    assert again.call("GET", "/dav/by%20the%20page").body == data and again.stop() == 0
+    restored = run("restore", tmp_path / "backup", "--data", tmp_path / "new", "--objects", bucket_url + "/new")
+    assert restored.returncode == 0, restored.stderr
+    shutil.rmtree(tmp_path / "new" / "objects-cache")
+    back = serve("--objects", bucket_url + "/new", data=tmp_path / "new")
+    assert back.call("GET", "/dav/large").body == (two / "large").read_bytes() and back.stop() == 0
+
+
+@needs_fork
+def test_what_was_acknowledged_is_in_the_bucket_when_the_server_is_killed(serve, s3, keys_in, tmp_path):
+    """R1, R6; what is left half done is not found, and the cache holds nothing that is not whole."""
+    keys_in(S3_KEYS.id, S3_KEYS.secret)
+    s3.faults.extend(random.Random(7).choices([None, None, None, 503, "reset"], k=2000))
+    stored = {}
+    for turn in range(3):
+        served = serve("--objects", s3.url, "--workers", "2")
+
+        def upload(n):
+            data = b"%d %d " % (turn, n) * 20_000
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if served.call("PUT", "/dav/%d-%d" % (turn, n), data).status == 201:
+                    stored["/dav/%d-%d" % (turn, n)] = data
+        with ThreadPoolExecutor(4) as pool:
+            sent = [pool.submit(upload, n) for n in range(40)]
+            eventually(lambda: len(stored) > 10 * (turn + 1))
+            served.kill()
+            for one in sent:
+                one.result()
+    s3.faults.clear()
+    served = serve("--objects", s3.url)
+    assert all(served.call("GET", path).body == data for path, data in stored.items()) and served.stop() == 0
+    shutil.rmtree(served.data / "objects-cache")
+    assert "all is well" in run("verify", "--data", served.data, "--objects", s3.url).stdout
+
+
 # ==== stories in a real browser ==========================================================
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"          # how WebDriver names a reference to an element
