@@ -322,10 +322,6 @@ class Node(NamedTuple):
     files: int | None = None     # of a collection: live files below it
 
     @property
-    def is_collection(self) -> bool:
-        return self.kind == COLLECTION
-
-    @property
     def etag(self) -> str:
         """Strong validator without its quotes: differs whenever the content does, survives a move."""
         return "%x-%x" % (self.seq if self.kind else self.rev, self.node)
