@@ -2557,7 +2557,6 @@ class _Cutting:
 def storage_error(error: OSError) -> CloudError:
     """Word a failure of the disk (R18-R20), or of a store elsewhere."""
     if isinstance(error, Away):
-        log.error("objects: %s", error.strerror)
         return CloudError("busy", "the server does not reach its store for now", retry_after=30)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CloudError("disk-full", "the disk of the server is full")
@@ -2690,7 +2689,8 @@ class S3:
 
     def __init__(self, location: Location, keys: Keys) -> None:
         self.location, self._keys = location, keys
-        self.trouble, self._paused = "", 0.0     # what is wrong since when; until then nobody is asked
+        self.trouble: str | None = None          # what is wrong; None: nobody asked yet
+        self._paused = 0.0                       # until then nobody is asked
         self._skew = 0.0                         # seconds that its clock is ahead of ours
         host, kind = location.host, {}
         if location.scheme == "https":
@@ -2711,7 +2711,7 @@ class S3:
             try:
                 answer = self._exchange((method, self._path_of(key), query), data, hash, most)
                 if 200 <= answer.status < 300 or answer.status == 404 and key and answer.code in ("", "NoSuchKey"):
-                    self.trouble = ""
+                    self._note("")
                     if answer.status == 404:
                         raise FileNotFoundError(errno.ENOENT, "not in the bucket", key)
                     return answer
@@ -2725,10 +2725,16 @@ class S3:
             except (OSError, http.client.HTTPException) as error:
                 trouble = "cannot reach %s: %s" % (self.host, reason_of(error) or type(error).__name__)
             if not again or time.monotonic() + pause > until:
-                self.trouble, self._paused = trouble, time.monotonic() + PAUSE
+                self._note(trouble)
                 raise Away(trouble)
             time.sleep(pause * (500 + secrets.randbelow(500)) / 1000)
             pause = min(4, 2 * pause)
+
+    def _note(self, trouble: str) -> None:
+        """Remember, and say once, what is wrong, or that nothing is any more; whoever begins says it himself."""
+        if self.trouble is not None and bool(trouble) != bool(self.trouble):
+            log.log(logging.ERROR if trouble else logging.INFO, "objects: %s", trouble or self.host + " answers again")
+        self.trouble, self._paused = trouble, time.monotonic() + PAUSE if trouble else 0.0
 
     def _path_of(self, key: str) -> str:
         return ("/" if self.location.is_virtual else "/%s/" % self.location.bucket) + quote(self.location.prefix + key if key else "")
@@ -2781,7 +2787,7 @@ class S3:
         response = connection.getresponse()
         announced = response.getheader("content-length") or ""
         length = int(announced) if re.fullmatch(r"[0-9]{1,18}", announced, re.ASCII) else -1
-        body = b"" if method == "HEAD" else response.read(min(length, most + 1) if length >= 0 else most + 1)
+        body = response.read(min(length, most + 1) if length >= 0 else most + 1)
         if not 200 <= response.status < 300 or not response.isclosed():
             connection.close()
         if 0 <= length <= most and method != "HEAD" and len(body) < length:
@@ -3006,7 +3012,7 @@ class Bucket(Store):
         return BUCKET_ROOM, BUCKET_ROOM
 
     def trouble(self) -> str:
-        return self.s3.trouble
+        return self.s3.trouble or ""
 
 
 # ==== 8. Database ========================================================================

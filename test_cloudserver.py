@@ -1549,7 +1549,7 @@ class FakeS3(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), FakeS3Handler)
         self.objects, self.faults, self.asked = {}, deque(), []
-        self.bucket, self.page, self.ahead, self.readonly, self.hosts = "bucket", 1000, 0, False, set()
+        self.bucket, self.page, self.ahead, self.readonly, self.hosts, self.peers = "bucket", 1000, 0, False, set(), set()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     @property
@@ -1574,6 +1574,7 @@ class FakeS3Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path, _, query = self.path.partition("?")
         server.asked.append((self.command, unquote(path), query))
+        server.peers.add(self.client_address)
         fault = server.faults.popleft() if server.faults else None
         if callable(fault):
             fault = fault()
@@ -1850,6 +1851,29 @@ def test_a_refusal_at_the_right_time_is_not_asked_for_again(s3, tmp_path):
     with pytest.raises(cs.Away):
         store.put(object_name(b"a"), b"a")
     assert len(s3.asked) == 1
+
+
+def test_a_connection_is_used_again_whatever_was_asked(s3, tmp_path):
+    store, data = s3.store(tmp_path), random_bytes(100_000)
+    name = object_name(data)
+    for _ in range(3):
+        store.put(name, data), store.own("x"), store.owner(), store.has(name), store.size(name), list(store.list())
+        store.forget(name), store.get(name).close(), store.delete(name), store.delete(name), store.is_vacant()
+    assert len(s3.asked) == 30 and len(s3.peers) == 1
+
+
+def test_trouble_is_logged_when_it_begins_and_when_it_ends(s3, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cs, "PATIENCE", 0)
+    monkeypatch.setattr(cs, "PAUSE", 0)
+    caplog.set_level("INFO", "cloudserver")
+    store = s3.store(tmp_path)
+    assert store.owner() == ""
+    s3.faults.extend([503] * 3)
+    for _ in range(3):
+        with pytest.raises(cs.Away):
+            store.owner()
+    store.owner(), store.owner()
+    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"] and "503 SlowDown" in caplog.text and "answers again" in caplog.text
 
 
 def test_a_connection_that_was_closed_meanwhile_costs_nothing(s3, tmp_path):
