@@ -14,32 +14,33 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      6  Store           Store Directory Blobs Content                  the only code that opens data files
      7  Bucket          Bucket S3 Cache                                 objects in an S3, and copies of some here
      8  Database        Database Sqlite Batch SCHEMA MIGRATIONS        two calls: read and write
-     9  Accounts        Credentials Accounts Devices                   who is asking
-    10  Tree            View Place Moment Contents Locks Brake         the tree of files, read
-    11  Mounts          Access Grant Mounts                            what others shared, as it stands in a root
-    12  Changes         Space Tree Draft Plan                          how it is changed
-    13  Files           Files Copies Search                            the verbs of what is
-    14  History         Span Journal Feed History Versions Trash       ... and of what was
-    15  Sharing         Sharing Terms Drops                            what people hand to others
-    16  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
-    17  HTTP            Request Response route respond                 what is asked, and the gate
-    18  Connections     Parser Connection Handler                      the only code that touches a socket
-    19  JSON API        api_*                                          what the page and programs use
-    20  Transfer        tus_* sync_*                                   resumable uploads, native sync
-    21  WebDAV          dav_*                                          RFC 4918
-    22  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
-    23  Upkeep          Upkeep Janitor                                 background jobs
-    24  Service         CloudServer Supervisor                         start, stop, logs
-    25  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
-    26  Folder          Rules Folder Memory                            a folder on this computer
-    27  Link            Link Fetcher introduce                         the server at the other end of a sync
-    28  Planner         Session Worklist Planner                      what a sync has to do
-    29  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
-    30  Command line    main                                           a function per command
-    31  Page parts      PARTS_* WORDS bare                             what pages are made of
-    32  Visitor         link_page H                                    what visitors of links see
-    33  Links           link_*                                         the doors that links open
-    34  Page            PAGE_* web_page                                the embedded page
+     9  PostgreSQL      PgAddress Wire Bound Result PgError PgLost    what a server of rows speaks
+    10  Accounts        Credentials Accounts Devices                   who is asking
+    11  Tree            View Place Moment Contents Locks Brake         the tree of files, read
+    12  Mounts          Access Grant Mounts                            what others shared, as it stands in a root
+    13  Changes         Space Tree Draft Plan                          how it is changed
+    14  Files           Files Copies Search                            the verbs of what is
+    15  History         Span Journal Feed History Versions Trash       ... and of what was
+    16  Sharing         Sharing Terms Drops                            what people hand to others
+    17  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
+    18  HTTP            Request Response route respond                 what is asked, and the gate
+    19  Connections     Parser Connection Handler                      the only code that touches a socket
+    20  JSON API        api_*                                          what the page and programs use
+    21  Transfer        tus_* sync_*                                   resumable uploads, native sync
+    22  WebDAV          dav_*                                          RFC 4918
+    23  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
+    24  Upkeep          Upkeep Janitor                                 background jobs
+    25  Service         CloudServer Supervisor                         start, stop, logs
+    26  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
+    27  Folder          Rules Folder Memory                            a folder on this computer
+    28  Link            Link Fetcher introduce                         the server at the other end of a sync
+    29  Planner         Session Worklist Planner                      what a sync has to do
+    30  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
+    31  Command line    main                                           a function per command
+    32  Page parts      PARTS_* WORDS bare                             what pages are made of
+    33  Visitor         link_page H                                    what visitors of links see
+    34  Links           link_*                                         the doors that links open
+    35  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -162,8 +163,8 @@ import unicodedata
 import xml.etree.ElementTree as ET
 import zlib
 from collections import Counter, deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait as await_all
-from contextlib import closing, contextmanager, nullcontext, suppress
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait as await_all
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import cached_property, lru_cache, partial
@@ -172,7 +173,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import (Any, BinaryIO, Callable, Collection, Container, ContextManager, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
                     Tuple)
-from urllib.parse import SplitResult, quote, unquote_to_bytes, urlencode, urlsplit
+from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 from xml.parsers import expat
 
 try:
@@ -920,6 +921,14 @@ def parse_networks(text: str) -> Networks:
         return tuple(ipaddress.ip_network(part, strict=False) for part in parse_names(text))
     except ValueError as error:
         raise CloudError("bad-request", str(error)) from error
+
+
+def is_this_machine(host: str) -> bool:
+    """Does a name or address lead nowhere but here, whoever answers for names?"""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")
 
 
 # ---- conditions and ranges
@@ -4100,7 +4109,973 @@ DATABASE_ERRORS = (  # (words of SQLite's, kind, what it means)
 )
 
 
-# ==== 9. Accounts ========================================================================
+# ==== 9. PostgreSQL ======================================================================
+#
+# What PostgreSQL speaks, version 3.0 of its protocol, and not a word about what is said with it.
+#
+# 1. What was answered is known: rows, or a refusal (PgError).  What was not answered because the connection broke is unknown: it may
+#    have been done (PgLost).  Nothing here guesses, and nothing is sent twice.
+# 2. Nobody waits for two full buffers: what comes is read while there is still something to send.
+# 3. Nothing from the network is believed: a length is checked before its bytes are kept, a value before it is used.
+# 4. A connection that broke, or whose words could not be followed, is closed and stays so.
+# 5. A password is read when it is needed, proves itself without being sent, and is in no address, log or error.
+
+PG_PORT = 5432
+PG_LARGEST, PG_LARGE = 64 * MiB, b"TDdEN"       # bytes of a message of these kinds: rows, copies, what is said about them;
+PG_SMALLEST = 64 * KiB                          # ... and of any other
+PG_BLOCK = 256 * KiB                            # bytes that are sent or read in one go
+PG_STATEMENTS = 250                             # prepared ones that a connection keeps
+PG_WAITING = 1000                               # notifications that wait for who asks for them
+PG_CONNECT, PG_START, PG_PATIENCE = 1, 10, 60   # seconds for a connection, for what comes before the first statement, for an answer
+PG_SETTINGS = {"client_encoding": "UTF8", "application_name": "cloudserver", "tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5",
+               "tcp_keepalives_count": "3", "tcp_user_timeout": "20000"}
+TCP_OPTIONS = (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20000))
+TLS_MODES = ("disable", "prefer", "require", "verify-ca", "verify-full")         # what they mean is said by libpq
+
+
+class PgError(Exception):
+    """The server refused, for a reason."""
+
+    def __init__(self, code: str, message: str, fields: dict[str, str] | None = None) -> None:
+        """code  SQLSTATE, such as 23505;  fields  all that was said, by the letters of the protocol: D is the detail, n a constraint"""
+        super().__init__("%s (%s)" % (message, code))
+        self.code, self.fields = code, fields or {}
+
+
+def read_error(body: bytes) -> PgError:
+    """An error, or a notice."""
+    said = {part[:1]: part[1:] for part in body.decode("utf-8", "replace").split("\0") if part}
+    return PgError(said.get("C", ""), said.get("M", ""), said)
+
+
+def read_refusal(body: bytes) -> PgError:
+    """raises ConnectionError for what ends the connection: then nobody knows what was done"""
+    error = read_error(body)
+    if error.fields.get("V") in ("FATAL", "PANIC"):
+        raise ConnectionAbortedError(str(error))
+    return error
+
+
+class PgLost(Exception):
+    """There is no connection, or not any more: what is not answered may have been done, or not."""
+
+
+# ---- where a database is
+
+@dataclass(frozen=True)
+class PgHost:
+    name: str                                    # or the directory of its socket
+    port: int
+
+    @property
+    def local(self) -> bool:
+        return self.name.startswith("/")
+
+    def __str__(self) -> str:
+        return "%s:%d" % ("[%s]" % self.name if ":" in self.name else self.name, self.port)
+
+
+PG_OPTIONS: dict[str, tuple[str, ...]] = {  # of an address: what they may be; (): anything
+    "sslmode": TLS_MODES, "sslrootcert": (), "passfile": (), "channel_binding": ("disable", "prefer", "require"),
+    "target_session_attrs": ("primary", "read-write")}       # it always is, but copied addresses say so
+
+
+@dataclass(frozen=True)
+class PgAddress:
+    """Where a database is, who asks for it, and how sure both are to be of each other."""
+    user: str
+    database: str
+    hosts: tuple[PgHost, ...]
+    choices: dict[str, str]
+
+    @classmethod
+    def parse(cls, url: str) -> PgAddress:
+        """Read postgres://USER@HOST:PORT,HOST:PORT/DATABASE?sslmode=require.  raises CloudError bad-request, which never repeats a password"""
+        scheme, _, rest = url.partition("://")
+        rest, _, query = rest.partition("?")
+        place, _, database = rest.partition("/")
+        user, _, hosts = place.rpartition("@")
+        if ":" in user or re.search(r"(^|&)password=", query):
+            raise CloudError("bad-request", "no password belongs into the address of a database, where others see it: put it into the "
+                             "environment (CLOUDSERVER_DATABASE_PASSWORD) or a file of mode 0600 (?passfile=FILE)")
+        user, database = unquote(user), unquote(database)
+        if scheme not in ("postgres", "postgresql") or not user or not hosts or not database or "\0" in user + database:
+            raise CloudError("bad-request", "the address of a database is postgres://USER@HOST/DATABASE")
+        return cls(user, database, tuple(map(read_host, hosts.split(","))), dict(map(read_option, filter(None, query.split("&")))))
+
+    def __str__(self) -> str:
+        return "postgres://%s@%s/%s" % (self.user, ",".join(map(str, self.hosts)), self.database)
+
+    def password(self, host: PgHost) -> str:
+        """raises CloudError bad-request"""
+        for name in "CLOUDSERVER_DATABASE_PASSWORD", "PGPASSWORD":
+            if os.environ.get(name):
+                return os.environ[name]
+        path = self.choices.get("passfile") or os.environ.get("PGPASSFILE") or os.path.expanduser("~/.pgpass")
+        wanted = ("localhost" if host.local else host.name, str(host.port), self.database, self.user)
+        try:
+            with open(path, encoding="utf-8") as file:
+                if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
+                    raise CloudError("bad-request", "others may read the password in %s: chmod 600 it" % path)
+                for fields in map(read_fields, file):
+                    if len(fields) > 4 and all(have in ("*", want) for have, want in zip(fields, wanted)):
+                        return ":".join(fields[4:])
+        except (OSError, UnicodeDecodeError) as error:
+            if "passfile" in self.choices:
+                raise CloudError("bad-request", "%s cannot be read: %s" % (path, reason_of(error))) from error
+        raise CloudError("bad-request", "the database wants the password of %s: set CLOUDSERVER_DATABASE_PASSWORD, or name a file of mode 0600 "
+                         "(?passfile=FILE) with a line HOST:PORT:DATABASE:USER:PASSWORD" % self.user)
+
+    def tls_mode(self, host: PgHost) -> str:
+        if host.local:
+            return "disable"
+        return self.choices.get("sslmode") or ("prefer" if is_this_machine(host.name) else "verify-full")
+
+
+def read_host(text: str) -> PgHost:
+    """raises CloudError bad-request"""
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\[\]:]+))(?::([0-9]{1,5}))?", text)
+    name, port = (unquote(found[1] or found[2]), int(found[3] or PG_PORT)) if found else ("", 0)
+    if not name or "\0" in name or not 0 < port < 65536:
+        raise CloudError("bad-request", "the hosts of a database are HOST or HOST:PORT, with commas between")
+    return PgHost(name, port)
+
+
+def read_option(text: str) -> tuple[str, str]:
+    """raises CloudError bad-request"""
+    name, _, value = text.partition("=")
+    value = unquote(value)
+    if name not in PG_OPTIONS:
+        raise CloudError("bad-request", "the address of a database has no option %s; there are %s" % (name[:64], ", ".join(PG_OPTIONS)))
+    if not value or "\0" in value or PG_OPTIONS[name] and value not in PG_OPTIONS[name]:
+        raise CloudError("bad-request", "%s of a database is %s" % (name, " or ".join(PG_OPTIONS[name]) or "a file"))
+    return name, value
+
+
+def read_fields(line: str) -> list[str]:
+    r"""What stands between the colons of a line of .pgpass; those after a backslash are none."""
+    return [re.sub(r"\\(.)", r"\1", field) for field in re.findall(r"(?:^|:)((?:\\.|[^:\\])*)", line.rstrip("\r\n"))]
+
+
+# ---- values
+
+def encode_value(value: Any) -> tuple[int, bytes | None]:
+    """The number of the type that a value has there, and its bytes; NULL may have any.  raises TypeError, OverflowError, ValueError, as sqlite3 does"""
+    if value is None:
+        return 0, None
+    for kind, number, _, encode in ENCODERS:
+        if isinstance(value, kind):
+            return number, encode(value)
+    if isinstance(value, (list, tuple)):
+        return encode_array(value)
+    raise TypeError("a database keeps no %s" % type(value).__name__)
+
+
+def encode_array(values: Sequence[Any]) -> tuple[int, bytes]:
+    """All of one type; where all are NULL that is text, which can be cast to any."""
+    fields = [encode_value(value) for value in values]
+    numbers = {number for number, _ in fields if number} or {25}
+    for _, number, array, _ in ENCODERS:
+        if numbers == {number}:
+            head = struct.pack(">iiIii", 1, any(data is None for _, data in fields), number, len(fields), 1)
+            return array, head + b"".join([encode_field(data) for _, data in fields])
+    raise TypeError("an array of several types")
+
+
+def encode_text(text: str) -> bytes:
+    if "\0" in text:
+        raise ValueError("text in a database has no NUL")
+    return text.encode()
+
+
+def encode_field(data: bytes | None) -> bytes:
+    return b"\xff\xff\xff\xff" if data is None else len(data).to_bytes(4, "big") + data
+
+
+ENCODERS = (  # (type here, its number there, that of its array, how it is written)
+    (int, 20, 1016, lambda number: number.to_bytes(8, "big", signed=True)),
+    (str, 25, 1009, encode_text),
+    ((bytes, bytearray, memoryview), 17, 1001, bytes),
+    (float, 701, 1022, struct.Struct(">d").pack))
+
+
+def decode_integer(data: bytes) -> int:
+    return int.from_bytes(data, "big", signed=True)
+
+
+def decode_numeric(data: bytes) -> int | float:
+    """Digits to the base of 10,000, the power of the first one, sign, how many are told after the point: none in a sum of integers."""
+    count, power, sign, scale = struct.unpack_from(">hhHH", data)
+    if count > 64 or abs(power) > 64 or sign not in (0, 0x4000):
+        raise ValueError("a number beyond all bounds")
+    digits = 0
+    for digit in struct.unpack(">%dH" % count, data[8:]):
+        digits = digits * 10000 + digit
+    lowest = power + 1 - count
+    value = digits * 10000 ** lowest if lowest >= 0 else digits / 10000 ** -lowest
+    return (float(value) if scale else int(value)) * (-1 if sign else 1)
+
+
+DECODERS: dict[int, Callable[[bytes], Any]] = {  # by the number of the type; what is true is 1, as for SQLite
+    **dict.fromkeys((16, 20, 21, 23, 26), decode_integer), **dict.fromkeys((18, 19, 25, 705, 1042, 1043), bytes.decode), 17: bytes,
+    701: lambda data: struct.unpack(">d", data)[0], 1700: decode_numeric, 2278: lambda data: None}
+
+
+def read_columns(body: bytes) -> list[Callable[[bytes], Any]]:
+    """How the fields of each row are decoded.  raises ValueError, struct.error"""
+    at, decoders = 2, []
+    for _ in range(int.from_bytes(body[:2], "big")):
+        at = body.index(b"\0", at) + 1
+        kind = struct.unpack_from(">IhIhih", body, at)[2]
+        if kind not in DECODERS:
+            raise ValueError("a column of type %d, which must be cast to text" % kind)
+        decoders.append(DECODERS[kind])
+        at += 18
+    return decoders
+
+
+read_size = struct.Struct(">i").unpack_from
+
+
+def read_row(body: bytes, decoders: Sequence[Callable[[bytes], Any]]) -> tuple[Any, ...]:
+    """raises ValueError, struct.error, what decoders raise"""
+    row, at = [], 2
+    for decode in decoders:
+        (size,), at = read_size(body, at), at + 4
+        if size < 0:
+            row.append(None)
+        else:
+            row.append(decode(body[at:at + size]))
+            at += size
+    if at != len(body) or int.from_bytes(body[:2], "big") != len(decoders):
+        raise ValueError("a row of another form than its columns")
+    return tuple(row)
+
+
+# ---- messages
+
+def pg_message(kind: bytes, body: bytes) -> bytes:
+    return kind + (len(body) + 4).to_bytes(4, "big") + body
+
+
+def c_string(text: str) -> bytes:
+    return encode_text(text) + b"\0"
+
+
+SYNC, EXECUTE, TERMINATE = pg_message(b"S", b""), pg_message(b"E", b"\0\0\0\0\0"), pg_message(b"X", b"")
+TLS_PLEASE, CANCEL = pg_message(b"", b"\x04\xd2\x16\x2f"), b"\0\0\0\x10\x04\xd2\x16\x2e"
+
+
+class Duplex:
+    """A socket, plain or TLS, that is read while it is written (invariant 2)."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock, self._received, self._deaf = sock, bytearray(), False
+        self._ready = getattr(selectors, "PollSelector", selectors.SelectSelector)()
+        self._ready.register(sock, selectors.EVENT_READ)
+
+    def exchange(self, pending: bytearray, more: bool, seconds: float) -> list[tuple[bytes, bytes]]:
+        """Send what goes out of `pending`, which is taken from it, and return what messages came: kinds and bodies.
+
+        more     there is more to send: if all of this has gone out, do not wait for anything to come
+        raises   OSError, as TimeoutError when nothing moves for some seconds; ValueError for what is no message
+        """
+        self._send(pending)
+        if more and not pending:
+            seconds = 0
+        if not self.readable(seconds, bool(pending)) and seconds:
+            raise TimeoutError("no answer in time")
+        self._receive()
+        return self._messages()
+
+    def readable(self, seconds: float, writable: bool = False) -> bool:
+        """Wait until there is something to read, or it is writable, too."""
+        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+            return True
+        self._ready.modify(self._sock, selectors.EVENT_READ | selectors.EVENT_WRITE * writable)
+        return bool(self._ready.select(seconds))
+
+    def close(self) -> None:
+        self._ready.close()
+        self._sock.close()
+
+    def _send(self, pending: bytearray) -> None:
+        while pending and not self._deaf:
+            try:
+                with memoryview(pending) as view:
+                    sent = self._sock.send(view[:PG_BLOCK])
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return
+            except OSError:
+                self._deaf = True                # why it listens no more, it may have said before
+                return pending.clear()
+            del pending[:sent]
+
+    def _receive(self) -> None:
+        try:
+            data = self._sock.recv(PG_BLOCK)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return
+        if not data:
+            raise ConnectionError("it ended the connection")
+        self._received += data
+
+    def _messages(self) -> list[tuple[bytes, bytes]]:
+        found, at, end = [], 0, len(self._received)
+        with memoryview(self._received) as view:
+            while end - at >= 5:
+                kind, size = struct.unpack_from(">ci", view, at)
+                if not 4 <= size <= (PG_LARGEST if kind in PG_LARGE else PG_SMALLEST):
+                    raise ValueError("a message %r of %d bytes" % (kind, size))
+                if end - at <= size:
+                    break
+                found.append((kind, bytes(view[at + 5:at + 1 + size])))
+                at += 1 + size
+        del self._received[:at]
+        return found
+
+
+# ---- statements
+
+class Bound:
+    """A statement and its parameters.  Whether they can be sent shows when it is made."""
+    __slots__ = ("sql", "types", "_values")
+
+    def __init__(self, sql: str, params: Sequence[Any] = ()) -> None:
+        """raises TypeError, OverflowError, ValueError"""
+        fields = [encode_value(value) for value in params]
+        self.sql, self.types = sql, tuple([number for number, _ in fields])
+        self._values = b"\0\1\0\1" + len(fields).to_bytes(2, "big") + b"".join([encode_field(data) for _, data in fields]) + b"\0\1\0\1"
+
+    def __len__(self) -> int:
+        """Bytes on the wire, about."""
+        return len(self._values) + 50
+
+    def bind(self, statements: Statements, portal: bytes = b"") -> tuple[Prepared, bytes]:
+        """What is asked, and the messages that prepare it where that must be, and bind it."""
+        statement, prepare = statements.get((self.sql, self.types))
+        return statement, prepare + pg_message(b"B", portal + b"\0" + statement.name + b"\0" + self._values)
+
+    def ask(self, statements: Statements) -> tuple[Prepared, bytes]:
+        """What is asked, and the messages that ask for all of it."""
+        statement, bind = self.bind(statements)
+        return statement, bind + EXECUTE
+
+
+class Portal:
+    """The rows of a statement, some with each asking; the server keeps it until its transaction ends, or there is another of its name."""
+
+    def __init__(self, bound: Bound, name: bytes, most: int) -> None:
+        self.bound, self.name, self.most, self.statement = bound, name, most, None
+
+    def ask(self, statements: Statements) -> tuple[Prepared, bytes]:
+        begin = b""
+        if self.statement is None:
+            self.statement, bind = self.bound.bind(statements, self.name)
+            begin = pg_message(b"C", b"P" + self.name + b"\0") + bind
+        return self.statement, begin + pg_message(b"E", self.name + b"\0" + self.most.to_bytes(4, "big"))
+
+
+class Prepared:
+    """A statement that the server knows by a name, once it has said so."""
+    __slots__ = ("key", "name", "known", "decoders")
+
+    def __init__(self, key: tuple[str, tuple[int, ...]], name: bytes) -> None:
+        self.key, self.name, self.known = key, name, False
+        self.decoders: list[Callable[[bytes], Any]] = []     # of its columns
+
+    def messages(self) -> bytes:
+        sql, types = self.key
+        return (pg_message(b"P", self.name + b"\0" + c_string(sql) + struct.pack(">H%dI" % len(types), len(types), *types))
+                + pg_message(b"D", b"S" + self.name + b"\0"))
+
+
+class Statements:
+    """What a server has prepared for a connection: the statements used last."""
+
+    def __init__(self) -> None:
+        self._named: dict[tuple[str, tuple[int, ...]], Prepared] = {}            # by text and types, the one used last at the end
+        self._names, self._closings = itertools.count(), bytearray()
+        self._fresh: set[Prepared] = set()       # those that the part under way makes known, or that part fails
+
+    def begin(self) -> bytes:
+        """Begin another part; returns messages for its beginning: they are not skipped there."""
+        closings, self._closings, self._fresh = bytes(self._closings), bytearray(), set()
+        return closings
+
+    def get(self, key: tuple[str, tuple[int, ...]]) -> tuple[Prepared, bytes]:
+        """A statement, and what prepares it if need be: without a name if another part, which may fail, is to make it known."""
+        found = self._named.pop(key, None)
+        statement = self._named[key] = found or Prepared(key, b"s%d" % next(self._names))
+        if not found:
+            self._fresh.add(statement)
+            if len(self._named) > PG_STATEMENTS:
+                self.forget(next(iter(self._named.values())))
+        elif found.known or found in self._fresh:
+            return found, b""
+        else:
+            statement = Prepared(key, b"")
+        return statement, statement.messages()
+
+    def forget(self, statement: Prepared) -> None:
+        if self._named.get(statement.key) is statement:
+            del self._named[statement.key]
+            self._closings += pg_message(b"C", b"S" + statement.name + b"\0")
+
+
+class Result:
+    """What became of a statement: its rows and how it ended, such as "INSERT 0 1"; or an error.
+
+    error    a PgError: it was not done, for it, or one before it in its part, was refused; a PgLost: nobody knows
+    notices  what the server said meanwhile: that it gave up waiting for a standby, for one
+    more     its portal has more rows
+    """
+    __slots__ = ("statement", "rows", "tag", "error", "notices", "more")
+
+    def __init__(self, statement: Prepared) -> None:
+        self.statement, self.tag, self.more = statement, "", False
+        self.rows: list[tuple[Any, ...]] = []
+        self.notices: list[PgError] = []
+        self.error: PgError | PgLost | None = None
+
+    def get(self) -> list[tuple[Any, ...]]:
+        """The rows.  raises PgError, PgLost"""
+        if self.error:
+            raise self.error
+        return self.rows
+
+    def take(self, kind: bytes, body: bytes) -> bool:
+        """Note what a message says; True if it is the last one.  raises ValueError, struct.error"""
+        if kind == b"D":
+            self.rows.append(read_row(body, self.statement.decoders))
+        elif kind == b"C":
+            self.tag = body.rstrip(b"\0").decode()
+        elif kind == b"T":
+            self.statement.decoders = read_columns(body)
+        elif kind == b"1":
+            self.statement.known = True
+        elif kind == b"s":
+            self.more = True
+        elif kind not in PG_SILENT:
+            raise ValueError("a message %r to a statement" % kind)
+        return kind in b"CIs"
+
+
+PG_SILENT = (b"2", b"3", b"t", b"n", b"I")          # bound, closed, its parameters, no columns, nothing asked
+
+
+class Flight:
+    """Statements on their way to a server, and results on their way back.  They go in parts, each of which a Sync ends."""
+
+    def __init__(self, statements: Statements) -> None:
+        self.parts: list[list[Result]] = []
+        self.status = "I"
+        self._statements = statements
+        self._sent, self._answered, self._at = 0, 0, 0       # parts that are; _at: results that are there of the part being answered
+        self._refused: PgError | None = None                 # why nothing more of that part is done
+
+    def messages(self, parts: Iterable[Iterable[Bound | Portal]]) -> Iterator[bytes]:
+        for part in parts:
+            results: list[Result] = []
+            self.parts.append(results)
+            yield self._statements.begin()
+            for asked in part:
+                statement, data = asked.ask(self._statements)
+                results.append(Result(statement))
+                if not (self._refused and self._answered == self._sent):
+                    yield data
+                else:                            # the rest of a part that failed is not even sent
+                    self._fail(results[-1:], self._refused)
+                    self._at = len(results)
+            self._sent += 1
+            yield SYNC
+
+    def done(self) -> bool:
+        return self._answered == len(self.parts)
+
+    def take(self, kind: bytes, body: bytes) -> None:
+        """raises LookupError, ValueError for what cannot be said now, ConnectionError"""
+        if kind == b"N":
+            return self._note(read_error(body))
+        part = self.parts[self._answered]
+        if kind == b"Z":
+            self._end(len(part), body)
+        elif kind == b"E":
+            self._refuse(part, read_refusal(body))
+        elif self._at < len(part):
+            self._at += part[self._at].take(kind, body)
+        elif kind != b"3":
+            raise ValueError("a message %r after the last statement" % kind)
+
+    def lose(self, error: PgLost) -> None:
+        """Nobody knows what became of what is not refused, in parts whose ends were not heard of (invariant 1)."""
+        for result in itertools.chain(*self.parts[self._answered:]):
+            result.error = result.error or error
+
+    def _note(self, notice: PgError) -> None:
+        """It belongs to what is being done; from the commit of a part that is a transaction, to its last statement."""
+        part = (self.parts[self._answered:] or self.parts)[0]
+        for result in part[self._at:self._at + 1] or part[-1:]:
+            result.notices.append(notice)
+
+    def _refuse(self, part: list[Result], error: PgError) -> None:
+        self._fail(part[self._at:] or part, error)           # what is refused at the Sync itself is all of it
+        self._at, self._refused = len(part), error
+
+    def _fail(self, results: list[Result], error: PgError) -> None:
+        for result in results:
+            result.error = error
+            if not result.statement.known or error.code in ("0A000", "26000"):           # its plan does not fit, or is not there
+                self._statements.forget(result.statement)
+
+    def _end(self, count: int, body: bytes) -> None:
+        if self._answered == self._sent or self._at != count or body not in (b"I", b"T", b"E"):
+            raise ValueError("an end before the end")
+        self._answered, self._at, self._refused, self.status = self._answered + 1, 0, None, body.decode()
+
+
+class Words:
+    """What comes of words that are said as they are (a simple query): a script, or a copy of which blocks come."""
+
+    def __init__(self) -> None:
+        self.tag, self.status, self.blocks = "", "", deque()
+        self.error: PgError | None = None
+
+    def done(self) -> bool:
+        return self.status != ""
+
+    def take(self, kind: bytes, body: bytes) -> None:
+        """raises ValueError for what cannot be said now, ConnectionError"""
+        if kind == b"Z" and body in (b"I", b"T", b"E"):
+            self.status = body.decode()
+        elif kind == b"E":
+            self.error = self.error or read_refusal(body)
+        elif kind == b"C":
+            self.tag = body.rstrip(b"\0").decode()
+        elif kind == b"d":
+            self.blocks.append(body)
+        elif self.status or kind not in (b"G", b"H", b"c", b"T", b"D", b"I", b"N"):
+            raise ValueError("a message %r to a script" % kind)
+
+    def get(self) -> str:
+        """raises PgError"""
+        if self.error:
+            raise self.error
+        return self.tag
+
+
+# ---- a connection
+
+class Scram:
+    """SCRAM-SHA-256 (RFC 5802, RFC 7677): both sides prove that they know the password, which is not sent."""
+
+    def __init__(self, password: str, header: bytes, binding: bytes = b"") -> None:
+        """header  "n,,", "y,," or "p=tls-server-end-point,,": then binding is the hash of the server's certificate"""
+        self._password, self._header, self._binding = password, header, binding
+        self._bare = b"n=,r=" + base64.b64encode(secrets.token_bytes(18))
+        self._expected = b""
+
+    def first(self) -> bytes:
+        return self._header + self._bare
+
+    def answer(self, challenge: bytes) -> bytes:
+        """raises ValueError"""
+        found = re.fullmatch(rb"r=([!-+\--~]+),s=([A-Za-z0-9+/=]+),i=([0-9]{4,7})", challenge)
+        if not found or not found[1].startswith(self._bare[5:]) or not 4096 <= int(found[3]) <= 1_000_000:
+            raise ValueError("a challenge that is none")
+        salted = hashlib.pbkdf2_hmac("sha256", prepare_password(self._password), base64.b64decode(found[2], validate=True), int(found[3]))
+        final = b"c=" + base64.b64encode(self._header + self._binding) + b",r=" + found[1]
+        said = b",".join((self._bare, challenge, final))
+        key = hmac.digest(salted, b"Client Key", "sha256")
+        signature = hmac.digest(hashlib.sha256(key).digest(), said, "sha256")
+        self._expected = hmac.digest(hmac.digest(salted, b"Server Key", "sha256"), said, "sha256")
+        return final + b",p=" + base64.b64encode(bytes(a ^ b for a, b in zip(key, signature)))
+
+    def proves(self, last: bytes) -> bool:
+        """Does the server know the password, too?"""
+        return self._expected != b"" and hmac.compare_digest(last, b"v=" + base64.b64encode(self._expected))
+
+
+def prepare_password(password: str) -> bytes:
+    """SASLprep (RFC 4013); what that forbids PostgreSQL takes as it is, and so it does what is ASCII."""
+    import stringprep
+    spaced = (" " if stringprep.in_table_c12(c) else c for c in password)
+    text = unicodedata.normalize("NFKC", "".join(c for c in spaced if not stringprep.in_table_b1(c)))
+    forbidden = (stringprep.in_table_a1, stringprep.in_table_c12, stringprep.in_table_c21_c22, stringprep.in_table_c3, stringprep.in_table_c4,
+                 stringprep.in_table_c5, stringprep.in_table_c6, stringprep.in_table_c7, stringprep.in_table_c8, stringprep.in_table_c9)
+    return (password if any(table(c) for table in forbidden for c in text) else text).encode()
+
+
+class Greeting:
+    """What is said before the first statement: who we are, who they are, and what there is to know."""
+
+    def __init__(self, wire: Wire, certificate: bytes | None) -> None:
+        self.pending, self.done = bytearray(), False         # what is to be said next; is the server ready?
+        self._wire, self._certificate = wire, certificate
+        self._scram: Scram | None = None
+        self._proved, self._let_in = False, False
+
+    def take(self, kind: bytes, body: bytes) -> None:
+        """raises PgError, CloudError bad-request, ValueError, ConnectionError"""
+        if kind == b"E":
+            error = read_error(body)
+            raise ConnectionRefusedError(str(error)) if error.code[:2] in ("53", "57") else error          # not now: too many, it starts, it stops
+        if kind == b"R" and not self._let_in:
+            self._authenticate(int.from_bytes(body[:4], "big"), body[4:])
+        elif kind == b"K" and self._let_in and len(body) == 8:
+            self._wire.key = body
+        elif kind == b"Z" and self._let_in:
+            self.done = True
+        elif kind != b"N":
+            raise ValueError("a message %r before it is ready" % kind)
+
+    def _authenticate(self, asked: int, body: bytes) -> None:
+        if asked == 0:
+            if self._scram and not self._proved or self._wire.address.choices.get("channel_binding") == "require" and not self._scram:
+                raise ValueError("it lets us in without a proof: somebody else may have answered")
+            self._let_in = True
+        elif asked == 10 and not self._scram:
+            self._begin(body.split(b"\0"))
+        elif asked == 11 and self._scram:
+            self.pending += pg_message(b"p", self._scram.answer(body))
+        elif asked == 12 and self._scram:
+            self._proved = self._scram.proves(body)
+            if not self._proved:
+                raise ValueError("it does not know the password itself: somebody else has answered")
+        else:
+            raise ValueError("it wants a password in a way that is not safe; set password_encryption to scram-sha-256 there, and the password anew")
+
+    def _begin(self, offered: list[bytes]) -> None:
+        address, mechanism = self._wire.address, b"SCRAM-SHA-256"
+        wanted = address.choices.get("channel_binding", "prefer")
+        binding = hash_certificate(self._certificate) if self._certificate and wanted != "disable" else b""
+        header = b"y,," if binding else b"n,,"
+        if binding and b"SCRAM-SHA-256-PLUS" in offered:
+            mechanism, header = b"SCRAM-SHA-256-PLUS", b"p=tls-server-end-point,,"
+        elif wanted == "require" or mechanism not in offered:
+            raise ValueError("it offers no proof of a password that is safe enough: %s" % b", ".join(offered).decode("ascii", "replace"))
+        self._scram = Scram(address.password(self._wire.host), header, binding if header[:1] == b"p" else b"")
+        first = self._scram.first()
+        self.pending += pg_message(b"p", mechanism + b"\0" + len(first).to_bytes(4, "big") + first)
+
+
+class Notification(NamedTuple):
+    channel: str
+    payload: str
+
+
+class Wire:
+    """A connection to the primary, for one thread at a time."""
+
+    def __init__(self, duplex: Duplex, address: PgAddress, host: PgHost) -> None:
+        self.address, self.host = address, host
+        self.patience = PG_PATIENCE              # seconds in which something must move
+        self.parameters: dict[str, str] = {}     # what the server tells about itself
+        self.status = "I"                        # T: within a transaction, E: within one that failed
+        self.broken: PgLost | None = None        # why nothing can be asked any more
+        self.key = b""                           # what cancels a statement of this connection
+        self._duplex, self._statements = duplex, Statements()
+        self._heard: deque[Notification] = deque(maxlen=PG_WAITING)
+        self._portals, self._names = [], itertools.count()   # those that nobody reads
+
+    @classmethod
+    def connect(cls, address: PgAddress, settings: dict[str, str] | None = None) -> Wire:
+        """A connection to the host that takes writes; all are asked side by side.
+
+        settings  of the session, beside PG_SETTINGS
+        raises    PgError where one refuses; PgLost where none answers, or none but standbys; CloudError
+        """
+        connect = partial(connect_host, address, {**PG_SETTINGS, **(settings or {})})
+        if len(address.hosts) == 1:
+            return connect(address.hosts[0])
+        pool = ThreadPoolExecutor(len(address.hosts))
+        tries = [pool.submit(connect, host) for host in address.hosts]
+        pool.shutdown(wait=False)
+        return first_of(tries)
+
+    # ---- asking
+
+    def query(self, sql: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows of one statement.  raises PgError, PgLost; TypeError, OverflowError, ValueError for values that cannot be sent"""
+        return self.pipeline([[Bound(sql, params)]])[0][0].get()
+
+    def pipeline(self, parts: Iterable[Iterable[Bound | Portal]]) -> list[list[Result]]:
+        """Send statements without waiting for answers between them; returns what became of each.
+
+        parts   an error skips what follows in its part; one without BEGIN is a transaction
+        raises  PgLost if the connection was broken before; what `parts` raise, and then it is
+        """
+        if self.broken:
+            raise self.broken
+        flight = Flight(self._statements)
+        messages = flight.messages(parts)
+        try:
+            self._converse(messages, flight)
+        except PgLost as lost:
+            deque(messages, 0)                   # each statement has a result
+            flight.lose(lost)
+        return flight.parts
+
+    def rows(self, sql: str, params: Sequence[Any] = (), most: int = 1000) -> Iterator[tuple[Any, ...]]:
+        """The rows of one statement, fetched by portions; within a transaction, where several may be read at once.  raises as query"""
+        name = self._portals.pop() if self._portals else b"p%d" % next(self._names)
+        portal, more = Portal(Bound(sql, params), name, most), True
+        while more:
+            (result,), = self.pipeline([[portal]])
+            yield from result.get()
+            more = result.more
+        self._portals.append(name)
+
+    def script(self, sql: str) -> None:
+        """Run statements without parameters: one transaction, unless they say otherwise.  raises PgError, PgLost"""
+        words = Words()
+        self._converse(iter([pg_message(b"Q", c_string(sql))]), words)
+        words.get()
+
+    def copy_in(self, sql: str, blocks: Iterable[bytes]) -> str:
+        """Run COPY … FROM STDIN; returns how it ended.  raises PgError, PgLost; what `blocks` raise, and then nothing is copied"""
+        words, failed = Words(), []
+
+        def messages() -> Iterator[bytes]:
+            yield pg_message(b"Q", c_string(sql))
+            try:
+                for block in blocks:
+                    if words.error:
+                        return
+                    yield pg_message(b"d", block)
+                yield pg_message(b"c", b"")
+            except Exception as error:
+                failed.append(error)
+                yield pg_message(b"f", b"\0")
+        self._converse(messages(), words)
+        if failed:
+            raise failed[0]
+        return words.get()
+
+    def copy_out(self, sql: str) -> Iterator[bytes]:
+        """The blocks of COPY … TO STDOUT; who does not read to the end loses the connection.  raises PgError, PgLost"""
+        words, pending = Words(), bytearray(pg_message(b"Q", c_string(sql)))
+        try:
+            while not words.done():
+                self._exchange(pending, False, words.take)
+                while words.blocks:
+                    yield words.blocks.popleft()
+            self.status = words.status
+            words.get()
+        finally:
+            if not words.done():
+                self._break("a copy was not read to its end")
+
+    def wait(self, seconds: float) -> list[Notification]:
+        """What was notified since the last time, or else is before some seconds have passed.  raises PgLost"""
+        if self.broken:
+            raise self.broken
+        until = time.monotonic() + seconds
+        while not self._heard and self._duplex.readable(max(0, until - time.monotonic())):
+            self._exchange(bytearray(), False, take_aside)
+        return [self._heard.popleft() for _ in range(len(self._heard))]
+
+    def cancel(self) -> None:
+        """Ask the server to give up what is under way here; any thread may, and it may come too late."""
+        with suppress(PgLost, CloudError, OSError), closing(reach_host(self.address, self.host, PG_CONNECT)) as sock:
+            sock.sendall(CANCEL + self.key)
+            sock.recv(1)                         # its end: it was heard
+
+    def close(self) -> None:
+        """Take leave, if that needs no waiting."""
+        if not self.broken:
+            with suppress(OSError, ValueError):
+                self._duplex.exchange(bytearray(TERMINATE), True, 0)
+            self._break("the connection is closed")
+
+    # ---- on the wire
+
+    def greet(self, settings: dict[str, str], certificate: bytes | None) -> None:
+        """Say who we are, prove it, and hear that the server is ready, and the primary.  raises PgError, PgLost, CloudError"""
+        said = {"user": self.address.user, "database": self.address.database, **settings}
+        greeting, until = Greeting(self, certificate), time.monotonic() + PG_START
+        greeting.pending += pg_message(b"", b"\0\3\0\0" + b"".join(map(c_string, itertools.chain(*said.items()))) + b"\0")
+        while not greeting.done:
+            self._exchange(greeting.pending, False, greeting.take, max(0.001, until - time.monotonic()))
+        if int(self.parameters.get("server_version", "0").split(".")[0]) < 14:
+            raise CloudError("conflict", "%s is not PostgreSQL 14 or newer" % self.host)
+        if self.parameters.get("in_hot_standby") != "off":
+            raise PgLost("%s: it is a standby" % self.host)
+
+    def _converse(self, messages: Iterator[bytes], taker: Flight | Words) -> None:
+        """Send, and have taken what comes, until all is sent and the taker is done.  raises PgLost; what `messages` raise breaks the connection"""
+        pending, more = bytearray(), True
+        while True:
+            try:
+                while more and len(pending) < PG_BLOCK:
+                    block = next(messages, None)
+                    more = block is not None
+                    pending += block or b""
+            except BaseException:
+                self._break("what was to be sent failed")
+                raise
+            if not more and not pending and taker.done():
+                break
+            self._exchange(pending, more, taker.take)
+        self.status = taker.status
+
+    def _exchange(self, pending: bytearray, more: bool, take: Callable[[bytes, bytes], None], seconds: float | None = None) -> None:
+        """raises PgLost; what `take` raises, if that is not for words that could not be followed, and then the connection is broken, too"""
+        if self.broken:
+            raise self.broken
+        try:
+            for kind, body in self._duplex.exchange(pending, more, seconds or self.patience):
+                if kind in (b"S", b"A"):
+                    self._hear(kind, body)
+                else:
+                    take(kind, body)
+        except BaseException as error:
+            self._break(reason_of(error))
+            if isinstance(error, TimeoutError) and self.key:
+                self.cancel()
+            if isinstance(error, (OSError, ValueError, LookupError, struct.error)):
+                raise self.broken from error
+            raise
+
+    def _break(self, reason: str) -> None:
+        self.broken = PgLost("%s: %s" % (self.host, reason))
+        self._duplex.close()
+
+    def _hear(self, kind: bytes, body: bytes) -> None:
+        """What may be said at any time.  raises ValueError"""
+        if kind == b"A":
+            channel, payload, _ = body[4:].decode().split("\0")
+            self._heard.append(Notification(channel, payload))
+        else:
+            name, value, _ = body.decode().split("\0")
+            self.parameters[name] = value
+            if len(self.parameters) > 100:
+                raise ValueError("it tells too much about itself")
+
+
+def take_aside(kind: bytes, body: bytes) -> None:
+    """What comes while nothing is asked.  raises ConnectionError, ValueError"""
+    if kind == b"E":
+        read_refusal(body)
+    if kind != b"N":
+        raise ValueError("a message %r to nobody" % kind)
+
+
+# ---- connecting
+
+def first_of(tries: list[Future[Wire]]) -> Wire:
+    """The first one that is there; others are closed as they come.  raises as Wire.connect"""
+    errors = []
+    for one in as_completed(tries):
+        if not one.exception():
+            for other in tries:
+                if other is not one:
+                    other.add_done_callback(end_connection)
+            return one.result()
+        errors.append(one.exception())
+    raise next((error for error in errors if not isinstance(error, PgLost)), PgLost("; ".join(map(str, errors))))
+
+
+def end_connection(one: Future[Wire]) -> None:
+    if not one.exception():
+        one.result().close()
+
+
+def connect_host(address: PgAddress, settings: dict[str, str], host: PgHost) -> Wire:
+    """raises as Wire.connect"""
+    sock = reach_host(address, host, PG_START)
+    certificate = sock.getpeercert(True) if isinstance(sock, ssl.SSLSocket) else None
+    wire = Wire(Duplex(sock), address, host)
+    try:
+        wire.greet(settings, certificate)
+    except BaseException:
+        wire.close()
+        raise
+    return wire
+
+
+def reach_host(address: PgAddress, host: PgHost, seconds: float) -> socket.socket:
+    """A socket on which both sides may begin.  raises PgLost, CloudError bad-request"""
+    mode = address.tls_mode(host)
+    with ExitStack() as opened:
+        try:
+            sock = opened.enter_context(open_socket(host))
+            sock.settimeout(seconds)
+            if mode != "disable":
+                sock = opened.enter_context(start_tls(sock, host, mode, address.choices.get("sslrootcert")))
+        except OSError as error:
+            raise PgLost("%s: %s" % (host, getattr(error, "verify_message", "") or reason_of(error))) from error
+        opened.pop_all()
+        return sock
+
+
+def open_socket(host: PgHost) -> socket.socket:
+    """raises OSError"""
+    if host.local:
+        sock = socket.socket(getattr(socket, "AF_UNIX", None) or socket.AF_INET)
+        sock.connect("%s/.s.PGSQL.%d" % (host.name, host.port))
+        return sock
+    sock = socket.create_connection((host.name, host.port), timeout=PG_CONNECT)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in TCP_OPTIONS:
+        with suppress(AttributeError, OSError):  # not every system has all of them
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return sock
+
+
+def start_tls(sock: socket.socket, host: PgHost, mode: str, authority: str | None) -> socket.socket:
+    """raises OSError, CloudError bad-request"""
+    sock.sendall(TLS_PLEASE)
+    said = sock.recv(1)                          # and no byte more: what came in the clear must not count as said under TLS
+    if said == b"S":
+        return client_tls_context(mode, authority).wrap_socket(sock, server_hostname=host.name)
+    if said == b"N" and mode == "prefer":
+        return sock
+    raise ConnectionError("it does not speak TLS, for which sslmode=%s asks" % mode)
+
+
+@lru_cache(maxsize=8)
+def client_tls_context(mode: str, authority: str | None) -> ssl.SSLContext:
+    """authority  file of certificates, None or "system": the system's.  raises CloudError bad-request"""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = mode == "verify-full"
+    if authority not in (None, "system"):        # who names one wants it to count, whatever the mode: so does libpq
+        try:
+            context.load_verify_locations(authority)
+        except OSError as error:                 # that of TLS is one, too
+            raise CloudError("bad-request", "sslrootcert=%s: %s" % (authority, reason_of(error))) from error
+    elif mode.startswith("verify"):
+        context.load_default_certs()
+    else:
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def hash_certificate(certificate: bytes) -> bytes:
+    """What binds a proof to a TLS connection, tls-server-end-point (RFC 5929); nothing where its signature names no hash."""
+    start, _ = der_content(certificate, 0)
+    _, start = der_content(certificate, start)               # what is signed; behind it stands how
+    start, _ = der_content(certificate, start)
+    algorithm = certificate[slice(*der_content(certificate, start))].hex()
+    return hashlib.new(SIGNATURES[algorithm], certificate).digest() if algorithm in SIGNATURES else b""
+
+
+def der_content(data: bytes, at: int) -> tuple[int, int]:
+    """Where the content of the element at a place begins and ends."""
+    size, at = data[at + 1], at + 2
+    if size & 0x80:
+        size, at = int.from_bytes(data[at:at + (size & 0x7F)], "big"), at + (size & 0x7F)
+    return at, at + size
+
+
+SIGNATURES = {  # algorithms of certificates as in DER: the hash they name, or SHA-256 for one that is too weak
+    "2a864886f70d010105": "sha256", "2a864886f70d01010b": "sha256", "2a864886f70d01010c": "sha384", "2a864886f70d01010d": "sha512",
+    "2a8648ce3d040302": "sha256", "2a8648ce3d040303": "sha384", "2a8648ce3d040304": "sha512"}
+
+
+# ==== 10. Accounts =======================================================================
 #
 # Who is asking.  1. Nothing a second process needs lives in memory: sessions, tokens and throttles are rows.
 # 2. What is remembered in memory is keyed by a digest of the credential under a key of this process, and counts
@@ -4935,7 +5910,7 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
-# ==== 10. Tree ===========================================================================
+# ==== 11. Tree ===========================================================================
 #
 # What every verb stands on.  1. A verb takes who, then what, then Preconditions.  2. It enters where somebody may go (View,
 # Place), says what right it needs, stores bytes, then commits one batch; nothing it decided on can have changed by then, because guards restate it.
@@ -5723,7 +6698,7 @@ LINK_REFUSES = (
 COUNT_CAME = "UPDATE share SET files = files + ?, bytes = bytes + ? WHERE id = ?"
 
 
-# ==== 11. Mounts =========================================================================
+# ==== 12. Mounts =========================================================================
 #
 # What others shared with somebody stands in the root of their home: who sees what of it, and how a mount comes, gets another name and goes.
 # These are steps of a Plan, which is handed in.
@@ -6010,7 +6985,7 @@ def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
     return plan.step(Change(mount._replace(files=0), None, plan.now.top, (), fate)).before
 
 
-# ==== 12. Changes ========================================================================
+# ==== 13. Changes ========================================================================
 #
 # What a change of the tree needs, and how it becomes a batch: a verb enters, asks, and gives its steps to a Plan.
 
@@ -7020,7 +7995,7 @@ TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the nu
                      COUNT_CAME))}
 
 
-# ==== 13. Files ==========================================================================
+# ==== 14. Files ==========================================================================
 #
 # Files and collections as they are now: reading, writing, moving, copying, properties, locks; pictures of them; what is found.
 
@@ -7843,7 +8818,7 @@ class Search:
         return [] if path is None else [(path, here.here(node))]
 
 
-# ==== 14. History ========================================================================
+# ==== 15. History ========================================================================
 #
 # What was: versions, trash, activity, undo and rewind.
 
@@ -8736,7 +9711,7 @@ IS_LAST = (  # is an entry the last that its node had, and the node not live?
     "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.since >= entry.until AND l.until IS NOT NULL)")
 
 
-# ==== 15. Sharing ========================================================================
+# ==== 16. Sharing ========================================================================
 #
 # What people hand to others.  A share is a View of a node; who comes by one is a Principal like any other, and no verb knows more of it.
 # 1. A share holds a node: it goes where that goes, and shows nothing of what is around it.  2. One function opens a link, for every door (S4).
@@ -9649,7 +10624,7 @@ def check_label(text: str, most: int) -> str:
     return text
 
 
-# ==== 16. Verbs ==========================================================================
+# ==== 17. Verbs ==========================================================================
 #
 # Native sync, uploads in parts, pictures; Cloud, which holds every verb.
 
@@ -10693,7 +11668,7 @@ def parts_id(who: Principal, name: str) -> str:
     return "%d:%d:%s" % (who.person, view_of(who).top, name)
 
 
-# ==== 17. HTTP ===========================================================================
+# ==== 18. HTTP ===========================================================================
 #
 # The only code that touches a socket.  1. One parser, one path function, one gate for every request.
 # 2. An answer is one send if it is small.  3. An unread body never becomes the next request: it is drained, up to
@@ -11421,7 +12396,7 @@ def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
                                                    "Cache-Control": "no-store"})
 
 
-# ==== 18. Connections ====================================================================
+# ==== 19. Connections ====================================================================
 #
 # From bytes to requests, and answers to bytes.  The invariants are those of the room above.
 
@@ -12064,7 +13039,7 @@ NO_REQUEST = Request("-", ((), False, ""), Envelope(), Body())
 FRONT = "index.php"             # before an address it is nothing: Nextcloud's clients write it or not
 
 
-# ==== 19. JSON API =======================================================================
+# ==== 20. JSON API =======================================================================
 #
 # /api/v1/: everything the page can do, and so can any program.  Paths are strings like "photos/a.jpg", "" is the root;
 # times go out as RFC 3339 and come in so or as ms since 1970; ids and versions are decimal strings.
@@ -12890,7 +13865,7 @@ def describe_route(found: Route) -> dict[str, Any]:
     return about
 
 
-# ==== 20. Transfer =======================================================================
+# ==== 21. Transfer =======================================================================
 #
 # Resumable uploads by the tus protocol, 1.0: core, creation, creation-with-upload, creation-defer-length, checksum,
 # expiration, termination.  An upload is finished when its last byte has come; there is nothing to assemble.
@@ -13177,7 +14152,7 @@ def sync_step(step: Any) -> dict[str, Any]:
     return check_fields(step, STEP_FIELDS[verbs[0]])
 
 
-# ==== 21. WebDAV =========================================================================
+# ==== 22. WebDAV =========================================================================
 #
 # RFC 4918 classes 1, 2 and 3, with quotas (RFC 4331), extended MKCOL (RFC 5689) and sync-collection (RFC 6578).
 # A quirk of a client is a row or a few lines here, with the client named; the operations never learn of it.
@@ -13867,7 +14842,7 @@ REPORT_KINDS = {"{DAV:}sync-collection": dav_changes}
 open_door(Door(("dav",), PROPERTIES, frozenset(), REPORT_KINDS), dav_error, HANDLERS)
 
 
-# ==== 22. Nextcloud dialect ==============================================================
+# ==== 23. Nextcloud dialect ==============================================================
 #
 # What Nextcloud's and ownCloud's clients ask beside WebDAV: discovery, OCS, the login flow, uploads in chunks and in
 # bulk, trash, versions, search.  Words are translated to one Cloud call and back; the files themselves are served by
@@ -14906,7 +15881,7 @@ def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tup
     return Response(201)
 
 
-# ==== 23. Upkeep =========================================================================
+# ==== 24. Upkeep =========================================================================
 #
 # What goes on in the background.
 
@@ -15419,7 +16394,7 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
 }
 
 
-# ==== 24. Service ========================================================================
+# ==== 25. Service ========================================================================
 #
 # One supervisor, several workers that share the listening socket.  1. The supervisor forks before any database is
 # opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
@@ -16146,7 +17121,7 @@ def keep_on_core(index: int) -> None:
         os.sched_setaffinity(0, {sorted(CORES)[index % len(CORES)]})
 
 
-# ==== 25. Custody ========================================================================
+# ==== 26. Custody ========================================================================
 #
 # What its keeper does with a cloud as a whole.
 
@@ -16828,7 +17803,7 @@ def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
         yield None, "no server runs on this data"
 
 
-# ==== 26. Folder =========================================================================
+# ==== 27. Folder =========================================================================
 #
 # Two-way sync of a folder with a server, over the sync protocol and nothing else.
 # 1. Each side is compared with what both last agreed on (base), never with the other.  Size, times and inode say that a
@@ -17770,7 +18745,7 @@ class Memory:
         self.db.close()
 
 
-# ==== 27. Link ===========================================================================
+# ==== 28. Link ===========================================================================
 #
 # The server at the other end of a sync: what it answers is checked here (invariant 6).
 
@@ -18312,14 +19287,6 @@ def plain_url(url: str) -> tuple[str, str]:
     return "%s://%s%s" % (parts.scheme, host, parts.path.rstrip("/")), unquote_to_bytes(parts.username or "").decode("utf-8", "replace")
 
 
-def is_this_machine(host: str) -> bool:
-    """Does a name or address lead nowhere but here, whoever answers for names?"""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost" or host.lower().endswith(".localhost")
-
-
 def is_let_in(memory: Memory) -> bool:
     """False only if the server says that it does not know this device any more."""
     with closing(link_of(memory)) as link:
@@ -18359,7 +19326,7 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
     memory.flush()
 
 
-# ==== 28. Planner ========================================================================
+# ==== 29. Planner ========================================================================
 #
 # What a run of the client has to do.  The invariants are those of the room Folder.
 
@@ -18785,7 +19752,7 @@ class Planner:
         return False
 
 
-# ==== 29. Sync client ====================================================================
+# ==== 30. Sync client ====================================================================
 #
 # Doing it.  The invariants are those of the room Folder.
 
@@ -19615,7 +20582,7 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
         raise
 
 
-# ==== 30. Command line ===================================================================
+# ==== 31. Command line ===================================================================
 
 Arguments = argparse.Namespace
 GROUPS = {"user": "make, list, change and remove accounts", "group": "make, list and remove groups of accounts, and say who belongs to them"}
@@ -20155,7 +21122,7 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-# ==== 31. Page parts =====================================================================
+# ==== 32. Page parts =====================================================================
 #
 # What the pages of the program are made of, and share: style, script and words.  Each page adds its own behind them, and
 # the functions of its own that these call.
@@ -22259,7 +23226,7 @@ def source_hash(text: str) -> str:
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# ==== 32. Visitor ========================================================================
+# ==== 33. Visitor ========================================================================
 #
 # What somebody sees who opens a link: a page that is whole as the server writes it.  Its script adds preview, uploads that
 # go on after a break, and what else needs one.  Names and notes enter it by H and textContent alone (W5).  It tells nothing
@@ -22939,7 +23906,7 @@ def web_visitor(cloud: Cloud, who: Principal, request: Request) -> Response:
                                          "Cross-Origin-Resource-Policy": "same-origin"})
 
 
-# ==== 33. Links ==========================================================================
+# ==== 34. Links ==========================================================================
 #
 # The doors that links open: /s/TOKEN for browsers, curl, WebDAV and tus, and those of Nextcloud's public links.  Files whose name is that of a door below a token are reached by way of dav.
 
@@ -23115,7 +24082,7 @@ open_door(NC_LINK, nc_error, LINK_HANDLERS)
 open_door(replace(NC_LINK, names=("public.php", "webdav")), nc_error, LINK_HANDLERS)             # the token is the user's name there
 
 
-# ==== 34. Page ===========================================================================
+# ==== 35. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, style and script are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).

@@ -2525,7 +2525,1080 @@ def test_the_clock_for_deadlines_never_jumps(tmp_path, fake):
     db.close()
 
 
-# ==== 9. Accounts ========================================================================
+# ==== 9. PostgreSQL ======================================================================
+
+def postgres_program(name):
+    """The path of a program of PostgreSQL, which Debian keeps out of the way; a missing one skips the test, or fails it where CI is set."""
+    found = shutil.which(name) or max(map(str, Path("/usr/lib/postgresql").glob("*/bin/" + name)), default=None)
+    if not found:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("PostgreSQL is not installed (%s)" % name)
+    return found
+
+
+class Postgres:
+    """A server of its own: postgres.url("cloud"), postgres.wire(), postgres.stop(), postgres.start()."""
+
+    PASSWORD = "pass:w\\ord é"
+    ACCESS = """
+        local all all scram-sha-256
+        hostnossl all tls 127.0.0.1/32 reject
+        host all trusted 127.0.0.1/32 trust
+        host all careless 127.0.0.1/32 password
+        host all old 127.0.0.1/32 md5
+        host all,replication all 127.0.0.1/32 scram-sha-256"""
+    SETTINGS = """
+        listen_addresses = '127.0.0.1'
+        ssl = on
+        fsync = off
+        max_connections = 60
+        log_min_messages = fatal"""
+
+    def __init__(self, home):
+        self.home, self.data, self.process = home, home / "data", None
+        self.user = dict(user="postgres", group="postgres", extra_groups=[]) if os.geteuid() == 0 else {}      # it will not run as root
+        home.chmod(0o755)
+        if self.user:
+            shutil.chown(home, "postgres")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.certificate = self.data / "server.crt"
+
+    def make(self):
+        """A server without rows."""
+        (self.home / "password").write_text(self.PASSWORD, "utf-8")
+        self.run("initdb", "-D", self.data, "-U", "cloud", "--pwfile", self.home / "password", "-A", "scram-sha-256", "-E", "UTF8", "--locale=C", "--no-sync")
+        (self.data / "pg_hba.conf").write_text(self.ACCESS)
+        client(program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
+               "subjectAltName=DNS:localhost", "-keyout", self.data / "server.key", "-out", self.certificate)
+        (self.data / "server.key").chmod(0o600)
+        if self.user:
+            shutil.chown(self.data / "server.key", "postgres", "postgres")
+        return self.set(self.SETTINGS)
+
+    def follow(self, other):
+        """A standby of another one."""
+        self.run("pg_basebackup", "-D", self.data, "-R", "-c", "fast", "-d", "postgres://cloud:%s@127.0.0.1:%d/" % (quote(self.PASSWORD), other.port))
+        return self.set("")
+
+    def set(self, settings):
+        with open(self.data / "postgresql.conf", "a") as file:
+            file.write("%s\nport = %d\nunix_socket_directories = '%s'\n" % (settings, self.port, self.home))
+        return self
+
+    @classmethod
+    def pair(cls, home, undo):
+        """A primary and its synchronous standby, both running until `undo`."""
+        postgres_program("initdb"), (home / "first").mkdir(), (home / "second").mkdir(), home.chmod(0o755)
+        first = cls(home / "first").make().set("synchronous_standby_names = '*'")
+        first.start()
+        undo.callback(first.stop, signal.SIGQUIT)
+        second = cls(home / "second").follow(first)
+        second.start()
+        undo.callback(second.stop, signal.SIGQUIT)
+        return first, second
+
+    def run(self, name, *words):
+        return client(postgres_program(name), *words, **self.user, cwd=str(self.home))
+
+    def start(self):
+        with open(self.home / "log", "ab") as log:
+            self.process = subprocess.Popen([postgres_program("postgres"), "-D", str(self.data)], stdout=log, stderr=log, cwd=str(self.home), **self.user)
+        assert eventually(self.answers), (self.home / "log").read_text()
+        return self
+
+    def answers(self):
+        assert self.process.poll() is None, (self.home / "log").read_text()
+        try:
+            self.wire().close()
+        except (cs.PgLost, cs.PgError) as error:
+            return "standby" in str(error)
+        return True
+
+    def stop(self, how=signal.SIGINT):
+        """SIGINT ends transactions; SIGQUIT is a crash."""
+        if self.process:
+            self.process.send_signal(how)
+            self.process.wait(60)
+
+    def url(self, user="cloud", host="127.0.0.1", **choices):
+        return "postgres://%s@%s:%d/postgres%s" % (user, quote(host, safe=""), self.port, "?" * bool(choices) + "&".join(
+            "%s=%s" % (name, quote(str(value), safe="")) for name, value in choices.items()))
+
+    def wire(self, *user, settings=None, **how):
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("CLOUDSERVER_DATABASE_PASSWORD", self.PASSWORD)
+            return cs.Wire.connect(cs.PgAddress.parse(self.url(*user, **how)), settings)
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """A real PostgreSQL, one for all tests of a process."""
+    postgres_program("initdb")
+    with tempfile.TemporaryDirectory() as home:              # its sockets want a short name
+        server = Postgres(Path(home)).make().start()
+        try:
+            with contextlib.closing(server.wire()) as wire:
+                wire.script("CREATE ROLE tls LOGIN PASSWORD '{0}'; CREATE ROLE trusted LOGIN; CREATE ROLE careless LOGIN PASSWORD '{0}';"
+                            "SET password_encryption = 'md5'; CREATE ROLE old LOGIN PASSWORD '{0}'".format(server.PASSWORD))
+            yield server
+        finally:
+            server.stop(signal.SIGQUIT)
+
+
+@pytest.fixture
+def wire(postgres):
+    """A connection to it; what tables a test makes are temporary, as TEMP is what they say."""
+    with contextlib.closing(postgres.wire()) as wire:
+        yield wire
+
+
+def ask(wire, *sqls):
+    """What becomes of statements without parameters that are one part: ["BEGIN", [(1,)], "22012"]."""
+    return [told(result) for result in wire.pipeline([[cs.Bound(sql) for sql in sqls]])[0]]
+
+
+def told(result):
+    return result.error.code if isinstance(result.error, cs.PgError) else "lost" if result.error else result.rows or result.tag
+
+
+@pytest.mark.parametrize("value", [
+    0, 1, -1, True, 1 << 62, -1 << 63, (1 << 63) - 1, "", "é\U0001F600", "a" * 100_000, b"", b"\0\1\xff" * 1000, bytearray(b"\0"), memoryview(b"x"),
+    0.0, -1.5, 1e300, math.inf, None, [1, None, -3], ["a", "", None, 'quote"{},\\'], [b"\0", b""], [1.5, None], [True, 2]], ids=lambda value: repr(value)[:20])
+def test_a_value_comes_back_from_postgresql_as_it_went(wire, value):
+    if isinstance(value, list):
+        kind = {int: "bigint", bool: "bigint", str: "text", bytes: "bytea", float: "float8"}[type(value[0])]
+        assert [x for x, in wire.query("SELECT x FROM unnest($1::%s[]) x" % kind, (value,))] == value
+    else:
+        assert wire.query("SELECT $1", (value,)) == [(value,)]
+
+
+def test_arrays_may_be_empty_or_of_nulls_whatever_their_type(wire):
+    for kind in "bigint", "text", "bytea", "float8":
+        assert wire.query("SELECT x FROM unnest($1::%s[]) x" % kind, ([],)) == []
+        assert wire.query("SELECT x FROM unnest($1::%s[]) x" % kind, ([None, None],)) == [(None,)] * 2
+
+
+@pytest.mark.parametrize("value, error", [
+    (1 << 63, OverflowError), ("a\0b", ValueError), ("\ud800", UnicodeEncodeError), (object(), TypeError), ({}, TypeError), ([1, "a"], TypeError), ([object()], TypeError)], ids=repr)
+def test_what_cannot_be_sent_is_refused_before_anything_is(value, error):
+    with pytest.raises(error):
+        cs.Bound("SELECT $1", (value,))
+
+
+def test_what_postgresql_computes_is_read_as_sqlite_has_it(wire, rng):
+    assert wire.query("SELECT 1 < 2, 2 < 1, 1::int2, -2::int4, 3::oid, 'a'::name, 'b'::varchar, 'c'::bpchar, 'd'::\"char\", 1.5::float8, pg_notify('a', 'b'), "
+                      "$1", ("e",)) == [(1, 0, 1, -2, 3, "a", "b", "c", "d", 1.5, None, "e")]
+    numbers = [rng.randrange(-10 ** 18, 10 ** 18) // 10 ** rng.randrange(18) for _ in range(200)] + [0, 10 ** 18, -10 ** 4, 9999, 10000]
+    assert wire.query("SELECT x::numeric FROM unnest($1::bigint[]) x", (numbers,)) == [(number,) for number in numbers]
+    assert wire.query("SELECT sum(x), count(*), avg(x)::numeric(10, 3) FROM generate_series(1, 10) x") == [(55, 10, 5.5)]
+    assert wire.query("SELECT 1234567.000123, -0.5, 0.0001, 123456789012345678901234567890") == [(1234567.000123, -0.5, 0.0001, 123456789012345678901234567890)]
+    assert [type(value) for value in wire.query("SELECT sum(1::bigint), 2.0")[0]] == [int, float]
+
+
+@pytest.mark.parametrize("sql", ["SELECT now()", "SELECT 'NaN'::numeric", "SELECT 10 ^ 300::numeric"])
+def test_what_nobody_here_can_read_is_never_taken_for_something_else(postgres, sql):
+    wire = postgres.wire()
+    with pytest.raises(cs.PgLost, match="cast to text|beyond all bounds"):
+        wire.query(sql)
+
+
+def test_a_refusal_tells_its_code_and_the_connection_goes_on(wire):
+    with pytest.raises(cs.PgError, match="division by zero") as refused:
+        wire.query("SELECT 1 / 0")
+    assert refused.value.code == "22012" and wire.status == "I"
+    wire.script("CREATE TEMP TABLE once (name TEXT CONSTRAINT one_name UNIQUE); INSERT INTO once VALUES ('a')")
+    with pytest.raises(cs.PgError) as refused:
+        wire.query("INSERT INTO once VALUES ($1)", ("a",))
+    assert refused.value.code == "23505" and refused.value.fields["n"] == "one_name" and "(a)" not in str(refused.value)
+    with pytest.raises(cs.PgError) as refused:
+        wire.query("SELEC 1")
+    assert refused.value.code == "42601" and wire.query("SELECT 1") == [(1,)]
+
+
+def test_an_error_skips_the_rest_of_its_part_and_no_other(wire):
+    parts = [["BEGIN", "SELECT 1", "SELECT 1 / 0", "SELECT 2", "COMMIT"], ["SELECT 3"], ["ROLLBACK"], [], ["SELECT 4", "SELECT 1 / 0"], ["SELECT 5"]]
+    results = wire.pipeline([[cs.Bound(sql) for sql in part] for part in parts])
+    assert [[told(result) for result in part] for part in results] == [
+        ["BEGIN", [(1,)], "22012", "22012", "22012"], ["25P02"], ["ROLLBACK"], [], [[(4,)], "22012"], [[(5,)]]]
+    assert results[0][2].error is results[0][4].error and wire.status == "I"
+    assert wire.pipeline([]) == [] and wire.pipeline([[]]) == [[]]
+
+
+def test_a_part_without_begin_is_a_transaction(wire):
+    wire.script("CREATE TEMP TABLE one (x BIGINT UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+    assert ask(wire, "INSERT INTO one VALUES (1)", "SELECT 1 / 0") == ["INSERT 0 1", "22012"]
+    assert ask(wire, "INSERT INTO one VALUES (2)", "INSERT INTO one VALUES (2)") == ["23505", "23505"], "refused when all was done: nothing of it is"
+    assert wire.query("SELECT count(*) FROM one") == [(0,)]
+
+
+def test_what_the_server_remarks_stands_at_its_statement(wire):
+    results = wire.pipeline([[cs.Bound("SELECT 1"), cs.Bound("ROLLBACK"), cs.Bound("SELECT 2")]])[0]
+    assert [[notice.code for notice in result.notices] for result in results] == [[], ["25P01"], []]
+
+
+def test_ten_thousand_statements_go_in_one_send(postgres, wire):
+    """... large ones in both directions among them: neither side waits for the other to make room."""
+    large = random_bytes(MiB)
+    for one in wire, postgres.wire(sslmode="disable"):
+        size = one.query("SELECT 1") and len(large)
+        results = one.pipeline([[cs.Bound("SELECT $1, $2", (n, large if n % 250 == 0 else b"")) for n in range(start, start + 2500)]
+                                for start in range(0, 10_000, 2500)])
+        assert [result.rows[0][0] for part in results for result in part] == list(range(10_000))
+        assert sum(len(result.rows[0][1]) for part in results for result in part) == 40 * size
+    one.close()
+
+
+def test_statements_are_prepared_once_and_only_so_many(wire, monkeypatch):
+    monkeypatch.setattr(cs, "PG_STATEMENTS", 5)
+    prepared = "SELECT count(*) FROM pg_prepared_statements"
+    for _ in range(3):
+        assert wire.query("SELECT $1", (1,)) == [(1,)] and wire.query("SELECT $1", ("a",)) == [("a",)]
+        (count,), = wire.query(prepared)
+        assert count == 3
+    for n in range(50):
+        assert ask(wire, *("SELECT %d" % (n + m) for m in range(12))) == [[(n + m,)] for m in range(12)]
+    assert 0 < wire.query(prepared)[0][0] <= 13
+
+
+def test_what_was_skipped_counts_as_not_prepared(wire):
+    assert ask(wire, "SELECT 1 / 0", "SELECT 1", "SELECT 1") == ["22012"] * 3
+    assert ask(wire, "SELECT 1", "SELECT 1") == [[(1,)]] * 2
+    parts = [[cs.Bound("SELECT 1 / 0"), cs.Bound("SELECT 7")], [cs.Bound("SELECT 7"), cs.Bound("SELECT 7")], [cs.Bound("SELECT 7")]]
+    assert [list(map(told, part)) for part in wire.pipeline(parts)] == [["22012", "22012"], [[(7,)], [(7,)]], [[(7,)]]]
+    late = (cs.Bound("SELECT 1 / 0" if n == 0 else "SELECT 8" if n == 9_999 else "SELECT 9") for n in range(10_000))         # refused before all is sent
+    assert {told(result) for result in wire.pipeline([late])[0]} == {"22012"}
+    assert [wire.query("SELECT 8") for _ in range(3)] == [[(8,)]] * 3
+    assert wire.query("SELECT count(*) FROM pg_prepared_statements WHERE statement = 'SELECT 8'") == [(1,)]
+    assert [list(map(told, part)) for part in wire.pipeline(parts)] == [["22012", "22012"], [[(7,)], [(7,)]], [[(7,)]]]
+
+
+def test_a_plan_that_does_not_fit_any_more_is_made_anew(wire):
+    wire.script("CREATE TEMP TABLE shape (a BIGINT); INSERT INTO shape VALUES (1)")
+    assert wire.query("SELECT * FROM shape") == [(1,)]
+    wire.script("ALTER TABLE shape ADD COLUMN b TEXT")
+    with pytest.raises(cs.PgError) as refused:
+        wire.query("SELECT * FROM shape")
+    assert refused.value.code == "0A000" and wire.query("SELECT * FROM shape") == [(1, None)]
+    wire.script("DEALLOCATE ALL")
+    with pytest.raises(cs.PgError):
+        wire.query("SELECT * FROM shape")
+    assert wire.query("SELECT * FROM shape") == [(1, None)]
+
+
+def test_rows_come_by_portions_and_several_may_be_read_at_once(wire):
+    wire.query("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    for n, row in zip(range(25), wire.rows("SELECT x, $1 FROM generate_series(0, 99) x", ("a",), 10)):
+        assert row == (n, "a")
+        assert [m for m, in wire.rows("SELECT generate_series(1, $1::bigint)", (n,), 7)] == list(range(1, n + 1))
+    assert wire.query("SELECT count(*) FROM pg_cursors")[0][0] <= 3
+    assert list(wire.rows("SELECT 1 WHERE false")) == []
+    with pytest.raises(cs.PgError):
+        list(wire.rows("SELECT 1 / (5 - x) FROM generate_series(1, 9) x", (), 2))
+    assert wire.status == "E" and wire.query("ROLLBACK") == [] and wire.status == "I"
+    with pytest.raises(cs.PgError):
+        list(wire.rows("SELECT generate_series(1, 9)", (), 2))           # nothing keeps them without a transaction
+
+
+def test_scripts_and_copies_run_whole_or_not_at_all(wire):
+    wire.script("CREATE TEMP TABLE kept (a BIGINT, b TEXT); INSERT INTO kept VALUES (1, 'x');")
+    with pytest.raises(cs.PgError):
+        wire.script("INSERT INTO kept VALUES (2, 'y'); SELECT 1 / 0")
+    assert wire.copy_in("COPY kept FROM STDIN", [b"3\tone", b" two\n", b"4\t\\N\n"]) == "COPY 2"
+    assert b"".join(wire.copy_out("COPY kept TO STDOUT")) == b"1\tx\n3\tone two\n4\t\\N\n"
+    with pytest.raises(cs.PgError):
+        wire.copy_in("COPY kept FROM STDIN", itertools.repeat(b"no number\tx\n" * 1000))
+    with pytest.raises(KeyError):
+        wire.copy_in("COPY kept FROM STDIN", (b"9\t%s\n" % {0: b"x"}[n] for n in range(2)))
+    with pytest.raises(cs.PgError):
+        list(wire.copy_out("COPY nothing TO STDOUT"))
+    with pytest.raises(cs.PgError):
+        wire.copy_in("COPY nothing FROM STDIN", [b"1"])
+    assert wire.query("SELECT a FROM kept ORDER BY a") == [(1,), (3,), (4,)]
+    copy = wire.copy_out("COPY (SELECT generate_series(1, 1000000)) TO STDOUT")
+    assert next(copy)
+    copy.close()
+    with pytest.raises(cs.PgLost):
+        wire.query("SELECT 1")
+
+
+def test_megabytes_are_copied_in_and_out_in_binary(wire):
+    wire.script("CREATE TEMP TABLE kept (a BIGINT, b BYTEA)")
+    head, large = b"PGCOPY\n\xff\r\n\0" + bytes(8), random_bytes(MiB)
+    rows = [b"\0\2" + b"".join(map(cs.encode_field, (cs.encode_value(n)[1], large))) for n in range(20)]
+    assert wire.copy_in("COPY kept FROM STDIN (FORMAT binary)", [head, *rows, b"\xff\xff"]) == "COPY 20"
+    assert b"".join(wire.copy_out("COPY kept TO STDOUT (FORMAT binary)")) == b"".join([head, *rows, b"\xff\xff"])
+
+
+def test_notifications_are_heard_between_statements_and_while_waiting(postgres, wire):
+    other = postgres.wire()
+    wire.query("LISTEN news")
+    assert wire.wait(0) == []
+    other.query("SELECT pg_notify('news', $1)", ("é",))
+    assert wire.wait(60) == [cs.Notification("news", "é")]
+    for n in range(3):
+        other.query("SELECT pg_notify('news', $1)", (str(n),))
+    assert wire.query("SELECT 1") == [(1,)]
+    heard = wire.wait(60)
+    while len(heard) < 3:
+        heard += wire.wait(60)
+    assert [payload for _, payload in heard] == ["0", "1", "2"] and wire.wait(0.01) == []
+    threading.Timer(0.05, other.query, ("NOTIFY news",)).start()
+    assert wire.wait(60) == [cs.Notification("news", "")]
+    other.close()
+
+
+def test_a_listener_that_is_ended_says_so(postgres, wire):
+    listener = postgres.wire()
+    assert wire.query("SELECT pg_terminate_backend($1::int)", (struct.unpack(">i", listener.key[:4])[0],)) == [(1,)]
+    with pytest.raises(cs.PgLost, match="57P01|ended"):
+        while True:
+            listener.wait(60)
+    with pytest.raises(cs.PgLost):
+        listener.wait(0)
+
+
+def test_what_runs_is_given_up_on_demand(postgres, wire):
+    assert wire.query("SELECT 1") == [(1,)]
+    canceller = threading.Timer(0.1, wire.cancel)
+    canceller.start()
+    with pytest.raises(cs.PgError) as refused:
+        for _ in range(600):
+            wire.query("SELECT pg_sleep(0.1)")
+    assert refused.value.code == "57014" and wire.query("SELECT 1") == [(1,)]
+
+
+def test_who_waits_too_long_gives_up_and_so_does_the_server(postgres, wire):
+    waiting = postgres.wire()
+    waiting.patience = 0.2
+    results = waiting.pipeline([[cs.Bound("SELECT 1")], [cs.Bound("SELECT pg_sleep(600), 'by the impatient'"), cs.Bound("SELECT 2")]])
+    assert [list(map(told, part)) for part in results] == [[[(1,)]], ["lost", "lost"]] and waiting.broken
+    assert eventually(lambda: wire.query("SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%by the imp' || 'atient%' AND state = 'active'") == [(0,)])
+
+
+def test_what_a_server_that_is_ended_has_not_answered_is_unknown(postgres, wire):
+    victim = postgres.wire()
+    pid = struct.unpack(">i", victim.key[:4])[0]
+    results = victim.pipeline([[cs.Bound("SELECT 1")], [cs.Bound("SELECT 2"), cs.Bound("SELECT pg_terminate_backend($1::int)", (pid,)), cs.Bound("SELECT 3")],
+                               [cs.Bound("SELECT 4")]])
+    assert [list(map(told, part)) for part in results] == [[[(1,)]], ["lost"] * 3, ["lost"]]
+    assert "57P01" in str(victim.broken)
+    for use in (lambda: victim.query("SELECT 1"), lambda: victim.script("SELECT 1"), lambda: list(victim.rows("SELECT 1")), lambda: victim.wait(1)):
+        with pytest.raises(cs.PgLost):
+            use()
+    victim.close()
+
+
+def test_values_that_fail_on_their_way_break_only_the_connection(postgres):
+    wire = postgres.wire()
+    with pytest.raises(KeyError):
+        wire.pipeline([(cs.Bound("SELECT $1", ({}[n],)) for n in range(3))])
+    with pytest.raises(cs.PgLost):
+        wire.query("SELECT 1")
+
+
+# ---- who may connect, and how
+
+@pytest.mark.parametrize("choices, host, want", [
+    (dict(sslmode="disable"), "127.0.0.1", "plain"),
+    (dict(), "127.0.0.1", "TLS"),                                        # prefer, as it is here
+    (dict(sslmode="require", channel_binding="require"), "127.0.0.1", "TLS"),
+    (dict(sslmode="require", channel_binding="disable"), "127.0.0.1", "TLS"),
+    (dict(sslmode="verify-ca", sslrootcert="right"), "127.0.0.1", "TLS"),
+    (dict(sslmode="verify-full", sslrootcert="right"), "localhost", "TLS"),
+    (dict(sslmode="verify-full", sslrootcert="right"), "127.0.0.1", "mismatch|doesn't match|not valid for"),
+    (dict(sslmode="verify-full"), "localhost", "self.signed"),           # the system does not vouch for it
+    (dict(sslmode="verify-ca", sslrootcert="system"), "localhost", "self.signed"),
+    (dict(sslmode="require", sslrootcert="other"), "localhost", "verify|self.signed"),
+    (dict(sslmode="disable", channel_binding="require"), "127.0.0.1", "safe enough"),
+    (dict(sslrootcert="/nowhere"), "127.0.0.1", "sslrootcert"),
+    (dict(), "socket", "plain"),
+])
+def test_tls_is_as_strict_as_the_address_says(postgres, certificate, choices, host, want):
+    files = {"right": postgres.certificate, "other": certificate[0]}
+    choices = {name: files.get(value, value) for name, value in choices.items()}
+    try:
+        wire = postgres.wire(host=str(postgres.home) if host == "socket" else host, **choices)
+    except (cs.PgLost, CloudError) as error:
+        assert re.search(want, str(error)), error
+        return
+    assert wire.query("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()") == [(want == "TLS",)]
+    wire.close()
+
+
+def test_what_leads_away_from_here_is_verified_unless_the_address_says_otherwise():
+    def mode(url):
+        address = cs.PgAddress.parse(url)
+        return [address.tls_mode(host) for host in address.hosts]
+    assert mode("postgres://u@localhost,db.example.org:1,%2Frun,[::1],10.1.1.1/d") == ["prefer", "verify-full", "disable", "prefer", "verify-full"]
+    assert mode("postgres://u@localhost,h,%2Frun/d?sslmode=require") == ["require", "require", "disable"]
+
+
+@pytest.mark.parametrize("user, want", [("tls", None), ("trusted", None), ("careless", "not safe"), ("old", "not safe"), ("nobody", "28P01")])
+def test_a_password_is_proved_and_never_sent(postgres, user, want):
+    try:
+        postgres.wire(user).close()
+        assert want is None
+    except (cs.PgLost, cs.PgError) as error:
+        assert want and want in str(error) and postgres.PASSWORD not in str(error)
+
+
+def test_who_must_use_tls_is_told_so(postgres):
+    with pytest.raises(cs.PgError, match="28000"):
+        postgres.wire("tls", sslmode="disable")
+
+
+def test_a_wrong_password_is_refused(postgres, monkeypatch):
+    monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", "wrong")
+    with pytest.raises(cs.PgError, match="28P01"):
+        cs.Wire.connect(cs.PgAddress.parse(postgres.url()))
+    with pytest.raises(cs.PgError, match="3D000"):
+        monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", postgres.PASSWORD)
+        cs.Wire.connect(cs.PgAddress.parse(postgres.url().replace("/postgres", "/missing")))
+
+
+@pytest.mark.parametrize("password", ["\u00a0a\u00add", "\u2168", "ﬁ", "ﬁ\u0007", "ﬁ\U0001F600", "e\u0301", "\u200b", " "])
+def test_a_password_of_any_letters_is_prepared_as_postgresql_does(postgres, wire, password, monkeypatch):
+    """SASLprep, and where it forbids, the password as it is."""
+    wire.script("DROP ROLE IF EXISTS letters; CREATE ROLE letters LOGIN PASSWORD '%s'" % password)
+    monkeypatch.setattr(postgres, "PASSWORD", password)
+    postgres.wire("letters").close()
+
+
+def test_passwords_come_from_the_environment_or_a_file_that_nobody_else_reads(postgres, tmp_path, monkeypatch):
+    for name in "CLOUDSERVER_DATABASE_PASSWORD", "PGPASSWORD", "PGPASSFILE":
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    address = cs.PgAddress.parse(postgres.url())
+    with pytest.raises(CloudError, match="CLOUDSERVER_DATABASE_PASSWORD"):
+        cs.Wire.connect(address)
+    file = tmp_path / ".pgpass"
+    line = postgres.PASSWORD.replace("\\", "\\\\").replace(":", "\\:")
+    file.write_text("# a comment:\nelsewhere:*:*:*:no\n\n127.0.0.1:%d:*:cloud:%s\n*:*:*:*:late\n" % (postgres.port, line), "utf-8")
+    file.chmod(0o640)
+    with pytest.raises(CloudError, match="chmod"):
+        cs.Wire.connect(address)
+    file.chmod(0o600)
+    cs.Wire.connect(address).close()
+    assert address.password(cs.PgHost("other", 1)) == "late"
+    named = cs.PgAddress.parse(postgres.url(passfile=tmp_path / "named"))
+    with pytest.raises(CloudError, match="named"):
+        cs.Wire.connect(named)
+    file.rename(tmp_path / "named")
+    cs.Wire.connect(named).close()
+    monkeypatch.setenv("PGPASSWORD", "two")
+    assert named.password(named.hosts[0]) == "two"
+    monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", "one")
+    assert named.password(named.hosts[0]) == "one"
+
+
+@pytest.mark.parametrize("url, want", [
+    ("postgres://u@h/d", ("u", "d", [("h", 5432)], {})),
+    ("postgresql://us%40er@h1:1,[::1]:2,h3/my%2Fdb?sslmode=require&target_session_attrs=read-write", ("us@er", "my/db", [("h1", 1), ("::1", 2), ("h3", 5432)],
+     {"sslmode": "require", "target_session_attrs": "read-write"})),
+    ("postgres://u@%2Fvar%2Frun:7/d", ("u", "d", [("/var/run", 7)], {})),
+    ("postgres://u:secret@h/d", "no password belongs"), ("postgres://u@h/d?password=secret", "no password belongs"),
+    ("postgres://u:secret/d", "postgres://USER"), ("postgres://:secret@h/d", "no password belongs"), ("postgres://u@h:secret/d", "HOST:PORT"),
+    ("mysql://u@h/d", "postgres://USER"), ("postgres://h/d", "postgres://USER"), ("postgres://u@/d", "postgres://USER"), ("postgres://u@h", "postgres://USER"),
+    ("postgres://u@h:0/d", "HOST:PORT"), ("postgres://u@h:65536/d", "HOST:PORT"), ("postgres://u@h,/d", "HOST:PORT"), ("postgres://u@h%00/d", "HOST:PORT"),
+    ("postgres://u@h/d?sslmode=allow", "sslmode of a database is disable or prefer"), ("postgres://u@h/d?sslmode=", "sslmode"),
+    ("postgres://u@h/d?sslkey=secret", "no option sslkey"), ("postgres://u@h/d%00", "postgres://USER"), ("", "postgres://USER")])
+def test_the_address_of_a_database_is_read_or_refused_in_a_sentence(url, want):
+    try:
+        address = cs.PgAddress.parse(url)
+        assert (address.user, address.database, [(host.name, host.port) for host in address.hosts], address.choices) == want
+    except CloudError as error:
+        assert isinstance(want, str) and want in str(error) and error.kind == "bad-request" and "secret" not in str(error)
+
+
+# ---- a server that plays the protocol
+
+def frame(kind, body=b""):
+    return kind + struct.pack(">i", len(body) + 4) + body
+
+
+def columns(*numbers):
+    return frame(b"T", struct.pack(">h", len(numbers)) + b"".join(b"x\0" + struct.pack(">IhIhih", 0, 0, number, -1, -1, 1) for number in numbers))
+
+
+def row(*fields):
+    return frame(b"D", struct.pack(">h", len(fields)) + b"".join(struct.pack(">i", -1 if one is None else len(one)) + (one or b"") for one in fields))
+
+
+def refusal(code, severity="ERROR"):
+    return frame(b"E", b"".join(b"%s%s\0" % (letter, text.encode()) for letter, text in [(b"S", severity), (b"V", severity), (b"C", code), (b"M", "no")]) + b"\0")
+
+
+def prepared(*numbers):
+    return frame(b"1") + frame(b"t", b"\0\0") + (columns(*numbers) if numbers else frame(b"n")) + frame(b"2")
+
+
+def ended(tag):
+    return frame(b"C", tag + b"\0")
+
+
+IDLE, FAILED = frame(b"Z", b"I"), frame(b"Z", b"E")
+EIGHT = struct.Struct(">q").pack
+PARTS = [["SELECT 1", "SELECT 2"], ["SELECT 3", "SELECT 4"], ["SELECT 5"]]
+ANSWERED = (prepared(20, 25) + row(EIGHT(1), b"one") + row(EIGHT(2), None) + ended(b"SELECT 2") + frame(b"N", refusal("01000", "WARNING")[5:])
+            + prepared() + ended(b"INSERT 0 1") + IDLE + frame(b"S", b"TimeZone\0UTC\0") + prepared(17) + row(bytes(300)) + refusal("22012") + FAILED
+            + frame(b"A", EIGHT(7)[4:] + b"news\0x\0") + prepared(1700) + row(b"\0\1\0\0\0\0\0\0\0\7") + ended(b"SELECT 1") + IDLE)
+WANTED = [[[(1, "one"), (2, None)], "INSERT 0 1"], ["22012", "22012"], [[(7,)]]]
+
+
+@contextlib.contextmanager
+def hearing(data, *, more=False, slowly=False):
+    """A connection whose server has said all that it will say, whatever it is asked, and then ended it, unless there is more."""
+    ours, its = socket.socketpair()
+    with contextlib.closing(ours), contextlib.closing(its):
+        def speak():
+            with contextlib.suppress(OSError):
+                for n in range(len(data)) if slowly else ():
+                    its.sendall(data[n:n + 1])
+                its.sendall(b"" if slowly else data)
+                more or its.shutdown(socket.SHUT_WR)
+        speaker = threading.Thread(target=speak, daemon=True)
+        speaker.start()
+        wire = cs.Wire(cs.Duplex(ours), cs.PgAddress.parse("postgres://u@h/d"), cs.PgHost("h", 1))
+        yield wire
+        wire.close()
+        its.close()
+        speaker.join()
+
+
+def played(wire):
+    return [list(map(told, part)) for part in wire.pipeline([[cs.Bound(sql) for sql in part] for part in PARTS])]
+
+
+def test_answers_may_come_byte_by_byte():
+    with hearing(ANSWERED, slowly=True) as wire:
+        assert played(wire) == WANTED and wire.wait(0) == [cs.Notification("news", "x")] and wire.parameters == {"TimeZone": "UTC"} and wire.status == "I"
+
+
+def test_answers_that_are_cut_anywhere_are_right_or_unknown():
+    """Invariant 1: a part counts with its end."""
+    ends = [match.end() for match in re.finditer(re.escape(IDLE) + b"|" + re.escape(FAILED), ANSWERED)]
+    for cut in range(len(ANSWERED)):
+        with hearing(ANSWERED[:cut]) as wire:
+            got = played(wire)
+            assert wire.broken
+        for part, end, want in zip(got, ends, WANTED):
+            if cut >= end:
+                assert part == want
+            else:
+                assert all(one == "lost" or (one, which) == ("22012", "22012") for one, which in zip(part, want)), cut
+
+
+def test_whatever_a_server_says_is_an_answer_a_refusal_or_a_loss(rng):
+    """Invariant 3: bytes changed, left out, doubled or drawn; nothing hangs, nothing else is raised, nothing grows."""
+    for _ in range(1500):
+        data = bytearray(ANSWERED)
+        for _ in range(rng.randrange(1, 6)):
+            at, size = rng.randrange(len(data)), rng.randrange(1, 12)
+            data[at:at + rng.choice([0, size])] = rng.choice([b"", bytes([rng.randrange(256)]), rng.randbytes(size), bytes(data[at:at + size]) * 2])
+        with hearing(bytes(data)) as wire:
+            for part in played(wire):
+                assert all(one == "lost" or isinstance(one, (list, str)) for one in part)
+            if not wire.broken:
+                with contextlib.suppress(cs.PgLost):
+                    wire.wait(0)
+    for _ in range(300):
+        with hearing(rng.randbytes(rng.randrange(1, 3000))) as wire:
+            assert played(wire) == [["lost"] * len(part) for part in PARTS]
+
+
+@pytest.mark.parametrize("data", [
+    b"D\x7f\xff\xff\xff", b"D\x04\x00\x00\x01", b"T\xff\xff\xff\xff", b"Z\0\0\0\3", b"S\0\1\0\1", b"R\0\1\0\1", b"\0\0\1\0\1", b"Z\0\0\0\0"])
+def test_a_length_that_cannot_be_ends_the_connection_at_once(data):
+    with hearing(data, more=True) as wire:
+        assert played(wire) == [["lost"] * len(part) for part in PARTS] and "a message" in str(wire.broken)
+
+
+@pytest.mark.parametrize("data", [
+    IDLE, prepared(20) + IDLE, prepared(20) + row(EIGHT(1)) + IDLE, row(EIGHT(1)), prepared(20) + row(), prepared(20) + row(EIGHT(1), EIGHT(2)),
+    prepared(20) + row(EIGHT(1))[:-4], prepared(25) + row(b"\xff"), prepared(20) + ended(b"\xff"), prepared(9999), frame(b"1") + frame(b"T", b"\0\1x"),
+    frame(b"T", b"\xff\xff"), prepared() + frame(b"W"), prepared() + ended(b"X") * 3, prepared() + ended(b"X") + prepared() + ended(b"X") + frame(b"Z", b"?"),
+    frame(b"R", b"\0\0\0\0"), frame(b"K", bytes(8)), frame(b"S", b"name"), frame(b"A", b"\0\0\0\0x\0"), frame(b"A"), refusal("57P01", "FATAL"),
+    refusal("XX000", "PANIC")], ids=lambda data: repr(data)[2:30])
+def test_words_that_cannot_be_followed_end_the_connection(data):
+    with hearing(data + bytes(50)) as wire:
+        assert {one for part in played(wire) for one in part} <= {"lost", "22012"} and wire.broken
+
+
+def test_a_server_that_tells_too_much_about_itself_is_left():
+    with hearing(b"".join(frame(b"S", b"n%d\0x\0" % n) for n in range(1000)), more=True) as wire:
+        assert played(wire)[0] == ["lost", "lost"] and len(wire.parameters) < 200
+
+
+def test_notifications_that_nobody_asks_for_are_kept_only_so_far():
+    with hearing(b"".join(frame(b"A", b"\0\0\0\1c\0%d\0" % n) for n in range(3000)) + ANSWERED, more=True) as wire:
+        assert played(wire) == WANTED
+        heard = wire.wait(0)
+        assert len(heard) == cs.PG_WAITING and heard[-1].channel == "news"
+
+
+def test_a_server_that_falls_silent_is_not_waited_for_without_end():
+    with hearing(ANSWERED[:100], more=True) as wire:
+        wire.patience = 0.05
+        assert "lost" in played(wire)[0] and "no answer" in str(wire.broken)
+    with hearing(ANSWERED[:100], more=True) as wire:
+        wire.patience = 0.05
+        big = cs.Bound("SELECT $1", (bytes(8 * MiB),))       # and not for one that does not read either
+        assert told(wire.pipeline([[big]])[0][0]) == "lost"
+
+
+def test_what_a_server_said_before_it_left_is_heard():
+    """... although sending to it failed by then."""
+    ours, its = socket.socketpair()
+    its.sendall(refusal("57P01", "FATAL"))
+    its.close()
+    wire = cs.Wire(cs.Duplex(ours), cs.PgAddress.parse("postgres://u@h/d"), cs.PgHost("h", 1))
+    assert played(wire)[0] == ["lost", "lost"] and "57P01" in str(wire.broken)
+
+
+class FakePostgres:
+    """Greets as it is told to: FakePostgres(greeting), where a greeting takes a Seat and speaks; postgres://…  is its url."""
+
+    def __init__(self, *greetings):
+        self.greetings, self.listener = list(greetings), socket.create_server(("127.0.0.1", 0))
+        self.said = b""                          # all that was said to it
+        self.url = "postgres://u@127.0.0.1:%d/d" % self.listener.getsockname()[1]
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self):
+        for greeting in self.greetings:
+            sock, _ = self.listener.accept()
+            with contextlib.suppress(OSError, EOFError), contextlib.closing(sock):
+                sock.settimeout(60)
+                greeting(self, sock)
+                while self.take(sock, 1):
+                    pass
+
+    def take(self, sock, size):
+        data = sock.recv(size, socket.MSG_WAITALL)
+        self.said += data
+        return data
+
+    def message(self, sock, kind=True):
+        head = self.take(sock, 5 if kind else 4)
+        if len(head) < 4:
+            raise EOFError
+        return self.take(sock, struct.unpack(">i", head[-4:])[0] - 4)
+
+    def close(self):
+        self.listener.close()
+
+
+@pytest.fixture
+def fake_postgres(monkeypatch):
+    monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", "open sesame")
+    servers = []
+
+    def start(*greetings):
+        servers.append(FakePostgres(*greetings))
+        return servers[-1]
+    yield start
+    for server in servers:
+        server.close()
+
+
+def reach_postgres(url, **choices):
+    return cs.Wire.connect(cs.PgAddress.parse(url + "?" + "&".join("%s=%s" % one for one in {"sslmode": "disable", **choices}.items())))
+
+
+def authentication(number, body=b""):
+    return frame(b"R", struct.pack(">i", number) + body)
+
+
+def about(version="15.1", standby="off"):
+    return b"".join(frame(b"S", b"%s\0%s\0" % (name, value.encode())) for name, value in [(b"server_version", version), (b"in_hot_standby", standby)])
+
+
+def welcome(version="15.1", standby="off"):
+    def greet(server, sock):
+        server.message(sock, kind=False)
+        sock.sendall(authentication(0) + about(version, standby) + frame(b"K", bytes(8)) + IDLE)
+    return greet
+
+
+def scram(password="open sesame", *, change=lambda step, data: data, mechanisms=b"SCRAM-SHA-256\0\0", rounds=4096):
+    """The server's side of SCRAM-SHA-256 (RFC 5802), by another hand than the client's; `change` may spoil each of its messages."""
+    def greet(server, sock):
+        server.message(sock, kind=False)
+        sock.sendall(change("mechanisms", authentication(10, mechanisms)))
+        first = server.message(sock).partition(b"n,,")[2]
+        salt, nonce = b"salt of the fake", first.partition(b"r=")[2] + b"server"
+        challenge = b"r=%s,s=%s,i=%d" % (nonce, base64.b64encode(salt), rounds)
+        sock.sendall(change("challenge", authentication(11, challenge)))
+        final = server.message(sock)
+        said = b",".join([first, challenge, final.rpartition(b",p=")[0]])
+        key = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, rounds)
+        def sign(secret, text): return cs.hmac.new(secret, text, "sha256").digest()
+        signature = sign(hashlib.sha256(sign(key, b"Client Key")).digest(), said)
+        proof = bytes(a ^ b for a, b in zip(base64.b64decode(final.rpartition(b",p=")[2]), signature))
+        if proof != sign(key, b"Client Key"):
+            return sock.sendall(refusal("28P01", "FATAL"))
+        sock.sendall(change("proof", authentication(12, b"v=" + base64.b64encode(sign(sign(key, b"Server Key"), said)))) + change("ok", authentication(0))
+                     + about() + frame(b"K", bytes(8)) + change("ready", IDLE))
+    return greet
+
+
+def test_both_sides_prove_that_they_know_the_password(fake_postgres):
+    server = fake_postgres(scram(), scram("another"))
+    wire = reach_postgres(server.url)
+    assert wire.parameters["server_version"] == "15.1" and b"open sesame" not in server.said and b"cloudserver" in server.said
+    wire.close()
+    with pytest.raises(cs.PgError, match="28P01"):
+        reach_postgres(server.url)
+
+
+@pytest.mark.parametrize("step, change", [
+    ("proof", lambda data: damaged(data)), ("proof", lambda data: b""), ("proof", lambda data: authentication(12, b"v=")), ("proof", lambda data: authentication(12, b"")),
+    ("proof", lambda data: authentication(12, b"e=other-error")), ("challenge", lambda data: authentication(0) + about() + IDLE), ("challenge", lambda data: authentication(12, b"v=")),
+    ("challenge", lambda data: data[:-1]), ("challenge", lambda data: re.sub(rb"r=..", b"r=", data)), ("challenge", lambda data: frame(b"R", data[5:].replace(b"i=4096", b"i=1"))),
+    ("challenge", lambda data: frame(b"R", data[5:].replace(b"i=4096", b"i=99999999999"))), ("challenge", lambda data: frame(b"R", data[5:].replace(b"s=", b"s=%"))),
+    ("mechanisms", lambda data: authentication(10, b"SCRAM-SHA-1\0\0")), ("mechanisms", lambda data: authentication(3)), ("mechanisms", lambda data: authentication(5, b"salt")),
+    ("mechanisms", lambda data: authentication(11, b"r=x")), ("mechanisms", lambda data: about() + IDLE), ("mechanisms", lambda data: frame(b"Z", b"I")), ("ok", lambda data: b"")])
+def test_who_does_not_know_the_password_is_not_taken_for_the_server(fake_postgres, step, change, monkeypatch):
+    """A man in the middle knows all that is said, and no password."""
+    monkeypatch.setattr(cs, "PG_START", 0.3)
+    server = fake_postgres(scram(change=lambda which, data: change(data) if which == step else data))
+    with pytest.raises(cs.PgLost):
+        reach_postgres(server.url)
+    assert b"open sesame" not in server.said
+
+
+def test_who_wants_a_binding_is_not_let_in_without(fake_postgres):
+    with pytest.raises(cs.PgLost, match="safe enough"):
+        reach_postgres(fake_postgres(scram()).url, channel_binding="require")
+    with pytest.raises(cs.PgLost, match="without a proof"):
+        reach_postgres(fake_postgres(welcome()).url, channel_binding="require")
+
+
+def test_a_greeting_may_be_anything(fake_postgres, rng, monkeypatch):
+    """... and is a connection, a refusal or none."""
+    def spoil(step, data):
+        data, at = bytearray(data), rng.randrange(len(data))
+        if rng.random() < 0.5:
+            data[at:at + rng.randrange(4)] = rng.randbytes(rng.randrange(4))
+        return bytes(data)
+    monkeypatch.setattr(cs, "PG_START", 0.1)
+    server = fake_postgres(*[scram(change=spoil)] * 100)
+    seen = Counter()
+    for _ in range(100):
+        try:
+            reach_postgres(server.url).close()
+            seen["wire"] += 1
+        except (cs.PgLost, cs.PgError, CloudError) as error:
+            seen[type(error).__name__] += 1
+    assert seen["PgLost"] > 20
+
+
+@pytest.mark.parametrize("answer, mode, want", [
+    (b"N", "prefer", None), (b"N", "require", "does not speak TLS"), (b"", "prefer", "TLS"), (refusal("XX000"), "prefer", "TLS"),
+    (b"S" + frame(b"R", bytes(4)), "prefer", "(?i)ssl|wrong version|record|ended")])
+def test_what_is_said_before_tls_never_counts_as_said_under_it(fake_postgres, answer, mode, want):
+    def greet(server, sock):
+        assert server.take(sock, 8) == b"\0\0\0\x08\x04\xd2\x16\x2f"
+        sock.sendall(answer)
+        if answer == b"N":
+            welcome()(server, sock)
+        else:
+            sock.shutdown(socket.SHUT_WR)
+    server = fake_postgres(greet)
+    try:
+        reach_postgres(server.url, sslmode=mode).close()
+        assert want is None
+    except cs.PgLost as error:
+        assert want and re.search(want, str(error)), error
+
+
+# ---- several hosts
+
+def test_the_primary_is_found_among_several_hosts(fake_postgres):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        dead = "127.0.0.1:%d" % free.getsockname()[1]
+    standby, primary = fake_postgres(welcome(standby="on")), fake_postgres(welcome(), welcome())
+    def place(server): return server.url.split("@")[1].split("/")[0]
+    wire = reach_postgres("postgres://u@%s,%s,%s/d" % (dead, place(standby), place(primary)))
+    assert str(wire.host) == place(primary)
+    wire.close()
+    standby = fake_postgres(welcome(standby="on"))
+    with pytest.raises(cs.PgLost, match="refused.*standby|standby.*refused"):
+        reach_postgres("postgres://u@%s,%s/d" % (dead, place(standby)))
+
+
+def test_the_second_of_two_that_answer_is_let_go(fake_postgres):
+    servers = [fake_postgres(welcome()) for _ in range(2)]
+    wire = reach_postgres("postgres://u@%s/d" % ",".join(server.url.split("@")[1].split("/")[0] for server in servers))
+    other, = [server for server in servers if server.url.split(":")[2].split("/")[0] != str(wire.host.port)]
+    other.thread.join(60)
+    assert not other.thread.is_alive() and other.said.endswith(frame(b"X"))
+    wire.close()
+
+
+def test_what_is_no_primary_or_too_old_is_said(fake_postgres):
+    with pytest.raises(cs.PgLost, match="standby"):
+        reach_postgres(fake_postgres(welcome(standby="on")).url)
+    with pytest.raises(CloudError, match="14 or newer"):
+        reach_postgres(fake_postgres(welcome("13.9")).url)
+    with pytest.raises(cs.PgLost, match="57P03"):            # it may be in a moment
+        reach_postgres(fake_postgres(lambda server, sock: sock.sendall(refusal("57P03", "FATAL"))).url)
+
+
+def test_who_does_not_greet_in_time_is_not_waited_for(fake_postgres, monkeypatch):
+    monkeypatch.setattr(cs, "PG_START", 0.1)
+    with pytest.raises(cs.PgLost, match="no answer"):
+        reach_postgres(fake_postgres(lambda server, sock: sock.sendall(authentication(0))).url)
+
+
+# ---- what networks and servers do to commits, and how to find out what became of them
+
+class CommitProxy(threading.Thread):
+    """Stands between clients and a PostgreSQL, without TLS, and lets happen to commits what networks do: proxy.play("cut after", 3).
+
+    delay     seconds by which the answer to each commit is late
+    accident  of as many commits as are `left`: "cut before" it was done, or "cut after", and before anybody heard of it
+    """
+
+    def __init__(self, port):
+        super().__init__(daemon=True)
+        self.target, self.listener, self.guard = port, socket.create_server(("127.0.0.1", 0), backlog=64), threading.Lock()
+        self.port, self.delay, self.accident, self.left, self.done = self.listener.getsockname()[1], 0, None, 0, 0
+        self.flows, self.pairs = threading.Event(), set()
+        self.flows.set()
+        self.start()
+
+    def play(self, accident, times):
+        self.accident, self.left, self.done = accident, times, 0
+
+    def stop(self):
+        """Nothing gets through until go()."""
+        self.flows.clear()
+
+    def go(self):
+        self.flows.set()
+
+    def cut(self):
+        """End all connections."""
+        for pair in list(self.pairs):
+            self.end(pair)
+
+    def close(self):
+        self.listener.close()
+        self.cut()
+
+    def run(self):
+        while True:
+            try:
+                near, _ = self.listener.accept()
+                pair = near, socket.create_connection(("127.0.0.1", self.target))
+            except OSError:
+                return
+            self.pairs.add(pair)
+            for sock in pair:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for way in self.ask, self.answer:
+                threading.Thread(target=self.pump, args=(way, pair), daemon=True).start()
+
+    def pump(self, way, pair):
+        with contextlib.suppress(OSError):
+            way(*pair)
+        self.end(pair)
+
+    def end(self, pair):
+        self.pairs.discard(pair)
+        for sock in pair:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def happens(self, accident):
+        with self.guard:
+            if self.accident != accident or not self.left:
+                return False
+            self.left, self.done = self.left - 1, self.done + 1
+            return True
+
+    def ask(self, near, far):
+        commits = set()                          # names of statements that are one
+        for data in self.messages(near, 0):
+            if data[:1] == b"P":
+                name, sql = data[5:].split(b"\0")[:2]
+                (commits.add if sql.strip().upper() == b"COMMIT" else commits.discard)(name)
+            if data[:1] == b"B" and data[5:].split(b"\0")[1] in commits and self.happens("cut before"):
+                return
+            far.sendall(data)
+
+    def answer(self, near, far):
+        for data in self.messages(far, 1):
+            if data == frame(b"C", b"COMMIT\0"):
+                time.sleep(self.delay)
+                if self.happens("cut after"):
+                    return
+            near.sendall(data)
+
+    def messages(self, source, kind):
+        """Whole ones, as they come; the first of a client has no kind."""
+        with source.makefile("rb") as stream:
+            while True:
+                head = stream.read(4 + kind)
+                if len(head) < 4 + kind:
+                    return
+                body = stream.read(struct.unpack(">i", head[-4:])[0] - 4)
+                self.flows.wait()
+                yield head + body
+                kind = 1
+
+
+@pytest.fixture
+def commit_proxy(postgres):
+    proxy = CommitProxy(postgres.port)
+    yield proxy
+    proxy.close()
+
+
+def check_tokens(told, found):
+    """What is said to be done is there, exactly once; what was refused is not, nor what nobody wrote; the rest is there once or not at all.
+
+    told   {token: "done", "refused" or "unknown"};  found  all tokens that are there
+    """
+    counts = Counter(found)
+    assert not [token for token, count in counts.items() if count > 1], "applied twice"
+    assert not [token for token, how in told.items() if how == "done" and token not in counts], "acknowledged and lost"
+    assert not [token for token, how in told.items() if how == "refused" and token in counts], "refused and applied"
+    assert set(counts) <= set(told), "written by nobody"
+
+
+def check_steps(first, steps, last):
+    """Steps by compare and set lead from the first state to the last one; each that is said to be done is among them, and none that was refused.
+
+    steps  (state before, state after, "done", "refused" or "unknown"), of any number of writers; no two lead to the same state
+    """
+    came = {after: (before, how) for before, after, how in steps}
+    assert len(came) == len(steps)
+    taken = set()
+    while last != first:
+        assert last in came and last not in taken, "nobody led to %r" % (last,)
+        taken.add(last)
+        last, how = came[last]
+        assert how != "refused", "refused and applied"
+    assert not [after for _, after, how in steps if how == "done" and after not in taken], "acknowledged and lost"
+
+
+def check_feed(pages, journal):
+    """What readers got by pages, joined, is what was written: no gap, nothing twice, nothing in another order."""
+    read = [line for page in pages for line in page]
+    assert read == list(journal), "%d lines read, %d written" % (len(read), len(journal))
+
+
+def check_reads(reads):
+    """Nobody reads older states than before.  reads  [(reader, seq)] in the order in which they were done"""
+    newest = {}
+    for reader, seq in reads:
+        assert seq >= newest.get(reader, seq), "%s went back from %d to %d" % (reader, newest[reader], seq)
+        newest[reader] = seq
+
+
+@pytest.mark.parametrize("fault, told, found", [
+    (None, {"a": "done", "b": "refused", "c": "unknown", "d": "unknown"}, ["a", "c"]), ("twice", {"a": "done"}, ["a", "a"]), ("lost", {"a": "done"}, []),
+    ("refused and applied", {"a": "refused"}, ["a"]), ("nobody", {}, ["a"])])
+def test_the_checker_of_tokens_finds_every_fault(fault, told, found):
+    with pytest.raises(AssertionError, match=fault) if fault else contextlib.nullcontext():
+        check_tokens(told, found)
+
+
+@pytest.mark.parametrize("fault, steps, last", [
+    (None, [(0, 1, "done"), (1, 2, "unknown"), (1, 3, "unknown"), (2, 4, "done"), (0, 5, "refused")], 4), ("lost", [(0, 1, "done"), (0, 2, "done")], 2),
+    ("refused and applied", [(0, 1, "refused"), (1, 2, "done")], 2), ("nobody", [(0, 1, "done")], 9), ("lost", [(0, 1, "done")], 0), ("nobody", [(1, 2, "done"), (2, 1, "done")], 1)])
+def test_the_checker_of_steps_finds_every_fault(fault, steps, last):
+    with pytest.raises(AssertionError, match=fault) if fault else contextlib.nullcontext():
+        check_steps(0, steps, last)
+
+
+def test_the_checkers_of_feeds_and_reads_find_every_fault():
+    check_feed([[1, 2], [], [3]], [1, 2, 3]), check_reads([("a", 1), ("b", 5), ("a", 1), ("a", 7)])
+    for pages in [[1], [3]], [[1, 2], [2, 3]], [[1, 3], [2]]:
+        with pytest.raises(AssertionError):
+            check_feed(pages, [1, 2, 3])
+    with pytest.raises(AssertionError, match="went back"):
+        check_reads([("a", 2), ("a", 1)])
+
+
+def test_what_became_of_a_commit_that_was_cut_off_is_found_out_by_its_group(postgres, commit_proxy, wire, rng):
+    """A group has an id.  Who does not know what became of it writes the id alone: either that cannot be, as the group was done, or the group never can."""
+    wire.script("DROP TABLE IF EXISTS tokens; DROP TABLE IF EXISTS groups; CREATE TABLE tokens (token TEXT); CREATE TABLE groups (id TEXT PRIMARY KEY)")
+    through = cs.PgAddress.parse(postgres.url("trusted", sslmode="disable").replace(str(postgres.port), str(commit_proxy.port)))
+    wire.script("GRANT ALL ON tokens, groups TO trusted")
+    told, writer, accidents = {}, cs.Wire.connect(through), Counter()
+    for n in range(60):
+        token = "token %d" % n
+        accident = rng.choice(["cut before", "cut after", None])
+        commit_proxy.play(accident, 1)
+        *_, commit = writer.pipeline([[cs.Bound("BEGIN"), cs.Bound("INSERT INTO groups (id) VALUES ($1)", (token,)),
+                                       cs.Bound("INSERT INTO tokens (token) VALUES ($1)", (token,)), cs.Bound("COMMIT")]])[0]
+        if commit.error is None:
+            told[token] = "done"
+        else:
+            assert isinstance(commit.error, cs.PgLost) and writer.broken and commit_proxy.done == 1
+            writer = cs.Wire.connect(through)
+            try:
+                writer.query("INSERT INTO groups (id) VALUES ($1)", (token,))
+                told[token] = "refused"
+            except cs.PgError as error:
+                assert error.code == "23505"
+                told[token] = "done"
+        accidents[accident, told[token]] += 1
+    writer.close()
+    assert set(accidents) == {("cut before", "refused"), ("cut after", "done"), (None, "done")}
+    check_tokens(told, [token for token, in wire.query("SELECT token FROM tokens")])
+    wire.script("DROP TABLE tokens; DROP TABLE groups")
+
+
+def test_commits_may_be_late_or_never_come(postgres, commit_proxy):
+    through = cs.PgAddress.parse(postgres.url("trusted", sslmode="disable").replace(str(postgres.port), str(commit_proxy.port)))
+    wire = cs.Wire.connect(through)
+    commit_proxy.delay = 0.1
+    began = time.monotonic()
+    assert ask(wire, "BEGIN", "SELECT 1", "COMMIT") == ["BEGIN", [(1,)], "COMMIT"] and time.monotonic() - began >= 0.1
+    commit_proxy.stop()
+    wire.patience = 0.1
+    assert ask(wire, "SELECT 1") == ["lost"]
+    commit_proxy.go()
+    wire = cs.Wire.connect(through)
+    commit_proxy.cut()
+    assert ask(wire, "SELECT 1") == ["lost"]
+
+
+@slow
+def test_a_standby_takes_over_and_nothing_acknowledged_is_lost(rng):
+    """The primary is ended in the middle of its work; the synchronous standby becomes the primary, which clients find."""
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as undo:
+        first, second = Postgres.pair(Path(home), undo)
+        address = cs.PgAddress.parse("postgres://cloud@127.0.0.1:%d,127.0.0.1:%d/postgres" % (first.port, second.port))
+        undo.enter_context(pytest.MonkeyPatch.context()).setenv("CLOUDSERVER_DATABASE_PASSWORD", first.PASSWORD)
+        wire = cs.Wire.connect(address)
+        assert wire.host.port == first.port
+        wire.script("CREATE TABLE tokens (token BIGINT)")
+        assert eventually(lambda: wire.query("SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'") == [(1,)])
+        told = {}
+        for n in range(500):
+            result, = wire.pipeline([[cs.Bound("INSERT INTO tokens (token) VALUES ($1)", (n,))]])[0]
+            told[n] = "unknown" if result.error else "done"
+            if n == 250:
+                first.process.send_signal(signal.SIGQUIT)
+                second.run("pg_ctl", "promote", "-D", second.data)
+
+                def find():
+                    with contextlib.suppress(cs.PgLost, cs.PgError):
+                        return cs.Wire.connect(address)
+                wire = eventually(find)
+                wire.script("ALTER SYSTEM SET synchronous_standby_names = ''")          # it has none itself
+                wire.query("SELECT pg_reload_conf()")
+        assert wire.host.port == second.port and Counter(told.values())["done"] > 490
+        check_tokens(told, [token for token, in wire.query("SELECT token FROM tokens")])
+
+
+# ==== 10. Accounts =======================================================================
 
 def identify(cloud, authorization="", cookie="", address="127.0.0.1", secure=True):
     return cloud.credentials.identify(authorization, cookie, address, secure=secure)
@@ -2912,7 +3985,7 @@ def test_devices_are_let_in_once(make_cloud, fake):
     assert outcome(cloud.devices.begin_pairing, "x", "10.0.0.1") == "throttled" and cloud.devices.begin_pairing("x", "10.0.0.2")
 
 
-# ==== 10. Tree, history and verbs ========================================================
+# ==== 11. Tree, history and verbs ========================================================
 
 def test_a_file_comes_back_as_it_was_given(cloud, ann):
     node, new = cloud.files.write(ann, ("a.txt",), Body(b"hello"), announced=cs.Announced(mtime=-5000))
@@ -6405,7 +7478,7 @@ def test_a_request_that_comes_twice_counts_once(make_cloud, fake):
     assert cloud.once("op", ann, lambda who: put(cloud, who, "a", b"3")).size == 1
 
 
-# ==== 15. Sharing ========================================================================
+# ==== 16. Sharing ========================================================================
 
 def limited_to(cloud, who, path, **how):
     """The Principal of a device that is limited to a collection."""
@@ -8894,7 +9967,7 @@ def test_what_needs_no_account_shows_nothing_of_one(cloud, ann, address):
             assert answer.status < 500 and not any(words in answer.body for words in (SECRET, INSIDE, b"private")), route
 
 
-# ==== 17. HTTP ===========================================================================
+# ==== 18. HTTP ===========================================================================
 
 GET_ROOT = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -9741,7 +10814,7 @@ def test_long_reads_end_when_nobody_waits_for_the_answer(cloud, ann, serve_cloud
     eventually(lambda: not cloud.tree.lanes.taken())
 
 
-# ==== 19. JSON API =======================================================================
+# ==== 20. JSON API =======================================================================
 
 @pytest.fixture
 def api(call):
@@ -10552,7 +11625,7 @@ def test_the_description_fits_the_routes(call):
             assert about["summary"], route.pattern
 
 
-# ==== 20. Transfer =======================================================================
+# ==== 21. Transfer =======================================================================
 
 TUS = {"Tus_Resumable": "1.0.0"}
 PART = {**TUS, "Content_Type": "application/offset+octet-stream"}
@@ -11139,7 +12212,7 @@ def test_a_held_device_may_still_add_by_a_commit(make_cloud, fake, serve_cloud):
     assert codes(commit(cloud, device, [{"delete": "d"}])) == [204]
 
 
-# ==== 21. WebDAV =========================================================================
+# ==== 22. WebDAV =========================================================================
 
 def propfind(call, path, *names, depth="0", **headers):
     """{href: {name: element}} of a PROPFIND for properties like "d:getetag"."""
@@ -11588,7 +12661,7 @@ def test_quota_properties(call, cloud, ann):
     assert call("PUT", "/dav/b", bytes(800)).status == 507
 
 
-# ==== 22. Nextcloud dialect ==============================================================
+# ==== 23. Nextcloud dialect ==============================================================
 
 FILES = "/remote.php/dav/files/ann"
 UPLOADS = "/remote.php/dav/uploads/ann/"
@@ -12151,7 +13224,7 @@ def test_a_poll_that_finds_nothing_new_is_cheap(call, cloud, ann):
     assert len([sql for sql in steps if sql.startswith("SELECT")]) <= 4, steps
 
 
-# ==== 23. Upkeep and custody =============================================================
+# ==== 24. Upkeep and custody =============================================================
 
 @pytest.fixture
 def aging(make_cloud, fake):
@@ -13469,7 +14542,7 @@ def test_while_a_bucket_is_away_what_is_here_goes_on(s3, keys_in, make_cloud, se
     assert call("PUT", "/dav/new", random_bytes(100_000)).status == 201 and cs.verify(cloud) == []
 
 
-# ==== 24. Service ========================================================================
+# ==== 25. Service ========================================================================
 
 def test_first_start_prints_a_setup_link(serve):
     served = serve(user=None)
@@ -13803,7 +14876,7 @@ def test_the_access_log_is_combined_and_keeps_secrets(serve, tmp_path):
     assert '"GET /dav/a%20b HTTP/1.1" 200 5' in got and "secret" not in log.read_text() and is_private(log)
 
 
-# ==== 26. Folder and sync client =========================================================
+# ==== 27. Folder and sync client =========================================================
 
 @pytest.mark.parametrize("lines, ignored, kept", [
     (["*.log"], ["a.log", "d/a.log"], ["a.log.txt", "log"]),
@@ -18331,7 +19404,7 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
         [cloud.files.delete(ann, (path,)) for path in list(tree(cloud, ann)) if "/" not in path]
 
 
-# ==== 30. Command line ===================================================================
+# ==== 31. Command line ===================================================================
 
 def run(*words, input=None, timeout=60, **how):
     """Run the real program; returns the finished process."""
@@ -18643,7 +19716,7 @@ def test_accounts_from_the_command_line(tmp_path):
     assert "bob" not in run("user", "list", *data).stdout
 
 
-# ==== 32. Visitor ========================================================================
+# ==== 33. Visitor ========================================================================
 
 def visitor_request(query, fields, *path):
     return cs.Request("GET", (("s", *path), False, query), cs.Envelope(fields=fields), Body())
@@ -18748,7 +19821,7 @@ def test_people_are_told_why_in_a_page_and_programs_in_a_document(kind, status, 
     assert json.loads(ask("*/*").body)["code"] == kind
 
 
-# ==== 34. Page ===========================================================================
+# ==== 35. Page ===========================================================================
 
 def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
