@@ -13,34 +13,36 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      5  Formats         media_type find_words qr_code zip_archive      what files are made of
      6  Store           Store Directory Blobs Content                  the only code that opens data files
      7  Bucket          Bucket S3 Cache                                 objects in an S3, and copies of some here
-     8  Database        Database Sqlite Batch SCHEMA MIGRATIONS        two calls: read and write
-     9  PostgreSQL      PgAddress Wire Bound Result PgError PgLost    what a server of rows speaks
-    10  Accounts        Credentials Accounts Devices                   who is asking
-    11  Tree            View Place Moment Contents Locks Brake         the tree of files, read
-    12  Mounts          Access Grant Mounts                            what others shared, as it stands in a root
-    13  Changes         Space Tree Draft Plan                          how it is changed
-    14  Files           Files Copies Search                            the verbs of what is
-    15  History         Span Journal Feed History Versions Trash       ... and of what was
-    16  Sharing         Sharing Terms Drops                            what people hand to others
-    17  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
-    18  HTTP            Request Response route respond                 what is asked, and the gate
-    19  Connections     Parser Connection Handler                      the only code that touches a socket
-    20  JSON API        api_*                                          what the page and programs use
-    21  Transfer        tus_* sync_*                                   resumable uploads, native sync
-    22  WebDAV          dav_*                                          RFC 4918
-    23  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
-    24  Upkeep          Upkeep Janitor                                 background jobs
-    25  Service         CloudServer Supervisor                         start, stop, logs
-    26  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
-    27  Folder          Rules Folder Memory                            a folder on this computer
-    28  Link            Link Fetcher introduce                         the server at the other end of a sync
-    29  Planner         Session Worklist Planner                      what a sync has to do
-    30  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
-    31  Command line    main                                           a function per command
-    32  Page parts      PARTS_* WORDS bare                             what pages are made of
-    33  Visitor         link_page H                                    what visitors of links see
-    34  Links           link_*                                         the doors that links open
-    35  Page            PAGE_* web_page                                the embedded page
+     8  Database        Database Batch SCHEMA MIGRATIONS               two calls: read and write
+     9  SQLite          Sqlite                                         one machine's Database, in a file
+    10  PostgreSQL      PgAddress Wire Bound Result PgError PgLost    what a server of rows speaks
+    11  Cluster         Postgres translate                             PostgreSQL as a Database
+    12  Accounts        Credentials Accounts Devices                   who is asking
+    13  Tree            View Place Moment Contents Locks Brake         the tree of files, read
+    14  Mounts          Access Grant Mounts                            what others shared, as it stands in a root
+    15  Changes         Space Tree Draft Plan                          how it is changed
+    16  Files           Files Copies Search                            the verbs of what is
+    17  History         Span Journal Feed History Versions Trash       ... and of what was
+    18  Sharing         Sharing Terms Drops                            what people hand to others
+    19  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
+    20  HTTP            Request Response route respond                 what is asked, and the gate
+    21  Connections     Parser Connection Handler                      the only code that touches a socket
+    22  JSON API        api_*                                          what the page and programs use
+    23  Transfer        tus_* sync_*                                   resumable uploads, native sync
+    24  WebDAV          dav_*                                          RFC 4918
+    25  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
+    26  Upkeep          Upkeep Janitor                                 background jobs
+    27  Service         CloudServer Supervisor                         start, stop, logs
+    28  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
+    29  Folder          Rules Folder Memory                            a folder on this computer
+    30  Link            Link Fetcher introduce                         the server at the other end of a sync
+    31  Planner         Session Worklist Planner                      what a sync has to do
+    32  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
+    33  Command line    main                                           a function per command
+    34  Page parts      PARTS_* WORDS bare                             what pages are made of
+    35  Visitor         link_page H                                    what visitors of links see
+    36  Links           link_*                                         the doors that links open
+    37  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -230,6 +232,7 @@ def option(default: Any, help: str, **how: Any) -> Any:
 class Config:
     """Every setting, once: command line, environment (CLOUDSERVER_PORT) and tests all read this class."""
     data: Path = option(Path("cloud-data"), "directory that holds everything", metavar="DIR")
+    database: str = option("", "PostgreSQL that holds what is not in files, and several servers may share: postgres://USER@HOST/NAME", metavar="URL")
     objects: str = option("", "where the larger parts of files are kept, if not there: a directory, or s3://BUCKET@HOST:PORT/PREFIX?region=REGION",
                           metavar="PLACE")
     objects_key_file: Optional[Path] = option(None, "file with id and secret for a bucket, mode 600; else AWS_ACCESS_KEY_ID and "
@@ -3247,10 +3250,6 @@ CREATE INDEX share_due ON share (due) WHERE ended IS NULL;
 """
 MIGRATIONS = [  # MIGRATIONS[0] leads from version 1 to 2
     VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9, VERSION_10, VERSION_11, VERSION_12]
-INDEXES = (  # made where SQLite can: parts of names; words of contents
-    "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
-    "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
-    "tokenize = 'unicode61 remove_diacritics 2')")
 
 GROUP_LIMIT = 64                # batches in one commit
 ATTEMPTS = 50                   # times a batch may find that somebody was faster
@@ -3285,6 +3284,10 @@ class Clock:
 
     def due(self) -> int:
         return int(self._steady() * 1000) + self._offset
+
+    def advance(self, due: int) -> None:
+        """Another process is there already."""
+        self._offset += max(0, due - self.due())
 
     def resume(self, due: int, wall: int) -> None:
         """Continue after a process that last stood at `due` when the wall clock said `wall`."""
@@ -3467,6 +3470,13 @@ class Line(NamedTuple):
     action: str
     detail: dict[str, Any]
 
+    def row(self, at: int, tag: str) -> tuple[Any, ...]:
+        """What PUT_LINE takes."""
+        return at, self.home, self.who.account, self.who.device, self.action, to_json(self.detail), tag
+
+
+PUT_LINE = "INSERT INTO journal (seq, at, home, account, device, action, detail, tag) SELECT max(seq) + 1, ?, ?, ?, ?, ?, ?, ? FROM journal"
+
 
 @dataclass
 class Batch:
@@ -3500,48 +3510,14 @@ class _Ticket:
         self.batch, self.gate, self.settled, self.error = batch, threading.Lock(), False, None
 
 
-SETTINGS = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA fullfsync = 1", "PRAGMA checkpoint_fullfsync = 1",
-            "PRAGMA journal_size_limit = %d" % (64 * MiB))
-
-
-def address_to_read(path: Path) -> tuple[str, tempfile.TemporaryDirectory[str] | None]:
-    """Where a database that must not be changed is read: in place, or where that cannot be done, a copy.
-
-    With it belongs what its log or journal holds: a journal undoes what a process that was killed left half written.
-    raises  sqlite3.OperationalError while it is written; OSError
-    """
-    here = path.resolve().as_uri()
-    try:
-        with closing(sqlite3.connect(here + "?mode=ro", timeout=30, uri=True)) as db:
-            db.execute("SELECT 1 FROM sqlite_master").fetchone()
-        return here + "?mode=ro", None
-    except sqlite3.OperationalError as error:
-        if "locked" in str(error):
-            raise
-    logs = [file for file in (path.with_name(path.name + "-wal"), path.with_name(path.name + "-journal"))
-            if file.exists() and file.stat().st_size]
-    if not logs:
-        return here + "?immutable=1", None
-    copy = tempfile.TemporaryDirectory()
-    for file in (path, *logs):
-        shutil.copyfile(file, Path(copy.name) / file.name)
-    return (Path(copy.name) / path.name).as_uri(), copy
-
-
-@contextmanager
-def opened_to_read(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection to it.  raises sqlite3.Error, OSError"""
-    address, copy = address_to_read(path)
-    with copy or nullcontext(), closing(sqlite3.connect(address, uri=True, check_same_thread=False)) as db:
-        yield db
+READ_ONLY = "the data is open for reading only, or not any more"
 
 
 class Writer:
-    """The connection that writes, and who waits for it (invariants 1 to 4)."""
+    """Who waits for a commit, and who commits for all of them (invariant 3); how, is the engine's."""
 
-    def __init__(self, lock: CountingLock | None, clock: Clock, reserve: Reserve) -> None:
-        self.lock, self.clock, self.reserve = lock, clock, reserve
-        self.connection: sqlite3.Connection | None = None    # None: nothing can be written here
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self.broken = ""                                     # why nothing is written any more (R4)
         self._queue: deque[_Ticket] = deque()
         self._led, self._turn = False, threading.Lock()      # does somebody commit?  _turn: of this, and of the queue
@@ -3555,17 +3531,28 @@ class Writer:
         if ticket.error is not None:
             raise ticket.error
 
-    def close(self, readers: Iterable[sqlite3.Connection]) -> None:
-        """Let those who wait be done, and nobody after them; the last connection that is closed may write, too."""
+    @contextmanager
+    def ended(self) -> Iterator[None]:
+        """Once those who wait are done, and before anybody after them."""
         while not self._leads(_Ticket(Batch([]))):
             pass
-        with self.lock or nullcontext():
-            for db in (*readers, *(() if self.connection is None else (self.connection,))):
-                db.close()
-        if self.lock:
-            self.lock.close()
-        self.lock = self.connection = None
+        yield
         self._hand_on([])
+
+    def _turn_of_process(self) -> ContextManager[Any]:
+        """Held while a group is gathered and committed.  raises CloudError read-only where nothing can be written, or not any more"""
+        raise NotImplementedError
+
+    def _transact(self, group: list[_Ticket]) -> None:
+        """Commit some batches; notes the errors of those that are refused.  raises what takes them all"""
+        raise NotImplementedError
+
+    def _commit_group(self, group: list[_Ticket]) -> None:
+        try:
+            self._transact(group)
+        except Exception as error:
+            for ticket in group:
+                ticket.error = error
 
     def _leads(self, ticket: _Ticket) -> bool:
         """Wait until a ticket is settled, which is False, or has to see to it itself, and to all who come meanwhile."""
@@ -3582,9 +3569,7 @@ class Writer:
         """Commit for all who wait once it is this process's turn, then hand on to the first who came too late (invariant 3)."""
         group = [ticket]
         try:
-            if self.lock is None:
-                raise CloudError("read-only", "the data is open for reading only, or not any more")
-            with self.lock:
+            with self._turn_of_process():
                 while self._queue and len(group) < GROUP_LIMIT:
                     group.append(self._queue.popleft())      # others only append
                 self._commit_group(group)
@@ -3605,106 +3590,6 @@ class Writer:
         for ticket in settled:
             ticket.settled = True
             ticket.gate.release()
-
-    def _commit_group(self, group: list[_Ticket]) -> None:
-        """One transaction for all, and for those that give room back another one with the reserve's if the disk is full."""
-        try:
-            self._transact(group)
-        except Exception as error:
-            freeing = [ticket for ticket in group if ticket.batch.frees]
-            for ticket in group:
-                ticket.error = error
-            if freeing and isinstance(error, CloudError) and error.kind == "disk-full" and self.reserve.give_up():
-                for ticket in freeing:
-                    ticket.error = None
-                try:
-                    self._transact(freeing)
-                except Exception as again:
-                    for ticket in freeing:
-                        ticket.error = again
-
-    def _transact(self, group: list[_Ticket], *, apart: bool = False) -> None:
-        """Commit some batches; notes the errors of those that are refused.  raises what takes them all
-
-        apart  each has a savepoint: only once another was refused halfway, for that copies every page
-        """
-        if self.broken:
-            raise CloudError("storage-failed", self.broken)
-        db, halfway = self.connection, None
-        for ticket in group:
-            self.lock.touch(ticket.batch.touches)
-        try:
-            db.execute("BEGIN IMMEDIATE")
-            for ticket in group:
-                if not self._try(ticket, apart):
-                    halfway = ticket
-                    break
-            db.execute("ROLLBACK" if halfway else "COMMIT")
-        except BaseException as error:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            if not isinstance(error, sqlite3.Error):
-                raise
-            refusal = database_error(error)
-            if refusal.kind == "storage-failed":
-                self.broken = "a write failed; the server must be restarted and verified"
-            raise refusal from error
-        if halfway and len(group) > 1:
-            self._transact([ticket for ticket in group if ticket is not halfway], apart=True)
-
-    def _try(self, ticket: _Ticket, apart: bool) -> bool:
-        """Apply a batch within the transaction, or note why not; False if it left a trace (invariant 1)."""
-        db, writing, ticket.error = self.connection, False, None
-        try:
-            self._check(ticket.batch)
-            if apart:
-                db.execute("SAVEPOINT batch")
-            writing = True
-            self._apply(ticket.batch)
-        except _Failed as failed:
-            ticket.error = Conflict(str(failed))
-        except sqlite3.IntegrityError as error:              # a unique index guards, too
-            ticket.error = Conflict(str(error))
-        except Exception as error:
-            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, FAULTS):
-                raise                                        # of the disk or the file: it takes the whole group
-            ticket.error = error
-        if writing and apart:
-            if ticket.error:
-                db.execute("ROLLBACK TO batch")
-            db.execute("RELEASE batch")
-        return apart or not writing or ticket.error is None
-
-    def _check(self, batch: Batch) -> None:
-        """raises _Failed, Replayed, sqlite3.Error"""
-        db = self.connection
-        if batch.op:
-            for seq, digest in db.execute("SELECT seq, digest FROM op WHERE id = ?", batch.op[:1]):
-                raise Replayed(seq, digest == batch.op[1])
-        for part in batch, *batch.also:
-            for guard in part.guards:
-                for (reason,) in db.execute(guard.sql, guard.params):
-                    if reason is not None:
-                        raise _Failed(reason)
-
-    def _apply(self, batch: Batch) -> None:
-        """raises CloudError, sqlite3.Error, and what its rows raise"""
-        db = self.connection
-        tag = next(self._tags) if batch.line else ""
-        for part in batch, *batch.also:
-            if part.line:
-                home, who, action, detail = part.line
-                part.tag = tag
-                part.seq = db.execute(
-                    "INSERT INTO journal (seq, at, home, account, device, action, detail, tag) "
-                    "SELECT max(seq) + 1, ?, ?, ?, ?, ?, ?, ? FROM journal",
-                    (self.clock.wall(), home, who.account, who.device, action,
-                     to_json(detail), part.tag)).lastrowid
-            for sql, params, many in part.body:
-                (db.executemany if many else db.execute)(sql, params)
-        if batch.op:
-            db.execute("INSERT INTO op (id, seq, digest, result, at) VALUES (?, ?, ?, ?, ?)",
-                       (batch.op[0], batch.seq, batch.op[1], batch.result, self.clock.due()))
 
 
 class Database:
@@ -3745,6 +3630,21 @@ class Database:
     def close(self) -> None:
         """Let those who wait for a commit be done, and end."""
         raise NotImplementedError
+
+    def damage(self, *, quick: bool = True) -> list[str]:
+        """What is wrong with the rows as a whole, as far as the engine can tell.  raises CloudError"""
+        return []
+
+    def examine(self) -> Iterator[tuple[bool, str]]:
+        """What is known to go wrong with the engine, quickly: (is it well?, sentence)."""
+        raise NotImplementedError
+
+    def as_file(self) -> ContextManager[str]:
+        """The address by which SQLite reads all rows meanwhile: as they are, or as they were when that began.  raises CloudError, OSError"""
+        raise NotImplementedError
+
+    def keep_reserve(self, size: int) -> None:
+        """Have so many bytes put by for the moment when the disk of the rows is full, where that is ours to see to."""
 
     # ---- what is made of that
 
@@ -3839,6 +3739,11 @@ class Database:
         """Give a lease back, for the next one who asks; its fence still rises."""
         self.run(Statement("UPDATE lease SET due = 0 WHERE name = ? AND owner = ?", (name, owner)), frees=True)
 
+    def _first_rows(self) -> str:
+        return """INSERT INTO journal (seq, at, home, account, device, action, detail) VALUES (1, %d, 0, 0, '', 'create', '{}');
+            INSERT INTO setting (name, value) VALUES ('epoch', '%s'), ('generation', '0')""" % (
+            self.clock.wall(), secrets.token_hex(8))
+
     def _resume_clock(self) -> None:
         stood = self.setting("clock")
         if stood:
@@ -3847,6 +3752,184 @@ class Database:
     def save_clock(self) -> None:
         """Note where due() stands; the janitor does so every minute."""
         self.run(put_setting("clock", to_json([self.clock.due(), self.clock.wall()])), frees=True)
+
+
+def check_version(version: int) -> None:
+    """raises CloudError if a database of this version was written by a newer program"""
+    if version > 1 + len(MIGRATIONS):
+        raise CloudError("conflict", "the data was written by a newer version of this program; use that one")
+
+
+class Replayed(CloudError):
+    """A batch with this op id was committed before; `same` tells whether it asked for the same."""
+
+    def __init__(self, seq: int, same: bool) -> None:
+        super().__init__("op-reused", "this operation id was used for something else")
+        self.seq, self.same = seq, same
+
+
+# ==== 9. SQLite ==========================================================================
+#
+# The engine of one machine: a file, with a write-ahead log beside it.
+
+INDEXES = (  # made where SQLite can: parts of names; words of contents
+    "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
+    "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
+    "tokenize = 'unicode61 remove_diacritics 2')")
+
+SETTINGS = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA fullfsync = 1", "PRAGMA checkpoint_fullfsync = 1",
+            "PRAGMA journal_size_limit = %d" % (64 * MiB))
+
+
+def address_to_read(path: Path) -> tuple[str, tempfile.TemporaryDirectory[str] | None]:
+    """Where a database that must not be changed is read: in place, or where that cannot be done, a copy.
+
+    With it belongs what its log or journal holds: a journal undoes what a process that was killed left half written.
+    raises  sqlite3.OperationalError while it is written; OSError
+    """
+    here = path.resolve().as_uri()
+    try:
+        with closing(sqlite3.connect(here + "?mode=ro", timeout=30, uri=True)) as db:
+            db.execute("SELECT 1 FROM sqlite_master").fetchone()
+        return here + "?mode=ro", None
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise
+    logs = [file for file in (path.with_name(path.name + "-wal"), path.with_name(path.name + "-journal"))
+            if file.exists() and file.stat().st_size]
+    if not logs:
+        return here + "?immutable=1", None
+    copy = tempfile.TemporaryDirectory()
+    for file in (path, *logs):
+        shutil.copyfile(file, Path(copy.name) / file.name)
+    return (Path(copy.name) / path.name).as_uri(), copy
+
+
+@contextmanager
+def opened_to_read(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection to it.  raises sqlite3.Error, OSError"""
+    address, copy = address_to_read(path)
+    with copy or nullcontext(), closing(sqlite3.connect(address, uri=True, check_same_thread=False)) as db:
+        yield db
+
+
+class SqliteWriter(Writer):
+    """The connection that writes (invariants 1 to 4)."""
+
+    def __init__(self, lock: CountingLock | None, clock: Clock, reserve: Reserve) -> None:
+        super().__init__(clock)
+        self.lock, self.reserve = lock, reserve
+        self.connection: sqlite3.Connection | None = None    # None: nothing can be written here
+
+    def close(self, readers: Iterable[sqlite3.Connection]) -> None:
+        """Let those who wait be done, and nobody after them; the last connection that is closed may write, too."""
+        with self.ended():
+            with self.lock or nullcontext():
+                for db in (*readers, *(() if self.connection is None else (self.connection,))):
+                    db.close()
+            if self.lock:
+                self.lock.close()
+            self.lock = self.connection = None
+
+    def _turn_of_process(self) -> ContextManager[Any]:
+        if self.lock is None:
+            raise CloudError("read-only", READ_ONLY)
+        return self.lock
+
+    def _commit_group(self, group: list[_Ticket]) -> None:
+        """One transaction for all, and for those that give room back another one with the reserve's if the disk is full."""
+        try:
+            self._transact(group)
+        except Exception as error:
+            freeing = [ticket for ticket in group if ticket.batch.frees]
+            for ticket in group:
+                ticket.error = error
+            if freeing and isinstance(error, CloudError) and error.kind == "disk-full" and self.reserve.give_up():
+                for ticket in freeing:
+                    ticket.error = None
+                try:
+                    self._transact(freeing)
+                except Exception as again:
+                    for ticket in freeing:
+                        ticket.error = again
+
+    def _transact(self, group: list[_Ticket], *, apart: bool = False) -> None:
+        """Commit some batches; notes the errors of those that are refused.  raises what takes them all
+
+        apart  each has a savepoint: only once another was refused halfway, for that copies every page
+        """
+        if self.broken:
+            raise CloudError("storage-failed", self.broken)
+        db, halfway = self.connection, None
+        for ticket in group:
+            self.lock.touch(ticket.batch.touches)
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for ticket in group:
+                if not self._try(ticket, apart):
+                    halfway = ticket
+                    break
+            db.execute("ROLLBACK" if halfway else "COMMIT")
+        except BaseException as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            if not isinstance(error, sqlite3.Error):
+                raise
+            refusal = database_error(error)
+            if refusal.kind == "storage-failed":
+                self.broken = "a write failed; the server must be restarted and verified"
+            raise refusal from error
+        if halfway and len(group) > 1:
+            self._transact([ticket for ticket in group if ticket is not halfway], apart=True)
+
+    def _try(self, ticket: _Ticket, apart: bool) -> bool:
+        """Apply a batch within the transaction, or note why not; False if it left a trace (invariant 1)."""
+        db, writing, ticket.error = self.connection, False, None
+        try:
+            self._check(ticket.batch)
+            if apart:
+                db.execute("SAVEPOINT batch")
+            writing = True
+            self._apply(ticket.batch)
+        except _Failed as failed:
+            ticket.error = Conflict(str(failed))
+        except sqlite3.IntegrityError as error:              # a unique index guards, too
+            ticket.error = Conflict(str(error))
+        except Exception as error:
+            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, FAULTS):
+                raise                                        # of the disk or the file: it takes the whole group
+            ticket.error = error
+        if writing and apart:
+            if ticket.error:
+                db.execute("ROLLBACK TO batch")
+            db.execute("RELEASE batch")
+        return apart or not writing or ticket.error is None
+
+    def _check(self, batch: Batch) -> None:
+        """raises _Failed, Replayed, sqlite3.Error"""
+        db = self.connection
+        if batch.op:
+            for seq, digest in db.execute("SELECT seq, digest FROM op WHERE id = ?", batch.op[:1]):
+                raise Replayed(seq, digest == batch.op[1])
+        for part in batch, *batch.also:
+            for guard in part.guards:
+                for (reason,) in db.execute(guard.sql, guard.params):
+                    if reason is not None:
+                        raise _Failed(reason)
+
+    def _apply(self, batch: Batch) -> None:
+        """raises CloudError, sqlite3.Error, and what its rows raise"""
+        db = self.connection
+        tag = next(self._tags) if batch.line else ""
+        for part in batch, *batch.also:
+            if part.line:
+                part.tag = tag
+                part.seq = db.execute(PUT_LINE, part.line.row(self.clock.wall(), tag)).lastrowid
+            for sql, params, many in part.body:
+                (db.executemany if many else db.execute)(sql, params)
+        if batch.op:
+            db.execute("INSERT INTO op (id, seq, digest, result, at) VALUES (?, ?, ?, ?, ?)",
+                       (batch.op[0], batch.seq, batch.op[1], batch.result, self.clock.due()))
 
 
 class Sqlite(Database):
@@ -3858,7 +3941,7 @@ class Sqlite(Database):
         readonly   change nothing, not even on the way: a disk that turned read-only, a mounted snapshot
         """
         self.path, self.readonly, self.reserve = path, readonly, Reserve(path.parent / "reserve")
-        self.writer = Writer(None if readonly else CountingLock(path.parent / "write.lock"), clock, self.reserve)
+        self.writer = SqliteWriter(None if readonly else CountingLock(path.parent / "write.lock"), clock, self.reserve)
         self._address, self._copy = str(path), None          # _copy: where a log that cannot be read in place is read
         self._idle: deque[sqlite3.Connection] = deque()      # connections for reading
         self._index: bool | None = None                      # is there an index of names?
@@ -3952,6 +4035,16 @@ class Sqlite(Database):
         if self._copy:
             self._copy.cleanup()
 
+    def examine(self) -> Iterator[tuple[bool, str]]:
+        yield self.read("PRAGMA journal_mode") == [("wal",)], "the database keeps a write-ahead log"
+        yield self.has_index(), "SQLite can index names (FTS5 with trigrams)"
+
+    def damage(self, *, quick: bool = True) -> list[str]:
+        return [found for found, in self.read("PRAGMA %s_check" % ("quick" if quick else "integrity")) if found != "ok"]
+
+    def keep_reserve(self, size: int) -> None:
+        self.writer.reserve.keep(size)
+
     # ---- opening
 
     def _connect(self, writes: bool = False) -> sqlite3.Connection:
@@ -3978,11 +4071,6 @@ class Sqlite(Database):
         if version <= len(MIGRATIONS):
             migrate(db, [SCHEMA, *MIGRATIONS, self._first_rows()] if version == 0 else steps_from(db, version))
 
-    def _first_rows(self) -> str:
-        return """INSERT INTO journal (seq, at, home, account, device, action, detail) VALUES (1, %d, 0, 0, '', 'create', '{}');
-            INSERT INTO setting (name, value) VALUES ('epoch', '%s'), ('generation', '0')""" % (
-            self.clock.wall(), secrets.token_hex(8))
-
     def _copy_before_migration(self, db: sqlite3.Connection, version: int) -> None:
         """Keep the database as the older program left it, to go back to (R31)."""
         copy = self.path.with_name("cloud-version-%d.db" % version)
@@ -3993,15 +4081,9 @@ class Sqlite(Database):
             os.replace(partial, copy)
             sync_directory(self.path.parent)
 
-    def address(self) -> str:
-        """What another connection of SQLite's opens or attaches this database by."""
-        return self._address
-
-
-def check_version(version: int) -> None:
-    """raises CloudError if a database of this version was written by a newer program"""
-    if version > 1 + len(MIGRATIONS):
-        raise CloudError("conflict", "the data was written by a newer version of this program; use that one")
+    @contextmanager
+    def as_file(self) -> Iterator[str]:
+        yield self._address
 
 
 def steps_from(db: sqlite3.Connection, version: int) -> list[str]:
@@ -4078,14 +4160,6 @@ class Reserve:
         return size > 0
 
 
-class Replayed(CloudError):
-    """A batch with this op id was committed before; `same` tells whether it asked for the same."""
-
-    def __init__(self, seq: int, same: bool) -> None:
-        super().__init__("op-reused", "this operation id was used for something else")
-        self.seq, self.same = seq, same
-
-
 def database_error(error: sqlite3.Error, path: Path | None = None) -> CloudError:
     """Word a failure of SQLite (R4, R18-R20)."""
     text = str(error)
@@ -4109,7 +4183,7 @@ DATABASE_ERRORS = (  # (words of SQLite's, kind, what it means)
 )
 
 
-# ==== 9. PostgreSQL ======================================================================
+# ==== 10. PostgreSQL =====================================================================
 #
 # What PostgreSQL speaks, version 3.0 of its protocol, and not a word about what is said with it.
 #
@@ -5075,7 +5149,614 @@ SIGNATURES = {  # algorithms of certificates as in DER: the hash they name, or S
     "2a8648ce3d040302": "sha256", "2a8648ce3d040303": "sha384", "2a8648ce3d040304": "sha512"}
 
 
-# ==== 10. Accounts =======================================================================
+# ==== 11. Cluster ========================================================================
+#
+# PostgreSQL behind the promises of Database: any number of servers share one.
+#
+# 1. A group is one transaction, sent at once: under a lock of the database, so that commits are serial, seqs have no gaps, and
+#    each guard sees all that was committed before.  That others are to look is told after it, and may be lost.
+# 2. Who lost the answer does not guess: it writes the id of its group as poison.  Is it there already, the group was
+#    committed, and its row tells the first seq; else it never can be, and is sent again.
+# 3. Nothing is remembered about rows that others may change: Recent has no words to trust here.
+# 4. All read from the primary.  One connection for each process writes, one listens, a bounded number reads.
+# 5. due() is the furthest of all processes, in one row; wall clocks count only after none of them was alive.
+
+CLUSTER_SCHEMA = """
+CREATE TABLE version (number INTEGER NOT NULL);                       -- of SCHEMA and MIGRATIONS: the one reached
+CREATE TABLE clock (due INTEGER NOT NULL, wall INTEGER NOT NULL);     -- how far the furthest process was, and by which wall clock
+CREATE TABLE commit_group (             -- groups of the last day
+    id TEXT PRIMARY KEY,
+    seq INTEGER,                        -- the next one when it began; NULL is poison: it never was, and never will be
+    at INTEGER NOT NULL);
+CREATE INDEX commit_group_at ON commit_group (at);
+CREATE SEQUENCE slot;
+CREATE FUNCTION instr(text, text) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT strpos($1, $2)';
+CREATE FUNCTION refuse(reason text, code text) RETURNS text LANGUAGE plpgsql AS
+    'BEGIN RAISE EXCEPTION USING ERRCODE = code, MESSAGE = reason; END';
+ALTER TABLE clock SET (fillfactor = 50);
+"""
+CLUSTER_STORAGE = """
+ALTER TABLE thumbnail ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY;
+ALTER TABLE chunk ALTER COLUMN data SET STORAGE EXTERNAL;
+ALTER TABLE thumbnail ALTER COLUMN data SET STORAGE EXTERNAL;
+ALTER TABLE collection SET (fillfactor = 50);
+ALTER TABLE account SET (fillfactor = 50);
+"""
+
+COMMITS, ALIVE = 0x636C6F75, 0x636C6F76          # locks of the database: who commits; of every process as long as it lives
+CHANNEL = "cloudserver"                          # ... on which commits are told
+GROUP_BYTES = 256 * KiB                          # of a transaction on the wire; one batch may be more
+READERS = 8                                      # connections of a process to read, and
+SPARE_TIME = 10                                  # seconds that a thread waits for one of them
+HEAR = 5                                         # seconds after which a waiter looks although nothing was heard
+CLOCK_TIME = 10                                        # seconds between two looks at the row of the clock
+ECHO = 2                                         # seconds in which a process must hear itself
+OUTAGE = 20                                      # seconds that a database may be away before somebody is refused
+RETRY_PAUSE = 0.3                                      # seconds before it is tried again
+LOCK_TIME = "10s"
+SESSION = {"default_transaction_isolation": "read committed", "lock_timeout": LOCK_TIME}
+
+
+# ---- the dialect: one rule of each kind, applied once to each statement
+
+DIALECT = [(re.compile(pattern), words) for pattern, words in (
+    (r"--[^\n]*", ""),
+    (r"\bINTEGER\b", "bigint"), (r"\bBLOB\b", "bytea"), (r"\) WITHOUT ROWID\b", ")"),
+    (r"\bchar\(9, 10, 13, 32\)", r"(chr(9) || chr(10) || chr(13) || chr(32))"),
+    (r"\blength\(CAST\((\S+) AS bytea\)\)", r"octet_length(\1)"),
+    (r"\bIS NOT (?=[?:])", "IS DISTINCT FROM "),
+    (r"((?:\?\d*|:[a-z]\w*)) IS( NOT)? NULL\b", r"CAST(\1 AS text) IS\2 NULL"),
+    (r"\bCROSS JOIN (\w+ \w+) ON\b", r"JOIN \1 ON"),
+    (r"<< (\S+)", r"<< CAST(\1 AS int)"),
+    (r'(?<!")\boffset\b', '"offset"'))]
+LITERAL = re.compile(r"('(?:[^']|'')*')")
+PLACE = re.compile(r"\?(\d*)|(?<!:):([a-z]\w*)")
+
+
+@lru_cache(maxsize=2000)
+def translate(sql: str) -> tuple[str, tuple[str, ...]]:
+    """A statement as PostgreSQL takes it, and the names of its parameters in their order; none if they have numbers."""
+    names: list[str] = []
+    count = itertools.count(1)
+
+    def number(place: re.Match[str]) -> str:
+        if place[2] is None:
+            return "$" + (place[1] or str(next(count)))
+        if place[2] not in names:
+            names.append(place[2])
+        return "$%d" % (1 + names.index(place[2]))
+
+    parts = LITERAL.split(sql)
+    for at in range(0, len(parts), 2):           # what is quoted stays as it is
+        for pattern, words in DIALECT:
+            parts[at] = pattern.sub(words, parts[at])
+        parts[at] = PLACE.sub(number, parts[at])
+    return "".join(parts), tuple(names)
+
+
+def translate_script(script: str) -> str:
+    return translate(re.sub(r"--[^\n]*", "", script))[0]
+
+
+def spoken(sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> Bound:
+    """raises TypeError, OverflowError, ValueError for values that cannot be sent"""
+    return Bound(*spell(sql, params))
+
+
+def spell(sql: str, params: Sequence[Any] | dict[str, Any]) -> tuple[str, Sequence[Any]]:
+    text, names = translate(sql)
+    return text, [params[name] for name in names] if names else params
+
+
+# ---- what went wrong
+
+GUARDED, REPEATED = "CL001", "CL002"             # a guard does not hold; an op id was used before
+OF_BATCH = ("CL", "22", "23", "42", "54", "P0")  # classes of errors that are of a statement or its values; others take the whole group
+TRANSIENT = ("08", "25006", "40", "55P03", "57")   # ... that pass when the database is itself again
+PG_ERRORS = (  # (beginning of a code, kind, what it means)
+    ("53100", "disk-full", "the disk of the database is full"),
+    ("25006", "busy", "the database takes no writes just now"),
+    ("42501", "read-only", "the database does not let this server write"),
+    ("53", "busy", "the database has no room for more"), ("57", "busy", "the database is being stopped or started"),
+    ("55", "busy", "the database is busy"), ("40", "busy", "the database is busy"),
+    ("58", "storage-failed", "the database fails"), ("XX", "storage-failed", "the database fails"))
+
+
+def cluster_error(error: PgError | PgLost) -> CloudError:
+    """Word a failure of PostgreSQL, or of the way to it."""
+    log.error("database: %s", error)
+    if isinstance(error, PgLost):
+        return CloudError("busy", "the database is away", retry_after=1)
+    for code, kind, message in PG_ERRORS:
+        if error.code.startswith(code):
+            return CloudError(kind, message, **({"retry_after": 1} if kind == "busy" else {}))
+    return CloudError("internal")
+
+
+def refusal_of(error: PgError) -> Exception:
+    """What a batch is told whose statement was refused."""
+    if error.code == REPEATED:
+        seq, _, same = error.fields["M"].partition(" ")
+        return Replayed(int(seq), same == "1")
+    if error.code == GUARDED or error.code[:2] == "23":      # a unique index guards, too
+        return Conflict(str(error))
+    return cluster_error(error)
+
+
+# ---- writing
+
+LOCK_COMMITS = "SELECT pg_advisory_xact_lock(%d)" % COMMITS
+PUT_GROUP = "INSERT INTO commit_group (id, seq, at) SELECT ?, max(seq) + 1, ? FROM journal RETURNING seq"
+POISON = "INSERT INTO commit_group (id, seq, at) VALUES (?, NULL, ?) ON CONFLICT (id) DO UPDATE SET at = excluded.at RETURNING seq"
+IS_REPEATED = "SELECT refuse(coalesce(seq, 0) || ' ' || CASE WHEN digest = ? THEN 1 ELSE 0 END, 'CL002') FROM op WHERE id = ?"
+PUT_OP = "INSERT INTO op (id, seq, digest, result, at) SELECT ?, CASE WHEN ? > 0 THEN max(seq) + 1 - ? ELSE 0 END, ?, ?, ? FROM journal"
+END_HOLDER = (  # of whom holds up all others: one that is silent, and does not wait for a standby
+    "SELECT pg_terminate_backend(a.pid) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid WHERE l.locktype = 'advisory' AND l.granted "
+    "AND l.objid = %d AND a.datname = current_database() AND a.wait_event IS DISTINCT FROM 'SyncRep' "
+    "AND a.state_change < clock_timestamp() - CAST('5 s' AS interval)" % COMMITS)
+
+
+class Said(NamedTuple):
+    """What is sent for a batch."""
+    ticket: _Ticket
+    statements: list[Bound]
+
+    def size(self) -> int:
+        return sum(map(len, self.statements))
+
+
+class ClusterWriter(Writer):
+    """The connection that writes (invariants 1 and 2)."""
+
+    def __init__(self, connect: Callable[[], Wire], clock: Clock) -> None:
+        super().__init__(clock)
+        self._connect: Callable[[], Wire] | None = connect   # None: nothing is written, or not any more
+        self._wire: Wire | None = None
+
+    def close(self) -> None:
+        with self.ended():
+            self._connect = None
+            if self._wire:
+                self._wire.close()
+
+    def wire(self) -> Wire:
+        """raises PgError, PgLost, CloudError"""
+        if self._wire is None or self._wire.broken:
+            self._wire = self._connect()
+        return self._wire
+
+    def _turn_of_process(self) -> ContextManager[Any]:
+        if self._connect is None:
+            raise CloudError("read-only", READ_ONLY)
+        return nullcontext()
+
+    def _transact(self, group: list[_Ticket]) -> None:
+        said: list[Said] = []
+        for ticket in group:
+            ticket.error = None
+            try:
+                said.append(Said(ticket, self._say(ticket.batch)))
+            except Exception as error:           # what cannot be sent fails alone, before anything is
+                ticket.error = error
+        for some in self._portions(said):
+            self._settle(some)
+
+    def _portions(self, said: Iterable[Said]) -> Iterator[list[Said]]:
+        """What goes together: so much at a time that a slow line does not hold the lock for long."""
+        some, size = [], 0
+        for one in said:
+            if some and size + one.size() > GROUP_BYTES:
+                yield some
+                some, size = [], 0
+            some.append(one)
+            size += one.size()
+        if some:
+            yield some
+
+    def _say(self, batch: Batch) -> list[Bound]:
+        """raises what its rows raise, and spoken"""
+        parts, tag = (batch, *batch.also), next(self._tags) if batch.line else ""
+        said = [spoken(IS_REPEATED, (batch.op[1], batch.op[0]))] if batch.op else []
+        for part in parts:
+            for guard in part.guards:
+                said.append(spoken("SELECT refuse(r, 'CL001') FROM (" + guard.sql + ") AS g (r) WHERE r IS NOT NULL", guard.params))
+        for part in parts:
+            if part.line:
+                part.tag = tag
+                said.append(spoken(PUT_LINE, part.line.row(self.clock.wall(), tag)))
+            for sql, params, many in part.body:
+                said.extend([spoken(sql, row) for row in params] if many else [spoken(sql, params)])
+        if batch.op:
+            lines = sum(part.line is not None for part in parts)
+            said.append(spoken(PUT_OP, (batch.op[0], lines, lines, batch.op[1], batch.result, self.clock.due())))
+        return said
+
+    def _settle(self, said: list[Said]) -> None:
+        """Commit some batches as one transaction, whatever becomes of the connection meanwhile (invariant 2).  raises CloudError"""
+        until, together = time.monotonic() + OUTAGE, True
+        while True:
+            group = secrets.token_hex(16)
+            try:
+                first = self._send(group, said) if together else self._send_apart(group, said)
+                if first is not None:
+                    return self._number(said, first)
+                together = False
+            except PgLost:
+                first = self._fate_of(group, until)
+                if first is not None:
+                    return self._number(said, first)
+                self._pause(until, PgLost("the database is away"))
+            except PgError as error:
+                if not error.code.startswith(TRANSIENT):
+                    raise cluster_error(error) from error
+                if error.code == "55P03":        # somebody has the lock, and does nothing with it
+                    self._end_holder()
+                self._drop()
+                self._pause(until, error)
+
+    def _send(self, group: str, said: list[Said]) -> int | None:
+        """The seq that was the next when a group began, which is committed then; None if one of several was refused and nothing is.
+
+        raises  PgLost, and PgError that takes them all
+        """
+        head = self._begin(group)
+        results, _ = self.wire().pipeline([[*head, *itertools.chain(*(one.statements for one in said)), spoken("COMMIT")], [TELL]])
+        failed = next((at for at, result in enumerate(results) if result.error), None)
+        if failed is None:
+            return self._committed(results[-1], results[len(head) - 1])
+        error = results[failed].error
+        if isinstance(error, PgLost) or not len(head) <= failed < len(results) - 1 or not error.code.startswith(OF_BATCH):
+            raise error
+        if len(said) > 1:
+            return None
+        said[0].ticket.error = refusal_of(error)
+        return 0
+
+    def _send_apart(self, group: str, said: list[Said]) -> int:
+        """The same with a savepoint for each, so that who is refused leaves nothing and takes nobody along."""
+        wire, head = self.wire(), self._begin(group)
+        lead, = wire.pipeline([head])
+        for result in lead:
+            result.get()
+        for ticket, statements in said:
+            results, = wire.pipeline([[spoken("SAVEPOINT batch"), *statements, spoken("RELEASE batch")]])
+            error = ticket.error = next((result.error for result in results if result.error), None)
+            if error:
+                if isinstance(error, PgLost) or not error.code.startswith(OF_BATCH):
+                    raise error
+                ticket.error = refusal_of(error)
+                wire.query("ROLLBACK TO batch")
+        (end,), _ = wire.pipeline([[spoken("COMMIT")], [TELL]])
+        end.get()
+        return self._committed(end, lead[-1])
+
+    def _begin(self, group: str) -> list[Bound]:
+        undo = [] if self.wire().status == "I" else [spoken("ROLLBACK")]
+        return [*undo, spoken("BEGIN"), spoken(LOCK_COMMITS), spoken(PUT_GROUP, (group, self.clock.due()))]
+
+    def _committed(self, end: Result, lead: Result) -> int:
+        """The next seq when it began.  raises PgLost if it is not known whether a standby has it"""
+        if end.notices:
+            raise PgLost("; ".join(map(str, end.notices)))
+        return lead.rows[0][0]
+
+    def _number(self, said: list[Said], seq: int) -> None:
+        """Tell each batch that was not refused its seqs."""
+        for ticket, _ in said:
+            for part in (ticket.batch, *ticket.batch.also) if ticket.error is None else ():
+                if part.line:
+                    part.seq, seq = seq, seq + 1
+
+    def _fate_of(self, group: str, until: float) -> int | None:
+        """The seq that was the next when a group began; None if it is not committed, and never will be.  raises CloudError: nobody knows"""
+        while True:
+            try:
+                (seq,), = self.wire().query(*spell(POISON, (group, self.clock.due())))
+                return seq
+            except (PgError, PgLost) as error:
+                self._drop()
+                self._pause(until, error)
+
+    def _pause(self, until: float, error: PgError | PgLost) -> None:
+        """raises CloudError when it took too long"""
+        if time.monotonic() > until:
+            raise cluster_error(error) from error
+        time.sleep(RETRY_PAUSE)
+
+    def _drop(self) -> None:
+        if self._wire:
+            self._wire.close()
+
+    def _end_holder(self) -> None:
+        with suppress(PgError, PgLost), closing(self._connect()) as wire:
+            if wire.query(END_HOLDER):
+                log.warning("ended a server that held up all others")
+
+
+# ---- reading
+
+class Readers:
+    """Connections to read by, so many at most; who wants one waits."""
+
+    def __init__(self, connect: Callable[[], Wire]) -> None:
+        self._connect, self._idle = connect, deque()
+        self._free, self._held = threading.Semaphore(READERS), threading.local()
+
+    @contextmanager
+    def wire(self) -> Iterator[Wire]:
+        """One of them.  Who has one already gets another at once: else all might wait for each other.  raises CloudError, PgError, PgLost"""
+        held = getattr(self._held, "count", 0)
+        counts = held <= 0
+        if counts and not self._free.acquire(timeout=SPARE_TIME):
+            raise CloudError("busy", "too much is read at once", retry_after=1)
+        self._held.count = held + 1
+        wire = None
+        try:
+            wire = self._take()
+            yield wire
+        finally:
+            self._held.count -= 1
+            if wire and not wire.broken and wire.status == "I" and len(self._idle) < READERS:
+                self._idle.append(wire)
+            elif wire:
+                wire.close()
+            if counts:
+                self._free.release()
+
+    def _take(self) -> Wire:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._connect()
+
+    def forget(self) -> None:
+        """Close those that wait to be used: the server they led to may not be the primary any more."""
+        while True:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return
+
+
+# ---- hearing
+
+class Listener:
+    """The connection by which a process hears of commits: it wakes who waits, keeps the clock, and shows that the process lives."""
+
+    def __init__(self, connect: Callable[[], Wire], clock: Clock) -> None:
+        """raises CloudError, PgError, PgLost"""
+        self._connect, self._clock = connect, clock
+        self._word, self.count, self._ended = threading.Condition(), 0, False
+        self._heard = True                       # is the database there, as far as we know?
+        self._wire, self._ticked = connect(), time.monotonic()
+        self._hear_oneself()
+        self._resume_clock()
+        self._thread = threading.Thread(target=self._run, name="listener", daemon=True)
+        self._thread.start()
+
+    def next(self, heard: int, until: float, ended: threading.Event) -> int:
+        """Come back once something was heard since, the time is over, or `ended` is set."""
+        with self._word:
+            while self.count == heard and time.monotonic() < until and not ended.is_set():
+                self._word.wait(min(0.5, max(0, until - time.monotonic())))
+            return self.count
+
+    def close(self, tell: Callable[[], None]) -> None:
+        """End at the next word, which `tell` sends."""
+        self._ended = True
+        tell()
+        self._thread.join(ECHO)
+
+    def _hear_oneself(self) -> None:
+        """raises CloudError where what is told is not heard: the connection is not ours alone"""
+        token = secrets.token_hex(8)
+        self._wire.query("LISTEN " + CHANNEL)
+        self._wire.query("SELECT pg_notify($1, $2)", (CHANNEL, token))
+        until = time.monotonic() + ECHO
+        while time.monotonic() < until:
+            if any(payload == token for _, payload in self._wire.wait(until - time.monotonic())):
+                return
+        raise CloudError("conflict", "this is a transaction pooler; give the direct address of the database")
+
+    def _resume_clock(self) -> None:
+        """Go on from where the furthest process is, or was when the last one ended (invariant 5)."""
+        (alone,), = self._wire.query("SELECT pg_try_advisory_lock($1)", (ALIVE,))
+        if not alone:
+            self._wire.query("SELECT pg_advisory_lock_shared($1)", (ALIVE,))
+        (due, wall), = self._wire.query("SELECT due, wall FROM clock")
+        if due:
+            self._clock.resume(due, wall if alone else self._clock.wall())
+        self.keep_time(self._wire)
+        if alone:
+            self._wire.pipeline([[Bound("SELECT pg_advisory_lock_shared($1)", (ALIVE,)), Bound("SELECT pg_advisory_unlock($1)", (ALIVE,))]])
+
+    def keep_time(self, wire: Wire) -> None:
+        (due,), = wire.query("UPDATE clock SET due = greatest(due, $1), wall = $2 RETURNING due", (self._clock.due(), self._clock.wall()))
+        self._clock.advance(due)
+
+    def _run(self) -> None:
+        while not self._ended:
+            try:
+                if self._wire.broken:
+                    self._begin_anew()
+                self._wire.wait(HEAR)
+                if time.monotonic() - self._ticked > CLOCK_TIME:
+                    self._ticked = time.monotonic()
+                    self.keep_time(self._wire)
+            except (PgError, PgLost, CloudError) as error:
+                if self._heard:
+                    log.warning("the database is not heard: %s", error)
+                self._heard = False
+                self._wire.close()
+                time.sleep(1)
+            with self._word:
+                self.count += 1
+                self._word.notify_all()
+        self._wire.close()
+
+    def _begin_anew(self) -> None:
+        self._wire = self._connect()
+        self._wire.query("LISTEN " + CHANNEL)
+        self._wire.query("SELECT pg_advisory_lock_shared($1)", (ALIVE,))
+        self._heard = True
+
+
+TELL = Bound("SELECT pg_notify($1, '')", (CHANNEL,))
+
+
+# ---- the engine
+
+class Postgres(Database):
+    """A database that several servers share, on one machine or many."""
+
+    def __init__(self, address: PgAddress, clock: Clock, *, readonly: bool = False) -> None:
+        """Open, making or migrating the tables if need be.  raises CloudError"""
+        self.place, self.readonly = address, readonly
+        self._readers = Readers(self._connect)
+        self.writer = ClusterWriter(self._connect, clock)
+        super().__init__(clock, Recent(None))
+        try:
+            check_server(self.writer.wire())
+            self._migrate(self.writer.wire())
+            self._slot = self.writer.wire().query("SELECT nextval('slot') % 4096")[0][0]
+            self._listener = Listener(self._connect, clock)
+        except (PgError, PgLost) as error:
+            self.writer.close()
+            raise CloudError("storage-failed", "the database %s cannot be used: %s" % (address, error)) from error
+        except CloudError:
+            self.writer.close()
+            raise
+        if readonly:
+            self.writer.close()
+
+    def _connect(self) -> Wire:
+        return Wire.connect(self.place, SESSION)
+
+    # ---- reading
+
+    def read(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
+        statement, until = spoken(sql, params), time.monotonic() + OUTAGE
+        while True:
+            try:
+                with self._readers.wire() as wire:
+                    return wire.pipeline([[statement]])[0][0].get()
+            except PgLost as error:
+                self._readers.forget()
+                if time.monotonic() > until:
+                    raise cluster_error(error) from error
+                time.sleep(RETRY_PAUSE)
+            except PgError as error:
+                raise cluster_error(error) from error
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Callable[..., Iterator[tuple[Any, ...]]]]:
+        try:
+            with self._readers.wire() as wire:
+                wire.query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                try:
+                    yield lambda sql, params=(): wire.rows(*spell(sql, params))
+                finally:
+                    with suppress(PgLost):
+                        wire.query("ROLLBACK")
+        except (PgError, PgLost) as error:
+            self._readers.forget()
+            raise cluster_error(error) from error
+
+    def wait(self, happened: Callable[[], bool], seconds: float, ended: threading.Event) -> bool:
+        until, heard = time.monotonic() + seconds, self._listener.count
+        while not happened():
+            if time.monotonic() >= until or ended.wait(0.1):             # no more often, however much is written
+                return False
+            heard = self._listener.next(heard, until, ended)
+        return True
+
+    # ---- writing
+
+    def commit(self, batch: Batch) -> None:
+        self.writer.commit(batch)
+
+    def has_index(self) -> bool:
+        """... not yet: names are looked through."""
+        return False
+
+    def save_clock(self) -> None:
+        with suppress(PgError, PgLost), self._readers.wire() as wire:    # it is told again soon
+            self._listener.keep_time(wire)
+            wire.query("DELETE FROM commit_group WHERE at < $1", (self.clock.due() - DAY,))
+
+    def close(self) -> None:
+        self.writer.close()
+        self._listener.close(self._tell)
+        self._readers.forget()
+
+    def _tell(self) -> None:
+        with suppress(PgError, PgLost, CloudError), self._readers.wire() as wire:
+            wire.pipeline([[TELL]])
+
+    @contextmanager
+    def as_file(self) -> Iterator[str]:
+        with tempfile.TemporaryDirectory() as home:
+            path = Path(home) / "cloud.db"
+            with closing(sqlite3.connect(path, isolation_level=None)) as db, self.snapshot() as read:
+                db.execute("PRAGMA journal_mode = OFF")
+                migrate(db, [SCHEMA, *MIGRATIONS])
+                db.execute("BEGIN")
+                for table, in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+                    columns = ['"%s"' % name for name, *_ in columns_of(db, table)]
+                    db.executemany('INSERT INTO "%s" (%s) VALUES (%s)' % (table, ", ".join(columns), marks(columns)),
+                                   read('SELECT %s FROM "%s"' % (", ".join(columns), table)))
+                db.execute(*put_setting("clock", to_json([self.clock.due(), self.clock.wall()]))[:2])
+                db.execute("COMMIT")
+            yield str(path)
+
+    def examine(self) -> Iterator[tuple[bool, str]]:
+        (standby, slow), = self.read(
+            "SELECT current_setting('synchronous_standby_names'), (SELECT count(*) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND xact_start < now() - CAST('1 minute' AS interval))")
+        yield bool(standby), "the database has %s synchronous standby%s" % (("a", "") if standby else ("no", ": what is acknowledged is lost with its disk"))
+        yield not slow, "%d transactions of the database are older than a minute" % slow
+
+    # ---- opening
+
+    def _migrate(self, wire: Wire) -> None:
+        """Bring the tables to SCHEMA, all steps or none.  raises CloudError, PgError, PgLost"""
+        wire.script("BEGIN; " + LOCK_COMMITS)
+        try:
+            there, = wire.query("SELECT to_regclass('version') IS NOT NULL")[0]
+            version = wire.query("SELECT number FROM version")[0][0] if there else 0
+            check_version(version)
+            if version == 0:
+                steps = [CLUSTER_SCHEMA, SCHEMA, *MIGRATIONS, CLUSTER_STORAGE, self._first_rows(),
+                         "INSERT INTO clock (due, wall) VALUES (0, 0); INSERT INTO version (number) VALUES (0)"]
+            else:
+                steps = MIGRATIONS[version - 1:]
+            if steps:
+                wire.script(";".join(map(translate_script, (*steps, "UPDATE version SET number = %d" % (1 + len(MIGRATIONS))))))
+            wire.script("COMMIT")
+        except BaseException:
+            with suppress(PgError, PgLost):
+                wire.script("ROLLBACK")
+            raise
+
+
+def open_database(config: Config, clock: Clock, *, readonly: bool) -> Database:
+    """raises CloudError"""
+    if config.database:
+        return Postgres(PgAddress.parse(config.database), clock, readonly=readonly)
+    return Sqlite(config.data / "cloud.db", clock, readonly=readonly)
+
+
+def check_server(wire: Wire) -> None:
+    """raises CloudError if what is acknowledged, or in which order text comes, would not be as promised"""
+    (encoding, order, durable), = wire.query(
+        "SELECT current_setting('server_encoding'), 'a' < 'B' OR chr(233) < 'z', current_setting('synchronous_commit')")
+    if encoding != "UTF8" or order:
+        raise CloudError("conflict", "the database must be UTF8 with the collation C: CREATE DATABASE … TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C'")
+    if durable == "off":
+        raise CloudError("conflict", "synchronous_commit is off in the database: what is acknowledged could be lost")
+
+
+# ==== 12. Accounts =======================================================================
 #
 # Who is asking.  1. Nothing a second process needs lives in memory: sessions, tokens and throttles are rows.
 # 2. What is remembered in memory is keyed by a digest of the credential under a key of this process, and counts
@@ -5910,7 +6591,7 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
-# ==== 11. Tree ===========================================================================
+# ==== 13. Tree ===========================================================================
 #
 # What every verb stands on.  1. A verb takes who, then what, then Preconditions.  2. It enters where somebody may go (View,
 # Place), says what right it needs, stores bytes, then commits one batch; nothing it decided on can have changed by then, because guards restate it.
@@ -6698,7 +7379,7 @@ LINK_REFUSES = (
 COUNT_CAME = "UPDATE share SET files = files + ?, bytes = bytes + ? WHERE id = ?"
 
 
-# ==== 12. Mounts =========================================================================
+# ==== 14. Mounts =========================================================================
 #
 # What others shared with somebody stands in the root of their home: who sees what of it, and how a mount comes, gets another name and goes.
 # These are steps of a Plan, which is handed in.
@@ -6985,7 +7666,7 @@ def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
     return plan.step(Change(mount._replace(files=0), None, plan.now.top, (), fate)).before
 
 
-# ==== 13. Changes ========================================================================
+# ==== 15. Changes ========================================================================
 #
 # What a change of the tree needs, and how it becomes a batch: a verb enters, asks, and gives its steps to a Plan.
 
@@ -7056,7 +7737,7 @@ class Space:
         usage = shutil.disk_usage(self.config.data)
         size = min(RESERVE, usage.total // 64)
         if usage.free > size + low_mark(self.config, usage.total):
-            self.db.reserve.keep(size)
+            self.db.keep_reserve(size)
 
 
 def over_quota(place: Place) -> CloudError:
@@ -7995,7 +8676,7 @@ TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the nu
                      COUNT_CAME))}
 
 
-# ==== 14. Files ==========================================================================
+# ==== 16. Files ==========================================================================
 #
 # Files and collections as they are now: reading, writing, moving, copying, properties, locks; pictures of them; what is found.
 
@@ -8818,7 +9499,7 @@ class Search:
         return [] if path is None else [(path, here.here(node))]
 
 
-# ==== 15. History ========================================================================
+# ==== 17. History ========================================================================
 #
 # What was: versions, trash, activity, undo and rewind.
 
@@ -9711,7 +10392,7 @@ IS_LAST = (  # is an entry the last that its node had, and the node not live?
     "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.since >= entry.until AND l.until IS NOT NULL)")
 
 
-# ==== 16. Sharing ========================================================================
+# ==== 18. Sharing ========================================================================
 #
 # What people hand to others.  A share is a View of a node; who comes by one is a Principal like any other, and no verb knows more of it.
 # 1. A share holds a node: it goes where that goes, and shows nothing of what is around it.  2. One function opens a link, for every door (S4).
@@ -10624,7 +11305,7 @@ def check_label(text: str, most: int) -> str:
     return text
 
 
-# ==== 17. Verbs ==========================================================================
+# ==== 19. Verbs ==========================================================================
 #
 # Native sync, uploads in parts, pictures; Cloud, which holds every verb.
 
@@ -11515,14 +12196,15 @@ class Cloud:
         how   "make": making it if need be; "open": it must be there; "read": it must be there, and stays as it is
         """
         self.config, self.clock = config, clock or Clock()
-        check_presence(config.data, how)
+        if not config.database:
+            check_presence(config.data, how)
         store = open_store(config)
         if how != "read":
             claim_directory(config.data)
             if not config.objects:
                 store.create()
         self.blobs = Blobs(store)
-        self.db = Sqlite(config.data / "cloud.db", self.clock, readonly=how == "read")
+        self.db = open_database(config, self.clock, readonly=how == "read")
         self.credentials = Credentials(self.db, self.clock)
         self.accounts = Accounts(self.db, self.clock, self.credentials)
         self.groups, self.devices = Groups(self.db, self.clock, self.accounts), Devices(self.db, self.clock, self.credentials)
@@ -11547,7 +12229,7 @@ class Cloud:
 
     def settle(self, *, prove: bool = False) -> None:
         """See that the store is this cloud's.  One elsewhere that says nothing is taken only if nothing is there; the one in the
-        data directory goes with the database.
+        data directory goes with the database.  Servers that share a database have one store: only the first one takes it.
 
         prove   that it can be written, too
         raises  CloudError
@@ -11558,6 +12240,9 @@ class Cloud:
             raise CloudError("conflict", "the objects of this cloud are kept in %s; say so with --objects" % known)
         try:
             owner = store.owner()
+            if self.config.database and id and owner != id:
+                raise CloudError("conflict", "%s does not hold the objects of this cloud: servers that share a database need a place that all reach, "
+                                 "given by --objects" % (given or self.config.data))
             if given and (not owner or owner != id):
                 check_free(self.db, store, given, owner)
             if self.db.readonly:
@@ -11668,7 +12353,7 @@ def parts_id(who: Principal, name: str) -> str:
     return "%d:%d:%s" % (who.person, view_of(who).top, name)
 
 
-# ==== 18. HTTP ===========================================================================
+# ==== 20. HTTP ===========================================================================
 #
 # The only code that touches a socket.  1. One parser, one path function, one gate for every request.
 # 2. An answer is one send if it is small.  3. An unread body never becomes the next request: it is drained, up to
@@ -12396,7 +13081,7 @@ def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
                                                    "Cache-Control": "no-store"})
 
 
-# ==== 19. Connections ====================================================================
+# ==== 21. Connections ====================================================================
 #
 # From bytes to requests, and answers to bytes.  The invariants are those of the room above.
 
@@ -13039,7 +13724,7 @@ NO_REQUEST = Request("-", ((), False, ""), Envelope(), Body())
 FRONT = "index.php"             # before an address it is nothing: Nextcloud's clients write it or not
 
 
-# ==== 20. JSON API =======================================================================
+# ==== 22. JSON API =======================================================================
 #
 # /api/v1/: everything the page can do, and so can any program.  Paths are strings like "photos/a.jpg", "" is the root;
 # times go out as RFC 3339 and come in so or as ms since 1970; ids and versions are decimal strings.
@@ -13865,7 +14550,7 @@ def describe_route(found: Route) -> dict[str, Any]:
     return about
 
 
-# ==== 21. Transfer =======================================================================
+# ==== 23. Transfer =======================================================================
 #
 # Resumable uploads by the tus protocol, 1.0: core, creation, creation-with-upload, creation-defer-length, checksum,
 # expiration, termination.  An upload is finished when its last byte has come; there is nothing to assemble.
@@ -14152,7 +14837,7 @@ def sync_step(step: Any) -> dict[str, Any]:
     return check_fields(step, STEP_FIELDS[verbs[0]])
 
 
-# ==== 22. WebDAV =========================================================================
+# ==== 24. WebDAV =========================================================================
 #
 # RFC 4918 classes 1, 2 and 3, with quotas (RFC 4331), extended MKCOL (RFC 5689) and sync-collection (RFC 6578).
 # A quirk of a client is a row or a few lines here, with the client named; the operations never learn of it.
@@ -14842,7 +15527,7 @@ REPORT_KINDS = {"{DAV:}sync-collection": dav_changes}
 open_door(Door(("dav",), PROPERTIES, frozenset(), REPORT_KINDS), dav_error, HANDLERS)
 
 
-# ==== 23. Nextcloud dialect ==============================================================
+# ==== 25. Nextcloud dialect ==============================================================
 #
 # What Nextcloud's and ownCloud's clients ask beside WebDAV: discovery, OCS, the login flow, uploads in chunks and in
 # bulk, trash, versions, search.  Words are translated to one Cloud call and back; the files themselves are served by
@@ -15881,7 +16566,7 @@ def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tup
     return Response(201)
 
 
-# ==== 24. Upkeep =========================================================================
+# ==== 26. Upkeep =========================================================================
 #
 # What goes on in the background.
 
@@ -15960,7 +16645,7 @@ class Upkeep:
     def look_after_crash(self) -> None:
         """After a stop that was none: is the database whole? (R22)"""
         if self.db.setting("unclean"):
-            wrong = [row[0] for row in self.db.read("PRAGMA quick_check") if row != ("ok",)]
+            wrong = self.db.damage()
             if wrong:
                 log.error("the database is damaged: %s; stop the server and restore a backup", wrong[0])
                 self.db.writer.broken = "the database is damaged"
@@ -16394,7 +17079,7 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
 }
 
 
-# ==== 25. Service ========================================================================
+# ==== 27. Service ========================================================================
 #
 # One supervisor, several workers that share the listening socket.  1. The supervisor forks before any database is
 # opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
@@ -16994,6 +17679,8 @@ def announce(config: Config, port: int, password: str | None) -> None:
         cloud.settle(prove=True)
         unclean = [put_setting("unclean", "1")] if cloud.db.setting("running") else []       # the janitor looks (R22)
         cloud.db.run(put_setting("running", here), *unclean, frees=True)
+        for _, sentence in () if not config.database else [row for row in cloud.db.examine() if not row[0]]:
+            log.warning(sentence)
         at = [*urls, *([here + " for the proxy"] if config.behind_proxy else [])]
         print("cloudserver serves %s at %s" % (config.data.resolve(), ", ".join(dict.fromkeys(at))))
         if not cloud.accounts.is_set_up():
@@ -17121,7 +17808,7 @@ def keep_on_core(index: int) -> None:
         os.sched_setaffinity(0, {sorted(CORES)[index % len(CORES)]})
 
 
-# ==== 26. Custody ========================================================================
+# ==== 28. Custody ========================================================================
 #
 # What its keeper does with a cloud as a whole.
 
@@ -17152,8 +17839,7 @@ class Progress:
 
 def verify(cloud: Cloud, quick: bool = False) -> list[str]:
     """Check everything there is; returns a line for each thing that is wrong.  It changes nothing but notes of damage."""
-    wrong = ["database: %s" % row for row in cloud.db.read("PRAGMA %s_check" % ("quick" if quick else "integrity"))
-             if row != ("ok",)]
+    wrong = ["database: %s" % found for found in cloud.db.damage(quick=quick)]
     wrong += ["sums of collection %d are wrong" % node for node, *_ in cloud.db.read(WRONG_SUMS)]
     wrong += ["the bytes of %s are not known" % name for name in names_of(
         cloud, "NOT EXISTS (SELECT 1 FROM chunk WHERE hash = e.manifest) AND NOT EXISTS (SELECT 1 FROM manifest WHERE id = e.manifest)", ())]
@@ -17277,10 +17963,10 @@ def back_up(cloud: Cloud, to: Path) -> tuple[int, int, list[str]]:
         raise CloudError("conflict", "%s is in use: another backup is being written there, or a server runs on it" % to)
     db = sqlite3.connect(to / "cloud.db", isolation_level=None, uri=True)
     try:
-        db.execute("ATTACH ? AS live", (cloud.db.address(),))
-        db.execute("PRAGMA main.synchronous = EXTRA")        # the journal's name is gone from the disk, too, before it is done
-        prepare_backup(db, to)
-        with sweep_held(cloud):
+        with sweep_held(cloud), cloud.db.as_file() as live:
+            db.execute("ATTACH ? AS live", (live,))
+            db.execute("PRAGMA main.synchronous = EXTRA")        # the journal's name is gone from the disk, too, before it is done
+            prepare_backup(db, to)
             copying = Copying(Directory(to / "objects"))
             copying.target.create()
             copying.run(cloud.blobs.store, cloud.db.each(OBJECTS))           # most of it, holding nothing
@@ -17384,6 +18070,8 @@ def restore_backup(source: Path, config: Config) -> list[str]:
     """
     if not (source / "cloud.db").exists():
         raise CloudError("not-found", "%s holds no backup" % source)
+    if config.database:
+        raise CloudError("not-implemented", "a backup is restored into a data directory, and not into %s" % config.database)
     if (config.data / "cloud.db").exists():
         raise CloudError("conflict", "%s holds a cloud already; restore into an empty directory" % config.data)
     check_apart(config.data, source)
@@ -17782,13 +18470,12 @@ def examine_store(cloud: Cloud) -> Iterator[tuple[bool, str]]:
 
 
 def examine_data(cloud: Cloud) -> Iterator[tuple[bool, str]]:
-    yield cloud.db.read("PRAGMA quick_check") == [("ok",)], "the database is whole"
-    yield cloud.db.read("PRAGMA journal_mode") == [("wal",)], "the database keeps a write-ahead log"
+    yield not cloud.db.damage(), "the database is whole"
+    yield from cloud.db.examine()
     yield cloud.accounts.is_set_up(), "there is an account"
     numbers = cloud.numbers()
     yield numbers["bad_chunks"] == 0, "%d damaged chunks%s" % (numbers["bad_chunks"], "; run verify, it names the files"
                                                                if numbers["bad_chunks"] else "")
-    yield cloud.db.has_index(), "SQLite can index names (FTS5 with trigrams)"
     stood = json.loads(cloud.db.setting("clock") or "[0, 0]")[1]
     yield stood <= cloud.clock.wall() + HOUR, "the clock did not go back"
 
@@ -17803,7 +18490,7 @@ def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
         yield None, "no server runs on this data"
 
 
-# ==== 27. Folder =========================================================================
+# ==== 29. Folder =========================================================================
 #
 # Two-way sync of a folder with a server, over the sync protocol and nothing else.
 # 1. Each side is compared with what both last agreed on (base), never with the other.  Size, times and inode say that a
@@ -18745,7 +19432,7 @@ class Memory:
         self.db.close()
 
 
-# ==== 28. Link ===========================================================================
+# ==== 30. Link ===========================================================================
 #
 # The server at the other end of a sync: what it answers is checked here (invariant 6).
 
@@ -19326,7 +20013,7 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
     memory.flush()
 
 
-# ==== 29. Planner ========================================================================
+# ==== 31. Planner ========================================================================
 #
 # What a run of the client has to do.  The invariants are those of the room Folder.
 
@@ -19752,7 +20439,7 @@ class Planner:
         return False
 
 
-# ==== 30. Sync client ====================================================================
+# ==== 32. Sync client ====================================================================
 #
 # Doing it.  The invariants are those of the room Folder.
 
@@ -20582,7 +21269,7 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
         raise
 
 
-# ==== 31. Command line ===================================================================
+# ==== 33. Command line ===================================================================
 
 Arguments = argparse.Namespace
 GROUPS = {"user": "make, list, change and remove accounts", "group": "make, list and remove groups of accounts, and say who belongs to them"}
@@ -20600,10 +21287,10 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {}
 
 
-OBJECTS_TOO = ("data", "objects", "objects_key_file", "cache")           # of commands that read or write the larger parts of files
+OBJECTS_TOO = ("data", "database", "objects", "objects_key_file", "cache")           # of commands that read or write the larger parts of files
 
 
-def command(name: str, *arguments: tuple[Any, ...], settings: Iterable[str] = ("data",), opens: str = "", outside: bool = False
+def command(name: str, *arguments: tuple[Any, ...], settings: Iterable[str] = ("data", "database"), opens: str = "", outside: bool = False
             ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Enter a function in COMMANDS."""
     def enter(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -20672,7 +21359,7 @@ def run_serve(config: Config, given: Arguments) -> None:
 
 
 @command("user add", ("name", {"help": "what they log in by"}),
-         switch("--admin", "may manage accounts"), PASSWORD_STDIN, settings=("data", "quota"), opens="make")
+         switch("--admin", "may manage accounts"), PASSWORD_STDIN, settings=("data", "database", "quota"), opens="make")
 def run_user_add(cloud: Cloud, given: Arguments) -> None:
     """make an account; --quota limits it"""
     cloud.accounts.add(given.name, ask_password(given, given.name, new=True), admin=given.admin,
@@ -20927,7 +21614,7 @@ def tell_status(given: Arguments) -> int:
          settings=(*OBJECTS_TOO, "low_water", "tls_cert", "tls_key"))
 def run_doctor(config: Config, given: Arguments) -> int:
     """look for what is known to go wrong"""
-    if not (config.data / "cloud.db").exists():
+    if not config.database and not (config.data / "cloud.db").exists():
         raise CloudError("not-found", "%s holds no cloud" % config.data)
     code = 0
     for well, sentence in examine_server(config) if given.alive else examine(config):
@@ -21062,7 +21749,7 @@ def variable_of(setting: Any) -> str:
 
 def check_environment() -> None:
     """raises CloudError for a variable that is no setting: a slip there must not pass for consent"""
-    known = {"CLOUDSERVER_PASSWORD", *map(variable_of, fields(Config))}
+    known = {"CLOUDSERVER_PASSWORD", "CLOUDSERVER_DATABASE_PASSWORD", *map(variable_of, fields(Config))}
     for name in sorted(os.environ):
         if name.startswith("CLOUDSERVER_") and name not in known:
             raise CloudError("bad-request", "%s is not a setting; `serve --help` shows those there are" % name)
@@ -21122,7 +21809,7 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-# ==== 32. Page parts =====================================================================
+# ==== 34. Page parts =====================================================================
 #
 # What the pages of the program are made of, and share: style, script and words.  Each page adds its own behind them, and
 # the functions of its own that these call.
@@ -23226,7 +23913,7 @@ def source_hash(text: str) -> str:
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# ==== 33. Visitor ========================================================================
+# ==== 35. Visitor ========================================================================
 #
 # What somebody sees who opens a link: a page that is whole as the server writes it.  Its script adds preview, uploads that
 # go on after a break, and what else needs one.  Names and notes enter it by H and textContent alone (W5).  It tells nothing
@@ -23906,7 +24593,7 @@ def web_visitor(cloud: Cloud, who: Principal, request: Request) -> Response:
                                          "Cross-Origin-Resource-Policy": "same-origin"})
 
 
-# ==== 34. Links ==========================================================================
+# ==== 36. Links ==========================================================================
 #
 # The doors that links open: /s/TOKEN for browsers, curl, WebDAV and tus, and those of Nextcloud's public links.  Files whose name is that of a door below a token are reached by way of dav.
 
@@ -24082,7 +24769,7 @@ open_door(NC_LINK, nc_error, LINK_HANDLERS)
 open_door(replace(NC_LINK, names=("public.php", "webdav")), nc_error, LINK_HANDLERS)             # the token is the user's name there
 
 
-# ==== 35. Page ===========================================================================
+# ==== 37. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, style and script are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).
