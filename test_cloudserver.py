@@ -1838,8 +1838,9 @@ def test_a_bucket_is_listed_in_pages_and_what_is_not_ours_is_not_seen(s3, tmp_pa
 
 
 @pytest.mark.parametrize("fault", [500, 502, 503, 504, 429, "reset", "cut", (400, b"<Error><Code>RequestTimeout</Code></Error>")])
-def test_what_fails_once_or_twice_is_tried_again(s3, tmp_path, fault):
-    store, data = s3.store(tmp_path), random_bytes(300_000)
+def test_what_fails_once_or_twice_is_tried_again(s3, tmp_path, monkeypatch, fault):
+    store, data, pauses = s3.store(tmp_path), random_bytes(300_000), []
+    monkeypatch.setattr(cs.time, "sleep", pauses.append)
     name = object_name(data)
     for verb, want in ((lambda: store.put(name, data).st_size, len(data)), (lambda: store.forget(name) or store.get(name).read(), data),
                        (lambda: store.size(name), len(data)), (lambda: list(store.list()), [name]), (lambda: store.delete(name), None)):
@@ -1847,7 +1848,7 @@ def test_what_fails_once_or_twice_is_tried_again(s3, tmp_path, fault):
         assert verb() == want
         assert not s3.faults or fault == "cut" or isinstance(fault, tuple)           # which answers without a body cannot be
         s3.faults.clear()
-    assert not s3.objects and not store.trouble()
+    assert not s3.objects and not store.trouble() and 0.05 <= min(pauses) <= max(pauses) <= 0.2
 
 
 def test_who_does_not_answer_is_away_and_left_alone_for_a_while(s3, tmp_path, monkeypatch):
@@ -14782,7 +14783,7 @@ def test_a_server_whose_bucket_cannot_be_used_says_so_and_ends(s3, tmp_path, key
     s3.readonly = trouble == "readonly"
     s3.objects.update({"another": {"some/where/cloud-id": b"x"}, "full": {"some/where/x": b""}}.get(trouble, {}))
     if trouble == "gone":
-        s3.server_close()
+        s3.shutdown(), s3.server_close()
         monkeypatch.setattr(cs, "PATIENCE", 0)
     monkeypatch.setattr(cs, "leave", lambda code: code)
     config = Config(data=tmp_path / "data", port=0, objects=s3.url)
