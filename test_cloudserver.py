@@ -15614,9 +15614,10 @@ def test_whatever_is_done_here_and_there_bytes_decide(laptop, cloud, ann, large,
     one, two = laptop("one"), laptop("two")
     cases = change_in_every_way(cloud, ann, one, two, local=VISIBLE_CHANGES)
     one.run(yes=True), two.run(yes=True), one.run(yes=True)
-    assert one.tree() == two.tree() == tree(cloud, ann) and one.problems == {}
+    files = one.tree()
+    assert files == two.tree() == tree(cloud, ann) and one.problems == {}
     for case, (ours, theirs, name) in cases.items():
-        found = {path.rpartition("/")[2]: data for path, data in one.tree().items() if path.startswith(case + "/")}
+        found = {path.rpartition("/")[2]: data for path, data in files.items() if path.startswith(case + "/")}
         assert found.pop("other") == case.encode()
         if large and "written again" in case:            # the server cuts it in another way, and nobody knows that it is the same
             assert set(wanted(ours, theirs, name)) <= set(found.values())
@@ -15651,8 +15652,9 @@ def test_where_a_system_gives_no_inode_and_no_time_of_change_nothing_is_lost(lap
     one = laptop("one")
     cases = change_in_every_way(cloud, ann, one)
     one.run(yes=True), one.run(yes=True)
+    files = [*one.tree().items(), *tree(cloud, ann).items()]
     for case, (ours, theirs, name) in cases.items():
-        found = {data for path, data in [*one.tree().items(), *tree(cloud, ann).items()] if path.startswith(case + "/")}
+        found = {data for path, data in files if path.startswith(case + "/")}
         assert found.issuperset(wanted(ours, theirs, name)), case
     assert one.problems == {}
 
