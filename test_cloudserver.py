@@ -15985,8 +15985,8 @@ def build(one, shape, case="."):
         (one.path / case / path).mkdir(parents=True) if data is None else one.write(case + "/" + path, data)
 
 
-def found_in(one, case):
-    return {path[len(case) + 1:]: data for path, data in one.tree().items() if path.startswith(case + "/")}
+def found_in(files, case):
+    return {path[len(case) + 1:]: data for path, data in files.items() if path.startswith(case + "/")}
 
 
 def test_a_change_of_type_by_one_side_is_a_change_like_any_other(laptop, cloud, ann):
@@ -15999,9 +15999,10 @@ def test_a_change_of_type_by_one_side_is_a_change_like_any_other(laptop, cloud, 
     for case, (_, after) in cases.items():
         build(one, after, case)
     tallies = [one.run(yes=True), two.run(yes=True)]
+    files = one.tree()
     for case, (_, after) in cases.items():
-        assert found_in(one, case) == {"rest": b"rest", **SHAPES_OF_D[after]}, case
-    assert one.tree() == two.tree() == tree(cloud, ann)
+        assert found_in(files, case) == {"rest": b"rest", **SHAPES_OF_D[after]}, case
+    assert files == two.tree() == tree(cloud, ann)
     assert [tally.conflicts for tally in tallies] == [0, 0] and one.problems == two.problems == {}
     assert one.run().work() == two.run().work() == 0
 
@@ -16017,11 +16018,12 @@ def test_changes_of_type_by_both_sides_lose_nothing(laptop, cloud, ann, before):
     for case, (here, there) in cases.items():
         build(one, here, case), build(two, there, case)
     two.run(yes=True), one.run(yes=True), two.run(yes=True)
-    assert one.tree() == two.tree() == tree(cloud, ann) and one.problems == two.problems == {}
+    files = one.tree()
+    assert files == two.tree() == tree(cloud, ann) and one.problems == two.problems == {}
     for case, shapes in cases.items():
         new = {data for shape in shapes for path, data in SHAPES_OF_D[shape].items() if data not in (None, SHAPES_OF_D[before].get(path))}
-        assert new <= set(found_in(one, case).values()), case
-        assert shapes[0] != shapes[1] or len(found_in(one, case)) == len(SHAPES_OF_D[shapes[0]]) + 1
+        assert new <= set(found_in(files, case).values()), case
+        assert shapes[0] != shapes[1] or len(found_in(files, case)) == len(SHAPES_OF_D[shapes[0]]) + 1
     assert one.run().work() == two.run().work() == 0
 
 
