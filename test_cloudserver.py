@@ -3408,18 +3408,19 @@ class CommitProxy(threading.Thread):
     """Stands between clients and a PostgreSQL, without TLS, and lets happen to commits what networks do: proxy.play("cut after", 3).
 
     delay     seconds by which the answer to each commit is late
-    accident  of as many commits as are `left`: "cut before" it was done, or "cut after", and before anybody heard of it
+    accident  of as many commits as are `left`: "cut before" it was done, or "cut after", and before anybody heard of it; "held before", until go()
     """
 
     def __init__(self, port):
         super().__init__(daemon=True)
         self.target, self.listener, self.guard = port, socket.create_server(("127.0.0.1", 0), backlog=64), threading.Lock()
         self.port, self.delay, self.accident, self.left, self.done = self.listener.getsockname()[1], 0, None, 0, 0
-        self.flows, self.pairs = threading.Event(), set()
+        self.flows, self.released, self.pairs = threading.Event(), threading.Event(), set()
         self.flows.set()
         self.start()
 
     def play(self, accident, times):
+        self.released.clear()
         self.accident, self.left, self.done = accident, times, 0
 
     def stop(self):
@@ -3428,6 +3429,7 @@ class CommitProxy(threading.Thread):
 
     def go(self):
         self.flows.set()
+        self.released.set()
 
     def cut(self):
         """End all connections."""
@@ -3436,6 +3438,7 @@ class CommitProxy(threading.Thread):
 
     def close(self):
         self.listener.close()
+        self.go()
         self.cut()
 
     def run(self):
@@ -3475,8 +3478,11 @@ class CommitProxy(threading.Thread):
             if data[:1] == b"P":
                 name, sql = data[5:].split(b"\0")[:2]
                 (commits.add if sql.strip().upper() == b"COMMIT" else commits.discard)(name)
-            if data[:1] == b"B" and data[5:].split(b"\0")[1] in commits and self.happens("cut before"):
-                return
+            if data[:1] == b"B" and data[5:].split(b"\0")[1] in commits:
+                if self.happens("cut before"):
+                    return
+                if self.happens("held before"):
+                    self.released.wait()
             far.sendall(data)
 
     def answer(self, near, far):
@@ -3889,6 +3895,236 @@ def test_a_migration_of_shared_tables_is_all_or_nothing(open_db, monkeypatch):
     threads = [ThreadPoolExecutor(1).submit(open_db) for _ in range(3)]              # as servers that start at once
     assert [thread.result().read("SELECT a FROM extra") for thread in threads] == [[]] * 3
     assert threads[0].result().read("SELECT number FROM version") == [(2 + len(today),)]
+
+
+# ---- drills: what is promised holds whatever happens to servers, networks and the database
+
+class Drill:
+    """Several servers write to one database at once.  What each was told is kept, and compared in the end with what is there.
+
+    told   {token: "done", "refused" or "unknown"}, each a batch's;  steps  the same as compare-and-set, from state to state
+    reads  (writer, seq) of each commit, and of what the writer saw then, at whichever server;  pages  of the journal, by server
+    """
+
+    def __init__(self, servers, rng):
+        self.servers, self.rng, self.guard, self.over = servers, rng, threading.Lock(), threading.Event()
+        self.told, self.steps, self.reads, self.seqs, self.errors = {}, [], [], {}, []
+        self.pages = [[] for _ in servers]
+        self.first, = servers[0].read("SELECT max(seq) FROM journal")[0]
+        servers[0].run(cs.put_setting("step", "begin"))
+
+    def run(self, writers, count, disturb=lambda: time.sleep(0.01)):
+        """Have so many writers at each server write so often, and disturb them meanwhile; then check all."""
+        begun = [threading.Thread(target=self.noting, args=(self.write, server, writer, count)) for server in range(len(self.servers)) for writer in range(writers)]
+        readers = [threading.Thread(target=self.noting, args=(self.follow, server)) for server in range(len(self.servers))]
+        for thread in begun + readers:
+            thread.start()
+        while any(thread.is_alive() for thread in begun):
+            disturb()
+        self.over.set()
+        for thread in begun + readers:
+            thread.join(60)
+        assert not self.errors, self.errors
+        self.check()
+
+    def noting(self, act, *args):
+        try:
+            act(*args)
+        except BaseException as error:
+            self.errors.append(error)
+            raise
+
+    def write(self, server, writer, count):
+        for number in range(count):
+            token = "%d-%d-%d" % (server, writer, number)
+            before = self.when_there(lambda: self.servers[server].setting("step"))
+            batch = Batch([Statement("INSERT INTO kept (id, account, value, due) VALUES (?, 0, '', 0)", (token,)), cs.put_setting("step", token)],
+                          [Statement("SELECT 'moved on' FROM setting WHERE name = 'step' AND value <> ?", (before,))],
+                          cs.Line(0, cs.ANONYMOUS, "drill", {"token": token}))
+            how = "done"
+            try:
+                self.servers[server].commit(batch)
+            except Conflict:
+                how = "refused"
+            except CloudError:
+                how = "unknown"
+            with self.guard:
+                self.told[token] = how
+                self.steps.append((before, token, how))
+                if how == "done":
+                    self.seqs[token] = batch.seq
+                    self.reads.append(((server, writer), batch.seq))
+            if how == "done":
+                at = self.when_there(lambda: self.servers[(server + number) % len(self.servers)].read("SELECT max(seq) FROM journal")[0][0])
+                with self.guard:
+                    self.reads.append(((server, writer), at))
+
+    def follow(self, server):
+        """Read the journal by pages as long as there is something to come."""
+        seq, pages = self.first, self.pages[server]
+        while True:
+            last = self.over.is_set()
+            page = self.when_there(lambda: self.servers[server].read("SELECT seq, detail FROM journal WHERE seq > ? ORDER BY seq LIMIT 7", (seq,)))
+            pages.append(page)
+            seq = page[-1][0] if page else seq
+            if last and not page:
+                return
+
+    def when_there(self, read):
+        while True:
+            try:
+                return read()
+            except CloudError as error:
+                assert error.kind == "busy", error
+                time.sleep(0.01)
+
+    def check(self):
+        db = self.servers[0]
+        check_tokens(self.told, [token for token, in db.read("SELECT id FROM kept")])
+        check_steps("begin", self.steps, db.setting("step"))
+        journal = db.read("SELECT seq, detail FROM journal WHERE seq > ? ORDER BY seq", (self.first,))
+        assert [seq for seq, _ in journal] == list(range(self.first + 1, self.first + 1 + len(journal)))
+        written = {json.loads(detail)["token"]: seq for seq, detail in journal}
+        assert {token: written[token] for token in self.seqs} == self.seqs
+        for pages in self.pages:
+            check_feed(pages, journal)
+        check_reads(self.reads)
+        counts = Counter(self.told.values())
+        assert counts["done"] > counts["unknown"], counts
+
+
+@pytest.fixture
+def servers(database_of, tmp_path, postgres):
+    """Servers of one database, each with a proxy of its own before it: opened, proxies = servers(3)."""
+    with contextlib.ExitStack() as undo:
+        def start(count):
+            proxies = [CommitProxy(postgres.port) for _ in range(count)]
+            url, opened = database_of(tmp_path), []
+            for proxy in proxies:
+                undo.callback(proxy.close)
+                opened.append(cs.Postgres(cs.PgAddress.parse(url.replace(str(postgres.port), str(proxy.port))), Clock()))
+                undo.callback(opened[-1].close)
+            return opened, proxies
+        yield start
+
+
+def test_drill_of_servers_that_write_at_once(servers, rng):
+    opened, _ = servers(3)
+    Drill(opened, rng).run(2, 30)
+
+
+def test_drill_of_connections_that_break_before_and_after_commits(servers, rng, monkeypatch):
+    monkeypatch.setattr(cs, "AGAIN", 0.01)
+    opened, proxies = servers(3)
+
+    def disturb():
+        proxy = rng.choice(proxies)
+        accident = rng.randrange(6)
+        if accident < 2:
+            proxy.play(("cut before", "cut after")[accident], rng.randrange(1, 4))
+        elif accident == 2:
+            proxy.cut()
+        elif accident == 3:
+            proxy.stop()
+        elif accident == 4:
+            proxy.delay = rng.choice([0, 0.01])
+        time.sleep(rng.random() / 20)
+        proxy.go()
+    Drill(opened, rng).run(2, 25, disturb)
+
+
+@slow
+def test_drill_of_a_server_that_stops_while_it_holds_up_all_others(servers, rng, monkeypatch):
+    """Its lock is taken from it after a while; when it goes on, it finds out what became of its batch."""
+    monkeypatch.setitem(cs.SESSION, "lock_timeout", "1s")
+    opened, proxies = servers(3)
+    drill, told = Drill(opened, rng), []         # how many batches were told of when it stopped
+    proxies[0].play("held before", 1)
+
+    def disturb():
+        time.sleep(0.05)
+        if proxies[0].done and not told:
+            told.append(len(drill.told))
+        elif told and len(drill.told) > told[0] + 20:     # so the others go on
+            proxies[0].go()
+    drill.run(2, 20, disturb)
+    assert told
+
+
+@slow
+def test_drill_of_a_primary_that_is_ended_in_the_middle_of_it(rng, monkeypatch):
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as undo:
+        first, second = Postgres.pair(Path(home), undo)
+        monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", first.PASSWORD)
+        address = cs.PgAddress.parse("postgres://cloud@127.0.0.1:%d,127.0.0.1:%d/postgres" % (first.port, second.port))
+        opened = []
+        for _ in range(2):
+            opened.append(cs.Postgres(address, Clock()))
+            undo.callback(opened[-1].close)
+        assert eventually(lambda: opened[0].read("SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'") == [(1,)])
+        drill, ended = Drill(opened, rng), []
+
+        def disturb():
+            time.sleep(0.05)
+            if not ended and len(drill.told) > 40:
+                ended.append(first)
+                first.process.send_signal(signal.SIGQUIT)
+                second.run("pg_ctl", "promote", "-D", second.data)
+                with contextlib.closing(second.wire()) as wire:
+                    wire.script("ALTER SYSTEM SET synchronous_standby_names = ''")          # it has none itself
+                    wire.query("SELECT pg_reload_conf()")
+        drill.run(3, 30, disturb)
+        assert ended and all(server.writer.wire().host.port == second.port for server in opened)
+
+
+@slow
+def test_drill_of_three_programs_of_which_one_is_killed(database_of, serve, tmp_path):
+    """Nobody else notices, and its clients go on at another: what was acknowledged is there, and read at once at every server."""
+    env = {**os.environ, "CLOUDSERVER_DATABASE": database_of(tmp_path), "CLOUDSERVER_OBJECTS": str(tmp_path / "objects")}
+    made = run("user", "add", "ann", "--admin", "--password-stdin", "--data", tmp_path / "0", input=PASSWORD, env=env)
+    assert made.returncode == 0, made.stderr
+    programs = [serve("--workers", "1", data=tmp_path / str(n), user=None, env=env) for n in range(3)]
+    told, steps, guard, errors = {}, [], threading.Lock(), []
+    assert programs[0].call("PUT", "/dav/step", b"begin").status == 201
+
+    def at(server, *args, **how):
+        """An answer of a server, or else of the next one; how many were asked."""
+        for tries in range(1, 4):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return programs[(server + tries - 1) % 3].call(*args, **how), tries
+        raise AssertionError("nobody answers")
+
+    def write(server, writer):
+        for number in range(20):
+            token = "%d-%d-%d" % (server, writer, number)
+            answer, _ = at(server, "PUT", "/dav/" + token, token.encode())           # the same again, if need be
+            assert answer.status in (201, 204)
+            seen, _ = at(server + number, "GET", "/dav/" + token)
+            assert seen.status == 200 and seen.body == token.encode()
+            before, _ = at(server, "GET", "/dav/step")
+            answer, tries = at(server, "PUT", "/dav/step", token.encode(), If_Match=before.headers["etag"])
+            how = "done" if answer.status == 204 else "refused" if tries == 1 else "unknown"
+            with guard:
+                told[token] = "done"
+                steps.append((before.body.decode(), token, how))
+            if server == 0 and number == 10 and writer == 0:
+                programs[0].kill()
+
+    def noting(*args):
+        try:
+            write(*args)
+        except BaseException as error:
+            errors.append(error)
+            raise
+    threads = [threading.Thread(target=noting, args=(server, writer)) for server in range(3) for writer in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert not errors, errors
+    for program in programs[1:]:
+        check_tokens(told, [token for token in server_tree(program) if token != "step"])
+        check_steps("begin", steps, program.call("GET", "/dav/step").body.decode())
 
 
 # ==== 12. Accounts =======================================================================
