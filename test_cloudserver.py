@@ -21608,12 +21608,12 @@ def test_two_laptops_and_an_upload_over_a_bucket(serve, bucket_url, tmp_path, rn
     assert run("gc", "--now", "--yes", *place).returncode == 0 and "all is well" in run("verify", *place).stdout
     assert "say so with --objects" in run("verify", "--data", served.data).stderr
     shutil.rmtree(served.data / "objects-cache")
-    again = serve("--objects", bucket_url, data=served.data)
+    again = serve("--objects", bucket_url, data=served.data, user=None)
     assert again.call("GET", "/dav/by%20the%20page").body == data and again.stop() == 0
     restored = run("restore", tmp_path / "backup", "--data", tmp_path / "new", "--objects", bucket_url + "/new")
     assert restored.returncode == 0, restored.stderr
     shutil.rmtree(tmp_path / "new" / "objects-cache")
-    back = serve("--objects", bucket_url + "/new", data=tmp_path / "new")
+    back = serve("--objects", bucket_url + "/new", data=tmp_path / "new", user=None)
     assert back.call("GET", "/dav/large").body == (two / "large").read_bytes() and back.stop() == 0
 
 
