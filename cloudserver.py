@@ -5526,7 +5526,7 @@ class Listener:
     def __init__(self, connect: Callable[[], Wire], clock: Clock) -> None:
         """raises CloudError, PgError, PgLost"""
         self._connect, self._clock = connect, clock
-        self._word, self.count, self._ended = threading.Condition(), 0, False
+        self._word, self.count, self._ended = threading.Condition(), 0, threading.Event()
         self._heard = True                       # is the database there, as far as we know?
         self._wire, self._ticked = connect(), time.monotonic()
         self._hear_oneself()
@@ -5543,7 +5543,7 @@ class Listener:
 
     def close(self, tell: Callable[[], None]) -> None:
         """End at the next word, which `tell` sends."""
-        self._ended = True
+        self._ended.set()
         tell()
         self._thread.join(ECHO)
 
@@ -5575,7 +5575,7 @@ class Listener:
         self._clock.advance(due)
 
     def _run(self) -> None:
-        while not self._ended:
+        while not self._ended.is_set():
             try:
                 if self._wire.broken:
                     self._begin_anew()
@@ -5588,7 +5588,7 @@ class Listener:
                     log.warning("the database is not heard: %s", error)
                 self._heard = False
                 self._wire.close()
-                time.sleep(1)
+                self._ended.wait(1)
             with self._word:
                 self.count += 1
                 self._word.notify_all()

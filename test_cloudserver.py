@@ -2091,19 +2091,24 @@ def test_only_a_lock_that_is_held_is_waited_for_on_windows(tmp_path, monkeypatch
     lock.close()
 
 
-ENGINES = {"sqlite": lambda request, home, clock: cs.Sqlite(home / "cloud.db", clock),         # every kind there is: one more is one more line
-           "postgres": lambda request, home, clock: cs.Postgres(cs.PgAddress.parse(request.getfixturevalue("database_of")(home)), clock)}
+def open_postgres(request):
+    database_of = request.getfixturevalue("database_of")
+    return lambda home, clock: cs.Postgres(cs.PgAddress.parse(database_of(home)), clock)
+
+
+ENGINES = {"sqlite": lambda request: lambda home, clock: cs.Sqlite(home / "cloud.db", clock), "postgres": open_postgres}         # every kind there is
 OF_SQLITE = pytest.mark.parametrize("open_db", ["sqlite"], indirect=True)             # what no other engine has
 
 
 @pytest.fixture(params=list(ENGINES))
-def open_db(request, tmp_path):
+def open_db(request, tmp_path, monkeypatch):
     """Open one and the same database, each time as another process would: open_db(), open_db(clock).  What cs.Database promises is
     tested through this and `db`, of every engine."""
-    opened = []
+    monkeypatch.setattr(cs, "HEAR", 0.1)
+    opened, engine = [], ENGINES[request.param](request)
 
     def open_it(clock=None):
-        opened.append(ENGINES[request.param](request, tmp_path, clock or Clock()))
+        opened.append(engine(tmp_path, clock or Clock()))
         return opened[-1]
     yield open_it
     for database in opened:
