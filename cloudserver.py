@@ -2722,7 +2722,7 @@ class S3:
             again = True
             try:
                 answer = self._exchange((method, self._path_of(key), query), data, hash, most)
-                if 200 <= answer.status < 300 or answer.status == 404 and key and answer.code in ("", "NoSuchKey"):
+                if 200 <= answer.status < 300 or answer.status == 404 and key and answer.code == ("" if method == "HEAD" else "NoSuchKey"):
                     self._note("")
                     if answer.status == 404:
                         raise FileNotFoundError(errno.ENOENT, "not in the bucket", key)
@@ -2970,7 +2970,13 @@ class Bucket(Store):
         self._cache.drop(name)
 
     def size(self, name: str) -> int:
-        return self.s3.ask("HEAD", self._key(name)).length
+        key = self._key(name)
+        try:
+            return self.s3.ask("HEAD", key).length
+        except FileNotFoundError:                # a HEAD cannot say of what there is none: it may be the bucket, or all that is behind a proxy
+            if next(self._keys(key, 1), None) is not None:
+                raise Away("%s has an object and has it not" % self.s3.host) from None
+            raise
 
     def has(self, name: str) -> bool:
         try:

@@ -1639,7 +1639,7 @@ class FakeS3Handler(http.server.BaseHTTPRequestHandler):
         if callable(fault):
             fault = fault()
         if isinstance(fault, tuple) and self.command == "HEAD":
-            fault = None                         # it has no body to say that
+            fault = 404 if fault[0] == 404 else None                     # it has no body to say that
         if fault == "reset":
             self.close_connection = True
             return
@@ -1896,6 +1896,28 @@ def test_what_no_patience_helps_against_is_said_in_a_sentence(s3, tmp_path, monk
     assert says in caught.value.strerror and len(s3.asked) == (how != "gone")
     assert cs.storage_error(caught.value).status == 503 and cs.storage_error(caught.value).detail == {"retry_after": 30}
     assert not any(secret in caplog.text + str(caught.value) for secret in ("sesame", S3_KEYS.secret, "Signature="))
+
+
+@pytest.mark.parametrize("how", ["another bucket", "a page", "nothing"])
+@pytest.mark.parametrize("verb", ["put", "get", "near", "has", "size", "delete", "list", "owner", "own", "is_vacant"])
+def test_that_there_is_nothing_is_believed_of_whoever_has_the_bucket_alone(s3, tmp_path, verb, how):
+    """Or all that is kept would be taken for lost where an address leads astray."""
+    store, name = s3.store(tmp_path), object_name(b"a")
+    assert store.has(name) is False and store.owner() == "" and store.delete(name) is None
+    store.put(name, b"a"), store.forget(name)
+    if how == "another bucket":
+        s3.bucket = "another"
+    else:
+        s3.faults.extend([(404, {"a page": b"<html><body>404 Not Found</body></html>", "nothing": b" "}[how])] * 9)
+    before = dict(s3.objects)
+    try:
+        got = {"put": lambda: store.put(object_name(b"b"), b"b"), "list": lambda: list(store.list()), "own": lambda: store.own("x"), "owner": store.owner,
+               "is_vacant": store.is_vacant}.get(verb, lambda: getattr(store, verb)(name))()
+    except OSError as error:
+        assert type(error) is cs.Away, error
+    else:
+        assert verb == "near" and got is None, got       # which asks nobody
+    assert s3.objects == before
 
 
 @pytest.mark.parametrize("ahead", [-7200, 7200])
