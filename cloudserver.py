@@ -16595,7 +16595,6 @@ PURGE = (  # what goes with a node: each if PURGED, and the entries last
 LEASE = 2 * MINUTE
 NAMES_STEP, CONTENTS_STEP = 5_000, 2_000         # entries that are looked at in a step of an index
 CONTENTS_COMMIT = 256 * KiB                      # of text: writers wait while it goes into the index
-RUSH, RUSH_MOST = 100, MINUTE                    # so many batches between two looks are a rush, which contents wait out, but not for longer
 
 
 class Upkeep:
@@ -16889,25 +16888,13 @@ class Sweep(Duty):
 class Indexing(Duty):
     """Searches are prepared after the write: names and contents, where SQLite has indexes for them (FTS5)."""
 
-    def __init__(self, upkeep: Upkeep) -> None:
-        super().__init__(upkeep)
-        self._seen: int | None = None                        # the newest seq at the last look
-        self._rush: int | None = None                        # due time since when there is a rush
-
     def index_names(self) -> bool:
         """Bring the index of names further, where SQLite has one; is there more to do?"""
         return self._go_on("indexed", NAMES_STEP, self._add_names)
 
     def index_contents(self) -> bool:
-        """The same for the index of contents, which takes as long as the writing: not beside a rush of it."""
-        return not self._is_rush() and self._go_on("read", CONTENTS_STEP, self._add_contents)
-
-    def _is_rush(self) -> bool:
-        """Is much being written, and has been for less than a minute?"""
-        head, now = self.cloud.journal.head(), self.clock.due()
-        more, self._seen = 0 if self._seen is None else head - self._seen, head
-        self._rush = None if more < RUSH else now if self._rush is None else self._rush
-        return self._rush is not None and now < self._rush + RUSH_MOST
+        """The same for the index of contents."""
+        return self._go_on("read", CONTENTS_STEP, self._add_contents)
 
     def _go_on(self, mark: str, most: int, add: Callable[[int, int], list[Statement]]) -> bool:
         done = int(self.db.setting(mark) or 0)

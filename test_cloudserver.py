@@ -7742,24 +7742,6 @@ def test_search_in_the_contents_of_text_files(cloud, ann):
     assert paths("something") == {"d/data.csv"} and cloud.db.read("SELECT count(*) FROM text_row WHERE home = 1") == [(7,)]
 
 
-def test_contents_wait_for_the_end_of_a_rush_before_they_are_indexed_but_not_for_longer_than_a_minute(cloud, ann, monkeypatch):
-    monkeypatch.setattr(cs, "RUSH", 5)
-    upkeep, now = cs.Upkeep(cloud), [0]
-    upkeep.hold()
-    monkeypatch.setattr(upkeep.indexing, "clock", types.SimpleNamespace(due=lambda: now[0]))
-
-    def indexed(files, later):
-        """How many contents are in the index after so many more files and so many seconds."""
-        for n in range(files):
-            put(cloud, ann, "at %d, %d.txt" % (now[0], n), "word %d of %d" % (n, now[0]))
-        now[0] += later * cs.SECOND
-        upkeep.indexing.index_contents()
-        return cloud.db.read("SELECT count(*) FROM text_row")[0][0]
-    assert indexed(files=9, later=5) == 9                    # the first look tells of no rush
-    assert [indexed(files=4, later=5), indexed(files=5, later=5), indexed(files=1, later=5)] == [13, 13, 19]
-    assert [indexed(files=6, later=20) for _ in range(5)] == [19, 19, 19, 43, 49]
-
-
 def test_a_damaged_file_does_not_hold_up_the_index(cloud, ann):
     upkeep = cs.Upkeep(cloud)
     upkeep.hold()
