@@ -5615,15 +5615,18 @@ TELL = Bound("SELECT pg_notify($1, '')", (CHANNEL,))
 class Postgres(Database):
     """A database that several servers share, on one machine or many."""
 
-    def __init__(self, address: PgAddress, clock: Clock, *, readonly: bool = False) -> None:
-        """Open, making or migrating the tables if need be.  raises CloudError"""
-        self.place, self.readonly = address, readonly
+    def __init__(self, address: PgAddress, clock: Clock, how: str = "make") -> None:
+        """Open, migrating the tables if need be.  raises CloudError
+
+        how  "make": making them, too; "open"; "read": nothing is written after that
+        """
+        self.place, self.readonly = address, how == "read"
         self._readers = Readers(self._connect)
         self.writer = ClusterWriter(self._connect, clock)
         super().__init__(clock, Recent(None))
         try:
             check_server(self.writer.wire())
-            self._migrate(self.writer.wire())
+            self._migrate(self.writer.wire(), how == "make")
             self._slot = self.writer.wire().query("SELECT nextval('slot') % 4096")[0][0]
             self._listener = Listener(self._connect, clock)
         except (PgError, PgLost) as error:
@@ -5632,7 +5635,7 @@ class Postgres(Database):
         except CloudError:
             self.writer.close()
             raise
-        if readonly:
+        if self.readonly:
             self.writer.close()
 
     def _connect(self) -> Wire:
@@ -5724,13 +5727,15 @@ class Postgres(Database):
 
     # ---- opening
 
-    def _migrate(self, wire: Wire) -> None:
+    def _migrate(self, wire: Wire, makes: bool) -> None:
         """Bring the tables to SCHEMA, all steps or none.  raises CloudError, PgError, PgLost"""
         wire.script("BEGIN; " + LOCK_COMMITS)
         try:
             there, = wire.query("SELECT to_regclass('version') IS NOT NULL")[0]
             version = wire.query("SELECT number FROM version")[0][0] if there else 0
             check_version(version)
+            if version == 0 and not makes:
+                raise CloudError("not-found", "%s holds no cloud; give the right --database" % self.place)
             if version == 0:
                 steps = [CLUSTER_SCHEMA, SCHEMA, *MIGRATIONS, CLUSTER_STORAGE, self._first_rows(),
                          "INSERT INTO clock (due, wall) VALUES (0, 0); INSERT INTO version (number) VALUES (0)"]
@@ -5745,11 +5750,14 @@ class Postgres(Database):
             raise
 
 
-def open_database(config: Config, clock: Clock, *, readonly: bool) -> Database:
-    """raises CloudError"""
+def open_database(config: Config, clock: Clock, how: str) -> Database:
+    """raises CloudError
+
+    how  as of Cloud
+    """
     if config.database:
-        return Postgres(PgAddress.parse(config.database), clock, readonly=readonly)
-    return Sqlite(config.data / "cloud.db", clock, readonly=readonly)
+        return Postgres(PgAddress.parse(config.database), clock, how)
+    return Sqlite(config.data / "cloud.db", clock, readonly=how == "read")
 
 
 def check_server(wire: Wire) -> None:
@@ -12210,7 +12218,7 @@ class Cloud:
             if not config.objects:
                 store.create()
         self.blobs = Blobs(store)
-        self.db = open_database(config, self.clock, readonly=how == "read")
+        self.db = open_database(config, self.clock, how)
         self.credentials = Credentials(self.db, self.clock)
         self.accounts = Accounts(self.db, self.clock, self.credentials)
         self.groups, self.devices = Groups(self.db, self.clock, self.accounts), Devices(self.db, self.clock, self.credentials)
@@ -12249,8 +12257,8 @@ class Cloud:
             if self.config.database and id and owner != id:
                 raise CloudError("conflict", "%s does not hold the objects of this cloud: servers that share a database need a place that all reach, "
                                  "given by --objects" % (given or self.config.data))
-            if given and (not owner or owner != id):
-                check_free(self.db, store, given, owner)
+            if (given or self.config.database) and (not owner or owner != id):
+                check_free(self.db, store, given or str(self.config.data), owner)
             if self.db.readonly:
                 return
             id = id or owner or secrets.token_hex(16)

@@ -3903,6 +3903,18 @@ def test_a_backup_of_shared_tables_is_restored_on_one_machine(database_of, tmp_p
     audit(here), audit(cloud)
 
 
+def test_a_database_that_was_lost_is_no_empty_cloud(postgres, database_of, tmp_path, make_cloud):
+    """What is kept beside it would be swept; and a slip in its name must not make another."""
+    with contextlib.closing(postgres.wire()) as wire:
+        wire.query("CREATE DATABASE empty")
+        empty = Config(data=tmp_path / "new", database=postgres.url(sslmode="disable").replace("/postgres?", "/empty?"))
+        assert [outcome(Cloud, empty, how=how) for how in ("open", "read")] == ["not-found"] * 2
+        wire.query("DROP DATABASE empty WITH (FORCE)")
+    make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path))).settle(prove=True)
+    with pytest.raises(CloudError, match="another cloud"):
+        make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path / "other"))).settle()
+
+
 @OF_POSTGRES
 def test_a_pooler_is_recognised_for_it_does_not_let_hear(open_db, monkeypatch):
     monkeypatch.setattr(cs, "ECHO", 0.2)
