@@ -5196,7 +5196,7 @@ READERS = 8                                      # connections of a process to r
 SPARE_TIME = 10                                  # seconds that a thread waits for one of them
 HEAR = 5                                         # seconds after which a waiter looks although nothing was heard
 CLOCK_TIME = 10                                        # seconds between two looks at the row of the clock
-ECHO = 2                                         # seconds in which a process must hear itself
+ECHO = 10                                        # seconds in which a process must hear itself
 OUTAGE = 20                                      # seconds that a database may be away before somebody is refused
 RETRY_PAUSE = 0.3                                      # seconds before it is tried again
 LOCK_TIME = "10s"
@@ -5442,8 +5442,8 @@ class ClusterWriter(Writer):
 
     def _committed(self, end: Result, lead: Result) -> int:
         """The next seq when it began.  raises PgLost if it is not known whether a standby has it"""
-        if end.notices:
-            raise PgLost("; ".join(map(str, end.notices)))
+        if end.notices or end.tag != "COMMIT":
+            raise PgLost("; ".join(map(str, end.notices)) or end.tag)
         return lead.rows[0][0]
 
     def _number(self, said: list[Said], seq: int) -> None:
