@@ -2919,8 +2919,10 @@ def test_notifications_are_heard_between_statements_and_while_waiting(postgres, 
     while len(heard) < 3:
         heard += wire.wait(60)
     assert [payload for _, payload in heard] == ["0", "1", "2"] and wire.wait(0.01) == []
-    threading.Timer(0.05, other.query, ("NOTIFY news",)).start()
+    soon = threading.Timer(0.05, other.query, ("NOTIFY news",))
+    soon.start()
     assert wire.wait(60) == [cs.Notification("news", "")]
+    soon.join()
     other.close()
 
 
@@ -3242,13 +3244,20 @@ class FakePostgres:
     def __init__(self, *greetings):
         self.greetings, self.listener = list(greetings), socket.create_server(("127.0.0.1", 0))
         self.said = b""                          # all that was said to it
-        self.url = "postgres://u@127.0.0.1:%d/d" % self.listener.getsockname()[1]
+        self.address, self.ended = self.listener.getsockname(), False
+        self.url = "postgres://u@127.0.0.1:%d/d" % self.address[1]
         self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
 
     def serve(self):
+        with self.listener:                      # closed by whom it belongs to, and while nobody waits there
+            self.greet()
+
+    def greet(self):
         for greeting in self.greetings:
             sock, _ = self.listener.accept()
+            if self.ended:
+                return sock.close()
             with contextlib.suppress(OSError, EOFError), contextlib.closing(sock):
                 sock.settimeout(60)
                 greeting(self, sock)
@@ -3272,7 +3281,10 @@ class FakePostgres:
         return self.take(sock, struct.unpack(">i", head[-4:])[0] - 4)
 
     def close(self):
-        self.listener.close()
+        self.ended = True
+        if self.thread.is_alive():
+            with contextlib.suppress(OSError):
+                socket.create_connection(self.address, 5).close()
 
 
 @pytest.fixture
@@ -25043,6 +25055,10 @@ KEPT = """const done = arguments[0]; caches.keys().then(async names => done([nam
     (await (await caches.open(name)).keys()).map(one => one.url)))).flat()]))"""
 
 
+KEEPERS = """const done = arguments[0]; navigator.serviceWorker.getRegistrations().then(async all => done([await caches.keys(), all.map(one =>
+    [one.installing, one.waiting, one.active].map(worker => worker && worker.state))]))"""
+
+
 @slow
 def test_browser_starts_without_a_network_and_goes_on_when_it_is_back(browser, keepers, serve):
     served = serve("--workers", 1)
@@ -25093,7 +25109,7 @@ def test_browser_keeps_the_new_page_instead_of_the_old(page, keepers, monkeypatc
             eventually(lambda: page.run_async(KEPT) == [["shell / another"], kept], seconds=10)
             break
         except AssertionError:
-            assert tries
+            assert tries, page.run_async(KEEPERS)
 
 
 @pytest.fixture(scope="module")
