@@ -21803,12 +21803,13 @@ class Browser:
                     || one.getAttribute('aria-label') === arguments[0]));""", wanted)[ELEMENT]
 
     def click(self, wanted):
-        for last in (False, True):
+        for left in reversed(range(5)):
             try:
                 return self.do("POST", "/element/%s/click" % self.element(wanted))
-            except AssertionError as error:      # it was drawn anew in between
-                if last or "stale element" not in str(error):
+            except AssertionError as error:      # it was drawn anew in between, or moved because something else was
+                if not left or not any(words in str(error) for words in ("stale element", "click intercepted")):
                     raise
+                time.sleep(0.1)
 
     def fill(self, wanted, text):
         element = self.element(wanted)
