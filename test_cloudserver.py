@@ -25056,8 +25056,9 @@ KEPT = """const done = arguments[0]; caches.keys().then(async names => done([nam
     (await (await caches.open(name)).keys()).map(one => one.url)))).flat()]))"""
 
 
-KEEPERS = """const done = arguments[0]; navigator.serviceWorker.getRegistrations().then(async all => done([await caches.keys(), all.map(one =>
-    [one.installing, one.waiting, one.active].map(worker => worker && worker.state))]))"""
+KEEPERS = """const done = arguments[0], states = one => [one.installing, one.waiting, one.active].map(worker => worker && worker.state);
+    navigator.serviceWorker.getRegistrations().then(async all => done([await caches.keys(), await Promise.all(all.map(async one =>
+        [states(one), await one.update().then(states, String)]))]))"""
 
 
 @slow
@@ -25101,9 +25102,11 @@ def test_browser_keeps_the_new_page_instead_of_the_old(page, keepers, monkeypatc
     page.open("/")
     page.sees("Nothing here yet")
     page.run_async("navigator.serviceWorker.ready.then(arguments[0])")
-    (old,), kept = page.run_async(KEPT)
     text = cs.worker_as_sent()
-    monkeypatch.setattr(cs, "worker_as_sent", lambda: text.replace(old.split()[-1].encode(), b"another"))
+    version, = re.findall(rb"\b[0-9a-f]{16}\b", text)
+    eventually(lambda: page.run_async(KEPT)[0] == ["shell / " + version.decode()])
+    _, kept = page.run_async(KEPT)
+    monkeypatch.setattr(cs, "worker_as_sent", lambda: text.replace(version, b"another"))
     for tries in range(8, -1, -1):               # the new one waits until the page is left, once in a while, or is not looked for while much else is done
         page.open("/")
         try:
