@@ -381,9 +381,10 @@ def database_of(postgres, monkeypatch):
 
     def url(home):
         if home not in made:
-            made[home] = postgres.url(sslmode="disable").replace("/postgres?", "/test_%d_%d?" % (os.getpid(), next(COUNT)))
+            address = postgres.url(sslmode="disable").replace("/postgres?", "/test_%d_%d?" % (os.getpid(), next(COUNT)))
             with contextlib.closing(postgres.wire()) as wire:
-                wire.query('CREATE DATABASE "%s" TEMPLATE "%s"' % (cs.PgAddress.parse(made[home]).database, shape_of_databases(postgres, wire)))
+                wire.query('CREATE DATABASE "%s" TEMPLATE "%s"' % (cs.PgAddress.parse(address).database, shape_of_databases(postgres, wire)))
+            made[home] = address
         return made[home]
 
     monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", postgres.PASSWORD)
@@ -3938,6 +3939,7 @@ def test_a_database_that_was_lost_is_no_empty_cloud(postgres, database_of, tmp_p
 
 @OF_POSTGRES
 def test_a_pooler_is_recognised_for_it_does_not_let_hear(open_db, monkeypatch):
+    open_db().close()
     monkeypatch.setattr(cs, "ECHO", 0.2)
     monkeypatch.setattr(cs.Wire, "wait", lambda wire, seconds: time.sleep(seconds) or [])
     with pytest.raises(CloudError, match="pooler"):
