@@ -20778,7 +20778,7 @@ def test_the_units_of_readme_say_what_systemd_knows(tmp_path):
         assert "PYTHONPYCACHEPREFIX" in text and "WorkingDirectory" in text
         if shutil.which("systemd-analyze"):
             unit = tmp_path / ("unit%d.service" % number)
-            unit.write_text(text.replace("/opt/cloudserver", str(tmp_path)))
+            unit.write_text(text.replace("/opt/cloudserver", "/usr"))              # which is there; below /dev, where tests may work, no unit may
             said = client("systemd-analyze", "verify", unit, ok=(0, 1))
             assert unit.name not in said, said
 
