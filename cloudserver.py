@@ -2100,6 +2100,30 @@ def sync_file_system(place: str, *, all: bool = False) -> bool:
     return True
 
 
+def put_file(temporary: Path, place: Path, data: bytes | memoryview, keep: Callable[[int], Any] = lambda fd: None) -> os.stat_result:
+    """Have bytes under a name, all at once or not at all; returns what fstat() says of them.  raises OSError
+
+    keep  what makes them survive a loss of power, of the file that is open; its name is for who asks
+    """
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_EXTRA, 0o600)
+    try:
+        try:
+            give_to_owner(fd, place.parent)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view[:WRITE_STEP]):]
+            keep(fd)
+            about = os.fstat(fd)
+        finally:
+            os.close(fd)
+        insist(os.replace, temporary, place)
+    except BaseException:
+        with suppress(OSError):
+            insist(os.unlink, temporary)
+        raise
+    return about
+
+
 def long_name(path: Path) -> str:
     """A path as Windows takes it at any length; everywhere else as it is."""
     text = str(path)
@@ -2117,6 +2141,7 @@ class Store:
     raises  OSError, whatever fails; FileNotFoundError where there is no object of that name; Away where nobody can know
     Any number of threads and processes may call at once.
     """
+    is_far = False                               # does asking it take time, but neither our processor nor our disk?
 
     def create(self) -> None:
         """Make what objects need to be kept, durably; what is there already is left as it is."""
@@ -2222,22 +2247,7 @@ class Directory(Store):
         temporary = place.with_name("." + name)
         with suppress(FileNotFoundError):                # a leftover of somebody who was killed
             insist(os.unlink, temporary)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_EXTRA, 0o600)
-        try:
-            try:
-                give_to_owner(fd, place.parent)
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(fd, view[:WRITE_STEP]):]
-                sync_file(fd)
-                about = os.fstat(fd)
-            finally:
-                os.close(fd)
-            insist(os.replace, temporary, place)
-        except BaseException:
-            with suppress(OSError):
-                insist(os.unlink, temporary)
-            raise
+        about = put_file(temporary, place, data, sync_file)
         sync_directory(place.parent)
         return about
 
@@ -2335,9 +2345,8 @@ class Blobs:
     whole = Whole()                              # made before there are workers, who share it
 
     def __init__(self, store: Store) -> None:
-        is_near = isinstance(store, Directory)
-        self.store, self.buffers = store, BUFFERS if is_near else FAR_BUFFERS
-        self.lane = ThreadPoolExecutor(4 if is_near else FAR_LANE, thread_name_prefix="bytes", initializer=use_all_cores)
+        self.store, self.buffers = store, FAR_BUFFERS if store.is_far else BUFFERS
+        self.lane = ThreadPoolExecutor(FAR_LANE if store.is_far else 4, thread_name_prefix="bytes", initializer=use_all_cores)
 
     def put(self, body: Body, known: Callable[[str], bool], digests: Iterable[str] = ()) -> Stored:
         """Cut a body into chunks and make them durable.
@@ -2840,21 +2849,7 @@ class Cache:
             give_to_owner(self.home, self.home.parent)
         self._make_room(len(data))
         temporary = self.home / (".%s-%s" % (name, secrets.token_hex(4)))
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_EXTRA, 0o600)
-        try:
-            try:
-                give_to_owner(fd, self.home)
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(fd, view[:WRITE_STEP]):]
-                about = os.fstat(fd)
-            finally:
-                os.close(fd)
-            insist(os.replace, temporary, self.home / name)
-        except BaseException:
-            with suppress(OSError):
-                insist(os.unlink, temporary)
-            raise
+        about = put_file(temporary, self.home / name, data)
         Blobs.whole.add(name, about)
         return about
 
@@ -2889,6 +2884,7 @@ class Cache:
 
 class Bucket(Store):
     """A store in an S3: PREFIX/ab/abcd...-RANDOM, as in a Directory.  An object is there all at once, so nothing is ever half made."""
+    is_far = True
 
     def __init__(self, s3: S3, cache: Cache) -> None:
         self.s3, self._cache = s3, cache
@@ -16688,7 +16684,7 @@ class Upkeep:
     def scrub(self) -> None:
         """Read one of 4096 parts of all chunks; each has its turn in 30 days (R25).  A bucket does that itself: there they are counted."""
         turn = int(self.db.setting("scrubbed") or 0) % 4096
-        for hash, _, wrong in check_chunks(self.cloud, "%03x" % turn, isinstance(self.cloud.blobs.store, Bucket)):
+        for hash, _, wrong in check_chunks(self.cloud, "%03x" % turn, self.cloud.blobs.store.is_far):
             if wrong:
                 log.error("chunk %s is %s; the command verify names the files", hash, wrong)
         self.write(put_setting("scrubbed", str(turn + 1)))
@@ -17895,7 +17891,7 @@ class Copying:
 
     def run(self, source: Store, rows: Iterable[tuple[str, int, str]]) -> None:
         """Copy what the target lacks of (hash, bytes, name).  raises OSError when the target cannot be written"""
-        known = set(self.target.list()).__contains__ if isinstance(self.target, Bucket) else self.target.has
+        known = set(self.target.list()).__contains__ if self.target.is_far else self.target.has
         rows = [row for row in rows if not known(row[2])]
         progress = Progress("copy", sum(size for _, size, _ in rows))
         with ThreadPoolExecutor(COPIED_AT_ONCE) as pool:
