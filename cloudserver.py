@@ -3840,20 +3840,10 @@ class SqliteWriter(Writer):
 
     def _commit_group(self, group: list[_Ticket]) -> None:
         """One transaction for all, and for those that give room back another one with the reserve's if the disk is full."""
-        try:
-            self._transact(group)
-        except Exception as error:
-            freeing = [ticket for ticket in group if ticket.batch.frees]
-            for ticket in group:
-                ticket.error = error
-            if freeing and isinstance(error, CloudError) and error.kind == "disk-full" and self.reserve.give_up():
-                for ticket in freeing:
-                    ticket.error = None
-                try:
-                    self._transact(freeing)
-                except Exception as again:
-                    for ticket in freeing:
-                        ticket.error = again
+        super()._commit_group(group)
+        freeing = [ticket for ticket in group if ticket.batch.frees and isinstance(ticket.error, CloudError) and ticket.error.kind == "disk-full"]
+        if freeing and self.reserve.give_up():
+            super()._commit_group(freeing)
 
     def _transact(self, group: list[_Ticket], *, apart: bool = False) -> None:
         """Commit some batches; notes the errors of those that are refused.  raises what takes them all
