@@ -174,7 +174,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import (Any, BinaryIO, Callable, Collection, Container, ContextManager, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
-                    Tuple)
+                    TextIO, Tuple)
 from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 from xml.parsers import expat
 
@@ -2019,6 +2019,12 @@ def make_private_directory(path: Path) -> None:
         raise CloudError("read-only", "the data directory %s cannot be written%s" % (path, who))
 
 
+def check_secret(file: TextIO, name: Path | str) -> None:
+    """raises CloudError for a file of secrets that others can read"""
+    if os.name != "nt" and os.fstat(file.fileno()).st_mode & 0o077:
+        raise CloudError("bad-request", "%s holds a secret, and others can read it: chmod 600" % name)
+
+
 def claim_directory(path: Path) -> None:
     """make_private_directory for a path that somebody typed.  raises CloudError
 
@@ -2643,7 +2649,7 @@ def parse_location(text: str) -> Location:
     known = {"region": r"[a-z0-9-]{1,64}", "style": "path|host", "scheme": "https?"}
     if not all(re.fullmatch(known.get(name, "$^"), value) for name, value in given.items()):
         raise CloudError("bad-request", "behind the ? of a bucket stand region=REGION, style=host and scheme=http, with & between")
-    scheme = given.get("scheme") or ("http" if host in ("localhost", "127.0.0.1", "::1") else "https")
+    scheme = given.get("scheme") or ("http" if is_this_machine(host) else "https")
     address = "[%s]" % host if ":" in host else host
     address += "" if port in (None, 443 if scheme == "https" else 80) else ":%d" % port
     region = re.fullmatch(r"s3[.-]([a-z0-9-]+)\.amazonaws\.com", host)
@@ -2662,8 +2668,7 @@ def read_keys(file: Path | None) -> Keys:
         return keys
     try:
         with open(file, encoding="utf-8-sig") as opened:
-            if os.name != "nt" and os.fstat(opened.fileno()).st_mode & 0o077:
-                raise CloudError("bad-request", "%s holds keys, and others can read it: chmod 600" % file)
+            check_secret(opened, file)
             words = opened.read(KEY_FILE_LIMIT).split()
     except (OSError, ValueError) as error:
         raise CloudError("bad-request", "cannot read the keys in %s: %s" % (file, reason_of(error))) from None
@@ -4281,8 +4286,7 @@ class PgAddress:
         wanted = ("localhost" if host.local else host.name, str(host.port), self.database, self.user)
         try:
             with open(path, encoding="utf-8") as file:
-                if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
-                    raise CloudError("bad-request", "others may read the password in %s: chmod 600 it" % path)
+                check_secret(file, path)
                 for fields in map(read_fields, file):
                     if len(fields) > 4 and all(have in ("*", want) for have, want in zip(fields, wanted)):
                         return ":".join(fields[4:])
