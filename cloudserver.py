@@ -3761,8 +3761,10 @@ class Database:
         self.run(put_setting("clock", to_json([self.clock.due(), self.clock.wall()])), frees=True)
 
 
-def check_version(version: int) -> None:
-    """raises CloudError if a database of this version was written by a newer program"""
+def check_version(version: int, *, stays: bool = False) -> None:
+    """raises CloudError if a database of this version was written by a newer program, or by an older one and is to stay as it is"""
+    if stays and version != 1 + len(MIGRATIONS):
+        raise CloudError("conflict", "the data was written by another version of this program; start the server on it once, or use that one")
     if version > 1 + len(MIGRATIONS):
         raise CloudError("conflict", "the data was written by a newer version of this program; use that one")
 
@@ -3964,8 +3966,7 @@ class Sqlite(Database):
         self._address, self._copy = address_to_read(self.path)
         self._idle.append(self._connect())
         (version,), = self.read("PRAGMA user_version")
-        if version != 1 + len(MIGRATIONS):
-            raise CloudError("conflict", "the data was written by another version of this program; start the server on it once, or use that one")
+        check_version(version, stays=True)
 
     # ---- reading
 
@@ -5185,10 +5186,10 @@ GROUP_BYTES = 256 * KiB                          # of a transaction on the wire;
 READERS = 8                                      # connections of a process to read, and
 SPARE_TIME = 10                                  # seconds that a thread waits for one of them
 HEAR = 5                                         # seconds after which a waiter looks although nothing was heard
-CLOCK_TIME = 10                                        # seconds between two looks at the row of the clock
+CLOCK_TIME = 10                                  # seconds between two looks at the row of the clock
 ECHO = 10                                        # seconds in which a process must hear itself
 OUTAGE = 20                                      # seconds that a database may be away before somebody is refused
-RETRY_PAUSE = 0.3                                      # seconds before it is tried again
+RETRY_PAUSE = 0.3                                # seconds before it is tried again
 LOCK_TIME = "10s"
 SESSION = {"default_transaction_isolation": "read committed", "lock_timeout": LOCK_TIME}
 
@@ -5723,9 +5724,9 @@ class Postgres(Database):
         try:
             there, = wire.query("SELECT to_regclass('version') IS NOT NULL")[0]
             version = wire.query("SELECT number FROM version")[0][0] if there else 0
-            check_version(version)
             if version == 0 and not makes:
                 raise CloudError("not-found", "%s holds no cloud; give the right --database" % self.place)
+            check_version(version, stays=self.readonly)
             if version == 0:
                 steps = [CLUSTER_SCHEMA, SCHEMA, *MIGRATIONS, CLUSTER_STORAGE, self._first_rows(),
                          "INSERT INTO clock (due, wall) VALUES (0, 0); INSERT INTO version (number) VALUES (0)"]
@@ -10893,8 +10894,8 @@ class Offers:
         return {"path": mount.name} if mount else {"waiting": True} if said == "waiting" else {}
 
     def expire(self) -> None:
-        """End what people and groups have whose time is over."""
-        self._end_each("due <= ?", (self.clock.due(),))
+        """End what people and groups have whose time is over, some at a time."""
+        self._end_each("due <= ? LIMIT ?", (self.clock.due(), PIECE))
 
     def end_of(self, nodes: Sequence[int]) -> None:
         """End what people and groups have of nodes, some at a time, that were given up for good; whom that concerns is told while their names are known."""

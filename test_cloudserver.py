@@ -3948,12 +3948,14 @@ def test_a_pooler_is_recognised_for_it_does_not_let_hear(open_db, monkeypatch):
 
 @OF_POSTGRES
 def test_a_migration_of_shared_tables_is_all_or_nothing(open_db, monkeypatch):
-    open_db().close()
-    today = cs.MIGRATIONS
+    before, today = open_db(), cs.MIGRATIONS
+    before.close()
     monkeypatch.setattr(cs, "MIGRATIONS", [*today, "CREATE TABLE extra (a INTEGER); CREATE TABLE broken ("])
     with pytest.raises(CloudError, match="cannot be used"):
         open_db()
     monkeypatch.setattr(cs, "MIGRATIONS", [*today, "CREATE TABLE extra (a INTEGER)"])
+    with pytest.raises(CloudError, match="another version"):         # whoever only reads changes nothing
+        cs.Postgres(before.place, Clock(), "read")
     threads = [ThreadPoolExecutor(1).submit(open_db) for _ in range(3)]              # as servers that start at once
     assert [thread.result().read("SELECT a FROM extra") for thread in threads] == [[]] * 3
     assert threads[0].result().read("SELECT number FROM version") == [(2 + len(today),)]
