@@ -2285,7 +2285,7 @@ class Directory(Store):
             return ""
 
     def own(self, id: str) -> None:
-        temporary = self.home / ("." + CLOUD_ID)
+        temporary = self.home / (".%s-%s" % (CLOUD_ID, secrets.token_hex(8)))        # servers that share a place may do so at once
         with open(temporary, "wb") as file:
             give_to_owner(file.fileno(), self.home)
             file.write(id.encode())
@@ -2295,7 +2295,7 @@ class Directory(Store):
         sync_directory(self.home)
 
     def is_vacant(self) -> bool:
-        return not self.home.exists() or not set(os.listdir(self.home)) - {"lost+found", "." + CLOUD_ID}
+        return not self.home.exists() or all(name == "lost+found" or name.startswith("." + CLOUD_ID) for name in os.listdir(self.home))
 
     def room(self) -> tuple[int, int]:
         usage = shutil.disk_usage(self.home)
@@ -2352,6 +2352,7 @@ class Blobs:
 
     def __init__(self, store: Store) -> None:
         self.store, self.buffers = store, FAR_BUFFERS if store.is_far else BUFFERS
+        self.refused = ""                            # why nothing may be put there now
         self.lane = ThreadPoolExecutor(FAR_LANE if store.is_far else 4, thread_name_prefix="bytes", initializer=use_all_cores)
 
     def put(self, body: Body, known: Callable[[str], bool], digests: Iterable[str] = ()) -> Stored:
@@ -2393,6 +2394,8 @@ class Blobs:
 
     def put_chunk(self, hash: str, data: bytes | memoryview, tag: str) -> str:
         """Store one chunk as an object; returns its name.  raises CloudError"""
+        if self.refused:
+            raise CloudError("read-only", self.refused)
         name = "%s-%s" % (hash, tag)
         try:
             self.whole.add(name, self.store.put(name, data))
@@ -12174,24 +12177,6 @@ def open_store(config: Config) -> Store:
     return Directory(Path(config.objects) if config.objects else config.data / "objects")
 
 
-def check_free(db: Database, store: Store, place: str, owner: str) -> None:
-    """raises CloudError unless a cloud may begin to keep its objects in a place of its own"""
-    if owner:
-        raise CloudError("conflict", "%s holds the objects of another cloud" % place)
-    if db.read("SELECT 1 FROM chunk WHERE object IS NOT NULL LIMIT 1"):
-        raise CloudError("conflict", "%s does not hold the objects of this cloud" % place)
-    if not store.is_vacant():
-        raise CloudError("conflict", "%s holds something else already; name an empty place" % place)
-
-
-def place_of(config: Config) -> str:
-    """Where objects are, as it is remembered; "" in the data directory."""
-    if config.objects.startswith("s3://"):
-        return str(parse_location(config.objects))
-    place = Path(config.objects or config.data / "objects").resolve()
-    return "" if place == (config.data / "objects").resolve() else str(place)
-
-
 class Cloud:
     """The cloud of all accounts: what any door can do, it does by one call of one of these."""
 
@@ -12232,44 +12217,6 @@ class Cloud:
         """Which server this is; a new one after a restore (R29)."""
         return self.db.setting("epoch")
 
-    def settle(self, *, prove: bool = False) -> None:
-        """See that the store is this cloud's.  One elsewhere that says nothing is taken only if nothing is there; the one in the
-        data directory goes with the database.  Servers that share a database have one store: only the first one takes it.
-
-        prove   that it can be written, too
-        raises  CloudError
-        """
-        store, place, id = self.blobs.store, place_of(self.config), self.db.setting("cloud")
-        known, given = self.db.setting("objects") or "", self.config.objects
-        if known and not given:
-            raise CloudError("conflict", "the objects of this cloud are kept in %s; say so with --objects" % known)
-        try:
-            owner = store.owner()
-            if self.config.database and id and owner != id:
-                raise CloudError("conflict", "%s does not hold the objects of this cloud: servers that share a database need a place that all reach, "
-                                 "given by --objects" % (given or self.config.data))
-            if (given or self.config.database) and (not owner or owner != id):
-                check_free(self.db, store, given or str(self.config.data), owner)
-            if self.db.readonly:
-                return
-            id = id or owner or secrets.token_hex(16)
-            if (id, place) != (self.db.setting("cloud"), known):
-                self.db.run(put_setting("cloud", id), put_setting("objects", place))
-            store.create()
-            if owner != id or given and prove:
-                store.own(id)
-        except OSError as error:
-            raise CloudError("storage-failed", "%s cannot be used: %s" % (given or "the store", reason_of(error))) from error
-
-    def check_store(self) -> None:
-        """raises CloudError if the store is another cloud's, or cannot be asked: nothing may be deleted there"""
-        try:
-            owner = self.blobs.store.owner()
-        except OSError as error:
-            raise storage_error(error) from error
-        if owner != (self.db.setting("cloud") or ""):
-            raise CloudError("conflict", "the store holds the objects of another cloud: nothing is swept")
-
     def policy(self) -> Policy:
         """What an administrator may change while the server runs; until then it is what the command line says."""
         given = Policy(self.config.keep_days, self.config.history, self.config.quota)
@@ -12296,7 +12243,7 @@ class Cloud:
         """"ok", "low" when the disk is almost full, "read-only" when nothing can be written, "objects away" when their store is."""
         if self.db.writer.broken:
             return "read-only"
-        if self.blobs.store.trouble():
+        if self.blobs.store.trouble() or self.blobs.refused:
             return "objects away"
         return "ok" if self.space.has_room() else "low"
 
@@ -16596,6 +16543,135 @@ NAMES_STEP, CONTENTS_STEP = 5_000, 2_000         # entries that are looked at in
 CONTENTS_COMMIT = 256 * KiB                      # of text: writers wait while it goes into the index
 
 
+# ---- whose a store is
+#
+# In a store stands the id of its cloud and, where it is no part of the data directory, a mark, which each sweep replaces: of two copies
+# of one database only one knows the newest, and the other neither starts, nor stores, nor deletes there.
+
+def place_of(config: Config) -> str:
+    """Where objects are, as it is remembered; "" in the data directory."""
+    if config.objects.startswith("s3://"):
+        return str(parse_location(config.objects))
+    place = Path(config.objects or config.data / "objects").resolve()
+    return "" if place == (config.data / "objects").resolve() else str(place)
+
+
+def check_free(db: Database, store: Store, place: str, owner: str) -> None:
+    """raises CloudError unless a cloud may begin to keep its objects in a place of its own"""
+    if owner:
+        raise CloudError("conflict", "%s holds the objects of another cloud" % place)
+    if db.read("SELECT 1 FROM chunk WHERE object IS NOT NULL LIMIT 1"):
+        raise CloudError("conflict", "%s does not hold the objects of this cloud" % place)
+    if not store.is_vacant():
+        raise CloudError("conflict", "%s holds something else already; name an empty place" % place)
+
+
+def is_apart(config: Config) -> bool:
+    """Are objects kept where another copy of the database might find them, too?"""
+    return bool(config.objects or config.database)
+
+
+MARKS = 20                      # what came later than so many sweeps is not expected any more
+
+
+def marks_known(db: Database, id: str) -> list[str]:
+    """What may stand behind the id in our store: the last marks, of which the newest may not have come there yet, or one before came late."""
+    owner, *marks = (db.setting("mark") or "").split(" ")
+    return marks if marks and owner == id else [""]
+
+
+def settle(cloud: Cloud, *, prove: bool = False) -> None:
+    """See that the store is this cloud's.  One elsewhere that says nothing is taken only if nothing is there; the one in the
+    data directory goes with the database.  Servers that share a database have one store: only the first one takes it.
+
+    prove   that it can be written, too
+    raises  CloudError
+    """
+    config, db, store = cloud.config, cloud.db, cloud.blobs.store
+    place, id = place_of(config), db.setting("cloud")
+    known, given = db.setting("objects") or "", config.objects
+    if known and not given:
+        raise CloudError("conflict", "the objects of this cloud are kept in %s; say so with --objects" % known)
+    try:
+        stands = store.owner()
+        owner, _, mark = stands.partition(" ")
+        if config.database and id and owner != id:
+            raise CloudError("conflict", "%s does not hold the objects of this cloud: servers that share a database need a place that all reach, "
+                             "given by --objects" % (given or config.data))
+        if is_apart(config) and (not owner or owner != id):
+            check_free(db, store, given or str(config.data), owner)
+        elif is_apart(config) and mark not in marks_known(db, owner):
+            raise CloudError("conflict", HELD_BY_COPY)
+        if db.readonly:
+            return
+        id = id or owner or secrets.token_hex(16)
+        if (id, place) != (db.setting("cloud"), known):
+            db.run(put_setting("cloud", id), put_setting("objects", place))
+        store.create()
+        if owner != id or given and prove:
+            store.own(stands if owner == id else id)
+    except OSError as error:
+        raise CloudError("storage-failed", "%s cannot be used: %s" % (given or "the store", reason_of(error))) from error
+
+
+HELD_BY_COPY = "the objects are in use by a copy of this cloud: stop one of both; `restored` makes them this one's again"
+
+
+def check_store(cloud: Cloud) -> str:
+    """The mark of our store.  raises CloudError if it is another cloud's, or a copy's, or cannot be asked: nothing may be put or deleted there"""
+    id = cloud.db.setting("cloud") or ""
+    try:
+        owner, _, mark = cloud.blobs.store.owner().partition(" ")
+    except OSError as error:
+        raise storage_error(error) from error
+    if owner != id:
+        cloud.blobs.refused = "the store holds the objects of another cloud"
+    elif is_apart(cloud.config) and mark not in marks_known(cloud.db, id):
+        cloud.blobs.refused = HELD_BY_COPY
+    else:
+        cloud.blobs.refused = ""
+        return mark
+    raise CloudError("conflict", cloud.blobs.refused)
+
+
+def renew_mark(cloud: Cloud) -> None:
+    """Before anything in it is deleted: let the store tell copies of the database that it is not theirs.  raises CloudError as check_store, Conflict"""
+    def attempt() -> Batch:
+        id, stored = cloud.db.setting("cloud") or "", cloud.db.setting("mark")
+        mark, marks = check_store(cloud), marks_known(cloud.db, id)
+        if marks[-1] == mark:
+            marks.append(secrets.token_hex(8))
+        return Batch([put_setting("mark", " ".join((id, *marks[-MARKS:])))],
+                     [Statement("SELECT 'mark' WHERE (SELECT value FROM setting WHERE name = 'mark') IS NOT ?", (stored,))],
+                     told=id + " " + marks[-1], touches=())
+
+    if is_apart(cloud.config):
+        own_store(cloud, cloud.db.write(attempt).told)
+    else:
+        check_store(cloud)
+
+
+def take_over(cloud: Cloud) -> None:
+    """Let a store of this cloud be its own again, though a copy used it.  raises CloudError"""
+    id, mark = cloud.db.setting("cloud") or "", secrets.token_hex(8)
+    try:
+        owner = cloud.blobs.store.owner().partition(" ")[0]
+    except OSError as error:
+        raise storage_error(error) from error
+    if is_apart(cloud.config) and owner == id:
+        cloud.db.run(put_setting("mark", id + " " + mark))
+        own_store(cloud, id + " " + mark)
+
+
+def own_store(cloud: Cloud, stands: str) -> None:
+    try:
+        cloud.blobs.store.own(stands)
+    except OSError as error:
+        raise storage_error(error) from error
+
+
+# ---- the jobs
+
 class Upkeep:
     """Keeps a cloud in order while it is used: what runs out goes, history thins out, space comes back, bytes are checked.
 
@@ -16817,7 +16893,7 @@ class Sweep(Duty):
         now, done = self.clock.due(), dict.fromkeys(("manifests", "condemned", "buried", "deleted"), 0)
         if self.db.writer.broken or int(self.db.setting("hold") or 0) > now:
             return done                          # a backup copies what we might delete
-        self.cloud.check_store()
+        renew_mark(self.cloud)
         for shard in shards:
             prefix = "%02x" % shard
             done["manifests"] += self._sweep_manifests(prefix)
@@ -17051,7 +17127,7 @@ EVERYBODYS = ("devices", "links", "objects")       # what each process has to do
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what; at once again if it says True)
     "devices": (MINUTE, lambda janitor: janitor.cloud.devices.save_used()),
     "links": (MINUTE, lambda janitor: (janitor.cloud.sharing.uses.save(), janitor.cloud.sharing.openings.save())),
-    "objects": (MINUTE, lambda janitor: janitor.cloud.check_store()),
+    "objects": (MINUTE, lambda janitor: check_store(janitor.cloud)),
     "shares": (5 * SECOND, lambda janitor: janitor.cloud.offers.expire() or janitor.cloud.offers.follow()),
     "clock": (MINUTE, lambda janitor: janitor.cloud.db.save_clock()),
     "reserve": (MINUTE, lambda janitor: janitor.cloud.space.keep_reserve()),
@@ -17668,7 +17744,7 @@ def announce(config: Config, port: int, password: str | None) -> None:
     """Make the database, and say where to find us; on the very first start, by what link to set up."""
     urls, here = urls_of(config, port), local_url(config, port)
     with closing(Cloud(config)) as cloud:
-        cloud.settle(prove=True)
+        settle(cloud, prove=True)
         unclean = [put_setting("unclean", "1")] if cloud.db.setting("running") else []       # the janitor looks (R22)
         cloud.db.run(put_setting("running", here), *unclean, frees=True)
         for _, sentence in () if not config.database else [row for row in cloud.db.examine() if not row[0]]:
@@ -18103,7 +18179,7 @@ def begun_before(partial: Path) -> str:
 def take_store(store: Store, place: str, id: str) -> None:
     """Let a store be that of a cloud which is made just now; elsewhere only if nothing else is there.  raises CloudError"""
     try:
-        if place and store.owner() != id and not (store.is_vacant() and not store.owner()):
+        if place and store.owner().partition(" ")[0] != id and not (store.is_vacant() and not store.owner()):
             raise CloudError("conflict", "%s is not empty; restore into a place of its own" % place)
         store.create()
         store.own(id)
@@ -18448,7 +18524,7 @@ def examine_store(cloud: Cloud) -> Iterator[tuple[bool, str]]:
     """Everything that is asked of a store elsewhere, once."""
     store, place, data = cloud.blobs.store, place_of(cloud.config), secrets.token_bytes(INLINE_LIMIT)
     name = "%s-%s" % (hashlib.sha256(data).hexdigest(), secrets.token_hex(8))
-    cloud.settle()
+    settle(cloud)
     began = time.monotonic()
     store.put(name, data)
     try:
@@ -21474,7 +21550,7 @@ def run_repair(config: Config, given: Arguments) -> int:
     """bring damaged and missing parts of files back from a backup or from plain files"""
     need_directory(given.source)
     with open_cloud(config, "open" if given.yes else "look") as cloud:
-        cloud.settle()
+        settle(cloud)
         healings = find_healing(cloud, given.source)
         known, lost = ({one.hash: one.wrong for one in healings if bool(one.source) == there} for there in (True, False))
         print("%d parts are damaged or missing; %s has %d of them" % (len(healings), given.source, len(known)))
@@ -21495,13 +21571,16 @@ def run_restore(config: Config, given: Arguments) -> int:
     return 1 if wrong else 0
 
 
-@command("restored", opens="open")
-def run_restored(cloud: Cloud, given: Arguments) -> None:
+@command("restored", settings=OBJECTS_TOO)
+def run_restored(config: Config, given: Arguments) -> None:
     """tell every client that an older state of the data was put back (a snapshot, a copy), so that none deletes what it lacks"""
-    begin_anew(cloud)
+    with open_cloud(config, "open") as cloud:
+        take_over(cloud)
+        settle(cloud)
+        begin_anew(cloud)
     print("Clients of %s know from now on that it may lack what they have seen.\n"
           "Native sync clients stop; `sync DIR --once --yes` merges. Nextcloud clients keep and send again what is missing."
-          % cloud.config.data)
+          % config.data)
 
 
 ONE_USER = ("--user", {"default": "", "help": "whose files; all, each in a folder of its own, if not given"})
@@ -21767,7 +21846,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             become_owner(config.data)
         with open_cloud(config, given.command.opens) if given.command.opens else nullcontext(config) as subject:
             if given.command.opens and "objects" in given.command.settings:
-                subject.settle()
+                settle(subject)
             return given.command.run(subject, given) or 0
     except (CloudError, OSError, sqlite3.Error) as error:
         return complain(error, 1)

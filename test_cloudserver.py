@@ -3898,18 +3898,18 @@ def test_servers_that_share_a_database_need_one_place_for_objects(database_of, t
     """Else each would miss what the others stored, and sweep it."""
     database = database_of(tmp_path)
     first = make_cloud(Config(data=tmp_path / "one", database=database))
-    first.settle(prove=True)
+    cs.settle(first, prove=True)
     with pytest.raises(CloudError, match="--objects"):
-        make_cloud(Config(data=tmp_path / "two", database=database)).settle()
+        cs.settle(make_cloud(Config(data=tmp_path / "two", database=database)))
     second = make_cloud(Config(data=tmp_path / "two", database=database, objects=str(tmp_path / "one" / "objects")))
     put(first, account(first), "f", bytes(200_000))
     assert get(second, second.accounts.principal("ann"), "f") == bytes(200_000)
-    make_cloud(Config(data=tmp_path / "one", database=database)).settle(prove=True)
+    cs.settle(make_cloud(Config(data=tmp_path / "one", database=database)), prove=True)
 
 
 def test_a_backup_of_shared_tables_is_restored_on_one_machine(database_of, tmp_path, make_cloud):
     cloud = make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path)))
-    cloud.settle(prove=True)
+    cs.settle(cloud, prove=True)
     ann = account(cloud)
     for name, size in ("small", 100), ("large", 300_000), ("chunked", 9_000_000):
         put(cloud, ann, "d/" + name, random_bytes(size), parents=True)
@@ -3932,9 +3932,9 @@ def test_a_database_that_was_lost_is_no_empty_cloud(postgres, database_of, tmp_p
         empty = Config(data=tmp_path / "new", database=postgres.url(sslmode="disable").replace("/postgres?", "/empty?"))
         assert [outcome(Cloud, empty, how=how) for how in ("open", "read")] == ["not-found"] * 2
         wire.query("DROP DATABASE empty WITH (FORCE)")
-    make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path))).settle(prove=True)
+    cs.settle(make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path))), prove=True)
     with pytest.raises(CloudError, match="another cloud"):
-        make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path / "other"))).settle()
+        cs.settle(make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path / "other"))))
 
 
 @OF_POSTGRES
@@ -14807,7 +14807,7 @@ def test_what_would_work_on_its_own_data_is_refused_in_words(tmp_path, capsys, h
     above.mkdir()
     with contextlib.closing(Cloud(Config(data=places["data"]))) as cloud:
         put(cloud, account(cloud), "f", b"x" * 100_000)
-        cloud.settle()
+        cs.settle(cloud)
     if "{link}" in words and not make_link(places["link"], places["data"]):
         pytest.skip("no links here")
     before = sorted(path for path in above.rglob("*"))
@@ -14879,7 +14879,7 @@ def place(request, tmp_path, keys_in):
 def far(make_cloud, place, fake):
     """A cloud whose objects are elsewhere."""
     cloud = make_cloud(clock=fake.clock(), objects=place)
-    cloud.settle(prove=True)
+    cs.settle(cloud, prove=True)
     return cloud
 
 
@@ -14931,21 +14931,90 @@ def test_a_sweep_touches_nothing_of_another_clouds(far, fake, make_cloud):
     assert upkeep.sweep.run(at_once=True)["deleted"] == 1
 
 
+@pytest.mark.parametrize("first", ["the original", "the copy"])
+def test_of_two_copies_of_a_database_one_alone_keeps_the_objects(far, make_cloud, tmp_path, fake, first, monkeypatch, capsys):
+    """A data directory that is copied, a virtual machine that is cloned: each takes what the other stores for objects that nobody knows."""
+    ann = account(far)
+    put(far, ann, "a", random_bytes(100_000))
+    cs.Upkeep(far).sweep.run([0])
+    shutil.copytree(far.config.data, tmp_path / "copy")
+    copy = make_cloud(replace(far.config, data=tmp_path / "copy"), clock=fake.clock())
+    keeps, other = (far, copy) if first == "the original" else (copy, far)
+    cs.settle(far), cs.settle(copy)              # nothing tells them apart yet
+    upkeep, loser = cs.Upkeep(keeps), cs.Upkeep(other)
+    for cloud in far, copy:
+        put(cloud, ann, "made here", random_bytes(100_000))
+    upkeep.hold(), upkeep.sweep.run([0])
+    assert outcome(cs.settle, other) == outcome(cs.check_store, other) == outcome(loser.sweep.run) == outcome(
+        loser.sweep.run, at_once=True) == "conflict"
+    assert other.health() == "objects away" and outcome(put, other, ann, "b", random_bytes(100_000)) == "read-only" and keeps.health() == "ok"
+    put(other, ann, "small", b"small")           # is in its own database
+    for _ in range(10):
+        upkeep.hold(), loser.hold(), upkeep.sweep.run()
+        assert outcome(loser.sweep.run) == "conflict"
+        fake.pass_(cs.DAY)
+    cs.settle(keeps, prove=True)                 # a start proves that it can write, and leaves the mark
+    put(keeps, ann, "b", random_bytes(100_000))
+    assert len(keeps.blobs.store.owner().split(" ")) == 2 and cs.verify(keeps) == []
+    other.close()                                # whoever keeps the database of the other says so, and what was put there by the first is the loss then
+    words = ["restored", "--data", str(other.config.data), "--objects", other.config.objects]
+    assert cs.main(words) == 0 and "Clients" in capsys.readouterr().out
+    assert outcome(cs.settle, keeps) == outcome(upkeep.sweep.run) == "conflict"
+
+
+@pytest.mark.parametrize("fails", ["before it is written", "after it is written"])
+def test_a_mark_that_was_cut_off_as_it_changed_is_still_ours(far, monkeypatch, fails):
+    """Whatever was written of it: the next sweep goes on, and so does a start."""
+    cs.settle(far)
+    upkeep, own = cs.Upkeep(far), type(far.blobs.store).own
+    for _ in range(3):
+        upkeep.sweep.run([0])
+
+        def cut(store, stands):
+            if fails == "after it is written":
+                own(store, stands)
+            raise cs.Away("cut")
+
+        with monkeypatch.context() as cutting:
+            cutting.setattr(type(far.blobs.store), "own", cut)
+            for _ in range(3):
+                assert outcome(upkeep.sweep.run, [0]) == "busy"
+                cs.settle(far)
+        cs.settle(far, prove=True), cs.check_store(far)
+        assert len(far.db.setting("mark").split(" ")) < 3 + cs.MARKS
+
+
+def test_servers_that_share_a_database_renew_its_mark_side_by_side(make_cloud, tmp_path):
+    clouds = [make_cloud(Config(data=tmp_path / "data", objects=str(tmp_path / "objects"))) for _ in range(2)]
+    for cloud in clouds:
+        cs.settle(cloud)
+    for cloud in clouds * 3:
+        cs.renew_mark(cloud)
+    threads = [threading.Thread(target=lambda cloud=cloud: [cs.renew_mark(cloud) for _ in range(50)]) for cloud in clouds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for cloud in clouds:
+        cs.settle(cloud, prove=True), cs.renew_mark(cloud)
+    assert len(cs.marks_known(cloud.db, cloud.db.setting("cloud"))) == cs.MARKS and len(os.listdir(tmp_path / "objects")) == 1
+
+
 def test_a_place_belongs_to_one_cloud(far, place, make_cloud, tmp_path):
     ann = account(far)
     put(far, ann, "a", random_bytes(100_000))
-    assert outcome(make_cloud(name="other", objects=place).settle) == "conflict"                  # another's
+    assert outcome(cs.settle, make_cloud(name="other", objects=place)) == "conflict"                  # another's
     again = make_cloud(far.config)
-    again.settle()
-    assert outcome(make_cloud(replace(far.config, objects="")).settle) == "conflict"              # forgotten
+    cs.settle(again)
+    assert outcome(cs.settle, make_cloud(replace(far.config, objects=""))) == "conflict"              # forgotten
     (tmp_path / "empty").mkdir()
-    assert outcome(make_cloud(replace(far.config, objects=str(tmp_path / "empty"))).settle) == "conflict"       # not mounted, or the wrong one
+    assert outcome(cs.settle, make_cloud(replace(far.config, objects=str(tmp_path / "empty")))) == "conflict"       # not mounted, or the wrong one
     assert os.listdir(tmp_path / "empty") == []
     (tmp_path / "full").mkdir(), (tmp_path / "full" / "letter.txt").write_text("mine")
-    assert outcome(make_cloud(name="third", objects=str(tmp_path / "full")).settle) == "conflict"
+    assert outcome(cs.settle, make_cloud(name="third", objects=str(tmp_path / "full"))) == "conflict"
     assert os.listdir(tmp_path / "full") == ["letter.txt"]
     other = make_cloud(name="fourth", objects=str(tmp_path / "empty"))
-    other.settle(), other.settle()
+    cs.settle(other), cs.settle(other)
     assert other.blobs.store.owner() == other.db.setting("cloud") not in ("", far.db.setting("cloud"))
 
 
@@ -14954,7 +15023,7 @@ def test_objects_move_by_copying_them(far, make_cloud, tmp_path, place):
     local = make_cloud(name="local")
     ann, data = account(local), random_bytes(5 * MiB)
     put(local, ann, "a", data)
-    local.settle()                               # as a server does when it starts
+    cs.settle(local)                               # as a server does when it starts
     target = make_cloud(name="target", objects=place)
     for name in far.blobs.store.list():
         far.blobs.store.delete(name)
@@ -14963,16 +15032,16 @@ def test_objects_move_by_copying_them(far, make_cloud, tmp_path, place):
             target.blobs.store.put(name, file.read())
     target.blobs.store.own(local.blobs.store.owner())
     moved = make_cloud(replace(local.config, objects=place))
-    moved.settle()
+    cs.settle(moved)
     put(moved, ann, "b", random_bytes(100_000))
-    assert get(moved, ann, "a") == data and cs.verify(moved) == [] and outcome(local.settle) == "conflict"
+    assert get(moved, ann, "a") == data and cs.verify(moved) == [] and outcome(cs.settle, local) == "conflict"
     home = local.config.data / "objects"
     for name in moved.blobs.store.list():
         with moved.blobs.store.get(name) as file:
             local.blobs.store.put(name, file.read())
     back = make_cloud(replace(local.config, objects=str(home)))
-    back.settle()
-    local.settle()
+    cs.settle(back)
+    cs.settle(local)
     assert cs.verify(local) == [] and get(local, ann, "a") == data
 
 
@@ -14980,15 +15049,15 @@ def test_a_data_directory_takes_its_own_objects_whatever_they_say(make_cloud):
     """One that an older version left has no id; one whose database was replaced has another."""
     cloud = make_cloud()
     put(cloud, account(cloud), "a", random_bytes(100_000))
-    assert cloud.blobs.store.owner() == "" and cloud.check_store() is None
-    cloud.settle()
+    assert cloud.blobs.store.owner() == "" and cs.check_store(cloud) == ""
+    cs.settle(cloud)
     id = cloud.db.setting("cloud")
     assert cloud.blobs.store.owner() == id and len(id) == 32
     cloud.blobs.store.own("another")
-    cloud.settle()
+    cs.settle(cloud)
     assert cloud.blobs.store.owner() == cloud.db.setting("cloud") == id
     cloud.db.run(Statement("DELETE FROM setting WHERE name = 'cloud'"))
-    cloud.settle()
+    cs.settle(cloud)
     assert cloud.db.setting("cloud") == id and cs.verify(cloud) == []
 
 
@@ -14997,9 +15066,9 @@ def test_a_backup_brings_objects_here_and_a_restore_puts_them_elsewhere(far, pla
     put(far, ann, "a", data), put(far, ann, "b", b"small")
     assert cs.back_up(far, tmp_path / "backup")[0] == 3 and cs.back_up(far, tmp_path / "backup") == (0, 0, [])
     plain = make_cloud(name="backup")            # which can be used as it is, and never touches the other's
-    plain.settle()
+    cs.settle(plain)
     assert get(plain, ann, "a") == data and plain.db.setting("cloud") != far.db.setting("cloud")
-    assert outcome(make_cloud(replace(plain.config, objects=place)).settle) == "conflict"
+    assert outcome(cs.settle, make_cloud(replace(plain.config, objects=place))) == "conflict"
     config = Config(data=tmp_path / "restored", objects=place)
     assert outcome(cs.restore_backup, tmp_path / "backup", config) == "conflict" and not (tmp_path / "restored" / "cloud.db").exists()
     config = replace(config, objects=place + "-2")
@@ -15015,7 +15084,7 @@ def test_a_backup_brings_objects_here_and_a_restore_puts_them_elsewhere(far, pla
     assert len(list(cs.open_store(config).list())) == 2
     assert cs.restore_backup(tmp_path / "backup", config) == []
     restored = make_cloud(config)
-    restored.settle()
+    cs.settle(restored)
     assert get(restored, restored.accounts.principal("ann"), "a") == data and restored.db.setting("cloud") not in (far.db.setting("cloud"), plain.db.setting("cloud"))
     assert cs.verify(far) == []
 
@@ -15070,7 +15139,7 @@ def test_a_server_whose_bucket_cannot_be_used_says_so_and_ends(s3, tmp_path, key
     monkeypatch.setattr(cs, "leave", lambda code: code)
     config = Config(data=tmp_path / "data", port=0, objects=s3.url)
     with pytest.raises(CloudError) as caught, contextlib.closing(Cloud(config)) as cloud:
-        cloud.settle(prove=True)
+        cs.settle(cloud, prove=True)
     assert says in str(caught.value) and S3_KEYS.secret not in str(caught.value)
     if trouble in ("bucket", "full"):
         done = run("serve", "--data", tmp_path / "data", "--port", "0", "--objects", s3.url)
@@ -15090,7 +15159,7 @@ def test_while_a_bucket_is_away_what_is_here_goes_on(s3, keys_in, make_cloud, se
     keys_in(S3_KEYS.id, S3_KEYS.secret)
     monkeypatch.setattr(cs, "PATIENCE", 0.2)
     cloud = make_cloud(objects=s3.url)
-    cloud.settle(prove=True)
+    cs.settle(cloud, prove=True)
     ann, data = account(cloud, admin=True), random_bytes(9 * MiB)
     call = partial(exchange, serve_cloud(cloud))
     assert call("PUT", "/dav/here", data).status == call("PUT", "/dav/there", random_bytes(100_000)).status == 201
@@ -15106,13 +15175,13 @@ def test_while_a_bucket_is_away_what_is_here_goes_on(s3, keys_in, make_cloud, se
     with pytest.raises(http.client.RemoteDisconnected):
         call("POST", "/api/v1/chunks/get", {"hashes": [hash]})
     assert cloud.db.read("SELECT count(*) FROM chunk WHERE bad IS NOT NULL") == [(0,)]           # nobody knows whether it is
-    for verb in (lambda: cs.verify(cloud), lambda: cs.verify(cloud, quick=True), cloud.check_store, lambda: cs.Upkeep(cloud).scrub(),
+    for verb in (lambda: cs.verify(cloud), lambda: cs.verify(cloud, quick=True), lambda: cs.check_store(cloud), lambda: cs.Upkeep(cloud).scrub(),
                  lambda: cs.back_up(cloud, cloud.config.data.parent / "backup")):
         assert outcome(verb) == "busy"
     assert cloud.db.read("SELECT count(*) FROM chunk WHERE bad IS NOT NULL") == [(0,)]
     s3.faults.clear()
     cloud.blobs.store.s3._paused = 0
-    cloud.check_store()
+    cs.check_store(cloud)
     assert call("GET", "/healthz").body == b"ok\n" and len(call("GET", "/dav/there").body) == 100_000
     assert call("PUT", "/dav/new", random_bytes(100_000)).status == 201 and cs.verify(cloud) == []
 
