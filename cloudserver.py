@@ -5194,6 +5194,7 @@ ECHO = 10                                        # seconds in which a process mu
 OUTAGE = 20                                      # seconds that a database may be away before somebody is refused
 RETRY_PAUSE = 0.3                                # seconds before it is tried again
 LOCK_TIME = "10s"
+MIGRATION_WAIT, MIGRATION_PAUSE, MIGRATION_TRIES = 500, 1, 60      # ms that a table is waited for, and all others with it; seconds between two tries
 SESSION = {"default_transaction_isolation": "read committed", "lock_timeout": LOCK_TIME}
 
 
@@ -5722,7 +5723,20 @@ class Postgres(Database):
     # ---- opening
 
     def _migrate(self, wire: Wire, makes: bool) -> None:
-        """Bring the tables to SCHEMA, all steps or none.  raises CloudError, PgError, PgLost"""
+        """Bring the tables to SCHEMA, all steps or none.  raises CloudError, PgError, PgLost
+
+        Servers of the version before go on meanwhile, and after it.  Who reads for long keeps a table from being changed, and whoever
+        waits for it keeps all others from that table: so it is waited for a moment only, and tried again.
+        """
+        for left in reversed(range(MIGRATION_TRIES)):
+            try:
+                return self._migrate_at_once(wire, makes)
+            except PgError as error:
+                if error.code != "55P03" or not left:
+                    raise
+                time.sleep(MIGRATION_PAUSE)
+
+    def _migrate_at_once(self, wire: Wire, makes: bool) -> None:
         wire.script("BEGIN; " + LOCK_COMMITS)
         try:
             there, = wire.query("SELECT to_regclass('version') IS NOT NULL")[0]
@@ -5736,6 +5750,7 @@ class Postgres(Database):
             else:
                 steps = MIGRATIONS[version - 1:]
             if steps:
+                wire.script("SET LOCAL lock_timeout = '%dms'" % MIGRATION_WAIT)
                 wire.script(";".join(map(translate_script, (*steps, "UPDATE version SET number = %d" % (1 + len(MIGRATIONS))))))
             wire.script("COMMIT")
         except BaseException:

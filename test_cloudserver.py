@@ -4191,6 +4191,77 @@ def test_drill_of_three_programs_of_which_one_is_killed(database_of, serve, tmp_
         check_steps("begin", steps, program.call("GET", "/dav/step").body.decode())
 
 
+# ---- two versions of the program, side by side
+
+def version_after(tmp_path):
+    """A program of the version that comes after this one: with one more step."""
+    text = re.sub(r"(VERSION_\d+)\]", r'\1, "ALTER TABLE account ADD COLUMN colour TEXT NOT NULL DEFAULT \'blue\'; '
+                  r'ALTER TABLE entry ADD COLUMN shade INTEGER; CREATE TABLE later (id INTEGER PRIMARY KEY) WITHOUT ROWID; '
+                  r'CREATE INDEX entry_later ON entry (home, mtime)"]', SOURCE)
+    assert text != SOURCE
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "cloudserver.py").write_text(text, encoding="utf-8")
+    return [sys.executable, str(tmp_path / "later" / "cloudserver.py")]
+
+
+@slow
+def test_servers_are_replaced_one_by_one_by_the_next_version(database_of, serve, tmp_path):
+    """While one server of the version before goes on, and somebody reads for long; and back again only as far as that is right."""
+    url = database_of(tmp_path)
+    env = {**os.environ, "CLOUDSERVER_DATABASE": url, "CLOUDSERVER_OBJECTS": str(tmp_path / "objects")}
+    made = run("user", "add", "ann", "--admin", "--password-stdin", "--data", tmp_path / "0", input=PASSWORD, env=env)
+    assert made.returncode == 0, made.stderr
+    old, = [serve("--workers", "2", data=tmp_path / "0", user=None, env=env)]
+    told, over, longest = [], threading.Event(), [0.0]
+
+    def use(server, name):
+        """Write and read as one does, again and again; notes how long the longest took."""
+        number = 0
+        while not over.is_set():
+            number, began = number + 1, time.monotonic()
+            path = "/dav/%s-%d" % (name, number)
+            assert server.call("PUT", path, path.encode()).status == 201
+            assert server.call("GET", path).body == path.encode()
+            assert server.call("MOVE", path, Destination=path + " moved").status == 201
+            assert path[5:] + " moved" in server.call("PROPFIND", "/dav/", Depth="1").body.decode().replace("%20", " ")
+            longest[0] = max(longest[0], time.monotonic() - began)
+            told.append(path[5:] + " moved")
+
+    with contextlib.closing(cs.Wire.connect(cs.PgAddress.parse(url))) as reader, ThreadPoolExecutor(2) as pool:
+        try:
+            work = [pool.submit(use, old, "old")]
+            reader.query("BEGIN ISOLATION LEVEL REPEATABLE READ")
+            reader.query("SELECT count(*) FROM entry, account")
+            threading.Timer(2, lambda: reader.query("ROLLBACK")).start()
+            new = serve("--workers", "2", data=tmp_path / "1", user=None, env=env, program=version_after(tmp_path))
+            with contextlib.closing(cs.Wire.connect(cs.PgAddress.parse(url))) as wire:
+                assert wire.query("SELECT number FROM version") == [(2 + len(cs.MIGRATIONS),)]
+            work.append(pool.submit(use, new, "new"))
+            count = len(told)
+            assert eventually(lambda: len(told) > count + 20 or any(one.done() for one in work))
+        finally:
+            over.set()
+        for one in work:
+            one.result()
+    assert server_tree(old).keys() == server_tree(new).keys() >= set(told) and longest[0] < 5
+    asked = run("doctor", "--data", tmp_path / "0", env=env)
+    assert asked.returncode == 1 and "written by a newer version of this program; use that one" in asked.stdout + asked.stderr
+    started = run("serve", "--port", "0", "--data", tmp_path / "2", env=env)
+    assert started.returncode == 1 and "written by a newer version of this program; use that one" in started.stderr and "Traceback" not in started.stderr
+    assert stop(old.process) == 0 and server_tree(new).keys() >= set(told)
+
+
+def test_steps_of_the_schema_only_add():
+    """So that a server of the version before goes on beside one of this: it writes whole rows without knowing of more columns.
+
+    Since there are several servers for one database, that is.
+    """
+    added = re.compile(r"(CREATE (UNIQUE )?INDEX|CREATE TABLE|DROP INDEX|UPDATE|INSERT INTO|ALTER TABLE \w+ ADD COLUMN \w+ \w+( NOT NULL DEFAULT \S+)?$)")
+    for step in cs.MIGRATIONS[10:]:
+        for statement in re.sub(r"--[^\n]*", "", step).split(";"):
+            assert not statement.strip() or added.match(statement.strip()), statement
+
+
 # ==== 12. Accounts =======================================================================
 
 def identify(cloud, authorization="", cookie="", address="127.0.0.1", secure=True):
