@@ -374,48 +374,103 @@ def migrate_by_copy(db, steps, migrate=cs.migrate):
     migrate(db, steps[-1:])
 
 
+class Databases:
+    """Databases for clouds, of which each has the tables of today and the first rows; what one test is done with is emptied for another."""
+
+    SHAPE = ("SELECT (SELECT count(*) FROM pg_attribute), (SELECT count(*) FROM pg_proc), (SELECT count(*) FROM pg_trigger), "
+             "(SELECT count(*) FROM pg_db_role_setting r JOIN pg_database d ON d.oid = r.setdatabase WHERE d.datname = current_database())")
+    LARGE = 40 * MiB                             # to empty one that has grown beyond that takes longer than to make another
+
+    def __init__(self, postgres):
+        self.postgres, self.names, self.idle = postgres, map("test_%d".__mod__, itertools.count()), []
+        self.tell("CREATE DATABASE shape OWNER trusted")
+        cs.Postgres(cs.PgAddress.parse(self.url("shape")), Clock()).close()
+        with self.wire("shape") as wire:
+            self.shape = wire.query(self.SHAPE)
+            self.reset = [wire.query(sql)[0][0] for sql in (
+                """SELECT string_agg(format('DELETE FROM %I', tablename), '; ') FROM pg_tables WHERE schemaname = 'public'""",
+                """SELECT string_agg(format('SELECT setval(%L, 1, false)', sequencename), '; ') FROM pg_sequences WHERE sequencename <> 'slot'""")]
+
+    def url(self, name):
+        """... of a user who needs no password: to prove that one has it takes longer than most of what is asked then."""
+        return self.postgres.url("trusted", sslmode="disable").replace("/postgres?", "/%s?" % name)
+
+    def wire(self, name):
+        return contextlib.closing(cs.Wire.connect(cs.PgAddress.parse(self.url(name))))
+
+    def tell(self, sql):
+        with contextlib.closing(self.postgres.wire()) as wire:
+            wire.query(sql)
+
+    def take(self, clock=None):
+        """The name of one; its first rows are written now."""
+        if not self.idle:
+            self.idle.append(next(self.names))
+            self.tell("CREATE DATABASE %s OWNER trusted TEMPLATE shape STRATEGY file_copy" % self.idle[-1])
+        name = self.idle.pop()
+        first = cs.Database._first_rows(argparse.Namespace(clock=clock or Clock()))
+        with self.wire(name) as wire:
+            wire.script(";".join([*self.reset, first, "INSERT INTO clock VALUES (0, 0)", "INSERT INTO version VALUES (%d)" % (1 + len(cs.MIGRATIONS))]))
+        return name
+
+    def take_empty(self):
+        """... of one without tables."""
+        name = next(self.names)
+        self.tell("CREATE DATABASE %s OWNER trusted STRATEGY file_copy" % name)
+        return name
+
+    def give_back(self, name):
+        """Whoever uses it still, like a server that was killed, does so no more."""
+        with contextlib.suppress(cs.PgError, cs.PgLost), self.wire(name) as wire:
+            wire.query("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
+            if wire.query(self.SHAPE) == self.shape and wire.query("SELECT pg_database_size(current_database()) < %d" % self.LARGE) == [(1,)]:
+                return self.idle.append(name)
+        self.tell("DROP DATABASE IF EXISTS %s WITH (FORCE)" % name)
+
+
+@pytest.fixture(scope="session")
+def databases(postgres):
+    return Databases(postgres)
+
+
 @pytest.fixture
-def database_of(postgres, monkeypatch):
-    """A database for each directory: url = database_of(home)."""
+def database_of(databases, monkeypatch):
+    """A database for each directory: url = database_of(home); empty=True one without tables."""
     made = {}
 
-    def url(home):
+    def url(home, clock=None, *, empty=False):
         if home not in made:
-            address = postgres.url(sslmode="disable").replace("/postgres?", "/test_%d_%d?" % (os.getpid(), next(COUNT)))
-            with contextlib.closing(postgres.wire()) as wire:
-                wire.query('CREATE DATABASE "%s" TEMPLATE "%s"' % (cs.PgAddress.parse(address).database, shape_of_databases(postgres, wire)))
-            made[home] = address
-        return made[home]
+            made[home] = databases.take_empty() if empty else databases.take(clock)
+        return databases.url(made[home])
 
-    monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", postgres.PASSWORD)
+    monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", databases.postgres.PASSWORD)
     yield url
-    with contextlib.closing(postgres.wire()) as wire:
-        for address in made.values():
-            wire.query('DROP DATABASE "%s" WITH (FORCE)' % cs.PgAddress.parse(address).database)
-
-
-COUNT = itertools.count()
-
-
-def shape_of_databases(postgres, wire):
-    """A database with the tables of today, to be copied; it is made once."""
-    if not wire.query("SELECT 1 FROM pg_database WHERE datname = 'shape'"):
-        wire.query("CREATE DATABASE shape")
-        url = postgres.url(sslmode="disable").replace("/postgres?", "/shape?")
-        cs.Postgres(cs.PgAddress.parse(url), Clock()).close()
-        with contextlib.closing(cs.Wire.connect(cs.PgAddress.parse(url))) as shape:
-            shape.query("UPDATE clock SET due = 0, wall = 0")
-    return "shape"
+    for name in made.values():
+        databases.give_back(name)
 
 
 @pytest.fixture(autouse="TEST_DATABASE" in os.environ)
-def clouds_on_postgres(database_of, monkeypatch):
-    """With TEST_DATABASE=postgres every cloud of a test has its rows there, and every program that is run."""
+def clouds_on_postgres(request, database_of, monkeypatch):
+    """With TEST_DATABASE=postgres every cloud of a test has its rows there, and every program that is run.
+
+    A directory in which SQLite has them already, as one that was restored, is used as it is.
+    """
     real = Cloud.__init__
-    monkeypatch.setattr(Cloud, "__init__", lambda self, config, *args, **how: real(self, replace(
-        config, database=config.database or database_of(config.data.resolve())), *args, **how))
-    monkeypatch.setitem(globals(), "env_of", lambda words, env=None: {**(os.environ if env is None else env), **(
-        {"CLOUDSERVER_DATABASE": database_of(Path(words[words.index("--data") + 1]).resolve())} if "--data" in words else {})})
+
+    def of(data, clock=None, **how):
+        return {} if (data / "cloud.db").exists() else {"database": database_of(data.resolve(), clock, **how)}
+
+    def opened(cloud, config, clock=None, *, how="make"):
+        real(cloud, config if config.database else replace(config, **of(config.data, clock, empty=how != "make")), clock, how=how)
+
+    def env_of(words, env=None):
+        env = dict(os.environ if env is None else env)
+        for database in of(Path(words[words.index("--data") + 1]), empty=True).values() if "--data" in words else ():
+            env.setdefault("CLOUDSERVER_DATABASE", database)
+        return env
+
+    monkeypatch.setattr(Cloud, "__init__", opened)
+    monkeypatch.setitem(globals(), "env_of", env_of)
 
 
 @pytest.fixture
