@@ -47,7 +47,7 @@ def main(words):
 def arguments(words, home):
     if sys.dont_write_bytecode:                  # then the processes share what goes with them: to compile this file takes seconds
         sys.dont_write_bytecode, sys.pycache_prefix = False, os.path.join(home, "python")
-    return ["-p", "no:cacheprovider", "-q", "-o", "markers=slow", "-o", "tmp_path_retention_policy=failed",
+    return ["-p", "no:cacheprovider", "-q", "-o", "markers=slow\nsqlite\nlast", "-o", "tmp_path_retention_policy=failed",
             *([] if any(Path(__file__).name in word for word in words) else [__file__]), *words]
 
 
@@ -103,6 +103,10 @@ class Crew:
         gc.freeze()
         gc.enable()
 
+    def lasts(self, session):
+        """Those that look at what all others left behind."""
+        return [item for item in session.items if item.get_closest_marker("last")]
+
     def take(self, number):
         """Is it mine?  A test is whose file of its number it is."""
         try:
@@ -123,9 +127,9 @@ class Worker(Crew):
         print(ascii(values), file=self.out, flush=True)
 
     def pytest_runtestloop(self, session):
-        self.config, items = session.config, session.items
+        self.config, items, lasts = session.config, session.items, self.lasts(session)
         first = len(items) * self.number // self.count
-        mine = (items[n] for n in [*range(first, len(items)), *range(first)] if self.take(n))
+        mine = (items[n] for n in [*range(first, len(items)), *range(first)] if items[n] not in lasts and self.take(n))
         following = next(mine, None)
         while following:
             item, following = following, next(mine, None)              # pytest ends what the next one does not share
@@ -156,6 +160,7 @@ class Leader(Crew):
         count = min(option.processes, len(session.items) // 10)
         if count < 2 or session.testsfailed or option.collectonly or option.usepdb or option.trace or option.capture == "no":
             return None                          # pytest's own way, in this process
+        os.environ["TEST_LEFT"] = str(self.home)
         workers = [subprocess.Popen([sys.executable, __file__, "--worker", self.home, str(n), str(count), *self.words],
                                     stdout=subprocess.PIPE, encoding="ascii") for n in range(count)]
         try:
@@ -165,6 +170,9 @@ class Leader(Crew):
             codes = [worker.wait() for worker in workers]
         if session.shouldfail:
             raise session.Failed(session.shouldfail)
+        for item in self.lasts(session):
+            self.left -= 1
+            session.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
         if self.left or {2, 3, 4} & set(codes):              # pytest's own troubles
             raise session.Interrupted("%d tests were not run\n%s" % (self.left, "".join(
                 (self.home / ("worker-%d" % n)).read_text("utf-8", "replace") for n in range(count))))
@@ -240,6 +248,7 @@ import itertools
 import json
 import mmap
 import math
+import pickle
 import py_compile
 import random
 import re
@@ -299,6 +308,7 @@ TREE = ast.parse(SOURCE)
 PASSWORD = "correct horse 9"
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 slow = pytest.mark.slow
+of_sqlite = pytest.mark.sqlite                   # @of_sqlite("why"): what a test is about no other engine has
 REAL_SCRYPT, cs.SCRYPT = cs.SCRYPT, (4, 8, 1)            # the real cost is tested once; everywhere else it would only take time
 
 
@@ -455,6 +465,8 @@ def clouds_on_postgres(request, database_of, monkeypatch):
 
     A directory in which SQLite has them already, as one that was restored, is used as it is.
     """
+    for mark in request.node.iter_markers("sqlite"):
+        pytest.skip("of SQLite: " + mark.args[0])
     real = Cloud.__init__
 
     def of(data, clock=None, **how):
@@ -510,6 +522,84 @@ def real_hash():
     """Of PASSWORD, as the program makes it."""
     with patch.object(cs, "SCRYPT", REAL_SCRYPT):
         return cs.hash_password(PASSWORD)
+
+
+MET = {}                                         # {statement: ("read", "guard" or "body", its parameters, or one row of many)} of all that databases were told in this process
+
+
+@pytest.fixture(scope="session", autouse=True)
+def statements():
+    """Note every statement that a test meets."""
+    def commit(writer, batch, commit=cs.Writer.commit):
+        for part in batch, *batch.also:
+            for sql, params, _ in part.guards:
+                MET.setdefault(sql, ("guard", params))
+            if any(one[0] not in MET for one in part.body):
+                part.body = [noted(*one) for one in part.body]
+        return commit(writer, batch)
+
+    def noted(sql, params=(), many=False):
+        if many:
+            return Statement(sql, Noted(sql, params), True)
+        MET.setdefault(sql, ("body", params))
+        return Statement(sql, params)
+
+    def watch(engine):
+        def asking(read):
+            def ask(sql, params=()):
+                if sql not in MET:
+                    MET[sql] = "read", params
+                return read(sql, params)
+            return ask
+
+        @contextlib.contextmanager
+        def snapshot(db, snapshot=engine.snapshot):
+            with snapshot(db) as read:
+                yield asking(read)
+        patch.setattr(engine, "read", lambda db, sql, params=(), read=engine.read: asking(partial(read, db))(sql, params))
+        patch.setattr(engine, "snapshot", snapshot)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cs.Writer, "commit", commit)
+        watch(cs.Sqlite), watch(cs.Postgres)
+        yield
+    if "TEST_LEFT" in os.environ:
+        Path(os.environ["TEST_LEFT"], "statements-%d" % os.getpid()).write_bytes(pickle.dumps(statements_met()))
+
+
+class Noted:
+    """The rows of a statement, of which the first is noted as it is gone through."""
+
+    def __init__(self, sql, rows):
+        self.sql, self.rows = sql, rows
+
+    def __iter__(self):
+        for row in self.rows:
+            MET.setdefault(self.sql, ("body", row))
+            yield row
+
+
+def statements_met():
+    """Those of this process, and of those that ended before it: {statement: (how, parameters)}, in which only one of those that differ in their number of "?" is."""
+    met = {}
+    for file in Path(os.environ["TEST_LEFT"]).glob("statements-*") if "TEST_LEFT" in os.environ else ():
+        met.update(pickle.loads(file.read_bytes()))
+    for sql, (how, params) in MET.items():
+        values = [bytes(value) if isinstance(value, memoryview) else value for value in (params.values() if isinstance(params, dict) else params)]
+        met[sql] = how, dict(zip(params, values)) if isinstance(params, dict) else values
+    return dict({re.sub(r"\?(, \?)+", "?, ...", sql): (sql, told) for sql, told in met.items()}.values())
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the databases of clouds are asked for, as it is: asked == [(statement, number of its rows)]."""
+    asked = []
+    for engine in cs.Sqlite, cs.Postgres:
+        def read(db, sql, params=(), read=engine.read):
+            rows = read(db, sql, params)
+            asked.append((sql, len(rows)))
+            return rows
+        monkeypatch.setattr(engine, "read", read)
+    return asked
 
 
 def add_user(data, name="ann", **how):
@@ -4769,6 +4859,7 @@ def test_what_one_process_writes_another_reads_at_once(cloud, ann, rng):
     other.close(), fresh.close()
 
 
+@of_sqlite("other engines do not tell all processes what was touched")
 def test_a_file_that_was_read_is_not_looked_for_again_while_others_are_written(cloud, ann):
     other, asked = cs.Cloud(cloud.config), []
     put(cloud, ann, "c/d/f", b"1", parents=True)
@@ -6610,11 +6701,8 @@ def test_a_commit_means_no_mount_that_came_after_what_it_was_decided_on(call, cl
     assert commit(since, {"mkdir": "x"}, {"put": "x/mine", **empty}) == [refused, refused] and "x/mine" not in tree(cloud, bob)
 
 
-def test_only_what_leads_through_a_mount_costs_more(cloud, ann, bob, monkeypatch):
+def test_only_what_leads_through_a_mount_costs_more(cloud, ann, bob, asked):
     """One statement more for a path, and what its target is held by; one for all mounts of a listing, and one for their properties."""
-    asked, read = [], cs.Sqlite.read
-    monkeypatch.setattr(cs.Sqlite, "read", lambda db, sql, params=(): asked.append(sql) or read(db, sql, params))
-
     def count(act):
         asked.clear()
         act()
@@ -7194,17 +7282,16 @@ def test_a_commit_into_several_homes_tells_the_etags_that_are_there(cloud, ann, 
 
 
 @pytest.mark.parametrize("below", ["%d", "c/%d", "c%d/f", "d/%d", "d/c%d/f"])
-def test_what_many_paths_lead_to_is_asked_at_once(cloud, ann, bob, monkeypatch, below):
+def test_what_many_paths_lead_to_is_asked_at_once(cloud, ann, bob, asked, below):
     """However many they are, and in however many collections, of others, too; each is judged as if it were alone."""
     put(cloud, ann, "d/f", b"f", parents=True), hand(cloud, ann, "d", bob)
-    paths, asked, real = [below % n for n in range(40)], [], cs.Sqlite.read
+    paths = [below % n for n in range(40)]
     for path in paths[:20]:
         put(cloud, bob, path, b"old", parents=True)
     for path in paths[20:]:
         above = cs.split_path(path)[:-1]
         if not cloud.files.taken(bob, above):
             cloud.files.make_collection(bob, above, cs.PARENTS)
-    monkeypatch.setattr(cs.Sqlite, "read", lambda self, *what: asked.append(what[0]) or real(self, *what))
     etag = cloud.files.stat(bob, cs.split_path(paths[0])).etag
     asked.clear()
     results = commit(cloud, bob, [{**step_put(path, b"new"), "if": "other" if n else etag} if n < 2 else step_put(path, b"new")
@@ -7341,11 +7428,8 @@ def test_activity_of_a_single_file_that_was_shared(cloud, ann, bob):
     assert journal_of(cloud, bob, 9, path=("1.txt",)) == [("bob", "write", "1.txt", None)] and journal_of(cloud, ann, 2)[1] == ("bob", "write", "deep/one.txt", None)
 
 
-def test_a_hundred_mounts_cost_one_statement_more(cloud, ann, bob, monkeypatch):
+def test_a_hundred_mounts_cost_one_statement_more(cloud, ann, bob, asked):
     """For a path, a listing, a page of one; none for a question whether there is anything new.  Each statement finds its rows by an index."""
-    asked, read = [], cs.Sqlite.read
-    monkeypatch.setattr(cs.Sqlite, "read", lambda db, sql, params=(): asked.append((sql, params)) or read(db, sql, params))
-
     def count(act):
         asked.clear()
         act()
@@ -8675,22 +8759,14 @@ def test_groups_are_managed_on_the_command_line(here, tmp_path, capsys, monkeypa
     assert here("group", "list", *data) == 0 and capsys.readouterr().out == ""
 
 
-def test_all_mounts_of_a_listing_are_asked_for_at_once(cloud, ann, bob, monkeypatch):
+def test_all_mounts_of_a_listing_are_asked_for_at_once(cloud, ann, bob, asked):
     """A hundred cost one statement, whose rows are one for each and for each collection that holds some."""
-    asked, read = [], cs.Sqlite.read
-
-    def counted(db, sql, params=()):
-        rows = read(db, sql, params)
-        asked.append(len(rows))
-        return rows
     for n in range(100):
         put(cloud, ann, "deep/er/m%d/f" % n, parents=True), give(cloud, ann, "deep/er/m%d" % n, "bob")
-    snapshot = cs.Sqlite.snapshot
-    monkeypatch.setattr(cs.Sqlite, "read", counted)
-    cloud.files.stat(bob, ("m5", "f"))
-    assert asked == [1, 103] and len(listed(cloud, bob)) == 100 and snapshot
+    asked.clear(), cloud.files.stat(bob, ("m5", "f"))
+    assert [rows for _, rows in asked] == [1, 103] and len(listed(cloud, bob)) == 100
     asked.clear()
-    assert [offer.path for offer in cloud.offers.list(bob)] == [("m%d" % n,) for n in reversed(range(100))] and asked == [103]
+    assert [offer.path for offer in cloud.offers.list(bob)] == [("m%d" % n,) for n in reversed(range(100))] and [rows for _, rows in asked] == [103]
 
 
 def test_what_accounts_gave_and_got_ends_with_them(api, cloud, ann, people):
@@ -12096,7 +12172,7 @@ def test_reading_changes_nothing(cloud, ann, address):
     token = cloud.sharing.share(ann, ("d",)).share.token
     browser = Session(address)
     browser.call("POST", "/api/v1/login", {"name": "ann", "password": PASSWORD})
-    tables = [name for name, in cloud.db.read("SELECT name FROM sqlite_master WHERE type = 'table' AND sql NOT LIKE 'CREATE VIRTUAL%' AND name NOT LIKE '%\\_index\\_%' ESCAPE '\\'")]
+    tables = [name for name, in EMPTY.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     rows = lambda: {name: sorted(map(repr, cloud.db.read("SELECT * FROM " + name))) for name in tables if name != "throttle"}       # which counts guesses
     before = rows()
     for route in cs.walk_routes(cs.ROUTES):
@@ -12964,12 +13040,14 @@ def test_what_was_asked_before_is_answered_as_things_are_by_now_and_as_each_door
 
 
 def test_propfind_makes_few_calls_for_each_file(cloud, ann):
-    """Four properties of a file: whatever is done for it alone, it is done as often as there are files."""
+    """Four properties of a file: whatever is done for it alone, it is done as often as there are files.  What an engine does for a row is its own."""
+    engines = [start for _, start, title in ROOMS if title in ("Database", "Accounts")]
     asked = b"<propfind xmlns='DAV:'><prop><resourcetype/><getcontentlength/><getlastmodified/><getetag/></prop></propfind>"
 
     def calls(path):
         count = Counter()
-        sys.setprofile(lambda frame, event, what: count.update([event == "call" and frame.f_code.co_filename == cs.__file__]))
+        sys.setprofile(lambda frame, event, what: count.update([
+            event == "call" and frame.f_code.co_filename == cs.__file__ and not engines[0] < frame.f_code.co_firstlineno < engines[1]]))
         try:
             status = answer_of(cloud, "PROPFIND", path, asked, depth="1")
         finally:
@@ -13219,7 +13297,7 @@ def test_sync_collection_follows_every_change(call, cloud, ann):
 
 def put_back(make_cloud, tmp_path, cloud, ann, then):
     """A copy of a cloud's directory as it is, after which `then(cloud)` goes on; the copy opened, as if it had been put back."""
-    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy, contextlib.closing(sqlite3.connect(cloud.db.path)) as live:
+    with cloud.db.as_file() as rows, contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy, contextlib.closing(sqlite3.connect(rows, uri=True)) as live:
         live.backup(copy)
     shutil.copytree(cloud.config.data / "objects", tmp_path / "back/objects")
     os.replace(tmp_path / "copy.db", tmp_path / "back/cloud.db")
@@ -13912,17 +13990,15 @@ def test_versions_of_phone_apps(call, cloud, ann):
     assert call("GET", base + "/1").status == 404 and call("PROPFIND", "/remote.php/dav/versions/ann/versions/5", ask, Depth="1").status == 404
 
 
-def test_a_poll_that_finds_nothing_new_is_cheap(call, cloud, ann):
+def test_a_poll_that_finds_nothing_new_is_cheap(call, cloud, ann, asked):
     """However much there is: a client that looks whether its root has changed costs a few rows."""
     for n in range(300):
         put(cloud, ann, "d%d/f%d" % (n % 20, n), parents=True)
     etag = b"<d:propfind xmlns:d='DAV:'><d:prop><d:getetag/></d:prop></d:propfind>"
     call("PROPFIND", FILES, etag, Depth="0")             # the password is remembered now
-    steps = []
-    for db in cloud.db._idle:
-        db.set_trace_callback(steps.append)
+    asked.clear()
     assert call("PROPFIND", FILES, etag, Depth="0").status == 207
-    assert len([sql for sql in steps if sql.startswith("SELECT")]) <= 4, steps
+    assert 0 < len(asked) <= 4, asked
 
 
 # ==== 26. Upkeep and custody =============================================================
@@ -14753,6 +14829,7 @@ def test_a_damaged_database_is_named_for_what_it_is(make_cloud, tmp_path, rng, s
         assert (found.returncode == 1 or whole) and "Traceback" not in found.stderr, (words, found.stderr)
 
 
+@of_sqlite("a connection that fails is one to a file")
 def test_a_server_stops_writing_to_a_database_it_finds_damaged(cloud, ann):
     """S8, R4"""
     put(cloud, ann, "a")
@@ -14768,6 +14845,7 @@ def test_a_server_stops_writing_to_a_database_it_finds_damaged(cloud, ann):
     assert outcome(put, cloud, ann, "b") == "storage-failed" and cloud.health() == "read-only" and get(cloud, ann, "a") == b"x"
 
 
+@of_sqlite("a connection that fails is one to a file")
 def test_one_connection_too_many_costs_one_request(cloud, ann, monkeypatch):
     """S10: no descriptors left; the next request is served, and nothing counts as broken."""
     put(cloud, ann, "a")
@@ -26445,3 +26523,26 @@ func main() {
     environment = {**os.environ, "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local"}
     client(go, "build", "-o", tmp_path / "trial", ".", cwd=tmp_path, env=environment)
     assert client(tmp_path / "trial", url_of(serve(), path), PASSWORD) == '"hello" "" 4 hello true\n'
+
+
+# ==== what all of them met ===============================================================
+
+OF_ONE_ENGINE = re.compile(r"\bsqlite_master\b|\bPRAGMA\b|\bEXPLAIN\b|\b(name|text)_index\b")         # what SQLite's tests say to it, and its indexes
+
+
+@pytest.mark.last
+def test_every_statement_that_was_met_is_one_of_every_engine(db):
+    """Each is executed, though there is hardly a row."""
+    wrong, met = {}, {sql: told for sql, told in statements_met().items() if not OF_ONE_ENGINE.search(sql)}
+    for sql, (how, params) in met.items():
+        try:
+            if how == "read":
+                db.read(sql, params)
+            else:
+                db.commit(Batch([], [Statement(sql, params)]) if how == "guard" else Batch([Statement(sql, params)]))
+        except CloudError as error:
+            wrong[sql] = error.__cause__ or error
+        except Conflict:                         # a guard that says why not, a row that is there already
+            pass
+    print("%d statements" % len(met))
+    assert met and not wrong, wrong
