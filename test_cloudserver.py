@@ -20968,6 +20968,75 @@ PROXIES = {  # name: (how its block begins, what the test puts around it, its pr
     "haproxy": ("frontend web", haproxy_file, ["haproxy"], "-db -f")}
 
 
+@slow
+def test_the_recipe_for_several_servers_survives_the_loss_of_one(database_of, serve, certificate, tmp_path):
+    """Each client goes on with no more than one try after the other, and nothing that was acknowledged is missing."""
+    import ssl
+    env = {**os.environ, "CLOUDSERVER_DATABASE": database_of(tmp_path), "CLOUDSERVER_OBJECTS": str(tmp_path / "objects")}
+    made = run("user", "add", "ann", "--admin", "--password-stdin", "--data", tmp_path / "0", input=PASSWORD, env=env)
+    assert made.returncode == 0, made.stderr
+    programs = [serve("--workers", "1", "--behind-proxy", "127.0.0.1", "--hostname", "cloud.example", data=tmp_path / str(n), user=None, env=env)
+                for n in range(3)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    text = haproxy_file(recipe("frontend web").partition("\nbackend")[0] + "\n" + recipe("backend cloud"), tmp_path, port, certificate)
+    for number, one in enumerate(programs, 1):
+        assert "m%d:8765" % number in text
+        text = text.replace("m%d:8765" % number, "127.0.0.1:%d" % one.address[1])
+    (tmp_path / "conf").write_text(text)
+    balancer = subprocess.Popen([program("haproxy"), "-db", "-f", str(tmp_path / "conf")])
+    anybody = ssl.create_default_context()
+    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
+
+    def call(method, path, body=None):
+        """An answer, and how many tries it took."""
+        for tries in range(1, 20):
+            with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(
+                    http.client.HTTPSConnection("127.0.0.1", port, context=anybody, timeout=60)) as connection:
+                connection.request(method, path, body, {"Host": "cloud.example", "Authorization": basic()})
+                answer = connection.getresponse()
+                answer = Answer(answer, answer.read())
+                if answer.status not in (502, 503, 504):
+                    return answer, tries
+            time.sleep(0.2)
+        raise AssertionError("nobody answers")
+
+    def work(name):
+        most = 0
+        for number in range(60):
+            data = random_bytes(100_000 if number % 7 == 0 else 300)
+            answer, tries = call("PUT", "/dav/%s-%d" % (name, number), data)
+            assert answer.status in (201, 204), answer
+            most = max(most, tries)
+            answer, tries = call("GET", "/dav/%s-%d" % (name, number))
+            assert answer.status == 200 and answer.body == data
+            most = max(most, tries)
+            if name == "0" and number == 20:
+                programs[1].kill()
+        return most
+
+    try:
+        assert eventually(lambda: call("GET", "/healthz")[0].status == 200)
+        with ThreadPoolExecutor(4) as pool:
+            assert max(pool.map(work, map(str, range(4)))) <= 3
+    finally:
+        balancer.kill()
+        balancer.wait()
+
+
+def test_the_words_of_the_recipes_for_several_servers_are_words_of_the_program(monkeypatch):
+    """... of three machines, and of containers."""
+    monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", "secret")
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    machines = re.search(r"^    (serve --database '.*)", text, re.M)[1].replace("'", "").split(" ")
+    containers = json.loads(re.search(r"command: (\[\"serve\".*)", text)[1])
+    for words, hosts in (machines, ["m1", "m2", "m3"]), (containers, ["database"]):
+        config = cs.Config(**{name: getattr(given, name) for given in [cs.build_parser(words).parse_args(words)] for name in given.command.settings})
+        assert [host.name for host in cs.PgAddress.parse(config.database.partition("?passfile")[0]).hosts] == hosts
+    env = dict(re.findall(r"(\w+)=(.*)", recipe("ETCD_NAME")))
+    assert env["ETCD_INITIAL_CLUSTER"].split(",")[0] == "m1=" + env["ETCD_INITIAL_ADVERTISE_PEER_URLS"]
+
+
 @pytest.fixture
 def behind(serve, certificate, tmp_path):
     """Start a proxy by its recipe before a server: call = behind("nginx"); call.port is not the usual one."""
