@@ -6330,8 +6330,15 @@ class Devices:
                                                             (self.clock.due() + CONFIRMED, who.device))]))
 
     def save_used(self) -> None:
-        """Write when and whence devices were last used; the janitor does so every minute."""
+        """Write when and whence devices were last used; the janitor does so every minute.  What cannot be written is not lost.  raises CloudError"""
         used, self.credentials.used = self.credentials.used, {}
+        try:
+            self._write_used(used)
+        except CloudError:
+            self.credentials.used = {**used, **self.credentials.used}
+            raise
+
+    def _write_used(self, used: dict[str, tuple[int, str]]) -> None:
         old = {id: at or 0 for id, at in self.db.read("SELECT id, used FROM device")} if used else {}
         rows = [(at, address, self.clock.due() + SESSION_IDLE, id) for id, (at, address) in used.items()
                 if at - old.get(id, at) >= USED_EVERY or not old.get(id, 1)]
@@ -11151,11 +11158,17 @@ class Openings:
                 self._new.setdefault(share, set()).add(visitor)
 
     def save(self) -> None:
-        """Write what was noted; the janitor does so every minute."""
+        """Write what was noted; the janitor does so every minute.  What cannot be written is not lost.  raises CloudError"""
         with self._lock:
             new, self._new = self._new, {}
-        for share, visitors in new.items():
-            self.db.write(partial(self._tell, share, visitors))
+        try:
+            for share in list(new):
+                self.db.write(partial(self._tell, share, new[share]))
+                del new[share]
+        finally:
+            with self._lock:
+                for share, visitors in new.items():
+                    self._new.setdefault(share, set()).update(visitors)
 
     def _tell(self, id: int, visitors: set[str]) -> Batch:
         """A line for a link, unless all was told already, by another process."""

@@ -10052,6 +10052,34 @@ def test_the_owner_sees_what_visitors_did(api, cloud, ann, link):
     assert api("GET", "activity")["steps"][3]["device"] == "For Bob"
 
 
+@pytest.mark.parametrize("what", ["devices", "uses", "openings"])
+def test_what_is_written_each_minute_is_not_lost_when_it_cannot_be(make_cloud, fake, monkeypatch, what):
+    """What was noted since goes with it, and each once."""
+    cloud = make_cloud(clock=fake.clock())
+    ann = account(cloud, admin=True)
+    put(cloud, ann, "f", b"x")
+    links, tokens = [cloud.sharing.share(ann, ("f",)).share.id for _ in range(3)], [cloud.devices.add_token(ann, str(n))[1] for n in range(3)]
+    note, save, found = {
+        "devices": (lambda n: identify(cloud, "Bearer " + tokens[n]), cloud.devices.save_used, "SELECT count(*) FROM device WHERE used IS NOT NULL"),
+        "uses": (lambda n: cloud.sharing.uses.note(links[n], 1), cloud.sharing.uses.save, "SELECT sum(used) FROM share"),
+        "openings": (lambda n: cloud.sharing.openings.note(links[n], "somebody"), cloud.sharing.openings.save,
+                     "SELECT count(*) FROM journal WHERE action = 'share-open'")}[what]
+    commit, passes = cloud.db.commit, [what == "openings"]                # the first of them, which are lines of their own
+
+    def fail(batch):
+        if not (passes and passes.pop()):
+            raise cs.CloudError("busy")
+        commit(batch)
+
+    note(0), note(1)
+    with monkeypatch.context() as broken:
+        broken.setattr(cloud.db, "commit", fail)
+        assert outcome(save) == outcome(save) == "busy"
+    note(2)
+    save(), save()
+    assert cloud.db.read(found) == [(3,)]
+
+
 def test_the_owner_is_told_that_a_link_was_opened(make_cloud, serve_cloud, fake):
     """Once an hour for each visitor, within a minute, whatever they look at, and not for previews and HEAD; members and drops are told nothing."""
     cloud = make_cloud(clock=fake.clock())
