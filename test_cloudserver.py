@@ -14,6 +14,7 @@ import ast
 import gc
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def main(words):
 def arguments(words, home):
     if sys.dont_write_bytecode:                  # then the processes share what goes with them: to compile this file takes seconds
         sys.dont_write_bytecode, sys.pycache_prefix = False, os.path.join(home, "python")
-    return ["-p", "no:cacheprovider", "-q", "-o", "markers=slow\nsqlite\nlast", "-o", "tmp_path_retention_policy=failed",
+    return ["-p", "no:cacheprovider", "-q", "-o", "markers=slow\nsqlite\ndirectory\nlast", "-o", "tmp_path_retention_policy=failed",
             *([] if any(Path(__file__).name in word for word in words) else [__file__]), *words]
 
 
@@ -97,6 +98,17 @@ class Crew:
 
     def pytest_addoption(self, parser):
         parser.addoption("--processes", type=int, default=1, help="run the tests in so many processes")
+
+        parser.addoption("--rooms", help="only tests of sections whose titles begin so: --rooms 'Store, stories'; a number in front does not count")
+
+    def pytest_collection_modifyitems(self, config, items):
+        rooms = re.split(", *", config.getoption("rooms") or "")
+        begin = [(at, title) for at, title in enumerate(Path(__file__).read_text("utf-8").splitlines(), 1) if title.startswith("# ==== ")]
+        for item in items if rooms != [""] else ():
+            title = [title for at, title in begin if at <= item.function.__code__.co_firstlineno][-1]
+            item.keep = re.match("# ==== ([0-9]+[.] )?(%s)" % "|".join(map(re.escape, rooms)), title) or item.get_closest_marker("last")
+        config.hook.pytest_deselected(items=[item for item in items if not getattr(item, "keep", True)])
+        items[:] = [item for item in items if getattr(item, "keep", True)]
 
     def pytest_collection_finish(self):
         """What there is by now stays until the end."""
@@ -251,7 +263,6 @@ import math
 import pickle
 import py_compile
 import random
-import re
 import select
 import signal
 import socket
@@ -308,7 +319,8 @@ TREE = ast.parse(SOURCE)
 PASSWORD = "correct horse 9"
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 slow = pytest.mark.slow
-of_sqlite = pytest.mark.sqlite                   # @of_sqlite("why"): what a test is about no other engine has
+of_sqlite = pytest.mark.sqlite                   # @of_sqlite("why"): what a test is about no other engine has; so, too,
+of_directory = pytest.mark.directory             # @of_directory("why"), and no other store
 REAL_SCRYPT, cs.SCRYPT = cs.SCRYPT, (4, 8, 1)            # the real cost is tested once; everywhere else it would only take time
 
 
@@ -459,30 +471,68 @@ def database_of(databases, monkeypatch):
         databases.give_back(name)
 
 
-@pytest.fixture(autouse="TEST_DATABASE" in os.environ)
-def clouds_on_postgres(request, database_of, monkeypatch):
-    """With TEST_DATABASE=postgres every cloud of a test has its rows there, and every program that is run.
+@pytest.fixture
+def objects_of(gateway_program, keys_in):
+    """A bucket for each directory: url = objects_of(home)."""
+    top, port = gateway_program
+    names = {}
 
-    A directory in which SQLite has them already, as one that was restored, is used as it is.
+    def url(home):
+        if home not in names:
+            names[home] = "bucket-%s" % os.urandom(6).hex()
+            (top / names[home]).mkdir()
+        return "s3://%s@127.0.0.1:%d/some/where" % (names[home], port)
+
+    keys_in(S3_KEYS.id, S3_KEYS.secret)
+    return url
+
+
+ELSEWHERE = {"TEST_DATABASE": "postgres", "TEST_OBJECTS": "s3"}.items() & os.environ.items()
+
+
+@pytest.fixture(autouse=bool(ELSEWHERE))
+def clouds_elsewhere(request, monkeypatch):
+    """With TEST_DATABASE=postgres every cloud of a test has its rows there, and every program that is run; with TEST_OBJECTS=s3 its objects are in a bucket.
+
+    A directory that has the like already, as one that was restored, is used as it is.  What is about rows or objects of one machine is left out.
     """
-    for mark in request.node.iter_markers("sqlite"):
-        pytest.skip("of SQLite: " + mark.args[0])
+    kinds = {"TEST_DATABASE": ("database", "cloud.db", "sqlite"), "TEST_OBJECTS": ("objects", "objects", "directory")}
+    chosen = [kinds[name] for name, _ in ELSEWHERE]
+    for *_, own in chosen:
+        for mark in request.node.iter_markers(own):
+            pytest.skip("of one machine: " + mark.args[0])
+    makers = {name: request.getfixturevalue({"database": "database_of", "objects": "objects_of"}[name]) for name, *_ in chosen}
     real = Cloud.__init__
 
-    def of(data, clock=None, **how):
-        return {} if (data / "cloud.db").exists() else {"database": database_of(data.resolve(), clock, **how)}
+    def of(data, **how):
+        return {name: makers[name](data.resolve(), **how if name == "database" else {}) for name, file, _ in chosen if not (data / file).exists()}
 
     def opened(cloud, config, clock=None, *, how="make"):
-        real(cloud, config if config.database else replace(config, **of(config.data, clock, empty=how != "make")), clock, how=how)
+        there = of(config.data, clock=clock, empty=how != "make")
+        real(cloud, replace(config, **{name: value for name, value in there.items() if not getattr(config, name)}), clock, how=how)
 
     def env_of(words, env=None):
         env = dict(os.environ if env is None else env)
-        for database in of(Path(words[words.index("--data") + 1]), empty=True).values() if "--data" in words else ():
-            env.setdefault("CLOUDSERVER_DATABASE", database)
+        for name, value in of(Path(words[words.index("--data") + 1]), empty=True).items() if "--data" in words else ():
+            env.setdefault("CLOUDSERVER_" + name.upper(), value)
         return env
 
     monkeypatch.setattr(Cloud, "__init__", opened)
     monkeypatch.setitem(globals(), "env_of", env_of)
+
+
+def look_into(data):
+    """with look_into(served.data) as cloud: what a running server has, whatever engine has its rows."""
+    return contextlib.closing(Cloud(Config(data=data), how="read"))
+
+
+def object_at(cloud, name):
+    """Where the bytes of an object lie; the copy here of one that is elsewhere is forgotten."""
+    store = cloud.blobs.store
+    store.forget(name)
+    where = store.is_far and store.s3.location
+    home = GATEWAYS[where.host] / where.bucket / where.prefix if where else store.home
+    return home / name[:2] / name
 
 
 @pytest.fixture
@@ -1887,18 +1937,19 @@ def gateway_program(tmp_path_factory):
                                 "posix", "--sidecar", str(home / "beside"), str(home / "top")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         eventually(lambda: can_connect(port))
+        GATEWAYS["127.0.0.1:%d" % port] = home / "top"
         yield home / "top", port
     finally:
         process.kill(), process.wait()
 
 
+GATEWAYS = {}                                    # {host and port: the directory of its buckets}
+
+
 @pytest.fixture
-def gateway(gateway_program):
+def gateway(objects_of):
     """A new bucket of it."""
-    top, port = gateway_program
-    name = "bucket-%s" % os.urandom(6).hex()
-    (top / name).mkdir()
-    return argparse.Namespace(url="s3://%s@127.0.0.1:%d/some/where" % (name, port), home=top / name)
+    return argparse.Namespace(url=objects_of(None))
 
 
 def can_connect(port):
@@ -7429,7 +7480,7 @@ def test_activity_of_a_single_file_that_was_shared(cloud, ann, bob):
 
 
 def test_a_hundred_mounts_cost_one_statement_more(cloud, ann, bob, asked):
-    """For a path, a listing, a page of one; none for a question whether there is anything new.  Each statement finds its rows by an index."""
+    """For a path, a listing, a page of one; none for a question whether there is anything new."""
     def count(act):
         asked.clear()
         act()
@@ -7444,6 +7495,10 @@ def test_a_hundred_mounts_cost_one_statement_more(cloud, ann, bob, asked):
     since = cloud.journal.newest(bob)
     put(cloud, ann, "private")
     assert cloud.feed.changes(bob, (), since) == (cloud.journal.head(), []) and count(acts[3]) == before[3]
+
+
+@of_sqlite("how an engine finds rows it tells in its own words")
+def test_statements_about_mounts_find_their_rows_by_indexes(cloud, ann, bob):
     for sql, params in [(cs.MOUNTED, {"home": bob.account, "now": 0}), (cs.HELD_BY, {"home": ann.account}), (cs.STOOD, {"home": bob.account, "seq": 1}),
                         ("SELECT " + cs.NEWEST_SHARED + " FROM account a WHERE a.id = ?", (bob.account,)), (cs.path_query(3, True, True), (bob.root, "m7", "f", "x", bob.account)),
                         (cs.RAISE_NESTED, {"home": bob.account, "node": 1})]:
@@ -8039,6 +8094,7 @@ def scanning(cloud):
                     scans[sql] = plan
 
 
+@of_sqlite("how an engine finds rows it tells in its own words")
 def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann):
     """Growth: every SELECT and every change of a row finds its rows by an index"""
     with scanning(cloud) as (seen, scans):
@@ -8070,6 +8126,7 @@ def test_no_statement_on_a_hot_path_scans_a_table(cloud, ann):
     assert len(seen) > 60 and not scans
 
 
+@of_sqlite("how an engine finds rows it tells in its own words")
 def test_no_statement_of_sharing_scans_a_table(cloud, ann, bob):
     """Growth: whatever everybody else has, and has shared.  Only the janitor looks through mounts, when some have to follow."""
     put(cloud, ann, "d/e/f", b"1", parents=True), put(cloud, bob, "own/x", b"2", parents=True)
@@ -12775,6 +12832,10 @@ def test_a_large_manifest_comes_in_pages(cloud, ann):
     names = ["%05d" % n for n in range(1203)]
     commit(cloud, ann, [step_put(name, b"x") for name in names], [b"x"])
     assert [place.path[0] for place in cloud.sync.manifest(ann, ())[2]] == names
+
+
+@of_sqlite("how an engine finds rows it tells in its own words")
+def test_a_page_of_a_manifest_is_found_by_an_index(cloud):
     plan = " ".join(row[3] for row in cloud.db.read("EXPLAIN QUERY PLAN " + cs.entries_at(*cs.IN_ORDER) + " ORDER BY key LIMIT :limit",
                                                     {"parent": 1, "seq": 1, "after": "", "limit": 500}))
     assert "USING INDEX entry_name (parent=? AND key>?)" in plan and "SCAN e" not in plan, plan
@@ -14360,14 +14421,14 @@ def test_verify_names_every_file_a_damaged_chunk_touches(make_cloud, rng):
     put(cloud, ann, "fine", random_bytes(200_000))
     assert cs.verify(cloud) == []
     chunk = cloud.db.read("SELECT hash, object FROM chunk JOIN manifest_chunk ON chunk = hash WHERE offset = 0")[0]
-    flip(cloud.blobs.store.home / chunk[1][:2] / chunk[1])
+    flip(object_at(cloud, chunk[1]))
     assert cs.verify(cloud, quick=True) == []
     wrong = cs.verify(cloud)
     assert sorted(line.partition(",")[0] for line in wrong) == ["ann: copy: a part is damaged", "ann: old", "ann: photos/big: a part is damaged"]
     assert outcome(get, cloud, ann, "copy") == "storage-failed" and len(get(cloud, ann, "fine")) == 200_000
     put(cloud, ann, "again", big)
     assert cs.verify(cloud) == [] and get(cloud, ann, "photos/big") == big
-    (cloud.blobs.store.home / chunk[0][:2] / cloud.db.read("SELECT object FROM chunk WHERE hash = ?", chunk[:1])[0][0]).unlink()
+    object_at(cloud, cloud.db.read("SELECT object FROM chunk WHERE hash = ?", chunk[:1])[0][0]).unlink()
     assert all("missing" in line for line in cs.verify(cloud, quick=True))
     cloud.db.run(Statement("UPDATE collection SET size = size + 1 WHERE node = ?", (ann.root,)))
     assert any("sums" in line for line in cs.verify(cloud, quick=True))
@@ -14385,7 +14446,7 @@ def test_a_chunk_damaged_in_mid_file_cuts_the_answer(cloud, ann, address, serve_
     data = random_bytes(9 * MiB)
     put(cloud, ann, "a", data)
     name, = cloud.db.read("SELECT object FROM chunk JOIN manifest_chunk ON chunk = hash WHERE offset > 5000000")[0]
-    flip(cloud.blobs.store.home / name[:2] / name)
+    flip(object_at(cloud, name))
     received = raw(address, request_bytes("GET", "/dav/a"))
     assert b"200 OK" in received and len(received) < len(data)
 
@@ -14431,7 +14492,7 @@ def damage(cloud, file, how="flip"):
     """Do something to the first object of a file; returns the object's place."""
     name, = cloud.db.read("SELECT object FROM chunk WHERE object IS NOT NULL AND hash IN (SELECT ?1 UNION SELECT chunk FROM "
                           "manifest_chunk WHERE manifest = ?1) LIMIT 1", (file.manifest,))[0]
-    place = cloud.blobs.store.home / name[:2] / name
+    place = object_at(cloud, name)
     {"flip": lambda: flip(place), "lose": place.unlink, "cut short": lambda: os.truncate(place, 10),
      "unreadable": lambda: (place.unlink(), place.mkdir())}[how]()
     return place
@@ -14694,8 +14755,8 @@ def test_an_object_is_named_by_a_hash_and_nothing_else(tmp_path, object):
 def test_a_lease_is_given_back(make_cloud, tmp_path, serve):
     """S17: gc right after a clean stop."""
     served = serve()
-    with contextlib.closing(sqlite3.connect(served.data / "cloud.db")) as db:
-        eventually(lambda: db.execute("SELECT fence FROM lease").fetchall())         # the janitor has worked
+    with look_into(served.data) as cloud:
+        eventually(lambda: cloud.db.read("SELECT fence FROM lease"))         # the janitor has worked
     busy = run("gc", "--data", served.data)
     assert served.stop() == 0
     assert run("gc", "--data", served.data).returncode == 0 and run("gc", "--data", served.data).returncode == 0
@@ -15090,10 +15151,12 @@ def test_commands_work_beside_a_running_server(serve, tmp_path):
     doctor = run("doctor", *data).stdout
     assert "the database is whole" in doctor and "LOOK  the database" not in doctor
     assert run("gc", *data).returncode in (0, 1)
-    name, = sqlite3.connect(served.data / "cloud.db").execute("SELECT object FROM chunk WHERE object IS NOT NULL").fetchone() or (None,)
-    assert name is None or not flip(served.data / "objects" / name[:2] / name)
+    served.call("PUT", "/dav/large", random_bytes(100_000))
+    with look_into(served.data) as cloud:
+        (name,), = cloud.db.read("SELECT object FROM chunk WHERE object IS NOT NULL")
+        flip(object_at(cloud, name))
     done = run("verify", *data)
-    assert name is None or done.returncode == 1 and "damaged" in done.stdout
+    assert done.returncode == 1 and "damaged" in done.stdout
 
 
 # ---- objects elsewhere
