@@ -2213,6 +2213,10 @@ class Store:
         return ""
 
 
+class Damaged(OSError):
+    """The bytes of an object that is elsewhere are not what its name says."""
+
+
 class Away(OSError):
     """A store elsewhere does not answer, or not to us: nothing can be known of its objects now."""
 
@@ -2413,6 +2417,8 @@ class Blobs:
     def _reach(self, reach: Callable[[str], BinaryIO | None], chunk: StoredChunk) -> BinaryIO | None:
         try:
             return reach(chunk.object)
+        except Damaged as error:
+            raise note_damage(chunk.hash) from error
         except OSError as error:
             raise storage_error(error) if isinstance(error, Away) else CloudError("storage-failed", "a part of the file cannot be read") from error
 
@@ -2423,8 +2429,7 @@ class Blobs:
             return file
         if hash_file(file) != chunk.hash:
             file.close()
-            log.error("damaged chunk %s", chunk.hash)
-            raise CloudError("storage-failed", "a part of the file is damaged")
+            raise note_damage(chunk.hash)
         self.whole.add(chunk.object, about)
         return file
 
@@ -2462,9 +2467,14 @@ def slice_of(chunk: StoredChunk, start: int, stop: int, opened: BinaryIO | Futur
 def check_inline(chunk: StoredChunk) -> bytes:
     """The bytes in a chunk's row.  raises CloudError if they are not what its name says"""
     if hashlib.sha256(chunk.data).hexdigest() != chunk.hash:
-        log.error("damaged chunk %s", chunk.hash)
-        raise CloudError("storage-failed", "a part of the file is damaged")
+        raise note_damage(chunk.hash)
     return chunk.data
+
+
+def note_damage(hash: str) -> CloudError:
+    """What who wanted to read a chunk is told when its bytes are not what its name says."""
+    log.error("damaged chunk %s", hash)
+    return CloudError("storage-failed", "a part of the file is damaged")
 
 
 class Content:
@@ -2966,7 +2976,7 @@ class Bucket(Store):
     def _fetch(self, name: str) -> None:
         data = self.s3.ask("GET", self._key(name), most=CHUNK_LIMIT).body
         if hashlib.sha256(data).hexdigest() != name[:64]:
-            raise OSError(errno.EIO, "damaged")
+            raise Damaged(errno.EIO, "damaged")
         self._cache.add(name, data)
 
     def forget(self, name: str) -> None:
