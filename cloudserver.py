@@ -34,15 +34,16 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
     26  Upkeep          Upkeep Janitor                                 background jobs
     27  Service         CloudServer Supervisor                         start, stop, logs
     28  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
-    29  Folder          Rules Folder Memory                            a folder on this computer
-    30  Link            Link Fetcher introduce                         the server at the other end of a sync
-    31  Planner         Session Worklist Planner                      what a sync has to do
-    32  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
-    33  Command line    main                                           a function per command
-    34  Page parts      PARTS_* WORDS bare                             what pages are made of
-    35  Visitor         link_page H                                    what visitors of links see
-    36  Links           link_*                                         the doors that links open
-    37  Page            PAGE_* web_page                                the embedded page
+    29  Moving          move_cloud give_back                          from one machine to several, and back
+    30  Folder          Rules Folder Memory                            a folder on this computer
+    31  Link            Link Fetcher introduce                         the server at the other end of a sync
+    32  Planner         Session Worklist Planner                      what a sync has to do
+    33  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
+    34  Command line    main                                           a function per command
+    35  Page parts      PARTS_* WORDS bare                             what pages are made of
+    36  Visitor         link_page H                                    what visitors of links see
+    37  Links           link_*                                         the doors that links open
+    38  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -3531,6 +3532,37 @@ class _Ticket:
 
 
 READ_ONLY = "the data is open for reading only, or not any more"
+IS_SEALED = "SELECT value FROM setting WHERE name = 'sealed'"
+SEAL_TIME = 5                   # seconds after which who was refused for a seal may ask again
+
+
+SEALS = {  # why nothing is written any more, as whoever runs a command or a server is told
+    "moving": "this cloud is being moved to %s: run the same `move` again to go on with it, or `move --abort` to stay here",
+    "moved": "this cloud moved to %s: nothing is served or changed here any more",
+    "arriving": "this cloud is on its way here from %s: run the same `move` again to go on with it",
+    "restoring": "this cloud is being restored from %s: run the same `restore` again"}
+
+
+class Seal(NamedTuple):
+    """Why nothing is written into a database any more (put_seal)."""
+    why: str                     # a key of SEALS
+    place: str                   # where the other one is, without what is secret
+    id: str                      # of the cloud that is being made
+    token: str = ""              # whoever seals anew draws another one: who had sealed before finds out
+
+    def __str__(self) -> str:
+        return SEALS[self.why] % self.place
+
+    def text(self) -> str:
+        return to_json(list(self))
+
+
+def read_seal(text: str | None) -> Seal | None:
+    return Seal(*json.loads(text)) if text else None
+
+
+def sealed_error() -> CloudError:
+    return CloudError("read-only", "this cloud is on its way to another place: it can be read, and takes nothing meanwhile", retry_after=SEAL_TIME)
 
 
 class Writer:
@@ -3556,8 +3588,10 @@ class Writer:
         """Once those who wait are done, and before anybody after them."""
         while not self._leads(_Ticket(Batch([]))):
             pass
-        yield
-        self._hand_on([])
+        try:
+            yield
+        finally:
+            self._hand_on([])
 
     def _turn_of_process(self) -> ContextManager[Any]:
         """Held while a group is gathered and committed.  raises CloudError read-only where nothing can be written, or not any more"""
@@ -3610,6 +3644,23 @@ class Writer:
         for ticket in settled:
             ticket.settled = True
             ticket.gate.release()
+
+
+class Loading:
+    """Rows on their way into a database in large numbers, past all batches; each call raises CloudError."""
+
+    def ask(self, sql: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement; returns its rows."""
+        raise NotImplementedError
+
+    def put(self, table: str, columns: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> None:
+        """Add rows, each with a value for each of these columns.  raises what `rows` raise"""
+        raise NotImplementedError
+
+
+def column_list(columns: Iterable[str]) -> str:
+    """Names for a statement: "a", "b"."""
+    return ", ".join('"%s"' % name for name in columns)
 
 
 class Database:
@@ -3665,6 +3716,13 @@ class Database:
 
     def keep_reserve(self, size: int) -> None:
         """Have so many bytes put by for the moment when the disk of the rows is full, where that is ours to see to."""
+
+    def load(self) -> ContextManager[Loading]:
+        """Change rows past all batches, though the database be sealed, while nobody commits: all that is done meanwhile, or nothing.
+
+        raises  CloudError; if that is at the end, only a look tells whether it was done
+        """
+        raise NotImplementedError
 
     # ---- what is made of that
 
@@ -3774,6 +3832,18 @@ class Database:
         self.run(put_setting("clock", to_json([self.clock.due(), self.clock.wall()])), frees=True)
 
 
+def put_seal(db: Database, text: str | None, was: str | None) -> None:
+    """Let nobody commit anything any more once this returns, and keep why in the setting "sealed"; None: let them again.
+
+    was     what that setting says now; None if there is none
+    raises  Conflict if it says something else; CloudError as load
+    """
+    with db.load() as loading:
+        if [value for value, in loading.ask(IS_SEALED)] != ([] if was is None else [was]):
+            raise Conflict("the seal was changed by somebody else")
+        loading.ask(*(("DELETE FROM setting WHERE name = 'sealed'",) if text is None else put_setting("sealed", text)[:2]))
+
+
 def check_version(version: int, *, stays: bool = False) -> None:
     """raises CloudError if a database of this version was written by a newer program, or by an older one and is to stay as it is"""
     if stays and version != 1 + len(MIGRATIONS):
@@ -3877,6 +3947,8 @@ class SqliteWriter(Writer):
             self.lock.touch(ticket.batch.touches)
         try:
             db.execute("BEGIN IMMEDIATE")
+            if db.execute(IS_SEALED).fetchone():
+                raise sealed_error()
             for ticket in group:
                 if not self._try(ticket, apart):
                     halfway = ticket
@@ -3916,6 +3988,24 @@ class SqliteWriter(Writer):
                 db.execute("ROLLBACK TO batch")
             db.execute("RELEASE batch")
         return apart or not writing or ticket.error is None
+
+    @contextmanager
+    def alone(self) -> Iterator[sqlite3.Connection]:
+        """One transaction beside all groups.  raises CloudError"""
+        with self.ended(), self._turn_of_process() as lock:
+            if self.broken:
+                raise CloudError("storage-failed", self.broken)
+            db = self.connection
+            lock.touch(None)
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                yield db
+                db.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise database_error(error) from error
+            finally:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
 
     def _check(self, batch: Batch) -> None:
         """raises _Failed, Replayed, sqlite3.Error"""
@@ -4041,6 +4131,11 @@ class Sqlite(Database):
                 self._index = False
         return self._index
 
+    @contextmanager
+    def load(self) -> Iterator[Loading]:
+        with self.writer.alone() as db:
+            yield SqliteLoading(db)
+
     def close(self) -> None:
         self.writer.close(self._idle)
         if self._copy:
@@ -4095,6 +4190,26 @@ class Sqlite(Database):
     @contextmanager
     def as_file(self) -> Iterator[str]:
         yield self._address
+
+
+class SqliteLoading(Loading):
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.db = db
+
+    def ask(self, sql: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        return self.db.execute(sql, params).fetchall()
+
+    def put(self, table: str, columns: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> None:
+        self.db.executemany('INSERT INTO "%s" (%s) VALUES (%s)' % (table, column_list(columns), marks(columns)), rows)
+
+
+@lru_cache(maxsize=1)
+def tables_of_today() -> dict[str, list[str]]:
+    """{table: its columns} of SCHEMA and MIGRATIONS."""
+    with closing(sqlite3.connect(":memory:")) as model:
+        migrate(model, [SCHEMA, *MIGRATIONS])
+        return {table: [name for name, *_ in columns_of(model, table)]
+                for table, in model.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name").fetchall()}
 
 
 def steps_from(db: sqlite3.Connection, version: int) -> list[str]:
@@ -4381,6 +4496,22 @@ ENCODERS = (  # (type here, its number there, that of its array, how it is writt
     (str, 25, 1009, encode_text),
     ((bytes, bytearray, memoryview), 17, 1001, bytes),
     (float, 701, 1022, struct.Struct(">d").pack))
+
+
+COPY_FIELDS: dict[type, Callable[[Any], bytes]] = {  # the same as fields of a copy, by type alone: there are many
+    int: lambda number: b"\0\0\0\x08" + number.to_bytes(8, "big", signed=True), str: lambda text: encode_field(encode_text(text)),
+    type(None): encode_field, bytes: encode_field}
+
+
+def copy_blocks(rows: Iterable[tuple[Any, ...]], most: int = 64 * KiB) -> Iterator[bytes]:
+    """Rows of integers, text, bytes and NULL as COPY … (FORMAT binary) takes them.  raises OverflowError, ValueError, KeyError; what `rows` raise"""
+    block = bytearray(b"PGCOPY\n\xff\r\n\0" + bytes(8))
+    for row in rows:
+        block += len(row).to_bytes(2, "big") + b"".join([COPY_FIELDS[type(value)](value) for value in row])
+        if len(block) > most:
+            yield bytes(block)
+            block.clear()
+    yield bytes(block) + b"\xff\xff"
 
 
 def decode_integer(data: bytes) -> int:
@@ -5203,6 +5334,7 @@ CLOCK_TIME = 10                                  # seconds between two looks at 
 ECHO = 10                                        # seconds in which a process must hear itself
 OUTAGE = 20                                      # seconds that a database may be away before somebody is refused
 RETRY_PAUSE = 0.3                                # seconds before it is tried again
+LOAD_TIME = 3600                                 # seconds in which something must move while tables are filled
 LOCK_TIME = "10s"
 MIGRATION_WAIT, MIGRATION_PAUSE, MIGRATION_TRIES = 500, 1, 60      # ms that a table is waited for, and all others with it; seconds between two tries
 SESSION = {"default_transaction_isolation": "read committed", "lock_timeout": LOCK_TIME}
@@ -5261,7 +5393,7 @@ def spell(sql: str, params: Sequence[Any] | dict[str, Any]) -> tuple[str, Sequen
 
 # ---- what went wrong
 
-GUARDED, REPEATED = "CL001", "CL002"             # a guard does not hold; an op id was used before
+GUARDED, REPEATED, SEALED = "CL001", "CL002", "CL003"        # a guard does not hold; an op id was used before; see put_seal
 OF_BATCH = ("CL", "22", "23", "42", "54", "P0")  # classes of errors that are of a statement or its values; others take the whole group
 TRANSIENT = ("08", "25006", "40", "55P03", "57")   # ... that pass when the database is itself again
 PG_ERRORS = (  # (beginning of a code, kind, what it means)
@@ -5275,6 +5407,8 @@ PG_ERRORS = (  # (beginning of a code, kind, what it means)
 
 def cluster_error(error: PgError | PgLost) -> CloudError:
     """Word a failure of PostgreSQL, or of the way to it."""
+    if isinstance(error, PgError) and error.code == SEALED:
+        return sealed_error()
     log.error("database: %s", error)
     if isinstance(error, PgLost):
         return CloudError("busy", "the database is away", retry_after=1)
@@ -5297,7 +5431,9 @@ def refusal_of(error: PgError) -> Exception:
 # ---- writing
 
 LOCK_COMMITS = "SELECT pg_advisory_xact_lock(%d)" % COMMITS
-PUT_GROUP = "INSERT INTO commit_group (id, seq, at) SELECT ?, max(seq) + 1, ? FROM journal RETURNING seq"
+PUT_GROUP = (
+    "INSERT INTO commit_group (id, seq, at) SELECT ?, max(seq) + 1, CASE WHEN EXISTS (" + IS_SEALED + ") "
+    "THEN CAST(refuse('sealed', 'CL003') AS bigint) ELSE ? END FROM journal RETURNING seq")
 POISON = "INSERT INTO commit_group (id, seq, at) VALUES (?, NULL, ?) ON CONFLICT (id) DO UPDATE SET at = excluded.at RETURNING seq"
 IS_REPEATED = "SELECT refuse(coalesce(seq, 0) || ' ' || CASE WHEN digest = ? THEN 1 ELSE 0 END, 'CL002') FROM op WHERE id = ?"
 PUT_OP = "INSERT INTO op (id, seq, digest, result, at) SELECT ?, CASE WHEN ? > 0 THEN max(seq) + 1 - ? ELSE 0 END, ?, ?, ? FROM journal"
@@ -5689,6 +5825,23 @@ class Postgres(Database):
     def commit(self, batch: Batch) -> None:
         self.writer.commit(batch)
 
+    @contextmanager
+    def load(self) -> Iterator[Loading]:
+        if self.readonly:
+            raise CloudError("read-only", READ_ONLY)
+        try:
+            with closing(self._connect()) as wire:
+                wire.patience = LOAD_TIME
+                for statement in "BEGIN", LOCK_COMMITS:
+                    wire.query(statement)
+                yield PostgresLoading(wire)
+                (end,), _ = wire.pipeline([[Bound("COMMIT")], [TELL]])
+                end.get()
+                if end.notices or end.tag != "COMMIT":
+                    raise PgLost("; ".join(map(str, end.notices)) or end.tag)
+        except (PgError, PgLost) as error:
+            raise cluster_error(error) from error
+
     def has_index(self) -> bool:
         """... not yet: names are looked through."""
         return False
@@ -5715,10 +5868,8 @@ class Postgres(Database):
                 db.execute("PRAGMA journal_mode = OFF")
                 migrate(db, [SCHEMA, *MIGRATIONS])
                 db.execute("BEGIN")
-                for table, in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
-                    columns = ['"%s"' % name for name, *_ in columns_of(db, table)]
-                    db.executemany('INSERT INTO "%s" (%s) VALUES (%s)' % (table, ", ".join(columns), marks(columns)),
-                                   read('SELECT %s FROM "%s"' % (", ".join(columns), table)))
+                for table, columns in tables_of_today().items():
+                    SqliteLoading(db).put(table, columns, read('SELECT %s FROM "%s"' % (column_list(columns), table)))
                 db.execute(*put_setting("clock", to_json([self.clock.due(), self.clock.wall()]))[:2])
                 db.execute("COMMIT")
             yield str(path)
@@ -5767,6 +5918,22 @@ class Postgres(Database):
             with suppress(PgError, PgLost):
                 wire.script("ROLLBACK")
             raise
+
+
+class PostgresLoading(Loading):
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+
+    def ask(self, sql: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        return self.wire.query(*spell(sql, params))
+
+    def put(self, table: str, columns: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> None:
+        try:
+            self.wire.copy_in('COPY "%s" (%s) FROM STDIN (FORMAT binary)' % (table, column_list(columns)), copy_blocks(rows))
+        except (ValueError, OverflowError, KeyError) as error:
+            raise CloudError("unprocessable", "PostgreSQL cannot hold what is in the table %s: %s" % (table, error)) from error
+        if table == "thumbnail":                 # the only one whose ids are drawn there
+            self.wire.query("SELECT setval(pg_get_serial_sequence('thumbnail', 'id'), max(id)) FROM thumbnail")
 
 
 def open_database(config: Config, clock: Clock, how: str) -> Database:
@@ -12255,6 +12422,16 @@ class Cloud:
         """Which server this is; a new one after a restore (R29)."""
         return self.db.setting("epoch")
 
+    def seal(self) -> Seal | None:
+        """Why nothing can be changed here; None where it can."""
+        return read_seal(self.db.setting("sealed"))
+
+    def check_seal(self) -> None:
+        """raises CloudError if nothing can be changed here"""
+        seal = self.seal()
+        if seal:
+            raise CloudError("conflict", str(seal))
+
     def policy(self) -> Policy:
         """What an administrator may change while the server runs; until then it is what the command line says."""
         given = Policy(self.config.keep_days, self.config.history, self.config.quota)
@@ -17124,6 +17301,7 @@ class Janitor(threading.Thread):
         self.next["reserve"] = 0                             # at once, while there is room
         self.shard = secrets.randbelow(256)
         self.failing: dict[str, str] = {}                    # job: what was said of it last
+        self.on_moved: Callable[[], None] = lambda: None     # what to do once the cloud is elsewhere
 
     def run(self) -> None:
         while not self.ended.is_set():
@@ -17149,6 +17327,13 @@ class Janitor(threading.Thread):
             log.exception(job)
         return False
 
+    def look_for_seal(self) -> None:
+        """A cloud that moved is served from there alone."""
+        seal = self.cloud.seal()
+        if seal and seal.why == "moved":
+            log.error(str(seal))
+            self.on_moved()
+
     def sweep_some(self) -> None:
         """One shard in turn: all have theirs within a day."""
         self.shard = (self.shard + 1) % 256
@@ -17161,8 +17346,9 @@ class Janitor(threading.Thread):
             self.upkeep.release()
 
 
-EVERYBODYS = ("devices", "links", "objects")       # what each process has to do
+EVERYBODYS = ("seal", "devices", "links", "objects")       # what each process has to do
 JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so many ms, what; at once again if it says True)
+    "seal": (2 * SECOND, lambda janitor: janitor.look_for_seal()),
     "devices": (MINUTE, lambda janitor: janitor.cloud.devices.save_used()),
     "links": (MINUTE, lambda janitor: (janitor.cloud.sharing.uses.save(), janitor.cloud.sharing.openings.save())),
     "objects": (MINUTE, lambda janitor: check_store(janitor.cloud)),
@@ -17191,6 +17377,7 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
 # opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
 # only under a lease, and each of their batches says by its guard that the lease still holds.
 
+MOVED = 3                       # exit code of a worker whose cloud is elsewhere now
 STOP_TIME = 8                   # seconds that requests in flight get to finish; who stops a container waits 10
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 HANG_UP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []           # a terminal closes, or a log was moved away
@@ -17708,7 +17895,7 @@ def serve(config: Config) -> int:
         with suppress(CloudError), closing(Cloud(config, how="open")) as cloud:      # else the next start looks at the database
             cloud.db.run(Statement("DELETE FROM setting WHERE name = 'running'"), frees=True)
         log.info("stopped")
-    return code
+    return 1 if code else 0
 
 
 def become_owner(home: Path) -> None:
@@ -17782,6 +17969,7 @@ def announce(config: Config, port: int, password: str | None) -> None:
     """Make the database, and say where to find us; on the very first start, by what link to set up."""
     urls, here = urls_of(config, port), local_url(config, port)
     with closing(Cloud(config)) as cloud:
+        cloud.check_seal()
         settle(cloud, prove=True)
         unclean = [put_setting("unclean", "1")] if cloud.db.setting("running") else []       # the janitor looks (R22)
         cloud.db.run(put_setting("running", here), *unclean, frees=True)
@@ -17826,7 +18014,8 @@ def show_qr(text: str) -> None:
 def work(config: Config, listener: socket.socket, lifeline: int | None = None, balance: Balance | None = None) -> int:
     """Be a worker until told to stop; returns the exit code."""
     cloud = Cloud(config)
-    server, janitor = CloudServer(cloud, listener, lifeline, balance), Janitor(cloud)
+    server, janitor, moved = CloudServer(cloud, listener, lifeline, balance), Janitor(cloud), threading.Event()
+    janitor.on_moved = lambda: (moved.set(), server.stop())
     on_signals(STOP_SIGNALS, lambda number, frame: os._exit(1) if server.stopping else server.stop())
     if server.access_log:
         on_signals(HANG_UP, lambda number, frame: server.access_log.reopen())
@@ -17840,7 +18029,7 @@ def work(config: Config, listener: socket.socket, lifeline: int | None = None, b
         cloud.db.save_clock()
     if not server.active:
         cloud.close()
-    return 0
+    return MOVED if moved.is_set() else 0
 
 
 class Supervisor:
@@ -17859,12 +18048,14 @@ class Supervisor:
         on_signals(HANG_UP, self._pass_on)
         for index in range(self.count):
             self._fork(index)
+        moved = False
         while self.pids:
             pid, status = os.wait()
             index, since = self.pids.pop(pid, (None, 0))
-            if index is not None and not self.ended.is_set():
+            moved = moved or os.waitstatus_to_exitcode(status) == MOVED              # the others will find out as well
+            if index is not None and not self.ended.is_set() and not moved:
                 self._replace(index, status, time.monotonic() - since)
-        return 0
+        return MOVED if moved else 0
 
     def _replace(self, index: int, status: int, life: float) -> None:
         """Start another worker; where they end as they begin, after a longer and longer while."""
@@ -17997,11 +18188,14 @@ class Copying:
     def __init__(self, target: Store) -> None:
         self.target, self.count, self.size = target, 0, 0
         self.bad: dict[str, str] = {}                        # {hash: what is wrong with it}
+        self.known: set[str] | None = None                   # what a store elsewhere has, listed once
 
     def run(self, source: Store, rows: Iterable[tuple[str, int, str]]) -> None:
         """Copy what the target lacks of (hash, bytes, name).  raises OSError when the target cannot be written"""
-        known = set(self.target.list()).__contains__ if self.target.is_far else self.target.has
-        rows = [row for row in rows if not known(row[2])]
+        if self.target.is_far and self.known is None:
+            self.known = set(self.target.list())
+        has = self.target.has if self.known is None else self.known.__contains__
+        rows = [row for row in rows if not has(row[2])]
         progress = Progress("copy", sum(size for _, size, _ in rows))
         with ThreadPoolExecutor(COPIED_AT_ONCE) as pool:
             for some in pieces(rows, 4 * COPIED_AT_ONCE):
@@ -18020,6 +18214,8 @@ class Copying:
         data, wrong = read_object(source, name, hash)
         if wrong is None:
             self.target.put(name, data)
+            if self.known is not None:
+                self.known.add(name)
         return wrong
 
 
@@ -18136,7 +18332,7 @@ def copy_tables(db: sqlite3.Connection) -> dict[str, str]:
                                       "AND name NOT LIKE '%_index%' ORDER BY type DESC").fetchall():
         if name not in there:
             db.execute(sql)
-        if kind == "table" and name not in ("chunk", "thumbnail", "name_row", "text_row", "lease"):
+        if kind == "table" and name not in ("chunk", "thumbnail", *OWN_TABLES):
             db.execute('DELETE FROM main."%s"' % name)
             db.execute(copy_rows(db, name))
     db.execute("PRAGMA main.user_version = %d" % (1 + len(MIGRATIONS)))
@@ -18151,8 +18347,12 @@ def copy_tables(db: sqlite3.Connection) -> dict[str, str]:
     db.execute("DELETE FROM main.thumbnail WHERE NOT EXISTS (SELECT 1 FROM live.thumbnail l WHERE l.id = thumbnail.id "
                "AND l.home = thumbnail.home AND l.manifest = thumbnail.manifest)")
     db.execute(copy_rows(db, "thumbnail") + " l WHERE NOT EXISTS (SELECT 1 FROM main.thumbnail t WHERE t.id = l.id)")
-    db.execute("DELETE FROM main.setting WHERE name IN ('hold', 'indexed', 'read', 'running', 'unclean', 'cloud', 'objects')")
+    db.execute("DELETE FROM main.setting WHERE name IN (" + marks(OWN_SETTINGS) + ")", OWN_SETTINGS)
     return bad
+
+
+OWN_SETTINGS = ("hold", "indexed", "read", "running", "unclean", "cloud", "objects", "mark", "sealed", "move")       # they say nothing of a copy
+OWN_TABLES = ("name_row", "text_row", "lease")               # nor do these
 
 
 def copy_rows(db: sqlite3.Connection, table: str) -> str:
@@ -18169,48 +18369,76 @@ def prune_objects(store: Store, db: sqlite3.Connection) -> None:
 
 
 def restore_backup(source: Path, config: Config) -> list[str]:
-    """Make a new data directory from a backup, and check it; returns what is wrong.
+    """Make a new data directory, or the tables in an empty PostgreSQL, from a backup, and check it; returns what is wrong.
 
     What is damaged or missing in the backup costs only the files it belongs to.  The server gets a new epoch, by which
     clients know that what they miss is unknown, not deleted (R29).
     """
     if not (source / "cloud.db").exists():
         raise CloudError("not-found", "%s holds no backup" % source)
-    if config.database:
-        raise CloudError("not-implemented", "a backup is restored into a data directory, and not into %s" % config.database)
-    if (config.data / "cloud.db").exists():
+    if not config.database and (config.data / "cloud.db").exists():
         raise CloudError("conflict", "%s holds a cloud already; restore into an empty directory" % config.data)
     check_apart(config.data, source)
     claim_directory(config.data)
     partial = config.data / "cloud.db.partial"
-    id, place = begun_before(partial) or secrets.token_hex(16), place_of(config)
+    id, copying = begun_before(partial) or secrets.token_hex(16), Copying(open_store(config))
+    seal = Seal("restoring", str(source), id)
+    if config.database:
+        look_for_room(config, seal)
     partial.unlink(missing_ok=True)
-    copying = Copying(open_store(config))
     db = sqlite3.connect(partial, isolation_level=None)
     try:
         with opened_to_read(source / "cloud.db") as backup:
             backup.backup(db)
-        check_version(db.execute("PRAGMA user_version").fetchone()[0])
-        db.execute("DELETE FROM setting WHERE name IN ('cloud', 'objects')")
-        db.execute("INSERT INTO setting (name, value) VALUES ('cloud', ?), ('objects', ?)", (id, place))
-        take_store(copying.target, place, id)
-        copying.run(Directory(source / "objects"), db.execute(OBJECTS))
+        prepare_restored(db, id, place_of(config))
+        with Arrival(config, seal, clock_of(db)) if config.database else nullcontext() as arrival:
+            take_store(copying.target, place_of(config), id)
+            copying.run(Directory(source / "objects"), db.execute(OBJECTS))
+            if arrival:
+                arrival.fill(db.execute, {"cloud": id, "objects": place_of(config)})
+                arrival.open()
     except sqlite3.Error as error:
         raise CloudError("storage-failed", "%s is no whole backup (%s)" % (source, error)) from error
     finally:
         db.close()
-    os.replace(partial, config.data / "cloud.db")
-    sync_directory(config.data)
+    if config.database:
+        partial.unlink()
+    else:
+        os.replace(partial, config.data / "cloud.db")
+        sync_directory(config.data)
+    log.warning(RESTORED)
     with closing(Cloud(config, how="open")) as cloud:
-        begin_anew(cloud)
         return verify(cloud)
+
+
+def clock_of(db: sqlite3.Connection) -> Clock:
+    """One that goes on where that of a database stood."""
+    clock = Clock()
+    for stood, in db.execute("SELECT value FROM setting WHERE name = 'clock'"):
+        clock.resume(*json.loads(stood))
+    return clock
+
+
+def prepare_restored(db: sqlite3.Connection, id: str, place: str) -> None:
+    """Bring what a backup held to the tables of today, and let it be a new state of the cloud.  raises CloudError, sqlite3.Error"""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    check_version(version)
+    if 0 < version <= len(MIGRATIONS):
+        migrate(db, steps_from(db, version))
+    db.execute("BEGIN")
+    db.execute("DELETE FROM setting WHERE name IN (" + marks(OWN_SETTINGS) + ")", OWN_SETTINGS)
+    db.execute("INSERT INTO setting (name, value) VALUES ('cloud', ?), ('objects', ?)", (id, place))
+    for sql, params, _ in another_state(int(time.time() * 1000)):
+        db.execute(sql, params)
+    db.execute("COMMIT")
 
 
 def begun_before(partial: Path) -> str:
     """The id of the cloud that a restore which broke off was making; "" if there is none."""
-    with suppress(sqlite3.Error, CloudError), opened_to_read(partial) as db:
-        for (id,) in db.execute("SELECT value FROM setting WHERE name = 'cloud'"):
-            return id
+    if partial.exists():
+        with suppress(sqlite3.Error, CloudError), opened_to_read(partial) as db:
+            for (id,) in db.execute("SELECT value FROM setting WHERE name = 'cloud'"):
+                return id
     return ""
 
 
@@ -18223,6 +18451,156 @@ def take_store(store: Store, place: str, id: str) -> None:
         store.own(id)
     except OSError as error:
         raise CloudError("storage-failed", "%s cannot be used: %s" % (place or "the store", reason_of(error))) from error
+
+
+# ---- an empty place that becomes a cloud
+
+Reads = Callable[..., Iterable[Tuple[Any, ...]]]             # reads(sql, params): the rows of a SELECT
+LARGE = {  # tables of large rows, which come ahead of all others: (what is less than every key, the key, what else tells whether a row is the same)
+    "chunk": ("", "hash", "size", "object", "at", "condemned", "bad"), "thumbnail": (-1, "id", "home", "manifest", "CAST(length(data) AS INTEGER)")}
+LARGE_STEP = 5_000              # of such rows that are added by one statement
+
+
+class Holding(NamedTuple):
+    """What is in the database that a command line names."""
+    settings: dict[str, str]
+    is_vacant: bool              # tables there are, but nobody has an account, and nothing was written
+
+    def seal(self) -> Seal | None:
+        return read_seal(self.settings.get("sealed"))
+
+
+def look_at(config: Config) -> Holding | None:
+    """None if it holds no cloud.  Nothing is changed.  raises CloudError"""
+    if not config.database and version_of(config.data / "cloud.db") == 0:
+        return None
+    try:
+        with closing(open_database(config, Clock(), "read")) as db:
+            return Holding(dict(db.read("SELECT name, value FROM setting")), is_vacant(db))
+    except CloudError as error:
+        if error.kind != "not-found":
+            raise
+        return None
+
+
+def is_vacant(db: Database) -> bool:
+    return not db.read("SELECT 1 FROM account UNION ALL SELECT 1 FROM journal WHERE seq > 1")
+
+
+def version_of(path: Path) -> int:
+    """The version of the tables in a file; 0 if there are none.  raises CloudError"""
+    if not path.exists():
+        return 0
+    try:
+        with opened_to_read(path) as db:
+            return db.execute("PRAGMA user_version").fetchone()[0]
+    except sqlite3.Error as error:
+        raise database_error(error, path) from error
+
+
+def address_of(config: Config) -> str:
+    """Where the rows are that a command line names, as people are told."""
+    return str(PgAddress.parse(config.database) if config.database else config.data.resolve())
+
+
+def look_for_room(config: Config, seal: Seal) -> bool:
+    """Was a cloud begun there under this seal?  raises CloudError if something else is there"""
+    found = look_at(config)
+    if found is None or found.settings.get("sealed") == seal.text():
+        return found is not None
+    if found.seal() or not found.is_vacant:
+        raise CloudError("conflict", "%s holds %s; name an empty place" % (
+            address_of(config), "what something else began (%s)" % str(found.seal()) if found.seal() else "a cloud already"))
+    return False
+
+
+class Arrival:
+    """A cloud that is made of the rows of another one where nothing was: sealed until it is opened.  Whoever was killed goes on."""
+
+    def __init__(self, config: Config, seal: Seal, clock: Clock) -> None:
+        """
+        clock   that of the other one
+        raises  CloudError if something else is there
+        """
+        self.config, self.text = config, seal.text()
+        is_begun = look_for_room(config, seal)
+        self.cloud = Cloud(config, clock)
+        try:
+            if not is_begun:
+                self._begin()
+        except BaseException:
+            self.cloud.close()
+            raise
+
+    def _begin(self) -> None:
+        """raises CloudError if somebody was faster"""
+        db = self.cloud.db
+        with suppress(Conflict):
+            put_seal(db, self.text, None)
+            if is_vacant(db):
+                return
+            put_seal(db, None, self.text)
+        raise CloudError("conflict", "%s is not empty any more" % address_of(self.config))
+
+    def __enter__(self) -> "Arrival":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.cloud.close()
+
+    def fill_ahead(self, read: Reads) -> None:
+        """Take what is large from a cloud that is still in use.  raises CloudError"""
+        for table in LARGE:
+            with self.cloud.db.load() as loading:
+                take_large(loading, read, table)
+
+    def fill(self, read: Reads, settings: dict[str, str]) -> None:
+        """Have the rows of a cloud that does not change meanwhile, with some settings of our own.  raises CloudError, also if they came as others"""
+        kept = {name: value for name, value in read("SELECT name, value FROM setting") if name not in OWN_SETTINGS}
+        with self.cloud.db.load() as loading:
+            for table, columns in tables_of_today().items():
+                if table in LARGE:
+                    take_large(loading, read, table)
+                elif table not in OWN_TABLES:
+                    loading.ask('DELETE FROM "%s"' % table)
+                    loading.put(table, columns, {**kept, **settings, "sealed": self.text}.items() if table == "setting" else read(
+                        'SELECT %s FROM "%s"' % (column_list(columns), table)))
+        if essence(read) != essence(self.cloud.db.each):
+            raise CloudError("storage-failed", "what came to %s is not what was sent" % address_of(self.config))
+
+    def open(self) -> None:
+        """From here on it may be served.  raises CloudError"""
+        put_seal(self.cloud.db, None, self.text)
+
+
+def take_large(loading: Loading, read: Reads, table: str) -> None:
+    """Bring a table of LARGE to the rows of another one; what is there already is not read again."""
+    (least, key, *others), columns = LARGE[table], tables_of_today()[table]
+    told = ", ".join("%s AS c%d" % (what, at) for at, what in enumerate((key, *others)))
+    same = " AND ".join("(%s = c%d OR %s IS NULL AND c%d IS NULL)" % (what, at, what, at) for at, what in enumerate(others, 1))
+    loading.ask("CREATE TEMP TABLE told AS SELECT %s FROM %s LIMIT 0" % (told, table))
+    loading.put("told", ["c%d" % at for at in range(1 + len(others))], read("SELECT %s FROM %s" % (told, table)))
+    loading.ask("CREATE UNIQUE INDEX told_key ON told (c0)")
+    loading.ask("DELETE FROM %s WHERE NOT EXISTS (SELECT 1 FROM told WHERE c0 = %s AND %s)" % (table, key, same))
+    while True:
+        missing = [key for key, in loading.ask("SELECT c0 FROM told WHERE c0 > ? AND NOT EXISTS (SELECT 1 FROM %s WHERE %s = c0) "
+                                               "ORDER BY c0 LIMIT %d" % (table, key, LARGE_STEP), (least,))]
+        if not missing:
+            break
+        loading.put(table, columns, (row for some in pieces(missing, 100) for row in read(
+            "SELECT %s FROM %s WHERE %s IN (%s)" % (column_list(columns), table, key, marks(some)), some)))
+        least = missing[-1]
+    loading.ask("DROP TABLE told")
+
+
+def essence(read: Reads) -> tuple[dict[str, int], str]:
+    """What tells whether all rows of a cloud are there: ({table: how many}, hash of the journal)."""
+    counts = {table: count for table in tables_of_today() if table not in (*OWN_TABLES, "setting")
+              for count, in read('SELECT count(*) FROM "%s"' % table)}
+    journal = hashlib.sha256()
+    for row in read("SELECT seq, at, home, account, device, action, detail, tag FROM journal ORDER BY seq"):
+        journal.update(repr(row).encode())
+    return counts, journal.hexdigest()
 
 
 class Healing(NamedTuple):
@@ -18312,16 +18690,23 @@ def heal(cloud: Cloud, healings: Iterable[Healing]) -> int:
 SEQS_LOST = 1 << 20             # more writes than a state that was put back can have lost
 
 
+RESTORED = "the data counts as restored: clients ask before they go on, and none deletes what is missing here"
+
+
 def begin_anew(cloud: Cloud) -> None:
-    """Say that the data may be an older state than clients have seen: a new epoch, which is what Nextcloud's clients read, too.
+    """Say that the data may be an older state than clients have seen."""
+    cloud.db.run(*another_state(cloud.clock.wall()))
+    log.warning(RESTORED)
+
+
+def another_state(at: int) -> tuple[Statement, ...]:
+    """What says so: a new epoch, which is what Nextcloud's clients read, too.
 
     The next seqs are left out: etags are made of them, and those of what was lost never come to mean something else.
     """
-    cloud.db.run(Statement("UPDATE setting SET value = ? WHERE name = 'epoch'", (secrets.token_hex(8),)),
-                 Statement("INSERT INTO journal (seq, at, home, account, device, action, detail, tag) "
-                           "SELECT max(seq) + ?, ?, 0, 0, '', 'restored', '{}', ? FROM journal",
-                           (SEQS_LOST, cloud.clock.wall(), secrets.token_hex(8))))
-    log.warning("the data counts as restored: clients ask before they go on, and none deletes what is missing here")
+    return (Statement("UPDATE setting SET value = ? WHERE name = 'epoch'", (secrets.token_hex(8),)),
+            Statement("INSERT INTO journal (seq, at, home, account, device, action, detail, tag) "
+                      "SELECT max(seq) + ?, ?, 0, 0, '', 'restored', '{}', ? FROM journal", (SEQS_LOST, at, secrets.token_hex(8))))
 
 
 def export_files(cloud: Cloud, who: Principal, to: Path, top: tuple[str, ...] = ()) -> tuple[int, list[str]]:
@@ -18579,6 +18964,7 @@ def examine_data(cloud: Cloud) -> Iterator[tuple[bool, str]]:
     yield not cloud.db.damage(), "the database is whole"
     yield from cloud.db.examine()
     yield cloud.accounts.is_set_up(), "there is an account"
+    yield cloud.seal() is None, str(cloud.seal() or "nothing keeps it from being written")
     numbers = cloud.numbers()
     yield numbers["bad_chunks"] == 0, "%d damaged chunks%s" % (numbers["bad_chunks"], "; run verify, it names the files"
                                                                if numbers["bad_chunks"] else "")
@@ -18596,7 +18982,195 @@ def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
         yield None, "no server runs on this data"
 
 
-# ==== 29. Folder =========================================================================
+# ==== 29. Moving =========================================================================
+#
+# A cloud goes from one machine, with SQLite in a data directory, to PostgreSQL, or back.
+# 1. Its rows are in two places, of which one at most takes any: the source until it is sealed, the target once it is opened.
+# 2. What is large comes while the source is in use.  Then that is sealed as "moving", and what is left comes; then as "moved",
+#    which is the moment that counts; then the target is opened.  Until then the source can be given back, afterwards never.
+# 3. Whoever comes after a kill finds by the seals how far it was.  An id, kept by the source and borne by the target and its
+#    objects, tells what belongs to this move.
+
+
+class Moved(NamedTuple):
+    """What became of a move."""
+    place: str                   # where the rows are now
+    count: int = 0               # objects copied, and
+    size: int = 0                # their bytes
+    seconds: float = 0           # for which the source could only be read
+    damaged: Sequence[str] = ()  # files of which parts could not be copied
+
+
+def move_cloud(config: Config, stored: str = "") -> Moved:
+    """Move the cloud in the data directory to the database that is named, or back, if the data directory is empty; a server may run on it.
+
+    stored  where its objects are now, if that is not known well enough to itself
+    raises  CloudError, OSError; then the source takes writes as before, unless it is said otherwise
+    """
+    with moving_alone(config):
+        source, target = find_ends(config, stored)
+        with closing(Cloud(source, how="open")) as cloud:
+            move, seal = Move(cloud, target), cloud.seal()
+            if seal and seal.why == "moved":
+                return move.finish(seal)
+            return move.run(seal)
+
+
+def give_back(config: Config) -> str:
+    """Let the source of a move that is not done take writes again; returns where it is.  raises CloudError"""
+    trouble: list[str] = []
+    with moving_alone(config):
+        for end in ends_of(config):
+            try:
+                found = look_at(end)
+            except CloudError as error:          # the other end may be away, or full
+                trouble.append(str(error))
+                continue
+            if found and found.seal() and found.seal().why == "moving":
+                with closing(open_database(end, Clock(), "open")) as db:
+                    unseal(db, found.settings["sealed"])
+                return address_of(end)
+            if found and found.seal() and found.seal().why == "moved":
+                raise CloudError("conflict", "the cloud has moved to %s; the way back is another `move`" % found.seal().place)
+    raise CloudError("not-found", "; ".join(["nothing is being moved", *trouble]))
+
+
+@contextmanager
+def moving_alone(config: Config) -> Iterator[None]:
+    """raises CloudError while another process moves something from or to the same data directory, or if there is no database to move to"""
+    if not config.database:
+        raise CloudError("bad-request", "`move` goes from --data to --database, or back: name both")
+    claim_directory(config.data)
+    with closing(FileLock(config.data / "cloud.db.move")) as lock:
+        if not lock.acquire(wait=False):
+            raise CloudError("busy", "another `move` is at work in %s" % config.data)
+        yield
+
+
+def ends_of(config: Config) -> tuple[Config, Config]:
+    return replace(config, database=""), config
+
+
+def find_ends(config: Config, stored: str) -> tuple[Config, Config]:
+    """From where to where?  raises CloudError"""
+    here, there = ends_of(config)
+    found = {end: look_at(end) for end in (here, there)}
+    sources = [(one, other) for one, other in ((here, there), (there, here)) if is_source(found[one])]
+    if len(sources) == 2:
+        sources = [pair for pair in sources if found[pair[0]].seal()]
+        if len(sources) != 1:
+            raise CloudError("conflict", "%s and %s both hold a cloud; the one to move to has to be empty" % (address_of(here), address_of(there)))
+    if not sources:
+        raise CloudError("not-found", "neither %s nor %s holds a cloud that could be moved" % (address_of(here), address_of(there)))
+    (source, target), = sources
+    known = stored or found[source].settings.get("objects") or ""
+    if source.database and not known:
+        raise CloudError("bad-request", "the objects of %s are in the data directory of its server; name that by --from-objects" % address_of(source))
+    return replace(source, objects=known), target
+
+
+def is_source(found: Holding | None) -> bool:
+    return found is not None and not found.is_vacant and (found.seal() is None or found.seal().why in ("moving", "moved"))
+
+
+def unseal(db: Database, text: str) -> None:
+    """raises CloudError"""
+    try:
+        put_seal(db, None, text)
+    except Conflict as error:
+        raise CloudError("conflict", "somebody else goes on with this move, or gave it up") from error
+    db.run(Statement("DELETE FROM setting WHERE name = 'hold'"), frees=True)
+
+
+class Move:
+    """A cloud, and the place it is to go to."""
+
+    def __init__(self, cloud: Cloud, target: Config) -> None:
+        self.cloud, self.target = cloud, target
+        self.place, self.store = address_of(target), open_store(target)
+        self.stays = place_of(target) == place_of(cloud.config)              # do the objects stay where they are?
+        self.copying = Copying(self.store)
+
+    def run(self, seal: Seal | None) -> Moved:
+        """
+        seal    that of the source, if somebody was killed while that was sealed
+        """
+        cloud, id = self.cloud, self._plan(seal)
+        try:
+            settle(cloud)
+            with self._arrival(id) as arrival:
+                if not self.stays:
+                    take_store(self.store, place_of(self.target), id)
+                if seal is None:
+                    self._copy_objects()
+                    arrival.fill_ahead(cloud.db.each)
+                    self._copy_objects()
+                began = time.monotonic()
+                damaged = self._hand_over(arrival, seal)
+                return Moved(self.place, self.copying.count, self.copying.size, time.monotonic() - began, damaged)
+        finally:
+            with suppress(CloudError):           # it is sealed, or away
+                cloud.db.run(Statement("DELETE FROM setting WHERE name = 'hold'"), frees=True)
+
+    def finish(self, seal: Seal) -> Moved:
+        """What is left to do once the source is sealed for good.  raises CloudError"""
+        found = look_at(self.target)
+        if seal.place != self.place or found is None or found.settings.get("cloud") != seal.id:
+            raise CloudError("conflict", "%s (and %s does not hold it)" % (seal, self.place) if seal.place == self.place else str(seal))
+        if found.seal():
+            with self._arrival(seal.id) as arrival:
+                self._open(arrival, seal.id)
+        return Moved(self.place)
+
+    def _plan(self, seal: Seal | None) -> str:
+        """The id of the cloud that this becomes; nothing is swept meanwhile.  raises CloudError if it is on its way to somewhere else"""
+        db, wanted = self.cloud.db, [self.place, place_of(self.target)]
+        id, *known = json.loads(db.setting("move") or "[null]")
+        if seal is not None and known != wanted:
+            raise CloudError("conflict", str(seal))
+        if seal is None:
+            id = id if known == wanted else secrets.token_hex(16)
+            db.run(put_setting("move", to_json([id, *wanted])), put_setting("hold", str(self.cloud.clock.due() + 7 * DAY)))
+        return id
+
+    def _arrival(self, id: str) -> Arrival:
+        clock = Clock()
+        clock.resume(self.cloud.clock.due(), clock.wall())
+        return Arrival(self.target, Seal("arriving", address_of(self.cloud.config), id), clock)
+
+    def _copy_objects(self) -> None:
+        if not self.stays:
+            self.copying.run(self.cloud.blobs.store, self.cloud.db.each(OBJECTS))
+
+    def _hand_over(self, arrival: Arrival, seal: Seal | None) -> list[str]:
+        """Seal the source, bring what is left, and open the target; returns what is damaged.  raises CloudError, and then it is given back"""
+        db, id = self.cloud.db, json.loads(arrival.text)[2]
+        moving = Seal("moving", self.place, id, secrets.token_hex(8)).text()
+        put_seal(db, moving, seal and seal.text())
+        try:
+            self._copy_objects()
+            arrival.fill(db.each, self._settings(id))
+            damaged = name_damage(self.cloud, self.copying.bad)
+        except BaseException:
+            unseal(db, moving)
+            raise
+        put_seal(db, Seal("moved", self.place, id).text(), moving)
+        self._open(arrival, id)
+        return damaged
+
+    def _settings(self, id: str) -> dict[str, str]:
+        """What the target has of its own.  Whoever remembers an account or a device looks again."""
+        db, clock = self.cloud.db, self.cloud.clock
+        return {"cloud": id, "objects": place_of(self.target), "generation": str(int(db.setting("generation")) + 1),
+                "clock": to_json([clock.due(), clock.wall()])}
+
+    def _open(self, arrival: Arrival, id: str) -> None:
+        if self.stays:
+            self.store.own(id)
+        arrival.open()
+
+
+# ==== 30. Folder =========================================================================
 #
 # Two-way sync of a folder with a server, over the sync protocol and nothing else.
 # 1. Each side is compared with what both last agreed on (base), never with the other.  Size, times and inode say that a
@@ -19538,7 +20112,7 @@ class Memory:
         self.db.close()
 
 
-# ==== 30. Link ===========================================================================
+# ==== 31. Link ===========================================================================
 #
 # The server at the other end of a sync: what it answers is checked here (invariant 6).
 
@@ -20119,7 +20693,7 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
     memory.flush()
 
 
-# ==== 31. Planner ========================================================================
+# ==== 32. Planner ========================================================================
 #
 # What a run of the client has to do.  The invariants are those of the room Folder.
 
@@ -20545,7 +21119,7 @@ class Planner:
         return False
 
 
-# ==== 32. Sync client ====================================================================
+# ==== 33. Sync client ====================================================================
 #
 # Doing it.  The invariants are those of the room Folder.
 
@@ -21375,7 +21949,7 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
         raise
 
 
-# ==== 33. Command line ===================================================================
+# ==== 34. Command line ===================================================================
 
 Arguments = argparse.Namespace
 GROUPS = {"user": "make, list, change and remove accounts", "group": "make, list and remove groups of accounts, and say who belongs to them"}
@@ -21394,6 +21968,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 OBJECTS_TOO = ("data", "database", "objects", "objects_key_file", "cache")           # of commands that read or write the larger parts of files
+UNUSED = ("objects", "objects_key_file")         # others take these as well: what is said to one can be said to all
 
 
 def command(name: str, *arguments: tuple[Any, ...], settings: Iterable[str] = ("data", "database"), opens: str = "", outside: bool = False
@@ -21434,6 +22009,8 @@ def open_cloud(config: Config, how: str) -> Iterator[Cloud]:
             raise
         cloud = Cloud(config, how="read")        # a snapshot, a disk that turned read-only, or not a byte free
     try:
+        if how in ("open", "make"):
+            cloud.check_seal()
         yield cloud
     finally:
         cloud.close()
@@ -21603,10 +22180,23 @@ def run_repair(config: Config, given: Arguments) -> int:
 
 @command("restore", directory_argument("source", "FROM", "directory that backup wrote"), settings=OBJECTS_TOO, outside=True)
 def run_restore(config: Config, given: Arguments) -> int:
-    """make a new data directory from a backup, and verify it"""
+    """make a new data directory, or the tables in an empty --database, from a backup, and verify it"""
     wrong = restore_backup(given.source, config)
-    print("\n".join(wrong) or "restored to %s; all is well" % config.data)
+    print("\n".join(wrong) or "restored to %s; all is well" % (address_of(config) if config.database else config.data))
     return 1 if wrong else 0
+
+
+@command("move", switch("--abort", "do not go on with a move: the cloud stays where it was, and takes writes again"),
+         ("--from-objects", {"default": "", "metavar": "PLACE", "help": "where the objects are now, as --objects; not needed if the cloud knows"}), settings=OBJECTS_TOO)
+def run_move(config: Config, given: Arguments) -> int:
+    """move the cloud in --data to --database, or back if --data is empty; --objects names where objects go; servers may run"""
+    if given.abort:
+        print("%s takes writes again" % give_back(config))
+        return 0
+    moved = move_cloud(config, given.from_objects)
+    print("moved to %s: %d objects, %s copied; it could only be read for %.1f s" % (moved.place, moved.count, format_size(moved.size), moved.seconds),
+          *moved.damaged, sep="\n")
+    return 1 if moved.damaged else 0
 
 
 @command("restored", settings=OBJECTS_TOO)
@@ -21818,7 +22408,7 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
         sub.set_defaults(command=row)
         for *flags, how in row.arguments if chosen else ():
             sub.add_argument(*flags, **how)
-        for setting in row.settings if chosen else ():
+        for setting in (*row.settings, *(UNUSED if "objects" not in row.settings and "database" in row.settings else ())) if chosen else ():
             add_setting(sub, known[setting])
     return parser
 
@@ -21918,7 +22508,7 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-# ==== 34. Page parts =====================================================================
+# ==== 35. Page parts =====================================================================
 #
 # What the pages of the program are made of, and share: style, script and words.  Each page adds its own behind them, and
 # the functions of its own that these call.
@@ -24022,7 +24612,7 @@ def source_hash(text: str) -> str:
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# ==== 35. Visitor ========================================================================
+# ==== 36. Visitor ========================================================================
 #
 # What somebody sees who opens a link: a page that is whole as the server writes it.  Its script adds preview, uploads that
 # go on after a break, and what else needs one.  Names and notes enter it by H and textContent alone (W5).  It tells nothing
@@ -24702,7 +25292,7 @@ def web_visitor(cloud: Cloud, who: Principal, request: Request) -> Response:
                                          "Cross-Origin-Resource-Policy": "same-origin"})
 
 
-# ==== 36. Links ==========================================================================
+# ==== 37. Links ==========================================================================
 #
 # The doors that links open: /s/TOKEN for browsers, curl, WebDAV and tus, and those of Nextcloud's public links.  Files whose name is that of a door below a token are reached by way of dav.
 
@@ -24878,7 +25468,7 @@ open_door(NC_LINK, nc_error, LINK_HANDLERS)
 open_door(replace(NC_LINK, names=("public.php", "webdav")), nc_error, LINK_HANDLERS)             # the token is the user's name there
 
 
-# ==== 37. Page ===========================================================================
+# ==== 38. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, style and script are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).

@@ -2655,6 +2655,48 @@ def test_a_lease_has_one_holder_and_a_rising_fence(open_db, fake):
     assert db.lease("job", "two", 1000) == 2 and db.lease("job", "one", 1000) is None
 
 
+def test_a_sealed_database_takes_nothing_whoever_sends_it_and_is_read(db, open_db):
+    other = open_db()
+    cs.put_seal(db, "why", None)
+    for one in db, other:
+        with pytest.raises(CloudError) as refusal:
+            one.write(lambda: set_batch("a", "1", line=line()))
+        assert refusal.value.kind == "read-only" and refusal.value.detail["retry_after"] > 0
+        assert one.setting("a") is None and one.setting("sealed") == "why" and one.head() == 1
+        with pytest.raises(Conflict):
+            cs.put_seal(one, None, "another")
+        with pytest.raises(Conflict):
+            cs.put_seal(one, "mine", None)
+    cs.put_seal(other, "then", "why")
+    assert outcome(db.run, cs.put_setting("a", "1")) == "read-only" and db.setting("sealed") == "then"
+    cs.put_seal(other, None, "then")
+    assert db.write(lambda: set_batch("a", "1", line=line())).seq == 2 and other.setting("a") == "1"
+
+
+def test_rows_are_loaded_all_or_none_and_past_a_seal(db, open_db):
+    cs.put_seal(db, "why", None)
+    rows = [("h%d" % n, n, None, n, bytes([n, 0, 255])) for n in range(200)]
+    with pytest.raises(KeyError), db.load() as loading:
+        loading.put("chunk", ("hash", "size", "object", "at", "data"), rows)
+        assert loading.ask("SELECT count(*) FROM chunk WHERE size < ?", (100,)) == [(100,)]
+        raise KeyError
+    assert db.read("SELECT 1 FROM chunk") == [] and outcome(db.run, cs.put_setting("a", "1")) == "read-only"
+    with db.load() as loading:
+        loading.put("chunk", ("hash", "size", "object", "at", "data"), iter(rows))
+        loading.put("thumbnail", ("id", "home", "manifest", "data"), [(7, 1, "m", b"")])
+        loading.ask("DELETE FROM setting WHERE name = ?", ("sealed",))
+    assert open_db().read("SELECT hash, size, object, at, data FROM chunk ORDER BY size") == rows
+    db.run(Statement(cs.PUT_THUMBNAIL, (1, "n", b"x")))
+    assert db.read("SELECT id FROM thumbnail ORDER BY id") == [(7,), (8,)]
+
+
+@pytest.mark.parametrize("open_db", ["postgres"], indirect=True)
+def test_what_postgresql_cannot_hold_is_said_by_its_table(db):
+    with pytest.raises(CloudError, match="table setting: text in a database has no NUL"), db.load() as loading:
+        loading.put("setting", ("name", "value"), [("a", "b"), ("c", "d\0")])
+    assert db.setting("a") is None
+
+
 def test_a_database_that_is_closed_says_so(open_db):
     db, seen = open_db(), []
     threads = [threading.Thread(target=lambda n: seen.append(outcome(db.run, Statement("INSERT INTO setting VALUES (?, '')", ("t%d" % n,)))), args=(n,))
@@ -4119,8 +4161,33 @@ def test_a_backup_of_shared_tables_is_restored_on_one_machine(database_of, tmp_p
     here = make_cloud(Config(data=tmp_path / "laptop"))
     assert tree(here, ann) == tree(cloud, ann) and here.db.read("SELECT count(*) FROM journal WHERE action = 'write'") == cloud.db.read(
         "SELECT count(*) FROM journal WHERE action = 'write'")
-    assert outcome(cs.restore_backup, tmp_path / "backup", Config(data=tmp_path / "new", database=database_of(tmp_path))) == "not-implemented"
     audit(here), audit(cloud)
+
+
+def test_a_backup_is_restored_into_an_empty_database_and_into_no_other(database_of, tmp_path, make_cloud, monkeypatch):
+    """Whoever was killed begins again; clients hear that it is another state from the first moment on."""
+    laptop = make_cloud(Config(data=tmp_path / "laptop"))
+    ann = account(laptop)
+    for name, size in ("small", 100), ("d/large", 300_000), ("d/chunked", 9_000_000):
+        put(laptop, ann, name, random_bytes(size), parents=True)
+    cs.back_up(laptop, tmp_path / "backup")
+    config = Config(data=tmp_path / "new", database=database_of(tmp_path / "new"), objects=str(tmp_path / "objects"))
+    with monkeypatch.context() as patch:
+        patch.setattr(cs.Arrival, "open", Refuses(None, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            cs.restore_backup(tmp_path / "backup", config)
+    assert "restore" in str(cs.look_at(config).seal()) and run("verify", "--data", tmp_path / "x", "--database", config.database, "--objects", config.objects).returncode == 0
+    told = run("serve", "--port", "0", "--data", config.data, "--database", config.database, "--objects", config.objects)
+    assert told.returncode == 1 and "being restored" in told.stderr
+    assert outcome(cs.restore_backup, tmp_path / "backup", replace(config, data=tmp_path / "newer")) == "conflict"
+    assert cs.restore_backup(tmp_path / "backup", config) == []
+    shared = make_cloud(config)
+    cs.settle(shared, prove=True)
+    assert tree(shared, ann) == tree(laptop, ann) and shared.epoch != laptop.epoch and shared.seal() is None
+    assert shared.db.head() == laptop.db.head() + cs.SEQS_LOST and put(shared, ann, "later")
+    assert [outcome(cs.restore_backup, tmp_path / "backup", one) for one in (config, replace(config, data=tmp_path / "newest"))] == ["conflict"] * 2
+    assert get(shared, ann, "later") == b"x" and not (config.data / "cloud.db.partial").exists()
+    audit(shared)
 
 
 def test_a_database_that_was_lost_is_no_empty_cloud(postgres, database_of, tmp_path, make_cloud):
@@ -15825,7 +15892,361 @@ def test_the_access_log_is_combined_and_keeps_secrets(serve, tmp_path):
     assert '"GET /dav/a%20b HTTP/1.1" 200 5' in got and "secret" not in log.read_text() and is_private(log)
 
 
-# ==== 29. Folder and sync client =========================================================
+# ==== 29. Moving =========================================================================
+
+BOTH_ENGINES = of_sqlite("what moves goes from one engine to the other")
+
+
+def dump(cloud):
+    """All rows of a cloud apart from what is each engine's and each place's own: {table: rows}."""
+    own = (*cs.OWN_SETTINGS, "generation", "clock")
+    return {table: sorted((row for row in cloud.db.read('SELECT %s FROM "%s"' % (cs.column_list(columns), table)) if table != "setting" or row[0] not in own), key=repr)
+            for table, columns in cs.tables_of_today().items() if table not in cs.OWN_TABLES}
+
+
+def live_in(cloud):
+    """Give a cloud something of everything; where no verb was used a row of any values, so that no table is empty."""
+    ann, bob = account(cloud, admin=True), account(cloud, "bob", quota=1 << 40)
+    for name, data in {"a": b"small", "d/large": random_bytes(300_000), "d/chunked": random_bytes(9_000_000), "d/e/\U0001f600": random_bytes(70_000), "empty": b""}.items():
+        put(cloud, ann, name, data, parents=True)
+    put(cloud, ann, "a", b"newer"), put(cloud, bob, "own", random_bytes(100_000))
+    cloud.files.delete(ann, ("empty",)), move(cloud, ann, "d/large", "d/e/large")
+    give(cloud, ann, "d", "bob", role="edit"), cloud.groups.add("crew"), cloud.groups.join("crew", "bob")
+    cloud.files.stars.mark(ann, ("a",), on=True), take_lock(cloud, ann, "a"), cloud.uploads.create(ann, ("new",), 3)
+    cloud.versions.pin(ann, ("a",), cloud.files.stat(ann, ("a",)).rev, "kept")
+    cloud.devices.add_token(ann, "laptop"), cloud.pictures.put(ann, ("d", "chunked"), b"\x89PNG\r\n\x1a\n" + bytes(200))
+    for table in cs.tables_of_today():
+        columns = cs.columns_of(EMPTY, table)
+        if table not in cs.OWN_TABLES and not cloud.db.read('SELECT 1 FROM "%s" LIMIT 1' % table):
+            values = {"INTEGER": (1 << 62) - 1, "TEXT": "'\u00e9\t\\N\n", "BLOB": b"\0\xff\\x"}
+            cloud.db.run(Statement('INSERT INTO "%s" (%s) VALUES (%s)' % (table, cs.column_list(name for name, *_ in columns), cs.marks(columns)),
+                                   [values[kind] if key or needed else None for _, kind, needed, key in columns]))
+    assert all(dump(cloud).values())
+    return ann
+
+
+def takes_writes(config):
+    """Is there a cloud that would be served and changed?"""
+    found = cs.look_at(config)
+    return found is not None and not found.is_vacant and found.seal() is None
+
+
+@pytest.fixture
+def hops(make_cloud, database_of, tmp_path):
+    """A cloud and the places it moves to, one after the other: hops.next() is a Config for `move`, hops.cloud() the cloud where it is now."""
+    class Hops:
+        def __init__(self):
+            self.count, self.now, self.database = 0, Config(data=tmp_path / "laptop0"), None
+
+        def next(self):
+            """From a laptop to the cluster, or back to another laptop."""
+            self.count += 1
+            data = self.now.data if self.count % 2 else tmp_path / ("laptop%d" % self.count)
+            self.database = database_of(tmp_path / ("database%d" % self.count), empty=self.count % 4 == 1) if self.count % 2 else self.database
+            self.asked = Config(data=data, database=self.database, objects=str(tmp_path / ("objects%d" % self.count)) if self.count % 2 else "")
+            self.before, self.now = self.now, self.asked if self.count % 2 else Config(data=data)
+            return self.asked
+
+        def cloud(self, config=None):
+            return contextlib.closing(Cloud(config or self.now, how="open"))
+    made = Hops()
+    with contextlib.closing(make_cloud(made.now)) as cloud:
+        live_in(cloud)
+        made.rows = dump(cloud)
+    return made
+
+
+@BOTH_ENGINES
+@pytest.mark.parametrize("here, there", [("", "directory"), ("directory", "bucket"), ("bucket", "directory"), ("bucket", "the same"), ("directory", "the same"), ("", "the same")])
+def test_a_cloud_moves_to_the_cluster_and_back_and_is_the_same(make_cloud, database_of, tmp_path, request, keys_in, here, there):
+    """Wherever its objects are, whether they stay there or go with it."""
+    if "bucket" in (here, there):
+        keys_in(S3_KEYS.id, S3_KEYS.secret)
+        bucket = request.getfixturevalue("gateway").url
+    places = {"": "", "directory": str(tmp_path / "here"), "bucket": "bucket" in (here, there) and bucket}
+    laptop = Config(data=tmp_path / "laptop", objects=places[here])
+    cluster = replace(laptop, database=database_of(tmp_path), objects={**places, "directory": str(tmp_path / "there"), "the same": places[here]}[there])
+    cloud = make_cloud(laptop)
+    cs.settle(cloud)
+    live_in(cloud)
+    before, wrong = dump(cloud), cs.verify(cloud)
+    moved = cs.move_cloud(cluster)
+    assert moved.place == str(cs.PgAddress.parse(cluster.database)) and not moved.damaged and bool(moved.count) == (there != "the same")
+    shared = make_cloud(cluster)
+    cs.settle(shared, prove=True)
+    assert dump(shared) == before and cs.verify(shared) == wrong and shared.db.setting("cloud") != cloud.db.setting("cloud")
+    assert int(shared.db.setting("generation")) > int(cloud.db.setting("generation"))
+    assert abs(shared.clock.due() - cloud.clock.due()) < cs.MINUTE
+    ann = shared.accounts.principal("ann")
+    put(shared, ann, "later", random_bytes(100_000)), cloud.db.read("SELECT 1")
+    shared.pictures.put(ann, ("later",), b"\x89PNG\r\n\x1a\n" + bytes(99))         # its id is a new one
+    assert outcome(put, cloud, ann, "later", b"x") == "read-only"
+    assert cs.move_cloud(cluster) == cs.Moved(moved.place)           # it is done already
+    before = dump(shared)
+    back = replace(cluster, data=tmp_path / "back", objects="" if there != "the same" or not here else places[here])
+    assert cs.move_cloud(back, stored=str(laptop.data / "objects") if not cluster.objects else "").damaged == []
+    again = make_cloud(replace(back, database=""))
+    cs.settle(again, prove=True)
+    assert dump(again) == before and cs.verify(again) == wrong and get(again, ann, "later") == get(shared, ann, "later")
+    assert outcome(put, shared, ann, "latest", b"x") == "read-only" and put(again, ann, "latest", b"x")
+    assert [row for row in again.db.examine() if not row[0]] == []
+
+
+class Killed(BaseException):
+    """A process is gone: what it had done is done, and nothing it would do on its way out is."""
+
+
+def kill_at(monkeypatch, at):
+    """Have a move killed at a point, which is before or after one of the calls that change anything; returns the points it passed."""
+    passed = []
+
+    def point(name):
+        passed.append(name)
+        if len(passed) >= at:
+            raise Killed(name)
+
+    def wrap(home, name):
+        real = getattr(home, name)
+
+        def call(*args, **how):
+            point("before " + name)
+            result = real(*args, **how)
+            point("after " + name)
+            return result
+        monkeypatch.setattr(home, name, call)
+    for home, name in ((cs, "put_seal"), (cs, "take_store"), (cs, "take_large"), (cs, "essence"), (cs.Copying, "run"), (cs.Directory, "own"), (cs.Database, "run"),
+                       (cs.SqliteLoading, "put"), (cs.PostgresLoading, "put")):
+        wrap(home, name)
+    return passed
+
+
+@BOTH_ENGINES
+@pytest.mark.parametrize("step", [29, pytest.param(1, marks=slow)])
+def test_a_move_that_is_killed_anywhere_goes_on(hops, monkeypatch, rng, step):
+    """And at no moment are there two clouds that take writes; until it counts, the source can be given back."""
+    ended = set()
+    for at in itertools.count(1 + rng.randrange(step), step):
+        asked = hops.next()
+        with monkeypatch.context() as patch:
+            passed = kill_at(patch, at)
+            with contextlib.suppress(Killed):
+                cs.move_cloud(asked)
+                ended.add(hops.count % 2)
+        source, target = takes_writes(hops.before), takes_writes(hops.now)
+        assert not (source and target), passed
+        if not target and rng.random() < 0.5:
+            given = outcome(cs.give_back, asked)
+            assert given == cs.address_of(hops.before) or given == ("not-found" if source else "conflict"), (given, passed)
+            if takes_writes(hops.before):
+                with hops.cloud(hops.before) as cloud:
+                    put(cloud, cloud.accounts.principal("ann"), "between %d" % at, random_bytes(rng.choice([10, 100_000])))
+                    hops.rows = dump(cloud)
+        assert cs.move_cloud(asked).damaged == [] or target or not source, passed
+        with hops.cloud() as cloud:
+            assert dump(cloud) == hops.rows and not takes_writes(hops.before), passed
+            assert {wrong for wrong in cs.verify(cloud) if "sums" not in wrong} <= {"the bytes of"}
+        if len(ended) == 2:
+            break
+
+
+@BOTH_ENGINES
+@pytest.mark.parametrize("why, what", [("a cloud", "both hold a cloud"), ("objects", "not empty"), ("newer", "another version"), ("a role", "cannot be used"), ("full", "full"),
+                                       ("nobody there", "cannot be used"), ("another move", "began"), ("no database", "--database")])
+def test_a_wrong_target_is_refused_and_the_source_goes_on(hops, database_of, tmp_path, postgres, make_cloud, monkeypatch, why, what):
+    asked = hops.next()
+    if why in ("a cloud", "newer"):
+        other = make_cloud(Config(data=tmp_path / "other", database=asked.database))
+        account(other, "eve")
+        if why == "newer":
+            with other.db.load() as loading:
+                loading.ask("UPDATE version SET number = 99")
+    elif why == "objects":
+        other = make_cloud(Config(data=tmp_path / "other", objects=asked.objects))
+        cs.settle(other, prove=True)
+    elif why == "a role":
+        asked = replace(asked, database=postgres.url("old", sslmode="disable").replace("/postgres?", "/empty_of_%d?" % os.getpid()))
+        with contextlib.closing(postgres.wire()) as wire:
+            wire.query("CREATE DATABASE empty_of_%d" % os.getpid())
+    elif why == "full":
+        monkeypatch.setattr(cs.PostgresLoading, "put", Refuses(None, cs.CloudError("disk-full", "the disk of the database is full")))
+    elif why == "nobody there":
+        asked = replace(asked, database="postgres://cloud@127.0.0.1:1/cloud")
+    elif why == "another move":
+        cs.Arrival(Config(data=tmp_path / "other", database=asked.database), cs.Seal("arriving", "/elsewhere", "1"), Clock()).cloud.close()
+    else:
+        asked = replace(asked, database="")
+    with pytest.raises(CloudError, match=what) as refusal:
+        cs.move_cloud(asked)
+    assert postgres.PASSWORD not in str(refusal.value)
+    if why == "a role":
+        with contextlib.closing(postgres.wire()) as wire:
+            wire.query("DROP DATABASE empty_of_%d WITH (FORCE)" % os.getpid())
+    assert takes_writes(hops.before)
+    with hops.cloud(hops.before) as cloud:
+        assert dump(cloud) == hops.rows and cloud.db.setting("hold") is None and put(cloud, cloud.accounts.principal("ann"), "later")
+    assert outcome(cs.give_back, asked) in ("not-found", "bad-request")
+
+
+@BOTH_ENGINES
+def test_whoever_waited_too_long_finds_that_others_went_on(hops, monkeypatch):
+    """A process that stood still while the source was given back cannot end the move: what came since would be lost."""
+    asked, essence = hops.next(), cs.essence
+
+    def meanwhile(read):
+        monkeypatch.setattr(cs, "essence", essence)
+        found = cs.look_at(hops.before)
+        with hops.cloud(hops.before) as cloud:
+            cs.unseal(cloud.db, found.settings["sealed"])
+            put(cloud, cloud.accounts.principal("ann"), "since then", b"kept")
+            hops.rows = dump(cloud)
+        return essence(read)
+    monkeypatch.setattr(cs, "essence", meanwhile)
+    assert outcome(cs.move_cloud, asked) in ("conflict", "storage-failed")
+    assert takes_writes(hops.before) and not takes_writes(asked)
+    with cs.moving_alone(asked):
+        assert outcome(cs.move_cloud, asked) == "busy"
+    cs.move_cloud(asked)
+    with hops.cloud() as cloud:
+        assert dump(cloud) == hops.rows
+
+
+@BOTH_ENGINES
+def test_what_comes_while_a_move_copies_comes_along(hops, monkeypatch):
+    """Files, and thumbnails whose row took the place of another; what is condemned meanwhile; what was healed."""
+    asked, ahead = hops.next(), cs.Arrival.fill_ahead
+
+    def meanwhile(arrival, read):
+        ahead(arrival, read)
+        with hops.cloud(hops.before) as cloud:
+            ann = cloud.accounts.principal("ann")
+            put(cloud, ann, "large", random_bytes(100_000)), put(cloud, ann, "small", random_bytes(1000))
+            cloud.pictures.put(ann, ("d", "chunked"), b"\x89PNG\r\n\x1a\n" + bytes(300))
+            cloud.db.run(Statement("UPDATE chunk SET condemned = 5 WHERE hash = ?", (cs.EMPTY,)), Statement("UPDATE chunk SET bad = 7 WHERE size = 5"))
+            hops.rows = dump(cloud)
+    monkeypatch.setattr(cs.Arrival, "fill_ahead", meanwhile)
+    cs.move_cloud(asked)
+    with hops.cloud() as cloud:
+        assert dump(cloud) == hops.rows
+
+
+@BOTH_ENGINES
+def test_damage_is_named_and_does_not_stop_a_move(hops, here, capsys):
+    asked = hops.next()
+    with hops.cloud(hops.before) as cloud:
+        place, = {cloud.config.data / "objects" / name[:2] / name for name, in cloud.db.read("SELECT object FROM chunk WHERE size = 70000")}
+        place.write_bytes(damaged(place.read_bytes()))
+    words = ["move", "--data", asked.data, "--database", asked.database, "--objects", asked.objects]
+    assert here(*words) == 1
+    shown = capsys.readouterr().out
+    assert "ann: d/e/\U0001f600: a part is damaged" in shown and "moved to postgres://" in shown
+    assert takes_writes(asked) and here("verify", *words[1:]) == 1
+
+
+@BOTH_ENGINES
+@needs_fork
+def test_a_running_server_is_told_of_a_move(serve, make_cloud):
+    """It takes nothing from the moment on when its cloud is sealed, and reads on; once that moved, it ends, and does not begin again."""
+    served = serve("--workers", "2")
+    assert served.call("PUT", "/dav/a", b"a").status == 201
+    cloud = make_cloud(Config(data=served.data))
+    moving, moved = (cs.Seal(why, "postgres://cloud@db/cloud", "1").text() for why in ("moving", "moved"))
+    cs.put_seal(cloud.db, moving, None)
+    for _ in range(8):                           # whichever worker
+        refused = served.call("PUT", "/dav/b", b"b")
+        assert refused.status == 503 and int(refused.headers["retry-after"]) > 0 and b"postgres" not in refused.body
+        assert served.call("GET", "/dav/a").body == b"a"
+    assert served.call("POST", "/api/v1/devices", {"name": "x"}).status == 503
+    told = run("user", "add", "bob", "--password-stdin", "--data", served.data, input=PASSWORD)
+    assert told.returncode == 1 and "being moved to postgres://cloud@db/cloud" in told.stderr and "--abort" in told.stderr
+    cs.put_seal(cloud.db, None, moving)
+    assert served.call("PUT", "/dav/b", b"b").status == 201
+    cs.put_seal(cloud.db, moved, None)
+    assert served.process.wait(60) == 1
+    again = run("serve", "--port", "0", "--data", served.data)
+    assert again.returncode == 1 and "moved to postgres://cloud@db/cloud" in again.stderr
+    assert run("verify", "--data", served.data).returncode == 0
+
+
+@BOTH_ENGINES
+@needs_fork
+@pytest.mark.parametrize("kind", ["native", pytest.param("nextcloudcmd", marks=slow)])
+def test_clients_go_on_where_a_cloud_moved_to(serve, database_of, tmp_path, kind):
+    """At the same address another server answers, from PostgreSQL and then from SQLite again: nothing travels twice, nothing is lost, nothing is a conflict."""
+    log = tmp_path / "access.log"
+    served = serve("--workers", "2", "--access-log", log)
+    port, url = str(served.address[1]), "http://ann@127.0.0.1:%d" % served.address[1]
+    if kind == "native":
+        folder = tmp_path / "folder"
+        folder.mkdir()
+    else:
+        desktop = Desktop(kind, served, tmp_path, "folder")
+        folder = desktop.folder
+
+    def sync():
+        """Did anything travel?  (up, down)"""
+        if kind == "native":
+            done = run("sync", folder, *(() if (folder / ".cloudserver").exists() else (url,)), "--once", "--json", env={**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD})
+            assert done.returncode == 0, done.stderr
+            told = json.loads(done.stdout)
+            assert not told["conflicts"] and not told["problems"]
+            return told["uploaded"] > 0, told["downloaded"] > 0
+        seen = len(log.read_text())
+        desktop.sync()
+        return tuple(re.search(r'"%s /remote.php/\S*dav\S+/(f\d|while|elsewhere)' % method, log.read_text()[seen:]) is not None for method in ("PUT", "GET"))
+
+    for n in range(20):
+        (folder / ("f%d" % n)).write_bytes(random_bytes(100 + n * 9000))
+    sync()
+    assert sync() == (False, False)
+    cluster = ["--data", tmp_path / "served", "--database", database_of(tmp_path), "--objects", tmp_path / "objects"]
+    laptop = ["--data", tmp_path / "laptop"]
+    for words, after in ((cluster, cluster), (laptop + cluster[2:4], laptop)):
+        (folder / "while it moved").write_bytes(random_bytes(1000))
+        moved = run("move", *words)
+        assert moved.returncode == 0 and "moved to" in moved.stdout, moved.stderr
+        assert served.process.wait(60) == 1
+        served = serve("--workers", "2", "--access-log", log, "--port", port, *after[2:], data=after[1], user=None)
+        assert sync() == (True, False) and sync() == (False, False)
+        assert served.call("PUT", "/dav/elsewhere", random_bytes(100_000)).status in (201, 204)
+        assert sync() == (False, True) and sync() == (False, False)
+    there = server_tree(served)
+    assert there == {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(".")} and len(there) == 22
+
+
+@BOTH_ENGINES
+@needs_fork
+@slow
+def test_a_client_goes_on_while_its_cloud_moves(serve, database_of, tmp_path):
+    """What it finds while nothing is taken, and while nobody is there, goes up in the end, once."""
+    log, folder = tmp_path / "access.log", tmp_path / "folder"
+    served = serve("--access-log", log)
+    folder.mkdir()
+    with open(tmp_path / "told", "w") as told:
+        client = popen("sync", folder, "http://ann@127.0.0.1:%d" % served.address[1], "--json", env={**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD}, stdout=told, stderr=told)
+    try:
+        contents = {name: random_bytes(size) for name, size in (("before", 100), ("sealed", 100_000), ("away", 9_000_000))}
+        write = lambda name: (folder / name).write_bytes(contents[name])
+        write("before")
+        assert eventually(lambda: "before" in server_tree(served))
+        cloud, moving = Cloud(Config(data=served.data)), cs.Seal("moving", "elsewhere", "1").text()
+        with contextlib.closing(cloud):
+            cs.put_seal(cloud.db, moving, None)
+            write("sealed")
+            assert eventually(lambda: " 503 " in log.read_text())
+            cs.put_seal(cloud.db, None, moving)
+        cluster = ["--database", database_of(tmp_path), "--objects", tmp_path / "objects"]
+        assert run("move", "--data", served.data, *cluster).returncode == 0 and served.process.wait(60) == 1
+        write("away")
+        served = serve("--access-log", log, "--port", str(served.address[1]), *cluster, data=served.data, user=None)
+        assert eventually(lambda: server_tree(served) == contents, 120)
+        lines = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines() if line.startswith("{")]
+        assert client.poll() is None and not any(line["conflicts"] or line["downloaded"] for line in lines)
+    finally:
+        stop(client)
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(".")} == contents
+
+
+# ==== 30. Folder and sync client =========================================================
 
 @pytest.mark.parametrize("lines, ignored, kept", [
     (["*.log"], ["a.log", "d/a.log"], ["a.log.txt", "log"]),
@@ -20357,7 +20778,7 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
         [cloud.files.delete(ann, (path,)) for path in list(tree(cloud, ann)) if "/" not in path]
 
 
-# ==== 33. Command line ===================================================================
+# ==== 34. Command line ===================================================================
 
 def env_of(words, env=None):
     """The environment of a program that is run with these words."""
@@ -20449,6 +20870,28 @@ def test_every_setting_is_a_flag_and_a_variable():
     shown = run("serve", "--help").stdout
     for setting in cs.fields(Config):
         assert "--" + setting.name.replace("_", "-") in shown and "CLOUDSERVER_" + setting.name.upper() in re.sub(r"\s", "", shown)
+
+
+@of_sqlite("here it is said by flags where the rows are")
+def test_every_command_works_on_shared_tables_with_the_flags_of_serve(here, database_of, tmp_path, capsys, monkeypatch):
+    """--data, --database and --objects, whether a command needs them or not."""
+    flags = ["--data", tmp_path / "data", "--database", database_of(tmp_path), "--objects", tmp_path / "objects"]
+    elsewhere = ["--data", tmp_path / "new", "--database", database_of(tmp_path / "new", empty=True), "--objects", tmp_path / "other"]
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "large").write_bytes(random_bytes(300_000))
+    done = set()
+    for words, code, says in (
+            ("user add ann --password-stdin", 0, ""), ("user list", 0, "ann"), ("user passwd ann --password-stdin", 0, ""), ("group add crew", 0, ""),
+            ("group join crew ann", 0, ""), ("group list", 0, "ann"), ("group leave crew ann", 0, ""), ("group remove crew --yes", 0, ""),
+            ("import {plain} --user ann", 0, "1 files stored"), ("verify", 0, "all is well"), ("export {out} --user ann", 0, "1 files written"), ("gc", 0, "0 deleted"),
+            ("backup {backup}", 0, "1 chunks"), ("repair {backup}", 0, "0 parts are damaged"), ("doctor", 1, "synchronous standby"), ("restored", 0, "Clients"),
+            ("user remove ann --yes", 0, ""), ("restore {backup}", 0, "all is well"), ("move --abort", 1, "")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(PASSWORD + "\n"))
+        named = {name: tmp_path / name for name in ("plain", "out", "backup")}
+        assert here(*(word.format(**named) for word in words.split()), *(elsewhere if "restore " in words else flags)) == code, (words, capsys.readouterr())
+        assert says in capsys.readouterr().out, words
+        done.add(max((name for name in cs.COMMANDS if words.startswith(name)), key=len))
+    assert (tmp_path / "out" / "large").read_bytes() == (tmp_path / "plain" / "large").read_bytes() and set(cs.COMMANDS) - done == {"serve", "sync"}
 
 
 @pytest.mark.parametrize("words, code, says", [
@@ -20674,7 +21117,7 @@ def test_accounts_from_the_command_line(tmp_path):
     assert "bob" not in run("user", "list", *data).stdout
 
 
-# ==== 35. Visitor ========================================================================
+# ==== 36. Visitor ========================================================================
 
 def visitor_request(query, fields, *path):
     return cs.Request("GET", (("s", *path), False, query), cs.Envelope(fields=fields), Body())
@@ -20779,7 +21222,7 @@ def test_people_are_told_why_in_a_page_and_programs_in_a_document(kind, status, 
     assert json.loads(ask("*/*").body)["code"] == kind
 
 
-# ==== 37. Page ===========================================================================
+# ==== 38. Page ===========================================================================
 
 def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
