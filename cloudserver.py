@@ -2313,7 +2313,7 @@ SHARDS = ["%02x" % number for number in range(256)]
 O_EXTRA = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
-UNCERTAIN = ("storage-failed", "internal")       # kinds of failure after which a batch may have been written after all
+UNCERTAIN = ("storage-failed", "internal", "busy")           # kinds of failure after which a batch may have been written after all
 
 
 class Whole:
@@ -3524,11 +3524,11 @@ def fresh_tags() -> Iterator[str]:
 
 
 class _Ticket:
-    """A batch in the queue and, in the end, what became of it."""
-    __slots__ = ("batch", "gate", "settled", "error")
+    """A batch in the queue, how its engine says it, and in the end what became of it."""
+    __slots__ = ("batch", "said", "gate", "settled", "error")
 
-    def __init__(self, batch: Batch) -> None:
-        self.batch, self.gate, self.settled, self.error = batch, threading.Lock(), False, None
+    def __init__(self, batch: Batch, said: Any = None) -> None:
+        self.batch, self.said, self.gate, self.settled, self.error = batch, said, threading.Lock(), False, None
 
 
 READ_ONLY = "the data is open for reading only, or not any more"
@@ -3568,6 +3568,8 @@ def sealed_error() -> CloudError:
 class Writer:
     """Who waits for a commit, and who commits for all of them (invariant 3); how, is the engine's."""
 
+    ticket = _Ticket                             # an engine may say more of a batch, while others commit
+
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.broken = ""                                     # why nothing is written any more (R4)
@@ -3577,7 +3579,7 @@ class Writer:
 
     def commit(self, batch: Batch) -> None:
         """Come back when a batch is committed.  raises CloudError, Conflict, and what its rows raise"""
-        ticket = _Ticket(batch)
+        ticket = self.ticket(batch)
         if self._leads(ticket):
             self._lead(ticket)
         if ticket.error is not None:
@@ -3586,7 +3588,7 @@ class Writer:
     @contextmanager
     def ended(self) -> Iterator[None]:
         """Once those who wait are done, and before anybody after them."""
-        while not self._leads(_Ticket(Batch([]))):
+        while not self._leads(self.ticket(Batch([]))):
             pass
         try:
             yield
@@ -5295,7 +5297,8 @@ SIGNATURES = {  # algorithms of certificates as in DER: the hash they name, or S
 # PostgreSQL behind the promises of Database: any number of servers share one.
 #
 # 1. A group is one transaction, sent at once: under a lock of the database, so that commits are serial, seqs have no gaps, and
-#    each guard sees all that was committed before.  That others are to look is told after it, and may be lost.
+#    each guard sees all that was committed before.  That others are to look is told after it, and may be lost.  Where other processes
+#    commit as well the lock is got first: while it is waited for, the group grows.
 # 2. Who lost the answer does not guess: it writes the id of its group as poison.  Is it there already, the group was
 #    committed, and its row tells the first seq; else it never can be, and is sent again.
 # 3. Nothing is remembered about rows that others may change: Recent has no words to trust here.
@@ -5430,26 +5433,20 @@ def refusal_of(error: PgError) -> Exception:
 
 # ---- writing
 
-LOCK_COMMITS = "SELECT pg_advisory_xact_lock(%d)" % COMMITS
+LOCK_COMMITS = (  # 1, or 0 if somebody else had it
+    "SELECT CASE WHEN pg_try_advisory_xact_lock({0}) THEN 1 ELSE length(CAST(pg_advisory_xact_lock({0}) AS text)) END".format(COMMITS))
 PUT_GROUP = (
     "INSERT INTO commit_group (id, seq, at) SELECT ?, max(seq) + 1, CASE WHEN EXISTS (" + IS_SEALED + ") "
     "THEN CAST(refuse('sealed', 'CL003') AS bigint) ELSE ? END FROM journal RETURNING seq")
 POISON = "INSERT INTO commit_group (id, seq, at) VALUES (?, NULL, ?) ON CONFLICT (id) DO UPDATE SET at = excluded.at RETURNING seq"
 IS_REPEATED = "SELECT refuse(coalesce(seq, 0) || ' ' || CASE WHEN digest = ? THEN 1 ELSE 0 END, 'CL002') FROM op WHERE id = ?"
 PUT_OP = "INSERT INTO op (id, seq, digest, result, at) SELECT ?, CASE WHEN ? > 0 THEN max(seq) + 1 - ? ELSE 0 END, ?, ?, ? FROM journal"
-END_HOLDER = (  # of whom holds up all others: one that is silent, and does not wait for a standby
-    "SELECT pg_terminate_backend(a.pid) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid WHERE l.locktype = 'advisory' AND l.granted "
-    "AND l.objid = %d AND a.datname = current_database() AND a.wait_event IS DISTINCT FROM 'SyncRep' "
-    "AND a.state_change < clock_timestamp() - CAST('5 s' AS interval)" % COMMITS)
-
-
-class Said(NamedTuple):
-    """What is sent for a batch."""
-    ticket: _Ticket
-    statements: list[Bound]
-
-    def size(self) -> int:
-        return sum(map(len, self.statements))
+END_HOLDER = (  # of whom holds up all others: one of us that began to write, and for some time has said nothing, nor listened
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid() "
+    "AND application_name = current_setting('application_name') AND wait_event_type = 'Client' AND state_change < clock_timestamp() - CAST('5 s' AS interval) "
+    "AND (backend_xid IS NOT NULL OR EXISTS (SELECT 1 FROM pg_locks l WHERE l.pid = pg_stat_activity.pid AND l.locktype = 'advisory' AND l.granted "
+    "AND l.objid = %d))" % COMMITS)
+LOCK_TIMEOUT = "55P03"
 
 
 class ClusterWriter(Writer):
@@ -5459,6 +5456,12 @@ class ClusterWriter(Writer):
         super().__init__(clock)
         self._connect: Callable[[], Wire] | None = connect   # None: nothing is written, or not any more
         self._wire: Wire | None = None
+        self._alone = True                       # did nobody else have the lock when it was got last?
+        self._begun: Wire | None = None          # where a transaction has the lock before its group is known
+
+    def ticket(self, batch: Batch) -> _Ticket:
+        """raises what its rows raise, and spoken"""
+        return _Ticket(batch, self._say(batch))
 
     def close(self) -> None:
         with self.ended():
@@ -5472,37 +5475,55 @@ class ClusterWriter(Writer):
             self._wire = self._connect()
         return self._wire
 
-    def _turn_of_process(self) -> ContextManager[Any]:
+    @contextmanager
+    def _turn_of_process(self) -> Iterator[None]:
         if self._connect is None:
             raise CloudError("read-only", READ_ONLY)
-        return nullcontext()
+        if not self._alone:
+            self._begin_early()
+        try:
+            yield
+        finally:
+            if self._begun:                      # there was nothing to send
+                self._drop()
+
+    def _begin_early(self) -> None:
+        """Get the lock for a group to come.  What keeps from that is met again when it is there."""
+        try:
+            *_, lock = self.wire().pipeline([self._lock()])[0]
+            self._alone = lock.get() == [(1,)]
+            self._begun = self._wire
+        except PgError as error:
+            if error.code == LOCK_TIMEOUT:
+                self._end_holder()
+            self._drop()
+        except (PgLost, CloudError):
+            pass
 
     def _transact(self, group: list[_Ticket]) -> None:
-        said: list[Said] = []
-        for ticket in group:
-            ticket.error = None
+        for some in self._portions(group):
             try:
-                said.append(Said(ticket, self._say(ticket.batch)))
-            except Exception as error:           # what cannot be sent fails alone, before anything is
-                ticket.error = error
-        for some in self._portions(said):
-            self._settle(some)
+                self._settle(some)
+            except Exception as error:           # it takes all of this transaction, and none of others
+                for ticket in some:
+                    ticket.error = error
 
-    def _portions(self, said: Iterable[Said]) -> Iterator[list[Said]]:
+    def _portions(self, group: Iterable[_Ticket]) -> Iterator[list[_Ticket]]:
         """What goes together: so much at a time that a slow line does not hold the lock for long."""
-        some, size = [], 0
-        for one in said:
-            if some and size + one.size() > GROUP_BYTES:
+        some, left = [], GROUP_BYTES
+        for ticket in group:
+            size = sum(map(len, ticket.said))
+            if some and size > left:
                 yield some
-                some, size = [], 0
-            some.append(one)
-            size += one.size()
+                some, left = [], GROUP_BYTES
+            some.append(ticket)
+            left -= size
         if some:
             yield some
 
     def _say(self, batch: Batch) -> list[Bound]:
         """raises what its rows raise, and spoken"""
-        parts, tag = (batch, *batch.also), next(self._tags) if batch.line else ""
+        parts, tag = (batch, *batch.also), secrets.token_hex(8) if batch.line else ""
         said = [spoken(IS_REPEATED, (batch.op[1], batch.op[0]))] if batch.op else []
         for part in parts:
             for guard in part.guards:
@@ -5518,87 +5539,98 @@ class ClusterWriter(Writer):
             said.append(spoken(PUT_OP, (batch.op[0], lines, lines, batch.op[1], batch.result, self.clock.due())))
         return said
 
-    def _settle(self, said: list[Said]) -> None:
+    def _settle(self, group: list[_Ticket]) -> None:
         """Commit some batches as one transaction, whatever becomes of the connection meanwhile (invariant 2).  raises CloudError"""
         until, together = time.monotonic() + OUTAGE, True
         while True:
-            group = secrets.token_hex(16)
+            id = secrets.token_hex(16)
             try:
-                first = self._send(group, said) if together else self._send_apart(group, said)
+                first = self._send(id, group) if together else self._send_apart(id, group)
                 if first is not None:
-                    return self._number(said, first)
+                    return self._number(group, first)
                 together = False
             except PgLost:
-                first = self._fate_of(group, until)
+                first = self._fate_of(id, until)
                 if first is not None:
-                    return self._number(said, first)
+                    return self._number(group, first)
                 self._pause(until, PgLost("the database is away"))
             except PgError as error:
                 if not error.code.startswith(TRANSIENT):
                     raise cluster_error(error) from error
-                if error.code == "55P03":        # somebody has the lock, and does nothing with it
+                if error.code == LOCK_TIMEOUT:
                     self._end_holder()
                 self._drop()
                 self._pause(until, error)
 
-    def _send(self, group: str, said: list[Said]) -> int | None:
+    def _send(self, id: str, group: list[_Ticket]) -> int | None:
         """The seq that was the next when a group began, which is committed then; None if one of several was refused and nothing is.
 
         raises  PgLost, and PgError that takes them all
         """
-        head = self._begin(group)
-        results, _ = self.wire().pipeline([[*head, *itertools.chain(*(one.statements for one in said)), spoken("COMMIT")], [TELL]])
+        head = self._begin(id)
+        results, _ = self.wire().pipeline([[*head, *itertools.chain(*(ticket.said for ticket in group)), COMMIT], [TELL]])
         failed = next((at for at, result in enumerate(results) if result.error), None)
         if failed is None:
-            return self._committed(results[-1], results[len(head) - 1])
+            return self._committed(results[-1], results[:len(head)])
         error = results[failed].error
         if isinstance(error, PgLost) or not len(head) <= failed < len(results) - 1 or not error.code.startswith(OF_BATCH):
             raise error
-        if len(said) > 1:
+        if len(group) > 1:
             return None
-        said[0].ticket.error = refusal_of(error)
+        group[0].error = refusal_of(error)
         return 0
 
-    def _send_apart(self, group: str, said: list[Said]) -> int:
+    def _send_apart(self, id: str, group: list[_Ticket]) -> int:
         """The same with a savepoint for each, so that who is refused leaves nothing and takes nobody along."""
-        wire, head = self.wire(), self._begin(group)
+        head, wire = self._begin(id), self.wire()
         lead, = wire.pipeline([head])
         for result in lead:
             result.get()
-        for ticket, statements in said:
-            results, = wire.pipeline([[spoken("SAVEPOINT batch"), *statements, spoken("RELEASE batch")]])
+        for ticket in group:
+            results, = wire.pipeline([[SAVEPOINT, *ticket.said, RELEASE]])
             error = ticket.error = next((result.error for result in results if result.error), None)
             if error:
                 if isinstance(error, PgLost) or not error.code.startswith(OF_BATCH):
                     raise error
                 ticket.error = refusal_of(error)
                 wire.query("ROLLBACK TO batch")
-        (end,), _ = wire.pipeline([[spoken("COMMIT")], [TELL]])
+        (end,), _ = wire.pipeline([[COMMIT], [TELL]])
         end.get()
-        return self._committed(end, lead[-1])
+        return self._committed(end, lead)
 
-    def _begin(self, group: str) -> list[Bound]:
-        undo = [] if self.wire().status == "I" else [spoken("ROLLBACK")]
-        return [*undo, spoken("BEGIN"), spoken(LOCK_COMMITS), spoken(PUT_GROUP, (group, self.clock.due()))]
+    def _begin(self, id: str) -> list[Bound]:
+        """What a group begins with; the last one tells the seq that is the next."""
+        wire, begun = self.wire(), self._begun
+        self._begun = None
+        return [*([] if begun is wire else self._lock()), spoken(PUT_GROUP, (id, self.clock.due()))]
 
-    def _committed(self, end: Result, lead: Result) -> int:
+    def _lock(self) -> list[Bound]:
+        return [*([] if self.wire().status == "I" else [ROLLBACK]), BEGIN, GET_LOCK]
+
+    def _committed(self, end: Result, lead: list[Result]) -> int:
         """The next seq when it began.  raises PgLost if it is not known whether a standby has it"""
+        *locks, put = lead
+        if locks:
+            self._alone = locks[-1].rows == [(1,)]
         if end.notices or end.tag != "COMMIT":
             raise PgLost("; ".join(map(str, end.notices)) or end.tag)
-        return lead.rows[0][0]
+        return put.rows[0][0]
 
-    def _number(self, said: list[Said], seq: int) -> None:
+    def _number(self, group: list[_Ticket], seq: int) -> None:
         """Tell each batch that was not refused its seqs."""
-        for ticket, _ in said:
+        for ticket in group:
             for part in (ticket.batch, *ticket.batch.also) if ticket.error is None else ():
                 if part.line:
                     part.seq, seq = seq, seq + 1
 
-    def _fate_of(self, group: str, until: float) -> int | None:
+    def _fate_of(self, id: str, until: float) -> int | None:
         """The seq that was the next when a group began; None if it is not committed, and never will be.  raises CloudError: nobody knows"""
         while True:
             try:
-                (seq,), = self.wire().query(*spell(POISON, (group, self.clock.due())))
+                (put,), = self.wire().pipeline([[spoken(POISON, (id, self.clock.due()))]])
+                (seq,), = put.get()
+                if put.notices:                  # so it may be lost yet
+                    raise PgLost("; ".join(map(str, put.notices)))
                 return seq
             except (PgError, PgLost) as error:
                 self._drop()
@@ -5748,7 +5780,8 @@ class Listener:
         self._heard = True
 
 
-TELL = Bound("SELECT pg_notify($1, '')", (CHANNEL,))
+TELL = Bound("SELECT set_config('synchronous_commit', 'off', true), pg_notify($1, '')", (CHANNEL,))       # a hint waits for no disk, and no standby
+BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, GET_LOCK = map(Bound, ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT batch", "RELEASE batch", LOCK_COMMITS))
 
 
 # ---- the engine

@@ -2459,6 +2459,19 @@ def line(action="test"):
     return cs.Line(0, cs.ANONYMOUS, action, {})
 
 
+def together(db, *batches):
+    """Commit what comes at the same time; returns what each was told: None, or an error."""
+    told = []
+    for batch in batches:
+        try:
+            told.append(db.writer.ticket(batch))
+        except Exception as error:               # it does not come as far as that
+            told.append(error)
+    group = [one for one in told if not isinstance(one, Exception)]
+    db.writer._commit_group(group)
+    return [one.error if one in group else one for one in told]
+
+
 def test_a_batch_draws_the_next_seq(db):
     first = db.write(lambda: set_batch("a", "1", line=line()))
     second = db.write(lambda: set_batch("b", "2", line=line()))
@@ -2481,7 +2494,7 @@ def test_a_batch_falls_with_any_of_its_parts(db, alone):
     refused = [Batch(set_batch("a", "1").body, line=line(), also=[part]) for part in (
         set_batch("b", "1", Statement("SELECT 'no'"), line=line()), Batch([Statement("INSERT INTO setting VALUES ('none', NULL)")], line=line()))]
     for batch in refused:
-        tickets = [cs._Ticket(one) for one in ([batch] if alone else [set_batch("c", "1", line=line()), batch, set_batch("d", "1", line=line())])]
+        tickets = [db.writer.ticket(one) for one in ([batch] if alone else [set_batch("c", "1", line=line()), batch, set_batch("d", "1", line=line())])]
         db.writer._commit_group(tickets)
         assert [isinstance(ticket.error, Conflict) for ticket in tickets] == ([True] if alone else [False, True, False])
     assert db.setting("a") is db.setting("b") is None and db.read("SELECT count(*) FROM journal") == [(1 if alone else 5,)]
@@ -2506,9 +2519,9 @@ def test_a_guard_that_never_holds_ends_in_busy(db, monkeypatch):
 
 def test_batches_of_one_group_stand_and_fall_alone(db):
     """A body that fails takes nothing else with it; a guard that fails neither."""
-    good = [cs._Ticket(set_batch("good%d" % n, "1", line=line())) for n in range(3)]
-    guard = cs._Ticket(set_batch("guarded", "1", Statement("SELECT 'no'")))
-    broken = cs._Ticket(Batch([*set_batch("half", "1").body, Statement("INSERT INTO setting VALUES ('good0', 'x')")], line=line()))
+    good = [db.writer.ticket(set_batch("good%d" % n, "1", line=line())) for n in range(3)]
+    guard = db.writer.ticket(set_batch("guarded", "1", Statement("SELECT 'no'")))
+    broken = db.writer.ticket(Batch([*set_batch("half", "1").body, Statement("INSERT INTO setting VALUES ('good0', 'x')")], line=line()))
     db.writer._commit_group([good[0], guard, broken, *good[1:]])
     assert [t.error is None for t in good] == [True] * 3
     assert isinstance(guard.error, Conflict) and isinstance(broken.error, Conflict)
@@ -2521,7 +2534,7 @@ def test_batches_of_a_group_are_kept_apart_once_one_of_them_left_something(db):
     """Savepoints are dear; what was refused before it wrote anything needs none."""
     def run(*bodies):
         steps.clear()
-        tickets = [cs._Ticket(Batch([cs.put_setting("name", "x"), *body], guards, line=line())) for body, *guards in bodies]
+        tickets = [db.writer.ticket(Batch([cs.put_setting("name", "x"), *body], guards, line=line())) for body, *guards in bodies]
         db.writer._commit_group(tickets)
         return [ticket.error is None for ticket in tickets], [step for step in steps if step.split()[0] in ("BEGIN", "SAVEPOINT", "RELEASE", "ROLLBACK", "COMMIT")]
     steps, good, guarded, clash = [], [()], [(), Statement("SELECT 'no'")], [[Statement("INSERT INTO setting (name, value) VALUES ('name', '')")]]
@@ -2545,13 +2558,10 @@ def test_a_batch_leaves_nothing_whatever_raises_and_when(db, fault):
         yield ("other half", fault)
 
     def bad():
-        return cs._Ticket(Batch([Statement("INSERT INTO setting VALUES (?, ?)", cs.Rows(rows), many=True)], line=line(), op=("bad", "")))
+        return Batch([Statement("INSERT INTO setting VALUES (?, ?)", cs.Rows(rows), many=True)], line=line(), op=("bad", ""))
 
-    good = [cs._Ticket(set_batch("good%d" % n, "1", line=line())) for n in range(2)]
-    alone, between = bad(), bad()
-    db.writer._commit_group([alone])
-    db.writer._commit_group([good[0], between, good[1]])
-    assert alone.error is not None and between.error is not None and good[0].error is good[1].error is None
+    (alone,), (before, between, after) = together(db, bad()), together(db, set_batch("good0", "1", line=line()), bad(), set_batch("good1", "1", line=line()))
+    assert alone is not None and between is not None and before is after is None
     assert db.read("SELECT name FROM setting WHERE name LIKE '%half%' UNION SELECT id FROM op") == []
     assert db.read("SELECT count(*), max(seq) FROM journal") == [(3, 3)] and db.setting("good1") == "1" and not db.writer.broken
 
@@ -3978,7 +3988,7 @@ def losing(monkeypatch, *when):
             result.error = cs.PgLost("it broke")
         return results
     monkeypatch.setattr(cs.Wire, "pipeline", pipeline)
-    monkeypatch.setattr(cs, "AGAIN", 0.01)
+    monkeypatch.setattr(cs, "RETRY_PAUSE", 0.01)
     return when
 
 
@@ -3987,7 +3997,7 @@ def losing(monkeypatch, *when):
 def test_what_a_lost_answer_said_is_found_out(db, open_db, monkeypatch, when):
     """Neither twice, nor reported as failed though it was done."""
     left = losing(monkeypatch, *when)
-    tickets = [cs._Ticket(Batch([Statement("INSERT INTO setting (name, value) VALUES (?, '')", ("t%d" % n,))], line=line(), op=("op%d" % n, ""))) for n in range(3)]
+    tickets = [db.writer.ticket(Batch([Statement("INSERT INTO setting (name, value) VALUES (?, '')", ("t%d" % n,))], line=line(), op=("op%d" % n, ""))) for n in range(3)]
     db.writer._commit_group(tickets)
     assert not left and [(ticket.error, ticket.batch.seq) for ticket in tickets] == [(None, 2), (None, 3), (None, 4)]
     assert db.read("SELECT count(*) FROM setting WHERE name LIKE 't_'") == [(3,)]
@@ -3998,7 +4008,7 @@ def test_what_a_lost_answer_said_is_found_out(db, open_db, monkeypatch, when):
 @OF_POSTGRES
 def test_the_answer_to_a_group_of_which_one_was_refused_may_be_lost_as_well(db, monkeypatch):
     left = losing(monkeypatch, "within", "after")
-    tickets = [cs._Ticket(set_batch("a", "1", line=line())), cs._Ticket(set_batch("b", "1", Statement("SELECT 'no'"), line=line())), cs._Ticket(set_batch("c", "1", line=line()))]
+    tickets = [db.writer.ticket(set_batch("a", "1", line=line())), db.writer.ticket(set_batch("b", "1", Statement("SELECT 'no'"), line=line())), db.writer.ticket(set_batch("c", "1", line=line()))]
     db.writer._commit_group(tickets)
     assert not left and [ticket.batch.seq for ticket in tickets] == [2, 0, 3] and isinstance(tickets[1].error, Conflict)
     assert (db.setting("a"), db.setting("b"), db.setting("c"), db.head()) == ("1", None, "1", 3)
@@ -4020,7 +4030,7 @@ def test_a_server_that_stands_still_with_the_lock_is_ended(db, open_db, monkeypa
     """One that was stopped, or is cut off, must not hold up all others."""
     monkeypatch.setitem(cs.SESSION, "lock_timeout", "50ms")
     monkeypatch.setattr(cs, "END_HOLDER", cs.END_HOLDER.replace("5 s", "0 s"))
-    monkeypatch.setattr(cs, "AGAIN", 0.01)
+    monkeypatch.setattr(cs, "RETRY_PAUSE", 0.01)
     other = open_db()
     wire = db.writer.wire()
     wire.script("BEGIN; " + cs.LOCK_COMMITS)
@@ -4343,7 +4353,7 @@ def test_drill_of_servers_that_write_at_once(servers, rng):
 
 
 def test_drill_of_connections_that_break_before_and_after_commits(servers, rng, monkeypatch):
-    monkeypatch.setattr(cs, "AGAIN", 0.01)
+    monkeypatch.setattr(cs, "RETRY_PAUSE", 0.01)
     opened, proxies = servers(3)
 
     def disturb():
