@@ -5330,6 +5330,7 @@ ALTER TABLE account SET (fillfactor = 50);
 COMMITS, ALIVE = 0x636C6F75, 0x636C6F76          # locks of the database: who commits; of every process as long as it lives
 CHANNEL = "cloudserver"                          # ... on which commits are told
 GROUP_BYTES = 256 * KiB                          # of a transaction on the wire; one batch may be more
+COMPANY = 10                                     # groups for which it counts that others had the lock
 READERS = 8                                      # connections of a process to read, and
 SPARE_TIME = 10                                  # seconds that a thread waits for one of them
 HEAR = 5                                         # seconds after which a waiter looks although nothing was heard
@@ -5456,7 +5457,7 @@ class ClusterWriter(Writer):
         super().__init__(clock)
         self._connect: Callable[[], Wire] | None = connect   # None: nothing is written, or not any more
         self._wire: Wire | None = None
-        self._alone = True                       # did nobody else have the lock when it was got last?
+        self._others = 0                         # groups for which others are believed to commit as well
         self._begun: Wire | None = None          # where a transaction has the lock before its group is known
 
     def ticket(self, batch: Batch) -> _Ticket:
@@ -5479,7 +5480,7 @@ class ClusterWriter(Writer):
     def _turn_of_process(self) -> Iterator[None]:
         if self._connect is None:
             raise CloudError("read-only", READ_ONLY)
-        if not self._alone:
+        if self._others:
             self._begin_early()
         try:
             yield
@@ -5491,7 +5492,8 @@ class ClusterWriter(Writer):
         """Get the lock for a group to come.  What keeps from that is met again when it is there."""
         try:
             *_, lock = self.wire().pipeline([self._lock()])[0]
-            self._alone = lock.get() == [(1,)]
+            lock.get()
+            self._meet(lock)
             self._begun = self._wire
         except PgError as error:
             if error.code == LOCK_TIMEOUT:
@@ -5499,6 +5501,10 @@ class ClusterWriter(Writer):
             self._drop()
         except (PgLost, CloudError):
             pass
+
+    def _meet(self, lock: Result) -> None:
+        """Note whether somebody else had the lock."""
+        self._others = COMPANY if lock.rows == [(0,)] else max(0, self._others - 1)
 
     def _transact(self, group: list[_Ticket]) -> None:
         for some in self._portions(group):
@@ -5611,7 +5617,7 @@ class ClusterWriter(Writer):
         """The next seq when it began.  raises PgLost if it is not known whether a standby has it"""
         *locks, put = lead
         if locks:
-            self._alone = locks[-1].rows == [(1,)]
+            self._meet(locks[-1])
         if end.notices or end.tag != "COMMIT":
             raise PgLost("; ".join(map(str, end.notices)) or end.tag)
         return put.rows[0][0]

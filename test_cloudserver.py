@@ -4041,6 +4041,84 @@ def test_a_server_that_stands_still_with_the_lock_is_ended(db, open_db, monkeypa
 
 
 @OF_POSTGRES
+def test_a_server_that_works_with_the_lock_is_not_ended_however_long_that_takes(db, open_db, monkeypatch):
+    """As a migration of many rows is."""
+    monkeypatch.setitem(cs.SESSION, "lock_timeout", "50ms")
+    monkeypatch.setattr(cs, "END_HOLDER", cs.END_HOLDER.replace("5 s", "0 s"))
+    monkeypatch.setattr(cs, "RETRY_PAUSE", 0.01)
+    other, wire = open_db(), db.writer.wire()
+    wire.script("BEGIN; " + cs.LOCK_COMMITS)
+    work = threading.Thread(target=wire.script, args=("SELECT pg_sleep(0.5); COMMIT",))
+    work.start()
+    other.run(cs.put_setting("a", "1"))
+    work.join(60)
+    assert not wire.broken and db.setting("a") == "1"
+
+
+@OF_POSTGRES
+def test_a_group_grows_as_long_as_others_have_the_lock(db):
+    def groups():
+        return db.read("SELECT count(*) FROM commit_group")[0][0]
+
+    def write(count):
+        """Commit so often while another has the lock; returns in how many groups that came."""
+        before = groups()
+        with contextlib.closing(db._connect()) as wire, ThreadPoolExecutor(count) as pool:
+            wire.script("BEGIN; " + cs.LOCK_COMMITS)
+            done = [pool.submit(db.run, cs.put_setting("a", str(n))) for n in range(count)]
+            assert eventually(lambda: len(db.writer._queue) == count - 1)
+            wire.script("COMMIT")
+            assert [one.result() for one in done] == [None] * count
+        return groups() - before
+    assert write(3) == 2 and write(3) == 1       # the first one did not know of others
+    for n in range(cs.COMPANY):
+        assert db.writer._others
+        db.run(cs.put_setting("a", ""))
+    assert write(2) == 2
+    with db.writer._turn_of_process():           # who has begun and finds nothing to do holds up nobody
+        assert db.writer.wire().status == "T"
+    assert db.read("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objid = ?", (cs.COMMITS,)) == []
+
+
+@OF_POSTGRES
+def test_what_fails_with_one_transaction_of_a_group_is_told_to_none_of_another(db, monkeypatch):
+    """One batch of a group does not fit into a transaction with the others, and its disk is full: theirs are committed, and told so."""
+    monkeypatch.setattr(cs, "GROUP_BYTES", 2000)
+    real, full = cs.Wire.pipeline, cs.PgError("53100", "no space left")
+
+    def pipeline(wire, parts):
+        parts = [list(part) for part in parts]
+        results = real(wire, parts if not any(len(bound) > 5000 for part in parts for bound in part) else [])
+        if not results:
+            results = [[cs.Result(None) for _ in part] for part in parts]
+            for result in itertools.chain(*results):
+                result.error = full
+        return results
+    monkeypatch.setattr(cs.Wire, "pipeline", pipeline)
+    errors = together(db, set_batch("a", "1", line=line()), set_batch("b", "x" * 6000, line=line()), set_batch("c", "1", line=line()))
+    assert [error and error.kind for error in errors] == [None, "disk-full", None]
+    assert (db.setting("a"), db.setting("b"), db.setting("c"), db.head()) == ("1", None, "1", 3)
+
+
+@OF_POSTGRES
+@pytest.mark.parametrize("unsure", [1, 2])
+def test_what_no_standby_may_have_is_asked_for_until_one_has_it(db, monkeypatch, unsure):
+    """The commit says so, and so may the question what became of it."""
+    monkeypatch.setattr(cs, "RETRY_PAUSE", 0.01)
+    real, left = cs.Wire.pipeline, [unsure]
+
+    def pipeline(wire, parts):
+        results = real(wire, parts)
+        if left[0] and any(part and part[-1].statement.key[0] in ("COMMIT", cs.translate(cs.POISON)[0]) for part in results):
+            left[0] -= 1
+            results[0][-1].notices.append(cs.PgError("01000", "canceling wait for synchronous replication due to user request"))
+        return results
+    monkeypatch.setattr(cs.Wire, "pipeline", pipeline)
+    assert db.write(lambda: set_batch("a", "1", line=line())).seq == 2 and left == [0]
+    assert db.read("SELECT count(*) FROM commit_group") == [(1,)]
+
+
+@OF_POSTGRES
 def test_a_connection_that_broke_is_made_anew_for_who_reads(db):
     db.setting("a")
     with db._readers.wire() as wire:
