@@ -5395,6 +5395,120 @@ def spell(sql: str, params: Sequence[Any] | dict[str, Any]) -> tuple[str, Sequen
     return text, [params[name] for name in names] if names else params
 
 
+# ---- many rows by one statement
+
+INSERT_MANY = re.compile(r"(INSERT INTO (\w+) \(([^()]*)\)) (?:VALUES \((.*?)\)|SELECT (.*?) FROM (.*?))((?: ON CONFLICT .*)?)", re.DOTALL)
+CHANGE_MANY = re.compile(r"(UPDATE|DELETE FROM) (\w+) ")
+ON_CONFLICT = re.compile(r" ON CONFLICT \(([^()]*)\) DO (NOTHING|UPDATE [^$]*)", re.DOTALL)
+COUNTS = re.compile(r"\b(?:SELECT|GROUP|ORDER|LIMIT|UNION|DISTINCT|HAVING|JOIN|OR)\b|\b(?!coalesce\b)\w+\(")         # what depends on how many rows there are, or may
+PARAMETER = re.compile(r"\$(\d+)")
+MANY_ROWS = 1000                                 # by one statement
+
+
+class ForMany(NamedTuple):
+    """A statement that takes its rows from `{rows}`, and the places of what no two rows may have the same of."""
+    text: str
+    keys: tuple[int, ...]
+
+
+@lru_cache(maxsize=2000)
+def for_many(sql: str) -> ForMany | None:
+    """A statement made to do for many rows at once what it does for one after another; None where that could be something else.
+
+    So it is where it reads the table it changes, and where the same row may be changed twice: PostgreSQL does that never, or only once.
+    """
+    text, _ = translate(sql)
+    insert, change = INSERT_MANY.fullmatch(text), CHANGE_MANY.match(text)
+    if any(re.search(r"[()$]|WHERE", quoted) for quoted in LITERAL.split(text)[1::2]):
+        return None
+    if insert:
+        return insert_many(insert)
+    begin, *rest = at_top(text, " WHERE ")
+    if not change or len(rest) != 1 or re.search(r"\b%s\b" % change[2], text[change.end():]) or re.search(r"\bOR\b", outside(rest[0])):
+        return None
+    keys = [re.fullmatch(r"\w+ = \$(\d+)", term) for term in at_top(rest[0], " AND ")]
+    keys = tuple(int(key[1]) - 1 for key in keys if key)
+    if not keys:
+        return None
+    return ForMany("%s USING {rows} WHERE %s" % (begin, *rest), ()) if change[1] == "DELETE FROM" else ForMany("%s FROM {rows} WHERE %s" % (begin, *rest), keys)
+
+
+def insert_many(found: re.Match[str]) -> ForMany | None:
+    """The same of an INSERT, with VALUES or a SELECT."""
+    begin, table, columns, values, chosen, source, conflict = found.groups()
+    fields, exception = at_top(values or chosen, ", "), ON_CONFLICT.fullmatch(conflict)
+    if source and (COUNTS.search(chosen) or COUNTS.search(outside(source))) or re.search(r"\b%s\b" % table, "%s %s" % (values or chosen, source)):
+        return None
+    if conflict and not exception:
+        return None
+    keys: list[int] = []
+    if conflict and (source or exception[2] != "NOTHING"):               # where tables are joined, who comes first is not said
+        named = dict(zip(columns.split(", "), fields))
+        unique = [re.fullmatch(r"\$(\d+)|\d+", named.get(column, "")) for column in exception[1].split(", ")]
+        keys = [int(one[1]) - 1 for one in unique if one and one[1]]
+        if not all(unique) or not keys:
+            return None
+    return ForMany("%s SELECT %s FROM {rows}%s%s" % (begin, values or chosen, " CROSS JOIN " + source if source else "", conflict), tuple(keys))
+
+
+def at_top(text: str, divider: str) -> list[str]:
+    """The parts of a text between words that stand within no brackets."""
+    parts, depth = [""], 0
+    for piece in re.split(r"([()]|%s)" % re.escape(divider), text):
+        depth += (piece == "(") - (piece == ")")
+        if piece == divider and not depth:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
+
+
+def outside(text: str) -> str:
+    """What of a text stands within no brackets."""
+    while "(" in text:
+        text, before = re.sub(r"\([^()]*\)", "", text), text
+        if text == before:
+            break
+    return text
+
+
+def spoken_many(sql: str, rows: Iterable[Any]) -> Iterator[Bound]:
+    """The same statement for each of some rows, by as few as may be.  raises as spoken, and what the rows raise"""
+    whole, names = for_many(sql), translate(sql)[1]
+    if not whole:
+        yield from (spoken(sql, row) for row in rows)
+        return
+    some, size = [], 0
+    for row in rows:
+        some.append([row[name] for name in names] if names else row)
+        size += sum([len(value) for value in some[-1] if type(value) is bytes])
+        if len(some) == MANY_ROWS or size > GROUP_BYTES:
+            yield from spoken_together(sql, whole, some)
+            some, size = [], 0
+    yield from spoken_together(sql, whole, some)
+
+
+def spoken_together(sql: str, whole: ForMany, rows: list[Sequence[Any]]) -> list[Bound]:
+    """raises as spoken"""
+    if len(rows) > 1 and (not whole.keys or len({tuple([row[key] for key in whole.keys]) for row in rows}) == len(rows)):
+        columns = [None if all(value is None for value in column) else column for column in zip(*rows)]
+        with suppress(TypeError):                # a column of several types
+            return [Bound(fill_many(whole.text, tuple(column is not None for column in columns)), [column for column in columns if column is not None])]
+    text, _ = translate(sql)
+    return [Bound(text, row) for row in rows]
+
+
+@lru_cache(maxsize=2000)
+def fill_many(text: str, given: tuple[bool, ...]) -> str:
+    """Have a statement take its columns from arrays; those that are NULL in all rows have no type, and stand there as what they are."""
+    numbers = list(itertools.accumulate(given))
+    parts = LITERAL.split(text)
+    for at in range(0, len(parts), 2):
+        parts[at] = PARAMETER.sub(lambda place: "p.c%d" % numbers[int(place[1]) - 1] if given[int(place[1]) - 1] else "NULL", parts[at])
+    places = range(1, 1 + numbers[-1])
+    return "".join(parts).replace("{rows}", "unnest(%s) AS p (%s)" % (", ".join("$%d" % n for n in places), ", ".join("c%d" % n for n in places)))
+
+
 # ---- what went wrong
 
 GUARDED, REPEATED, SEALED = "CL001", "CL002", "CL003"        # a guard does not hold; an op id was used before; see put_seal
@@ -5539,7 +5653,7 @@ class ClusterWriter(Writer):
                 part.tag = tag
                 said.append(spoken(PUT_LINE, part.line.row(self.clock.wall(), tag)))
             for sql, params, many in part.body:
-                said.extend([spoken(sql, row) for row in params] if many else [spoken(sql, params)])
+                said.extend(spoken_many(sql, params) if many else [spoken(sql, params)])
         if batch.op:
             lines = sum(part.line is not None for part in parts)
             said.append(spoken(PUT_OP, (batch.op[0], lines, lines, batch.op[1], batch.result, self.clock.due())))
@@ -5606,9 +5720,9 @@ class ClusterWriter(Writer):
 
     def _begin(self, id: str) -> list[Bound]:
         """What a group begins with; the last one tells the seq that is the next."""
-        wire, begun = self.wire(), self._begun
+        wire, early = self.wire(), self._begun
         self._begun = None
-        return [*([] if begun is wire else self._lock()), spoken(PUT_GROUP, (id, self.clock.due()))]
+        return [*([] if early is wire else self._lock()), spoken(PUT_GROUP, (id, self.clock.due()))]
 
     def _lock(self) -> list[Bound]:
         return [*([] if self.wire().status == "I" else [ROLLBACK]), BEGIN, GET_LOCK]

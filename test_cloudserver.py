@@ -2480,6 +2480,41 @@ def test_a_batch_draws_the_next_seq(db):
     assert db.read("SELECT max(seq) FROM journal") == [(3,)]
 
 
+@pytest.mark.parametrize("sql, rows", [
+    (cs.PUT_LOOSE, [(1, "a", 5, 6, 7), (1, "b", 5, 6, 7), (1, "a", 8, 9, 9), (2, "a", 1, 1, 1)]),
+    (cs.PUT_LOOSE, [(1, "a", 5, 6, 7), (1, "b", 5, 6, 7)]),
+    (cs.PUT_STAR, [(1, 2), (1, 2), (1, 3)]),
+    (cs.END_STAR, [(7, 70), (7, 71), (7, 70), (8, 1)]),
+    (cs.ADD_SUMS, [(5, 1, 1), (7, 1, 2), (-3, -1, 1)]),
+    (cs.ADD_SUMS, [(5, 1, 1), (7, 1, 2)]),
+    (cs.BEGIN_COLLECTION, [(1,), (9,), (9,)]),
+    (cs.BEGIN_ENTRY, [(1, 2, 3, "a", "a", 1, None, 0, 5, None, None), (1, 3, 3, "b", "b", 0, "m", 7, 5, "text/plain", None)]),
+    (cs.BEGIN_ENTRY, [(1, 2, None, "", "", 1, None, 0, 5, None, 7), (1, 3, 4, "b", "b", 1, None, 7, 5, None, None)]),
+    (cs.CHUNK_ROWS, [("a", 1, None, 5, b"\0x"), ("b", 1, "object", 5, None), ("a", 1, None, 6, b"y"), ("condemned", 1, "new", 6, None), ("bad", 1, None, 7, b"z")]),
+    (cs.CHUNK_ROWS, [("a", 1, "one", 5, None), ("b", 1, "two", 5, None)]),
+    (cs.PUT_PROPERTY, [(1, "a", "x"), (1, "a", "y")]),
+    ("INSERT INTO grave (object, due) SELECT object, ? FROM chunk WHERE hash = ? AND object IS NOT NULL ON CONFLICT (object) DO NOTHING", [(5, "condemned"), (6, "bad"), (7, "condemned")]),
+    ("DELETE FROM star WHERE account = :account AND node < :node", [{"account": 7, "node": 71}, {"node": 5, "account": 8}]),
+    ("UPDATE star SET node = node + ? WHERE account = ?", [(10, 7), (20, 8)]),
+    ("UPDATE star SET node = (SELECT max(node) FROM star) + 1 WHERE account = ? AND node = ?", [(7, 70), (7, 71)]),
+    ("UPDATE star SET node = node + 10 WHERE account = ? OR node = ?", [(7, 1), (8, 80)]),
+    ("INSERT INTO setting (name, value) SELECT ?, count(*) FROM star", [("a",), ("b",)]),
+    ("INSERT INTO setting (name, value) VALUES (?, '? (?')", [("a",), ("b",)]),
+    ("INSERT INTO setting (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = setting.value || excluded.value", [("a", "1"), ("a", "2")])],
+    ids=lambda value: value[:28] if isinstance(value, str) else str(len(value)))
+def test_a_statement_for_many_rows_does_what_it_does_for_one_after_another(db, sql, rows):
+    tables = "chunk", "collection", "entry", "grave", "loose", "property", "setting", "star"
+    there = [Statement("INSERT INTO star (account, node) VALUES (?, ?)", [(7, 70), (7, 71), (8, 80)], many=True),
+             Statement("INSERT INTO collection (node, seq, size, files) VALUES (?, 0, ?, 1)", [(1, 100), (2, 200)], many=True),
+             Statement("INSERT INTO chunk (hash, size, object, at, condemned, bad) VALUES (?, 1, ?, 1, ?, ?)",
+                       [("condemned", "old", 3, None), ("bad", "broken", None, 3)], many=True)]
+
+    def become(*body):
+        db.run(*(Statement("DELETE FROM " + table + " WHERE 1 = 1") for table in tables), *there, *body)
+        return [sorted(db.read("SELECT * FROM " + table), key=repr) for table in tables]
+    assert become(Statement(sql, rows, many=True)) == become(*(Statement(sql, row) for row in rows)) != become()
+
+
 def test_each_part_of_a_batch_has_a_line_of_its_own(db):
     """Two homes, one batch: each part sees its own seq, and all stand together."""
     note = Statement("INSERT INTO setting SELECT ?, max(seq) FROM journal", ("first",)), Statement("INSERT INTO setting SELECT ?, max(seq) FROM journal", ("second",))
@@ -3971,6 +4006,22 @@ def test_what_postgresql_says_otherwise_is_translated_and_what_is_quoted_is_not(
     assert cs.translate(sql)[0] == want
 
 
+@pytest.mark.parametrize("sql, keys", [
+    (cs.CHUNK_ROWS, (0,)), (cs.PUT_LOOSE, (0, 1)), (cs.PUT_OFFSET, ()), (cs.BEGIN_ENTRY, ()), (cs.END_ENTRY, (1, 2, 3)), (cs.ADD_SUMS, (2,)), (cs.END_STAR, ()),
+    ("INSERT INTO setting (name, value) SELECT ?, count(*) FROM star", None), ("INSERT INTO star (account, node) SELECT ?, max(node) FROM star", None),
+    ("UPDATE star SET node = 1 WHERE account = ? OR node = 2", None), ("UPDATE star SET node = ? WHERE account > ?", None),
+    ("UPDATE star SET node = ? WHERE account = ? AND node = (SELECT max(node) FROM star)", None), ("DELETE FROM star WHERE account IN (SELECT ?)", None),
+    ("INSERT INTO star (account, node) VALUES (1, ?) ON CONFLICT (account, node) DO UPDATE SET node = ?", None),
+    ("INSERT INTO star (account, node) VALUES (?, ?) ON CONFLICT DO NOTHING", None), ("SELECT ?", None)])
+def test_only_what_does_the_same_for_many_rows_is_said_at_once(sql, keys):
+    whole = cs.for_many(sql)
+    assert (whole and whole.keys) == keys
+    rows = [(n,) * 11 for n in range(2500)]
+    if keys is not None:
+        width = len(set(re.findall(r"\$\d+", cs.translate(sql)[0])))
+        assert [len(list(cs.spoken_many(sql, [row[:width] for row in some]))) for some in (rows[:1], rows[:2], rows, rows[:2] * 2)] == [1, 1, 3, 4 if keys else 1]
+
+
 def losing(monkeypatch, *when):
     """Lose the connection of the next commits: "before" anything was sent, "after" all was done, or "within"."""
     real, when = cs.Wire.pipeline, list(when)
@@ -4060,13 +4111,17 @@ def test_a_group_grows_as_long_as_others_have_the_lock(db):
     def groups():
         return db.read("SELECT count(*) FROM commit_group")[0][0]
 
+    def locks(granted):
+        return db.read("SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database WHERE d.datname = current_database() "
+                       "AND locktype = 'advisory' AND objid = ? AND (CASE WHEN granted THEN 1 ELSE 0 END) = ?", (cs.COMMITS, granted))[0][0]
+
     def write(count):
         """Commit so often while another has the lock; returns in how many groups that came."""
         before = groups()
         with contextlib.closing(db._connect()) as wire, ThreadPoolExecutor(count) as pool:
             wire.script("BEGIN; " + cs.LOCK_COMMITS)
             done = [pool.submit(db.run, cs.put_setting("a", str(n))) for n in range(count)]
-            assert eventually(lambda: len(db.writer._queue) == count - 1)
+            assert eventually(lambda: len(db.writer._queue) == count - 1 and locks(0))
             wire.script("COMMIT")
             assert [one.result() for one in done] == [None] * count
         return groups() - before
@@ -4077,7 +4132,7 @@ def test_a_group_grows_as_long_as_others_have_the_lock(db):
     assert write(2) == 2
     with db.writer._turn_of_process():           # who has begun and finds nothing to do holds up nobody
         assert db.writer.wire().status == "T"
-    assert db.read("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objid = ?", (cs.COMMITS,)) == []
+    assert eventually(lambda: not locks(1))
 
 
 @OF_POSTGRES
