@@ -3484,6 +3484,13 @@ def put_setting(name: str, value: str) -> Statement:
     return Statement("INSERT INTO setting (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value))
 
 
+CHUNK_ROWS = (  # makes chunks known; one that was given up or found damaged is good again
+    "INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
+    "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
+    "object = CASE WHEN chunk.bad IS NULL THEN chunk.object ELSE excluded.object END, "
+    "data = CASE WHEN chunk.bad IS NULL THEN chunk.data ELSE excluded.data END WHERE chunk.condemned IS NOT NULL OR chunk.bad IS NOT NULL")
+
+
 class Line(NamedTuple):
     """What a batch leaves in the journal."""
     home: int
@@ -3691,6 +3698,7 @@ class Database:
     def commit(self, batch: Batch) -> None:
         """Come back when a batch is durable, its seq and tag noted in it; or raise, and then nothing of it is ever seen.
 
+        Only bytes of CHUNK_ROWS may be there before it, and stay if it is refused: nothing refers to them, and the sweep gives them up.
         raises  Conflict where a guard says why not, or a unique index; Replayed where its op was done before; what its rows
                 raise; CloudError read-only, disk-full, storage-failed, busy
         """
@@ -5511,7 +5519,8 @@ def fill_many(text: str, given: tuple[bool, ...]) -> str:
 
 # ---- what went wrong
 
-GUARDED, REPEATED, SEALED = "CL001", "CL002", "CL003"        # a guard does not hold; an op id was used before; see put_seal
+GUARDED, REPEATED, SEALED = "CL001", "CL002", "CL003"        # a guard does not hold; an op id was used before; see put_seal;
+FELL_BACK = "CL004"                              # ... what went ahead is not there any more
 OF_BATCH = ("CL", "22", "23", "42", "54", "P0")  # classes of errors that are of a statement or its values; others take the whole group
 TRANSIENT = ("08", "25006", "40", "55P03", "57")   # ... that pass when the database is itself again
 PG_ERRORS = (  # (beginning of a code, kind, what it means)
@@ -5536,11 +5545,17 @@ def cluster_error(error: PgError | PgLost) -> CloudError:
     return CloudError("internal")
 
 
+class FellBack(Conflict):
+    """The bytes that went ahead of a batch were swept, or lost with a primary, before it came."""
+
+
 def refusal_of(error: PgError) -> Exception:
     """What a batch is told whose statement was refused."""
     if error.code == REPEATED:
         seq, _, same = error.fields["M"].partition(" ")
         return Replayed(int(seq), same == "1")
+    if error.code == FELL_BACK:
+        return FellBack(str(error))
     if error.code == GUARDED or error.code[:2] == "23":      # a unique index guards, too
         return Conflict(str(error))
     return cluster_error(error)
@@ -5562,21 +5577,59 @@ END_HOLDER = (  # of whom holds up all others: one of us that began to write, an
     "AND (backend_xid IS NOT NULL OR EXISTS (SELECT 1 FROM pg_locks l WHERE l.pid = pg_stat_activity.pid AND l.locktype = 'advisory' AND l.granted "
     "AND l.objid = %d))" % COMMITS)
 LOCK_TIMEOUT = "55P03"
+UNHURRIED = "SELECT set_config('synchronous_commit', 'off', true)"               # first in a transaction that waits for no disk, and no standby
+HAS_COME = "SELECT refuse('chunk', 'CL004') WHERE (SELECT count(*) FROM chunk WHERE hash = ANY($1) AND condemned IS NULL AND bad IS NULL) <> $2"
 
 
 class ClusterWriter(Writer):
     """The connection that writes (invariants 1 and 2)."""
 
-    def __init__(self, connect: Callable[[], Wire], clock: Clock) -> None:
+    def __init__(self, connect: Callable[[], Wire], clock: Clock, spare: Callable[[], ContextManager[Wire]]) -> None:
+        """spare  a connection for a while, on which bytes go ahead of their batches"""
         super().__init__(clock)
         self._connect: Callable[[], Wire] | None = connect   # None: nothing is written, or not any more
+        self._spare = spare
         self._wire: Wire | None = None
         self._others = 0                         # groups for which others are believed to commit as well
         self._begun: Wire | None = None          # where a transaction has the lock before its group is known
 
+    def commit(self, batch: Batch) -> None:
+        for left in 2, 1, 0:
+            try:
+                return super().commit(batch)
+            except FellBack:
+                if not left:
+                    raise
+
     def ticket(self, batch: Batch) -> _Ticket:
-        """raises what its rows raise, and spoken"""
-        return _Ticket(batch, self._say(batch))
+        """raises what its rows raise, and spoken; CloudError"""
+        said, ahead = self._say(batch), {}
+        if sum(map(len, said)) > GROUP_BYTES:
+            ahead = {row[0]: row for part in (batch, *batch.also) for sql, params, many in part.body if sql == CHUNK_ROWS
+                     for row in (params if many else [params]) if row[4] is not None}
+        if ahead:
+            self._send_ahead([ahead[hash] for hash in sorted(ahead)])
+            said = [Bound(HAS_COME, (sorted(ahead), len(ahead))), *self._say(batch, ahead)]
+        return _Ticket(batch, said)
+
+    def _send_ahead(self, rows: list[tuple[Any, ...]]) -> None:
+        """Have bytes there before their batch, which will wait for the disk for them, too; without the lock.  raises CloudError
+
+        All go in the order of their hashes: so none of those who send the same wait for each other.
+        """
+        if self._connect is None:
+            raise CloudError("read-only", READ_ONLY)
+        until = time.monotonic() + OUTAGE
+        while True:
+            try:
+                with self._spare() as wire:
+                    for results in wire.pipeline([Bound(UNHURRIED), some] for some in spoken_many(CHUNK_ROWS, rows)):
+                        results[-1].get()
+                return
+            except (PgError, PgLost) as error:
+                if isinstance(error, PgError) and not error.code.startswith(TRANSIENT):
+                    raise cluster_error(error) from error
+                self._pause(until, error)
 
     def close(self) -> None:
         with self.ended():
@@ -5641,8 +5694,8 @@ class ClusterWriter(Writer):
         if some:
             yield some
 
-    def _say(self, batch: Batch) -> list[Bound]:
-        """raises what its rows raise, and spoken"""
+    def _say(self, batch: Batch, ahead: Collection[str] = ()) -> list[Bound]:
+        """What is sent for it, without chunks that went ahead.  raises what its rows raise, and spoken"""
         parts, tag = (batch, *batch.also), secrets.token_hex(8) if batch.line else ""
         said = [spoken(IS_REPEATED, (batch.op[1], batch.op[0]))] if batch.op else []
         for part in parts:
@@ -5653,6 +5706,8 @@ class ClusterWriter(Writer):
                 part.tag = tag
                 said.append(spoken(PUT_LINE, part.line.row(self.clock.wall(), tag)))
             for sql, params, many in part.body:
+                if sql == CHUNK_ROWS and ahead:
+                    params, many = [row for row in (params if many else [params]) if row[0] not in ahead], True
                 said.extend(spoken_many(sql, params) if many else [spoken(sql, params)])
         if batch.op:
             lines = sum(part.line is not None for part in parts)
@@ -5900,7 +5955,7 @@ class Listener:
         self._heard = True
 
 
-TELL = Bound("SELECT set_config('synchronous_commit', 'off', true), pg_notify($1, '')", (CHANNEL,))       # a hint waits for no disk, and no standby
+TELL = Bound(UNHURRIED + ", pg_notify($1, '')", (CHANNEL,))
 BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, GET_LOCK = map(Bound, ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT batch", "RELEASE batch", LOCK_COMMITS))
 
 
@@ -5916,7 +5971,7 @@ class Postgres(Database):
         """
         self.place, self.readonly = address, how == "read"
         self._readers = Readers(self._connect)
-        self.writer = ClusterWriter(self._connect, clock)
+        self.writer = ClusterWriter(self._connect, clock, self._readers.wire)
         super().__init__(clock, Recent(None))
         try:
             check_server(self.writer.wire())
@@ -7466,11 +7521,6 @@ class Locks:
         return lambda one: [lock for lock in locks if lock.node == one.node or lock.deep and lock.node in above]
 
 
-CHUNK_ROWS = (  # makes chunks known; one that was given up or found damaged is good again
-    "INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
-    "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
-    "object = CASE WHEN chunk.bad IS NULL THEN chunk.object ELSE excluded.object END, "
-    "data = CASE WHEN chunk.bad IS NULL THEN chunk.data ELSE excluded.data END WHERE chunk.condemned IS NOT NULL OR chunk.bad IS NOT NULL")
 PUT_MANIFEST = "INSERT INTO manifest (id, size, sha256) VALUES (?, ?, ?) ON CONFLICT (id) DO NOTHING"
 PUT_OFFSET = "INSERT INTO manifest_chunk (manifest, offset, chunk) VALUES (?, ?, ?) ON CONFLICT (manifest, offset) DO NOTHING"
 PUT_DIGEST = "INSERT INTO digest (manifest, kind, value) VALUES (?, ?, ?) ON CONFLICT (manifest, kind) DO NOTHING"
