@@ -5335,7 +5335,7 @@ ALTER TABLE collection SET (fillfactor = 50);
 ALTER TABLE account SET (fillfactor = 50);
 """
 
-COMMITS, ALIVE = 0x636C6F75, 0x636C6F76          # locks of the database: who commits; of every process as long as it lives
+COMMITS, ALIVE, AHEAD = 0x636C6F75, 0x636C6F76, 0x636C6F77       # locks of the database: who commits; of every process as long as it lives; of bytes
 CHANNEL = "cloudserver"                          # ... on which commits are told
 GROUP_BYTES = 256 * KiB                          # of a transaction on the wire; one batch may be more
 COMPANY = 10                                     # groups for which it counts that others had the lock
@@ -5577,6 +5577,9 @@ END_HOLDER = (  # of whom holds up all others: one of us that began to write, an
     "AND (backend_xid IS NOT NULL OR EXISTS (SELECT 1 FROM pg_locks l WHERE l.pid = pg_stat_activity.pid AND l.locktype = 'advisory' AND l.granted "
     "AND l.objid = %d))" % COMMITS)
 LOCK_TIMEOUT = "55P03"
+GO_AHEAD = "SELECT pg_advisory_xact_lock_shared(%d)" % AHEAD
+WAIT_FOR_AHEAD = "SELECT pg_advisory_xact_lock(%d)" % AHEAD
+NOT_SEALED = "SELECT refuse('sealed', 'CL003') WHERE EXISTS (" + IS_SEALED + ")"
 UNHURRIED = "SELECT set_config('synchronous_commit', 'off', true)"               # first in a transaction that waits for no disk, and no standby
 HAS_COME = "SELECT refuse('chunk', 'CL004') WHERE (SELECT count(*) FROM chunk WHERE hash = ANY($1) AND condemned IS NULL AND bad IS NULL) <> $2"
 
@@ -5623,12 +5626,12 @@ class ClusterWriter(Writer):
         while True:
             try:
                 with self._spare() as wire:
-                    for results in wire.pipeline([Bound(UNHURRIED), some] for some in spoken_many(CHUNK_ROWS, rows)):
+                    for results in wire.pipeline([*AHEAD_OF_BATCH, some] for some in spoken_many(CHUNK_ROWS, rows)):
                         results[-1].get()
                 return
             except (PgError, PgLost) as error:
                 if isinstance(error, PgError) and not error.code.startswith(TRANSIENT):
-                    raise cluster_error(error) from error
+                    raise refusal_of(error) from error
                 self._pause(until, error)
 
     def close(self) -> None:
@@ -5956,6 +5959,7 @@ class Listener:
 
 
 TELL = Bound(UNHURRIED + ", pg_notify($1, '')", (CHANNEL,))
+AHEAD_OF_BATCH = tuple(map(Bound, (UNHURRIED, GO_AHEAD, NOT_SEALED)))
 BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, GET_LOCK = map(Bound, ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT batch", "RELEASE batch", LOCK_COMMITS))
 
 
@@ -6040,7 +6044,7 @@ class Postgres(Database):
         try:
             with closing(self._connect()) as wire:
                 wire.patience = LOAD_TIME
-                for statement in "BEGIN", LOCK_COMMITS:
+                for statement in "BEGIN", LOCK_COMMITS, WAIT_FOR_AHEAD:
                     wire.query(statement)
                 yield PostgresLoading(wire)
                 (end,), _ = wire.pipeline([[Bound("COMMIT")], [TELL]])

@@ -4135,6 +4135,90 @@ def test_a_group_grows_as_long_as_others_have_the_lock(db):
     assert eventually(lambda: not locks(1))
 
 
+def chunk_rows(count, size=60_000, **object):
+    """Rows of CHUNK_ROWS, no two with the same bytes, in no order."""
+    datas = [random_bytes(size) for _ in range(count)]
+    return [(hashlib.sha256(data).hexdigest(), size, object.get("object"), 5, None if object else data) for data in datas]
+
+
+def large_batch(rows, *guards, **how):
+    return Batch([Statement(cs.CHUNK_ROWS, rows, many=True), cs.put_setting("a", "1")], list(guards), **how)
+
+
+@contextlib.contextmanager
+def held_up(db, *batches):
+    """Have batches wait for the lock meanwhile, on a connection that has it: with held_up(db, batch) as (wire, told): ..., until told() is what became of them."""
+    with contextlib.closing(db._connect()) as wire, ThreadPoolExecutor(len(batches)) as pool:
+        wire.script("BEGIN; " + cs.LOCK_COMMITS)
+        done = [pool.submit(outcome, db.commit, batch) for batch in batches]
+        yield wire, lambda: wire.script("COMMIT") or [one.result() for one in done]
+
+
+@OF_POSTGRES
+def test_many_bytes_go_ahead_of_their_batch_and_hold_up_nobody(db, monkeypatch):
+    rows, later, sent = chunk_rows(20), chunk_rows(3, object="name"), []
+    rows.append(rows[0])
+    real = cs.ClusterWriter._send
+    monkeypatch.setattr(cs.ClusterWriter, "_send", lambda writer, id, group: sent.append(sum(map(len, group[0].said))) or real(writer, id, group))
+    batch = large_batch([*rows, *later], line=line())
+    with held_up(db, batch) as (wire, told):
+        assert eventually(lambda: db.read("SELECT count(*) FROM chunk") == [(20,)])            # what lies elsewhere comes with the batch
+        assert db.setting("a") is None
+        assert told() == [None] and batch.seq == 2
+    assert db.read("SELECT count(*) FROM chunk") == [(23,)] and db.setting("a") == "1" and sent[0] < 20_000
+    assert sorted(db.read("SELECT hash, size, object, at, data FROM chunk WHERE object IS NULL")) == sorted(set(rows))
+    db.commit(large_batch(chunk_rows(2)))                    # few bytes do not
+    assert db.read("SELECT count(*) FROM chunk") == [(25,)] and sent[-1] > 120_000
+
+
+@OF_POSTGRES
+def test_of_a_refused_batch_only_bytes_stay_that_nobody_refers_to(db):
+    rows = chunk_rows(6)
+    with pytest.raises(Conflict):
+        db.commit(large_batch(rows, Statement("SELECT 'no'"), line=line(), op=("op", "")))
+    assert db.read("SELECT count(*) FROM chunk") == [(6,)] and db.setting("a") is None and db.head() == 1 and db.read("SELECT * FROM op") == []
+    db.commit(large_batch(rows, line=line(), op=("op", "")))
+    with pytest.raises(cs.Replayed):
+        db.commit(large_batch(rows, line=line(), op=("op", "")))
+    assert db.read("SELECT count(*) FROM chunk") == [(6,)] and db.head() == 2
+
+
+@OF_POSTGRES
+@pytest.mark.parametrize("change", ["DELETE FROM chunk WHERE size > 0", "UPDATE chunk SET condemned = 7", "UPDATE chunk SET bad = 7, data = 'damaged'"])
+def test_bytes_that_went_ahead_and_were_given_up_before_their_batch_came_go_again(db, change):
+    rows = chunk_rows(6)
+    with held_up(db, large_batch(rows, line=line())) as (wire, told):
+        assert eventually(lambda: db.read("SELECT count(*) FROM chunk") == [(6,)])
+        wire.script(change)
+        assert told() == [None]
+    assert sorted(db.read("SELECT hash, size, object, at, data FROM chunk WHERE condemned IS NULL AND bad IS NULL")) == sorted(rows)
+    assert db.head() == 2 and db.setting("a") == "1"
+
+
+@OF_POSTGRES
+def test_nothing_goes_ahead_into_a_sealed_database(db):
+    seal = cs.Seal("moving", "there", "id").text()
+    cs.put_seal(db, seal, None)
+    assert outcome(db.commit, large_batch(chunk_rows(6))) == "read-only" and db.read("SELECT 1 FROM chunk") == []
+    with ThreadPoolExecutor(1) as pool, db.load() as loading:            # ... nor while rows are loaded
+        loading.ask("DELETE FROM setting WHERE name = 'sealed'")
+        done = pool.submit(db.commit, large_batch(chunk_rows(6)))
+        assert eventually(lambda: db.read("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objid = ? AND NOT granted", (cs.AHEAD,)))
+        assert db.read("SELECT 1 FROM chunk") == []
+    assert done.result() is None and db.setting("a") == "1"
+
+
+@OF_POSTGRES
+def test_who_sends_the_same_bytes_at_once_waits_for_nobody_in_a_circle(db, open_db, monkeypatch):
+    monkeypatch.setattr(cs, "GROUP_BYTES", 20_000)
+    rows = chunk_rows(40, 1000)
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(server.commit, large_batch(some, line=line())) for server in (db, open_db()) for some in (rows, rows[::-1])]
+        assert [one.result() for one in done] == [None] * 4
+    assert db.read("SELECT count(*) FROM chunk") == [(40,)] and db.head() == 5
+    assert db.read("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == [(0,)]
+
+
 @OF_POSTGRES
 def test_what_fails_with_one_transaction_of_a_group_is_told_to_none_of_another(db, monkeypatch):
     """One batch of a group does not fit into a transaction with the others, and its disk is full: theirs are committed, and told so."""
