@@ -37,17 +37,19 @@ def main(words):
     gc.disable()                                 # while this file is read: to look through its tree each time that has grown a little takes longer than all else
     if words[:1] == ["--worker"]:
         home, number, count, *words = words[1:]
-        return pytest.main(arguments(words, home), plugins=[Worker(home, int(number), int(count))])
+        return pytest.main(arguments(words), plugins=[Preparation(), Worker(home, int(number), int(count), os.dup(1))])
     if not any(word.startswith("-m") for word in words):
         words = ["-m", "not slow", "--processes", str((os.cpu_count() or 1) + 1), *words]
         work_in_memory()
-    with tempfile.TemporaryDirectory() as home:
-        return pytest.main(arguments(words, home), plugins=[Leader(home, words)])
+    home, pid = tempfile.mkdtemp(), os.getpid()
+    try:
+        return pytest.main(arguments(words), plugins=[Preparation(), Leader(home, words)])
+    finally:
+        if os.getpid() == pid:                   # and not one of its workers
+            shutil.rmtree(home, ignore_errors=True)
 
 
-def arguments(words, home):
-    if sys.dont_write_bytecode:                  # then the processes share what goes with them: to compile this file takes seconds
-        sys.dont_write_bytecode, sys.pycache_prefix = False, os.path.join(home, "python")
+def arguments(words):
     return ["-p", "no:cacheprovider", "-q", "-o", "markers=slow\nsqlite\ndirectory\nlast", "-o", "tmp_path_retention_policy=failed",
             *([] if any(Path(__file__).name in word for word in words) else [__file__]), *words]
 
@@ -87,14 +89,8 @@ def private_python():
     return str(python)
 
 
-class Crew:
-    """The processes that run the tests: a leader, who tells about them, and workers.
-
-    Each collects all tests.  A worker begins at a place of its own, runs what nobody has begun yet, and goes round.
-    """
-
-    def __init__(self, home):
-        self.home = Path(home)
+class Preparation:
+    """What is the same in all processes, before any test is run."""
 
     def pytest_addoption(self, parser):
         parser.addoption("--processes", type=int, default=1, help="run the tests in so many processes")
@@ -115,6 +111,17 @@ class Crew:
         gc.freeze()
         gc.enable()
 
+
+class Crew:
+    """The processes that run the tests: a leader, who tells about them, and workers.
+
+    A worker has all tests from the leader, or, where no process can be forked, collects them as well.
+    It begins at a place of its own, runs what nobody has begun yet, and goes round.
+    """
+
+    def __init__(self, home):
+        self.home = Path(home)
+
     def lasts(self, session):
         """Those that look at what all others left behind."""
         return [item for item in session.items if item.get_closest_marker("last")]
@@ -129,10 +136,10 @@ class Crew:
 
 
 class Worker(Crew):
-    def __init__(self, home, number, count):
+    def __init__(self, home, number, count, out):
         super().__init__(home)
         self.number, self.count, self.reports = number, count, []
-        self.out = os.fdopen(os.dup(1), "w", encoding="ascii")
+        self.out = os.fdopen(out, "w", encoding="ascii")
         os.dup2(os.open(self.home / ("worker-%d" % number), os.O_WRONLY | os.O_CREAT), 1)
 
     def tell(self, *values):
@@ -162,6 +169,18 @@ class Worker(Crew):
             self.tell("warns", nodeid, location, (text, warning_message.filename, warning_message.lineno))
 
 
+class Forked:
+    """As a process of subprocess, so far as a leader asks."""
+
+    def __init__(self, pid, stdout):
+        self.pid, self.stdout, self.code = pid, stdout, None
+
+    def wait(self):
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
+
+
 class Leader(Crew):
     def __init__(self, home, words):
         super().__init__(home)
@@ -173,8 +192,13 @@ class Leader(Crew):
         if count < 2 or session.testsfailed or option.collectonly or option.usepdb or option.trace or option.capture == "no":
             return None                          # pytest's own way, in this process
         os.environ["TEST_LEFT"] = str(self.home)
-        workers = [subprocess.Popen([sys.executable, __file__, "--worker", self.home, str(n), str(count), *self.words],
-                                    stdout=subprocess.PIPE, encoding="ascii") for n in range(count)]
+        workers = []
+        for number in range(count):
+            if not hasattr(os, "fork"):
+                workers.append(subprocess.Popen([sys.executable, __file__, "--worker", self.home, str(number), str(count), *self.words],
+                                                stdout=subprocess.PIPE, encoding="ascii"))
+            elif not self.fork(workers):
+                return self.become_worker(session, number, count)
         try:
             self.follow(session, workers)
         finally:
@@ -189,6 +213,29 @@ class Leader(Crew):
             raise session.Interrupted("%d tests were not run\n%s" % (self.left, "".join(
                 (self.home / ("worker-%d" % n)).read_text("utf-8", "replace") for n in range(count))))
         return True
+
+    def fork(self, workers):
+        """Begin another process, which knows all that this one knows; true in this one."""
+        told, self.out = os.pipe()
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid:
+            os.close(self.out)
+            workers.append(Forked(pid, os.fdopen(told, encoding="ascii")))
+        else:
+            os.close(told)
+        return pid
+
+    def become_worker(self, session, number, count):
+        plugins = session.config.pluginmanager
+        capture = plugins.getplugin("capturemanager")
+        capture.stop_global_capturing()          # into files that it would share with the others
+        worker = Worker(self.home, number, count, self.out)
+        capture.start_global_capturing()
+        capture.suspend_global_capture()
+        plugins.unregister(self)
+        plugins.register(worker)
+        return worker.pytest_runtestloop(session)
 
     def take_all(self, session):
         """Let nobody begin another one."""
@@ -298,7 +345,7 @@ if os.environ.get("TEST_STOP"):                  # Windows lets nobody send anot
 if "TEST_PROGRAM" not in os.environ:             # compiled once, for the hundreds of times that the tests' processes start it
     home = tempfile.mkdtemp()
     os.chmod(home, 0o755)
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    atexit.register(lambda home, pid: pid == os.getpid() and shutil.rmtree(home, ignore_errors=True), home, os.getpid())
     os.environ["TEST_PROGRAM"] = py_compile.compile(str(HERE / "cloudserver.py"), os.path.join(home, "cloudserver.pyc"), doraise=True)
 PROGRAM = [sys.executable, os.environ["TEST_PROGRAM"]]
 WINE = False
@@ -315,7 +362,6 @@ from cloudserver import (ANY, Batch, Body, Change, Clock, Cloud, CloudError, Clo
                          MiB, KiB, Moment, Preconditions, Principal, Statement)
 
 SOURCE = (HERE / "cloudserver.py").read_text(encoding="utf-8")
-TREE = ast.parse(SOURCE)
 PASSWORD = "correct horse 9"
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 slow = pytest.mark.slow
@@ -878,6 +924,12 @@ ROOMS = [(int(number), line, title.strip()) for line, text in enumerate(SOURCE.s
          for number, title in re.findall(r"^# ==== (\d+)\. ([^=]+) =", text)]
 
 
+@lru_cache(None)
+def parsed(source=SOURCE):
+    """The tree of the program, or of another text; it takes a while, and most processes that run tests need none."""
+    return ast.parse(source)
+
+
 def room(line):
     return max((number for number, start, _ in ROOMS if start <= line), default=0)
 
@@ -890,7 +942,7 @@ def room_of(node):
 def top_level():
     """{name: room} of everything defined at the top level."""
     home = {}
-    for node in TREE.body:
+    for node in parsed().body:
         names = [node.name] if hasattr(node, "name") else [
             name.id for target in getattr(node, "targets", [getattr(node, "target", None)]) if target is not None
             for name in ast.walk(target) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
@@ -900,20 +952,20 @@ def top_level():
 
 def test_rooms_stand_in_order_and_match_the_contents():
     assert [number for number, *_ in ROOMS] == list(range(1, len(ROOMS) + 1))
-    contents = re.findall(r"^ +(\d+)  (\S[^ ]*(?: [^ ]+)*)  ", ast.get_docstring(TREE, clean=False), re.M)
+    contents = re.findall(r"^ +(\d+)  (\S[^ ]*(?: [^ ]+)*)  ", ast.get_docstring(parsed(), clean=False), re.M)
     assert [(int(number), title) for number, title in contents] == [(number, title) for number, _, title in ROOMS]
 
 
 def test_rooms_use_only_rooms_above():
     home = top_level()
-    annotations = {id(part) for node in ast.walk(TREE) for kind in ("annotation", "returns") if getattr(node, kind, None)
+    annotations = {id(part) for node in ast.walk(parsed()) for kind in ("annotation", "returns") if getattr(node, kind, None)
                    for part in ast.walk(getattr(node, kind))}
-    assert not {"line %d: %s" % (node.lineno, node.id) for node in ast.walk(TREE) if isinstance(node, ast.Name)
+    assert not {"line %d: %s" % (node.lineno, node.id) for node in ast.walk(parsed()) if isinstance(node, ast.Name)
                 and id(node) not in annotations and home.get(node.id, 0) > room(node.lineno)}
 
 
 def test_functions_stay_short():
-    lengths = sorted((node.end_lineno - node.lineno + 1, node.name) for node in ast.walk(TREE)
+    lengths = sorted((node.end_lineno - node.lineno + 1, node.name) for node in ast.walk(parsed())
                      if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
     assert lengths[-1][0] <= 60, lengths[-5:]
     assert lengths[len(lengths) // 2][0] <= 12
@@ -937,12 +989,12 @@ def check_breaches(found, noted):
 
 def functions():
     """(name, function) of all, a method with its class in front."""
-    owners = {id(item): node.name + "." for node in ast.walk(TREE) if isinstance(node, ast.ClassDef) for item in node.body}
-    return [(owners.get(id(node), "") + node.name, node) for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    owners = {id(item): node.name + "." for node in ast.walk(parsed()) if isinstance(node, ast.ClassDef) for item in node.body}
+    return [(owners.get(id(node), "") + node.name, node) for node in ast.walk(parsed()) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
 def test_rooms_hold_no_large_class():
-    found = {node.name: sum(isinstance(item, ast.FunctionDef) for item in node.body) for node in ast.walk(TREE) if isinstance(node, ast.ClassDef)}
+    found = {node.name: sum(isinstance(item, ast.FunctionDef) for item in node.body) for node in ast.walk(parsed()) if isinstance(node, ast.ClassDef)}
     check_breaches({name: count for name, count in found.items() if count > MOST_METHODS}, LARGE_CLASSES)
 
 
@@ -961,7 +1013,7 @@ def test_rooms_stay_small():
 def test_rooms_write_trees_in_few_places():
     """Whatever changes entries or the sums of collections stands here."""
     changes = re.compile(r"\b(INSERT( OR [A-Z]+)? INTO|UPDATE|DELETE FROM) (entry|collection)\b")
-    found = {getattr(node, "name", None) or getattr(getattr(node, "targets", [None])[0], "id", "") for node in TREE.body
+    found = {getattr(node, "name", None) or getattr(getattr(node, "targets", [None])[0], "id", "") for node in parsed().body
              if room_of(node) != "Database" and any(changes.search(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str))}
     assert found == WRITERS_OF_TREES
 
@@ -969,7 +1021,7 @@ def test_rooms_write_trees_in_few_places():
 def test_statements_are_what_two_engines_understand():
     """SQLite 3.34 and PostgreSQL: conflicts are worded, columns named.  What a sync client remembers is always in SQLite, what servers share never."""
     foreign = re.compile(r"\bOR (REPLACE|IGNORE)\b|\bREPLACE INTO\b|\bRETURNING\b|->>|\bSTRICT\b|\bINSERT INTO \w+ +(VALUES|SELECT)\b")
-    assert not ["line %d: %s" % (node.lineno, node.value[:60]) for node in ast.walk(TREE)
+    assert not ["line %d: %s" % (node.lineno, node.value[:60]) for node in ast.walk(parsed())
                 if isinstance(node, ast.Constant) and isinstance(node.value, str) and room_of(node) not in ("Cluster", "Folder", "Sync client")
                 and re.match(r"\s*(INSERT|UPDATE|DELETE|SELECT|WITH|REPLACE)\b", node.value) and foreign.search(node.value)]
 
@@ -977,7 +1029,7 @@ def test_statements_are_what_two_engines_understand():
 def test_rooms_do_not_ask_who_somebody_is():
     """What somebody may see and do is decided where a path is entered, and nowhere else."""
     found = {}
-    for node in ast.walk(TREE):
+    for node in ast.walk(parsed()):
         if isinstance(node, ast.Attribute) and node.attr in ("account", "root", "readonly", "scoped") and isinstance(node.value, ast.Name) and node.value.id == "who":
             found[room_of(node)] = found.get(room_of(node), 0) + 1
     found = {title: count for title, count in found.items() if title not in ("Database", "Accounts")}
@@ -985,17 +1037,17 @@ def test_rooms_do_not_ask_who_somebody_is():
 
 
 
-@pytest.mark.parametrize("tree", [TREE, ast.parse(Path(__file__).read_text(encoding="utf-8"))], ids=["program", "tests"])
-def test_rooms_define_each_name_once(tree):
+@pytest.mark.parametrize("source", [SOURCE, Path(__file__).read_text(encoding="utf-8")], ids=["program", "tests"])
+def test_rooms_define_each_name_once(source):
     """A second definition would take the place of the first, and its tests with it."""
-    names = [name for node in tree.body for name in (
+    names = [name for node in parsed(source).body for name in (
         [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [target.id for target in node.targets if isinstance(target, ast.Name)]
         if isinstance(node, ast.Assign) else [])]
     assert sorted(name for name in set(names) if names.count(name) > 1) == []
 
 
 def test_every_kind_of_refusal_is_in_the_table():
-    raised = {node.args[0].value for node in ast.walk(TREE) if isinstance(node, ast.Call) and node.args
+    raised = {node.args[0].value for node in ast.walk(parsed()) if isinstance(node, ast.Call) and node.args
               and getattr(node.func, "id", "") in ("CloudError", "refuse_head") and isinstance(node.args[0], ast.Constant)}
     assert raised <= set(cs.ERRORS), raised - set(cs.ERRORS)
 
@@ -1004,7 +1056,7 @@ def test_front_ends_stay_thin():
     """The doors reach neither database nor blobs, and catch nothing."""
     doors = {"JSON API", "Transfer", "WebDAV", "Nextcloud dialect", "Visitor", "Links", "Page"}
     assert doors <= {title for *_, title in ROOMS}
-    for node in ast.walk(TREE):
+    for node in ast.walk(parsed()):
         if room_of(node) in doors:
             assert not isinstance(node, ast.Try), node.lineno
             assert getattr(node, "attr", "") not in ("db", "blobs"), node.lineno
@@ -1012,7 +1064,7 @@ def test_front_ends_stay_thin():
 
 def test_no_dangerous_call_and_no_sql_from_values():
     """K3: no eval, exec, pickle, shell; SQL text is made of literals and constants only."""
-    for node in ast.walk(TREE):
+    for node in ast.walk(parsed()):
         if isinstance(node, ast.Name):
             assert node.id not in ("eval", "exec", "pickle", "random"), node.lineno
         if isinstance(node, ast.Call):
@@ -1026,7 +1078,7 @@ def test_no_dangerous_call_and_no_sql_from_values():
 def test_the_file_needs_nothing_but_the_standard_library():
     """K4"""
     imported = {(node.module or "").partition(".")[0] if isinstance(node, ast.ImportFrom) else name.name.partition(".")[0]
-                for node in ast.walk(TREE) if isinstance(node, (ast.Import, ast.ImportFrom)) for name in node.names}
+                for node in ast.walk(parsed()) if isinstance(node, (ast.Import, ast.ImportFrom)) for name in node.names}
     known = getattr(sys, "stdlib_module_names", None)
     assert known is None or imported <= set(known) | {"msvcrt"}
 
@@ -4799,7 +4851,7 @@ def test_a_password_is_hashed_once_per_credential(cloud, ann, monkeypatch):
 def test_the_real_cost_of_a_password():
     """A3, within the memory a request may take"""
     log2n, r, p = 14, 8, 5
-    assert ast.literal_eval(next(node.value for node in TREE.body if isinstance(node, ast.Assign)
+    assert ast.literal_eval(next(node.value for node in parsed().body if isinstance(node, ast.Assign)
                                  and getattr(node.targets[0], "id", "") == "SCRYPT")) == (log2n, r, p)
     began = time.process_time()
     assert len(cs.scrypt("x", b"salt", log2n, r, p)) == 32
@@ -21399,7 +21451,7 @@ def test_style_and_script_of_visitors_are_kept_for_ever_under_their_version(call
 
 def test_the_words_of_visitors_are_there_in_both_languages():
     said = set()
-    for node in ast.walk(TREE):
+    for node in ast.walk(parsed()):
         if room_of(node) == "Visitor" and isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("say", "say.count", "count")):
             said.update(part.value for arg in node.args for part in ast.walk(arg) if isinstance(part, ast.Constant) and isinstance(part.value, str))
     said |= {words for pair in cs.REFUSAL_WORDS.values() for words in pair} | {"Name", "Modified", "Size", "List", "Gallery"}
@@ -21614,7 +21666,7 @@ def test_every_word_is_there_in_both_languages():
 
 def test_what_accounts_say_to_people_is_there_in_both_languages():
     """P21: refusals that the page shows in the server's own words, as they say more than their kind does."""
-    said = {node.args[1].value for node in ast.walk(TREE) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CloudError"
+    said = {node.args[1].value for node in ast.walk(parsed()) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CloudError"
             and room_of(node) == "Accounts" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant)
             and node.args[0].value in ("bad-request", "conflict", "insecure", "forbidden", "exists")}
     assert len(said) > 5 and said <= set(json.loads(cs.PAGE_GERMAN)), sorted(said - set(json.loads(cs.PAGE_GERMAN)))
@@ -21622,7 +21674,7 @@ def test_what_accounts_say_to_people_is_there_in_both_languages():
 
 def test_what_sharing_says_to_people_is_there_in_both_languages():
     """What the page shows of it in the server's own words; a number in them is no part of the key."""
-    said = {part.value.replace("%d", "{n}") for node in ast.walk(TREE) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CloudError"
+    said = {part.value.replace("%d", "{n}") for node in ast.walk(parsed()) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CloudError"
             and room_of(node) == "Sharing" and len(node.args) > 1 and node.args[0].value in ("bad-request", "conflict", "forbidden")
             for part in ast.walk(node.args[1]) if isinstance(part, ast.Constant) and isinstance(part.value, str) and "%s" not in part.value and part.value[0].isalpha()}
     never = {"a file needs a name", "a share is for an account, a group or whoever has a link", "a share of a file is view or edit",
