@@ -348,6 +348,7 @@ if "TEST_PROGRAM" not in os.environ:             # compiled once, for the hundre
     atexit.register(lambda home, pid: pid == os.getpid() and shutil.rmtree(home, ignore_errors=True), home, os.getpid())
     os.environ["TEST_PROGRAM"] = py_compile.compile(str(HERE / "cloudserver.py"), os.path.join(home, "cloudserver.pyc"), doraise=True)
 PROGRAM = [sys.executable, os.environ["TEST_PROGRAM"]]
+IMPORT = "import sys; sys.path.insert(0, %r); import cloudserver as cs" % os.path.dirname(os.environ["TEST_PROGRAM"])     # the first words of a program that uses it
 WINE = False
 if os.name == "nt":
     PROGRAM = [sys.executable, "-c", STOPPABLE + "import runpy; sys.argv[0] = %r; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -1448,7 +1449,11 @@ def bucket_of(home):
     return cs.Bucket(cs.S3(cs.parse_location((home / "s3").read_text()), S3_KEYS), cs.Cache(home / "copies", 1 << 30))
 
 
-STORES = {"directory": lambda home: cs.Directory(home / "objects"), "s3": bucket_of, "gateway": bucket_of}      # every kind there is
+def directory_of(home):
+    return cs.Directory(home / "objects")
+
+
+STORES = {"directory": directory_of, "s3": bucket_of, "gateway": bucket_of}                                      # every kind there is
 KILLED_IN = {"directory": "sync_file", "s3": "send_pieces", "gateway": "send_pieces"}                            # where whoever puts is killed, half done
 
 
@@ -1574,10 +1579,10 @@ class TestStore:
 
     def test_who_is_killed_leaves_nothing_that_is_found(self, store, tmp_path, request):
         """Only the list shows what is left, if anything, under a name by which it can be deleted or put once more."""
-        code = "import sys, os, pathlib; sys.path.insert(0, os.getcwd()); import cloudserver as cs, test_cloudserver as tests; " \
-            "setattr(cs, sys.argv[3], lambda *_: os._exit(9)); tests.STORES[sys.argv[1]](pathlib.Path(sys.argv[2])).put(tests.object_name(b'a'), b'a')"
         kind = request.node.callspec.params["store"]
-        assert subprocess.run([sys.executable, "-c", code, kind, str(tmp_path), KILLED_IN[kind]], cwd=str(Path(__file__).parent)).returncode == 9
+        code = "import os, sys, pathlib; %s; S3_KEYS = cs.Keys(*%r)\n%s\nsetattr(cs, sys.argv[1], lambda *_: os._exit(9)); %s(pathlib.Path(sys.argv[2])).put(sys.argv[3], b'a')" % (
+            IMPORT, tuple(S3_KEYS), inspect.getsource(STORES[kind]), STORES[kind].__name__)
+        assert subprocess.run([sys.executable, "-c", code, KILLED_IN[kind], str(tmp_path), object_name(b"a")]).returncode == 9
         assert not store.has(object_name(b"a")) and set(store.list("ca")) <= {"." + object_name(b"a")}
         with pytest.raises(FileNotFoundError):
             store.get(object_name(b"a"))
@@ -16085,8 +16090,7 @@ def test_a_worker_that_dies_is_replaced(serve):
 @needs_fork
 def test_workers_that_end_as_they_begin_are_replaced_more_and_more_slowly(tmp_path):
     """and a supervisor that is told to stop meanwhile stops at once, and starts none any more"""
-    program = [sys.executable, "-c", "import sys; sys.path.insert(0, %r); import cloudserver as cs; cs.work = lambda *args: 1 / 0; sys.exit(cs.main())"
-               % str(HERE)]
+    program = [sys.executable, "-c", IMPORT + "; cs.work = lambda *args: 1 / 0; sys.exit(cs.main())"]
     served = Served(tmp_path / "d", "--workers", 2, program=program)
     lines = []
     for line in served.process.stderr:
