@@ -3712,6 +3712,10 @@ class Database:
         """Let those who wait for a commit be done, and end."""
         raise NotImplementedError
 
+    def away(self) -> float:
+        """Seconds since it could be asked last; 0 while it can, as far as anybody knows."""
+        return 0
+
     def damage(self, *, quick: bool = True) -> list[str]:
         """What is wrong with the rows as a whole, as far as the engine can tell.  raises CloudError"""
         return []
@@ -5884,7 +5888,7 @@ class Listener:
         """raises CloudError, PgError, PgLost"""
         self._connect, self._clock = connect, clock
         self._word, self.count, self._ended = threading.Condition(), 0, threading.Event()
-        self._heard = True                       # is the database there, as far as we know?
+        self._lost: float | None = None          # since when the database is not heard; None: it is
         self._wire, self._ticked = connect(), time.monotonic()
         self._hear_oneself()
         self._resume_clock()
@@ -5897,6 +5901,11 @@ class Listener:
             while self.count == heard and time.monotonic() < until and not ended.is_set():
                 self._word.wait(min(0.5, max(0, until - time.monotonic())))
             return self.count
+
+    def away(self) -> float:
+        """Seconds since the database was heard; 0 while it is."""
+        lost = self._lost
+        return 0 if lost is None else time.monotonic() - lost
 
     def close(self, tell: Callable[[], None]) -> None:
         """End at the next word, which `tell` sends."""
@@ -5941,9 +5950,9 @@ class Listener:
                     self._ticked = time.monotonic()
                     self.keep_time(self._wire)
             except (PgError, PgLost, CloudError) as error:
-                if self._heard:
+                if self._lost is None:
                     log.warning("the database is not heard: %s", error)
-                self._heard = False
+                    self._lost = time.monotonic()
                 self._wire.close()
                 self._ended.wait(1)
             with self._word:
@@ -5955,7 +5964,7 @@ class Listener:
         self._wire = self._connect()
         self._wire.query("LISTEN " + CHANNEL)
         self._wire.query("SELECT pg_advisory_lock_shared($1)", (ALIVE,))
-        self._heard = True
+        self._lost = None
 
 
 TELL = Bound(UNHURRIED + ", pg_notify($1, '')", (CHANNEL,))
@@ -6031,6 +6040,9 @@ class Postgres(Database):
                 return False
             heard = self._listener.next(heard, until, ended)
         return True
+
+    def away(self) -> float:
+        return self._listener.away()
 
     # ---- writing
 
@@ -12662,7 +12674,9 @@ class Cloud:
         return self.policy()
 
     def health(self) -> str:
-        """"ok", "low" when the disk is almost full, "read-only" when nothing can be written, "objects away" when their store is."""
+        """"ok", "low" when the disk is almost full, "read-only" when nothing can be written, "database away", "objects away" when their store is."""
+        if self.db.away():
+            return "database away"
         if self.db.writer.broken:
             return "read-only"
         if self.blobs.store.trouble() or self.blobs.refused:
@@ -13438,11 +13452,22 @@ def options(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 
 @route("GET", "/healthz", needs="nothing")
-def health(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Is the server alive, and can it write?  "ok", "low" on disk, "read-only", or "objects away" (N6)."""
+def healthz(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Is the server alive, and can it write?  "ok", "low" on disk, "read-only", "database away" or "objects away" (N6)."""
     state = cloud.health()
-    return Response(200 if state == "ok" else 503, state.encode() + b"\n", {"Content-Type": "text/plain; charset=utf-8",
-                                                                            "Cache-Control": "no-store"})
+    return say_state(200 if state == "ok" else 503, state)
+
+
+@route("GET", "/readyz", needs="nothing")
+def readyz(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Is it of any use to send requests here?  For balancers: what all servers of a cloud lack alike is no reason to ask none of them,
+    nor that the database has been away for no longer than requests wait for it."""
+    ready = cloud.db.away() <= OUTAGE
+    return say_state(200 if ready else 503, "ready" if ready else "database away")
+
+
+def say_state(status: int, state: str) -> Response:
+    return Response(status, state.encode() + b"\n", {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"})
 
 
 @route("GET", "/metrics", needs="nothing")
@@ -14888,7 +14913,7 @@ def api_openapi(cloud: Cloud, who: Principal, request: Request) -> Response:
 def openapi_document() -> bytes:
     paths: dict[str, Any] = {}
     for found in walk_routes(ROUTES):
-        if found.pattern.startswith(("/api/", "/tus", "/healthz")):
+        if found.pattern.startswith(("/api/", "/tus", "/healthz", "/readyz")):
             paths.setdefault(found.pattern.replace("<", "{").replace(">", "}"), {})[found.method.lower()] = describe_route(found)
     return format_json({
         "openapi": "3.1.0", "info": {"title": "cloudserver", "version": __version__}, "paths": paths,

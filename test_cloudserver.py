@@ -4740,6 +4740,29 @@ def test_drill_of_three_programs_of_which_one_is_killed(database_of, serve, tmp_
         check_steps("begin", steps, program.call("GET", "/dav/step").body.decode())
 
 
+def test_that_a_database_is_away_is_said_at_once_and_balancers_wait_as_long_as_requests_do(postgres, database_of, make_cloud, serve_cloud, tmp_path, monkeypatch):
+    """N6"""
+    monkeypatch.setattr(cs, "OUTAGE", 1)
+    proxy = CommitProxy(postgres.port)
+    try:
+        cloud = make_cloud(Config(data=tmp_path / "data", database=database_of(tmp_path).replace(str(postgres.port), str(proxy.port))))
+        address = serve_cloud(cloud)
+        say = lambda path: (lambda answer: (answer.status, answer.body))(exchange(address, "GET", path, user=None))
+        assert say("/healthz") == (200, b"ok\n") and say("/readyz") == (200, b"ready\n")
+        proxy.stop(), proxy.cut()
+        assert eventually(lambda: say("/healthz") == (503, b"database away\n"))
+        assert eventually(lambda: say("/readyz") == (503, b"database away\n"))
+        proxy.go()
+        assert eventually(lambda: say("/readyz") == (200, b"ready\n")) and say("/healthz") == (200, b"ok\n")
+        monkeypatch.setattr(cs, "OUTAGE", 1000)
+        proxy.stop(), proxy.cut()
+        assert eventually(lambda: say("/healthz")[0] == 503) and say("/readyz") == (200, b"ready\n")
+        proxy.go()
+        assert eventually(lambda: say("/healthz")[0] == 200)
+    finally:
+        proxy.close()
+
+
 # ---- two versions of the program, side by side
 
 def version_after(tmp_path):
@@ -15827,6 +15850,7 @@ def test_while_a_bucket_is_away_what_is_here_goes_on(s3, keys_in, make_cloud, se
     assert call("GET", "/dav/there").status == 503 and call("GET", "/dav/here").body == data
     assert call("PUT", "/dav/small", b"x").status == 201 and call("GET", "/dav/small").body == b"x"
     assert call("GET", "/healthz").status == 503 and call("GET", "/healthz").body == b"objects away\n"
+    assert call("GET", "/readyz").status == 200      # no other server has them either
     hash = away[:64]
     with pytest.raises(http.client.RemoteDisconnected):
         call("POST", "/api/v1/chunks/get", {"hashes": [hash]})
