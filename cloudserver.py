@@ -3806,31 +3806,6 @@ class Database:
         rows = self.read("SELECT value FROM setting WHERE name = ?", (name,))
         return rows[0][0] if rows else None
 
-    def lease(self, name: str, owner: str, life: int) -> int | None:
-        """Take or renew a lease for `life` ms; returns its fence, or None while somebody else holds it.
-
-        The fence rises with every new holder; a job's batches guard that it is still theirs.
-        """
-        def attempt() -> Batch:
-            now = self.clock.due()
-            rows = self.read("SELECT owner, fence, due FROM lease WHERE name = ?", (name,))
-            holder, fence, due = rows[0] if rows else ("", 0, 0)
-            if holder != owner and due > now:
-                raise Conflict
-            ours = fence + (holder != owner)
-            return Batch([Statement("INSERT INTO lease (name, owner, fence, due) VALUES (?, ?, ?, ?) ON CONFLICT (name) DO UPDATE "
-                                    "SET owner = excluded.owner, fence = excluded.fence, due = excluded.due", (name, owner, ours, now + life))],
-                         [Statement("SELECT 'lease' WHERE coalesce((SELECT fence FROM lease WHERE name = ?), 0) <> ?",
-                                    (name, fence))], result=str(ours), touches=())
-        try:
-            return int(self.write(attempt).result)
-        except Conflict:
-            return None
-
-    def release(self, name: str, owner: str) -> None:
-        """Give a lease back, for the next one who asks; its fence still rises."""
-        self.run(Statement("UPDATE lease SET due = 0 WHERE name = ? AND owner = ?", (name, owner)), frees=True)
-
     def _first_rows(self) -> str:
         return """INSERT INTO journal (seq, at, home, account, device, action, detail) VALUES (1, %d, 0, 0, '', 'create', '{}');
             INSERT INTO setting (name, value) VALUES ('epoch', '%s'), ('generation', '0')""" % (
@@ -3856,6 +3831,38 @@ def put_seal(db: Database, text: str | None, was: str | None) -> None:
         if [value for value, in loading.ask(IS_SEALED)] != ([] if was is None else [was]):
             raise Conflict("the seal was changed by somebody else")
         loading.ask(*(("DELETE FROM setting WHERE name = 'sealed'",) if text is None else put_setting("sealed", text)[:2]))
+
+
+class Lease:
+    """A job that one process alone does, as long as it says so again in time.
+
+    The fence rises with every new holder; a job's batches guard that it is still theirs.
+    """
+
+    def __init__(self, db: Database, name: str) -> None:
+        self.db, self.name, self.owner = db, name, secrets.token_hex(8)
+
+    def take(self, life: int) -> int | None:
+        """Take or renew it for `life` ms; returns its fence, or None while somebody else holds it."""
+        def attempt() -> Batch:
+            now = self.db.clock.due()
+            rows = self.db.read("SELECT owner, fence, due FROM lease WHERE name = ?", (self.name,))
+            holder, fence, due = rows[0] if rows else ("", 0, 0)
+            if holder != self.owner and due > now:
+                raise Conflict
+            ours = fence + (holder != self.owner)
+            return Batch([Statement("INSERT INTO lease (name, owner, fence, due) VALUES (?, ?, ?, ?) ON CONFLICT (name) DO UPDATE "
+                                    "SET owner = excluded.owner, fence = excluded.fence, due = excluded.due", (self.name, self.owner, ours, now + life))],
+                         [Statement("SELECT 'lease' WHERE coalesce((SELECT fence FROM lease WHERE name = ?), 0) <> ?",
+                                    (self.name, fence))], result=str(ours), touches=())
+        try:
+            return int(self.db.write(attempt).result)
+        except Conflict:
+            return None
+
+    def give_back(self) -> None:
+        """For the next one who asks, at once; its fence still rises."""
+        self.db.run(Statement("UPDATE lease SET due = 0 WHERE name = ? AND owner = ?", (self.name, self.owner)), frees=True)
 
 
 def check_version(version: int, *, stays: bool = False) -> None:
@@ -16985,7 +16992,7 @@ PURGE = (  # what goes with a node: each if PURGED, and the entries last
     "UPDATE share SET ended = :at, token = NULL, password = NULL WHERE ended IS NULL AND kind = 'link' AND node = :node", "DELETE FROM mount WHERE node = :node", "DELETE FROM collection WHERE node = :node", "DELETE FROM name_row WHERE node = :node",
     "UPDATE account SET fed = :until WHERE id = :home AND fed < :until",
     "DELETE FROM entry WHERE node = :node AND until IS NOT NULL")
-LEASE = 2 * MINUTE
+LEASE_LIFE = 2 * MINUTE
 NAMES_STEP, CONTENTS_STEP = 5_000, 2_000         # entries that are looked at in a step of an index
 CONTENTS_COMMIT = 256 * KiB                      # of text: writers wait while it goes into the index
 
@@ -17128,18 +17135,18 @@ class Upkeep:
 
     def __init__(self, cloud: Cloud) -> None:
         self.cloud, self.db, self.clock = cloud, cloud.db, cloud.clock
-        self.owner, self.fence = secrets.token_hex(8), 0
+        self.lease, self.fence = Lease(self.db, "upkeep"), 0
         self.thinning, self.sweep, self.indexing = Thinning(self), Sweep(self), Indexing(self)
 
     def hold(self) -> bool:
         """Take or renew the lease; False while another process has it."""
-        self.fence = self.db.lease("upkeep", self.owner, LEASE) or 0
+        self.fence = self.lease.take(LEASE_LIFE) or 0
         return self.fence > 0
 
     def release(self) -> None:
         """Let the next one work at once."""
         if self.fence:
-            self.db.release("upkeep", self.owner)
+            self.lease.give_back()
 
     def write(self, *body: Statement) -> None:
         guard = Statement("SELECT 'lease' WHERE (SELECT fence FROM lease WHERE name = 'upkeep') IS NOT ?", (self.fence,))
@@ -22363,7 +22370,7 @@ def run_gc(cloud: Cloud, given: Arguments) -> int:
     if given.now and not given.yes and not agree("Give up for good what is in the trash of every account?"):
         return 1
     if not upkeep.hold():
-        raise CloudError("busy", "a running server is at it; try again in %d minutes, or stop it" % (LEASE // MINUTE))
+        raise CloudError("busy", "a running server is at it; try again in %d minutes, or stop it" % (LEASE_LIFE // MINUTE))
     try:
         for account in cloud.accounts.list() if given.now else ():
             print("%s: %d things given up" % (account.name, cloud.trash.empty(cloud.accounts.principal(account.name))))

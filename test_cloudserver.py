@@ -2751,10 +2751,15 @@ def test_ids_rise_and_differ_between_processes(db):
 
 def test_a_lease_has_one_holder_and_a_rising_fence(open_db, fake):
     db = open_db(fake.clock())
-    assert db.lease("job", "one", 1000) == 1
-    assert db.lease("job", "two", 1000) is None and db.lease("job", "one", 1000) == 1
+    one, two = cs.Lease(db, "job"), cs.Lease(db, "job")
+    assert one.take(1000) == 1
+    assert two.take(1000) is None and one.take(1000) == 1
     fake.pass_(2000)
-    assert db.lease("job", "two", 1000) == 2 and db.lease("job", "one", 1000) is None
+    assert two.take(1000) == 2 and one.take(1000) is None
+    one.give_back()
+    assert one.take(1000) is None
+    two.give_back()
+    assert one.take(1000) == 3
 
 
 def test_a_sealed_database_takes_nothing_whoever_sends_it_and_is_read(db, open_db):
