@@ -165,6 +165,7 @@ import time
 import unicodedata
 import xml.etree.ElementTree as ET
 import zlib
+from array import array
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait as await_all
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -3061,9 +3062,9 @@ class Bucket(Store):
 #    No body reads the database on its way: the connection that writes is the only one at work.
 # 4. Between processes a lock file queues commits, and checkpoints happen inside commits: the two never overlap.
 # 5. Ids and times come from the process as parameters, never from the database.
-# 6. What was read before may be used again as long as nothing that it depends on was touched since: who commits says
-#    beforehand what that touches, in memory that all processes share; who does not know touches everything.
-#    What ends by time is looked at each time.
+# 6. What was read before may be used again as long as nothing that it depends on was touched since: who commits says what
+#    that touches, before anybody can see it, in memory that all processes share, or in the same transaction; who does not
+#    know touches everything.  What ends by time is looked at each time.
 
 SCHEMA = """
 CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -3276,7 +3277,8 @@ GROUP_LIMIT = 64                # batches in one commit
 ATTEMPTS = 50                   # times a batch may find that somebody was faster
 PIECE = 500                     # rows that are asked for, or touched, at a time
 RECENT_LARGEST, RECENT_MOST = 64 * KiB, 16 * MiB        # bytes of an answer that is remembered, and of all
-TRACKS = 4093                   # words that tell when something was touched last; a prime, as numbers come in steps
+TRACKS = 4093                   # words that tell when something was touched last; a prime, as numbers come in steps.  Servers of one database agree on it
+SURE = 0.1                      # seconds for which a request believes that nothing was touched since it looked
 
 
 def pieces(rows: Sequence[Any], size: int = PIECE) -> Iterator[list[Any]]:
@@ -3440,19 +3442,45 @@ class Recent:
     What was read at a count, or while that was reached, is as it was then if nothing it depends on was touched at a later one.
     """
 
-    def __init__(self, lock: CountingLock | None) -> None:
-        """lock  tells who writes what; without one nothing is remembered"""
-        self._words, self._weight, self._keeping = lock and lock.words, 0, threading.Lock()
+    def __init__(self, words: Sequence[int] | None, confirm: Callable[[], None] | None = None) -> None:
+        """words    those of a CountingLock: they tell who touches what; without them nothing is remembered
+        confirm  brings them to what was acknowledged by now, where they do not do so by themselves; costs a look at the database
+        """
+        self._words, self._confirm, self._weight, self._keeping = words, confirm, 0, threading.Lock()
         self._kept: dict[Any, tuple[Any, int, int, tuple[int, ...]]] = {}       # (value, its weight, the count, tracks)
+        self._thread = threading.local()         # .until: when what was confirmed for this thread's request counts no more
+
+    def begin(self) -> None:
+        """A request begins in this thread: until it ends, words are confirmed once, and again after each SURE."""
+        self._thread.until = 0.0
+
+    def end(self) -> None:
+        self._thread.until = None
+
+    def renew(self) -> None:
+        """What was confirmed before counts no more: this thread wrote, or has to decide by what is now."""
+        if getattr(self._thread, "until", None):
+            self._thread.until = 0.0
+
+    def _make_sure(self) -> None:
+        """raises CloudError"""
+        now, until = time.monotonic(), getattr(self._thread, "until", None)
+        if until is None or now >= until:
+            self._confirm()
+            if until is not None:
+                self._thread.until = now + SURE
 
     def get(self, key: Any, look: Callable[[], tuple[Any, int, Collection[int] | None]]) -> Any:
         """What `look` reads from the database; it is not asked again while what it read is known to stand.
 
-        look  returns (value, bytes that it takes in memory, numbers that it depends on, or None if that is more than numbers tell)
+        look    returns (value, bytes that it takes in memory, numbers that it depends on, or None if that is more than numbers tell)
+        raises  what look raises; CloudError
         """
         words = self._words
         if not words:
             return look()[0]
+        if self._confirm:
+            self._make_sure()
         kept = self._kept.get(key)
         if kept is not None:
             value, _, since, tracks = kept
@@ -3753,6 +3781,7 @@ class Database:
         raises    what attempt raises; CloudError busy, disk-full, read-only, storage-failed
         """
         for count in range(ATTEMPTS):
+            self.recent.renew()
             batch = attempt()
             try:
                 self.commit(batch)
@@ -3771,6 +3800,7 @@ class Database:
         while not happened():
             if time.monotonic() >= until or ended.wait(0.1):
                 return False
+            self.recent.renew()
         return True
 
     def write_once(self, batch: Batch, refusal: CloudError) -> None:
@@ -4068,7 +4098,7 @@ class Sqlite(Database):
         self._address, self._copy = str(path), None          # _copy: where a log that cannot be read in place is read
         self._idle: deque[sqlite3.Connection] = deque()      # connections for reading
         self._index: bool | None = None                      # is there an index of names?
-        super().__init__(clock, Recent(self.writer.lock))
+        super().__init__(clock, Recent(self.writer.lock and self.writer.lock.words))
         try:
             self._open_to_read() if readonly else self._open_to_write()
         except sqlite3.DatabaseError as error:
@@ -5320,17 +5350,21 @@ SIGNATURES = {  # algorithms of certificates as in DER: the hash they name, or S
 #    commit as well the lock is got first: while it is waited for, the group grows.
 # 2. Who lost the answer does not guess: it writes the id of its group as poison.  Is it there already, the group was
 #    committed, and its row tells the first seq; else it never can be, and is sent again.
-# 3. Nothing is remembered about rows that others may change: Recent has no words to trust here.
+# 3. What is remembered is confirmed by one look at the groups since the last one that is known: each tells what it touched, in its
+#    own transaction, and its number is drawn under the lock.  Another history, or one too long to be looked through, forgets all.
 # 4. All read from the primary.  One connection for each process writes, one listens, a bounded number reads.
 # 5. due() is the furthest of all processes, in one row; wall clocks count only after none of them was alive.
 
 CLUSTER_SCHEMA = """
 CREATE TABLE version (number INTEGER NOT NULL);                       -- of SCHEMA and MIGRATIONS: the one reached
 CREATE TABLE clock (due INTEGER NOT NULL, wall INTEGER NOT NULL);     -- how far the furthest process was, and by which wall clock
-CREATE TABLE commit_group (             -- groups of the last day
+CREATE SEQUENCE commit_number;
+CREATE TABLE commit_group (             -- groups of the last day, and the last one
     id TEXT PRIMARY KEY,
     seq INTEGER,                        -- the next one when it began; NULL is poison: it never was, and never will be
-    at INTEGER NOT NULL);
+    at INTEGER NOT NULL,
+    number INTEGER UNIQUE DEFAULT nextval('commit_number'),           -- in the order of commits; NULL: it changed nothing
+    touched BLOB);                      -- tracks of what it touches, see Touched; NULL: it may be anything
 CREATE INDEX commit_group_at ON commit_group (at);
 CREATE SEQUENCE slot;
 CREATE FUNCTION instr(text, text) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT strpos($1, $2)';
@@ -5577,9 +5611,9 @@ def refusal_of(error: PgError) -> Exception:
 LOCK_COMMITS = (  # 1, or 0 if somebody else had it
     "SELECT CASE WHEN pg_try_advisory_xact_lock({0}) THEN 1 ELSE length(CAST(pg_advisory_xact_lock({0}) AS text)) END".format(COMMITS))
 PUT_GROUP = (
-    "INSERT INTO commit_group (id, seq, at) SELECT ?, max(seq) + 1, CASE WHEN EXISTS (" + IS_SEALED + ") "
-    "THEN CAST(refuse('sealed', 'CL003') AS bigint) ELSE ? END FROM journal RETURNING seq")
-POISON = "INSERT INTO commit_group (id, seq, at) VALUES (?, NULL, ?) ON CONFLICT (id) DO UPDATE SET at = excluded.at RETURNING seq"
+    "INSERT INTO commit_group (id, seq, at, touched) SELECT ?, max(seq) + 1, CASE WHEN EXISTS (" + IS_SEALED + ") "
+    "THEN CAST(refuse('sealed', 'CL003') AS bigint) ELSE ? END, ? FROM journal RETURNING seq")
+POISON = "INSERT INTO commit_group (id, seq, at, number) VALUES (?, NULL, ?, NULL) ON CONFLICT (id) DO UPDATE SET at = excluded.at RETURNING seq"
 IS_REPEATED = "SELECT refuse(coalesce(seq, 0) || ' ' || CASE WHEN digest = ? THEN 1 ELSE 0 END, 'CL002') FROM op WHERE id = ?"
 PUT_OP = "INSERT INTO op (id, seq, digest, result, at) SELECT ?, CASE WHEN ? > 0 THEN max(seq) + 1 - ? ELSE 0 END, ?, ?, ? FROM journal"
 END_HOLDER = (  # of whom holds up all others: one of us that began to write, and for some time has said nothing, nor listened
@@ -5756,7 +5790,7 @@ class ClusterWriter(Writer):
 
         raises  PgLost, and PgError that takes them all
         """
-        head = self._begin(id)
+        head = self._begin(id, group)
         results, _ = self.wire().pipeline([[*head, *itertools.chain(*(ticket.said for ticket in group)), COMMIT], [TELL]])
         failed = next((at for at, result in enumerate(results) if result.error), None)
         if failed is None:
@@ -5771,7 +5805,7 @@ class ClusterWriter(Writer):
 
     def _send_apart(self, id: str, group: list[_Ticket]) -> int:
         """The same with a savepoint for each, so that who is refused leaves nothing and takes nobody along."""
-        head, wire = self._begin(id), self.wire()
+        head, wire = self._begin(id, group), self.wire()
         lead, = wire.pipeline([head])
         for result in lead:
             result.get()
@@ -5787,11 +5821,11 @@ class ClusterWriter(Writer):
         end.get()
         return self._committed(end, lead)
 
-    def _begin(self, id: str) -> list[Bound]:
+    def _begin(self, id: str, group: list[_Ticket]) -> list[Bound]:
         """What a group begins with; the last one tells the seq that is the next."""
         wire, early = self.wire(), self._begun
         self._begun = None
-        return [*([] if early is wire else self._lock()), spoken(PUT_GROUP, (id, self.clock.due()))]
+        return [*([] if early is wire else self._lock()), spoken(PUT_GROUP, (id, self.clock.due(), tracks_touched(ticket.batch for ticket in group)))]
 
     def _lock(self) -> list[Bound]:
         return [*([] if self.wire().status == "I" else [ROLLBACK]), BEGIN, GET_LOCK]
@@ -5839,6 +5873,57 @@ class ClusterWriter(Writer):
         with suppress(PgError, PgLost), closing(self._connect()) as wire:
             if wire.query(END_HOLDER):
                 log.warning("ended a server that held up all others")
+
+
+# ---- what is remembered
+
+TOUCHED_MOST = 500                                  # groups that are looked through; after more of them all is forgotten
+TOUCHED_SINCE = "SELECT number, id, touched FROM commit_group WHERE number >= ? ORDER BY number LIMIT %d" % TOUCHED_MOST
+TOUCHED_LAST = "SELECT number, id FROM commit_group WHERE number IS NOT NULL ORDER BY number DESC LIMIT 1"
+
+
+def tracks_touched(batches: Iterable[Batch]) -> bytes | None:
+    """What a group of batches touches, as its row tells it; None: who knows what."""
+    tracks: set[int] = set()
+    for batch in batches:
+        if batch.touches is None:
+            return None
+        tracks.update(tracks_of(batch.touches))
+    return struct.pack("<%dH" % len(tracks), *sorted(tracks))
+
+
+class Touched:
+    """Words as those of a CountingLock, brought by hand to what the groups of all servers touched (invariant 3)."""
+
+    def __init__(self, read: Callable[..., list[tuple[Any, ...]]]) -> None:
+        self.words = array("Q", bytes(8 * (2 + TRACKS)))
+        self._read, self._turn = read, threading.Lock()
+        self._last = 0, ""                       # the last group that is known, (number, id): the id tells whether history is still the same; or none
+
+    def confirm(self) -> None:
+        """Learn what was touched by all groups that were acknowledged before.  raises CloudError"""
+        last = self._last
+        rows = self._read(TOUCHED_SINCE, last[:1])
+        if len(rows) == TOUCHED_MOST or last[0] and [row[:2] for row in rows[:1]] != [last]:
+            return self._forget()
+        with self._turn if rows[1:] or not last[0] else nullcontext():
+            for number, id, touched in rows:
+                if number > self._last[0]:
+                    self._note(touched)
+                    self._last = number, id      # not before its words: who asks from here on is not told of it again
+
+    def _forget(self) -> None:
+        """Begin with the last group there is; what was read before that counts no more."""
+        rows = self._read(TOUCHED_LAST)
+        with self._turn:
+            self._note(None)
+            self._last = rows[0] if rows else (0, "")
+
+    def _note(self, touched: bytes | None) -> None:
+        count = self.words[0] + 2
+        for track in (1,) if touched is None else struct.unpack("<%dH" % (len(touched) // 2), touched):
+            self.words[track] = count
+        self.words[0] = count
 
 
 # ---- reading
@@ -5992,7 +6077,8 @@ class Postgres(Database):
         self.place, self.readonly = address, how == "read"
         self._readers = Readers(self._connect)
         self.writer = ClusterWriter(self._connect, clock, self._readers.wire)
-        super().__init__(clock, Recent(None))
+        touched = Touched(self.read)
+        super().__init__(clock, Recent(touched.words, touched.confirm))
         try:
             check_server(self.writer.wire())
             self._migrate(self.writer.wire(), how == "make")
@@ -6046,6 +6132,7 @@ class Postgres(Database):
             if time.monotonic() >= until or ended.wait(0.1):             # no more often, however much is written
                 return False
             heard = self._listener.next(heard, until, ended)
+            self.recent.renew()
         return True
 
     def away(self) -> float:
@@ -6054,7 +6141,10 @@ class Postgres(Database):
     # ---- writing
 
     def commit(self, batch: Batch) -> None:
-        self.writer.commit(batch)
+        try:
+            self.writer.commit(batch)
+        finally:
+            self.recent.renew()
 
     @contextmanager
     def load(self) -> Iterator[Loading]:
@@ -6066,6 +6156,7 @@ class Postgres(Database):
                 for statement in "BEGIN", LOCK_COMMITS, WAIT_FOR_AHEAD:
                     wire.query(statement)
                 yield PostgresLoading(wire)
+                wire.query("INSERT INTO commit_group (id, at) VALUES ($1, 0)", (secrets.token_hex(16),))         # which touched anything
                 (end,), _ = wire.pipeline([[Bound("COMMIT")], [TELL]])
                 end.get()
                 if end.notices or end.tag != "COMMIT":
@@ -6080,7 +6171,7 @@ class Postgres(Database):
     def save_clock(self) -> None:
         with suppress(PgError, PgLost), self._readers.wire() as wire:    # it is told again soon
             self._listener.keep_time(wire)
-            wire.query("DELETE FROM commit_group WHERE at < $1", (self.clock.due() - DAY,))
+            wire.query("DELETE FROM commit_group WHERE at < $1 AND (number IS NULL OR number < (SELECT max(number) FROM commit_group))", (self.clock.due() - DAY,))
 
     def close(self) -> None:
         self.writer.close()
@@ -6143,7 +6234,8 @@ class Postgres(Database):
                 steps = MIGRATIONS[version - 1:]
             if steps:
                 wire.script("SET LOCAL lock_timeout = '%dms'" % MIGRATION_WAIT)
-                wire.script(";".join(map(translate_script, (*steps, "UPDATE version SET number = %d" % (1 + len(MIGRATIONS))))))
+                wire.script(";".join(map(translate_script, (*steps, "UPDATE version SET number = %d" % (1 + len(MIGRATIONS)),
+                                                            "INSERT INTO commit_group (id, at) VALUES ('%s', 0)" % secrets.token_hex(16)))))
             wire.script("COMMIT")
         except BaseException:
             with suppress(PgError, PgLost):
@@ -6197,7 +6289,6 @@ def check_server(wire: Wire) -> None:
 SCRYPT = (14, 8, 5)             # log2 N, r, p: 16 MiB and 0.15 s; stronger hashes found in rows are honoured
 PASSWORD_MIN, PASSWORD_MAX = 10, 1024          # bytes
 REMEMBER = 5 * MINUTE           # how long a verified credential is believed
-NOTICE = 0.02                   # seconds after which another process's change of accounts is noticed
 CONFIRMED = 10 * MINUTE         # how long a password counts as just given
 SESSION_IDLE, SESSION_LIFE = 14 * DAY, 90 * DAY
 USED_EVERY = 10 * MINUTE        # "last used" is written no more often
@@ -6404,8 +6495,6 @@ class Credentials:
         self.used: dict[str, tuple[int, str]] = {}           # device: when and whence, not yet written
         self._refused: dict[bytes, str] = {}                 # wrong credential: generation at which it was
         self._known_lane, self._strangers_lane = HashingLane(), HashingLane()
-        self._changes = 0                                    # of accounts and devices, made by this process
-        self._seen = "", 0.0, 0                              # the generation, when to look again, changes before the look
 
     def identify(self, authorization: str, cookie: str, address: str, *, secure: bool) -> Principal:
         """Who sends these credentials?  ANONYMOUS for none; with a `refusal` for those that do not count.
@@ -6438,23 +6527,17 @@ class Credentials:
         return who
 
     def _generation(self) -> str:
-        """The generation of accounts and devices, looked up every NOTICE, and after each change by this process."""
-        now, changes = time.monotonic(), self._changes
-        known, again, before = self._seen
-        if now >= again or changes != before:
-            known = self.db.read("SELECT value FROM setting WHERE name = 'generation'")[0][0]
-            self._seen = known, now + NOTICE, changes
-        return known
+        """The generation of accounts and devices."""
+        return self.db.recent.get(("generation",), lambda: (self.db.setting("generation"), KiB, ()))
 
     def commit(self, attempt: Callable[[], Batch]) -> None:
-        """Commit a change after which nobody is remembered, here at once and elsewhere within NOTICE."""
+        """Commit a change after which nobody is remembered, here and elsewhere."""
         def raised() -> Batch:
             batch = attempt()
             batch.body.append(Statement("UPDATE setting SET value = CAST(value AS INTEGER) + 1 WHERE name = 'generation'"))
             return batch
 
         self.db.write(raised)
-        self._changes += 1
 
     def _verify(self, authorization: str, cookie: str, address: str, key: bytes) -> Principal:
         if not authorization:
@@ -12965,6 +13048,7 @@ def find_route(request: Request) -> tuple[Route, dict[str, Any]]:
 def respond(cloud: Cloud, request: Request) -> Response:
     """Answer one request.  Every request takes these steps, in this order, and no others."""
     refuse = json_error
+    cloud.db.recent.begin()
     try:
         found, names = find_route(request)
         refuse, request.door = found.refuse, found.door
@@ -13007,6 +13091,8 @@ def respond(cloud: Cloud, request: Request) -> Response:
         request.id = secrets.token_hex(4)
         log.exception("request %s: %s /%s", request.id, request.method, "/".join(request.path[:1]))
         return refuse(CloudError("internal"), request)
+    finally:
+        cloud.db.recent.end()
 
 
 def loggable(path: tuple[str, ...]) -> tuple[str, ...]:
