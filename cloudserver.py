@@ -5358,13 +5358,10 @@ SIGNATURES = {  # algorithms of certificates as in DER: the hash they name, or S
 CLUSTER_SCHEMA = """
 CREATE TABLE version (number INTEGER NOT NULL);                       -- of SCHEMA and MIGRATIONS: the one reached
 CREATE TABLE clock (due INTEGER NOT NULL, wall INTEGER NOT NULL);     -- how far the furthest process was, and by which wall clock
-CREATE SEQUENCE commit_number;
 CREATE TABLE commit_group (             -- groups of the last day, and the last one
     id TEXT PRIMARY KEY,
     seq INTEGER,                        -- the next one when it began; NULL is poison: it never was, and never will be
-    at INTEGER NOT NULL,
-    number INTEGER UNIQUE DEFAULT nextval('commit_number'),           -- in the order of commits; NULL: it changed nothing
-    touched BLOB);                      -- tracks of what it touches, see Touched; NULL: it may be anything
+    at INTEGER NOT NULL);
 CREATE INDEX commit_group_at ON commit_group (at);
 CREATE SEQUENCE slot;
 CREATE FUNCTION instr(text, text) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT strpos($1, $2)';
@@ -5379,6 +5376,17 @@ ALTER TABLE thumbnail ALTER COLUMN data SET STORAGE EXTERNAL;
 ALTER TABLE collection SET (fillfactor = 50);
 ALTER TABLE account SET (fillfactor = 50);
 """
+ENGINE_1 = """
+ALTER TABLE version ADD COLUMN engine INTEGER NOT NULL DEFAULT 0;     -- of CLUSTER_STEPS: the one reached
+CREATE SEQUENCE commit_number;
+ALTER TABLE commit_group ADD COLUMN number INTEGER UNIQUE;            -- in the order of commits; NULL: it changed nothing
+ALTER TABLE commit_group ALTER COLUMN number SET DEFAULT nextval('commit_number');
+ALTER TABLE commit_group ADD COLUMN touched BLOB;                     -- tracks of what it touches, see Touched; NULL: it may be anything
+ALTER TABLE collection SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);
+ALTER TABLE account SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
+ALTER TABLE clock SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 100);
+"""
+CLUSTER_STEPS = [ENGINE_1]              # of this engine alone, beside MIGRATIONS, after which they are taken; CLUSTER_STEPS[0] leads from 0 to 1
 
 COMMITS, ALIVE, AHEAD = 0x636C6F75, 0x636C6F76, 0x636C6F77       # locks of the database: who commits; of every process as long as it lives; of bytes
 CHANNEL = "cloudserver"                          # ... on which commits are told
@@ -6066,6 +6074,11 @@ BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, GET_LOCK = map(Bound, ("BEGIN", "CO
 
 # ---- the engine
 
+REACHED = "SELECT number, coalesce(CAST(to_jsonb(version) ->> 'engine' AS bigint), 0) FROM version"
+IS_ALIVE = "EXISTS (SELECT 1 FROM pg_locks l JOIN pg_database d ON d.oid = l.database WHERE d.datname = current_database() AND l.objid = %d)" % ALIVE
+STEPPED = "UPDATE version SET number = %d, engine = %d; INSERT INTO commit_group (id, at) VALUES ('%s', 0)"      # which touched anything
+
+
 class Postgres(Database):
     """A database that several servers share, on one machine or many."""
 
@@ -6075,15 +6088,19 @@ class Postgres(Database):
         how  "make": making them, too; "open"; "read": nothing is written after that
         """
         self.place, self.readonly = address, how == "read"
+        self._listener: Listener | None = None               # None: nothing is written here, and nobody waits
         self._readers = Readers(self._connect)
         self.writer = ClusterWriter(self._connect, clock, self._readers.wire)
         touched = Touched(self.read)
         super().__init__(clock, Recent(touched.words, touched.confirm))
         try:
             check_server(self.writer.wire())
-            self._migrate(self.writer.wire(), how == "make")
-            self._slot = self.writer.wire().query("SELECT nextval('slot') % 4096")[0][0]
-            self._listener = Listener(self._connect, clock)
+            if self.readonly:
+                self._open_to_read(self.writer.wire())
+            else:
+                self._migrate(self.writer.wire(), how == "make")
+                self._slot = self.writer.wire().query("SELECT nextval('slot') % 4096")[0][0]
+                self._listener = Listener(self._connect, clock)
         except (PgError, PgLost) as error:
             self.writer.close()
             raise CloudError("storage-failed", "the database %s cannot be used: %s" % (address, error)) from error
@@ -6127,6 +6144,8 @@ class Postgres(Database):
             raise cluster_error(error) from error
 
     def wait(self, happened: Callable[[], bool], seconds: float, ended: threading.Event) -> bool:
+        if not self._listener:
+            return super().wait(happened, seconds, ended)
         until, heard = time.monotonic() + seconds, self._listener.count
         while not happened():
             if time.monotonic() >= until or ended.wait(0.1):             # no more often, however much is written
@@ -6175,7 +6194,8 @@ class Postgres(Database):
 
     def close(self) -> None:
         self.writer.close()
-        self._listener.close(self._tell)
+        if self._listener:
+            self._listener.close(self._tell)
         self._readers.forget()
 
     def _tell(self) -> None:
@@ -6205,6 +6225,13 @@ class Postgres(Database):
 
     # ---- opening
 
+    def _open_to_read(self, wire: Wire) -> None:
+        """... tables as they are: nothing is written, no id will be drawn, and the clock stands where it stands.  raises CloudError, PgError"""
+        self._reached(wire)
+        (due, wall, alive), = wire.query("SELECT due, wall, " + IS_ALIVE + " FROM clock")
+        if due:
+            self.clock.resume(due, self.clock.wall() if alive else wall)
+
     def _migrate(self, wire: Wire, makes: bool) -> None:
         """Bring the tables to SCHEMA, all steps or none.  raises CloudError, PgError, PgLost
 
@@ -6219,23 +6246,28 @@ class Postgres(Database):
                     raise
                 time.sleep(MIGRATION_PAUSE)
 
+    def _reached(self, wire: Wire, makes: bool = False) -> tuple[int, int]:
+        """How many steps of MIGRATIONS, and of CLUSTER_STEPS, were taken.  raises CloudError for other programs' tables, and for none"""
+        there, = wire.query("SELECT to_regclass('version') IS NOT NULL")[0]
+        version, engine = wire.query(REACHED)[0] if there else (0, 0)
+        if version == 0 and not makes:
+            raise CloudError("not-found", "%s holds no cloud; give the right --database" % self.place)
+        check_version(version + engine - len(CLUSTER_STEPS), stays=self.readonly)
+        return version, engine
+
     def _migrate_at_once(self, wire: Wire, makes: bool) -> None:
         wire.script("BEGIN; " + LOCK_COMMITS)
         try:
-            there, = wire.query("SELECT to_regclass('version') IS NOT NULL")[0]
-            version = wire.query("SELECT number FROM version")[0][0] if there else 0
-            if version == 0 and not makes:
-                raise CloudError("not-found", "%s holds no cloud; give the right --database" % self.place)
-            check_version(version, stays=self.readonly)
+            version, engine = self._reached(wire, makes)
             if version == 0:
                 steps = [CLUSTER_SCHEMA, SCHEMA, *MIGRATIONS, CLUSTER_STORAGE, self._first_rows(),
                          "INSERT INTO clock (due, wall) VALUES (0, 0); INSERT INTO version (number) VALUES (0)"]
             else:
                 steps = MIGRATIONS[version - 1:]
+            steps += CLUSTER_STEPS[engine:]
             if steps:
                 wire.script("SET LOCAL lock_timeout = '%dms'" % MIGRATION_WAIT)
-                wire.script(";".join(map(translate_script, (*steps, "UPDATE version SET number = %d" % (1 + len(MIGRATIONS)),
-                                                            "INSERT INTO commit_group (id, at) VALUES ('%s', 0)" % secrets.token_hex(16)))))
+                wire.script(";".join(map(translate_script, (*steps, STEPPED % (1 + len(MIGRATIONS), len(CLUSTER_STEPS), secrets.token_hex(16))))))
             wire.script("COMMIT")
         except BaseException:
             with suppress(PgError, PgLost):

@@ -4593,6 +4593,40 @@ def test_a_migration_of_shared_tables_is_all_or_nothing(open_db, monkeypatch):
     assert threads[0].result().read("SELECT number FROM version") == [(2 + len(today),)]
 
 
+SHAPE_THERE = """SELECT table_name, column_name, data_type, column_default, is_nullable FROM information_schema.columns WHERE table_schema = 'public'
+    UNION ALL SELECT tablename, indexname, indexdef, '', '' FROM pg_indexes WHERE schemaname = 'public'
+    UNION ALL SELECT relname, CAST(reloptions AS text), '', '', '' FROM pg_class WHERE reloptions IS NOT NULL ORDER BY 1, 2"""
+
+
+def test_tables_of_before_the_steps_of_the_engine_come_to_those_of_today(postgres, monkeypatch):
+    monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", postgres.PASSWORD)
+    shapes = []
+    with contextlib.closing(postgres.wire()) as wire:
+        for steps in [], cs.CLUSTER_STEPS:
+            wire.query("CREATE DATABASE stepped TEMPLATE template0")
+            open_it = lambda how="make": cs.Postgres(cs.PgAddress.parse(postgres.url(sslmode="disable").replace("/postgres?", "/stepped?")), Clock(), how)
+            with monkeypatch.context() as before:
+                before.setattr(cs, "CLUSTER_STEPS", steps)
+                before.setattr(cs, "STEPPED", cs.STEPPED if steps else "UPDATE version SET number = %d; --%d%s")
+                open_it().close()
+            assert outcome(lambda: open_it("read").close()) == (None if steps else "conflict")
+            with contextlib.closing(open_it()) as db:
+                shapes.append(db.read(SHAPE_THERE))
+                assert db.read("SELECT engine FROM version") == [(len(cs.CLUSTER_STEPS),)]
+            wire.query("DROP DATABASE stepped WITH (FORCE)")
+    assert shapes[0] == shapes[1]
+
+
+@OF_POSTGRES
+def test_whoever_only_reads_leaves_no_trace(db, fake):
+    db.save_clock()
+    look = lambda: db.read("SELECT due, wall, (SELECT last_value FROM slot), (SELECT count(*) FROM commit_group) FROM clock")
+    before = look()
+    with contextlib.closing(cs.Postgres(db.place, fake.clock(), "read")) as reader:
+        assert look() == before and reader.clock.due() == before[0][0]
+        assert outcome(reader.run, cs.put_setting("a", "1")) == "read-only" and not reader.wait(lambda: False, 0, threading.Event())
+
+
 # ---- drills: what is promised holds whatever happens to servers, networks and the database
 
 class Drill:
@@ -4911,8 +4945,9 @@ def test_steps_of_the_schema_only_add():
 
     Since there are several servers for one database, that is.
     """
-    added = re.compile(r"(CREATE (UNIQUE )?INDEX|CREATE TABLE|DROP INDEX|UPDATE|INSERT INTO|ALTER TABLE \w+ ADD COLUMN \w+ \w+( NOT NULL DEFAULT \S+)?$)")
-    for step in cs.MIGRATIONS[10:]:
+    added = re.compile(r"(CREATE (UNIQUE )?INDEX|CREATE TABLE|DROP INDEX|UPDATE|INSERT INTO|ALTER TABLE \w+ ADD COLUMN \w+ \w+( UNIQUE| NOT NULL DEFAULT \S+)?$"
+                       r"|CREATE SEQUENCE|ALTER TABLE \w+ ALTER COLUMN \w+ SET DEFAULT|ALTER TABLE \w+ SET \(autovacuum)")
+    for step in cs.MIGRATIONS[10:] + cs.CLUSTER_STEPS:
         for statement in re.sub(r"--[^\n]*", "", step).split(";"):
             assert not statement.strip() or added.match(statement.strip()), statement
 
