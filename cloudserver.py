@@ -2155,12 +2155,12 @@ class Store:
         """Make what objects need to be kept, durably; what is there already is left as it is."""
         raise NotImplementedError
 
-    def put(self, name: str, data: bytes | memoryview) -> os.stat_result:
+    def put(self, name: str, data: bytes | memoryview) -> os.stat_result | None:
         """Store an object: when it returns, the object survives a loss of power, and everybody finds it.
 
         The same bytes under the same name once more change nothing.  If it raises, nothing is found under the name, unless it
         raises Away; who is killed meanwhile may leave what only list() and delete() see.
-        returns  what fstat() says of the file that get() opens, as long as nobody changes it
+        returns  what fstat() says of the file that get() opens, as long as nobody changes it; None if it has to be brought here first
         """
         raise NotImplementedError
 
@@ -2172,6 +2172,11 @@ class Store:
     def near(self, name: str) -> BinaryIO | None:
         """The same if that takes no time; None if get() would."""
         return self.get(name)
+
+    def read(self, name: str) -> bytes:
+        """All bytes of an object from where they are kept: no copy is asked, and none is made.  Are they right?  As with get()."""
+        with self.get(name) as file:
+            return file.read()
 
     def forget(self, name: str) -> None:
         """Let the next get() bring the bytes from where they are kept, and not a copy of them."""
@@ -2404,9 +2409,11 @@ class Blobs:
             raise CloudError("read-only", self.refused)
         name = "%s-%s" % (hash, tag)
         try:
-            self.whole.add(name, self.store.put(name, data))
+            about = self.store.put(name, data)
         except OSError as error:
             raise storage_error(error) from error
+        if about:
+            self.whole.add(name, about)
         return name
 
     def _open(self, chunk: StoredChunk) -> BinaryIO | Future:
@@ -2902,6 +2909,16 @@ class Cache:
             total -= size
 
 
+def file_in_memory(data: bytes) -> BinaryIO:
+    """A file with a descriptor that has these bytes, and no name; where the system knows none in memory, it lies where temporary files do.  raises OSError"""
+    file = open(os.memfd_create("object"), "w+b", buffering=0) if hasattr(os, "memfd_create") else tempfile.TemporaryFile(buffering=0)
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view):]
+    file.seek(0)
+    return file
+
+
 class Bucket(Store):
     """A store in an S3: PREFIX/ab/abcd...-RANDOM, as in a Directory.  An object is there all at once, so nothing is ever half made."""
     is_far = True
@@ -2919,22 +2936,25 @@ class Bucket(Store):
             raise FileNotFoundError(errno.ENOENT, "not the name of an object", name)
         return name[:2] + "/" + name
 
-    def put(self, name: str, data: bytes | memoryview) -> os.stat_result:
+    def put(self, name: str, data: bytes | memoryview) -> os.stat_result | None:
         self.s3.ask("PUT", self._key(name), data=data, hash=name[:64])
         try:
             return self._cache.add(name, data)
         except OSError:
-            with suppress(OSError):
-                self.delete(name)
-            raise
+            return None                          # the disk here is full, say: what was asked for is done
 
     def get(self, name: str) -> BinaryIO:
         for _ in range(5):
             file = self.near(name)
             if file is not None:
                 return file
-            self._bring(name)                    # and it may be gone again at once
+            data = self._bring(name)             # and the copy may be gone again at once
+            if data is not None:
+                return file_in_memory(data)
         raise OSError(errno.EBUSY, "copies of objects go faster than they are read")
+
+    def read(self, name: str) -> bytes:
+        return self.s3.ask("GET", self._key(name), most=CHUNK_LIMIT).body
 
     def near(self, name: str) -> BinaryIO | None:
         self._key(name)
@@ -2944,8 +2964,8 @@ class Bucket(Store):
         file.close()
         return None
 
-    def _bring(self, name: str) -> None:
-        """Have a copy that is whole; who wants the same meanwhile waits for it."""
+    def _bring(self, name: str) -> bytes | None:
+        """Have a copy that is whole; who wants the same meanwhile waits for it.  Where none can be kept, these are its bytes."""
         with self._lock:
             coming = self._coming.get(name)
             if coming is None:
@@ -2953,14 +2973,15 @@ class Bucket(Store):
         if coming is not None:
             return coming.result()
         try:
-            self._check_copy(name) or self._fetch(name)
-            mine.set_result(None)
+            data = None if self._check_copy(name) else self._fetch(name)
+            mine.set_result(data)
         except BaseException as error:
             mine.set_exception(error)
             raise
         finally:
             with self._lock:
                 del self._coming[name]
+        return data
 
     def _check_copy(self, name: str) -> bool:
         """Is there a copy, and is it whole?"""
@@ -2975,11 +2996,16 @@ class Bucket(Store):
         self._cache.drop(name)
         return False
 
-    def _fetch(self, name: str) -> None:
-        data = self.s3.ask("GET", self._key(name), most=CHUNK_LIMIT).body
+    def _fetch(self, name: str) -> bytes | None:
+        data = self.read(name)
         if hashlib.sha256(data).hexdigest() != name[:64]:
             raise Damaged(errno.EIO, "damaged")
-        self._cache.add(name, data)
+        try:
+            self._cache.add(name, data)
+        except OSError as error:                 # a full disk here keeps nobody from what is elsewhere
+            log.info("no copy of an object is kept: %s", error.strerror)
+            return data
+        return None
 
     def forget(self, name: str) -> None:
         self._key(name)
@@ -3720,7 +3746,11 @@ class Database:
         raise NotImplementedError
 
     def snapshot(self) -> ContextManager[Callable[..., Iterator[tuple[Any, ...]]]]:
-        """Several SELECTs that see the same commit: with db.snapshot() as read: for row in read(sql, params)."""
+        """Several SELECTs that see the same commit: with db.snapshot() as read: for row in read(sql, params).
+
+        For what is done in a few seconds: as long as somebody sees an old state, engines keep all that came after it beside that.
+        What takes longer goes by each(), or reads the tree as of a seq.
+        """
         raise NotImplementedError
 
     def commit(self, batch: Batch) -> None:
@@ -3768,10 +3798,18 @@ class Database:
 
     # ---- what is made of that
 
-    def each(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> Iterator[tuple[Any, ...]]:
-        """The rows of one SELECT as they are asked for, all of one moment; not to be held longer than needed."""
-        with self.snapshot() as read:
-            yield from read(sql, params)
+    def each(self, sql: str, params: Sequence[Any], after: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+        """Rows as they are asked for, some at a time, each time as of then: however slowly they are used, nothing old is kept for them.
+
+        sql     gives the rows that follow a key, in its order, at most PIECE of them: … AND (a, b) > (?, ?) ORDER BY a, b LIMIT 500;
+                each row begins with its key, and the key is what the last parameters are
+        after   the key that lies before all rows
+        """
+        rows: list[tuple[Any, ...]] | None = None
+        while rows is None or len(rows) == PIECE:
+            rows = self.read(sql, (*params, *after))
+            yield from rows
+            after = rows[-1][:len(after)] if rows else after
 
     def write(self, attempt: Callable[[], Batch]) -> Batch:
         """Commit what `attempt` decides; returns the batch with its seq.
@@ -5083,12 +5121,13 @@ class Wire:
             flight.lose(lost)
         return flight.parts
 
-    def rows(self, sql: str, params: Sequence[Any] = (), most: int = 1000) -> Iterator[tuple[Any, ...]]:
-        """The rows of one statement, fetched by portions; within a transaction, where several may be read at once.  raises as query"""
+    def rows(self, sql: str, params: Sequence[Any] = (), most: int = 1000, begin: str = "BEGIN") -> Iterator[tuple[Any, ...]]:
+        """The rows of one statement, fetched by portions; within a transaction, where several may be read at once: that begins with the first,
+        if it has not.  raises as query"""
         name = self._portals.pop() if self._portals else b"p%d" % next(self._names)
         portal, more = Portal(Bound(sql, params), name, most), True
         while more:
-            (result,), = self.pipeline([[portal]])
+            *_, result = self.pipeline([[*([Bound(begin)] if self.status == "I" else []), portal]])[0]
             yield from result.get()
             more = result.more
         self._portals.append(name)
@@ -5403,6 +5442,9 @@ LOAD_TIME = 3600                                 # seconds in which something mu
 LOCK_TIME = "10s"
 MIGRATION_WAIT, MIGRATION_PAUSE, MIGRATION_TRIES = 500, 1, 60      # ms that a table is waited for, and all others with it; seconds between two tries
 SESSION = {"default_transaction_isolation": "read committed", "lock_timeout": LOCK_TIME}
+SNAPSHOT_TIME, SNAPSHOT_MOST = 10, 30            # seconds of a snapshot: after so many it is told of, and after so many it gives no more rows
+READING = {"idle_in_transaction_session_timeout": "%ds" % SNAPSHOT_TIME}         # ... and in so many somebody must ask for some, or the server ends it
+BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
 
 # ---- the dialect: one rule of each kind, applied once to each statement
@@ -6072,6 +6114,33 @@ AHEAD_OF_BATCH = tuple(map(Bound, (UNHURRIED, GO_AHEAD, NOT_SEALED)))
 BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, GET_LOCK = map(Bound, ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT batch", "RELEASE batch", LOCK_COMMITS))
 
 
+# ---- copies
+
+APART = {"chunk": ("hash", True), "thumbnail": ("id", False)}        # tables with a column `data`, the last, that no row ever changes:
+                                                 # {table: (its key, does each row stay while a backup holds the sweep?)}
+COPY_HEAD, COPY_END = 19, b"\xff\xff"           # bytes before the first row of COPY, and what stands in place of another
+
+
+def read_copy(path: Path, kinds: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The rows in a file that COPY (FORMAT binary) made.
+
+    kinds  types of the columns as SQLite has them
+    """
+    decoders = [COPY_TYPES[kind] for kind in kinds]
+    with open(path, "rb", MiB) as file:
+        file.read(COPY_HEAD)
+        while file.read(2) != COPY_END:
+            row: list[Any] = []
+            for decode in decoders:
+                size = int.from_bytes(file.read(4), "big", signed=True)
+                row.append(None if size < 0 else decode(file.read(size)))
+            yield tuple(row)
+
+
+COPY_TYPES: dict[str, Callable[[bytes], Any]] = {
+    "INTEGER": lambda data: int.from_bytes(data, "big", signed=True), "TEXT": bytes.decode, "BLOB": bytes}
+
+
 # ---- the engine
 
 REACHED = "SELECT number, coalesce(CAST(to_jsonb(version) ->> 'engine' AS bigint), 0) FROM version"
@@ -6089,7 +6158,7 @@ class Postgres(Database):
         """
         self.place, self.readonly = address, how == "read"
         self._listener: Listener | None = None               # None: nothing is written here, and nobody waits
-        self._readers = Readers(self._connect)
+        self._readers = Readers(partial(self._connect, READING))
         self.writer = ClusterWriter(self._connect, clock, self._readers.wire)
         touched = Touched(self.read)
         super().__init__(clock, Recent(touched.words, touched.confirm))
@@ -6110,8 +6179,8 @@ class Postgres(Database):
         if self.readonly:
             self.writer.close()
 
-    def _connect(self) -> Wire:
-        return Wire.connect(self.place, SESSION)
+    def _connect(self, settings: dict[str, str] | None = None) -> Wire:
+        return Wire.connect(self.place, {**SESSION, **(settings or {})})
 
     # ---- reading
 
@@ -6131,17 +6200,25 @@ class Postgres(Database):
 
     @contextmanager
     def snapshot(self) -> Iterator[Callable[..., Iterator[tuple[Any, ...]]]]:
+        began = time.monotonic()
         try:
             with self._readers.wire() as wire:
-                wire.query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                def read(sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> Iterator[tuple[Any, ...]]:
+                    if time.monotonic() > began + SNAPSHOT_MOST:
+                        raise CloudError("busy", "this takes too long while others write", retry_after=60)
+                    return wire.rows(*spell(sql, params), begin=BEGIN_SNAPSHOT)
                 try:
-                    yield lambda sql, params=(): wire.rows(*spell(sql, params))
+                    yield read
                 finally:
-                    with suppress(PgLost):
-                        wire.query("ROLLBACK")
+                    if wire.status != "I":
+                        with suppress(PgLost):
+                            wire.query("ROLLBACK")
         except (PgError, PgLost) as error:
             self._readers.forget()
             raise cluster_error(error) from error
+        finally:
+            if time.monotonic() > began + SNAPSHOT_TIME:
+                log.warning("a snapshot of the database took %d s", time.monotonic() - began)
 
     def wait(self, happened: Callable[[], bool], seconds: float, ended: threading.Event) -> bool:
         if not self._listener:
@@ -6204,17 +6281,50 @@ class Postgres(Database):
 
     @contextmanager
     def as_file(self) -> Iterator[str]:
+        """... as of one moment, which lasts no longer than it takes to copy the rows as they come; they become a file after it."""
         with tempfile.TemporaryDirectory() as home:
             path = Path(home) / "cloud.db"
-            with closing(sqlite3.connect(path, isolation_level=None)) as db, self.snapshot() as read:
+            with closing(sqlite3.connect(path, isolation_level=None)) as db:
                 db.execute("PRAGMA journal_mode = OFF")
                 migrate(db, [SCHEMA, *MIGRATIONS])
+                tables = {table: columns_of(db, table) for table, in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()}
+                self._copy_out(Path(home), tables)
                 db.execute("BEGIN")
-                for table, columns in tables_of_today().items():
-                    SqliteLoading(db).put(table, columns, read('SELECT %s FROM "%s"' % (column_list(columns), table)))
+                for table, columns in tables.items():
+                    rows = read_copy(Path(home) / table, [kind for _, kind, *_ in columns])
+                    SqliteLoading(db).put(table, [name for name, *_ in columns], self._with_data(table, rows) if table in APART else rows)
+                    os.unlink(Path(home) / table)
                 db.execute(*put_setting("clock", to_json([self.clock.due(), self.clock.wall()]))[:2])
                 db.execute("COMMIT")
             yield str(path)
+
+    def _copy_out(self, home: Path, tables: dict[str, list[tuple[Any, ...]]]) -> None:
+        """A file for each table, as COPY gives it, all of one moment.  raises CloudError, OSError"""
+        try:
+            with self._readers.wire() as wire:
+                wire.script(BEGIN_SNAPSHOT)
+                for table, columns in tables.items():
+                    names = column_list(name for name, *_ in columns)
+                    if table in APART:
+                        names = names.replace('"data"', "CASE WHEN data IS NOT NULL THEN CAST('' AS bytea) END")
+                    with open(home / table, "wb", MiB) as file:
+                        for block in wire.copy_out('COPY (SELECT %s FROM "%s") TO STDOUT (FORMAT binary)' % (names, table)):
+                            file.write(block)
+                wire.script("ROLLBACK")
+        except (PgError, PgLost) as error:
+            raise cluster_error(error) from error
+
+    def _with_data(self, table: str, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+        """The same rows of a table, the last column of which is its data, with these.  raises CloudError if some are gone that had to stay"""
+        key, must_stay = APART[table]
+        for some in iter(lambda: list(itertools.islice(rows, PIECE // 5)), []):
+            keys = [row[0] for row in some if row[-1] is not None]
+            data = dict(self.read("SELECT %s, data FROM %s WHERE %s IN (%s)" % (key, table, key, marks(keys)), keys)) if keys else {}
+            for row in some:
+                if row[-1] is None or data.get(row[0]) is not None:
+                    yield (*row[:-1], row[-1] if row[-1] is None else data[row[0]])
+                elif must_stay:
+                    raise CloudError("conflict", "what was to be copied was swept meanwhile; do it again")
 
     def examine(self) -> Iterator[tuple[bool, str]]:
         (standby, slow), = self.read(
@@ -9961,6 +10071,7 @@ def fits(query: Query, node: Node) -> bool:
             and (query.after is None or node.mtime >= query.after) and (query.before is None or node.mtime < query.before))
 
 
+LAST_PLACE = INTEGERS - 1, INTEGERS - 1          # behind all (since, node), or (row of an index, node)
 MAY_CONTAIN = " AND (instr(lower(e.name), ?) > 0 OR length(CAST(e.name AS BLOB)) > length(e.name))"     # lower() knows ASCII alone
 
 
@@ -10009,10 +10120,11 @@ class Search:
         if query.within != "names" and query.words and self.db.has_index():
             wanted = " AND ".join(map(match_words, query.words)) + "".join(" NOT " + match_words(word) for word in query.without)
             for home in homes:
-                for row in watched(self.db.each(
-                        entries_now("text_index MATCH ? AND r.home = ?", source="text_index i JOIN text_row r ON r.id = i.rowid JOIN entry e "
-                                    "ON e.manifest = r.manifest AND e.home = r.home") + " ORDER BY i.rowid DESC",
-                        ('home : "%d" AND body : (%s)' % (home, wanted), home)), alive):
+                for _, _, *row in watched(self.db.each(
+                        entries_now("text_index MATCH ? AND r.home = ? AND (i.rowid, e.node) < (?, ?)", "i.rowid, e.node, " + NODE,
+                                    "text_index i JOIN text_row r ON r.id = i.rowid JOIN entry e "
+                                    "ON e.manifest = r.manifest AND e.home = r.home") + " ORDER BY i.rowid DESC, e.node DESC LIMIT %d" % PIECE,
+                        ('home : "%d" AND body : (%s)' % (home, wanted), home), LAST_PLACE), alive):
                     yield here.named(Node._make(row)), True
 
     def _snippet(self, node: Node, words: Sequence[str]) -> tuple[str, str, str] | None:
@@ -10029,16 +10141,19 @@ class Search:
         """Live nodes of a home: those the index of names knows to fit, and all it has not seen yet."""
         usable = query.words and all(len(word) > 2 for word in query.words)
         indexed = int(self.db.setting("indexed") or 0) if usable else 0
-        yield from map(Node._make, self.db.each(
-            entries_now("e.home = ? AND e.since > ? AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ?"
-                        + len(query.words) * MAY_CONTAIN) + " ORDER BY e.since DESC",
-            (home, indexed, query.least or 0, sys.maxsize if query.most is None else query.most,
-             MTIME_MIN if query.after is None else query.after, MTIME_MAX + 1 if query.before is None else query.before, *query.words)))
+        for _, _, *row in self.db.each(
+                entries_now("e.home = ? AND e.since > ? AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ?"
+                            + len(query.words) * MAY_CONTAIN + " AND (e.since, e.node) < (?, ?)", "e.since, e.node, " + NODE)
+                + " ORDER BY e.since DESC, e.node DESC LIMIT %d" % PIECE,
+                (home, indexed, query.least or 0, sys.maxsize if query.most is None else query.most,
+                 MTIME_MIN if query.after is None else query.after, MTIME_MAX + 1 if query.before is None else query.before, *query.words), LAST_PLACE):
+            yield Node._make(row)
         if indexed:
             wanted = " AND ".join('"%s"' % word.replace('"', '""') for word in query.words)
-            yield from map(Node._make, self.db.each(
-                entries_now("name_index MATCH ? AND e.home = ?", source="name_index i JOIN name_row r ON r.id = i.rowid JOIN entry e "
-                            "ON e.node = r.node") + " ORDER BY i.rowid DESC", (wanted, home)))
+            for _, *row in self.db.each(
+                    entries_now("name_index MATCH ? AND e.home = ? AND i.rowid < ?", "i.rowid, " + NODE, "name_index i JOIN name_row r ON r.id = i.rowid "
+                                "JOIN entry e ON e.node = r.node") + " ORDER BY i.rowid DESC LIMIT %d" % PIECE, (wanted, home), LAST_PLACE[:1]):
+                yield Node._make(row)
 
     def by_id(self, who: Principal, node: int) -> list[tuple[tuple[str, ...], Node]]:
         """(path, node) of a live node, if `who` can see it."""
@@ -10258,10 +10373,12 @@ class Span:
 
     def touched(self, home: int, reached: int = 1 << 62) -> list[int]:
         """Nodes of a home that batches after then, up to `reached`, touched."""
-        return [id for (id,) in self.now.read(
+        ids = [id for (id,) in self.now.read(
             "SELECT node FROM entry WHERE home = :home AND since > :seq AND since <= :reached "
             "UNION SELECT node FROM entry WHERE home = :home AND until > :seq AND until <= :reached",
             {"home": home, "seq": self.then.seq, "reached": reached})]
+        self.then.load(ids), self.now.load(ids)          # at once: one by one, each would cost a way to the database and back
+        return ids
 
     def of(self, id: int) -> Difference:
         return Difference(self.then.here(id), self.now.here(id), self.then.path(id), self.now.path(id))
@@ -17386,16 +17503,17 @@ class Thinning(Duty):
         """Ended entries that the ladder gives up."""
         ages = self.db.read("SELECT due, seq FROM age ORDER BY seq")
         seqs = [seq for _, seq in ages]
-        last = None
-        for since, node, until, fate, pinned in self.db.each(
-                "SELECT e.since, e.node, e.until, e.fate, p.name IS NOT NULL FROM entry e "
+        last: dict[int, int] = {}                            # the part of the ladder in which a version of a node stays: the newest there
+        for until, since, node, fate, pinned in self.db.each(
+                "SELECT e.until, e.since, e.node, e.fate, p.name IS NOT NULL FROM entry e "
                 "LEFT JOIN pin p ON p.node = e.node AND p.rev = e.rev "
-                "WHERE e.home = ? AND e.until <= ? AND e.fate <> 'purged' ORDER BY e.node, e.since DESC", (home, cut)):
+                "WHERE e.home = ? AND e.until <= ? AND e.fate <> 'purged' AND (e.until, e.since, e.node) < (?, ?, ?) "
+                "ORDER BY e.until DESC, e.since DESC, e.node DESC LIMIT %d" % PIECE, (home, cut), (INTEGERS - 1,) * 3):
             ended = ages[bisect.bisect_left(seqs, until)][0]             # at the latest
             span = next((span for most, span in LADDER if self.clock.due() - ended <= most), None)
-            place = node, span and ended // span
-            if fate == "replaced" and (pinned or span and place != last):
-                last = place
+            part = span and ended // span
+            if fate == "replaced" and (pinned or span and part != last.get(node)):
+                last[node] = part
             else:
                 yield home, since, node
 
@@ -17625,7 +17743,7 @@ def check_chunks(cloud: Cloud, prefix: str = "", quick: bool = False) -> Iterato
     quick   only that the bytes are there
     """
     for hash, size, object, bad, data in cloud.db.each(
-            "SELECT hash, size, object, bad, data FROM chunk WHERE hash >= ? AND hash < ?", (prefix, prefix + "g")):
+            "SELECT hash, size, object, bad, data FROM chunk WHERE hash < ? AND hash > ? ORDER BY hash LIMIT %d" % PIECE, (prefix + "g",), (prefix,)):
         wrong = None
         try:
             if object is None:
@@ -17633,10 +17751,8 @@ def check_chunks(cloud: Cloud, prefix: str = "", quick: bool = False) -> Iterato
             elif quick:
                 wrong = None if cloud.blobs.store.size(object) == size else "damaged"
             else:
-                cloud.blobs.store.forget(object)
-                with cloud.blobs.store.get(object) as file:
-                    if os.fstat(file.fileno()).st_size != size or hash_file(file) != hash:
-                        wrong = "damaged"
+                data = cloud.blobs.store.read(object)
+                wrong = None if len(data) == size and hashlib.sha256(data).hexdigest() == hash else "damaged"
         except FileNotFoundError:
             wrong = "missing"
         except Away as error:
@@ -18579,8 +18695,7 @@ class Copying:
 def read_object(store: Store, name: str, hash: str) -> tuple[bytes, str | None]:
     """(the bytes of an object, what is wrong with it or None)"""
     try:
-        with store.get(name) as file:
-            data = file.read()
+        data = store.read(name)
     except FileNotFoundError:
         return b"", "missing"
     except Away as error:
@@ -18628,7 +18743,7 @@ def back_up(cloud: Cloud, to: Path) -> tuple[int, int, list[str]]:
             prepare_backup(db, to)
             copying = Copying(Directory(to / "objects"))
             copying.target.create()
-            copying.run(cloud.blobs.store, cloud.db.each(OBJECTS))           # most of it, holding nothing
+            copying.run(cloud.blobs.store, stored_objects(cloud.db))         # most of it, holding nothing
             db.execute("BEGIN IMMEDIATE")
             bad = {**copy_tables(db), **copying.bad}
             copying.run(cloud.blobs.store, db.execute(OBJECTS))              # and what came meanwhile
@@ -18659,6 +18774,11 @@ def sweep_held(cloud: Cloud) -> Iterator[None]:
 
 
 OBJECTS = "SELECT hash, size, object FROM chunk WHERE object IS NOT NULL"
+
+
+def stored_objects(db: Database) -> Iterator[tuple[str, int, str]]:
+    """The rows of OBJECTS, some at a time."""
+    return db.each(OBJECTS + " AND hash > ? ORDER BY hash LIMIT %d" % PIECE, (), ("",))
 
 
 def prepare_backup(db: sqlite3.Connection, to: Path) -> None:
@@ -19497,7 +19617,7 @@ class Move:
 
     def _copy_objects(self) -> None:
         if not self.stays:
-            self.copying.run(self.cloud.blobs.store, self.cloud.db.each(OBJECTS))
+            self.copying.run(self.cloud.blobs.store, stored_objects(self.cloud.db))
 
     def _hand_over(self, arrival: Arrival, seal: Seal | None) -> list[str]:
         """Seal the source, bring what is left, and open the target; returns what is damaged.  raises CloudError, and then it is given back"""
