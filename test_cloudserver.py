@@ -481,7 +481,7 @@ class Databases:
         name = self.idle.pop()
         first = cs.Database._first_rows(argparse.Namespace(clock=clock or Clock()))
         with self.wire(name) as wire:
-            wire.script(";".join([*self.reset, first, "INSERT INTO clock VALUES (0, 0)", "INSERT INTO version VALUES (%d)" % (1 + len(cs.MIGRATIONS))]))
+            wire.script(";".join([*self.reset, first, "INSERT INTO clock VALUES (0, 0)", "INSERT INTO version VALUES (%d, %d)" % (1 + len(cs.MIGRATIONS), len(cs.CLUSTER_STEPS))]))
         return name
 
     def take_empty(self):
@@ -4446,10 +4446,10 @@ def test_who_asks_a_second_time_costs_one_look_at_the_database(database_of, tmp_
     ann = account(one)
     id, token = one.devices.add_token(ann, "laptop")
     put(one, ann, "a/b/f", b"before", parents=True)
-    address, trips, real = serve_cloud(two), [], cs.Wire.pipeline
+    address, trips, real, writing = serve_cloud(two), [], cs.Wire.pipeline, two.db.writer.wire()
     get = lambda: exchange(address, "GET", "/dav/a/b/f", Authorization="Bearer " + token)
     assert get().body == b"before"
-    monkeypatch.setattr(cs.Wire, "pipeline", lambda wire, parts: (wire is two.db.writer.wire() or trips.append(1), real(wire, parts))[1])
+    monkeypatch.setattr(cs.Wire, "pipeline", lambda wire, parts: (wire is writing or trips.append(1), real(wire, parts))[1])
     for data in b"before", b"after":
         put(one, ann, "a/b/f", data)
         assert get().body == data
