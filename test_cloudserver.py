@@ -399,6 +399,14 @@ def rng(request):
     return random.Random(seed)
 
 
+@pytest.fixture(autouse=True)
+def umask():
+    """Commands that run in this process make it narrow; what a later test begins, for users of its own, is read by them."""
+    mask = os.umask(0o022)
+    yield
+    os.umask(mask)
+
+
 class FakeTime:
     """A wall clock and a steady clock that move only when told to."""
 
