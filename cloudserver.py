@@ -4549,6 +4549,9 @@ def read_fields(line: str) -> list[str]:
 
 def encode_value(value: Any) -> tuple[int, bytes | None]:
     """The number of the type that a value has there, and its bytes; NULL may have any.  raises TypeError, OverflowError, ValueError, as sqlite3 does"""
+    known = ENCODERS_BY_TYPE.get(type(value))
+    if known:
+        return known[0], known[1](value)
     if value is None:
         return 0, None
     for kind, number, _, encode in ENCODERS:
@@ -4585,6 +4588,7 @@ ENCODERS = (  # (type here, its number there, that of its array, how it is writt
     (str, 25, 1009, encode_text),
     ((bytes, bytearray, memoryview), 17, 1001, bytes),
     (float, 701, 1022, struct.Struct(">d").pack))
+ENCODERS_BY_TYPE = {kind: (number, encode) for kinds, number, _, encode in ENCODERS for kind in (kinds if isinstance(kinds, tuple) else (kinds,))}
 
 
 COPY_FIELDS: dict[type, Callable[[Any], bytes]] = {  # the same as fields of a copy, by type alone: there are many
@@ -4750,7 +4754,8 @@ class Bound:
         """raises TypeError, OverflowError, ValueError"""
         fields = [encode_value(value) for value in params]
         self.sql, self.types = sql, tuple([number for number, _ in fields])
-        self._values = b"\0\1\0\1" + len(fields).to_bytes(2, "big") + b"".join([encode_field(data) for _, data in fields]) + b"\0\1\0\1"
+        self._values = b"".join([b"\0\1\0\1", len(fields).to_bytes(2, "big"), *[
+            b"\xff\xff\xff\xff" if data is None else len(data).to_bytes(4, "big") + data for _, data in fields], b"\0\1\0\1"])
 
     def __len__(self) -> int:
         """Bytes on the wire, about."""
@@ -5739,6 +5744,7 @@ class ClusterWriter(Writer):
         """raises PgError, PgLost, CloudError"""
         if self._wire is None or self._wire.broken:
             self._wire = self._connect()
+            self._wire.query("SET plan_cache_mode = force_generic_plan")       # all that is written is found by its key: no need to plan it anew
         return self._wire
 
     @contextmanager
