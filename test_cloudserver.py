@@ -4771,6 +4771,83 @@ def test_drill_of_connections_that_break_before_and_after_commits(servers, rng, 
     Drill(opened, rng).run(2, 25, disturb)
 
 
+@pytest.mark.parametrize("count", [25, pytest.param(400, marks=slow)])
+def test_drill_of_batches_of_every_kind_that_are_cut_off_refused_and_repeated(servers, rng, monkeypatch, count):
+    """Random batches, alone and in groups, some with an op id that comes again, a guard that does not hold, a row too many, many rows, or bytes that go
+    ahead; connections break before commits and after them.  What is there in the end is what was said, all of it or nothing, once."""
+    monkeypatch.setattr(cs, "RETRY_PAUSE", 0.01)
+    monkeypatch.setattr(cs, "GROUP_BYTES", 20_000)
+    opened, proxies = servers(2)
+    opened[0].run(cs.put_setting("taken", ""))
+    told, expected, guard, seqs = {}, {}, threading.Lock(), {}
+
+    def draw(rng, token):
+        """A batch, what it leaves in `kept` and `chunk`, and whether it must be refused."""
+        rows = [("%s %d" % (token, n), 0, "", n) for n in range(rng.choice([1, 2, 40]))]
+        body, wanted, bad = [Statement(cs.PUT_KEPT, rows, many=True)], {row[0] for row in rows}, rng.random() < 0.25
+        if rng.random() < 0.4:
+            some = [(hashlib.sha256(b"%d" % number).hexdigest(), 4000, None, 5, b"%d" % number * 800) for number in rng.sample(range(1000, 1030), rng.randrange(1, 12))]
+            body.append(Statement(cs.CHUNK_ROWS, some, many=True))
+            wanted |= {row[0] for row in some}
+        guards = [Statement("SELECT 'no' WHERE ? > 0", (int(bad and rng.random() < 0.5),))]
+        if bad:                                  # in the middle of it, if not by a guard
+            body.insert(rng.randrange(len(body) + 1), Statement("INSERT INTO setting (name, value) VALUES ('taken', ?)", (token,)))
+        said = cs.Line(0, cs.ANONYMOUS, "drill", {"token": token}) if rng.random() < 0.8 else None
+        return Batch(body, guards, said, op=(token, "") if rng.random() < 0.5 else None), wanted, bad
+
+    def write(number):
+        mine = random.Random("%s %d" % (seed, number))
+        for n in range(count):
+            token, server = "t%d-%d" % (number, n), mine.choice(opened)
+            batch, wanted, bad = draw(mine, token)
+            how = tell(server, batch)
+            while batch.op and how == "unknown":             # as a client that got no answer
+                how = tell(mine.choice(opened), batch)
+            if batch.op and how == "done":
+                assert tell(mine.choice(opened), replace(batch)) in ("replayed", "unknown")
+            with guard:
+                told[token], expected[token] = "done" if how == "replayed" else how, (wanted, bad)
+                if how == "done" and batch.line:
+                    seqs[token] = batch.seq
+
+    def tell(server, batch):
+        try:
+            server.commit(batch)
+        except cs.Replayed as replayed:
+            assert replayed.same
+            return "replayed"
+        except Conflict:
+            return "refused"
+        except CloudError as error:
+            assert error.kind == "busy", error
+            return "unknown"
+        return "done"
+
+    seed = rng.random()
+    with ThreadPoolExecutor(6) as pool:
+        done = [pool.submit(write, number) for number in range(6)]
+        while not all(one.done() for one in done):
+            proxy = rng.choice(proxies)
+            rng.choice([lambda: proxy.play(rng.choice(["cut before", "cut after"]), rng.randrange(1, 3)), proxy.cut, lambda: None])()
+            proxy.delay = rng.choice([0, 0, 0.005])
+            time.sleep(rng.random() / 20)
+        [one.result() for one in done]
+    db = opened[0]
+    there = {id for id, in db.read("SELECT id FROM kept")} | {hash for hash, in db.read("SELECT hash FROM chunk WHERE condemned IS NULL")}
+    rows = Counter(id.partition(" ")[0] for id, in db.read("SELECT id FROM kept"))
+    check_tokens(told, list(rows))
+    for token, (wanted, bad) in expected.items():
+        assert not (bad and token in rows), "refused and applied"
+        assert token not in rows or wanted <= there, "half of it is there"
+        assert token not in rows or rows[token] == sum(" " in one for one in wanted)
+    assert not [token for token, how in told.items() if how == "refused" and not expected[token][1]], "refused without a reason"
+    journal = db.read("SELECT seq, detail FROM journal WHERE action = 'drill' ORDER BY seq")
+    written = {json.loads(detail)["token"]: seq for seq, detail in journal}
+    assert [seq for seq, _ in journal] == list(range(2, 2 + len(written))) and set(written) <= set(rows)
+    assert {token: written[token] for token in seqs} == seqs
+    assert Counter(told.values())["done"] > Counter(told.values())["unknown"]
+
+
 @slow
 def test_drill_of_a_server_that_stops_while_it_holds_up_all_others(servers, rng, monkeypatch):
     """Its lock is taken from it after a while; when it goes on, it finds out what became of its batch."""
