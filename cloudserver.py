@@ -5438,7 +5438,8 @@ GROUP_BYTES = 256 * KiB                          # of a transaction on the wire;
 COMPANY = 10                                     # groups for which it counts that others had the lock
 READERS = 8                                      # connections of a process to read, and
 SPARE_TIME = 10                                  # seconds that a thread waits for one of them
-HEAR = 5                                         # seconds after which a waiter looks although nothing was heard
+HEAR = 5                                         # seconds after which a waiter looks although nothing was heard,
+LOOK_PAUSE = 0.04                                # ... and between two looks of his, however much is written
 CLOCK_TIME = 10                                  # seconds between two looks at the row of the clock
 ECHO = 10                                        # seconds in which a process must hear itself
 OUTAGE = 20                                      # seconds that a database may be away before somebody is refused
@@ -6149,6 +6150,10 @@ COPY_TYPES: dict[str, Callable[[bytes], Any]] = {
 
 # ---- the engine
 
+OLD_TRANSACTIONS = (
+    "SELECT coalesce(nullif(application_name, ''), 'a program'), usename, coalesce(' at ' || host(client_addr), ''), pid, "
+    "CAST(extract(epoch FROM clock_timestamp() - xact_start) AS bigint) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start < clock_timestamp() - CAST('1 minute' AS interval) ORDER BY xact_start")
 REACHED = "SELECT number, coalesce(CAST(to_jsonb(version) ->> 'engine' AS bigint), 0) FROM version"
 IS_ALIVE = "EXISTS (SELECT 1 FROM pg_locks l JOIN pg_database d ON d.oid = l.database WHERE d.datname = current_database() AND l.objid = %d)" % ALIVE
 STEPPED = "UPDATE version SET number = %d, engine = %d; INSERT INTO commit_group (id, at) VALUES ('%s', 0)"      # which touched anything
@@ -6230,15 +6235,14 @@ class Postgres(Database):
         if not self._listener:
             return super().wait(happened, seconds, ended)
         until, heard = time.monotonic() + seconds, self._listener.count
-        while not happened():
-            if time.monotonic() >= until or ended.wait(0.1):             # no more often, however much is written
-                return False
+        while True:
+            looked = time.monotonic()
+            if happened():
+                return True
             heard = self._listener.next(heard, until, ended)
+            if time.monotonic() >= until or ended.wait(max(0, looked + LOOK_PAUSE - time.monotonic())):
+                return False
             self.recent.renew()
-        return True
-
-    def away(self) -> float:
-        return self._listener.away()
 
     # ---- writing
 
@@ -6333,11 +6337,11 @@ class Postgres(Database):
                     raise CloudError("conflict", "what was to be copied was swept meanwhile; do it again")
 
     def examine(self) -> Iterator[tuple[bool, str]]:
-        (standby, slow), = self.read(
-            "SELECT current_setting('synchronous_standby_names'), (SELECT count(*) FROM pg_stat_activity "
-            "WHERE datname = current_database() AND xact_start < now() - CAST('1 minute' AS interval))")
+        (standby,), = self.read("SELECT current_setting('synchronous_standby_names')")
         yield bool(standby), "the database has %s synchronous standby%s" % (("a", "") if standby else ("no", ": what is acknowledged is lost with its disk"))
-        yield not slow, "%d transactions of the database are older than a minute" % slow
+        old = ["%s of %s%s, process %d, for %d s" % row for row in self.read(OLD_TRANSACTIONS)]
+        yield not old, "%d transactions of the database are older than a minute%s" % (
+            len(old), ", and keep what is changed meanwhile from being cleared away: " + "; ".join(old[:5]) if old else "")
 
     # ---- opening
 

@@ -2258,6 +2258,34 @@ def test_a_list_that_is_none_or_has_no_end_is_refused(s3, tmp_path, answer):
     assert len(s3.asked) <= 2
 
 
+def test_a_full_disk_here_keeps_nobody_from_what_is_elsewhere(s3, tmp_path, monkeypatch):
+    """What cannot be kept near is given from memory, or from where temporary files are; what was stored counts as stored."""
+    store, data = s3.store(tmp_path), random_bytes(300_000)
+    real = cs.put_file
+    monkeypatch.setattr(cs, "put_file", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    blobs = cs.Blobs(store)
+    stored = blobs.put(Body(data), lambda hash: False)
+    chunk = cs.StoredChunk(stored.chunks[0][0], len(data), None, "%s-%s" % (stored.chunks[0][0], stored.tag))
+    for memory in True, False:
+        if not memory:
+            monkeypatch.delattr(cs.os, "memfd_create", raising=False)
+        assert blobs.read(chunk) == data and b"".join(map(cs.read_slice, blobs.slices([(chunk, 7, 100)]))) == data[7:100]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: store.get(chunk.object).read(), range(8))) == [data] * 8
+    assert not [name for _, _, names in os.walk(tmp_path) for name in names]
+    monkeypatch.setattr(cs, "put_file", real)
+    assert blobs.read(chunk) == data and (tmp_path / chunk.object).exists()
+
+
+def test_what_is_checked_or_copied_is_read_where_it_is_kept(s3, tmp_path):
+    store, data = s3.store(tmp_path), random_bytes(1000)
+    store.put(object_name(data), data)
+    s3.asked.clear()
+    assert store.read(object_name(data)) == data and len(s3.asked) == 1
+    store.forget(object_name(data))
+    assert cs.read_object(store, object_name(data), object_name(data)[:64]) == (data, None) and not (tmp_path / object_name(data)).exists()
+
+
 def test_what_many_want_at_once_is_fetched_once(s3, tmp_path):
     store, data, gate = s3.store(tmp_path), random_bytes(100_000), threading.Event()
     store.put(object_name(data), data), store.forget(object_name(data))
@@ -2524,6 +2552,22 @@ def test_what_was_read_while_somebody_writes_is_not_kept(db, open_db):
         return value, 1, (1,)
     assert db.recent.get("key", overtaken) == "before"
     assert db.recent.get("key", lambda: (db.setting("schema of the day"), 1, (1,))) == "after"
+
+
+def test_rows_that_are_used_slowly_are_read_some_at_a_time(db):
+    """Each once, in order, though others change what is still to come."""
+    count = 2 * cs.PIECE + 10
+    names = ["n%04d" % n for n in range(count)]
+    db.run(Statement("INSERT INTO setting (name, value) VALUES (?, '')", [(name,) for name in names], many=True))
+    sql = "SELECT name, value FROM setting WHERE name < ? AND name > ? ORDER BY name LIMIT %d" % cs.PIECE
+    found = []
+    for name, _ in db.each(sql, ("o",), ("n",)):
+        found.append(name)
+        if len(found) == 10:
+            db.run(Statement("DELETE FROM setting WHERE name = ?", (names[-1],)))
+    assert found == names[:-1] and list(db.each(sql, ("a",), ("a",))) == []
+    exact = sql.replace("name < ?", "name <= ?")
+    assert [name for name, _ in db.each(exact, (names[2 * cs.PIECE - 1],), ("n",))] == names[:2 * cs.PIECE]
 
 
 def test_who_waits_comes_back_when_something_was_committed_or_the_time_is_over(db, open_db):
@@ -4400,6 +4444,115 @@ def test_a_snapshot_sees_one_commit_however_its_rows_are_read(db):
         db.run(Statement("DELETE FROM setting WHERE name LIKE 'n%'"))
         assert sum(1 for _ in first) == sum(1 for _ in second) == 2999
     assert db.read("SELECT count(*) FROM setting WHERE name LIKE 'n%'") == [(0,)]
+
+
+@OF_POSTGRES
+def test_a_snapshot_that_lasts_gives_no_more_rows(db, monkeypatch, caplog):
+    monkeypatch.setattr(cs, "SNAPSHOT_TIME", 0)
+    with pytest.raises(CloudError, match="too long"), db.snapshot() as read:
+        assert list(read("SELECT max(seq) FROM journal")) == [(1,)]
+        monkeypatch.setattr(cs, "SNAPSHOT_MOST", 0)
+        list(read("SELECT 1"))
+    assert "a snapshot of the database took" in caplog.text and db.setting("none") is None
+
+
+@OF_POSTGRES
+def test_transactions_that_keep_old_rows_are_named(db, monkeypatch):
+    monkeypatch.setattr(cs, "OLD_TRANSACTIONS", cs.OLD_TRANSACTIONS.replace("1 minute", "0 s"))
+    with contextlib.closing(cs.Wire.connect(db.place, {"application_name": "forgotten"})) as wire:
+        wire.query("BEGIN"), wire.query("SELECT 1")
+        (pid,), = wire.query("SELECT pg_backend_pid()")
+        assert any(not well and "forgotten of %s" % db.place.user in said and "process %d, for" % pid in said for well, said in db.examine())
+    assert eventually(lambda: all(well for well, said in db.examine() if "transactions" in said))
+
+
+def test_a_copy_of_shared_tables_is_of_one_moment(database_of, tmp_path, make_cloud, monkeypatch):
+    cloud = make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path)))
+    cs.settle(cloud, prove=True)
+    ann = account(cloud)
+    for n in range(cs.PIECE // 5 + 3):
+        put(cloud, ann, "f%d" % n, b"%d" % n)
+    put(cloud, ann, "empty", b"")
+    tables, real = cs.tables_of_today(), cs.Wire.copy_out
+    rows_of = lambda ask: {table: sorted(ask('SELECT %s FROM "%s"' % (cs.column_list(columns), table)), key=repr) for table, columns in tables.items() if table != "setting"}
+    before = rows_of(cloud.db.read)
+
+    def copy_out(wire, sql):
+        blocks = list(real(wire, sql))
+        put(cloud, ann, "later", random_bytes(100))
+        return iter(blocks)
+    monkeypatch.setattr(cs.Wire, "copy_out", copy_out)
+    with cloud.db.as_file() as copy, contextlib.closing(sqlite3.connect(copy)) as db:
+        assert rows_of(lambda sql: db.execute(sql).fetchall()) == before
+
+    def sweep(wire, sql):
+        found = list(real(wire, sql))
+        cloud.db.run(Statement("DELETE FROM chunk"))
+        return iter(found)
+    monkeypatch.setattr(cs.Wire, "copy_out", sweep)
+    with pytest.raises(CloudError, match="swept meanwhile"), cloud.db.as_file():
+        pass
+
+
+FILL = """
+    INSERT INTO entry (home, since, node, parent, name, key, kind, size, mtime, rev)
+        SELECT 1, 3, 1000 + c, {root}, 'c' || c, 'c' || c, 1, 0, 0, 3 FROM generate_series(1, 1000) AS c;
+    INSERT INTO collection (node, seq, size, files) SELECT 1000 + c, 3, 0, 0 FROM generate_series(1, {count}) AS c;
+    INSERT INTO entry (home, since, node, until, fate, parent, name, key, kind, manifest, size, mtime, media, rev)
+        SELECT 1, 3 + n / 10, 100000 + n, CASE WHEN n % 5 = 0 THEN 3000 + n / 10 END, CASE WHEN n % 5 = 0 THEN 'deleted' END, 1001 + n % 1000, 'f' || n, 'f' || n, 0,
+        encode(sha256(CAST(CAST(n AS text) AS bytea)), 'hex'), length(CAST(n AS text)), 0, 'text/plain', 3 + n / 10 FROM generate_series(1, {count}) AS n;
+    INSERT INTO chunk (hash, size, at, data) SELECT encode(sha256(CAST(CAST(n AS text) AS bytea)), 'hex'), length(CAST(n AS text)), 0, CAST(CAST(n AS text) AS bytea) FROM generate_series(1, {count}) AS n;
+    INSERT INTO journal (seq, at, home, account, device, action, detail) SELECT s, 0, 1, 1, '', 'write', '{{}}' FROM generate_series(20, 6000 + {count} / 5) AS s;
+    INSERT INTO commit_group (id, seq, at, touched) SELECT 'g' || s, s, 0, '' FROM generate_series(1, {count}) AS s;
+    UPDATE collection SET seq = 6000 + {count} / 5 WHERE node = {root};
+    ANALYZE"""
+
+
+def test_what_is_asked_often_is_found_by_an_index_however_much_there_is(database_of, tmp_path, make_cloud, monkeypatch):
+    """The plans of PostgreSQL for paths, listings, changes, writes, credentials and what is remembered: none reads a large table through."""
+    cloud = make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path)))
+    ann = account(cloud)
+    _, token = cloud.devices.add_token(ann, "laptop")
+    cloud.db.writer.wire().script(FILL.format(root=ann.root, count=20_000))
+    asked, real = {}, cs.Wire.pipeline
+
+    def pipeline(wire, parts):
+        parts = [list(part) for part in parts]
+        for bound in (getattr(one, "bound", one) for part in parts for one in part):
+            asked[bound.sql] = bound
+        return real(wire, parts)
+    monkeypatch.setattr(cs.Wire, "pipeline", pipeline)
+    assert identify(cloud, "Bearer " + token).account and identify(cloud, basic()).account
+    assert get(cloud, ann, "c8/f7") is not None and cloud.files.stat(ann, ("c8",)).kind
+    with cloud.files.listing(ann, ("c8",)) as (node, now):
+        assert len(list(now.children(node.node))) == 20 and now.page(node.node, "e.key", 0, 10) and now.properties(node) == {}
+    put(cloud, ann, "c8/f7", b"new"), put(cloud, ann, "c8/g", b"g")
+    cloud.files.move(ann, (("c8", "g"), ("c9", "g"))), cloud.files.delete(ann, ("c9", "g"))
+    assert cloud.sync.known(ann, [hashlib.sha256(b"7").hexdigest()])
+    assert len(cloud.feed.changes(ann, (), cloud.db.head() - 8)[1]) > 1
+    assert next(cloud.sync.manifest(ann, ("c8",))[2]) and len(cloud.trash.list(ann, limit=20)) == 20
+    monkeypatch.undo()
+    through = {}
+    with cloud.db._readers.wire() as wire:
+        for sql, bound in asked.items():
+            if re.match("(SELECT|WITH|INSERT|UPDATE|DELETE)", sql) and "pg_" not in sql:
+                explain = cs.Bound("EXPLAIN " + sql)
+                explain.types, explain._values = bound.types, bound._values
+                (result,), = wire.pipeline([[explain]])
+                plan = "\n".join(line for line, in result.get())
+                if re.search(r"Seq Scan on (entry|chunk|collection|journal|commit_group)\b", plan):
+                    through[sql] = plan
+    assert len(asked) > 25 and not through, through
+
+
+def test_many_changes_cost_few_ways_to_the_database_and_back(database_of, tmp_path, make_cloud, monkeypatch):
+    cloud = make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path)))
+    ann, trips, real = account(cloud), [], cs.Wire.pipeline
+    since = cloud.db.head()
+    for n in range(120):
+        put(cloud, ann, "d/e/f%d" % n, b"%d" % n, parents=True)
+    monkeypatch.setattr(cs.Wire, "pipeline", lambda wire, parts: (trips.append(1), real(wire, parts))[1])
+    assert len(cloud.feed.changes(ann, (), since)[1]) == 122 and len(trips) < 25
 
 
 @OF_POSTGRES
