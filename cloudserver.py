@@ -8525,8 +8525,11 @@ class Tree:
         return Moment(read, view.top, seq, mounts=self.mounts.then(view, right) if view.whole else None)
 
     def while_shared(self, who: Principal, then: Moment, top: int, rows: Iterable[Any], every: float = 10) -> Iterator[Any]:
-        """Rows that somebody reads of a moment from a node on, with a look every so many seconds whether what they show is still shared (law 12)."""
-        looked = time.monotonic()
+        """Rows that somebody reads of a moment from a node on, with a look every so many seconds whether what they show is still shared (law 12).
+
+        raises  CloudError gone if it is not; in the end also where history was shortened meanwhile, so that something may be missing among them
+        """
+        looked, known = time.monotonic(), max(then.seq or 0, self._shortened(who, then))
         for row in rows:
             if time.monotonic() - looked >= every:
                 path, view, looked = then.path(top), view_of(who), time.monotonic()
@@ -8534,6 +8537,13 @@ class Tree:
                 if seen and not seen <= {grant.node.node for grant in self.mounts.of(view.home).values()}:
                     raise CloudError("gone", "some of it is not shared any more")
             yield row
+        if self._shortened(who, then) > known:
+            raise CloudError("gone", "history was shortened meanwhile; begin again")
+
+    def _shortened(self, who: Principal, then: Moment) -> int:
+        """The newest seq up to which something may be gone that was there, in all homes that a moment shows something of."""
+        homes = [view_of(who).home, *then.homes()]
+        return self.db.read("SELECT max(fed) FROM account WHERE id IN (" + marks(homes) + ")", homes)[0][0] or 0
 
     def _is_collection(self, node: int) -> bool:
         return bool(self.db.read("SELECT 1 FROM collection WHERE node = ?", (node,)))

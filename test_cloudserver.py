@@ -13557,6 +13557,22 @@ def test_a_manifest_is_of_one_moment(cloud, ann):
     assert [place.path for place in cloud.sync.manifest(ann, ("b",))[2]] == [("b", "a"), ("b", "new")]
 
 
+def test_a_manifest_from_which_something_was_swept_meanwhile_does_not_end_well(cloud, ann):
+    """Nothing is kept for who reads slowly; but what is missing must never look deleted."""
+    for n in range(cs.PIECE + 10):
+        put(cloud, ann, "%04d" % n, b"%d" % n)
+    last = "%04d" % (cs.PIECE + 9)
+    for forgets in False, True:
+        seq, _, places = cloud.sync.manifest(ann, ())
+        next(places)
+        put(cloud, ann, last, random_bytes(10))
+        if forgets:
+            ended = cloud.db.read("SELECT home, since, node FROM entry WHERE until > ? AND fate = 'replaced'", (seq,))
+            upkeep = cs.Upkeep(cloud)
+            assert upkeep.hold() and upkeep.thinning._forget(ended) == 1
+        assert outcome(lambda: sum(1 for _ in places)) == ("gone" if forgets else cs.PIECE + 9)
+
+
 def test_a_large_manifest_comes_in_pages(cloud, ann):
     names = ["%05d" % n for n in range(1203)]
     commit(cloud, ann, [step_put(name, b"x") for name in names], [b"x"])
