@@ -938,7 +938,12 @@ ROOMS = [(int(number), line, title.strip()) for line, text in enumerate(SOURCE.s
 @lru_cache(None)
 def parsed(source=SOURCE):
     """The tree of the program, or of another text; it takes a while, and most processes that run tests need none."""
-    return ast.parse(source)
+    gc.disable()                                 # and the longer by half if what there is already is looked through meanwhile
+    try:
+        return ast.parse(source)
+    finally:
+        gc.freeze()                              # it stays until the end
+        gc.enable()
 
 
 def room(line):
