@@ -4680,6 +4680,22 @@ def test_servers_that_share_a_database_need_one_place_for_objects(database_of, t
     cs.settle(make_cloud(Config(data=tmp_path / "one", database=database)), prove=True)
 
 
+@pytest.mark.parametrize("door", ["put", "sync"])
+def test_objects_stay_when_nobody_knows_whether_their_batch_was_committed(database_of, tmp_path, make_cloud, monkeypatch, door):
+    """The database went away before it answered: what it may have committed must find its bytes."""
+    cloud = make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path)))
+    cs.settle(cloud)
+    ann, data, real = account(cloud), random_bytes(200_000), cloud.db.commit
+
+    def unsure(batch):
+        real(batch)
+        raise cs.cluster_error(cs.PgLost("away"))
+    with monkeypatch.context() as patch:
+        patch.setattr(cloud.db, "commit", unsure)
+        assert (outcome(put, cloud, ann, "f", data) if door == "put" else outcome(commit, cloud, ann, [step_put("f", data)], [data])) == "busy"
+    assert get(cloud, ann, "f") == data
+
+
 def test_a_backup_of_shared_tables_is_restored_on_one_machine(database_of, tmp_path, make_cloud):
     cloud = make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path)))
     cs.settle(cloud, prove=True)
