@@ -5954,27 +5954,47 @@ class Touched:
 
     def __init__(self, read: Callable[..., list[tuple[Any, ...]]]) -> None:
         self.words = array("Q", bytes(8 * (2 + TRACKS)))
-        self._read, self._turn = read, threading.Lock()
+        self._read, self._turn = read, threading.Condition()
+        self._begun, self._done, self._looking = 0, 0, False             # numbers of looks: the last that began, that succeeded; is one under way?
         self._last = 0, ""                       # the last group that is known, (number, id): the id tells whether history is still the same; or none
 
     def confirm(self) -> None:
-        """Learn what was touched by all groups that were acknowledged before.  raises CloudError"""
-        last = self._last
-        rows = self._read(TOUCHED_SINCE, last[:1])
-        if len(rows) == TOUCHED_MOST or last[0] and [row[:2] for row in rows[:1]] != [last]:
+        """Learn what was touched by all groups that were acknowledged before.  raises CloudError
+
+        There is one look at a time.  Who comes while one is under way waits for the next, which does for all who wait.
+        """
+        with self._turn:
+            needed = self._begun + 1
+            while self._looking and self._done < needed:
+                self._turn.wait()
+            if self._done >= needed:
+                return
+            self._begun, self._looking = self._begun + 1, True
+        succeeded = False
+        try:
+            self._look()
+            succeeded = True
+        finally:
+            with self._turn:
+                self._looking = False
+                if succeeded:
+                    self._done = self._begun
+                self._turn.notify_all()
+
+    def _look(self) -> None:
+        rows = self._read(TOUCHED_SINCE, self._last[:1])
+        if len(rows) == TOUCHED_MOST or self._last[0] and [row[:2] for row in rows[:1]] != [self._last]:
             return self._forget()
-        with self._turn if rows[1:] or not last[0] else nullcontext():
-            for number, id, touched in rows:
-                if number > self._last[0]:
-                    self._note(touched)
-                    self._last = number, id      # not before its words: who asks from here on is not told of it again
+        for number, id, touched in rows:
+            if number > self._last[0]:
+                self._note(touched)
+                self._last = number, id
 
     def _forget(self) -> None:
         """Begin with the last group there is; what was read before that counts no more."""
         rows = self._read(TOUCHED_LAST)
-        with self._turn:
-            self._note(None)
-            self._last = rows[0] if rows else (0, "")
+        self._note(None)
+        self._last = rows[0] if rows else (0, "")
 
     def _note(self, touched: bytes | None) -> None:
         count = self.words[0] + 2

@@ -4593,6 +4593,35 @@ def test_what_was_remembered_counts_only_in_the_history_in_which_it_was_read(db,
     assert [is_asked() for _ in range(2)] == [True, False]
 
 
+def test_many_who_ask_at_once_share_a_look_that_began_after_they_came():
+    gates, looks, failing = [threading.Event() for _ in range(3)], [], []
+
+    def read(sql, params=()):
+        looks.append(len(looks))
+        assert gates[looks[-1]].wait(60)
+        if failing:
+            raise failing.pop()
+        return []
+    touched = cs.Touched(read)
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(touched.confirm)
+        eventually(lambda: looks == [0])
+        others = [pool.submit(touched.confirm) for _ in range(7)]
+        eventually(lambda: len(touched._turn._waiters) == 7)
+        failing.append(CloudError("busy"))
+        gates[0].set()                           # it fails for who asked, and tells the others nothing
+        assert outcome(first.result) == "busy"
+        eventually(lambda: looks == [0, 1])
+        late = pool.submit(touched.confirm)      # what is under way began before they came
+        eventually(lambda: len(touched._turn._waiters) == 7)
+        gates[1].set()
+        assert [one.result() for one in others] == [None] * 7
+        eventually(lambda: looks == [0, 1, 2])
+        assert not late.done()
+        gates[2].set()
+        assert late.result() is None and looks == [0, 1, 2]
+
+
 @OF_POSTGRES
 def test_the_last_group_is_kept_however_old_it_is(db, fake, monkeypatch):
     asked = []
