@@ -23339,13 +23339,6 @@ LOOK = """const look = () => { %s
             await new Promise(done => setTimeout(done, 10));
         }
     })()"""
-ELEMENT_OF = """const wanted = words => {
-    const dialogs = document.querySelectorAll('dialog'), within = dialogs.length ? dialogs[dialogs.length - 1] : document;
-    let found; try { found = within.querySelector(words); } catch {}
-    const seen = one => one.getClientRects().length;
-    return found && (seen(found) || found.type === 'file') ? found : [...within.querySelectorAll('button, a, label, input, [role=row] .label')].find(
-        one => seen(one) && ((one.innerText || '').trim() === words || one.innerText.split('\\n')[0] === words || one.getAttribute('aria-label') === words)); };
-"""
 
 
 class Browser:
@@ -23358,7 +23351,7 @@ class Browser:
         self.connection = http.client.HTTPConnection(*self.address, timeout=120)
         options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--lang=en", "--window-size=1280,800",
                             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps",
-                            "--disable-extensions", "--no-first-run", "--kiosk", "--mute-audio", "--disable-features=SpareRendererForSitePerProcess",
+                            "--disable-extensions", "--no-first-run", "--mute-audio", "--disable-features=SpareRendererForSitePerProcess",
                             "--user-data-dir=%s" % (downloads / "profile")],
                    "binary": program("chromium", "google-chrome")}
         made = self.do("POST", "/session", {"capabilities": {"alwaysMatch": {
@@ -23438,21 +23431,22 @@ class Browser:
 
     def element(self, wanted):
         """By a selector of CSS, or what can be clicked by its words; inside the topmost dialog if there is one."""
-        return self.wait(ELEMENT_OF + "return wanted(arguments[0])", wanted)[ELEMENT]
+        return self.wait("""
+            const dialogs = document.querySelectorAll('dialog'), within = dialogs.length ? dialogs[dialogs.length - 1] : document;
+            let found; try { found = within.querySelector(arguments[0]); } catch {}
+            const seen = one => one.getClientRects().length;
+            return found && (seen(found) || found.type === 'file') ? found : [...within.querySelectorAll('button, a, label, input, [role=row] .label')].find(
+                one => seen(one) && ((one.innerText || '').trim() === arguments[0] || one.innerText.split('\\n')[0] === arguments[0]
+                    || one.getAttribute('aria-label') === arguments[0]));""", wanted)[ELEMENT]
 
     def click(self, wanted):
-        """Where it can be seen and nothing else lies over it.  (WebDriver's own click takes four times as long.)"""
-        x, y = self.wait(ELEMENT_OF + """
-            const one = wanted(arguments[0]);
-            if (!one || document.getAnimations().some(moving => moving.playState === 'running' && moving.effect?.target?.contains(one))) return;
-            const place = () => { const {left, top, right, bottom} = one.getClientRects()[0];
-                return [(Math.max(left, 0) + Math.min(right, innerWidth)) / 2, (Math.max(top, 0) + Math.min(bottom, innerHeight)) / 2, top < 0 || left < 0 || bottom > innerHeight || right > innerWidth]; };
-            let [x, y, outside] = place();
-            if (outside) { one.scrollIntoView({behavior: 'instant', block: 'nearest', inline: 'nearest'}); [x, y] = place(); }
-            const hit = document.elementFromPoint(x, y);
-            return hit && (one.contains(hit) || hit.contains(one) && hit.closest('label') === hit) ? [x, y] : null;""", wanted)
-        for kind, buttons in ("mouseMoved", 0), ("mousePressed", 1), ("mouseReleased", 0):       # actions would make two clicks in a row a double one
-            self.cdp("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left" if kind != "mouseMoved" else "none", buttons=buttons, clickCount=int(kind != "mouseMoved"))
+        for left in reversed(range(5)):
+            try:
+                return self.do("POST", "/element/%s/click" % self.element(wanted))
+            except AssertionError as error:      # it was drawn anew in between, or moved because something else was
+                if not left or not any(words in str(error) for words in ("stale element", "click intercepted")):
+                    raise
+                time.sleep(0.1)
 
     def fill(self, wanted, text):
         element = self.element(wanted)
