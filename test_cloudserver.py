@@ -23559,8 +23559,8 @@ class Page:
 
     def leave(self):
         assert self.log() == []
-        self.run("if (location.protocol === 'http:') localStorage.clear()")
         self.blank()
+        self.run("if (origin !== 'null') localStorage.clear()")          # of where it came from, which as it went kept what was typed
 
     def open(self, path="/"):
         self.go(self.home + path)
