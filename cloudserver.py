@@ -19082,12 +19082,20 @@ class Arrival:
                     loading.ask('DELETE FROM "%s"' % table)
                     loading.put(table, columns, {**kept, **settings, "sealed": self.text}.items() if table == "setting" else read(
                         'SELECT %s FROM "%s"' % (column_list(columns), table)))
-        if essence(read) != essence(self.cloud.db.each):
+        if essence(read) != essence(self.cloud.db.read):
             raise CloudError("storage-failed", "what came to %s is not what was sent" % address_of(self.config))
 
     def open(self) -> None:
         """From here on it may be served.  raises CloudError"""
         put_seal(self.cloud.db, None, self.text)
+
+
+def reads_of(db: Database) -> Reads:
+    """Each SELECT sees a moment of its own, which lasts as long as its rows are being taken."""
+    def read(sql: str, params: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+        with db.snapshot() as rows:
+            yield from rows(sql, params)
+    return read
 
 
 def take_large(loading: Loading, read: Reads, table: str) -> None:
@@ -19115,8 +19123,12 @@ def essence(read: Reads) -> tuple[dict[str, int], str]:
     counts = {table: count for table in tables_of_today() if table not in (*OWN_TABLES, "setting")
               for count, in read('SELECT count(*) FROM "%s"' % table)}
     journal = hashlib.sha256()
-    for row in read("SELECT seq, at, home, account, device, action, detail, tag FROM journal ORDER BY seq"):
-        journal.update(repr(row).encode())
+    seq, rows = 0, None
+    while rows is None or rows:
+        rows = list(read("SELECT seq, at, home, account, device, action, detail, tag FROM journal WHERE seq > ? ORDER BY seq LIMIT 5000", (seq,)))
+        for row in rows:
+            journal.update(repr(row).encode())
+            seq = row[0]
     return counts, journal.hexdigest()
 
 
@@ -19620,7 +19632,7 @@ class Move:
                     take_store(self.store, place_of(self.target), id)
                 if seal is None:
                     self._copy_objects()
-                    arrival.fill_ahead(cloud.db.each)
+                    arrival.fill_ahead(reads_of(cloud.db))
                     self._copy_objects()
                 began = time.monotonic()
                 damaged = self._hand_over(arrival, seal)
@@ -19666,7 +19678,7 @@ class Move:
         put_seal(db, moving, seal and seal.text())
         try:
             self._copy_objects()
-            arrival.fill(db.each, self._settings(id))
+            arrival.fill(reads_of(db), self._settings(id))
             damaged = name_damage(self.cloud, self.copying.bad)
         except BaseException:
             unseal(db, moving)
