@@ -16,34 +16,35 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      8  Database        Database Batch SCHEMA MIGRATIONS               two calls: read and write
      9  SQLite          Sqlite                                         one machine's Database, in a file
     10  PostgreSQL      PgAddress Wire Bound Result PgError PgLost    what a server of rows speaks
-    11  Cluster         Postgres translate                             PostgreSQL as a Database
-    12  Accounts        Credentials Accounts Devices                   who is asking
-    13  Tree            View Place Moment Contents Locks Brake         the tree of files, read
-    14  Mounts          Access Grant Mounts                            what others shared, as it stands in a root
-    15  Changes         Space Tree Draft Plan                          how it is changed
-    16  Files           Files Copies Search                            the verbs of what is
-    17  History         Span Journal Feed History Versions Trash       ... and of what was
-    18  Sharing         Sharing Terms Drops                            what people hand to others
-    19  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
-    20  HTTP            Request Response route respond                 what is asked, and the gate
-    21  Connections     Parser Connection Handler                      the only code that touches a socket
-    22  JSON API        api_*                                          what the page and programs use
-    23  Transfer        tus_* sync_*                                   resumable uploads, native sync
-    24  WebDAV          dav_*                                          RFC 4918
-    25  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
-    26  Upkeep          Upkeep Janitor                                 background jobs
-    27  Service         CloudServer Supervisor                         start, stop, logs
-    28  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
-    29  Moving          move_cloud give_back                          from one machine to several, and back
-    30  Folder          Rules Folder Memory                            a folder on this computer
-    31  Link            Link Fetcher introduce                         the server at the other end of a sync
-    32  Planner         Session Worklist Planner                      what a sync has to do
-    33  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
-    34  Command line    main                                           a function per command
-    35  Page parts      PARTS_* WORDS bare                             what pages are made of
-    36  Visitor         link_page H                                    what visitors of links see
-    37  Links           link_*                                         the doors that links open
-    38  Page            PAGE_* web_page                                the embedded page
+    11  Dialect         translate Vectors                              SQL that both engines take, for PostgreSQL
+    12  Cluster         Postgres                                       PostgreSQL as a Database
+    13  Accounts        Credentials Accounts Devices                   who is asking
+    14  Tree            View Place Moment Contents Locks Brake         the tree of files, read
+    15  Mounts          Access Grant Mounts                            what others shared, as it stands in a root
+    16  Changes         Space Tree Draft Plan                          how it is changed
+    17  Files           Files Copies Search                            the verbs of what is
+    18  History         Span Journal Feed History Versions Trash       ... and of what was
+    19  Sharing         Sharing Terms Drops                            what people hand to others
+    20  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
+    21  HTTP            Request Response route respond                 what is asked, and the gate
+    22  Connections     Parser Connection Handler                      the only code that touches a socket
+    23  JSON API        api_*                                          what the page and programs use
+    24  Transfer        tus_* sync_*                                   resumable uploads, native sync
+    25  WebDAV          dav_*                                          RFC 4918
+    26  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
+    27  Upkeep          Upkeep Janitor                                 background jobs
+    28  Service         CloudServer Supervisor                         start, stop, logs
+    29  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
+    30  Moving          move_cloud give_back                          from one machine to several, and back
+    31  Folder          Rules Folder Memory                            a folder on this computer
+    32  Link            Link Fetcher introduce                         the server at the other end of a sync
+    33  Planner         Session Worklist Planner                      what a sync has to do
+    34  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
+    35  Command line    main                                           a function per command
+    36  Page parts      PARTS_* WORDS bare                             what pages are made of
+    37  Visitor         link_page H                                    what visitors of links see
+    38  Links           link_*                                         the doors that links open
+    39  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -51,7 +52,7 @@ The path of a request:
         1 find_route  ROUTES         which function?                    404 405
         2 identify    Credentials    who is asking?  (of a link: Sharing)
         3 admit       Route.needs    may they knock?                    401 403
-        4 handler     rooms 18-21    words to values, one Cloud call, values to words
+        4 handler     rooms 23-26    words to values, one Cloud call, values to words
               Files, History, ...    this principal, on this node?      403 404 409 412 423 507
                   Store              bytes first, no lock held
                   Database           then guards, rows and one journal line, in one batch
@@ -1836,6 +1837,24 @@ _NO_BLANKS = "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9ff
 def spread(text: str) -> str:
     """A text as it is indexed: folded; signs of writing that has no blanks between words stand each for itself."""
     return re.sub(_NO_BLANKS, r" \1 ", text.casefold())
+
+
+class _Unaccented(dict):
+    """{character: what it counts as}: letters with accents as those without, and accents as nothing; made as they are met."""
+
+    def __missing__(self, code: int) -> int | None:
+        parts = unicodedata.normalize("NFD", chr(code))
+        plain = None if 768 <= code <= 817 else ord(parts[0]) if len(parts) > 1 and parts[0].isascii() else code
+        self[code] = plain
+        return plain
+
+
+_UNACCENTED = _Unaccented()
+
+
+def cut_words(text: str) -> list[str]:
+    """The words of a text in their order, folded, as the index of contents has them: what FTS5 does by `unicode61 remove_diacritics 2`."""
+    return re.findall(r"[^\W_]+", spread(text).translate(_UNACCENTED))
 
 
 def find_words(text: str, words: Sequence[str]) -> tuple[str, str, str] | None:
@@ -3726,6 +3745,45 @@ def column_list(columns: Iterable[str]) -> str:
     return ", ".join('"%s"' % name for name in columns)
 
 
+class Match(NamedTuple):
+    """How rows of an index are found: SELECT … FROM {source} WHERE {condition}, with the parameters of the one, then of the other."""
+    source: str                                  # as i
+    row: str                                     # its column of row numbers
+    condition: str
+    params: tuple[Any, ...]
+
+
+class Index:
+    """Parts of names and words of contents, each under a number that name_row and text_row explain.
+
+    Words are folded; a word of contents, or the last one of several that stand together, may be a beginning.
+    """
+    has_names = True                             # else names are looked through
+    knows_order = True                           # does it tell words that stand together from words that stand anywhere?
+
+    def put_names(self, rows: Iterable[tuple[int, str]]) -> Statement:
+        """(number, folded name)"""
+        raise NotImplementedError
+
+    def drop_names(self) -> Statement:
+        raise NotImplementedError
+
+    def put_texts(self, rows: Iterable[tuple[int, int, str]]) -> Statement:
+        """(number, home, text)"""
+        raise NotImplementedError
+
+    def drop_texts(self) -> Statement:
+        raise NotImplementedError
+
+    def match_names(self, words: Sequence[str]) -> Match:
+        """Names that hold all of some parts, of three characters or more."""
+        raise NotImplementedError
+
+    def match_texts(self, home: int, words: Sequence[str], without: Sequence[str]) -> Match:
+        """Texts of a home with all of some words, and none of others."""
+        raise NotImplementedError
+
+
 class Database:
     """Where rows are kept.  What is written here is the promise; one suite of tests holds every engine to it, and a database
     behind a network is one more class.
@@ -3762,8 +3820,8 @@ class Database:
         """
         raise NotImplementedError
 
-    def has_index(self) -> bool:
-        """Are there indexes of names and contents?  They are made on the first call, where the engine can."""
+    def index(self) -> Index | None:
+        """What finds names and words of contents; None where the engine has nothing for it.  It is made on the first call."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -3957,6 +4015,34 @@ INDEXES = (  # made where SQLite can: parts of names; words of contents
     "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
     "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
     "tokenize = 'unicode61 remove_diacritics 2')")
+
+class FtsIndex(Index):
+    """... by FTS5, whose tables keep no text."""
+
+    def put_names(self, rows: Iterable[tuple[int, str]]) -> Statement:
+        return Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", rows, many=True)
+
+    def drop_names(self) -> Statement:
+        return Statement("INSERT INTO name_index (name_index) VALUES ('delete-all')")
+
+    def put_texts(self, rows: Iterable[tuple[int, int, str]]) -> Statement:
+        return Statement("INSERT INTO text_index (rowid, home, body) VALUES (?, ?, ?)", [(id, home, spread(text)) for id, home, text in rows], many=True)
+
+    def drop_texts(self) -> Statement:
+        return Statement("INSERT INTO text_index (text_index) VALUES ('delete-all')")
+
+    def match_names(self, words: Sequence[str]) -> Match:
+        return Match("name_index i", "i.rowid", "name_index MATCH ?", (" AND ".join('"%s"' % word.replace('"', '""') for word in words),))
+
+    def match_texts(self, home: int, words: Sequence[str], without: Sequence[str]) -> Match:
+        wanted = " AND ".join(map(match_words, words)) + "".join(" NOT " + match_words(word) for word in without)
+        return Match("text_index i", "i.rowid", "text_index MATCH ?", ('home : "%d" AND body : (%s)' % (home, wanted),))
+
+
+def match_words(word: str) -> str:
+    """A word, or beginning of one, in the language of FTS5."""
+    return '"%s"*' % spread(word).replace('"', '""')
+
 
 SETTINGS = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA fullfsync = 1", "PRAGMA checkpoint_fullfsync = 1",
             "PRAGMA journal_size_limit = %d" % (64 * MiB))
@@ -4210,7 +4296,7 @@ class Sqlite(Database):
     def commit(self, batch: Batch) -> None:
         self.writer.commit(batch)
 
-    def has_index(self) -> bool:
+    def index(self) -> Index | None:
         """... where SQLite has FTS5 with trigrams."""
         if self._index is None:
             try:
@@ -4218,7 +4304,7 @@ class Sqlite(Database):
                 self._index = True
             except CloudError:
                 self._index = False
-        return self._index
+        return FtsIndex() if self._index else None
 
     @contextmanager
     def load(self) -> Iterator[Loading]:
@@ -4232,7 +4318,7 @@ class Sqlite(Database):
 
     def examine(self) -> Iterator[tuple[bool, str]]:
         yield self.read("PRAGMA journal_mode") == [("wal",)], "the database keeps a write-ahead log"
-        yield self.has_index(), "SQLite can index names (FTS5 with trigrams)"
+        yield self.index() is not None, "SQLite can index names (FTS5 with trigrams)"
 
     def damage(self, *, quick: bool = True) -> list[str]:
         return [found for found, in self.read("PRAGMA %s_check" % ("quick" if quick else "integrity")) if found != "ok"]
@@ -5385,75 +5471,13 @@ SIGNATURES = {  # algorithms of certificates as in DER: the hash they name, or S
     "2a8648ce3d040302": "sha256", "2a8648ce3d040303": "sha384", "2a8648ce3d040304": "sha512"}
 
 
-# ==== 11. Cluster ========================================================================
+# ==== 11. Dialect =========================================================================
 #
-# PostgreSQL behind the promises of Database: any number of servers share one.
-#
-# 1. A group is one transaction, sent at once: under a lock of the database, so that commits are serial, seqs have no gaps, and
-#    each guard sees all that was committed before.  That others are to look is told after it, and may be lost.  Where other processes
-#    commit as well the lock is got first: while it is waited for, the group grows.
-# 2. Who lost the answer does not guess: it writes the id of its group as poison.  Is it there already, the group was
-#    committed, and its row tells the first seq; else it never can be, and is sent again.
-# 3. What is remembered is confirmed by one look at the groups since the last one that is known: each tells what it touched, in its
-#    own transaction, and its number is drawn under the lock.  Another history, or one too long to be looked through, forgets all.
-# 4. All read from the primary.  One connection for each process writes, one listens, a bounded number reads.
-# 5. due() is the furthest of all processes, in one row; wall clocks count only after none of them was alive.
-
-CLUSTER_SCHEMA = """
-CREATE TABLE version (number INTEGER NOT NULL);                       -- of SCHEMA and MIGRATIONS: the one reached
-CREATE TABLE clock (due INTEGER NOT NULL, wall INTEGER NOT NULL);     -- how far the furthest process was, and by which wall clock
-CREATE TABLE commit_group (             -- groups of the last day, and the last one
-    id TEXT PRIMARY KEY,
-    seq INTEGER,                        -- the next one when it began; NULL is poison: it never was, and never will be
-    at INTEGER NOT NULL);
-CREATE INDEX commit_group_at ON commit_group (at);
-CREATE SEQUENCE slot;
-CREATE FUNCTION instr(text, text) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT strpos($1, $2)';
-CREATE FUNCTION refuse(reason text, code text) RETURNS text LANGUAGE plpgsql AS
-    'BEGIN RAISE EXCEPTION USING ERRCODE = code, MESSAGE = reason; END';
-ALTER TABLE clock SET (fillfactor = 50);
-"""
-CLUSTER_STORAGE = """
-ALTER TABLE thumbnail ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY;
-ALTER TABLE chunk ALTER COLUMN data SET STORAGE EXTERNAL;
-ALTER TABLE thumbnail ALTER COLUMN data SET STORAGE EXTERNAL;
-ALTER TABLE collection SET (fillfactor = 50);
-ALTER TABLE account SET (fillfactor = 50);
-"""
-ENGINE_1 = """
-ALTER TABLE version ADD COLUMN engine INTEGER NOT NULL DEFAULT 0;     -- of CLUSTER_STEPS: the one reached
-CREATE SEQUENCE commit_number;
-ALTER TABLE commit_group ADD COLUMN number INTEGER UNIQUE;            -- in the order of commits; NULL: it changed nothing
-ALTER TABLE commit_group ALTER COLUMN number SET DEFAULT nextval('commit_number');
-ALTER TABLE commit_group ADD COLUMN touched BLOB;                     -- tracks of what it touches, see Touched; NULL: it may be anything
-ALTER TABLE collection SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);
-ALTER TABLE account SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
-ALTER TABLE clock SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 100);
-"""
-CLUSTER_STEPS = [ENGINE_1]              # of this engine alone, beside MIGRATIONS, after which they are taken; CLUSTER_STEPS[0] leads from 0 to 1
-
-COMMITS, ALIVE, AHEAD = 0x636C6F75, 0x636C6F76, 0x636C6F77       # locks of the database: who commits; of every process as long as it lives; of bytes
-CHANNEL = "cloudserver"                          # ... on which commits are told
-GROUP_BYTES = 256 * KiB                          # of a transaction on the wire; one batch may be more
-COMPANY = 10                                     # groups for which it counts that others had the lock
-READERS = 8                                      # connections of a process to read, and
-SPARE_TIME = 10                                  # seconds that a thread waits for one of them
-HEAR = 5                                         # seconds after which a waiter looks although nothing was heard,
-LOOK_PAUSE = 0.04                                # ... and between two looks of his, however much is written
-CLOCK_TIME = 10                                  # seconds between two looks at the row of the clock
-ECHO = 10                                        # seconds in which a process must hear itself
-OUTAGE = 20                                      # seconds that a database may be away before somebody is refused
-RETRY_PAUSE = 0.3                                # seconds before it is tried again
-LOAD_TIME = 3600                                 # seconds in which something must move while tables are filled
-LOCK_TIME = "10s"
-MIGRATION_WAIT, MIGRATION_PAUSE, MIGRATION_TRIES = 500, 1, 60      # ms that a table is waited for, and all others with it; seconds between two tries
-SESSION = {"default_transaction_isolation": "read committed", "lock_timeout": LOCK_TIME}
-SNAPSHOT_TIME, SNAPSHOT_MOST = 10, 30            # seconds of a snapshot: after so many it is told of, and after so many it gives no more rows
-READING = {"idle_in_transaction_session_timeout": "%ds" % SNAPSHOT_TIME}         # ... and in so many somebody must ask for some, or the server ends it
-BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
-
+# What is SQL for SQLite and for PostgreSQL, and what is different in each.
 
 # ---- the dialect: one rule of each kind, applied once to each statement
+
+GROUP_BYTES = 256 * KiB         # of a transaction on the wire; one batch may be more
 
 DIALECT = [(re.compile(pattern), words) for pattern, words in (
     (r"--[^\n]*", ""),
@@ -5616,6 +5640,136 @@ def fill_many(text: str, given: tuple[bool, ...]) -> str:
         parts[at] = PARAMETER.sub(lambda place: "p.c%d" % numbers[int(place[1]) - 1] if given[int(place[1]) - 1] else "NULL", parts[at])
     places = range(1, 1 + numbers[-1])
     return "".join(parts).replace("{rows}", "unnest(%s) AS p (%s)" % (", ".join("$%d" % n for n in places), ", ".join("c%d" % n for n in places)))
+
+
+# ---- what finds names and words
+
+VECTOR_BYTES = 900_000          # of the distinct words of a text; a tsvector holds 1 MiB
+LEXEME_LENGTH = 500             # characters; ... and none of more than 2046 bytes
+HAS_PARTS = "SELECT to_regclass('name_parts') IS NOT NULL"
+INDEX_PARTS = "CREATE EXTENSION IF NOT EXISTS pg_trgm; CREATE INDEX IF NOT EXISTS name_parts ON name_words USING gin (name gin_trgm_ops)"
+
+
+class Vectors(Index):
+    """... by tsvector: which words a text has, without their places, and whose it is as one more.  Names by trigrams, where there are any.
+
+    What matches is chosen apart from the rest of a statement, which else would walk through all rows for the few it shows.
+    """
+    knows_order = False
+
+    def __init__(self, has_names: bool) -> None:
+        self.has_names = has_names
+
+    def put_names(self, rows: Iterable[tuple[int, str]]) -> Statement:
+        return Statement("INSERT INTO name_words (id, name) VALUES (?, ?)", rows, many=True)
+
+    def drop_names(self) -> Statement:
+        return Statement("DELETE FROM name_words")
+
+    def put_texts(self, rows: Iterable[tuple[int, int, str]]) -> Statement:
+        return Statement("INSERT INTO text_words (id, words) SELECT CAST(? AS bigint), array_to_tsvector(string_to_array(?, ' '))",
+                         [(id, " ".join(("@%d" % home, *lexemes_of(text)))) for id, home, text in rows], many=True)
+
+    def drop_texts(self) -> Statement:
+        return Statement("DELETE FROM text_words")
+
+    def match_names(self, words: Sequence[str]) -> Match:
+        return Match("(SELECT id FROM name_words WHERE " + " AND ".join(["name LIKE ?"] * len(words)) + " OFFSET 0) i", "i.id", "1 = 1",
+                     tuple("%" + re.sub(r"([\\%_])", r"\\\1", word) + "%" for word in words))
+
+    def match_texts(self, home: int, words: Sequence[str], without: Sequence[str]) -> Match:
+        wanted = [word for text in words for word in lexical(text) or ["'@'"]]               # nothing that is a word is nowhere
+        unwanted = ["!" + word for text in without for word in lexical(text)[:1] if len(cut_words(text)) == 1]
+        return Match("(SELECT id FROM text_words WHERE words @@ CAST(? AS tsquery) OFFSET 0) i", "i.id", "1 = 1",
+                     (" & ".join(("'@%d'" % home, *wanted, *unwanted)),))
+
+
+def lexemes_of(text: str) -> Iterator[str]:
+    """The distinct words of a text, as far as there is room."""
+    room = VECTOR_BYTES
+    for word in sorted({word[:LEXEME_LENGTH] for word in cut_words(text)}):
+        room -= len(word.encode())
+        if room < 0:
+            return
+        yield word
+
+
+def lexical(text: str) -> list[str]:
+    """The words of what is looked for, in the language of tsquery; the last may be a beginning."""
+    words = ["'%s'" % word[:LEXEME_LENGTH] for word in cut_words(text)]
+    return [*words[:-1], words[-1] + ":*"] if words else []
+
+
+# ==== 12. Cluster ========================================================================
+#
+# PostgreSQL behind the promises of Database: any number of servers share one.
+#
+# 1. A group is one transaction, sent at once: under a lock of the database, so that commits are serial, seqs have no gaps, and
+#    each guard sees all that was committed before.  That others are to look is told after it, and may be lost.  Where other processes
+#    commit as well the lock is got first: while it is waited for, the group grows.
+# 2. Who lost the answer does not guess: it writes the id of its group as poison.  Is it there already, the group was
+#    committed, and its row tells the first seq; else it never can be, and is sent again.
+# 3. What is remembered is confirmed by one look at the groups since the last one that is known: each tells what it touched, in its
+#    own transaction, and its number is drawn under the lock.  Another history, or one too long to be looked through, forgets all.
+# 4. All read from the primary.  One connection for each process writes, one listens, a bounded number reads.
+# 5. due() is the furthest of all processes, in one row; wall clocks count only after none of them was alive.
+
+CLUSTER_SCHEMA = """
+CREATE TABLE version (number INTEGER NOT NULL);                       -- of SCHEMA and MIGRATIONS: the one reached
+CREATE TABLE clock (due INTEGER NOT NULL, wall INTEGER NOT NULL);     -- how far the furthest process was, and by which wall clock
+CREATE TABLE commit_group (             -- groups of the last day, and the last one
+    id TEXT PRIMARY KEY,
+    seq INTEGER,                        -- the next one when it began; NULL is poison: it never was, and never will be
+    at INTEGER NOT NULL);
+CREATE INDEX commit_group_at ON commit_group (at);
+CREATE SEQUENCE slot;
+CREATE FUNCTION instr(text, text) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT strpos($1, $2)';
+CREATE FUNCTION refuse(reason text, code text) RETURNS text LANGUAGE plpgsql AS
+    'BEGIN RAISE EXCEPTION USING ERRCODE = code, MESSAGE = reason; END';
+ALTER TABLE clock SET (fillfactor = 50);
+"""
+CLUSTER_STORAGE = """
+ALTER TABLE thumbnail ALTER COLUMN id ADD GENERATED BY DEFAULT AS IDENTITY;
+ALTER TABLE chunk ALTER COLUMN data SET STORAGE EXTERNAL;
+ALTER TABLE thumbnail ALTER COLUMN data SET STORAGE EXTERNAL;
+ALTER TABLE collection SET (fillfactor = 50);
+ALTER TABLE account SET (fillfactor = 50);
+"""
+ENGINE_1 = """
+ALTER TABLE version ADD COLUMN engine INTEGER NOT NULL DEFAULT 0;     -- of CLUSTER_STEPS: the one reached
+CREATE SEQUENCE commit_number;
+ALTER TABLE commit_group ADD COLUMN number INTEGER UNIQUE;            -- in the order of commits; NULL: it changed nothing
+ALTER TABLE commit_group ALTER COLUMN number SET DEFAULT nextval('commit_number');
+ALTER TABLE commit_group ADD COLUMN touched BLOB;                     -- tracks of what it touches, see Touched; NULL: it may be anything
+ALTER TABLE collection SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);
+ALTER TABLE account SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
+ALTER TABLE clock SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 100);
+"""
+ENGINE_2 = """
+CREATE TABLE name_words (id INTEGER PRIMARY KEY, name TEXT NOT NULL);
+CREATE TABLE text_words (id INTEGER PRIMARY KEY, words tsvector NOT NULL);
+CREATE INDEX text_words_words ON text_words USING gin (words);
+"""
+CLUSTER_STEPS = [ENGINE_1, ENGINE_2]              # of this engine alone, beside MIGRATIONS, after which they are taken; CLUSTER_STEPS[0] leads from 0 to 1
+
+COMMITS, ALIVE, AHEAD = 0x636C6F75, 0x636C6F76, 0x636C6F77       # locks of the database: who commits; of every process as long as it lives; of bytes
+CHANNEL = "cloudserver"                          # ... on which commits are told
+COMPANY = 10                                     # groups for which it counts that others had the lock
+READERS = 8                                      # connections of a process to read, and
+SPARE_TIME = 10                                  # seconds that a thread waits for one of them
+HEAR = 5                                         # seconds after which a waiter looks although nothing was heard,
+LOOK_PAUSE = 0.04                                # ... and between two looks of his, however much is written
+CLOCK_TIME = 10                                  # seconds between two looks at the row of the clock
+ECHO = 10                                        # seconds in which a process must hear itself
+OUTAGE = 20                                      # seconds that a database may be away before somebody is refused
+RETRY_PAUSE = 0.3                                # seconds before it is tried again
+LOAD_TIME = 3600                                 # seconds in which something must move while tables are filled
+LOCK_TIME = "10s"
+MIGRATION_WAIT, MIGRATION_PAUSE, MIGRATION_TRIES = 500, 1, 60      # ms that a table is waited for, and all others with it; seconds between two tries
+SESSION = {"default_transaction_isolation": "read committed", "lock_timeout": LOCK_TIME}
+SNAPSHOT_TIME, SNAPSHOT_MOST = 10, 30            # seconds of a snapshot: after so many it is told of, and after so many it gives no more rows
+READING = {"idle_in_transaction_session_timeout": "%ds" % SNAPSHOT_TIME}         # ... and in so many somebody must ask for some, or the server ends it
+BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
 
 # ---- what went wrong
@@ -6189,6 +6343,7 @@ class Postgres(Database):
         """
         self.place, self.readonly = address, how == "read"
         self._listener: Listener | None = None               # None: nothing is written here, and nobody waits
+        self._index: Index | None = None                     # None: nobody asked for it yet
         self._readers = Readers(partial(self._connect, READING))
         self.writer = ClusterWriter(self._connect, clock, self._readers.wire)
         touched = Touched(self.read)
@@ -6290,9 +6445,19 @@ class Postgres(Database):
         except (PgError, PgLost) as error:
             raise cluster_error(error) from error
 
-    def has_index(self) -> bool:
-        """... not yet: names are looked through."""
-        return False
+    def index(self) -> Index:
+        """... of names only where there is pg_trgm."""
+        if self._index is None:
+            try:
+                with self._readers.wire() as wire:
+                    if not self.readonly and not wire.query(HAS_PARTS)[0][0]:
+                        with suppress(PgError):
+                            wire.script("BEGIN; %s; %s; COMMIT" % (LOCK_COMMITS, INDEX_PARTS))
+                        wire.script("ROLLBACK")
+                    self._index = Vectors(wire.query(HAS_PARTS)[0][0])
+            except (PgError, PgLost) as error:
+                raise cluster_error(error) from error
+        return self._index
 
     def save_clock(self) -> None:
         with suppress(PgError, PgLost), self._readers.wire() as wire:    # it is told again soon
@@ -6362,6 +6527,7 @@ class Postgres(Database):
         old = ["%s of %s%s, process %d, for %d s" % row for row in self.read(OLD_TRANSACTIONS)]
         yield not old, "%d transactions of the database are older than a minute%s" % (
             len(old), ", and keep what is changed meanwhile from being cleared away: " + "; ".join(old[:5]) if old else "")
+        yield self.index().has_names, "the database can index names (pg_trgm)"
 
     # ---- opening
 
@@ -6451,7 +6617,7 @@ def check_server(wire: Wire) -> None:
         raise CloudError("conflict", "synchronous_commit is off in the database: what is acknowledged could be lost")
 
 
-# ==== 12. Accounts =======================================================================
+# ==== 13. Accounts =======================================================================
 #
 # Who is asking.  1. Nothing a second process needs lives in memory: sessions, tokens and throttles are rows.
 # 2. What is remembered in memory is keyed by a digest of the credential under a key of this process, and counts
@@ -7284,7 +7450,7 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
-# ==== 13. Tree ===========================================================================
+# ==== 14. Tree ===========================================================================
 #
 # What every verb stands on.  1. A verb takes who, then what, then Preconditions.  2. It enters where somebody may go (View,
 # Place), says what right it needs, stores bytes, then commits one batch; nothing it decided on can have changed by then, because guards restate it.
@@ -8067,7 +8233,7 @@ LINK_REFUSES = (
 COUNT_CAME = "UPDATE share SET files = files + ?, bytes = bytes + ? WHERE id = ?"
 
 
-# ==== 14. Mounts =========================================================================
+# ==== 15. Mounts =========================================================================
 #
 # What others shared with somebody stands in the root of their home: who sees what of it, and how a mount comes, gets another name and goes.
 # These are steps of a Plan, which is handed in.
@@ -8354,7 +8520,7 @@ def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
     return plan.step(Change(mount._replace(files=0), None, plan.now.top, (), fate)).before
 
 
-# ==== 15. Changes ========================================================================
+# ==== 16. Changes ========================================================================
 #
 # What a change of the tree needs, and how it becomes a batch: a verb enters, asks, and gives its steps to a Plan.
 
@@ -9374,7 +9540,7 @@ TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the nu
                      COUNT_CAME))}
 
 
-# ==== 16. Files ==========================================================================
+# ==== 17. Files ==========================================================================
 #
 # Files and collections as they are now: reading, writing, moving, copying, properties, locks; pictures of them; what is found.
 
@@ -10115,11 +10281,6 @@ LAST_PLACE = INTEGERS - 1, INTEGERS - 1          # behind all (since, node), or 
 MAY_CONTAIN = " AND (instr(lower(e.name), ?) > 0 OR length(CAST(e.name AS BLOB)) > length(e.name))"     # lower() knows ASCII alone
 
 
-def match_words(word: str) -> str:
-    """A word, or beginning of one, in the language of FTS5."""
-    return '"%s"*' % spread(word).replace('"', '""')
-
-
 class Search:
     """What is found by words, by marks, or by looking at everything."""
 
@@ -10157,15 +10318,25 @@ class Search:
                 folded = node.name.casefold()
                 if all(word in folded for word in query.words) and not any(word in folded for word in query.without):
                     yield node, False
-        if query.within != "names" and query.words and self.db.has_index():
-            wanted = " AND ".join(map(match_words, query.words)) + "".join(" NOT " + match_words(word) for word in query.without)
-            for home in homes:
-                for _, _, *row in watched(self.db.each(
-                        entries_now("text_index MATCH ? AND r.home = ? AND (i.rowid, e.node) < (?, ?)", "i.rowid, e.node, " + NODE,
-                                    "text_index i JOIN text_row r ON r.id = i.rowid JOIN entry e "
-                                    "ON e.manifest = r.manifest AND e.home = r.home") + " ORDER BY i.rowid DESC, e.node DESC LIMIT %d" % PIECE,
-                        ('home : "%d" AND body : (%s)' % (home, wanted), home), LAST_PLACE), alive):
-                    yield here.named(Node._make(row)), True
+        index = self.db.index() if query.within != "names" and query.words else None
+        for home in homes if index else ():
+            match = index.match_texts(home, query.words, query.without)
+            for _, _, *row in watched(self.db.each(
+                    entries_now("%s AND r.home = ? AND (%s, e.node) < (?, ?)" % (match.condition, match.row), match.row + ", e.node, " + NODE,
+                                match.source + " JOIN text_row r ON r.id = %s JOIN entry e ON e.manifest = r.manifest AND e.home = r.home" % match.row)
+                    + " ORDER BY %s DESC, e.node DESC LIMIT %d" % (match.row, PIECE), (*match.params, home), LAST_PLACE), alive):
+                node = Node._make(row)
+                if index.knows_order or self._in_order(node, query):
+                    yield here.named(node), True
+
+    def _in_order(self, node: Node, query: Query) -> bool:
+        """Do several words that are to stand together do so in a text that has all of them, and none that are not to?"""
+        wanted, unwanted = ([words for words in map(cut_words, texts) if len(words) > 1] for texts in (query.words, query.without))
+        if not wanted and not unwanted:
+            return True
+        there = " %s " % " ".join(cut_words(decode_text(self.tree.contents.of(node).read(TEXT_LIMIT)) or ""))
+        stand = lambda words: " " + " ".join(words) in there
+        return all(map(stand, wanted)) and not any(map(stand, unwanted))
 
     def _snippet(self, node: Node, words: Sequence[str]) -> tuple[str, str, str] | None:
         text = decode_text(self.tree.contents.of(node).read(TEXT_LIMIT))
@@ -10179,8 +10350,8 @@ class Search:
 
     def _candidates(self, home: int, query: Query) -> Iterator[Node]:
         """Live nodes of a home: those the index of names knows to fit, and all it has not seen yet."""
-        usable = query.words and all(len(word) > 2 for word in query.words)
-        indexed = int(self.db.setting("indexed") or 0) if usable else 0
+        index = self.db.index() if query.words and all(len(word) > 2 for word in query.words) else None
+        indexed = int(self.db.setting("indexed") or 0) if index and index.has_names else 0
         for _, _, *row in self.db.each(
                 entries_now("e.home = ? AND e.since > ? AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ?"
                             + len(query.words) * MAY_CONTAIN + " AND (e.since, e.node) < (?, ?)", "e.since, e.node, " + NODE)
@@ -10189,10 +10360,11 @@ class Search:
                  MTIME_MIN if query.after is None else query.after, MTIME_MAX + 1 if query.before is None else query.before, *query.words), LAST_PLACE):
             yield Node._make(row)
         if indexed:
-            wanted = " AND ".join('"%s"' % word.replace('"', '""') for word in query.words)
+            match = index.match_names(query.words)
             for _, *row in self.db.each(
-                    entries_now("name_index MATCH ? AND e.home = ? AND i.rowid < ?", "i.rowid, " + NODE, "name_index i JOIN name_row r ON r.id = i.rowid "
-                                "JOIN entry e ON e.node = r.node") + " ORDER BY i.rowid DESC LIMIT %d" % PIECE, (wanted, home), LAST_PLACE[:1]):
+                    entries_now("%s AND e.home = ? AND %s < ?" % (match.condition, match.row), match.row + ", " + NODE,
+                                match.source + " JOIN name_row r ON r.id = %s JOIN entry e ON e.node = r.node" % match.row)
+                    + " ORDER BY %s DESC LIMIT %d" % (match.row, PIECE), (*match.params, home), LAST_PLACE[:1]):
                 yield Node._make(row)
 
     def by_id(self, who: Principal, node: int) -> list[tuple[tuple[str, ...], Node]]:
@@ -10202,7 +10374,7 @@ class Search:
         return [] if path is None else [(path, here.here(node))]
 
 
-# ==== 17. History ========================================================================
+# ==== 18. History ========================================================================
 #
 # What was: versions, trash, activity, undo and rewind.
 
@@ -11097,7 +11269,7 @@ IS_LAST = (  # is an entry the last that its node had, and the node not live?
     "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.since >= entry.until AND l.until IS NOT NULL)")
 
 
-# ==== 18. Sharing ========================================================================
+# ==== 19. Sharing ========================================================================
 #
 # What people hand to others.  A share is a View of a node; who comes by one is a Principal like any other, and no verb knows more of it.
 # 1. A share holds a node: it goes where that goes, and shows nothing of what is around it.  2. One function opens a link, for every door (S4).
@@ -12016,7 +12188,7 @@ def check_label(text: str, most: int) -> str:
     return text
 
 
-# ==== 19. Verbs ==========================================================================
+# ==== 20. Verbs ==========================================================================
 #
 # Native sync, uploads in parts, pictures; Cloud, which holds every verb.
 
@@ -13020,7 +13192,7 @@ def parts_id(who: Principal, name: str) -> str:
     return "%d:%d:%s" % (who.person, view_of(who).top, name)
 
 
-# ==== 20. HTTP ===========================================================================
+# ==== 21. HTTP ===========================================================================
 #
 # The only code that touches a socket.  1. One parser, one path function, one gate for every request.
 # 2. An answer is one send if it is small.  3. An unread body never becomes the next request: it is drained, up to
@@ -13762,7 +13934,7 @@ def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
                                                    "Cache-Control": "no-store"})
 
 
-# ==== 21. Connections ====================================================================
+# ==== 22. Connections ====================================================================
 #
 # From bytes to requests, and answers to bytes.  The invariants are those of the room above.
 
@@ -14405,7 +14577,7 @@ NO_REQUEST = Request("-", ((), False, ""), Envelope(), Body())
 FRONT = "index.php"             # before an address it is nothing: Nextcloud's clients write it or not
 
 
-# ==== 22. JSON API =======================================================================
+# ==== 23. JSON API =======================================================================
 #
 # /api/v1/: everything the page can do, and so can any program.  Paths are strings like "photos/a.jpg", "" is the root;
 # times go out as RFC 3339 and come in so or as ms since 1970; ids and versions are decimal strings.
@@ -15231,7 +15403,7 @@ def describe_route(found: Route) -> dict[str, Any]:
     return about
 
 
-# ==== 23. Transfer =======================================================================
+# ==== 24. Transfer =======================================================================
 #
 # Resumable uploads by the tus protocol, 1.0: core, creation, creation-with-upload, creation-defer-length, checksum,
 # expiration, termination.  An upload is finished when its last byte has come; there is nothing to assemble.
@@ -15518,7 +15690,7 @@ def sync_step(step: Any) -> dict[str, Any]:
     return check_fields(step, STEP_FIELDS[verbs[0]])
 
 
-# ==== 24. WebDAV =========================================================================
+# ==== 25. WebDAV =========================================================================
 #
 # RFC 4918 classes 1, 2 and 3, with quotas (RFC 4331), extended MKCOL (RFC 5689) and sync-collection (RFC 6578).
 # A quirk of a client is a row or a few lines here, with the client named; the operations never learn of it.
@@ -16208,7 +16380,7 @@ REPORT_KINDS = {"{DAV:}sync-collection": dav_changes}
 open_door(Door(("dav",), PROPERTIES, frozenset(), REPORT_KINDS), dav_error, HANDLERS)
 
 
-# ==== 25. Nextcloud dialect ==============================================================
+# ==== 26. Nextcloud dialect ==============================================================
 #
 # What Nextcloud's and ownCloud's clients ask beside WebDAV: discovery, OCS, the login flow, uploads in chunks and in
 # bulk, trash, versions, search.  Words are translated to one Cloud call and back; the files themselves are served by
@@ -17247,7 +17419,7 @@ def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tup
     return Response(201)
 
 
-# ==== 26. Upkeep =========================================================================
+# ==== 27. Upkeep =========================================================================
 #
 # What goes on in the background.
 
@@ -17691,19 +17863,24 @@ class Sweep(Duty):
 
 
 class Indexing(Duty):
-    """Searches are prepared after the write: names and contents, where SQLite has indexes for them (FTS5)."""
+    """Searches are prepared after the write: names and contents, where the engine has an index for them."""
 
     def index_names(self) -> bool:
-        """Bring the index of names further, where SQLite has one; is there more to do?"""
+        """Bring the index of names further, where there is one; is there more to do?"""
+        index = self.db.index()
+        if not index or not index.has_names:
+            return False
+        if self.db.setting("folded") is None:            # names were indexed as they are, and "ss" did not find "ß"
+            self.write(index.drop_names(), Statement("DELETE FROM name_row"), Statement("DELETE FROM setting WHERE name = 'indexed'"), put_setting("folded", "1"))
         return self._go_on("indexed", NAMES_STEP, self._add_names)
 
     def index_contents(self) -> bool:
         """The same for the index of contents."""
-        return self._go_on("read", CONTENTS_STEP, self._add_contents)
+        return self.db.index() is not None and self._go_on("read", CONTENTS_STEP, self._add_contents)
 
     def _go_on(self, mark: str, most: int, add: Callable[[int, int], list[Statement]]) -> bool:
         done = int(self.db.setting(mark) or 0)
-        reached = self._stretch(done, most) if self.db.has_index() else done
+        reached = self._stretch(done, most)
         if reached == done:
             return False
         self.write(*add(done, reached), put_setting(mark, str(reached)))
@@ -17716,7 +17893,7 @@ class Indexing(Duty):
             "WHERE p.node = e.node AND p.until = e.since AND p.key = e.key) ORDER BY since", (home, done, reached))]
         chosen = [(last + n, node, key) for n, (node, key) in enumerate(rows, 1)]
         return [Statement("INSERT INTO name_row (id, node) VALUES (?, ?)", [row[:2] for row in chosen], many=True),
-                Statement("INSERT INTO name_index (rowid, name) VALUES (?, ?)", [(id, key) for id, _, key in chosen], many=True)]
+                self.db.index().put_names([(id, key.casefold()) for id, _, key in chosen])]
 
     def _add_contents(self, done: int, reached: int) -> list[Statement]:
         """What remains to be written: most of it was, some text at a time."""
@@ -17734,12 +17911,12 @@ class Indexing(Duty):
         (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM text_row")
         chosen = [(last + n, *row) for n, row in enumerate(rows, 1)]
         return [Statement("INSERT INTO text_row (id, home, manifest) VALUES (?, ?, ?)", [row[:3] for row in chosen], many=True),
-                Statement("INSERT INTO text_index (rowid, home, body) VALUES (?, ?, ?)", [(id, home, text) for id, home, _, text in chosen], many=True)]
+                self.db.index().put_texts([(id, home, text) for id, home, _, text in chosen])]
 
     def _text_of(self, manifest: str, size: int) -> str:
         """What of a file goes into the index; nothing if it is no text, or cannot be read: the scrub tells of that."""
         try:
-            return spread(decode_text(self.cloud.contents.content(manifest, size).read(TEXT_LIMIT)) or "")
+            return decode_text(self.cloud.contents.content(manifest, size).read(TEXT_LIMIT)) or ""
         except CloudError as error:
             log.warning("not indexed: %s", error)
             return ""
@@ -17773,7 +17950,7 @@ class Indexing(Duty):
         stale, known = self.db.read("SELECT coalesce(sum(CASE WHEN EXISTS (SELECT 1 FROM entry e WHERE e.manifest = r.manifest "
                                     "AND e.home = r.home AND until IS NULL) THEN 0 ELSE 1 END), 0), count(*) FROM text_row r")[0]
         if stale > 1000 and 2 * stale > known:
-            self.write(Statement("INSERT INTO text_index (text_index) VALUES ('delete-all')"), Statement("DELETE FROM text_row"),
+            self.write(self.db.index().drop_texts(), Statement("DELETE FROM text_row"),
                        Statement("DELETE FROM setting WHERE name = 'read'"))
 
 
@@ -17884,7 +18061,7 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
 }
 
 
-# ==== 27. Service ========================================================================
+# ==== 28. Service ========================================================================
 #
 # One supervisor, several workers that share the listening socket.  1. The supervisor forks before any database is
 # opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
@@ -18618,7 +18795,7 @@ def keep_on_core(index: int) -> None:
         os.sched_setaffinity(0, {sorted(CORES)[index % len(CORES)]})
 
 
-# ==== 28. Custody ========================================================================
+# ==== 29. Custody ========================================================================
 #
 # What its keeper does with a cloud as a whole.
 
@@ -18868,7 +19045,7 @@ def copy_tables(db: sqlite3.Connection) -> dict[str, str]:
     return bad
 
 
-OWN_SETTINGS = ("hold", "indexed", "read", "running", "unclean", "cloud", "objects", "mark", "sealed", "move")       # they say nothing of a copy
+OWN_SETTINGS = ("hold", "indexed", "folded", "read", "running", "unclean", "cloud", "objects", "mark", "sealed", "move")       # they say nothing of a copy
 OWN_TABLES = ("name_row", "text_row", "lease")               # nor do these
 
 
@@ -19511,7 +19688,7 @@ def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
         yield None, "no server runs on this data"
 
 
-# ==== 29. Moving =========================================================================
+# ==== 30. Moving =========================================================================
 #
 # A cloud goes from one machine, with SQLite in a data directory, to PostgreSQL, or back.
 # 1. Its rows are in two places, of which one at most takes any: the source until it is sealed, the target once it is opened.
@@ -19699,7 +19876,7 @@ class Move:
         arrival.open()
 
 
-# ==== 30. Folder =========================================================================
+# ==== 31. Folder =========================================================================
 #
 # Two-way sync of a folder with a server, over the sync protocol and nothing else.
 # 1. Each side is compared with what both last agreed on (base), never with the other.  Size, times and inode say that a
@@ -20641,7 +20818,7 @@ class Memory:
         self.db.close()
 
 
-# ==== 31. Link ===========================================================================
+# ==== 32. Link ===========================================================================
 #
 # The server at the other end of a sync: what it answers is checked here (invariant 6).
 
@@ -21222,7 +21399,7 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
     memory.flush()
 
 
-# ==== 32. Planner ========================================================================
+# ==== 33. Planner ========================================================================
 #
 # What a run of the client has to do.  The invariants are those of the room Folder.
 
@@ -21648,7 +21825,7 @@ class Planner:
         return False
 
 
-# ==== 33. Sync client ====================================================================
+# ==== 34. Sync client ====================================================================
 #
 # Doing it.  The invariants are those of the room Folder.
 
@@ -22478,7 +22655,7 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
         raise
 
 
-# ==== 34. Command line ===================================================================
+# ==== 35. Command line ===================================================================
 
 Arguments = argparse.Namespace
 GROUPS = {"user": "make, list, change and remove accounts", "group": "make, list and remove groups of accounts, and say who belongs to them"}
@@ -23037,7 +23214,7 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-# ==== 35. Page parts =====================================================================
+# ==== 36. Page parts =====================================================================
 #
 # What the pages of the program are made of, and share: style, script and words.  Each page adds its own behind them, and
 # the functions of its own that these call.
@@ -25141,7 +25318,7 @@ def source_hash(text: str) -> str:
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# ==== 36. Visitor ========================================================================
+# ==== 37. Visitor ========================================================================
 #
 # What somebody sees who opens a link: a page that is whole as the server writes it.  Its script adds preview, uploads that
 # go on after a break, and what else needs one.  Names and notes enter it by H and textContent alone (W5).  It tells nothing
@@ -25821,7 +25998,7 @@ def web_visitor(cloud: Cloud, who: Principal, request: Request) -> Response:
                                          "Cross-Origin-Resource-Policy": "same-origin"})
 
 
-# ==== 37. Links ==========================================================================
+# ==== 38. Links ==========================================================================
 #
 # The doors that links open: /s/TOKEN for browsers, curl, WebDAV and tus, and those of Nextcloud's public links.  Files whose name is that of a door below a token are reached by way of dav.
 
@@ -25997,7 +26174,7 @@ open_door(NC_LINK, nc_error, LINK_HANDLERS)
 open_door(replace(NC_LINK, names=("public.php", "webdav")), nc_error, LINK_HANDLERS)             # the token is the user's name there
 
 
-# ==== 38. Page ===========================================================================
+# ==== 39. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, style and script are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).
