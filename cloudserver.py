@@ -17546,7 +17546,7 @@ def renew_mark(cloud: Cloud) -> None:
                      [Statement("SELECT 'mark' WHERE (SELECT value FROM setting WHERE name = 'mark') IS NOT ?", (stored,))],
                      told=id + " " + marks[-1], touches=())
 
-    if is_apart(cloud.config):
+    if is_apart(cloud.config) and cloud.db.setting("cloud"):         # nobody took it, before the first start
         own_store(cloud, cloud.db.write(attempt).told)
     else:
         check_store(cloud)

@@ -27955,8 +27955,8 @@ func main() {
 
 # ==== what all of them met ===============================================================
 
-OF_ONE_ENGINE = re.compile(r"\bsqlite_master\b|\bPRAGMA\b|\bEXPLAIN\b|\b(name|text)_(index|words)\b|\bcommit_group\b|\bpg_\w+|\bcurrent_setting\b|\bFROM version\b")
 # What tests of one engine say to it, what one keeps for itself, and indexes, of which each has its own.
+OF_ONE_ENGINE = re.compile(r"\bsqlite_master\b|\bPRAGMA\b|\bEXPLAIN\b|\b(name|text)_(index|words)\b|\bcommit_group\b|\bpg_\w+|\bcurrent_setting\b|\bFROM version\b")
 
 
 @pytest.mark.last
