@@ -6419,6 +6419,9 @@ class Postgres(Database):
                 return False
             self.recent.renew()
 
+    def away(self) -> float:
+        return self._listener.away()
+
     # ---- writing
 
     def commit(self, batch: Batch) -> None:
