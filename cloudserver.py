@@ -3759,10 +3759,13 @@ class Index:
     Words are folded; a word of contents, or the last one of several that stand together, may be a beginning.
     """
     has_names = True                             # else names are looked through
-    knows_order = True                           # does it tell words that stand together from words that stand anywhere?
+
+    def tells(self, text: str) -> bool:
+        """Does it alone know where what is looked for stands, as a word or several that stand together?"""
+        return True
 
     def put_names(self, rows: Iterable[tuple[int, str]]) -> Statement:
-        """(number, folded name)"""
+        """(number, folded name).  Numbers of what was given up come again; by its name, too, such a number may then be found."""
         raise NotImplementedError
 
     def drop_names(self) -> Statement:
@@ -5655,13 +5658,16 @@ class Vectors(Index):
 
     What matches is chosen apart from the rest of a statement, which else would walk through all rows for the few it shows.
     """
-    knows_order = False
-
     def __init__(self, has_names: bool) -> None:
         self.has_names = has_names
 
+    def tells(self, text: str) -> bool:
+        """... of one word that was not cut off."""
+        words = cut_words(text)
+        return not words or len(words) == 1 and len(words[0]) <= LEXEME_LENGTH
+
     def put_names(self, rows: Iterable[tuple[int, str]]) -> Statement:
-        return Statement("INSERT INTO name_words (id, name) VALUES (?, ?)", rows, many=True)
+        return Statement("INSERT INTO name_words (id, name) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET name = excluded.name", rows, many=True)
 
     def drop_names(self) -> Statement:
         return Statement("DELETE FROM name_words")
@@ -5679,7 +5685,7 @@ class Vectors(Index):
 
     def match_texts(self, home: int, words: Sequence[str], without: Sequence[str]) -> Match:
         wanted = [word for text in words for word in lexical(text) or ["'@'"]]               # nothing that is a word is nowhere
-        unwanted = ["!" + word for text in without for word in lexical(text)[:1] if len(cut_words(text)) == 1]
+        unwanted = ["!" + word for text in without if self.tells(text) for word in lexical(text)]
         return Match("(SELECT id FROM text_words WHERE words @@ CAST(? AS tsquery) OFFSET 0) i", "i.id", "1 = 1",
                      (" & ".join(("'@%d'" % home, *wanted, *unwanted)),))
 
@@ -10329,12 +10335,12 @@ class Search:
                                 match.source + " JOIN text_row r ON r.id = %s JOIN entry e ON e.manifest = r.manifest AND e.home = r.home" % match.row)
                     + " ORDER BY %s DESC, e.node DESC LIMIT %d" % (match.row, PIECE), (*match.params, home), LAST_PLACE), alive):
                 node = Node._make(row)
-                if index.knows_order or self._in_order(node, query):
+                if self._in_order(index, node, query):
                     yield here.named(node), True
 
-    def _in_order(self, node: Node, query: Query) -> bool:
-        """Do several words that are to stand together do so in a text that has all of them, and none that are not to?"""
-        wanted, unwanted = ([words for words in map(cut_words, texts) if len(words) > 1] for texts in (query.words, query.without))
+    def _in_order(self, index: Index, node: Node, query: Query) -> bool:
+        """Does what an index cannot tell stand in a text that it found, and nothing that is not to?"""
+        wanted, unwanted = ([cut_words(text) for text in texts if not index.tells(text)] for texts in (query.words, query.without))
         if not wanted and not unwanted:
             return True
         there = " %s " % " ".join(cut_words(decode_text(self.tree.contents.of(node).read(TEXT_LIMIT)) or ""))

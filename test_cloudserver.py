@@ -5205,6 +5205,41 @@ def test_every_engine_finds_the_same(make_cloud, database_of, tmp_path, rng, mon
     assert sum(map(bool, found[0].values())) > len(found[0]) / 4 and not any("bob.txt" in hits for hits in found[1].values())
 
 
+def indexed(cloud, *names):
+    """A cloud with these files, each holding its name, and all of them indexed."""
+    ann, upkeep = account(cloud), cs.Upkeep(cloud)
+    for name in names:
+        put(cloud, ann, "%s%d.txt" % (name[:9], len(name)), name.encode())
+    upkeep.hold()
+    while upkeep.indexing.index_names() or upkeep.indexing.index_contents():
+        pass
+    return ann, upkeep
+
+
+def test_long_words_are_the_same_words_on_every_engine(make_cloud, database_of, tmp_path):
+    queries, found = ["f" * 500, "f" * 550, "f" * 580, "f" * 600 + "2", "other -" + "f" * 580, 'other -"%s"' % ("f" * 600 + "1")], []
+    for name, database in ("one", ""), ("two", database_of(tmp_path)):
+        cloud = make_cloud(Config(data=tmp_path / name, database=database))
+        ann, _ = indexed(cloud, "f" * 550 + " other", "f" * 600 + "1 other")
+        found.append([sorted(hit.path[0] for hit in look_for(cloud, ann, query, within="contents")) for query in queries])
+    a, b = "fffffffff556.txt", "fffffffff607.txt"
+    assert found == 2 * [[[a, b], [a, b], [b], [], [a], [a]]]
+
+
+def test_numbers_of_names_that_were_given_up_are_used_again(make_cloud, database_of, tmp_path):
+    for name, database in ("one", ""), ("two", database_of(tmp_path)):
+        cloud = make_cloud(Config(data=tmp_path / name, database=database))
+        ann, upkeep = indexed(cloud, "first", "second")
+        (last,), = cloud.db.read("SELECT max(id) FROM name_row")
+        cloud.files.delete(ann, ("second6.txt",)), cloud.trash.empty(ann), upkeep.hold(), upkeep.thinning.purge()
+        assert cloud.db.read("SELECT max(id) FROM name_row") == [(last - 1,)]
+        put(cloud, ann, "third", b"3")
+        while upkeep.indexing.index_names():
+            pass
+        assert cloud.db.read("SELECT max(id) FROM name_row") == [(last,)]
+        assert [[hit.path for hit in look_for(cloud, ann, word)] for word in ("third", "first5", "second6")] == [[("third",)], [("first5.txt",)], []]
+
+
 def test_words_are_found_by_indexes_of_a_shared_database(make_cloud, database_of, tmp_path):
     cloud = make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path)))
     index = cloud.db.index()
