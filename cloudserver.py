@@ -18989,14 +18989,16 @@ def back_up(cloud: Cloud, to: Path) -> tuple[int, int, list[str]]:
 @contextmanager
 def sweep_held(cloud: Cloud) -> Iterator[None]:
     """Nothing is swept meanwhile; what is deleted stays until we are done."""
-    if cloud.db.readonly:
+    if cloud.db.readonly or cloud.seal():
         yield                                    # nobody can sweep there
         return
-    cloud.db.run(put_setting("hold", str(cloud.clock.due() + 7 * DAY)))
+    until = str(cloud.clock.due() + 7 * DAY)
+    cloud.db.run(put_setting("hold", until))
     try:
         yield
     finally:
-        cloud.db.run(Statement("DELETE FROM setting WHERE name = 'hold'"), frees=True)
+        with suppress(CloudError) if cloud.seal() else nullcontext():        # it may have been moved meanwhile
+            cloud.db.run(Statement("DELETE FROM setting WHERE name = 'hold' AND value = ?", (until,)), frees=True)
 
 
 OBJECTS = "SELECT hash, size, object FROM chunk WHERE object IS NOT NULL"
@@ -19865,7 +19867,7 @@ class Move:
         try:
             self._copy_objects()
             arrival.fill(reads_of(db), self._settings(id))
-            damaged = name_damage(self.cloud, self.copying.bad)
+            damaged = name_damage(self.cloud, {hash: what for hash, what in self.copying.bad.items() if db.read("SELECT 1 FROM chunk WHERE hash = ?", (hash,))})
         except BaseException:
             unseal(db, moving)
             raise

@@ -16815,6 +16815,9 @@ def test_a_cloud_moves_to_the_cluster_and_back_and_is_the_same(make_cloud, datab
     cs.settle(again, prove=True)
     assert dump(again) == before and cs.verify(again) == wrong and get(again, ann, "later") == get(shared, ann, "later")
     assert outcome(put, shared, ann, "latest", b"x") == "read-only" and put(again, ann, "latest", b"x")
+    with pytest.raises(CloudError, match="moved to %s: nothing is served" % re.escape(cs.address_of(again.config))):
+        cs.announce(cluster, 1, None)            # what a server does first
+    assert cs.back_up(shared, tmp_path / "backup")[2] == []          # what stays behind can be read
     assert [row for row in again.db.examine() if not row[0]] == []
 
 
