@@ -2276,7 +2276,7 @@ class Directory(Store):
             raise FileNotFoundError(errno.ENOENT, "not the name of an object", name)
         return self.home / name[:2] / name
 
-    def put(self, name: str, data: bytes | memoryview) -> os.stat_result:
+    def put(self, name: str, data: bytes | memoryview) -> os.stat_result | None:
         place = self._place(name)
         if not self._has_shards:
             self._make_shards()
