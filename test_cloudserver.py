@@ -5,6 +5,8 @@
     python3 test_cloudserver.py -m slow         the slow ones, one by one: crash loops, large files, a million nodes
     python3 test_cloudserver.py -k x --pdb      further words are pytest's; --processes 1 runs all in this one process
     SEED=random python3 test_cloudserver.py -k x   with other randomness than each test's own; SEED=123 with that of an earlier run
+    TEST_DATABASE=postgres python3 test_cloudserver.py    with the rows of all clouds in a PostgreSQL that is started for it
+    TEST_OBJECTS=s3 python3 test_cloudserver.py --rooms "Store, Upkeep"    with their objects in an S3; only the tests of these sections
 
 Codes like H9 or R14 in names and comments are the numbered promises listed at the end of README.md.
 """
