@@ -13061,6 +13061,16 @@ def open_store(config: Config) -> Store:
     return Directory(Path(config.objects) if config.objects else config.data / "objects")
 
 
+def take_place(config: Config, how: str) -> Store:
+    """The store of a cloud; its directory is made, unless it is to be read alone.  raises CloudError, OSError"""
+    store = open_store(config)
+    if how != "read":
+        claim_directory(config.data)
+        if not config.objects:
+            store.create()
+    return store
+
+
 class Cloud:
     """The cloud of all accounts: what any door can do, it does by one call of one of these."""
 
@@ -13072,13 +13082,15 @@ class Cloud:
         self.config, self.clock = config, clock or Clock()
         if not config.database:
             check_presence(config.data, how)
-        store = open_store(config)
-        if how != "read":
-            claim_directory(config.data)
-            if not config.objects:
-                store.create()
-        self.blobs = Blobs(store)
-        self.db = open_database(config, self.clock, how)
+            self.blobs = Blobs(take_place(config, how))
+            self.db = open_database(config, self.clock, how)
+        else:                                    # which tells whether there is a cloud, before anything is made here
+            self.db = open_database(config, self.clock, how)
+            try:
+                self.blobs = Blobs(take_place(config, how))
+            except BaseException:
+                self.db.close()
+                raise
         self.credentials = Credentials(self.db, self.clock)
         self.accounts = Accounts(self.db, self.clock, self.credentials)
         self.groups, self.devices = Groups(self.db, self.clock, self.accounts), Devices(self.db, self.clock, self.credentials)
@@ -23030,7 +23042,7 @@ def tell_status(given: Arguments) -> int:
          settings=(*OBJECTS_TOO, "low_water", "tls_cert", "tls_key"))
 def run_doctor(config: Config, given: Arguments) -> int:
     """look for what is known to go wrong"""
-    if not config.database and not (config.data / "cloud.db").exists():
+    if not (config.data if config.database else config.data / "cloud.db").exists():
         raise CloudError("not-found", "%s holds no cloud" % config.data)
     code = 0
     for well, sentence in examine_server(config) if given.alive else examine(config):
