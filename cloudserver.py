@@ -4505,8 +4505,8 @@ PG_BLOCK = 256 * KiB                            # bytes that are sent or read in
 PG_STATEMENTS = 250                             # prepared ones that a connection keeps
 PG_WAITING = 1000                               # notifications that wait for who asks for them
 PG_CONNECT, PG_START, PG_PATIENCE = 1, 10, 60   # seconds for a connection, for what comes before the first statement, for an answer
-PG_SETTINGS = {"client_encoding": "UTF8", "application_name": "cloudserver", "tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5",
-               "tcp_keepalives_count": "3", "tcp_user_timeout": "20000"}
+PG_SILENCE = 2                                  # ... after which it is asked whether another host is the primary by now
+PG_SETTINGS = {"client_encoding": "UTF8", "application_name": "cloudserver"}
 TCP_OPTIONS = (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20000))
 TLS_MODES = ("disable", "prefer", "require", "verify-ca", "verify-full")         # what they mean is said by libpq
 
@@ -5181,10 +5181,10 @@ class Wire:
     def connect(cls, address: PgAddress, settings: dict[str, str] | None = None) -> Wire:
         """A connection to the host that takes writes; all are asked side by side.
 
-        settings  of the session, beside PG_SETTINGS
+        settings  of the session, told once it has begun: a pooler refuses most before, or forgets them
         raises    PgError where one refuses; PgLost where none answers, or none but standbys; CloudError
         """
-        connect = partial(connect_host, address, {**PG_SETTINGS, **(settings or {})})
+        connect = partial(connect_host, address, settings or {})
         if len(address.hosts) == 1:
             return connect(address.hosts[0])
         pool = ThreadPoolExecutor(len(address.hosts))
@@ -5290,9 +5290,9 @@ class Wire:
 
     # ---- on the wire
 
-    def greet(self, settings: dict[str, str], certificate: bytes | None) -> None:
+    def greet(self, certificate: bytes | None) -> None:
         """Say who we are, prove it, and hear that the server is ready, and the primary.  raises PgError, PgLost, CloudError"""
-        said = {"user": self.address.user, "database": self.address.database, **settings}
+        said = {"user": self.address.user, "database": self.address.database, **PG_SETTINGS}
         greeting, until = Greeting(self, certificate), time.monotonic() + PG_START
         greeting.pending += pg_message(b"", b"\0\3\0\0" + b"".join(map(c_string, itertools.chain(*said.items()))) + b"\0")
         while not greeting.done:
@@ -5324,7 +5324,7 @@ class Wire:
         if self.broken:
             raise self.broken
         try:
-            for kind, body in self._duplex.exchange(pending, more, seconds or self.patience):
+            for kind, body in self._duplex.exchange(pending, more, seconds) if seconds else self._await(pending, more):
                 if kind in (b"S", b"A"):
                     self._hear(kind, body)
                 else:
@@ -5336,6 +5336,26 @@ class Wire:
             if isinstance(error, (OSError, ValueError, LookupError, struct.error)):
                 raise self.broken from error
             raise
+
+    def _await(self, pending: bytearray, more: bool) -> list[tuple[bytes, bytes]]:
+        """The same with patience, as long as no other host is the primary: one that stopped, or is cut off, does not say that it is it no more.  raises as Duplex"""
+        until = time.monotonic() + self.patience
+        while True:
+            left = until - time.monotonic()
+            try:
+                return self._duplex.exchange(pending, more, max(0.001, min(left, PG_SILENCE)))
+            except TimeoutError:
+                if left <= PG_SILENCE:
+                    raise
+                if self._is_replaced():
+                    raise ConnectionError("another host is the primary") from None
+
+    def _is_replaced(self) -> bool:
+        others = tuple(host for host in self.address.hosts if host != self.host)
+        if others:
+            with suppress(PgError, PgLost, CloudError), closing(Wire.connect(replace(self.address, hosts=others))):
+                return True
+        return False
 
     def _break(self, reason: str) -> None:
         self.broken = PgLost("%s: %s" % (self.host, reason))
@@ -5387,7 +5407,9 @@ def connect_host(address: PgAddress, settings: dict[str, str], host: PgHost) -> 
     certificate = sock.getpeercert(True) if isinstance(sock, ssl.SSLSocket) else None
     wire = Wire(Duplex(sock), address, host)
     try:
-        wire.greet(settings, certificate)
+        wire.greet(certificate)
+        if settings:
+            wire.script("; ".join("SET %s = '%s'" % setting for setting in settings.items()))
     except BaseException:
         wire.close()
         raise
@@ -5772,7 +5794,10 @@ RETRY_PAUSE = 0.3                                # seconds before it is tried ag
 LOAD_TIME = 3600                                 # seconds in which something must move while tables are filled
 LOCK_TIME = "10s"
 MIGRATION_WAIT, MIGRATION_PAUSE, MIGRATION_TRIES = 500, 1, 60      # ms that a table is waited for, and all others with it; seconds between two tries
-SESSION = {"default_transaction_isolation": "read committed", "lock_timeout": LOCK_TIME}
+SESSION = {"default_transaction_isolation": "read committed", "lock_timeout": LOCK_TIME, "tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5",
+           "tcp_keepalives_count": "3", "tcp_user_timeout": "20000"}
+POOLED = ("26000", "42P05")                      # errors of statements that others made known, or forgot, on what is a connection of our own
+POOLER = "this is a transaction pooler; give the direct address of the database"
 SNAPSHOT_TIME, SNAPSHOT_MOST = 10, 30            # seconds of a snapshot: after so many it is told of, and after so many it gives no more rows
 READING = {"idle_in_transaction_session_timeout": "%ds" % SNAPSHOT_TIME}         # ... and in so many somebody must ask for some, or the server ends it
 BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
@@ -6251,7 +6276,7 @@ class Listener:
         while time.monotonic() < until:
             if any(payload == token for _, payload in self._wire.wait(until - time.monotonic())):
                 return
-        raise CloudError("conflict", "this is a transaction pooler; give the direct address of the database")
+        raise CloudError("conflict", POOLER)
 
     def _resume_clock(self) -> None:
         """Go on from where the furthest process is, or was when the last one ended (invariant 5)."""
@@ -6364,6 +6389,8 @@ class Postgres(Database):
                 self._listener = Listener(self._connect, clock)
         except (PgError, PgLost) as error:
             self.writer.close()
+            if isinstance(error, PgError) and error.code in POOLED:
+                raise CloudError("conflict", POOLER) from error
             raise CloudError("storage-failed", "the database %s cannot be used: %s" % (address, error)) from error
         except CloudError:
             self.writer.close()

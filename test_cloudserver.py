@@ -5257,6 +5257,450 @@ def test_words_are_found_by_indexes_of_a_shared_database(make_cloud, database_of
             sql, params = cs.spell("SELECT %s FROM %s" % (match.row, match.source), match.params)
             assert len(wire.query(sql, params)) in (10, 11)
             assert name in str(wire.query("EXPLAIN " + sql, params))
+# ---- drills: three machines as README describes them, real Patroni, etcd, PostgreSQL and HAProxy
+
+GRACE = {"killed": 10, "lost": 25}               # seconds of the longest pause in which nothing is acknowledged: of a process, of a machine
+
+
+def system(*words):
+    """What a program said that must go well: system("ip", "netns", "list")."""
+    return client(program(words[0]), *words[1:])
+
+
+def family(*pids):
+    """Processes and all that came of them."""
+    above = {}
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            above[int(place.parent.name)] = int(place.read_text().rpartition(")")[2].split()[1])
+    found = set(pids)
+    while True:
+        more = {pid for pid, parent in above.items() if parent in found} - found
+        if not more:
+            return found & set(above)
+        found |= more
+
+
+def send_all(pids, number):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+class Machine:
+    """One of three: an etcd, a Patroni with its PostgreSQL, a cloudserver, in a network of its own where that can be made, else at an address of its own."""
+
+    KINDS = ("etcd", "patroni", "server")
+
+    def __init__(self, site, number):
+        self.site, self.name, self.address, self.space = site, "m%d" % number, "%s.%d" % (site.network, number), "%s-%d" % (site.word, number)
+        self.home, self.running, self.extra = site.home / self.name, {}, []
+        self.home.mkdir()
+        (self.home / "pg").mkdir(0o700)
+        if site.spaces:
+            for line in ("netns add {0}", "link add {0} type veth peer name eth0 netns {0}", "link set {0} master {1} up", "-n {0} addr add {2}/24 dev eth0",
+                         "-n {0} link set eth0 up", "-n {0} link set lo up"):
+                system("ip", *line.format(self.space, site.word, self.address).split())
+        self.write_files()
+
+    def named(self, text):
+        """A block of README with addresses for names."""
+        for one in "123":
+            text = re.sub(r"\bm%s(?=:\d)" % one, "%s.%s" % (self.site.network, one), text)
+        return text.replace("0.0.0.0", self.address)
+
+    def write_files(self):
+        text = self.named(recipe("scope: cloud")).replace("name: m1", "name: " + self.name).replace('"*:5432"', '"%s:5432"' % self.address)
+        text = re.sub(r'connect_address: "[^:]*', 'connect_address: "' + self.address, text).replace("/usr/lib/postgresql/15/bin", str(Path(postgres_program("postgres")).resolve().parent))
+        for before, after in (("/var/lib/postgresql/15/cloud", self.home / "pg" / "data"), ("/etc/ssl/cloud/m1.pem", self.home / "cert"),
+                              ("/etc/ssl/cloud/m1.key", self.home / "key"), ("/var/run/postgresql", self.home), ('ssl: "on"', 'fsync: "off", ssl: "on"')):
+            assert before in text, before
+            text = text.replace(before, str(after))
+        for name, data in (("patroni", text.encode()), ("cert", self.site.certificate[0].read_bytes()), ("key", self.site.certificate[1].read_bytes())):
+            (self.home / name).write_bytes(data)
+            (self.home / name).chmod(0o600)
+        if os.geteuid() == 0:
+            for place in (self.home, *self.home.iterdir()):
+                shutil.chown(place, "postgres", "postgres")
+
+    def words_of(self, kind):
+        """How a program is started: its words, and what it finds in its environment."""
+        user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.geteuid() == 0 else []
+        if kind == "etcd":
+            env = dict(re.findall(r"(\w+)=(.*)", self.named(recipe("ETCD_NAME")).replace("NAME=m1", "NAME=" + self.name)))
+            env.update({name: re.sub(r"//[^:]*", "//" + self.address, env[name]) for name in env if "_ADVERTISE_" in name}, ETCD_DATA_DIR=str(self.home / "etcd"))
+            return [program("etcd"), "--log-level", "error"], env
+        if kind == "patroni":
+            return [*user, program("patroni"), str(self.home / "patroni")], {"HOME": str(self.home)}
+        return [*self.extra, *PROGRAM, "serve", "--data", str(self.site.home / ("data-" + self.name)), "--host", self.address, "--port", "8765",
+                "--behind-proxy", self.site.front, "--hostname", "cloud.example", "--workers", "1"], self.site.cloud
+
+    def start(self, *kinds):
+        for kind in kinds or self.KINDS:
+            if kind not in self.running or self.running[kind].poll() is not None:
+                words, env = self.words_of(kind)
+                with open(self.home / (kind + ".log"), "ab") as log:
+                    self.running[kind] = subprocess.Popen([*(["ip", "netns", "exec", self.space] if self.site.spaces else []), *words],
+                                                          env={**os.environ, **env}, stdout=log, stderr=log, cwd="/")
+
+    def postmaster(self):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return int((self.home / "pg" / "data" / "postmaster.pid").read_text().split("\n")[0])
+        return -1
+
+    def pids(self, *kinds):
+        """Of all processes, or of some kinds; "postgres" is one, too."""
+        roots = {kind: one.pid for kind, one in self.running.items() if one.poll() is None}
+        roots["postgres"] = self.postmaster()
+        return family(*[pid for kind, pid in roots.items() if (not kinds or kind in kinds) and pid > 0])
+
+    def signal(self, number, *kinds):
+        """Until nobody is left, who might have come meanwhile; a Patroni first, so that it starts nothing anew."""
+        pids = self.pids(*kinds)
+        send_all(sorted(pids, key=lambda pid: "patroni" in self.running and pid != self.running["patroni"].pid), number)
+        if number == signal.SIGKILL:
+            for kind, one in self.running.items():
+                if not kinds or kind in kinds:
+                    one.wait(30)
+            assert eventually(lambda: not [pid for pid in pids & family(*pids) if is_at_work(pid)])
+
+    def cut(self):
+        """No packet comes or goes any more."""
+        for chain, way in (("INPUT", "-i"), ("OUTPUT", "-o")):
+            system("ip", "netns", "exec", self.space, program("iptables"), "-A", chain, way, "eth0", "-j", "DROP")
+
+    def mend(self):
+        if self.site.spaces:
+            system("ip", "netns", "exec", self.space, program("iptables"), "-F")
+
+    def lose(self):
+        """The machine is gone, without a word to anybody."""
+        if self.site.spaces:
+            self.cut()
+        self.signal(signal.SIGKILL)
+
+    def ask(self, port, path):
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException), contextlib.closing(
+                http.client.HTTPConnection(self.address, port, timeout=2)) as connection:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return Answer(answer, answer.read())
+
+
+def is_at_work(pid):
+    with contextlib.suppress(OSError):
+        return "\nState:\tZ" not in Path("/proc/%d/status" % pid).read_text()
+    return False
+
+
+class Site:
+    """Three machines and HAProxy before them: site.address is where clients call."""
+
+    def __init__(self, home, undo):
+        for name in ("etcd", "patroni", "haproxy", "openssl"):
+            program(name)
+        postgres_program("postgres"), home.chmod(0o755)
+        self.home, self.word = home, "c%x" % (os.getpid() % 0xFFFFF)
+        self.spaces = os.geteuid() == 0 and all(map(shutil.which, ("ip", "iptables"))) and not subprocess.run(
+            ["ip", "link", "add", self.word, "type", "bridge"], stderr=subprocess.DEVNULL).returncode
+        self.network = "%s.%d.%d" % ("10" if self.spaces else "127", 64 + os.getpid() // 250 % 64, os.getpid() % 250)
+        self.front = self.network + ".254"
+        self.machines, self.balancer = [], None
+        undo.callback(self.close)
+        if self.spaces:
+            system("ip", "addr", "add", self.front + "/24", "dev", self.word), system("ip", "link", "set", self.word, "up")
+        self.certificate = home / "cert.pem", home / "key.pem"
+        system("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=cloud", "-addext", "subjectAltName=" + ",".join(
+            "IP:%s.%d" % (self.network, n) for n in (1, 2, 3)), "-keyout", self.certificate[1], "-out", self.certificate[0])
+        for number in (1, 2, 3):
+            self.machines.append(Machine(self, number))
+        (home / "objects").mkdir()
+        self.cloud = {"CLOUDSERVER_DATABASE": "postgres://cloud@%s/cloud?sslrootcert=%s" % (",".join(one.address for one in self.machines), self.certificate[0]),
+                      "CLOUDSERVER_OBJECTS": str(home / "objects"), "CLOUDSERVER_DATABASE_PASSWORD": "fourth secret"}
+        self.begin()
+
+    def begin(self):
+        first, *others = self.machines
+        for machine in self.machines:
+            machine.start("etcd")
+        first.start("patroni")
+        assert eventually(lambda: self.leader() is first, 90), self.logs()
+        for machine in others:
+            machine.start("patroni")
+        assert eventually(lambda: self.standbys() and self.members() == 3, 90), self.logs()
+        self.sql("CREATE ROLE cloud LOGIN PASSWORD '%s'" % self.cloud["CLOUDSERVER_DATABASE_PASSWORD"], "postgres")
+        self.sql("CREATE DATABASE cloud OWNER cloud TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C'", "postgres")
+        for name in ("ann", "bob"):
+            self.run("user", "add", name, "--admin", "--password-stdin")
+        text = recipe("frontend web").partition("\nbackend")[0] + "\n" + recipe("backend cloud")
+        text = re.sub(r"\bm(\d):", self.network + r".\1:", text)
+        text = re.sub(r"bind :443.*", "bind %s:8080" % self.front, text)
+        (self.home / "haproxy").write_text("global\n    stats socket %s\n" % (self.home / "stats") + text)
+        self.balancer = subprocess.Popen([program("haproxy"), "-db", "-f", str(self.home / "haproxy")], stderr=subprocess.DEVNULL)
+        self.address = (self.front, 8080)
+        for machine in self.machines:
+            machine.start("server")
+        assert eventually(self.is_whole, 60), self.logs()
+
+    def close(self):
+        for machine in self.machines:
+            machine.signal(signal.SIGKILL)
+        if self.balancer:
+            self.balancer.kill(), self.balancer.wait()
+        if self.spaces:
+            for machine in self.machines:
+                system("ip", "netns", "del", machine.space)
+            system("ip", "link", "del", self.word)
+
+    def logs(self):
+        return "\n".join("%s\n%s" % (place, place.read_text("utf-8", "replace")[-1500:]) for place in sorted(self.home.glob("m*/*.log")))
+
+    def members(self):
+        """How many databases are at work."""
+        return sum(answer is not None and answer.json()["state"] == "running" for answer in (one.ask(8008, "/patroni") for one in self.machines))
+
+    def leader(self):
+        return next((one for one in self.machines if (answer := one.ask(8008, "/primary")) and answer.status == 200), None)
+
+    def standbys(self):
+        """The synchronous ones."""
+        return [one for one in self.machines if (answer := one.ask(8008, "/synchronous")) and answer.status == 200]
+
+    def is_whole(self):
+        return self.leader() and self.standbys() and self.members() == 3 and all((answer := one.ask(8765, "/healthz")) and answer.status == 200 for one in self.machines)
+
+    def mend(self):
+        """Everything is started that does not run, and waited for."""
+        for machine in self.machines:
+            machine.mend()
+            machine.start()
+        assert eventually(self.is_whole, 180), self.logs()
+
+    def sql(self, text, database="cloud"):
+        """Rows that the leader has of a statement."""
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("CLOUDSERVER_DATABASE_PASSWORD", "first secret")
+            address = "postgres://postgres@%s/%s?sslrootcert=%s" % (",".join(one.address for one in self.machines), database, self.certificate[0])
+            with contextlib.closing(cs.Wire.connect(cs.PgAddress.parse(address))) as wire:
+                return wire.query(text)
+
+    def run(self, *words, **how):
+        """A command of the program on this cloud, wherever its leader is."""
+        return client(*PROGRAM, *words, "--data", self.home / "data-m1", input=PASSWORD, env={**os.environ, **self.cloud}, timeout=300, **how)
+
+
+class Clients:
+    """Clients that commit with op ids, compare and set over WebDAV, follow the feed at each server, and sync folders; what each was told is kept.
+
+    acks  when something was acknowledged;  slow  the longest that one request took, all its tries together;  tries  most that one took
+    """
+
+    def __init__(self, site, rng, clients=4):
+        self.site, self.rng, self.over, self.guard = site, rng, threading.Event(), threading.Lock()
+        self.read = threading.Event()
+        self.name = "%x" % rng.getrandbits(40)
+        self.told, self.steps, self.reads, self.acks, self.errors, self.slow, self.tries = {}, [], [], [], [], 0, Counter()
+        assert [self.call(*words).status for words in (("MKCOL", "/dav/" + self.name), ("PUT", "/dav/%s/step" % self.name, b"begin"))] == [201] * 2
+        (self.first,), = site.sql("SELECT max(seq) FROM journal")
+        self.pages = {}
+        jobs = [(job, "%s-%d" % (job.__name__, n)) for n in range(clients) for job in (self.commit, self.step)]
+        self.workers = [threading.Thread(target=self.noting, args=job, daemon=True) for job in jobs]
+        self.readers = [threading.Thread(target=self.noting, args=(self.follow, address), daemon=True)
+                        for address in (site.address, *((one.address, 8765) for one in site.machines))]
+
+    def __enter__(self):
+        for thread in self.workers + self.readers:
+            thread.start()
+        return self
+
+    def __exit__(self, *failed):
+        for threads, over in (self.workers, self.over), (self.readers, self.read):
+            over.set()
+            for thread in threads:
+                thread.join(150)
+            assert failed[0] or not [thread for thread in threads if thread.is_alive()]
+
+    def noting(self, act, *args):
+        try:
+            act(*args)
+        except BaseException as error:
+            self.errors.append(error)
+            raise
+
+    def call(self, method, path, body=None, address=None, **headers):
+        """An answer, or None if none came."""
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(
+                http.client.HTTPConnection(*(address or self.site.address), timeout=40)) as connection:
+            connection.request(method, path, body, {"Host": "cloud.example", "X-Forwarded-Proto": "https", "X-Forwarded-For": self.site.front, "Authorization": basic(), **{name.replace("_", "-"): value for name, value in headers.items()}})
+            answer = connection.getresponse()
+            return Answer(answer, answer.read())
+
+    def surely(self, *args, until=lambda: False, **how):
+        """An answer that says something, after as many tries as it takes; what else an answer says is a fault of the server's.  None: nobody waits any more"""
+        began, tries = time.monotonic(), 0
+        while True:
+            answer, tries = self.call(*args, **how), tries + 1
+            if answer and answer.status < 500 and answer.status != 429:
+                break
+            if until():
+                return None
+            time.sleep(0.1)
+        with self.guard:
+            self.slow, self.tries[tries] = max(self.slow, time.monotonic() - began), self.tries[tries] + 1
+        return answer
+
+    def is_late(self):
+        return self.over.is_set() and time.monotonic() > self.acks[-1] + 60 if self.acks else self.over.is_set()
+
+    def done(self, token, how, *reads):
+        with self.guard:
+            self.told[token] = how
+            if how == "done":
+                self.acks.append(time.monotonic())
+            self.reads.extend(reads)
+
+    def commit(self, me):
+        for number in itertools.count():
+            if self.over.wait(0.02):
+                return
+            token = "%s-%d" % (me, number)
+            data = token.encode() * (1 if number % 10 else 20_000)               # a row of its own, or an object
+            line = {"op": self.name + token, "ops": [{"put": "%s/%s" % (self.name, token), "chunks": [[hashlib.sha256(data).hexdigest(), len(data)]], "mtime": 1, "if": None}]}
+            answer = self.surely("POST", "/api/v1/commit", json.dumps(line).encode() + b"\n" + cs.format_frame(data), until=self.is_late)
+            if answer is None:
+                self.done(token, "unknown")
+                continue
+            assert answer.status == 200, answer
+            result, seq = answer.json()["results"][0], answer.json()["seq"]
+            assert result["status"] == 201, result
+            seen = self.surely("GET", "/dav/%s/%s" % (self.name, token), until=self.is_late)      # at whichever server
+            assert seen is None or seen.body == data, seen
+            self.done(token, "done", (me, seq))
+
+    def step(self, me):
+        path = "/dav/%s/step" % self.name
+        for number in itertools.count():
+            if self.over.wait(0.02):
+                return
+            token = "%s-%d" % (me, number)
+            before = self.surely("GET", path, until=self.is_late)
+            if before is None:
+                continue
+            assert before.status == 200, before
+            answer = self.call("PUT", path, token.encode(), If_Match=before.headers["etag"])
+            how = {204: "done", 412: "refused"}.get(answer.status if answer else None, "unknown")
+            assert how != "unknown" or not answer or answer.status >= 500, answer
+            with self.guard:
+                self.steps.append((before.body.decode(), token, how))
+                if how == "done":
+                    self.acks.append(time.monotonic())
+
+    def follow(self, address):
+        """Read the feed by pages, at one server or wherever the balancer leads."""
+        at, pages = self.first, self.pages.setdefault(address, [])
+        while True:
+            last = self.read.is_set()
+            answer = self.surely("GET", "/api/v1/changes?limit=20&wait=1&since=%d" % at, address=address, until=lambda: self.read.is_set() and self.is_late())
+            if answer is None:
+                return
+            assert answer.status == 200, answer
+            page = answer.json()
+            assert page["seq"] >= at, "the feed went back"
+            pages.append((at, page["seq"], [one["path"].partition("/")[2] for one in page["changes"] if (one["path"] or "").startswith(self.name + "/commit")]))
+            with self.guard:
+                self.reads.append((address, page["seq"]))
+            at = page["seq"]
+            if last and not page["more"]:
+                return
+
+    def pause(self, since=0.0):
+        """The longest time in which nothing was acknowledged."""
+        acks = sorted(at for at in self.acks if at >= since)
+        return max((after - before for before, after in zip([since or acks[0], *acks], acks)), default=math.inf)
+
+    def check(self):
+        """raises AssertionError"""
+        assert not self.errors, self.errors
+        rows = self.site.sql("SELECT e.name, e.since FROM entry e WHERE e.parent = (SELECT node FROM entry WHERE name = '%s' AND until IS NULL) AND e.name LIKE 'commit-%%'"
+                             % self.name)
+        check_tokens(self.told, [name for name, _ in rows])
+        answer = self.surely("GET", "/dav/%s/step" % self.name)
+        check_steps("begin", self.steps, answer.body.decode())
+        check_reads(self.reads)
+        (lines, first, last), = self.site.sql("SELECT count(*), min(seq), max(seq) FROM journal")
+        assert lines == last - first + 1, "gaps in the journal"
+        written = [name for name, _ in sorted(rows, key=lambda row: row[1])]
+        for pages in self.pages.values():
+            assert all(before[1] == after[0] for before, after in zip(pages, pages[1:]))
+            check_feed([sorted(names) for _, _, names in pages], sum((sorted(name for name, at in rows if since < at <= seq) for since, seq, _ in pages), []))
+            assert sum(len(names) for *_, names in pages) == len(written), "a feed without its end"
+        return {"acknowledged": len(self.acks), "unknown": Counter(how for _, _, how in self.steps)["unknown"]}
+
+
+class Folders:
+    """Folders of bob's by way of the balancer: two kept by this program, one by Nextcloud's; in each files of its own are written, again and again.
+
+    last  {name: what was written into it last}
+    """
+
+    def __init__(self, site, home, rng):
+        self.site, self.rng, self.over, self.last, self.url = site, rng, threading.Event(), {}, "http://bob@%s:%d" % site.address
+        home.mkdir()
+        self.laptops = [home / "one", home / "two"]
+        self.desktop = Desktop("nextcloudcmd", SimpleNamespace(address=site.address), home, "three", user="bob")
+        for folder in self.laptops:
+            folder.mkdir()
+            self.sync(folder, "--once", self.url, "--plain-http", "--device", folder.name)
+        self.processes = [self.watch(folder) for folder in self.laptops]
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def env_of(self, folder):
+        return {**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD, "XDG_CONFIG_HOME": str(folder) + "-config"}
+
+    def sync(self, folder, *words):
+        return client(*PROGRAM, "sync", folder, *words, env=self.env_of(folder), timeout=150)
+
+    def watch(self, folder):
+        with open(str(folder) + ".log", "wb") as log:
+            return subprocess.Popen([*PROGRAM, "sync", str(folder)], env=self.env_of(folder), stdout=log, stderr=log)
+
+    def write(self, folder, count):
+        for number in range(count):
+            name = "%s-%d" % (folder.name, self.rng.randrange(20))
+            data = random_bytes(self.rng.choice([10, 3000, 200_000]))
+            (folder / name).write_bytes(data)
+            self.last[name] = data
+
+    def work(self):
+        while not self.over.wait(1):
+            for folder in self.laptops:
+                self.write(folder, 2)
+            self.write(self.desktop.folder, 2)
+            with self.desktop.start() as process:                # whether it goes well or not
+                try:
+                    process.communicate(timeout=100)
+                finally:
+                    process.kill()
+
+    def close(self):
+        self.over.set()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.thread.join(120)
+
+    def check(self):
+        """All are alike in the end, and hold what was written last."""
+        self.close()
+        for folder in self.laptops:
+            self.sync(folder, "--once")
+        eventually(lambda: self.desktop.sync(ok=(0, 1)) and self.desktop.tree().items() >= self.last.items())
+        for folder in self.laptops:
+            self.sync(folder, "--once")
+        trees = [{path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."} for folder in self.laptops]
+        assert trees[0] == trees[1] == {name: data for name, data in self.desktop.tree().items() if name[0] != "."} == self.last
+        return len(self.last)
 
 
 # ---- two versions of the program, side by side
