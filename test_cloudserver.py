@@ -5440,7 +5440,7 @@ class Site:
         self.address = (self.front, 8080)
         for machine in self.machines:
             machine.start("server")
-        assert eventually(self.is_whole, 60), self.logs()
+        assert eventually(self.is_whole, 180), self.logs()
 
     def close(self):
         for machine in self.machines:
@@ -5647,10 +5647,10 @@ class Folders:
         self.site, self.rng, self.over, self.last, self.url = site, rng, threading.Event(), {}, "http://bob@%s:%d" % site.address
         home.mkdir()
         self.laptops = [home / "one", home / "two"]
-        self.desktop = Desktop("nextcloudcmd", SimpleNamespace(address=site.address), home, "three", user="bob")
+        self.desktop = Desktop("nextcloudcmd", argparse.Namespace(address=site.address), home, "three", user="bob")
         for folder in self.laptops:
             folder.mkdir()
-            self.sync(folder, "--once", self.url, "--plain-http", "--device", folder.name)
+            self.sync(folder, self.url, "--once", "--plain-http", "--device", folder.name)
         self.processes = [self.watch(folder) for folder in self.laptops]
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
@@ -5773,6 +5773,61 @@ def test_steps_of_the_schema_only_add():
     for step in cs.MIGRATIONS[10:] + cs.CLUSTER_STEPS:
         for statement in re.sub(r"--[^\n]*", "", step).split(";"):
             assert not statement.strip() or added.match(statement.strip()), statement
+
+
+LOSSES = {  # what happens to machines while everybody works: (what is done, seconds until it is mended)
+    "a server killed": (lambda site: site.machines[1].signal(signal.SIGKILL, "server"), 3),
+    "the leader's database killed, and who watches it": (lambda site: site.leader().signal(signal.SIGKILL, "patroni", "postgres"), 35),
+    "the synchronous standby's database killed": (lambda site: site.standbys()[0].signal(signal.SIGKILL, "patroni", "postgres"), 10),
+    "an etcd killed": (lambda site: site.leader().signal(signal.SIGKILL, "etcd"), 5)}
+
+
+@slow
+@pytest.mark.skipif(os.name == "nt", reason="machines are network namespaces, or addresses, of Linux")
+def test_three_machines_as_described_lose_nothing_whatever_one_of_them_loses(rng):
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as undo:
+        site = Site(Path(home), undo)
+        for name, (lose, seconds) in LOSSES.items():
+            with Clients(site, rng) as load:
+                assert eventually(lambda: len(load.acks) > 50 or load.errors)
+                began = time.monotonic()
+                lose(site)
+                time.sleep(seconds)
+                count = len(load.acks)
+                site.mend()
+                assert eventually(lambda: len(load.acks) > count + 20 or load.errors, 60)
+            told = load.check()
+            print("%s: %s, the longest pause %.1f s" % (name, told, load.pause(began)))
+            assert load.pause(began) < 60        # 10 or 25 on a machine that has nothing else to do
+        site.run("verify")
+
+
+@slow
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+def test_a_pooler_that_keeps_no_connection_is_told_from_a_database(postgres, tmp_path, mode):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    name = "pooled_%s" % mode
+    with contextlib.closing(postgres.wire()) as wire:
+        wire.query("CREATE DATABASE %s TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C'" % name)
+    (tmp_path / "users").write_text('"cloud" "%s"\n' % postgres.PASSWORD)
+    (tmp_path / "ini").write_text("[databases]\n* = host=127.0.0.1 port=%d\n[pgbouncer]\nlisten_addr=127.0.0.1\nlisten_port=%d\nauth_type=scram-sha-256\nauth_file=%s\n"
+                                  "pool_mode=%s\nunix_socket_dir=\nserver_tls_sslmode=prefer\n" % (postgres.port, port, tmp_path / "users", mode))
+    for place in (tmp_path, tmp_path / "users", tmp_path / "ini"):
+        place.chmod(0o755)
+    pooler = subprocess.Popen([program("pgbouncer"), *(["-u", "postgres"] if os.geteuid() == 0 else []), str(tmp_path / "ini")], stderr=open(tmp_path / "said", "w"))
+    try:
+        assert eventually(lambda: can_connect(port))
+        done = run("user", "add", "ann", "--admin", "--password-stdin", "--data", tmp_path / "data", input=PASSWORD, env={
+            **os.environ, "CLOUDSERVER_DATABASE": "postgres://cloud@127.0.0.1:%d/%s?sslmode=disable" % (port, name),
+            "CLOUDSERVER_DATABASE_PASSWORD": postgres.PASSWORD, "CLOUDSERVER_OBJECTS": str(tmp_path / "objects")})
+        if mode == "session":
+            assert done.returncode == 0, done.stderr
+        else:
+            assert done.returncode == 1 and done.stderr.count("\n") == 1 and "this is a transaction pooler" in done.stderr
+    finally:
+        pooler.terminate()
+        pooler.wait(30)
 
 
 # ==== 13. Accounts =======================================================================
