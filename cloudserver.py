@@ -17841,15 +17841,16 @@ class Sweep(Duty):
                   told by a guard that it is gone; objects that no row knows yet keep theirs
         """
         now, done = self.clock.due(), dict.fromkeys(("manifests", "condemned", "buried", "deleted"), 0)
+        whenever = INTEGERS - 1                  # what another server wrote just now, too, whose clock may be some seconds ahead
         if self.db.writer.broken or int(self.db.setting("hold") or 0) > now:
             return done                          # a backup copies what we might delete
         renew_mark(self.cloud)
         for shard in shards:
             prefix = "%02x" % shard
             done["manifests"] += self._sweep_manifests(prefix)
-            done["condemned"] += self._condemn(prefix, now, now + 1 if at_once else now - DAY)
+            done["condemned"] += self._condemn(prefix, now, whenever if at_once else now - DAY)
             self._find_orphans(prefix, now)
-        done["buried"] = self._bury(now, now + 1 if at_once else now - KEEP_CONDEMNED, 0 if at_once else KEEP_BURIED)
+        done["buried"] = self._bury(now, whenever if at_once else now - KEEP_CONDEMNED, 0 if at_once else KEEP_BURIED)
         done["deleted"] = self._delete(now + at_once)
         return done
 
