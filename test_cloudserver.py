@@ -16711,6 +16711,7 @@ def test_servers_that_share_a_database_renew_its_mark_side_by_side(make_cloud, t
     assert len(cs.marks_known(cloud.db, cloud.db.setting("cloud"))) == cs.MARKS and len(os.listdir(tmp_path / "objects")) == 1
 
 
+@of_directory("it says itself where objects are")
 def test_a_place_belongs_to_one_cloud(far, place, make_cloud, tmp_path):
     ann = account(far)
     put(far, ann, "a", random_bytes(100_000))
@@ -16729,6 +16730,7 @@ def test_a_place_belongs_to_one_cloud(far, place, make_cloud, tmp_path):
     assert other.blobs.store.owner() == other.db.setting("cloud") not in ("", far.db.setting("cloud"))
 
 
+@of_directory("it says itself where objects are")
 def test_objects_move_by_copying_them(far, make_cloud, tmp_path, place):
     """From the data directory, and back: the same names everywhere, and whose they are goes with them."""
     local = make_cloud(name="local")
@@ -16756,6 +16758,7 @@ def test_objects_move_by_copying_them(far, make_cloud, tmp_path, place):
     assert cs.verify(local) == [] and get(local, ann, "a") == data
 
 
+@of_directory("it says itself where objects are")
 @of_sqlite("rows that servers share take nobody's objects for their own")
 def test_a_data_directory_takes_its_own_objects_whatever_they_say(make_cloud):
     """One that an older version left has no id; one whose database was replaced has another."""
@@ -23062,6 +23065,7 @@ def test_a_directory_that_cannot_be_written_gets_one_line(tmp_path):
     assert os.waitpid(pid, 0)[1] >> 8 == 1 and said.count("\n") == 1 and "data directory" in said
 
 
+@of_directory("the disk of the objects is full here")
 @needs_fork
 def test_a_full_disk_harms_nothing(serve, tmp_path):
     """R18: on a small volume that really fills up"""
@@ -23866,6 +23870,7 @@ def bucket_url(request, keys_in):
     return request.getfixturevalue(request.param).url
 
 
+@of_directory("it says itself where objects are")
 def test_two_laptops_and_an_upload_over_a_bucket(serve, bucket_url, tmp_path, rng):
     """And what its keeper does: doctor, gc, verify, a backup, a restore into another place of the bucket."""
     served, one, two = serve("--objects", bucket_url, "--workers", "2"), make_tree(tmp_path / "one", rng, 20), tmp_path / "two"
