@@ -2315,14 +2315,8 @@ class Directory(Store):
             return ""
 
     def own(self, id: str) -> None:
-        temporary = self.home / (".%s-%s" % (CLOUD_ID, secrets.token_hex(8)))        # servers that share a place may do so at once
-        with open(temporary, "wb") as file:
-            give_to_owner(file.fileno(), self.home)
-            file.write(id.encode())
-            file.flush()
-            sync_file(file.fileno())
-        insist(os.replace, temporary, self.home / CLOUD_ID)
-        sync_directory(self.home)
+        put_file(self.home / (".%s-%s" % (CLOUD_ID, secrets.token_hex(8))), self.home / CLOUD_ID, id.encode(), sync_file)
+        sync_directory(self.home)        # the name of its own is for servers that share a place and do so at once
 
     def is_vacant(self) -> bool:
         return not self.home.exists() or all(name == "lost+found" or name.startswith("." + CLOUD_ID) for name in os.listdir(self.home))
@@ -17529,6 +17523,18 @@ def marks_known(db: Database, id: str) -> list[str]:
     return marks if marks and owner == id else [""]
 
 
+def stands_in(cloud: Cloud) -> tuple[str, str, bool]:
+    """(id, mark) that the store says, and whether the mark is known.  raises OSError
+
+    One that is not is asked for again: other servers may have renewed it more than once between the two looks.
+    """
+    for _ in range(2):
+        id, _, mark = cloud.blobs.store.owner().partition(" ")
+        if mark in marks_known(cloud.db, id):
+            return id, mark, True
+    return id, mark, False
+
+
 def settle(cloud: Cloud, *, prove: bool = False) -> None:
     """See that the store is this cloud's.  One elsewhere that says nothing is taken only if nothing is there; the one in the
     data directory goes with the database.  Servers that share a database have one store: only the first one takes it.
@@ -17542,14 +17548,13 @@ def settle(cloud: Cloud, *, prove: bool = False) -> None:
     if known and not given:
         raise CloudError("conflict", "the objects of this cloud are kept in %s; say so with --objects" % known)
     try:
-        stands = store.owner()
-        owner, _, mark = stands.partition(" ")
+        owner, mark, knows = stands_in(cloud)
         if config.database and id and owner != id:
             raise CloudError("conflict", "%s does not hold the objects of this cloud: servers that share a database need a place that all reach, "
                              "given by --objects" % (given or config.data))
         if is_apart(config) and (not owner or owner != id):
             check_free(db, store, given or str(config.data), owner)
-        elif is_apart(config) and mark not in marks_known(db, owner):
+        elif is_apart(config) and not knows:
             raise CloudError("conflict", HELD_BY_COPY)
         if db.readonly:
             return
@@ -17558,7 +17563,7 @@ def settle(cloud: Cloud, *, prove: bool = False) -> None:
             db.run(put_setting("cloud", id), put_setting("objects", place))
         store.create()
         if owner != id or given and prove:
-            store.own(stands if owner == id else id)
+            store.own(" ".join((id, mark)) if owner == id and mark else id)
     except OSError as error:
         raise CloudError("storage-failed", "%s cannot be used: %s" % (given or "the store", reason_of(error))) from error
 
@@ -17570,12 +17575,12 @@ def check_store(cloud: Cloud) -> str:
     """The mark of our store.  raises CloudError if it is another cloud's, or a copy's, or cannot be asked: nothing may be put or deleted there"""
     id = cloud.db.setting("cloud") or ""
     try:
-        owner, _, mark = cloud.blobs.store.owner().partition(" ")
+        owner, mark, knows = stands_in(cloud)
     except OSError as error:
         raise storage_error(error) from error
     if owner != id:
         cloud.blobs.refused = "the store holds the objects of another cloud"
-    elif is_apart(cloud.config) and mark not in marks_known(cloud.db, id):
+    elif is_apart(cloud.config) and not knows:
         cloud.blobs.refused = HELD_BY_COPY
     else:
         cloud.blobs.refused = ""
@@ -17613,8 +17618,13 @@ def take_over(cloud: Cloud) -> None:
 
 
 def own_store(cloud: Cloud, stands: str) -> None:
+    """Let the store say an id and a mark; the newest, where these come so late (from a machine that slept) that no one knows them any more."""
     try:
         cloud.blobs.store.own(stands)
+        id, _, mark = stands.partition(" ")
+        while mark not in marks_known(cloud.db, id):
+            mark = marks_known(cloud.db, id)[-1]
+            cloud.blobs.store.own(id + " " + mark)
     except OSError as error:
         raise storage_error(error) from error
 

@@ -16701,14 +16701,47 @@ def test_servers_that_share_a_database_renew_its_mark_side_by_side(make_cloud, t
         cs.settle(cloud)
     for cloud in clouds * 3:
         cs.renew_mark(cloud)
-    threads = [threading.Thread(target=lambda cloud=cloud: [cs.renew_mark(cloud) for _ in range(50)]) for cloud in clouds]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for cloud in clouds:
-        cs.settle(cloud, prove=True), cs.renew_mark(cloud)
+    for _ in range(6):                              # what is late by MARKS sweeps is told below
+        threads = [threading.Thread(target=lambda cloud=cloud: [cs.renew_mark(cloud) for _ in range(cs.MARKS // 2 - 1)]) for cloud in clouds]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for cloud in clouds:
+            cs.settle(cloud, prove=True), cs.renew_mark(cloud)
     assert len(cs.marks_known(cloud.db, cloud.db.setting("cloud"))) == cs.MARKS and len(os.listdir(tmp_path / "objects")) == 1
+
+
+def test_a_mark_that_comes_days_late_gives_way_to_the_newest(make_cloud, tmp_path, monkeypatch):
+    """A server slept between its commit and its store; and one between what it read in the store and what in the database."""
+    awake, sleeper = clouds = [make_cloud(Config(data=tmp_path / "data", objects=str(tmp_path / "objects"))) for _ in range(2)]
+    for cloud in clouds:
+        cs.settle(cloud)
+
+    def sleep(call):
+        def late(*args):
+            monkeypatch.undo()
+            got = call(*args) if call.__name__ == "owner" else None
+            for _ in range(cs.MARKS + 3):
+                cs.renew_mark(awake)
+            return got if call.__name__ == "owner" else call(*args)
+        return late
+
+    for name in "own", "owner":
+        monkeypatch.setattr(sleeper.blobs.store, name, sleep(getattr(sleeper.blobs.store, name)))
+        cs.renew_mark(sleeper)
+        for cloud in clouds:
+            cs.settle(cloud, prove=True), cs.renew_mark(cloud)
+
+
+def test_whose_a_directory_is_leaves_nothing_behind_when_it_cannot_be_said(make_cloud, tmp_path, monkeypatch):
+    store = make_cloud(Config(data=tmp_path / "data", objects=str(tmp_path / "objects"))).blobs.store
+    store.create(), store.own("ab12")
+    monkeypatch.setattr(cs, "sync_file", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    for _ in range(3):
+        with pytest.raises(OSError):
+            store.own("cd34")
+    assert store.owner() == "ab12" and os.listdir(store.home) == [cs.CLOUD_ID]
 
 
 @of_directory("it says itself where objects are")
