@@ -8740,25 +8740,30 @@ class Tree:
         view = view_of(who)
         return Moment(read, view.top, seq, mounts=self.mounts.then(view, right) if view.whole else None)
 
-    def while_shared(self, who: Principal, then: Moment, top: int, rows: Iterable[Any], every: float = 10) -> Iterator[Any]:
+    def while_shared(self, who: Principal, then: Moment, top: Node, rows: Iterable[Any], every: float = 10) -> Iterator[Any]:
         """Rows that somebody reads of a moment from a node on, with a look every so many seconds whether what they show is still shared (law 12).
 
-        raises  CloudError gone if it is not; in the end also where history was shortened meanwhile, so that something may be missing among them
+        raises  CloudError gone if it is not; in the end also where history was shortened since this was called, so that something may be missing
+                among them
         """
-        looked, known = time.monotonic(), max(then.seq or 0, self._shortened(who, then))
-        for row in rows:
-            if time.monotonic() - looked >= every:
-                path, view, looked = then.path(top), view_of(who), time.monotonic()
-                seen = {then.top, *(id for id, grant in then.grants.items() if not path or grant.name == path[0])} - {view.top}
-                if seen and not seen <= {grant.node.node for grant in self.mounts.of(view.home).values()}:
-                    raise CloudError("gone", "some of it is not shared any more")
-            yield row
-        if self._shortened(who, then) > known:
-            raise CloudError("gone", "history was shortened meanwhile; begin again")
+        known = max(then.seq or 0, self._shortened(who, then, top))
 
-    def _shortened(self, who: Principal, then: Moment) -> int:
-        """The newest seq up to which something may be gone that was there, in all homes that a moment shows something of."""
-        homes = [view_of(who).home, *then.homes()]
+        def watched() -> Iterator[Any]:
+            looked = time.monotonic()
+            for row in rows:
+                if time.monotonic() - looked >= every:
+                    path, view, looked = then.path(top.node), view_of(who), time.monotonic()
+                    seen = {then.top, *(id for id, grant in then.grants.items() if not path or grant.name == path[0])} - {view.top}
+                    if seen and not seen <= {grant.node.node for grant in self.mounts.of(view.home).values()}:
+                        raise CloudError("gone", "some of it is not shared any more")
+                yield row
+            if self._shortened(who, then, top) > known:
+                raise CloudError("gone", "history was shortened meanwhile; begin again")
+        return watched()
+
+    def _shortened(self, who: Principal, then: Moment, top: Node) -> int:
+        """The newest seq up to which something may be gone that was there, in all homes that a moment shows something of from a node on."""
+        homes = [view_of(who).home, top.home, *then.homes()]
         return self.db.read("SELECT max(fed) FROM account WHERE id IN (" + marks(homes) + ")", homes)[0][0] or 0
 
     def _is_collection(self, node: int) -> bool:
@@ -10799,12 +10804,13 @@ class History:
         """
         right, seq = (READ, self.journal.head()) if seq is None else (PAST, seq)
         first = [(name, *self._as_of(self.db.read, who, path + name, seq, right)) for name in names or [()]]
-        return itertools.chain.from_iterable(self.tree.while_shared(who, one[2], one[1].node, self._with_contents([one])) for one in first)
+        return itertools.chain.from_iterable([self.tree.while_shared(who, one[2], one[1], self._with_contents([one])) for one in first])
 
     def own(self, who: Principal, missed: Callable[[tuple[str, ...], CloudError], None]) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
         """The same of all that belongs to an account, without what others shared; `missed` is told of each path that cannot be read, and of why."""
         top = self.tree.enter(who, (), READ).found()
-        return self._with_contents([((), top, Moment(self.db.read, top.node, self.journal.head()))], missed)
+        then = Moment(self.db.read, top.node, self.journal.head())
+        return self.tree.while_shared(who, then, top, self._with_contents([((), top, then)], missed))
 
     def _with_contents(self, first: list[tuple[tuple[str, ...], Node, Moment]],
                        missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
@@ -12323,7 +12329,7 @@ class Sync:
             top = self.history.past_node(self.tree.as_of(read, who, seq, right), path)
         then, rights = self.tree.as_of(self.db.read, who, seq, right), view_of(who).rights
         places = self._places(then.walk(top.node, path), chunks, lambda node: then.shared_by(node.node, rights))
-        return seq, top, self.tree.while_shared(who, then, top.node, places)
+        return seq, top, self.tree.while_shared(who, then, top, places)
 
     def _places(self, nodes: Iterator[tuple[tuple[str, ...], Node]], chunks: bool, shared: Callable[[Node], SharedBy | None]) -> Iterator[Listed]:
         while True:
@@ -19047,7 +19053,7 @@ def sweep_held(cloud: Cloud) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(CloudError) if cloud.seal() else nullcontext():        # it may have been moved meanwhile
+        with suppress(CloudError):               # it has been moved meanwhile, or is away: this ends by itself, too
             cloud.db.run(Statement("DELETE FROM setting WHERE name = 'hold' AND value = ?", (until,)), frees=True)
 
 
@@ -19137,7 +19143,7 @@ def restore_backup(source: Path, config: Config) -> list[str]:
     claim_directory(config.data)
     partial = config.data / "cloud.db.partial"
     id, copying = begun_before(partial) or secrets.token_hex(16), Copying(open_store(config))
-    seal = Seal("restoring", str(source), id)
+    seal = Seal("restoring", str(source.resolve()), id)
     if config.database:
         look_for_room(config, seal)
     partial.unlink(missing_ok=True)
@@ -19147,7 +19153,7 @@ def restore_backup(source: Path, config: Config) -> list[str]:
             backup.backup(db)
         prepare_restored(db, id, place_of(config))
         with Arrival(config, seal, clock_of(db)) if config.database else nullcontext() as arrival:
-            take_store(copying.target, place_of(config), id)
+            take_store(copying.target, config, id)
             copying.run(Directory(source / "objects"), db.execute(OBJECTS))
             if arrival:
                 arrival.fill(db.execute, {"cloud": id, "objects": place_of(config)})
@@ -19197,15 +19203,16 @@ def begun_before(partial: Path) -> str:
     return ""
 
 
-def take_store(store: Store, place: str, id: str) -> None:
-    """Let a store be that of a cloud which is made just now; elsewhere only if nothing else is there.  raises CloudError"""
+def take_store(store: Store, config: Config, id: str) -> None:
+    """Let a store be that of a cloud which is made just now; one that another could have, only if nothing else is there.  raises CloudError"""
+    place = place_of(config) or str(config.data / "objects")
     try:
-        if place and store.owner().partition(" ")[0] != id and not (store.is_vacant() and not store.owner()):
-            raise CloudError("conflict", "%s is not empty; restore into a place of its own" % place)
+        if is_apart(config) and store.owner().partition(" ")[0] != id and not (store.is_vacant() and not store.owner()):
+            raise CloudError("conflict", "%s is not empty; name a place of its own" % place)
         store.create()
         store.own(id)
     except OSError as error:
-        raise CloudError("storage-failed", "%s cannot be used: %s" % (place or "the store", reason_of(error))) from error
+        raise CloudError("storage-failed", "%s cannot be used: %s" % (place, reason_of(error))) from error
 
 
 # ---- an empty place that becomes a cloud
@@ -19239,7 +19246,7 @@ def look_at(config: Config) -> Holding | None:
 
 
 def is_vacant(db: Database) -> bool:
-    return not db.read("SELECT 1 FROM account UNION ALL SELECT 1 FROM journal WHERE seq > 1")
+    return not db.read("SELECT 1 FROM account UNION ALL SELECT 1 FROM journal WHERE seq > 1 LIMIT 1")
 
 
 def version_of(path: Path) -> int:
@@ -19740,7 +19747,7 @@ def examine_data(cloud: Cloud) -> Iterator[tuple[bool, str]]:
 
 
 def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
-    with closing(Cloud(config)) as cloud:
+    with closing(Cloud(config, how="open")) as cloud:
         url = cloud.db.setting("running")
     said = ask(url, "/healthz").strip() if url else ""
     if url:
@@ -19764,7 +19771,7 @@ class Moved(NamedTuple):
     place: str                   # where the rows are now
     count: int = 0               # objects copied, and
     size: int = 0                # their bytes
-    seconds: float = 0           # for which the source could only be read
+    seconds: float = 0           # for which the source could only be read; 0 where only the end of a move was left to do
     damaged: Sequence[str] = ()  # files of which parts could not be copied
 
 
@@ -19863,11 +19870,11 @@ class Move:
         seal    that of the source, if somebody was killed while that was sealed
         """
         cloud, id = self.cloud, self._plan(seal)
-        try:
+        with sweep_held(cloud):
             settle(cloud)
             with self._arrival(id) as arrival:
                 if not self.stays:
-                    take_store(self.store, place_of(self.target), id)
+                    take_store(self.store, self.target, id)
                 if seal is None:
                     self._copy_objects()
                     arrival.fill_ahead(reads_of(cloud.db))
@@ -19875,9 +19882,6 @@ class Move:
                 began = time.monotonic()
                 damaged = self._hand_over(arrival, seal)
                 return Moved(self.place, self.copying.count, self.copying.size, time.monotonic() - began, damaged)
-        finally:
-            with suppress(CloudError):           # it is sealed, or away
-                cloud.db.run(Statement("DELETE FROM setting WHERE name = 'hold'"), frees=True)
 
     def finish(self, seal: Seal) -> Moved:
         """What is left to do once the source is sealed for good.  raises CloudError"""
@@ -19890,14 +19894,14 @@ class Move:
         return Moved(self.place)
 
     def _plan(self, seal: Seal | None) -> str:
-        """The id of the cloud that this becomes; nothing is swept meanwhile.  raises CloudError if it is on its way to somewhere else"""
+        """The id of the cloud that this becomes.  raises CloudError if it is on its way to somewhere else"""
         db, wanted = self.cloud.db, [self.place, place_of(self.target)]
         id, *known = json.loads(db.setting("move") or "[null]")
         if seal is not None and known != wanted:
             raise CloudError("conflict", str(seal))
         if seal is None:
             id = id if known == wanted else secrets.token_hex(16)
-            db.run(put_setting("move", to_json([id, *wanted])), put_setting("hold", str(self.cloud.clock.due() + 7 * DAY)))
+            db.run(put_setting("move", to_json([id, *wanted])))
         return id
 
     def _arrival(self, id: str) -> Arrival:
@@ -22961,8 +22965,8 @@ def run_move(config: Config, given: Arguments) -> int:
         print("%s takes writes again" % give_back(config))
         return 0
     moved = move_cloud(config, given.from_objects)
-    print("moved to %s: %d objects, %s copied; it could only be read for %.1f s" % (moved.place, moved.count, format_size(moved.size), moved.seconds),
-          *moved.damaged, sep="\n")
+    about = ": %d objects, %s copied; it could only be read for %.1f s" % (moved.count, format_size(moved.size), moved.seconds) if moved.seconds else ""
+    print("moved to %s%s" % (moved.place, about), *moved.damaged, sep="\n")
     return 1 if moved.damaged else 0
 
 
@@ -23080,7 +23084,9 @@ def tell_status(given: Arguments) -> int:
          settings=(*OBJECTS_TOO, "low_water", "tls_cert", "tls_key"))
 def run_doctor(config: Config, given: Arguments) -> int:
     """look for what is known to go wrong"""
-    if not (config.data if config.database else config.data / "cloud.db").exists():
+    if config.database:
+        need_directory(config.data)
+    elif not (config.data / "cloud.db").exists():
         raise CloudError("not-found", "%s holds no cloud" % config.data)
     code = 0
     for well, sentence in examine_server(config) if given.alive else examine(config):

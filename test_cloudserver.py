@@ -4766,7 +4766,8 @@ def test_a_backup_is_restored_into_an_empty_database_and_into_no_other(database_
     told = run("serve", "--port", "0", "--data", config.data, "--database", config.database, "--objects", config.objects)
     assert told.returncode == 1 and "being restored" in told.stderr
     assert outcome(cs.restore_backup, tmp_path / "backup", replace(config, data=tmp_path / "newer")) == "conflict"
-    assert cs.restore_backup(tmp_path / "backup", config) == []
+    monkeypatch.chdir(tmp_path)                  # it is the same backup, however it is spelt
+    assert cs.restore_backup(Path("backup"), config) == []
     shared = make_cloud(config)
     cs.settle(shared, prove=True)
     assert tree(shared, ann) == tree(laptop, ann) and shared.epoch != laptop.epoch and shared.seal() is None
@@ -7725,7 +7726,6 @@ def seen(cloud, who):
     return {"/".join(path): node for path, node in cloud.files.walk(who, ())}
 
 
-@of_sqlite("no other engine has an index of contents yet")
 def test_every_reader_sees_what_is_shared_under_its_name_and_nothing_else_of_its_owner(cloud, ann, bob):
     put(cloud, ann, "canary/canary dir/in/secret.txt", b"secret word", parents=True), put(cloud, ann, "canary/canary.txt", b"secret canary")
     put(cloud, bob, "mine", b"mine"), put(cloud, bob, "z/f", b"f", parents=True)
@@ -9386,7 +9386,6 @@ def test_search_by_kind_size_and_time(cloud, ann):
     assert cloud.search.find(ann, cs.Query(), (), 2)[1] and not cloud.search.find(ann, cs.Query(), (), 5)[1]
 
 
-@of_sqlite("no other engine has an index of contents yet")
 def test_search_in_the_contents_of_text_files(cloud, ann):
     bob, upkeep = account(cloud, "bob"), cs.Upkeep(cloud)
     upkeep.hold()
@@ -9415,7 +9414,6 @@ def test_search_in_the_contents_of_text_files(cloud, ann):
     assert paths("something") == {"d/data.csv"} and cloud.db.read("SELECT count(*) FROM text_row WHERE home = 1") == [(7,)]
 
 
-@of_sqlite("no other engine has an index of contents yet")
 def test_a_damaged_file_does_not_hold_up_the_index(cloud, ann):
     upkeep = cs.Upkeep(cloud)
     upkeep.hold()
@@ -14216,6 +14214,25 @@ def test_a_manifest_from_which_something_was_swept_meanwhile_does_not_end_well(c
         assert outcome(lambda: sum(1 for _ in places)) == ("gone" if forgets else cs.PIECE + 9)
 
 
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("read", [
+    lambda cloud, ann, bob: cloud.history.walk(ann, (), [("a",), ("d",)]), lambda cloud, ann, bob: cloud.history.archive(bob, ("d",)),
+    lambda cloud, ann, bob: cloud.history.walk(bob, ()), lambda cloud, ann, bob: cloud.sync.manifest(bob, ("d",))[2],
+    lambda cloud, ann, bob: cloud.history.own(ann, None)], ids=["members", "shared", "all", "manifest", "own"])
+def test_whatever_reads_slowly_tells_in_the_end_that_something_was_swept(cloud, ann, bob, read, begun):
+    """Since it was asked for, in whatever home that lies, and in whichever part of it."""
+    put(cloud, ann, "a"), put(cloud, ann, "d/f", parents=True), put(cloud, ann, "d/g")
+    hand(cloud, ann, "d", bob)
+    upkeep, seq = cs.Upkeep(cloud), cloud.journal.head()
+    assert list(read(cloud, ann, bob)) and upkeep.hold()
+    rows = read(cloud, ann, bob)
+    if begun:
+        next(rows)
+    put(cloud, ann, "d/g", b"newer")
+    assert upkeep.thinning._forget(cloud.db.read("SELECT home, since, node FROM entry WHERE until > ? AND fate = 'replaced'", (seq,))) == 1
+    assert outcome(list, rows) == "gone"
+
+
 def test_a_large_manifest_comes_in_pages(cloud, ann):
     names = ["%05d" % n for n in range(1203)]
     commit(cloud, ann, [step_put(name, b"x") for name in names], [b"x"])
@@ -15745,7 +15762,6 @@ def test_the_index_of_names_agrees_with_looking(cloud, ann, rng):
         assert {"/".join(found.path) for found in look_for(cloud, ann, text)} == want
 
 
-@of_sqlite("no other engine has an index of contents yet")
 def test_the_index_of_names_leaves_out_nobody_when_there_is_much(cloud, ann, monkeypatch):
     """The stretch of one run ends where the fullest account says, and never within a batch."""
     upkeep, bob, found = cs.Upkeep(cloud), account(cloud, "bob"), []
@@ -15763,7 +15779,6 @@ def test_the_index_of_names_leaves_out_nobody_when_there_is_much(cloud, ann, mon
     assert len(look_for(cloud, bob, "bob's")) == len(look_for(cloud, bob, "some")) == 1
 
 
-@of_sqlite("no other engine has an index of contents yet")
 def test_an_index_that_is_behind_goes_on_until_it_is_not_and_the_other_jobs_with_it(cloud, ann, monkeypatch):
     """A step at a time: other jobs have their turns between, and nobody waits for the next five seconds."""
     monkeypatch.setattr(cs, "NAMES_STEP", 2)
@@ -16014,13 +16029,47 @@ def test_a_backup_is_only_ever_of_one_cloud(make_cloud, tmp_path):
         assert outcome(cs.back_up, cloud, place) == "conflict", place            # S15
 
 
-@pytest.mark.parametrize("words", [["verify"], ["gc"], ["export", "x"], ["user", "list"], ["user", "passwd", "ann", "--password-stdin"],
-                                   ["user", "remove", "ann", "--yes"], ["backup", "x"], ["repair", "."], ["restored"], ["doctor"],
-                                   ["import", ".", "--user", "ann"]], ids=lambda words: "-".join(words[:2]))
+MAKES_NONE = pytest.mark.parametrize("words", [
+    ["verify"], ["gc"], ["export", "x"], ["user", "list"], ["user", "passwd", "ann", "--password-stdin"], ["user", "remove", "ann", "--yes"], ["backup", "x"],
+    ["repair", "."], ["restored"], ["doctor"], ["doctor", "--alive"], ["import", ".", "--user", "ann"]], ids=lambda words: "-".join(words[:2]))
+
+
+@MAKES_NONE
 def test_only_three_commands_make_a_cloud(tmp_path, words):
     """S4: serve, user add and restore; all others say that there is none."""
     found = run(*words, "--data", tmp_path / "none", input=PASSWORD, cwd=tmp_path)
     assert found.returncode == 1 and "holds no cloud" in found.stderr and not (tmp_path / "none").exists()
+
+
+@MAKES_NONE
+def test_only_three_commands_make_a_cloud_of_an_empty_database(here, database_of, tmp_path, monkeypatch, capsys, words):
+    """The same; and nothing is left where --data leads."""
+    database = database_of(tmp_path, empty=True)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path), monkeypatch.setattr(sys, "stdin", io.StringIO(PASSWORD + "\n"))
+    assert here(*words, "--data", tmp_path / "data", "--database", database, "--objects", tmp_path / "objects") == 1
+    assert "holds no cloud" in "".join(capsys.readouterr()) and os.listdir(tmp_path / "data") == []
+    assert cs.look_at(Config(data=tmp_path / "data", database=database)) is None
+
+
+def test_a_database_beside_a_cloud_does_not_take_its_objects(make_cloud, database_of, tmp_path):
+    """Whoever restores or moves into a database, and says nothing of objects, names the place of another cloud by its data directory."""
+    laptop = make_cloud(Config(data=tmp_path / "laptop", database=""))
+    cs.settle(laptop)
+    ann = account(laptop)
+    put(laptop, ann, "a", random_bytes(100_000))
+    cs.back_up(laptop, tmp_path / "backup")
+    with pytest.raises(CloudError, match="laptop.objects is not empty"):
+        cs.restore_backup(tmp_path / "backup", Config(data=laptop.config.data, database=database_of(tmp_path)))
+    cs.check_store(laptop), cs.settle(laptop, prove=True), put(laptop, ann, "b", random_bytes(100_000))
+    assert cs.verify(laptop) == []
+
+
+def test_whether_a_cloud_is_there_is_found_without_its_journal(cloud, ann, asked):
+    for n in range(9):
+        put(cloud, ann, "%d" % n)
+    asked.clear()
+    assert not cs.look_at(cloud.config).is_vacant and [rows for sql, rows in asked if "journal" in sql] == [1]
 
 
 @of_sqlite("what is left of its files")
@@ -16702,11 +16751,8 @@ def test_servers_that_share_a_database_renew_its_mark_side_by_side(make_cloud, t
     for cloud in clouds * 3:
         cs.renew_mark(cloud)
     for _ in range(6):                              # what is late by MARKS sweeps is told below
-        threads = [threading.Thread(target=lambda cloud=cloud: [cs.renew_mark(cloud) for _ in range(cs.MARKS // 2 - 1)]) for cloud in clouds]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda cloud: [cs.renew_mark(cloud) for _ in range(cs.MARKS // 2 - 1)], clouds))
         for cloud in clouds:
             cs.settle(cloud, prove=True), cs.renew_mark(cloud)
     assert len(cs.marks_known(cloud.db, cloud.db.setting("cloud"))) == cs.MARKS and len(os.listdir(tmp_path / "objects")) == 1
@@ -17468,6 +17514,20 @@ def test_a_wrong_target_is_refused_and_the_source_goes_on(hops, database_of, tmp
 
 
 @BOTH_ENGINES
+def test_a_move_that_fails_lets_a_backup_go_on(hops, monkeypatch):
+    """Whoever came later keeps what is swept from going."""
+    asked = hops.next()
+    with hops.cloud(hops.before) as cloud, contextlib.ExitStack() as backup:
+        def refuse(*_):
+            backup.enter_context(cs.sweep_held(cloud))
+            raise OSError("away")
+        monkeypatch.setattr(cs.Copying, "run", refuse)
+        assert outcome_of(cs.move_cloud, asked) == "OSError" and int(cloud.db.setting("hold")) > cloud.clock.due()
+        backup.close()
+        assert cloud.db.setting("hold") is None
+
+
+@BOTH_ENGINES
 def test_whoever_waited_too_long_finds_that_others_went_on(hops, monkeypatch):
     """A process that stood still while the source was given back cannot end the move: what came since would be lost."""
     asked, essence = hops.next(), cs.essence
@@ -17520,6 +17580,8 @@ def test_damage_is_named_and_does_not_stop_a_move(hops, here, capsys):
     shown = capsys.readouterr().out
     assert "ann: d/e/\U0001f600: a part is damaged" in shown and "moved to postgres://" in shown
     assert takes_writes(asked) and here("verify", *words[1:]) == 1
+    capsys.readouterr()
+    assert here(*words) == 0 and capsys.readouterr().out == "moved to %s\n" % cs.address_of(asked)      # of what was copied before it knows nothing
 
 
 @BOTH_ENGINES
