@@ -2628,6 +2628,15 @@ def storage_error(error: OSError) -> CloudError:
     return CloudError("storage-failed", "the disk of the server fails")
 
 
+@contextmanager
+def storing() -> Iterator[None]:
+    """raises CloudError for an OSError"""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error) from error
+
+
 # ==== 7. Bucket ==========================================================================
 #
 # Objects in a bucket of any S3, and copies of those that were used last on this machine.
@@ -17520,6 +17529,7 @@ def is_apart(config: Config) -> bool:
     return bool(config.objects or config.database)
 
 
+SETTLING = 2.0                  # seconds in which the first of several servers says in the store what it said in the database
 MARKS = 20                      # what came later than so many sweeps is not expected any more
 
 
@@ -17529,15 +17539,17 @@ def marks_known(db: Database, id: str) -> list[str]:
     return marks if marks and owner == id else [""]
 
 
-def stands_in(cloud: Cloud) -> tuple[str, str, bool]:
+def stands_in(cloud: Cloud, patience: float = 0) -> tuple[str, str, bool]:
     """(id, mark) that the store says, and whether the mark is known.  raises OSError
 
-    One that is not is asked for again: other servers may have renewed it more than once between the two looks.
+    One that is not is asked for again: other servers may have renewed it more than once between the two looks; or, for some
+    seconds of patience, be about to say it first.
     """
-    for _ in range(2):
+    for wait in 0.0, *[0.1] * round(patience * 10), 0.0:
         id, _, mark = cloud.blobs.store.owner().partition(" ")
-        if mark in marks_known(cloud.db, id):
+        if mark in marks_known(cloud.db, id) and (id or not patience):
             return id, mark, True
+        time.sleep(wait)
     return id, mark, False
 
 
@@ -17554,7 +17566,7 @@ def settle(cloud: Cloud, *, prove: bool = False) -> None:
     if known and not given:
         raise CloudError("conflict", "the objects of this cloud are kept in %s; say so with --objects" % known)
     try:
-        owner, mark, knows = stands_in(cloud)
+        owner, mark, knows = stands_in(cloud, SETTLING if config.database and id else 0)
         if config.database and id and owner != id:
             raise CloudError("conflict", "%s does not hold the objects of this cloud: servers that share a database need a place that all reach, "
                              "given by --objects" % (given or config.data))
@@ -17564,14 +17576,24 @@ def settle(cloud: Cloud, *, prove: bool = False) -> None:
             raise CloudError("conflict", HELD_BY_COPY)
         if db.readonly:
             return
-        id = id or owner or secrets.token_hex(16)
-        if (id, place) != (db.setting("cloud"), known):
-            db.run(put_setting("cloud", id), put_setting("objects", place))
+        if not id or place != known:
+            id = take_id(db, owner, place)
         store.create()
         if owner != id or given and prove:
-            store.own(" ".join((id, mark)) if owner == id and mark else id)
+            own_store(cloud, " ".join((id, mark)) if owner == id and mark else id)
     except OSError as error:
         raise CloudError("storage-failed", "%s cannot be used: %s" % (given or "the store", reason_of(error))) from error
+
+
+def take_id(db: Database, id: str, place: str) -> str:
+    """Have an id, this one or a new one, and a place; returns the id, of whoever was first if several servers begin at once."""
+    def attempt() -> Batch:
+        stored = db.setting("cloud")
+        taken = stored or id or secrets.token_hex(16)
+        return Batch([put_setting("cloud", taken), put_setting("objects", place)],
+                     [Statement("SELECT 'cloud' WHERE (SELECT value FROM setting WHERE name = 'cloud') IS NOT ?", (stored,))], told=taken)
+
+    return db.write(attempt).told
 
 
 HELD_BY_COPY = "the objects are in use by a copy of this cloud: stop one of both; `restored` makes them this one's again"
@@ -17580,10 +17602,8 @@ HELD_BY_COPY = "the objects are in use by a copy of this cloud: stop one of both
 def check_store(cloud: Cloud) -> str:
     """The mark of our store.  raises CloudError if it is another cloud's, or a copy's, or cannot be asked: nothing may be put or deleted there"""
     id = cloud.db.setting("cloud") or ""
-    try:
+    with storing():
         owner, mark, knows = stands_in(cloud)
-    except OSError as error:
-        raise storage_error(error) from error
     if owner != id:
         cloud.blobs.refused = "the store holds the objects of another cloud"
     elif is_apart(cloud.config) and not knows:
@@ -17606,7 +17626,9 @@ def renew_mark(cloud: Cloud) -> None:
                      told=id + " " + marks[-1], touches=())
 
     if is_apart(cloud.config) and cloud.db.setting("cloud"):         # nobody took it, before the first start
-        own_store(cloud, cloud.db.write(attempt).told)
+        told = cloud.db.write(attempt).told
+        with storing():
+            own_store(cloud, told)
     else:
         check_store(cloud)
 
@@ -17614,25 +17636,19 @@ def renew_mark(cloud: Cloud) -> None:
 def take_over(cloud: Cloud) -> None:
     """Let a store of this cloud be its own again, though a copy used it.  raises CloudError"""
     id, mark = cloud.db.setting("cloud") or "", secrets.token_hex(8)
-    try:
-        owner = cloud.blobs.store.owner().partition(" ")[0]
-    except OSError as error:
-        raise storage_error(error) from error
-    if is_apart(cloud.config) and owner == id:
-        cloud.db.run(put_setting("mark", id + " " + mark))
-        own_store(cloud, id + " " + mark)
+    with storing():
+        if is_apart(cloud.config) and cloud.blobs.store.owner().partition(" ")[0] == id:
+            cloud.db.run(put_setting("mark", id + " " + mark))
+            own_store(cloud, id + " " + mark)
 
 
 def own_store(cloud: Cloud, stands: str) -> None:
-    """Let the store say an id and a mark; the newest, where these come so late (from a machine that slept) that no one knows them any more."""
-    try:
-        cloud.blobs.store.own(stands)
-        id, _, mark = stands.partition(" ")
-        while mark not in marks_known(cloud.db, id):
-            mark = marks_known(cloud.db, id)[-1]
-            cloud.blobs.store.own(id + " " + mark)
-    except OSError as error:
-        raise storage_error(error) from error
+    """Let the store say an id and a mark; the newest, where these come so late (from a machine that slept) that no one knows them any more.  raises OSError"""
+    cloud.blobs.store.own(stands)
+    id, _, mark = stands.partition(" ")
+    while mark not in marks_known(cloud.db, id):
+        mark = marks_known(cloud.db, id)[-1]
+        cloud.blobs.store.own(id + " " + mark)
 
 
 # ---- the jobs
@@ -18636,6 +18652,7 @@ def serve(config: Config) -> int:
     tls_context(config)                          # what can fail without a trace comes first; and what root alone may do
     password = read_first_password(config)
     claim_directory(config.data)
+    give_place(config)
     become_owner(config.data)
     lock = FileLock(config.data / "serve.lock")
     if not lock.acquire(wait=False):
@@ -18651,6 +18668,13 @@ def serve(config: Config) -> int:
             cloud.db.run(Statement("DELETE FROM setting WHERE name = 'running'"), frees=True)
         log.info("stopped")
     return 1 if code else 0
+
+
+def give_place(config: Config) -> None:
+    """A place for objects that is root's and empty, as new volumes of containers are, becomes the data directory's owner's.  raises OSError"""
+    place = Path(config.objects)
+    if config.objects and config.data.exists() and place.is_dir() and not place.stat().st_uid and set(os.listdir(place)) <= {"lost+found"}:
+        give_to_owner(place, config.data)
 
 
 def become_owner(home: Path) -> None:
@@ -23243,6 +23267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CloudError as error:
         return complain(error, 2)
     try:
+        give_place(config)
         if not given.command.outside:
             become_owner(config.data)
         with open_cloud(config, given.command.opens) if given.command.opens else nullcontext(config) as subject:

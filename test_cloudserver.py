@@ -16780,6 +16780,18 @@ def test_a_mark_that_comes_days_late_gives_way_to_the_newest(make_cloud, tmp_pat
             cs.settle(cloud, prove=True), cs.renew_mark(cloud)
 
 
+def test_servers_that_start_together_become_one_cloud(make_cloud, database_of, tmp_path):
+    """As containers of one file do: all find nothing, and agree; each may be the one that says it in the store."""
+    for n in range(3):
+        home = tmp_path / str(n)
+        clouds = [make_cloud(Config(data=home / name, database=database_of(home), objects=str(home / "objects"))) for name in "abc"]
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(cs.settle, clouds))
+        assert {cloud.blobs.store.owner() for cloud in clouds} == {clouds[0].db.setting("cloud")}
+        for cloud in clouds:
+            cs.renew_mark(cloud), cs.settle(cloud, prove=True)
+
+
 def test_whose_a_directory_is_leaves_nothing_behind_when_it_cannot_be_said(make_cloud, tmp_path, monkeypatch):
     store = make_cloud(Config(data=tmp_path / "data", objects=str(tmp_path / "objects"))).blobs.store
     store.create(), store.own("ab12")
@@ -17089,22 +17101,27 @@ def test_a_hangup_stops_nothing_and_opens_the_access_log_anew(serve, tmp_path):
 @of_sqlite("it is of a directory, and of what processes make there that nobody was told of")
 @needs_fork
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root can become somebody else")
-@pytest.mark.parametrize("owner", [0, 65534])
-def test_what_root_does_in_somebodys_directory_is_that_somebodys(owner):
-    """O19: in a container that was given a directory, and under sudo"""
+@pytest.mark.parametrize("owner, elsewhere", [(0, False), (65534, False), (65534, True)])
+def test_what_root_does_in_somebodys_directory_is_that_somebodys(owner, elsewhere):
+    """O19: in a container that was given a directory, or two, as new volumes are, and under sudo"""
     home = Path(tempfile.mkdtemp())
     home.chmod(0o755)
-    (home / "data").mkdir()
+    (home / "data").mkdir(), (home / "volume").mkdir()
     os.chown(home / "data", owner, owner)
     (home / "mine").mkdir(mode=0o700)            # what root alone may read
     (home / "mine/file").write_bytes(random_bytes(100_000))
 
     def root(*words, alive=False):
         reading, writing = os.pipe()
+        importlib.import_module("getpass")       # nobody else may read a Python that lies in root's home
         pid = os.fork()
         if not pid:
-            sys.stdin, sys.stdout, sys.stderr = io.StringIO(PASSWORD), open(writing, "w", buffering=1), sys.__stderr__
-            os._exit(cs.main([*words, "--data", str(home / "data")]))
+            code = 99
+            try:
+                sys.stdin, sys.stdout, sys.stderr = io.StringIO(PASSWORD), open(writing, "w", buffering=1), sys.__stderr__
+                code = cs.main([*words, "--data", str(home / "data"), *(["--objects", str(home / "volume")] if elsewhere else [])])
+            finally:
+                os._exit(code)
         os.close(writing)
         with open(reading) as output:
             told = output.readline() if alive else output.read()
@@ -17121,6 +17138,7 @@ def test_what_root_does_in_somebodys_directory_is_that_somebodys(owner):
         assert os.waitpid(pid, 0)[1] == 0
         assert root("backup", str(home / "mine/backup")) == 0 and root("gc") == 0
         assert {path.stat().st_uid for path in (home / "data").rglob("*")} == {owner}
+        assert {path.stat().st_uid for path in [home / "volume", *(home / "volume").rglob("*")]} == {owner if elsewhere else 0}
     finally:
         shutil.rmtree(home)
 
