@@ -4508,7 +4508,7 @@ PG_BLOCK = 256 * KiB                            # bytes that are sent or read in
 PG_STATEMENTS = 250                             # prepared ones that a connection keeps
 PG_WAITING = 1000                               # notifications that wait for who asks for them
 PG_CONNECT, PG_START, PG_PATIENCE = 1, 10, 60   # seconds for a connection, for what comes before the first statement, for an answer
-PG_SILENCE = 2                                  # ... after which it is asked whether another host is the primary by now
+PG_SILENCE = 2                                  # ... after which it counts whether another host is the primary by now
 PG_SETTINGS = {"client_encoding": "UTF8", "application_name": "cloudserver"}
 TCP_OPTIONS = (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20000))
 TLS_MODES = ("disable", "prefer", "require", "verify-ca", "verify-full")         # what they mean is said by libpq
@@ -5174,6 +5174,8 @@ class Wire:
         self.patience = PG_PATIENCE              # seconds in which something must move
         self.parameters: dict[str, str] = {}     # what the server tells about itself
         self.status = "I"                        # T: within a transaction, E: within one that failed
+        self.timeline = 0                        # of the server, if whoever connected asked: of two primaries the one with the higher is it
+        self.is_replaced: Callable[[], bool] = bool          # is another host known to be the primary?
         self.broken: PgLost | None = None        # why nothing can be asked any more
         self.key = b""                           # what cancels a statement of this connection
         self._duplex, self._statements = duplex, Statements()
@@ -5181,13 +5183,14 @@ class Wire:
         self._portals, self._names = [], itertools.count()   # those that nobody reads
 
     @classmethod
-    def connect(cls, address: PgAddress, settings: dict[str, str] | None = None) -> Wire:
+    def connect(cls, address: PgAddress, settings: dict[str, str] | None = None, accept: Callable[[Wire], None] | None = None) -> Wire:
         """A connection to the host that takes writes; all are asked side by side.
 
         settings  of the session, told once it has begun: a pooler refuses most before, or forgets them
+        accept    raises PgLost for a host that is not to be used; by itself it is used unless it is a standby
         raises    PgError where one refuses; PgLost where none answers, or none but standbys; CloudError
         """
-        connect = partial(connect_host, address, settings or {})
+        connect = partial(connect_host, address, settings or {}, accept or accept_primary)
         if len(address.hosts) == 1:
             return connect(address.hosts[0])
         pool = ThreadPoolExecutor(len(address.hosts))
@@ -5293,17 +5296,15 @@ class Wire:
 
     # ---- on the wire
 
-    def greet(self, certificate: bytes | None) -> None:
-        """Say who we are, prove it, and hear that the server is ready, and the primary.  raises PgError, PgLost, CloudError"""
+    def greet(self, certificate: bytes | None, seconds: float) -> None:
+        """Say who we are, prove it, and hear that the server is ready.  raises PgError, PgLost, CloudError"""
         said = {"user": self.address.user, "database": self.address.database, **PG_SETTINGS}
-        greeting, until = Greeting(self, certificate), time.monotonic() + PG_START
+        greeting, until = Greeting(self, certificate), time.monotonic() + seconds
         greeting.pending += pg_message(b"", b"\0\3\0\0" + b"".join(map(c_string, itertools.chain(*said.items()))) + b"\0")
         while not greeting.done:
             self._exchange(greeting.pending, False, greeting.take, max(0.001, until - time.monotonic()))
         if int(self.parameters.get("server_version", "0").split(".")[0]) < 14:
             raise CloudError("conflict", "%s is not PostgreSQL 14 or newer" % self.host)
-        if self.parameters.get("in_hot_standby") != "off":
-            raise PgLost("%s: it is a standby" % self.host)
 
     def _converse(self, messages: Iterator[bytes], taker: Flight | Words) -> None:
         """Send, and have taken what comes, until all is sent and the taker is done.  raises PgLost; what `messages` raise breaks the connection"""
@@ -5350,15 +5351,8 @@ class Wire:
             except TimeoutError:
                 if left <= PG_SILENCE:
                     raise
-                if self._is_replaced():
+                if self.is_replaced():
                     raise ConnectionError("another host is the primary") from None
-
-    def _is_replaced(self) -> bool:
-        others = tuple(host for host in self.address.hosts if host != self.host)
-        if others:
-            with suppress(PgError, PgLost, CloudError), closing(Wire.connect(replace(self.address, hosts=others))):
-                return True
-        return False
 
     def _break(self, reason: str) -> None:
         self.broken = PgLost("%s: %s" % (self.host, reason))
@@ -5404,13 +5398,24 @@ def end_connection(one: Future[Wire]) -> None:
         one.result().close()
 
 
-def connect_host(address: PgAddress, settings: dict[str, str], host: PgHost) -> Wire:
-    """raises as Wire.connect"""
-    sock = reach_host(address, host, PG_START)
+def accept_primary(wire: Wire) -> None:
+    """raises PgLost"""
+    if wire.parameters.get("in_hot_standby") != "off":
+        raise PgLost("%s: it is a standby" % wire.host)
+
+
+def connect_host(address: PgAddress, settings: dict[str, str], accept: Callable[[Wire], None], host: PgHost, seconds: float | None = None) -> Wire:
+    """raises as Wire.connect; what `accept` raises
+
+    seconds  for each step of it, or as many as are usual
+    """
+    seconds = seconds or PG_START
+    sock = reach_host(address, host, seconds)
     certificate = sock.getpeercert(True) if isinstance(sock, ssl.SSLSocket) else None
     wire = Wire(Duplex(sock), address, host)
     try:
-        wire.greet(certificate)
+        wire.greet(certificate, seconds)
+        accept(wire)
         if settings:
             wire.script("; ".join("SET %s = '%s'" % setting for setting in settings.items()))
     except BaseException:
@@ -5744,6 +5749,9 @@ def lexical(text: str) -> list[str]:
 #    own transaction, and its number is drawn under the lock.  Another history, or one too long to be looked through, forgets all.
 # 4. All read from the primary.  One connection for each process writes, one listens, a bounded number reads.
 # 5. due() is the furthest of all processes, in one row; wall clocks count only after none of them was alive.
+# 6. A primary that stood still, or that nobody watches over any more, goes on answering though another host took its place.  So what was
+#    heard of one is told only if each other host said, not longer than TRUST before, that it is a standby, or does not answer at all;
+#    and nothing that a new primary says is told in the first TRUST seconds after a process learned of it, as others may trust the old one yet.
 
 CLUSTER_SCHEMA = """
 CREATE TABLE version (number INTEGER NOT NULL);                       -- of SCHEMA and MIGRATIONS: the one reached
@@ -5876,9 +5884,12 @@ HAS_COME = "SELECT refuse('chunk', 'CL004') WHERE (SELECT count(*) FROM chunk WH
 class ClusterWriter(Writer):
     """The connection that writes (invariants 1 and 2)."""
 
-    def __init__(self, connect: Callable[[], Wire], clock: Clock, spare: Callable[[], ContextManager[Wire]]) -> None:
-        """spare  a connection for a while, on which bytes go ahead of their batches"""
+    def __init__(self, connect: Callable[[], Wire], clock: Clock, spare: Callable[[], ContextManager[Wire]], confirm: Callable[[Wire], None]) -> None:
+        """spare    a connection for a while, on which bytes go ahead of their batches
+        confirm  raises PgLost unless what was heard on one may be told (invariant 6)
+        """
         super().__init__(clock)
+        self._confirm = confirm
         self._connect: Callable[[], Wire] | None = connect   # None: nothing is written, or not any more
         self._spare = spare
         self._wire: Wire | None = None
@@ -6045,6 +6056,7 @@ class ClusterWriter(Writer):
             raise error
         if len(group) > 1:
             return None
+        self._confirm(self.wire())
         group[0].error = refusal_of(error)
         return 0
 
@@ -6080,8 +6092,8 @@ class ClusterWriter(Writer):
         *locks, put = lead
         if locks:
             self._meet(locks[-1])
-        if end.notices or end.tag != "COMMIT":
-            raise PgLost("; ".join(map(str, end.notices)) or end.tag)
+        check_commit(end)
+        self._confirm(self.wire())
         return put.rows[0][0]
 
     def _number(self, group: list[_Ticket], seq: int) -> None:
@@ -6099,6 +6111,7 @@ class ClusterWriter(Writer):
                 (seq,), = put.get()
                 if put.notices:                  # so it may be lost yet
                     raise PgLost("; ".join(map(str, put.notices)))
+                self._confirm(self.wire())
                 return seq
             except (PgError, PgLost) as error:
                 self._drop()
@@ -6118,6 +6131,12 @@ class ClusterWriter(Writer):
         with suppress(PgError, PgLost), closing(self._connect()) as wire:
             if wire.query(END_HOLDER):
                 log.warning("ended a server that held up all others")
+
+
+def check_commit(end: Result) -> None:
+    """raises PgLost if it is not known whether a standby has it"""
+    if end.notices or end.tag != "COMMIT":
+        raise PgLost("; ".join(map(str, end.notices)) or end.tag)
 
 
 # ---- what is remembered
@@ -6191,6 +6210,127 @@ class Touched:
         self.words[0] = count
 
 
+# ---- who leads
+
+TRUST = 1                                        # seconds for which it counts that a host said what it is
+ASK_AGAIN = 0.4                                  # ... between two questions to it
+PEER_PATIENCE, PEER_START, PEER_MOST = 1, 1.5, 5             # ... for its answer, for each step of a new connection, for all of that together
+TIMELINE = (  # of a primary, and 1 if it has been one for longer than TRUST for sure; -1 of a standby
+    "SELECT t.number, CASE WHEN t.number = c.timeline_id AND c.checkpoint_time < clock_timestamp() - CAST('5 s' AS interval) THEN 1 ELSE 0 END "
+    "FROM pg_control_checkpoint() AS c, (SELECT CASE WHEN pg_is_in_recovery() THEN -1 "
+    "ELSE CAST(CAST('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) AS bit(32)) AS bigint) END) AS t (number)")
+
+
+def timeline_of(wire: Wire) -> tuple[int, int]:
+    """As TIMELINE says; 0 of a primary that does not let itself be asked.  raises PgLost"""
+    try:
+        return wire.query(TIMELINE)[0]
+    except PgError:
+        return (0 if wire.parameters.get("in_hot_standby") == "off" else -1), 0
+
+
+class Peer:
+    """One of several hosts of a database, asked again and again what it is."""
+
+    def __init__(self, address: PgAddress, host: PgHost) -> None:
+        self.host, self.wanted = host, threading.Event()
+        self.timeline, self.until = -1, 0.0      # what it said last, -1 if it did not answer, and how long that counts
+        self._connect = partial(connect_host, address, SESSION, lambda wire: None, host, PEER_START)
+        self._wire: Wire | None = None
+
+    def ask(self) -> tuple[int, int, float]:
+        """(its timeline, is it settled?, how long that counts).  What is gone is asked anew; and who does not answer then is away, until it does."""
+        for _ in range(2 if self._wire else 1):
+            began = time.monotonic()
+            try:
+                if not self._wire:
+                    self._wire = self._connect()
+                    self._wire.patience, self._wire.key = PEER_PATIENCE, b""         # and no time goes by with cancelling
+                return (*timeline_of(self._wire), began + TRUST)
+            except (PgError, PgLost, CloudError):
+                self.close()
+        return -1, 0, began + TRUST + 2 * PEER_MOST          # as long as the next try may take
+
+    def close(self) -> None:
+        if self._wire:
+            self._wire.close()
+        self._wire = None
+
+
+class Lead:
+    """Who is the primary among several hosts (invariant 6); where there is one, that is it."""
+
+    def __init__(self, address: PgAddress) -> None:
+        self._peers = [Peer(address, host) for host in address.hosts] if len(address.hosts) > 1 else []
+        self._others = {host: [peer for peer in self._peers if peer.host != host] for host in address.hosts}
+        self._word, self._ended = threading.Condition(), threading.Event()
+        self._timeline, self._since = 0, -math.inf           # the highest that is known, and since when, unless it was settled before
+        for peer in self._peers:
+            threading.Thread(target=self._watch, args=(peer,), name="peer", daemon=True).start()
+
+    def accept(self, wire: Wire) -> None:
+        """raises PgLost unless it leads to the primary"""
+        accept_primary(wire)
+        if self._peers:
+            wire.timeline, settled = timeline_of(wire)
+            wire.is_replaced = partial(self._is_replaced, wire.host, wire.timeline)
+            with self._word:
+                self._note(wire.timeline, settled)
+            self._check(wire)
+
+    def confirm(self, wire: Wire) -> None:
+        """Come back when what was heard on a connection may be told.  raises PgLost if it may not: it is not of the primary, and closed now"""
+        if self._peers:
+            self._check(wire)
+            early = self._since + TRUST - time.monotonic()
+            if early > 0:
+                time.sleep(early)
+
+    def close(self) -> None:
+        self._ended.set()
+        for peer in self._peers:
+            peer.wanted.set()
+
+    def _check(self, wire: Wire) -> None:
+        now = time.monotonic()
+        late = [peer for peer in self._others[wire.host] if peer.until <= now]
+        if late:
+            self._await(late, now)
+        if wire.timeline < self._timeline:
+            wire.close()
+            raise PgLost("%s: another host is the primary" % wire.host)
+
+    def _await(self, peers: list[Peer], now: float) -> None:
+        """Have what some hosts say count for a moment."""
+        for peer in peers:
+            peer.wanted.set()
+        with self._word:
+            self._word.wait_for(lambda: all(peer.until > now for peer in peers), PEER_MOST)
+        for peer in peers:
+            if peer.until <= now:                # not even its name can be looked up
+                peer.until = time.monotonic() + PEER_MOST
+
+    def _watch(self, peer: Peer) -> None:
+        while not self._ended.is_set():
+            timeline, settled, until = peer.ask()
+            with self._word:
+                self._note(timeline, settled)
+                peer.timeline, peer.until = timeline, until
+                self._word.notify_all()
+            peer.wanted.wait(ASK_AGAIN)
+            peer.wanted.clear()
+        peer.close()
+
+    def _note(self, timeline: int, settled: int) -> None:
+        if timeline > self._timeline:
+            if self._timeline:
+                log.warning("the database has another primary now, on timeline %d", timeline)
+            self._timeline, self._since = timeline, -math.inf if settled else time.monotonic()
+
+    def _is_replaced(self, host: PgHost, timeline: int) -> bool:
+        return any(peer.timeline >= timeline for peer in self._others[host])
+
+
 # ---- reading
 
 class Readers:
@@ -6241,9 +6381,9 @@ class Readers:
 class Listener:
     """The connection by which a process hears of commits: it wakes who waits, keeps the clock, and shows that the process lives."""
 
-    def __init__(self, connect: Callable[[], Wire], clock: Clock) -> None:
+    def __init__(self, connect: Callable[[], Wire], clock: Clock, confirm: Callable[[Wire], None]) -> None:
         """raises CloudError, PgError, PgLost"""
-        self._connect, self._clock = connect, clock
+        self._connect, self._clock, self._confirm = connect, clock, confirm
         self._word, self.count, self._ended = threading.Condition(), 0, threading.Event()
         self._lost: float | None = None          # since when the database is not heard; None: it is
         self._wire, self._ticked = connect(), time.monotonic()
@@ -6303,6 +6443,7 @@ class Listener:
                 if self._wire.broken:
                     self._begin_anew()
                 self._wire.wait(HEAR)
+                self._confirm(self._wire)
                 if time.monotonic() - self._ticked > CLOCK_TIME:
                     self._ticked = time.monotonic()
                     self.keep_time(self._wire)
@@ -6379,7 +6520,8 @@ class Postgres(Database):
         self._listener: Listener | None = None               # None: nothing is written here, and nobody waits
         self._index: Index | None = None                     # None: nobody asked for it yet
         self._readers = Readers(partial(self._connect, READING))
-        self.writer = ClusterWriter(self._connect, clock, self._readers.wire)
+        self._lead = Lead(address)
+        self.writer = ClusterWriter(self._connect, clock, self._readers.wire, self._lead.confirm)
         touched = Touched(self.read)
         super().__init__(clock, Recent(touched.words, touched.confirm))
         try:
@@ -6389,20 +6531,20 @@ class Postgres(Database):
             else:
                 self._migrate(self.writer.wire(), how == "make")
                 self._slot = self.writer.wire().query("SELECT nextval('slot') % 4096")[0][0]
-                self._listener = Listener(self._connect, clock)
+                self._listener = Listener(self._connect, clock, self._lead.confirm)
         except (PgError, PgLost) as error:
-            self.writer.close()
+            self.close()
             if isinstance(error, PgError) and error.code in POOLED:
                 raise CloudError("conflict", POOLER) from error
             raise CloudError("storage-failed", "the database %s cannot be used: %s" % (address, error)) from error
         except CloudError:
-            self.writer.close()
+            self.close()
             raise
         if self.readonly:
             self.writer.close()
 
     def _connect(self, settings: dict[str, str] | None = None) -> Wire:
-        return Wire.connect(self.place, {**SESSION, **(settings or {})})
+        return Wire.connect(self.place, {**SESSION, **(settings or {})}, self._lead.accept)
 
     # ---- reading
 
@@ -6411,7 +6553,9 @@ class Postgres(Database):
         while True:
             try:
                 with self._readers.wire() as wire:
-                    return wire.pipeline([[statement]])[0][0].get()
+                    rows = wire.pipeline([[statement]])[0][0].get()
+                    self._lead.confirm(wire)
+                    return rows
             except PgLost as error:
                 self._readers.forget()
                 if time.monotonic() > until:
@@ -6428,7 +6572,7 @@ class Postgres(Database):
                 def read(sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> Iterator[tuple[Any, ...]]:
                     if time.monotonic() > began + SNAPSHOT_MOST:
                         raise CloudError("busy", "this takes too long while others write", retry_after=60)
-                    return wire.rows(*spell(sql, params), begin=BEGIN_SNAPSHOT)
+                    return self._confirmed(wire, wire.rows(*spell(sql, params), begin=BEGIN_SNAPSHOT))
                 try:
                     yield read
                 finally:
@@ -6441,6 +6585,13 @@ class Postgres(Database):
         finally:
             if time.monotonic() > began + SNAPSHOT_TIME:
                 log.warning("a snapshot of the database took %d s", time.monotonic() - began)
+
+    def _confirmed(self, wire: Wire, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+        """The same rows, once the moment of which they are may be told.  raises PgLost"""
+        first = list(itertools.islice(rows, 1))
+        self._lead.confirm(wire)
+        yield from first
+        yield from rows
 
     def wait(self, happened: Callable[[], bool], seconds: float, ended: threading.Event) -> bool:
         if not self._listener:
@@ -6456,7 +6607,7 @@ class Postgres(Database):
             self.recent.renew()
 
     def away(self) -> float:
-        return self._listener.away()
+        return self._listener.away() if self._listener else 0
 
     # ---- writing
 
@@ -6477,10 +6628,10 @@ class Postgres(Database):
                     wire.query(statement)
                 yield PostgresLoading(wire)
                 wire.query("INSERT INTO commit_group (id, at) VALUES ($1, 0)", (secrets.token_hex(16),))         # which touched anything
-                (end,), _ = wire.pipeline([[Bound("COMMIT")], [TELL]])
+                (end,), _ = wire.pipeline([[COMMIT], [TELL]])
                 end.get()
-                if end.notices or end.tag != "COMMIT":
-                    raise PgLost("; ".join(map(str, end.notices)) or end.tag)
+                check_commit(end)
+                self._lead.confirm(wire)
         except (PgError, PgLost) as error:
             raise cluster_error(error) from error
 
@@ -6499,6 +6650,8 @@ class Postgres(Database):
         return self._index
 
     def save_clock(self) -> None:
+        if not self._listener:
+            return
         with suppress(PgError, PgLost), self._readers.wire() as wire:    # it is told again soon
             self._listener.keep_time(wire)
             wire.query("DELETE FROM commit_group WHERE at < $1 AND (number IS NULL OR number < (SELECT max(number) FROM commit_group))", (self.clock.due() - DAY,))
@@ -6508,6 +6661,7 @@ class Postgres(Database):
         if self._listener:
             self._listener.close(self._tell)
         self._readers.forget()
+        self._lead.close()
 
     def _tell(self) -> None:
         with suppress(PgError, PgLost, CloudError), self._readers.wire() as wire:
@@ -6544,6 +6698,7 @@ class Postgres(Database):
                     with open(home / table, "wb", MiB) as file:
                         for block in wire.copy_out('COPY (SELECT %s FROM "%s") TO STDOUT (FORMAT binary)' % (names, table)):
                             file.write(block)
+                self._lead.confirm(wire)
                 wire.script("ROLLBACK")
         except (PgError, PgLost) as error:
             raise cluster_error(error) from error
