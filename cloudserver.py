@@ -12702,12 +12702,14 @@ class Sync:
         return [Statement(CHUNK_ROWS, rows, many=True), Statement(PUT_LOOSE, loose, many=True)] if rows else []
 
     def _take(self, sending: Sending, step: dict[str, Any], paths: Sequence[tuple[str, ...]], refusal: CloudError | None) -> Outcome:
-        """One step; a refusal becomes its outcome and leaves the plan as it was."""
+        """One step; a refusal becomes its outcome and leaves the plan as it was.  raises CloudError for what is no refusal of this step"""
         try:
             if refusal:
                 raise refusal
             return next(take for verb, take in COMMIT_STEPS.items() if verb in step)(self, sending, paths[0], step, *paths[1:])
         except CloudError as error:
+            if error.status == 503:              # it would be the outcome for ever, whenever the commit is asked for again
+                raise
             return Outcome(error.status, None, problem_of(error))
 
     def _take_put(self, sending: Sending, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:

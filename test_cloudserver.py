@@ -4847,6 +4847,143 @@ def test_whoever_only_reads_leaves_no_trace(db, fake):
         assert outcome(reader.run, cs.put_setting("a", "1")) == "read-only" and not reader.wait(lambda: False, 0, threading.Event())
 
 
+# ---- who leads
+
+@pytest.fixture
+def hosts(monkeypatch):
+    """Three hosts of a database, none of them real: what each says of itself, [its timeline or -1, is it settled?], or None where nobody answers."""
+    said = {cs.PgHost("m%d" % n, 5432): [-1, 0] for n in (1, 2, 3)}
+    asked = Counter()
+
+    class Stand(argparse.Namespace):
+        def query(self, sql):
+            asked[self.host] += 1
+            if said[self.host] is None:
+                raise cs.PgLost("no answer")
+            return [tuple(said[self.host])]
+
+    def connect(address, settings, accept, host, seconds=None):
+        wire = Stand(host=host, timeline=0, parameters={"in_hot_standby": "off"}, closed=[])
+        wire.close = lambda: wire.closed.append(True)
+        wire.query("")
+        accept(wire)
+        return wire
+    monkeypatch.setattr(cs, "connect_host", connect)
+    monkeypatch.setattr(cs, "TRUST", 0.2)
+    monkeypatch.setattr(cs, "ASK_AGAIN", 60)                 # only when somebody wants to know
+    yield argparse.Namespace(said=said, asked=asked, connect=connect, address=cs.PgAddress("u", "d", tuple(said), {}))
+
+
+@pytest.fixture
+def lead(hosts):
+    """Who leads among them: the first."""
+    hosts.all = list(hosts.said)
+    hosts.said[hosts.all[0]] = [1, 1]
+    lead = cs.Lead(hosts.address)
+    yield lead
+    lead.close()
+
+
+def test_what_a_primary_says_counts_while_the_others_are_standbys_or_away(hosts, lead):
+    wire, (first, second, third) = hosts.connect(hosts.address, {}, lead.accept, list(hosts.said)[0]), hosts.all
+    assert wire.timeline == 1
+    lead.confirm(wire)
+    count = sum(hosts.asked.values())
+    for _ in range(20):
+        lead.confirm(wire)                       # for a moment they are not asked again, and it itself never
+    assert sum(hosts.asked.values()) == count
+    hosts.said[second] = hosts.said[third] = None
+    for peer in lead._peers:
+        peer.until = 0
+    lead.confirm(wire)
+    assert not wire.closed and not wire.is_replaced()
+
+
+def test_who_stood_still_asks_the_others_before_it_believes_what_it_reads(hosts, lead):
+    wire, (_, second, third) = hosts.connect(hosts.address, {}, lead.accept, list(hosts.said)[0]), hosts.all
+    lead.confirm(wire)
+    hosts.said[second], hosts.said[third] = [2, 1], None     # nobody has asked since
+    time.sleep(cs.TRUST)
+    with pytest.raises(cs.PgLost, match="another host is the primary"):
+        lead.confirm(wire)
+    assert wire.closed and wire.is_replaced()
+    with pytest.raises(cs.PgLost, match="another host is the primary"):
+        hosts.connect(hosts.address, {}, lead.accept, wire.host)             # whatever it says of itself
+    assert hosts.connect(hosts.address, {}, lead.accept, second).timeline == 2
+    hosts.said[second] = None                                # a primary that is away for a moment makes no other one true
+    time.sleep(cs.TRUST)
+    with pytest.raises(cs.PgLost):
+        hosts.connect(hosts.address, {}, lead.accept, wire.host)
+
+
+@pytest.mark.parametrize("settled", [0, 1])
+def test_what_a_new_primary_says_is_told_once_nobody_believes_another(hosts, lead, settled):
+    second = hosts.all[1]
+    hosts.said[second] = [2, settled]
+    wire, began = hosts.connect(hosts.address, {}, lead.accept, second), time.monotonic()
+    lead.confirm(wire)
+    assert settled or time.monotonic() > began + cs.TRUST / 2
+    assert time.monotonic() < began + 30 and (settled or lead._since + cs.TRUST <= time.monotonic())
+
+
+def test_a_host_that_cannot_even_be_asked_holds_up_nobody_for_long(hosts, lead, monkeypatch):
+    monkeypatch.setattr(cs, "PEER_MOST", 0.3)
+    wire = hosts.connect(hosts.address, {}, lead.accept, hosts.all[0])
+    with lead._word:                             # no answer is taken
+        hung = [peer for peer in lead._peers if peer.host != wire.host]
+        for peer in hung:
+            peer.ask = lambda: time.sleep(30)
+    time.sleep(cs.TRUST)
+    lead.confirm(wire), lead.confirm(wire)
+    assert all(peer.until > time.monotonic() for peer in hung)
+
+
+def test_the_only_host_of_a_database_is_asked_nothing(hosts):
+    lead = cs.Lead(replace(hosts.address, hosts=hosts.address.hosts[:1]))
+    hosts.said[hosts.address.hosts[0]] = [1, 0]
+    wire = hosts.connect(hosts.address, {}, lead.accept, hosts.address.hosts[0])
+    lead.confirm(wire)
+    assert hosts.asked == {wire.host: 1} and lead._peers == []           # by the connection that the test makes
+
+
+def test_an_old_primary_that_goes_on_is_not_read(monkeypatch):
+    """Nobody told it that its standby took its place: a server that has it at hand neither reads nor is refused what it says; and reads go on
+    where only the standby is away."""
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as undo:
+        first, second = Postgres.pair(Path(home), undo)
+        monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", first.PASSWORD)
+        for name in "TRUST", "PG_SILENCE", "RETRY_PAUSE":
+            monkeypatch.setattr(cs, name, 0.2)
+        hosts = ["127.0.0.1:%d" % one.port for one in (first, second)]
+        both, only = (cs.Postgres(cs.PgAddress.parse("postgres://cloud@%s/postgres" % ",".join(some)), Clock()) for some in (hosts, hosts[:1]))
+        undo.callback(both.close), undo.callback(only.close)
+        both.run(cs.put_setting("a", "1"))
+        asked, real = Counter(), cs.Wire.pipeline
+        with monkeypatch.context() as counting:
+            counting.setattr(cs.Wire, "pipeline", lambda wire, parts: asked.update([threading.current_thread().name]) or real(wire, parts))
+            for _ in range(10):
+                assert both.setting("a") == only.setting("a") == "1"
+        assert asked[threading.current_thread().name] == 20              # no more than where there is no other host
+        os.kill(second.process.pid, signal.SIGSTOP)
+        with pytest.MonkeyPatch.context() as hasty:
+            hasty.setattr(cs, "PEER_PATIENCE", 0.2), hasty.setattr(cs, "PEER_START", 0.2)
+            for peer in both._lead._peers:
+                peer.until = 0
+            assert both.setting("a") == "1"
+        os.kill(second.process.pid, signal.SIGCONT)
+        second.run("pg_ctl", "promote", "-D", second.data)
+        with contextlib.closing(second.wire()) as wire:
+            wire.script("ALTER SYSTEM SET synchronous_standby_names = ''")
+            wire.query("SELECT pg_reload_conf()")
+            wire.query("INSERT INTO setting (name, value) VALUES ('a', '2') ON CONFLICT (name) DO UPDATE SET value = excluded.value")
+        for peer in both._lead._peers:           # as if this process had stood still meanwhile, too
+            peer.until = 0
+        assert (only.setting("a"), both.setting("a")) == ("1", "2")
+        guarded = Batch([cs.put_setting("b", "1")], [Statement("SELECT 'old' FROM setting WHERE name = 'a' AND value = '1'")])
+        both.commit(guarded)                     # what an old primary refuses is not refused
+        assert both.setting("b") == "1" and both.writer.wire().host.port == second.port
+
+
 # ---- drills: what is promised holds whatever happens to servers, networks and the database
 
 class Drill:
@@ -14126,6 +14263,14 @@ def test_the_same_op_again_changes_nothing(cloud, ann, make_cloud):
     assert outcome(commit, cloud, ann, steps[:1], op="once") == "op-reused"
     bob = account(cloud, "bob")
     assert codes(commit(cloud, bob, [{"mkdir": "mine"}], op="once")) == [201]         # ids are each account's own
+
+
+def test_a_database_that_is_away_is_no_outcome_of_a_step(cloud, ann, monkeypatch):
+    """... which would be told again for ever to who asks for the same commit again."""
+    with monkeypatch.context() as away:
+        away.setitem(cs.COMMIT_STEPS, "mkdir", Refuses(None, CloudError("busy")))
+        assert outcome(commit, cloud, ann, [{"mkdir": "a"}, {"mkdir": "b"}], op="once") == "busy"
+    assert codes(commit(cloud, ann, [{"mkdir": "a"}, {"mkdir": "b"}], op="once")) == [201, 201]
 
 
 def test_two_at_once_with_one_op_do_it_once(cloud, ann):
