@@ -3498,12 +3498,15 @@ class Recent:
         self._kept: dict[Any, tuple[Any, int, int, tuple[int, ...]]] = {}       # (value, its weight, the count, tracks)
         self._thread = threading.local()         # .until: when what was confirmed for this thread's request counts no more
 
-    def begin(self) -> None:
-        """A request begins in this thread: until it ends, words are confirmed once, and again after each SURE."""
-        self._thread.until = 0.0
-
-    def end(self) -> None:
-        self._thread.until = None
+    def per_request(self, answer: Callable[..., Any]) -> Callable[..., Any]:
+        """What answers a request, so that meanwhile words are confirmed once, and again after each SURE; as it is where nothing has to be."""
+        def confirmed(*args: Any) -> Any:
+            self._thread.until = 0.0
+            try:
+                return answer(*args)
+            finally:
+                self._thread.until = None
+        return confirmed if self._confirm else answer
 
     def renew(self) -> None:
         """What was confirmed before counts no more: this thread wrote, or has to decide by what is now."""
@@ -3532,7 +3535,10 @@ class Recent:
         kept = self._kept.get(key)
         if kept is not None:
             value, _, since, tracks = kept
-            if max([words[track] for track in tracks]) <= since:
+            for track in tracks:
+                if words[track] > since:
+                    break
+            else:
                 return value
         since = words[0] & ~1                    # before anything is read; whoever is writing may be done by then, or not
         value, weight, numbers = look()
@@ -3883,7 +3889,6 @@ class Database:
         raises    what attempt raises; CloudError busy, disk-full, read-only, storage-failed
         """
         for count in range(ATTEMPTS):
-            self.recent.renew()
             batch = attempt()
             try:
                 self.commit(batch)
@@ -6610,6 +6615,12 @@ class Postgres(Database):
         return self._listener.away() if self._listener else 0
 
     # ---- writing
+
+    def write(self, attempt: Callable[[], Batch]) -> Batch:
+        def renewed() -> Batch:
+            self.recent.renew()
+            return attempt()
+        return super().write(renewed)
 
     def commit(self, batch: Batch) -> None:
         try:
@@ -13623,7 +13634,6 @@ def find_route(request: Request) -> tuple[Route, dict[str, Any]]:
 def respond(cloud: Cloud, request: Request) -> Response:
     """Answer one request.  Every request takes these steps, in this order, and no others."""
     refuse = json_error
-    cloud.db.recent.begin()
     try:
         found, names = find_route(request)
         refuse, request.door = found.refuse, found.door
@@ -13666,8 +13676,6 @@ def respond(cloud: Cloud, request: Request) -> Response:
         request.id = secrets.token_hex(4)
         log.exception("request %s: %s /%s", request.id, request.method, "/".join(request.path[:1]))
         return refuse(CloudError("internal"), request)
-    finally:
-        cloud.db.recent.end()
 
 
 def loggable(path: tuple[str, ...]) -> tuple[str, ...]:
@@ -14545,7 +14553,7 @@ class Handler(BaseHTTPRequestHandler, Source):
             if head is None:
                 return False
             request = self._read_request(head)
-            response = respond(self.server.cloud, request)
+            response = self.server.respond(self.server.cloud, request)
             keep = self._can_keep(request, response)
             return self._answer(request, response, keep)
         except CloudError as error:              # nothing more of this connection can be trusted
@@ -18403,6 +18411,7 @@ class CloudServer(ThreadingHTTPServer):
         self.socket.close()
         self.socket, self.cloud, self.lifeline, self.site = listener, cloud, lifeline, Site(cloud.config)
         self.balance, self._yielded = balance or Balance(1), 0
+        self.respond = cloud.db.recent.per_request(respond)
         self.tls = tls_context(cloud.config)
         self.access_log = AccessLog(cloud.config.access_log) if cloud.config.access_log else None
         self.stopping = False

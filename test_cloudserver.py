@@ -2509,13 +2509,23 @@ def test_what_was_read_is_asked_again_once_somebody_may_have_touched_it(db, open
 def test_within_a_request_what_was_remembered_is_confirmed_once_and_again_after_a_write(db, open_db, monkeypatch):
     monkeypatch.setattr(cs, "SURE", 60)
     other, look = open_db(), lambda: db.recent.get("key", lambda: (db.setting("name"), 1, (7,)))
-    db.recent.begin()
-    look()
-    for act in db.recent.begin, lambda: db.commit(Batch([], touches=())), lambda: db.write(lambda: Batch([], touches=())), db.recent.end:
+
+    def change():
         value = secrets.token_hex(4)
         other.commit(Batch([cs.put_setting("name", value)], touches={7}))
-        act()
-        assert look() == value
+        return value
+
+    def answer(*acts):
+        for act in acts:
+            value = change()
+            act()
+            assert look() == value
+        return change()                                # seen by the next request, and outside of all
+    request = db.recent.per_request(answer)
+    writes = lambda: db.commit(Batch([], touches=())), lambda: db.write(lambda: Batch([], touches=()))
+    for acts in writes, writes[:1], ():
+        value = request(*acts)
+        assert look() == value == db.recent.per_request(look)()
 
 
 @OF_SQLITE
