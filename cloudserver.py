@@ -5179,7 +5179,7 @@ class Wire:
         self.patience = PG_PATIENCE              # seconds in which something must move
         self.parameters: dict[str, str] = {}     # what the server tells about itself
         self.status = "I"                        # T: within a transaction, E: within one that failed
-        self.timeline = 0                        # of the server, if whoever connected asked: of two primaries the one with the higher is it
+        self.history = 0, 0                      # of the server, if whoever connected asked: its database, and the timeline of that
         self.is_replaced: Callable[[], bool] = bool          # is another host known to be the primary?
         self.broken: PgLost | None = None        # why nothing can be asked any more
         self.key = b""                           # what cancels a statement of this connection
@@ -6220,18 +6220,26 @@ class Touched:
 TRUST = 1                                        # seconds for which it counts that a host said what it is
 ASK_AGAIN = 0.4                                  # ... between two questions to it
 PEER_PATIENCE, PEER_START, PEER_MOST = 1, 1.5, 5             # ... for its answer, for each step of a new connection, for all of that together
-TIMELINE = (  # of a primary, and 1 if it has been one for longer than TRUST for sure; -1 of a standby
-    "SELECT t.number, CASE WHEN t.number = c.timeline_id AND c.checkpoint_time < clock_timestamp() - CAST('5 s' AS interval) THEN 1 ELSE 0 END "
-    "FROM pg_control_checkpoint() AS c, (SELECT CASE WHEN pg_is_in_recovery() THEN -1 "
+HISTORY = (  # the database that a server has, and its timeline, -1 of a standby; 1 if it has been the primary for longer than TRUST for sure
+    "SELECT s.system_identifier, t.number, CASE WHEN t.number = c.timeline_id AND c.checkpoint_time < clock_timestamp() - CAST('5 s' AS interval) THEN 1 ELSE 0 END "
+    "FROM pg_control_system() AS s, pg_control_checkpoint() AS c, (SELECT CASE WHEN pg_is_in_recovery() THEN -1 "
     "ELSE CAST(CAST('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) AS bit(32)) AS bigint) END) AS t (number)")
 
 
-def timeline_of(wire: Wire) -> tuple[int, int]:
-    """As TIMELINE says; 0 of a primary that does not let itself be asked.  raises PgLost"""
+def history_of(wire: Wire) -> tuple[tuple[int, int], int]:
+    """((database, timeline), settled) as HISTORY says; (0, 0) is that of a primary that does not let itself be asked.  raises PgLost"""
     try:
-        return wire.query(TIMELINE)[0]
-    except PgError:
-        return (0 if wire.parameters.get("in_hot_standby") == "off" else -1), 0
+        (database, timeline, settled), = wire.query(HISTORY)
+        return (database, timeline), settled
+    except PgError as error:
+        if not error.code.startswith(("42", "0A")):
+            raise PgLost(str(error)) from error
+        return (0, 0 if wire.parameters.get("in_hot_standby") == "off" else -1), 0
+
+
+def is_later(history: tuple[int, int], than: tuple[int, int]) -> bool:
+    """Is who has a history rather the primary?  Of one database it is who has the higher timeline, and one that was made anew begins from the first."""
+    return history[1] >= 0 and (history[0] != than[0] or history[1] > than[1])
 
 
 class Peer:
@@ -6239,22 +6247,22 @@ class Peer:
 
     def __init__(self, address: PgAddress, host: PgHost) -> None:
         self.host, self.wanted = host, threading.Event()
-        self.timeline, self.until = -1, 0.0      # what it said last, -1 if it did not answer, and how long that counts
+        self.history, self.until = (0, -1), 0.0  # what it said last, as if it were a standby if it did not answer, and how long that counts
         self._connect = partial(connect_host, address, SESSION, lambda wire: None, host, PEER_START)
         self._wire: Wire | None = None
 
-    def ask(self) -> tuple[int, int, float]:
-        """(its timeline, is it settled?, how long that counts).  What is gone is asked anew; and who does not answer then is away, until it does."""
+    def ask(self) -> tuple[tuple[int, int], int, float]:
+        """(its history, is it settled?, how long that counts).  What is gone is asked anew; and who does not answer then is away, until it does."""
         for _ in range(2 if self._wire else 1):
             began = time.monotonic()
             try:
                 if not self._wire:
                     self._wire = self._connect()
                     self._wire.patience, self._wire.key = PEER_PATIENCE, b""         # and no time goes by with cancelling
-                return (*timeline_of(self._wire), began + TRUST)
+                return (*history_of(self._wire), began + TRUST)
             except (PgError, PgLost, CloudError):
                 self.close()
-        return -1, 0, began + TRUST + 2 * PEER_MOST          # as long as the next try may take
+        return (0, -1), 0, began + TRUST + 2 * PEER_MOST     # as long as the next try may take
 
     def close(self) -> None:
         if self._wire:
@@ -6269,7 +6277,7 @@ class Lead:
         self._peers = [Peer(address, host) for host in address.hosts] if len(address.hosts) > 1 else []
         self._others = {host: [peer for peer in self._peers if peer.host != host] for host in address.hosts}
         self._word, self._ended = threading.Condition(), threading.Event()
-        self._timeline, self._since = 0, -math.inf           # the highest that is known, and since when, unless it was settled before
+        self._history, self._since = (0, 0), -math.inf       # that of the primary, as far as anybody knows, and since when, unless it was settled before
         for peer in self._peers:
             threading.Thread(target=self._watch, args=(peer,), name="peer", daemon=True).start()
 
@@ -6277,10 +6285,10 @@ class Lead:
         """raises PgLost unless it leads to the primary"""
         accept_primary(wire)
         if self._peers:
-            wire.timeline, settled = timeline_of(wire)
-            wire.is_replaced = partial(self._is_replaced, wire.host, wire.timeline)
+            wire.history, settled = history_of(wire)
+            wire.is_replaced = partial(self._is_replaced, wire.host, wire.history)
             with self._word:
-                self._note(wire.timeline, settled)
+                self._note(wire.history, settled)
             self._check(wire)
 
     def confirm(self, wire: Wire) -> None:
@@ -6301,7 +6309,7 @@ class Lead:
         late = [peer for peer in self._others[wire.host] if peer.until <= now]
         if late:
             self._await(late, now)
-        if wire.timeline < self._timeline:
+        if wire.history != self._history:
             wire.close()
             raise PgLost("%s: another host is the primary" % wire.host)
 
@@ -6317,23 +6325,23 @@ class Lead:
 
     def _watch(self, peer: Peer) -> None:
         while not self._ended.is_set():
-            timeline, settled, until = peer.ask()
+            history, settled, until = peer.ask()
             with self._word:
-                self._note(timeline, settled)
-                peer.timeline, peer.until = timeline, until
+                self._note(history, settled)
+                peer.history, peer.until = history, until
                 self._word.notify_all()
             peer.wanted.wait(ASK_AGAIN)
             peer.wanted.clear()
         peer.close()
 
-    def _note(self, timeline: int, settled: int) -> None:
-        if timeline > self._timeline:
-            if self._timeline:
-                log.warning("the database has another primary now, on timeline %d", timeline)
-            self._timeline, self._since = timeline, -math.inf if settled else time.monotonic()
+    def _note(self, history: tuple[int, int], settled: int) -> None:
+        if is_later(history, self._history):
+            if self._history[1]:
+                log.warning("the database has another primary now, on timeline %d", history[1])
+            self._history, self._since = history, -math.inf if settled else time.monotonic()
 
-    def _is_replaced(self, host: PgHost, timeline: int) -> bool:
-        return any(peer.timeline >= timeline for peer in self._others[host])
+    def _is_replaced(self, host: PgHost, history: tuple[int, int]) -> bool:
+        return any(peer.history == history or is_later(peer.history, history) for peer in self._others[host])
 
 
 # ---- reading

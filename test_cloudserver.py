@@ -4861,8 +4861,8 @@ def test_whoever_only_reads_leaves_no_trace(db, fake):
 
 @pytest.fixture
 def hosts(monkeypatch):
-    """Three hosts of a database, none of them real: what each says of itself, [its timeline or -1, is it settled?], or None where nobody answers."""
-    said = {cs.PgHost("m%d" % n, 5432): [-1, 0] for n in (1, 2, 3)}
+    """Three hosts of a database, none of them real: what each says of itself, [its database, its timeline or -1, is it settled?], or None where nobody answers."""
+    said = {cs.PgHost("m%d" % n, 5432): [7, -1, 0] for n in (1, 2, 3)}
     asked = Counter()
 
     class Stand(argparse.Namespace):
@@ -4873,7 +4873,7 @@ def hosts(monkeypatch):
             return [tuple(said[self.host])]
 
     def connect(address, settings, accept, host, seconds=None):
-        wire = Stand(host=host, timeline=0, parameters={"in_hot_standby": "off"}, closed=[])
+        wire = Stand(host=host, history=(0, 0), parameters={"in_hot_standby": "off"}, closed=[])
         wire.close = lambda: wire.closed.append(True)
         wire.query("")
         accept(wire)
@@ -4888,7 +4888,7 @@ def hosts(monkeypatch):
 def lead(hosts):
     """Who leads among them: the first."""
     hosts.all = list(hosts.said)
-    hosts.said[hosts.all[0]] = [1, 1]
+    hosts.said[hosts.all[0]] = [7, 1, 1]
     lead = cs.Lead(hosts.address)
     yield lead
     lead.close()
@@ -4896,7 +4896,7 @@ def lead(hosts):
 
 def test_what_a_primary_says_counts_while_the_others_are_standbys_or_away(hosts, lead):
     wire, (first, second, third) = hosts.connect(hosts.address, {}, lead.accept, list(hosts.said)[0]), hosts.all
-    assert wire.timeline == 1
+    assert wire.history == (7, 1)
     lead.confirm(wire)
     count = sum(hosts.asked.values())
     for _ in range(20):
@@ -4912,24 +4912,35 @@ def test_what_a_primary_says_counts_while_the_others_are_standbys_or_away(hosts,
 def test_who_stood_still_asks_the_others_before_it_believes_what_it_reads(hosts, lead):
     wire, (_, second, third) = hosts.connect(hosts.address, {}, lead.accept, list(hosts.said)[0]), hosts.all
     lead.confirm(wire)
-    hosts.said[second], hosts.said[third] = [2, 1], None     # nobody has asked since
+    hosts.said[second], hosts.said[third] = [7, 2, 1], None     # nobody has asked since
     time.sleep(cs.TRUST)
     with pytest.raises(cs.PgLost, match="another host is the primary"):
         lead.confirm(wire)
     assert wire.closed and wire.is_replaced()
     with pytest.raises(cs.PgLost, match="another host is the primary"):
         hosts.connect(hosts.address, {}, lead.accept, wire.host)             # whatever it says of itself
-    assert hosts.connect(hosts.address, {}, lead.accept, second).timeline == 2
+    assert hosts.connect(hosts.address, {}, lead.accept, second).history == (7, 2)
     hosts.said[second] = None                                # a primary that is away for a moment makes no other one true
     time.sleep(cs.TRUST)
     with pytest.raises(cs.PgLost):
         hosts.connect(hosts.address, {}, lead.accept, wire.host)
 
 
+def test_a_database_that_was_made_anew_begins_with_the_first_timeline_again(hosts, lead):
+    """pg_upgrade does so."""
+    hosts.said[hosts.all[0]] = [7, 5, 1]
+    wire = hosts.connect(hosts.address, {}, lead.accept, hosts.all[0])
+    hosts.said[hosts.all[0]] = [8, 1, 1]
+    hosts.said[hosts.all[1]] = hosts.said[hosts.all[2]] = [8, -1, 0]
+    lead.confirm(hosts.connect(hosts.address, {}, lead.accept, hosts.all[0]))
+    with pytest.raises(cs.PgLost):
+        lead.confirm(wire)
+
+
 @pytest.mark.parametrize("settled", [0, 1])
 def test_what_a_new_primary_says_is_told_once_nobody_believes_another(hosts, lead, settled):
     second = hosts.all[1]
-    hosts.said[second] = [2, settled]
+    hosts.said[second] = [7, 2, settled]
     wire, began = hosts.connect(hosts.address, {}, lead.accept, second), time.monotonic()
     lead.confirm(wire)
     assert settled or time.monotonic() > began + cs.TRUST / 2
@@ -4950,7 +4961,7 @@ def test_a_host_that_cannot_even_be_asked_holds_up_nobody_for_long(hosts, lead, 
 
 def test_the_only_host_of_a_database_is_asked_nothing(hosts):
     lead = cs.Lead(replace(hosts.address, hosts=hosts.address.hosts[:1]))
-    hosts.said[hosts.address.hosts[0]] = [1, 0]
+    hosts.said[hosts.address.hosts[0]] = [7, 1, 0]
     wire = hosts.connect(hosts.address, {}, lead.accept, hosts.address.hosts[0])
     lead.confirm(wire)
     assert hosts.asked == {wire.host: 1} and lead._peers == []           # by the connection that the test makes
@@ -5620,6 +5631,7 @@ class Site:
     def mend(self):
         """Everything is started that does not run, and waited for."""
         for machine in self.machines:
+            machine.signal(signal.SIGCONT)
             machine.mend()
             machine.start()
         assert eventually(self.is_whole, 180), self.logs()
@@ -5647,13 +5659,14 @@ class Clients:
         self.site, self.rng, self.over, self.guard = site, rng, threading.Event(), threading.Lock()
         self.read = threading.Event()
         self.name = "%x" % rng.getrandbits(40)
-        self.told, self.steps, self.reads, self.acks, self.errors, self.slow, self.tries = {}, [], [], [], [], 0, Counter()
+        self.told, self.steps, self.reads, self.acks, self.errors, self.slow, self.tries, self.looks = {}, [], [], [], [], 0, Counter(), 0
         assert [self.call(*words).status for words in (("MKCOL", "/dav/" + self.name), ("PUT", "/dav/%s/step" % self.name, b"begin"))] == [201] * 2
         (self.first,), = site.sql("SELECT max(seq) FROM journal")
+        self.newest = self.first                 # that anybody was told of
         self.pages = {}
         jobs = [(job, "%s-%d" % (job.__name__, n)) for n in range(clients) for job in (self.commit, self.step)]
         self.workers = [threading.Thread(target=self.noting, args=job, daemon=True) for job in jobs]
-        self.readers = [threading.Thread(target=self.noting, args=(self.follow, address), daemon=True)
+        self.readers = [threading.Thread(target=self.noting, args=(job, address), daemon=True) for job in (self.follow, self.look)
                         for address in (site.address, *((one.address, 8765) for one in site.machines))]
 
     def __enter__(self):
@@ -5705,6 +5718,7 @@ class Clients:
             self.told[token] = how
             if how == "done":
                 self.acks.append(time.monotonic())
+            self.newest = max([self.newest, *(seq for _, seq in reads)])
             self.reads.extend(reads)
 
     def commit(self, me):
@@ -5742,6 +5756,13 @@ class Clients:
                 self.steps.append((before.body.decode(), token, how))
                 if how == "done":
                     self.acks.append(time.monotonic())
+
+    def look(self, address):
+        """Ask for what came after the newest that anybody was told of: a server that reads what was before it does not know that seq."""
+        while not self.read.wait(0.02):
+            answer = self.surely("GET", "/api/v1/changes?limit=1&since=%d" % self.newest, address=address, until=self.read.is_set)
+            assert answer is None or answer.status == 200, answer
+            self.looks += 1
 
     def follow(self, address):
         """Read the feed by pages, at one server or wherever the balancer leads."""
@@ -5782,7 +5803,7 @@ class Clients:
             assert all(before[1] == after[0] for before, after in zip(pages, pages[1:]))
             check_feed([sorted(names) for _, _, names in pages], sum((sorted(name for name, at in rows if since < at <= seq) for since, seq, _ in pages), []))
             assert sum(len(names) for *_, names in pages) == len(written), "a feed without its end"
-        return {"acknowledged": len(self.acks), "unknown": Counter(how for _, _, how in self.steps)["unknown"]}
+        return {"acknowledged": len(self.acks), "looks": self.looks, "unknown": Counter(how for _, _, how in self.steps)["unknown"]}
 
 
 class Folders:
@@ -5927,7 +5948,8 @@ LOSSES = {  # what happens to machines while everybody works: (what is done, sec
     "a server killed": (lambda site: site.machines[1].signal(signal.SIGKILL, "server"), 3),
     "the leader's database killed, and who watches it": (lambda site: site.leader().signal(signal.SIGKILL, "patroni", "postgres"), 35),
     "the synchronous standby's database killed": (lambda site: site.standbys()[0].signal(signal.SIGKILL, "patroni", "postgres"), 10),
-    "an etcd killed": (lambda site: site.leader().signal(signal.SIGKILL, "etcd"), 5)}
+    "an etcd killed": (lambda site: site.leader().signal(signal.SIGKILL, "etcd"), 5),
+    "the leader's machine stands still, and goes on": (lambda site: site.leader().signal(signal.SIGSTOP), 28)}
 
 
 @slow
