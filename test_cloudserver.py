@@ -6259,15 +6259,32 @@ def test_addresses_are_throttled_by_network(one, two, same):
     assert (cs.network_of(one) == cs.network_of(two)) is same
 
 
-def test_setup_works_once(cloud):
+def test_setup_works_once(make_cloud, fake):
     """A15"""
+    cloud = make_cloud(clock=fake.clock())
     assert not cloud.accounts.is_set_up()
-    old, token = cloud.accounts.new_setup_token(), cloud.accounts.new_setup_token()
+    old = cloud.accounts.new_setup_token()
+    fake.pass_(61_000)
+    token = cloud.accounts.new_setup_token()
     assert len(base64.urlsafe_b64decode(token + "==")) == 16
     assert outcome(cloud.accounts.claim, old, "eve", PASSWORD, "10.0.0.1") == "forbidden"
     cloud.accounts.claim(token, "ann", PASSWORD, "127.0.0.1")
     assert identify(cloud, basic()).admin
     assert outcome(cloud.accounts.claim, token, "eve", PASSWORD, "127.0.0.2") == "forbidden"
+
+
+def test_servers_that_start_together_offer_links_that_work(make_cloud, capsys):
+    """A15; and if the first account comes from the environment, there is one"""
+    for n, used in enumerate((0, 2, 3)):
+        clouds = [make_cloud(name="data%d" % n) for _ in range(4)]
+        tokens = [cloud.accounts.new_setup_token() for cloud in clouds]
+        clouds[3].accounts.claim(tokens[used], "ann", PASSWORD, "127.0.0.1")
+        assert {outcome(clouds[0].accounts.claim, token, "eve", PASSWORD, "10.0.%d.1" % n) for n, token in enumerate(tokens)} == {"forbidden"}
+    clouds = [make_cloud(Config(data=clouds[0].config.data.parent / "new", admin="ann")) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda cloud: cs.invite(cloud.config, cloud, [], PASSWORD), clouds))
+    assert [account.name for account in clouds[0].accounts.list()] == ["ann"]
+    assert outcome(cs.invite, clouds[0].config, make_cloud(name="last"), [], "short") == "bad-request"
 
 
 def test_sessions_live_in_rows_and_end_at_once(make_cloud):
