@@ -6307,7 +6307,7 @@ class Lead:
     def _check(self, wire: Wire) -> None:
         now = time.monotonic()
         late = [peer for peer in self._others[wire.host] if peer.until <= now]
-        if late:
+        if late and not self._ended.is_set():
             self._await(late, now)
         if wire.history != self._history:
             wire.close()
