@@ -1831,30 +1831,33 @@ def parse_words(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
             tuple(word for sign, word in found if word and sign)[:WORDS_MOST])
 
 
-_NO_BLANKS = "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])"      # compiled when first used
+_NO_BLANKS = ((0xE00, 0xEFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x9FFF), (0xAC00, 0xD7AF))     # writing of which each sign is a word
+_UNSEEN = (0xAD, 0x200C, 0x200D, *range(0xFE00, 0xFE10))         # hyphens that are not shown, joiners, forms of what stands before
+
+
+class _InWords(dict):
+    """{character: what it is in a word}, made as they are met: Latin letters with accents are those without, accents are nothing; a blank is in no word."""
+
+    def __missing__(self, code: int) -> str | None:
+        sign, parts = chr(code), unicodedata.normalize("NFD", chr(code))
+        self[code] = (None if unicodedata.combining(sign) or code in _UNSEEN
+                      else " " if not sign.isalnum() and unicodedata.category(sign)[0] != "M"
+                      else parts[0] if len(parts) > 1 and parts[0].isascii()
+                      else " %s " % sign if any(first <= code <= last for first, last in _NO_BLANKS) else sign)
+        return self[code]
+
+
+_IN_WORDS = _InWords()
 
 
 def spread(text: str) -> str:
-    """A text as it is indexed: folded; signs of writing that has no blanks between words stand each for itself."""
-    return re.sub(_NO_BLANKS, r" \1 ", text.casefold())
-
-
-class _Unaccented(dict):
-    """{character: what it counts as}: letters with accents as those without, and accents as nothing; made as they are met."""
-
-    def __missing__(self, code: int) -> int | None:
-        parts = unicodedata.normalize("NFD", chr(code))
-        plain = None if 768 <= code <= 817 else ord(parts[0]) if len(parts) > 1 and parts[0].isascii() else code
-        self[code] = plain
-        return plain
-
-
-_UNACCENTED = _Unaccented()
+    """The words of a text, folded, with blanks between them and nothing else: every index has these, whatever its engine would call a word."""
+    return unicodedata.normalize("NFC", text).casefold().translate(_IN_WORDS)
 
 
 def cut_words(text: str) -> list[str]:
-    """The words of a text in their order, folded, as the index of contents has them: what FTS5 does by `unicode61 remove_diacritics 2`."""
-    return re.findall(r"[^\W_]+", spread(text).translate(_UNACCENTED))
+    """... in their order."""
+    return spread(text).split()
 
 
 def find_words(text: str, words: Sequence[str]) -> tuple[str, str, str] | None:
@@ -3755,11 +3758,9 @@ def column_list(columns: Iterable[str]) -> str:
 
 
 class Match(NamedTuple):
-    """How rows of an index are found: SELECT … FROM {source} WHERE {condition}, with the parameters of the one, then of the other."""
-    source: str                                  # as i
-    row: str                                     # its column of row numbers
-    condition: str
-    params: tuple[Any, ...]
+    """How numbers are found in an index: a SELECT of them as id, the highest first, from :number on, which is not in `params`."""
+    sql: str
+    params: dict[str, Any]
 
 
 class Index:
@@ -3868,18 +3869,19 @@ class Database:
 
     # ---- what is made of that
 
-    def each(self, sql: str, params: Sequence[Any], after: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    def each(self, sql: str, params: Any, after: Any) -> Iterator[tuple[Any, ...]]:
         """Rows as they are asked for, some at a time, each time as of then: however slowly they are used, nothing old is kept for them.
 
         sql     gives the rows that follow a key, in its order, at most PIECE of them: … AND (a, b) > (?, ?) ORDER BY a, b LIMIT 500;
                 each row begins with its key, and the key is what the last parameters are
-        after   the key that lies before all rows
+        after   the key that lies before all rows; where parameters have names, with those
         """
         rows: list[tuple[Any, ...]] | None = None
         while rows is None or len(rows) == PIECE:
-            rows = self.read(sql, (*params, *after))
+            rows = self.read(sql, {**params, **after} if isinstance(after, dict) else (*params, *after))
             yield from rows
-            after = rows[-1][:len(after)] if rows else after
+            key = rows[-1][:len(after)] if rows else ()
+            after = dict(zip(after, key)) if isinstance(after, dict) else key
 
     def write(self, attempt: Callable[[], Batch]) -> Batch:
         """Commit what `attempt` decides; returns the batch with its seq.
@@ -4022,10 +4024,11 @@ class Replayed(CloudError):
 #
 # The engine of one machine: a file, with a write-ahead log beside it.
 
-INDEXES = (  # made where SQLite can: parts of names; words of contents
+INDEXES = (  # made where SQLite can: parts of names; words of contents, as they are cut here: all that are not ASCII belong to words there
     "CREATE VIRTUAL TABLE IF NOT EXISTS name_index USING fts5 (name, content = '', tokenize = 'trigram')",
-    "CREATE VIRTUAL TABLE IF NOT EXISTS text_index USING fts5 (home, body, content = '', "
-    "tokenize = 'unicode61 remove_diacritics 2')")
+    "DROP TABLE IF EXISTS text_index",           # ... was FTS5's own way of cutting them
+    "CREATE VIRTUAL TABLE IF NOT EXISTS word_index USING fts5 (home, words, content = '', tokenize = 'ascii')")
+
 
 class FtsIndex(Index):
     """... by FTS5, whose tables keep no text."""
@@ -4037,22 +4040,24 @@ class FtsIndex(Index):
         return Statement("INSERT INTO name_index (name_index) VALUES ('delete-all')")
 
     def put_texts(self, rows: Iterable[tuple[int, int, str]]) -> Statement:
-        return Statement("INSERT INTO text_index (rowid, home, body) VALUES (?, ?, ?)", [(id, home, spread(text)) for id, home, text in rows], many=True)
+        return Statement("INSERT INTO word_index (rowid, home, words) VALUES (?, ?, ?)", [(id, home, spread(text)) for id, home, text in rows], many=True)
 
     def drop_texts(self) -> Statement:
-        return Statement("INSERT INTO text_index (text_index) VALUES ('delete-all')")
+        return Statement("INSERT INTO word_index (word_index) VALUES ('delete-all')")
 
     def match_names(self, words: Sequence[str]) -> Match:
-        return Match("name_index i", "i.rowid", "name_index MATCH ?", (" AND ".join('"%s"' % word.replace('"', '""') for word in words),))
+        return Match("SELECT rowid AS id FROM name_index WHERE name_index MATCH :words AND rowid <= :number ORDER BY rowid DESC",
+                     {"words": " AND ".join('"%s"' % word.replace('"', '""') for word in words)})
 
     def match_texts(self, home: int, words: Sequence[str], without: Sequence[str]) -> Match:
         wanted = " AND ".join(map(match_words, words)) + "".join(" NOT " + match_words(word) for word in without)
-        return Match("text_index i", "i.rowid", "text_index MATCH ?", ('home : "%d" AND body : (%s)' % (home, wanted),))
+        return Match("SELECT rowid AS id FROM word_index WHERE word_index MATCH :words AND rowid <= :number ORDER BY rowid DESC",
+                     {"words": 'home : "%d" AND words : (%s)' % (home, wanted)})
 
 
 def match_words(word: str) -> str:
     """A word, or beginning of one, in the language of FTS5."""
-    return '"%s"*' % spread(word).replace('"', '""')
+    return '"%s"*' % spread(word)
 
 
 SETTINGS = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA fullfsync = 1", "PRAGMA checkpoint_fullfsync = 1",
@@ -5682,17 +5687,17 @@ def fill_many(text: str, given: tuple[bool, ...]) -> str:
 
 # ---- what finds names and words
 
-VECTOR_BYTES = 900_000          # of the distinct words of a text; a tsvector holds 1 MiB
+VECTOR_BYTES = 1_040_000        # of the distinct words of a text; a tsvector holds 1 MiB
 LEXEME_LENGTH = 500             # characters; ... and none of more than 2046 bytes
+MATCHES_MANY = 10_000           # that fit: from so many on they lie close enough to each other
 HAS_PARTS = "SELECT to_regclass('name_parts') IS NOT NULL"
+INDEX_PAUSE = 60                # seconds between two tries to have an index of names
 INDEX_PARTS = "CREATE EXTENSION IF NOT EXISTS pg_trgm; CREATE INDEX IF NOT EXISTS name_parts ON name_words USING gin (name gin_trgm_ops)"
 
 
 class Vectors(Index):
-    """... by tsvector: which words a text has, without their places, and whose it is as one more.  Names by trigrams, where there are any.
+    """... by tsvector: which words a text has, without their places, and whose it is as one more.  Names by trigrams, where there are any."""
 
-    What matches is chosen apart from the rest of a statement, which else would walk through all rows for the few it shows.
-    """
     def __init__(self, has_names: bool) -> None:
         self.has_names = has_names
 
@@ -5709,30 +5714,39 @@ class Vectors(Index):
 
     def put_texts(self, rows: Iterable[tuple[int, int, str]]) -> Statement:
         return Statement("INSERT INTO text_words (id, words) SELECT CAST(? AS bigint), array_to_tsvector(string_to_array(?, ' '))",
-                         [(id, " ".join(("@%d" % home, *lexemes_of(text)))) for id, home, text in rows], many=True)
+                         [(id, ("@%d " % home + lexemes_of(text)).strip()) for id, home, text in rows], many=True)
 
     def drop_texts(self) -> Statement:
         return Statement("DELETE FROM text_words")
 
     def match_names(self, words: Sequence[str]) -> Match:
-        return Match("(SELECT id FROM name_words WHERE " + " AND ".join(["name LIKE ?"] * len(words)) + " OFFSET 0) i", "i.id", "1 = 1",
-                     tuple("%" + re.sub(r"([\\%_])", r"\\\1", word) + "%" for word in words))
+        return matched("name_words", " AND ".join("name LIKE :word%d" % n for n in range(len(words))),
+                       {"word%d" % n: "%" + re.sub(r"([\\%_])", r"\\\1", word) + "%" for n, word in enumerate(words)})
 
     def match_texts(self, home: int, words: Sequence[str], without: Sequence[str]) -> Match:
         wanted = [word for text in words for word in lexical(text) or ["'@'"]]               # nothing that is a word is nowhere
         unwanted = ["!" + word for text in without if self.tells(text) for word in lexical(text)]
-        return Match("(SELECT id FROM text_words WHERE words @@ CAST(? AS tsquery) OFFSET 0) i", "i.id", "1 = 1",
-                     (" & ".join(("'@%d'" % home, *wanted, *unwanted)),))
+        return matched("text_words", "words @@ CAST(:words AS tsquery)", {"words": " & ".join(("'@%d'" % home, *wanted, *unwanted))})
 
 
-def lexemes_of(text: str) -> Iterator[str]:
-    """The distinct words of a text, as far as there is room."""
-    room = VECTOR_BYTES
-    for word in sorted({word[:LEXEME_LENGTH] for word in cut_words(text)}):
-        room -= len(word.encode())
-        if room < 0:
-            return
-        yield word
+def matched(table: str, condition: str, params: dict[str, Any]) -> Match:
+    """... of the rows that fit, by an index of what they hold, whatever the planner thinks of them; where these are many, by that of their numbers."""
+    return Match("WITH few AS MATERIALIZED (SELECT id FROM {0} WHERE {1} AND id + 0 <= :number LIMIT {2}) "
+                 "SELECT id FROM (SELECT id FROM few WHERE (SELECT count(*) FROM few) < {2} UNION ALL "
+                 "(SELECT id FROM {0} WHERE {1} AND id <= :number AND (SELECT count(*) FROM few) = {2} ORDER BY id DESC LIMIT {3})) AS found "
+                 "ORDER BY id DESC".format(table, condition, MATCHES_MANY, PIECE + 1), params)
+
+
+def lexemes_of(text: str) -> str:
+    """The distinct words of a text with blanks between them, the shortest first if there is no room for all."""
+    words = set(cut_words(text))
+    if len(max(words, key=len, default="")) > LEXEME_LENGTH:
+        words = {word[:LEXEME_LENGTH] for word in words}
+    found = " ".join(words)
+    if len(found.encode()) > VECTOR_BYTES:
+        found = " ".join(sorted(words, key=len)).encode()[:VECTOR_BYTES].decode(errors="ignore").rpartition(" ")[0]
+        log.warning("a text has more different words than an index of this database takes: it is not found by its longest ones")
+    return found
 
 
 def lexical(text: str) -> list[str]:
@@ -6531,7 +6545,8 @@ class Postgres(Database):
         """
         self.place, self.readonly = address, how == "read"
         self._listener: Listener | None = None               # None: nothing is written here, and nobody waits
-        self._index: Index | None = None                     # None: nobody asked for it yet
+        self._index, self._index_due = Vectors(False), -math.inf         # and when it may be worth a look whether there is more
+        self._makes_index = not self.readonly                # until that is refused
         self._readers = Readers(partial(self._connect, READING))
         self._lead = Lead(address)
         self.writer = ClusterWriter(self._connect, clock, self._readers.wire, self._lead.confirm)
@@ -6655,13 +6670,16 @@ class Postgres(Database):
             raise cluster_error(error) from error
 
     def index(self) -> Index:
-        """... of names only where there is pg_trgm."""
-        if self._index is None:
+        """... of names only where there is pg_trgm: whoever comes looks for it now and then, and the others go on without it meanwhile."""
+        if not self._index.has_names and time.monotonic() >= self._index_due:
+            self._index_due = time.monotonic() + INDEX_PAUSE
             try:
                 with self._readers.wire() as wire:
-                    if not self.readonly and not wire.query(HAS_PARTS)[0][0]:
-                        with suppress(PgError):
+                    if self._makes_index and not wire.query(HAS_PARTS)[0][0]:
+                        try:
                             wire.script("BEGIN; %s; %s; COMMIT" % (LOCK_COMMITS, INDEX_PARTS))
+                        except PgError as error:
+                            self._makes_index = error.code.startswith(TRANSIENT)
                         wire.script("ROLLBACK")
                     self._index = Vectors(wire.query(HAS_PARTS)[0][0])
             except (PgError, PgLost) as error:
@@ -8227,6 +8245,11 @@ class Contents:
                 "SELECT m.offset, " + CHUNK + " FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
                 "WHERE m.manifest = ? AND m.offset >= (SELECT max(offset) FROM manifest_chunk WHERE manifest = ? "
                 "AND offset <= ?) ORDER BY m.offset LIMIT 64", (manifest, manifest, offset))])
+
+    def single_chunks(self, manifests: Sequence[str]) -> dict[str, StoredChunk]:
+        """{manifest: the chunk it consists of} of those that are one chunk, read at once."""
+        return {row[0]: StoredChunk._make(row) for some in pieces([manifest for manifest in manifests if manifest[0] != "m"])
+                for row in self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash IN (%s)" % marks(some), some)}
 
     def knows(self, home: int, hash: str) -> bool:
         """Does this home refer to a chunk already, so that telling its owner so betrays nothing? (D3)"""
@@ -10501,8 +10524,16 @@ def fits(query: Query, node: Node) -> bool:
             and (query.after is None or node.mtime >= query.after) and (query.before is None or node.mtime < query.before))
 
 
-LAST_PLACE = INTEGERS - 1, INTEGERS - 1          # behind all (since, node), or (row of an index, node)
+LAST = INTEGERS - 1                              # behind all numbers
+NAMED = "name_row r ON r.id = i.id LEFT JOIN entry e ON e.node = r.node"         # what has a number in an index of names; and
+WRITTEN = "text_row r ON r.id = i.id LEFT JOIN entry e ON e.manifest = r.manifest AND e.home = r.home"       # ... of contents
+NUMBERS_MOST = 20 * PIECE                        # of an index: where more fit some words, to look at all names is as quick
+FOLDED = "1"                                     # how names are in the index today: see Indexing
+OF_KIND = {"collection": "e.kind = 1", **{  # at least what is of a kind
+    kind: " OR ".join("e.media = '%s'" % media if "/" in media else "substr(e.media, 1, %d) = '%s'" % (len(media), media) for media in medias.split())
+    for kind, medias in KINDS.items()}}
 MAY_CONTAIN = " AND (instr(lower(e.name), ?) > 0 OR length(CAST(e.name AS BLOB)) > length(e.name))"     # lower() knows ASCII alone
+HAS_NOT = " AND instr(lower(e.name), ?) = 0"
 
 
 class Search:
@@ -10545,13 +10576,20 @@ class Search:
         index = self.db.index() if query.within != "names" and query.words else None
         for home in homes if index else ():
             match = index.match_texts(home, query.words, query.without)
-            for _, _, *row in watched(self.db.each(
-                    entries_now("%s AND r.home = ? AND (%s, e.node) < (?, ?)" % (match.condition, match.row), match.row + ", e.node, " + NODE,
-                                match.source + " JOIN text_row r ON r.id = %s JOIN entry e ON e.manifest = r.manifest AND e.home = r.home" % match.row)
-                    + " ORDER BY %s DESC, e.node DESC LIMIT %d" % (match.row, PIECE), (*match.params, home), LAST_PLACE), alive):
-                node = Node._make(row)
-                if self._in_order(index, node, query):
+            for node in watched(self._numbered(match, WRITTEN), alive):
+                if node.home == home and fits(query, node) and self._in_order(index, node, query):
                     yield here.named(node), True
+
+    def _numbered(self, match: Match, rows: str) -> Iterator[Node]:
+        """Live nodes of the numbers that an index finds, the highest first; `rows` leads from i.id to them.  Of what is gone all is None.
+
+        Numbers are read some at a time, and then what they are of, each at least as one row: so however many fit, and however few
+        of those are left, to read some takes no longer than that.
+        """
+        sql = select_entries(
+            "(i.id, coalesce(e.node, 0)) < (:number, :node) ORDER BY i.id DESC, coalesce(e.node, 0) DESC LIMIT %d" % PIECE, "i.id, coalesce(e.node, 0), " + NODE,
+            "(%s LIMIT %d) i LEFT JOIN %s AND e.until IS NULL AND e.kind < %d" % (match.sql, PIECE + 1, rows, MOUNT))
+        return (Node._make(row) for _, _, *row in self.db.each(sql, match.params, {"number": LAST, "node": LAST}))
 
     def _in_order(self, index: Index, node: Node, query: Query) -> bool:
         """Does what an index cannot tell stand in a text that it found, and nothing that is not to?"""
@@ -10573,23 +10611,30 @@ class Search:
             return [row for row in watched(self.files.walk(who, path), alive) if test(row[1])]
 
     def _candidates(self, home: int, query: Query) -> Iterator[Node]:
-        """Live nodes of a home: those the index of names knows to fit, and all it has not seen yet."""
-        index = self.db.index() if query.words and all(len(word) > 2 for word in query.words) else None
-        indexed = int(self.db.setting("indexed") or 0) if index and index.has_names else 0
-        for _, _, *row in self.db.each(
-                entries_now("e.home = ? AND e.since > ? AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ?"
-                            + len(query.words) * MAY_CONTAIN + " AND (e.since, e.node) < (?, ?)", "e.since, e.node, " + NODE)
-                + " ORDER BY e.since DESC, e.node DESC LIMIT %d" % PIECE,
-                (home, indexed, query.least or 0, sys.maxsize if query.most is None else query.most,
-                 MTIME_MIN if query.after is None else query.after, MTIME_MAX + 1 if query.before is None else query.before, *query.words), LAST_PLACE):
-            yield Node._make(row)
+        """Live nodes of a home: all whose names were not indexed yet, and those that the index of names finds, or where these are many, all."""
+        words = [word for word in query.words if len(word) > 2]
+        index = self.db.index() if words else None
+        indexed = self._indexed() if index and index.has_names else 0
+        yield from self._all(home, query, LAST, indexed)
         if indexed:
-            match = index.match_names(query.words)
-            for _, *row in self.db.each(
-                    entries_now("%s AND e.home = ? AND %s < ?" % (match.condition, match.row), match.row + ", " + NODE,
-                                match.source + " JOIN name_row r ON r.id = %s JOIN entry e ON e.node = r.node" % match.row)
-                    + " ORDER BY %s DESC LIMIT %d" % (match.row, PIECE), (*match.params, home), LAST_PLACE[:1]):
-                yield Node._make(row)
+            known = self._numbered(index.match_names(words), NAMED)
+            yield from (node for node in itertools.islice(known, NUMBERS_MOST) if node.home == home)
+            if next(known, None):
+                yield from self._all(home, query, indexed, 0)
+
+    def _indexed(self) -> int:
+        """The seq up to which names are in the index; 0 if that is to be made anew, as by others it may be at any moment."""
+        rows = self.db.read("SELECT i.value FROM setting i JOIN setting f ON f.name = 'folded' AND f.value = ? WHERE i.name = 'indexed'", (FOLDED,))
+        return int(rows[0][0]) if rows else 0
+
+    def _all(self, home: int, query: Query, newest: int, after: int) -> Iterator[Node]:
+        """Live nodes of a home that may fit, of the seqs from `newest` down to the one after `after`."""
+        where = "e.home = ? AND e.since > ? AND (e.kind = 1 OR e.size >= ? AND e.size <= ?) AND e.mtime >= ? AND e.mtime < ? AND (%s)%s%s AND (e.since, e.node) < (?, ?)"
+        return (Node._make(row) for _, _, *row in self.db.each(
+            entries_now(where % (OF_KIND.get(query.kind, "1 = 1"), len(query.words) * MAY_CONTAIN, len(query.without) * HAS_NOT), "e.since, e.node, " + NODE)
+            + " ORDER BY e.since DESC, e.node DESC LIMIT %d" % PIECE,
+            (home, after, query.least or 0, sys.maxsize if query.most is None else query.most, MTIME_MIN if query.after is None else query.after,
+             MTIME_MAX + 1 if query.before is None else query.before, *query.words, *query.without), (newest, LAST)))
 
     def by_id(self, who: Principal, node: int) -> list[tuple[tuple[str, ...], Node]]:
         """(path, node) of a live node, if `who` can see it."""
@@ -17678,6 +17723,7 @@ PURGE = (  # what goes with a node: each if PURGED, and the entries last
 LEASE_LIFE = 2 * MINUTE
 NAMES_STEP, CONTENTS_STEP = 5_000, 2_000         # entries that are looked at in a step of an index
 CONTENTS_COMMIT = 256 * KiB                      # of text: writers wait while it goes into the index
+CUT = "1"                                        # how contents are cut into words today
 
 
 # ---- whose a store is
@@ -17856,7 +17902,12 @@ class Upkeep:
 
     def write(self, *body: Statement) -> None:
         guard = Statement("SELECT 'lease' WHERE (SELECT fence FROM lease WHERE name = 'upkeep') IS NOT ?", (self.fence,))
-        self.db.write_once(Batch(list(body), [guard], frees=True), CloudError("busy", "another process took over the upkeep"))
+        try:
+            self.db.commit(Batch(list(body), [guard], frees=True))
+        except Conflict:
+            if self.db.read("SELECT fence FROM lease WHERE name = 'upkeep'") == [(self.fence,)]:
+                raise                            # a unique index, not the guard: a fault
+            raise CloudError("busy", "another process took over the upkeep") from None
 
     def expire(self) -> None:
         """Locks, sessions, waits, uploads, operation ids, and removed accounts."""
@@ -18130,13 +18181,20 @@ class Indexing(Duty):
         index = self.db.index()
         if not index or not index.has_names:
             return False
-        if self.db.setting("folded") is None:            # names were indexed as they are, and "ss" did not find "ß"
-            self.write(index.drop_names(), Statement("DELETE FROM name_row"), Statement("DELETE FROM setting WHERE name = 'indexed'"), put_setting("folded", "1"))
+        if self.db.setting("folded") != FOLDED:          # names were indexed as they are, and "ss" did not find "ß"
+            self.write(index.drop_names(), Statement("DELETE FROM name_row"), Statement("DELETE FROM setting WHERE name = 'indexed'"), put_setting("folded", FOLDED))
         return self._go_on("indexed", NAMES_STEP, self._add_names)
 
     def index_contents(self) -> bool:
         """The same for the index of contents."""
-        return self.db.index() is not None and self._go_on("read", CONTENTS_STEP, self._add_contents)
+        if not self.db.index():
+            return False
+        if self.db.setting("cut") != CUT:                # each engine had its own way of cutting words
+            self.write(*self._begin_contents(), put_setting("cut", CUT))
+        return self._go_on("read", CONTENTS_STEP, self._add_contents)
+
+    def _begin_contents(self) -> list[Statement]:
+        return [self.db.index().drop_texts(), Statement("DELETE FROM text_row"), Statement("DELETE FROM setting WHERE name = 'read'")]
 
     def _go_on(self, mark: str, most: int, add: Callable[[int, int], list[Statement]]) -> bool:
         done = int(self.db.setting(mark) or 0)
@@ -18157,26 +18215,27 @@ class Indexing(Duty):
 
     def _add_contents(self, done: int, reached: int) -> list[Statement]:
         """What remains to be written: most of it was, some text at a time."""
-        rows, size = [], 0
-        for home, manifest, length in self._unread(done, reached):
-            rows.append((home, manifest, self._text_of(manifest, length)))
-            size += length
+        files, size = [], 0
+        for file in self._unread(done, reached):
+            files.append(file)
+            size += file[2]
             if size > CONTENTS_COMMIT:
-                self.write(*self._entries(rows))
-                rows, size = [], 0
-        return self._entries(rows)
+                self.write(*self._entries(files))
+                files, size = [], 0
+        return self._entries(files)
 
-    def _entries(self, rows: list[tuple[int, str, str]]) -> list[Statement]:
-        """Of (home, manifest, text) in the index of contents."""
+    def _entries(self, files: list[tuple[int, str, int]]) -> list[Statement]:
+        """Of (home, manifest, bytes) in the index of contents."""
         (last,), = self.db.read("SELECT coalesce(max(id), 0) FROM text_row")
-        chosen = [(last + n, *row) for n, row in enumerate(rows, 1)]
+        chunks = self.cloud.contents.single_chunks([manifest for _, manifest, _ in files])
+        chosen = [(last + n, *file) for n, file in enumerate(files, 1)]
         return [Statement("INSERT INTO text_row (id, home, manifest) VALUES (?, ?, ?)", [row[:3] for row in chosen], many=True),
-                self.db.index().put_texts([(id, home, text) for id, home, _, text in chosen])]
+                self.db.index().put_texts([(id, home, self._text_of(manifest, size, chunks.get(manifest))) for id, home, manifest, size in chosen])]
 
-    def _text_of(self, manifest: str, size: int) -> str:
+    def _text_of(self, manifest: str, size: int, only: StoredChunk | None) -> str:
         """What of a file goes into the index; nothing if it is no text, or cannot be read: the scrub tells of that."""
         try:
-            return decode_text(self.cloud.contents.content(manifest, size).read(TEXT_LIMIT)) or ""
+            return decode_text(self.cloud.contents.content(manifest, size, only).read(TEXT_LIMIT)) or ""
         except CloudError as error:
             log.warning("not indexed: %s", error)
             return ""
@@ -18210,8 +18269,7 @@ class Indexing(Duty):
         stale, known = self.db.read("SELECT coalesce(sum(CASE WHEN EXISTS (SELECT 1 FROM entry e WHERE e.manifest = r.manifest "
                                     "AND e.home = r.home AND until IS NULL) THEN 0 ELSE 1 END), 0), count(*) FROM text_row r")[0]
         if stale > 1000 and 2 * stale > known:
-            self.write(self.db.index().drop_texts(), Statement("DELETE FROM text_row"),
-                       Statement("DELETE FROM setting WHERE name = 'read'"))
+            self.write(*self._begin_contents())
 
 
 def check_chunks(cloud: Cloud, prefix: str = "", quick: bool = False) -> Iterator[tuple[str, int, str | None]]:
@@ -19320,7 +19378,7 @@ def copy_tables(db: sqlite3.Connection) -> dict[str, str]:
     return bad
 
 
-OWN_SETTINGS = ("hold", "indexed", "folded", "read", "running", "unclean", "cloud", "objects", "mark", "sealed", "move")       # they say nothing of a copy
+OWN_SETTINGS = ("hold", "indexed", "folded", "read", "cut", "running", "unclean", "cloud", "objects", "mark", "sealed", "move")       # they say nothing of a copy
 OWN_TABLES = ("name_row", "text_row", "lease")               # nor do these
 
 

@@ -5341,6 +5341,34 @@ LETTERS = ("word", "Word", "wording", "Straße", "STRASSE", "über", "uber", "u\
            "中文字", "日本", "\ud55c\uad6d", "\u0e44\u0e17\u0e22", "x" * 600, "\ufb01nal", "C++", "snake_case", "@5", "'quoted'", "back\\slash", "100%", "end.", "ǅ", "naïvely")
 
 
+ASSIGNED = [sign for sign in map(chr, range(1, 0x110000)) if unicodedata.category(sign) not in ("Cn", "Cs", "Co")]
+
+
+def test_an_index_has_the_words_that_were_cut_here_of_all_characters(cloud):
+    index, texts = cloud.db.index(), [" ".join("ab%scd" % sign for sign in ASSIGNED[at:at + 2000]) for at in range(0, len(ASSIGNED), 2000)]
+    cloud.db.run(index.put_texts([(1 + n, 7, text) for n, text in enumerate(texts)]))
+    if cloud.config.database:
+        found = {(n, word) for n, word in cloud.db.read("SELECT id, unnest(tsvector_to_array(words)) FROM text_words") if word != "@7"}
+        assert found == {(1 + n, word) for n, text in enumerate(texts) for word in cs.cut_words(text)}
+    else:
+        cloud.db.run(Statement("CREATE VIRTUAL TABLE there USING fts5vocab (word_index, instance)"))
+        found = {n: [word for word, in cloud.db.read("SELECT term FROM there WHERE col = 'words' AND doc = ? ORDER BY offset", (1 + n,))] for n in range(0, len(texts), 20)}
+        assert found == {n: cs.cut_words(texts[n]) for n in found}
+        words = {word for word, in cloud.db.read("SELECT DISTINCT term FROM there WHERE col = 'words'")}
+        assert words == {word for text in texts for word in cs.cut_words(text)}
+
+
+@pytest.mark.parametrize("text, words", [
+    ("Straße ÜBER e\u0301te\u0301", ["strasse", "uber", "ete"]),
+    ("a_b-c.d\u00a0e\u2014f", ["a", "b", "c", "d", "e", "f"]),
+    ("東京 タワー", ["東", "京", "タ", "ワ", "ー"]),
+    ("\u0939\u093f\u0928\u094d\u0926\u0940", ["\u0939\u093f\u0928\u0926\u0940"]),         # vowels belong to the word, a virama is nothing
+    ("\u0643\u0650\u062a\u064e\u0627\u0628", ["\u0643\u062a\u0627\u0628"]),                 # so are vowels of Arabic
+    ("Schiff\u00adfahrt \u2764\ufe0f \u2260", ["schifffahrt"]), ("", [])])
+def test_cut_words(text, words):
+    assert cs.cut_words(text) == cs.cut_words(unicodedata.normalize("NFD", text)) == words
+
+
 @pytest.mark.parametrize("with_trigrams", [True, False])
 def test_every_engine_finds_the_same(make_cloud, database_of, tmp_path, rng, monkeypatch, with_trigrams):
     if not with_trigrams:
@@ -5348,6 +5376,8 @@ def test_every_engine_finds_the_same(make_cloud, database_of, tmp_path, rng, mon
     clouds = [make_cloud(Config(data=tmp_path / "one", database="")), make_cloud(Config(data=tmp_path / "two", database=database_of(tmp_path)))]
     texts = {"%d%s.txt" % (n, rng.choice(LETTERS[:6])): rng.choice((" ", "\n", ", ", "-")).join(rng.choices(LETTERS, k=rng.randrange(1, 12))) for n in range(40)}
     texts["long.txt"] = " ".join(["%x" % n for n in range(5_000)]) + " atlast"
+    signs = ["ab%scd" % sign for sign in rng.sample(ASSIGNED, 30)]
+    texts.update(("signs%d.txt" % n, rng.choice((" ", "")).join(rng.sample(ASSIGNED, 200)) + " ".join(rng.sample(signs, 10))) for n in range(5))
     found = []
     for cloud in clouds:
         ann, bob, upkeep = account(cloud), account(cloud, "bob"), cs.Upkeep(cloud)
@@ -5360,7 +5390,7 @@ def test_every_engine_finds_the_same(make_cloud, database_of, tmp_path, rng, mon
         put(cloud, ann, "later word.txt", b"word")
         assert cloud.db.index().has_names == (with_trigrams or not cloud.config.database)
         ask = random.Random(5)
-        queries = [*LETTERS, "nai", "wor", "fff", "+++", "-", "nowhere", "%", "_", *(
+        queries = [*LETTERS, *signs, "nai", "wor", "fff", "+++", "-", "nowhere", "%", "_", *(
             " ".join(("-" if ask.random() < 0.3 else "") + ('"%s"' if ask.random() < 0.4 else "%s") % " ".join(ask.sample(LETTERS, ask.randrange(1, 3)))
                      for _ in range(ask.randrange(1, 4))) for _ in range(40))]
         found.append({(query, within): sorted("/".join(hit.path) for hit in look_for(cloud, ann, query, within=within))
@@ -5405,17 +5435,114 @@ def test_numbers_of_names_that_were_given_up_are_used_again(make_cloud, database
         assert [[hit.path for hit in look_for(cloud, ann, word)] for word in ("third", "first5", "second6")] == [[("third",)], [("first5.txt",)], []]
 
 
-def test_words_are_found_by_indexes_of_a_shared_database(make_cloud, database_of, tmp_path):
+def test_words_are_found_by_indexes_of_a_shared_database(make_cloud, database_of, tmp_path, monkeypatch):
     cloud = make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path)))
     index = cloud.db.index()
+    monkeypatch.setattr(cs, "MATCHES_MANY", 1000)
     cloud.db.run(Statement("INSERT INTO name_words (id, name) SELECT n, 'name of ' || n FROM generate_series(1, 20000) AS n"),
                  Statement("INSERT INTO text_words (id, words) SELECT n, array_to_tsvector(ARRAY['@1', 'word' || n, 'all']) FROM generate_series(1, 20000) AS n"))
     with contextlib.closing(cloud.db._connect()) as wire:
         wire.script("ANALYZE name_words; ANALYZE text_words; SET enable_seqscan = off")
-        for match, name in (index.match_names(["of 777"]), "name_parts"), (index.match_texts(1, ["word777"], ["word7771"]), "text_words_words"):
-            sql, params = cs.spell("SELECT %s FROM %s" % (match.row, match.source), match.params)
-            assert len(wire.query(sql, params)) in (10, 11)
-            assert name in str(wire.query("EXPLAIN " + sql, params))
+        for match, name, hits in ((index.match_names(["of 777"]), "name_parts", 11), (index.match_texts(1, ["word777"], ["word7771"]), "text_words_words", 10),
+                                  (index.match_names(["name"]), "name_words_pkey", cs.PIECE), (index.match_texts(1, ["all"], []), "text_words_pkey", cs.PIECE)):
+            sql, params = cs.spell("%s LIMIT %d" % (match.sql, cs.PIECE), {**match.params, "number": cs.LAST})
+            assert len(wire.query(sql, params)) == hits
+            plan = "\n".join(row for row, in wire.query("EXPLAIN ANALYZE " + sql, params) if "never executed" not in row)
+            assert name in plan, plan
+
+
+def searched(cloud, who, text, **how):
+    return sorted("/".join(hit.path) for hit in look_for(cloud, who, text, **how))
+
+
+def test_where_most_fit_and_few_are_left_all_of_these_are_found(cloud, ann, asked, monkeypatch):
+    """However many numbers of an index lead nowhere, and however many files have the same contents."""
+    monkeypatch.setattr(cs, "PIECE", 3)
+    for n in range(9):
+        put(cloud, ann, "image%d.txt" % n, b"alike" if n % 3 else b"other %d" % n, parents=True)
+    upkeep = cs.Upkeep(cloud)
+    upkeep.hold()
+    while upkeep.indexing.index_names() or upkeep.indexing.index_contents():
+        pass
+    want = ["image%d.txt" % n for n in (1, 2, 4, 5, 7, 8)]
+    assert searched(cloud, ann, "alike") == want and searched(cloud, ann, "other") == ["image%d.txt" % n for n in (0, 3, 6)]
+    for name in want[:-1]:
+        put(cloud, ann, name, b"changed %d" % ord(name[5]))
+    for n in 0, 3:
+        cloud.files.delete(ann, ("image%d.txt" % n,))
+    assert searched(cloud, ann, "alike") == want[-1:] and searched(cloud, ann, "other") == ["image6.txt"]
+    assert searched(cloud, ann, "image") == ["image%d.txt" % n for n in (1, 2, 4, 5, 6, 7, 8)]
+    while upkeep.indexing.index_names():
+        pass
+    put(cloud, ann, "image.zip", b"archive")
+    while upkeep.indexing.index_names():
+        pass
+    for most in 0, 1, 4, 100:
+        monkeypatch.setattr(cs, "NUMBERS_MOST", most)
+        assert searched(cloud, ann, "image", kind="archive") == ["image.zip"] and len(searched(cloud, ann, "image")) == 8
+        assert searched(cloud, ann, "im 6", within="names") == searched(cloud, ann, "image6", kind="text", least=2) == ["image6.txt"]
+
+
+@pytest.mark.parametrize("kind, media", [(kind, media) for kind, medias in cs.KINDS.items() for media in medias.split()] + [("collection", None), ("other", "font/ttf")])
+def test_what_a_database_is_asked_for_is_all_of_a_kind(kind, media):
+    media = media if media is None or "/" in media else media + "/any"
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        assert cs.kind_of_media(media) == kind and db.execute("SELECT 1 FROM (SELECT ? AS media, ? AS kind) AS e WHERE " + cs.OF_KIND.get(kind, "1"), (media, kind == "collection")).fetchall()
+
+
+def test_names_are_indexed_once_the_database_has_time_for_it(make_cloud, database_of, tmp_path, monkeypatch):
+    cloud = make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path)))
+    with contextlib.closing(cloud.db._connect()) as wire:
+        wire.script("BEGIN; LOCK TABLE name_words IN SHARE ROW EXCLUSIVE MODE")
+        monkeypatch.setattr(cs, "INDEX_PARTS", "SET LOCAL lock_timeout = '50ms'; " + cs.INDEX_PARTS)
+        ann, _ = indexed(cloud, "first name")
+        assert not cloud.db.index().has_names and searched(cloud, ann, "first") == ["first nam10.txt"]
+        wire.script("ROLLBACK")
+    assert not cloud.db.index().has_names                    # nobody tries it at each search
+    monkeypatch.setattr(cloud.db, "_index_due", 0)
+    assert cloud.db.index().has_names and searched(cloud, ann, "first") == ["first nam10.txt"]
+
+
+def test_names_are_found_while_their_index_is_made_anew(make_cloud, database_of, tmp_path, monkeypatch):
+    """From the first moment: what was made another way is not asked any more, though all of it goes while somebody searches."""
+    monkeypatch.setattr(cs, "NAMES_STEP", 2)
+    for name, database in ("one", ""), ("two", database_of(tmp_path)):
+        cloud = make_cloud(Config(data=tmp_path / name, database=database))
+        ann, upkeep = indexed(cloud, *("name " + "x" * n for n in range(9)))
+        whole = searched(cloud, ann, "name", within="names")
+        assert len(whole) == 9 and cloud.search._indexed()
+        cloud.db.run(Statement("UPDATE setting SET value = '0' WHERE name = 'folded'"))
+        assert not cloud.search._indexed()
+        hits = iter(cloud.search._candidates(1, cs.Query(("name",))))
+        some = [next(hits).name]
+        more = upkeep.indexing.index_names()
+        assert more and searched(cloud, ann, "name", within="names") == whole == sorted(some + [node.name for node in hits])
+        while upkeep.indexing.index_names():
+            assert searched(cloud, ann, "name", within="names") == whole
+        assert cloud.search._indexed() and searched(cloud, ann, "name", within="names") == whole
+
+
+def test_an_index_of_words_cut_another_way_is_made_anew(cloud):
+    ann, upkeep = indexed(cloud, "cut")
+    if not cloud.config.database:
+        cloud.db.run(Statement("CREATE VIRTUAL TABLE text_index USING fts5 (home, body, content = '')"))
+        cloud.db._index = None
+    cloud.db.run(cloud.db.index().drop_texts(), cloud.db.index().put_texts([(1, 1, "differently")]), Statement("DELETE FROM setting WHERE name = 'cut'"))
+    assert searched(cloud, ann, "cut", within="contents") == []
+    while upkeep.indexing.index_contents():
+        pass
+    assert searched(cloud, ann, "cut", within="contents") == ["cut3.txt"] and not searched(cloud, ann, "differently")
+    if not cloud.config.database:
+        assert not cloud.db.read("SELECT 1 FROM sqlite_master WHERE name = 'text_index'")
+
+
+def test_words_that_an_index_has_no_room_for_are_the_longest_and_are_told_of(caplog):
+    text = " ".join(["short", *("%0499d" % n for n in range(2200))])
+    found = cs.lexemes_of(text)
+    assert cs.VECTOR_BYTES - 500 < len(found) <= cs.VECTOR_BYTES and found.split()[0] == "short" and set(found.split()) < set(text.split())
+    assert ["more different words" in record.message for record in caplog.records] == [True]
+
+
 # ---- drills: three machines as README describes them, real Patroni, etcd, PostgreSQL and HAProxy
 
 GRACE = {"killed": 10, "lost": 25}               # seconds of the longest pause in which nothing is acknowledged: of a process, of a machine
@@ -9613,10 +9740,10 @@ def test_a_damaged_file_does_not_hold_up_the_index(cloud, ann):
 def test_the_index_of_contents_begins_anew_when_it_is_mostly_stale(cloud, ann, monkeypatch):
     upkeep = cs.Upkeep(cloud)
     upkeep.hold()
-    for n in range(2100):
-        cloud.db.run(Statement("INSERT INTO text_row VALUES (?, 1, ?)", (n + 10, "gone%d" % n)))
     put(cloud, ann, "a.txt", b"word")
     upkeep.indexing.index_contents()
+    for n in range(2100):
+        cloud.db.run(Statement("INSERT INTO text_row VALUES (?, 1, ?)", (n + 10, "gone%d" % n)))
     upkeep.indexing.tidy()
     assert cloud.db.read("SELECT count(*) FROM text_row") == [(0,)] and not look_for(cloud, ann, "word")
     upkeep.indexing.index_contents()
@@ -15570,7 +15697,7 @@ def test_a_search_is_bounded(call, cloud, ann, monkeypatch):
     assert call("PROPFIND", "/dav/", many).status == 413 and call("PROPFIND", "/dav/", many.replace("<x0/>", "")).status == 207
     monkeypatch.setattr(cs, "SEARCH_TIME", -1)
     late = call("SEARCH", "/remote.php/dav", SEARCH_ALL)
-    assert (late.status, late.headers["retry-after"]) == (503, "60") and call("GET", "/api/v1/search?kind=image").status == 503
+    assert (late.status, late.headers["retry-after"]) == (503, "60") and call("GET", "/api/v1/search?kind=text").status == 503
     assert cloud.tree.lanes.taken() == 0
 
 
@@ -15924,6 +16051,18 @@ def test_only_one_process_keeps_things_up(make_cloud):
     assert first.hold() and not second.hold()
     one.db.run(Statement("UPDATE lease SET due = 0"))
     assert second.hold() and outcome(first.expire) == "busy"      # fenced off
+
+
+def test_only_who_lost_the_lease_is_told_of_another_process(cloud, ann):
+    """What else a batch is refused for is a fault, and says so."""
+    upkeep, twice = cs.Upkeep(cloud), Statement("INSERT INTO setting (name, value) VALUES ('twice', '')")
+    upkeep.hold()
+    with pytest.raises(cs.Conflict, match="(?i)unique"):
+        upkeep.write(twice, twice)
+    cloud.db.run(Statement("UPDATE lease SET fence = fence + 1"))
+    with pytest.raises(CloudError, match="another process") as refused:
+        upkeep.write(Statement("DELETE FROM setting WHERE name = 'none'"))
+    assert refused.value.kind == "busy" and not cloud.db.setting("twice")
 
 
 def test_removed_accounts_take_their_files_along_later(aging):
@@ -28825,7 +28964,7 @@ func main() {
 # ==== what all of them met ===============================================================
 
 # What tests of one engine say to it, what one keeps for itself, and indexes, of which each has its own.
-OF_ONE_ENGINE = re.compile(r"\bsqlite_master\b|\bPRAGMA\b|\bEXPLAIN\b|\b(name|text)_(index|words)\b|\bcommit_group\b|\bpg_\w+|\bcurrent_setting\b|\bFROM (version|extra)\b")
+OF_ONE_ENGINE = re.compile(r"\bsqlite_master\b|\bPRAGMA\b|\bEXPLAIN\b|\b(name|text|word)_(index|words)\b|\bcommit_group\b|\bpg_\w+|\bcurrent_setting\b|\bFROM (version|extra)\b")
 
 
 @pytest.mark.last
