@@ -5689,7 +5689,7 @@ def fill_many(text: str, given: tuple[bool, ...]) -> str:
 
 VECTOR_BYTES = 1_040_000        # of the distinct words of a text; a tsvector holds 1 MiB
 LEXEME_LENGTH = 500             # characters; ... and none of more than 2046 bytes
-MATCHES_MANY = 10_000           # that fit: from so many on they lie close enough to each other
+CLOSE, CLOSE_AMONG = 25, 1000   # rows that fit lie close together if so many are among so many
 HAS_PARTS = "SELECT to_regclass('name_parts') IS NOT NULL"
 INDEX_PAUSE = 60                # seconds between two tries to have an index of names
 INDEX_PARTS = "CREATE EXTENSION IF NOT EXISTS pg_trgm; CREATE INDEX IF NOT EXISTS name_parts ON name_words USING gin (name gin_trgm_ops)"
@@ -5720,21 +5720,22 @@ class Vectors(Index):
         return Statement("DELETE FROM text_words")
 
     def match_names(self, words: Sequence[str]) -> Match:
-        return matched("name_words", " AND ".join("name LIKE :word%d" % n for n in range(len(words))),
+        return matched("name_words", "name", " AND ".join("name LIKE :word%d" % n for n in range(len(words))),
                        {"word%d" % n: "%" + re.sub(r"([\\%_])", r"\\\1", word) + "%" for n, word in enumerate(words)})
 
     def match_texts(self, home: int, words: Sequence[str], without: Sequence[str]) -> Match:
         wanted = [word for text in words for word in lexical(text) or ["'@'"]]               # nothing that is a word is nowhere
         unwanted = ["!" + word for text in without if self.tells(text) for word in lexical(text)]
-        return matched("text_words", "words @@ CAST(:words AS tsquery)", {"words": " & ".join(("'@%d'" % home, *wanted, *unwanted))})
+        return matched("text_words", "words", "words @@ CAST(:words AS tsquery)", {"words": " & ".join(("'@%d'" % home, *wanted, *unwanted))})
 
 
-def matched(table: str, condition: str, params: dict[str, Any]) -> Match:
-    """... of the rows that fit, by an index of what they hold, whatever the planner thinks of them; where these are many, by that of their numbers."""
-    return Match("WITH few AS MATERIALIZED (SELECT id FROM {0} WHERE {1} AND id + 0 <= :number LIMIT {2}) "
-                 "SELECT id FROM (SELECT id FROM few WHERE (SELECT count(*) FROM few) < {2} UNION ALL "
-                 "(SELECT id FROM {0} WHERE {1} AND id <= :number AND (SELECT count(*) FROM few) = {2} ORDER BY id DESC LIMIT {3})) AS found "
-                 "ORDER BY id DESC".format(table, condition, MATCHES_MANY, PIECE + 1), params)
+def matched(table: str, column: str, condition: str, params: dict[str, Any]) -> Match:
+    """... of the rows that fit.  Where these lie close together among the newest, all are looked at, in their order; else what
+    the column's index finds is brought into it.  A planner cannot tell one from the other, and would be wrong by a factor of thousands."""
+    return Match("WITH few AS MATERIALIZED (SELECT 1 FROM (SELECT {1} FROM {0} WHERE id <= :number ORDER BY id DESC LIMIT {3}) AS newest WHERE {2} LIMIT {4}) "
+                 "SELECT id FROM ((SELECT id FROM {0} WHERE {2} AND id <= :number AND (SELECT count(*) FROM few) = {4} ORDER BY id DESC LIMIT {5}) UNION ALL "
+                 "(SELECT id FROM {0} WHERE {2} AND id + 0 <= :number AND (SELECT count(*) FROM few) < {4} ORDER BY id + 0 DESC LIMIT {5})) AS found "
+                 "ORDER BY id DESC".format(table, column, condition, CLOSE_AMONG, CLOSE, PIECE + 1), params)
 
 
 def lexemes_of(text: str) -> str:
