@@ -5730,10 +5730,12 @@ class Vectors(Index):
 
 
 def matched(table: str, column: str, condition: str, params: dict[str, Any]) -> Match:
-    """... of the rows that fit.  Where these lie close together among the newest, all are looked at, in their order; else what
-    the column's index finds is brought into it.  A planner cannot tell one from the other, and would be wrong by a factor of thousands."""
+    """... of the rows that fit.  Where these lie close together among the newest, all are looked at, in their order; else what the
+    column's index finds is brought into it.  No planner can tell which it will be, and to be wrong takes a thousand times as long:
+    so each way is all that its part of the statement allows."""
     return Match("WITH few AS MATERIALIZED (SELECT 1 FROM (SELECT {1} FROM {0} WHERE id <= :number ORDER BY id DESC LIMIT {3}) AS newest WHERE {2} LIMIT {4}) "
-                 "SELECT id FROM ((SELECT id FROM {0} WHERE {2} AND id <= :number AND (SELECT count(*) FROM few) = {4} ORDER BY id DESC LIMIT {5}) UNION ALL "
+                 "SELECT id FROM ((SELECT id FROM (SELECT id, {1} FROM {0} WHERE id <= :number AND (SELECT count(*) FROM few) = {4} ORDER BY id DESC OFFSET 0) AS every "
+                 "WHERE {2} ORDER BY id DESC LIMIT {5}) UNION ALL "
                  "(SELECT id FROM {0} WHERE {2} AND id + 0 <= :number AND (SELECT count(*) FROM few) < {4} ORDER BY id + 0 DESC LIMIT {5})) AS found "
                  "ORDER BY id DESC".format(table, column, condition, CLOSE_AMONG, CLOSE, PIECE + 1), params)
 
@@ -5826,7 +5828,7 @@ LOAD_TIME = 3600                                 # seconds in which something mu
 LOCK_TIME = "10s"
 MIGRATION_WAIT, MIGRATION_PAUSE, MIGRATION_TRIES = 500, 1, 60      # ms that a table is waited for, and all others with it; seconds between two tries
 SESSION = {"default_transaction_isolation": "read committed", "lock_timeout": LOCK_TIME, "tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5",
-           "tcp_keepalives_count": "3", "tcp_user_timeout": "20000"}
+           "tcp_keepalives_count": "3", "tcp_user_timeout": "20000", "jit": "off"}         # nothing here takes as long as it does
 POOLED = ("26000", "42P05")                      # errors of statements that others made known, or forgot, on what is a connection of our own
 POOLER = "this is a transaction pooler; give the direct address of the database"
 SNAPSHOT_TIME, SNAPSHOT_MOST = 10, 30            # seconds of a snapshot: after so many it is told of, and after so many it gives no more rows

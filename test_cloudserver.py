@@ -5435,10 +5435,9 @@ def test_numbers_of_names_that_were_given_up_are_used_again(make_cloud, database
         assert [[hit.path for hit in look_for(cloud, ann, word)] for word in ("third", "first5", "second6")] == [[("third",)], [("first5.txt",)], []]
 
 
-def test_words_are_found_by_indexes_of_a_shared_database(make_cloud, database_of, tmp_path, monkeypatch):
+def test_words_are_found_by_indexes_of_a_shared_database(make_cloud, database_of, tmp_path):
     cloud = make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path)))
     index = cloud.db.index()
-    monkeypatch.setattr(cs, "MATCHES_MANY", 1000)
     cloud.db.run(Statement("INSERT INTO name_words (id, name) SELECT n, 'name of ' || n FROM generate_series(1, 20000) AS n"),
                  Statement("INSERT INTO text_words (id, words) SELECT n, array_to_tsvector(ARRAY['@1', 'word' || n, 'all']) FROM generate_series(1, 20000) AS n"))
     with contextlib.closing(cloud.db._connect()) as wire:
@@ -5446,7 +5445,7 @@ def test_words_are_found_by_indexes_of_a_shared_database(make_cloud, database_of
         for match, name, hits in ((index.match_names(["of 777"]), "name_parts", 11), (index.match_texts(1, ["word777"], ["word7771"]), "text_words_words", 10),
                                   (index.match_names(["name"]), "name_words_pkey", cs.PIECE), (index.match_texts(1, ["all"], []), "text_words_pkey", cs.PIECE)):
             sql, params = cs.spell("%s LIMIT %d" % (match.sql, cs.PIECE), {**match.params, "number": cs.LAST})
-            assert len(wire.query(sql, params)) == hits
+            assert [len(wire.query(sql, params)) for _ in range(7)] == [hits] * 7        # of which the last are not planned anew
             plan = "\n".join(row for row, in wire.query("EXPLAIN ANALYZE " + sql, params) if "never executed" not in row)
             assert name in plan, plan
 
