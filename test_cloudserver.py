@@ -5376,8 +5376,8 @@ def test_every_engine_finds_the_same(make_cloud, database_of, tmp_path, rng, mon
     clouds = [make_cloud(Config(data=tmp_path / "one", database="")), make_cloud(Config(data=tmp_path / "two", database=database_of(tmp_path)))]
     texts = {"%d%s.txt" % (n, rng.choice(LETTERS[:6])): rng.choice((" ", "\n", ", ", "-")).join(rng.choices(LETTERS, k=rng.randrange(1, 12))) for n in range(40)}
     texts["long.txt"] = " ".join(["%x" % n for n in range(5_000)]) + " atlast"
-    signs = ["ab%scd" % sign for sign in rng.sample(ASSIGNED, 30)]
-    texts.update(("signs%d.txt" % n, rng.choice((" ", "")).join(rng.sample(ASSIGNED, 200)) + " ".join(rng.sample(signs, 10))) for n in range(5))
+    signs = ["ab%scd" % sign for sign in rng.sample(ASSIGNED, 12)]
+    texts.update(("signs%d.txt" % n, rng.choice((" ", "")).join(rng.sample(ASSIGNED, 200)) + " ".join(rng.sample(signs, 6))) for n in range(4))
     found = []
     for cloud in clouds:
         ann, bob, upkeep = account(cloud), account(cloud, "bob"), cs.Upkeep(cloud)
