@@ -8028,6 +8028,12 @@ class Moment:
             self._paths[one] = None if above is None else above + (self.node(one).name,)
         return self._paths[id]
 
+    def path_to(self, node: Node) -> tuple[str, ...] | None:
+        """The same of a live node that was read just now, and is not read again."""
+        if self._nodes:                                  # else all on the way are read at once
+            self._nodes.setdefault(node.node, node)
+        return self.path(node.node)
+
     def _parent(self, id: int) -> int | None:
         node = self.node(id)
         return node.parent if node else None
@@ -10530,6 +10536,7 @@ def fits(query: Query, node: Node) -> bool:
 LAST = INTEGERS - 1                              # behind all numbers
 NAMED = "name_row r ON r.id = i.id LEFT JOIN entry e ON e.node = r.node"         # what has a number in an index of names; and
 WRITTEN = "text_row r ON r.id = i.id LEFT JOIN entry e ON e.manifest = r.manifest AND e.home = r.home"       # ... of contents
+SNIPPETS = 20                                    # that are made at a time
 NUMBERS_MOST = 20 * PIECE                        # of an index: where more fit some words, to look at all names is as quick
 FOLDED = "1"                                     # how names are in the index today: see Indexing
 OF_KIND = {"collection": "e.kind = 1", **{  # at least what is of a kind
@@ -10553,19 +10560,20 @@ class Search:
         """
         place = self.tree.enter(who, path, READ)
         place.found()
-        found, seen, here = [], set(), self.tree.mounts.seen_by(who)
+        hits, more, seen, here = [], False, set(), self.tree.mounts.seen_by(who)
         homes = (place.view.home,) if path else (place.view.home, *here.homes())
         with nullcontext() if query.words else self.tree.lane(who):         # without words everything is looked at
             for node, inside in self._hits(homes, query, here, alive):
                 if node.node in seen or not fits(query, node):
                     continue
                 seen.add(node.node)
-                where = here.path(node.node)
+                where = here.path_to(node)
                 if where is not None and where[:len(path)] == path and len(where) > len(path):
-                    if len(found) == limit:
-                        return found, True
-                    found.append(Found(where, node, self._snippet(node, query.words) if inside else None))
-        return found, False
+                    more = len(hits) == limit
+                    if more:
+                        break
+                    hits.append((where, node, inside))
+        return [found for some in pieces(hits, SNIPPETS) for found in self._with_snippets(some, query.words)], more
 
     def _hits(self, homes: Iterable[int], query: Query, here: Moment, alive: Callable[[], None]) -> Iterator[tuple[Node, bool]]:
         """(node, do the words stand in its contents?) of nodes that may fit."""
@@ -10603,9 +10611,12 @@ class Search:
         stand = lambda words: " " + " ".join(words) in there
         return all(map(stand, wanted)) and not any(map(stand, unwanted))
 
-    def _snippet(self, node: Node, words: Sequence[str]) -> tuple[str, str, str] | None:
-        text = decode_text(self.tree.contents.of(node).read(TEXT_LIMIT))
-        return text and find_words(unicodedata.normalize("NFC", text), words)
+    def _with_snippets(self, hits: list[tuple[tuple[str, ...], Node, bool]], words: Sequence[str]) -> Iterator[Found]:
+        """Of (path, node, does it have the words in its contents?), whose bytes are read at once."""
+        chunks = self.tree.contents.single_chunks([node.manifest for _, node, inside in hits if inside])
+        for path, node, inside in hits:
+            text = decode_text(self.tree.contents.of(node, chunks.get(node.manifest)).read(TEXT_LIMIT)) if inside else None
+            yield Found(path, node, find_words(unicodedata.normalize("NFC", text), words) if text else None)
 
     def find_all(self, who: Principal, path: tuple[str, ...], test: Callable[[Node], bool],
                  alive: Callable[[], None] = unwatched) -> list[tuple[tuple[str, ...], Node]]:

@@ -5478,6 +5478,21 @@ def test_where_most_fit_and_few_are_left_all_of_these_are_found(cloud, ann, aske
         assert searched(cloud, ann, "im 6", within="names") == searched(cloud, ann, "image6", kind="text", least=2) == ["image6.txt"]
 
 
+def test_hits_take_no_statement_each(cloud, ann, asked):
+    """Neither for where they are, nor for what stands around the words."""
+    for n in range(30):
+        put(cloud, ann, "d%d/image%d.txt" % (n % 3, n), b"a word, %d" % n, parents=True)
+    upkeep = cs.Upkeep(cloud)
+    upkeep.hold()
+    while upkeep.indexing.index_names() or upkeep.indexing.index_contents():
+        pass
+    for text, within in ("image", "names"), ("word", "contents"):
+        asked.clear()
+        hits = look_for(cloud, ann, text, within=within)
+        assert len(hits) == 30 and len(asked) < 16, [sql for sql, *_ in asked]
+        assert within == "names" or all(hit.snippet == ("a ", "word", ", " + hit.path[1][5:-4]) for hit in hits)
+
+
 @pytest.mark.parametrize("kind, media", [(kind, media) for kind, medias in cs.KINDS.items() for media in medias.split()] + [("collection", None), ("other", "font/ttf")])
 def test_what_a_database_is_asked_for_is_all_of_a_kind(kind, media):
     media = media if media is None or "/" in media else media + "/any"
