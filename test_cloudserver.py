@@ -17977,6 +17977,7 @@ def test_clients_go_on_where_a_cloud_moved_to(serve, database_of, tmp_path, kind
     log = tmp_path / "access.log"
     served = serve("--workers", "2", "--access-log", log)
     port, url = str(served.address[1]), "http://ann@127.0.0.1:%d" % served.address[1]
+    env = {**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD, "XDG_CONFIG_HOME": str(tmp_path / "config")}      # another run's folder may have had the same path
     if kind == "native":
         folder = tmp_path / "folder"
         folder.mkdir()
@@ -17987,7 +17988,7 @@ def test_clients_go_on_where_a_cloud_moved_to(serve, database_of, tmp_path, kind
     def sync():
         """Did anything travel?  (up, down)"""
         if kind == "native":
-            done = run("sync", folder, *(() if (folder / ".cloudserver").exists() else (url,)), "--once", "--json", env={**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD})
+            done = run("sync", folder, *(() if (folder / ".cloudserver").exists() else (url,)), "--once", "--json", env=env)
             assert done.returncode == 0, done.stderr
             told = json.loads(done.stdout)
             assert not told["conflicts"] and not told["problems"]
@@ -18024,7 +18025,7 @@ def test_a_client_goes_on_while_its_cloud_moves(serve, database_of, tmp_path):
     served = serve("--access-log", log)
     folder.mkdir()
     with open(tmp_path / "told", "w") as told:
-        client = popen("sync", folder, "http://ann@127.0.0.1:%d" % served.address[1], "--json", env={**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD}, stdout=told, stderr=told)
+        client = popen("sync", folder, "http://ann@127.0.0.1:%d" % served.address[1], "--json", env=env, stdout=told, stderr=told)
     try:
         contents = {name: random_bytes(size) for name, size in (("before", 100), ("sealed", 100_000), ("away", 9_000_000))}
         write = lambda name: (folder / name).write_bytes(contents[name])
