@@ -18024,6 +18024,7 @@ def test_a_client_goes_on_while_its_cloud_moves(serve, database_of, tmp_path):
     log, folder = tmp_path / "access.log", tmp_path / "folder"
     served = serve("--access-log", log)
     folder.mkdir()
+    env = {**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD, "XDG_CONFIG_HOME": str(tmp_path / "config")}
     with open(tmp_path / "told", "w") as told:
         client = popen("sync", folder, "http://ann@127.0.0.1:%d" % served.address[1], "--json", env=env, stdout=told, stderr=told)
     try:
