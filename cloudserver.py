@@ -3616,10 +3616,10 @@ def fresh_tags() -> Iterator[str]:
 
 
 class _Ticket:
-    """A batch in the queue, how its engine says it, and in the end what became of it."""
+    """Who waits in a queue: with a batch, perhaps, and how its engine says it, and in the end what became of that."""
     __slots__ = ("batch", "said", "gate", "settled", "error")
 
-    def __init__(self, batch: Batch, said: Any = None) -> None:
+    def __init__(self, batch: Batch | None, said: Any = None) -> None:
         self.batch, self.said, self.gate, self.settled, self.error = batch, said, threading.Lock(), False, None
 
 
@@ -3657,42 +3657,26 @@ def sealed_error() -> CloudError:
     return CloudError("read-only", "this cloud is on its way to another place: it can be read, and takes nothing meanwhile", retry_after=SEAL_TIME)
 
 
-class Writer:
-    """Who waits for a commit, and who commits for all of them (invariant 3); how, is the engine's."""
+class Turns:
+    """What one thread at a time does for all who wait for it (invariant 3)."""
 
-    ticket = _Ticket                             # an engine may say more of a batch, while others commit
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.broken = ""                                     # why nothing is written any more (R4)
+    def __init__(self) -> None:
         self._queue: deque[_Ticket] = deque()
-        self._led, self._turn = False, threading.Lock()      # does somebody commit?  _turn: of this, and of the queue
-        self._tags = fresh_tags()
+        self._led, self._turn = False, threading.Lock()      # does somebody do it?  _turn: of this, and of the queue
 
-    def commit(self, batch: Batch) -> None:
-        """Come back when a batch is committed.  raises CloudError, Conflict, and what its rows raise"""
-        ticket = self.ticket(batch)
+    def settle(self, ticket: _Ticket) -> None:
+        """Come back when it is done.  raises what became of it"""
         if self._leads(ticket):
             self._lead(ticket)
         if ticket.error is not None:
             raise ticket.error
 
-    @contextmanager
-    def ended(self) -> Iterator[None]:
-        """Once those who wait are done, and before anybody after them."""
-        while not self._leads(self.ticket(Batch([]))):
-            pass
-        try:
-            yield
-        finally:
-            self._hand_on([])
-
     def _turn_of_process(self) -> ContextManager[Any]:
-        """Held while a group is gathered and committed.  raises CloudError read-only where nothing can be written, or not any more"""
-        raise NotImplementedError
+        """Held while a group is gathered and seen to.  raises what keeps from that"""
+        return nullcontext()
 
     def _transact(self, group: list[_Ticket]) -> None:
-        """Commit some batches; notes the errors of those that are refused.  raises what takes them all"""
+        """See to some tickets; notes the errors of those that fail.  raises what takes them all"""
         raise NotImplementedError
 
     def _commit_group(self, group: list[_Ticket]) -> None:
@@ -3714,7 +3698,7 @@ class Writer:
         return not ticket.settled
 
     def _lead(self, ticket: _Ticket) -> None:
-        """Commit for all who wait once it is this process's turn, then hand on to the first who came too late (invariant 3)."""
+        """Do it for all who wait once it is this process's turn, then hand on to the first who came too late (invariant 3)."""
         group = [ticket]
         try:
             with self._turn_of_process():
@@ -3738,6 +3722,32 @@ class Writer:
         for ticket in settled:
             ticket.settled = True
             ticket.gate.release()
+
+
+class Writer(Turns):
+    """Who waits for a commit, and who commits for all of them; how, is the engine's."""
+
+    ticket = _Ticket                             # an engine may say more of a batch, while others commit
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+        self.broken = ""                                     # why nothing is written any more (R4)
+        self._tags = fresh_tags()
+
+    def commit(self, batch: Batch) -> None:
+        """Come back when a batch is committed.  raises CloudError, Conflict, and what its rows raise"""
+        self.settle(self.ticket(batch))
+
+    @contextmanager
+    def ended(self) -> Iterator[None]:
+        """Once those who wait are done, and before anybody after them."""
+        while not self._leads(self.ticket(Batch([]))):
+            pass
+        try:
+            yield
+        finally:
+            self._hand_on([])
 
 
 class Loading:
@@ -3815,6 +3825,10 @@ class Database:
     def read(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of one SELECT, as of the last commit.  raises CloudError"""
         raise NotImplementedError
+
+    def find(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
+        """The same of one that finds a few rows by their keys, so that it is soon answered, whatever the keys are: many may go together."""
+        return self.read(sql, params)
 
     def snapshot(self) -> ContextManager[Callable[..., Iterator[tuple[Any, ...]]]]:
         """Several SELECTs that see the same commit: with db.snapshot() as read: for row in read(sql, params).
@@ -4651,9 +4665,6 @@ def read_fields(line: str) -> list[str]:
 
 def encode_value(value: Any) -> tuple[int, bytes | None]:
     """The number of the type that a value has there, and its bytes; NULL may have any.  raises TypeError, OverflowError, ValueError, as sqlite3 does"""
-    known = ENCODERS_BY_TYPE.get(type(value))
-    if known:
-        return known[0], known[1](value)
     if value is None:
         return 0, None
     for kind, number, _, encode in ENCODERS:
@@ -4690,27 +4701,36 @@ ENCODERS = (  # (type here, its number there, that of its array, how it is writt
     (str, 25, 1009, encode_text),
     ((bytes, bytearray, memoryview), 17, 1001, bytes),
     (float, 701, 1022, struct.Struct(">d").pack))
-ENCODERS_BY_TYPE = {kind: (number, encode) for kinds, number, _, encode in ENCODERS for kind in (kinds if isinstance(kinds, tuple) else (kinds,))}
 
 
-COPY_FIELDS: dict[type, Callable[[Any], bytes]] = {  # the same as fields of a copy, by type alone: there are many
-    int: lambda number: b"\0\0\0\x08" + number.to_bytes(8, "big", signed=True), str: lambda text: encode_field(encode_text(text)),
-    type(None): encode_field, bytes: encode_field}
+def encode_text_field(text: str) -> bytes:
+    data = encode_text(text)
+    return len(data).to_bytes(4, "big") + data
+
+
+PG_FIELDS: dict[type, tuple[int, Callable[[Any], bytes]]] = {  # the same by type alone, for there are many: its number, and how a field is written
+    int: (20, lambda number: b"\0\0\0\x08" + number.to_bytes(8, "big", signed=True)), str: (25, encode_text_field),
+    type(None): (0, encode_field), bytes: (17, encode_field)}
+
+
+def encode_rare(value: Any) -> tuple[int, bytes]:
+    """The number of a type and a field for any other value.  raises as encode_value"""
+    number, data = encode_value(value)
+    return number, encode_field(data)
 
 
 def copy_blocks(rows: Iterable[tuple[Any, ...]], most: int = 64 * KiB) -> Iterator[bytes]:
     """Rows of integers, text, bytes and NULL as COPY … (FORMAT binary) takes them.  raises OverflowError, ValueError, KeyError; what `rows` raise"""
     block = bytearray(b"PGCOPY\n\xff\r\n\0" + bytes(8))
     for row in rows:
-        block += len(row).to_bytes(2, "big") + b"".join([COPY_FIELDS[type(value)](value) for value in row])
+        block += len(row).to_bytes(2, "big") + b"".join([PG_FIELDS[type(value)][1](value) for value in row])
         if len(block) > most:
             yield bytes(block)
             block.clear()
     yield bytes(block) + b"\xff\xff"
 
 
-def decode_integer(data: bytes) -> int:
-    return int.from_bytes(data, "big", signed=True)
+decode_integer: Callable[[bytes], int] = partial(int.from_bytes, byteorder="big", signed=True)
 
 
 def decode_numeric(data: bytes) -> int | float:
@@ -4776,14 +4796,17 @@ SYNC, EXECUTE, TERMINATE = pg_message(b"S", b""), pg_message(b"E", b"\0\0\0\0\0"
 TLS_PLEASE, CANCEL = pg_message(b"", b"\x04\xd2\x16\x2f"), b"\0\0\0\x10\x04\xd2\x16\x2e"
 
 
+read_head = struct.Struct(">ci").unpack_from
+
+
 class Duplex:
     """A socket, plain or TLS, that is read while it is written (invariant 2)."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
-        self._sock, self._received, self._deaf = sock, bytearray(), False
+        self._sock, self._received, self._deaf, self._waits = sock, bytearray(), False, selectors.EVENT_READ
         self._ready = getattr(selectors, "PollSelector", selectors.SelectSelector)()
-        self._ready.register(sock, selectors.EVENT_READ)
+        self._ready.register(sock, self._waits)
 
     def exchange(self, pending: bytearray, more: bool, seconds: float) -> list[tuple[bytes, bytes]]:
         """Send what goes out of `pending`, which is taken from it, and return what messages came: kinds and bodies.
@@ -4803,7 +4826,10 @@ class Duplex:
         """Wait until there is something to read, or it is writable, too."""
         if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
             return True
-        self._ready.modify(self._sock, selectors.EVENT_READ | selectors.EVENT_WRITE * writable)
+        waits = selectors.EVENT_READ | selectors.EVENT_WRITE * writable
+        if waits != self._waits:
+            self._ready.modify(self._sock, waits)
+            self._waits = waits
         return bool(self._ready.select(seconds))
 
     def close(self) -> None:
@@ -4833,15 +4859,17 @@ class Duplex:
 
     def _messages(self) -> list[tuple[bytes, bytes]]:
         found, at, end = [], 0, len(self._received)
-        with memoryview(self._received) as view:
-            while end - at >= 5:
-                kind, size = struct.unpack_from(">ci", view, at)
-                if not 4 <= size <= (PG_LARGEST if kind in PG_LARGE else PG_SMALLEST):
-                    raise ValueError("a message %r of %d bytes" % (kind, size))
-                if end - at <= size:
-                    break
-                found.append((kind, bytes(view[at + 5:at + 1 + size])))
-                at += 1 + size
+        data: bytes | bytearray = self._received
+        while end - at >= 5:
+            kind, size = read_head(data, at)
+            if not 4 <= size <= (PG_LARGEST if kind in PG_LARGE else PG_SMALLEST):
+                raise ValueError("a message %r of %d bytes" % (kind, size))
+            if end - at <= size:
+                break
+            if not at:
+                data = bytes(data)               # of which parts are made faster; not before the first one is whole
+            found.append((kind, data[at + 5:at + 1 + size]))
+            at += 1 + size
         del self._received[:at]
         return found
 
@@ -4854,10 +4882,14 @@ class Bound:
 
     def __init__(self, sql: str, params: Sequence[Any] = ()) -> None:
         """raises TypeError, OverflowError, ValueError"""
-        fields = [encode_value(value) for value in params]
-        self.sql, self.types = sql, tuple([number for number, _ in fields])
-        self._values = b"".join([b"\0\1\0\1", len(fields).to_bytes(2, "big"), *[
-            b"\xff\xff\xff\xff" if data is None else len(data).to_bytes(4, "big") + data for _, data in fields], b"\0\1\0\1"])
+        types, parts = [], [b"\0\1\0\1", len(params).to_bytes(2, "big")]
+        for value in params:
+            known = PG_FIELDS.get(type(value))
+            number, field = (known[0], known[1](value)) if known else encode_rare(value)
+            types.append(number)
+            parts.append(field)
+        parts.append(b"\0\1\0\1")
+        self.sql, self.types, self._values = sql, tuple(types), b"".join(parts)
 
     def __len__(self) -> int:
         """Bytes on the wire, about."""
@@ -4866,7 +4898,8 @@ class Bound:
     def bind(self, statements: Statements, portal: bytes = b"") -> tuple[Prepared, bytes]:
         """What is asked, and the messages that prepare it where that must be, and bind it."""
         statement, prepare = statements.get((self.sql, self.types))
-        return statement, prepare + pg_message(b"B", portal + b"\0" + statement.name + b"\0" + self._values)
+        size = len(portal) + len(statement.name) + len(self._values) + 6
+        return statement, b"".join((prepare, b"B", size.to_bytes(4, "big"), portal, b"\0", statement.name, b"\0", self._values))
 
     def ask(self, statements: Statements) -> tuple[Prepared, bytes]:
         """What is asked, and the messages that ask for all of it."""
@@ -4986,21 +5019,24 @@ class Flight:
         self._sent, self._answered, self._at = 0, 0, 0       # parts that are; _at: results that are there of the part being answered
         self._refused: PgError | None = None                 # why nothing more of that part is done
 
-    def messages(self, parts: Iterable[Iterable[Bound | Portal]]) -> Iterator[bytes]:
+    def messages(self, parts: Iterable[Iterable[Bound | Portal]]) -> Iterator[bytes | bytearray]:
         for part in parts:
             results: list[Result] = []
             self.parts.append(results)
-            yield self._statements.begin()
+            block = bytearray(self._statements.begin())
             for asked in part:
                 statement, data = asked.ask(self._statements)
                 results.append(Result(statement))
                 if not (self._refused and self._answered == self._sent):
-                    yield data
+                    block += data
                 else:                            # the rest of a part that failed is not even sent
                     self._fail(results[-1:], self._refused)
                     self._at = len(results)
+                if len(block) > PG_BLOCK:
+                    yield block
+                    block = bytearray()
             self._sent += 1
-            yield SYNC
+            yield block + SYNC
 
     def done(self) -> bool:
         return self._answered == len(self.parts)
@@ -5014,10 +5050,11 @@ class Flight:
             self._end(len(part), body)
         elif kind == b"E":
             self._refuse(part, read_refusal(body))
-        elif self._at < len(part):
+        elif self._at >= len(part):
+            if kind != b"3":
+                raise ValueError("a message %r after the last statement" % kind)
+        elif kind != b"2":                       # bound: nearly each second one
             self._at += part[self._at].take(kind, body)
-        elif kind != b"3":
-            raise ValueError("a message %r after the last statement" % kind)
 
     def lose(self, error: PgLost) -> None:
         """Nobody knows what became of what is not refused, in parts whose ends were not heard of (invariant 1)."""
@@ -5514,6 +5551,63 @@ SIGNATURES = {  # algorithms of certificates as in DER: the hash they name, or S
     "2a8648ce3d040302": "sha256", "2a8648ce3d040303": "sha384", "2a8648ce3d040304": "sha512"}
 
 
+# ---- many connections
+
+READERS = 8                                      # connections of a process to read, and
+SPARE_TIME = 10                                  # seconds that a thread waits for one of them
+
+
+class Readers:
+    """Connections to read by, so many at most; who wants one waits."""
+
+    def __init__(self, connect: Callable[[], Wire], confirm: Callable[[Wire], None]) -> None:
+        """confirm  raises PgLost unless what was heard on one may be told"""
+        self._connect, self._confirm, self._idle = connect, confirm, deque()
+        self._free, self._held = threading.Semaphore(READERS), threading.local()
+
+    @contextmanager
+    def wire(self) -> Iterator[Wire]:
+        """One of them.  Who has one already gets another at once: else all might wait for each other.  raises CloudError, PgError, PgLost"""
+        held = getattr(self._held, "count", 0)
+        counts = held <= 0
+        if counts and not self._free.acquire(timeout=SPARE_TIME):
+            raise CloudError("busy", "too much is read at once", retry_after=1)
+        self._held.count = held + 1
+        wire = None
+        try:
+            wire = self._take()
+            yield wire
+        finally:
+            self._held.count -= 1
+            if wire and not wire.broken and wire.status == "I" and len(self._idle) < READERS:
+                self._idle.append(wire)
+            elif wire:
+                wire.close()
+            if counts:
+                self._free.release()
+
+    def ask(self, statement: Bound) -> list[tuple[Any, ...]]:
+        """raises CloudError, PgError, PgLost"""
+        with self.wire() as wire:
+            rows = wire.pipeline([[statement]])[0][0].get()
+            self._confirm(wire)
+            return rows
+
+    def _take(self) -> Wire:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._connect()
+
+    def forget(self) -> None:
+        """Close those that wait to be used: the server they led to may not be the primary any more."""
+        while True:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return
+
+
 # ==== 11. Dialect =========================================================================
 #
 # What is SQL for SQLite and for PostgreSQL, and what is different in each.
@@ -5816,8 +5910,6 @@ CLUSTER_STEPS = [ENGINE_1, ENGINE_2]              # of this engine alone, beside
 COMMITS, ALIVE, AHEAD = 0x636C6F75, 0x636C6F76, 0x636C6F77       # locks of the database: who commits; of every process as long as it lives; of bytes
 CHANNEL = "cloudserver"                          # ... on which commits are told
 COMPANY = 10                                     # groups for which it counts that others had the lock
-READERS = 8                                      # connections of a process to read, and
-SPARE_TIME = 10                                  # seconds that a thread waits for one of them
 HEAR = 5                                         # seconds after which a waiter looks although nothing was heard,
 LOOK_PAUSE = 0.04                                # ... and between two looks of his, however much is written
 CLOCK_TIME = 10                                  # seconds between two looks at the row of the clock
@@ -5833,6 +5925,7 @@ POOLED = ("26000", "42P05")                      # errors of statements that oth
 POOLER = "this is a transaction pooler; give the direct address of the database"
 SNAPSHOT_TIME, SNAPSHOT_MOST = 10, 30            # seconds of a snapshot: after so many it is told of, and after so many it gives no more rows
 READING = {"idle_in_transaction_session_timeout": "%ds" % SNAPSHOT_TIME}         # ... and in so many somebody must ask for some, or the server ends it
+FINDING = {"plan_cache_mode": "force_generic_plan", "enable_seqscan": "off", "enable_sort": "off", "enable_bitmapscan": "off"}       # ... by keys alone
 BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
 
@@ -6178,39 +6271,23 @@ def tracks_touched(batches: Iterable[Batch]) -> bytes | None:
     return struct.pack("<%dH" % len(tracks), *sorted(tracks))
 
 
-class Touched:
-    """Words as those of a CountingLock, brought by hand to what the groups of all servers touched (invariant 3)."""
+class Touched(Turns):
+    """Words as those of a CountingLock, brought by hand to what the groups of all servers touched (invariant 3).
+
+    There is one look at a time.  Who comes while one is under way waits for the next, which does for all who wait.
+    """
 
     def __init__(self, read: Callable[..., list[tuple[Any, ...]]]) -> None:
+        super().__init__()
         self.words = array("Q", bytes(8 * (2 + TRACKS)))
-        self._read, self._turn = read, threading.Condition()
-        self._begun, self._done, self._looking = 0, 0, False             # numbers of looks: the last that began, that succeeded; is one under way?
+        self._read = read
         self._last = 0, ""                       # the last group that is known, (number, id): the id tells whether history is still the same; or none
 
     def confirm(self) -> None:
-        """Learn what was touched by all groups that were acknowledged before.  raises CloudError
+        """Learn what was touched by all groups that were acknowledged before.  raises CloudError"""
+        self.settle(_Ticket(None))
 
-        There is one look at a time.  Who comes while one is under way waits for the next, which does for all who wait.
-        """
-        with self._turn:
-            needed = self._begun + 1
-            while self._looking and self._done < needed:
-                self._turn.wait()
-            if self._done >= needed:
-                return
-            self._begun, self._looking = self._begun + 1, True
-        succeeded = False
-        try:
-            self._look()
-            succeeded = True
-        finally:
-            with self._turn:
-                self._looking = False
-                if succeeded:
-                    self._done = self._begun
-                self._turn.notify_all()
-
-    def _look(self) -> None:
+    def _transact(self, group: list[_Ticket]) -> None:
         rows = self._read(TOUCHED_SINCE, self._last[:1])
         if len(rows) == TOUCHED_MOST or self._last[0] and [row[:2] for row in rows[:1]] != [self._last]:
             return self._forget()
@@ -6361,49 +6438,46 @@ class Lead:
         return any(peer.history == history or is_later(peer.history, history) for peer in self._others[host])
 
 
-# ---- reading
+# ---- asking
 
-class Readers:
-    """Connections to read by, so many at most; who wants one waits."""
+class Questions(Turns):
+    """The connection for what is soon answered: what many threads ask at once goes together (see Database.find)."""
 
-    def __init__(self, connect: Callable[[], Wire]) -> None:
-        self._connect, self._idle = connect, deque()
-        self._free, self._held = threading.Semaphore(READERS), threading.local()
+    def __init__(self, connect: Callable[[], Wire], confirm: Callable[[Wire], None]) -> None:
+        """confirm  as of ClusterWriter"""
+        super().__init__()
+        self._connect, self._confirm = connect, confirm
+        self._wire: Wire | None = None
+        self._forgotten, self._asked = False, 0
 
-    @contextmanager
-    def wire(self) -> Iterator[Wire]:
-        """One of them.  Who has one already gets another at once: else all might wait for each other.  raises CloudError, PgError, PgLost"""
-        held = getattr(self._held, "count", 0)
-        counts = held <= 0
-        if counts and not self._free.acquire(timeout=SPARE_TIME):
-            raise CloudError("busy", "too much is read at once", retry_after=1)
-        self._held.count = held + 1
-        wire = None
-        try:
-            wire = self._take()
-            yield wire
-        finally:
-            self._held.count -= 1
-            if wire and not wire.broken and wire.status == "I" and len(self._idle) < READERS:
-                self._idle.append(wire)
-            elif wire:
-                wire.close()
-            if counts:
-                self._free.release()
+    def ask(self, statement: Bound) -> list[tuple[Any, ...]]:
+        """raises CloudError, PgError, PgLost"""
+        ticket = _Ticket(None, statement)
+        self.settle(ticket)
+        return ticket.said.get()
 
-    def _take(self) -> Wire:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return self._connect()
+    def _transact(self, group: list[_Ticket]) -> None:
+        if self._forgotten:
+            self.close()
+        if self._wire is None or self._wire.broken:
+            self._wire = self._connect()
+        self._asked += 1
+        parts = [[ticket.said] for ticket in group]
+        if self._asked & (self._asked - 1) == 0:             # now and then, as tables grow: what is a good way depends on that
+            parts.append([DISCARD_PLANS])
+        answered = self._wire.pipeline(parts)
+        self._confirm(self._wire)
+        for ticket, (result,) in zip(group, answered):
+            ticket.said = result
 
     def forget(self) -> None:
-        """Close those that wait to be used: the server they led to may not be the primary any more."""
-        while True:
-            try:
-                self._idle.pop().close()
-            except IndexError:
-                return
+        """Ask on another connection from now on, as of Readers."""
+        self._forgotten = True
+
+    def close(self) -> None:
+        self._forgotten = False
+        if self._wire:
+            self._wire.close()
 
 
 # ---- hearing
@@ -6497,7 +6571,8 @@ class Listener:
 
 TELL = Bound(UNHURRIED + ", pg_notify($1, '')", (CHANNEL,))
 AHEAD_OF_BATCH = tuple(map(Bound, (UNHURRIED, GO_AHEAD, NOT_SEALED)))
-BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, GET_LOCK = map(Bound, ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT batch", "RELEASE batch", LOCK_COMMITS))
+BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, GET_LOCK, DISCARD_PLANS = map(
+    Bound, ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT batch", "RELEASE batch", LOCK_COMMITS, "DISCARD PLANS"))
 
 
 # ---- copies
@@ -6550,10 +6625,11 @@ class Postgres(Database):
         self._listener: Listener | None = None               # None: nothing is written here, and nobody waits
         self._index, self._index_due = Vectors(False), -math.inf         # and when it may be worth a look whether there is more
         self._makes_index = not self.readonly                # until that is refused
-        self._readers = Readers(partial(self._connect, READING))
         self._lead = Lead(address)
+        self._readers = Readers(partial(self._connect, READING), self._lead.confirm)
+        self._questions = Questions(partial(self._connect, FINDING), self._lead.confirm)
         self.writer = ClusterWriter(self._connect, clock, self._readers.wire, self._lead.confirm)
-        touched = Touched(self.read)
+        touched = Touched(self.find)
         super().__init__(clock, Recent(touched.words, touched.confirm))
         try:
             check_server(self.writer.wire())
@@ -6580,15 +6656,19 @@ class Postgres(Database):
     # ---- reading
 
     def read(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
-        statement, until = spoken(sql, params), time.monotonic() + OUTAGE
+        return self._answer(self._readers.ask, spoken(sql, params))
+
+    def find(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
+        return self._answer(self._questions.ask, spoken(sql, params))
+
+    def _answer(self, once: Callable[[Bound], list[tuple[Any, ...]]], statement: Bound) -> list[tuple[Any, ...]]:
+        """... however often it takes.  raises CloudError"""
+        until = time.monotonic() + OUTAGE
         while True:
             try:
-                with self._readers.wire() as wire:
-                    rows = wire.pipeline([[statement]])[0][0].get()
-                    self._lead.confirm(wire)
-                    return rows
+                return once(statement)
             except PgLost as error:
-                self._readers.forget()
+                self._forget()
                 if time.monotonic() > until:
                     raise cluster_error(error) from error
                 time.sleep(RETRY_PAUSE)
@@ -6611,7 +6691,7 @@ class Postgres(Database):
                         with suppress(PgLost):
                             wire.query("ROLLBACK")
         except (PgError, PgLost) as error:
-            self._readers.forget()
+            self._forget()
             raise cluster_error(error) from error
         finally:
             if time.monotonic() > began + SNAPSHOT_TIME:
@@ -6700,8 +6780,13 @@ class Postgres(Database):
         self.writer.close()
         if self._listener:
             self._listener.close(self._tell)
-        self._readers.forget()
+        self._forget()
+        self._questions.close()
         self._lead.close()
+
+    def _forget(self) -> None:
+        self._readers.forget()
+        self._questions.forget()
 
     def _tell(self) -> None:
         with suppress(PgError, PgLost, CloudError), self._readers.wire() as wire:
@@ -8904,7 +8989,7 @@ class Tree:
 
     def _place_row(self, home: int, start: int, keys: Sequence[str], content: bool, mounts: bool) -> tuple[Any, ...]:
         params = (start, *keys, start, home) if len(keys) == 1 else (start, *keys, home)
-        rows = self.db.read(path_query(len(keys), content, mounts), params)
+        rows = self.db.find(path_query(len(keys), content, mounts), params)
         if not rows:
             raise CloudError("forbidden", "this account does not exist any more")
         return rows[0]

@@ -704,12 +704,12 @@ def statements_met():
 def asked(monkeypatch):
     """What the databases of clouds are asked for, as it is: asked == [(statement, number of its rows)]."""
     asked = []
-    for engine in cs.Sqlite, cs.Postgres:
-        def read(db, sql, params=(), read=engine.read):
+    for engine, how in (cs.Sqlite, "read"), (cs.Postgres, "read"), (cs.Postgres, "find"):
+        def read(db, sql, params=(), read=getattr(engine, how)):
             rows = read(db, sql, params)
             asked.append((sql, len(rows)))
             return rows
-        monkeypatch.setattr(engine, "read", read)
+        monkeypatch.setattr(engine, how, read)
     return asked
 
 
@@ -4621,13 +4621,13 @@ def test_many_who_ask_at_once_share_a_look_that_began_after_they_came():
         first = pool.submit(touched.confirm)
         eventually(lambda: looks == [0])
         others = [pool.submit(touched.confirm) for _ in range(7)]
-        eventually(lambda: len(touched._turn._waiters) == 7)
+        eventually(lambda: len(touched._queue) == 7)
         failing.append(CloudError("busy"))
         gates[0].set()                           # it fails for who asked, and tells the others nothing
         assert outcome(first.result) == "busy"
         eventually(lambda: looks == [0, 1])
         late = pool.submit(touched.confirm)      # what is under way began before they came
-        eventually(lambda: len(touched._turn._waiters) == 7)
+        eventually(lambda: len(touched._queue) == 1)
         gates[1].set()
         assert [one.result() for one in others] == [None] * 7
         eventually(lambda: looks == [0, 1, 2])
