@@ -4473,8 +4473,8 @@ class Reserve:
             with open(self.path, "ab", buffering=0) as file:
                 missing = size - file.tell()
                 if missing > 0:
-                    while missing > 0:
-                        missing -= file.write(os.urandom(min(missing, MiB)))   # no file system can store that in less
+                    while missing > 0:           # what no file system can store in less; of larger pieces malloc keeps one (1 MiB)
+                        missing -= file.write(os.urandom(min(missing, 64 * KiB)))
                     os.fsync(file.fileno())
         except OSError as error:
             log.info("the reserve for a full disk is not whole: %s", error.strerror)
