@@ -1738,6 +1738,7 @@ _MAGIC = (  # (offset, bytes, media type): enough to believe the name (W1)
     (0, b"ID3", "audio/mpeg"), (0, b"\xff\xfb", "audio/mpeg"), (0, b"\xff\xf3", "audio/mpeg"),
     (0, b"fLaC", "audio/flac"), (0, b"OggS", "audio/ogg"), (8, b"WAVE", "audio/wav"), (4, b"ftypM4A", "audio/mp4"),
     (4, b"ftyp", "video/mp4"), (0, b"\x1aE\xdf\xa3", "video/webm"))
+_BEGINNING = re.compile(b"|".join(b"(%b%b)" % (b"." * at, re.escape(magic)) for at, magic, _ in _MAGIC), re.S)       # a group for each row
 _MEDIA = {                       # media type: suffixes that the table of Python lacks, or knows as something else
         "image/webp": "webp", "image/avif": "avif", "image/heic": "heic heif", "audio/flac": "flac", "audio/mp4": "m4a",
         "audio/ogg": "ogg oga opus", "audio/wav": "wav", "video/mp4": "m4v", "video/webm": "webm",
@@ -1871,10 +1872,16 @@ def find_words(text: str, words: Sequence[str]) -> tuple[str, str, str] | None:
     return before, found[0], after
 
 
+def media_of_bytes(head: bytes) -> str:
+    """The media type that the first bytes of a file tell, or ""."""
+    found = _BEGINNING.match(head)
+    return _MAGIC[found.lastindex - 1][2] if found else ""
+
+
 def media_of_picture(data: bytes) -> str | None:
     """The media type of a picture that every browser shows, by its first bytes."""
-    return next((media for at, magic, media in _MAGIC if data.startswith(magic, at)
-                 and media in ("image/webp", "image/jpeg", "image/png")), None)
+    media = media_of_bytes(data)
+    return media if media in ("image/webp", "image/jpeg", "image/png") else None
 
 
 def media_type(name: str, head: bytes) -> str:
@@ -1882,7 +1889,7 @@ def media_type(name: str, head: bytes) -> str:
     claimed = media_of_name(name)
     if claimed and claimed not in INLINE_MEDIA:
         return claimed
-    found = next((media for at, magic, media in _MAGIC if head.startswith(magic, at)), "")
+    found = media_of_bytes(head)
     moving = {claimed.partition("/")[0], found.partition("/")[0]} <= {"audio", "video"}
     if claimed and claimed != found and not moving:
         return "application/octet-stream"
