@@ -5550,9 +5550,6 @@ def test_words_that_an_index_has_no_room_for_are_the_longest_and_are_told_of(cap
 
 # ---- drills: three machines as README describes them, real Patroni, etcd, PostgreSQL and HAProxy
 
-GRACE = {"killed": 10, "lost": 25}               # seconds of the longest pause in which nothing is acknowledged: of a process, of a machine
-
-
 def system(*words):
     """What a program said that must go well: system("ip", "netns", "list")."""
     return client(program(words[0]), *words[1:])
@@ -5782,7 +5779,7 @@ class Site:
 
 
 class Clients:
-    """Clients that commit with op ids, compare and set over WebDAV, follow the feed at each server, and sync folders; what each was told is kept.
+    """Clients that commit with op ids, compare and set over WebDAV, and follow the feed at each server; what each was told is kept.
 
     acks  when something was acknowledged;  slow  the longest that one request took, all its tries together;  tries  most that one took
     """
@@ -5936,72 +5933,6 @@ class Clients:
             check_feed([sorted(names) for _, _, names in pages], sum((sorted(name for name, at in rows if since < at <= seq) for since, seq, _ in pages), []))
             assert sum(len(names) for *_, names in pages) == len(written), "a feed without its end"
         return {"acknowledged": len(self.acks), "looks": self.looks, "unknown": Counter(how for _, _, how in self.steps)["unknown"]}
-
-
-class Folders:
-    """Folders of bob's by way of the balancer: two kept by this program, one by Nextcloud's; in each files of its own are written, again and again.
-
-    last  {name: what was written into it last}
-    """
-
-    def __init__(self, site, home, rng):
-        self.site, self.rng, self.over, self.last, self.url = site, rng, threading.Event(), {}, "http://bob@%s:%d" % site.address
-        home.mkdir()
-        self.laptops = [home / "one", home / "two"]
-        self.desktop = Desktop("nextcloudcmd", argparse.Namespace(address=site.address), home, "three", user="bob")
-        for folder in self.laptops:
-            folder.mkdir()
-            self.sync(folder, self.url, "--once", "--plain-http", "--device", folder.name)
-        self.processes = [self.watch(folder) for folder in self.laptops]
-        self.thread = threading.Thread(target=self.work, daemon=True)
-        self.thread.start()
-
-    def env_of(self, folder):
-        return {**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD, "XDG_CONFIG_HOME": str(folder) + "-config"}
-
-    def sync(self, folder, *words):
-        return client(*PROGRAM, "sync", folder, *words, env=self.env_of(folder), timeout=150)
-
-    def watch(self, folder):
-        with open(str(folder) + ".log", "wb") as log:
-            return subprocess.Popen([*PROGRAM, "sync", str(folder)], env=self.env_of(folder), stdout=log, stderr=log)
-
-    def write(self, folder, count):
-        for number in range(count):
-            name = "%s-%d" % (folder.name, self.rng.randrange(20))
-            data = random_bytes(self.rng.choice([10, 3000, 200_000]))
-            (folder / name).write_bytes(data)
-            self.last[name] = data
-
-    def work(self):
-        while not self.over.wait(1):
-            for folder in self.laptops:
-                self.write(folder, 2)
-            self.write(self.desktop.folder, 2)
-            with self.desktop.start() as process:                # whether it goes well or not
-                try:
-                    process.communicate(timeout=100)
-                finally:
-                    process.kill()
-
-    def close(self):
-        self.over.set()
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        self.thread.join(120)
-
-    def check(self):
-        """All are alike in the end, and hold what was written last."""
-        self.close()
-        for folder in self.laptops:
-            self.sync(folder, "--once")
-        eventually(lambda: self.desktop.sync(ok=(0, 1)) and self.desktop.tree().items() >= self.last.items())
-        for folder in self.laptops:
-            self.sync(folder, "--once")
-        trees = [{path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."} for folder in self.laptops]
-        assert trees[0] == trees[1] == {name: data for name, data in self.desktop.tree().items() if name[0] != "."} == self.last
-        return len(self.last)
 
 
 # ---- two versions of the program, side by side
@@ -21571,7 +21502,6 @@ def test_neighbours_share_for_long(laptop, cloud, ann, bob, rng, monkeypatch):
 # ---- two people with laptops, who share with each other and with a third, and a visitor
 
 GRANTED = {"view": {"read"}, "add": {"read", "create"}, "edit": {"read", "create", "update", "delete", "past"}}
-EVERY_RIGHT = frozenset({"read", "create", "update", "delete", "share", "past"})
 Seen = namedtuple("Seen", "node kind etag sha rights mount")         # a row that somebody is shown; mount: id of the shared node it is seen by
 
 
