@@ -3353,18 +3353,27 @@ class Clock:
 
     What expires, is retained or swept goes by due(): a clock set ten years ahead ends nothing early, one
     set back locks out nobody (R17).  due() continues from where the database says the last process
-    stopped, plus what the wall clock says has passed since, up to a day.
+    stopped, plus what the wall clock says has passed since, up to a day.  Servers that share a database share both.
     """
 
     def __init__(self, wall: Callable[[], float] = time.time, steady: Callable[[], float] = time.monotonic) -> None:
         self._wall, self._steady = wall, steady
         self._offset = int(wall() * 1000) - int(steady() * 1000)
+        self._shared: int | None = None          # what the wall clock of all is ahead of our steady one; None: we go by our own
 
     def wall(self) -> int:
-        return int(self._wall() * 1000)
+        return int(self._wall() * 1000) if self._shared is None else self.steady() + self._shared
+
+    def steady(self) -> int:
+        return int(self._steady() * 1000)
+
+    def agree(self, wall: int, asked: int) -> None:
+        """Go by the wall clock of others, which said `wall` at some moment since steady() was `asked`: we may have slept in between."""
+        shared = int(self._wall() * 1000) - self.steady() if self._shared is None else self._shared
+        self._shared = min(max(shared, wall - self.steady()), wall - asked)
 
     def due(self) -> int:
-        return int(self._steady() * 1000) + self._offset
+        return self.steady() + self._offset
 
     def advance(self, due: int) -> None:
         """Another process is there already."""
@@ -3373,7 +3382,7 @@ class Clock:
     def resume(self, due: int, wall: int) -> None:
         """Continue after a process that last stood at `due` when the wall clock said `wall`."""
         passed = max(0, min(DAY, self.wall() - wall))
-        self._offset = due + passed - int(self._steady() * 1000)
+        self._offset = due + passed - self.steady()
 
 
 HELD = (errno.EACCES, errno.EDEADLK, 0)         # how Windows says that somebody else has a lock; 0 is Wine's
@@ -5871,7 +5880,8 @@ def lexical(text: str) -> list[str]:
 # 3. What is remembered is confirmed by one look at the groups since the last one that is known: each tells what it touched, in its
 #    own transaction, and its number is drawn under the lock.  Another history, or one too long to be looked through, forgets all.
 # 4. All read from the primary.  One connection for each process writes, one listens, a bounded number reads.
-# 5. due() is the furthest of all processes, in one row; wall clocks count only after none of them was alive.
+# 5. due() is the furthest of all processes, in one row; wall() is the database's, whatever clocks of servers say, and counts for due()
+#    only after none of them was alive.
 # 6. A primary that stood still, or that nobody watches over any more, goes on answering though another host took its place.  So what was
 #    heard of one is told only if each other host said, not longer than TRUST before, that it is a standby, or does not answer at all;
 #    and nothing that a new primary says is told in the first TRUST seconds after a process learned of it, as others may trust the old one yet.
@@ -6537,7 +6547,7 @@ class Listener:
         (alone,), = self._wire.query("SELECT pg_try_advisory_lock($1)", (ALIVE,))
         if not alone:
             self._wire.query("SELECT pg_advisory_lock_shared($1)", (ALIVE,))
-        (due, wall), = self._wire.query("SELECT due, wall FROM clock")
+        due, wall = agree(self._clock, self._wire, "SELECT due, wall, " + WALL_THERE + " FROM clock")
         if due:
             self._clock.resume(due, wall if alone else self._clock.wall())
         self.keep_time(self._wire)
@@ -6545,7 +6555,7 @@ class Listener:
             self._wire.pipeline([[Bound("SELECT pg_advisory_lock_shared($1)", (ALIVE,)), Bound("SELECT pg_advisory_unlock($1)", (ALIVE,))]])
 
     def keep_time(self, wire: Wire) -> None:
-        (due,), = wire.query("UPDATE clock SET due = greatest(due, $1), wall = $2 RETURNING due", (self._clock.due(), self._clock.wall()))
+        due, = agree(self._clock, wire, "UPDATE clock SET due = greatest(due, $1), wall = $2 RETURNING due, " + WALL_THERE, (self._clock.due(), self._clock.wall()))
         self._clock.advance(due)
 
     def _run(self) -> None:
@@ -6574,6 +6584,17 @@ class Listener:
         self._wire.query("LISTEN " + CHANNEL)
         self._wire.query("SELECT pg_advisory_lock_shared($1)", (ALIVE,))
         self._lost = None
+
+
+WALL_THERE = "CAST(floor(extract(epoch FROM clock_timestamp()) * 1000) AS bigint)"
+
+
+def agree(clock: Clock, wire: Wire, sql: str, params: Sequence[Any] = ()) -> Sequence[Any]:
+    """The row that a statement gives, but for its last column, WALL_THERE, which sets our clock.  raises PgError, PgLost"""
+    asked = clock.steady()
+    (*row, wall), = wire.query(sql, params)
+    clock.agree(wall, asked)
+    return row
 
 
 TELL = Bound(UNHURRIED + ", pg_notify($1, '')", (CHANNEL,))
@@ -6860,7 +6881,7 @@ class Postgres(Database):
     def _open_to_read(self, wire: Wire) -> None:
         """... tables as they are: nothing is written, no id will be drawn, and the clock stands where it stands.  raises CloudError, PgError"""
         self._reached(wire)
-        (due, wall, alive), = wire.query("SELECT due, wall, " + IS_ALIVE + " FROM clock")
+        due, wall, alive = agree(self.clock, wire, "SELECT due, wall, " + IS_ALIVE + ", " + WALL_THERE + " FROM clock")
         if due:
             self.clock.resume(due, self.clock.wall() if alive else wall)
 
