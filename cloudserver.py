@@ -6547,7 +6547,7 @@ class Listener:
         (alone,), = self._wire.query("SELECT pg_try_advisory_lock($1)", (ALIVE,))
         if not alone:
             self._wire.query("SELECT pg_advisory_lock_shared($1)", (ALIVE,))
-        due, wall = agree(self._clock, self._wire, "SELECT due, wall, " + WALL_THERE + " FROM clock")
+        due, wall = with_time(self._clock, self._wire, "SELECT due, wall, " + WALL_THERE + " FROM clock")
         if due:
             self._clock.resume(due, wall if alone else self._clock.wall())
         self.keep_time(self._wire)
@@ -6555,7 +6555,7 @@ class Listener:
             self._wire.pipeline([[Bound("SELECT pg_advisory_lock_shared($1)", (ALIVE,)), Bound("SELECT pg_advisory_unlock($1)", (ALIVE,))]])
 
     def keep_time(self, wire: Wire) -> None:
-        due, = agree(self._clock, wire, "UPDATE clock SET due = greatest(due, $1), wall = $2 RETURNING due, " + WALL_THERE, (self._clock.due(), self._clock.wall()))
+        due, = with_time(self._clock, wire, "UPDATE clock SET due = greatest(due, $1), wall = $2 RETURNING due, " + WALL_THERE, (self._clock.due(), self._clock.wall()))
         self._clock.advance(due)
 
     def _run(self) -> None:
@@ -6589,7 +6589,7 @@ class Listener:
 WALL_THERE = "CAST(floor(extract(epoch FROM clock_timestamp()) * 1000) AS bigint)"
 
 
-def agree(clock: Clock, wire: Wire, sql: str, params: Sequence[Any] = ()) -> Sequence[Any]:
+def with_time(clock: Clock, wire: Wire, sql: str, params: Sequence[Any] = ()) -> Sequence[Any]:
     """The row that a statement gives, but for its last column, WALL_THERE, which sets our clock.  raises PgError, PgLost"""
     asked = clock.steady()
     (*row, wall), = wire.query(sql, params)
@@ -6881,7 +6881,7 @@ class Postgres(Database):
     def _open_to_read(self, wire: Wire) -> None:
         """... tables as they are: nothing is written, no id will be drawn, and the clock stands where it stands.  raises CloudError, PgError"""
         self._reached(wire)
-        due, wall, alive = agree(self.clock, wire, "SELECT due, wall, " + IS_ALIVE + ", " + WALL_THERE + " FROM clock")
+        due, wall, alive = with_time(self.clock, wire, "SELECT due, wall, " + IS_ALIVE + ", " + WALL_THERE + " FROM clock")
         if due:
             self.clock.resume(due, self.clock.wall() if alive else wall)
 

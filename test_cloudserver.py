@@ -4689,6 +4689,34 @@ def test_deadlines_run_by_the_clock_of_the_server_that_is_furthest(open_db, fake
 
 
 @OF_POSTGRES
+def test_all_go_by_the_wall_clock_of_the_database_and_by_what_it_says_has_passed(open_db):
+    """Servers whose clocks are hours apart tell the same time, one after the other as well: what stood when all of them ended ends neither early nor late."""
+    clock = lambda hours: Clock(lambda: time.time() + hours * 3600)
+    one, two = open_db(clock(0)), open_db(clock(1))
+    assert abs(two.clock.wall() - one.clock.wall()) < 1000 > abs(one.clock.wall() / 1000 - time.time())
+    for hours in 2, -5, 0:
+        start, began = max(one.clock.due(), two.clock.due()), time.monotonic()
+        one.close(), two.close()
+        one, two = two, open_db(clock(hours))
+        assert 0 <= two.clock.due() - start < 1000 * (time.monotonic() - began) + 1000
+        assert abs(two.clock.wall() / 1000 - time.time()) < 1
+
+
+def test_a_clock_agrees_with_another_as_far_as_it_knows_when_that_was_asked(fake):
+    clock = Clock(lambda: fake.wall, lambda: fake.steady)
+    due, asked, hour = clock.due(), clock.steady(), cs.HOUR
+    clock.agree(clock.wall() + hour, asked)
+    assert clock.wall() == fake.wall * 1000 + hour and clock.due() == due
+    fake.wall -= 86_400
+    theirs = clock.wall()
+    fake.pass_(60_000)                           # it slept before it heard the answer, or after
+    clock.agree(theirs + 30_000, asked)
+    assert clock.wall() == theirs + 60_000
+    clock.agree(theirs, clock.steady())
+    assert clock.wall() == theirs and clock.due() == due + 60_000
+
+
+@OF_POSTGRES
 def test_servers_draw_ids_from_different_slots(db, open_db):
     assert len({open_db().new_id() & 4095 for _ in range(3)} | {db.new_id() & 4095}) == 4
 
