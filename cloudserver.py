@@ -5868,6 +5868,31 @@ def lexical(text: str) -> list[str]:
     return [*words[:-1], words[-1] + ":*"] if words else []
 
 
+# ---- copies
+
+COPY_HEAD, COPY_END = 19, b"\xff\xff"           # bytes before the first row of COPY, and what stands in place of another
+
+
+def read_copy(path: Path, kinds: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The rows in a file that COPY (FORMAT binary) made.
+
+    kinds  types of the columns as SQLite has them
+    """
+    decoders = [COPY_TYPES[kind] for kind in kinds]
+    with open(path, "rb", MiB) as file:
+        file.read(COPY_HEAD)
+        while file.read(2) != COPY_END:
+            row: list[Any] = []
+            for decode in decoders:
+                size = int.from_bytes(file.read(4), "big", signed=True)
+                row.append(None if size < 0 else decode(file.read(size)))
+            yield tuple(row)
+
+
+COPY_TYPES: dict[str, Callable[[bytes], Any]] = {
+    "INTEGER": lambda data: int.from_bytes(data, "big", signed=True), "TEXT": bytes.decode, "BLOB": bytes}
+
+
 # ==== 12. Cluster ========================================================================
 #
 # PostgreSQL behind the promises of Database: any number of servers share one.
@@ -6607,27 +6632,6 @@ BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, GET_LOCK, DISCARD_PLANS = map(
 
 APART = {"chunk": ("hash", True), "thumbnail": ("id", False)}        # tables with a column `data`, the last, that no row ever changes:
                                                  # {table: (its key, does each row stay while a backup holds the sweep?)}
-COPY_HEAD, COPY_END = 19, b"\xff\xff"           # bytes before the first row of COPY, and what stands in place of another
-
-
-def read_copy(path: Path, kinds: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """The rows in a file that COPY (FORMAT binary) made.
-
-    kinds  types of the columns as SQLite has them
-    """
-    decoders = [COPY_TYPES[kind] for kind in kinds]
-    with open(path, "rb", MiB) as file:
-        file.read(COPY_HEAD)
-        while file.read(2) != COPY_END:
-            row: list[Any] = []
-            for decode in decoders:
-                size = int.from_bytes(file.read(4), "big", signed=True)
-                row.append(None if size < 0 else decode(file.read(size)))
-            yield tuple(row)
-
-
-COPY_TYPES: dict[str, Callable[[bytes], Any]] = {
-    "INTEGER": lambda data: int.from_bytes(data, "big", signed=True), "TEXT": bytes.decode, "BLOB": bytes}
 
 
 # ---- the engine
