@@ -6049,6 +6049,242 @@ def test_steps_of_the_schema_only_add():
             assert not statement.strip() or added.match(statement.strip()), statement
 
 
+# ---- servers whose clocks are hours apart, or who stand still for a while
+
+def altered(*changes, ahead=0):
+    """This program with something changed in it, altered("cs.LEASE_LIFE = 5000"), on a machine whose clock is so many seconds ahead."""
+    wrong = "import time; wall, ns = time.time, time.time_ns; time.time = lambda: wall() + %d; time.time_ns = lambda: ns() + %d * 10**9; " % (ahead, ahead)
+    return [sys.executable, "-c", wrong + IMPORT + "; " + "; ".join([*changes, "sys.exit(cs.main(sys.argv[1:]))"])]
+
+
+BUSY = ("cs.LEASE_LIFE = 5000", "cs.JOBS = {job: (500, run) for job, (_, run) in cs.JOBS.items() if job in ('clock', 'expire', 'shares', 'age', 'thin', 'purge', 'sweep')}")
+ENDING = {  # what upkeep takes away: {kind: (how to put one named $1 that ends at $2, its table and key, how long before that its row's time is)}
+    "lock": ("INSERT INTO lock (token, home, node, account, deep, exclusive, owner, seconds, due) VALUES ($1, 0, 0, 0, 0, 1, '', 60, $2)", "lock", "token", 0),
+    "session": ("INSERT INTO device (id, account, kind, name, secret, readonly, created, address, confirmed, idle) VALUES ($1, 0, 'session', '', $1, 0, 0, '', 0, $2)", "device", "id", 0),
+    "app password": ("INSERT INTO device (id, account, kind, name, secret, readonly, created, address, confirmed, due) VALUES ($1, 0, 'app', '', $1, 0, 0, '', 0, $2)", "device", "id", 0),
+    "pairing": ("INSERT INTO pairing (token, poll, device, address, due) VALUES ($1, $1, '', '', $2)", "pairing", "token", 0),
+    "wrong passwords": ("INSERT INTO throttle (subject, failures, due) VALUES ($1, 9, $2)", "throttle", "subject", cs.HOUR),
+    "known place": ("INSERT INTO known_place (account, network, due) VALUES (0, $1, $2)", "known_place", "network", 0),
+    "upload": ("INSERT INTO upload (id, home, account, root, given, note, received, created, due) VALUES ($1, 0, 0, 0, '{}', '', 0, 0, $2)", "upload", "id", 0),
+    "sent ahead": ("INSERT INTO loose (home, chunk, size, due) VALUES (0, $1, 1, $2)", "loose", "chunk", 0),
+    "kept": ("INSERT INTO kept (id, account, value, due) VALUES ($1, 0, '', $2)", "kept", "id", 0),
+    "visit": ("INSERT INTO visit (share, visitor, node, due) VALUES (0, $1, 0, $2)", "visit", "visitor", 0),
+    "operation": ("INSERT INTO op (id, seq, digest, result, at) VALUES ($1, 0, '', '', $2)", "op", "id", 7 * cs.DAY),
+    "condemned": ("INSERT INTO chunk (hash, size, at, condemned, data) VALUES ($1, 1, 0, $2, '')", "chunk", "hash", cs.KEEP_CONDEMNED),
+    "grave": ("INSERT INTO grave (object, due) VALUES ($1, $2)", "grave", "object", 0),
+}
+
+
+class Apart:
+    """Two real servers of one cloud and one database, the clock of the second an hour ahead."""
+
+    def __init__(self, serve, home, url):
+        self.env = {**os.environ, "CLOUDSERVER_DATABASE": url, "CLOUDSERVER_OBJECTS": str(home / "objects")}
+        made = run("user", "add", "ann", "--admin", "--password-stdin", "--data", home / "0", input=PASSWORD, env=self.env)
+        assert made.returncode == 0, made.stderr
+        self.serve, self.home, self.wire = serve, home, cs.Wire.connect(cs.PgAddress.parse(url))
+        self.right, self.ahead = self.start(0), self.start(3600)
+
+    def start(self, ahead):
+        return self.serve("--workers", "1", data=self.home / str(ahead), user=None, env=self.env, program=altered(*BUSY, ahead=ahead))
+
+    def due(self):
+        return self.wire.query("SELECT due FROM clock")[0][0]
+
+    def put(self, word, due):
+        """One of each kind that ends then."""
+        for kind, (sql, _, _, before) in ENDING.items():
+            self.wire.query(sql, (word + kind, due - before))
+
+    def there(self, word):
+        return {kind for kind, (_, table, key, _) in ENDING.items() if self.wire.query("SELECT 1 FROM %s WHERE %s = $1" % (table, key), (word + kind,))}
+
+    def delete(self, server, name, age):
+        """Something came into the trash so long ago."""
+        assert server.call("PUT", "/dav/" + name, b"x").status == 201 and server.call("DELETE", "/dav/" + name).status == 204
+        self.wire.query("INSERT INTO age (due, seq) SELECT $1, max(seq) FROM journal", (self.due() - age,))
+
+    def trash(self, server):
+        return {item["path"] for item in server.call("GET", "/api/v1/trash").json()["items"]}
+
+    def begin(self, server, word):
+        """What ends by itself begins at a server; {kind: (when, in ms from now; when it should)}"""
+        assert server.call("PUT", "/dav/" + word, b"x").status == 201
+        lock = server.call("LOCK", "/dav/" + word, LOCK_BODY, Timeout="Second-600")
+        assert lock.status == 200
+        cookie = server.call("POST", "/api/v1/login", {"name": "ann", "password": PASSWORD}, user=None).headers["set-cookie"].partition(";")[0]
+        upload = server.call("POST", "/tus", b"x", **{"Tus-Resumable": "1.0.0", "Upload-Length": "5", "Content-Type": "application/offset+octet-stream",
+                                                     "Upload-Metadata": "filename " + base64.b64encode(b"later " + word.encode()).decode()})
+        assert upload.status == 201, upload
+        link = server.call("POST", "/api/v1/shares", {"path": word, "expires": int(time.time() * 1000) + 2 * cs.HOUR}).json()
+        now = self.due()
+        ends = lambda sql, *params: self.wire.query(sql, params)[0][0] - now
+        return cookie, link["token"], {
+            "lock": (ends("SELECT max(due) FROM lock"), 600_000), "session": (ends("SELECT max(idle) FROM device"), cs.SESSION_IDLE),
+            "session at most": (ends("SELECT max(due) FROM device"), cs.SESSION_LIFE), "upload": (ends("SELECT max(due) FROM upload"), cs.UPLOAD_LIFE),
+            "link": (ends("SELECT due FROM share WHERE token = $1", link["token"]), 2 * cs.HOUR)}
+
+
+@slow
+@needs_fork
+def test_drill_of_servers_whose_clocks_are_an_hour_apart_and_of_which_each_stands_still_for_a_while(database_of, serve, tmp_path):
+    """Nothing ends early, or lives on for more than seconds, whichever of them has the upkeep; and who goes on does nothing by a lease that it lost."""
+    site = Apart(serve, tmp_path, database_of(tmp_path))
+    fences = [0]
+    fence = lambda: fences.append(site.wire.query("SELECT fence FROM lease WHERE name = 'upkeep'")[0][0]) or fences[-1]
+    began = [site.begin(server, word) for server, word in ((site.right, "right"), (site.ahead, "ahead"))]
+    for _, _, ends in began:
+        for kind, (is_, should) in ends.items():
+            assert abs(is_ - should) < 2 * cs.MINUTE, (kind, is_, should)
+    for number, (on, off) in enumerate([(site.right, site.ahead), (site.ahead, site.right), (site.right, site.ahead)]):
+        send_all(family(off.process.pid), signal.SIGSTOP)
+        over, soon = "over-%d" % number, "soon-%d" % number
+        site.delete(on, over, 30 * cs.DAY + 20_000)
+        site.delete(on, soon, 30 * cs.DAY - 15 * cs.MINUTE)
+        site.put(soon, site.due() + 15 * cs.MINUTE), site.put(over, site.due() - 20_000)
+        assert eventually(lambda: not site.there(over) and over not in site.trash(on))
+        assert site.there(soon) == set(ENDING) and soon in site.trash(on)
+        assert fence() >= number + 1
+        send_all(family(off.process.pid), signal.SIGCONT)
+        for cookie, link, _ in began:            # at both, the one that slept as well
+            for server in on, off:
+                assert server.call("GET", "/api/v1/account", user=None, Cookie=cookie).status == 200
+                assert server.call("GET", "/s/%s/dav/" % link, user=None).status < 400
+        assert [off.call("PUT", "/dav/" + word, b"y").status for word in ("right", "ahead")] == [423] * 2
+        assert off.call("PUT", "/dav/free-%d" % number, b"y").status == 201
+        assert fence() == fences[-2] and site.there(soon) == set(ENDING)             # its lease is another's, and it takes nothing away
+    assert [server.call("GET", "/dav/", user=None, Authorization=basic("bob", "wrong password %d" % n)).status in (401, 429) for n in range(2) for server in (site.right, site.ahead)] == [True] * 4
+    assert all(wait < cs.MINUTE for wait, in site.wire.query("SELECT due - $1 FROM throttle WHERE failures < 9 AND due > $1", (site.due(),)))
+    wall = time.time() * 1000
+    assert all(wall - 20 * cs.MINUTE < at < wall + cs.MINUTE for at, in site.wire.query("SELECT at FROM journal"))
+    assert site.wire.query("SELECT count(*) FROM journal j JOIN journal k ON k.seq = j.seq + 1 WHERE k.at < j.at - 60000") == [(0,)]
+    for hours in 3600, 0:                        # all end at once, and the one that begins again alone has another clock than the last one had
+        stood, since = site.due(), time.monotonic()
+        for server in site.right, site.ahead:
+            if server.process.poll() is None:
+                send_all(family(server.process.pid), signal.SIGKILL)
+                server.process.wait(60)
+        site.right = site.ahead = site.start(hours)
+        assert 0 <= site.due() - stood < 1000 * (time.monotonic() - since) + cs.MINUTE
+    assert all(site.there("soon-%d" % number) == set(ENDING) for number in range(3)) and "soon-2" in site.trash(site.right)
+    site.wire.close()
+
+
+STOPS = {  # where a server stands still, after so many bytes went ahead: (what happens to the next COMMIT that its proxy sees, how that is seen)
+    "while bytes go ahead": (lambda proxy: None, lambda proxy, names: True),
+    "when it has the lock": (lambda proxy: proxy.play("held before", 1), lambda proxy, names: proxy.done),
+    "before it hears of it": (lambda proxy: setattr(proxy, "delay", 10), lambda proxy, names: names() == 1000)}
+
+
+@slow
+@needs_fork
+@pytest.mark.parametrize("where", STOPS)
+def test_drill_of_a_server_that_stands_still_in_the_middle_of_sixty_megabytes(postgres, database_of, serve, tmp_path, where):
+    """The others go on after ten seconds at most; what it was told to do is there in the end, once, or not at all if it says so."""
+    url, proxy, (stop_at, is_there) = database_of(tmp_path), CommitProxy(postgres.port), STOPS[where]
+    env = {**os.environ, "CLOUDSERVER_DATABASE": url, "CLOUDSERVER_OBJECTS": str(tmp_path / "objects")}
+    made = run("user", "add", "ann", "--admin", "--password-stdin", "--data", tmp_path / "0", input=PASSWORD, env=env)
+    assert made.returncode == 0, made.stderr
+    try:
+        stopped = serve("--workers", "1", data=tmp_path / "1", user=None, program=altered("cs.FLUSH = 64 * cs.MiB"), env={**env, "CLOUDSERVER_DATABASE": url.replace(str(postgres.port), str(proxy.port))})
+        other = serve("--workers", "1", data=tmp_path / "2", user=None, env=env)
+        frames = [random_bytes(60_000) for _ in range(1000)]
+        ops = [{"put": "large-%d" % n, "chunks": [[hashlib.sha256(data).hexdigest(), len(data)]], "mtime": 1, "if": None} for n, data in enumerate(frames)]
+        body = json.dumps({"op": "sixty", "ops": ops}).encode() + b"\n" + b"".join(map(cs.format_frame, frames))
+        over, acks, errors = threading.Event(), [], []
+
+        def go_on():
+            for number in itertools.count():
+                if over.wait(0.02):
+                    return
+                answer = other.call("PUT", "/dav/small-%d" % number, b"x")
+                (acks if answer.status == 201 else errors).append((time.monotonic(), answer))
+        with ThreadPoolExecutor(2) as pool, contextlib.closing(cs.Wire.connect(cs.PgAddress.parse(url))) as wire:
+            try:
+                asked, working = pool.submit(stopped.call, "POST", "/api/v1/commit", body), pool.submit(go_on)
+                assert eventually(lambda: wire.query("SELECT count(*) FROM chunk WHERE size = 60000")[0][0] >= 300)
+                stop_at(proxy)
+                names = lambda: wire.query("SELECT count(*) FROM entry WHERE name LIKE 'large-%'")[0][0]
+                assert eventually(lambda: is_there(proxy, names) or asked.done())
+                was_done = asked.done()
+                send_all(family(stopped.process.pid), signal.SIGSTOP)
+                at, enough = time.monotonic(), len(acks)
+                assert eventually(lambda: len(acks) > enough + 20 and time.monotonic() > at + 12)
+                proxy.delay = 0
+                send_all(family(stopped.process.pid), signal.SIGCONT)
+                proxy.go()
+                answer = asked.result(60)
+                count = len(acks)
+                assert eventually(lambda: len(acks) > count + 5)
+            finally:
+                over.set()
+                send_all(family(stopped.process.pid), signal.SIGCONT)
+                proxy.go()
+            working.result()
+        pause = max(after - before for (before, _), (after, _) in zip(acks, acks[1:]) if after > at)
+        large = {name for name in server_tree(other) if name.startswith("large-")}
+        print("%s: %d acknowledged beside it, the longest pause %.1f s; it said %d, %d of its files are there" % (where, len(acks), pause, answer.status, len(large)))
+        assert not was_done and not errors, (was_done, errors)
+        assert answer.status in (200, 503) and len(large) in ((1000,) if answer.status == 200 else (0, 1000)) and pause < 25         # 10 where nothing else is done
+        again = stopped.call("POST", "/api/v1/commit", body)
+        assert again.status == 200 and all(one["status"] == 201 for one in again.json()["results"]), again.body[:300]
+        tree = server_tree(other)
+        assert {"small-%d" % n for n in range(len(acks))} <= set(tree) and all(tree["large-%d" % n] == data for n, data in enumerate(frames))
+    finally:
+        proxy.close()
+
+
+@slow
+@needs_fork
+def test_drill_of_everything_that_is_killed_at_once(serve, tmp_path, rng):
+    """Servers and the database; what was acknowledged is there when they are started again."""
+    with tempfile.TemporaryDirectory() as home:
+        database = Postgres(Path(home)).make().set("fsync = on").start()
+        try:
+            with contextlib.closing(database.wire()) as wire:
+                wire.query("CREATE DATABASE cloud TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C'")
+            env = {**os.environ, "CLOUDSERVER_DATABASE": database.url(sslmode="disable").replace("/postgres?", "/cloud?"),
+                   "CLOUDSERVER_DATABASE_PASSWORD": database.PASSWORD, "CLOUDSERVER_OBJECTS": str(tmp_path / "objects")}
+            made = run("user", "add", "ann", "--admin", "--password-stdin", "--data", tmp_path / "0", input=PASSWORD, env=env)
+            assert made.returncode == 0, made.stderr
+            start = lambda: [serve("--workers", "1", data=tmp_path / str(n), user=None, env=env) for n in range(2)]
+            told, guard, acks = {}, threading.Lock(), []
+
+            def write(server, me, turn):
+                for number in itertools.count():
+                    token = "%d-%s-%d" % (turn, me, number)
+                    data = token.encode() * (1 if number % 5 else 20_000)
+                    try:
+                        status = server.call("PUT", "/dav/" + token, data).status
+                    except (OSError, http.client.HTTPException):
+                        status = 0
+                    with guard:
+                        told[token] = "done" if status == 201 else "unknown"
+                        acks.extend([time.monotonic()] * (status == 201))
+                    if status != 201:
+                        return
+            for turn in range(3):
+                servers, enough = start(), len(acks) + 60 + rng.randrange(60)
+                with ThreadPoolExecutor(8) as pool:
+                    for n in range(8):
+                        pool.submit(write, servers[n % 2], n, turn)
+                    assert eventually(lambda: len(acks) > enough)
+                    send_all(family(database.process.pid, *(server.process.pid for server in servers)), signal.SIGKILL)
+                for process in database.process, *(server.process for server in servers):
+                    process.wait(60)
+                database.start()
+            one, _ = start()
+            tree = server_tree(one)
+            check_tokens(told, list(tree))
+            assert all(tree[token] == token.encode() * (1 if int(token.rpartition("-")[2]) % 5 else 20_000) for token in tree)
+            checked = run("verify", "--data", tmp_path / "0", env=env)
+            assert checked.returncode == 0, checked.stdout
+            print("%s, lost 0, ghosts 0" % Counter(told.values()))
+            one.kill()
+        finally:
+            database.stop(signal.SIGQUIT)
+
+
 LOSSES = {  # what happens to machines while everybody works: (what is done, seconds until it is mended)
     "a server killed": (lambda site: site.machines[1].signal(signal.SIGKILL, "server"), 3),
     "the leader's database killed, and who watches it": (lambda site: site.leader().signal(signal.SIGKILL, "patroni", "postgres"), 35),
