@@ -3823,6 +3823,9 @@ class Index:
         raise NotImplementedError
 
 
+Read = Callable[..., Iterable[Tuple[Any, ...]]]          # db.read, or that of a snapshot
+
+
 class Database:
     """Where rows are kept.  What is written here is the promise; one suite of tests holds every engine to it, and a database
     behind a network is one more class.
@@ -3850,9 +3853,17 @@ class Database:
         """Several SELECTs that see the same commit: with db.snapshot() as read: for row in read(sql, params).
 
         For what is done in a few seconds: as long as somebody sees an old state, engines keep all that came after it beside that.
-        What takes longer goes by each(), or reads the tree as of a seq.
+        What takes longer goes by lasting(), by each(), or reads the tree as of a seq.
         """
         raise NotImplementedError
+
+    @contextmanager
+    def lasting(self) -> Iterator[tuple[Read, int | None]]:
+        """The same for however long it takes, where rows tell of when they are: with db.lasting() as (read, seq).
+
+        seq   as of which entries are to be read, as each SELECT sees what is then; None where all see the same commit anyway
+        """
+        yield self.read, self.head()
 
     def commit(self, batch: Batch) -> None:
         """Come back when a batch is durable, its seq and tag noted in it; or raise, and then nothing of it is ever seen.
@@ -4313,6 +4324,11 @@ class Sqlite(Database):
             raise self._failed(error) from error
         finally:
             self._give_back(db)
+
+    @contextmanager
+    def lasting(self) -> Iterator[tuple[Read, int | None]]:
+        with self.snapshot() as read:                        # what is old costs room in the log alone, and slows down nobody
+            yield read, None
 
     def _failed(self, error: sqlite3.Error) -> CloudError:
         """Word a failure; a file that is found damaged is not written any more: what is acknowledged must be kept (R4)."""
@@ -7820,6 +7836,7 @@ def network_of(address: str) -> str:
 
 NODE = ("e.node, e.home, e.since, e.until, e.parent, e.name, e.kind, e.manifest, coalesce(c.size, e.size), e.mtime, "
         "e.media, e.rev, e.fate, c.seq, c.files")
+NODE_AT = NODE.replace("c.seq", "CASE WHEN c.seq > :seq THEN :seq ELSE c.seq END")       # sums are those of now, but nobody sees in an etag what came later
 CHUNK = "h.hash, h.size, h.data, h.object"
 STAR = "{http://owncloud.org/ns}favorite"        # the property of what somebody marked, in the words of most clients
 STARRED = '<o:favorite xmlns:o="http://owncloud.org/ns">1</o:favorite>'
@@ -7950,8 +7967,6 @@ def path_query(depth: int, content: bool, mounts: bool) -> str:
                 " ".join(joins), home, nodes[-2], "LEFT JOIN chunk h ON h.hash = e.manifest" if content else ""))
 
 
-Read = Callable[..., Iterable[Tuple[Any, ...]]]          # db.read, or that of a snapshot
-
 UNPURGED = " AND NOT EXISTS (SELECT 1 FROM entry g WHERE g.node = e.node AND g.fate = 'purged')"      # of an ended entry e
 
 
@@ -7969,7 +7984,7 @@ def entries_now(where: str, columns: str = NODE, source: str = "entry e", kinds:
 @lru_cache(maxsize=64)
 def entries_at(where: str, columns: str = NODE, ended: str = UNPURGED, kinds: int = MOUNT) -> str:
     """The same as of :seq, in two parts, each of which has its index."""
-    where += " AND e.kind < %d AND e.since <= :seq AND e.until " % kinds
+    where, columns = where + " AND e.kind < %d AND e.since <= :seq AND e.until " % kinds, columns.replace(NODE, NODE_AT)
     return select_entries(where + "IS NULL", columns) + " UNION ALL " + select_entries(where + "> :seq" + ended, columns)
 
 
@@ -9069,9 +9084,9 @@ class Tree:
         node, has_mounts = Node._make(columns), view.whole and shared is not None
         return Place(view, shape, bool(locked), quota, used, above, True, (), node.no_older(shared) if has_mounts else node, mounts=has_mounts)
 
-    def below(self, read: Read, place: Place) -> Moment:
-        """What lies below a place now, as it is seen from there."""
-        return Moment(read, place.found().node, mounts=self.mounts.now(place.view) if place.mounts else None, floor=place.view.seq)
+    def below(self, read: Read, place: Place, seq: int | None = None) -> Moment:
+        """What lies below a place now, as it is seen from there; or was at a seq just before."""
+        return Moment(read, place.found().node, seq, mounts=self.mounts.now(place.view) if place.mounts else None, floor=place.view.seq)
 
     def as_of(self, read: Read, who: Principal, seq: int, right: str = PAST) -> Moment:
         """What somebody sees of a moment; of what others shared, what he has a right to."""
@@ -10197,8 +10212,8 @@ class Files:
         if alone:
             yield seen, self.tree.below(self.db.read, place)
             return
-        with self.db.snapshot() as read:
-            now = self.tree.below(read, place)
+        with self.db.lasting() as (read, seq):
+            now = self.tree.below(read, place, seq)
             node = now.node(seen.node)
             if node is None:
                 raise CloudError("not-found", "it was just deleted")
@@ -10500,14 +10515,14 @@ class Files:
                 if files:
                     sums = kinds.setdefault(kind_of_media(media), [0, 0])
                     sums[0], sums[1] = sums[0] + size, sums[1] + files
-            (versions,), = read(
-                "SELECT coalesce(sum(size), 0) FROM (SELECT DISTINCT manifest, size FROM entry e WHERE home = ? AND until > 0 AND fate = 'replaced' "
-                "AND kind = 0 AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.manifest = e.manifest AND l.home = e.home "
-                "AND l.until IS NULL)) AS old", (view.home,))
-            (trash,), = read(
-                "SELECT coalesce(sum(CASE WHEN e.kind = 1 THEN c.size ELSE e.size END), 0) FROM entry e LEFT JOIN collection c "
-                "ON c.node = e.node WHERE e.home = ? AND e.until > 0 AND e.fate = 'deleted' "
-                "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL)", (view.home,))
+        (versions,), = self.db.read(
+            "SELECT coalesce(sum(size), 0) FROM (SELECT DISTINCT manifest, size FROM entry e WHERE home = ? AND until > 0 AND fate = 'replaced' "
+            "AND kind = 0 AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.manifest = e.manifest AND l.home = e.home "
+            "AND l.until IS NULL)) AS old", (view.home,))
+        (trash,), = self.db.read(
+            "SELECT coalesce(sum(CASE WHEN e.kind = 1 THEN c.size ELSE e.size END), 0) FROM entry e LEFT JOIN collection c "
+            "ON c.node = e.node WHERE e.home = ? AND e.until > 0 AND e.fate = 'deleted' "
+            "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL)", (view.home,))
         return kinds, versions, trash
 
 
@@ -10600,11 +10615,15 @@ class Sums:
             return sums
         then, now, since = Moment(read, root, seq, purged=True), Moment(read, root), {"home": home, "seq": seq}
         for sign, moment, sql in ((+1, now, BEGUN_FILES), (-1, then, ENDED_FILES)):
-            for parent, *row in list(read(sql, since)):
+            rows = list(read(sql, since))
+            moment.load(parent for parent, *_ in rows)
+            for parent, *row in rows:
                 if moment.path(parent) is not None:
                     count(sign, [row])
-        for id, in list(read("SELECT node FROM entry WHERE home = :home AND kind = 1 AND since > :seq UNION "
-                             "SELECT node FROM entry WHERE home = :home AND kind = 1 AND until > :seq", since)):
+        ids = [id for id, in read("SELECT node FROM entry WHERE home = :home AND kind = 1 AND since > :seq UNION "
+                                  "SELECT node FROM entry WHERE home = :home AND kind = 1 AND until > :seq", since)]
+        then.load(ids), now.load(ids)
+        for id in ids:
             came = (now.path(id) is not None) - (then.path(id) is not None)
             if came:                             # with all that has been in it all the time
                 count(came, read(LIVE_FILES, {"top": id, "seq": seq}))
@@ -10980,6 +10999,7 @@ class Span:
 
     def __init__(self, then: Moment, now: Moment) -> None:
         self.then, self.now = then, now
+        self._touched: list[int] = []
         self._whole: Moment | None = None                # then, with what was given up
         self._between: dict[int, Moment] = {}
 
@@ -10989,8 +11009,14 @@ class Span:
             "SELECT node FROM entry WHERE home = :home AND since > :seq AND since <= :reached "
             "UNION SELECT node FROM entry WHERE home = :home AND until > :seq AND until <= :reached",
             {"home": home, "seq": self.then.seq, "reached": reached})]
-        self.then.load(ids), self.now.load(ids)          # at once: one by one, each would cost a way to the database and back
+        self.load(ids)
+        self._touched += ids
         return ids
+
+    def load(self, ids: Iterable[int]) -> None:
+        """Read some nodes of both moments at once: one by one, each would cost a way to the database and back."""
+        for moment in (self.then, self.now):
+            moment.load(ids)
 
     def of(self, id: int) -> Difference:
         return Difference(self.then.here(id), self.now.here(id), self.then.path(id), self.now.path(id))
@@ -11026,9 +11052,12 @@ class Span:
 
     def with_what_was_left(self, ids: Collection[int], alive: Callable[[], None]) -> list[int]:
         """Some nodes, and what lay in those collections among them whose place another has by now: nothing else tells that it is not there."""
+        self.load(ids)                                       # not all of them were touched
         taken, then, now = {self.now.path(id) for id in watched(ids, alive)}, self.then, self.now
         left = [id for id in ids if then.here(id) and then.here(id).kind and then.path(id) in taken and then.path(id) != now.path(id)]
-        return list(dict.fromkeys([*ids, *(node.node for id in left for _, node in watched(then.walk(id), alive))]))
+        lay = [node.node for id in left for _, node in watched(then.walk(id), alive)]
+        self.load(lay)
+        return list(dict.fromkeys([*ids, *lay]))
 
     def was_in_sight(self, id: int) -> bool:
         """Did a node come and go since?  Who made it knows of it, and has to be told."""
@@ -11047,7 +11076,9 @@ class Span:
     def is_lost(self, id: int) -> bool:
         """Was a node here that can never be brought back here: it, or what held it, was given up for good?"""
         then = self.then
-        self._whole = self._whole or Moment(then.read, then.top, then.seq, purged=True)
+        if then.path(id) is None and self._whole is None:
+            self._whole = Moment(then.read, then.top, then.seq, purged=True)
+            self._whole.load(id for id in self._touched if then.path(id) is None)
         return then.path(id) is None and self._whole.path(id) is not None
 
 
@@ -11090,7 +11121,7 @@ class Feed:
         top = place.found()
         if since < place.view.seq:
             raise CloudError("gone", "it was shared since then, or otherwise; read everything anew")
-        with self.db.snapshot() as read:
+        with self.db.lasting() as (read, as_of):
             (head, fed, newest, shared, mounts), = read(
                 "SELECT (SELECT max(seq) FROM journal), a.fed, c.seq, " + NEWEST_SHARED + ", EXISTS (SELECT 1 FROM mount WHERE home = a.id) "
                 "FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ?", (top.home,))
@@ -11100,7 +11131,7 @@ class Feed:
             self._check_reach(since, fed)
             if max(newest, shared or 0) <= since:
                 return head, []
-            now = Moment(read, top.node, mounts=self.tree.mounts.now(place.view) if mounts else None, floor=place.view.seq)
+            now = Moment(read, top.node, as_of and head, mounts=self.tree.mounts.now(place.view) if mounts else None, floor=place.view.seq)
             then = Moment(read, top.node, since, purged=True, mounts=self.tree.mounts.stood(top.home) if mounts else None)
             homes = [top.home, *now.homes()]
             if now.grants:
@@ -11203,9 +11234,11 @@ class History:
 
     def past(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, list[Node]]:
         """The node that was at a path as of a seq and what it held.  raises CloudError not-found, gone"""
-        with self.db.snapshot() as read:
+        with self.db.lasting() as (read, _):
             node, then = self._as_of(read, who, path, seq, PAST)
-            return node, list(then.children(node.node)) if node.kind else []
+            found = node, list(then.children(node.node)) if node.kind else []
+        self.journal.check_reach(seq)                        # what was given up meanwhile may be missing
+        return found
 
     def _as_of(self, read: Read, who: Principal, path: tuple[str, ...], seq: int, right: str) -> tuple[Node, Moment]:
         """The node at a path as of a seq, and that moment; a path that leads into what others shared by now leads there at any time."""
@@ -11247,10 +11280,10 @@ class History:
             after = Moment(now.read, now.top, seq)
             if not touched or not view.whole and any(one.node(id) and not one.here(id) for one in (span.then, after) for id in touched):
                 raise CloudError("not-found", "there is nothing of that number to take back")
-            later = {id for id in touched if list(now.read(
-                "SELECT 1 FROM entry WHERE node = :id AND until IS NULL AND since > :seq UNION ALL "
-                "SELECT 1 FROM entry WHERE node = :id AND until > :seq UNION ALL "
-                "SELECT 1 FROM entry WHERE parent = :id AND until IS NULL AND since > :seq", {"id": id, "seq": seq}))}
+            later = {id for some in pieces(touched) for id, in now.read(
+                "SELECT node FROM entry WHERE node IN (%(ids)s) AND until IS NULL AND since > ? UNION ALL "
+                "SELECT node FROM entry WHERE node IN (%(ids)s) AND until > ? UNION ALL "
+                "SELECT parent FROM entry WHERE parent IN (%(ids)s) AND until IS NULL AND since > ?" % {"ids": marks(some)}, (*some, seq) * 3)}
             for id in list(later):                       # what holds them stays, too
                 later.update(now.chain(id))
             mine = [id for id in touched if id not in later and span.differs(id)]
@@ -11318,8 +11351,8 @@ class History:
         """
         view, _ = self.tree.within(who, paths[0] if paths else (), PAST)
         paths = tuple(outermost(self._below(who, view, path) for path in paths))
-        with self.db.snapshot() as read:
-            span = Span(Moment(read, view.top, seq), Moment(read, view.top))
+        with self.db.lasting() as (read, head):
+            span = Span(Moment(read, view.top, seq), Moment(read, view.top, head))
             nodes = [self.past_node(span.then, path) for path in paths]
             chosen = {node.node for node in nodes}
 
@@ -11359,10 +11392,11 @@ class History:
         place = self.tree.enter(who, path, PAST)
         view, top = place.view, place.found().node
         self.journal.check_reach(seq)
-        with self.db.snapshot() as read:
+        with self.db.lasting() as (read, head):
             was_seen = view.whole or Moment(read, view.top, seq).path(top) is not None
-            span = Span(Moment(read, top if was_seen else 0, seq), Moment(read, top))
+            span = Span(Moment(read, top if was_seen else 0, seq), Moment(read, top, head))
             found = [span.of(id) for id in watched(span.touched(view.home), alive) if id != top and span.differs(id)]
+        self.journal.check_reach(seq)                        # what was given up meanwhile may be missing
         return sorted(found, key=lambda one: one.path or one.was)
 
     def undo_device(self, who: Principal, device: str) -> tuple[int, int]:
@@ -11398,14 +11432,14 @@ class History:
         self.journal.check_reach(seq)
 
         def attempt() -> Batch:
-            with self.db.snapshot() as read:
-                (head,), = read("SELECT max(seq) FROM journal")
+            with self.db.lasting() as (read, now):
+                (head,), = [(now,)] if now else read("SELECT max(seq) FROM journal")
                 plan = Plan(self.tree, who, as_of=head)
                 place = plan.now.enter(path)
                 top = place.found().node
                 if place.locked:
                     self.tree.locks.check(who, place, ANY, below=True)
-                span = Span(Moment(read, top, seq), Moment(read, top))
+                span = Span(Moment(read, top, seq), Moment(read, top, now))
                 chosen, told = choose(span)
                 for one in lost:
                     plan.collection_at(one)
@@ -11422,6 +11456,8 @@ class History:
         then, now = span.then, span.now
         wanted = sorted((id for id in chosen if then.here(id)), key=lambda id: len(then.path(id)))
         unwanted = set(chosen).difference(wanted)
+        plan.now.before.load(chosen)                         # at once, as Span.load
+        plan.now.before.load_named([(old.parent, key_of(old.name)) for old in map(then.node, wanted)])
         freed = {(node.parent, key_of(node.name)) for node in map(now.node, chosen) if node}
         freed -= self._return_or_remove(plan, then, [node for node in map(now.here, unwanted)
                                                      if node and node.parent not in unwanted])      # else it goes with what holds it

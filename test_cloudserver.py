@@ -10217,6 +10217,48 @@ def test_a_request_that_comes_twice_counts_once(make_cloud, fake):
     assert cloud.once("op", ann, lambda who: put(cloud, who, "a", b"3")).size == 1
 
 
+@pytest.fixture
+def read_by_seq(monkeypatch):
+    """What takes long is read as of a seq, as where old states slow down others, whatever engine has the rows."""
+    monkeypatch.setattr(cs.Sqlite, "lasting", cs.Database.lasting)
+
+
+def test_what_is_listed_by_pages_is_of_one_moment(cloud, ann, read_by_seq, monkeypatch):
+    """And no etag is newer than what it is told with, so that whoever looks once more sees what changed meanwhile."""
+    monkeypatch.setattr(cs, "PIECE", 10)
+    for n in range(30):
+        put(cloud, ann, "d/%02d" % n, b"x", parents=True)
+    d, head = cloud.files.stat(ann, ("d",)), cloud.db.head()
+    with cloud.files.listing(ann, ("d",)) as (node, now):
+        children = now.children(node.node)
+        found = [next(children)]
+        move(cloud, ann, "d/29", "d/-"), put(cloud, ann, "d/28", b"newer"), cloud.files.delete(ann, ("d", "27"))
+        found += children
+    assert [child.name for child in found] == ["%02d" % n for n in range(30)] and found[28].size == 1 and node.etag == d.etag
+    assert Moment(cloud.db.read, d.node, head).node(d.node).seq == head < cloud.files.stat(ann, ("d",)).seq
+
+
+def test_what_happened_to_many_is_found_by_few_statements_and_no_snapshot(cloud, ann, asked, read_by_seq, monkeypatch):
+    """What a statement costs over a network, times all that was touched, is more than anybody waits."""
+    cloud.files.make_collection(ann, ("a",)), cloud.files.make_collection(ann, ("c",))
+    first = cloud.db.head()
+    for n in range(60):
+        put(cloud, ann, "a/b/%d" % n, b"x", parents=True)
+    made = cloud.db.head()
+    move(cloud, ann, "a/b", "c/b")
+    monkeypatch.setattr(type(cloud.db), "snapshot", Mock(side_effect=AssertionError("a snapshot")))
+    few = lambda call: (asked.clear(), call(), len(asked) < 40)[1:]
+    changed = [few(lambda: len(cloud.feed.changes(ann, path, since)[1])) for path, since in (((), first), (("c",), made), (("a",), made))]
+    assert changed == [(61, True), (61, True), (1, True)]
+    assert few(lambda: len(cloud.history.differences(ann, (), first))) == (61, True)
+    assert few(lambda: cloud.history.rewind(ann, (), first)[1]) == (61, True)
+    assert few(lambda: cloud.history.undo(ann, cloud.db.head())[1]) == (0, True)
+    assert few(lambda: len(cloud.history.past(ann, ("a", "b"), made)[1])) == (60, True)
+    rewound = few(lambda: cloud.history.rewind(ann, ("c", "b"), first)[1])
+    undone = few(lambda: cloud.history.undo(ann, cloud.db.head())[1])
+    assert (rewound, undone) == ((60, True), (0, True)) and len(listed(cloud, ann, "c/b")) == 60
+
+
 # ==== 19. Sharing ========================================================================
 
 def limited_to(cloud, who, path, **how):
