@@ -18298,6 +18298,103 @@ def test_a_client_goes_on_while_its_cloud_moves(serve, database_of, tmp_path):
     assert {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(".")} == contents
 
 
+class Busy:
+    """Somebody who writes all the time, wherever a cloud is served by now: with Busy(served) as busy: …; what was acknowledged is in busy.told."""
+
+    def __init__(self, served):
+        self.served, self.told, self.refused, self._ended = served, {}, {}, threading.Event()
+        self._thread = threading.Thread(target=self._write)
+
+    def _write(self):
+        for n in itertools.count():
+            if self._ended.wait(0.02):
+                return
+            name, data = "w%d" % n, b"%d " % n * (10 if n % 3 else 20_000)
+            try:
+                status = self.served.call("PUT", "/dav/" + name, data).status
+            except (OSError, http.client.HTTPException):
+                status = 0                       # nobody is there
+            (self.told if status == 201 else self.refused)[name] = data
+
+    def is_heard(self):
+        """Is something acknowledged from now on?"""
+        before = len(self.told)
+        return eventually(lambda: len(self.told) > before, 30)
+
+    def missing(self):
+        """Names of what was acknowledged and is not there, as it was sent."""
+        return [name for name, data in self.told.items() if self.served.call("GET", "/dav/" + name).body != data]
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        self._thread.join()
+
+
+def make_files(data, count):
+    """Some files of somebody whose cloud is served later."""
+    add_user(data, admin=True)
+    with contextlib.closing(Cloud(Config(data=data))) as cloud:
+        ann = cloud.accounts.principal("ann")
+        for n in range(count):
+            put(cloud, ann, "d%d/f%d" % (n % 7, n), random_bytes(70_000 if n % 4 == 0 else 1000), parents=True)
+
+
+def dump_of(config):
+    with contextlib.closing(Cloud(config, how="open")) as cloud:
+        return dump(cloud)
+
+
+@BOTH_ENGINES
+@needs_fork
+@slow
+def test_a_move_whose_process_is_killed_goes_on_while_others_write(serve, database_of, tmp_path, rng):
+    """Again and again, at any moment, there and back: nothing that was acknowledged is lost, and never would two clouds take writes."""
+    data, laptop = tmp_path / "served", Config(data=tmp_path / "served")
+    make_files(data, 400)
+    cluster = replace(laptop, database=database_of(tmp_path), objects=str(tmp_path / "objects"))
+    places, other = ["--database", cluster.database, "--objects", cluster.objects], Config(data=tmp_path / "laptop")
+    served, sealed = serve("--workers", "2"), 0
+    with Busy(served) as busy:
+        for source, target, asked, after in ((laptop, cluster, ["--data", data, *places], [data, *places]),
+                                             (cluster, other, ["--data", other.data, *places[:2]], [other.data])):
+            assert busy.is_heard()
+            kills, moved, moments = 0, None, ["any", "any", "any", "sealed", "sealed"]
+            rng.shuffle(moments)
+            while moved is None:
+                moment, refused = moments.pop() if moments else "never", len(busy.refused)
+                began, process = time.monotonic(), popen("move", *asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                if moment == "sealed":
+                    eventually(lambda: len(busy.refused) > refused or process.poll() is not None, 60)
+                try:
+                    told, _ = process.communicate(timeout={"any": rng.uniform(0.2, 1.2), "sealed": rng.uniform(0, 0.15)}.get(moment, 60))
+                    assert process.returncode == 0 and "moved to" in told, told
+                    moved = told
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.communicate()
+                    assert moment != "never"
+                    takes = takes_writes(source), takes_writes(target)
+                    kills, sealed = kills + 1, sealed + (not takes[0])
+                    print("killed after %.2f s: source, target take writes: %r" % (time.monotonic() - began, takes))
+                    assert takes != (True, True)
+                    if not any(takes) and rng.random() < 0.3:            # the source can be given back
+                        assert run("move", *asked, "--abort").returncode in (0, 1)
+                        assert not (takes_writes(source) and takes_writes(target))
+            assert kills and (takes_writes(source), takes_writes(target)) == (False, True)
+            print("%d kills; %s" % (kills, moved))
+            assert served.process.wait(60) == 1 and dump_of(source) == dump_of(target)
+            again = run("serve", "--port", "0", "--data", source.data, *(places if source is cluster else ()))
+            assert again.returncode == 1 and "moved to" in again.stderr
+            served = busy.served = serve("--workers", "2", *after[1:], data=after[0], user=None)
+        assert busy.is_heard()
+    print("%d acknowledged, %d refused, %d kills while it was sealed" % (len(busy.told), len(busy.refused), sealed))
+    assert busy.missing() == [] and run("verify", "--data", other.data).returncode == 0
+
+
 # ==== 31. Folder and sync client =========================================================
 
 @pytest.mark.parametrize("lines, ignored, kept", [
