@@ -3339,6 +3339,19 @@ TRACKS = 4093                   # words that tell when something was touched las
 SURE = 0.1                      # seconds for which a request believes that nothing was touched since it looked
 
 
+@contextmanager
+def lasting(db: Database) -> Iterator[tuple[Read, int | None]]:
+    """A snapshot for however long it takes, of rows that tell of when they are: with lasting(db) as (read, seq).
+
+    seq   as of which entries are to be read, as each SELECT sees what is then; None where all see the same commit anyway
+    """
+    if db.snapshots_last:
+        with db.snapshot() as read:
+            yield read, None
+    else:
+        yield db.read, db.head()
+
+
 def pieces(rows: Sequence[Any], size: int = PIECE) -> Iterator[list[Any]]:
     return (list(rows[at:at + size]) for at in range(0, len(rows), size))
 
@@ -3834,6 +3847,8 @@ class Database:
     acknowledged before it began, whoever wrote it.
     """
 
+    snapshots_last = False       # may one be as long as it likes, as what is old costs room alone, and slows down nobody?
+
     def __init__(self, clock: Clock, recent: Recent) -> None:
         self.clock, self.recent = clock, recent
         self._last_id, self._drawing = 0, threading.Lock()
@@ -3853,17 +3868,9 @@ class Database:
         """Several SELECTs that see the same commit: with db.snapshot() as read: for row in read(sql, params).
 
         For what is done in a few seconds: as long as somebody sees an old state, engines keep all that came after it beside that.
-        What takes longer goes by lasting(), by each(), or reads the tree as of a seq.
+        What takes longer goes by lasting(db), by each(), or reads the tree as of a seq.
         """
         raise NotImplementedError
-
-    @contextmanager
-    def lasting(self) -> Iterator[tuple[Read, int | None]]:
-        """The same for however long it takes, where rows tell of when they are: with db.lasting() as (read, seq).
-
-        seq   as of which entries are to be read, as each SELECT sees what is then; None where all see the same commit anyway
-        """
-        yield self.read, self.head()
 
     def commit(self, batch: Batch) -> None:
         """Come back when a batch is durable, its seq and tag noted in it; or raise, and then nothing of it is ever seen.
@@ -4269,6 +4276,8 @@ class SqliteWriter(Writer):
 class Sqlite(Database):
     """SQLite with write-ahead log.  `read` and `write` may be called from any thread."""
 
+    snapshots_last = True
+
     def __init__(self, path: Path, clock: Clock, *, readonly: bool = False) -> None:
         """Open, making or migrating the file if need be.  raises CloudError, OSError
 
@@ -4324,11 +4333,6 @@ class Sqlite(Database):
             raise self._failed(error) from error
         finally:
             self._give_back(db)
-
-    @contextmanager
-    def lasting(self) -> Iterator[tuple[Read, int | None]]:
-        with self.snapshot() as read:                        # what is old costs room in the log alone, and slows down nobody
-            yield read, None
 
     def _failed(self, error: sqlite3.Error) -> CloudError:
         """Word a failure; a file that is found damaged is not written any more: what is acknowledged must be kept (R4)."""
@@ -10212,7 +10216,7 @@ class Files:
         if alone:
             yield seen, self.tree.below(self.db.read, place)
             return
-        with self.db.lasting() as (read, seq):
+        with lasting(self.db) as (read, seq):
             now = self.tree.below(read, place, seq)
             node = now.node(seen.node)
             if node is None:
@@ -11121,7 +11125,7 @@ class Feed:
         top = place.found()
         if since < place.view.seq:
             raise CloudError("gone", "it was shared since then, or otherwise; read everything anew")
-        with self.db.lasting() as (read, as_of):
+        with lasting(self.db) as (read, as_of):
             (head, fed, newest, shared, mounts), = read(
                 "SELECT (SELECT max(seq) FROM journal), a.fed, c.seq, " + NEWEST_SHARED + ", EXISTS (SELECT 1 FROM mount WHERE home = a.id) "
                 "FROM account a JOIN collection c ON c.node = a.root WHERE a.id = ?", (top.home,))
@@ -11234,7 +11238,7 @@ class History:
 
     def past(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, list[Node]]:
         """The node that was at a path as of a seq and what it held.  raises CloudError not-found, gone"""
-        with self.db.lasting() as (read, _):
+        with lasting(self.db) as (read, _):
             node, then = self._as_of(read, who, path, seq, PAST)
             found = node, list(then.children(node.node)) if node.kind else []
         self.journal.check_reach(seq)                        # what was given up meanwhile may be missing
@@ -11351,7 +11355,7 @@ class History:
         """
         view, _ = self.tree.within(who, paths[0] if paths else (), PAST)
         paths = tuple(outermost(self._below(who, view, path) for path in paths))
-        with self.db.lasting() as (read, head):
+        with lasting(self.db) as (read, head):
             span = Span(Moment(read, view.top, seq), Moment(read, view.top, head))
             nodes = [self.past_node(span.then, path) for path in paths]
             chosen = {node.node for node in nodes}
@@ -11392,7 +11396,7 @@ class History:
         place = self.tree.enter(who, path, PAST)
         view, top = place.view, place.found().node
         self.journal.check_reach(seq)
-        with self.db.lasting() as (read, head):
+        with lasting(self.db) as (read, head):
             was_seen = view.whole or Moment(read, view.top, seq).path(top) is not None
             span = Span(Moment(read, top if was_seen else 0, seq), Moment(read, top, head))
             found = [span.of(id) for id in watched(span.touched(view.home), alive) if id != top and span.differs(id)]
@@ -11432,7 +11436,7 @@ class History:
         self.journal.check_reach(seq)
 
         def attempt() -> Batch:
-            with self.db.lasting() as (read, now):
+            with lasting(self.db) as (read, now):
                 (head,), = [(now,)] if now else read("SELECT max(seq) FROM journal")
                 plan = Plan(self.tree, who, as_of=head)
                 place = plan.now.enter(path)

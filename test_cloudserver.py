@@ -10220,7 +10220,7 @@ def test_a_request_that_comes_twice_counts_once(make_cloud, fake):
 @pytest.fixture
 def read_by_seq(monkeypatch):
     """What takes long is read as of a seq, as where old states slow down others, whatever engine has the rows."""
-    monkeypatch.setattr(cs.Sqlite, "lasting", cs.Database.lasting)
+    monkeypatch.setattr(cs.Sqlite, "snapshots_last", False)
 
 
 def test_what_is_listed_by_pages_is_of_one_moment(cloud, ann, read_by_seq, monkeypatch):
@@ -18393,6 +18393,60 @@ def test_a_move_whose_process_is_killed_goes_on_while_others_write(serve, databa
         assert busy.is_heard()
     print("%d acknowledged, %d refused, %d kills while it was sealed" % (len(busy.told), len(busy.refused), sealed))
     assert busy.missing() == [] and run("verify", "--data", other.data).returncode == 0
+
+
+MANY = int(os.environ.get("TEST_MANY", 1000))    # files
+
+
+@BOTH_ENGINES
+@needs_fork
+@slow
+@pytest.mark.parametrize("kinds", [("native",), ("native", "nextcloudcmd")])
+def test_many_files_move_with_clients_and_who_writes(serve, database_of, tmp_path, kinds):
+    """Both ways: the rows are the same, what was acknowledged is there, and clients fetch only what is new to them."""
+    data, log, folder = tmp_path / "served", tmp_path / "access.log", tmp_path / "folder"
+    make_files(data, MANY)
+    served = serve("--workers", "2", "--access-log", log)
+    port = str(served.address[1])
+    folder.mkdir()
+    desktops = [Desktop(kind, served, tmp_path, kind) for kind in kinds[1:]]
+
+    def sync():
+        """What traveled with each client: [(files up, files down)]."""
+        found = run("sync", folder, *(() if (folder / ".cloudserver").exists() else ("http://ann@127.0.0.1:" + port,)), "--once", "--json",
+                    env={**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD}, timeout=600)
+        told = json.loads(found.stdout)
+        assert found.returncode == 0 and not told["conflicts"] and not told["problems"] and not told["moved"], found
+        traveled = [(told["uploaded"], told["downloaded"])]
+        for desktop in desktops:
+            seen = len(log.read_text())
+            desktop.sync(timeout=600)
+            lines = log.read_text()[seen:]
+            traveled.append(tuple(len(re.findall(r'"%s /remote.php/\S*dav/\S+ HTTP\S+ 20' % method, lines)) for method in ("PUT", "GET")))
+        return traveled
+
+    assert sync() == [(0, MANY)] * len(kinds) and sync() == [(0, 0)] * len(kinds)
+    cluster, laptop = Config(data=data, database=database_of(tmp_path), objects=str(tmp_path / "objects")), Config(data=tmp_path / "laptop")
+    places = ["--database", cluster.database, "--objects", cluster.objects]
+    for source, target, words, after in ((Config(data=data), cluster, ["--data", data, *places], [data, *places]),
+                                         (cluster, laptop, ["--data", laptop.data, *places[:2]], [laptop.data])):
+        with Busy(served) as busy:
+            assert busy.is_heard()
+            began = time.monotonic()
+            moved = run("move", *words, timeout=600)
+            print("%.1f s: %s" % (time.monotonic() - began, moved.stdout.strip()))
+            assert moved.returncode == 0 and "it could only be read for" in moved.stdout, moved.stderr
+            assert served.process.wait(60) == 1
+        assert dump_of(source) == dump_of(target)
+        served = busy.served = serve("--workers", "2", "--access-log", log, "--port", port, *after[1:], data=after[0], user=None)
+        assert busy.missing() == [] and busy.told and busy.refused
+        print("%d acknowledged, %d refused" % (len(busy.told), len(busy.refused)))
+        assert sync() == [(0, len(busy.told))] * len(kinds) and sync() == [(0, 0)] * len(kinds)
+        for name in busy.told:                   # the next to write begins anew
+            served.call("DELETE", "/dav/" + name)
+        sync()
+    files = {str(path.relative_to(folder)) for path in folder.rglob("f*") if path.is_file() and not path.name.startswith(".")}
+    assert len(files) == MANY and run("verify", "--data", laptop.data).returncode == 0
 
 
 # ==== 31. Folder and sync client =========================================================
