@@ -7986,10 +7986,11 @@ def entries_now(where: str, columns: str = NODE, source: str = "entry e", kinds:
 
 
 @lru_cache(maxsize=64)
-def entries_at(where: str, columns: str = NODE, ended: str = UNPURGED, kinds: int = MOUNT) -> str:
-    """The same as of :seq, in two parts, each of which has its index."""
+def entries_at(where: str, columns: str = NODE, ended: str = UNPURGED, kinds: int = MOUNT, page: str = "") -> str:
+    """The same as of :seq, in two parts, each of which has its index; of a page both are that long, for else all would be sorted for each."""
     where, columns = where + " AND e.kind < %d AND e.since <= :seq AND e.until " % kinds, columns.replace(NODE, NODE_AT)
-    return select_entries(where + "IS NULL", columns) + " UNION ALL " + select_entries(where + "> :seq" + ended, columns)
+    parts = select_entries(where + "IS NULL", columns), select_entries(where + "> :seq" + ended, columns)
+    return " UNION ALL ".join("SELECT * FROM (" + part + page + ") AS p" if page else part for part in parts) + page
 
 
 @lru_cache(maxsize=64)
@@ -8051,7 +8052,7 @@ class Moment:
         kinds = max(self.kinds, MOUNT + mounts)
         if self.seq is None:
             return self.read(entries_now(where, columns, kinds=kinds) + tail, params)
-        return self.read(entries_at(where, columns, "" if self.purged else UNPURGED, kinds) + tail, {**params, "seq": self.seq})
+        return self.read(entries_at(where, columns, "" if self.purged else UNPURGED, kinds, tail), {**params, "seq": self.seq})
 
     @property
     def grants(self) -> dict[int, Grant]:
