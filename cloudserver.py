@@ -18570,6 +18570,26 @@ def on_signals(numbers: Sequence[int], act: Any) -> None:
         signal.signal(number, act)
 
 
+class Halt:
+    """An Event for handlers of signals: they run amid whatever the main thread does, which waits for one with its lock in hand."""
+
+    def __init__(self) -> None:
+        self._set, (self._here, self._there) = False, socket.socketpair()
+        self._there.setblocking(False)
+
+    def set(self) -> None:
+        self._set = True
+        with suppress(BlockingIOError):
+            self._there.send(b".")
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def wait(self, seconds: float) -> bool:
+        select.select([self._here], [], [], seconds)
+        return self._set
+
+
 class Balance:
     """How many connections each worker holds, in memory they share.  A hint and no more: who has more than another
     leaves a new connection to that one, but not for long."""
@@ -19231,7 +19251,7 @@ class Supervisor:
     def __init__(self, config: Config, listener: socket.socket, count: int) -> None:
         self.config, self.listener, self.count = config, listener, count
         self.pids: dict[int, tuple[int, float]] = {}             # pid: (index, since when)
-        self.ended = threading.Event()           # told to stop
+        self.ended = Halt()                      # told to stop
         self.pause = 0.2                         # seconds before a worker is replaced
         self.lifeline, self._end = os.pipe()     # only the supervisor keeps the writing end
         self.balance = Balance(count)
@@ -23058,7 +23078,7 @@ class SyncClient:
 
     # ---- on and on
 
-    def watch(self, ended: threading.Event, tell: Callable[[SyncClient], None], listener: Link) -> None:
+    def watch(self, ended: Halt | threading.Event, tell: Callable[[SyncClient], None], listener: Link) -> None:
         """Run whenever either side changes, until `ended` is set.  raises Stopped where a person has to look"""
         news, pause, again, before, said = threading.Event(), 1.0, AGAIN_LEAST, {}, ""
         threading.Thread(target=self._listen, args=(listener, news, ended), daemon=True).start()
@@ -23087,7 +23107,7 @@ class SyncClient:
             before = problems
             self._wait(news, ended, again if problems else None)
 
-    def _wait(self, news: threading.Event, ended: threading.Event, again: float | None) -> None:
+    def _wait(self, news: threading.Event, ended: Halt | threading.Event, again: float | None) -> None:
         """Until there is something to do, or to try again."""
         seen, began = self.session.scan, time.monotonic()
         pause = min(max(SCAN_LEAST, 20 * seen.seconds), SCAN_MOST)
@@ -23100,7 +23120,7 @@ class SyncClient:
             except Stopped:
                 return                           # the next run says it
 
-    def _listen(self, link: Link, news: threading.Event, ended: threading.Event) -> None:
+    def _listen(self, link: Link, news: threading.Event, ended: Halt | threading.Event) -> None:
         """Long-poll the server; what it says is only that there is something to ask for."""
         pause = 2.0
         while not ended.is_set():
@@ -23475,7 +23495,7 @@ def run_sync(config: Config, given: Arguments) -> int:
             client.run()
             tell(client)
         else:
-            ended = threading.Event()
+            ended = Halt()
             on_signals(STOP_SIGNALS, lambda number, frame: ended.set())
             client.watch(ended, tell, listener)
         client.memory.close()

@@ -17835,6 +17835,22 @@ def test_a_worker_that_dies_is_replaced(serve):
     assert children[1] in workers_of(served, 2, without=children[:1])
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer that sends a signal")
+def test_a_signal_tells_whoever_waits_at_whatever_moment_it_comes():
+    """The handler runs amid the waiting itself, in the same thread: an Event's lock would never be free."""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: told.set())
+    try:
+        for n in range(300):
+            told = cs.Halt()
+            with told._here, told._there:
+                signal.setitimer(signal.ITIMER_REAL, (1 + n) / 1e6)
+                while not told.wait(0.02):           # a signal that comes just before the waiting is heard after it
+                    pass
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert "Event" not in inspect.getsource(cs.Supervisor) and "Event" not in inspect.getsource(cs.run_sync)
+
+
 @needs_fork
 def test_workers_that_end_as_they_begin_are_replaced_more_and_more_slowly(tmp_path):
     """and a supervisor that is told to stop meanwhile stops at once, and starts none any more"""
