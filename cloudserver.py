@@ -18936,7 +18936,7 @@ class AccessLog:
 
     def __init__(self, target: str) -> None:
         self.path = None if target == "-" else Path(target)
-        self._fd, self._lock = -1 if self.path else 1, threading.Lock()
+        self._fd, self._lock = -1 if self.path else 1, threading.RLock()      # a signal to reopen may come amid another
         self._limit = self.LIMIT                 # size at which a new file is due
         if self.path:
             self._open()
