@@ -5374,10 +5374,10 @@ def test_an_index_has_the_words_that_were_cut_here_of_all_characters(cloud):
         found = {(n, word) for n, word in cloud.db.read("SELECT id, unnest(tsvector_to_array(words)) FROM text_words") if word != "@7"}
         assert found == {(1 + n, word) for n, text in enumerate(texts) for word in cs.cut_words(text)}
     else:
-        cloud.db.run(Statement("CREATE VIRTUAL TABLE there USING fts5vocab (word_index, instance)"))
-        found = {n: [word for word, in cloud.db.read("SELECT term FROM there WHERE col = 'words' AND doc = ? ORDER BY offset", (1 + n,))] for n in range(0, len(texts), 20)}
+        cloud.db.run(Statement("CREATE VIRTUAL TABLE word_words USING fts5vocab (word_index, instance)"))
+        found = {n: [word for word, in cloud.db.read("SELECT term FROM word_words WHERE col = 'words' AND doc = ? ORDER BY offset", (1 + n,))] for n in range(0, len(texts), 20)}
         assert found == {n: cs.cut_words(texts[n]) for n in found}
-        words = {word for word, in cloud.db.read("SELECT DISTINCT term FROM there WHERE col = 'words'")}
+        words = {word for word, in cloud.db.read("SELECT DISTINCT term FROM word_words WHERE col = 'words'")}
         assert words == {word for text in texts for word in cs.cut_words(text)}
 
 
