@@ -16641,6 +16641,7 @@ def test_only_three_commands_make_a_cloud_of_an_empty_database(here, database_of
     assert cs.look_at(Config(data=tmp_path / "data", database=database)) is None
 
 
+@of_directory("it says itself where objects are")
 def test_a_database_beside_a_cloud_does_not_take_its_objects(make_cloud, database_of, tmp_path):
     """Whoever restores or moves into a database, and says nothing of objects, names the place of another cloud by its data directory."""
     laptop = make_cloud(Config(data=tmp_path / "laptop", database=""))
@@ -23160,12 +23161,13 @@ class Served:
 @pytest.fixture
 def serve(tmp_path):
     """Start real servers: served = serve("--workers", 2)."""
-    started = []
+    started, known = [], set()
 
     def start(*words, data=None, user="ann", **how):
         data = data or tmp_path / "served"
-        if user and not any((data / name).exists() for name in ("cloud.db", "objects")):      # one of them may be elsewhere
+        if user and data not in known and not any((data / name).exists() for name in ("cloud.db", "objects")):      # they may be elsewhere
             add_user(data, user, admin=True)
+        known.add(data)
         started.append(Served(data, *words, **how))
         return started[-1]
 
