@@ -5924,7 +5924,7 @@ COPY_TYPES: dict[str, Callable[[bytes], Any]] = {
 #    committed, and its row tells the first seq; else it never can be, and is sent again.
 # 3. What is remembered is confirmed by one look at the groups since the last one that is known: each tells what it touched, in its
 #    own transaction, and its number is drawn under the lock.  Another history, or one too long to be looked through, forgets all.
-# 4. All read from the primary.  One connection for each process writes, one listens, a bounded number reads.
+# 4. All read from the primary.  One connection for each process writes, one listens, one asks what is soon answered, a bounded number reads.
 # 5. due() is the furthest of all processes, in one row; wall() is the database's, whatever clocks of servers say, and counts for due()
 #    only after none of them was alive.
 # 6. A primary that stood still, or that nobody watches over any more, goes on answering though another host took its place.  So what was
