@@ -17957,8 +17957,18 @@ def settle(cloud: Cloud, *, prove: bool = False) -> None:
     prove   that it can be written, too
     raises  CloudError
     """
+    id = cloud.db.setting("cloud")
+    try:
+        settle_as(cloud, id, prove)
+    except CloudError:
+        if cloud.db.setting("cloud") == id:
+            raise
+        settle(cloud, prove=prove)               # another server was faster: what was seen in the store may be its own
+
+
+def settle_as(cloud: Cloud, id: str | None, prove: bool) -> None:
     config, db, store = cloud.config, cloud.db, cloud.blobs.store
-    place, id = place_of(config), db.setting("cloud")
+    place = place_of(config)
     known, given = db.setting("objects") or "", config.objects
     if known and not given:
         raise CloudError("conflict", "the objects of this cloud are kept in %s; say so with --objects" % known)
@@ -23542,9 +23552,7 @@ def tell_status(given: Arguments) -> int:
          settings=(*OBJECTS_TOO, "low_water", "tls_cert", "tls_key"))
 def run_doctor(config: Config, given: Arguments) -> int:
     """look for what is known to go wrong"""
-    if config.database:
-        need_directory(config.data)
-    elif not (config.data / "cloud.db").exists():
+    if not (config.data.is_dir() if config.database else (config.data / "cloud.db").exists()):
         raise CloudError("not-found", "%s holds no cloud" % config.data)
     code = 0
     for well, sentence in examine_server(config) if given.alive else examine(config):

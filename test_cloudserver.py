@@ -17373,10 +17373,12 @@ def test_a_mark_that_comes_days_late_gives_way_to_the_newest(make_cloud, tmp_pat
 
 def test_servers_that_start_together_become_one_cloud(make_cloud, database_of, tmp_path):
     """As containers of one file do: all find nothing, and agree; each may be the one that says it in the store."""
-    for n in range(3):
+    raced = cs.check_free
+    for n in range(4):
         home = tmp_path / str(n)
         clouds = [make_cloud(Config(data=home / name, database=database_of(home), objects=str(home / "objects"))) for name in "abc"]
-        with ThreadPoolExecutor(3) as pool:
+        faster = iter(clouds[1:2] * (n == 3))    # in the last round it settles between two looks of the first one
+        with ThreadPoolExecutor(3) as pool, patch.object(cs, "check_free", lambda *told: (*map(cs.settle, faster), raced(*told))):
             list(pool.map(cs.settle, clouds))
         assert {cloud.blobs.store.owner() for cloud in clouds} == {clouds[0].db.setting("cloud")}
         for cloud in clouds:
@@ -23255,7 +23257,7 @@ def test_a_directory_that_is_not_ours_is_never_changed_or_filled(tmp_path, words
         before = sorted(home.rglob("*")), home.stat().st_mode
         code = here(*[word.format(home, **{name: tmp_path / name for name in ("other", "backup")}) for word in words.split()])
         said = capsys.readouterr().err
-        assert code == 1 and said.count("\n") == 1 and str(home) in said, said
+        assert code == 1 and said.count("\n") == 1 and (str(home) in said or words.startswith("doctor") and "holds no cloud" in said), said
         assert (sorted(home.rglob("*")), home.stat().st_mode) == before
 
 
