@@ -2431,10 +2431,8 @@ class Blobs:
         if self.refused:
             raise CloudError("read-only", self.refused)
         name = "%s-%s" % (hash, tag)
-        try:
+        with storing():
             about = self.store.put(name, data)
-        except OSError as error:
-            raise storage_error(error) from error
         if about:
             self.whole.add(name, about)
         return name
@@ -11438,7 +11436,7 @@ class History:
 
         def attempt() -> Batch:
             with lasting(self.db) as (read, now):
-                (head,), = [(now,)] if now else read("SELECT max(seq) FROM journal")
+                head = now or list(read("SELECT max(seq) FROM journal"))[0][0]
                 plan = Plan(self.tree, who, as_of=head)
                 place = plan.now.enter(path)
                 top = place.found().node
@@ -17967,6 +17965,7 @@ def settle(cloud: Cloud, *, prove: bool = False) -> None:
 
 
 def settle_as(cloud: Cloud, id: str | None, prove: bool) -> None:
+    """The same while the cloud has this id, or none yet."""
     config, db, store = cloud.config, cloud.db, cloud.blobs.store
     place = place_of(config)
     known, given = db.setting("objects") or "", config.objects
@@ -19092,7 +19091,6 @@ def serve(config: Config) -> int:
     tls_context(config)                          # what can fail without a trace comes first; and what root alone may do
     password = read_first_password(config)
     claim_directory(config.data)
-    give_place(config)
     become_owner(config.data)
     lock = FileLock(config.data / "serve.lock")
     if not lock.acquire(wait=False):
