@@ -16,35 +16,36 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
      8  Database        Database Batch SCHEMA MIGRATIONS               two calls: read and write
      9  SQLite          Sqlite                                         one machine's Database, in a file
     10  PostgreSQL      PgAddress Wire Bound Result PgError PgLost    what a server of rows speaks
-    11  Dialect         translate Vectors                              SQL that both engines take, for PostgreSQL
-    12  Cluster         Postgres                                       PostgreSQL as a Database
-    13  Accounts        Credentials Accounts Devices                   who is asking
-    14  Tree            View Place Moment Contents Locks Brake         the tree of files, read
-    15  Mounts          Access Grant Mounts                            what others shared, as it stands in a root
-    16  Changes         Space Tree Draft Plan                          how it is changed
-    17  Files           Files Copies Search                            the verbs of what is
-    18  History         Span Journal Feed History Versions Trash       ... and of what was
-    19  Sharing         Sharing Terms Drops                            what people hand to others
-    20  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
-    21  HTTP            Request Response route respond                 what is asked, and the gate
-    22  Connections     Parser Connection Handler                      the only code that touches a socket
-    23  JSON API        api_*                                          what the page and programs use
-    24  Transfer        tus_* sync_*                                   resumable uploads, native sync
-    25  WebDAV          dav_*                                          RFC 4918
-    26  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
-    27  Upkeep          Upkeep Janitor                                 background jobs
-    28  Service         CloudServer Supervisor                         start, stop, logs
-    29  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
-    30  Moving          move_cloud give_back                          from one machine to several, and back
-    31  Folder          Rules Folder Memory                            a folder on this computer
-    32  Link            Link Fetcher introduce                         the server at the other end of a sync
-    33  Planner         Session Worklist Planner                      what a sync has to do
-    34  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
-    35  Command line    main                                           a function per command
-    36  Page parts      PARTS_* WORDS bare                             what pages are made of
-    37  Visitor         link_page H                                    what visitors of links see
-    38  Links           link_*                                         the doors that links open
-    39  Page            PAGE_* web_page                                the embedded page
+    11  Primary         Lead Readers Questions                         which of several hosts takes writes
+    12  Dialect         translate Vectors                              SQL that both engines take, for PostgreSQL
+    13  Cluster         Postgres                                       PostgreSQL as a Database
+    14  Accounts        Credentials Accounts Devices                   who is asking
+    15  Tree            View Place Moment Contents Locks Brake         the tree of files, read
+    16  Mounts          Access Grant Mounts                            what others shared, as it stands in a root
+    17  Changes         Space Tree Draft Plan                          how it is changed
+    18  Files           Files Copies Search                            the verbs of what is
+    19  History         Span Journal Feed History Versions Trash       ... and of what was
+    20  Sharing         Sharing Terms Drops                            what people hand to others
+    21  Verbs           Sync Uploads Pictures Cloud                    every other verb; Cloud holds them all
+    22  HTTP            Request Response route respond                 what is asked, and the gate
+    23  Connections     Parser Connection Handler                      the only code that touches a socket
+    24  JSON API        api_*                                          what the page and programs use
+    25  Transfer        tus_* sync_*                                   resumable uploads, native sync
+    26  WebDAV          dav_*                                          RFC 4918
+    27  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
+    28  Upkeep          Upkeep Janitor                                 background jobs
+    29  Service         CloudServer Supervisor                         start, stop, logs
+    30  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
+    31  Moving          move_cloud give_back                          from one machine to several, and back
+    32  Folder          Rules Folder Memory                            a folder on this computer
+    33  Link            Link Fetcher introduce                         the server at the other end of a sync
+    34  Planner         Session Worklist Planner                      what a sync has to do
+    35  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
+    36  Command line    main                                           a function per command
+    37  Page parts      PARTS_* WORDS bare                             what pages are made of
+    38  Visitor         link_page H                                    what visitors of links see
+    39  Links           link_*                                         the doors that links open
+    40  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -52,7 +53,7 @@ The path of a request:
         1 find_route  ROUTES         which function?                    404 405
         2 identify    Credentials    who is asking?  (of a link: Sharing)
         3 admit       Route.needs    may they knock?                    401 403
-        4 handler     rooms 23-26    words to values, one Cloud call, values to words
+        4 handler     rooms 24-27    words to values, one Cloud call, values to words
               Files, History, ...    this principal, on this node?      403 404 409 412 423 507
                   Store              bytes first, no lock held
                   Database           then guards, rows and one journal line, in one batch
@@ -5585,10 +5586,155 @@ SIGNATURES = {  # algorithms of certificates as in DER: the hash they name, or S
     "2a8648ce3d040302": "sha256", "2a8648ce3d040303": "sha384", "2a8648ce3d040304": "sha512"}
 
 
-# ---- many connections
+# ==== 11. Primary =======================================================================
+#
+# Which of several hosts of a database takes writes, and connections to it that many threads share.
+#
+# 1. A primary that stood still, or that nobody watches over any more, goes on answering though another host took its place.  So what was
+#    heard of one is told only if each other host said, not longer than TRUST before, that it is a standby, or does not answer at all;
+#    and nothing that a new primary says is told in the first TRUST seconds after a process learned of it, as others may trust the old one yet.
+# 2. What many threads ask at once and is soon answered goes together by one connection; for all else there are some to read by.
+
+LOCK_TIME = "10s"
+SESSION = {"default_transaction_isolation": "read committed", "lock_timeout": LOCK_TIME, "tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5",
+           "tcp_keepalives_count": "3", "tcp_user_timeout": "20000", "jit": "off"}         # nothing here takes as long as it does
+
+
+# ---- who leads
+
+TRUST = 1                                        # seconds for which it counts that a host said what it is
+ASK_AGAIN = 0.4                                  # ... between two questions to it
+PEER_PATIENCE, PEER_START, PEER_MOST = 1, 1.5, 5             # ... for its answer, for each step of a new connection, for all of that together
+HISTORY = (  # the database that a server has, and its timeline, -1 of a standby; 1 if it has been the primary for longer than TRUST for sure
+    "SELECT s.system_identifier, t.number, CASE WHEN t.number = c.timeline_id AND c.checkpoint_time < clock_timestamp() - CAST('5 s' AS interval) THEN 1 ELSE 0 END "
+    "FROM pg_control_system() AS s, pg_control_checkpoint() AS c, (SELECT CASE WHEN pg_is_in_recovery() THEN -1 "
+    "ELSE CAST(CAST('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) AS bit(32)) AS bigint) END) AS t (number)")
+
+
+def history_of(wire: Wire) -> tuple[tuple[int, int], int]:
+    """((database, timeline), settled) as HISTORY says; (0, 0) is that of a primary that does not let itself be asked.  raises PgLost"""
+    try:
+        (database, timeline, settled), = wire.query(HISTORY)
+        return (database, timeline), settled
+    except PgError as error:
+        if not error.code.startswith(("42", "0A")):
+            raise PgLost(str(error)) from error
+        return (0, 0 if wire.parameters.get("in_hot_standby") == "off" else -1), 0
+
+
+def is_later(history: tuple[int, int], than: tuple[int, int]) -> bool:
+    """Is who has a history rather the primary?  Of one database it is who has the higher timeline, and one that was made anew begins from the first."""
+    return history[1] >= 0 and (history[0] != than[0] or history[1] > than[1])
+
+
+class Peer:
+    """One of several hosts of a database, asked again and again what it is."""
+
+    def __init__(self, address: PgAddress, host: PgHost) -> None:
+        self.host, self.wanted = host, threading.Event()
+        self.history, self.until = (0, -1), 0.0  # what it said last, as if it were a standby if it did not answer, and how long that counts
+        self._connect = partial(connect_host, address, SESSION, lambda wire: None, host, PEER_START)
+        self._wire: Wire | None = None
+
+    def ask(self) -> tuple[tuple[int, int], int, float]:
+        """(its history, is it settled?, how long that counts).  What is gone is asked anew; and who does not answer then is away, until it does."""
+        for _ in range(2 if self._wire else 1):
+            began = time.monotonic()
+            try:
+                if not self._wire:
+                    self._wire = self._connect()
+                    self._wire.patience, self._wire.key = PEER_PATIENCE, b""         # and no time goes by with cancelling
+                return (*history_of(self._wire), began + TRUST)
+            except (PgError, PgLost, CloudError):
+                self.close()
+        return (0, -1), 0, began + TRUST + 2 * PEER_MOST     # as long as the next try may take
+
+    def close(self) -> None:
+        if self._wire:
+            self._wire.close()
+        self._wire = None
+
+
+class Lead:
+    """Who is the primary among several hosts (invariant 1); where there is one, that is it."""
+
+    def __init__(self, address: PgAddress) -> None:
+        self._peers = [Peer(address, host) for host in address.hosts] if len(address.hosts) > 1 else []
+        self._others = {host: [peer for peer in self._peers if peer.host != host] for host in address.hosts}
+        self._word, self._ended = threading.Condition(), threading.Event()
+        self._history, self._since = (0, 0), -math.inf       # that of the primary, as far as anybody knows, and since when, unless it was settled before
+        for peer in self._peers:
+            threading.Thread(target=self._watch, args=(peer,), name="peer", daemon=True).start()
+
+    def accept(self, wire: Wire) -> None:
+        """raises PgLost unless it leads to the primary"""
+        accept_primary(wire)
+        if self._peers:
+            wire.history, settled = history_of(wire)
+            wire.is_replaced = partial(self._is_replaced, wire.host, wire.history)
+            with self._word:
+                self._note(wire.history, settled)
+            self._check(wire)
+
+    def confirm(self, wire: Wire) -> None:
+        """Come back when what was heard on a connection may be told.  raises PgLost if it may not: it is not of the primary, and closed now"""
+        if self._peers:
+            self._check(wire)
+            early = self._since + TRUST - time.monotonic()
+            if early > 0:
+                time.sleep(early)
+
+    def close(self) -> None:
+        self._ended.set()
+        for peer in self._peers:
+            peer.wanted.set()
+
+    def _check(self, wire: Wire) -> None:
+        now = time.monotonic()
+        late = [peer for peer in self._others[wire.host] if peer.until <= now]
+        if late and not self._ended.is_set():
+            self._await(late, now)
+        if wire.history != self._history:
+            wire.close()
+            raise PgLost("%s: another host is the primary" % wire.host)
+
+    def _await(self, peers: list[Peer], now: float) -> None:
+        """Have what some hosts say count for a moment."""
+        for peer in peers:
+            peer.wanted.set()
+        with self._word:
+            self._word.wait_for(lambda: all(peer.until > now for peer in peers), PEER_MOST)
+        for peer in peers:
+            if peer.until <= now:                # not even its name can be looked up
+                peer.until = time.monotonic() + PEER_MOST
+
+    def _watch(self, peer: Peer) -> None:
+        while not self._ended.is_set():
+            history, settled, until = peer.ask()
+            with self._word:
+                self._note(history, settled)
+                peer.history, peer.until = history, until
+                self._word.notify_all()
+            peer.wanted.wait(ASK_AGAIN)
+            peer.wanted.clear()
+        peer.close()
+
+    def _note(self, history: tuple[int, int], settled: int) -> None:
+        if is_later(history, self._history):
+            if self._history[1]:
+                log.warning("the database has another primary now, on timeline %d", history[1])
+            self._history, self._since = history, -math.inf if settled else time.monotonic()
+
+    def _is_replaced(self, host: PgHost, history: tuple[int, int]) -> bool:
+        return any(peer.history == history or is_later(peer.history, history) for peer in self._others[host])
+
+
+# ---- asking
 
 READERS = 8                                      # connections of a process to read, and
 SPARE_TIME = 10                                  # seconds that a thread waits for one of them
+FINDING = {"plan_cache_mode": "force_generic_plan", "enable_seqscan": "off", "enable_sort": "off", "enable_bitmapscan": "off"}       # ... by keys alone
+DISCARD_PLANS = Bound("DISCARD PLANS")
 
 
 class Readers:
@@ -5642,7 +5788,47 @@ class Readers:
                 return
 
 
-# ==== 11. Dialect =========================================================================
+class Questions(Turns):
+    """The connection for what is soon answered: what many threads ask at once goes together (see Database.find)."""
+
+    def __init__(self, connect: Callable[[], Wire], confirm: Callable[[Wire], None]) -> None:
+        """confirm  as of Readers"""
+        super().__init__()
+        self._connect, self._confirm = connect, confirm
+        self._wire: Wire | None = None
+        self._forgotten, self._asked = False, 0
+
+    def ask(self, statement: Bound) -> list[tuple[Any, ...]]:
+        """raises CloudError, PgError, PgLost"""
+        ticket = _Ticket(None, statement)
+        self.settle(ticket)
+        return ticket.said.get()
+
+    def _transact(self, group: list[_Ticket]) -> None:
+        if self._forgotten:
+            self.close()
+        if self._wire is None or self._wire.broken:
+            self._wire = self._connect()
+        self._asked += 1
+        parts = [[ticket.said] for ticket in group]
+        if self._asked & (self._asked - 1) == 0:             # now and then, as tables grow: what is a good way depends on that
+            parts.append([DISCARD_PLANS])
+        answered = self._wire.pipeline(parts)
+        self._confirm(self._wire)
+        for ticket, (result,) in zip(group, answered):
+            ticket.said = result
+
+    def forget(self) -> None:
+        """Ask on another connection from now on, as of Readers."""
+        self._forgotten = True
+
+    def close(self) -> None:
+        self._forgotten = False
+        if self._wire:
+            self._wire.close()
+
+
+# ==== 12. Dialect =========================================================================
 #
 # What is SQL for SQLite and for PostgreSQL, and what is different in each.
 
@@ -5911,7 +6097,7 @@ COPY_TYPES: dict[str, Callable[[bytes], Any]] = {
     "INTEGER": lambda data: int.from_bytes(data, "big", signed=True), "TEXT": bytes.decode, "BLOB": bytes}
 
 
-# ==== 12. Cluster ========================================================================
+# ==== 13. Cluster ========================================================================
 #
 # PostgreSQL behind the promises of Database: any number of servers share one.
 #
@@ -5922,12 +6108,9 @@ COPY_TYPES: dict[str, Callable[[bytes], Any]] = {
 #    committed, and its row tells the first seq; else it never can be, and is sent again.
 # 3. What is remembered is confirmed by one look at the groups since the last one that is known: each tells what it touched, in its
 #    own transaction, and its number is drawn under the lock.  Another history, or one too long to be looked through, forgets all.
-# 4. All read from the primary.  One connection for each process writes, one listens, one asks what is soon answered, a bounded number reads.
+# 4. All read from the primary (room Primary).  One connection for each process writes, one listens, one asks what is soon answered, a bounded number reads.
 # 5. due() is the furthest of all processes, in one row; wall() is the database's, whatever clocks of servers say, and counts for due()
 #    only after none of them was alive.
-# 6. A primary that stood still, or that nobody watches over any more, goes on answering though another host took its place.  So what was
-#    heard of one is told only if each other host said, not longer than TRUST before, that it is a standby, or does not answer at all;
-#    and nothing that a new primary says is told in the first TRUST seconds after a process learned of it, as others may trust the old one yet.
 
 CLUSTER_SCHEMA = """
 CREATE TABLE version (number INTEGER NOT NULL);                       -- of SCHEMA and MIGRATIONS: the one reached
@@ -5977,15 +6160,11 @@ ECHO = 10                                        # seconds in which a process mu
 OUTAGE = 20                                      # seconds that a database may be away before somebody is refused
 RETRY_PAUSE = 0.3                                # seconds before it is tried again
 LOAD_TIME = 3600                                 # seconds in which something must move while tables are filled
-LOCK_TIME = "10s"
 MIGRATION_WAIT, MIGRATION_PAUSE, MIGRATION_TRIES = 500, 1, 60      # ms that a table is waited for, and all others with it; seconds between two tries
-SESSION = {"default_transaction_isolation": "read committed", "lock_timeout": LOCK_TIME, "tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5",
-           "tcp_keepalives_count": "3", "tcp_user_timeout": "20000", "jit": "off"}         # nothing here takes as long as it does
 POOLED = ("26000", "42P05")                      # errors of statements that others made known, or forgot, on what is a connection of our own
 POOLER = "this is a transaction pooler; give the direct address of the database"
 SNAPSHOT_TIME, SNAPSHOT_MOST = 10, 30            # seconds of a snapshot: after so many it is told of, and after so many it gives no more rows
 READING = {"idle_in_transaction_session_timeout": "%ds" % SNAPSHOT_TIME}         # ... and in so many somebody must ask for some, or the server ends it
-FINDING = {"plan_cache_mode": "force_generic_plan", "enable_seqscan": "off", "enable_sort": "off", "enable_bitmapscan": "off"}       # ... by keys alone
 BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
 
@@ -6061,7 +6240,7 @@ class ClusterWriter(Writer):
 
     def __init__(self, connect: Callable[[], Wire], clock: Clock, spare: Callable[[], ContextManager[Wire]], confirm: Callable[[Wire], None]) -> None:
         """spare    a connection for a while, on which bytes go ahead of their batches
-        confirm  raises PgLost unless what was heard on one may be told (invariant 6)
+        confirm  raises PgLost unless what was heard on one may be told (room Primary)
         """
         super().__init__(clock)
         self._confirm = confirm
@@ -6368,178 +6547,6 @@ class Touched(Turns):
             self.words[track] = count
         self.words[0] = count
 
-
-# ---- who leads
-
-TRUST = 1                                        # seconds for which it counts that a host said what it is
-ASK_AGAIN = 0.4                                  # ... between two questions to it
-PEER_PATIENCE, PEER_START, PEER_MOST = 1, 1.5, 5             # ... for its answer, for each step of a new connection, for all of that together
-HISTORY = (  # the database that a server has, and its timeline, -1 of a standby; 1 if it has been the primary for longer than TRUST for sure
-    "SELECT s.system_identifier, t.number, CASE WHEN t.number = c.timeline_id AND c.checkpoint_time < clock_timestamp() - CAST('5 s' AS interval) THEN 1 ELSE 0 END "
-    "FROM pg_control_system() AS s, pg_control_checkpoint() AS c, (SELECT CASE WHEN pg_is_in_recovery() THEN -1 "
-    "ELSE CAST(CAST('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) AS bit(32)) AS bigint) END) AS t (number)")
-
-
-def history_of(wire: Wire) -> tuple[tuple[int, int], int]:
-    """((database, timeline), settled) as HISTORY says; (0, 0) is that of a primary that does not let itself be asked.  raises PgLost"""
-    try:
-        (database, timeline, settled), = wire.query(HISTORY)
-        return (database, timeline), settled
-    except PgError as error:
-        if not error.code.startswith(("42", "0A")):
-            raise PgLost(str(error)) from error
-        return (0, 0 if wire.parameters.get("in_hot_standby") == "off" else -1), 0
-
-
-def is_later(history: tuple[int, int], than: tuple[int, int]) -> bool:
-    """Is who has a history rather the primary?  Of one database it is who has the higher timeline, and one that was made anew begins from the first."""
-    return history[1] >= 0 and (history[0] != than[0] or history[1] > than[1])
-
-
-class Peer:
-    """One of several hosts of a database, asked again and again what it is."""
-
-    def __init__(self, address: PgAddress, host: PgHost) -> None:
-        self.host, self.wanted = host, threading.Event()
-        self.history, self.until = (0, -1), 0.0  # what it said last, as if it were a standby if it did not answer, and how long that counts
-        self._connect = partial(connect_host, address, SESSION, lambda wire: None, host, PEER_START)
-        self._wire: Wire | None = None
-
-    def ask(self) -> tuple[tuple[int, int], int, float]:
-        """(its history, is it settled?, how long that counts).  What is gone is asked anew; and who does not answer then is away, until it does."""
-        for _ in range(2 if self._wire else 1):
-            began = time.monotonic()
-            try:
-                if not self._wire:
-                    self._wire = self._connect()
-                    self._wire.patience, self._wire.key = PEER_PATIENCE, b""         # and no time goes by with cancelling
-                return (*history_of(self._wire), began + TRUST)
-            except (PgError, PgLost, CloudError):
-                self.close()
-        return (0, -1), 0, began + TRUST + 2 * PEER_MOST     # as long as the next try may take
-
-    def close(self) -> None:
-        if self._wire:
-            self._wire.close()
-        self._wire = None
-
-
-class Lead:
-    """Who is the primary among several hosts (invariant 6); where there is one, that is it."""
-
-    def __init__(self, address: PgAddress) -> None:
-        self._peers = [Peer(address, host) for host in address.hosts] if len(address.hosts) > 1 else []
-        self._others = {host: [peer for peer in self._peers if peer.host != host] for host in address.hosts}
-        self._word, self._ended = threading.Condition(), threading.Event()
-        self._history, self._since = (0, 0), -math.inf       # that of the primary, as far as anybody knows, and since when, unless it was settled before
-        for peer in self._peers:
-            threading.Thread(target=self._watch, args=(peer,), name="peer", daemon=True).start()
-
-    def accept(self, wire: Wire) -> None:
-        """raises PgLost unless it leads to the primary"""
-        accept_primary(wire)
-        if self._peers:
-            wire.history, settled = history_of(wire)
-            wire.is_replaced = partial(self._is_replaced, wire.host, wire.history)
-            with self._word:
-                self._note(wire.history, settled)
-            self._check(wire)
-
-    def confirm(self, wire: Wire) -> None:
-        """Come back when what was heard on a connection may be told.  raises PgLost if it may not: it is not of the primary, and closed now"""
-        if self._peers:
-            self._check(wire)
-            early = self._since + TRUST - time.monotonic()
-            if early > 0:
-                time.sleep(early)
-
-    def close(self) -> None:
-        self._ended.set()
-        for peer in self._peers:
-            peer.wanted.set()
-
-    def _check(self, wire: Wire) -> None:
-        now = time.monotonic()
-        late = [peer for peer in self._others[wire.host] if peer.until <= now]
-        if late and not self._ended.is_set():
-            self._await(late, now)
-        if wire.history != self._history:
-            wire.close()
-            raise PgLost("%s: another host is the primary" % wire.host)
-
-    def _await(self, peers: list[Peer], now: float) -> None:
-        """Have what some hosts say count for a moment."""
-        for peer in peers:
-            peer.wanted.set()
-        with self._word:
-            self._word.wait_for(lambda: all(peer.until > now for peer in peers), PEER_MOST)
-        for peer in peers:
-            if peer.until <= now:                # not even its name can be looked up
-                peer.until = time.monotonic() + PEER_MOST
-
-    def _watch(self, peer: Peer) -> None:
-        while not self._ended.is_set():
-            history, settled, until = peer.ask()
-            with self._word:
-                self._note(history, settled)
-                peer.history, peer.until = history, until
-                self._word.notify_all()
-            peer.wanted.wait(ASK_AGAIN)
-            peer.wanted.clear()
-        peer.close()
-
-    def _note(self, history: tuple[int, int], settled: int) -> None:
-        if is_later(history, self._history):
-            if self._history[1]:
-                log.warning("the database has another primary now, on timeline %d", history[1])
-            self._history, self._since = history, -math.inf if settled else time.monotonic()
-
-    def _is_replaced(self, host: PgHost, history: tuple[int, int]) -> bool:
-        return any(peer.history == history or is_later(peer.history, history) for peer in self._others[host])
-
-
-# ---- asking
-
-class Questions(Turns):
-    """The connection for what is soon answered: what many threads ask at once goes together (see Database.find)."""
-
-    def __init__(self, connect: Callable[[], Wire], confirm: Callable[[Wire], None]) -> None:
-        """confirm  as of ClusterWriter"""
-        super().__init__()
-        self._connect, self._confirm = connect, confirm
-        self._wire: Wire | None = None
-        self._forgotten, self._asked = False, 0
-
-    def ask(self, statement: Bound) -> list[tuple[Any, ...]]:
-        """raises CloudError, PgError, PgLost"""
-        ticket = _Ticket(None, statement)
-        self.settle(ticket)
-        return ticket.said.get()
-
-    def _transact(self, group: list[_Ticket]) -> None:
-        if self._forgotten:
-            self.close()
-        if self._wire is None or self._wire.broken:
-            self._wire = self._connect()
-        self._asked += 1
-        parts = [[ticket.said] for ticket in group]
-        if self._asked & (self._asked - 1) == 0:             # now and then, as tables grow: what is a good way depends on that
-            parts.append([DISCARD_PLANS])
-        answered = self._wire.pipeline(parts)
-        self._confirm(self._wire)
-        for ticket, (result,) in zip(group, answered):
-            ticket.said = result
-
-    def forget(self) -> None:
-        """Ask on another connection from now on, as of Readers."""
-        self._forgotten = True
-
-    def close(self) -> None:
-        self._forgotten = False
-        if self._wire:
-            self._wire.close()
-
-
 # ---- hearing
 
 class Listener:
@@ -6642,8 +6649,7 @@ def with_time(clock: Clock, wire: Wire, sql: str, params: Sequence[Any] = ()) ->
 
 TELL = Bound(UNHURRIED + ", pg_notify($1, '')", (CHANNEL,))
 AHEAD_OF_BATCH = tuple(map(Bound, (UNHURRIED, GO_AHEAD, NOT_SEALED)))
-BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, GET_LOCK, DISCARD_PLANS = map(
-    Bound, ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT batch", "RELEASE batch", LOCK_COMMITS, "DISCARD PLANS"))
+BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, GET_LOCK = map(Bound, ("BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT batch", "RELEASE batch", LOCK_COMMITS))
 
 
 # ---- copies
@@ -6986,7 +6992,7 @@ def check_server(wire: Wire) -> None:
         raise CloudError("conflict", "synchronous_commit is off in the database: what is acknowledged could be lost")
 
 
-# ==== 13. Accounts =======================================================================
+# ==== 14. Accounts =======================================================================
 #
 # Who is asking.  1. Nothing a second process needs lives in memory: sessions, tokens and throttles are rows.
 # 2. What is remembered in memory is keyed by a digest of the credential under a key of this process, and counts
@@ -7825,7 +7831,7 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
-# ==== 14. Tree ===========================================================================
+# ==== 15. Tree ===========================================================================
 #
 # What every verb stands on.  1. A verb takes who, then what, then Preconditions.  2. It enters where somebody may go (View,
 # Place), says what right it needs, stores bytes, then commits one batch; nothing it decided on can have changed by then, because guards restate it.
@@ -8619,7 +8625,7 @@ LINK_REFUSES = (
 COUNT_CAME = "UPDATE share SET files = files + ?, bytes = bytes + ? WHERE id = ?"
 
 
-# ==== 15. Mounts =========================================================================
+# ==== 16. Mounts =========================================================================
 #
 # What others shared with somebody stands in the root of their home: who sees what of it, and how a mount comes, gets another name and goes.
 # These are steps of a Plan, which is handed in.
@@ -8906,7 +8912,7 @@ def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
     return plan.step(Change(mount._replace(files=0), None, plan.now.top, (), fate)).before
 
 
-# ==== 16. Changes ========================================================================
+# ==== 17. Changes ========================================================================
 #
 # What a change of the tree needs, and how it becomes a batch: a verb enters, asks, and gives its steps to a Plan.
 
@@ -9931,7 +9937,7 @@ TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the nu
                      COUNT_CAME))}
 
 
-# ==== 17. Files ==========================================================================
+# ==== 18. Files ==========================================================================
 #
 # Files and collections as they are now: reading, writing, moving, copying, properties, locks; pictures of them; what is found.
 
@@ -10796,7 +10802,7 @@ class Search:
         return [] if path is None else [(path, here.here(node))]
 
 
-# ==== 18. History ========================================================================
+# ==== 19. History ========================================================================
 #
 # What was: versions, trash, activity, undo and rewind.
 
@@ -11709,7 +11715,7 @@ IS_LAST = (  # is an entry the last that its node had, and the node not live?
     "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.since >= entry.until AND l.until IS NOT NULL)")
 
 
-# ==== 19. Sharing ========================================================================
+# ==== 20. Sharing ========================================================================
 #
 # What people hand to others.  A share is a View of a node; who comes by one is a Principal like any other, and no verb knows more of it.
 # 1. A share holds a node: it goes where that goes, and shows nothing of what is around it.  2. One function opens a link, for every door (S4).
@@ -12628,7 +12634,7 @@ def check_label(text: str, most: int) -> str:
     return text
 
 
-# ==== 20. Verbs ==========================================================================
+# ==== 21. Verbs ==========================================================================
 #
 # Native sync, uploads in parts, pictures; Cloud, which holds every verb.
 
@@ -13646,7 +13652,7 @@ def parts_id(who: Principal, name: str) -> str:
     return "%d:%d:%s" % (who.person, view_of(who).top, name)
 
 
-# ==== 21. HTTP ===========================================================================
+# ==== 22. HTTP ===========================================================================
 #
 # The only code that touches a socket.  1. One parser, one path function, one gate for every request.
 # 2. An answer is one send if it is small.  3. An unread body never becomes the next request: it is drained, up to
@@ -14385,7 +14391,7 @@ def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
                                                    "Cache-Control": "no-store"})
 
 
-# ==== 22. Connections ====================================================================
+# ==== 23. Connections ====================================================================
 #
 # From bytes to requests, and answers to bytes.  The invariants are those of the room above.
 
@@ -15028,7 +15034,7 @@ NO_REQUEST = Request("-", ((), False, ""), Envelope(), Body())
 FRONT = "index.php"             # before an address it is nothing: Nextcloud's clients write it or not
 
 
-# ==== 23. JSON API =======================================================================
+# ==== 24. JSON API =======================================================================
 #
 # /api/v1/: everything the page can do, and so can any program.  Paths are strings like "photos/a.jpg", "" is the root;
 # times go out as RFC 3339 and come in so or as ms since 1970; ids and versions are decimal strings.
@@ -15854,7 +15860,7 @@ def describe_route(found: Route) -> dict[str, Any]:
     return about
 
 
-# ==== 24. Transfer =======================================================================
+# ==== 25. Transfer =======================================================================
 #
 # Resumable uploads by the tus protocol, 1.0: core, creation, creation-with-upload, creation-defer-length, checksum,
 # expiration, termination.  An upload is finished when its last byte has come; there is nothing to assemble.
@@ -16141,7 +16147,7 @@ def sync_step(step: Any) -> dict[str, Any]:
     return check_fields(step, STEP_FIELDS[verbs[0]])
 
 
-# ==== 25. WebDAV =========================================================================
+# ==== 26. WebDAV =========================================================================
 #
 # RFC 4918 classes 1, 2 and 3, with quotas (RFC 4331), extended MKCOL (RFC 5689) and sync-collection (RFC 6578).
 # A quirk of a client is a row or a few lines here, with the client named; the operations never learn of it.
@@ -16831,7 +16837,7 @@ REPORT_KINDS = {"{DAV:}sync-collection": dav_changes}
 open_door(Door(("dav",), PROPERTIES, frozenset(), REPORT_KINDS), dav_error, HANDLERS)
 
 
-# ==== 26. Nextcloud dialect ==============================================================
+# ==== 27. Nextcloud dialect ==============================================================
 #
 # What Nextcloud's and ownCloud's clients ask beside WebDAV: discovery, OCS, the login flow, uploads in chunks and in
 # bulk, trash, versions, search.  Words are translated to one Cloud call and back; the files themselves are served by
@@ -17870,7 +17876,7 @@ def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tup
     return Response(201)
 
 
-# ==== 27. Upkeep =========================================================================
+# ==== 28. Upkeep =========================================================================
 #
 # What goes on in the background.
 
@@ -18560,7 +18566,7 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
 }
 
 
-# ==== 28. Service ========================================================================
+# ==== 29. Service ========================================================================
 #
 # One supervisor, several workers that share the listening socket.  1. The supervisor forks before any database is
 # opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
@@ -19326,7 +19332,7 @@ def keep_on_core(index: int) -> None:
         os.sched_setaffinity(0, {sorted(CORES)[index % len(CORES)]})
 
 
-# ==== 29. Custody ========================================================================
+# ==== 30. Custody ========================================================================
 #
 # What its keeper does with a cloud as a whole.
 
@@ -20222,7 +20228,7 @@ def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
         yield None, "no server runs on this data"
 
 
-# ==== 30. Moving =========================================================================
+# ==== 31. Moving =========================================================================
 #
 # A cloud goes from one machine, with SQLite in a data directory, to PostgreSQL, or back.
 # 1. Its rows are in two places, of which one at most takes any: the source until it is sealed, the target once it is opened.
@@ -20407,7 +20413,7 @@ class Move:
         arrival.open()
 
 
-# ==== 31. Folder =========================================================================
+# ==== 32. Folder =========================================================================
 #
 # Two-way sync of a folder with a server, over the sync protocol and nothing else.
 # 1. Each side is compared with what both last agreed on (base), never with the other.  Size, times and inode say that a
@@ -21349,7 +21355,7 @@ class Memory:
         self.db.close()
 
 
-# ==== 32. Link ===========================================================================
+# ==== 33. Link ===========================================================================
 #
 # The server at the other end of a sync: what it answers is checked here (invariant 6).
 
@@ -21930,7 +21936,7 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
     memory.flush()
 
 
-# ==== 33. Planner ========================================================================
+# ==== 34. Planner ========================================================================
 #
 # What a run of the client has to do.  The invariants are those of the room Folder.
 
@@ -22356,7 +22362,7 @@ class Planner:
         return False
 
 
-# ==== 34. Sync client ====================================================================
+# ==== 35. Sync client ====================================================================
 #
 # Doing it.  The invariants are those of the room Folder.
 
@@ -23186,7 +23192,7 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
         raise
 
 
-# ==== 35. Command line ===================================================================
+# ==== 36. Command line ===================================================================
 
 Arguments = argparse.Namespace
 GROUPS = {"user": "make, list, change and remove accounts", "group": "make, list and remove groups of accounts, and say who belongs to them"}
@@ -23746,7 +23752,7 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-# ==== 36. Page parts =====================================================================
+# ==== 37. Page parts =====================================================================
 #
 # What the pages of the program are made of, and share: style, script and words.  Each page adds its own behind them, and
 # the functions of its own that these call.
@@ -25850,7 +25856,7 @@ def source_hash(text: str) -> str:
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# ==== 37. Visitor ========================================================================
+# ==== 38. Visitor ========================================================================
 #
 # What somebody sees who opens a link: a page that is whole as the server writes it.  Its script adds preview, uploads that
 # go on after a break, and what else needs one.  Names and notes enter it by H and textContent alone (W5).  It tells nothing
@@ -26530,7 +26536,7 @@ def web_visitor(cloud: Cloud, who: Principal, request: Request) -> Response:
                                          "Cross-Origin-Resource-Policy": "same-origin"})
 
 
-# ==== 38. Links ==========================================================================
+# ==== 39. Links ==========================================================================
 #
 # The doors that links open: /s/TOKEN for browsers, curl, WebDAV and tus, and those of Nextcloud's public links.  Files whose name is that of a door below a token are reached by way of dav.
 
@@ -26706,7 +26712,7 @@ open_door(NC_LINK, nc_error, LINK_HANDLERS)
 open_door(replace(NC_LINK, names=("public.php", "webdav")), nc_error, LINK_HANDLERS)             # the token is the user's name there
 
 
-# ==== 39. Page ===========================================================================
+# ==== 40. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, style and script are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).

@@ -4147,7 +4147,150 @@ def test_a_standby_takes_over_and_nothing_acknowledged_is_lost(rng):
         check_tokens(told, [token for token, in wire.query("SELECT token FROM tokens")])
 
 
-# ==== 12. Cluster ========================================================================
+# ==== 11. Primary =======================================================================
+
+@pytest.fixture
+def hosts(monkeypatch):
+    """Three hosts of a database, none of them real: what each says of itself, [its database, its timeline or -1, is it settled?], or None where nobody answers."""
+    said = {cs.PgHost("m%d" % n, 5432): [7, -1, 0] for n in (1, 2, 3)}
+    asked = Counter()
+
+    class Stand(argparse.Namespace):
+        def query(self, sql):
+            asked[threading.current_thread().name] += 1
+            if said[self.host] is None:
+                raise cs.PgLost("no answer")
+            return [tuple(said[self.host])]
+
+    def connect(address, settings, accept, host, seconds=None):
+        wire = Stand(host=host, history=(0, 0), parameters={"in_hot_standby": "off"}, closed=[])
+        wire.close = lambda: wire.closed.append(True)
+        wire.query("")
+        accept(wire)
+        return wire
+    monkeypatch.setattr(cs, "connect_host", connect)
+    monkeypatch.setattr(cs, "TRUST", 0.2)
+    monkeypatch.setattr(cs, "ASK_AGAIN", 60)                 # only when somebody wants to know
+    yield argparse.Namespace(said=said, asked=asked, connect=connect, address=cs.PgAddress("u", "d", tuple(said), {}))
+
+
+@pytest.fixture
+def lead(hosts):
+    """Who leads among them: the first."""
+    hosts.all = list(hosts.said)
+    hosts.said[hosts.all[0]] = [7, 5, 1]
+    lead = cs.Lead(hosts.address)
+    yield lead
+    lead.close()
+
+
+def test_what_a_primary_says_counts_while_the_others_are_standbys_or_away(hosts, lead):
+    wire, (first, second, third) = hosts.connect(hosts.address, {}, lead.accept, list(hosts.said)[0]), hosts.all
+    assert wire.history == (7, 5)
+    me = threading.current_thread().name
+    count = hosts.asked[me]
+    for _ in range(20):
+        lead.confirm(wire)                       # whoever reads asks nothing more
+    assert hosts.asked[me] == count
+    hosts.said[second] = hosts.said[third] = None
+    time.sleep(cs.TRUST)
+    lead.confirm(wire)
+    assert not wire.closed and not wire.is_replaced()
+
+
+def test_who_stood_still_asks_the_others_before_it_believes_what_it_reads(hosts, lead):
+    wire, (_, second, third) = hosts.connect(hosts.address, {}, lead.accept, list(hosts.said)[0]), hosts.all
+    lead.confirm(wire)
+    hosts.said[second], hosts.said[third] = [7, 6, 1], None     # nobody has asked since
+    time.sleep(cs.TRUST)
+    with pytest.raises(cs.PgLost, match="another host is the primary"):
+        lead.confirm(wire)
+    assert wire.closed and wire.is_replaced()
+    with pytest.raises(cs.PgLost, match="another host is the primary"):
+        hosts.connect(hosts.address, {}, lead.accept, wire.host)             # whatever it says of itself
+    assert hosts.connect(hosts.address, {}, lead.accept, second).history == (7, 6)
+    hosts.said[second] = None                                # a primary that is away for a moment makes no other one true
+    time.sleep(cs.TRUST)
+    with pytest.raises(cs.PgLost):
+        hosts.connect(hosts.address, {}, lead.accept, wire.host)
+
+
+def test_a_database_that_was_made_anew_begins_with_the_first_timeline_again(hosts, lead):
+    """pg_upgrade does so."""
+    wire = hosts.connect(hosts.address, {}, lead.accept, hosts.all[0])
+    assert eventually(lambda: lead._peers[0].history == (7, 5))
+    hosts.said[hosts.all[0]] = [8, 1, 1]
+    hosts.said[hosts.all[1]] = hosts.said[hosts.all[2]] = [8, -1, 0]
+    lead.confirm(hosts.connect(hosts.address, {}, lead.accept, hosts.all[0]))
+    with pytest.raises(cs.PgLost):
+        lead.confirm(wire)
+
+
+@pytest.mark.parametrize("settled", [0, 1])
+def test_what_a_new_primary_says_is_told_once_nobody_believes_another(hosts, lead, settled):
+    second = hosts.all[1]
+    hosts.said[second] = [7, 6, settled]
+    wire = hosts.connect(hosts.address, {}, lead.accept, second)
+    lead.confirm(wire)
+    assert (lead._since == -math.inf) == bool(settled) and lead._since + cs.TRUST <= time.monotonic()
+
+
+def test_a_host_that_cannot_even_be_asked_holds_up_nobody_for_long(hosts, lead, monkeypatch):
+    monkeypatch.setattr(cs, "PEER_MOST", 0.2)
+    wire, over = hosts.connect(hosts.address, {}, lead.accept, hosts.all[0]), threading.Event()
+    hung = [peer for peer in lead._peers if peer.host != wire.host]
+    for peer in hung:
+        peer.ask = lambda: over.wait(60) and ((7, -1), 0, 0)
+    time.sleep(cs.TRUST)
+    now = time.monotonic()
+    lead.confirm(wire)
+    assert all(peer.until >= now + cs.PEER_MOST for peer in hung)            # which is believed of them now
+    over.set()
+
+
+def test_the_only_host_of_a_database_is_asked_nothing(hosts):
+    lead = cs.Lead(replace(hosts.address, hosts=hosts.address.hosts[:1]))
+    hosts.said[hosts.address.hosts[0]] = [7, 1, 0]
+    wire = hosts.connect(hosts.address, {}, lead.accept, hosts.address.hosts[0])
+    lead.confirm(wire)
+    assert hosts.asked == {threading.current_thread().name: 1} and lead._peers == []           # by the connection that the test makes
+
+
+def test_an_old_primary_that_goes_on_is_not_read(monkeypatch):
+    """Nobody told it that its standby took its place: a server that has it at hand neither reads nor is refused what it says; and reads go on
+    where the only other host is away."""
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as undo:
+        first, second = Postgres.pair(Path(home), undo)
+        monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", first.PASSWORD)
+        for name in "TRUST", "RETRY_PAUSE", "PG_SILENCE":
+            monkeypatch.setattr(cs, name, 0.2)
+        for name in "PEER_PATIENCE", "PEER_START", "PEER_MOST":  # however slow this machine is
+            monkeypatch.setattr(cs, name, 60)
+        hosts = ["127.0.0.1:%d" % one.port for one in (first, second)]
+        both, only = (cs.Postgres(cs.PgAddress.parse("postgres://cloud@%s/postgres" % ",".join(some)), Clock()) for some in (hosts, hosts[:1]))
+        undo.callback(both.close), undo.callback(only.close)
+        both.run(cs.put_setting("a", "1"))
+        asked, real, me = Counter(), cs.Wire.pipeline, threading.current_thread().name
+        with monkeypatch.context() as counting:
+            counting.setattr(cs.Wire, "pipeline", lambda wire, parts: asked.update([threading.current_thread().name]) or real(wire, parts))
+            assert {db.setting("a") for db in 10 * [both, only]} == {"1"}
+        assert asked[me] == 20                   # no more than where there is no other host
+        second.run("pg_ctl", "promote", "-D", second.data)
+        with contextlib.closing(second.wire()) as wire:
+            wire.script("ALTER SYSTEM SET synchronous_standby_names = ''")
+            wire.query("SELECT pg_reload_conf()")
+            wire.query("INSERT INTO setting (name, value) VALUES ('a', '2') ON CONFLICT (name) DO UPDATE SET value = excluded.value")
+        time.sleep(cs.TRUST)                     # in which a server would have told nobody of it
+        assert (only.setting("a"), both.setting("a")) == ("1", "2")
+        both.commit(Batch([cs.put_setting("b", "1")], [Statement("SELECT 'old' FROM setting WHERE name = 'a' AND value = '1'")]))
+        assert both.setting("b") == "1" and both.writer.wire().host.port == second.port
+        only.close()
+        first.stop(signal.SIGQUIT)
+        time.sleep(cs.TRUST)
+        assert both.setting("b") == "1"
+
+
+# ==== 13. Cluster ========================================================================
 
 OF_POSTGRES = pytest.mark.parametrize("open_db", ["postgres"], indirect=True)
 
@@ -4883,149 +5026,6 @@ def test_whoever_only_reads_leaves_no_trace(db, fake):
     with contextlib.closing(cs.Postgres(db.place, fake.clock(), "read")) as reader:
         assert look() == before and reader.clock.due() == before[0][0]
         assert outcome(reader.run, cs.put_setting("a", "1")) == "read-only" and not reader.wait(lambda: False, 0, threading.Event())
-
-
-# ---- who leads
-
-@pytest.fixture
-def hosts(monkeypatch):
-    """Three hosts of a database, none of them real: what each says of itself, [its database, its timeline or -1, is it settled?], or None where nobody answers."""
-    said = {cs.PgHost("m%d" % n, 5432): [7, -1, 0] for n in (1, 2, 3)}
-    asked = Counter()
-
-    class Stand(argparse.Namespace):
-        def query(self, sql):
-            asked[threading.current_thread().name] += 1
-            if said[self.host] is None:
-                raise cs.PgLost("no answer")
-            return [tuple(said[self.host])]
-
-    def connect(address, settings, accept, host, seconds=None):
-        wire = Stand(host=host, history=(0, 0), parameters={"in_hot_standby": "off"}, closed=[])
-        wire.close = lambda: wire.closed.append(True)
-        wire.query("")
-        accept(wire)
-        return wire
-    monkeypatch.setattr(cs, "connect_host", connect)
-    monkeypatch.setattr(cs, "TRUST", 0.2)
-    monkeypatch.setattr(cs, "ASK_AGAIN", 60)                 # only when somebody wants to know
-    yield argparse.Namespace(said=said, asked=asked, connect=connect, address=cs.PgAddress("u", "d", tuple(said), {}))
-
-
-@pytest.fixture
-def lead(hosts):
-    """Who leads among them: the first."""
-    hosts.all = list(hosts.said)
-    hosts.said[hosts.all[0]] = [7, 5, 1]
-    lead = cs.Lead(hosts.address)
-    yield lead
-    lead.close()
-
-
-def test_what_a_primary_says_counts_while_the_others_are_standbys_or_away(hosts, lead):
-    wire, (first, second, third) = hosts.connect(hosts.address, {}, lead.accept, list(hosts.said)[0]), hosts.all
-    assert wire.history == (7, 5)
-    me = threading.current_thread().name
-    count = hosts.asked[me]
-    for _ in range(20):
-        lead.confirm(wire)                       # whoever reads asks nothing more
-    assert hosts.asked[me] == count
-    hosts.said[second] = hosts.said[third] = None
-    time.sleep(cs.TRUST)
-    lead.confirm(wire)
-    assert not wire.closed and not wire.is_replaced()
-
-
-def test_who_stood_still_asks_the_others_before_it_believes_what_it_reads(hosts, lead):
-    wire, (_, second, third) = hosts.connect(hosts.address, {}, lead.accept, list(hosts.said)[0]), hosts.all
-    lead.confirm(wire)
-    hosts.said[second], hosts.said[third] = [7, 6, 1], None     # nobody has asked since
-    time.sleep(cs.TRUST)
-    with pytest.raises(cs.PgLost, match="another host is the primary"):
-        lead.confirm(wire)
-    assert wire.closed and wire.is_replaced()
-    with pytest.raises(cs.PgLost, match="another host is the primary"):
-        hosts.connect(hosts.address, {}, lead.accept, wire.host)             # whatever it says of itself
-    assert hosts.connect(hosts.address, {}, lead.accept, second).history == (7, 6)
-    hosts.said[second] = None                                # a primary that is away for a moment makes no other one true
-    time.sleep(cs.TRUST)
-    with pytest.raises(cs.PgLost):
-        hosts.connect(hosts.address, {}, lead.accept, wire.host)
-
-
-def test_a_database_that_was_made_anew_begins_with_the_first_timeline_again(hosts, lead):
-    """pg_upgrade does so."""
-    wire = hosts.connect(hosts.address, {}, lead.accept, hosts.all[0])
-    assert eventually(lambda: lead._peers[0].history == (7, 5))
-    hosts.said[hosts.all[0]] = [8, 1, 1]
-    hosts.said[hosts.all[1]] = hosts.said[hosts.all[2]] = [8, -1, 0]
-    lead.confirm(hosts.connect(hosts.address, {}, lead.accept, hosts.all[0]))
-    with pytest.raises(cs.PgLost):
-        lead.confirm(wire)
-
-
-@pytest.mark.parametrize("settled", [0, 1])
-def test_what_a_new_primary_says_is_told_once_nobody_believes_another(hosts, lead, settled):
-    second = hosts.all[1]
-    hosts.said[second] = [7, 6, settled]
-    wire = hosts.connect(hosts.address, {}, lead.accept, second)
-    lead.confirm(wire)
-    assert (lead._since == -math.inf) == bool(settled) and lead._since + cs.TRUST <= time.monotonic()
-
-
-def test_a_host_that_cannot_even_be_asked_holds_up_nobody_for_long(hosts, lead, monkeypatch):
-    monkeypatch.setattr(cs, "PEER_MOST", 0.2)
-    wire, over = hosts.connect(hosts.address, {}, lead.accept, hosts.all[0]), threading.Event()
-    hung = [peer for peer in lead._peers if peer.host != wire.host]
-    for peer in hung:
-        peer.ask = lambda: over.wait(60) and ((7, -1), 0, 0)
-    time.sleep(cs.TRUST)
-    now = time.monotonic()
-    lead.confirm(wire)
-    assert all(peer.until >= now + cs.PEER_MOST for peer in hung)            # which is believed of them now
-    over.set()
-
-
-def test_the_only_host_of_a_database_is_asked_nothing(hosts):
-    lead = cs.Lead(replace(hosts.address, hosts=hosts.address.hosts[:1]))
-    hosts.said[hosts.address.hosts[0]] = [7, 1, 0]
-    wire = hosts.connect(hosts.address, {}, lead.accept, hosts.address.hosts[0])
-    lead.confirm(wire)
-    assert hosts.asked == {threading.current_thread().name: 1} and lead._peers == []           # by the connection that the test makes
-
-
-def test_an_old_primary_that_goes_on_is_not_read(monkeypatch):
-    """Nobody told it that its standby took its place: a server that has it at hand neither reads nor is refused what it says; and reads go on
-    where the only other host is away."""
-    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as undo:
-        first, second = Postgres.pair(Path(home), undo)
-        monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", first.PASSWORD)
-        for name in "TRUST", "RETRY_PAUSE", "PG_SILENCE":
-            monkeypatch.setattr(cs, name, 0.2)
-        for name in "PEER_PATIENCE", "PEER_START", "PEER_MOST":  # however slow this machine is
-            monkeypatch.setattr(cs, name, 60)
-        hosts = ["127.0.0.1:%d" % one.port for one in (first, second)]
-        both, only = (cs.Postgres(cs.PgAddress.parse("postgres://cloud@%s/postgres" % ",".join(some)), Clock()) for some in (hosts, hosts[:1]))
-        undo.callback(both.close), undo.callback(only.close)
-        both.run(cs.put_setting("a", "1"))
-        asked, real, me = Counter(), cs.Wire.pipeline, threading.current_thread().name
-        with monkeypatch.context() as counting:
-            counting.setattr(cs.Wire, "pipeline", lambda wire, parts: asked.update([threading.current_thread().name]) or real(wire, parts))
-            assert {db.setting("a") for db in 10 * [both, only]} == {"1"}
-        assert asked[me] == 20                   # no more than where there is no other host
-        second.run("pg_ctl", "promote", "-D", second.data)
-        with contextlib.closing(second.wire()) as wire:
-            wire.script("ALTER SYSTEM SET synchronous_standby_names = ''")
-            wire.query("SELECT pg_reload_conf()")
-            wire.query("INSERT INTO setting (name, value) VALUES ('a', '2') ON CONFLICT (name) DO UPDATE SET value = excluded.value")
-        time.sleep(cs.TRUST)                     # in which a server would have told nobody of it
-        assert (only.setting("a"), both.setting("a")) == ("1", "2")
-        both.commit(Batch([cs.put_setting("b", "1")], [Statement("SELECT 'old' FROM setting WHERE name = 'a' AND value = '1'")]))
-        assert both.setting("b") == "1" and both.writer.wire().host.port == second.port
-        only.close()
-        first.stop(signal.SIGQUIT)
-        time.sleep(cs.TRUST)
-        assert both.setting("b") == "1"
 
 
 # ---- drills: what is promised holds whatever happens to servers, networks and the database
@@ -6343,7 +6343,7 @@ def test_a_pooler_that_keeps_no_connection_is_told_from_a_database(postgres, tmp
         pooler.wait(30)
 
 
-# ==== 13. Accounts =======================================================================
+# ==== 14. Accounts =======================================================================
 
 def identify(cloud, authorization="", cookie="", address="127.0.0.1", secure=True):
     return cloud.credentials.identify(authorization, cookie, address, secure=secure)
@@ -6742,7 +6742,7 @@ def test_devices_are_let_in_once(make_cloud, fake):
     assert outcome(cloud.devices.begin_pairing, "x", "10.0.0.1") == "throttled" and cloud.devices.begin_pairing("x", "10.0.0.2")
 
 
-# ==== 14. Tree, history and verbs ========================================================
+# ==== 15. Tree, history and verbs ========================================================
 
 def test_a_file_comes_back_as_it_was_given(cloud, ann):
     node, new = cloud.files.write(ann, ("a.txt",), Body(b"hello"), announced=cs.Announced(mtime=-5000))
@@ -10259,7 +10259,7 @@ def test_what_happened_to_many_is_found_by_few_statements_and_no_snapshot(cloud,
     assert (rewound, undone) == ((60, True), (0, True)) and len(listed(cloud, ann, "c/b")) == 60
 
 
-# ==== 19. Sharing ========================================================================
+# ==== 20. Sharing ========================================================================
 
 def limited_to(cloud, who, path, **how):
     """The Principal of a device that is limited to a collection."""
@@ -12768,7 +12768,7 @@ def test_what_needs_no_account_shows_nothing_of_one(cloud, ann, address):
             assert answer.status < 500 and not any(words in answer.body for words in (SECRET, INSIDE, b"private")), route
 
 
-# ==== 21. HTTP ===========================================================================
+# ==== 22. HTTP ===========================================================================
 
 GET_ROOT = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -13615,7 +13615,7 @@ def test_long_reads_end_when_nobody_waits_for_the_answer(cloud, ann, serve_cloud
     eventually(lambda: not cloud.tree.lanes.taken())
 
 
-# ==== 23. JSON API =======================================================================
+# ==== 24. JSON API =======================================================================
 
 @pytest.fixture
 def api(call):
@@ -14426,7 +14426,7 @@ def test_the_description_fits_the_routes(call):
             assert about["summary"], route.pattern
 
 
-# ==== 24. Transfer =======================================================================
+# ==== 25. Transfer =======================================================================
 
 TUS = {"Tus_Resumable": "1.0.0"}
 PART = {**TUS, "Content_Type": "application/offset+octet-stream"}
@@ -15060,7 +15060,7 @@ def test_a_held_device_may_still_add_by_a_commit(make_cloud, fake, serve_cloud):
     assert codes(commit(cloud, device, [{"delete": "d"}])) == [204]
 
 
-# ==== 25. WebDAV =========================================================================
+# ==== 26. WebDAV =========================================================================
 
 def propfind(call, path, *names, depth="0", **headers):
     """{href: {name: element}} of a PROPFIND for properties like "d:getetag"."""
@@ -15511,7 +15511,7 @@ def test_quota_properties(call, cloud, ann):
     assert call("PUT", "/dav/b", bytes(800)).status == 507
 
 
-# ==== 26. Nextcloud dialect ==============================================================
+# ==== 27. Nextcloud dialect ==============================================================
 
 FILES = "/remote.php/dav/files/ann"
 UPLOADS = "/remote.php/dav/uploads/ann/"
@@ -16072,7 +16072,7 @@ def test_a_poll_that_finds_nothing_new_is_cheap(call, cloud, ann, asked):
     assert 0 < len(asked) <= 4, asked
 
 
-# ==== 27. Upkeep and custody =============================================================
+# ==== 28. Upkeep and custody =============================================================
 
 @pytest.fixture
 def aging(make_cloud, fake):
@@ -17586,7 +17586,7 @@ def test_while_a_bucket_is_away_what_is_here_goes_on(s3, keys_in, make_cloud, se
     assert call("PUT", "/dav/new", random_bytes(100_000)).status == 201 and cs.verify(cloud) == []
 
 
-# ==== 28. Service ========================================================================
+# ==== 29. Service ========================================================================
 
 def test_first_start_prints_a_setup_link(serve):
     served = serve(user=None)
@@ -17942,7 +17942,7 @@ def test_the_access_log_is_combined_and_keeps_secrets(serve, tmp_path):
     assert '"GET /dav/a%20b HTTP/1.1" 200 5' in got and "secret" not in log.read_text() and is_private(log)
 
 
-# ==== 30. Moving =========================================================================
+# ==== 31. Moving =========================================================================
 
 BOTH_ENGINES = of_sqlite("what moves goes from one engine to the other")
 
@@ -18468,7 +18468,7 @@ def test_many_files_move_with_clients_and_who_writes(serve, database_of, tmp_pat
     assert len(files) == MANY and run("verify", "--data", laptop.data).returncode == 0
 
 
-# ==== 31. Folder and sync client =========================================================
+# ==== 32. Folder and sync client =========================================================
 
 @pytest.mark.parametrize("lines, ignored, kept", [
     (["*.log"], ["a.log", "d/a.log"], ["a.log.txt", "log"]),
@@ -22999,7 +22999,7 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
         [cloud.files.delete(ann, (path,)) for path in list(tree(cloud, ann)) if "/" not in path]
 
 
-# ==== 35. Command line ===================================================================
+# ==== 36. Command line ===================================================================
 
 def env_of(words, env=None):
     """The environment of a program that is run with these words."""
@@ -23442,7 +23442,7 @@ def test_accounts_from_the_command_line(tmp_path):
     assert "bob" not in run("user", "list", *data).stdout
 
 
-# ==== 37. Visitor ========================================================================
+# ==== 38. Visitor ========================================================================
 
 def visitor_request(query, fields, *path):
     return cs.Request("GET", (("s", *path), False, query), cs.Envelope(fields=fields), Body())
@@ -23547,7 +23547,7 @@ def test_people_are_told_why_in_a_page_and_programs_in_a_document(kind, status, 
     assert json.loads(ask("*/*").body)["code"] == kind
 
 
-# ==== 39. Page ===========================================================================
+# ==== 40. Page ===========================================================================
 
 def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
