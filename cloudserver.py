@@ -18087,13 +18087,14 @@ class Upkeep:
         if self.fence:
             self.lease.give_back()
 
-    def write(self, *body: Statement) -> None:
+    def write(self, *body: Statement, guards: Sequence[Statement] = ()) -> None:
+        """raises Conflict if one of these guards does not hold, or it is a fault of ours: a unique index; CloudError busy if the lease is another's"""
         guard = Statement("SELECT 'lease' WHERE (SELECT fence FROM lease WHERE name = 'upkeep') IS NOT ?", (self.fence,))
         try:
-            self.db.commit(Batch(list(body), [guard], frees=True))
+            self.db.commit(Batch(list(body), [guard, *guards], frees=True))
         except Conflict:
             if self.db.read("SELECT fence FROM lease WHERE name = 'upkeep'") == [(self.fence,)]:
-                raise                            # a unique index, not the guard: a fault
+                raise
             raise CloudError("busy", "another process took over the upkeep") from None
 
     def expire(self) -> None:
@@ -18280,6 +18281,9 @@ class Thinning(Duty):
             gone += len(nodes)
 
 
+IS_HELD = "SELECT 'held' FROM setting WHERE name = 'hold' AND CAST(value AS INTEGER) > ?"
+
+
 class Sweep(Duty):
     """The space of chunks that nobody refers to comes back (invariants of Blobs)."""
 
@@ -18291,7 +18295,7 @@ class Sweep(Duty):
         """
         now, done = self.clock.due(), dict.fromkeys(("manifests", "condemned", "buried", "deleted"), 0)
         whenever = INTEGERS - 1                  # what another server wrote just now, too, whose clock may be some seconds ahead
-        if self.db.writer.broken or int(self.db.setting("hold") or 0) > now:
+        if self.db.writer.broken or self.db.read(IS_HELD, (now,)):
             return done                          # a backup copies what we might delete
         renew_mark(self.cloud)
         for shard in shards:
@@ -18319,16 +18323,19 @@ class Sweep(Duty):
 
     def _bury(self, now: int, before: int, rest: int) -> int:
         """Rows of chunks that were condemned before a due time go, their objects after a rest; one referred to again is acquitted."""
-        rows = self.db.read("SELECT hash FROM chunk WHERE condemned < ?", (before,))
+        rows, done = self.db.read("SELECT hash FROM chunk WHERE condemned < ?", (before,)), 0
         for piece in pieces(rows):
-            self.write(
-                Statement("UPDATE chunk SET condemned = NULL WHERE hash = ? AND " + REFERRED, piece, many=True),
-                Statement("INSERT INTO grave (object, due) SELECT object, ? FROM chunk WHERE hash = ? AND condemned IS NOT NULL "
-                          "AND object IS NOT NULL ON CONFLICT (object) DO NOTHING", [(now + rest, hash) for (hash,) in piece], many=True),
-                Statement("DELETE FROM digest WHERE manifest = ? AND EXISTS (SELECT 1 FROM chunk WHERE hash = manifest "
-                          "AND condemned IS NOT NULL)", piece, many=True),
-                Statement("DELETE FROM chunk WHERE hash = ? AND condemned IS NOT NULL", piece, many=True))
-        return len(rows)
+            with suppress(Conflict):             # a backup began: what its rows name stays
+                self.write(
+                    Statement("UPDATE chunk SET condemned = NULL WHERE hash = ? AND " + REFERRED, piece, many=True),
+                    Statement("INSERT INTO grave (object, due) SELECT object, ? FROM chunk WHERE hash = ? AND condemned IS NOT NULL "
+                              "AND object IS NOT NULL ON CONFLICT (object) DO NOTHING", [(now + rest, hash) for (hash,) in piece], many=True),
+                    Statement("DELETE FROM digest WHERE manifest = ? AND EXISTS (SELECT 1 FROM chunk WHERE hash = manifest "
+                              "AND condemned IS NOT NULL)", piece, many=True),
+                    Statement("DELETE FROM chunk WHERE hash = ? AND condemned IS NOT NULL", piece, many=True),
+                    guards=[Statement(IS_HELD, (now,))])
+                done += len(piece)
+        return done
 
     def _find_orphans(self, prefix: str, now: int) -> None:
         """Objects without a row: uploads that broke off, or losers of a race.  They may yet get one."""
@@ -19491,7 +19498,7 @@ def back_up(cloud: Cloud, to: Path) -> tuple[int, int, list[str]]:
         raise CloudError("conflict", "%s is in use: another backup is being written there, or a server runs on it" % to)
     db = sqlite3.connect(to / "cloud.db", isolation_level=None, uri=True)
     try:
-        with sweep_held(cloud), cloud.db.as_file() as live:
+        with sweep_held(cloud, "backup %s %s" % (socket.gethostname(), to.resolve())), cloud.db.as_file() as live:
             db.execute("ATTACH ? AS live", (live,))
             db.execute("PRAGMA main.synchronous = EXTRA")        # the journal's name is gone from the disk, too, before it is done
             prepare_backup(db, to)
@@ -19515,18 +19522,40 @@ def back_up(cloud: Cloud, to: Path) -> tuple[int, int, list[str]]:
 
 
 @contextmanager
-def sweep_held(cloud: Cloud) -> Iterator[None]:
-    """Nothing is swept meanwhile; what is deleted stays until we are done."""
+def sweep_held(cloud: Cloud, who: str) -> Iterator[None]:
+    """Nothing is swept meanwhile; what is deleted stays until all who hold it are done.
+
+    who   keeps us apart from others; whoever goes on after a kill says the same, and so ends what was left
+    """
     if cloud.db.readonly or cloud.seal():
         yield                                    # nobody can sweep there
         return
-    until = str(cloud.clock.due() + 7 * DAY)
-    cloud.db.run(put_setting("hold", until))
+    until = cloud.clock.due() + HOLD_LIFE
+    cloud.db.run(*put_hold(who, until, cloud.clock.due()))
     try:
         yield
     finally:
         with suppress(CloudError):               # it has been moved meanwhile, or is away: this ends by itself, too
-            cloud.db.run(Statement("DELETE FROM setting WHERE name = 'hold' AND value = ?", (until,)), frees=True)
+            cloud.db.run(*end_hold(who, cloud.clock.due(), until), frees=True)
+
+
+HOLD_LIFE = 7 * DAY
+HOLDS = "FROM lease WHERE name LIKE 'hold %'"    # who holds the sweep, each in a row; setting 'hold' says how long the last of them does
+
+
+def put_hold(who: str, until: int, now: int) -> list[Statement]:
+    return [Statement("INSERT INTO lease (name, owner, fence, due) VALUES (?, '', 0, ?) ON CONFLICT (name) DO UPDATE SET due = excluded.due", ("hold " + who, until)),
+            *sum_holds(now)]
+
+
+def end_hold(who: str, now: int, until: int = INTEGERS - 1) -> list[Statement]:
+    """until   as it was put: who says the same as we and came later still holds"""
+    return [Statement("DELETE FROM lease WHERE name = ? AND due <= ?", ("hold " + who, until)), *sum_holds(now)]
+
+
+def sum_holds(now: int) -> list[Statement]:
+    return [Statement("DELETE %s AND due <= ?" % HOLDS, (now,)), Statement("DELETE FROM setting WHERE name = 'hold'"),
+            Statement("INSERT INTO setting (name, value) SELECT 'hold', CAST(due AS TEXT) %s ORDER BY due DESC LIMIT 1" % HOLDS)]
 
 
 OBJECTS = "SELECT hash, size, object FROM chunk WHERE object IS NOT NULL"
@@ -20320,12 +20349,12 @@ def is_source(found: Holding | None) -> bool:
 
 
 def unseal(db: Database, text: str) -> None:
-    """raises CloudError"""
+    """Let a source be written again, and what was deleted there be swept.  raises CloudError"""
     try:
         put_seal(db, None, text)
     except Conflict as error:
         raise CloudError("conflict", "somebody else goes on with this move, or gave it up") from error
-    db.run(Statement("DELETE FROM setting WHERE name = 'hold'"), frees=True)
+    db.run(*end_hold("move " + read_seal(text).id, db.clock.due()), frees=True)
 
 
 class Move:
@@ -20342,7 +20371,7 @@ class Move:
         seal    that of the source, if somebody was killed while that was sealed
         """
         cloud, id = self.cloud, self._plan(seal)
-        with sweep_held(cloud):
+        with sweep_held(cloud, "move " + id):
             settle(cloud)
             with self._arrival(id) as arrival:
                 if not self.stays:

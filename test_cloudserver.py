@@ -16499,6 +16499,69 @@ def test_backup_is_incremental_and_restores(make_cloud, tmp_path, rng):
     assert inside
 
 
+def test_the_sweep_is_held_until_the_last_who_holds_it_is_done(aging, rng):
+    """Whatever ends first, and however; whoever was killed holds it until somebody goes on in its place, or for a week."""
+    cloud, upkeep, running, killed, held, seen = aging.cloud, aging.upkeep, {}, [], {}, Counter()
+    people = ["backup here /a", "backup here /b", "move 1", "move 2"]
+
+    def begin(who):
+        if who not in running:
+            running[who] = cs.sweep_held(cloud, who)
+            running[who].__enter__()
+            held[who] = cloud.clock.due() + cs.HOLD_LIFE
+
+    def end(who):
+        if who in running:
+            with contextlib.suppress(OSError):
+                running[who].__exit__(*rng.choice([(None, None, None), (OSError, OSError("away"), None)]))
+            del running[who], held[who]
+
+    def kill(who):
+        killed.extend([running.pop(who)] if who in running else ())
+
+    def give_back(who):
+        if who not in running and who.startswith("move"):
+            cs.put_seal(cloud.db, seal := cs.Seal("moving", "/elsewhere", who[5:]).text(), None)
+            cs.unseal(cloud.db, seal)
+            held.pop(who, None)
+
+    def sweep(who):
+        number = seen["files"]
+        put(cloud, aging.ann, "f%d" % number, b"%d" % number * 50_000)
+        seen["files"] += 1
+        cloud.files.delete(aging.ann, ("f%d" % number,)), cloud.trash.empty(aging.ann)
+        upkeep.hold(), upkeep.thinning.purge()
+        (before,), = cloud.db.read("SELECT count(*) FROM chunk")
+        is_held, gone = any(due > cloud.clock.due() for due in held.values()), upkeep.sweep.run(at_once=True)["buried"]
+        assert gone == (0 if is_held else before), held
+        seen[is_held] += 1
+    pass_days = lambda who: aging.days(rng.randrange(3))
+    for _ in range(4):
+        for _ in range(40):
+            rng.choice([begin, begin, end, kill, give_back, sweep, pass_days])(rng.choice(people))
+        for who in people:                       # whoever was killed is begun again, and ends
+            begin(who), end(who), sweep(who)
+    assert seen[True] > 3 and seen[False] > 3 and cloud.db.setting("hold") is None and not cloud.db.read("SELECT 1 FROM lease WHERE name LIKE 'hold%'"), seen
+
+
+def test_a_backup_that_begins_amid_a_sweep_keeps_what_it_has_seen(aging, monkeypatch):
+    cloud, write, backup = aging.cloud, aging.upkeep.write, contextlib.ExitStack()
+    put(cloud, aging.ann, "a", random_bytes(200_000))
+    cloud.files.delete(aging.ann, ("a",)), cloud.trash.empty(aging.ann)
+    aging.upkeep.hold(), aging.upkeep.thinning.purge()
+
+    def begin(*body, **how):
+        if body[-1].sql.startswith("DELETE FROM chunk"):
+            monkeypatch.undo()
+            backup.enter_context(cs.sweep_held(cloud, "backup /a"))
+        return write(*body, **how)
+    monkeypatch.setattr(aging.upkeep.sweep, "write", begin)
+    with backup:
+        assert aging.upkeep.sweep.run(at_once=True)["buried"] == 0 and cloud.db.setting("hold")
+        assert aging.chunks() == len(aging.objects()) == 1 and cs.verify(cloud) == []
+    assert aging.upkeep.sweep.run(at_once=True)["deleted"] == 1 and aging.objects() == []
+
+
 def damage(cloud, file, how="flip"):
     """Do something to the first object of a file; returns the object's place."""
     name, = cloud.db.read("SELECT object FROM chunk WHERE object IS NOT NULL AND hash IN (SELECT ?1 UNION SELECT chunk FROM "
@@ -18146,7 +18209,7 @@ def test_a_move_that_fails_lets_a_backup_go_on(hops, monkeypatch):
     asked = hops.next()
     with hops.cloud(hops.before) as cloud, contextlib.ExitStack() as backup:
         def refuse(*_):
-            backup.enter_context(cs.sweep_held(cloud))
+            backup.enter_context(cs.sweep_held(cloud, "backup /mnt"))
             raise OSError("away")
         monkeypatch.setattr(cs.Copying, "run", refuse)
         assert outcome_of(cs.move_cloud, asked) == "OSError" and int(cloud.db.setting("hold")) > cloud.clock.due()
