@@ -18592,23 +18592,51 @@ def on_signals(numbers: Sequence[int], act: Any) -> None:
         signal.signal(number, act)
 
 
+@contextmanager
+def waking(end: socket.socket) -> Iterator[None]:
+    """Whatever signal comes, a byte of it goes to a socket at once.  For the main thread alone.
+
+    Handlers in Python run between two of its steps: one whose signal comes as a wait begins would run when that is over,
+    and on Windows no signal ends a wait.
+    """
+    before = signal.set_wakeup_fd(end.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)             # before it is closed, and its number another file's
+
+
 class Halt:
-    """An Event for handlers of signals: they run amid whatever the main thread does, which waits for one with its lock in hand."""
+    """An Event that handlers of signals may set, for one thread to wait for: they run amid whatever that does, and a lock would be in its hand."""
 
     def __init__(self) -> None:
-        self._set, (self._here, self._there) = False, socket.socketpair()
-        self._there.setblocking(False)
+        self._set, (self._here, self.there) = False, socket.socketpair()
+        for end in (self._here, self.there):
+            end.setblocking(False)
 
     def set(self) -> None:
         self._set = True
+        self.ring()
+
+    def ring(self) -> None:
+        """Wake who waits."""
         with suppress(BlockingIOError):
-            self._there.send(b".")
+            self.there.send(b".")
 
     def is_set(self) -> bool:
         return self._set
 
+    def rest(self, seconds: float | None = None) -> bool:
+        """Wait until it is set, rung or, where that wakes us, a signal comes; False if nothing did."""
+        rung, _, _ = select.select([self._here], [], [], seconds)
+        with suppress(BlockingIOError):
+            self._here.recv(4096)
+        return bool(rung)
+
     def wait(self, seconds: float) -> bool:
-        select.select([self._here], [], [], seconds)
+        until = time.monotonic() + seconds
+        while not self._set and time.monotonic() < until:
+            self.rest(max(0, until - time.monotonic()))
         return self._set
 
 
@@ -19254,7 +19282,8 @@ def work(config: Config, listener: socket.socket, lifeline: int | None = None, b
     if server.access_log:
         on_signals(HANG_UP, lambda number, frame: server.access_log.reopen())
     janitor.start()
-    server.serve_forever()
+    with waking(server.wake):
+        server.serve_forever()
     janitor.stop()
     with suppress(CloudError):                   # a disk that fails does not keep us
         cloud.devices.save_used()
@@ -19280,11 +19309,19 @@ class Supervisor:
     def run(self) -> int:
         on_signals(STOP_SIGNALS, self._stop)
         on_signals(HANG_UP, self._pass_on)
-        for index in range(self.count):
-            self._fork(index)
+        on_signals([signal.SIGCHLD], lambda number, frame: None)         # it only wakes us
+        with waking(self.ended.there):
+            for index in range(self.count):
+                self._fork(index)
+            return self._watch()
+
+    def _watch(self) -> int:
         moved = False
         while self.pids:
-            pid, status = os.wait()
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                self.ended.rest()
+                continue
             index, since = self.pids.pop(pid, (None, 0))
             moved = moved or os.waitstatus_to_exitcode(status) == MOVED              # the others will find out as well
             if index is not None and not self.ended.is_set() and not moved:
@@ -19310,7 +19347,7 @@ class Supervisor:
             return
         code = 1
         try:
-            on_signals(STOP_SIGNALS, signal.SIG_DFL)
+            on_signals([*STOP_SIGNALS, signal.SIGCHLD], signal.SIG_DFL)
             on_signals(HANG_UP, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
             os.close(self._end)
@@ -21524,6 +21561,19 @@ class Link:
         self._mine = threading.local()               # each thread has a connection of its own
         self._opened: list[http.client.HTTPConnection] = []
         self.sent = self.received = 0
+        self.is_over: Callable[[], bool] = lambda: False     # are we told to end?
+
+    def go_on(self) -> None:
+        """raises Stopped if we are told to end"""
+        if self.is_over():
+            raise Stopped("told to stop")
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before the next try.  raises Stopped"""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.go_on()
+            time.sleep(max(0, min(0.2, until - time.monotonic())))
 
     def _connect(self) -> http.client.HTTPConnection:
         connection = getattr(self._mine, "connection", None)
@@ -21605,6 +21655,7 @@ class Link:
     def _ask(self, method: str, path: str, body: bytes | None, tries: int, read: Callable[[http.client.HTTPResponse], bytes] | None) -> Any:
         """The response, or with `read` what that makes of it; whatever the network does is tried again."""
         for attempt in range(1, tries + 1):
+            self.go_on()
             try:
                 connection = self._connect()
                 connection.request(method, self.url.path.rstrip("/") + path, body, self.fields)
@@ -21617,11 +21668,11 @@ class Link:
                 self._drop()
                 if attempt == tries or isinstance(trouble, ssl.SSLError):
                     raise self._unreachable(trouble) from trouble
-                time.sleep(0.1 * 2 ** attempt)
+                self._pause(0.1 * 2 ** attempt)
                 continue
             if response.status not in (429, 503) or attempt == tries:
                 raise error
-            time.sleep(min(30, int(wait)) if re.fullmatch(r"\d{1,4}", wait, re.ASCII) else 1)
+            self._pause(min(30, int(wait)) if re.fullmatch(r"\d{1,4}", wait, re.ASCII) else 1)
         raise self._nonsense()
 
     def _unreachable(self, error: Exception) -> Stopped:
@@ -22011,7 +22062,7 @@ class Forgiving:
         self.session, self.path = session, path
 
     def __enter__(self) -> None:
-        pass
+        self.session.link.go_on()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         if isinstance(error, Changing):
@@ -23121,10 +23172,11 @@ class SyncClient:
 
     # ---- on and on
 
-    def watch(self, ended: Halt | threading.Event, tell: Callable[[SyncClient], None], listener: Link) -> None:
+    def watch(self, ended: Halt, tell: Callable[[SyncClient], None], listener: Link) -> None:
         """Run whenever either side changes, until `ended` is set.  raises Stopped where a person has to look"""
-        news, pause, again, before, said = threading.Event(), 1.0, AGAIN_LEAST, {}, ""
-        threading.Thread(target=self._listen, args=(listener, news, ended), daemon=True).start()
+        news, over, pause, again, before, said = threading.Event(), threading.Event(), 1.0, AGAIN_LEAST, {}, ""
+        threading.Thread(target=self._listen, args=(listener, over, lambda: (news.set(), ended.ring())), daemon=True).start()
+        self.session.link.is_over = ended.is_set
         while not ended.is_set():
             news.clear()
             try:
@@ -23137,24 +23189,28 @@ class SyncClient:
             except Exception as error:           # whatever it is: it is said, and by and by it may be over
                 trouble = "%s: %s" % (type(error).__name__, error)
                 log.debug("sync", exc_info=True)
-            if trouble:
+            if trouble and not ended.is_set():
                 if trouble != said:
                     log.warning("%s", one_line(trouble))
                 said = trouble
                 ended.wait(pause)
                 pause = min(60.0, 2 * pause)
+            if trouble:
                 continue
             tell(self)
             pause, said, problems = 1.0, "", self.session.problems
             again = AGAIN_LEAST if problems != before else min(AGAIN_MOST, 2 * again)
             before = problems
             self._wait(news, ended, again if problems else None)
+        over.set()
 
-    def _wait(self, news: threading.Event, ended: Halt | threading.Event, again: float | None) -> None:
+    def _wait(self, news: threading.Event, ended: Halt, again: float | None) -> None:
         """Until there is something to do, or to try again."""
         seen, began = self.session.scan, time.monotonic()
         pause = min(max(SCAN_LEAST, 20 * seen.seconds), SCAN_MOST)
-        while not ended.is_set() and not news.wait(pause):
+        while not ended.is_set() and not news.is_set():
+            if ended.rest(pause):
+                continue                         # somebody says why
             if self.session.unsettled or again is not None and time.monotonic() - began > again:
                 return
             try:
@@ -23163,25 +23219,25 @@ class SyncClient:
             except Stopped:
                 return                           # the next run says it
 
-    def _listen(self, link: Link, news: threading.Event, ended: Halt | threading.Event) -> None:
+    def _listen(self, link: Link, over: threading.Event, tell: Callable[[], Any]) -> None:
         """Long-poll the server; what it says is only that there is something to ask for."""
         pause = 2.0
-        while not ended.is_set():
+        while not over.is_set():
             cursor, began = self.memory.cursor, time.monotonic()
             if cursor < 0:                       # the first run is under way
-                ended.wait(0.2)
+                over.wait(0.2)
                 continue
             try:
                 answer = link.call("changes", "GET", self.follower.address("wait=30&limit=1"))
                 pause = 2.0
                 if answer["changes"] and answer["seq"] > self.memory.cursor:
-                    news.set()
-                    ended.wait(0.2)
+                    tell()
+                    over.wait(0.2)
                 elif time.monotonic() - began < 1:
-                    ended.wait(1)                # somebody between us does not let it wait
+                    over.wait(1)                 # somebody between us does not let it wait
             except Exception:                    # the run asks, too, and says what is wrong
-                news.set()
-                ended.wait(pause)
+                tell()
+                over.wait(pause)
                 pause = min(60.0, 2 * pause)
 
 
@@ -23539,8 +23595,9 @@ def run_sync(config: Config, given: Arguments) -> int:
             tell(client)
         else:
             ended = Halt()
-            on_signals(STOP_SIGNALS, lambda number, frame: ended.set())
-            client.watch(ended, tell, listener)
+            on_signals(STOP_SIGNALS, lambda number, frame: os._exit(1) if ended.is_set() else ended.set())
+            with waking(ended.there):
+                client.watch(ended, tell, listener)
         client.memory.close()
         return 1 if given.once and client.session.problems else 0
     except Stopped as stopped:
@@ -23742,6 +23799,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CloudError as error:
         return complain(error, 2)
     try:
+        on_signals([signal.SIGTERM], signal.default_int_handler)         # what is under way is ended as Ctrl-C ends it
         give_place(config)
         if not given.command.outside:
             become_owner(config.data)

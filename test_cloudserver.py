@@ -16562,6 +16562,20 @@ def test_a_backup_that_begins_amid_a_sweep_keeps_what_it_has_seen(aging, monkeyp
     assert aging.upkeep.sweep.run(at_once=True)["deleted"] == 1 and aging.objects() == []
 
 
+@needs_fork
+@pytest.mark.parametrize("kind", ["SIGTERM", "SIGINT"])
+def test_a_backup_that_is_told_to_stop_gives_up_its_hold(make_cloud, tmp_path, kind):
+    cloud = make_cloud()
+    account(cloud)
+    program = [sys.executable, "-c", IMPORT + "; import time; cs.Copying.run = lambda *args: time.sleep(60); sys.exit(cs.main(sys.argv[1:]))"]
+    process = subprocess.Popen([*program, "backup", str(tmp_path / "to"), "--data", str(cloud.config.data)], stderr=subprocess.PIPE, text=True, env={
+        **os.environ, "CLOUDSERVER_DATABASE": cloud.config.database, "CLOUDSERVER_OBJECTS": cloud.config.objects})
+    with process, process.stderr:
+        assert eventually(lambda: cloud.db.setting("hold") or process.poll() is not None)
+        process.send_signal(getattr(signal, kind))
+        assert process.stderr.read() == "" and process.wait(30) == 1 and cloud.db.setting("hold") is None
+
+
 def damage(cloud, file, how="flip"):
     """Do something to the first object of a file; returns the object's place."""
     name, = cloud.db.read("SELECT object FROM chunk WHERE object IS NOT NULL AND hash IN (SELECT ?1 UNION SELECT chunk FROM "
@@ -17903,18 +17917,77 @@ def test_a_worker_that_dies_is_replaced(serve):
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer that sends a signal")
 def test_a_signal_tells_whoever_waits_at_whatever_moment_it_comes():
-    """The handler runs amid the waiting itself, in the same thread: an Event's lock would never be free."""
-    before = signal.signal(signal.SIGALRM, lambda number, frame: told.set())
+    """The handler runs amid the waiting itself, in the same thread: an Event's lock would never be free.  One that comes just before the waiting is heard in it."""
+    before, began = signal.signal(signal.SIGALRM, lambda number, frame: told.set()), time.monotonic()
     try:
-        for n in range(300):
+        for n in range(400):
             told = cs.Halt()
-            with told._here, told._there:
-                signal.setitimer(signal.ITIMER_REAL, (1 + n) / 1e6)
-                while not told.wait(0.02):           # a signal that comes just before the waiting is heard after it
-                    pass
+            with told._here, told.there, cs.waking(told.there):
+                signal.setitimer(signal.ITIMER_REAL, (1 + n % 100) / 1e6)
+                assert told.wait(20) and told.is_set()
+        assert time.monotonic() - began < 15
     finally:
         signal.signal(signal.SIGALRM, before)
+    assert signal.set_wakeup_fd(-1) == -1        # a socket that is closed is written to no more: its number is another file's
     assert "Event" not in inspect.getsource(cs.Supervisor) and "Event" not in inspect.getsource(cs.run_sync)
+
+
+SUPERVISED = """
+import random, signal, socket, types
+rng = random.Random(int(sys.argv[1]))
+cs.STOP_SIGNALS = [signal.SIGTERM, signal.SIGALRM]
+fork = cs.Supervisor._fork
+def work(*args):
+    if rng.random() < 0.3: return 0
+    cs.on_signals([signal.SIGTERM], lambda *args: os._exit(0))
+    while True: time.sleep(60)
+def begin(supervisor, index):
+    rng.random(), fork(supervisor, index)
+    if index: signal.setitimer(signal.ITIMER_REAL, 1e-6 + rng.random() * rng.choice([1e-4, 1e-3, 1e-2]))
+cs.work, cs.Supervisor._fork = work, begin
+sys.exit(cs.Supervisor(None, None, 2).run())
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize("count", [12, pytest.param(300, marks=slow)])
+def test_a_supervisor_that_is_told_to_stop_at_any_moment_stops_at_once(rng, count):
+    """As it begins, as it waits for workers or before it replaces one; nobody is left."""
+    for number in (rng.getrandbits(32) for _ in range(count)):
+        done = subprocess.run([sys.executable, "-c", IMPORT + "; import os, time\n" + SUPERVISED, str(number)], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0 and not done.stdout, (number, done)
+
+
+@needs_fork
+@pytest.mark.parametrize("kind", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("how", ["it waits", "it works", "the server is away"])
+def test_a_sync_that_is_told_to_stop_stops_soon(serve, tmp_path, how, kind):
+    """While it has nothing to do, amid much that it has, and while it waits for a server."""
+    served, folder = serve("--workers", 1), tmp_path / "folder"
+    folder.mkdir()
+    for n in range(3 if how == "it waits" else 300):
+        (folder / ("f%d" % n)).write_bytes(b"%d" % n)
+    slow_down = "ask = cs.Link._ask; cs.Link._ask = lambda link, *args: (time.sleep(0.5), ask(link, *args))[1]"
+    program = [sys.executable, "-c", "; ".join([IMPORT, "import time", "cs.SCAN_LEAST = cs.SCAN_MOST = 600", "cs.FIRST_FILES = cs.COMMIT_FILES = 1",
+               slow_down if how == "it works" else "pass", "sys.exit(cs.main(sys.argv[1:]))"])]
+    process = subprocess.Popen([*program, "sync", str(folder), "http://ann@%s:%d" % served.address, "--password-stdin"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "XDG_CONFIG_HOME": str(tmp_path / "config")})
+    try:
+        process.stdin.write(PASSWORD + "\n"), process.stdin.close()
+        if how == "it works":
+            assert eventually(lambda: served.call("GET", "/dav/f1").status == 200 or process.poll() is not None)
+        else:
+            assert " up, " in process.stdout.readline()
+        if how == "the server is away":
+            served.kill()
+            (folder / "more").write_bytes(b"x")
+        began = time.monotonic()
+        process.send_signal(getattr(signal, kind))
+        assert process.wait(60) == 0 and time.monotonic() - began < 10, process.stderr.read()
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill(), process.wait()
+        process.stdout.close(), process.stderr.close()
 
 
 @needs_fork
@@ -18689,7 +18762,7 @@ class Laptop:
 @contextlib.contextmanager
 def watching(one, cloud, tell=lambda client: None):
     """A laptop whose folder is watched by a thread: its client, thread, `ended`, and `codes`, of what stopped it for a person to look."""
-    it = types.SimpleNamespace(client=one.client or one.start(), ended=threading.Event(), codes=[])
+    it = types.SimpleNamespace(client=one.client or one.start(), ended=cs.Halt(), codes=[])
 
     def watch():
         try:
@@ -19999,7 +20072,7 @@ def test_no_accident_of_the_network_ends_in_a_traceback_or_a_loss(laptop, cloud,
 def test_no_accident_of_the_network_ends_a_watch(laptop, cloud, ann, meddler, place, monkeypatch, caplog):
     """Y10: main loop and listener both live on; what is wrong is said, and when it is over all is synced."""
     monkeypatch.setattr(cs, "SCAN_LEAST", 0.02), monkeypatch.setattr(cs, "SCAN_MOST", 0.05), monkeypatch.setattr(cs, "AGAIN_LEAST", 0.02)
-    one, ended = laptop(), threading.Event()
+    one, ended = laptop(), cs.Halt()
     one.url = "http://ann@%s:%d" % meddler.address
     client = one.start()
     monkeypatch.setattr(ended, "wait", lambda seconds, wait=ended.wait: wait(min(seconds, 0.02)))
@@ -20029,7 +20102,7 @@ def test_no_accident_of_the_network_ends_a_watch(laptop, cloud, ann, meddler, pl
 
 
 def test_a_watch_says_the_same_trouble_once(laptop, cloud, ann, monkeypatch, caplog):
-    one, ended = laptop(), threading.Event()
+    one, ended = laptop(), cs.Halt()
     client, runs = one.start(), []
     monkeypatch.setattr(client, "run", lambda: runs.append(1) or (_ for _ in ()).throw(cs.Stopped("away") if len(runs) < 5 else ValueError("strange")))
     monkeypatch.setattr(ended, "wait", lambda seconds: len(runs) > 8 and ended.set())
