@@ -8297,8 +8297,14 @@ class Locks:
         self.db, self.clock, self.mounts = db, clock, mounts
 
     def of(self, place: Place) -> list[Lock]:
-        return [Lock._make(row) for row in self.db.read("SELECT * FROM lock WHERE home = ? AND due > ?",
-                                                        (place.view.home, self.clock.due()))]
+        return self._standing(self.db.read, place.view.home)
+
+    def _standing(self, read: Read, home: int) -> list[Lock]:
+        """The locks in a home.  Who took one by what is shared with them has it as long as they may change something there (law 12 of sharing)."""
+        locks = [Lock._make(row) for row in read("SELECT * FROM lock WHERE home = ? AND due > ?", (home, self.clock.due()))]
+        rights = {account: self.mounts.rights_of(account, read) for account in {lock.account for lock in locks} - {home}}
+        return [lock for lock in locks if lock.account == home
+                or not rights[lock.account]((*holders(read, lock.node), lock.node)).isdisjoint(CHANGES)]
 
     def covering(self, place: Place, locks: list[Lock]) -> list[Lock]:
         """The locks that hold the node at a place: its own, and deep ones from above."""
@@ -8347,7 +8353,7 @@ class Locks:
 
     def near(self, now: Moment, node: Node) -> Callable[[Node], list[Lock]]:
         """Tells which locks hold the node or one of its children."""
-        locks = [Lock._make(row) for row in now.read("SELECT * FROM lock WHERE home = ? AND due > ?", (node.home, self.clock.due()))]
+        locks = self._standing(now.read, node.home)
         above = {node.node, *(now.above(node.node) or ())} if locks else set()
         return lambda one: [lock for lock in locks if lock.node == one.node or lock.deep and lock.node in above]
 
@@ -8777,6 +8783,14 @@ class Mounts:
     def owner(self, mount: int) -> str:
         """The name of who shared what a mount shows, or showed."""
         return self.db.read("SELECT a.name FROM mount m JOIN share s ON s.node = m.target JOIN account a ON a.id = s.home WHERE m.node = ? LIMIT 1", (mount,))[0][0]
+
+    def rights_of(self, person: int, read: Read) -> Callable[[Collection[int]], frozenset[str]]:
+        """Tells what somebody, an account or minus the share of a visitor, may do by now with a node of others, by its id and those of what holds it."""
+        if person > 0:
+            grants = list(self.of(person, read).values())
+            return lambda ids: frozenset().union(*(grant.rights_at(ids) for grant in grants))
+        found = [self.access(-person, node) for node, in read("SELECT node FROM share WHERE id = ?", (-person,))]
+        return lambda ids: frozenset().union(*(access.rights for access in found if access and access.node in ids))
 
     def access(self, share: int, node: int) -> Access | None:
         """What a share of a node gives by now; None if it, or one above it, does not stand, or if the node is not there."""
@@ -16465,9 +16479,10 @@ def format_checksums(node: Node, about: About) -> Markup | None:
 
 
 def format_lock(lock: Lock, who: Principal) -> Markup:
-    """An activelock element; the token is shown to its owner alone (A19), and to visitors of links not who that is."""
+    """An activelock element; its token is told to who has it, and to who may end it, for nobody else can use it (A19); and to visitors of links not
+    whose it is."""
     mine = lock.account == who.person
-    token = [E("d:locktoken", E("d:href", lock.token))] if mine else []
+    token = [E("d:locktoken", E("d:href", lock.token))] if mine or view_of(who).whole and lock.home == who.account else []
     return E("d:activelock", E("d:locktype", E("d:write")), E("d:lockscope", E("d:exclusive" if lock.exclusive else "d:shared")),
              E("d:depth", "infinity" if lock.deep else "0"), *([Markup(lock.owner)] if mine or who.means != "link" else []), E("d:timeout", "Second-%d" % lock.seconds),
              *token)

@@ -10732,6 +10732,51 @@ def test_what_is_not_shared_any_more_is_gone_at_every_door_with_the_next_request
     assert tree(cloud, ann) == before == {"d": None, "d/f": b"f"} and listed(cloud, bob) == {}
 
 
+ENDS_OF_A_GRANT = {  # by what somebody may change nothing any more where they have a lock
+    "end": lambda cloud, ann, bob, id: cloud.sharing.end(ann, id), "leave": lambda cloud, ann, bob, id: cloud.groups.leave("crew", "bob"),
+    "less": lambda cloud, ann, bob, id: cloud.sharing.change(ann, id, role="view"), "decline": lambda cloud, ann, bob, id: cloud.files.delete(bob, ("d",)),
+    "account off": lambda cloud, ann, bob, id: cloud.accounts.update("ann", ann, sharing=False), "no sharing": lambda cloud, ann, bob, id: cloud.set_policy(ann, sharing="none"),
+    "due": lambda cloud, ann, bob, id: cloud.db.run(Statement("UPDATE share SET due = 1 WHERE id = ?", (id,))), "account": lambda cloud, ann, bob, id: cloud.accounts.remove("bob")}
+
+
+@pytest.mark.parametrize("how", ENDS_OF_A_GRANT)
+@pytest.mark.parametrize("where, deep", [("d/c", True), ("d/f", False)])
+def test_a_lock_ends_with_what_allowed_it(cloud, ann, bob, how, where, deep):
+    """Law 12.  A day is long for an owner whose files somebody has locked who has no business there any more; and who has comes to no harm by it."""
+    eve = account(cloud, "eve")
+    put(cloud, ann, "d/f", b"1", parents=True), put(cloud, ann, "d/c/f", b"1", parents=True), put(cloud, ann, "d/h", b"1")
+    cloud.groups.add("crew"), cloud.groups.join("crew", "bob")
+    id, other = give(cloud, ann, "d", "crew", "group", role="edit"), give(cloud, ann, "d", "eve", role="edit")
+    take_lock(cloud, bob, where, deep=deep), take_lock(cloud, eve, "d/h")
+    assert outcome(cloud.files.delete, ann, ("d",)) == outcome(cloud.files.delete, eve, ("d", where[2:])) == "locked"
+    ENDS_OF_A_GRANT[how](cloud, ann, bob, id)
+    assert put(cloud, ann, "d/f", b"2") and put(cloud, ann, "d/c/f", b"2")
+    assert (outcome(put, cloud, ann, "d/h") == "locked") == (how not in ("account off", "no sharing"))         # eve still may, by a share of her own
+    audit(cloud)
+
+
+@pytest.mark.parametrize("how", ["end", "less", "due", "account off"])
+def test_a_lock_of_a_visitor_ends_with_the_link(cloud, ann, link, how):
+    put(cloud, ann, "d/f", b"1", parents=True)
+    visit = link("d", role="edit")
+    take_lock(cloud, cloud.sharing.open(cs.Knock(visit.token)), "")
+    assert outcome(put, cloud, ann, "d/f") == "locked"
+    ENDS_OF_A_GRANT[how](cloud, ann, None, visit.id)
+    assert put(cloud, ann, "d/f", b"2")
+
+
+def test_the_owner_of_a_home_may_end_every_lock_there(call, cloud, ann, bob):
+    """Which takes its token, as discovery tells it to them and to who has it, and to nobody else (A19)."""
+    put(cloud, ann, "d/f", b"1", parents=True), account(cloud, "eve"), give(cloud, ann, "d", "bob", role="edit"), give(cloud, ann, "d", "eve", role="edit")
+    token = take_lock(cloud, bob, "d").token
+    told = {who: token in call("PROPFIND", "/dav/d/", None, user=who, Depth="0").body.decode() for who in ("ann", "bob", "eve")}
+    assert told == {"ann": True, "bob": True, "eve": False}
+    assert call("PUT", "/dav/d/f", b"2", If="(<%s>)" % token).status == 423               # who may end it does not have it
+    assert call("UNLOCK", "/dav/d/", user="eve", Lock_Token="<%s>" % token).status == 403
+    assert call("UNLOCK", "/dav/d/", Lock_Token="<%s>" % token).status == 204 and call("PUT", "/dav/d/f", b"2").status == 204
+
+
+
 def test_less_rights_hold_at_every_door_with_the_next_request(cloud, ann, bob, address):
     """Law 12"""
     put(cloud, ann, "d/f", b"f", parents=True)
