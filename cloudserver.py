@@ -14002,6 +14002,17 @@ def admit(cloud: Cloud, who: Principal, request: Request, found: Route) -> None:
                                  "this is not allowed with these credentials")
     if request.method in UNSAFE or found.needs == "password":        # Nextcloud's clients get an app password by GET
         check_origin(who, request)
+    check_whole(request)
+
+
+def check_whole(request: Request) -> None:
+    """Every door takes bodies as they are: what says that it is encoded, or a part of something, would be stored as what it is not (H25, H26).
+    raises CloudError unsupported-media, bad-request"""
+    fields = request.fields
+    if "content-encoding" in fields and request.body.length != 0 and fields["content-encoding"].lower() != "identity":
+        raise CloudError("unsupported-media", "the body may not be encoded")
+    if "content-range" in fields and request.method == "PUT":
+        raise CloudError("bad-request", "partial writes go through /tus/")           # RFC 9110 s14.4
 
 
 def own_path(who: Principal, path: tuple[str, ...]) -> tuple[str, ...]:
@@ -16280,15 +16291,8 @@ def read_destination(request: Request) -> tuple[str, ...]:
 
 def read_body(request: Request) -> ET.Element | None:
     """The XML of a request; None if it has no body."""
-    body = read_bytes(request)
+    body = request.body.read(XML_LIMIT)
     return read_xml(body) if body.strip() else None
-
-
-def read_bytes(request: Request) -> bytes:
-    """What XML there is."""
-    if "content-encoding" in request.fields and request.fields["content-encoding"].lower() != "identity":
-        raise CloudError("unsupported-media", "the body may not be encoded")
-    return request.body.read(XML_LIMIT)
 
 
 def read_announced(request: Request) -> Announced:
@@ -16353,11 +16357,6 @@ def dav_list(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 
 def dav_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Store a file.  ?parents=1 makes missing collections; X-OC-Mtime sets its time, OC-Checksum is verified."""
-    fields = request.fields
-    if "content-range" in fields:
-        raise CloudError("bad-request", "partial writes go through /tus/")           # RFC 9110 s14.4
-    if fields.get("content-encoding", "identity").lower() != "identity":
-        raise CloudError("unsupported-media", "the body may not be encoded")
     if request.slash:
         raise CloudError("conflict", "a file's address has no slash at its end")
     given = read_dav_conditions(request)
@@ -16482,7 +16481,7 @@ def format_lock(lock: Lock, who: Principal) -> Markup:
     """An activelock element; its token is told to who has it, and to who may end it, for nobody else can use it (A19); and to visitors of links not
     whose it is."""
     mine = lock.account == who.person
-    token = [E("d:locktoken", E("d:href", lock.token))] if mine or view_of(who).whole and lock.home == who.account else []
+    token = [E("d:locktoken", E("d:href", lock.token))] if mine or view_of(who).whole and view_of(who).home == lock.home else []
     return E("d:activelock", E("d:locktype", E("d:write")), E("d:lockscope", E("d:exclusive" if lock.exclusive else "d:shared")),
              E("d:depth", "infinity" if lock.deep else "0"), *([Markup(lock.owner)] if mine or who.means != "link" else []), E("d:timeout", "Second-%d" % lock.seconds),
              *token)
@@ -16646,7 +16645,7 @@ def read_names(props: Iterable[ET.Element]) -> tuple[str, ...]:
 
 def read_propfind(request: Request) -> tuple[tuple[str, ...] | None, bool]:
     """The names a PROPFIND asks for, None for all; and whether it wants values (RFC 4918 s14.20)."""
-    body = read_bytes(request)
+    body = request.body.read(XML_LIMIT)
     return (recent_question if len(body) <= QUESTION_MOST else parse_propfind)(body)
 
 
@@ -26772,8 +26771,6 @@ def link_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     request.body = capped(cloud, who, request.body)
     if not is_drop(who):
         return dav_put(cloud, who, request, path)
-    if "content-range" in request.fields:
-        raise CloudError("bad-request", "partial writes go through tus")
     cloud.drops.receive(who, path, request.body, read_announced(request))
     return Response(201)
 
