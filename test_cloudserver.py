@@ -23203,31 +23203,45 @@ def env_of(words, env=None):
 
 def run(*words, input=None, timeout=60, **how):
     """Run the real program; returns the finished process."""
-    words, how = list(map(str, words)), {**how, "env": env_of(words, how.get("env"))}
-    return READY.run(words, input, timeout, **how) or subprocess.run([*PROGRAM, *words], input=input, timeout=timeout, capture_output=True, text=True, **how)
+    with popen(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how) as process:
+        try:
+            said = process.communicate(input or "", timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
 class Ready:
-    """The program, loaded, of which a fork is made for each run: to load it would be most of what a command costs.
-
-    Only where nothing tells that from a process of its own; while one is at work, in another thread, others are begun as ever.
-    """
+    """The program, loaded, of which a fork is made for each run: to load it would be most of what it costs.  Only where nothing tells that from a process of its own."""
     OF_PYTHON = re.compile("PYTHON|LC_|LANG|TZ|LD_|MALLOC_|OPENSSL")          # what is looked at once, as a process begins
     PROGRAM = IMPORT + """
 import gc, json, os, socket
 sys.path.remove("")
 gc.freeze()
-with socket.socket(fileno=int(sys.argv[1])) as leader:
-    while True:
-        told, streams, _, _ = socket.recv_fds(leader, 1 << 20, 3)
-        child = told and os.fork()
-        if not child:
-            break
-        leader.send(b"%d" % child)
+leader = socket.socket(fileno=int(sys.argv[1]))
+minders = 0
+while True:
+    told, descriptors, _, _ = socket.recv_fds(leader, 1 << 20, 4)
+    while minders and os.waitpid(-1, os.WNOHANG)[0]:
+        minders -= 1
+    if not told or not os.fork():
+        break
+    minders += 1
+    for one in descriptors:
+        os.close(one)
+leader.close()
+if told:
+    line, *streams = descriptors
+    child = os.fork()                            # of a process that waits for it, and tells of its end
+    if child:
         for stream in streams:
             os.close(stream)
-        leader.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-if told:
+        with socket.socket(fileno=line) as line:
+            line.send(b"%d" % child)
+            line.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        os._exit(0)
+    os.close(line)
     words, place, environment, mask = json.loads(told)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -23242,19 +23256,14 @@ if told:
     def __init__(self):
         self.lock, self.owner, self.process = threading.Lock(), 0, None
 
-    def run(self, words, input, timeout, env, **how):
-        """The finished process; None if it needs one of its own."""
-        if how or sys.platform != "linux" or not self.lock.acquire(blocking=False):
-            return None
-        try:
-            return self._run(words, input, timeout, {name: os.fspath(value) for name, value in env.items()}) if self._is_like(env) else None
-        finally:
-            self.lock.release()
-
-    def _is_like(self, env):
+    def fits(self, program, env, cwd=None, stdin=None, stdout=None, stderr=None, text=None, **how):
+        """Can it be begun so?"""
+        if how or program is not PROGRAM or sys.platform != "linux":
+            return False
         mine = lambda env: {name: value for name, value in env.items() if self.OF_PYTHON.match(name)}
-        if self.owner != os.getpid():
-            self._start()
+        with self.lock:
+            if self.owner != os.getpid():
+                self._start()
         return mine(env) == mine(self.env)
 
     def _start(self):
@@ -23262,39 +23271,53 @@ if told:
         with theirs:
             self.env, self.owner = dict(os.environ), os.getpid()
             self.process = subprocess.Popen([sys.executable, "-c", self.PROGRAM, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd="/",
-                                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)      # streams that cannot be sought in, as whoever may have a pipe needs
 
-    def _run(self, words, input, timeout, env):
+    def begin(self, words, place, env, streams):
+        """(process id, socket that tells of its end) of a process of its own."""
         mask = int(re.search(r"Umask:\s*([0-7]+)", Path("/proc/self/status").read_text())[1], 8)      # some tests put another os.umask in place
-        with contextlib.ExitStack() as stack:
-            stdin, stdout, stderr = streams = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
-            stdin.write((input or "").encode())
-            stdin.seek(0)
-            socket.send_fds(self.leader, [json.dumps([words, os.getcwd(), env, mask]).encode()], [file.fileno() for file in streams])
-            child = int(self.leader.recv(100))
-            self.leader.settimeout(timeout)
-            try:
-                code = int(self.leader.recv(100))
-            except socket.timeout:
-                os.kill(child, signal.SIGKILL)
-                code = None
-            self.leader.settimeout(None)
-            if code is None:
-                self.leader.recv(100)
-            said = []
-            for file in stdout, stderr:
-                file.seek(0)
-                said.append(io.TextIOWrapper(file, encoding="utf-8").read())
-        if code is None:
-            raise subprocess.TimeoutExpired(words, timeout, *said)
-        return subprocess.CompletedProcess(words, code, *said)
+        told = json.dumps([words, os.fspath(place or os.getcwd()), {name: os.fspath(value) for name, value in env.items()}, mask])
+        line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            socket.send_fds(self.leader, [told.encode()], [theirs.fileno(), *streams])
+        return int(line.recv(100)), line
 
     def close(self):
         if self.process and self.owner == os.getpid():
             self.leader.close()
-            self.process.wait()
-            self.process = None
-            self.owner = 0
+            with self.process:
+                self.process, self.owner = None, 0
+
+
+class Begun(subprocess.Popen):
+    """As any process of subprocess, but for how it begins, and who hears of its end."""
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
+                       p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *more):
+        streams = [number if given == -1 else given for number, given in enumerate((p2cread, c2pwrite, errwrite))]
+        self.pid, self.line = READY.begin(args[len(PROGRAM):], cwd, env, streams)
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+    def _internal_poll(self, *how, **more):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._wait(0)
+        return self.returncode
+
+    def _wait(self, timeout):
+        timeout = timeout if timeout is None else max(0, timeout)
+        if self._waitpid_lock.acquire(timeout=-1 if timeout is None else timeout):
+            try:
+                if self.returncode is None:
+                    self.line.settimeout(timeout)
+                    with contextlib.suppress(socket.timeout, BlockingIOError):
+                        self.returncode = int(self.line.recv(100))
+                        self.line.close()
+            finally:
+                self._waitpid_lock.release()
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
 
 
 READY = Ready()
@@ -23308,8 +23331,9 @@ def ready():
 
 def popen(*words, program=PROGRAM, env=None, **how):
     """Start the real program, so that stop() can end it."""
-    asked = tempfile.mktemp()
-    process = subprocess.Popen([*program, *map(str, words)], env={**env_of(words, env), "TEST_STOP": asked}, **how)
+    words, asked = list(map(str, words)), tempfile.mktemp()
+    env = {**env_of(words, env), "TEST_STOP": asked}
+    process = (Begun if READY.fits(program, env, **how) else subprocess.Popen)([*program, *words], env=env, **how)
     process.asked = Path(asked)
     return process
 
